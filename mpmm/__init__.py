@@ -1,0 +1,81 @@
+"""mpmm, the multi-process model manager: loaded models for many processes on one host, without a manager process.
+
+The names below are loaded when they are first used, so that a model server, which needs a few of them, starts fast.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from mpmm.errors import (
+    AcquireTimeoutError,
+    ClosedError,
+    InvalidArgumentError,
+    LayoutMismatchError,
+    LoadTimeoutError,
+    LockTimeoutError,
+    ModelServerError,
+    ModelTooLargeError,
+    MpmmError,
+    NamespaceResetError,
+    NotAcquiredError,
+    RemoteCallError,
+    RuntimeDirectoryError,
+    SegmentAllocationError,
+    SegmentCorruptError,
+    ServerStartError,
+    SharedObjectReleasedError,
+    TableFullError,
+)
+
+if TYPE_CHECKING:
+    from mpmm.gpu_monitor import GPUMonitor
+    from mpmm.model_manager import ModelManager, QueueTicket
+    from mpmm.multi_process_shared import MultiProcessShared
+    from mpmm.resource_estimator import ResourceEstimator
+    from mpmm.shared_state.layout import Capacities
+
+__all__ = [
+    "AcquireTimeoutError",
+    "Capacities",
+    "ClosedError",
+    "GPUMonitor",
+    "InvalidArgumentError",
+    "LayoutMismatchError",
+    "LoadTimeoutError",
+    "LockTimeoutError",
+    "ModelManager",
+    "ModelServerError",
+    "ModelTooLargeError",
+    "MpmmError",
+    "MultiProcessShared",
+    "NamespaceResetError",
+    "NotAcquiredError",
+    "QueueTicket",
+    "RemoteCallError",
+    "ResourceEstimator",
+    "RuntimeDirectoryError",
+    "SegmentAllocationError",
+    "SegmentCorruptError",
+    "ServerStartError",
+    "SharedObjectReleasedError",
+    "TableFullError",
+]
+
+_HOMES = {
+    "Capacities": "mpmm.shared_state.layout",
+    "GPUMonitor": "mpmm.gpu_monitor",
+    "ModelManager": "mpmm.model_manager",
+    "MultiProcessShared": "mpmm.multi_process_shared",
+    "QueueTicket": "mpmm.model_manager",
+    "ResourceEstimator": "mpmm.resource_estimator",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
