@@ -1,0 +1,33 @@
+"""Kinds of events in the ring, with the meaning of `value`."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+__all__ = ["EventKind"]
+
+
+class EventKind(IntEnum):
+    """What happened; the comment says what the event's `value` is."""
+
+    JOINED = 1  # slot of the member
+    LEFT = 2  # slot of the member
+    REAPED = 3  # slot of the member
+    LEADER = 4  # slot of the member
+    QUEUED = 5  # MB needed, nan if unknown
+    HIT = 6  # 0
+    GRANTED = 7  # seconds waited
+    RELEASED = 8  # seconds held
+    LOAD_BEGAN = 9  # MB reserved
+    LOAD_ENDED = 10  # seconds taken
+    LOAD_FAILED = 11  # seconds taken
+    UNLOAD_BEGAN = 12  # MB expected back
+    UNLOAD_ENDED = 13  # MB expected back
+    ISOLATION_BEGAN = 14  # MB in use before
+    ISOLATION_ENDED = 15  # MB the copy took
+    ESTIMATED = 16  # MB
+    LEFT_QUEUE = 17  # seconds waited
+    REFUSED = 18  # MB needed
+    LOST = 19  # MB: the copy's server or owner died
+    WRITTEN_OFF = 20  # MB that did not come back
+    RESET = 21  # 0

@@ -1,0 +1,136 @@
+"""The invariants of `layout.py`, checked on a snapshot. Tests, the stress tool and `mpmm check` call this."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator
+
+from mpmm.shared_state.snapshot import InstanceInfo, ModelInfo, Snapshot
+
+__all__ = ["check_invariants"]
+
+
+def check_invariants(snapshot: Snapshot) -> list[str]:
+    """Return what is wrong with a state, one line each that begins with the invariant's name; empty if all is well."""
+    return [line for check in (_header, _members, _models, _instances, _tickets, _devices) for line in check(snapshot)]
+
+
+def _header(snapshot: Snapshot) -> Iterator[str]:
+    if snapshot.change % 2:
+        yield f"H1 the change counter {snapshot.change} is odd"
+    states = Counter(instance.state for instance in snapshot.instances)
+    waiting = sum(ticket.state == "waiting" for ticket in snapshot.tickets)
+    for name, counted, found in (
+        ("WAITING", snapshot.waiting, waiting),
+        ("ACTIVE", snapshot.active, states["active"]),
+        ("LOADING", snapshot.loading, states["loading"]),
+    ):
+        if counted != found:
+            yield f"H2 {name} is {counted}, the rows say {found}"
+    if snapshot.isolated is not None:
+        alone = [instance for instance in snapshot.instances if instance.state in ("active", "loading")]
+        if [instance.row for instance in alone] != [snapshot.isolated]:
+            yield f"H3 instance {snapshot.isolated} is to run alone, in use are {[i.row for i in alone]}"
+    for ticket in snapshot.tickets:
+        if ticket.number >= snapshot.next_ticket:
+            yield f"H4 ticket {ticket.number} is not below the next number {snapshot.next_ticket}"
+
+
+def _members(snapshot: Snapshot) -> Iterator[str]:
+    generations = Counter(member.generation for member in snapshot.members)
+    for generation, count in generations.items():
+        if count > 1:
+            yield f"B1 {count} members have generation {generation}"
+
+
+def _models(snapshot: Snapshot) -> Iterator[str]:
+    instances: dict[int, list[InstanceInfo]] = {model.row: [] for model in snapshot.models}
+    for instance in snapshot.instances:
+        instances.setdefault(instance.model, []).append(instance)
+    waiting = Counter(ticket.model for ticket in snapshot.tickets if ticket.state == "waiting")
+    tags = Counter(model.tag for model in snapshot.models)
+    for model in snapshot.models:
+        states = Counter(instance.state for instance in instances[model.row])
+        if model.loaded != model.active + model.idle:
+            yield f"M1 {model.tag}: loaded {model.loaded} is not active {model.active} + idle {model.idle}"
+        for name in ("active", "idle", "loading", "unloading"):
+            if getattr(model, name) != states[name]:
+                invariant = "M1" if name in ("active", "idle") else "M3"
+                yield f"{invariant} {model.tag}: {name} is {getattr(model, name)}, the rows say {states[name]}"
+        if model.waiting != waiting[model.row]:
+            yield f"M3 {model.tag}: waiting is {model.waiting}, the tickets say {waiting[model.row]}"
+        if tags[model.tag] > 1:
+            yield f"M4 {model.tag} has {tags[model.tag]} rows"
+        yield from _idle_list(model, instances[model.row])
+
+
+def _idle_list(model: ModelInfo, instances: list[InstanceInfo]) -> Iterator[str]:
+    by_row = {instance.row: instance for instance in instances}
+    expected = {instance.row for instance in instances if instance.state == "idle" and instance.owner is None}
+    seen: list[int] = []
+    row, previous = model.idle_head, None
+    while row is not None:
+        if row in seen or row not in by_row:
+            what = "again" if row in seen else "not of this model"
+            yield f"M2 {model.tag}: the idle list leads to row {row}, {what}"
+            return
+        if by_row[row].previous != previous:
+            yield f"M2 {model.tag}: row {row} follows {previous} but names {by_row[row].previous}"
+        seen.append(row)
+        row, previous = by_row[row].next, row
+    if set(seen) != expected:
+        yield f"M2 {model.tag}: the idle list has {sorted(seen)}, idle are {sorted(expected)}"
+
+
+def _instances(snapshot: Snapshot) -> Iterator[str]:
+    models = {model.row for model in snapshot.models}
+    members = {member.slot for member in snapshot.members}
+    for instance in snapshot.instances:
+        what = f"instance {instance.row} ({instance.tag}, {instance.state})"
+        if (instance.holder is None) != (instance.state == "idle"):
+            yield f"I1 {what}: holder is {instance.holder}"
+        if instance.model not in models:
+            yield f"I2 {what}: no model row {instance.model}"
+        for name in ("holder", "owner", "server"):
+            slot = getattr(instance, name)
+            if slot is not None and slot not in members:
+                yield f"I2 {what}: {name} {slot} is no member"
+        if instance.state == "unloading" and instance.owner is not None and instance.holder != instance.owner:
+            yield f"I1 {what}: owner {instance.owner} should unload it, not {instance.holder}"
+        if not instance.reserved_mb >= 0 or (instance.state == "loading" and math.isnan(instance.reserved_mb)):
+            yield f"I3 {what}: {instance.reserved_mb} MB reserved"
+    generations = Counter(instance.generation for instance in snapshot.instances)
+    for generation, count in generations.items():
+        if count > 1:
+            yield f"I4 {count} instances have generation {generation}"
+
+
+def _tickets(snapshot: Snapshot) -> Iterator[str]:
+    members = {member.slot for member in snapshot.members}
+    models = {model.row for model in snapshot.models}
+    by_row = {instance.row: instance for instance in snapshot.instances}
+    numbers = Counter(ticket.number for ticket in snapshot.tickets)
+    for ticket in snapshot.tickets:
+        what = f"ticket {ticket.number} ({ticket.tag}, {ticket.state})"
+        if numbers[ticket.number] > 1:
+            yield f"T1 {what}: {numbers[ticket.number]} tickets have this number"
+        if ticket.member not in members:
+            yield f"T1 {what}: {ticket.member} is no member"
+        if ticket.model not in models:
+            yield f"T1 {what}: no model row {ticket.model}"
+        if (ticket.instance is not None) != (ticket.state in ("granted", "load")):
+            yield f"T2 {what}: instance is {ticket.instance}"
+        if ticket.state in ("granted", "load") and ticket.instance is not None:
+            instance = by_row.get(ticket.instance)
+            expected = "active" if ticket.state == "granted" else "loading"
+            if instance is None or instance.state != expected or instance.holder != ticket.member:
+                yield f"T2 {what}: promised {instance}"
+
+
+def _devices(snapshot: Snapshot) -> Iterator[str]:
+    for device in snapshot.devices:
+        if not device.returning_mb >= 0:
+            yield f"D2 {device.name}: {device.returning_mb} MB returning"
+        if device.sample_age_s is not None and device.sample_age_s < -1:
+            yield f"D1 {device.name}: the last sample is from the future"

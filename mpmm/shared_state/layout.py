@@ -1,0 +1,364 @@
+"""The byte layout of a namespace's segment: the one place that knows where a word lies and what it means.
+
+The segment is an array of 8-byte words, because one aligned word is the unit that is stored whole (see
+`transaction.py`). A number is an unsigned integer, or the bits of an IEEE double where the comment says
+*float*; `nan` stands for unknown. Text is one word with its length in bytes, then its UTF-8 bytes. A
+*reference* to a row is its index plus one, so that 0 means none. Times are `time.monotonic_ns()` unless
+*wall* is said. Memory is in MiB, which names abbreviate to `mb`.
+
+The tables follow one another in the order of `TABLES`. Every word below is written only inside a
+transaction (lock held, undo logged), except the header words marked *raw* and the event rows, whose
+rules stand beside them. Words marked *derived* can be recounted from the others; `invariants.py` does so.
+The invariants (H1, M1, …) hold whenever the lock is free.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from mpmm.errors import InvalidArgumentError
+
+__all__ = [
+    "LAYOUT_VERSION",
+    "MAGIC",
+    "Capacities",
+    "Device",
+    "Event",
+    "Header",
+    "Instance",
+    "Layout",
+    "Member",
+    "Model",
+    "Observation",
+    "Table",
+    "Ticket",
+    "Undo",
+    "text_words",
+]
+
+MAGIC = int.from_bytes(b"mpmm-seg", "little")
+LAYOUT_VERSION = 1
+WORD = 8
+
+
+def text_words(max_bytes: int) -> int:
+    """Return how many words a text field of up to `max_bytes` takes, its length included."""
+    return 1 + -(-max_bytes // WORD)
+
+
+class Header:
+    """One row, at word 0.
+
+    H1  `CHANGE` is even; `UNDO_COUNT` is 0.
+    H2  `WAITING` == ticket rows in state WAITING; `ACTIVE` and `LOADING` == instance rows in those states.
+    H3  `ISOLATED` refers to a LOADING or ACTIVE instance, and then no other instance is either.
+    H4  `NEXT_TICKET` is greater than the number of every ticket row.
+    """
+
+    MAGIC = 0
+    VERSION = 1
+    SIZE_BYTES = 2
+    CHANGE = 3  # raw: odd while a transaction is open; +2 for each committed one
+    UNDO_COUNT = 4  # raw: entries in the undo log
+    LOCK_HOLDER = 5  # raw: pid that took the lock last
+    LOCK_TAKEN = 6  # raw: when
+    BOOT = 7  # hash of the machine's boot id: what was written before a reboot is void
+    TOKEN = 8  # the same random word as in the runtime directory's `token` file
+    CREATED_WALL = 9  # wall, ns
+    CAPACITIES = 10  # eight words, in the order of `Capacities`
+    CONTENDED = 18  # raw, also without the lock; futex word: 1 when somebody may sleep until the lock is free
+
+    NEXT_TICKET = 20
+    WAITING = 21  # derived
+    ACTIVE = 22  # derived
+    LOADING = 23  # derived
+    ISOLATED = 24  # reference to the instance that runs alone, 0 outside isolation
+    ISOLATION_BASELINE = 25  # float: memory in use when it began to load
+    LEADER = 26  # reference to the member that polls
+    LEADER_SINCE = 27
+    NEXT_GENERATION = 28
+    EVENTS = 29  # events written so far; the ring holds the last ones
+    CONFIGURED_AT = 30  # when the set of loaded copies changed last
+    OBSERVATIONS_MADE = 31
+    SOLVED_AT = 32  # value of OBSERVATIONS_MADE that the last solution has seen
+    RESETS = 33
+    POLLED = 34  # when the leader, or somebody in its stead, polled last
+
+    # Counters since creation.
+    LOADS = 36
+    HITS = 37
+    EVICTIONS = 38
+    FAILED_LOADS = 39
+    TIMEOUTS = 40
+    REAPS = 41
+    ROLLBACKS = 42  # raw
+    LEADERS = 43
+    WRITTEN_OFF = 44  # float: MB that never came back after unloads
+
+    # What the source of memory figures can do, written by the leader.
+    SOURCE_MEASURES_PROCESSES = 48
+    SOURCE_SETTLES_LATE = 49
+    SOURCE_BOOKS_ONLY = 50
+    SOURCE_NAME = 51  # text: the source that the leader reads
+    SOURCE_ASKED = 56  # text: the one that the creator asked for
+    SOURCE_NAME_BYTES = 31
+
+    SETTINGS = 64  # one float each, in the order of `Settings` in settings.py
+    WORDS = 96
+
+
+class Member:
+    """One attached process. B1: no two used rows have the same GENERATION.
+
+    A used row's process is alive exactly while the lock file `m<slot>.lock` is held.
+    """
+
+    STATE = 0  # FREE, WORKER or SERVER
+    PID = 1
+    STARTED_WALL = 2  # wall, ns: with the pid it identifies the process to people
+    GENERATION = 3
+    ATTACHED = 4
+    BELL = 5  # futex word: rung when this process has something to do
+    INSTANCE = 6  # SERVER: reference to the instance that this process holds the memory of
+    MEASURED_MB = 7  # SERVER, float: memory of the process in the last sample
+    PEAK_MB = 8  # SERVER, float: its highest figure
+    NAME = 9  # text: SERVER: tag of the shared object; WORKER: name of the program
+    NAME_BYTES = 631
+    WORDS = NAME + text_words(NAME_BYTES)
+
+    FREE = 0
+    WORKER = 1
+    SERVER = 2
+
+
+class Model:
+    """One tag.
+
+    M1  LOADED == ACTIVE + IDLE, and each equals the number of instance rows of this model in that state.
+    M2  the IDLE_HEAD list holds exactly the model's IDLE instances without OWNER, each once, newest first.
+    M3  LOADING, UNLOADING and WAITING equal the instance and ticket rows of this model in that state.
+    M4  no two used rows have the same TAG.
+    """
+
+    STATE = 0  # 0 free, 1 used
+    GENERATION = 1
+    ESTIMATE_MB = 2  # float; counts only if KNOWN
+    KNOWN = 3
+    LOADED = 4  # derived
+    ACTIVE = 5  # derived
+    IDLE = 6  # derived
+    LOADING = 7  # derived
+    UNLOADING = 8  # derived
+    WAITING = 9  # derived
+    IDLE_HEAD = 10  # reference to the shared instance that became idle last
+    USED_AT = 11  # when a copy of it began to load or was dropped last
+    LOADS = 12
+    HITS = 13
+    EVICTIONS = 14
+    MEASURED = 15  # 1 when the estimate was read from a process, not inferred
+    SHARES = 16  # 1 when its loader has made a handle: one load serves every process
+    LOAD_S = 17  # float: smoothed duration of a load, 0 unknown
+    HOLD_S = 18  # float: smoothed time between acquire and release, 0 unknown
+    TAG = 19  # text
+    TAG_BYTES = 511
+    WORDS = TAG + text_words(TAG_BYTES)
+
+
+class Instance:
+    """One copy of a model, from the decision to load it until its memory is given back.
+
+    I1  a LOADING or ACTIVE row has a HOLDER, and IDLE has none; an UNLOADING row's HOLDER unloads it.
+    I2  MODEL refers to a used model row; HOLDER, OWNER and SERVER to used member rows.
+    I3  RESERVED_MB >= 0; above 0 while LOADING, and after that until a sample has seen the load.
+    I4  no two used rows have the same GENERATION.
+    """
+
+    STATE = 0
+    MODEL = 1  # index of the model row
+    GENERATION = 2
+    HOLDER = 3  # reference to a member
+    OWNER = 4  # reference to the only member that can use the object; 0 for a handle
+    SERVER = 5  # reference to the member that keeps the memory of a handle, 0 if not known
+    DEVICE = 6  # index of the device row
+    MB = 7  # float: what the copy takes, by measurement or else by estimate
+    RESERVED_MB = 8  # float: counted on top of the device's figure
+    SINCE = 9  # when STATE changed last
+    LOADED_AT = 10
+    NEXT = 11  # } IDLE_HEAD list
+    PREVIOUS = 12  # }
+    DOOMED = 13  # 1: to be unloaded as soon as its holder lets go (its server died, or a reset)
+    HAS_SERVER = 14  # 1: the handle named a live shared object when the load ended
+    USES = 15
+    HANDLE = 16  # text, empty for an object
+    HANDLE_BYTES = 631
+    WORDS = HANDLE + text_words(HANDLE_BYTES)
+
+    FREE = 0
+    LOADING = 1
+    ACTIVE = 2
+    IDLE = 3
+    UNLOADING = 4
+
+
+class Ticket:
+    """One waiter.
+
+    T1  NUMBERs are unique; MODEL and MEMBER refer to used rows.
+    T2  INSTANCE is set exactly in states GRANTED (an ACTIVE row) and LOAD (a LOADING row), whose HOLDER is MEMBER.
+    """
+
+    STATE = 0
+    NUMBER = 1
+    PRIORITY = 2  # 0 before 1: an unknown model goes first
+    MODEL = 3
+    MEMBER = 4
+    INSTANCE = 5
+    ENQUEUED = 6
+    DEADLINE = 7
+    SIGNAL = 8  # futex word
+    REASON = 9  # why it waits, see policy.view.Reason
+    NEED_MB = 10  # float
+    WORDS = 12
+
+    FREE = 0
+    WAITING = 1
+    GRANTED = 2
+    LOAD = 3
+    REFUSED = 4  # can never fit: the waiter raises ModelTooLargeError
+    RESET = 5  # a force_reset ended the wait
+
+
+class Device:
+    """One accelerator, or the host's memory. D1: SAMPLED never decreases; D2: RETURNING_MB >= 0."""
+
+    STATE = 0  # 0 free, 1 used
+    TOTAL_MB = 1  # float
+    USED_MB = 2  # float: last figure that could be read
+    SAMPLED = 3  # when the last figure was asked for
+    PEAK_MB = 4  # float: highest figure in the ring since PEAK_RESET
+    PEAK_RESET = 5
+    HIGHEST_MB = 6  # float: highest figure since creation
+    RETURNING_MB = 7  # float: unloaded, not yet seen to be free
+    RETURN_FROM_MB = 8  # float: figure when the unload began
+    RETURN_DEADLINE = 9
+    RETURN_SINCE = 10  # end of the last unload: older samples say nothing
+    RING_NEXT = 11
+    UUID = 12  # text
+    UUID_BYTES = 63
+    NAME = UUID + text_words(UUID_BYTES)  # text
+    NAME_BYTES = 63
+    RING = NAME + text_words(NAME_BYTES)
+    RING_LENGTH = 128  # pairs of (time, float MB)
+    WORDS = RING + 2 * RING_LENGTH
+
+
+class Observation:
+    """Readings of one configuration: `PAIRS` packed copies, sorted, for weighted NNLS.
+
+    O1  a used row has 1 <= COUNT <= READINGS_KEPT readings and 1 <= PAIRS_USED <= PAIRS_LENGTH pairs.
+    """
+
+    STATE = 0
+    COUNT = 1
+    NEXT = 2
+    UPDATED = 3
+    PAIRS_USED = 4
+    READINGS = 5  # floats
+    READINGS_KEPT = 20
+    PAIRS = READINGS + READINGS_KEPT  # model generation << 16 | copies
+    PAIRS_LENGTH = 64
+    WORDS = PAIRS + PAIRS_LENGTH
+
+
+class Event:
+    """One transition, in a ring that is written raw, before `Header.EVENTS` is set to count it.
+
+    E1  an event exists if its SEQUENCE is right and not above `Header.EVENTS`. The row behind the newest event may
+        hold one that was rolled back, or is being written, instead of the oldest.
+    """
+
+    SEQUENCE = 0  # 1, 2, 3, …; lies in row (SEQUENCE - 1) % capacity
+    TIME = 1
+    KIND = 2
+    PID = 3
+    MODEL = 4  # reference
+    INSTANCE = 5  # reference
+    TICKET = 6  # ticket number plus one
+    VALUE = 7  # float, meaning by KIND
+    WORDS = 8
+
+
+class Undo:
+    """The undo log: pairs of (word index, old value), `Header.UNDO_COUNT` of them."""
+
+    INDEX = 0
+    OLD = 1
+    WORDS = 2
+
+
+@dataclass(frozen=True)
+class Capacities:
+    """Rows of each table, chosen when a namespace is created.
+
+    The defaults take 5 MB of shared memory and are meant to be enough for one host.
+    """
+
+    members: int = 1024
+    models: int = 1024
+    instances: int = 2048
+    tickets: int = 4096
+    devices: int = 16
+    observations: int = 256
+    events: int = 8192
+    undo: int = 32768
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if not isinstance(value, int) or not 1 <= value <= 1 << 20:
+                raise InvalidArgumentError(f"capacity {field.name}={value!r}: expected a whole number, 1 to 1048576")
+
+
+@dataclass(frozen=True)
+class Table:
+    """Where a table lies: row `r`, field `f` is word `base + r * words + f`."""
+
+    name: str
+    base: int
+    words: int
+    capacity: int
+
+    @property
+    def end(self) -> int:
+        """First word behind the table."""
+        return self.base + self.words * self.capacity
+
+
+class Layout:
+    """The tables' places for given capacities."""
+
+    def __init__(self, capacities: Capacities) -> None:
+        self.capacities = capacities
+        word = Header.WORDS
+        tables = []
+        for name, row in _ROWS.items():
+            table = Table(name, word, row.WORDS, getattr(capacities, name))
+            tables.append(table)
+            word = table.end
+        self.tables = tuple(tables)
+        self.members, self.models, self.instances, self.tickets = tables[:4]
+        self.devices, self.observations, self.events, self.undo = tables[4:]
+        self.words = word
+        self.size_bytes = word * WORD
+
+
+_ROWS: dict[str, type[Member | Model | Instance | Ticket | Device | Observation | Event | Undo]] = {
+    "members": Member,
+    "models": Model,
+    "instances": Instance,
+    "tickets": Ticket,
+    "devices": Device,
+    "observations": Observation,
+    "events": Event,
+    "undo": Undo,
+}

@@ -1,0 +1,260 @@
+"""The shared-memory segment as an array of words, made and found by name.
+
+`multiprocessing.shared_memory` does the mapping. Two of its habits are turned off: before Python 3.13 the
+resource tracker takes every segment that a process merely attaches to for its own, and unlinks it when that
+process ends; and pages come into being at first touch, so that a full `/dev/shm` would be a SIGBUS in the
+middle of a transaction. Segments made here are unknown to the tracker, and all of their pages are allocated
+at creation.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import hashlib
+import mmap
+import os
+import sys
+import threading
+from collections.abc import Iterator
+from multiprocessing import resource_tracker
+from multiprocessing.shared_memory import SharedMemory
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import psutil
+
+from mpmm.errors import SegmentAllocationError
+from mpmm.shared_state.layout import LAYOUT_VERSION, MAGIC, Capacities, Header, Layout, Table
+
+__all__ = ["Segment", "SegmentProblem", "boot_hash", "segment_name"]
+
+_tracker_patch = threading.Lock()
+
+
+class SegmentProblem(Exception):
+    """A segment of our name that must not be read as ours; the text says what was found and expected."""
+
+    def __init__(self, found: str, expected: str) -> None:
+        super().__init__(f"found {found}, expected {expected}")
+        self.found = found
+        self.expected = expected
+
+
+def segment_name(root: Path, namespace: str) -> str:
+    """Return the name in `/dev/shm` for a namespace below the existing folder `root`.
+
+    The folder's identity is part of the name, so that two containers which share `/dev/shm` but not the
+    folder with the locks get two segments rather than one without mutual exclusion.
+    """
+    place = os.stat(root)
+    identity = f"{os.path.realpath(root)}:{place.st_dev}:{place.st_ino}"
+    return f"mpmm-{os.getuid()}-{hashlib.sha256(identity.encode()).hexdigest()[:12]}-{namespace}"
+
+
+def boot_hash() -> int:
+    """Return a word that is the same until the machine starts anew."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    except OSError:
+        boot = str(int(psutil.boot_time()))
+    return int.from_bytes(hashlib.sha256(boot.encode()).digest()[:8], "little")
+
+
+class Segment:
+    """A mapped segment. `words` is for reading anywhere and for writing in `transaction.py` alone."""
+
+    def __init__(self, mapping: mmap.mmap, name: str, layout: Layout) -> None:
+        self.name = name
+        self.layout = layout
+        self._mapping = mapping
+        whole = memoryview(mapping)[: layout.size_bytes]
+        self.words = whole.cast("Q")
+        self.floats = whole.cast("d")
+        self._numbers: npt.NDArray[np.uint64] | None = np.frombuffer(mapping, dtype=np.uint64, count=layout.words)
+        self._anchor: ctypes.c_char | None = ctypes.c_char.from_buffer(mapping)
+        self.address = ctypes.addressof(self._anchor)
+
+    @classmethod
+    def create(cls, name: str, capacities: Capacities, token: int) -> Segment:
+        """Make, allocate and initialise a new segment; the caller holds the namespace's lifecycle lock.
+
+        The creator fills in what else must be there and then calls `seal`; one that dies before leaves something
+        that `open` refuses.
+        Raises SegmentAllocationError when the memory is not to be had, FileExistsError when the name is taken.
+        """
+        layout = Layout(capacities)
+        try:
+            with _unknown_to_tracker(name):
+                memory = _shared_memory(name, create=True, size=layout.size_bytes)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.ENOMEM):
+                raise _no_room(name, layout.size_bytes, error) from error
+            raise
+        try:
+            # `_fd`, here and in _map, is not in the type stubs: SharedMemory offers no other way to its descriptor.
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(memory._fd, 0, layout.size_bytes)  # type: ignore[attr-defined]
+            segment = cls(_map(memory), name, layout)
+        except OSError as error:
+            memory.close()
+            unlink_segment(name)
+            raise _no_room(name, layout.size_bytes, error) from error
+        words = segment.words
+        words[Header.VERSION] = LAYOUT_VERSION
+        words[Header.SIZE_BYTES] = layout.size_bytes
+        words[Header.BOOT] = boot_hash()
+        words[Header.TOKEN] = token
+        for offset, table in enumerate(layout.tables):
+            words[Header.CAPACITIES + offset] = table.capacity
+        words[Header.NEXT_GENERATION] = 1
+        return segment
+
+    def seal(self) -> None:
+        """Store the magic word: from now on others may attach."""
+        self.words[Header.MAGIC] = MAGIC
+
+    @classmethod
+    def open(cls, name: str, token: int | None = None) -> Segment | None:
+        """Map an existing segment; None when there is none.
+
+        Raises SegmentProblem when it is not of this layout, this boot, this size or, where `token` is
+        given, this runtime directory: such a segment is never read any further.
+        """
+        try:
+            with _unknown_to_tracker(name):
+                memory = _shared_memory(name)
+        except FileNotFoundError:
+            return None
+        except ValueError as error:
+            # An empty file: its creator died between making and sizing it.
+            raise SegmentProblem("an empty segment", "an initialised one") from error
+        mapping = _map(memory)
+        return cls(mapping, name, _checked_layout(mapping, token))
+
+    def view(self, table: Table) -> npt.NDArray[np.uint64]:
+        """Return the live rows of a table as an array of shape (capacity, words).
+
+        For scans under the lock; the caller must not keep it, because a kept view keeps the mapping open.
+        """
+        assert self._numbers is not None, "the segment is closed"
+        return self._numbers[table.base : table.end].reshape(table.capacity, table.words)
+
+    def copy(self) -> bytes:
+        """Return all bytes of the segment."""
+        return self.words.tobytes()
+
+    def close(self) -> None:
+        """Unmap the segment. A thread that still reads it gets ValueError from the released views."""
+        self._numbers = None
+        self._anchor = None
+        self.words.release()
+        self.floats.release()
+        # A view that is still referenced somewhere keeps the pages mapped until it goes; nothing else depends on it.
+        with contextlib.suppress(BufferError):
+            self._mapping.close()
+
+
+def unlink_segment(name: str) -> None:
+    """Remove the name; who has it mapped keeps it. A missing one is fine."""
+    with contextlib.suppress(FileNotFoundError), _unknown_to_tracker(name):
+        try:
+            memory = _shared_memory(name)
+        except ValueError:
+            # Too short to be mapped, so SharedMemory cannot remove it.
+            os.unlink(f"/dev/shm/{name}")
+            return
+        memory.close()
+        memory.unlink()
+
+
+def _map(memory: SharedMemory) -> mmap.mmap:
+    """Return a mapping of our own of a segment, and close its `SharedMemory`.
+
+    That one insists on unmapping when it is collected, in whatever order the collector finds our views of it, and
+    complains about those that are left. A mapping that is merely dropped goes with its last view.
+    """
+    mapping = mmap.mmap(memory._fd, memory.size)  # type: ignore[attr-defined]
+    memory.close()
+    return mapping
+
+
+def _checked_layout(mapping: mmap.mmap, token: int | None) -> Layout:
+    size = len(mapping)
+    if size < Header.WORDS * 8:
+        raise SegmentProblem(f"{size} bytes", f"at least {Header.WORDS * 8}")
+    with memoryview(mapping) as whole, whole[: Header.WORDS * 8].cast("Q") as header:
+        if header[Header.MAGIC] != MAGIC:
+            raise SegmentProblem(f"magic {header[Header.MAGIC]:#x}", f"{MAGIC:#x}")
+        if header[Header.VERSION] != LAYOUT_VERSION:
+            raise SegmentProblem(f"layout version {header[Header.VERSION]}", f"layout version {LAYOUT_VERSION}")
+        if header[Header.BOOT] != boot_hash():
+            raise SegmentProblem("a segment from before the last start of the machine", "one from this boot")
+        if token is not None and header[Header.TOKEN] != token:
+            raise SegmentProblem("a segment of another runtime directory", "one of this directory")
+        rows = [header[Header.CAPACITIES + offset] for offset in range(len(Capacities.__dataclass_fields__))]
+        if not all(1 <= count <= 1 << 20 for count in rows):
+            raise SegmentProblem(f"table capacities {rows}", "numbers from 1 to 1048576")
+        layout = Layout(Capacities(*rows))
+        if header[Header.SIZE_BYTES] != layout.size_bytes or size < layout.size_bytes:
+            raise SegmentProblem(
+                f"{size} bytes that claim to be {header[Header.SIZE_BYTES]}", f"{layout.size_bytes} bytes"
+            )
+        return layout
+
+
+def _no_room(name: str, size_bytes: int, error: OSError) -> SegmentAllocationError:
+    return SegmentAllocationError(
+        f"no room for the segment {name}: {size_bytes} bytes of shared memory were refused ({error.strerror}); "
+        "free or enlarge /dev/shm, or create the namespace with smaller capacities",
+        name=name,
+        size_bytes=size_bytes,
+    )
+
+
+if sys.version_info >= (3, 13):
+
+    def _shared_memory(name: str, create: bool = False, size: int = 0) -> SharedMemory:
+        return SharedMemory(name=name, create=create, size=size, track=False)
+
+    @contextlib.contextmanager
+    def _unknown_to_tracker(name: str) -> Iterator[None]:
+        yield
+
+else:
+
+    def _shared_memory(name: str, create: bool = False, size: int = 0) -> SharedMemory:
+        return SharedMemory(name=name, create=create, size=size)
+
+    @contextlib.contextmanager
+    def _unknown_to_tracker(name: str) -> Iterator[None]:
+        """Keep calls about the segment `name`, and no others, from the resource tracker.
+
+        Undoing a registration afterwards would be simpler, but starts a tracker process in every worker.
+        """
+        with _tracker_patch:
+            register, unregister = resource_tracker.register, resource_tracker.unregister
+
+            def filtered_register(resource: str, kind: str) -> None:
+                if resource.lstrip("/") != name:
+                    register(resource, kind)
+
+            def filtered_unregister(resource: str, kind: str) -> None:
+                if resource.lstrip("/") != name:
+                    unregister(resource, kind)
+
+            resource_tracker.register = filtered_register  # type: ignore[assignment]
+            resource_tracker.unregister = filtered_unregister  # type: ignore[assignment]
+            try:
+                yield
+            finally:
+                resource_tracker.register = register
+                resource_tracker.unregister = unregister
+
+
+def reset_after_fork() -> None:
+    """Give the child a lock that no vanished thread of the parent holds."""
+    global _tracker_patch
+    _tracker_patch = threading.Lock()

@@ -1,0 +1,59 @@
+"""The parameters that hold for a whole namespace: whoever creates it chooses them, later comers take them over."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+
+from mpmm.errors import InvalidArgumentError
+
+__all__ = ["Settings"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Numbers of `ModelManager`, with Beam's defaults where Beam has them. Stored as one float each, in this order."""
+
+    slack_percentage: float = 0.10
+    poll_interval: float = 0.5
+    peak_window_seconds: float = 30.0
+    min_data_points: float = 5
+    smoothing_factor: float = 0.2
+    eviction_cooldown_seconds: float = 10.0
+    min_model_copies: float = 1
+    wait_timeout_seconds: float = 300.0
+    lock_timeout_seconds: float = 60.0
+    fallback_memory_mb: float = 16000.0
+    memory_budget_mb: float = math.inf  # none
+    default_estimate_mb: float = 4000.0
+    max_overtake_seconds: float = 2.0
+    memory_return_seconds: float = 5.0
+    load_timeout_seconds: float = math.inf
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            low, high, unit = _RANGES[field.name]
+            if not isinstance(value, int | float) or isinstance(value, bool) or not low <= value <= high:
+                raise InvalidArgumentError(f"{field.name}={value!r}: expected {unit} from {low:g} to {high:g}")
+
+
+_SECONDS = (0.0, math.inf, "seconds")
+_MB = (1.0, 1e9, "MB")
+_RANGES: dict[str, tuple[float, float, str]] = {
+    "slack_percentage": (0.0, 0.99, "a fraction"),
+    "poll_interval": (0.01, 3600.0, "seconds"),
+    "peak_window_seconds": (0.01, 86400.0, "seconds"),
+    "min_data_points": (1, 1e6, "a count"),
+    "smoothing_factor": (0.0, 1.0, "a fraction"),
+    "eviction_cooldown_seconds": _SECONDS,
+    "min_model_copies": (0, 1e6, "a count"),
+    "wait_timeout_seconds": _SECONDS,
+    "lock_timeout_seconds": (0.001, 86400.0, "seconds"),
+    "fallback_memory_mb": _MB,
+    "memory_budget_mb": (1.0, math.inf, "MB"),
+    "default_estimate_mb": _MB,
+    "max_overtake_seconds": _SECONDS,
+    "memory_return_seconds": _SECONDS,
+    "load_timeout_seconds": (0.001, math.inf, "seconds"),
+}

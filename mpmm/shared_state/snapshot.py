@@ -1,0 +1,611 @@
+"""The whole state of a namespace as plain values, read from outside: no membership, no change, hardly ever a lock.
+
+`read_snapshot` copies the segment and decodes the copy. It answers whatever happens to the lock's holder: a copy
+that falls into a transaction is completed by the undo log in the copy (see `transaction.py`). Only when writers leave
+no gap for a copy is the lock taken, for the length of one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import psutil
+
+from mpmm.errors import LayoutMismatchError, LockTimeoutError, SegmentCorruptError
+from mpmm.shared_state.events import EventKind
+from mpmm.shared_state.layout import (
+    LAYOUT_VERSION,
+    Device,
+    Event,
+    Header,
+    Instance,
+    Layout,
+    Member,
+    Model,
+    Observation,
+    Ticket,
+)
+from mpmm.shared_state.lock_file import LockFile, is_locked
+from mpmm.shared_state.runtime_dir import RuntimeDirectory
+from mpmm.shared_state.segment import Segment, SegmentProblem, segment_name
+from mpmm.shared_state.settings import Settings
+from mpmm.shared_state.transaction import roll_back
+
+__all__ = [
+    "DeviceInfo",
+    "EventInfo",
+    "InstanceInfo",
+    "LockInfo",
+    "MemberInfo",
+    "ModelInfo",
+    "ObservationInfo",
+    "Snapshot",
+    "TicketInfo",
+    "as_json",
+    "decode",
+    "find_namespaces",
+    "read_snapshot",
+]
+
+_COPIES_TRIED = 12
+_LOCK_PATIENCE_S = 0.5
+
+
+class Kind(str, Enum):
+    """What a member is."""
+
+    WORKER = "worker"
+    SERVER = "server"
+
+
+_INSTANCE_STATES = {1: "loading", 2: "active", 3: "idle", 4: "unloading"}
+_TICKET_STATES = {1: "waiting", 2: "granted", 3: "load", 4: "refused", 5: "reset"}
+
+
+@dataclass(frozen=True)
+class MemberInfo:
+    """One attached process. `alive` is None when it was not looked up. Servers: `measured_mb`, `peak_mb`."""
+
+    slot: int
+    kind: str
+    pid: int
+    name: str
+    alive: bool | None
+    started_wall_s: float
+    attached_for_s: float
+    instance: int | None
+    measured_mb: float | None
+    peak_mb: float | None
+    generation: int
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """One tag: how many copies in which state, its estimate in MB (None: unknown), and its counters."""
+
+    row: int
+    tag: str
+    estimate_mb: float | None
+    measured: bool
+    loaded: int
+    active: int
+    idle: int
+    loading: int
+    unloading: int
+    waiting: int
+    loads: int
+    hits: int
+    evictions: int
+    unused_for_s: float
+    idle_head: int | None
+    generation: int
+
+
+@dataclass(frozen=True)
+class InstanceInfo:
+    """One copy. `holder`, `owner` and `server` are slots of members; `handle` is None for an object."""
+
+    row: int
+    tag: str
+    model: int
+    state: str
+    holder: int | None
+    owner: int | None
+    server: int | None
+    device: int
+    mb: float
+    reserved_mb: float
+    for_s: float
+    uses: int
+    handle: str | None
+    doomed: bool
+    next: int | None
+    previous: int | None
+    generation: int
+
+
+@dataclass(frozen=True)
+class TicketInfo:
+    """One waiter. `need_mb` is the estimate or default when it queued; `member` is a slot."""
+
+    row: int
+    number: int
+    priority: int
+    tag: str
+    model: int
+    member: int
+    pid: int
+    state: str
+    reason: int
+    need_mb: float
+    waited_s: float
+    time_left_s: float
+    instance: int | None
+
+
+@dataclass(frozen=True)
+class DeviceInfo:
+    """One device. `used_mb` is None before the first figure; `sample_age_s` likewise.
+
+    reserved_mb: what loads have booked and the figure does not show yet.
+    """
+
+    row: int
+    uuid: str
+    name: str
+    total_mb: float
+    limit_mb: float
+    used_mb: float | None
+    peak_mb: float | None
+    peak_since_start_mb: float
+    reserved_mb: float
+    returning_mb: float
+    sample_age_s: float | None
+
+
+@dataclass(frozen=True)
+class ObservationInfo:
+    """Readings in MB of one configuration (tag -> copies)."""
+
+    copies: dict[str, int]
+    readings_mb: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class EventInfo:
+    """One entry of the event ring, oldest first; `value` as `EventKind` says."""
+
+    sequence: int
+    kind: str
+    age_s: float
+    pid: int
+    tag: str | None
+    instance: int | None
+    ticket: int | None
+    value: float | None
+
+
+@dataclass(frozen=True)
+class LockInfo:
+    """Who took the lock last. `held` is None when it was not looked up."""
+
+    held: bool | None
+    last_holder_pid: int
+    taken_ago_s: float
+    holder_stopped: bool
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Everything. Times are relative to the moment of the copy; `torn_words` were undone in the copy."""
+
+    namespace: str
+    segment: str
+    layout_version: int
+    taken_wall_s: float
+    created_wall_s: float
+    change: int
+    torn_words: int
+    lock: LockInfo
+    source: str
+    source_asked: str
+    books_only: bool
+    leader: int | None
+    leader_for_s: float | None
+    next_ticket: int
+    waiting: int
+    active: int
+    loading: int
+    isolated: int | None
+    events_written: int
+    loads: int
+    hits: int
+    evictions: int
+    failed_loads: int
+    timeouts: int
+    reaps: int
+    rollbacks: int
+    leaders: int
+    resets: int
+    written_off_mb: float
+    settings: Settings
+    members: tuple[MemberInfo, ...]
+    models: tuple[ModelInfo, ...]
+    instances: tuple[InstanceInfo, ...]
+    tickets: tuple[TicketInfo, ...]
+    devices: tuple[DeviceInfo, ...]
+    observations: tuple[ObservationInfo, ...]
+    events: tuple[EventInfo, ...]
+
+
+def find_namespaces(root: Path | None = None) -> list[str]:
+    """Return the namespaces of this user that have a segment, by name."""
+    folder = RuntimeDirectory("any", root).root
+    if not folder.is_dir():
+        return []
+    names = (entry.name for entry in folder.iterdir() if (entry / "segment.lock").exists())
+    return sorted(name for name in names if os.path.exists(f"/dev/shm/{segment_name(folder, name)}"))
+
+
+def read_snapshot(namespace: str, root: Path | None = None, *, events: bool = True) -> Snapshot:
+    """Read the state of a namespace.
+
+    events: False leaves the event ring out.
+    Raises FileNotFoundError when there is no such namespace, LayoutMismatchError when it is another version's,
+    SegmentCorruptError when it holds junk, InvalidArgumentError for an impossible name.
+    """
+    runtime = RuntimeDirectory(namespace, root)
+    if not runtime.path.is_dir():
+        raise FileNotFoundError(f"there is no namespace {namespace!r} in {runtime.root}")
+    name = segment_name(runtime.root, namespace)
+    try:
+        segment = Segment.open(name)
+    except SegmentProblem as problem:
+        raise LayoutMismatchError(
+            f"cannot read namespace {namespace!r}: found {problem.found}, expected {problem.expected}",
+            name=name,
+            found=problem.found,
+            expected=problem.expected,
+        ) from None
+    if segment is None:
+        raise FileNotFoundError(f"namespace {namespace!r} has no segment {name}")
+    try:
+        copied = _consistent_copy(segment, runtime.file("segment.lock"))
+        layout = segment.layout
+    finally:
+        segment.close()
+    held = is_locked(runtime.file("segment.lock"))
+    alive = {slot: is_locked(runtime.file(f"m{slot}.lock")) for slot in _used_slots(copied, layout)}
+    return decode(copied, layout, namespace, name, held=held, alive=alive, with_events=events)
+
+
+def _consistent_copy(segment: Segment, lock_path: Path) -> bytearray:
+    """Return a copy that is one state of the segment once its undo log is rolled back; see `transaction.py`."""
+    words = segment.words
+    last = b""
+    for attempt in range(_COPIES_TRIED):
+        before = words[Header.CHANGE]
+        copied = segment.copy()
+        if words[Header.CHANGE] == before and (before % 2 == 0 or copied == last):
+            return bytearray(copied)
+        last = copied
+        # Between two transactions of busy writers there are pauses; ours differ, so that one is hit.
+        time.sleep(0.0001 * (attempt % 7))
+    # Writers are too busy for that. The lock is free every few microseconds then; if it is not, because its holder
+    # has been stopped just now, nothing changes any more and the next copy is as good.
+    lock = LockFile(lock_path)
+    try:
+        with contextlib.suppress(LockTimeoutError):
+            lock.exclusive(_LOCK_PATIENCE_S)
+        return bytearray(segment.copy())
+    finally:
+        lock.close()
+
+
+def _used_slots(copied: bytearray, layout: Layout) -> list[int]:
+    table = layout.members
+    states = np.frombuffer(copied, dtype=np.uint64)[table.base : table.end].reshape(-1, table.words)[:, Member.STATE]
+    slots: list[int] = np.flatnonzero(states).tolist()
+    return slots
+
+
+def decode(
+    copied: bytearray,
+    layout: Layout,
+    namespace: str,
+    segment: str,
+    *,
+    held: bool | None = None,
+    alive: dict[int, bool] | None = None,
+    with_events: bool = True,
+) -> Snapshot:
+    """Turn a copy of a segment into a snapshot; rolls an open transaction back in the copy.
+
+    Raises SegmentCorruptError when rows hold what mpmm never writes.
+    """
+    words = memoryview(copied).cast("Q")
+    torn = roll_back(words, layout.undo)
+    try:
+        return _Decoder(copied, layout).snapshot(namespace, segment, torn, held, alive or {}, with_events)
+    except (IndexError, ValueError, OverflowError) as error:
+        raise SegmentCorruptError(
+            f"segment {segment} of namespace {namespace!r} holds what mpmm never writes ({error}); "
+            "end its processes, the next one makes a new segment",
+            name=segment,
+        ) from error
+
+
+class _Decoder:
+    def __init__(self, copied: bytearray, layout: Layout) -> None:
+        self._bytes = copied
+        self._layout = layout
+        self._words = memoryview(copied).cast("Q")
+        self._floats = memoryview(copied).cast("B").cast("d")
+        self._now = time.monotonic_ns()
+
+    def snapshot(
+        self,
+        namespace: str,
+        segment: str,
+        torn: int,
+        held: bool | None,
+        alive: dict[int, bool],
+        with_events: bool,
+    ) -> Snapshot:
+        words, floats = self._words, self._floats
+        settings = Settings(*(floats[Header.SETTINGS + offset] for offset in range(len(fields(Settings)))))
+        books_only = bool(words[Header.SOURCE_BOOKS_ONLY])
+        models = dict(self._rows("models"))
+        tags = {row: self._text(at + Model.TAG) for row, at in models.items()}
+        instances = tuple(self._instance(row, at, tags) for row, at in self._rows("instances"))
+        leader = self._reference(words[Header.LEADER])
+        return Snapshot(
+            namespace=namespace,
+            segment=segment,
+            layout_version=LAYOUT_VERSION,
+            taken_wall_s=time.time(),
+            created_wall_s=words[Header.CREATED_WALL] / 1e9,
+            change=words[Header.CHANGE],
+            torn_words=torn,
+            lock=self._lock(held),
+            source=self._text(Header.SOURCE_NAME),
+            source_asked=self._text(Header.SOURCE_ASKED),
+            books_only=books_only,
+            leader=leader,
+            leader_for_s=None if leader is None else self._age(words[Header.LEADER_SINCE]),
+            next_ticket=words[Header.NEXT_TICKET],
+            waiting=words[Header.WAITING],
+            active=words[Header.ACTIVE],
+            loading=words[Header.LOADING],
+            isolated=self._reference(words[Header.ISOLATED]),
+            events_written=words[Header.EVENTS],
+            loads=words[Header.LOADS],
+            hits=words[Header.HITS],
+            evictions=words[Header.EVICTIONS],
+            failed_loads=words[Header.FAILED_LOADS],
+            timeouts=words[Header.TIMEOUTS],
+            reaps=words[Header.REAPS],
+            rollbacks=words[Header.ROLLBACKS],
+            leaders=words[Header.LEADERS],
+            resets=words[Header.RESETS],
+            written_off_mb=floats[Header.WRITTEN_OFF],
+            settings=settings,
+            members=tuple(self._member(row, at, alive.get(row)) for row, at in self._rows("members")),
+            models=tuple(self._model(row, at) for row, at in models.items()),
+            instances=instances,
+            tickets=tuple(
+                sorted(
+                    (self._ticket(row, at, tags) for row, at in self._rows("tickets")),
+                    key=lambda ticket: (ticket.priority, ticket.number),
+                )
+            ),
+            devices=tuple(self._device(row, at, settings, instances, books_only) for row, at in self._rows("devices")),
+            observations=tuple(self._observations(models, tags)),
+            events=tuple(self._events(tags)) if with_events else (),
+        )
+
+    def _rows(self, name: str) -> Iterable[tuple[int, int]]:
+        table = getattr(self._layout, name)
+        states = self._array(name)[:, 0]
+        return [(row, table.base + row * table.words) for row in np.flatnonzero(states).tolist()]
+
+    def _array(self, name: str) -> npt.NDArray[np.uint64]:
+        table = getattr(self._layout, name)
+        numbers = np.frombuffer(self._bytes, dtype=np.uint64, count=self._layout.words)
+        return numbers[table.base : table.end].reshape(table.capacity, table.words)
+
+    def _text(self, word: int) -> str:
+        length = min(self._words[word], 8 * 128)
+        return bytes(self._bytes[8 * (word + 1) : 8 * (word + 1) + length]).decode("utf-8", "replace")
+
+    def _age(self, then_ns: int) -> float:
+        return (self._now - then_ns) / 1e9
+
+    @staticmethod
+    def _reference(word: int) -> int | None:
+        return word - 1 if word else None
+
+    @staticmethod
+    def _number(value: float) -> float | None:
+        return None if math.isnan(value) else value
+
+    def _lock(self, held: bool | None) -> LockInfo:
+        pid = self._words[Header.LOCK_HOLDER]
+        stopped = False
+        if held:
+            try:
+                stopped = psutil.Process(pid).status() in (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)
+            except (psutil.Error, ValueError, OverflowError):
+                stopped = False
+        return LockInfo(held, pid, self._age(self._words[Header.LOCK_TAKEN]), stopped)
+
+    def _member(self, row: int, at: int, alive: bool | None) -> MemberInfo:
+        words, floats = self._words, self._floats
+        server = words[at + Member.STATE] == Member.SERVER
+        return MemberInfo(
+            slot=row,
+            kind=(Kind.SERVER if server else Kind.WORKER).value,
+            pid=words[at + Member.PID],
+            name=self._text(at + Member.NAME),
+            alive=alive,
+            started_wall_s=words[at + Member.STARTED_WALL] / 1e9,
+            attached_for_s=self._age(words[at + Member.ATTACHED]),
+            instance=self._reference(words[at + Member.INSTANCE]),
+            measured_mb=self._number(floats[at + Member.MEASURED_MB]) if server else None,
+            peak_mb=floats[at + Member.PEAK_MB] if server else None,
+            generation=words[at + Member.GENERATION],
+        )
+
+    def _model(self, row: int, at: int) -> ModelInfo:
+        words = self._words
+        return ModelInfo(
+            row=row,
+            tag=self._text(at + Model.TAG),
+            estimate_mb=self._floats[at + Model.ESTIMATE_MB] if words[at + Model.KNOWN] else None,
+            measured=bool(words[at + Model.MEASURED]),
+            loaded=words[at + Model.LOADED],
+            active=words[at + Model.ACTIVE],
+            idle=words[at + Model.IDLE],
+            loading=words[at + Model.LOADING],
+            unloading=words[at + Model.UNLOADING],
+            waiting=words[at + Model.WAITING],
+            loads=words[at + Model.LOADS],
+            hits=words[at + Model.HITS],
+            evictions=words[at + Model.EVICTIONS],
+            unused_for_s=self._age(words[at + Model.USED_AT]),
+            idle_head=self._reference(words[at + Model.IDLE_HEAD]),
+            generation=words[at + Model.GENERATION],
+        )
+
+    def _instance(self, row: int, at: int, tags: dict[int, str]) -> InstanceInfo:
+        words, floats = self._words, self._floats
+        return InstanceInfo(
+            row=row,
+            tag=tags.get(words[at + Instance.MODEL], ""),
+            model=words[at + Instance.MODEL],
+            state=_INSTANCE_STATES.get(words[at + Instance.STATE], f"state {words[at + Instance.STATE]}"),
+            holder=self._reference(words[at + Instance.HOLDER]),
+            owner=self._reference(words[at + Instance.OWNER]),
+            server=self._reference(words[at + Instance.SERVER]),
+            device=words[at + Instance.DEVICE],
+            mb=floats[at + Instance.MB],
+            reserved_mb=floats[at + Instance.RESERVED_MB],
+            for_s=self._age(words[at + Instance.SINCE]),
+            uses=words[at + Instance.USES],
+            handle=self._text(at + Instance.HANDLE) or None,
+            doomed=bool(words[at + Instance.DOOMED]),
+            next=self._reference(words[at + Instance.NEXT]),
+            previous=self._reference(words[at + Instance.PREVIOUS]),
+            generation=words[at + Instance.GENERATION],
+        )
+
+    def _ticket(self, row: int, at: int, tags: dict[int, str]) -> TicketInfo:
+        words = self._words
+        member = words[at + Ticket.MEMBER] - 1
+        known = 0 <= member < self._layout.members.capacity
+        return TicketInfo(
+            row=row,
+            number=words[at + Ticket.NUMBER],
+            priority=words[at + Ticket.PRIORITY],
+            tag=tags.get(words[at + Ticket.MODEL], ""),
+            model=words[at + Ticket.MODEL],
+            member=member,
+            pid=words[self._layout.members.base + member * Member.WORDS + Member.PID] if known else 0,
+            state=_TICKET_STATES.get(words[at + Ticket.STATE], f"state {words[at + Ticket.STATE]}"),
+            reason=words[at + Ticket.REASON],
+            need_mb=self._floats[at + Ticket.NEED_MB],
+            waited_s=self._age(words[at + Ticket.ENQUEUED]),
+            time_left_s=-self._age(words[at + Ticket.DEADLINE]),
+            instance=self._reference(words[at + Ticket.INSTANCE]),
+        )
+
+    def _device(
+        self, row: int, at: int, settings: Settings, instances: tuple[InstanceInfo, ...], books_only: bool
+    ) -> DeviceInfo:
+        words, floats = self._words, self._floats
+        here = [instance for instance in instances if instance.device == row]
+        sampled = words[at + Device.SAMPLED]
+        booked = math.fsum(instance.mb for instance in here if instance.state != "loading")
+        return DeviceInfo(
+            row=row,
+            uuid=self._text(at + Device.UUID),
+            name=self._text(at + Device.NAME),
+            total_mb=floats[at + Device.TOTAL_MB],
+            limit_mb=floats[at + Device.TOTAL_MB] * (1 - settings.slack_percentage),
+            used_mb=booked if books_only else (floats[at + Device.USED_MB] if sampled else None),
+            peak_mb=floats[at + Device.PEAK_MB] if sampled else None,
+            peak_since_start_mb=floats[at + Device.HIGHEST_MB],
+            reserved_mb=math.fsum(self._still_reserved(instance) for instance in here),
+            returning_mb=floats[at + Device.RETURNING_MB],
+            sample_age_s=self._age(sampled) if sampled else None,
+        )
+
+    def _still_reserved(self, instance: InstanceInfo) -> float:
+        """What a copy's reservation adds to the device's figure, see `Scheduler.read_copies`."""
+        if instance.server is None or not self._words[Header.SOURCE_MEASURES_PROCESSES]:
+            return instance.reserved_mb
+        table = self._layout.members
+        measured = self._floats[table.base + instance.server * table.words + Member.MEASURED_MB]
+        return instance.reserved_mb if math.isnan(measured) else max(0.0, instance.reserved_mb - measured)
+
+    def _observations(self, models: dict[int, int], tags: dict[int, str]) -> Iterable[ObservationInfo]:
+        words, floats = self._words, self._floats
+        by_generation = {words[at + Model.GENERATION]: tags[row] for row, at in models.items()}
+        for _, at in self._rows("observations"):
+            first = at + Observation.PAIRS
+            pairs = words[first : first + min(words[at + Observation.PAIRS_USED], Observation.PAIRS_LENGTH)].tolist()
+            count = min(words[at + Observation.COUNT], Observation.READINGS_KEPT)
+            start = at + Observation.READINGS
+            yield ObservationInfo(
+                {by_generation.get(pair >> 16, "(recycled)"): pair & 0xFFFF for pair in pairs},
+                tuple(floats[start : start + count].tolist()),
+            )
+
+    def _events(self, tags: dict[int, str]) -> Iterable[EventInfo]:
+        rows = self._array("events")
+        written = self._words[Header.EVENTS]
+        capacity = self._layout.events.capacity
+        for sequence in range(max(1, written - capacity + 2), written + 1):
+            row = rows[(sequence - 1) % capacity]
+            if row[Event.SEQUENCE] != sequence:
+                continue
+            kind = int(row[Event.KIND])
+            model, instance, ticket = (int(row[word]) for word in (Event.MODEL, Event.INSTANCE, Event.TICKET))
+            value = float(row[Event.VALUE : Event.VALUE + 1].view(np.float64)[0])
+            yield EventInfo(
+                sequence=sequence,
+                kind=EventKind(kind).name.lower() if kind in EventKind._value2member_map_ else f"kind {kind}",
+                age_s=self._age(int(row[Event.TIME])),
+                pid=int(row[Event.PID]),
+                tag=tags.get(model - 1) if model else None,
+                instance=self._reference(instance),
+                ticket=self._reference(ticket),
+                value=self._number(value),
+            )
+
+
+def as_json(snapshot: Snapshot) -> dict[str, Any]:
+    """Return a snapshot as JSON values: what is not finite becomes None. The schema is documented in `mpmm.cli`."""
+    return {field.name: _jsonable(getattr(snapshot, field.name)) for field in fields(snapshot)}
+
+
+def _jsonable(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, tuple | list):
+        return [_jsonable(entry) for entry in value]
+    if isinstance(value, dict):
+        return {key: _jsonable(entry) for key, entry in value.items()}
+    if hasattr(value, "__dataclass_fields__"):
+        return {field.name: _jsonable(getattr(value, field.name)) for field in fields(value)}
+    return value

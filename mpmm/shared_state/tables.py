@@ -1,0 +1,150 @@
+"""Finding rows and reading fields of a live segment. Nothing here changes it.
+
+Searches go over whole tables as NumPy arrays, a few microseconds whatever the number of rows in use; they
+need the lock, because rows move under them otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import numpy.typing as npt
+
+from mpmm.errors import InvalidArgumentError, TableFullError
+from mpmm.shared_state.layout import Instance, Member, Model, Table, Ticket
+from mpmm.shared_state.segment import Segment
+
+__all__ = ["Tables", "encode_text", "fit_text"]
+
+
+def encode_text(text: str, max_bytes: int, what: str) -> bytes:
+    """Return `text` as UTF-8. Raises InvalidArgumentError when it is no str, empty, or longer than `max_bytes`."""
+    if not isinstance(text, str) or not text:
+        raise InvalidArgumentError(f"{what} {text!r}: expected a str that is not empty")
+    encoded = text.encode("utf-8", "surrogateescape")
+    if len(encoded) > max_bytes:
+        raise InvalidArgumentError(f"{what} {text[:40]!r}… has {len(encoded)} bytes; at most {max_bytes} are possible")
+    return encoded
+
+
+def fit_text(text: str, max_bytes: int) -> bytes:
+    """Return `text` as UTF-8, cut to `max_bytes`; for names that only people read."""
+    return text.encode("utf-8", "replace")[:max_bytes]
+
+
+class Tables:
+    """Row arithmetic and searches. A *row* is an index into a table; `member(row)` etc. is its first word."""
+
+    def __init__(self, segment: Segment) -> None:
+        self.segment = segment
+        layout = segment.layout
+        self._members, self._models = layout.members, layout.models
+        self._instances, self._tickets, self._devices = layout.instances, layout.tickets, layout.devices
+        # tag -> (row, generation); a hint that model_row() checks against the segment.
+        self._rows_of_tags: dict[str, tuple[int, int]] = {}
+
+    def close(self) -> None:
+        """Forget what refers to the segment."""
+        self._rows_of_tags.clear()
+
+    def member(self, row: int) -> int:
+        """First word of a member row."""
+        return self._members.base + row * Member.WORDS
+
+    def model(self, row: int) -> int:
+        """First word of a model row."""
+        return self._models.base + row * Model.WORDS
+
+    def instance(self, row: int) -> int:
+        """First word of an instance row."""
+        return self._instances.base + row * Instance.WORDS
+
+    def ticket(self, row: int) -> int:
+        """First word of a ticket row."""
+        return self._tickets.base + row * Ticket.WORDS
+
+    def device(self, row: int) -> int:
+        """First word of a device row."""
+        return self._devices.base + row * self._devices.words
+
+    def view(self, table: Table) -> npt.NDArray[np.uint64]:
+        """Return a table's live rows, see `Segment.view`."""
+        return self.segment.view(table)
+
+    def text(self, word: int) -> bytes:
+        """Return the bytes of the text field that begins at `word`."""
+        words = self.segment.words
+        length = words[word]
+        return words[word + 1 : word + 1 + (length + 7) // 8].tobytes()[:length]
+
+    def string(self, word: int) -> str:
+        """Return a text field as str."""
+        return self.text(word).decode("utf-8", "surrogateescape")
+
+    def tag_of(self, row: int) -> str:
+        """Return the tag of a model row."""
+        return self.string(self.model(row) + Model.TAG)
+
+    def handle_of(self, row: int) -> str:
+        """Return the handle of an instance row, empty for an object."""
+        return self.string(self.instance(row) + Instance.HANDLE)
+
+    def model_row(self, tag: str) -> int | None:
+        """Return the row of a tag, or None."""
+        words = self.segment.words
+        hint = self._rows_of_tags.get(tag)
+        if hint is not None:
+            row, generation = hint
+            at = self._models.base + row * Model.WORDS
+            if words[at + Model.GENERATION] == generation and words[at + Model.STATE]:
+                return row
+            del self._rows_of_tags[tag]
+        wanted = tag.encode("utf-8", "surrogateescape")
+        models = self.view(self._models)
+        candidates = np.flatnonzero((models[:, Model.STATE] == 1) & (models[:, Model.TAG] == len(wanted)))
+        for row in candidates.tolist():
+            if self.text(self.model(row) + Model.TAG) == wanted:
+                if len(self._rows_of_tags) > 4 * self._models.capacity:
+                    self._rows_of_tags.clear()
+                self._rows_of_tags[tag] = (row, words[self.model(row) + Model.GENERATION])
+                return int(row)
+        return None
+
+    def used_rows(self, table: Table) -> list[int]:
+        """Return the rows of a table whose first word is not 0."""
+        rows: list[int] = np.flatnonzero(self.view(table)[:, 0]).tolist()
+        return rows
+
+    def free_row(self, table: Table) -> int:
+        """Return a row whose first word is 0. Raises TableFullError."""
+        states = self.view(table)[:, 0]
+        row = int(np.argmin(states))
+        if states[row]:
+            raise TableFullError(
+                f"the {table.name} table is full: all {table.capacity} rows are in use; "
+                f"create the namespace with a larger Capacities.{table.name}",
+                table=table.name,
+                capacity=table.capacity,
+                setting=f"Capacities.{table.name}",
+            )
+        return row
+
+    def used_members(self) -> list[int]:
+        """Return the slots in use."""
+        return self.used_rows(self._members)
+
+    def free_members(self) -> Iterator[int]:
+        """Return the free slots."""
+        slots: list[int] = np.flatnonzero(self.view(self._members)[:, 0] == 0).tolist()
+        return iter(slots)
+
+    def member_in_use(self, slot: int) -> bool:
+        """Tell whether a slot is in use."""
+        return bool(self.segment.words[self.member(slot)])
+
+    def rows_where(self, table: Table, field: int, value: int) -> list[int]:
+        """Return the used rows of a table in which a field has a value."""
+        rows = self.view(table)
+        found: list[int] = np.flatnonzero((rows[:, field] == value) & (rows[:, 0] != 0)).tolist()
+        return found

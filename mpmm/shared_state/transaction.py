@@ -1,0 +1,321 @@
+"""The lock that guards the segment, and transactions that are undone when their process dies.
+
+**Lock.** An in-process mutex, then a kernel file lock on a descriptor that stays open; the kernel drops the
+latter when its process dies, at whatever instruction. A blocking `flock` could not be given up after
+`lock_timeout_seconds`, and a hundred threads that try again every millisecond leave no processor to the holder. So
+who finds the lock taken sets `Header.CONTENDED` and sleeps on it; who lets go of the lock and sees it set clears it
+and wakes one sleeper. The file lock alone decides who is in: a wake-up that is lost because its sender was killed
+costs its receiver `LONGEST_SLEEP_S`, no more.
+
+**Transaction.** Before a word is overwritten, its index and old value are written behind the undo log's end,
+and the log's length is stored; only then is the word changed. Commit stores length 0. Whoever takes the lock
+next and finds a length above 0 writes the old values back, last entry first. That may itself be cut short and
+repeated: writing an old value twice is harmless. So a process that is killed at any store leaves the state
+before its transaction or the state after it. (Stores of one process are seen by others in order once the
+kernel has stopped it; the log is in the order of SQLite's journal rules: save, overwrite, commit with one
+small store.)
+
+**Readers without the lock.** `Header.CHANGE` is odd while a transaction is open. A copy of the segment is
+consistent if the counter was the same before and after the copy, and even; or odd, and two copies in turn are
+equal (the writer is stopped or slow), once the undo log in the copy has been rolled back in the copy.
+
+Every store goes through `segment.words[index] = value`; a crash test replaces `words` by an object that counts
+the stores and kills the process at the n-th (`TransactionLock.intercept_stores`).
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from mpmm.errors import ClosedError, LockTimeoutError, SegmentCorruptError, TableFullError
+from mpmm.shared_state.futex import wait_for_change, wake_one
+from mpmm.shared_state.layout import Event, Header, Table
+from mpmm.shared_state.lock_file import LockFile
+from mpmm.shared_state.segment import Segment
+
+__all__ = ["Transaction", "TransactionLock", "float_bits", "roll_back"]
+
+SHORT_PAUSES_S = (0.000_02, 0.000_05, 0.000_2, 0.000_5)
+LONGEST_SLEEP_S = 0.01
+_DOUBLE = struct.Struct("<d")
+_WORD = struct.Struct("<Q")
+
+
+def float_bits(value: float) -> int:
+    """Return the word that holds `value` as an IEEE double."""
+    return int(_WORD.unpack(_DOUBLE.pack(value))[0])
+
+
+def roll_back(words: Any, undo: Table) -> int:
+    """Undo what the log of `words` describes and empty it; return the number of words restored.
+
+    `words` may be a live segment (then the lock is held) or a private copy. Raises SegmentCorruptError, before
+    anything is changed, when this is no log of ours.
+    """
+    count = int(words[Header.UNDO_COUNT])
+    if count > undo.capacity or any(words[undo.base + 2 * entry] >= undo.base for entry in range(count)):
+        raise SegmentCorruptError(
+            f"the undo log claims {count} entries of at most {undo.capacity}, or leads outside of the tables: "
+            "something else has written into the segment",
+            name="undo log",
+        )
+    for entry in range(count - 1, -1, -1):
+        at = undo.base + 2 * entry
+        words[words[at]] = words[at + 1]
+    if count:
+        words[Header.UNDO_COUNT] = 0
+    if words[Header.CHANGE] & 1:
+        words[Header.CHANGE] = (words[Header.CHANGE] + 1) % 2**64
+    return count
+
+
+class TransactionLock:
+    """The segment's lock, one object a process; hands out its one `Transaction` at a time."""
+
+    def __init__(self, segment: Segment, path: Path, timeout_seconds: float) -> None:
+        self.segment = segment
+        self.path = path
+        self.timeout_seconds = timeout_seconds
+        self._file = LockFile(path)
+        self._mutex = threading.Lock()
+        self._owner: int | None = None
+        self._transaction = Transaction(self)
+        self.words: Any = segment.words
+
+    def __call__(self, patience_s: float | None = None) -> Transaction:
+        """Return the transaction to be entered by `with`.
+
+        patience_s: gives up the lock after so long, if that is less than `timeout_seconds`.
+        """
+        if patience_s is None or patience_s >= self.timeout_seconds:
+            return self._transaction
+        return Transaction(self, max(0.0, patience_s))
+
+    def held_by_this_thread(self) -> bool:
+        """Tell whether the calling thread is inside a transaction."""
+        return self._owner == threading.get_ident()
+
+    def acquire(self, patience_s: float) -> None:
+        """Take mutex and file lock; undo what a dead process left. Raises LockTimeoutError, ClosedError."""
+        assert not self.held_by_this_thread(), "transactions do not nest"
+        # acquire() without a time-out is the fast case, and by far the most common.
+        if not self._mutex.acquire(blocking=False) and not self._mutex.acquire(timeout=patience_s):
+            raise self._timed_out(os.getpid(), patience_s)
+        try:
+            self._owner = threading.get_ident()
+            if self._file.fd < 0:
+                raise ClosedError(f"this process has left the namespace of {self.path.parent}")
+            if not self._file.try_exclusive():
+                self._wait_for_file_lock(patience_s)
+            words = self.words
+            words[Header.LOCK_HOLDER] = os.getpid()
+            words[Header.LOCK_TAKEN] = time.monotonic_ns()
+            if words[Header.CHANGE] & 1 or words[Header.UNDO_COUNT]:
+                self._recover()
+        except BaseException:
+            self.release()
+            raise
+
+    def release(self) -> None:
+        """Let go of file lock and mutex."""
+        try:
+            if self._file.fd >= 0:
+                words = self.segment.words
+                contended = words[Header.CONTENDED]
+                if contended:
+                    words[Header.CONTENDED] = 0
+                self._file.unlock()
+                if contended:
+                    wake_one(self.segment.address + 8 * Header.CONTENDED)
+        finally:
+            self._owner = None
+            self._mutex.release()
+
+    def close(self) -> None:
+        """Close the descriptor; later transactions raise ClosedError. Not inside a transaction."""
+        with self._mutex:
+            self._file.close()
+
+    def forget_after_fork(self) -> None:
+        """In a forked child: give up the parent's descriptor, whoever held the mutex at the fork."""
+        self._file.forget_after_fork()
+        self._mutex = threading.Lock()
+        self._owner = None
+
+    def intercept_stores(self, wrap: Callable[[Any], Any]) -> None:
+        """Send every store through `wrap(words)`; for crash tests, which kill the process at the n-th."""
+        self.words = wrap(self.segment.words)
+        self._transaction = Transaction(self)
+
+    def _wait_for_file_lock(self, patience_s: float) -> None:
+        deadline = time.monotonic() + patience_s
+        words = self.segment.words
+        address = self.segment.address + 8 * Header.CONTENDED
+        # Mostly the lock is free again before anybody could be put to sleep and woken.
+        for pause in SHORT_PAUSES_S:
+            time.sleep(pause)
+            if self._file.try_exclusive():
+                return
+        while not self._file.try_exclusive():
+            words[Header.CONTENDED] = 1
+            # The holder may have let go before it could see that.
+            if self._file.try_exclusive():
+                return
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise self._timed_out(int(words[Header.LOCK_HOLDER]), patience_s)
+            wait_for_change(lambda: int(words[Header.CONTENDED]), address, 1, min(left, LONGEST_SLEEP_S))
+
+    def _timed_out(self, pid: int, patience_s: float) -> LockTimeoutError:
+        return LockTimeoutError(
+            f"the lock {self.path} was not free within {patience_s:g} s; process {pid} holds it "
+            "(is it stopped?); lock_timeout_seconds sets the limit",
+            path=str(self.path),
+            timeout_seconds=patience_s,
+            holder_pid=pid,
+        )
+
+    def _recover(self) -> None:
+        words = self.words
+        if roll_back(words, self.segment.layout.undo):
+            # One whole store, so it needs no undo of its own.
+            words[Header.ROLLBACKS] = words[Header.ROLLBACKS] + 1
+
+
+class Transaction:
+    """All changes between `with lock() as t:` and its end, or none of them."""
+
+    __slots__ = ("_count", "_lock", "_patience_s", "_undo", "_undo_base", "_undo_capacity", "after", "now", "words")
+
+    def __init__(self, lock: TransactionLock, patience_s: float | None = None) -> None:
+        self._lock = lock
+        self._patience_s = lock.timeout_seconds if patience_s is None else patience_s
+        self._undo = lock.segment.layout.undo
+        self._undo_base = self._undo.base
+        self._undo_capacity = self._undo.capacity
+        self._count = 0
+        # `time.monotonic_ns()` when the lock was taken: one moment for all that the transaction changes.
+        self.now = 0
+        # Calls to make once the lock is free again: wake-ups, log lines. Dropped by a rollback.
+        self.after: list[Callable[[], object]] = []
+
+    def __enter__(self) -> Transaction:
+        self._lock.acquire(self._patience_s)
+        try:
+            self._begin()
+        except BaseException:
+            # `with` calls __exit__ only after __enter__ has returned. What was begun here the next holder ends.
+            self._lock.release()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        after = self.after
+        try:
+            self._end(kind is None)
+        finally:
+            self._lock.release()
+        if kind is None:
+            for call in after:
+                call()
+
+    def _begin(self) -> None:
+        self.words = words = self._lock.words
+        self.now = words[Header.LOCK_TAKEN]
+        self._count = 0
+        self.after = []
+        words[Header.CHANGE] = words[Header.CHANGE] + 1
+
+    def _end(self, committed: bool) -> None:
+        words = self.words
+        if not committed:
+            roll_back(words, self._undo)
+            return
+        try:
+            if self._count:
+                words[Header.UNDO_COUNT] = 0
+            words[Header.CHANGE] = words[Header.CHANGE] + 1
+        except BaseException:
+            # An exception from a signal handler between the two stores: finish whichever way the log says.
+            roll_back(words, self._undo)
+            raise
+
+    def set(self, index: int, value: int) -> None:
+        """Store a word, its old value logged. Raises ValueError outside 0 … 2**64-1, TableFullError (undo)."""
+        self.set_all(((index, value),))
+
+    def set_all(self, changes: Sequence[tuple[int, int]]) -> None:
+        """Store several (word, value) pairs, no word twice; see `set`.
+
+        One step of the log for all of them: 0.25 us a word where single calls of `set` take 0.6 us.
+        """
+        words = self.words
+        count = self._count
+        after = count + len(changes)
+        if after > self._undo_capacity:
+            raise TableFullError(
+                f"the undo log has room for {self._undo_capacity} words and the transaction needs more; "
+                "create the namespace with a larger Capacities.undo",
+                table="undo",
+                capacity=self._undo_capacity,
+                setting="Capacities.undo",
+            )
+        at = self._undo_base + count + count
+        for index, _ in changes:
+            words[at] = index
+            words[at + 1] = words[index]
+            at += 2
+        self._count = after
+        words[Header.UNDO_COUNT] = after
+        for index, value in changes:
+            words[index] = value
+
+    def add(self, index: int, amount: int) -> None:
+        """Add to a word. Raises ValueError when that would make it negative."""
+        self.set(index, self.words[index] + amount)
+
+    def set_float(self, index: int, value: float) -> None:
+        """Store a float in a word."""
+        self.set(index, float_bits(value))
+
+    def add_float(self, index: int, amount: float) -> None:
+        """Add to a word that holds a float."""
+        self.set_float(index, self._lock.segment.floats[index] + amount)
+
+    def set_text(self, index: int, text: bytes) -> None:
+        """Store a text field; the caller has checked its length against the field's."""
+        self.set(index, len(text))
+        for offset in range(0, len(text), 8):
+            index += 1
+            self.set(index, int.from_bytes(text[offset : offset + 8], "little"))
+
+    def event(self, kind: int, model: int = 0, instance: int = 0, ticket: int = 0, value: float = 0.0) -> None:
+        """Append to the event ring; `model` and `instance` are references, `ticket` is a number plus one."""
+        self.set_all((self.next_event(kind, model, instance, ticket, value),))
+
+    def next_event(
+        self, kind: int, model: int = 0, instance: int = 0, ticket: int = 0, value: float = 0.0
+    ) -> tuple[int, int]:
+        """Write the next row of the event ring; return the change for `set_all` that makes it an event."""
+        words = self.words
+        sequence: int = words[Header.EVENTS] + 1
+        table = self._lock.segment.layout.events
+        at = table.base + (sequence - 1) % table.capacity * Event.WORDS
+        words[at + Event.SEQUENCE] = sequence
+        words[at + Event.TIME] = self.now
+        words[at + Event.KIND] = kind
+        words[at + Event.PID] = words[Header.LOCK_HOLDER]
+        words[at + Event.MODEL] = model
+        words[at + Event.INSTANCE] = instance
+        words[at + Event.TICKET] = ticket
+        words[at + Event.VALUE] = float_bits(value) if value else 0
+        return Header.EVENTS, sequence

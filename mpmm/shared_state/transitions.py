@@ -1,0 +1,784 @@
+"""Everything that can happen to the shared state, one method each.
+
+A transition is called inside a transaction, changes rows so that the invariants of `layout.py` hold again at
+the transaction's end, writes its event, and arranges the wake-ups that follow from it. It decides nothing:
+callers have asked the policy. What a caller got wrong is an assertion here, because the public API has
+checked it before.
+
+    instance:   begin_load ──> LOADING ──end_load──> ACTIVE <──grab/grant── IDLE
+                                  │                    └──────release──────> │
+                               fail_load                               begin_unload
+                                  v                                          v
+                                 free <──────────end_unload───────────── UNLOADING
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from functools import partial
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from mpmm.errors import TableFullError
+from mpmm.shared_state.events import EventKind
+from mpmm.shared_state.futex import wake_all
+from mpmm.shared_state.layout import Device, Header, Instance, Member, Model, Observation, Ticket
+from mpmm.shared_state.tables import Tables
+from mpmm.shared_state.transaction import Transaction, float_bits
+
+if TYPE_CHECKING:
+    from mpmm.shared_state.namespace import Namespace
+
+__all__ = ["Transitions"]
+
+# Weight of the newest load or hold in the mean: the last ten count.
+SMOOTHING = 0.1
+
+# Counters of the model row that go with an instance's state.
+_MODEL_COUNTERS = {
+    Instance.LOADING: (Model.LOADING,),
+    Instance.ACTIVE: (Model.LOADED, Model.ACTIVE),
+    Instance.IDLE: (Model.LOADED, Model.IDLE),
+    Instance.UNLOADING: (Model.UNLOADING,),
+}
+_HEADER_COUNTERS = {Instance.LOADING: Header.LOADING, Instance.ACTIVE: Header.ACTIVE}
+
+
+class Transitions:
+    """The transitions of one namespace, done by one of its members. Every method needs the lock."""
+
+    def __init__(self, tables: Tables, namespace: Namespace) -> None:
+        self.tables = tables
+        self.segment = tables.segment
+        self.layout = tables.segment.layout
+        self._namespace = namespace
+
+    # ---- members -------------------------------------------------------------------------------------------
+
+    def join(self, t: Transaction, slot: int, kind: int, pid: int, started_wall_ns: int, name: bytes) -> None:
+        """Fill the row of a new member, whose lock file it already holds."""
+        at = self.tables.member(slot)
+        t.set(at + Member.PID, pid)
+        t.set(at + Member.STARTED_WALL, started_wall_ns)
+        t.set(at + Member.GENERATION, self._next_generation(t))
+        t.set(at + Member.ATTACHED, t.now)
+        t.set(at + Member.INSTANCE, 0)
+        t.set_float(at + Member.MEASURED_MB, math.nan)
+        t.set_float(at + Member.PEAK_MB, 0.0)
+        t.set_text(at + Member.NAME, name)
+        t.set(at + Member.STATE, kind)
+        t.event(EventKind.JOINED, value=slot)
+
+    def leave(self, t: Transaction, slot: int) -> None:
+        """Free the row of a member that goes in good order; what it still has is taken back."""
+        self._take_back(t, slot)
+        t.set(self.tables.member(slot) + Member.STATE, Member.FREE)
+        t.event(EventKind.LEFT, value=slot)
+
+    def reap_member(self, t: Transaction, slot: int) -> None:
+        """Take back all that a dead member had, and free its row."""
+        self._take_back(t, slot)
+        t.set(self.tables.member(slot) + Member.STATE, Member.FREE)
+        t.add(Header.REAPS, 1)
+        t.event(EventKind.REAPED, value=slot)
+
+    def lead(self, t: Transaction, slot: int, source: bytes, flags: tuple[bool, bool, bool]) -> None:
+        """Record who polls, with what: flags are (measures processes, settles late, books only)."""
+        t.set(Header.LEADER, slot + 1)
+        t.set(Header.LEADER_SINCE, t.now)
+        t.set(Header.POLLED, t.now)
+        t.add(Header.LEADERS, 1)
+        t.set_text(Header.SOURCE_NAME, source)
+        for word, flag in zip(
+            (Header.SOURCE_MEASURES_PROCESSES, Header.SOURCE_SETTLES_LATE, Header.SOURCE_BOOKS_ONLY), flags, strict=True
+        ):
+            t.set(word, int(flag))
+        t.event(EventKind.LEADER, value=slot)
+
+    def note_poll(self, t: Transaction) -> None:
+        """Record that a poll is done: the leader is neither dead nor stuck."""
+        t.set(Header.POLLED, t.now)
+
+    def ring(self, t: Transaction, slot: int) -> None:
+        """Wake the keeper of a member: it has something to unload, or should look around."""
+        self._wake(t, self.tables.member(slot) + Member.BELL)
+
+    def _take_back(self, t: Transaction, slot: int) -> None:
+        words, tables = self.segment.words, self.tables
+        reference = slot + 1
+        if words[Header.LEADER] == reference:
+            t.set(Header.LEADER, 0)
+        for row in tables.rows_where(self.layout.tickets, Ticket.MEMBER, reference):
+            self.leave_queue(t, row)
+        for row in tables.rows_where(self.layout.instances, Instance.OWNER, reference):
+            self._drop(t, row)
+        for row in tables.rows_where(self.layout.instances, Instance.SERVER, reference):
+            self._lose_server(t, row)
+        for row in tables.rows_where(self.layout.instances, Instance.HOLDER, reference):
+            state = words[tables.instance(row) + Instance.STATE]
+            if state == Instance.ACTIVE:
+                self.release(t, row)
+            elif state == Instance.LOADING:
+                self._abandon_load(t, row)
+        # What it was unloading, and what has just become so, somebody living has to finish.
+        heir = self._heir(reference)
+        for row in tables.rows_where(self.layout.instances, Instance.HOLDER, reference):
+            if heir:
+                t.set(tables.instance(row) + Instance.HOLDER, heir)
+                self.ring(t, heir - 1)
+            else:
+                self._drop(t, row)
+
+    def _heir(self, reference: int) -> int:
+        """Return a worker that takes over the duties of the member `reference`: this process, if it stays."""
+        if self._namespace.reference not in (0, reference):
+            return self._namespace.reference
+        workers = self.tables.rows_where(self.layout.members, Member.STATE, Member.WORKER)
+        return next((slot + 1 for slot in workers if slot + 1 != reference), 0)
+
+    def _lose_server(self, t: Transaction, row: int) -> None:
+        """The process behind a handle is gone, and its memory with it."""
+        at = self.tables.instance(row)
+        state = self.segment.words[at + Instance.STATE]
+        t.event(EventKind.LOST, self._model_reference(row), row + 1, value=self.segment.floats[at + Instance.MB])
+        if state == Instance.IDLE:
+            self._drop(t, row)
+            return
+        if state != Instance.LOADING:
+            self._expect_back(t, row)
+            t.set_float(at + Instance.MB, 0.0)
+        t.set(at + Instance.SERVER, 0)
+        t.set(at + Instance.DOOMED, 1)
+
+    def _abandon_load(self, t: Transaction, row: int) -> None:
+        """A load is given up by others than its loader. A model server that it has started is to be unloaded."""
+        at = self.tables.instance(row)
+        server = self.segment.words[at + Instance.SERVER]
+        if not server:
+            self.fail_load(t, row)
+            return
+        t.add(Header.FAILED_LOADS, 1)
+        t.event(EventKind.LOAD_FAILED, self._model_reference(row), row + 1)
+        if self.segment.words[Header.ISOLATED] == row + 1:
+            self.end_isolation(t)
+        t.set_text(at + Instance.HANDLE, self.tables.text(self.tables.member(server - 1) + Member.NAME))
+        t.set_float(at + Instance.RESERVED_MB, 0.0)
+        self._change_state(t, row, Instance.UNLOADING)
+
+    # ---- models --------------------------------------------------------------------------------------------
+
+    def claim_model(self, t: Transaction, tag: str, encoded: bytes) -> int:
+        """Return the row of a tag, made if need be; the oldest unused tag goes when the table is full.
+
+        Raises TableFullError when every row has instances or waiters.
+        """
+        found = self.tables.model_row(tag)
+        if found is not None:
+            return found
+        try:
+            row = self.tables.free_row(self.layout.models)
+        except TableFullError:
+            row = self._oldest_unused_model()
+            if row < 0:
+                raise
+        at = self.tables.model(row)
+        for word in range(Model.STATE, Model.TAG):
+            t.set(at + word, 0)
+        t.set(at + Model.GENERATION, self._next_generation(t))
+        t.set_float(at + Model.ESTIMATE_MB, math.nan)
+        t.set(at + Model.USED_AT, t.now)
+        t.set_text(at + Model.TAG, encoded)
+        t.set(at + Model.STATE, 1)
+        return row
+
+    def estimate(self, t: Transaction, row: int, mb: float, measured: bool) -> None:
+        """Set what a copy of the model is expected to take; its waiters lose the priority of the unknown."""
+        at = self.tables.model(row)
+        if not self.segment.words[at + Model.KNOWN]:
+            for ticket in self.tables.rows_where(self.layout.tickets, Ticket.MODEL, row):
+                t.set(self.tables.ticket(ticket) + Ticket.PRIORITY, 1)
+                t.set_float(self.tables.ticket(ticket) + Ticket.NEED_MB, mb)
+        t.set_float(at + Model.ESTIMATE_MB, mb)
+        t.set(at + Model.KNOWN, 1)
+        t.set(at + Model.MEASURED, int(measured))
+        t.event(EventKind.ESTIMATED, row + 1, value=mb)
+
+    def _oldest_unused_model(self) -> int:
+        rows = self.tables.view(self.layout.models)
+        busy = rows[:, Model.LOADED] + rows[:, Model.LOADING] + rows[:, Model.UNLOADING] + rows[:, Model.WAITING]
+        unused = np.flatnonzero(busy == 0)
+        return int(unused[np.argmin(rows[unused, Model.USED_AT])]) if len(unused) else -1
+
+    # ---- tickets -------------------------------------------------------------------------------------------
+
+    def enqueue(self, t: Transaction, model: int, member: int, priority: int, need_mb: float, deadline_ns: int) -> int:
+        """Let a member (slot) wait for a model; return the ticket's row. Raises TableFullError."""
+        row = self.tables.free_row(self.layout.tickets)
+        at = self.tables.ticket(row)
+        number = self.segment.words[Header.NEXT_TICKET]
+        t.set(Header.NEXT_TICKET, number + 1)
+        t.set(at + Ticket.NUMBER, number)
+        t.set(at + Ticket.PRIORITY, priority)
+        t.set(at + Ticket.MODEL, model)
+        t.set(at + Ticket.MEMBER, member + 1)
+        t.set(at + Ticket.INSTANCE, 0)
+        t.set(at + Ticket.ENQUEUED, t.now)
+        t.set(at + Ticket.DEADLINE, deadline_ns)
+        t.set(at + Ticket.REASON, 0)
+        t.set_float(at + Ticket.NEED_MB, need_mb)
+        t.set(at + Ticket.STATE, Ticket.WAITING)
+        t.add(self.tables.model(model) + Model.WAITING, 1)
+        t.add(Header.WAITING, 1)
+        t.event(EventKind.QUEUED, model + 1, ticket=number + 1, value=need_mb)
+        return row
+
+    def set_reason(self, t: Transaction, row: int, reason: int) -> None:
+        """Record why a ticket waits."""
+        t.set(self.tables.ticket(row) + Ticket.REASON, reason)
+
+    def grant(self, t: Transaction, row: int, instance: int) -> None:
+        """Hand an idle instance to a waiter and wake it."""
+        at = self.tables.ticket(row)
+        model = self.segment.words[at + Ticket.MODEL]
+        self.activate(t, instance, self.segment.words[at + Ticket.MEMBER])
+        t.set(at + Ticket.INSTANCE, instance + 1)
+        self._answer(t, row, Ticket.GRANTED)
+        waited = (t.now - self.segment.words[at + Ticket.ENQUEUED]) / 1e9
+        t.event(EventKind.GRANTED, model + 1, instance + 1, self.segment.words[at + Ticket.NUMBER] + 1, waited)
+
+    def allow_load(self, t: Transaction, row: int, device: int, need_mb: float, alone: bool) -> int:
+        """Reserve memory for a waiter and tell it to load; return the instance's row. Raises TableFullError."""
+        at = self.tables.ticket(row)
+        words = self.segment.words
+        instance = self.begin_load(t, words[at + Ticket.MODEL], words[at + Ticket.MEMBER] - 1, device, need_mb, alone)
+        t.set(at + Ticket.INSTANCE, instance + 1)
+        self._answer(t, row, Ticket.LOAD)
+        return instance
+
+    def refuse(self, t: Transaction, row: int) -> None:
+        """Tell a waiter that its model can never fit."""
+        at = self.tables.ticket(row)
+        words = self.segment.words
+        t.event(
+            EventKind.REFUSED,
+            words[at + Ticket.MODEL] + 1,
+            ticket=words[at + Ticket.NUMBER] + 1,
+            value=self.segment.floats[at + Ticket.NEED_MB],
+        )
+        self._answer(t, row, Ticket.REFUSED)
+
+    def take_answer(self, t: Transaction, row: int) -> None:
+        """Free the row of a ticket whose answer its waiter has read and now acts upon."""
+        assert self.segment.words[self.tables.ticket(row)] not in (Ticket.FREE, Ticket.WAITING)
+        t.set(self.tables.ticket(row) + Ticket.STATE, Ticket.FREE)
+
+    def leave_queue(self, t: Transaction, row: int) -> None:
+        """Take a ticket out whose waiter gave up or died; what it was just given goes back."""
+        at = self.tables.ticket(row)
+        words = self.segment.words
+        state, given = words[at + Ticket.STATE], words[at + Ticket.INSTANCE]
+        if state == Ticket.WAITING:
+            self._stop_waiting(t, row)
+        waited = (t.now - words[at + Ticket.ENQUEUED]) / 1e9
+        t.event(EventKind.LEFT_QUEUE, words[at + Ticket.MODEL] + 1, ticket=words[at + Ticket.NUMBER] + 1, value=waited)
+        t.set(at + Ticket.STATE, Ticket.FREE)
+        if state == Ticket.GRANTED:
+            self.release(t, given - 1)
+        elif state == Ticket.LOAD:
+            self.fail_load(t, given - 1)
+
+    def _answer(self, t: Transaction, row: int, state: int) -> None:
+        self._stop_waiting(t, row)
+        at = self.tables.ticket(row)
+        t.set(at + Ticket.STATE, state)
+        self._wake(t, at + Ticket.SIGNAL)
+
+    def _stop_waiting(self, t: Transaction, row: int) -> None:
+        model = self.segment.words[self.tables.ticket(row) + Ticket.MODEL]
+        t.add(self.tables.model(model) + Model.WAITING, -1)
+        t.add(Header.WAITING, -1)
+
+    # ---- instances -----------------------------------------------------------------------------------------
+
+    def begin_load(self, t: Transaction, model: int, member: int, device: int, need_mb: float, alone: bool) -> int:
+        """Book a copy that a member (slot) is about to load; return its row. Raises TableFullError."""
+        row = self.tables.free_row(self.layout.instances)
+        at = self.tables.instance(row)
+        for word in range(Instance.STATE, Instance.HANDLE + 1):
+            t.set(at + word, 0)
+        t.set(at + Instance.MODEL, model)
+        t.set(at + Instance.GENERATION, self._next_generation(t))
+        t.set(at + Instance.HOLDER, member + 1)
+        t.set(at + Instance.DEVICE, device)
+        t.set_float(at + Instance.MB, need_mb)
+        t.set_float(at + Instance.RESERVED_MB, need_mb)
+        self._change_state(t, row, Instance.LOADING)
+        t.set(self.tables.model(model) + Model.USED_AT, t.now)
+        if alone:
+            assert not self.segment.words[Header.ISOLATED]
+            t.set(Header.ISOLATED, row + 1)
+            t.set_float(Header.ISOLATION_BASELINE, math.nan)
+            t.event(EventKind.ISOLATION_BEGAN, model + 1, row + 1)
+        t.event(EventKind.LOAD_BEGAN, model + 1, row + 1, value=need_mb)
+        return row
+
+    def set_baseline(self, t: Transaction, mb: float) -> None:
+        """Record the memory in use just before the isolated load, and forget older peaks."""
+        t.set_float(Header.ISOLATION_BASELINE, mb)
+        self.reset_peaks(t)
+
+    def link_server(self, t: Transaction, row: int, slot: int) -> None:
+        """Tie a loading copy to the model server (member slot) that is going to keep its memory."""
+        t.set(self.tables.instance(row) + Instance.SERVER, slot + 1)
+        t.set(self.tables.member(slot) + Member.INSTANCE, row + 1)
+
+    def end_load(
+        self, t: Transaction, row: int, handle: bytes, mb: float, server: int, has_server: bool, seen: bool
+    ) -> None:
+        """A load is done, its loader holds the copy.
+
+        handle: empty for an object, which belongs to the loader from now on.
+        mb: what the copy takes as far as known. server: reference to the member that keeps the memory, or 0.
+        seen: a sample taken after the load is in the device's row, so that the reservation can go.
+        """
+        at = self.tables.instance(row)
+        words = self.segment.words
+        model = words[at + Instance.MODEL]
+        began = words[at + Instance.SINCE]
+        self._change_state(t, row, Instance.ACTIVE)
+        now = words[at + Instance.SINCE]
+        t.set(at + Instance.LOADED_AT, now)
+        t.set(at + Instance.USES, 1)
+        t.set(at + Instance.SERVER, server)
+        t.set(at + Instance.HAS_SERVER, int(has_server))
+        t.set_float(at + Instance.MB, mb)
+        if seen:
+            t.set_float(at + Instance.RESERVED_MB, 0.0)
+        if handle:
+            t.set_text(at + Instance.HANDLE, handle)
+        else:
+            t.set(at + Instance.OWNER, words[at + Instance.HOLDER])
+        t.add(Header.LOADS, 1)
+        row_of_model = self.tables.model(model)
+        t.add(row_of_model + Model.LOADS, 1)
+        t.set(row_of_model + Model.SHARES, int(bool(handle)))
+        t.set(row_of_model + Model.LOAD_S, self._smoothed(row_of_model + Model.LOAD_S, (now - began) / 1e9))
+        t.set(Header.CONFIGURED_AT, now)
+        t.event(EventKind.LOAD_ENDED, model + 1, row + 1, value=(now - began) / 1e9)
+
+    def fail_load(self, t: Transaction, row: int) -> None:
+        """A load came to nothing: free the row and its reservation."""
+        at = self.tables.instance(row)
+        taken = (t.now - self.segment.words[at + Instance.SINCE]) / 1e9
+        t.event(EventKind.LOAD_FAILED, self._model_reference(row), row + 1, value=taken)
+        t.add(Header.FAILED_LOADS, 1)
+        self._drop(t, row)
+
+    def give_up_load(self, t: Transaction, row: int) -> None:
+        """End a load that takes too long; this member unloads the server that it may have started."""
+        self._abandon_load(t, row)
+        at = self.tables.instance(row)
+        if self.segment.words[at + Instance.STATE] == Instance.UNLOADING:
+            t.set(at + Instance.HOLDER, self._namespace.reference)
+            self.ring(t, self._namespace.slot)
+
+    def activate(self, t: Transaction, row: int, holder: int) -> None:
+        """Make an idle copy active for a member (reference), and count a hit.
+
+        This and `release` are the warm path: their changes are stored in one go.
+        """
+        at = self.tables.instance(row)
+        words = self.segment.words
+        assert words[at + Instance.STATE] == Instance.IDLE
+        model = self.tables.model(words[at + Instance.MODEL])
+        changes = [
+            (at + Instance.STATE, Instance.ACTIVE),
+            (at + Instance.SINCE, t.now),
+            (at + Instance.HOLDER, holder),
+            (at + Instance.USES, words[at + Instance.USES] + 1),
+            (model + Model.IDLE, words[model + Model.IDLE] - 1),
+            (model + Model.ACTIVE, words[model + Model.ACTIVE] + 1),
+            (model + Model.HITS, words[model + Model.HITS] + 1),
+            (Header.ACTIVE, words[Header.ACTIVE] + 1),
+            (Header.HITS, words[Header.HITS] + 1),
+        ]
+        if not words[at + Instance.OWNER]:
+            changes += self._unlinked(at)
+        t.set_all(changes)
+
+    def grab(self, t: Transaction, row: int, holder: int) -> None:
+        """Give an idle copy to a member (reference) that did not have to wait."""
+        self.activate(t, row, holder)
+        t.event(EventKind.HIT, self._model_reference(row), row + 1)
+
+    def release(self, t: Transaction, row: int) -> None:
+        """An active copy is free again: idle, or to be unloaded if it is doomed. Ends its isolation."""
+        at = self.tables.instance(row)
+        words = self.segment.words
+        assert words[at + Instance.STATE] == Instance.ACTIVE
+        if words[Header.ISOLATED] == row + 1:
+            self.end_isolation(t)
+        held = (t.now - words[at + Instance.SINCE]) / 1e9
+        event = t.next_event(EventKind.RELEASED, words[at + Instance.MODEL] + 1, row + 1, value=held)
+        if words[at + Instance.DOOMED]:
+            t.set_all((event,))
+            if words[at + Instance.HAS_SERVER] and not words[at + Instance.SERVER]:
+                self._drop(t, row)
+            else:
+                self._change_state(t, row, Instance.UNLOADING)
+                self.ring(t, words[at + Instance.HOLDER] - 1)
+            return
+        model = self.tables.model(words[at + Instance.MODEL])
+        changes = [
+            event,
+            (at + Instance.STATE, Instance.IDLE),
+            (at + Instance.SINCE, t.now),
+            (at + Instance.HOLDER, 0),
+            (model + Model.ACTIVE, words[model + Model.ACTIVE] - 1),
+            (model + Model.IDLE, words[model + Model.IDLE] + 1),
+            (model + Model.HOLD_S, self._smoothed(model + Model.HOLD_S, held)),
+            (Header.ACTIVE, words[Header.ACTIVE] - 1),
+        ]
+        if not words[at + Instance.OWNER]:
+            changes += self._pushed(at, row)
+        t.set_all(changes)
+
+    def end_isolation(self, t: Transaction) -> None:
+        """Nobody runs alone any more."""
+        instance = self.segment.words[Header.ISOLATED]
+        if instance:
+            t.set(Header.ISOLATED, 0)
+            t.event(EventKind.ISOLATION_ENDED, self._model_reference(instance - 1), instance)
+
+    def begin_unload(self, t: Transaction, row: int, unloader: int, evicted: bool) -> None:
+        """Take an idle copy out of use; a member (slot) unloads it, its owner if it has one."""
+        at = self.tables.instance(row)
+        words = self.segment.words
+        assert words[at + Instance.STATE] == Instance.IDLE
+        owner = words[at + Instance.OWNER]
+        if not owner:
+            t.set_all(self._unlinked(at))
+        self._note_figure_before_unloads(t, words[at + Instance.DEVICE])
+        self._change_state(t, row, Instance.UNLOADING)
+        t.set(at + Instance.HOLDER, owner or unloader + 1)
+        if evicted:
+            t.add(Header.EVICTIONS, 1)
+            t.add(self.tables.model(words[at + Instance.MODEL]) + Model.EVICTIONS, 1)
+        t.event(
+            EventKind.UNLOAD_BEGAN, self._model_reference(row), row + 1, value=self.segment.floats[at + Instance.MB]
+        )
+        self.ring(t, words[at + Instance.HOLDER] - 1)
+
+    def end_unload(self, t: Transaction, row: int) -> None:
+        """An unload is done: free the row, and expect its memory back."""
+        at = self.tables.instance(row)
+        assert self.segment.words[at + Instance.STATE] == Instance.UNLOADING
+        t.event(
+            EventKind.UNLOAD_ENDED, self._model_reference(row), row + 1, value=self.segment.floats[at + Instance.MB]
+        )
+        self._drop(t, row)
+
+    def discard(self, t: Transaction, row: int) -> None:
+        """Free the row of an active copy whose server is dead."""
+        assert self.segment.words[self.tables.instance(row) + Instance.STATE] == Instance.ACTIVE
+        t.event(
+            EventKind.LOST,
+            self._model_reference(row),
+            row + 1,
+            value=self.segment.floats[self.tables.instance(row) + Instance.MB],
+        )
+        self._drop(t, row)
+
+    def reset(self, t: Transaction) -> None:
+        """Empty queue and memory: waiters are told, idle copies unloaded, the rest doomed or given up."""
+        words, tables = self.segment.words, self.tables
+        for row in tables.used_rows(self.layout.tickets):
+            at = tables.ticket(row)
+            state, given = words[at + Ticket.STATE], words[at + Ticket.INSTANCE]
+            if state == Ticket.WAITING:
+                self._answer(t, row, Ticket.RESET)
+            elif state in (Ticket.GRANTED, Ticket.LOAD):
+                # The waiter has not acted upon it yet: take back what it was given, and tell it.
+                t.set(at + Ticket.INSTANCE, 0)
+                t.set(at + Ticket.STATE, Ticket.RESET)
+                self._wake(t, at + Ticket.SIGNAL)
+                if state == Ticket.GRANTED:
+                    self.release(t, given - 1)
+                else:
+                    self.fail_load(t, given - 1)
+        for row in tables.used_rows(self.layout.instances):
+            at = tables.instance(row)
+            if words[at + Instance.STATE] == Instance.ACTIVE:
+                # Whoever holds it is told so when it releases: the row will be gone.
+                self._change_state(t, row, Instance.IDLE)
+                t.set(at + Instance.HOLDER, 0)
+                if not words[at + Instance.OWNER]:
+                    t.set_all(self._pushed(at, row))
+            if words[at + Instance.STATE] == Instance.IDLE:
+                self.begin_unload(t, row, self._namespace.slot, evicted=False)
+            elif words[at + Instance.STATE] == Instance.LOADING:
+                self.give_up_load(t, row)
+        self.end_isolation(t)
+        t.add(Header.RESETS, 1)
+        t.event(EventKind.RESET)
+
+    def _change_state(self, t: Transaction, row: int, state: int) -> None:
+        at = self.tables.instance(row)
+        words = self.segment.words
+        old = words[at + Instance.STATE]
+        model = self.tables.model(words[at + Instance.MODEL])
+        gone, come = set(_MODEL_COUNTERS.get(old, ())), set(_MODEL_COUNTERS.get(state, ()))
+        for counter in gone - come:
+            t.add(model + counter, -1)
+        for counter in come - gone:
+            t.add(model + counter, 1)
+        if old in _HEADER_COUNTERS:
+            t.add(_HEADER_COUNTERS[old], -1)
+        if state in _HEADER_COUNTERS:
+            t.add(_HEADER_COUNTERS[state], 1)
+        t.set(at + Instance.STATE, state)
+        t.set(at + Instance.SINCE, t.now)
+
+    def _drop(self, t: Transaction, row: int) -> None:
+        """Free an instance row in whatever state it is; its memory, if it had any, is on its way back."""
+        at = self.tables.instance(row)
+        words = self.segment.words
+        state = words[at + Instance.STATE]
+        if state == Instance.IDLE and not words[at + Instance.OWNER]:
+            t.set_all(self._unlinked(at))
+        if words[Header.ISOLATED] == row + 1:
+            self.end_isolation(t)
+        for ticket in self.tables.rows_where(self.layout.tickets, Ticket.INSTANCE, row + 1):
+            # The copy was handed over or promised, and died before its waiter woke: back into the queue.
+            self._wait_again(t, ticket)
+        if state != Instance.LOADING:
+            self._expect_back(t, row)
+        self._change_state(t, row, Instance.FREE)
+        t.set(Header.CONFIGURED_AT, t.now)
+        t.set(self.tables.model(words[at + Instance.MODEL]) + Model.USED_AT, t.now)
+
+    def _wait_again(self, t: Transaction, ticket: int) -> None:
+        at = self.tables.ticket(ticket)
+        t.set(at + Ticket.INSTANCE, 0)
+        t.set(at + Ticket.STATE, Ticket.WAITING)
+        t.add(self.tables.model(self.segment.words[at + Ticket.MODEL]) + Model.WAITING, 1)
+        t.add(Header.WAITING, 1)
+
+    def _note_figure_before_unloads(self, t: Transaction, device: int) -> None:
+        """Remember the memory in use before the first of several unloads, to see how much of it comes back."""
+        at = self.tables.device(device)
+        rows = self.tables.view(self.layout.instances)
+        if not self.segment.floats[at + Device.RETURNING_MB] > 0 and not np.any(
+            (rows[:, Instance.STATE] == Instance.UNLOADING) & (rows[:, Instance.DEVICE] == device)
+        ):
+            t.set_float(at + Device.RETURN_FROM_MB, self.segment.floats[at + Device.USED_MB])
+
+    def _expect_back(self, t: Transaction, row: int) -> None:
+        """Account for the memory of a copy that is gone."""
+        words, floats = self.segment.words, self.segment.floats
+        at = self.tables.instance(row)
+        mb = floats[at + Instance.MB]
+        device = self.tables.device(words[at + Instance.DEVICE])
+        if words[Header.SOURCE_BOOKS_ONLY] or not mb > 0 or floats[at + Instance.RESERVED_MB] > 0:
+            # By the books alone there is nothing to wait for; and what no sample has seen come need not be seen go.
+            return
+        if words[Header.SOURCE_MEASURES_PROCESSES]:
+            if words[at + Instance.SERVER]:
+                # What was measured is gone with its process: the figure is corrected before the next sample.
+                t.set_float(device + Device.USED_MB, max(0.0, floats[device + Device.USED_MB] - mb))
+        elif words[Header.SOURCE_SETTLES_LATE] and words[at + Instance.STATE] == Instance.UNLOADING:
+            # (Of a copy whose process died, samples may have seen the memory go before anybody noticed.)
+            t.add_float(device + Device.RETURNING_MB, mb)
+            limit = self._namespace.settings.memory_return_seconds
+            t.set(device + Device.RETURN_DEADLINE, t.now + int(limit * 1e9))
+        t.set(device + Device.RETURN_SINCE, t.now)
+
+    def _pushed(self, at: int, row: int) -> list[tuple[int, int]]:
+        """Return the changes that put a shared copy (first word, row) at the head of its model's idle list."""
+        head_word = self.tables.model(self.segment.words[at + Instance.MODEL]) + Model.IDLE_HEAD
+        head = self.segment.words[head_word]
+        changes = [(at + Instance.NEXT, head), (at + Instance.PREVIOUS, 0), (head_word, row + 1)]
+        if head:
+            changes.append((self.tables.instance(head - 1) + Instance.PREVIOUS, row + 1))
+        return changes
+
+    def _unlinked(self, at: int) -> list[tuple[int, int]]:
+        """Return the changes that take a shared copy (first word) out of its model's idle list."""
+        words = self.segment.words
+        following, previous = words[at + Instance.NEXT], words[at + Instance.PREVIOUS]
+        if previous:
+            changes = [(self.tables.instance(previous - 1) + Instance.NEXT, following)]
+        else:
+            changes = [(self.tables.model(words[at + Instance.MODEL]) + Model.IDLE_HEAD, following)]
+        if following:
+            changes.append((self.tables.instance(following - 1) + Instance.PREVIOUS, previous))
+        return changes
+
+    # ---- devices -------------------------------------------------------------------------------------------
+
+    def describe_devices(self, t: Transaction, devices: Sequence[tuple[bytes, bytes, float]]) -> None:
+        """Set the rows of the devices: (uuid, name, total MB) each. Figures of a device that stays are kept.
+
+        Raises TableFullError when there are more devices than rows.
+        """
+        capacity = self.layout.devices.capacity
+        if len(devices) > capacity:
+            raise TableFullError(
+                f"the source reports {len(devices)} devices, the devices table has {capacity} rows; "
+                "create the namespace with a larger Capacities.devices",
+                table="devices",
+                capacity=capacity,
+                setting="Capacities.devices",
+            )
+        for row, (uuid, name, total_mb) in enumerate(devices):
+            at = self.tables.device(row)
+            known = self.segment.words[at + Device.STATE] and self.tables.text(at + Device.UUID) == uuid
+            if not known:
+                for word in range(Device.STATE, Device.UUID):
+                    t.set(at + word, 0)
+                t.set_text(at + Device.UUID, uuid)
+                t.set_text(at + Device.NAME, name)
+                t.set(at + Device.STATE, 1)
+            t.set_float(at + Device.TOTAL_MB, total_mb)
+
+    def sample(self, t: Transaction, row: int, used_mb: float, taken_ns: int) -> None:
+        """Record a device's figure that was asked for at `taken_ns`; an older one than the last is ignored."""
+        words, floats = self.segment.words, self.segment.floats
+        at = self.tables.device(row)
+        if taken_ns < words[at + Device.SAMPLED] or taken_ns < words[at + Device.RETURN_SINCE]:
+            return
+        t.set_float(at + Device.USED_MB, used_mb)
+        t.set(at + Device.SAMPLED, taken_ns)
+        slot = words[at + Device.RING_NEXT]
+        entry = at + Device.RING + 2 * slot
+        t.set(entry, taken_ns)
+        t.set_float(entry + 1, used_mb)
+        t.set(at + Device.RING_NEXT, (slot + 1) % Device.RING_LENGTH)
+        t.set_float(at + Device.PEAK_MB, self.peak_since(row, words[at + Device.PEAK_RESET]))
+        if used_mb > floats[at + Device.HIGHEST_MB]:
+            t.set_float(at + Device.HIGHEST_MB, used_mb)
+        self._settle_return(t, at, used_mb, taken_ns)
+        self._settle_reservations(t, row, taken_ns)
+
+    def measure(self, t: Transaction, slot: int, mb: float) -> None:
+        """Record the memory of one model server, and with it what its copy takes."""
+        words, floats = self.segment.words, self.segment.floats
+        at = self.tables.member(slot)
+        t.set_float(at + Member.MEASURED_MB, mb)
+        if mb > floats[at + Member.PEAK_MB]:
+            t.set_float(at + Member.PEAK_MB, mb)
+        row = words[at + Member.INSTANCE]
+        instance = self.tables.instance(row - 1) if row else 0
+        if (
+            instance
+            and words[instance + Instance.SERVER] == slot + 1
+            and words[instance + Instance.STATE] in (Instance.ACTIVE, Instance.IDLE)
+        ):
+            t.set_float(instance + Instance.MB, mb)
+
+    def reset_peaks(self, t: Transaction) -> None:
+        """Let the peaks begin anew at the present figures."""
+        now = t.now
+        for row in self.tables.used_rows(self.layout.devices):
+            at = self.tables.device(row)
+            t.set(at + Device.PEAK_RESET, now)
+            t.set_float(at + Device.PEAK_MB, self.segment.floats[at + Device.USED_MB])
+
+    def peak_since(self, row: int, since_ns: int) -> float:
+        """Return the highest figure of a device in the window, or since `since_ns` if that is later."""
+        at = self.tables.device(row)
+        oldest = time.monotonic_ns() - int(self._namespace.settings.peak_window_seconds * 1e9)
+        ring = at + Device.RING
+        end = ring + 2 * Device.RING_LENGTH
+        times = np.array(self.segment.words[ring:end:2])
+        figures = np.array(self.segment.floats[ring + 1 : end : 2])
+        recent = figures[(times >= max(oldest, since_ns)) & (times > 0)]
+        return float(recent.max()) if len(recent) else self.segment.floats[at + Device.USED_MB]
+
+    def _settle_return(self, t: Transaction, at: int, used_mb: float, taken_ns: int) -> None:
+        """See whether unloaded memory has come back; write it off when it has not in time."""
+        words, floats = self.segment.words, self.segment.floats
+        returning = floats[at + Device.RETURNING_MB]
+        if not returning > 0:
+            return
+        missing = returning - (floats[at + Device.RETURN_FROM_MB] - used_mb)
+        # Estimates are not exact: nine tenths count as all of it.
+        if missing > 0.1 * returning:
+            if taken_ns < words[at + Device.RETURN_DEADLINE]:
+                return
+            t.add_float(Header.WRITTEN_OFF, missing)
+            t.event(EventKind.WRITTEN_OFF, value=missing)
+        t.set_float(at + Device.RETURNING_MB, 0.0)
+
+    def _settle_reservations(self, t: Transaction, device: int, taken_ns: int) -> None:
+        """Drop reservations of copies whose load had ended when the sample was taken."""
+        words = self.segment.words
+        rows = self.tables.view(self.layout.instances)
+        done = (rows[:, Instance.STATE] > Instance.LOADING) & (rows[:, Instance.DEVICE] == device)
+        for row in np.flatnonzero(done & (rows[:, Instance.RESERVED_MB] != 0)).tolist():
+            if words[self.tables.instance(row) + Instance.LOADED_AT] <= taken_ns:
+                t.set_float(self.tables.instance(row) + Instance.RESERVED_MB, 0.0)
+
+    # ---- observations --------------------------------------------------------------------------------------
+
+    def observe(self, t: Transaction, copies: Sequence[tuple[int, int]], reading_mb: float) -> None:
+        """Add a reading of the memory that these (model generation, copies) took together.
+
+        A configuration of more than `Observation.PAIRS_LENGTH` models is not kept. When the table is full the
+        configuration that was seen longest ago makes room.
+        """
+        pairs = sorted(generation << 16 | count for generation, count in copies)
+        if not 0 < len(pairs) <= Observation.PAIRS_LENGTH:
+            return
+        table = self.layout.observations
+        rows = self.tables.view(table)
+        candidates = np.flatnonzero((rows[:, Observation.STATE] == 1) & (rows[:, Observation.PAIRS_USED] == len(pairs)))
+        wanted = np.array(pairs, dtype=np.uint64)
+        first = Observation.PAIRS
+        for candidate in candidates.tolist():
+            if np.array_equal(rows[candidate, first : first + len(pairs)], wanted):
+                row = candidate
+                break
+        else:
+            row = int(np.argmin(np.where(rows[:, Observation.STATE] == 0, 0, rows[:, Observation.UPDATED])))
+            at = table.base + row * Observation.WORDS
+            t.set(at + Observation.COUNT, 0)
+            t.set(at + Observation.NEXT, 0)
+            t.set(at + Observation.PAIRS_USED, len(pairs))
+            for offset, pair in enumerate(pairs):
+                t.set(at + first + offset, pair)
+            t.set(at + Observation.STATE, 1)
+        at = table.base + row * Observation.WORDS
+        words = self.segment.words
+        slot = words[at + Observation.NEXT]
+        t.set_float(at + Observation.READINGS + slot, reading_mb)
+        t.set(at + Observation.NEXT, (slot + 1) % Observation.READINGS_KEPT)
+        t.set(at + Observation.COUNT, min(words[at + Observation.COUNT] + 1, Observation.READINGS_KEPT))
+        t.set(at + Observation.UPDATED, t.now)
+        t.add(Header.OBSERVATIONS_MADE, 1)
+
+    def note_solution(self, t: Transaction, observations_made: int) -> None:
+        """Record which observations the last solution has seen."""
+        t.set(Header.SOLVED_AT, observations_made)
+
+    # ---- helpers -------------------------------------------------------------------------------------------
+
+    def _smoothed(self, word: int, seconds: float) -> int:
+        """Return the word for a decaying mean of durations, to which `seconds` is added."""
+        old = self.segment.floats[word]
+        return float_bits(old + SMOOTHING * (seconds - old) if old else max(seconds, 1e-9))
+
+    def _model_reference(self, row: int) -> int:
+        return int(self.segment.words[self.tables.instance(row) + Instance.MODEL]) + 1
+
+    def _next_generation(self, t: Transaction) -> int:
+        generation = int(self.segment.words[Header.NEXT_GENERATION])
+        t.set(Header.NEXT_GENERATION, generation + 1)
+        return generation
+
+    def _wake(self, t: Transaction, word: int) -> None:
+        t.add(word, 1)
+        t.after.append(partial(wake_all, self.segment.address + 8 * word))
