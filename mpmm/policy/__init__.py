@@ -1,0 +1,5 @@
+"""Policy: what to do next, decided by plain functions over plain values.
+
+Nothing here knows bytes, locks, clocks or devices: `view` holds what a decision may look at, `plan` walks the
+queue, and asks `admission` (does it fit?), `eviction` (what has to go?) and `fairness` (who may overtake?).
+"""

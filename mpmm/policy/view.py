@@ -1,0 +1,187 @@
+"""What a decision may look at, and what it can come to.
+
+Indices (`row`, `model`, `device`) are those of the tables in the segment, but nothing here depends on that.
+Memory is in MB, times are seconds on one monotonic clock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import IntEnum
+
+__all__ = [
+    "Decision",
+    "DeviceView",
+    "Evict",
+    "Grant",
+    "Idle",
+    "Load",
+    "ModelView",
+    "Reason",
+    "Refuse",
+    "Rules",
+    "TicketView",
+    "View",
+    "Wait",
+]
+
+
+class Reason(IntEnum):
+    """Why a ticket waits."""
+
+    BEHIND = 0  # somebody before it in the queue must not be overtaken, or an unknown model runs alone
+    DRAINING = 1  # its own model is unknown: waits for the others to finish
+    MEMORY = 2  # nothing that could be unloaded makes enough room
+    UNLOADING = 3  # room is being made
+    RETURNING = 4  # unloaded memory has not come back yet
+    NO_DEVICE = 5  # no device is known yet
+    SHARING = 6  # a copy that is busy or being loaded will be free sooner than another one could be loaded
+
+
+@dataclass(frozen=True)
+class Rules:
+    """Parameters of the decisions; see `ModelManager` for their meaning."""
+
+    slack_percentage: float
+    eviction_cooldown_seconds: float
+    min_model_copies: int
+    max_overtake_seconds: float
+    isolate_unknown: bool
+
+
+@dataclass(frozen=True)
+class ModelView:
+    """One model that somebody waits for or that is loaded.
+
+    need_mb: the estimate, or the default. shared: loaded copies that any member can use. owned: loaded copies
+    that only one member can use, by member. loading: copies being loaded, by the member that loads them;
+    shares: what is being loaded will be a handle, as far as known. load_s, hold_s: how long a load and a hold
+    take, 0 unknown. loading_for_s: since when the oldest load goes on.
+    """
+
+    model: int
+    known: bool
+    need_mb: float
+    shared: int
+    owned: Mapping[int, int]
+    waiting: int
+    loading: Mapping[int, int] = field(default_factory=dict)
+    shares: bool = False
+    load_s: float = 0.0
+    hold_s: float = 0.0
+    loading_for_s: float = 0.0
+
+    @property
+    def loaded(self) -> int:
+        """All loaded copies."""
+        return self.shared + sum(self.owned.values())
+
+    def usable_by(self, member: int) -> int:
+        """Return how many loaded copies a member can use."""
+        return self.shared + self.owned.get(member, 0)
+
+    def coming_for(self, member: int) -> int:
+        """Return how many copies are being loaded that a member will be able to use."""
+        return sum(self.loading.values()) if self.shares else self.loading.get(member, 0)
+
+
+@dataclass(frozen=True)
+class Idle:
+    """An idle copy. `owner` is the only member that can use it, None when anybody can."""
+
+    row: int
+    model: int
+    owner: int | None
+    device: int
+    mb: float
+    idle_since_s: float
+
+
+@dataclass(frozen=True)
+class TicketView:
+    """A waiter. `row` identifies it."""
+
+    row: int
+    number: int
+    priority: int
+    model: int
+    member: int
+    enqueued_s: float
+
+
+@dataclass(frozen=True)
+class DeviceView:
+    """One device. `unloading_mb` is what copies in mid-unload still take, `returning_mb` what unloads have not given
+    back yet; both are part of `used_mb`."""
+
+    device: int
+    total_mb: float
+    used_mb: float
+    reserved_mb: float
+    unloading_mb: float
+    returning_mb: float
+
+
+@dataclass(frozen=True)
+class View:
+    """The state that a plan is made from. `idle` lists copies newest first.
+
+    tickets: waiters in any order; at least the first ones of the queue, and for each model with idle copies
+        the first ones of that model.
+    """
+
+    now_s: float
+    rules: Rules
+    models: Mapping[int, ModelView]
+    idle: tuple[Idle, ...]
+    tickets: tuple[TicketView, ...]
+    devices: tuple[DeviceView, ...]
+    active: int
+    loading: int
+    unloading: int
+    isolated: bool
+
+
+@dataclass(frozen=True)
+class Grant:
+    """Hand an idle copy to a ticket."""
+
+    ticket: int
+    instance: int
+
+
+@dataclass(frozen=True)
+class Load:
+    """Let a ticket load a copy on a device; `alone` begins isolation."""
+
+    ticket: int
+    device: int
+    need_mb: float
+    alone: bool
+
+
+@dataclass(frozen=True)
+class Evict:
+    """Unload idle copies, in this order, for a ticket that waits meanwhile."""
+
+    ticket: int
+    instances: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Wait:
+    """A ticket waits, and why."""
+
+    ticket: int
+    reason: Reason
+
+
+@dataclass(frozen=True)
+class Refuse:
+    """A ticket's model can never fit on any device."""
+
+    ticket: int
+
+
+Decision = Grant | Load | Evict | Wait | Refuse
