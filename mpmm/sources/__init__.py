@@ -1,0 +1,97 @@
+"""Where memory figures come from, and which source is taken.
+
+A source measures; the monitor (`mpmm.gpu_monitor`) decides when, and keeps what was measured.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+
+from mpmm.errors import InvalidArgumentError
+from mpmm.sources.base import DeviceInfo, DeviceSample, MemorySource, SourceUnavailableError, is_books_only
+from mpmm.sources.booked import BookedSource
+
+__all__ = [
+    "DeviceInfo",
+    "DeviceSample",
+    "MemorySource",
+    "SourceUnavailableError",
+    "choose_source",
+    "is_books_only",
+]
+
+SOURCE_VARIABLE = "MPMM_MEMORY_SOURCE"
+
+
+def choose_source(
+    name: str | MemorySource = "auto",
+    *,
+    fallback_memory_mb: float = 16000.0,
+    budget_mb: float | None = None,
+    logger: logging.Logger | None = None,
+) -> MemorySource:
+    """Return the source called `name`, ready to measure.
+
+    name: `nvml`, `nvidia-smi`, `host`, `booked`, or `auto` for the first of NVML, nvidia-smi and booked
+        that works. `$MPMM_MEMORY_SOURCE` stands in for `auto`, and for nothing else. A source passes through.
+    fallback_memory_mb: the total of `booked`.
+    budget_mb: the total of `host`; the other sources measure theirs.
+    logger: gets one warning when `auto` ends at `booked`.
+
+    Raises InvalidArgumentError for an unknown name, SourceUnavailableError (a child of it) when a source
+    that was named cannot work here.
+    """
+    if not isinstance(name, str):
+        if isinstance(name, MemorySource):
+            return name
+        raise InvalidArgumentError(f"source is {name!r}: expected a name or an object with MemorySource's members")
+    if name == "auto":
+        name = os.environ.get(SOURCE_VARIABLE) or "auto"
+    makers = _makers(fallback_memory_mb, budget_mb)
+    if name in makers:
+        return makers[name]()
+    if name != "auto":
+        raise InvalidArgumentError(
+            f"memory source {name!r}: expected one of auto, {', '.join(makers)} "
+            f"(setting: the source parameter, or {SOURCE_VARIABLE} where that is 'auto')"
+        )
+    reasons = []
+    for candidate in ("nvml", "nvidia-smi"):
+        try:
+            return makers[candidate]()
+        except SourceUnavailableError as error:
+            reasons.append(f"{candidate}: {error.reason}")
+    (logger or logging.getLogger(__name__)).warning(
+        "No GPU memory to measure (%s). Going by the books, with a total of %s MB",
+        "; ".join(reasons),
+        fallback_memory_mb,
+    )
+    return makers["booked"]()
+
+
+def _makers(fallback_memory_mb: float, budget_mb: float | None) -> dict[str, Callable[[], MemorySource]]:
+    """Return how each source is made. A source's library is imported when the source is made, not before."""
+
+    def nvml() -> MemorySource:
+        from mpmm.sources.nvml import NvmlSource
+
+        return NvmlSource()
+
+    def nvidia_smi() -> MemorySource:
+        from mpmm.sources.nvidia_smi import NvidiaSmiSource
+
+        return NvidiaSmiSource()
+
+    def host() -> MemorySource:
+        from mpmm.sources.host_memory import HostMemorySource
+
+        return HostMemorySource(budget_mb)
+
+    return {
+        "nvml": nvml,
+        "nvidia-smi": nvidia_smi,
+        "host": host,
+        "booked": lambda: BookedSource(fallback_memory_mb),
+    }

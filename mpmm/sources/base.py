@@ -1,0 +1,97 @@
+"""What a source of memory figures is: the devices it knows and how it measures them.
+
+Every `_mb` in mpmm counts MiB (2**20 bytes), the unit that `nvidia-smi` prints. A figure that could not
+be read is None, never 0: 0 would say that the device is empty and let everything in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
+
+from mpmm.errors import InvalidArgumentError
+
+__all__ = ["MIB", "DeviceInfo", "DeviceSample", "MemorySource", "SourceUnavailableError", "is_books_only"]
+
+MIB = 2**20
+
+
+class SourceUnavailableError(InvalidArgumentError):
+    """A memory source cannot work on this host. Attributes: `source`, `reason`."""
+
+    source: str
+    reason: str
+
+
+def unavailable(source: str, reason: str) -> SourceUnavailableError:
+    """Return the error that says why the source of this name cannot work here."""
+    return SourceUnavailableError(
+        f"memory source {source!r} cannot work here: {reason} "
+        "(setting: the source parameter, or MPMM_MEMORY_SOURCE where that is 'auto')",
+        source=source,
+        reason=reason,
+    )
+
+
+@dataclass(frozen=True)
+class DeviceInfo:
+    """One device. `index` counts the devices this process may see, as `cuda:<index>` does; gaps are possible."""
+
+    index: int
+    uuid: str
+    name: str
+    total_mb: float
+
+
+@dataclass(frozen=True)
+class DeviceSample:
+    """One reading of one device.
+
+    used_mb: None = could not be read.
+    taken_ns: `time.monotonic_ns()` from before the measurement began, so that whatever happened earlier
+        than `taken_ns` is in the figure for certain.
+    process_mb: memory per pid, for the pids that the source can tell; a missing pid is unknown, not 0.
+    """
+
+    index: int
+    used_mb: float | None
+    taken_ns: int
+    process_mb: Mapping[int, float] = field(default_factory=dict)
+
+
+@runtime_checkable
+class MemorySource(Protocol):
+    """Where memory figures come from. `sample` may be called by several threads, and after a fork.
+
+    name: what people select it by.
+    measures_processes: `DeviceSample.process_mb` is filled in.
+    settles_late: freed memory may show up seconds after an unload.
+    cheap: a sample costs well under 5 ms, so anybody may take one where they stand.
+    """
+
+    name: str
+    measures_processes: bool
+    settles_late: bool
+    cheap: bool
+
+    def devices(self) -> tuple[DeviceInfo, ...]:
+        """Return the devices, by index; the same ones for as long as the source lives."""
+        ...
+
+    def sample(self, server_pids: Sequence[int]) -> tuple[DeviceSample, ...]:
+        """Measure every device, in the order of `devices()`.
+
+        server_pids: the processes whose memory the caller accounts for; only sources that add up
+            processes need them.
+        """
+        ...
+
+    def close(self) -> None:
+        """Let go of what the source holds. A later `sample` opens it again."""
+        ...
+
+
+def is_books_only(source: MemorySource) -> bool:
+    """Return whether `source` knows totals alone, so that its samples are always None."""
+    return bool(getattr(source, "books_only", False))

@@ -1,0 +1,135 @@
+"""Host memory as the 'device': what models on the CPU take, through psutil.
+
+Used memory is the sum of the USS (the memory that would come free if the process ended) of the
+processes the caller names. Pages that they share with others, after a fork say, are in nobody's USS.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from mpmm.errors import InvalidArgumentError
+from mpmm.sources.base import MIB, DeviceInfo, DeviceSample
+
+__all__ = ["HostMemorySource", "host_memory_mb"]
+
+# USS makes the kernel walk every page table of the process (tens of ms for tens of GB); RSS is one counter.
+# USS is read again when RSS has moved by more than a model could matter, or after a while regardless,
+# because sharing can change while RSS does not.
+RSS_CHANGE_BYTES = 1 * MIB
+USS_LIFETIME_NS = 5_000_000_000
+
+
+@dataclass(frozen=True)
+class _Reading:
+    process: psutil.Process
+    rss: int
+    uss: int
+    taken_ns: int
+
+
+class HostMemorySource:
+    """One device, 'host memory'."""
+
+    name = "host"
+    measures_processes = True
+    settles_late = False
+    cheap = False
+
+    def __init__(self, budget_mb: float | None = None) -> None:
+        """Take `budget_mb` as the total, or all that this process's control group may use.
+
+        Raises InvalidArgumentError unless `budget_mb` is None or a positive number.
+        """
+        if budget_mb is not None and not (math.isfinite(budget_mb) and budget_mb > 0):
+            raise InvalidArgumentError(f"budget_mb is {budget_mb!r}: expected a positive number of MB, or None")
+        total_mb = host_memory_mb() if budget_mb is None else float(budget_mb)
+        self._devices = (DeviceInfo(0, "host-memory", "host memory", total_mb),)
+        # Replaced as a whole by each sample, so that threads and forked children need no lock.
+        self._readings: dict[int, _Reading] = {}
+
+    def devices(self) -> tuple[DeviceInfo, ...]:
+        """Return the one device."""
+        return self._devices
+
+    def sample(self, server_pids: Sequence[int]) -> tuple[DeviceSample, ...]:
+        """Add up the USS of `server_pids`; those that are gone count nothing.
+
+        `used_mb` is None when a living process may not be looked at by us at all.
+        """
+        taken_ns = time.monotonic_ns()
+        known = self._readings
+        readings: dict[int, _Reading] = {}
+        complete = True
+        for pid in dict.fromkeys(server_pids):
+            try:
+                readings[pid] = _read(pid, known.get(pid), taken_ns)
+            except psutil.NoSuchProcess:  # gone, a zombie included: its memory is free
+                continue
+            except psutil.AccessDenied:
+                complete = False
+        self._readings = readings
+        process_mb = {pid: reading.uss / MIB for pid, reading in readings.items()}
+        return (DeviceSample(0, sum(process_mb.values()) if complete else None, taken_ns, process_mb),)
+
+    def close(self) -> None:
+        """Forget the readings kept between samples."""
+        self._readings = {}
+
+
+def _read(pid: int, known: _Reading | None, now_ns: int) -> _Reading:
+    """Return a reading of `pid`: `known` while it still holds for the same process, else a fresh one."""
+    if known is not None and known.process.is_running():  # False for a successor with the same pid
+        rss = known.process.memory_info().rss
+        if abs(rss - known.rss) <= RSS_CHANGE_BYTES and now_ns - known.taken_ns <= USS_LIFETIME_NS:
+            return known
+    process = psutil.Process(pid)
+    if process.status() == psutil.STATUS_ZOMBIE:
+        raise psutil.ZombieProcess(pid)
+    rss = process.memory_info().rss
+    try:
+        uss = process.memory_full_info().uss
+    except psutil.AccessDenied:  # another user's: RSS is public, and at least as large
+        uss = rss
+    return _Reading(process, rss, uss, now_ns)
+
+
+def host_memory_mb() -> float:
+    """Return the memory this process may use: the host's, or less where its control group says so."""
+    return float(min([psutil.virtual_memory().total, *cgroup_limits()])) / MIB
+
+
+def cgroup_limits(mount: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")) -> list[int]:
+    """Return the limits in bytes on this process's control group and its parents, v2 and v1; [] for none.
+
+    mount, membership: where the kernel shows the groups, and which ones this process is in.
+    """
+    try:
+        lines = membership.read_text().splitlines()
+    except OSError:  # no control groups, as on macOS
+        return []
+    limits = []
+    for line in lines:
+        number, controllers, group = line.split(":", 2)
+        if number == "0":
+            root, file_name = mount, "memory.max"
+        elif "memory" in controllers.split(","):
+            root, file_name = mount / "memory", "memory.limit_in_bytes"
+        else:
+            continue
+        # Inside a container the path may be the host's and not exist here; the root then is the container's.
+        folder = root / group.lstrip("/")
+        for place in (folder, *folder.parents):
+            if not place.is_relative_to(root):
+                break
+            try:
+                limits.append(int((place / file_name).read_text()))
+            except (OSError, ValueError):  # not there, or 'max'
+                continue
+    return limits

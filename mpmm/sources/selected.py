@@ -1,0 +1,42 @@
+"""Only some of a source's devices, for `ModelManager(devices=…)`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from mpmm.errors import InvalidArgumentError
+from mpmm.sources.base import DeviceInfo, DeviceSample, MemorySource
+
+__all__ = ["SelectedDevices"]
+
+
+class SelectedDevices:
+    """A source that shows the chosen devices of another one, in the source's order."""
+
+    def __init__(self, source: MemorySource, chosen: Sequence[int | str]) -> None:
+        """chosen: indices or uuids. Raises InvalidArgumentError for one that the source does not have."""
+        self._source = source
+        self.name = source.name
+        self.measures_processes = source.measures_processes
+        self.settles_late = source.settles_late
+        self.cheap = source.cheap
+        self.books_only = bool(getattr(source, "books_only", False))
+        there = source.devices()
+        for wanted in chosen:
+            if not any(wanted in (info.index, info.uuid) for info in there):
+                has = ", ".join(f"{info.index} ({info.uuid})" for info in there) or "none"
+                raise InvalidArgumentError(f"devices: {wanted!r} is not among the devices of {source.name}: {has}")
+        self._devices = tuple(info for info in there if info.index in chosen or info.uuid in chosen)
+
+    def devices(self) -> tuple[DeviceInfo, ...]:
+        """Return the chosen devices."""
+        return self._devices
+
+    def sample(self, server_pids: Sequence[int]) -> tuple[DeviceSample, ...]:
+        """Measure, and keep the chosen devices' samples."""
+        indices = {info.index for info in self._devices}
+        return tuple(sample for sample in self._source.sample(server_pids) if sample.index in indices)
+
+    def close(self) -> None:
+        """Close the source."""
+        self._source.close()
