@@ -1,0 +1,212 @@
+"""How much memory one copy of a model takes, worked out from readings of the whole device.
+
+A reading says: with these copies loaded, so much was in use. Many of them make a linear system with one
+unknown per model and one for what is always there (the bias), solved with none allowed below zero.
+`solve_footprints` and `smooth` are pure; `ResourceEstimator` is Beam's class around them, for use alone
+in a process, and the manager calls the same two with readings from shared memory. All figures are in MB.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import numbers
+import threading
+from collections import OrderedDict, deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mpmm.beam_metrics import report_estimate
+from mpmm.errors import InvalidArgumentError
+
+__all__ = ["Footprints", "Observation", "ResourceEstimator", "nnls", "smooth", "solve_footprints"]
+
+logger = logging.getLogger(__name__)
+
+READINGS_KEPT = 20  # per configuration, as in Beam
+CONFIGURATIONS_KEPT = 256
+# A null vector of a small matrix of small integers is exact to some 1e-15; a model it touches has far more in it.
+NULL_TOLERANCE = 1e-9
+
+
+@dataclass(frozen=True)
+class Observation:
+    """The readings of one configuration: copies loaded per model, mean of the readings, how many there are."""
+
+    counts: Mapping[str, int]
+    mean_mb: float
+    readings: int
+
+
+@dataclass(frozen=True)
+class Footprints:
+    """MB of one copy of each model that the observations pin down, and MB that are in use regardless."""
+
+    model_mb: dict[str, float]
+    bias_mb: float
+
+
+def nnls(a: Any, b: Any) -> tuple[Any, float]:
+    """Call `scipy.optimize.nnls`. SciPy takes half a second to import, so that happens at the first solve."""
+    from scipy.optimize import nnls as scipy_nnls
+
+    solution, residual = scipy_nnls(a, b)
+    return solution, float(residual)
+
+
+def solve_footprints(
+    observations: Sequence[Observation], models: Sequence[str], min_data_points: int
+) -> Footprints | None:
+    """Return the footprints that fit `observations` best (least squares, none negative), None if they are too few.
+
+    models: the tags to solve for. Those that occur in no observation are left out, and so are those
+        that the observations cannot tell apart (always loaded together, or a constant number of copies
+        at all times): NNLS would give one of them everything and the others 0.
+    Too few: fewer configurations than models that occur plus one, or fewer than `min_data_points` readings.
+
+    With n readings y of mean m in one configuration, sum((ax - y)^2) = n (ax - m)^2 + a constant. So
+    one row per configuration, of weight sqrt(n), has the same solution as one row per reading.
+
+    Raises ArithmeticError when the numbers cannot be solved (the solver gives up, or yields no finite numbers).
+    """
+    columns = sorted({tag for tag in models if any(observation.counts.get(tag, 0) for observation in observations)})
+    readings = sum(observation.readings for observation in observations)
+    if len(observations) < len(columns) + 1 or readings < min_data_points:
+        return None
+    import numpy as np  # as late as SciPy: a process that never solves need not load it
+
+    try:
+        rows = np.array([[*(o.counts.get(tag, 0) for tag in columns), 1] for o in observations], dtype=float)
+        weights = np.sqrt([float(o.readings) for o in observations])
+        means = np.array([o.mean_mb for o in observations])
+        solution = np.asarray(nnls(rows * weights[:, None], means * weights)[0], dtype=float)
+        _, singular, basis = np.linalg.svd(rows, full_matrices=False)  # no fewer rows than columns: all of the basis
+    except Exception as error:
+        raise ArithmeticError(f"cannot solve for {len(columns)} models: {error!r}") from error
+    if solution.shape != (len(columns) + 1,) or not np.isfinite(solution).all():
+        raise ArithmeticError(f"solver returned {solution!r}: expected {len(columns) + 1} finite numbers")
+    rank = int((singular > singular[0] * max(rows.shape) * np.finfo(float).eps).sum())
+    # A model is pinned down when no direction that leaves every row unchanged moves it.
+    free = np.abs(basis[rank:]).max(axis=0, initial=0.0) > NULL_TOLERANCE
+    pinned = {tag: float(solution[i]) for i, tag in enumerate(columns) if not free[i]}
+    return Footprints(pinned, float(solution[-1]))
+
+
+def smooth(old: float | None, new: float, factor: float) -> float:
+    """Return `old` moved towards `new` by `factor` (0 = stay, 1 = jump); `new` itself where nothing was known."""
+    return new if old is None else old * (1 - factor) + new * factor
+
+
+class ResourceEstimator:
+    """Estimates per model in one process, as in Beam; every method may be called by several threads."""
+
+    def __init__(self, smoothing_factor: float = 0.2, min_data_points: int = 5, verbose_logging: bool = False) -> None:
+        """Start with no estimates.
+
+        smoothing_factor: share of a new solution in an estimate that exists, 0 to 1.
+        min_data_points: readings needed before the first solution.
+        verbose_logging: log observations and solutions.
+        Raises InvalidArgumentError for a factor outside 0 to 1 or a negative number of readings.
+        """
+        if not 0 <= smoothing_factor <= 1:
+            raise InvalidArgumentError(f"smoothing_factor is {smoothing_factor!r}: expected 0 to 1")
+        if min_data_points < 0:
+            raise InvalidArgumentError(f"min_data_points is {min_data_points!r}: expected 0 or more")
+        self.smoothing_factor = smoothing_factor
+        self.min_data_points = min_data_points
+        self.verbose_logging = verbose_logging
+        self.estimates: dict[str, float] = {}
+        # Configuration as sorted (tag, copies) pairs: its last readings. Ordered by latest reading, oldest first.
+        self.history: OrderedDict[tuple[tuple[str, int], ...], deque[float]] = OrderedDict()
+        self.known_models: set[str] = set()
+        self._lock = threading.Lock()  # guards the fields above; never held while solving
+        self._solve_lock = threading.Lock()  # one solution after the other; taken before _lock
+
+    def logging_info(self, message: str, *args: Any) -> None:
+        """Log at level INFO if `verbose_logging` is on."""
+        if self.verbose_logging:
+            logger.info(message, *args)
+
+    def is_unknown(self, model_tag: str) -> bool:
+        """Return whether there is no estimate for this model."""
+        with self._lock:
+            return model_tag not in self.estimates
+
+    def get_estimate(self, model_tag: str, default_mb: float = 4000.0) -> float:
+        """Return the estimate in MB, `default_mb` where there is none."""
+        with self._lock:
+            return self.estimates.get(model_tag, default_mb)
+
+    def set_initial_estimate(self, model_tag: str, cost: float) -> None:
+        """Take `cost` in MB as the estimate, as measured with the model alone on the device.
+
+        Raises InvalidArgumentError for a tag that is no str, or a cost that is negative or not finite.
+        """
+        _check_tag(model_tag)
+        _check_mb("cost", cost)
+        with self._lock:
+            self.estimates[model_tag] = float(cost)
+            self.known_models.add(model_tag)
+        report_estimate(model_tag, cost)
+        self.logging_info("Initial estimate of %s: %s MB", model_tag, cost)
+
+    def add_observation(self, active_snapshot: Mapping[str, int], peak_memory: float) -> None:
+        """Add a reading of `peak_memory` MB with these copies loaded, and solve anew if there are enough.
+
+        An empty snapshot is ignored, as in Beam. A failed solution is logged and leaves the estimates.
+        Raises InvalidArgumentError for tags that are no str, counts that are negative, or a reading that
+        is negative or not finite; nothing is changed then.
+        """
+        for tag, count in active_snapshot.items():
+            _check_tag(tag)
+            if not isinstance(count, numbers.Integral) or count < 0:  # NumPy's integers are Integral too
+                raise InvalidArgumentError(f"copies of {tag!r}: {count!r}, expected a whole number, 0 or more")
+        _check_mb("peak_memory", peak_memory)
+        if not active_snapshot:
+            return
+        self.logging_info("Observed %.1f MB with %s", peak_memory, dict(sorted(active_snapshot.items())))
+        configuration = tuple(sorted((tag, count) for tag, count in active_snapshot.items() if count))
+        with self._solve_lock:
+            with self._lock:
+                self.history.setdefault(configuration, deque(maxlen=READINGS_KEPT)).append(peak_memory)
+                self.history.move_to_end(configuration)
+                if len(self.history) > CONFIGURATIONS_KEPT:
+                    self.history.popitem(last=False)
+                self.known_models.update(active_snapshot)
+            self._solve()
+
+    def _solve(self) -> None:
+        """Solve from the history and move the estimates. Needs `_solve_lock`."""
+        with self._lock:
+            models = sorted(self.known_models)
+            observations = [
+                Observation(dict(configuration), sum(readings) / len(readings), len(readings))
+                for configuration, readings in self.history.items()
+            ]
+        try:
+            footprints = solve_footprints(observations, models, self.min_data_points)
+        except ArithmeticError as error:
+            logger.error("Estimates stay as they were: %s", error)
+            return
+        if footprints is None:
+            return
+        moved: dict[str, float] = {}
+        with self._lock:
+            for tag, mb in footprints.model_mb.items():
+                moved[tag] = smooth(self.estimates.get(tag), mb, self.smoothing_factor)
+            self.estimates.update(moved)
+        for tag, mb in moved.items():
+            report_estimate(tag, mb)
+            self.logging_info("Estimate of %s: %.1f MB", tag, mb)
+        self.logging_info("In use regardless: %.1f MB", footprints.bias_mb)
+
+
+def _check_tag(tag: object) -> None:
+    if not isinstance(tag, str):
+        raise InvalidArgumentError(f"model tag {tag!r}: expected a str")
+
+
+def _check_mb(name: str, value: float) -> None:
+    if not (isinstance(value, numbers.Real) and math.isfinite(value) and value >= 0):
+        raise InvalidArgumentError(f"{name} is {value!r}: expected MB, 0 or more")

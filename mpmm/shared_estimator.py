@@ -1,0 +1,163 @@
+"""`ResourceEstimator` on shared state: the same methods, for all processes of a namespace.
+
+Estimates live in the model rows, readings in the observation rows. Solving is nobody's duty but the leader's
+(`Keeper`), which calls `solve` between two polls, or of a caller who adds an observation by hand.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections import deque
+from collections.abc import Mapping
+from typing import Any
+
+from mpmm.beam_metrics import report_estimate
+from mpmm.errors import InvalidArgumentError
+from mpmm.resource_estimator import Observation, smooth, solve_footprints
+from mpmm.shared_state.layout import Header, Model
+from mpmm.shared_state.layout import Observation as ObservationRow
+from mpmm.shared_state.namespace import Namespace
+from mpmm.shared_state.tables import encode_text
+
+__all__ = ["SharedResourceEstimator"]
+
+_LOG = logging.getLogger(__name__)
+
+
+class SharedResourceEstimator:
+    """Estimates of one namespace, seen from one of its members. Methods take the lock; none solves under it."""
+
+    def __init__(self, namespace: Namespace, verbose_logging: bool = False) -> None:
+        self._namespace = namespace
+        self.smoothing_factor = namespace.settings.smoothing_factor
+        self.min_data_points = int(namespace.settings.min_data_points)
+        self.verbose_logging = verbose_logging
+
+    def logging_info(self, message: str, *args: Any) -> None:
+        """Log at level INFO if `verbose_logging` is on."""
+        if self.verbose_logging:
+            _LOG.info(message, *args)
+
+    def is_unknown(self, model_tag: str) -> bool:
+        """Tell whether there is no estimate for a tag yet."""
+        return math.isnan(self.get_estimate(model_tag, math.nan))
+
+    def get_estimate(self, model_tag: str, default_mb: float = 4000.0) -> float:
+        """Return the estimate of a tag in MB, or `default_mb`."""
+        namespace = self._namespace
+        with namespace.transaction():
+            row = namespace.tables.model_row(model_tag)
+            if row is None or not namespace.segment.words[namespace.tables.model(row) + Model.KNOWN]:
+                return default_mb
+            return namespace.segment.floats[namespace.tables.model(row) + Model.ESTIMATE_MB]
+
+    def set_initial_estimate(self, model_tag: str, cost: float) -> None:
+        """Set the estimate of a tag to `cost` MB. Raises InvalidArgumentError, TableFullError."""
+        encoded = encode_text(model_tag, Model.TAG_BYTES, "model tag")
+        if not isinstance(cost, int | float) or not math.isfinite(cost) or cost < 0:
+            raise InvalidArgumentError(f"estimate of {model_tag!r}: {cost!r}; expected a number of MB, 0 or more")
+        namespace = self._namespace
+        with namespace.transaction() as t:
+            row = namespace.transitions.claim_model(t, model_tag, encoded)
+            namespace.transitions.estimate(t, row, float(cost), measured=False)
+        report_estimate(model_tag, cost)
+        self.logging_info("Initial estimate of %s: %s MB", model_tag, cost)
+
+    def add_observation(self, active_snapshot: Mapping[str, int], peak_memory: float) -> None:
+        """Add a reading of `peak_memory` MB taken while so many copies of each tag were loaded, and solve.
+
+        Raises InvalidArgumentError, TableFullError.
+        """
+        if not isinstance(peak_memory, int | float) or not math.isfinite(peak_memory):
+            raise InvalidArgumentError(f"peak memory {peak_memory!r}: expected a number of MB")
+        encoded = {tag: encode_text(tag, Model.TAG_BYTES, "model tag") for tag in active_snapshot}
+        namespace = self._namespace
+        with namespace.transaction() as t:
+            copies = []
+            for tag, count in active_snapshot.items():
+                row = namespace.transitions.claim_model(t, tag, encoded[tag])
+                copies.append((namespace.segment.words[namespace.tables.model(row) + Model.GENERATION], count))
+            namespace.transitions.observe(t, copies, float(peak_memory))
+        self.solve()
+
+    @property
+    def estimates(self) -> dict[str, float]:
+        """All estimates by tag, in MB."""
+        namespace = self._namespace
+        words, floats, tables = namespace.segment.words, namespace.segment.floats, namespace.tables
+        with namespace.transaction():
+            return {
+                tables.tag_of(row): floats[tables.model(row) + Model.ESTIMATE_MB]
+                for row in tables.used_rows(namespace.segment.layout.models)
+                if words[tables.model(row) + Model.KNOWN]
+            }
+
+    @property
+    def known_models(self) -> set[str]:
+        """Tags that have an estimate or were observed."""
+        return set(self.estimates) | {tag for observation in self.observations()[0] for tag in observation.counts}
+
+    @property
+    def history(self) -> dict[tuple[tuple[str, int], ...], deque[float]]:
+        """Recent readings in MB by configuration, as in Beam."""
+        return {
+            tuple(sorted(observation.counts.items())): deque(readings, maxlen=ObservationRow.READINGS_KEPT)
+            for observation, readings in zip(*self.observations(), strict=True)
+        }
+
+    def observations(self) -> tuple[list[Observation], list[list[float]]]:
+        """Return the configurations whose tags all still exist, and the readings of each."""
+        namespace = self._namespace
+        words, floats, layout = namespace.segment.words, namespace.segment.floats, namespace.segment.layout
+        found: list[Observation] = []
+        readings_of: list[list[float]] = []
+        with namespace.transaction():
+            tags = {
+                words[namespace.tables.model(row) + Model.GENERATION]: namespace.tables.tag_of(row)
+                for row in namespace.tables.used_rows(layout.models)
+            }
+            for row in namespace.tables.used_rows(layout.observations):
+                at = layout.observations.base + row * ObservationRow.WORDS
+                first = at + ObservationRow.PAIRS
+                pairs = words[first : first + words[at + ObservationRow.PAIRS_USED]].tolist()
+                if not all(pair >> 16 in tags for pair in pairs):
+                    continue
+                start = at + ObservationRow.READINGS
+                readings = [float(mb) for mb in floats[start : start + words[at + ObservationRow.COUNT]]]
+                counts = {tags[pair >> 16]: pair & 0xFFFF for pair in pairs}
+                found.append(Observation(counts, sum(readings) / len(readings), len(readings)))
+                readings_of.append(readings)
+        return found, readings_of
+
+    def solve(self) -> None:
+        """Solve for the footprints and smooth them into the estimates, unless nothing is new or there is too little.
+
+        Estimates that were read from processes are exact already and stay.
+        """
+        namespace = self._namespace
+        made = namespace.segment.words[Header.OBSERVATIONS_MADE]
+        if made == namespace.segment.words[Header.SOLVED_AT]:
+            return
+        observations, _ = self.observations()
+        models = sorted({tag for observation in observations for tag in observation.counts})
+        try:
+            footprints = solve_footprints(observations, models, self.min_data_points)
+        except ArithmeticError as error:
+            _LOG.error("Estimates stay as they were: %s", error)
+            footprints = None
+        changed = {}
+        with namespace.transaction() as t:
+            namespace.transitions.note_solution(t, made)
+            for tag, mb in footprints.model_mb.items() if footprints else ():
+                row = namespace.tables.model_row(tag)
+                if row is None or namespace.segment.words[namespace.tables.model(row) + Model.MEASURED]:
+                    continue
+                at = namespace.tables.model(row)
+                known = namespace.segment.words[at + Model.KNOWN]
+                old = namespace.segment.floats[at + Model.ESTIMATE_MB] if known else None
+                changed[tag] = smooth(old, mb, self.smoothing_factor)
+                namespace.transitions.estimate(t, row, changed[tag], measured=False)
+        for tag, mb in changed.items():
+            report_estimate(tag, mb)
+            self.logging_info("Estimate of %s: %.1f MB", tag, mb)
