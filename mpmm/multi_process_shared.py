@@ -1,0 +1,423 @@
+"""Share one object between processes: `MultiProcessShared`, as in Apache Beam, on Unix sockets and kernel locks.
+
+    handle = MultiProcessShared(load_model, tag="resnet", spawn_process=True)
+    model = handle.acquire()
+    model.predict(batch)          # runs in the process that has the model
+    handle.release(model)
+
+Whoever comes first has the object made: in its own process, or with `spawn_process` in a new one that
+outlives it. The others find that process through the room (`mpmm.proxy.room`) below `path`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Generic, TypeVar, cast
+
+from mpmm.errors import InvalidArgumentError, ModelServerError, NotAcquiredError, SharedObjectReleasedError
+from mpmm.proxy.client import ServerLink, forget_link, known_link, link_to, remember_link
+from mpmm.proxy.context import attaching_to
+from mpmm.proxy.ending import end_server
+from mpmm.proxy.hosting import Host, find_host, host_object, new_record
+from mpmm.proxy.launcher import reap_ended_servers, start_server
+from mpmm.proxy.process_life import in_forked_child
+from mpmm.proxy.room import Room, ServerRecord, room_at, room_for
+from mpmm.proxy.server_process import ATTACH, wants_to_attach
+
+__all__ = ["MultiProcessShared", "SharedProxy", "server_pid", "unload"]
+
+T = TypeVar("T")
+
+HARD_DELETE_TIMEOUT_S = 10.0
+# Servers that come up and are gone before we are their client: something kills them, and will kill the next.
+START_ATTEMPTS = 5
+STARTING_PAUSE_S = 0.005
+
+
+class MultiProcessShared(Generic[T]):
+    """A handle on the shared object of a tag. Cheap: nothing happens before `acquire`."""
+
+    def __init__(
+        self,
+        constructor: Callable[[], T],
+        tag: Any,
+        *,
+        path: str = tempfile.gettempdir(),
+        always_proxy: bool | None = None,
+        spawn_process: bool = False,
+    ) -> None:
+        """Describe the shared object.
+
+        constructor: makes the object, without arguments; ignored where the tag has an object already. For another
+            process it is pickled, with cloudpickle where pickle refuses.
+        tag: a string; equal tags below one `path` mean the same object.
+        path: folder below which processes meet; the default stands for the user's runtime directory.
+        always_proxy: go through a connection even in the process that has the object.
+        spawn_process: have the object made in a process of its own.
+        Raises InvalidArgumentError.
+        """
+        if not isinstance(tag, str):
+            raise InvalidArgumentError(f"tag {tag!r}: expected a string")
+        self._constructor = constructor
+        self._tag = tag
+        self._path = path
+        self._always_proxy = bool(always_proxy)
+        self._spawn_process = spawn_process
+
+    def acquire(self) -> T:
+        """Return a new proxy of the object, which is made if there is none; may take as long as its constructor.
+
+        An object whose type says `attach_in_place` is returned itself, one for each process.
+        Raises what the constructor raises, where it runs in this process; ServerStartError with the traceback,
+        where it runs in another one; ModelServerError when servers die faster than they can be reached.
+        """
+        shared = self._acquire(room_for(self._path))
+        if self._spawn_process:
+            # Servers that were deleted are zombies of ours until somebody asks for them.
+            reap_ended_servers()
+        return cast(T, shared)
+
+    def release(self, obj: Any) -> None:
+        """Give back what `acquire` returned. The object is dropped with its last user.
+
+        Raises SharedObjectReleasedError for a second release, NotAcquiredError for something else. A server that is
+        gone is no error: so is the object.
+        """
+        if isinstance(obj, SharedProxy):
+            obj._mpmm_use.release()
+        elif not _attached.release(room_for(self._path), self._tag, obj):
+            raise NotAcquiredError(f"{obj!r} was not acquired as {self._tag!r} by this process", tag=self._tag)
+
+    def unsafe_hard_delete(self) -> None:
+        """Delete the object whatever its users do; their proxies raise from now on. A spawned server ends.
+
+        Returns when the server is gone; one that does not leave is killed. Nothing happens if there is no object.
+        An attached object's `force_reset` is called instead, if it has one.
+        Raises ModelServerError when a process that serves the object beside other work does not answer.
+        """
+        room = room_for(self._path)
+        if room.attach_marker(self._tag).exists() and not end_server(room, self._tag, HARD_DELETE_TIMEOUT_S):
+            shared = self._acquire(room)
+            if not isinstance(shared, SharedProxy):
+                room.attach_marker(self._tag).unlink(missing_ok=True)
+                _attached.drop(room, self._tag)
+                if hasattr(shared, "force_reset"):
+                    shared.force_reset()
+                return
+        end_server(room, self._tag, HARD_DELETE_TIMEOUT_S)
+
+    def _acquire(self, room: Room) -> Any:
+        attached = _attached.acquire(room, self._tag)
+        if attached is not None:
+            return attached.shared
+        try:
+            if not self._always_proxy and (host := find_host(room, self._tag)) is not None:
+                return SharedProxy(_LocalUse(host))
+            if (link := known_link(room, self._tag)) is not None:
+                return SharedProxy(_use_through(link))
+        except ModelServerError:
+            # Gone since we last used it; look for another one.
+            if link := known_link(room, self._tag):
+                forget_link(link)
+        with room.tag_lock(self._tag):
+            failures = itertools.count(1)
+            while True:
+                lives, record = room.look(self._tag)
+                if lives and (record is None or not record.ready):
+                    # Its starter is dead, or we would not have the lock; it comes up or fails all the same.
+                    time.sleep(STARTING_PAUSE_S)
+                elif lives and record is not None:
+                    try:
+                        return self._use(room, record)
+                    except ModelServerError:
+                        if next(failures) >= START_ATTEMPTS:
+                            raise
+                        time.sleep(STARTING_PAUSE_S)
+                else:
+                    shared = self._start(room)
+                    if shared is not None:
+                        return shared
+
+    def _use(self, room: Room, record: ServerRecord) -> SharedProxy:
+        """Become a user of a live server. Raises ModelServerError."""
+        host = find_host(room, self._tag)
+        if host is not None and not self._always_proxy:
+            return SharedProxy(_LocalUse(host))
+        return SharedProxy(_use_through(link_to(room, record)))
+
+    def _start(self, room: Room) -> Any:
+        """Bring about a server, or attach; hold the tag's lock, under which there was no server.
+
+        Returns the object if it is attached, else None: look again.
+        """
+        marker = room.attach_marker(self._tag)
+        if self._spawn_process and not marker.exists() and start_server(room, self._tag, self._constructor) != ATTACH:
+            return None
+        with attaching_to(self._tag, room.root):
+            shared = self._constructor()
+        if wants_to_attach(shared):
+            marker.touch(mode=0o600)
+            return _attached.add(room, self._tag, shared)
+        # The tag used to stand for another kind of object.
+        marker.unlink(missing_ok=True)
+        if not self._spawn_process and (life := room.take_life(self._tag)) is not None:
+            try:
+                record = new_record(room, self._tag, spawned=False, ready=True)
+                host_object(room, record, self._constructor, shared, life)
+            except BaseException:
+                life.close()
+                raise
+        return None
+
+
+def unload(tag: str, *, path: str | None = None, timeout_seconds: float = 10.0) -> bool:
+    """End the server of `tag` and return True once it is gone; False if there was none.
+
+    A spawned server that does not leave within `timeout_seconds`, or is still making its object, is killed.
+    Raises ModelServerError when it survives that, or when the process that serves the tag was not spawned for it
+    and does not answer.
+    """
+    gone = end_server(room_for(path), tag, timeout_seconds)
+    reap_ended_servers()
+    return gone
+
+
+def server_pid(tag: str, *, path: str | None = None) -> int | None:
+    """Return the pid of the live process that serves `tag`, even while the object is still being made; else None."""
+    lives, record = room_for(path).look(tag)
+    return record.pid if lives and record is not None and record.is_running() else None
+
+
+class _Use:
+    """One acquire: who has the object, our token there, and whether we have released it."""
+
+    def __init__(self, room: Room, record: ServerRecord, token: int, methods: frozenset[str]) -> None:
+        self.room = room
+        self.record = record
+        self.token = token
+        self.methods = methods
+        self.released = False
+
+    def attribute(self, name: str) -> Any:
+        """Return what a proxy's attribute `name` is."""
+        raise NotImplementedError
+
+    def call(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call a method of the object."""
+        raise NotImplementedError
+
+    def release(self) -> None:
+        """Give the token back. Raises SharedObjectReleasedError."""
+        raise NotImplementedError
+
+    def hard_delete(self) -> None:
+        """Delete the object and, if it was spawned, its server. Nothing happens if that one is gone already."""
+        self.check()
+        end_server(self.room, self.record.tag, HARD_DELETE_TIMEOUT_S, self.record.incarnation)
+
+    def check(self) -> None:
+        """Raise SharedObjectReleasedError after a release."""
+        if self.released:
+            raise SharedObjectReleasedError(
+                f"the shared object {self.record.tag!r} was released through this proxy; acquire it again",
+                tag=self.record.tag,
+            )
+
+
+class _RemoteUse(_Use):
+    """A use through connections."""
+
+    def __init__(self, link: ServerLink, token: int, methods: frozenset[str]) -> None:
+        super().__init__(link.room, link.record, token, methods)
+        self.link = link
+
+    def attribute(self, name: str) -> Any:
+        self.check()
+        if name in self.methods:
+            return _RemoteMethod(self, name)
+        raise AttributeError(
+            f"the shared object {self.record.tag!r} has no public method {name!r} (plain attributes are not shared)"
+        )
+
+    def call(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self.check()
+        return self.link.ask(self.token, name, args, kwargs)
+
+    def release(self) -> None:
+        self.check()
+        self.released = True
+        try:
+            self.link.release(self.token)
+        except ModelServerError:
+            forget_link(self.link)
+
+
+class _LocalUse(_Use):
+    """A use in the process that has the object; in children that it forks, one through connections."""
+
+    def __init__(self, host: Host) -> None:
+        super().__init__(host.room, host.record, host.acquire(), host.methods)
+        self.host = host
+        self._remote: _RemoteUse | None = None
+
+    def attribute(self, name: str) -> Any:
+        self.check()
+        if self.host.inherited:
+            return self._from_child().attribute(name)
+        return getattr(self.host.object_for(self.token), name)
+
+    def call(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self.check()
+        if self.host.inherited:
+            return self._from_child().call(name, args, kwargs)
+        return getattr(self.host.object_for(self.token), name)(*args, **kwargs)
+
+    def release(self) -> None:
+        self.check()
+        self.released = True
+        if self.host.inherited:
+            self._from_child().release()
+        else:
+            with suppress(ModelServerError):
+                self.host.release(self.token)
+
+    def _from_child(self) -> _RemoteUse:
+        if self._remote is None:
+            self._remote = _RemoteUse(link_to(self.room, self.record), self.token, self.methods)
+        return self._remote
+
+
+def _use_through(link: ServerLink) -> _RemoteUse:
+    token, methods = link.acquire()
+    remember_link(link)
+    return _RemoteUse(link, token, methods)
+
+
+class _RemoteMethod:
+    """A method of a shared object; kept by the proxy after the first look-up."""
+
+    __slots__ = ("__name__", "_use")
+
+    def __init__(self, use: _RemoteUse, name: str) -> None:
+        self._use = use
+        self.__name__ = name
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._use.call(self.__name__, args, kwargs)
+
+    def __repr__(self) -> str:
+        return f"<remote method {self.__name__} of {self._use.record.tag!r}>"
+
+
+class SharedProxy:
+    """Stands for a shared object: its public methods, and nothing else of it, run where the object is.
+
+    Exceptions arrive as they were raised, with the remote traceback as `__cause__`. Can be pickled: the copy
+    connects to the same server and shares this proxy's acquire, so releasing either ends both. In the process that has
+    the object, and without `always_proxy`, all attributes are those of the object itself.
+    """
+
+    # The name of what the proxy keeps for itself, chosen to be in nobody's way.
+    _mpmm_use: _Use
+
+    def __init__(self, use: _Use) -> None:
+        self._mpmm_use = use
+
+    def __getattr__(self, name: str) -> Any:
+        # Not asked of the object: a copy that is being unpickled has nothing yet, and protocols probe for such names.
+        if name == "_mpmm_use" or (name.startswith("__") and name.endswith("__")):
+            raise AttributeError(f"{type(self).__name__!r} has no attribute {name!r}")
+        attribute = self._mpmm_use.attribute(name)
+        if isinstance(attribute, _RemoteMethod):
+            self.__dict__[name] = attribute
+        return attribute
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._mpmm_use.call("__call__", args, kwargs)
+
+    def __dir__(self) -> list[str]:
+        return sorted({*super().__dir__(), *self._mpmm_use.methods})
+
+    def __repr__(self) -> str:
+        use = self._mpmm_use
+        state = " released" if use.released else ""
+        return f"<proxy of {use.record.tag!r} in pid {use.record.pid}{state}>"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        use = self._mpmm_use
+        use.check()
+        return _connect_again, (str(use.room.root), use.record, use.token, use.methods)
+
+    def unsafe_hard_delete(self) -> None:
+        """Delete the object whatever its users do; see `MultiProcessShared.unsafe_hard_delete`."""
+        self._mpmm_use.hard_delete()
+
+    # Beam's name for it.
+    singletonProxy_unsafe_hard_delete = unsafe_hard_delete
+
+
+def _connect_again(root: str, record: ServerRecord, token: int, methods: frozenset[str]) -> SharedProxy:
+    return SharedProxy(_RemoteUse(link_to(room_at(Path(root)), record), token, methods))
+
+
+class _Attached:
+    """One object that this process has attached, with the number of its acquires."""
+
+    def __init__(self, shared: Any) -> None:
+        self.shared = shared
+        self.users = 1
+
+
+class _AttachedObjects:
+    """The attached objects of this process, by room and tag. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._mutex = threading.Lock()
+        self._by_tag: dict[tuple[Room, str], _Attached] = {}
+        self._inherited: list[_Attached] = []
+
+    def acquire(self, room: Room, tag: str) -> _Attached | None:
+        """Add a user of the object, if there is one."""
+        with self._mutex:
+            attached = self._by_tag.get((room, tag))
+            if attached is not None:
+                attached.users += 1
+            return attached
+
+    def add(self, room: Room, tag: str, shared: Any) -> Any:
+        """Keep an object with its first user, and return it."""
+        with self._mutex:
+            self._by_tag[room, tag] = _Attached(shared)
+        return shared
+
+    def release(self, room: Room, tag: str, shared: object) -> bool:
+        """Remove a user, and the object with the last one; False if it is not the tag's object."""
+        with self._mutex:
+            attached = self._by_tag.get((room, tag))
+            if attached is None or attached.shared is not shared:
+                return False
+            attached.users -= 1
+            if attached.users == 0:
+                del self._by_tag[room, tag]
+            return True
+
+    def drop(self, room: Room, tag: str) -> None:
+        """Forget the tag's object, whoever uses it."""
+        with self._mutex:
+            self._by_tag.pop((room, tag), None)
+
+    def start_over_in_child(self) -> None:
+        """Forget all; the copies stay referenced, because ending them here would end what the parent uses."""
+        self._mutex = threading.Lock()
+        self._inherited.extend(self._by_tag.values())
+        self._by_tag.clear()
+
+
+_attached = _AttachedObjects()
+in_forked_child(_attached.start_over_in_child)

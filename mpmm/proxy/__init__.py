@@ -1,0 +1,19 @@
+"""Model servers: how an object comes to live in one process and be used from many.
+
+Who starts what and who talks to whom; arrows are calls, every file named lies in the room's folder:
+
+    MultiProcessShared --(tag lock)--> launcher --(zygote) fork--> server_process --> Host --life lock, socket-->
+           |                                                                   ^
+           +--> SharedProxy --> ServerLink ----------- one connection a thread-+
+
+    room            folder, key, who is a client (alive lock), which servers live (life locks)
+    process_life    what happens to descriptors and hooks at fork and at exit
+    transport       sockets: addresses of any length, keys, the peer's user
+    wire            what is sent: requests, results, exceptions
+    hosting         the object with its users, and the threads that answer for it
+    server_process  a spawned server from its first line to its last
+    launcher        starting one, forked where that is possible and spawned where not; `ending` ends one
+    zygote          the warm process from which servers are forked; `forked_server` is its customers' side
+    client          connections to a server, kept per thread
+    context         what a manager hands to the servers that it has started
+"""

@@ -1,0 +1,176 @@
+"""A client's side of a server: one connection for each thread, kept between calls.
+
+A connection is taken out of its thread's pocket during a call and put back after the answer. So a call from a
+signal handler or a destructor in the middle of another one gets a connection of its own, and one that was
+interrupted half-way, and would deliver the old answer to the next question, is dropped.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+import weakref
+from multiprocessing import AuthenticationError
+from multiprocessing.connection import Connection
+from typing import Any
+
+from mpmm.errors import ModelServerError
+from mpmm.proxy import transport, wire
+from mpmm.proxy.process_life import in_forked_child
+from mpmm.proxy.room import Room, ServerRecord
+
+__all__ = ["ServerLink", "forget_link", "known_link", "remember_link"]
+
+CONNECT_ATTEMPTS = 6
+FIRST_RETRY_S = 0.01
+DYING_S = 0.5
+
+
+class ServerLink:
+    """The way to one incarnation of one server. Thread-safe; usable in forked children."""
+
+    def __init__(self, room: Room, record: ServerRecord) -> None:
+        self.room = room
+        self.record = record
+        self.tag = record.tag
+        self._methods: frozenset[str] | None = None
+        self._pocket = threading.local()
+        _links.add(self)
+
+    def connect(self) -> Connection:
+        """Open one more connection, in one attempt. Raises AuthenticationError, OSError or EOFError."""
+        self.room.join()
+        return transport.dial(self.room.path, self.record.socket_name, self.room.key())
+
+    def acquire(self) -> tuple[int, frozenset[str]]:
+        """Become a user of the object; return the token and the names of its methods.
+
+        Raises ModelServerError, and what the constructor raises where the object has to be made anew.
+        """
+        token, methods = self.ask(wire.CONTROL, wire.ACQUIRE, (self._methods is not None,), {})
+        if methods is not None:
+            self._methods = methods
+        assert self._methods is not None
+        return token, self._methods
+
+    def release(self, token: int) -> None:
+        """Stop being a user. Raises SharedObjectReleasedError, ModelServerError."""
+        self.ask(wire.CONTROL, wire.RELEASE, (token,), {})
+
+    def ask_hard_delete(self) -> None:
+        """Ask the server to end, and return when the connection has. Raises ModelServerError if it cannot be asked."""
+        connection = self._connected()
+        try:
+            connection.send_bytes(wire.encode_request(wire.CONTROL, wire.HARD_DELETE, (), {}))
+            connection.recv_bytes()
+        except (EOFError, OSError):
+            pass
+        finally:
+            connection.close()
+
+    def ask(self, token: int, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call a method of the object, or of the server with the token CONTROL, and wait for the answer.
+
+        Raises what the method raises; RemoteCallError when its outcome cannot be sent; ModelServerError when the
+        server is gone or goes before it has answered (the method may have run then); what pickle raises for args.
+        """
+        message = wire.encode_request(token, name, args, kwargs)
+        connection = self._pocket.__dict__.pop("connection", None) or self._connected()
+        try:
+            connection.send_bytes(message)
+            answer = connection.recv_bytes()
+        except (EOFError, OSError) as error:
+            connection.close()
+            self._await_end()
+            raise self._lost(f"ended before it had answered {name}()") from error
+        except BaseException:
+            connection.close()
+            raise
+        self._pocket.connection = connection
+        return wire.decode_answer(answer, self.tag, name)
+
+    def forget_after_fork(self) -> None:
+        """Start without connections in a forked child; the inherited ones have been closed."""
+        self._pocket = threading.local()
+
+    def _connected(self) -> Connection:
+        """Return a new connection; a refusal by a server that lives is tried again. Raises ModelServerError."""
+        pause = FIRST_RETRY_S
+        for attempt in range(1, CONNECT_ATTEMPTS + 1):
+            try:
+                return self.connect()
+            except AuthenticationError as error:
+                raise self._lost(f"refused this process: {error}") from error
+            except (OSError, EOFError) as error:
+                lives, record = self.room.look(self.tag)
+                if not lives or (record is not None and record.incarnation != self.record.incarnation):
+                    raise self._lost("is gone") from error
+                if attempt == CONNECT_ATTEMPTS:
+                    raise self._lost(f"lives but could not be reached in {attempt} attempts: {error!r}") from error
+            time.sleep(pause)
+            pause *= 2
+        raise AssertionError("unreachable")
+
+    def _await_end(self) -> None:
+        """Wait a moment for a server whose connection broke to be seen as dead.
+
+        The kernel closes a dying process's descriptors one by one; whoever is told of the death should not find
+        the life lock still held and the server, apparently, well.
+        """
+        deadline = time.monotonic() + DYING_S
+        while time.monotonic() < deadline:
+            lives, record = self.room.look(self.tag)
+            if not lives or (record is not None and record.incarnation != self.record.incarnation):
+                return
+            time.sleep(0.001)
+
+    def _lost(self, what: str) -> ModelServerError:
+        return ModelServerError(
+            f"the server of the shared object {self.tag!r} (pid {self.record.pid}) {what}; acquire it again",
+            tag=self.tag,
+            server_pid=self.record.pid,
+        )
+
+
+_links: weakref.WeakSet[ServerLink] = weakref.WeakSet()
+_known: dict[tuple[Room, str], ServerLink] = {}
+
+
+def known_link(room: Room, tag: str) -> ServerLink | None:
+    """Return the link that this process last used for the tag; its server may be gone."""
+    return _known.get((room, tag))
+
+
+def remember_link(link: ServerLink) -> None:
+    """Make `link` the one that this process tries first for its tag.
+
+    A new server is the occasion to drop the links, and with them the connections, of those that have ended
+    meanwhile: a tag that names one copy of a model never comes again.
+    """
+    if _known.get((link.room, link.tag)) is not link:
+        for known in list(_known.values()):
+            if not known.room.look(known.tag)[0]:
+                forget_link(known)
+    _known[link.room, link.tag] = link
+
+
+def link_to(room: Room, record: ServerRecord) -> ServerLink:
+    """Return a link to the server, the remembered one if it leads to the same incarnation."""
+    known = _known.get((room, record.tag))
+    if known is not None and known.record.incarnation == record.incarnation:
+        return known
+    return ServerLink(room, record)
+
+
+def forget_link(link: ServerLink) -> None:
+    """Do not try `link` first any more."""
+    if _known.get((link.room, link.tag)) is link:
+        _known.pop((link.room, link.tag), None)
+
+
+def _forget_connections_after_fork() -> None:
+    for link in list(_links):
+        link.forget_after_fork()
+
+
+in_forked_child(_forget_connections_after_fork)

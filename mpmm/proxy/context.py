@@ -1,0 +1,69 @@
+"""What surrounds a shared object while it is made: whom its server serves, and where it may attach.
+
+Both travel as context variables, because the code between the one who knows (a manager, a
+`MultiProcessShared`) and the one who needs it (a spawn, an object's `__init__`) belongs to other people.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from pathlib import Path
+
+__all__ = ["ServerContext", "attach_namespace", "attaching_to", "server_context", "serving_for"]
+
+_NAMESPACE_LENGTH = 64
+
+
+@dataclass(frozen=True)
+class ServerContext:
+    """What a new model server should know of one who has it started. Must be picklable.
+
+    alive_lock: path of a lock file that each client holds shared; the server lives while anybody holds it.
+    environment: put into `os.environ` before anything of the constructor is imported or run.
+    on_start: called in the server with the tag, before the constructor; the result is kept while it lives.
+    on_last: called in the server before it exits because nobody is left, `alive_lock` held exclusively.
+        Not called after a hard delete, nor when the lock file is gone already. Several servers may call it.
+    """
+
+    alive_lock: str
+    environment: tuple[tuple[str, str], ...] = ()
+    on_start: Callable[[str], object] | None = None
+    on_last: Callable[[], None] | None = None
+
+
+server_context: ContextVar[tuple[ServerContext, ...]] = ContextVar("mpmm_server_context", default=())
+attach_namespace: ContextVar[tuple[str, Path] | None] = ContextVar("mpmm_attach_namespace", default=None)
+
+
+@contextmanager
+def serving_for(*contexts: ServerContext) -> Iterator[None]:
+    """Give every model server that is started inside the block `contexts`, after those of outer blocks."""
+    reset = server_context.set(server_context.get() + contexts)
+    try:
+        yield
+    finally:
+        server_context.reset(reset)
+
+
+@contextmanager
+def attaching_to(tag: str, root: Path) -> Iterator[None]:
+    """Tell objects that are made inside the block which namespace, below `root`, stands for `tag`."""
+    reset = attach_namespace.set((namespace_of(tag), root))
+    try:
+        yield
+    finally:
+        attach_namespace.reset(reset)
+
+
+def namespace_of(tag: str) -> str:
+    """Return the namespace's name: `mps.<tag>`, with a digest where the tag does not fit into a name as it is."""
+    name = "mps." + re.sub(r"[^A-Za-z0-9_.-]", "_", tag)
+    if name == "mps." + tag and len(name) <= _NAMESPACE_LENGTH:
+        return name
+    digest = hashlib.sha256(tag.encode("utf-8", "surrogatepass")).hexdigest()[:12]
+    return f"{name[: _NAMESPACE_LENGTH - 13]}.{digest}"

@@ -1,0 +1,97 @@
+"""Ending a server, whether it wants to or not."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from contextlib import suppress
+
+from mpmm.errors import ModelServerError
+from mpmm.proxy.client import ServerLink
+from mpmm.proxy.hosting import find_host
+from mpmm.proxy.room import Room, ServerRecord
+
+__all__ = ["end_server"]
+
+# A killed process leaves within milliseconds, unless a driver call holds it.
+KILL_TIMEOUT_S = 10.0
+FIRST_PAUSE_S = 0.000_5
+LONGEST_PAUSE_S = 0.02
+
+
+def end_server(room: Room, tag: str, timeout_seconds: float, incarnation: str | None = None) -> bool:
+    """End the tag's server and return True when it is gone; False if there was none (or not that `incarnation`).
+
+    A spawned server that does not leave within `timeout_seconds`, or has not come up yet, is killed. Raises
+    ModelServerError when it survives even that, or is part of another process, which is not ours to kill.
+    """
+    host = find_host(room, tag)
+    if host is not None and incarnation in (None, host.record.incarnation):
+        host.hard_delete()
+        room.tidy(tag)
+        return True
+    deadline = time.monotonic() + timeout_seconds
+    lives, record = room.look(tag)
+    while lives and record is None and time.monotonic() < deadline:
+        time.sleep(FIRST_PAUSE_S)
+        lives, record = room.look(tag)
+    if not lives:
+        return False
+    if record is None:
+        raise ModelServerError(f"the server of {tag!r} does not say who it is", tag=tag, server_pid=None)
+    if incarnation not in (None, record.incarnation):
+        return False
+    if record.ready:
+        # In a thread, because a stopped server accepts the connection and never answers.
+        threading.Thread(target=_ask, args=(ServerLink(room, record),), name="mpmm-end", daemon=True).start()
+    # One that is neither ready nor leaving is still making its object, and listens to nobody.
+    if not ((record.ready or record.leaving) and _wait_until_gone(room, record, deadline)):
+        if not record.spawned:
+            raise ModelServerError(
+                f"pid {record.pid}, which serves the shared object {tag!r} among its other work, "
+                f"did not let go of it within {timeout_seconds:g} s",
+                tag=tag,
+                server_pid=record.pid,
+            )
+        _kill(room, record)
+        if not _wait_until_gone(room, record, time.monotonic() + KILL_TIMEOUT_S):
+            raise ModelServerError(
+                f"the server of the shared object {tag!r} (pid {record.pid}) is still there after SIGKILL",
+                tag=tag,
+                server_pid=record.pid,
+            )
+    room.tidy(tag)
+    return True
+
+
+def _ask(link: ServerLink) -> None:
+    with suppress(ModelServerError):
+        link.ask_hard_delete()
+
+
+def _kill(room: Room, record: ServerRecord) -> None:
+    """Kill the process if it is still the one that the record means."""
+    lives, now = room.look(record.tag)
+    if lives and now is not None and now.incarnation == record.incarnation and record.is_running():
+        with suppress(ProcessLookupError):
+            os.kill(record.pid, signal.SIGKILL)
+
+
+def _wait_until_gone(room: Room, record: ServerRecord, deadline: float) -> bool:
+    pause = FIRST_PAUSE_S
+    while not _is_gone(room, record):
+        if time.monotonic() >= deadline:
+            return False
+        time.sleep(pause)
+        pause = min(pause * 2, LONGEST_PAUSE_S)
+    return True
+
+
+def _is_gone(room: Room, record: ServerRecord) -> bool:
+    lives, now = room.look(record.tag)
+    if lives and (now is None or now.incarnation == record.incarnation):
+        return False
+    # The lock goes when the kernel closes descriptors, the memory of an accelerator with a later one of them.
+    return not record.spawned or record.has_ended()

@@ -1,0 +1,297 @@
+"""The requester's side of the zygote: ordering a server, and a process object that stands for it.
+
+`multiprocessing.active_children()` lists the object as it does children that this process started itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import json
+import logging
+import os
+import pickle
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from multiprocessing import AuthenticationError, spawn, util
+from multiprocessing import process as mp_process
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+import mpmm
+from mpmm.errors import LockTimeoutError
+from mpmm.proxy import transport
+from mpmm.proxy.room import Room, open_lock
+from mpmm.proxy.server_process import ServerPlan
+from mpmm.shared_state.lock_file import is_locked
+
+__all__ = ["ForkedServer", "add_prelude", "order_server", "remove_prelude"]
+
+logger = logging.getLogger(__name__)
+
+SWITCH_VARIABLE = "MPMM_ZYGOTE"
+# A slow machine under load; the zygote itself needs a few tenths of a second.
+START_TIMEOUT_S = 20.0
+# The zygote says something every second; a template may be busy with one import.
+ANSWER_TIMEOUT_S = 10.0
+EXIT_CODE_TIMEOUT_S = 5.0
+# As in multiprocessing's fork server, whose death also leaves nobody who could know.
+UNKNOWN_EXIT_CODE = 255
+
+# Names of the environment that take effect when an interpreter starts, and never later.
+START_VARIABLES = re.compile(r"(LD_|MALLOC_|GLIBC_|PYTHON)\w*")
+AVOID_S = 30.0
+
+_preludes: list[str] = []
+_avoid_until = 0.0
+
+
+def add_prelude(name: str) -> None:
+    """Have what every server of this process does first, `"module:function"`, done before servers are forked.
+
+    It must not matter whether the function runs there, once, or in the server, once more.
+    """
+    if name not in _preludes:
+        _preludes.append(name)
+
+
+def remove_prelude(name: str) -> None:
+    """Undo `add_prelude`."""
+    if name in _preludes:
+        _preludes.remove(name)
+
+
+def order_server(room: Room, plan: ServerPlan, report: Connection, name: str) -> ForkedServer | None:
+    """Have the room's zygote fork a server, which reports to `report`; None where only a spawn can help.
+
+    Not started as far as `multiprocessing` is concerned: call `start()` on what is returned.
+    """
+    global _avoid_until
+    if not _is_possible():
+        return None
+    # The one for daemons that must not have children, and the one for scripts without a main guard, are spawn's own.
+    if mp_process.current_process()._config.get("daemon"):  # type: ignore[attr-defined]
+        return None
+    preparation = spawn.get_preparation_data(name)
+    preparation["authkey"] = bytes(preparation["authkey"])
+    preparation["sys_path"] = [path for path in preparation["sys_path"] if isinstance(path, str)]
+    from mpmm.proxy import zygote
+
+    order = zygote.ForkOrder(plan, preparation, dict(os.environ), tuple(_preludes))
+    try:
+        connection = _reach_zygote(room)
+        try:
+            connection.send_bytes(pickle.dumps(order))
+            _send_streams(connection, report)
+            while True:
+                what, pid = zygote.receive(connection)
+                if what == zygote.BORN:
+                    return ForkedServer(name, _ForkedPopen(pid, connection))
+        except BaseException:
+            connection.close()
+            raise
+    except (OSError, EOFError, AuthenticationError, LockTimeoutError, subprocess.SubprocessError) as error:
+        if not isinstance(error, (ConnectionError, EOFError)):
+            # A stopped one, say: do not let every start wait for it.
+            _avoid_until = time.monotonic() + AVOID_S
+        logger.warning("mpmm: pid %d spawns the server of %r, no zygote: %r", os.getpid(), plan.tag, error)
+        return None
+
+
+class ForkedServer(mp_process.BaseProcess):
+    """A model server that the zygote has forked, as a child of this process."""
+
+    def __init__(self, name: str, server: _ForkedPopen) -> None:
+        super().__init__(name=name, daemon=False)
+        self._server = server
+
+    @staticmethod
+    def _Popen(process: Any) -> _ForkedPopen:
+        server: _ForkedPopen = process._server
+        return server
+
+
+class _ForkedPopen:
+    """What `BaseProcess` needs to know of a process: here, of one that is the zygote's child."""
+
+    method = "mpmm-zygote"
+
+    def __init__(self, pid: int, connection: Connection) -> None:
+        self.pid = pid
+        self.returncode: int | None = None
+        self.sentinel = -1
+        self._connection = connection
+        self._lock = threading.Lock()
+        try:
+            self.sentinel = os.pidfd_open(pid)
+            self.finalizer = util.Finalize(self, os.close, (self.sentinel,))
+        except ProcessLookupError:
+            # The zygote died, and so did the server.
+            connection.close()
+            raise
+
+    def poll(self, flag: int = os.WNOHANG) -> int | None:
+        """Return the exit code, or None while the server runs."""
+        with self._lock:
+            if self.returncode is None and wait([self.sentinel], 0 if flag == os.WNOHANG else None):
+                self.returncode = self._exit_code()
+            return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int | None:
+        """Wait for the end; return the exit code, or None if it takes longer."""
+        if self.returncode is None and not wait([self.sentinel], timeout):
+            return None
+        return self.poll()
+
+    def _exit_code(self) -> int:
+        from mpmm.proxy import zygote
+
+        with contextlib.suppress(OSError, EOFError), self._connection:
+            # Its end lets the zygote reap the server.
+            if self._connection.poll(EXIT_CODE_TIMEOUT_S):
+                return zygote.receive(self._connection)[1]
+        return UNKNOWN_EXIT_CODE
+
+    def terminate(self) -> None:
+        """Ask the server to end."""
+        self._signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """End the server."""
+        self._signal(signal.SIGKILL)
+
+    def _signal(self, number: signal.Signals) -> None:
+        if self.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self.sentinel, number)
+
+    def close(self) -> None:
+        """Let go of the descriptors; the server is not asked about any more."""
+        self._connection.close()
+        self.finalizer()
+
+
+def _is_possible() -> bool:
+    """Tell whether this platform has what it takes, and the user has not switched it off."""
+    return (
+        os.environ.get(SWITCH_VARIABLE, "1") != "0"
+        and sys.platform == "linux"
+        and time.monotonic() >= _avoid_until
+        and _has_pidfd()
+    )
+
+
+@functools.cache
+def _has_pidfd() -> bool:
+    """Tell whether Python and the kernel know descriptors of processes."""
+    try:
+        os.close(os.pidfd_open(os.getpid()))
+    except (AttributeError, OSError):
+        return False
+    return hasattr(signal, "pidfd_send_signal")
+
+
+def _send_streams(connection: Connection, report: Connection) -> None:
+    """Send where the server reports, and what its standard streams are to be."""
+    null = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        fds = [report.fileno(), 1 if _is_open(1) else null, 2 if _is_open(2) else null]
+        with socket.socket(fileno=os.dup(connection.fileno())) as ours:
+            socket.send_fds(ours, [b"!"], fds)
+    finally:
+        os.close(null)
+
+
+def _is_open(fd: int) -> bool:
+    try:
+        os.fstat(fd)
+    except OSError:
+        return False
+    return True
+
+
+def _reach_zygote(room: Room) -> Connection:
+    """Return a connection to the room's zygote, started if there is none.
+
+    Raises OSError, EOFError, AuthenticationError, LockTimeoutError, SubprocessError.
+    """
+    life = _life_path(room)
+    with contextlib.suppress(ConnectionError, FileNotFoundError, EOFError, ValueError):
+        if is_locked(life):
+            return _dial(room, life)
+    life.parent.mkdir(mode=0o700, exist_ok=True)
+    with contextlib.closing(open_lock(life.with_suffix(".lock"))) as lock:
+        lock.exclusive(START_TIMEOUT_S)
+        if not is_locked(life):
+            _start_zygote(room, life)
+        try:
+            return _dial(room, life)
+        except ValueError as error:
+            raise OSError(f"the life file of the zygote says {error}") from error
+
+
+def _dial(room: Room, life: Path) -> Connection:
+    place = Path(json.loads(life.read_text())["socket"])
+    return transport.dial(place.parent, place.name, room.key(), ANSWER_TIMEOUT_S)
+
+
+def zygote_pid(room: Room) -> int | None:
+    """Return the pid of the room's zygote for this interpreter, or None if there is none."""
+    life = _life_path(room)
+    with contextlib.suppress(OSError, ValueError):
+        if is_locked(life):
+            return int(json.loads(life.read_text())["pid"])
+    return None
+
+
+def _life_path(room: Room) -> Path:
+    """Return the path of the zygote's life lock: an interpreter that starts in another way has another zygote."""
+    flags = util._args_from_interpreter_flags()  # type: ignore[attr-defined]
+    variables = sorted(
+        item for item in os.environ.items() if START_VARIABLES.fullmatch(item[0]) and item[0] != "PYTHONPATH"
+    )
+    identity = json.dumps([sys.executable, sys.version, mpmm.__file__, *flags, variables, _kernel_namespaces()])
+    return room.path / "zygote" / f"{hashlib.sha256(identity.encode()).hexdigest()[:12]}.life"
+
+
+def _kernel_namespaces() -> list[str]:
+    """Return what tells containers apart: in another one, pids and paths may mean something else."""
+    found = []
+    for name in ("pid", "mnt", "net", "user"):
+        with contextlib.suppress(OSError):
+            found.append(os.readlink(f"/proc/self/ns/{name}"))
+    return found
+
+
+def _start_zygote(room: Room, life: Path) -> None:
+    """Start the zygote; return when it takes orders. Raises OSError, SubprocessError. Hold its lock."""
+    code = (
+        "import json, sys\n"
+        "sys.path[:], arguments = json.loads(sys.argv.pop())\n"
+        "from mpmm.proxy.zygote import main\n"
+        "main(*arguments)\n"
+    )
+    path = [str(entry) or os.getcwd() for entry in sys.path if isinstance(entry, str)]
+    executable = os.fsdecode(spawn.get_executable())
+    flags = util._args_from_interpreter_flags()  # type: ignore[attr-defined]
+    began = time.monotonic()
+    # What ends here is the process which has forked the zygote, so that this is nobody's child.
+    done = subprocess.run(
+        [executable, *flags, "-c", code, json.dumps([path, [str(room.root), str(life)]])],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+        timeout=START_TIMEOUT_S,
+        check=False,
+    )
+    if done.returncode != 0:
+        raise OSError(f"the zygote did not start (exit code {done.returncode})")
+    logger.info("mpmm: pid %d started a zygote in %.2f s", os.getpid(), time.monotonic() - began)

@@ -1,0 +1,329 @@
+"""The process that has the object: its users, and the threads which answer for it.
+
+A host stands for one tag. It keeps the object while it has users (tokens, one for each acquire) and the
+constructor for when it has users again. `Host.lock` guards object and tokens; calls run outside of it.
+A hard delete ends the host: a spawned server's process goes with it, another process just lets go of the tag.
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import logging
+import os
+import socket
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+from mpmm.errors import ModelServerError, RemoteCallError, SharedObjectReleasedError
+from mpmm.proxy import transport, wire
+from mpmm.proxy.context import attaching_to
+from mpmm.proxy.process_life import call_once_at_exit, close_in_children, fork_guard, in_forked_child
+from mpmm.proxy.room import LEAVE_PRIORITY, Room, ServerRecord, start_time_of, write_record
+from mpmm.shared_state.lock_file import LockFile
+
+__all__ = ["Host", "find_host", "host_object", "public_methods"]
+
+logger = logging.getLogger(__name__)
+END_HOSTS_PRIORITY = LEAVE_PRIORITY + 10
+
+
+class Host:
+    """One shared object in this process. Thread-safe."""
+
+    def __init__(
+        self,
+        room: Room,
+        record: ServerRecord,
+        constructor: Callable[[], Any],
+        shared: Any,
+        life: LockFile,
+        at_hard_delete: Callable[[], None] | None,
+    ) -> None:
+        """Take over `life`, the tag's life lock that this process holds, and `shared`, just made by `constructor`."""
+        self.room = room
+        self.record = record
+        self.tag = record.tag
+        self.methods = public_methods(shared)
+        self.inherited = False
+        self._constructor = constructor
+        self._life = life
+        self._at_hard_delete = at_hard_delete
+        self._lock = threading.Lock()
+        self._shared: Any = shared
+        self._has_object = True
+        self._users: dict[int, Any] = {}
+        self._tokens = itertools.count(1)
+        self._ended = False
+        self._connections: set[Connection] = set()
+        self._connections_lock = threading.Lock()
+        self._listener = transport.listen(room.path, record.socket_name)
+        with fork_guard:
+            self._waker, self._wakes = map(close_in_children, socket.socketpair())
+
+    def start(self) -> None:
+        """Begin to answer, in daemon threads."""
+        threading.Thread(target=self._welcome, name=f"mpmm-host-{self.tag}", daemon=True).start()
+
+    def acquire(self) -> int:
+        """Add a user and return its token; the object is made anew if it had none. Raises what the constructor raises.
+
+        Raises ModelServerError after a hard delete.
+        """
+        with self._lock:
+            if self._ended or self.inherited:
+                raise self._gone()
+            if not self._has_object:
+                with attaching_to(self.tag, self.room.root):
+                    self._shared = self._constructor()
+                self.methods = public_methods(self._shared)
+                self._has_object = True
+            token = next(self._tokens)
+            self._users[token] = self._shared
+            return token
+
+    def release(self, token: int) -> None:
+        """Remove a user; the object goes with the last one. Raises SharedObjectReleasedError."""
+        # Bound here so that the object is destroyed after the lock is free: its end may call us again.
+        last = None
+        with self._lock:
+            self.object_for(token)
+            del self._users[token]
+            if not self._users:
+                last, self._shared, self._has_object = self._shared, None, False
+        del last
+
+    def object_for(self, token: int) -> Any:
+        """Return the object for one of its users. Raises SharedObjectReleasedError; ModelServerError after an end."""
+        try:
+            return self._users[token]
+        except KeyError:
+            if self._ended:
+                raise self._gone() from None
+            raise SharedObjectReleasedError(
+                f"the shared object {self.tag!r} was released through this proxy; acquire it again", tag=self.tag
+            ) from None
+
+    def hard_delete(self) -> None:
+        """End the host whatever its users do; in a spawned server this does not return."""
+        with self._lock:
+            if self._ended or self.inherited:
+                return
+            self._ended = True
+            self._users.clear()
+            self._has_object = False
+        self._unpublish()
+        if self._at_hard_delete is not None:
+            self._at_hard_delete()
+        self._close()
+        # Last, because the object's own end may take long or fail.
+        self._shared = None
+
+    def end(self) -> None:
+        """Let go of the tag because this process ends; waits for nobody, not even for a constructor at work."""
+        if self._ended or self.inherited:
+            return
+        self._ended = True
+        self._unpublish()
+        self._close()
+
+    def lives_by(self, life: LockFile | None) -> bool:
+        """Tell whether `life` is the lock of this host."""
+        return self._life is life
+
+    def _unpublish(self) -> None:
+        with _hosts_mutex:
+            _hosts.pop((self.room, self.tag), None)
+        with suppress(FileNotFoundError):
+            os.unlink(self.room.path / self.record.socket_name)
+
+    def _close(self) -> None:
+        # While the lock is held: nobody else's file can be at this path.
+        if self._life.fd >= 0 and self._life.is_current():
+            self._life.path.unlink(missing_ok=True)
+        self._life.close()
+        self._wakes.close()
+        with self._connections_lock:
+            for connection in self._connections:
+                # Closing alone would not wake the thread that reads from it.
+                with suppress(OSError), socket.socket(fileno=os.dup(connection.fileno())) as shared_socket:
+                    shared_socket.shutdown(socket.SHUT_RDWR)
+
+    def _gone(self) -> ModelServerError:
+        return ModelServerError(
+            f"the shared object {self.tag!r} was deleted; acquire it again", tag=self.tag, server_pid=self.record.pid
+        )
+
+    def _welcome(self) -> None:
+        """Accept connections until the end; runs in a thread of its own."""
+        with self._listener, self._waker:
+            while True:
+                ready = wait([self._listener, self._waker])
+                if self._waker in ready:
+                    return
+                try:
+                    connection = transport.accept(self._listener)
+                except OSError as error:
+                    logger.warning("mpmm: pid %d cannot accept a connection for %r: %s", os.getpid(), self.tag, error)
+                    # Out of descriptors, most likely: do not spin until somebody closes one.
+                    wait([self._waker], timeout=0.1)
+                    continue
+                if connection is None:
+                    continue
+                thread = threading.Thread(
+                    target=self._converse, args=(connection,), name=f"mpmm-serve-{self.tag}", daemon=True
+                )
+                try:
+                    thread.start()
+                except RuntimeError as error:
+                    logger.warning("mpmm: pid %d has no thread to serve %r: %s", os.getpid(), self.tag, error)
+                    connection.close()
+
+    def _converse(self, connection: Connection) -> None:
+        """Answer one client thread until it goes; runs in a thread of its own."""
+        with self._connections_lock:
+            self._connections.add(connection)
+        try:
+            transport.authenticate_client(connection, self.room.key())
+            while not self._ended:
+                answer = self._answer(connection.recv_bytes())
+                if answer is None:
+                    break
+                connection.send_bytes(answer)
+        except (EOFError, OSError):
+            pass
+        except Exception as error:
+            logger.warning("mpmm: pid %d refused a connection for %r: %s", os.getpid(), self.tag, error)
+        finally:
+            with self._connections_lock:
+                self._connections.discard(connection)
+                connection.close()
+
+    def _answer(self, message: bytes) -> bytes | None:
+        name = "?"
+        try:
+            token, name, args, kwargs = wire.decode_request(message)
+            if token == wire.CONTROL:
+                return self._control(name, *args)
+            shared = self.object_for(token)
+            if name not in self.methods:
+                raise AttributeError(f"the shared object {self.tag!r} has no public method {name!r}")
+            result = getattr(shared, name)(*args, **kwargs)
+        except BaseException as error:
+            return wire.encode_error(error)
+        return wire.encode_result(result, self.tag, name)
+
+    def _control(self, name: str, *args: Any) -> bytes | None:
+        """Do what is asked of the server itself; None: the client learns it from the end of the connection."""
+        if name == wire.ACQUIRE:
+            (knows_methods,) = args
+            token = self.acquire()
+            return wire.encode_result((token, None if knows_methods else self.methods), self.tag, name)
+        if name == wire.RELEASE:
+            return wire.encode_result(self.release(*args), self.tag, name)  # type: ignore[func-returns-value]
+        if name == wire.HARD_DELETE:
+            self.hard_delete()
+            return None
+        raise RemoteCallError(f"unknown request {name!r}", tag=self.tag, method=name)
+
+    def forget_after_fork(self) -> None:
+        """Become, in a forked child, a mere memory of the parent's host; descriptors have been closed.
+
+        The copy of the object stays referenced: its end belongs to the parent, and may touch what the two share.
+        """
+        self.inherited = True
+        self._lock = threading.Lock()
+        self._connections_lock = threading.Lock()
+        self._connections = set()
+
+
+def public_methods(shared: Any) -> frozenset[str]:
+    """Return the names of the methods that may be called from outside, with `__call__` for a callable object.
+
+    Attributes that raise when they are read are left out, and properties are not even read.
+    """
+    names = set()
+    for name in dir(shared):
+        if name.startswith("_"):
+            continue
+        if isinstance(inspect.getattr_static(type(shared), name, None), property):
+            continue
+        try:
+            is_method = callable(getattr(shared, name))
+        except Exception as error:
+            logger.info("mpmm: %s.%s is not shared: reading it raises %r", type(shared).__name__, name, error)
+            continue
+        if is_method:
+            names.add(name)
+    if callable(shared):
+        names.add("__call__")
+    return frozenset(names)
+
+
+_hosts: dict[tuple[Room, str], Host] = {}
+_inherited_hosts: list[Host] = []
+_hosts_mutex = threading.Lock()
+
+
+def find_host(room: Room, tag: str) -> Host | None:
+    """Return this process's host of the tag, if it is the one."""
+    return _hosts.get((room, tag))
+
+
+def new_record(room: Room, tag: str, *, spawned: bool, ready: bool) -> ServerRecord:
+    """Return the record of a server that this process is about to be."""
+    incarnation = os.urandom(16).hex()
+    return ServerRecord(
+        tag=tag,
+        pid=os.getpid(),
+        start_time=start_time_of(os.getpid()) or 0.0,
+        incarnation=incarnation,
+        socket_name=room.socket_name(tag, incarnation),
+        spawned=spawned,
+        ready=ready,
+    )
+
+
+def host_object(
+    room: Room,
+    record: ServerRecord,
+    constructor: Callable[[], Any],
+    shared: Any,
+    life: LockFile,
+    at_hard_delete: Callable[[], None] | None = None,
+) -> Host:
+    """Serve `shared` from this process, which holds the tag's life lock `life`; `record` becomes its text.
+
+    at_hard_delete: called when a client has asked for the end, files already removed; need not return.
+    """
+    room.remove_sockets(record.tag)
+    host = Host(room, record, constructor, shared, life, at_hard_delete)
+    call_once_at_exit(end_all_hosts, END_HOSTS_PRIORITY)
+    with _hosts_mutex:
+        _hosts[room, record.tag] = host
+    host.start()
+    write_record(life, record)
+    return host
+
+
+def end_all_hosts(but: LockFile | None = None) -> None:
+    """End every host of this process but the one which holds the life lock `but`; for the end of the process."""
+    for host in list(_hosts.values()):
+        if not host.lives_by(but):
+            with suppress(OSError):
+                host.end()
+
+
+def _forget_hosts_after_fork() -> None:
+    global _hosts_mutex
+    _hosts_mutex = threading.Lock()
+    for host in _hosts.values():
+        host.forget_after_fork()
+        _inherited_hosts.append(host)
+    _hosts.clear()
+
+
+in_forked_child(_forget_hosts_after_fork)

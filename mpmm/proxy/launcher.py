@@ -1,0 +1,108 @@
+"""Starting a model server: the only place that knows how a process comes to be one."""
+
+from __future__ import annotations
+
+import multiprocessing
+import threading
+from multiprocessing import process as mp_process
+from multiprocessing.connection import wait
+from typing import Any
+
+from mpmm.errors import ServerStartError
+from mpmm.proxy.context import server_context
+from mpmm.proxy.forked_server import order_server
+from mpmm.proxy.process_life import call_once_at_exit, in_forked_child
+from mpmm.proxy.room import LEAVE_PRIORITY, Room, server_lives_by
+from mpmm.proxy.server_process import CRASHED, READY, ServerPlan, run_server
+from mpmm.proxy.wire import dump_for_server
+
+__all__ = ["reap_ended_servers", "start_server"]
+
+# Before anything else at exit: `multiprocessing` joins what is left in its list of children right after the hooks.
+DISOWN_PRIORITY = LEAVE_PRIORITY + 20
+# The end of a pipe tells of a death at once, unless a process forked meanwhile has the other end open too.
+LOOK_INTERVAL_S = 1.0
+
+_started: set[mp_process.BaseProcess] = set()
+_starting = threading.RLock()
+
+
+def start_server(room: Room, tag: str, constructor: Any) -> str:
+    """Start a process that makes the object and serves it; return READY, ATTACH or OCCUPIED when it says so.
+
+    Hold the tag's lock. The current `server_context` goes with it. Raises ServerStartError with the server's
+    traceback or exit code; InvalidArgumentError when the constructor cannot be sent.
+    """
+    contexts = server_context.get()
+    plan = ServerPlan(
+        root=str(room.root),
+        tag=tag,
+        environment=tuple(pair for context in contexts for pair in context.environment),
+        alive_locks=(
+            str(room.alive_path),
+            *(context.alive_lock for context in contexts),
+            # Started by a model server: live as long as that one's clients do, since it is no client itself.
+            *(server_lives_by() or ()),
+        ),
+        contexts=dump_for_server(contexts, f"the server contexts for {tag!r}"),
+        constructor=dump_for_server(constructor, f"the constructor of {tag!r}"),
+    )
+    spawn = multiprocessing.get_context("spawn")
+    reader, writer = spawn.Pipe(duplex=False)
+    with reader:
+        with writer:
+            # Not a daemon, so that the object may have children of its own.
+            name = f"mpmm-server-{tag}"[:80]
+            server: mp_process.BaseProcess = order_server(room, plan, writer, name) or spawn.Process(
+                target=run_server, args=(plan, writer), name=name, daemon=False
+            )
+            call_once_at_exit(disown_servers, DISOWN_PRIORITY)
+            with _starting:
+                server.start()
+                _started.add(server)
+        while not wait([reader, server.sentinel], LOOK_INTERVAL_S) and server.is_alive():
+            pass
+        try:
+            # Something may have been said before the end.
+            outcome, text = reader.recv() if reader.poll() else (None, "")
+        except EOFError:
+            outcome, text = None, ""
+    if outcome != READY:
+        # It ends right now; whoever looks for a server after us must not find this one.
+        server.join()
+    if outcome is None:
+        raise ServerStartError(
+            f"Shared Server Process died unexpectedly with exit code {server.exitcode} while it made {tag!r}", tag=tag
+        )
+    if outcome == CRASHED:
+        raise ServerStartError(text, tag=tag)
+    return str(outcome)
+
+
+def disown_servers() -> None:
+    """Take the servers out of the list of children that `multiprocessing` joins at the end of this process.
+
+    They outlive us for the sake of other clients, and end by themselves soon after the last one; joining them
+    would wait for processes which wait for us.
+    """
+    # Private, and so unknown to the type stubs; multiprocessing has no public way to take a child off its list.
+    children: set[Any] = mp_process._children  # type: ignore[attr-defined]
+    children.difference_update(_started)
+    _started.clear()
+
+
+def _disown_in_child() -> None:
+    global _starting
+    _starting = threading.RLock()
+    disown_servers()
+
+
+# In a forked child they are not children at all: joining them at its exit would be an error.
+in_forked_child(_disown_in_child)
+
+
+def reap_ended_servers() -> None:
+    """Reap the children that have ended, so that no zombies stay."""
+    # Not while another thread's server is in the list of children and not in ours, or the other way round.
+    with _starting:
+        _started.intersection_update(multiprocessing.active_children())

@@ -1,0 +1,424 @@
+"""The room: one folder in which clients and servers of shared objects find each other.
+
+    key             32 random bytes; whoever connects must know them
+    alive.lock      held shared by every client process as long as it lives
+    lifecycle.lock  held shared by a model server that starts another one, exclusively while the room is removed
+    <tag>.lock      held by whoever looks for the tag's server and starts one if there is none
+    <tag>.life      held by the tag's server as long as it lives; its text says who and where that is
+    <tag>-*.sock    the server's socket, a new name for each server
+    <tag>.attach    the tag's object is attached in every process, there is no server
+    zygote/         lock, life lock and socket of the process from which servers are forked; see `proxy.zygote`
+
+`<tag>` is a digest of the tag, so that tags may hold any characters and names stay short. Order of locks:
+alive, lifecycle, tag, life.
+
+Rooms come and go: when no client holds the alive lock and no server its life lock, the last of them to
+leave removes the folder. It renames the folder first, so that a newcomer who makes the room again never
+loses files to the one who is still deleting; everybody else notices by `LockFile.is_current`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import select
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from mpmm.errors import InvalidArgumentError
+from mpmm.proxy.process_life import call_once_at_exit, close_in_children, fork_guard, in_forked_child
+from mpmm.shared_state.lock_file import LockFile, is_locked
+from mpmm.shared_state.runtime_dir import RUNTIME_DIR_VARIABLE, RuntimeDirectory, default_root, root_below
+
+__all__ = ["Room", "ServerRecord", "room_at", "room_for", "start_time_of"]
+
+ROOM_NAME = "shared"
+KEY_BYTES = 32
+# An exclusive holder of the alive lock probes for microseconds, or is a server on its way out.
+ALIVE_LOCK_TIMEOUT_S = 60.0
+SHORT_LOCK_TIMEOUT_S = 10.0
+# Between a server's last line and the kernel's closing of its locks.
+DYING_TIMEOUT_S = 2.0
+LEAVE_PRIORITY = 10
+
+_server_lives_by: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True)
+class ServerRecord:
+    """What a life file says about the process that holds its lock.
+
+    start_time goes with pid, see start_time_of. ready: it answers. leaving: it will not answer any more.
+    """
+
+    tag: str
+    pid: int
+    start_time: float
+    incarnation: str
+    socket_name: str
+    spawned: bool
+    ready: bool
+    leaving: bool = False
+
+    def is_running(self) -> bool:
+        """Tell whether the very process (not another one with its pid) runs and is not about to end."""
+        try:
+            if psutil.Process(self.pid).status() == psutil.STATUS_ZOMBIE:
+                return False
+        except psutil.NoSuchProcess:
+            return False
+        except psutil.Error:
+            return True
+        return start_time_of(self.pid) == self.start_time
+
+    def has_ended(self) -> bool:
+        """Tell whether the process has given back all that it had.
+
+        A first thread that is a zombie does not say so: while others end, they keep memory and descriptors.
+        """
+        if not hasattr(os, "pidfd_open"):
+            return not self.is_running()
+        try:
+            fd = os.pidfd_open(self.pid)
+        except ProcessLookupError:
+            return True
+        except OSError:
+            return not self.is_running()
+        try:
+            ended = bool(select.select([fd], [], [], 0)[0])
+        except ValueError:
+            # A descriptor beyond what select can watch.
+            return not self.is_running()
+        finally:
+            os.close(fd)
+        return ended or start_time_of(self.pid) != self.start_time
+
+
+def become_server_process(lives_by: tuple[str, ...]) -> None:
+    """Note that this process is a model server, which lives by the alive locks `lives_by` and holds none itself."""
+    global _server_lives_by
+    _server_lives_by = lives_by
+
+
+def server_lives_by() -> tuple[str, ...] | None:
+    """Return the alive locks by which this process lives if it is a model server, else None."""
+    return _server_lives_by
+
+
+def start_time_of(pid: int) -> float | None:
+    """Return when a process started, in a unit that is good for comparing only; None if it is gone."""
+    try:
+        # Clock ticks since boot; psutil's figure would move when the wall clock is set.
+        text = Path(f"/proc/{pid}/stat").read_text(errors="replace")
+        return float(text.rpartition(")")[2].split()[19])
+    except FileNotFoundError:
+        pass
+    except ProcessLookupError:
+        return None
+    try:
+        return float(psutil.Process(pid).create_time())
+    except psutil.Error:
+        return None
+
+
+class Room:
+    """One room as this process sees it. Thread-safe; made by `room_at` and `room_for` only."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.directory = RuntimeDirectory(ROOM_NAME, root)
+        self.path = self.directory.path
+        self._mutex = threading.Lock()
+        self._alive: LockFile | None = None
+
+    def __repr__(self) -> str:
+        return f"Room({str(self.path)!r})"
+
+    @property
+    def alive_path(self) -> Path:
+        """Path of the lock that every client holds."""
+        return self.path / "alive.lock"
+
+    def life_path(self, tag: str) -> Path:
+        """Path of the lock that the tag's server holds."""
+        return self.path / f"{digest_of(tag)}.life"
+
+    def attach_marker(self, tag: str) -> Path:
+        """Path of the file which says that the tag's object is attached in every process."""
+        return self.path / f"{digest_of(tag)}.attach"
+
+    def socket_name(self, tag: str, incarnation: str) -> str:
+        """Name of the socket of one server of the tag."""
+        return f"{digest_of(tag)}-{incarnation[:8]}.sock"
+
+    def join(self) -> None:
+        """Make the room if need be and become one of its clients until this process ends; cheap when repeated.
+
+        A model server only makes the room: if servers counted as clients, they would keep each other alive.
+        Raises RuntimeDirectoryError; LockTimeoutError when a server that is leaving does not come to an end.
+        """
+        if _server_lives_by is not None:
+            self.directory.ensure()
+            return
+        with self._mutex:
+            if self._alive is not None:
+                if self._alive.is_current():
+                    return
+                self._alive.close()
+                self._alive = None
+            call_once_at_exit(leave_all_rooms, LEAVE_PRIORITY)
+            self._alive = self._lock(self.alive_path, lambda lock: lock.shared(ALIVE_LOCK_TIMEOUT_S))
+
+    def leave(self) -> None:
+        """Stop being a client, and remove the room if nobody else uses it."""
+        with self._mutex:
+            alive, self._alive = self._alive, None
+        if alive is None:
+            return
+        try:
+            alive.unlock()
+            # Whoever unlocks last finds the lock free here, or held by another who leaves and will do the rest.
+            if alive.is_current() and alive.try_exclusive() and alive.is_current():
+                self.remove_if_unused()
+        finally:
+            alive.close()
+
+    def forget_after_fork(self) -> None:
+        """Start without a claim in a forked child; the inherited descriptor has been closed."""
+        self._mutex = threading.Lock()
+        self._alive = None
+
+    def claim_if_abandoned(self) -> LockFile | None:
+        """Take the alive lock exclusively if the room has no client; None if it has, or is gone."""
+        try:
+            lock = open_lock(self.alive_path)
+        except FileNotFoundError:
+            return None
+        deadline = time.monotonic() + SHORT_LOCK_TIMEOUT_S
+        while time.monotonic() < deadline:
+            if lock.try_exclusive():
+                if lock.is_current():
+                    return lock
+                break
+            if lock.try_shared():
+                break
+            # Neither: somebody probes, or leaves and may already have seen us alive. Wait for what comes of it.
+            time.sleep(0.000_5)
+        lock.close()
+        return None
+
+    def remove_if_unused(self, but: LockFile | None = None) -> None:
+        """Remove the room unless a server lives or is being started. Hold the alive lock exclusively.
+
+        but: the life lock of this process, which does not count because the process ends.
+        """
+        try:
+            lifecycle = open_lock(self.path / "lifecycle.lock")
+        except FileNotFoundError:
+            return
+        try:
+            lives = [life for life in self.path.glob("*.life") if but is None or life != but.path]
+            if not lifecycle.try_exclusive() or any(_will_stay_locked(life) for life in lives):
+                return
+            with contextlib.suppress(FileNotFoundError):
+                os.rename(self.path, self.root / f"{ROOM_NAME}.gone.{os.urandom(8).hex()}")
+        finally:
+            lifecycle.close()
+        # Also what one who was killed between these two steps has left.
+        for gone in list(self.root.glob(f"{ROOM_NAME}.gone.*")):
+            RuntimeDirectory(gone.name, self.root).remove()
+
+    def key(self) -> bytes:
+        """Return the room's key, made by the first who asks. Call after `join`."""
+        with contextlib.closing(open_lock(self.path / "key")) as lock:
+            lock.shared(SHORT_LOCK_TIMEOUT_S)
+            key = os.pread(lock.fd, KEY_BYTES + 1, 0)
+            if len(key) == KEY_BYTES:
+                return key
+            lock.unlock()
+            lock.exclusive(SHORT_LOCK_TIMEOUT_S)
+            key = os.pread(lock.fd, KEY_BYTES + 1, 0)
+            if len(key) != KEY_BYTES:
+                key = os.urandom(KEY_BYTES)
+                os.ftruncate(lock.fd, 0)
+                os.pwrite(lock.fd, key, 0)
+            return key
+
+    @contextmanager
+    def tag_lock(self, tag: str, timeout_seconds: float = math.inf) -> Iterator[None]:
+        """Hold the tag's lock, with the room in place; for ever is right where others may be loading a model.
+
+        Raises LockTimeoutError.
+        """
+        keeper: LockFile | None = None
+        lock: LockFile | None = None
+        try:
+            self.join()
+            if _server_lives_by is not None:
+                # No client of the room, so nothing else keeps the room while the new server comes up.
+                keeper = self._lock(self.path / "lifecycle.lock", lambda lock: lock.shared(ALIVE_LOCK_TIMEOUT_S))
+            lock = self._lock(self._tag_lock_path(tag), lambda lock: lock.exclusive(timeout_seconds))
+            yield
+        finally:
+            for held in (lock, keeper):
+                if held is not None:
+                    held.close()
+
+    def look(self, tag: str) -> tuple[bool, ServerRecord | None]:
+        """Tell whether a server of the tag lives, and what it says of itself.
+
+        None with True: it has taken its lock this instant and not written anything yet.
+        """
+        path = self.life_path(tag)
+        try:
+            return (True, _read_record(path)) if is_locked(path) else (False, None)
+        except FileNotFoundError:
+            return False, None
+
+    def take_life(self, tag: str) -> LockFile | None:
+        """Take the life lock of the tag for this process; None when another process has it or the room is gone."""
+        try:
+            life = open_lock(self.life_path(tag))
+        except FileNotFoundError:
+            return None
+        try:
+            # Not a mere try: one who asks `is_locked` holds a shared lock for an instant.
+            life.exclusive(1.0)
+            if life.is_current():
+                return life
+        except TimeoutError:
+            pass
+        life.close()
+        return None
+
+    def tidy(self, tag: str) -> None:
+        """Remove the files of a tag whose server is gone, unless somebody is busy with the tag."""
+        with contextlib.suppress(FileNotFoundError), contextlib.closing(open_lock(self._tag_lock_path(tag))) as lock:
+            if lock.try_exclusive() and lock.is_current() and not is_locked(self.life_path(tag)):
+                self.remove_sockets(tag)
+                self.life_path(tag).unlink(missing_ok=True)
+                lock.path.unlink(missing_ok=True)
+
+    def remove_sockets(self, tag: str) -> None:
+        """Remove what dead servers of the tag have left. Hold the tag's lock or its life lock."""
+        for leftover in list(self.path.glob(f"{digest_of(tag)}-*.sock")):
+            leftover.unlink(missing_ok=True)
+
+    def _tag_lock_path(self, tag: str) -> Path:
+        return self.path / f"{digest_of(tag)}.lock"
+
+    def _lock(self, path: Path, take: Callable[[LockFile], Any]) -> LockFile:
+        """Open and `take` a lock of the room, again if the room or the file was removed meanwhile."""
+        while True:
+            self.directory.ensure()
+            try:
+                lock = open_lock(path)
+            except FileNotFoundError:
+                continue
+            try:
+                take(lock)
+                if lock.is_current():
+                    return lock
+            except BaseException:
+                lock.close()
+                raise
+            lock.close()
+
+
+def write_record(life: LockFile, record: ServerRecord) -> None:
+    """Say in the life file who holds it. Hold its lock."""
+    text = json.dumps(asdict(record)).encode()
+    # One write at least as long as the old text: a reader sees the old one, the new one, or something that is not JSON.
+    text += b" " * max(0, os.fstat(life.fd).st_size - len(text))
+    os.pwrite(life.fd, text, 0)
+
+
+def _read_record(path: Path) -> ServerRecord | None:
+    """Return what a life file says, or None while it says nothing; true only if the lock is held."""
+    try:
+        return ServerRecord(**json.loads(path.read_text()))
+    except (ValueError, TypeError):
+        return None
+
+
+def _will_stay_locked(life: Path) -> bool:
+    """Tell whether a life lock is held, after waiting for holders that are on their way out."""
+    deadline = time.monotonic() + DYING_TIMEOUT_S
+    with contextlib.suppress(FileNotFoundError):
+        while is_locked(life):
+            record = _read_record(life)
+            if (record is not None and not record.leaving and record.is_running()) or time.monotonic() >= deadline:
+                return True
+            time.sleep(0.001)
+    return False
+
+
+def open_lock(path: Path) -> LockFile:
+    """Open a lock file that forked children close. Raises FileNotFoundError when its folder is gone."""
+    with fork_guard:
+        return close_in_children(LockFile(path))
+
+
+def digest_of(tag: str) -> str:
+    """Return a short name for a tag that is safe as part of a file name."""
+    return hashlib.sha256(tag.encode("utf-8", "surrogatepass")).hexdigest()[:20]
+
+
+_rooms: dict[Path, Room] = {}
+_rooms_mutex = threading.Lock()
+# What `room_for` found, by its argument and the setting: taking paths apart would cost more than a call.
+_rooms_by_argument: dict[tuple[str | None, str | None], Room] = {}
+
+
+def room_at(root: Path) -> Room:
+    """Return this process's one object for the room below `root`."""
+    with _rooms_mutex:
+        room = _rooms.get(root)
+        if room is None:
+            room = _rooms[root] = Room(root)
+        return room
+
+
+def room_for(path: str | None) -> Room:
+    """Return the room for Beam's `path` argument; None and the temp folder mean the user's runtime directory.
+
+    Raises InvalidArgumentError.
+    """
+    argument = (path, os.environ.get(RUNTIME_DIR_VARIABLE))
+    room = _rooms_by_argument.get(argument)
+    if room is None:
+        if path is not None and not isinstance(path, (str, os.PathLike)):
+            raise InvalidArgumentError(f"path {path!r}: expected a folder")
+        root = default_root() if path is None or path == tempfile.gettempdir() else root_below(Path(path))
+        room = room_at(root.absolute())
+        if root.is_absolute():
+            _rooms_by_argument[argument] = room
+    return room
+
+
+def leave_all_rooms() -> None:
+    """Leave every room; for the end of the process."""
+    for room in list(_rooms.values()):
+        with contextlib.suppress(OSError):
+            room.leave()
+
+
+def _forget_rooms_after_fork() -> None:
+    global _rooms_mutex
+    _rooms_mutex = threading.Lock()
+    for room in _rooms.values():
+        room.forget_after_fork()
+
+
+in_forked_child(_forget_rooms_after_fork)

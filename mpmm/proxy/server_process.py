@@ -1,0 +1,230 @@
+"""A spawned model server, from its first line to its last.
+
+It takes the tag's life lock, makes the object, answers for it, and ends in one of three ways: a hard delete, a
+signal, or because nobody is left who holds one of its alive locks. Always through `os._exit`: what the object's
+libraries registered for the end of a process may take for ever, and the memory is wanted back now.
+"""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import pickle
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
+
+from mpmm.errors import ServerStartError
+from mpmm.proxy.context import ServerContext, attaching_to
+from mpmm.proxy.hosting import end_all_hosts, host_object, new_record
+from mpmm.proxy.room import Room, ServerRecord, become_server_process, open_lock, room_at, write_record
+from mpmm.shared_state.lock_file import LockFile
+
+__all__ = ["ATTACH", "CRASHED", "OCCUPIED", "READY", "AliveLock", "ServerPlan", "run_server", "wants_to_attach"]
+
+logger = logging.getLogger(__name__)
+
+# What a new server tells its starter, each with a text.
+READY, OCCUPIED, ATTACH, CRASHED = "ready", "occupied", "attach", "crashed"
+PROBE_INTERVAL_S = 1.0
+
+
+@dataclass(frozen=True)
+class ServerPlan:
+    """What a new server is to do. `contexts` and `constructor` are pickles, opened after `environment` is set."""
+
+    root: str
+    tag: str
+    environment: tuple[tuple[str, str], ...]
+    alive_locks: tuple[str, ...]
+    contexts: bytes
+    constructor: bytes
+
+
+def wants_to_attach(shared: object) -> bool:
+    """Tell whether an object is shared state by itself, and so is made in every process instead of being proxied."""
+    return bool(getattr(type(shared), "attach_in_place", False))
+
+
+def run_server(plan: ServerPlan, starter: Connection, on_made: Callable[[], None] | None = None) -> NoReturn:
+    """Be the server: the main function of the new process.
+
+    on_made: called once the object is made.
+    """
+    # A session of its own, so that Ctrl-C or a hang-up at the starter's terminal does not end what others use.
+    with suppress(OSError):
+        os.setsid()
+    os.environ.update(plan.environment)
+    become_server_process(plan.alive_locks)
+    _Server(plan, starter, on_made).run()
+
+
+class _Server:
+    def __init__(self, plan: ServerPlan, starter: Connection, on_made: Callable[[], None] | None) -> None:
+        self.plan = plan
+        self.on_made = on_made
+        self.tag = plan.tag
+        self.room: Room = room_at(Path(plan.root))
+        self.starter: Connection | None = starter
+        self.life: LockFile | None = None
+        self.record: ServerRecord | None = None
+        self.contexts: tuple[ServerContext, ...] = ()
+        self.kept: list[object] = []
+        self.exiting = threading.RLock()
+
+    def run(self) -> NoReturn:
+        self.life = self.room.take_life(self.tag)
+        if self.life is None:
+            self.tell(OCCUPIED)
+            self.exit(0)
+        self.record = record = new_record(self.room, self.tag, spawned=True, ready=False)
+        write_record(self.life, record)
+        signal.signal(signal.SIGTERM, self.on_sigterm)
+        try:
+            self.contexts = pickle.loads(self.plan.contexts)
+            threading.Thread(target=self.watch, name="mpmm-watch", daemon=True).start()
+            for context in self.contexts:
+                if context.on_start is not None:
+                    self.kept.append(context.on_start(self.tag))
+            constructor = _Construction(self.tag, self.plan.constructor)
+            with attaching_to(self.tag, self.room.root):
+                shared = constructor()
+            if self.on_made is not None:
+                self.on_made()
+            if wants_to_attach(shared):
+                self.tell(ATTACH)
+                self.exit(0, keep_life=False)
+            host_object(self.room, replace(record, ready=True), constructor, shared, self.life, lambda: self.exit(0))
+        except BaseException as error:
+            text = error.message if isinstance(error, ServerStartError) else _crash_text(self.tag)
+            self.tell(CRASHED, text)
+            # The starter waits for the end of this process by itself.
+            self.exit(1, keep_life=False)
+        del shared
+        self.tell(READY)
+        # Interrupted by signals only, whose handlers run in this thread.
+        with suppress(KeyboardInterrupt):
+            threading.Event().wait()
+        self.exit(0)
+
+    def tell(self, what: str, text: str = "") -> None:
+        """Report to the starter, which may have died."""
+        starter, self.starter = self.starter, None
+        if starter is not None:
+            with suppress(OSError), starter:
+                starter.send((what, text))
+
+    def on_sigterm(self, number: int, frame: FrameType | None) -> None:
+        self.exit(128 + number)
+
+    def watch(self) -> None:
+        """End the server once nobody holds an alive lock; runs in a thread of its own."""
+        locks = [AliveLock(path) for path in dict.fromkeys(self.plan.alive_locks)]
+        pause = threading.Event()
+        while not all(lock.is_free() for lock in locks):
+            for lock in locks:
+                lock.let_go()
+            pause.wait(PROBE_INTERVAL_S)
+        held = {lock.path for lock in locks if lock.held}
+        for context in self.contexts:
+            if context.on_last is not None and context.alive_lock in held:
+                try:
+                    context.on_last()
+                except Exception:
+                    logger.exception("mpmm: pid %d: on_last failed for %r", os.getpid(), self.tag)
+        self.exit(0, keep_life=False, room_is_ours=str(self.room.alive_path) in held)
+
+    def exit(self, code: int, *, keep_life: bool = True, room_is_ours: bool = False) -> NoReturn:
+        """Clean up and end the process at once; the room goes too if this was the last that used it.
+
+        keep_life: leave the life lock held to the very end, so that who waits for our memory can see it.
+        room_is_ours: the room's alive lock is held exclusively already.
+        """
+        # Never released: the first thread that comes here ends the process, others wait for that. A signal handler
+        # that interrupts its own thread here does the same things once more, which is harmless.
+        self.exiting.acquire()
+        try:
+            for child in multiprocessing.active_children():
+                if child.daemon:
+                    child.terminate()
+            if self.life is not None and self.life.fd >= 0 and self.record is not None:
+                # Before the look at the alive lock: clients who leave after it must know not to count on us.
+                write_record(self.life, replace(self.record, ready=False, leaving=True))
+                self.room.remove_sockets(self.tag)
+                end_all_hosts(but=self.life)
+                if not keep_life and self.life.is_current():
+                    self.life.path.unlink(missing_ok=True)
+                if room_is_ours or self.room.claim_if_abandoned() is not None:
+                    self.room.remove_if_unused(but=self.life)
+            for stream in (sys.stdout, sys.stderr):
+                stream.flush()
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+
+
+class _Construction:
+    """The constructor, unpickled at the first use; what it raises becomes a ServerStartError with the traceback."""
+
+    def __init__(self, tag: str, pickled: bytes) -> None:
+        self.tag = tag
+        self._pickled: bytes | None = pickled
+        self._constructor: Any = None
+
+    def __call__(self) -> Any:
+        try:
+            if self._pickled is not None:
+                self._constructor = pickle.loads(self._pickled)
+                self._pickled = None
+            return self._constructor()
+        except Exception:
+            raise ServerStartError(_crash_text(self.tag), tag=self.tag) from None
+
+
+class AliveLock:
+    """One lock by which the server lives; this process holds it only while it asks."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.held = False
+        self._lock: LockFile | None = None
+        # A missing file is not made anew: its room or namespace is gone, and with it everybody who held the lock.
+        with suppress(FileNotFoundError):
+            if os.path.exists(path):
+                self._lock = open_lock(Path(path))
+
+    def is_free(self) -> bool:
+        """Tell whether no client holds the lock; if so it is held exclusively now, or the file is gone."""
+        if self._lock is None:
+            return True
+        if not self._lock.try_exclusive():
+            return False
+        if self._lock.is_current():
+            self.held = True
+        else:
+            # Replaced or removed. Whoever holds a newer file does not know of this server.
+            self._lock.close()
+            self._lock = None
+        return True
+
+    def let_go(self) -> None:
+        """Let clients come and go until the next look."""
+        if self.held and self._lock is not None:
+            self._lock.unlock()
+            self.held = False
+
+
+def _crash_text(tag: str) -> str:
+    return f"Shared Server Process crashed: the constructor of {tag!r} failed in pid {os.getpid()}:\n" + (
+        traceback.format_exc()
+    )

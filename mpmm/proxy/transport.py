@@ -1,0 +1,137 @@
+"""Unix sockets between processes of one user.
+
+Three things keep others out: the folder is 0700, the kernel names the peer's user, and both sides prove
+that they know the room's key (`multiprocessing.connection`'s challenge). A process of the same user that
+looks at the wrong room fails at the third.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import struct
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing import AuthenticationError
+from multiprocessing.connection import Connection, answer_challenge, deliver_challenge
+from pathlib import Path
+
+from mpmm.proxy.process_life import close_in_children, fork_guard
+
+__all__ = ["accept", "authenticate_client", "dial", "listen", "set_timeouts"]
+
+# sun_path holds 108 bytes on Linux and 104 on macOS, with a final zero.
+LONGEST_ADDRESS_BYTES = 100
+BACKLOG = 128
+_HAS_PROC = sys.platform == "linux"
+
+
+def listen(folder: Path, name: str) -> socket.socket:
+    """Return a non-blocking listening socket at `folder/name`, closed in forked children."""
+    with fork_guard:
+        listener = close_in_children(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
+    try:
+        with _short_address(folder, name) as address:
+            listener.bind(address)
+        listener.listen(BACKLOG)
+        listener.setblocking(False)
+    except BaseException:
+        listener.close()
+        raise
+    return listener
+
+
+def accept(listener: socket.socket) -> Connection | None:
+    """Return the next connection, or None when the peer has gone again. Not authenticated yet."""
+    # Non-blocking, so that the guard, and with it every fork of this process, is held for microseconds.
+    with fork_guard:
+        try:
+            peer, _ = listener.accept()
+        except (BlockingIOError, ConnectionError):
+            return None
+        peer.setblocking(True)
+        return close_in_children(Connection(peer.detach()))
+
+
+def authenticate_client(connection: Connection, key: bytes) -> None:
+    """Make sure, on the server's side, that the peer is of this user and knows `key`.
+
+    Raises AuthenticationError; EOFError or OSError when the peer goes away meanwhile.
+    """
+    uid = _peer_uid(connection.fileno())
+    if uid is not None and uid != os.getuid():
+        raise AuthenticationError(f"a process of uid {uid} tried to connect")
+    deliver_challenge(connection, key)
+    answer_challenge(connection, key)
+
+
+def dial(folder: Path, name: str, key: bytes, timeout_seconds: float | None = None) -> Connection:
+    """Return an authenticated connection to the socket `folder/name`, closed in forked children.
+
+    timeout_seconds: how long to wait for each word of a server that may be stopped; None: for ever.
+    Raises AuthenticationError when the server has another key, OSError or EOFError when it is not there.
+    """
+    with fork_guard:
+        ours = close_in_children(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
+    try:
+        with _short_address(folder, name) as address:
+            ours.connect(address)
+        with fork_guard:
+            connection = close_in_children(Connection(ours.detach()))
+    except BaseException:
+        ours.close()
+        raise
+    try:
+        if timeout_seconds is not None:
+            set_timeouts(connection, timeout_seconds)
+        answer_challenge(connection, key)
+        deliver_challenge(connection, key)
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def set_timeouts(connection: Connection, timeout_seconds: float) -> None:
+    """Have reading and writing fail with OSError where the other side is stopped or stuck."""
+    timeval = struct.pack("@ll", int(timeout_seconds), int(timeout_seconds % 1 * 1_000_000))
+    with socket.socket(fileno=os.dup(connection.fileno())) as ours:
+        for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
+            ours.setsockopt(socket.SOL_SOCKET, option, timeval)
+
+
+def _peer_uid(fd: int) -> int | None:
+    """Return the user at the other end of a Unix socket, or None where the platform does not tell."""
+    option = getattr(socket, "SO_PEERCRED", None)
+    if option is None:
+        return None
+    credentials = struct.Struct("3i")
+    with socket.socket(fileno=os.dup(fd)) as peer:
+        _, uid, _ = credentials.unpack(peer.getsockopt(socket.SOL_SOCKET, option, credentials.size))
+    return int(uid)
+
+
+@contextmanager
+def _short_address(folder: Path, name: str) -> Iterator[str]:
+    """Yield an address that leads to `folder/name` and fits into a `sockaddr_un`; valid inside the block."""
+    plain = str(folder / name)
+    if len(os.fsencode(plain)) <= LONGEST_ADDRESS_BYTES:
+        yield plain
+    elif _HAS_PROC:
+        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            yield f"/proc/self/fd/{fd}/{name}"
+        finally:
+            os.close(fd)
+    else:
+        # /tmp and not gettempdir(): on macOS the latter has some 50 bytes by itself.
+        detour = tempfile.mkdtemp(prefix="mpmm-", dir="/tmp")
+        try:
+            link = os.path.join(detour, "d")
+            os.symlink(folder, link)
+            yield os.path.join(link, name)
+        finally:
+            shutil.rmtree(detour, ignore_errors=True)
