@@ -1,0 +1,227 @@
+"""The keeper: one background thread in every attached process.
+
+It sleeps on the member's bell, and does three things:
+
+- it unloads the copies that its process has been told to unload, as their owner or on behalf of a waiter;
+- it tries to become the leader, whenever nobody is. The leader lock is a kernel file lock, so a dead leader's
+  place is free at once. The leader polls memory, takes back what dead members had, records observations and
+  solves for the estimates;
+- if the leader lives but its last poll is too long ago (it is stopped, or stuck in a native call), it polls and
+  takes back in the leader's stead.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+import time
+from functools import partial
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from mpmm.beam_metrics import report_estimate
+from mpmm.errors import ClosedError
+from mpmm.resource_estimator import smooth
+from mpmm.shared_state.futex import wait_for_change
+from mpmm.shared_state.layout import Device, Header, Instance, Member, Model
+from mpmm.shared_state.lock_file import LockFile
+from mpmm.shared_state.transaction import Transaction
+
+if TYPE_CHECKING:
+    from mpmm.worker import Worker
+
+__all__ = ["Keeper"]
+
+_LOG = logging.getLogger("mpmm")
+# A dead leader is replaced, and a stuck one stood in for, within a second whatever the poll interval is.
+LONGEST_TICK_S = 0.25
+STALE_AFTER_S = 0.6
+# A measured footprint that differs by less than this from the estimate changes nothing.
+ESTIMATE_TOLERANCE = 0.01
+
+
+class Keeper:
+    """The thread, and the duties of the leader. One a `Worker`."""
+
+    def __init__(self, worker: Worker) -> None:
+        self._worker = worker
+        self._namespace = worker.namespace
+        self._lock_file = LockFile(worker.namespace.runtime.file("leader.lock"))
+        self._stopping = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._failing = False
+        self._seen_activity = -1
+        self._poll_due = 0.0
+        self.leading = False
+
+    def start(self) -> None:
+        """Lead if nobody does, so that devices are known before anybody asks; then go on in the background."""
+        self._lead_if_free()
+        self._thread = threading.Thread(target=self._run, name=f"mpmm-keeper-{self._namespace.name}", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the thread and give up the leadership. Not to be called by the thread itself."""
+        self._stopping.set()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            with self._namespace.transaction() as t:
+                self._namespace.transitions.ring(t, self._namespace.slot)
+            self._thread.join()
+        self._lock_file.close()
+        self.leading = False
+
+    def forget_after_fork(self) -> None:
+        """In a forked child: the parent keeps the leadership."""
+        self._lock_file.forget_after_fork()
+        self.leading = False
+
+    def _run(self) -> None:
+        namespace = self._namespace
+        bell = namespace.tables.member(namespace.slot) + Member.BELL
+        words = namespace.segment.words
+        interval = min(namespace.settings.poll_interval, LONGEST_TICK_S)
+        due = time.monotonic() + interval
+        while not self._stopping.is_set():
+            try:
+                seen = words[bell]
+                self._worker.settle_debts()
+                self._worker.unload_assigned()
+                if time.monotonic() >= due:
+                    self.tick()
+                    due = time.monotonic() + interval
+                wait_for_change(
+                    lambda: int(words[bell]), namespace.segment.address + 8 * bell, seen, due - time.monotonic()
+                )
+                self._failing = False
+            except (ClosedError, ValueError):
+                # ValueError: the segment was unmapped under us by `leave`.
+                if not namespace.is_usable:
+                    return
+                self._report_trouble()
+            except Exception:
+                self._report_trouble()
+
+    def _report_trouble(self) -> None:
+        # Whatever went wrong must neither end the thread nor fill the log twice a second.
+        if not self._failing:
+            _LOG.exception("mpmm %s: the keeper of pid %d goes on after", self._namespace.name, self._namespace.pid)
+        self._failing = True
+        self._stopping.wait(LONGEST_TICK_S)
+
+    def tick(self) -> None:
+        """Do what is due now, as leader or in its place."""
+        if not self.leading:
+            self._lead_if_free()
+        if self.leading or self._leader_is_stuck():
+            if self._namespace.reap_dead_members():
+                with self._namespace.transaction() as t:
+                    self._worker.scheduler.advance(t)
+            if time.monotonic() >= self._poll_due:
+                self._poll_due = time.monotonic() + self._namespace.settings.poll_interval
+                self._poll()
+
+    def _lead_if_free(self) -> None:
+        if not self._lock_file.try_exclusive():
+            return
+        worker = self._worker
+        source = worker.source
+        try:
+            worker.board.describe(source, source.devices(), lead=True)
+            self._worker.refresh()
+        except BaseException:
+            self._lock_file.unlock()
+            raise
+        self.leading = True
+        _LOG.info("mpmm %s: pid %d leads, source %s", self._namespace.name, self._namespace.pid, source.name)
+
+    def _leader_is_stuck(self) -> bool:
+        age = (time.monotonic_ns() - self._namespace.segment.words[Header.POLLED]) / 1e9
+        return age > self._namespace.settings.poll_interval + STALE_AFTER_S
+
+    def _devices(self) -> list[int]:
+        return self._namespace.tables.used_rows(self._namespace.segment.layout.devices)
+
+    def _poll(self) -> None:
+        self._worker.refresh()
+        with self._namespace.transaction() as t:
+            self._namespace.transitions.note_poll(t)
+            self._give_up_slow_loads(t)
+            # Time alone changes plans, too.
+            self._worker.scheduler.advance(t)
+            estimates = self._learn(t)
+        for tag, mb in estimates.items():
+            report_estimate(tag, mb)
+        self._worker.estimator.solve()
+
+    def _give_up_slow_loads(self, t: Transaction) -> None:
+        namespace = self._namespace
+        limit = namespace.settings.load_timeout_seconds
+        if math.isinf(limit) or not namespace.segment.words[Header.LOADING]:
+            return
+        tables, layout = namespace.tables, namespace.segment.layout
+        for row in tables.rows_where(layout.instances, Instance.STATE, Instance.LOADING):
+            taken = (time.monotonic_ns() - namespace.segment.words[tables.instance(row) + Instance.SINCE]) / 1e9
+            if taken > limit:
+                namespace.transitions.give_up_load(t, row)
+                t.after.append(partial(_LOG.warning, "mpmm %s: gave up a load after %.1f s", namespace.name, taken))
+
+    def _learn(self, t: Transaction) -> dict[str, float]:
+        """Take the figures of the last sample into the estimates, or into the observations for NNLS."""
+        namespace = self._namespace
+        words = namespace.segment.words
+        if words[Header.SOURCE_BOOKS_ONLY]:
+            return {}
+        if words[Header.SOURCE_MEASURES_PROCESSES]:
+            return self._take_over_measurements(t)
+        activity = words[Header.HITS] + words[Header.LOADS]
+        if activity != self._seen_activity and not words[Header.LOADING] and not words[Header.ISOLATED]:
+            self._seen_activity = activity
+            self._observe(t)
+        return {}
+
+    def _observe(self, t: Transaction) -> None:
+        """Record the peak of a configuration that nothing has changed since before the last sample."""
+        namespace = self._namespace
+        words, tables, layout = namespace.segment.words, namespace.tables, namespace.segment.layout
+        if any(words[tables.device(row) + Device.SAMPLED] < words[Header.CONFIGURED_AT] for row in self._devices()):
+            return
+        if np.any(tables.view(layout.instances)[:, Instance.STATE] == Instance.UNLOADING):
+            return
+        copies = [
+            (words[tables.model(row) + Model.GENERATION], words[tables.model(row) + Model.LOADED])
+            for row in tables.used_rows(layout.models)
+            if words[tables.model(row) + Model.LOADED]
+        ]
+        reading = sum(namespace.transitions.peak_since(row, words[Header.CONFIGURED_AT]) for row in self._devices())
+        namespace.transitions.observe(t, copies, reading)
+
+    def _take_over_measurements(self, t: Transaction) -> dict[str, float]:
+        """Let a model's estimate follow what its servers were seen to take at most.
+
+        Up at once, because the next copy will take as much; down slowly, because a copy that has not worked yet
+        takes less than one that has.
+        """
+        namespace = self._namespace
+        words, floats, tables = namespace.segment.words, namespace.segment.floats, namespace.tables
+        highest: dict[int, float] = {}
+        for slot in tables.rows_where(namespace.segment.layout.members, Member.STATE, Member.SERVER):
+            at = tables.member(slot)
+            row = words[at + Member.INSTANCE]
+            if not row or words[tables.instance(row - 1) + Instance.SERVER] != slot + 1:
+                continue
+            if words[tables.instance(row - 1)] in (Instance.ACTIVE, Instance.IDLE) and floats[at + Member.PEAK_MB] > 0:
+                model = words[tables.instance(row - 1) + Instance.MODEL]
+                highest[model] = max(highest.get(model, 0.0), floats[at + Member.PEAK_MB])
+        changed = {}
+        for model, mb in highest.items():
+            at = tables.model(model)
+            if not words[at + Model.KNOWN]:
+                continue
+            old = floats[at + Model.ESTIMATE_MB]
+            new = mb if mb > old else smooth(old, mb, namespace.settings.smoothing_factor)
+            if abs(new - old) > ESTIMATE_TOLERANCE * old:
+                namespace.transitions.estimate(t, model, new, measured=True)
+                changed[tables.tag_of(model)] = new
+        return changed

@@ -1,0 +1,778 @@
+"""ModelManager: loaded models for many processes that share the memory of one host's devices.
+
+The four names are those of `apache_beam.ml.inference.model_manager`, with its signatures and defaults. Where
+Beam has one manager in one process that the others call, every process here runs this code on the state in
+shared memory:
+
+    acquire_model                                   what the process does           under the lock
+    ─────────────────────────────────────────────────────────────────────────────────────────────────────
+    an idle copy and nobody waits                   returns it                      grab
+    otherwise: queue                                                                enqueue, advance
+        granted an idle or released copy            returns it                      take_answer
+        told to load                                runs the loader, samples        take_answer … end_load
+        told that it can never fit                  raises ModelTooLargeError       take_answer
+    release_model                                   measures if it ran alone        release, advance
+
+`advance` (see `scheduler.py`) is where the policy decides for everybody who waits; whoever changes something
+runs it, so that a release hands the copy straight to the ticket that should have it.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+import os
+import secrets
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import fields
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple
+
+from mpmm.beam_metrics import report_estimate, report_model_count
+from mpmm.beam_views import BeamNames
+from mpmm.board import ForeignMonitor, MonitorLike
+from mpmm.errors import (
+    AcquireTimeoutError,
+    ClosedError,
+    InvalidArgumentError,
+    LoadTimeoutError,
+    LockTimeoutError,
+    ModelTooLargeError,
+    NamespaceResetError,
+    NotAcquiredError,
+)
+from mpmm.gpu_monitor import GPUMonitor
+from mpmm.policy.view import Reason
+from mpmm.proxy.context import attach_namespace, serving_for
+from mpmm.resource_estimator import ResourceEstimator
+from mpmm.shared_state.futex import wait_for_change
+from mpmm.shared_state.layout import Capacities, Device, Header, Instance, Member, Model, Ticket
+from mpmm.shared_state.namespace import Namespace, run_at_exit
+from mpmm.shared_state.runtime_dir import default_root
+from mpmm.shared_state.settings import Settings
+from mpmm.shared_state.tables import encode_text
+from mpmm.shared_state.transaction import Transaction
+from mpmm.sources import MemorySource, choose_source
+from mpmm.sources.selected import SelectedDevices
+from mpmm.worker import Copy, Worker
+
+__all__ = ["GPUMonitor", "ModelManager", "QueueTicket", "ResourceEstimator"]
+
+_LOG = logging.getLogger("mpmm")
+_workers: dict[tuple[Path, str], Worker] = {}
+_workers_guard = threading.RLock()
+# Threads that shut forgotten managers down; the last few, for the end of the process has to wait for them.
+_shutting_down: deque[threading.Thread] = deque(maxlen=64)
+
+
+class QueueTicket:
+    """One place in the queue, as in Beam: ordered by priority, then number. `wake_event` is set by the answer."""
+
+    def __init__(self, priority: int, ticket_num: int, tag: str) -> None:
+        self.priority = priority
+        self.ticket_num = ticket_num
+        self.tag = tag
+        self.wake_event = threading.Event()
+
+    def __lt__(self, other: QueueTicket) -> bool:
+        return (self.priority, self.ticket_num) < (other.priority, other.ticket_num)
+
+    def __repr__(self) -> str:
+        return f"QueueTicket(priority={self.priority}, ticket_num={self.ticket_num}, tag={self.tag!r})"
+
+
+class _Booking(NamedTuple):
+    """A load that the policy has allowed and memory is reserved for."""
+
+    row: int
+    generation: int
+    alone: bool
+
+
+class ModelManager(BeamNames):
+    """Manages the life of models: reuse, admission, eviction, profiling of unknown ones. Thread-safe.
+
+    `with manager.model(tag, loader) as model:` is the form to write; `acquire_model` and `release_model` are
+    Beam's. A loader that returns a `str` has made a *handle* (the tag of a `MultiProcessShared`, say), which any
+    process can use and unload; any other object belongs to the process that loaded it: only that process reuses
+    it, but everybody accounts for its memory and may have it evicted.
+
+    A manager may be pickled and may cross a fork: the copy is a manager on the same state.
+    """
+
+    #: `MultiProcessShared` makes such objects in every process instead of proxying them.
+    attach_in_place = True
+
+    def __init__(
+        self,
+        monitor: GPUMonitor | MonitorLike | None = None,
+        slack_percentage: float = 0.10,
+        poll_interval: float = 0.5,
+        peak_window_seconds: float = 30.0,
+        min_data_points: int = 5,
+        smoothing_factor: float = 0.2,
+        eviction_cooldown_seconds: float = 10.0,
+        min_model_copies: int = 1,
+        wait_timeout_seconds: float = 300.0,
+        lock_timeout_seconds: float = 60.0,
+        verbose_logging: bool = False,
+        *,
+        namespace: str | None = None,
+        memory_source: str | MemorySource = "auto",
+        memory_budget_mb: float | None = None,
+        fallback_memory_mb: float = 16000.0,
+        default_estimate_mb: float = 4000.0,
+        max_overtake_seconds: float = 2.0,
+        memory_return_seconds: float = 5.0,
+        load_timeout_seconds: float = math.inf,
+        devices: Sequence[int | str] | None = None,
+        capacities: Capacities | None = None,
+        runtime_root: str | os.PathLike[str] | None = None,
+    ) -> None:
+        """Attach to a namespace, creating it if need be.
+
+        monitor: takes the place of the memory source; a `GPUMonitor`, or anything with Beam's monitor methods.
+        slack_percentage: share of a device that is never filled, 0 to 0.99.
+        poll_interval: seconds between the leader's samples. peak_window_seconds: how long a peak counts.
+        min_data_points, smoothing_factor: see `ResourceEstimator`.
+        eviction_cooldown_seconds: a copy idle for less counts as warm, and is evicted after cold ones.
+        min_model_copies: copies of a model beyond so many are surplus, and evicted first.
+        wait_timeout_seconds: after so long `acquire_model` gives up.
+        lock_timeout_seconds: after so long a transaction gives up the lock; it is held for microseconds.
+        verbose_logging: log the estimator's steps.
+        namespace: None for a private one, which forked children and pickled copies share; else the name of
+            the one that all processes of this user on this host share.
+        memory_source: `auto`, `nvml`, `nvidia-smi`, `host`, `booked`, or a `MemorySource`.
+        memory_budget_mb: total for the `host` source.
+        fallback_memory_mb: total where nothing can be measured.
+        default_estimate_mb: what a model takes as long as nothing is known of it.
+        max_overtake_seconds: how long a waiter may be overtaken by those who reuse idle copies.
+        memory_return_seconds: how long unloaded memory may take to come back before it is written off.
+        load_timeout_seconds: a load that takes longer is given up: its reservation goes, the model server that it
+            may have started is killed. A loader that hangs in this process is not interrupted.
+        devices: indices or uuids of the devices to manage, all by default.
+        capacities: sizes of the shared tables.
+        runtime_root: folder of the runtime directories, see `mpmm.shared_state.runtime_dir`.
+
+        What is decided for all processes alike is the creator's choice: later comers' values for it are
+        reported in the log and have no effect.
+
+        Raises InvalidArgumentError, and what `Namespace.join` raises.
+        """
+        self._closed = False
+        self._settings = Settings(
+            slack_percentage=slack_percentage,
+            poll_interval=poll_interval,
+            peak_window_seconds=peak_window_seconds,
+            min_data_points=min_data_points,
+            smoothing_factor=smoothing_factor,
+            eviction_cooldown_seconds=eviction_cooldown_seconds,
+            min_model_copies=min_model_copies,
+            wait_timeout_seconds=wait_timeout_seconds,
+            lock_timeout_seconds=lock_timeout_seconds,
+            fallback_memory_mb=fallback_memory_mb,
+            memory_budget_mb=math.inf if memory_budget_mb is None else memory_budget_mb,
+            default_estimate_mb=default_estimate_mb,
+            max_overtake_seconds=max_overtake_seconds,
+            memory_return_seconds=memory_return_seconds,
+            load_timeout_seconds=load_timeout_seconds,
+        )
+        self._verbose_logging = verbose_logging
+        self._given_monitor = monitor
+        self._memory_source = memory_source
+        self._devices = tuple(devices) if devices is not None else None
+        self._capacities = capacities
+        given = attach_namespace.get()
+        if namespace is None and given is not None:
+            self._name, self._root = given
+        else:
+            self._name = namespace or f"private-{os.getpid()}-{secrets.token_hex(4)}"
+            self._root = default_root() if runtime_root is None else Path(runtime_root)
+        self._bookings = threading.local()
+        self._bookings_made = False
+        self._worker_if_connected: Worker | None = None
+        self._connected()
+
+    # ---- Beam's methods ------------------------------------------------------------------------------------
+
+    def logging_info(self, message: str, *args: Any) -> None:
+        """Log at level INFO if `verbose_logging` is on."""
+        if self._verbose_logging:
+            _LOG.info(message, *args)
+
+    def all_models(self, tag: str | None = None) -> Any:
+        """Return the loaded copies of a tag as a list: handles, this process's objects, None for others' objects.
+
+        Without a tag, a dict of such lists for all tags.
+        """
+        worker = self._connected()
+        tables, layout = worker.namespace.tables, worker.namespace.segment.layout
+        words = worker.namespace.segment.words
+        found: dict[str, list[Any]] = {}
+        with worker.namespace.transaction():
+            for row in tables.used_rows(layout.instances):
+                at = tables.instance(row)
+                if words[at + Instance.STATE] in (Instance.ACTIVE, Instance.IDLE):
+                    found.setdefault(tables.tag_of(words[at + Instance.MODEL]), []).append(worker.value_of(row))
+        return found if tag is None else found.get(tag, [])
+
+    def acquire_model(self, tag: str, loader_func: Callable[[], Any]) -> Any:
+        """Return a copy of the model, to be given back with `release_model`.
+
+        tag: names the model; the same tag means the same model in every process.
+        loader_func: makes a copy; called in this process and thread, with no lock held, if there is none to reuse.
+
+        Raises AcquireTimeoutError, LoadTimeoutError, ModelTooLargeError, NamespaceResetError, TableFullError,
+        InvalidArgumentError, ClosedError, LockTimeoutError, and whatever the loader raises.
+        """
+        if not isinstance(tag, str) or not callable(loader_func):
+            raise InvalidArgumentError(f"model {tag!r}, loader {loader_func!r}: expected a str and a callable")
+        worker = self._connected()
+        if self._bookings_made:
+            booking = self._take_booking(tag)
+            if booking is not None:
+                return self._load(worker, tag, booking, loader_func)
+        try:
+            answer = self._get(worker, tag)
+        except LockTimeoutError as error:
+            if error.timeout_seconds >= worker.namespace.settings.lock_timeout_seconds:
+                raise
+            raise self._gave_up(tag, self._settings.wait_timeout_seconds, "lock") from error
+        if isinstance(answer, _Booking):
+            return self._load(worker, tag, answer, loader_func)
+        return answer.value
+
+    def release_model(self, tag: str, instance: Any) -> None:
+        """Give back what `acquire_model` returned.
+
+        A wrong tag with the right instance is put up with, and logged. Raises NotAcquiredError when this process
+        does not hold the instance, NamespaceResetError when a reset took it away meanwhile.
+        """
+        worker = self._connected()
+        copy = worker.let_go(instance, tag)
+        if copy is None:
+            what = repr(instance) if isinstance(instance, str) else f"this {type(instance).__name__}"
+            raise NotAcquiredError(
+                f"release of {tag!r}: this process does not hold {what}; it was never acquired here, or is released "
+                "already",
+                tag=tag,
+            )
+        try:
+            self._give_back(worker, tag, copy)
+        except ClosedError:
+            raise
+        except TimeoutError:
+            # The lock was not to be had: nothing has changed, and the caller may try again.
+            worker.hold_again(copy)
+            raise
+
+    def try_enter_isolation_mode(self, tag: str, ticket_num: int) -> bool:
+        """Try to get the devices for an unknown model alone, waiting up to `lock_timeout_seconds`.
+
+        True: everything idle was unloaded, nobody else gets anything, and the next `acquire_model(tag, …)` of this
+        thread loads. `ticket_num` is for the log. `acquire_model` does all this by itself.
+        """
+        return self._book(tag, ticket_num, alone=True)
+
+    def should_spawn_model(self, tag: str, ticket_num: int) -> bool:
+        """Try to reserve memory for another copy, waiting up to `lock_timeout_seconds` and evicting if need be.
+
+        True: the next `acquire_model(tag, …)` of this thread loads. False also when an idle copy needs no other one
+        beside it. `ticket_num` is for the log. `acquire_model` does all this by itself.
+        """
+        return self._book(tag, ticket_num, alone=False)
+
+    def shutdown(self) -> None:
+        """Let go of what this process has; the last process to do so unloads everything. Twice is fine."""
+        if self._closed:
+            return
+        self._closed = True
+        worker, self._worker_if_connected = self._worker_if_connected, None
+        if worker is None or not worker.namespace.is_usable:
+            return
+        with _workers_guard:
+            worker.managers -= 1
+            if worker.managers:
+                return
+            _workers.pop((self._root, self._name), None)
+        worker.close()
+        if self._given_monitor is not None:
+            self._given_monitor.stop()
+
+    def force_reset(self) -> None:
+        """Unload everything of every process of the namespace, and send all waiters away. Estimates stay.
+
+        Whoever holds a copy gets NamespaceResetError when it releases it; waiters get it at once.
+        """
+        worker = self._connected()
+        with worker.namespace.transaction() as t:
+            worker.namespace.transitions.reset(t)
+        _LOG.warning("mpmm %s: reset by pid %d", worker.namespace.name, worker.namespace.pid)
+        worker.unload_assigned()
+
+    # ---- further methods -----------------------------------------------------------------------------------
+
+    @contextmanager
+    def model(self, tag: str, loader_func: Callable[[], Any]) -> Iterator[Any]:
+        """Acquire a copy for the length of a `with` block; see `acquire_model`."""
+        instance = self.acquire_model(tag, loader_func)
+        try:
+            yield instance
+        finally:
+            self.release_model(tag, instance)
+
+    @property
+    def namespace(self) -> str:
+        """Name of the namespace."""
+        return self._name
+
+    def tickets(self) -> list[QueueTicket]:
+        """Return everybody who waits now, first one first."""
+        worker = self._connected()
+        words, tables = worker.namespace.segment.words, worker.namespace.tables
+        with worker.namespace.transaction():
+            return sorted(
+                QueueTicket(
+                    words[tables.ticket(row) + Ticket.PRIORITY],
+                    words[tables.ticket(row) + Ticket.NUMBER],
+                    tables.tag_of(words[tables.ticket(row) + Ticket.MODEL]),
+                )
+                for row in tables.rows_where(worker.namespace.segment.layout.tickets, Ticket.STATE, Ticket.WAITING)
+            )
+
+    def __enter__(self) -> ModelManager:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.shutdown()
+
+    def __del__(self) -> None:
+        # Beam's promise. In a thread, because the collector can come by while this one holds a lock that is needed,
+        # or is in the middle of a shutdown. At exit `run_at_exit` has left by now, and threads no longer start.
+        worker = getattr(self, "_worker_if_connected", None)
+        if worker is None or worker.closing or not worker.namespace.is_usable or sys.is_finalizing():
+            return
+        thread = threading.Thread(target=self.shutdown, name="mpmm-shutdown")
+        with suppress(RuntimeError):
+            thread.start()
+            _shutting_down.append(thread)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        values = {field.name: getattr(self._settings, field.name) for field in fields(Settings)}
+        if math.isinf(values["memory_budget_mb"]):
+            values["memory_budget_mb"] = None
+        for name in ("min_data_points", "min_model_copies"):
+            values[name] = int(values[name])
+        values.update(
+            monitor=self._given_monitor,
+            verbose_logging=self._verbose_logging,
+            namespace=self._name,
+            memory_source=self._memory_source,
+            devices=self._devices,
+            capacities=self._capacities,
+            runtime_root=str(self._root),
+        )
+        return functools.partial(type(self), **values), ()
+
+    # ---- the way of an acquire -----------------------------------------------------------------------------
+
+    def _get(self, worker: Worker, tag: str) -> Copy | _Booking:
+        """Return a copy that lives and that this process holds now, or the permission to load one.
+
+        Raises LockTimeoutError also when the lock was not free within `wait_timeout_seconds`.
+        """
+        left = self._settings.wait_timeout_seconds
+        deadline = 0.0
+        while True:
+            got: Copy | _Booking | None = self._take_idle(worker, tag, left)
+            if got is None:
+                deadline = deadline or time.monotonic() + left
+                got = self._queue(worker, tag, deadline)
+            if isinstance(got, _Booking) or worker.handle_is_alive(got):
+                return got
+            self._discard(worker, got)
+            deadline = deadline or time.monotonic() + left
+            left = deadline - time.monotonic()
+
+    def _take_idle(self, worker: Worker, tag: str, patience_s: float) -> Copy | None:
+        """Take an idle copy if nobody waits and nobody runs alone."""
+        namespace = worker.namespace
+        with namespace.transaction(patience_s) as t:
+            row = None if worker.scheduler.must_queue() else worker.find_idle(tag)
+            if row is None:
+                return None
+            namespace.transitions.grab(t, row, namespace.reference)
+            return worker.hold(row, tag)
+
+    def _queue(self, worker: Worker, tag: str, deadline: float) -> Copy | _Booking:
+        """Wait in the queue; return a copy that this process holds now, or the permission to load one."""
+        encoded = encode_text(tag, Model.TAG_BYTES, "model tag")
+        began = time.monotonic()
+        worker.freshen()
+        with worker.waiting():
+            ticket, row = self._enqueue(worker, tag, encoded, deadline)
+            try:
+                worker.unload_assigned()
+                answer = self._wait(worker, row, deadline)
+            except BaseException:
+                self._leave_queue(worker, row)
+                raise
+            if answer is None:
+                raise self._gave_up(tag, time.monotonic() - began, self._leave_queue(worker, row, timed_out=True))
+            ticket.wake_event.set()
+            return self._act_on(worker, tag, row)
+
+    @staticmethod
+    def _gave_up(tag: str, waited_s: float, reason: str) -> AcquireTimeoutError:
+        return AcquireTimeoutError(
+            f"Timeout waiting to acquire model: {tag} after {waited_s:.1f} seconds (last reason: {reason}); "
+            "wait_timeout_seconds sets the limit",
+            tag=tag,
+            waited_seconds=waited_s,
+        )
+
+    def _enqueue(self, worker: Worker, tag: str, encoded: bytes, deadline: float) -> tuple[QueueTicket, int]:
+        namespace = worker.namespace
+        words = namespace.segment.words
+        with namespace.transaction(deadline - time.monotonic()) as t:
+            model = namespace.transitions.claim_model(t, tag, encoded)
+            known = words[namespace.tables.model(model) + Model.KNOWN] or words[Header.SOURCE_BOOKS_ONLY]
+            priority = 1 if known else 0
+            deadline_ns = int(min(deadline * 1e9, 2**63))
+            row = namespace.transitions.enqueue(
+                t, model, namespace.slot, priority, worker.scheduler.need_mb(model), deadline_ns
+            )
+            number = words[namespace.tables.ticket(row) + Ticket.NUMBER]
+            worker.scheduler.advance(t, newcomer=row)
+        self.logging_info("Queued for %s: ticket %s, priority %s", tag, number, priority)
+        return QueueTicket(priority, number, tag), row
+
+    def _wait(self, worker: Worker, row: int, deadline: float) -> int | None:
+        """Sleep until the ticket has an answer, and return its state; None when the deadline has passed."""
+        namespace = worker.namespace
+        words = namespace.segment.words
+        at = namespace.tables.ticket(row)
+        signal = at + Ticket.SIGNAL
+        while True:
+            seen = words[signal]
+            # Only this process changes a ticket that has its answer, so this look needs no lock.
+            if words[at + Ticket.STATE] != Ticket.WAITING:
+                return int(words[at + Ticket.STATE])
+            if worker.closing:
+                raise ClosedError("the manager was shut down while a thread waited for a model")
+            left = deadline - time.monotonic()
+            if left <= 0:
+                return None
+            wait_for_change(lambda: int(words[signal]), namespace.segment.address + 8 * signal, seen, left)
+
+    def _act_on(self, worker: Worker, tag: str, row: int) -> Copy | _Booking:
+        namespace = worker.namespace
+        words, tables = namespace.segment.words, namespace.tables
+        try:
+            with namespace.transaction() as t:
+                at = tables.ticket(row)
+                state, instance = words[at + Ticket.STATE], words[at + Ticket.INSTANCE] - 1
+                need_mb = namespace.segment.floats[at + Ticket.NEED_MB]
+                namespace.transitions.take_answer(t, row)
+                if state == Ticket.GRANTED:
+                    return worker.hold(instance, tag)
+                if state == Ticket.LOAD:
+                    generation = words[tables.instance(instance) + Instance.GENERATION]
+                    return _Booking(instance, generation, alone=words[Header.ISOLATED] == instance + 1)
+        except LockTimeoutError:
+            # Else what was granted would stay ours for ever, unknown to everybody here.
+            worker.owe(lambda t: namespace.transitions.leave_queue(t, row))
+            raise
+        if state == Ticket.REFUSED:
+            raise self._too_large(worker, tag, need_mb)
+        raise NamespaceResetError(f"a reset of namespace {self._name!r} ended the wait for {tag!r}", tag=tag)
+
+    def _too_large(self, worker: Worker, tag: str, need_mb: float) -> ModelTooLargeError:
+        namespace = worker.namespace
+        with namespace.transaction():
+            rows = namespace.tables.used_rows(namespace.segment.layout.devices)
+            roomiest = max(rows, key=worker.scheduler.limit_mb)
+            limit_mb = worker.scheduler.limit_mb(roomiest)
+            device = namespace.tables.string(namespace.tables.device(roomiest) + Device.NAME)
+        return ModelTooLargeError(
+            f"model {tag!r} needs {need_mb:.0f} MB, and the limit of {device!r} is {limit_mb:.0f} MB: it can never be "
+            "loaded; slack_percentage, and memory_budget_mb for host memory, set the limit",
+            tag=tag,
+            need_mb=need_mb,
+            limit_mb=limit_mb,
+            device=device,
+        )
+
+    def _leave_queue(self, worker: Worker, row: int, timed_out: bool = False) -> str:
+        """Give up waiting, and what the ticket may have been given; return why it waited."""
+        namespace = worker.namespace
+        if not namespace.is_usable:
+            return "shut down"
+
+        def leave(t: Transaction) -> str:
+            reason = Reason(namespace.segment.words[namespace.tables.ticket(row) + Ticket.REASON])
+            namespace.transitions.leave_queue(t, row)
+            if timed_out:
+                t.add(Header.TIMEOUTS, 1)
+            worker.scheduler.advance(t)
+            return reason.name.lower()
+
+        return worker.now_or_later(leave) or "lock"
+
+    def _load(self, worker: Worker, tag: str, booking: _Booking, loader_func: Callable[[], Any]) -> Any:
+        """Run the loader, with no lock held, and put what it made into the books."""
+        began = time.monotonic()
+        value: Any = None
+        try:
+            if booking.alone:
+                worker.freshen()
+                worker.reset_peak()
+                baseline = worker.stats()[0]
+                with worker.namespace.transaction() as t:
+                    worker.namespace.transitions.set_baseline(t, baseline)
+            with serving_for(worker.server_context(booking.row)):
+                value = loader_func()
+            copy = self._book_in(worker, tag, booking, value)
+        except BaseException as error:
+            in_time = self._give_up_load(worker, booking)
+            worker.dispose(value)
+            limit = self._settings.load_timeout_seconds
+            if not in_time and time.monotonic() - began > limit:
+                raise LoadTimeoutError(
+                    f"the load of {tag!r} took longer than {limit:g} s and was given up; load_timeout_seconds sets the "
+                    "limit",
+                    tag=tag,
+                    timeout_seconds=limit,
+                ) from error
+            raise
+        _LOG.info(
+            "mpmm %s: pid %d loaded %s in %.1f s", self._name, worker.namespace.pid, tag, time.monotonic() - began
+        )
+        return copy.value
+
+    def _book_in(self, worker: Worker, tag: str, booking: _Booking, value: Any) -> Copy:
+        namespace = worker.namespace
+        words, floats, tables = namespace.segment.words, namespace.segment.floats, namespace.tables
+        handle = encode_text(value, Instance.HANDLE_BYTES, f"handle of {tag!r}") if isinstance(value, str) else b""
+        server_pid = worker.server_pid_of(value)
+        seen = worker.sample_after_load(booking.row)
+        estimated: float | None = None
+        with namespace.transaction() as t:
+            at = tables.instance(booking.row)
+            if not self._still_loading(worker, booking):
+                raise NamespaceResetError(f"a reset of namespace {self._name!r} ended the load of {tag!r}", tag=tag)
+            server = words[at + Instance.SERVER]
+            if not server and server_pid == namespace.pid:
+                server = namespace.reference
+            model = words[at + Instance.MODEL]
+            mb = worker.scheduler.need_mb(model)
+            measured = floats[tables.member(server - 1) + Member.MEASURED_MB] if server else math.nan
+            if measured > 0:
+                mb = measured
+            books_only = bool(words[Header.SOURCE_BOOKS_ONLY])
+            known = bool(words[tables.model(model) + Model.KNOWN])
+            namespace.transitions.end_load(
+                t, booking.row, handle, mb, server, server_pid is not None, seen or books_only
+            )
+            if not known and (books_only or measured > 0):
+                # Read from its process; or, where there is nothing to measure with, the assumption.
+                namespace.transitions.estimate(t, model, mb, measured=measured > 0)
+                estimated = mb
+            loaded = words[tables.model(model) + Model.LOADED]
+            copy = worker.adopt(booking.row, tag, value)
+            worker.scheduler.advance(t)
+        report_model_count(tag, loaded)
+        if estimated is not None:
+            report_estimate(tag, estimated)
+        return copy
+
+    def _still_loading(self, worker: Worker, booking: _Booking) -> bool:
+        words, at = worker.namespace.segment.words, worker.namespace.tables.instance(booking.row)
+        return bool(
+            words[at + Instance.STATE] == Instance.LOADING
+            and words[at + Instance.GENERATION] == booking.generation
+            and words[at + Instance.HOLDER] == worker.namespace.reference
+        )
+
+    def _give_up_load(self, worker: Worker, booking: _Booking) -> bool:
+        """Free the row of a load that came to nothing; return False if others have done so already."""
+        if not worker.namespace.is_usable:
+            return False
+
+        def give_up(t: Transaction) -> bool:
+            if not self._still_loading(worker, booking):
+                return False
+            # Not merely `fail_load`: the loader may have started a model server before it failed.
+            worker.namespace.transitions.give_up_load(t, booking.row)
+            worker.scheduler.advance(t)
+            return True
+
+        return worker.now_or_later(give_up) is not False
+
+    # ---- the way of a release ------------------------------------------------------------------------------
+
+    def _give_back(self, worker: Worker, tag: str, copy: Copy) -> None:
+        namespace = worker.namespace
+        words, tables = namespace.segment.words, namespace.tables
+        cost = None
+        if words[Header.ISOLATED] == copy.row + 1:
+            cost = self._isolated_cost(worker, copy)
+        with namespace.transaction() as t:
+            if not worker.is_held(copy):
+                raise NamespaceResetError(f"a reset of namespace {self._name!r} took {tag!r} away", tag=tag)
+            if cost is not None and words[Header.ISOLATED] == copy.row + 1:
+                measured = bool(words[Header.SOURCE_MEASURES_PROCESSES])
+                model = words[tables.instance(copy.row) + Instance.MODEL]
+                namespace.transitions.estimate(t, model, cost, measured)
+                if not measured:
+                    t.set_float(tables.instance(copy.row) + Instance.MB, cost)
+            else:
+                cost = None
+            namespace.transitions.release(t, copy.row)
+            worker.scheduler.hand_over(t, copy.row)
+        if copy.tag != tag:
+            _LOG.warning("mpmm %s: a copy of %r was released as %r", self._name, copy.tag, tag)
+        if cost is not None:
+            report_estimate(copy.tag, cost)
+
+    def _isolated_cost(self, worker: Worker, copy: Copy) -> float:
+        """Return what the copy that runs alone has added to the memory in use, at its peak, in MB."""
+        namespace = worker.namespace
+        worker.sample_now()
+        _, peak, _ = worker.stats()
+        baseline = namespace.segment.floats[Header.ISOLATION_BASELINE]
+        added = max(0.0, peak - baseline) if not math.isnan(baseline) else 0.0
+        server = namespace.segment.words[namespace.tables.instance(copy.row) + Instance.SERVER]
+        if server and namespace.segment.words[Header.SOURCE_MEASURES_PROCESSES]:
+            at = namespace.tables.member(server - 1)
+            highest = namespace.segment.floats[at + Member.PEAK_MB]
+            return highest if highest > 0 else added
+        return added
+
+    def _discard(self, worker: Worker, copy: Copy) -> None:
+        """Strike off a copy whose server turned out to be dead."""
+        worker.let_go(copy.value, copy.tag)
+
+        def discard(t: Transaction) -> None:
+            if worker.is_held(copy):
+                worker.namespace.transitions.discard(t, copy.row)
+                worker.scheduler.advance(t)
+
+        worker.now_or_later(discard)
+
+    # ---- bookings made by hand -----------------------------------------------------------------------------
+
+    def _book(self, tag: str, ticket_num: int, alone: bool) -> bool:
+        worker = self._connected()
+        self.logging_info("Booking for %s, ticket %s", tag, ticket_num)
+        try:
+            answer = self._queue(worker, tag, time.monotonic() + self._settings.lock_timeout_seconds)
+        except AcquireTimeoutError:
+            return False
+        if isinstance(answer, _Booking) and answer.alone == alone:
+            self._bookings.__dict__.setdefault("by_tag", {})[tag] = answer
+            self._bookings_made = True
+            return True
+        if isinstance(answer, _Booking):
+            self._give_up_load(worker, answer)
+        else:
+            self.release_model(tag, answer.value)
+        return False
+
+    def _take_booking(self, tag: str) -> _Booking | None:
+        bookings: dict[str, _Booking] = self._bookings.__dict__.get("by_tag", {})
+        return bookings.pop(tag, None)
+
+    # ---- membership ----------------------------------------------------------------------------------------
+
+    def _connected(self) -> Worker:
+        """Return this process's worker, joining the namespace first if need be: at first use, or after a fork."""
+        worker = self._worker_if_connected
+        if worker is not None and worker.namespace.is_usable:
+            return worker
+        if self._closed:
+            raise ClosedError("the model manager was shut down")
+        with _workers_guard:
+            key = (self._root, self._name)
+            worker = _workers.get(key)
+            if worker is None or not worker.namespace.is_usable:
+                worker = self._join()
+                _workers[key] = worker
+            worker.managers += 1
+            self._worker_if_connected = worker
+        self._report_differences(worker.namespace.settings)
+        return worker
+
+    def _join(self) -> Worker:
+        source = "custom" if self._given_monitor or not isinstance(self._memory_source, str) else self._memory_source
+        namespace = Namespace.join(
+            self._name, root=self._root, capacities=self._capacities, settings=self._settings, source=source
+        )
+        try:
+            worker = Worker(namespace, self._make_monitor(namespace), self._verbose_logging)
+        except BaseException:
+            namespace.leave()
+            raise
+        try:
+            worker.start()
+        except BaseException:
+            worker.close()
+            raise
+        run_at_exit(functools.partial(_close_at_exit, self._root, self._name))
+        return worker
+
+    def _make_monitor(self, namespace: Namespace) -> GPUMonitor | ForeignMonitor:
+        settings = namespace.settings
+        if isinstance(self._given_monitor, GPUMonitor):
+            return self._given_monitor
+        if self._given_monitor is not None:
+            self._given_monitor.start()
+            return ForeignMonitor(self._given_monitor)
+        asked = namespace.tables.string(Header.SOURCE_ASKED)
+        budget_mb = None if math.isinf(settings.memory_budget_mb) else settings.memory_budget_mb
+        source = choose_source(
+            self._memory_source if asked == "custom" else asked,
+            fallback_memory_mb=settings.fallback_memory_mb,
+            budget_mb=budget_mb,
+            logger=_LOG,
+        )
+        if self._devices is not None:
+            source = SelectedDevices(source, self._devices)
+        return GPUMonitor(
+            settings.fallback_memory_mb, settings.poll_interval, settings.peak_window_seconds, source=source
+        )
+
+    def _report_differences(self, chosen: Settings) -> None:
+        own: Mapping[str, Any] = {field.name: getattr(self._settings, field.name) for field in fields(Settings)}
+        for name, value in own.items():
+            theirs = getattr(chosen, name)
+            if value != theirs and name != "wait_timeout_seconds":
+                _LOG.warning("mpmm %s: %s stays %g, as its creator chose; not %g", self._name, name, theirs, value)
+
+
+def _close_at_exit(root: Path, name: str) -> None:
+    for thread in list(_shutting_down):
+        thread.join()
+    with _workers_guard:
+        worker = _workers.pop((root, name), None)
+    if worker is not None and worker.namespace.is_usable:
+        worker.close()
+
+
+def _forget_workers_after_fork() -> None:
+    global _workers_guard
+    _workers_guard = threading.RLock()
+    _workers.clear()
+    _shutting_down.clear()
+
+
+os.register_at_fork(after_in_child=_forget_workers_after_fork)

@@ -1,0 +1,497 @@
+"""This process's part in a namespace: the objects it has loaded, what it holds, what it must unload.
+
+All managers of one process on one namespace share one `Worker`. The members table knows the process as one
+member; which thread holds what is known here alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import gc
+import logging
+import os
+import sys
+import threading
+import time
+import weakref
+from collections import defaultdict, deque
+from collections.abc import Callable, Hashable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from mpmm import multi_process_shared
+from mpmm.beam_metrics import report_model_count
+from mpmm.board import ForeignMonitor, SharedBoard
+from mpmm.errors import LockTimeoutError, MpmmError, ServerStartError
+from mpmm.gpu_monitor import GPUMonitor
+from mpmm.keeper import Keeper
+from mpmm.proxy.context import ServerContext
+from mpmm.scheduler import Scheduler
+from mpmm.shared_estimator import SharedResourceEstimator
+from mpmm.shared_state.futex import wake_all
+from mpmm.shared_state.layout import Device, Header, Instance, Member, Model, Ticket
+from mpmm.shared_state.namespace import Namespace, remove_deserted
+from mpmm.shared_state.transaction import Transaction
+from mpmm.sources import MemorySource
+
+__all__ = ["Copy", "ServerDuty", "Worker"]
+
+T = TypeVar("T")
+
+_LOG = logging.getLogger("mpmm")
+# How an object that is not a handle lets go of what garbage collection does not see; the second is Beam's name.
+_UNLOAD_METHODS = ("unload_model", "mock_model_unsafe_hard_delete")
+# A waiter that is sent away needs the lock once, to leave the queue.
+WAITERS_LEAVE_TIMEOUT_S = 5.0
+# Who gives up waiting does so on time: a lock that is not free in this time is left to the keeper to wait for.
+NOW_S = 0.05
+# A sample of this age is as good as a new one for the next who asks.
+FRESH_NS = 20_000_000
+_workers: weakref.WeakSet[Worker] = weakref.WeakSet()
+_inherited: list[Worker] = []
+
+
+@dataclass(frozen=True)
+class Copy:
+    """A copy of a model as this process knows it: its row, and the row's generation to tell it from later ones."""
+
+    row: int
+    generation: int
+    tag: str
+    value: Any
+
+
+@dataclass(frozen=True)
+class ServerDuty:
+    """What a new model server does first: join the namespace, and tie itself to the copy it is about to hold."""
+
+    root: str
+    name: str
+    row: int
+    generation: int
+
+    def __call__(self, tag: str) -> Namespace | None:
+        """Return the server's membership, or None when the namespace is gone already.
+
+        Raises ServerStartError when the load is: the server ends then, as there is nobody to serve.
+        """
+        try:
+            namespace = Namespace.join(self.name, root=Path(self.root), kind=Member.SERVER, label=tag, must_exist=True)
+        except LockTimeoutError as error:
+            # Unknown to the namespace, it would live on if its loader died now.
+            raise ServerStartError(f"the server of {tag!r} cannot join its namespace: {error}", tag=tag) from error
+        except (FileNotFoundError, MpmmError) as error:
+            _LOG.warning("mpmm: the server of %s serves no namespace: %s", tag, error)
+            return None
+        words, at = namespace.segment.words, namespace.tables.instance(self.row)
+        with namespace.transaction() as t:
+            wanted = (
+                words[at + Instance.STATE] == Instance.LOADING and words[at + Instance.GENERATION] == self.generation
+            )
+            if wanted:
+                namespace.transitions.link_server(t, self.row, namespace.slot)
+        if not wanted:
+            # Its loader died or was reset before we came up. No row would ever name us, so nobody would unload us.
+            namespace.leave()
+            raise ServerStartError(f"the load for which the server of {tag!r} was started is over", tag=tag)
+        return namespace
+
+
+@dataclass(frozen=True)
+class _Farewell:
+    """What the last model server does when no worker is left."""
+
+    root: str
+    name: str
+
+    def __call__(self) -> None:
+        remove_deserted(self.root, self.name)
+
+
+class Worker:
+    """One process in one namespace. Threads share it."""
+
+    def __init__(self, namespace: Namespace, monitor: GPUMonitor | ForeignMonitor, verbose_logging: bool) -> None:
+        self.namespace = namespace
+        self.scheduler = Scheduler(namespace)
+        self.board = SharedBoard(namespace, self.scheduler)
+        self.estimator = SharedResourceEstimator(namespace, verbose_logging)
+        self.managers = 0
+        self.monitor = monitor
+        self._mutex = threading.Lock()
+        # Threads in the queue; `close` sends them away before the segment is unmapped under them.
+        self._threads_waiting = 0
+        self._thread_left = threading.Condition(self._mutex)
+        self.closing = False
+        # Objects loaded here, by row: nobody else can use them.
+        self._objects: dict[int, Copy] = {}
+        self._rows_of_model: dict[int, list[int]] = defaultdict(list)
+        # Handles that this process has held, by row; the generation tells whether one still stands there.
+        self._handles: dict[int, Copy] = {}
+        self._held: dict[Hashable, list[Copy]] = defaultdict(list)
+        self._unloading: set[int] = set()
+        self._owed: deque[Callable[[Transaction], object]] = deque()
+        if isinstance(monitor, GPUMonitor):
+            monitor.bind(self.board)
+        self.keeper = Keeper(self)
+        _workers.add(self)
+
+    @property
+    def source(self) -> MemorySource:
+        """Where this process would read memory figures, as leader or on the way."""
+        return self.monitor.source if isinstance(self.monitor, GPUMonitor) else self.monitor
+
+    def start(self) -> None:
+        """Begin to work: take part in the leadership, unload on demand."""
+        self.board.describe(self.source, self.source.devices(), lead=False)
+        self.keeper.start()
+
+    def close(self) -> None:
+        """Leave the namespace: unload what only this process can use, and everything if it is the last.
+
+        Calling it again does nothing, also while the first call is at work.
+        """
+        with self._mutex:
+            if self.closing:
+                return
+            self.closing = True
+        self._send_waiters_away()
+        self.keeper.stop()
+        for copy in list(self._objects.values()):
+            self._forget_object(copy.row)
+            _unload_object(copy.value)
+        self.namespace.leave(self._unload_everything)
+        if isinstance(self.monitor, GPUMonitor):
+            self.monitor.bind(None)
+        self.source.close()
+        _workers.discard(self)
+
+    def now_or_later(self, change: Callable[[Transaction], T]) -> T | None:
+        """Make a change that must not be left out, in a transaction, and return its result.
+
+        When the lock is not to be had at once the keeper makes the change as soon as it is, and the result is None: a
+        ticket or a load that nobody in this process knows of any more would stand until the process ends.
+        """
+        try:
+            with self.namespace.transaction(NOW_S) as t:
+                return change(t)
+        except LockTimeoutError:
+            self.owe(change)
+            return None
+
+    def owe(self, change: Callable[[Transaction], object]) -> None:
+        """Leave a change to the keeper."""
+        self._owed.append(change)
+
+    def settle_debts(self) -> None:
+        """Make the changes that others have left to the keeper. Raises LockTimeoutError."""
+        while self._owed:
+            with self.namespace.transaction() as t:
+                self._owed[0](t)
+                self.scheduler.advance(t)
+            self._owed.popleft()
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Count the calling thread among those that wait in the queue."""
+        with self._mutex:
+            self._threads_waiting += 1
+        try:
+            yield
+        finally:
+            with self._mutex:
+                self._threads_waiting -= 1
+                self._thread_left.notify_all()
+
+    def _send_waiters_away(self) -> None:
+        if not self._threads_waiting:
+            return
+        namespace = self.namespace
+        with namespace.transaction() as t:
+            for row in namespace.tables.rows_where(
+                namespace.segment.layout.tickets, Ticket.MEMBER, namespace.reference
+            ):
+                signal = namespace.tables.ticket(row) + Ticket.SIGNAL
+                t.add(signal, 1)
+                t.after.append(functools.partial(wake_all, namespace.segment.address + 8 * signal))
+        with self._mutex:
+            self._thread_left.wait_for(lambda: not self._threads_waiting, WAITERS_LEAVE_TIMEOUT_S)
+
+    def forget_after_fork(self) -> None:
+        """In a forked child: claim nothing of the parent's, and do not destroy it either.
+
+        The parent's objects stay referenced: what their finalizers let go of, a device's memory say, is the parent's.
+        """
+        self.keeper.forget_after_fork()
+        _inherited.append(self)
+
+    # ---- memory figures ------------------------------------------------------------------------------------
+
+    def refresh(self) -> None:
+        """Take a sample and publish it."""
+        if isinstance(self.monitor, GPUMonitor):
+            self.monitor.refresh()
+        else:
+            self.board.publish(self.monitor.sample(()))
+
+    def freshen(self) -> None:
+        """Make sure that decisions rest on fresh figures, as far as that takes no noticeable time.
+
+        Many who ask at the same moment share one sample; but a monitor of the caller's own is always asked.
+        """
+        if self.source.cheap and (isinstance(self.monitor, ForeignMonitor) or not self._figures_are_fresh()):
+            self.sample_now()
+
+    def _figures_are_fresh(self) -> bool:
+        words, tables = self.namespace.segment.words, self.namespace.tables
+        newest_change = max(words[Header.CONFIGURED_AT], time.monotonic_ns() - FRESH_NS)
+        rows = tables.used_rows(self.namespace.segment.layout.devices)
+        return all(words[tables.device(row) + Device.SAMPLED] >= newest_change for row in rows)
+
+    def sample_after_load(self, row: int) -> bool:
+        """Take a sample after a load if that is quick or knows processes.
+
+        Return whether the figure of the copy's device is from after the load now; a source may fail.
+        """
+        if not (self.source.cheap or self.source.measures_processes):
+            return False
+        loaded = time.monotonic_ns()
+        self.sample_now()
+        words, tables = self.namespace.segment.words, self.namespace.tables
+        return bool(words[tables.device(words[tables.instance(row) + Instance.DEVICE]) + Device.SAMPLED] >= loaded)
+
+    def sample_now(self) -> None:
+        """Take a sample, however long it takes, unless there is nothing to measure."""
+        if not self.namespace.segment.words[Header.SOURCE_BOOKS_ONLY]:
+            self.refresh()
+
+    def reset_peak(self) -> None:
+        """Let peaks begin anew, also in a monitor of the caller's own."""
+        if isinstance(self.monitor, ForeignMonitor):
+            self.monitor.monitor.reset_peak()
+        self.board.reset_peak()
+
+    def stats(self) -> tuple[float, float, float]:
+        """Return (current, peak, total) in MB; a monitor of the caller's own may have seen a higher peak."""
+        current, peak, total = self.board.stats()
+        if isinstance(self.monitor, ForeignMonitor):
+            peak = max(peak, self.monitor.monitor.get_stats()[1])
+        return current, peak, total
+
+    # ---- copies that this process holds or owns ------------------------------------------------------------
+
+    def find_idle(self, tag: str) -> int | None:
+        """Return the row of an idle copy that this process can use, or None. Needs the lock."""
+        tables, words = self.namespace.tables, self.namespace.segment.words
+        model = tables.model_row(tag)
+        if model is None:
+            return None
+        head = words[tables.model(model) + Model.IDLE_HEAD]
+        if head:
+            return int(head) - 1
+        for row in reversed(self._rows_of_model.get(model, ())):
+            at = tables.instance(row)
+            owned = self._objects[row]
+            if words[at + Instance.STATE] == Instance.IDLE and words[at + Instance.GENERATION] == owned.generation:
+                return row
+        return None
+
+    def hold(self, row: int, tag: str) -> Copy:
+        """Note that this process holds the copy of `tag` in an ACTIVE row, and return it."""
+        generation = self.namespace.segment.words[self.namespace.tables.instance(row) + Instance.GENERATION]
+        copy = self._objects.get(row) or self._handles.get(row)
+        if copy is None or copy.generation != generation:
+            copy = self._handles[row] = Copy(row, generation, tag, self.namespace.tables.handle_of(row))
+        with self._mutex:
+            self._held[_key(copy.value)].append(copy)
+        return copy
+
+    def adopt(self, row: int, tag: str, value: Any) -> Copy:
+        """Note a copy that this process has just loaded and holds; an object is its own from now on."""
+        words, tables = self.namespace.segment.words, self.namespace.tables
+        copy = Copy(row, words[tables.instance(row) + Instance.GENERATION], tag, value)
+        with self._mutex:
+            if not isinstance(value, str):
+                self._objects[row] = copy
+                self._rows_of_model[words[tables.instance(row) + Instance.MODEL]].append(row)
+            self._held[_key(value)].append(copy)
+        return copy
+
+    def let_go(self, value: Any, tag: str) -> Copy | None:
+        """Strike a held copy off the list and return it; None when this process holds no such thing.
+
+        Several copies can have equal handles, or be the same object: one of `tag` is preferred.
+        """
+        with self._mutex:
+            copies = self._held.get(_key(value))
+            if not copies:
+                return None
+            of_tag = (at for at in reversed(range(len(copies))) if copies[at].tag == tag)
+            copy = copies.pop(next(of_tag, -1))
+            if not copies:
+                del self._held[_key(value)]
+            return copy
+
+    def hold_again(self, copy: Copy) -> None:
+        """Put back on the list what `let_go` has struck off."""
+        with self._mutex:
+            self._held[_key(copy.value)].append(copy)
+
+    def is_held(self, copy: Copy) -> bool:
+        """Tell whether the row still says that this process holds the copy. Needs the lock."""
+        words, at = self.namespace.segment.words, self.namespace.tables.instance(copy.row)
+        return bool(
+            words[at + Instance.STATE] == Instance.ACTIVE
+            and words[at + Instance.GENERATION] == copy.generation
+            and words[at + Instance.HOLDER] == self.namespace.reference
+        )
+
+    def value_of(self, row: int) -> Any:
+        """Return the object or handle of a row as far as this process can know it, else None."""
+        owned = self._objects.get(row)
+        return owned.value if owned else (self.namespace.tables.handle_of(row) or None)
+
+    def handle_is_alive(self, copy: Copy) -> bool:
+        """Tell whether what a handle stands for still lives; a handle that never named a server is taken on trust."""
+        words, at = self.namespace.segment.words, self.namespace.tables.instance(copy.row)
+        if not words[at + Instance.HAS_SERVER]:
+            return True
+        server = words[at + Instance.SERVER]
+        if server:
+            return self.namespace.member_is_alive(server - 1)
+        return multi_process_shared.server_pid(copy.value) is not None
+
+    def server_pid_of(self, value: Any) -> int | None:
+        """Return the pid of the process behind a handle; None for an object, or a handle without a server."""
+        return multi_process_shared.server_pid(value) if isinstance(value, str) else None
+
+    def server_context(self, row: int) -> ServerContext:
+        """Return what a model server should know that the loader of `row` starts."""
+        namespace = self.namespace
+        place = (str(namespace.runtime.root), namespace.name)
+        generation = namespace.segment.words[namespace.tables.instance(row) + Instance.GENERATION]
+        return ServerContext(
+            alive_lock=str(namespace.runtime.file("alive.lock")),
+            on_start=ServerDuty(*place, row, generation),
+            on_last=_Farewell(*place),
+        )
+
+    # ---- unloading -----------------------------------------------------------------------------------------
+
+    def unload_assigned(self) -> None:
+        """Unload every copy whose row says that this process has to."""
+        namespace = self.namespace
+        words, tables, layout = namespace.segment.words, namespace.tables, namespace.segment.layout
+        while True:
+            # A look without the lock first: whoever assigns something rings the keeper's bell afterwards.
+            ours = tables.rows_where(layout.instances, Instance.HOLDER, namespace.reference)
+            if not any(words[tables.instance(row)] == Instance.UNLOADING for row in ours):
+                return
+            with namespace.transaction():
+                rows = [
+                    row
+                    for row in tables.rows_where(layout.instances, Instance.HOLDER, namespace.reference)
+                    if words[tables.instance(row)] == Instance.UNLOADING and row not in self._unloading
+                ]
+                mine = rows[:1]
+                # The mutex of the lock guards the set, too: keeper and waiters unload at the same time.
+                self._unloading.update(mine)
+            if not mine:
+                return
+            try:
+                self._unload(mine[0])
+            finally:
+                self._unloading.discard(mine[0])
+
+    def _unload(self, row: int) -> None:
+        namespace = self.namespace
+        words, tables = namespace.segment.words, namespace.tables
+        at = tables.instance(row)
+        generation = words[at + Instance.GENERATION]
+        model = words[at + Instance.MODEL]
+        with namespace.transaction():
+            tag, handle, owned = tables.tag_of(model), tables.handle_of(row), words[at + Instance.OWNER]
+            twins = tables.rows_where(namespace.segment.layout.instances, Instance.HANDLE, words[at + Instance.HANDLE])
+            shared = handle and any(twin != row and tables.handle_of(twin) == handle for twin in twins)
+        if owned:
+            copy = self._forget_object(row)
+            if copy is not None and copy.generation == generation:
+                self.dispose(copy.value)
+                del copy
+        elif handle and not shared:
+            self.dispose(handle)
+        with namespace.transaction() as t:
+            if words[at + Instance.STATE] == Instance.UNLOADING and words[at + Instance.GENERATION] == generation:
+                namespace.transitions.end_unload(t, row)
+            loaded = words[tables.model(model) + Model.LOADED]
+        _LOG.info("mpmm %s: pid %d unloaded %s", namespace.name, namespace.pid, tag)
+        report_model_count(tag, loaded)
+        self._settle()
+
+    @staticmethod
+    def dispose(value: Any) -> None:
+        """Unload what a loader has made; None is nothing."""
+        if isinstance(value, str):
+            with contextlib.suppress(OSError, EOFError):
+                multi_process_shared.unload(value)
+        elif value is not None:
+            _unload_object(value)
+        del value
+        gc.collect()
+        _empty_torch_cache()
+
+    def _settle(self) -> None:
+        """Let waiters profit from freed memory: by a new sample where that is quick, else by the corrected books."""
+        self.freshen()
+        if isinstance(self.monitor, ForeignMonitor):
+            self.reset_peak()
+        with self.namespace.transaction() as t:
+            self.scheduler.advance(t)
+
+    def _unload_everything(self) -> None:
+        with self.namespace.transaction() as t:
+            self.namespace.transitions.reset(t)
+        self.unload_assigned()
+
+    def _forget_object(self, row: int) -> Copy | None:
+        with self._mutex:
+            copy = self._objects.pop(row, None)
+            for rows in self._rows_of_model.values():
+                if row in rows:
+                    rows.remove(row)
+            return copy
+
+
+def _key(value: Any) -> Hashable:
+    return value if isinstance(value, str) else id(value)
+
+
+def _unload_object(value: Any) -> None:
+    for name in _UNLOAD_METHODS:
+        method = getattr(value, name, None)
+        if callable(method):
+            try:
+                method()
+            except Exception:
+                # It is the model's own code. The memory is gone from the books either way.
+                _LOG.exception("mpmm: %s of a %s failed", name, type(value).__name__)
+            return
+
+
+def _empty_torch_cache() -> None:
+    """Give back what torch keeps for itself, where somebody has imported torch."""
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        with contextlib.suppress(Exception):
+            torch.cuda.empty_cache()
+
+
+def _forget_all_after_fork() -> None:
+    for worker in list(_workers):
+        worker.forget_after_fork()
+    _workers.clear()
+
+
+os.register_at_fork(after_in_child=_forget_all_after_fork)
