@@ -1,0 +1,321 @@
+"""Let Apache Beam's `RunInference` use mpmm: `mpmm.beam.install()` in the launching program is all it takes.
+
+    import mpmm.beam
+    mpmm.beam.install()
+    ... RunInference(handler, use_model_manager=True, model_manager_args={"memory_source": "host"}) ...
+
+Beam reaches its model manager through two modules, and both are replaced:
+
+    apache_beam.ml.inference.model_manager    ->  mpmm.model_manager
+    apache_beam.utils.multi_process_shared    ->  mpmm.multi_process_shared
+
+Workers are other processes, and they learn of the installation in one of two ways:
+
+- What is pickled brings it. The classes of Beam that hold a model handler or a loader are given a
+  `__reduce_ex__` under which unpickling them installs first. This needs nothing from the runner, so it
+  works where workers get no pipeline options: the local multi-process runner, Beam's worker pool.
+- The runner imports it. A worker whose pipeline options say `--beam_plugins=mpmm.beam` imports this
+  module while it starts, and the import installs. `install()` also defines a `BeamPlugin`, so runners
+  that collect plugins by themselves (Dataflow) list this module without being told.
+
+Without either, importing this module changes nothing of Beam.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import importlib.machinery
+import importlib.util
+import json
+import os
+import re
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Mapping
+from types import ModuleType
+from typing import Any
+
+from mpmm.proxy.forked_server import add_prelude, remove_prelude
+
+__all__ = ["install", "is_installed", "uninstall"]
+
+_BASE = "apache_beam.ml.inference.base"
+_MODEL_MANAGER = "apache_beam.ml.inference.model_manager"
+_MULTI_PROCESS_SHARED = "apache_beam.utils.multi_process_shared"
+_OURS = {_MODEL_MANAGER: "mpmm.model_manager", _MULTI_PROCESS_SHARED: "mpmm.multi_process_shared"}
+
+# The names of the two modules that other modules import one by one.
+_NAMES = ("GPUMonitor", "ModelManager", "MultiProcessShared", "QueueTicket", "ResourceEstimator")
+
+# The classes of Beam that travel to workers and to model servers and need the replaced modules there.
+_CARRIERS = ("_RunInferenceDoFn", "OOMProtectedFn")
+
+# Said of ourselves to the zygote: what model servers of this process do first.
+_PRELUDE = "mpmm.beam:install"
+
+_ABSENT = object()
+_lock = threading.RLock()
+_changes: _Changes | None = None
+
+
+def install() -> None:
+    """Make Beam use mpmm, in this process and in every worker that a pipeline of it starts.
+
+    Doing it twice is the same as doing it once, from any thread. Raises ImportError where Beam is not
+    installed. Warns where this Beam is too old to have a model manager; then only
+    `multi_process_shared` is replaced.
+    """
+    global _changes
+    with _lock:
+        if _changes is not None:
+            return
+        changes = _Changes()
+        try:
+            _replace_modules(changes)
+            _mark_carriers(changes)
+            _define_plugin(changes)
+        except BaseException:
+            changes.undo()
+            raise
+        _changes = changes
+        add_prelude(_PRELUDE)
+
+
+def uninstall() -> None:
+    """Put everything that `install` changed back. Does nothing where it is not installed.
+
+    Modules outside Beam which imported a replaced name *while* it was replaced keep it. Whatever was
+    pickled before still brings the installation along.
+    """
+    global _changes
+    with _lock:
+        if _changes is None:
+            return
+        remove_prelude(_PRELUDE)
+        _changes.undo()
+        _changes = None
+        _give_back_imported_meanwhile()
+        # A class is listed among its base's subclasses until it is collected, and Dataflow's runner reads that list.
+        gc.collect()
+
+
+def is_installed() -> bool:
+    """Whether Beam uses mpmm in this process."""
+    with _lock:
+        return _changes is not None
+
+
+class _Changes:
+    """What was changed, so that it can be put back in reverse order."""
+
+    def __init__(self) -> None:
+        self._undo: list[Callable[[], None]] = []
+
+    def set_module(self, name: str, module: ModuleType) -> None:
+        """Put `module` under `name` into sys.modules."""
+        old = sys.modules.get(name)
+        sys.modules[name] = module
+
+        def put_back() -> None:
+            if old is None:
+                sys.modules.pop(name, None)
+            else:
+                sys.modules[name] = old
+
+        self._undo.append(put_back)
+
+    def set_attribute(self, owner: Any, name: str, value: Any) -> None:
+        """Set an attribute; whoever overwrites it later keeps what they wrote."""
+        old = vars(owner).get(name, _ABSENT)
+        setattr(owner, name, value)
+
+        def put_back() -> None:
+            if vars(owner).get(name, _ABSENT) is not value:
+                return
+            if old is _ABSENT:
+                delattr(owner, name)
+            else:
+                setattr(owner, name, old)
+
+        self._undo.append(put_back)
+
+    def undo(self) -> None:
+        """Put everything back, the last change first."""
+        while self._undo:
+            self._undo.pop()()
+
+
+def _replace_modules(changes: _Changes) -> None:
+    """Put our two modules wherever Beam's are to be found."""
+    replaced = [_MULTI_PROCESS_SHARED]
+    if _beam_has_model_manager():
+        replaced.append(_MODEL_MANAGER)
+    swaps: list[tuple[Any, Any]] = []
+    for name in replaced:
+        stock, ours = sys.modules.get(name), importlib.import_module(_OURS[name])
+        if stock is not None and stock is not ours:
+            swaps += _counterparts(stock, ours)
+        changes.set_module(name, ours)
+    # Beam's packages are imported only now: whatever they import finds our modules, and where torch is installed it
+    # is not loaded into every worker just because Beam's own model manager imports it.
+    for name in replaced:
+        package_name, _, attribute = name.rpartition(".")
+        changes.set_attribute(importlib.import_module(package_name), attribute, sys.modules[name])
+    _swap_everywhere(swaps, changes)
+
+    base = importlib.import_module(_BASE)
+    if _MODEL_MANAGER in replaced and base.ModelManager is None:
+        # Imported before us, without torch: Beam then gives up on its manager and on `resource` together.
+        changes.set_attribute(base, "ModelManager", sys.modules[_MODEL_MANAGER].ModelManager)
+        resource = _import_or_none("resource")
+        if base.resource is None and resource is not None:
+            changes.set_attribute(base, "resource", resource)
+
+
+def _beam_has_model_manager() -> bool:
+    """Look for the module's file: importing it would need torch, and importing its package would import it.
+
+    Raises ImportError where there is no Beam at all.
+    """
+    beam = importlib.util.find_spec("apache_beam")
+    if beam is None:
+        raise ImportError("mpmm.beam needs Apache Beam, which is not installed; try: pip install 'mpmm[beam]'")
+    folders = [os.path.join(folder, "ml", "inference") for folder in beam.submodule_search_locations or ()]
+    if importlib.machinery.PathFinder.find_spec(_MODEL_MANAGER, folders) is not None:
+        return True
+    version = getattr(importlib.import_module("apache_beam"), "__version__", "of unknown version")
+    warnings.warn(
+        f"Apache Beam {version} has no {_MODEL_MANAGER}, so RunInference knows no use_model_manager; only "
+        f"{_MULTI_PROCESS_SHARED} is replaced. Beam 2.77.0 is the version that mpmm is made for.",
+        RuntimeWarning,
+        stacklevel=4,
+    )
+    return False
+
+
+def _counterparts(found: Any, wanted: Any) -> list[tuple[Any, Any]]:
+    """Pair a module and its public classes with those of the same name in another module."""
+    pairs = [(found, wanted)]
+    for name in _NAMES:
+        if hasattr(found, name):
+            pairs.append((getattr(found, name), getattr(wanted, name, None)))
+    return pairs
+
+
+def _swap_everywhere(swaps: list[tuple[Any, Any]], changes: _Changes, prefix: str = "") -> None:
+    """In the globals of all modules below `prefix`, put the second of a pair where the first is found.
+
+    The modules that define the pairs are left alone, and so is mpmm itself.
+    """
+    wanted = {id(found): replacement for found, replacement in swaps}
+    defining = {id(found) for found, _ in swaps}
+    for name, module in list(sys.modules.items()):
+        if not isinstance(module, ModuleType) or id(module) in defining:
+            continue
+        if not name.startswith(prefix) or name == "mpmm" or name.startswith("mpmm."):
+            continue
+        for attribute, value in list(vars(module).items()):
+            if id(value) in wanted:
+                changes.set_attribute(module, attribute, wanted[id(value)])
+
+
+def _give_back_imported_meanwhile() -> None:
+    """Undo for those modules of Beam that were imported while ours stood in for Beam's."""
+    base = sys.modules[_BASE]
+    for name in _OURS:
+        ours = importlib.import_module(_OURS[name])
+        stock = _import_or_none(name)
+        if stock is None and name == _MODEL_MANAGER and vars(base).get("ModelManager") is ours.ModelManager:
+            # What Beam does where its own manager cannot be imported.
+            vars(base)["resource"] = None
+        # Not recorded: this is the state that an import without us would have made.
+        _swap_everywhere(_counterparts(ours, stock), _Changes(), prefix="apache_beam.")
+
+
+def _import_or_none(name: str) -> ModuleType | None:
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        return None
+
+
+class _BringInstallation:
+    """Stands first in what is pickled, so that unpickling installs before anything of Beam is imported."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (_bring_installation, ())
+
+
+def _bring_installation() -> _BringInstallation:
+    install()
+    return _BringInstallation()
+
+
+def _rebuild(_: _BringInstallation, function: Callable[..., Any], *arguments: Any) -> Any:
+    """Rebuild an object as it would have been without us; its first argument has just installed."""
+    return function(*arguments)
+
+
+def _mark_carriers(changes: _Changes) -> None:
+    """Make the pickled form of Beam's classes bring the installation to wherever it is unpickled."""
+    base = importlib.import_module(_BASE)
+    for name in _CARRIERS:
+        carrier = getattr(base, name, None)
+        if carrier is not None:
+            changes.set_attribute(carrier, "__reduce_ex__", _bringing(carrier.__reduce_ex__))
+
+
+def _bringing(plain: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    """Wrap a class's `__reduce_ex__`. Works with pickle, cloudpickle, dill and copy."""
+
+    def __reduce_ex__(self: Any, protocol: Any) -> tuple[Any, ...]:
+        function, arguments, *state = plain(self, protocol)
+        return (_rebuild, (_BringInstallation(), function, *arguments), *state)
+
+    return __reduce_ex__
+
+
+def _define_plugin(changes: _Changes) -> None:
+    """Define the `BeamPlugin` by whose name runners that collect plugins import this module in workers.
+
+    They get `mpmm.beam.MpmmPlugin`, and Beam's worker, finding no module of that name, imports `mpmm.beam`.
+    """
+    plugin = importlib.import_module("apache_beam.utils.plugin").BeamPlugin
+    ours = type("MpmmPlugin", (plugin,), {"__module__": __name__, "__doc__": "Imports mpmm.beam in workers."})
+    changes.set_attribute(sys.modules[__name__], "MpmmPlugin", ours)
+
+
+def _is_worker_that_asks_for_us(environment: Mapping[str, str]) -> bool:
+    """Whether this process is an SDK worker whose pipeline options name this module as a plugin.
+
+    The options are found where Beam's `sdk_worker_main` finds them: in the file PIPELINE_OPTIONS_FILE,
+    else in PIPELINE_OPTIONS; as JSON, either below "options" or flat, with or without
+    "beam:option:...:v1" around the names.
+    """
+    if "CONTROL_API_SERVICE_DESCRIPTOR" not in environment:
+        return False
+    try:
+        if "PIPELINE_OPTIONS_FILE" in environment:
+            with open(environment["PIPELINE_OPTIONS_FILE"], encoding="utf-8") as file:
+                text = file.read()
+        else:
+            text = environment.get("PIPELINE_OPTIONS", "{}")
+        options = json.loads(text)
+    except (OSError, ValueError):
+        # Beam's worker reads the same text and reports what is wrong with it.
+        return False
+    if isinstance(options, dict) and "options" in options:
+        options = options["options"]
+    if not isinstance(options, dict):
+        return False
+    plugins: list[Any] = []
+    for key, value in options.items():
+        if re.fullmatch(r"(beam:option:)?beam_plugins?(:v1)?", key):
+            plugins += value if isinstance(value, list) else [value]
+    return any(isinstance(name, str) and f"{name}.".startswith(f"{__name__}.") for name in plugins)
+
+
+if _is_worker_that_asks_for_us(os.environ):
+    install()
