@@ -1,0 +1,161 @@
+"""Every test has a runtime directory of its own, and leaves nothing behind: no file, segment, process or thread."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from processes import Gate, Process, SimulatedDevice, attach, wait_until
+
+from mpmm.model_manager import ModelManager
+from mpmm.proxy.room import leave_all_rooms, room_for
+from mpmm.shared_state.runtime_dir import RUNTIME_DIR_VARIABLE
+from mpmm.shared_state.segment import segment_name
+
+# Model servers notice within two seconds that nobody is left.
+LEAVE_TIMEOUT_S = 10.0
+# Helpers of the interpreter that tests start on purpose; they end with the test process.
+HELPERS = ("multiprocessing.resource_tracker", "multiprocessing.forkserver")
+KEEP = ".keep"
+
+# What most managers in tests have: one device that goes by the books and takes ten models of the default size.
+SMALL: dict[str, Any] = {
+    "memory_source": "booked",
+    "fallback_memory_mb": 1000.0,
+    "slack_percentage": 0.0,
+    "default_estimate_mb": 100.0,
+    "wait_timeout_seconds": 15.0,
+    "lock_timeout_seconds": 10.0,
+}
+
+
+def segments_of(root: Path) -> set[str]:
+    """Return the shared-memory segments that belong to a runtime root."""
+    prefix = segment_name(root, "")
+    return {name for name in os.listdir("/dev/shm") if name.startswith(prefix)}
+
+
+def files_in(root: Path) -> list[str]:
+    """Return what is in a runtime root."""
+    return sorted(str(path.relative_to(root)) for path in root.rglob("*") if path.name != KEEP)
+
+
+def children() -> set[psutil.Process]:
+    """Return the living children of this process."""
+    found = set()
+    for child in psutil.Process().children():
+        try:
+            helper = any(name in " ".join(child.cmdline()) for name in HELPERS)
+            if child.status() != psutil.STATUS_ZOMBIE and not helper:
+                found.add(child)
+        except psutil.NoSuchProcess:
+            pass
+    return found
+
+
+@pytest.fixture(autouse=True)
+def runtime_root() -> Iterator[Path]:
+    """The runtime directory of this test; afterwards nothing may be left of what the test did."""
+    # Not pytest's folder: the names of sockets may have no more than 107 characters.
+    root = Path(tempfile.mkdtemp(prefix="mpmm-t"))
+    # With a file in it, mpmm does not remove the folder, whose identity is part of the names of segments.
+    (root / KEEP).touch()
+    before = children()
+    # Of its own, because what a test has patched must be itself again when we look.
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv(RUNTIME_DIR_VARIABLE, str(root))
+        yield root
+    leave_all_rooms()
+    try:
+        left: dict[str, Any] = {}
+
+        def nothing_is_left() -> bool:
+            left["processes"] = [child.pid for child in children() - before]
+            left["segments"] = segments_of(root)
+            left["files"] = files_in(root)
+            left["keepers"] = [t.name for t in threading.enumerate() if t.name.startswith("mpmm-keeper")]
+            return not any(left.values())
+
+        try:
+            wait_until(nothing_is_left, "nothing is left behind", LEAVE_TIMEOUT_S)
+        except AssertionError:
+            pytest.fail(f"left behind: { {what: found for what, found in left.items() if found} }")
+    finally:
+        for name in segments_of(root):
+            os.unlink(f"/dev/shm/{name}")
+        shutil.rmtree(root, ignore_errors=True)
+
+
+@pytest.fixture
+def namespace(runtime_root: Path) -> str:
+    """A name that nobody uses yet."""
+    return "test"
+
+
+@pytest.fixture
+def new_manager(namespace: str) -> Iterator[Callable[..., ModelManager]]:
+    """Makes managers in this process, and shuts them down in the end."""
+    with ExitStack() as stack:
+
+        def make(**arguments: Any) -> ModelManager:
+            manager = ModelManager(**{"namespace": namespace, **SMALL, **arguments})
+            stack.callback(manager.shutdown)
+            return manager
+
+        yield make
+
+
+@pytest.fixture
+def new_process(namespace: str, runtime_root: Path) -> Iterator[Callable[..., Process]]:
+    """Makes processes with a manager each; with `attached=False`, without."""
+    made: list[Process] = []
+
+    def make(attached: bool = True, **arguments: Any) -> Process:
+        process = Process()
+        made.append(process)
+        if attached:
+            process.call(attach, **{"namespace": namespace, **SMALL, **arguments})
+        return process
+
+    yield make
+    with ExitStack() as stack:
+        for process in made:
+            stack.callback(process.end)
+    if any(process.killed for process in made):
+        # After a crash of all it is for the next to come, and to go, to clean up.
+        if (runtime_root / namespace).exists():
+            ModelManager(namespace=namespace, **SMALL).shutdown()
+        room_for(None).join()
+        leave_all_rooms()
+
+
+@pytest.fixture
+def new_gate(tmp_path: Path) -> Iterator[Callable[[], Gate]]:
+    """Makes gates."""
+    made: list[Gate] = []
+
+    def make() -> Gate:
+        made.append(Gate(tmp_path / f"gate{len(made)}"))
+        return made[-1]
+
+    yield make
+    for gate in made:
+        gate.close()
+
+
+@pytest.fixture
+def new_device(tmp_path: Path) -> Callable[..., SimulatedDevice]:
+    """Makes simulated devices."""
+
+    def make(*totals_mb: float, linger_s: float = 0.0) -> SimulatedDevice:
+        return SimulatedDevice(tmp_path / "device", *totals_mb, linger_s=linger_s)
+
+    return make

@@ -1,0 +1,274 @@
+"""Bad ground: junk in the segment, other users, missing files and descriptors, many forks and threads."""
+
+from __future__ import annotations
+
+import os
+import random
+import resource
+import socket
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from processes import Process, acquire, problems, release
+
+from mpmm import ModelManager, MultiProcessShared, SegmentCorruptError
+from mpmm.cli import main
+from mpmm.errors import LayoutMismatchError, MpmmError
+from mpmm.shared_state.invariants import check_invariants
+from mpmm.shared_state.layout import Capacities, Header
+from mpmm.shared_state.namespace import Namespace
+from mpmm.shared_state.runtime_dir import default_root
+from mpmm.shared_state.segment import segment_name
+from mpmm.shared_state.snapshot import Snapshot, decode, read_snapshot
+
+NewManager = Callable[..., ModelManager]
+NewProcess = Callable[..., Process]
+
+SMALL = Capacities(members=8, models=8, instances=8, tickets=8, devices=2, observations=4, events=64, undo=512)
+DECODED_CASES = 10_000
+ATTACHED_CASES = 300
+
+
+def damaged(whole: bytes, choices: random.Random, rows_only: bool) -> bytearray:
+    """Return a copy with some words or bytes replaced by junk of the kinds that programs write."""
+    copied = bytearray(whole)
+    words = memoryview(copied).cast("Q")
+    for _ in range(choices.randint(1, 40)):
+        word = choices.randrange(Header.NEXT_TICKET if rows_only else 0, len(words))
+        words[word] = choices.choice(
+            [0, 1, 2**64 - 1, 2**63, choices.getrandbits(64), choices.getrandbits(8), words[word] ^ 1]
+        )
+    return copied
+
+
+@pytest.fixture
+def busy_segment(namespace: str, new_manager: NewManager) -> ModelManager:
+    """A namespace with something in every table."""
+    manager = new_manager(capacities=SMALL)
+    for tag in "abc":
+        manager._estimator.set_initial_estimate(tag, 100.0)
+        manager.acquire_model(tag, lambda tag=tag: f"handle of {tag}")  # type: ignore[misc]
+    manager.release_model("a", "handle of a")
+    manager._estimator.add_observation({"a": 1, "b": 2}, 123.0)
+    return manager
+
+
+def test_junk_in_the_segment_is_a_documented_error_or_is_shown_never_a_crash(
+    namespace: str, busy_segment: ModelManager
+) -> None:
+    segment = busy_segment._connected().namespace.segment
+    whole = segment.copy()
+    choices = random.Random(1)
+    outcomes = {"shown": 0, "refused": 0, "found out": 0}
+    for _ in range(DECODED_CASES):
+        try:
+            snapshot = decode(damaged(whole, choices, rows_only=False), segment.layout, namespace, segment.name)
+        except SegmentCorruptError:
+            outcomes["refused"] += 1
+            continue
+        assert isinstance(snapshot, Snapshot)
+        outcomes["found out" if check_invariants(snapshot) else "shown"] += 1
+    assert sum(outcomes.values()) == DECODED_CASES
+    assert min(outcomes.values()) > 0
+
+
+def test_who_joins_a_live_segment_full_of_junk_gets_a_documented_error_or_joins(
+    namespace: str, busy_segment: ModelManager, new_process: NewProcess
+) -> None:
+    segment = busy_segment._connected().namespace.segment
+    whole = segment.copy()
+    visitor = new_process(attached=False)
+    joined = visitor.call(join_damaged, namespace, whole)
+    segment.words[:] = memoryview(whole).cast("Q")
+    assert 0 < joined < ATTACHED_CASES
+    assert problems(namespace) == []
+
+
+def join_damaged(seat: object, name: str, whole: bytes) -> int:
+    """Write junk into the segment and join, many times; return how often that was possible."""
+    choices = random.Random(2)
+    path = f"/dev/shm/{segment_name(default_root(), name)}"
+    joined = 0
+    for _ in range(ATTACHED_CASES):
+        with open(path, "r+b") as file:
+            file.write(damaged(whole, choices, rows_only=False))
+        try:
+            namespace = Namespace.join(name)
+        except MpmmError:
+            continue
+        joined += 1
+        namespace.forget_after_fork()
+    return joined
+
+
+@pytest.mark.parametrize("size", [0, 8, 700, 5000])
+def test_a_live_segment_that_was_cut_short_is_refused(namespace: str, new_manager: NewManager, size: int) -> None:
+    manager = new_manager(capacities=SMALL)
+    segment = manager._connected().namespace.segment
+    stand_in = f"/dev/shm/{segment.name}"
+    whole = segment.copy()
+    os.rename(stand_in, stand_in + ".kept")
+    Path(stand_in).write_bytes(whole[:size])
+    os.chmod(stand_in, 0o600)
+    try:
+        with pytest.raises(LayoutMismatchError):
+            Namespace.join(namespace)
+        with pytest.raises(LayoutMismatchError):
+            read_snapshot(namespace)
+        assert main(["inspect", namespace]) == 2
+    finally:
+        os.rename(stand_in + ".kept", stand_in)
+
+
+def test_a_removed_runtime_directory_does_not_trouble_those_inside(namespace: str, new_manager: NewManager) -> None:
+    manager = new_manager()
+    worker = manager._connected()
+    for path in worker.namespace.runtime.path.iterdir():
+        path.unlink()
+    worker.namespace.runtime.path.rmdir()
+    with manager.model("a", lambda: "a handle") as handle:
+        assert handle == "a handle"
+    manager.shutdown()
+    # The directory that tied them together is gone, so nobody else can tell whose segment it was.
+    os.unlink(f"/dev/shm/{worker.namespace.segment.name}")
+
+
+def test_without_descriptors_joining_fails_with_the_systems_error_and_succeeds_later(namespace: str) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    lowest = os.dup(0)
+    os.close(lowest)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, hard))
+    try:
+        with pytest.raises(OSError, match="Too many open files"):
+            Namespace.join(namespace)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    joined = Namespace.join(namespace)
+    assert problems(namespace) == []
+    joined.leave()
+
+
+def test_a_thousand_waiting_threads_of_one_process_are_all_served(namespace: str, new_manager: NewManager) -> None:
+    manager = new_manager(wait_timeout_seconds=60.0)
+    manager._estimator.set_initial_estimate("a", 900.0)
+    served = []
+
+    def use() -> None:
+        with manager.model("a", lambda: "a handle"):
+            served.append(threading.get_ident())
+
+    with manager.model("a", lambda: "a handle"):
+        threads = [threading.Thread(target=use) for _ in range(1000)]
+        for thread in threads:
+            thread.start()
+    for thread in threads:
+        thread.join(60.0)
+    assert len(served) == 1000
+    assert read_snapshot(namespace).loads == 1
+
+
+def test_many_forks_of_a_busy_process_neither_block_nor_claim_anything(namespace: str, new_manager: NewManager) -> None:
+    manager = new_manager()
+    stop = threading.Event()
+
+    def be_busy(tag: str) -> None:
+        while not stop.is_set():
+            with manager.model(tag, lambda: f"handle of {tag}"):
+                pass
+
+    threads = [threading.Thread(target=be_busy, args=(f"model {number % 3}",)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    try:
+        for _ in range(int(os.environ.get("MPMM_TEST_FORKS", "100"))):
+            pid = os.fork()
+            if pid == 0:
+                status = 1
+                try:
+                    with manager.model("model 0", lambda: "handle of the child"):
+                        status = 0
+                finally:
+                    os._exit(status)
+            assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join(20.0)
+    manager._connected().namespace.reap_dead_members()
+    assert problems(namespace) == []
+
+
+# ---- other users ------------------------------------------------------------------------------------------------
+
+NOBODY = 65534
+as_root = pytest.mark.skipif(os.getuid() != 0, reason="only root can act as another user")
+
+
+def as_nobody(action: Callable[[], object]) -> str:
+    """Return what `action` returns or raises, as text, when another user does it in a process of its own."""
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            os.setgroups([])
+            os.setgid(NOBODY)
+            os.setuid(NOBODY)
+            answer = repr(action())
+        except BaseException as error:
+            answer = repr(error)
+        os.write(writer, answer.encode())
+        os._exit(0)
+    os.close(writer)
+    with open(reader) as answers:
+        text = answers.read()
+    os.waitpid(pid, 0)
+    return text
+
+
+def first_bytes_from(path: str) -> bytes:
+    """Return what a socket says to somebody who only listens."""
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.settimeout(10.0)
+        connection.connect(path)
+        return connection.recv(100)
+
+
+@as_root
+def test_another_user_cannot_read_the_segment(namespace: str, new_manager: NewManager) -> None:
+    manager = new_manager()
+    path = Path(f"/dev/shm/{manager._connected().namespace.segment.name}")
+    assert "PermissionError" in as_nobody(path.read_bytes)
+
+
+@as_root
+def test_another_user_can_neither_see_nor_connect_to_a_model_server(runtime_root: Path) -> None:
+    MultiProcessShared(dict, tag="secret", always_proxy=True).acquire()
+    sockets = [str(path) for path in runtime_root.rglob("*") if path.is_socket()]
+    assert sockets
+    assert "PermissionError" in as_nobody(lambda: os.listdir(runtime_root / "shared"))
+    assert "PermissionError" in as_nobody(lambda: first_bytes_from(sockets[0]))
+    MultiProcessShared(dict, tag="secret", always_proxy=True).unsafe_hard_delete()
+
+
+@as_root
+def test_another_user_who_gets_at_the_socket_is_not_served(runtime_root: Path) -> None:
+    MultiProcessShared(dict, tag="secret", always_proxy=True).acquire()
+    for path in (runtime_root, *(p for p in runtime_root.rglob("*") if p.is_dir() or p.is_socket())):
+        path.chmod(0o777)
+    socket_path = next(str(path) for path in runtime_root.rglob("*") if path.is_socket())
+    # Nothing comes but the end: not even a challenge, let alone a word that would be unpickled.
+    answer = as_nobody(lambda: first_bytes_from(socket_path))
+    assert answer == "b''" or "ConnectionResetError" in answer
+    for path in (runtime_root, *(p for p in runtime_root.rglob("*") if p.is_dir() or p.is_socket())):
+        path.chmod(0o700)
+    MultiProcessShared(dict, tag="secret", always_proxy=True).unsafe_hard_delete()
+
+
+def test_processes_of_two_namespaces_do_not_see_each_other(new_process: NewProcess) -> None:
+    one, other = new_process(namespace="one"), new_process(namespace="other")
+    handle = one.call(acquire, "a")
+    assert other.call(acquire, "a") != handle
+    one.call(release)
+    assert len(read_snapshot("one").members) == len(read_snapshot("other").members) == 1

@@ -1,0 +1,29 @@
+"""All of Beam's own tests of MultiProcessShared, against mpmm's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from beam_wheel import load_beam_tests, names_of
+
+beam_tests = load_beam_tests(
+    "utils/multi_process_shared_test.py",
+    {
+        "from apache_beam.utils import multi_process_shared": "from mpmm import multi_process_shared",
+        "multi_process_shared._SingletonRegistrar": "multi_process_shared.ServerLink",
+    },
+)
+globals().update(names_of(beam_tests))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_runtime_directory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep what the tests share per class, before Beam's own fixture gives each test a path, out of the user's room."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MPMM_RUNTIME_DIR", str(tmp_path_factory.mktemp("runtime")))
+        yield
+
+
+def test_the_tests_use_mpmm_and_not_beam() -> None:
+    assert beam_tests.multi_process_shared.__name__ == "mpmm.multi_process_shared"

@@ -1,0 +1,664 @@
+"""A process is killed at every store of every operation that writes the segment.
+
+Each *transition* (a public method of `Transitions`) is run in a forked child that is killed with SIGKILL at its
+first, second, … n-th store, until one child gets through. After each death another process takes the lock, and
+must find the words as they were before the operation or as they are after it, bit by bit. The list of operations
+comes from the class, so that a transition without a scenario fails the test.
+
+Then the same for whole calls of the manager, where the survivor must also be able to go on, and for the creation
+of a namespace.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mpmm import ModelManager
+from mpmm.shared_state.invariants import check_invariants
+from mpmm.shared_state.layout import Capacities, Event, Header, Instance, Member
+from mpmm.shared_state.namespace import Namespace
+from mpmm.shared_state.runtime_dir import RuntimeDirectory
+from mpmm.shared_state.segment import Segment
+from mpmm.shared_state.settings import Settings
+from mpmm.shared_state.snapshot import read_snapshot
+from mpmm.shared_state.tables import Tables
+from mpmm.shared_state.transaction import Transaction, TransactionLock
+from mpmm.shared_state.transitions import Transitions
+
+Operation = Callable[[Transaction, Transitions], object]
+
+SMALL = Capacities(members=6, models=4, instances=6, tickets=6, devices=2, observations=3, events=32, undo=4096)
+FROZEN_NS = 10**15  # the children's clock: a second run of an operation stores the same times
+KILLED = -signal.SIGKILL
+
+
+class KillAt:
+    """Words that kill the process at the n-th store, before it is made."""
+
+    def __init__(self, words: Any, store: int) -> None:
+        self._words = words
+        self._left = store
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._words[index]
+
+    def __setitem__(self, index: int, value: int) -> None:
+        self._left -= 1
+        if self._left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        self._words[index] = value
+
+    def release(self) -> None:
+        self._words.release()
+
+
+def run_in_child(action: Callable[[], object]) -> int:
+    """Run `action` in a forked child; return its exit status, negative for a signal."""
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            action()
+            status = 0
+        finally:
+            os._exit(status)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+class Lab:
+    """A namespace whose state can be saved, restored and compared, and in which children die."""
+
+    def __init__(self, name: str) -> None:
+        self.namespace = Namespace.join(name, capacities=SMALL, settings=Settings(memory_return_seconds=0.0))
+        self.segment = self.namespace.segment
+        self.words = self.segment.words
+        self.layout = self.segment.layout
+        self.tables = self.namespace.tables
+        self.do(self._populate)
+
+    def _populate(self, t: Transaction, tr: Transitions) -> None:
+        tr.describe_devices(t, [(b"uuid-0", b"gpu 0", 1000.0)])
+        tr.lead(t, 0, b"test", (True, False, False))
+        tr.join(t, self.victim, Member.WORKER, 4242, 1, b"victim")
+        tr.join(t, self.server, Member.SERVER, 4243, 2, b"server of a")
+
+    victim = 1
+    server = 2
+
+    def do(self, operation: Operation) -> Any:
+        """Run an operation in this process."""
+        with self.namespace.transaction() as t:
+            return operation(t, self.namespace.transitions)
+
+    def model(self, tag: str = "a", known: bool = True) -> int:
+        """Make a model row."""
+        row: int = self.do(lambda t, tr: tr.claim_model(t, tag, tag.encode()))
+        if known:
+            self.do(lambda t, tr: tr.estimate(t, row, 100.0, measured=False))
+        return row
+
+    def loading(self, tag: str = "a", alone: bool = False) -> int:
+        """Make an instance that the victim loads."""
+        model = self.model(tag)
+        row: int = self.do(lambda t, tr: tr.begin_load(t, model, self.victim, 0, 100.0, alone))
+        return row
+
+    def active(self, tag: str = "a", handle: bytes = b"h", server: bool = False, alone: bool = False) -> int:
+        """Make an instance that the victim holds."""
+        row = self.loading(tag, alone)
+        if server:
+            self.do(lambda t, tr: tr.link_server(t, row, self.server))
+        kept = self.server + 1 if server else 0
+        self.do(lambda t, tr: tr.end_load(t, row, handle, 90.0, kept, server, seen=False))
+        return row
+
+    def idle(self, tag: str = "a", handle: bytes = b"h", server: bool = False) -> int:
+        """Make an idle instance."""
+        row = self.active(tag, handle, server)
+        self.do(lambda t, tr: tr.release(t, row))
+        return row
+
+    def unloading(self, tag: str = "a") -> int:
+        """Make an instance that the victim unloads."""
+        row = self.idle(tag)
+        self.do(lambda t, tr: tr.begin_unload(t, row, self.victim, evicted=True))
+        return row
+
+    def ticket(self, tag: str = "a", known: bool = True) -> int:
+        """Let the victim wait."""
+        model = self.model(tag, known)
+        row: int = self.do(lambda t, tr: tr.enqueue(t, model, self.victim, 1, 100.0, 2**62))
+        return row
+
+    def save(self) -> bytes:
+        """Return the whole segment."""
+        return self.segment.copy()
+
+    def restore(self, saved: bytes) -> None:
+        """Put the segment back."""
+        self.words[:] = memoryview(saved).cast("Q")
+
+    def comparable(self) -> bytes:
+        """Return the state without what is written raw or outside of what an operation promises."""
+        copied = bytearray(self.segment.copy())
+        words = memoryview(copied).cast("Q")
+        for word in (Header.CHANGE, Header.LOCK_HOLDER, Header.LOCK_TAKEN, Header.ROLLBACKS):
+            words[word] = 0
+        for table in (self.layout.undo, self.layout.events):
+            for word in range(table.base, table.end):
+                words[word] = 0
+        # A rolled-back event may stand in the ring, but the number of events does not count it.
+        return bytes(copied)
+
+    def child(self, operation: Operation | None, store: int) -> int:
+        """Run an operation (None: only the recovery) in a child that is killed at its `store`-th store."""
+
+        def action() -> None:
+            time.monotonic_ns = lambda: FROZEN_NS
+            lock = TransactionLock(self.segment, self.namespace.runtime.file("segment.lock"), 5.0)
+            lock.intercept_stores(lambda words: KillAt(words, store))
+            tables = Tables(self.segment)
+            actor = _Actor(self.victim, self.namespace.settings)
+            with lock() as t:
+                if operation is not None:
+                    operation(t, Transitions(tables, actor))  # type: ignore[arg-type]
+
+        return run_in_child(action)
+
+    def recover(self) -> None:
+        """Take the lock, as the next process does, and change nothing."""
+        with self.namespace.transaction():
+            pass
+
+    def problems(self) -> list[str]:
+        """Check the invariants."""
+        return check_invariants(read_snapshot(self.namespace.name))
+
+
+class _Actor:
+    """What transitions need to know of the process that makes them."""
+
+    def __init__(self, slot: int, settings: Settings) -> None:
+        self.slot = slot
+        self.reference = slot + 1
+        self.settings = settings
+
+
+def scenarios() -> dict[str, Callable[[Lab], Operation]]:
+    """Return how to prepare each transition, under its name; several for one transition as `name/variant`."""
+
+    def claimed_when_full(lab: Lab) -> Operation:
+        for tag in "abcd":
+            lab.model(tag)
+        return lambda t, tr: tr.claim_model(t, "new", b"new")
+
+    def reaped(lab: Lab) -> Operation:
+        lab.idle("a", b"", server=False)  # owned by the victim
+        lab.active("a", b"h1", server=False)
+        loading = lab.loading("b")
+        lab.do(lambda t, tr: tr.link_server(t, loading, lab.server))
+        lab.unloading("c")
+        lab.ticket("a")
+        lab.do(lambda t, tr: tr.lead(t, lab.victim, b"test", (True, False, False)))
+        return lambda t, tr: tr.reap_member(t, lab.victim)
+
+    def reaped_isolated(lab: Lab) -> Operation:
+        lab.loading("a", alone=True)
+        return lambda t, tr: tr.reap_member(t, lab.victim)
+
+    def reaped_with_answers(lab: Lab) -> Operation:
+        lab.idle("a")
+        waiting = lab.ticket("a")
+        lab.do(lambda t, tr: tr.grant(t, waiting, 0))
+        allowed = lab.ticket("b")
+        lab.do(lambda t, tr: tr.allow_load(t, allowed, 0, 50.0, alone=False))
+        return lambda t, tr: tr.reap_member(t, lab.victim)
+
+    def reaped_server(lab: Lab) -> Operation:
+        lab.idle("a", server=True)
+        return lambda t, tr: tr.reap_member(t, lab.server)
+
+    def reset_all(lab: Lab) -> Operation:
+        lab.idle("a")
+        lab.active("a")
+        lab.loading("b")
+        lab.ticket("c")
+        return lambda t, tr: tr.reset(t)
+
+    def granted(lab: Lab) -> Operation:
+        lab.idle("a", b"h1")
+        copy = lab.idle("a", b"h2")
+        ticket = lab.ticket("a")
+        return lambda t, tr: tr.grant(t, ticket, copy)
+
+    def answered(lab: Lab) -> Operation:
+        copy, ticket = lab.idle("a"), lab.ticket("a")
+        lab.do(lambda t, tr: tr.grant(t, ticket, copy))
+        return lambda t, tr: tr.take_answer(t, ticket)
+
+    def left_with_load(lab: Lab) -> Operation:
+        ticket = lab.ticket("a")
+        lab.do(lambda t, tr: tr.allow_load(t, ticket, 0, 50.0, alone=True))
+        return lambda t, tr: tr.leave_queue(t, ticket)
+
+    def left_with_grant(lab: Lab) -> Operation:
+        copy, ticket = lab.idle("a"), lab.ticket("a")
+        lab.do(lambda t, tr: tr.grant(t, ticket, copy))
+        return lambda t, tr: tr.leave_queue(t, ticket)
+
+    def released_between_idle(lab: Lab) -> Operation:
+        lab.idle("a", b"h1")
+        copy = lab.active("a", b"h2")
+        return lambda t, tr: tr.release(t, copy)
+
+    def released_alone(lab: Lab) -> Operation:
+        copy = lab.active("a", alone=True)
+        return lambda t, tr: tr.release(t, copy)
+
+    def released_doomed(lab: Lab) -> Operation:
+        copy = lab.active("a", server=True)
+        lab.do(lambda t, tr: tr.reap_member(t, lab.server))
+        return lambda t, tr: tr.release(t, copy)
+
+    def given_up_with_server(lab: Lab) -> Operation:
+        copy = lab.loading("a", alone=True)
+        lab.do(lambda t, tr: tr.link_server(t, copy, lab.server))
+        return lambda t, tr: tr.give_up_load(t, copy)
+
+    def discarded_promised(lab: Lab) -> Operation:
+        copy, ticket = lab.idle("a"), lab.ticket("a")
+        lab.do(lambda t, tr: tr.grant(t, ticket, copy))
+        return lambda t, tr: tr.discard(t, copy)
+
+    def sampled_after_load(lab: Lab) -> Operation:
+        lab.active("a")
+        lab.do(lambda t, tr: tr.sample(t, 0, 10.0, 5))
+        now = time.monotonic_ns()
+        return lambda t, tr: tr.sample(t, 0, 200.0, now)
+
+    def returned_late(lab: Lab) -> Operation:
+        copy = lab.unloading("a")
+        lab.do(lambda t, tr: tr.lead(t, 0, b"test", (False, True, False)))
+        lab.do(lambda t, tr: tr.sample(t, 0, 500.0, 5))
+        lab.do(lambda t, tr: t.set_float(lab.tables.instance(copy) + Instance.RESERVED_MB, 0.0))
+        lab.do(lambda t, tr: tr.end_unload(t, copy))
+        now = time.monotonic_ns()
+        return lambda t, tr: tr.sample(t, 0, 499.0, now)
+
+    def observed_again(lab: Lab) -> Operation:
+        lab.do(lambda t, tr: tr.observe(t, [(7, 1), (9, 2)], 10.0))
+        return lambda t, tr: tr.observe(t, [(9, 2), (7, 1)], 11.0)
+
+    def observed_when_full(lab: Lab) -> Operation:
+        for generation in (7, 8, 9):
+            lab.do(lambda t, tr, g=generation: tr.observe(t, [(g, 1)], 10.0))  # type: ignore[misc]
+        return lambda t, tr: tr.observe(t, [(10, 1)], 11.0)
+
+    def measured(lab: Lab) -> Operation:
+        lab.idle("a", server=True)
+        return lambda t, tr: tr.measure(t, lab.server, 77.0)
+
+    def on(prepare: Callable[[Lab], int], operate: Callable[[Transaction, Transitions, int], object]) -> Any:
+        def scenario(lab: Lab) -> Operation:
+            row = prepare(lab)
+            return lambda t, tr: operate(t, tr, row)
+
+        return scenario
+
+    return {
+        "join": lambda lab: lambda t, tr: tr.join(t, 4, Member.WORKER, 4444, 3, b"newcomer"),
+        "leave": on(lambda lab: lab.active() and lab.ticket(), lambda t, tr, _: tr.leave(t, Lab.victim)),
+        "reap_member": reaped,
+        "reap_member/isolated": reaped_isolated,
+        "reap_member/answered": reaped_with_answers,
+        "reap_member/server": reaped_server,
+        "lead": lambda lab: lambda t, tr: tr.lead(t, Lab.victim, b"nvml", (True, True, False)),
+        "note_poll": lambda lab: lambda t, tr: tr.note_poll(t),
+        "ring": lambda lab: lambda t, tr: tr.ring(t, Lab.victim),
+        "claim_model": lambda lab: lambda t, tr: tr.claim_model(t, "new", b"new"),
+        "claim_model/recycling": claimed_when_full,
+        "estimate": on(lambda lab: lab.ticket(known=False), lambda t, tr, _: tr.estimate(t, 0, 123.5, measured=True)),
+        "enqueue": on(Lab.model, lambda t, tr, row: tr.enqueue(t, row, Lab.victim, 0, math.nan, 2**62)),
+        "set_reason": on(Lab.ticket, lambda t, tr, row: tr.set_reason(t, row, 3)),
+        "grant": granted,
+        "allow_load": on(Lab.ticket, lambda t, tr, row: tr.allow_load(t, row, 0, 50.0, alone=False)),
+        "allow_load/alone": on(Lab.ticket, lambda t, tr, row: tr.allow_load(t, row, 0, 50.0, alone=True)),
+        "refuse": on(Lab.ticket, lambda t, tr, row: tr.refuse(t, row)),
+        "take_answer": answered,
+        "leave_queue": on(Lab.ticket, lambda t, tr, row: tr.leave_queue(t, row)),
+        "leave_queue/told to load": left_with_load,
+        "leave_queue/granted": left_with_grant,
+        "begin_load": on(Lab.model, lambda t, tr, row: tr.begin_load(t, row, Lab.victim, 0, 100.0, alone=False)),
+        "set_baseline": on(lambda lab: lab.loading(alone=True), lambda t, tr, row: tr.set_baseline(t, 12.0)),
+        "link_server": on(Lab.loading, lambda t, tr, row: tr.link_server(t, row, Lab.server)),
+        "end_load": on(Lab.loading, lambda t, tr, row: tr.end_load(t, row, b"handle", 80.0, 0, False, seen=True)),
+        "end_load/object": on(Lab.loading, lambda t, tr, row: tr.end_load(t, row, b"", 80.0, 0, False, seen=False)),
+        "fail_load": on(Lab.loading, lambda t, tr, row: tr.fail_load(t, row)),
+        "give_up_load": on(Lab.loading, lambda t, tr, row: tr.give_up_load(t, row)),
+        "give_up_load/server": given_up_with_server,
+        "activate": on(Lab.idle, lambda t, tr, row: tr.activate(t, row, Lab.victim + 1)),
+        "grab": on(Lab.idle, lambda t, tr, row: tr.grab(t, row, Lab.victim + 1)),
+        "release": released_between_idle,
+        "release/alone": released_alone,
+        "release/doomed": released_doomed,
+        "end_isolation": on(lambda lab: lab.active(alone=True), lambda t, tr, _: tr.end_isolation(t)),
+        "begin_unload": on(Lab.idle, lambda t, tr, row: tr.begin_unload(t, row, Lab.victim, evicted=True)),
+        "end_unload": on(Lab.unloading, lambda t, tr, row: tr.end_unload(t, row)),
+        "discard": on(Lab.active, lambda t, tr, row: tr.discard(t, row)),
+        "discard/promised": discarded_promised,
+        "reset": reset_all,
+        "describe_devices": lambda lab: (
+            lambda t, tr: tr.describe_devices(t, [(b"uuid-0", b"gpu 0", 2000.0), (b"uuid-1", b"gpu 1", 2000.0)])
+        ),
+        "sample": sampled_after_load,
+        "sample/written off": returned_late,
+        "measure": measured,
+        "reset_peaks": lambda lab: lambda t, tr: tr.reset_peaks(t),
+        "observe": observed_again,
+        "observe/recycling": observed_when_full,
+        "note_solution": lambda lab: lambda t, tr: tr.note_solution(t, 5),
+    }
+
+
+def transitions_of_the_class() -> set[str]:
+    """Return every public method of `Transitions` that takes a transaction."""
+    methods = inspect.getmembers(Transitions, inspect.isfunction)
+    return {
+        name for name, method in methods if not name.startswith("_") and "t" in inspect.signature(method).parameters
+    }
+
+
+@pytest.fixture
+def lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Lab]:
+    monkeypatch.setenv("MPMM_RUNTIME_DIR", str(tmp_path / "run"))
+    lab = Lab("lab")
+    yield lab
+    lab.namespace.leave()
+
+
+def test_every_transition_has_a_scenario() -> None:
+    assert {name.partition("/")[0] for name in scenarios()} == transitions_of_the_class()
+
+
+@pytest.mark.parametrize("name", scenarios())
+def test_kill_at_any_store_leaves_before_or_after(
+    lab: Lab, name: str, record_property: Callable[[str, object], None]
+) -> None:
+    operation = scenarios()[name](lab)
+    assert lab.problems() == []
+    saved, before = lab.save(), lab.comparable()
+    assert lab.child(operation, store=-1) == 0
+    after = lab.comparable()
+    assert lab.problems() == []
+    assert after != before, "the scenario changes nothing"
+    store, found = 0, set()
+    while True:
+        store += 1
+        lab.restore(saved)
+        status = lab.child(operation, store)
+        lab.recover()
+        state = lab.comparable()
+        assert state in (before, after), f"store {store} of {name} left something in between"
+        found.add(state)
+        if status == 0:
+            break
+        assert status == KILLED
+    assert lab.problems() == []
+    # The log is emptied by one store: whoever dies before it leaves the old state, whoever dies after it the new one.
+    assert found == {before, after}
+    record_property("stores", store - 1)
+
+
+@pytest.mark.parametrize("name", ["reset", "reap_member", "end_load", "grant"])
+def test_kill_at_any_store_of_the_recovery_leaves_before(lab: Lab, name: str) -> None:
+    operation = scenarios()[name](lab)
+    saved, before = lab.save(), lab.comparable()
+    stores = 1
+    while lab.child(operation, stores) == KILLED:
+        lab.restore(saved)
+        stores += 1
+    # The two last stores are the commit's, so the death before them leaves the longest log.
+    for died_at in (stores - 2, stores // 2, 3):
+        recovery = 0
+        while True:
+            recovery += 1
+            lab.restore(saved)
+            assert lab.child(operation, died_at) == KILLED
+            torn = lab.save()
+            status = lab.child(None, recovery)
+            lab.recover()
+            assert lab.comparable() == before, f"recovery store {recovery} after store {died_at}"
+            if status == 0:
+                break
+            assert status == KILLED
+            lab.restore(torn)
+    assert lab.problems() == []
+
+
+class RaiseAt(KillAt):
+    """Words that raise an exception at the n-th store, as a signal handler or a full memory would."""
+
+    error: BaseException = KeyboardInterrupt("in the middle of a transaction")
+
+    def __setitem__(self, index: int, value: int) -> None:
+        self._left -= 1
+        if self._left == 0:
+            raise self.error
+        self._words[index] = value
+
+
+def lock_and_run(lock: TransactionLock, transitions: Transitions, operation: Operation) -> None:
+    with lock() as t:
+        operation(t, transitions)
+
+
+def raises(error: BaseException, action: Callable[[], object]) -> bool:
+    """Tell whether `action` ends with this very exception; any other one passes through."""
+    try:
+        action()
+    except BaseException as caught:
+        if caught is not error:
+            raise
+        return True
+    return False
+
+
+@pytest.mark.parametrize(
+    "error", [KeyboardInterrupt("now"), MemoryError("now")], ids=lambda error: type(error).__name__
+)
+def test_an_exception_at_any_store_is_rolled_back_and_reaches_the_caller(
+    lab: Lab, error: BaseException, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(time, "monotonic_ns", lambda: FROZEN_NS)
+    monkeypatch.setattr(RaiseAt, "error", error)
+    clean = lab.save()
+    lock = TransactionLock(lab.segment, lab.namespace.runtime.file("segment.lock"), 5.0)
+    transitions = Transitions(lab.tables, _Actor(lab.victim, lab.namespace.settings))  # type: ignore[arg-type]
+    for name, scenario in scenarios().items():
+        lab.restore(clean)
+        lab.tables.close()
+        operation = scenario(lab)
+        saved, before = lab.save(), lab.comparable()
+        lock.intercept_stores(lambda words: words)
+        with lock() as t:
+            operation(t, transitions)
+        after = lab.comparable()
+        store, finished = 0, False
+        while not finished:
+            store += 1
+            lab.restore(saved)
+            lock.intercept_stores(lambda words, store=store: RaiseAt(words, store))  # type: ignore[misc]
+            finished = not raises(error, partial(lock_and_run, lock, transitions, operation))
+            assert not lock.held_by_this_thread()
+            lab.recover()
+            assert lab.comparable() in (before, after), f"{name}, store {store}"
+    lock.close()
+    lab.restore(clean)
+
+
+# ---- whole calls of the manager ---------------------------------------------------------------------------------
+
+
+class SteadyMonitor:
+    """A monitor whose device is always half full."""
+
+    def start(self) -> None: ...
+
+    def stop(self) -> None: ...
+
+    def refresh(self) -> None: ...
+
+    def reset_peak(self) -> None: ...
+
+    def get_stats(self) -> tuple[float, float, float]:
+        return 100.0, 100.0, 1000.0
+
+
+def new_manager() -> ModelManager:
+    return ModelManager(
+        SteadyMonitor(), namespace="calls", capacities=SMALL, slack_percentage=0.0, wait_timeout_seconds=5.0
+    )
+
+
+def call_acquire_warm(manager: ModelManager) -> None:
+    manager.acquire_model("warm", lambda: "never")
+
+
+def call_acquire_and_load(manager: ModelManager) -> None:
+    manager.acquire_model("cold", lambda: "cold handle")
+
+
+def call_acquire_object(manager: ModelManager) -> None:
+    manager.acquire_model("cold", object)
+
+
+def call_acquire_evicting(manager: ModelManager) -> None:
+    manager.acquire_model("big", lambda: "big handle")
+
+
+def call_acquire_unknown(manager: ModelManager) -> None:
+    manager.acquire_model("unknown", lambda: "unknown handle")
+
+
+def call_failing_load(manager: ModelManager) -> None:
+    with pytest.raises(ZeroDivisionError):
+        manager.acquire_model("cold", lambda: 1 // 0)
+
+
+def call_too_large(manager: ModelManager) -> None:
+    with pytest.raises(MemoryError):
+        manager.acquire_model("huge", lambda: "never")
+
+
+def call_acquire_and_release(manager: ModelManager) -> None:
+    manager.release_model("warm", manager.acquire_model("warm", lambda: "never"))
+
+
+def call_load_and_release_unknown(manager: ModelManager) -> None:
+    manager.release_model("unknown", manager.acquire_model("unknown", lambda: "unknown handle"))
+
+
+def call_reset(manager: ModelManager) -> None:
+    manager.force_reset()
+
+
+def call_shutdown(manager: ModelManager) -> None:
+    manager.shutdown()
+
+
+# Every store of these; of the others every seventh, since their transitions were killed at every store above.
+EVERY_STORE = {call_acquire_warm, call_acquire_and_load, call_acquire_and_release}
+CALLS = [call for name, call in sorted(globals().items()) if name.startswith("call_")]
+
+
+@pytest.mark.parametrize("call", CALLS, ids=lambda call: call.__name__.removeprefix("call_"))
+def test_kill_at_any_store_of_a_call_costs_the_others_nothing(
+    call: Callable[[ModelManager], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MPMM_RUNTIME_DIR", str(tmp_path / "run"))
+    # The children are told apart from the survivor by what they do in the foreground alone.
+    monkeypatch.setattr("mpmm.keeper.Keeper.start", lambda keeper: keeper._lead_if_free())
+    survivor = new_manager()
+    for tag, mb in (("warm", 300.0), ("cold", 100.0), ("big", 800.0), ("huge", 5000.0)):
+        survivor._estimator.set_initial_estimate(tag, mb)
+    worker = survivor._connected()
+    store, step = 0, 1 if call in EVERY_STORE else 7
+    while True:
+        store += step
+        with survivor.model("warm", lambda: "warm handle"):
+            pass
+
+        def action(store: int = store) -> None:
+            manager = new_manager()
+            manager._connected().namespace.lock.intercept_stores(lambda words: KillAt(words, store))
+            call(manager)
+
+        status = run_in_child(action)
+        assert status in (0, KILLED)
+        worker.namespace.reap_dead_members()
+        worker.unload_assigned()
+        snapshot = read_snapshot("calls")
+        assert check_invariants(snapshot) == [], f"store {store}"
+        assert [member.pid for member in snapshot.members] == [os.getpid()]
+        assert not snapshot.tickets
+        assert not [copy for copy in snapshot.instances if copy.state != "idle"], f"store {store}"
+        assert {model.estimate_mb for model in snapshot.models if model.tag == "warm"} == {300.0}
+        if status == 0:
+            break
+    survivor.shutdown()
+
+
+def test_kill_at_any_store_of_the_creation_leaves_a_namespace_that_the_next_one_replaces(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MPMM_RUNTIME_DIR", str(tmp_path / "run"))
+    original = Segment.__init__
+    store = 0
+    while True:
+        store += 1
+
+        def action(store: int = store) -> None:
+            def counting(self: Segment, *arguments: Any) -> None:
+                original(self, *arguments)
+                self.words = KillAt(self.words, store)  # type: ignore[assignment]
+
+            monkeypatch.setattr(Segment, "__init__", counting)
+            Namespace.join("born", capacities=SMALL)
+
+        status = run_in_child(action)
+        joined = Namespace.join("born", capacities=SMALL)
+        assert joined.settings == Settings()
+        snapshot = read_snapshot("born")
+        assert check_invariants(snapshot) == []
+        assert [member.pid for member in snapshot.members] == [os.getpid()]
+        joined.leave()
+        assert not RuntimeDirectory("born").path.exists()
+        if status == 0:
+            break
+        assert status == KILLED
+    assert store > 40
+
+
+def test_events_of_a_rolled_back_transaction_are_not_shown(lab: Lab) -> None:
+    operation = scenarios()["grab"](lab)
+    before = [event.sequence for event in read_snapshot("lab").events]
+    stores = 1
+    saved = lab.save()
+    while lab.child(operation, stores) == KILLED:
+        lab.recover()
+        shown = [event.sequence for event in read_snapshot("lab").events]
+        assert shown in (before, [*before, before[-1] + 1])
+        lab.restore(saved)
+        stores += 1
+    table = lab.layout.events
+    assert lab.words[table.base + Event.SEQUENCE] != 0

@@ -1,0 +1,556 @@
+"""What dies costs what it was doing and nothing else: real processes, real signals.
+
+`SOON_S` is the promise of a second, with half a second more for a busy machine; the figures are printed.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from typing import Any
+
+import psutil
+import pytest
+from processes import (
+    Gate,
+    LoadFails,
+    Loads,
+    LoadsObject,
+    LoadsServer,
+    MakesServed,
+    Process,
+    Seat,
+    SimulatedDevice,
+    acquire,
+    copies_of,
+    leader_pid,
+    learn,
+    model_of,
+    problems,
+    release,
+    served,
+    wait_until,
+    waiting,
+)
+
+from mpmm import cli
+from mpmm.errors import AcquireTimeoutError, LoadTimeoutError, LockTimeoutError, ModelServerError
+from mpmm.model_manager import ModelManager
+from mpmm.shared_state.layout import Header
+from mpmm.shared_state.snapshot import read_snapshot
+
+NewManager = Callable[..., ModelManager]
+NewProcess = Callable[..., Process]
+NewGate = Callable[[], Gate]
+NewDevice = Callable[..., SimulatedDevice]
+
+SOON_S = 1.5
+
+leads = pytest.mark.parametrize("leads", [False, True], ids=["not leading", "leading"])
+
+
+def two_processes(new_process: NewProcess, leads: bool, **arguments: Any) -> tuple[Process, Process]:
+    """Return the one that is to die and another one; the first to come leads."""
+    one, two = new_process(**arguments), new_process(**arguments)
+    return (one, two) if leads else (two, one)
+
+
+def soon(process: Process, what: str, since: float) -> Any:
+    """Return a process's result, which has to come soon after `since`."""
+    outcome = process.result(SOON_S)
+    print(f"{what} after {time.monotonic() - since:.2f} s")
+    return outcome
+
+
+def work(seat: Seat, tags: str, stop: Gate) -> int:
+    """Acquire, use and release models until the gate opens; return how often."""
+    rounds = 0
+    while not stop.is_open():
+        with seat.manager.model(tags[rounds % len(tags)], Loads(tags[rounds % len(tags)])) as copy:
+            assert copy
+            rounds += 1
+    return rounds
+
+
+# ---- workers -----------------------------------------------------------------------------------------------
+
+
+def test_the_creators_death_disturbs_nobody(
+    namespace: str, new_process: NewProcess, new_device: NewDevice, new_gate: NewGate
+) -> None:
+    device = new_device(1000)
+    creator = new_process(memory_source=device)
+    creator.call(learn, a=100, b=150, c=200)
+    handles = {}
+    for tag in "abc":
+        handles[tag] = creator.call(acquire, tag, Loads(tag))
+        creator.call(release)
+    others = [new_process(memory_source=device) for _ in range(3)]
+    stop = new_gate()
+    for other in others:
+        other.send(work, "abc", stop)
+    hits = read_snapshot(namespace).hits
+    wait_until(lambda: read_snapshot(namespace).hits > hits + 50, "all are at work")
+    assert leader_pid(read_snapshot(namespace)) == creator.pid
+    creator.kill()
+    killed = time.monotonic()
+    wait_until(lambda: leader_pid(read_snapshot(namespace)) in [p.pid for p in others], "somebody else leads", SOON_S)
+    age = read_snapshot(namespace).devices[0].sample_age_s
+    assert age is not None
+    assert age < SOON_S
+    print(f"a new leader after {time.monotonic() - killed:.2f} s, its last sample is {age:.2f} s old")
+    hits = read_snapshot(namespace).hits
+    wait_until(lambda: read_snapshot(namespace).hits > hits + 50, "the others go on")
+    stop.open()
+    assert all(other.result() > 0 for other in others)
+    snapshot = read_snapshot(namespace)
+    assert {model.tag: model.estimate_mb for model in snapshot.models} == {"a": 100, "b": 150, "c": 200}
+    assert set(handles.values()) <= {copy.handle for copy in snapshot.instances}
+    for tag in "abc":
+        assert others[0].call(acquire, tag, LoadFails("not to be called")).startswith(tag)
+        others[0].call(release)
+    assert creator.pid not in [member.pid for member in read_snapshot(namespace).members]
+    assert problems(namespace) == []
+
+
+@leads
+def test_what_a_dead_client_held_goes_to_the_next_who_waits(
+    namespace: str, new_process: NewProcess, leads: bool
+) -> None:
+    victim, other = two_processes(new_process, leads, fallback_memory_mb=100)
+    copy = victim.call(acquire, "a")
+    other.send(acquire, "a", LoadFails("not to be called"))
+    wait_until(lambda: waiting(namespace, "a"), "the other one waits")
+    victim.kill()
+    assert soon(other, "the handle is handed over", time.monotonic()) == copy
+    other.call(release)
+    assert (model_of(namespace, "a").loads, read_snapshot(namespace).reaps) == (1, 1)
+    assert problems(namespace) == []
+
+
+@leads
+def test_the_memory_of_a_dead_clients_object_goes_to_the_next_who_waits(
+    namespace: str, new_process: NewProcess, new_device: NewDevice, leads: bool
+) -> None:
+    device = new_device(1000)
+    victim, other = two_processes(new_process, leads, memory_source=device)
+    victim.call(learn, a=600, b=700)
+    victim.call(acquire, "a", LoadsObject("a", device=device, mb=600))
+    other.send(acquire, "b", LoadsObject("b", device=device, mb=700))
+    wait_until(lambda: waiting(namespace, "b"), "the other one waits")
+    victim.kill()
+    soon(other, "the memory is reused", time.monotonic())
+    assert copies_of(namespace, "a") == []
+    assert problems(namespace) == []
+
+
+@leads
+def test_the_reservation_of_a_dead_loader_goes_to_the_next_who_waits(
+    namespace: str, new_process: NewProcess, new_gate: NewGate, leads: bool
+) -> None:
+    victim, other = two_processes(new_process, leads, fallback_memory_mb=100)
+    began, never = new_gate(), new_gate()
+    victim.send(acquire, "a", Loads("a", began, never))
+    began.wait()
+    other.send(acquire, "b", Loads("b"))
+    wait_until(lambda: waiting(namespace, "b"), "the other one waits")
+    victim.kill()
+    soon(other, "the reservation is free", time.monotonic())
+    assert (copies_of(namespace, "a"), read_snapshot(namespace).failed_loads) == ([], 1)
+    assert problems(namespace) == []
+
+
+@leads
+@pytest.mark.parametrize("loaded", [False, True], ids=["while it loads", "while it holds the copy"])
+def test_isolation_ends_with_the_death_of_him_who_profiles(
+    namespace: str, new_process: NewProcess, new_device: NewDevice, new_gate: NewGate, leads: bool, loaded: bool
+) -> None:
+    device = new_device(1000)
+    victim, other = two_processes(new_process, leads, memory_source=device)
+    other.call(learn, known=100)
+    began, go = new_gate(), new_gate()
+    victim.send(acquire, "unknown", LoadsObject("u", began, go, device, 300))
+    began.wait()
+    if loaded:
+        go.open()
+        victim.result()
+    assert read_snapshot(namespace).isolated is not None
+    other.send(acquire, "known", LoadsObject("k", device=device, mb=100))
+    wait_until(lambda: waiting(namespace, "known"), "the other one waits for the end of the isolation")
+    victim.kill()
+    soon(other, "isolation ended", time.monotonic())
+    assert read_snapshot(namespace).isolated is None
+    assert problems(namespace) == []
+
+
+@leads
+def test_the_next_waiter_proceeds_when_the_head_of_the_queue_dies(
+    namespace: str, new_process: NewProcess, leads: bool
+) -> None:
+    victim, other = two_processes(new_process, leads, fallback_memory_mb=300)
+    holder = new_process()
+    holder.call(learn, big=300)
+    holder.call(acquire, "held")
+    victim.send(acquire, "big")
+    wait_until(lambda: waiting(namespace, "big"), "the head waits for all of the memory")
+    other.send(acquire, "small")
+    wait_until(lambda: waiting(namespace, "small"), "the next one stands behind it")
+    assert [ticket.tag for ticket in waiting(namespace)] == ["big", "small"]
+    victim.kill()
+    soon(other, "the queue moved up", time.monotonic())
+    assert waiting(namespace) == []
+    assert problems(namespace) == []
+
+
+def test_an_owner_that_dies_while_it_unloads_holds_up_nobody(
+    namespace: str, new_process: NewProcess, new_device: NewDevice, new_gate: NewGate
+) -> None:
+    device = new_device(1000)
+    victim, other = two_processes(new_process, leads=True, memory_source=device)
+    victim.call(learn, a=600, b=700)
+    unloading = new_gate()
+    victim.call(acquire, "a", LoadsObject("a", device=device, mb=600, unloading=unloading))
+    victim.call(release)
+    other.send(acquire, "b", LoadsObject("b", device=device, mb=700))
+    unloading.wait()
+    assert [copy.state for copy in copies_of(namespace, "a")] == ["unloading"]
+    victim.kill()
+    soon(other, "the memory is reused", time.monotonic())
+    assert problems(namespace) == []
+
+
+def test_after_the_death_of_all_the_next_to_come_finds_the_estimates_and_a_clean_state(
+    namespace: str, new_process: NewProcess, new_gate: NewGate
+) -> None:
+    processes = [new_process() for _ in range(3)]
+    processes[0].call(learn, a=123)
+    processes[0].call(acquire, "a")
+    processes[1].send(acquire, "b", Loads("b", began := new_gate(), new_gate()))
+    began.wait()
+    for process in processes:
+        process.kill()
+    after = new_process()
+    snapshot = read_snapshot(namespace)
+    assert [member.pid for member in snapshot.members] == [after.pid]
+    assert (snapshot.instances, snapshot.active, snapshot.loading, snapshot.waiting) == ((), 0, 0, 0)
+    assert snapshot.leader is not None
+    assert model_of(namespace, "a").estimate_mb == 123
+    assert after.call(acquire, "a")
+    assert problems(namespace) == []
+
+
+# ---- model servers -----------------------------------------------------------------------------------------
+
+
+def server_of(namespace: str, tag: str) -> int | None:
+    """Return the pid of the server that keeps the copy of a tag, if there is one."""
+    snapshot = read_snapshot(namespace)
+    slots = [copy.server for copy in snapshot.instances if copy.tag == tag]
+    return next((member.pid for member in snapshot.members if member.slot in slots), None)
+
+
+def test_the_server_that_a_dead_loader_was_starting_is_ended_too(
+    namespace: str, new_process: NewProcess, new_gate: NewGate
+) -> None:
+    victim, other = two_processes(new_process, leads=True, fallback_memory_mb=100)
+    began = new_gate()
+    victim.send(acquire, "a", LoadsServer("a", MakesServed(began=began, go=new_gate())))
+    began.wait()
+    server = server_of(namespace, "a")
+    assert server is not None
+    process = psutil.Process(server)
+    other.send(acquire, "b")
+    wait_until(lambda: waiting(namespace, "b"), "the other one waits")
+    victim.kill()
+    killed = time.monotonic()
+    soon(other, "the reservation is free", killed)
+    wait_until(lambda: has_ended(process), "the server ended", SOON_S)
+    print(f"the server ended after {time.monotonic() - killed:.2f} s")
+    assert copies_of(namespace, "a") == []
+    assert problems(namespace) == []
+
+
+def test_a_load_past_its_time_limit_is_given_up_and_its_server_killed(
+    namespace: str, new_process: NewProcess, new_gate: NewGate
+) -> None:
+    limits = {"fallback_memory_mb": 100, "poll_interval": 0.1}
+    slow, other = new_process(load_timeout_seconds=1.0, **limits), new_process(**limits)
+    began = new_gate()
+    slow.send(acquire, "a", LoadsServer("a", MakesServed(began=began, go=new_gate())))
+    began.wait()
+    server = server_of(namespace, "a")
+    assert server is not None
+    process = psutil.Process(server)
+    other.send(acquire, "b")
+    with pytest.raises(LoadTimeoutError, match="load_timeout_seconds"):
+        slow.result()
+    assert other.result()
+    assert has_ended(process)
+    assert copies_of(namespace, "a") == []
+    assert problems(namespace) == []
+
+
+def test_a_loader_that_returns_after_its_load_was_given_up_gets_an_error_and_its_copy_is_unloaded(
+    namespace: str, new_process: NewProcess, new_gate: NewGate, new_device: Callable[..., SimulatedDevice]
+) -> None:
+    device = new_device(100.0)
+    slow = new_process(load_timeout_seconds=0.5, poll_interval=0.1, memory_source=device)
+    slow.call(learn, a=50.0)
+    began, go = new_gate(), new_gate()
+    slow.send(acquire, "a", LoadsObject("a", began, go, device, 50.0))
+    began.wait()
+    wait_until(lambda: not copies_of(namespace, "a"), "the load is given up")
+    go.open()
+    with pytest.raises(LoadTimeoutError):
+        slow.result()
+    assert device.used_mb() == 0
+    assert problems(namespace) == []
+
+
+def test_a_handle_whose_server_died_while_idle_is_never_handed_out(namespace: str, new_process: NewProcess) -> None:
+    one, two = new_process(), new_process()
+    one.call(acquire, "a", LoadsServer("a"))
+    one.call(release)
+    first = server_of(namespace, "a")
+    assert first is not None
+    assert two.call(acquire, "a", LoadFails("not to be called")) == "a"
+    assert two.call(pid_of_served, "a") == first
+    two.call(release)
+    kill(first)
+    # At once, without waiting for anybody to notice the death.
+    two.call(acquire, "a", LoadsServer("a"))
+    second = server_of(namespace, "a")
+    assert second not in (None, first)
+    assert two.call(pid_of_served, "a") == second
+    two.call(release)
+    wait_until(lambda: server_of(namespace, "a") == second, "the copy is the new one's")
+    wait_until(lambda: len(read_snapshot(namespace).members) == 3, "the dead one is reaped")
+    assert [copy.state for copy in copies_of(namespace, "a")] == ["idle"]
+    assert (model_of(namespace, "a").loads, problems(namespace)) == (2, [])
+
+
+def kill(pid: int) -> None:
+    """SIGKILL to a process that is not our child, and wait for the end."""
+    process = psutil.Process(pid)
+    process.kill()
+    wait_until(lambda: has_ended(process), f"pid {pid} is gone")
+
+
+def has_ended(process: psutil.Process) -> bool:
+    """Tell whether a process is gone, or has only not been reaped yet: with its last thread its locks are free."""
+    try:
+        return not process.is_running() or (process.status() == psutil.STATUS_ZOMBIE and process.num_threads() == 1)
+    except psutil.NoSuchProcess:
+        return True
+
+
+def pid_of_served(_: Seat, handle: str) -> int:
+    """Ask the object behind a handle where it is."""
+    pid = served(handle).pid()
+    assert isinstance(pid, int)
+    return pid
+
+
+def test_a_server_that_dies_in_use_costs_the_call_and_its_memory_is_free_again(
+    namespace: str, new_process: NewProcess, new_gate: NewGate
+) -> None:
+    user, other = new_process(fallback_memory_mb=100), new_process()
+    user.call(acquire, "a", LoadsServer("a"))
+    server = server_of(namespace, "a")
+    assert server is not None
+    began = new_gate()
+    user.send(call_served, "a", began, new_gate())
+    began.wait()
+    other.send(acquire, "b")
+    wait_until(lambda: waiting(namespace, "b"), "the other one waits for memory")
+    kill(server)
+    with pytest.raises(ModelServerError):
+        user.result()
+    user.call(release)
+    soon(other, "the memory is free", time.monotonic())
+    assert copies_of(namespace, "a") == []
+    assert problems(namespace) == []
+
+
+def call_served(_: Seat, handle: str, began: Gate, go: Gate) -> None:
+    """Make a long call."""
+    served(handle).wait_at(began, go)
+
+
+# ---- stopped, not dead -------------------------------------------------------------------------------------
+
+
+def stop_in_transaction(seat: Seat) -> None:
+    """Be stopped while holding the lock, in the middle of a change."""
+    namespace = seat.manager._connected().namespace
+    with namespace.transaction() as t:
+        t.set(Header.LOADS, 12345)
+        os.kill(os.getpid(), signal.SIGSTOP)
+        t.set(Header.LOADS, 0)
+
+
+def test_a_stopped_holder_of_the_lock_is_named_and_everything_goes_on_after_it(
+    namespace: str, new_process: NewProcess, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sleeper, other = new_process(lock_timeout_seconds=0.3), new_process()
+    sleeper.send(stop_in_transaction)
+    sleeper.wait_until_stopped()
+    began = time.monotonic()
+    with pytest.raises(LockTimeoutError, match=f"process {sleeper.pid} holds it") as caught:
+        other.call(acquire, "a")
+    assert time.monotonic() - began < 2
+    assert (caught.value.holder_pid, caught.value.timeout_seconds) == (sleeper.pid, 0.3)
+    snapshot = read_snapshot(namespace)
+    lock = snapshot.lock
+    assert (lock.held, lock.holder_stopped, lock.last_holder_pid) == (True, True, sleeper.pid)
+    # Shown is the state before the open transaction.
+    assert (snapshot.loads, snapshot.torn_words) == (0, 1)
+    assert cli.main(["inspect", namespace]) == 0
+    assert f"process {sleeper.pid} is stopped and has held the lock" in capsys.readouterr().out
+    sleeper.resume()
+    sleeper.result()
+    assert other.call(acquire, "a")
+    assert not read_snapshot(namespace).lock.holder_stopped
+    assert problems(namespace) == []
+
+
+def test_a_killed_holder_of_the_lock_leaves_the_state_as_it_was_before(namespace: str, new_process: NewProcess) -> None:
+    victim, other = new_process(), new_process()
+    victim.send(stop_in_transaction)
+    victim.wait_until_stopped()
+    victim.kill()
+    assert other.call(acquire, "a")
+    snapshot = read_snapshot(namespace)
+    assert (snapshot.loads, snapshot.rollbacks) == (1, 1)
+    assert problems(namespace) == []
+
+
+def test_a_release_that_cannot_get_the_lock_can_be_repeated(namespace: str, new_process: NewProcess) -> None:
+    sleeper, other = new_process(lock_timeout_seconds=0.3), new_process()
+    copy = other.call(acquire, "a")
+    sleeper.send(stop_in_transaction)
+    sleeper.wait_until_stopped()
+    with pytest.raises(LockTimeoutError):
+        other.call(release_value, "a", copy)
+    sleeper.resume()
+    sleeper.result()
+    other.call(release_value, "a", copy)
+    assert model_of(namespace, "a").idle == 1
+
+
+def release_value(seat: Seat, tag: str, copy: Any) -> None:
+    """Release, without forgetting it first."""
+    seat.manager.release_model(tag, copy)
+    seat.held.clear()
+
+
+def test_the_dead_are_buried_while_the_leader_is_stopped(namespace: str, new_process: NewProcess) -> None:
+    leader = new_process(fallback_memory_mb=100)
+    victim, other = new_process(), new_process()
+    victim.call(acquire, "a")
+    other.send(acquire, "b")
+    wait_until(lambda: waiting(namespace, "b"), "the other one waits")
+    while True:
+        leader.stop()
+        if not read_snapshot(namespace).lock.held:
+            break
+        leader.resume()
+    victim.kill()
+    killed = time.monotonic()
+    assert other.result()
+    print(f"the memory of the dead was free after {time.monotonic() - killed:.2f} s")
+    assert time.monotonic() - killed < 3
+    leader.resume()
+    assert problems(namespace) == []
+
+
+def test_a_stopped_leader_is_stood_in_for(namespace: str, new_process: NewProcess, new_device: NewDevice) -> None:
+    device = new_device(1000)
+    device.cheap = False
+    leader, _ = new_process(memory_source=device, poll_interval=0.1), new_process(memory_source=device)
+    while True:
+        leader.stop()
+        if not read_snapshot(namespace).lock.held:
+            break
+        leader.resume()
+    stopped = time.monotonic()
+
+    def sampled_since() -> float:
+        age = read_snapshot(namespace).devices[0].sample_age_s
+        assert age is not None
+        return time.monotonic() - age - stopped
+
+    wait_until(lambda: sampled_since() > 0.2, "somebody else takes samples", 5)
+    print(f"first sample without the leader after {sampled_since():.2f} s")
+    assert sampled_since() < 3
+    allocation = device.allocate(300)
+    wait_until(lambda: read_snapshot(namespace).devices[0].used_mb == 300, "its samples are fresh", 5)
+    assert leader_pid(read_snapshot(namespace)) == leader.pid
+    device.free(allocation)
+    leader.resume()
+    wait_until(lambda: read_snapshot(namespace).devices[0].used_mb == 0, "all go on", 5)
+    assert problems(namespace) == []
+
+
+# ---- giving up ---------------------------------------------------------------------------------------------
+
+
+def timed_acquire(seat: Seat, tag: str) -> float:
+    """Return after how many seconds an acquire gave up."""
+    began = time.monotonic()
+    try:
+        seat.manager.acquire_model(tag, LoadFails("not to be called"))
+    except AcquireTimeoutError:
+        return time.monotonic() - began
+    raise AssertionError(f"{tag} was to be had")
+
+
+def test_a_waiter_gives_up_on_time_whatever_the_time_out_of_the_lock_is(
+    namespace: str, new_process: NewProcess
+) -> None:
+    holder = new_process(fallback_memory_mb=100, lock_timeout_seconds=60.0)
+    waiter = new_process(wait_timeout_seconds=0.5, lock_timeout_seconds=60.0)
+    holder.call(acquire, "a")
+    waited = [waiter.call(timed_acquire, tag) for tag in "bab"]
+    assert all(seconds >= 0.5 for seconds in waited)
+    assert min(waited) < 0.6
+    assert max(waited) < 0.7
+    assert read_snapshot(namespace).tickets == ()
+
+
+def test_an_interrupted_waiter_leaves_the_queue_at_once_and_the_next_one_proceeds(
+    namespace: str, new_process: NewProcess
+) -> None:
+    holder, interrupted, other = (new_process(fallback_memory_mb=300) for _ in range(3))
+    holder.call(learn, big=300)
+    holder.call(acquire, "held")
+    interrupted.send(acquire, "big")
+    wait_until(lambda: waiting(namespace, "big"), "the head waits")
+    other.send(acquire, "small")
+    wait_until(lambda: waiting(namespace, "small"), "the next one stands behind it")
+    interrupted.signal(signal.SIGINT)
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        interrupted.result()
+    soon(other, "the queue moved up", began)
+    assert waiting(namespace) == []
+    assert interrupted.call(acquire, "again")
+    assert problems(namespace) == []
+
+
+def test_an_interrupted_loader_gives_up_its_reservation(
+    namespace: str, new_process: NewProcess, new_gate: NewGate
+) -> None:
+    interrupted, other = two_processes(new_process, leads=True, fallback_memory_mb=100)
+    began = new_gate()
+    interrupted.send(acquire, "a", Loads("a", began, new_gate()))
+    began.wait()
+    other.send(acquire, "b")
+    wait_until(lambda: waiting(namespace, "b"), "the other one waits")
+    interrupted.signal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        interrupted.result()
+    soon(other, "the reservation is free", time.monotonic())
+    assert problems(namespace) == []

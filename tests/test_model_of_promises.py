@@ -1,0 +1,221 @@
+"""Random calls of several pretend processes against a small model of what the manager promises.
+
+The pretend processes are members of one namespace in this process, each with a manager's code of its own; some of
+them vanish: their member lock is dropped, as the kernel does for a dead process, and whatever they had must be
+taken back. The model is a handful of dicts. Hypothesis prints a shrunk list of calls when the two disagree.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from mpmm.scheduler import Scheduler
+from mpmm.shared_state.invariants import check_invariants
+from mpmm.shared_state.layout import Capacities, Instance, Ticket
+from mpmm.shared_state.namespace import Namespace
+from mpmm.shared_state.settings import Settings
+from mpmm.shared_state.snapshot import read_snapshot
+
+TAGS = {"a": 300.0, "b": 400.0, "c": 900.0, "d": 100.0}
+TOTAL_MB = 1000.0
+MOST_PROCESSES = 4
+CAPACITIES = Capacities(members=8, models=6, instances=12, tickets=16, devices=1, observations=2, events=64, undo=4096)
+
+
+@dataclass
+class Pretend:
+    """A pretend process: a member, the tickets it waits on, the rows it loads, holds and unloads."""
+
+    namespace: Namespace
+    scheduler: Scheduler
+    tickets: list[int] = field(default_factory=list)
+    loading: list[int] = field(default_factory=list)
+    held: list[int] = field(default_factory=list)
+
+    @property
+    def owned_rows(self) -> list[int]:
+        return self.loading + self.held
+
+
+class Promises(RuleBasedStateMachine):
+    """Drives transitions and policy as the manager does, one step at a time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.folder = tempfile.mkdtemp(prefix="mpmm-")
+        self.processes: list[Pretend] = []
+        self.keep = self._join()
+        namespace = self.keep.namespace
+        with namespace.transaction() as t:
+            namespace.transitions.describe_devices(t, [(b"gpu-0", b"gpu", TOTAL_MB)])
+            namespace.transitions.lead(t, namespace.slot, b"booked", (False, False, True))
+            for tag, mb in TAGS.items():
+                row = namespace.transitions.claim_model(t, tag, tag.encode())
+                namespace.transitions.estimate(t, row, mb, measured=False)
+
+    def teardown(self) -> None:
+        for process in reversed(self.processes):
+            process.namespace.leave()
+        assert not os.path.exists(f"/dev/shm/{self.keep.namespace.segment.name}")
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _join(self) -> Pretend:
+        namespace = Namespace.join(
+            "promises", root=Path(self.folder) / "run", capacities=CAPACITIES, settings=Settings(slack_percentage=0.0)
+        )
+        process = Pretend(namespace, Scheduler(namespace))
+        self.processes.append(process)
+        return process
+
+    def _pick(self, number: int) -> Pretend:
+        return self.processes[number % len(self.processes)]
+
+    @rule()
+    @precondition(lambda self: len(self.processes) < MOST_PROCESSES)
+    def join(self) -> None:
+        self._join()
+
+    @rule(who=st.integers(0, 99), tag=st.sampled_from(sorted(TAGS)))
+    def ask(self, who: int, tag: str) -> None:
+        process = self._pick(who)
+        namespace = process.namespace
+        if sum(len(other.tickets) for other in self.processes) >= CAPACITIES.tickets:
+            return
+        with namespace.transaction() as t:
+            model = namespace.tables.model_row(tag)
+            assert model is not None
+            row = namespace.transitions.enqueue(t, model, namespace.slot, 1, TAGS[tag], 2**62)
+            process.scheduler.advance(t)
+        process.tickets.append(row)
+
+    @rule(who=st.integers(0, 99))
+    def act_on_answers(self, who: int) -> None:
+        process = self._pick(who)
+        namespace = process.namespace
+        words, tables = namespace.segment.words, namespace.tables
+        for row in list(process.tickets):
+            at = tables.ticket(row)
+            state, instance = words[at + Ticket.STATE], words[at + Ticket.INSTANCE] - 1
+            if state == Ticket.WAITING:
+                continue
+            with namespace.transaction() as t:
+                namespace.transitions.take_answer(t, row)
+            process.tickets.remove(row)
+            assert state in (Ticket.GRANTED, Ticket.LOAD)
+            assert not any(instance in other.owned_rows for other in self.processes), "one copy for two"
+            (process.held if state == Ticket.GRANTED else process.loading).append(instance)
+
+    @rule(who=st.integers(0, 99), handle=st.booleans())
+    def finish_a_load(self, who: int, handle: bool) -> None:
+        process = self._pick(who)
+        if not process.loading:
+            return
+        row = process.loading.pop(0)
+        with process.namespace.transaction() as t:
+            mb = process.namespace.segment.floats[process.namespace.tables.instance(row) + Instance.MB]
+            process.namespace.transitions.end_load(t, row, b"h%d" % row if handle else b"", mb, 0, False, seen=True)
+            process.scheduler.advance(t)
+        process.held.append(row)
+
+    @rule(who=st.integers(0, 99))
+    def fail_a_load(self, who: int) -> None:
+        process = self._pick(who)
+        if process.loading:
+            with process.namespace.transaction() as t:
+                process.namespace.transitions.fail_load(t, process.loading.pop(0))
+                process.scheduler.advance(t)
+
+    @rule(who=st.integers(0, 99))
+    def release(self, who: int) -> None:
+        process = self._pick(who)
+        if process.held:
+            with process.namespace.transaction() as t:
+                process.namespace.transitions.release(t, process.held.pop(0))
+                process.scheduler.advance(t)
+
+    @rule(who=st.integers(0, 99))
+    def unload_what_is_asked(self, who: int) -> None:
+        process = self._pick(who)
+        namespace = process.namespace
+        with namespace.transaction() as t:
+            for row in self._unloading(process):
+                namespace.transitions.end_unload(t, row)
+            process.scheduler.advance(t)
+
+    @rule(who=st.integers(0, 99))
+    def give_up_waiting(self, who: int) -> None:
+        process = self._pick(who)
+        if process.tickets:
+            with process.namespace.transaction() as t:
+                process.namespace.transitions.leave_queue(t, process.tickets.pop(0))
+                process.scheduler.advance(t)
+
+    @rule(who=st.integers(0, 99))
+    @precondition(lambda self: len(self.processes) > 1)
+    def vanish(self, who: int) -> None:
+        process = self.processes[1 + who % (len(self.processes) - 1)]
+        self.processes.remove(process)
+        process.namespace.forget_after_fork()  # closes its locks, as its death would
+        assert self.keep.namespace.reap_dead_members() == 1
+        with self.keep.namespace.transaction() as t:
+            self.keep.scheduler.advance(t)
+
+    @rule(who=st.integers(0, 99))
+    def reset(self, who: int) -> None:
+        process = self._pick(who)
+        with process.namespace.transaction() as t:
+            process.namespace.transitions.reset(t)
+        for other in self.processes:
+            other.loading.clear()
+            other.held.clear()
+            with other.namespace.transaction() as t:
+                for row in other.tickets:
+                    assert other.namespace.segment.words[other.namespace.tables.ticket(row)] == Ticket.RESET
+                    other.namespace.transitions.take_answer(t, row)
+            other.tickets.clear()
+
+    def _unloading(self, process: Pretend) -> list[int]:
+        namespace = process.namespace
+        words, tables = namespace.segment.words, namespace.tables
+        rows = tables.rows_where(namespace.segment.layout.instances, Instance.HOLDER, namespace.reference)
+        return [row for row in rows if words[tables.instance(row)] == Instance.UNLOADING]
+
+    @invariant()
+    def the_books_are_right(self) -> None:
+        snapshot = read_snapshot("promises", Path(self.folder) / "run", events=False)
+        assert check_invariants(snapshot) == []
+        by_slot = {process.namespace.slot: process for process in self.processes}
+        promised = {ticket.instance for ticket in snapshot.tickets}
+        for copy in snapshot.instances:
+            if copy.state in ("active", "loading") and copy.row not in promised:
+                assert copy.holder is not None
+                assert copy.row in by_slot[copy.holder].owned_rows
+        told = [row for process in self.processes for row in process.owned_rows]
+        assert len(told) == len(set(told))
+        assert sum(copy.mb for copy in snapshot.instances) <= TOTAL_MB, "more is booked than there is"
+
+    @invariant()
+    def somebody_can_always_go_on(self) -> None:
+        """If nobody holds, loads or unloads anything, nobody waits, except for answers they have not read."""
+        snapshot = read_snapshot("promises", Path(self.folder) / "run", events=False)
+        if not any(copy.state in ("active", "loading", "unloading") for copy in snapshot.instances):
+            assert not [ticket for ticket in snapshot.tickets if ticket.state == "waiting"]
+
+
+@pytest.mark.timeout(300)
+def test_random_calls_agree_with_the_model_of_what_is_promised() -> None:
+    steps = int(os.environ.get("MPMM_TEST_STEPS", "40"))
+    examples = int(os.environ.get("MPMM_TEST_EXAMPLES", "60"))
+    Promises.TestCase.settings = settings(
+        max_examples=examples, stateful_step_count=steps, deadline=None, suppress_health_check=list(HealthCheck)
+    )
+    Promises.TestCase("runTest").runTest()

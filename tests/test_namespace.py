@@ -1,0 +1,398 @@
+"""Coming to a namespace and leaving it: bad ground, other versions, full memory, forks."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from processes import Loads, Process, Seat, acquire, attach, problems, release, wait_until
+
+from mpmm.errors import InvalidArgumentError, LayoutMismatchError, RuntimeDirectoryError, SegmentAllocationError
+from mpmm.model_manager import ModelManager
+from mpmm.shared_state.layout import LAYOUT_VERSION, Capacities, Header
+from mpmm.shared_state.namespace import Namespace
+from mpmm.shared_state.segment import segment_name
+from mpmm.shared_state.snapshot import find_namespaces, read_snapshot
+
+NewManager = Callable[..., ModelManager]
+NewProcess = Callable[..., Process]
+
+BOOKED: dict[str, Any] = {"memory_source": "booked"}
+
+
+def segment_file(root: Path, name: str = "test") -> Path:
+    """Return the file that is the namespace's segment."""
+    return Path("/dev/shm") / segment_name(root, name)
+
+
+@contextmanager
+def other_word(file: Path, word: int, value: int) -> Iterator[None]:
+    """Have another value in a word of a segment for a while, behind everybody's back."""
+    fd = os.open(file, os.O_RDWR)
+    try:
+        old = os.pread(fd, 8, 8 * word)
+        os.pwrite(fd, value.to_bytes(8, "little"), 8 * word)
+        yield
+        os.pwrite(fd, old, 8 * word)
+    finally:
+        os.close(fd)
+
+
+def leave_deserted(new_process: NewProcess) -> None:
+    """Let the namespace be what a process leaves that crashes with a loaded model."""
+    process = new_process()
+    process.call(acquire, "old")
+    process.kill()
+
+
+# ---- segments that are not ours to read ----------------------------------------------------------------------
+
+
+def test_a_live_segment_of_another_version_is_refused_with_both_versions_named(
+    namespace: str, runtime_root: Path, new_manager: NewManager, new_process: NewProcess
+) -> None:
+    manager, other = new_manager(), new_process(attached=False)
+    with other_word(segment_file(runtime_root), Header.VERSION, 999):
+        expected = f"found layout version 999, expected layout version {LAYOUT_VERSION}"
+        with pytest.raises(LayoutMismatchError, match=expected) as caught:
+            other.call(attach, namespace=namespace, **BOOKED)
+        assert (caught.value.found, caught.value.expected) == ("layout version 999", f"layout version {LAYOUT_VERSION}")
+        with pytest.raises(LayoutMismatchError, match="999"):
+            read_snapshot(namespace)
+    with manager.model("a", Loads()):
+        pass
+    assert len(read_snapshot(namespace).members) == 1
+
+
+@pytest.mark.parametrize(
+    ("word", "value"),
+    [
+        (Header.VERSION, 999),
+        (Header.BOOT, 4711),
+        (Header.TOKEN, 4711),
+        (Header.MAGIC, 0),
+        (Header.CAPACITIES, 0),
+        (Header.SIZE_BYTES, 8),
+    ],
+    ids=["version", "boot", "token", "magic", "capacities", "size"],
+)
+def test_a_deserted_segment_that_is_not_ours_is_replaced(
+    namespace: str, runtime_root: Path, new_process: NewProcess, new_manager: NewManager, word: int, value: int
+) -> None:
+    leave_deserted(new_process)
+    fd = os.open(segment_file(runtime_root), os.O_RDWR)
+    os.pwrite(fd, value.to_bytes(8, "little"), 8 * word)
+    os.close(fd)
+    manager = new_manager()
+    assert read_snapshot(namespace).models == ()
+    with manager.model("a", Loads()):
+        pass
+    assert problems(namespace) == []
+
+
+@pytest.mark.parametrize("size", [0, 8, 4096, -8], ids=["empty", "one word", "one page", "one word short"])
+def test_a_deserted_segment_that_was_truncated_is_replaced(
+    namespace: str, runtime_root: Path, new_process: NewProcess, new_manager: NewManager, size: int
+) -> None:
+    leave_deserted(new_process)
+    file = segment_file(runtime_root)
+    os.truncate(file, size % file.stat().st_size if size < 0 else size)
+    with pytest.raises((LayoutMismatchError, FileNotFoundError)):
+        read_snapshot(namespace)
+    manager = new_manager()
+    with manager.model("a", Loads()):
+        assert read_snapshot(namespace).active == 1
+    assert problems(namespace) == []
+
+
+def test_a_segment_that_somebody_has_unlinked_does_not_trouble_those_who_have_it(
+    runtime_root: Path, new_process: NewProcess
+) -> None:
+    one, two = new_process(), new_process()
+    os.unlink(segment_file(runtime_root))
+    copy = one.call(acquire, "a")
+    one.call(release)
+    assert two.call(acquire, "a") == copy
+    two.call(release)
+
+
+# ---- runtime directories that cannot be trusted ----------------------------------------------------------------
+
+
+def attach_and_leave(root: Path) -> None:
+    """Be a member for a moment."""
+    ModelManager(namespace="test", runtime_root=root, **BOOKED).shutdown()
+
+
+@pytest.mark.parametrize("level", ["root", "namespace"])
+def test_a_runtime_directory_that_is_a_symbolic_link_is_refused(tmp_path: Path, level: str) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir(mode=0o700)
+    root = tmp_path / "root"
+    if level == "root":
+        root.symlink_to(elsewhere)
+    else:
+        root.mkdir(mode=0o700)
+        (root / "test").symlink_to(elsewhere)
+    with pytest.raises(RuntimeDirectoryError, match="a symbolic link is not followed"):
+        attach_and_leave(root)
+    assert list(elsewhere.iterdir()) == []
+
+
+@pytest.mark.parametrize("level", ["root", "namespace"])
+@pytest.mark.parametrize("mode", [0o755, 0o710, 0o702])
+def test_a_runtime_directory_that_others_can_enter_is_refused(tmp_path: Path, level: str, mode: int) -> None:
+    folder = tmp_path / "root" if level == "root" else tmp_path / "root" / "test"
+    folder.mkdir(mode=0o700, parents=True)
+    (tmp_path / "root").chmod(0o700)
+    folder.chmod(mode)
+    with pytest.raises(RuntimeDirectoryError, match=f"has mode {mode:04o}, expected 0700") as caught:
+        attach_and_leave(tmp_path / "root")
+    assert caught.value.path == str(folder)
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can give a folder away")
+def test_a_runtime_directory_of_somebody_else_is_refused(tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    root.mkdir(mode=0o700)
+    os.chown(root, 12345, 12345)
+    with pytest.raises(RuntimeDirectoryError, match="belongs to uid 12345, not to 0"):
+        attach_and_leave(root)
+
+
+def test_a_runtime_directory_that_is_a_file_or_cannot_be_made_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch(mode=0o700)
+    with pytest.raises(RuntimeDirectoryError, match="is not a directory"):
+        attach_and_leave(tmp_path / "file")
+    with pytest.raises(RuntimeDirectoryError, match="cannot create the runtime directory"):
+        attach_and_leave(tmp_path / "file" / "below")
+
+
+@pytest.mark.parametrize("name", [".hidden", "a/b", "..", "n" * 65, "späße", "a b"])
+def test_an_impossible_name_is_refused(name: str, runtime_root: Path) -> None:
+    with pytest.raises(InvalidArgumentError, match="expected 1 to 64 characters"):
+        ModelManager(namespace=name, **BOOKED)
+
+
+# ---- shared memory ---------------------------------------------------------------------------------------------
+
+
+def test_a_full_shared_memory_is_a_clear_error_and_leaves_nothing(
+    namespace: str, runtime_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_room(fd: int, offset: int, length: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "posix_fallocate", no_room)
+        with pytest.raises(SegmentAllocationError, match="free or enlarge /dev/shm") as caught:
+            ModelManager(namespace=namespace, **BOOKED)
+    assert caught.value.name == segment_name(runtime_root, namespace)
+    assert caught.value.size_bytes > 1_000_000
+    assert isinstance(caught.value, MemoryError)
+    assert not segment_file(runtime_root).exists()
+    # What there was room for is no obstacle to those who come later.
+    ModelManager(namespace=namespace, **BOOKED).shutdown()
+
+
+def test_the_pages_are_allocated_at_creation(namespace: str, runtime_root: Path, new_manager: NewManager) -> None:
+    new_manager(capacities=Capacities(models=2000))
+    stat = segment_file(runtime_root).stat()
+    assert stat.st_blocks * 512 >= stat.st_size > 1_000_000
+
+
+def test_the_creators_capacities_hold(namespace: str, new_manager: NewManager) -> None:
+    new_manager(capacities=Capacities(members=3, tickets=5))
+    namespace_of_later = Namespace.join(namespace, capacities=Capacities(members=7))
+    try:
+        assert namespace_of_later.segment.layout.capacities.members == 3
+        assert namespace_of_later.segment.layout.capacities.tickets == 5
+    finally:
+        namespace_of_later.leave()
+
+
+# ---- processes that come and go ----------------------------------------------------------------------------------
+
+VISITOR = """
+import sys
+from mpmm import ModelManager
+manager = ModelManager(namespace="test", memory_source="booked")
+with manager.model("a", lambda: "handle") as copy:
+    print(copy)
+if sys.argv[1] == "shutdown":
+    manager.shutdown()
+elif sys.argv[1] == "raise":
+    raise SystemExit(3)
+"""
+
+
+@pytest.mark.parametrize("how", ["shutdown", "exit", "raise"])
+def test_a_visitor_leaves_no_trace_and_starts_no_tracker(
+    namespace: str, runtime_root: Path, new_manager: NewManager, how: str
+) -> None:
+    manager = new_manager(fallback_memory_mb=10000, slack_percentage=0.1, default_estimate_mb=4000)
+    handle = manager.acquire_model("a", Loads("handle"))
+    manager.release_model("a", handle)
+    visitor = subprocess.run(
+        [sys.executable, "-W", "error", "-c", VISITOR, how],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)},
+    )
+    assert visitor.returncode == (3 if how == "raise" else 0), visitor.stderr
+    # What it has to say about other parameters than ours goes to the log, so to stderr; nothing else may.
+    complaints = [line for line in visitor.stderr.splitlines() if " stays " not in line]
+    assert (visitor.stdout.strip(), complaints) == (handle, [])
+    assert segment_file(runtime_root).exists()
+    assert len(read_snapshot(namespace).members) == 1
+    with manager.model("a", Loads("handle")) as copy:
+        assert copy == handle
+
+
+def test_being_a_member_starts_no_process(namespace: str, new_process: NewProcess) -> None:
+    process = new_process()
+    process.call(acquire, "a")
+    assert psutil.Process(process.pid).children() == []
+    assert process.call(tracker_pid) is None
+
+
+def tracker_pid(_: Seat) -> int | None:
+    """Return the pid of this process's resource tracker, as far as it has started one itself."""
+    from multiprocessing import resource_tracker
+
+    pid: int | None = getattr(resource_tracker._resource_tracker, "_pid", None)
+    return pid if pid is not None and pid in [child.pid for child in psutil.Process().children()] else None
+
+
+def test_processes_that_come_and_go_at_once_agree_on_one_segment(namespace: str, new_process: NewProcess) -> None:
+    processes = [new_process(attached=False) for _ in range(6)]
+    for process in processes:
+        process.send(come_and_go, namespace, 15)
+    assert sum(process.result() for process in processes) == 6 * 15
+    assert find_namespaces() == []
+
+
+def come_and_go(_: Seat, namespace: str, rounds: int) -> int:
+    """Join, use and leave again and again."""
+    for _round in range(rounds):
+        with ModelManager(namespace=namespace, **BOOKED) as manager, manager.model("a", Loads()) as copy:
+            assert copy in manager.all_models("a")
+    return rounds
+
+
+# ---- forks -------------------------------------------------------------------------------------------------------
+
+
+def test_a_process_with_eight_busy_threads_can_be_forked_and_its_children_use_the_manager(
+    namespace: str, new_process: NewProcess
+) -> None:
+    process = new_process(fallback_memory_mb=2000)
+    assert process.call(fork_while_busy, 50) == 50
+    assert process.call(acquire, "a")
+    process.call(release)
+    wait_until(lambda: len(read_snapshot(namespace).members) == 1, "the children have left")
+    assert problems(namespace) == []
+
+
+def fork_while_busy(seat: Seat, forks: int) -> int:
+    """Fork so often while eight threads work; return how many children could use the manager."""
+    manager = seat.manager
+    stop = threading.Event()
+    errors: list[BaseException] = []
+
+    def be_busy(tag: str) -> None:
+        try:
+            while not stop.is_set():
+                with manager.model(tag, Loads(tag)):
+                    pass
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=be_busy, args=(f"t{number}",)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    good = 0
+    for _ in range(forks):
+        child = os.fork()
+        if child == 0:
+            status = 1
+            try:
+                with manager.model("child", Loads("c")):
+                    status = 0
+                manager.shutdown()
+            except BaseException:
+                import traceback
+
+                traceback.print_exc()
+                status = 1
+            finally:
+                os._exit(status)
+        deadline = time.monotonic() + 15
+        done = 0
+        while not done and time.monotonic() < deadline:
+            done, status = os.waitpid(child, os.WNOHANG)
+            time.sleep(0.001)
+        if not done:
+            os.kill(child, 9)
+            os.waitpid(child, 0)
+        good += bool(done and status == 0)
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert not errors, errors
+    return good
+
+
+def test_a_fork_in_the_middle_of_a_transaction_does_not_share_the_lock(namespace: str, new_process: NewProcess) -> None:
+    process = new_process(lock_timeout_seconds=0.5)
+    assert process.call(fork_in_transaction) == 0
+    assert process.call(acquire, "a")
+    assert problems(namespace) == []
+
+
+def fork_in_transaction(seat: Seat) -> int:
+    """Fork while another thread holds the lock; return the status of the child, which uses the manager then."""
+    manager = seat.manager
+    inside, done = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with manager._connected().namespace.transaction() as t:
+            t.set(Header.HITS, 999)
+            inside.set()
+            done.wait(10)
+            t.set(Header.HITS, 0)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    inside.wait(10)
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            # Long enough for the parent's thread to let go.
+            os.read(go_reader, 1)
+            with manager.model("child", Loads()):
+                status = 0
+            manager.shutdown()
+        finally:
+            os._exit(status)
+    done.set()
+    thread.join()
+    os.write(go_writer, b"1")
+    _, status = os.waitpid(child, 0)
+    return status
+
+
+go_reader, go_writer = os.pipe()

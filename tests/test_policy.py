@@ -1,0 +1,522 @@
+"""The policy: what happens to whoever waits, as a table of cases and as properties of random states."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mpmm.policy.admission import best_fit, free_mb, limit_mb
+from mpmm.policy.eviction import eviction_order, score
+from mpmm.policy.fairness import may_overtake, queue_order
+from mpmm.policy.plan import make_plan
+from mpmm.policy.sharing import waiting_is_sooner
+from mpmm.policy.view import (
+    DeviceView,
+    Evict,
+    Grant,
+    Idle,
+    Load,
+    ModelView,
+    Reason,
+    Refuse,
+    Rules,
+    TicketView,
+    View,
+    Wait,
+)
+
+NOW = 1000.0
+RULES = Rules(
+    slack_percentage=0.1,
+    eviction_cooldown_seconds=10.0,
+    min_model_copies=1,
+    max_overtake_seconds=2.0,
+    isolate_unknown=True,
+)
+A, B, C, D = range(4)
+ME, OTHER = 1, 2
+
+
+def model(row: int, need: float = 100.0, *, known: bool = True, **counts: Any) -> ModelView:
+    return ModelView(row, known, need, counts.get("shared", 0), counts.get("owned", {}), counts.get("waiting", 0))
+
+
+def ticket(row: int, wants: int, *, priority: int = 1, member: int = ME, waited: float = 0.0) -> TicketView:
+    return TicketView(row, row, priority, wants, member, NOW - waited)
+
+
+def idle(row: int, of: int, *, mb: float = 100.0, age: float = 100.0, owner: int | None = None, on: int = 0) -> Idle:
+    return Idle(row, of, owner, on, mb, NOW - age)
+
+
+def device(row: int = 0, total: float = 1000.0, used: float = 0.0, **more: float) -> DeviceView:
+    numbers = {"reserved_mb": 0.0, "unloading_mb": 0.0, "returning_mb": 0.0, **more}
+    return DeviceView(row, total, used, **numbers)
+
+
+def view(
+    models: list[ModelView],
+    tickets: list[TicketView],
+    *,
+    copies: list[Idle] | None = None,
+    devices: list[DeviceView] | None = None,
+    rules: Rules = RULES,
+    **more: Any,
+) -> View:
+    waiting = Counter(t.model for t in tickets)
+    return View(
+        now_s=NOW,
+        rules=rules,
+        models={m.model: replace(m, waiting=m.waiting or waiting[m.model]) for m in models},
+        idle=tuple(sorted(copies or [], key=lambda copy: -copy.idle_since_s)),
+        tickets=tuple(tickets),
+        devices=tuple([device()] if devices is None else devices),
+        **{"active": 0, "loading": 0, "unloading": 0, "isolated": False, **more},
+    )
+
+
+CASES: Mapping[str, tuple[View, list[object]]] = {
+    "nobody waits": (view([], []), []),
+    "an idle copy is granted": (view([model(A, shared=1)], [ticket(1, A)], copies=[idle(7, A)]), [Grant(1, 7)]),
+    "the newest idle copy is granted": (
+        view([model(A, shared=2)], [ticket(1, A)], copies=[idle(7, A, age=9), idle(8, A, age=3)]),
+        [Grant(1, 8)],
+    ),
+    "one's own object is granted": (
+        view([model(A, owned={ME: 1})], [ticket(1, A)], copies=[idle(7, A, owner=ME)]),
+        [Grant(1, 7)],
+    ),
+    "another's object is of no use": (
+        view([model(A, owned={OTHER: 1})], [ticket(1, A)], copies=[idle(7, A, owner=OTHER)]),
+        [Load(1, 0, 100, False)],
+    ),
+    "one copy is granted once": (
+        view([model(A, shared=1)], [ticket(1, A), ticket(2, A)], copies=[idle(7, A)]),
+        [Grant(1, 7), Load(2, 0, 100, False)],
+    ),
+    "what fits is loaded": (view([model(A)], [ticket(1, A)]), [Load(1, 0, 100, False)]),
+    "what fits exactly is loaded": (view([model(A, 900)], [ticket(1, A)]), [Load(1, 0, 900, False)]),
+    "what an earlier load takes is gone for a later one": (
+        view([model(A, 500), model(B, 500)], [ticket(1, A), ticket(2, B)]),
+        [Load(1, 0, 500, False), Wait(2, Reason.MEMORY)],
+    ),
+    "reservations count": (
+        view([model(A, 500)], [ticket(1, A)], devices=[device(reserved_mb=401)], loading=1),
+        [Wait(1, Reason.MEMORY)],
+    ),
+    "too large for ever": (view([model(A, 901)], [ticket(1, A)]), [Refuse(1)]),
+    "too large for another copy, but there is one": (
+        view([model(A, 901, shared=1)], [ticket(1, A)], active=1),
+        [Wait(1, Reason.MEMORY)],
+    ),
+    "too large, and another's object does not help": (
+        view([model(A, 901, owned={OTHER: 1})], [ticket(1, A)], active=1),
+        [Refuse(1)],
+    ),
+    "a refusal blocks nobody": (
+        view([model(A, 901), model(B)], [ticket(1, A), ticket(2, B)]),
+        [Refuse(1), Load(2, 0, 100, False)],
+    ),
+    "the least full device that still takes it": (
+        view([model(A, 300)], [ticket(1, A)], devices=[device(0), device(1, used=500), device(2, used=700)]),
+        [Load(1, 1, 300, False)],
+    ),
+    "no device is known yet": (view([model(A)], [ticket(1, A)], devices=[]), [Wait(1, Reason.NO_DEVICE)]),
+    "room is made": (
+        view([model(A, 800), model(B, shared=1)], [ticket(1, A)], copies=[idle(7, B)], devices=[device(used=150)]),
+        [Evict(1, (7,))],
+    ),
+    "no more is evicted than needed": (
+        view(
+            [model(A, 800), model(B, shared=1), model(C, shared=1)],
+            [ticket(1, A)],
+            copies=[idle(7, B, age=50), idle(8, C, age=60)],
+            devices=[device(used=200)],
+        ),
+        [Evict(1, (8,))],
+    ),
+    "room that could not be enough is not made": (
+        view([model(A, 800), model(B, shared=1)], [ticket(1, A)], copies=[idle(7, B)], devices=[device(used=400)]),
+        [Wait(1, Reason.MEMORY)],
+    ),
+    "where it is cheapest": (
+        view(
+            [model(A, 800), model(B, shared=2)],
+            [ticket(1, A)],
+            copies=[idle(7, B, mb=300, on=0), idle(8, B, mb=200, on=1)],
+            devices=[device(0, used=300), device(1, used=200)],
+        ),
+        [Evict(1, (8,))],
+    ),
+    "memory that is being unloaded is waited for": (
+        view(
+            [model(A, 800), model(B, shared=1)],
+            [ticket(1, A)],
+            copies=[idle(7, B)],
+            devices=[device(used=250, unloading_mb=150)],
+            unloading=1,
+        ),
+        [Wait(1, Reason.UNLOADING)],
+    ),
+    "memory that is returning is waited for": (
+        view(
+            [model(A, 800), model(B, shared=1)],
+            [ticket(1, A)],
+            copies=[idle(7, B)],
+            devices=[device(used=250, returning_mb=150)],
+        ),
+        [Wait(1, Reason.RETURNING)],
+    ),
+    "only what is missing beyond that is evicted": (
+        view(
+            [model(A, 800), model(B, shared=1), model(C, shared=1)],
+            [ticket(1, A)],
+            copies=[idle(7, B, age=60), idle(8, C, age=50)],
+            devices=[device(used=350, returning_mb=150)],
+        ),
+        [Evict(1, (7,))],
+    ),
+    "a starving model displaces one with more waiters": (
+        view(
+            [model(A, 900), model(B, shared=1, waiting=5)],
+            [ticket(1, A)],
+            copies=[idle(7, B)],
+            devices=[device(used=100)],
+        ),
+        [Evict(1, (7,))],
+    ),
+    "a model that has a copy does not": (
+        view(
+            [model(A, 800, shared=1), model(B, shared=1, waiting=5)],
+            [ticket(1, A)],
+            copies=[idle(7, B)],
+            devices=[device(used=200)],
+            active=1,
+        ),
+        [Wait(1, Reason.MEMORY)],
+    ),
+    "a model whose only copies are other processes' objects is starving": (
+        view(
+            [model(A, 800, owned={OTHER: 1}), model(B, shared=1, waiting=5)],
+            [ticket(1, A)],
+            copies=[idle(7, B)],
+            devices=[device(used=200)],
+            active=1,
+        ),
+        [Evict(1, (7,))],
+    ),
+    "others' idle objects of the same model make room": (
+        view(
+            [model(A, 800, owned={OTHER: 1})],
+            [ticket(1, A)],
+            copies=[idle(7, A, owner=OTHER)],
+            devices=[device(used=200)],
+        ),
+        [Evict(1, (7,))],
+    ),
+    "a blocked head stops later loads": (
+        view([model(A, 800), model(B)], [ticket(1, A), ticket(2, B)], devices=[device(used=200)], active=1),
+        [Wait(1, Reason.MEMORY)],
+    ),
+    "but not at once those who reuse": (
+        view(
+            [model(A, 800), model(B, shared=1)],
+            [ticket(1, A, waited=1.9), ticket(2, B)],
+            copies=[idle(7, B, mb=10)],
+            devices=[device(used=200)],
+            active=1,
+        ),
+        [Wait(1, Reason.MEMORY), Grant(2, 7)],
+    ),
+    "later those, too": (
+        view(
+            [model(A, 800), model(B, shared=1)],
+            [ticket(1, A, waited=2.0), ticket(2, B)],
+            copies=[idle(7, B, mb=10)],
+            devices=[device(used=200)],
+            active=1,
+        ),
+        [Wait(1, Reason.MEMORY)],
+    ),
+    "during isolation everybody waits": (
+        view([model(A, shared=1)], [ticket(1, A)], copies=[idle(7, A)], isolated=True),
+        [],
+    ),
+    "an unknown model goes first": (
+        view([model(A, 500), model(B, known=False)], [ticket(1, A), ticket(2, B, priority=0)]),
+        [Load(2, 0, 100, True)],
+    ),
+    "it waits for the others to finish": (
+        view([model(A, known=False)], [ticket(1, A, priority=0)], active=1),
+        [Wait(1, Reason.DRAINING)],
+    ),
+    "it waits for loads to finish": (
+        view([model(A, known=False)], [ticket(1, A, priority=0)], loading=1),
+        [Wait(1, Reason.DRAINING)],
+    ),
+    "everything idle goes": (
+        view([model(A, known=False), model(B, shared=2)], [ticket(1, A, priority=0)], copies=[idle(7, B), idle(8, B)]),
+        [Evict(1, (7, 8))],
+    ),
+    "it waits for unloads to end": (
+        view([model(A, known=False)], [ticket(1, A, priority=0)], unloading=1),
+        [Wait(1, Reason.UNLOADING)],
+    ),
+    "it waits for memory to return": (
+        view([model(A, known=False)], [ticket(1, A, priority=0)], devices=[device(used=100, returning_mb=100)]),
+        [Wait(1, Reason.RETURNING)],
+    ),
+    "it gets the roomiest device": (
+        view([model(A, known=False)], [ticket(1, A, priority=0)], devices=[device(0, used=100), device(1)]),
+        [Load(1, 1, 100, True)],
+    ),
+    "two unknown ones run one after the other": (
+        view([model(A, known=False), model(B, known=False)], [ticket(1, A, priority=0), ticket(2, B, priority=0)]),
+        [Load(1, 0, 100, True)],
+    ),
+    "with nothing to measure by nobody runs alone": (
+        view(
+            [model(A, known=False), model(B, known=False)],
+            [ticket(1, A, priority=0), ticket(2, B, priority=0)],
+            rules=replace(RULES, isolate_unknown=False),
+        ),
+        [Load(1, 0, 100, False), Load(2, 0, 100, False)],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda name: name.replace(" ", "-"))
+def test_what_is_decided_when(case: str) -> None:
+    state, expected = CASES[case]
+    decisions = list(make_plan(state).decisions)
+    if case == "everything idle goes":
+        assert [(type(d), set(d.instances)) for d in decisions if isinstance(d, Evict)] == [(Evict, {7, 8})]
+    else:
+        assert decisions == expected
+
+
+def test_the_plan_says_whether_the_rest_of_the_queue_can_still_get_something() -> None:
+    assert make_plan(CASES["a blocked head stops later loads"][0]).blocked
+    assert make_plan(CASES["during isolation everybody waits"][0]).blocked
+    assert not make_plan(CASES["what fits is loaded"][0]).blocked
+
+
+def test_tiers_are_beams_surplus_before_needed_and_cold_before_warm() -> None:
+    state = view([model(A, shared=1), model(B, shared=2)], [])
+    cold, warm = idle(1, A, age=10), idle(2, A, age=9.9)
+    assert [score(state, cold, 2), score(state, warm, 2), score(state, cold, 1), score(state, warm, 1)] == [0, 1, 2, 3]
+
+
+def test_waiters_weigh_more_than_any_tier() -> None:
+    state = view([model(A, shared=2), model(B, shared=1), model(C)], [ticket(1, A), ticket(2, C)])
+    wanted_surplus, unwanted_needed = idle(1, A, age=100), idle(2, B, age=0)
+    assert score(state, wanted_surplus, 2) == 10
+    assert eviction_order(state, [wanted_surplus, unwanted_needed], ticket(2, C)) == [unwanted_needed, wanted_surplus]
+
+
+def test_of_equals_the_one_that_is_idle_longest_goes_first_and_the_last_copy_is_not_surplus() -> None:
+    state = view([model(A, shared=3), model(B, shared=1), model(C)], [ticket(1, C)])
+    copies = [idle(1, A, age=20), idle(2, A, age=40), idle(3, A, age=30), idle(4, B, age=90)]
+    assert [copy.row for copy in eviction_order(state, copies, ticket(1, C))] == [2, 3, 4, 1]
+
+
+def test_a_waiter_with_a_copy_only_displaces_models_with_fewer_waiters() -> None:
+    state = view(
+        [model(A, shared=1, waiting=2), model(B, shared=1, waiting=1), model(C, shared=1, waiting=2)], [ticket(1, A)]
+    )
+    assert [copy.row for copy in eviction_order(state, [idle(1, B), idle(2, C)], ticket(1, A))] == [1]
+
+
+def test_waiters_stand_in_order_of_priority_then_number() -> None:
+    tickets = [ticket(3, A), ticket(1, A), ticket(9, B, priority=0), ticket(2, C)]
+    assert [t.row for t in queue_order(view([], tickets))] == [9, 1, 2, 3]
+
+
+def test_overtaking_ends_exactly_at_the_bound() -> None:
+    state = view([], [])
+    assert may_overtake(state, None)
+    assert may_overtake(state, ticket(1, A, waited=1.999))
+    assert not may_overtake(state, ticket(1, A, waited=2.0))
+
+
+def test_free_memory_is_the_limit_less_what_is_used_and_reserved() -> None:
+    one = device(used=200, reserved_mb=300)
+    assert (limit_mb(one, 0.1), free_mb(one, 0.1)) == (900, 400)
+    assert best_fit([one, device(1, used=450)], 401, 0.1) == device(1, used=450)
+    assert best_fit([one], 401, 0.1) is None
+
+
+# ---- properties ----------------------------------------------------------------------------------------------
+
+mb = st.integers(0, 1200).map(float)
+
+
+@st.composite
+def views(draw: st.DrawFn) -> View:
+    """Any state, also ones that should not come about, such as a device over its limit."""
+    devices = [
+        device(row, draw(st.sampled_from([0.0, 500.0, 1000.0])), draw(mb), reserved_mb=draw(mb))
+        for row in range(draw(st.integers(0, 3)))
+    ]
+    devices = [replace(d, returning_mb=draw(st.sampled_from([0.0, 0.0, 50.0]))) for d in devices]
+    members = st.integers(1, 3)
+    copies = [
+        idle(
+            row,
+            draw(st.integers(0, 3)),
+            mb=draw(mb),
+            age=draw(st.floats(0, 30)),
+            owner=draw(st.one_of(st.none(), members)),
+            on=draw(st.integers(0, len(devices) - 1)) if devices else 0,
+        )
+        for row in range(draw(st.integers(0, 6)))
+    ]
+    shared: Counter[int] = Counter()
+    owned: dict[int, Counter[int]] = defaultdict(Counter)
+    for copy in copies:
+        if copy.owner is None:
+            shared[copy.model] += 1
+        else:
+            owned[copy.model][copy.owner] += 1
+    models = [
+        model(row, draw(mb), known=draw(st.booleans()), shared=shared[row] + draw(st.integers(0, 1)), owned=owned[row])
+        for row in range(4)
+    ]
+    tickets = [
+        ticket(
+            row,
+            wants := draw(st.integers(0, 3)),
+            priority=int(models[wants].known),
+            member=draw(members),
+            waited=draw(st.floats(0, 4)),
+        )
+        for row in range(draw(st.integers(0, 8)))
+    ]
+    busy = sum(m.loaded for m in models) - len(copies)
+    return view(
+        models,
+        tickets,
+        copies=copies,
+        devices=devices,
+        rules=replace(RULES, isolate_unknown=draw(st.booleans())),
+        active=busy,
+        loading=draw(st.integers(0, 1)),
+        isolated=draw(st.integers(0, 9)) == 0,
+    )
+
+
+@settings(max_examples=300, deadline=None)
+@given(views())
+def test_no_plan_breaks_the_rules(state: View) -> None:
+    plan = make_plan(state)
+    tickets = {t.row: t for t in state.tickets}
+    copies = {copy.row: copy for copy in state.idle}
+    answered = [decision.ticket for decision in plan.decisions]
+    granted = [decision.instance for decision in plan.decisions if isinstance(decision, Grant)]
+    evicted = [row for decision in plan.decisions if isinstance(decision, Evict) for row in decision.instances]
+    loads = [decision for decision in plan.decisions if isinstance(decision, Load)]
+
+    assert len(answered) == len(set(answered)), "every waiter gets one answer"
+    assert not state.isolated or not plan.decisions, "nothing happens beside a model that runs alone"
+    taken = granted + evicted
+    assert len(taken) == len(set(taken)), "a copy goes one way"
+    for decision in plan.decisions:
+        if isinstance(decision, Grant):
+            copy, waiter = copies[decision.instance], tickets[decision.ticket]
+            assert copy.model == waiter.model
+            assert copy.owner in (None, waiter.member)
+    for one in state.devices:
+        planned = [load.need_mb for load in loads if load.device == one.device and not load.alone]
+        room = free_mb(one, state.rules.slack_percentage)
+        assert not planned or math.fsum(planned) <= room + 1e-6, "no device goes over its limit"
+    for decision in plan.decisions:
+        waiter = tickets[decision.ticket]
+        wanted = state.models[waiter.model]
+        if isinstance(decision, Load):
+            assert decision.need_mb == wanted.need_mb
+            assert decision.alone == (not wanted.known and state.rules.isolate_unknown)
+        if isinstance(decision, Refuse):
+            limits = [limit_mb(one, state.rules.slack_percentage) for one in state.devices]
+            assert wanted.need_mb > max(limits), "only what can never fit is refused"
+        if isinstance(decision, Evict) and (wanted.known or not state.rules.isolate_unknown):
+            assert decision.instances
+            planned_mb = {
+                one.device: math.fsum(load.need_mb for load in loads if load.device == one.device)
+                for one in state.devices
+            }
+            left = [replace(one, reserved_mb=one.reserved_mb + planned_mb[one.device]) for one in state.devices]
+            assert best_fit(left, wanted.need_mb, state.rules.slack_percentage) is None, "it would have fitted"
+    if any(load.alone for load in loads):
+        assert len(loads) == 1
+        assert not state.active
+        assert not state.loading
+        assert not evicted
+        assert not state.idle or granted == []
+
+
+@settings(max_examples=200, deadline=None)
+@given(views())
+def test_a_plan_is_the_same_whatever_the_order_of_the_view(state: View) -> None:
+    shuffled = replace(state, tickets=state.tickets[::-1], devices=state.devices[::-1])
+    assert make_plan(shuffled).decisions == make_plan(state).decisions
+
+
+# ---- sharing -----------------------------------------------------------------------------------------------
+
+
+def busy(**values: Any) -> ModelView:
+    """A known model with one copy, in use, that takes 2 s to load and is held for 0.1 s."""
+    return ModelView(**{"model": A, "known": True, "need_mb": 100.0, "shared": 1, "owned": {}, "waiting": 1,
+                        "load_s": 2.0, "hold_s": 0.1, **values})  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("model_view", "ahead", "waited", "expected"),
+    [
+        pytest.param(busy(), 0, 0.0, True, id="a copy that is soon free is waited for"),
+        pytest.param(busy(), 18, 0.0, True, id="also by the nineteenth"),
+        pytest.param(busy(), 19, 0.0, False, id="but not when so many wait that a load is as quick"),
+        pytest.param(busy(shared=2), 19, 0.0, True, id="two copies serve twice as many"),
+        pytest.param(busy(hold_s=3.0), 0, 0.0, False, id="long holds are not waited for"),
+        pytest.param(busy(), 0, 2.0, False, id="who has waited as long as a load takes loads"),
+        pytest.param(busy(hold_s=0.0), 0, 0.0, False, id="unknown holds are not waited for"),
+        pytest.param(busy(load_s=0.0), 0, 0.0, False, id="unknown loads are no reason to wait"),
+        pytest.param(busy(shared=0), 0, 0.0, False, id="without a copy there is nothing to share"),
+        pytest.param(busy(shared=0, owned={OTHER: 1}), 0, 0.0, False, id="another process's object is no use"),
+        pytest.param(busy(shared=0, owned={ME: 1}), 0, 0.0, True, id="an object of one's own is"),
+        pytest.param(
+            busy(shared=0, loading={OTHER: 1}, shares=True, loading_for_s=0.5), 0, 0.0, True, id="a load is shared"
+        ),
+        pytest.param(busy(shared=0, loading={OTHER: 1}, shares=False), 0, 0.0, False, id="but not of another's object"),
+        pytest.param(
+            busy(shared=0, known=False, load_s=0.0, loading={ME: 1}), 0, 0.0, True, id="an unknown model loads once"
+        ),
+    ],
+)
+def test_another_copy_is_loaded_only_where_that_is_sooner(
+    model_view: ModelView, ahead: int, waited: float, expected: bool
+) -> None:
+    assert waiting_is_sooner(model_view, ticket(1, A, waited=waited), ahead, NOW) is expected
+
+
+def test_who_shares_a_copy_does_not_block_those_behind() -> None:
+    view = View(
+        now_s=NOW,
+        rules=RULES,
+        models={A: busy(), B: model(B, 100.0, waiting=1)},
+        idle=(),
+        tickets=(ticket(1, A), ticket(2, B)),
+        devices=(device(),),
+        active=1,
+        loading=0,
+        unloading=0,
+        isolated=False,
+    )
+    assert make_plan(view).decisions == (Wait(1, Reason.SHARING), Load(2, 0, 100.0, alone=False))

@@ -1,0 +1,284 @@
+"""ResourceEstimator and the pure functions under it; estimates reported to Beam."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import subprocess
+import sys
+from types import ModuleType, SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.optimize import nnls as scipy_nnls
+
+from mpmm.beam_metrics import report_estimate, report_model_count
+from mpmm.errors import InvalidArgumentError
+from mpmm.resource_estimator import Observation, ResourceEstimator, smooth, solve_footprints
+
+TAGS = ["a", "b", "c"]
+
+configurations = st.dictionaries(
+    st.tuples(*(st.integers(0, 4) for _ in TAGS)),
+    st.lists(st.floats(0.0, 20000.0), min_size=1, max_size=20),
+    min_size=4,
+    max_size=12,
+)
+
+
+def observations_of(history: dict[tuple[int, ...], list[float]]) -> list[Observation]:
+    return [
+        Observation(dict(zip(TAGS, counts, strict=True)), sum(readings) / len(readings), len(readings))
+        for counts, readings in history.items()
+    ]
+
+
+@settings(max_examples=200, deadline=None)
+@given(configurations)
+def test_one_weighted_row_per_configuration_solves_like_one_row_per_reading(
+    history: dict[tuple[int, ...], list[float]],
+) -> None:
+    raw_rows = np.array([[*counts, 1] for counts, readings in history.items() for _ in readings], dtype=float)
+    raw_readings = np.array([reading for readings in history.values() for reading in readings])
+    raw, residual = scipy_nnls(raw_rows, raw_readings)
+    found = solve_footprints(observations_of(history), TAGS, min_data_points=0)
+    assert found is not None
+    if np.linalg.matrix_rank(raw_rows) == len(TAGS) + 1:  # the best fit is unique
+        assert found.model_mb == pytest.approx(dict(zip(TAGS, raw[:-1], strict=True)), rel=1e-6, abs=1e-3)
+        assert found.bias_mb == pytest.approx(raw[-1], rel=1e-6, abs=1e-3)
+    assert residual >= 0
+
+
+@settings(max_examples=100, deadline=None)
+@given(configurations, st.tuples(*(st.floats(0.0, 8000.0) for _ in range(len(TAGS) + 1))))
+def test_whatever_is_solved_from_exact_readings_is_the_truth(
+    history: dict[tuple[int, ...], list[float]], truth: tuple[float, ...]
+) -> None:
+    exact = [
+        Observation(dict(zip(TAGS, counts, strict=True)), float(np.dot([*counts, 1], truth)), len(readings))
+        for counts, readings in history.items()
+    ]
+    found = solve_footprints(exact, TAGS, min_data_points=0)
+    assert found is not None
+    for tag, mb in found.model_mb.items():
+        assert mb == pytest.approx(truth[TAGS.index(tag)], rel=1e-5, abs=0.05)
+
+
+def test_models_that_cannot_be_told_apart_are_left_out() -> None:
+    together = [Observation({"a": n, "b": n, "c": c}, 100.0 * n + 50.0 * c + 10, 5) for n in (1, 2) for c in (0, 1)]
+    found = solve_footprints(together, TAGS, min_data_points=5)
+    assert found is not None
+    assert found.model_mb == pytest.approx({"c": 50.0})
+
+
+def test_a_model_that_is_always_there_is_not_called_free() -> None:
+    always = [Observation({"a": 1, "b": n}, 1000.0 + 50.0 * n, 5) for n in (0, 1, 2)]
+    found = solve_footprints(always, ["a", "b"], min_data_points=5)
+    assert found is not None
+    assert found.model_mb == pytest.approx({"b": 50.0})
+
+
+def test_a_model_that_was_never_observed_is_left_out() -> None:
+    found = solve_footprints([Observation({"a": n}, 100.0 * n, 3) for n in (1, 2)], ["a", "b"], min_data_points=5)
+    assert found is not None
+    assert found.model_mb == pytest.approx({"a": 100.0})
+
+
+@pytest.mark.parametrize(("configurations", "readings", "solved"), [(2, 5, False), (3, 1, False), (3, 2, True)])
+def test_too_few_configurations_or_readings_give_nothing(configurations: int, readings: int, solved: bool) -> None:
+    rows = [Observation({"a": n, "b": n * n}, 100.0 * n, readings) for n in range(1, configurations + 1)]
+    assert (solve_footprints(rows, ["a", "b"], min_data_points=5) is not None) is solved
+
+
+def test_smoothing_moves_by_the_factor_and_starts_at_the_first_value() -> None:
+    assert smooth(None, 80.0, 0.2) == 80.0
+    assert smooth(100.0, 200.0, 0.2) == pytest.approx(120.0)
+
+
+def feed(estimator: ResourceEstimator, rounds: int = 5) -> None:
+    """Readings of a = 1000 MB, b = 500 MB and 100 MB in use regardless."""
+    for _ in range(rounds):
+        estimator.add_observation({"a": 1}, 1100.0)
+        estimator.add_observation({"b": 1}, 600.0)
+        estimator.add_observation({"a": 1, "b": 1}, 1600.0)
+
+
+def test_estimates_come_from_the_readings() -> None:
+    estimator = ResourceEstimator()
+    assert estimator.is_unknown("a")
+    assert estimator.get_estimate("a") == 4000.0
+    assert estimator.get_estimate("a", 7.0) == 7.0
+    feed(estimator)
+    assert not estimator.is_unknown("a")
+    assert estimator.get_estimate("a") == pytest.approx(1000.0)
+    assert estimator.get_estimate("b") == pytest.approx(500.0)
+
+
+def test_an_initial_estimate_moves_slowly_towards_the_readings() -> None:
+    estimator = ResourceEstimator(smoothing_factor=0.5)
+    estimator.set_initial_estimate("a", 3000.0)
+    feed(estimator, rounds=2)  # solutions at the 5th and the 6th reading
+    assert estimator.get_estimate("a") == pytest.approx(1500.0)
+
+
+def test_an_initial_estimate_without_readings_is_not_worn_away_by_the_others() -> None:
+    estimator = ResourceEstimator()
+    estimator.set_initial_estimate("rare", 3000.0)
+    feed(estimator)
+    assert estimator.get_estimate("rare") == 3000.0
+
+
+def test_an_empty_snapshot_is_ignored() -> None:
+    estimator = ResourceEstimator()
+    estimator.add_observation({}, 500.0)
+    assert not estimator.history
+
+
+def test_only_the_latest_twenty_readings_of_a_configuration_count() -> None:
+    estimator = ResourceEstimator(smoothing_factor=1.0)
+    feed(estimator, rounds=10)
+    for _ in range(20):
+        estimator.add_observation({"a": 1}, 2100.0)
+        estimator.add_observation({"a": 1, "b": 1}, 2600.0)
+    assert estimator.get_estimate("a") == pytest.approx(2000.0)
+
+
+def test_history_is_bounded_and_drops_what_was_seen_longest_ago() -> None:
+    estimator = ResourceEstimator(min_data_points=10**9)
+    estimator.add_observation({"a": 1000}, 1.0)
+    for copies in range(1, 257):
+        estimator.add_observation({"a": 1}, 1.0)
+        estimator.add_observation({"a": copies}, 1.0)
+    assert len(estimator.history) == 256
+    assert (("a", 1),) in estimator.history
+    assert (("a", 1000),) not in estimator.history
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        {"side_effect": RuntimeError("Maximum number of iterations reached.")},
+        {"return_value": ([float("nan")] * 3, 0.0)},
+        {"return_value": ([1.0], 0.0)},
+    ],
+    ids=["raises", "nan", "wrong length"],
+)
+def test_numeric_trouble_is_logged_and_keeps_the_estimates(
+    answer: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    estimator = ResourceEstimator()
+    feed(estimator)
+    before = dict(estimator.estimates)
+    with patch("mpmm.resource_estimator.nnls", **answer):
+        estimator.add_observation({"a": 2}, 9999.0)
+    assert estimator.estimates == before
+    assert [record.levelno for record in caplog.records] == [logging.ERROR]
+
+
+@pytest.mark.parametrize(
+    ("snapshot", "peak_mb"),
+    [({"a": 1}, -1.0), ({"a": 1}, float("nan")), ({"a": -1}, 5.0), ({"a": 1.5}, 5.0), ({"b": 1, 7: 1}, 5.0)],
+)
+def test_bad_observations_are_refused_and_change_nothing(snapshot: dict[Any, Any], peak_mb: float) -> None:
+    estimator = ResourceEstimator()
+    with pytest.raises(InvalidArgumentError):
+        estimator.add_observation(snapshot, peak_mb)
+    assert not estimator.history and not estimator.known_models
+
+
+@pytest.mark.parametrize(("tag", "cost"), [("a", -1.0), ("a", float("inf")), ("a", "many"), (7, 5.0)])
+def test_bad_initial_estimates_are_refused_and_change_nothing(tag: Any, cost: Any) -> None:
+    estimator = ResourceEstimator()
+    with pytest.raises(InvalidArgumentError):
+        estimator.set_initial_estimate(tag, cost)
+    assert not estimator.estimates and not estimator.known_models
+
+
+def test_numpy_numbers_are_numbers() -> None:
+    estimator = ResourceEstimator()
+    estimator.add_observation({"a": np.int64(1)}, np.float32(100.0))
+    estimator.set_initial_estimate("a", np.float32(100.0))
+    assert estimator.get_estimate("a") == 100.0
+
+
+@pytest.mark.parametrize("arguments", [{"smoothing_factor": 1.5}, {"min_data_points": -1}])
+def test_settings_out_of_range_are_refused(arguments: dict[str, Any]) -> None:
+    with pytest.raises(InvalidArgumentError, match=next(iter(arguments))):
+        ResourceEstimator(**arguments)
+
+
+def test_verbose_logging_tells_and_is_silent_otherwise(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        feed(ResourceEstimator())
+        assert not caplog.records
+        feed(ResourceEstimator(verbose_logging=True))
+    assert any("1000.0 MB" in record.getMessage() for record in caplog.records)
+
+
+def test_importing_the_estimator_loads_neither_scipy_nor_beam() -> None:
+    code = (
+        "import sys, mpmm.resource_estimator as r; r.report_estimate('a', 1.0);"
+        "print([m for m in ('scipy', 'numpy', 'apache_beam') if m in sys.modules])"
+    )
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
+
+
+class FakeMetrics:
+    """Beam's metrics as far as they are used: whole numbers only, as in Beam."""
+
+    def __init__(self) -> None:
+        self.updates: list[tuple[str, str, int]] = []
+
+    def distribution(self, namespace: str, name: str, *, process_wide: bool) -> SimpleNamespace:
+        assert process_wide
+
+        def update(value: int) -> None:
+            assert type(value) is int
+            self.updates.append((namespace, name, value))
+
+        return SimpleNamespace(update=update)
+
+
+@pytest.fixture
+def metrics(monkeypatch: pytest.MonkeyPatch) -> FakeMetrics:
+    module = ModuleType("apache_beam.metrics.metric")
+    fake = FakeMetrics()
+    module.Metrics = fake  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "apache_beam.metrics.metric", module)
+    return fake
+
+
+def test_estimates_are_reported_to_beam_as_whole_mb(metrics: FakeMetrics) -> None:
+    estimator = ResourceEstimator()
+    estimator.set_initial_estimate("a", 1000.5)
+    assert metrics.updates == [("BeamML_ModelManager", "memory_estimate_mb_a", 1000)]
+    feed(estimator)
+    assert "memory_estimate_mb_b" in {name for _, name, _ in metrics.updates}
+
+
+def test_model_counts_are_reported_to_beam(metrics: FakeMetrics) -> None:
+    report_model_count("a", 3)
+    assert metrics.updates == [("BeamML_ModelManager", "num_loaded_models_a", 3)]
+
+
+def test_nothing_that_beam_does_reaches_the_caller(metrics: FakeMetrics, monkeypatch: pytest.MonkeyPatch) -> None:
+    report_estimate("a", float("nan"))
+    monkeypatch.delattr(sys.modules["apache_beam.metrics.metric"], "Metrics")
+    report_model_count("a", 3)
+    monkeypatch.delitem(sys.modules, "apache_beam.metrics.metric")
+    report_model_count("a", 3)
+    assert metrics.updates == []
+
+
+def test_real_beam_takes_the_metrics() -> None:
+    pytest.importorskip("apache_beam")
+    execution: Any = importlib.import_module("apache_beam.metrics.execution")
+    metricbase: Any = importlib.import_module("apache_beam.metrics.metricbase")
+    report_estimate("mpmm-test", 1000.9)
+    name = metricbase.MetricName("BeamML_ModelManager", "memory_estimate_mb_mpmm-test")
+    container = execution.MetricsEnvironment.process_wide_container()
+    assert container.get_distribution(name).get_cumulative().max == 1000

@@ -1,0 +1,508 @@
+"""Memory sources: against a pretended driver, a pretended nvidia-smi and real processes."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+
+import psutil
+import pytest
+
+from mpmm.errors import InvalidArgumentError
+from mpmm.sources import MemorySource, SourceUnavailableError, choose_source, is_books_only
+from mpmm.sources.base import MIB
+from mpmm.sources.booked import BookedSource
+from mpmm.sources.host_memory import HostMemorySource, cgroup_limits, host_memory_mb
+from mpmm.sources.nvidia_smi import NvidiaSmiSource
+from mpmm.sources.nvml import NvmlSource
+
+
+class NVMLError(Exception):
+    pass
+
+
+class FakeDevice:
+    def __init__(self, uuid: str, total_mb: int, used_mb: int, slices: list[FakeDevice] | None = None) -> None:
+        self.uuid = uuid
+        self.total = total_mb * MIB
+        self.used = used_mb * MIB
+        self.slices = slices
+        self.broken = False
+        self.compute: list[SimpleNamespace] = []
+        self.graphics: list[SimpleNamespace] = []
+
+
+def process(pid: int, used_mb: int | None) -> SimpleNamespace:
+    return SimpleNamespace(pid=pid, usedGpuMemory=None if used_mb is None else used_mb * MIB)
+
+
+class FakeNvml(ModuleType):
+    """pynvml with the devices it is given; like the real one, it answers only between init and shutdown."""
+
+    NVMLError = NVMLError
+
+    def __init__(self, *gpus: FakeDevice, init_error: str | None = None) -> None:
+        super().__init__("pynvml")
+        self.gpus = gpus
+        self.init_error = init_error
+        self.users_by_pid: dict[int, int] = {}
+
+    def nvmlInit(self) -> None:
+        if self.init_error:
+            raise NVMLError(self.init_error)
+        self.users_by_pid[os.getpid()] = self.users + 1
+
+    def nvmlShutdown(self) -> None:
+        self.users_by_pid[os.getpid()] = self.users - 1
+
+    @property
+    def users(self) -> int:
+        return self.users_by_pid.get(os.getpid(), 0)
+
+    def _check(self, device: FakeDevice | None = None) -> None:
+        if not self.users:
+            raise NVMLError("Uninitialized")
+        if device is not None and device.broken:
+            raise NVMLError("GPU is lost")
+
+    def nvmlDeviceGetCount(self) -> int:
+        self._check()
+        return len(self.gpus)
+
+    def nvmlDeviceGetHandleByIndex(self, index: int) -> FakeDevice:
+        self._check(self.gpus[index])
+        return self.gpus[index]
+
+    def nvmlDeviceGetUUID(self, device: FakeDevice) -> str:
+        self._check(device)
+        return device.uuid
+
+    def nvmlDeviceGetName(self, device: FakeDevice) -> str:
+        self._check(device)
+        return f"name of {device.uuid}"
+
+    def nvmlDeviceGetMemoryInfo(self, device: FakeDevice) -> SimpleNamespace:
+        self._check(device)
+        return SimpleNamespace(total=device.total, used=device.used, free=device.total - device.used)
+
+    def nvmlDeviceGetMigMode(self, device: FakeDevice) -> list[int]:
+        self._check(device)
+        if device.slices is None:
+            raise NVMLError("Not Supported")
+        return [1, 1]
+
+    def nvmlDeviceGetMaxMigDeviceCount(self, device: FakeDevice) -> int:
+        return 7
+
+    def nvmlDeviceGetMigDeviceHandleByIndex(self, device: FakeDevice, index: int) -> FakeDevice:
+        if device.slices is None or index >= len(device.slices):
+            raise NVMLError("Not Found")
+        return device.slices[index]
+
+    def nvmlDeviceGetComputeRunningProcesses(self, device: FakeDevice) -> list[SimpleNamespace]:
+        self._check(device)
+        return device.compute
+
+    def nvmlDeviceGetGraphicsRunningProcesses(self, device: FakeDevice) -> list[SimpleNamespace]:
+        self._check(device)
+        return device.graphics
+
+
+@pytest.fixture(autouse=True)
+def plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No driver, and no setting that leaks in from the host the tests run on."""
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.delenv("MPMM_MEMORY_SOURCE", raising=False)
+    monkeypatch.setitem(sys.modules, "pynvml", FakeNvml(init_error="NVML Shared Library Not Found"))
+
+
+def install(monkeypatch: pytest.MonkeyPatch, *gpus: FakeDevice) -> FakeNvml:
+    fake = FakeNvml(*gpus)
+    monkeypatch.setitem(sys.modules, "pynvml", fake)
+    return fake
+
+
+def two_gpus() -> tuple[FakeDevice, FakeDevice]:
+    return FakeDevice("GPU-aaaa", 16000, 1000), FakeDevice("GPU-bbbb", 24000, 2000)
+
+
+def used(source: MemorySource, server_pids: tuple[int, ...] = ()) -> list[float | None]:
+    return [sample.used_mb for sample in source.sample(server_pids)]
+
+
+class TestNvml:
+    def test_two_gpus_are_two_devices_in_mib(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        install(monkeypatch, *two_gpus())
+        source = NvmlSource()
+        assert [(d.index, d.uuid, d.name, d.total_mb) for d in source.devices()] == [
+            (0, "GPU-aaaa", "name of GPU-aaaa", 16000.0),
+            (1, "GPU-bbbb", "name of GPU-bbbb", 24000.0),
+        ]
+        assert used(source) == [1000.0, 2000.0]
+
+    def test_a_sample_is_dated_before_the_measurement(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        fake = install(monkeypatch, *two_gpus())
+        source = NvmlSource()
+        measured_ns = []
+
+        def measure(device: FakeDevice) -> SimpleNamespace:
+            measured_ns.append(time.monotonic_ns())
+            return SimpleNamespace(total=device.total, used=device.used)
+
+        monkeypatch.setattr(fake, "nvmlDeviceGetMemoryInfo", measure, raising=False)
+        samples = source.sample(())
+        assert all(sample.taken_ns <= at for sample, at in zip(samples, measured_ns, strict=True))
+
+    def test_a_failing_device_has_no_figure_and_the_others_have_theirs(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        first, second = two_gpus()
+        install(monkeypatch, first, second)
+        source = NvmlSource()
+        first.broken = True
+        assert used(source) == [None, 2000.0]
+        first.broken = False
+        assert used(source) == [1000.0, 2000.0]
+
+    def test_a_device_that_is_lost_at_the_start_keeps_its_number(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        first, second = two_gpus()
+        first.broken = True
+        install(monkeypatch, first, second)
+        assert [(d.index, d.uuid) for d in NvmlSource().devices()] == [(0, "GPU-bbbb")]
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+        assert [d.uuid for d in NvmlSource().devices()] == ["GPU-bbbb"]
+
+    def test_processes_that_compute_and_draw_count_once_and_withheld_figures_are_left_out(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        gpu, _ = two_gpus()
+        gpu.compute = [process(7, 300), process(8, None), process(9, 50)]
+        gpu.graphics = [process(7, 300), process(10, 20)]
+        install(monkeypatch, gpu)
+        (sample,) = NvmlSource().sample(())
+        assert sample.process_mb == {7: 300.0, 9: 50.0, 10: 20.0}
+
+    def test_mig_slices_are_devices_and_their_board_is_not(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        slices = [FakeDevice("MIG-1", 5000, 100), FakeDevice("MIG-2", 10000, 200)]
+        install(monkeypatch, FakeDevice("GPU-aaaa", 40000, 300, slices), FakeDevice("GPU-bbbb", 16000, 1000))
+        source = NvmlSource()
+        assert [d.uuid for d in source.devices()] == ["MIG-1", "MIG-2", "GPU-bbbb"]
+        assert used(source) == [100.0, 200.0, 1000.0]
+
+    @pytest.mark.parametrize(
+        ("setting", "uuids"),
+        [
+            ("1", ["GPU-bbbb"]),
+            ("1,0", ["GPU-bbbb", "GPU-aaaa"]),
+            (" GPU-bb , GPU-aaaa", ["GPU-bbbb", "GPU-aaaa"]),
+            ("0,0", ["GPU-aaaa"]),
+            ("MIG-2,0", ["MIG-2", "GPU-aaaa"]),
+            ("2", ["MIG-1", "MIG-2"]),
+            ("GPU-cccc", ["MIG-1", "MIG-2"]),
+            ("1,9,0", ["GPU-bbbb"]),  # CUDA stops at the first entry it does not know
+            ("1,GPU-,0", ["GPU-bbbb"]),  # and at one that fits several
+        ],
+    )
+    def test_cuda_visible_devices_selects_and_orders(
+        self, monkeypatch: pytest.MonkeyPatch, setting: str, uuids: list[str]
+    ) -> None:
+        slices = [FakeDevice("MIG-1", 5000, 100), FakeDevice("MIG-2", 10000, 200)]
+        install(monkeypatch, *two_gpus(), FakeDevice("GPU-cccc", 40000, 300, slices))
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", setting)
+        devices = NvmlSource().devices()
+        assert [d.uuid for d in devices] == uuids
+        assert [d.index for d in devices] == list(range(len(uuids)))
+
+    @pytest.mark.parametrize("setting", ["", "-1", "none"])
+    def test_hidden_gpus_make_the_source_unavailable(self, monkeypatch: pytest.MonkeyPatch, setting: str) -> None:
+        fake = install(monkeypatch, *two_gpus())
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", setting)
+        with pytest.raises(SourceUnavailableError, match="CUDA_VISIBLE_DEVICES"):
+            NvmlSource()
+        assert fake.users == 0
+
+    def test_a_driver_that_does_not_start_is_named_in_the_error(self) -> None:
+        with pytest.raises(SourceUnavailableError, match="Shared Library Not Found") as caught:
+            NvmlSource()
+        assert caught.value.source == "nvml"
+
+    def test_a_forked_child_initialises_for_itself(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        fake = install(monkeypatch, *two_gpus())
+        source = NvmlSource()
+        pid = os.fork()
+        if pid == 0:  # the fake counts users per pid, so NVML is not initialised in here yet
+            os._exit(0 if used(source) == [1000.0, 2000.0] and fake.users == 1 else 1)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+    def test_a_driver_that_does_not_start_in_a_child_gives_no_figures(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        fake = install(monkeypatch, *two_gpus())
+        source = NvmlSource()
+        fake.init_error = "Driver Not Loaded"
+        monkeypatch.setattr(os, "getpid", lambda: -1)
+        assert used(source) == [None, None]
+
+    def test_close_shuts_down_and_a_later_sample_opens_again(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        fake = install(monkeypatch, *two_gpus())
+        source = NvmlSource()
+        source.close()
+        source.close()
+        assert fake.users == 0
+        assert used(source) == [1000.0, 2000.0]
+        assert fake.users == 1
+
+
+class FakeSmi:
+    """Stands in for subprocess.check_output: an answer, or an exception, for each queried field."""
+
+    def __init__(self, **answers: str | Exception) -> None:
+        self.answers = answers
+        self.calls: list[tuple[list[str], dict[str, Any]]] = []
+
+    def __call__(self, command: list[str], **options: Any) -> str:
+        self.calls.append((command, options))
+        field = command[1].removeprefix("--query-gpu=").replace("memory.", "").replace(",", "_")
+        answer = self.answers.get(field, subprocess.CalledProcessError(2, command))
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+
+@pytest.fixture
+def smi() -> Iterator[FakeSmi]:
+    fake = FakeSmi(total="16000\n24000\n", free="15000\n22000\n", uuid_name="GPU-aaaa, Big GPU\nGPU-bbbb, Big, Fast\n")
+    with patch("subprocess.check_output", fake):
+        yield fake
+
+
+class TestNvidiaSmi:
+    def test_two_gpus_are_two_devices(self, smi: FakeSmi) -> None:
+        source = NvidiaSmiSource()
+        assert [(d.uuid, d.name, d.total_mb) for d in source.devices()] == [
+            ("GPU-aaaa", "Big GPU", 16000.0),
+            ("GPU-bbbb", "Big, Fast", 24000.0),
+        ]
+        assert used(source) == [1000.0, 2000.0]
+
+    def test_commands_are_those_of_beam_with_a_timeout(self, smi: FakeSmi) -> None:
+        used(NvidiaSmiSource(timeout_s=3.0))
+        commands = [command for command, _ in smi.calls]
+        assert ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"] in commands
+        assert ["nvidia-smi", "--query-gpu=memory.free", "--format=csv,noheader,nounits"] in commands
+        assert all(options == {"text": True, "timeout": 3.0} for _, options in smi.calls)
+
+    @pytest.mark.parametrize("junk", ["[N/A]", "[Not Supported]", "[Unknown Error]", "nan", "-3", ""])
+    def test_a_line_that_is_no_number_is_no_figure(self, smi: FakeSmi, junk: str) -> None:
+        source = NvidiaSmiSource()
+        smi.answers["free"] = f"15000\n{junk}\n"
+        assert used(source) == [1000.0, None]
+
+    def test_a_gpu_without_a_total_is_left_out_and_does_not_shift_the_lines(self, smi: FakeSmi) -> None:
+        smi.answers["total"] = "[N/A]\n24000\n"
+        source = NvidiaSmiSource()
+        assert [(d.index, d.uuid) for d in source.devices()] == [(1, "GPU-bbbb")]
+        assert used(source) == [2000.0]
+
+    @pytest.mark.parametrize(
+        "labels", [subprocess.CalledProcessError(2, "nvidia-smi"), Exception("odd"), "16000", "[N/A], x\n[N/A], y\n"]
+    )
+    def test_names_are_made_up_when_the_program_does_not_tell_them(self, smi: FakeSmi, labels: str | Exception) -> None:
+        smi.answers["uuid_name"] = labels
+        assert [(d.uuid, d.name) for d in NvidiaSmiSource().devices()] == [("gpu0", "gpu0"), ("gpu1", "gpu1")]
+
+    def test_cuda_visible_devices_selects_lines(self, smi: FakeSmi, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-bbbb,0")
+        source = NvidiaSmiSource()
+        assert [d.uuid for d in source.devices()] == ["GPU-bbbb", "GPU-aaaa"]
+        assert used(source) == [2000.0, 1000.0]
+
+    @pytest.mark.parametrize(
+        "failure",
+        [FileNotFoundError("nvidia-smi"), subprocess.TimeoutExpired("nvidia-smi", 5.0), "No devices were found"],
+    )
+    def test_a_program_that_is_missing_or_hangs_or_finds_nothing_makes_the_source_unavailable(
+        self, smi: FakeSmi, failure: str | Exception
+    ) -> None:
+        smi.answers["total"] = failure
+        with pytest.raises(SourceUnavailableError):
+            NvidiaSmiSource()
+
+    def test_a_hang_during_a_sample_is_the_callers_to_handle(self, smi: FakeSmi) -> None:
+        source = NvidiaSmiSource()
+        smi.answers["free"] = subprocess.TimeoutExpired("nvidia-smi", 5.0)
+        with pytest.raises(subprocess.TimeoutExpired):
+            source.sample(())
+
+
+BALLAST_MB = 64
+CHILD = f"""
+import sys
+ballast = b"x" * ({BALLAST_MB} << 20)
+print("full", flush=True)
+sys.stdin.readline()
+del ballast
+print("empty", flush=True)
+sys.stdin.readline()
+"""
+
+
+@pytest.fixture
+def child() -> Iterator[subprocess.Popen[str]]:
+    """A process that holds BALLAST_MB, lets go of it at a line on stdin, and ends at the next."""
+    with subprocess.Popen(
+        [sys.executable, "-c", CHILD], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as running:
+        assert next(running.stdout or iter(())) == "full\n"
+        yield running
+        running.kill()
+
+
+def say(child: subprocess.Popen[str]) -> None:
+    assert child.stdin is not None
+    child.stdin.write("\n")
+    child.stdin.flush()
+
+
+class TestHostMemory:
+    def test_memory_of_a_process_is_seen_to_come_and_go(self, child: subprocess.Popen[str]) -> None:
+        source = HostMemorySource()
+        (full,) = source.sample((child.pid,))
+        assert full.used_mb == full.process_mb[child.pid] > BALLAST_MB
+        say(child)
+        assert next(child.stdout or iter(())) == "empty\n"
+        (empty,) = source.sample((child.pid,))
+        assert empty.used_mb is not None and empty.used_mb <= full.used_mb - BALLAST_MB + 1
+
+    def test_a_process_that_is_gone_or_a_zombie_counts_nothing(self, child: subprocess.Popen[str]) -> None:
+        source = HostMemorySource()
+        source.sample((child.pid,))
+        child.kill()
+        os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # dead, and not reaped: a zombie
+        assert used(source, (child.pid,)) == [0]
+        child.wait()
+        assert used(source, (child.pid,)) == [0]
+
+    def test_no_servers_use_nothing(self) -> None:
+        assert used(HostMemorySource()) == [0]
+
+    def test_a_process_named_twice_counts_once(self, child: subprocess.Popen[str]) -> None:
+        source = HostMemorySource()
+        assert used(source, (child.pid, child.pid)) == used(source, (child.pid,))
+
+    def test_an_unchanged_process_is_walked_once(
+        self, child: subprocess.Popen[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        walks: list[int] = []
+        walk = psutil.Process.memory_full_info
+
+        def counted(process: psutil.Process) -> Any:
+            walks.append(process.pid)
+            return walk(process)
+
+        monkeypatch.setattr(psutil.Process, "memory_full_info", counted)
+        source = HostMemorySource()
+        assert used(source, (child.pid,)) == used(source, (child.pid,))
+        assert len(walks) == 1
+        monkeypatch.setattr("mpmm.sources.host_memory.USS_LIFETIME_NS", 0)
+        source.sample((child.pid,))
+        assert len(walks) == 2
+
+    def test_a_process_whose_pages_may_not_be_walked_counts_with_its_rss(
+        self, child: subprocess.Popen[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def refuse(process: psutil.Process) -> None:
+            raise psutil.AccessDenied(process.pid)
+
+        monkeypatch.setattr(psutil.Process, "memory_full_info", refuse)
+        (sample,) = HostMemorySource().sample((child.pid,))
+        assert sample.used_mb == pytest.approx(psutil.Process(child.pid).memory_info().rss / MIB, abs=2)
+        monkeypatch.setattr(psutil.Process, "memory_info", refuse)
+        assert used(HostMemorySource(), (child.pid,)) == [None]
+
+    def test_the_total_is_the_budget_or_what_the_host_has(self) -> None:
+        assert HostMemorySource(budget_mb=1234).devices()[0].total_mb == 1234.0
+        total_mb = HostMemorySource().devices()[0].total_mb
+        assert total_mb == host_memory_mb() <= psutil.virtual_memory().total / MIB
+
+    @pytest.mark.parametrize("budget_mb", [0, -1, float("nan")])
+    def test_a_budget_that_is_no_size_is_refused(self, budget_mb: float) -> None:
+        with pytest.raises(InvalidArgumentError, match="budget_mb"):
+            HostMemorySource(budget_mb)
+
+    def test_limits_of_the_control_group_and_its_parents_count(self, tmp_path: Path) -> None:
+        membership = tmp_path / "cgroup"
+        mount = tmp_path / "mount"
+        (mount / "pod" / "box").mkdir(parents=True)
+        (mount / "memory" / "pod").mkdir(parents=True)
+        (mount / "pod" / "box" / "memory.max").write_text("max\n")
+        (mount / "pod" / "memory.max").write_text("5000\n")
+        (mount / "memory" / "pod" / "memory.limit_in_bytes").write_text("7000\n")
+        membership.write_text("0::/pod/box\n")
+        assert cgroup_limits(mount, membership) == [5000]
+        membership.write_text("5:cpu,memory:/pod\n4:pids:/\n")
+        assert cgroup_limits(mount, membership) == [7000]
+        assert cgroup_limits(mount, tmp_path / "missing") == []
+
+
+class TestChoice:
+    def test_auto_takes_nvml_first(self, monkeypatch: pytest.MonkeyPatch, smi: FakeSmi) -> None:
+        install(monkeypatch, *two_gpus())
+        assert choose_source().name == "nvml"
+        assert not smi.calls
+
+    def test_auto_takes_nvidia_smi_where_nvml_fails(self, smi: FakeSmi) -> None:
+        assert choose_source().name == "nvidia-smi"
+
+    def test_auto_does_without_nvidia_ml_py(self, monkeypatch: pytest.MonkeyPatch, smi: FakeSmi) -> None:
+        monkeypatch.setitem(sys.modules, "pynvml", None)
+        assert choose_source().name == "nvidia-smi"
+
+    def test_auto_ends_with_the_books_and_one_warning(self, smi: FakeSmi, caplog: pytest.LogCaptureFixture) -> None:
+        smi.answers.clear()
+        with caplog.at_level(logging.WARNING):
+            source = choose_source(fallback_memory_mb=12000.0)
+        assert is_books_only(source)
+        assert [d.total_mb for d in source.devices()] == [12000.0]
+        assert used(source) == [None]
+        (record,) = caplog.records
+        assert "12000" in record.getMessage()
+
+    def test_hidden_gpus_stay_hidden_from_every_source(self, monkeypatch: pytest.MonkeyPatch, smi: FakeSmi) -> None:
+        install(monkeypatch, *two_gpus())
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+        assert choose_source().name == "booked"
+
+    def test_the_environment_stands_in_for_auto_alone(self, monkeypatch: pytest.MonkeyPatch, smi: FakeSmi) -> None:
+        monkeypatch.setenv("MPMM_MEMORY_SOURCE", "host")
+        assert choose_source(budget_mb=500.0).devices()[0].total_mb == 500.0
+        assert choose_source("booked").name == "booked"
+        monkeypatch.setenv("MPMM_MEMORY_SOURCE", "auto")
+        assert choose_source().name == "nvidia-smi"
+
+    @pytest.mark.parametrize("name", ["nvml", "nvidia-smi"])
+    def test_a_source_asked_for_by_name_must_work(self, smi: FakeSmi, name: str) -> None:
+        smi.answers.clear()
+        with pytest.raises(SourceUnavailableError, match=name):
+            choose_source(name)
+
+    def test_an_unknown_name_is_refused_with_the_names_that_exist(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        with pytest.raises(InvalidArgumentError, match="nvidia-smi, host, booked"):
+            choose_source("nvmll")
+        monkeypatch.setenv("MPMM_MEMORY_SOURCE", "cuda")
+        with pytest.raises(InvalidArgumentError, match="MPMM_MEMORY_SOURCE"):
+            choose_source()
+
+    def test_a_ready_source_passes_through_and_other_objects_do_not(self) -> None:
+        source = BookedSource(100.0)
+        assert choose_source(source) is source
+        with pytest.raises(InvalidArgumentError, match="MemorySource"):
+            choose_source(object())  # type: ignore[arg-type]
+
+    def test_books_need_a_size(self) -> None:
+        with pytest.raises(InvalidArgumentError):
+            BookedSource(0.0)

@@ -1,0 +1,458 @@
+"""Servers that are forked: from whom, in which surroundings, and what is left when the zygote dies."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import test_multi_process_shared as shared_tests
+from test_multi_process_shared import DEADLINE_S, LAST_CLIENT_S, Counter, Worker, acquire, is_running, wait_until
+
+from mpmm.errors import ServerStartError
+from mpmm.multi_process_shared import MultiProcessShared, server_pid, unload
+from mpmm.proxy import forked_server, zygote
+from mpmm.proxy.context import ServerContext, serving_for
+from mpmm.proxy.forked_server import zygote_pid
+from mpmm.proxy.room import room_for
+
+pytestmark = pytest.mark.skipif(not forked_server._has_pidfd(), reason="needs descriptors of processes")
+path = shared_tests.path
+new_worker = shared_tests.new_worker
+
+# How long a template may take for modules that import nothing themselves.
+LEARN_TIMEOUT_S = 20.0
+
+
+class Surroundings:
+    """A shared object that tells where it is."""
+
+    def __init__(self) -> None:
+        self.seen = os.environ.get("MPMM_TEST_SEEN")
+
+    def seen_by_constructor(self) -> str | None:
+        return self.seen
+
+    def environment(self, name: str) -> str | None:
+        return os.environ.get(name)
+
+    def folder(self) -> str:
+        return os.getcwd()
+
+    def draw(self) -> float:
+        return random.random()
+
+    def print(self, text: str) -> None:
+        print(text, flush=True)
+        print(text, file=sys.stderr, flush=True)
+
+    def threads(self) -> int:
+        return len(os.listdir("/proc/self/task"))
+
+    def descriptors(self) -> list[str]:
+        found = []
+        for fd in os.listdir("/proc/self/fd"):
+            with contextlib.suppress(OSError):
+                found.append(os.readlink(f"/proc/self/fd/{fd}"))
+        return found
+
+
+class Importing:
+    """Makes a Counter after importing a module, which a server has to learn about."""
+
+    def __init__(self, module: str) -> None:
+        self.module = module
+
+    def __call__(self) -> Counter:
+        return Counter(__import__(self.module).answer)
+
+
+def shared(path: str, tag: str = "it", constructor: Callable[[], Any] = Counter) -> Any:
+    return MultiProcessShared(constructor, tag, path=path, spawn_process=True).acquire()
+
+
+def parent_of(pid: int) -> int:
+    return int(psutil.Process(pid).ppid())
+
+
+def zygote_of(path: str) -> int:
+    pid = zygote_pid(room_for(path))
+    assert pid is not None
+    return pid
+
+
+def templates_of(path: str) -> list[int]:
+    found = [child for child in psutil.Process(zygote_of(path)).children() if child.name() == zygote.PROCESS_NAME]
+    return [child.pid for child in found if is_running(child.pid)]
+
+
+def parent_in(memory: dict[str, Any], tag: str, path: str) -> tuple[int, int]:
+    """Acquire in a worker; return the pid of the server and its parent."""
+    pid = acquire(memory, tag, path)
+    return pid, parent_of(pid)
+
+
+@pytest.fixture
+def modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    """Writes modules that note in a file, named as they are, the pids that import them."""
+    folder = tmp_path / "modules"
+    folder.mkdir()
+    monkeypatch.syspath_prepend(str(folder))
+
+    def make(name: str, code: str = "") -> str:
+        note = folder / f"{name}.pids"
+        lines = ["import os", f"open({str(note)!r}, 'a').write(f'{{os.getpid()}}\\n')", "answer = 41", code]
+        (folder / f"{name}.py").write_text("\n".join(lines))
+        return name
+
+    make.folder = folder  # type: ignore[attr-defined]
+    return make
+
+
+def pids_that_imported(modules: Any, name: str) -> list[int]:
+    note: Path = modules.folder / f"{name}.pids"
+    return [int(line) for line in note.read_text().split()] if note.exists() else []
+
+
+def wait_for_template_with(path: str, modules: Any, name: str) -> int:
+    """Wait until a template has imported the module; return its pid."""
+
+    def found() -> list[int]:
+        return [pid for pid in pids_that_imported(modules, name) if pid in templates_of(path)]
+
+    wait_until(lambda: bool(found()), LEARN_TIMEOUT_S, lambda: "no template imports the module")
+    return found()[0]
+
+
+# Forking.
+
+
+def test_servers_are_forks_of_one_zygote_which_two_clients_share(path: str, new_worker: Callable[[], Worker]) -> None:
+    mine = shared(path, "mine").pid()
+    zygotes = {zygote_of(path), *templates_of(path)}
+    assert parent_of(mine) in zygotes
+    for number in range(2):
+        pid, parent = new_worker().do(parent_in, f"tag {number}", path)
+        assert parent in {zygote_of(path), *templates_of(path)}
+        assert pid != mine
+    assert zygote_of(path) in zygotes
+    assert psutil.Process(mine).name() == "mpmm-server"
+    assert psutil.Process(zygote_of(path)).name() == zygote.PROCESS_NAME
+
+
+def test_a_forked_server_is_a_child_in_the_eyes_of_multiprocessing(path: str) -> None:
+    pid = shared(path).pid()
+    (child,) = (child for child in multiprocessing.active_children() if child.pid == pid)
+    assert child.is_alive()
+    assert child.exitcode is None
+    child.join(0.01)
+    assert child.is_alive()
+    child.terminate()
+    child.join(DEADLINE_S)
+    assert not child.is_alive()
+    assert int(child.exitcode or 0) == 128 + signal.SIGTERM
+    assert child not in multiprocessing.active_children()
+
+
+def test_a_dead_server_is_reaped_when_its_starter_asks_or_is_gone(path: str, new_worker: Callable[[], Worker]) -> None:
+    worker = new_worker()
+    theirs = worker.do(acquire, "theirs", path)
+    mine = shared(path, "mine").pid()
+    for pid in (mine, theirs):
+        os.kill(pid, signal.SIGKILL)
+        wait_until(lambda pid=pid: not is_running(pid), DEADLINE_S)  # type: ignore[misc]
+    # Another server comes and goes in between.
+    shared(path, "other")
+    wait_until(lambda: not psutil.pid_exists(mine), DEADLINE_S, lambda: "acquire() has not reaped the server")
+    assert psutil.pid_exists(theirs)
+    worker.kill()
+    wait_until(lambda: not psutil.pid_exists(theirs), DEADLINE_S, lambda: "nobody has reaped the server")
+
+
+def test_a_server_that_dies_or_fails_in_its_constructor_says_so_as_before(path: str) -> None:
+    shared(path, "first")
+    with pytest.raises(ServerStartError, match="ZeroDivisionError: no such model"):
+        shared(path, "it", shared_tests.fail_to_construct)
+    with pytest.raises(ServerStartError, match="exit code -9"):
+        shared(path, "it", shared_tests.die_in_constructor)
+
+
+def test_a_forked_server_has_the_surroundings_of_its_starter(
+    path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    shared(path, "first")
+    monkeypatch.setenv("MPMM_TEST_MINE", "mine")
+    monkeypatch.chdir(tmp_path)
+    context = ServerContext(alive_lock=str(room_for(path).alive_path), environment=(("MPMM_TEST_SEEN", "yes"),))
+    with serving_for(context):
+        proxy = shared(path, "it", Surroundings)
+    assert (proxy.seen_by_constructor(), proxy.environment("MPMM_TEST_SEEN")) == ("yes", "yes")
+    assert proxy.environment("MPMM_TEST_MINE") == "mine"
+    assert proxy.folder() == str(tmp_path)
+    proxy.print("said by the server")
+    assert capfd.readouterr() == ("said by the server\n", "said by the server\n")
+    assert os.getsid(server_pid("it", path=path) or 0) == server_pid("it", path=path)
+    later = shared(path, "later", Surroundings)
+    assert later.seen_by_constructor() is None
+    assert later.draw() != proxy.draw()
+    # Nothing of the zygote's: neither its socket nor its lock, nor what other servers talk through.
+    assert not [name for name in later.descriptors() if "/zygote/" in name]
+
+
+def test_a_constructor_of_a_script_works_without_cloudpickle(path: str, tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import sys\n"
+        "import importlib.util\n"
+        "find_spec = importlib.util.find_spec\n"
+        "importlib.util.find_spec = lambda name, *more: None if name == 'cloudpickle' else find_spec(name, *more)\n"
+        "import psutil\n"
+        "from mpmm.multi_process_shared import MultiProcessShared\n"
+        "class Typed:\n"
+        "    def answer(self): return 42, __name__\n"
+        "    def forked(self): return psutil.Process().name()\n"
+        "if __name__ == '__main__':\n"
+        "    for tag in ('first', 'second'):\n"
+        "        handle = MultiProcessShared(Typed, tag, path=sys.argv[1], spawn_process=True)\n"
+        "        print(handle.acquire().answer(), handle.acquire().forked())\n"
+        "        handle.unsafe_hard_delete()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, str(script), path],
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE_S,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    assert (done.stdout, done.stderr) == ("(42, '__mp_main__') mpmm-server\n" * 2, "")
+
+
+@pytest.mark.parametrize("switch", ["0", "1"], ids=["spawn", "zygote"])
+def test_a_script_without_a_main_guard_fails_as_with_spawn(path: str, tmp_path: Path, switch: str) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import os, sys\n"
+        "from mpmm.multi_process_shared import MultiProcessShared\n"
+        "MultiProcessShared(dict, str(os.getpid()), path=sys.argv[1], spawn_process=True).acquire()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, str(script), path],
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE_S,
+        env={**os.environ, "MPMM_ZYGOTE": switch, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    assert "bootstrapping phase" in done.stderr
+    assert "exit code 1" in done.stderr
+
+
+# Learning.
+
+
+def test_the_second_server_does_not_import_again_what_the_first_one_had_to(path: str, modules: Any) -> None:
+    name = modules("mpmm_test_slow")
+    first = shared(path, "first", Importing(name))
+    assert pids_that_imported(modules, name) == [first.pid()]
+    template = wait_for_template_with(path, modules, name)
+    later = server_from(path, template, Importing(name))
+    assert later.increment() == 42
+    assert later.pid() not in pids_that_imported(modules, name)
+
+
+def test_a_module_that_leaves_a_thread_behind_is_not_imported_before_a_fork(path: str, modules: Any) -> None:
+    threads = "import threading, time\nthreading.Thread(target=time.sleep, args=(600,), daemon=True).start()"
+    bad, good = modules("mpmm_test_threads", threads), modules("mpmm_test_harmless")
+    shared(path, "first", Importing(bad))
+    wait_until(lambda: len(pids_that_imported(modules, bad)) == 2, LEARN_TIMEOUT_S, lambda: "no template tries")
+    tried = pids_that_imported(modules, bad)[1]
+    wait_until(lambda: not is_running(tried), LEARN_TIMEOUT_S, lambda: "the template goes on")
+    shared(path, "second", Importing(good))
+    template = wait_for_template_with(path, modules, good)
+    later = server_from(path, template, Surroundings)
+    assert template not in pids_that_imported(modules, bad)
+    assert later.environment("MPMM_TEST_SEEN") is None
+    assert shared(path, "last", Importing(bad)).increment() == 42
+
+
+def test_imports_see_the_environment_of_a_server_context(path: str, modules: Any) -> None:
+    name = modules("mpmm_test_reads", "answer = int(os.environ['MPMM_TEST_SEEN'])")
+    for answer in ("1", "2", "3"):
+        context = ServerContext(alive_lock=str(room_for(path).alive_path), environment=(("MPMM_TEST_SEEN", answer),))
+        with serving_for(context):
+            assert shared(path, f"tag {answer}", Importing(name)).increment() == int(answer) + 1
+        wait_for_template_with(path, modules, name)
+
+
+def test_modules_named_in_the_environment_are_imported_beforehand(
+    path: str, modules: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = modules("mpmm_test_named")
+    monkeypatch.setenv("MPMM_PRELOAD", f"no_such_module, {name}")
+    shared(path, "first")
+    template = wait_for_template_with(path, modules, name)
+    assert server_from(path, template, Importing(name)).increment() == 42
+    assert set(pids_that_imported(modules, name)) <= {template, *templates_of(path)}
+
+
+def test_a_prelude_is_done_before_the_first_server_is_forked(
+    path: str, modules: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = modules("mpmm_test_prelude", "def prepare():\n    global answer\n    answer += 100")
+    monkeypatch.setattr(forked_server, "_preludes", [f"{name}:prepare"])
+    assert shared(path, "first", Importing(name)).increment() == 142
+    assert pids_that_imported(modules, name) == templates_of(path)
+
+
+@pytest.mark.parametrize("code", ["raise SystemExit", "os.kill(os.getpid(), 9)"])
+def test_a_prelude_that_fails_leaves_servers_to_themselves(
+    path: str, modules: Any, monkeypatch: pytest.MonkeyPatch, code: str
+) -> None:
+    name = modules("mpmm_test_failing", code)
+    monkeypatch.setattr(forked_server, "_preludes", [f"{name}:prepare"])
+    for number in range(3):
+        assert shared(path, f"tag {number}").increment() == 1
+
+
+def test_orders_larger_than_a_socket_takes_arrive(path: str, modules: Any) -> None:
+    name = modules("mpmm_test_slow")
+    shared(path, "first", Importing(name))
+    template = wait_for_template_with(path, modules, name)
+    large = Importing(name)
+    large.ballast = os.urandom(5_000_000)  # type: ignore[attr-defined]
+    assert server_from(path, template, large).increment() == 42
+
+
+# Ends.
+
+
+def test_the_zygote_ends_soon_after_its_last_client_was_killed_and_leaves_nothing(
+    path: str, modules: Any, new_worker: Callable[[], Worker]
+) -> None:
+    workers = [new_worker(), new_worker()]
+    for worker in workers:
+        worker.do(acquire_importing, modules("mpmm_test_slow"), path)
+    wait_for_template_with(path, modules, "mpmm_test_slow")
+    pids = [zygote_of(path), *templates_of(path)]
+    room_for(path).leave()
+    for worker in workers:
+        worker.kill()
+    wait_until(lambda: not any(map(is_running, pids)), LAST_CLIENT_S, lambda: "the zygote still runs")
+    wait_until(lambda: not any(Path(path).iterdir()), LAST_CLIENT_S, lambda: "the room is still there")
+
+
+def test_the_zygote_ends_when_its_last_client_leaves(path: str, new_worker: Callable[[], Worker]) -> None:
+    worker = new_worker()
+    worker.do(acquire, "it", path)
+    pid = zygote_of(path)
+    assert worker.leave() == 0
+    wait_until(lambda: not is_running(pid), LAST_CLIENT_S, lambda: "the zygote still runs")
+
+
+def test_servers_survive_the_zygotes_death_and_the_next_start_has_a_new_one(path: str, modules: Any) -> None:
+    name = modules("mpmm_test_slow")
+    first = shared(path, "first", Importing(name))
+    template = wait_for_template_with(path, modules, name)
+    second = server_from(path, template, Importing(name))
+    old = zygote_of(path)
+    os.kill(old, signal.SIGKILL)
+    wait_until(lambda: not is_running(old) and not is_running(template), DEADLINE_S)
+    assert (first.increment(), second.increment()) == (42, 42)
+    third = shared(path, "third")
+    assert parent_of(third.pid()) == zygote_of(path) != old
+    # Nobody can know any more how the orphan ended, but that it did.
+    (child,) = (child for child in multiprocessing.active_children() if child.pid == first.pid())
+    assert unload("first", path=path)
+    assert (child.is_alive(), child.exitcode) == (False, forked_server.UNKNOWN_EXIT_CODE)
+    child = next(child for child in multiprocessing.active_children() if child.pid == third.pid())
+    assert unload("third", path=path)
+    assert child.exitcode == 0
+
+
+def test_killing_the_zygote_at_any_time_costs_no_start(path: str) -> None:
+    stop = threading.Event()
+    kills = 0
+
+    def kill_again_and_again() -> None:
+        nonlocal kills
+        chance = random.Random(7)
+        while not stop.wait(chance.random() * 0.2):
+            with contextlib.suppress(ProcessLookupError):
+                if (pid := zygote_pid(room_for(path))) is not None:
+                    os.kill(pid, signal.SIGKILL)
+                    kills += 1
+
+    killer = threading.Thread(target=kill_again_and_again)
+    killer.start()
+    try:
+        end = time.monotonic() + 4.0
+        started = 0
+        while time.monotonic() < end:
+            assert shared(path, f"tag {started}").increment() == 1
+            started += 1
+    finally:
+        stop.set()
+        killer.join(DEADLINE_S)
+    assert started > 3
+    assert kills > 3
+
+
+def test_without_a_zygote_servers_are_spawned(
+    path: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("MPMM_ZYGOTE", "0")
+    assert parent_of(shared(path, "spawned").pid()) == os.getpid()
+    assert zygote_pid(room_for(path)) is None
+    monkeypatch.setenv("MPMM_ZYGOTE", "1")
+    monkeypatch.setattr(forked_server, "_avoid_until", 0.0)
+    with caplog.at_level(logging.WARNING), monkeypatch.context() as patched:
+        patched.setattr(forked_server, "_start_zygote", fail_to_start)
+        assert parent_of(shared(path, "fallback").pid()) == os.getpid()
+    assert [record.message for record in caplog.records if "no zygote" in record.message]
+    # It is not tried again at every start.
+    assert forked_server._avoid_until > time.monotonic()
+
+
+def test_a_stopped_zygote_delays_a_start_but_does_not_prevent_it(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forked_server, "ANSWER_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(forked_server, "_avoid_until", 0.0)
+    shared(path, "first")
+    pid = zygote_of(path)
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        assert parent_of(shared(path, "second").pid()) == os.getpid()
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
+
+def fail_to_start(*arguments: Any) -> None:
+    raise OSError("no such interpreter")
+
+
+def acquire_importing(memory: dict[str, Any], name: str, path: str) -> int:
+    memory[name] = MultiProcessShared(Importing(name), name, path=path, always_proxy=True, spawn_process=True).acquire()
+    return int(memory[name].pid())
+
+
+def server_from(path: str, template: int, constructor: Callable[[], Any]) -> Any:
+    """Return a server that the template has forked, once it has done what it was told."""
+    for number in range(200):
+        proxy = shared(path, f"from template {number}", constructor)
+        pid = server_pid(f"from template {number}", path=path)
+        assert pid is not None
+        if parent_of(pid) == template:
+            return proxy
+        unload(f"from template {number}", path=path)
+        time.sleep(0.02)
+    raise AssertionError("the template forks nothing")
