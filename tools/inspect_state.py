@@ -1,0 +1,13 @@
+"""`mpmm inspect` from a checkout: `python tools/inspect_state.py [NAMESPACE] [--json]`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from mpmm.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["inspect", *sys.argv[1:]]))

@@ -1,0 +1,177 @@
+"""Many processes on one namespace, killed, stopped and forked at random, and watched for whatever goes wrong.
+
+    python tools/stress.py                                          64 processes, one minute
+    python tools/stress.py --processes 8 --seconds 20 --seed 5      a short run, the same again with the same seed
+
+Every process acquires, uses and releases models of three kinds on a simulated device that is too small for all
+of them: handles of real model servers, handles without a server, and objects that belong to their process. The
+conductor (stress_conductor.py) kills and stops them, at times in the middle of a transaction; workers
+(stress_worker.py) fork children in the midst of it all.
+
+Double use of a copy is noticed in two ways that know nothing of each other: in the state and its events
+(stress_checks.py), and by a lock on a file of each copy that its user takes (stress_models.py).
+
+The exit code is 1 if anything was wrong or left behind. A run can be replayed approximately: everything
+random comes from the seed, but not the scheduling of processes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import json
+import os
+import platform
+import random
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from stress_conductor import NAMESPACE, Result, conduct
+from stress_models import Plan
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Do what the command line says; return the exit code."""
+    options = parse(arguments)
+    say(f"seed {options.seed}: {options.processes} processes, {options.seconds:g} s")
+    result = conduct(lambda folder: make_plan(options, folder), say)
+    print_table(result)
+    if options.json:
+        say(json.dumps(as_json(result)))
+    return 1 if result.violations.total or result.left_behind else 0
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description="Stress test of one namespace with many processes.")
+    parser.add_argument("--processes", type=int, default=64)
+    parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--seed", type=int, default=None, help="default: a new one, which is printed")
+    parser.add_argument("--kill-rate", type=float, default=1.0, help="a second, over all processes (default 1)")
+    parser.add_argument("--stop-rate", type=float, default=1.0, help="a second, over all processes (default 1)")
+    parser.add_argument("--fork-rate", type=float, default=0.5, help="a second, over all processes (default 0.5)")
+    parser.add_argument("--pace", type=float, default=100.0, help="attempts to acquire a second, over all")
+    parser.add_argument("--servers", type=int, default=2, help="tags whose copies are real model servers (default 2)")
+    parser.add_argument("--threads", type=int, default=2, help="threads in each process (default 2)")
+    parser.add_argument("--total-mb", type=int, default=None, help="size of the device (default 600 + 100 a process)")
+    parser.add_argument("--per-process", choices=("yes", "no", "auto"), default="auto",
+                        help="does the device tell what single processes take? (default: the seed says)")  # fmt: skip
+    parser.add_argument("--lock-timeout", type=float, default=1.0, help="seconds (default 1)")
+    parser.add_argument("--poll-interval", type=float, default=0.5, help="seconds (default 0.5)")
+    parser.add_argument("--json", action="store_true", help="the last line of output is one JSON object")
+    options = parser.parse_args(arguments)
+    if not 1 <= options.processes <= 400:
+        parser.error("--processes: expected 1 to 400")
+    if options.seed is None:
+        options.seed = random.SystemRandom().randrange(1, 1_000_000)
+    if options.total_mb is None:
+        # Room for each model, and for some of the objects of which every process wants its own.
+        options.total_mb = 600 + 100 * options.processes
+    return options
+
+
+def make_plan(options: argparse.Namespace, folder: str) -> Plan:
+    """Return the plan of a run in a folder."""
+    return Plan(
+        folder=folder,
+        namespace=NAMESPACE,
+        seed=options.seed,
+        processes=options.processes,
+        threads=options.threads,
+        seconds=options.seconds,
+        servers=options.servers,
+        kill_rate=options.kill_rate,
+        stop_rate=options.stop_rate,
+        fork_rate=options.fork_rate,
+        pace=options.pace,
+        total_mb=options.total_mb,
+        per_process=options.seed % 2 == 1 if options.per_process == "auto" else options.per_process == "yes",
+        lock_timeout_s=options.lock_timeout,
+        poll_interval_s=options.poll_interval,
+    )
+
+
+def print_table(result: Result) -> None:
+    """Say what the run has come to."""
+    counts = result.counts
+    rows = [
+        ("operations", f"{counts['operations']} in {result.seconds:.1f} s ({counts['hits']} hits, "
+                       f"{counts['loads']} loads, {counts['failed_loads']} failed loads)"),
+        ("waits, time-outs", f"{counts['waits']}, {counts['timeouts']}; {counts['lock_timeouts']} for the lock"),
+        ("kills", _listed(result.kills)),
+        ("stops", _listed(result.stops)),
+        ("forks", str(counts["forks"])),
+        ("recoveries", _percentiles(result.recoveries_s)),
+        ("… while the lock's holder was stopped", _percentiles(result.stalled_recoveries_s)),
+        ("rollbacks, leaders", f"{result.rollbacks}, {result.leaders}"),
+        ("snapshots", f"{result.snapshots} ({len(result.unconfirmed)} lines not confirmed); "
+                      f"at most {result.most_booked_mb:.0f} MB booked"),
+        ("seen waiting, by reason", _listed(result.reasons)),
+        ("written off", f"{result.written_off_mb:.0f} MB"),
+        ("excused claims", _listed(result.excused)),
+    ]  # fmt: skip
+    for name, (first, middle, last, slope) in result.drifts.items():
+        text = f"{first:.1f}, {middle:.1f}, {last:.1f}; {slope:+.2f} a minute at last ({result.survivors} survivors)"
+        rows.append((f"{name} at start, middle, end", text))
+    rows += [
+        ("violations", _listed(result.violations.counts)),
+        ("left behind", str(len(result.left_behind))),
+        ("machine", f"{os.cpu_count()} processors, Python {platform.python_version()}"),
+        ("seed", str(result.seed)),
+    ]
+    say("")
+    for name, text in rows:
+        say(f"{name:38}  {text}")
+    for text in result.unconfirmed[:5]:
+        say(f"\n? seen once: {text}")
+    for text in result.violations.texts + result.left_behind[:20]:
+        say(f"\n! {text}")
+
+
+def as_json(result: Result) -> dict[str, object]:
+    """Return the result as JSON values."""
+    recoveries = result.recoveries_s
+    return {
+        "seed": result.seed,
+        "seconds": round(result.seconds, 3),
+        "violations": result.violations.total,
+        "violations_by_kind": dict(result.violations.counts),
+        "left_behind": len(result.left_behind),
+        "recoveries": len(recoveries),
+        "recovery_p50_s": round(statistics.median(recoveries), 4) if recoveries else None,
+        "recovery_max_s": round(max(recoveries), 4) if recoveries else None,
+        "recovery_max_stopped_lock_s": round(max(result.stalled_recoveries_s, default=0.0), 4),
+        "operations": result.counts["operations"],
+        "counts": dict(result.counts),
+        "kills": sum(result.kills.values()),
+        "kills_by_kind": dict(result.kills),
+        "stops": sum(result.stops.values()),
+        "forks": result.counts["forks"],
+        "rollbacks": result.rollbacks,
+        "leaders": result.leaders,
+        "drifts": {name: [round(value, 3) for value in values] for name, values in result.drifts.items()},
+    }
+
+
+def say(text: str) -> None:
+    """Print at once."""
+    print(text, flush=True)
+
+
+def _listed(counts: collections.Counter[str]) -> str:
+    parts = ", ".join(f"{count} {name}" for name, count in sorted(counts.items()))
+    return f"{sum(counts.values())}" + (f" ({parts})" if parts else "")
+
+
+def _percentiles(seconds: list[float]) -> str:
+    if not seconds:
+        return "0"
+    return f"{len(seconds)}, p50 {statistics.median(seconds):.3f} s, max {max(seconds):.3f} s"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,293 @@
+"""What the stress run's processes share: the plan, a simulated device, models on it, and file locks as witnesses.
+
+Memory on the simulated device is a file, `<kind>-<MB>-<pid>-<number>`, in one folder:
+
+- `object` and `server` memory belongs to the process that holds the file's lock, and goes with it;
+- `file` memory stands by itself: it goes when the conductor sees that no row names it any more, so it comes back late.
+
+Files are locked before they get their name, so that nobody sees one without its lock.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import itertools
+import os
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from mpmm.sources import DeviceInfo, DeviceSample
+
+# A dying process's locks go one after the other, within much less than this.
+DYING_S = 1.0
+# Where memory comes back late without being announced so, an allocation may find it still taken.
+PATIENCE_S = 0.5
+PF_EXITING = 0x4
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The parameters of a run, the same for all of its processes.
+
+    Rates are events a second over all processes, and so is pace, for attempts to acquire.
+    per_process: the device tells what single processes take.
+    """
+
+    folder: str
+    namespace: str
+    seed: int
+    processes: int
+    threads: int
+    seconds: float
+    servers: int
+    kill_rate: float
+    stop_rate: float
+    fork_rate: float
+    pace: float
+    total_mb: int
+    per_process: bool
+    lock_timeout_s: float
+    poll_interval_s: float
+
+    def device(self) -> SimulatedDevice:
+        """Return a new source of the device's figures."""
+        return SimulatedDevice(os.path.join(self.folder, "device"), self.total_mb, self.per_process)
+
+    def witness(self, copy: str) -> str:
+        """Return the path of the file that is locked by whoever uses a copy."""
+        return os.path.join(self.folder, "held", copy)
+
+
+def size_mb(tag: str) -> int:
+    """Return what a copy of a model takes: `<kind>-<number>` is a usual model, `new-<kind>-<MB>-…` another one."""
+    fields = tag.split("-")
+    if fields[0] == "new":
+        return int(fields[2])
+    return {"server": 150, "file": 60, "object": 40}[fields[0]] + 20 * int(fields[1])
+
+
+class DoubleUseError(Exception):
+    """A copy is in use by somebody else who is alive."""
+
+
+class OutOfMemoryError(Exception):
+    """The device has not enough memory for what the manager has let in."""
+
+
+# ---- locks that die with this process and that forked children do not share ----------------------------------
+
+_guard = threading.RLock()
+_held: set[int] = set()
+_numbers = itertools.count(1)
+
+
+def _close_in_child() -> None:
+    for fd in _held:
+        os.close(fd)
+    _held.clear()
+    _guard.release()
+
+
+os.register_at_fork(before=_guard.acquire, after_in_parent=_guard.release, after_in_child=_close_in_child)
+
+
+def _open_locked(path: str) -> int | None:
+    """Open a file and lock it; None if somebody else has the lock."""
+    with _guard:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(fd)
+            return None
+        _held.add(fd)
+        return fd
+
+
+def _close_locked(fd: int) -> None:
+    with _guard:
+        if fd in _held:
+            _held.discard(fd)
+            os.close(fd)
+
+
+def is_dying(pid: int) -> bool:
+    """Tell whether a process is gone or on its way out, so that its locks may be released at any moment."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return True
+    return fields[0] in "ZX" or bool(int(fields[6]) & PF_EXITING)
+
+
+def is_stopped(pid: int) -> bool:
+    """Tell whether SIGSTOP has taken effect on a process."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "Tt"
+    except OSError:
+        return True
+
+
+@contextlib.contextmanager
+def using(path: str) -> Iterator[None]:
+    """Be the one user of a copy, as the copy's file says. Raises DoubleUseError."""
+    deadline = time.monotonic() + DYING_S
+    while (fd := _open_locked(path)) is None:
+        with contextlib.suppress(OSError, ValueError):
+            pid = int(Path(path).read_text() or 0)
+            if not is_dying(pid):
+                raise DoubleUseError(f"{os.path.basename(path)} is in use by pid {pid}, and by pid {os.getpid()}")
+        if time.monotonic() > deadline:
+            raise DoubleUseError(f"{os.path.basename(path)} is in use by somebody, and by pid {os.getpid()}")
+        time.sleep(0.001)
+    try:
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, str(os.getpid()).encode(), 0)
+        yield
+    finally:
+        _close_locked(fd)
+
+
+# ---- the device ----------------------------------------------------------------------------------------------
+
+
+def is_locked(path: str) -> bool:
+    """Tell whether a file is locked; a missing one is not."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(fd)
+    return False
+
+
+class Allocation:
+    """Memory of this process on the device, until `free`, its end, or the end of the process."""
+
+    def __init__(self, path: str, fd: int) -> None:
+        self.path = path
+        self.name = os.path.basename(path)
+        self._fd = fd
+        self._pid = os.getpid()
+
+    def disown(self) -> None:
+        """Let the file stand by itself."""
+        if self._pid == os.getpid():
+            _close_locked(self._fd)
+
+    def free(self) -> None:
+        """Give the memory back."""
+        if self._pid == os.getpid():
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self.path)
+            _close_locked(self._fd)
+            self._pid = 0
+
+    def __del__(self) -> None:
+        if not self.name.startswith("file-"):
+            self.free()
+
+
+class SimulatedDevice:
+    """A `MemorySource` over the folder of allocations."""
+
+    name = "simulated"
+    cheap = True
+
+    def __init__(self, folder: str, total_mb: int, per_process: bool) -> None:
+        self.folder = folder
+        self.measures_processes = per_process
+        self.settles_late = not per_process
+        self.total_mb = total_mb
+
+    def devices(self) -> tuple[DeviceInfo, ...]:
+        """Return the one device."""
+        return (DeviceInfo(0, "simulated-0", "simulated", float(self.total_mb)),)
+
+    def sample(self, server_pids: Sequence[int]) -> tuple[DeviceSample, ...]:
+        """Add up the files."""
+        taken_ns = time.monotonic_ns()
+        allocations = list(self.allocations())
+        of_processes = {pid: float(mb) for kind, mb, pid in allocations if kind == "server"}
+        used_mb = float(sum(mb for _, mb, _ in allocations))
+        return (DeviceSample(0, used_mb, taken_ns, of_processes if self.measures_processes else {}),)
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+    def allocations(self) -> Iterator[tuple[str, int, int]]:
+        """Return (kind, MB, pid) of whatever takes memory now."""
+        for name in os.listdir(self.folder):
+            if not name.startswith("."):
+                kind, mb, pid, _ = name.split("-")
+                if kind == "file" or is_locked(os.path.join(self.folder, name)):
+                    yield kind, int(mb), int(pid)
+
+    def allocate(self, kind: str, mb: int) -> Allocation:
+        """Take memory. Raises OutOfMemoryError."""
+        name = f"{kind}-{mb}-{os.getpid()}-{next(_numbers)}"
+        path = os.path.join(self.folder, name)
+        draft = os.path.join(self.folder, f".{name}")
+        deadline = time.monotonic() + (0.0 if self.settles_late else PATIENCE_S)
+        while True:
+            # One allocation at a time, so that two of them cannot overlook each other.
+            with self._turn():
+                used_mb = sum(mb for _, mb, _ in self.allocations())
+                if used_mb + mb <= self.total_mb:
+                    fd = _open_locked(draft)
+                    assert fd is not None
+                    os.rename(draft, path)
+                    return Allocation(path, fd)
+            if time.monotonic() >= deadline:
+                raise OutOfMemoryError(f"{used_mb} of {self.total_mb} MB are taken, {mb} MB more were let in")
+            time.sleep(0.005)
+
+    @contextlib.contextmanager
+    def _turn(self) -> Iterator[None]:
+        lock = os.path.join(self.folder, ".turn")
+        while (fd := _open_locked(lock)) is None:
+            time.sleep(0.001)
+        try:
+            yield
+        finally:
+            _close_locked(fd)
+
+
+# ---- the models ----------------------------------------------------------------------------------------------
+
+
+class OwnedModel:
+    """A model that only the process can use which has loaded it."""
+
+    def __init__(self, memory: Allocation) -> None:
+        self.memory = memory
+        self.unloaded = False
+
+    def unload_model(self) -> None:
+        """Give the memory back; called by the manager."""
+        self.unloaded = True
+        self.memory.free()
+
+
+class ServedModel:
+    """A model in a model server."""
+
+    def __init__(self, device: SimulatedDevice, mb: int, seconds: float, fails: bool) -> None:
+        time.sleep(seconds)
+        if fails:
+            raise RuntimeError("this constructor fails on purpose")
+        self._memory = device.allocate("server", mb)
+
+    def work(self, seconds: float) -> str:
+        """Take some time, and return whose memory is used."""
+        time.sleep(seconds)
+        return self._memory.name

@@ -1,0 +1,453 @@
+"""A worker of the stress run: threads that acquire, use and release, and what they find wrong.
+
+A worker judges only what it can be sure of. The rest it sends to the conductor as a *claim*, because only that one
+knows whom it has stopped and killed.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import ctypes
+import functools
+import json
+import logging
+import os
+import random
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from multiprocessing import util
+from typing import Any, NoReturn
+
+from stress_models import (
+    Allocation,
+    DoubleUseError,
+    OutOfMemoryError,
+    OwnedModel,
+    Plan,
+    ServedModel,
+    size_mb,
+    using,
+)
+
+from mpmm.errors import AcquireTimeoutError, LockTimeoutError, ModelServerError, ServerStartError
+from mpmm.model_manager import ModelManager
+from mpmm.multi_process_shared import MultiProcessShared, server_pid
+from mpmm.shared_state.layout import Capacities
+
+# Phases of a run. Work begins when everybody is there: starting is what takes the processors.
+START, RUN, QUIET, LEAVE = range(4)
+TIMEOUTS_S = (0.2, 1.0, 3.0)
+LATE_S = 0.5
+BEAT_S = 0.02
+REPORT_INTERVAL_S = 0.5
+CHILD_TIMEOUT_S = 20.0
+# Small, so that copying the segment takes little of the machine that is under test.
+CAPACITIES = Capacities(
+    members=512, models=128, instances=512, tickets=1024, devices=2, observations=64, events=2048, undo=8192
+)
+_PR_SET_PDEATHSIG = 1
+
+
+class LoaderFailedError(Exception):
+    """A loader failed on purpose."""
+
+
+class ServerGoneError(Exception):
+    """There is no server behind a handle."""
+
+
+def no_server(handle: str) -> Any:
+    """Stand in for the constructor of a model that must exist already."""
+    raise ServerGoneError(f"no server of {handle!r}")
+
+
+class Heart:
+    """Knows when this process did not run (it was stopped, or others had the processors), and where late calls are."""
+
+    def __init__(self) -> None:
+        self._gaps: collections.deque[tuple[float, float]] = collections.deque(maxlen=2000)
+        self._deadlines: dict[int, float] = {}
+        self._stacks: dict[int, str] = {}
+        threading.Thread(target=self._beat, name="stress-heart", daemon=True).start()
+
+    def _beat(self) -> None:
+        last = time.monotonic()
+        while True:
+            time.sleep(BEAT_S)
+            now = time.monotonic()
+            if now - last > 2 * BEAT_S:
+                self._gaps.append((last, now))
+            last = now
+            for thread, deadline in list(self._deadlines.items()):
+                frame = sys._current_frames().get(thread)
+                if now > deadline and thread not in self._stacks and frame is not None:
+                    self._stacks[thread] = "".join(traceback.format_stack(frame)[-7:])
+
+    @contextlib.contextmanager
+    def watching(self, deadline: float) -> Iterator[None]:
+        """Note where this thread is if the block takes until after the deadline."""
+        thread = threading.get_ident()
+        self._stacks.pop(thread, None)
+        self._deadlines[thread] = deadline
+        try:
+            yield
+        finally:
+            self._deadlines.pop(thread, None)
+
+    def forgive(self) -> None:
+        """What this thread does from now on may take long."""
+        self._deadlines.pop(threading.get_ident(), None)
+
+    def stack(self) -> str:
+        """Return where this thread was when its deadline passed."""
+        return self._stacks.get(threading.get_ident(), "")
+
+    def lost_s(self, began: float, ended: float) -> float:
+        """Return for how long this process did not run between two moments, give or take a beat."""
+        return sum(max(0.0, min(ended, there) - max(began, here)) for here, there in list(self._gaps))
+
+
+class Loader:
+    """The loader of one acquire, with all that can happen to it."""
+
+    def __init__(self, plan: Plan, kind: str, mb: int, rng: random.Random, heart: Heart) -> None:
+        self.plan = plan
+        self.heart = heart
+        self.kind = kind
+        self.mb = mb
+        self.seconds = rng.uniform(0.2, 0.6) if rng.random() < 0.1 else rng.uniform(0.0, 0.02)
+        self.fails = rng.random() < 0.06
+        self.fails_late = rng.random() < 0.03
+        self.handle = f"{kind}-{os.getpid()}-{rng.getrandbits(40):x}"
+        self.began: float | None = None
+        self.memory: Allocation | None = None
+
+    def __call__(self) -> Any:
+        self.began = time.monotonic()
+        self.heart.forgive()
+        device = self.plan.device()
+        if self.kind == "server":
+            constructor = functools.partial(ServedModel, device, self.mb, self.seconds, self.fails)
+            MultiProcessShared(constructor, tag=self.handle, always_proxy=True, spawn_process=True).acquire()
+            if self.fails_late:
+                raise LoaderFailedError("after its server was started")
+            return self.handle
+        time.sleep(self.seconds)
+        if self.fails:
+            raise LoaderFailedError("before it had anything")
+        self.memory = device.allocate(self.kind, self.mb)
+        if self.fails_late:
+            self.memory.free()
+            raise LoaderFailedError("after it had its memory")
+        return OwnedModel(self.memory) if self.kind == "object" else self.memory.name
+
+    def done(self) -> None:
+        """Let go of what is in the books now, or was never taken over."""
+        if self.memory is not None and self.kind == "file":
+            self.memory.disown()
+
+
+class Reporter:
+    """Sends what happens to the conductor: one line a message, each written at once."""
+
+    def __init__(self, fd: int, index: int) -> None:
+        self._fd = fd
+        self._index = index
+        self._mutex = threading.Lock()
+        self._counts: collections.Counter[str] = collections.Counter()
+        self._sent_at = time.monotonic()
+
+    def count(self, what: str, amount: int = 1) -> None:
+        """Count something; sums are sent now and then."""
+        with self._mutex:
+            self._counts[what] += amount
+            if time.monotonic() - self._sent_at < REPORT_INTERVAL_S:
+                return
+        self.flush()
+
+    def flush(self) -> None:
+        """Send the sums."""
+        with self._mutex:
+            counts, self._counts = self._counts, collections.Counter()
+            self._sent_at = time.monotonic()
+        if counts:
+            self.send("counts", counts=counts)
+
+    def send(self, what: str, **facts: Any) -> None:
+        """Send a message; the end of the conductor is the end of this process."""
+        line = json.dumps({"what": what, "pid": os.getpid(), "index": self._index, **facts})
+        try:
+            os.write(self._fd, line[:4000].encode() + b"\n")
+        except OSError:
+            os._exit(3)
+
+    def claim(self, kind: str, began: float, lost_s: float, text: str, **facts: Any) -> None:
+        """Send what may be a violation. began: when the call began that went wrong."""
+        text = text if len(text) < 2500 else text[:400] + " … " + text[-2000:]
+        self.send("claim", kind=kind, began=began, ended=time.monotonic(), lost_s=lost_s, text=text, **facts)
+
+
+class _LogWatch(logging.Handler):
+    """Errors that mpmm logs are found by nobody else: its background threads must not fail."""
+
+    def __init__(self, reporter: Reporter) -> None:
+        super().__init__(logging.ERROR)
+        self._reporter = reporter
+
+    def emit(self, record: logging.LogRecord) -> None:
+        kind, error, trace = record.exc_info or (None, None, None)
+        text = record.getMessage() + "".join(traceback.format_exception(kind, error, trace) if kind else ())
+        name = "lock_timeout" if isinstance(error, LockTimeoutError) else "logged"
+        holder = getattr(error, "holder_pid", None)
+        self._reporter.claim(name, time.monotonic() - 2.0, 0.0, text, holder=holder)
+
+
+class WorkerProcess:
+    """One process with its threads; also the short life of a child that it forks."""
+
+    def __init__(self, plan: Plan, index: int, incarnation: str, report_fd: int, board: memoryview) -> None:
+        """board: byte 0 is the phase of the run, byte 1 + index a request to fork."""
+        self.plan = plan
+        self.index = index
+        self.incarnation = incarnation
+        self.board = board
+        self.report = Reporter(report_fd, index)
+        self.heart = Heart()
+        self.managers = [self._manager(timeout_s) for timeout_s in TIMEOUTS_S]
+
+    def _manager(self, timeout_s: float) -> ModelManager:
+        return ModelManager(
+            namespace=self.plan.namespace,
+            memory_source=self.plan.device(),
+            wait_timeout_seconds=timeout_s,
+            lock_timeout_seconds=self.plan.lock_timeout_s,
+            poll_interval=self.plan.poll_interval_s,
+            eviction_cooldown_seconds=0.5,
+            max_overtake_seconds=0.5,
+            memory_return_seconds=0.25,
+            default_estimate_mb=100.0,
+            capacities=CAPACITIES,
+        )
+
+    def run(self) -> None:
+        """Work until the run is over, then leave in good order."""
+        threads = [
+            threading.Thread(target=self._work, args=(f"{self.incarnation}.{number}",), name=f"stress-{number}")
+            for number in range(self.plan.threads)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        self.report.flush()
+        self.report.send("quiet")
+        while self.board[0] != LEAVE:
+            time.sleep(0.02)
+        if self.index % 2:
+            for manager in self.managers:
+                manager.shutdown()
+
+    def _work(self, name: str) -> None:
+        rng = random.Random(f"{self.plan.seed}.{name}")
+        while self.board[0] == START:
+            time.sleep(0.02)
+        try:
+            while self.board[0] == RUN:
+                if self.board[1 + self.index]:
+                    self.board[1 + self.index] = 0
+                    self._fork(rng)
+                self.use_one(rng)
+                time.sleep(rng.expovariate(self.plan.pace / (self.plan.processes * self.plan.threads)))
+        except BaseException:
+            self.report.claim("unexpected", time.monotonic(), 0.0, traceback.format_exc())
+
+    # ---- one use of one copy -------------------------------------------------------------------------------
+
+    def choose(self, rng: random.Random) -> tuple[str, str]:
+        """Return kind and tag of a model."""
+        if rng.random() < 0.002:
+            kind = rng.choice(("file", "object"))
+            return kind, f"new-{kind}-{rng.randrange(40, 160)}-{rng.getrandbits(40):x}"
+        draw = rng.random()
+        kind = "server" if draw < 0.08 and self.plan.servers else ("file" if draw < 0.6 else "object")
+        return kind, f"{kind}-{rng.randrange(self.plan.servers if kind == 'server' else 4)}"
+
+    def use_one(self, rng: random.Random) -> None:
+        """Acquire, use and release one copy."""
+        kind, tag = self.choose(rng)
+        number = rng.randrange(len(TIMEOUTS_S))
+        manager = self.managers[number]
+        loader = Loader(self.plan, kind, size_mb(tag), rng, self.heart)
+        hold_s = rng.choice((0.0, 0.0, 0.0, rng.uniform(0.0, 0.01), rng.uniform(0.0, 0.1), rng.uniform(0.1, 0.6)))
+        began = time.monotonic()
+        try:
+            with self.heart.watching(began + TIMEOUTS_S[number] + LATE_S / 2):
+                copy = manager.acquire_model(tag, loader)
+        except BaseException as error:
+            self._judge_error(error, tag, began, loader)
+            return
+        else:
+            acquired = time.monotonic()
+        finally:
+            self._judge_wait(began, loader.began or time.monotonic(), TIMEOUTS_S[number], tag)
+            loader.done()
+        self.report.count("operations")
+        self.report.count("loads" if loader.began else "hits")
+        if acquired - began > 0.01 and not loader.began:
+            self.report.count("waits")
+        self._use(kind, copy, hold_s, began, acquired, fresh=loader.began is not None)
+        self._release(manager, tag, copy)
+
+    def _use(self, kind: str, copy: Any, hold_s: float, began: float, acquired: float, fresh: bool) -> None:
+        name = copy.memory.name if kind == "object" else copy
+        try:
+            with using(self.plan.witness(name)):
+                if kind == "server":
+                    self._call_server(copy, hold_s, began, acquired, fresh)
+                    return
+                time.sleep(hold_s)
+                gone = copy.unloaded if kind == "object" else not os.path.exists(f"{self.plan.folder}/device/{copy}")
+                if gone:
+                    self.report.claim("unloaded_in_use", began, 0.0, f"{name} was unloaded while it was in use")
+        except DoubleUseError as error:
+            self.report.claim("double_use", began, 0.0, str(error))
+
+    def _call_server(self, handle: str, hold_s: float, began: float, acquired: float, fresh: bool) -> None:
+        try:
+            alive = server_pid(handle) is not None
+            if not alive and not fresh:
+                lost_s = self.heart.lost_s(began, time.monotonic())
+                self.report.claim("dead_handle", began, lost_s, handle, handle=handle, acquired=acquired)
+            shared = MultiProcessShared(functools.partial(no_server, handle), tag=handle, always_proxy=True)
+            model = shared.acquire()
+            try:
+                model.work(hold_s)
+            finally:
+                shared.release(model)
+        except (ServerGoneError, ModelServerError) as error:
+            self.report.count("server_errors")
+            self.report.claim("server_error", began, 0.0, repr(error), handle=handle)
+
+    def _release(self, manager: ModelManager, tag: str, copy: Any) -> None:
+        while True:
+            began = time.monotonic()
+            try:
+                manager.release_model(tag, copy)
+                return
+            except LockTimeoutError as error:
+                self._judge_error(error, tag, began, None)
+            except BaseException:
+                self.report.claim("unexpected", began, 0.0, f"release of {tag}: {traceback.format_exc()}")
+                return
+
+    def _judge_wait(self, began: float, ended: float, timeout_s: float, tag: str) -> None:
+        late_s = ended - began - timeout_s
+        if late_s > LATE_S:
+            lost_s = self.heart.lost_s(began, ended)
+            if late_s - lost_s > LATE_S:
+                text = f"the wait for {tag} took {ended - began:.2f} s, its time-out was {timeout_s} s"
+                self.report.claim("late", began, lost_s, f"{text}; {lost_s:.2f} s were lost\n{self.heart.stack()}")
+
+    def _judge_error(self, error: BaseException, tag: str, began: float, loader: Loader | None) -> None:
+        lost_s = self.heart.lost_s(began, time.monotonic())
+        text = f"{tag}: " + "".join(traceback.format_exception(error))
+        if isinstance(error, AcquireTimeoutError):
+            self.report.count("timeouts")
+        elif isinstance(error, LoaderFailedError) or (
+            isinstance(error, ServerStartError) and loader is not None and loader.fails
+        ):
+            self.report.count("failed_loads")
+        elif isinstance(error, LockTimeoutError):
+            self.report.count("lock_timeouts")
+            self.report.claim("lock_timeout", began, lost_s, text, holder=error.holder_pid)
+        elif isinstance(error, ServerStartError) and "cannot join its namespace: the lock" in str(error):
+            self.report.claim("lock_timeout", began, lost_s, text)
+        elif isinstance(error, (ServerStartError, ModelServerError)) and loader is not None:
+            self.report.claim("server_error", began, lost_s, text, handle=loader.handle)
+        elif isinstance(error, OutOfMemoryError) or (
+            isinstance(error, ServerStartError) and OutOfMemoryError.__name__ in str(error)
+        ):
+            self.report.claim("out_of_memory", began, lost_s, text)
+        else:
+            self.report.claim("unexpected", began, lost_s, text)
+
+    # ---- forks ---------------------------------------------------------------------------------------------
+
+    def _fork(self, rng: random.Random) -> None:
+        """Fork from this thread, while the others go on, and see the child through."""
+        seed = f"{self.plan.seed}.{self.incarnation}.{rng.getrandbits(40):x}"
+        self.report.count("forks")
+        pid = os.fork()
+        if not pid:
+            self._be_child(random.Random(seed))
+        deadline = time.monotonic() + CHILD_TIMEOUT_S
+        while os.waitpid(pid, os.WNOHANG)[0] == 0:
+            if time.monotonic() > deadline:
+                self.report.claim("hung_child", time.monotonic(), 0.0, f"the forked child {pid} does not end")
+                deadline += CHILD_TIMEOUT_S
+                os.kill(pid, signal.SIGKILL)
+            time.sleep(0.01)
+
+    def _be_child(self, rng: random.Random) -> NoReturn:
+        self.report = Reporter(self.report._fd, self.index)
+        self.report.send("child")
+        watch_log(self.report)
+        self.heart = Heart()
+        try:
+            for _ in range(rng.randrange(1, 6)):
+                self.use_one(rng)
+            if rng.random() < 0.3 and self.board[0] == RUN:
+                loader = Loader(self.plan, "object", size_mb("object-0"), rng, self.heart)
+                self.managers[0].acquire_model("object-0", loader)
+                self.report.flush()
+                self.report.send("suicide")
+                os.kill(os.getpid(), signal.SIGKILL)
+        except BaseException as error:
+            self._judge_error(error, "forked child", time.monotonic(), None)
+        self.report.flush()
+        for manager in self.managers:
+            manager.shutdown()
+        leave_process(0)
+
+
+def watch_log(reporter: Reporter) -> None:
+    """Report errors that mpmm logs; keep warnings to ourselves."""
+    logger = logging.getLogger("mpmm")
+    logger.handlers[:] = [_LogWatch(reporter)]
+    logger.propagate = False
+
+
+def leave_process(code: int) -> NoReturn:
+    """End this process as `multiprocessing` ends its children: with its finalizers, without the parent's business."""
+    run_finalizers: Callable[[], None] = util._exit_function  # type: ignore[attr-defined]
+    try:
+        run_finalizers()
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        os._exit(code)
+
+
+def be_worker(plan: Plan, index: int, incarnation: str, report_fd: int, board: memoryview) -> NoReturn:
+    """Be a worker: what a process does that the conductor has forked."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    reporter = Reporter(report_fd, index)
+    watch_log(reporter)
+    code = 0
+    began = time.monotonic()
+    try:
+        WorkerProcess(plan, index, incarnation, report_fd, board).run()
+    except LockTimeoutError as error:
+        reporter.claim("lock_timeout", began, 0.0, traceback.format_exc(), holder=error.holder_pid)
+        code = 4
+    except BaseException:
+        reporter.claim("unexpected", began, 0.0, traceback.format_exc())
+        code = 1
+    leave_process(code)
