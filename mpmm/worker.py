@@ -107,7 +107,7 @@ class _Farewell:
     name: str
 
     def __call__(self) -> None:
-        remove_deserted(self.root, self.name)
+        remove_deserted(Path(self.root), self.name)
 
 
 class Worker:

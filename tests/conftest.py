@@ -13,18 +13,16 @@ from typing import Any
 
 import psutil
 import pytest
-from processes import Gate, Process, SimulatedDevice, attach, wait_until
+from processes import KEEP, Gate, Process, SimulatedDevice, attach, files_in, segments_of, wait_until
 
 from mpmm.model_manager import ModelManager
 from mpmm.proxy.room import leave_all_rooms, room_for
 from mpmm.shared_state.runtime_dir import RUNTIME_DIR_VARIABLE
-from mpmm.shared_state.segment import segment_name
 
 # Model servers notice within two seconds that nobody is left.
 LEAVE_TIMEOUT_S = 10.0
 # Helpers of the interpreter that tests start on purpose; they end with the test process.
 HELPERS = ("multiprocessing.resource_tracker", "multiprocessing.forkserver")
-KEEP = ".keep"
 
 # What most managers in tests have: one device that goes by the books and takes ten models of the default size.
 SMALL: dict[str, Any] = {
@@ -35,17 +33,6 @@ SMALL: dict[str, Any] = {
     "wait_timeout_seconds": 15.0,
     "lock_timeout_seconds": 10.0,
 }
-
-
-def segments_of(root: Path) -> set[str]:
-    """Return the shared-memory segments that belong to a runtime root."""
-    prefix = segment_name(root, "")
-    return {name for name in os.listdir("/dev/shm") if name.startswith(prefix)}
-
-
-def files_in(root: Path) -> list[str]:
-    """Return what is in a runtime root."""
-    return sorted(str(path.relative_to(root)) for path in root.rglob("*") if path.name != KEEP)
 
 
 def children() -> set[psutil.Process]:

@@ -29,11 +29,14 @@ import psutil
 from mpmm.model_manager import ModelManager
 from mpmm.multi_process_shared import MultiProcessShared
 from mpmm.shared_state.invariants import check_invariants
+from mpmm.shared_state.segment import segment_name
 from mpmm.shared_state.snapshot import InstanceInfo, ModelInfo, Snapshot, TicketInfo, read_snapshot
 from mpmm.sources import DeviceInfo, DeviceSample
 
 # Guards against a hang; measures nothing.
 DEADLINE_S = 20.0
+# With this file in it, mpmm does not remove a test's runtime root, whose identity is part of the names of segments.
+KEEP = ".keep"
 _PAUSE_S = 0.002
 _CONTEXT = multiprocessing.get_context("fork")
 _conversations: weakref.WeakSet[Connection] = weakref.WeakSet()
@@ -56,6 +59,17 @@ def wait_until(condition: Callable[[], object], what: str, deadline_s: float = D
 def problems(namespace: str) -> list[str]:
     """Return the invariants that do not hold."""
     return check_invariants(read_snapshot(namespace))
+
+
+def segments_of(root: Path) -> set[str]:
+    """Return the shared-memory segments that belong to a runtime root."""
+    prefix = segment_name(root, "")
+    return {name for name in os.listdir("/dev/shm") if name.startswith(prefix)}
+
+
+def files_in(root: Path) -> list[str]:
+    """Return what is in a runtime root."""
+    return sorted(str(path.relative_to(root)) for path in root.rglob("*") if path.name != KEEP)
 
 
 def model_of(namespace: str, tag: str) -> ModelInfo:
@@ -367,6 +381,11 @@ def release(seat: Seat, tag: str | None = None) -> None:
     at = next(i for i in reversed(range(len(seat.held))) if tag in (None, seat.held[i][0]))
     name, copy = seat.held.pop(at)
     seat.manager.release_model(name, copy)
+
+
+def force_reset(seat: Seat) -> None:
+    """Unload everything of every process."""
+    seat.manager.force_reset()
 
 
 def shut_down(seat: Seat) -> None:

@@ -9,6 +9,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -25,11 +26,14 @@ from processes import (
     SimulatedDevice,
     acquire,
     copies_of,
+    files_in,
+    force_reset,
     leader_pid,
     learn,
     model_of,
     problems,
     release,
+    segments_of,
     served,
     wait_until,
     waiting,
@@ -270,6 +274,26 @@ def test_the_server_that_a_dead_loader_was_starting_is_ended_too(
     print(f"the server ended after {time.monotonic() - killed:.2f} s")
     assert copies_of(namespace, "a") == []
     assert problems(namespace) == []
+
+
+@pytest.mark.parametrize("what", ["has a server", "had a server", "was starting its first server"])
+def test_after_the_death_of_the_only_worker_nothing_stays(
+    namespace: str, runtime_root: Path, new_process: NewProcess, new_gate: NewGate, what: str
+) -> None:
+    worker = new_process()
+    if what == "was starting its first server":
+        began = new_gate()
+        worker.send(acquire, "a", LoadsServer("a", MakesServed(began=began, go=new_gate())))
+        began.wait()
+    else:
+        worker.call(acquire, "a", LoadsServer("a"))
+        worker.call(release)
+    if what == "had a server":
+        worker.call(force_reset)
+    worker.kill()
+    wait_until(lambda: not (runtime_root / namespace).exists(), "the namespace is removed")
+    wait_until(lambda: not segments_of(runtime_root), "the segment is removed")
+    wait_until(lambda: files_in(runtime_root) == [], "the room is removed")
 
 
 def test_a_load_past_its_time_limit_is_given_up_and_its_server_killed(

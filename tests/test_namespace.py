@@ -15,12 +15,13 @@ from typing import Any
 
 import psutil
 import pytest
-from processes import Loads, Process, Seat, acquire, attach, problems, release, wait_until
+from processes import DEADLINE_S, Loads, Process, Seat, acquire, attach, problems, release, segments_of, wait_until
 
 from mpmm.errors import InvalidArgumentError, LayoutMismatchError, RuntimeDirectoryError, SegmentAllocationError
 from mpmm.model_manager import ModelManager
 from mpmm.shared_state.layout import LAYOUT_VERSION, Capacities, Header
-from mpmm.shared_state.namespace import Namespace
+from mpmm.shared_state.lock_file import LockFile
+from mpmm.shared_state.namespace import Namespace, remove_all_deserted, remove_deserted
 from mpmm.shared_state.segment import segment_name
 from mpmm.shared_state.snapshot import find_namespaces, read_snapshot
 
@@ -98,6 +99,34 @@ def test_a_deserted_segment_that_is_not_ours_is_replaced(
     with manager.model("a", Loads()):
         pass
     assert problems(namespace) == []
+
+
+def test_removing_a_deserted_namespace_waits_for_those_who_come_and_go(
+    namespace: str, runtime_root: Path, new_process: NewProcess
+) -> None:
+    leave_deserted(new_process)
+    passing_by = LockFile(runtime_root / namespace / "lifecycle.lock")
+    assert passing_by.try_exclusive()
+    remover = threading.Thread(target=remove_deserted, args=(runtime_root, namespace))
+    remover.start()
+    remover.join(0.1)
+    assert remover.is_alive(), "it has not given up"
+    assert segment_file(runtime_root).exists()
+    passing_by.close()
+    remover.join(DEADLINE_S)
+    assert not (runtime_root / namespace).exists()
+    assert segments_of(runtime_root) == set()
+
+
+def test_a_namespace_with_a_worker_is_never_removed_as_deserted(
+    namespace: str, runtime_root: Path, new_manager: NewManager
+) -> None:
+    manager = new_manager()
+    remove_deserted(runtime_root, namespace)
+    remove_all_deserted(runtime_root)
+    with manager.model("a", Loads()):
+        pass
+    assert segment_file(runtime_root).exists()
 
 
 @pytest.mark.parametrize("size", [0, 8, 4096, -8], ids=["empty", "one word", "one page", "one word short"])

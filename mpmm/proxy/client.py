@@ -57,17 +57,6 @@ class ServerLink:
         """Stop being a user. Raises SharedObjectReleasedError, ModelServerError."""
         self.ask(wire.CONTROL, wire.RELEASE, (token,), {})
 
-    def ask_hard_delete(self) -> None:
-        """Ask the server to end, and return when the connection has. Raises ModelServerError if it cannot be asked."""
-        connection = self._connected()
-        try:
-            connection.send_bytes(wire.encode_request(wire.CONTROL, wire.HARD_DELETE, (), {}))
-            connection.recv_bytes()
-        except (EOFError, OSError):
-            pass
-        finally:
-            connection.close()
-
     def ask(self, token: int, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call a method of the object, or of the server with the token CONTROL, and wait for the answer.
 

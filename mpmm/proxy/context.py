@@ -26,8 +26,8 @@ class ServerContext:
     alive_lock: path of a lock file that each client holds shared; the server lives while anybody holds it.
     environment: put into `os.environ` before anything of the constructor is imported or run.
     on_start: called in the server with the tag, before the constructor; the result is kept while it lives.
-    on_last: called in the server before it exits because nobody is left, `alive_lock` held exclusively.
-        Not called after a hard delete, nor when the lock file is gone already. Several servers may call it.
+    on_last: called in the server before it ends, for whatever reason, if nobody holds `alive_lock` then. Several
+        servers may call it, at the same time too, and newcomers may come meanwhile.
     """
 
     alive_lock: str

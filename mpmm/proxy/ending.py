@@ -7,9 +7,10 @@ import signal
 import threading
 import time
 from contextlib import suppress
+from multiprocessing import AuthenticationError
 
 from mpmm.errors import ModelServerError
-from mpmm.proxy.client import ServerLink
+from mpmm.proxy import transport, wire
 from mpmm.proxy.hosting import find_host
 from mpmm.proxy.room import Room, ServerRecord
 
@@ -44,8 +45,9 @@ def end_server(room: Room, tag: str, timeout_seconds: float, incarnation: str | 
     if incarnation not in (None, record.incarnation):
         return False
     if record.ready:
+        room.join()
         # In a thread, because a stopped server accepts the connection and never answers.
-        threading.Thread(target=_ask, args=(ServerLink(room, record),), name="mpmm-end", daemon=True).start()
+        threading.Thread(target=_ask, args=(room, record, room.key()), name="mpmm-end", daemon=True).start()
     # One that is neither ready nor leaving is still making its object, and listens to nobody.
     if not ((record.ready or record.leaving) and _wait_until_gone(room, record, deadline)):
         if not record.spawned:
@@ -66,9 +68,13 @@ def end_server(room: Room, tag: str, timeout_seconds: float, incarnation: str | 
     return True
 
 
-def _ask(link: ServerLink) -> None:
-    with suppress(ModelServerError):
-        link.ask_hard_delete()
+def _ask(room: Room, record: ServerRecord, key: bytes) -> None:
+    """Ask the server to end. Does not join the room, which may have been left when this thread comes to it."""
+    with suppress(AuthenticationError, EOFError, OSError):
+        connection = transport.dial(room.path, record.socket_name, key)
+        with connection:
+            connection.send_bytes(wire.encode_request(wire.CONTROL, wire.HARD_DELETE, (), {}))
+            connection.recv_bytes()
 
 
 def _kill(room: Room, record: ServerRecord) -> None:

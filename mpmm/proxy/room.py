@@ -39,11 +39,16 @@ import psutil
 from mpmm.errors import InvalidArgumentError
 from mpmm.proxy.process_life import call_once_at_exit, close_in_children, fork_guard, in_forked_child
 from mpmm.shared_state.lock_file import LockFile, is_locked
-from mpmm.shared_state.runtime_dir import RUNTIME_DIR_VARIABLE, RuntimeDirectory, default_root, root_below
+from mpmm.shared_state.runtime_dir import (
+    ROOM_NAME,
+    RUNTIME_DIR_VARIABLE,
+    RuntimeDirectory,
+    default_root,
+    root_below,
+)
 
 __all__ = ["Room", "ServerRecord", "room_at", "room_for", "start_time_of"]
 
-ROOM_NAME = "shared"
 KEY_BYTES = 32
 # An exclusive holder of the alive lock probes for microseconds, or is a server on its way out.
 ALIVE_LOCK_TIMEOUT_S = 60.0

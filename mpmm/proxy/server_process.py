@@ -134,14 +134,11 @@ class _Server:
             for lock in locks:
                 lock.let_go()
             pause.wait(PROBE_INTERVAL_S)
-        held = {lock.path for lock in locks if lock.held}
-        for context in self.contexts:
-            if context.on_last is not None and context.alive_lock in held:
-                try:
-                    context.on_last()
-                except Exception:
-                    logger.exception("mpmm: pid %d: on_last failed for %r", os.getpid(), self.tag)
-        self.exit(0, keep_life=False, room_is_ours=str(self.room.alive_path) in held)
+        room_is_ours = any(lock.held and lock.path == str(self.room.alive_path) for lock in locks)
+        for lock in locks:
+            if lock.path != str(self.room.alive_path):
+                lock.let_go()
+        self.exit(0, keep_life=False, room_is_ours=room_is_ours)
 
     def exit(self, code: int, *, keep_life: bool = True, room_is_ours: bool = False) -> NoReturn:
         """Clean up and end the process at once; the room goes too if this was the last that used it.
@@ -163,6 +160,7 @@ class _Server:
                 end_all_hosts(but=self.life)
                 if not keep_life and self.life.is_current():
                     self.life.path.unlink(missing_ok=True)
+                self.clean_up_after_clients()
                 if room_is_ours or self.room.claim_if_abandoned() is not None:
                     self.room.remove_if_unused(but=self.life)
             for stream in (sys.stdout, sys.stderr):
@@ -171,6 +169,21 @@ class _Server:
             traceback.print_exc()
         finally:
             os._exit(code)
+
+
+    def clean_up_after_clients(self) -> None:
+        """Call `on_last` of every context whose clients are all gone."""
+        for context in self.contexts:
+            if context.on_last is None:
+                continue
+            lock = AliveLock(context.alive_lock)
+            free = lock.is_free() and lock.held
+            lock.let_go()
+            if free:
+                try:
+                    context.on_last()
+                except Exception:
+                    logger.exception("mpmm: pid %d: on_last failed for %r", os.getpid(), self.tag)
 
 
 class _Construction:

@@ -517,6 +517,11 @@ class _Zygote(_Nursery):
                 self.life.path.unlink(missing_ok=True)
             if self.alive.held:
                 self.room.remove_if_unused()
+            # Workers that crashed without a model server have nobody else to clean up after them. Imported here,
+            # because numpy comes with it, and this process is to stay small.
+            from mpmm.shared_state.namespace import remove_all_deserted
+
+            remove_all_deserted(self.room.root)
         finally:
             os._exit(0)
 

@@ -43,7 +43,7 @@ from mpmm.errors import (
 from mpmm.shared_state import segment as segment_module
 from mpmm.shared_state.layout import Capacities, Header, Member, Model
 from mpmm.shared_state.lock_file import LockFile, is_locked
-from mpmm.shared_state.runtime_dir import RuntimeDirectory
+from mpmm.shared_state.runtime_dir import ROOM_NAME, RuntimeDirectory
 from mpmm.shared_state.segment import Segment, SegmentProblem, segment_name, unlink_segment
 from mpmm.shared_state.settings import Settings
 from mpmm.shared_state.snapshot import ModelInfo, decode
@@ -51,11 +51,13 @@ from mpmm.shared_state.tables import Tables, encode_text, fit_text
 from mpmm.shared_state.transaction import Transaction, TransactionLock, float_bits
 from mpmm.shared_state.transitions import Transitions
 
-__all__ = ["Namespace", "read_settings", "remove_deserted", "run_at_exit"]
+__all__ = ["Namespace", "read_settings", "remove_all_deserted", "remove_deserted", "run_at_exit"]
 
 _LOG = logging.getLogger("mpmm")
 # Joining and leaving take milliseconds, unless the last member is unloading everything on its way out.
 LIFECYCLE_TIMEOUT_S = 60.0
+# Who cleans up after others does not wait for one who has been stopped in the middle of it.
+REMOVAL_TIMEOUT_S = 5.0
 _attached: weakref.WeakSet[Namespace] = weakref.WeakSet()
 
 
@@ -97,9 +99,12 @@ class Namespace:
         model servers, is taken over: what the dead had is taken back.
 
         Raises RuntimeDirectoryError, LayoutMismatchError, SegmentAllocationError, LockTimeoutError,
-        TableFullError (members), FileNotFoundError when `must_exist` and there is none.
+        TableFullError (members), FileNotFoundError when `must_exist` and there is none, InvalidArgumentError for a
+        name that cannot be.
         """
         runtime = RuntimeDirectory(name, root)
+        if name == ROOM_NAME or name.startswith(f"{ROOM_NAME}.gone."):
+            raise InvalidArgumentError(f"namespace {name!r}: the folder of the model servers has this name")
         while True:
             if must_exist and not runtime.path.is_dir():
                 raise FileNotFoundError(f"there is no namespace {name!r} in {runtime.root}")
@@ -305,13 +310,14 @@ class _lifecycle:
     Raises FileNotFoundError when the directory vanished, LockTimeoutError.
     """
 
-    def __init__(self, runtime: RuntimeDirectory) -> None:
+    def __init__(self, runtime: RuntimeDirectory, timeout_seconds: float = LIFECYCLE_TIMEOUT_S) -> None:
         self._runtime = runtime
+        self._timeout_seconds = timeout_seconds
 
     def __enter__(self) -> bool:
         self._file = LockFile(self._runtime.file("lifecycle.lock"))
         try:
-            self._file.exclusive(LIFECYCLE_TIMEOUT_S)
+            self._file.exclusive(self._timeout_seconds)
         except BaseException:
             self._file.close()
             raise
@@ -321,21 +327,26 @@ class _lifecycle:
         self._file.close()
 
 
-def remove_deserted(root: str, name: str) -> None:
-    """Remove a namespace without workers; the caller, its last model server, holds `alive.lock` exclusively.
+def remove_deserted(root: Path, name: str) -> None:
+    """Remove a namespace in which no worker is left; nothing happens if there is one, or a newcomer.
 
-    That is against the order of the locks, so the lifecycle lock is only tried: whoever holds it is a newcomer
-    who takes the namespace over.
+    For those who are left when all workers have crashed: model servers, and the process that they are forked from.
+    Hold none of the namespace's locks.
     """
-    runtime = RuntimeDirectory(name, Path(root))
-    with contextlib.suppress(FileNotFoundError):
-        lifecycle = LockFile(runtime.file("lifecycle.lock"))
-        try:
-            if lifecycle.try_exclusive() and lifecycle.is_current():
+    runtime = RuntimeDirectory(name, root)
+    with contextlib.suppress(FileNotFoundError, LockTimeoutError), _lifecycle(runtime, REMOVAL_TIMEOUT_S) as current:
+        if not current:
+            return
+        with contextlib.closing(LockFile(runtime.file("alive.lock"))) as alive:
+            if alive.try_exclusive():
                 unlink_segment(segment_name(runtime.root, name))
                 runtime.remove()
-        finally:
-            lifecycle.close()
+
+
+def remove_all_deserted(root: Path) -> None:
+    """Remove every namespace below `root` in which no worker is left, see `remove_deserted`."""
+    for token in list(root.glob("*/token")):
+        remove_deserted(root, token.parent.name)
 
 
 def read_settings(segment: Segment) -> Settings:

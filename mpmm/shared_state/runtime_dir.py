@@ -21,9 +21,11 @@ from pathlib import Path
 
 from mpmm.errors import InvalidArgumentError, RuntimeDirectoryError
 
-__all__ = ["RuntimeDirectory", "default_root"]
+__all__ = ["ROOM_NAME", "RuntimeDirectory", "default_root"]
 
 RUNTIME_DIR_VARIABLE = "MPMM_RUNTIME_DIR"
+# The folder of model servers beside those of the namespaces, see `mpmm.proxy.room`; with a suffix while it is removed.
+ROOM_NAME = "shared"
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 
 
