@@ -184,6 +184,7 @@ class Worker:
     def owe(self, change: Callable[[Transaction], object]) -> None:
         """Leave a change to the keeper."""
         self._owed.append(change)
+        self.keeper.wake()
 
     def settle_debts(self) -> None:
         """Make the changes that others have left to the keeper. Raises LockTimeoutError."""

@@ -35,6 +35,15 @@ def _header(snapshot: Snapshot) -> Iterator[str]:
     for ticket in snapshot.tickets:
         if ticket.number >= snapshot.next_ticket:
             yield f"H4 ticket {ticket.number} is not below the next number {snapshot.next_ticket}"
+    used = {
+        "members": [member.slot for member in snapshot.members],
+        "models": [model.row for model in snapshot.models],
+        "instances": [instance.row for instance in snapshot.instances],
+        "tickets": [ticket.row for ticket in snapshot.tickets],
+    }
+    for table, end in snapshot.table_ends.items():
+        if max(used[table], default=-1) >= end:
+            yield f"H5 {table}: row {max(used[table])} is in use, the table ends at {end}"
 
 
 def _members(snapshot: Snapshot) -> Iterator[str]:

@@ -37,8 +37,10 @@ __all__ = [
 ]
 
 MAGIC = int.from_bytes(b"mpmm-seg", "little")
-LAYOUT_VERSION = 1
+LAYOUT_VERSION = 2
 WORD = 8
+# So many of the tables, the first ones, say in `Header.ENDS` how far they have grown.
+GROWING = 4
 
 
 def text_words(max_bytes: int) -> int:
@@ -53,6 +55,7 @@ class Header:
     H2  `WAITING` == ticket rows in state WAITING; `ACTIVE` and `LOADING` == instance rows in those states.
     H3  `ISOLATED` refers to a LOADING or ACTIVE instance, and then no other instance is either.
     H4  `NEXT_TICKET` is greater than the number of every ticket row.
+    H5  every used row of the tables in `ENDS` lies below its table's word there.
     """
 
     MAGIC = 0
@@ -104,6 +107,9 @@ class Header:
     SOURCE_NAME_BYTES = 31
 
     SETTINGS = 64  # one float each, in the order of `Settings` in settings.py
+    # One word per table of `Layout.growing`: how many of its rows, from the first, were ever in use. Rows are taken
+    # lowest first, so nothing is to be found behind that.
+    ENDS = 88
     WORDS = 96
 
 
@@ -321,12 +327,16 @@ class Capacities:
 
 @dataclass(frozen=True)
 class Table:
-    """Where a table lies: row `r`, field `f` is word `base + r * words + f`."""
+    """Where a table lies: row `r`, field `f` is word `base + r * words + f`.
+
+    end_word: the word in `Header.ENDS`, 0 for a table that has none because all of its rows are looked at.
+    """
 
     name: str
     base: int
     words: int
     capacity: int
+    end_word: int
 
     @property
     def end(self) -> int:
@@ -341,12 +351,14 @@ class Layout:
         self.capacities = capacities
         word = Header.WORDS
         tables = []
-        for name, row in _ROWS.items():
-            table = Table(name, word, row.WORDS, getattr(capacities, name))
+        for number, (name, row) in enumerate(_ROWS.items()):
+            end_word = Header.ENDS + number if number < GROWING else 0
+            table = Table(name, word, row.WORDS, getattr(capacities, name), end_word)
             tables.append(table)
             word = table.end
         self.tables = tuple(tables)
-        self.members, self.models, self.instances, self.tickets = tables[:4]
+        self.growing = self.tables[:GROWING]
+        self.members, self.models, self.instances, self.tickets = self.growing
         self.devices, self.observations, self.events, self.undo = tables[4:]
         self.words = word
         self.size_bytes = word * WORD

@@ -207,7 +207,10 @@ class LockInfo:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """Everything. Times are relative to the moment of the copy; `torn_words` were undone in the copy."""
+    """Everything. Times are relative to the moment of the copy; `torn_words` were undone in the copy.
+
+    table_ends: rows that were ever in use, for the tables that keep count of it.
+    """
 
     namespace: str
     segment: str
@@ -239,6 +242,7 @@ class Snapshot:
     resets: int
     written_off_mb: float
     settings: Settings
+    table_ends: dict[str, int]
     members: tuple[MemberInfo, ...]
     models: tuple[ModelInfo, ...]
     instances: tuple[InstanceInfo, ...]
@@ -400,6 +404,7 @@ class _Decoder:
             resets=words[Header.RESETS],
             written_off_mb=floats[Header.WRITTEN_OFF],
             settings=settings,
+            table_ends={table.name: words[table.end_word] for table in self._layout.growing},
             members=tuple(self._member(row, at, alive.get(row)) for row, at in self._rows("members")),
             models=tuple(self._model(row, at) for row, at in models.items()),
             instances=instances,

@@ -25,7 +25,7 @@ import numpy as np
 from mpmm.errors import TableFullError
 from mpmm.shared_state.events import EventKind
 from mpmm.shared_state.futex import wake_all
-from mpmm.shared_state.layout import Device, Header, Instance, Member, Model, Observation, Ticket
+from mpmm.shared_state.layout import Device, Header, Instance, Member, Model, Observation, Table, Ticket
 from mpmm.shared_state.tables import Tables
 from mpmm.shared_state.transaction import Transaction, float_bits
 
@@ -61,6 +61,7 @@ class Transitions:
     def join(self, t: Transaction, slot: int, kind: int, pid: int, started_wall_ns: int, name: bytes) -> None:
         """Fill the row of a new member, whose lock file it already holds."""
         at = self.tables.member(slot)
+        self._grow(t, self.layout.members, slot)
         t.set(at + Member.PID, pid)
         t.set(at + Member.STARTED_WALL, started_wall_ns)
         t.set(at + Member.GENERATION, self._next_generation(t))
@@ -179,7 +180,7 @@ class Transitions:
         if found is not None:
             return found
         try:
-            row = self.tables.free_row(self.layout.models)
+            row = self._take_row(t, self.layout.models)
         except TableFullError:
             row = self._oldest_unused_model()
             if row < 0:
@@ -216,7 +217,7 @@ class Transitions:
 
     def enqueue(self, t: Transaction, model: int, member: int, priority: int, need_mb: float, deadline_ns: int) -> int:
         """Let a member (slot) wait for a model; return the ticket's row. Raises TableFullError."""
-        row = self.tables.free_row(self.layout.tickets)
+        row = self._take_row(t, self.layout.tickets)
         at = self.tables.ticket(row)
         number = self.segment.words[Header.NEXT_TICKET]
         t.set(Header.NEXT_TICKET, number + 1)
@@ -305,7 +306,7 @@ class Transitions:
 
     def begin_load(self, t: Transaction, model: int, member: int, device: int, need_mb: float, alone: bool) -> int:
         """Book a copy that a member (slot) is about to load; return its row. Raises TableFullError."""
-        row = self.tables.free_row(self.layout.instances)
+        row = self._take_row(t, self.layout.instances)
         at = self.tables.instance(row)
         for word in range(Instance.STATE, Instance.HANDLE + 1):
             t.set(at + word, 0)
@@ -773,6 +774,16 @@ class Transitions:
 
     def _model_reference(self, row: int) -> int:
         return int(self.segment.words[self.tables.instance(row) + Instance.MODEL]) + 1
+
+    def _take_row(self, t: Transaction, table: Table) -> int:
+        """Return a free row for the caller to fill. Raises TableFullError."""
+        row = self.tables.free_row(table)
+        self._grow(t, table, row)
+        return row
+
+    def _grow(self, t: Transaction, table: Table, row: int) -> None:
+        if row >= self.segment.words[table.end_word]:
+            t.set(table.end_word, row + 1)
 
     def _next_generation(self, t: Transaction) -> int:
         generation = int(self.segment.words[Header.NEXT_GENERATION])
