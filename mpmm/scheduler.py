@@ -39,6 +39,7 @@ __all__ = ["Copies", "Scheduler"]
 
 # So many waiters are looked at in one step.
 QUEUE_PART = 32
+FEW_WAITERS = 16
 
 
 def _counts() -> defaultdict[int, defaultdict[int, int]]:
@@ -104,8 +105,18 @@ class Scheduler:
         self.advance(t)
 
     def _first_waiter(self) -> int | None:
-        order = self._queue_order()
-        return int(order[0]) if len(order) else None
+        """Return the first row of `_queue_order`; for few waiters without the sorting, half the time of a hand-over."""
+        waiting = self._tables.rows_where(self._layout.tickets, Ticket.STATE, Ticket.WAITING)
+        if len(waiting) > FEW_WAITERS:
+            order = self._queue_order()
+            return int(order[0]) if len(order) else None
+        words, now = self._segment.words, time.monotonic_ns()
+        places = [
+            (words[at + Ticket.PRIORITY], words[at + Ticket.NUMBER], row)
+            for row in waiting
+            if words[(at := self._tables.ticket(row)) + Ticket.DEADLINE] > now
+        ]
+        return min(places)[-1] if places else None
 
     def _queue_order(self) -> npt.NDArray[np.intp]:
         """Return the rows of waiters in the queue's order. Those whose deadline has passed are about to leave."""

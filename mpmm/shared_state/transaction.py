@@ -3,9 +3,13 @@
 **Lock.** An in-process mutex, then a kernel file lock on a descriptor that stays open; the kernel drops the
 latter when its process dies, at whatever instruction. A blocking `flock` could not be given up after
 `lock_timeout_seconds`, and a hundred threads that try again every millisecond leave no processor to the holder. So
-who finds the lock taken sets `Header.CONTENDED` and sleeps on it; who lets go of the lock and sees it set clears it
-and wakes one sleeper. The file lock alone decides who is in: a wake-up that is lost because its sender was killed
-costs its receiver `LONGEST_SLEEP_S`, no more.
+who finds the lock taken tries a few times more, as it is held for microseconds; then sets `Header.CONTENDED` and sleeps
+on it. Who lets go of the lock and sees it set clears it and wakes one sleeper. The file lock alone decides who is in:
+a wake-up that is lost because its sender was killed costs its receiver `LONGEST_SLEEP_S`, no more.
+
+Where there are more busy processes than processors, one would use up its time slice in the middle of a transaction as
+often as not, and all the others would run into its lock. So a process that meets others at the lock offers its
+processor after every few transactions, when it holds nothing.
 
 **Transaction.** Before a word is overwritten, its index and old value are written behind the undo log's end,
 and the log's length is stored; only then is the word changed. Commit stores length 0. Whoever takes the lock
@@ -42,7 +46,13 @@ from mpmm.shared_state.segment import Segment
 
 __all__ = ["Transaction", "TransactionLock", "float_bits", "roll_back"]
 
-SHORT_PAUSES_S = (0.000_02, 0.000_05, 0.000_2, 0.000_5)
+# Measured with 16 processes on 2 processors that do nothing else: without the quick tries a third of the throughput is
+# lost to sleeping and waking; without the turns the 99th percentile of an acquire and release is 12 ms instead of 3.
+QUICK_TRIES = 8
+# In transactions. Shorter ones cost throughput, longer ones the tail.
+TURN = 8
+# Who has met others at the lock expects them for so many turns; a process that is alone never gives up its processor.
+CROWDED_TURNS = 20
 LONGEST_SLEEP_S = 0.01
 _DOUBLE = struct.Struct("<d")
 _WORD = struct.Struct("<Q")
@@ -83,9 +93,13 @@ class TransactionLock:
         self.segment = segment
         self.path = path
         self.timeout_seconds = timeout_seconds
+        self._pid = os.getpid()
         self._file = LockFile(path)
         self._mutex = threading.Lock()
         self._owner: int | None = None
+        # For so many turns others are expected at the lock, and so many transactions of this one are over.
+        self._crowded_turns = 0
+        self._turn = 0
         self._transaction = Transaction(self)
         self.words: Any = segment.words
 
@@ -104,18 +118,20 @@ class TransactionLock:
 
     def acquire(self, patience_s: float) -> None:
         """Take mutex and file lock; undo what a dead process left. Raises LockTimeoutError, ClosedError."""
-        assert not self.held_by_this_thread(), "transactions do not nest"
+        thread = threading.get_ident()
+        assert self._owner != thread, "transactions do not nest"
         # acquire() without a time-out is the fast case, and by far the most common.
         if not self._mutex.acquire(blocking=False) and not self._mutex.acquire(timeout=patience_s):
-            raise self._timed_out(os.getpid(), patience_s)
+            raise self._timed_out(self._pid, patience_s)
         try:
-            self._owner = threading.get_ident()
+            self._owner = thread
             if self._file.fd < 0:
                 raise ClosedError(f"this process has left the namespace of {self.path.parent}")
             if not self._file.try_exclusive():
+                self._crowded_turns = CROWDED_TURNS
                 self._wait_for_file_lock(patience_s)
             words = self.words
-            words[Header.LOCK_HOLDER] = os.getpid()
+            words[Header.LOCK_HOLDER] = self._pid
             words[Header.LOCK_TAKEN] = time.monotonic_ns()
             if words[Header.CHANGE] & 1 or words[Header.UNDO_COUNT]:
                 self._recover()
@@ -125,6 +141,7 @@ class TransactionLock:
 
     def release(self) -> None:
         """Let go of file lock and mutex."""
+        turn_is_over = False
         try:
             if self._file.fd >= 0:
                 words = self.segment.words
@@ -134,9 +151,17 @@ class TransactionLock:
                 self._file.unlock()
                 if contended:
                     wake_one(self.segment.address + 8 * Header.CONTENDED)
+                if self._crowded_turns:
+                    self._turn += 1
+                    if self._turn >= TURN:
+                        self._turn = 0
+                        self._crowded_turns -= 1
+                        turn_is_over = True
         finally:
             self._owner = None
             self._mutex.release()
+        if turn_is_over:
+            os.sched_yield()
 
     def close(self) -> None:
         """Close the descriptor; later transactions raise ClosedError. Not inside a transaction."""
@@ -146,6 +171,7 @@ class TransactionLock:
     def forget_after_fork(self) -> None:
         """In a forked child: give up the parent's descriptor, whoever held the mutex at the fork."""
         self._file.forget_after_fork()
+        self._pid = os.getpid()
         self._mutex = threading.Lock()
         self._owner = None
 
@@ -158,9 +184,7 @@ class TransactionLock:
         deadline = time.monotonic() + patience_s
         words = self.segment.words
         address = self.segment.address + 8 * Header.CONTENDED
-        # Mostly the lock is free again before anybody could be put to sleep and woken.
-        for pause in SHORT_PAUSES_S:
-            time.sleep(pause)
+        for _ in range(QUICK_TRIES):
             if self._file.try_exclusive():
                 return
         while not self._file.try_exclusive():
