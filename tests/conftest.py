@@ -13,7 +13,7 @@ from typing import Any
 
 import psutil
 import pytest
-from processes import KEEP, Gate, Process, SimulatedDevice, attach, files_in, segments_of, wait_until
+from processes import CRASH_POINTS, KEEP, Gate, Process, SimulatedDevice, attach, files_in, segments_of, wait_until
 
 from mpmm.model_manager import ModelManager
 from mpmm.proxy.room import leave_all_rooms, room_for
@@ -146,3 +146,26 @@ def new_device(tmp_path: Path) -> Callable[..., SimulatedDevice]:
         return SimulatedDevice(tmp_path / "device", *totals_mb, linger_s=linger_s)
 
     return make
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say at how many stores operations were killed or interrupted; with `-v`, for each operation."""
+    reports = [report for kind in ("passed", "failed") for report in terminalreporter.stats.get(kind, [])]
+    counted = [
+        (report.nodeid.partition("::")[2], int(value), report)
+        for report in reports
+        if report.when == "call"
+        for name, value in report.user_properties
+        if name == CRASH_POINTS
+    ]
+    if not counted:
+        return
+    if terminalreporter.verbosity > 0:
+        for name, stores, report in sorted(counted, key=lambda entry: entry[0]):
+            terminalreporter.write_line(f"{stores:6} stores  {report.duration:6.1f} s  {report.outcome}  {name}")
+    stores = sum(count for _, count, _ in counted)
+    failed = sum(report.failed for *_, report in counted)
+    seconds = sum(report.duration for *_, report in counted)
+    terminalreporter.write_line(
+        f"crash points: {len(counted)} operations at {stores} stores, {failed} failures, {seconds:.0f} s"
+    )

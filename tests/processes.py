@@ -37,6 +37,8 @@ from mpmm.sources import DeviceInfo, DeviceSample
 DEADLINE_S = 20.0
 # With this file in it, mpmm does not remove a test's runtime root, whose identity is part of the names of segments.
 KEEP = ".keep"
+# The property in which a test reports at how many stores it has killed or interrupted an operation.
+CRASH_POINTS = "crash_points"
 _PAUSE_S = 0.002
 _CONTEXT = multiprocessing.get_context("fork")
 _conversations: weakref.WeakSet[Connection] = weakref.WeakSet()

@@ -5,9 +5,15 @@ from __future__ import annotations
 import os
 import random
 import resource
+import shutil
 import socket
+import subprocess
+import sys
+import textwrap
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +21,10 @@ from processes import Process, acquire, problems, release
 
 from mpmm import ModelManager, MultiProcessShared, SegmentCorruptError
 from mpmm.cli import main
-from mpmm.errors import LayoutMismatchError, MpmmError
+from mpmm.errors import AcquireTimeoutError, LayoutMismatchError, MpmmError
+from mpmm.multi_process_shared import server_pid
+from mpmm.proxy.hosting import new_record
+from mpmm.proxy.room import room_for, write_record
 from mpmm.shared_state.invariants import check_invariants
 from mpmm.shared_state.layout import Capacities, Header
 from mpmm.shared_state.namespace import Namespace
@@ -198,6 +207,115 @@ def test_many_forks_of_a_busy_process_neither_block_nor_claim_anything(namespace
             thread.join(20.0)
     manager._connected().namespace.reap_dead_members()
     assert problems(namespace) == []
+
+
+# ---- surroundings that differ or change --------------------------------------------------------------------------
+
+TMPFS_BYTES = 8 << 20
+can_unshare = pytest.mark.skipif(
+    os.getuid() != 0 or shutil.which("unshare") is None, reason="needs root and unshare(1) for namespaces of the kernel"
+)
+
+
+def run_unshared(options: Sequence[str], script: str) -> str:
+    """Run a Python script in kernel namespaces of its own, as in a container; return what it prints."""
+    done = subprocess.run(
+        ["unshare", *options, sys.executable, "-c", textwrap.dedent(script)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)},
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+@can_unshare
+def test_a_shared_memory_that_fills_up_later_troubles_nobody_who_is_in(runtime_root: Path) -> None:
+    answer = run_unshared(
+        ["--mount"],
+        f"""
+        import contextlib, subprocess
+        from mpmm import ModelManager, SegmentAllocationError
+
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size={TMPFS_BYTES}", "none", "/dev/shm"], check=True)
+        with ModelManager(namespace="one", memory_source="booked") as manager:
+            with open("/dev/shm/filler", "wb", buffering=0) as filler, contextlib.suppress(OSError):
+                while True:
+                    filler.write(bytes(4096))
+            # Every page that can be touched: rows of all tables, and the event ring all the way round.
+            for number in range(3000):
+                with manager.model(f"model {{number}}", lambda: "a handle"):
+                    pass
+            try:
+                ModelManager(namespace="other", memory_source="booked")
+            except SegmentAllocationError as error:
+                print(error.size_bytes > 0, "/dev/shm" in str(error))
+        """,
+    )
+    assert answer == "True True"
+    assert not (runtime_root / "one").exists()
+
+
+@can_unshare
+def test_processes_of_two_pid_namespaces_share_one_state_and_take_back_what_the_dead_had(
+    namespace: str, new_manager: NewManager
+) -> None:
+    manager = new_manager()
+    with manager.model("a", lambda: "handle of a"):
+        pass
+    # In there it is process 1, whose number and start time mean something else out here.
+    answer = run_unshared(
+        ["--pid", "--fork", "--mount-proc"],
+        f"""
+        import os
+        from mpmm import ModelManager
+
+        manager = ModelManager(namespace={namespace!r}, memory_source="booked")
+        print(os.getpid(), manager.acquire_model("a", lambda: "never"), flush=True)
+        os._exit(0)
+        """,
+    )
+    assert answer == "1 handle of a"
+    with manager.model("a", lambda: "another copy") as handle:
+        assert handle == "handle of a", "the dead one's hold is gone"
+    assert len(read_snapshot(namespace).members) == 1
+    assert problems(namespace) == []
+
+
+@pytest.mark.parametrize("jump_s", [-86_400.0, 86_400.0], ids=["back", "forward"])
+def test_a_clock_that_jumps_changes_no_wait(
+    namespace: str, new_manager: NewManager, monkeypatch: pytest.MonkeyPatch, jump_s: float
+) -> None:
+    manager = new_manager(wait_timeout_seconds=0.3)
+    manager._estimator.set_initial_estimate("a", 900.0)
+    handle = manager.acquire_model("a", lambda: "a handle")
+    now, now_ns = time.time, time.time_ns
+    monkeypatch.setattr(time, "time", lambda: now() + jump_s)
+    monkeypatch.setattr(time, "time_ns", lambda: now_ns() + int(jump_s * 1e9))
+    began = time.monotonic()
+    with pytest.raises(AcquireTimeoutError):
+        manager.acquire_model("a", lambda: "never")
+    assert 0.3 <= time.monotonic() - began < 3
+    manager.release_model("a", handle)
+    with manager.model("a", lambda: "never") as again:
+        assert again == handle
+    snapshot = read_snapshot(namespace)
+    assert 0 <= snapshot.members[0].attached_for_s < 60
+    assert problems(namespace) == []
+
+
+def test_a_pid_that_was_given_to_another_process_is_not_taken_for_the_server(runtime_root: Path) -> None:
+    room = room_for(None)
+    room.join()
+    record = replace(new_record(room, "reused", spawned=True, ready=True), start_time=1.0)
+    assert not record.is_running()
+    life = room.take_life("reused")
+    assert life is not None
+    write_record(life, record)
+    assert server_pid("reused") is None
+    life.path.unlink()
+    life.close()
 
 
 # ---- other users ------------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from processes import CRASH_POINTS
 
 from mpmm import ModelManager
 from mpmm.shared_state.invariants import check_invariants
@@ -416,17 +417,20 @@ def test_kill_at_any_store_leaves_before_or_after(
     assert lab.problems() == []
     # The log is emptied by one store: whoever dies before it leaves the old state, whoever dies after it the new one.
     assert found == {before, after}
-    record_property("stores", store - 1)
+    record_property(CRASH_POINTS, store - 1)
 
 
 @pytest.mark.parametrize("name", ["reset", "reap_member", "end_load", "grant"])
-def test_kill_at_any_store_of_the_recovery_leaves_before(lab: Lab, name: str) -> None:
+def test_kill_at_any_store_of_the_recovery_leaves_before(
+    lab: Lab, name: str, record_property: Callable[[str, object], None]
+) -> None:
     operation = scenarios()[name](lab)
     saved, before = lab.save(), lab.comparable()
     stores = 1
     while lab.child(operation, stores) == KILLED:
         lab.restore(saved)
         stores += 1
+    killed = 0
     # The two last stores are the commit's, so the death before them leaves the longest log.
     for died_at in (stores - 2, stores // 2, 3):
         recovery = 0
@@ -441,8 +445,10 @@ def test_kill_at_any_store_of_the_recovery_leaves_before(lab: Lab, name: str) ->
             if status == 0:
                 break
             assert status == KILLED
+            killed += 1
             lab.restore(torn)
     assert lab.problems() == []
+    record_property(CRASH_POINTS, killed)
 
 
 class RaiseAt(KillAt):
@@ -477,13 +483,17 @@ def raises(error: BaseException, action: Callable[[], object]) -> bool:
     "error", [KeyboardInterrupt("now"), MemoryError("now")], ids=lambda error: type(error).__name__
 )
 def test_an_exception_at_any_store_is_rolled_back_and_reaches_the_caller(
-    lab: Lab, error: BaseException, monkeypatch: pytest.MonkeyPatch
+    lab: Lab,
+    error: BaseException,
+    monkeypatch: pytest.MonkeyPatch,
+    record_property: Callable[[str, object], None],
 ) -> None:
     monkeypatch.setattr(time, "monotonic_ns", lambda: FROZEN_NS)
     monkeypatch.setattr(RaiseAt, "error", error)
     clean = lab.save()
     lock = TransactionLock(lab.segment, lab.namespace.runtime.file("segment.lock"), 5.0)
     transitions = Transitions(lab.tables, _Actor(lab.victim, lab.namespace.settings))  # type: ignore[arg-type]
+    raised = 0
     for name, scenario in scenarios().items():
         lab.restore(clean)
         lab.tables.close()
@@ -502,6 +512,8 @@ def test_an_exception_at_any_store_is_rolled_back_and_reaches_the_caller(
             assert not lock.held_by_this_thread()
             lab.recover()
             assert lab.comparable() in (before, after), f"{name}, store {store}"
+        raised += store - 1
+    record_property(CRASH_POINTS, raised)
     lock.close()
     lab.restore(clean)
 
@@ -526,7 +538,7 @@ class SteadyMonitor:
 
 def new_manager() -> ModelManager:
     return ModelManager(
-        SteadyMonitor(), namespace="calls", capacities=SMALL, slack_percentage=0.0, wait_timeout_seconds=5.0
+        SteadyMonitor(), namespace="calls", capacities=SMALL, slack_percentage=0.0, wait_timeout_seconds=30.0
     )
 
 
@@ -583,7 +595,10 @@ CALLS = [call for name, call in sorted(globals().items()) if name.startswith("ca
 
 @pytest.mark.parametrize("call", CALLS, ids=lambda call: call.__name__.removeprefix("call_"))
 def test_kill_at_any_store_of_a_call_costs_the_others_nothing(
-    call: Callable[[ModelManager], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    call: Callable[[ModelManager], None],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    record_property: Callable[[str, object], None],
 ) -> None:
     monkeypatch.setenv("MPMM_RUNTIME_DIR", str(tmp_path / "run"))
     # The children are told apart from the survivor by what they do in the foreground alone.
@@ -592,7 +607,7 @@ def test_kill_at_any_store_of_a_call_costs_the_others_nothing(
     for tag, mb in (("warm", 300.0), ("cold", 100.0), ("big", 800.0), ("huge", 5000.0)):
         survivor._estimator.set_initial_estimate(tag, mb)
     worker = survivor._connected()
-    store, step = 0, 1 if call in EVERY_STORE else 7
+    store, step, killed = 0, 1 if call in EVERY_STORE else 7, 0
     while True:
         store += step
         with survivor.model("warm", lambda: "warm handle"):
@@ -615,11 +630,13 @@ def test_kill_at_any_store_of_a_call_costs_the_others_nothing(
         assert {model.estimate_mb for model in snapshot.models if model.tag == "warm"} == {300.0}
         if status == 0:
             break
+        killed += 1
+    record_property(CRASH_POINTS, killed)
     survivor.shutdown()
 
 
 def test_kill_at_any_store_of_the_creation_leaves_a_namespace_that_the_next_one_replaces(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, record_property: Callable[[str, object], None]
 ) -> None:
     monkeypatch.setenv("MPMM_RUNTIME_DIR", str(tmp_path / "run"))
     original = Segment.__init__
@@ -647,6 +664,7 @@ def test_kill_at_any_store_of_the_creation_leaves_a_namespace_that_the_next_one_
             break
         assert status == KILLED
     assert store > 40
+    record_property(CRASH_POINTS, store - 1)
 
 
 def test_events_of_a_rolled_back_transaction_are_not_shown(lab: Lab) -> None:

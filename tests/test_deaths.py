@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import time
@@ -470,17 +471,22 @@ def release_value(seat: Seat, tag: str, copy: Any) -> None:
     seat.held.clear()
 
 
+def stop_outside_of_transactions(process: Process, namespace: str) -> None:
+    """Stop a process at a moment when it does not hold the lock."""
+    while True:
+        process.stop()
+        if not read_snapshot(namespace).lock.held:
+            return
+        process.resume()
+
+
 def test_the_dead_are_buried_while_the_leader_is_stopped(namespace: str, new_process: NewProcess) -> None:
     leader = new_process(fallback_memory_mb=100)
     victim, other = new_process(), new_process()
     victim.call(acquire, "a")
     other.send(acquire, "b")
     wait_until(lambda: waiting(namespace, "b"), "the other one waits")
-    while True:
-        leader.stop()
-        if not read_snapshot(namespace).lock.held:
-            break
-        leader.resume()
+    stop_outside_of_transactions(leader, namespace)
     victim.kill()
     killed = time.monotonic()
     assert other.result()
@@ -490,15 +496,24 @@ def test_the_dead_are_buried_while_the_leader_is_stopped(namespace: str, new_pro
     assert problems(namespace) == []
 
 
-def test_a_stopped_leader_is_stood_in_for(namespace: str, new_process: NewProcess, new_device: NewDevice) -> None:
+def be_stuck(seat: Seat, seconds: float) -> None:
+    """Hold the interpreter lock in a native call, so that no other thread of this process runs."""
+    # With the mutex, so that no other thread is in the middle of a transaction: then others could not do anything.
+    with seat.manager._connected().namespace.lock._mutex:
+        ctypes.PyDLL(None).usleep(int(seconds * 1e6))
+
+
+@pytest.mark.parametrize("how", ["stopped", "in a native call"])
+def test_a_stuck_leader_is_stood_in_for(
+    namespace: str, new_process: NewProcess, new_device: NewDevice, how: str
+) -> None:
     device = new_device(1000)
     device.cheap = False
     leader, _ = new_process(memory_source=device, poll_interval=0.1), new_process(memory_source=device)
-    while True:
-        leader.stop()
-        if not read_snapshot(namespace).lock.held:
-            break
-        leader.resume()
+    if how == "stopped":
+        stop_outside_of_transactions(leader, namespace)
+    else:
+        leader.send(be_stuck, 6.0)
     stopped = time.monotonic()
 
     def sampled_since() -> float:
@@ -514,6 +529,8 @@ def test_a_stopped_leader_is_stood_in_for(namespace: str, new_process: NewProces
     assert leader_pid(read_snapshot(namespace)) == leader.pid
     device.free(allocation)
     leader.resume()
+    if how != "stopped":
+        leader.result()
     wait_until(lambda: read_snapshot(namespace).devices[0].used_mb == 0, "all go on", 5)
     assert problems(namespace) == []
 
@@ -540,7 +557,7 @@ def test_a_waiter_gives_up_on_time_whatever_the_time_out_of_the_lock_is(
     waited = [waiter.call(timed_acquire, tag) for tag in "bab"]
     assert all(seconds >= 0.5 for seconds in waited)
     assert min(waited) < 0.6
-    assert max(waited) < 0.7
+    assert max(waited) < 1.0, "a busy machine"
     assert read_snapshot(namespace).tickets == ()
 
 

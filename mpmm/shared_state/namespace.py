@@ -37,6 +37,7 @@ from mpmm.errors import (
     LayoutMismatchError,
     LockTimeoutError,
     MpmmError,
+    SegmentAllocationError,
     SegmentCorruptError,
     TableFullError,
 )
@@ -132,7 +133,12 @@ class Namespace:
             deserted = alive.try_exclusive()
             segment, estimates = _open_or_replace(runtime, deserted, must_exist)
             if segment is None:
-                segment = _create(runtime, capacities or Capacities(), settings, source)
+                try:
+                    segment = _create(runtime, capacities or Capacities(), settings, source)
+                except SegmentAllocationError:
+                    if deserted:
+                        runtime.remove()
+                    raise
             chosen = read_settings(segment)
             if kind == Member.WORKER:
                 # From exclusive to shared is no atomic step, but the lifecycle lock keeps others away meanwhile.
