@@ -1,188 +1,257 @@
-"""What mpmm costs, beside Beam's own manager in the same run: `python tools/benchmark.py [ROW ...]`.
+"""What mpmm costs, beside Beam's own manager in the same run.
 
-Every row is measured in a process of its own, mpmm and Beam in turn, `--repeats` times; shown are the median and
-the 99th percentile of all repeats, and the ratio of the medians. The machine is shared with whatever else runs on
-it, so only the ratios mean something.
+    python tools/benchmark.py                        every row, some minutes
+    python tools/benchmark.py warm-pair hand-over    these rows
+    python tools/benchmark.py --list                 the rows there are
 
-Beam's manager imports torch, of which it uses one function; where torch is missing a stand-in takes its place.
+Every row is measured `--repeats` times for each implementation, in turn: each time in a process and a runtime
+directory of its own, without a GPU. What such a process leaves behind is ended, and reported. A row that fails says
+why, and the others go on. `ratio` is how many times better mpmm is. The machine is shared with whatever else runs on
+it, so only ratios mean something there; `--busy` keeps some of its processors busy on purpose.
+
+`must` and `reach` are what mpmm is asked for and where the limit seems to lie, on a machine with two processors; the
+last column says which of the two it meets, or `short`. It is information: the exit code does not depend on figures.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
-import platform
-import statistics
+import random
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-import types
-from collections.abc import Callable
-from importlib import import_module
+import uuid
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
+import psutil
+
+# So that it also works where mpmm is not installed.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-IMPLEMENTATIONS = ("mpmm", "beam")
-Timings = list[float]
+import benchmark_cpu
+import benchmark_manager
+import benchmark_pipeline
+import benchmark_scaling
+import benchmark_shared
+from benchmark_report import as_json, header, machine, plot, row_lines
+from benchmark_rows import IMPLEMENTATIONS, Measured, Row, Summary, Task, summarise
 
-
-class Counter:
-    """The object of the rows about shared objects."""
-
-    def add(self, numbers: Any) -> Any:
-        """Return what came."""
-        return numbers
-
-
-def timed(action: Callable[[], object], count: int, warm_up: int = 20) -> Timings:
-    """Return the seconds that each of `count` calls takes."""
-    for _ in range(warm_up):
-        action()
-    seconds = []
-    for _ in range(count):
-        began = time.perf_counter()
-        action()
-        seconds.append(time.perf_counter() - began)
-    return seconds
-
-
-def modules(implementation: str) -> tuple[Any, Any]:
-    """Return the implementation's model_manager and multi_process_shared."""
-    if implementation == "mpmm":
-        return import_module("mpmm.model_manager"), import_module("mpmm.multi_process_shared")
-    try:
-        # Only to see whether Beam will find it.
-        import torch  # noqa: F401
-    except ImportError:
-        torch_stand_in = types.ModuleType("torch")
-        torch_stand_in.cuda = types.SimpleNamespace(empty_cache=lambda: None)  # type: ignore[attr-defined]
-        torch_stand_in.Tensor = type("Tensor", (), {})  # type: ignore[attr-defined]
-        sys.modules["torch"] = torch_stand_in
-    return import_module("apache_beam.ml.inference.model_manager"), import_module(
-        "apache_beam.utils.multi_process_shared"
-    )
-
-
-def remote_manager(implementation: str) -> Any:
-    """Return a manager as a worker gets it: Beam's through its proxy, ours attached in place."""
-    model_manager, shared = modules(implementation)
-    handle = shared.MultiProcessShared(
-        lambda: model_manager.ModelManager(), tag="benchmark_manager", path=tempfile.mkdtemp(), always_proxy=True
-    )
-    return handle.acquire()
-
-
-def warm_pair(implementation: str) -> Timings:
-    """acquire_model and release_model of an idle model."""
-    manager = remote_manager(implementation)
-
-    def pair() -> None:
-        manager.release_model("model", manager.acquire_model("model", make_handle))
-
-    return timed(pair, 2000)
-
-
-def make_handle() -> str:
-    """The loader of a model that takes nothing."""
-    return "handle"
-
-
-def acquire_again(implementation: str) -> Timings:
-    """MultiProcessShared.acquire() of a live tag, in a process that has used it before."""
-    _, shared = modules(implementation)
-    place = tempfile.mkdtemp()
-
-    def acquire() -> None:
-        shared.MultiProcessShared(Counter, tag="counter", path=place, always_proxy=True).acquire()
-
-    return timed(acquire, 30, warm_up=2)
-
-
-def small_call(implementation: str) -> Timings:
-    """A method call with an array of 320 bytes."""
-    import numpy
-
-    _, shared = modules(implementation)
-    counter = shared.MultiProcessShared(
-        Counter, tag="counter", path=tempfile.mkdtemp(), always_proxy=True, spawn_process=True
-    ).acquire()
-    numbers = numpy.zeros(40)
-    return timed(lambda: counter.add(numbers), 2000)
-
-
-def server_start(implementation: str) -> Timings:
-    """Start of a model server with a trivial model, after the first."""
-    _, shared = modules(implementation)
-    place = tempfile.mkdtemp()
-    numbers = iter(range(1000))
-
-    def start() -> None:
-        shared.MultiProcessShared(
-            Counter, tag=f"server-{next(numbers)}", path=place, always_proxy=True, spawn_process=True
-        ).acquire()
-
-    return timed(start, 4, warm_up=1)
-
-
-ROWS: dict[str, Callable[[str], Timings]] = {
-    "warm-pair": warm_pair,
-    "acquire-again": acquire_again,
-    "small-call": small_call,
-    "server-start": server_start,
+ROWS = {
+    row.name: row
+    for module in (benchmark_manager, benchmark_shared, benchmark_pipeline, benchmark_cpu, benchmark_scaling)
+    for row in module.ROWS
 }
+# All processes of one measurement have it in their environment, whoever forked or spawned them.
+MARK = "MPMM_BENCHMARK"
+RESULT = "result.json"
+SHARED_MEMORY = Path("/dev/shm")
+# Model servers, and the process that they are forked from, notice that nobody needs them within this time.
+LEAVE_TIMEOUT_S = 8.0
 
 
-def measure(row: str, implementation: str) -> Timings:
-    """Measure a row in a process of its own, in a runtime directory of its own."""
-    with tempfile.TemporaryDirectory(prefix="mpmm-b") as folder:
-        environment = dict(os.environ, MPMM_RUNTIME_DIR=folder, TMPDIR=folder, MPMM_MEMORY_SOURCE="booked")
-        done = subprocess.run(
-            [sys.executable, __file__, "--child", implementation, row],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            check=True,
-            timeout=300,
-            text=True,
-        )
-    timings: Timings = json.loads(done.stdout.splitlines()[-1])
-    return timings
+@dataclass
+class Result:
+    """What became of a row. `values` by implementation and figure; `problems` by implementation."""
 
+    row: Row
+    values: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+    problems: dict[str, list[str]] = field(default_factory=dict)
 
-def main() -> int:
-    """Run the command line."""
-    parser = argparse.ArgumentParser(description="Measure mpmm beside Beam's own model manager.")
-    parser.add_argument("rows", nargs="*", metavar="ROW", help=f"which of {', '.join(ROWS)} (default: all)")
-    parser.add_argument("--repeats", type=int, default=3, help="times that each implementation takes its turn")
-    parser.add_argument("--json", action="store_true", help="print one JSON object in the end")
-    parser.add_argument("--child", choices=IMPLEMENTATIONS, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.child:
-        print(json.dumps(ROWS[options.rows[0]](options.child)))
-        return 0
-    print(f"{os.cpu_count()} processors, {platform.machine()}, Python {platform.python_version()}")
-    print(f"{'row':15} {'mpmm p50':>10} {'p99':>10} {'Beam p50':>10} {'p99':>10} {'ratio':>7}   in microseconds")
-    results = {}
-    for row in options.rows or ROWS:
-        timings: dict[str, Timings] = {implementation: [] for implementation in IMPLEMENTATIONS}
-        for _ in range(options.repeats):
-            for implementation in IMPLEMENTATIONS:
-                timings[implementation] += measure(row, implementation)
-        figures = {
-            name: (statistics.median(values), sorted(values)[int(0.99 * (len(values) - 1))])
-            for name, values in timings.items()
+    def add(self, implementation: str, measured: Measured) -> None:
+        """Add the values of one repeat."""
+        mine = self.values.setdefault(implementation, {})
+        for name, values in measured.items():
+            mine.setdefault(name, []).extend(values)
+
+    def summaries(self, name: str) -> dict[str, Summary]:
+        """Return the summaries of a figure, by implementation, as far as there are values."""
+        figure = next(figure for figure in self.row.figures if figure.name == name)
+        return {
+            implementation: summarise(figure, values[name])
+            for implementation, values in self.values.items()
+            if values.get(name)
         }
-        ours, beams = figures["mpmm"], figures["beam"]
-        results[row] = {"mpmm_p50_s": ours[0], "mpmm_p99_s": ours[1], "beam_p50_s": beams[0], "beam_p99_s": beams[1]}
-        cells = " ".join(f"{seconds * 1e6:10.0f}" for seconds in (*ours, *beams))
-        print(f"{row:15} {cells} {beams[0] / ours[0]:7.1f}", flush=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line."""
+    options = parse(arguments)
+    if options.child:
+        measured = ROWS[options.rows[0]].measure(Task(options.child, options.folder, options.seed))
+        (options.folder / RESULT).write_text(json.dumps({name: list(values) for name, values in measured.items()}))
+        return 0
+    if options.list:
+        for row in ROWS.values():
+            print(f"{row.name:18}{row.description}")
+        return 0
+    # So that an end by signal cleans up like every other.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    began = time.monotonic()
+    about = {**machine(), "seed": options.seed, "repeats": options.repeats, "busy": options.busy}
+    for name, value in about.items():
+        print(f"{name}: {value}")
+    print(header(), flush=True)
+    results = []
+    with busy_processors(options.busy):
+        for name in options.rows or ROWS:
+            result = run_row(ROWS[name], options)
+            results.append(result)
+            print("\n".join(row_lines(result.row, result.summaries, result.problems)), flush=True)
+    about["seconds"] = round(time.monotonic() - began, 1)
+    print(f"seconds: {about['seconds']}")
+    if options.plot:
+        plot([(result.row, result.summaries) for result in results], about, options.plot)
     if options.json:
-        print(json.dumps(results))
+        print(json.dumps(as_json([(result.row, result.summaries, result.problems) for result in results], about)))
     return 0
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description="Measure mpmm beside Beam's own model manager.")
+    parser.add_argument("rows", nargs="*", metavar="ROW", help="rows to measure, see --list (default: all)")
+    parser.add_argument("--list", action="store_true", help="list the rows and end")
+    parser.add_argument("--only", choices=IMPLEMENTATIONS, help="measure one implementation only")
+    parser.add_argument("--repeats", type=int, default=3, help="turns of each implementation (some rows take fewer)")
+    parser.add_argument("--seed", type=int, default=1, help="for data, and for who comes first (default: 1)")
+    parser.add_argument("--busy", type=int, default=0, metavar="N", help="keep N processors busy meanwhile")
+    parser.add_argument("--json", action="store_true", help="print everything once more as JSON, on the last line")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the figures (needs the extra 'plot')")
+    parser.add_argument("--child", choices=IMPLEMENTATIONS, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    for name in options.rows:
+        if name not in ROWS:
+            parser.error(f"there is no row {name!r}; there are {', '.join(ROWS)}")
+    if options.repeats < 1:
+        parser.error(f"--repeats is {options.repeats}: expected 1 or more")
+    return options
+
+
+def run_row(row: Row, options: argparse.Namespace) -> Result:
+    """Measure a row as often as asked, the implementations in turn. What goes wrong is in the result."""
+    result = Result(row)
+    wanted = [name for name in row.implementations if options.only in (None, name)]
+    turns = random.Random(options.seed)
+    for repeat in range(min(options.repeats, row.repeats_at_most or options.repeats)):
+        # Neither always comes first: the second one finds warm caches, or a machine that is still cleaning up.
+        for implementation in turns.sample(wanted, len(wanted)):
+            problems = result.problems.setdefault(implementation, [])
+            if not problems:
+                measured, problem = measure(row, implementation, options.seed + repeat)
+                result.add(implementation, measured)
+                problems += problem
+    return result
+
+
+def measure(row: Row, implementation: str, seed: int) -> tuple[Measured, list[str]]:
+    """Measure a row once, in a process and a runtime directory of its own; return its values, and problems."""
+    mark = uuid.uuid4().hex
+    segments = shared_memory_files()
+    problems = []
+    measured: Measured = {}
+    # Short, because the paths of Unix sockets are.
+    with tempfile.TemporaryDirectory(prefix="mpmm-b", ignore_cleanup_errors=True) as name:
+        folder = Path(name)
+        environment = {
+            **os.environ,
+            MARK: mark,
+            "MPMM_RUNTIME_DIR": str(folder / "run"),
+            "TMPDIR": name,
+            "MPMM_MEMORY_SOURCE": "booked",
+        }
+        command = [sys.executable, __file__, row.name, "--child", implementation, "--folder", name, "--seed", str(seed)]
+        with open(folder / "log", "w", encoding="utf-8") as log:
+            child = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
+        try:
+            code = child.wait(row.timeout_s)
+            if code == 0:
+                measured = json.loads((folder / RESULT).read_text())
+            else:
+                problems.append(f"ended with exit code {code}: {_last_words(folder / 'log')}")
+        except subprocess.TimeoutExpired:
+            problems.append(f"given up after {row.timeout_s:.0f} s")
+        finally:
+            if child.poll() is None:
+                child.kill()
+                child.wait()
+            problems += end_processes(mark)
+    problems += end_shared_memory(segments)
+    return measured, problems
+
+
+def _last_words(log: Path) -> str:
+    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    return lines[-1] if lines else "no output"
+
+
+def end_processes(mark: str) -> list[str]:
+    """Wait for the marked processes to leave, kill those that stay, and return what is to be said about them."""
+    deadline = time.monotonic() + LEAVE_TIMEOUT_S
+    while (left := marked_processes(mark)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    said = []
+    for process in left:
+        with contextlib.suppress(psutil.Error):
+            said.append(f"left behind: process {process.pid} ({process.name()})")
+            process.kill()
+    return said
+
+
+def marked_processes(mark: str) -> list[psutil.Process]:
+    """Return the running processes that have the mark in their environment."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.environ().get(MARK) == mark and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
+
+
+def shared_memory_files() -> set[Path]:
+    """Return the files of POSIX shared memory, where the system shows them."""
+    return set(SHARED_MEMORY.iterdir()) if SHARED_MEMORY.is_dir() else set()
+
+
+def end_shared_memory(before: set[Path]) -> list[str]:
+    """Return what is to be said about new shared memory that no process has open or mapped.
+
+    That of others, who run at the same time, is in use.
+    """
+    left = shared_memory_files() - before
+    if left:
+        maps = " ".join(_maps_and_files())
+        left = {file for file in left if str(file) not in maps and file.exists()}
+    return [f"left behind: {file}" for file in sorted(left)]
+
+
+def _maps_and_files() -> Iterator[str]:
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            yield (process / "maps").read_text(errors="replace")
+        with contextlib.suppress(OSError):
+            for descriptor in (process / "fd").iterdir():
+                with contextlib.suppress(OSError):
+                    yield os.readlink(descriptor)
+
+
+@contextlib.contextmanager
+def busy_processors(count: int) -> Iterator[None]:
+    """Keep `count` processors busy for the length of a `with` block."""
+    processes = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
 
 
 if __name__ == "__main__":

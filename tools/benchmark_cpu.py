@@ -1,0 +1,105 @@
+"""Rows about the processor time of processes that do nothing: they wait, or are merely attached."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable
+from multiprocessing.connection import Connection
+
+import psutil
+from benchmark_crew import Crew
+from benchmark_rows import MPMM, Figure, Measured, Row, Task
+from benchmark_shared import acquire_echo
+from benchmark_stage import Stage, attach, make_handle, modules, set_up
+
+__all__ = ["ROWS"]
+
+WAITERS, ATTACHED = 32, 16
+# Processes come to rest before their time is taken.
+SETTLE_S = 1.5
+WATCH_S = 10.0
+MODEL = "model"
+# The clock of a process's processor time, see clock_getcpuclockid(3). /proc and psutil count in steps of 10 ms.
+_CPUCLOCK_SCHED = 2
+
+
+def cpu_seconds(pid: int) -> float:
+    """Return the processor time that a process has used, with all its threads."""
+    if sys.platform == "linux":
+        return time.clock_gettime((~pid << 3) | _CPUCLOCK_SCHED)
+    times = psutil.Process(pid).cpu_times()
+    return float(times.user + times.system)
+
+
+def share_of_a_core(pids: Iterable[int]) -> float:
+    """Watch processes for a while; return what part of one processor they used together."""
+    time.sleep(SETTLE_S)
+    pids = list(pids)
+    before, began = sum(map(cpu_seconds, pids)), time.monotonic()
+    time.sleep(WATCH_S)
+    return (sum(map(cpu_seconds, pids)) - before) / (time.monotonic() - began)
+
+
+def waiting(task: Task) -> Measured:
+    """Measure processes that wait in the queue for a copy which this process holds. There is no memory for another."""
+    modules(task.implementation)
+    stage = Stage(idle=(MODEL,), total_mb=1000.0, need_mb=800.0, used_mb=800.0)
+
+    def work(number: int, connection: Connection) -> None:
+        connection.recv()
+        manager = attach(task, stage)
+        connection.send("about to wait")
+        manager.release_model(MODEL, manager.acquire_model(MODEL, make_handle))
+        connection.recv()
+
+    with Crew(WAITERS, work) as crew:
+        manager = set_up(task, stage)
+        handle = manager.acquire_model(MODEL, make_handle)
+        crew.tell("attach")
+        crew.hear_all()
+        share = share_of_a_core(crew.pids)
+        manager.release_model(MODEL, handle)
+    return {"": [share]}
+
+
+def attached(task: Task) -> Measured:
+    """Measure attached processes, one of them the leader, which polls the memory of a model server."""
+
+    def work(number: int, connection: Connection) -> None:
+        connection.recv()
+        manager = attach(task, Stage(), memory_source="host", poll_interval=0.5)
+        if number == 0:
+            manager.release_model(MODEL, manager.acquire_model(MODEL, load))
+        connection.send("attached")
+        connection.recv()
+        manager.shutdown()
+
+    def load() -> str:
+        acquire_echo(task, "served")
+        return "served"
+
+    with Crew(ATTACHED, work) as crew:
+        for number in range(ATTACHED):
+            crew.tell("attach", number)
+            crew.hear(number)
+        return {"": [share_of_a_core(crew.pids)]}
+
+
+ROWS = (
+    Row(
+        "waiting-cpu",
+        f"processor time of {WAITERS} processes that wait in the queue, {WATCH_S:.0f} s",
+        (Figure("", "%", must=0.5, reach=0.1),),
+        waiting,
+        repeats_at_most=1,
+    ),
+    Row(
+        "attached-cpu",
+        f"processor time of {ATTACHED} idle processes, host memory polled every 0.5 s, {WATCH_S:.0f} s",
+        (Figure("", "%", must=1, reach=0.3),),
+        attached,
+        implementations=(MPMM,),
+        repeats_at_most=1,
+    ),
+)

@@ -1,0 +1,103 @@
+"""Processes for rows that need several: forked, told what to do and heard through a pipe each."""
+
+from __future__ import annotations
+
+import multiprocessing
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from types import TracebackType
+from typing import Any
+
+__all__ = ["Crew", "sleep_until"]
+
+# Guard against a hang; measures nothing.
+HEAR_TIMEOUT_S = 60.0
+LEAVE_TIMEOUT_S = 5.0
+
+
+@dataclass(frozen=True)
+class _Trouble:
+    text: str
+
+
+class Crew:
+    """`count` processes that run `work(number, connection)`. Leaving the `with` block ends them.
+
+    Fork a crew before this process has threads or a manager: each member then makes its own way, as workers do.
+    A member ends by returning from `work`; what it waits for with `connection.recv()` comes at the latest when the
+    block is left, as None.
+    """
+
+    def __init__(self, count: int, work: Callable[[int, Connection], None]) -> None:
+        context = multiprocessing.get_context("fork")
+        self._connections: list[Connection] = []
+        self._processes = []
+        for number in range(count):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_run, args=(work, number, theirs))
+            process.start()
+            theirs.close()
+            self._connections.append(ours)
+            self._processes.append(process)
+
+    def __enter__(self) -> Crew:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for connection in self._connections:
+            try:
+                connection.send(None)
+            except OSError:
+                # This one has ended already.
+                continue
+        deadline = time.monotonic() + LEAVE_TIMEOUT_S
+        for process in self._processes:
+            process.join(max(0.0, deadline - time.monotonic()))
+            if process.exitcode is None:
+                process.kill()
+                process.join()
+
+    @property
+    def pids(self) -> list[int]:
+        """Process ids of all members."""
+        return [process.pid for process in self._processes if process.pid is not None]
+
+    def tell(self, message: object, number: int | None = None) -> None:
+        """Send a message to one member, or to all."""
+        for connection in self._connections if number is None else [self._connections[number]]:
+            connection.send(message)
+
+    def hear(self, number: int) -> Any:
+        """Return the next message of a member.
+
+        Raises RuntimeError when it has failed, TimeoutError when it is silent.
+        """
+        connection = self._connections[number]
+        if not connection.poll(HEAR_TIMEOUT_S):
+            raise TimeoutError(f"nothing from process {number} in {HEAR_TIMEOUT_S:.0f} s")
+        message = connection.recv()
+        if isinstance(message, _Trouble):
+            raise RuntimeError(f"process {number} failed:\n{message.text}")
+        return message
+
+    def hear_all(self) -> list[Any]:
+        """Return the next message of every member."""
+        return [self.hear(number) for number in range(len(self._connections))]
+
+
+def sleep_until(monotonic_s: float) -> None:
+    """Sleep until `time.monotonic()`, which is the same in all processes of a host, says so: a start for many."""
+    time.sleep(max(0.0, monotonic_s - time.monotonic()))
+
+
+def _run(work: Callable[[int, Connection], None], number: int, connection: Connection) -> None:
+    try:
+        work(number, connection)
+    except BaseException:
+        connection.send(_Trouble(traceback.format_exc()))
+        raise

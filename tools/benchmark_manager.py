@@ -1,0 +1,251 @@
+"""Rows about acquire_model and release_model."""
+
+from __future__ import annotations
+
+import array
+import statistics
+import threading
+import time
+from multiprocessing.connection import Connection
+
+from benchmark_crew import Crew, sleep_until
+from benchmark_rows import Figure, Measured, Row, Task, percentile
+from benchmark_stage import Stage, attach, make_handle, modules, set_up, warm_pair_seconds
+
+__all__ = ["ROWS"]
+
+MODEL, OTHER, SLOW = "model", "other", "slow"
+CROWD = 16
+CROWD_S = 2.0
+# How long before a common start it is announced.
+NOTICE_S = 0.2
+IDLE_MODELS = 500
+KNOWN_MODELS = 100
+HAND_OVERS = 60
+# The one who is about to wait says so before he calls; after so long he does wait.
+QUEUEING_S = 0.01
+LONG_LOAD_S = 3.0
+LOADS, LOAD_S = 4, 2.0
+
+
+def warm_pair(task: Task) -> Measured:
+    """Measure pairs in one process."""
+    manager = set_up(task, Stage(idle=(MODEL,)))
+    seconds = warm_pair_seconds(manager, MODEL, 2000)
+    return {"p50": seconds, "p99": [percentile(seconds, 0.99)]}
+
+
+def crowd(task: Task) -> Measured:
+    """Measure pairs in many processes at once, with a copy for each, for a fixed time."""
+    modules(task.implementation)
+    stage = Stage(idle=(MODEL,) * CROWD)
+
+    def work(number: int, connection: Connection) -> None:
+        connection.recv()
+        manager = attach(task, stage)
+        warm_pair_seconds(manager, MODEL, 1)
+        connection.send("ready")
+        start = connection.recv()
+        seconds = array.array("d")
+        sleep_until(start)
+        end = start + CROWD_S
+        began = time.monotonic()
+        while began < end:
+            manager.release_model(MODEL, manager.acquire_model(MODEL, make_handle))
+            ended = time.monotonic()
+            seconds.append(ended - began)
+            began = ended
+        connection.send((len(seconds) / (began - start), seconds))
+        connection.recv()
+
+    with Crew(CROWD, work) as crew:
+        # Kept: the manager of this process is the one that Beam's workers share.
+        manager = set_up(task, stage)
+        crew.tell("attach")
+        crew.hear_all()
+        crew.tell(time.monotonic() + NOTICE_S)
+        answers = crew.hear_all()
+        del manager
+    pooled = [second for _, seconds in answers for second in seconds]
+    return {"in all": [sum(rate for rate, _ in answers)], "p99 of a pair": [percentile(pooled, 0.99)]}
+
+
+def among_idle(task: Task) -> Measured:
+    """Compare pairs among many idle models with pairs of the only model."""
+    alone = set_up(task, Stage(idle=(MODEL,), name="alone"))
+    others = tuple(f"idle-{number}" for number in range(IDLE_MODELS))
+    among = set_up(task, Stage(idle=(*others, MODEL), name="among"))
+    count = 1000 if task.is_mpmm else 40
+    base = statistics.median(warm_pair_seconds(alone, MODEL, 1000))
+    return {"": [statistics.median(warm_pair_seconds(among, MODEL, count, warm_up=5)) / base]}
+
+
+def release_among_known(task: Task) -> Measured:
+    """Measure releases while many models are known to the estimator."""
+    tag = "observed-0"
+    manager = set_up(task, Stage(idle=(tag,), observed=KNOWN_MODELS))
+    seconds = []
+    for _ in range(300):
+        handle = manager.acquire_model(tag, make_handle)
+        began = time.perf_counter()
+        manager.release_model(tag, handle)
+        seconds.append(time.perf_counter() - began)
+    return {"": seconds}
+
+
+def hand_over(task: Task) -> Measured:
+    """Measure from a release in one process to the return of the acquire that waits for it in another.
+
+    There is memory for one copy. The two processes take turns in holding it.
+    """
+    modules(task.implementation)
+    stage = Stage(idle=(MODEL,), total_mb=1000.0, need_mb=800.0, used_mb=800.0)
+
+    def work(number: int, connection: Connection) -> None:
+        connection.recv()
+        manager = attach(task, stage)
+        while (order := connection.recv()) is not None:
+            if order == "acquire":
+                connection.send("about to")
+                handle = manager.acquire_model(MODEL, make_handle)
+                connection.send(time.monotonic())
+            else:
+                released = time.monotonic()
+                manager.release_model(MODEL, handle)
+                connection.send(released)
+
+    seconds = []
+    with Crew(2, work) as crew:
+        manager = set_up(task, stage)
+        crew.tell("attach")
+        crew.tell("acquire", 0)
+        # That it is about to acquire, and that it has.
+        crew.hear(0)
+        crew.hear(0)
+        for turn in range(HAND_OVERS):
+            holder, waiter = turn % 2, (turn + 1) % 2
+            crew.tell("acquire", waiter)
+            crew.hear(waiter)
+            time.sleep(QUEUEING_S)
+            crew.tell("release", holder)
+            released = crew.hear(holder)
+            seconds.append(crew.hear(waiter) - released)
+        del manager
+    return {"": seconds}
+
+
+def beside_load(task: Task) -> Measured:
+    """Find the worst pair of one model while another process loads another model."""
+    modules(task.implementation)
+    stage = Stage(idle=(OTHER,), known=(SLOW,))
+
+    def work(number: int, connection: Connection) -> None:
+        connection.recv()
+        manager = attach(task, stage)
+        connection.send("ready")
+        connection.recv()
+        manager.acquire_model(SLOW, _SlowLoader(LONG_LOAD_S))
+        connection.send("loaded")
+        connection.recv()
+
+    with Crew(1, work) as crew:
+        manager = set_up(task, stage)
+        crew.tell("attach")
+        crew.hear(0)
+        loaded = threading.Event()
+        watcher = threading.Thread(target=lambda: (crew.hear(0), loaded.set()))
+        watcher.start()
+        crew.tell("load")
+        worst = 0.0
+        while not loaded.is_set():
+            worst = max(worst, *warm_pair_seconds(manager, OTHER, 2, warm_up=0))
+        watcher.join()
+    return {"": [worst]}
+
+
+class _SlowLoader:
+    """A loader that takes its time; a class, because Beam has it pickled."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+
+    def __call__(self) -> str:
+        time.sleep(self._seconds)
+        return make_handle()
+
+
+def parallel_loads(task: Task) -> Measured:
+    """Measure how long it takes until several processes have each loaded a model of their own."""
+    modules(task.implementation)
+    stage = Stage(known=tuple(f"model-{number}" for number in range(LOADS)))
+
+    def work(number: int, connection: Connection) -> None:
+        connection.recv()
+        manager = attach(task, stage)
+        connection.send("ready")
+        sleep_until(connection.recv())
+        manager.acquire_model(stage.known[number], _SlowLoader(LOAD_S))
+        connection.send(time.monotonic())
+        connection.recv()
+
+    with Crew(LOADS, work) as crew:
+        # Kept: the manager of this process is the one that Beam's workers share.
+        manager = set_up(task, stage)
+        crew.tell("attach")
+        crew.hear_all()
+        start = time.monotonic() + NOTICE_S
+        crew.tell(start)
+        ends = crew.hear_all()
+        del manager
+    return {"": [max(ends) - start]}
+
+
+ROWS = (
+    Row(
+        "warm-pair",
+        "acquire and release of a model with an idle copy, one process",
+        (Figure("p50", "µs", must=25, reach=12), Figure("p99", "µs")),
+        warm_pair,
+    ),
+    Row(
+        "crowd",
+        f"the same in {CROWD} processes on one model, a copy for each, {CROWD_S:.0f} s",
+        (
+            Figure("in all", "pairs/s", must=40_000, reach=80_000, more_is_better=True),
+            Figure("p99 of a pair", "ms", must=3, reach=1),
+        ),
+        crowd,
+    ),
+    Row(
+        "among-idle",
+        f"warm pair with {IDLE_MODELS} other idle models, against none",
+        (Figure("", "×", must=1.2, reach=1.05),),
+        among_idle,
+    ),
+    Row(
+        "release-known",
+        f"release with {KNOWN_MODELS} models known, NNLS behind it",
+        (Figure("", "µs", must=30, reach=15),),
+        release_among_known,
+    ),
+    Row(
+        "hand-over",
+        "release in one process until the waiting acquire in another returns",
+        (Figure("", "µs", must=150, reach=60),),
+        hand_over,
+    ),
+    Row(
+        "beside-load",
+        f"warm pair while another process loads another model for {LONG_LOAD_S:.0f} s, worst",
+        (Figure("", "ms", must=5, reach=1, of_worst=True),),
+        beside_load,
+        repeats_at_most=2,
+    ),
+    Row(
+        "parallel-loads",
+        f"{LOADS} loads of {LOAD_S:.0f} s that fit together, {LOADS} processes, until the last one has its model",
+        (Figure("", "s", must=2.6, reach=2.1),),
+        parallel_loads,
+        repeats_at_most=2,
+    ),
+)
