@@ -72,6 +72,10 @@ class Crew:
         for connection in self._connections if number is None else [self._connections[number]]:
             connection.send(message)
 
+    def has_spoken(self, number: int) -> bool:
+        """Return whether `hear` would not have to wait."""
+        return self._connections[number].poll()
+
     def hear(self, number: int) -> Any:
         """Return the next message of a member.
 

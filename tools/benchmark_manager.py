@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import array
 import statistics
-import threading
 import time
 from multiprocessing.connection import Connection
 
@@ -152,14 +151,11 @@ def beside_load(task: Task) -> Measured:
         manager = set_up(task, stage)
         crew.tell("attach")
         crew.hear(0)
-        loaded = threading.Event()
-        watcher = threading.Thread(target=lambda: (crew.hear(0), loaded.set()))
-        watcher.start()
         crew.tell("load")
         worst = 0.0
-        while not loaded.is_set():
+        while not crew.has_spoken(0):
             worst = max(worst, *warm_pair_seconds(manager, OTHER, 2, warm_up=0))
-        watcher.join()
+        crew.hear(0)
     return {"": [worst]}
 
 

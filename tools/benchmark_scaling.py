@@ -2,8 +2,9 @@
 
 models: each other tag has one idle copy.
 copies: all are idle copies of the tag that is acquired.
-members: processes that are attached and idle. Each is a real one, forked, so that what its own background thread
-    costs the machine counts as well; therefore not more than 200.
+members: rows of the members table with a lock that lives. A thousand processes would need their time to come and go,
+    and 5 GB; so a few processes join a hundred times each, below the manager and without its background thread. What
+    that thread costs is the row `attached-cpu`.
 waiters: threads of one other process, each in the queue for a copy that a further thread of that process keeps. Their
     model is said to be larger than the device after it was loaded, so that nobody is evicted for them, and
     `max_overtake_seconds` is set so high that they never hold up others.
@@ -24,7 +25,7 @@ from benchmark_stage import Stage, attach, make_handle, modules, set_up, warm_pa
 __all__ = ["ROWS"]
 
 SIZES = (10, 100, 1000)
-MEMBERS = (10, 50, 200)
+JOINS_OF_A_PROCESS = 100
 MODEL, BUSY = "model", "busy"
 PAIRS = 500
 TOTAL_MB = 1e6
@@ -45,24 +46,28 @@ def copies(task: Task, size: int) -> float:
 
 
 def members(task: Task, size: int) -> float:
-    """Return the median seconds of a pair in a process beside others, `size` in all."""
+    """Return the median seconds of a pair in a namespace with `size` members."""
     modules(task.implementation)
     stage = Stage(idle=(MODEL,), name=f"members-{size}")
 
     def work(number: int, connection: Connection) -> None:
-        connection.recv()
-        manager = attach(task, stage)
-        connection.send("attached")
-        connection.recv()
-        manager.shutdown()
+        from mpmm.shared_state.namespace import Namespace
 
-    with Crew(size - 1, work) as crew:
+        name, root = connection.recv()
+        joins = min(JOINS_OF_A_PROCESS, size - 1 - number * JOINS_OF_A_PROCESS)
+        joined = [Namespace.join(name, root=root, must_exist=True) for _ in range(joins)]
+        connection.send(len(joined))
+        connection.recv()
+        for namespace in joined:
+            namespace.leave()
+
+    with Crew(-(-(size - 1) // JOINS_OF_A_PROCESS), work) as crew:
         manager = set_up(task, stage)
-        crew.tell("attach")
-        crew.hear_all()
-        median = statistics.median(warm_pair_seconds(manager, MODEL, PAIRS))
-    manager.shutdown()
-    return median
+        namespace = manager._connected().namespace
+        for number in range(len(crew.pids)):
+            crew.tell((namespace.name, namespace.runtime.root), number)
+            crew.hear(number)
+        return statistics.median(warm_pair_seconds(manager, MODEL, PAIRS))
 
 
 def waiters(task: Task, size: int) -> float:
@@ -106,9 +111,10 @@ def _row(what: str, sizes: Sequence[int], cost: Callable[[Task, int], float]) ->
     def measure(task: Task) -> Measured:
         seconds = {size: cost(task, size) for size in sizes}
         measured = {f"{size}": [value] for size, value in seconds.items()}
-        return {**measured, growth: [seconds[sizes[-1]] / seconds[sizes[0]]]}
+        return {**measured, growth: [seconds[most] / seconds[few]]}
 
-    growth = f"{sizes[-1]} : {sizes[0]}"
+    few, most = SIZES[0], SIZES[-1]
+    growth = f"{most} : {few}"
     figures = (*(Figure(f"{size}", "µs") for size in sizes), Figure(growth, "×"))
     return Row(
         f"scaling-{what}",
@@ -123,6 +129,6 @@ def _row(what: str, sizes: Sequence[int], cost: Callable[[Task, int], float]) ->
 ROWS = (
     _row("models", SIZES, models),
     _row("copies", SIZES, copies),
-    _row("members", MEMBERS, members),
-    _row("waiters", SIZES, waiters),
+    _row("members", SIZES, members),
+    _row("waiters", (0, *SIZES), waiters),
 )
