@@ -183,7 +183,7 @@ def measure(row: Row, implementation: str, seed: int) -> tuple[Measured, list[st
                 child.kill()
                 child.wait()
             problems += end_processes(mark)
-    problems += end_shared_memory(segments)
+    problems += left_in_shared_memory(segments)
     return measured, problems
 
 
@@ -220,10 +220,10 @@ def shared_memory_files() -> set[Path]:
     return set(SHARED_MEMORY.iterdir()) if SHARED_MEMORY.is_dir() else set()
 
 
-def end_shared_memory(before: set[Path]) -> list[str]:
+def left_in_shared_memory(before: set[Path]) -> list[str]:
     """Return what is to be said about new shared memory that no process has open or mapped.
 
-    That of others, who run at the same time, is in use.
+    It is not removed: it may be what somebody else has left, while we ran.
     """
     left = shared_memory_files() - before
     if left:

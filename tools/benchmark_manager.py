@@ -217,6 +217,7 @@ ROWS = (
         f"warm pair with {IDLE_MODELS} other idle models, against none",
         (Figure("", "×", must=1.2, reach=1.05),),
         among_idle,
+        repeats_at_most=2,
     ),
     Row(
         "release-known",

@@ -67,6 +67,7 @@ ROWS = (
         "a warm batch of RunInference with a trivial model: what the model manager adds",
         (Figure("", "ms", must=1, reach=0.3),),
         run_inference_batch,
+        repeats_at_most=2,
     ),
     Row(
         "pipeline",

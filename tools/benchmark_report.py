@@ -62,7 +62,9 @@ def row_lines(row: Row, summaries: Summaries, problems: Problems) -> list[str]:
         cells = []
         for implementation in IMPLEMENTATIONS:
             summary = found.get(implementation)
-            missing = "failed" if problems.get(implementation) else "-" if implementation in problems else "n/a"
+            missing = "-" if implementation in row.implementations else "n/a"
+            if problems.get(implementation):
+                missing = "failed"
             cells += [_number(summary.value), _number(summary.tail)] if summary else [missing, ""]
         lines.append(
             _COLUMNS.format(
@@ -107,9 +109,9 @@ def as_json(results: Iterable[tuple[Row, Summaries, Problems]], about: Mapping[s
 
 
 def plot(results: Iterable[tuple[Row, Summaries]], about: Mapping[str, Any], file: Path) -> None:
-    """Draw all figures as bars on a logarithmic axis, with their targets, into `file` (PNG, SVG, PDF).
+    """Draw how many times better than Beam mpmm is, and how its figures stand to their targets, into `file`.
 
-    Raises ImportError without matplotlib.
+    Both are ratios, so figures of all units can stand on one axis. Raises ImportError without matplotlib.
     """
     import matplotlib
 
@@ -117,31 +119,52 @@ def plot(results: Iterable[tuple[Row, Summaries]], about: Mapping[str, Any], fil
     from matplotlib import pyplot
 
     lines = [(row, figure, summaries(figure.name)) for row, summaries in results for figure in row.figures]
-    drawing, axes = pyplot.subplots(figsize=(11, 1.5 + 0.42 * len(lines)), layout="constrained")
-    for number, (_, figure, found) in enumerate(lines):
-        for offset, implementation, colour in ((-0.2, MPMM, "tab:blue"), (0.2, BEAM, "tab:orange")):
-            if (summary := found.get(implementation)) and summary.value > 0:
-                axes.barh(number + offset, summary.value, 0.38, color=colour)
-                axes.plot([summary.value, max(summary.tail, 1e-9)], [number + offset] * 2, color="black", linewidth=1)
-                axes.annotate(f" {_number(summary.value)}", (summary.value, number + offset), va="center", fontsize=7)
-        for value, style in ((figure.must, "-"), (figure.reach, ":")):
-            if value is not None and not figure.against_beam:
-                axes.plot([value] * 2, [number - 0.45, number + 0.45], style, color="tab:red")
-    axes.set_xscale("log")
-    axes.set_yticks(
-        range(len(lines)), [f"{_title(row, figure)} ({figure.unit})" for row, figure, _ in lines], fontsize=8
+    places = range(len(lines))
+    drawing, (left, right) = pyplot.subplots(
+        1, 2, sharey=True, figsize=(13, 1.8 + 0.32 * len(lines)), layout="constrained"
     )
-    axes.invert_yaxis()
-    axes.grid(axis="x", alpha=0.3)
-    for name, colour in (("mpmm", "tab:blue"), ("Beam", "tab:orange")):
-        axes.barh([0], [0], color=colour, label=name)
-    axes.plot([], [], "-", color="tab:red", label="must")
-    axes.plot([], [], ":", color="tab:red", label="reach")
-    axes.plot([], [], "-", color="black", linewidth=1, label="to the tail")
-    axes.legend(loc="lower right", fontsize=8)
-    axes.set_title(f"{about['machine']}\n{about['versions']}", fontsize=8)
+    for place, (_, figure, found) in enumerate(lines):
+        ours, beams = found.get(MPMM), found.get(BEAM)
+        times = ratio(figure, ours, beams)
+        if ours and beams and times:
+            left.barh(place, times, color="tab:blue")
+            text = f" {_number(ours.value)} against {_number(beams.value)} {figure.unit}"
+            left.annotate(text, (max(times, 1.0), place), va="center", fontsize=7)
+        part = _share_of_must(figure, ours.value, times) if ours else None
+        tail = _share_of_must(figure, ours.tail, times) if ours else None
+        if ours and part is not None and tail is not None:
+            right.barh(place, part, color="tab:blue" if part <= 1 else "tab:orange")
+            right.plot([part, tail], [place] * 2, color="black", linewidth=1)
+            right.annotate(f" {_number(ours.value)} {figure.unit}", (max(part, tail), place), va="center", fontsize=7)
+        if figure.must and figure.reach:
+            reach = figure.must / figure.reach if _is_at_least(figure) else figure.reach / figure.must
+            right.plot([reach] * 2, [place - 0.4, place + 0.4], color="tab:green")
+    left.set_yticks(places, [f"{_title(row, figure)} ({figure.unit})" for row, figure, _ in lines], fontsize=8)
+    left.invert_yaxis()
+    left.set_title("times better than Beam", fontsize=9)
+    right.set_title("share of what must be kept; green: within reach; line: to the tail", fontsize=9)
+    for axes in (left, right):
+        axes.set_xscale("log")
+        axes.axvline(1.0, color="tab:red", linewidth=1)
+        axes.grid(axis="x", alpha=0.3)
+        # Room for the texts.
+        axes.margins(x=0.25)
+    drawing.suptitle(f"{about['machine']}, load {about['load']}\n{about['versions']}", fontsize=8)
     drawing.savefig(file, dpi=120)
     pyplot.close(drawing)
+
+
+def _share_of_must(figure: Figure, value: float, times: float | None) -> float | None:
+    """Return a cost as part of what it may be, or what a rate must be as part of what it is: good up to 1."""
+    if figure.against_beam:
+        return figure.must / times if figure.must and times else None
+    if not figure.must or not value:
+        return None
+    return figure.must / value if figure.more_is_better else value / figure.must
+
+
+def _is_at_least(figure: Figure) -> bool:
+    return figure.more_is_better or figure.against_beam
 
 
 def _title(row: Row, figure: Figure) -> str:
@@ -156,5 +179,5 @@ def _number(value: float) -> str:
 def _wanted(figure: Figure, value: float | None) -> str:
     if value is None:
         return ""
-    sign = "≥" if figure.more_is_better or figure.against_beam else "≤"
+    sign = "≥" if _is_at_least(figure) else "≤"
     return f"{sign}{value:g}" + ("×" if figure.against_beam else "")

@@ -113,6 +113,7 @@ ROWS = (
             Figure("later", "µs", must=100, reach=30),
         ),
         acquire_live,
+        repeats_at_most=2,
     ),
     Row(
         "small-call",
@@ -137,5 +138,6 @@ ROWS = (
         "start of a model server with a trivial model, after the first",
         (Figure("", "s", must=0.4, reach=0.1),),
         server_start,
+        repeats_at_most=2,
     ),
 )

@@ -21,7 +21,7 @@ from benchmark_rows import MPMM, Task
 
 __all__ = ["Stage", "SteadyMonitor", "attach", "make_handle", "modules", "set_up", "timed", "warm_pair_seconds"]
 
-# Single models and every second one with its neighbour: enough configurations for all models to be told apart.
+# Model n of those that are known from observations takes n + 1 times as much.
 OBSERVED_MB = 10.0
 
 
