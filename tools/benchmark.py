@@ -6,8 +6,10 @@
 
 Every row is measured `--repeats` times for each implementation, in turn: each time in a process and a runtime
 directory of its own, without a GPU. What such a process leaves behind is ended, and reported. A row that fails says
-why, and the others go on. `ratio` is how many times better mpmm is. The machine is shared with whatever else runs on
-it, so only ratios mean something there; `--busy` keeps some of its processors busy on purpose.
+why, and the others go on. Shown are the median of all values, or the worst where the row is about that, and the
+99th percentile as their tail; `ratio` is how many times better mpmm is; n/a is what Beam cannot do. The machine is
+shared with whatever else runs on it, so only ratios mean something there; `--busy` keeps some of its processors busy
+on purpose.
 
 `must` and `reach` are what mpmm is asked for and where the limit seems to lie, on a machine with two processors; the
 last column says which of the two it meets, or `short`. It is information: the exit code does not depend on figures.
@@ -17,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import json
 import os
 import random
@@ -130,6 +133,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     for name in options.rows:
         if name not in ROWS:
             parser.error(f"there is no row {name!r}; there are {', '.join(ROWS)}")
+    if options.plot and importlib.util.find_spec("matplotlib") is None:
+        # Said now, not after ten minutes.
+        parser.error("--plot needs matplotlib; try: pip install 'mpmm[plot]'")
     if options.repeats < 1:
         parser.error(f"--repeats is {options.repeats}: expected 1 or more")
     return options

@@ -1,4 +1,8 @@
-"""Rows about acquire_model and release_model."""
+"""Rows about acquire_model and release_model.
+
+Where several processes take part, the one that forks them sets the stage. With Beam it has the manager then, and the
+others call it; with mpmm it is merely one that is attached.
+"""
 
 from __future__ import annotations
 
@@ -58,13 +62,11 @@ def crowd(task: Task) -> Measured:
         connection.recv()
 
     with Crew(CROWD, work) as crew:
-        # Kept: the manager of this process is the one that Beam's workers share.
-        manager = set_up(task, stage)
+        set_up(task, stage)
         crew.tell("attach")
         crew.hear_all()
         crew.tell(time.monotonic() + NOTICE_S)
         answers = crew.hear_all()
-        del manager
     pooled = [second for _, seconds in answers for second in seconds]
     return {"in all": [sum(rate for rate, _ in answers)], "p99 of a pair": [percentile(pooled, 0.99)]}
 
@@ -115,7 +117,7 @@ def hand_over(task: Task) -> Measured:
 
     seconds = []
     with Crew(2, work) as crew:
-        manager = set_up(task, stage)
+        set_up(task, stage)
         crew.tell("attach")
         crew.tell("acquire", 0)
         # That it is about to acquire, and that it has.
@@ -129,7 +131,6 @@ def hand_over(task: Task) -> Measured:
             crew.tell("release", holder)
             released = crew.hear(holder)
             seconds.append(crew.hear(waiter) - released)
-        del manager
     return {"": seconds}
 
 
@@ -185,14 +186,12 @@ def parallel_loads(task: Task) -> Measured:
         connection.recv()
 
     with Crew(LOADS, work) as crew:
-        # Kept: the manager of this process is the one that Beam's workers share.
-        manager = set_up(task, stage)
+        set_up(task, stage)
         crew.tell("attach")
         crew.hear_all()
         start = time.monotonic() + NOTICE_S
         crew.tell(start)
         ends = crew.hear_all()
-        del manager
     return {"": [max(ends) - start]}
 
 

@@ -94,6 +94,7 @@ def as_json(results: Iterable[tuple[Row, Summaries, Problems]], about: Mapping[s
                 "unit": figure.unit,
                 "must": figure.must,
                 "reach": figure.reach,
+                "statistic": "worst" if figure.of_worst else "median",
                 "of_ratio": figure.against_beam,
                 "more_is_better": figure.more_is_better,
                 "ratio": times,
