@@ -46,6 +46,10 @@ import benchmark_shared
 from benchmark_report import as_json, header, machine, plot, row_lines
 from benchmark_rows import IMPLEMENTATIONS, Measured, Row, Summary, Task, summarise
 
+from mpmm.shared_state.namespace import remove_deserted
+from mpmm.shared_state.runtime_dir import RUNTIME_DIR_VARIABLE, root_below
+from mpmm.shared_state.segment import segment_name
+
 ROWS = {
     row.name: row
     for module in (benchmark_manager, benchmark_shared, benchmark_pipeline, benchmark_cpu, benchmark_scaling)
@@ -53,7 +57,7 @@ ROWS = {
 }
 # All processes of one measurement have it in their environment, whoever forked or spawned them.
 MARK = "MPMM_BENCHMARK"
-RESULT = "result.json"
+RESULT, RUNTIME_FOLDER = "result.json", "run"
 SHARED_MEMORY = Path("/dev/shm")
 # Model servers, and the process that they are forked from, notice that nobody needs them within this time.
 LEAVE_TIMEOUT_S = 8.0
@@ -169,7 +173,7 @@ def measure(row: Row, implementation: str, seed: int) -> tuple[Measured, list[st
         environment = {
             **os.environ,
             MARK: mark,
-            "MPMM_RUNTIME_DIR": str(folder / "run"),
+            RUNTIME_DIR_VARIABLE: str(folder / RUNTIME_FOLDER),
             "TMPDIR": name,
             "MPMM_MEMORY_SOURCE": "booked",
         }
@@ -189,6 +193,7 @@ def measure(row: Row, implementation: str, seed: int) -> tuple[Measured, list[st
                 child.kill()
                 child.wait()
             problems += end_processes(mark)
+            problems += remove_namespaces(folder)
     problems += left_in_shared_memory(segments)
     return measured, problems
 
@@ -219,6 +224,18 @@ def marked_processes(mark: str) -> list[psutil.Process]:
             if process.environ().get(MARK) == mark and process.status() != psutil.STATUS_ZOMBIE:
                 found.append(process)
     return found
+
+
+def remove_namespaces(folder: Path) -> list[str]:
+    """Remove the namespaces that killed processes have left in a measurement's folder; return what is to be said."""
+    said = []
+    for root in (folder / RUNTIME_FOLDER, root_below(folder)):
+        for place in root.iterdir() if root.is_dir() else ():
+            segment = SHARED_MEMORY / segment_name(root, place.name)
+            if segment.exists():
+                said.append(f"left behind: {segment}")
+            remove_deserted(str(root), place.name)
+    return said
 
 
 def shared_memory_files() -> set[Path]:

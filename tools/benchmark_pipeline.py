@@ -56,9 +56,13 @@ def pipeline(task: Task) -> Measured:
     if not task.is_mpmm:
         command.append("--stock")
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-    if done.returncode != 0:
-        raise RuntimeError("the demo failed: " + " ".join(done.stdout.split()[-40:]))
-    return {"": [json.loads(done.stdout.splitlines()[-1])["runs"][0]["seconds"]]}
+    _, found, last_line = done.stdout.rpartition("\n{")
+    if not found:
+        raise RuntimeError(f"the demo ended with exit code {done.returncode}")
+    report = json.loads("{" + last_line)["runs"][0]
+    if report["problems"]:
+        raise RuntimeError(f"after {report['seconds']:.1f} s: " + "; ".join(report["problems"]).replace("\n", " "))
+    return {"": [report["seconds"]]}
 
 
 ROWS = (
