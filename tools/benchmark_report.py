@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -110,49 +110,93 @@ def as_json(results: Iterable[tuple[Row, Summaries, Problems]], about: Mapping[s
 
 
 def plot(results: Iterable[tuple[Row, Summaries]], about: Mapping[str, Any], file: Path) -> None:
-    """Draw how many times better than Beam mpmm is, and how its figures stand to their targets, into `file`.
+    """Draw how many times better than Beam mpmm is, how its figures stand to their targets, and how costs grow.
 
-    Both are ratios, so figures of all units can stand on one axis. Raises ImportError without matplotlib.
+    The first two are ratios, so figures of all units can stand on one axis. Raises ImportError without matplotlib.
     """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    lines = [(row, figure, summaries(figure.name)) for row, summaries in results for figure in row.figures]
-    places = range(len(lines))
-    drawing, (left, right) = pyplot.subplots(
-        1, 2, sharey=True, figsize=(13, 1.8 + 0.32 * len(lines)), layout="constrained"
-    )
-    for place, (_, figure, found) in enumerate(lines):
-        ours, beams = found.get(MPMM), found.get(BEAM)
-        times = ratio(figure, ours, beams)
-        if ours and beams and times:
-            left.barh(place, times, color="tab:blue")
-            text = f" {_number(ours.value)} against {_number(beams.value)} {figure.unit}"
-            left.annotate(text, (max(times, 1.0), place), va="center", fontsize=7)
-        part = _share_of_must(figure, ours.value, times) if ours else None
-        tail = _share_of_must(figure, ours.tail, times) if ours else None
-        if ours and part is not None and tail is not None:
-            right.barh(place, part, color="tab:blue" if part <= 1 else "tab:orange")
-            right.plot([part, tail], [place] * 2, color="black", linewidth=1)
-            right.annotate(f" {_number(ours.value)} {figure.unit}", (max(part, tail), place), va="center", fontsize=7)
-        if figure.must and figure.reach:
-            reach = figure.must / figure.reach if _is_at_least(figure) else figure.reach / figure.must
-            right.plot([reach] * 2, [place - 0.4, place + 0.4], color="tab:green")
-    left.set_yticks(places, [f"{_title(row, figure)} ({figure.unit})" for row, figure, _ in lines], fontsize=8)
-    left.invert_yaxis()
-    left.set_title("times better than Beam", fontsize=9)
-    right.set_title("share of what must be kept; green: within reach; line: to the tail", fontsize=9)
-    for axes in (left, right):
-        axes.set_xscale("log")
-        axes.axvline(1.0, color="tab:red", linewidth=1)
-        axes.grid(axis="x", alpha=0.3)
-        # Room for the texts.
-        axes.margins(x=0.25)
+    results = list(results)
+    lines = [
+        _Line(row, figure, summaries(figure.name))
+        for row, summaries in results
+        for figure in row.figures
+        if figure.must is not None or len(row.implementations) > 1
+    ]
+    curves = [(row, summaries) for row, summaries in results if any(figure.size is not None for figure in row.figures)]
+    heights = [1.0 + 0.32 * len(lines), 2.5 if curves else 0.01]
+    drawing = pyplot.figure(figsize=(13, 1.0 + sum(heights)), layout="constrained")
+    axes = drawing.subplot_mosaic([["beam", "must"], ["growth", "growth"]], height_ratios=heights)
+    _draw_ratios(axes["beam"], axes["must"], lines)
+    if curves:
+        _draw_growth(axes["growth"], curves)
+    else:
+        axes["growth"].remove()
     drawing.suptitle(f"{about['machine']}, load {about['load']}\n{about['versions']}", fontsize=8)
     drawing.savefig(file, dpi=120)
     pyplot.close(drawing)
+
+
+class _Line:
+    """One figure as it is drawn: what it is called, what was measured."""
+
+    def __init__(self, row: Row, figure: Figure, found: Mapping[str, Summary]) -> None:
+        self.title = f"{_title(row, figure)} ({figure.unit})"
+        self.figure = figure
+        self.ours, self.beams = found.get(MPMM), found.get(BEAM)
+        self.times = ratio(figure, self.ours, self.beams)
+
+
+def _draw_ratios(against_beam: Any, against_must: Any, lines: Sequence[_Line]) -> None:
+    """Draw a bar for each figure into two pairs of axes, the first figure at the top of both."""
+    for place, line in enumerate(lines):
+        figure, ours, beams, times = line.figure, line.ours, line.beams, line.times
+        if ours and beams and times:
+            against_beam.barh(place, times, color="tab:blue")
+            text = f" {_number(ours.value)} against {_number(beams.value)} {figure.unit}"
+            against_beam.annotate(text, (max(times, 1.0), place), va="center", fontsize=7)
+        part = _share_of_must(figure, ours.value, times) if ours else None
+        tail = _share_of_must(figure, ours.tail, times) if ours else None
+        if ours and part is not None and tail is not None:
+            against_must.barh(place, part, color="tab:blue" if part <= 1 else "tab:orange")
+            against_must.plot([part, tail], [place] * 2, color="black", linewidth=1)
+            text = f" {_number(ours.value)} {figure.unit}"
+            against_must.annotate(text, (max(part, tail), place), va="center", fontsize=7)
+        if figure.must and figure.reach:
+            reach = figure.must / figure.reach if _is_at_least(figure) else figure.reach / figure.must
+            against_must.plot([reach] * 2, [place - 0.4, place + 0.4], color="tab:green")
+    against_beam.set_yticks(range(len(lines)), [line.title for line in lines], fontsize=8)
+    against_must.set_yticks(range(len(lines)), [""] * len(lines))
+    against_beam.set_title("times better than Beam", fontsize=9)
+    against_must.set_title("mpmm against its limit (must = 1); green: reach; line: to the tail", fontsize=9)
+    for axes in (against_beam, against_must):
+        axes.set_xscale("log")
+        # The same in both, so that a figure is at the same height; the first one on top.
+        axes.set_ylim(max(len(lines), 1) - 0.5, -0.5)
+        axes.axvline(1.0, color="tab:red", linewidth=1)
+        axes.grid(axis="x", alpha=0.3)
+        # Room for the texts.
+        axes.margins(x=0.3)
+
+
+def _draw_growth(axes: Any, curves: Iterable[tuple[Row, Summaries]]) -> None:
+    """Draw the series of figures that have a size, a curve for each row."""
+    for row, summaries in curves:
+        # The axis is logarithmic: it has no place for 0.
+        points = [
+            (figure.size, found[MPMM].value)
+            for figure in row.figures
+            if figure.size and MPMM in (found := summaries(figure.name))
+        ]
+        axes.plot([size for size, _ in points], [value for _, value in points], "o-", label=row.description)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_ylabel("µs", fontsize=8)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
 
 
 def _share_of_must(figure: Figure, value: float, times: float | None) -> float | None:

@@ -61,6 +61,7 @@ class Figure:
     of_worst: the worst value is the figure, not the median.
     more_is_better: most figures are costs; a rate is not.
     against_beam: `must` and `reach` are about the ratio to Beam, not about mpmm's own value.
+    size: this is one of a series, the cost among so many of something.
     """
 
     name: str
@@ -70,6 +71,7 @@ class Figure:
     of_worst: bool = False
     more_is_better: bool = False
     against_beam: bool = False
+    size: int | None = None
 
 
 @dataclass(frozen=True)

@@ -115,7 +115,7 @@ def _row(what: str, sizes: Sequence[int], cost: Callable[[Task, int], float]) ->
 
     few, most = SIZES[0], SIZES[-1]
     growth = f"{most} : {few}"
-    figures = (*(Figure(f"{size}", "µs") for size in sizes), Figure(growth, "×"))
+    figures = (*(Figure(f"{size}", "µs", size=size) for size in sizes), Figure(growth, "×"))
     return Row(
         f"scaling-{what}",
         f"warm pair among so many {what}",
