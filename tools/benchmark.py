@@ -111,8 +111,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             result = run_row(ROWS[name], options)
             results.append(result)
             print("\n".join(row_lines(result.row, result.summaries, result.problems)), flush=True)
-    about["seconds"] = round(time.monotonic() - began, 1)
-    print(f"seconds: {about['seconds']}")
+    ending = {"load_at_end": machine()["load"], "seconds": round(time.monotonic() - began, 1)}
+    for name, value in ending.items():
+        print(f"{name}: {value}")
+    about.update(ending)
     if options.plot:
         plot([(result.row, result.summaries) for result in results], about, options.plot)
     if options.json:

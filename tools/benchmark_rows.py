@@ -126,11 +126,11 @@ def summarise(figure: Figure, values: Sequence[float]) -> Summary:
 
 
 def ratio(figure: Figure, ours: Summary | None, beams: Summary | None) -> float | None:
-    """Return how many times better mpmm is; None where that says nothing."""
+    """Return how many times better mpmm is; None where that says nothing, because one of the two is missing or 0."""
     if ours is None or beams is None:
         return None
     better, worse = (beams.value, ours.value) if figure.more_is_better else (ours.value, beams.value)
-    return worse / better if better > 0 else None
+    return worse / better if better > 0 and worse > 0 else None
 
 
 def stands(figure: Figure, ours: Summary | None, times: float | None) -> str:
