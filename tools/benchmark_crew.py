@@ -26,8 +26,8 @@ class _Trouble:
 class Crew:
     """`count` processes that run `work(number, connection)`. Leaving the `with` block ends them.
 
-    Fork a crew before this process has threads or a manager: each member then makes its own way, as workers do.
-    A member ends by returning from `work`; what it waits for with `connection.recv()` comes at the latest when the
+    Fork a crew before this process has threads or a manager: each of them then makes its own way, as workers do.
+    A process ends by returning from `work`; what it waits for with `connection.recv()` comes at the latest when the
     block is left, as None.
     """
 
@@ -64,11 +64,11 @@ class Crew:
 
     @property
     def pids(self) -> list[int]:
-        """Process ids of all members."""
+        """Process ids of all."""
         return [process.pid for process in self._processes if process.pid is not None]
 
     def tell(self, message: object, number: int | None = None) -> None:
-        """Send a message to one member, or to all."""
+        """Send a message to one process, or to all."""
         for connection in self._connections if number is None else [self._connections[number]]:
             connection.send(message)
 
@@ -77,7 +77,7 @@ class Crew:
         return self._connections[number].poll()
 
     def hear(self, number: int) -> Any:
-        """Return the next message of a member.
+        """Return the next message of a process.
 
         Raises RuntimeError when it has failed, TimeoutError when it is silent.
         """
@@ -90,7 +90,7 @@ class Crew:
         return message
 
     def hear_all(self) -> list[Any]:
-        """Return the next message of every member."""
+        """Return the next message of every process."""
         return [self.hear(number) for number in range(len(self._connections))]
 
 
