@@ -236,7 +236,7 @@ def remove_namespaces(folder: Path) -> list[str]:
             segment = SHARED_MEMORY / segment_name(root, place.name)
             if segment.exists():
                 said.append(f"left behind: {segment}")
-            remove_deserted(str(root), place.name)
+            remove_deserted(root, place.name)
     return said
 
 
