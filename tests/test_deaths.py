@@ -10,6 +10,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +118,23 @@ def test_the_creators_death_disturbs_nobody(
         assert others[0].call(acquire, tag, LoadFails("not to be called")).startswith(tag)
         others[0].call(release)
     assert creator.pid not in [member.pid for member in read_snapshot(namespace).members]
+    assert problems(namespace) == []
+
+
+def leads_another(namespace: str, gone: tuple[int | None, ...]) -> bool:
+    """Tell whether the leader is none of these pids."""
+    return leader_pid(read_snapshot(namespace)) not in gone
+
+
+def test_leaders_that_die_one_after_another_are_each_replaced_soon(namespace: str, new_process: NewProcess) -> None:
+    processes = {process.pid: process for process in (new_process() for _ in range(8))}
+    for _ in range(5):
+        leader = leader_pid(read_snapshot(namespace))
+        assert leader is not None
+        processes.pop(leader).kill()
+        gone = (None, leader)
+        waited = wait_until(partial(leads_another, namespace, gone), "another one leads", SOON_S)
+        print(f"a new leader after {waited:.2f} s")
     assert problems(namespace) == []
 
 

@@ -96,7 +96,7 @@ class LockFile:
             pause = min(pause * 2, LONGEST_PAUSE_S)
 
 
-def is_locked(path: Path) -> bool:
+def is_locked(path: str | Path) -> bool:
     """Tell whether some process holds the exclusive lock on `path`; a missing file is not locked.
 
     The question is asked with a shared lock, so that two askers do not take each other for the owner.

@@ -77,6 +77,7 @@ class Namespace:
         self.lock = TransactionLock(segment, runtime.file("segment.lock"), settings.lock_timeout_seconds)
         self.tables = Tables(segment)
         self.transitions = Transitions(self.tables, self)
+        self._folder = str(runtime.path)
         self._alive = alive
         self._member_lock: LockFile | None = None
         self._usable = True
@@ -196,9 +197,12 @@ class Namespace:
         """Tell whether the process in a used row still lives; needs no lock and is advice without it."""
         return slot == self.slot or is_locked(self.member_lock_path(slot))
 
-    def member_lock_path(self, slot: int) -> Path:
-        """Return the path of the lock file that the member in `slot` holds for life."""
-        return self.runtime.file(f"m{slot}.lock")
+    def member_lock_path(self, slot: int) -> str:
+        """Return the path of the lock file that the member in `slot` holds for life.
+
+        A plain string: the leader asks for all of them four times a second.
+        """
+        return f"{self._folder}/m{slot}.lock"
 
     def find_dead_members(self) -> list[int]:
         """Return slots whose processes are gone but whose rows are not; looks without the lock, as advice."""
@@ -264,7 +268,7 @@ class Namespace:
         self.reap_dead_members()
         with self.lock() as t:
             for slot in self.tables.free_members():
-                lock = LockFile(self.member_lock_path(slot))
+                lock = LockFile(Path(self.member_lock_path(slot)))
                 if lock.try_exclusive():
                     break
                 # Held by a process that has not yet been reaped, or for microseconds by one that asks `is_locked`.
