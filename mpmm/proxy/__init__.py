@@ -9,6 +9,8 @@ Who starts what and who talks to whom; arrows are calls, every file named lies i
     room            folder, key, who is a client (alive lock), which servers live (life locks)
     process_life    what happens to descriptors and hooks at fork and at exit
     transport       sockets: addresses of any length, keys, the peer's user
+    channel         messages on an authenticated socket, large buffers through an arena
+    arena           shared memory for large buffers on their way
     wire            what is sent: requests, results, exceptions
     hosting         the object with its users, and the threads that answer for it
     server_process  a spawned server from its first line to its last

@@ -1,7 +1,7 @@
-"""A client's side of a server: one connection for each thread, kept between calls.
+"""A client's side of a server: one connection, with a channel on it, for each thread, kept between calls.
 
-A connection is taken out of its thread's pocket during a call and put back after the answer. So a call from a
-signal handler or a destructor in the middle of another one gets a connection of its own, and one that was
+A channel is taken out of its thread's pocket during a call and put back after the answer was unpickled. So a call from
+a signal handler or a destructor in the middle of another one gets a connection of its own, and one that was
 interrupted half-way, and would deliver the old answer to the next question, is dropped.
 """
 
@@ -16,6 +16,7 @@ from typing import Any
 
 from mpmm.errors import ModelServerError
 from mpmm.proxy import transport, wire
+from mpmm.proxy.channel import Channel
 from mpmm.proxy.process_life import in_forked_child
 from mpmm.proxy.room import Room, ServerRecord
 
@@ -64,30 +65,33 @@ class ServerLink:
         server is gone or goes before it has answered (the method may have run then); what pickle raises for args.
         """
         message = wire.encode_request(token, name, args, kwargs)
-        connection = self._pocket.__dict__.pop("connection", None) or self._connected()
+        channel: Channel = self._pocket.__dict__.pop("channel", None) or self._connected()
         try:
-            connection.send_bytes(message)
-            answer = connection.recv_bytes()
+            channel.send(message)
+            answer = channel.receive()
         except (EOFError, OSError) as error:
-            connection.close()
+            channel.close()
             self._await_end()
             raise self._lost(f"ended before it had answered {name}()") from error
         except BaseException:
-            connection.close()
+            channel.close()
             raise
-        self._pocket.connection = connection
-        return wire.decode_answer(answer, self.tag, name)
+        try:
+            return wire.decode_answer(answer, self.tag, name)
+        finally:
+            # Not before: a small answer lies in memory of the channel.
+            self._pocket.channel = channel
 
     def forget_after_fork(self) -> None:
         """Start without connections in a forked child; the inherited ones have been closed."""
         self._pocket = threading.local()
 
-    def _connected(self) -> Connection:
-        """Return a new connection; a refusal by a server that lives is tried again. Raises ModelServerError."""
+    def _connected(self) -> Channel:
+        """Return a channel to the server; a refusal by one that lives is tried again. Raises ModelServerError."""
         pause = FIRST_RETRY_S
         for attempt in range(1, CONNECT_ATTEMPTS + 1):
             try:
-                return self.connect()
+                return Channel(self.connect())
             except AuthenticationError as error:
                 raise self._lost(f"refused this process: {error}") from error
             except (OSError, EOFError) as error:

@@ -6,11 +6,12 @@ import os
 import signal
 import threading
 import time
-from contextlib import suppress
+from contextlib import closing, suppress
 from multiprocessing import AuthenticationError
 
 from mpmm.errors import ModelServerError
 from mpmm.proxy import transport, wire
+from mpmm.proxy.channel import Channel
 from mpmm.proxy.hosting import find_host
 from mpmm.proxy.room import Room, ServerRecord
 
@@ -71,10 +72,9 @@ def end_server(room: Room, tag: str, timeout_seconds: float, incarnation: str | 
 def _ask(room: Room, record: ServerRecord, key: bytes) -> None:
     """Ask the server to end. Does not join the room, which may have been left when this thread comes to it."""
     with suppress(AuthenticationError, EOFError, OSError):
-        connection = transport.dial(room.path, record.socket_name, key)
-        with connection:
-            connection.send_bytes(wire.encode_request(wire.CONTROL, wire.HARD_DELETE, (), {}))
-            connection.recv_bytes()
+        with closing(Channel(transport.dial(room.path, record.socket_name, key))) as channel:
+            channel.send(wire.encode_request(wire.CONTROL, wire.HARD_DELETE, (), {}))
+            channel.receive()
 
 
 def _kill(room: Room, record: ServerRecord) -> None:

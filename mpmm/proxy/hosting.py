@@ -20,6 +20,7 @@ from typing import Any
 
 from mpmm.errors import ModelServerError, RemoteCallError, SharedObjectReleasedError
 from mpmm.proxy import transport, wire
+from mpmm.proxy.channel import Channel, Message
 from mpmm.proxy.context import attaching_to
 from mpmm.proxy.process_life import call_once_at_exit, close_in_children, fork_guard, in_forked_child
 from mpmm.proxy.room import LEAVE_PRIORITY, Room, ServerRecord, start_time_of, write_record
@@ -58,7 +59,7 @@ class Host:
         self._users: dict[int, Any] = {}
         self._tokens = itertools.count(1)
         self._ended = False
-        self._connections: set[Connection] = set()
+        self._connections: set[Connection | Channel] = set()
         self._connections_lock = threading.Lock()
         self._listener = transport.listen(room.path, record.socket_name)
         with fork_guard:
@@ -184,25 +185,34 @@ class Host:
 
     def _converse(self, connection: Connection) -> None:
         """Answer one client thread until it goes; runs in a thread of its own."""
+        # What `_close` has to cut: the connection first, then the channel that takes it over.
+        line: Connection | Channel = connection
         with self._connections_lock:
-            self._connections.add(connection)
+            self._connections.add(line)
         try:
             transport.authenticate_client(connection, self.room.key())
+            with self._connections_lock:
+                self._connections.discard(line)
+                line = channel = Channel(connection)
+                self._connections.add(line)
             while not self._ended:
-                answer = self._answer(connection.recv_bytes())
+                channel.give_back_when_idle()
+                answer = self._answer(channel.receive())
                 if answer is None:
                     break
-                connection.send_bytes(answer)
+                channel.send(answer)
+                # The next request may be long in coming.
+                del answer
         except (EOFError, OSError):
             pass
         except Exception as error:
             logger.warning("mpmm: pid %d refused a connection for %r: %s", os.getpid(), self.tag, error)
         finally:
             with self._connections_lock:
-                self._connections.discard(connection)
-                connection.close()
+                self._connections.discard(line)
+                line.close()
 
-    def _answer(self, message: bytes) -> bytes | None:
+    def _answer(self, message: Message) -> Message | None:
         name = "?"
         try:
             token, name, args, kwargs = wire.decode_request(message)
@@ -216,7 +226,7 @@ class Host:
             return wire.encode_error(error)
         return wire.encode_result(result, self.tag, name)
 
-    def _control(self, name: str, *args: Any) -> bytes | None:
+    def _control(self, name: str, *args: Any) -> Message | None:
         """Do what is asked of the server itself; None: the client learns it from the end of the connection."""
         if name == wire.ACQUIRE:
             (knows_methods,) = args

@@ -1,8 +1,12 @@
-"""What goes through a connection: one message per request, one per answer, each one pickle.
+"""What goes through a connection: one message per request, one per answer, each one pickle and its large buffers.
 
 A request is `(token, name, args, kwargs)`. The token says whose use of the object this is; CONTROL stands for
 the server itself, whose requests are ACQUIRE, RELEASE and HARD_DELETE. An answer is `(RETURNED, value)` or
 `(RAISED, (pickled exception or None, one line, traceback))`.
+
+Buffers of LARGE_BYTES or more which pickle can leave out (protocol 5: the data of NumPy arrays and of all that is
+made of them, what a class puts into a `PickleBuffer`, CPU tensors of torch) are not copied into the pickle. On the
+other side each becomes memory of its own, writable if the sender's was; a bare `PickleBuffer` arrives as a memoryview.
 """
 
 from __future__ import annotations
@@ -14,6 +18,7 @@ import traceback
 from typing import Any
 
 from mpmm.errors import InvalidArgumentError, RemoteCallError
+from mpmm.proxy.channel import LARGE_BYTES, Message
 
 __all__ = ["ACQUIRE", "CONTROL", "HARD_DELETE", "RELEASE", "RemoteTraceback", "decode_answer", "dump_for_server"]
 
@@ -34,21 +39,21 @@ class RemoteTraceback(Exception):
         return f"\n{self.text}"
 
 
-def encode_request(token: int, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bytes:
+def encode_request(token: int, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Message:
     """Return the message of a call. Raises what pickle raises for arguments that it refuses."""
-    return pickle.dumps((token, name, args, kwargs), PROTOCOL)
+    return _dump((token, name, args, kwargs))
 
 
-def decode_request(message: bytes) -> tuple[int, str, tuple[Any, ...], dict[str, Any]]:
+def decode_request(message: Message) -> tuple[int, str, tuple[Any, ...], dict[str, Any]]:
     """Return token, name and arguments. Raises anything: unpickling runs the classes of the arguments."""
-    token, name, args, kwargs = pickle.loads(message)
+    token, name, args, kwargs = pickle.loads(message.head, buffers=message.buffers)
     return token, name, args, kwargs
 
 
-def encode_result(value: object, tag: str, method: str) -> bytes:
+def encode_result(value: object, tag: str, method: str) -> Message:
     """Return the answer that carries `value`, or one that says why it cannot be sent."""
     try:
-        return pickle.dumps((RETURNED, value), PROTOCOL)
+        return _dump((RETURNED, value))
     except Exception as error:
         return encode_error(
             RemoteCallError(
@@ -59,8 +64,9 @@ def encode_result(value: object, tag: str, method: str) -> bytes:
         )
 
 
-def encode_error(error: BaseException) -> bytes:
+def encode_error(error: BaseException) -> Message:
     """Return the answer that raises `error` at the caller."""
+    # A pickle in the pickle: one that cannot be opened there must not hide the line and the traceback.
     pickled = None
     # SystemExit and KeyboardInterrupt would end the caller for something that happened elsewhere.
     if isinstance(error, Exception):
@@ -69,16 +75,16 @@ def encode_error(error: BaseException) -> bytes:
         except Exception:
             pickled = None
     text = "".join(traceback.format_exception(type(error), error, error.__traceback__))
-    return pickle.dumps((RAISED, (pickled, f"{_type_name(error)}: {_text_of(error)}", text)), PROTOCOL)
+    return _dump((RAISED, (pickled, f"{_type_name(error)}: {_text_of(error)}", text)))
 
 
-def decode_answer(message: bytes, tag: str, method: str) -> Any:
+def decode_answer(message: Message, tag: str, method: str) -> Any:
     """Return what the method returned or raise what it raised, with the remote traceback as cause.
 
     Raises RemoteCallError for a result or an exception that does not survive the journey.
     """
     try:
-        kind, value = pickle.loads(message)
+        kind, value = pickle.loads(message.head, buffers=message.buffers)
     except Exception as error:
         raise RemoteCallError(
             f"{method}() of {tag!r} returned something that cannot be unpickled here: {_text_of(error)}",
@@ -116,6 +122,19 @@ def dump_for_server(thing: object, what: str) -> bytes:
         f"{what} cannot be sent to a model server ({'; '.join(refusals)}); "
         "define it at the top level of a module, or install cloudpickle"
     )
+
+
+def _dump(thing: object) -> Message:
+    buffers: list[memoryview] = []
+
+    def keep_in_pickle(buffer: pickle.PickleBuffer) -> bool:
+        view = buffer.raw()
+        if view.nbytes < LARGE_BYTES:
+            return True
+        buffers.append(view)
+        return False
+
+    return Message(pickle.dumps(thing, PROTOCOL, buffer_callback=keep_in_pickle), buffers)
 
 
 def _dumpers() -> list[Any]:

@@ -1,0 +1,119 @@
+"""Arenas: small pieces of shared memory through which large payloads travel instead of through the socket.
+
+A connection has at most one arena: SLOTS slots of SLOT_BYTES, which both directions use in turn, as a conveyor
+belt and not as a store. The sender fills a slot while the receiver empties an earlier one into memory of its own
+(`proxy.channel` says who may touch which slot when). So an arena is as small for a payload of a gigabyte as for one
+of a megabyte and stays in the processors' caches; what a receiver gets is ordinary memory that nobody else has, and
+no slot is ever kept busy until somebody's array is collected.
+
+An arena is an unnamed file (`memfd_create`), made by the side that first has something large to send. Its
+descriptor goes through the socket, and both sides close theirs as soon as they have mapped the file: only the
+mappings hold the memory then, and whoever dies, however, the kernel frees it with the last of them. The pages are
+allocated before anybody writes, and the file is sealed against shrinking, so that a lack of memory is an OSError
+here and never a SIGBUS later. Who gets no arena sends through the socket.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import mmap
+import os
+import sys
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+
+import psutil
+
+__all__ = ["ARENA_BYTES", "LIMIT_VARIABLE", "SLOTS", "SLOT_BYTES", "Arena", "create_arena", "cut_into_slots"]
+
+SLOT_BYTES = 1 << 19
+SLOTS = 8
+ARENA_BYTES = SLOTS * SLOT_BYTES
+# The shared memory that one process holds in arenas at most, in MB; connections beyond that do without. 0: no arenas.
+LIMIT_VARIABLE = "MPMM_ARENA_MB"
+DEFAULT_LIMIT_MB = 256.0
+MIB = 1 << 20
+# A host with less free memory than this gets no new arenas.
+LEAST_AVAILABLE_BYTES = 64 * ARENA_BYTES
+
+_arenas: weakref.WeakSet[Arena] = weakref.WeakSet()
+
+
+class Arena:
+    """One mapped arena. Belongs to one connection, whose protocol says when a slot may be written or read."""
+
+    def __init__(self, fd: int) -> None:
+        """Map the arena file `fd`, which stays the caller's. Raises OSError for anything else and beyond the limit."""
+        _check_limit()
+        _check_file(fd)
+        self._mapping = mmap.mmap(fd, ARENA_BYTES)
+        whole = memoryview(self._mapping)
+        self.slots = [whole[start : start + SLOT_BYTES] for start in range(0, ARENA_BYTES, SLOT_BYTES)]
+        _arenas.add(self)
+
+    def give_back(self) -> None:
+        """Free the memory on both sides, while no slot is in use; neither side may write to this arena any more."""
+        with suppress(OSError):
+            self._mapping.madvise(mmap.MADV_REMOVE)
+
+
+def create_arena() -> tuple[Arena, int]:
+    """Return a new arena and the descriptor of its file, for the other side. Raises OSError where there should be none.
+
+    The caller closes the descriptor, and lets no fork happen before.
+    """
+    _check_limit()
+    if sys.platform != "linux":
+        raise OSError("arenas need files that can be sealed, which Linux alone has")
+    available = psutil.virtual_memory().available
+    if available < LEAST_AVAILABLE_BYTES:
+        raise OSError(f"{available / MIB:.0f} MB of memory are available, less than {LEAST_AVAILABLE_BYTES / MIB:.0f}")
+    fd = os.memfd_create("mpmm-arena", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        os.posix_fallocate(fd, 0, ARENA_BYTES)
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _seals())
+        return Arena(fd), fd
+    except BaseException:
+        os.close(fd)
+        raise
+
+
+def cut_into_slots(buffers: Sequence[memoryview]) -> Iterator[list[memoryview]]:
+    """Cut buffers of bytes, as if they were one, into the pieces that lie in the first slot, the second, and so on."""
+    pieces: list[memoryview] = []
+    room = SLOT_BYTES
+    for buffer in buffers:
+        start = 0
+        while start < buffer.nbytes:
+            piece = buffer[start : start + room]
+            pieces.append(piece)
+            start += piece.nbytes
+            room -= piece.nbytes
+            if not room:
+                yield pieces
+                pieces, room = [], SLOT_BYTES
+    if pieces:
+        yield pieces
+
+
+def _check_limit() -> None:
+    """Raise OSError if this process holds all the arenas that it may. Two threads may go one beyond."""
+    try:
+        limit_mb = float(os.environ.get(LIMIT_VARIABLE, DEFAULT_LIMIT_MB))
+    except ValueError:
+        limit_mb = DEFAULT_LIMIT_MB
+    if (len(_arenas) + 1) * ARENA_BYTES > limit_mb * MIB:
+        raise OSError(f"{len(_arenas)} arenas are in use, and {LIMIT_VARIABLE} allows {limit_mb:g} MB")
+
+
+def _check_file(fd: int) -> None:
+    """Raise OSError unless the file is as large as an arena and will stay so."""
+    if sys.platform != "linux" or fcntl.fcntl(fd, fcntl.F_GET_SEALS) & _seals() != _seals():
+        raise OSError("the file is not sealed")
+    if os.fstat(fd).st_size != ARENA_BYTES:
+        raise OSError(f"the file has {os.fstat(fd).st_size} bytes instead of {ARENA_BYTES}")
+
+
+def _seals() -> int:
+    return fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL if sys.platform == "linux" else 0

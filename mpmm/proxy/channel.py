@@ -1,0 +1,237 @@
+"""A channel: messages, small or large, over one authenticated connection.
+
+The two sides take turns, as a question and its answer do, so at any moment one of them sends and the other
+receives. A message is a pickle, its head, and the large buffers that pickle has left out of it (`proxy.wire`):
+
+    frame   length of the head (4 bytes), number of buffers (4), their sizes (8 each), the head
+    bulk    the bytes of the buffers, if there are any
+
+A head of LARGE_BYTES or more travels as the first buffer, and its length in the frame is 0. A small message is
+one system call on each side.
+
+The bulk begins with an agreement on its way, in single bytes:
+
+    receiver  HAVE or LACK      whether it has the arena of this connection (`proxy.arena`)
+    sender    FILLED            both have it: this was the first slot, see below
+              OFFER             with the descriptor of a new one; the receiver says HAVE or LACK once more
+              PLAIN             no arena: the bytes follow as they are
+
+Through an arena, the bulk is cut into what fits into a slot, and the slots are used in turn. The sender writes to
+a slot and then sends FILLED; the receiver copies the slot's bytes and then sends EMPTIED, unless the sender will
+not need that slot again in this message. The sender owns a slot from the beginning of the message to FILLED and from
+EMPTIED on, the receiver in between; before the next message, nobody. Both copy at the same time, each on a
+processor of its own.
+
+A side that dies or fails half-way closes the socket, which the other one sees at its next byte; what was in the
+slots is forgotten with the arena. A channel that failed, or was interrupted, must not be used again.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import socket
+import struct
+from collections.abc import Sequence
+from contextlib import suppress
+from multiprocessing.connection import Connection
+from typing import NamedTuple
+
+from mpmm.proxy.arena import SLOT_BYTES, SLOTS, Arena, create_arena, cut_into_slots
+from mpmm.proxy.landing import landing_memory
+from mpmm.proxy.process_life import close_in_children, fork_guard
+
+__all__ = ["LARGE_BYTES", "Channel", "Message"]
+
+# From here on, agreeing on a bulk is cheaper than pickling the buffer and reading it piece by piece.
+LARGE_BYTES = 1 << 16
+# What the other side may have allocated for a payload stays allocated for so long after the last message.
+IDLE_MS = 10_000
+
+_FRAME = struct.Struct("<II")
+_SIZE_BYTES = 8
+_KEPT_BYTES = LARGE_BYTES + 4096
+HAVE, LACK, OFFER, PLAIN, FILLED, EMPTIED = b"h", b"l", b"o", b"p", b"f", b"e"
+_RECEIVE_FLAGS = getattr(socket, "MSG_CMSG_CLOEXEC", 0)
+
+
+class Message(NamedTuple):
+    """A pickle and the buffers that are not in it, each a flat view of bytes."""
+
+    head: bytes | memoryview
+    buffers: Sequence[memoryview] = ()
+
+
+class Channel:
+    """One side of a connection. Used by one thread at a time; closed in forked children."""
+
+    def __init__(self, connection: Connection) -> None:
+        """Take over an authenticated connection; it is closed."""
+        with fork_guard, connection:
+            self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, fileno=os.dup(connection.fileno()))
+            close_in_children(self)
+        self._arena: Arena | None = None
+        # Kept from message to message: small ones cost no allocation.
+        self._kept = memoryview(bytearray(_KEPT_BYTES))
+
+    def fileno(self) -> int:
+        """Return the socket's descriptor."""
+        return self._socket.fileno()
+
+    def close(self) -> None:
+        """Close the socket and let go of the arena."""
+        self._arena = None
+        self._socket.close()
+
+    def __del__(self) -> None:
+        # A thread's channel ends with the thread, without anybody to close it; a socket would complain.
+        with suppress(AttributeError):
+            self.close()
+
+    def send(self, message: Message) -> None:
+        """Send one message. Raises OSError or EOFError when the other side goes away."""
+        head, buffers = message
+        if not buffers and len(head) < LARGE_BYTES:
+            self._socket.sendall(_FRAME.pack(len(head), 0) + head)
+            return
+        if len(head) >= LARGE_BYTES:
+            head, buffers = b"", [memoryview(head), *buffers]
+        sizes = struct.pack(f"<{len(buffers)}Q", *(buffer.nbytes for buffer in buffers))
+        self._socket.sendall(b"".join((_FRAME.pack(len(head), len(buffers)), sizes, head)))
+        self._send_bulk(buffers)
+
+    def receive(self) -> Message:
+        """Return the next message, whose head is good until the one after it. Raises EOFError, OSError."""
+        frame = self._kept
+        received = self._fill(frame, 0, _FRAME.size)
+        head_bytes, count = _FRAME.unpack_from(frame)
+        head_start = _FRAME.size + _SIZE_BYTES * count
+        end = head_start + head_bytes
+        if received < end:
+            if end > len(frame):
+                frame = memoryview(bytearray(end))
+                frame[:received] = self._kept[:received]
+            self._fill(frame, received, end)
+        if not count:
+            return Message(frame[head_start:end])
+        buffers = landing_memory(struct.unpack_from(f"<{count}Q", frame, _FRAME.size))
+        self._receive_bulk(buffers)
+        return Message(frame[head_start:end] if head_bytes else buffers.pop(0), buffers)
+
+    def give_back_when_idle(self) -> None:
+        """Return when there is something to receive; an arena that is not needed meanwhile is freed on both sides.
+
+        For the side that waits for questions. Costs nothing on a channel that has no arena.
+        """
+        if self._arena is not None and not self._is_readable(IDLE_MS):
+            self._arena.give_back()
+            # The other side's next bulk hears LACK, and it makes a new one.
+            self._arena = None
+
+    def _send_bulk(self, buffers: Sequence[memoryview]) -> None:
+        their_state = self._byte()
+        if self._arena is None or their_state == LACK:
+            self._arena = None
+            if not self._offer_arena():
+                self._socket.sendall(PLAIN)
+                for buffer in buffers:
+                    self._socket.sendall(buffer)
+                return
+        assert self._arena is not None
+        slots = self._arena.slots
+        free = SLOTS
+        for number, pieces in enumerate(cut_into_slots(buffers)):
+            if not free:
+                free = self._marks()
+            slot, start = slots[number % SLOTS], 0
+            for piece in pieces:
+                slot[start : start + piece.nbytes] = piece
+                start += piece.nbytes
+            self._socket.sendall(FILLED)
+            free -= 1
+
+    def _receive_bulk(self, buffers: Sequence[memoryview]) -> None:
+        while True:
+            self._socket.sendall(LACK if self._arena is None else HAVE)
+            # Looked at first, because a byte that comes with a descriptor has to be taken in a way of its own.
+            way = self._socket.recv(1, socket.MSG_PEEK)
+            if way != OFFER:
+                break
+            self._arena = None
+            self._take_arena()
+        if way == PLAIN:
+            self._byte()
+            for buffer in buffers:
+                self._fill(buffer, 0, buffer.nbytes)
+            return
+        if self._arena is None:
+            raise EOFError
+        slots = self._arena.slots
+        last = -(-sum(buffer.nbytes for buffer in buffers) // SLOT_BYTES) - 1
+        filled = 0
+        for number, pieces in enumerate(cut_into_slots(buffers)):
+            if not filled:
+                filled = self._marks()
+            slot, start = slots[number % SLOTS], 0
+            for piece in pieces:
+                piece[:] = slot[start : start + piece.nbytes]
+                start += piece.nbytes
+            filled -= 1
+            if number + SLOTS <= last:
+                self._socket.sendall(EMPTIED)
+
+    def _offer_arena(self) -> bool:
+        """Make an arena and hand it over; return whether both sides have it now."""
+        # No fork in between: a child would hold the memory as long as it lives. The byte does not block, since the
+        # other side has read all that went before it.
+        with fork_guard:
+            try:
+                arena, fd = create_arena()
+            except OSError:
+                return False
+            try:
+                socket.send_fds(self._socket, [OFFER], [fd])
+            finally:
+                os.close(fd)
+        if self._byte() != HAVE:
+            return False
+        self._arena = arena
+        return True
+
+    def _take_arena(self) -> None:
+        """Take an arena that is offered, if we may have one; the byte is there already."""
+        with fork_guard:
+            _, fds, _, _ = socket.recv_fds(self._socket, 1, 1, _RECEIVE_FLAGS)
+            try:
+                with suppress(OSError):
+                    self._arena = Arena(*fds)
+            finally:
+                for fd in fds:
+                    os.close(fd)
+
+    def _fill(self, buffer: memoryview, received: int, wanted: int) -> int:
+        """Receive into `buffer` until at least `wanted` bytes of it are there, and return how many are."""
+        while received < wanted:
+            arrived = self._socket.recv_into(buffer[received:])
+            if not arrived:
+                raise EOFError
+            received += arrived
+        return received
+
+    def _byte(self) -> bytes:
+        byte = self._socket.recv(1)
+        if not byte:
+            raise EOFError
+        return byte
+
+    def _marks(self) -> int:
+        """Wait for FILLED or EMPTIED, and return how many of them have come."""
+        marks = self._socket.recv(SLOTS)
+        if not marks:
+            raise EOFError
+        return len(marks)
+
+    def _is_readable(self, timeout_ms: int) -> bool:
+        poll = select.poll()
+        poll.register(self._socket, select.POLLIN)
+        return bool(poll.poll(timeout_ms))
