@@ -4,9 +4,8 @@ A request is `(token, name, args, kwargs)`. The token says whose use of the obje
 the server itself, whose requests are ACQUIRE, RELEASE and HARD_DELETE. An answer is `(RETURNED, value)` or
 `(RAISED, (pickled exception or None, one line, traceback))`.
 
-Buffers of LARGE_BYTES or more which pickle can leave out (protocol 5: the data of NumPy arrays and of all that is
-made of them, what a class puts into a `PickleBuffer`, CPU tensors of torch) are not copied into the pickle. On the
-other side each becomes memory of its own, writable if the sender's was; a bare `PickleBuffer` arrives as a memoryview.
+`proxy.pickling` says what is large and travels beside the pickle. On the other side it becomes memory of its own,
+writable if the sender's was; a bare `PickleBuffer` of that size arrives as a memoryview.
 """
 
 from __future__ import annotations
@@ -18,11 +17,11 @@ import traceback
 from typing import Any
 
 from mpmm.errors import InvalidArgumentError, RemoteCallError
-from mpmm.proxy.channel import LARGE_BYTES, Message
+from mpmm.proxy import pickling
+from mpmm.proxy.channel import Message
 
 __all__ = ["ACQUIRE", "CONTROL", "HARD_DELETE", "RELEASE", "RemoteTraceback", "decode_answer", "dump_for_server"]
 
-PROTOCOL = 5
 CONTROL = 0
 ACQUIRE, RELEASE, HARD_DELETE = "acquire", "release", "hard_delete"
 RETURNED, RAISED = 0, 1
@@ -41,19 +40,19 @@ class RemoteTraceback(Exception):
 
 def encode_request(token: int, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Message:
     """Return the message of a call. Raises what pickle raises for arguments that it refuses."""
-    return _dump((token, name, args, kwargs))
+    return pickling.dump((token, name, args, kwargs))
 
 
 def decode_request(message: Message) -> tuple[int, str, tuple[Any, ...], dict[str, Any]]:
     """Return token, name and arguments. Raises anything: unpickling runs the classes of the arguments."""
-    token, name, args, kwargs = pickle.loads(message.head, buffers=message.buffers)
+    token, name, args, kwargs = pickling.load(message)
     return token, name, args, kwargs
 
 
 def encode_result(value: object, tag: str, method: str) -> Message:
     """Return the answer that carries `value`, or one that says why it cannot be sent."""
     try:
-        return _dump((RETURNED, value))
+        return pickling.dump((RETURNED, value))
     except Exception as error:
         return encode_error(
             RemoteCallError(
@@ -71,11 +70,11 @@ def encode_error(error: BaseException) -> Message:
     # SystemExit and KeyboardInterrupt would end the caller for something that happened elsewhere.
     if isinstance(error, Exception):
         try:
-            pickled = pickle.dumps(error, PROTOCOL)
+            pickled = pickle.dumps(error, pickling.PROTOCOL)
         except Exception:
             pickled = None
     text = "".join(traceback.format_exception(type(error), error, error.__traceback__))
-    return _dump((RAISED, (pickled, f"{_type_name(error)}: {_text_of(error)}", text)))
+    return pickling.dump((RAISED, (pickled, f"{_type_name(error)}: {_text_of(error)}", text)))
 
 
 def decode_answer(message: Message, tag: str, method: str) -> Any:
@@ -84,7 +83,7 @@ def decode_answer(message: Message, tag: str, method: str) -> Any:
     Raises RemoteCallError for a result or an exception that does not survive the journey.
     """
     try:
-        kind, value = pickle.loads(message.head, buffers=message.buffers)
+        kind, value = pickling.load(message)
     except Exception as error:
         raise RemoteCallError(
             f"{method}() of {tag!r} returned something that cannot be unpickled here: {_text_of(error)}",
@@ -122,19 +121,6 @@ def dump_for_server(thing: object, what: str) -> bytes:
         f"{what} cannot be sent to a model server ({'; '.join(refusals)}); "
         "define it at the top level of a module, or install cloudpickle"
     )
-
-
-def _dump(thing: object) -> Message:
-    buffers: list[memoryview] = []
-
-    def keep_in_pickle(buffer: pickle.PickleBuffer) -> bool:
-        view = buffer.raw()
-        if view.nbytes < LARGE_BYTES:
-            return True
-        buffers.append(view)
-        return False
-
-    return Message(pickle.dumps(thing, PROTOCOL, buffer_callback=keep_in_pickle), buffers)
 
 
 def _dumpers() -> list[Any]:
