@@ -6,7 +6,8 @@ pickles of this process, and anything can unpickle what comes out.
     NumPy arrays        up to LARGE_BYTES, of plain numbers and in C order, as the call of `numpy.ndarray` that makes
                         them: a call with 320 bytes and back takes 45 instead of 62 us. All others as NumPy likes.
     tensors of torch    on the CPU, dense, contiguous and without gradient, as a buffer and not as a saved file
-    other buffers       what classes wrap into `pickle.PickleBuffer` (pandas, pyarrow)
+    other buffers       what classes wrap into `pickle.PickleBuffer` (pandas, pyarrow); such a class is given any
+                        kind of buffer when it is unpickled
 
 No library is imported for it: what has not been imported by now has no objects that could be pickled.
 """
@@ -35,7 +36,8 @@ def dump(thing: object) -> Message:
 
     def keep_in_pickle(buffer: pickle.PickleBuffer) -> bool:
         view = buffer.raw()
-        if view.nbytes < LARGE_BYTES:
+        # bytes and bytearray arrive as such, and not as something that cannot be pickled again.
+        if view.nbytes < LARGE_BYTES or type(view.obj) in (bytes, bytearray):
             return True
         buffers.append(view)
         return False

@@ -5,7 +5,7 @@ the server itself, whose requests are ACQUIRE, RELEASE and HARD_DELETE. An answe
 `(RAISED, (pickled exception or None, one line, traceback))`.
 
 `proxy.pickling` says what is large and travels beside the pickle. On the other side it becomes memory of its own,
-writable if the sender's was; a bare `PickleBuffer` of that size arrives as a memoryview.
+writable if the sender's was.
 """
 
 from __future__ import annotations

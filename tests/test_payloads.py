@@ -1,0 +1,661 @@
+"""Large payloads through shared objects: all arrives as it was, nothing changes afterwards, nothing is left behind."""
+
+from __future__ import annotations
+
+import copyreg
+import fcntl
+import gc
+import os
+import pickle
+import signal
+import socket
+import threading
+import time
+from array import array as number_array
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+from processes import DEADLINE_S, Process, Seat, wait_until
+
+from mpmm.errors import ModelServerError
+from mpmm.multi_process_shared import MultiProcessShared, unload
+from mpmm.proxy import arena, channel, transport
+from mpmm.proxy.arena import ARENA_BYTES, LIMIT_VARIABLE, SLOT_BYTES, cut_into_slots
+from mpmm.proxy.channel import LARGE_BYTES, Channel, Message
+from mpmm.proxy.client import forget_link, known_link
+from mpmm.proxy.landing import SLAB_BYTES, landing_memory
+from mpmm.proxy.room import room_for
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="there are arenas on Linux only")
+
+TAG = "payloads"
+LARGE = 3 * LARGE_BYTES // 8  # numbers of 8 bytes
+
+
+class Store:
+    """The shared object: gives back what it gets, or keeps it."""
+
+    def __init__(self) -> None:
+        self.kept: list[Any] = []
+
+    def echo(self, thing: Any) -> Any:
+        return thing
+
+    def keep(self, thing: Any) -> None:
+        self.kept.append(thing)
+
+    def get_kept(self) -> list[Any]:
+        return self.kept
+
+    def zeros(self, count: int) -> Any:
+        return np.zeros(count)
+
+    def fail_with(self, thing: Any) -> None:
+        raise CarriesArray(thing)
+
+    def pid(self) -> int:
+        return os.getpid()
+
+    def arenas(self) -> int:
+        return arenas()
+
+    def descriptors(self) -> int:
+        return int(psutil.Process().num_fds())
+
+    def end_abruptly(self, thing: Any) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+class CarriesArray(Exception):
+    """An exception with a payload."""
+
+
+class Subclass(np.ndarray):
+    """An array of somebody's own type."""
+
+
+class HasBuffer:
+    """Leaves its data out of pickles, as pandas and pyarrow do."""
+
+    def __init__(self, numbers: number_array[float]) -> None:
+        self.numbers = numbers
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return HasBuffer.from_buffer, (pickle.PickleBuffer(self.numbers),)
+
+    @classmethod
+    def from_buffer(cls, data: Any) -> HasBuffer:
+        return cls(number_array("d", bytes(data)))
+
+
+class CallsWhenUnpickled:
+    """Unpickled in the process that made it, it makes a call of its own."""
+
+    def __init__(self, home: int, proxy: Any) -> None:
+        self.home = home
+        self.proxy = proxy
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return arrive, (self.home, self.proxy)
+
+
+def arrive(home: int, proxy: Any) -> Any:
+    return proxy.echo("x" * 1000) if os.getpid() == home else CallsWhenUnpickled(home, proxy)
+
+
+class Registered:
+    """Pickled by a reducer in copyreg's table alone."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise AssertionError("the registered reducer comes first")
+
+
+def reduce_registered(thing: Registered) -> tuple[Any, ...]:
+    return Registered, (thing.number + 1,)
+
+
+copyreg.pickle(Registered, reduce_registered)
+
+
+def arenas() -> int:
+    """Return the number of arenas that this process has mapped."""
+    return Path("/proc/self/maps").read_text().count("memfd:mpmm-arena")
+
+
+def resident_arena_kb() -> int:
+    """Return how much memory of arenas this process sees."""
+    resident, inside = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        name, _, value = line.partition(" ")
+        if not name.endswith(":"):
+            inside = "memfd:mpmm-arena" in line
+        elif inside and name == "Rss:":
+            resident += int(value.split()[0])
+    return resident
+
+
+def acquired(spawn: bool = True) -> Any:
+    return MultiProcessShared(Store, tag=TAG, always_proxy=True, spawn_process=spawn).acquire()
+
+
+@pytest.fixture
+def in_room() -> Iterator[None]:
+    """Deletes the shared object in the end."""
+    yield
+    unload(TAG)
+    # With the last of these goes the connection, and with that the arena.
+    if (link := known_link(room_for(None), TAG)) is not None:
+        forget_link(link)
+        del link
+    gc.collect()
+
+
+@pytest.fixture(params=[False, True], ids=["hosted", "spawned"])
+def proxy(request: pytest.FixtureRequest, in_room: None) -> Any:
+    return acquired(request.param)
+
+
+@pytest.fixture
+def spawned(in_room: None) -> Any:
+    return acquired()
+
+
+@pytest.fixture
+def pair() -> Iterator[tuple[Channel, Channel]]:
+    """Two ends of a connection in this process."""
+    ours, theirs = (Channel(Connection(end.detach())) for end in socket.socketpair())
+    yield ours, theirs
+    ours.close()
+    theirs.close()
+
+
+def read_only(array: Any) -> Any:
+    array.flags.writeable = False
+    return array
+
+
+NUMBERS = np.random.default_rng(7).random((300, 400))
+ARRAYS: dict[str, Any] = {
+    "small": np.arange(40.0),
+    "large": NUMBERS,
+    "larger than an arena": np.arange(3 * ARENA_BYTES // 8 + 5),
+    "exactly the threshold": np.zeros(LARGE_BYTES, np.uint8),
+    "one below the threshold": np.zeros(LARGE_BYTES - 1, np.uint8),
+    "exactly a slot": np.ones(SLOT_BYTES, np.uint8),
+    "exactly an arena": np.ones(ARENA_BYTES, np.uint8),
+    "Fortran order, small": np.asfortranarray(NUMBERS[:3, :4]),
+    "Fortran order, large": np.asfortranarray(NUMBERS),
+    "every other column, small": NUMBERS[:4, ::2],
+    "every other column, large": NUMBERS[:, ::2],
+    "backwards": NUMBERS[::-1],
+    "read-only, small": read_only(np.arange(4)),
+    "read-only, large": read_only(NUMBERS.copy()),
+    "empty": np.zeros((3, 0, 2)),
+    "no dimension": np.array(3),
+    "objects": np.array([1, "two", None, 3.5], dtype=object),
+    "many objects": np.array([{"number": i} for i in range(20_000)], dtype=object),
+    "records": np.zeros(20_000, [("a", "<i4"), ("b", "<f8", (2,))]),
+    "truth values": NUMBERS > 0.5,
+    "complex": NUMBERS + 1j * NUMBERS,
+    "half": NUMBERS.astype(np.float16),
+    "long double": np.arange(5, dtype=np.longdouble),
+    "other byte order": np.arange(7, dtype=">i2"),
+    "dates": np.arange("2020-01", "2023-01", dtype="datetime64[D]"),
+    "texts": np.array(["short", "longer than short"]),
+    "bytes": np.array([b"a", b"bc"]),
+    "masked": np.ma.masked_greater(NUMBERS, 0.5),
+    "a subclass": NUMBERS[:2].view(Subclass),
+    "scalar": np.float32(2.5),
+    "type": np.dtype("f4"),
+}
+
+
+def assert_same(found: Any, expected: Any) -> None:
+    """Fail unless an array is like the one that a plain pickle brings."""
+    assert type(found) is type(expected)
+    np.testing.assert_array_equal(found, expected)
+    if isinstance(expected, np.ndarray):
+        assert (found.dtype, found.shape) == (expected.dtype, expected.shape)
+        for flag in ("writeable", "c_contiguous", "f_contiguous", "aligned"):
+            assert getattr(found.flags, flag) == getattr(expected.flags, flag), flag
+
+
+# What arrives.
+
+
+@pytest.mark.parametrize("thing", ARRAYS.values(), ids=ARRAYS)
+def test_an_array_arrives_as_from_a_plain_pickle(proxy: Any, thing: Any) -> None:
+    assert_same(proxy.echo(thing), pickle.loads(pickle.dumps(thing, 5)))
+
+
+def test_nested_structures_arrive_equal(proxy: Any) -> None:
+    batch = [np.full(75_000, float(number)) for number in range(32)]
+    found = proxy.echo({"batch": batch, "deep": (NUMBERS, [{"text": "x" * LARGE_BYTES}]), 3: None})
+    assert list(found) == ["batch", "deep", 3]
+    for array, expected in zip(found["batch"], batch, strict=True):
+        assert_same(array, expected)
+    assert_same(found["deep"][0], NUMBERS)
+    assert found["deep"][1] == [{"text": "x" * LARGE_BYTES}]
+
+
+def test_an_array_that_is_sent_twice_in_a_message_arrives_as_one(proxy: Any) -> None:
+    first, second = proxy.echo([NUMBERS, NUMBERS])
+    assert first is second
+
+
+def test_more_buffers_than_a_frame_has_room_for_arrive_in_order(pair: tuple[Channel, Channel]) -> None:
+    ours, theirs = pair
+    buffers = [memoryview(bytes([number % 251]) * (number % 7 + 1)) for number in range(20_000)]
+    sender = threading.Thread(target=ours.send, args=(Message(b"head", buffers),))
+    sender.start()
+    head, found = theirs.receive()
+    sender.join(DEADLINE_S)
+    assert bytes(head) == b"head"
+    assert [bytes(buffer) for buffer in found] == [bytes(buffer) for buffer in buffers]
+
+
+@pytest.mark.parametrize("size", [10, 5 * LARGE_BYTES])
+@pytest.mark.parametrize("kind", [bytes, bytearray])
+def test_bytes_in_a_pickle_buffer_arrive_equal(proxy: Any, size: int, kind: type) -> None:
+    data = kind(os.urandom(size))
+    found = proxy.echo(pickle.PickleBuffer(data))
+    assert (type(found), found) == (kind, data)
+
+
+def test_a_class_that_gives_its_data_as_a_buffer_gets_one_back(proxy: Any) -> None:
+    for count in (3, LARGE):
+        assert proxy.echo(HasBuffer(number_array("d", range(count)))).numbers == number_array("d", range(count))
+
+
+@pytest.mark.parametrize("kind", [bytes, bytearray, bytes.hex])
+def test_long_bytes_and_texts_arrive_equal(proxy: Any, kind: Callable[[bytes], Any]) -> None:
+    data = kind(os.urandom(ARENA_BYTES + 3))
+    assert proxy.echo(data) == data
+
+
+def test_exceptions_arrive_with_the_arrays_that_they_carry(proxy: Any) -> None:
+    for array in (np.arange(3), NUMBERS):
+        with pytest.raises(CarriesArray) as caught:
+            proxy.fail_with(array)
+        assert_same(caught.value.args[0], array)
+        assert "in fail_with" in str(caught.value.__cause__)
+
+
+def test_data_frames_arrive_equal(proxy: Any) -> None:
+    pandas = pytest.importorskip("pandas")
+    frame = pandas.DataFrame({"a": np.arange(50_000), "b": np.arange(50_000) / 3, "c": ["text"] * 50_000})
+    pandas.testing.assert_frame_equal(proxy.echo(frame), frame)
+
+
+def test_tensors_on_the_cpu_arrive_equal(proxy: Any) -> None:
+    torch = pytest.importorskip("torch")
+    tensors = [
+        torch.arange(10.0),
+        torch.rand(300, 400),
+        torch.rand(300, 400).to(torch.bfloat16),
+        torch.rand(300, 400).t(),
+        torch.zeros(0, 3),
+        torch.tensor(4),
+        torch.rand(5, requires_grad=True),
+        torch.rand(300, 400) > 0.5,
+    ]
+    for found, tensor in zip(proxy.echo(tensors), tensors, strict=True):
+        assert (found.dtype, found.requires_grad) == (tensor.dtype, tensor.requires_grad)
+        assert torch.equal(found, tensor)
+
+
+def test_reducers_that_others_have_registered_are_used(proxy: Any) -> None:
+    assert proxy.echo([NUMBERS, Registered(1)])[1].number == 3
+
+
+def test_a_call_in_the_middle_of_unpickling_does_not_disturb_the_answer(spawned: Any) -> None:
+    sent = [CallsWhenUnpickled(os.getpid(), spawned), "y" * 1000]
+    assert spawned.echo(sent) == ["x" * 1000, "y" * 1000]
+
+
+# Whose memory it is.
+
+
+def test_what_was_received_does_not_change_with_later_calls(spawned: Any) -> None:
+    found = [spawned.echo(np.full(LARGE, float(number))) for number in range(20)]
+    for number, array in enumerate(found):
+        assert (array == number).all()
+
+
+def test_what_the_object_keeps_does_not_change_with_later_calls(spawned: Any) -> None:
+    array = np.zeros(LARGE)
+    for number in range(10):
+        array[:] = number
+        spawned.keep(array)
+    for number, kept in enumerate(spawned.get_kept()):
+        assert (kept == number).all()
+
+
+def test_what_was_received_can_be_written_to_and_is_nobody_elses(spawned: Any) -> None:
+    spawned.keep([np.zeros(LARGE), np.zeros(LARGE)])
+    first, second = spawned.get_kept()[0]
+    first[:] = 1
+    assert not second.any()
+    assert not any(kept.any() for kept in spawned.get_kept()[0])
+
+
+def test_a_forked_child_has_copies_of_what_was_received(spawned: Any) -> None:
+    arrays = spawned.echo([np.zeros(LARGE), np.zeros(SLAB_BYTES)])
+    child = os.fork()
+    if child == 0:
+        for received in arrays:
+            received[:] = 1
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert not any(received.any() for received in arrays)
+
+
+def test_buffers_of_a_message_share_a_slab_only_while_it_is_small() -> None:
+    views = landing_memory([600_000] * 32 + [SLAB_BYTES + 1, 5])
+    assert [view.nbytes for view in views] == [600_000] * 32 + [SLAB_BYTES + 1, 5]
+    arrays = [np.frombuffer(view, np.uint8) for view in views]
+    assert all(array.ctypes.data % 16 == 0 for array in arrays)
+    for number, array in enumerate(arrays):
+        array[:] = number
+    assert all((array == number).all() for number, array in enumerate(arrays))
+    slabs: dict[int, int] = {}
+    for view in views:
+        slabs[id(view.obj)] = slabs.get(id(view.obj), 0) + view.nbytes
+    assert len(slabs) > 5
+    assert max(slabs.values()) <= SLAB_BYTES + 5 + 1
+
+
+# Arenas: when there are some, and when not.
+
+
+def test_a_connection_keeps_one_arena_for_both_directions(spawned: Any) -> None:
+    assert (arenas(), spawned.arenas()) == (0, 0)
+    for _ in range(5):
+        spawned.echo(NUMBERS)
+        assert (arenas(), spawned.arenas()) == (1, 1)
+
+
+def test_the_side_that_has_something_large_makes_the_arena(spawned: Any) -> None:
+    assert len(spawned.zeros(LARGE)) == LARGE
+    assert (arenas(), spawned.arenas()) == (1, 1)
+    spawned.keep(NUMBERS)
+    assert (arenas(), spawned.arenas()) == (1, 1)
+
+
+def test_beyond_the_limit_payloads_go_through_the_socket(spawned: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Here only: the server may have arenas, so both offers and refusals of this process are tried.
+    monkeypatch.setenv(LIMIT_VARIABLE, "0")
+    assert_same(spawned.echo(NUMBERS), NUMBERS)
+    assert len(spawned.zeros(LARGE)) == LARGE
+    assert (arenas(), spawned.arenas()) == (0, 0)
+    monkeypatch.setenv(LIMIT_VARIABLE, str(ARENA_BYTES / 2**20))
+    assert_same(spawned.echo(NUMBERS), NUMBERS)
+    in_thread(lambda: assert_same(spawned.echo(NUMBERS), NUMBERS))
+    assert (arenas(), spawned.arenas()) == (1, 1)
+
+
+def no_memory(*_: Any) -> None:
+    raise OSError(28, "No space left on device")
+
+
+class NothingAvailable:
+    available = 0
+
+
+@pytest.mark.parametrize(
+    ("what", "instead"),
+    [("os.posix_fallocate", no_memory), ("os.memfd_create", no_memory), ("psutil.virtual_memory", NothingAvailable)],
+)
+def test_without_memory_for_an_arena_payloads_go_through_the_socket(
+    spawned: Any, monkeypatch: pytest.MonkeyPatch, what: str, instead: Any
+) -> None:
+    before = psutil.Process().num_fds()
+    with monkeypatch.context() as patched:
+        patched.setattr(f"mpmm.proxy.arena.{what}", instead)
+        spawned.keep(ARRAYS["larger than an arena"])
+        assert arenas() == 0
+        assert psutil.Process().num_fds() == before
+    assert_same(spawned.get_kept()[0], ARRAYS["larger than an arena"])
+    assert arenas() == 1
+
+
+@pytest.mark.parametrize("offered", ["unsealed", "short"])
+def test_a_file_that_may_shrink_is_not_taken_for_an_arena(
+    pair: tuple[Channel, Channel], monkeypatch: pytest.MonkeyPatch, offered: str
+) -> None:
+    ours, theirs = pair
+
+    def create() -> tuple[Any, int]:
+        fd = os.memfd_create("mpmm-arena", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        os.truncate(fd, ARENA_BYTES if offered == "unsealed" else ARENA_BYTES // 2)
+        if offered == "short":
+            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, arena._seals())
+        return None, fd
+
+    before = psutil.Process().num_fds()
+    monkeypatch.setattr(channel, "create_arena", create)
+    sender = threading.Thread(target=ours.send, args=(Message(NUMBERS.tobytes()),))
+    sender.start()
+    head, _ = theirs.receive()
+    sender.join(DEADLINE_S)
+    assert bytes(head) == NUMBERS.tobytes()
+    assert arenas() == 0
+    assert psutil.Process().num_fds() == before
+
+
+def test_an_idle_arena_is_freed_on_both_sides_and_replaced_when_needed(
+    in_room: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(channel, "IDLE_MS", 50)
+    proxy = acquired(spawn=False)
+    for _ in range(3):
+        assert_same(proxy.echo(NUMBERS), NUMBERS)
+        wait_until(lambda: resident_arena_kb() == 0, "the arena's memory is free")
+        assert arenas() == 1
+        assert proxy.echo(3) == 3
+
+
+def test_a_payload_is_cut_into_full_slots() -> None:
+    buffers = [memoryview(bytes(size)) for size in (5, SLOT_BYTES, 2 * SLOT_BYTES - 6, 3)]
+    slots = list(cut_into_slots(buffers))
+    assert [sum(piece.nbytes for piece in pieces) for pieces in slots] == [SLOT_BYTES, SLOT_BYTES, SLOT_BYTES, 2]
+    assert list(cut_into_slots([])) == []
+
+
+# Deaths.
+
+
+def echo_in_child(seat: Seat, proxy: Any) -> int:
+    """Use a large payload; return how many arenas this process has."""
+    assert_same(proxy.echo(NUMBERS), NUMBERS)
+    seat.held.append(("proxy", proxy))
+    return arenas()
+
+
+def test_a_killed_client_leaks_no_arena(spawned: Any, new_process: Callable[..., Process]) -> None:
+    client = new_process(attached=False)
+    assert client.call(echo_in_child, spawned) == 1
+    assert spawned.arenas() == 1
+    client.kill()
+    wait_until(lambda: spawned.arenas() == 0, "the server has let go of the arena")
+    assert_same(spawned.echo(NUMBERS), NUMBERS)
+
+
+def test_a_killed_server_leaks_no_arena(spawned: Any) -> None:
+    assert_same(spawned.echo(NUMBERS), NUMBERS)
+    for thing in (1, ARRAYS["larger than an arena"]):
+        with pytest.raises(ModelServerError):
+            spawned.end_abruptly(thing)
+    assert arenas() == 0
+    assert acquired().echo(1) == 1
+
+
+@pytest.mark.parametrize("limit_mb", ["64", "0"], ids=["arena", "socket"])
+def test_a_server_that_is_killed_in_the_middle_of_a_payload_is_an_error(
+    spawned: Any, monkeypatch: pytest.MonkeyPatch, limit_mb: str
+) -> None:
+    monkeypatch.setenv(LIMIT_VARIABLE, limit_mb)
+    pid = spawned.pid()
+    # In the middle: what is received is stopped, and the payload larger than what is on its way at once.
+    spawned.echo(NUMBERS)
+    os.kill(pid, signal.SIGSTOP)
+    raised: list[BaseException] = []
+
+    def send() -> None:
+        try:
+            spawned.echo(ARRAYS["larger than an arena"])
+        except ModelServerError as error:
+            raised.append(error)
+
+    sender = threading.Thread(target=send)
+    sender.start()
+    os.kill(pid, signal.SIGKILL)
+    sender.join(DEADLINE_S)
+    assert [type(error) for error in raised] == [ModelServerError]
+
+
+@pytest.mark.parametrize("said", ["the frame", "half the frame", "a slot"])
+def test_a_client_that_goes_in_the_middle_of_a_payload_costs_the_server_nothing(spawned: Any, said: str) -> None:
+    assert_same(spawned.echo(NUMBERS), NUMBERS)
+    before = (spawned.descriptors(), spawned.arenas())
+    _, record = room_for(None).look(TAG)
+    assert record is not None
+    line = Channel(transport.dial(room_for(None).path, record.socket_name, room_for(None).key()))
+    size = 3 * ARENA_BYTES
+    frame = channel._FRAME.pack(0, 1) + size.to_bytes(8, "little")
+    line._socket.sendall(frame[:6] if said == "half the frame" else frame)
+    if said == "a slot":
+        assert line._byte() == channel.LACK
+        assert line._offer_arena()
+        line._socket.sendall(channel.FILLED)
+    line.close()
+    wait_until(lambda: (spawned.descriptors(), spawned.arenas()) == before, "the server has forgotten the client")
+    assert_same(spawned.echo(NUMBERS), NUMBERS)
+
+
+# Forks, threads, signals.
+
+
+def test_a_forked_child_has_no_part_in_its_parents_arena(spawned: Any, new_process: Callable[..., Process]) -> None:
+    assert_same(spawned.echo(NUMBERS), NUMBERS)
+    child = new_process(attached=False)
+    assert child.call(count_arenas) == 0
+    assert child.call(echo_in_child, spawned) == 1
+    assert spawned.arenas() == 2
+    assert_same(spawned.echo(NUMBERS), NUMBERS)
+
+
+def count_arenas(_: Seat) -> int:
+    return arenas()
+
+
+def in_thread(action: Callable[[], None]) -> None:
+    """Run `action` in a thread of its own and raise what it raises."""
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            action()
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join(DEADLINE_S)
+    assert not thread.is_alive()
+    for error in errors:
+        raise error
+
+
+def test_threads_send_at_the_same_time(spawned: Any) -> None:
+    barrier = threading.Barrier(4)
+    failures: list[int] = []
+
+    def echo(number: int) -> None:
+        barrier.wait(DEADLINE_S)
+        for turn in range(10):
+            payload = [np.full(LARGE, number * 100.0 + turn), number]
+            array, found = spawned.echo(payload)
+            if found != number or not (array == payload[0]).all():
+                failures.append(number)
+        barrier.wait(DEADLINE_S)
+
+    threads = [threading.Thread(target=echo, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(DEADLINE_S)
+    assert failures == []
+    wait_until(lambda: arenas() == 0, "the threads' arenas are gone")
+    wait_until(lambda: spawned.arenas() == 0, "the server has let go of them")
+
+
+def test_a_call_from_a_signal_handler_in_the_middle_of_a_payload_has_a_connection_of_its_own(spawned: Any) -> None:
+    answers: list[bool] = []
+    handling: list[bool] = []
+
+    def handle(number: int, frame: Any) -> None:
+        if not handling:
+            handling.append(True)
+            answers.append(bool((spawned.echo(np.full(LARGE, len(answers))) == len(answers)).all()))
+            handling.clear()
+
+    payload = ARRAYS["larger than an arena"]
+    before = signal.signal(signal.SIGALRM, handle)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.001, 0.001)
+        deadline = time.monotonic() + DEADLINE_S
+        while len(answers) < 20:
+            assert_same(spawned.echo(payload), payload)
+            assert time.monotonic() < deadline
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert all(answers)
+
+
+def test_a_call_that_is_interrupted_in_the_middle_of_a_payload_is_not_answered_later(spawned: Any) -> None:
+    class Interrupted(Exception):
+        pass
+
+    def interrupt(number: int, frame: Any) -> None:
+        raise Interrupted
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    interruptions = 0
+    try:
+        while interruptions < 10:
+            try:
+                signal.setitimer(signal.ITIMER_REAL, 0.002 + 0.002 * interruptions)
+                for number in range(1000):
+                    assert (spawned.echo(np.full(2 * ARENA_BYTES // 8, number)) == number).all()
+            except Interrupted:
+                interruptions += 1
+            finally:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+            assert spawned.echo(interruptions) == interruptions
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    gc.collect()
+    wait_until(lambda: spawned.arenas() <= 1, "the server has let go of what was interrupted")
+
+
+def test_descriptors_do_not_leak_over_calls_and_connections(spawned: Any) -> None:
+    spawned.echo(NUMBERS)
+    before = (psutil.Process().num_fds(), spawned.descriptors(), arenas(), spawned.arenas())
+    for _ in range(1000):
+        spawned.echo(NUMBERS[:40])
+    for _ in range(20):
+        in_thread(lambda: assert_same(spawned.echo(NUMBERS), NUMBERS))
+    wait_until(
+        lambda: (psutil.Process().num_fds(), spawned.descriptors(), arenas(), spawned.arenas()) == before,
+        "all is as it was",
+    )
