@@ -27,8 +27,8 @@ import psutil
 
 __all__ = ["ARENA_BYTES", "LIMIT_VARIABLE", "SLOTS", "SLOT_BYTES", "Arena", "create_arena", "cut_into_slots"]
 
-SLOT_BYTES = 1 << 19
-SLOTS = 8
+SLOT_BYTES = 1 << 20
+SLOTS = 4
 ARENA_BYTES = SLOTS * SLOT_BYTES
 # The shared memory that one process holds in arenas at most, in MB; connections beyond that do without. 0: no arenas.
 LIMIT_VARIABLE = "MPMM_ARENA_MB"
