@@ -9,6 +9,8 @@ import os
 import pickle
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from array import array as number_array
@@ -24,11 +26,11 @@ from processes import DEADLINE_S, Process, Seat, wait_until
 
 from mpmm.errors import ModelServerError
 from mpmm.multi_process_shared import MultiProcessShared, unload
-from mpmm.proxy import arena, channel, transport
+from mpmm.proxy import arena, channel, landing, transport
 from mpmm.proxy.arena import ARENA_BYTES, LIMIT_VARIABLE, SLOT_BYTES, cut_into_slots
 from mpmm.proxy.channel import LARGE_BYTES, Channel, Message
 from mpmm.proxy.client import forget_link, known_link
-from mpmm.proxy.landing import SLAB_BYTES, landing_memory
+from mpmm.proxy.landing import SLAB_BYTES, SPARE_BYTES, drop_spare_slabs, landing_memory
 from mpmm.proxy.room import room_for
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="there are arenas on Linux only")
@@ -371,6 +373,46 @@ def test_buffers_of_a_message_share_a_slab_only_while_it_is_small() -> None:
         slabs[id(view.obj)] = slabs.get(id(view.obj), 0) + view.nbytes
     assert len(slabs) > 5
     assert max(slabs.values()) <= SLAB_BYTES + 5 + 1
+
+
+def test_memory_of_what_was_received_is_used_again_once_nobody_can_reach_it() -> None:
+    drop_spare_slabs()
+    first = np.frombuffer(landing_memory([SLAB_BYTES])[0], np.uint8)
+    address = first.ctypes.data
+    part = first[5:10].reshape(5, 1)
+    del first
+    gc.collect()
+    second = np.frombuffer(landing_memory([SLAB_BYTES])[0], np.uint8)
+    assert second.ctypes.data != address
+    del part
+    assert np.frombuffer(landing_memory([SLAB_BYTES])[0], np.uint8).ctypes.data == address
+
+
+def test_spare_memory_is_bounded_and_is_dropped_when_idle() -> None:
+    drop_spare_slabs()
+    views = landing_memory([SLAB_BYTES] * (SPARE_BYTES // SLAB_BYTES + 3))
+    assert landing._spare == []
+    del views
+    assert sum(slab.size for slab in landing._spare) == SPARE_BYTES
+    views = landing_memory([2 * SPARE_BYTES])
+    del views
+    assert sum(slab.size for slab in landing._spare) == SPARE_BYTES
+    drop_spare_slabs()
+    assert (landing._spare, landing._lent) == ([], {})
+
+
+def test_an_array_that_is_kept_to_the_end_of_the_process_ends_in_silence(runtime_root: Path) -> None:
+    script = (
+        "import numpy, sys\n"
+        "from mpmm.multi_process_shared import MultiProcessShared\n"
+        "kept = MultiProcessShared(dict, 'it', always_proxy=True).acquire()\n"
+        "kept.update(array=numpy.ones(1_000_000))\n"
+        "sys.kept = [array, again] = [kept.get('array'), kept.get('array')]\n"
+        "numpy.kept = kept.get('array')\n"
+        "print(array.sum() + again.sum())\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=DEADLINE_S)
+    assert (done.stdout, done.stderr) == ("2000000.0\n", "")
 
 
 # Arenas: when there are some, and when not.

@@ -11,6 +11,8 @@ Who starts what and who talks to whom; arrows are calls, every file named lies i
     transport       sockets: addresses of any length, keys, the peer's user
     channel         messages on an authenticated socket, large buffers through an arena
     arena           shared memory for large buffers on their way
+    landing         private memory in which they arrive
+    pickling        what is large, and how the rest becomes short
     wire            what is sent: requests, results, exceptions
     hosting         the object with its users, and the threads that answer for it
     server_process  a spawned server from its first line to its last

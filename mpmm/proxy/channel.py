@@ -38,14 +38,14 @@ from multiprocessing.connection import Connection
 from typing import NamedTuple
 
 from mpmm.proxy.arena import SLOT_BYTES, SLOTS, Arena, create_arena, cut_into_slots
-from mpmm.proxy.landing import landing_memory
+from mpmm.proxy.landing import drop_spare_slabs, landing_memory
 from mpmm.proxy.process_life import close_in_children, fork_guard
 
 __all__ = ["LARGE_BYTES", "Channel", "Message"]
 
 # From here on, agreeing on a bulk is cheaper than pickling the buffer and reading it piece by piece.
 LARGE_BYTES = 1 << 16
-# What the other side may have allocated for a payload stays allocated for so long after the last message.
+# What is kept for the next large payload is kept for so long after the last message.
 IDLE_MS = 10_000
 
 _FRAME = struct.Struct("<II")
@@ -119,12 +119,13 @@ class Channel:
         return Message(frame[head_start:end] if head_bytes else buffers.pop(0), buffers)
 
     def give_back_when_idle(self) -> None:
-        """Return when there is something to receive; an arena that is not needed meanwhile is freed on both sides.
+        """Return when there is something to receive; free what is kept for large payloads if that takes long.
 
-        For the side that waits for questions. Costs nothing on a channel that has no arena.
+        For the side that waits for questions; the arena is freed on both. Costs nothing on a channel without an arena.
         """
         if self._arena is not None and not self._is_readable(IDLE_MS):
             self._arena.give_back()
+            drop_spare_slabs()
             # The other side's next bulk hears LACK, and it makes a new one.
             self._arena = None
 
