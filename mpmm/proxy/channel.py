@@ -50,7 +50,9 @@ IDLE_MS = 10_000
 
 _FRAME = struct.Struct("<II")
 _SIZE_BYTES = 8
-_KEPT_BYTES = LARGE_BYTES + 4096
+# Memory for frames: as much as small messages take, in the first pages, and at most as much as any without a bulk.
+_FIRST_KEPT_BYTES = 4096
+_MOST_KEPT_BYTES = LARGE_BYTES + _FRAME.size
 HAVE, LACK, OFFER, PLAIN, FILLED, EMPTIED = b"h", b"l", b"o", b"p", b"f", b"e"
 _RECEIVE_FLAGS = getattr(socket, "MSG_CMSG_CLOEXEC", 0)
 
@@ -71,8 +73,9 @@ class Channel:
             self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, fileno=os.dup(connection.fileno()))
             close_in_children(self)
         self._arena: Arena | None = None
+        self._refused = False
         # Kept from message to message: small ones cost no allocation.
-        self._kept = memoryview(bytearray(_KEPT_BYTES))
+        self._kept = memoryview(bytearray(_FIRST_KEPT_BYTES))
 
     def fileno(self) -> int:
         """Return the socket's descriptor."""
@@ -109,8 +112,10 @@ class Channel:
         end = head_start + head_bytes
         if received < end:
             if end > len(frame):
-                frame = memoryview(bytearray(end))
+                frame = memoryview(bytearray(max(end, min(2 * end, _MOST_KEPT_BYTES))))
                 frame[:received] = self._kept[:received]
+                if len(frame) <= _MOST_KEPT_BYTES:
+                    self._kept = frame
             self._fill(frame, received, end)
         if not count:
             return Message(frame[head_start:end])
@@ -133,7 +138,7 @@ class Channel:
         their_state = self._byte()
         if self._arena is None or their_state == LACK:
             self._arena = None
-            if not self._offer_arena():
+            if self._refused or not self._offer_arena():
                 self._socket.sendall(PLAIN)
                 for buffer in buffers:
                     self._socket.sendall(buffer)
@@ -182,7 +187,7 @@ class Channel:
                 self._socket.sendall(EMPTIED)
 
     def _offer_arena(self) -> bool:
-        """Make an arena and hand it over; return whether both sides have it now."""
+        """Make an arena and hand it over; return whether both sides have it now. A refusal holds for the connection."""
         # No fork in between: a child would hold the memory as long as it lives. The byte does not block, since the
         # other side has read all that went before it.
         with fork_guard:
@@ -194,10 +199,10 @@ class Channel:
                 socket.send_fds(self._socket, [OFFER], [fd])
             finally:
                 os.close(fd)
-        if self._byte() != HAVE:
-            return False
-        self._arena = arena
-        return True
+        self._refused = self._byte() != HAVE
+        if not self._refused:
+            self._arena = arena
+        return not self._refused
 
     def _take_arena(self) -> None:
         """Take an arena that is offered, if we may have one; the byte is there already."""
