@@ -512,6 +512,18 @@ def test_a_payload_is_cut_into_full_slots() -> None:
     assert list(cut_into_slots([])) == []
 
 
+def test_a_lack_of_memory_for_an_answer_is_an_error_of_that_call_only(
+    spawned: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_slab(size: int) -> None:
+        raise MemoryError(f"{size} bytes")
+
+    monkeypatch.setattr(landing, "_slab_of", no_slab)
+    with pytest.raises(MemoryError, match=str(SLAB_BYTES)):
+        spawned.zeros(SLAB_BYTES // 8)
+    assert spawned.echo(3) == 3
+
+
 # Deaths.
 
 

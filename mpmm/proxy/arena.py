@@ -3,8 +3,13 @@
 A connection has at most one arena: SLOTS slots of SLOT_BYTES, which both directions use in turn, as a conveyor
 belt and not as a store. The sender fills a slot while the receiver empties an earlier one into memory of its own
 (`proxy.channel` says who may touch which slot when). So an arena is as small for a payload of a gigabyte as for one
-of a megabyte and stays in the processors' caches; what a receiver gets is ordinary memory that nobody else has, and
-no slot is ever kept busy until somebody's array is collected.
+of a megabyte, and what a receiver gets is ordinary memory that nobody else has.
+
+The other way, an arena as large as the payload of which the receiver is handed a view, is no faster. For 64 MB one
+way, in ms: 2.9 into slots, which stay in the processors' caches, and 3.5 out of them into used memory
+(`proxy.landing`), both at the same time; 6.6 into a large arena, and 5.3 for a private view of it, 73 if it is written
+to. Only a view that changes with a forked child's costs nothing. And a view keeps its part of the arena busy as long
+as it lives.
 
 An arena is an unnamed file (`memfd_create`), made by the side that first has something large to send. Its
 descriptor goes through the socket, and both sides close theirs as soon as they have mapped the file: only the

@@ -207,12 +207,13 @@ class Channel:
     def _take_arena(self) -> None:
         """Take an arena that is offered, if we may have one; the byte is there already."""
         with fork_guard:
+            # None when this process has no descriptor left.
             _, fds, _, _ = socket.recv_fds(self._socket, 1, 1, _RECEIVE_FLAGS)
-            try:
-                with suppress(OSError):
-                    self._arena = Arena(*fds)
-            finally:
-                for fd in fds:
+            for fd in fds:
+                try:
+                    with suppress(OSError):
+                        self._arena = Arena(fd)
+                finally:
                     os.close(fd)
 
     def _fill(self, buffer: memoryview, received: int, wanted: int) -> int:
