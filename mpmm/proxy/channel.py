@@ -43,14 +43,15 @@ from mpmm.proxy.process_life import close_in_children, fork_guard
 
 __all__ = ["LARGE_BYTES", "Channel", "Message"]
 
-# From here on, agreeing on a bulk is cheaper than pickling the buffer and reading it piece by piece.
+# A single buffer of 64 KiB takes 0.10 ms there and back as a bulk and 0.06 in the pickle, one of 256 KiB 0.13 and 0.16,
+# but 32 of 100 KiB take 4.0 ms and 8.7.
 LARGE_BYTES = 1 << 16
 # What is kept for the next large payload is kept for so long after the last message.
 IDLE_MS = 10_000
 
 _FRAME = struct.Struct("<II")
 _SIZE_BYTES = 8
-# Memory for frames: as much as small messages take, in the first pages, and at most as much as any without a bulk.
+# Memory for frames: at first what small messages take, later what the largest one without a bulk has taken.
 _FIRST_KEPT_BYTES = 4096
 _MOST_KEPT_BYTES = LARGE_BYTES + _FRAME.size
 HAVE, LACK, OFFER, PLAIN, FILLED, EMPTIED = b"h", b"l", b"o", b"p", b"f", b"e"
@@ -112,9 +113,9 @@ class Channel:
         end = head_start + head_bytes
         if received < end:
             if end > len(frame):
-                frame = memoryview(bytearray(max(end, min(2 * end, _MOST_KEPT_BYTES))))
+                frame = memoryview(bytearray(end))
                 frame[:received] = self._kept[:received]
-                if len(frame) <= _MOST_KEPT_BYTES:
+                if end <= _MOST_KEPT_BYTES:
                     self._kept = frame
             self._fill(frame, received, end)
         if not count:
