@@ -388,17 +388,39 @@ def test_memory_of_what_was_received_is_used_again_once_nobody_can_reach_it() ->
     assert np.frombuffer(landing_memory([SLAB_BYTES])[0], np.uint8).ctypes.data == address
 
 
-def test_spare_memory_is_bounded_and_is_dropped_when_idle() -> None:
+def test_memory_that_is_kept_is_bounded_and_is_dropped_when_idle() -> None:
     drop_spare_slabs()
     views = landing_memory([SLAB_BYTES] * (SPARE_BYTES // SLAB_BYTES + 3))
-    assert landing._spare == []
-    del views
-    assert sum(slab.size for slab in landing._spare) == SPARE_BYTES
-    views = landing_memory([2 * SPARE_BYTES])
-    del views
-    assert sum(slab.size for slab in landing._spare) == SPARE_BYTES
+    assert landing._kept_bytes() == SPARE_BYTES
     drop_spare_slabs()
-    assert (landing._spare, landing._lent) == ([], {})
+    assert landing._kept_bytes() == SPARE_BYTES
+    views = landing_memory([2 * SPARE_BYTES])
+    assert landing._kept_bytes() == SPARE_BYTES
+    views = landing_memory([SPARE_BYTES])
+    assert [slab.size for slab in landing._slabs] == [SPARE_BYTES]
+    del views
+    drop_spare_slabs()
+    assert landing._slabs == []
+
+
+def test_what_a_signal_handler_raises_at_the_end_of_an_array_is_not_lost() -> None:
+    class Interrupted(Exception):
+        pass
+
+    def interrupt(number: int, frame: Any) -> None:
+        raise Interrupted
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        for _ in range(200):
+            signal.setitimer(signal.ITIMER_REAL, 0.000_2)
+            deadline = time.monotonic() + DEADLINE_S
+            with pytest.raises(Interrupted):
+                while time.monotonic() < deadline:
+                    landing_memory([SLAB_BYTES])
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def test_an_array_that_is_kept_to_the_end_of_the_process_ends_in_silence(runtime_root: Path) -> None:
@@ -518,7 +540,8 @@ def test_a_lack_of_memory_for_an_answer_is_an_error_of_that_call_only(
     def no_slab(size: int) -> None:
         raise MemoryError(f"{size} bytes")
 
-    monkeypatch.setattr(landing, "_slab_of", no_slab)
+    drop_spare_slabs()
+    monkeypatch.setattr(landing, "_Slab", no_slab)
     with pytest.raises(MemoryError, match=str(SLAB_BYTES)):
         spawned.zeros(SLAB_BYTES // 8)
     assert spawned.echo(3) == 3

@@ -5,17 +5,18 @@ Fresh memory costs more than the copy into it, because the kernel zeroes it page
 arrive in slabs of huge pages, and slabs are used again. Those of one message that lie beside each other share a
 slab, which lives as long as any of them; SLAB_BYTES bounds what a single survivor keeps alive for the others.
 
-A slab is lent out through a ctypes array, whose end, seen by a weak reference, says that nobody can reach its
-memory any more. A spare slab is free for the kernel to take (MADV_FREE) as soon as memory is short, and no more
-than SPARE_BYTES are kept at all.
+A slab is lent out through a ctypes array, at whose end, seen by a weak reference, nobody can reach its memory any
+more. Then the kernel may take the memory as soon as it is short (MADV_FREE). No more than SPARE_BYTES are kept in
+slabs, spare or lent; what is lent beyond that is freed when its end comes.
 """
 
 from __future__ import annotations
 
 import ctypes
 import mmap
+import operator
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -32,6 +33,17 @@ SPARE_BYTES = 1 << 26
 ALIGNMENT = 64
 
 
+class _Loan(weakref.ref[Any]):
+    """Refers to the array through which a slab is lent out; `madvise` is the slab's."""
+
+    __slots__ = ("madvise",)
+    madvise: Callable[[int], None]
+
+
+# In C alone, as the end of a loan: what a signal handler raised in Python code there would be lost.
+_let_kernel_take = operator.methodcaller("madvise", mmap.MADV_FREE) if hasattr(mmap, "MADV_FREE") else None
+
+
 class _Slab:
     """One private mapping, used by one group of buffers after another."""
 
@@ -44,32 +56,32 @@ class _Slab:
             # Not to be taken for a broken connection.
             raise MemoryError(f"no memory for a payload of {size / (1 << 20):.0f} MB") from error
         self._array_type = ctypes.c_ubyte * size
-        self.advise("MADV_HUGEPAGE")
+        self._loan: _Loan | None = None
+        self._at_end = _let_kernel_take
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            with suppress(OSError):
+                self._mapping.madvise(mmap.MADV_HUGEPAGE)
+        try:
+            # Some kernels refuse; better now, while there is nothing to free, than where nobody can be told.
+            if self._at_end is not None:
+                self._at_end(self._mapping)
+        except OSError:
+            self._at_end = None
 
     def lend(self) -> memoryview:
         """Return the memory; once all views of it are gone, the slab is spare."""
         array = self._array_type.from_buffer(self._mapping)
-        _lent[id(self)] = self, weakref.KeyedRef(array, _take_back, id(self))
+        self._loan = _Loan(array, self._at_end)
+        self._loan.madvise = self._mapping.madvise
         return memoryview(array).cast("B")
 
-    def advise(self, advice: str) -> None:
-        """Tell the kernel, by the name of a constant of `mmap`, how the memory is used."""
-        # Unknown to some platforms, refused by some kernels.
-        with suppress(AttributeError, OSError):
-            self._mapping.madvise(getattr(mmap, advice))
+    def is_spare(self) -> bool:
+        """Tell whether nobody can reach the memory."""
+        return self._loan is None or self._loan() is None
 
 
-_spare: list[_Slab] = []
-# By id: a slab and the weak reference to its borrower, which nothing else holds.
-_lent: dict[int, tuple[_Slab, weakref.KeyedRef[int, Any]]] = {}
-
-
-def _take_back(end_of_loan: weakref.KeyedRef[int, Any]) -> None:
-    # Runs at any place in any thread, also in the middle of landing_memory: no locks, and single steps only.
-    slab, _ = _lent.pop(end_of_loan.key)
-    if sum(spare.size for spare in _spare.copy()) + slab.size <= SPARE_BYTES:
-        slab.advise("MADV_FREE")
-        _spare.append(slab)
+# Threads and signal handlers share it without a lock: who has removed a slab may use it.
+_slabs: list[_Slab] = []
 
 
 def landing_memory(sizes: Sequence[int]) -> list[memoryview]:
@@ -88,14 +100,16 @@ def landing_memory(sizes: Sequence[int]) -> list[memoryview]:
 
 def drop_spare_slabs() -> None:
     """Give the kernel back what is kept for further payloads."""
-    _spare.clear()
+    for slab in _slabs.copy():
+        if slab.is_spare():
+            _take(slab)
 
 
 def _memory_for(sizes: Sequence[int], total: int) -> list[memoryview]:
     """Return memory for a group of buffers, together if that pays."""
     if total < SMALLEST_SLAB_BYTES:
         return [memoryview(bytearray(size)) for size in sizes]
-    slab = _slab_of(_rounded(total, SLAB_BYTES)).lend()
+    slab = _lend(_rounded(total, SLAB_BYTES))
     views, start = [], 0
     for size in sizes:
         views.append(slab[start : start + size])
@@ -103,15 +117,32 @@ def _memory_for(sizes: Sequence[int], total: int) -> list[memoryview]:
     return views
 
 
-def _slab_of(size: int) -> _Slab:
-    """Return a slab that is not lent out."""
-    for slab in _spare.copy():
-        if slab.size == size:
-            # Another thread may be faster.
-            with suppress(ValueError):
-                _spare.remove(slab)
-                return slab
-    return _Slab(size)
+def _lend(size: int) -> memoryview:
+    """Return the memory of a slab, used or new, and keep the slab for later if there is room."""
+    used = (slab for slab in _slabs.copy() if slab.size == size and slab.is_spare() and _take(slab))
+    slab = next(used, None) or _Slab(size)
+    memory = slab.lend()
+    for other in _slabs.copy():
+        if _kept_bytes() + size <= SPARE_BYTES:
+            break
+        if other.is_spare():
+            _take(other)
+    if _kept_bytes() + size <= SPARE_BYTES:
+        _slabs.append(slab)
+    return memory
+
+
+def _take(slab: _Slab) -> bool:
+    """Remove a slab from those that are kept; False if another thread was faster."""
+    try:
+        _slabs.remove(slab)
+    except ValueError:
+        return False
+    return True
+
+
+def _kept_bytes() -> int:
+    return sum(slab.size for slab in _slabs.copy())
 
 
 def _rounded(size: int, unit: int) -> int:
@@ -119,4 +150,4 @@ def _rounded(size: int, unit: int) -> int:
 
 
 # The child's copies of spare slabs would only make it copy pages.
-in_forked_child(drop_spare_slabs)
+in_forked_child(_slabs.clear)
