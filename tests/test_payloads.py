@@ -700,8 +700,8 @@ def test_a_call_from_a_signal_handler_in_the_middle_of_a_payload_has_a_connectio
 
 
 def test_a_call_that_is_interrupted_in_the_middle_of_a_payload_is_not_answered_later(spawned: Any) -> None:
-    class Interrupted(Exception):
-        pass
+    class Interrupted(BaseException):
+        """As KeyboardInterrupt: what is no Exception passes through unpickling as it is."""
 
     def interrupt(number: int, frame: Any) -> None:
         raise Interrupted
