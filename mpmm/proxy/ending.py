@@ -71,10 +71,12 @@ def end_server(room: Room, tag: str, timeout_seconds: float, incarnation: str | 
 
 def _ask(room: Room, record: ServerRecord, key: bytes) -> None:
     """Ask the server to end. Does not join the room, which may have been left when this thread comes to it."""
-    with suppress(AuthenticationError, EOFError, OSError):
-        with closing(Channel(transport.dial(room.path, record.socket_name, key))) as channel:
-            channel.send(wire.encode_request(wire.CONTROL, wire.HARD_DELETE, (), {}))
-            channel.receive()
+    with (
+        suppress(AuthenticationError, EOFError, OSError),
+        closing(Channel(transport.dial(room.path, record.socket_name, key))) as channel,
+    ):
+        channel.send(wire.encode_request(wire.CONTROL, wire.HARD_DELETE, (), {}))
+        channel.receive()
 
 
 def _kill(room: Room, record: ServerRecord) -> None:
