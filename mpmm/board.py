@@ -42,8 +42,13 @@ class SharedBoard:
         self._scheduler = scheduler
         self._rows: dict[int, int] = {}
 
-    def describe(self, source: MemorySource, devices: Sequence[DeviceInfo], lead: bool) -> None:
-        """Set the device rows from what a source reports; with `lead`, also say that this member polls now."""
+    def describe(
+        self, source: MemorySource, devices: Sequence[DeviceInfo], next_in_line: Sequence[int] | None = None
+    ) -> None:
+        """Set the device rows from what a source reports.
+
+        next_in_line: if given, this member polls from now on, and those in these slots are woken, to watch it.
+        """
         namespace = self._namespace
         with namespace.transaction() as t:
             namespace.transitions.describe_devices(
@@ -53,10 +58,12 @@ class SharedBoard:
                     for info in devices
                 ],
             )
-            if lead:
+            if next_in_line is not None:
                 flags = (source.measures_processes, source.settles_late, is_books_only(source))
                 name = fit_text(source.name, Header.SOURCE_NAME_BYTES)
                 namespace.transitions.lead(t, namespace.slot, name, flags)
+                for slot in next_in_line:
+                    namespace.transitions.ring(t, slot)
         self._rows = {info.index: row for row, info in enumerate(devices)}
 
     def publish(self, samples: Sequence[DeviceSample]) -> None:

@@ -153,15 +153,12 @@ class Keeper:
         worker = self._worker
         source = worker.source
         try:
-            worker.board.describe(source, source.devices(), lead=True)
+            worker.board.describe(source, source.devices(), self._first_in_line())
             self._worker.refresh()
         except BaseException:
             self._lock_file.unlock()
             raise
         self.leading = True
-        with self._namespace.transaction() as t:
-            for slot in self._first_in_line():
-                self._namespace.transitions.ring(t, slot)
         _LOG.info("mpmm %s: pid %d leads, source %s", self._namespace.name, self._namespace.pid, source.name)
 
     def _leader_is_stuck(self) -> bool:

@@ -145,7 +145,7 @@ class Worker:
 
     def start(self) -> None:
         """Begin to work: take part in the leadership, unload on demand."""
-        self.board.describe(self.source, self.source.devices(), lead=False)
+        self.board.describe(self.source, self.source.devices())
         self.keeper.start()
 
     def close(self) -> None:
