@@ -11,7 +11,7 @@ shared memory:
         granted an idle or released copy            returns it                      take_answer
         told to load                                runs the loader, samples        take_answer … end_load
         told that it can never fit                  raises ModelTooLargeError       take_answer
-    release_model                                   measures if it ran alone        release, advance
+    release_model                                   measures if it ran alone        release: pass_on or advance
 
 `advance` (see `scheduler.py`) is where the policy decides for everybody who waits; whoever changes something
 runs it, so that a release hands the copy straight to the ticket that should have it.
@@ -73,7 +73,10 @@ _shutting_down: deque[threading.Thread] = deque(maxlen=64)
 
 
 class QueueTicket:
-    """One place in the queue, as in Beam: ordered by priority, then number. `wake_event` is set by the answer."""
+    """One place in the queue, as in Beam: ordered by priority, then number.
+
+    `wake_event` is part of Beam's interface. Nobody sets it here: waiters sleep on a word of the segment.
+    """
 
     def __init__(self, priority: int, ticket_num: int, tag: str) -> None:
         self.priority = priority
@@ -419,7 +422,7 @@ class ModelManager(BeamNames):
         began = time.monotonic()
         worker.freshen()
         with worker.waiting():
-            ticket, row = self._enqueue(worker, tag, encoded, deadline)
+            row = self._enqueue(worker, tag, encoded, deadline)
             try:
                 worker.unload_assigned()
                 answer = self._wait(worker, row, deadline)
@@ -428,7 +431,6 @@ class ModelManager(BeamNames):
                 raise
             if answer is None:
                 raise self._gave_up(tag, time.monotonic() - began, self._leave_queue(worker, row, timed_out=True))
-            ticket.wake_event.set()
             return self._act_on(worker, tag, row)
 
     @staticmethod
@@ -440,7 +442,7 @@ class ModelManager(BeamNames):
             waited_seconds=waited_s,
         )
 
-    def _enqueue(self, worker: Worker, tag: str, encoded: bytes, deadline: float) -> tuple[QueueTicket, int]:
+    def _enqueue(self, worker: Worker, tag: str, encoded: bytes, deadline: float) -> int:
         namespace = worker.namespace
         words = namespace.segment.words
         with namespace.transaction(deadline - time.monotonic()) as t:
@@ -454,7 +456,7 @@ class ModelManager(BeamNames):
             number = words[namespace.tables.ticket(row) + Ticket.NUMBER]
             worker.scheduler.advance(t, newcomer=row)
         self.logging_info("Queued for %s: ticket %s, priority %s", tag, number, priority)
-        return QueueTicket(priority, number, tag), row
+        return row
 
     def _wait(self, worker: Worker, row: int, deadline: float) -> int | None:
         """Sleep until the ticket has an answer, and return its state; None when the deadline has passed."""
@@ -637,8 +639,7 @@ class ModelManager(BeamNames):
                     t.set_float(tables.instance(copy.row) + Instance.MB, cost)
             else:
                 cost = None
-            namespace.transitions.release(t, copy.row)
-            worker.scheduler.hand_over(t, copy.row)
+            worker.scheduler.release(t, copy.row)
         if copy.tag != tag:
             _LOG.warning("mpmm %s: a copy of %r was released as %r", self._name, copy.tag, tag)
         if cost is not None:

@@ -87,21 +87,22 @@ class Scheduler:
                 return
             # Nobody in this part of the queue is left, so the rest moves up.
 
-    def hand_over(self, t: Transaction, instance: int) -> None:
-        """Carry out the policy after the release of a copy.
+    def release(self, t: Transaction, instance: int) -> None:
+        """Take a copy from its holder, and carry out the policy for those who wait.
 
         If the first waiter waits for just this copy, the plan is to give it to him, and nothing else has changed for
         those behind. That is found out in a tenth of the time of a plan (40 us instead of 350 with 16 waiters).
         """
-        words = self._segment.words
+        words, transitions = self._segment.words, self._namespace.transitions
         at = self._tables.instance(instance)
-        if words[Header.WAITING] and not words[Header.ISOLATED] and words[at + Instance.STATE] == Instance.IDLE:
+        if words[Header.WAITING] and not words[Header.ISOLATED] and not words[at + Instance.DOOMED]:
             first = self._first_waiter()
             if first is not None and words[self._tables.ticket(first) + Ticket.MODEL] == words[at + Instance.MODEL]:
                 owner = words[at + Instance.OWNER]
                 if not owner or owner == words[self._tables.ticket(first) + Ticket.MEMBER]:
-                    self._namespace.transitions.grant(t, first, instance)
+                    transitions.pass_on(t, first, instance)
                     return
+        transitions.release(t, instance)
         self.advance(t)
 
     def _first_waiter(self) -> int | None:

@@ -242,6 +242,12 @@ def scenarios() -> dict[str, Callable[[Lab], Operation]]:
         ticket = lab.ticket("a")
         return lambda t, tr: tr.grant(t, ticket, copy)
 
+    def passed_on(lab: Lab) -> Operation:
+        copy = lab.idle("a")
+        lab.do(lambda t, tr: tr.grab(t, copy, Lab.victim + 1))
+        ticket = lab.ticket("a")
+        return lambda t, tr: tr.pass_on(t, ticket, copy)
+
     def answered(lab: Lab) -> Operation:
         copy, ticket = lab.idle("a"), lab.ticket("a")
         lab.do(lambda t, tr: tr.grant(t, ticket, copy))
@@ -332,6 +338,7 @@ def scenarios() -> dict[str, Callable[[Lab], Operation]]:
         "enqueue": on(Lab.model, lambda t, tr, row: tr.enqueue(t, row, Lab.victim, 0, math.nan, 2**62)),
         "set_reason": on(Lab.ticket, lambda t, tr, row: tr.set_reason(t, row, 3)),
         "grant": granted,
+        "pass_on": passed_on,
         "allow_load": on(Lab.ticket, lambda t, tr, row: tr.allow_load(t, row, 0, 50.0, alone=False)),
         "allow_load/alone": on(Lab.ticket, lambda t, tr, row: tr.allow_load(t, row, 0, 50.0, alone=True)),
         "refuse": on(Lab.ticket, lambda t, tr, row: tr.refuse(t, row)),
@@ -420,7 +427,7 @@ def test_kill_at_any_store_leaves_before_or_after(
     record_property(CRASH_POINTS, store - 1)
 
 
-@pytest.mark.parametrize("name", ["reset", "reap_member", "end_load", "grant"])
+@pytest.mark.parametrize("name", ["reset", "reap_member", "end_load", "pass_on"])
 def test_kill_at_any_store_of_the_recovery_leaves_before(
     lab: Lab, name: str, record_property: Callable[[str, object], None]
 ) -> None:

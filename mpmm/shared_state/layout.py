@@ -279,8 +279,8 @@ class Observation:
 class Event:
     """One transition, in a ring that is written raw, before `Header.EVENTS` is set to count it.
 
-    E1  an event exists if its SEQUENCE is right and not above `Header.EVENTS`. The row behind the newest event may
-        hold one that was rolled back, or is being written, instead of the oldest.
+    E1  an event exists if its SEQUENCE is right and not above `Header.EVENTS`. The two rows behind the newest may
+        hold some that were rolled back, or are being written, instead of the oldest.
     """
 
     SEQUENCE = 0  # 1, 2, 3, …; lies in row (SEQUENCE - 1) % capacity

@@ -327,11 +327,14 @@ class Transaction:
         self.set_all((self.next_event(kind, model, instance, ticket, value),))
 
     def next_event(
-        self, kind: int, model: int = 0, instance: int = 0, ticket: int = 0, value: float = 0.0
+        self, kind: int, model: int = 0, instance: int = 0, ticket: int = 0, value: float = 0.0, ahead: int = 0
     ) -> tuple[int, int]:
-        """Write the next row of the event ring; return the change for `set_all` that makes it an event."""
+        """Write the next row of the event ring; return the change for `set_all` that makes it an event.
+
+        ahead: so many rows were written before in the same way; the last one's change makes events of them all.
+        """
         words = self.words
-        sequence: int = words[Header.EVENTS] + 1
+        sequence: int = words[Header.EVENTS] + 1 + ahead
         table = self._lock.segment.layout.events
         at = table.base + (sequence - 1) % table.capacity * Event.WORDS
         words[at + Event.SEQUENCE] = sequence

@@ -250,6 +250,42 @@ class Transitions:
         waited = (t.now - self.segment.words[at + Ticket.ENQUEUED]) / 1e9
         t.event(EventKind.GRANTED, model + 1, instance + 1, self.segment.words[at + Ticket.NUMBER] + 1, waited)
 
+    def pass_on(self, t: Transaction, row: int, instance: int) -> None:
+        """Hand an active copy from its holder straight to a waiter (ticket's row) and wake it: `release` and `grant`.
+
+        For a copy that anybody may take over: not doomed, not alone, owned by nobody but its holder or the waiter.
+        Done in one go, it takes half the time of the two, and a waiter waits for every microsecond of it.
+        """
+        words, tables = self.segment.words, self.tables
+        at, ticket = tables.instance(instance), tables.ticket(row)
+        assert words[at + Instance.STATE] == Instance.ACTIVE
+        assert words[ticket + Ticket.STATE] == Ticket.WAITING
+        model_row = words[at + Instance.MODEL]
+        model = tables.model(model_row)
+        held = (t.now - words[at + Instance.SINCE]) / 1e9
+        waited = (t.now - words[ticket + Ticket.ENQUEUED]) / 1e9
+        number = words[ticket + Ticket.NUMBER]
+        t.next_event(EventKind.RELEASED, model_row + 1, instance + 1, value=held)
+        granted = t.next_event(EventKind.GRANTED, model_row + 1, instance + 1, number + 1, waited, ahead=1)
+        signal = ticket + Ticket.SIGNAL
+        t.set_all(
+            (
+                granted,
+                (at + Instance.SINCE, t.now),
+                (at + Instance.HOLDER, words[ticket + Ticket.MEMBER]),
+                (at + Instance.USES, words[at + Instance.USES] + 1),
+                (model + Model.HITS, words[model + Model.HITS] + 1),
+                (model + Model.WAITING, words[model + Model.WAITING] - 1),
+                (model + Model.HOLD_S, self._smoothed(model + Model.HOLD_S, held)),
+                (Header.HITS, words[Header.HITS] + 1),
+                (Header.WAITING, words[Header.WAITING] - 1),
+                (ticket + Ticket.INSTANCE, instance + 1),
+                (ticket + Ticket.STATE, Ticket.GRANTED),
+                (signal, words[signal] + 1),
+            )
+        )
+        t.after.append(partial(wake_all, self.segment.address + 8 * signal))
+
     def allow_load(self, t: Transaction, row: int, device: int, need_mb: float, alone: bool) -> int:
         """Reserve memory for a waiter and tell it to load; return the instance's row. Raises TableFullError."""
         at = self.tables.ticket(row)
