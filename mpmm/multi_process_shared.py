@@ -125,6 +125,11 @@ class MultiProcessShared(Generic[T]):
             # Gone since we last used it; look for another one.
             if link := known_link(room, self._tag):
                 forget_link(link)
+        # Mostly there is one that answers, and no need to wait for those who just look, too.
+        lives, record = room.look(self._tag)
+        if lives and record is not None and record.ready:
+            with suppress(ModelServerError):
+                return self._use(room, record)
         with room.tag_lock(self._tag):
             failures = itertools.count(1)
             while True:

@@ -1,12 +1,22 @@
 """Unix sockets between processes of one user.
 
 Three things keep others out: the folder is 0700, the kernel names the peer's user, and both sides prove
-that they know the room's key (`multiprocessing.connection`'s challenge). A process of the same user that
-looks at the wrong room fails at the third.
+that they know the room's key. A process of the same user that looks at the wrong room fails at the third.
+
+The proof is a mutual challenge with HMAC-SHA256, after ISO/IEC 9798-4 (three passes). N are NONCE_BYTES random bytes:
+
+    client   Nc
+    server   Ns, HMAC(key, "server" Nc Ns)
+    client   HMAC(key, "client" Nc Ns)      and then, without waiting, its first request
+
+Fresh nonces keep recorded answers from being played again, the roles' names keep a side's own answers from being
+sent back to it. The server reads nothing else before the last one is right. (`multiprocessing.connection` has a
+challenge, too, once in each direction: the client would wait for the server to be scheduled three times, not once.)
 """
 
 from __future__ import annotations
 
+import hmac
 import os
 import shutil
 import socket
@@ -16,7 +26,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing import AuthenticationError
-from multiprocessing.connection import Connection, answer_challenge, deliver_challenge
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 from mpmm.proxy.process_life import close_in_children, fork_guard
@@ -26,6 +36,8 @@ __all__ = ["accept", "authenticate_client", "dial", "listen", "set_timeouts"]
 # sun_path holds 108 bytes on Linux and 104 on macOS, with a final zero.
 LONGEST_ADDRESS_BYTES = 100
 BACKLOG = 128
+NONCE_BYTES = 32
+PROOF_BYTES = 32
 _HAS_PROC = sys.platform == "linux"
 
 
@@ -64,8 +76,12 @@ def authenticate_client(connection: Connection, key: bytes) -> None:
     uid = _peer_uid(connection.fileno())
     if uid is not None and uid != os.getuid():
         raise AuthenticationError(f"a process of uid {uid} tried to connect")
-    deliver_challenge(connection, key)
-    answer_challenge(connection, key)
+    with _raw(connection) as peer:
+        client_nonce = _receive(peer, NONCE_BYTES)
+        server_nonce = os.urandom(NONCE_BYTES)
+        peer.sendall(server_nonce + _proof(key, b"server", client_nonce, server_nonce))
+        if not hmac.compare_digest(_receive(peer, PROOF_BYTES), _proof(key, b"client", client_nonce, server_nonce)):
+            raise AuthenticationError("the client does not know the key")
 
 
 def dial(folder: Path, name: str, key: bytes, timeout_seconds: float | None = None) -> Connection:
@@ -87,18 +103,48 @@ def dial(folder: Path, name: str, key: bytes, timeout_seconds: float | None = No
     try:
         if timeout_seconds is not None:
             set_timeouts(connection, timeout_seconds)
-        answer_challenge(connection, key)
-        deliver_challenge(connection, key)
+        _prove_to_server(connection, key)
     except BaseException:
         connection.close()
         raise
     return connection
 
 
+def _prove_to_server(connection: Connection, key: bytes) -> None:
+    with _raw(connection) as server:
+        client_nonce = os.urandom(NONCE_BYTES)
+        server.sendall(client_nonce)
+        answer = _receive(server, NONCE_BYTES + PROOF_BYTES)
+        server_nonce, proof = answer[:NONCE_BYTES], answer[NONCE_BYTES:]
+        if not hmac.compare_digest(proof, _proof(key, b"server", client_nonce, server_nonce)):
+            raise AuthenticationError("the server does not know the key")
+        server.sendall(_proof(key, b"client", client_nonce, server_nonce))
+
+
+def _proof(key: bytes, role: bytes, client_nonce: bytes, server_nonce: bytes) -> bytes:
+    return hmac.digest(key, role + client_nonce + server_nonce, "sha256")
+
+
+def _raw(connection: Connection) -> socket.socket:
+    """Return a socket object of its own for a connection's socket, to be closed by the caller."""
+    return socket.socket(fileno=os.dup(connection.fileno()))
+
+
+def _receive(peer: socket.socket, count: int) -> bytes:
+    """Return the next `count` bytes. Raises EOFError, OSError."""
+    received = b""
+    while len(received) < count:
+        part = peer.recv(count - len(received))
+        if not part:
+            raise EOFError
+        received += part
+    return received
+
+
 def set_timeouts(connection: Connection, timeout_seconds: float) -> None:
     """Have reading and writing fail with OSError where the other side is stopped or stuck."""
     timeval = struct.pack("@ll", int(timeout_seconds), int(timeout_seconds % 1 * 1_000_000))
-    with socket.socket(fileno=os.dup(connection.fileno())) as ours:
+    with _raw(connection) as ours:
         for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
             ours.setsockopt(socket.SOL_SOCKET, option, timeval)
 
