@@ -1,6 +1,6 @@
 """What dies costs what it was doing and nothing else: real processes, real signals.
 
-`SOON_S` is the promise of a second, with half a second more for a busy machine; the figures are printed.
+`SOON_S` is the promise of a second, with another one for a busy machine; the figures are printed.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ NewProcess = Callable[..., Process]
 NewGate = Callable[[], Gate]
 NewDevice = Callable[..., SimulatedDevice]
 
-SOON_S = 1.5
+SOON_S = 2.0
 
 leads = pytest.mark.parametrize("leads", [False, True], ids=["not leading", "leading"])
 
