@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from mpmm.scheduler import Scheduler
-from mpmm.shared_state.layout import Device, Header, Member
+from mpmm.shared_state.layout import Device, Header, Instance, Member
 from mpmm.shared_state.namespace import Namespace
 from mpmm.shared_state.tables import fit_text
 from mpmm.sources import DeviceInfo, DeviceSample, MemorySource, is_books_only
@@ -74,6 +74,9 @@ class SharedBoard:
                     pid = words[namespace.tables.member(slot) + Member.PID]
                     if pid in measured:
                         namespace.transitions.measure(t, slot, measured[pid])
+                for row, pid in self._programs():
+                    if pid in measured:
+                        namespace.transitions.measure_program(t, row, measured[pid])
             self._scheduler.advance(t)
 
     def stats(self) -> tuple[float, float, float]:
@@ -94,13 +97,25 @@ class SharedBoard:
             self._namespace.transitions.reset_peaks(t)
 
     def server_pids(self) -> Sequence[int]:
-        """Return the pids of the namespace's model servers; read without the lock, as a server may end any time."""
+        """Return the pids of the namespace's model servers, and of programs that have leases.
+
+        Read without the lock, as a process may end any time.
+        """
         namespace = self._namespace
-        return [namespace.segment.words[namespace.tables.member(slot) + Member.PID] for slot in self._servers()]
+        servers = [namespace.segment.words[namespace.tables.member(slot) + Member.PID] for slot in self._servers()]
+        return servers + [pid for _, pid in self._programs()]
 
     def _servers(self) -> list[int]:
         namespace = self._namespace
         return namespace.tables.rows_where(namespace.segment.layout.members, Member.STATE, Member.SERVER)
+
+    def _programs(self) -> list[tuple[int, int]]:
+        """Return (row, pid) of the leases whose program is known."""
+        namespace = self._namespace
+        words, tables = namespace.segment.words, namespace.tables
+        leases = tables.rows_where(namespace.segment.layout.instances, Instance.STATE, Instance.LEASED)
+        programs = [(row, words[tables.instance(row) + Instance.PROGRAM]) for row in leases]
+        return [(row, pid) for row, pid in programs if pid]
 
 
 class ForeignMonitor:

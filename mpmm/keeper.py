@@ -210,7 +210,8 @@ class Keeper:
         words, tables, layout = namespace.segment.words, namespace.tables, namespace.segment.layout
         if any(words[tables.device(row) + Device.SAMPLED] < words[Header.CONFIGURED_AT] for row in self._devices()):
             return
-        if np.any(tables.view(layout.instances)[:, Instance.STATE] == Instance.UNLOADING):
+        # What a lease's program takes goes up and down as it likes, so readings with one say nothing of the models.
+        if np.any(np.isin(tables.view(layout.instances)[:, Instance.STATE], (Instance.UNLOADING, Instance.LEASED))):
             return
         copies = [
             (words[tables.model(row) + Model.GENERATION], words[tables.model(row) + Model.LOADED])

@@ -11,6 +11,7 @@ shared memory:
         granted an idle or released copy            returns it                      take_answer
         told to load                                runs the loader, samples        take_answer … end_load
         told that it can never fit                  raises ModelTooLargeError       take_answer
+    reserve: queue, as above                        returns the lease               claim_lease … take_answer
     release_model                                   measures if it ran alone        release, advance
 
 `advance` (see `scheduler.py`) is where the policy decides for everybody who waits; whoever changes something
@@ -42,6 +43,7 @@ from mpmm.errors import (
     AcquireTimeoutError,
     ClosedError,
     InvalidArgumentError,
+    LeaseTooLargeError,
     LoadTimeoutError,
     LockTimeoutError,
     ModelTooLargeError,
@@ -49,6 +51,7 @@ from mpmm.errors import (
     NotAcquiredError,
 )
 from mpmm.gpu_monitor import GPUMonitor
+from mpmm.lease import Lease
 from mpmm.policy.view import Reason
 from mpmm.proxy.context import attach_namespace, serving_for
 from mpmm.resource_estimator import ResourceEstimator
@@ -328,6 +331,40 @@ class ModelManager(BeamNames):
         finally:
             self.release_model(tag, instance)
 
+    def reserve(self, mb: float, *, name: str = "lease", timeout_seconds: float | None = None) -> Lease:
+        """Wait for a lease on `mb` MB of one device, for memory that is no model's, and return it.
+
+        It is admitted like a load: it waits its turn, idle copies are evicted for it, and what it is for counts as
+        used until it is given back, by `release` or the end of a `with` block, or until this process ends.
+
+        mb: all that is going to be used. name: for people; several leases may have the same one.
+        timeout_seconds: None stands for `wait_timeout_seconds`; `math.inf` waits for as long as it takes.
+
+        Raises LeaseTooLargeError when no device is large enough, AcquireTimeoutError, NamespaceResetError,
+        TableFullError, InvalidArgumentError, ClosedError, LockTimeoutError.
+        """
+        if not isinstance(mb, int | float) or isinstance(mb, bool) or not 0 < mb < math.inf:
+            raise InvalidArgumentError(f"lease {name!r} of {mb!r}: expected a number of MB above 0")
+        if timeout_seconds is None:
+            timeout_seconds = self._settings.wait_timeout_seconds
+        encoded = encode_text(name, Model.TAG_BYTES, "name of a lease")
+        worker = self._connected()
+        began = time.monotonic()
+        deadline = began + timeout_seconds
+        worker.freshen()
+        with worker.waiting():
+            row = self._enqueue_lease(worker, encoded, float(mb), deadline)
+            if self._await_answer(worker, row, deadline) is None:
+                reason = self._leave_queue(worker, row, timed_out=True)
+                waited = time.monotonic() - began
+                raise AcquireTimeoutError(
+                    f"lease {name!r} of {mb:g} MB: not to be had within {waited:.1f} s (last reason: {reason}); "
+                    "timeout_seconds sets the limit",
+                    tag=name,
+                    waited_seconds=waited,
+                )
+            return self._take_lease(worker, name, float(mb), row)
+
     @property
     def namespace(self) -> str:
         """Name of the namespace."""
@@ -420,13 +457,7 @@ class ModelManager(BeamNames):
         worker.freshen()
         with worker.waiting():
             ticket, row = self._enqueue(worker, tag, encoded, deadline)
-            try:
-                worker.unload_assigned()
-                answer = self._wait(worker, row, deadline)
-            except BaseException:
-                self._leave_queue(worker, row)
-                raise
-            if answer is None:
+            if self._await_answer(worker, row, deadline) is None:
                 raise self._gave_up(tag, time.monotonic() - began, self._leave_queue(worker, row, timed_out=True))
             ticket.wake_event.set()
             return self._act_on(worker, tag, row)
@@ -455,6 +486,15 @@ class ModelManager(BeamNames):
             worker.scheduler.advance(t, newcomer=row)
         self.logging_info("Queued for %s: ticket %s, priority %s", tag, number, priority)
         return QueueTicket(priority, number, tag), row
+
+    def _await_answer(self, worker: Worker, row: int, deadline: float) -> int | None:
+        """Unload what has to go for the ticket, if anything, then `_wait`; an exception takes it out of the queue."""
+        try:
+            worker.unload_assigned()
+            return self._wait(worker, row, deadline)
+        except BaseException:
+            self._leave_queue(worker, row)
+            raise
 
     def _wait(self, worker: Worker, row: int, deadline: float) -> int | None:
         """Sleep until the ticket has an answer, and return its state; None when the deadline has passed."""
@@ -496,13 +536,18 @@ class ModelManager(BeamNames):
             raise self._too_large(worker, tag, need_mb)
         raise NamespaceResetError(f"a reset of namespace {self._name!r} ended the wait for {tag!r}", tag=tag)
 
-    def _too_large(self, worker: Worker, tag: str, need_mb: float) -> ModelTooLargeError:
+    @staticmethod
+    def _largest_limit(worker: Worker) -> tuple[float, str]:
+        """Return the limit of the roomiest device in MB, and its name."""
         namespace = worker.namespace
         with namespace.transaction():
             rows = namespace.tables.used_rows(namespace.segment.layout.devices)
             roomiest = max(rows, key=worker.scheduler.limit_mb)
-            limit_mb = worker.scheduler.limit_mb(roomiest)
-            device = namespace.tables.string(namespace.tables.device(roomiest) + Device.NAME)
+            name = namespace.tables.string(namespace.tables.device(roomiest) + Device.NAME)
+            return worker.scheduler.limit_mb(roomiest), name
+
+    def _too_large(self, worker: Worker, tag: str, need_mb: float) -> ModelTooLargeError:
+        limit_mb, device = self._largest_limit(worker)
         return ModelTooLargeError(
             f"model {tag!r} needs {need_mb:.0f} MB, and the limit of {device!r} is {limit_mb:.0f} MB: it can never be "
             "loaded; slack_percentage, and memory_budget_mb for host memory, set the limit",
@@ -527,6 +572,43 @@ class ModelManager(BeamNames):
             return reason.name.lower()
 
         return worker.now_or_later(leave) or "lock"
+
+    # ---- the way of a lease --------------------------------------------------------------------------------
+
+    def _enqueue_lease(self, worker: Worker, encoded: bytes, mb: float, deadline: float) -> int:
+        namespace = worker.namespace
+        with namespace.transaction(deadline - time.monotonic()) as t:
+            model = namespace.transitions.claim_lease(t, encoded, mb)
+            deadline_ns = int(min(deadline * 1e9, 2**63))
+            row = namespace.transitions.enqueue(t, model, namespace.slot, 1, mb, deadline_ns)
+            worker.scheduler.advance(t, newcomer=row)
+        return row
+
+    def _take_lease(self, worker: Worker, name: str, mb: float, row: int) -> Lease:
+        namespace = worker.namespace
+        try:
+            with namespace.transaction() as t:
+                at = namespace.tables.ticket(row)
+                state, instance = namespace.segment.words[at], namespace.segment.words[at + Ticket.INSTANCE] - 1
+                namespace.transitions.take_answer(t, row)
+                if state == Ticket.GRANTED:
+                    return Lease(worker, instance, name, mb)
+        except LockTimeoutError:
+            worker.owe(lambda t: namespace.transitions.leave_queue(t, row))
+            raise
+        if state == Ticket.RESET:
+            raise NamespaceResetError(f"a reset of namespace {self._name!r} ended the wait for {name!r}", tag=name)
+        limit_mb, device = self._largest_limit(worker)
+        raise LeaseTooLargeError(
+            f"lease {name!r} of {mb:g} MB: the limit of {device!r} is {limit_mb:.0f} MB, so it can never be had; "
+            "slack_percentage, and memory_budget_mb for host memory, set the limit",
+            name=name,
+            need_mb=mb,
+            limit_mb=limit_mb,
+            device=device,
+        )
+
+    # ---- the way of a load ---------------------------------------------------------------------------------
 
     def _load(self, worker: Worker, tag: str, booking: _Booking, loader_func: Callable[[], Any]) -> Any:
         """Run the loader, with no lock held, and put what it made into the books."""

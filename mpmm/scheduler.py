@@ -174,6 +174,10 @@ class Scheduler:
             state, model, _, holder, owner, server, device = words[at : at + Instance.MB]
             mb, reserved = floats[at + Instance.MB], floats[at + Instance.RESERVED_MB]
             since = words[at + Instance.SINCE]
+            if state == Instance.LEASED:
+                # Not a copy of a model, but a reservation, of which what its program takes is in the figure already.
+                copies.reserved_mb[device] += max(0.0, reserved - mb)
+                continue
             if state == Instance.LOADING:
                 copies.loading[model][holder] += 1
                 copies.oldest_load[model] = min(since, copies.oldest_load.get(model, since))

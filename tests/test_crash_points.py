@@ -26,7 +26,7 @@ from processes import CRASH_POINTS
 
 from mpmm import ModelManager
 from mpmm.shared_state.invariants import check_invariants
-from mpmm.shared_state.layout import Capacities, Event, Header, Instance, Member
+from mpmm.shared_state.layout import Capacities, Event, Header, Instance, Member, Ticket
 from mpmm.shared_state.namespace import Namespace
 from mpmm.shared_state.runtime_dir import RuntimeDirectory
 from mpmm.shared_state.segment import Segment
@@ -139,6 +139,25 @@ class Lab:
         """Let the victim wait."""
         model = self.model(tag, known)
         row: int = self.do(lambda t, tr: tr.enqueue(t, model, self.victim, 1, 100.0, 2**62))
+        return row
+
+    def lease_ticket(self) -> int:
+        """Let the victim wait for a lease."""
+        row: int = self.do(
+            lambda t, tr: tr.enqueue(t, tr.claim_lease(t, b"lease", 70.0), self.victim, 1, 70.0, 2**62)
+        )
+        return row
+
+    def lease(self) -> int:
+        """Make the model row of a lease that the victim waits for."""
+        row = self.lease_ticket()
+        return int(self.words[self.tables.ticket(row) + Ticket.MODEL])
+
+    def leased(self) -> int:
+        """Make a lease that the victim holds."""
+        ticket = self.lease_ticket()
+        row: int = self.do(lambda t, tr: tr.allow_load(t, ticket, 0, 70.0, alone=False))
+        self.do(lambda t, tr: tr.take_answer(t, ticket))
         return row
 
     def save(self) -> bytes:
@@ -305,6 +324,26 @@ def scenarios() -> dict[str, Callable[[Lab], Operation]]:
             lab.do(lambda t, tr, g=generation: tr.observe(t, [(g, 1)], 10.0))  # type: ignore[misc]
         return lambda t, tr: tr.observe(t, [(10, 1)], 11.0)
 
+    def allowed_lease(lab: Lab) -> Operation:
+        ticket = lab.lease_ticket()
+        return lambda t, tr: tr.allow_load(t, ticket, 0, 70.0, alone=False)
+
+    def granted_lease(lab: Lab) -> int:
+        ticket = lab.lease_ticket()
+        lab.do(lambda t, tr: tr.allow_load(t, ticket, 0, 70.0, alone=False))
+        return ticket
+
+    def refused_lease(lab: Lab) -> int:
+        ticket = lab.lease_ticket()
+        lab.do(lambda t, tr: tr.refuse(t, ticket))
+        return ticket
+
+    def reaped_with_leases(lab: Lab) -> Operation:
+        lab.leased()
+        granted_lease(lab)
+        lab.lease_ticket()
+        return lambda t, tr: tr.reap_member(t, lab.victim)
+
     def measured(lab: Lab) -> Operation:
         lab.idle("a", server=True)
         return lambda t, tr: tr.measure(t, lab.server, 77.0)
@@ -323,6 +362,7 @@ def scenarios() -> dict[str, Callable[[Lab], Operation]]:
         "reap_member/isolated": reaped_isolated,
         "reap_member/answered": reaped_with_answers,
         "reap_member/server": reaped_server,
+        "reap_member/leases": reaped_with_leases,
         "lead": lambda lab: lambda t, tr: tr.lead(t, Lab.victim, b"nvml", (True, True, False)),
         "note_poll": lambda lab: lambda t, tr: tr.note_poll(t),
         "ring": lambda lab: lambda t, tr: tr.ring(t, Lab.victim),
@@ -334,8 +374,17 @@ def scenarios() -> dict[str, Callable[[Lab], Operation]]:
         "grant": granted,
         "allow_load": on(Lab.ticket, lambda t, tr, row: tr.allow_load(t, row, 0, 50.0, alone=False)),
         "allow_load/alone": on(Lab.ticket, lambda t, tr, row: tr.allow_load(t, row, 0, 50.0, alone=True)),
+        "allow_load/lease": allowed_lease,
         "refuse": on(Lab.ticket, lambda t, tr, row: tr.refuse(t, row)),
         "take_answer": answered,
+        "take_answer/refused lease": on(refused_lease, lambda t, tr, row: tr.take_answer(t, row)),
+        "leave_queue/lease": on(Lab.lease_ticket, lambda t, tr, row: tr.leave_queue(t, row)),
+        "leave_queue/lease granted": on(granted_lease, lambda t, tr, row: tr.leave_queue(t, row)),
+        "claim_lease": lambda lab: lambda t, tr: tr.enqueue(t, tr.claim_lease(t, b"l", 70.0), Lab.victim, 1, 70.0, 9),
+        "begin_lease": on(Lab.lease, lambda t, tr, row: tr.begin_lease(t, row, Lab.victim, 0, 70.0)),
+        "link_program": on(Lab.leased, lambda t, tr, row: tr.link_program(t, row, 4711)),
+        "measure_program": on(Lab.leased, lambda t, tr, row: tr.measure_program(t, row, 33.0)),
+        "end_lease": on(Lab.leased, lambda t, tr, row: tr.end_lease(t, row)),
         "leave_queue": on(Lab.ticket, lambda t, tr, row: tr.leave_queue(t, row)),
         "leave_queue/told to load": left_with_load,
         "leave_queue/granted": left_with_grant,
@@ -358,6 +407,7 @@ def scenarios() -> dict[str, Callable[[Lab], Operation]]:
         "discard": on(Lab.active, lambda t, tr, row: tr.discard(t, row)),
         "discard/promised": discarded_promised,
         "reset": reset_all,
+        "reset/lease granted": on(granted_lease, lambda t, tr, _: tr.reset(t)),
         "describe_devices": lambda lab: (
             lambda t, tr: tr.describe_devices(t, [(b"uuid-0", b"gpu 0", 2000.0), (b"uuid-1", b"gpu 1", 2000.0)])
         ),

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Iterator
 
-from mpmm.shared_state.snapshot import InstanceInfo, ModelInfo, Snapshot
+from mpmm.shared_state.snapshot import InstanceInfo, ModelInfo, Snapshot, TicketInfo
 
 __all__ = ["check_invariants"]
 
@@ -58,7 +57,7 @@ def _models(snapshot: Snapshot) -> Iterator[str]:
     for instance in snapshot.instances:
         instances.setdefault(instance.model, []).append(instance)
     waiting = Counter(ticket.model for ticket in snapshot.tickets if ticket.state == "waiting")
-    tags = Counter(model.tag for model in snapshot.models)
+    tags = Counter(model.tag for model in snapshot.models if model.kind == "model")
     for model in snapshot.models:
         states = Counter(instance.state for instance in instances[model.row])
         if model.loaded != model.active + model.idle:
@@ -69,9 +68,18 @@ def _models(snapshot: Snapshot) -> Iterator[str]:
                 yield f"{invariant} {model.tag}: {name} is {getattr(model, name)}, the rows say {states[name]}"
         if model.waiting != waiting[model.row]:
             yield f"M3 {model.tag}: waiting is {model.waiting}, the tickets say {waiting[model.row]}"
-        if tags[model.tag] > 1:
+        if model.kind == "model" and tags[model.tag] > 1:
             yield f"M4 {model.tag} has {tags[model.tag]} rows"
+        if model.kind == "lease":
+            yield from _lease(model, instances[model.row], [t for t in snapshot.tickets if t.model == model.row])
         yield from _idle_list(model, instances[model.row])
+
+
+def _lease(model: ModelInfo, instances: list[InstanceInfo], tickets: list[TicketInfo]) -> Iterator[str]:
+    if model.estimate_mb is None:
+        yield f"M5 lease {model.tag}: nobody knows for how much it is"
+    if max(len(instances), len(tickets)) != 1:
+        yield f"M5 lease {model.tag} has {len(tickets)} tickets and {len(instances)} instances"
 
 
 def _idle_list(model: ModelInfo, instances: list[InstanceInfo]) -> Iterator[str]:
@@ -93,7 +101,7 @@ def _idle_list(model: ModelInfo, instances: list[InstanceInfo]) -> Iterator[str]
 
 
 def _instances(snapshot: Snapshot) -> Iterator[str]:
-    models = {model.row for model in snapshot.models}
+    models = {model.row: model.kind for model in snapshot.models}
     members = {member.slot for member in snapshot.members}
     for instance in snapshot.instances:
         what = f"instance {instance.row} ({instance.tag}, {instance.state})"
@@ -107,8 +115,12 @@ def _instances(snapshot: Snapshot) -> Iterator[str]:
                 yield f"I2 {what}: {name} {slot} is no member"
         if instance.state == "unloading" and instance.owner is not None and instance.holder != instance.owner:
             yield f"I1 {what}: owner {instance.owner} should unload it, not {instance.holder}"
-        if not instance.reserved_mb >= 0 or (instance.state == "loading" and math.isnan(instance.reserved_mb)):
+        if not instance.reserved_mb >= 0 or (instance.state == "leased" and not instance.reserved_mb > 0):
             yield f"I3 {what}: {instance.reserved_mb} MB reserved"
+        if (instance.state == "leased") != (models.get(instance.model) == "lease"):
+            yield f"I5 {what}: its model row {instance.model} is a {models.get(instance.model)}"
+        if instance.state == "leased" and (instance.owner, instance.server) != (None, None):
+            yield f"I5 {what}: it has owner {instance.owner}, server {instance.server}"
     generations = Counter(instance.generation for instance in snapshot.instances)
     for generation, count in generations.items():
         if count > 1:
@@ -132,8 +144,8 @@ def _tickets(snapshot: Snapshot) -> Iterator[str]:
             yield f"T2 {what}: instance is {ticket.instance}"
         if ticket.state in ("granted", "load") and ticket.instance is not None:
             instance = by_row.get(ticket.instance)
-            expected = "active" if ticket.state == "granted" else "loading"
-            if instance is None or instance.state != expected or instance.holder != ticket.member:
+            expected = ("active", "leased") if ticket.state == "granted" else ("loading",)
+            if instance is None or instance.state not in expected or instance.holder != ticket.member:
                 yield f"T2 {what}: promised {instance}"
 
 

@@ -37,7 +37,7 @@ __all__ = [
 ]
 
 MAGIC = int.from_bytes(b"mpmm-seg", "little")
-LAYOUT_VERSION = 2
+LAYOUT_VERSION = 3
 WORD = 8
 # So many of the tables, the first ones, say in `Header.ENDS` how far they have grown.
 GROWING = 4
@@ -138,15 +138,18 @@ class Member:
 
 
 class Model:
-    """One tag.
+    """One tag; or one lease, a claim on memory that is no model's, under the name it was given.
+
+    A lease's row lasts from its request to its end. It is found by row alone, so that names may be the same.
 
     M1  LOADED == ACTIVE + IDLE, and each equals the number of instance rows of this model in that state.
     M2  the IDLE_HEAD list holds exactly the model's IDLE instances without OWNER, each once, newest first.
     M3  LOADING, UNLOADING and WAITING equal the instance and ticket rows of this model in that state.
-    M4  no two used rows have the same TAG.
+    M4  no two rows in state MODEL have the same TAG.
+    M5  a row in state LEASE is KNOWN, and is that of one ticket, or of one LEASED instance, or of both.
     """
 
-    STATE = 0  # 0 free, 1 used
+    STATE = 0  # FREE, MODEL or LEASE
     GENERATION = 1
     ESTIMATE_MB = 2  # float; counts only if KNOWN
     KNOWN = 3
@@ -169,14 +172,22 @@ class Model:
     TAG_BYTES = 511
     WORDS = TAG + text_words(TAG_BYTES)
 
+    FREE = 0
+    MODEL = 1
+    LEASE = 2
+
 
 class Instance:
-    """One copy of a model, from the decision to load it until its memory is given back.
+    """One copy of a model, from the decision to load it until its memory is given back; or one lease that is held.
 
-    I1  a LOADING or ACTIVE row has a HOLDER, and IDLE has none; an UNLOADING row's HOLDER unloads it.
+    A LEASED row is nothing but a reservation that stands until its HOLDER gives it back or dies: what the process in
+    PROGRAM is measured to take, its MB, is part of the device's figure and comes off.
+
+    I1  a LOADING, ACTIVE or LEASED row has a HOLDER, and IDLE has none; an UNLOADING row's HOLDER unloads it.
     I2  MODEL refers to a used model row; HOLDER, OWNER and SERVER to used member rows.
-    I3  RESERVED_MB >= 0; above 0 while LOADING, and after that until a sample has seen the load.
+    I3  RESERVED_MB >= 0; above 0 while LOADING, and after that until a sample has seen the load; and while LEASED.
     I4  no two used rows have the same GENERATION.
+    I5  exactly the LEASED rows have a MODEL row in state LEASE; they have neither OWNER nor SERVER.
     """
 
     STATE = 0
@@ -186,7 +197,7 @@ class Instance:
     OWNER = 4  # reference to the only member that can use the object; 0 for a handle
     SERVER = 5  # reference to the member that keeps the memory of a handle, 0 if not known
     DEVICE = 6  # index of the device row
-    MB = 7  # float: what the copy takes, by measurement or else by estimate
+    MB = 7  # float: what the copy takes, by measurement or else by estimate; for a lease what was measured, or 0
     RESERVED_MB = 8  # float: counted on top of the device's figure
     SINCE = 9  # when STATE changed last
     LOADED_AT = 10
@@ -195,7 +206,8 @@ class Instance:
     DOOMED = 13  # 1: to be unloaded as soon as its holder lets go (its server died, or a reset)
     HAS_SERVER = 14  # 1: the handle named a live shared object when the load ended
     USES = 15
-    HANDLE = 16  # text, empty for an object
+    PROGRAM = 16  # LEASED: pid of the process that uses the memory, 0 if that is not known
+    HANDLE = 17  # text, empty for an object
     HANDLE_BYTES = 631
     WORDS = HANDLE + text_words(HANDLE_BYTES)
 
@@ -204,13 +216,15 @@ class Instance:
     ACTIVE = 2
     IDLE = 3
     UNLOADING = 4
+    LEASED = 5
 
 
 class Ticket:
     """One waiter.
 
     T1  NUMBERs are unique; MODEL and MEMBER refer to used rows.
-    T2  INSTANCE is set exactly in states GRANTED (an ACTIVE row) and LOAD (a LOADING row), whose HOLDER is MEMBER.
+    T2  INSTANCE is set exactly in states GRANTED (an ACTIVE row, or a LEASED one) and LOAD (a LOADING row), whose
+        HOLDER is MEMBER.
     """
 
     STATE = 0
@@ -220,7 +234,7 @@ class Ticket:
     MEMBER = 4
     INSTANCE = 5
     ENQUEUED = 6
-    DEADLINE = 7
+    DEADLINE = 7  # 2**63: none
     SIGNAL = 8  # futex word
     REASON = 9  # why it waits, see policy.view.Reason
     NEED_MB = 10  # float
@@ -230,7 +244,7 @@ class Ticket:
     WAITING = 1
     GRANTED = 2
     LOAD = 3
-    REFUSED = 4  # can never fit: the waiter raises ModelTooLargeError
+    REFUSED = 4  # can never fit: the waiter raises ModelTooLargeError or LeaseTooLargeError
     RESET = 5  # a force_reset ended the wait
 
 

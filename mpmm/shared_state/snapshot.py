@@ -68,7 +68,8 @@ class Kind(str, Enum):
     SERVER = "server"
 
 
-_INSTANCE_STATES = {1: "loading", 2: "active", 3: "idle", 4: "unloading"}
+_MODEL_KINDS = {1: "model", 2: "lease"}
+_INSTANCE_STATES = {1: "loading", 2: "active", 3: "idle", 4: "unloading", 5: "leased"}
 _TICKET_STATES = {1: "waiting", 2: "granted", 3: "load", 4: "refused", 5: "reset"}
 
 
@@ -91,9 +92,13 @@ class MemberInfo:
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """One tag: how many copies in which state, its estimate in MB (None: unknown), and its counters."""
+    """One tag: how many copies in which state, its estimate in MB (None: unknown), and its counters.
+
+    kind: `model`, or `lease` for what stands for one lease, held or waited for; its estimate is what it is for.
+    """
 
     row: int
+    kind: str
     tag: str
     estimate_mb: float | None
     measured: bool
@@ -113,7 +118,11 @@ class ModelInfo:
 
 @dataclass(frozen=True)
 class InstanceInfo:
-    """One copy. `holder`, `owner` and `server` are slots of members; `handle` is None for an object."""
+    """One copy. `holder`, `owner` and `server` are slots of members; `handle` is None for an object.
+
+    A lease that is held is one in state `leased`: `reserved_mb` is what it is for, `mb` what its program, of pid
+    `program` if that is known, was measured to take.
+    """
 
     row: int
     tag: str
@@ -128,6 +137,7 @@ class InstanceInfo:
     for_s: float
     uses: int
     handle: str | None
+    program: int | None
     doomed: bool
     next: int | None
     previous: int | None
@@ -136,7 +146,7 @@ class InstanceInfo:
 
 @dataclass(frozen=True)
 class TicketInfo:
-    """One waiter. `need_mb` is the estimate or default when it queued; `member` is a slot."""
+    """One waiter, for a model or a lease. `need_mb` is the estimate or default when it queued; `member` is a slot."""
 
     row: int
     number: int
@@ -475,6 +485,7 @@ class _Decoder:
         words = self._words
         return ModelInfo(
             row=row,
+            kind=_MODEL_KINDS.get(words[at + Model.STATE], f"state {words[at + Model.STATE]}"),
             tag=self._text(at + Model.TAG),
             estimate_mb=self._floats[at + Model.ESTIMATE_MB] if words[at + Model.KNOWN] else None,
             measured=bool(words[at + Model.MEASURED]),
@@ -508,6 +519,7 @@ class _Decoder:
             for_s=self._age(words[at + Instance.SINCE]),
             uses=words[at + Instance.USES],
             handle=self._text(at + Instance.HANDLE) or None,
+            program=words[at + Instance.PROGRAM] or None,
             doomed=bool(words[at + Instance.DOOMED]),
             next=self._reference(words[at + Instance.NEXT]),
             previous=self._reference(words[at + Instance.PREVIOUS]),
@@ -530,7 +542,7 @@ class _Decoder:
             reason=words[at + Ticket.REASON],
             need_mb=self._floats[at + Ticket.NEED_MB],
             waited_s=self._age(words[at + Ticket.ENQUEUED]),
-            time_left_s=-self._age(words[at + Ticket.DEADLINE]),
+            time_left_s=-self._age(words[at + Ticket.DEADLINE]) if words[at + Ticket.DEADLINE] < 2**63 else math.inf,
             instance=self._reference(words[at + Ticket.INSTANCE]),
         )
 
@@ -540,7 +552,7 @@ class _Decoder:
         words, floats = self._words, self._floats
         here = [instance for instance in instances if instance.device == row]
         sampled = words[at + Device.SAMPLED]
-        booked = math.fsum(instance.mb for instance in here if instance.state != "loading")
+        booked = math.fsum(instance.mb for instance in here if instance.state not in ("loading", "leased"))
         return DeviceInfo(
             row=row,
             uuid=self._text(at + Device.UUID),
@@ -556,7 +568,9 @@ class _Decoder:
         )
 
     def _still_reserved(self, instance: InstanceInfo) -> float:
-        """What a copy's reservation adds to the device's figure, see `Scheduler.read_copies`."""
+        """What a copy's or lease's reservation adds to the device's figure, see `Scheduler.read_copies`."""
+        if instance.state == "leased":
+            return max(0.0, instance.reserved_mb - instance.mb)
         if instance.server is None or not self._words[Header.SOURCE_MEASURES_PROCESSES]:
             return instance.reserved_mb
         table = self._layout.members

@@ -106,7 +106,7 @@ class Tables:
             del self._rows_of_tags[tag]
         wanted = tag.encode("utf-8", "surrogateescape")
         models = self.view(self._models)
-        candidates = np.flatnonzero((models[:, Model.STATE] == 1) & (models[:, Model.TAG] == len(wanted)))
+        candidates = np.flatnonzero((models[:, Model.STATE] == Model.MODEL) & (models[:, Model.TAG] == len(wanted)))
         for row in candidates.tolist():
             if self.text(self.model(row) + Model.TAG) == wanted:
                 if len(self._rows_of_tags) > 4 * self._models.capacity:
@@ -114,6 +114,10 @@ class Tables:
                 self._rows_of_tags[tag] = (row, words[self.model(row) + Model.GENERATION])
                 return int(row)
         return None
+
+    def model_rows(self) -> list[int]:
+        """Return the rows of tags, without those of leases."""
+        return self.rows_where(self._models, Model.STATE, Model.MODEL)
 
     def used_rows(self, table: Table) -> list[int]:
         """Return the rows of a table whose first word is not 0."""
