@@ -133,7 +133,7 @@ def test_a_child_that_outlives_the_killed_program_keeps_the_lease(
     worker.call(learn, model=12000)
     began, go = new_gate(), new_gate()
     # The shell dies with `mpmm run`; its child, whose parent it is, does not.
-    run = start(6000, "sh", "-c", f"printf 1 > {began._path}; head -c 1 {go._path}; true")
+    run = start(6000, "sh", "-c", f"sh -c 'printf 1 > {began._path}; exec head -c 1 {go._path}'; true")
     began.wait()
     run.kill()
     run.wait(DEADLINE_S)
