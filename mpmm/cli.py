@@ -170,7 +170,10 @@ def render(snapshot: Snapshot) -> str:
 
 
 _DEVICE_HEAD = ("device", "used MB", "reserved", "returning", "limit", "total", "highest", "sample age")
-_MODEL_HEAD = ("model", "MB", "loaded", "active", "idle", "loading", "unloading", "waiting", "loads", "reuses", "evict")
+_MODEL_HEAD = (
+    *("model", "MB", "loaded", "active", "idle", "loading", "unloading"),
+    *("waiting", "loads", "reuses", "evict", "pins"),
+)
 _COPY_HEAD = ("copy", "model", "state", "for s", "MB", "holder pid", "kept by pid", "uses")
 _LEASE_HEAD = ("lease", "name", "MB", "taken MB", "for s", "device", "holder pid", "program pid")
 _TICKET_HEAD = ("ticket", "for", "pid", "state", "waited s", "left s", "needs MB", "reason")
@@ -203,7 +206,7 @@ def _model_rows(snapshot: Snapshot) -> list[tuple[str, ...]]:
             model.tag,
             _mb(model.estimate_mb),
             *(str(count) for count in (model.loaded, model.active, model.idle, model.loading, model.unloading)),
-            *(str(count) for count in (model.waiting, model.loads, model.hits, model.evictions)),
+            *(str(count) for count in (model.waiting, model.loads, model.hits, model.evictions, model.pins)),
         )
         for model in sorted(snapshot.models, key=lambda model: model.tag)
         if model.kind == "model"

@@ -71,6 +71,8 @@ __all__ = ["GPUMonitor", "ModelManager", "QueueTicket", "ResourceEstimator"]
 _LOG = logging.getLogger("mpmm")
 _workers: dict[tuple[Path, str], Worker] = {}
 _workers_guard = threading.RLock()
+# Behind those who wait for a model that is unknown (0) or known (1).
+PRELOAD_PRIORITY = 2
 # Threads that shut forgotten managers down; the last few, for the end of the process has to wait for them.
 _shutting_down: deque[threading.Thread] = deque(maxlen=64)
 
@@ -135,6 +137,8 @@ class ModelManager(BeamNames):
         max_overtake_seconds: float = 2.0,
         memory_return_seconds: float = 5.0,
         load_timeout_seconds: float = math.inf,
+        max_model_copies: int | None = None,
+        idle_ttl_seconds: float | None = None,
         devices: Sequence[int | str] | None = None,
         capacities: Capacities | None = None,
         runtime_root: str | os.PathLike[str] | None = None,
@@ -160,6 +164,9 @@ class ModelManager(BeamNames):
         memory_return_seconds: how long unloaded memory may take to come back before it is written off.
         load_timeout_seconds: a load that takes longer is given up: its reservation goes, the model server that it
             may have started is killed. A loader that hangs in this process is not interrupted.
+        max_model_copies: copies of one model that may be loaded at a time, None for any number.
+        idle_ttl_seconds: a copy that nobody has used for so long, and whose model is not pinned, is unloaded; None
+            keeps it until others need the room.
         devices: indices or uuids of the devices to manage, all by default.
         capacities: sizes of the shared tables.
         runtime_root: folder of the runtime directories, see `mpmm.shared_state.runtime_dir`.
@@ -186,6 +193,8 @@ class ModelManager(BeamNames):
             max_overtake_seconds=max_overtake_seconds,
             memory_return_seconds=memory_return_seconds,
             load_timeout_seconds=load_timeout_seconds,
+            max_model_copies=math.inf if max_model_copies is None else max_model_copies,
+            idle_ttl_seconds=math.inf if idle_ttl_seconds is None else idle_ttl_seconds,
         )
         self._verbose_logging = verbose_logging
         self._given_monitor = monitor
@@ -365,6 +374,69 @@ class ModelManager(BeamNames):
                 )
             return self._take_lease(worker, name, float(mb), row)
 
+    def preload(
+        self, tag: str, loader_func: Callable[[], Any], *, copies: int = 1, timeout_seconds: float | None = None
+    ) -> int:
+        """See to it that so many copies that this process can use are loaded; return how many it has loaded for that.
+
+        They are loaded one after another in the calling thread, behind everybody who waits for a model to use, with
+        what is idle evicted if need be, and are not held: they are idle afterwards, and may go like any other; `pin`
+        keeps them. Copies that others load meanwhile count, and `max_model_copies` ends it early.
+
+        timeout_seconds: for each load; None stands for `wait_timeout_seconds`.
+
+        Raises what `acquire_model` does.
+        """
+        if not isinstance(copies, int) or isinstance(copies, bool) or not 1 <= copies <= Capacities().instances:
+            raise InvalidArgumentError(f"preload of {tag!r}: {copies!r} copies; expected a count from 1")
+        if not isinstance(tag, str) or not callable(loader_func):
+            raise InvalidArgumentError(f"model {tag!r}, loader {loader_func!r}: expected a str and a callable")
+        if timeout_seconds is None:
+            timeout_seconds = self._settings.wait_timeout_seconds
+        worker = self._connected()
+        for loaded in range(copies):
+            answer = self._queue(worker, tag, time.monotonic() + timeout_seconds, preload=copies)
+            if answer is None:
+                return loaded
+            assert isinstance(answer, _Booking), "a preload is granted no copy"
+            value = self._load(worker, tag, answer, loader_func)
+            copy = worker.let_go(value, tag)
+            assert copy is not None, "it was loaded just now"
+            self._give_back(worker, tag, copy, used=False)
+        return copies
+
+    def pin(self, tag: str) -> None:
+        """Keep the idle copies of a model, those there are and those to come, from eviction and `idle_ttl_seconds`.
+
+        The pin is this process's, whichever of its threads or managers asks, and lasts until `unpin`, or until the
+        process leaves or dies: nobody else could tell whether a dead process would still want it. Pinning twice is
+        the same as once. Only `force_reset` unloads what is pinned.
+
+        Raises TableFullError, InvalidArgumentError, ClosedError, LockTimeoutError.
+        """
+        encoded = encode_text(tag, Model.TAG_BYTES, "model tag")
+        worker = self._connected()
+        namespace = worker.namespace
+        with namespace.transaction() as t:
+            model = namespace.transitions.claim_model(t, tag, encoded)
+            if namespace.tables.pin_row(model, namespace.reference) is None:
+                namespace.transitions.pin(t, model, namespace.slot)
+
+    def unpin(self, tag: str) -> None:
+        """End this process's pin on a model.
+
+        Raises NotAcquiredError when it has none, ClosedError, LockTimeoutError.
+        """
+        worker = self._connected()
+        namespace = worker.namespace
+        with namespace.transaction() as t:
+            model = namespace.tables.model_row(tag)
+            row = None if model is None else namespace.tables.pin_row(model, namespace.reference)
+            if row is None:
+                raise NotAcquiredError(f"unpin of {tag!r}: this process has no pin on it", tag=tag)
+            namespace.transitions.unpin(t, row)
+            worker.scheduler.advance(t)
+
     @property
     def namespace(self) -> str:
         """Name of the namespace."""
@@ -405,8 +477,8 @@ class ModelManager(BeamNames):
 
     def __reduce__(self) -> tuple[Any, ...]:
         values = {field.name: getattr(self._settings, field.name) for field in fields(Settings)}
-        if math.isinf(values["memory_budget_mb"]):
-            values["memory_budget_mb"] = None
+        for name in ("memory_budget_mb", "max_model_copies", "idle_ttl_seconds"):
+            values[name] = None if math.isinf(values[name]) else values[name]
         for name in ("min_data_points", "min_model_copies"):
             values[name] = int(values[name])
         values.update(
@@ -434,6 +506,7 @@ class ModelManager(BeamNames):
             if got is None:
                 deadline = deadline or time.monotonic() + left
                 got = self._queue(worker, tag, deadline)
+                assert got is not None, "only a preload can have enough"
             if isinstance(got, _Booking) or worker.handle_is_alive(got):
                 return got
             self._discard(worker, got)
@@ -450,13 +523,16 @@ class ModelManager(BeamNames):
             namespace.transitions.grab(t, row, namespace.reference)
             return worker.hold(row, tag)
 
-    def _queue(self, worker: Worker, tag: str, deadline: float) -> Copy | _Booking:
-        """Wait in the queue; return a copy that this process holds now, or the permission to load one."""
+    def _queue(self, worker: Worker, tag: str, deadline: float, preload: int = 0) -> Copy | _Booking | None:
+        """Wait in the queue; return a copy that this process holds now, or the permission to load one.
+
+        preload: above 0, only to load, and None once there are so many copies.
+        """
         encoded = encode_text(tag, Model.TAG_BYTES, "model tag")
         began = time.monotonic()
         worker.freshen()
         with worker.waiting():
-            ticket, row = self._enqueue(worker, tag, encoded, deadline)
+            ticket, row = self._enqueue(worker, tag, encoded, deadline, preload)
             if self._await_answer(worker, row, deadline) is None:
                 raise self._gave_up(tag, time.monotonic() - began, self._leave_queue(worker, row, timed_out=True))
             ticket.wake_event.set()
@@ -471,16 +547,18 @@ class ModelManager(BeamNames):
             waited_seconds=waited_s,
         )
 
-    def _enqueue(self, worker: Worker, tag: str, encoded: bytes, deadline: float) -> tuple[QueueTicket, int]:
+    def _enqueue(
+        self, worker: Worker, tag: str, encoded: bytes, deadline: float, preload: int
+    ) -> tuple[QueueTicket, int]:
         namespace = worker.namespace
         words = namespace.segment.words
         with namespace.transaction(deadline - time.monotonic()) as t:
             model = namespace.transitions.claim_model(t, tag, encoded)
             known = words[namespace.tables.model(model) + Model.KNOWN] or words[Header.SOURCE_BOOKS_ONLY]
-            priority = 1 if known else 0
+            priority = PRELOAD_PRIORITY if preload else 1 if known else 0
             deadline_ns = int(min(deadline * 1e9, 2**63))
             row = namespace.transitions.enqueue(
-                t, model, namespace.slot, priority, worker.scheduler.need_mb(model), deadline_ns
+                t, model, namespace.slot, priority, worker.scheduler.need_mb(model), deadline_ns, preload
             )
             number = words[namespace.tables.ticket(row) + Ticket.NUMBER]
             worker.scheduler.advance(t, newcomer=row)
@@ -514,7 +592,7 @@ class ModelManager(BeamNames):
                 return None
             wait_for_change(lambda: int(words[signal]), namespace.segment.address + 8 * signal, seen, left)
 
-    def _act_on(self, worker: Worker, tag: str, row: int) -> Copy | _Booking:
+    def _act_on(self, worker: Worker, tag: str, row: int) -> Copy | _Booking | None:
         namespace = worker.namespace
         words, tables = namespace.segment.words, namespace.tables
         try:
@@ -532,6 +610,8 @@ class ModelManager(BeamNames):
             # Else what was granted would stay ours for ever, unknown to everybody here.
             worker.owe(lambda t: namespace.transitions.leave_queue(t, row))
             raise
+        if state == Ticket.ENOUGH:
+            return None
         if state == Ticket.REFUSED:
             raise self._too_large(worker, tag, need_mb)
         raise NamespaceResetError(f"a reset of namespace {self._name!r} ended the wait for {tag!r}", tag=tag)
@@ -702,7 +782,7 @@ class ModelManager(BeamNames):
 
     # ---- the way of a release ------------------------------------------------------------------------------
 
-    def _give_back(self, worker: Worker, tag: str, copy: Copy) -> None:
+    def _give_back(self, worker: Worker, tag: str, copy: Copy, used: bool = True) -> None:
         namespace = worker.namespace
         words, tables = namespace.segment.words, namespace.tables
         cost = None
@@ -719,7 +799,7 @@ class ModelManager(BeamNames):
                     t.set_float(tables.instance(copy.row) + Instance.MB, cost)
             else:
                 cost = None
-            namespace.transitions.release(t, copy.row)
+            namespace.transitions.release(t, copy.row, used)
             worker.scheduler.hand_over(t, copy.row)
         if copy.tag != tag:
             _LOG.warning("mpmm %s: a copy of %r was released as %r", self._name, copy.tag, tag)
@@ -766,7 +846,7 @@ class ModelManager(BeamNames):
             return True
         if isinstance(answer, _Booking):
             self._give_up_load(worker, answer)
-        else:
+        elif answer is not None:
             self.release_model(tag, answer.value)
         return False
 

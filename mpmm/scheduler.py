@@ -20,6 +20,7 @@ from mpmm.policy.plan import make_plan
 from mpmm.policy.view import (
     Decision,
     DeviceView,
+    Enough,
     Evict,
     Grant,
     Idle,
@@ -97,7 +98,11 @@ class Scheduler:
         at = self._tables.instance(instance)
         if words[Header.WAITING] and not words[Header.ISOLATED] and words[at + Instance.STATE] == Instance.IDLE:
             first = self._first_waiter()
-            if first is not None and words[self._tables.ticket(first) + Ticket.MODEL] == words[at + Instance.MODEL]:
+            if (
+                first is not None
+                and words[self._tables.ticket(first) + Ticket.MODEL] == words[at + Instance.MODEL]
+                and not words[self._tables.ticket(first) + Ticket.PRELOAD]
+            ):
                 owner = words[at + Instance.OWNER]
                 if not owner or owner == words[self._tables.ticket(first) + Ticket.MEMBER]:
                     self._namespace.transitions.grant(t, first, instance)
@@ -153,6 +158,7 @@ class Scheduler:
                 max_overtake_seconds=settings.max_overtake_seconds,
                 # Alone on the device is the way to measure where only the whole device is measured.
                 isolate_unknown=not words[Header.SOURCE_BOOKS_ONLY] and not words[Header.SOURCE_MEASURES_PROCESSES],
+                max_model_copies=settings.max_model_copies,
             ),
             models={model: self._model(model, copies, now) for model in wanted},
             idle=tuple(sorted(copies.idle, key=lambda copy: -copy.idle_since_s)),
@@ -191,7 +197,8 @@ class Scheduler:
             elif state != Instance.LOADING:
                 copies.shared[model] += 1
             if state == Instance.IDLE:
-                copies.idle.append(Idle(row, model, owner or None, device, mb, since / 1e9))
+                pinned = bool(words[tables.model(model) + Model.PINS])
+                copies.idle.append(Idle(row, model, owner or None, device, mb, since / 1e9, pinned))
             if reserved:
                 if server and measures:
                     # What a loading server takes already is part of the device's figure.
@@ -264,20 +271,22 @@ class Scheduler:
             for model, idle in idle_of_model.items():
                 # Twice as many as there are copies: a copy may be of no use to its first waiter's process.
                 chosen += rest[models == model][: 2 * idle].tolist()
-        fields = [Ticket.NUMBER, Ticket.PRIORITY, Ticket.MODEL, Ticket.MEMBER, Ticket.ENQUEUED]
+        fields = [Ticket.NUMBER, Ticket.PRIORITY, Ticket.MODEL, Ticket.MEMBER, Ticket.ENQUEUED, Ticket.PRELOAD]
         return tuple(
-            TicketView(row, number, priority, model, member, enqueued / 1e9)
-            for row, (number, priority, model, member, enqueued) in zip(
+            TicketView(row, number, priority, model, member, enqueued / 1e9, preload)
+            for row, (number, priority, model, member, enqueued, preload) in zip(
                 chosen, rows[chosen][:, fields].tolist(), strict=True
             )
         )
 
     def _make_room_in_table(self, t: Transaction, ticket: int) -> bool:
-        """Have the copy that has been idle longest unloaded for want of a row; return False if none is idle."""
+        """Have the copy that has been idle longest unloaded for want of a row; return False if none may be."""
         rows = self._tables.view(self._layout.instances)
         if np.any(rows[:, Instance.STATE] == Instance.UNLOADING):
             return True
+        pinned = self._tables.view(self._layout.models)[:, Model.PINS] > 0
         idle = np.flatnonzero(rows[:, Instance.STATE] == Instance.IDLE)
+        idle = idle[~pinned[rows[idle, Instance.MODEL]]]
         if not len(idle):
             return False
         unloader = self._segment.words[self._tables.ticket(ticket) + Ticket.MEMBER] - 1
@@ -305,6 +314,8 @@ class Scheduler:
                     transitions.begin_unload(t, instance, unloader, evicted=True)
             case Refuse(ticket):
                 transitions.refuse(t, ticket)
+            case Enough(ticket):
+                transitions.dismiss(t, ticket)
             case Wait(ticket, reason):
                 if self._segment.words[self._tables.ticket(ticket) + Ticket.REASON] != reason:
                     transitions.set_reason(t, ticket, reason)

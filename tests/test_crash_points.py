@@ -38,7 +38,7 @@ from mpmm.shared_state.transitions import Transitions
 
 Operation = Callable[[Transaction, Transitions], object]
 
-SMALL = Capacities(members=6, models=4, instances=6, tickets=6, devices=2, observations=3, events=32, undo=4096)
+SMALL = Capacities(members=6, models=4, instances=6, tickets=6, pins=4, devices=2, observations=3, events=32, undo=4096)
 FROZEN_NS = 10**15  # the children's clock: a second run of an operation stores the same times
 KILLED = -signal.SIGKILL
 
@@ -143,9 +143,7 @@ class Lab:
 
     def lease_ticket(self) -> int:
         """Let the victim wait for a lease."""
-        row: int = self.do(
-            lambda t, tr: tr.enqueue(t, tr.claim_lease(t, b"lease", 70.0), self.victim, 1, 70.0, 2**62)
-        )
+        row: int = self.do(lambda t, tr: tr.enqueue(t, tr.claim_lease(t, b"lease", 70.0), self.victim, 1, 70.0, 2**62))
         return row
 
     def lease(self) -> int:
@@ -338,6 +336,20 @@ def scenarios() -> dict[str, Callable[[Lab], Operation]]:
         lab.do(lambda t, tr: tr.refuse(t, ticket))
         return ticket
 
+    def pinned(lab: Lab) -> int:
+        model = lab.model()
+        return int(lab.do(lambda t, tr: tr.pin(t, model, lab.victim)))
+
+    def reaped_with_pins(lab: Lab) -> Operation:
+        pinned(lab)
+        other = lab.model("b")
+        lab.do(lambda t, tr: tr.pin(t, other, lab.victim))
+        return lambda t, tr: tr.reap_member(t, lab.victim)
+
+    def preloading(lab: Lab) -> int:
+        model = lab.model(known=False)
+        return int(lab.do(lambda t, tr: tr.enqueue(t, model, lab.victim, 2, 100.0, 2**62, 3)))
+
     def reaped_with_leases(lab: Lab) -> Operation:
         lab.leased()
         granted_lease(lab)
@@ -363,12 +375,18 @@ def scenarios() -> dict[str, Callable[[Lab], Operation]]:
         "reap_member/answered": reaped_with_answers,
         "reap_member/server": reaped_server,
         "reap_member/leases": reaped_with_leases,
+        "reap_member/pins": reaped_with_pins,
         "lead": lambda lab: lambda t, tr: tr.lead(t, Lab.victim, b"nvml", (True, True, False)),
         "note_poll": lambda lab: lambda t, tr: tr.note_poll(t),
         "ring": lambda lab: lambda t, tr: tr.ring(t, Lab.victim),
         "claim_model": lambda lab: lambda t, tr: tr.claim_model(t, "new", b"new"),
         "claim_model/recycling": claimed_when_full,
         "estimate": on(lambda lab: lab.ticket(known=False), lambda t, tr, _: tr.estimate(t, 0, 123.5, measured=True)),
+        "estimate/of a preload": on(preloading, lambda t, tr, _: tr.estimate(t, 0, 123.5, measured=True)),
+        "pin": on(Lab.model, lambda t, tr, row: tr.pin(t, row, Lab.victim)),
+        "unpin": on(pinned, lambda t, tr, row: tr.unpin(t, row)),
+        "dismiss": on(preloading, lambda t, tr, row: tr.dismiss(t, row)),
+        "enqueue/preload": on(Lab.model, lambda t, tr, row: tr.enqueue(t, row, Lab.victim, 2, 9.0, 2**62, 3)),
         "enqueue": on(Lab.model, lambda t, tr, row: tr.enqueue(t, row, Lab.victim, 0, math.nan, 2**62)),
         "set_reason": on(Lab.ticket, lambda t, tr, row: tr.set_reason(t, row, 3)),
         "grant": granted,
@@ -399,6 +417,7 @@ def scenarios() -> dict[str, Callable[[Lab], Operation]]:
         "activate": on(Lab.idle, lambda t, tr, row: tr.activate(t, row, Lab.victim + 1)),
         "grab": on(Lab.idle, lambda t, tr, row: tr.grab(t, row, Lab.victim + 1)),
         "release": released_between_idle,
+        "release/not used": on(Lab.active, lambda t, tr, row: tr.release(t, row, used=False)),
         "release/alone": released_alone,
         "release/doomed": released_doomed,
         "end_isolation": on(lambda lab: lab.active(alone=True), lambda t, tr, _: tr.end_isolation(t)),

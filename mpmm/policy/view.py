@@ -6,6 +6,7 @@ Memory is in MB, times are seconds on one monotonic clock.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -13,6 +14,7 @@ from enum import IntEnum
 __all__ = [
     "Decision",
     "DeviceView",
+    "Enough",
     "Evict",
     "Grant",
     "Idle",
@@ -37,6 +39,8 @@ class Reason(IntEnum):
     RETURNING = 4  # unloaded memory has not come back yet
     NO_DEVICE = 5  # no device is known yet
     SHARING = 6  # a copy that is busy or being loaded will be free sooner than another one could be loaded
+    PINNED = 7  # what makes too little room are copies that are not pinned
+    COPIES = 8  # there are as many copies of its model as there may be
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,7 @@ class Rules:
     min_model_copies: int
     max_overtake_seconds: float
     isolate_unknown: bool
+    max_model_copies: float = math.inf
 
 
 @dataclass(frozen=True)
@@ -73,6 +78,11 @@ class ModelView:
     loading_for_s: float = 0.0
 
     @property
+    def copies(self) -> int:
+        """All copies that are loaded or being loaded."""
+        return self.loaded + sum(self.loading.values())
+
+    @property
     def loaded(self) -> int:
         """All loaded copies."""
         return self.shared + sum(self.owned.values())
@@ -88,7 +98,7 @@ class ModelView:
 
 @dataclass(frozen=True)
 class Idle:
-    """An idle copy. `owner` is the only member that can use it, None when anybody can."""
+    """An idle copy. `owner` is the only member that can use it, None when anybody can. A pinned one is not evicted."""
 
     row: int
     model: int
@@ -96,11 +106,15 @@ class Idle:
     device: int
     mb: float
     idle_since_s: float
+    pinned: bool = False
 
 
 @dataclass(frozen=True)
 class TicketView:
-    """A waiter. `row` identifies it."""
+    """A waiter. `row` identifies it.
+
+    preload: above 0, it does not wait for a copy to use, but for so many to be there that its member can use.
+    """
 
     row: int
     number: int
@@ -108,6 +122,7 @@ class TicketView:
     model: int
     member: int
     enqueued_s: float
+    preload: int = 0
 
 
 @dataclass(frozen=True)
@@ -184,4 +199,11 @@ class Refuse:
     ticket: int
 
 
-Decision = Grant | Load | Evict | Wait | Refuse
+@dataclass(frozen=True)
+class Enough:
+    """A preload has nothing to do (any more)."""
+
+    ticket: int
+
+
+Decision = Grant | Load | Evict | Wait | Refuse | Enough

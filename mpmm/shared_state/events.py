@@ -33,3 +33,5 @@ class EventKind(IntEnum):
     RESET = 21  # 0
     LEASED = 22  # MB
     LEASE_ENDED = 23  # seconds held
+    PINNED = 24  # slot of the member
+    UNPINNED = 25  # slot of the member

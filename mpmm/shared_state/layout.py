@@ -30,6 +30,7 @@ __all__ = [
     "Member",
     "Model",
     "Observation",
+    "Pin",
     "Table",
     "Ticket",
     "Undo",
@@ -40,7 +41,7 @@ MAGIC = int.from_bytes(b"mpmm-seg", "little")
 LAYOUT_VERSION = 3
 WORD = 8
 # So many of the tables, the first ones, say in `Header.ENDS` how far they have grown.
-GROWING = 4
+GROWING = 5
 
 
 def text_words(max_bytes: int) -> int:
@@ -68,8 +69,8 @@ class Header:
     BOOT = 7  # hash of the machine's boot id: what was written before a reboot is void
     TOKEN = 8  # the same random word as in the runtime directory's `token` file
     CREATED_WALL = 9  # wall, ns
-    CAPACITIES = 10  # eight words, in the order of `Capacities`
-    CONTENDED = 18  # raw, also without the lock; futex word: 1 when somebody may sleep until the lock is free
+    CAPACITIES = 10  # nine words, in the order of `Capacities`
+    CONTENDED = 19  # raw, also without the lock; futex word: 1 when somebody may sleep until the lock is free
 
     NEXT_TICKET = 20
     WAITING = 21  # derived
@@ -146,7 +147,9 @@ class Model:
     M2  the IDLE_HEAD list holds exactly the model's IDLE instances without OWNER, each once, newest first.
     M3  LOADING, UNLOADING and WAITING equal the instance and ticket rows of this model in that state.
     M4  no two rows in state MODEL have the same TAG.
-    M5  a row in state LEASE is KNOWN, and is that of one ticket, or of one LEASED instance, or of both.
+    M5  PINS equals the pin rows of this model.
+    M6  no model has more ACTIVE, IDLE and LOADING copies together than `max_model_copies`.
+    M7  a row in state LEASE is KNOWN, and is that of one ticket, or of one LEASED instance, or of both.
     """
 
     STATE = 0  # FREE, MODEL or LEASE
@@ -168,7 +171,8 @@ class Model:
     SHARES = 16  # 1 when its loader has made a handle: one load serves every process
     LOAD_S = 17  # float: smoothed duration of a load, 0 unknown
     HOLD_S = 18  # float: smoothed time between acquire and release, 0 unknown
-    TAG = 19  # text
+    PINS = 19  # derived: members that want its idle copies kept
+    TAG = 20  # text
     TAG_BYTES = 511
     WORDS = TAG + text_words(TAG_BYTES)
 
@@ -229,7 +233,7 @@ class Ticket:
 
     STATE = 0
     NUMBER = 1
-    PRIORITY = 2  # 0 before 1: an unknown model goes first
+    PRIORITY = 2  # 0 before 1 before 2: an unknown model goes first, a preload last
     MODEL = 3
     MEMBER = 4
     INSTANCE = 5
@@ -238,6 +242,7 @@ class Ticket:
     SIGNAL = 8  # futex word
     REASON = 9  # why it waits, see policy.view.Reason
     NEED_MB = 10  # float
+    PRELOAD = 11  # copies that a preload wants MEMBER to have at its disposal; 0 for who wants one to use
     WORDS = 12
 
     FREE = 0
@@ -246,6 +251,20 @@ class Ticket:
     LOAD = 3
     REFUSED = 4  # can never fit: the waiter raises ModelTooLargeError or LeaseTooLargeError
     RESET = 5  # a force_reset ended the wait
+    ENOUGH = 6  # of a preload: there are as many copies as it wants, or as there may be
+
+
+class Pin:
+    """One member's wish that idle copies of a model are not evicted. It goes with the member.
+
+    P1  MODEL refers to a used row in state MODEL, MEMBER to a used one; no two used rows have both in common.
+    """
+
+    STATE = 0  # 0 free, 1 used
+    MODEL = 1  # index of the model row
+    MEMBER = 2  # reference
+    SINCE = 3
+    WORDS = 4
 
 
 class Device:
@@ -327,6 +346,7 @@ class Capacities:
     models: int = 1024
     instances: int = 2048
     tickets: int = 4096
+    pins: int = 1024
     devices: int = 16
     observations: int = 256
     events: int = 8192
@@ -372,17 +392,18 @@ class Layout:
             word = table.end
         self.tables = tuple(tables)
         self.growing = self.tables[:GROWING]
-        self.members, self.models, self.instances, self.tickets = self.growing
-        self.devices, self.observations, self.events, self.undo = tables[4:]
+        self.members, self.models, self.instances, self.tickets, self.pins = self.growing
+        self.devices, self.observations, self.events, self.undo = tables[GROWING:]
         self.words = word
         self.size_bytes = word * WORD
 
 
-_ROWS: dict[str, type[Member | Model | Instance | Ticket | Device | Observation | Event | Undo]] = {
+_ROWS: dict[str, type[Member | Model | Instance | Ticket | Pin | Device | Observation | Event | Undo]] = {
     "members": Member,
     "models": Model,
     "instances": Instance,
     "tickets": Ticket,
+    "pins": Pin,
     "devices": Device,
     "observations": Observation,
     "events": Event,

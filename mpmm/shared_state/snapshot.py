@@ -33,6 +33,7 @@ from mpmm.shared_state.layout import (
     Member,
     Model,
     Observation,
+    Pin,
     Ticket,
 )
 from mpmm.shared_state.lock_file import LockFile, is_locked
@@ -49,6 +50,7 @@ __all__ = [
     "MemberInfo",
     "ModelInfo",
     "ObservationInfo",
+    "PinInfo",
     "Snapshot",
     "TicketInfo",
     "as_json",
@@ -70,7 +72,7 @@ class Kind(str, Enum):
 
 _MODEL_KINDS = {1: "model", 2: "lease"}
 _INSTANCE_STATES = {1: "loading", 2: "active", 3: "idle", 4: "unloading", 5: "leased"}
-_TICKET_STATES = {1: "waiting", 2: "granted", 3: "load", 4: "refused", 5: "reset"}
+_TICKET_STATES = {1: "waiting", 2: "granted", 3: "load", 4: "refused", 5: "reset", 6: "enough"}
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,7 @@ class ModelInfo:
     loads: int
     hits: int
     evictions: int
+    pins: int
     unused_for_s: float
     idle_head: int | None
     generation: int
@@ -146,7 +149,10 @@ class InstanceInfo:
 
 @dataclass(frozen=True)
 class TicketInfo:
-    """One waiter, for a model or a lease. `need_mb` is the estimate or default when it queued; `member` is a slot."""
+    """One waiter, for a model or a lease. `need_mb` is the estimate or default when it queued; `member` is a slot.
+
+    preload: how many copies a preload wants, 0 for other waiters.
+    """
 
     row: int
     number: int
@@ -160,7 +166,19 @@ class TicketInfo:
     need_mb: float
     waited_s: float
     time_left_s: float
+    preload: int
     instance: int | None
+
+
+@dataclass(frozen=True)
+class PinInfo:
+    """A member (slot) wants the idle copies of a model (row) kept."""
+
+    row: int
+    tag: str
+    model: int
+    member: int
+    for_s: float
 
 
 @dataclass(frozen=True)
@@ -257,6 +275,7 @@ class Snapshot:
     models: tuple[ModelInfo, ...]
     instances: tuple[InstanceInfo, ...]
     tickets: tuple[TicketInfo, ...]
+    pins: tuple[PinInfo, ...]
     devices: tuple[DeviceInfo, ...]
     observations: tuple[ObservationInfo, ...]
     events: tuple[EventInfo, ...]
@@ -424,6 +443,7 @@ class _Decoder:
                     key=lambda ticket: (ticket.priority, ticket.number),
                 )
             ),
+            pins=tuple(self._pin(row, at, tags) for row, at in self._rows("pins")),
             devices=tuple(self._device(row, at, settings, instances, books_only) for row, at in self._rows("devices")),
             observations=tuple(self._observations(models, tags)),
             events=tuple(self._events(tags)) if with_events else (),
@@ -498,6 +518,7 @@ class _Decoder:
             loads=words[at + Model.LOADS],
             hits=words[at + Model.HITS],
             evictions=words[at + Model.EVICTIONS],
+            pins=words[at + Model.PINS],
             unused_for_s=self._age(words[at + Model.USED_AT]),
             idle_head=self._reference(words[at + Model.IDLE_HEAD]),
             generation=words[at + Model.GENERATION],
@@ -543,8 +564,14 @@ class _Decoder:
             need_mb=self._floats[at + Ticket.NEED_MB],
             waited_s=self._age(words[at + Ticket.ENQUEUED]),
             time_left_s=-self._age(words[at + Ticket.DEADLINE]) if words[at + Ticket.DEADLINE] < 2**63 else math.inf,
+            preload=words[at + Ticket.PRELOAD],
             instance=self._reference(words[at + Ticket.INSTANCE]),
         )
+
+    def _pin(self, row: int, at: int, tags: dict[int, str]) -> PinInfo:
+        words = self._words
+        model, member = words[at + Pin.MODEL], words[at + Pin.MEMBER] - 1
+        return PinInfo(row, tags.get(model, ""), model, member, self._age(words[at + Pin.SINCE]))
 
     def _device(
         self, row: int, at: int, settings: Settings, instances: tuple[InstanceInfo, ...], books_only: bool

@@ -27,7 +27,7 @@ import numpy as np
 from mpmm.errors import TableFullError
 from mpmm.shared_state.events import EventKind
 from mpmm.shared_state.futex import wake_all
-from mpmm.shared_state.layout import Device, Header, Instance, Member, Model, Observation, Table, Ticket
+from mpmm.shared_state.layout import Device, Header, Instance, Member, Model, Observation, Pin, Table, Ticket
 from mpmm.shared_state.tables import Tables
 from mpmm.shared_state.transaction import Transaction, float_bits
 
@@ -116,6 +116,8 @@ class Transitions:
             t.set(Header.LEADER, 0)
         for row in tables.rows_where(self.layout.tickets, Ticket.MEMBER, reference):
             self.leave_queue(t, row)
+        for row in tables.rows_where(self.layout.pins, Pin.MEMBER, reference):
+            self.unpin(t, row)
         for row in tables.rows_where(self.layout.instances, Instance.OWNER, reference):
             self._drop(t, row)
         for row in tables.rows_where(self.layout.instances, Instance.SERVER, reference):
@@ -192,12 +194,34 @@ class Transitions:
         at = self.tables.model(row)
         if not self.segment.words[at + Model.KNOWN]:
             for ticket in self.tables.rows_where(self.layout.tickets, Ticket.MODEL, row):
-                t.set(self.tables.ticket(ticket) + Ticket.PRIORITY, 1)
+                if not self.segment.words[self.tables.ticket(ticket) + Ticket.PRIORITY]:
+                    t.set(self.tables.ticket(ticket) + Ticket.PRIORITY, 1)
                 t.set_float(self.tables.ticket(ticket) + Ticket.NEED_MB, mb)
         t.set_float(at + Model.ESTIMATE_MB, mb)
         t.set(at + Model.KNOWN, 1)
         t.set(at + Model.MEASURED, int(measured))
         t.event(EventKind.ESTIMATED, row + 1, value=mb)
+
+    def pin(self, t: Transaction, model: int, member: int) -> int:
+        """Keep the idle copies of a model from eviction for a member (slot); return the row. Raises TableFullError."""
+        row = self._take_row(t, self.layout.pins)
+        at = self.tables.pin(row)
+        t.set(at + Pin.MODEL, model)
+        t.set(at + Pin.MEMBER, member + 1)
+        t.set(at + Pin.SINCE, t.now)
+        t.set(at + Pin.STATE, 1)
+        t.add(self.tables.model(model) + Model.PINS, 1)
+        t.event(EventKind.PINNED, model + 1, value=member)
+        return row
+
+    def unpin(self, t: Transaction, row: int) -> None:
+        """End a pin."""
+        at = self.tables.pin(row)
+        model = self.segment.words[at + Pin.MODEL]
+        t.set(at + Pin.STATE, 0)
+        t.add(self.tables.model(model) + Model.PINS, -1)
+        t.set(self.tables.model(model) + Model.USED_AT, t.now)
+        t.event(EventKind.UNPINNED, model + 1, value=self.segment.words[at + Pin.MEMBER] - 1)
 
     def _take_model_row(self, t: Transaction, encoded: bytes) -> int:
         """Return a row that is empty but for its name, for the caller to set its state. Raises TableFullError."""
@@ -219,13 +243,19 @@ class Transitions:
     def _oldest_unused_model(self) -> int:
         rows = self.tables.view(self.layout.models)
         busy = rows[:, Model.LOADED] + rows[:, Model.LOADING] + rows[:, Model.UNLOADING] + rows[:, Model.WAITING]
-        unused = np.flatnonzero((busy == 0) & (rows[:, Model.STATE] == Model.MODEL))
+        free = (busy + rows[:, Model.PINS] == 0) & (rows[:, Model.STATE] == Model.MODEL)
+        unused = np.flatnonzero(free)
         return int(unused[np.argmin(rows[unused, Model.USED_AT])]) if len(unused) else -1
 
     # ---- tickets -------------------------------------------------------------------------------------------
 
-    def enqueue(self, t: Transaction, model: int, member: int, priority: int, need_mb: float, deadline_ns: int) -> int:
-        """Let a member (slot) wait for a model; return the ticket's row. Raises TableFullError."""
+    def enqueue(
+        self, t: Transaction, model: int, member: int, priority: int, need_mb: float, deadline_ns: int, preload: int = 0
+    ) -> int:
+        """Let a member (slot) wait for a model; return the ticket's row. Raises TableFullError.
+
+        preload: above 0, it waits for a load that brings the copies it can use to that number, not for one to use.
+        """
         row = self._take_row(t, self.layout.tickets)
         at = self.tables.ticket(row)
         number = self.segment.words[Header.NEXT_TICKET]
@@ -239,6 +269,7 @@ class Transitions:
         t.set(at + Ticket.DEADLINE, deadline_ns)
         t.set(at + Ticket.REASON, 0)
         t.set_float(at + Ticket.NEED_MB, need_mb)
+        t.set(at + Ticket.PRELOAD, preload)
         t.set(at + Ticket.STATE, Ticket.WAITING)
         t.add(self.tables.model(model) + Model.WAITING, 1)
         t.add(Header.WAITING, 1)
@@ -286,6 +317,10 @@ class Transitions:
             value=self.segment.floats[at + Ticket.NEED_MB],
         )
         self._answer(t, row, Ticket.REFUSED)
+
+    def dismiss(self, t: Transaction, row: int) -> None:
+        """Tell a preload that no further copy is wanted."""
+        self._answer(t, row, Ticket.ENOUGH)
 
     def take_answer(self, t: Transaction, row: int) -> None:
         """Free the row of a ticket whose answer its waiter has read and now acts upon."""
@@ -496,8 +531,11 @@ class Transitions:
         self.activate(t, row, holder)
         t.event(EventKind.HIT, self._model_reference(row), row + 1)
 
-    def release(self, t: Transaction, row: int) -> None:
-        """An active copy is free again: idle, or to be unloaded if it is doomed. Ends its isolation."""
+    def release(self, t: Transaction, row: int, used: bool = True) -> None:
+        """An active copy is free again: idle, or to be unloaded if it is doomed. Ends its isolation.
+
+        used: False if it was only loaded, so that the time it was held teaches nothing.
+        """
         at = self.tables.instance(row)
         words = self.segment.words
         assert words[at + Instance.STATE] == Instance.ACTIVE
@@ -521,7 +559,7 @@ class Transitions:
             (at + Instance.HOLDER, 0),
             (model + Model.ACTIVE, words[model + Model.ACTIVE] - 1),
             (model + Model.IDLE, words[model + Model.IDLE] + 1),
-            (model + Model.HOLD_S, self._smoothed(model + Model.HOLD_S, held)),
+            (model + Model.HOLD_S, self._smoothed(model + Model.HOLD_S, held) if used else words[model + Model.HOLD_S]),
             (Header.ACTIVE, words[Header.ACTIVE] - 1),
         ]
         if not words[at + Instance.OWNER]:
