@@ -146,8 +146,8 @@ def render(snapshot: Snapshot) -> str:
     lines = [
         f"namespace {snapshot.namespace}, segment {snapshot.segment}, layout {snapshot.layout_version}",
         f"source {snapshot.source or '(none yet)'}, loads {snapshot.loads}, reuses {snapshot.hits}, "
-        f"evictions {snapshot.evictions}, failed loads {snapshot.failed_loads}, reaped {snapshot.reaps}, "
-        f"rolled back {snapshot.rollbacks}",
+        f"evictions {snapshot.evictions}, failed loads {snapshot.failed_loads}, "
+        f"out of memory {snapshot.out_of_memory}, reaped {snapshot.reaps}, rolled back {snapshot.rollbacks}",
     ]
     if lock.holder_stopped:
         lines.append(

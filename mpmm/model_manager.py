@@ -28,6 +28,7 @@ import secrets
 import sys
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -47,11 +48,13 @@ from mpmm.errors import (
     LoadTimeoutError,
     LockTimeoutError,
     ModelTooLargeError,
+    MpmmError,
     NamespaceResetError,
     NotAcquiredError,
 )
 from mpmm.gpu_monitor import GPUMonitor
 from mpmm.lease import Lease
+from mpmm.policy.out_of_memory import is_out_of_memory
 from mpmm.policy.view import Reason
 from mpmm.proxy.context import attach_namespace, serving_for
 from mpmm.resource_estimator import ResourceEstimator
@@ -240,6 +243,8 @@ class ModelManager(BeamNames):
 
         tag: names the model; the same tag means the same model in every process.
         loader_func: makes a copy; called in this process and thread, with no lock held, if there is none to reuse.
+            If it runs out of memory, room is made and it is called once more, see `mpmm.policy.out_of_memory`; the
+            local variables in the traceback of its first exception are gone then.
 
         Raises AcquireTimeoutError, LoadTimeoutError, ModelTooLargeError, NamespaceResetError, TableFullError,
         InvalidArgumentError, ClosedError, LockTimeoutError, and whatever the loader raises.
@@ -250,7 +255,7 @@ class ModelManager(BeamNames):
         if self._bookings_made:
             booking = self._take_booking(tag)
             if booking is not None:
-                return self._load(worker, tag, booking, loader_func)
+                return self._load_somehow(worker, tag, booking, loader_func)
         try:
             answer = self._get(worker, tag)
         except LockTimeoutError as error:
@@ -258,7 +263,7 @@ class ModelManager(BeamNames):
                 raise
             raise self._gave_up(tag, self._settings.wait_timeout_seconds, "lock") from error
         if isinstance(answer, _Booking):
-            return self._load(worker, tag, answer, loader_func)
+            return self._load_somehow(worker, tag, answer, loader_func)
         return answer.value
 
     def release_model(self, tag: str, instance: Any) -> None:
@@ -333,10 +338,20 @@ class ModelManager(BeamNames):
 
     @contextmanager
     def model(self, tag: str, loader_func: Callable[[], Any]) -> Iterator[Any]:
-        """Acquire a copy for the length of a `with` block; see `acquire_model`."""
+        """Acquire a copy for the length of a `with` block; see `acquire_model`.
+
+        An exception that leaves the block passes unchanged. If it says that memory has run out, the model's estimate
+        is raised first, and what is idle on the copy's device is unloaded, so that another attempt finds more room.
+        """
         instance = self.acquire_model(tag, loader_func)
         try:
             yield instance
+        except BaseException as error:
+            if is_out_of_memory(error):
+                with suppress(MpmmError):
+                    worker = self._connected()
+                    worker.make_room_after_running_out(tag, worker.devices_in_use(tag), learn=True)
+            raise
         finally:
             self.release_model(tag, instance)
 
@@ -399,7 +414,7 @@ class ModelManager(BeamNames):
             if answer is None:
                 return loaded
             assert isinstance(answer, _Booking), "a preload is granted no copy"
-            value = self._load(worker, tag, answer, loader_func)
+            value = self._load_somehow(worker, tag, answer, loader_func, preload=copies)
             copy = worker.let_go(value, tag)
             assert copy is not None, "it was loaded just now"
             self._give_back(worker, tag, copy, used=False)
@@ -689,6 +704,34 @@ class ModelManager(BeamNames):
         )
 
     # ---- the way of a load ---------------------------------------------------------------------------------
+
+    def _load_somehow(
+        self, worker: Worker, tag: str, booking: _Booking, loader_func: Callable[[], Any], preload: int = 0
+    ) -> Any:
+        """Run the loader; if it runs out of memory, make room and wait for a second turn. Return what is to be used."""
+        device = worker.namespace.segment.words[worker.namespace.tables.instance(booking.row) + Instance.DEVICE]
+        try:
+            return self._load(worker, tag, booking, loader_func)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            failure = error
+        # Its frames would keep what was loaded so far, and with it the memory.
+        traceback.clear_frames(failure.__traceback__)
+        worker.dispose(None)
+        answer: Copy | _Booking | None = None
+        with suppress(MpmmError):
+            # What is learnt of a model that ran alone is its peak, or nothing.
+            worker.make_room_after_running_out(tag, {device}, learn=not booking.alone)
+            worker.wait_for_unloads(device)
+            patience = self._settings.wait_timeout_seconds
+            answer = (
+                self._queue(worker, tag, time.monotonic() + patience, preload) if preload else self._get(worker, tag)
+            )
+        if answer is None:
+            raise failure
+        del failure
+        return self._load(worker, tag, answer, loader_func) if isinstance(answer, _Booking) else answer.value
 
     def _load(self, worker: Worker, tag: str, booking: _Booking, loader_func: Callable[[], Any]) -> Any:
         """Run the loader, with no lock held, and put what it made into the books."""

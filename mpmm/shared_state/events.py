@@ -35,3 +35,4 @@ class EventKind(IntEnum):
     LEASE_ENDED = 23  # seconds held
     PINNED = 24  # slot of the member
     UNPINNED = 25  # slot of the member
+    OUT_OF_MEMORY = 26  # MB: the estimate until now, nan if there was none

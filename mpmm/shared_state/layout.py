@@ -98,6 +98,7 @@ class Header:
     ROLLBACKS = 42  # raw
     LEADERS = 43
     WRITTEN_OFF = 44  # float: MB that never came back after unloads
+    OUT_OF_MEMORY = 45  # loads and uses that ran out of memory
 
     # What the source of memory figures can do, written by the leader.
     SOURCE_MEASURES_PROCESSES = 48

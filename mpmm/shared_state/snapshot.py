@@ -268,6 +268,7 @@ class Snapshot:
     rollbacks: int
     leaders: int
     resets: int
+    out_of_memory: int
     written_off_mb: float
     settings: Settings
     table_ends: dict[str, int]
@@ -431,6 +432,7 @@ class _Decoder:
             rollbacks=words[Header.ROLLBACKS],
             leaders=words[Header.LEADERS],
             resets=words[Header.RESETS],
+            out_of_memory=words[Header.OUT_OF_MEMORY],
             written_off_mb=floats[Header.WRITTEN_OFF],
             settings=settings,
             table_ends={table.name: words[table.end_word] for table in self._layout.growing},

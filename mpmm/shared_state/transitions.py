@@ -202,6 +202,13 @@ class Transitions:
         t.set(at + Model.MEASURED, int(measured))
         t.event(EventKind.ESTIMATED, row + 1, value=mb)
 
+    def run_out(self, t: Transaction, row: int) -> None:
+        """Record that a copy of the model needed more memory than there was."""
+        known = self.segment.words[self.tables.model(row) + Model.KNOWN]
+        estimate = self.segment.floats[self.tables.model(row) + Model.ESTIMATE_MB] if known else math.nan
+        t.add(Header.OUT_OF_MEMORY, 1)
+        t.event(EventKind.OUT_OF_MEMORY, row + 1, value=estimate)
+
     def pin(self, t: Transaction, model: int, member: int) -> int:
         """Keep the idle copies of a model from eviction for a member (slot); return the row. Raises TableFullError."""
         row = self._take_row(t, self.layout.pins)
