@@ -52,8 +52,9 @@ class Lease:
     def used_by(self, pid: int) -> None:
         """Say which process is going to use the memory, this one or another.
 
-        Where a source measures single processes, what that one takes is then not counted beside the lease. It must
-        hold no model of this namespace. Raises InvalidArgumentError for an impossible pid.
+        Where a source measures single processes, what that one takes, and what it starts, is then not counted beside
+        the lease. Neither may hold objects of this namespace's models: their memory would pass for the lease's. (Model
+        servers are told apart.) Raises InvalidArgumentError for an impossible pid.
         """
         if not isinstance(pid, int) or pid <= 0:
             raise InvalidArgumentError(f"lease {self.name!r}: pid {pid!r}; expected the number of a process")

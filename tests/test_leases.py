@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 import os
+import signal
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -77,6 +79,18 @@ def allocate(seat: Seat, device: SimulatedDevice, mb: float) -> None:
 def name_program(seat: Seat, pid: int) -> None:
     """Say which process uses the memory of the lease."""
     seat.held[-1][1].used_by(pid)
+
+
+def start_child(seat: Seat, device: SimulatedDevice, mb: float) -> int:
+    """Start a process that takes memory, and return its pid once it has."""
+    ours, theirs = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        device.allocate(mb)
+        os.write(theirs, b"1")
+        signal.pause()
+    os.read(ours, 1)
+    return pid
 
 
 def leases(namespace: str) -> list[InstanceInfo]:
@@ -277,7 +291,7 @@ def test_an_unknown_model_is_profiled_beside_a_lease(
 
 
 def test_what_the_program_of_a_lease_is_measured_to_take_is_not_counted_twice(
-    namespace: str, new_process: NewProcess, tmp_path: Any
+    namespace: str, new_process: NewProcess, tmp_path: Path
 ) -> None:
     device = MeasuringDevice(tmp_path / "device", 1000)
     tenant = new_process(memory_source=device, poll_interval=0.05)
@@ -292,6 +306,25 @@ def test_what_the_program_of_a_lease_is_measured_to_take_is_not_counted_twice(
     [lease] = leases(namespace)
     assert (lease.reserved_mb, lease.mb, lease.program) == (600, 500, program.pid)
     assert problems(namespace) == []
+
+
+def test_what_a_program_has_started_is_its_own_and_two_leases_of_one_program_share_its_memory(
+    namespace: str, new_process: NewProcess, tmp_path: Path
+) -> None:
+    device = MeasuringDevice(tmp_path / "device", 1000)
+    tenant = new_process(memory_source=device, poll_interval=0.05)
+    program = new_process(attached=False)
+    tenant.call(reserve, 300)
+    tenant.call(name_program, program.pid)
+    tenant.call(reserve, 400)
+    tenant.call(name_program, program.pid)
+    child = program.call(start_child, device, 500)
+    try:
+        wait_until(lambda: read_snapshot(namespace).devices[0].reserved_mb == 200, "what the child takes comes off")
+        assert sorted(lease.mb for lease in leases(namespace)) == [200, 300]
+        assert read_snapshot(namespace).devices[0].used_mb == 500
+    finally:
+        os.kill(child, signal.SIGKILL)
 
 
 def test_inspect_shows_leases_apart_from_models_and_copies(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import pty
+import select
 import signal
 import subprocess
 import sys
@@ -216,3 +218,34 @@ def test_without_a_program_the_usage_is_shown(capsys: pytest.CaptureFixture[str]
         with pytest.raises(SystemExit):
             main(arguments)
         assert "stand behind `--`" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("start")
+def test_a_key_that_interrupts_reaches_the_program_once(namespace: str, new_manager: NewManager) -> None:
+    new_manager()
+    counting = (
+        "import signal, time; seen = []; signal.signal(signal.SIGINT, lambda *_: seen.append(1)); print('ready', "
+        "flush=True)\nwhile not seen: time.sleep(0.01)\ntime.sleep(0.3); print('interrupts:', len(seen), flush=True)"
+    )
+    command = ["run", "--mb", "100", "--namespace", namespace, "--", sys.executable, "-c", counting]
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.execv(sys.executable, [sys.executable, "-m", "mpmm.cli", *command])
+    try:
+        shown = read_until(terminal, b"ready")
+        os.write(terminal, b"\x03")
+        shown += read_until(terminal, b"interrupts:")
+        shown += read_until(terminal, b"\n")
+        assert b"interrupts: 1" in shown
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    finally:
+        os.close(terminal)
+
+
+def read_until(terminal: int, wanted: bytes) -> bytes:
+    """Return what a terminal shows, up to and including something."""
+    shown = b""
+    while wanted not in shown:
+        assert select.select([terminal], [], [], DEADLINE_S)[0], f"{wanted!r} did not appear after {shown!r}"
+        shown += os.read(terminal, 1)
+    return shown

@@ -186,7 +186,7 @@ class Instance:
     """One copy of a model, from the decision to load it until its memory is given back; or one lease that is held.
 
     A LEASED row is nothing but a reservation that stands until its HOLDER gives it back or dies: what the process in
-    PROGRAM is measured to take, its MB, is part of the device's figure and comes off.
+    PROGRAM and its descendants are measured to take, its MB, is part of the device's figure and comes off.
 
     I1  a LOADING, ACTIVE or LEASED row has a HOLDER, and IDLE has none; an UNLOADING row's HOLDER unloads it.
     I2  MODEL refers to a used model row; HOLDER, OWNER and SERVER to used member rows.
