@@ -61,6 +61,7 @@ class Copies:
     booked_mb: defaultdict[int, float] = field(default_factory=lambda: defaultdict(float))
     reserved_mb: defaultdict[int, float] = field(default_factory=lambda: defaultdict(float))
     unloading_mb: defaultdict[int, float] = field(default_factory=lambda: defaultdict(float))
+    leased_mb: defaultdict[int, float] = field(default_factory=lambda: defaultdict(float))
 
 
 class Scheduler:
@@ -183,6 +184,7 @@ class Scheduler:
             if state == Instance.LEASED:
                 # Not a copy of a model, but a reservation, of which what its program takes is in the figure already.
                 copies.reserved_mb[device] += max(0.0, reserved - mb)
+                copies.leased_mb[device] += reserved
                 continue
             if state == Instance.LOADING:
                 copies.loading[model][holder] += 1
@@ -218,6 +220,7 @@ class Scheduler:
                 reserved_mb=copies.reserved_mb[row],
                 unloading_mb=copies.unloading_mb[row],
                 returning_mb=floats[tables.device(row) + Device.RETURNING_MB],
+                leased_mb=copies.leased_mb[row],
             )
             for row in tables.used_rows(self._layout.devices)
         )
@@ -255,6 +258,7 @@ class Scheduler:
             load_s=floats[at + Model.LOAD_S],
             hold_s=floats[at + Model.HOLD_S],
             loading_for_s=(now_ns - copies.oldest_load.get(model, now_ns)) / 1e9,
+            lease=words[at] == Model.LEASE,
         )
 
     def _tickets(self, idle_of_model: Mapping[int, int]) -> tuple[TicketView, ...]:

@@ -650,6 +650,44 @@ def call_load_and_release_unknown(manager: ModelManager) -> None:
     manager.release_model("unknown", manager.acquire_model("unknown", lambda: "unknown handle"))
 
 
+def call_reserve(manager: ModelManager) -> None:
+    manager.reserve(200)
+
+
+def call_reserve_evicting_and_give_back(manager: ModelManager) -> None:
+    with manager.reserve(700):
+        pass
+
+
+def call_reserve_too_much(manager: ModelManager) -> None:
+    with pytest.raises(MemoryError):
+        manager.reserve(5000)
+
+
+def call_pin_and_unpin(manager: ModelManager) -> None:
+    manager.pin("warm")
+    manager.unpin("warm")
+
+
+def call_preload(manager: ModelManager) -> None:
+    # The copy that an earlier child had loaded may be there.
+    assert manager.preload("warm", lambda: "second handle", copies=2) <= 1
+
+
+def call_load_out_of_memory(manager: ModelManager) -> None:
+    attempts = iter((MemoryError("at first"), None))
+    # Earlier children have raised it.
+    manager._estimator.set_initial_estimate("cold", 100.0)
+
+    def load() -> str:
+        error = next(attempts)
+        if error is not None:
+            raise error
+        return "cold handle"
+
+    manager.acquire_model("cold", load)
+
+
 def call_reset(manager: ModelManager) -> None:
     manager.force_reset()
 

@@ -119,7 +119,7 @@ def test_a_lease_counts_as_used_until_it_is_released(namespace: str, new_manager
     assert lease.is_held
     [device] = read_snapshot(namespace).devices
     assert (device.used_mb, device.reserved_mb) == (0, 950)
-    with pytest.raises(AcquireTimeoutError, match="last reason: memory"):
+    with pytest.raises(AcquireTimeoutError, match="last reason: leased"):
         manager.acquire_model("a", Loads())
     assert problems(namespace) == []
     lease.release()
@@ -186,6 +186,26 @@ def test_who_waits_behind_a_lease_does_not_overtake_it(namespace: str, new_proce
     newcomer.result()
 
 
+def test_who_waits_for_a_lease_to_end_holds_up_no_model_but_lets_no_further_lease_pass(
+    namespace: str, new_manager: NewManager, new_process: NewProcess
+) -> None:
+    tenant, second, third = (new_process(max_overtake_seconds=0.1) for _ in range(3))
+    tenant.call(reserve, 700)
+    second.send(reserve, 600, "second")
+    wait_until(lambda: any(ticket.waited_s > 0.2 for ticket in waiting(namespace)), "the second lease waits for long")
+    manager = new_manager()
+    for tag in "aab":
+        manager.release_model(tag, manager.acquire_model(tag, Loads()))
+    assert model_of(namespace, "a").loads == 1
+    third.send(reserve, 50, "third")
+    wait_until(lambda: waiting(namespace, "third"), "the third lease waits")
+    assert [ticket.tag for ticket in waiting(namespace)] == ["second", "third"]
+    tenant.call(give_back)
+    second.result()
+    third.result()
+    assert problems(namespace) == []
+
+
 def test_a_lease_that_can_never_fit_is_refused_at_once(namespace: str, new_manager: NewManager) -> None:
     manager = new_manager()
     with pytest.raises(LeaseTooLargeError, match=r"lease 'huge' of 1001 MB: the limit of .* is 1000 MB") as caught:
@@ -197,7 +217,7 @@ def test_a_lease_that_can_never_fit_is_refused_at_once(namespace: str, new_manag
 
 def test_a_lease_is_waited_for_no_longer_than_asked(namespace: str, new_manager: NewManager) -> None:
     manager = new_manager()
-    with manager.reserve(900), pytest.raises(AcquireTimeoutError, match=r"'second' of 200 MB: .*last reason: memory"):
+    with manager.reserve(900), pytest.raises(AcquireTimeoutError, match=r"'second' of 200 MB: .*last reason: leased"):
         manager.reserve(200, name="second", timeout_seconds=0.1)
     assert (read_snapshot(namespace).models, read_snapshot(namespace).tickets) == ((), ())
 
@@ -239,11 +259,11 @@ def test_a_process_that_dies_while_it_waits_for_a_lease_holds_up_nobody(
     holder.call(reserve, 900, "holder")
     victim.send(reserve, 500, "victim")
     wait_until(lambda: waiting(namespace, "victim"), "the victim waits")
-    other.send(acquire, "a")
-    wait_until(lambda: waiting(namespace, "a"), "the other one stands behind it")
+    other.send(reserve, 50, "other")
+    wait_until(lambda: waiting(namespace, "other"), "the other one stands behind it")
     victim.kill()
     other.result(SOON_S)
-    assert [model.tag for model in read_snapshot(namespace).models] == ["holder", "a"]
+    assert [model.tag for model in read_snapshot(namespace).models] == ["holder", "other"]
     assert problems(namespace) == []
 
 

@@ -214,6 +214,31 @@ CASES: Mapping[str, tuple[View, list[object]]] = {
         view([model(A, 950, shared=1)], [ticket(1, A, priority=2, preload=2)], devices=[device(used=950)]),
         [Refuse(1)],
     ),
+    "who waits for a lease to end holds up no model": (
+        view(
+            [model(A, 500), model(B, shared=1), model(C, 100)],
+            [ticket(1, A, waited=60), ticket(2, B), ticket(3, C)],
+            copies=[idle(7, B, mb=100)],
+            devices=[device(used=100, reserved_mb=600, leased_mb=600)],
+        ),
+        [Wait(1, Reason.LEASED), Grant(2, 7), Load(3, 0, 100, False)],
+    ),
+    "no further lease is given out behind who waits for one to end": (
+        view(
+            [model(A, 500), replace(model(B, 100), lease=True)],
+            [ticket(1, A), ticket(2, B)],
+            devices=[device(reserved_mb=600, leased_mb=600)],
+        ),
+        [Wait(1, Reason.LEASED), Wait(2, Reason.BEHIND)],
+    ),
+    "beside a lease what fits if others let go is waited for in turn": (
+        view(
+            [model(A, 500), model(B, 100)],
+            [ticket(1, A), ticket(2, B)],
+            devices=[device(used=300, reserved_mb=400, leased_mb=400)],
+        ),
+        [Wait(1, Reason.MEMORY)],
+    ),
     "what fits is loaded": (view([model(A)], [ticket(1, A)]), [Load(1, 0, 100, False)]),
     "what fits exactly is loaded": (view([model(A, 900)], [ticket(1, A)]), [Load(1, 0, 900, False)]),
     "what an earlier load takes is gone for a later one": (

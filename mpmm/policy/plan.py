@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, replace
 
-from mpmm.policy.admission import best_fit, free_mb, largest_limit_mb
+from mpmm.policy.admission import best_fit, free_mb, largest_limit_mb, limit_mb
 from mpmm.policy.eviction import choose_victims
 from mpmm.policy.fairness import may_overtake, queue_order
 from mpmm.policy.sharing import waiting_is_sooner
@@ -59,6 +59,8 @@ class _Walk:
         self._blocked: TicketView | None = None
         self._sharing: Counter[int] = Counter()
         self._loads: Counter[int] = Counter()
+        # Somebody waits for a lease to end, so no further one is given out behind him.
+        self._lease_is_awaited = False
 
     def plan(self) -> Plan:
         decisions = (self._decide(ticket) for ticket in queue_order(self._view))
@@ -132,12 +134,18 @@ class _Walk:
                 # Too large for a second copy, but there is one to wait for.
                 return Wait(ticket.row, Reason.MEMORY)
             return Refuse(ticket.row)
+        if model.lease and self._lease_is_awaited:
+            return Wait(ticket.row, Reason.BEHIND)
         device = best_fit(self._devices.values(), need_mb, slack)
         if device is not None:
             self._devices[device.device] = replace(device, reserved_mb=device.reserved_mb + need_mb)
             self._busy += 1
             self._loads[ticket.model] += 1
             return Load(ticket.row, device.device, need_mb, alone=False)
+        if all(need_mb > limit_mb(device, slack) - device.leased_mb for device in self._devices.values()):
+            # Nothing that others let go would help, so nobody has to stand back for it, for hours perhaps.
+            self._lease_is_awaited = True
+            return Wait(ticket.row, Reason.LEASED)
         sets = [
             (device, victims)
             for device in self._devices.values()

@@ -41,6 +41,7 @@ class Reason(IntEnum):
     SHARING = 6  # a copy that is busy or being loaded will be free sooner than another one could be loaded
     PINNED = 7  # what makes too little room are copies that are not pinned
     COPIES = 8  # there are as many copies of its model as there may be
+    LEASED = 9  # leases that are held leave too little room, even if everything else went
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class ModelView:
     need_mb: the estimate, or the default. shared: loaded copies that any member can use. owned: loaded copies
     that only one member can use, by member. loading: copies being loaded, by the member that loads them;
     shares: what is being loaded will be a handle, as far as known. load_s, hold_s: how long a load and a hold
-    take, 0 unknown. loading_for_s: since when the oldest load goes on.
+    take, 0 unknown. loading_for_s: since when the oldest load goes on. lease: it is no model, but a lease.
     """
 
     model: int
@@ -76,6 +77,7 @@ class ModelView:
     load_s: float = 0.0
     hold_s: float = 0.0
     loading_for_s: float = 0.0
+    lease: bool = False
 
     @property
     def copies(self) -> int:
@@ -128,7 +130,7 @@ class TicketView:
 @dataclass(frozen=True)
 class DeviceView:
     """One device. `unloading_mb` is what copies in mid-unload still take, `returning_mb` what unloads have not given
-    back yet; both are part of `used_mb`."""
+    back yet; both are part of `used_mb`. `leased_mb` is what leases are for, whether in use or not."""
 
     device: int
     total_mb: float
@@ -136,6 +138,7 @@ class DeviceView:
     reserved_mb: float
     unloading_mb: float
     returning_mb: float
+    leased_mb: float = 0.0
 
 
 @dataclass(frozen=True)
