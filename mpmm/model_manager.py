@@ -369,12 +369,11 @@ class ModelManager(BeamNames):
         """
         if not isinstance(mb, int | float) or isinstance(mb, bool) or not 0 < mb < math.inf:
             raise InvalidArgumentError(f"lease {name!r} of {mb!r}: expected a number of MB above 0")
-        if timeout_seconds is None:
-            timeout_seconds = self._settings.wait_timeout_seconds
         encoded = encode_text(name, Model.TAG_BYTES, "name of a lease")
+        patience = self._patience(timeout_seconds)
         worker = self._connected()
         began = time.monotonic()
-        deadline = began + timeout_seconds
+        deadline = began + patience
         worker.freshen()
         with worker.waiting():
             row = self._enqueue_lease(worker, encoded, float(mb), deadline)
@@ -406,11 +405,10 @@ class ModelManager(BeamNames):
             raise InvalidArgumentError(f"preload of {tag!r}: {copies!r} copies; expected a count from 1")
         if not isinstance(tag, str) or not callable(loader_func):
             raise InvalidArgumentError(f"model {tag!r}, loader {loader_func!r}: expected a str and a callable")
-        if timeout_seconds is None:
-            timeout_seconds = self._settings.wait_timeout_seconds
+        patience = self._patience(timeout_seconds)
         worker = self._connected()
         for loaded in range(copies):
-            answer = self._queue(worker, tag, time.monotonic() + timeout_seconds, preload=copies)
+            answer = self._queue(worker, tag, time.monotonic() + patience, preload=copies)
             if answer is None:
                 return loaded
             assert isinstance(answer, _Booking), "a preload is granted no copy"
@@ -506,6 +504,14 @@ class ModelManager(BeamNames):
             runtime_root=str(self._root),
         )
         return functools.partial(type(self), **values), ()
+
+    def _patience(self, timeout_seconds: float | None) -> float:
+        """Return how many seconds to wait. Raises InvalidArgumentError."""
+        if timeout_seconds is None:
+            return self._settings.wait_timeout_seconds
+        if not isinstance(timeout_seconds, int | float) or not timeout_seconds >= 0:
+            raise InvalidArgumentError(f"timeout_seconds={timeout_seconds!r}: expected seconds from 0, or None")
+        return timeout_seconds
 
     # ---- the way of an acquire -----------------------------------------------------------------------------
 

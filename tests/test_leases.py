@@ -229,6 +229,16 @@ def test_an_impossible_amount_is_refused(namespace: str, new_manager: NewManager
     assert read_snapshot(namespace).models == ()
 
 
+@pytest.mark.parametrize("timeout_seconds", [-1, math.nan, "soon"])
+def test_an_impossible_time_out_is_refused(namespace: str, new_manager: NewManager, timeout_seconds: Any) -> None:
+    manager = new_manager()
+    with pytest.raises(InvalidArgumentError, match="timeout_seconds"):
+        manager.reserve(1, timeout_seconds=timeout_seconds)
+    with pytest.raises(InvalidArgumentError, match="timeout_seconds"):
+        manager.preload("a", Loads(), timeout_seconds=timeout_seconds)
+    assert read_snapshot(namespace).models == ()
+
+
 def test_a_full_table_is_an_error_that_changes_nothing(namespace: str, new_manager: NewManager) -> None:
     manager = new_manager(capacities=Capacities(models=2))
     with manager.reserve(1), manager.reserve(1):

@@ -39,7 +39,7 @@ class Reason(IntEnum):
     RETURNING = 4  # unloaded memory has not come back yet
     NO_DEVICE = 5  # no device is known yet
     SHARING = 6  # a copy that is busy or being loaded will be free sooner than another one could be loaded
-    PINNED = 7  # what makes too little room are copies that are not pinned
+    PINNED = 7  # as MEMORY, and some of what is idle is pinned
     COPIES = 8  # there are as many copies of its model as there may be
     LEASED = 9  # leases that are held leave too little room, even if everything else went
 
