@@ -15,7 +15,8 @@ or it cannot be run, 125 if the memory is not to be had. See `mpmm.run`.
 
 JSON schema, version 1: an object with `schema` (1), and every field of `mpmm.shared_state.snapshot.Snapshot` under
 its name, its rows as arrays of objects with the fields of `MemberInfo`, `ModelInfo` and so on. Memory is in MB
-(MiB), durations in seconds, `*_wall_s` are Unix times; what is unknown or infinite is null.
+(MiB), durations in seconds, `*_wall_s` are Unix times; what is unknown or infinite is null. A lease that is held is
+among `instances`, with state `leased`, and every lease is among `models`, with kind `lease`.
 """
 
 from __future__ import annotations
