@@ -399,7 +399,7 @@ class ModelManager(BeamNames):
 
         timeout_seconds: for each load; None stands for `wait_timeout_seconds`.
 
-        Raises what `acquire_model` does.
+        Raises what `acquire_model` does; ModelTooLargeError also when so many copies never fit at once.
         """
         if not isinstance(copies, int) or isinstance(copies, bool) or not 1 <= copies <= Capacities().instances:
             raise InvalidArgumentError(f"preload of {tag!r}: {copies!r} copies; expected a count from 1")

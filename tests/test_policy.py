@@ -210,6 +210,19 @@ CASES: Mapping[str, tuple[View, list[object]]] = {
         view([model(A, 600), model(B, 600)], [ticket(1, A, priority=2, preload=1), ticket(2, B)]),
         [Load(2, 0, 600, False), Wait(1, Reason.MEMORY)],
     ),
+    "a preload of more copies than fit at once is refused": (
+        view([model(A, 300, shared=3)], [ticket(1, A, priority=2, preload=4)], devices=[device(used=900)]),
+        [Refuse(1)],
+    ),
+    "a preload of as many copies as fit at once has others evicted": (
+        view(
+            [model(A, 300, shared=2), model(B, shared=1)],
+            [ticket(1, A, priority=2, preload=3)],
+            copies=[idle(7, A, mb=300), idle(8, A, mb=300), idle(9, B, mb=200)],
+            devices=[device(used=800)],
+        ),
+        [Evict(1, (9,))],
+    ),
     "a preload of what can be loaded no second time is refused": (
         view([model(A, 950, shared=1)], [ticket(1, A, priority=2, preload=2)], devices=[device(used=950)]),
         [Refuse(1)],

@@ -102,6 +102,11 @@ class _Walk:
         usable = model.usable_by(ticket.member) + model.coming_for(ticket.member)
         return usable >= ticket.preload or self._is_at_most(model)
 
+    def _fit_beside(self, copies: int, need_mb: float) -> bool:
+        """Tell whether the devices could take one copy more than so many of the same size, if they had nothing else."""
+        slack = self._view.rules.slack_percentage
+        return need_mb <= 0 or copies < sum(limit_mb(device, slack) // need_mb for device in self._devices.values())
+
     def _exchange(self, ticket: TicketView, model: ModelView) -> Decision:
         """Wait for one of as many copies as there may be; if they all are of no use, for another in place of one."""
         if not model.usable_by(ticket.member) and not model.coming_for(ticket.member):
@@ -133,6 +138,8 @@ class _Walk:
             if model.usable_by(ticket.member) and not ticket.preload:
                 # Too large for a second copy, but there is one to wait for.
                 return Wait(ticket.row, Reason.MEMORY)
+            return Refuse(ticket.row)
+        if ticket.preload and not self._fit_beside(model.copies, need_mb):
             return Refuse(ticket.row)
         if model.lease and self._lease_is_awaited:
             return Wait(ticket.row, Reason.BEHIND)
