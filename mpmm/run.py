@@ -11,8 +11,8 @@ Whichever of the two is killed, the lease stands exactly as long as the program 
   die, or leaves children behind that have kept the descriptor: the descriptor that they inherited holds the lock by
   which the others tell that this member lives, so nobody is given memory that is still in use.
 
-Signals that are sent to this process are passed on; those that a terminal sends to the whole group the program gets by
-itself. While it waits for its turn, a signal ends it as usual.
+Signals that are sent to this process are passed on; those for keys, which a terminal sends to the whole group, the
+program gets by itself. While it waits for its turn, a signal ends it as usual.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ EXIT_BY_SIGNAL = 128
 # What ends this process while it waits, and what it passes on once the program runs.
 _ENDING = (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM)
 _PASSED_ON = frozenset((*_ENDING, signal.SIGUSR1, signal.SIGUSR2))
+_FROM_KEYS = (signal.SIGINT, signal.SIGQUIT)
 _WATCHED = _PASSED_ON | {signal.SIGCHLD}
 _PR_SET_PDEATHSIG = 1
 
@@ -75,8 +76,8 @@ def _run(command: Sequence[str], lease: Lease, mask: Collection[int]) -> int:
         os.close(life)
     lease.used_by(program.pid)
     while (status := program.poll()) is None:
-        received, from_terminal = _next_signal()
-        if received != signal.SIGCHLD and not from_terminal:
+        received, from_key = _next_signal()
+        if received != signal.SIGCHLD and not from_key:
             program.send_signal(received)
     return status if status >= 0 else EXIT_BY_SIGNAL - status
 
@@ -98,11 +99,11 @@ def _prepare_child(parent: int, mask: Collection[int]) -> Callable[[], None]:
 
 
 def _next_signal() -> tuple[int, bool]:
-    """Wait for one of the watched signals; return it, and whether the kernel sent it to the whole group."""
+    """Wait for one of the watched signals; return it, and whether it was for a key, so that the whole group got it."""
     if sys.platform == "linux":
         info = signal.sigwaitinfo(_WATCHED)
-        # Above 0 it is from the kernel, for a key that was pressed or a line that was lost.
-        return info.si_signo, info.si_code > 0
+        # Above 0 it is from the kernel. The SIGHUP of a lost terminal comes from there, too, but only to one of us.
+        return info.si_signo, info.si_code > 0 and info.si_signo in _FROM_KEYS
     return signal.sigwait(_WATCHED), False
 
 

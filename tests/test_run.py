@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import pty
 import select
@@ -228,24 +230,46 @@ def test_a_key_that_interrupts_reaches_the_program_once(namespace: str, new_mana
         "flush=True)\nwhile not seen: time.sleep(0.01)\ntime.sleep(0.3); print('interrupts:', len(seen), flush=True)"
     )
     command = ["run", "--mb", "100", "--namespace", namespace, "--", sys.executable, "-c", counting]
-    pid, terminal = pty.fork()
-    if pid == 0:
-        os.execv(sys.executable, [sys.executable, "-m", "mpmm.cli", *command])
-    try:
+    with at_terminal(command) as (pid, terminal):
         shown = read_until(terminal, b"ready")
-        os.write(terminal, b"\x03")
+        terminal.write(b"\x03")
         shown += read_until(terminal, b"interrupts:")
         shown += read_until(terminal, b"\n")
         assert b"interrupts: 1" in shown
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
-    finally:
-        os.close(terminal)
 
 
-def read_until(terminal: int, wanted: bytes) -> bytes:
+@pytest.mark.usefixtures("start")
+def test_a_terminal_that_is_lost_ends_the_program(namespace: str, new_manager: NewManager) -> None:
+    new_manager()
+    with at_terminal(["run", "--mb", "100", "--namespace", namespace, "--", "cat"]) as (pid, terminal):
+        wait_until(lambda: [lease for lease in leases(namespace) if lease.program], "it runs")
+        terminal.close()
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 128 + signal.SIGHUP
+    assert leases(namespace) == []
+
+
+@contextlib.contextmanager
+def at_terminal(command: list[str]) -> Iterator[tuple[int, io.FileIO]]:
+    """Start a command in a terminal of its own; give its pid, which is to be waited for, and the terminal's end."""
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.execv(sys.executable, [sys.executable, "-m", "mpmm.cli", *command])
+    with io.FileIO(terminal, "r+") as opened:
+        try:
+            yield pid, opened
+        finally:
+            # It was waited for, unless the test has failed.
+            with contextlib.suppress(ChildProcessError):
+                if os.waitpid(pid, os.WNOHANG) == (0, 0):
+                    os.kill(pid, signal.SIGKILL)
+                    os.waitpid(pid, 0)
+
+
+def read_until(terminal: io.FileIO, wanted: bytes) -> bytes:
     """Return what a terminal shows, up to and including something."""
     shown = b""
     while wanted not in shown:
         assert select.select([terminal], [], [], DEADLINE_S)[0], f"{wanted!r} did not appear after {shown!r}"
-        shown += os.read(terminal, 1)
+        shown += terminal.read(1) or b""
     return shown
