@@ -31,6 +31,7 @@ from mpmm.errors import (
 
 if TYPE_CHECKING:
     from mpmm.gpu_monitor import GPUMonitor
+    from mpmm.lease import Lease
     from mpmm.model_manager import ModelManager, QueueTicket
     from mpmm.multi_process_shared import MultiProcessShared
     from mpmm.resource_estimator import ResourceEstimator
@@ -43,6 +44,8 @@ __all__ = [
     "GPUMonitor",
     "InvalidArgumentError",
     "LayoutMismatchError",
+    "Lease",
+    "LeaseTooLargeError",
     "LoadTimeoutError",
     "LockTimeoutError",
     "ModelManager",
@@ -66,6 +69,7 @@ __all__ = [
 _HOMES = {
     "Capacities": "mpmm.shared_state.layout",
     "GPUMonitor": "mpmm.gpu_monitor",
+    "Lease": "mpmm.lease",
     "ModelManager": "mpmm.model_manager",
     "MultiProcessShared": "mpmm.multi_process_shared",
     "QueueTicket": "mpmm.model_manager",

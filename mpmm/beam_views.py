@@ -60,7 +60,7 @@ class BeamNames:
         worker = self._connected()
         words, tables = worker.namespace.segment.words, worker.namespace.tables
         with worker.namespace.transaction():
-            rows = tables.used_rows(worker.namespace.segment.layout.models)
+            rows = tables.model_rows()
             return Counter({tables.tag_of(row): words[tables.model(row) + Model.ACTIVE] for row in rows})
 
     @property

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from mpmm.scheduler import Scheduler
-from mpmm.shared_state.layout import Device, Header, Member
+from mpmm.shared_state.layout import Device, Header, Instance, Member
 from mpmm.shared_state.namespace import Namespace
 from mpmm.shared_state.tables import fit_text
+from mpmm.shared_state.transaction import Transaction
 from mpmm.sources import DeviceInfo, DeviceSample, MemorySource, is_books_only
+from mpmm.sources.process_tree import process_tree
 
 __all__ = ["ForeignMonitor", "MonitorLike", "SharedBoard"]
 
@@ -71,6 +73,7 @@ class SharedBoard:
         namespace = self._namespace
         words = namespace.segment.words
         measured = {pid: mb for sample in samples for pid, mb in sample.process_mb.items()}
+        taken = self._taken_by_programs(measured) if measured else {}
         with namespace.transaction() as t:
             for sample in samples:
                 row = self._rows.get(sample.index)
@@ -81,6 +84,7 @@ class SharedBoard:
                     pid = words[namespace.tables.member(slot) + Member.PID]
                     if pid in measured:
                         namespace.transitions.measure(t, slot, measured[pid])
+                self._share_out(t, taken)
             self._scheduler.advance(t)
 
     def stats(self) -> tuple[float, float, float]:
@@ -101,13 +105,50 @@ class SharedBoard:
             self._namespace.transitions.reset_peaks(t)
 
     def server_pids(self) -> Sequence[int]:
-        """Return the pids of the namespace's model servers; read without the lock, as a server may end any time."""
+        """Return the pids of the namespace's model servers, and of programs that have leases.
+
+        Read without the lock, as a process may end any time.
+        """
         namespace = self._namespace
-        return [namespace.segment.words[namespace.tables.member(slot) + Member.PID] for slot in self._servers()]
+        servers = [namespace.segment.words[namespace.tables.member(slot) + Member.PID] for slot in self._servers()]
+        return servers + [pid for tree in self._programs().values() for pid in tree]
 
     def _servers(self) -> list[int]:
         namespace = self._namespace
         return namespace.tables.rows_where(namespace.segment.layout.members, Member.STATE, Member.SERVER)
+
+    def _leases(self) -> dict[int, int]:
+        """Return the rows of leases whose program is known, and its pid."""
+        words, tables = self._namespace.segment.words, self._namespace.tables
+        leases = tables.rows_where(self._namespace.segment.layout.instances, Instance.STATE, Instance.LEASED)
+        programs = {row: words[tables.instance(row) + Instance.PROGRAM] for row in leases}
+        return {row: pid for row, pid in programs.items() if pid}
+
+    def _programs(self) -> dict[int, list[int]]:
+        """Return the programs of leases, by pid: the pids of each, and of what it has started.
+
+        What has a place of its own in the books is not the program's: a model server, the program of another lease.
+        """
+        namespace = self._namespace
+        programs = set(self._leases().values())
+        if not programs:
+            return {}
+        servers = {namespace.segment.words[namespace.tables.member(slot) + Member.PID] for slot in self._servers()}
+        return {pid: process_tree(pid, servers | programs) for pid in programs}
+
+    def _taken_by_programs(self, measured: Mapping[int, float]) -> dict[int, float]:
+        """Return what the programs of leases take, by pid, as far as it was measured; looks without the lock."""
+        figures = {pid: [measured[part] for part in tree if part in measured] for pid, tree in self._programs().items()}
+        return {pid: sum(mb) for pid, mb in figures.items() if mb}
+
+    def _share_out(self, t: Transaction, taken: dict[int, float]) -> None:
+        """Record with each lease what its program takes; of several leases for one program, one after the other."""
+        for row, pid in self._leases().items() if taken else ():
+            if pid in taken:
+                reserved = self._namespace.segment.floats[self._namespace.tables.instance(row) + Instance.RESERVED_MB]
+                mb = min(taken[pid], reserved)
+                taken[pid] -= mb
+                self._namespace.transitions.measure_program(t, row, mb)
 
 
 class ForeignMonitor:

@@ -1,24 +1,32 @@
-"""The command line: look into a namespace, check it, reset it.
+"""The command line: look into a namespace, check it, reset it, run a program in it.
 
     mpmm list                     the namespaces of this user
     mpmm inspect [NAMESPACE]      members, leader, devices, models, copies, waiters, as tables
     mpmm inspect --json           the same as one JSON object
     mpmm check [NAMESPACE]        verify the invariants; exit status 1 if one does not hold
     mpmm reset NAMESPACE          unload everything and send all waiters away
+    mpmm run --mb MB -- PROGRAM ARGUMENTS…
+                                  run a program once so much memory is free, and count it as used meanwhile
+
+`run` ends with the exit status of its program, 128 + n if signal n ended that; 127 and 126 if there is no such program
+or it cannot be run, 125 if the memory is not to be had. See `mpmm.run`.
 
 `inspect` and `check` take no lock, so they answer while the lock's holder is stopped, and say so.
 
 JSON schema, version 1: an object with `schema` (1), and every field of `mpmm.shared_state.snapshot.Snapshot` under
 its name, its rows as arrays of objects with the fields of `MemberInfo`, `ModelInfo` and so on. Memory is in MB
-(MiB), durations in seconds, `*_wall_s` are Unix times; what is unknown or infinite is null.
+(MiB), durations in seconds, `*_wall_s` are Unix times; what is unknown or infinite is null. A lease that is held is
+among `instances`, with state `leased`, and every lease is among `models`, with kind `lease`.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import logging
+import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from mpmm.errors import MpmmError
@@ -31,12 +39,23 @@ __all__ = ["main", "render"]
 SCHEMA_VERSION = 1
 EXIT_PROBLEM = 1
 EXIT_USAGE = 2
+EXIT_NO_LEASE = 125
+# Where programs run for which no namespace was named, if there is none at all.
+DEFAULT_NAMESPACE = "default"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status: 0, 1 for a broken invariant, 2 when there is nothing to look at."""
-    options = _parser().parse_args(arguments)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    # What is behind belongs to the program that is to be run, whatever it looks like.
+    ours, program = (given[: given.index("--")], given[given.index("--") + 1 :]) if "--" in given else (given, [])
+    parser = _parser()
+    options = parser.parse_args(ours)
     root = Path(options.runtime_root) if options.runtime_root else None
+    if bool(program) != (options.command == "run"):
+        parser.error("a program and its arguments stand behind `--`, and belong to `run` alone")
+    if options.command == "run":
+        return _run(options, program, root)
     try:
         if options.command == "list":
             print("\n".join(find_namespaces(root)) or "no namespaces")
@@ -68,6 +87,15 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("namespace", nargs="?", help="default: the only one there is")
     reset = commands.add_parser("reset", help="unload everything, send all waiters away")
     reset.add_argument("namespace")
+    run = commands.add_parser(
+        "run",
+        help="run a program on a lease of memory",
+        usage="%(prog)s --mb MB [--namespace NAMESPACE] [--name NAME] [--wait SECONDS] -- PROGRAM [ARGUMENT ...]",
+    )
+    run.add_argument("--mb", type=float, required=True, help="memory that the program takes at most, in MB (MiB)")
+    run.add_argument("--namespace", help=f"default: the only one there is; if there is none, {DEFAULT_NAMESPACE!r}")
+    run.add_argument("--name", help="name of the lease (default: the program's)")
+    run.add_argument("--wait", type=float, default=math.inf, metavar="SECONDS", help="give up then (default: never)")
     return parser
 
 
@@ -77,6 +105,21 @@ def _only_namespace(root: Path | None) -> str:
         found = ", ".join(names) or "none"
         raise FileNotFoundError(f"which namespace? There are {len(names)}: {found}")
     return names[0]
+
+
+def _run(options: argparse.Namespace, program: Sequence[str], root: Path | None) -> int:
+    # Imported here because looking at a namespace should not load what managing one needs.
+    from mpmm.run import run_on_lease
+
+    # The standard streams are the program's. That our defaults are not the namespace's settings is nothing to report.
+    logging.getLogger("mpmm").setLevel(logging.ERROR)
+    name = options.name or Path(program[0]).name
+    try:
+        namespace = options.namespace or (_only_namespace(root) if find_namespaces(root) else DEFAULT_NAMESPACE)
+        return run_on_lease(program, options.mb, name=name, namespace=namespace, root=root, wait_seconds=options.wait)
+    except (FileNotFoundError, MpmmError) as error:
+        print(f"mpmm: {error}", file=sys.stderr)
+        return EXIT_NO_LEASE
 
 
 def _check(snapshot: Snapshot) -> int:
@@ -104,8 +147,8 @@ def render(snapshot: Snapshot) -> str:
     lines = [
         f"namespace {snapshot.namespace}, segment {snapshot.segment}, layout {snapshot.layout_version}",
         f"source {snapshot.source or '(none yet)'}, loads {snapshot.loads}, reuses {snapshot.hits}, "
-        f"evictions {snapshot.evictions}, failed loads {snapshot.failed_loads}, reaped {snapshot.reaps}, "
-        f"rolled back {snapshot.rollbacks}",
+        f"evictions {snapshot.evictions}, failed loads {snapshot.failed_loads}, "
+        f"out of memory {snapshot.out_of_memory}, reaped {snapshot.reaps}, rolled back {snapshot.rollbacks}",
     ]
     if lock.holder_stopped:
         lines.append(
@@ -121,15 +164,20 @@ def render(snapshot: Snapshot) -> str:
     lines += _section("devices", _DEVICE_HEAD, _device_rows(snapshot))
     lines += _section("models", _MODEL_HEAD, _model_rows(snapshot))
     lines += _section("copies", _COPY_HEAD, _copy_rows(snapshot))
+    lines += _section("leases", _LEASE_HEAD, _lease_rows(snapshot))
     lines += _section("waiting", _TICKET_HEAD, _ticket_rows(snapshot))
     lines += _section("members", _MEMBER_HEAD, _member_rows(snapshot))
     return "\n".join(lines)
 
 
 _DEVICE_HEAD = ("device", "used MB", "reserved", "returning", "limit", "total", "highest", "sample age")
-_MODEL_HEAD = ("model", "MB", "loaded", "active", "idle", "loading", "unloading", "waiting", "loads", "reuses", "evict")
+_MODEL_HEAD = (
+    *("model", "MB", "loaded", "active", "idle", "loading", "unloading"),
+    *("waiting", "loads", "reuses", "evict", "pins"),
+)
 _COPY_HEAD = ("copy", "model", "state", "for s", "MB", "holder pid", "kept by pid", "uses")
-_TICKET_HEAD = ("ticket", "model", "pid", "state", "waited s", "left s", "needs MB", "reason")
+_LEASE_HEAD = ("lease", "name", "MB", "taken MB", "for s", "device", "holder pid", "program pid")
+_TICKET_HEAD = ("ticket", "for", "pid", "state", "waited s", "left s", "needs MB", "reason")
 _MEMBER_HEAD = ("member", "kind", "pid", "alive", "attached s", "MB", "name")
 
 
@@ -159,18 +207,40 @@ def _model_rows(snapshot: Snapshot) -> list[tuple[str, ...]]:
             model.tag,
             _mb(model.estimate_mb),
             *(str(count) for count in (model.loaded, model.active, model.idle, model.loading, model.unloading)),
-            *(str(count) for count in (model.waiting, model.loads, model.hits, model.evictions)),
+            *(str(count) for count in (model.waiting, model.loads, model.hits, model.evictions, model.pins)),
         )
         for model in sorted(snapshot.models, key=lambda model: model.tag)
+        if model.kind == "model"
+    ]
+
+
+def _pids(snapshot: Snapshot) -> Callable[[int | None], str]:
+    """Return what tells the pid of the member in a slot, as text."""
+    pids = {member.slot: str(member.pid) for member in snapshot.members}
+    return lambda slot: "-" if slot is None else pids.get(slot, "?")
+
+
+def _lease_rows(snapshot: Snapshot) -> list[tuple[str, ...]]:
+    pid_of = _pids(snapshot)
+    devices = {device.row: device.name for device in snapshot.devices}
+    return [
+        (
+            str(lease.row),
+            lease.tag,
+            _mb(lease.reserved_mb),
+            _mb(lease.mb) if lease.mb else "?",
+            f"{lease.for_s:.1f}",
+            devices.get(lease.device, "?"),
+            pid_of(lease.holder),
+            "?" if lease.program is None else str(lease.program),
+        )
+        for lease in snapshot.instances
+        if lease.state == "leased"
     ]
 
 
 def _copy_rows(snapshot: Snapshot) -> list[tuple[str, ...]]:
-    pids = {member.slot: str(member.pid) for member in snapshot.members}
-
-    def pid_of(slot: int | None) -> str:
-        return "-" if slot is None else pids.get(slot, "?")
-
+    pid_of = _pids(snapshot)
     return [
         (
             str(copy.row),
@@ -183,6 +253,7 @@ def _copy_rows(snapshot: Snapshot) -> list[tuple[str, ...]]:
             str(copy.uses),
         )
         for copy in snapshot.instances
+        if copy.state != "leased"
     ]
 
 
@@ -194,7 +265,7 @@ def _ticket_rows(snapshot: Snapshot) -> list[tuple[str, ...]]:
             str(ticket.pid),
             ticket.state,
             f"{ticket.waited_s:.1f}",
-            f"{ticket.time_left_s:.1f}",
+            "-" if math.isinf(ticket.time_left_s) else f"{ticket.time_left_s:.1f}",
             _mb(ticket.need_mb),
             Reason(ticket.reason).name.lower() if ticket.reason in Reason._value2member_map_ else str(ticket.reason),
         )

@@ -16,6 +16,7 @@ __all__ = [
     "ClosedError",
     "InvalidArgumentError",
     "LayoutMismatchError",
+    "LeaseTooLargeError",
     "LoadTimeoutError",
     "LockTimeoutError",
     "ModelServerError",
@@ -104,7 +105,7 @@ class LockTimeoutError(MpmmError, TimeoutError):
 
 
 class AcquireTimeoutError(MpmmError, TimeoutError, RuntimeError):
-    """`acquire_model` waited longer than `wait_timeout_seconds`. Attributes: `tag`, `waited_seconds`."""
+    """A model or lease was not to be had in time. Attributes: `tag` (name of the lease), `waited_seconds`."""
 
     tag: str
     waited_seconds: float
@@ -114,6 +115,15 @@ class ModelTooLargeError(MpmmError, MemoryError):
     """The model can never fit. Attributes: `tag`, `need_mb`, `limit_mb`, `device`."""
 
     tag: str
+    need_mb: float
+    limit_mb: float
+    device: str
+
+
+class LeaseTooLargeError(MpmmError, MemoryError):
+    """A lease can never be had. Attributes: `name`, `need_mb`, `limit_mb`, `device`."""
+
+    name: str
     need_mb: float
     limit_mb: float
     device: str

@@ -173,6 +173,7 @@ class Keeper:
         with self._namespace.transaction() as t:
             self._namespace.transitions.note_poll(t)
             self._give_up_slow_loads(t)
+            self._unload_expired(t)
             # Time alone changes plans, too.
             self._worker.scheduler.advance(t)
             estimates = self._learn(t)
@@ -191,6 +192,19 @@ class Keeper:
             if taken > limit:
                 namespace.transitions.give_up_load(t, row)
                 t.after.append(partial(_LOG.warning, "mpmm %s: gave up a load after %.1f s", namespace.name, taken))
+
+    def _unload_expired(self, t: Transaction) -> None:
+        """Have copies unloaded that nobody has used for `idle_ttl_seconds`: by their owner, or by this process."""
+        namespace = self._namespace
+        limit = namespace.settings.idle_ttl_seconds
+        if math.isinf(limit):
+            return
+        words, tables, layout = namespace.segment.words, namespace.tables, namespace.segment.layout
+        for row in tables.rows_where(layout.instances, Instance.STATE, Instance.IDLE):
+            at = tables.instance(row)
+            pinned = words[tables.model(words[at + Instance.MODEL]) + Model.PINS]
+            if not pinned and (time.monotonic_ns() - words[at + Instance.SINCE]) / 1e9 > limit:
+                namespace.transitions.begin_unload(t, row, namespace.slot, evicted=False)
 
     def _learn(self, t: Transaction) -> dict[str, float]:
         """Take the figures of the last sample into the estimates, or into the observations for NNLS."""
@@ -212,7 +226,8 @@ class Keeper:
         words, tables, layout = namespace.segment.words, namespace.tables, namespace.segment.layout
         if any(words[tables.device(row) + Device.SAMPLED] < words[Header.CONFIGURED_AT] for row in self._devices()):
             return
-        if np.any(tables.view(layout.instances)[:, Instance.STATE] == Instance.UNLOADING):
+        # What a lease's program takes goes up and down as it likes, so readings with one say nothing of the models.
+        if np.any(np.isin(tables.view(layout.instances)[:, Instance.STATE], (Instance.UNLOADING, Instance.LEASED))):
             return
         copies = [
             (words[tables.model(row) + Model.GENERATION], words[tables.model(row) + Model.LOADED])

@@ -11,6 +11,7 @@ shared memory:
         granted an idle or released copy            returns it                      take_answer
         told to load                                runs the loader, samples        take_answer … end_load
         told that it can never fit                  raises ModelTooLargeError       take_answer
+    reserve: queue, as above                        returns the lease               claim_lease … take_answer
     release_model                                   measures if it ran alone        release: pass_on or advance
 
 `advance` (see `scheduler.py`) is where the policy decides for everybody who waits; whoever changes something
@@ -27,6 +28,7 @@ import secrets
 import sys
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -42,13 +44,17 @@ from mpmm.errors import (
     AcquireTimeoutError,
     ClosedError,
     InvalidArgumentError,
+    LeaseTooLargeError,
     LoadTimeoutError,
     LockTimeoutError,
     ModelTooLargeError,
+    MpmmError,
     NamespaceResetError,
     NotAcquiredError,
 )
 from mpmm.gpu_monitor import GPUMonitor
+from mpmm.lease import Lease
+from mpmm.policy.out_of_memory import is_out_of_memory
 from mpmm.policy.view import Reason
 from mpmm.proxy.context import attach_namespace, serving_for
 from mpmm.resource_estimator import ResourceEstimator
@@ -68,6 +74,8 @@ __all__ = ["GPUMonitor", "ModelManager", "QueueTicket", "ResourceEstimator"]
 _LOG = logging.getLogger("mpmm")
 _workers: dict[tuple[Path, str], Worker] = {}
 _workers_guard = threading.RLock()
+# Behind those who wait for a model that is unknown (0) or known (1).
+PRELOAD_PRIORITY = 2
 # Threads that shut forgotten managers down; the last few, for the end of the process has to wait for them.
 _shutting_down: deque[threading.Thread] = deque(maxlen=64)
 
@@ -135,6 +143,8 @@ class ModelManager(BeamNames):
         max_overtake_seconds: float = 2.0,
         memory_return_seconds: float = 5.0,
         load_timeout_seconds: float = math.inf,
+        max_model_copies: int | None = None,
+        idle_ttl_seconds: float | None = None,
         devices: Sequence[int | str] | None = None,
         capacities: Capacities | None = None,
         runtime_root: str | os.PathLike[str] | None = None,
@@ -160,6 +170,9 @@ class ModelManager(BeamNames):
         memory_return_seconds: how long unloaded memory may take to come back before it is written off.
         load_timeout_seconds: a load that takes longer is given up: its reservation goes, the model server that it
             may have started is killed. A loader that hangs in this process is not interrupted.
+        max_model_copies: copies of one model that may be loaded at a time, None for any number.
+        idle_ttl_seconds: a copy that nobody has used for so long, and whose model is not pinned, is unloaded; None
+            keeps it until others need the room.
         devices: indices or uuids of the devices to manage, all by default.
         capacities: sizes of the shared tables.
         runtime_root: folder of the runtime directories, see `mpmm.shared_state.runtime_dir`.
@@ -186,6 +199,8 @@ class ModelManager(BeamNames):
             max_overtake_seconds=max_overtake_seconds,
             memory_return_seconds=memory_return_seconds,
             load_timeout_seconds=load_timeout_seconds,
+            max_model_copies=math.inf if max_model_copies is None else max_model_copies,
+            idle_ttl_seconds=math.inf if idle_ttl_seconds is None else idle_ttl_seconds,
         )
         self._verbose_logging = verbose_logging
         self._given_monitor = monitor
@@ -231,6 +246,8 @@ class ModelManager(BeamNames):
 
         tag: names the model; the same tag means the same model in every process.
         loader_func: makes a copy; called in this process and thread, with no lock held, if there is none to reuse.
+            If it runs out of memory, room is made and it is called once more, see `mpmm.policy.out_of_memory`; the
+            local variables in the traceback of its first exception are gone then.
 
         Raises AcquireTimeoutError, LoadTimeoutError, ModelTooLargeError, NamespaceResetError, TableFullError,
         InvalidArgumentError, ClosedError, LockTimeoutError, and whatever the loader raises.
@@ -241,7 +258,7 @@ class ModelManager(BeamNames):
         if self._bookings_made:
             booking = self._take_booking(tag)
             if booking is not None:
-                return self._load(worker, tag, booking, loader_func)
+                return self._load_somehow(worker, tag, booking, loader_func)
         try:
             answer = self._get(worker, tag)
         except LockTimeoutError as error:
@@ -249,7 +266,7 @@ class ModelManager(BeamNames):
                 raise
             raise self._gave_up(tag, self._settings.wait_timeout_seconds, "lock") from error
         if isinstance(answer, _Booking):
-            return self._load(worker, tag, answer, loader_func)
+            return self._load_somehow(worker, tag, answer, loader_func)
         return answer.value
 
     def release_model(self, tag: str, instance: Any) -> None:
@@ -324,12 +341,117 @@ class ModelManager(BeamNames):
 
     @contextmanager
     def model(self, tag: str, loader_func: Callable[[], Any]) -> Iterator[Any]:
-        """Acquire a copy for the length of a `with` block; see `acquire_model`."""
+        """Acquire a copy for the length of a `with` block; see `acquire_model`.
+
+        An exception that leaves the block passes unchanged. If it says that memory has run out, the model's estimate
+        is raised first, and what is idle on the copy's device is unloaded, so that another attempt finds more room.
+        """
         instance = self.acquire_model(tag, loader_func)
         try:
             yield instance
+        except BaseException as error:
+            if is_out_of_memory(error):
+                with suppress(MpmmError):
+                    worker = self._connected()
+                    worker.make_room_after_running_out(tag, worker.devices_in_use(tag), learn=True)
+            raise
         finally:
             self.release_model(tag, instance)
+
+    def reserve(self, mb: float, *, name: str = "lease", timeout_seconds: float | None = None) -> Lease:
+        """Wait for a lease on `mb` MB of one device, for memory that is no model's, and return it.
+
+        It is admitted like a load: it waits its turn, idle copies are evicted for it, and what it is for counts as
+        used until it is given back, by `release` or the end of a `with` block, or until this process ends.
+
+        mb: all that is going to be used. name: for people; several leases may have the same one.
+        timeout_seconds: None stands for `wait_timeout_seconds`; `math.inf` waits for as long as it takes.
+
+        Raises LeaseTooLargeError when no device is large enough, AcquireTimeoutError, NamespaceResetError,
+        TableFullError, InvalidArgumentError, ClosedError, LockTimeoutError.
+        """
+        if not isinstance(mb, int | float) or isinstance(mb, bool) or not 0 < mb < math.inf:
+            raise InvalidArgumentError(f"lease {name!r} of {mb!r}: expected a number of MB above 0")
+        encoded = encode_text(name, Model.TAG_BYTES, "name of a lease")
+        patience = self._patience(timeout_seconds)
+        worker = self._connected()
+        began = time.monotonic()
+        deadline = began + patience
+        worker.freshen()
+        with worker.waiting():
+            row = self._enqueue_lease(worker, encoded, float(mb), deadline)
+            if self._await_answer(worker, row, deadline) is None:
+                reason = self._leave_queue(worker, row, timed_out=True)
+                waited = time.monotonic() - began
+                raise AcquireTimeoutError(
+                    f"lease {name!r} of {mb:g} MB: not to be had within {waited:.1f} s (last reason: {reason}); "
+                    "timeout_seconds sets the limit",
+                    tag=name,
+                    waited_seconds=waited,
+                )
+            return self._take_lease(worker, name, float(mb), row)
+
+    def preload(
+        self, tag: str, loader_func: Callable[[], Any], *, copies: int = 1, timeout_seconds: float | None = None
+    ) -> int:
+        """See to it that so many copies that this process can use are loaded; return how many it has loaded for that.
+
+        They are loaded one after another in the calling thread, behind everybody who waits for a model to use, with
+        what is idle evicted if need be, and are not held: they are idle afterwards, and may go like any other; `pin`
+        keeps them. Copies that others load meanwhile count, and `max_model_copies` ends it early.
+
+        timeout_seconds: for each load; None stands for `wait_timeout_seconds`.
+
+        Raises what `acquire_model` does; ModelTooLargeError also when so many copies never fit at once.
+        """
+        if not isinstance(copies, int) or isinstance(copies, bool) or not 1 <= copies <= Capacities().instances:
+            raise InvalidArgumentError(f"preload of {tag!r}: {copies!r} copies; expected a count from 1")
+        if not isinstance(tag, str) or not callable(loader_func):
+            raise InvalidArgumentError(f"model {tag!r}, loader {loader_func!r}: expected a str and a callable")
+        patience = self._patience(timeout_seconds)
+        worker = self._connected()
+        for loaded in range(copies):
+            answer = self._queue(worker, tag, time.monotonic() + patience, preload=copies)
+            if answer is None:
+                return loaded
+            assert isinstance(answer, _Booking), "a preload is granted no copy"
+            value = self._load_somehow(worker, tag, answer, loader_func, preload=copies)
+            copy = worker.let_go(value, tag)
+            assert copy is not None, "it was loaded just now"
+            self._give_back(worker, tag, copy, used=False)
+        return copies
+
+    def pin(self, tag: str) -> None:
+        """Keep the idle copies of a model, those there are and those to come, from eviction and `idle_ttl_seconds`.
+
+        The pin is this process's, whichever of its threads or managers asks, and lasts until `unpin`, or until the
+        process leaves or dies: nobody else could tell whether a dead process would still want it. Pinning twice is
+        the same as once. Only `force_reset` unloads what is pinned.
+
+        Raises TableFullError, InvalidArgumentError, ClosedError, LockTimeoutError.
+        """
+        encoded = encode_text(tag, Model.TAG_BYTES, "model tag")
+        worker = self._connected()
+        namespace = worker.namespace
+        with namespace.transaction() as t:
+            model = namespace.transitions.claim_model(t, tag, encoded)
+            if namespace.tables.pin_row(model, namespace.reference) is None:
+                namespace.transitions.pin(t, model, namespace.slot)
+
+    def unpin(self, tag: str) -> None:
+        """End this process's pin on a model.
+
+        Raises NotAcquiredError when it has none, ClosedError, LockTimeoutError.
+        """
+        worker = self._connected()
+        namespace = worker.namespace
+        with namespace.transaction() as t:
+            model = namespace.tables.model_row(tag)
+            row = None if model is None else namespace.tables.pin_row(model, namespace.reference)
+            if row is None:
+                raise NotAcquiredError(f"unpin of {tag!r}: this process has no pin on it", tag=tag)
+            namespace.transitions.unpin(t, row)
+            worker.scheduler.advance(t)
 
     @property
     def namespace(self) -> str:
@@ -371,8 +493,8 @@ class ModelManager(BeamNames):
 
     def __reduce__(self) -> tuple[Any, ...]:
         values = {field.name: getattr(self._settings, field.name) for field in fields(Settings)}
-        if math.isinf(values["memory_budget_mb"]):
-            values["memory_budget_mb"] = None
+        for name in ("memory_budget_mb", "max_model_copies", "idle_ttl_seconds"):
+            values[name] = None if math.isinf(values[name]) else values[name]
         for name in ("min_data_points", "min_model_copies"):
             values[name] = int(values[name])
         values.update(
@@ -385,6 +507,14 @@ class ModelManager(BeamNames):
             runtime_root=str(self._root),
         )
         return functools.partial(type(self), **values), ()
+
+    def _patience(self, timeout_seconds: float | None) -> float:
+        """Return how many seconds to wait. Raises InvalidArgumentError."""
+        if timeout_seconds is None:
+            return self._settings.wait_timeout_seconds
+        if not isinstance(timeout_seconds, int | float) or not timeout_seconds >= 0:
+            raise InvalidArgumentError(f"timeout_seconds={timeout_seconds!r}: expected seconds from 0, or None")
+        return timeout_seconds
 
     # ---- the way of an acquire -----------------------------------------------------------------------------
 
@@ -400,6 +530,7 @@ class ModelManager(BeamNames):
             if got is None:
                 deadline = deadline or time.monotonic() + left
                 got = self._queue(worker, tag, deadline)
+                assert got is not None, "only a preload can have enough"
             if isinstance(got, _Booking) or worker.handle_is_alive(got):
                 return got
             self._discard(worker, got)
@@ -416,20 +547,17 @@ class ModelManager(BeamNames):
             namespace.transitions.grab(t, row, namespace.reference)
             return worker.hold(row, tag)
 
-    def _queue(self, worker: Worker, tag: str, deadline: float) -> Copy | _Booking:
-        """Wait in the queue; return a copy that this process holds now, or the permission to load one."""
+    def _queue(self, worker: Worker, tag: str, deadline: float, preload: int = 0) -> Copy | _Booking | None:
+        """Wait in the queue; return a copy that this process holds now, or the permission to load one.
+
+        preload: above 0, only to load, and None once there are so many copies.
+        """
         encoded = encode_text(tag, Model.TAG_BYTES, "model tag")
         began = time.monotonic()
         worker.freshen()
         with worker.waiting():
-            row = self._enqueue(worker, tag, encoded, deadline)
-            try:
-                worker.unload_assigned()
-                answer = self._wait(worker, row, deadline)
-            except BaseException:
-                self._leave_queue(worker, row)
-                raise
-            if answer is None:
+            row = self._enqueue(worker, tag, encoded, deadline, preload)
+            if self._await_answer(worker, row, deadline) is None:
                 raise self._gave_up(tag, time.monotonic() - began, self._leave_queue(worker, row, timed_out=True))
             return self._act_on(worker, tag, row)
 
@@ -442,21 +570,30 @@ class ModelManager(BeamNames):
             waited_seconds=waited_s,
         )
 
-    def _enqueue(self, worker: Worker, tag: str, encoded: bytes, deadline: float) -> int:
+    def _enqueue(self, worker: Worker, tag: str, encoded: bytes, deadline: float, preload: int) -> int:
         namespace = worker.namespace
         words = namespace.segment.words
         with namespace.transaction(deadline - time.monotonic()) as t:
             model = namespace.transitions.claim_model(t, tag, encoded)
             known = words[namespace.tables.model(model) + Model.KNOWN] or words[Header.SOURCE_BOOKS_ONLY]
-            priority = 1 if known else 0
+            priority = PRELOAD_PRIORITY if preload else 1 if known else 0
             deadline_ns = int(min(deadline * 1e9, 2**63))
             row = namespace.transitions.enqueue(
-                t, model, namespace.slot, priority, worker.scheduler.need_mb(model), deadline_ns
+                t, model, namespace.slot, priority, worker.scheduler.need_mb(model), deadline_ns, preload
             )
             number = words[namespace.tables.ticket(row) + Ticket.NUMBER]
             worker.scheduler.advance(t, newcomer=row)
         self.logging_info("Queued for %s: ticket %s, priority %s", tag, number, priority)
         return row
+
+    def _await_answer(self, worker: Worker, row: int, deadline: float) -> int | None:
+        """Unload what has to go for the ticket, if anything, then `_wait`; an exception takes it out of the queue."""
+        try:
+            worker.unload_assigned()
+            return self._wait(worker, row, deadline)
+        except BaseException:
+            self._leave_queue(worker, row)
+            raise
 
     def _wait(self, worker: Worker, row: int, deadline: float) -> int | None:
         """Sleep until the ticket has an answer, and return its state; None when the deadline has passed."""
@@ -476,7 +613,7 @@ class ModelManager(BeamNames):
                 return None
             wait_for_change(lambda: int(words[signal]), namespace.segment.address + 8 * signal, seen, left)
 
-    def _act_on(self, worker: Worker, tag: str, row: int) -> Copy | _Booking:
+    def _act_on(self, worker: Worker, tag: str, row: int) -> Copy | _Booking | None:
         namespace = worker.namespace
         words, tables = namespace.segment.words, namespace.tables
         try:
@@ -494,17 +631,24 @@ class ModelManager(BeamNames):
             # Else what was granted would stay ours for ever, unknown to everybody here.
             worker.owe(lambda t: namespace.transitions.leave_queue(t, row))
             raise
+        if state == Ticket.ENOUGH:
+            return None
         if state == Ticket.REFUSED:
             raise self._too_large(worker, tag, need_mb)
         raise NamespaceResetError(f"a reset of namespace {self._name!r} ended the wait for {tag!r}", tag=tag)
 
-    def _too_large(self, worker: Worker, tag: str, need_mb: float) -> ModelTooLargeError:
+    @staticmethod
+    def _largest_limit(worker: Worker) -> tuple[float, str]:
+        """Return the limit of the roomiest device in MB, and its name."""
         namespace = worker.namespace
         with namespace.transaction():
             rows = namespace.tables.used_rows(namespace.segment.layout.devices)
             roomiest = max(rows, key=worker.scheduler.limit_mb)
-            limit_mb = worker.scheduler.limit_mb(roomiest)
-            device = namespace.tables.string(namespace.tables.device(roomiest) + Device.NAME)
+            name = namespace.tables.string(namespace.tables.device(roomiest) + Device.NAME)
+            return worker.scheduler.limit_mb(roomiest), name
+
+    def _too_large(self, worker: Worker, tag: str, need_mb: float) -> ModelTooLargeError:
+        limit_mb, device = self._largest_limit(worker)
         return ModelTooLargeError(
             f"model {tag!r} needs {need_mb:.0f} MB, and the limit of {device!r} is {limit_mb:.0f} MB: it can never be "
             "loaded; slack_percentage, and memory_budget_mb for host memory, set the limit",
@@ -529,6 +673,71 @@ class ModelManager(BeamNames):
             return reason.name.lower()
 
         return worker.now_or_later(leave) or "lock"
+
+    # ---- the way of a lease --------------------------------------------------------------------------------
+
+    def _enqueue_lease(self, worker: Worker, encoded: bytes, mb: float, deadline: float) -> int:
+        namespace = worker.namespace
+        with namespace.transaction(deadline - time.monotonic()) as t:
+            model = namespace.transitions.claim_lease(t, encoded, mb)
+            deadline_ns = int(min(deadline * 1e9, 2**63))
+            row = namespace.transitions.enqueue(t, model, namespace.slot, 1, mb, deadline_ns)
+            worker.scheduler.advance(t, newcomer=row)
+        return row
+
+    def _take_lease(self, worker: Worker, name: str, mb: float, row: int) -> Lease:
+        namespace = worker.namespace
+        try:
+            with namespace.transaction() as t:
+                at = namespace.tables.ticket(row)
+                state, instance = namespace.segment.words[at], namespace.segment.words[at + Ticket.INSTANCE] - 1
+                namespace.transitions.take_answer(t, row)
+                if state == Ticket.GRANTED:
+                    return Lease(worker, instance, name, mb)
+        except LockTimeoutError:
+            worker.owe(lambda t: namespace.transitions.leave_queue(t, row))
+            raise
+        if state == Ticket.RESET:
+            raise NamespaceResetError(f"a reset of namespace {self._name!r} ended the wait for {name!r}", tag=name)
+        limit_mb, device = self._largest_limit(worker)
+        raise LeaseTooLargeError(
+            f"lease {name!r} of {mb:g} MB: the limit of {device!r} is {limit_mb:.0f} MB, so it can never be had; "
+            "slack_percentage, and memory_budget_mb for host memory, set the limit",
+            name=name,
+            need_mb=mb,
+            limit_mb=limit_mb,
+            device=device,
+        )
+
+    # ---- the way of a load ---------------------------------------------------------------------------------
+
+    def _load_somehow(
+        self, worker: Worker, tag: str, booking: _Booking, loader_func: Callable[[], Any], preload: int = 0
+    ) -> Any:
+        """Run the loader; if it runs out of memory, make room and wait for a second turn. Return what is to be used."""
+        device = worker.namespace.segment.words[worker.namespace.tables.instance(booking.row) + Instance.DEVICE]
+        try:
+            return self._load(worker, tag, booking, loader_func)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            failure = error
+        # Its frames would keep what was loaded so far, and with it the memory.
+        traceback.clear_frames(failure.__traceback__)
+        worker.dispose(None)
+        answer: Copy | _Booking | None = None
+        with suppress(MpmmError):
+            # What is learnt of a model that ran alone is its peak, or nothing.
+            worker.make_room_after_running_out(tag, {device}, learn=not booking.alone)
+            worker.wait_for_unloads(device)
+            patience = self._settings.wait_timeout_seconds
+            answer = (
+                self._queue(worker, tag, time.monotonic() + patience, preload) if preload else self._get(worker, tag)
+            )
+        if answer is None:
+            raise failure
+        del failure
+        return self._load(worker, tag, answer, loader_func) if isinstance(answer, _Booking) else answer.value
 
     def _load(self, worker: Worker, tag: str, booking: _Booking, loader_func: Callable[[], Any]) -> Any:
         """Run the loader, with no lock held, and put what it made into the books."""
@@ -622,7 +831,7 @@ class ModelManager(BeamNames):
 
     # ---- the way of a release ------------------------------------------------------------------------------
 
-    def _give_back(self, worker: Worker, tag: str, copy: Copy) -> None:
+    def _give_back(self, worker: Worker, tag: str, copy: Copy, used: bool = True) -> None:
         namespace = worker.namespace
         words, tables = namespace.segment.words, namespace.tables
         cost = None
@@ -639,7 +848,7 @@ class ModelManager(BeamNames):
                     t.set_float(tables.instance(copy.row) + Instance.MB, cost)
             else:
                 cost = None
-            worker.scheduler.release(t, copy.row)
+            worker.scheduler.release(t, copy.row, used)
         if copy.tag != tag:
             _LOG.warning("mpmm %s: a copy of %r was released as %r", self._name, copy.tag, tag)
         if cost is not None:
@@ -685,7 +894,7 @@ class ModelManager(BeamNames):
             return True
         if isinstance(answer, _Booking):
             self._give_up_load(worker, answer)
-        else:
+        elif answer is not None:
             self.release_model(tag, answer.value)
         return False
 

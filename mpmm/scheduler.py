@@ -20,6 +20,7 @@ from mpmm.policy.plan import make_plan
 from mpmm.policy.view import (
     Decision,
     DeviceView,
+    Enough,
     Evict,
     Grant,
     Idle,
@@ -60,6 +61,7 @@ class Copies:
     booked_mb: defaultdict[int, float] = field(default_factory=lambda: defaultdict(float))
     reserved_mb: defaultdict[int, float] = field(default_factory=lambda: defaultdict(float))
     unloading_mb: defaultdict[int, float] = field(default_factory=lambda: defaultdict(float))
+    leased_mb: defaultdict[int, float] = field(default_factory=lambda: defaultdict(float))
 
 
 class Scheduler:
@@ -87,8 +89,8 @@ class Scheduler:
                 return
             # Nobody in this part of the queue is left, so the rest moves up.
 
-    def release(self, t: Transaction, instance: int) -> None:
-        """Take a copy from its holder, and carry out the policy for those who wait.
+    def release(self, t: Transaction, instance: int, used: bool = True) -> None:
+        """Take a copy from its holder, and carry out the policy for those who wait; `used` as in the transition.
 
         If the first waiter waits for just this copy, the plan is to give it to him, and nothing else has changed for
         those behind. That is found out in a tenth of the time of a plan (40 us instead of 350 with 16 waiters).
@@ -97,12 +99,16 @@ class Scheduler:
         at = self._tables.instance(instance)
         if words[Header.WAITING] and not words[Header.ISOLATED] and not words[at + Instance.DOOMED]:
             first = self._first_waiter()
-            if first is not None and words[self._tables.ticket(first) + Ticket.MODEL] == words[at + Instance.MODEL]:
+            if (
+                first is not None
+                and words[self._tables.ticket(first) + Ticket.MODEL] == words[at + Instance.MODEL]
+                and not words[self._tables.ticket(first) + Ticket.PRELOAD]
+            ):
                 owner = words[at + Instance.OWNER]
                 if not owner or owner == words[self._tables.ticket(first) + Ticket.MEMBER]:
-                    transitions.pass_on(t, first, instance)
+                    transitions.pass_on(t, first, instance, used)
                     return
-        transitions.release(t, instance)
+        transitions.release(t, instance, used)
         self.advance(t)
 
     def _first_waiter(self) -> int | None:
@@ -154,6 +160,7 @@ class Scheduler:
                 max_overtake_seconds=settings.max_overtake_seconds,
                 # Alone on the device is the way to measure where only the whole device is measured.
                 isolate_unknown=not words[Header.SOURCE_BOOKS_ONLY] and not words[Header.SOURCE_MEASURES_PROCESSES],
+                max_model_copies=settings.max_model_copies,
             ),
             models={model: self._model(model, copies, now) for model in wanted},
             idle=tuple(sorted(copies.idle, key=lambda copy: -copy.idle_since_s)),
@@ -175,6 +182,11 @@ class Scheduler:
             state, model, _, holder, owner, server, device = words[at : at + Instance.MB]
             mb, reserved = floats[at + Instance.MB], floats[at + Instance.RESERVED_MB]
             since = words[at + Instance.SINCE]
+            if state == Instance.LEASED:
+                # Not a copy of a model, but a reservation, of which what its program takes is in the figure already.
+                copies.reserved_mb[device] += max(0.0, reserved - mb)
+                copies.leased_mb[device] += reserved
+                continue
             if state == Instance.LOADING:
                 copies.loading[model][holder] += 1
                 copies.oldest_load[model] = min(since, copies.oldest_load.get(model, since))
@@ -188,7 +200,8 @@ class Scheduler:
             elif state != Instance.LOADING:
                 copies.shared[model] += 1
             if state == Instance.IDLE:
-                copies.idle.append(Idle(row, model, owner or None, device, mb, since / 1e9))
+                pinned = bool(words[tables.model(model) + Model.PINS])
+                copies.idle.append(Idle(row, model, owner or None, device, mb, since / 1e9, pinned))
             if reserved:
                 if server and measures:
                     # What a loading server takes already is part of the device's figure.
@@ -208,6 +221,7 @@ class Scheduler:
                 reserved_mb=copies.reserved_mb[row],
                 unloading_mb=copies.unloading_mb[row],
                 returning_mb=floats[tables.device(row) + Device.RETURNING_MB],
+                leased_mb=copies.leased_mb[row],
             )
             for row in tables.used_rows(self._layout.devices)
         )
@@ -245,6 +259,7 @@ class Scheduler:
             load_s=floats[at + Model.LOAD_S],
             hold_s=floats[at + Model.HOLD_S],
             loading_for_s=(now_ns - copies.oldest_load.get(model, now_ns)) / 1e9,
+            lease=words[at] == Model.LEASE,
         )
 
     def _tickets(self, idle_of_model: Mapping[int, int]) -> tuple[TicketView, ...]:
@@ -261,20 +276,22 @@ class Scheduler:
             for model, idle in idle_of_model.items():
                 # Twice as many as there are copies: a copy may be of no use to its first waiter's process.
                 chosen += rest[models == model][: 2 * idle].tolist()
-        fields = [Ticket.NUMBER, Ticket.PRIORITY, Ticket.MODEL, Ticket.MEMBER, Ticket.ENQUEUED]
+        fields = [Ticket.NUMBER, Ticket.PRIORITY, Ticket.MODEL, Ticket.MEMBER, Ticket.ENQUEUED, Ticket.PRELOAD]
         return tuple(
-            TicketView(row, number, priority, model, member, enqueued / 1e9)
-            for row, (number, priority, model, member, enqueued) in zip(
+            TicketView(row, number, priority, model, member, enqueued / 1e9, preload)
+            for row, (number, priority, model, member, enqueued, preload) in zip(
                 chosen, rows[chosen][:, fields].tolist(), strict=True
             )
         )
 
     def _make_room_in_table(self, t: Transaction, ticket: int) -> bool:
-        """Have the copy that has been idle longest unloaded for want of a row; return False if none is idle."""
+        """Have the copy that has been idle longest unloaded for want of a row; return False if none may be."""
         rows = self._tables.view(self._layout.instances)
         if np.any(rows[:, Instance.STATE] == Instance.UNLOADING):
             return True
+        pinned = self._tables.view(self._layout.models)[:, Model.PINS] > 0
         idle = np.flatnonzero(rows[:, Instance.STATE] == Instance.IDLE)
+        idle = idle[~pinned[rows[idle, Instance.MODEL]]]
         if not len(idle):
             return False
         unloader = self._segment.words[self._tables.ticket(ticket) + Ticket.MEMBER] - 1
@@ -302,6 +319,8 @@ class Scheduler:
                     transitions.begin_unload(t, instance, unloader, evicted=True)
             case Refuse(ticket):
                 transitions.refuse(t, ticket)
+            case Enough(ticket):
+                transitions.dismiss(t, ticket)
             case Wait(ticket, reason):
                 if self._segment.words[self._tables.ticket(ticket) + Ticket.REASON] != reason:
                     transitions.set_reason(t, ticket, reason)

@@ -89,7 +89,7 @@ class SharedResourceEstimator:
         with namespace.transaction():
             return {
                 tables.tag_of(row): floats[tables.model(row) + Model.ESTIMATE_MB]
-                for row in tables.used_rows(namespace.segment.layout.models)
+                for row in tables.model_rows()
                 if words[tables.model(row) + Model.KNOWN]
             }
 
@@ -115,7 +115,7 @@ class SharedResourceEstimator:
         with namespace.transaction():
             tags = {
                 words[namespace.tables.model(row) + Model.GENERATION]: namespace.tables.tag_of(row)
-                for row in namespace.tables.used_rows(layout.models)
+                for row in namespace.tables.model_rows()
             }
             for row in namespace.tables.used_rows(layout.observations):
                 at = layout.observations.base + row * ObservationRow.WORDS

@@ -22,11 +22,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from mpmm import multi_process_shared
-from mpmm.beam_metrics import report_model_count
+from mpmm.beam_metrics import report_estimate, report_model_count
 from mpmm.board import ForeignMonitor, SharedBoard
 from mpmm.errors import LockTimeoutError, MpmmError, ServerStartError
 from mpmm.gpu_monitor import GPUMonitor
 from mpmm.keeper import Keeper
+from mpmm.policy.out_of_memory import raised_estimate_mb
 from mpmm.proxy.context import ServerContext
 from mpmm.scheduler import Scheduler
 from mpmm.shared_estimator import SharedResourceEstimator
@@ -47,6 +48,8 @@ _UNLOAD_METHODS = ("unload_model", "mock_model_unsafe_hard_delete")
 WAITERS_LEAVE_TIMEOUT_S = 5.0
 # Who gives up waiting does so on time: a lock that is not free in this time is left to the keeper to wait for.
 NOW_S = 0.05
+# Who has run out of memory looks so often whether there is more.
+UNLOAD_LOOK_S = 0.01
 # A sample of this age is as good as a new one for the next who asks.
 FRESH_NS = 20_000_000
 _workers: weakref.WeakSet[Worker] = weakref.WeakSet()
@@ -405,6 +408,72 @@ class Worker:
                 self._unload(mine[0])
             finally:
                 self._unloading.discard(mine[0])
+
+    def devices_in_use(self, tag: str) -> set[int]:
+        """Return the rows of the devices on which this process holds copies of a model."""
+        tables, words = self.namespace.tables, self.namespace.segment.words
+        with self.namespace.transaction():
+            model = tables.model_row(tag)
+            rows = tables.rows_where(self.namespace.segment.layout.instances, Instance.HOLDER, self.namespace.reference)
+            return {
+                words[tables.instance(row) + Instance.DEVICE]
+                for row in rows
+                if words[tables.instance(row)] == Instance.ACTIVE
+                and words[tables.instance(row) + Instance.MODEL] == model
+            }
+
+    def make_room_after_running_out(self, tag: str, devices: set[int], learn: bool) -> None:
+        """Take back what admission believed: unload what is idle on these devices, pinned models aside.
+
+        learn: raise the estimate of the model as well.
+        """
+        namespace = self.namespace
+        words, tables = namespace.segment.words, namespace.tables
+        with namespace.transaction() as t:
+            model = tables.model_row(tag)
+            if model is None:
+                return
+            namespace.transitions.run_out(t, model)
+            need_mb = self.scheduler.need_mb(model)
+            if learn:
+                limit_mb = max(map(self.scheduler.limit_mb, devices), default=need_mb)
+                need_mb = raised_estimate_mb(need_mb, limit_mb)
+                measured = bool(words[tables.model(model) + Model.MEASURED])
+                namespace.transitions.estimate(t, model, need_mb, measured)
+            for row in tables.rows_where(namespace.segment.layout.instances, Instance.STATE, Instance.IDLE):
+                at = tables.instance(row)
+                pinned = words[tables.model(words[at + Instance.MODEL]) + Model.PINS]
+                if words[at + Instance.DEVICE] in devices and not pinned:
+                    namespace.transitions.begin_unload(t, row, namespace.slot, evicted=True)
+        _LOG.warning(
+            "mpmm %s: pid %d ran out of memory with %s, now taken for %.0f MB",
+            namespace.name,
+            namespace.pid,
+            tag,
+            need_mb,
+        )
+        if learn:
+            report_estimate(tag, need_mb)
+        self.unload_assigned()
+
+    def wait_for_unloads(self, device: int) -> None:
+        """Wait until nothing is being unloaded from a device, others' objects included, and its memory is back.
+
+        No longer than `memory_return_seconds` and the time for which such figures count: somebody may be stuck.
+        """
+        namespace = self.namespace
+        words, floats, tables = namespace.segment.words, namespace.segment.floats, namespace.tables
+        deadline = time.monotonic() + namespace.settings.memory_return_seconds + namespace.settings.poll_interval
+        while time.monotonic() < deadline:
+            with namespace.transaction():
+                unloading = any(
+                    words[tables.instance(row) + Instance.DEVICE] == device
+                    for row in tables.rows_where(namespace.segment.layout.instances, Instance.STATE, Instance.UNLOADING)
+                )
+                returning = floats[tables.device(device) + Device.RETURNING_MB] > 0
+            if not unloading and not returning:
+                return
+            time.sleep(UNLOAD_LOOK_S)
 
     def _unload(self, row: int) -> None:
         namespace = self.namespace

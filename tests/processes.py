@@ -71,7 +71,10 @@ def segments_of(root: Path) -> set[str]:
 
 def files_in(root: Path) -> list[str]:
     """Return what is in a runtime root."""
-    return sorted(str(path.relative_to(root)) for path in root.rglob("*") if path.name != KEEP)
+    while True:
+        # A folder that vanishes while it is looked through is reason to look again.
+        with contextlib.suppress(FileNotFoundError):
+            return sorted(str(path.relative_to(root)) for path in root.rglob("*") if path.name != KEEP)
 
 
 def model_of(namespace: str, tag: str) -> ModelInfo:

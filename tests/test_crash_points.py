@@ -26,7 +26,7 @@ from processes import CRASH_POINTS
 
 from mpmm import ModelManager
 from mpmm.shared_state.invariants import check_invariants
-from mpmm.shared_state.layout import Capacities, Event, Header, Instance, Member
+from mpmm.shared_state.layout import Capacities, Event, Header, Instance, Member, Ticket
 from mpmm.shared_state.namespace import Namespace
 from mpmm.shared_state.runtime_dir import RuntimeDirectory
 from mpmm.shared_state.segment import Segment
@@ -38,7 +38,7 @@ from mpmm.shared_state.transitions import Transitions
 
 Operation = Callable[[Transaction, Transitions], object]
 
-SMALL = Capacities(members=6, models=4, instances=6, tickets=6, devices=2, observations=3, events=32, undo=4096)
+SMALL = Capacities(members=6, models=4, instances=6, tickets=6, pins=4, devices=2, observations=3, events=32, undo=4096)
 FROZEN_NS = 10**15  # the children's clock: a second run of an operation stores the same times
 KILLED = -signal.SIGKILL
 
@@ -139,6 +139,23 @@ class Lab:
         """Let the victim wait."""
         model = self.model(tag, known)
         row: int = self.do(lambda t, tr: tr.enqueue(t, model, self.victim, 1, 100.0, 2**62))
+        return row
+
+    def lease_ticket(self) -> int:
+        """Let the victim wait for a lease."""
+        row: int = self.do(lambda t, tr: tr.enqueue(t, tr.claim_lease(t, b"lease", 70.0), self.victim, 1, 70.0, 2**62))
+        return row
+
+    def lease(self) -> int:
+        """Make the model row of a lease that the victim waits for."""
+        row = self.lease_ticket()
+        return int(self.words[self.tables.ticket(row) + Ticket.MODEL])
+
+    def leased(self) -> int:
+        """Make a lease that the victim holds."""
+        ticket = self.lease_ticket()
+        row: int = self.do(lambda t, tr: tr.allow_load(t, ticket, 0, 70.0, alone=False))
+        self.do(lambda t, tr: tr.take_answer(t, ticket))
         return row
 
     def save(self) -> bytes:
@@ -311,6 +328,40 @@ def scenarios() -> dict[str, Callable[[Lab], Operation]]:
             lab.do(lambda t, tr, g=generation: tr.observe(t, [(g, 1)], 10.0))  # type: ignore[misc]
         return lambda t, tr: tr.observe(t, [(10, 1)], 11.0)
 
+    def allowed_lease(lab: Lab) -> Operation:
+        ticket = lab.lease_ticket()
+        return lambda t, tr: tr.allow_load(t, ticket, 0, 70.0, alone=False)
+
+    def granted_lease(lab: Lab) -> int:
+        ticket = lab.lease_ticket()
+        lab.do(lambda t, tr: tr.allow_load(t, ticket, 0, 70.0, alone=False))
+        return ticket
+
+    def refused_lease(lab: Lab) -> int:
+        ticket = lab.lease_ticket()
+        lab.do(lambda t, tr: tr.refuse(t, ticket))
+        return ticket
+
+    def pinned(lab: Lab) -> int:
+        model = lab.model()
+        return int(lab.do(lambda t, tr: tr.pin(t, model, lab.victim)))
+
+    def reaped_with_pins(lab: Lab) -> Operation:
+        pinned(lab)
+        other = lab.model("b")
+        lab.do(lambda t, tr: tr.pin(t, other, lab.victim))
+        return lambda t, tr: tr.reap_member(t, lab.victim)
+
+    def preloading(lab: Lab) -> int:
+        model = lab.model(known=False)
+        return int(lab.do(lambda t, tr: tr.enqueue(t, model, lab.victim, 2, 100.0, 2**62, 3)))
+
+    def reaped_with_leases(lab: Lab) -> Operation:
+        lab.leased()
+        granted_lease(lab)
+        lab.lease_ticket()
+        return lambda t, tr: tr.reap_member(t, lab.victim)
+
     def measured(lab: Lab) -> Operation:
         lab.idle("a", server=True)
         return lambda t, tr: tr.measure(t, lab.server, 77.0)
@@ -329,20 +380,37 @@ def scenarios() -> dict[str, Callable[[Lab], Operation]]:
         "reap_member/isolated": reaped_isolated,
         "reap_member/answered": reaped_with_answers,
         "reap_member/server": reaped_server,
+        "reap_member/leases": reaped_with_leases,
+        "reap_member/pins": reaped_with_pins,
         "lead": lambda lab: lambda t, tr: tr.lead(t, Lab.victim, b"nvml", (True, True, False)),
         "note_poll": lambda lab: lambda t, tr: tr.note_poll(t),
         "ring": lambda lab: lambda t, tr: tr.ring(t, Lab.victim),
         "claim_model": lambda lab: lambda t, tr: tr.claim_model(t, "new", b"new"),
         "claim_model/recycling": claimed_when_full,
         "estimate": on(lambda lab: lab.ticket(known=False), lambda t, tr, _: tr.estimate(t, 0, 123.5, measured=True)),
+        "estimate/of a preload": on(preloading, lambda t, tr, _: tr.estimate(t, 0, 123.5, measured=True)),
+        "run_out": on(Lab.model, lambda t, tr, row: tr.run_out(t, row)),
+        "pin": on(Lab.model, lambda t, tr, row: tr.pin(t, row, Lab.victim)),
+        "unpin": on(pinned, lambda t, tr, row: tr.unpin(t, row)),
+        "dismiss": on(preloading, lambda t, tr, row: tr.dismiss(t, row)),
+        "enqueue/preload": on(Lab.model, lambda t, tr, row: tr.enqueue(t, row, Lab.victim, 2, 9.0, 2**62, 3)),
         "enqueue": on(Lab.model, lambda t, tr, row: tr.enqueue(t, row, Lab.victim, 0, math.nan, 2**62)),
         "set_reason": on(Lab.ticket, lambda t, tr, row: tr.set_reason(t, row, 3)),
         "grant": granted,
         "pass_on": passed_on,
         "allow_load": on(Lab.ticket, lambda t, tr, row: tr.allow_load(t, row, 0, 50.0, alone=False)),
         "allow_load/alone": on(Lab.ticket, lambda t, tr, row: tr.allow_load(t, row, 0, 50.0, alone=True)),
+        "allow_load/lease": allowed_lease,
         "refuse": on(Lab.ticket, lambda t, tr, row: tr.refuse(t, row)),
         "take_answer": answered,
+        "take_answer/refused lease": on(refused_lease, lambda t, tr, row: tr.take_answer(t, row)),
+        "leave_queue/lease": on(Lab.lease_ticket, lambda t, tr, row: tr.leave_queue(t, row)),
+        "leave_queue/lease granted": on(granted_lease, lambda t, tr, row: tr.leave_queue(t, row)),
+        "claim_lease": lambda lab: lambda t, tr: tr.enqueue(t, tr.claim_lease(t, b"l", 70.0), Lab.victim, 1, 70.0, 9),
+        "begin_lease": on(Lab.lease, lambda t, tr, row: tr.begin_lease(t, row, Lab.victim, 0, 70.0)),
+        "link_program": on(Lab.leased, lambda t, tr, row: tr.link_program(t, row, 4711)),
+        "measure_program": on(Lab.leased, lambda t, tr, row: tr.measure_program(t, row, 33.0)),
+        "end_lease": on(Lab.leased, lambda t, tr, row: tr.end_lease(t, row)),
         "leave_queue": on(Lab.ticket, lambda t, tr, row: tr.leave_queue(t, row)),
         "leave_queue/told to load": left_with_load,
         "leave_queue/granted": left_with_grant,
@@ -357,6 +425,7 @@ def scenarios() -> dict[str, Callable[[Lab], Operation]]:
         "activate": on(Lab.idle, lambda t, tr, row: tr.activate(t, row, Lab.victim + 1)),
         "grab": on(Lab.idle, lambda t, tr, row: tr.grab(t, row, Lab.victim + 1)),
         "release": released_between_idle,
+        "release/not used": on(Lab.active, lambda t, tr, row: tr.release(t, row, used=False)),
         "release/alone": released_alone,
         "release/doomed": released_doomed,
         "end_isolation": on(lambda lab: lab.active(alone=True), lambda t, tr, _: tr.end_isolation(t)),
@@ -365,6 +434,7 @@ def scenarios() -> dict[str, Callable[[Lab], Operation]]:
         "discard": on(Lab.active, lambda t, tr, row: tr.discard(t, row)),
         "discard/promised": discarded_promised,
         "reset": reset_all,
+        "reset/lease granted": on(granted_lease, lambda t, tr, _: tr.reset(t)),
         "describe_devices": lambda lab: (
             lambda t, tr: tr.describe_devices(t, [(b"uuid-0", b"gpu 0", 2000.0), (b"uuid-1", b"gpu 1", 2000.0)])
         ),
@@ -585,6 +655,44 @@ def call_acquire_and_release(manager: ModelManager) -> None:
 
 def call_load_and_release_unknown(manager: ModelManager) -> None:
     manager.release_model("unknown", manager.acquire_model("unknown", lambda: "unknown handle"))
+
+
+def call_reserve(manager: ModelManager) -> None:
+    manager.reserve(200)
+
+
+def call_reserve_evicting_and_give_back(manager: ModelManager) -> None:
+    with manager.reserve(700):
+        pass
+
+
+def call_reserve_too_much(manager: ModelManager) -> None:
+    with pytest.raises(MemoryError):
+        manager.reserve(5000)
+
+
+def call_pin_and_unpin(manager: ModelManager) -> None:
+    manager.pin("warm")
+    manager.unpin("warm")
+
+
+def call_preload(manager: ModelManager) -> None:
+    # The copy that an earlier child had loaded may be there.
+    assert manager.preload("warm", lambda: "second handle", copies=2) <= 1
+
+
+def call_load_out_of_memory(manager: ModelManager) -> None:
+    attempts = iter((MemoryError("at first"), None))
+    # Earlier children have raised it.
+    manager._estimator.set_initial_estimate("cold", 100.0)
+
+    def load() -> str:
+        error = next(attempts)
+        if error is not None:
+            raise error
+        return "cold handle"
+
+    manager.acquire_model("cold", load)
 
 
 def call_reset(manager: ModelManager) -> None:

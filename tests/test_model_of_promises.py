@@ -28,22 +28,24 @@ from mpmm.shared_state.snapshot import read_snapshot
 TAGS = {"a": 300.0, "b": 400.0, "c": 900.0, "d": 100.0}
 TOTAL_MB = 1000.0
 MOST_PROCESSES = 4
-CAPACITIES = Capacities(members=8, models=6, instances=12, tickets=16, devices=1, observations=2, events=64, undo=4096)
+MOST_COPIES = 2
+CAPACITIES = Capacities(members=8, models=24, instances=12, tickets=16, devices=1, observations=2, events=64, undo=4096)
 
 
 @dataclass
 class Pretend:
-    """A pretend process: a member, the tickets it waits on, the rows it loads, holds and unloads."""
+    """A pretend process: a member, the tickets it waits on, the rows it loads, holds, has leased and unloads."""
 
     namespace: Namespace
     scheduler: Scheduler
     tickets: list[int] = field(default_factory=list)
     loading: list[int] = field(default_factory=list)
     held: list[int] = field(default_factory=list)
+    leased: list[int] = field(default_factory=list)
 
     @property
     def owned_rows(self) -> list[int]:
-        return self.loading + self.held
+        return self.loading + self.held + self.leased
 
 
 class Promises(RuleBasedStateMachine):
@@ -70,7 +72,10 @@ class Promises(RuleBasedStateMachine):
 
     def _join(self) -> Pretend:
         namespace = Namespace.join(
-            "promises", root=Path(self.folder) / "run", capacities=CAPACITIES, settings=Settings(slack_percentage=0.0)
+            "promises",
+            root=Path(self.folder) / "run",
+            capacities=CAPACITIES,
+            settings=Settings(slack_percentage=0.0, max_model_copies=MOST_COPIES),
         )
         process = Pretend(namespace, Scheduler(namespace))
         self.processes.append(process)
@@ -84,8 +89,8 @@ class Promises(RuleBasedStateMachine):
     def join(self) -> None:
         self._join()
 
-    @rule(who=st.integers(0, 99), tag=st.sampled_from(sorted(TAGS)))
-    def ask(self, who: int, tag: str) -> None:
+    @rule(who=st.integers(0, 99), tag=st.sampled_from(sorted(TAGS)), preload=st.sampled_from((0, 0, 0, 1, 2)))
+    def ask(self, who: int, tag: str, preload: int) -> None:
         process = self._pick(who)
         namespace = process.namespace
         if sum(len(other.tickets) for other in self.processes) >= CAPACITIES.tickets:
@@ -93,9 +98,44 @@ class Promises(RuleBasedStateMachine):
         with namespace.transaction() as t:
             model = namespace.tables.model_row(tag)
             assert model is not None
-            row = namespace.transitions.enqueue(t, model, namespace.slot, 1, TAGS[tag], 2**62)
+            priority = 2 if preload else 1
+            row = namespace.transitions.enqueue(t, model, namespace.slot, priority, TAGS[tag], 2**62, preload)
             process.scheduler.advance(t)
         process.tickets.append(row)
+
+    @rule(who=st.integers(0, 99), mb=st.sampled_from((100.0, 500.0, 1000.0)))
+    def ask_for_a_lease(self, who: int, mb: float) -> None:
+        process = self._pick(who)
+        namespace = process.namespace
+        if sum(len(other.tickets) for other in self.processes) >= CAPACITIES.tickets:
+            return
+        with namespace.transaction() as t:
+            model = namespace.transitions.claim_lease(t, b"lease", mb)
+            row = namespace.transitions.enqueue(t, model, namespace.slot, 1, mb, 2**62)
+            process.scheduler.advance(t)
+        process.tickets.append(row)
+
+    @rule(who=st.integers(0, 99))
+    def end_a_lease(self, who: int) -> None:
+        process = self._pick(who)
+        if process.leased:
+            with process.namespace.transaction() as t:
+                process.namespace.transitions.end_lease(t, process.leased.pop(0))
+                process.scheduler.advance(t)
+
+    @rule(who=st.integers(0, 99), tag=st.sampled_from(sorted(TAGS)))
+    def pin_or_unpin(self, who: int, tag: str) -> None:
+        process = self._pick(who)
+        namespace = process.namespace
+        with namespace.transaction() as t:
+            model = namespace.tables.model_row(tag)
+            assert model is not None
+            row = namespace.tables.pin_row(model, namespace.reference)
+            if row is None:
+                namespace.transitions.pin(t, model, namespace.slot)
+            else:
+                namespace.transitions.unpin(t, row)
+                process.scheduler.advance(t)
 
     @rule(who=st.integers(0, 99))
     def act_on_answers(self, who: int) -> None:
@@ -107,12 +147,20 @@ class Promises(RuleBasedStateMachine):
             state, instance = words[at + Ticket.STATE], words[at + Ticket.INSTANCE] - 1
             if state == Ticket.WAITING:
                 continue
+            preload = words[at + Ticket.PRELOAD]
             with namespace.transaction() as t:
                 namespace.transitions.take_answer(t, row)
             process.tickets.remove(row)
-            assert state in (Ticket.GRANTED, Ticket.LOAD)
+            if preload and state in (Ticket.ENOUGH, Ticket.REFUSED):
+                continue
+            assert state == Ticket.LOAD or (state == Ticket.GRANTED and not preload)
             assert not any(instance in other.owned_rows for other in self.processes), "one copy for two"
-            (process.held if state == Ticket.GRANTED else process.loading).append(instance)
+            if state == Ticket.LOAD:
+                process.loading.append(instance)
+            elif words[tables.instance(instance)] == Instance.LEASED:
+                process.leased.append(instance)
+            else:
+                process.held.append(instance)
 
     @rule(who=st.integers(0, 99), handle=st.booleans())
     def finish_a_load(self, who: int, handle: bool) -> None:
@@ -179,7 +227,9 @@ class Promises(RuleBasedStateMachine):
             other.held.clear()
             with other.namespace.transaction() as t:
                 for row in other.tickets:
-                    assert other.namespace.segment.words[other.namespace.tables.ticket(row)] == Ticket.RESET
+                    state = other.namespace.segment.words[other.namespace.tables.ticket(row)]
+                    # A preload that was answered has nothing that could be taken away.
+                    assert state in (Ticket.RESET, Ticket.ENOUGH, Ticket.REFUSED)
                     other.namespace.transitions.take_answer(t, row)
             other.tickets.clear()
 
@@ -196,18 +246,19 @@ class Promises(RuleBasedStateMachine):
         by_slot = {process.namespace.slot: process for process in self.processes}
         promised = {ticket.instance for ticket in snapshot.tickets}
         for copy in snapshot.instances:
-            if copy.state in ("active", "loading") and copy.row not in promised:
+            if copy.state in ("active", "loading", "leased") and copy.row not in promised:
                 assert copy.holder is not None
                 assert copy.row in by_slot[copy.holder].owned_rows
         told = [row for process in self.processes for row in process.owned_rows]
         assert len(told) == len(set(told))
-        assert sum(copy.mb for copy in snapshot.instances) <= TOTAL_MB, "more is booked than there is"
+        booked = sum(copy.reserved_mb if copy.state == "leased" else copy.mb for copy in snapshot.instances)
+        assert booked <= TOTAL_MB, "more is booked than there is"
 
     @invariant()
     def somebody_can_always_go_on(self) -> None:
-        """If nobody holds, loads or unloads anything, nobody waits, except for answers they have not read."""
+        """If nobody holds, loads, unloads or has pinned anything, nobody waits, except for answers not read yet."""
         snapshot = read_snapshot("promises", Path(self.folder) / "run", events=False)
-        if not any(copy.state in ("active", "loading", "unloading") for copy in snapshot.instances):
+        if not snapshot.pins and all(copy.state == "idle" for copy in snapshot.instances):
             assert not [ticket for ticket in snapshot.tickets if ticket.state == "waiting"]
 
 

@@ -19,6 +19,7 @@ from mpmm.policy.plan import make_plan
 from mpmm.policy.sharing import waiting_is_sooner
 from mpmm.policy.view import (
     DeviceView,
+    Enough,
     Evict,
     Grant,
     Idle,
@@ -45,15 +46,32 @@ ME, OTHER = 1, 2
 
 
 def model(row: int, need: float = 100.0, *, known: bool = True, **counts: Any) -> ModelView:
-    return ModelView(row, known, need, counts.get("shared", 0), counts.get("owned", {}), counts.get("waiting", 0))
+    loading = counts.get("loading", {})
+    held, owned, waiting = counts.get("shared", 0), counts.get("owned", {}), counts.get("waiting", 0)
+    return ModelView(row, known, need, held, owned, waiting, loading, shares=bool(loading))
 
 
-def ticket(row: int, wants: int, *, priority: int = 1, member: int = ME, waited: float = 0.0) -> TicketView:
-    return TicketView(row, row, priority, wants, member, NOW - waited)
+def ticket(
+    row: int, wants: int, *, priority: int = 1, member: int = ME, waited: float = 0.0, preload: int = 0
+) -> TicketView:
+    return TicketView(row, row, priority, wants, member, NOW - waited, preload)
 
 
-def idle(row: int, of: int, *, mb: float = 100.0, age: float = 100.0, owner: int | None = None, on: int = 0) -> Idle:
-    return Idle(row, of, owner, on, mb, NOW - age)
+def idle(
+    row: int,
+    of: int,
+    *,
+    mb: float = 100.0,
+    age: float = 100.0,
+    owner: int | None = None,
+    on: int = 0,
+    pinned: bool = False,
+) -> Idle:
+    return Idle(row, of, owner, on, mb, NOW - age, pinned)
+
+
+def at_most(copies: int) -> Rules:
+    return replace(RULES, max_model_copies=copies)
 
 
 def device(row: int = 0, total: float = 1000.0, used: float = 0.0, **more: float) -> DeviceView:
@@ -100,6 +118,139 @@ CASES: Mapping[str, tuple[View, list[object]]] = {
     "one copy is granted once": (
         view([model(A, shared=1)], [ticket(1, A), ticket(2, A)], copies=[idle(7, A)]),
         [Grant(1, 7), Load(2, 0, 100, False)],
+    ),
+    "pinned copies are not evicted": (
+        view(
+            [model(A, 900), model(B, shared=1), model(C, shared=1)],
+            [ticket(1, A)],
+            copies=[idle(7, B, mb=500, pinned=True), idle(8, C, mb=300)],
+            devices=[device(used=800)],
+        ),
+        [Wait(1, Reason.PINNED)],
+    ),
+    "others are evicted in place of pinned copies": (
+        view(
+            [model(A, 400), model(B, shared=1), model(C, shared=1)],
+            [ticket(1, A)],
+            copies=[idle(7, B, mb=500, pinned=True, age=200), idle(8, C, mb=300)],
+            devices=[device(used=800)],
+        ),
+        [Evict(1, (8,))],
+    ),
+    "a pinned copy is granted like any other": (
+        view([model(A, shared=1)], [ticket(1, A)], copies=[idle(7, A, pinned=True)]),
+        [Grant(1, 7)],
+    ),
+    "an unknown model runs alone beside what is idle and pinned": (
+        view([model(A, known=False), model(B, shared=1)], [ticket(1, A)], copies=[idle(7, B, pinned=True)]),
+        [Load(1, 0, 100, True)],
+    ),
+    "no more copies than there may be": (
+        view([model(A, shared=1), model(B)], [ticket(1, A), ticket(2, B)], rules=at_most(1), active=1),
+        [Wait(1, Reason.COPIES), Load(2, 0, 100, False)],
+    ),
+    "a copy that is being loaded counts": (
+        view([model(A, loading={OTHER: 1})], [ticket(1, A)], rules=at_most(1), loading=1),
+        [Wait(1, Reason.COPIES)],
+    ),
+    "loads of one plan count": (
+        view([model(A)], [ticket(1, A), ticket(2, A, member=OTHER)], rules=at_most(1)),
+        [Load(1, 0, 100, False), Wait(2, Reason.COPIES)],
+    ),
+    "another's idle object makes way where there may be no more": (
+        view(
+            [model(A, owned={OTHER: 2})],
+            [ticket(1, A)],
+            copies=[idle(7, A, owner=OTHER, age=9), idle(8, A, owner=OTHER, age=3)],
+            rules=at_most(2),
+        ),
+        [Evict(1, (7,))],
+    ),
+    "another's pinned object does not": (
+        view(
+            [model(A, owned={OTHER: 1})],
+            [ticket(1, A)],
+            copies=[idle(7, A, owner=OTHER, pinned=True)],
+            rules=at_most(1),
+        ),
+        [Wait(1, Reason.COPIES)],
+    ),
+    "another's object does not make way for who has one": (
+        view(
+            [model(A, owned={ME: 1, OTHER: 1})],
+            [ticket(1, A)],
+            copies=[idle(7, A, owner=OTHER)],
+            rules=at_most(2),
+            active=1,
+        ),
+        [Wait(1, Reason.COPIES)],
+    ),
+    "a preload loads although a copy is idle": (
+        view([model(A, shared=1)], [ticket(1, A, priority=2, preload=2)], copies=[idle(7, A)]),
+        [Load(1, 0, 100, False)],
+    ),
+    "a preload has enough when others load": (
+        view(
+            [model(A, shared=1, loading={OTHER: 1})],
+            [ticket(1, A, priority=2, preload=2)],
+            copies=[idle(7, A)],
+            loading=1,
+        ),
+        [Enough(1)],
+    ),
+    "a preload has enough when there may be no more": (
+        view([model(A, shared=1)], [ticket(1, A, priority=2, preload=2)], rules=at_most(1)),
+        [Enough(1)],
+    ),
+    "others' objects are not enough for a preload": (
+        view([model(A, owned={OTHER: 2})], [ticket(1, A, priority=2, preload=1)]),
+        [Load(1, 0, 100, False)],
+    ),
+    "a preload comes after everybody else": (
+        view([model(A, 600), model(B, 600)], [ticket(1, A, priority=2, preload=1), ticket(2, B)]),
+        [Load(2, 0, 600, False), Wait(1, Reason.MEMORY)],
+    ),
+    "a preload of more copies than fit at once is refused": (
+        view([model(A, 300, shared=3)], [ticket(1, A, priority=2, preload=4)], devices=[device(used=900)]),
+        [Refuse(1)],
+    ),
+    "a preload of as many copies as fit at once has others evicted": (
+        view(
+            [model(A, 300, shared=2), model(B, shared=1)],
+            [ticket(1, A, priority=2, preload=3)],
+            copies=[idle(7, A, mb=300), idle(8, A, mb=300), idle(9, B, mb=200)],
+            devices=[device(used=800)],
+        ),
+        [Evict(1, (9,))],
+    ),
+    "a preload of what can be loaded no second time is refused": (
+        view([model(A, 950, shared=1)], [ticket(1, A, priority=2, preload=2)], devices=[device(used=950)]),
+        [Refuse(1)],
+    ),
+    "who waits for a lease to end holds up no model": (
+        view(
+            [model(A, 500), model(B, shared=1), model(C, 100)],
+            [ticket(1, A, waited=60), ticket(2, B), ticket(3, C)],
+            copies=[idle(7, B, mb=100)],
+            devices=[device(used=100, reserved_mb=600, leased_mb=600)],
+        ),
+        [Wait(1, Reason.LEASED), Grant(2, 7), Load(3, 0, 100, False)],
+    ),
+    "no further lease is given out behind who waits for one to end": (
+        view(
+            [model(A, 500), replace(model(B, 100), lease=True)],
+            [ticket(1, A), ticket(2, B)],
+            devices=[device(reserved_mb=600, leased_mb=600)],
+        ),
+        [Wait(1, Reason.LEASED), Wait(2, Reason.BEHIND)],
+    ),
+    "beside a lease what fits if others let go is waited for in turn": (
+        view(
+            [model(A, 500), model(B, 100)],
+            [ticket(1, A), ticket(2, B)],
+            devices=[device(used=300, reserved_mb=400, leased_mb=400)],
+        ),
+        [Wait(1, Reason.MEMORY)],
     ),
     "what fits is loaded": (view([model(A)], [ticket(1, A)]), [Load(1, 0, 100, False)]),
     "what fits exactly is loaded": (view([model(A, 900)], [ticket(1, A)]), [Load(1, 0, 900, False)]),

@@ -23,6 +23,7 @@ from mpmm.sources.booked import BookedSource
 from mpmm.sources.host_memory import HostMemorySource, cgroup_limits, host_memory_mb
 from mpmm.sources.nvidia_smi import NvidiaSmiSource
 from mpmm.sources.nvml import NvmlSource
+from mpmm.sources.process_tree import process_tree
 
 
 class NVMLError(Exception):
@@ -506,3 +507,23 @@ class TestChoice:
     def test_books_need_a_size(self) -> None:
         with pytest.raises(InvalidArgumentError):
             BookedSource(0.0)
+
+
+@pytest.mark.parametrize("proc", ["as it is", "not there"])
+def test_the_tree_of_a_process_is_itself_and_what_it_has_started(
+    proc: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if proc == "not there":
+        monkeypatch.setattr("mpmm.sources.process_tree.Path", lambda _: tmp_path / "proc")
+    program = "import subprocess, sys; child = subprocess.Popen(['cat']); print(child.pid, flush=True); child.wait()"
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as parent:
+        assert parent.stdout is not None
+        assert parent.stdin is not None
+        child = int(parent.stdout.readline())
+        assert process_tree(parent.pid) == [parent.pid, child]
+        assert process_tree(parent.pid, without={child}) == [parent.pid]
+        assert set(process_tree(os.getpid())) >= {os.getpid(), parent.pid, child}
+        parent.stdin.close()
+    assert process_tree(parent.pid) == [parent.pid]

@@ -24,8 +24,8 @@ ORPHAN_S = 5.0
 BLINK_S = 0.5
 # Reservations are made with estimates, which may change; the slack of the device is for that.
 ADMISSION_TOLERANCE = 1.05
-_TAKEN = ("hit", "granted", "load_ended")
-_FREED = ("released", "load_began", "unload_began", "unload_ended", "load_failed")
+_TAKEN = ("hit", "granted", "load_ended", "leased")
+_FREED = ("released", "load_began", "unload_began", "unload_ended", "load_failed", "lease_ended")
 
 
 @dataclass
@@ -168,8 +168,9 @@ class SnapshotChecks:
                 # Of an unload, and of the dead, the memory may be free before the row is.
                 if copy.device == device.row and copy.state != "unloading" and not {copy.owner, copy.server} & dead
             ]
+            promised = ("loading", "leased")
             booked_mb = sum(
-                copy.reserved_mb if copy.state == "loading" else min(copy.mb, size_mb(copy.tag)) for copy in here
+                copy.reserved_mb if copy.state in promised else min(copy.mb, size_mb(copy.tag)) for copy in here
             )
             self.most_booked_mb = max(self.most_booked_mb, booked_mb)
             if booked_mb > device.limit_mb * ADMISSION_TOLERANCE:

@@ -34,7 +34,7 @@ from stress_models import (
     using,
 )
 
-from mpmm.errors import AcquireTimeoutError, LockTimeoutError, ModelServerError, ServerStartError
+from mpmm.errors import AcquireTimeoutError, LockTimeoutError, ModelServerError, NotAcquiredError, ServerStartError
 from mpmm.model_manager import ModelManager
 from mpmm.multi_process_shared import MultiProcessShared, server_pid
 from mpmm.shared_state.layout import Capacities
@@ -261,7 +261,7 @@ class WorkerProcess:
                 if self.board[1 + self.index]:
                     self.board[1 + self.index] = 0
                     self._fork(rng)
-                self.use_one(rng)
+                rng.choices((self.use_one, self.lease_one, self.preload_one, self.pin_one), (90, 5, 3, 2))[0](rng)
                 time.sleep(rng.expovariate(self.plan.pace / (self.plan.processes * self.plan.threads)))
         except BaseException:
             self.report.claim("unexpected", time.monotonic(), 0.0, traceback.format_exc())
@@ -302,6 +302,58 @@ class WorkerProcess:
             self.report.count("waits")
         self._use(kind, copy, hold_s, began, acquired, fresh=loader.began is not None)
         self._release(manager, tag, copy)
+
+    # ---- leases, preloads, pins ----------------------------------------------------------------------------
+
+    def lease_one(self, rng: random.Random) -> None:
+        """Take a lease, use its memory for a while, and give it back."""
+        number = rng.randrange(len(TIMEOUTS_S))
+        mb = rng.randrange(20, 100)
+        hold_s = rng.uniform(0.0, 0.2)
+        began = time.monotonic()
+        try:
+            with self.managers[number].reserve(mb, name="lease"):
+                self._judge_wait(began, time.monotonic(), TIMEOUTS_S[number], "a lease")
+                memory = self.plan.device().allocate("lease", mb)
+                time.sleep(hold_s)
+                memory.free()
+        except BaseException as error:
+            self._judge_error(error, "lease", began, None)
+        else:
+            self.report.count("leases")
+
+    def preload_one(self, rng: random.Random) -> None:
+        """Preload a model."""
+        kind, tag = self.choose(rng)
+        number = rng.randrange(len(TIMEOUTS_S))
+        loader = Loader(self.plan, kind, size_mb(tag), rng, self.heart)
+        began = time.monotonic()
+        try:
+            self.report.count("preloads", self.managers[number].preload(tag, loader))
+        except BaseException as error:
+            self._judge_error(error, tag, began, loader)
+        finally:
+            self._judge_wait(began, loader.began or time.monotonic(), TIMEOUTS_S[number], tag)
+            loader.done()
+
+    def pin_one(self, rng: random.Random) -> None:
+        """Use a model that is pinned meanwhile, by several threads perhaps."""
+        tag = "file-0"
+        manager = self.managers[0]
+        loader = Loader(self.plan, "file", size_mb(tag), rng, self.heart)
+        began = time.monotonic()
+        try:
+            manager.pin(tag)
+            self._release(manager, tag, manager.acquire_model(tag, loader))
+            # Another thread's unpin was ours, too.
+            with contextlib.suppress(NotAcquiredError):
+                manager.unpin(tag)
+        except BaseException as error:
+            self._judge_error(error, tag, began, loader)
+        else:
+            self.report.count("pins")
+        finally:
+            loader.done()
 
     def _use(self, kind: str, copy: Any, hold_s: float, began: float, acquired: float, fresh: bool) -> None:
         name = copy.memory.name if kind == "object" else copy

@@ -2,4 +2,5 @@
 
 Nothing here knows bytes, locks, clocks or devices: `view` holds what a decision may look at, `plan` walks the
 queue, and asks `admission` (does it fit?), `eviction` (what has to go?) and `fairness` (who may overtake?).
+`out_of_memory` tells when admission was wrong.
 """

@@ -27,7 +27,7 @@ def score(view: View, copy: Idle, left: int) -> int:
 
 
 def eviction_order(view: View, copies: Sequence[Idle], ticket: TicketView) -> list[Idle]:
-    """Return the copies that may go for a waiter, first victim first.
+    """Return the copies that may go for a waiter, first victim first; pinned ones may not.
 
     A waiter whose model has a copy that it could use only displaces models with fewer waiters; one without any
     displaces whatever is idle, so that it does not starve.
@@ -40,7 +40,7 @@ def eviction_order(view: View, copies: Sequence[Idle], ticket: TicketView) -> li
     for copy in sorted(copies, key=lambda copy: copy.idle_since_s):
         model = view.models.get(copy.model)
         demand = model.waiting if model else 0
-        if not starving and demand >= requesting.waiting:
+        if copy.pinned or (not starving and demand >= requesting.waiting):
             continue
         ranked.append((score(view, copy, left[copy.model]), copy.idle_since_s, copy.row, copy))
         left[copy.model] -= 1

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, replace
 
-from mpmm.policy.admission import best_fit, free_mb, largest_limit_mb
+from mpmm.policy.admission import best_fit, free_mb, largest_limit_mb, limit_mb
 from mpmm.policy.eviction import choose_victims
 from mpmm.policy.fairness import may_overtake, queue_order
 from mpmm.policy.sharing import waiting_is_sooner
 from mpmm.policy.view import (
     Decision,
     DeviceView,
+    Enough,
     Evict,
     Grant,
     Idle,
@@ -57,6 +58,9 @@ class _Walk:
         self._busy = view.active + view.loading
         self._blocked: TicketView | None = None
         self._sharing: Counter[int] = Counter()
+        self._loads: Counter[int] = Counter()
+        # Somebody waits for a lease to end, so no further one is given out behind him.
+        self._lease_is_awaited = False
 
     def plan(self) -> Plan:
         decisions = (self._decide(ticket) for ticket in queue_order(self._view))
@@ -65,7 +69,9 @@ class _Walk:
     def _decide(self, ticket: TicketView) -> Decision | None:
         view = self._view
         model = view.models[ticket.model]
-        if may_overtake(view, self._blocked):
+        if ticket.preload and self._has_enough(ticket, model):
+            return Enough(ticket.row)
+        if not ticket.preload and may_overtake(view, self._blocked):
             copy = next((c for c in self._idle if c.model == ticket.model and c.owner in (None, ticket.member)), None)
             if copy is not None:
                 self._idle.remove(copy)
@@ -77,17 +83,44 @@ class _Walk:
             return self._block(ticket, Reason.NO_DEVICE)
         if not model.known and view.rules.isolate_unknown:
             return self._isolate(ticket, model.need_mb)
+        if ticket.preload:
+            return self._load(ticket, model)
+        if self._is_at_most(model):
+            return self._exchange(ticket, model)
         ahead = self._sharing[ticket.model]
         if waiting_is_sooner(model, ticket, ahead, view.now_s):
             self._sharing[ticket.model] += 1
             return Wait(ticket.row, Reason.SHARING)
         return self._load(ticket, model)
 
+    def _is_at_most(self, model: ModelView) -> bool:
+        """Tell whether there are as many copies of a model as there may be."""
+        return model.copies + self._loads[model.model] >= self._view.rules.max_model_copies
+
+    def _has_enough(self, ticket: TicketView, model: ModelView) -> bool:
+        """Tell whether a preload's member can use as many copies as it wants, or there are as many as there may be."""
+        usable = model.usable_by(ticket.member) + model.coming_for(ticket.member)
+        return usable >= ticket.preload or self._is_at_most(model)
+
+    def _fit_beside(self, copies: int, need_mb: float) -> bool:
+        """Tell whether the devices could take one copy more than so many of the same size, if they had nothing else."""
+        slack = self._view.rules.slack_percentage
+        return need_mb <= 0 or copies < sum(limit_mb(device, slack) // need_mb for device in self._devices.values())
+
+    def _exchange(self, ticket: TicketView, model: ModelView) -> Decision:
+        """Wait for one of as many copies as there may be; if they all are of no use, for another in place of one."""
+        if not model.usable_by(ticket.member) and not model.coming_for(ticket.member):
+            others = [copy for copy in self._idle if copy.model == ticket.model and copy.owner and not copy.pinned]
+            if others:
+                return self._evict(ticket, others[-1:])
+        return Wait(ticket.row, Reason.COPIES)
+
     def _isolate(self, ticket: TicketView, need_mb: float) -> Decision:
         if self._busy:
             return self._block(ticket, Reason.DRAINING)
-        if self._idle:
-            return self._evict(ticket, self._idle)
+        evictable = [copy for copy in self._idle if not copy.pinned]
+        if evictable:
+            return self._evict(ticket, evictable)
         if self._view.unloading:
             return self._block(ticket, Reason.UNLOADING)
         if any(device.returning_mb > 0 for device in self._devices.values()):
@@ -102,22 +135,32 @@ class _Walk:
         # What is only assumed must not make a model impossible.
         need_mb = model.need_mb if model.known else min(model.need_mb, largest)
         if need_mb > largest:
-            if model.usable_by(ticket.member):
+            if model.usable_by(ticket.member) and not ticket.preload:
                 # Too large for a second copy, but there is one to wait for.
                 return Wait(ticket.row, Reason.MEMORY)
             return Refuse(ticket.row)
+        if ticket.preload and not self._fit_beside(model.copies, need_mb):
+            return Refuse(ticket.row)
+        if model.lease and self._lease_is_awaited:
+            return Wait(ticket.row, Reason.BEHIND)
         device = best_fit(self._devices.values(), need_mb, slack)
         if device is not None:
             self._devices[device.device] = replace(device, reserved_mb=device.reserved_mb + need_mb)
             self._busy += 1
+            self._loads[ticket.model] += 1
             return Load(ticket.row, device.device, need_mb, alone=False)
+        if all(need_mb > limit_mb(device, slack) - device.leased_mb for device in self._devices.values()):
+            # Nothing that others let go would help, so nobody has to stand back for it, for hours perhaps.
+            self._lease_is_awaited = True
+            return Wait(ticket.row, Reason.LEASED)
         sets = [
             (device, victims)
             for device in self._devices.values()
             if (victims := choose_victims(self._view, device, self._idle, need_mb, ticket)) is not None
         ]
         if not sets:
-            return self._block(ticket, Reason.MEMORY)
+            pinned = any(copy.pinned for copy in self._idle)
+            return self._block(ticket, Reason.PINNED if pinned else Reason.MEMORY)
         device, victims = min(sets, key=lambda entry: (sum(copy.mb for copy in entry[1]), entry[0].device))
         if victims:
             return self._evict(ticket, list(victims))

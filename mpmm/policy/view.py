@@ -6,6 +6,7 @@ Memory is in MB, times are seconds on one monotonic clock.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -13,6 +14,7 @@ from enum import IntEnum
 __all__ = [
     "Decision",
     "DeviceView",
+    "Enough",
     "Evict",
     "Grant",
     "Idle",
@@ -37,6 +39,9 @@ class Reason(IntEnum):
     RETURNING = 4  # unloaded memory has not come back yet
     NO_DEVICE = 5  # no device is known yet
     SHARING = 6  # a copy that is busy or being loaded will be free sooner than another one could be loaded
+    PINNED = 7  # as MEMORY, and some of what is idle is pinned
+    COPIES = 8  # there are as many copies of its model as there may be
+    LEASED = 9  # leases that are held leave too little room, even if everything else went
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,7 @@ class Rules:
     min_model_copies: int
     max_overtake_seconds: float
     isolate_unknown: bool
+    max_model_copies: float = math.inf
 
 
 @dataclass(frozen=True)
@@ -57,7 +63,7 @@ class ModelView:
     need_mb: the estimate, or the default. shared: loaded copies that any member can use. owned: loaded copies
     that only one member can use, by member. loading: copies being loaded, by the member that loads them;
     shares: what is being loaded will be a handle, as far as known. load_s, hold_s: how long a load and a hold
-    take, 0 unknown. loading_for_s: since when the oldest load goes on.
+    take, 0 unknown. loading_for_s: since when the oldest load goes on. lease: it is no model, but a lease.
     """
 
     model: int
@@ -71,6 +77,12 @@ class ModelView:
     load_s: float = 0.0
     hold_s: float = 0.0
     loading_for_s: float = 0.0
+    lease: bool = False
+
+    @property
+    def copies(self) -> int:
+        """All copies that are loaded or being loaded."""
+        return self.loaded + sum(self.loading.values())
 
     @property
     def loaded(self) -> int:
@@ -88,7 +100,7 @@ class ModelView:
 
 @dataclass(frozen=True)
 class Idle:
-    """An idle copy. `owner` is the only member that can use it, None when anybody can."""
+    """An idle copy. `owner` is the only member that can use it, None when anybody can. A pinned one is not evicted."""
 
     row: int
     model: int
@@ -96,11 +108,15 @@ class Idle:
     device: int
     mb: float
     idle_since_s: float
+    pinned: bool = False
 
 
 @dataclass(frozen=True)
 class TicketView:
-    """A waiter. `row` identifies it."""
+    """A waiter. `row` identifies it.
+
+    preload: above 0, it does not wait for a copy to use, but for so many to be there that its member can use.
+    """
 
     row: int
     number: int
@@ -108,12 +124,13 @@ class TicketView:
     model: int
     member: int
     enqueued_s: float
+    preload: int = 0
 
 
 @dataclass(frozen=True)
 class DeviceView:
     """One device. `unloading_mb` is what copies in mid-unload still take, `returning_mb` what unloads have not given
-    back yet; both are part of `used_mb`."""
+    back yet; both are part of `used_mb`. `leased_mb` is what leases are for, whether in use or not."""
 
     device: int
     total_mb: float
@@ -121,6 +138,7 @@ class DeviceView:
     reserved_mb: float
     unloading_mb: float
     returning_mb: float
+    leased_mb: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -184,4 +202,11 @@ class Refuse:
     ticket: int
 
 
-Decision = Grant | Load | Evict | Wait | Refuse
+@dataclass(frozen=True)
+class Enough:
+    """A preload has nothing to do (any more)."""
+
+    ticket: int
+
+
+Decision = Grant | Load | Evict | Wait | Refuse | Enough

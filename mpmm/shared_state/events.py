@@ -31,3 +31,8 @@ class EventKind(IntEnum):
     LOST = 19  # MB: the copy's server or owner died
     WRITTEN_OFF = 20  # MB that did not come back
     RESET = 21  # 0
+    LEASED = 22  # MB
+    LEASE_ENDED = 23  # seconds held
+    PINNED = 24  # slot of the member
+    UNPINNED = 25  # slot of the member
+    OUT_OF_MEMORY = 26  # MB: the estimate until now, nan if there was none

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Iterator
 
-from mpmm.shared_state.snapshot import InstanceInfo, ModelInfo, Snapshot
+from mpmm.shared_state.snapshot import InstanceInfo, ModelInfo, Snapshot, TicketInfo
 
 __all__ = ["check_invariants"]
 
 
 def check_invariants(snapshot: Snapshot) -> list[str]:
     """Return what is wrong with a state, one line each that begins with the invariant's name; empty if all is well."""
-    return [line for check in (_header, _members, _models, _instances, _tickets, _devices) for line in check(snapshot)]
+    checks = (_header, _members, _models, _instances, _tickets, _pins, _devices)
+    return [line for check in checks for line in check(snapshot)]
 
 
 def _header(snapshot: Snapshot) -> Iterator[str]:
@@ -40,6 +40,7 @@ def _header(snapshot: Snapshot) -> Iterator[str]:
         "models": [model.row for model in snapshot.models],
         "instances": [instance.row for instance in snapshot.instances],
         "tickets": [ticket.row for ticket in snapshot.tickets],
+        "pins": [pin.row for pin in snapshot.pins],
     }
     for table, end in snapshot.table_ends.items():
         if max(used[table], default=-1) >= end:
@@ -58,7 +59,8 @@ def _models(snapshot: Snapshot) -> Iterator[str]:
     for instance in snapshot.instances:
         instances.setdefault(instance.model, []).append(instance)
     waiting = Counter(ticket.model for ticket in snapshot.tickets if ticket.state == "waiting")
-    tags = Counter(model.tag for model in snapshot.models)
+    pins = Counter(pin.model for pin in snapshot.pins)
+    tags = Counter(model.tag for model in snapshot.models if model.kind == "model")
     for model in snapshot.models:
         states = Counter(instance.state for instance in instances[model.row])
         if model.loaded != model.active + model.idle:
@@ -69,9 +71,22 @@ def _models(snapshot: Snapshot) -> Iterator[str]:
                 yield f"{invariant} {model.tag}: {name} is {getattr(model, name)}, the rows say {states[name]}"
         if model.waiting != waiting[model.row]:
             yield f"M3 {model.tag}: waiting is {model.waiting}, the tickets say {waiting[model.row]}"
-        if tags[model.tag] > 1:
+        if model.kind == "model" and tags[model.tag] > 1:
             yield f"M4 {model.tag} has {tags[model.tag]} rows"
+        if model.pins != pins[model.row]:
+            yield f"M5 {model.tag}: pins is {model.pins}, the rows say {pins[model.row]}"
+        if model.loaded + model.loading > snapshot.settings.max_model_copies:
+            yield f"M6 {model.tag}: {model.loaded} loaded and {model.loading} loading are more than max_model_copies"
+        if model.kind == "lease":
+            yield from _lease(model, instances[model.row], [t for t in snapshot.tickets if t.model == model.row])
         yield from _idle_list(model, instances[model.row])
+
+
+def _lease(model: ModelInfo, instances: list[InstanceInfo], tickets: list[TicketInfo]) -> Iterator[str]:
+    if model.estimate_mb is None:
+        yield f"M7 lease {model.tag}: nobody knows for how much it is"
+    if max(len(instances), len(tickets)) != 1:
+        yield f"M7 lease {model.tag} has {len(tickets)} tickets and {len(instances)} instances"
 
 
 def _idle_list(model: ModelInfo, instances: list[InstanceInfo]) -> Iterator[str]:
@@ -93,7 +108,7 @@ def _idle_list(model: ModelInfo, instances: list[InstanceInfo]) -> Iterator[str]
 
 
 def _instances(snapshot: Snapshot) -> Iterator[str]:
-    models = {model.row for model in snapshot.models}
+    models = {model.row: model.kind for model in snapshot.models}
     members = {member.slot for member in snapshot.members}
     for instance in snapshot.instances:
         what = f"instance {instance.row} ({instance.tag}, {instance.state})"
@@ -107,8 +122,12 @@ def _instances(snapshot: Snapshot) -> Iterator[str]:
                 yield f"I2 {what}: {name} {slot} is no member"
         if instance.state == "unloading" and instance.owner is not None and instance.holder != instance.owner:
             yield f"I1 {what}: owner {instance.owner} should unload it, not {instance.holder}"
-        if not instance.reserved_mb >= 0 or (instance.state == "loading" and math.isnan(instance.reserved_mb)):
+        if not instance.reserved_mb >= 0 or (instance.state == "leased" and not instance.reserved_mb > 0):
             yield f"I3 {what}: {instance.reserved_mb} MB reserved"
+        if (instance.state == "leased") != (models.get(instance.model) == "lease"):
+            yield f"I5 {what}: its model row {instance.model} is a {models.get(instance.model)}"
+        if instance.state == "leased" and (instance.owner, instance.server) != (None, None):
+            yield f"I5 {what}: it has owner {instance.owner}, server {instance.server}"
     generations = Counter(instance.generation for instance in snapshot.instances)
     for generation, count in generations.items():
         if count > 1:
@@ -132,9 +151,18 @@ def _tickets(snapshot: Snapshot) -> Iterator[str]:
             yield f"T2 {what}: instance is {ticket.instance}"
         if ticket.state in ("granted", "load") and ticket.instance is not None:
             instance = by_row.get(ticket.instance)
-            expected = "active" if ticket.state == "granted" else "loading"
-            if instance is None or instance.state != expected or instance.holder != ticket.member:
+            expected = ("active", "leased") if ticket.state == "granted" else ("loading",)
+            if instance is None or instance.state not in expected or instance.holder != ticket.member:
                 yield f"T2 {what}: promised {instance}"
+
+
+def _pins(snapshot: Snapshot) -> Iterator[str]:
+    members = {member.slot for member in snapshot.members}
+    models = {model.row for model in snapshot.models if model.kind == "model"}
+    counts = Counter((pin.model, pin.member) for pin in snapshot.pins)
+    for pin in snapshot.pins:
+        if pin.model not in models or pin.member not in members or counts[pin.model, pin.member] > 1:
+            yield f"P1 pin {pin.row}: model row {pin.model}, member {pin.member}, {counts[pin.model, pin.member]} times"
 
 
 def _devices(snapshot: Snapshot) -> Iterator[str]:

@@ -30,6 +30,7 @@ __all__ = [
     "Member",
     "Model",
     "Observation",
+    "Pin",
     "Table",
     "Ticket",
     "Undo",
@@ -37,10 +38,10 @@ __all__ = [
 ]
 
 MAGIC = int.from_bytes(b"mpmm-seg", "little")
-LAYOUT_VERSION = 2
+LAYOUT_VERSION = 3
 WORD = 8
 # So many of the tables, the first ones, say in `Header.ENDS` how far they have grown.
-GROWING = 4
+GROWING = 5
 
 
 def text_words(max_bytes: int) -> int:
@@ -68,8 +69,8 @@ class Header:
     BOOT = 7  # hash of the machine's boot id: what was written before a reboot is void
     TOKEN = 8  # the same random word as in the runtime directory's `token` file
     CREATED_WALL = 9  # wall, ns
-    CAPACITIES = 10  # eight words, in the order of `Capacities`
-    CONTENDED = 18  # raw, also without the lock; futex word: 1 when somebody may sleep until the lock is free
+    CAPACITIES = 10  # nine words, in the order of `Capacities`
+    CONTENDED = 19  # raw, also without the lock; futex word: 1 when somebody may sleep until the lock is free
 
     NEXT_TICKET = 20
     WAITING = 21  # derived
@@ -97,6 +98,7 @@ class Header:
     ROLLBACKS = 42  # raw
     LEADERS = 43
     WRITTEN_OFF = 44  # float: MB that never came back after unloads
+    OUT_OF_MEMORY = 45  # loads and uses that ran out of memory
 
     # What the source of memory figures can do, written by the leader.
     SOURCE_MEASURES_PROCESSES = 48
@@ -138,15 +140,20 @@ class Member:
 
 
 class Model:
-    """One tag.
+    """One tag; or one lease, a claim on memory that is no model's, under the name it was given.
+
+    A lease's row lasts from its request to its end. It is found by row alone, so that names may be the same.
 
     M1  LOADED == ACTIVE + IDLE, and each equals the number of instance rows of this model in that state.
     M2  the IDLE_HEAD list holds exactly the model's IDLE instances without OWNER, each once, newest first.
     M3  LOADING, UNLOADING and WAITING equal the instance and ticket rows of this model in that state.
-    M4  no two used rows have the same TAG.
+    M4  no two rows in state MODEL have the same TAG.
+    M5  PINS equals the pin rows of this model.
+    M6  no model has more ACTIVE, IDLE and LOADING copies together than `max_model_copies`.
+    M7  a row in state LEASE is KNOWN, and is that of one ticket, or of one LEASED instance, or of both.
     """
 
-    STATE = 0  # 0 free, 1 used
+    STATE = 0  # FREE, MODEL or LEASE
     GENERATION = 1
     ESTIMATE_MB = 2  # float; counts only if KNOWN
     KNOWN = 3
@@ -165,18 +172,27 @@ class Model:
     SHARES = 16  # 1 when its loader has made a handle: one load serves every process
     LOAD_S = 17  # float: smoothed duration of a load, 0 unknown
     HOLD_S = 18  # float: smoothed time between acquire and release, 0 unknown
-    TAG = 19  # text
+    PINS = 19  # derived: members that want its idle copies kept
+    TAG = 20  # text
     TAG_BYTES = 511
     WORDS = TAG + text_words(TAG_BYTES)
 
+    FREE = 0
+    MODEL = 1
+    LEASE = 2
+
 
 class Instance:
-    """One copy of a model, from the decision to load it until its memory is given back.
+    """One copy of a model, from the decision to load it until its memory is given back; or one lease that is held.
 
-    I1  a LOADING or ACTIVE row has a HOLDER, and IDLE has none; an UNLOADING row's HOLDER unloads it.
+    A LEASED row is nothing but a reservation that stands until its HOLDER gives it back or dies: what the process in
+    PROGRAM and its descendants are measured to take, its MB, is part of the device's figure and comes off.
+
+    I1  a LOADING, ACTIVE or LEASED row has a HOLDER, and IDLE has none; an UNLOADING row's HOLDER unloads it.
     I2  MODEL refers to a used model row; HOLDER, OWNER and SERVER to used member rows.
-    I3  RESERVED_MB >= 0; above 0 while LOADING, and after that until a sample has seen the load.
+    I3  RESERVED_MB >= 0; above 0 while LOADING, and after that until a sample has seen the load; and while LEASED.
     I4  no two used rows have the same GENERATION.
+    I5  exactly the LEASED rows have a MODEL row in state LEASE; they have neither OWNER nor SERVER.
     """
 
     STATE = 0
@@ -186,7 +202,7 @@ class Instance:
     OWNER = 4  # reference to the only member that can use the object; 0 for a handle
     SERVER = 5  # reference to the member that keeps the memory of a handle, 0 if not known
     DEVICE = 6  # index of the device row
-    MB = 7  # float: what the copy takes, by measurement or else by estimate
+    MB = 7  # float: what the copy takes, by measurement or else by estimate; for a lease what was measured, or 0
     RESERVED_MB = 8  # float: counted on top of the device's figure
     SINCE = 9  # when STATE changed last
     LOADED_AT = 10
@@ -195,7 +211,8 @@ class Instance:
     DOOMED = 13  # 1: to be unloaded as soon as its holder lets go (its server died, or a reset)
     HAS_SERVER = 14  # 1: the handle named a live shared object when the load ended
     USES = 15
-    HANDLE = 16  # text, empty for an object
+    PROGRAM = 16  # LEASED: pid of the process that uses the memory, 0 if that is not known
+    HANDLE = 17  # text, empty for an object
     HANDLE_BYTES = 631
     WORDS = HANDLE + text_words(HANDLE_BYTES)
 
@@ -204,34 +221,51 @@ class Instance:
     ACTIVE = 2
     IDLE = 3
     UNLOADING = 4
+    LEASED = 5
 
 
 class Ticket:
     """One waiter.
 
     T1  NUMBERs are unique; MODEL and MEMBER refer to used rows.
-    T2  INSTANCE is set exactly in states GRANTED (an ACTIVE row) and LOAD (a LOADING row), whose HOLDER is MEMBER.
+    T2  INSTANCE is set exactly in states GRANTED (an ACTIVE row, or a LEASED one) and LOAD (a LOADING row), whose
+        HOLDER is MEMBER.
     """
 
     STATE = 0
     NUMBER = 1
-    PRIORITY = 2  # 0 before 1: an unknown model goes first
+    PRIORITY = 2  # 0 before 1 before 2: an unknown model goes first, a preload last
     MODEL = 3
     MEMBER = 4
     INSTANCE = 5
     ENQUEUED = 6
-    DEADLINE = 7
+    DEADLINE = 7  # 2**63: none
     SIGNAL = 8  # futex word
     REASON = 9  # why it waits, see policy.view.Reason
     NEED_MB = 10  # float
+    PRELOAD = 11  # copies that a preload wants MEMBER to have at its disposal; 0 for who wants one to use
     WORDS = 12
 
     FREE = 0
     WAITING = 1
     GRANTED = 2
     LOAD = 3
-    REFUSED = 4  # can never fit: the waiter raises ModelTooLargeError
+    REFUSED = 4  # can never fit: the waiter raises ModelTooLargeError or LeaseTooLargeError
     RESET = 5  # a force_reset ended the wait
+    ENOUGH = 6  # of a preload: there are as many copies as it wants, or as there may be
+
+
+class Pin:
+    """One member's wish that idle copies of a model are not evicted. It goes with the member.
+
+    P1  MODEL refers to a used row in state MODEL, MEMBER to a used one; no two used rows have both in common.
+    """
+
+    STATE = 0  # 0 free, 1 used
+    MODEL = 1  # index of the model row
+    MEMBER = 2  # reference
+    SINCE = 3
+    WORDS = 4
 
 
 class Device:
@@ -313,6 +347,7 @@ class Capacities:
     models: int = 1024
     instances: int = 2048
     tickets: int = 4096
+    pins: int = 1024
     devices: int = 16
     observations: int = 256
     events: int = 8192
@@ -358,17 +393,18 @@ class Layout:
             word = table.end
         self.tables = tuple(tables)
         self.growing = self.tables[:GROWING]
-        self.members, self.models, self.instances, self.tickets = self.growing
-        self.devices, self.observations, self.events, self.undo = tables[4:]
+        self.members, self.models, self.instances, self.tickets, self.pins = self.growing
+        self.devices, self.observations, self.events, self.undo = tables[GROWING:]
         self.words = word
         self.size_bytes = word * WORD
 
 
-_ROWS: dict[str, type[Member | Model | Instance | Ticket | Device | Observation | Event | Undo]] = {
+_ROWS: dict[str, type[Member | Model | Instance | Ticket | Pin | Device | Observation | Event | Undo]] = {
     "members": Member,
     "models": Model,
     "instances": Instance,
     "tickets": Ticket,
+    "pins": Pin,
     "devices": Device,
     "observations": Observation,
     "events": Event,

@@ -184,6 +184,12 @@ class Namespace:
         """False after `leave`, and in a child that was forked after `join`."""
         return self._usable
 
+    @property
+    def life_fd(self) -> int:
+        """The descriptor of the lock that says that this member lives; whoever has a duplicate open keeps it alive."""
+        assert self._member_lock is not None
+        return self._member_lock.fd
+
     def transaction(self, patience_s: float | None = None) -> Transaction:
         """Return a transaction for `with`, which waits for the lock for `patience_s` at most.
 
@@ -394,7 +400,8 @@ def _open_or_replace(
         # All of its users crashed, and none of their model servers is left: nothing of it holds any more but what
         # was learnt of the models. The parameters are the newcomer's.
         with contextlib.suppress(SegmentCorruptError):
-            estimates = decode(bytearray(segment.copy()), segment.layout, runtime.name, name, with_events=False).models
+            models = decode(bytearray(segment.copy()), segment.layout, runtime.name, name, with_events=False).models
+            estimates = tuple(model for model in models if model.kind == "model")
         segment.close()
         unlink_segment(name)
         segment = None

@@ -29,6 +29,8 @@ class Settings:
     max_overtake_seconds: float = 2.0
     memory_return_seconds: float = 5.0
     load_timeout_seconds: float = math.inf
+    max_model_copies: float = math.inf  # none
+    idle_ttl_seconds: float = math.inf  # none
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -56,4 +58,6 @@ _RANGES: dict[str, tuple[float, float, str]] = {
     "max_overtake_seconds": _SECONDS,
     "memory_return_seconds": _SECONDS,
     "load_timeout_seconds": (0.001, math.inf, "seconds"),
+    "max_model_copies": (1, math.inf, "a count"),
+    "idle_ttl_seconds": _SECONDS,
 }

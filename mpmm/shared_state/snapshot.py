@@ -33,6 +33,7 @@ from mpmm.shared_state.layout import (
     Member,
     Model,
     Observation,
+    Pin,
     Ticket,
 )
 from mpmm.shared_state.lock_file import LockFile, is_locked
@@ -49,6 +50,7 @@ __all__ = [
     "MemberInfo",
     "ModelInfo",
     "ObservationInfo",
+    "PinInfo",
     "Snapshot",
     "TicketInfo",
     "as_json",
@@ -68,8 +70,9 @@ class Kind(str, Enum):
     SERVER = "server"
 
 
-_INSTANCE_STATES = {1: "loading", 2: "active", 3: "idle", 4: "unloading"}
-_TICKET_STATES = {1: "waiting", 2: "granted", 3: "load", 4: "refused", 5: "reset"}
+_MODEL_KINDS = {1: "model", 2: "lease"}
+_INSTANCE_STATES = {1: "loading", 2: "active", 3: "idle", 4: "unloading", 5: "leased"}
+_TICKET_STATES = {1: "waiting", 2: "granted", 3: "load", 4: "refused", 5: "reset", 6: "enough"}
 
 
 @dataclass(frozen=True)
@@ -91,9 +94,13 @@ class MemberInfo:
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """One tag: how many copies in which state, its estimate in MB (None: unknown), and its counters."""
+    """One tag: how many copies in which state, its estimate in MB (None: unknown), and its counters.
+
+    kind: `model`, or `lease` for what stands for one lease, held or waited for; its estimate is what it is for.
+    """
 
     row: int
+    kind: str
     tag: str
     estimate_mb: float | None
     measured: bool
@@ -106,6 +113,7 @@ class ModelInfo:
     loads: int
     hits: int
     evictions: int
+    pins: int
     unused_for_s: float
     idle_head: int | None
     generation: int
@@ -113,7 +121,11 @@ class ModelInfo:
 
 @dataclass(frozen=True)
 class InstanceInfo:
-    """One copy. `holder`, `owner` and `server` are slots of members; `handle` is None for an object."""
+    """One copy. `holder`, `owner` and `server` are slots of members; `handle` is None for an object.
+
+    A lease that is held is one in state `leased`: `reserved_mb` is what it is for, `mb` what its program, of pid
+    `program` if that is known, was measured to take.
+    """
 
     row: int
     tag: str
@@ -128,6 +140,7 @@ class InstanceInfo:
     for_s: float
     uses: int
     handle: str | None
+    program: int | None
     doomed: bool
     next: int | None
     previous: int | None
@@ -136,7 +149,10 @@ class InstanceInfo:
 
 @dataclass(frozen=True)
 class TicketInfo:
-    """One waiter. `need_mb` is the estimate or default when it queued; `member` is a slot."""
+    """One waiter, for a model or a lease. `need_mb` is the estimate or default when it queued; `member` is a slot.
+
+    preload: how many copies a preload wants, 0 for other waiters.
+    """
 
     row: int
     number: int
@@ -150,7 +166,19 @@ class TicketInfo:
     need_mb: float
     waited_s: float
     time_left_s: float
+    preload: int
     instance: int | None
+
+
+@dataclass(frozen=True)
+class PinInfo:
+    """A member (slot) wants the idle copies of a model (row) kept."""
+
+    row: int
+    tag: str
+    model: int
+    member: int
+    for_s: float
 
 
 @dataclass(frozen=True)
@@ -240,6 +268,7 @@ class Snapshot:
     rollbacks: int
     leaders: int
     resets: int
+    out_of_memory: int
     written_off_mb: float
     settings: Settings
     table_ends: dict[str, int]
@@ -247,6 +276,7 @@ class Snapshot:
     models: tuple[ModelInfo, ...]
     instances: tuple[InstanceInfo, ...]
     tickets: tuple[TicketInfo, ...]
+    pins: tuple[PinInfo, ...]
     devices: tuple[DeviceInfo, ...]
     observations: tuple[ObservationInfo, ...]
     events: tuple[EventInfo, ...]
@@ -402,6 +432,7 @@ class _Decoder:
             rollbacks=words[Header.ROLLBACKS],
             leaders=words[Header.LEADERS],
             resets=words[Header.RESETS],
+            out_of_memory=words[Header.OUT_OF_MEMORY],
             written_off_mb=floats[Header.WRITTEN_OFF],
             settings=settings,
             table_ends={table.name: words[table.end_word] for table in self._layout.growing},
@@ -414,6 +445,7 @@ class _Decoder:
                     key=lambda ticket: (ticket.priority, ticket.number),
                 )
             ),
+            pins=tuple(self._pin(row, at, tags) for row, at in self._rows("pins")),
             devices=tuple(self._device(row, at, settings, instances, books_only) for row, at in self._rows("devices")),
             observations=tuple(self._observations(models, tags)),
             events=tuple(self._events(tags)) if with_events else (),
@@ -475,6 +507,7 @@ class _Decoder:
         words = self._words
         return ModelInfo(
             row=row,
+            kind=_MODEL_KINDS.get(words[at + Model.STATE], f"state {words[at + Model.STATE]}"),
             tag=self._text(at + Model.TAG),
             estimate_mb=self._floats[at + Model.ESTIMATE_MB] if words[at + Model.KNOWN] else None,
             measured=bool(words[at + Model.MEASURED]),
@@ -487,6 +520,7 @@ class _Decoder:
             loads=words[at + Model.LOADS],
             hits=words[at + Model.HITS],
             evictions=words[at + Model.EVICTIONS],
+            pins=words[at + Model.PINS],
             unused_for_s=self._age(words[at + Model.USED_AT]),
             idle_head=self._reference(words[at + Model.IDLE_HEAD]),
             generation=words[at + Model.GENERATION],
@@ -508,6 +542,7 @@ class _Decoder:
             for_s=self._age(words[at + Instance.SINCE]),
             uses=words[at + Instance.USES],
             handle=self._text(at + Instance.HANDLE) or None,
+            program=words[at + Instance.PROGRAM] or None,
             doomed=bool(words[at + Instance.DOOMED]),
             next=self._reference(words[at + Instance.NEXT]),
             previous=self._reference(words[at + Instance.PREVIOUS]),
@@ -530,9 +565,15 @@ class _Decoder:
             reason=words[at + Ticket.REASON],
             need_mb=self._floats[at + Ticket.NEED_MB],
             waited_s=self._age(words[at + Ticket.ENQUEUED]),
-            time_left_s=-self._age(words[at + Ticket.DEADLINE]),
+            time_left_s=-self._age(words[at + Ticket.DEADLINE]) if words[at + Ticket.DEADLINE] < 2**63 else math.inf,
+            preload=words[at + Ticket.PRELOAD],
             instance=self._reference(words[at + Ticket.INSTANCE]),
         )
+
+    def _pin(self, row: int, at: int, tags: dict[int, str]) -> PinInfo:
+        words = self._words
+        model, member = words[at + Pin.MODEL], words[at + Pin.MEMBER] - 1
+        return PinInfo(row, tags.get(model, ""), model, member, self._age(words[at + Pin.SINCE]))
 
     def _device(
         self, row: int, at: int, settings: Settings, instances: tuple[InstanceInfo, ...], books_only: bool
@@ -540,7 +581,7 @@ class _Decoder:
         words, floats = self._words, self._floats
         here = [instance for instance in instances if instance.device == row]
         sampled = words[at + Device.SAMPLED]
-        booked = math.fsum(instance.mb for instance in here if instance.state != "loading")
+        booked = math.fsum(instance.mb for instance in here if instance.state not in ("loading", "leased"))
         return DeviceInfo(
             row=row,
             uuid=self._text(at + Device.UUID),
@@ -556,7 +597,9 @@ class _Decoder:
         )
 
     def _still_reserved(self, instance: InstanceInfo) -> float:
-        """What a copy's reservation adds to the device's figure, see `Scheduler.read_copies`."""
+        """What a copy's or lease's reservation adds to the device's figure, see `Scheduler.read_copies`."""
+        if instance.state == "leased":
+            return max(0.0, instance.reserved_mb - instance.mb)
         if instance.server is None or not self._words[Header.SOURCE_MEASURES_PROCESSES]:
             return instance.reserved_mb
         table = self._layout.members

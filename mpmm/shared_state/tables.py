@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mpmm.errors import InvalidArgumentError, TableFullError
-from mpmm.shared_state.layout import Instance, Member, Model, Table, Ticket
+from mpmm.shared_state.layout import Instance, Member, Model, Pin, Table, Ticket
 from mpmm.shared_state.segment import Segment
 
 __all__ = ["Tables", "encode_text", "fit_text"]
@@ -44,6 +44,7 @@ class Tables:
         layout = segment.layout
         self._members, self._models = layout.members, layout.models
         self._instances, self._tickets, self._devices = layout.instances, layout.tickets, layout.devices
+        self._pins = layout.pins
         # tag -> (row, generation); a hint that model_row() checks against the segment.
         self._rows_of_tags: dict[str, tuple[int, int]] = {}
 
@@ -66,6 +67,10 @@ class Tables:
     def ticket(self, row: int) -> int:
         """First word of a ticket row."""
         return self._tickets.base + row * Ticket.WORDS
+
+    def pin(self, row: int) -> int:
+        """First word of a pin row."""
+        return self._pins.base + row * Pin.WORDS
 
     def device(self, row: int) -> int:
         """First word of a device row."""
@@ -106,7 +111,7 @@ class Tables:
             del self._rows_of_tags[tag]
         wanted = tag.encode("utf-8", "surrogateescape")
         models = self.view(self._models)
-        candidates = np.flatnonzero((models[:, Model.STATE] == 1) & (models[:, Model.TAG] == len(wanted)))
+        candidates = np.flatnonzero((models[:, Model.STATE] == Model.MODEL) & (models[:, Model.TAG] == len(wanted)))
         for row in candidates.tolist():
             if self.text(self.model(row) + Model.TAG) == wanted:
                 if len(self._rows_of_tags) > 4 * self._models.capacity:
@@ -114,6 +119,15 @@ class Tables:
                 self._rows_of_tags[tag] = (row, words[self.model(row) + Model.GENERATION])
                 return int(row)
         return None
+
+    def pin_row(self, model: int, member: int) -> int | None:
+        """Return the row of a member's (reference) pin on a model, or None."""
+        pins = self.rows_where(self._pins, Pin.MEMBER, member)
+        return next((row for row in pins if self.segment.words[self.pin(row) + Pin.MODEL] == model), None)
+
+    def model_rows(self) -> list[int]:
+        """Return the rows of tags, without those of leases."""
+        return self.rows_where(self._models, Model.STATE, Model.MODEL)
 
     def used_rows(self, table: Table) -> list[int]:
         """Return the rows of a table whose first word is not 0."""

@@ -10,6 +10,8 @@ checked it before.
                                fail_load                               begin_unload
                                   v                                          v
                                  free <──────────end_unload───────────── UNLOADING
+
+    lease:      begin_lease ──> LEASED ──end_lease──> free
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ import numpy as np
 from mpmm.errors import TableFullError
 from mpmm.shared_state.events import EventKind
 from mpmm.shared_state.futex import wake_all
-from mpmm.shared_state.layout import Device, Header, Instance, Member, Model, Observation, Table, Ticket
+from mpmm.shared_state.layout import Device, Header, Instance, Member, Model, Observation, Pin, Table, Ticket
 from mpmm.shared_state.tables import Tables
 from mpmm.shared_state.transaction import Transaction, float_bits
 
@@ -114,6 +116,8 @@ class Transitions:
             t.set(Header.LEADER, 0)
         for row in tables.rows_where(self.layout.tickets, Ticket.MEMBER, reference):
             self.leave_queue(t, row)
+        for row in tables.rows_where(self.layout.pins, Pin.MEMBER, reference):
+            self.unpin(t, row)
         for row in tables.rows_where(self.layout.instances, Instance.OWNER, reference):
             self._drop(t, row)
         for row in tables.rows_where(self.layout.instances, Instance.SERVER, reference):
@@ -124,6 +128,8 @@ class Transitions:
                 self.release(t, row)
             elif state == Instance.LOADING:
                 self._abandon_load(t, row)
+            elif state == Instance.LEASED:
+                self.end_lease(t, row)
         # What it was unloading, and what has just become so, somebody living has to finish.
         heir = self._heir(reference)
         for row in tables.rows_where(self.layout.instances, Instance.HOLDER, reference):
@@ -179,6 +185,53 @@ class Transitions:
         found = self.tables.model_row(tag)
         if found is not None:
             return found
+        row = self._take_model_row(t, encoded)
+        t.set(self.tables.model(row) + Model.STATE, Model.MODEL)
+        return row
+
+    def estimate(self, t: Transaction, row: int, mb: float, measured: bool) -> None:
+        """Set what a copy of the model is expected to take; its waiters lose the priority of the unknown."""
+        at = self.tables.model(row)
+        if not self.segment.words[at + Model.KNOWN]:
+            for ticket in self.tables.rows_where(self.layout.tickets, Ticket.MODEL, row):
+                if not self.segment.words[self.tables.ticket(ticket) + Ticket.PRIORITY]:
+                    t.set(self.tables.ticket(ticket) + Ticket.PRIORITY, 1)
+                t.set_float(self.tables.ticket(ticket) + Ticket.NEED_MB, mb)
+        t.set_float(at + Model.ESTIMATE_MB, mb)
+        t.set(at + Model.KNOWN, 1)
+        t.set(at + Model.MEASURED, int(measured))
+        t.event(EventKind.ESTIMATED, row + 1, value=mb)
+
+    def run_out(self, t: Transaction, row: int) -> None:
+        """Record that a copy of the model needed more memory than there was."""
+        known = self.segment.words[self.tables.model(row) + Model.KNOWN]
+        estimate = self.segment.floats[self.tables.model(row) + Model.ESTIMATE_MB] if known else math.nan
+        t.add(Header.OUT_OF_MEMORY, 1)
+        t.event(EventKind.OUT_OF_MEMORY, row + 1, value=estimate)
+
+    def pin(self, t: Transaction, model: int, member: int) -> int:
+        """Keep the idle copies of a model from eviction for a member (slot); return the row. Raises TableFullError."""
+        row = self._take_row(t, self.layout.pins)
+        at = self.tables.pin(row)
+        t.set(at + Pin.MODEL, model)
+        t.set(at + Pin.MEMBER, member + 1)
+        t.set(at + Pin.SINCE, t.now)
+        t.set(at + Pin.STATE, 1)
+        t.add(self.tables.model(model) + Model.PINS, 1)
+        t.event(EventKind.PINNED, model + 1, value=member)
+        return row
+
+    def unpin(self, t: Transaction, row: int) -> None:
+        """End a pin."""
+        at = self.tables.pin(row)
+        model = self.segment.words[at + Pin.MODEL]
+        t.set(at + Pin.STATE, 0)
+        t.add(self.tables.model(model) + Model.PINS, -1)
+        t.set(self.tables.model(model) + Model.USED_AT, t.now)
+        t.event(EventKind.UNPINNED, model + 1, value=self.segment.words[at + Pin.MEMBER] - 1)
+
+    def _take_model_row(self, t: Transaction, encoded: bytes) -> int:
+        """Return a row that is empty but for its name, for the caller to set its state. Raises TableFullError."""
         try:
             row = self._take_row(t, self.layout.models)
         except TableFullError:
@@ -192,31 +245,24 @@ class Transitions:
         t.set_float(at + Model.ESTIMATE_MB, math.nan)
         t.set(at + Model.USED_AT, t.now)
         t.set_text(at + Model.TAG, encoded)
-        t.set(at + Model.STATE, 1)
         return row
-
-    def estimate(self, t: Transaction, row: int, mb: float, measured: bool) -> None:
-        """Set what a copy of the model is expected to take; its waiters lose the priority of the unknown."""
-        at = self.tables.model(row)
-        if not self.segment.words[at + Model.KNOWN]:
-            for ticket in self.tables.rows_where(self.layout.tickets, Ticket.MODEL, row):
-                t.set(self.tables.ticket(ticket) + Ticket.PRIORITY, 1)
-                t.set_float(self.tables.ticket(ticket) + Ticket.NEED_MB, mb)
-        t.set_float(at + Model.ESTIMATE_MB, mb)
-        t.set(at + Model.KNOWN, 1)
-        t.set(at + Model.MEASURED, int(measured))
-        t.event(EventKind.ESTIMATED, row + 1, value=mb)
 
     def _oldest_unused_model(self) -> int:
         rows = self.tables.view(self.layout.models)
         busy = rows[:, Model.LOADED] + rows[:, Model.LOADING] + rows[:, Model.UNLOADING] + rows[:, Model.WAITING]
-        unused = np.flatnonzero(busy == 0)
+        free = (busy + rows[:, Model.PINS] == 0) & (rows[:, Model.STATE] == Model.MODEL)
+        unused = np.flatnonzero(free)
         return int(unused[np.argmin(rows[unused, Model.USED_AT])]) if len(unused) else -1
 
     # ---- tickets -------------------------------------------------------------------------------------------
 
-    def enqueue(self, t: Transaction, model: int, member: int, priority: int, need_mb: float, deadline_ns: int) -> int:
-        """Let a member (slot) wait for a model; return the ticket's row. Raises TableFullError."""
+    def enqueue(
+        self, t: Transaction, model: int, member: int, priority: int, need_mb: float, deadline_ns: int, preload: int = 0
+    ) -> int:
+        """Let a member (slot) wait for a model; return the ticket's row. Raises TableFullError.
+
+        preload: above 0, it waits for a load that brings the copies it can use to that number, not for one to use.
+        """
         row = self._take_row(t, self.layout.tickets)
         at = self.tables.ticket(row)
         number = self.segment.words[Header.NEXT_TICKET]
@@ -230,6 +276,7 @@ class Transitions:
         t.set(at + Ticket.DEADLINE, deadline_ns)
         t.set(at + Ticket.REASON, 0)
         t.set_float(at + Ticket.NEED_MB, need_mb)
+        t.set(at + Ticket.PRELOAD, preload)
         t.set(at + Ticket.STATE, Ticket.WAITING)
         t.add(self.tables.model(model) + Model.WAITING, 1)
         t.add(Header.WAITING, 1)
@@ -250,10 +297,10 @@ class Transitions:
         waited = (t.now - self.segment.words[at + Ticket.ENQUEUED]) / 1e9
         t.event(EventKind.GRANTED, model + 1, instance + 1, self.segment.words[at + Ticket.NUMBER] + 1, waited)
 
-    def pass_on(self, t: Transaction, row: int, instance: int) -> None:
+    def pass_on(self, t: Transaction, row: int, instance: int, used: bool = True) -> None:
         """Hand an active copy from its holder straight to a waiter (ticket's row) and wake it: `release` and `grant`.
 
-        For a copy that anybody may take over: not doomed, not alone, owned by nobody but its holder or the waiter.
+        For a copy that may be taken over: not doomed, not alone, owned by nobody or by the waiter. used: see `release`.
         Done in one go, it takes half the time of the two, and a waiter waits for every microsecond of it.
         """
         words, tables = self.segment.words, self.tables
@@ -276,7 +323,7 @@ class Transitions:
                 (at + Instance.USES, words[at + Instance.USES] + 1),
                 (model + Model.HITS, words[model + Model.HITS] + 1),
                 (model + Model.WAITING, words[model + Model.WAITING] - 1),
-                (model + Model.HOLD_S, self._smoothed(model + Model.HOLD_S, held)),
+                (model + Model.HOLD_S, self._hold_mean(model, held, used)),
                 (Header.HITS, words[Header.HITS] + 1),
                 (Header.WAITING, words[Header.WAITING] - 1),
                 (ticket + Ticket.INSTANCE, instance + 1),
@@ -287,12 +334,19 @@ class Transitions:
         t.after.append(partial(wake_all, self.segment.address + 8 * signal))
 
     def allow_load(self, t: Transaction, row: int, device: int, need_mb: float, alone: bool) -> int:
-        """Reserve memory for a waiter and tell it to load; return the instance's row. Raises TableFullError."""
+        """Reserve memory for a waiter and tell it to load; return the instance's row. Raises TableFullError.
+
+        For whom waits for a lease, the reservation is all there is to it: it has the lease then.
+        """
         at = self.tables.ticket(row)
         words = self.segment.words
-        instance = self.begin_load(t, words[at + Ticket.MODEL], words[at + Ticket.MEMBER] - 1, device, need_mb, alone)
+        model, member = words[at + Ticket.MODEL], words[at + Ticket.MEMBER] - 1
+        if words[self.tables.model(model)] == Model.LEASE:
+            instance, answer = self.begin_lease(t, model, member, device, need_mb), Ticket.GRANTED
+        else:
+            instance, answer = self.begin_load(t, model, member, device, need_mb, alone), Ticket.LOAD
         t.set(at + Ticket.INSTANCE, instance + 1)
-        self._answer(t, row, Ticket.LOAD)
+        self._answer(t, row, answer)
         return instance
 
     def refuse(self, t: Transaction, row: int) -> None:
@@ -307,10 +361,16 @@ class Transitions:
         )
         self._answer(t, row, Ticket.REFUSED)
 
+    def dismiss(self, t: Transaction, row: int) -> None:
+        """Tell a preload that no further copy is wanted."""
+        self._answer(t, row, Ticket.ENOUGH)
+
     def take_answer(self, t: Transaction, row: int) -> None:
         """Free the row of a ticket whose answer its waiter has read and now acts upon."""
-        assert self.segment.words[self.tables.ticket(row)] not in (Ticket.FREE, Ticket.WAITING)
-        t.set(self.tables.ticket(row) + Ticket.STATE, Ticket.FREE)
+        at = self.tables.ticket(row)
+        assert self.segment.words[at] not in (Ticket.FREE, Ticket.WAITING)
+        t.set(at + Ticket.STATE, Ticket.FREE)
+        self._forget_spent_lease(t, self.segment.words[at + Ticket.MODEL])
 
     def leave_queue(self, t: Transaction, row: int) -> None:
         """Take a ticket out whose waiter gave up or died; what it was just given goes back."""
@@ -323,9 +383,17 @@ class Transitions:
         t.event(EventKind.LEFT_QUEUE, words[at + Ticket.MODEL] + 1, ticket=words[at + Ticket.NUMBER] + 1, value=waited)
         t.set(at + Ticket.STATE, Ticket.FREE)
         if state == Ticket.GRANTED:
-            self.release(t, given - 1)
+            self._take_back_grant(t, given - 1)
         elif state == Ticket.LOAD:
             self.fail_load(t, given - 1)
+        self._forget_spent_lease(t, words[at + Ticket.MODEL])
+
+    def _take_back_grant(self, t: Transaction, instance: int) -> None:
+        """Take back what was granted to a waiter that has not acted upon it."""
+        if self.segment.words[self.tables.instance(instance)] == Instance.LEASED:
+            self.end_lease(t, instance)
+        else:
+            self.release(t, instance)
 
     def _answer(self, t: Transaction, row: int, state: int) -> None:
         self._stop_waiting(t, row)
@@ -338,18 +406,61 @@ class Transitions:
         t.add(self.tables.model(model) + Model.WAITING, -1)
         t.add(Header.WAITING, -1)
 
+    # ---- leases --------------------------------------------------------------------------------------------
+
+    def claim_lease(self, t: Transaction, encoded: bytes, mb: float) -> int:
+        """Return a new model row that stands for a lease, to be waited for like a model. Raises TableFullError."""
+        row = self._take_model_row(t, encoded)
+        at = self.tables.model(row)
+        t.set_float(at + Model.ESTIMATE_MB, mb)
+        t.set(at + Model.KNOWN, 1)
+        t.set(at + Model.STATE, Model.LEASE)
+        return row
+
+    def begin_lease(self, t: Transaction, model: int, member: int, device: int, mb: float) -> int:
+        """Give a member (slot) the lease that a model row stands for; return the row. Raises TableFullError."""
+        row = self._new_instance(t, model, member, device)
+        at = self.tables.instance(row)
+        t.set_float(at + Instance.RESERVED_MB, mb)
+        self._change_state(t, row, Instance.LEASED)
+        t.set(Header.CONFIGURED_AT, t.now)
+        t.event(EventKind.LEASED, model + 1, row + 1, value=mb)
+        return row
+
+    def link_program(self, t: Transaction, row: int, pid: int) -> None:
+        """Record which process uses the memory of a lease, so that what it takes is not counted twice."""
+        t.set(self.tables.instance(row) + Instance.PROGRAM, pid)
+
+    def measure_program(self, t: Transaction, row: int, mb: float) -> None:
+        """Record what the process that uses the memory of a lease takes at present."""
+        t.set_float(self.tables.instance(row) + Instance.MB, mb)
+
+    def end_lease(self, t: Transaction, row: int) -> None:
+        """The memory of a lease is free for others; its name is forgotten."""
+        at = self.tables.instance(row)
+        words = self.segment.words
+        assert words[at + Instance.STATE] == Instance.LEASED
+        model = words[at + Instance.MODEL]
+        t.event(EventKind.LEASE_ENDED, model + 1, row + 1, value=(t.now - words[at + Instance.SINCE]) / 1e9)
+        self._change_state(t, row, Instance.FREE)
+        t.set(Header.CONFIGURED_AT, t.now)
+        self._forget_spent_lease(t, model)
+
+    def _forget_spent_lease(self, t: Transaction, model: int) -> None:
+        """Free a lease's model row once nobody waits for the lease or has it; a model's row stays."""
+        if self.segment.words[self.tables.model(model)] != Model.LEASE:
+            return
+        waiting = self.tables.rows_where(self.layout.tickets, Ticket.MODEL, model)
+        held = self.tables.rows_where(self.layout.instances, Instance.MODEL, model)
+        if not waiting and not held:
+            t.set(self.tables.model(model) + Model.STATE, Model.FREE)
+
     # ---- instances -----------------------------------------------------------------------------------------
 
     def begin_load(self, t: Transaction, model: int, member: int, device: int, need_mb: float, alone: bool) -> int:
         """Book a copy that a member (slot) is about to load; return its row. Raises TableFullError."""
-        row = self._take_row(t, self.layout.instances)
+        row = self._new_instance(t, model, member, device)
         at = self.tables.instance(row)
-        for word in range(Instance.STATE, Instance.HANDLE + 1):
-            t.set(at + word, 0)
-        t.set(at + Instance.MODEL, model)
-        t.set(at + Instance.GENERATION, self._next_generation(t))
-        t.set(at + Instance.HOLDER, member + 1)
-        t.set(at + Instance.DEVICE, device)
         t.set_float(at + Instance.MB, need_mb)
         t.set_float(at + Instance.RESERVED_MB, need_mb)
         self._change_state(t, row, Instance.LOADING)
@@ -360,6 +471,18 @@ class Transitions:
             t.set_float(Header.ISOLATION_BASELINE, math.nan)
             t.event(EventKind.ISOLATION_BEGAN, model + 1, row + 1)
         t.event(EventKind.LOAD_BEGAN, model + 1, row + 1, value=need_mb)
+        return row
+
+    def _new_instance(self, t: Transaction, model: int, member: int, device: int) -> int:
+        """Return a row that a member (slot) holds, for the caller to set its state. Raises TableFullError."""
+        row = self._take_row(t, self.layout.instances)
+        at = self.tables.instance(row)
+        for word in range(Instance.STATE, Instance.HANDLE + 1):
+            t.set(at + word, 0)
+        t.set(at + Instance.MODEL, model)
+        t.set(at + Instance.GENERATION, self._next_generation(t))
+        t.set(at + Instance.HOLDER, member + 1)
+        t.set(at + Instance.DEVICE, device)
         return row
 
     def set_baseline(self, t: Transaction, mb: float) -> None:
@@ -451,8 +574,11 @@ class Transitions:
         self.activate(t, row, holder)
         t.event(EventKind.HIT, self._model_reference(row), row + 1)
 
-    def release(self, t: Transaction, row: int) -> None:
-        """An active copy is free again: idle, or to be unloaded if it is doomed. Ends its isolation."""
+    def release(self, t: Transaction, row: int, used: bool = True) -> None:
+        """An active copy is free again: idle, or to be unloaded if it is doomed. Ends its isolation.
+
+        used: False if it was only loaded, so that the time it was held teaches nothing.
+        """
         at = self.tables.instance(row)
         words = self.segment.words
         assert words[at + Instance.STATE] == Instance.ACTIVE
@@ -476,7 +602,7 @@ class Transitions:
             (at + Instance.HOLDER, 0),
             (model + Model.ACTIVE, words[model + Model.ACTIVE] - 1),
             (model + Model.IDLE, words[model + Model.IDLE] + 1),
-            (model + Model.HOLD_S, self._smoothed(model + Model.HOLD_S, held)),
+            (model + Model.HOLD_S, self._hold_mean(model, held, used)),
             (Header.ACTIVE, words[Header.ACTIVE] - 1),
         ]
         if not words[at + Instance.OWNER]:
@@ -530,7 +656,10 @@ class Transitions:
         self._drop(t, row)
 
     def reset(self, t: Transaction) -> None:
-        """Empty queue and memory: waiters are told, idle copies unloaded, the rest doomed or given up."""
+        """Empty queue and memory: waiters are told, idle copies unloaded, the rest doomed or given up.
+
+        Leases stay: what a program outside takes is not ours to unload.
+        """
         words, tables = self.segment.words, self.tables
         for row in tables.used_rows(self.layout.tickets):
             at = tables.ticket(row)
@@ -543,7 +672,7 @@ class Transitions:
                 t.set(at + Ticket.STATE, Ticket.RESET)
                 self._wake(t, at + Ticket.SIGNAL)
                 if state == Ticket.GRANTED:
-                    self.release(t, given - 1)
+                    self._take_back_grant(t, given - 1)
                 else:
                     self.fail_load(t, given - 1)
         for row in tables.used_rows(self.layout.instances):
@@ -754,7 +883,8 @@ class Transitions:
         """Drop reservations of copies whose load had ended when the sample was taken."""
         words = self.segment.words
         rows = self.tables.view(self.layout.instances)
-        done = (rows[:, Instance.STATE] > Instance.LOADING) & (rows[:, Instance.DEVICE] == device)
+        loaded = np.isin(rows[:, Instance.STATE], (Instance.ACTIVE, Instance.IDLE, Instance.UNLOADING))
+        done = loaded & (rows[:, Instance.DEVICE] == device)
         for row in np.flatnonzero(done & (rows[:, Instance.RESERVED_MB] != 0)).tolist():
             if words[self.tables.instance(row) + Instance.LOADED_AT] <= taken_ns:
                 t.set_float(self.tables.instance(row) + Instance.RESERVED_MB, 0.0)
@@ -802,6 +932,11 @@ class Transitions:
         t.set(Header.SOLVED_AT, observations_made)
 
     # ---- helpers -------------------------------------------------------------------------------------------
+
+    def _hold_mean(self, model: int, held: float, used: bool) -> int:
+        """Return the word for the mean time that copies of a model (first word) are held."""
+        word = model + Model.HOLD_S
+        return self._smoothed(word, held) if used else self.segment.words[word]
 
     def _smoothed(self, word: int, seconds: float) -> int:
         """Return the word for a decaying mean of durations, to which `seconds` is added."""

@@ -1,0 +1,102 @@
+"""A lease: so much memory of a device for whatever its holder does with it, counted like a model by everybody."""
+
+from __future__ import annotations
+
+import os
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from mpmm.errors import InvalidArgumentError
+from mpmm.shared_state.layout import Instance
+from mpmm.shared_state.transaction import Transaction
+
+if TYPE_CHECKING:
+    from mpmm.worker import Worker
+
+__all__ = ["Lease"]
+
+
+class Lease:
+    """Memory that this process has been given, until `release`, the end of a `with` block, or its own end.
+
+    `ModelManager.reserve` makes them. name, mb: what it was asked for. device: index of the device's row, as
+    `mpmm inspect` lists them.
+    """
+
+    def __init__(self, worker: Worker, row: int, name: str, mb: float) -> None:
+        """Take possession of a LEASED row. Needs the lock."""
+        words, at = worker.namespace.segment.words, worker.namespace.tables.instance(row)
+        self.name = name
+        self.mb = mb
+        self.device = int(words[at + Instance.DEVICE])
+        self._worker = worker
+        self._row = row
+        self._generation = words[at + Instance.GENERATION]
+
+    def release(self) -> None:
+        """Give the memory back. Again, after `shutdown`, or in a forked child, which has no part in it: nothing.
+
+        When the lock is not to be had at once, it is given back as soon as it is.
+        """
+        worker = self._worker
+        if not worker.namespace.is_usable:
+            return
+
+        def end(t: Transaction) -> None:
+            if self._is_ours():
+                worker.namespace.transitions.end_lease(t, self._row)
+                worker.scheduler.advance(t)
+
+        worker.now_or_later(end)
+
+    def used_by(self, pid: int) -> None:
+        """Say which process is going to use the memory, this one or another.
+
+        Where a source measures single processes, what that one takes, and what it starts, is then not counted beside
+        the lease. Neither may hold objects of this namespace's models: their memory would pass for the lease's. (Model
+        servers are told apart.) Raises InvalidArgumentError for an impossible pid.
+        """
+        if not isinstance(pid, int) or pid <= 0:
+            raise InvalidArgumentError(f"lease {self.name!r}: pid {pid!r}; expected the number of a process")
+        worker = self._worker
+        if not worker.namespace.is_usable:
+            return
+
+        def link(t: Transaction) -> None:
+            if self._is_ours():
+                worker.namespace.transitions.link_program(t, self._row, pid)
+
+        worker.now_or_later(link)
+
+    @property
+    def is_held(self) -> bool:
+        """False once it has been given back."""
+        worker = self._worker
+        if not worker.namespace.is_usable:
+            return False
+        with worker.namespace.transaction():
+            return self._is_ours()
+
+    def descriptor(self) -> int:
+        """Return a new descriptor that keeps the lease from ending with this process, for a child to inherit.
+
+        A lease ends when no process has one open any more, or by `release`. The caller closes it.
+        """
+        return os.dup(self._worker.namespace.life_fd)
+
+    def _is_ours(self) -> bool:
+        """Tell whether the row still is this lease; the lock must be held."""
+        namespace = self._worker.namespace
+        words, at = namespace.segment.words, namespace.tables.instance(self._row)
+        return bool(words[at] == Instance.LEASED and words[at + Instance.GENERATION] == self._generation)
+
+    def __enter__(self) -> Lease:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
+
+    def __repr__(self) -> str:
+        return f"Lease(name={self.name!r}, mb={self.mb:g})"

@@ -1,0 +1,127 @@
+"""`mpmm run`: any program, in any language, on a lease.
+
+The program is a child of this process, in the same process group, with the same standard streams and environment.
+This process waits its turn, stays in the namespace as long as the program runs, and ends as the program does.
+
+Whichever of the two is killed, the lease stands exactly as long as the program does:
+
+- The program ends or dies: this process gives the lease back and leaves.
+- This process dies, by `kill -9` say: the kernel kills the program as well (Linux: PR_SET_PDEATHSIG), and the lease is
+  taken back by the others once it is gone. Where the kernel does not offer that, or the program takes its time to
+  die, or leaves children behind that have kept the descriptor: the descriptor that they inherited holds the lock by
+  which the others tell that this member lives, so nobody is given memory that is still in use.
+
+Signals that are sent to this process are passed on; those for keys, which a terminal sends to the whole group, the
+program gets by itself. While it waits for its turn, a signal ends it as usual.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Collection, Iterator, Sequence
+from pathlib import Path
+from types import FrameType
+
+from mpmm.lease import Lease
+from mpmm.model_manager import ModelManager
+
+__all__ = ["EXIT_CANNOT_RUN", "EXIT_NOT_FOUND", "run_on_lease"]
+
+# As `env`, `nohup` and shells have them; a program that a signal has ended counts as 128 + its number there.
+EXIT_CANNOT_RUN = 126
+EXIT_NOT_FOUND = 127
+EXIT_BY_SIGNAL = 128
+# What ends this process while it waits, and what it passes on once the program runs.
+_ENDING = (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM)
+_PASSED_ON = frozenset((*_ENDING, signal.SIGUSR1, signal.SIGUSR2))
+_FROM_KEYS = (signal.SIGINT, signal.SIGQUIT)
+_WATCHED = _PASSED_ON | {signal.SIGCHLD}
+_PR_SET_PDEATHSIG = 1
+
+
+def run_on_lease(
+    command: Sequence[str], mb: float, *, name: str, namespace: str, root: Path | None, wait_seconds: float
+) -> int:
+    """Run a program on a lease of `mb` MB, for which it waits so many seconds at most; return the exit status.
+
+    To be called in the main thread of a process that has no other one. Raises what `ModelManager.reserve` does, and
+    SystemExit when a signal ends the wait.
+    """
+    # Blocked before there are other threads, which inherit that: so signals come to this one.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, _WATCHED)
+    try:
+        with ModelManager(namespace=namespace, runtime_root=root) as manager:
+            with _ended_by_signals(mask):
+                lease = manager.reserve(mb, name=name, timeout_seconds=wait_seconds)
+            with lease:
+                return _run(command, lease, mask)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+def _run(command: Sequence[str], lease: Lease, mask: Collection[int]) -> int:
+    life = lease.descriptor()
+    try:
+        # Safe beside the keeper's thread: in the child, mpmm starts over and holds no lock.
+        program = subprocess.Popen(command, pass_fds=(life,), preexec_fn=_prepare_child(os.getpid(), mask))
+    except OSError as error:
+        print(f"mpmm: cannot run {command[0]!r}: {error.strerror}", file=sys.stderr)
+        return EXIT_NOT_FOUND if isinstance(error, FileNotFoundError) else EXIT_CANNOT_RUN
+    finally:
+        os.close(life)
+    lease.used_by(program.pid)
+    while (status := program.poll()) is None:
+        received, from_key = _next_signal()
+        if received != signal.SIGCHLD and not from_key:
+            program.send_signal(received)
+    return status if status >= 0 else EXIT_BY_SIGNAL - status
+
+
+def _prepare_child(parent: int, mask: Collection[int]) -> Callable[[], None]:
+    """Return what the child does before it becomes the program: it ties its life to ours, and unblocks signals."""
+    # Looked up here, because between fork and exec nothing should be that might need a lock.
+    prctl = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
+
+    def prepare() -> None:
+        if prctl is not None:
+            prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+            if os.getppid() != parent:
+                # It died in between, so the kernel is not going to tell us.
+                os._exit(EXIT_BY_SIGNAL + signal.SIGKILL)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+    return prepare
+
+
+def _next_signal() -> tuple[int, bool]:
+    """Wait for one of the watched signals; return it, and whether it was for a key, so that the whole group got it."""
+    if sys.platform == "linux":
+        info = signal.sigwaitinfo(_WATCHED)
+        # Above 0 it is from the kernel. The SIGHUP of a lost terminal comes from there, too, but only to one of us.
+        return info.si_signo, info.si_code > 0 and info.si_signo in _FROM_KEYS
+    return signal.sigwait(_WATCHED), False
+
+
+@contextlib.contextmanager
+def _ended_by_signals(mask: Collection[int]) -> Iterator[None]:
+    """Let signals end the block by SystemExit, so that this process leaves the queue and the namespace."""
+    before = {number: signal.getsignal(number) for number in _ENDING}
+    for number, handler in before.items():
+        if handler != signal.SIG_IGN:
+            signal.signal(number, _end)
+    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_BLOCK, _WATCHED)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    raise SystemExit(EXIT_BY_SIGNAL + number)
