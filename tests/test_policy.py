@@ -591,7 +591,10 @@ def test_no_plan_breaks_the_rules(state: View) -> None:
         waiter = tickets[decision.ticket]
         wanted = state.models[waiter.model]
         if isinstance(decision, Load):
-            assert decision.need_mb == wanted.need_mb
+            largest = max(limit_mb(one, state.rules.slack_percentage) for one in state.devices)
+            # What is only assumed does not make a model impossible.
+            assert decision.need_mb in (wanted.need_mb, largest)
+            assert decision.need_mb == wanted.need_mb or (not wanted.known and wanted.need_mb > largest)
             assert decision.alone == (not wanted.known and state.rules.isolate_unknown)
         if isinstance(decision, Refuse):
             limits = [limit_mb(one, state.rules.slack_percentage) for one in state.devices]

@@ -242,7 +242,7 @@ def test_a_key_that_interrupts_reaches_the_program_once(namespace: str, new_mana
 @pytest.mark.usefixtures("start")
 def test_a_terminal_that_is_lost_ends_the_program(namespace: str, new_manager: NewManager) -> None:
     new_manager()
-    with at_terminal(["run", "--mb", "100", "--namespace", namespace, "--", "cat"]) as (pid, terminal):
+    with at_terminal(["run", "--mb", "100", "--namespace", namespace, "--", "sleep", "60"]) as (pid, terminal):
         wait_until(lambda: [lease for lease in leases(namespace) if lease.program], "it runs")
         terminal.close()
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 128 + signal.SIGHUP
