@@ -63,12 +63,17 @@ class SharedBoard:
         """Record figures that could be read, and let waiters profit from them."""
         namespace = self._namespace
         words = namespace.segment.words
-        measured = {pid: mb for sample in samples for pid, mb in sample.process_mb.items()}
+        measured: dict[int, float] = {}
         with namespace.transaction() as t:
             for sample in samples:
                 row = self._rows.get(sample.index)
+                fresh = row is None or sample.used_mb is None
                 if row is not None and sample.used_mb is not None:
-                    namespace.transitions.sample(t, row, sample.used_mb, sample.taken_ns)
+                    fresh = namespace.transitions.sample(t, row, sample.used_mb, sample.taken_ns)
+                if fresh:
+                    # A process's part must come from the same sample as the whole: what a loading server takes is
+                    # subtracted from its reservation because the device's figure has it.
+                    measured.update(sample.process_mb)
             if measured:
                 for slot in self._servers():
                     pid = words[namespace.tables.member(slot) + Member.PID]

@@ -587,8 +587,11 @@ class Transitions:
             # By the books alone there is nothing to wait for; and what no sample has seen come need not be seen go.
             return
         if words[Header.SOURCE_MEASURES_PROCESSES]:
-            if words[at + Instance.SERVER]:
-                # What was measured is gone with its process: the figure is corrected before the next sample.
+            state, since = words[at + Instance.STATE], words[at + Instance.SINCE]
+            if words[at + Instance.SERVER] and state == Instance.UNLOADING and words[device + Device.SAMPLED] < since:
+                # What was measured is gone with its process: the figure is corrected before the next sample. Not if
+                # the last one is from during the unload, or the process has died by itself: that sample may have seen
+                # it go already, and memory that is taken off twice is given away twice.
                 t.set_float(device + Device.USED_MB, max(0.0, floats[device + Device.USED_MB] - mb))
         elif words[Header.SOURCE_SETTLES_LATE] and words[at + Instance.STATE] == Instance.UNLOADING:
             # (Of a copy whose process died, samples may have seen the memory go before anybody noticed.)
@@ -645,12 +648,12 @@ class Transitions:
                 t.set(at + Device.STATE, 1)
             t.set_float(at + Device.TOTAL_MB, total_mb)
 
-    def sample(self, t: Transaction, row: int, used_mb: float, taken_ns: int) -> None:
-        """Record a device's figure that was asked for at `taken_ns`; an older one than the last is ignored."""
+    def sample(self, t: Transaction, row: int, used_mb: float, taken_ns: int) -> bool:
+        """Record a device's figure that was asked for at `taken_ns`; return False if it is too old to say anything."""
         words, floats = self.segment.words, self.segment.floats
         at = self.tables.device(row)
         if taken_ns < words[at + Device.SAMPLED] or taken_ns < words[at + Device.RETURN_SINCE]:
-            return
+            return False
         t.set_float(at + Device.USED_MB, used_mb)
         t.set(at + Device.SAMPLED, taken_ns)
         slot = words[at + Device.RING_NEXT]
@@ -663,6 +666,7 @@ class Transitions:
             t.set_float(at + Device.HIGHEST_MB, used_mb)
         self._settle_return(t, at, used_mb, taken_ns)
         self._settle_reservations(t, row, taken_ns)
+        return True
 
     def measure(self, t: Transaction, slot: int, mb: float) -> None:
         """Record the memory of one model server, and with it what its copy takes."""

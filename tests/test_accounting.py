@@ -1,0 +1,93 @@
+"""Figures of single processes beside the figure of the whole device: nothing is given away twice."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from mpmm.board import SharedBoard
+from mpmm.scheduler import Scheduler
+from mpmm.shared_state.layout import Device, Member
+from mpmm.shared_state.namespace import Namespace
+from mpmm.sources import DeviceInfo, DeviceSample
+
+SERVER, PID = 1, 4243
+
+
+class MeasuringSource:
+    """A device of 1 000 MB whose figures the test makes up."""
+
+    name = "made up"
+    measures_processes = True
+    settles_late = False
+    cheap = True
+
+    def devices(self) -> tuple[DeviceInfo, ...]:
+        return (DeviceInfo(0, "made-up-0", "made up", 1000.0),)
+
+    def sample(self, server_pids: object) -> tuple[DeviceSample, ...]:
+        return ()
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+@pytest.fixture
+def board(namespace: str) -> Iterator[SharedBoard]:
+    """A board of a namespace with one model server, and no keeper that would find out that it does not live."""
+    joined = Namespace.join(namespace)
+    board = SharedBoard(joined, Scheduler(joined))
+    source = MeasuringSource()
+    board.describe(source, source.devices(), lead=True)
+    with joined.transaction() as t:
+        joined.transitions.join(t, SERVER, Member.SERVER, PID, 1, b"server")
+    yield board
+    joined.leave()
+
+
+def sample(used_mb: float, taken_ns: int, process_mb: float) -> list[DeviceSample]:
+    return [DeviceSample(0, used_mb, taken_ns, {PID: process_mb})]
+
+
+def unload(joined: Namespace, before_the_sample: bool, board: SharedBoard) -> None:
+    """Load and unload a copy of 100 MB that the server keeps; a sample comes before the unload begins or during it."""
+    transitions = joined.transitions
+    with joined.transaction() as t:
+        model = transitions.claim_model(t, "a", b"a")
+        row = transitions.begin_load(t, model, joined.slot, 0, 100.0, alone=False)
+        transitions.link_server(t, row, SERVER)
+        transitions.end_load(t, row, b"handle", 100.0, SERVER + 1, True, seen=True)
+        transitions.release(t, row)
+    if before_the_sample:
+        board.publish(sample(500.0, time.monotonic_ns(), 100.0))
+    with joined.transaction() as t:
+        transitions.begin_unload(t, row, joined.slot, evicted=True)
+    if not before_the_sample:
+        # The server is gone by now, and the figure knows it.
+        board.publish(sample(400.0, time.monotonic_ns(), 0.0))
+    with joined.transaction() as t:
+        transitions.end_unload(t, row)
+
+
+@pytest.mark.parametrize("before_the_sample", [True, False], ids=["before", "during"])
+def test_unloaded_memory_is_taken_off_the_figure_once(board: SharedBoard, before_the_sample: bool) -> None:
+    joined = board._namespace
+    unload(joined, before_the_sample, board)
+    assert joined.segment.floats[joined.tables.device(0) + Device.USED_MB] == 400.0
+
+
+def test_a_sample_that_is_too_old_for_the_device_is_too_old_for_its_processes(board: SharedBoard) -> None:
+    joined = board._namespace
+    began = time.monotonic_ns()
+    unload(joined, True, board)
+    measured = joined.tables.member(SERVER) + Member.MEASURED_MB
+    assert joined.segment.floats[measured] == 100.0
+    board.publish(sample(900.0, began, 300.0))
+    assert joined.segment.floats[measured] == 100.0
+    assert joined.segment.floats[joined.tables.device(0) + Device.USED_MB] == 400.0
+    board.publish(sample(700.0, time.monotonic_ns(), 300.0))
+    assert joined.segment.floats[measured] == 300.0
+    assert not math.isnan(joined.segment.floats[joined.tables.device(0) + Device.USED_MB])
