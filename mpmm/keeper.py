@@ -171,6 +171,7 @@ class Keeper:
         with self._namespace.transaction() as t:
             self._namespace.transitions.note_poll(t)
             self._give_up_slow_loads(t)
+            self._worker.scheduler.count_requests(t)
             # Time alone changes plans, too.
             self._worker.scheduler.advance(t)
             estimates = self._learn(t)

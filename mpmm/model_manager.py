@@ -49,7 +49,6 @@ from mpmm.errors import (
     NotAcquiredError,
 )
 from mpmm.gpu_monitor import GPUMonitor
-from mpmm.policy.view import Reason
 from mpmm.proxy.context import attach_namespace, serving_for
 from mpmm.resource_estimator import ResourceEstimator
 from mpmm.shared_state.futex import wait_for_change
@@ -519,12 +518,12 @@ class ModelManager(BeamNames):
             return "shut down"
 
         def leave(t: Transaction) -> str:
-            reason = Reason(namespace.segment.words[namespace.tables.ticket(row) + Ticket.REASON])
+            reason = worker.scheduler.why(row)
             namespace.transitions.leave_queue(t, row)
             if timed_out:
                 t.add(Header.TIMEOUTS, 1)
             worker.scheduler.advance(t)
-            return reason.name.lower()
+            return reason
 
         return worker.now_or_later(leave) or "lock"
 

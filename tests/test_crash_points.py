@@ -25,6 +25,7 @@ import pytest
 from processes import CRASH_POINTS
 
 from mpmm import ModelManager
+from mpmm.shared_state.events import Cause
 from mpmm.shared_state.invariants import check_invariants
 from mpmm.shared_state.layout import Capacities, Event, Header, Instance, Member
 from mpmm.shared_state.namespace import Namespace
@@ -189,6 +190,8 @@ class Lab:
 class _Actor:
     """What transitions need to know of the process that makes them."""
 
+    name = "lab"
+
     def __init__(self, slot: int, settings: Settings) -> None:
         self.slot = slot
         self.reference = slot + 1
@@ -330,7 +333,9 @@ def scenarios() -> dict[str, Callable[[Lab], Operation]]:
         "claim_model/recycling": claimed_when_full,
         "estimate": on(lambda lab: lab.ticket(known=False), lambda t, tr, _: tr.estimate(t, 0, 123.5, measured=True)),
         "enqueue": on(Lab.model, lambda t, tr, row: tr.enqueue(t, row, Lab.victim, 0, math.nan, 2**62)),
-        "set_reason": on(Lab.ticket, lambda t, tr, row: tr.set_reason(t, row, 3)),
+        "note_demand": on(Lab.model, lambda t, tr, row: tr.note_demand(t, row, 0.5, 7, 10**9)),
+        "set_reason": on(Lab.ticket, lambda t, tr, row: tr.set_reason(t, row, Cause(3, 100.0, 50.0, 60.0, 0.5, 1))),
+        "block": on(Lab.ticket, lambda t, tr, row: tr.block(t, row)),
         "grant": granted,
         "allow_load": on(Lab.ticket, lambda t, tr, row: tr.allow_load(t, row, 0, 50.0, alone=False)),
         "allow_load/alone": on(Lab.ticket, lambda t, tr, row: tr.allow_load(t, row, 0, 50.0, alone=True)),

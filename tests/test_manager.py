@@ -158,7 +158,7 @@ def test_a_reservation_stands_until_a_sample_has_seen_the_load(
     held = [(tag, manager.acquire_model(tag, LoadsObject(tag, device=device, mb=400))) for tag in "ab"]
     [info] = read_snapshot(namespace).devices
     assert (info.used_mb, info.reserved_mb) == (0, 800)
-    with pytest.raises(AcquireTimeoutError, match="last reason: memory"):
+    with pytest.raises(AcquireTimeoutError, match="last reason: in_use: waits: needs 300 MB, 200 free"):
         manager.acquire_model("c", LoadsObject("c", device=device, mb=300))
     device.come_back()
     wait_until(lambda: read_snapshot(namespace).devices[0].reserved_mb == 0, "the sample settles the reservations")
@@ -463,7 +463,9 @@ def test_without_a_gpu_the_books_are_the_figures(new_manager: NewManager) -> Non
 def test_a_wait_ends_at_the_time_out_and_says_what_it_waited_for(namespace: str, new_manager: NewManager) -> None:
     manager = new_manager(fallback_memory_mb=100, wait_timeout_seconds=0.2)
     held = manager.acquire_model("a", Loads())
-    with pytest.raises(AcquireTimeoutError, match=r"waiting to acquire model: b .*last reason: memory") as caught:
+    with pytest.raises(
+        AcquireTimeoutError, match=r"waiting to acquire model: b .*last reason: in_use: waits: needs 100 MB, 0 free"
+    ) as caught:
         manager.acquire_model("b", Loads())
     assert caught.value.tag == "b"
     assert isinstance(caught.value, RuntimeError)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from mpmm.policy.admission import best_fit, free_mb, limit_mb
 from mpmm.policy.eviction import eviction_order, score
-from mpmm.policy.fairness import may_overtake, queue_order
+from mpmm.policy.fairness import is_due, is_overdue, queue_order
 from mpmm.policy.plan import make_plan
 from mpmm.policy.sharing import waiting_is_sooner
 from mpmm.policy.view import (
@@ -48,8 +48,11 @@ def model(row: int, need: float = 100.0, *, known: bool = True, **counts: Any) -
     return ModelView(row, known, need, counts.get("shared", 0), counts.get("owned", {}), counts.get("waiting", 0))
 
 
-def ticket(row: int, wants: int, *, priority: int = 1, member: int = ME, waited: float = 0.0) -> TicketView:
-    return TicketView(row, row, priority, wants, member, NOW - waited)
+def ticket(
+    row: int, wants: int, *, priority: int = 1, member: int = ME, waited: float = 0.0, blocked: float | None = None
+) -> TicketView:
+    since = None if blocked is None else NOW - blocked
+    return TicketView(row, row, priority, wants, member, NOW - waited, since)
 
 
 def idle(row: int, of: int, *, mb: float = 100.0, age: float = 100.0, owner: int | None = None, on: int = 0) -> Idle:
@@ -228,7 +231,7 @@ CASES: Mapping[str, tuple[View, list[object]]] = {
     "but not at once those who reuse": (
         view(
             [model(A, 800), model(B, shared=1)],
-            [ticket(1, A, waited=1.9), ticket(2, B)],
+            [ticket(1, A, waited=9.0, blocked=1.9), ticket(2, B)],
             copies=[idle(7, B, mb=10)],
             devices=[device(used=200)],
             active=1,
@@ -238,7 +241,7 @@ CASES: Mapping[str, tuple[View, list[object]]] = {
     "later those, too": (
         view(
             [model(A, 800), model(B, shared=1)],
-            [ticket(1, A, waited=2.0), ticket(2, B)],
+            [ticket(1, A, waited=9.0, blocked=2.0), ticket(2, B)],
             copies=[idle(7, B, mb=10)],
             devices=[device(used=200)],
             active=1,
@@ -341,9 +344,16 @@ def test_waiters_stand_in_order_of_priority_then_number() -> None:
 
 def test_overtaking_ends_exactly_at_the_bound() -> None:
     state = view([], [])
-    assert may_overtake(state, None)
-    assert may_overtake(state, ticket(1, A, waited=1.999))
-    assert not may_overtake(state, ticket(1, A, waited=2.0))
+    assert not is_due(state, ticket(1, A, waited=9.0))
+    assert not is_due(state, ticket(1, A, waited=9.0, blocked=1.999))
+    assert is_due(state, ticket(1, A, waited=9.0, blocked=2.0))
+    assert not is_overdue(state, ticket(1, A, waited=9.0, blocked=3.999))
+    assert is_overdue(state, ticket(1, A, waited=9.0, blocked=4.0))
+
+
+def test_a_known_model_that_has_waited_long_enough_stands_among_the_unknown() -> None:
+    tickets = [ticket(1, A, waited=1.9), ticket(2, B, waited=2.0), ticket(3, C, priority=0)]
+    assert [t.row for t in queue_order(view([], tickets))] == [2, 3, 1]
 
 
 def test_free_memory_is_the_limit_less_what_is_used_and_reserved() -> None:
@@ -478,32 +488,31 @@ def busy(**values: Any) -> ModelView:
 
 
 @pytest.mark.parametrize(
-    ("model_view", "ahead", "waited", "expected"),
+    ("model_view", "ahead", "expected_s"),
     [
-        pytest.param(busy(), 0, 0.0, True, id="a copy that is soon free is waited for"),
-        pytest.param(busy(), 18, 0.0, True, id="also by the nineteenth"),
-        pytest.param(busy(), 19, 0.0, False, id="but not when so many wait that a load is as quick"),
-        pytest.param(busy(shared=2), 19, 0.0, True, id="two copies serve twice as many"),
-        pytest.param(busy(hold_s=3.0), 0, 0.0, False, id="long holds are not waited for"),
-        pytest.param(busy(), 0, 2.0, False, id="who has waited as long as a load takes loads"),
-        pytest.param(busy(hold_s=0.0), 0, 0.0, False, id="unknown holds are not waited for"),
-        pytest.param(busy(load_s=0.0), 0, 0.0, False, id="unknown loads are no reason to wait"),
-        pytest.param(busy(shared=0), 0, 0.0, False, id="without a copy there is nothing to share"),
-        pytest.param(busy(shared=0, owned={OTHER: 1}), 0, 0.0, False, id="another process's object is no use"),
-        pytest.param(busy(shared=0, owned={ME: 1}), 0, 0.0, True, id="an object of one's own is"),
+        pytest.param(busy(), 0, 0.1, id="a copy that is soon free is waited for"),
+        pytest.param(busy(), 18, 1.9, id="also by the nineteenth"),
+        pytest.param(busy(), 19, None, id="but not when so many wait that a load is as quick"),
+        pytest.param(busy(shared=2), 19, 1.0, id="two copies serve twice as many"),
+        pytest.param(busy(hold_s=3.0), 0, None, id="long holds are not waited for"),
+        pytest.param(busy(held_for_s=2.0), 0, None, id="nor one that goes on for as long as a load takes"),
+        pytest.param(busy(hold_s=0.0), 0, None, id="unknown holds are not waited for"),
+        pytest.param(busy(load_s=0.0), 0, None, id="unknown loads are no reason to wait"),
+        pytest.param(busy(shared=0), 0, None, id="without a copy there is nothing to share"),
+        pytest.param(busy(shared=0, owned={OTHER: 1}), 0, None, id="another process's object is no use"),
+        pytest.param(busy(shared=0, owned={ME: 1}), 0, 0.1, id="an object of one's own is"),
+        pytest.param(busy(shared=0, loading={OTHER: 1}, shares=True, loading_for_s=0.5), 0, 1.5, id="a load is shared"),
+        pytest.param(busy(shared=0, loading={OTHER: 1}, shares=False), 0, None, id="but not of another's object"),
         pytest.param(
-            busy(shared=0, loading={OTHER: 1}, shares=True, loading_for_s=0.5), 0, 0.0, True, id="a load is shared"
-        ),
-        pytest.param(busy(shared=0, loading={OTHER: 1}, shares=False), 0, 0.0, False, id="but not of another's object"),
-        pytest.param(
-            busy(shared=0, known=False, load_s=0.0, loading={ME: 1}), 0, 0.0, True, id="an unknown model loads once"
+            busy(shared=0, known=False, load_s=0.0, loading={ME: 1}), 0, 0.0, id="an unknown model loads once"
         ),
     ],
 )
 def test_another_copy_is_loaded_only_where_that_is_sooner(
-    model_view: ModelView, ahead: int, waited: float, expected: bool
+    model_view: ModelView, ahead: int, expected_s: float | None
 ) -> None:
-    assert waiting_is_sooner(model_view, ticket(1, A, waited=waited), ahead, NOW) is expected
+    found = waiting_is_sooner(model_view, ticket(1, A), ahead)
+    assert found == (None if expected_s is None else pytest.approx(expected_s))
 
 
 def test_who_shares_a_copy_does_not_block_those_behind() -> None:

@@ -1,17 +1,17 @@
-"""The plan: walk the queue once and say for every waiter what happens now."""
+"""The plan: walk the queue and say for every waiter what happens now."""
 
 from __future__ import annotations
 
-from collections import Counter
+import math
+from collections import Counter, defaultdict
 from dataclasses import dataclass, replace
 
 from mpmm.policy.admission import best_fit, free_mb, largest_limit_mb
-from mpmm.policy.eviction import choose_victims
-from mpmm.policy.fairness import may_overtake, queue_order
+from mpmm.policy.eviction import Room, find_room, waiting_pays
+from mpmm.policy.fairness import is_due, is_overdue, queue_order
 from mpmm.policy.sharing import waiting_is_sooner
 from mpmm.policy.view import (
     Decision,
-    DeviceView,
     Evict,
     Grant,
     Idle,
@@ -22,6 +22,7 @@ from mpmm.policy.view import (
     TicketView,
     View,
     Wait,
+    Why,
 )
 
 __all__ = ["Plan", "make_plan"]
@@ -29,7 +30,7 @@ __all__ = ["Plan", "make_plan"]
 
 @dataclass(frozen=True)
 class Plan:
-    """Decisions in order. `blocked`: the queue's later tickets could get nothing but idle copies, however many."""
+    """Decisions in the order of the queue. `blocked`: later tickets could get little but idle copies, however many."""
 
     decisions: tuple[Decision, ...]
     blocked: bool
@@ -38,9 +39,10 @@ class Plan:
 def make_plan(view: View) -> Plan:
     """Return what happens to the waiters in the view, in the order in which it is to be carried out.
 
-    During isolation everybody waits. Otherwise each waiter, first one first, gets an idle copy, or may load
-    where its model fits, or has room made for it, or waits; the first that waits for room or for its isolation
-    blocks later loads, see `fairness`. Tickets without a decision wait behind it.
+    During isolation everybody waits. Otherwise idle copies are handed out first, as far as `fairness` lets waiters
+    pass. Then each waiter, first one first, may load where its model fits, or has room made for it, or waits; behind
+    the first that waits for room or for its isolation only small loads go on, beside what is reserved for it. Tickets
+    without a decision wait behind it.
     """
     if view.isolated:
         return Plan((), blocked=True)
@@ -52,49 +54,97 @@ class _Walk:
 
     def __init__(self, view: View) -> None:
         self._view = view
-        self._idle = list(view.idle)
+        self._idle: defaultdict[int, list[Idle]] = defaultdict(list)
+        for copy in view.idle:
+            self._idle[copy.model].append(copy)
         self._devices = {device.device: device for device in view.devices}
         self._busy = view.active + view.loading
         self._blocked: TicketView | None = None
+        # Where room is made for the blocked one, as far as that is known.
+        self._room: Room | None = None
         self._sharing: Counter[int] = Counter()
 
     def plan(self) -> Plan:
-        decisions = (self._decide(ticket) for ticket in queue_order(self._view))
+        order = queue_order(self._view)
+        decided: dict[int, Decision | None] = dict(self._hand_out(order))
+        for ticket in order:
+            if ticket.row not in decided:
+                decided[ticket.row] = self._decide(ticket)
+        decisions = (decided[ticket.row] for ticket in order)
         return Plan(tuple(decision for decision in decisions if decision is not None), self._blocked is not None)
+
+    # ---- idle copies ---------------------------------------------------------------------------------------
+
+    def _hand_out(self, order: list[TicketView]) -> dict[int, Grant]:
+        """Give idle copies to those who can use them and may have them."""
+        view = self._view
+        granted: dict[int, Grant] = {}
+        kept: set[int] = set()
+        passed: TicketView | None = None
+        for ticket in order:
+            copies = self._idle.get(ticket.model)
+            copy = None
+            if copies:
+                copy = next((c for c in copies if c.owner in (None, ticket.member) and c.row not in kept), None)
+            if copy is not None and copies is not None:
+                copies.remove(copy)
+                self._busy += 1
+                why = Why(Reason.PASSING, other=passed.model) if passed else Why(Reason.IDLE_COPY)
+                granted[ticket.row] = Grant(ticket.row, copy.row, why)
+                continue
+            if self._isolates(view.models[ticket.model]):
+                # Everything has to drain for it, so whatever passes it delays it.
+                break
+            if ticket.blocked_since_s is None:
+                continue
+            passed = passed or ticket
+            if is_overdue(view, ticket):
+                break
+            if is_due(view, ticket):
+                room = self._find_room(ticket, view.models[ticket.model].need_mb, due=True)
+                if room is None:
+                    break
+                kept.update(copy.row for copy in room.victims)
+                kept.update(copy.row for copy in room.awaited)
+        return granted
+
+    # ---- loads ---------------------------------------------------------------------------------------------
 
     def _decide(self, ticket: TicketView) -> Decision | None:
         view = self._view
         model = view.models[ticket.model]
-        if may_overtake(view, self._blocked):
-            copy = next((c for c in self._idle if c.model == ticket.model and c.owner in (None, ticket.member)), None)
-            if copy is not None:
-                self._idle.remove(copy)
-                self._busy += 1
-                return Grant(ticket.row, copy.row)
         if self._blocked is not None:
-            return None
+            return self._beside(ticket, model)
         if not self._devices:
-            return self._block(ticket, Reason.NO_DEVICE)
-        if not model.known and view.rules.isolate_unknown:
+            return self._block(ticket, Why(Reason.NO_DEVICE))
+        if self._isolates(model):
             return self._isolate(ticket, model.need_mb)
         ahead = self._sharing[ticket.model]
-        if waiting_is_sooner(model, ticket, ahead, view.now_s):
+        shared_in_s = waiting_is_sooner(model, ticket, ahead)
+        if shared_in_s is not None:
             self._sharing[ticket.model] += 1
-            return Wait(ticket.row, Reason.SHARING)
+            return Wait(ticket.row, Reason.SHARING, Why(Reason.SHARING, seconds=shared_in_s))
         return self._load(ticket, model)
 
+    def _isolates(self, model: ModelView) -> bool:
+        return not model.known and self._view.rules.isolate_unknown
+
     def _isolate(self, ticket: TicketView, need_mb: float) -> Decision:
+        idle = [copy for copies in self._idle.values() for copy in copies]
         if self._busy:
-            return self._block(ticket, Reason.DRAINING)
-        if self._idle:
-            return self._evict(ticket, self._idle)
+            longest_s = max((copy.free_in_s for copy in self._view.busy), default=0.0)
+            return self._block(ticket, Why(Reason.DRAINING, need_mb, seconds=longest_s))
+        if idle:
+            return self._evict(ticket, idle, Why(Reason.FLUSHED, need_mb))
         if self._view.unloading:
-            return self._block(ticket, Reason.UNLOADING)
-        if any(device.returning_mb > 0 for device in self._devices.values()):
-            return self._block(ticket, Reason.RETURNING)
-        roomiest = max(self._devices.values(), key=lambda device: free_mb(device, self._view.rules.slack_percentage))
+            return self._block(ticket, Why(Reason.UNLOADING, need_mb))
+        returning_mb = math.fsum(device.returning_mb for device in self._devices.values())
+        if returning_mb > 0:
+            return self._block(ticket, Why(Reason.RETURNING, need_mb, coming_mb=returning_mb))
+        slack = self._view.rules.slack_percentage
+        roomiest = max(self._devices.values(), key=lambda device: (free_mb(device, slack), -device.device))
         self._blocked = ticket
-        return Load(ticket.row, roomiest.device, need_mb, alone=True)
+        return Load(ticket.row, roomiest.device, need_mb, True, Why(Reason.ALONE, need_mb, free_mb(roomiest, slack)))
 
     def _load(self, ticket: TicketView, model: ModelView) -> Decision:
         slack = self._view.rules.slack_percentage
@@ -104,35 +154,93 @@ class _Walk:
         if need_mb > largest:
             if model.usable_by(ticket.member):
                 # Too large for a second copy, but there is one to wait for.
-                return Wait(ticket.row, Reason.MEMORY)
-            return Refuse(ticket.row)
+                return Wait(ticket.row, Reason.MEMORY, Why(Reason.MEMORY, need_mb, largest))
+            return Refuse(ticket.row, Why(Reason.TOO_LARGE, need_mb, largest))
         device = best_fit(self._devices.values(), need_mb, slack)
         if device is not None:
-            self._devices[device.device] = replace(device, reserved_mb=device.reserved_mb + need_mb)
-            self._busy += 1
-            return Load(ticket.row, device.device, need_mb, alone=False)
-        sets = [
-            (device, victims)
+            reason = Reason.ANOTHER_COPY if model.usable_by(ticket.member) else Reason.FITS
+            return self._book(ticket, device.device, need_mb, reason)
+        due = is_due(self._view, ticket)
+        room = self._find_room(ticket, need_mb, due)
+        self._room = room
+        if room is None:
+            return self._block(ticket, Why(Reason.MEMORY, need_mb, self._most_free_mb()))
+        free = free_mb(room.device, slack)
+        if room.victims and (due or not room.awaited):
+            reason = Reason.LOWEST_SCORE if room.harm is None else Reason.SMALLEST_HARM
+            coming_mb = math.fsum(copy.mb for copy in room.victims)
+            why = Why(reason, need_mb, free, coming_mb, room.harm or 0.0, room.victims[0].model)
+            return self._evict(ticket, list(room.victims), why)
+        if room.awaited:
+            coming_mb = math.fsum(copy.mb for copy in room.awaited)
+            why = Why(Reason.IN_USE, need_mb, free, coming_mb, room.drain_s, room.awaited[0].model)
+            return self._block(ticket, why)
+        unloading_mb, returning_mb = room.device.unloading_mb, room.device.returning_mb
+        if unloading_mb > 0:
+            return self._block(ticket, Why(Reason.UNLOADING, need_mb, free, unloading_mb))
+        return self._block(ticket, Why(Reason.RETURNING, need_mb, free, returning_mb))
+
+    def _find_room(self, ticket: TicketView, need_mb: float, due: bool) -> Room | None:
+        """Return where room can be made with the least harm.
+
+        Copies in use are waited for if that is better than to unload idle ones; who is due takes what can be had now.
+        """
+        idle = [copy for copies in self._idle.values() for copy in copies]
+        view, devices = self._view, self._devices.values()
+        now = min(
+            (room for device in devices if (room := find_room(view, device, idle, (), need_mb, ticket))),
+            key=lambda room: room.cost,
+            default=None,
+        )
+        if now is not None and (due or not now.victims or not view.busy):
+            return now
+        later = min(
+            (room for device in devices if (room := find_room(view, device, idle, view.busy, need_mb, ticket))),
+            key=lambda room: room.cost,
+            default=None,
+        )
+        if now is None or (later is not None and waiting_pays(later, now, view.models[ticket.model])):
+            return later
+        return now
+
+    def _beside(self, ticket: TicketView, model: ModelView) -> Decision | None:
+        """Let a waiter load what fits beside the room that is reserved for the blocked one."""
+        room, blocked = self._room, self._blocked
+        if room is None or blocked is None or self._isolates(model):
+            return None
+        if model.usable_by(ticket.member) or model.coming_for(ticket.member):
+            return None
+        slack = self._view.rules.slack_percentage
+        free = [
+            replace(device, reserved_mb=device.reserved_mb + max(0.0, free_mb(device, slack) - room.left_mb))
+            if device.device == room.device.device
+            else device
             for device in self._devices.values()
-            if (victims := choose_victims(self._view, device, self._idle, need_mb, ticket)) is not None
         ]
-        if not sets:
-            return self._block(ticket, Reason.MEMORY)
-        device, victims = min(sets, key=lambda entry: (sum(copy.mb for copy in entry[1]), entry[0].device))
-        if victims:
-            return self._evict(ticket, list(victims))
-        return self._block(ticket, _why_not_yet(device))
+        device = best_fit(free, model.need_mb, slack)
+        if device is None:
+            return None
+        if device.device == room.device.device:
+            self._room = replace(room, left_mb=room.left_mb - model.need_mb)
+        return self._book(ticket, device.device, model.need_mb, Reason.BESIDE, blocked.model)
 
-    def _evict(self, ticket: TicketView, copies: list[Idle]) -> Evict:
-        rows = tuple(copy.row for copy in copies)
-        self._idle = [copy for copy in self._idle if copy.row not in rows]
-        self._block(ticket, Reason.UNLOADING)
-        return Evict(ticket.row, rows)
+    def _book(self, ticket: TicketView, device: int, need_mb: float, reason: Reason, other: int | None = None) -> Load:
+        before = self._devices[device]
+        self._devices[device] = replace(before, reserved_mb=before.reserved_mb + need_mb)
+        self._busy += 1
+        free = free_mb(before, self._view.rules.slack_percentage)
+        return Load(ticket.row, device, need_mb, False, Why(reason, need_mb, free, other=other))
 
-    def _block(self, ticket: TicketView, reason: Reason) -> Wait:
+    def _evict(self, ticket: TicketView, copies: list[Idle], why: Why) -> Evict:
+        for copy in copies:
+            self._idle[copy.model].remove(copy)
         self._blocked = ticket
-        return Wait(ticket.row, reason)
+        return Evict(ticket.row, tuple(copy.row for copy in copies), why)
 
+    def _block(self, ticket: TicketView, why: Why) -> Wait:
+        self._blocked = ticket
+        return Wait(ticket.row, why.reason, why, first=True)
 
-def _why_not_yet(device: DeviceView) -> Reason:
-    return Reason.UNLOADING if device.unloading_mb > 0 else Reason.RETURNING
+    def _most_free_mb(self) -> float:
+        slack = self._view.rules.slack_percentage
+        return max(free_mb(device, slack) for device in self._devices.values())

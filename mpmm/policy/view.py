@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 
 __all__ = [
+    "Busy",
     "Decision",
     "DeviceView",
     "Evict",
@@ -24,12 +25,14 @@ __all__ = [
     "TicketView",
     "View",
     "Wait",
+    "Why",
 ]
 
 
 class Reason(IntEnum):
-    """Why a ticket waits."""
+    """Why something was decided. The sentences are in `reasons`; the numbers stand in segments, so they stay."""
 
+    # A ticket waits:
     BEHIND = 0  # somebody before it in the queue must not be overtaken, or an unknown model runs alone
     DRAINING = 1  # its own model is unknown: waits for the others to finish
     MEMORY = 2  # nothing that could be unloaded makes enough room
@@ -37,6 +40,39 @@ class Reason(IntEnum):
     RETURNING = 4  # unloaded memory has not come back yet
     NO_DEVICE = 5  # no device is known yet
     SHARING = 6  # a copy that is busy or being loaded will be free sooner than another one could be loaded
+    IN_USE = 7  # room is reserved for it where copies are still in use
+    # It gets an idle copy:
+    IDLE_COPY = 16
+    PASSING = 17  # past one that waits for room, which this does not delay
+    # It may load:
+    FITS = 24
+    ALONE = 25  # to be measured
+    BESIDE = 26  # beside the room that is reserved for one before it
+    ANOTHER_COPY = 27  # sooner than a copy that is in use could be had
+    # Copies are unloaded for it:
+    LOWEST_SCORE = 32  # in Beam's order, as long as the costs are not known
+    SMALLEST_HARM = 33
+    FLUSHED = 34  # so that it runs alone
+    NO_ROW = 35  # the table of copies is full
+    # It is refused:
+    TOO_LARGE = 40
+
+
+@dataclass(frozen=True)
+class Why:
+    """A reason and its figures, as far as they matter for it.
+
+    need_mb: what the load needs. free_mb: what is free. coming_mb: what is on its way back, or will be when copies that
+    are in use become idle. seconds: a time that the decision rests on. other: the model that it is about, besides one's
+    own.
+    """
+
+    reason: Reason
+    need_mb: float = 0.0
+    free_mb: float = 0.0
+    coming_mb: float = 0.0
+    seconds: float = 0.0
+    other: int | None = None
 
 
 @dataclass(frozen=True)
@@ -57,7 +93,8 @@ class ModelView:
     need_mb: the estimate, or the default. shared: loaded copies that any member can use. owned: loaded copies
     that only one member can use, by member. loading: copies being loaded, by the member that loads them;
     shares: what is being loaded will be a handle, as far as known. load_s, hold_s: how long a load and a hold
-    take, 0 unknown. loading_for_s: since when the oldest load goes on.
+    take, 0 unknown. loading_for_s: since when the oldest load goes on. held_for_s: how long the copy that was handed
+    out last is held. rate: expected requests a second.
     """
 
     model: int
@@ -71,6 +108,8 @@ class ModelView:
     load_s: float = 0.0
     hold_s: float = 0.0
     loading_for_s: float = 0.0
+    held_for_s: float = 0.0
+    rate: float = 0.0
 
     @property
     def loaded(self) -> int:
@@ -99,8 +138,22 @@ class Idle:
 
 
 @dataclass(frozen=True)
+class Busy:
+    """A copy that is in use or being loaded, and when it is expected to be idle; `inf` if that is not known."""
+
+    row: int
+    model: int
+    device: int
+    mb: float
+    free_in_s: float
+
+
+@dataclass(frozen=True)
 class TicketView:
-    """A waiter. `row` identifies it."""
+    """A waiter. `row` identifies it.
+
+    blocked_since_s: since when it is the first one for whom there is no room, None if it has never been.
+    """
 
     row: int
     number: int
@@ -108,6 +161,7 @@ class TicketView:
     model: int
     member: int
     enqueued_s: float
+    blocked_since_s: float | None = None
 
 
 @dataclass(frozen=True)
@@ -141,6 +195,7 @@ class View:
     loading: int
     unloading: int
     isolated: bool
+    busy: tuple[Busy, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -149,6 +204,7 @@ class Grant:
 
     ticket: int
     instance: int
+    why: Why = field(default=Why(Reason.IDLE_COPY), compare=False)
 
 
 @dataclass(frozen=True)
@@ -159,6 +215,7 @@ class Load:
     device: int
     need_mb: float
     alone: bool
+    why: Why = field(default=Why(Reason.FITS), compare=False)
 
 
 @dataclass(frozen=True)
@@ -167,14 +224,17 @@ class Evict:
 
     ticket: int
     instances: tuple[int, ...]
+    why: Why = field(default=Why(Reason.LOWEST_SCORE), compare=False)
 
 
 @dataclass(frozen=True)
 class Wait:
-    """A ticket waits, and why."""
+    """A ticket waits, and why. `first`: it is the first one for whom there is no room."""
 
     ticket: int
     reason: Reason
+    why: Why = field(default=Why(Reason.BEHIND), compare=False)
+    first: bool = field(default=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -182,6 +242,7 @@ class Refuse:
     """A ticket's model can never fit on any device."""
 
     ticket: int
+    why: Why = field(default=Why(Reason.TOO_LARGE), compare=False)
 
 
 Decision = Grant | Load | Evict | Wait | Refuse

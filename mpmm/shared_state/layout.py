@@ -37,7 +37,7 @@ __all__ = [
 ]
 
 MAGIC = int.from_bytes(b"mpmm-seg", "little")
-LAYOUT_VERSION = 2
+LAYOUT_VERSION = 3
 WORD = 8
 # So many of the tables, the first ones, say in `Header.ENDS` how far they have grown.
 GROWING = 4
@@ -165,7 +165,10 @@ class Model:
     SHARES = 16  # 1 when its loader has made a handle: one load serves every process
     LOAD_S = 17  # float: smoothed duration of a load, 0 unknown
     HOLD_S = 18  # float: smoothed time between acquire and release, 0 unknown
-    TAG = 19  # text
+    GAP_S = 19  # float: decayed mean time between two requests, 0 unknown; see `policy.demand`
+    REQUESTS = 20  # HITS + LOADS + LOADING + WAITING when they were last counted
+    REQUESTED_AT = 21  # when that count last rose
+    TAG = 22  # text
     TAG_BYTES = 511
     WORDS = TAG + text_words(TAG_BYTES)
 
@@ -224,7 +227,12 @@ class Ticket:
     SIGNAL = 8  # futex word
     REASON = 9  # why it waits, see policy.view.Reason
     NEED_MB = 10  # float
-    WORDS = 12
+    BLOCKED_AT = 11  # when it became the first one for whom there is no room; 0: it never was
+    FREE_MB = 12  # float } figures of REASON, as they were when
+    COMING_MB = 13  # float } it became the reason
+    SECONDS = 14  # float }
+    OTHER = 15  # reference to the model that REASON is about besides its own, or 0
+    WORDS = 16
 
     FREE = 0
     WAITING = 1
@@ -285,13 +293,18 @@ class Event:
 
     SEQUENCE = 0  # 1, 2, 3, …; lies in row (SEQUENCE - 1) % capacity
     TIME = 1
-    KIND = 2
+    KIND = 2  # and, 8 bits further up, the reason plus one where there is one, see policy.view.Reason
     PID = 3
     MODEL = 4  # reference
     INSTANCE = 5  # reference
     TICKET = 6  # ticket number plus one
     VALUE = 7  # float, meaning by KIND
-    WORDS = 8
+    NEED_MB = 8  # float } figures of the reason; left over from older events where there is none,
+    FREE_MB = 9  # float } because the warm path shall not pay for clearing them
+    COMING_MB = 10  # float }
+    SECONDS = 11  # float }
+    OTHER = 12  # reference to a model }
+    WORDS = 13
 
 
 class Undo:

@@ -14,6 +14,7 @@ checked it before.
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Sequence
@@ -23,7 +24,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mpmm.errors import TableFullError
-from mpmm.shared_state.events import EventKind
+from mpmm.shared_state.events import Cause, EventKind
 from mpmm.shared_state.futex import wake_all
 from mpmm.shared_state.layout import Device, Header, Instance, Member, Model, Observation, Table, Ticket
 from mpmm.shared_state.tables import Tables
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
     from mpmm.shared_state.namespace import Namespace
 
 __all__ = ["Transitions"]
+
+_LOG = logging.getLogger("mpmm")
 
 # Weight of the newest load or hold in the mean: the last ten count.
 SMOOTHING = 0.1
@@ -207,6 +210,17 @@ class Transitions:
         t.set(at + Model.MEASURED, int(measured))
         t.event(EventKind.ESTIMATED, row + 1, value=mb)
 
+    def note_demand(self, t: Transaction, row: int, gap_s: float, requests: int, counted_ns: int) -> None:
+        """Record how often a model is asked for, as counted up to now."""
+        at = self.tables.model(row)
+        t.set_all(
+            (
+                (at + Model.GAP_S, float_bits(gap_s)),
+                (at + Model.REQUESTS, requests),
+                (at + Model.REQUESTED_AT, counted_ns),
+            )
+        )
+
     def _oldest_unused_model(self) -> int:
         rows = self.tables.view(self.layout.models)
         busy = rows[:, Model.LOADED] + rows[:, Model.LOADING] + rows[:, Model.UNLOADING] + rows[:, Model.WAITING]
@@ -228,7 +242,8 @@ class Transitions:
         t.set(at + Ticket.INSTANCE, 0)
         t.set(at + Ticket.ENQUEUED, t.now)
         t.set(at + Ticket.DEADLINE, deadline_ns)
-        t.set(at + Ticket.REASON, 0)
+        for word in (Ticket.REASON, Ticket.BLOCKED_AT, Ticket.FREE_MB, Ticket.COMING_MB, Ticket.SECONDS, Ticket.OTHER):
+            t.set(at + word, 0)
         t.set_float(at + Ticket.NEED_MB, need_mb)
         t.set(at + Ticket.STATE, Ticket.WAITING)
         t.add(self.tables.model(model) + Model.WAITING, 1)
@@ -236,11 +251,28 @@ class Transitions:
         t.event(EventKind.QUEUED, model + 1, ticket=number + 1, value=need_mb)
         return row
 
-    def set_reason(self, t: Transaction, row: int, reason: int) -> None:
+    def set_reason(self, t: Transaction, row: int, cause: Cause) -> None:
         """Record why a ticket waits."""
-        t.set(self.tables.ticket(row) + Ticket.REASON, reason)
+        at = self.tables.ticket(row)
+        words = self.segment.words
+        t.set_all(
+            (
+                (at + Ticket.REASON, cause.reason),
+                (at + Ticket.FREE_MB, float_bits(cause.free_mb)),
+                (at + Ticket.COMING_MB, float_bits(cause.coming_mb)),
+                (at + Ticket.SECONDS, float_bits(cause.seconds)),
+                (at + Ticket.OTHER, cause.other),
+            )
+        )
+        waited = (t.now - words[at + Ticket.ENQUEUED]) / 1e9
+        ticket = words[at + Ticket.NUMBER] + 1
+        t.event(EventKind.WAITS, words[at + Ticket.MODEL] + 1, ticket=ticket, value=waited, cause=cause)
 
-    def grant(self, t: Transaction, row: int, instance: int) -> None:
+    def block(self, t: Transaction, row: int) -> None:
+        """Record that from now on a ticket is the first one for whom there is no room."""
+        t.set(self.tables.ticket(row) + Ticket.BLOCKED_AT, t.now)
+
+    def grant(self, t: Transaction, row: int, instance: int, cause: Cause | None = None) -> None:
         """Hand an idle instance to a waiter and wake it."""
         at = self.tables.ticket(row)
         model = self.segment.words[at + Ticket.MODEL]
@@ -248,18 +280,21 @@ class Transitions:
         t.set(at + Ticket.INSTANCE, instance + 1)
         self._answer(t, row, Ticket.GRANTED)
         waited = (t.now - self.segment.words[at + Ticket.ENQUEUED]) / 1e9
-        t.event(EventKind.GRANTED, model + 1, instance + 1, self.segment.words[at + Ticket.NUMBER] + 1, waited)
+        t.event(EventKind.GRANTED, model + 1, instance + 1, self.segment.words[at + Ticket.NUMBER] + 1, waited, cause)
 
-    def allow_load(self, t: Transaction, row: int, device: int, need_mb: float, alone: bool) -> int:
+    def allow_load(
+        self, t: Transaction, row: int, device: int, need_mb: float, alone: bool, cause: Cause | None = None
+    ) -> int:
         """Reserve memory for a waiter and tell it to load; return the instance's row. Raises TableFullError."""
         at = self.tables.ticket(row)
         words = self.segment.words
-        instance = self.begin_load(t, words[at + Ticket.MODEL], words[at + Ticket.MEMBER] - 1, device, need_mb, alone)
+        model, member = words[at + Ticket.MODEL], words[at + Ticket.MEMBER] - 1
+        instance = self.begin_load(t, model, member, device, need_mb, alone, cause)
         t.set(at + Ticket.INSTANCE, instance + 1)
         self._answer(t, row, Ticket.LOAD)
         return instance
 
-    def refuse(self, t: Transaction, row: int) -> None:
+    def refuse(self, t: Transaction, row: int, cause: Cause | None = None) -> None:
         """Tell a waiter that its model can never fit."""
         at = self.tables.ticket(row)
         words = self.segment.words
@@ -268,6 +303,7 @@ class Transitions:
             words[at + Ticket.MODEL] + 1,
             ticket=words[at + Ticket.NUMBER] + 1,
             value=self.segment.floats[at + Ticket.NEED_MB],
+            cause=cause,
         )
         self._answer(t, row, Ticket.REFUSED)
 
@@ -304,7 +340,16 @@ class Transitions:
 
     # ---- instances -----------------------------------------------------------------------------------------
 
-    def begin_load(self, t: Transaction, model: int, member: int, device: int, need_mb: float, alone: bool) -> int:
+    def begin_load(
+        self,
+        t: Transaction,
+        model: int,
+        member: int,
+        device: int,
+        need_mb: float,
+        alone: bool,
+        cause: Cause | None = None,
+    ) -> int:
         """Book a copy that a member (slot) is about to load; return its row. Raises TableFullError."""
         row = self._take_row(t, self.layout.instances)
         at = self.tables.instance(row)
@@ -323,7 +368,7 @@ class Transitions:
             t.set(Header.ISOLATED, row + 1)
             t.set_float(Header.ISOLATION_BASELINE, math.nan)
             t.event(EventKind.ISOLATION_BEGAN, model + 1, row + 1)
-        t.event(EventKind.LOAD_BEGAN, model + 1, row + 1, value=need_mb)
+        t.event(EventKind.LOAD_BEGAN, model + 1, row + 1, value=need_mb, cause=cause)
         return row
 
     def set_baseline(self, t: Transaction, mb: float) -> None:
@@ -454,7 +499,7 @@ class Transitions:
             t.set(Header.ISOLATED, 0)
             t.event(EventKind.ISOLATION_ENDED, self._model_reference(instance - 1), instance)
 
-    def begin_unload(self, t: Transaction, row: int, unloader: int, evicted: bool) -> None:
+    def begin_unload(self, t: Transaction, row: int, unloader: int, evicted: bool, cause: Cause | None = None) -> None:
         """Take an idle copy out of use; a member (slot) unloads it, its owner if it has one."""
         at = self.tables.instance(row)
         words = self.segment.words
@@ -468,9 +513,8 @@ class Transitions:
         if evicted:
             t.add(Header.EVICTIONS, 1)
             t.add(self.tables.model(words[at + Instance.MODEL]) + Model.EVICTIONS, 1)
-        t.event(
-            EventKind.UNLOAD_BEGAN, self._model_reference(row), row + 1, value=self.segment.floats[at + Instance.MB]
-        )
+        mb = self.segment.floats[at + Instance.MB]
+        t.event(EventKind.UNLOAD_BEGAN, self._model_reference(row), row + 1, value=mb, cause=cause)
         self.ring(t, words[at + Instance.HOLDER] - 1)
 
     def end_unload(self, t: Transaction, row: int) -> None:
@@ -716,6 +760,16 @@ class Transitions:
                 return
             t.add_float(Header.WRITTEN_OFF, missing)
             t.event(EventKind.WRITTEN_OFF, value=missing)
+            t.after.append(
+                partial(
+                    _LOG.warning,
+                    "mpmm %s: %.0f MB of %.0f MB that were unloaded did not come back in time and are written off; "
+                    "memory_return_seconds sets the limit",
+                    self._namespace.name,
+                    missing,
+                    returning,
+                )
+            )
         t.set_float(at + Device.RETURNING_MB, 0.0)
 
     def _settle_reservations(self, t: Transaction, device: int, taken_ns: int) -> None:
