@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from mpmm.errors import TableFullError
 from mpmm.policy.demand import Demand
+from mpmm.policy.fairness import UNKNOWN_FIRST
 from mpmm.policy.plan import make_plan
 from mpmm.policy.reasons import explain
 from mpmm.policy.view import (
@@ -171,7 +172,7 @@ class Scheduler:
         waiting = waiting[rows[waiting, Ticket.DEADLINE] > now]
         priorities = rows[waiting, Ticket.PRIORITY]
         # The rule of `policy.fairness.effective_priority`, for all at once.
-        bound_ns = int(min(self._namespace.settings.max_overtake_seconds, 1e9) * 1e9)
+        bound_ns = int(min(UNKNOWN_FIRST * self._namespace.settings.max_overtake_seconds, 1e9) * 1e9)
         priorities = np.where(rows[waiting, Ticket.ENQUEUED] + np.uint64(bound_ns) <= now, 0, priorities)
         ordered: npt.NDArray[np.intp] = waiting[np.lexsort((rows[waiting, Ticket.NUMBER], priorities))]
         return ordered

@@ -352,7 +352,7 @@ def test_overtaking_ends_exactly_at_the_bound() -> None:
 
 
 def test_a_known_model_that_has_waited_long_enough_stands_among_the_unknown() -> None:
-    tickets = [ticket(1, A, waited=1.9), ticket(2, B, waited=2.0), ticket(3, C, priority=0)]
+    tickets = [ticket(1, A, waited=7.9), ticket(2, B, waited=8.0), ticket(3, C, priority=0)]
     assert [t.row for t in queue_order(view([], tickets))] == [2, 3, 1]
 
 

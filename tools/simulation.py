@@ -238,13 +238,28 @@ class _Simulation:
         self._known_hold[copy.model] = self.setting.hold_s
         copy.state, copy.since_s = self.IDLE, self.now_s
         request = copy.request
-        if self._tickets:
-            first = next(iter(self._tickets.values()))
-            if first.model == copy.model:
-                self._grant(first, copy)
-            else:
-                self._advance()
+        user = self._first_user(copy.model)
+        if user is not None:
+            self._grant(user, copy)
+        elif self._tickets:
+            self._advance()
         self.finished(request)
+
+    def _first_user(self, model: int) -> _Ticket | None:
+        """Return who gets a released copy as a matter of course, see `Scheduler.hand_over`."""
+        first = next(iter(self._tickets.values()), None)
+        if first is None or first.model == model:
+            return first
+        if self.policy.plan is not make_plan or not self._waiting[model]:
+            return None
+        bound_s = self.setting.rules.max_overtake_seconds
+        user: _Ticket | None = None
+        for ticket in self._tickets.values():
+            if ticket.blocked_since_s is not None and self.now_s - ticket.blocked_since_s >= bound_s:
+                return None
+            if user is None and ticket.model == model:
+                user = ticket
+        return user
 
     def _unloaded(self, row: int) -> None:
         self._take_mb(-self.setting.sizes_mb[self._copies.pop(row).model])

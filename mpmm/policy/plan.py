@@ -57,11 +57,15 @@ class _Walk:
         self._idle: defaultdict[int, list[Idle]] = defaultdict(list)
         for copy in view.idle:
             self._idle[copy.model].append(copy)
+        self._models = dict(view.models)
         self._devices = {device.device: device for device in view.devices}
         self._busy = view.active + view.loading
         self._blocked: TicketView | None = None
         # Where room is made for the blocked one, as far as that is known.
         self._room: Room | None = None
+        # Models that do not fit beside it. Room only shrinks in a walk, so each is looked at once: most of those who wait
+        # behind a blocked one want the same few models.
+        self._too_large_beside: set[int] = set()
         self._sharing: Counter[int] = Counter()
 
     def plan(self) -> Plan:
@@ -111,8 +115,7 @@ class _Walk:
     # ---- loads ---------------------------------------------------------------------------------------------
 
     def _decide(self, ticket: TicketView) -> Decision | None:
-        view = self._view
-        model = view.models[ticket.model]
+        model = self._models[ticket.model]
         if self._blocked is not None:
             return self._beside(ticket, model)
         if not self._devices:
@@ -206,7 +209,7 @@ class _Walk:
     def _beside(self, ticket: TicketView, model: ModelView) -> Decision | None:
         """Let a waiter load what fits beside the room that is reserved for the blocked one."""
         room, blocked = self._room, self._blocked
-        if room is None or blocked is None or self._isolates(model):
+        if room is None or blocked is None or model.model in self._too_large_beside or self._isolates(model):
             return None
         if model.usable_by(ticket.member) or model.coming_for(ticket.member):
             return None
@@ -219,6 +222,7 @@ class _Walk:
         ]
         device = best_fit(free, model.need_mb, slack)
         if device is None:
+            self._too_large_beside.add(model.model)
             return None
         if device.device == room.device.device:
             self._room = replace(room, left_mb=room.left_mb - model.need_mb)
@@ -228,6 +232,10 @@ class _Walk:
         before = self._devices[device]
         self._devices[device] = replace(before, reserved_mb=before.reserved_mb + need_mb)
         self._busy += 1
+        # Those behind may share this load.
+        model = self._models[ticket.model]
+        loading = {**model.loading, ticket.member: model.loading.get(ticket.member, 0) + 1}
+        self._models[ticket.model] = replace(model, loading=loading)
         free = free_mb(before, self._view.rules.slack_percentage)
         return Load(ticket.row, device, need_mb, False, Why(reason, need_mb, free, other=other))
 
