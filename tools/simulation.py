@@ -11,7 +11,7 @@ import heapq
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from mpmm.policy.admission import free_mb
 from mpmm.policy.demand import Demand
@@ -160,11 +160,8 @@ class _Copy:
 
 @dataclass
 class _Ticket:
-    row: int
-    model: int
-    enqueued_s: float
     request: int
-    blocked_since_s: float | None = None
+    view: TicketView
 
 
 class _Simulation:
@@ -223,7 +220,7 @@ class _Simulation:
                 self._serve(copy, request)
                 return
         self._made += 1
-        self._tickets[self._made] = _Ticket(self._made, model, self.now_s, request)
+        self._tickets[self._made] = _Ticket(request, TicketView(self._made, self._made, 1, model, 0, self.now_s))
         self._waiting[model] += 1
         self._advance()
 
@@ -248,16 +245,17 @@ class _Simulation:
     def _first_user(self, model: int) -> _Ticket | None:
         """Return who gets a released copy as a matter of course, see `Scheduler.hand_over`."""
         first = next(iter(self._tickets.values()), None)
-        if first is None or first.model == model:
+        if first is None or first.view.model == model:
             return first
         if self.policy.plan is not make_plan or not self._waiting[model]:
             return None
         bound_s = self.setting.rules.max_overtake_seconds
         user: _Ticket | None = None
         for ticket in self._tickets.values():
-            if ticket.blocked_since_s is not None and self.now_s - ticket.blocked_since_s >= bound_s:
+            since_s = ticket.view.blocked_since_s
+            if since_s is not None and self.now_s - since_s >= bound_s:
                 return None
-            if user is None and ticket.model == model:
+            if user is None and ticket.view.model == model:
                 user = ticket
         return user
 
@@ -275,8 +273,8 @@ class _Simulation:
         self._serve(copy, ticket.request)
 
     def _leave(self, ticket: _Ticket) -> None:
-        del self._tickets[ticket.row]
-        self._waiting[ticket.model] -= 1
+        del self._tickets[ticket.view.row]
+        self._waiting[ticket.view.model] -= 1
 
     def _take_mb(self, mb: float) -> None:
         self._used_mb += mb
@@ -300,20 +298,22 @@ class _Simulation:
             case Load():
                 self._leave(ticket)
                 self._made += 1
-                self._copies[self._made] = _Copy(self._made, ticket.model, self.LOADING, self.now_s, ticket.request)
-                self._take_mb(self.setting.sizes_mb[ticket.model])
+                self._copies[self._made] = _Copy(
+                    self._made, ticket.view.model, self.LOADING, self.now_s, ticket.request
+                )
+                self._take_mb(self.setting.sizes_mb[ticket.view.model])
                 self.outcome.loads += 1
                 self.post(self.now_s + self.setting.load_s, LOADED, self._made)
                 if self.policy.blocks:
                     self._frozen_until_s = self.now_s + self.setting.load_s
             case Evict(_, rows):
-                ticket.blocked_since_s = self.now_s if ticket.blocked_since_s is None else ticket.blocked_since_s
+                self._block(ticket)
                 for row in rows:
                     self._copies[row].state = self.UNLOADING
                     self.outcome.evictions += 1
                     self.post(self.now_s + self.setting.unload_s, UNLOADED, row)
             case Wait(first=True):
-                ticket.blocked_since_s = self.now_s if ticket.blocked_since_s is None else ticket.blocked_since_s
+                self._block(ticket)
                 return False
             case Refuse():
                 self._leave(ticket)
@@ -323,10 +323,15 @@ class _Simulation:
                 return False
         return True
 
+    def _block(self, ticket: _Ticket) -> None:
+        if ticket.view.blocked_since_s is None:
+            ticket.view = replace(ticket.view, blocked_since_s=self.now_s)
+
     def _check_bound(self, ticket: _Ticket, view: View) -> None:
         """Nobody may pass a blocked one for longer than twice the bound; see `fairness`."""
         self.outcome.broken_bounds += any(
-            other.row < ticket.row and other.row in self._tickets and is_overdue(view, other) for other in view.tickets
+            other.row < ticket.view.row and other.row in self._tickets and is_overdue(view, other)
+            for other in view.tickets
         )
 
     def _of(self, state: int) -> Iterator[_Copy]:
@@ -382,17 +387,14 @@ class _Simulation:
                 held_for_s=held_for.get(model, 0.0),
                 rate=self._demand[model].per_second(now_s),
             )
-            for model in {*loaded, *loading, *(ticket.model for ticket in self._tickets.values())}
+            for model in {*loaded, *loading, *(ticket.view.model for ticket in self._tickets.values())}
         }
         return View(
             now_s,
             setting.rules,
             models,
             tuple(idle),
-            tuple(
-                TicketView(ticket.row, ticket.row, 1, ticket.model, 0, ticket.enqueued_s, ticket.blocked_since_s)
-                for ticket in self._tickets.values()
-            ),
+            tuple(ticket.view for ticket in self._tickets.values()),
             (DeviceView(0, setting.total_mb, used, reserved, unloading_mb, 0.0),),
             active,
             sum(loading.values()),

@@ -63,18 +63,18 @@ class _Walk:
         self._blocked: TicketView | None = None
         # Where room is made for the blocked one, as far as that is known.
         self._room: Room | None = None
-        # Models that do not fit beside it. Room only shrinks in a walk, so each is looked at once: most of those who wait
-        # behind a blocked one want the same few models.
-        self._too_large_beside: set[int] = set()
+        # Models that cannot be loaded beside that. Room only shrinks in a walk, so each is looked at once: most
+        # who wait behind a blocked one want the same few.
+        self._not_beside: set[int] = set()
         self._sharing: Counter[int] = Counter()
 
     def plan(self) -> Plan:
         order = queue_order(self._view)
         decided: dict[int, Decision | None] = dict(self._hand_out(order))
         for ticket in order:
-            if ticket.row not in decided:
+            if ticket.row not in decided and not (self._blocked and ticket.model in self._not_beside):
                 decided[ticket.row] = self._decide(ticket)
-        decisions = (decided[ticket.row] for ticket in order)
+        decisions = (decided.get(ticket.row) for ticket in order)
         return Plan(tuple(decision for decision in decisions if decision is not None), self._blocked is not None)
 
     # ---- idle copies ---------------------------------------------------------------------------------------
@@ -209,7 +209,8 @@ class _Walk:
     def _beside(self, ticket: TicketView, model: ModelView) -> Decision | None:
         """Let a waiter load what fits beside the room that is reserved for the blocked one."""
         room, blocked = self._room, self._blocked
-        if room is None or blocked is None or model.model in self._too_large_beside or self._isolates(model):
+        if room is None or blocked is None or self._isolates(model) or model.shared:
+            self._not_beside.add(model.model)
             return None
         if model.usable_by(ticket.member) or model.coming_for(ticket.member):
             return None
@@ -222,7 +223,7 @@ class _Walk:
         ]
         device = best_fit(free, model.need_mb, slack)
         if device is None:
-            self._too_large_beside.add(model.model)
+            self._not_beside.add(model.model)
             return None
         if device.device == room.device.device:
             self._room = replace(room, left_mb=room.left_mb - model.need_mb)
