@@ -12,8 +12,9 @@ def waiting_is_sooner(model: ModelView, ticket: TicketView, ahead: int) -> float
 
     ahead: waiters of the same model before this one that wait for the same copies.
 
-    With c usable copies, each held for h on average, the (n+1)-th waiter gets one after about (n+1) h / c; one
-    that is being loaded adds what is left of its load. That is compared with the time of a load. Where a time is
+    With c usable copies, each held for h on average, the (n+1)-th waiter gets one after about (n+1) h / c. That is
+    compared with the time of a load. What is left of a load that has begun adds to the wait but not to the comparison:
+    else whoever comes just after it began would begin another one, to have it a hold sooner. Where a time is
     not known yet, another copy is loaded, as in Beam; except that an unknown model is loaded once at a time. Where all
     copies are held for longer than a load takes, the mean has promised too much, and another one is loaded.
     """
@@ -24,7 +25,7 @@ def waiting_is_sooner(model: ModelView, ticket: TicketView, ahead: int) -> float
         return 0.0 if not loaded and not model.known else None
     if loaded and (not model.hold_s or model.held_for_s >= model.load_s):
         return None
-    expected_s = model.hold_s * (ahead + 1) / (loaded + coming)
-    if not loaded:
-        expected_s = max(0.0, model.load_s - model.loading_for_s) + model.hold_s * ahead / coming
-    return expected_s if expected_s < model.load_s else None
+    served_s = model.hold_s * (ahead + 1) / (loaded + coming)
+    if served_s >= model.load_s:
+        return None
+    return served_s if loaded else served_s + max(0.0, model.load_s - model.loading_for_s)
