@@ -152,7 +152,7 @@ class ModelManager(BeamNames):
         memory_budget_mb: total for the `host` source.
         fallback_memory_mb: total where nothing can be measured.
         default_estimate_mb: what a model takes as long as nothing is known of it.
-        max_overtake_seconds: how long a waiter may be overtaken by those who reuse idle copies.
+        max_overtake_seconds: how long the first waiter without room may be overtaken by those who reuse idle copies.
         memory_return_seconds: how long unloaded memory may take to come back before it is written off.
         load_timeout_seconds: a load that takes longer is given up: its reservation goes, the model server that it
             may have started is killed. A loader that hangs in this process is not interrupted.
