@@ -34,6 +34,7 @@ from processes import (
     waiting,
 )
 
+from mpmm.cli import render
 from mpmm.errors import (
     AcquireTimeoutError,
     ClosedError,
@@ -190,8 +191,8 @@ def test_admission_waits_for_unloaded_memory_instead_of_evicting_more(
     assert snapshot.written_off_mb == 0
 
 
-def test_memory_that_does_not_come_back_is_written_off_after_a_while(
-    namespace: str, new_manager: NewManager, new_device: NewDevice
+def test_memory_that_does_not_come_back_is_written_off_after_a_while_and_that_is_logged_and_shown(
+    namespace: str, new_manager: NewManager, new_device: NewDevice, caplog: pytest.LogCaptureFixture
 ) -> None:
     device = new_device(1000, linger_s=3600)
     manager = new_manager(memory_source=device, poll_interval=0.05, memory_return_seconds=0.3)
@@ -202,6 +203,8 @@ def test_memory_that_does_not_come_back_is_written_off_after_a_while(
     manager.force_reset()
     wait_until(lambda: read_snapshot(namespace).written_off_mb == 700, "the missing memory is written off")
     assert read_snapshot(namespace).devices[0].returning_mb == 0
+    wait_until(lambda: "did not come back in time and are written off" in caplog.text, "it is logged")
+    assert "written off 700 MB" in render(read_snapshot(namespace))
 
 
 def test_the_load_after_an_eviction_is_counted_like_any_other(namespace: str, new_manager: NewManager) -> None:

@@ -452,7 +452,9 @@ def test_no_plan_breaks_the_rules(state: View) -> None:
         waiter = tickets[decision.ticket]
         wanted = state.models[waiter.model]
         if isinstance(decision, Load):
-            assert decision.need_mb == wanted.need_mb
+            largest = max(limit_mb(one, state.rules.slack_percentage) for one in state.devices)
+            # What is only assumed does not make a model impossible.
+            assert decision.need_mb in (wanted.need_mb, wanted.need_mb if wanted.known else largest)
             assert decision.alone == (not wanted.known and state.rules.isolate_unknown)
         if isinstance(decision, Refuse):
             limits = [limit_mb(one, state.rules.slack_percentage) for one in state.devices]
@@ -667,6 +669,7 @@ def busy(**values: Any) -> ModelView:
         pytest.param(busy(shared=2), 19, 1.0, id="two copies serve twice as many"),
         pytest.param(busy(hold_s=3.0), 0, None, id="long holds are not waited for"),
         pytest.param(busy(held_for_s=2.0), 0, None, id="nor one that goes on for as long as a load takes"),
+        pytest.param(busy(held_for_s=1.9), 0, 0.1, id="but one that goes on for less is"),
         pytest.param(busy(hold_s=0.0), 0, None, id="unknown holds are not waited for"),
         pytest.param(busy(load_s=0.0), 0, None, id="unknown loads are no reason to wait"),
         pytest.param(busy(shared=0), 0, None, id="without a copy there is nothing to share"),
@@ -682,8 +685,12 @@ def busy(**values: Any) -> ModelView:
 def test_another_copy_is_loaded_only_where_that_is_sooner(
     model_view: ModelView, ahead: int, expected_s: float | None
 ) -> None:
-    found = waiting_is_sooner(model_view, ticket(1, A), ahead)
+    found = waiting_is_sooner(model_view, ticket(1, A, waited=2.0), ahead, NOW)
     assert found == (None if expected_s is None else pytest.approx(expected_s))
+
+
+def test_who_has_just_come_waits_for_a_copy_that_is_held_for_long() -> None:
+    assert waiting_is_sooner(busy(held_for_s=9.0), ticket(1, A, waited=1.9), 0, NOW) == pytest.approx(0.1)
 
 
 def test_who_shares_a_copy_does_not_block_those_behind() -> None:

@@ -123,7 +123,7 @@ class _Walk:
         if self._isolates(model):
             return self._isolate(ticket, model.need_mb)
         ahead = self._sharing[ticket.model]
-        shared_in_s = waiting_is_sooner(model, ticket, ahead)
+        shared_in_s = waiting_is_sooner(model, ticket, ahead, self._view.now_s)
         if shared_in_s is not None:
             self._sharing[ticket.model] += 1
             return Wait(ticket.row, Reason.SHARING, Why(Reason.SHARING, seconds=shared_in_s))

@@ -179,7 +179,7 @@ class DeviceView:
 
 @dataclass(frozen=True)
 class View:
-    """The state that a plan is made from. `idle` lists copies newest first.
+    """The state that a plan is made from. `idle` lists copies newest first; `busy` those in use or being loaded.
 
     tickets: waiters in any order; at least the first ones of the queue, and for each model with idle copies
         the first ones of that model.

@@ -71,6 +71,9 @@ def _models(snapshot: Snapshot) -> Iterator[str]:
             yield f"M3 {model.tag}: waiting is {model.waiting}, the tickets say {waiting[model.row]}"
         if tags[model.tag] > 1:
             yield f"M4 {model.tag} has {tags[model.tag]} rows"
+        for name in ("load_s", "hold_s", "gap_s"):
+            if not 0 <= getattr(model, name) < math.inf:
+                yield f"M5 {model.tag}: {name} is {getattr(model, name)}"
         yield from _idle_list(model, instances[model.row])
 
 
@@ -128,6 +131,8 @@ def _tickets(snapshot: Snapshot) -> Iterator[str]:
             yield f"T1 {what}: {ticket.member} is no member"
         if ticket.model not in models:
             yield f"T1 {what}: no model row {ticket.model}"
+        if ticket.blocked_for_s is not None and ticket.blocked_for_s > ticket.waited_s:
+            yield f"T3 {what}: blocked for {ticket.blocked_for_s} s, though it waits for {ticket.waited_s} s"
         if (ticket.instance is not None) != (ticket.state in ("granted", "load")):
             yield f"T2 {what}: instance is {ticket.instance}"
         if ticket.state in ("granted", "load") and ticket.instance is not None:

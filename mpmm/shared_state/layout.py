@@ -144,6 +144,7 @@ class Model:
     M2  the IDLE_HEAD list holds exactly the model's IDLE instances without OWNER, each once, newest first.
     M3  LOADING, UNLOADING and WAITING equal the instance and ticket rows of this model in that state.
     M4  no two used rows have the same TAG.
+    M5  LOAD_S, HOLD_S and GAP_S are finite and not below 0.
     """
 
     STATE = 0  # 0 free, 1 used
@@ -214,6 +215,7 @@ class Ticket:
 
     T1  NUMBERs are unique; MODEL and MEMBER refer to used rows.
     T2  INSTANCE is set exactly in states GRANTED (an ACTIVE row) and LOAD (a LOADING row), whose HOLDER is MEMBER.
+    T3  BLOCKED_AT is 0 or not before ENQUEUED.
     """
 
     STATE = 0
