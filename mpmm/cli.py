@@ -16,7 +16,8 @@ or it cannot be run, 125 if the memory is not to be had. See `mpmm.run`.
 JSON schema, version 1: an object with `schema` (1), and every field of `mpmm.shared_state.snapshot.Snapshot` under
 its name, its rows as arrays of objects with the fields of `MemberInfo`, `ModelInfo` and so on. Memory is in MB
 (MiB), durations in seconds, `*_wall_s` are Unix times; what is unknown or infinite is null. A lease that is held is
-among `instances`, with state `leased`, and every lease is among `models`, with kind `lease`.
+among `instances`, with state `leased`, and every lease is among `models`, with kind `lease`. Tickets, and events that
+the policy has decided, also have `why`, the sentence that `mpmm inspect` shows.
 """
 
 from __future__ import annotations
@@ -30,9 +31,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from mpmm.errors import MpmmError
+from mpmm.policy.demand import Demand
+from mpmm.policy.reasons import explain
 from mpmm.policy.view import Reason
 from mpmm.shared_state.invariants import check_invariants
-from mpmm.shared_state.snapshot import Snapshot, as_json, find_namespaces, read_snapshot
+from mpmm.shared_state.snapshot import EventInfo, Snapshot, TicketInfo, as_json, find_namespaces, read_snapshot
 
 __all__ = ["main", "render"]
 
@@ -70,7 +73,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.command == "check":
         return _check(snapshot)
     if options.json:
-        print(json.dumps({"schema": SCHEMA_VERSION, **as_json(snapshot)}))
+        found = as_json(snapshot)
+        for name in ("tickets", "events"):
+            for row, shown in zip(getattr(snapshot, name), found[name], strict=True):
+                shown["why"] = _why(row)
+        print(json.dumps({"schema": SCHEMA_VERSION, **found}))
     else:
         print(render(snapshot))
     return 0
@@ -148,7 +155,8 @@ def render(snapshot: Snapshot) -> str:
         f"namespace {snapshot.namespace}, segment {snapshot.segment}, layout {snapshot.layout_version}",
         f"source {snapshot.source or '(none yet)'}, loads {snapshot.loads}, reuses {snapshot.hits}, "
         f"evictions {snapshot.evictions}, failed loads {snapshot.failed_loads}, "
-        f"out of memory {snapshot.out_of_memory}, reaped {snapshot.reaps}, rolled back {snapshot.rollbacks}",
+        f"out of memory {snapshot.out_of_memory}, reaped {snapshot.reaps}, rolled back {snapshot.rollbacks}, "
+        f"written off {snapshot.written_off_mb:.0f} MB",
     ]
     if lock.holder_stopped:
         lines.append(
@@ -166,18 +174,21 @@ def render(snapshot: Snapshot) -> str:
     lines += _section("copies", _COPY_HEAD, _copy_rows(snapshot))
     lines += _section("leases", _LEASE_HEAD, _lease_rows(snapshot))
     lines += _section("waiting", _TICKET_HEAD, _ticket_rows(snapshot))
+    lines += _section("last decisions", _DECISION_HEAD, _decision_rows(snapshot))
     lines += _section("members", _MEMBER_HEAD, _member_rows(snapshot))
     return "\n".join(lines)
 
 
 _DEVICE_HEAD = ("device", "used MB", "reserved", "returning", "limit", "total", "highest", "sample age")
 _MODEL_HEAD = (
-    *("model", "MB", "loaded", "active", "idle", "loading", "unloading"),
-    *("waiting", "loads", "reuses", "evict", "pins"),
+    *("model", "MB", "loaded", "active", "idle", "loading", "unloading", "waiting", "loads", "reuses", "evict", "pins"),
+    *("load s", "hold s", "per s", "unused s"),
 )
 _COPY_HEAD = ("copy", "model", "state", "for s", "MB", "holder pid", "kept by pid", "uses")
 _LEASE_HEAD = ("lease", "name", "MB", "taken MB", "for s", "device", "holder pid", "program pid")
-_TICKET_HEAD = ("ticket", "for", "pid", "state", "waited s", "left s", "needs MB", "reason")
+_TICKET_HEAD = ("ticket", "for", "pid", "state", "waited s", "left s", "needs MB", "reason", "why")
+_DECISION_HEAD = ("s ago", "event", "model", "ticket", "why")
+_DECISIONS_SHOWN = 16
 _MEMBER_HEAD = ("member", "kind", "pid", "alive", "attached s", "MB", "name")
 
 
@@ -208,6 +219,10 @@ def _model_rows(snapshot: Snapshot) -> list[tuple[str, ...]]:
             _mb(model.estimate_mb),
             *(str(count) for count in (model.loaded, model.active, model.idle, model.loading, model.unloading)),
             *(str(count) for count in (model.waiting, model.loads, model.hits, model.evictions, model.pins)),
+            f"{model.load_s:.3f}",
+            f"{model.hold_s:.3f}",
+            f"{Demand(model.gap_s, model.requests).per_second(model.requested_ago_s):.3g}",
+            f"{model.unused_for_s:.1f}",
         )
         for model in sorted(snapshot.models, key=lambda model: model.tag)
         if model.kind == "model"
@@ -268,9 +283,33 @@ def _ticket_rows(snapshot: Snapshot) -> list[tuple[str, ...]]:
             "-" if math.isinf(ticket.time_left_s) else f"{ticket.time_left_s:.1f}",
             _mb(ticket.need_mb),
             Reason(ticket.reason).name.lower() if ticket.reason in Reason._value2member_map_ else str(ticket.reason),
+            _why(ticket),
         )
         for ticket in snapshot.tickets
     ]
+
+
+def _decision_rows(snapshot: Snapshot) -> list[tuple[str, ...]]:
+    decided = [event for event in snapshot.events if event.reason is not None]
+    return [
+        (
+            f"{event.age_s:.2f}",
+            event.kind,
+            event.tag or "?",
+            "" if event.ticket is None else str(event.ticket),
+            _why(event),
+        )
+        for event in decided[-_DECISIONS_SHOWN:]
+    ]
+
+
+def _why(row: TicketInfo | EventInfo) -> str:
+    """Return the sentence for a decision, empty where the policy has decided nothing."""
+    if row.reason is None:
+        return ""
+    return explain(
+        row.reason, row.need_mb or 0.0, row.free_mb or 0.0, row.coming_mb or 0.0, row.seconds or 0.0, row.other
+    )
 
 
 def _member_rows(snapshot: Snapshot) -> list[tuple[str, ...]]:

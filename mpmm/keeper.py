@@ -10,7 +10,7 @@ It sleeps on the member's bell, and does three things:
   takes back in the leader's stead.
 
 The leader and its deputies, the workers in the lowest slots, look around four times a second. Everybody else only does
-so every two seconds, in case all of those die together; a new leader wakes who is a deputy now. So 32 processes that
+so every four seconds, in case all of those die together; a new leader wakes who is a deputy now. So 32 processes that
 just wait cost a sixth of what they would cost if all looked as often.
 """
 
@@ -41,7 +41,7 @@ __all__ = ["Keeper"]
 _LOG = logging.getLogger("mpmm")
 # A dead leader is replaced, and a stuck one stood in for, within a second whatever the poll interval is.
 LONGEST_TICK_S = 0.25
-RESERVE_TICK_S = 2.0
+RESERVE_TICK_S = 4.0
 DEPUTIES = 2
 STALE_AFTER_S = 0.6
 # A measured footprint that differs by less than this from the estimate changes nothing.
@@ -174,6 +174,7 @@ class Keeper:
             self._namespace.transitions.note_poll(t)
             self._give_up_slow_loads(t)
             self._unload_expired(t)
+            self._worker.scheduler.count_requests(t)
             # Time alone changes plans, too.
             self._worker.scheduler.advance(t)
             estimates = self._learn(t)

@@ -55,7 +55,6 @@ from mpmm.errors import (
 from mpmm.gpu_monitor import GPUMonitor
 from mpmm.lease import Lease
 from mpmm.policy.out_of_memory import is_out_of_memory
-from mpmm.policy.view import Reason
 from mpmm.proxy.context import attach_namespace, serving_for
 from mpmm.resource_estimator import ResourceEstimator
 from mpmm.shared_state.futex import wait_for_change
@@ -166,7 +165,7 @@ class ModelManager(BeamNames):
         memory_budget_mb: total for the `host` source.
         fallback_memory_mb: total where nothing can be measured.
         default_estimate_mb: what a model takes as long as nothing is known of it.
-        max_overtake_seconds: how long a waiter may be overtaken by those who reuse idle copies.
+        max_overtake_seconds: how long the first waiter without room may be overtaken by those who reuse idle copies.
         memory_return_seconds: how long unloaded memory may take to come back before it is written off.
         load_timeout_seconds: a load that takes longer is given up: its reservation goes, the model server that it
             may have started is killed. A loader that hangs in this process is not interrupted.
@@ -665,12 +664,12 @@ class ModelManager(BeamNames):
             return "shut down"
 
         def leave(t: Transaction) -> str:
-            reason = Reason(namespace.segment.words[namespace.tables.ticket(row) + Ticket.REASON])
+            reason = worker.scheduler.why(row)
             namespace.transitions.leave_queue(t, row)
             if timed_out:
                 t.add(Header.TIMEOUTS, 1)
             worker.scheduler.advance(t)
-            return reason.name.lower()
+            return reason
 
         return worker.now_or_later(leave) or "lock"
 

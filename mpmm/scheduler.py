@@ -11,13 +11,18 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from mpmm.errors import TableFullError
+from mpmm.policy.demand import Demand
+from mpmm.policy.fairness import UNKNOWN_FIRST
 from mpmm.policy.plan import make_plan
+from mpmm.policy.reasons import explain
 from mpmm.policy.view import (
+    Busy,
     Decision,
     DeviceView,
     Enough,
@@ -26,12 +31,15 @@ from mpmm.policy.view import (
     Idle,
     Load,
     ModelView,
+    Reason,
     Refuse,
     Rules,
     TicketView,
     View,
     Wait,
+    Why,
 )
+from mpmm.shared_state.events import Cause
 from mpmm.shared_state.layout import Device, Header, Instance, Member, Model, Ticket
 from mpmm.shared_state.namespace import Namespace
 from mpmm.shared_state.transaction import Transaction
@@ -53,15 +61,35 @@ class Copies:
     device. `booked_mb` is what all but the loading ones take."""
 
     idle: list[Idle] = field(default_factory=list)
+    busy: list[Busy] = field(default_factory=list)
     shared: defaultdict[int, int] = field(default_factory=lambda: defaultdict(int))
     owned: defaultdict[int, defaultdict[int, int]] = field(default_factory=_counts)
     loading: defaultdict[int, defaultdict[int, int]] = field(default_factory=_counts)
     oldest_load: dict[int, int] = field(default_factory=dict)
+    newest_hold: dict[int, int] = field(default_factory=dict)
     unloading: int = 0
     booked_mb: defaultdict[int, float] = field(default_factory=lambda: defaultdict(float))
     reserved_mb: defaultdict[int, float] = field(default_factory=lambda: defaultdict(float))
     unloading_mb: defaultdict[int, float] = field(default_factory=lambda: defaultdict(float))
     leased_mb: defaultdict[int, float] = field(default_factory=lambda: defaultdict(float))
+
+
+class _Waiter(NamedTuple):
+    """What the way of a release looks at in a ticket's row."""
+
+    row: int
+    number: int
+    priority: int
+    model: int
+    deadline: int
+    blocked_at: int
+    preload: int
+
+
+_WAITER_FIELDS = (
+    *(Ticket.NUMBER, Ticket.PRIORITY, Ticket.MODEL, Ticket.DEADLINE),
+    *(Ticket.BLOCKED_AT, Ticket.PRELOAD),
+)
 
 
 class Scheduler:
@@ -80,6 +108,8 @@ class Scheduler:
         but for the table of instances; others wait for a row, which is none of the caller's business.
         """
         words = self._segment.words
+        if newcomer is not None:
+            self._count_requests(t, words[self._tables.ticket(newcomer) + Ticket.MODEL])
         while words[Header.WAITING] and not words[Header.ISOLATED]:
             view = self.read_view()
             plan = make_plan(view)
@@ -92,47 +122,93 @@ class Scheduler:
     def release(self, t: Transaction, instance: int, used: bool = True) -> None:
         """Take a copy from its holder, and carry out the policy for those who wait; `used` as in the transition.
 
-        If the first waiter waits for just this copy, the plan is to give it to him, and nothing else has changed for
-        those behind. That is found out in a tenth of the time of a plan (40 us instead of 350 with 16 waiters).
+        If the first waiter waits for just this copy, or may be passed by one who does, the plan is to give it to him,
+        and nothing else has changed for the others. That is found out in a tenth of the time of a plan.
         """
         words, transitions = self._segment.words, self._namespace.transitions
         at = self._tables.instance(instance)
         if words[Header.WAITING] and not words[Header.ISOLATED] and not words[at + Instance.DOOMED]:
-            first = self._first_waiter()
-            if (
-                first is not None
-                and words[self._tables.ticket(first) + Ticket.MODEL] == words[at + Instance.MODEL]
-                and not words[self._tables.ticket(first) + Ticket.PRELOAD]
-            ):
+            found = self._first_user(words[at + Instance.MODEL])
+            if found is not None:
+                ticket, passed = found
                 owner = words[at + Instance.OWNER]
-                if not owner or owner == words[self._tables.ticket(first) + Ticket.MEMBER]:
-                    transitions.pass_on(t, first, instance, used)
+                if not owner or owner == words[self._tables.ticket(ticket) + Ticket.MEMBER]:
+                    cause = Cause(Reason.PASSING, other=passed) if passed else Cause(Reason.IDLE_COPY)
+                    transitions.pass_on(t, ticket, instance, cause, used)
                     return
         transitions.release(t, instance, used)
         self.advance(t)
 
-    def _first_waiter(self) -> int | None:
-        """Return the first row of `_queue_order`; for few waiters without the sorting, half the time of a hand-over."""
-        waiting = self._tables.rows_where(self._layout.tickets, Ticket.STATE, Ticket.WAITING)
-        if len(waiting) > FEW_WAITERS:
-            order = self._queue_order()
-            return int(order[0]) if len(order) else None
-        words, now = self._segment.words, time.monotonic_ns()
-        places = [
-            (words[at + Ticket.PRIORITY], words[at + Ticket.NUMBER], row)
-            for row in waiting
-            if words[(at := self._tables.ticket(row)) + Ticket.DEADLINE] > now
+    def count_requests(self, t: Transaction) -> None:
+        """Bring the demand of all models up to date; a reuse only counts itself."""
+        for model in self._tables.used_rows(self._layout.models):
+            self._count_requests(t, model)
+
+    def _count_requests(self, t: Transaction, model: int) -> None:
+        before = self._demand(model)
+        after = before.counted(self._requests(model), t.now / 1e9)
+        if after is not before:
+            self._namespace.transitions.note_demand(
+                t,
+                model,
+                after.gap_s,
+                after.requests,
+                t.now if after.requests > before.requests else int(after.counted_s * 1e9),
+            )
+
+    def _requests(self, model: int) -> int:
+        words, at = self._segment.words, self._tables.model(model)
+        counts = (Model.HITS, Model.LOADS, Model.LOADING, Model.WAITING)
+        return sum(words[at + count] for count in counts)
+
+    def _demand(self, model: int) -> Demand:
+        words, at = self._segment.words, self._tables.model(model)
+        gap_s = self._segment.floats[at + Model.GAP_S]
+        return Demand(gap_s, words[at + Model.REQUESTS], words[at + Model.REQUESTED_AT] / 1e9)
+
+    def _first_user(self, model: int) -> tuple[int, int] | None:
+        """Return the first waiter for a model's copy, and a reference to the model of whom he passes, or 0.
+
+        None if there is no such waiter, or if it takes a plan to find out whether he may pass.
+        """
+        now = time.monotonic_ns()
+        waiting = [one for one in self._waiters() if one.deadline > now]
+        wanting = [one for one in waiting if one.model == model and not one.preload]
+        if not wanting or (len(wanting) < len(waiting) and not all(one.priority for one in waiting)):
+            return None
+        first = min(wanting, key=lambda one: one.number)
+        blocked = [one for one in waiting if one.blocked_at]
+        if not blocked or first.number <= min(one.number for one in blocked):
+            return first.row, 0
+        bound_ns = int(self._namespace.settings.max_overtake_seconds * 1e9)
+        if now - min(one.blocked_at for one in blocked) >= bound_ns:
+            return None
+        return first.row, min(blocked, key=lambda one: one.number).model + 1
+
+    def _waiters(self) -> list[_Waiter]:
+        """Return the waiters in any order; few ones without NumPy, which takes most of the time of a hand-over then."""
+        layout, words = self._layout.tickets, self._segment.words
+        rows = self._tables.rows_where(layout, Ticket.STATE, Ticket.WAITING)
+        if len(rows) > FEW_WAITERS:
+            fields = self._tables.view(layout)[rows][:, list(_WAITER_FIELDS)].tolist()
+            return [_Waiter(row, *values) for row, values in zip(rows, fields, strict=True)]
+        starts = [self._tables.ticket(row) for row in rows]
+        return [
+            _Waiter(row, *(words[at + field] for field in _WAITER_FIELDS)) for row, at in zip(rows, starts, strict=True)
         ]
-        return min(places)[-1] if places else None
 
     def _queue_order(self) -> npt.NDArray[np.intp]:
         """Return the rows of waiters in the queue's order. Those whose deadline has passed are about to leave."""
         rows = self._tables.view(self._layout.tickets)
+        now = time.monotonic_ns()
         waiting = np.flatnonzero(rows[:, Ticket.STATE] == Ticket.WAITING)
-        waiting = waiting[rows[waiting, Ticket.DEADLINE] > time.monotonic_ns()]
-        ordered: npt.NDArray[np.intp] = waiting[
-            np.lexsort((rows[waiting, Ticket.NUMBER], rows[waiting, Ticket.PRIORITY]))
-        ]
+        waiting = waiting[rows[waiting, Ticket.DEADLINE] > now]
+        priorities = rows[waiting, Ticket.PRIORITY]
+        # The rule of `policy.fairness.effective_priority`, for all at once.
+        bound_ns = int(min(UNKNOWN_FIRST * self._namespace.settings.max_overtake_seconds, 1e9) * 1e9)
+        promoted = (priorities == 1) & (rows[waiting, Ticket.ENQUEUED] + np.uint64(bound_ns) <= now)
+        priorities = np.where(promoted, 0, priorities)
+        ordered: npt.NDArray[np.intp] = waiting[np.lexsort((rows[waiting, Ticket.NUMBER], priorities))]
         return ordered
 
     def _answered_all(self, view: View) -> bool:
@@ -150,7 +226,8 @@ class Scheduler:
         copies = self.read_copies()
         now = time.monotonic_ns()
         tickets = self._tickets(Counter(copy.model for copy in copies.idle))
-        wanted = {ticket.model for ticket in tickets} | set(copies.shared) | set(copies.owned)
+        wanted = {ticket.model for ticket in tickets} | {copy.model for copy in copies.busy}
+        wanted |= set(copies.shared) | set(copies.owned)
         return View(
             now_s=now / 1e9,
             rules=Rules(
@@ -170,18 +247,21 @@ class Scheduler:
             loading=words[Header.LOADING],
             unloading=copies.unloading,
             isolated=bool(words[Header.ISOLATED]),
+            busy=tuple(copies.busy),
         )
 
     def read_copies(self) -> Copies:
         """Return what the instance rows say, in one pass over those in use."""
         words, floats, tables = self._segment.words, self._segment.floats, self._tables
         measures = bool(words[Header.SOURCE_MEASURES_PROCESSES])
+        now = time.monotonic_ns()
         copies = Copies()
         for row in tables.used_rows(self._layout.instances):
             at = tables.instance(row)
             state, model, _, holder, owner, server, device = words[at : at + Instance.MB]
             mb, reserved = floats[at + Instance.MB], floats[at + Instance.RESERVED_MB]
             since = words[at + Instance.SINCE]
+            pinned = bool(words[tables.model(model) + Model.PINS])
             if state == Instance.LEASED:
                 # Not a copy of a model, but a reservation, of which what its program takes is in the figure already.
                 copies.reserved_mb[device] += max(0.0, reserved - mb)
@@ -190,6 +270,8 @@ class Scheduler:
             if state == Instance.LOADING:
                 copies.loading[model][holder] += 1
                 copies.oldest_load[model] = min(since, copies.oldest_load.get(model, since))
+                free_in_s = self._free_in_s(model, since, now, loading=True)
+                copies.busy.append(Busy(row, model, device, mb, free_in_s, pinned))
             else:
                 copies.booked_mb[device] += mb
             if state == Instance.UNLOADING:
@@ -200,8 +282,11 @@ class Scheduler:
             elif state != Instance.LOADING:
                 copies.shared[model] += 1
             if state == Instance.IDLE:
-                pinned = bool(words[tables.model(model) + Model.PINS])
                 copies.idle.append(Idle(row, model, owner or None, device, mb, since / 1e9, pinned))
+            elif state == Instance.ACTIVE:
+                copies.newest_hold[model] = max(since, copies.newest_hold.get(model, 0))
+                free_in_s = self._free_in_s(model, since, now, loading=False)
+                copies.busy.append(Busy(row, model, device, mb, free_in_s, pinned))
             if reserved:
                 if server and measures:
                     # What a loading server takes already is part of the device's figure.
@@ -209,6 +294,14 @@ class Scheduler:
                     reserved = max(0.0, reserved - (0.0 if math.isnan(measured) else measured))
                 copies.reserved_mb[device] += reserved
         return copies
+
+    def _free_in_s(self, model: int, since_ns: int, now_ns: int, loading: bool) -> float:
+        """Return when a copy that is held, or being loaded, is expected to be idle; `inf` if nothing is known."""
+        floats, at = self._segment.floats, self._tables.model(model)
+        hold_s, load_s = floats[at + Model.HOLD_S], floats[at + Model.LOAD_S]
+        if not hold_s or (loading and not load_s):
+            return math.inf
+        return max(0.0, hold_s + (load_s if loading else 0.0) - (now_ns - since_ns) / 1e9)
 
     def device_views(self, copies: Copies) -> tuple[DeviceView, ...]:
         """Return the figures of all devices."""
@@ -259,6 +352,8 @@ class Scheduler:
             load_s=floats[at + Model.LOAD_S],
             hold_s=floats[at + Model.HOLD_S],
             loading_for_s=(now_ns - copies.oldest_load.get(model, now_ns)) / 1e9,
+            held_for_s=(now_ns - copies.newest_hold.get(model, now_ns)) / 1e9,
+            rate=self._demand(model).counted(self._requests(model), now_ns / 1e9).per_second(now_ns / 1e9),
             lease=words[at] == Model.LEASE,
         )
 
@@ -276,10 +371,15 @@ class Scheduler:
             for model, idle in idle_of_model.items():
                 # Twice as many as there are copies: a copy may be of no use to its first waiter's process.
                 chosen += rest[models == model][: 2 * idle].tolist()
-        fields = [Ticket.NUMBER, Ticket.PRIORITY, Ticket.MODEL, Ticket.MEMBER, Ticket.ENQUEUED, Ticket.PRELOAD]
+        fields = [
+            *(Ticket.NUMBER, Ticket.PRIORITY, Ticket.MODEL, Ticket.MEMBER, Ticket.ENQUEUED, Ticket.PRELOAD),
+            Ticket.BLOCKED_AT,
+        ]
         return tuple(
-            TicketView(row, number, priority, model, member, enqueued / 1e9, preload)
-            for row, (number, priority, model, member, enqueued, preload) in zip(
+            TicketView(
+                row, number, priority, model, member, enqueued / 1e9, preload, blocked / 1e9 if blocked else None
+            )
+            for row, (number, priority, model, member, enqueued, preload, blocked) in zip(
                 chosen, rows[chosen][:, fields].tolist(), strict=True
             )
         )
@@ -294,19 +394,24 @@ class Scheduler:
         idle = idle[~pinned[rows[idle, Instance.MODEL]]]
         if not len(idle):
             return False
-        unloader = self._segment.words[self._tables.ticket(ticket) + Ticket.MEMBER] - 1
+        at = self._tables.ticket(ticket)
+        unloader, model = self._segment.words[at + Ticket.MEMBER] - 1, self._segment.words[at + Ticket.MODEL]
         oldest = int(idle[np.argmin(rows[idle, Instance.SINCE])])
-        self._namespace.transitions.begin_unload(t, oldest, unloader, evicted=True)
+        self._namespace.transitions.begin_unload(t, oldest, unloader, True, Cause(Reason.NO_ROW, other=model + 1))
         return True
 
     def _carry_out(self, t: Transaction, decision: Decision, newcomer: int | None) -> None:
         transitions = self._namespace.transitions
+        if isinstance(decision, Enough):
+            transitions.dismiss(t, decision.ticket)
+            return
+        cause = _cause(decision.why)
         match decision:
             case Grant(ticket, instance):
-                transitions.grant(t, ticket, instance)
+                transitions.grant(t, ticket, instance, cause)
             case Load(ticket, device, need_mb, alone):
                 try:
-                    transitions.allow_load(t, ticket, device, need_mb, alone)
+                    transitions.allow_load(t, ticket, device, need_mb, alone, cause)
                 except TableFullError as error:
                     # Found out before anything was written. (A full undo log is no matter of one ticket.)
                     if error.table != self._layout.instances.name:
@@ -314,13 +419,41 @@ class Scheduler:
                     if not self._make_room_in_table(t, ticket) and ticket == newcomer:
                         raise
             case Evict(ticket, instances):
-                unloader = self._segment.words[self._tables.ticket(ticket) + Ticket.MEMBER] - 1
+                at = self._tables.ticket(ticket)
+                unloader, model = self._segment.words[at + Ticket.MEMBER] - 1, self._segment.words[at + Ticket.MODEL]
                 for instance in instances:
-                    transitions.begin_unload(t, instance, unloader, evicted=True)
+                    transitions.begin_unload(t, instance, unloader, True, cause._replace(other=model + 1))
+                self._note_wait(t, ticket, cause._replace(reason=Reason.UNLOADING), first=True)
             case Refuse(ticket):
-                transitions.refuse(t, ticket)
-            case Enough(ticket):
-                transitions.dismiss(t, ticket)
-            case Wait(ticket, reason):
-                if self._segment.words[self._tables.ticket(ticket) + Ticket.REASON] != reason:
-                    transitions.set_reason(t, ticket, reason)
+                transitions.refuse(t, ticket, cause)
+            case Wait(ticket, first=first):
+                self._note_wait(t, ticket, cause, first)
+
+    def why(self, ticket: int) -> str:
+        """Return why a ticket waits, for people."""
+        words, floats, at = self._segment.words, self._segment.floats, self._tables.ticket(ticket)
+        reason, other = Reason(words[at + Ticket.REASON]), words[at + Ticket.OTHER]
+        sentence = explain(
+            reason,
+            floats[at + Ticket.NEED_MB],
+            floats[at + Ticket.FREE_MB],
+            floats[at + Ticket.COMING_MB],
+            floats[at + Ticket.SECONDS],
+            self._tables.tag_of(other - 1) if other else None,
+        )
+        return f"{reason.name.lower()}: {sentence}"
+
+    def _note_wait(self, t: Transaction, ticket: int, cause: Cause, first: bool) -> None:
+        words, at = self._segment.words, self._tables.ticket(ticket)
+        if words[at + Ticket.REASON] != cause.reason:
+            if cause.reason == Reason.RETURNING and words[at + Ticket.REASON] == Reason.UNLOADING:
+                # It is the memory of the same copies.
+                cause = cause._replace(other=words[at + Ticket.OTHER])
+            self._namespace.transitions.set_reason(t, ticket, cause)
+        if first and not words[at + Ticket.BLOCKED_AT]:
+            self._namespace.transitions.block(t, ticket)
+
+
+def _cause(why: Why) -> Cause:
+    other = 0 if why.other is None else why.other + 1
+    return Cause(why.reason, why.need_mb, why.free_mb, why.coming_mb, why.seconds, other)

@@ -71,10 +71,9 @@ def segments_of(root: Path) -> set[str]:
 
 def files_in(root: Path) -> list[str]:
     """Return what is in a runtime root."""
-    while True:
-        # A folder that vanishes while it is looked through is reason to look again.
-        with contextlib.suppress(FileNotFoundError):
-            return sorted(str(path.relative_to(root)) for path in root.rglob("*") if path.name != KEEP)
+    # Not `rglob`, which raises when a folder is removed while it looks.
+    found = (os.path.join(folder, name) for folder, folders, names in os.walk(root) for name in (*folders, *names))
+    return sorted(os.path.relpath(path, root) for path in found if os.path.basename(path) != KEEP)
 
 
 def model_of(namespace: str, tag: str) -> ModelInfo:

@@ -46,7 +46,9 @@ def test_inspect_shows_everything_as_text(busy: ModelManager, namespace: str, ca
         assert section in text.splitlines()
     waiters = text.split("\nwaiting:\n")[1].split("\n\n")[0]
     assert "big" in waiters
-    assert "memory" in waiters or "unloading" in waiters
+    assert "in_use" in waiters or "unloading" in waiters
+    assert "waits: needs 250 MB" in waiters
+    assert "loads: needs 100 MB, 250 free" in text.split("\nlast decisions:\n")[1]
     assert "object" in text.split("\ncopies:\n")[1]
     assert "ATTENTION" not in text
 

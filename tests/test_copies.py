@@ -159,7 +159,7 @@ def test_with_everything_pinned_or_in_use_the_wait_ends_with_an_error_that_says_
     manager = new_manager(fallback_memory_mb=200, wait_timeout_seconds=0.1)
     manager.pin("a")
     use(manager, "a")
-    with manager.model("b", Loads()), pytest.raises(AcquireTimeoutError, match="last reason: pinned"):
+    with manager.model("b", Loads()), pytest.raises(AcquireTimeoutError, match="kept for it where b is in use"):
         manager.acquire_model("c", Loads())
 
 

@@ -25,6 +25,8 @@ import pytest
 from processes import CRASH_POINTS
 
 from mpmm import ModelManager
+from mpmm.policy.view import Reason
+from mpmm.shared_state.events import Cause
 from mpmm.shared_state.invariants import check_invariants
 from mpmm.shared_state.layout import Capacities, Event, Header, Instance, Member, Ticket
 from mpmm.shared_state.namespace import Namespace
@@ -206,6 +208,8 @@ class Lab:
 class _Actor:
     """What transitions need to know of the process that makes them."""
 
+    name = "lab"
+
     def __init__(self, slot: int, settings: Settings) -> None:
         self.slot = slot
         self.reference = slot + 1
@@ -263,7 +267,7 @@ def scenarios() -> dict[str, Callable[[Lab], Operation]]:
         copy = lab.idle("a")
         lab.do(lambda t, tr: tr.grab(t, copy, Lab.victim + 1))
         ticket = lab.ticket("a")
-        return lambda t, tr: tr.pass_on(t, ticket, copy)
+        return lambda t, tr: tr.pass_on(t, ticket, copy, Cause(Reason.IDLE_COPY))
 
     def answered(lab: Lab) -> Operation:
         copy, ticket = lab.idle("a"), lab.ticket("a")
@@ -395,7 +399,9 @@ def scenarios() -> dict[str, Callable[[Lab], Operation]]:
         "dismiss": on(preloading, lambda t, tr, row: tr.dismiss(t, row)),
         "enqueue/preload": on(Lab.model, lambda t, tr, row: tr.enqueue(t, row, Lab.victim, 2, 9.0, 2**62, 3)),
         "enqueue": on(Lab.model, lambda t, tr, row: tr.enqueue(t, row, Lab.victim, 0, math.nan, 2**62)),
-        "set_reason": on(Lab.ticket, lambda t, tr, row: tr.set_reason(t, row, 3)),
+        "note_demand": on(Lab.model, lambda t, tr, row: tr.note_demand(t, row, 0.5, 7, 10**9)),
+        "set_reason": on(Lab.ticket, lambda t, tr, row: tr.set_reason(t, row, Cause(3, 100.0, 50.0, 60.0, 0.5, 1))),
+        "block": on(Lab.ticket, lambda t, tr, row: tr.block(t, row)),
         "grant": granted,
         "pass_on": passed_on,
         "allow_load": on(Lab.ticket, lambda t, tr, row: tr.allow_load(t, row, 0, 50.0, alone=False)),

@@ -134,7 +134,7 @@ def test_leaders_that_die_one_after_another_are_each_replaced_soon(namespace: st
         processes.pop(leader).kill()
         gone = (None, leader)
         # The wake-up of the next in line is lost if a leader dies in the microseconds before it: then they sleep on.
-        waited = wait_until(partial(leads_another, namespace, gone), "another one leads", 2 * SOON_S)
+        waited = wait_until(partial(leads_another, namespace, gone), "another one leads", 3 * SOON_S)
         print(f"a new leader after {waited:.2f} s")
     assert problems(namespace) == []
 

@@ -34,6 +34,7 @@ from processes import (
     waiting,
 )
 
+from mpmm.cli import render
 from mpmm.errors import (
     AcquireTimeoutError,
     ClosedError,
@@ -158,7 +159,7 @@ def test_a_reservation_stands_until_a_sample_has_seen_the_load(
     held = [(tag, manager.acquire_model(tag, LoadsObject(tag, device=device, mb=400))) for tag in "ab"]
     [info] = read_snapshot(namespace).devices
     assert (info.used_mb, info.reserved_mb) == (0, 800)
-    with pytest.raises(AcquireTimeoutError, match="last reason: memory"):
+    with pytest.raises(AcquireTimeoutError, match="last reason: in_use: waits: needs 300 MB, 200 free"):
         manager.acquire_model("c", LoadsObject("c", device=device, mb=300))
     device.come_back()
     wait_until(lambda: read_snapshot(namespace).devices[0].reserved_mb == 0, "the sample settles the reservations")
@@ -190,8 +191,8 @@ def test_admission_waits_for_unloaded_memory_instead_of_evicting_more(
     assert snapshot.written_off_mb == 0
 
 
-def test_memory_that_does_not_come_back_is_written_off_after_a_while(
-    namespace: str, new_manager: NewManager, new_device: NewDevice
+def test_memory_that_does_not_come_back_is_written_off_after_a_while_and_that_is_logged_and_shown(
+    namespace: str, new_manager: NewManager, new_device: NewDevice, caplog: pytest.LogCaptureFixture
 ) -> None:
     device = new_device(1000, linger_s=3600)
     manager = new_manager(memory_source=device, poll_interval=0.05, memory_return_seconds=0.3)
@@ -202,6 +203,8 @@ def test_memory_that_does_not_come_back_is_written_off_after_a_while(
     manager.force_reset()
     wait_until(lambda: read_snapshot(namespace).written_off_mb == 700, "the missing memory is written off")
     assert read_snapshot(namespace).devices[0].returning_mb == 0
+    wait_until(lambda: "did not come back in time and are written off" in caplog.text, "it is logged")
+    assert "written off 700 MB" in render(read_snapshot(namespace))
 
 
 def test_the_load_after_an_eviction_is_counted_like_any_other(namespace: str, new_manager: NewManager) -> None:
@@ -463,7 +466,9 @@ def test_without_a_gpu_the_books_are_the_figures(new_manager: NewManager) -> Non
 def test_a_wait_ends_at_the_time_out_and_says_what_it_waited_for(namespace: str, new_manager: NewManager) -> None:
     manager = new_manager(fallback_memory_mb=100, wait_timeout_seconds=0.2)
     held = manager.acquire_model("a", Loads())
-    with pytest.raises(AcquireTimeoutError, match=r"waiting to acquire model: b .*last reason: memory") as caught:
+    with pytest.raises(
+        AcquireTimeoutError, match=r"waiting to acquire model: b .*last reason: in_use: waits: needs 100 MB, 0 free"
+    ) as caught:
         manager.acquire_model("b", Loads())
     assert caught.value.tag == "b"
     assert isinstance(caught.value, RuntimeError)

@@ -13,11 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mpmm.policy.admission import best_fit, free_mb, limit_mb
+from mpmm.policy.demand import Demand
 from mpmm.policy.eviction import eviction_order, score
-from mpmm.policy.fairness import may_overtake, queue_order
+from mpmm.policy.fairness import is_due, is_overdue, queue_order
 from mpmm.policy.plan import make_plan
 from mpmm.policy.sharing import waiting_is_sooner
 from mpmm.policy.view import (
+    Busy,
     DeviceView,
     Enough,
     Evict,
@@ -52,9 +54,17 @@ def model(row: int, need: float = 100.0, *, known: bool = True, **counts: Any) -
 
 
 def ticket(
-    row: int, wants: int, *, priority: int = 1, member: int = ME, waited: float = 0.0, preload: int = 0
+    row: int,
+    wants: int,
+    *,
+    priority: int = 1,
+    member: int = ME,
+    waited: float = 0.0,
+    preload: int = 0,
+    blocked: float | None = None,
 ) -> TicketView:
-    return TicketView(row, row, priority, wants, member, NOW - waited, preload)
+    since = None if blocked is None else NOW - blocked
+    return TicketView(row, row, priority, wants, member, NOW - waited, preload, since)
 
 
 def idle(
@@ -379,7 +389,7 @@ CASES: Mapping[str, tuple[View, list[object]]] = {
     "but not at once those who reuse": (
         view(
             [model(A, 800), model(B, shared=1)],
-            [ticket(1, A, waited=1.9), ticket(2, B)],
+            [ticket(1, A, waited=9.0, blocked=1.9), ticket(2, B)],
             copies=[idle(7, B, mb=10)],
             devices=[device(used=200)],
             active=1,
@@ -389,7 +399,7 @@ CASES: Mapping[str, tuple[View, list[object]]] = {
     "later those, too": (
         view(
             [model(A, 800), model(B, shared=1)],
-            [ticket(1, A, waited=2.0), ticket(2, B)],
+            [ticket(1, A, waited=9.0, blocked=2.0), ticket(2, B)],
             copies=[idle(7, B, mb=10)],
             devices=[device(used=200)],
             active=1,
@@ -492,9 +502,16 @@ def test_waiters_stand_in_order_of_priority_then_number() -> None:
 
 def test_overtaking_ends_exactly_at_the_bound() -> None:
     state = view([], [])
-    assert may_overtake(state, None)
-    assert may_overtake(state, ticket(1, A, waited=1.999))
-    assert not may_overtake(state, ticket(1, A, waited=2.0))
+    assert not is_due(state, ticket(1, A, waited=9.0))
+    assert not is_due(state, ticket(1, A, waited=9.0, blocked=1.999))
+    assert is_due(state, ticket(1, A, waited=9.0, blocked=2.0))
+    assert not is_overdue(state, ticket(1, A, waited=9.0, blocked=3.999))
+    assert is_overdue(state, ticket(1, A, waited=9.0, blocked=4.0))
+
+
+def test_a_known_model_that_has_waited_long_enough_stands_among_the_unknown() -> None:
+    tickets = [ticket(1, A, waited=7.9), ticket(2, B, waited=8.0), ticket(3, C, priority=0)]
+    assert [t.row for t in queue_order(view([], tickets))] == [2, 3, 1]
 
 
 def test_free_memory_is_the_limit_less_what_is_used_and_reserved() -> None:
@@ -622,6 +639,175 @@ def test_a_plan_is_the_same_whatever_the_order_of_the_view(state: View) -> None:
     assert make_plan(shuffled).decisions == make_plan(state).decisions
 
 
+# ---- the cost of being wrong -------------------------------------------------------------------------------
+
+
+def wanted(row: int, need: float, rate: float, **more: Any) -> ModelView:
+    """A model with one copy, whose loads take 2 s."""
+    values = {"load_s": 2.0, "hold_s": 0.1, "rate": rate, **more}
+    return replace(model(row, need, shared=1), **values)
+
+
+def test_of_known_costs_the_least_wanted_copy_goes_however_lately_it_was_used() -> None:
+    state = view(
+        [model(A, 100), wanted(B, 100, rate=5.0), wanted(C, 100, rate=0.1)],
+        [ticket(1, A)],
+        copies=[idle(7, B, age=60), idle(8, C, age=1)],
+        devices=[device(used=900)],
+    )
+    assert make_plan(state).decisions == (Evict(1, (8,)),)
+
+
+def test_a_slow_load_outweighs_a_higher_rate() -> None:
+    state = view(
+        [model(A, 100), wanted(B, 100, rate=1.0, load_s=60.0), wanted(C, 100, rate=5.0)],
+        [ticket(1, A)],
+        copies=[idle(7, B), idle(8, C)],
+        devices=[device(used=900)],
+    )
+    assert make_plan(state).decisions == (Evict(1, (8,)),)
+
+
+def test_a_whole_set_is_chosen_and_not_more_than_that() -> None:
+    # Two small ones harm less than one large, or than a small and a large.
+    state = view(
+        [model(A, 400), wanted(B, 200, rate=0.2), wanted(C, 200, rate=0.3), wanted(D, 500, rate=0.9)],
+        [ticket(1, A)],
+        copies=[idle(7, B, mb=200), idle(8, C, mb=200), idle(9, D, mb=500)],
+        devices=[device(used=900)],
+    )
+    assert make_plan(state).decisions == (Evict(1, (7, 8)),)
+
+
+def test_a_surplus_copy_goes_before_the_last_one_of_a_model_that_is_wanted_less() -> None:
+    state = view(
+        [model(A, 100), replace(wanted(B, 100, rate=1.0), shared=2), wanted(C, 100, rate=0.5)],
+        [ticket(1, A)],
+        copies=[idle(7, B, age=30), idle(8, B, age=20), idle(9, C, age=60)],
+        devices=[device(used=900)],
+    )
+    assert make_plan(state).decisions == (Evict(1, (7,)),)
+
+
+def test_where_all_loads_are_quick_the_order_is_beams() -> None:
+    state = view(
+        [model(A, 100), wanted(B, 100, rate=0.1, load_s=0.01), wanted(C, 100, rate=9.0, load_s=0.01)],
+        [ticket(1, A)],
+        copies=[idle(7, B, age=1), idle(8, C, age=60)],
+        devices=[device(used=900)],
+    )
+    assert make_plan(state).decisions == (Evict(1, (8,)),)
+
+
+def in_use(row: int, of: int, mb: float, free_in_s: float) -> Busy:
+    return Busy(row, of, 0, mb, free_in_s)
+
+
+@pytest.mark.parametrize(("free_in_s", "decision"), [(0.1, Wait(1, Reason.IN_USE)), (60.0, Evict(1, (7,)))])
+def test_a_rarely_wanted_copy_in_use_is_waited_for_rather_than_a_hot_one_unloaded_if_that_is_soon(
+    free_in_s: float, decision: object
+) -> None:
+    state = view(
+        [replace(model(A, 100), load_s=2.0), wanted(B, 100, rate=5.0), wanted(C, 100, rate=0.1)],
+        [ticket(1, A)],
+        copies=[idle(7, B)],
+        devices=[device(used=900)],
+        busy=(in_use(8, C, 100, free_in_s),),
+        active=1,
+    )
+    assert make_plan(state).decisions == (decision,)
+
+
+# ---- passing one that waits for room -----------------------------------------------------------------------
+
+
+def blocked_by_c(blocked_s: float, *behind: TicketView) -> View:
+    """A needs 800 MB: one copy of C is idle, the other in use, with 400 MB each; an idle copy of B is small."""
+    return view(
+        [model(A, 800), model(B, shared=1), model(C, shared=2)],
+        [ticket(1, A, blocked=blocked_s), *behind],
+        copies=[idle(7, B, mb=10, age=1), idle(9, C, mb=400)],
+        devices=[device(used=900)],
+        busy=(in_use(8, C, 400, 0.5),),
+        active=1,
+    )
+
+
+def test_within_the_bound_every_idle_copy_may_be_reused() -> None:
+    decisions = make_plan(blocked_by_c(1.9, ticket(2, C), ticket(3, B))).decisions
+    assert decisions[1:] == (Grant(2, 9), Grant(3, 7))
+
+
+def test_after_it_only_what_is_not_to_make_room() -> None:
+    # Wanted costs make the choice plain: C goes, and B, which is small and wanted, is none of it.
+    state = blocked_by_c(2.0, ticket(2, C), ticket(3, B))
+    costs = {B: wanted(B, 10, rate=50.0), C: replace(wanted(C, 400, rate=0.1), shared=2, waiting=1)}
+    decisions = make_plan(replace(state, models={**state.models, **costs})).decisions
+    assert decisions == (Evict(1, (9,)), Grant(3, 7))
+
+
+def test_after_twice_the_bound_nothing_at_all() -> None:
+    decisions = make_plan(blocked_by_c(4.0, ticket(2, C), ticket(3, B))).decisions
+    assert not any(isinstance(decision, Grant) for decision in decisions)
+
+
+def test_nothing_passes_a_model_that_has_to_run_alone() -> None:
+    state = view(
+        [model(A, known=False), model(B, shared=1)],
+        [ticket(1, A, priority=0), ticket(2, B)],
+        copies=[idle(7, B)],
+        active=1,
+    )
+    assert make_plan(state).decisions == (Wait(1, Reason.DRAINING),)
+
+
+@pytest.mark.parametrize(("need_mb", "loads"), [(50.0, True), (150.0, False)])
+def test_a_small_load_goes_on_if_it_leaves_the_room_of_the_blocked_one(need_mb: float, loads: bool) -> None:
+    # Of 900 MB 600 are free and 300 will be: A takes 800 of them.
+    state = view(
+        [model(A, 800), model(B, shared=1), model(C, need_mb)],
+        [ticket(1, A), ticket(2, C)],
+        devices=[device(used=300)],
+        busy=(in_use(5, B, 300, 1.0),),
+        active=1,
+    )
+    expected = (Load(2, 0, need_mb, alone=False),) if loads else ()
+    assert make_plan(state).decisions == (Wait(1, Reason.IN_USE), *expected)
+
+
+def test_of_two_who_wait_for_one_model_one_loads_and_the_other_shares() -> None:
+    handle = replace(model(A, 100), shares=True, load_s=2.0, hold_s=0.1)
+    state = view([handle], [ticket(1, A), ticket(2, A, member=OTHER)])
+    assert make_plan(state).decisions == (Load(1, 0, 100.0, alone=False), Wait(2, Reason.SHARING))
+
+
+# ---- demand ------------------------------------------------------------------------------------------------
+
+
+def test_demand_is_the_rate_of_regular_requests_and_silence_lowers_it() -> None:
+    demand = Demand()
+    for number in range(1, 21):
+        demand = demand.counted(number, 2.0 * number)
+    assert demand.per_second(40.0) == pytest.approx(0.5)
+    assert demand.per_second(42.0) == pytest.approx(1 / 3)
+    assert demand.per_second(1040.0) == pytest.approx(0.002, rel=0.01)
+
+
+def test_requests_that_are_counted_together_weigh_as_much_as_one_by_one() -> None:
+    one_by_one = together = Demand().counted(1, 0.0)
+    for number in range(2, 12):
+        one_by_one = one_by_one.counted(number, number - 1.0)
+    together = together.counted(11, 10.0)
+    assert one_by_one.gap_s == pytest.approx(together.gap_s)
+
+
+def test_without_requests_there_is_no_demand_and_failed_loads_are_no_requests() -> None:
+    assert Demand().per_second(5.0) == 0.0
+    demand = Demand().counted(2, 1.0).counted(3, 2.0)
+    assert demand.counted(3, 9.0) is demand
+    assert demand.counted(2, 9.0) == replace(demand, requests=2)
+
+
 # ---- sharing -----------------------------------------------------------------------------------------------
 
 
@@ -632,32 +818,36 @@ def busy(**values: Any) -> ModelView:
 
 
 @pytest.mark.parametrize(
-    ("model_view", "ahead", "waited", "expected"),
+    ("model_view", "ahead", "expected_s"),
     [
-        pytest.param(busy(), 0, 0.0, True, id="a copy that is soon free is waited for"),
-        pytest.param(busy(), 18, 0.0, True, id="also by the nineteenth"),
-        pytest.param(busy(), 19, 0.0, False, id="but not when so many wait that a load is as quick"),
-        pytest.param(busy(shared=2), 19, 0.0, True, id="two copies serve twice as many"),
-        pytest.param(busy(hold_s=3.0), 0, 0.0, False, id="long holds are not waited for"),
-        pytest.param(busy(), 0, 2.0, False, id="who has waited as long as a load takes loads"),
-        pytest.param(busy(hold_s=0.0), 0, 0.0, False, id="unknown holds are not waited for"),
-        pytest.param(busy(load_s=0.0), 0, 0.0, False, id="unknown loads are no reason to wait"),
-        pytest.param(busy(shared=0), 0, 0.0, False, id="without a copy there is nothing to share"),
-        pytest.param(busy(shared=0, owned={OTHER: 1}), 0, 0.0, False, id="another process's object is no use"),
-        pytest.param(busy(shared=0, owned={ME: 1}), 0, 0.0, True, id="an object of one's own is"),
+        pytest.param(busy(), 0, 0.1, id="a copy that is soon free is waited for"),
+        pytest.param(busy(), 18, 1.9, id="also by the nineteenth"),
+        pytest.param(busy(), 19, None, id="but not when so many wait that a load is as quick"),
+        pytest.param(busy(shared=2), 19, 1.0, id="two copies serve twice as many"),
+        pytest.param(busy(hold_s=3.0), 0, None, id="long holds are not waited for"),
+        pytest.param(busy(held_for_s=2.0), 0, None, id="nor one that goes on for as long as a load takes"),
+        pytest.param(busy(held_for_s=1.9), 0, 0.1, id="but one that goes on for less is"),
+        pytest.param(busy(hold_s=0.0), 0, None, id="unknown holds are not waited for"),
+        pytest.param(busy(load_s=0.0), 0, None, id="unknown loads are no reason to wait"),
+        pytest.param(busy(shared=0), 0, None, id="without a copy there is nothing to share"),
+        pytest.param(busy(shared=0, owned={OTHER: 1}), 0, None, id="another process's object is no use"),
+        pytest.param(busy(shared=0, owned={ME: 1}), 0, 0.1, id="an object of one's own is"),
+        pytest.param(busy(shared=0, loading={OTHER: 1}, shares=True, loading_for_s=0.5), 0, 1.6, id="a load is shared"),
+        pytest.param(busy(shared=0, loading={OTHER: 1}, shares=False), 0, None, id="but not of another's object"),
         pytest.param(
-            busy(shared=0, loading={OTHER: 1}, shares=True, loading_for_s=0.5), 0, 0.0, True, id="a load is shared"
-        ),
-        pytest.param(busy(shared=0, loading={OTHER: 1}, shares=False), 0, 0.0, False, id="but not of another's object"),
-        pytest.param(
-            busy(shared=0, known=False, load_s=0.0, loading={ME: 1}), 0, 0.0, True, id="an unknown model loads once"
+            busy(shared=0, known=False, load_s=0.0, loading={ME: 1}), 0, 0.0, id="an unknown model loads once"
         ),
     ],
 )
 def test_another_copy_is_loaded_only_where_that_is_sooner(
-    model_view: ModelView, ahead: int, waited: float, expected: bool
+    model_view: ModelView, ahead: int, expected_s: float | None
 ) -> None:
-    assert waiting_is_sooner(model_view, ticket(1, A, waited=waited), ahead, NOW) is expected
+    found = waiting_is_sooner(model_view, ticket(1, A, waited=2.0), ahead, NOW)
+    assert found == (None if expected_s is None else pytest.approx(expected_s))
+
+
+def test_who_has_just_come_waits_for_a_copy_that_is_held_for_long() -> None:
+    assert waiting_is_sooner(busy(held_for_s=9.0), ticket(1, A, waited=1.9), 0, NOW) == pytest.approx(0.1)
 
 
 def test_who_shares_a_copy_does_not_block_those_behind() -> None:

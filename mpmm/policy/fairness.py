@@ -1,23 +1,58 @@
 """Fairness: the order of the queue, and how long its head may be overtaken.
 
-Waiters stand in order of (priority, ticket number); unknown models have priority 0 and come first. A waiter
-that cannot proceed is overtaken only by those who just reuse an idle copy, and only until it has waited for
-`max_overtake_seconds`; from then on everybody else stands behind it, so that active copies drain and its turn
-comes.
+Waiters stand in order of (priority, ticket number). Unknown models have priority 0 and come first, but not before a
+known one that has waited for `UNKNOWN_FIRST` times `max_overtake_seconds`: a stream of unknown models starves nobody.
+
+The first waiter for whom there is no room is *blocked*. For `max_overtake_seconds` from then on, those behind it may
+reuse whatever is idle: so the waiters of one model are served together, before its copy goes. After that the copies
+that are to make room for it are nobody else's any more, and they drain; what is not one of them delays nobody and may
+be reused still. After twice that time nothing is, whatever was expected. What has to run alone is never passed.
+
+The time does not begin when a waiter comes, because in a long queue all have waited for long, and then every copy would
+be loaded for one waiter alone, which makes the queue longer still: in the simulator, 64 clients and loads of 2 s, that
+is 576 loads for 1 000 requests and a longest wait of 28 s, instead of 71 loads and 8 s.
 """
 
 from __future__ import annotations
 
 from mpmm.policy.view import TicketView, View
 
-__all__ = ["may_overtake", "queue_order"]
+__all__ = ["effective_priority", "is_due", "is_overdue", "queue_order"]
+
+
+# So many times the bound an unknown model may go before a known one. Every isolation flushes the device, so unknown
+# models are better measured one after the other than in turns with known ones: where 64 clients begin with 12 unknown
+# models, the 99th percentile of the waits is 6 s; with 1 it is 10 s, and half as many loads more.
+UNKNOWN_FIRST = 4
+
+
+def effective_priority(priority: int, waited_s: float, max_overtake_seconds: float) -> int:
+    """Return the priority after a wait: who has waited long enough stands among the first, by number.
+
+    A preload (priority 2) does not: nobody waits for what it loads.
+    """
+    return 0 if priority == 1 and waited_s >= UNKNOWN_FIRST * max_overtake_seconds else priority
 
 
 def queue_order(view: View) -> list[TicketView]:
     """Return the waiters, first one first."""
-    return sorted(view.tickets, key=lambda ticket: (ticket.priority, ticket.number))
+    bound = view.rules.max_overtake_seconds
+    return sorted(
+        view.tickets,
+        key=lambda ticket: (
+            effective_priority(ticket.priority, view.now_s - ticket.enqueued_s, bound),
+            ticket.number,
+        ),
+    )
 
 
-def may_overtake(view: View, blocked: TicketView | None) -> bool:
-    """Tell whether idle copies may still be handed out past the first waiter that cannot proceed."""
-    return blocked is None or view.now_s - blocked.enqueued_s < view.rules.max_overtake_seconds
+def is_due(view: View, ticket: TicketView) -> bool:
+    """Tell whether a blocked waiter must not be delayed any more."""
+    since = ticket.blocked_since_s
+    return since is not None and view.now_s - since >= view.rules.max_overtake_seconds
+
+
+def is_overdue(view: View, ticket: TicketView) -> bool:
+    """Tell whether nobody at all may pass a blocked waiter any more."""
+    since = ticket.blocked_since_s
+    return since is not None and view.now_s - since >= 2 * view.rules.max_overtake_seconds

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 
 __all__ = [
+    "Busy",
     "Decision",
     "DeviceView",
     "Enough",
@@ -26,12 +27,14 @@ __all__ = [
     "TicketView",
     "View",
     "Wait",
+    "Why",
 ]
 
 
 class Reason(IntEnum):
-    """Why a ticket waits."""
+    """Why something was decided. The sentences are in `reasons`; the numbers stand in segments, so they stay."""
 
+    # A ticket waits:
     BEHIND = 0  # somebody before it in the queue must not be overtaken, or an unknown model runs alone
     DRAINING = 1  # its own model is unknown: waits for the others to finish
     MEMORY = 2  # nothing that could be unloaded makes enough room
@@ -42,6 +45,40 @@ class Reason(IntEnum):
     PINNED = 7  # as MEMORY, and some of what is idle is pinned
     COPIES = 8  # there are as many copies of its model as there may be
     LEASED = 9  # leases that are held leave too little room, even if everything else went
+    IN_USE = 10  # room is reserved for it where copies are still in use
+    # It gets an idle copy:
+    IDLE_COPY = 16
+    PASSING = 17  # past one that waits for room, which this does not delay
+    # It may load:
+    FITS = 24
+    ALONE = 25  # to be measured
+    BESIDE = 26  # beside the room that is reserved for one before it
+    ANOTHER_COPY = 27  # sooner than a copy that is in use could be had
+    # Copies are unloaded for it:
+    LOWEST_SCORE = 32  # in Beam's order, as long as the costs are not known
+    SMALLEST_HARM = 33
+    FLUSHED = 34  # so that it runs alone
+    NO_ROW = 35  # the table of copies is full
+    EXCHANGED = 36  # there are as many copies of the model as there may be, and none that the waiter could use
+    # It is refused:
+    TOO_LARGE = 40
+
+
+@dataclass(frozen=True)
+class Why:
+    """A reason and its figures, as far as they matter for it.
+
+    need_mb: what the load needs. free_mb: what is free. coming_mb: what is on its way back, or will be when copies that
+    are in use become idle. seconds: a time that the decision rests on. other: the model that it is about, besides one's
+    own.
+    """
+
+    reason: Reason
+    need_mb: float = 0.0
+    free_mb: float = 0.0
+    coming_mb: float = 0.0
+    seconds: float = 0.0
+    other: int | None = None
 
 
 @dataclass(frozen=True)
@@ -63,7 +100,8 @@ class ModelView:
     need_mb: the estimate, or the default. shared: loaded copies that any member can use. owned: loaded copies
     that only one member can use, by member. loading: copies being loaded, by the member that loads them;
     shares: what is being loaded will be a handle, as far as known. load_s, hold_s: how long a load and a hold
-    take, 0 unknown. loading_for_s: since when the oldest load goes on. lease: it is no model, but a lease.
+    take, 0 unknown. loading_for_s: since when the oldest load goes on. held_for_s: how long the copy that was handed
+    out last is held. rate: expected requests a second. lease: it is no model, but a lease.
     """
 
     model: int
@@ -77,6 +115,8 @@ class ModelView:
     load_s: float = 0.0
     hold_s: float = 0.0
     loading_for_s: float = 0.0
+    held_for_s: float = 0.0
+    rate: float = 0.0
     lease: bool = False
 
     @property
@@ -112,10 +152,23 @@ class Idle:
 
 
 @dataclass(frozen=True)
+class Busy:
+    """A copy that is in use or being loaded, and when it is expected to be idle; `inf` if that is not known."""
+
+    row: int
+    model: int
+    device: int
+    mb: float
+    free_in_s: float
+    pinned: bool = False
+
+
+@dataclass(frozen=True)
 class TicketView:
     """A waiter. `row` identifies it.
 
     preload: above 0, it does not wait for a copy to use, but for so many to be there that its member can use.
+    blocked_since_s: since when it is the first one for whom there is no room, None if it has never been.
     """
 
     row: int
@@ -125,6 +178,7 @@ class TicketView:
     member: int
     enqueued_s: float
     preload: int = 0
+    blocked_since_s: float | None = None
 
 
 @dataclass(frozen=True)
@@ -143,7 +197,7 @@ class DeviceView:
 
 @dataclass(frozen=True)
 class View:
-    """The state that a plan is made from. `idle` lists copies newest first.
+    """The state that a plan is made from. `idle` lists copies newest first; `busy` those in use or being loaded.
 
     tickets: waiters in any order; at least the first ones of the queue, and for each model with idle copies
         the first ones of that model.
@@ -159,6 +213,7 @@ class View:
     loading: int
     unloading: int
     isolated: bool
+    busy: tuple[Busy, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -167,6 +222,7 @@ class Grant:
 
     ticket: int
     instance: int
+    why: Why = field(default=Why(Reason.IDLE_COPY), compare=False)
 
 
 @dataclass(frozen=True)
@@ -177,6 +233,7 @@ class Load:
     device: int
     need_mb: float
     alone: bool
+    why: Why = field(default=Why(Reason.FITS), compare=False)
 
 
 @dataclass(frozen=True)
@@ -185,14 +242,17 @@ class Evict:
 
     ticket: int
     instances: tuple[int, ...]
+    why: Why = field(default=Why(Reason.LOWEST_SCORE), compare=False)
 
 
 @dataclass(frozen=True)
 class Wait:
-    """A ticket waits, and why."""
+    """A ticket waits, and why. `first`: it is the first one for whom there is no room."""
 
     ticket: int
     reason: Reason
+    why: Why = field(default=Why(Reason.BEHIND), compare=False)
+    first: bool = field(default=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -200,6 +260,7 @@ class Refuse:
     """A ticket's model can never fit on any device."""
 
     ticket: int
+    why: Why = field(default=Why(Reason.TOO_LARGE), compare=False)
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,11 @@
-"""Kinds of events in the ring, with the meaning of `value`."""
+"""Kinds of events in the ring, with the meaning of `value`; and what caused one."""
 
 from __future__ import annotations
 
 from enum import IntEnum
+from typing import NamedTuple
 
-__all__ = ["EventKind"]
+__all__ = ["Cause", "EventKind"]
 
 
 class EventKind(IntEnum):
@@ -36,3 +37,15 @@ class EventKind(IntEnum):
     PINNED = 24  # slot of the member
     UNPINNED = 25  # slot of the member
     OUT_OF_MEMORY = 26  # MB: the estimate until now, nan if there was none
+    WAITS = 27  # seconds waited so far
+
+
+class Cause(NamedTuple):
+    """A decision's reason (a number of `policy.view.Reason`) and its figures; `other` refers to a model, 0 none."""
+
+    reason: int
+    need_mb: float = 0.0
+    free_mb: float = 0.0
+    coming_mb: float = 0.0
+    seconds: float = 0.0
+    other: int = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator
 
@@ -79,6 +80,9 @@ def _models(snapshot: Snapshot) -> Iterator[str]:
             yield f"M6 {model.tag}: {model.loaded} loaded and {model.loading} loading are more than max_model_copies"
         if model.kind == "lease":
             yield from _lease(model, instances[model.row], [t for t in snapshot.tickets if t.model == model.row])
+        for name in ("load_s", "hold_s", "gap_s"):
+            if not 0 <= getattr(model, name) < math.inf:
+                yield f"M8 {model.tag}: {name} is {getattr(model, name)}"
         yield from _idle_list(model, instances[model.row])
 
 
@@ -147,6 +151,8 @@ def _tickets(snapshot: Snapshot) -> Iterator[str]:
             yield f"T1 {what}: {ticket.member} is no member"
         if ticket.model not in models:
             yield f"T1 {what}: no model row {ticket.model}"
+        if ticket.blocked_for_s is not None and ticket.blocked_for_s > ticket.waited_s:
+            yield f"T3 {what}: blocked for {ticket.blocked_for_s} s, though it waits for {ticket.waited_s} s"
         if (ticket.instance is not None) != (ticket.state in ("granted", "load")):
             yield f"T2 {what}: instance is {ticket.instance}"
         if ticket.state in ("granted", "load") and ticket.instance is not None:

@@ -38,7 +38,7 @@ __all__ = [
 ]
 
 MAGIC = int.from_bytes(b"mpmm-seg", "little")
-LAYOUT_VERSION = 3
+LAYOUT_VERSION = 4
 WORD = 8
 # So many of the tables, the first ones, say in `Header.ENDS` how far they have grown.
 GROWING = 5
@@ -151,6 +151,7 @@ class Model:
     M5  PINS equals the pin rows of this model.
     M6  no model has more ACTIVE, IDLE and LOADING copies together than `max_model_copies`.
     M7  a row in state LEASE is KNOWN, and is that of one ticket, or of one LEASED instance, or of both.
+    M8  LOAD_S, HOLD_S and GAP_S are finite and not below 0.
     """
 
     STATE = 0  # FREE, MODEL or LEASE
@@ -173,7 +174,10 @@ class Model:
     LOAD_S = 17  # float: smoothed duration of a load, 0 unknown
     HOLD_S = 18  # float: smoothed time between acquire and release, 0 unknown
     PINS = 19  # derived: members that want its idle copies kept
-    TAG = 20  # text
+    GAP_S = 20  # float: decayed mean time between two requests, 0 unknown; see `policy.demand`
+    REQUESTS = 21  # HITS + LOADS + LOADING + WAITING when they were last counted
+    REQUESTED_AT = 22  # when that count last rose
+    TAG = 23  # text
     TAG_BYTES = 511
     WORDS = TAG + text_words(TAG_BYTES)
 
@@ -230,6 +234,7 @@ class Ticket:
     T1  NUMBERs are unique; MODEL and MEMBER refer to used rows.
     T2  INSTANCE is set exactly in states GRANTED (an ACTIVE row, or a LEASED one) and LOAD (a LOADING row), whose
         HOLDER is MEMBER.
+    T3  BLOCKED_AT is 0 or not before ENQUEUED.
     """
 
     STATE = 0
@@ -244,7 +249,12 @@ class Ticket:
     REASON = 9  # why it waits, see policy.view.Reason
     NEED_MB = 10  # float
     PRELOAD = 11  # copies that a preload wants MEMBER to have at its disposal; 0 for who wants one to use
-    WORDS = 12
+    BLOCKED_AT = 12  # when it became the first one for whom there is no room; 0: it never was
+    FREE_MB = 13  # float } figures of REASON, as they were when
+    COMING_MB = 14  # float } it became the reason
+    SECONDS = 15  # float }
+    OTHER = 16  # reference to the model that REASON is about besides its own, or 0
+    WORDS = 17
 
     FREE = 0
     WAITING = 1
@@ -319,13 +329,18 @@ class Event:
 
     SEQUENCE = 0  # 1, 2, 3, …; lies in row (SEQUENCE - 1) % capacity
     TIME = 1
-    KIND = 2
+    KIND = 2  # and, 8 bits further up, the reason plus one where there is one, see policy.view.Reason
     PID = 3
     MODEL = 4  # reference
     INSTANCE = 5  # reference
     TICKET = 6  # ticket number plus one
     VALUE = 7  # float, meaning by KIND
-    WORDS = 8
+    NEED_MB = 8  # float } figures of the reason; left over from older events where there is none,
+    FREE_MB = 9  # float } because the warm path shall not pay for clearing them
+    COMING_MB = 10  # float }
+    SECONDS = 11  # float }
+    OTHER = 12  # reference to a model }
+    WORDS = 13
 
 
 class Undo:

@@ -94,9 +94,12 @@ class MemberInfo:
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """One tag: how many copies in which state, its estimate in MB (None: unknown), and its counters.
+    """One tag: how many copies in which state, its estimate in MB (None: unknown), its counters and its times.
 
     kind: `model`, or `lease` for what stands for one lease, held or waited for; its estimate is what it is for.
+    unused_for_s: since its last use, 0 while it is in use. load_s, hold_s, gap_s: decayed means of the time of a load,
+    of a hold and between two requests, 0 unknown. requests: how many the last of these has seen, and requested_ago_s:
+    when.
     """
 
     row: int
@@ -115,6 +118,11 @@ class ModelInfo:
     evictions: int
     pins: int
     unused_for_s: float
+    load_s: float
+    hold_s: float
+    gap_s: float
+    requests: int
+    requested_ago_s: float
     idle_head: int | None
     generation: int
 
@@ -152,6 +160,8 @@ class TicketInfo:
     """One waiter, for a model or a lease. `need_mb` is the estimate or default when it queued; `member` is a slot.
 
     preload: how many copies a preload wants, 0 for other waiters.
+    reason: a number of `policy.view.Reason`; free_mb, coming_mb, seconds and other (a tag) are its figures.
+    blocked_for_s: since when it is the first one for whom there is no room, None if it has never been.
     """
 
     row: int
@@ -164,7 +174,12 @@ class TicketInfo:
     state: str
     reason: int
     need_mb: float
+    free_mb: float
+    coming_mb: float
+    seconds: float
+    other: str | None
     waited_s: float
+    blocked_for_s: float | None
     time_left_s: float
     preload: int
     instance: int | None
@@ -211,7 +226,10 @@ class ObservationInfo:
 
 @dataclass(frozen=True)
 class EventInfo:
-    """One entry of the event ring, oldest first; `value` as `EventKind` says."""
+    """One entry of the event ring, oldest first; `value` as `EventKind` says.
+
+    reason: a number of `policy.view.Reason` where the policy has decided it, and then its figures; else None.
+    """
 
     sequence: int
     kind: str
@@ -221,6 +239,12 @@ class EventInfo:
     instance: int | None
     ticket: int | None
     value: float | None
+    reason: int | None = None
+    need_mb: float | None = None
+    free_mb: float | None = None
+    coming_mb: float | None = None
+    seconds: float | None = None
+    other: str | None = None
 
 
 @dataclass(frozen=True)
@@ -437,7 +461,7 @@ class _Decoder:
             settings=settings,
             table_ends={table.name: words[table.end_word] for table in self._layout.growing},
             members=tuple(self._member(row, at, alive.get(row)) for row, at in self._rows("members")),
-            models=tuple(self._model(row, at) for row, at in models.items()),
+            models=tuple(self._model(row, at, instances) for row, at in models.items()),
             instances=instances,
             tickets=tuple(
                 sorted(
@@ -503,8 +527,9 @@ class _Decoder:
             generation=words[at + Member.GENERATION],
         )
 
-    def _model(self, row: int, at: int) -> ModelInfo:
-        words = self._words
+    def _model(self, row: int, at: int, instances: tuple[InstanceInfo, ...]) -> ModelInfo:
+        words, floats = self._words, self._floats
+        used = [0.0 if copy.state == "active" else copy.for_s for copy in instances if copy.model == row]
         return ModelInfo(
             row=row,
             kind=_MODEL_KINDS.get(words[at + Model.STATE], f"state {words[at + Model.STATE]}"),
@@ -521,7 +546,12 @@ class _Decoder:
             hits=words[at + Model.HITS],
             evictions=words[at + Model.EVICTIONS],
             pins=words[at + Model.PINS],
-            unused_for_s=self._age(words[at + Model.USED_AT]),
+            unused_for_s=min(used, default=self._age(words[at + Model.USED_AT])),
+            load_s=floats[at + Model.LOAD_S],
+            hold_s=floats[at + Model.HOLD_S],
+            gap_s=floats[at + Model.GAP_S],
+            requests=words[at + Model.REQUESTS],
+            requested_ago_s=self._age(words[at + Model.REQUESTED_AT]),
             idle_head=self._reference(words[at + Model.IDLE_HEAD]),
             generation=words[at + Model.GENERATION],
         )
@@ -550,7 +580,7 @@ class _Decoder:
         )
 
     def _ticket(self, row: int, at: int, tags: dict[int, str]) -> TicketInfo:
-        words = self._words
+        words, floats = self._words, self._floats
         member = words[at + Ticket.MEMBER] - 1
         known = 0 <= member < self._layout.members.capacity
         return TicketInfo(
@@ -563,8 +593,13 @@ class _Decoder:
             pid=words[self._layout.members.base + member * Member.WORDS + Member.PID] if known else 0,
             state=_TICKET_STATES.get(words[at + Ticket.STATE], f"state {words[at + Ticket.STATE]}"),
             reason=words[at + Ticket.REASON],
-            need_mb=self._floats[at + Ticket.NEED_MB],
+            need_mb=floats[at + Ticket.NEED_MB],
+            free_mb=floats[at + Ticket.FREE_MB],
+            coming_mb=floats[at + Ticket.COMING_MB],
+            seconds=floats[at + Ticket.SECONDS],
+            other=tags.get(words[at + Ticket.OTHER] - 1),
             waited_s=self._age(words[at + Ticket.ENQUEUED]),
+            blocked_for_s=self._age(words[at + Ticket.BLOCKED_AT]) if words[at + Ticket.BLOCKED_AT] else None,
             time_left_s=-self._age(words[at + Ticket.DEADLINE]) if words[at + Ticket.DEADLINE] < 2**63 else math.inf,
             preload=words[at + Ticket.PRELOAD],
             instance=self._reference(words[at + Ticket.INSTANCE]),
@@ -627,9 +662,9 @@ class _Decoder:
             row = rows[(sequence - 1) % capacity]
             if row[Event.SEQUENCE] != sequence:
                 continue
-            kind = int(row[Event.KIND])
+            reason, kind = divmod(int(row[Event.KIND]), 256)
             model, instance, ticket = (int(row[word]) for word in (Event.MODEL, Event.INSTANCE, Event.TICKET))
-            value = float(row[Event.VALUE : Event.VALUE + 1].view(np.float64)[0])
+            value, need, free, coming, seconds = row[Event.VALUE : Event.OTHER].view(np.float64).tolist()
             yield EventInfo(
                 sequence=sequence,
                 kind=EventKind(kind).name.lower() if kind in EventKind._value2member_map_ else f"kind {kind}",
@@ -639,6 +674,12 @@ class _Decoder:
                 instance=self._reference(instance),
                 ticket=self._reference(ticket),
                 value=self._number(value),
+                reason=reason - 1 if reason else None,
+                need_mb=self._number(need) if reason else None,
+                free_mb=self._number(free) if reason else None,
+                coming_mb=self._number(coming) if reason else None,
+                seconds=self._number(seconds) if reason else None,
+                other=tags.get(int(row[Event.OTHER]) - 1) if reason else None,
             )
 
 

@@ -39,6 +39,7 @@ from types import TracebackType
 from typing import Any
 
 from mpmm.errors import ClosedError, LockTimeoutError, SegmentCorruptError, TableFullError
+from mpmm.shared_state.events import Cause
 from mpmm.shared_state.futex import wait_for_change, wake_one
 from mpmm.shared_state.layout import Event, Header, Table
 from mpmm.shared_state.lock_file import LockFile
@@ -322,12 +323,27 @@ class Transaction:
             index += 1
             self.set(index, int.from_bytes(text[offset : offset + 8], "little"))
 
-    def event(self, kind: int, model: int = 0, instance: int = 0, ticket: int = 0, value: float = 0.0) -> None:
+    def event(
+        self,
+        kind: int,
+        model: int = 0,
+        instance: int = 0,
+        ticket: int = 0,
+        value: float = 0.0,
+        cause: Cause | None = None,
+    ) -> None:
         """Append to the event ring; `model` and `instance` are references, `ticket` is a number plus one."""
-        self.set_all((self.next_event(kind, model, instance, ticket, value),))
+        self.set_all((self.next_event(kind, model, instance, ticket, value, cause),))
 
     def next_event(
-        self, kind: int, model: int = 0, instance: int = 0, ticket: int = 0, value: float = 0.0, ahead: int = 0
+        self,
+        kind: int,
+        model: int = 0,
+        instance: int = 0,
+        ticket: int = 0,
+        value: float = 0.0,
+        cause: Cause | None = None,
+        ahead: int = 0,
     ) -> tuple[int, int]:
         """Write the next row of the event ring; return the change for `set_all` that makes it an event.
 
@@ -345,4 +361,11 @@ class Transaction:
         words[at + Event.INSTANCE] = instance
         words[at + Event.TICKET] = ticket
         words[at + Event.VALUE] = float_bits(value) if value else 0
+        if cause is not None:
+            words[at + Event.KIND] = kind | cause.reason + 1 << 8
+            words[at + Event.NEED_MB] = float_bits(cause.need_mb)
+            words[at + Event.FREE_MB] = float_bits(cause.free_mb)
+            words[at + Event.COMING_MB] = float_bits(cause.coming_mb)
+            words[at + Event.SECONDS] = float_bits(cause.seconds)
+            words[at + Event.OTHER] = cause.other
         return Header.EVENTS, sequence

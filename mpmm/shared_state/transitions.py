@@ -16,6 +16,7 @@ checked it before.
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Sequence
@@ -25,7 +26,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mpmm.errors import TableFullError
-from mpmm.shared_state.events import EventKind
+from mpmm.shared_state.events import Cause, EventKind
 from mpmm.shared_state.futex import wake_all
 from mpmm.shared_state.layout import Device, Header, Instance, Member, Model, Observation, Pin, Table, Ticket
 from mpmm.shared_state.tables import Tables
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
     from mpmm.shared_state.namespace import Namespace
 
 __all__ = ["Transitions"]
+
+_LOG = logging.getLogger("mpmm")
 
 # Weight of the newest load or hold in the mean: the last ten count.
 SMOOTHING = 0.1
@@ -247,6 +250,17 @@ class Transitions:
         t.set_text(at + Model.TAG, encoded)
         return row
 
+    def note_demand(self, t: Transaction, row: int, gap_s: float, requests: int, counted_ns: int) -> None:
+        """Record how often a model is asked for, as counted up to now."""
+        at = self.tables.model(row)
+        t.set_all(
+            (
+                (at + Model.GAP_S, float_bits(gap_s)),
+                (at + Model.REQUESTS, requests),
+                (at + Model.REQUESTED_AT, counted_ns),
+            )
+        )
+
     def _oldest_unused_model(self) -> int:
         rows = self.tables.view(self.layout.models)
         busy = rows[:, Model.LOADED] + rows[:, Model.LOADING] + rows[:, Model.UNLOADING] + rows[:, Model.WAITING]
@@ -274,7 +288,8 @@ class Transitions:
         t.set(at + Ticket.INSTANCE, 0)
         t.set(at + Ticket.ENQUEUED, t.now)
         t.set(at + Ticket.DEADLINE, deadline_ns)
-        t.set(at + Ticket.REASON, 0)
+        for word in (Ticket.REASON, Ticket.BLOCKED_AT, Ticket.FREE_MB, Ticket.COMING_MB, Ticket.SECONDS, Ticket.OTHER):
+            t.set(at + word, 0)
         t.set_float(at + Ticket.NEED_MB, need_mb)
         t.set(at + Ticket.PRELOAD, preload)
         t.set(at + Ticket.STATE, Ticket.WAITING)
@@ -283,11 +298,28 @@ class Transitions:
         t.event(EventKind.QUEUED, model + 1, ticket=number + 1, value=need_mb)
         return row
 
-    def set_reason(self, t: Transaction, row: int, reason: int) -> None:
+    def set_reason(self, t: Transaction, row: int, cause: Cause) -> None:
         """Record why a ticket waits."""
-        t.set(self.tables.ticket(row) + Ticket.REASON, reason)
+        at = self.tables.ticket(row)
+        words = self.segment.words
+        t.set_all(
+            (
+                (at + Ticket.REASON, cause.reason),
+                (at + Ticket.FREE_MB, float_bits(cause.free_mb)),
+                (at + Ticket.COMING_MB, float_bits(cause.coming_mb)),
+                (at + Ticket.SECONDS, float_bits(cause.seconds)),
+                (at + Ticket.OTHER, cause.other),
+            )
+        )
+        waited = (t.now - words[at + Ticket.ENQUEUED]) / 1e9
+        ticket = words[at + Ticket.NUMBER] + 1
+        t.event(EventKind.WAITS, words[at + Ticket.MODEL] + 1, ticket=ticket, value=waited, cause=cause)
 
-    def grant(self, t: Transaction, row: int, instance: int) -> None:
+    def block(self, t: Transaction, row: int) -> None:
+        """Record that from now on a ticket is the first one for whom there is no room."""
+        t.set(self.tables.ticket(row) + Ticket.BLOCKED_AT, t.now)
+
+    def grant(self, t: Transaction, row: int, instance: int, cause: Cause | None = None) -> None:
         """Hand an idle instance to a waiter and wake it."""
         at = self.tables.ticket(row)
         model = self.segment.words[at + Ticket.MODEL]
@@ -295,9 +327,9 @@ class Transitions:
         t.set(at + Ticket.INSTANCE, instance + 1)
         self._answer(t, row, Ticket.GRANTED)
         waited = (t.now - self.segment.words[at + Ticket.ENQUEUED]) / 1e9
-        t.event(EventKind.GRANTED, model + 1, instance + 1, self.segment.words[at + Ticket.NUMBER] + 1, waited)
+        t.event(EventKind.GRANTED, model + 1, instance + 1, self.segment.words[at + Ticket.NUMBER] + 1, waited, cause)
 
-    def pass_on(self, t: Transaction, row: int, instance: int, used: bool = True) -> None:
+    def pass_on(self, t: Transaction, row: int, instance: int, cause: Cause, used: bool = True) -> None:
         """Hand an active copy from its holder straight to a waiter (ticket's row) and wake it: `release` and `grant`.
 
         For a copy that may be taken over: not doomed, not alone, owned by nobody or by the waiter. used: see `release`.
@@ -313,7 +345,7 @@ class Transitions:
         waited = (t.now - words[ticket + Ticket.ENQUEUED]) / 1e9
         number = words[ticket + Ticket.NUMBER]
         t.next_event(EventKind.RELEASED, model_row + 1, instance + 1, value=held)
-        granted = t.next_event(EventKind.GRANTED, model_row + 1, instance + 1, number + 1, waited, ahead=1)
+        granted = t.next_event(EventKind.GRANTED, model_row + 1, instance + 1, number + 1, waited, cause, ahead=1)
         signal = ticket + Ticket.SIGNAL
         t.set_all(
             (
@@ -333,7 +365,9 @@ class Transitions:
         )
         t.after.append(partial(wake_all, self.segment.address + 8 * signal))
 
-    def allow_load(self, t: Transaction, row: int, device: int, need_mb: float, alone: bool) -> int:
+    def allow_load(
+        self, t: Transaction, row: int, device: int, need_mb: float, alone: bool, cause: Cause | None = None
+    ) -> int:
         """Reserve memory for a waiter and tell it to load; return the instance's row. Raises TableFullError.
 
         For whom waits for a lease, the reservation is all there is to it: it has the lease then.
@@ -342,14 +376,14 @@ class Transitions:
         words = self.segment.words
         model, member = words[at + Ticket.MODEL], words[at + Ticket.MEMBER] - 1
         if words[self.tables.model(model)] == Model.LEASE:
-            instance, answer = self.begin_lease(t, model, member, device, need_mb), Ticket.GRANTED
+            instance, answer = self.begin_lease(t, model, member, device, need_mb, cause), Ticket.GRANTED
         else:
-            instance, answer = self.begin_load(t, model, member, device, need_mb, alone), Ticket.LOAD
+            instance, answer = self.begin_load(t, model, member, device, need_mb, alone, cause), Ticket.LOAD
         t.set(at + Ticket.INSTANCE, instance + 1)
         self._answer(t, row, answer)
         return instance
 
-    def refuse(self, t: Transaction, row: int) -> None:
+    def refuse(self, t: Transaction, row: int, cause: Cause | None = None) -> None:
         """Tell a waiter that its model can never fit."""
         at = self.tables.ticket(row)
         words = self.segment.words
@@ -358,6 +392,7 @@ class Transitions:
             words[at + Ticket.MODEL] + 1,
             ticket=words[at + Ticket.NUMBER] + 1,
             value=self.segment.floats[at + Ticket.NEED_MB],
+            cause=cause,
         )
         self._answer(t, row, Ticket.REFUSED)
 
@@ -417,14 +452,16 @@ class Transitions:
         t.set(at + Model.STATE, Model.LEASE)
         return row
 
-    def begin_lease(self, t: Transaction, model: int, member: int, device: int, mb: float) -> int:
+    def begin_lease(
+        self, t: Transaction, model: int, member: int, device: int, mb: float, cause: Cause | None = None
+    ) -> int:
         """Give a member (slot) the lease that a model row stands for; return the row. Raises TableFullError."""
         row = self._new_instance(t, model, member, device)
         at = self.tables.instance(row)
         t.set_float(at + Instance.RESERVED_MB, mb)
         self._change_state(t, row, Instance.LEASED)
         t.set(Header.CONFIGURED_AT, t.now)
-        t.event(EventKind.LEASED, model + 1, row + 1, value=mb)
+        t.event(EventKind.LEASED, model + 1, row + 1, value=mb, cause=cause)
         return row
 
     def link_program(self, t: Transaction, row: int, pid: int) -> None:
@@ -457,7 +494,16 @@ class Transitions:
 
     # ---- instances -----------------------------------------------------------------------------------------
 
-    def begin_load(self, t: Transaction, model: int, member: int, device: int, need_mb: float, alone: bool) -> int:
+    def begin_load(
+        self,
+        t: Transaction,
+        model: int,
+        member: int,
+        device: int,
+        need_mb: float,
+        alone: bool,
+        cause: Cause | None = None,
+    ) -> int:
         """Book a copy that a member (slot) is about to load; return its row. Raises TableFullError."""
         row = self._new_instance(t, model, member, device)
         at = self.tables.instance(row)
@@ -470,7 +516,7 @@ class Transitions:
             t.set(Header.ISOLATED, row + 1)
             t.set_float(Header.ISOLATION_BASELINE, math.nan)
             t.event(EventKind.ISOLATION_BEGAN, model + 1, row + 1)
-        t.event(EventKind.LOAD_BEGAN, model + 1, row + 1, value=need_mb)
+        t.event(EventKind.LOAD_BEGAN, model + 1, row + 1, value=need_mb, cause=cause)
         return row
 
     def _new_instance(self, t: Transaction, model: int, member: int, device: int) -> int:
@@ -616,7 +662,7 @@ class Transitions:
             t.set(Header.ISOLATED, 0)
             t.event(EventKind.ISOLATION_ENDED, self._model_reference(instance - 1), instance)
 
-    def begin_unload(self, t: Transaction, row: int, unloader: int, evicted: bool) -> None:
+    def begin_unload(self, t: Transaction, row: int, unloader: int, evicted: bool, cause: Cause | None = None) -> None:
         """Take an idle copy out of use; a member (slot) unloads it, its owner if it has one."""
         at = self.tables.instance(row)
         words = self.segment.words
@@ -630,9 +676,8 @@ class Transitions:
         if evicted:
             t.add(Header.EVICTIONS, 1)
             t.add(self.tables.model(words[at + Instance.MODEL]) + Model.EVICTIONS, 1)
-        t.event(
-            EventKind.UNLOAD_BEGAN, self._model_reference(row), row + 1, value=self.segment.floats[at + Instance.MB]
-        )
+        mb = self.segment.floats[at + Instance.MB]
+        t.event(EventKind.UNLOAD_BEGAN, self._model_reference(row), row + 1, value=mb, cause=cause)
         self.ring(t, words[at + Instance.HOLDER] - 1)
 
     def end_unload(self, t: Transaction, row: int) -> None:
@@ -881,6 +926,16 @@ class Transitions:
                 return
             t.add_float(Header.WRITTEN_OFF, missing)
             t.event(EventKind.WRITTEN_OFF, value=missing)
+            t.after.append(
+                partial(
+                    _LOG.warning,
+                    "mpmm %s: %.0f MB of %.0f MB that were unloaded did not come back in time and are written off; "
+                    "memory_return_seconds sets the limit",
+                    self._namespace.name,
+                    missing,
+                    returning,
+                )
+            )
         t.set_float(at + Device.RETURNING_MB, 0.0)
 
     def _settle_reservations(self, t: Transaction, device: int, taken_ns: int) -> None:

@@ -1,0 +1,146 @@
+"""Who gets the memory, with real processes: nobody waits for ever, and nothing is loaded twice for nothing."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from processes import (
+    Gate,
+    Loads,
+    LoadsServer,
+    Process,
+    Seat,
+    SimulatedDevice,
+    acquire,
+    learn,
+    model_of,
+    problems,
+    release,
+    wait_until,
+)
+
+from mpmm.model_manager import ModelManager
+from mpmm.policy.view import Reason
+from mpmm.shared_state.snapshot import read_snapshot
+
+NewManager = Callable[..., ModelManager]
+NewProcess = Callable[..., Process]
+NewGate = Callable[[], Gate]
+NewDevice = Callable[..., SimulatedDevice]
+
+HOLD_S = 0.2
+LOAD_S = 0.3
+
+
+def hold_until(seat: Seat, tag: str, stop: Gate) -> tuple[float, int]:
+    """Use a model for a while, again and again until the gate is open; return the longest hold, and how many."""
+    longest, rounds = 0.0, 0
+    while not stop.is_open():
+        with seat.manager.model(tag, Loads(tag)):
+            began = time.monotonic()
+            time.sleep(HOLD_S)
+            longest = max(longest, time.monotonic() - began)
+        rounds += 1
+    return longest, rounds
+
+
+def load_slowly() -> str:
+    """A loader that takes a while."""
+    time.sleep(LOAD_S)
+    return "slow"
+
+
+def timed_acquire(seat: Seat, tag: str) -> float:
+    """Acquire and release a model that loads slowly; return how long the acquire took."""
+    began = time.monotonic()
+    with seat.manager.model(tag, load_slowly):
+        return time.monotonic() - began
+
+
+def test_an_unknown_model_under_hot_callers_that_never_pause_is_served_within_two_holds_and_its_load(
+    namespace: str, new_process: NewProcess, new_device: NewDevice, new_gate: NewGate
+) -> None:
+    device = new_device(1000)
+    arguments = {"memory_source": device, "poll_interval": 0.05}
+    cold, *hot = (new_process(**arguments) for _ in range(5))
+    cold.call(learn, **{f"hot{number}": 100 for number in range(4)})
+    stop = new_gate()
+    for number, process in enumerate(hot):
+        process.send(hold_until, f"hot{number}", stop)
+    wait_until(lambda: read_snapshot(namespace).hits >= 8, "the callers are hot")
+    waited = cold.call(timed_acquire, "cold")
+    stop.open()
+    held = [process.result() for process in hot]
+    longest = max(seconds for seconds, _ in held)
+    assert waited <= 2 * longest + LOAD_S, (
+        f"{waited:.2f} s for a load of {LOAD_S} s, the longest hold was {longest:.2f} s"
+    )
+    assert problems(namespace) == []
+
+
+def test_unknown_models_that_fit_are_measured_with_nothing_flushed(namespace: str, new_manager: NewManager) -> None:
+    manager = new_manager(memory_source="host", memory_budget_mb=16000, default_estimate_mb=1000)
+    tags = [f"model{number}" for number in range(6)]
+    for at, _ in enumerate(tags):
+        for tag in (tags[at], *tags[:at]):
+            manager.release_model(tag, manager.acquire_model(tag, LoadsServer(f"served-{tag}")))
+    snapshot = read_snapshot(namespace)
+    assert (snapshot.loads, snapshot.evictions) == (6, 0)
+    assert all(model.estimate_mb and model.measured for model in snapshot.models)
+
+
+def test_a_stream_of_unknown_models_does_not_starve_a_known_one(
+    namespace: str, new_process: NewProcess, new_device: NewDevice
+) -> None:
+    arguments = {"memory_source": new_device(1000), "poll_interval": 0.05, "max_overtake_seconds": 0.3}
+    strangers = [new_process(**arguments) for _ in range(2)]
+    known = new_process(**arguments)
+    known.call(learn, known=900)
+    for number, process in enumerate(strangers):
+        process.send(acquire_strangers, number, 12)
+    wait_until(lambda: read_snapshot(namespace).loads >= 2, "strangers come in")
+    known.call(timed_acquire, "known")
+    served_before = read_snapshot(namespace).loads
+    for process in strangers:
+        process.result()
+    assert served_before < 24, "the known model came last"
+    assert problems(namespace) == []
+
+
+def acquire_strangers(seat: Seat, process: int, count: int) -> None:
+    """Load so many unknown models, one after the other."""
+    for number in range(count):
+        with seat.manager.model(f"stranger-{process}-{number}", Loads()):
+            time.sleep(0.1)
+
+
+def test_the_waiters_of_a_model_are_served_together_before_it_goes(namespace: str, new_process: NewProcess) -> None:
+    users = [new_process(fallback_memory_mb=100) for _ in range(3)]
+    other = new_process(fallback_memory_mb=100)
+    users[0].call(acquire, "a")
+    other.send(acquire, "b")
+    wait_until(lambda: model_of(namespace, "b").waiting, "somebody waits for room")
+    for process in users[1:]:
+        process.send(timed_acquire, "a")
+    wait_until(lambda: model_of(namespace, "a").waiting == 2, "two wait for the copy in use")
+    users[0].call(release)
+    for process in (*users[1:], other):
+        process.result()
+    snapshot = read_snapshot(namespace)
+    assert (snapshot.loads, snapshot.evictions) == (2, 1)
+    passing = [event for event in snapshot.events if event.reason == Reason.PASSING]
+    assert [(event.tag, event.other) for event in passing] == [("a", "b")] * 2
+
+
+def test_a_small_load_goes_on_beside_the_room_of_a_big_one(namespace: str, new_process: NewProcess) -> None:
+    holder, big, small = (new_process() for _ in range(3))
+    holder.call(learn, held=300, big=800, small=100)
+    holder.call(acquire, "held")
+    big.send(acquire, "big")
+    wait_until(lambda: model_of(namespace, "big").waiting, "the big one waits for room")
+    small.call(acquire, "small")
+    assert [event.tag for event in read_snapshot(namespace).events if event.reason == Reason.BESIDE] == ["small"]
+    holder.call(release)
+    big.result()
+    assert problems(namespace) == []

@@ -1,0 +1,238 @@
+"""Every decision says why: each reason, what leads to it, and its sentence."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+from processes import LoadsObject, Process, acquire, learn, release, wait_until, waiting
+from test_policy import OTHER, A, B, C, at_most, busy, device, idle, model, ticket, view
+
+from mpmm.model_manager import ModelManager
+from mpmm.policy.plan import make_plan
+from mpmm.policy.reasons import SENTENCES, explain
+from mpmm.policy.view import Busy, Decision, Enough, ModelView, Reason, View
+from mpmm.shared_state.layout import Capacities
+from mpmm.shared_state.snapshot import read_snapshot
+
+NewManager = Callable[..., ModelManager]
+NewProcess = Callable[..., Process]
+
+
+def timed(row: int, need: float, **more: object) -> ModelView:
+    """A model with one copy whose loads take 2 s, that is held for 0.1 s and wanted once a second."""
+    return replace(model(row, need, shared=1), **{"load_s": 2.0, "hold_s": 0.1, "rate": 1.0, **more})  # type: ignore[arg-type]
+
+
+def in_use(row: int, of: int, mb: float, free_in_s: float = 0.5) -> Busy:
+    return Busy(row, of, 0, mb, free_in_s)
+
+
+def first(state: View) -> Decision:
+    return make_plan(state).decisions[0]
+
+
+def last(state: View) -> Decision:
+    return make_plan(state).decisions[-1]
+
+
+PASSED = ticket(1, A, waited=1.0, blocked=1.0)
+FULL = device(used=900)
+
+#: reason: (a state, the decision in its plan that has the reason, and what that says)
+TABLE: dict[Reason, tuple[View, Callable[[View], Decision], str]] = {
+    Reason.DRAINING: (
+        view([model(A, known=False)], [ticket(1, A, priority=0)], active=1, busy=(in_use(5, B, 100),)),
+        first,
+        "waits to run alone and be measured: copies are in use, for about 0.50 s",
+    ),
+    Reason.MEMORY: (
+        view([model(A, 800)], [ticket(1, A)], devices=[device(used=400)]),
+        first,
+        "waits: needs 800 MB, 500 free, and nothing that may be unloaded makes enough room",
+    ),
+    Reason.UNLOADING: (
+        view([model(A, 800)], [ticket(1, A)], devices=[device(used=400, unloading_mb=300)], unloading=1),
+        first,
+        "waits: needs 800 MB, 500 free, 300 coming from the unload of b",
+    ),
+    Reason.RETURNING: (
+        view([model(A, 800)], [ticket(1, A)], devices=[device(used=400, returning_mb=300)]),
+        first,
+        "waits: needs 800 MB, 500 free, 300 returning from the unload of b",
+    ),
+    Reason.NO_DEVICE: (view([model(A)], [ticket(1, A)], devices=[]), first, "waits: no device is known yet"),
+    Reason.SHARING: (
+        view([busy()], [ticket(1, A)]),
+        first,
+        "waits for a copy that is in use or being loaded: about 0.10 s, sooner than a load",
+    ),
+    Reason.IN_USE: (
+        view([model(A, 800), model(B, shared=1)], [ticket(1, A)], devices=[FULL], busy=(in_use(5, B, 900),)),
+        first,
+        "waits: needs 800 MB, 0 free, 900 kept for it where b is in use, for about 0.50 s",
+    ),
+    Reason.IDLE_COPY: (
+        view([model(A, shared=1)], [ticket(1, A)], copies=[idle(7, A)]),
+        first,
+        "gets an idle copy",
+    ),
+    Reason.PASSING: (
+        view([model(A, 800), model(C, shared=1)], [PASSED, ticket(2, C)], copies=[idle(7, C, mb=10)], devices=[FULL]),
+        last,
+        "gets an idle copy, past b, which waits for room elsewhere",
+    ),
+    Reason.FITS: (view([model(A)], [ticket(1, A)]), first, "loads: needs 100 MB, 900 free"),
+    Reason.ALONE: (
+        view([model(A, known=False)], [ticket(1, A, priority=0)]),
+        first,
+        "loads alone, to be measured: taken for 100 MB, 900 free",
+    ),
+    Reason.BESIDE: (
+        view(
+            [model(A, 800), model(B, shared=1), model(C, 50)],
+            [ticket(1, A), ticket(2, C)],
+            devices=[device(used=300)],
+            busy=(in_use(5, B, 300),),
+        ),
+        last,
+        "loads beside the room kept for b: needs 50 MB, 600 free",
+    ),
+    Reason.ANOTHER_COPY: (
+        view([model(A, shared=1)], [ticket(1, A)]),
+        first,
+        "loads another copy, sooner than one in use could be had: needs 100 MB, 900 free",
+    ),
+    Reason.LOWEST_SCORE: (
+        view([model(A, 800), model(B, shared=1)], [ticket(1, A)], copies=[idle(7, B, mb=900)], devices=[FULL]),
+        first,
+        "goes for b, which needs 800 MB, 0 free: 900 MB of the lowest score",
+    ),
+    Reason.SMALLEST_HARM: (
+        view([model(A, 800), timed(B, 900)], [ticket(1, A)], copies=[idle(7, B, mb=900)], devices=[FULL]),
+        first,
+        "goes for b, which needs 800 MB, 0 free: 900 MB of the least harm, 2.000 s of loading a second",
+    ),
+    Reason.FLUSHED: (
+        view([model(A, known=False), model(B, shared=1)], [ticket(1, A, priority=0)], copies=[idle(7, B)]),
+        first,
+        "goes so that b runs alone to be measured",
+    ),
+    Reason.PINNED: (
+        view(
+            [model(A, 800), model(B, shared=1)],
+            [ticket(1, A)],
+            copies=[idle(7, B, mb=900, pinned=True)],
+            devices=[FULL],
+        ),
+        first,
+        "waits: needs 800 MB, 0 free, and what is idle and not pinned makes too little room",
+    ),
+    Reason.COPIES: (
+        view([model(A, shared=1)], [ticket(1, A)], rules=at_most(1)),
+        first,
+        "waits for a copy that is in use: there are as many as there may be",
+    ),
+    Reason.LEASED: (
+        view([model(A, 800)], [ticket(1, A)], devices=[device(used=0, reserved_mb=500, leased_mb=500)]),
+        first,
+        "waits: needs 800 MB, 400 free, and the leases that are held leave too little room",
+    ),
+    Reason.EXCHANGED: (
+        view([model(A, owned={OTHER: 1})], [ticket(1, A)], copies=[idle(7, A, owner=OTHER)], rules=at_most(1)),
+        first,
+        "goes for another copy of its model, which may have no more of them",
+    ),
+    Reason.TOO_LARGE: (
+        view([model(A, 901)], [ticket(1, A)]),
+        first,
+        "is refused: needs 901 MB, the largest device takes 900",
+    ),
+}
+#: What no plan says: it is what holds for a ticket without a decision, and what a full table does.
+ELSEWHERE = {
+    Reason.BEHIND: "waits behind one that must not be delayed, or for a model that runs alone",
+    Reason.NO_ROW: "goes for b, because the table of copies is full",
+}
+
+
+@pytest.mark.parametrize("reason", TABLE, ids=lambda reason: reason.name.lower())
+def test_a_decision_has_its_reason_and_the_reason_its_sentence(reason: Reason) -> None:
+    state, pick, sentence = TABLE[reason]
+    decision = pick(state)
+    assert not isinstance(decision, Enough)
+    why = decision.why
+    assert why.reason == reason
+    assert explain(why.reason, why.need_mb, why.free_mb, why.coming_mb, why.seconds, "b") == sentence
+
+
+@pytest.mark.parametrize("reason", ELSEWHERE, ids=lambda reason: reason.name.lower())
+def test_what_no_plan_says_has_a_sentence_too(reason: Reason) -> None:
+    assert explain(reason, other="b") == ELSEWHERE[reason]
+
+
+def test_no_reason_is_left_out() -> None:
+    assert set(SENTENCES) == set(Reason) == set(TABLE) | set(ELSEWHERE)
+
+
+def test_a_reason_of_a_later_version_and_an_unknown_time_are_said_to_be_so() -> None:
+    assert explain(99) == "reason 99"
+    assert "for an unknown time" in explain(Reason.DRAINING, seconds=math.inf)
+
+
+def test_the_ring_of_events_tells_the_whole_story(namespace: str, new_process: NewProcess) -> None:
+    holder, waiter = new_process(fallback_memory_mb=100), new_process(fallback_memory_mb=100)
+    holder.call(learn, a=80, b=60)
+    holder.call(acquire, "a")
+    waiter.send(acquire, "b")
+    wait_until(lambda: waiting(namespace, "b"), "b waits for room")
+    holder.call(release)
+    waiter.result()
+    told = [
+        (event.kind, event.tag, explain(event.reason, event.need_mb or 0, event.free_mb or 0, event.coming_mb or 0,
+                                        math.inf, event.other))
+        for event in read_snapshot(namespace).events
+        if event.reason is not None
+    ]  # fmt: skip
+    assert told == [
+        ("load_began", "a", "loads: needs 80 MB, 100 free"),
+        ("waits", "b", "waits: needs 60 MB, 20 free, 80 kept for it where a is in use, for an unknown time"),
+        ("unload_began", "a", "goes for b, which needs 60 MB, 20 free: 80 MB of the lowest score"),
+        ("waits", "b", "waits: needs 60 MB, 20 free, 80 coming from the unload of a"),
+        ("load_began", "b", "loads: needs 60 MB, 100 free"),
+    ]
+
+
+def test_a_copy_that_goes_for_want_of_a_row_says_so(namespace: str, new_manager: NewManager) -> None:
+    manager = new_manager(capacities=Capacities(instances=1))
+    for tag in "ab":
+        manager.release_model(tag, manager.acquire_model(tag, LoadsObject(tag)))
+    [event] = [event for event in read_snapshot(namespace).events if event.reason == Reason.NO_ROW]
+    assert (event.kind, event.tag, event.other) == ("unload_began", "a", "b")
+
+
+def test_a_ticket_keeps_the_figures_of_its_reason(namespace: str, new_process: NewProcess) -> None:
+    holder, waiter = new_process(fallback_memory_mb=100), new_process(fallback_memory_mb=100)
+    holder.call(learn, a=80, b=60)
+    holder.call(acquire, "a")
+    waiter.send(acquire, "b")
+    wait_until(lambda: waiting(namespace, "b"), "b waits for room")
+    [found] = waiting(namespace, "b")
+    assert (found.reason, found.need_mb, found.free_mb, found.coming_mb, found.other) == (
+        Reason.IN_USE,
+        60,
+        20,
+        80,
+        "a",
+    )
+    assert found.blocked_for_s is not None
+    holder.call(release)
+    waiter.result()
+
+
+def test_sentences_name_figures_that_exist() -> None:
+    for sentence in SENTENCES.values():
+        assert set(re.findall(r"{(\w+)", sentence)) <= {"need", "free", "coming", "seconds", "time", "other"}

@@ -1,0 +1,72 @@
+"""The simulator: it replays requests through the policy's functions, and shows that they beat the others."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+TOOL = Path(__file__).resolve().parent.parent / "tools" / "simulate.py"
+
+
+def simulated(*arguments: str) -> dict[str, dict[str, Any]]:
+    """Run the tool; return its figures by trace and policy."""
+    done = subprocess.run([sys.executable, TOOL, "--json", *arguments], capture_output=True, text=True, check=True)
+    found: dict[str, dict[str, Any]] = json.loads(done.stdout)
+    return found
+
+
+@pytest.fixture(scope="module")
+def alone() -> dict[str, dict[str, Any]]:
+    """All made traces, one request at a time."""
+    return simulated("--requests", "3000", "--seeds", "0", "1", "2")
+
+
+@pytest.fixture(scope="module")
+def crowded() -> dict[str, dict[str, Any]]:
+    """The same with 64 clients at once."""
+    return simulated("--requests", "1500", "--seeds", "0", "1", "2", "--clients", "64")
+
+
+@pytest.mark.parametrize(("trace", "bound"), [("zipf", 1.3), ("drift", 1.5)])
+def test_loads_stay_close_to_those_of_a_manager_that_knows_the_future(
+    alone: dict[str, dict[str, Any]], trace: str, bound: float
+) -> None:
+    for seed in range(3):
+        found = alone[f"{trace}-{seed}"]
+        assert found["mpmm"]["loads"] <= bound * found["offline"]["loads"]
+
+
+def test_loads_are_never_more_than_those_of_lru_or_beam(
+    alone: dict[str, dict[str, Any]], crowded: dict[str, dict[str, Any]]
+) -> None:
+    for trace, found in [*alone.items(), *crowded.items()]:
+        assert found["mpmm"]["loads"] <= 1.02 * min(found["lru"]["loads"], found["beam"]["loads"]), trace
+
+
+def test_with_many_clients_fewer_loads_are_needed_and_nobody_waits_longer_than_under_beams_rules(
+    alone: dict[str, dict[str, Any]], crowded: dict[str, dict[str, Any]]
+) -> None:
+    for trace, found in crowded.items():
+        assert found["mpmm"]["loads"] / 1500 < alone[trace]["mpmm"]["loads"] / 3000
+        assert found["mpmm"]["wait_p99_s"] <= found["beam"]["wait_p99_s"]
+        assert found["mpmm"]["served"] == 1500
+
+
+def test_the_bound_on_overtaking_is_never_broken(crowded: dict[str, dict[str, Any]]) -> None:
+    assert [found["mpmm"]["broken_bounds"] for found in crowded.values()] == [0] * len(crowded)
+
+
+def test_a_trace_can_be_read_from_a_file_and_drawn(tmp_path: Path) -> None:
+    trace = tmp_path / "day.csv"
+    trace.write_text("time,model\n0.0,a\n2.0,b\n1.0,a\n3.0,c\n")
+    arguments = (str(trace), "--sizes-mb", "8000", "--load-seconds", "0.5")
+    found = simulated(*arguments)["day"]
+    assert (found["mpmm"]["served"], found["mpmm"]["loads"], found["offline"]["loads"]) == (4, 3, 3)
+    assert found["mpmm"]["wait_max_s"] == pytest.approx(0.52)
+    done = subprocess.run([sys.executable, TOOL, "--plot", *arguments], capture_output=True, text=True, check=True)
+    assert "day, mpmm: memory in use, top 8000 MB" in done.stdout

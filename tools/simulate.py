@@ -1,0 +1,221 @@
+"""Replay requests in virtual time through the policy's own functions: `python tools/simulate.py [TRACE ...]`.
+
+TRACE is one of the made traces (zipf, bursts, cycles, drift, cold) or a CSV file of `time,model` lines, seconds and
+names. Each is replayed for Beam's rules, for LRU, and for mpmm; and one request at a time by a manager that knows the
+future. Models have the sizes of `tools/workload.py`, unless `--sizes-mb` says otherwise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
+
+from simulation import POLICIES, Outcome, Setting, offline_loads, simulate  # noqa: E402
+from workload_models import SIZES_MB, draw_requests  # noqa: E402
+
+Rng = np.random.Generator
+
+
+def zipf(count: int, models: int, seed: int) -> list[int]:
+    """Zipf's law with exponent 1: the popular stay popular."""
+    return draw_requests(count, models, 1.0, seed)
+
+
+def bursts(count: int, models: int, seed: int) -> list[int]:
+    """A model is wanted 5 to 50 times in a row, among others that are drawn by Zipf's law."""
+    rng = np.random.default_rng(seed)
+    background = iter(zipf(2 * count, models, seed + 1))
+    found: list[int] = []
+    while len(found) < count:
+        model, length = int(rng.integers(models)), int(rng.integers(5, 51))
+        for _ in range(length):
+            found.append(model)
+            if rng.random() < 0.3:
+                found.append(next(background))
+    return found[:count]
+
+
+def cycles(count: int, models: int, seed: int) -> list[int]:
+    """All models in turn, as a nightly job does, with one request in ten drawn by Zipf's law."""
+    rng = np.random.default_rng(seed)
+    order = rng.permutation(models)
+    background = zipf(count, models, seed + 1)
+    return [int(order[at % models]) if rng.random() > 0.1 else background[at] for at in range(count)]
+
+
+def drift(count: int, models: int, seed: int) -> list[int]:
+    """Zipf's law over ranks that change: every fiftieth of the trace, two neighbours swap and one is drawn anew."""
+    rng = np.random.default_rng(seed)
+    ranks = zipf(count, models, seed + 1)
+    order = rng.permutation(models)
+    found = []
+    for at, rank in enumerate(ranks):
+        if at % max(1, count // 50) == 0:
+            first, second = rng.integers(models, size=2)
+            order[[first, second]] = order[[second, first]]
+        found.append(int(order[rank]))
+    return found
+
+
+def cold(count: int, models: int, seed: int) -> list[int]:
+    """Nobody is known at first: models come up one after the other, and one request in twenty is for a rare one."""
+    rng = np.random.default_rng(seed)
+    found = []
+    for at in range(count):
+        up = min(models, 2 + at * models * 2 // count)
+        weights = 1.0 / np.arange(1, up + 1)[::-1]
+        chosen = rng.integers(up) if rng.random() < 0.05 else rng.choice(up, p=weights / weights.sum())
+        found.append(int(chosen))
+    return found
+
+
+TRACES: dict[str, Callable[[int, int, int], list[int]]] = {
+    trace.__name__: trace for trace in (zipf, bursts, cycles, drift, cold)
+}
+
+
+def read_csv(path: Path) -> tuple[list[float], list[str]]:
+    """Return the times and models' names of a file; a first line that is no number is a heading."""
+    with path.open(encoding="utf-8", newline="") as file:
+        rows = [row for row in csv.reader(file) if row]
+    if rows and not _is_number(rows[0][0]):
+        rows = rows[1:]
+    rows.sort(key=lambda row: float(row[0]))
+    return [float(row[0]) for row in rows], [row[1].strip() for row in rows]
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def figures(outcome: Outcome, seconds: float) -> dict[str, Any]:
+    """Return the figures of one simulation."""
+    waits = np.array([wait for waits in outcome.waits.values() for wait in waits])
+    return {
+        "served": len(waits),
+        "loads": outcome.loads,
+        "evictions": outcome.evictions,
+        "wait_p50_s": _quantile(waits, 0.5),
+        "wait_p99_s": _quantile(waits, 0.99),
+        "wait_max_s": _quantile(waits, 1.0),
+        "wait_p99_s_by_model": {
+            model: _quantile(np.array(waits), 0.99) for model, waits in sorted(outcome.waits.items())
+        },
+        "used_mean_mb": _mean_mb(outcome),
+        "broken_bounds": outcome.broken_bounds,
+        "virtual_s": outcome.finished_s,
+        "took_s": seconds,
+    }
+
+
+def _quantile(waits: npt.NDArray[np.float64], share: float) -> float:
+    return float(np.quantile(waits, share)) if len(waits) else 0.0
+
+
+def _mean_mb(outcome: Outcome) -> float:
+    if not outcome.used_mb or not outcome.finished_s:
+        return 0.0
+    times = np.array([at for at, _ in outcome.used_mb] + [outcome.finished_s])
+    return float(np.sum(np.diff(times) * [mb for _, mb in outcome.used_mb]) / outcome.finished_s)
+
+
+def plot(named: dict[str, Outcome], title: str, width: int = 64, height: int = 8) -> str:
+    """Return each policy's memory in use over time, as text."""
+    lines = []
+    for name, outcome in named.items():
+        if not outcome.used_mb:
+            continue
+        times = np.array([at for at, _ in outcome.used_mb])
+        used = np.array([mb for _, mb in outcome.used_mb])
+        at = np.searchsorted(times, np.linspace(times[0], outcome.finished_s, width), side="right") - 1
+        column = used[np.maximum(at, 0)]
+        top = float(used.max())
+        lines.append(f"{title}, {name}: memory in use, top {top:.0f} MB, {outcome.finished_s:.0f} s")
+        for level in range(height, 0, -1):
+            lines.append("".join("█" if mb >= top * (level - 0.5) / height else " " for mb in column).rstrip())
+        lines.append("─" * width)
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(description="Replay requests in virtual time, for several policies.")
+    parser.add_argument("traces", nargs="*", metavar="TRACE", help=f"{', '.join(TRACES)}, or a CSV file (default: all)")
+    parser.add_argument("--requests", type=int, default=10_000)
+    parser.add_argument("--clients", type=int, default=1, help="clients at once, each one request at a time")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--policies", nargs="+", choices=sorted(POLICIES), default=list(POLICIES))
+    parser.add_argument("--sizes-mb", type=float, nargs="+", default=list(SIZES_MB))
+    parser.add_argument("--device-mb", type=float, default=16000.0)
+    parser.add_argument("--load-seconds", type=float, default=0.3)
+    parser.add_argument("--hold-seconds", type=float, default=0.01)
+    parser.add_argument("--plot", action="store_true", help="draw the memory in use")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    options = parser.parse_args(arguments)
+    setting = Setting(options.sizes_mb, options.device_mb, options.load_seconds, options.hold_seconds)
+    found: dict[str, Any] = {}
+    if not options.json:
+        waits = " ".join(f"{name:>7}" for name in ("p50 s", "p99 s", "max s"))
+        print(f"{'trace':12} {'policy':8} {'loads':>7} {'evicted':>7} {waits} {'MB':>6} {'took s':>6}")
+    for name in options.traces or TRACES:
+        for seed in options.seeds if name in TRACES else [0]:
+            trace = f"{name}-{seed}" if name in TRACES else Path(name).stem
+            found[trace] = _replay(name, seed, trace, setting, options)
+    if options.json:
+        print(json.dumps(found))
+    return 0
+
+
+def _line(trace: str, policy: str, one: dict[str, Any]) -> str:
+    waits = " ".join(f"{one[name]:7.2f}" for name in ("wait_p50_s", "wait_p99_s", "wait_max_s"))
+    line = f"{trace:12} {policy:8} {one['loads']:7} {one['evictions']:7} {waits} {one['used_mean_mb']:6.0f}"
+    line += f" {one['took_s']:6.1f}"
+    if policy == "mpmm" and one["broken_bounds"]:
+        line += f"  the bound on overtaking was broken {one['broken_bounds']} times"
+    return line
+
+
+def _replay(name: str, seed: int, trace: str, setting: Setting, options: argparse.Namespace) -> dict[str, Any]:
+    times_s = None
+    if name in TRACES:
+        models = TRACES[name](options.requests, len(setting.sizes_mb), seed)
+    else:
+        times_s, names = read_csv(Path(name))
+        numbers = {model: number for number, model in enumerate(dict.fromkeys(names))}
+        models = [numbers[model] for model in names]
+        sizes = [setting.sizes_mb[number % len(setting.sizes_mb)] for number in range(len(numbers))]
+        setting = Setting(sizes, setting.total_mb, setting.load_s, setting.hold_s)
+    outcomes, found = {}, {}
+    for policy in options.policies:
+        began = time.perf_counter()
+        outcomes[policy] = simulate(setting, POLICIES[policy], models, times_s, options.clients)
+        found[policy] = figures(outcomes[policy], time.perf_counter() - began)
+        if not options.json:
+            print(_line(trace, policy, found[policy]))
+    bound = offline_loads(setting, models)
+    found["offline"] = {"loads": bound}
+    if options.json:
+        return found
+    print(f"{trace:12} {'offline':8} {bound:7}   one request at a time, knowing the future")
+    if options.plot:
+        print(plot(outcomes, trace))
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,473 @@
+"""A manager in virtual time: the policy's own functions, with events in a heap in place of processes.
+
+A `Simulation` does what `ModelManager` and `Scheduler` do with the segment: it counts requests, keeps the queue and the
+copies, makes views, and carries out what a policy says about them. So a day is replayed in seconds, and every policy
+sees the same requests. Copies are handles (any client can use any), and loads, holds and unloads take a fixed time.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+from mpmm.policy.admission import free_mb
+from mpmm.policy.demand import Demand
+from mpmm.policy.eviction import eviction_order
+from mpmm.policy.fairness import is_overdue
+from mpmm.policy.plan import Plan, make_plan
+from mpmm.policy.view import (
+    Busy,
+    Decision,
+    DeviceView,
+    Evict,
+    Grant,
+    Idle,
+    Load,
+    ModelView,
+    Reason,
+    Refuse,
+    Rules,
+    TicketView,
+    View,
+    Wait,
+)
+
+__all__ = ["POLICIES", "Outcome", "Policy", "Setting", "offline_loads", "simulate"]
+
+ARRIVE, LOADED, RELEASE, UNLOADED = range(4)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is simulated: models' sizes in MB, times in seconds, one device."""
+
+    sizes_mb: Sequence[float]
+    total_mb: float = 16000.0
+    load_s: float = 0.3
+    hold_s: float = 0.01
+    unload_s: float = 0.02
+    rules: Rules = field(
+        default=Rules(
+            slack_percentage=0.1,
+            eviction_cooldown_seconds=10.0,
+            min_model_copies=1,
+            max_overtake_seconds=2.0,
+            isolate_unknown=False,
+        )
+    )
+
+
+@dataclass(frozen=True)
+class Policy:
+    """How decisions are made.
+
+    barges: a newcomer takes an idle copy whoever waits. blocks: a load holds up everybody, as under Beam's lock.
+    """
+
+    name: str
+    plan: Callable[[View], Plan]
+    barges: bool = False
+    blocks: bool = False
+
+
+@dataclass
+class Outcome:
+    """What came of a simulation; waits in seconds, by model. used_mb: (time, MB) at every change."""
+
+    loads: int = 0
+    evictions: int = 0
+    refused: int = 0
+    broken_bounds: int = 0
+    finished_s: float = 0.0
+    waits: defaultdict[int, list[float]] = field(default_factory=lambda: defaultdict(list))
+    used_mb: list[tuple[float, float]] = field(default_factory=list)
+
+
+# ---- policies to compare with ------------------------------------------------------------------------------
+
+
+def beam_plan(view: View) -> Plan:
+    """Beam's rules: first come first served, and only the first; Beam's score; what it needs goes at once."""
+    return _first_come(view, lambda ticket: eviction_order(view, view.idle, ticket), only_first=True)
+
+
+def lru_plan(view: View) -> Plan:
+    """First come first served for loads, reuse for everybody, the copy that has been idle longest goes first."""
+    return _first_come(view, lambda _: sorted(view.idle, key=lambda copy: copy.idle_since_s), only_first=False)
+
+
+def _first_come(view: View, order: Callable[[TicketView], list[Idle]], only_first: bool) -> Plan:
+    decisions: list[Decision] = []
+    idle = list(view.idle)
+    [device] = view.devices
+    blocked = False
+    for ticket in sorted(view.tickets, key=lambda ticket: ticket.number):
+        copy = next((copy for copy in idle if copy.model == ticket.model), None)
+        if copy is not None and not (blocked and only_first):
+            idle.remove(copy)
+            decisions.append(Grant(ticket.row, copy.row))
+        elif not blocked:
+            decision = _make_fit(view, device, ticket, [copy for copy in order(ticket) if copy in idle])
+            decisions.append(decision)
+            if isinstance(decision, Evict):
+                idle = [copy for copy in idle if copy.row not in decision.instances]
+            # A plan is made anew after each change.
+            blocked = True
+    return Plan(tuple(decisions), blocked)
+
+
+def _make_fit(view: View, device: DeviceView, ticket: TicketView, order: list[Idle]) -> Decision:
+    need_mb = view.models[ticket.model].need_mb
+    free = free_mb(device, view.rules.slack_percentage)
+    if free >= need_mb:
+        return Load(ticket.row, device.device, need_mb, alone=False)
+    missing = need_mb - free - device.unloading_mb
+    victims = []
+    for copy in order:
+        if missing <= 0:
+            break
+        victims.append(copy.row)
+        missing -= copy.mb
+    if missing <= 0 and victims:
+        return Evict(ticket.row, tuple(victims))
+    return Wait(ticket.row, Reason.MEMORY)
+
+
+POLICIES = {
+    policy.name: policy
+    for policy in (
+        Policy("mpmm", make_plan),
+        Policy("lru", lru_plan),
+        Policy("beam", beam_plan, barges=True, blocks=True),
+    )
+}
+
+
+# ---- the simulation ----------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Copy:
+    row: int
+    model: int
+    state: int
+    since_s: float
+    request: int
+
+
+@dataclass
+class _Ticket:
+    request: int
+    view: TicketView
+
+
+class _Simulation:
+    LOADING, ACTIVE, IDLE, UNLOADING = range(4)
+
+    def __init__(self, setting: Setting, policy: Policy) -> None:
+        self.setting, self.policy = setting, policy
+        self.now_s = 0.0
+        self.outcome = Outcome()
+        self.finished: Callable[[int], None] = lambda _: None
+        self._events: list[tuple[float, int, int, int]] = []
+        self._made = 0
+        self._copies: dict[int, _Copy] = {}
+        self._tickets: dict[int, _Ticket] = {}
+        self._waiting: Counter[int] = Counter()
+        self._demand: defaultdict[int, Demand] = defaultdict(Demand)
+        self._known_load: dict[int, float] = {}
+        self._known_hold: dict[int, float] = {}
+        self._arrived: list[float] = []
+        self._models: list[int] = []
+        self._frozen_until_s = 0.0
+        self._used_mb = 0.0
+
+    def post(self, at_s: float, kind: int, what: int) -> None:
+        """Let something happen later."""
+        self._made += 1
+        heapq.heappush(self._events, (at_s, self._made, kind, what))
+
+    def request(self, at_s: float, model: int) -> int:
+        """Let a client ask for a model; return the request's number."""
+        self._models.append(model)
+        self._arrived.append(at_s)
+        self.post(at_s, ARRIVE, len(self._models) - 1)
+        return len(self._models) - 1
+
+    def run(self) -> Outcome:
+        """Let everything happen."""
+        handlers = (self._arrive, self._loaded, self._release, self._unloaded)
+        while self._events:
+            at_s, _, kind, what = heapq.heappop(self._events)
+            if at_s < self._frozen_until_s:
+                self.post(self._frozen_until_s, kind, what)
+                continue
+            self.now_s = at_s
+            handlers[kind](what)
+        self.outcome.finished_s = self.now_s
+        return self.outcome
+
+    def _arrive(self, request: int) -> None:
+        model = self._models[request]
+        demand = self._demand[model]
+        self._demand[model] = demand.counted(demand.requests + 1, self.now_s)
+        if self.policy.barges or not self._tickets:
+            copy = next((copy for copy in self._of(self.IDLE) if copy.model == model), None)
+            if copy is not None:
+                self._serve(copy, request)
+                return
+        self._made += 1
+        self._tickets[self._made] = _Ticket(request, TicketView(self._made, self._made, 1, model, 0, self.now_s))
+        self._waiting[model] += 1
+        self._advance()
+
+    def _loaded(self, row: int) -> None:
+        copy = self._copies[row]
+        self._known_load[copy.model] = self.setting.load_s
+        self._serve(copy, copy.request)
+        self._advance()
+
+    def _release(self, row: int) -> None:
+        copy = self._copies[row]
+        self._known_hold[copy.model] = self.setting.hold_s
+        copy.state, copy.since_s = self.IDLE, self.now_s
+        request = copy.request
+        user = self._first_user(copy.model)
+        if user is not None:
+            self._grant(user, copy)
+        elif self._tickets:
+            self._advance()
+        self.finished(request)
+
+    def _first_user(self, model: int) -> _Ticket | None:
+        """Return who gets a released copy as a matter of course, see `Scheduler.hand_over`."""
+        first = next(iter(self._tickets.values()), None)
+        if first is None or first.view.model == model:
+            return first
+        if self.policy.plan is not make_plan or not self._waiting[model]:
+            return None
+        bound_s = self.setting.rules.max_overtake_seconds
+        user: _Ticket | None = None
+        for ticket in self._tickets.values():
+            since_s = ticket.view.blocked_since_s
+            if since_s is not None and self.now_s - since_s >= bound_s:
+                return None
+            if user is None and ticket.view.model == model:
+                user = ticket
+        return user
+
+    def _unloaded(self, row: int) -> None:
+        self._take_mb(-self.setting.sizes_mb[self._copies.pop(row).model])
+        self._advance()
+
+    def _serve(self, copy: _Copy, request: int) -> None:
+        copy.state, copy.since_s, copy.request = self.ACTIVE, self.now_s, request
+        self.outcome.waits[copy.model].append(self.now_s - self._arrived[request])
+        self.post(self.now_s + self.setting.hold_s, RELEASE, copy.row)
+
+    def _grant(self, ticket: _Ticket, copy: _Copy) -> None:
+        self._leave(ticket)
+        self._serve(copy, ticket.request)
+
+    def _leave(self, ticket: _Ticket) -> None:
+        del self._tickets[ticket.view.row]
+        self._waiting[ticket.view.model] -= 1
+
+    def _take_mb(self, mb: float) -> None:
+        self._used_mb += mb
+        self.outcome.used_mb.append((self.now_s, self._used_mb))
+
+    def _advance(self) -> None:
+        while self._tickets:
+            if self.now_s < self._frozen_until_s:
+                return
+            view = self._view()
+            changed = [self._carry_out(decision, view) for decision in self.policy.plan(view).decisions]
+            if self.policy.plan is make_plan or not any(changed):
+                return
+
+    def _carry_out(self, decision: Decision, view: View) -> bool:
+        ticket = self._tickets[decision.ticket]
+        match decision:
+            case Grant(_, row):
+                self._check_bound(ticket, view)
+                self._grant(ticket, self._copies[row])
+            case Load():
+                self._leave(ticket)
+                self._made += 1
+                self._copies[self._made] = _Copy(
+                    self._made, ticket.view.model, self.LOADING, self.now_s, ticket.request
+                )
+                self._take_mb(self.setting.sizes_mb[ticket.view.model])
+                self.outcome.loads += 1
+                self.post(self.now_s + self.setting.load_s, LOADED, self._made)
+                if self.policy.blocks:
+                    self._frozen_until_s = self.now_s + self.setting.load_s
+            case Evict(_, rows):
+                self._block(ticket)
+                for row in rows:
+                    self._copies[row].state = self.UNLOADING
+                    self.outcome.evictions += 1
+                    self.post(self.now_s + self.setting.unload_s, UNLOADED, row)
+            case Wait(first=True):
+                self._block(ticket)
+                return False
+            case Refuse():
+                self._leave(ticket)
+                self.outcome.refused += 1
+                self.finished(ticket.request)
+            case _:
+                return False
+        return True
+
+    def _block(self, ticket: _Ticket) -> None:
+        if ticket.view.blocked_since_s is None:
+            ticket.view = replace(ticket.view, blocked_since_s=self.now_s)
+
+    def _check_bound(self, ticket: _Ticket, view: View) -> None:
+        """Nobody may pass a blocked one for longer than twice the bound; see `fairness`."""
+        self.outcome.broken_bounds += any(
+            other.row < ticket.view.row and other.row in self._tickets and is_overdue(view, other)
+            for other in view.tickets
+        )
+
+    def _of(self, state: int) -> Iterator[_Copy]:
+        return (copy for copy in self._copies.values() if copy.state == state)
+
+    def _view(self) -> View:
+        setting, now_s = self.setting, self.now_s
+        idle: list[Idle] = []
+        busy: list[Busy] = []
+        loaded: Counter[int] = Counter()
+        loading: Counter[int] = Counter()
+        oldest_load: dict[int, float] = {}
+        held_for: dict[int, float] = {}
+        used = reserved = unloading_mb = 0.0
+        active = unloading = 0
+        for copy in self._copies.values():
+            mb, state, model = setting.sizes_mb[copy.model], copy.state, copy.model
+            if state == self.LOADING:
+                loading[model] += 1
+                oldest_load[model] = min(copy.since_s, oldest_load.get(model, now_s))
+                reserved += mb
+                free_in_s = copy.since_s + setting.load_s + self._known_hold.get(model, 0.0) - now_s
+                busy.append(Busy(copy.row, model, 0, mb, free_in_s))
+                continue
+            used += mb
+            if state == self.UNLOADING:
+                unloading += 1
+                unloading_mb += mb
+                continue
+            loaded[model] += 1
+            if state == self.IDLE:
+                idle.append(Idle(copy.row, model, None, 0, mb, copy.since_s))
+            else:
+                active += 1
+                held = now_s - copy.since_s
+                held_for[model] = min(held, held_for.get(model, math.inf))
+                hold_s = self._known_hold.get(model, math.inf)
+                busy.append(Busy(copy.row, model, 0, mb, max(0.0, hold_s - held)))
+        idle.sort(key=lambda copy: -copy.idle_since_s)
+        models = {
+            model: ModelView(
+                model,
+                True,
+                setting.sizes_mb[model],
+                loaded[model],
+                {},
+                self._waiting[model],
+                loading={0: loading[model]} if loading[model] else {},
+                shares=True,
+                load_s=self._known_load.get(model, 0.0),
+                hold_s=self._known_hold.get(model, 0.0),
+                loading_for_s=now_s - oldest_load.get(model, now_s),
+                held_for_s=held_for.get(model, 0.0),
+                rate=self._demand[model].per_second(now_s),
+            )
+            for model in {*loaded, *loading, *(ticket.view.model for ticket in self._tickets.values())}
+        }
+        return View(
+            now_s,
+            setting.rules,
+            models,
+            tuple(idle),
+            tuple(ticket.view for ticket in self._tickets.values()),
+            (DeviceView(0, setting.total_mb, used, reserved, unloading_mb, 0.0),),
+            active,
+            sum(loading.values()),
+            unloading,
+            False,
+            tuple(busy),
+        )
+
+
+def simulate(
+    setting: Setting, policy: Policy, models: Sequence[int], times_s: Sequence[float] | None = None, clients: int = 1
+) -> Outcome:
+    """Replay requests: at their times if these are given, else by so many clients, one request each at a time."""
+    simulation = _Simulation(setting, policy)
+    if times_s is not None:
+        for at_s, model in zip(times_s, models, strict=True):
+            simulation.request(at_s, model)
+        return simulation.run()
+    left = iter(models)
+
+    def next_request(_: int) -> None:
+        model = next(left, None)
+        if model is not None:
+            simulation.request(simulation.now_s, model)
+
+    simulation.finished = next_request
+    for _ in range(clients):
+        next_request(0)
+    return simulation.run()
+
+
+def offline_loads(setting: Setting, models: Sequence[int]) -> int:
+    """Return the loads of a manager that knows the future, one request at a time.
+
+    Belady's rule for weighted items, the better of two: the copy that is wanted last goes first, or the one for which
+    memory times that distance is largest; what turns out not to be needed stays.
+    """
+    limit_mb = setting.total_mb * (1 - setting.rules.slack_percentage)
+    following = [len(models)] * len(models)
+    seen: dict[int, int] = {}
+    for at in range(len(models) - 1, -1, -1):
+        following[at] = seen.get(models[at], 2 * len(models))
+        seen[models[at]] = at
+    return min(_belady(setting.sizes_mb, limit_mb, models, following, by_mb) for by_mb in (False, True))
+
+
+def _belady(
+    sizes_mb: Sequence[float], limit_mb: float, models: Sequence[int], following: Sequence[int], by_mb: bool
+) -> int:
+    wanted_at: dict[int, int] = {}
+    used = 0.0
+    loads = 0
+    for at, model in enumerate(models):
+        if model not in wanted_at:
+            loads += 1
+            missing = used + sizes_mb[model] - limit_mb
+            order = sorted(
+                wanted_at,
+                key=lambda one: -(wanted_at[one] - at) * (sizes_mb[one] if by_mb else 1.0),
+            )
+            victims: list[int] = []
+            for victim in order:
+                if missing <= 0:
+                    break
+                victims.append(victim)
+                missing -= sizes_mb[victim]
+            for victim in reversed(victims[:-1]):
+                if missing + sizes_mb[victim] <= 0:
+                    victims.remove(victim)
+                    missing += sizes_mb[victim]
+            for victim in victims:
+                used -= sizes_mb[victim]
+                del wanted_at[victim]
+            used += sizes_mb[model]
+        wanted_at[model] = following[at]
+    return loads

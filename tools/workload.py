@@ -1,0 +1,376 @@
+"""Many clients, more models than memory: `python tools/workload.py [--implementation mpmm|beam] [--kill]`.
+
+64 client processes make 2 000 requests, one at a time each, for 12 models of 1.2 to 5 GB (36.9 GB in all) by Zipf's
+law. Each model is held by a server process of its own that declares its memory to a simulated device of 16 GB; a load
+takes 0.3 s, an inference 10 ms. The device counts for itself: an out-of-memory event is a moment at which more is
+loaded or being loaded than it has. With `--kill`, half of the clients are killed at random moments and replaced; the
+replacement makes the request again that its predecessor died with.
+
+Everything but the manager is the same for both implementations. Beam's runs as in a pipeline, one manager object in one
+process, with a monitor that reads the device at every question.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import json
+import math
+import mmap
+import multiprocessing
+import os
+import random
+import shutil
+import sys
+import tempfile
+import time
+import traceback
+import types
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
+
+from workload_models import SIZES_MB, DeclaredDevice, Loader, draw_requests  # noqa: E402
+
+IMPLEMENTATIONS = ("mpmm", "beam")
+_CONTEXT = multiprocessing.get_context("fork")
+_PAUSE_S = 0.01
+
+
+@dataclass(frozen=True)
+class Workload:
+    """The parameters of a run, and where its processes meet."""
+
+    implementation: str
+    folder: str
+    requests: tuple[int, ...]
+    clients: int
+    seed: int
+    device_mb: float
+    load_s: float
+    inference_s: float
+    source: str
+    unknown: bool
+
+    @property
+    def device(self) -> DeclaredDevice:
+        """The simulated device."""
+        return DeclaredDevice(Path(self.folder), self.device_mb, self.source == "processes")
+
+    def loader(self, model: int) -> Loader:
+        """Return the loader of a model."""
+        package = {"mpmm": "mpmm", "beam": "apache_beam.utils"}[self.implementation]
+        return Loader(f"{package}.multi_process_shared", self.device, SIZES_MB[model], self.load_s, self.inference_s)
+
+    def manager(self) -> Any:
+        """Return the manager as a client gets it."""
+        return _mpmm_manager(self) if self.implementation == "mpmm" else _beam_manager(self)
+
+
+def tag_of(model: int) -> str:
+    """Return the name of a model."""
+    return f"model-{model + 1:02}"
+
+
+# ---- the two implementations -------------------------------------------------------------------------------
+
+
+def _mpmm_manager(workload: Workload) -> Any:
+    from mpmm import ModelManager
+
+    source = "booked" if workload.source == "booked" else workload.device
+    return ModelManager(namespace="workload", memory_source=source, fallback_memory_mb=workload.device_mb)
+
+
+def _beam_manager(workload: Workload) -> Any:
+    _stand_in_for_torch()
+    from apache_beam.utils.multi_process_shared import MultiProcessShared
+
+    def make() -> Any:
+        from apache_beam.ml.inference.model_manager import ModelManager
+
+        manager = ModelManager(monitor=_BeamMonitor(workload.device))
+        _declare(manager, workload)
+        return manager
+
+    return MultiProcessShared(make, tag="model_manager", always_proxy=True).acquire()
+
+
+def _declare(manager: Any, workload: Workload) -> None:
+    """Tell a manager what the models take."""
+    if not workload.unknown:
+        for model in sorted(set(workload.requests)):
+            manager._estimator.set_initial_estimate(tag_of(model), SIZES_MB[model])
+
+
+def _stand_in_for_torch() -> None:
+    """Beam's manager imports torch, of which it uses one function."""
+    try:
+        import torch  # noqa: F401
+    except ImportError:
+        stand_in = types.ModuleType("torch")
+        stand_in.cuda = types.SimpleNamespace(empty_cache=lambda: None)  # type: ignore[attr-defined]
+        stand_in.Tensor = type("Tensor", (), {})  # type: ignore[attr-defined]
+        sys.modules["torch"] = stand_in
+
+
+class _BeamMonitor:
+    """The device as Beam's monitor would see it, if that were never late."""
+
+    def __init__(self, device: DeclaredDevice) -> None:
+        self._device = device
+        self._peak_mb = 0.0
+
+    def start(self) -> None:
+        """Nothing to start."""
+
+    def stop(self) -> None:
+        """Nothing to stop."""
+
+    def refresh(self) -> None:
+        """Every question is answered afresh."""
+
+    def reset_peak(self) -> None:
+        """Let the peak begin anew."""
+        self._peak_mb = 0.0
+
+    def get_stats(self) -> tuple[float, float, float]:
+        """Return (current, peak, total) in MB."""
+        used = sum(self._device.by_process().values())
+        self._peak_mb = max(self._peak_mb, used)
+        return used, self._peak_mb, self._device.total_mb
+
+
+# ---- clients -----------------------------------------------------------------------------------------------
+
+
+class Ledger:
+    """What the clients share: the next request, and what has become of each. A killed client locks nobody out."""
+
+    def __init__(self, workload: Workload) -> None:
+        count = len(workload.requests)
+        self._memory = mmap.mmap(-1, 8 * (1 + workload.clients + 2 * count))
+        numbers = np.frombuffer(self._memory, dtype=np.float64)
+        self._next = numbers[:1]
+        self.doing: npt.NDArray[np.float64] = numbers[1 : 1 + workload.clients]  # request + 1, by client
+        self.waits: npt.NDArray[np.float64] = numbers[1 + workload.clients : 1 + workload.clients + count]
+        self.outcomes: npt.NDArray[np.float64] = numbers[1 + workload.clients + count :]
+        self.waits[:] = math.nan
+        self._path = Path(workload.folder) / "next.lock"
+        self._path.touch()
+
+    OPEN, SERVED, FAILED = 0, 1, 2
+
+    def take(self, client: int) -> int | None:
+        """Return a client's next request: the one that its predecessor died with, else a new one, or None."""
+        unfinished = int(self.doing[client]) - 1
+        if unfinished >= 0 and self.outcomes[unfinished] == self.OPEN:
+            return unfinished
+        with open(self._path, "rb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            request = int(self._next[0])
+            if request == len(self.outcomes):
+                return None
+            self.doing[client] = request + 1
+            self._next[0] = request + 1
+        return request
+
+    def count(self, outcome: int) -> int:
+        """Return how many requests have had an outcome."""
+        return int(np.count_nonzero(self.outcomes == outcome))
+
+
+def run_client(workload: Workload, ledger: Ledger, client: int) -> None:
+    """Make requests until there are none."""
+    manager = workload.manager()
+    while (request := ledger.take(client)) is not None:
+        model = workload.requests[request]
+        loader = workload.loader(model)
+        began = time.monotonic()
+        try:
+            handle = manager.acquire_model(tag_of(model), loader)
+            waited = time.monotonic() - began
+            try:
+                loader.served(handle).infer()
+            finally:
+                manager.release_model(tag_of(model), handle)
+        except Exception:
+            traceback.print_exc()
+            ledger.outcomes[request] = ledger.FAILED
+            continue
+        ledger.waits[request] = waited
+        ledger.outcomes[request] = ledger.SERVED
+    if workload.implementation == "mpmm":
+        manager.shutdown()
+
+
+class Crowd:
+    """The client processes."""
+
+    def __init__(self, workload: Workload, ledger: Ledger) -> None:
+        self._workload, self._ledger = workload, ledger
+        self._processes: dict[int, BaseProcess] = {}
+
+    def start(self, client: int) -> None:
+        """Start a client, or its replacement."""
+        process = _CONTEXT.Process(target=run_client, args=(self._workload, self._ledger, client))
+        self._processes[client] = process
+        process.start()
+
+    def replace(self, client: int) -> None:
+        """Kill a client with SIGKILL and start another in its place."""
+        self._processes[client].kill()
+        self._processes[client].join()
+        self.start(client)
+
+    def is_busy(self, client: int) -> bool:
+        """Tell whether a client still runs."""
+        return self._processes[client].is_alive()
+
+    def end(self, patience_s: float) -> int:
+        """Wait for all, and kill who does not end; return how many those were."""
+        deadline = time.monotonic() + patience_s
+        stuck = 0
+        for process in self._processes.values():
+            process.join(max(0.0, deadline - time.monotonic()))
+            if process.is_alive():
+                stuck += 1
+                process.kill()
+                process.join()
+        return stuck
+
+
+# ---- the run -----------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def surroundings() -> Iterator[str]:
+    """A folder of the run's own; nothing of the user's namespaces is touched."""
+    folder = tempfile.mkdtemp(prefix="mpmm-w")
+    os.environ.update(MPMM_RUNTIME_DIR=os.path.join(folder, "run"), TMPDIR=folder)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def run(workload: Workload, kill: bool, timeout_s: float) -> dict[str, Any]:
+    """Run the workload and return its figures."""
+    ledger = Ledger(workload)
+    rng = random.Random(workload.seed)
+    victims = rng.sample(range(workload.clients), workload.clients // 2) if kill else []
+    moments = sorted(rng.uniform(0.0, 0.9) * len(workload.requests) for _ in victims)
+    total = len(workload.requests)
+    killed = 0
+    with ExitStack() as stack:
+        if workload.implementation == "mpmm":
+            manager = stack.enter_context(workload.manager())
+            _declare(manager, workload)
+        else:
+            # In the process that lives longest, as Beam's manager does not outlive its own.
+            manager = workload.manager()
+        crowd = Crowd(workload, ledger)
+        began = time.monotonic()
+        for client in range(workload.clients):
+            crowd.start(client)
+        while (done := total - ledger.count(ledger.OPEN)) < total and time.monotonic() - began < timeout_s:
+            if killed < len(victims) and done >= moments[killed]:
+                if crowd.is_busy(victims[killed]):
+                    crowd.replace(victims[killed])
+                killed += 1
+            time.sleep(_PAUSE_S)
+        wall_s = time.monotonic() - began
+        stuck = crowd.end(patience_s=30.0 if done == total else 0.0)
+        loads, too_much = workload.device.counts()
+        still_loaded = len(workload.device.by_process())
+        invariants = _broken_invariants() if workload.implementation == "mpmm" else []
+    waits = ledger.waits[ledger.outcomes == ledger.SERVED]
+    p50, p99, longest = np.quantile(waits, [0.5, 0.99, 1.0]).tolist() if len(waits) else [math.nan] * 3
+    return {
+        "implementation": workload.implementation,
+        "requests": total,
+        "served": ledger.count(ledger.SERVED),
+        "failures": ledger.count(ledger.FAILED),
+        "killed_clients": killed,
+        "stuck_clients": stuck,
+        "loads": loads,
+        "loads_per_1000_requests": round(1000 * loads / total, 1),
+        "evictions": loads - still_loaded,
+        "out_of_memory_events": too_much,
+        "wait_p50_s": round(p50, 3),
+        "wait_p99_s": round(p99, 3),
+        "wait_max_s": round(longest, 3),
+        "wall_s": round(wall_s, 1),
+        "broken_invariants": invariants,
+        "wait_max_s_by_model": {
+            tag_of(model): round(float(np.nanmax(chosen)), 3)
+            for model in sorted(set(workload.requests))
+            if len(chosen := ledger.waits[(np.array(workload.requests) == model) & (ledger.outcomes == ledger.SERVED)])
+        },
+    }
+
+
+def _broken_invariants() -> list[str]:
+    from mpmm.shared_state.invariants import check_invariants
+    from mpmm.shared_state.snapshot import read_snapshot
+
+    return check_invariants(read_snapshot("workload", events=False))
+
+
+def main() -> int:
+    """Run the command line; the exit status is 0 if everything was served within memory."""
+    parser = argparse.ArgumentParser(description="Many clients, more models than memory, on mpmm or on Beam.")
+    parser.add_argument("--implementation", choices=IMPLEMENTATIONS, default="mpmm")
+    parser.add_argument("--clients", type=int, default=64)
+    parser.add_argument("--requests", type=int, default=2000)
+    parser.add_argument("--zipf", type=float, default=1.0, help="exponent of the demand")
+    parser.add_argument("--device-mb", type=float, default=16000.0)
+    parser.add_argument("--load-seconds", type=float, default=0.3)
+    parser.add_argument("--inference-seconds", type=float, default=0.01)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--kill", action="store_true", help="kill half of the clients and replace them")
+    parser.add_argument(
+        "--source",
+        choices=("processes", "device", "booked"),
+        default="processes",
+        help="what mpmm sees: memory by process as with NVML, of the whole device, or only its own books",
+    )
+    parser.add_argument("--unknown", action="store_true", help="let the manager find out what the models take")
+    parser.add_argument("--timeout-seconds", type=float, default=1500.0)
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    options = parser.parse_args()
+    with surroundings() as folder:
+        workload = Workload(
+            options.implementation,
+            folder,
+            tuple(draw_requests(options.requests, len(SIZES_MB), options.zipf, options.seed)),
+            options.clients,
+            options.seed,
+            options.device_mb,
+            options.load_seconds,
+            options.inference_seconds,
+            options.source,
+            options.unknown,
+        )
+        found = run(workload, options.kill, options.timeout_seconds)
+    if options.json:
+        print(json.dumps(found))
+    else:
+        for name, value in found.items():
+            if isinstance(value, dict):
+                value = "  ".join(f"{key} {number:g}" for key, number in value.items())
+            print(f"{name:24} {value}")
+    well = found["served"] == found["requests"] and not found["out_of_memory_events"] and not found["broken_invariants"]
+    return 0 if well else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
