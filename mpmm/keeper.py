@@ -106,7 +106,9 @@ class Keeper:
                 if time.monotonic() >= due:
                     self.tick()
                     due = time.monotonic() + self._interval()
-                wait_for_change(lambda: int(words[bell]), self._bell_address, seen, due - time.monotonic())
+                # What was left to us during the tick, nobody wakes us for any more.
+                if not self._worker.has_debts:
+                    wait_for_change(lambda: int(words[bell]), self._bell_address, seen, due - time.monotonic())
                 self._failing = False
             except (ClosedError, ValueError):
                 # ValueError: the segment was unmapped under us by `leave`.

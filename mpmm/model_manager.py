@@ -258,12 +258,8 @@ class ModelManager(BeamNames):
             booking = self._take_booking(tag)
             if booking is not None:
                 return self._load_somehow(worker, tag, booking, loader_func)
-        try:
+        with self._giving_up_in_time(worker, tag):
             answer = self._get(worker, tag)
-        except LockTimeoutError as error:
-            if error.timeout_seconds >= worker.namespace.settings.lock_timeout_seconds:
-                raise
-            raise self._gave_up(tag, self._settings.wait_timeout_seconds, "lock") from error
         if isinstance(answer, _Booking):
             return self._load_somehow(worker, tag, answer, loader_func)
         return answer.value
@@ -378,7 +374,8 @@ class ModelManager(BeamNames):
         deadline = began + patience
         worker.freshen()
         with worker.waiting():
-            row = self._enqueue_lease(worker, encoded, float(mb), deadline)
+            with self._giving_up_in_time(worker, name):
+                row = self._enqueue_lease(worker, encoded, float(mb), deadline)
             if self._await_answer(worker, row, deadline) is None:
                 reason = self._leave_queue(worker, row, timed_out=True)
                 waited = time.monotonic() - began
@@ -410,7 +407,8 @@ class ModelManager(BeamNames):
         patience = self._patience(timeout_seconds)
         worker = self._connected()
         for loaded in range(copies):
-            answer = self._queue(worker, tag, time.monotonic() + patience, preload=copies)
+            with self._giving_up_in_time(worker, tag):
+                answer = self._queue(worker, tag, time.monotonic() + patience, preload=copies)
             if answer is None:
                 return loaded
             assert isinstance(answer, _Booking), "a preload is granted no copy"
@@ -559,6 +557,16 @@ class ModelManager(BeamNames):
             if self._await_answer(worker, row, deadline) is None:
                 raise self._gave_up(tag, time.monotonic() - began, self._leave_queue(worker, row, timed_out=True))
             return self._act_on(worker, tag, row)
+
+    @contextmanager
+    def _giving_up_in_time(self, worker: Worker, tag: str) -> Iterator[None]:
+        """Turn a lock that was not free for as long as the caller would wait at all into the end of that wait."""
+        try:
+            yield
+        except LockTimeoutError as error:
+            if error.timeout_seconds >= worker.namespace.settings.lock_timeout_seconds:
+                raise
+            raise self._gave_up(tag, error.timeout_seconds, "lock") from error
 
     @staticmethod
     def _gave_up(tag: str, waited_s: float, reason: str) -> AcquireTimeoutError:

@@ -189,6 +189,11 @@ class Worker:
         self._owed.append(change)
         self.keeper.wake()
 
+    @property
+    def has_debts(self) -> bool:
+        """Tell whether there are changes that were left to the keeper."""
+        return bool(self._owed)
+
     def settle_debts(self) -> None:
         """Make the changes that others have left to the keeper. Raises LockTimeoutError."""
         while self._owed:
