@@ -43,6 +43,8 @@ _LOG = logging.getLogger("mpmm")
 LONGEST_TICK_S = 0.25
 RESERVE_TICK_S = 4.0
 DEPUTIES = 2
+# Between two attempts to wake a thread that may just be about to sleep.
+REPEAT_S = 0.01
 STALE_AFTER_S = 0.6
 # A measured footprint that differs by less than this from the estimate changes nothing.
 ESTIMATE_TOLERANCE = 0.01
@@ -71,12 +73,16 @@ class Keeper:
         self._thread.start()
 
     def stop(self) -> None:
-        """End the thread and give up the leadership. Not to be called by the thread itself."""
+        """End the thread and give up the leadership, without the lock, whose holder may be stopped.
+
+        Not to be called by the thread itself.
+        """
         self._stopping.set()
         if self._thread is not None and self._thread is not threading.current_thread():
-            with self._namespace.transaction() as t:
-                self._namespace.transitions.ring(t, self._namespace.slot)
-            self._thread.join()
+            while self._thread.is_alive():
+                # Again and again, because one that has looked at `_stopping` and does not sleep yet misses it.
+                self.wake()
+                self._thread.join(REPEAT_S)
         self._lock_file.close()
         self.leading = False
 

@@ -7,7 +7,6 @@ member; which thread holds what is known here alone.
 from __future__ import annotations
 
 import contextlib
-import functools
 import gc
 import logging
 import os
@@ -26,7 +25,7 @@ from mpmm.beam_metrics import report_estimate, report_model_count
 from mpmm.board import ForeignMonitor, SharedBoard
 from mpmm.errors import LockTimeoutError, MpmmError, ServerStartError
 from mpmm.gpu_monitor import GPUMonitor
-from mpmm.keeper import Keeper
+from mpmm.keeper import REPEAT_S, Keeper
 from mpmm.policy.out_of_memory import raised_estimate_mb
 from mpmm.proxy.context import ServerContext
 from mpmm.scheduler import Scheduler
@@ -215,18 +214,16 @@ class Worker:
                 self._thread_left.notify_all()
 
     def _send_waiters_away(self) -> None:
-        if not self._threads_waiting:
-            return
+        """Have the threads that wait find out that they are to go; without the lock, whose holder may be stopped."""
         namespace = self.namespace
-        with namespace.transaction() as t:
-            for row in namespace.tables.rows_where(
-                namespace.segment.layout.tickets, Ticket.MEMBER, namespace.reference
-            ):
-                signal = namespace.tables.ticket(row) + Ticket.SIGNAL
-                t.add(signal, 1)
-                t.after.append(functools.partial(wake_all, namespace.segment.address + 8 * signal))
-        with self._mutex:
-            self._thread_left.wait_for(lambda: not self._threads_waiting, WAITERS_LEAVE_TIMEOUT_S)
+        tables, address = namespace.tables, namespace.segment.address
+        deadline = time.monotonic() + WAITERS_LEAVE_TIMEOUT_S
+        while self._threads_waiting and time.monotonic() < deadline:
+            for row in tables.rows_where(namespace.segment.layout.tickets, Ticket.MEMBER, namespace.reference):
+                wake_all(address + 8 * (tables.ticket(row) + Ticket.SIGNAL))
+            with self._mutex:
+                # Again and again, because one that does not sleep yet misses it.
+                self._thread_left.wait_for(lambda: not self._threads_waiting, REPEAT_S)
 
     def forget_after_fork(self) -> None:
         """In a forked child: claim nothing of the parent's, and do not destroy it either.

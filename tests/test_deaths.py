@@ -5,9 +5,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable
 from functools import partial
@@ -37,12 +39,13 @@ from processes import (
     release,
     segments_of,
     served,
+    shut_down,
     wait_until,
     waiting,
 )
 
 from mpmm import cli
-from mpmm.errors import AcquireTimeoutError, LoadTimeoutError, LockTimeoutError, ModelServerError
+from mpmm.errors import AcquireTimeoutError, ClosedError, LoadTimeoutError, LockTimeoutError, ModelServerError
 from mpmm.model_manager import ModelManager
 from mpmm.shared_state.layout import Header
 from mpmm.shared_state.snapshot import read_snapshot
@@ -482,6 +485,31 @@ def test_a_release_that_cannot_get_the_lock_can_be_repeated(namespace: str, new_
     sleeper.result()
     other.call(release_value, "a", copy)
     assert model_of(namespace, "a").idle == 1
+
+
+def test_a_process_can_leave_while_the_locks_holder_is_stopped(namespace: str, new_process: NewProcess) -> None:
+    sleeper, other = new_process(lock_timeout_seconds=0.3, fallback_memory_mb=100), new_process()
+    other.call(acquire, "a")
+    other.call(wait_in_a_thread, "b")
+    wait_until(lambda: waiting(namespace, "b"), "a thread waits")
+    sleeper.send(stop_in_transaction)
+    sleeper.wait_until_stopped()
+    other.call(shut_down)
+    sleeper.resume()
+    sleeper.result()
+    wait_until(lambda: [m.pid for m in read_snapshot(namespace).members] == [sleeper.pid], "the other one is gone")
+    assert waiting(namespace) == []
+    assert problems(namespace) == []
+
+
+def wait_in_a_thread(seat: Seat, tag: str) -> None:
+    """Begin to wait for a model; the shutdown ends it."""
+
+    def wait() -> None:
+        with contextlib.suppress(ClosedError):
+            seat.manager.acquire_model(tag, LoadFails("not to be called"))
+
+    threading.Thread(target=wait).start()
 
 
 def release_value(seat: Seat, tag: str, copy: Any) -> None:

@@ -247,6 +247,9 @@ class EventChecks:
                 self._taken_by.clear()
             if event.instance is None:
                 continue
+            if event.kind == "leased":
+                # Like a load it has a new row, in which a copy may have been that was lost with its server.
+                self._taken_by.pop(event.instance, None)
             if event.kind in _TAKEN:
                 holder = self._taken_by.get(event.instance)
                 text = f"{event.kind} by pid {event.pid}, event {event.sequence}"
