@@ -68,15 +68,15 @@ class SharedBoard:
                     namespace.transitions.ring(t, slot)
         self._rows = {info.index: row for row, info in enumerate(devices)}
 
-    def publish(self, samples: Sequence[DeviceSample]) -> None:
-        """Record figures that could be read, and let waiters profit from them."""
+    def publish(self, samples: Sequence[DeviceSample], patience_s: float | None = None) -> None:
+        """Record figures that could be read, and let waiters profit from them; waits for the lock for `patience_s`."""
         namespace = self._namespace
         words = namespace.segment.words
         # Whose children they are is looked up before the lock is taken.
         parts = {pid: mb for sample in samples for pid, mb in sample.process_mb.items()}
         taken = self._taken_by_programs(parts) if parts else {}
         measured: dict[int, float] = {}
-        with namespace.transaction() as t:
+        with namespace.transaction(patience_s) as t:
             for sample in samples:
                 row = self._rows.get(sample.index)
                 fresh = row is None or sample.used_mb is None

@@ -32,8 +32,11 @@ logger = logging.getLogger(__name__)
 class SampleBoard(Protocol):
     """Where samples are kept. Its methods are called by several threads."""
 
-    def publish(self, samples: Sequence[DeviceSample]) -> None:
-        """Take in one sample of each device. One that could not be read leaves the last figure in place."""
+    def publish(self, samples: Sequence[DeviceSample], patience_s: float | None = None) -> None:
+        """Take in one sample of each device. One that could not be read leaves the last figure in place.
+
+        Raises LockTimeoutError where figures are shared and their lock was not free for `patience_s`.
+        """
         ...
 
     def stats(self) -> tuple[float, float, float]:
@@ -62,7 +65,7 @@ class LocalBoard:
         self._peak_window_s = peak_window_seconds
         self._last: dict[int, tuple[int, float]] = {}  # device index: (taken_ns, used_mb)
 
-    def publish(self, samples: Sequence[DeviceSample]) -> None:
+    def publish(self, samples: Sequence[DeviceSample], patience_s: float | None = None) -> None:
         """Add the figures that are newer than what the board has; the sum goes into the history."""
         with self.lock:
             fresh = {
@@ -247,10 +250,13 @@ class GPUMonitor:
         """
         return self._board.stats()
 
-    def refresh(self) -> None:
-        """Take a sample now and publish it. A source that fails leaves the last figures in place."""
+    def refresh(self, *, patience_s: float | None = None) -> None:
+        """Take a sample now and publish it. A source that fails leaves the last figures in place.
+
+        Raises LockTimeoutError where a manager shares the figures and the lock was not free for `patience_s`.
+        """
         board = self._board
-        board.publish(self._take_sample(board.server_pids()))
+        board.publish(self._take_sample(board.server_pids()), patience_s)
 
     def last_sample_age_seconds(self) -> float:
         """Return the age of the oldest device figure that this process took; infinite while one is missing."""

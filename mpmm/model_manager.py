@@ -372,7 +372,7 @@ class ModelManager(BeamNames):
         worker = self._connected()
         began = time.monotonic()
         deadline = began + patience
-        worker.freshen()
+        worker.freshen(patience)
         with worker.waiting():
             with self._giving_up_in_time(worker, name):
                 row = self._enqueue_lease(worker, encoded, float(mb), deadline)
@@ -551,7 +551,7 @@ class ModelManager(BeamNames):
         """
         encoded = encode_text(tag, Model.TAG_BYTES, "model tag")
         began = time.monotonic()
-        worker.freshen()
+        worker.freshen(deadline - began)
         with worker.waiting():
             row = self._enqueue(worker, tag, encoded, deadline, preload)
             if self._await_answer(worker, row, deadline) is None:

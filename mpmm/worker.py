@@ -235,20 +235,22 @@ class Worker:
 
     # ---- memory figures ------------------------------------------------------------------------------------
 
-    def refresh(self) -> None:
-        """Take a sample and publish it."""
+    def refresh(self, patience_s: float | None = None) -> None:
+        """Take a sample and publish it. Raises LockTimeoutError when the lock was not free for `patience_s`."""
         if isinstance(self.monitor, GPUMonitor):
-            self.monitor.refresh()
+            self.monitor.refresh(patience_s=patience_s)
         else:
-            self.board.publish(self.monitor.sample(()))
+            self.board.publish(self.monitor.sample(()), patience_s)
 
-    def freshen(self) -> None:
+    def freshen(self, patience_s: float | None = None) -> None:
         """Make sure that decisions rest on fresh figures, as far as that takes no noticeable time.
 
         Many who ask at the same moment share one sample; but a monitor of the caller's own is always asked.
+        With the lock not free for `patience_s`, the old figures have to do: whoever decides needs the lock, too.
         """
         if self.source.cheap and (isinstance(self.monitor, ForeignMonitor) or not self._figures_are_fresh()):
-            self.sample_now()
+            with contextlib.suppress(LockTimeoutError):
+                self.sample_now(patience_s)
 
     def _figures_are_fresh(self) -> bool:
         words, tables = self.namespace.segment.words, self.namespace.tables
@@ -268,10 +270,10 @@ class Worker:
         words, tables = self.namespace.segment.words, self.namespace.tables
         return bool(words[tables.device(words[tables.instance(row) + Instance.DEVICE]) + Device.SAMPLED] >= loaded)
 
-    def sample_now(self) -> None:
-        """Take a sample, however long it takes, unless there is nothing to measure."""
+    def sample_now(self, patience_s: float | None = None) -> None:
+        """Take a sample, however long that takes, unless there is nothing to measure; see `refresh`."""
         if not self.namespace.segment.words[Header.SOURCE_BOOKS_ONLY]:
-            self.refresh()
+            self.refresh(patience_s)
 
     def reset_peak(self) -> None:
         """Let peaks begin anew, also in a monitor of the caller's own."""

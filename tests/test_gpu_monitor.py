@@ -65,7 +65,7 @@ class FakeBoard:
         self.published: list[Sequence[DeviceSample]] = []
         self.resets = 0
 
-    def publish(self, samples: Sequence[DeviceSample]) -> None:
+    def publish(self, samples: Sequence[DeviceSample], patience_s: float | None = None) -> None:
         self.published.append(samples)
 
     def stats(self) -> tuple[float, float, float]:
