@@ -66,7 +66,7 @@ from mpmm.shared_state.tables import encode_text
 from mpmm.shared_state.transaction import Transaction
 from mpmm.sources import MemorySource, choose_source
 from mpmm.sources.selected import SelectedDevices
-from mpmm.worker import Copy, Worker
+from mpmm.worker import NOW_S, Copy, Worker
 
 __all__ = ["GPUMonitor", "ModelManager", "QueueTicket", "ResourceEstimator"]
 
@@ -385,7 +385,8 @@ class ModelManager(BeamNames):
                     tag=name,
                     waited_seconds=waited,
                 )
-            return self._take_lease(worker, name, float(mb), row)
+            with self._giving_up_in_time(worker, name):
+                return self._take_lease(worker, name, float(mb), row, deadline)
 
     def preload(
         self, tag: str, loader_func: Callable[[], Any], *, copies: int = 1, timeout_seconds: float | None = None
@@ -556,7 +557,7 @@ class ModelManager(BeamNames):
             row = self._enqueue(worker, tag, encoded, deadline, preload)
             if self._await_answer(worker, row, deadline) is None:
                 raise self._gave_up(tag, time.monotonic() - began, self._leave_queue(worker, row, timed_out=True))
-            return self._act_on(worker, tag, row)
+            return self._act_on(worker, tag, row, deadline)
 
     @contextmanager
     def _giving_up_in_time(self, worker: Worker, tag: str) -> Iterator[None]:
@@ -620,11 +621,11 @@ class ModelManager(BeamNames):
                 return None
             wait_for_change(lambda: int(words[signal]), namespace.segment.address + 8 * signal, seen, left)
 
-    def _act_on(self, worker: Worker, tag: str, row: int) -> Copy | _Booking | None:
+    def _act_on(self, worker: Worker, tag: str, row: int, deadline: float) -> Copy | _Booking | None:
         namespace = worker.namespace
         words, tables = namespace.segment.words, namespace.tables
         try:
-            with namespace.transaction() as t:
+            with namespace.transaction(max(NOW_S, deadline - time.monotonic())) as t:
                 at = tables.ticket(row)
                 state, instance = words[at + Ticket.STATE], words[at + Ticket.INSTANCE] - 1
                 need_mb = namespace.segment.floats[at + Ticket.NEED_MB]
@@ -692,10 +693,10 @@ class ModelManager(BeamNames):
             worker.scheduler.advance(t, newcomer=row)
         return row
 
-    def _take_lease(self, worker: Worker, name: str, mb: float, row: int) -> Lease:
+    def _take_lease(self, worker: Worker, name: str, mb: float, row: int, deadline: float) -> Lease:
         namespace = worker.namespace
         try:
-            with namespace.transaction() as t:
+            with namespace.transaction(max(NOW_S, deadline - time.monotonic())) as t:
                 at = namespace.tables.ticket(row)
                 state, instance = namespace.segment.words[at], namespace.segment.words[at + Ticket.INSTANCE] - 1
                 namespace.transitions.take_answer(t, row)

@@ -36,7 +36,7 @@ from mpmm.shared_state.namespace import Namespace, remove_deserted
 from mpmm.shared_state.transaction import Transaction
 from mpmm.sources import MemorySource
 
-__all__ = ["Copy", "ServerDuty", "Worker"]
+__all__ = ["NOW_S", "Copy", "ServerDuty", "Worker"]
 
 T = TypeVar("T")
 
