@@ -105,7 +105,8 @@ def _holds(snapshot: Snapshot) -> Iterator[Finding]:
         pid = "?" if longest.holder is None else pids.get(longest.holder, "?")
         yield Finding(
             True,
-            f"pid {pid} has held {longest.tag} for {age(longest.for_s)} while {len(queue)} {'waits' if len(queue) == 1 else 'wait'}"
+            f"pid {pid} has held {longest.tag} for {age(longest.for_s)} while {len(queue)} "
+            + ("waits" if len(queue) == 1 else "wait")
             + ("" if len(held) == 1 else f"; {len(held)} copies are held for more than {LONG_HOLD_S:.0f} s"),
         )
 
