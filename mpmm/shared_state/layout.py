@@ -329,7 +329,9 @@ class Event:
 
     SEQUENCE = 0  # 1, 2, 3, …; lies in row (SEQUENCE - 1) % capacity
     TIME = 1
-    KIND = 2  # and, 8 bits further up, the reason plus one where there is one, see policy.view.Reason
+    # The kind; 8 bits further up the reason plus one where there is one, see policy.view.Reason; and from bit 32 on, a
+    # bit for each device row, of the first 32, on which a load or lease is placed.
+    KIND = 2
     PID = 3
     MODEL = 4  # reference
     INSTANCE = 5  # reference

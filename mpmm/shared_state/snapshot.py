@@ -234,6 +234,7 @@ class EventInfo:
     """One entry of the event ring, oldest first; `value` as `EventKind` says.
 
     reason: a number of `policy.view.Reason` where the policy has decided it, and then its figures; else None.
+    devices: rows of those on which a load or lease that begins is placed, as far as they are among the first 32.
     """
 
     sequence: int
@@ -250,6 +251,7 @@ class EventInfo:
     coming_mb: float | None = None
     seconds: float | None = None
     other: str | None = None
+    devices: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -267,6 +269,7 @@ class Snapshot:
     """Everything. Times are relative to the moment of the copy; `torn_words` were undone in the copy.
 
     taken_s: that moment, as `time.monotonic()`; taken_wall_s: as Unix time.
+    polled_ago_s: since the leader, or somebody in its stead, last did its duty.
     table_ends: rows that were ever in use, for the tables that keep count of it.
     """
 
@@ -284,6 +287,7 @@ class Snapshot:
     books_only: bool
     leader: int | None
     leader_for_s: float | None
+    polled_ago_s: float
     next_ticket: int
     waiting: int
     active: int
@@ -471,6 +475,7 @@ class _Decoder:
             books_only=books_only,
             leader=leader,
             leader_for_s=None if leader is None else self._age(words[Header.LEADER_SINCE]),
+            polled_ago_s=self._age(words[Header.POLLED]),
             next_ticket=words[Header.NEXT_TICKET],
             waiting=words[Header.WAITING],
             active=words[Header.ACTIVE],
@@ -722,7 +727,8 @@ class _Decoder:
 
     def _event(self, at: int, tags: dict[int, str]) -> EventInfo:
         words, floats = self._words, self._floats
-        reason, kind = divmod(words[at + Event.KIND], 256)
+        placed, decided = divmod(words[at + Event.KIND], 2**32)
+        reason, kind = divmod(decided, 256)
         model = words[at + Event.MODEL]
         return EventInfo(
             sequence=words[at + Event.SEQUENCE],
@@ -739,6 +745,7 @@ class _Decoder:
             coming_mb=self._number(floats[at + Event.COMING_MB]) if reason else None,
             seconds=self._number(floats[at + Event.SECONDS]) if reason else None,
             other=tags.get(words[at + Event.OTHER] - 1) if reason else None,
+            devices=tuple(row for row in range(placed.bit_length()) if placed >> row & 1) if placed else (),
         )
 
 

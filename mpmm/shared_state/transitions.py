@@ -52,6 +52,15 @@ _MODEL_COUNTERS = {
 _HEADER_COUNTERS = {Instance.LOADING: Header.LOADING, Instance.ACTIVE: Header.ACTIVE}
 
 
+# So many devices have a bit in an event.
+_DEVICES_IN_EVENTS = 32
+
+
+def _placed(kind: int, device: int) -> int:
+    """Return the word for an event of something that is placed on a device (row), see `Event.KIND`."""
+    return kind | 1 << 32 + device if device < _DEVICES_IN_EVENTS else kind
+
+
 class Transitions:
     """The transitions of one namespace, done by one of its members. Every method needs the lock."""
 
@@ -375,10 +384,11 @@ class Transitions:
         at = self.tables.ticket(row)
         words = self.segment.words
         model, member = words[at + Ticket.MODEL], words[at + Ticket.MEMBER] - 1
+        number = words[at + Ticket.NUMBER] + 1
         if words[self.tables.model(model)] == Model.LEASE:
-            instance, answer = self.begin_lease(t, model, member, device, need_mb, cause), Ticket.GRANTED
+            instance, answer = self.begin_lease(t, model, member, device, need_mb, cause, number), Ticket.GRANTED
         else:
-            instance, answer = self.begin_load(t, model, member, device, need_mb, alone, cause), Ticket.LOAD
+            instance, answer = self.begin_load(t, model, member, device, need_mb, alone, cause, number), Ticket.LOAD
         t.set(at + Ticket.INSTANCE, instance + 1)
         self._answer(t, row, answer)
         return instance
@@ -453,15 +463,25 @@ class Transitions:
         return row
 
     def begin_lease(
-        self, t: Transaction, model: int, member: int, device: int, mb: float, cause: Cause | None = None
+        self,
+        t: Transaction,
+        model: int,
+        member: int,
+        device: int,
+        mb: float,
+        cause: Cause | None = None,
+        ticket: int = 0,
     ) -> int:
-        """Give a member (slot) the lease that a model row stands for; return the row. Raises TableFullError."""
+        """Give a member (slot) the lease that a model row stands for; return the row. Raises TableFullError.
+
+        ticket: number plus one of the one that waited for it, for the event.
+        """
         row = self._new_instance(t, model, member, device)
         at = self.tables.instance(row)
         t.set_float(at + Instance.RESERVED_MB, mb)
         self._change_state(t, row, Instance.LEASED)
         t.set(Header.CONFIGURED_AT, t.now)
-        t.event(EventKind.LEASED, model + 1, row + 1, value=mb, cause=cause)
+        t.event(_placed(EventKind.LEASED, device), model + 1, row + 1, ticket, mb, cause)
         return row
 
     def link_program(self, t: Transaction, row: int, pid: int) -> None:
@@ -503,8 +523,12 @@ class Transitions:
         need_mb: float,
         alone: bool,
         cause: Cause | None = None,
+        ticket: int = 0,
     ) -> int:
-        """Book a copy that a member (slot) is about to load; return its row. Raises TableFullError."""
+        """Book a copy that a member (slot) is about to load; return its row. Raises TableFullError.
+
+        ticket: number plus one of the one that waited for it, for the event.
+        """
         row = self._new_instance(t, model, member, device)
         at = self.tables.instance(row)
         t.set_float(at + Instance.MB, need_mb)
@@ -516,7 +540,7 @@ class Transitions:
             t.set(Header.ISOLATED, row + 1)
             t.set_float(Header.ISOLATION_BASELINE, math.nan)
             t.event(EventKind.ISOLATION_BEGAN, model + 1, row + 1)
-        t.event(EventKind.LOAD_BEGAN, model + 1, row + 1, value=need_mb, cause=cause)
+        t.event(_placed(EventKind.LOAD_BEGAN, device), model + 1, row + 1, ticket, need_mb, cause)
         return row
 
     def _new_instance(self, t: Transaction, model: int, member: int, device: int) -> int:
