@@ -4,6 +4,8 @@
     mpmm inspect [NAMESPACE]      one screen: what is wrong, who holds what, who waits and why; of several, a line each
     mpmm inspect --json           everything as one JSON object
     mpmm inspect --max-wait 60    exit status 1 if somebody has waited for longer
+    mpmm trace [NAMESPACE]        the last events as a trace for https://ui.perfetto.dev; --follow writes on
+    mpmm plot [NAMESPACE]         memory against the limit as a picture, of a namespace or of a trace
     mpmm check [NAMESPACE]        verify the invariants; exit status 1 if one does not hold
     mpmm reset NAMESPACE          unload everything and send all waiters away
     mpmm run --mb MB -- PROGRAM ARGUMENTS…
@@ -66,13 +68,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _run(options, program, root)
     try:
         return int(_COMMANDS[options.command](options, root))
-    except (FileNotFoundError, MpmmError) as error:
-        print(f"mpmm: {error}", file=sys.stderr)
-        return EXIT_USAGE
     except BrokenPipeError:
         # Whoever read the output has seen enough; what is left in the buffer must not complain at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except (OSError, MpmmError) as error:
+        print(f"mpmm: {error}", file=sys.stderr)
+        return EXIT_USAGE
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -86,7 +88,15 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument(
         "--max-wait", type=float, default=math.inf, metavar="SECONDS", help="exit status 1 if somebody waits longer"
     )
-    for command in (inspect, commands.add_parser("check", help="verify the invariants")):
+    trace = commands.add_parser("trace", help="write events as a trace for https://ui.perfetto.dev")
+    trace.add_argument("-o", "--output", type=Path, metavar="FILE", help="default: the standard output")
+    trace.add_argument(
+        "--follow", action="store_true", help="write on until the namespace ends, or an interrupt; wait for its begin"
+    )
+    plot = commands.add_parser("plot", help="draw memory against the limit, loads and evictions (needs mpmm[plot])")
+    plot.add_argument("-o", "--output", type=Path, metavar="FILE", required=True, help="a name in .png, .svg or .pdf")
+    plot.add_argument("--trace", type=Path, metavar="FILE", help="draw what `mpmm trace` has written")
+    for command in (inspect, trace, plot, commands.add_parser("check", help="verify the invariants")):
         command.add_argument("namespace", nargs="?", help="default: the only one there is")
     reset = commands.add_parser("reset", help="unload everything, send all waiters away")
     reset.add_argument("namespace")
@@ -155,6 +165,33 @@ def _run(options: argparse.Namespace, program: Sequence[str], root: Path | None)
         return EXIT_NO_LEASE
 
 
+def _trace(options: argparse.Namespace, root: Path | None) -> int:
+    from mpmm.show.record import record
+
+    namespace = options.namespace or _only_namespace(root)
+    return record(namespace, root, options.output, follow=options.follow)
+
+
+def _plot(options: argparse.Namespace, root: Path | None) -> int:
+    from mpmm.show.plot import draw, read_trace
+    from mpmm.show.record import recent_trace
+
+    if options.trace is None:
+        events = recent_trace(options.namespace or _only_namespace(root), root)
+    else:
+        events = read_trace(options.trace)
+    try:
+        draw(events, options.output)
+    except ImportError:
+        return _missing("plot", "matplotlib")
+    return 0
+
+
+def _missing(extra: str, library: str) -> int:
+    print(f"mpmm: this needs {library}; pip install 'mpmm[{extra}]' brings it", file=sys.stderr)
+    return EXIT_USAGE
+
+
 def _check(options: argparse.Namespace, root: Path | None) -> int:
     snapshot = read_snapshot(options.namespace or _only_namespace(root), root, events=False)
     problems = check_invariants(snapshot)
@@ -175,7 +212,14 @@ def _reset(options: argparse.Namespace, root: Path | None) -> int:
     return 0
 
 
-_COMMANDS = {"list": _list, "inspect": _inspect, "check": _check, "reset": _reset}
+_COMMANDS = {
+    "list": _list,
+    "inspect": _inspect,
+    "trace": _trace,
+    "plot": _plot,
+    "check": _check,
+    "reset": _reset,
+}
 
 
 if __name__ == "__main__":

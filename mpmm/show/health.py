@@ -68,15 +68,22 @@ def _leader(snapshot: Snapshot) -> Iterator[Finding]:
 
 
 def _samples(snapshot: Snapshot) -> Iterator[Finding]:
+    patience_s = snapshot.settings.poll_interval + STALE_AFTER_S
+    if snapshot.leader is not None and snapshot.polled_ago_s > patience_s:
+        yield Finding(
+            True,
+            f"nobody has polled for {age(snapshot.polled_ago_s)}, poll_interval is "
+            f"{snapshot.settings.poll_interval:g} s: is the leader stopped, and everybody else?",
+        )
     for device in snapshot.devices:
         if device.sample_age_s is None:
             if not snapshot.books_only:
                 yield Finding(True, f"device {device.row} ({device.name}) has not been measured yet")
-        elif device.sample_age_s > snapshot.settings.poll_interval + STALE_AFTER_S:
+        elif device.sample_age_s > patience_s:
             yield Finding(
                 True,
                 f"the last sample of device {device.row} ({device.name}) is {age(device.sample_age_s)} old, "
-                f"poll_interval is {snapshot.settings.poll_interval:g} s: the source does not answer, or nobody polls",
+                f"poll_interval is {snapshot.settings.poll_interval:g} s: its source does not answer, or nobody polls",
             )
 
 

@@ -20,7 +20,7 @@ from mpmm.shared_state.snapshot import (
     TicketInfo,
 )
 from mpmm.show.health import findings, longest_wait_s
-from mpmm.show.words import BAR_SIGNS, PLAIN_SIGNS, age, bar, cut, device_of, mb, pids, table, waiters, why
+from mpmm.show.words import BAR_SIGNS, PLAIN_SIGNS, age, bar, cut, mb, pids, places, table, waiters, why
 
 __all__ = [
     "EVENTS_OF_EACH",
@@ -96,7 +96,8 @@ def headline(snapshot: Snapshot) -> list[str]:
         f"namespace {snapshot.namespace}, {kinds['worker']} workers and {kinds['server']} model servers, "
         f"up for {age(snapshot.taken_wall_s - snapshot.created_wall_s)}",
         f"leader: {f'pid {leader.pid} for {age(snapshot.leader_for_s)}' if leader else 'none'}, "
-        f"source {snapshot.source or '(none yet)'}, lock {_lock_state(snapshot)}",
+        f"polled {age(snapshot.polled_ago_s)} ago, source {snapshot.source or '(none yet)'}, "
+        f"lock {_lock_state(snapshot)}",
         f"loads {snapshot.loads}, reuses {snapshot.hits}, evictions {snapshot.evictions}, "
         f"failed loads {snapshot.failed_loads}, out of memory {snapshot.out_of_memory}, "
         f"time-outs {snapshot.timeouts}, reaped {snapshot.reaps}, rolled back {snapshot.rollbacks}",
@@ -164,12 +165,16 @@ def devices(snapshot: Snapshot, bar_width: int) -> Section[DeviceInfo]:
             bar(device, bar_width, signs),
             *(mb(value) for value in (device.used_mb, device.reserved_mb, device.returning_mb)),
             *(mb(value) for value in (device.limit_mb, device.total_mb, device.peak_since_start_mb)),
-            "never" if device.sample_age_s is None else f"{age(device.sample_age_s)} ago",
+            "books" if snapshot.books_only else _ago(device.sample_age_s),
             device.name,
         )
 
     head = ("device", "", "used MB", "reserved", "returning", "limit", "total", "highest", "sampled", "name")
     return Section("devices", head, snapshot.devices, row, 16)
+
+
+def _ago(seconds: float | None) -> str:
+    return "never" if seconds is None else f"{age(seconds)} ago"
 
 
 def _can_show(signs: str) -> bool:
@@ -217,7 +222,7 @@ def copies(snapshot: Snapshot) -> Section[InstanceInfo]:
             copy.state + (", doomed" if copy.doomed else ""),
             age(copy.for_s),
             mb(copy.mb),
-            device_of(snapshot, copy),
+            places(copy),
             pid_of(copy.holder),
             "-" if copy.holder is None else names.get(copy.holder, "?"),
             pid_of(copy.owner if copy.server is None else copy.server),
@@ -242,7 +247,7 @@ def _leases(snapshot: Snapshot) -> Section[InstanceInfo]:
             mb(lease.reserved_mb),
             mb(lease.mb) if lease.mb else "?",
             age(lease.for_s),
-            device_of(snapshot, lease),
+            places(lease),
             pid_of(lease.holder),
             "?" if lease.program is None else str(lease.program),
         )

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from mpmm.policy.reasons import explain
 from mpmm.shared_state.snapshot import DeviceInfo, EventInfo, InstanceInfo, Snapshot, TicketInfo
 
-__all__ = ["age", "bar", "device_of", "mb", "pids", "table", "waiters", "why"]
+__all__ = ["age", "bar", "devices_of", "mb", "pids", "places", "table", "waiters", "why"]
 
 #: Parts of a bar: used, reserved, on its way back, free, and where the limit is.
 BAR_SIGNS = "█▓░·│"
@@ -53,9 +53,14 @@ def waiters(snapshot: Snapshot) -> list[TicketInfo]:
     return [ticket for ticket in snapshot.tickets if ticket.state == "waiting"]
 
 
-def device_of(snapshot: Snapshot, copy: InstanceInfo) -> str:
-    """Return where a copy lies, by the rows of devices."""
-    return str(copy.device)
+def devices_of(copy: InstanceInfo) -> tuple[int, ...]:
+    """Return the rows of the devices on which a copy lies, or on which a lease is."""
+    return (copy.device,)
+
+
+def places(copy: InstanceInfo) -> str:
+    """Return where a copy lies, as text."""
+    return ", ".join(map(str, devices_of(copy)))
 
 
 def bar(device: DeviceInfo, width: int, signs: str = BAR_SIGNS) -> str:
