@@ -6,6 +6,7 @@
     mpmm inspect --max-wait 60    exit status 1 if somebody has waited for longer
     mpmm trace [NAMESPACE]        the last events as a trace for https://ui.perfetto.dev; --follow writes on
     mpmm plot [NAMESPACE]         memory against the limit as a picture, of a namespace or of a trace
+    mpmm metrics [NAMESPACE]      metrics as Prometheus text, of all namespaces or one; --serve keeps answering
     mpmm check [NAMESPACE]        verify the invariants; exit status 1 if one does not hold
     mpmm reset NAMESPACE          unload everything and send all waiters away
     mpmm run --mb MB -- PROGRAM ARGUMENTS…
@@ -28,6 +29,7 @@ top, as objects with `urgent` and `text`. Fields may be added; when one goes or 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import logging
 import math
@@ -37,7 +39,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mpmm.errors import MpmmError
+from mpmm.errors import InvalidArgumentError, MpmmError
 from mpmm.shared_state.invariants import check_invariants
 from mpmm.shared_state.snapshot import EventChoice, Snapshot, as_json, find_namespaces, read_snapshot
 from mpmm.show.health import findings, longest_wait_s
@@ -96,6 +98,10 @@ def _parser() -> argparse.ArgumentParser:
     plot = commands.add_parser("plot", help="draw memory against the limit, loads and evictions (needs mpmm[plot])")
     plot.add_argument("-o", "--output", type=Path, metavar="FILE", required=True, help="a name in .png, .svg or .pdf")
     plot.add_argument("--trace", type=Path, metavar="FILE", help="draw what `mpmm trace` has written")
+    metrics = commands.add_parser("metrics", help="metrics for Prometheus, as text or by HTTP")
+    metrics.add_argument("namespace", nargs="?", help="default: all there are")
+    metrics.add_argument("--openmetrics", action="store_true", help="as OpenMetrics text (by HTTP as asked for)")
+    metrics.add_argument("--serve", metavar="[HOST:]PORT", help="answer HTTP there, by default for this machine only")
     for command in (inspect, trace, plot, commands.add_parser("check", help="verify the invariants")):
         command.add_argument("namespace", nargs="?", help="default: the only one there is")
     reset = commands.add_parser("reset", help="unload everything, send all waiters away")
@@ -187,6 +193,26 @@ def _plot(options: argparse.Namespace, root: Path | None) -> int:
     return 0
 
 
+def _metrics(options: argparse.Namespace, root: Path | None) -> int:
+    from mpmm.metrics import Exporter, serve
+
+    if options.serve is None:
+        if options.namespace is not None:
+            # A name that nothing has is a mistake; a scrape of what has ended is none.
+            read_snapshot(options.namespace, root, events=False)
+        print(Exporter(options.namespace, root, follow=False).text(openmetrics=options.openmetrics), end="")
+        return 0
+    host, _, port = options.serve.rpartition(":")
+    if not port.isdigit() or int(port) > 65535:
+        raise InvalidArgumentError(f"--serve {options.serve}: expected PORT or HOST:PORT")
+    with contextlib.closing(Exporter(options.namespace, root)) as exporter, contextlib.suppress(KeyboardInterrupt):
+        exporter.families()
+        with serve(exporter, host.strip("[]") or "127.0.0.1", int(port)) as server:
+            print(f"mpmm: metrics at http://{server.server_address[0]!s}:{server.server_port}/", file=sys.stderr)
+            server.serve_forever()
+    return 0
+
+
 def _missing(extra: str, library: str) -> int:
     print(f"mpmm: this needs {library}; pip install 'mpmm[{extra}]' brings it", file=sys.stderr)
     return EXIT_USAGE
@@ -217,6 +243,7 @@ _COMMANDS = {
     "inspect": _inspect,
     "trace": _trace,
     "plot": _plot,
+    "metrics": _metrics,
     "check": _check,
     "reset": _reset,
 }

@@ -7,5 +7,5 @@ Everything here works on the plain values of `mpmm.shared_state.snapshot`, and k
     record.py    the trace of a namespace, written
     follow.py    the events one after another, none twice, lost ones counted
     trace.py     events as spans for Perfetto                 plot.py      such a trace as a picture
-    tally.py     events as histograms                         metrics.py   counters, gauges and histograms as text
+    tally.py     events as histograms                         families.py  metrics, for `mpmm.metrics`
 """
