@@ -4,6 +4,7 @@
     mpmm inspect [NAMESPACE]      one screen: what is wrong, who holds what, who waits and why; of several, a line each
     mpmm inspect --json           everything as one JSON object
     mpmm inspect --max-wait 60    exit status 1 if somebody has waited for longer
+    mpmm top [NAMESPACE]          the same, live, with the memory of each device over time; q ends
     mpmm trace [NAMESPACE]        the last events as a trace for https://ui.perfetto.dev; --follow writes on
     mpmm plot [NAMESPACE]         memory against the limit as a picture, of a namespace or of a trace
     mpmm metrics [NAMESPACE]      metrics as Prometheus text, of all namespaces or one; --serve keeps answering
@@ -90,6 +91,8 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument(
         "--max-wait", type=float, default=math.inf, metavar="SECONDS", help="exit status 1 if somebody waits longer"
     )
+    top = commands.add_parser("top", help="the same, live, until q is pressed (needs mpmm[cli])")
+    top.add_argument("--interval", type=float, default=0.5, metavar="SECONDS", help="between two looks (default: 0.5)")
     trace = commands.add_parser("trace", help="write events as a trace for https://ui.perfetto.dev")
     trace.add_argument("-o", "--output", type=Path, metavar="FILE", help="default: the standard output")
     trace.add_argument(
@@ -102,7 +105,7 @@ def _parser() -> argparse.ArgumentParser:
     metrics.add_argument("namespace", nargs="?", help="default: all there are")
     metrics.add_argument("--openmetrics", action="store_true", help="as OpenMetrics text (by HTTP as asked for)")
     metrics.add_argument("--serve", metavar="[HOST:]PORT", help="answer HTTP there, by default for this machine only")
-    for command in (inspect, trace, plot, commands.add_parser("check", help="verify the invariants")):
+    for command in (inspect, top, trace, plot, commands.add_parser("check", help="verify the invariants")):
         command.add_argument("namespace", nargs="?", help="default: the only one there is")
     reset = commands.add_parser("reset", help="unload everything, send all waiters away")
     reset.add_argument("namespace")
@@ -169,6 +172,16 @@ def _run(options: argparse.Namespace, program: Sequence[str], root: Path | None)
     except (FileNotFoundError, MpmmError) as error:
         print(f"mpmm: {error}", file=sys.stderr)
         return EXIT_NO_LEASE
+
+
+def _top(options: argparse.Namespace, root: Path | None) -> int:
+    try:
+        from mpmm.show.top import run
+    except ImportError:
+        return _missing("cli", "rich")
+    if not 0.05 <= options.interval <= 3600:
+        raise InvalidArgumentError(f"--interval {options.interval:g}: expected seconds from 0.05 to 3600")
+    return run(options.namespace or _only_namespace(root), root, options.interval)
 
 
 def _trace(options: argparse.Namespace, root: Path | None) -> int:
@@ -241,6 +254,7 @@ def _reset(options: argparse.Namespace, root: Path | None) -> int:
 _COMMANDS = {
     "list": _list,
     "inspect": _inspect,
+    "top": _top,
     "trace": _trace,
     "plot": _plot,
     "metrics": _metrics,

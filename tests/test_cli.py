@@ -85,7 +85,7 @@ def test_inspect_says_what_is_wrong(namespace: str, new_manager: NewManager, new
     assert str(dead.pid) in urgent[2]
     assert "in use" in urgent[3]
     assert [finding.text for finding in findings(later) if not finding.urgent] == [
-        "2 transactions of processes that died in them were rolled back"
+        "since the namespace was made: transactions of processes that died in them, rolled back: 2"
     ]
     text = render(later)
     assert all(f"ATTENTION: {said}" in text for said in urgent)

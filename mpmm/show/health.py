@@ -136,13 +136,12 @@ def _past(snapshot: Snapshot) -> Iterator[Finding]:
             f"{snapshot.written_off_mb:.0f} MB that were unloaded never came back; memory_return_seconds says how "
             "long that is waited for",
         )
-    if snapshot.rollbacks:
-        yield Finding(False, f"{snapshot.rollbacks} transactions of processes that died in them were rolled back")
-    if snapshot.reaps:
-        yield Finding(False, f"{snapshot.reaps} processes died, and what they had was taken back")
-    if snapshot.out_of_memory:
-        yield Finding(False, f"loads or uses ran out of memory {snapshot.out_of_memory} times")
-    if snapshot.failed_loads:
-        yield Finding(False, f"{snapshot.failed_loads} loads failed")
-    if snapshot.timeouts:
-        yield Finding(False, f"{snapshot.timeouts} times somebody gave up waiting")
+    for count, text in (
+        (snapshot.rollbacks, "transactions of processes that died in them, rolled back"),
+        (snapshot.reaps, "processes that died; what they had was taken back"),
+        (snapshot.out_of_memory, "loads or uses that ran out of memory"),
+        (snapshot.failed_loads, "loads that failed"),
+        (snapshot.timeouts, "waits that were given up"),
+    ):
+        if count:
+            yield Finding(False, f"since the namespace was made: {text}: {count}")

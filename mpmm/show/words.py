@@ -13,6 +13,7 @@ __all__ = ["age", "bar", "devices_of", "mb", "pids", "places", "table", "waiters
 #: Parts of a bar: used, reserved, on its way back, free, and where the limit is.
 BAR_SIGNS = "█▓░·│"
 PLAIN_SIGNS = "#+-.|"
+LONGEST_CELL = 40
 
 
 def mb(value: float | None) -> str:
@@ -87,7 +88,12 @@ def bar(device: DeviceInfo, width: int, signs: str = BAR_SIGNS) -> str:
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], width: int | None = None) -> list[str]:
-    """Return rows below their heads, in columns; numbers to the right. width: lines are cut to it."""
+    """Return rows below their heads, in columns; numbers to the right.
+
+    width: lines are cut to it, and so are long cells that would leave no room for the columns behind them.
+    """
+    if width is not None:
+        rows = [[*(cut(cell, LONGEST_CELL) for cell in row[:-1]), row[-1]] for row in rows]
     widths = [max(len(row[column]) for row in (head, *rows)) for column in range(len(head))]
     numeric = [all(_is_number(row[column]) for row in rows) for column in range(len(head))]
 
