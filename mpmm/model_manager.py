@@ -21,6 +21,7 @@ runs it, so that a release hands the copy straight to the ticket that should hav
 from __future__ import annotations
 
 import functools
+import inspect
 import logging
 import math
 import os
@@ -31,11 +32,11 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractAsyncContextManager, contextmanager, suppress
 from dataclasses import fields
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from mpmm.beam_metrics import report_estimate, report_model_count
 from mpmm.beam_views import BeamNames
@@ -270,6 +271,10 @@ class ModelManager(BeamNames):
         A wrong tag with the right instance is put up with, and logged. Raises NotAcquiredError when this process
         does not hold the instance, NamespaceResetError when a reset took it away meanwhile.
         """
+        self._release(tag, instance)
+
+    def _release(self, tag: str, instance: Any, patience_s: float | None = None) -> None:
+        """Do what `release_model` does, but give up the lock after `patience_s`: LockTimeoutError, nothing changed."""
         worker = self._connected()
         copy = worker.let_go(instance, tag)
         if copy is None:
@@ -280,7 +285,7 @@ class ModelManager(BeamNames):
                 tag=tag,
             )
         try:
-            self._give_back(worker, tag, copy)
+            self._give_back(worker, tag, copy, patience_s=patience_s)
         except ClosedError:
             raise
         except TimeoutError:
@@ -352,6 +357,60 @@ class ModelManager(BeamNames):
             raise
         finally:
             self.release_model(tag, instance)
+
+    def model_async(self, tag: str, loader_func: Callable[[], Any]) -> AbstractAsyncContextManager[Any]:
+        """Acquire a copy for the length of an `async with` block, without a thread for each task that waits.
+
+        Else like `model`: the same queue, the same errors. The loader is no coroutine, and runs in a thread. A task
+        that is cancelled while it waits leaves the queue; one that is cancelled while it loads leaves the load to end,
+        and the copy idle. See `mpmm.asynchronous`.
+        """
+        if not isinstance(tag, str) or not callable(loader_func) or inspect.iscoroutinefunction(loader_func):
+            raise InvalidArgumentError(
+                f"model {tag!r}, loader {loader_func!r}: expected a str and a callable that is no coroutine function"
+            )
+        # Imported here, because asyncio takes longer to import than all of this package.
+        from mpmm.asynchronous import hold_in_loop
+
+        return hold_in_loop(self, tag, loader_func)
+
+    def uses(
+        self, tag: str, loader_func: Callable[[], Any], *, argument: str = "model"
+    ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+        """Return a decorator: the function is called with a copy of a model that is held for the length of the call.
+
+            @manager.uses("detector", load)
+            def detect(image, *, model): ...
+
+            detect(image)
+
+        A coroutine function waits for the copy as `model_async` does. argument: name of the parameter by which the
+        copy is given; it is missing from the decorated function's signature, so that web frameworks do not ask for it.
+
+        Raises InvalidArgumentError, at once, when the function has no such parameter.
+        """
+
+        def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+            signature = inspect.signature(function)
+            if argument not in signature.parameters:
+                raise InvalidArgumentError(f"{function!r} has no parameter {argument!r}, through which to get {tag!r}")
+
+            @functools.wraps(function)
+            def call(*args: Any, **kwargs: Any) -> Any:
+                with self.model(tag, loader_func) as copy:
+                    return function(*args, **kwargs, **{argument: copy})
+
+            @functools.wraps(function)
+            async def call_async(*args: Any, **kwargs: Any) -> Any:
+                async with self.model_async(tag, loader_func) as copy:
+                    return await function(*args, **kwargs, **{argument: copy})
+
+            made: Any = call_async if inspect.iscoroutinefunction(function) else call
+            others = [parameter for name, parameter in signature.parameters.items() if name != argument]
+            made.__signature__ = signature.replace(parameters=others)
+            return cast("Callable[..., Any]", made)
+
+        return decorate
 
     def reserve(self, mb: float, *, name: str = "lease", timeout_seconds: float | None = None) -> Lease:
         """Wait for a lease on `mb` MB of one device, for memory that is no model's, and return it.
@@ -839,13 +898,15 @@ class ModelManager(BeamNames):
 
     # ---- the way of a release ------------------------------------------------------------------------------
 
-    def _give_back(self, worker: Worker, tag: str, copy: Copy, used: bool = True) -> None:
+    def _give_back(
+        self, worker: Worker, tag: str, copy: Copy, used: bool = True, patience_s: float | None = None
+    ) -> None:
         namespace = worker.namespace
         words, tables = namespace.segment.words, namespace.tables
         cost = None
         if words[Header.ISOLATED] == copy.row + 1:
             cost = self._isolated_cost(worker, copy)
-        with namespace.transaction() as t:
+        with namespace.transaction(patience_s) as t:
             if not worker.is_held(copy):
                 raise NamespaceResetError(f"a reset of namespace {self._name!r} took {tag!r} away", tag=tag)
             if cost is not None and words[Header.ISOLATED] == copy.row + 1:
