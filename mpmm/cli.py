@@ -45,7 +45,7 @@ from mpmm.shared_state.invariants import check_invariants
 from mpmm.shared_state.snapshot import EventChoice, Snapshot, as_json, find_namespaces, read_snapshot
 from mpmm.show.health import findings, longest_wait_s
 from mpmm.show.screen import EVENTS_OF_EACH, overview, render
-from mpmm.show.words import why
+from mpmm.show.words import needs, why
 
 __all__ = ["main"]
 
@@ -152,9 +152,11 @@ def _inspect(options: argparse.Namespace, root: Path | None) -> int:
 
 def _json(snapshot: Snapshot) -> str:
     found = as_json(snapshot)
-    for name in ("tickets", "events"):
-        for row, shown in zip(getattr(snapshot, name), found[name], strict=True):
-            shown["why"] = why(row)
+    need_of = needs(snapshot)
+    for ticket, shown in zip(snapshot.tickets, found["tickets"], strict=True):
+        shown["why"] = why(ticket, need_of(ticket))
+    for event, shown in zip(snapshot.events, found["events"], strict=True):
+        shown["why"] = why(event)
     found["findings"] = [{"urgent": finding.urgent, "text": finding.text} for finding in findings(snapshot)]
     return json.dumps({"schema": SCHEMA_VERSION, **found})
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from mpmm.shared_state.snapshot import Snapshot, TicketInfo
-from mpmm.show.words import age, waiters, why
+from mpmm.show.words import age, needs, waiters, why
 
 __all__ = ["Finding", "findings", "longest_wait_s", "oldest_waiter"]
 
@@ -97,7 +97,8 @@ def _dead(snapshot: Snapshot) -> Iterator[Finding]:
 def _waits(snapshot: Snapshot) -> Iterator[Finding]:
     oldest = oldest_waiter(snapshot)
     if oldest is not None and oldest.waited_s > LONG_WAIT_S:
-        yield Finding(True, f"pid {oldest.pid} has waited for {oldest.tag} for {age(oldest.waited_s)}: {why(oldest)}")
+        said = why(oldest, needs(snapshot)(oldest))
+        yield Finding(True, f"pid {oldest.pid} has waited for {oldest.tag} for {age(oldest.waited_s)}: {said}")
 
 
 def _holds(snapshot: Snapshot) -> Iterator[Finding]:

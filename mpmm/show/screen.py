@@ -20,7 +20,7 @@ from mpmm.shared_state.snapshot import (
     TicketInfo,
 )
 from mpmm.show.health import findings, longest_wait_s
-from mpmm.show.words import BAR_SIGNS, PLAIN_SIGNS, age, bar, cut, mb, pids, places, table, waiters, why
+from mpmm.show.words import BAR_SIGNS, PLAIN_SIGNS, age, bar, cut, mb, needs, pids, places, table, waiters, why
 
 __all__ = [
     "EVENTS_OF_EACH",
@@ -188,6 +188,8 @@ def _can_show(signs: str) -> bool:
 def waiting(snapshot: Snapshot) -> Section[TicketInfo]:
     """Return who waits, in the order in which they are served."""
 
+    need_of = needs(snapshot)
+
     def row(ticket: TicketInfo) -> Row:
         waits = ticket.state == "waiting"
         return (
@@ -196,9 +198,9 @@ def waiting(snapshot: Snapshot) -> Section[TicketInfo]:
             str(ticket.pid),
             age(ticket.waited_s),
             age(ticket.time_left_s),
-            mb(ticket.need_mb),
+            mb(need_of(ticket)),
             _reason(ticket.reason) if waits else f"({ticket.state})",
-            why(ticket) if waits else "has its answer",
+            why(ticket, need_of(ticket)) if waits else "has its answer",
         )
 
     head = ("ticket", "for", "pid", "waited", "left", "needs MB", "reason", "why")

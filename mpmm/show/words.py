@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from mpmm.policy.reasons import explain
 from mpmm.shared_state.snapshot import DeviceInfo, EventInfo, InstanceInfo, Snapshot, TicketInfo
 
-__all__ = ["age", "bar", "devices_of", "mb", "pids", "places", "table", "waiters", "why"]
+__all__ = ["age", "bar", "devices_of", "mb", "needs", "pids", "places", "table", "waiters", "why"]
 
 #: Parts of a bar: used, reserved, on its way back, free, and where the limit is.
 BAR_SIGNS = "█▓░·│"
@@ -34,13 +34,22 @@ def age(seconds: float | None) -> str:
     return f"{seconds / 86400:.0f} d"
 
 
-def why(row: TicketInfo | EventInfo) -> str:
-    """Return the sentence for a decision, empty where the policy has decided nothing."""
+def why(row: TicketInfo | EventInfo, need_mb: float | None = None) -> str:
+    """Return the sentence for a decision, empty where the policy has decided nothing.
+
+    need_mb: what is needed, if the row does not say it, see `needs`.
+    """
     if row.reason is None:
         return ""
-    return explain(
-        row.reason, row.need_mb or 0.0, row.free_mb or 0.0, row.coming_mb or 0.0, row.seconds or 0.0, row.other
-    )
+    need = row.need_mb if need_mb is None else need_mb
+    return explain(row.reason, need or 0.0, row.free_mb or 0.0, row.coming_mb or 0.0, row.seconds or 0.0, row.other)
+
+
+def needs(snapshot: Snapshot) -> Callable[[TicketInfo], float]:
+    """Return what tells how many MB a ticket needs: of an unknown model, no more than a whole device, as it is tried."""
+    unknown = {model.row for model in snapshot.models if model.estimate_mb is None}
+    largest = max((device.limit_mb for device in snapshot.devices), default=math.inf)
+    return lambda ticket: min(ticket.need_mb, largest) if ticket.model in unknown else ticket.need_mb
 
 
 def pids(snapshot: Snapshot) -> Callable[[int | None], str]:
