@@ -46,7 +46,7 @@ def why(row: TicketInfo | EventInfo, need_mb: float | None = None) -> str:
 
 
 def needs(snapshot: Snapshot) -> Callable[[TicketInfo], float]:
-    """Return what tells how many MB a ticket needs: of an unknown model, no more than a whole device, as it is tried."""
+    """Return what tells how many MB a ticket needs; an unknown model no more than a whole device, as it is tried."""
     unknown = {model.row for model in snapshot.models if model.estimate_mb is None}
     largest = max((device.limit_mb for device in snapshot.devices), default=math.inf)
     return lambda ticket: min(ticket.need_mb, largest) if ticket.model in unknown else ticket.need_mb
