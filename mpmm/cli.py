@@ -25,14 +25,14 @@ its name, its rows as arrays of objects with the fields of `MemberInfo`, `ModelI
 among `instances`, with state `leased`, and every lease is among `models`, with kind `lease`. Tickets, and events that
 the policy has decided, also have `why`, the sentence that `mpmm inspect` shows; and `findings` is what is said there on
 top, as objects with `urgent` and `text`. Fields may be added; when one goes or changes its meaning, the version rises.
+
+What not every command needs is imported by the one that does: somebody at a prompt waits for it.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import json
-import logging
 import math
 import os
 import shutil
@@ -41,7 +41,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mpmm.errors import InvalidArgumentError, MpmmError
-from mpmm.shared_state.invariants import check_invariants
 from mpmm.shared_state.snapshot import EventChoice, Snapshot, as_json, find_namespaces, read_snapshot
 from mpmm.show.health import findings, longest_wait_s
 from mpmm.show.screen import EVENTS_OF_EACH, overview, render
@@ -151,6 +150,8 @@ def _inspect(options: argparse.Namespace, root: Path | None) -> int:
 
 
 def _json(snapshot: Snapshot) -> str:
+    import json
+
     found = as_json(snapshot)
     need_of = needs(snapshot)
     for ticket, shown in zip(snapshot.tickets, found["tickets"], strict=True):
@@ -162,7 +163,8 @@ def _json(snapshot: Snapshot) -> str:
 
 
 def _run(options: argparse.Namespace, program: Sequence[str], root: Path | None) -> int:
-    # Imported here because looking at a namespace should not load what managing one needs.
+    import logging
+
     from mpmm.run import run_on_lease
 
     # The standard streams are the program's. That our defaults are not the namespace's settings is nothing to report.
@@ -234,6 +236,8 @@ def _missing(extra: str, library: str) -> int:
 
 
 def _check(options: argparse.Namespace, root: Path | None) -> int:
+    from mpmm.shared_state.invariants import check_invariants
+
     snapshot = read_snapshot(options.namespace or _only_namespace(root), root, events=False)
     problems = check_invariants(snapshot)
     for problem in problems:
@@ -243,7 +247,6 @@ def _check(options: argparse.Namespace, root: Path | None) -> int:
 
 
 def _reset(options: argparse.Namespace, root: Path | None) -> int:
-    # Imported here because looking at a namespace should not load what managing one needs.
     from mpmm.model_manager import ModelManager
 
     read_snapshot(options.namespace, root, events=False)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import math
-import platform
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -24,7 +24,7 @@ __all__ = ["HAVE_FUTEX", "WAITED_FOR_AT_MOST", "wait_for_any", "wait_for_change"
 
 _FUTEX_WAIT = 0
 _FUTEX_WAKE = 1
-_SYSCALL = {"x86_64": 202, "aarch64": 98, "ppc64le": 221, "riscv64": 98}.get(platform.machine())
+_SYSCALL = {"x86_64": 202, "aarch64": 98, "ppc64le": 221, "riscv64": 98}.get(os.uname().machine)
 HAVE_FUTEX = sys.platform == "linux" and sys.byteorder == "little" and _SYSCALL is not None
 _POLL_S = 0.003
 #: So many words can be waited for at a time, by the kernel's rules.

@@ -9,6 +9,7 @@ at creation.
 
 from __future__ import annotations
 
+import _posixshmem
 import contextlib
 import ctypes
 import errno
@@ -18,8 +19,6 @@ import os
 import sys
 import threading
 from collections.abc import Iterator
-from multiprocessing import resource_tracker
-from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,6 +26,8 @@ from mpmm.errors import SegmentAllocationError
 from mpmm.shared_state.layout import LAYOUT_VERSION, MAGIC, Capacities, Header, Layout, Table
 
 if TYPE_CHECKING:
+    from multiprocessing.shared_memory import SharedMemory
+
     import numpy as np
     import numpy.typing as npt
 
@@ -130,14 +131,18 @@ class Segment:
         given, this runtime directory: such a segment is never read any further.
         """
         try:
-            with _unknown_to_tracker(name):
-                memory = _shared_memory(name)
+            # Not by `SharedMemory`: to import that takes longer than all that a mere look at a namespace does.
+            fd = _posixshmem.shm_open(f"/{name}", os.O_RDWR, mode=0o600)
         except FileNotFoundError:
             return None
-        except ValueError as error:
-            # An empty file: its creator died between making and sizing it.
-            raise SegmentProblem("an empty segment", "an initialised one") from error
-        mapping = _map(memory)
+        try:
+            size = os.fstat(fd).st_size
+            if not size:
+                # Its creator died between making and sizing it.
+                raise SegmentProblem("an empty segment", "an initialised one")
+            mapping = mmap.mmap(fd, size)
+        finally:
+            os.close(fd)
         return cls(mapping, name, _checked_layout(mapping, token))
 
     def view(self, table: Table) -> npt.NDArray[np.uint64]:
@@ -251,6 +256,8 @@ def _no_room(name: str, size_bytes: int, error: OSError) -> SegmentAllocationErr
 if sys.version_info >= (3, 13):
 
     def _shared_memory(name: str, create: bool = False, size: int = 0) -> SharedMemory:
+        from multiprocessing.shared_memory import SharedMemory
+
         return SharedMemory(name=name, create=create, size=size, track=False)
 
     @contextlib.contextmanager
@@ -260,6 +267,8 @@ if sys.version_info >= (3, 13):
 else:
 
     def _shared_memory(name: str, create: bool = False, size: int = 0) -> SharedMemory:
+        from multiprocessing.shared_memory import SharedMemory
+
         return SharedMemory(name=name, create=create, size=size)
 
     @contextlib.contextmanager
@@ -268,6 +277,8 @@ else:
 
         Undoing a registration afterwards would be simpler, but starts a tracker process in every worker.
         """
+        from multiprocessing import resource_tracker
+
         with _tracker_patch:
             register, unregister = resource_tracker.register, resource_tracker.unregister
 

@@ -10,6 +10,7 @@ no gap for a copy is the lock taken, for the length of one.
 from __future__ import annotations
 
 import contextlib
+import gc
 import math
 import os
 import time
@@ -78,7 +79,7 @@ _EVENT_KINDS = {kind.value: kind.name.lower() for kind in EventKind}
 _TICKET_STATES = {1: "waiting", 2: "granted", 3: "load", 4: "refused", 5: "reset", 6: "enough"}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class MemberInfo:
     """One attached process. `alive` is None when it was not looked up. Servers: `measured_mb`, `peak_mb`."""
 
@@ -95,7 +96,7 @@ class MemberInfo:
     generation: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ModelInfo:
     """One tag: how many copies in which state, its estimate in MB (None: unknown), its counters and its times.
 
@@ -130,7 +131,7 @@ class ModelInfo:
     generation: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class InstanceInfo:
     """One copy. `holder`, `owner` and `server` are slots of members; `handle` is None for an object.
 
@@ -158,7 +159,7 @@ class InstanceInfo:
     generation: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TicketInfo:
     """One waiter, for a model or a lease. `need_mb` is the estimate or default when it queued; `member` is a slot.
 
@@ -188,7 +189,7 @@ class TicketInfo:
     instance: int | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PinInfo:
     """A member (slot) wants the idle copies of a model (row) kept."""
 
@@ -199,7 +200,7 @@ class PinInfo:
     for_s: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class DeviceInfo:
     """One device. `used_mb` is None before the first figure; `sample_age_s` likewise.
 
@@ -221,7 +222,7 @@ class DeviceInfo:
     samples: tuple[tuple[float, float], ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ObservationInfo:
     """Readings in MB of one configuration (tag -> copies)."""
 
@@ -229,7 +230,7 @@ class ObservationInfo:
     readings_mb: tuple[float, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class EventInfo:
     """One entry of the event ring, oldest first; `value` as `EventKind` says.
 
@@ -254,7 +255,7 @@ class EventInfo:
     devices: tuple[int, ...] = ()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LockInfo:
     """Who took the lock last. `held` is None when it was not looked up."""
 
@@ -264,7 +265,7 @@ class LockInfo:
     holder_stopped: bool
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Snapshot:
     """Everything. Times are relative to the moment of the copy; `torn_words` were undone in the copy.
 
@@ -326,7 +327,7 @@ def find_namespaces(root: Path | None = None) -> list[str]:
     return sorted(name for name in names if os.path.exists(f"/dev/shm/{segment_name(folder, name)}"))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class EventChoice:
     """Which events of the ring a snapshot is to have.
 
@@ -424,6 +425,9 @@ def decode(
     """
     words = memoryview(copied).cast("Q")
     torn = roll_back(words, layout.undo)
+    # Thousands of new objects, none of them garbage, would have the collector come by several times.
+    collects = gc.isenabled()
+    gc.disable()
     try:
         wanted = choice if with_events else None
         return _Decoder(copied, layout).snapshot(namespace, segment, torn, held, alive or {}, wanted)
@@ -433,6 +437,9 @@ def decode(
             "end its processes, the next one makes a new segment",
             name=segment,
         ) from error
+    finally:
+        if collects:
+            gc.enable()
 
 
 class _Decoder:
