@@ -20,7 +20,7 @@ import sys
 import time
 from collections.abc import Callable
 
-__all__ = ["HAVE_FUTEX", "wait_for_change", "wake_all", "wake_one"]
+__all__ = ["HAVE_FUTEX", "wait_for_change", "wake_all", "wake_one", "yield_processor"]
 
 _FUTEX_WAIT = 0
 _FUTEX_WAKE = 1
@@ -33,6 +33,7 @@ class _Timespec(ctypes.Structure):
     _fields_ = (("seconds", ctypes.c_long), ("nanoseconds", ctypes.c_long))
 
 
+_sched_yield = ctypes.CDLL(None).sched_yield
 if HAVE_FUTEX:
     _syscall = ctypes.CDLL(None, use_errno=True).syscall
     _syscall.restype = ctypes.c_long
@@ -66,6 +67,11 @@ def wait_for_change(read: Callable[[], int], address: int, seen: int, timeout_s:
         failure = ctypes.get_errno()
         if failure not in (errno.EAGAIN, errno.EINTR, errno.ETIMEDOUT, errno.EFAULT):
             raise OSError(failure, f"futex wait failed at {address:#x}")
+
+
+def yield_processor() -> None:
+    """Let others run: other processes and, unlike `os.sched_yield` of older Pythons, other threads of this one."""
+    _sched_yield()
 
 
 def wake_one(address: int) -> None:
