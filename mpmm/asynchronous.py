@@ -27,17 +27,15 @@ from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, asynccontextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from mpmm.errors import ClosedError, LockTimeoutError, MpmmError
+from mpmm.model_manager import AnswerUndone, ModelManager
 from mpmm.policy.out_of_memory import is_out_of_memory
 from mpmm.shared_state.futex import WAITED_FOR_AT_MOST, wait_for_any, wake_all
 from mpmm.shared_state.layout import Header, Model, Ticket
 from mpmm.shared_state.tables import encode_text
 from mpmm.worker import Copy, Worker
-
-if TYPE_CHECKING:
-    from mpmm.model_manager import ModelManager
 
 __all__ = ["hold_in_loop"]
 
@@ -133,20 +131,29 @@ class _Acquire:
         row = await self._in_thread(self._threads.transactions, enter, self._leave)
         if isinstance(row, Copy):
             return row
-        try:
-            outcome = await answered
-        except asyncio.CancelledError:
-            self._threads.transactions.submit(self._leave, row)
-            raise
-        if outcome is None:
-            leave = functools.partial(manager._leave_queue, worker, row, timed_out=True)
-            reason = await self._in_thread(self._threads.transactions, leave)
-            raise manager._gave_up(tag, time.monotonic() - began, reason)
-        if isinstance(outcome, BaseException):
-            raise outcome
-        act = functools.partial(self._act, row, deadline)
-        leave_again = functools.partial(self._leave, row)
-        return await self._in_thread(self._threads.transactions, act, self._undo_answer, leave_again)
+        while True:
+            try:
+                outcome = await answered
+            except asyncio.CancelledError:
+                self._threads.transactions.submit(self._leave, row)
+                raise
+            if outcome is None:
+                leave = functools.partial(manager._leave_queue, worker, row, timed_out=True)
+                reason = await self._in_thread(self._threads.transactions, leave)
+                raise manager._gave_up(tag, time.monotonic() - began, reason)
+            if isinstance(outcome, BaseException):
+                raise outcome
+            if outcome == Ticket.GRANTED and (copy := worker.hold_granted(row, tag)) is not None:
+                return copy
+            act = functools.partial(self._act, row, deadline)
+            leave_again = functools.partial(self._leave, row)
+            undo = functools.partial(self._undo_act, row)
+            got = await self._in_thread(self._threads.transactions, act, undo, leave_again)
+            if got is not None:
+                return got
+            # Whoever had answered was killed before that was certain.
+            answered = loop.create_future()
+            self._threads.watch(row, deadline, answer)
 
     # ---- in threads ----------------------------------------------------------------------------------------
 
@@ -161,12 +168,16 @@ class _Acquire:
                 return copy
             worker.freshen(left)
             row = manager._enqueue(worker, tag, self._encoded, deadline, 0)
+            worker.unload_beside()
             self._threads.watch(row, deadline, answer)
             return row
 
     def _act(self, row: int, deadline: float) -> Any:
-        with self._manager._giving_up_in_time(self._worker, self._tag), self._worker.waiting():
-            return self._manager._act_on(self._worker, self._tag, row, deadline)
+        """Act on a ticket's answer; return None if it has none after all."""
+        manager, worker, tag = self._manager, self._worker, self._tag
+        with contextlib.suppress(AnswerUndone), manager._giving_up_in_time(worker, tag), worker.waiting():
+            return manager._act_on(worker, tag, row, deadline)
+        return None
 
     def _leave(self, row: Any) -> None:
         if isinstance(row, Copy):
@@ -174,6 +185,12 @@ class _Acquire:
             return
         self._threads.forget(row)
         self._manager._leave_queue(self._worker, row)
+
+    def _undo_act(self, row: int, got: Any) -> None:
+        if got is None:
+            self._leave(row)
+        else:
+            self._undo_answer(got)
 
     def _undo_answer(self, got: Any) -> None:
         if isinstance(got, Copy):

@@ -99,6 +99,10 @@ class QueueTicket:
         return f"QueueTicket(priority={self.priority}, ticket_num={self.ticket_num}, tag={self.tag!r})"
 
 
+class AnswerUndone(Exception):
+    """Whoever answered a ticket was killed before the transaction's end, and its waiter had seen it already."""
+
+
 class _Booking(NamedTuple):
     """A load that the policy has allowed and memory is reserved for."""
 
@@ -276,6 +280,7 @@ class ModelManager(BeamNames):
     def _release(self, tag: str, instance: Any, patience_s: float | None = None) -> None:
         """Do what `release_model` does, but give up the lock after `patience_s`: LockTimeoutError, nothing changed."""
         worker = self._connected()
+        worker.scheduler.alert()
         copy = worker.let_go(instance, tag)
         if copy is None:
             what = repr(instance) if isinstance(instance, str) else f"this {type(instance).__name__}"
@@ -435,17 +440,17 @@ class ModelManager(BeamNames):
         with worker.waiting():
             with self._giving_up_in_time(worker, name):
                 row = self._enqueue_lease(worker, encoded, float(mb), deadline)
-            if self._await_answer(worker, row, deadline) is None:
-                reason = self._leave_queue(worker, row, timed_out=True)
-                waited = time.monotonic() - began
-                raise AcquireTimeoutError(
-                    f"lease {name!r} of {mb:g} MB: not to be had within {waited:.1f} s (last reason: {reason}); "
-                    "timeout_seconds sets the limit",
-                    tag=name,
-                    waited_seconds=waited,
-                )
-            with self._giving_up_in_time(worker, name):
-                return self._take_lease(worker, name, float(mb), row, deadline)
+            while self._await_answer(worker, row, deadline) is not None:
+                with self._giving_up_in_time(worker, name), suppress(AnswerUndone):
+                    return self._take_lease(worker, name, float(mb), row, deadline)
+            reason = self._leave_queue(worker, row, timed_out=True)
+            waited = time.monotonic() - began
+            raise AcquireTimeoutError(
+                f"lease {name!r} of {mb:g} MB: not to be had within {waited:.1f} s (last reason: {reason}); "
+                "timeout_seconds sets the limit",
+                tag=name,
+                waited_seconds=waited,
+            )
 
     def preload(
         self, tag: str, loader_func: Callable[[], Any], *, copies: int = 1, timeout_seconds: float | None = None
@@ -614,9 +619,14 @@ class ModelManager(BeamNames):
         worker.freshen(deadline - began)
         with worker.waiting():
             row = self._enqueue(worker, tag, encoded, deadline, preload)
-            if self._await_answer(worker, row, deadline) is None:
-                raise self._gave_up(tag, time.monotonic() - began, self._leave_queue(worker, row, timed_out=True))
-            return self._act_on(worker, tag, row, deadline)
+            while True:
+                state = self._await_answer(worker, row, deadline)
+                if state is None:
+                    raise self._gave_up(tag, time.monotonic() - began, self._leave_queue(worker, row, timed_out=True))
+                if state == Ticket.GRANTED and (copy := worker.hold_granted(row, tag)) is not None:
+                    return copy
+                with suppress(AnswerUndone):
+                    return self._act_on(worker, tag, row, deadline)
 
     @contextmanager
     def _giving_up_in_time(self, worker: Worker, tag: str) -> Iterator[None]:
@@ -654,9 +664,9 @@ class ModelManager(BeamNames):
         return row
 
     def _await_answer(self, worker: Worker, row: int, deadline: float) -> int | None:
-        """Unload what has to go for the ticket, if anything, then `_wait`; an exception takes it out of the queue."""
+        """Have what has to go for the ticket unloaded, then `_wait`; an exception takes it out of the queue."""
         try:
-            worker.unload_assigned()
+            worker.unload_beside()
             return self._wait(worker, row, deadline)
         except BaseException:
             self._leave_queue(worker, row)
@@ -670,7 +680,7 @@ class ModelManager(BeamNames):
         signal = at + Ticket.SIGNAL
         while True:
             seen = words[signal]
-            # Only this process changes a ticket that has its answer, so this look needs no lock.
+            # This look needs no lock: what is seen here is acted upon only once it is known to be committed.
             if words[at + Ticket.STATE] != Ticket.WAITING:
                 return int(words[at + Ticket.STATE])
             if worker.closing:
@@ -679,6 +689,8 @@ class ModelManager(BeamNames):
             if left <= 0:
                 return None
             wait_for_change(lambda: int(words[signal]), namespace.segment.address + 8 * signal, seen, left)
+            if words[signal] == seen:
+                worker.scheduler.await_alerted(row)
 
     def _act_on(self, worker: Worker, tag: str, row: int, deadline: float) -> Copy | _Booking | None:
         namespace = worker.namespace
@@ -687,6 +699,8 @@ class ModelManager(BeamNames):
             with namespace.transaction(max(NOW_S, deadline - time.monotonic())) as t:
                 at = tables.ticket(row)
                 state, instance = words[at + Ticket.STATE], words[at + Ticket.INSTANCE] - 1
+                if state == Ticket.WAITING:
+                    raise AnswerUndone
                 need_mb = namespace.segment.floats[at + Ticket.NEED_MB]
                 namespace.transitions.take_answer(t, row)
                 if state == Ticket.GRANTED:
@@ -758,6 +772,8 @@ class ModelManager(BeamNames):
             with namespace.transaction(max(NOW_S, deadline - time.monotonic())) as t:
                 at = namespace.tables.ticket(row)
                 state, instance = namespace.segment.words[at], namespace.segment.words[at + Ticket.INSTANCE] - 1
+                if state == Ticket.WAITING:
+                    raise AnswerUndone
                 namespace.transitions.take_answer(t, row)
                 if state == Ticket.GRANTED:
                     return Lease(worker, instance, name, mb)
@@ -907,6 +923,7 @@ class ModelManager(BeamNames):
         if words[Header.ISOLATED] == copy.row + 1:
             cost = self._isolated_cost(worker, copy)
         with namespace.transaction(patience_s) as t:
+            worker.settle_receipts(t)
             if not worker.is_held(copy):
                 raise NamespaceResetError(f"a reset of namespace {self._name!r} took {tag!r} away", tag=tag)
             if cost is not None and words[Header.ISOLATED] == copy.row + 1:
@@ -942,6 +959,7 @@ class ModelManager(BeamNames):
         worker.let_go(copy.value, copy.tag)
 
         def discard(t: Transaction) -> None:
+            worker.settle_receipts(t)
             if worker.is_held(copy):
                 worker.namespace.transitions.discard(t, copy.row)
                 worker.scheduler.advance(t)

@@ -10,6 +10,7 @@ import contextlib
 import gc
 import logging
 import os
+import platform
 import sys
 import threading
 import time
@@ -17,6 +18,7 @@ import weakref
 from collections import defaultdict, deque
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -51,6 +53,10 @@ NOW_S = 0.05
 UNLOAD_LOOK_S = 0.01
 # A sample of this age is as good as a new one for the next who asks.
 FRESH_NS = 20_000_000
+# Elsewhere a processor may reorder the reads of `Worker.hold_granted`, and Python has no means to forbid it.
+CAN_READ_UNLOCKED = platform.machine() in ("x86_64", "AMD64")
+# Between two transactions of many busy processes there is hardly ever time to read; then the lock has to do.
+UNLOCKED_TRIES = 16
 _workers: weakref.WeakSet[Worker] = weakref.WeakSet()
 _inherited: list[Worker] = []
 
@@ -135,6 +141,8 @@ class Worker:
         self._held: dict[Hashable, list[Copy]] = defaultdict(list)
         self._unloading: set[int] = set()
         self._owed: deque[Callable[[Transaction], object]] = deque()
+        # Row and number of tickets whose grants this process has acted upon, see `hold_granted`.
+        self._receipts: set[tuple[int, int]] = set()
         if isinstance(monitor, GPUMonitor):
             monitor.bind(self.board)
         self.keeper = Keeper(self)
@@ -307,13 +315,60 @@ class Worker:
         return None
 
     def hold(self, row: int, tag: str) -> Copy:
-        """Note that this process holds the copy of `tag` in an ACTIVE row, and return it."""
+        """Note that this process holds the copy of `tag` in an ACTIVE row, and return it. Needs the lock."""
+        copy = self._copy_in(row, tag)
+        self.hold_again(copy)
+        return copy
+
+    def hold_granted(self, row: int, tag: str) -> Copy | None:
+        """Note that this process holds what its ticket `row` was granted, and return it; without the lock.
+
+        None if that cannot be told, because transactions come too fast or this machine's processors may reorder reads.
+        The ticket is freed later, by `settle_receipts`: a transaction of its own would double the waiter's part of a
+        hand-over.
+        """
+        if not CAN_READ_UNLOCKED:
+            return None
+        words, at = self.namespace.segment.words, self.namespace.tables.ticket(row)
+        for _ in range(UNLOCKED_TRIES):
+            change = words[Header.CHANGE]
+            if not change & 1 and words[at + Ticket.STATE] == Ticket.GRANTED:
+                copy = self._copy_in(words[at + Ticket.INSTANCE] - 1, tag)
+                receipt = (row, words[at + Ticket.NUMBER])
+                # No transaction was open, so the grant is not one that may yet be rolled back.
+                if words[Header.CHANGE] == change:
+                    self._receipts.add(receipt)
+                    self.hold_again(copy)
+                    return copy
+        return None
+
+    def settle_receipts(self, t: Transaction) -> None:
+        """Free the tickets whose grants were acted upon without the lock.
+
+        To be called before anything else in a transaction in which this process gives up a copy.
+        """
+        if not self._receipts:
+            return
+        words, tables = self.namespace.segment.words, self.namespace.tables
+        receipts = tuple(self._receipts)
+        for row, number in receipts:
+            at = tables.ticket(row)
+            # If not, another thread has just done so, and is about to take it off the list.
+            if words[at] != Ticket.FREE and words[at + Ticket.NUMBER] == number:
+                self.namespace.transitions.take_answer(t, row)
+        t.after.append(partial(self._receipts.difference_update, receipts))
+
+    @property
+    def has_receipts(self) -> bool:
+        """Tell whether there is something to settle."""
+        return bool(self._receipts)
+
+    def _copy_in(self, row: int, tag: str) -> Copy:
+        """Return what this process knows, or can read, of the copy in a row."""
         generation = self.namespace.segment.words[self.namespace.tables.instance(row) + Instance.GENERATION]
         copy = self._objects.get(row) or self._handles.get(row)
         if copy is None or copy.generation != generation:
             copy = self._handles[row] = Copy(row, generation, tag, self.namespace.tables.handle_of(row))
-        with self._mutex:
-            self._held[_key(copy.value)].append(copy)
         return copy
 
     def adopt(self, row: int, tag: str, value: Any) -> Copy:
@@ -388,15 +443,37 @@ class Worker:
 
     # ---- unloading -----------------------------------------------------------------------------------------
 
+    def unload_beside(self) -> None:
+        """Do `unload_assigned` in a thread of its own, if there is anything to do.
+
+        For who waits: an unload takes as long as it takes, and a waiter has to give up in time. The keeper, who has
+        been rung as well, may be at a source that does not answer.
+        """
+        if self._has_to_unload():
+            # Without a thread to be had it is left to the keeper.
+            with contextlib.suppress(RuntimeError):
+                threading.Thread(target=self._unload_beside, name="mpmm-unload", daemon=True).start()
+
+    def _unload_beside(self) -> None:
+        try:
+            with self.waiting():
+                self.unload_assigned()
+        except Exception:
+            # Otherwise the process has left meanwhile, and somebody else has been given the rest to do.
+            if self.namespace.is_usable:
+                _LOG.exception("mpmm %s: pid %d could not unload", self.namespace.name, self.namespace.pid)
+
+    def _has_to_unload(self) -> bool:
+        """Look, without the lock, for copies that this process has to unload; whoever assigns one rings the keeper."""
+        words, tables = self.namespace.segment.words, self.namespace.tables
+        ours = tables.rows_where(self.namespace.segment.layout.instances, Instance.HOLDER, self.namespace.reference)
+        return any(words[tables.instance(row)] == Instance.UNLOADING for row in ours)
+
     def unload_assigned(self) -> None:
         """Unload every copy whose row says that this process has to."""
         namespace = self.namespace
         words, tables, layout = namespace.segment.words, namespace.tables, namespace.segment.layout
-        while True:
-            # A look without the lock first: whoever assigns something rings the keeper's bell afterwards.
-            ours = tables.rows_where(layout.instances, Instance.HOLDER, namespace.reference)
-            if not any(words[tables.instance(row)] == Instance.UNLOADING for row in ours):
-                return
+        while self._has_to_unload():
             with namespace.transaction():
                 rows = [
                     row

@@ -20,7 +20,15 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 
-__all__ = ["HAVE_FUTEX", "WAITED_FOR_AT_MOST", "wait_for_any", "wait_for_change", "wake_all", "wake_one"]
+__all__ = [
+    "HAVE_FUTEX",
+    "WAITED_FOR_AT_MOST",
+    "wait_for_any",
+    "wait_for_change",
+    "wake_all",
+    "wake_one",
+    "yield_processor",
+]
 
 _FUTEX_WAIT = 0
 _FUTEX_WAKE = 1
@@ -39,6 +47,7 @@ class _Timespec(ctypes.Structure):
     _fields_ = (("seconds", ctypes.c_long), ("nanoseconds", ctypes.c_long))
 
 
+_sched_yield = ctypes.CDLL(None).sched_yield
 if HAVE_FUTEX:
     _syscall = ctypes.CDLL(None, use_errno=True).syscall
     _syscall.restype = ctypes.c_long
@@ -98,6 +107,11 @@ def wait_for_any(seen: Sequence[tuple[int, int]], timeout_s: float) -> None:
         if failure not in (errno.ENOSYS, errno.EPERM):
             raise OSError(failure, "futex wait for several words failed")
     time.sleep(min(_POLL_S, timeout_s))
+
+
+def yield_processor() -> None:
+    """Let others run: other processes and, unlike `os.sched_yield` of older Pythons, other threads of this one."""
+    _sched_yield()
 
 
 def wake_one(address: int) -> None:

@@ -88,6 +88,8 @@ class Header:
     RESETS = 33
     POLLED = 34  # when the leader, or somebody in its stead, polled last
 
+    NEWEST_TICKET = 35  # index of the ticket row that was taken last
+
     # Counters since creation.
     LOADS = 36
     HITS = 37

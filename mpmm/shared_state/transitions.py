@@ -290,6 +290,7 @@ class Transitions:
         at = self.tables.ticket(row)
         number = self.segment.words[Header.NEXT_TICKET]
         t.set(Header.NEXT_TICKET, number + 1)
+        t.set(Header.NEWEST_TICKET, row)
         t.set(at + Ticket.NUMBER, number)
         t.set(at + Ticket.PRIORITY, priority)
         t.set(at + Ticket.MODEL, model)

@@ -186,12 +186,11 @@ def _can_show(signs: str) -> bool:
 
 
 def waiting(snapshot: Snapshot) -> Section[TicketInfo]:
-    """Return who waits, in the order in which they are served."""
+    """Return who waits, in the order in which they are served; who has an answer holds or loads a copy."""
 
     need_of = needs(snapshot)
 
     def row(ticket: TicketInfo) -> Row:
-        waits = ticket.state == "waiting"
         return (
             str(ticket.number),
             ticket.tag,
@@ -199,12 +198,12 @@ def waiting(snapshot: Snapshot) -> Section[TicketInfo]:
             age(ticket.waited_s),
             age(ticket.time_left_s),
             mb(need_of(ticket)),
-            _reason(ticket.reason) if waits else f"({ticket.state})",
-            why(ticket, need_of(ticket)) if waits else "has its answer",
+            _reason(ticket.reason),
+            why(ticket, need_of(ticket)),
         )
 
     head = ("ticket", "for", "pid", "waited", "left", "needs MB", "reason", "why")
-    return Section("waiting", head, snapshot.tickets, row, 8)
+    return Section("waiting", head, waiters(snapshot), row, 8)
 
 
 def _reason(reason: int) -> str:
