@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from processes import Loads, LoadsObject, Process, acquire, wait_until, waiting
 
+import mpmm
 from mpmm.cli import main
 from mpmm.errors import NamespaceResetError
 from mpmm.model_manager import ModelManager
@@ -256,6 +257,10 @@ def test_the_runtime_root_can_be_named(tmp_path: Path, capsys: Capture) -> None:
         assert main(["--runtime-root", str(root), "list"]) == 0
         assert capsys.readouterr().out == "there\n"
         assert main(["--runtime-root", str(root), "check", "there"]) == 0
+
+
+def test_every_public_name_is_there() -> None:
+    assert [name for name in mpmm.__all__ if not hasattr(mpmm, name)] == []
 
 
 def test_it_runs_as_a_module(busy: ModelManager, namespace: str) -> None:
