@@ -41,6 +41,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mpmm.errors import InvalidArgumentError, MpmmError
+from mpmm.shared_state.runtime_dir import default_root
 from mpmm.shared_state.snapshot import EventChoice, Snapshot, as_json, find_namespaces, read_snapshot
 from mpmm.show.health import findings, longest_wait_s
 from mpmm.show.screen import EVENTS_OF_EACH, overview, render
@@ -62,7 +63,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # What is behind belongs to the program that is to be run, whatever it looks like.
     ours, program = (given[: given.index("--")], given[given.index("--") + 1 :]) if "--" in given else (given, [])
     parser = _parser()
-    options = parser.parse_args(ours)
+    options, unknown = parser.parse_known_args(ours)
+    if unknown:
+        hint = "; a program and its arguments stand behind `--`" if options.command == "run" else ""
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
     root = Path(options.runtime_root) if options.runtime_root else None
     if bool(program) != (options.command == "run"):
         parser.error("a program and its arguments stand behind `--`, and belong to `run` alone")
@@ -81,7 +85,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="mpmm", description="Look into the multi-process model manager of this host.")
-    parser.add_argument("--runtime-root", help="folder of the runtime directories (default: $MPMM_RUNTIME_DIR)")
+    parser.add_argument(
+        "--runtime-root", help="folder of the runtime directories (default: $MPMM_RUNTIME_DIR, or <tmp>/mpmm-<uid>)"
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("list", help="name the namespaces of this user")
     inspect = commands.add_parser("inspect", help="one screen: what is wrong, who holds what, who waits and why")
@@ -122,9 +128,13 @@ def _parser() -> argparse.ArgumentParser:
 
 def _only_namespace(root: Path | None) -> str:
     names = find_namespaces(root)
+    if not names:
+        raise FileNotFoundError(
+            f"no namespaces in {root or default_root()}: nothing of this user has a model manager at present; "
+            "MPMM_RUNTIME_DIR or --runtime-root say where else to look"
+        )
     if len(names) != 1:
-        found = ", ".join(names) or "none"
-        raise FileNotFoundError(f"which namespace? There are {len(names)}: {found}")
+        raise FileNotFoundError(f"which namespace? There are {len(names)}: {', '.join(names)}")
     return names[0]
 
 

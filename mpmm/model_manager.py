@@ -732,7 +732,7 @@ class ModelManager(BeamNames):
         limit_mb, device = self._largest_limit(worker)
         return ModelTooLargeError(
             f"model {tag!r} needs {need_mb:.0f} MB, and the limit of {device!r} is {limit_mb:.0f} MB: it can never be "
-            "loaded; slack_percentage, and memory_budget_mb for host memory, set the limit",
+            "loaded; slack_percentage, and memory_budget_mb (host) or fallback_memory_mb (booked), set the limit",
             tag=tag,
             need_mb=need_mb,
             limit_mb=limit_mb,
@@ -785,7 +785,7 @@ class ModelManager(BeamNames):
         limit_mb, device = self._largest_limit(worker)
         raise LeaseTooLargeError(
             f"lease {name!r} of {mb:g} MB: the limit of {device!r} is {limit_mb:.0f} MB, so it can never be had; "
-            "slack_percentage, and memory_budget_mb for host memory, set the limit",
+            "slack_percentage, and memory_budget_mb (host) or fallback_memory_mb (booked), set the limit",
             name=name,
             need_mb=mb,
             limit_mb=limit_mb,
@@ -827,6 +827,10 @@ class ModelManager(BeamNames):
         began = time.monotonic()
         value: Any = None
         try:
+            if inspect.iscoroutinefunction(loader_func):
+                raise InvalidArgumentError(
+                    f"loader {loader_func!r} of {tag!r}: expected a callable that is no coroutine"
+                )
             if booking.alone:
                 worker.freshen()
                 worker.reset_peak()

@@ -245,11 +245,17 @@ def test_errors_arrive_as_from_acquire_model(namespace: str, new_manager: NewMan
         run(use("a", Loads()))
     with pytest.raises(InvalidArgumentError, match="no coroutine function"):
         run(use("a", _fails_inside))  # type: ignore[arg-type]
+    with pytest.raises(InvalidArgumentError, match="no coroutine"), manager.model("a", _coroutine):
+        pytest.fail("it was no callable")
     with pytest.raises(InvalidArgumentError, match="model tag ''"):
         run(use("", Loads()))
     with pytest.raises(ZeroDivisionError):
         run(_fails_inside(manager))
     assert settled(namespace).timeouts == 1
+
+
+async def _coroutine() -> None:
+    pytest.fail("nobody awaits a loader")
 
 
 async def _fails_inside(manager: ModelManager) -> None:

@@ -190,7 +190,7 @@ def test_inspect_lists_several_namespaces(busy: ModelManager, capsys: Capture) -
 
 def test_inspect_without_any(capsys: Capture) -> None:
     assert main(["inspect"]) == 2
-    assert "There are 0: none" in capsys.readouterr().err
+    assert "nothing of this user has a model manager at present" in capsys.readouterr().err
 
 
 def test_list_names_the_namespaces(busy: ModelManager, capsys: Capture) -> None:
@@ -257,6 +257,15 @@ def test_the_runtime_root_can_be_named(tmp_path: Path, capsys: Capture) -> None:
         assert main(["--runtime-root", str(root), "list"]) == 0
         assert capsys.readouterr().out == "there\n"
         assert main(["--runtime-root", str(root), "check", "there"]) == 0
+
+
+def test_a_program_without_the_dashes_is_pointed_to_them(capsys: Capture) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["run", "--mb", "100", "sleep", "1"])
+    assert "unrecognized arguments: sleep 1; a program and its arguments stand behind `--`" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        main(["inspect", "--none"])
+    assert capsys.readouterr().err.endswith("unrecognized arguments: --none\n")
 
 
 def test_every_public_name_is_there() -> None:
