@@ -73,7 +73,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.command == "run":
         return _run(options, program, root)
     try:
-        return int(_COMMANDS[options.command](options, root))
+        status = _COMMANDS[options.command](options, root)
+        sys.stdout.flush()
+        return status
     except BrokenPipeError:
         # Whoever read the output has seen enough; what is left in the buffer must not complain at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

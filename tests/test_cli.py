@@ -268,6 +268,15 @@ def test_a_program_without_the_dashes_is_pointed_to_them(capsys: Capture) -> Non
     assert capsys.readouterr().err.endswith("unrecognized arguments: --none\n")
 
 
+def test_a_reader_that_has_seen_enough_gets_no_traceback(busy: ModelManager, namespace: str) -> None:
+    command = [sys.executable, "-m", "mpmm.cli", "inspect", "--json", namespace]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as inspect:
+        assert inspect.stdout is not None and inspect.stderr is not None
+        inspect.stdout.close()
+        assert inspect.stderr.read() == b""
+    assert inspect.returncode == 0
+
+
 def test_every_public_name_is_there() -> None:
     assert [name for name in mpmm.__all__ if not hasattr(mpmm, name)] == []
 
