@@ -3,8 +3,8 @@
 Three things keep others out: the folder is 0700, the kernel names the peer's user, and both sides prove
 that they know the room's key. A process of the same user that looks at the wrong room fails at the third.
 
-The proof is a mutual challenge after ISO/IEC 9798-4 (three passes). N are NONCE_BYTES random bytes, MAC is keyed BLAKE2b
-(RFC 7693), which a new process has at hand, where the first HMAC of OpenSSL costs it half a millisecond:
+The proof is a mutual challenge after ISO/IEC 9798-4 (three passes). N are NONCE_BYTES random bytes, MAC is keyed
+BLAKE2b (RFC 7693), which a new process has at hand, where the first HMAC of OpenSSL costs it half a millisecond:
 
     client   Nc
     server   Ns, MAC(key, "server" Nc Ns)
