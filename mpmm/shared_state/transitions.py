@@ -95,10 +95,21 @@ class Transitions:
 
     def reap_member(self, t: Transaction, slot: int) -> None:
         """Take back all that a dead member had, and free its row."""
+        if self._was_ended(slot):
+            # No more is to be counted than for one that leaves by itself.
+            self.leave(t, slot)
+            return
         self._take_back(t, slot)
         t.set(self.tables.member(slot) + Member.STATE, Member.FREE)
         t.add(Header.REAPS, 1)
         t.event(EventKind.REAPED, value=slot)
+
+    def _was_ended(self, slot: int) -> bool:
+        """Tell whether a dead member is a model server whose copy was unloaded, or is being unloaded."""
+        words, tables = self.segment.words, self.tables
+        served = tables.rows_where(self.layout.instances, Instance.SERVER, slot + 1)
+        is_server = words[tables.member(slot) + Member.STATE] == Member.SERVER
+        return is_server and all(words[tables.instance(row)] == Instance.UNLOADING for row in served)
 
     def lead(self, t: Transaction, slot: int, source: bytes, flags: tuple[bool, bool, bool]) -> None:
         """Record who polls, with what: flags are (measures processes, settles late, books only)."""
