@@ -192,6 +192,7 @@ class Keeper:
         for tag, mb in estimates.items():
             report_estimate(tag, mb)
         self._worker.estimator.solve()
+        self._worker.keep_estimates()
 
     def _give_up_slow_loads(self, t: Transaction) -> None:
         namespace = self._namespace

@@ -54,6 +54,7 @@ from mpmm.errors import (
     NotAcquiredError,
 )
 from mpmm.gpu_monitor import GPUMonitor
+from mpmm.kept_estimates import ESTIMATES_PATH_VARIABLE, KeptEstimates
 from mpmm.lease import Lease
 from mpmm.policy.out_of_memory import is_out_of_memory
 from mpmm.proxy.context import attach_namespace, serving_for
@@ -150,6 +151,7 @@ class ModelManager(BeamNames):
         max_model_copies: int | None = None,
         idle_ttl_seconds: float | None = None,
         devices: Sequence[int | str] | None = None,
+        estimates_path: str | os.PathLike[str] | None = None,
         capacities: Capacities | None = None,
         runtime_root: str | os.PathLike[str] | None = None,
     ) -> None:
@@ -178,6 +180,8 @@ class ModelManager(BeamNames):
         idle_ttl_seconds: a copy that nobody has used for so long, and whose model is not pinned, is unloaded; None
             keeps it until others need the room.
         devices: indices or uuids of the devices to manage, all by default.
+        estimates_path: file that keeps the estimates from run to run, see `mpmm.kept_estimates`; None stands for
+            `$MPMM_ESTIMATES_PATH`, and without that for none. The first manager of a process decides for the process.
         capacities: sizes of the shared tables.
         runtime_root: folder of the runtime directories, see `mpmm.shared_state.runtime_dir`.
 
@@ -210,6 +214,7 @@ class ModelManager(BeamNames):
         self._given_monitor = monitor
         self._memory_source = memory_source
         self._devices = tuple(devices) if devices is not None else None
+        self._estimates_path = os.fspath(estimates_path) if estimates_path is not None else None
         self._capacities = capacities
         given = attach_namespace.get()
         if namespace is None and given is not None:
@@ -565,6 +570,7 @@ class ModelManager(BeamNames):
             namespace=self._name,
             memory_source=self._memory_source,
             devices=self._devices,
+            estimates_path=self._estimates_path,
             capacities=self._capacities,
             runtime_root=str(self._root),
         )
@@ -652,6 +658,8 @@ class ModelManager(BeamNames):
         words = namespace.segment.words
         with namespace.transaction(deadline - time.monotonic()) as t:
             model = namespace.transitions.claim_model(t, tag, encoded)
+            if worker.kept_estimates is not None:
+                worker.kept_estimates.recall(t, model, tag)
             known = words[namespace.tables.model(model) + Model.KNOWN] or words[Header.SOURCE_BOOKS_ONLY]
             priority = PRELOAD_PRIORITY if preload else 1 if known else 0
             deadline_ns = int(min(deadline * 1e9, 2**63))
@@ -1019,7 +1027,9 @@ class ModelManager(BeamNames):
             self._name, root=self._root, capacities=self._capacities, settings=self._settings, source=source
         )
         try:
-            worker = Worker(namespace, self._make_monitor(namespace), self._verbose_logging)
+            path = self._estimates_path or os.environ.get(ESTIMATES_PATH_VARIABLE)
+            kept = KeptEstimates(namespace, path) if path else None
+            worker = Worker(namespace, self._make_monitor(namespace), self._verbose_logging, kept)
         except BaseException:
             namespace.leave()
             raise

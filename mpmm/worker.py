@@ -28,6 +28,7 @@ from mpmm.board import ForeignMonitor, SharedBoard
 from mpmm.errors import LockTimeoutError, MpmmError, ServerStartError
 from mpmm.gpu_monitor import GPUMonitor
 from mpmm.keeper import REPEAT_S, Keeper
+from mpmm.kept_estimates import KeptEstimates
 from mpmm.policy.out_of_memory import raised_estimate_mb
 from mpmm.proxy.context import ServerContext
 from mpmm.scheduler import Scheduler
@@ -121,8 +122,15 @@ class _Farewell:
 class Worker:
     """One process in one namespace. Threads share it."""
 
-    def __init__(self, namespace: Namespace, monitor: GPUMonitor | ForeignMonitor, verbose_logging: bool) -> None:
+    def __init__(
+        self,
+        namespace: Namespace,
+        monitor: GPUMonitor | ForeignMonitor,
+        verbose_logging: bool,
+        kept_estimates: KeptEstimates | None = None,
+    ) -> None:
         self.namespace = namespace
+        self.kept_estimates = kept_estimates
         self.scheduler = Scheduler(namespace)
         self.board = SharedBoard(namespace, self.scheduler)
         self.estimator = SharedResourceEstimator(namespace, verbose_logging)
@@ -156,6 +164,8 @@ class Worker:
     def start(self) -> None:
         """Begin to work: take part in the leadership, unload on demand."""
         self.board.describe(self.source, self.source.devices())
+        if self.kept_estimates is not None:
+            self.kept_estimates.load()
         self.keeper.start()
 
     def close(self) -> None:
@@ -168,7 +178,10 @@ class Worker:
                 return
             self.closing = True
         self._send_waiters_away()
+        leading = self.keeper.leading
         self.keeper.stop()
+        if leading:
+            self.keep_estimates(at_last=True)
         for copy in list(self._objects.values()):
             self._forget_object(copy.row)
             _unload_object(copy.value)
@@ -177,6 +190,18 @@ class Worker:
             self.monitor.bind(None)
         self.source.close()
         _workers.discard(self)
+
+    def keep_estimates(self, at_last: bool = False) -> None:
+        """Write the estimates to their file, if there is one and they were not just taken for granted.
+
+        at_last: not only when it is time again.
+        """
+        if self.kept_estimates is None or self.namespace.segment.words[Header.SOURCE_BOOKS_ONLY]:
+            return
+        if at_last:
+            self.kept_estimates.save()
+        else:
+            self.kept_estimates.save_if_due()
 
     def now_or_later(self, change: Callable[[Transaction], T]) -> T | None:
         """Make a change that must not be left out, in a transaction, and return its result.

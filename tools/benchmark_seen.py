@@ -147,7 +147,11 @@ ROWS = (
     Row(
         "inspect",
         f"`mpmm inspect` with {INSTANCES} copies, {MEMBERS} members, {WAITERS} waiters, beyond the interpreter's start",
-        (Figure("text", "ms", must=100, reach=50), Figure("json", "ms"), Figure("copy", "ms", must=2, reach=1, of_worst=True)),
+        (
+            Figure("text", "ms", must=100, reach=50),
+            Figure("json", "ms"),
+            Figure("copy", "ms", must=2, reach=1, of_worst=True),
+        ),
         inspect,
         implementations=(MPMM,),
         repeats_at_most=1,
