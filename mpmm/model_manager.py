@@ -54,11 +54,12 @@ from mpmm.errors import (
 )
 from mpmm.gpu_monitor import GPUMonitor
 from mpmm.lease import Lease
+from mpmm.placement import placed
 from mpmm.policy.out_of_memory import is_out_of_memory
 from mpmm.proxy.context import attach_namespace, serving_for
-from mpmm.resource_estimator import ResourceEstimator
+from mpmm.resource_estimator import ALONE_SD, GROWTH_SD, Estimate, ResourceEstimator
 from mpmm.shared_state.futex import wait_for_change
-from mpmm.shared_state.layout import Capacities, Device, Header, Instance, Member, Model, Ticket
+from mpmm.shared_state.layout import MOST_SPANNED, Capacities, Device, Header, Instance, Model, Ticket
 from mpmm.shared_state.namespace import Namespace, run_at_exit
 from mpmm.shared_state.runtime_dir import default_root
 from mpmm.shared_state.settings import Settings
@@ -66,7 +67,7 @@ from mpmm.shared_state.tables import encode_text
 from mpmm.shared_state.transaction import Transaction
 from mpmm.sources import MemorySource, choose_source
 from mpmm.sources.selected import SelectedDevices
-from mpmm.worker import NOW_S, Copy, Worker
+from mpmm.worker import NOW_S, Copy, Growth, Worker
 
 __all__ = ["GPUMonitor", "ModelManager", "QueueTicket", "ResourceEstimator"]
 
@@ -98,12 +99,23 @@ class QueueTicket:
         return f"QueueTicket(priority={self.priority}, ticket_num={self.ticket_num}, tag={self.tag!r})"
 
 
+class _Wish(NamedTuple):
+    """On which devices (bits) a copy is to be: `devices`, where it may be loaded, `tied`, where it is of use; 0 all."""
+
+    devices: int = 0
+    tied: int = 0
+    span: int = 1
+
+
 class _Booking(NamedTuple):
     """A load that the policy has allowed and memory is reserved for."""
 
     row: int
     generation: int
     alone: bool
+
+
+_ANYWHERE = _Wish()
 
 
 class ModelManager(BeamNames):
@@ -240,13 +252,18 @@ class ModelManager(BeamNames):
                     found.setdefault(tables.tag_of(words[at + Instance.MODEL]), []).append(worker.value_of(row))
         return found if tag is None else found.get(tag, [])
 
-    def acquire_model(self, tag: str, loader_func: Callable[[], Any]) -> Any:
+    def acquire_model(
+        self, tag: str, loader_func: Callable[[], Any], *, devices: Sequence[int | str] | None = None, span: int = 1
+    ) -> Any:
         """Return a copy of the model, to be given back with `release_model`.
 
         tag: names the model; the same tag means the same model in every process.
         loader_func: makes a copy; called in this process and thread, with no lock held, if there is none to reuse.
             If it runs out of memory, room is made and it is called once more, see `mpmm.policy.out_of_memory`; the
-            local variables in the traceback of its first exception are gone then.
+            local variables in the traceback of its first exception are gone then. `mpmm.current_placement()` tells it
+            on which devices; a model server that it starts sees only those.
+        devices: indices or uuids of the devices on which the copy has to be, all that this process sees by default.
+        span: how many devices a copy takes an equal share of, if one has to be loaded.
 
         Raises AcquireTimeoutError, LoadTimeoutError, ModelTooLargeError, NamespaceResetError, TableFullError,
         InvalidArgumentError, ClosedError, LockTimeoutError, and whatever the loader raises.
@@ -258,10 +275,11 @@ class ModelManager(BeamNames):
             booking = self._take_booking(tag)
             if booking is not None:
                 return self._load_somehow(worker, tag, booking, loader_func)
+        wish = _ANYWHERE if devices is None and span == 1 else self._wish(worker, devices, span)
         with self._giving_up_in_time(worker, tag):
-            answer = self._get(worker, tag)
+            answer = self._get(worker, tag, wish)
         if isinstance(answer, _Booking):
-            return self._load_somehow(worker, tag, answer, loader_func)
+            return self._load_somehow(worker, tag, answer, loader_func, wish=wish)
         return answer.value
 
     def release_model(self, tag: str, instance: Any) -> None:
@@ -335,13 +353,15 @@ class ModelManager(BeamNames):
     # ---- further methods -----------------------------------------------------------------------------------
 
     @contextmanager
-    def model(self, tag: str, loader_func: Callable[[], Any]) -> Iterator[Any]:
+    def model(
+        self, tag: str, loader_func: Callable[[], Any], *, devices: Sequence[int | str] | None = None, span: int = 1
+    ) -> Iterator[Any]:
         """Acquire a copy for the length of a `with` block; see `acquire_model`.
 
         An exception that leaves the block passes unchanged. If it says that memory has run out, the model's estimate
         is raised first, and what is idle on the copy's device is unloaded, so that another attempt finds more room.
         """
-        instance = self.acquire_model(tag, loader_func)
+        instance = self.acquire_model(tag, loader_func, devices=devices, span=span)
         try:
             yield instance
         except BaseException as error:
@@ -353,14 +373,23 @@ class ModelManager(BeamNames):
         finally:
             self.release_model(tag, instance)
 
-    def reserve(self, mb: float, *, name: str = "lease", timeout_seconds: float | None = None) -> Lease:
-        """Wait for a lease on `mb` MB of one device, for memory that is no model's, and return it.
+    def reserve(
+        self,
+        mb: float,
+        *,
+        name: str = "lease",
+        timeout_seconds: float | None = None,
+        devices: Sequence[int | str] | None = None,
+        span: int = 1,
+    ) -> Lease:
+        """Wait for a lease on `mb` MB, for memory that is no model's, and return it.
 
         It is admitted like a load: it waits its turn, idle copies are evicted for it, and what it is for counts as
         used until it is given back, by `release` or the end of a `with` block, or until this process ends.
 
         mb: all that is going to be used. name: for people; several leases may have the same one.
         timeout_seconds: None stands for `wait_timeout_seconds`; `math.inf` waits for as long as it takes.
+        devices, span: as for `acquire_model`; of several devices each gives an equal share.
 
         Raises LeaseTooLargeError when no device is large enough, AcquireTimeoutError, NamespaceResetError,
         TableFullError, InvalidArgumentError, ClosedError, LockTimeoutError.
@@ -370,12 +399,13 @@ class ModelManager(BeamNames):
         encoded = encode_text(name, Model.TAG_BYTES, "name of a lease")
         patience = self._patience(timeout_seconds)
         worker = self._connected()
+        wish = self._wish(worker, devices, span)
         began = time.monotonic()
         deadline = began + patience
         worker.freshen(patience)
         with worker.waiting():
             with self._giving_up_in_time(worker, name):
-                row = self._enqueue_lease(worker, encoded, float(mb), deadline)
+                row = self._enqueue_lease(worker, encoded, float(mb), deadline, wish)
             if self._await_answer(worker, row, deadline) is None:
                 reason = self._leave_queue(worker, row, timed_out=True)
                 waited = time.monotonic() - began
@@ -386,10 +416,17 @@ class ModelManager(BeamNames):
                     waited_seconds=waited,
                 )
             with self._giving_up_in_time(worker, name):
-                return self._take_lease(worker, name, float(mb), row, deadline)
+                return self._take_lease(worker, name, float(mb), row, deadline, wish)
 
     def preload(
-        self, tag: str, loader_func: Callable[[], Any], *, copies: int = 1, timeout_seconds: float | None = None
+        self,
+        tag: str,
+        loader_func: Callable[[], Any],
+        *,
+        copies: int = 1,
+        timeout_seconds: float | None = None,
+        devices: Sequence[int | str] | None = None,
+        span: int = 1,
     ) -> int:
         """See to it that so many copies that this process can use are loaded; return how many it has loaded for that.
 
@@ -397,7 +434,7 @@ class ModelManager(BeamNames):
         what is idle evicted if need be, and are not held: they are idle afterwards, and may go like any other; `pin`
         keeps them. Copies that others load meanwhile count, and `max_model_copies` ends it early.
 
-        timeout_seconds: for each load; None stands for `wait_timeout_seconds`.
+        timeout_seconds: for each load; None stands for `wait_timeout_seconds`. devices, span: as for `acquire_model`.
 
         Raises what `acquire_model` does; ModelTooLargeError also when so many copies never fit at once.
         """
@@ -407,13 +444,14 @@ class ModelManager(BeamNames):
             raise InvalidArgumentError(f"model {tag!r}, loader {loader_func!r}: expected a str and a callable")
         patience = self._patience(timeout_seconds)
         worker = self._connected()
+        wish = self._wish(worker, devices, span)
         for loaded in range(copies):
             with self._giving_up_in_time(worker, tag):
-                answer = self._queue(worker, tag, time.monotonic() + patience, preload=copies)
+                answer = self._queue(worker, tag, time.monotonic() + patience, wish, preload=copies)
             if answer is None:
                 return loaded
             assert isinstance(answer, _Booking), "a preload is granted no copy"
-            value = self._load_somehow(worker, tag, answer, loader_func, preload=copies)
+            value = self._load_somehow(worker, tag, answer, loader_func, wish, preload=copies)
             copy = worker.let_go(value, tag)
             assert copy is not None, "it was loaded just now"
             self._give_back(worker, tag, copy, used=False)
@@ -514,9 +552,22 @@ class ModelManager(BeamNames):
             raise InvalidArgumentError(f"timeout_seconds={timeout_seconds!r}: expected seconds from 0, or None")
         return timeout_seconds
 
+    @staticmethod
+    def _wish(worker: Worker, devices: Sequence[int | str] | None, span: int) -> _Wish:
+        """Return what is asked for in terms of device rows. Raises InvalidArgumentError."""
+        if isinstance(devices, str) or not (devices is None or len(devices)):
+            raise InvalidArgumentError(f"devices={devices!r}: expected a sequence of indices or uuids, or None")
+        tied = 0 if devices is None else worker.board.bits_of(devices)
+        there = tied.bit_count() or len(worker.board.rows())
+        if not isinstance(span, int) or isinstance(span, bool) or not 1 <= span <= min(there, MOST_SPANNED):
+            raise InvalidArgumentError(
+                f"span={span!r}: expected a number of devices from 1 to {min(there, MOST_SPANNED)}"
+            )
+        return _Wish(tied or worker.board.visible_bits(), tied, span)
+
     # ---- the way of an acquire -----------------------------------------------------------------------------
 
-    def _get(self, worker: Worker, tag: str) -> Copy | _Booking:
+    def _get(self, worker: Worker, tag: str, wish: _Wish) -> Copy | _Booking:
         """Return a copy that lives and that this process holds now, or the permission to load one.
 
         Raises LockTimeoutError also when the lock was not free within `wait_timeout_seconds`.
@@ -524,10 +575,10 @@ class ModelManager(BeamNames):
         left = self._settings.wait_timeout_seconds
         deadline = 0.0
         while True:
-            got: Copy | _Booking | None = self._take_idle(worker, tag, left)
+            got: Copy | _Booking | None = self._take_idle(worker, tag, left, wish.tied)
             if got is None:
                 deadline = deadline or time.monotonic() + left
-                got = self._queue(worker, tag, deadline)
+                got = self._queue(worker, tag, deadline, wish)
                 assert got is not None, "only a preload can have enough"
             if isinstance(got, _Booking) or worker.handle_is_alive(got):
                 return got
@@ -535,17 +586,19 @@ class ModelManager(BeamNames):
             deadline = deadline or time.monotonic() + left
             left = deadline - time.monotonic()
 
-    def _take_idle(self, worker: Worker, tag: str, patience_s: float) -> Copy | None:
-        """Take an idle copy if nobody waits and nobody runs alone."""
+    def _take_idle(self, worker: Worker, tag: str, patience_s: float, tied: int) -> Copy | None:
+        """Take an idle copy if nobody waits, and nobody runs alone where it lies."""
         namespace = worker.namespace
         with namespace.transaction(patience_s) as t:
-            row = None if worker.scheduler.must_queue() else worker.find_idle(tag)
-            if row is None:
+            row = None if worker.scheduler.must_queue() else worker.find_idle(tag, tied)
+            if row is None or worker.scheduler.beside_isolation(row):
                 return None
             namespace.transitions.grab(t, row, namespace.reference)
             return worker.hold(row, tag)
 
-    def _queue(self, worker: Worker, tag: str, deadline: float, preload: int = 0) -> Copy | _Booking | None:
+    def _queue(
+        self, worker: Worker, tag: str, deadline: float, wish: _Wish = _ANYWHERE, preload: int = 0
+    ) -> Copy | _Booking | None:
         """Wait in the queue; return a copy that this process holds now, or the permission to load one.
 
         preload: above 0, only to load, and None once there are so many copies.
@@ -554,10 +607,10 @@ class ModelManager(BeamNames):
         began = time.monotonic()
         worker.freshen(deadline - began)
         with worker.waiting():
-            row = self._enqueue(worker, tag, encoded, deadline, preload)
+            row = self._enqueue(worker, tag, encoded, deadline, preload, wish)
             if self._await_answer(worker, row, deadline) is None:
                 raise self._gave_up(tag, time.monotonic() - began, self._leave_queue(worker, row, timed_out=True))
-            return self._act_on(worker, tag, row, deadline)
+            return self._act_on(worker, tag, row, deadline, wish)
 
     @contextmanager
     def _giving_up_in_time(self, worker: Worker, tag: str) -> Iterator[None]:
@@ -578,16 +631,18 @@ class ModelManager(BeamNames):
             waited_seconds=waited_s,
         )
 
-    def _enqueue(self, worker: Worker, tag: str, encoded: bytes, deadline: float, preload: int) -> int:
+    def _enqueue(self, worker: Worker, tag: str, encoded: bytes, deadline: float, preload: int, wish: _Wish) -> int:
         namespace = worker.namespace
         words = namespace.segment.words
+        devices = wish.devices or worker.board.visible_bits()
         with namespace.transaction(deadline - time.monotonic()) as t:
             model = namespace.transitions.claim_model(t, tag, encoded)
             known = words[namespace.tables.model(model) + Model.KNOWN] or words[Header.SOURCE_BOOKS_ONLY]
             priority = PRELOAD_PRIORITY if preload else 1 if known else 0
             deadline_ns = int(min(deadline * 1e9, 2**63))
+            need_mb = worker.scheduler.need_mb(model)
             row = namespace.transitions.enqueue(
-                t, model, namespace.slot, priority, worker.scheduler.need_mb(model), deadline_ns, preload
+                t, model, namespace.slot, priority, need_mb, deadline_ns, preload, devices, wish.tied, wish.span
             )
             number = words[namespace.tables.ticket(row) + Ticket.NUMBER]
             worker.scheduler.advance(t, newcomer=row)
@@ -621,7 +676,7 @@ class ModelManager(BeamNames):
                 return None
             wait_for_change(lambda: int(words[signal]), namespace.segment.address + 8 * signal, seen, left)
 
-    def _act_on(self, worker: Worker, tag: str, row: int, deadline: float) -> Copy | _Booking | None:
+    def _act_on(self, worker: Worker, tag: str, row: int, deadline: float, wish: _Wish) -> Copy | _Booking | None:
         namespace = worker.namespace
         words, tables = namespace.segment.words, namespace.tables
         try:
@@ -634,7 +689,7 @@ class ModelManager(BeamNames):
                     return worker.hold(instance, tag)
                 if state == Ticket.LOAD:
                     generation = words[tables.instance(instance) + Instance.GENERATION]
-                    return _Booking(instance, generation, alone=words[Header.ISOLATED] == instance + 1)
+                    return _Booking(instance, generation, namespace.transitions.runs_alone(instance))
         except LockTimeoutError:
             # Else what was granted would stay ours for ever, unknown to everybody here.
             worker.owe(lambda t: namespace.transitions.leave_queue(t, row))
@@ -642,21 +697,22 @@ class ModelManager(BeamNames):
         if state == Ticket.ENOUGH:
             return None
         if state == Ticket.REFUSED:
-            raise self._too_large(worker, tag, need_mb)
+            raise self._too_large(worker, tag, need_mb, wish)
         raise NamespaceResetError(f"a reset of namespace {self._name!r} ended the wait for {tag!r}", tag=tag)
 
     @staticmethod
-    def _largest_limit(worker: Worker) -> tuple[float, str]:
-        """Return the limit of the roomiest device in MB, and its name."""
+    def _largest_limit(worker: Worker, wish: _Wish) -> tuple[float, str]:
+        """Return what the roomiest devices that a copy may span take together in MB, and their names."""
         namespace = worker.namespace
         with namespace.transaction():
             rows = namespace.tables.used_rows(namespace.segment.layout.devices)
-            roomiest = max(rows, key=worker.scheduler.limit_mb)
-            name = namespace.tables.string(namespace.tables.device(roomiest) + Device.NAME)
-            return worker.scheduler.limit_mb(roomiest), name
+            rows = [row for row in rows if not wish.devices or wish.devices >> row & 1]
+            roomiest = sorted(rows, key=worker.scheduler.limit_mb)[-wish.span :]
+            names = [namespace.tables.string(namespace.tables.device(row) + Device.NAME) for row in roomiest]
+            return min(map(worker.scheduler.limit_mb, roomiest)) * wish.span, ", ".join(names)
 
-    def _too_large(self, worker: Worker, tag: str, need_mb: float) -> ModelTooLargeError:
-        limit_mb, device = self._largest_limit(worker)
+    def _too_large(self, worker: Worker, tag: str, need_mb: float, wish: _Wish) -> ModelTooLargeError:
+        limit_mb, device = self._largest_limit(worker, wish)
         return ModelTooLargeError(
             f"model {tag!r} needs {need_mb:.0f} MB, and the limit of {device!r} is {limit_mb:.0f} MB: it can never be "
             "loaded; slack_percentage, and memory_budget_mb for host memory, set the limit",
@@ -684,16 +740,18 @@ class ModelManager(BeamNames):
 
     # ---- the way of a lease --------------------------------------------------------------------------------
 
-    def _enqueue_lease(self, worker: Worker, encoded: bytes, mb: float, deadline: float) -> int:
+    def _enqueue_lease(self, worker: Worker, encoded: bytes, mb: float, deadline: float, wish: _Wish) -> int:
         namespace = worker.namespace
         with namespace.transaction(deadline - time.monotonic()) as t:
             model = namespace.transitions.claim_lease(t, encoded, mb)
             deadline_ns = int(min(deadline * 1e9, 2**63))
-            row = namespace.transitions.enqueue(t, model, namespace.slot, 1, mb, deadline_ns)
+            row = namespace.transitions.enqueue(
+                t, model, namespace.slot, 1, mb, deadline_ns, devices=wish.devices, tied=wish.tied, span=wish.span
+            )
             worker.scheduler.advance(t, newcomer=row)
         return row
 
-    def _take_lease(self, worker: Worker, name: str, mb: float, row: int, deadline: float) -> Lease:
+    def _take_lease(self, worker: Worker, name: str, mb: float, row: int, deadline: float, wish: _Wish) -> Lease:
         namespace = worker.namespace
         try:
             with namespace.transaction(max(NOW_S, deadline - time.monotonic())) as t:
@@ -707,7 +765,7 @@ class ModelManager(BeamNames):
             raise
         if state == Ticket.RESET:
             raise NamespaceResetError(f"a reset of namespace {self._name!r} ended the wait for {name!r}", tag=name)
-        limit_mb, device = self._largest_limit(worker)
+        limit_mb, device = self._largest_limit(worker, wish)
         raise LeaseTooLargeError(
             f"lease {name!r} of {mb:g} MB: the limit of {device!r} is {limit_mb:.0f} MB, so it can never be had; "
             "slack_percentage, and memory_budget_mb for host memory, set the limit",
@@ -720,10 +778,16 @@ class ModelManager(BeamNames):
     # ---- the way of a load ---------------------------------------------------------------------------------
 
     def _load_somehow(
-        self, worker: Worker, tag: str, booking: _Booking, loader_func: Callable[[], Any], preload: int = 0
+        self,
+        worker: Worker,
+        tag: str,
+        booking: _Booking,
+        loader_func: Callable[[], Any],
+        wish: _Wish = _ANYWHERE,
+        preload: int = 0,
     ) -> Any:
         """Run the loader; if it runs out of memory, make room and wait for a second turn. Return what is to be used."""
-        device = worker.namespace.segment.words[worker.namespace.tables.instance(booking.row) + Instance.DEVICE]
+        devices = worker.namespace.segment.words[worker.namespace.tables.instance(booking.row) + Instance.DEVICES]
         try:
             return self._load(worker, tag, booking, loader_func)
         except Exception as error:
@@ -736,12 +800,10 @@ class ModelManager(BeamNames):
         answer: Copy | _Booking | None = None
         with suppress(MpmmError):
             # What is learnt of a model that ran alone is its peak, or nothing.
-            worker.make_room_after_running_out(tag, {device}, learn=not booking.alone)
-            worker.wait_for_unloads(device)
-            patience = self._settings.wait_timeout_seconds
-            answer = (
-                self._queue(worker, tag, time.monotonic() + patience, preload) if preload else self._get(worker, tag)
-            )
+            worker.make_room_after_running_out(tag, devices, learn=not booking.alone)
+            worker.wait_for_unloads(devices)
+            deadline = time.monotonic() + self._settings.wait_timeout_seconds
+            answer = self._queue(worker, tag, deadline, wish, preload) if preload else self._get(worker, tag, wish)
         if answer is None:
             raise failure
         del failure
@@ -755,12 +817,12 @@ class ModelManager(BeamNames):
             if booking.alone:
                 worker.freshen()
                 worker.reset_peak()
-                baseline = worker.stats()[0]
                 with worker.namespace.transaction() as t:
-                    worker.namespace.transitions.set_baseline(t, baseline)
-            with serving_for(worker.server_context(booking.row)):
+                    worker.namespace.transitions.set_baseline(t, booking.row)
+            growth = worker.measuring_growth()
+            with serving_for(worker.server_context(booking.row)), placed(worker.placement_of(booking.row)):
                 value = loader_func()
-            copy = self._book_in(worker, tag, booking, value)
+            copy = self._book_in(worker, tag, booking, value, growth)
         except BaseException as error:
             in_time = self._give_up_load(worker, booking)
             worker.dispose(value)
@@ -778,13 +840,14 @@ class ModelManager(BeamNames):
         )
         return copy.value
 
-    def _book_in(self, worker: Worker, tag: str, booking: _Booking, value: Any) -> Copy:
+    def _book_in(self, worker: Worker, tag: str, booking: _Booking, value: Any, growth: Growth) -> Copy:
         namespace = worker.namespace
-        words, floats, tables = namespace.segment.words, namespace.segment.floats, namespace.tables
+        words, tables = namespace.segment.words, namespace.tables
         handle = encode_text(value, Instance.HANDLE_BYTES, f"handle of {tag!r}") if isinstance(value, str) else b""
         server_pid = worker.server_pid_of(value)
         seen = worker.sample_after_load(booking.row)
-        estimated: float | None = None
+        grown_mb = growth.mb() if seen and not isinstance(value, str) else 0.0
+        learnt: Estimate | None = None
         with namespace.transaction() as t:
             at = tables.instance(booking.row)
             if not self._still_loading(worker, booking):
@@ -793,25 +856,31 @@ class ModelManager(BeamNames):
             if not server and server_pid == namespace.pid:
                 server = namespace.reference
             model = words[at + Instance.MODEL]
-            mb = worker.scheduler.need_mb(model)
-            measured = floats[tables.member(server - 1) + Member.MEASURED_MB] if server else math.nan
-            if measured > 0:
-                mb = measured
+            mb, shares_mb = worker.scheduler.need_mb(model), worker.measured_shares(booking.row, server)
+            if math.fsum(shares_mb) > 0:
+                mb = math.fsum(shares_mb)
+                learnt = Estimate(max(shares_mb) * len(shares_mb), 0.0)
+            elif grown_mb > 0:
+                mb, shares_mb = grown_mb, ()
+                learnt = Estimate(grown_mb, GROWTH_SD * grown_mb)
             books_only = bool(words[Header.SOURCE_BOOKS_ONLY])
-            known = bool(words[tables.model(model) + Model.KNOWN])
             namespace.transitions.end_load(
-                t, booking.row, handle, mb, server, server_pid is not None, seen or books_only
+                t, booking.row, handle, mb, server, server_pid is not None, seen or books_only, shares_mb
             )
-            if not known and (books_only or measured > 0):
-                # Read from its process; or, where there is nothing to measure with, the assumption.
-                namespace.transitions.estimate(t, model, mb, measured=measured > 0)
-                estimated = mb
+            if words[tables.model(model) + Model.KNOWN]:
+                learnt = None
+            elif learnt is not None:
+                namespace.transitions.estimate(t, model, learnt.mb, measured=True, sd_mb=learnt.sd_mb)
+            elif books_only:
+                # With nothing to measure with, the assumption.
+                learnt = Estimate(mb, 0.0)
+                namespace.transitions.estimate(t, model, mb, measured=False)
             loaded = words[tables.model(model) + Model.LOADED]
             copy = worker.adopt(booking.row, tag, value)
             worker.scheduler.advance(t)
         report_model_count(tag, loaded)
-        if estimated is not None:
-            report_estimate(tag, estimated)
+        if learnt is not None:
+            report_estimate(tag, learnt.mb)
         return copy
 
     def _still_loading(self, worker: Worker, booking: _Booking) -> bool:
@@ -843,17 +912,15 @@ class ModelManager(BeamNames):
         namespace = worker.namespace
         words, tables = namespace.segment.words, namespace.tables
         cost = None
-        if words[Header.ISOLATED] == copy.row + 1:
+        if words[Header.ISOLATED] and namespace.transitions.runs_alone(copy.row):
             cost = self._isolated_cost(worker, copy)
         with namespace.transaction() as t:
             if not worker.is_held(copy):
                 raise NamespaceResetError(f"a reset of namespace {self._name!r} took {tag!r} away", tag=tag)
-            if cost is not None and words[Header.ISOLATED] == copy.row + 1:
-                measured = bool(words[Header.SOURCE_MEASURES_PROCESSES])
+            if cost is not None and namespace.transitions.runs_alone(copy.row):
                 model = words[tables.instance(copy.row) + Instance.MODEL]
-                namespace.transitions.estimate(t, model, cost, measured)
-                if not measured:
-                    t.set_float(tables.instance(copy.row) + Instance.MB, cost)
+                namespace.transitions.estimate(t, model, cost, measured=False, sd_mb=ALONE_SD * cost)
+                namespace.transitions.correct(t, copy.row, cost)
             else:
                 cost = None
             worker.scheduler.release(t, copy.row, used)
@@ -864,17 +931,9 @@ class ModelManager(BeamNames):
 
     def _isolated_cost(self, worker: Worker, copy: Copy) -> float:
         """Return what the copy that runs alone has added to the memory in use, at its peak, in MB."""
-        namespace = worker.namespace
         worker.sample_now()
-        _, peak, _ = worker.stats()
-        baseline = namespace.segment.floats[Header.ISOLATION_BASELINE]
-        added = max(0.0, peak - baseline) if not math.isnan(baseline) else 0.0
-        server = namespace.segment.words[namespace.tables.instance(copy.row) + Instance.SERVER]
-        if server and namespace.segment.words[Header.SOURCE_MEASURES_PROCESSES]:
-            at = namespace.tables.member(server - 1)
-            highest = namespace.segment.floats[at + Member.PEAK_MB]
-            return highest if highest > 0 else added
-        return added
+        added = worker.added_mb(copy.row)
+        return max(added) * len(added)
 
     def _discard(self, worker: Worker, copy: Copy) -> None:
         """Strike off a copy whose server turned out to be dead."""

@@ -91,6 +91,7 @@ class Namespace:
         capacities: Capacities | None = None,
         settings: Settings | None = None,
         source: str = "auto",
+        estimates_path: str = "",
         kind: int = Member.WORKER,
         label: str = "",
         must_exist: bool = False,
@@ -114,7 +115,7 @@ class Namespace:
             with contextlib.suppress(FileNotFoundError), _lifecycle(runtime) as current:
                 if current:
                     return cls._join_locked(
-                        runtime, capacities, settings or Settings(), source, kind, label, must_exist
+                        runtime, capacities, settings or Settings(), source, estimates_path, kind, label, must_exist
                     )
             # The last member removed the directory under our feet: begin again with a new one.
 
@@ -125,6 +126,7 @@ class Namespace:
         capacities: Capacities | None,
         settings: Settings,
         source: str,
+        estimates_path: str,
         kind: int,
         label: str,
         must_exist: bool,
@@ -135,7 +137,7 @@ class Namespace:
             segment, estimates = _open_or_replace(runtime, deserted, must_exist)
             if segment is None:
                 try:
-                    segment = _create(runtime, capacities or Capacities(), settings, source)
+                    segment = _create(runtime, capacities or Capacities(), settings, source, estimates_path)
                 except SegmentAllocationError:
                     if deserted:
                         runtime.remove()
@@ -300,7 +302,7 @@ class Namespace:
                 if model.estimate_mb is not None:
                     encoded = encode_text(model.tag, Model.TAG_BYTES, "model tag")
                     row = self.transitions.claim_model(t, model.tag, encoded)
-                    self.transitions.estimate(t, row, model.estimate_mb, model.measured)
+                    self.transitions.estimate(t, row, model.estimate_mb, model.measured, model.sd_mb)
 
     def _let_go(self) -> None:
         self._usable = False
@@ -414,18 +416,23 @@ def _has_living_members(runtime: RuntimeDirectory, segment: Segment) -> bool:
     return any(is_locked(runtime.file(f"m{slot}.lock")) for slot in Tables(segment).used_members())
 
 
-def _create(runtime: RuntimeDirectory, capacities: Capacities, settings: Settings, source: str) -> Segment:
+def _create(
+    runtime: RuntimeDirectory, capacities: Capacities, settings: Settings, source: str, estimates_path: str
+) -> Segment:
+    path = encode_text(estimates_path, Header.ESTIMATES_PATH_BYTES, "estimates_path") if estimates_path else b""
     segment = Segment.create(segment_name(runtime.root, runtime.name), capacities, _token(runtime))
     words = segment.words
     # Nobody takes the segment for one of ours before it is sealed, so these stores need no transaction.
     words[Header.CREATED_WALL] = time.time_ns()
-    words[Header.CONFIGURED_AT] = time.monotonic_ns()
     for offset, value in enumerate(astuple(settings)):
         words[Header.SETTINGS + offset] = float_bits(float(value))
-    asked = fit_text(source, Header.SOURCE_NAME_BYTES)
-    words[Header.SOURCE_ASKED] = len(asked)
-    for offset in range(0, len(asked), 8):
-        words[Header.SOURCE_ASKED + 1 + offset // 8] = int.from_bytes(asked[offset : offset + 8], "little")
+    for word, text in (
+        (Header.SOURCE_ASKED, fit_text(source, Header.SOURCE_NAME_BYTES)),
+        (Header.ESTIMATES_PATH, path),
+    ):
+        words[word] = len(text)
+        for offset in range(0, len(text), 8):
+            words[word + 1 + offset // 8] = int.from_bytes(text[offset : offset + 8], "little")
     segment.seal()
     return segment
 

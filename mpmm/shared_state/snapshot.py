@@ -25,6 +25,7 @@ from mpmm.errors import LayoutMismatchError, LockTimeoutError, SegmentCorruptErr
 from mpmm.shared_state.events import EventKind
 from mpmm.shared_state.layout import (
     LAYOUT_VERSION,
+    MOST_SPANNED,
     Device,
     Event,
     Header,
@@ -40,6 +41,7 @@ from mpmm.shared_state.lock_file import LockFile, is_locked
 from mpmm.shared_state.runtime_dir import RuntimeDirectory
 from mpmm.shared_state.segment import Segment, SegmentProblem, segment_name
 from mpmm.shared_state.settings import Settings
+from mpmm.shared_state.tables import device_rows
 from mpmm.shared_state.transaction import roll_back
 
 __all__ = [
@@ -97,6 +99,8 @@ class ModelInfo:
     """One tag: how many copies in which state, its estimate in MB (None: unknown), its counters and its times.
 
     kind: `model`, or `lease` for what stands for one lease, held or waited for; its estimate is what it is for.
+    measured: the estimate was read from processes; sd_mb: its standard deviation. seen_on: rows of the devices on which
+    a copy was loaded.
     unused_for_s: since its last use, 0 while it is in use. load_s, hold_s, gap_s: decayed means of the time of a load,
     of a hold and between two requests, 0 unknown. requests: how many the last of these has seen, and requested_ago_s:
     when.
@@ -107,6 +111,8 @@ class ModelInfo:
     tag: str
     estimate_mb: float | None
     measured: bool
+    sd_mb: float
+    seen_on: tuple[int, ...]
     loaded: int
     active: int
     idle: int
@@ -131,6 +137,9 @@ class ModelInfo:
 class InstanceInfo:
     """One copy. `holder`, `owner` and `server` are slots of members; `handle` is None for an object.
 
+    device: row of the (first) device it lies on; shares_mb: what MB is on each of its devices, by row. peak_mb: the
+    most that the process of its server was measured to take.
+
     A lease that is held is one in state `leased`: `reserved_mb` is what it is for, `mb` what its program, of pid
     `program` if that is known, was measured to take.
     """
@@ -143,7 +152,9 @@ class InstanceInfo:
     owner: int | None
     server: int | None
     device: int
+    shares_mb: dict[int, float]
     mb: float
+    peak_mb: float | None
     reserved_mb: float
     for_s: float
     uses: int
@@ -160,7 +171,9 @@ class TicketInfo:
     """One waiter, for a model or a lease. `need_mb` is the estimate or default when it queued; `member` is a slot.
 
     preload: how many copies a preload wants, 0 for other waiters.
-    reason: a number of `policy.view.Reason`; free_mb, coming_mb, seconds and other (a tag) are its figures.
+    reason: a number of `policy.view.Reason`; free_mb, coming_mb, seconds, other (a tag) and on (rows of devices) are
+    its figures. devices, tied: rows of the devices where it may load, and on which a copy is of use; empty for all.
+    span: how many devices what it loads lies on.
     blocked_for_s: since when it is the first one for whom there is no room, None if it has never been.
     """
 
@@ -178,6 +191,10 @@ class TicketInfo:
     coming_mb: float
     seconds: float
     other: str | None
+    on: tuple[int, ...]
+    devices: tuple[int, ...]
+    tied: tuple[int, ...]
+    span: int
     waited_s: float
     blocked_for_s: float | None
     time_left_s: float
@@ -200,7 +217,8 @@ class PinInfo:
 class DeviceInfo:
     """One device. `used_mb` is None before the first figure; `sample_age_s` likewise.
 
-    reserved_mb: what loads have booked and the figure does not show yet.
+    reserved_mb: what loads have booked and the figure does not show yet. foreign_mb: part of the figure that belongs to
+    processes which are not the namespace's, as far as the source knows. isolated: the copy that runs alone on it.
     """
 
     row: int
@@ -213,15 +231,18 @@ class DeviceInfo:
     peak_since_start_mb: float
     reserved_mb: float
     returning_mb: float
+    foreign_mb: float
+    isolated: int | None
     sample_age_s: float | None
 
 
 @dataclass(frozen=True)
 class ObservationInfo:
-    """Readings in MB of one configuration (tag -> copies)."""
+    """Readings in MB of one configuration (tag -> copies) on a device; None for readings that a caller has made."""
 
     copies: dict[str, int]
     readings_mb: tuple[float, ...]
+    device: int | None = None
 
 
 @dataclass(frozen=True)
@@ -245,6 +266,7 @@ class EventInfo:
     coming_mb: float | None = None
     seconds: float | None = None
     other: str | None = None
+    on: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -261,6 +283,8 @@ class LockInfo:
 class Snapshot:
     """Everything. Times are relative to the moment of the copy; `torn_words` were undone in the copy.
 
+    isolated: the copy that runs alone; of several, on devices of their own, the first.
+    estimates_path: the file of estimates, None for none.
     table_ends: rows that were ever in use, for the tables that keep count of it.
     """
 
@@ -274,6 +298,7 @@ class Snapshot:
     lock: LockInfo
     source: str
     source_asked: str
+    estimates_path: str | None
     books_only: bool
     leader: int | None
     leader_for_s: float | None
@@ -282,6 +307,7 @@ class Snapshot:
     active: int
     loading: int
     isolated: int | None
+    isolated_devices: tuple[int, ...]
     events_written: int
     loads: int
     hits: int
@@ -427,6 +453,7 @@ class _Decoder:
         tags = {row: self._text(at + Model.TAG) for row, at in models.items()}
         instances = tuple(self._instance(row, at, tags) for row, at in self._rows("instances"))
         leader = self._reference(words[Header.LEADER])
+        devices = tuple(self._device(row, at, settings, instances, books_only) for row, at in self._rows("devices"))
         return Snapshot(
             namespace=namespace,
             segment=segment,
@@ -438,6 +465,7 @@ class _Decoder:
             lock=self._lock(held),
             source=self._text(Header.SOURCE_NAME),
             source_asked=self._text(Header.SOURCE_ASKED),
+            estimates_path=self._text(Header.ESTIMATES_PATH) or None,
             books_only=books_only,
             leader=leader,
             leader_for_s=None if leader is None else self._age(words[Header.LEADER_SINCE]),
@@ -445,7 +473,8 @@ class _Decoder:
             waiting=words[Header.WAITING],
             active=words[Header.ACTIVE],
             loading=words[Header.LOADING],
-            isolated=self._reference(words[Header.ISOLATED]),
+            isolated=min((device.isolated for device in devices if device.isolated is not None), default=None),
+            isolated_devices=tuple(device_rows(words[Header.ISOLATED])),
             events_written=words[Header.EVENTS],
             loads=words[Header.LOADS],
             hits=words[Header.HITS],
@@ -470,7 +499,7 @@ class _Decoder:
                 )
             ),
             pins=tuple(self._pin(row, at, tags) for row, at in self._rows("pins")),
-            devices=tuple(self._device(row, at, settings, instances, books_only) for row, at in self._rows("devices")),
+            devices=devices,
             observations=tuple(self._observations(models, tags)),
             events=tuple(self._events(tags)) if with_events else (),
         )
@@ -522,7 +551,7 @@ class _Decoder:
             started_wall_s=words[at + Member.STARTED_WALL] / 1e9,
             attached_for_s=self._age(words[at + Member.ATTACHED]),
             instance=self._reference(words[at + Member.INSTANCE]),
-            measured_mb=self._number(floats[at + Member.MEASURED_MB]) if server else None,
+            measured_mb=self._number(floats[at + Member.MEASURED_MB]),
             peak_mb=floats[at + Member.PEAK_MB] if server else None,
             generation=words[at + Member.GENERATION],
         )
@@ -536,6 +565,8 @@ class _Decoder:
             tag=self._text(at + Model.TAG),
             estimate_mb=self._floats[at + Model.ESTIMATE_MB] if words[at + Model.KNOWN] else None,
             measured=bool(words[at + Model.MEASURED]),
+            sd_mb=floats[at + Model.SD_MB],
+            seen_on=tuple(device_rows(words[at + Model.SEEN_ON])),
             loaded=words[at + Model.LOADED],
             active=words[at + Model.ACTIVE],
             idle=words[at + Model.IDLE],
@@ -558,6 +589,11 @@ class _Decoder:
 
     def _instance(self, row: int, at: int, tags: dict[int, str]) -> InstanceInfo:
         words, floats = self._words, self._floats
+        mb, server = floats[at + Instance.MB], self._reference(words[at + Instance.SERVER])
+        devices = device_rows(words[at + Instance.DEVICES])[:MOST_SPANNED]
+        first = at + Instance.SHARES
+        shares = [mb] if len(devices) == 1 else floats[first : first + len(devices)].tolist()
+        member = self._layout.members.base + (server or 0) * Member.WORDS
         return InstanceInfo(
             row=row,
             tag=tags.get(words[at + Instance.MODEL], ""),
@@ -565,9 +601,11 @@ class _Decoder:
             state=_INSTANCE_STATES.get(words[at + Instance.STATE], f"state {words[at + Instance.STATE]}"),
             holder=self._reference(words[at + Instance.HOLDER]),
             owner=self._reference(words[at + Instance.OWNER]),
-            server=self._reference(words[at + Instance.SERVER]),
-            device=words[at + Instance.DEVICE],
-            mb=floats[at + Instance.MB],
+            server=server,
+            device=devices[0] if devices else 0,
+            shares_mb=dict(zip(devices, shares, strict=True)),
+            mb=mb,
+            peak_mb=None if server is None else floats[member + Member.PEAK_MB] or None,
             reserved_mb=floats[at + Instance.RESERVED_MB],
             for_s=self._age(words[at + Instance.SINCE]),
             uses=words[at + Instance.USES],
@@ -598,6 +636,10 @@ class _Decoder:
             coming_mb=floats[at + Ticket.COMING_MB],
             seconds=floats[at + Ticket.SECONDS],
             other=tags.get(words[at + Ticket.OTHER] - 1),
+            on=tuple(device_rows(words[at + Ticket.ON])),
+            devices=tuple(device_rows(words[at + Ticket.DEVICES])),
+            tied=tuple(device_rows(words[at + Ticket.TIED])),
+            span=words[at + Ticket.SPAN],
             waited_s=self._age(words[at + Ticket.ENQUEUED]),
             blocked_for_s=self._age(words[at + Ticket.BLOCKED_AT]) if words[at + Ticket.BLOCKED_AT] else None,
             time_left_s=-self._age(words[at + Ticket.DEADLINE]) if words[at + Ticket.DEADLINE] < 2**63 else math.inf,
@@ -614,9 +656,9 @@ class _Decoder:
         self, row: int, at: int, settings: Settings, instances: tuple[InstanceInfo, ...], books_only: bool
     ) -> DeviceInfo:
         words, floats = self._words, self._floats
-        here = [instance for instance in instances if instance.device == row]
+        here = [instance for instance in instances if row in instance.shares_mb]
         sampled = words[at + Device.SAMPLED]
-        booked = math.fsum(instance.mb for instance in here if instance.state not in ("loading", "leased"))
+        booked = math.fsum(instance.shares_mb[row] for instance in here if instance.state not in ("loading", "leased"))
         return DeviceInfo(
             row=row,
             uuid=self._text(at + Device.UUID),
@@ -626,20 +668,25 @@ class _Decoder:
             used_mb=booked if books_only else (floats[at + Device.USED_MB] if sampled else None),
             peak_mb=floats[at + Device.PEAK_MB] if sampled else None,
             peak_since_start_mb=floats[at + Device.HIGHEST_MB],
-            reserved_mb=math.fsum(self._still_reserved(instance) for instance in here),
+            reserved_mb=math.fsum(self._still_reserved(instance, row) for instance in here),
             returning_mb=floats[at + Device.RETURNING_MB],
+            foreign_mb=floats[at + Device.FOREIGN_MB],
+            isolated=self._reference(words[at + Device.ISOLATED]),
             sample_age_s=self._age(sampled) if sampled else None,
         )
 
-    def _still_reserved(self, instance: InstanceInfo) -> float:
-        """What a copy's or lease's reservation adds to the device's figure, see `Scheduler.read_copies`."""
+    def _still_reserved(self, instance: InstanceInfo, device: int) -> float:
+        """What a copy's or lease's reservation adds to a device's figure, see `Scheduler.read_copies`."""
+        span = len(instance.shares_mb)
         if instance.state == "leased":
-            return max(0.0, instance.reserved_mb - instance.mb)
+            return max(0.0, instance.reserved_mb - instance.mb) / span
+        reserved = instance.reserved_mb / span
         if instance.server is None or not self._words[Header.SOURCE_MEASURES_PROCESSES]:
-            return instance.reserved_mb
-        table = self._layout.members
-        measured = self._floats[table.base + instance.server * table.words + Member.MEASURED_MB]
-        return instance.reserved_mb if math.isnan(measured) else max(0.0, instance.reserved_mb - measured)
+            return reserved
+        at = self._layout.members.base + instance.server * Member.WORDS
+        word = Member.MEASURED_MB if span == 1 else Member.SHARES + list(instance.shares_mb).index(device)
+        measured = self._floats[at + word]
+        return reserved if math.isnan(measured) else max(0.0, reserved - measured)
 
     def _observations(self, models: dict[int, int], tags: dict[int, str]) -> Iterable[ObservationInfo]:
         words, floats = self._words, self._floats
@@ -652,6 +699,7 @@ class _Decoder:
             yield ObservationInfo(
                 {by_generation.get(pair >> 16, "(recycled)"): pair & 0xFFFF for pair in pairs},
                 tuple(floats[start : start + count].tolist()),
+                self._reference(words[at + Observation.DEVICE]),
             )
 
     def _events(self, tags: dict[int, str]) -> Iterable[EventInfo]:
@@ -680,6 +728,7 @@ class _Decoder:
                 coming_mb=self._number(coming) if reason else None,
                 seconds=self._number(seconds) if reason else None,
                 other=tags.get(int(row[Event.OTHER]) - 1) if reason else None,
+                on=tuple(device_rows(int(row[Event.ON]))) if reason else (),
             )
 
 

@@ -7,7 +7,7 @@ Searches go over the part of a table that was ever in use, as NumPy arrays: a fe
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +16,7 @@ from mpmm.errors import InvalidArgumentError, TableFullError
 from mpmm.shared_state.layout import Instance, Member, Model, Pin, Table, Ticket
 from mpmm.shared_state.segment import Segment
 
-__all__ = ["Tables", "encode_text", "fit_text"]
+__all__ = ["Tables", "device_bits", "device_rows", "encode_text", "fit_text"]
 
 FEW_ROWS = 64
 
@@ -34,6 +34,18 @@ def encode_text(text: str, max_bytes: int, what: str) -> bytes:
 def fit_text(text: str, max_bytes: int) -> bytes:
     """Return `text` as UTF-8, cut to `max_bytes`; for names that only people read."""
     return text.encode("utf-8", "replace")[:max_bytes]
+
+
+def device_rows(bits: int) -> list[int]:
+    """Return the rows of the devices whose bits are set, lowest first."""
+    if not bits & (bits - 1):
+        return [bits.bit_length() - 1] if bits else []
+    return [row for row in range(bits.bit_length()) if bits >> row & 1]
+
+
+def device_bits(rows: Iterable[int]) -> int:
+    """Return the word with the bits of these device rows."""
+    return sum(1 << row for row in rows)
 
 
 class Tables:
@@ -75,6 +87,21 @@ class Tables:
     def device(self, row: int) -> int:
         """First word of a device row."""
         return self._devices.base + row * self._devices.words
+
+    def on_device(self, row: int) -> list[int]:
+        """Return the instance rows, in whatever state, that lie on a device."""
+        rows = self.view(self._instances)
+        bit = np.uint64(1 << row)
+        found: list[int] = np.flatnonzero((rows[:, Instance.DEVICES] & bit != 0) & (rows[:, 0] != 0)).tolist()
+        return found
+
+    def shares_of(self, row: int) -> list[tuple[int, float]]:
+        """Return the devices that an instance lies on, and what MB of it is on each."""
+        words, floats, at = self.segment.words, self.segment.floats, self.instance(row)
+        rows = device_rows(words[at + Instance.DEVICES])
+        if len(rows) == 1:
+            return [(rows[0], floats[at + Instance.MB])]
+        return [(device, floats[at + Instance.SHARES + number]) for number, device in enumerate(rows)]
 
     def view(self, table: Table) -> npt.NDArray[np.uint64]:
         """Return the live rows of a table that may be in use, see `Segment.view`."""
