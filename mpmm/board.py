@@ -9,9 +9,9 @@ from typing import Protocol
 from mpmm.errors import InvalidArgumentError
 from mpmm.placement import Placement
 from mpmm.scheduler import Scheduler
-from mpmm.shared_state.layout import Device, Header, Instance, Member
+from mpmm.shared_state.layout import Device, Header, Instance, Member, device_bits, device_rows
 from mpmm.shared_state.namespace import Namespace
-from mpmm.shared_state.tables import device_bits, device_rows, fit_text
+from mpmm.shared_state.tables import fit_text
 from mpmm.shared_state.transaction import Transaction
 from mpmm.sources import DeviceInfo, DeviceSample, MemorySource, is_books_only
 from mpmm.sources.process_tree import parent_of, process_tree

@@ -145,6 +145,9 @@ class Keeper:
 
     def tick(self) -> None:
         """Do what is due now, as leader or in its place."""
+        if self._worker.has_receipts:
+            with self._namespace.transaction() as t:
+                self._worker.settle_receipts(t)
         if not self.leading:
             self._lead_if_free()
         if self.leading or self._leader_is_stuck():
@@ -191,6 +194,7 @@ class Keeper:
         for tag, mb in estimates.items():
             report_estimate(tag, mb)
         self._worker.estimator.solve()
+        self._worker.keep_estimates()
 
     def _give_up_slow_loads(self, t: Transaction) -> None:
         namespace = self._namespace

@@ -21,6 +21,7 @@ runs it, so that a release hands the copy straight to the ticket that should hav
 from __future__ import annotations
 
 import functools
+import inspect
 import logging
 import math
 import os
@@ -31,11 +32,11 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractAsyncContextManager, contextmanager, suppress
 from dataclasses import fields
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from mpmm.beam_metrics import report_estimate, report_model_count
 from mpmm.beam_views import BeamNames
@@ -53,6 +54,7 @@ from mpmm.errors import (
     NotAcquiredError,
 )
 from mpmm.gpu_monitor import GPUMonitor
+from mpmm.kept_estimates import ESTIMATES_PATH_VARIABLE, KeptEstimates
 from mpmm.lease import Lease
 from mpmm.placement import placed
 from mpmm.policy.out_of_memory import is_out_of_memory
@@ -99,12 +101,16 @@ class QueueTicket:
         return f"QueueTicket(priority={self.priority}, ticket_num={self.ticket_num}, tag={self.tag!r})"
 
 
-class _Wish(NamedTuple):
+class Wish(NamedTuple):
     """On which devices (bits) a copy is to be: `devices`, where it may be loaded, `tied`, where it is of use; 0 all."""
 
     devices: int = 0
     tied: int = 0
     span: int = 1
+
+
+class AnswerUndone(Exception):
+    """Whoever answered a ticket was killed before the transaction's end, and its waiter had seen it already."""
 
 
 class _Booking(NamedTuple):
@@ -115,7 +121,7 @@ class _Booking(NamedTuple):
     alone: bool
 
 
-_ANYWHERE = _Wish()
+_ANYWHERE = Wish()
 
 
 class ModelManager(BeamNames):
@@ -157,6 +163,7 @@ class ModelManager(BeamNames):
         max_model_copies: int | None = None,
         idle_ttl_seconds: float | None = None,
         devices: Sequence[int | str] | None = None,
+        estimates_path: str | os.PathLike[str] | None = None,
         capacities: Capacities | None = None,
         runtime_root: str | os.PathLike[str] | None = None,
     ) -> None:
@@ -185,6 +192,8 @@ class ModelManager(BeamNames):
         idle_ttl_seconds: a copy that nobody has used for so long, and whose model is not pinned, is unloaded; None
             keeps it until others need the room.
         devices: indices or uuids of the devices to manage, all by default.
+        estimates_path: file that keeps the estimates from run to run, see `mpmm.kept_estimates`; None stands for
+            `$MPMM_ESTIMATES_PATH`, and without that for none. The first manager of a process decides for the process.
         capacities: sizes of the shared tables.
         runtime_root: folder of the runtime directories, see `mpmm.shared_state.runtime_dir`.
 
@@ -217,6 +226,7 @@ class ModelManager(BeamNames):
         self._given_monitor = monitor
         self._memory_source = memory_source
         self._devices = tuple(devices) if devices is not None else None
+        self._estimates_path = os.fspath(estimates_path) if estimates_path is not None else None
         self._capacities = capacities
         given = attach_namespace.get()
         if namespace is None and given is not None:
@@ -288,7 +298,12 @@ class ModelManager(BeamNames):
         A wrong tag with the right instance is put up with, and logged. Raises NotAcquiredError when this process
         does not hold the instance, NamespaceResetError when a reset took it away meanwhile.
         """
+        self._release(tag, instance)
+
+    def _release(self, tag: str, instance: Any, patience_s: float | None = None) -> None:
+        """Do what `release_model` does, but give up the lock after `patience_s`: LockTimeoutError, nothing changed."""
         worker = self._connected()
+        worker.scheduler.alert()
         copy = worker.let_go(instance, tag)
         if copy is None:
             what = repr(instance) if isinstance(instance, str) else f"this {type(instance).__name__}"
@@ -298,7 +313,7 @@ class ModelManager(BeamNames):
                 tag=tag,
             )
         try:
-            self._give_back(worker, tag, copy)
+            self._give_back(worker, tag, copy, patience_s=patience_s)
         except ClosedError:
             raise
         except TimeoutError:
@@ -373,6 +388,69 @@ class ModelManager(BeamNames):
         finally:
             self.release_model(tag, instance)
 
+    def model_async(
+        self, tag: str, loader_func: Callable[[], Any], *, devices: Sequence[int | str] | None = None, span: int = 1
+    ) -> AbstractAsyncContextManager[Any]:
+        """Acquire a copy for the length of an `async with` block, without a thread for each task that waits.
+
+        Else like `model`: the same queue, the same errors. The loader is no coroutine, and runs in a thread. A task
+        that is cancelled while it waits leaves the queue; one that is cancelled while it loads leaves the load to end,
+        and the copy idle. See `mpmm.asynchronous`.
+        """
+        if not isinstance(tag, str) or not callable(loader_func) or inspect.iscoroutinefunction(loader_func):
+            raise InvalidArgumentError(
+                f"model {tag!r}, loader {loader_func!r}: expected a str and a callable that is no coroutine function"
+            )
+        # Imported here, because asyncio takes longer to import than all of this package.
+        from mpmm.asynchronous import hold_in_loop
+
+        return hold_in_loop(self, tag, loader_func, devices, span)
+
+    def uses(
+        self,
+        tag: str,
+        loader_func: Callable[[], Any],
+        *,
+        argument: str = "model",
+        devices: Sequence[int | str] | None = None,
+        span: int = 1,
+    ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+        """Return a decorator: the function is called with a copy of a model that is held for the length of the call.
+
+            @manager.uses("detector", load)
+            def detect(image, *, model): ...
+
+            detect(image)
+
+        A coroutine function waits for the copy as `model_async` does. argument: name of the parameter by which the
+        copy is given; it is missing from the decorated function's signature, so that web frameworks do not ask for it.
+        devices, span: as for `acquire_model`.
+
+        Raises InvalidArgumentError, at once, when the function has no such parameter.
+        """
+
+        def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+            signature = inspect.signature(function)
+            if argument not in signature.parameters:
+                raise InvalidArgumentError(f"{function!r} has no parameter {argument!r}, through which to get {tag!r}")
+
+            @functools.wraps(function)
+            def call(*args: Any, **kwargs: Any) -> Any:
+                with self.model(tag, loader_func, devices=devices, span=span) as copy:
+                    return function(*args, **kwargs, **{argument: copy})
+
+            @functools.wraps(function)
+            async def call_async(*args: Any, **kwargs: Any) -> Any:
+                async with self.model_async(tag, loader_func, devices=devices, span=span) as copy:
+                    return await function(*args, **kwargs, **{argument: copy})
+
+            made: Any = call_async if inspect.iscoroutinefunction(function) else call
+            others = [parameter for name, parameter in signature.parameters.items() if name != argument]
+            made.__signature__ = signature.replace(parameters=others)
+            return cast("Callable[..., Any]", made)
+
+        return decorate
+
     def reserve(
         self,
         mb: float,
@@ -406,17 +484,17 @@ class ModelManager(BeamNames):
         with worker.waiting():
             with self._giving_up_in_time(worker, name):
                 row = self._enqueue_lease(worker, encoded, float(mb), deadline, wish)
-            if self._await_answer(worker, row, deadline) is None:
-                reason = self._leave_queue(worker, row, timed_out=True)
-                waited = time.monotonic() - began
-                raise AcquireTimeoutError(
-                    f"lease {name!r} of {mb:g} MB: not to be had within {waited:.1f} s (last reason: {reason}); "
-                    "timeout_seconds sets the limit",
-                    tag=name,
-                    waited_seconds=waited,
-                )
-            with self._giving_up_in_time(worker, name):
-                return self._take_lease(worker, name, float(mb), row, deadline, wish)
+            while self._await_answer(worker, row, deadline) is not None:
+                with self._giving_up_in_time(worker, name), suppress(AnswerUndone):
+                    return self._take_lease(worker, name, float(mb), row, deadline, wish)
+            reason = self._leave_queue(worker, row, timed_out=True)
+            waited = time.monotonic() - began
+            raise AcquireTimeoutError(
+                f"lease {name!r} of {mb:g} MB: not to be had within {waited:.1f} s (last reason: {reason}); "
+                "timeout_seconds sets the limit",
+                tag=name,
+                waited_seconds=waited,
+            )
 
     def preload(
         self,
@@ -539,6 +617,7 @@ class ModelManager(BeamNames):
             namespace=self._name,
             memory_source=self._memory_source,
             devices=self._devices,
+            estimates_path=self._estimates_path,
             capacities=self._capacities,
             runtime_root=str(self._root),
         )
@@ -553,7 +632,7 @@ class ModelManager(BeamNames):
         return timeout_seconds
 
     @staticmethod
-    def _wish(worker: Worker, devices: Sequence[int | str] | None, span: int) -> _Wish:
+    def _wish(worker: Worker, devices: Sequence[int | str] | None, span: int) -> Wish:
         """Return what is asked for in terms of device rows. Raises InvalidArgumentError."""
         if isinstance(devices, str) or not (devices is None or len(devices)):
             raise InvalidArgumentError(f"devices={devices!r}: expected a sequence of indices or uuids, or None")
@@ -563,11 +642,11 @@ class ModelManager(BeamNames):
             raise InvalidArgumentError(
                 f"span={span!r}: expected a number of devices from 1 to {min(there, MOST_SPANNED)}"
             )
-        return _Wish(tied or worker.board.visible_bits(), tied, span)
+        return Wish(tied or worker.board.visible_bits(), tied, span)
 
     # ---- the way of an acquire -----------------------------------------------------------------------------
 
-    def _get(self, worker: Worker, tag: str, wish: _Wish) -> Copy | _Booking:
+    def _get(self, worker: Worker, tag: str, wish: Wish) -> Copy | _Booking:
         """Return a copy that lives and that this process holds now, or the permission to load one.
 
         Raises LockTimeoutError also when the lock was not free within `wait_timeout_seconds`.
@@ -597,7 +676,7 @@ class ModelManager(BeamNames):
             return worker.hold(row, tag)
 
     def _queue(
-        self, worker: Worker, tag: str, deadline: float, wish: _Wish = _ANYWHERE, preload: int = 0
+        self, worker: Worker, tag: str, deadline: float, wish: Wish = _ANYWHERE, preload: int = 0
     ) -> Copy | _Booking | None:
         """Wait in the queue; return a copy that this process holds now, or the permission to load one.
 
@@ -608,9 +687,14 @@ class ModelManager(BeamNames):
         worker.freshen(deadline - began)
         with worker.waiting():
             row = self._enqueue(worker, tag, encoded, deadline, preload, wish)
-            if self._await_answer(worker, row, deadline) is None:
-                raise self._gave_up(tag, time.monotonic() - began, self._leave_queue(worker, row, timed_out=True))
-            return self._act_on(worker, tag, row, deadline, wish)
+            while True:
+                state = self._await_answer(worker, row, deadline)
+                if state is None:
+                    raise self._gave_up(tag, time.monotonic() - began, self._leave_queue(worker, row, timed_out=True))
+                if state == Ticket.GRANTED and (copy := worker.hold_granted(row, tag)) is not None:
+                    return copy
+                with suppress(AnswerUndone):
+                    return self._act_on(worker, tag, row, deadline, wish)
 
     @contextmanager
     def _giving_up_in_time(self, worker: Worker, tag: str) -> Iterator[None]:
@@ -631,12 +715,14 @@ class ModelManager(BeamNames):
             waited_seconds=waited_s,
         )
 
-    def _enqueue(self, worker: Worker, tag: str, encoded: bytes, deadline: float, preload: int, wish: _Wish) -> int:
+    def _enqueue(self, worker: Worker, tag: str, encoded: bytes, deadline: float, preload: int, wish: Wish) -> int:
         namespace = worker.namespace
         words = namespace.segment.words
         devices = wish.devices or worker.board.visible_bits()
         with namespace.transaction(deadline - time.monotonic()) as t:
             model = namespace.transitions.claim_model(t, tag, encoded)
+            if worker.kept_estimates is not None:
+                worker.kept_estimates.recall(t, model, tag)
             known = words[namespace.tables.model(model) + Model.KNOWN] or words[Header.SOURCE_BOOKS_ONLY]
             priority = PRELOAD_PRIORITY if preload else 1 if known else 0
             deadline_ns = int(min(deadline * 1e9, 2**63))
@@ -650,9 +736,9 @@ class ModelManager(BeamNames):
         return row
 
     def _await_answer(self, worker: Worker, row: int, deadline: float) -> int | None:
-        """Unload what has to go for the ticket, if anything, then `_wait`; an exception takes it out of the queue."""
+        """Have what has to go for the ticket unloaded, then `_wait`; an exception takes it out of the queue."""
         try:
-            worker.unload_assigned()
+            worker.unload_beside()
             return self._wait(worker, row, deadline)
         except BaseException:
             self._leave_queue(worker, row)
@@ -666,7 +752,7 @@ class ModelManager(BeamNames):
         signal = at + Ticket.SIGNAL
         while True:
             seen = words[signal]
-            # Only this process changes a ticket that has its answer, so this look needs no lock.
+            # This look needs no lock: what is seen here is acted upon only once it is known to be committed.
             if words[at + Ticket.STATE] != Ticket.WAITING:
                 return int(words[at + Ticket.STATE])
             if worker.closing:
@@ -675,14 +761,18 @@ class ModelManager(BeamNames):
             if left <= 0:
                 return None
             wait_for_change(lambda: int(words[signal]), namespace.segment.address + 8 * signal, seen, left)
+            if words[signal] == seen:
+                worker.scheduler.await_alerted(row)
 
-    def _act_on(self, worker: Worker, tag: str, row: int, deadline: float, wish: _Wish) -> Copy | _Booking | None:
+    def _act_on(self, worker: Worker, tag: str, row: int, deadline: float, wish: Wish) -> Copy | _Booking | None:
         namespace = worker.namespace
         words, tables = namespace.segment.words, namespace.tables
         try:
             with namespace.transaction(max(NOW_S, deadline - time.monotonic())) as t:
                 at = tables.ticket(row)
                 state, instance = words[at + Ticket.STATE], words[at + Ticket.INSTANCE] - 1
+                if state == Ticket.WAITING:
+                    raise AnswerUndone
                 need_mb = namespace.segment.floats[at + Ticket.NEED_MB]
                 namespace.transitions.take_answer(t, row)
                 if state == Ticket.GRANTED:
@@ -701,7 +791,7 @@ class ModelManager(BeamNames):
         raise NamespaceResetError(f"a reset of namespace {self._name!r} ended the wait for {tag!r}", tag=tag)
 
     @staticmethod
-    def _largest_limit(worker: Worker, wish: _Wish) -> tuple[float, str]:
+    def _largest_limit(worker: Worker, wish: Wish) -> tuple[float, str]:
         """Return what the roomiest devices that a copy may span take together in MB, and their names."""
         namespace = worker.namespace
         with namespace.transaction():
@@ -711,11 +801,11 @@ class ModelManager(BeamNames):
             names = [namespace.tables.string(namespace.tables.device(row) + Device.NAME) for row in roomiest]
             return min(map(worker.scheduler.limit_mb, roomiest)) * wish.span, ", ".join(names)
 
-    def _too_large(self, worker: Worker, tag: str, need_mb: float, wish: _Wish) -> ModelTooLargeError:
+    def _too_large(self, worker: Worker, tag: str, need_mb: float, wish: Wish) -> ModelTooLargeError:
         limit_mb, device = self._largest_limit(worker, wish)
         return ModelTooLargeError(
             f"model {tag!r} needs {need_mb:.0f} MB, and the limit of {device!r} is {limit_mb:.0f} MB: it can never be "
-            "loaded; slack_percentage, and memory_budget_mb for host memory, set the limit",
+            "loaded; slack_percentage, and memory_budget_mb (host) or fallback_memory_mb (booked), set the limit",
             tag=tag,
             need_mb=need_mb,
             limit_mb=limit_mb,
@@ -740,7 +830,7 @@ class ModelManager(BeamNames):
 
     # ---- the way of a lease --------------------------------------------------------------------------------
 
-    def _enqueue_lease(self, worker: Worker, encoded: bytes, mb: float, deadline: float, wish: _Wish) -> int:
+    def _enqueue_lease(self, worker: Worker, encoded: bytes, mb: float, deadline: float, wish: Wish) -> int:
         namespace = worker.namespace
         with namespace.transaction(deadline - time.monotonic()) as t:
             model = namespace.transitions.claim_lease(t, encoded, mb)
@@ -751,12 +841,14 @@ class ModelManager(BeamNames):
             worker.scheduler.advance(t, newcomer=row)
         return row
 
-    def _take_lease(self, worker: Worker, name: str, mb: float, row: int, deadline: float, wish: _Wish) -> Lease:
+    def _take_lease(self, worker: Worker, name: str, mb: float, row: int, deadline: float, wish: Wish) -> Lease:
         namespace = worker.namespace
         try:
             with namespace.transaction(max(NOW_S, deadline - time.monotonic())) as t:
                 at = namespace.tables.ticket(row)
                 state, instance = namespace.segment.words[at], namespace.segment.words[at + Ticket.INSTANCE] - 1
+                if state == Ticket.WAITING:
+                    raise AnswerUndone
                 namespace.transitions.take_answer(t, row)
                 if state == Ticket.GRANTED:
                     return Lease(worker, instance, name, mb)
@@ -768,7 +860,7 @@ class ModelManager(BeamNames):
         limit_mb, device = self._largest_limit(worker, wish)
         raise LeaseTooLargeError(
             f"lease {name!r} of {mb:g} MB: the limit of {device!r} is {limit_mb:.0f} MB, so it can never be had; "
-            "slack_percentage, and memory_budget_mb for host memory, set the limit",
+            "slack_percentage, and memory_budget_mb (host) or fallback_memory_mb (booked), set the limit",
             name=name,
             need_mb=mb,
             limit_mb=limit_mb,
@@ -783,7 +875,7 @@ class ModelManager(BeamNames):
         tag: str,
         booking: _Booking,
         loader_func: Callable[[], Any],
-        wish: _Wish = _ANYWHERE,
+        wish: Wish = _ANYWHERE,
         preload: int = 0,
     ) -> Any:
         """Run the loader; if it runs out of memory, make room and wait for a second turn. Return what is to be used."""
@@ -814,6 +906,10 @@ class ModelManager(BeamNames):
         began = time.monotonic()
         value: Any = None
         try:
+            if inspect.iscoroutinefunction(loader_func):
+                raise InvalidArgumentError(
+                    f"loader {loader_func!r} of {tag!r}: expected a callable that is no coroutine"
+                )
             if booking.alone:
                 worker.freshen()
                 worker.reset_peak()
@@ -908,13 +1004,16 @@ class ModelManager(BeamNames):
 
     # ---- the way of a release ------------------------------------------------------------------------------
 
-    def _give_back(self, worker: Worker, tag: str, copy: Copy, used: bool = True) -> None:
+    def _give_back(
+        self, worker: Worker, tag: str, copy: Copy, used: bool = True, patience_s: float | None = None
+    ) -> None:
         namespace = worker.namespace
         words, tables = namespace.segment.words, namespace.tables
         cost = None
         if words[Header.ISOLATED] and namespace.transitions.runs_alone(copy.row):
             cost = self._isolated_cost(worker, copy)
-        with namespace.transaction() as t:
+        with namespace.transaction(patience_s) as t:
+            worker.settle_receipts(t)
             if not worker.is_held(copy):
                 raise NamespaceResetError(f"a reset of namespace {self._name!r} took {tag!r} away", tag=tag)
             if cost is not None and namespace.transitions.runs_alone(copy.row):
@@ -940,6 +1039,7 @@ class ModelManager(BeamNames):
         worker.let_go(copy.value, copy.tag)
 
         def discard(t: Transaction) -> None:
+            worker.settle_receipts(t)
             if worker.is_held(copy):
                 worker.namespace.transitions.discard(t, copy.row)
                 worker.scheduler.advance(t)
@@ -995,7 +1095,9 @@ class ModelManager(BeamNames):
             self._name, root=self._root, capacities=self._capacities, settings=self._settings, source=source
         )
         try:
-            worker = Worker(namespace, self._make_monitor(namespace), self._verbose_logging)
+            path = self._estimates_path or os.environ.get(ESTIMATES_PATH_VARIABLE)
+            kept = KeptEstimates(namespace, path) if path else None
+            worker = Worker(namespace, self._make_monitor(namespace), self._verbose_logging, kept)
         except BaseException:
             namespace.leave()
             raise

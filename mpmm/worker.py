@@ -11,6 +11,7 @@ import gc
 import logging
 import math
 import os
+import platform
 import sys
 import threading
 import time
@@ -18,6 +19,7 @@ import weakref
 from collections import defaultdict, deque
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,15 +29,15 @@ from mpmm.board import ForeignMonitor, SharedBoard
 from mpmm.errors import LockTimeoutError, MpmmError, ServerStartError
 from mpmm.gpu_monitor import GPUMonitor
 from mpmm.keeper import REPEAT_S, Keeper
+from mpmm.kept_estimates import KeptEstimates
 from mpmm.placement import Placement, place_for_good, visible_devices
 from mpmm.policy.out_of_memory import raised_estimate_mb
 from mpmm.proxy.context import ServerContext
 from mpmm.scheduler import Scheduler
 from mpmm.shared_estimator import SharedResourceEstimator
 from mpmm.shared_state.futex import wake_all
-from mpmm.shared_state.layout import Device, Header, Instance, Member, Model, Ticket
+from mpmm.shared_state.layout import Device, Header, Instance, Member, Model, Ticket, device_rows
 from mpmm.shared_state.namespace import Namespace, remove_deserted
-from mpmm.shared_state.tables import device_rows
 from mpmm.shared_state.transaction import Transaction
 from mpmm.sources import MemorySource
 from mpmm.sources.visible_devices import VISIBLE_VARIABLE
@@ -55,6 +57,10 @@ NOW_S = 0.05
 UNLOAD_LOOK_S = 0.01
 # A sample of this age is as good as a new one for the next who asks.
 FRESH_NS = 20_000_000
+# Elsewhere a processor may reorder the reads of `Worker.hold_granted`, and Python has no means to forbid it.
+CAN_READ_UNLOCKED = platform.machine() in ("x86_64", "AMD64")
+# Between two transactions of many busy processes there is hardly ever time to read; then the lock has to do.
+UNLOCKED_TRIES = 16
 _workers: weakref.WeakSet[Worker] = weakref.WeakSet()
 _inherited: list[Worker] = []
 
@@ -148,8 +154,15 @@ class Growth:
 class Worker:
     """One process in one namespace. Threads share it."""
 
-    def __init__(self, namespace: Namespace, monitor: GPUMonitor | ForeignMonitor, verbose_logging: bool) -> None:
+    def __init__(
+        self,
+        namespace: Namespace,
+        monitor: GPUMonitor | ForeignMonitor,
+        verbose_logging: bool,
+        kept_estimates: KeptEstimates | None = None,
+    ) -> None:
         self.namespace = namespace
+        self.kept_estimates = kept_estimates
         self.scheduler = Scheduler(namespace)
         self.board = SharedBoard(namespace, self.scheduler)
         self.estimator = SharedResourceEstimator(namespace, verbose_logging)
@@ -168,6 +181,8 @@ class Worker:
         self._held: dict[Hashable, list[Copy]] = defaultdict(list)
         self._unloading: set[int] = set()
         self._owed: deque[Callable[[Transaction], object]] = deque()
+        # Row and number of tickets whose grants this process has acted upon, see `hold_granted`.
+        self._receipts: set[tuple[int, int]] = set()
         if isinstance(monitor, GPUMonitor):
             monitor.bind(self.board)
         self.keeper = Keeper(self)
@@ -181,6 +196,8 @@ class Worker:
     def start(self) -> None:
         """Begin to work: take part in the leadership, unload on demand."""
         self.board.describe(self.source, self.source.devices())
+        if self.kept_estimates is not None:
+            self.kept_estimates.load()
         self.keeper.start()
 
     def close(self) -> None:
@@ -193,7 +210,10 @@ class Worker:
                 return
             self.closing = True
         self._send_waiters_away()
+        leading = self.keeper.leading
         self.keeper.stop()
+        if leading:
+            self.keep_estimates(at_last=True)
         for copy in list(self._objects.values()):
             self._forget_object(copy.row)
             _unload_object(copy.value)
@@ -202,6 +222,18 @@ class Worker:
             self.monitor.bind(None)
         self.source.close()
         _workers.discard(self)
+
+    def keep_estimates(self, at_last: bool = False) -> None:
+        """Write the estimates to their file, if there is one and they were not just taken for granted.
+
+        at_last: not only when it is time again.
+        """
+        if self.kept_estimates is None or self.namespace.segment.words[Header.SOURCE_BOOKS_ONLY]:
+            return
+        if at_last:
+            self.kept_estimates.save()
+        else:
+            self.kept_estimates.save_if_due()
 
     def now_or_later(self, change: Callable[[Transaction], T]) -> T | None:
         """Make a change that must not be left out, in a transaction, and return its result.
@@ -387,13 +419,60 @@ class Worker:
         return None
 
     def hold(self, row: int, tag: str) -> Copy:
-        """Note that this process holds the copy of `tag` in an ACTIVE row, and return it."""
+        """Note that this process holds the copy of `tag` in an ACTIVE row, and return it. Needs the lock."""
+        copy = self._copy_in(row, tag)
+        self.hold_again(copy)
+        return copy
+
+    def hold_granted(self, row: int, tag: str) -> Copy | None:
+        """Note that this process holds what its ticket `row` was granted, and return it; without the lock.
+
+        None if that cannot be told, because transactions come too fast or this machine's processors may reorder reads.
+        The ticket is freed later, by `settle_receipts`: a transaction of its own would double the waiter's part of a
+        hand-over.
+        """
+        if not CAN_READ_UNLOCKED:
+            return None
+        words, at = self.namespace.segment.words, self.namespace.tables.ticket(row)
+        for _ in range(UNLOCKED_TRIES):
+            change = words[Header.CHANGE]
+            if not change & 1 and words[at + Ticket.STATE] == Ticket.GRANTED:
+                copy = self._copy_in(words[at + Ticket.INSTANCE] - 1, tag)
+                receipt = (row, words[at + Ticket.NUMBER])
+                # No transaction was open, so the grant is not one that may yet be rolled back.
+                if words[Header.CHANGE] == change:
+                    self._receipts.add(receipt)
+                    self.hold_again(copy)
+                    return copy
+        return None
+
+    def settle_receipts(self, t: Transaction) -> None:
+        """Free the tickets whose grants were acted upon without the lock.
+
+        To be called before anything else in a transaction in which this process gives up a copy.
+        """
+        if not self._receipts:
+            return
+        words, tables = self.namespace.segment.words, self.namespace.tables
+        receipts = tuple(self._receipts)
+        for row, number in receipts:
+            at = tables.ticket(row)
+            # If not, another thread has just done so, and is about to take it off the list.
+            if words[at] != Ticket.FREE and words[at + Ticket.NUMBER] == number:
+                self.namespace.transitions.take_answer(t, row)
+        t.after.append(partial(self._receipts.difference_update, receipts))
+
+    @property
+    def has_receipts(self) -> bool:
+        """Tell whether there is something to settle."""
+        return bool(self._receipts)
+
+    def _copy_in(self, row: int, tag: str) -> Copy:
+        """Return what this process knows, or can read, of the copy in a row."""
         generation = self.namespace.segment.words[self.namespace.tables.instance(row) + Instance.GENERATION]
         copy = self._objects.get(row) or self._handles.get(row)
         if copy is None or copy.generation != generation:
             copy = self._handles[row] = Copy(row, generation, tag, self.namespace.tables.handle_of(row))
-        with self._mutex:
-            self._held[_key(copy.value)].append(copy)
         return copy
 
     def adopt(self, row: int, tag: str, value: Any) -> Copy:
@@ -478,15 +557,37 @@ class Worker:
 
     # ---- unloading -----------------------------------------------------------------------------------------
 
+    def unload_beside(self) -> None:
+        """Do `unload_assigned` in a thread of its own, if there is anything to do.
+
+        For who waits: an unload takes as long as it takes, and a waiter has to give up in time. The keeper, who has
+        been rung as well, may be at a source that does not answer.
+        """
+        if self._has_to_unload():
+            # Without a thread to be had it is left to the keeper.
+            with contextlib.suppress(RuntimeError):
+                threading.Thread(target=self._unload_beside, name="mpmm-unload", daemon=True).start()
+
+    def _unload_beside(self) -> None:
+        try:
+            with self.waiting():
+                self.unload_assigned()
+        except Exception:
+            # Otherwise the process has left meanwhile, and somebody else has been given the rest to do.
+            if self.namespace.is_usable:
+                _LOG.exception("mpmm %s: pid %d could not unload", self.namespace.name, self.namespace.pid)
+
+    def _has_to_unload(self) -> bool:
+        """Look, without the lock, for copies that this process has to unload; whoever assigns one rings the keeper."""
+        words, tables = self.namespace.segment.words, self.namespace.tables
+        ours = tables.rows_where(self.namespace.segment.layout.instances, Instance.HOLDER, self.namespace.reference)
+        return any(words[tables.instance(row)] == Instance.UNLOADING for row in ours)
+
     def unload_assigned(self) -> None:
         """Unload every copy whose row says that this process has to."""
         namespace = self.namespace
         words, tables, layout = namespace.segment.words, namespace.tables, namespace.segment.layout
-        while True:
-            # A look without the lock first: whoever assigns something rings the keeper's bell afterwards.
-            ours = tables.rows_where(layout.instances, Instance.HOLDER, namespace.reference)
-            if not any(words[tables.instance(row)] == Instance.UNLOADING for row in ours):
-                return
+        while self._has_to_unload():
             with namespace.transaction():
                 rows = [
                     row

@@ -37,6 +37,7 @@ from mpmm.shared_state.snapshot import read_snapshot
 from mpmm.shared_state.tables import Tables
 from mpmm.shared_state.transaction import Transaction, TransactionLock
 from mpmm.shared_state.transitions import Transitions
+from mpmm.worker import Worker
 
 Operation = Callable[[Transaction, Transitions], object]
 
@@ -464,7 +465,6 @@ def scenarios() -> dict[str, Callable[[Lab], Operation]]:
         ),
         "note_try": lambda lab: lambda t, tr: tr.note_try(t, 0, 10**9),
         "note_foreign": lambda lab: lambda t, tr: tr.note_foreign(t, 0, 55.0),
-        "note_saved": lambda lab: lambda t, tr: tr.note_saved(t, 3),
         "correct": on(Lab.active, lambda t, tr, row: tr.correct(t, row, 66.0)),
         "begin_load/spanning": on(Lab.model, lambda t, tr, row: tr.begin_load(t, row, Lab.victim, 3, 90.0, alone=True)),
         "measure/spanning": measured_on_two,
@@ -749,6 +749,13 @@ def test_kill_at_any_store_of_a_call_costs_the_others_nothing(
     monkeypatch.setenv("MPMM_RUNTIME_DIR", str(tmp_path / "run"))
     # The children are told apart from the survivor by what they do in the foreground alone.
     monkeypatch.setattr("mpmm.keeper.Keeper.start", lambda keeper: keeper._lead_if_free())
+    wait = ModelManager._wait
+
+    def unload_and_wait(manager: ModelManager, worker: Worker, row: int, deadline: float) -> int | None:
+        worker.unload_assigned()
+        return wait(manager, worker, row, deadline)
+
+    monkeypatch.setattr(ModelManager, "_wait", unload_and_wait)
     survivor = new_manager()
     for tag, mb in (("warm", 300.0), ("cold", 100.0), ("big", 800.0), ("huge", 5000.0)):
         survivor._estimator.set_initial_estimate(tag, mb)

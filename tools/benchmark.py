@@ -42,6 +42,7 @@ import benchmark_cpu
 import benchmark_manager
 import benchmark_pipeline
 import benchmark_scaling
+import benchmark_seen
 import benchmark_shared
 from benchmark_report import as_json, header, machine, plot, row_lines
 from benchmark_rows import IMPLEMENTATIONS, Measured, Row, Summary, Task, summarise
@@ -52,7 +53,14 @@ from mpmm.shared_state.segment import segment_name
 
 ROWS = {
     row.name: row
-    for module in (benchmark_manager, benchmark_shared, benchmark_pipeline, benchmark_cpu, benchmark_scaling)
+    for module in (
+        benchmark_manager,
+        benchmark_shared,
+        benchmark_pipeline,
+        benchmark_cpu,
+        benchmark_scaling,
+        benchmark_seen,
+    )
     for row in module.ROWS
 }
 # All processes of one measurement have it in their environment, whoever forked or spawned them.

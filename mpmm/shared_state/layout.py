@@ -14,6 +14,7 @@ The invariants (H1, M1, …) hold whenever the lock is free.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 
 from mpmm.errors import InvalidArgumentError
@@ -36,6 +37,8 @@ __all__ = [
     "Table",
     "Ticket",
     "Undo",
+    "device_bits",
+    "device_rows",
     "text_words",
 ]
 
@@ -53,6 +56,18 @@ MOST_SPANNED = 8
 def text_words(max_bytes: int) -> int:
     """Return how many words a text field of up to `max_bytes` takes, its length included."""
     return 1 + -(-max_bytes // WORD)
+
+
+def device_rows(bits: int) -> list[int]:
+    """Return the rows of the devices whose bits are set, lowest first."""
+    if not bits & (bits - 1):
+        return [bits.bit_length() - 1] if bits else []
+    return [row for row in range(bits.bit_length()) if bits >> row & 1]
+
+
+def device_bits(rows: Iterable[int]) -> int:
+    """Return the word with the bits of these device rows."""
+    return sum(1 << row for row in rows)
 
 
 class Header:
@@ -83,16 +98,16 @@ class Header:
     ACTIVE = 22  # derived
     LOADING = 23  # derived
     ISOLATED = 24  # derived: a bit for each device on which an instance runs alone
-    ESTIMATES_MADE = 25  # how often an estimate was set
     LEADER = 26  # reference to the member that polls
     LEADER_SINCE = 27
     NEXT_GENERATION = 28
     EVENTS = 29  # events written so far; the ring holds the last ones
-    ESTIMATES_SAVED = 30  # value of ESTIMATES_MADE that the file of estimates has
     OBSERVATIONS_MADE = 31
     SOLVED_AT = 32  # value of OBSERVATIONS_MADE that the last solution has seen
     RESETS = 33
     POLLED = 34  # when the leader, or somebody in its stead, polled last
+
+    NEWEST_TICKET = 35  # index of the ticket row that was taken last
 
     # Counters since creation.
     LOADS = 36
@@ -118,9 +133,7 @@ class Header:
     # One word per table of `Layout.growing`: how many of its rows, from the first, were ever in use. Rows are taken
     # lowest first, so nothing is to be found behind that.
     ENDS = 88
-    ESTIMATES_PATH = 96  # text: the file in which estimates outlast the namespace, empty for none
-    ESTIMATES_PATH_BYTES = 1023
-    WORDS = ESTIMATES_PATH + text_words(ESTIMATES_PATH_BYTES)
+    WORDS = 96
 
 
 class Member:
@@ -187,8 +200,7 @@ class Model:
     REQUESTS = 21  # HITS + LOADS + LOADING + WAITING when they were last counted
     REQUESTED_AT = 22  # when that count last rose
     SD_MB = 23  # float: standard deviation of the estimate; 0: taken for exact
-    SEEN_ON = 24  # bits of the devices on which a copy was loaded
-    TAG = 25  # text
+    TAG = 24  # text
     TAG_BYTES = 511
     WORDS = TAG + text_words(TAG_BYTES)
 
@@ -359,7 +371,9 @@ class Event:
 
     SEQUENCE = 0  # 1, 2, 3, …; lies in row (SEQUENCE - 1) % capacity
     TIME = 1
-    KIND = 2  # and, 8 bits further up, the reason plus one where there is one, see policy.view.Reason
+    # The kind; 8 bits further up the reason plus one where there is one, see policy.view.Reason; and from bit 32 on, a
+    # bit for each device row, of the first 32, on which a load or lease is placed.
+    KIND = 2
     PID = 3
     MODEL = 4  # reference
     INSTANCE = 5  # reference

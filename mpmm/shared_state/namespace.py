@@ -91,7 +91,6 @@ class Namespace:
         capacities: Capacities | None = None,
         settings: Settings | None = None,
         source: str = "auto",
-        estimates_path: str = "",
         kind: int = Member.WORKER,
         label: str = "",
         must_exist: bool = False,
@@ -115,7 +114,7 @@ class Namespace:
             with contextlib.suppress(FileNotFoundError), _lifecycle(runtime) as current:
                 if current:
                     return cls._join_locked(
-                        runtime, capacities, settings or Settings(), source, estimates_path, kind, label, must_exist
+                        runtime, capacities, settings or Settings(), source, kind, label, must_exist
                     )
             # The last member removed the directory under our feet: begin again with a new one.
 
@@ -126,7 +125,6 @@ class Namespace:
         capacities: Capacities | None,
         settings: Settings,
         source: str,
-        estimates_path: str,
         kind: int,
         label: str,
         must_exist: bool,
@@ -137,7 +135,7 @@ class Namespace:
             segment, estimates = _open_or_replace(runtime, deserted, must_exist)
             if segment is None:
                 try:
-                    segment = _create(runtime, capacities or Capacities(), settings, source, estimates_path)
+                    segment = _create(runtime, capacities or Capacities(), settings, source)
                 except SegmentAllocationError:
                     if deserted:
                         runtime.remove()
@@ -416,23 +414,17 @@ def _has_living_members(runtime: RuntimeDirectory, segment: Segment) -> bool:
     return any(is_locked(runtime.file(f"m{slot}.lock")) for slot in Tables(segment).used_members())
 
 
-def _create(
-    runtime: RuntimeDirectory, capacities: Capacities, settings: Settings, source: str, estimates_path: str
-) -> Segment:
-    path = encode_text(estimates_path, Header.ESTIMATES_PATH_BYTES, "estimates_path") if estimates_path else b""
+def _create(runtime: RuntimeDirectory, capacities: Capacities, settings: Settings, source: str) -> Segment:
     segment = Segment.create(segment_name(runtime.root, runtime.name), capacities, _token(runtime))
     words = segment.words
     # Nobody takes the segment for one of ours before it is sealed, so these stores need no transaction.
     words[Header.CREATED_WALL] = time.time_ns()
     for offset, value in enumerate(astuple(settings)):
         words[Header.SETTINGS + offset] = float_bits(float(value))
-    for word, text in (
-        (Header.SOURCE_ASKED, fit_text(source, Header.SOURCE_NAME_BYTES)),
-        (Header.ESTIMATES_PATH, path),
-    ):
-        words[word] = len(text)
-        for offset in range(0, len(text), 8):
-            words[word + 1 + offset // 8] = int.from_bytes(text[offset : offset + 8], "little")
+    asked = fit_text(source, Header.SOURCE_NAME_BYTES)
+    words[Header.SOURCE_ASKED] = len(asked)
+    for offset in range(0, len(asked), 8):
+        words[Header.SOURCE_ASKED + 1 + offset // 8] = int.from_bytes(asked[offset : offset + 8], "little")
     segment.seal()
     return segment
 

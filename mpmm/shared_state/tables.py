@@ -7,16 +7,16 @@ Searches go over the part of a table that was ever in use, as NumPy arrays: a fe
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 import numpy.typing as npt
 
 from mpmm.errors import InvalidArgumentError, TableFullError
-from mpmm.shared_state.layout import Instance, Member, Model, Pin, Table, Ticket
+from mpmm.shared_state.layout import Instance, Member, Model, Pin, Table, Ticket, device_rows
 from mpmm.shared_state.segment import Segment
 
-__all__ = ["Tables", "device_bits", "device_rows", "encode_text", "fit_text"]
+__all__ = ["Tables", "encode_text", "fit_text"]
 
 FEW_ROWS = 64
 
@@ -34,18 +34,6 @@ def encode_text(text: str, max_bytes: int, what: str) -> bytes:
 def fit_text(text: str, max_bytes: int) -> bytes:
     """Return `text` as UTF-8, cut to `max_bytes`; for names that only people read."""
     return text.encode("utf-8", "replace")[:max_bytes]
-
-
-def device_rows(bits: int) -> list[int]:
-    """Return the rows of the devices whose bits are set, lowest first."""
-    if not bits & (bits - 1):
-        return [bits.bit_length() - 1] if bits else []
-    return [row for row in range(bits.bit_length()) if bits >> row & 1]
-
-
-def device_bits(rows: Iterable[int]) -> int:
-    """Return the word with the bits of these device rows."""
-    return sum(1 << row for row in rows)
 
 
 class Tables:

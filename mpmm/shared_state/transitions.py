@@ -39,8 +39,9 @@ from mpmm.shared_state.layout import (
     Pin,
     Table,
     Ticket,
+    device_rows,
 )
-from mpmm.shared_state.tables import Tables, device_rows
+from mpmm.shared_state.tables import Tables
 from mpmm.shared_state.transaction import Transaction, float_bits
 
 if TYPE_CHECKING:
@@ -61,6 +62,15 @@ _MODEL_COUNTERS = {
     Instance.UNLOADING: (Model.UNLOADING,),
 }
 _HEADER_COUNTERS = {Instance.LOADING: Header.LOADING, Instance.ACTIVE: Header.ACTIVE}
+
+
+# So many devices have a bit in an event.
+_DEVICES_IN_EVENTS = 32
+
+
+def _placed(kind: int, devices: int) -> int:
+    """Return the word for an event of something that is placed on devices (bits), see `Event.KIND`."""
+    return kind | (devices & (1 << _DEVICES_IN_EVENTS) - 1) << 32
 
 
 class Transitions:
@@ -97,10 +107,21 @@ class Transitions:
 
     def reap_member(self, t: Transaction, slot: int) -> None:
         """Take back all that a dead member had, and free its row."""
+        if self._was_ended(slot):
+            # No more is to be counted than for one that leaves by itself.
+            self.leave(t, slot)
+            return
         self._take_back(t, slot)
         t.set(self.tables.member(slot) + Member.STATE, Member.FREE)
         t.add(Header.REAPS, 1)
         t.event(EventKind.REAPED, value=slot)
+
+    def _was_ended(self, slot: int) -> bool:
+        """Tell whether a dead member is a model server whose copy was unloaded, or is being unloaded."""
+        words, tables = self.segment.words, self.tables
+        served = tables.rows_where(self.layout.instances, Instance.SERVER, slot + 1)
+        is_server = words[tables.member(slot) + Member.STATE] == Member.SERVER
+        return is_server and all(words[tables.instance(row)] == Instance.UNLOADING for row in served)
 
     def lead(self, t: Transaction, slot: int, source: bytes, flags: tuple[bool, bool, bool]) -> None:
         """Record who polls, with what: flags are (measures processes, settles late, books only)."""
@@ -217,7 +238,6 @@ class Transitions:
         t.set(at + Model.KNOWN, 1)
         t.set(at + Model.MEASURED, int(measured))
         t.set_float(at + Model.SD_MB, sd_mb)
-        t.add(Header.ESTIMATES_MADE, 1)
         t.event(EventKind.ESTIMATED, row + 1, value=mb)
 
     def run_out(self, t: Transaction, row: int) -> None:
@@ -308,6 +328,7 @@ class Transitions:
         at = self.tables.ticket(row)
         number = self.segment.words[Header.NEXT_TICKET]
         t.set(Header.NEXT_TICKET, number + 1)
+        t.set(Header.NEWEST_TICKET, row)
         t.set(at + Ticket.NUMBER, number)
         t.set(at + Ticket.PRIORITY, priority)
         t.set(at + Ticket.MODEL, model)
@@ -406,10 +427,11 @@ class Transitions:
         at = self.tables.ticket(row)
         words = self.segment.words
         model, member = words[at + Ticket.MODEL], words[at + Ticket.MEMBER] - 1
+        number = words[at + Ticket.NUMBER] + 1
         if words[self.tables.model(model)] == Model.LEASE:
-            instance, answer = self.begin_lease(t, model, member, devices, need_mb, cause), Ticket.GRANTED
+            instance, answer = self.begin_lease(t, model, member, devices, need_mb, cause, number), Ticket.GRANTED
         else:
-            instance, answer = self.begin_load(t, model, member, devices, need_mb, alone, cause), Ticket.LOAD
+            instance, answer = self.begin_load(t, model, member, devices, need_mb, alone, cause, number), Ticket.LOAD
         t.set(at + Ticket.INSTANCE, instance + 1)
         self._answer(t, row, answer)
         return instance
@@ -484,15 +506,25 @@ class Transitions:
         return row
 
     def begin_lease(
-        self, t: Transaction, model: int, member: int, devices: int, mb: float, cause: Cause | None = None
+        self,
+        t: Transaction,
+        model: int,
+        member: int,
+        devices: int,
+        mb: float,
+        cause: Cause | None = None,
+        ticket: int = 0,
     ) -> int:
-        """Give a member (slot) the lease that a model row stands for; return the row. Raises TableFullError."""
+        """Give a member (slot) the lease that a model row stands for; return the row. Raises TableFullError.
+
+        ticket: number plus one of the one that waited for it, for the event.
+        """
         row = self._new_instance(t, model, member, devices)
         at = self.tables.instance(row)
         t.set_float(at + Instance.RESERVED_MB, mb)
         self._change_state(t, row, Instance.LEASED)
         self._reconfigure(t, row)
-        t.event(EventKind.LEASED, model + 1, row + 1, value=mb, cause=cause)
+        t.event(_placed(EventKind.LEASED, devices), model + 1, row + 1, ticket, mb, cause)
         return row
 
     def link_program(self, t: Transaction, row: int, pid: int) -> None:
@@ -534,10 +566,12 @@ class Transitions:
         need_mb: float,
         alone: bool,
         cause: Cause | None = None,
+        ticket: int = 0,
     ) -> int:
         """Book a copy that a member (slot) is about to load; return its row. Raises TableFullError.
 
         devices: bits; where there are several, each takes an equal share.
+        ticket: number plus one of the one that waited for it, for the event.
         """
         row = self._new_instance(t, model, member, devices)
         at = self.tables.instance(row)
@@ -552,7 +586,7 @@ class Transitions:
                 t.set(device + Device.ISOLATED, row + 1)
                 t.set_float(device + Device.BASELINE_MB, math.nan)
             t.event(EventKind.ISOLATION_BEGAN, model + 1, row + 1)
-        t.event(EventKind.LOAD_BEGAN, model + 1, row + 1, value=need_mb, cause=cause)
+        t.event(_placed(EventKind.LOAD_BEGAN, devices), model + 1, row + 1, ticket, need_mb, cause)
         return row
 
     def _new_instance(self, t: Transaction, model: int, member: int, devices: int) -> int:
@@ -637,8 +671,6 @@ class Transitions:
         t.add(row_of_model + Model.LOADS, 1)
         t.set(row_of_model + Model.SHARES, int(bool(handle)))
         t.set(row_of_model + Model.LOAD_S, self._smoothed(row_of_model + Model.LOAD_S, (now - began) / 1e9))
-        seen_on = words[row_of_model + Model.SEEN_ON]
-        t.set(row_of_model + Model.SEEN_ON, seen_on | words[at + Instance.DEVICES])
         self._reconfigure(t, row)
         t.event(EventKind.LOAD_ENDED, model + 1, row + 1, value=(now - began) / 1e9)
 
@@ -1099,10 +1131,6 @@ class Transitions:
         t.set(at + Observation.COUNT, min(words[at + Observation.COUNT] + 1, Observation.READINGS_KEPT))
         t.set(at + Observation.UPDATED, t.now)
         t.add(Header.OBSERVATIONS_MADE, 1)
-
-    def note_saved(self, t: Transaction, estimates_made: int) -> None:
-        """Record which estimates the file of estimates has."""
-        t.set(Header.ESTIMATES_SAVED, estimates_made)
 
     def note_solution(self, t: Transaction, observations_made: int) -> None:
         """Record which observations the last solution has seen."""
