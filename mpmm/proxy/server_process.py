@@ -170,7 +170,6 @@ class _Server:
         finally:
             os._exit(code)
 
-
     def clean_up_after_clients(self) -> None:
         """Call `on_last` of every context whose clients are all gone."""
         for context in self.contexts:
