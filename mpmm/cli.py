@@ -153,7 +153,8 @@ def render(snapshot: Snapshot) -> str:
     lock = snapshot.lock
     lines = [
         f"namespace {snapshot.namespace}, segment {snapshot.segment}, layout {snapshot.layout_version}",
-        f"source {snapshot.source or '(none yet)'}, loads {snapshot.loads}, reuses {snapshot.hits}, "
+        f"source {snapshot.source or '(none yet)'}{', which knows processes' if snapshot.measures_processes else ''}; "
+        f"loads {snapshot.loads}, reuses {snapshot.hits}, "
         f"evictions {snapshot.evictions}, failed loads {snapshot.failed_loads}, "
         f"out of memory {snapshot.out_of_memory}, reaped {snapshot.reaps}, rolled back {snapshot.rollbacks}, "
         f"written off {snapshot.written_off_mb:.0f} MB",
