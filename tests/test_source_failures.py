@@ -223,6 +223,38 @@ def test_nobody_but_the_leader_polls_while_its_samples_are_fresh(
     assert {pid for pid, _, _ in gpus.calls()} == {leader_pid(read_snapshot(namespace))}
 
 
+def test_twenty_leaders_killed_one_after_the_other_leave_no_long_gap_between_samples(
+    new_gpus: NewGpus, new_process: NewProcess, namespace: str, record_property: Callable[[str, object], None]
+) -> None:
+    new_gpus(1000)
+    poll_interval = 0.1
+    living = {
+        process.pid: process
+        for process in (new_process(memory_source="nvml", poll_interval=poll_interval) for _ in range(4))
+    }
+    longest_s = 0.0
+    for _ in range(20):
+        leader = leader_pid(read_snapshot(namespace))
+        assert leader is not None
+        living.pop(leader).kill()
+        killed = time.monotonic()
+        ages = [age_s(namespace, 0)]
+
+        def is_sampled_again(killed: float = killed, ages: list[float] = ages) -> bool:
+            ages.append(age_s(namespace, 0))
+            return ages[-1] < min(ages[-2], time.monotonic() - killed)
+
+        wait_until(is_sampled_again, "the next leader has polled")
+        longest_s = max(longest_s, *ages)
+        # Only now, because who attaches leads at once if nobody does.
+        newcomer = new_process(memory_source="nvml", poll_interval=poll_interval)
+        living[newcomer.pid] = newcomer
+    record_property("longest gap in s", round(longest_s, 3))
+    print(f"longest gap between two samples: {longest_s:.3f} s")
+    assert longest_s <= 1.0 + poll_interval
+    assert problems(namespace) == []
+
+
 def test_objects_in_a_process_are_loaded_while_figures_are_missing(new_gpus: NewGpus, new_manager: NewManager) -> None:
     gpus = new_gpus(1000)
     manager = new_manager(memory_source="nvml", poll_interval=0.05)

@@ -39,6 +39,7 @@ import psutil
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import benchmark_cpu
+import benchmark_devices
 import benchmark_manager
 import benchmark_pipeline
 import benchmark_scaling
@@ -52,7 +53,14 @@ from mpmm.shared_state.segment import segment_name
 
 ROWS = {
     row.name: row
-    for module in (benchmark_manager, benchmark_shared, benchmark_pipeline, benchmark_cpu, benchmark_scaling)
+    for module in (
+        benchmark_manager,
+        benchmark_shared,
+        benchmark_pipeline,
+        benchmark_cpu,
+        benchmark_devices,
+        benchmark_scaling,
+    )
     for row in module.ROWS
 }
 # All processes of one measurement have it in their environment, whoever forked or spawned them.
