@@ -183,8 +183,9 @@ class Keeper:
 
     def _poll(self) -> None:
         self._worker.refresh()
+        measures = self._worker.source.measures_processes if self.leading else None
         with self._namespace.transaction() as t:
-            self._namespace.transitions.note_poll(t)
+            self._namespace.transitions.note_poll(t, measures)
             self._give_up_slow_loads(t)
             self._unload_expired(t)
             self._worker.scheduler.count_requests(t)

@@ -308,6 +308,7 @@ class Snapshot:
     source: str
     source_asked: str
     books_only: bool
+    measures_processes: bool
     leader: int | None
     leader_for_s: float | None
     polled_ago_s: float
@@ -504,6 +505,7 @@ class _Decoder:
             source=self._text(Header.SOURCE_NAME),
             source_asked=self._text(Header.SOURCE_ASKED),
             books_only=books_only,
+            measures_processes=bool(words[Header.SOURCE_MEASURES_PROCESSES]),
             leader=leader,
             leader_for_s=None if leader is None else self._age(words[Header.LEADER_SINCE]),
             polled_ago_s=self._age(words[Header.POLLED]),

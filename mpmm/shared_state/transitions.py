@@ -136,9 +136,14 @@ class Transitions:
             t.set(word, int(flag))
         t.event(EventKind.LEADER, value=slot)
 
-    def note_poll(self, t: Transaction) -> None:
-        """Record that a poll is done: the leader is neither dead nor stuck."""
+    def note_poll(self, t: Transaction, measures_processes: bool | None = None) -> None:
+        """Record that a poll is done: the leader is neither dead nor stuck.
+
+        measures_processes: whether the leader's source does, which may have turned out otherwise; None from others.
+        """
         t.set(Header.POLLED, t.now)
+        if measures_processes not in (None, bool(self.segment.words[Header.SOURCE_MEASURES_PROCESSES])):
+            t.set(Header.SOURCE_MEASURES_PROCESSES, int(bool(measures_processes)))
 
     def ring(self, t: Transaction, slot: int) -> None:
         """Wake the keeper of a member: it has something to unload, or should look around."""
