@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
@@ -105,10 +106,10 @@ class SharedBoard:
             row = self._rows.get(wanted) if isinstance(wanted, int) else seen.get(wanted)
             if row is None or isinstance(wanted, bool):
                 names = {row: uuid for uuid, row in uuids.items()}
-                has = (
-                    ", ".join(f"{index} ({names.get(row, '?')})" for index, row in sorted(self._rows.items())) or "none"
+                has = ", ".join(f"{index} ({names.get(row, '?')})" for index, row in sorted(self._rows.items()))
+                raise InvalidArgumentError(
+                    f"devices: {wanted!r} is not among the devices of this process: {has or 'none'}"
                 )
-                raise InvalidArgumentError(f"devices: {wanted!r} is not among the devices of this process: {has}")
             bits |= 1 << row
         return bits
 
@@ -124,7 +125,7 @@ class SharedBoard:
     def publish(self, samples: Sequence[DeviceSample], patience_s: float | None = None) -> None:
         """Record figures that could be read, and let waiters profit from them; waits for the lock for `patience_s`."""
         namespace = self._namespace
-        words, transitions = namespace.segment.words, namespace.transitions
+        transitions = namespace.transitions
         # Whose children they are is looked up before the lock is taken.
         parts: dict[int, float] = {}
         for sample in samples:
@@ -133,8 +134,8 @@ class SharedBoard:
         taken = self._taken_by_programs(parts) if parts else {}
         strangers = self._strangers(parts) if parts else set()
         # By pid, then by device.
-        measured: dict[int, dict[int, float]] = {}
-        fresh_rows = 0
+        measured: defaultdict[int, dict[int, float]] = defaultdict(dict)
+        fresh_rows = complete_rows = 0
         with namespace.transaction(patience_s) as t:
             for sample in samples:
                 row = self._rows.get(sample.index)
@@ -147,20 +148,30 @@ class SharedBoard:
                 # A process's part must come from the same sample as the whole: what a loading server takes is
                 # subtracted from its reservation because the device's figure has it.
                 fresh_rows |= 1 << row
+                complete_rows |= sample.processes_known << row
                 for pid, mb in sample.process_mb.items():
-                    measured.setdefault(pid, {})[row] = mb
+                    measured[pid][row] = mb
                 if sample.used_mb is not None:
                     foreign_mb = sum(mb for pid, mb in sample.process_mb.items() if pid in strangers)
                     transitions.note_foreign(t, row, foreign_mb)
-            if measured:
-                for slot in namespace.tables.used_members():
-                    at = namespace.tables.member(slot)
-                    pid, instance = words[at + Member.PID], words[at + Member.INSTANCE]
-                    devices = words[namespace.tables.instance(instance - 1) + Instance.DEVICES] if instance else 0
-                    if pid in measured and not devices & ~fresh_rows:
-                        transitions.measure(t, slot, measured[pid])
+            if measured or complete_rows:
+                self._measure_members(t, measured, fresh_rows, complete_rows)
                 self._share_out(t, taken)
             self._scheduler.advance(t)
+
+    def _measure_members(
+        self, t: Transaction, measured: Mapping[int, Mapping[int, float]], fresh_rows: int, complete_rows: int
+    ) -> None:
+        """Record what each member takes, by pid and device; who had memory and is on no list of a device has none."""
+        words, floats, tables = self._namespace.segment.words, self._namespace.segment.floats, self._namespace.tables
+        for slot in tables.used_members():
+            at = tables.member(slot)
+            pid, instance = words[at + Member.PID], words[at + Member.INSTANCE]
+            devices = words[tables.instance(instance - 1) + Instance.DEVICES] if instance else 0
+            if pid in measured and not devices & ~fresh_rows:
+                self._namespace.transitions.measure(t, slot, measured[pid])
+            elif pid not in measured and floats[at + Member.MEASURED_MB] > 0 and not devices & ~complete_rows:
+                self._namespace.transitions.measure(t, slot, {})
 
     def stats(self) -> tuple[float, float, float]:
         """Return (current, peak, total) in MB, summed over the devices that this process sees."""

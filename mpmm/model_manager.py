@@ -61,7 +61,7 @@ from mpmm.policy.out_of_memory import is_out_of_memory
 from mpmm.proxy.context import attach_namespace, serving_for
 from mpmm.resource_estimator import ALONE_SD, GROWTH_SD, Estimate, ResourceEstimator
 from mpmm.shared_state.futex import wait_for_change
-from mpmm.shared_state.layout import MOST_SPANNED, Capacities, Device, Header, Instance, Model, Ticket
+from mpmm.shared_state.layout import MOST_SPANNED, Capacities, Device, Header, Instance, Model, Ticket, device_rows
 from mpmm.shared_state.namespace import Namespace, run_at_exit
 from mpmm.shared_state.runtime_dir import default_root
 from mpmm.shared_state.settings import Settings
@@ -285,7 +285,7 @@ class ModelManager(BeamNames):
             booking = self._take_booking(tag)
             if booking is not None:
                 return self._load_somehow(worker, tag, booking, loader_func)
-        wish = _ANYWHERE if devices is None and span == 1 else self._wish(worker, devices, span)
+        wish = self._wish(worker, devices, span)
         with self._giving_up_in_time(worker, tag):
             answer = self._get(worker, tag, wish)
         if isinstance(answer, _Booking):
@@ -634,6 +634,8 @@ class ModelManager(BeamNames):
     @staticmethod
     def _wish(worker: Worker, devices: Sequence[int | str] | None, span: int) -> Wish:
         """Return what is asked for in terms of device rows. Raises InvalidArgumentError."""
+        if devices is None and span == 1:
+            return _ANYWHERE
         if isinstance(devices, str) or not (devices is None or len(devices)):
             raise InvalidArgumentError(f"devices={devices!r}: expected a sequence of indices or uuids, or None")
         tied = 0 if devices is None else worker.board.bits_of(devices)
@@ -795,8 +797,7 @@ class ModelManager(BeamNames):
         """Return what the roomiest devices that a copy may span take together in MB, and their names."""
         namespace = worker.namespace
         with namespace.transaction():
-            rows = namespace.tables.used_rows(namespace.segment.layout.devices)
-            rows = [row for row in rows if not wish.devices or wish.devices >> row & 1]
+            rows = device_rows(wish.devices) or worker.board.rows()
             roomiest = sorted(rows, key=worker.scheduler.limit_mb)[-wish.span :]
             names = [namespace.tables.string(namespace.tables.device(row) + Device.NAME) for row in roomiest]
             return min(map(worker.scheduler.limit_mb, roomiest)) * wish.span, ", ".join(names)
@@ -832,11 +833,12 @@ class ModelManager(BeamNames):
 
     def _enqueue_lease(self, worker: Worker, encoded: bytes, mb: float, deadline: float, wish: Wish) -> int:
         namespace = worker.namespace
+        devices = wish.devices or worker.board.visible_bits()
         with namespace.transaction(deadline - time.monotonic()) as t:
             model = namespace.transitions.claim_lease(t, encoded, mb)
             deadline_ns = int(min(deadline * 1e9, 2**63))
             row = namespace.transitions.enqueue(
-                t, model, namespace.slot, 1, mb, deadline_ns, devices=wish.devices, tied=wish.tied, span=wish.span
+                t, model, namespace.slot, 1, mb, deadline_ns, 0, devices, wish.tied, wish.span
             )
             worker.scheduler.advance(t, newcomer=row)
         return row

@@ -207,7 +207,9 @@ class Scheduler:
             row = words[Header.NEWEST_TICKET]
             at = self._tables.ticket(row)
             if words[at + Ticket.STATE] == Ticket.WAITING:
+                tied = words[at + Ticket.TIED]
                 wants = words[at + Ticket.MODEL] == model and not words[at + Ticket.PRELOAD]
+                wants = wants and not (tied and devices & ~tied)
                 return (row, 0) if wants and words[at + Ticket.DEADLINE] > now else None
         waiting = [one for one in self._waiters() if one.deadline > now]
         wanting = [

@@ -18,6 +18,7 @@ as long as the process lives.
     gpu0/mig0, …:      refused     '<what> <error>' for each question that is refused; what is memory, processes,
                                    process_memory, name, uuid or mig
                        memory/of_<pid>_<start time>  bytes that a process has, as long as it lives
+                       highest     bytes that were in use at most
                        memory/kept_<pid>             the same, whether it lives or not
                        memory/late_…                 bytes freed, that come back late
 
@@ -163,6 +164,10 @@ class SimulatedGpus:
         reserved = int(_about(place)["reserved"])
         return (reserved + sum(_used(unit) for unit in (place, *place.glob("mig*")))) / MIB
 
+    def highest_mb(self, device: Device) -> float:
+        """Return the most that was in use after any `allocate`, 0 before the first."""
+        return _read_bytes(self._place(device) / "highest") / MIB
+
     def process_mb(self, device: Device) -> dict[int, float]:
         """Return the memory of each living process on a device."""
         memory = self._place(device) / "memory"
@@ -201,6 +206,8 @@ class SimulatedGpus:
             if mb > free_mb:
                 raise MemoryError(f"{mb:g} MiB asked for on {self.uuid(wanted)}, {free_mb:g} MiB free")
             self._change(self._own_file(wanted), mb)
+            if self.used_mb(wanted) > self.highest_mb(wanted):
+                _write(self._place(wanted) / "highest", str(round(self.used_mb(wanted) * MIB)))
 
     def free(self, mb: float, device: Device | None = None) -> None:
         """Give memory of this process back; it comes free after `linger_s`. Raises ValueError for more than it has."""

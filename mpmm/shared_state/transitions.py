@@ -1021,21 +1021,23 @@ class Transitions:
         """Record the memory of one process, by device, and with it what the copy of a model server takes."""
         words, floats = self.segment.words, self.segment.floats
         at = self.tables.member(slot)
-        mb = math.fsum(on_devices.values())
+        row = words[at + Member.INSTANCE]
+        instance = self.tables.instance(row - 1) if row else 0
+        serves = instance and words[instance + Instance.SERVER] == slot + 1
+        # What a model server has elsewhere than where it was sent is in no reservation.
+        devices = device_rows(words[instance + Instance.DEVICES]) if serves else list(on_devices)
+        shares_mb = [on_devices.get(device, 0.0) for device in devices]
+        mb = math.fsum(shares_mb)
         t.set_float(at + Member.MEASURED_MB, mb)
         if mb > floats[at + Member.PEAK_MB]:
             t.set_float(at + Member.PEAK_MB, mb)
-        row = words[at + Member.INSTANCE]
-        instance = self.tables.instance(row - 1) if row else 0
-        if not instance or words[instance + Instance.SERVER] != slot + 1:
+        if not serves:
             return
-        devices = words[instance + Instance.DEVICES]
-        shares_mb = [on_devices.get(device, 0.0) for device in device_rows(devices)]
         if len(shares_mb) > 1:
             for number, share_mb in enumerate(shares_mb):
                 t.set_float(at + Member.SHARES + number, share_mb)
         if words[instance + Instance.STATE] in (Instance.ACTIVE, Instance.IDLE):
-            self._set_mb(t, row - 1, math.fsum(shares_mb) if len(shares_mb) > 1 else mb, shares_mb)
+            self._set_mb(t, row - 1, mb, shares_mb)
 
     def reset_peaks(self, t: Transaction, devices: int | None = None) -> None:
         """Let the peaks of these devices (bits), or of all, begin anew at the present figures."""
