@@ -226,11 +226,13 @@ def _unit(door: _Door, uuid: str, handle: Any) -> Unit:
 def _read(session: _Session, device: DeviceInfo) -> DeviceSample:
     taken_ns = time.monotonic_ns()
     door, handle = session.door, session.handles.get(device.uuid)
+    # The parts before the whole: what a process takes in between is then in the whole for certain, and what is booked
+    # for it still stands; the other way round, it would be in neither.
+    process_mb, known = ({}, False) if handle is None else _processes(door, handle)
     memory = None if handle is None else door.ask("nvmlDeviceGetMemoryInfo", handle)
     if memory is None:
         trouble = "not found" if handle is None else door.error
         return DeviceSample(device.index, None, taken_ns, trouble=trouble)
-    process_mb, known = _processes(door, handle)
     return DeviceSample(device.index, memory.used / MIB, taken_ns, process_mb, known)
 
 
