@@ -35,7 +35,7 @@ from simulated_gpu import SimulatedGpus
 
 import mpmm
 from mpmm import InvalidArgumentError, ModelManager, ModelTooLargeError, Placement
-from mpmm.resource_estimator import Observation, solve_footprints
+from mpmm.resource_estimator import ALONE_SD, Estimate, Observation, reconcile, solve_footprints
 from mpmm.shared_state.snapshot import DeviceInfo, read_snapshot
 from mpmm.show.screen import render
 
@@ -44,6 +44,8 @@ NewManager = Callable[..., ModelManager]
 NewProcess = Callable[..., Process]
 NewGate = Callable[[], Gate]
 NewDevice = Callable[..., SimulatedDevice]
+# In use on a device whatever is loaded.
+ALWAYS_MB = 400.0
 
 
 def know(manager: ModelManager, **estimates_mb: float) -> None:
@@ -318,32 +320,43 @@ def test_a_server_is_measured_while_it_is_used(namespace: str, new_manager: NewM
 
 
 @pytest.mark.parametrize("seed", range(10))
-def test_forty_noisy_observations_of_eight_models_give_estimates_within_ten_percent(seed: int) -> None:
+def test_without_processes_forty_noisy_readings_leave_estimates_within_ten_percent(seed: int) -> None:
+    """Eight models that ran alone once, as the unknown do, and 40 readings of mixtures of them; errors of 3 %."""
     chance = random.Random(seed)
-    truth = {f"m{number}": chance.uniform(500, 5000) for number in range(8)}
-    observations = []
-    for number in range(40):
+
+    def read(exact_mb: float) -> float:
+        return exact_mb * (1 + chance.gauss(0, 0.03))
+
+    truth = {f"m{number}": chance.uniform(1000, 5000) for number in range(8)}
+    alone = {tag: read(ALWAYS_MB + mb) - ALWAYS_MB for tag, mb in truth.items()}
+    known = {tag: Estimate(mb, ALONE_SD * mb) for tag, mb in alone.items()}
+    observations: list[Observation] = []
+    while len(observations) < 40:
         copies = Counter(chance.choices(sorted(truth), k=chance.randint(1, 4)))
-        exact_mb = 400 + sum(truth[tag] * count for tag, count in copies.items())
-        observations.append(Observation(copies, exact_mb * (1 + chance.gauss(0, 0.03)), 1, device=number % 2))
-    found = solve_footprints(observations, sorted(truth), 5, relative=True)
-    assert found is not None
-    # A slack of a tenth covers what an estimate may be too low by.
-    assert found.model_mb == pytest.approx(truth, rel=0.1)
+        whole_mb = read(ALWAYS_MB + sum(truth[tag] * count for tag, count in copies.items()))
+        observations.append(Observation(copies, whole_mb, 1, device=len(observations) % 2))
+        found = solve_footprints(observations, sorted(truth), 5, relative=True)
+        for tag, mb in found.model_mb.items() if found else ():
+            known[tag] = reconcile(known[tag], Estimate(mb, found.sd_mb[tag] if found else 0.0), 0.2)
+    assert {tag: estimate.mb for tag, estimate in known.items()} == pytest.approx(truth, rel=0.1)
+    slack_mb = 0.1 * 16384
+    assert all(truth[tag] - estimate.mb <= slack_mb for tag, estimate in known.items())
 
 
 # ---- all of them are used ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("layout", list(LAYOUTS)[:2])
+@pytest.mark.parametrize("layout", list(LAYOUTS)[1:])
 def test_no_device_is_ever_above_its_limit_and_all_are_used_alike(
     layout: str, namespace: str, new_gpus: NewGpus, runtime_root: Any
 ) -> None:
-    count, _ = LAYOUTS[layout]
-    report = measure(new_gpus(*[2500.0] * count), Setting(24, 6, 4.0, 0.02), namespace, runtime_root)
+    """The short form of `tools/many_gpus.py`; in so short a time only few devices are filled to the brim."""
+    count, slices = LAYOUTS[layout]
+    gpus = new_gpus(*[2500.0] * count, slices_mb={0: [2500.0] * len(slices)} if slices else None)
+    report = measure(gpus, Setting(12, 4, 3.0, 0.02), namespace, runtime_root)
     assert max(report.highest) <= 1
-    assert report.spread <= 0.1
     assert min(report.loads) > 0
+    assert slices or report.spread <= 0.1
     assert report.problems == ()
-    assert count == 1 or {"least_full", "tightest", "only_one"} & set(report.reasons)
+    assert {"least_full", "tightest", "only_one"} & set(report.reasons)
     assert os.environ.get("CUDA_VISIBLE_DEVICES") is None

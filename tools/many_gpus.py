@@ -29,7 +29,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--models", type=int, default=24)
     parser.add_argument("--processes", type=int, default=32)
-    parser.add_argument("--seconds", type=float, default=20.0)
+    parser.add_argument("--seconds", type=float, default=30.0)
     options = parser.parse_args()
     # Not at the top: every model server imports this module once more, as its `__main__`.
     from many_gpus_crew import Setting, measure
