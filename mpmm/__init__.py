@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from mpmm.lease import Lease
     from mpmm.model_manager import ModelManager, QueueTicket
     from mpmm.multi_process_shared import MultiProcessShared
+    from mpmm.placement import Placement, current_placement
     from mpmm.resource_estimator import ResourceEstimator
     from mpmm.shared_state.layout import Capacities
 
@@ -56,6 +57,7 @@ __all__ = [
     "MultiProcessShared",
     "NamespaceResetError",
     "NotAcquiredError",
+    "Placement",
     "QueueTicket",
     "RemoteCallError",
     "ResourceEstimator",
@@ -65,6 +67,7 @@ __all__ = [
     "ServerStartError",
     "SharedObjectReleasedError",
     "TableFullError",
+    "current_placement",
 ]
 
 _HOMES = {
@@ -73,8 +76,10 @@ _HOMES = {
     "Lease": "mpmm.lease",
     "ModelManager": "mpmm.model_manager",
     "MultiProcessShared": "mpmm.multi_process_shared",
+    "Placement": "mpmm.placement",
     "QueueTicket": "mpmm.model_manager",
     "ResourceEstimator": "mpmm.resource_estimator",
+    "current_placement": "mpmm.placement",
 }
 
 

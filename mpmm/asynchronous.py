@@ -23,14 +23,14 @@ import functools
 import threading
 import time
 import weakref
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from mpmm.errors import ClosedError, LockTimeoutError, MpmmError
-from mpmm.model_manager import AnswerUndone, ModelManager
+from mpmm.model_manager import AnswerUndone, ModelManager, Wish
 from mpmm.policy.out_of_memory import is_out_of_memory
 from mpmm.shared_state.futex import WAITED_FOR_AT_MOST, wait_for_any, wake_all
 from mpmm.shared_state.layout import Header, Model, Ticket
@@ -50,11 +50,13 @@ LINGER_S = 1.0
 
 
 @asynccontextmanager
-async def hold_in_loop(manager: ModelManager, tag: str, loader: Callable[[], Any]) -> AsyncIterator[Any]:
+async def hold_in_loop(
+    manager: ModelManager, tag: str, loader: Callable[[], Any], devices: Sequence[int | str] | None, span: int
+) -> AsyncIterator[Any]:
     """Hold a copy for the length of an `async with` block; see `ModelManager.model_async`."""
     worker = manager._connected()
     threads = _threads_of(worker)
-    instance = await _Acquire(manager, worker, threads, tag).run(loader)
+    instance = await _Acquire(manager, worker, threads, tag, manager._wish(worker, devices, span)).run(loader)
     try:
         yield instance
     except BaseException as error:
@@ -85,11 +87,12 @@ async def _release(manager: ModelManager, worker: Worker, threads: _Threads, tag
 class _Acquire:
     """One acquire of one task: `ModelManager._get`, with the waiting done by a watcher."""
 
-    def __init__(self, manager: ModelManager, worker: Worker, threads: _Threads, tag: str) -> None:
+    def __init__(self, manager: ModelManager, worker: Worker, threads: _Threads, tag: str, wish: Wish) -> None:
         self._manager = manager
         self._worker = worker
         self._threads = threads
         self._tag = tag
+        self._wish = wish
         self._encoded = encode_text(tag, Model.TAG_BYTES, "model tag")
 
     async def run(self, loader: Callable[[], Any]) -> Any:
@@ -99,11 +102,11 @@ class _Acquire:
         while True:
             got: Any = None
             with contextlib.suppress(LockTimeoutError):
-                got = manager._take_idle(worker, tag, LOOP_PATIENCE_S)
+                got = manager._take_idle(worker, tag, LOOP_PATIENCE_S, self._wish.tied)
             if got is None:
                 got = await self._queue(deadline)
             if not isinstance(got, Copy):
-                load = functools.partial(manager._load_somehow, worker, tag, got, loader)
+                load = functools.partial(manager._load_somehow, worker, tag, got, loader, self._wish)
                 give_up = functools.partial(manager._give_up_load, worker, got)
                 return await self._in_thread(self._threads.loads, load, self._undo_load, give_up)
             if worker.handle_is_alive(got):
@@ -163,11 +166,11 @@ class _Acquire:
         left = deadline - time.monotonic()
         # Counted as waiting from before it has a ticket until it is watched, which is counted, too.
         with manager._giving_up_in_time(worker, tag), worker.waiting():
-            copy = manager._take_idle(worker, tag, left)
+            copy = manager._take_idle(worker, tag, left, self._wish.tied)
             if copy is not None:
                 return copy
             worker.freshen(left)
-            row = manager._enqueue(worker, tag, self._encoded, deadline, 0)
+            row = manager._enqueue(worker, tag, self._encoded, deadline, 0, self._wish)
             worker.unload_beside()
             self._threads.watch(row, deadline, answer)
             return row
@@ -176,7 +179,7 @@ class _Acquire:
         """Act on a ticket's answer; return None if it has none after all."""
         manager, worker, tag = self._manager, self._worker, self._tag
         with contextlib.suppress(AnswerUndone), manager._giving_up_in_time(worker, tag), worker.waiting():
-            return manager._act_on(worker, tag, row, deadline)
+            return manager._act_on(worker, tag, row, deadline, self._wish)
         return None
 
     def _leave(self, row: Any) -> None:

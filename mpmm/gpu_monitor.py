@@ -137,6 +137,7 @@ class GPUMonitor:
         self._gpu_available = False
         self._read_ns: dict[int, int] = {}  # device index: taken_ns of the last figure; replaced, never changed
         self._failing: frozenset[int] = frozenset()
+        self._measured_processes: bool | None = None  # by the source, at the last sample
         self._renew_threading()
         _monitors.add(self)
 
@@ -273,9 +274,9 @@ class GPUMonitor:
         """Return one sample of each device, without a figure for those that cannot be read."""
         source = self.source
         taken_ns = time.monotonic_ns()
-        reason = "no figure"
         try:
             samples = tuple(source.sample(server_pids))
+            reason = "; ".join(dict.fromkeys(sample.trouble for sample in samples if sample.trouble))
         except Exception as error:  # a source is a driver or a program: any failure is 'not read', none ends polling
             reason = repr(error)
             samples = tuple(DeviceSample(device.index, None, taken_ns) for device in source.devices())
@@ -283,11 +284,12 @@ class GPUMonitor:
             sample.index: sample.taken_ns for sample in samples if sample.used_mb is not None
         }
         if not is_books_only(source):
-            self._log_change(frozenset(sample.index for sample in samples if sample.used_mb is None), source, reason)
+            failing = frozenset(sample.index for sample in samples if sample.used_mb is None)
+            self._log_change(failing, source, reason or "no figure")
         return samples
 
     def _log_change(self, failing: frozenset[int], source: MemorySource, reason: str) -> None:
-        """Say which devices can no longer be read, or can be again: once a change, not once a poll."""
+        """Say what can no longer be measured, or can be again: once a change, not once a poll."""
         before, self._failing = self._failing, failing
         if failing - before:
             logger.warning(
@@ -295,6 +297,15 @@ class GPUMonitor:
             )
         elif before - failing:
             logger.info("%s reads device(s) %s again", source.name, sorted(before - failing))
+        could, self._measured_processes = self._measured_processes, source.measures_processes
+        if could and not source.measures_processes:
+            logger.warning(
+                "%s cannot measure single processes: the driver withholds their memory, or tells the pids of another "
+                "pid namespace",
+                source.name,
+            )
+        elif source.measures_processes and could is False:
+            logger.info("%s measures single processes", source.name)
 
     def _poll_loop(self, stop: threading.Event) -> None:
         while not stop.wait(self._poll_interval):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import logging
+import math
 import os
 import platform
 import sys
@@ -29,17 +30,19 @@ from mpmm.errors import LockTimeoutError, MpmmError, ServerStartError
 from mpmm.gpu_monitor import GPUMonitor
 from mpmm.keeper import REPEAT_S, Keeper
 from mpmm.kept_estimates import KeptEstimates
+from mpmm.placement import Placement, place_for_good, visible_devices
 from mpmm.policy.out_of_memory import raised_estimate_mb
 from mpmm.proxy.context import ServerContext
 from mpmm.scheduler import Scheduler
 from mpmm.shared_estimator import SharedResourceEstimator
 from mpmm.shared_state.futex import wake_all
-from mpmm.shared_state.layout import Device, Header, Instance, Member, Model, Ticket
+from mpmm.shared_state.layout import Device, Header, Instance, Member, Model, Ticket, device_rows
 from mpmm.shared_state.namespace import Namespace, remove_deserted
 from mpmm.shared_state.transaction import Transaction
 from mpmm.sources import MemorySource
+from mpmm.sources.visible_devices import VISIBLE_VARIABLE
 
-__all__ = ["NOW_S", "Copy", "ServerDuty", "Worker"]
+__all__ = ["NOW_S", "Copy", "Growth", "ServerDuty", "Worker"]
 
 T = TypeVar("T")
 
@@ -80,6 +83,7 @@ class ServerDuty:
     name: str
     row: int
     generation: int
+    placement: Placement
 
     def __call__(self, tag: str) -> Namespace | None:
         """Return the server's membership, or None when the namespace is gone already.
@@ -105,6 +109,7 @@ class ServerDuty:
             # Its loader died or was reset before we came up. No row would ever name us, so nobody would unload us.
             namespace.leave()
             raise ServerStartError(f"the load for which the server of {tag!r} was started is over", tag=tag)
+        place_for_good(self.placement)
         return namespace
 
 
@@ -117,6 +122,33 @@ class _Farewell:
 
     def __call__(self) -> None:
         remove_deserted(Path(self.root), self.name)
+
+
+class Growth:
+    """What a load adds to the device memory of this process, if nothing else of it can have changed that meanwhile."""
+
+    def __init__(self, worker: Worker) -> None:
+        self._worker = worker
+        self._measures = bool(worker.namespace.segment.words[Header.SOURCE_MEASURES_PROCESSES])
+        self._before_mb = worker.own_mb() if self._measures else 0.0
+        self._before = self._state() if self._measures else None
+
+    def mb(self) -> float:
+        """Return how much more it is in the last sample, 0 if that is not known."""
+        if not self._measures or self._state() != self._before:
+            return 0.0
+        return max(0.0, self._worker.own_mb() - self._before_mb)
+
+    def _state(self) -> list[tuple[int, int]]:
+        """Return the copies that this process loads, owns or unloads, by row and generation."""
+        namespace = self._worker.namespace
+        words, tables, layout = namespace.segment.words, namespace.tables, namespace.segment.layout
+        with namespace.transaction():
+            rows = tables.rows_where(layout.instances, Instance.OWNER, namespace.reference)
+            rows += tables.rows_where(layout.instances, Instance.HOLDER, namespace.reference)
+            loading = [row for row in rows if words[tables.instance(row)] != Instance.ACTIVE]
+            owned = [row for row in rows if words[tables.instance(row) + Instance.OWNER]]
+            return sorted({(row, words[tables.instance(row) + Instance.GENERATION]) for row in (*loading, *owned)})
 
 
 class Worker:
@@ -287,21 +319,22 @@ class Worker:
 
     def _figures_are_fresh(self) -> bool:
         words, tables = self.namespace.segment.words, self.namespace.tables
-        newest_change = max(words[Header.CONFIGURED_AT], time.monotonic_ns() - FRESH_NS)
-        rows = tables.used_rows(self.namespace.segment.layout.devices)
-        return all(words[tables.device(row) + Device.SAMPLED] >= newest_change for row in rows)
+        oldest = time.monotonic_ns() - FRESH_NS
+        devices = (tables.device(row) for row in self.board.rows())
+        return all(words[at + Device.SAMPLED] >= max(oldest, words[at + Device.CONFIGURED_AT]) for at in devices)
 
     def sample_after_load(self, row: int) -> bool:
         """Take a sample after a load if that is quick or knows processes.
 
-        Return whether the figure of the copy's device is from after the load now; a source may fail.
+        Return whether the figures of the copy's devices are from after the load now; a source may fail.
         """
         if not (self.source.cheap or self.source.measures_processes):
             return False
         loaded = time.monotonic_ns()
         self.sample_now()
         words, tables = self.namespace.segment.words, self.namespace.tables
-        return bool(words[tables.device(words[tables.instance(row) + Instance.DEVICE]) + Device.SAMPLED] >= loaded)
+        rows = device_rows(words[tables.instance(row) + Instance.DEVICES])
+        return all(words[tables.device(device) + Device.SAMPLED] >= loaded for device in rows)
 
     def sample_now(self, patience_s: float | None = None) -> None:
         """Take a sample, however long that takes, unless there is nothing to measure; see `refresh`."""
@@ -309,10 +342,47 @@ class Worker:
             self.refresh(patience_s)
 
     def reset_peak(self) -> None:
-        """Let peaks begin anew, also in a monitor of the caller's own."""
+        """Let the peak begin anew in a monitor of the caller's own."""
         if isinstance(self.monitor, ForeignMonitor):
             self.monitor.monitor.reset_peak()
-        self.board.reset_peak()
+
+    def added_mb(self, row: int) -> tuple[float, ...]:
+        """Return what the copy that runs alone has added to the memory in use, at its peak, on each of its devices."""
+        words, floats, tables = self.namespace.segment.words, self.namespace.segment.floats, self.namespace.tables
+        seen_mb = self.monitor.monitor.get_stats()[1] if isinstance(self.monitor, ForeignMonitor) else 0.0
+        added = []
+        with self.namespace.transaction():
+            for device in map(tables.device, device_rows(words[tables.instance(row) + Instance.DEVICES])):
+                peak_mb = max(floats[device + Device.USED_MB], floats[device + Device.PEAK_MB], seen_mb)
+                baseline_mb = floats[device + Device.BASELINE_MB]
+                added.append(0.0 if math.isnan(baseline_mb) else max(0.0, peak_mb - baseline_mb))
+        return tuple(added)
+
+    def measuring_growth(self) -> Growth:
+        """Begin to measure what a load adds to the memory of this process."""
+        if self.source.measures_processes:
+            self.freshen()
+        return Growth(self)
+
+    def measured_shares(self, row: int, server: int) -> tuple[float, ...]:
+        """Return what a server (reference) was measured to take of each of a copy's devices, nothing if it was not.
+
+        Needs the lock.
+        """
+        words, floats, tables = self.namespace.segment.words, self.namespace.segment.floats, self.namespace.tables
+        if not server or server == self.namespace.reference:
+            return ()
+        at, span = tables.member(server - 1), words[tables.instance(row) + Instance.DEVICES].bit_count()
+        measured = floats[at + Member.MEASURED_MB]
+        if math.isnan(measured):
+            return ()
+        return tuple(floats[at + Member.SHARES : at + Member.SHARES + span]) if span > 1 else (measured,)
+
+    def own_mb(self) -> float:
+        """Return the device memory of this process in the last sample, 0 where it was not seen to have any."""
+        at = self.namespace.tables.member(self.namespace.slot)
+        mb = self.namespace.segment.floats[at + Member.MEASURED_MB]
+        return 0.0 if math.isnan(mb) else mb
 
     def stats(self) -> tuple[float, float, float]:
         """Return (current, peak, total) in MB; a monitor of the caller's own may have seen a higher peak."""
@@ -323,19 +393,28 @@ class Worker:
 
     # ---- copies that this process holds or owns ------------------------------------------------------------
 
-    def find_idle(self, tag: str) -> int | None:
-        """Return the row of an idle copy that this process can use, or None. Needs the lock."""
+    def find_idle(self, tag: str, tied: int = 0) -> int | None:
+        """Return the row of an idle copy that this process can use, or None. Needs the lock.
+
+        tied: bits of the devices on which it must lie, 0 for all.
+        """
         tables, words = self.namespace.tables, self.namespace.segment.words
         model = tables.model_row(tag)
         if model is None:
             return None
         head = words[tables.model(model) + Model.IDLE_HEAD]
-        if head:
-            return int(head) - 1
+        while head:
+            at = tables.instance(head - 1)
+            if not tied or not words[at + Instance.DEVICES] & ~tied:
+                return int(head) - 1
+            head = words[at + Instance.NEXT]
         for row in reversed(self._rows_of_model.get(model, ())):
             at = tables.instance(row)
             owned = self._objects[row]
-            if words[at + Instance.STATE] == Instance.IDLE and words[at + Instance.GENERATION] == owned.generation:
+            there = words[at + Instance.GENERATION] == owned.generation and not (
+                tied and words[at + Instance.DEVICES] & ~tied
+            )
+            if there and words[at + Instance.STATE] == Instance.IDLE:
                 return row
         return None
 
@@ -460,11 +539,21 @@ class Worker:
         namespace = self.namespace
         place = (str(namespace.runtime.root), namespace.name)
         generation = namespace.segment.words[namespace.tables.instance(row) + Instance.GENERATION]
+        uuids = self.placement_of(row).uuids
+        visible = visible_devices(uuids)
+        # In the server they are all that there is, so CUDA counts them from 0.
+        placement = Placement(tuple(range(len(uuids))), uuids) if visible else self.placement_of(row)
         return ServerContext(
             alive_lock=str(namespace.runtime.file("alive.lock")),
-            on_start=ServerDuty(*place, row, generation),
+            environment=((VISIBLE_VARIABLE, visible),) if visible else (),
+            on_start=ServerDuty(*place, row, generation, placement),
             on_last=_Farewell(*place),
         )
+
+    def placement_of(self, row: int) -> Placement:
+        """Return where a copy lies."""
+        words = self.namespace.segment.words
+        return self.board.placement_of(words[self.namespace.tables.instance(row) + Instance.DEVICES])
 
     # ---- unloading -----------------------------------------------------------------------------------------
 
@@ -515,21 +604,20 @@ class Worker:
             finally:
                 self._unloading.discard(mine[0])
 
-    def devices_in_use(self, tag: str) -> set[int]:
-        """Return the rows of the devices on which this process holds copies of a model."""
+    def devices_in_use(self, tag: str) -> int:
+        """Return the bits of the devices on which this process holds copies of a model."""
         tables, words = self.namespace.tables, self.namespace.segment.words
         with self.namespace.transaction():
             model = tables.model_row(tag)
             rows = tables.rows_where(self.namespace.segment.layout.instances, Instance.HOLDER, self.namespace.reference)
-            return {
-                words[tables.instance(row) + Instance.DEVICE]
-                for row in rows
-                if words[tables.instance(row)] == Instance.ACTIVE
-                and words[tables.instance(row) + Instance.MODEL] == model
-            }
+            bits = 0
+            for at in map(tables.instance, rows):
+                if words[at] == Instance.ACTIVE and words[at + Instance.MODEL] == model:
+                    bits |= words[at + Instance.DEVICES]
+            return bits
 
-    def make_room_after_running_out(self, tag: str, devices: set[int], learn: bool) -> None:
-        """Take back what admission believed: unload what is idle on these devices, pinned models aside.
+    def make_room_after_running_out(self, tag: str, devices: int, learn: bool) -> None:
+        """Take back what admission believed: unload what is idle on these devices (bits), pinned models aside.
 
         learn: raise the estimate of the model as well.
         """
@@ -542,14 +630,14 @@ class Worker:
             namespace.transitions.run_out(t, model)
             need_mb = self.scheduler.need_mb(model)
             if learn:
-                limit_mb = max(map(self.scheduler.limit_mb, devices), default=need_mb)
+                limit_mb = max(map(self.scheduler.limit_mb, device_rows(devices)), default=need_mb)
                 need_mb = raised_estimate_mb(need_mb, limit_mb)
                 measured = bool(words[tables.model(model) + Model.MEASURED])
                 namespace.transitions.estimate(t, model, need_mb, measured)
             for row in tables.rows_where(namespace.segment.layout.instances, Instance.STATE, Instance.IDLE):
                 at = tables.instance(row)
                 pinned = words[tables.model(words[at + Instance.MODEL]) + Model.PINS]
-                if words[at + Instance.DEVICE] in devices and not pinned:
+                if words[at + Instance.DEVICES] & devices and not pinned:
                     namespace.transitions.begin_unload(t, row, namespace.slot, evicted=True)
         _LOG.warning(
             "mpmm %s: pid %d ran out of memory with %s, now taken for %.0f MB",
@@ -562,8 +650,8 @@ class Worker:
             report_estimate(tag, need_mb)
         self.unload_assigned()
 
-    def wait_for_unloads(self, device: int) -> None:
-        """Wait until nothing is being unloaded from a device, others' objects included, and its memory is back.
+    def wait_for_unloads(self, devices: int) -> None:
+        """Wait until nothing is being unloaded from devices (bits), others' objects included, and memory is back.
 
         No longer than `memory_return_seconds` and the time for which such figures count: somebody may be stuck.
         """
@@ -573,10 +661,11 @@ class Worker:
         while time.monotonic() < deadline:
             with namespace.transaction():
                 unloading = any(
-                    words[tables.instance(row) + Instance.DEVICE] == device
+                    words[tables.instance(row) + Instance.DEVICES] & devices
                     for row in tables.rows_where(namespace.segment.layout.instances, Instance.STATE, Instance.UNLOADING)
                 )
-                returning = floats[tables.device(device) + Device.RETURNING_MB] > 0
+                rows = device_rows(devices)
+                returning = any(floats[tables.device(device) + Device.RETURNING_MB] > 0 for device in rows)
             if not unloading and not returning:
                 return
             time.sleep(UNLOAD_LOOK_S)
@@ -623,6 +712,7 @@ class Worker:
         self.freshen()
         if isinstance(self.monitor, ForeignMonitor):
             self.reset_peak()
+            self.board.reset_peak()
         with self.namespace.transaction() as t:
             self.scheduler.advance(t)
 

@@ -14,6 +14,7 @@ from typing import Any
 import psutil
 import pytest
 from processes import CRASH_POINTS, KEEP, Gate, Process, SimulatedDevice, attach, files_in, segments_of, wait_until
+from simulated_gpu import Build, SimulatedGpus, build
 
 from mpmm.model_manager import ModelManager
 from mpmm.proxy.room import leave_all_rooms, room_for
@@ -136,6 +137,29 @@ def new_gate(tmp_path: Path) -> Iterator[Callable[[], Gate]]:
     yield make
     for gate in made:
         gate.close()
+
+
+@pytest.fixture(scope="session")
+def built_gpu(tmp_path_factory: pytest.TempPathFactory) -> Build:
+    """The simulated driver, loaded into this process: there is one for each test that has `new_gpus`."""
+    built = build(tmp_path_factory.mktemp("simulated-driver"))
+    built.load()
+    return built
+
+
+@pytest.fixture
+def new_gpus(tmp_path: Path, built_gpu: Build, monkeypatch: pytest.MonkeyPatch) -> Callable[..., SimulatedGpus]:
+    """Makes simulated GPUs, which this process and its children find; see `SimulatedGpus.create`."""
+
+    def make(*totals_mb: float, **arguments: Any) -> SimulatedGpus:
+        gpus = SimulatedGpus.create(tmp_path / "gpus", *totals_mb, **arguments)
+        for variable, value in gpus.environment(built_gpu).items():
+            monkeypatch.setenv(variable, value)
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        monkeypatch.delenv("MPMM_MEMORY_SOURCE", raising=False)
+        return gpus
+
+    return make
 
 
 @pytest.fixture

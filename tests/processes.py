@@ -25,9 +25,11 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from simulated_gpu import SimulatedGpus
 
 from mpmm.model_manager import ModelManager
 from mpmm.multi_process_shared import MultiProcessShared
+from mpmm.placement import Placement, current_placement
 from mpmm.shared_state.invariants import check_invariants
 from mpmm.shared_state.segment import segment_name
 from mpmm.shared_state.snapshot import InstanceInfo, ModelInfo, Snapshot, TicketInfo, read_snapshot
@@ -283,9 +285,23 @@ class LoadsObject(Loads):
 class Served:
     """The object in a model server of its own."""
 
-    def __init__(self, device: SimulatedDevice | None = None, mb: float = 0.0) -> None:
+    def __init__(self, device: SimulatedDevice | SimulatedGpus | None = None, mb: float = 0.0) -> None:
+        self._gpus = device if isinstance(device, SimulatedGpus) else None
+        self._placement = current_placement()
         if device is not None:
             device.allocate(mb)
+
+    def where(self) -> tuple[str | None, Placement | None]:
+        """Return what CUDA would see, and what the constructor was told."""
+        return os.environ.get("CUDA_VISIBLE_DEVICES"), self._placement
+
+    def grow(self, mb: float, device: str | None = None) -> None:
+        """Take more memory of a simulated GPU, or give some back."""
+        assert self._gpus is not None
+        if mb >= 0:
+            self._gpus.allocate(mb, device)
+        else:
+            self._gpus.free(-mb, device)
 
     def pid(self) -> int:
         """Return the server's pid."""
@@ -301,7 +317,7 @@ class Served:
 class MakesServed:
     """The constructor of a `Served`, in the server's process; see `Loads` for the gates."""
 
-    device: SimulatedDevice | None = None
+    device: SimulatedDevice | SimulatedGpus | None = None
     mb: float = 0.0
     began: Gate | None = None
     go: Gate | None = None

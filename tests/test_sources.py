@@ -6,6 +6,7 @@ import logging
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ from unittest.mock import patch
 
 import psutil
 import pytest
+from processes import wait_until
 
 from mpmm.errors import InvalidArgumentError
 from mpmm.sources import MemorySource, SourceUnavailableError, choose_source, is_books_only
@@ -108,6 +110,12 @@ class FakeNvml(ModuleType):
             raise NVMLError("Not Found")
         return device.slices[index]
 
+    def nvmlDeviceGetGpuInstanceId(self, device: FakeDevice) -> int:
+        return int(device.uuid.removeprefix("MIG-"))
+
+    def nvmlDeviceGetComputeInstanceId(self, device: FakeDevice) -> int:
+        return 0
+
     def nvmlDeviceGetComputeRunningProcesses(self, device: FakeDevice) -> list[SimpleNamespace]:
         self._check(device)
         return device.compute
@@ -186,8 +194,12 @@ class TestNvml:
         gpu.compute = [process(7, 300), process(8, None), process(9, 50)]
         gpu.graphics = [process(7, 300), process(10, 20)]
         install(monkeypatch, gpu)
-        (sample,) = NvmlSource().sample(())
+        (sample,) = NvmlSource().sample((7,))
         assert sample.process_mb == {7: 300.0, 9: 50.0, 10: 20.0}
+        assert not sample.processes_known and sample.foreign_mb((7,)) is None
+        gpu.compute.pop(1)
+        (sample,) = NvmlSource().sample((7,))
+        assert sample.foreign_mb((7, 9)) == 650.0
 
     def test_mig_slices_are_devices_and_their_board_is_not(self, monkeypatch: pytest.MonkeyPatch) -> None:
         slices = [FakeDevice("MIG-1", 5000, 100), FakeDevice("MIG-2", 10000, 200)]
@@ -202,12 +214,17 @@ class TestNvml:
             ("1", ["GPU-bbbb"]),
             ("1,0", ["GPU-bbbb", "GPU-aaaa"]),
             (" GPU-bb , GPU-aaaa", ["GPU-bbbb", "GPU-aaaa"]),
-            ("0,0", ["GPU-aaaa"]),
-            ("MIG-2,0", ["MIG-2", "GPU-aaaa"]),
+            ("MIG-2,GPU-a", ["MIG-2", "GPU-aaaa"]),
             ("2", ["MIG-1", "MIG-2"]),
             ("GPU-cccc", ["MIG-1", "MIG-2"]),
-            ("1,9,0", ["GPU-bbbb"]),  # CUDA stops at the first entry it does not know
-            ("1,GPU-,0", ["GPU-bbbb"]),  # and at one that fits several
+            ("MIG-GPU-cc/2/0", ["MIG-2"]),  # as slices were named before they had uuids
+            ("+1st", ["GPU-bbbb"]),  # CUDA reads a number, and no further
+            ("1,9,0", ["GPU-bbbb"]),  # it stops at the first entry it does not know
+            ("1,-1,0", ["GPU-bbbb"]),
+            ("GPU-bbbb,,GPU-aaaa", ["GPU-bbbb"]),
+            ("GPU-bbbb,GPU-,GPU-aaaa", ["GPU-bbbb"]),  # and at one that fits several
+            ("1,GPU-aaaa", ["GPU-bbbb"]),  # and where numbers turn into uuids, or the reverse
+            ("MIG-2,0", ["MIG-2"]),
         ],
     )
     def test_cuda_visible_devices_selects_and_orders(
@@ -220,7 +237,7 @@ class TestNvml:
         assert [d.uuid for d in devices] == uuids
         assert [d.index for d in devices] == list(range(len(uuids)))
 
-    @pytest.mark.parametrize("setting", ["", "-1", "none"])
+    @pytest.mark.parametrize("setting", ["", "-1", "none", "0,0", "GPU-aa,GPU-aaaa"])
     def test_hidden_gpus_make_the_source_unavailable(self, monkeypatch: pytest.MonkeyPatch, setting: str) -> None:
         fake = install(monkeypatch, *two_gpus())
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", setting)
@@ -276,7 +293,11 @@ class FakeSmi:
 
 @pytest.fixture
 def smi() -> Iterator[FakeSmi]:
-    fake = FakeSmi(total="16000\n24000\n", free="15000\n22000\n", uuid_name="GPU-aaaa, Big GPU\nGPU-bbbb, Big, Fast\n")
+    fake = FakeSmi(
+        total="16000\n24000\n",
+        uuid_free="GPU-aaaa, 15000\nGPU-bbbb, 22000\n",
+        uuid_name="GPU-aaaa, Big GPU\nGPU-bbbb, Big, Fast\n",
+    )
     with patch("subprocess.check_output", fake):
         yield fake
 
@@ -292,6 +313,8 @@ class TestNvidiaSmi:
 
     def test_commands_are_those_of_beam_with_a_timeout(self, smi: FakeSmi) -> None:
         used(NvidiaSmiSource(timeout_s=3.0))
+        smi.answers |= {"uuid_name": Exception("odd"), "free": "15000\n22000\n"}
+        used(NvidiaSmiSource(timeout_s=3.0))
         commands = [command for command, _ in smi.calls]
         assert ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"] in commands
         assert ["nvidia-smi", "--query-gpu=memory.free", "--format=csv,noheader,nounits"] in commands
@@ -300,7 +323,7 @@ class TestNvidiaSmi:
     @pytest.mark.parametrize("junk", ["[N/A]", "[Not Supported]", "[Unknown Error]", "nan", "-3", ""])
     def test_a_line_that_is_no_number_is_no_figure(self, smi: FakeSmi, junk: str) -> None:
         source = NvidiaSmiSource()
-        smi.answers["free"] = f"15000\n{junk}\n"
+        smi.answers["uuid_free"] = f"GPU-aaaa, 15000\nGPU-bbbb, {junk}\n"
         assert used(source) == [1000.0, None]
 
     def test_a_gpu_without_a_total_is_left_out_and_does_not_shift_the_lines(self, smi: FakeSmi) -> None:
@@ -316,8 +339,23 @@ class TestNvidiaSmi:
         smi.answers["uuid_name"] = labels
         assert [(d.uuid, d.name) for d in NvidiaSmiSource().devices()] == [("gpu0", "gpu0"), ("gpu1", "gpu1")]
 
+    def test_lines_are_told_apart_by_uuid(self, smi: FakeSmi) -> None:
+        source = NvidiaSmiSource()
+        smi.answers["uuid_free"] = "GPU-bbbb, 21000\n"
+        assert used(source) == [None, 3000.0]
+
+    def test_without_uuids_lines_count_in_their_order(self, smi: FakeSmi) -> None:
+        smi.answers |= {"uuid_name": Exception("odd"), "free": "15000\n22000\n"}
+        assert used(NvidiaSmiSource()) == [1000.0, 2000.0]
+
+    def test_a_gpu_that_is_cut_into_slices_is_left_out(self, smi: FakeSmi) -> None:
+        smi.answers["uuid_mig.mode.current_name"] = "GPU-aaaa, Enabled, Big GPU\nGPU-bbbb, [N/A], Big, Fast\n"
+        source = NvidiaSmiSource()
+        assert [(d.index, d.name) for d in source.devices()] == [(0, "Big, Fast")]
+        assert used(source) == [2000.0]
+
     def test_cuda_visible_devices_selects_lines(self, smi: FakeSmi, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-bbbb,0")
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1,0")
         source = NvidiaSmiSource()
         assert [d.uuid for d in source.devices()] == ["GPU-bbbb", "GPU-aaaa"]
         assert used(source) == [2000.0, 1000.0]
@@ -333,11 +371,40 @@ class TestNvidiaSmi:
         with pytest.raises(SourceUnavailableError):
             NvidiaSmiSource()
 
-    def test_a_hang_during_a_sample_is_the_callers_to_handle(self, smi: FakeSmi) -> None:
+    def test_a_failure_during_a_sample_is_the_callers_to_handle(self, smi: FakeSmi) -> None:
         source = NvidiaSmiSource()
-        smi.answers["free"] = subprocess.TimeoutExpired("nvidia-smi", 5.0)
+        smi.answers["uuid_free"] = subprocess.TimeoutExpired("nvidia-smi", 5.0)
         with pytest.raises(subprocess.TimeoutExpired):
             source.sample(())
+
+    def test_a_program_that_is_slow_delays_nobody_and_its_figures_are_used_when_they_come(
+        self, smi: FakeSmi, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        source = NvidiaSmiSource(patience_s=0.02)
+        asked: list[float] = []
+        answer = threading.Event()
+
+        def slow(command: list[str], **options: Any) -> str:
+            asked.append(time.monotonic_ns())
+            answer.wait(20)
+            return smi(command, **options)
+
+        with patch("subprocess.check_output", slow):
+            for _ in range(3):
+                with pytest.raises(TimeoutError, match="not answered"):
+                    source.sample(())
+            assert len(asked) == 1
+            answer.set()
+            wait_until(lambda: source._run is None or source._run.done.is_set(), "the program has answered")
+            answer.clear()
+            samples = source.sample(())  # while the next run hangs, too
+            assert [sample.used_mb for sample in samples] == [1000.0, 2000.0]
+            assert all(sample.taken_ns <= asked[0] for sample in samples)
+            answer.set()
+            assert used(source) == [1000.0, 2000.0]
+            wait_until(
+                lambda: not any(t.name == "mpmm-nvidia-smi" for t in threading.enumerate()), "threads have ended"
+            )
 
 
 BALLAST_MB = 64
@@ -369,9 +436,13 @@ def say(child: subprocess.Popen[str]) -> None:
     child.stdin.flush()
 
 
+# More than any process here takes.
+BUDGET_MB = 1e6
+
+
 class TestHostMemory:
     def test_memory_of_a_process_is_seen_to_come_and_go(self, child: subprocess.Popen[str]) -> None:
-        source = HostMemorySource()
+        source = HostMemorySource(BUDGET_MB)
         (full,) = source.sample((child.pid,))
         assert full.used_mb == full.process_mb[child.pid] > BALLAST_MB
         say(child)
@@ -380,7 +451,7 @@ class TestHostMemory:
         assert empty.used_mb is not None and empty.used_mb <= full.used_mb - BALLAST_MB + 1
 
     def test_a_process_that_is_gone_or_a_zombie_counts_nothing(self, child: subprocess.Popen[str]) -> None:
-        source = HostMemorySource()
+        source = HostMemorySource(BUDGET_MB)
         source.sample((child.pid,))
         child.kill()
         os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # dead, and not reaped: a zombie
@@ -389,10 +460,10 @@ class TestHostMemory:
         assert used(source, (child.pid,)) == [0]
 
     def test_no_servers_use_nothing(self) -> None:
-        assert used(HostMemorySource()) == [0]
+        assert used(HostMemorySource(BUDGET_MB)) == [0]
 
     def test_a_process_named_twice_counts_once(self, child: subprocess.Popen[str]) -> None:
-        source = HostMemorySource()
+        source = HostMemorySource(BUDGET_MB)
         assert used(source, (child.pid, child.pid)) == used(source, (child.pid,))
 
     def test_an_unchanged_process_is_walked_once(
@@ -406,7 +477,7 @@ class TestHostMemory:
             return walk(process)
 
         monkeypatch.setattr(psutil.Process, "memory_full_info", counted)
-        source = HostMemorySource()
+        source = HostMemorySource(BUDGET_MB)
         assert used(source, (child.pid,)) == used(source, (child.pid,))
         assert len(walks) == 1
         monkeypatch.setattr("mpmm.sources.host_memory.USS_LIFETIME_NS", 0)
@@ -420,10 +491,28 @@ class TestHostMemory:
             raise psutil.AccessDenied(process.pid)
 
         monkeypatch.setattr(psutil.Process, "memory_full_info", refuse)
-        (sample,) = HostMemorySource().sample((child.pid,))
+        (sample,) = HostMemorySource(BUDGET_MB).sample((child.pid,))
         assert sample.used_mb == pytest.approx(psutil.Process(child.pid).memory_info().rss / MIB, abs=2)
         monkeypatch.setattr(psutil.Process, "memory_info", refuse)
-        assert used(HostMemorySource(), (child.pid,)) == [None]
+        assert used(HostMemorySource(BUDGET_MB), (child.pid,)) == [None]
+
+    def test_without_a_budget_everybody_counts(
+        self, child: subprocess.Popen[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=9000 * MIB, available=6000 * MIB))
+        limits: list[tuple[int, int | None]] = []
+        monkeypatch.setattr("mpmm.sources.host_memory.cgroup_limits", lambda: limits)
+        (sample,) = HostMemorySource().sample((child.pid,))
+        assert sample.used_mb == 3000
+        assert sample.foreign_mb((child.pid,)) == 3000 - sample.process_mb[child.pid] < 3000 - BALLAST_MB
+        # A group with a limit, 500 MB of which are left; and its parent, whose use cannot be seen.
+        limits += [(2000 * MIB, 1500 * MIB), (4000 * MIB, None)]
+        source = HostMemorySource()
+        assert source.devices()[0].total_mb == 2000
+        assert used(source) == [1500]
+        # The host itself may be shorter of memory than the group.
+        monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=9000 * MIB, available=100 * MIB))
+        assert used(source) == [1900]
 
     def test_the_total_is_the_budget_or_what_the_host_has(self) -> None:
         assert HostMemorySource(budget_mb=1234).devices()[0].total_mb == 1234.0
@@ -444,9 +533,14 @@ class TestHostMemory:
         (mount / "pod" / "memory.max").write_text("5000\n")
         (mount / "memory" / "pod" / "memory.limit_in_bytes").write_text("7000\n")
         membership.write_text("0::/pod/box\n")
-        assert cgroup_limits(mount, membership) == [5000]
+        (mount / "pod" / "memory.current").write_text("4000\n")
+        (mount / "pod" / "memory.stat").write_text("anon 1\ninactive_file 1500\nactive_file 9\n")
+        assert cgroup_limits(mount, membership) == [(5000, 2500)]
         membership.write_text("5:cpu,memory:/pod\n4:pids:/\n")
-        assert cgroup_limits(mount, membership) == [7000]
+        assert cgroup_limits(mount, membership) == [(7000, None)]
+        (mount / "memory" / "pod" / "memory.usage_in_bytes").write_text("6500\n")
+        (mount / "memory" / "pod" / "memory.stat").write_text("inactive_file 4\ntotal_inactive_file 500\n")
+        assert cgroup_limits(mount, membership) == [(7000, 6000)]
         assert cgroup_limits(mount, tmp_path / "missing") == []
 
 

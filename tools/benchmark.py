@@ -39,6 +39,7 @@ import psutil
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import benchmark_cpu
+import benchmark_devices
 import benchmark_manager
 import benchmark_pipeline
 import benchmark_scaling
@@ -58,6 +59,7 @@ ROWS = {
         benchmark_shared,
         benchmark_pipeline,
         benchmark_cpu,
+        benchmark_devices,
         benchmark_scaling,
         benchmark_seen,
     )

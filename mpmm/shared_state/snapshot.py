@@ -25,6 +25,7 @@ from mpmm.errors import LayoutMismatchError, LockTimeoutError, SegmentCorruptErr
 from mpmm.shared_state.events import EventKind
 from mpmm.shared_state.layout import (
     LAYOUT_VERSION,
+    MOST_SPANNED,
     Device,
     Event,
     Header,
@@ -36,6 +37,7 @@ from mpmm.shared_state.layout import (
     Pin,
     Table,
     Ticket,
+    device_rows,
 )
 from mpmm.shared_state.lock_file import LockFile, is_locked
 from mpmm.shared_state.runtime_dir import RuntimeDirectory
@@ -101,6 +103,7 @@ class ModelInfo:
     """One tag: how many copies in which state, its estimate in MB (None: unknown), its counters and its times.
 
     kind: `model`, or `lease` for what stands for one lease, held or waited for; its estimate is what it is for.
+    measured: the estimate was read from processes; sd_mb: its standard deviation.
     unused_for_s: since its last use, 0 while it is in use. load_s, hold_s, gap_s: decayed means of the time of a load,
     of a hold and between two requests, 0 unknown. requests: how many the last of these has seen, and requested_ago_s:
     when.
@@ -111,6 +114,7 @@ class ModelInfo:
     tag: str
     estimate_mb: float | None
     measured: bool
+    sd_mb: float
     loaded: int
     active: int
     idle: int
@@ -135,6 +139,9 @@ class ModelInfo:
 class InstanceInfo:
     """One copy. `holder`, `owner` and `server` are slots of members; `handle` is None for an object.
 
+    device: row of the (first) device it lies on; shares_mb: what MB is on each of its devices, by row. peak_mb: the
+    most that the process of its server was measured to take.
+
     A lease that is held is one in state `leased`: `reserved_mb` is what it is for, `mb` what its program, of pid
     `program` if that is known, was measured to take.
     """
@@ -147,7 +154,9 @@ class InstanceInfo:
     owner: int | None
     server: int | None
     device: int
+    shares_mb: dict[int, float]
     mb: float
+    peak_mb: float | None
     reserved_mb: float
     for_s: float
     uses: int
@@ -164,7 +173,9 @@ class TicketInfo:
     """One waiter, for a model or a lease. `need_mb` is the estimate or default when it queued; `member` is a slot.
 
     preload: how many copies a preload wants, 0 for other waiters.
-    reason: a number of `policy.view.Reason`; free_mb, coming_mb, seconds and other (a tag) are its figures.
+    reason: a number of `policy.view.Reason`; free_mb, coming_mb, seconds, other (a tag) and on (rows of devices) are
+    its figures. devices, tied: rows of the devices where it may load, and on which a copy is of use; empty for all.
+    span: how many devices what it loads lies on.
     blocked_for_s: since when it is the first one for whom there is no room, None if it has never been.
     """
 
@@ -182,6 +193,10 @@ class TicketInfo:
     coming_mb: float
     seconds: float
     other: str | None
+    on: tuple[int, ...]
+    devices: tuple[int, ...]
+    tied: tuple[int, ...]
+    span: int
     waited_s: float
     blocked_for_s: float | None
     time_left_s: float
@@ -204,7 +219,8 @@ class PinInfo:
 class DeviceInfo:
     """One device. `used_mb` is None before the first figure; `sample_age_s` likewise.
 
-    reserved_mb: what loads have booked and the figure does not show yet.
+    reserved_mb: what loads have booked and the figure does not show yet. foreign_mb: part of the figure that belongs to
+    processes which are not the namespace's, as far as the source knows. isolated: the copy that runs alone on it.
     samples: the last figures, oldest first, each as (seconds ago, MB).
     """
 
@@ -218,16 +234,19 @@ class DeviceInfo:
     peak_since_start_mb: float
     reserved_mb: float
     returning_mb: float
+    foreign_mb: float
+    isolated: int | None
     sample_age_s: float | None
     samples: tuple[tuple[float, float], ...]
 
 
 @dataclass(frozen=True, eq=False)
 class ObservationInfo:
-    """Readings in MB of one configuration (tag -> copies)."""
+    """Readings in MB of one configuration (tag -> copies) on a device; None for readings that a caller has made."""
 
     copies: dict[str, int]
     readings_mb: tuple[float, ...]
+    device: int | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -235,7 +254,8 @@ class EventInfo:
     """One entry of the event ring, oldest first; `value` as `EventKind` says.
 
     reason: a number of `policy.view.Reason` where the policy has decided it, and then its figures; else None.
-    devices: rows of those on which a load or lease that begins is placed, as far as they are among the first 32.
+    on: rows of the devices that the reason is about. devices: rows of those on which a load or lease that begins is
+    placed, as far as they are among the first 32.
     """
 
     sequence: int
@@ -252,6 +272,7 @@ class EventInfo:
     coming_mb: float | None = None
     seconds: float | None = None
     other: str | None = None
+    on: tuple[int, ...] = ()
     devices: tuple[int, ...] = ()
 
 
@@ -271,6 +292,7 @@ class Snapshot:
 
     taken_s: that moment, as `time.monotonic()`; taken_wall_s: as Unix time.
     polled_ago_s: since the leader, or somebody in its stead, last did its duty.
+    isolated: the copy that runs alone; of several, on devices of their own, the first.
     table_ends: rows that were ever in use, for the tables that keep count of it.
     """
 
@@ -286,6 +308,7 @@ class Snapshot:
     source: str
     source_asked: str
     books_only: bool
+    measures_processes: bool
     leader: int | None
     leader_for_s: float | None
     polled_ago_s: float
@@ -294,6 +317,7 @@ class Snapshot:
     active: int
     loading: int
     isolated: int | None
+    isolated_devices: tuple[int, ...]
     events_written: int
     loads: int
     hits: int
@@ -467,6 +491,7 @@ class _Decoder:
         instances = tuple(self._instance(row, at, tags) for row, at in self._rows("instances"))
         used = self._last_used(instances)
         leader = self._reference(words[Header.LEADER])
+        devices = tuple(self._device(row, at, settings, instances, books_only) for row, at in self._rows("devices"))
         return Snapshot(
             namespace=namespace,
             segment=segment,
@@ -480,6 +505,7 @@ class _Decoder:
             source=self._text(Header.SOURCE_NAME),
             source_asked=self._text(Header.SOURCE_ASKED),
             books_only=books_only,
+            measures_processes=bool(words[Header.SOURCE_MEASURES_PROCESSES]),
             leader=leader,
             leader_for_s=None if leader is None else self._age(words[Header.LEADER_SINCE]),
             polled_ago_s=self._age(words[Header.POLLED]),
@@ -487,7 +513,8 @@ class _Decoder:
             waiting=words[Header.WAITING],
             active=words[Header.ACTIVE],
             loading=words[Header.LOADING],
-            isolated=self._reference(words[Header.ISOLATED]),
+            isolated=min((device.isolated for device in devices if device.isolated is not None), default=None),
+            isolated_devices=tuple(device_rows(words[Header.ISOLATED])),
             events_written=words[Header.EVENTS],
             loads=words[Header.LOADS],
             hits=words[Header.HITS],
@@ -512,7 +539,7 @@ class _Decoder:
                 )
             ),
             pins=tuple(self._pin(row, at, tags) for row, at in self._rows("pins")),
-            devices=tuple(self._device(row, at, settings, instances, books_only) for row, at in self._rows("devices")),
+            devices=devices,
             observations=tuple(self._observations(models, tags)),
             events=() if choice is None else tuple(self._events(tags, choice)),
         )
@@ -560,7 +587,7 @@ class _Decoder:
             started_wall_s=words[at + Member.STARTED_WALL] / 1e9,
             attached_for_s=self._age(words[at + Member.ATTACHED]),
             instance=self._reference(words[at + Member.INSTANCE]),
-            measured_mb=self._number(floats[at + Member.MEASURED_MB]) if server else None,
+            measured_mb=self._number(floats[at + Member.MEASURED_MB]),
             peak_mb=floats[at + Member.PEAK_MB] if server else None,
             generation=words[at + Member.GENERATION],
         )
@@ -582,6 +609,7 @@ class _Decoder:
             tag=self._text(at + Model.TAG),
             estimate_mb=self._floats[at + Model.ESTIMATE_MB] if words[at + Model.KNOWN] else None,
             measured=bool(words[at + Model.MEASURED]),
+            sd_mb=floats[at + Model.SD_MB],
             loaded=words[at + Model.LOADED],
             active=words[at + Model.ACTIVE],
             idle=words[at + Model.IDLE],
@@ -604,6 +632,11 @@ class _Decoder:
 
     def _instance(self, row: int, at: int, tags: dict[int, str]) -> InstanceInfo:
         words, floats = self._words, self._floats
+        mb, server = floats[at + Instance.MB], self._reference(words[at + Instance.SERVER])
+        devices = device_rows(words[at + Instance.DEVICES])[:MOST_SPANNED]
+        first = at + Instance.SHARES
+        shares = [mb] if len(devices) == 1 else floats[first : first + len(devices)].tolist()
+        member = self._layout.members.base + (server or 0) * Member.WORDS
         return InstanceInfo(
             row=row,
             tag=tags.get(words[at + Instance.MODEL], ""),
@@ -611,9 +644,11 @@ class _Decoder:
             state=_INSTANCE_STATES.get(words[at + Instance.STATE], f"state {words[at + Instance.STATE]}"),
             holder=self._reference(words[at + Instance.HOLDER]),
             owner=self._reference(words[at + Instance.OWNER]),
-            server=self._reference(words[at + Instance.SERVER]),
-            device=words[at + Instance.DEVICE],
-            mb=floats[at + Instance.MB],
+            server=server,
+            device=devices[0] if devices else 0,
+            shares_mb=dict(zip(devices, shares, strict=True)),
+            mb=mb,
+            peak_mb=None if server is None else floats[member + Member.PEAK_MB] or None,
             reserved_mb=floats[at + Instance.RESERVED_MB],
             for_s=self._age(words[at + Instance.SINCE]),
             uses=words[at + Instance.USES],
@@ -644,6 +679,10 @@ class _Decoder:
             coming_mb=floats[at + Ticket.COMING_MB],
             seconds=floats[at + Ticket.SECONDS],
             other=tags.get(words[at + Ticket.OTHER] - 1),
+            on=tuple(device_rows(words[at + Ticket.ON])),
+            devices=tuple(device_rows(words[at + Ticket.DEVICES])),
+            tied=tuple(device_rows(words[at + Ticket.TIED])),
+            span=words[at + Ticket.SPAN],
             waited_s=self._age(words[at + Ticket.ENQUEUED]),
             blocked_for_s=self._age(words[at + Ticket.BLOCKED_AT]) if words[at + Ticket.BLOCKED_AT] else None,
             time_left_s=-self._age(words[at + Ticket.DEADLINE]) if words[at + Ticket.DEADLINE] < 2**63 else math.inf,
@@ -660,9 +699,9 @@ class _Decoder:
         self, row: int, at: int, settings: Settings, instances: tuple[InstanceInfo, ...], books_only: bool
     ) -> DeviceInfo:
         words, floats = self._words, self._floats
-        here = [instance for instance in instances if instance.device == row]
+        here = [instance for instance in instances if row in instance.shares_mb]
         sampled = words[at + Device.SAMPLED]
-        booked = math.fsum(instance.mb for instance in here if instance.state not in ("loading", "leased"))
+        booked = math.fsum(instance.shares_mb[row] for instance in here if instance.state not in ("loading", "leased"))
         return DeviceInfo(
             row=row,
             uuid=self._text(at + Device.UUID),
@@ -672,8 +711,10 @@ class _Decoder:
             used_mb=booked if books_only else (floats[at + Device.USED_MB] if sampled else None),
             peak_mb=floats[at + Device.PEAK_MB] if sampled else None,
             peak_since_start_mb=floats[at + Device.HIGHEST_MB],
-            reserved_mb=math.fsum(self._still_reserved(instance) for instance in here),
+            reserved_mb=math.fsum(self._still_reserved(instance, row) for instance in here),
             returning_mb=floats[at + Device.RETURNING_MB],
+            foreign_mb=floats[at + Device.FOREIGN_MB],
+            isolated=self._reference(words[at + Device.ISOLATED]),
             sample_age_s=self._age(sampled) if sampled else None,
             samples=self._samples(at + Device.RING),
         )
@@ -685,15 +726,18 @@ class _Decoder:
         taken = sorted((then, mb) for then, mb in zip(times, figures, strict=True) if then and math.isfinite(mb))
         return tuple((self._age(then), mb) for then, mb in taken)
 
-    def _still_reserved(self, instance: InstanceInfo) -> float:
-        """What a copy's or lease's reservation adds to the device's figure, see `Scheduler.read_copies`."""
+    def _still_reserved(self, instance: InstanceInfo, device: int) -> float:
+        """What a copy's or lease's reservation adds to a device's figure, see `Scheduler.read_copies`."""
+        span = len(instance.shares_mb)
         if instance.state == "leased":
-            return max(0.0, instance.reserved_mb - instance.mb)
+            return max(0.0, instance.reserved_mb - instance.mb) / span
+        reserved = instance.reserved_mb / span
         if instance.server is None or not self._words[Header.SOURCE_MEASURES_PROCESSES]:
-            return instance.reserved_mb
-        table = self._layout.members
-        measured = self._floats[table.base + instance.server * table.words + Member.MEASURED_MB]
-        return instance.reserved_mb if math.isnan(measured) else max(0.0, instance.reserved_mb - measured)
+            return reserved
+        at = self._layout.members.base + instance.server * Member.WORDS
+        word = Member.MEASURED_MB if span == 1 else Member.SHARES + list(instance.shares_mb).index(device)
+        measured = self._floats[at + word]
+        return reserved if math.isnan(measured) else max(0.0, reserved - measured)
 
     def _observations(self, models: dict[int, int], tags: dict[int, str]) -> Iterable[ObservationInfo]:
         words, floats = self._words, self._floats
@@ -706,6 +750,7 @@ class _Decoder:
             yield ObservationInfo(
                 {by_generation.get(pair >> 16, "(recycled)"): pair & 0xFFFF for pair in pairs},
                 tuple(floats[start : start + count].tolist()),
+                self._reference(words[at + Observation.DEVICE]),
             )
 
     def _events(self, tags: dict[int, str], choice: EventChoice) -> Iterable[EventInfo]:
@@ -752,7 +797,8 @@ class _Decoder:
             coming_mb=self._number(floats[at + Event.COMING_MB]) if reason else None,
             seconds=self._number(floats[at + Event.SECONDS]) if reason else None,
             other=tags.get(words[at + Event.OTHER] - 1) if reason else None,
-            devices=tuple(row for row in range(placed.bit_length()) if placed >> row & 1) if placed else (),
+            on=tuple(device_rows(words[at + Event.ON])) if reason else (),
+            devices=tuple(device_rows(placed)),
         )
 
 

@@ -42,6 +42,7 @@ _COUNTERS = {
 _DEVICE_GAUGES = {
     "used": ("used_mb", "Memory in use, by the last figure."),
     "peak": ("peak_mb", "Highest figure of memory in use in peak_window_seconds."),
+    "foreign": ("foreign_mb", "Memory in use that belongs to processes of others, as far as the source knows."),
     "reserved": ("reserved_mb", "Memory booked by loads and leases that the figure does not show yet."),
     "returning": ("returning_mb", "Memory unloaded that the figure still shows."),
     "limit": ("limit_mb", "Memory that may be filled."),
@@ -122,7 +123,7 @@ def _devices(into: _Families, snapshot: Snapshot, labels: Mapping[str, str]) -> 
     for copy in snapshot.instances:
         if copy.state == "leased":
             for row in devices_of(copy):
-                leased[row] += copy.reserved_mb
+                leased[row] += copy.reserved_mb / len(copy.shares_mb)
     for device in snapshot.devices:
         here = {**labels, "device": str(device.row), "uuid": device.uuid, "name": device.name}
         for name, (attribute, description) in _DEVICE_GAUGES.items():

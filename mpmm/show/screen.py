@@ -96,8 +96,8 @@ def headline(snapshot: Snapshot) -> list[str]:
         f"namespace {snapshot.namespace}, {kinds['worker']} workers and {kinds['server']} model servers, "
         f"up for {age(snapshot.taken_wall_s - snapshot.created_wall_s)}",
         f"leader: {f'pid {leader.pid} for {age(snapshot.leader_for_s)}' if leader else 'none'}, "
-        f"polled {age(snapshot.polled_ago_s)} ago, source {snapshot.source or '(none yet)'}, "
-        f"lock {_lock_state(snapshot)}",
+        f"polled {age(snapshot.polled_ago_s)} ago, source {snapshot.source or '(none yet)'}"
+        f"{' (knows processes)' if snapshot.measures_processes else ''}, lock {_lock_state(snapshot)}",
         f"loads {snapshot.loads}, reuses {snapshot.hits}, evictions {snapshot.evictions}, "
         f"failed loads {snapshot.failed_loads}, out of memory {snapshot.out_of_memory}, "
         f"time-outs {snapshot.timeouts}, reaped {snapshot.reaps}, rolled back {snapshot.rollbacks}",
@@ -105,9 +105,12 @@ def headline(snapshot: Snapshot) -> list[str]:
     queue = waiters(snapshot)
     if queue:
         lines.append(f"waiting: {len(queue)}, the longest for {age(longest_wait_s(snapshot))}")
-    if snapshot.isolated is not None:
-        alone = next((copy for copy in snapshot.instances if copy.row == snapshot.isolated), None)
-        lines.append(f"isolation: {alone.tag if alone else '?'} runs alone to be measured")
+    tags = {copy.row: copy.tag for copy in snapshot.instances}
+    for device in snapshot.devices:
+        if device.isolated is not None:
+            lines.append(
+                f"isolation: {tags.get(device.isolated, '?')} runs alone on device {device.row}, to be measured"
+            )
     return lines
 
 
@@ -163,13 +166,16 @@ def devices(snapshot: Snapshot, bar_width: int) -> Section[DeviceInfo]:
         return (
             str(device.row),
             bar(device, bar_width, signs),
-            *(mb(value) for value in (device.used_mb, device.reserved_mb, device.returning_mb)),
+            *(mb(value) for value in (device.used_mb, device.foreign_mb, device.reserved_mb, device.returning_mb)),
             *(mb(value) for value in (device.limit_mb, device.total_mb, device.peak_since_start_mb)),
             "books" if snapshot.books_only else _ago(device.sample_age_s),
             device.name,
         )
 
-    head = ("device", "", "used MB", "reserved", "returning", "limit", "total", "highest", "sampled", "name")
+    head = (
+        *("device", "", "used MB", "foreign", "reserved", "returning"),
+        *("limit", "total", "highest", "sampled", "name"),
+    )
     return Section("devices", head, snapshot.devices, row, 16)
 
 
@@ -228,13 +234,14 @@ def copies(snapshot: Snapshot) -> Section[InstanceInfo]:
             "-" if copy.holder is None else names.get(copy.holder, "?"),
             pid_of(copy.owner if copy.server is None else copy.server),
             str(copy.uses),
+            "-" if copy.peak_mb is None else mb(copy.peak_mb),
         )
 
     items = sorted(
         (copy for copy in snapshot.instances if copy.state != "leased"),
         key=lambda copy: (order.get(copy.state, 0), -copy.for_s),
     )
-    head = ("copy", "model", "state", "for", "MB", "on", "holder pid", "holder", "kept by pid", "uses")
+    head = ("copy", "model", "state", "for", "MB", "on", "holder pid", "holder", "kept by pid", "uses", "peak MB")
     return Section("copies", head, items, row, 10)
 
 

@@ -77,7 +77,8 @@ class Tracer:
         self._uses: dict[int, _Open] = {}
         self._lying: dict[int, _Open] = {}
         self._leading: _Open | None = None
-        self._alone: _Open | None = None
+        # By copy: on devices of their own several may run alone.
+        self._alone: dict[int | None, _Open] = {}
         # The end of a hold, by copy, and of unloads, by the model that they make room for.
         self._released: dict[int, tuple[str, int, int, float]] = {}
         self._made_room: dict[str, list[tuple[str, int, int, float]]] = defaultdict(list)
@@ -280,7 +281,7 @@ class Tracer:
 
     def _close_all(self, ts: float) -> None:
         spans = [*self._waits.values(), *self._uses.values()]
-        spans += [span for span in (self._leading, self._alone) if span is not None]
+        spans += [*self._alone.values(), *([] if self._leading is None else [self._leading])]
         for span in spans:
             span.args["unfinished"] = True
             self._span(span, ts)
@@ -291,7 +292,8 @@ class Tracer:
         self._uses.clear()
         self._released.clear()
         self._made_room.clear()
-        self._leading = self._alone = None
+        self._leading = None
+        self._alone.clear()
 
     # ---- one kind of event each ----------------------------------------------------------------------------
 
@@ -398,12 +400,12 @@ class Tracer:
         self._leading = _Open(f"pid {event.pid} leads", "leader", ts, NAMESPACE_PID)
 
     def _isolation_began(self, event: EventInfo, ts: float) -> None:
-        self._alone = _Open(f"{event.tag} runs alone", "isolation", ts, NAMESPACE_PID)
+        self._alone[event.instance] = _Open(f"{event.tag} runs alone", "isolation", ts, NAMESPACE_PID)
 
     def _isolation_ended(self, event: EventInfo, ts: float) -> None:
-        if self._alone is not None:
-            self._span(self._alone, ts)
-            self._alone = None
+        alone = self._alone.pop(event.instance, None)
+        if alone is not None:
+            self._span(alone, ts)
 
 
 def _figures(event: EventInfo) -> dict[str, Any]:

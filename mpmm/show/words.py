@@ -42,7 +42,8 @@ def why(row: TicketInfo | EventInfo, need_mb: float | None = None) -> str:
     if row.reason is None:
         return ""
     need = row.need_mb if need_mb is None else need_mb
-    return explain(row.reason, need or 0.0, row.free_mb or 0.0, row.coming_mb or 0.0, row.seconds or 0.0, row.other)
+    need, free, coming, seconds = (figure or 0.0 for figure in (need, row.free_mb, row.coming_mb, row.seconds))
+    return explain(row.reason, need, free, coming, seconds, row.other, row.on)
 
 
 def needs(snapshot: Snapshot) -> Callable[[TicketInfo], float]:
@@ -65,7 +66,7 @@ def waiters(snapshot: Snapshot) -> list[TicketInfo]:
 
 def devices_of(copy: InstanceInfo) -> tuple[int, ...]:
     """Return the rows of the devices on which a copy lies, or on which a lease is."""
-    return (copy.device,)
+    return tuple(copy.shares_mb)
 
 
 def places(copy: InstanceInfo) -> str:

@@ -6,7 +6,7 @@ be read is None, never 0: 0 would say that the device is empty and let everythin
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
@@ -51,13 +51,27 @@ class DeviceSample:
     used_mb: None = could not be read.
     taken_ns: `time.monotonic_ns()` from before the measurement began, so that whatever happened earlier
         than `taken_ns` is in the figure for certain.
-    process_mb: memory per pid, for the pids that the source can tell; a missing pid is unknown, not 0.
+    process_mb: memory per pid, for the pids that the source can tell.
+    processes_known: `process_mb` has all of those named to `sample` that use the device, so that one which is
+        missing uses nothing. Otherwise that is unknown, not 0.
+    trouble: why `used_mb` is None, where the source knows.
     """
 
     index: int
     used_mb: float | None
     taken_ns: int
     process_mb: Mapping[int, float] = field(default_factory=dict)
+    processes_known: bool = False
+    trouble: str | None = None
+
+    def foreign_mb(self, ours: Collection[int]) -> float | None:
+        """Return what is used by others than the processes `ours`, the driver itself included.
+
+        ours: processes that were named to `sample`. None where the figure, or their parts in it, are not known.
+        """
+        if self.used_mb is None or not self.processes_known:
+            return None
+        return max(0.0, self.used_mb - sum(mb for pid, mb in self.process_mb.items() if pid in ours))
 
 
 @runtime_checkable
@@ -65,15 +79,18 @@ class MemorySource(Protocol):
     """Where memory figures come from. `sample` may be called by several threads, and after a fork.
 
     name: what people select it by.
-    measures_processes: `DeviceSample.process_mb` is filled in.
+    measures_processes: `DeviceSample.process_mb` is filled in. That can change: a driver may turn out to
+        tell the pids of another pid namespace.
     settles_late: freed memory may show up seconds after an unload.
     cheap: a sample costs well under 5 ms, so anybody may take one where they stand.
     """
 
     name: str
-    measures_processes: bool
     settles_late: bool
     cheap: bool
+
+    @property
+    def measures_processes(self) -> bool: ...
 
     def devices(self) -> tuple[DeviceInfo, ...]:
         """Return the devices, by index; the same ones for as long as the source lives."""

@@ -1,7 +1,10 @@
 """Host memory as the 'device': what models on the CPU take, through psutil.
 
-Used memory is the sum of the USS (the memory that would come free if the process ended) of the
-processes the caller names. Pages that they share with others, after a fork say, are in nobody's USS.
+- With a budget, used memory is the sum of the USS (the memory that would come free if the process ended) of the
+  processes the caller names. Pages that they share with others, after a fork say, are in nobody's USS.
+- Without one it is what the whole host uses and cannot give up at once, whoever uses it. Where a control group
+  limits this process to less, the limit is the total, and what is used is total minus what is left to this process:
+  the least of what its groups and the host have left.
 """
 
 from __future__ import annotations
@@ -43,12 +46,13 @@ class HostMemorySource:
     cheap = False
 
     def __init__(self, budget_mb: float | None = None) -> None:
-        """Take `budget_mb` as the total, or all that this process's control group may use.
+        """Take `budget_mb` as the total, for the named processes alone; or the whole of what this process may use.
 
         Raises InvalidArgumentError unless `budget_mb` is None or a positive number.
         """
         if budget_mb is not None and not (math.isfinite(budget_mb) and budget_mb > 0):
             raise InvalidArgumentError(f"budget_mb is {budget_mb!r}: expected a positive number of MB, or None")
+        self._whole = budget_mb is None
         total_mb = host_memory_mb() if budget_mb is None else float(budget_mb)
         self._devices = (DeviceInfo(0, "host-memory", "host memory", total_mb),)
         # Replaced as a whole by each sample, so that threads and forked children need no lock.
@@ -59,9 +63,9 @@ class HostMemorySource:
         return self._devices
 
     def sample(self, server_pids: Sequence[int]) -> tuple[DeviceSample, ...]:
-        """Add up the USS of `server_pids`; those that are gone count nothing.
+        """Read the USS of `server_pids`, and add them up where there is a budget; those that are gone count nothing.
 
-        `used_mb` is None when a living process may not be looked at by us at all.
+        With a budget, `used_mb` is None when a living process may not be looked at by us at all.
         """
         taken_ns = time.monotonic_ns()
         known = self._readings
@@ -76,7 +80,12 @@ class HostMemorySource:
                 complete = False
         self._readings = readings
         process_mb = {pid: reading.uss / MIB for pid, reading in readings.items()}
-        return (DeviceSample(0, sum(process_mb.values()) if complete else None, taken_ns, process_mb),)
+        if self._whole:
+            used_mb: float | None = max(0.0, self._devices[0].total_mb - host_memory_left_mb())
+        else:
+            used_mb = sum(process_mb.values()) if complete else None
+        trouble = None if used_mb is not None else "a process may not be looked at"
+        return (DeviceSample(0, used_mb, taken_ns, process_mb, complete, trouble),)
 
     def close(self) -> None:
         """Forget the readings kept between samples."""
@@ -102,12 +111,22 @@ def _read(pid: int, known: _Reading | None, now_ns: int) -> _Reading:
 
 def host_memory_mb() -> float:
     """Return the memory this process may use: the host's, or less where its control group says so."""
-    return float(min([psutil.virtual_memory().total, *cgroup_limits()])) / MIB
+    limits = [limit for limit, _ in cgroup_limits()]
+    return float(min([psutil.virtual_memory().total, *limits])) / MIB
 
 
-def cgroup_limits(mount: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")) -> list[int]:
-    """Return the limits in bytes on this process's control group and its parents, v2 and v1; [] for none.
+def host_memory_left_mb() -> float:
+    """Return how much more memory this process could use, by the host and by its control groups."""
+    left = [limit - used for limit, used in cgroup_limits() if used is not None]
+    return max(0.0, float(min([psutil.virtual_memory().available, *left])) / MIB)
 
+
+def cgroup_limits(
+    mount: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")
+) -> list[tuple[int, int | None]]:
+    """Return (limit, used) of this process's control group and its parents, v2 and v1, in bytes; [] for no limits.
+
+    Used is without what the kernel only caches and can drop; None where it cannot be read.
     mount, membership: where the kernel shows the groups, and which ones this process is in.
     """
     try:
@@ -118,9 +137,9 @@ def cgroup_limits(mount: Path = Path("/sys/fs/cgroup"), membership: Path = Path(
     for line in lines:
         number, controllers, group = line.split(":", 2)
         if number == "0":
-            root, file_name = mount, "memory.max"
+            root, version = mount, _V2
         elif "memory" in controllers.split(","):
-            root, file_name = mount / "memory", "memory.limit_in_bytes"
+            root, version = mount / "memory", _V1
         else:
             continue
         # Inside a container the path may be the host's and not exist here; the root then is the container's.
@@ -128,8 +147,39 @@ def cgroup_limits(mount: Path = Path("/sys/fs/cgroup"), membership: Path = Path(
         for place in (folder, *folder.parents):
             if not place.is_relative_to(root):
                 break
-            try:
-                limits.append(int((place / file_name).read_text()))
-            except (OSError, ValueError):  # not there, or 'max'
-                continue
+            limit = _read_int(place / version.limit)  # None: not there, or 'max'
+            if limit is not None:
+                limits.append((limit, _used_of(place, version)))
     return limits
+
+
+@dataclass(frozen=True)
+class _Version:
+    """Names of files, and of the line in `memory.stat` that counts files in the cache which nobody uses."""
+
+    limit: str
+    used: str
+    cached: str
+
+
+_V1 = _Version("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+_V2 = _Version("memory.max", "memory.current", "inactive_file")
+
+
+def _used_of(group: Path, version: _Version) -> int | None:
+    used = _read_int(group / version.used)
+    if used is None:
+        return None
+    try:
+        lines = (group / "memory.stat").read_text().splitlines()
+    except OSError:
+        lines = []
+    cached = [int(line.split()[1]) for line in lines if line.startswith(f"{version.cached} ")]
+    return max(0, used - sum(cached))
+
+
+def _read_int(path: Path) -> int | None:
+    try:
+        return int(path.read_text())
+    except (OSError, ValueError):
+        return None

@@ -17,7 +17,6 @@ class SelectedDevices:
         """chosen: indices or uuids. Raises InvalidArgumentError for one that the source does not have."""
         self._source = source
         self.name = source.name
-        self.measures_processes = source.measures_processes
         self.settles_late = source.settles_late
         self.cheap = source.cheap
         self.books_only = bool(getattr(source, "books_only", False))
@@ -27,6 +26,11 @@ class SelectedDevices:
                 has = ", ".join(f"{info.index} ({info.uuid})" for info in there) or "none"
                 raise InvalidArgumentError(f"devices: {wanted!r} is not among the devices of {source.name}: {has}")
         self._devices = tuple(info for info in there if info.index in chosen or info.uuid in chosen)
+
+    @property
+    def measures_processes(self) -> bool:
+        """Whether the source does, at the moment."""
+        return self._source.measures_processes
 
     def devices(self) -> tuple[DeviceInfo, ...]:
         """Return the chosen devices."""

@@ -1,0 +1,134 @@
+"""The processes of `many_gpus`, and what is to be seen of them on the devices."""
+
+from __future__ import annotations
+
+import multiprocessing
+import random
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from many_gpus_models import LARGEST_MB, Loads
+from simulated_gpu import SimulatedGpus
+
+from mpmm import ModelManager
+from mpmm.policy.view import Reason
+from mpmm.shared_state.invariants import check_invariants
+from mpmm.shared_state.snapshot import read_snapshot
+
+__all__ = ["Report", "Setting", "measure"]
+
+SLACK = 0.1
+LOOK_S = 0.1
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How many, and for how long; hold_s: mean time for which a copy is held."""
+
+    models: int = 24
+    processes: int = 32
+    seconds: float = 30.0
+    hold_s: float = 0.4
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was found. highest, mean: in shares of a device's limit, by device. reasons: of placements."""
+
+    highest: tuple[float, ...]
+    mean: tuple[float, ...]
+    loads: tuple[int, ...]
+    reasons: dict[str, int]
+    acquires: int
+    problems: tuple[str, ...]
+
+    @property
+    def spread(self) -> float:
+        """How much fuller the fullest device was than the emptiest, in the mean."""
+        return max(self.mean) - min(self.mean)
+
+
+def measure(gpus: SimulatedGpus, setting: Setting, namespace: str, root: Path) -> Report:
+    """Let processes use the models, in an environment in which these GPUs are found."""
+    fork = multiprocessing.get_context("fork")
+    began, done = fork.Barrier(setting.processes + 1), fork.Barrier(setting.processes + 1)
+    acquires = fork.Value("q", 0)
+
+    def new_manager() -> ModelManager:
+        return ModelManager(
+            namespace=namespace,
+            runtime_root=root,
+            memory_source="nvml",
+            slack_percentage=SLACK,
+            default_estimate_mb=LARGEST_MB,
+            poll_interval=0.2,
+            wait_timeout_seconds=120.0,
+        )
+
+    def work(number: int) -> None:
+        with new_manager() as manager:
+            if number == 0:
+                # What is not known is taken for more than it is, and placed accordingly.
+                for model in range(setting.models):
+                    with manager.model(f"model{model}", Loads(gpus, model)):
+                        pass
+                manager.force_reset()
+            chance = random.Random(number)
+            weights = [1 / (1 + place) ** 0.5 for place in range(setting.models)]
+            began.wait()
+            until = time.monotonic() + setting.seconds
+            while time.monotonic() < until:
+                model = chance.choices(range(setting.models), weights)[0]
+                with manager.model(f"model{model}", Loads(gpus, model)):
+                    time.sleep(chance.expovariate(1 / setting.hold_s))
+                with acquires.get_lock():
+                    acquires.value += 1
+            done.wait()
+            done.wait()
+
+    workers = [fork.Process(target=work, args=(number,)) for number in range(setting.processes)]
+    for worker in workers:
+        worker.start()
+    units = gpus.units()
+    limits = [gpus.total_mb(unit) * (1 - SLACK) for unit in units]
+    began.wait()
+    looks = _look(gpus, units, setting.seconds)
+    done.wait()
+    snapshot = read_snapshot(namespace, root)
+    problems = tuple(check_invariants(snapshot))
+    done.wait()
+    for worker in workers:
+        worker.join()
+    if any(worker.exitcode for worker in workers):
+        raise RuntimeError(f"exit codes {[worker.exitcode for worker in workers]}")
+    loads = [event for event in snapshot.events if event.kind == "load_began"]
+    by_row = Counter(row for event in loads for row in event.devices)
+    row_of = {device.uuid: device.row for device in snapshot.devices}
+    reasons = Counter(event.reason for event in loads if event.reason is not None)
+    return Report(
+        tuple(gpus.highest_mb(unit) / limit for unit, limit in zip(units, limits, strict=True)),
+        tuple(sum(look[at] for look in looks) / len(looks) / limit for at, limit in enumerate(limits)),
+        tuple(by_row[row_of[unit]] for unit in units),
+        {_name(reason): count for reason, count in sorted(reasons.items())},
+        acquires.value,
+        problems,
+    )
+
+
+def _name(reason: int) -> str:
+    return Reason(reason).name.lower()
+
+
+def _look(gpus: SimulatedGpus, units: Sequence[str], seconds: float) -> list[list[float]]:
+    """Return the MB in use on each device, again and again; not of the first half, in which they fill."""
+    looks = []
+    begin = time.monotonic() + seconds / 2
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        if time.monotonic() > begin:
+            looks.append([gpus.used_mb(unit) for unit in units])
+        time.sleep(LOOK_S)
+    return looks

@@ -1,0 +1,53 @@
+"""The models of `many_gpus`: in servers of their own, which take memory of a simulated GPU. Quick to import."""
+
+from __future__ import annotations
+
+import uuid
+from dataclasses import dataclass
+
+from simulated_gpu import SimulatedGpus
+
+from mpmm import MultiProcessShared
+
+__all__ = ["LARGEST_MB", "Loads", "size_mb"]
+
+SMALLEST_MB, LARGEST_MB = 150.0, 750.0
+
+
+def size_mb(model: int) -> float:
+    """Return what a model takes."""
+    return SMALLEST_MB + (LARGEST_MB - SMALLEST_MB) * (model * 7 % 24) / 23
+
+
+class Taken:
+    """A model in its server."""
+
+    def __init__(self, gpus: SimulatedGpus, mb: float) -> None:
+        gpus.allocate(mb)
+
+
+@dataclass(frozen=True)
+class Makes:
+    """Its constructor, called in the server."""
+
+    gpus: SimulatedGpus
+    mb: float
+
+    def __call__(self) -> Taken:
+        """Make it."""
+        return Taken(self.gpus, self.mb)
+
+
+@dataclass(frozen=True)
+class Loads:
+    """Its loader."""
+
+    gpus: SimulatedGpus
+    model: int
+
+    def __call__(self) -> str:
+        """Start a server, and return the handle."""
+        tag = f"many-{self.model}-{uuid.uuid4().hex[:8]}"
+        makes = Makes(self.gpus, size_mb(self.model))
+        MultiProcessShared(makes, tag=tag, always_proxy=True, spawn_process=True).acquire()
+        return tag
