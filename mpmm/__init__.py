@@ -13,6 +13,7 @@ from mpmm.errors import (
     ClosedError,
     InvalidArgumentError,
     LayoutMismatchError,
+    LeaseTooLargeError,
     LoadTimeoutError,
     LockTimeoutError,
     ModelServerError,

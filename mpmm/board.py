@@ -6,13 +6,15 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
+from mpmm.errors import InvalidArgumentError
+from mpmm.placement import Placement
 from mpmm.scheduler import Scheduler
-from mpmm.shared_state.layout import Device, Header, Instance, Member
+from mpmm.shared_state.layout import Device, Header, Instance, Member, device_bits, device_rows
 from mpmm.shared_state.namespace import Namespace
 from mpmm.shared_state.tables import fit_text
 from mpmm.shared_state.transaction import Transaction
 from mpmm.sources import DeviceInfo, DeviceSample, MemorySource, is_books_only
-from mpmm.sources.process_tree import process_tree
+from mpmm.sources.process_tree import parent_of, process_tree
 
 __all__ = ["ForeignMonitor", "MonitorLike", "SharedBoard"]
 
@@ -37,69 +39,135 @@ class MonitorLike(Protocol):
 
 
 class SharedBoard:
-    """A `SampleBoard` on a namespace's device rows. Each method is one transaction."""
+    """A `SampleBoard` on a namespace's device rows. Each method is one transaction, unless it says otherwise.
+
+    Devices are known by uuid. A process may see some of them only, by its `CUDA_VISIBLE_DEVICES` or by choice: those it
+    measures, and those its loads go to.
+    """
 
     def __init__(self, namespace: Namespace, scheduler: Scheduler) -> None:
         self._namespace = namespace
         self._scheduler = scheduler
+        # The row of each device that this process sees, by the index that the source gives it.
         self._rows: dict[int, int] = {}
 
     def describe(
         self, source: MemorySource, devices: Sequence[DeviceInfo], next_in_line: Sequence[int] | None = None
     ) -> None:
-        """Set the device rows from what a source reports.
+        """Give the devices that a source reports rows; the devices of another source go when its process leads.
 
         next_in_line: if given, this member polls from now on, and those in these slots are woken, to watch it.
         """
         namespace = self._namespace
+        found = [
+            (fit_text(info.uuid, Device.UUID_BYTES), fit_text(info.name, Device.NAME_BYTES), info.total_mb)
+            for info in devices
+        ]
+        name = fit_text(source.name, Header.SOURCE_NAME_BYTES)
         with namespace.transaction() as t:
-            namespace.transitions.describe_devices(
-                t,
-                [
-                    (fit_text(info.uuid, Device.UUID_BYTES), fit_text(info.name, Device.NAME_BYTES), info.total_mb)
-                    for info in devices
-                ],
-            )
+            led_by = namespace.tables.text(Header.SOURCE_NAME)
+            if next_in_line is None and led_by not in (b"", name):
+                rows = {uuid: row for row, uuid in self._uuids().items()}
+                self._rows = {
+                    info.index: rows[uuid] for info, (uuid, *_) in zip(devices, found, strict=True) if uuid in rows
+                }
+                return
+            rows_found = namespace.transitions.describe_devices(t, found, replace=led_by not in (b"", name))
             if next_in_line is not None:
                 flags = (source.measures_processes, source.settles_late, is_books_only(source))
-                name = fit_text(source.name, Header.SOURCE_NAME_BYTES)
                 namespace.transitions.lead(t, namespace.slot, name, flags)
                 for slot in next_in_line:
                     namespace.transitions.ring(t, slot)
-        self._rows = {info.index: row for row, info in enumerate(devices)}
+        self._rows = {info.index: row for info, row in zip(devices, rows_found, strict=True)}
+
+    def _uuids(self) -> dict[int, bytes]:
+        tables = self._namespace.tables
+        rows = tables.used_rows(self._namespace.segment.layout.devices)
+        return {row: tables.text(tables.device(row) + Device.UUID) for row in rows}
+
+    def rows(self) -> list[int]:
+        """Return the rows of the devices that this process sees; all if it sees none of them. Without the lock."""
+        return sorted(self._rows.values()) or self._namespace.tables.used_rows(self._namespace.segment.layout.devices)
+
+    def visible_bits(self) -> int:
+        """Return the bits of the devices that this process sees, 0 if those are all. Without the lock."""
+        bits = device_bits(self.rows())
+        return (
+            0 if bits == device_bits(self._namespace.tables.used_rows(self._namespace.segment.layout.devices)) else bits
+        )
+
+    def bits_of(self, chosen: Sequence[int | str]) -> int:
+        """Return the bits of the devices with these indices or uuids. Without the lock. Raises InvalidArgumentError."""
+        uuids = {uuid.decode("utf-8", "replace"): row for row, uuid in self._uuids().items()}
+        seen = {uuid: row for uuid, row in uuids.items() if row in self._rows.values()}
+        bits = 0
+        for wanted in chosen:
+            row = self._rows.get(wanted) if isinstance(wanted, int) else seen.get(wanted)
+            if row is None or isinstance(wanted, bool):
+                names = {row: uuid for uuid, row in uuids.items()}
+                has = (
+                    ", ".join(f"{index} ({names.get(row, '?')})" for index, row in sorted(self._rows.items())) or "none"
+                )
+                raise InvalidArgumentError(f"devices: {wanted!r} is not among the devices of this process: {has}")
+            bits |= 1 << row
+        return bits
+
+    def placement_of(self, bits: int) -> Placement:
+        """Return the devices with these bits as this process knows them. Without the lock."""
+        uuids, indices = self._uuids(), {row: index for index, row in self._rows.items()}
+        rows = device_rows(bits)
+        return Placement(
+            tuple(indices[row] for row in rows if row in indices),
+            tuple(uuids[row].decode("utf-8", "replace") for row in rows if row in uuids),
+        )
 
     def publish(self, samples: Sequence[DeviceSample], patience_s: float | None = None) -> None:
         """Record figures that could be read, and let waiters profit from them; waits for the lock for `patience_s`."""
         namespace = self._namespace
-        words = namespace.segment.words
+        words, transitions = namespace.segment.words, namespace.transitions
         # Whose children they are is looked up before the lock is taken.
-        parts = {pid: mb for sample in samples for pid, mb in sample.process_mb.items()}
+        parts: dict[int, float] = {}
+        for sample in samples:
+            for pid, mb in sample.process_mb.items():
+                parts[pid] = parts.get(pid, 0.0) + mb
         taken = self._taken_by_programs(parts) if parts else {}
-        measured: dict[int, float] = {}
+        strangers = self._strangers(parts) if parts else set()
+        # By pid, then by device.
+        measured: dict[int, dict[int, float]] = {}
+        fresh_rows = 0
         with namespace.transaction(patience_s) as t:
             for sample in samples:
                 row = self._rows.get(sample.index)
-                fresh = row is None or sample.used_mb is None
-                if row is not None and sample.used_mb is not None:
-                    fresh = namespace.transitions.sample(t, row, sample.used_mb, sample.taken_ns)
-                if fresh:
-                    # A process's part must come from the same sample as the whole: what a loading server takes is
-                    # subtracted from its reservation because the device's figure has it.
-                    measured.update(sample.process_mb)
+                if row is None:
+                    continue
+                transitions.note_try(t, row, sample.taken_ns)
+                fresh = sample.used_mb is None or transitions.sample(t, row, sample.used_mb, sample.taken_ns)
+                if not fresh:
+                    continue
+                # A process's part must come from the same sample as the whole: what a loading server takes is
+                # subtracted from its reservation because the device's figure has it.
+                fresh_rows |= 1 << row
+                for pid, mb in sample.process_mb.items():
+                    measured.setdefault(pid, {})[row] = mb
+                if sample.used_mb is not None:
+                    foreign_mb = sum(mb for pid, mb in sample.process_mb.items() if pid in strangers)
+                    transitions.note_foreign(t, row, foreign_mb)
             if measured:
-                for slot in self._servers():
-                    pid = words[namespace.tables.member(slot) + Member.PID]
-                    if pid in measured:
-                        namespace.transitions.measure(t, slot, measured[pid])
+                for slot in namespace.tables.used_members():
+                    at = namespace.tables.member(slot)
+                    pid, instance = words[at + Member.PID], words[at + Member.INSTANCE]
+                    devices = words[namespace.tables.instance(instance - 1) + Instance.DEVICES] if instance else 0
+                    if pid in measured and not devices & ~fresh_rows:
+                        transitions.measure(t, slot, measured[pid])
                 self._share_out(t, taken)
             self._scheduler.advance(t)
 
     def stats(self) -> tuple[float, float, float]:
-        """Return (current, peak, total) in MB, summed over the devices."""
+        """Return (current, peak, total) in MB, summed over the devices that this process sees."""
         namespace = self._namespace
         floats = namespace.segment.floats
         with namespace.transaction():
-            rows = namespace.tables.used_rows(namespace.segment.layout.devices)
+            rows = self.rows()
             copies = self._scheduler.read_copies()
             used = [self._scheduler.used_mb(row, copies) for row in rows]
             peaks = [floats[namespace.tables.device(row) + Device.PEAK_MB] for row in rows]
@@ -110,6 +178,25 @@ class SharedBoard:
         """Let the peaks begin anew at the present figures."""
         with self._namespace.transaction() as t:
             self._namespace.transitions.reset_peaks(t)
+
+    def _strangers(self, measured: Mapping[int, float]) -> set[int]:
+        """Return which of these processes are neither members, nor programs of leases, nor a server's children.
+
+        Looks without the lock. What a worker has started, and no lease is for, is nothing that could be unloaded.
+        """
+        namespace = self._namespace
+        words, tables = namespace.segment.words, namespace.tables
+        members = {words[tables.member(slot) + Member.PID] for slot in tables.used_members()}
+        ours = members | {pid for tree in self._programs().values() for pid in tree}
+        servers = {words[tables.member(slot) + Member.PID] for slot in self._servers()}
+        strangers = set()
+        for pid in set(measured) - ours:
+            ancestor = parent_of(pid)
+            while ancestor is not None and ancestor not in servers:
+                ancestor = parent_of(ancestor)
+            if ancestor is None:
+                strangers.add(pid)
+        return strangers
 
     def server_pids(self) -> Sequence[int]:
         """Return the pids of the namespace's model servers, and of programs that have leases.

@@ -1,43 +1,53 @@
-"""The command line: look into a namespace, check it, reset it, run a program in it.
+"""The command line: look into a namespace, follow it, check it, reset it, run a program in it.
 
     mpmm list                     the namespaces of this user
-    mpmm inspect [NAMESPACE]      members, leader, devices, models, copies, waiters, as tables
-    mpmm inspect --json           the same as one JSON object
+    mpmm inspect [NAMESPACE]      one screen: what is wrong, who holds what, who waits and why; of several, a line each
+    mpmm inspect --json           everything as one JSON object
+    mpmm inspect --max-wait 60    exit status 1 if somebody has waited for longer
+    mpmm top [NAMESPACE]          the same, live, with the memory of each device over time; q ends
+    mpmm trace [NAMESPACE]        the last events as a trace for https://ui.perfetto.dev; --follow writes on
+    mpmm plot [NAMESPACE]         memory against the limit as a picture, of a namespace or of a trace
+    mpmm metrics [NAMESPACE]      metrics as Prometheus text, of all namespaces or one; --serve keeps answering
     mpmm check [NAMESPACE]        verify the invariants; exit status 1 if one does not hold
     mpmm reset NAMESPACE          unload everything and send all waiters away
     mpmm run --mb MB -- PROGRAM ARGUMENTS…
                                   run a program once so much memory is free, and count it as used meanwhile
 
 `run` ends with the exit status of its program, 128 + n if signal n ended that; 127 and 126 if there is no such program
-or it cannot be run, 125 if the memory is not to be had. See `mpmm.run`.
+or it cannot be run, 125 if the memory is not to be had. See `mpmm.run`. All others end with 2 if there is nothing to
+look at.
 
-`inspect` and `check` take no lock, so they answer while the lock's holder is stopped, and say so.
+Those that look take no lock, so they answer while the lock's holder is stopped, and say so.
 
 JSON schema, version 1: an object with `schema` (1), and every field of `mpmm.shared_state.snapshot.Snapshot` under
 its name, its rows as arrays of objects with the fields of `MemberInfo`, `ModelInfo` and so on. Memory is in MB
 (MiB), durations in seconds, `*_wall_s` are Unix times; what is unknown or infinite is null. A lease that is held is
 among `instances`, with state `leased`, and every lease is among `models`, with kind `lease`. Tickets, and events that
-the policy has decided, also have `why`, the sentence that `mpmm inspect` shows.
+the policy has decided, also have `why`, the sentence that `mpmm inspect` shows; and `findings` is what is said there on
+top, as objects with `urgent` and `text`. Fields may be added; when one goes or changes its meaning, the version rises.
+
+What not every command needs is imported by the one that does: somebody at a prompt waits for it.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import logging
+import contextlib
 import math
+import os
+import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-from mpmm.errors import MpmmError
-from mpmm.policy.demand import Demand
-from mpmm.policy.reasons import explain
-from mpmm.policy.view import Reason
-from mpmm.shared_state.invariants import check_invariants
-from mpmm.shared_state.snapshot import EventInfo, Snapshot, TicketInfo, as_json, find_namespaces, read_snapshot
+from mpmm.errors import InvalidArgumentError, MpmmError
+from mpmm.shared_state.runtime_dir import default_root
+from mpmm.shared_state.snapshot import EventChoice, Snapshot, as_json, find_namespaces, read_snapshot
+from mpmm.show.health import findings, longest_wait_s
+from mpmm.show.screen import EVENTS_OF_EACH, overview, render
+from mpmm.show.words import needs, why
 
-__all__ = ["main", "render"]
+__all__ = ["main"]
 
 SCHEMA_VERSION = 1
 EXIT_PROBLEM = 1
@@ -48,49 +58,61 @@ DEFAULT_NAMESPACE = "default"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; return the exit status: 0, 1 for a broken invariant, 2 when there is nothing to look at."""
+    """Run the command line; return the exit status: 0, 1 for what is wrong, 2 when there is nothing to look at."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     # What is behind belongs to the program that is to be run, whatever it looks like.
     ours, program = (given[: given.index("--")], given[given.index("--") + 1 :]) if "--" in given else (given, [])
     parser = _parser()
-    options = parser.parse_args(ours)
+    options, unknown = parser.parse_known_args(ours)
+    if unknown:
+        hint = "; a program and its arguments stand behind `--`" if options.command == "run" else ""
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
     root = Path(options.runtime_root) if options.runtime_root else None
     if bool(program) != (options.command == "run"):
         parser.error("a program and its arguments stand behind `--`, and belong to `run` alone")
     if options.command == "run":
         return _run(options, program, root)
     try:
-        if options.command == "list":
-            print("\n".join(find_namespaces(root)) or "no namespaces")
-            return 0
-        namespace = options.namespace or _only_namespace(root)
-        if options.command == "reset":
-            return _reset(namespace, root)
-        snapshot = read_snapshot(namespace, root, events=options.command == "inspect")
-    except (FileNotFoundError, MpmmError) as error:
+        status = _COMMANDS[options.command](options, root)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        # Whoever read the output has seen enough; what is left in the buffer must not complain at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (OSError, MpmmError) as error:
         print(f"mpmm: {error}", file=sys.stderr)
         return EXIT_USAGE
-    if options.command == "check":
-        return _check(snapshot)
-    if options.json:
-        found = as_json(snapshot)
-        for name in ("tickets", "events"):
-            for row, shown in zip(getattr(snapshot, name), found[name], strict=True):
-                shown["why"] = _why(row)
-        print(json.dumps({"schema": SCHEMA_VERSION, **found}))
-    else:
-        print(render(snapshot))
-    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="mpmm", description="Look into the multi-process model manager of this host.")
-    parser.add_argument("--runtime-root", help="folder of the runtime directories (default: $MPMM_RUNTIME_DIR)")
+    parser.add_argument(
+        "--runtime-root", help="folder of the runtime directories (default: $MPMM_RUNTIME_DIR, or <tmp>/mpmm-<uid>)"
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("list", help="name the namespaces of this user")
-    inspect = commands.add_parser("inspect", help="show members, devices, models, copies and waiters")
-    inspect.add_argument("--json", action="store_true", help="as one JSON object")
-    for command in (inspect, commands.add_parser("check", help="verify the invariants")):
+    inspect = commands.add_parser("inspect", help="one screen: what is wrong, who holds what, who waits and why")
+    inspect.add_argument("--json", action="store_true", help="everything, as one JSON object")
+    inspect.add_argument("--all", action="store_true", help="all rows of all tables, not only those that matter most")
+    inspect.add_argument(
+        "--max-wait", type=float, default=math.inf, metavar="SECONDS", help="exit status 1 if somebody waits longer"
+    )
+    top = commands.add_parser("top", help="the same, live, until q is pressed (needs mpmm[cli])")
+    top.add_argument("--interval", type=float, default=0.5, metavar="SECONDS", help="between two looks (default: 0.5)")
+    trace = commands.add_parser("trace", help="write events as a trace for https://ui.perfetto.dev")
+    trace.add_argument("-o", "--output", type=Path, metavar="FILE", help="default: the standard output")
+    trace.add_argument(
+        "--follow", action="store_true", help="write on until the namespace ends, or an interrupt; wait for its begin"
+    )
+    plot = commands.add_parser("plot", help="draw memory against the limit, loads and evictions (needs mpmm[plot])")
+    plot.add_argument("-o", "--output", type=Path, metavar="FILE", required=True, help="a name in .png, .svg or .pdf")
+    plot.add_argument("--trace", type=Path, metavar="FILE", help="draw what `mpmm trace` has written")
+    metrics = commands.add_parser("metrics", help="metrics for Prometheus, as text or by HTTP")
+    metrics.add_argument("namespace", nargs="?", help="default: all there are")
+    metrics.add_argument("--openmetrics", action="store_true", help="as OpenMetrics text (by HTTP as asked for)")
+    metrics.add_argument("--serve", metavar="[HOST:]PORT", help="answer HTTP there, by default for this machine only")
+    for command in (inspect, top, trace, plot, commands.add_parser("check", help="verify the invariants")):
         command.add_argument("namespace", nargs="?", help="default: the only one there is")
     reset = commands.add_parser("reset", help="unload everything, send all waiters away")
     reset.add_argument("namespace")
@@ -108,14 +130,53 @@ def _parser() -> argparse.ArgumentParser:
 
 def _only_namespace(root: Path | None) -> str:
     names = find_namespaces(root)
+    if not names:
+        raise FileNotFoundError(
+            f"no namespaces in {root or default_root()}: nothing of this user has a model manager at present; "
+            "MPMM_RUNTIME_DIR or --runtime-root say where else to look"
+        )
     if len(names) != 1:
-        found = ", ".join(names) or "none"
-        raise FileNotFoundError(f"which namespace? There are {len(names)}: {found}")
+        raise FileNotFoundError(f"which namespace? There are {len(names)}: {', '.join(names)}")
     return names[0]
 
 
+def _list(options: argparse.Namespace, root: Path | None) -> int:
+    print("\n".join(find_namespaces(root)) or "no namespaces")
+    return 0
+
+
+def _inspect(options: argparse.Namespace, root: Path | None) -> int:
+    names = [options.namespace] if options.namespace else find_namespaces(root)
+    if len(names) != 1 and (options.json or not names):
+        names = [_only_namespace(root)]
+    choice = EventChoice() if options.json else EventChoice(newest_of_each=EVENTS_OF_EACH)
+    snapshots = [read_snapshot(name, root, choice=choice) for name in names]
+    if options.json:
+        print(_json(snapshots[0]))
+    elif len(snapshots) > 1:
+        print(overview(snapshots))
+    else:
+        width = shutil.get_terminal_size().columns if sys.stdout.isatty() and not options.all else None
+        print(render(snapshots[0], everything=options.all, width=width))
+    return EXIT_PROBLEM if max(map(longest_wait_s, snapshots)) > options.max_wait else 0
+
+
+def _json(snapshot: Snapshot) -> str:
+    import json
+
+    found = as_json(snapshot)
+    need_of = needs(snapshot)
+    for ticket, shown in zip(snapshot.tickets, found["tickets"], strict=True):
+        shown["why"] = why(ticket, need_of(ticket))
+    for event, shown in zip(snapshot.events, found["events"], strict=True):
+        shown["why"] = why(event)
+    found["findings"] = [{"urgent": finding.urgent, "text": finding.text} for finding in findings(snapshot)]
+    return json.dumps({"schema": SCHEMA_VERSION, **found})
+
+
 def _run(options: argparse.Namespace, program: Sequence[str], root: Path | None) -> int:
-    # Imported here because looking at a namespace should not load what managing one needs.
+    import logging
+
     from mpmm.run import run_on_lease
 
     # The standard streams are the program's. That our defaults are not the namespace's settings is nothing to report.
@@ -129,7 +190,67 @@ def _run(options: argparse.Namespace, program: Sequence[str], root: Path | None)
         return EXIT_NO_LEASE
 
 
-def _check(snapshot: Snapshot) -> int:
+def _top(options: argparse.Namespace, root: Path | None) -> int:
+    try:
+        from mpmm.show.top import run
+    except ImportError:
+        return _missing("cli", "rich")
+    if not 0.05 <= options.interval <= 3600:
+        raise InvalidArgumentError(f"--interval {options.interval:g}: expected seconds from 0.05 to 3600")
+    return run(options.namespace or _only_namespace(root), root, options.interval)
+
+
+def _trace(options: argparse.Namespace, root: Path | None) -> int:
+    from mpmm.show.record import record
+
+    namespace = options.namespace or _only_namespace(root)
+    return record(namespace, root, options.output, follow=options.follow)
+
+
+def _plot(options: argparse.Namespace, root: Path | None) -> int:
+    from mpmm.show.plot import draw, read_trace
+    from mpmm.show.record import recent_trace
+
+    if options.trace is None:
+        events = recent_trace(options.namespace or _only_namespace(root), root)
+    else:
+        events = read_trace(options.trace)
+    try:
+        draw(events, options.output)
+    except ImportError:
+        return _missing("plot", "matplotlib")
+    return 0
+
+
+def _metrics(options: argparse.Namespace, root: Path | None) -> int:
+    from mpmm.metrics import Exporter, serve
+
+    if options.serve is None:
+        if options.namespace is not None:
+            # A name that nothing has is a mistake; a scrape of what has ended is none.
+            read_snapshot(options.namespace, root, events=False)
+        print(Exporter(options.namespace, root, follow=False).text(openmetrics=options.openmetrics), end="")
+        return 0
+    host, _, port = options.serve.rpartition(":")
+    if not port.isdigit() or int(port) > 65535:
+        raise InvalidArgumentError(f"--serve {options.serve}: expected PORT or HOST:PORT")
+    with contextlib.closing(Exporter(options.namespace, root)) as exporter, contextlib.suppress(KeyboardInterrupt):
+        exporter.families()
+        with serve(exporter, host.strip("[]") or "127.0.0.1", int(port)) as server:
+            print(f"mpmm: metrics at http://{server.server_address[0]!s}:{server.server_port}/", file=sys.stderr)
+            server.serve_forever()
+    return 0
+
+
+def _missing(extra: str, library: str) -> int:
+    print(f"mpmm: this needs {library}; pip install 'mpmm[{extra}]' brings it", file=sys.stderr)
+    return EXIT_USAGE
+
+
+def _check(options: argparse.Namespace, root: Path | None) -> int:
+    from mpmm.shared_state.invariants import check_invariants
+
+    snapshot = read_snapshot(options.namespace or _only_namespace(root), root, events=False)
     problems = check_invariants(snapshot)
     for problem in problems:
         print(problem)
@@ -137,206 +258,26 @@ def _check(snapshot: Snapshot) -> int:
     return EXIT_PROBLEM if problems else 0
 
 
-def _reset(namespace: str, root: Path | None) -> int:
-    # Imported here because looking at a namespace should not load what managing one needs.
+def _reset(options: argparse.Namespace, root: Path | None) -> int:
     from mpmm.model_manager import ModelManager
 
-    read_snapshot(namespace, root, events=False)
-    with ModelManager(namespace=namespace, runtime_root=root) as manager:
+    read_snapshot(options.namespace, root, events=False)
+    with ModelManager(namespace=options.namespace, runtime_root=root) as manager:
         manager.force_reset()
-    print(f"{namespace}: reset")
+    print(f"{options.namespace}: reset")
     return 0
 
 
-def render(snapshot: Snapshot) -> str:
-    """Return a snapshot as text for people."""
-    lock = snapshot.lock
-    lines = [
-        f"namespace {snapshot.namespace}, segment {snapshot.segment}, layout {snapshot.layout_version}",
-        f"source {snapshot.source or '(none yet)'}{', which knows processes' if snapshot.measures_processes else ''}; "
-        f"loads {snapshot.loads}, reuses {snapshot.hits}, "
-        f"evictions {snapshot.evictions}, failed loads {snapshot.failed_loads}, "
-        f"out of memory {snapshot.out_of_memory}, reaped {snapshot.reaps}, rolled back {snapshot.rollbacks}, "
-        f"written off {snapshot.written_off_mb:.0f} MB",
-    ]
-    if lock.holder_stopped:
-        lines.append(
-            f"ATTENTION: process {lock.last_holder_pid} is stopped and has held the lock for {lock.taken_ago_s:.1f} s"
-        )
-    if snapshot.torn_words:
-        lines.append(f"a transaction of process {lock.last_holder_pid} is open; shown is the state before it")
-    leader = next((member for member in snapshot.members if member.slot == snapshot.leader), None)
-    lines.append(f"leader: {f'pid {leader.pid}' if leader else 'none'}")
-    if snapshot.isolated is not None:
-        alone = next((copy for copy in snapshot.instances if copy.row == snapshot.isolated), None)
-        lines.append(f"isolation: {alone.tag if alone else '?'} runs alone to be measured")
-    lines += _section("devices", _DEVICE_HEAD, _device_rows(snapshot))
-    lines += _section("models", _MODEL_HEAD, _model_rows(snapshot))
-    lines += _section("copies", _COPY_HEAD, _copy_rows(snapshot))
-    lines += _section("leases", _LEASE_HEAD, _lease_rows(snapshot))
-    lines += _section("waiting", _TICKET_HEAD, _ticket_rows(snapshot))
-    lines += _section("last decisions", _DECISION_HEAD, _decision_rows(snapshot))
-    lines += _section("members", _MEMBER_HEAD, _member_rows(snapshot))
-    return "\n".join(lines)
-
-
-_DEVICE_HEAD = ("device", "used MB", "reserved", "returning", "limit", "total", "highest", "sample age")
-_MODEL_HEAD = (
-    *("model", "MB", "loaded", "active", "idle", "loading", "unloading", "waiting", "loads", "reuses", "evict", "pins"),
-    *("load s", "hold s", "per s", "unused s"),
-)
-_COPY_HEAD = ("copy", "model", "state", "for s", "MB", "holder pid", "kept by pid", "uses")
-_LEASE_HEAD = ("lease", "name", "MB", "taken MB", "for s", "device", "holder pid", "program pid")
-_TICKET_HEAD = ("ticket", "for", "pid", "state", "waited s", "left s", "needs MB", "reason", "why")
-_DECISION_HEAD = ("s ago", "event", "model", "ticket", "why")
-_DECISIONS_SHOWN = 16
-_MEMBER_HEAD = ("member", "kind", "pid", "alive", "attached s", "MB", "name")
-
-
-def _mb(value: float | None) -> str:
-    return "?" if value is None else f"{value:.0f}"
-
-
-def _device_rows(snapshot: Snapshot) -> list[tuple[str, ...]]:
-    return [
-        (
-            device.name,
-            _mb(device.used_mb),
-            _mb(device.reserved_mb),
-            _mb(device.returning_mb),
-            _mb(device.limit_mb),
-            _mb(device.total_mb),
-            _mb(device.peak_since_start_mb),
-            "never" if device.sample_age_s is None else f"{device.sample_age_s:.1f}",
-        )
-        for device in snapshot.devices
-    ]
-
-
-def _model_rows(snapshot: Snapshot) -> list[tuple[str, ...]]:
-    return [
-        (
-            model.tag,
-            _mb(model.estimate_mb),
-            *(str(count) for count in (model.loaded, model.active, model.idle, model.loading, model.unloading)),
-            *(str(count) for count in (model.waiting, model.loads, model.hits, model.evictions, model.pins)),
-            f"{model.load_s:.3f}",
-            f"{model.hold_s:.3f}",
-            f"{Demand(model.gap_s, model.requests).per_second(model.requested_ago_s):.3g}",
-            f"{model.unused_for_s:.1f}",
-        )
-        for model in sorted(snapshot.models, key=lambda model: model.tag)
-        if model.kind == "model"
-    ]
-
-
-def _pids(snapshot: Snapshot) -> Callable[[int | None], str]:
-    """Return what tells the pid of the member in a slot, as text."""
-    pids = {member.slot: str(member.pid) for member in snapshot.members}
-    return lambda slot: "-" if slot is None else pids.get(slot, "?")
-
-
-def _lease_rows(snapshot: Snapshot) -> list[tuple[str, ...]]:
-    pid_of = _pids(snapshot)
-    devices = {device.row: device.name for device in snapshot.devices}
-    return [
-        (
-            str(lease.row),
-            lease.tag,
-            _mb(lease.reserved_mb),
-            _mb(lease.mb) if lease.mb else "?",
-            f"{lease.for_s:.1f}",
-            devices.get(lease.device, "?"),
-            pid_of(lease.holder),
-            "?" if lease.program is None else str(lease.program),
-        )
-        for lease in snapshot.instances
-        if lease.state == "leased"
-    ]
-
-
-def _copy_rows(snapshot: Snapshot) -> list[tuple[str, ...]]:
-    pid_of = _pids(snapshot)
-    return [
-        (
-            str(copy.row),
-            copy.tag,
-            copy.state,
-            f"{copy.for_s:.1f}",
-            _mb(copy.mb),
-            pid_of(copy.holder),
-            pid_of(copy.owner if copy.server is None else copy.server),
-            str(copy.uses),
-        )
-        for copy in snapshot.instances
-        if copy.state != "leased"
-    ]
-
-
-def _ticket_rows(snapshot: Snapshot) -> list[tuple[str, ...]]:
-    return [
-        (
-            str(ticket.number),
-            ticket.tag,
-            str(ticket.pid),
-            ticket.state,
-            f"{ticket.waited_s:.1f}",
-            "-" if math.isinf(ticket.time_left_s) else f"{ticket.time_left_s:.1f}",
-            _mb(ticket.need_mb),
-            Reason(ticket.reason).name.lower() if ticket.reason in Reason._value2member_map_ else str(ticket.reason),
-            _why(ticket),
-        )
-        for ticket in snapshot.tickets
-    ]
-
-
-def _decision_rows(snapshot: Snapshot) -> list[tuple[str, ...]]:
-    decided = [event for event in snapshot.events if event.reason is not None]
-    return [
-        (
-            f"{event.age_s:.2f}",
-            event.kind,
-            event.tag or "?",
-            "" if event.ticket is None else str(event.ticket),
-            _why(event),
-        )
-        for event in decided[-_DECISIONS_SHOWN:]
-    ]
-
-
-def _why(row: TicketInfo | EventInfo) -> str:
-    """Return the sentence for a decision, empty where the policy has decided nothing."""
-    if row.reason is None:
-        return ""
-    return explain(
-        row.reason, row.need_mb or 0.0, row.free_mb or 0.0, row.coming_mb or 0.0, row.seconds or 0.0, row.other
-    )
-
-
-def _member_rows(snapshot: Snapshot) -> list[tuple[str, ...]]:
-    return [
-        (
-            str(member.slot),
-            member.kind,
-            str(member.pid),
-            {True: "yes", False: "DEAD", None: "?"}[member.alive],
-            f"{member.attached_for_s:.1f}",
-            _mb(member.measured_mb) if member.kind == "server" else "",
-            member.name,
-        )
-        for member in snapshot.members
-    ]
-
-
-def _section(title: str, head: Sequence[str], rows: list[tuple[str, ...]]) -> list[str]:
-    if not rows:
-        return ["", f"{title}: none"]
-    widths = [max(len(row[column]) for row in [tuple(head), *rows]) for column in range(len(head))]
-
-    def line(row: Sequence[str]) -> str:
-        return "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-
-    return ["", f"{title}:", line(head), line(["-" * width for width in widths]), *(line(row) for row in rows)]
+_COMMANDS = {
+    "list": _list,
+    "inspect": _inspect,
+    "top": _top,
+    "trace": _trace,
+    "plot": _plot,
+    "metrics": _metrics,
+    "check": _check,
+    "reset": _reset,
+}
 
 
 if __name__ == "__main__":

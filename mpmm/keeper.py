@@ -20,10 +20,9 @@ import logging
 import math
 import threading
 import time
+from collections import Counter
 from functools import partial
 from typing import TYPE_CHECKING
-
-import numpy as np
 
 from mpmm.beam_metrics import report_estimate
 from mpmm.errors import ClosedError
@@ -62,7 +61,8 @@ class Keeper:
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
         self._failing = False
-        self._seen_activity = -1
+        # What was seen of each device (row) when its last reading was taken: a reading of the same says nothing new.
+        self._seen: dict[int, tuple[int, int]] = {}
         self._poll_due = 0.0
         self.leading = False
 
@@ -145,6 +145,9 @@ class Keeper:
 
     def tick(self) -> None:
         """Do what is due now, as leader or in its place."""
+        if self._worker.has_receipts:
+            with self._namespace.transaction() as t:
+                self._worker.settle_receipts(t)
         if not self.leading:
             self._lead_if_free()
         if self.leading or self._leader_is_stuck():
@@ -170,11 +173,13 @@ class Keeper:
         _LOG.info("mpmm %s: pid %d leads, source %s", self._namespace.name, self._namespace.pid, source.name)
 
     def _leader_is_stuck(self) -> bool:
-        age = (time.monotonic_ns() - self._namespace.segment.words[Header.POLLED]) / 1e9
+        """Tell whether the last poll is too long ago, or nobody who polls sees the devices that this process does."""
+        words, tables = self._namespace.segment.words, self._namespace.tables
+        polled = [words[Header.POLLED]]
+        if not words[Header.SOURCE_BOOKS_ONLY]:
+            polled += [words[tables.device(row) + Device.TRIED] for row in self._worker.board.rows()]
+        age = (time.monotonic_ns() - min(polled)) / 1e9
         return age > self._namespace.settings.poll_interval + STALE_AFTER_S
-
-    def _devices(self) -> list[int]:
-        return self._namespace.tables.used_rows(self._namespace.segment.layout.devices)
 
     def _poll(self) -> None:
         self._worker.refresh()
@@ -190,6 +195,7 @@ class Keeper:
         for tag, mb in estimates.items():
             report_estimate(tag, mb)
         self._worker.estimator.solve()
+        self._worker.keep_estimates()
 
     def _give_up_slow_loads(self, t: Transaction) -> None:
         namespace = self._namespace
@@ -222,30 +228,44 @@ class Keeper:
         words = namespace.segment.words
         if words[Header.SOURCE_BOOKS_ONLY]:
             return {}
-        if words[Header.SOURCE_MEASURES_PROCESSES]:
-            return self._take_over_measurements(t)
-        activity = words[Header.HITS] + words[Header.LOADS]
-        if activity != self._seen_activity and not words[Header.LOADING] and not words[Header.ISOLATED]:
-            self._seen_activity = activity
-            self._observe(t)
-        return {}
+        for device in namespace.tables.used_rows(namespace.segment.layout.devices):
+            self._observe(t, device)
+        return self._take_over_measurements(t) if words[Header.SOURCE_MEASURES_PROCESSES] else {}
 
-    def _observe(self, t: Transaction) -> None:
-        """Record the peak of a configuration that nothing has changed since before the last sample."""
+    def _observe(self, t: Transaction, device: int) -> None:
+        """Record the peak of a configuration that nothing has changed since before the last sample of a device.
+
+        What is measured by itself is no riddle: it comes off the reading, and what remains is that of the other copies.
+        """
         namespace = self._namespace
-        words, tables, layout = namespace.segment.words, namespace.tables, namespace.segment.layout
-        if any(words[tables.device(row) + Device.SAMPLED] < words[Header.CONFIGURED_AT] for row in self._devices()):
+        words, floats, tables = namespace.segment.words, namespace.segment.floats, namespace.tables
+        at = tables.device(device)
+        if words[at + Device.SAMPLED] < words[at + Device.CONFIGURED_AT] or words[at + Device.ISOLATED]:
             return
-        # What a lease's program takes goes up and down as it likes, so readings with one say nothing of the models.
-        if np.any(np.isin(tables.view(layout.instances)[:, Instance.STATE], (Instance.UNLOADING, Instance.LEASED))):
+        copies: Counter[int] = Counter()
+        measured_mb, uses = floats[at + Device.FOREIGN_MB], 0
+        for row in tables.on_device(device):
+            copy = tables.instance(row)
+            if words[copy] not in (Instance.ACTIVE, Instance.IDLE) or words[copy + Instance.DEVICES] != 1 << device:
+                # What loads or unloads, and what a lease's program takes, goes up and down; and of a copy that spans
+                # several devices nobody knows how much is here.
+                return
+            uses += words[copy + Instance.USES]
+            if words[copy + Instance.SERVER] and words[Header.SOURCE_MEASURES_PROCESSES]:
+                measured_mb += floats[copy + Instance.MB]
+            else:
+                copies[words[tables.model(words[copy + Instance.MODEL]) + Model.GENERATION]] += 1
+        seen = (words[at + Device.CONFIGURED_AT], uses)
+        if not copies or self._seen.get(device) == seen:
             return
-        copies = [
-            (words[tables.model(row) + Model.GENERATION], words[tables.model(row) + Model.LOADED])
-            for row in tables.used_rows(layout.models)
-            if words[tables.model(row) + Model.LOADED]
-        ]
-        reading = sum(namespace.transitions.peak_since(row, words[Header.CONFIGURED_AT]) for row in self._devices())
-        namespace.transitions.observe(t, copies, reading)
+        self._seen[device] = seen
+        # The figures of single processes are those of the last sample, not those of the peak.
+        whole_mb = (
+            floats[at + Device.USED_MB]
+            if measured_mb
+            else namespace.transitions.peak_since(device, words[at + Device.CONFIGURED_AT])
+        )
+        namespace.transitions.observe(t, list(copies.items()), max(0.0, whole_mb - measured_mb), device)
 
     def _take_over_measurements(self, t: Transaction) -> dict[str, float]:
         """Let a model's estimate follow what its servers were seen to take at most.
@@ -261,9 +281,13 @@ class Keeper:
             row = words[at + Member.INSTANCE]
             if not row or words[tables.instance(row - 1) + Instance.SERVER] != slot + 1:
                 continue
-            if words[tables.instance(row - 1)] in (Instance.ACTIVE, Instance.IDLE) and floats[at + Member.PEAK_MB] > 0:
-                model = words[tables.instance(row - 1) + Instance.MODEL]
-                highest[model] = max(highest.get(model, 0.0), floats[at + Member.PEAK_MB])
+            copy = tables.instance(row - 1)
+            if words[copy] in (Instance.ACTIVE, Instance.IDLE) and floats[at + Member.PEAK_MB] > 0:
+                # Of what spans several devices each has to have room for the largest share.
+                span = words[copy + Instance.DEVICES].bit_count()
+                largest_mb = max(floats[at + Member.SHARES : at + Member.SHARES + span]) if span > 1 else 0.0
+                model = words[copy + Instance.MODEL]
+                highest[model] = max(highest.get(model, 0.0), floats[at + Member.PEAK_MB], largest_mb * span)
         changed = {}
         for model, mb in highest.items():
             at = tables.model(model)
@@ -271,7 +295,7 @@ class Keeper:
                 continue
             old = floats[at + Model.ESTIMATE_MB]
             new = mb if mb > old else smooth(old, mb, namespace.settings.smoothing_factor)
-            if abs(new - old) > ESTIMATE_TOLERANCE * old:
+            if abs(new - old) > ESTIMATE_TOLERANCE * old or floats[at + Model.SD_MB]:
                 namespace.transitions.estimate(t, model, new, measured=True)
                 changed[tables.tag_of(model)] = new
         return changed

@@ -19,8 +19,7 @@ __all__ = ["Lease"]
 class Lease:
     """Memory that this process has been given, until `release`, the end of a `with` block, or its own end.
 
-    `ModelManager.reserve` makes them. name, mb: what it was asked for. device: index of the device's row, as
-    `mpmm inspect` lists them.
+    `ModelManager.reserve` makes them. name, mb: what it was asked for. placement: where it is, see `mpmm.placement`.
     """
 
     def __init__(self, worker: Worker, row: int, name: str, mb: float) -> None:
@@ -28,7 +27,7 @@ class Lease:
         words, at = worker.namespace.segment.words, worker.namespace.tables.instance(row)
         self.name = name
         self.mb = mb
-        self.device = int(words[at + Instance.DEVICE])
+        self.placement = worker.board.placement_of(words[at + Instance.DEVICES])
         self._worker = worker
         self._row = row
         self._generation = words[at + Instance.GENERATION]

@@ -21,6 +21,7 @@ runs it, so that a release hands the copy straight to the ticket that should hav
 from __future__ import annotations
 
 import functools
+import inspect
 import logging
 import math
 import os
@@ -31,11 +32,11 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractAsyncContextManager, contextmanager, suppress
 from dataclasses import fields
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from mpmm.beam_metrics import report_estimate, report_model_count
 from mpmm.beam_views import BeamNames
@@ -53,12 +54,14 @@ from mpmm.errors import (
     NotAcquiredError,
 )
 from mpmm.gpu_monitor import GPUMonitor
+from mpmm.kept_estimates import ESTIMATES_PATH_VARIABLE, KeptEstimates
 from mpmm.lease import Lease
+from mpmm.placement import placed
 from mpmm.policy.out_of_memory import is_out_of_memory
 from mpmm.proxy.context import attach_namespace, serving_for
-from mpmm.resource_estimator import ResourceEstimator
+from mpmm.resource_estimator import ALONE_SD, GROWTH_SD, Estimate, ResourceEstimator
 from mpmm.shared_state.futex import wait_for_change
-from mpmm.shared_state.layout import Capacities, Device, Header, Instance, Member, Model, Ticket
+from mpmm.shared_state.layout import MOST_SPANNED, Capacities, Device, Header, Instance, Model, Ticket
 from mpmm.shared_state.namespace import Namespace, run_at_exit
 from mpmm.shared_state.runtime_dir import default_root
 from mpmm.shared_state.settings import Settings
@@ -66,7 +69,7 @@ from mpmm.shared_state.tables import encode_text
 from mpmm.shared_state.transaction import Transaction
 from mpmm.sources import MemorySource, choose_source
 from mpmm.sources.selected import SelectedDevices
-from mpmm.worker import NOW_S, Copy, Worker
+from mpmm.worker import NOW_S, Copy, Growth, Worker
 
 __all__ = ["GPUMonitor", "ModelManager", "QueueTicket", "ResourceEstimator"]
 
@@ -98,12 +101,27 @@ class QueueTicket:
         return f"QueueTicket(priority={self.priority}, ticket_num={self.ticket_num}, tag={self.tag!r})"
 
 
+class Wish(NamedTuple):
+    """On which devices (bits) a copy is to be: `devices`, where it may be loaded, `tied`, where it is of use; 0 all."""
+
+    devices: int = 0
+    tied: int = 0
+    span: int = 1
+
+
+class AnswerUndone(Exception):
+    """Whoever answered a ticket was killed before the transaction's end, and its waiter had seen it already."""
+
+
 class _Booking(NamedTuple):
     """A load that the policy has allowed and memory is reserved for."""
 
     row: int
     generation: int
     alone: bool
+
+
+_ANYWHERE = Wish()
 
 
 class ModelManager(BeamNames):
@@ -145,6 +163,7 @@ class ModelManager(BeamNames):
         max_model_copies: int | None = None,
         idle_ttl_seconds: float | None = None,
         devices: Sequence[int | str] | None = None,
+        estimates_path: str | os.PathLike[str] | None = None,
         capacities: Capacities | None = None,
         runtime_root: str | os.PathLike[str] | None = None,
     ) -> None:
@@ -173,6 +192,8 @@ class ModelManager(BeamNames):
         idle_ttl_seconds: a copy that nobody has used for so long, and whose model is not pinned, is unloaded; None
             keeps it until others need the room.
         devices: indices or uuids of the devices to manage, all by default.
+        estimates_path: file that keeps the estimates from run to run, see `mpmm.kept_estimates`; None stands for
+            `$MPMM_ESTIMATES_PATH`, and without that for none. The first manager of a process decides for the process.
         capacities: sizes of the shared tables.
         runtime_root: folder of the runtime directories, see `mpmm.shared_state.runtime_dir`.
 
@@ -205,6 +226,7 @@ class ModelManager(BeamNames):
         self._given_monitor = monitor
         self._memory_source = memory_source
         self._devices = tuple(devices) if devices is not None else None
+        self._estimates_path = os.fspath(estimates_path) if estimates_path is not None else None
         self._capacities = capacities
         given = attach_namespace.get()
         if namespace is None and given is not None:
@@ -240,13 +262,18 @@ class ModelManager(BeamNames):
                     found.setdefault(tables.tag_of(words[at + Instance.MODEL]), []).append(worker.value_of(row))
         return found if tag is None else found.get(tag, [])
 
-    def acquire_model(self, tag: str, loader_func: Callable[[], Any]) -> Any:
+    def acquire_model(
+        self, tag: str, loader_func: Callable[[], Any], *, devices: Sequence[int | str] | None = None, span: int = 1
+    ) -> Any:
         """Return a copy of the model, to be given back with `release_model`.
 
         tag: names the model; the same tag means the same model in every process.
         loader_func: makes a copy; called in this process and thread, with no lock held, if there is none to reuse.
             If it runs out of memory, room is made and it is called once more, see `mpmm.policy.out_of_memory`; the
-            local variables in the traceback of its first exception are gone then.
+            local variables in the traceback of its first exception are gone then. `mpmm.current_placement()` tells it
+            on which devices; a model server that it starts sees only those.
+        devices: indices or uuids of the devices on which the copy has to be, all that this process sees by default.
+        span: how many devices a copy takes an equal share of, if one has to be loaded.
 
         Raises AcquireTimeoutError, LoadTimeoutError, ModelTooLargeError, NamespaceResetError, TableFullError,
         InvalidArgumentError, ClosedError, LockTimeoutError, and whatever the loader raises.
@@ -258,10 +285,11 @@ class ModelManager(BeamNames):
             booking = self._take_booking(tag)
             if booking is not None:
                 return self._load_somehow(worker, tag, booking, loader_func)
+        wish = _ANYWHERE if devices is None and span == 1 else self._wish(worker, devices, span)
         with self._giving_up_in_time(worker, tag):
-            answer = self._get(worker, tag)
+            answer = self._get(worker, tag, wish)
         if isinstance(answer, _Booking):
-            return self._load_somehow(worker, tag, answer, loader_func)
+            return self._load_somehow(worker, tag, answer, loader_func, wish=wish)
         return answer.value
 
     def release_model(self, tag: str, instance: Any) -> None:
@@ -270,7 +298,12 @@ class ModelManager(BeamNames):
         A wrong tag with the right instance is put up with, and logged. Raises NotAcquiredError when this process
         does not hold the instance, NamespaceResetError when a reset took it away meanwhile.
         """
+        self._release(tag, instance)
+
+    def _release(self, tag: str, instance: Any, patience_s: float | None = None) -> None:
+        """Do what `release_model` does, but give up the lock after `patience_s`: LockTimeoutError, nothing changed."""
         worker = self._connected()
+        worker.scheduler.alert()
         copy = worker.let_go(instance, tag)
         if copy is None:
             what = repr(instance) if isinstance(instance, str) else f"this {type(instance).__name__}"
@@ -280,7 +313,7 @@ class ModelManager(BeamNames):
                 tag=tag,
             )
         try:
-            self._give_back(worker, tag, copy)
+            self._give_back(worker, tag, copy, patience_s=patience_s)
         except ClosedError:
             raise
         except TimeoutError:
@@ -335,13 +368,15 @@ class ModelManager(BeamNames):
     # ---- further methods -----------------------------------------------------------------------------------
 
     @contextmanager
-    def model(self, tag: str, loader_func: Callable[[], Any]) -> Iterator[Any]:
+    def model(
+        self, tag: str, loader_func: Callable[[], Any], *, devices: Sequence[int | str] | None = None, span: int = 1
+    ) -> Iterator[Any]:
         """Acquire a copy for the length of a `with` block; see `acquire_model`.
 
         An exception that leaves the block passes unchanged. If it says that memory has run out, the model's estimate
         is raised first, and what is idle on the copy's device is unloaded, so that another attempt finds more room.
         """
-        instance = self.acquire_model(tag, loader_func)
+        instance = self.acquire_model(tag, loader_func, devices=devices, span=span)
         try:
             yield instance
         except BaseException as error:
@@ -353,14 +388,86 @@ class ModelManager(BeamNames):
         finally:
             self.release_model(tag, instance)
 
-    def reserve(self, mb: float, *, name: str = "lease", timeout_seconds: float | None = None) -> Lease:
-        """Wait for a lease on `mb` MB of one device, for memory that is no model's, and return it.
+    def model_async(
+        self, tag: str, loader_func: Callable[[], Any], *, devices: Sequence[int | str] | None = None, span: int = 1
+    ) -> AbstractAsyncContextManager[Any]:
+        """Acquire a copy for the length of an `async with` block, without a thread for each task that waits.
+
+        Else like `model`: the same queue, the same errors. The loader is no coroutine, and runs in a thread. A task
+        that is cancelled while it waits leaves the queue; one that is cancelled while it loads leaves the load to end,
+        and the copy idle. See `mpmm.asynchronous`.
+        """
+        if not isinstance(tag, str) or not callable(loader_func) or inspect.iscoroutinefunction(loader_func):
+            raise InvalidArgumentError(
+                f"model {tag!r}, loader {loader_func!r}: expected a str and a callable that is no coroutine function"
+            )
+        # Imported here, because asyncio takes longer to import than all of this package.
+        from mpmm.asynchronous import hold_in_loop
+
+        return hold_in_loop(self, tag, loader_func, devices, span)
+
+    def uses(
+        self,
+        tag: str,
+        loader_func: Callable[[], Any],
+        *,
+        argument: str = "model",
+        devices: Sequence[int | str] | None = None,
+        span: int = 1,
+    ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+        """Return a decorator: the function is called with a copy of a model that is held for the length of the call.
+
+            @manager.uses("detector", load)
+            def detect(image, *, model): ...
+
+            detect(image)
+
+        A coroutine function waits for the copy as `model_async` does. argument: name of the parameter by which the
+        copy is given; it is missing from the decorated function's signature, so that web frameworks do not ask for it.
+        devices, span: as for `acquire_model`.
+
+        Raises InvalidArgumentError, at once, when the function has no such parameter.
+        """
+
+        def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+            signature = inspect.signature(function)
+            if argument not in signature.parameters:
+                raise InvalidArgumentError(f"{function!r} has no parameter {argument!r}, through which to get {tag!r}")
+
+            @functools.wraps(function)
+            def call(*args: Any, **kwargs: Any) -> Any:
+                with self.model(tag, loader_func, devices=devices, span=span) as copy:
+                    return function(*args, **kwargs, **{argument: copy})
+
+            @functools.wraps(function)
+            async def call_async(*args: Any, **kwargs: Any) -> Any:
+                async with self.model_async(tag, loader_func, devices=devices, span=span) as copy:
+                    return await function(*args, **kwargs, **{argument: copy})
+
+            made: Any = call_async if inspect.iscoroutinefunction(function) else call
+            others = [parameter for name, parameter in signature.parameters.items() if name != argument]
+            made.__signature__ = signature.replace(parameters=others)
+            return cast("Callable[..., Any]", made)
+
+        return decorate
+
+    def reserve(
+        self,
+        mb: float,
+        *,
+        name: str = "lease",
+        timeout_seconds: float | None = None,
+        devices: Sequence[int | str] | None = None,
+        span: int = 1,
+    ) -> Lease:
+        """Wait for a lease on `mb` MB, for memory that is no model's, and return it.
 
         It is admitted like a load: it waits its turn, idle copies are evicted for it, and what it is for counts as
         used until it is given back, by `release` or the end of a `with` block, or until this process ends.
 
         mb: all that is going to be used. name: for people; several leases may have the same one.
         timeout_seconds: None stands for `wait_timeout_seconds`; `math.inf` waits for as long as it takes.
+        devices, span: as for `acquire_model`; of several devices each gives an equal share.
 
         Raises LeaseTooLargeError when no device is large enough, AcquireTimeoutError, NamespaceResetError,
         TableFullError, InvalidArgumentError, ClosedError, LockTimeoutError.
@@ -370,26 +477,34 @@ class ModelManager(BeamNames):
         encoded = encode_text(name, Model.TAG_BYTES, "name of a lease")
         patience = self._patience(timeout_seconds)
         worker = self._connected()
+        wish = self._wish(worker, devices, span)
         began = time.monotonic()
         deadline = began + patience
         worker.freshen(patience)
         with worker.waiting():
             with self._giving_up_in_time(worker, name):
-                row = self._enqueue_lease(worker, encoded, float(mb), deadline)
-            if self._await_answer(worker, row, deadline) is None:
-                reason = self._leave_queue(worker, row, timed_out=True)
-                waited = time.monotonic() - began
-                raise AcquireTimeoutError(
-                    f"lease {name!r} of {mb:g} MB: not to be had within {waited:.1f} s (last reason: {reason}); "
-                    "timeout_seconds sets the limit",
-                    tag=name,
-                    waited_seconds=waited,
-                )
-            with self._giving_up_in_time(worker, name):
-                return self._take_lease(worker, name, float(mb), row, deadline)
+                row = self._enqueue_lease(worker, encoded, float(mb), deadline, wish)
+            while self._await_answer(worker, row, deadline) is not None:
+                with self._giving_up_in_time(worker, name), suppress(AnswerUndone):
+                    return self._take_lease(worker, name, float(mb), row, deadline, wish)
+            reason = self._leave_queue(worker, row, timed_out=True)
+            waited = time.monotonic() - began
+            raise AcquireTimeoutError(
+                f"lease {name!r} of {mb:g} MB: not to be had within {waited:.1f} s (last reason: {reason}); "
+                "timeout_seconds sets the limit",
+                tag=name,
+                waited_seconds=waited,
+            )
 
     def preload(
-        self, tag: str, loader_func: Callable[[], Any], *, copies: int = 1, timeout_seconds: float | None = None
+        self,
+        tag: str,
+        loader_func: Callable[[], Any],
+        *,
+        copies: int = 1,
+        timeout_seconds: float | None = None,
+        devices: Sequence[int | str] | None = None,
+        span: int = 1,
     ) -> int:
         """See to it that so many copies that this process can use are loaded; return how many it has loaded for that.
 
@@ -397,7 +512,7 @@ class ModelManager(BeamNames):
         what is idle evicted if need be, and are not held: they are idle afterwards, and may go like any other; `pin`
         keeps them. Copies that others load meanwhile count, and `max_model_copies` ends it early.
 
-        timeout_seconds: for each load; None stands for `wait_timeout_seconds`.
+        timeout_seconds: for each load; None stands for `wait_timeout_seconds`. devices, span: as for `acquire_model`.
 
         Raises what `acquire_model` does; ModelTooLargeError also when so many copies never fit at once.
         """
@@ -407,13 +522,14 @@ class ModelManager(BeamNames):
             raise InvalidArgumentError(f"model {tag!r}, loader {loader_func!r}: expected a str and a callable")
         patience = self._patience(timeout_seconds)
         worker = self._connected()
+        wish = self._wish(worker, devices, span)
         for loaded in range(copies):
             with self._giving_up_in_time(worker, tag):
-                answer = self._queue(worker, tag, time.monotonic() + patience, preload=copies)
+                answer = self._queue(worker, tag, time.monotonic() + patience, wish, preload=copies)
             if answer is None:
                 return loaded
             assert isinstance(answer, _Booking), "a preload is granted no copy"
-            value = self._load_somehow(worker, tag, answer, loader_func, preload=copies)
+            value = self._load_somehow(worker, tag, answer, loader_func, wish, preload=copies)
             copy = worker.let_go(value, tag)
             assert copy is not None, "it was loaded just now"
             self._give_back(worker, tag, copy, used=False)
@@ -501,6 +617,7 @@ class ModelManager(BeamNames):
             namespace=self._name,
             memory_source=self._memory_source,
             devices=self._devices,
+            estimates_path=self._estimates_path,
             capacities=self._capacities,
             runtime_root=str(self._root),
         )
@@ -514,9 +631,22 @@ class ModelManager(BeamNames):
             raise InvalidArgumentError(f"timeout_seconds={timeout_seconds!r}: expected seconds from 0, or None")
         return timeout_seconds
 
+    @staticmethod
+    def _wish(worker: Worker, devices: Sequence[int | str] | None, span: int) -> Wish:
+        """Return what is asked for in terms of device rows. Raises InvalidArgumentError."""
+        if isinstance(devices, str) or not (devices is None or len(devices)):
+            raise InvalidArgumentError(f"devices={devices!r}: expected a sequence of indices or uuids, or None")
+        tied = 0 if devices is None else worker.board.bits_of(devices)
+        there = tied.bit_count() or len(worker.board.rows())
+        if not isinstance(span, int) or isinstance(span, bool) or not 1 <= span <= min(there, MOST_SPANNED):
+            raise InvalidArgumentError(
+                f"span={span!r}: expected a number of devices from 1 to {min(there, MOST_SPANNED)}"
+            )
+        return Wish(tied or worker.board.visible_bits(), tied, span)
+
     # ---- the way of an acquire -----------------------------------------------------------------------------
 
-    def _get(self, worker: Worker, tag: str) -> Copy | _Booking:
+    def _get(self, worker: Worker, tag: str, wish: Wish) -> Copy | _Booking:
         """Return a copy that lives and that this process holds now, or the permission to load one.
 
         Raises LockTimeoutError also when the lock was not free within `wait_timeout_seconds`.
@@ -524,10 +654,10 @@ class ModelManager(BeamNames):
         left = self._settings.wait_timeout_seconds
         deadline = 0.0
         while True:
-            got: Copy | _Booking | None = self._take_idle(worker, tag, left)
+            got: Copy | _Booking | None = self._take_idle(worker, tag, left, wish.tied)
             if got is None:
                 deadline = deadline or time.monotonic() + left
-                got = self._queue(worker, tag, deadline)
+                got = self._queue(worker, tag, deadline, wish)
                 assert got is not None, "only a preload can have enough"
             if isinstance(got, _Booking) or worker.handle_is_alive(got):
                 return got
@@ -535,17 +665,19 @@ class ModelManager(BeamNames):
             deadline = deadline or time.monotonic() + left
             left = deadline - time.monotonic()
 
-    def _take_idle(self, worker: Worker, tag: str, patience_s: float) -> Copy | None:
-        """Take an idle copy if nobody waits and nobody runs alone."""
+    def _take_idle(self, worker: Worker, tag: str, patience_s: float, tied: int) -> Copy | None:
+        """Take an idle copy if nobody waits, and nobody runs alone where it lies."""
         namespace = worker.namespace
         with namespace.transaction(patience_s) as t:
-            row = None if worker.scheduler.must_queue() else worker.find_idle(tag)
-            if row is None:
+            row = None if worker.scheduler.must_queue() else worker.find_idle(tag, tied)
+            if row is None or worker.scheduler.beside_isolation(row):
                 return None
             namespace.transitions.grab(t, row, namespace.reference)
             return worker.hold(row, tag)
 
-    def _queue(self, worker: Worker, tag: str, deadline: float, preload: int = 0) -> Copy | _Booking | None:
+    def _queue(
+        self, worker: Worker, tag: str, deadline: float, wish: Wish = _ANYWHERE, preload: int = 0
+    ) -> Copy | _Booking | None:
         """Wait in the queue; return a copy that this process holds now, or the permission to load one.
 
         preload: above 0, only to load, and None once there are so many copies.
@@ -554,10 +686,15 @@ class ModelManager(BeamNames):
         began = time.monotonic()
         worker.freshen(deadline - began)
         with worker.waiting():
-            row = self._enqueue(worker, tag, encoded, deadline, preload)
-            if self._await_answer(worker, row, deadline) is None:
-                raise self._gave_up(tag, time.monotonic() - began, self._leave_queue(worker, row, timed_out=True))
-            return self._act_on(worker, tag, row, deadline)
+            row = self._enqueue(worker, tag, encoded, deadline, preload, wish)
+            while True:
+                state = self._await_answer(worker, row, deadline)
+                if state is None:
+                    raise self._gave_up(tag, time.monotonic() - began, self._leave_queue(worker, row, timed_out=True))
+                if state == Ticket.GRANTED and (copy := worker.hold_granted(row, tag)) is not None:
+                    return copy
+                with suppress(AnswerUndone):
+                    return self._act_on(worker, tag, row, deadline, wish)
 
     @contextmanager
     def _giving_up_in_time(self, worker: Worker, tag: str) -> Iterator[None]:
@@ -578,16 +715,20 @@ class ModelManager(BeamNames):
             waited_seconds=waited_s,
         )
 
-    def _enqueue(self, worker: Worker, tag: str, encoded: bytes, deadline: float, preload: int) -> int:
+    def _enqueue(self, worker: Worker, tag: str, encoded: bytes, deadline: float, preload: int, wish: Wish) -> int:
         namespace = worker.namespace
         words = namespace.segment.words
+        devices = wish.devices or worker.board.visible_bits()
         with namespace.transaction(deadline - time.monotonic()) as t:
             model = namespace.transitions.claim_model(t, tag, encoded)
+            if worker.kept_estimates is not None:
+                worker.kept_estimates.recall(t, model, tag)
             known = words[namespace.tables.model(model) + Model.KNOWN] or words[Header.SOURCE_BOOKS_ONLY]
             priority = PRELOAD_PRIORITY if preload else 1 if known else 0
             deadline_ns = int(min(deadline * 1e9, 2**63))
+            need_mb = worker.scheduler.need_mb(model)
             row = namespace.transitions.enqueue(
-                t, model, namespace.slot, priority, worker.scheduler.need_mb(model), deadline_ns, preload
+                t, model, namespace.slot, priority, need_mb, deadline_ns, preload, devices, wish.tied, wish.span
             )
             number = words[namespace.tables.ticket(row) + Ticket.NUMBER]
             worker.scheduler.advance(t, newcomer=row)
@@ -595,9 +736,9 @@ class ModelManager(BeamNames):
         return row
 
     def _await_answer(self, worker: Worker, row: int, deadline: float) -> int | None:
-        """Unload what has to go for the ticket, if anything, then `_wait`; an exception takes it out of the queue."""
+        """Have what has to go for the ticket unloaded, then `_wait`; an exception takes it out of the queue."""
         try:
-            worker.unload_assigned()
+            worker.unload_beside()
             return self._wait(worker, row, deadline)
         except BaseException:
             self._leave_queue(worker, row)
@@ -611,7 +752,7 @@ class ModelManager(BeamNames):
         signal = at + Ticket.SIGNAL
         while True:
             seen = words[signal]
-            # Only this process changes a ticket that has its answer, so this look needs no lock.
+            # This look needs no lock: what is seen here is acted upon only once it is known to be committed.
             if words[at + Ticket.STATE] != Ticket.WAITING:
                 return int(words[at + Ticket.STATE])
             if worker.closing:
@@ -620,21 +761,25 @@ class ModelManager(BeamNames):
             if left <= 0:
                 return None
             wait_for_change(lambda: int(words[signal]), namespace.segment.address + 8 * signal, seen, left)
+            if words[signal] == seen:
+                worker.scheduler.await_alerted(row)
 
-    def _act_on(self, worker: Worker, tag: str, row: int, deadline: float) -> Copy | _Booking | None:
+    def _act_on(self, worker: Worker, tag: str, row: int, deadline: float, wish: Wish) -> Copy | _Booking | None:
         namespace = worker.namespace
         words, tables = namespace.segment.words, namespace.tables
         try:
             with namespace.transaction(max(NOW_S, deadline - time.monotonic())) as t:
                 at = tables.ticket(row)
                 state, instance = words[at + Ticket.STATE], words[at + Ticket.INSTANCE] - 1
+                if state == Ticket.WAITING:
+                    raise AnswerUndone
                 need_mb = namespace.segment.floats[at + Ticket.NEED_MB]
                 namespace.transitions.take_answer(t, row)
                 if state == Ticket.GRANTED:
                     return worker.hold(instance, tag)
                 if state == Ticket.LOAD:
                     generation = words[tables.instance(instance) + Instance.GENERATION]
-                    return _Booking(instance, generation, alone=words[Header.ISOLATED] == instance + 1)
+                    return _Booking(instance, generation, namespace.transitions.runs_alone(instance))
         except LockTimeoutError:
             # Else what was granted would stay ours for ever, unknown to everybody here.
             worker.owe(lambda t: namespace.transitions.leave_queue(t, row))
@@ -642,24 +787,25 @@ class ModelManager(BeamNames):
         if state == Ticket.ENOUGH:
             return None
         if state == Ticket.REFUSED:
-            raise self._too_large(worker, tag, need_mb)
+            raise self._too_large(worker, tag, need_mb, wish)
         raise NamespaceResetError(f"a reset of namespace {self._name!r} ended the wait for {tag!r}", tag=tag)
 
     @staticmethod
-    def _largest_limit(worker: Worker) -> tuple[float, str]:
-        """Return the limit of the roomiest device in MB, and its name."""
+    def _largest_limit(worker: Worker, wish: Wish) -> tuple[float, str]:
+        """Return what the roomiest devices that a copy may span take together in MB, and their names."""
         namespace = worker.namespace
         with namespace.transaction():
             rows = namespace.tables.used_rows(namespace.segment.layout.devices)
-            roomiest = max(rows, key=worker.scheduler.limit_mb)
-            name = namespace.tables.string(namespace.tables.device(roomiest) + Device.NAME)
-            return worker.scheduler.limit_mb(roomiest), name
+            rows = [row for row in rows if not wish.devices or wish.devices >> row & 1]
+            roomiest = sorted(rows, key=worker.scheduler.limit_mb)[-wish.span :]
+            names = [namespace.tables.string(namespace.tables.device(row) + Device.NAME) for row in roomiest]
+            return min(map(worker.scheduler.limit_mb, roomiest)) * wish.span, ", ".join(names)
 
-    def _too_large(self, worker: Worker, tag: str, need_mb: float) -> ModelTooLargeError:
-        limit_mb, device = self._largest_limit(worker)
+    def _too_large(self, worker: Worker, tag: str, need_mb: float, wish: Wish) -> ModelTooLargeError:
+        limit_mb, device = self._largest_limit(worker, wish)
         return ModelTooLargeError(
             f"model {tag!r} needs {need_mb:.0f} MB, and the limit of {device!r} is {limit_mb:.0f} MB: it can never be "
-            "loaded; slack_percentage, and memory_budget_mb for host memory, set the limit",
+            "loaded; slack_percentage, and memory_budget_mb (host) or fallback_memory_mb (booked), set the limit",
             tag=tag,
             need_mb=need_mb,
             limit_mb=limit_mb,
@@ -684,21 +830,25 @@ class ModelManager(BeamNames):
 
     # ---- the way of a lease --------------------------------------------------------------------------------
 
-    def _enqueue_lease(self, worker: Worker, encoded: bytes, mb: float, deadline: float) -> int:
+    def _enqueue_lease(self, worker: Worker, encoded: bytes, mb: float, deadline: float, wish: Wish) -> int:
         namespace = worker.namespace
         with namespace.transaction(deadline - time.monotonic()) as t:
             model = namespace.transitions.claim_lease(t, encoded, mb)
             deadline_ns = int(min(deadline * 1e9, 2**63))
-            row = namespace.transitions.enqueue(t, model, namespace.slot, 1, mb, deadline_ns)
+            row = namespace.transitions.enqueue(
+                t, model, namespace.slot, 1, mb, deadline_ns, devices=wish.devices, tied=wish.tied, span=wish.span
+            )
             worker.scheduler.advance(t, newcomer=row)
         return row
 
-    def _take_lease(self, worker: Worker, name: str, mb: float, row: int, deadline: float) -> Lease:
+    def _take_lease(self, worker: Worker, name: str, mb: float, row: int, deadline: float, wish: Wish) -> Lease:
         namespace = worker.namespace
         try:
             with namespace.transaction(max(NOW_S, deadline - time.monotonic())) as t:
                 at = namespace.tables.ticket(row)
                 state, instance = namespace.segment.words[at], namespace.segment.words[at + Ticket.INSTANCE] - 1
+                if state == Ticket.WAITING:
+                    raise AnswerUndone
                 namespace.transitions.take_answer(t, row)
                 if state == Ticket.GRANTED:
                     return Lease(worker, instance, name, mb)
@@ -707,10 +857,10 @@ class ModelManager(BeamNames):
             raise
         if state == Ticket.RESET:
             raise NamespaceResetError(f"a reset of namespace {self._name!r} ended the wait for {name!r}", tag=name)
-        limit_mb, device = self._largest_limit(worker)
+        limit_mb, device = self._largest_limit(worker, wish)
         raise LeaseTooLargeError(
             f"lease {name!r} of {mb:g} MB: the limit of {device!r} is {limit_mb:.0f} MB, so it can never be had; "
-            "slack_percentage, and memory_budget_mb for host memory, set the limit",
+            "slack_percentage, and memory_budget_mb (host) or fallback_memory_mb (booked), set the limit",
             name=name,
             need_mb=mb,
             limit_mb=limit_mb,
@@ -720,10 +870,16 @@ class ModelManager(BeamNames):
     # ---- the way of a load ---------------------------------------------------------------------------------
 
     def _load_somehow(
-        self, worker: Worker, tag: str, booking: _Booking, loader_func: Callable[[], Any], preload: int = 0
+        self,
+        worker: Worker,
+        tag: str,
+        booking: _Booking,
+        loader_func: Callable[[], Any],
+        wish: Wish = _ANYWHERE,
+        preload: int = 0,
     ) -> Any:
         """Run the loader; if it runs out of memory, make room and wait for a second turn. Return what is to be used."""
-        device = worker.namespace.segment.words[worker.namespace.tables.instance(booking.row) + Instance.DEVICE]
+        devices = worker.namespace.segment.words[worker.namespace.tables.instance(booking.row) + Instance.DEVICES]
         try:
             return self._load(worker, tag, booking, loader_func)
         except Exception as error:
@@ -736,12 +892,10 @@ class ModelManager(BeamNames):
         answer: Copy | _Booking | None = None
         with suppress(MpmmError):
             # What is learnt of a model that ran alone is its peak, or nothing.
-            worker.make_room_after_running_out(tag, {device}, learn=not booking.alone)
-            worker.wait_for_unloads(device)
-            patience = self._settings.wait_timeout_seconds
-            answer = (
-                self._queue(worker, tag, time.monotonic() + patience, preload) if preload else self._get(worker, tag)
-            )
+            worker.make_room_after_running_out(tag, devices, learn=not booking.alone)
+            worker.wait_for_unloads(devices)
+            deadline = time.monotonic() + self._settings.wait_timeout_seconds
+            answer = self._queue(worker, tag, deadline, wish, preload) if preload else self._get(worker, tag, wish)
         if answer is None:
             raise failure
         del failure
@@ -752,15 +906,19 @@ class ModelManager(BeamNames):
         began = time.monotonic()
         value: Any = None
         try:
+            if inspect.iscoroutinefunction(loader_func):
+                raise InvalidArgumentError(
+                    f"loader {loader_func!r} of {tag!r}: expected a callable that is no coroutine"
+                )
             if booking.alone:
                 worker.freshen()
                 worker.reset_peak()
-                baseline = worker.stats()[0]
                 with worker.namespace.transaction() as t:
-                    worker.namespace.transitions.set_baseline(t, baseline)
-            with serving_for(worker.server_context(booking.row)):
+                    worker.namespace.transitions.set_baseline(t, booking.row)
+            growth = worker.measuring_growth()
+            with serving_for(worker.server_context(booking.row)), placed(worker.placement_of(booking.row)):
                 value = loader_func()
-            copy = self._book_in(worker, tag, booking, value)
+            copy = self._book_in(worker, tag, booking, value, growth)
         except BaseException as error:
             in_time = self._give_up_load(worker, booking)
             worker.dispose(value)
@@ -778,13 +936,14 @@ class ModelManager(BeamNames):
         )
         return copy.value
 
-    def _book_in(self, worker: Worker, tag: str, booking: _Booking, value: Any) -> Copy:
+    def _book_in(self, worker: Worker, tag: str, booking: _Booking, value: Any, growth: Growth) -> Copy:
         namespace = worker.namespace
-        words, floats, tables = namespace.segment.words, namespace.segment.floats, namespace.tables
+        words, tables = namespace.segment.words, namespace.tables
         handle = encode_text(value, Instance.HANDLE_BYTES, f"handle of {tag!r}") if isinstance(value, str) else b""
         server_pid = worker.server_pid_of(value)
         seen = worker.sample_after_load(booking.row)
-        estimated: float | None = None
+        grown_mb = growth.mb() if seen and not isinstance(value, str) else 0.0
+        learnt: Estimate | None = None
         with namespace.transaction() as t:
             at = tables.instance(booking.row)
             if not self._still_loading(worker, booking):
@@ -793,25 +952,31 @@ class ModelManager(BeamNames):
             if not server and server_pid == namespace.pid:
                 server = namespace.reference
             model = words[at + Instance.MODEL]
-            mb = worker.scheduler.need_mb(model)
-            measured = floats[tables.member(server - 1) + Member.MEASURED_MB] if server else math.nan
-            if measured > 0:
-                mb = measured
+            mb, shares_mb = worker.scheduler.need_mb(model), worker.measured_shares(booking.row, server)
+            if math.fsum(shares_mb) > 0:
+                mb = math.fsum(shares_mb)
+                learnt = Estimate(max(shares_mb) * len(shares_mb), 0.0)
+            elif grown_mb > 0:
+                mb, shares_mb = grown_mb, ()
+                learnt = Estimate(grown_mb, GROWTH_SD * grown_mb)
             books_only = bool(words[Header.SOURCE_BOOKS_ONLY])
-            known = bool(words[tables.model(model) + Model.KNOWN])
             namespace.transitions.end_load(
-                t, booking.row, handle, mb, server, server_pid is not None, seen or books_only
+                t, booking.row, handle, mb, server, server_pid is not None, seen or books_only, shares_mb
             )
-            if not known and (books_only or measured > 0):
-                # Read from its process; or, where there is nothing to measure with, the assumption.
-                namespace.transitions.estimate(t, model, mb, measured=measured > 0)
-                estimated = mb
+            if words[tables.model(model) + Model.KNOWN]:
+                learnt = None
+            elif learnt is not None:
+                namespace.transitions.estimate(t, model, learnt.mb, measured=True, sd_mb=learnt.sd_mb)
+            elif books_only:
+                # With nothing to measure with, the assumption.
+                learnt = Estimate(mb, 0.0)
+                namespace.transitions.estimate(t, model, mb, measured=False)
             loaded = words[tables.model(model) + Model.LOADED]
             copy = worker.adopt(booking.row, tag, value)
             worker.scheduler.advance(t)
         report_model_count(tag, loaded)
-        if estimated is not None:
-            report_estimate(tag, estimated)
+        if learnt is not None:
+            report_estimate(tag, learnt.mb)
         return copy
 
     def _still_loading(self, worker: Worker, booking: _Booking) -> bool:
@@ -839,21 +1004,22 @@ class ModelManager(BeamNames):
 
     # ---- the way of a release ------------------------------------------------------------------------------
 
-    def _give_back(self, worker: Worker, tag: str, copy: Copy, used: bool = True) -> None:
+    def _give_back(
+        self, worker: Worker, tag: str, copy: Copy, used: bool = True, patience_s: float | None = None
+    ) -> None:
         namespace = worker.namespace
         words, tables = namespace.segment.words, namespace.tables
         cost = None
-        if words[Header.ISOLATED] == copy.row + 1:
+        if words[Header.ISOLATED] and namespace.transitions.runs_alone(copy.row):
             cost = self._isolated_cost(worker, copy)
-        with namespace.transaction() as t:
+        with namespace.transaction(patience_s) as t:
+            worker.settle_receipts(t)
             if not worker.is_held(copy):
                 raise NamespaceResetError(f"a reset of namespace {self._name!r} took {tag!r} away", tag=tag)
-            if cost is not None and words[Header.ISOLATED] == copy.row + 1:
-                measured = bool(words[Header.SOURCE_MEASURES_PROCESSES])
+            if cost is not None and namespace.transitions.runs_alone(copy.row):
                 model = words[tables.instance(copy.row) + Instance.MODEL]
-                namespace.transitions.estimate(t, model, cost, measured)
-                if not measured:
-                    t.set_float(tables.instance(copy.row) + Instance.MB, cost)
+                namespace.transitions.estimate(t, model, cost, measured=False, sd_mb=ALONE_SD * cost)
+                namespace.transitions.correct(t, copy.row, cost)
             else:
                 cost = None
             worker.scheduler.release(t, copy.row, used)
@@ -864,23 +1030,16 @@ class ModelManager(BeamNames):
 
     def _isolated_cost(self, worker: Worker, copy: Copy) -> float:
         """Return what the copy that runs alone has added to the memory in use, at its peak, in MB."""
-        namespace = worker.namespace
         worker.sample_now()
-        _, peak, _ = worker.stats()
-        baseline = namespace.segment.floats[Header.ISOLATION_BASELINE]
-        added = max(0.0, peak - baseline) if not math.isnan(baseline) else 0.0
-        server = namespace.segment.words[namespace.tables.instance(copy.row) + Instance.SERVER]
-        if server and namespace.segment.words[Header.SOURCE_MEASURES_PROCESSES]:
-            at = namespace.tables.member(server - 1)
-            highest = namespace.segment.floats[at + Member.PEAK_MB]
-            return highest if highest > 0 else added
-        return added
+        added = worker.added_mb(copy.row)
+        return max(added) * len(added)
 
     def _discard(self, worker: Worker, copy: Copy) -> None:
         """Strike off a copy whose server turned out to be dead."""
         worker.let_go(copy.value, copy.tag)
 
         def discard(t: Transaction) -> None:
+            worker.settle_receipts(t)
             if worker.is_held(copy):
                 worker.namespace.transitions.discard(t, copy.row)
                 worker.scheduler.advance(t)
@@ -936,7 +1095,9 @@ class ModelManager(BeamNames):
             self._name, root=self._root, capacities=self._capacities, settings=self._settings, source=source
         )
         try:
-            worker = Worker(namespace, self._make_monitor(namespace), self._verbose_logging)
+            path = self._estimates_path or os.environ.get(ESTIMATES_PATH_VARIABLE)
+            kept = KeptEstimates(namespace, path) if path else None
+            worker = Worker(namespace, self._make_monitor(namespace), self._verbose_logging, kept)
         except BaseException:
             namespace.leave()
             raise

@@ -20,7 +20,18 @@ from typing import Any
 from mpmm.beam_metrics import report_estimate
 from mpmm.errors import InvalidArgumentError
 
-__all__ = ["Footprints", "Observation", "ResourceEstimator", "nnls", "smooth", "solve_footprints"]
+__all__ = [
+    "ALONE_SD",
+    "GROWTH_SD",
+    "Estimate",
+    "Footprints",
+    "Observation",
+    "ResourceEstimator",
+    "nnls",
+    "reconcile",
+    "smooth",
+    "solve_footprints",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -30,21 +41,46 @@ CONFIGURATIONS_KEPT = 256
 NULL_TOLERANCE = 1e-9
 
 
+# How sure figures are, as standard deviations in shares of the figure. What the device shows that a model alone on it
+# has added is blurred by other programs; what a process has grown by, by what its libraries keep.
+ALONE_SD = 0.03
+GROWTH_SD = 0.02
+# Of a solution: readings have errors in common, so more of them do not make it surer than this.
+SOLUTION_SD = 0.005
+
+
 @dataclass(frozen=True)
 class Observation:
-    """The readings of one configuration: copies loaded per model, mean of the readings, how many there are."""
+    """The readings of one configuration on one device: copies loaded per model, mean of the readings, how many.
+
+    spread: variance of the readings, MB squared. device: whichever, as long as devices differ.
+    """
 
     counts: Mapping[str, int]
     mean_mb: float
     readings: int
+    spread: float = 0.0
+    device: int = 0
 
 
 @dataclass(frozen=True)
 class Footprints:
-    """MB of one copy of each model that the observations pin down, and MB that are in use regardless."""
+    """MB of one copy of each model that the observations pin down, and MB that are in use regardless, on all devices.
+
+    sd_mb: standard deviations of the models' figures, infinite where there are no more readings than unknowns.
+    """
 
     model_mb: dict[str, float]
     bias_mb: float
+    sd_mb: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a copy takes in MB, and the standard deviation of that figure; 0: read from its process."""
+
+    mb: float
+    sd_mb: float
 
 
 def nnls(a: Any, b: Any) -> tuple[Any, float]:
@@ -56,14 +92,16 @@ def nnls(a: Any, b: Any) -> tuple[Any, float]:
 
 
 def solve_footprints(
-    observations: Sequence[Observation], models: Sequence[str], min_data_points: int
+    observations: Sequence[Observation], models: Sequence[str], min_data_points: int, *, relative: bool = False
 ) -> Footprints | None:
     """Return the footprints that fit `observations` best (least squares, none negative), None if they are too few.
 
     models: the tags to solve for. Those that occur in no observation are left out, and so are those
         that the observations cannot tell apart (always loaded together, or a constant number of copies
         at all times): NNLS would give one of them everything and the others 0.
-    Too few: fewer configurations than models that occur plus one, or fewer than `min_data_points` readings.
+    relative: errors grow with the reading, so that a small one says more; else all are as good, as in Beam.
+    Too few: fewer configurations than models that occur plus one for each device, or fewer than `min_data_points`
+    readings.
 
     With n readings y of mean m in one configuration, sum((ax - y)^2) = n (ax - m)^2 + a constant. So
     one row per configuration, of weight sqrt(n), has the same solution as one row per reading.
@@ -71,26 +109,62 @@ def solve_footprints(
     Raises ArithmeticError when the numbers cannot be solved (the solver gives up, or yields no finite numbers).
     """
     columns = sorted({tag for tag in models if any(observation.counts.get(tag, 0) for observation in observations)})
-    readings = sum(observation.readings for observation in observations)
-    if len(observations) < len(columns) + 1 or readings < min_data_points:
+    devices = sorted({observation.device for observation in observations})
+    unknowns, readings = len(columns) + len(devices), sum(observation.readings for observation in observations)
+    if len(observations) < unknowns or readings < min_data_points:
         return None
     import numpy as np  # as late as SciPy: a process that never solves need not load it
 
     try:
-        rows = np.array([[*(o.counts.get(tag, 0) for tag in columns), 1] for o in observations], dtype=float)
-        weights = np.sqrt([float(o.readings) for o in observations])
+        rows = np.array(
+            [
+                [*(o.counts.get(tag, 0) for tag in columns), *(o.device == device for device in devices)]
+                for o in observations
+            ],
+            dtype=float,
+        )
         means = np.array([o.mean_mb for o in observations])
+        weights = np.sqrt([float(o.readings) for o in observations])
+        if relative:
+            weights /= np.maximum(means, 1.0)
         solution = np.asarray(nnls(rows * weights[:, None], means * weights)[0], dtype=float)
         _, singular, basis = np.linalg.svd(rows, full_matrices=False)  # no fewer rows than columns: all of the basis
     except Exception as error:
         raise ArithmeticError(f"cannot solve for {len(columns)} models: {error!r}") from error
-    if solution.shape != (len(columns) + 1,) or not np.isfinite(solution).all():
-        raise ArithmeticError(f"solver returned {solution!r}: expected {len(columns) + 1} finite numbers")
+    if solution.shape != (unknowns,) or not np.isfinite(solution).all():
+        raise ArithmeticError(f"solver returned {solution!r}: expected {unknowns} finite numbers")
     rank = int((singular > singular[0] * max(rows.shape) * np.finfo(float).eps).sum())
     # A model is pinned down when no direction that leaves every row unchanged moves it.
     free = np.abs(basis[rank:]).max(axis=0, initial=0.0) > NULL_TOLERANCE
-    pinned = {tag: float(solution[i]) for i, tag in enumerate(columns) if not free[i]}
-    return Footprints(pinned, float(solution[-1]))
+    # The textbook's covariance of a weighted solution, with the variance of one reading from all that do not fit.
+    misfit = weights**2 * ((rows @ solution - means) ** 2 + np.array([o.spread for o in observations]))
+    variance = float(misfit.sum()) / (readings - unknowns) if readings > unknowns else math.inf
+    spread = np.diag(np.linalg.pinv((rows * weights[:, None]).T @ (rows * weights[:, None])))
+    deviations = np.sqrt(variance * np.maximum(spread, 0.0)) if math.isfinite(variance) else np.full(unknowns, np.inf)
+    pinned = [i for i in range(len(columns)) if not free[i]]
+    return Footprints(
+        {columns[i]: float(solution[i]) for i in pinned},
+        float(solution[len(columns) :].sum()),
+        {columns[i]: float(deviations[i]) for i in pinned},
+    )
+
+
+def reconcile(old: Estimate | None, new: Estimate, smoothing_factor: float) -> Estimate:
+    """Return what is known of a model once a solution says `new`; the surer of the two figures counts for more.
+
+    A solution that is as sure as the old figure, or surer, moves it by `smoothing_factor`, as in Beam; one that is less
+    sure by as much less as its variance is larger. So what was read from a process (deviation 0) stays, and what was
+    measured alone on the device yields to many good readings and not to a few poor ones.
+    """
+    floor = SOLUTION_SD * new.mb
+    if old is None:
+        return Estimate(new.mb, max(floor, min(new.sd_mb, new.mb)))
+    ratio = old.sd_mb / new.sd_mb if new.sd_mb else math.inf
+    weight = smoothing_factor * min(1.0, ratio**2) if old.sd_mb else 0.0
+    if not weight:
+        return old
+    rest = ((1 - weight) * old.sd_mb, weight * new.sd_mb)
+    return Estimate(smooth(old.mb, new.mb, weight), max(floor, math.hypot(*rest)))
 
 
 def smooth(old: float | None, new: float, factor: float) -> float:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -40,7 +40,8 @@ from mpmm.policy.view import (
     Why,
 )
 from mpmm.shared_state.events import Cause
-from mpmm.shared_state.layout import Device, Header, Instance, Member, Model, Ticket
+from mpmm.shared_state.futex import wake_one, yield_processor
+from mpmm.shared_state.layout import Device, Header, Instance, Member, Model, Ticket, device_bits, device_rows
 from mpmm.shared_state.namespace import Namespace
 from mpmm.shared_state.transaction import Transaction
 
@@ -49,6 +50,8 @@ __all__ = ["Copies", "Scheduler"]
 # So many waiters are looked at in one step.
 QUEUE_PART = 32
 FEW_WAITERS = 16
+# Longer than a release takes, even where everything about it has left the processor's caches.
+ALERT_S = 0.000_3
 
 
 def _counts() -> defaultdict[int, defaultdict[int, int]]:
@@ -57,8 +60,8 @@ def _counts() -> defaultdict[int, defaultdict[int, int]]:
 
 @dataclass
 class Copies:
-    """What the instance rows say: copies by model (loaded ones shared, or owned by member; loading by member), MB by
-    device. `booked_mb` is what all but the loading ones take."""
+    """What the instance rows say: copies by model (loaded ones shared, or owned by member; loading by member), MB and
+    copies in mid-unload by device. `booked_mb` is what all but the loading ones take."""
 
     idle: list[Idle] = field(default_factory=list)
     busy: list[Busy] = field(default_factory=list)
@@ -67,7 +70,7 @@ class Copies:
     loading: defaultdict[int, defaultdict[int, int]] = field(default_factory=_counts)
     oldest_load: dict[int, int] = field(default_factory=dict)
     newest_hold: dict[int, int] = field(default_factory=dict)
-    unloading: int = 0
+    unloading: defaultdict[int, int] = field(default_factory=lambda: defaultdict(int))
     booked_mb: defaultdict[int, float] = field(default_factory=lambda: defaultdict(float))
     reserved_mb: defaultdict[int, float] = field(default_factory=lambda: defaultdict(float))
     unloading_mb: defaultdict[int, float] = field(default_factory=lambda: defaultdict(float))
@@ -84,11 +87,12 @@ class _Waiter(NamedTuple):
     deadline: int
     blocked_at: int
     preload: int
+    tied: int
 
 
 _WAITER_FIELDS = (
     *(Ticket.NUMBER, Ticket.PRIORITY, Ticket.MODEL, Ticket.DEADLINE),
-    *(Ticket.BLOCKED_AT, Ticket.PRELOAD),
+    *(Ticket.BLOCKED_AT, Ticket.PRELOAD, Ticket.TIED),
 )
 
 
@@ -110,7 +114,7 @@ class Scheduler:
         words = self._segment.words
         if newcomer is not None:
             self._count_requests(t, words[self._tables.ticket(newcomer) + Ticket.MODEL])
-        while words[Header.WAITING] and not words[Header.ISOLATED]:
+        while words[Header.WAITING] and not self._all_isolated():
             view = self.read_view()
             plan = make_plan(view)
             for decision in plan.decisions:
@@ -127,8 +131,9 @@ class Scheduler:
         """
         words, transitions = self._segment.words, self._namespace.transitions
         at = self._tables.instance(instance)
-        if words[Header.WAITING] and not words[Header.ISOLATED] and not words[at + Instance.DOOMED]:
-            found = self._first_user(words[at + Instance.MODEL])
+        devices = words[at + Instance.DEVICES]
+        if words[Header.WAITING] and not words[Header.ISOLATED] & devices and not words[at + Instance.DOOMED]:
+            found = self._first_user(words[at + Instance.MODEL], devices)
             if found is not None:
                 ticket, passed = found
                 owner = words[at + Instance.OWNER]
@@ -138,6 +143,24 @@ class Scheduler:
                     return
         transitions.release(t, instance, used)
         self.advance(t)
+
+    def alert(self) -> None:
+        """Wake the newest waiter ahead of a release, for `await_alerted`; needs no lock.
+
+        Where it is the only one, it likely waits for just this, and a processor that has gone to sleep with it takes
+        as long to wake as the release itself. Where there are more, they are not all asleep.
+        """
+        words = self._segment.words
+        if words[Header.WAITING]:
+            newest = self._tables.ticket(words[Header.NEWEST_TICKET])
+            wake_one(self._segment.address + 8 * (newest + Ticket.SIGNAL))
+
+    def await_alerted(self, ticket: int) -> None:
+        """Stay awake for the answer that `alert` has announced, for a moment; needs no lock."""
+        words, state = self._segment.words, self._tables.ticket(ticket) + Ticket.STATE
+        until = time.monotonic() + ALERT_S
+        while words[state] == Ticket.WAITING and time.monotonic() < until:
+            yield_processor()
 
     def count_requests(self, t: Transaction) -> None:
         """Bring the demand of all models up to date; a reuse only counts itself."""
@@ -166,14 +189,30 @@ class Scheduler:
         gap_s = self._segment.floats[at + Model.GAP_S]
         return Demand(gap_s, words[at + Model.REQUESTS], words[at + Model.REQUESTED_AT] / 1e9)
 
-    def _first_user(self, model: int) -> tuple[int, int] | None:
-        """Return the first waiter for a model's copy, and a reference to the model of whom he passes, or 0.
+    def _all_isolated(self) -> bool:
+        """Tell whether a copy runs alone on every device."""
+        isolated = self._segment.words[Header.ISOLATED]
+        return bool(isolated) and isolated == device_bits(self._tables.used_rows(self._layout.devices))
+
+    def _first_user(self, model: int, devices: int) -> tuple[int, int] | None:
+        """Return the first waiter for a model's copy on devices (bits), and a reference to the model of whom he passes,
+        or 0.
 
         None if there is no such waiter, or if it takes a plan to find out whether he may pass.
         """
         now = time.monotonic_ns()
+        words = self._segment.words
+        if words[Header.WAITING] == 1:
+            # Mostly it is the newest, and then nobody else has to be looked for.
+            row = words[Header.NEWEST_TICKET]
+            at = self._tables.ticket(row)
+            if words[at + Ticket.STATE] == Ticket.WAITING:
+                wants = words[at + Ticket.MODEL] == model and not words[at + Ticket.PRELOAD]
+                return (row, 0) if wants and words[at + Ticket.DEADLINE] > now else None
         waiting = [one for one in self._waiters() if one.deadline > now]
-        wanting = [one for one in waiting if one.model == model and not one.preload]
+        wanting = [
+            one for one in waiting if one.model == model and not one.preload and not (one.tied and devices & ~one.tied)
+        ]
         if not wanting or (len(wanting) < len(waiting) and not all(one.priority for one in waiting)):
             return None
         first = min(wanting, key=lambda one: one.number)
@@ -216,9 +255,14 @@ class Scheduler:
         return all(words[self._tables.ticket(ticket.row)] != Ticket.WAITING for ticket in view.tickets)
 
     def must_queue(self) -> bool:
-        """Tell whether a newcomer may not simply take an idle copy: somebody waits, or runs alone."""
+        """Tell whether a newcomer may not simply take an idle copy: somebody waits."""
+        return bool(self._segment.words[Header.WAITING])
+
+    def beside_isolation(self, instance: int) -> bool:
+        """Tell whether a copy lies where another one runs alone, so that it may not be used."""
         words = self._segment.words
-        return bool(words[Header.WAITING] or words[Header.ISOLATED])
+        isolated = words[Header.ISOLATED]
+        return bool(isolated and isolated & words[self._tables.instance(instance) + Instance.DEVICES])
 
     def read_view(self) -> View:
         """Return what the policy may look at."""
@@ -243,10 +287,6 @@ class Scheduler:
             idle=tuple(sorted(copies.idle, key=lambda copy: -copy.idle_since_s)),
             tickets=tickets,
             devices=self.device_views(copies),
-            active=words[Header.ACTIVE],
-            loading=words[Header.LOADING],
-            unloading=copies.unloading,
-            isolated=bool(words[Header.ISOLATED]),
             busy=tuple(copies.busy),
         )
 
@@ -258,42 +298,66 @@ class Scheduler:
         copies = Copies()
         for row in tables.used_rows(self._layout.instances):
             at = tables.instance(row)
-            state, model, _, holder, owner, server, device = words[at : at + Instance.MB]
+            state, model, _, holder, owner, server, devices = words[at : at + Instance.MB]
             mb, reserved = floats[at + Instance.MB], floats[at + Instance.RESERVED_MB]
             since = words[at + Instance.SINCE]
             pinned = bool(words[tables.model(model) + Model.PINS])
+            device = devices.bit_length() - 1
+            beside: tuple[tuple[int, float], ...] = ()
+            if devices & (devices - 1):
+                (device, mb), *others = tables.shares_of(row)
+                beside = tuple(others)
             if state == Instance.LEASED:
                 # Not a copy of a model, but a reservation, of which what its program takes is in the figure already.
-                copies.reserved_mb[device] += max(0.0, reserved - mb)
-                copies.leased_mb[device] += reserved
+                self._share_out(copies.reserved_mb, device, beside, max(0.0, reserved - floats[at + Instance.MB]))
+                self._share_out(copies.leased_mb, device, beside, reserved)
                 continue
             if state == Instance.LOADING:
                 copies.loading[model][holder] += 1
                 copies.oldest_load[model] = min(since, copies.oldest_load.get(model, since))
                 free_in_s = self._free_in_s(model, since, now, loading=True)
-                copies.busy.append(Busy(row, model, device, mb, free_in_s, pinned))
+                copies.busy.append(Busy(row, model, device, mb, free_in_s, pinned, holder, True, beside=beside))
             else:
                 copies.booked_mb[device] += mb
+                for other, share_mb in beside:
+                    copies.booked_mb[other] += share_mb
             if state == Instance.UNLOADING:
-                copies.unloading += 1
-                copies.unloading_mb[device] += mb
+                for other, share_mb in ((device, mb), *beside):
+                    copies.unloading[other] += 1
+                    copies.unloading_mb[other] += share_mb
             elif state != Instance.LOADING and owner:
                 copies.owned[model][owner] += 1
             elif state != Instance.LOADING:
                 copies.shared[model] += 1
             if state == Instance.IDLE:
-                copies.idle.append(Idle(row, model, owner or None, device, mb, since / 1e9, pinned))
+                copies.idle.append(Idle(row, model, device, mb, since / 1e9, owner or None, pinned, beside=beside))
             elif state == Instance.ACTIVE:
                 copies.newest_hold[model] = max(since, copies.newest_hold.get(model, 0))
                 free_in_s = self._free_in_s(model, since, now, loading=False)
-                copies.busy.append(Busy(row, model, device, mb, free_in_s, pinned))
-            if reserved:
-                if server and measures:
-                    # What a loading server takes already is part of the device's figure.
-                    measured = floats[tables.member(server - 1) + Member.MEASURED_MB]
-                    reserved = max(0.0, reserved - (0.0 if math.isnan(measured) else measured))
-                copies.reserved_mb[device] += reserved
+                copies.busy.append(Busy(row, model, device, mb, free_in_s, pinned, owner or None, beside=beside))
+            if reserved and server and measures:
+                self._add_rest(copies, row, device, beside, reserved, server - 1)
+            elif reserved:
+                self._share_out(copies.reserved_mb, device, beside, reserved)
         return copies
+
+    @staticmethod
+    def _share_out(figures: dict[int, float], device: int, beside: Sequence[tuple[int, float]], mb: float) -> None:
+        """Add an equal share to the figures of all devices of a copy."""
+        share_mb = mb / (1 + len(beside))
+        figures[device] += share_mb
+        for other, _ in beside:
+            figures[other] += share_mb
+
+    def _add_rest(
+        self, copies: Copies, row: int, device: int, beside: Sequence[tuple[int, float]], reserved: float, server: int
+    ) -> None:
+        """Add what a copy's reservation adds: what its loading server takes already is in the devices' figures."""
+        floats, at = self._segment.floats, self._tables.member(server)
+        share_mb = reserved / (1 + len(beside))
+        for number, other in enumerate((device, *(other for other, _ in beside))):
+            measured = floats[at + (Member.SHARES + number if beside else Member.MEASURED_MB)]
+            copies.reserved_mb[other] += share_mb if math.isnan(measured) else max(0.0, share_mb - measured)
 
     def _free_in_s(self, model: int, since_ns: int, now_ns: int, loading: bool) -> float:
         """Return when a copy that is held, or being loaded, is expected to be idle; `inf` if nothing is known."""
@@ -305,7 +369,7 @@ class Scheduler:
 
     def device_views(self, copies: Copies) -> tuple[DeviceView, ...]:
         """Return the figures of all devices."""
-        floats, tables = self._segment.floats, self._tables
+        words, floats, tables = self._segment.words, self._segment.floats, self._tables
         return tuple(
             DeviceView(
                 device=row,
@@ -315,6 +379,9 @@ class Scheduler:
                 unloading_mb=copies.unloading_mb[row],
                 returning_mb=floats[tables.device(row) + Device.RETURNING_MB],
                 leased_mb=copies.leased_mb[row],
+                foreign_mb=floats[tables.device(row) + Device.FOREIGN_MB],
+                isolated=bool(words[Header.ISOLATED] >> row & 1),
+                unloading=copies.unloading[row],
             )
             for row in tables.used_rows(self._layout.devices)
         )
@@ -373,13 +440,23 @@ class Scheduler:
                 chosen += rest[models == model][: 2 * idle].tolist()
         fields = [
             *(Ticket.NUMBER, Ticket.PRIORITY, Ticket.MODEL, Ticket.MEMBER, Ticket.ENQUEUED, Ticket.PRELOAD),
-            Ticket.BLOCKED_AT,
+            *(Ticket.BLOCKED_AT, Ticket.DEVICES, Ticket.TIED, Ticket.SPAN),
         ]
         return tuple(
             TicketView(
-                row, number, priority, model, member, enqueued / 1e9, preload, blocked / 1e9 if blocked else None
+                row,
+                number,
+                priority,
+                model,
+                member,
+                enqueued / 1e9,
+                preload,
+                blocked / 1e9 if blocked else None,
+                tuple(device_rows(devices)) if devices else (),
+                tuple(device_rows(tied)) if tied else (),
+                span,
             )
-            for row, (number, priority, model, member, enqueued, preload, blocked) in zip(
+            for row, (number, priority, model, member, enqueued, preload, blocked, devices, tied, span) in zip(
                 chosen, rows[chosen][:, fields].tolist(), strict=True
             )
         )
@@ -409,9 +486,9 @@ class Scheduler:
         match decision:
             case Grant(ticket, instance):
                 transitions.grant(t, ticket, instance, cause)
-            case Load(ticket, device, need_mb, alone):
+            case Load(ticket, devices, need_mb, alone):
                 try:
-                    transitions.allow_load(t, ticket, device, need_mb, alone, cause)
+                    transitions.allow_load(t, ticket, device_bits(devices), need_mb, alone, cause)
                 except TableFullError as error:
                     # Found out before anything was written. (A full undo log is no matter of one ticket.)
                     if error.table != self._layout.instances.name:
@@ -440,12 +517,13 @@ class Scheduler:
             floats[at + Ticket.COMING_MB],
             floats[at + Ticket.SECONDS],
             self._tables.tag_of(other - 1) if other else None,
+            device_rows(words[at + Ticket.ON]),
         )
         return f"{reason.name.lower()}: {sentence}"
 
     def _note_wait(self, t: Transaction, ticket: int, cause: Cause, first: bool) -> None:
         words, at = self._segment.words, self._tables.ticket(ticket)
-        if words[at + Ticket.REASON] != cause.reason:
+        if words[at + Ticket.REASON] != cause.reason or words[at + Ticket.ON] != cause.on:
             if cause.reason == Reason.RETURNING and words[at + Ticket.REASON] == Reason.UNLOADING:
                 # It is the memory of the same copies.
                 cause = cause._replace(other=words[at + Ticket.OTHER])
@@ -456,4 +534,4 @@ class Scheduler:
 
 def _cause(why: Why) -> Cause:
     other = 0 if why.other is None else why.other + 1
-    return Cause(why.reason, why.need_mb, why.free_mb, why.coming_mb, why.seconds, other)
+    return Cause(why.reason, why.need_mb, why.free_mb, why.coming_mb, why.seconds, other, device_bits(why.devices))

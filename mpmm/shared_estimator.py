@@ -14,7 +14,7 @@ from typing import Any
 
 from mpmm.beam_metrics import report_estimate
 from mpmm.errors import InvalidArgumentError
-from mpmm.resource_estimator import Observation, smooth, solve_footprints
+from mpmm.resource_estimator import ALONE_SD, Estimate, Observation, reconcile, solve_footprints
 from mpmm.shared_state.layout import Header, Model
 from mpmm.shared_state.layout import Observation as ObservationRow
 from mpmm.shared_state.namespace import Namespace
@@ -53,14 +53,17 @@ class SharedResourceEstimator:
             return namespace.segment.floats[namespace.tables.model(row) + Model.ESTIMATE_MB]
 
     def set_initial_estimate(self, model_tag: str, cost: float) -> None:
-        """Set the estimate of a tag to `cost` MB. Raises InvalidArgumentError, TableFullError."""
+        """Set the estimate of a tag to `cost` MB, as measured with the model alone on a device.
+
+        Raises InvalidArgumentError, TableFullError.
+        """
         encoded = encode_text(model_tag, Model.TAG_BYTES, "model tag")
         if not isinstance(cost, int | float) or not math.isfinite(cost) or cost < 0:
             raise InvalidArgumentError(f"estimate of {model_tag!r}: {cost!r}; expected a number of MB, 0 or more")
         namespace = self._namespace
         with namespace.transaction() as t:
             row = namespace.transitions.claim_model(t, model_tag, encoded)
-            namespace.transitions.estimate(t, row, float(cost), measured=False)
+            namespace.transitions.estimate(t, row, float(cost), measured=False, sd_mb=ALONE_SD * float(cost))
         report_estimate(model_tag, cost)
         self.logging_info("Initial estimate of %s: %s MB", model_tag, cost)
 
@@ -101,10 +104,11 @@ class SharedResourceEstimator:
     @property
     def history(self) -> dict[tuple[tuple[str, int], ...], deque[float]]:
         """Recent readings in MB by configuration, as in Beam."""
-        return {
-            tuple(sorted(observation.counts.items())): deque(readings, maxlen=ObservationRow.READINGS_KEPT)
-            for observation, readings in zip(*self.observations(), strict=True)
-        }
+        found: dict[tuple[tuple[str, int], ...], deque[float]] = {}
+        for observation, readings in zip(*self.observations(), strict=True):
+            configuration = tuple(sorted(observation.counts.items()))
+            found.setdefault(configuration, deque(maxlen=ObservationRow.READINGS_KEPT)).extend(readings)
+        return found
 
     def observations(self) -> tuple[list[Observation], list[list[float]]]:
         """Return the configurations whose tags all still exist, and the readings of each."""
@@ -126,14 +130,17 @@ class SharedResourceEstimator:
                 start = at + ObservationRow.READINGS
                 readings = [float(mb) for mb in floats[start : start + words[at + ObservationRow.COUNT]]]
                 counts = {tags[pair >> 16]: pair & 0xFFFF for pair in pairs}
-                found.append(Observation(counts, sum(readings) / len(readings), len(readings)))
+                mean = sum(readings) / len(readings)
+                spread = sum((mb - mean) ** 2 for mb in readings) / len(readings)
+                device = words[at + ObservationRow.DEVICE]
+                found.append(Observation(counts, mean, len(readings), spread, device))
                 readings_of.append(readings)
         return found, readings_of
 
     def solve(self) -> None:
-        """Solve for the footprints and smooth them into the estimates, unless nothing is new or there is too little.
+        """Solve for the footprints and take them into the estimates, unless nothing is new or there is too little.
 
-        Estimates that were read from processes are exact already and stay.
+        How much a solution counts, see `reconcile`: what was read from processes is exact already and stays.
         """
         namespace = self._namespace
         made = namespace.segment.words[Header.OBSERVATIONS_MADE]
@@ -142,22 +149,25 @@ class SharedResourceEstimator:
         observations, _ = self.observations()
         models = sorted({tag for observation in observations for tag in observation.counts})
         try:
-            footprints = solve_footprints(observations, models, self.min_data_points)
+            footprints = solve_footprints(observations, models, self.min_data_points, relative=True)
         except ArithmeticError as error:
             _LOG.error("Estimates stay as they were: %s", error)
             footprints = None
-        changed = {}
+        changed: dict[str, float] = {}
+        words, floats = namespace.segment.words, namespace.segment.floats
         with namespace.transaction() as t:
             namespace.transitions.note_solution(t, made)
             for tag, mb in footprints.model_mb.items() if footprints else ():
                 row = namespace.tables.model_row(tag)
-                if row is None or namespace.segment.words[namespace.tables.model(row) + Model.MEASURED]:
+                if row is None:
                     continue
                 at = namespace.tables.model(row)
-                known = namespace.segment.words[at + Model.KNOWN]
-                old = namespace.segment.floats[at + Model.ESTIMATE_MB] if known else None
-                changed[tag] = smooth(old, mb, self.smoothing_factor)
-                namespace.transitions.estimate(t, row, changed[tag], measured=False)
+                known, measured = words[at + Model.KNOWN], bool(words[at + Model.MEASURED])
+                old = Estimate(floats[at + Model.ESTIMATE_MB], floats[at + Model.SD_MB]) if known else None
+                new = reconcile(old, Estimate(mb, footprints.sd_mb[tag] if footprints else 0.0), self.smoothing_factor)
+                if new != old:
+                    changed[tag] = new.mb
+                    namespace.transitions.estimate(t, row, new.mb, measured=measured and bool(known), sd_mb=new.sd_mb)
         for tag, mb in changed.items():
             report_estimate(tag, mb)
             self.logging_info("Estimate of %s: %.1f MB", tag, mb)

@@ -9,7 +9,9 @@ from __future__ import annotations
 import contextlib
 import gc
 import logging
+import math
 import os
+import platform
 import sys
 import threading
 import time
@@ -17,6 +19,7 @@ import weakref
 from collections import defaultdict, deque
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,17 +29,20 @@ from mpmm.board import ForeignMonitor, SharedBoard
 from mpmm.errors import LockTimeoutError, MpmmError, ServerStartError
 from mpmm.gpu_monitor import GPUMonitor
 from mpmm.keeper import REPEAT_S, Keeper
+from mpmm.kept_estimates import KeptEstimates
+from mpmm.placement import Placement, place_for_good, visible_devices
 from mpmm.policy.out_of_memory import raised_estimate_mb
 from mpmm.proxy.context import ServerContext
 from mpmm.scheduler import Scheduler
 from mpmm.shared_estimator import SharedResourceEstimator
 from mpmm.shared_state.futex import wake_all
-from mpmm.shared_state.layout import Device, Header, Instance, Member, Model, Ticket
+from mpmm.shared_state.layout import Device, Header, Instance, Member, Model, Ticket, device_rows
 from mpmm.shared_state.namespace import Namespace, remove_deserted
 from mpmm.shared_state.transaction import Transaction
 from mpmm.sources import MemorySource
+from mpmm.sources.visible_devices import VISIBLE_VARIABLE
 
-__all__ = ["NOW_S", "Copy", "ServerDuty", "Worker"]
+__all__ = ["NOW_S", "Copy", "Growth", "ServerDuty", "Worker"]
 
 T = TypeVar("T")
 
@@ -51,6 +57,10 @@ NOW_S = 0.05
 UNLOAD_LOOK_S = 0.01
 # A sample of this age is as good as a new one for the next who asks.
 FRESH_NS = 20_000_000
+# Elsewhere a processor may reorder the reads of `Worker.hold_granted`, and Python has no means to forbid it.
+CAN_READ_UNLOCKED = platform.machine() in ("x86_64", "AMD64")
+# Between two transactions of many busy processes there is hardly ever time to read; then the lock has to do.
+UNLOCKED_TRIES = 16
 _workers: weakref.WeakSet[Worker] = weakref.WeakSet()
 _inherited: list[Worker] = []
 
@@ -73,6 +83,7 @@ class ServerDuty:
     name: str
     row: int
     generation: int
+    placement: Placement
 
     def __call__(self, tag: str) -> Namespace | None:
         """Return the server's membership, or None when the namespace is gone already.
@@ -98,6 +109,7 @@ class ServerDuty:
             # Its loader died or was reset before we came up. No row would ever name us, so nobody would unload us.
             namespace.leave()
             raise ServerStartError(f"the load for which the server of {tag!r} was started is over", tag=tag)
+        place_for_good(self.placement)
         return namespace
 
 
@@ -112,11 +124,45 @@ class _Farewell:
         remove_deserted(Path(self.root), self.name)
 
 
+class Growth:
+    """What a load adds to the device memory of this process, if nothing else of it can have changed that meanwhile."""
+
+    def __init__(self, worker: Worker) -> None:
+        self._worker = worker
+        self._measures = bool(worker.namespace.segment.words[Header.SOURCE_MEASURES_PROCESSES])
+        self._before_mb = worker.own_mb() if self._measures else 0.0
+        self._before = self._state() if self._measures else None
+
+    def mb(self) -> float:
+        """Return how much more it is in the last sample, 0 if that is not known."""
+        if not self._measures or self._state() != self._before:
+            return 0.0
+        return max(0.0, self._worker.own_mb() - self._before_mb)
+
+    def _state(self) -> list[tuple[int, int]]:
+        """Return the copies that this process loads, owns or unloads, by row and generation."""
+        namespace = self._worker.namespace
+        words, tables, layout = namespace.segment.words, namespace.tables, namespace.segment.layout
+        with namespace.transaction():
+            rows = tables.rows_where(layout.instances, Instance.OWNER, namespace.reference)
+            rows += tables.rows_where(layout.instances, Instance.HOLDER, namespace.reference)
+            loading = [row for row in rows if words[tables.instance(row)] != Instance.ACTIVE]
+            owned = [row for row in rows if words[tables.instance(row) + Instance.OWNER]]
+            return sorted({(row, words[tables.instance(row) + Instance.GENERATION]) for row in (*loading, *owned)})
+
+
 class Worker:
     """One process in one namespace. Threads share it."""
 
-    def __init__(self, namespace: Namespace, monitor: GPUMonitor | ForeignMonitor, verbose_logging: bool) -> None:
+    def __init__(
+        self,
+        namespace: Namespace,
+        monitor: GPUMonitor | ForeignMonitor,
+        verbose_logging: bool,
+        kept_estimates: KeptEstimates | None = None,
+    ) -> None:
         self.namespace = namespace
+        self.kept_estimates = kept_estimates
         self.scheduler = Scheduler(namespace)
         self.board = SharedBoard(namespace, self.scheduler)
         self.estimator = SharedResourceEstimator(namespace, verbose_logging)
@@ -135,6 +181,8 @@ class Worker:
         self._held: dict[Hashable, list[Copy]] = defaultdict(list)
         self._unloading: set[int] = set()
         self._owed: deque[Callable[[Transaction], object]] = deque()
+        # Row and number of tickets whose grants this process has acted upon, see `hold_granted`.
+        self._receipts: set[tuple[int, int]] = set()
         if isinstance(monitor, GPUMonitor):
             monitor.bind(self.board)
         self.keeper = Keeper(self)
@@ -148,6 +196,8 @@ class Worker:
     def start(self) -> None:
         """Begin to work: take part in the leadership, unload on demand."""
         self.board.describe(self.source, self.source.devices())
+        if self.kept_estimates is not None:
+            self.kept_estimates.load()
         self.keeper.start()
 
     def close(self) -> None:
@@ -160,7 +210,10 @@ class Worker:
                 return
             self.closing = True
         self._send_waiters_away()
+        leading = self.keeper.leading
         self.keeper.stop()
+        if leading:
+            self.keep_estimates(at_last=True)
         for copy in list(self._objects.values()):
             self._forget_object(copy.row)
             _unload_object(copy.value)
@@ -169,6 +222,18 @@ class Worker:
             self.monitor.bind(None)
         self.source.close()
         _workers.discard(self)
+
+    def keep_estimates(self, at_last: bool = False) -> None:
+        """Write the estimates to their file, if there is one and they were not just taken for granted.
+
+        at_last: not only when it is time again.
+        """
+        if self.kept_estimates is None or self.namespace.segment.words[Header.SOURCE_BOOKS_ONLY]:
+            return
+        if at_last:
+            self.kept_estimates.save()
+        else:
+            self.kept_estimates.save_if_due()
 
     def now_or_later(self, change: Callable[[Transaction], T]) -> T | None:
         """Make a change that must not be left out, in a transaction, and return its result.
@@ -254,21 +319,22 @@ class Worker:
 
     def _figures_are_fresh(self) -> bool:
         words, tables = self.namespace.segment.words, self.namespace.tables
-        newest_change = max(words[Header.CONFIGURED_AT], time.monotonic_ns() - FRESH_NS)
-        rows = tables.used_rows(self.namespace.segment.layout.devices)
-        return all(words[tables.device(row) + Device.SAMPLED] >= newest_change for row in rows)
+        oldest = time.monotonic_ns() - FRESH_NS
+        devices = (tables.device(row) for row in self.board.rows())
+        return all(words[at + Device.SAMPLED] >= max(oldest, words[at + Device.CONFIGURED_AT]) for at in devices)
 
     def sample_after_load(self, row: int) -> bool:
         """Take a sample after a load if that is quick or knows processes.
 
-        Return whether the figure of the copy's device is from after the load now; a source may fail.
+        Return whether the figures of the copy's devices are from after the load now; a source may fail.
         """
         if not (self.source.cheap or self.source.measures_processes):
             return False
         loaded = time.monotonic_ns()
         self.sample_now()
         words, tables = self.namespace.segment.words, self.namespace.tables
-        return bool(words[tables.device(words[tables.instance(row) + Instance.DEVICE]) + Device.SAMPLED] >= loaded)
+        rows = device_rows(words[tables.instance(row) + Instance.DEVICES])
+        return all(words[tables.device(device) + Device.SAMPLED] >= loaded for device in rows)
 
     def sample_now(self, patience_s: float | None = None) -> None:
         """Take a sample, however long that takes, unless there is nothing to measure; see `refresh`."""
@@ -276,10 +342,47 @@ class Worker:
             self.refresh(patience_s)
 
     def reset_peak(self) -> None:
-        """Let peaks begin anew, also in a monitor of the caller's own."""
+        """Let the peak begin anew in a monitor of the caller's own."""
         if isinstance(self.monitor, ForeignMonitor):
             self.monitor.monitor.reset_peak()
-        self.board.reset_peak()
+
+    def added_mb(self, row: int) -> tuple[float, ...]:
+        """Return what the copy that runs alone has added to the memory in use, at its peak, on each of its devices."""
+        words, floats, tables = self.namespace.segment.words, self.namespace.segment.floats, self.namespace.tables
+        seen_mb = self.monitor.monitor.get_stats()[1] if isinstance(self.monitor, ForeignMonitor) else 0.0
+        added = []
+        with self.namespace.transaction():
+            for device in map(tables.device, device_rows(words[tables.instance(row) + Instance.DEVICES])):
+                peak_mb = max(floats[device + Device.USED_MB], floats[device + Device.PEAK_MB], seen_mb)
+                baseline_mb = floats[device + Device.BASELINE_MB]
+                added.append(0.0 if math.isnan(baseline_mb) else max(0.0, peak_mb - baseline_mb))
+        return tuple(added)
+
+    def measuring_growth(self) -> Growth:
+        """Begin to measure what a load adds to the memory of this process."""
+        if self.source.measures_processes:
+            self.freshen()
+        return Growth(self)
+
+    def measured_shares(self, row: int, server: int) -> tuple[float, ...]:
+        """Return what a server (reference) was measured to take of each of a copy's devices, nothing if it was not.
+
+        Needs the lock.
+        """
+        words, floats, tables = self.namespace.segment.words, self.namespace.segment.floats, self.namespace.tables
+        if not server or server == self.namespace.reference:
+            return ()
+        at, span = tables.member(server - 1), words[tables.instance(row) + Instance.DEVICES].bit_count()
+        measured = floats[at + Member.MEASURED_MB]
+        if math.isnan(measured):
+            return ()
+        return tuple(floats[at + Member.SHARES : at + Member.SHARES + span]) if span > 1 else (measured,)
+
+    def own_mb(self) -> float:
+        """Return the device memory of this process in the last sample, 0 where it was not seen to have any."""
+        at = self.namespace.tables.member(self.namespace.slot)
+        mb = self.namespace.segment.floats[at + Member.MEASURED_MB]
+        return 0.0 if math.isnan(mb) else mb
 
     def stats(self) -> tuple[float, float, float]:
         """Return (current, peak, total) in MB; a monitor of the caller's own may have seen a higher peak."""
@@ -290,30 +393,86 @@ class Worker:
 
     # ---- copies that this process holds or owns ------------------------------------------------------------
 
-    def find_idle(self, tag: str) -> int | None:
-        """Return the row of an idle copy that this process can use, or None. Needs the lock."""
+    def find_idle(self, tag: str, tied: int = 0) -> int | None:
+        """Return the row of an idle copy that this process can use, or None. Needs the lock.
+
+        tied: bits of the devices on which it must lie, 0 for all.
+        """
         tables, words = self.namespace.tables, self.namespace.segment.words
         model = tables.model_row(tag)
         if model is None:
             return None
         head = words[tables.model(model) + Model.IDLE_HEAD]
-        if head:
-            return int(head) - 1
+        while head:
+            at = tables.instance(head - 1)
+            if not tied or not words[at + Instance.DEVICES] & ~tied:
+                return int(head) - 1
+            head = words[at + Instance.NEXT]
         for row in reversed(self._rows_of_model.get(model, ())):
             at = tables.instance(row)
             owned = self._objects[row]
-            if words[at + Instance.STATE] == Instance.IDLE and words[at + Instance.GENERATION] == owned.generation:
+            there = words[at + Instance.GENERATION] == owned.generation and not (
+                tied and words[at + Instance.DEVICES] & ~tied
+            )
+            if there and words[at + Instance.STATE] == Instance.IDLE:
                 return row
         return None
 
     def hold(self, row: int, tag: str) -> Copy:
-        """Note that this process holds the copy of `tag` in an ACTIVE row, and return it."""
+        """Note that this process holds the copy of `tag` in an ACTIVE row, and return it. Needs the lock."""
+        copy = self._copy_in(row, tag)
+        self.hold_again(copy)
+        return copy
+
+    def hold_granted(self, row: int, tag: str) -> Copy | None:
+        """Note that this process holds what its ticket `row` was granted, and return it; without the lock.
+
+        None if that cannot be told, because transactions come too fast or this machine's processors may reorder reads.
+        The ticket is freed later, by `settle_receipts`: a transaction of its own would double the waiter's part of a
+        hand-over.
+        """
+        if not CAN_READ_UNLOCKED:
+            return None
+        words, at = self.namespace.segment.words, self.namespace.tables.ticket(row)
+        for _ in range(UNLOCKED_TRIES):
+            change = words[Header.CHANGE]
+            if not change & 1 and words[at + Ticket.STATE] == Ticket.GRANTED:
+                copy = self._copy_in(words[at + Ticket.INSTANCE] - 1, tag)
+                receipt = (row, words[at + Ticket.NUMBER])
+                # No transaction was open, so the grant is not one that may yet be rolled back.
+                if words[Header.CHANGE] == change:
+                    self._receipts.add(receipt)
+                    self.hold_again(copy)
+                    return copy
+        return None
+
+    def settle_receipts(self, t: Transaction) -> None:
+        """Free the tickets whose grants were acted upon without the lock.
+
+        To be called before anything else in a transaction in which this process gives up a copy.
+        """
+        if not self._receipts:
+            return
+        words, tables = self.namespace.segment.words, self.namespace.tables
+        receipts = tuple(self._receipts)
+        for row, number in receipts:
+            at = tables.ticket(row)
+            # If not, another thread has just done so, and is about to take it off the list.
+            if words[at] != Ticket.FREE and words[at + Ticket.NUMBER] == number:
+                self.namespace.transitions.take_answer(t, row)
+        t.after.append(partial(self._receipts.difference_update, receipts))
+
+    @property
+    def has_receipts(self) -> bool:
+        """Tell whether there is something to settle."""
+        return bool(self._receipts)
+
+    def _copy_in(self, row: int, tag: str) -> Copy:
+        """Return what this process knows, or can read, of the copy in a row."""
         generation = self.namespace.segment.words[self.namespace.tables.instance(row) + Instance.GENERATION]
         copy = self._objects.get(row) or self._handles.get(row)
         if copy is None or copy.generation != generation:
             copy = self._handles[row] = Copy(row, generation, tag, self.namespace.tables.handle_of(row))
-        with self._mutex:
-            self._held[_key(copy.value)].append(copy)
         return copy
 
     def adopt(self, row: int, tag: str, value: Any) -> Copy:
@@ -380,23 +539,55 @@ class Worker:
         namespace = self.namespace
         place = (str(namespace.runtime.root), namespace.name)
         generation = namespace.segment.words[namespace.tables.instance(row) + Instance.GENERATION]
+        uuids = self.placement_of(row).uuids
+        visible = visible_devices(uuids)
+        # In the server they are all that there is, so CUDA counts them from 0.
+        placement = Placement(tuple(range(len(uuids))), uuids) if visible else self.placement_of(row)
         return ServerContext(
             alive_lock=str(namespace.runtime.file("alive.lock")),
-            on_start=ServerDuty(*place, row, generation),
+            environment=((VISIBLE_VARIABLE, visible),) if visible else (),
+            on_start=ServerDuty(*place, row, generation, placement),
             on_last=_Farewell(*place),
         )
 
+    def placement_of(self, row: int) -> Placement:
+        """Return where a copy lies."""
+        words = self.namespace.segment.words
+        return self.board.placement_of(words[self.namespace.tables.instance(row) + Instance.DEVICES])
+
     # ---- unloading -----------------------------------------------------------------------------------------
+
+    def unload_beside(self) -> None:
+        """Do `unload_assigned` in a thread of its own, if there is anything to do.
+
+        For who waits: an unload takes as long as it takes, and a waiter has to give up in time. The keeper, who has
+        been rung as well, may be at a source that does not answer.
+        """
+        if self._has_to_unload():
+            # Without a thread to be had it is left to the keeper.
+            with contextlib.suppress(RuntimeError):
+                threading.Thread(target=self._unload_beside, name="mpmm-unload", daemon=True).start()
+
+    def _unload_beside(self) -> None:
+        try:
+            with self.waiting():
+                self.unload_assigned()
+        except Exception:
+            # Otherwise the process has left meanwhile, and somebody else has been given the rest to do.
+            if self.namespace.is_usable:
+                _LOG.exception("mpmm %s: pid %d could not unload", self.namespace.name, self.namespace.pid)
+
+    def _has_to_unload(self) -> bool:
+        """Look, without the lock, for copies that this process has to unload; whoever assigns one rings the keeper."""
+        words, tables = self.namespace.segment.words, self.namespace.tables
+        ours = tables.rows_where(self.namespace.segment.layout.instances, Instance.HOLDER, self.namespace.reference)
+        return any(words[tables.instance(row)] == Instance.UNLOADING for row in ours)
 
     def unload_assigned(self) -> None:
         """Unload every copy whose row says that this process has to."""
         namespace = self.namespace
         words, tables, layout = namespace.segment.words, namespace.tables, namespace.segment.layout
-        while True:
-            # A look without the lock first: whoever assigns something rings the keeper's bell afterwards.
-            ours = tables.rows_where(layout.instances, Instance.HOLDER, namespace.reference)
-            if not any(words[tables.instance(row)] == Instance.UNLOADING for row in ours):
-                return
+        while self._has_to_unload():
             with namespace.transaction():
                 rows = [
                     row
@@ -413,21 +604,20 @@ class Worker:
             finally:
                 self._unloading.discard(mine[0])
 
-    def devices_in_use(self, tag: str) -> set[int]:
-        """Return the rows of the devices on which this process holds copies of a model."""
+    def devices_in_use(self, tag: str) -> int:
+        """Return the bits of the devices on which this process holds copies of a model."""
         tables, words = self.namespace.tables, self.namespace.segment.words
         with self.namespace.transaction():
             model = tables.model_row(tag)
             rows = tables.rows_where(self.namespace.segment.layout.instances, Instance.HOLDER, self.namespace.reference)
-            return {
-                words[tables.instance(row) + Instance.DEVICE]
-                for row in rows
-                if words[tables.instance(row)] == Instance.ACTIVE
-                and words[tables.instance(row) + Instance.MODEL] == model
-            }
+            bits = 0
+            for at in map(tables.instance, rows):
+                if words[at] == Instance.ACTIVE and words[at + Instance.MODEL] == model:
+                    bits |= words[at + Instance.DEVICES]
+            return bits
 
-    def make_room_after_running_out(self, tag: str, devices: set[int], learn: bool) -> None:
-        """Take back what admission believed: unload what is idle on these devices, pinned models aside.
+    def make_room_after_running_out(self, tag: str, devices: int, learn: bool) -> None:
+        """Take back what admission believed: unload what is idle on these devices (bits), pinned models aside.
 
         learn: raise the estimate of the model as well.
         """
@@ -440,14 +630,14 @@ class Worker:
             namespace.transitions.run_out(t, model)
             need_mb = self.scheduler.need_mb(model)
             if learn:
-                limit_mb = max(map(self.scheduler.limit_mb, devices), default=need_mb)
+                limit_mb = max(map(self.scheduler.limit_mb, device_rows(devices)), default=need_mb)
                 need_mb = raised_estimate_mb(need_mb, limit_mb)
                 measured = bool(words[tables.model(model) + Model.MEASURED])
                 namespace.transitions.estimate(t, model, need_mb, measured)
             for row in tables.rows_where(namespace.segment.layout.instances, Instance.STATE, Instance.IDLE):
                 at = tables.instance(row)
                 pinned = words[tables.model(words[at + Instance.MODEL]) + Model.PINS]
-                if words[at + Instance.DEVICE] in devices and not pinned:
+                if words[at + Instance.DEVICES] & devices and not pinned:
                     namespace.transitions.begin_unload(t, row, namespace.slot, evicted=True)
         _LOG.warning(
             "mpmm %s: pid %d ran out of memory with %s, now taken for %.0f MB",
@@ -460,8 +650,8 @@ class Worker:
             report_estimate(tag, need_mb)
         self.unload_assigned()
 
-    def wait_for_unloads(self, device: int) -> None:
-        """Wait until nothing is being unloaded from a device, others' objects included, and its memory is back.
+    def wait_for_unloads(self, devices: int) -> None:
+        """Wait until nothing is being unloaded from devices (bits), others' objects included, and memory is back.
 
         No longer than `memory_return_seconds` and the time for which such figures count: somebody may be stuck.
         """
@@ -471,10 +661,11 @@ class Worker:
         while time.monotonic() < deadline:
             with namespace.transaction():
                 unloading = any(
-                    words[tables.instance(row) + Instance.DEVICE] == device
+                    words[tables.instance(row) + Instance.DEVICES] & devices
                     for row in tables.rows_where(namespace.segment.layout.instances, Instance.STATE, Instance.UNLOADING)
                 )
-                returning = floats[tables.device(device) + Device.RETURNING_MB] > 0
+                rows = device_rows(devices)
+                returning = any(floats[tables.device(device) + Device.RETURNING_MB] > 0 for device in rows)
             if not unloading and not returning:
                 return
             time.sleep(UNLOAD_LOOK_S)
@@ -521,6 +712,7 @@ class Worker:
         self.freshen()
         if isinstance(self.monitor, ForeignMonitor):
             self.reset_peak()
+            self.board.reset_peak()
         with self.namespace.transaction() as t:
             self.scheduler.advance(t)
 

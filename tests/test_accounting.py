@@ -57,7 +57,7 @@ def unload(joined: Namespace, before_the_sample: bool, board: SharedBoard) -> No
     transitions = joined.transitions
     with joined.transaction() as t:
         model = transitions.claim_model(t, "a", b"a")
-        row = transitions.begin_load(t, model, joined.slot, 0, 100.0, alone=False)
+        row = transitions.begin_load(t, model, joined.slot, 1, 100.0, alone=False)
         transitions.link_server(t, row, SERVER)
         transitions.end_load(t, row, b"handle", 100.0, SERVER + 1, True, seen=True)
         transitions.release(t, row)

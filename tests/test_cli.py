@@ -7,18 +7,22 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 from processes import Loads, LoadsObject, Process, acquire, wait_until, waiting
 
+import mpmm
 from mpmm.cli import main
 from mpmm.errors import NamespaceResetError
 from mpmm.model_manager import ModelManager
 from mpmm.shared_state.layout import Header
 from mpmm.shared_state.segment import segment_name
-from mpmm.shared_state.snapshot import Snapshot, read_snapshot
+from mpmm.shared_state.snapshot import EventChoice, Snapshot, read_snapshot
+from mpmm.show.health import findings
+from mpmm.show.screen import render
+from mpmm.show.words import age, bar
 
 NewManager = Callable[..., ModelManager]
 NewProcess = Callable[..., Process]
@@ -42,6 +46,7 @@ def test_inspect_shows_everything_as_text(busy: ModelManager, namespace: str, ca
     assert main(["inspect", namespace]) == 0
     text = capsys.readouterr().out
     assert f"leader: pid {os.getpid()}" in text
+    assert "waiting: 1, the longest for" in text
     for section in ("devices:", "models:", "copies:", "waiting:", "members:"):
         assert section in text.splitlines()
     waiters = text.split("\nwaiting:\n")[1].split("\n\n")[0]
@@ -49,8 +54,104 @@ def test_inspect_shows_everything_as_text(busy: ModelManager, namespace: str, ca
     assert "in_use" in waiters or "unloading" in waiters
     assert "waits: needs 250 MB" in waiters
     assert "loads: needs 100 MB, 250 free" in text.split("\nlast decisions:\n")[1]
-    assert "object" in text.split("\ncopies:\n")[1]
-    assert "ATTENTION" not in text
+    held = text.split("\ncopies:\n")[1].splitlines()[1].split()
+    assert (held[1], held[2], held[7]) == ("object", "active", str(os.getpid()))
+    assert "all well" in text.splitlines()
+
+
+def test_inspect_says_what_is_wrong(namespace: str, new_manager: NewManager, new_process: NewProcess) -> None:
+    manager = new_manager(fallback_memory_mb=100)
+    manager.acquire_model("held", Loads())
+    waiter, dead = new_process(), new_process()
+    waiter.send(acquire, "wanted")
+    wait_until(lambda: waiting(namespace, "wanted"), "somebody waits")
+    snapshot = read_snapshot(namespace)
+    later = replace(
+        snapshot,
+        leader=None,
+        rollbacks=2,
+        members=tuple(replace(member, alive=member.pid != dead.pid) for member in snapshot.members),
+        tickets=tuple(replace(ticket, waited_s=75.0) for ticket in snapshot.tickets),
+        instances=tuple(replace(copy, for_s=400.0) for copy in snapshot.instances),
+        devices=tuple(replace(device, sample_age_s=9.0) for device in snapshot.devices),
+    )
+    urgent = [finding.text for finding in findings(later) if finding.urgent]
+    assert [text.split(":")[0] for text in urgent] == [
+        "nobody leads",
+        "the last sample of device 0 (booked) is 9.0 s old, poll_interval is 0.5 s",
+        "dead, but what they had is not taken back yet",
+        f"pid {waiter.pid} has waited for wanted for 75 s",
+        f"pid {os.getpid()} has held held for 7 min while 1 waits",
+    ]
+    assert str(dead.pid) in urgent[2]
+    assert "in use" in urgent[3]
+    assert [finding.text for finding in findings(later) if not finding.urgent] == [
+        "since the namespace was made: transactions of processes that died in them, rolled back: 2"
+    ]
+    text = render(later)
+    assert all(f"ATTENTION: {said}" in text for said in urgent)
+
+
+def test_long_tables_are_cut_to_what_matters(namespace: str, new_manager: NewManager, capsys: Capture) -> None:
+    manager = new_manager(fallback_memory_mb=10_000)
+    for number in range(30):
+        manager.release_model(f"m{number}", manager.acquire_model(f"m{number}", Loads()))
+    manager.acquire_model("m17", Loads())
+    assert main(["inspect", namespace]) == 0
+    copies = capsys.readouterr().out.split("\ncopies:\n")[1].split("\n\n")[0].splitlines()
+    assert "m17" in copies[1]
+    assert copies[-1] == "  … and 20 more; --all shows them"
+    assert len(copies) == 12
+    assert main(["inspect", "--all", namespace]) == 0
+    assert len(capsys.readouterr().out.split("\ncopies:\n")[1].split("\n\n")[0].splitlines()) == 31
+
+
+def test_lines_fit_the_terminal(busy: ModelManager, namespace: str) -> None:
+    snapshot = read_snapshot(namespace)
+    assert max(map(len, render(snapshot).splitlines())) > 60
+    assert max(map(len, render(snapshot, width=60).splitlines())) == 60
+
+
+@pytest.mark.parametrize(("limit", "status"), [("0", 1), ("3600", 0)])
+def test_inspect_tells_scripts_that_somebody_waits(
+    limit: str, status: int, busy: ModelManager, namespace: str, capsys: Capture
+) -> None:
+    assert main(["inspect", "--max-wait", limit, namespace]) == status
+    assert main(["inspect", "--max-wait", limit, "--json", namespace]) == status
+
+
+def test_a_bar_shows_what_is_used_reserved_returning_and_the_limit(busy: ModelManager, namespace: str) -> None:
+    [device] = read_snapshot(namespace).devices
+    full = replace(device, total_mb=100.0, limit_mb=90.0, used_mb=40.0, reserved_mb=20.0, returning_mb=10.0)
+    assert bar(full, 10) == "███░▓▓···│"
+    assert bar(replace(full, used_mb=None, reserved_mb=0.0, returning_mb=0.0), 10) == "·········│"
+    assert bar(replace(full, used_mb=100.0, reserved_mb=50.0, returning_mb=0.0), 10) == "██████████"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(None, "?"), (0.04, "0.0 s"), (9.94, "9.9 s"), (42.0, "42 s"), (600.0, "10 min"), (7200.0, "2.0 h"), (2e5, "2 d")],
+)
+def test_ages_are_short(seconds: float | None, text: str) -> None:
+    assert age(seconds) == text
+
+
+def test_the_newest_events_of_each_kind_are_chosen(namespace: str, new_manager: NewManager) -> None:
+    manager = new_manager()
+    for _ in range(5):
+        manager.release_model("m", manager.acquire_model("m", Loads()))
+    everything = read_snapshot(namespace).events
+    newest = read_snapshot(namespace, choice=EventChoice(newest_of_each=2)).events
+    assert [event.kind for event in newest].count("hit") == 2
+    assert [event.kind for event in newest].count("load_ended") == 1
+    assert newest[-1].sequence == everything[-1].sequence
+    assert [event.sequence for event in newest] == sorted(event.sequence for event in newest)
+    after = everything[-3].sequence
+    assert [event.sequence for event in read_snapshot(namespace, choice=EventChoice(after=after)).events] == [
+        after + 1,
+        after + 2,
+    ]
+    assert read_snapshot(namespace, events=False).events == ()
 
 
 def test_inspect_as_json_has_every_field_of_the_snapshot(busy: ModelManager, namespace: str, capsys: Capture) -> None:
@@ -58,7 +159,7 @@ def test_inspect_as_json_has_every_field_of_the_snapshot(busy: ModelManager, nam
     [line] = capsys.readouterr().out.splitlines()
     found = json.loads(line)
     assert found["schema"] == 1
-    assert set(found) == {"schema", *(field.name for field in fields(Snapshot))}
+    assert set(found) == {"schema", "findings", *(field.name for field in fields(Snapshot))}
     assert found["namespace"] == namespace
     assert found["settings"]["fallback_memory_mb"] == 250
     assert found["members"][0]["pid"] == os.getpid()
@@ -73,8 +174,23 @@ def test_without_a_name_the_only_namespace_is_meant(busy: ModelManager, namespac
     assert main(["inspect"]) == 0
     assert f"namespace {namespace}," in capsys.readouterr().out
     with ModelManager(namespace="second", memory_source="booked"):
-        assert main(["inspect"]) == 2
+        assert main(["check"]) == 2
         assert "There are 2: second, test" in capsys.readouterr().err
+        assert main(["inspect", "--json"]) == 2
+
+
+def test_inspect_lists_several_namespaces(busy: ModelManager, capsys: Capture) -> None:
+    with ModelManager(namespace="second", memory_source="booked"):
+        assert main(["inspect"]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert [line.split()[0] for line in lines[2:4]] == ["second", "test"]
+        assert "all well" in lines[2]
+        assert main(["inspect", "--max-wait", "0"]) == 1
+
+
+def test_inspect_without_any(capsys: Capture) -> None:
+    assert main(["inspect"]) == 2
+    assert "nothing of this user has a model manager at present" in capsys.readouterr().err
 
 
 def test_list_names_the_namespaces(busy: ModelManager, capsys: Capture) -> None:
@@ -141,6 +257,28 @@ def test_the_runtime_root_can_be_named(tmp_path: Path, capsys: Capture) -> None:
         assert main(["--runtime-root", str(root), "list"]) == 0
         assert capsys.readouterr().out == "there\n"
         assert main(["--runtime-root", str(root), "check", "there"]) == 0
+
+
+def test_a_program_without_the_dashes_is_pointed_to_them(capsys: Capture) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["run", "--mb", "100", "sleep", "1"])
+    assert "unrecognized arguments: sleep 1; a program and its arguments stand behind `--`" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        main(["inspect", "--none"])
+    assert capsys.readouterr().err.endswith("unrecognized arguments: --none\n")
+
+
+def test_a_reader_that_has_seen_enough_gets_no_traceback(busy: ModelManager, namespace: str) -> None:
+    command = [sys.executable, "-m", "mpmm.cli", "inspect", "--json", namespace]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as inspect:
+        assert inspect.stdout is not None and inspect.stderr is not None
+        inspect.stdout.close()
+        assert inspect.stderr.read() == b""
+    assert inspect.returncode == 0
+
+
+def test_every_public_name_is_there() -> None:
+    assert [name for name in mpmm.__all__ if not hasattr(mpmm, name)] == []
 
 
 def test_it_runs_as_a_module(busy: ModelManager, namespace: str) -> None:

@@ -37,6 +37,7 @@ from mpmm.shared_state.snapshot import read_snapshot
 from mpmm.shared_state.tables import Tables
 from mpmm.shared_state.transaction import Transaction, TransactionLock
 from mpmm.shared_state.transitions import Transitions
+from mpmm.worker import Worker
 
 Operation = Callable[[Transaction, Transitions], object]
 
@@ -90,7 +91,7 @@ class Lab:
         self.do(self._populate)
 
     def _populate(self, t: Transaction, tr: Transitions) -> None:
-        tr.describe_devices(t, [(b"uuid-0", b"gpu 0", 1000.0)])
+        tr.describe_devices(t, [(b"uuid-0", b"gpu 0", 1000.0), (b"uuid-1", b"gpu 1", 1000.0)])
         tr.lead(t, 0, b"test", (True, False, False))
         tr.join(t, self.victim, Member.WORKER, 4242, 1, b"victim")
         tr.join(t, self.server, Member.SERVER, 4243, 2, b"server of a")
@@ -113,7 +114,7 @@ class Lab:
     def loading(self, tag: str = "a", alone: bool = False) -> int:
         """Make an instance that the victim loads."""
         model = self.model(tag)
-        row: int = self.do(lambda t, tr: tr.begin_load(t, model, self.victim, 0, 100.0, alone))
+        row: int = self.do(lambda t, tr: tr.begin_load(t, model, self.victim, 1, 100.0, alone))
         return row
 
     def active(self, tag: str = "a", handle: bytes = b"h", server: bool = False, alone: bool = False) -> int:
@@ -156,7 +157,7 @@ class Lab:
     def leased(self) -> int:
         """Make a lease that the victim holds."""
         ticket = self.lease_ticket()
-        row: int = self.do(lambda t, tr: tr.allow_load(t, ticket, 0, 70.0, alone=False))
+        row: int = self.do(lambda t, tr: tr.allow_load(t, ticket, 1, 70.0, alone=False))
         self.do(lambda t, tr: tr.take_answer(t, ticket))
         return row
 
@@ -243,7 +244,7 @@ def scenarios() -> dict[str, Callable[[Lab], Operation]]:
         waiting = lab.ticket("a")
         lab.do(lambda t, tr: tr.grant(t, waiting, 0))
         allowed = lab.ticket("b")
-        lab.do(lambda t, tr: tr.allow_load(t, allowed, 0, 50.0, alone=False))
+        lab.do(lambda t, tr: tr.allow_load(t, allowed, 1, 50.0, alone=False))
         return lambda t, tr: tr.reap_member(t, lab.victim)
 
     def reaped_server(lab: Lab) -> Operation:
@@ -276,7 +277,7 @@ def scenarios() -> dict[str, Callable[[Lab], Operation]]:
 
     def left_with_load(lab: Lab) -> Operation:
         ticket = lab.ticket("a")
-        lab.do(lambda t, tr: tr.allow_load(t, ticket, 0, 50.0, alone=True))
+        lab.do(lambda t, tr: tr.allow_load(t, ticket, 1, 50.0, alone=True))
         return lambda t, tr: tr.leave_queue(t, ticket)
 
     def left_with_grant(lab: Lab) -> Operation:
@@ -334,11 +335,11 @@ def scenarios() -> dict[str, Callable[[Lab], Operation]]:
 
     def allowed_lease(lab: Lab) -> Operation:
         ticket = lab.lease_ticket()
-        return lambda t, tr: tr.allow_load(t, ticket, 0, 70.0, alone=False)
+        return lambda t, tr: tr.allow_load(t, ticket, 1, 70.0, alone=False)
 
     def granted_lease(lab: Lab) -> int:
         ticket = lab.lease_ticket()
-        lab.do(lambda t, tr: tr.allow_load(t, ticket, 0, 70.0, alone=False))
+        lab.do(lambda t, tr: tr.allow_load(t, ticket, 1, 70.0, alone=False))
         return ticket
 
     def refused_lease(lab: Lab) -> int:
@@ -368,7 +369,22 @@ def scenarios() -> dict[str, Callable[[Lab], Operation]]:
 
     def measured(lab: Lab) -> Operation:
         lab.idle("a", server=True)
-        return lambda t, tr: tr.measure(t, lab.server, 77.0)
+        return lambda t, tr: tr.measure(t, lab.server, {0: 77.0})
+
+    def spanning(lab: Lab) -> int:
+        model = lab.model()
+        row: int = lab.do(lambda t, tr: tr.begin_load(t, model, lab.victim, 3, 100.0, alone=True))
+        lab.do(lambda t, tr: tr.link_server(t, row, lab.server))
+        lab.do(lambda t, tr: tr.end_load(t, row, b"h", 90.0, lab.server + 1, True, seen=False, shares_mb=(60.0, 30.0)))
+        return row
+
+    def measured_on_two(lab: Lab) -> Operation:
+        spanning(lab)
+        return lambda t, tr: tr.measure(t, lab.server, {0: 77.0, 1: 11.0})
+
+    def reaped_spanning(lab: Lab) -> Operation:
+        spanning(lab)
+        return lambda t, tr: tr.reap_member(t, lab.victim)
 
     def on(prepare: Callable[[Lab], int], operate: Callable[[Transaction, Transitions, int], object]) -> Any:
         def scenario(lab: Lab) -> Operation:
@@ -400,12 +416,12 @@ def scenarios() -> dict[str, Callable[[Lab], Operation]]:
         "enqueue/preload": on(Lab.model, lambda t, tr, row: tr.enqueue(t, row, Lab.victim, 2, 9.0, 2**62, 3)),
         "enqueue": on(Lab.model, lambda t, tr, row: tr.enqueue(t, row, Lab.victim, 0, math.nan, 2**62)),
         "note_demand": on(Lab.model, lambda t, tr, row: tr.note_demand(t, row, 0.5, 7, 10**9)),
-        "set_reason": on(Lab.ticket, lambda t, tr, row: tr.set_reason(t, row, Cause(3, 100.0, 50.0, 60.0, 0.5, 1))),
+        "set_reason": on(Lab.ticket, lambda t, tr, row: tr.set_reason(t, row, Cause(3, 100.0, 50.0, 60.0, 0.5, 1, 1))),
         "block": on(Lab.ticket, lambda t, tr, row: tr.block(t, row)),
         "grant": granted,
         "pass_on": passed_on,
-        "allow_load": on(Lab.ticket, lambda t, tr, row: tr.allow_load(t, row, 0, 50.0, alone=False)),
-        "allow_load/alone": on(Lab.ticket, lambda t, tr, row: tr.allow_load(t, row, 0, 50.0, alone=True)),
+        "allow_load": on(Lab.ticket, lambda t, tr, row: tr.allow_load(t, row, 1, 50.0, alone=False)),
+        "allow_load/alone": on(Lab.ticket, lambda t, tr, row: tr.allow_load(t, row, 1, 50.0, alone=True)),
         "allow_load/lease": allowed_lease,
         "refuse": on(Lab.ticket, lambda t, tr, row: tr.refuse(t, row)),
         "take_answer": answered,
@@ -413,15 +429,15 @@ def scenarios() -> dict[str, Callable[[Lab], Operation]]:
         "leave_queue/lease": on(Lab.lease_ticket, lambda t, tr, row: tr.leave_queue(t, row)),
         "leave_queue/lease granted": on(granted_lease, lambda t, tr, row: tr.leave_queue(t, row)),
         "claim_lease": lambda lab: lambda t, tr: tr.enqueue(t, tr.claim_lease(t, b"l", 70.0), Lab.victim, 1, 70.0, 9),
-        "begin_lease": on(Lab.lease, lambda t, tr, row: tr.begin_lease(t, row, Lab.victim, 0, 70.0)),
+        "begin_lease": on(Lab.lease, lambda t, tr, row: tr.begin_lease(t, row, Lab.victim, 1, 70.0)),
         "link_program": on(Lab.leased, lambda t, tr, row: tr.link_program(t, row, 4711)),
         "measure_program": on(Lab.leased, lambda t, tr, row: tr.measure_program(t, row, 33.0)),
         "end_lease": on(Lab.leased, lambda t, tr, row: tr.end_lease(t, row)),
         "leave_queue": on(Lab.ticket, lambda t, tr, row: tr.leave_queue(t, row)),
         "leave_queue/told to load": left_with_load,
         "leave_queue/granted": left_with_grant,
-        "begin_load": on(Lab.model, lambda t, tr, row: tr.begin_load(t, row, Lab.victim, 0, 100.0, alone=False)),
-        "set_baseline": on(lambda lab: lab.loading(alone=True), lambda t, tr, row: tr.set_baseline(t, 12.0)),
+        "begin_load": on(Lab.model, lambda t, tr, row: tr.begin_load(t, row, Lab.victim, 1, 100.0, alone=False)),
+        "set_baseline": on(lambda lab: lab.loading(alone=True), lambda t, tr, row: tr.set_baseline(t, row)),
         "link_server": on(Lab.loading, lambda t, tr, row: tr.link_server(t, row, Lab.server)),
         "end_load": on(Lab.loading, lambda t, tr, row: tr.end_load(t, row, b"handle", 80.0, 0, False, seen=True)),
         "end_load/object": on(Lab.loading, lambda t, tr, row: tr.end_load(t, row, b"", 80.0, 0, False, seen=False)),
@@ -434,7 +450,7 @@ def scenarios() -> dict[str, Callable[[Lab], Operation]]:
         "release/not used": on(Lab.active, lambda t, tr, row: tr.release(t, row, used=False)),
         "release/alone": released_alone,
         "release/doomed": released_doomed,
-        "end_isolation": on(lambda lab: lab.active(alone=True), lambda t, tr, _: tr.end_isolation(t)),
+        "end_isolation": on(lambda lab: lab.active(alone=True), lambda t, tr, row: tr.end_isolation(t, row)),
         "begin_unload": on(Lab.idle, lambda t, tr, row: tr.begin_unload(t, row, Lab.victim, evicted=True)),
         "end_unload": on(Lab.unloading, lambda t, tr, row: tr.end_unload(t, row)),
         "discard": on(Lab.active, lambda t, tr, row: tr.discard(t, row)),
@@ -444,6 +460,15 @@ def scenarios() -> dict[str, Callable[[Lab], Operation]]:
         "describe_devices": lambda lab: (
             lambda t, tr: tr.describe_devices(t, [(b"uuid-0", b"gpu 0", 2000.0), (b"uuid-1", b"gpu 1", 2000.0)])
         ),
+        "describe_devices/others": lambda lab: (
+            lambda t, tr: tr.describe_devices(t, [(b"uuid-0", b"gpu 0", 2000.0), (b"mig", b"m", 9.0)], replace=True)
+        ),
+        "note_try": lambda lab: lambda t, tr: tr.note_try(t, 0, 10**9),
+        "note_foreign": lambda lab: lambda t, tr: tr.note_foreign(t, 0, 55.0),
+        "correct": on(Lab.active, lambda t, tr, row: tr.correct(t, row, 66.0)),
+        "begin_load/spanning": on(Lab.model, lambda t, tr, row: tr.begin_load(t, row, Lab.victim, 3, 90.0, alone=True)),
+        "measure/spanning": measured_on_two,
+        "reap_member/spanning": reaped_spanning,
         "sample": sampled_after_load,
         "sample/written off": returned_late,
         "measure": measured,
@@ -724,6 +749,13 @@ def test_kill_at_any_store_of_a_call_costs_the_others_nothing(
     monkeypatch.setenv("MPMM_RUNTIME_DIR", str(tmp_path / "run"))
     # The children are told apart from the survivor by what they do in the foreground alone.
     monkeypatch.setattr("mpmm.keeper.Keeper.start", lambda keeper: keeper._lead_if_free())
+    wait = ModelManager._wait
+
+    def unload_and_wait(manager: ModelManager, worker: Worker, row: int, deadline: float) -> int | None:
+        worker.unload_assigned()
+        return wait(manager, worker, row, deadline)
+
+    monkeypatch.setattr(ModelManager, "_wait", unload_and_wait)
     survivor = new_manager()
     for tag, mb in (("warm", 300.0), ("cold", 100.0), ("big", 800.0), ("huge", 5000.0)):
         survivor._estimator.set_initial_estimate(tag, mb)

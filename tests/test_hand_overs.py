@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable
+from typing import Any
 
-from processes import Process, Seat, problems
+import pytest
+from processes import Process, Seat, acquire, copies_of, force_reset, problems, release, wait_until, waiting
 
+from mpmm.errors import NamespaceResetError
+from mpmm.shared_state.futex import wake_all
+from mpmm.shared_state.layout import Ticket
 from mpmm.shared_state.snapshot import read_snapshot
 
 NewProcess = Callable[..., Process]
@@ -51,3 +57,66 @@ def test_no_hand_over_takes_a_second_for_want_of_a_wake_up(namespace: str, new_p
     assert snapshot.loads == 1
     assert max(longest) < 1.0, f"the longest waits were {longest}"
     assert problems(namespace) == []
+
+
+class StopsWithTheAnswer:
+    """Words that stop the process in the middle of a transaction, when a waiter's answer is written and it is woken."""
+
+    def __init__(self, words: Any, index: int, address: int) -> None:
+        self._words = words
+        self._index = index
+        self._address = address
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._words[index]
+
+    def __setitem__(self, index: int, value: int) -> None:
+        self._words[index] = value
+        if index == self._index and value == Ticket.GRANTED:
+            wake_all(self._address)
+            os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def stop_in_the_release(seat: Seat, tag: str) -> None:
+    """Release, but stop before the transaction is committed."""
+    namespace = seat.manager._connected().namespace
+    ticket = namespace.tables.ticket(waiting(namespace.name, tag)[0].row)
+    address = namespace.segment.address + 8 * (ticket + Ticket.SIGNAL)
+    namespace.lock.intercept_stores(lambda words: StopsWithTheAnswer(words, ticket + Ticket.STATE, address))
+    release(seat, tag)
+
+
+def test_an_answer_that_is_rolled_back_is_not_acted_upon(namespace: str, new_process: NewProcess) -> None:
+    victim, waiter = new_process(fallback_memory_mb=100), new_process()
+    handle = victim.call(acquire, "ball")
+    waiter.send(acquire, "ball")
+    wait_until(lambda: waiting(namespace, "ball"), "the other one waits")
+    victim.send(stop_in_the_release, "ball")
+    victim.wait_until_stopped()
+    assert not waiter.has_result()
+    victim.kill()
+    assert waiter.result() == handle
+    snapshot = read_snapshot(namespace)
+    assert (snapshot.rollbacks, snapshot.hits, snapshot.loads) == (1, 1, 1)
+    assert [copy.holder for copy in copies_of(namespace, "ball")] == [
+        next(member.slot for member in snapshot.members if member.pid == waiter.pid)
+    ]
+    assert problems(namespace) == []
+    waiter.call(release, "ball")
+    assert read_snapshot(namespace).tickets == ()
+
+
+def test_a_reset_takes_back_what_was_acted_upon_without_the_lock(namespace: str, new_process: NewProcess) -> None:
+    holder, waiter = new_process(fallback_memory_mb=100), new_process()
+    holder.call(acquire, "ball")
+    waiter.send(acquire, "ball")
+    wait_until(lambda: waiting(namespace, "ball"), "the other one waits")
+    holder.call(release, "ball")
+    waiter.result()
+    holder.call(force_reset)
+    with pytest.raises(NamespaceResetError):
+        waiter.call(release, "ball")
+    assert problems(namespace) == []
+    waiter.call(acquire, "ball")
+    waiter.call(release, "ball")
+    assert read_snapshot(namespace).tickets == ()

@@ -34,7 +34,6 @@ from processes import (
     waiting,
 )
 
-from mpmm.cli import render
 from mpmm.errors import (
     AcquireTimeoutError,
     ClosedError,
@@ -47,6 +46,7 @@ from mpmm.errors import (
 from mpmm.model_manager import ModelManager
 from mpmm.shared_state.layout import Capacities
 from mpmm.shared_state.snapshot import find_namespaces, read_snapshot
+from mpmm.show.screen import render
 
 NewManager = Callable[..., ModelManager]
 NewProcess = Callable[..., Process]
@@ -204,7 +204,7 @@ def test_memory_that_does_not_come_back_is_written_off_after_a_while_and_that_is
     wait_until(lambda: read_snapshot(namespace).written_off_mb == 700, "the missing memory is written off")
     assert read_snapshot(namespace).devices[0].returning_mb == 0
     wait_until(lambda: "did not come back in time and are written off" in caplog.text, "it is logged")
-    assert "written off 700 MB" in render(read_snapshot(namespace))
+    assert "note: 700 MB that were unloaded never came back" in render(read_snapshot(namespace))
 
 
 def test_the_load_after_an_eviction_is_counted_like_any_other(namespace: str, new_manager: NewManager) -> None:

@@ -45,7 +45,7 @@ FULL = device(used=900)
 #: reason: (a state, the decision in its plan that has the reason, and what that says)
 TABLE: dict[Reason, tuple[View, Callable[[View], Decision], str]] = {
     Reason.DRAINING: (
-        view([model(A, known=False)], [ticket(1, A, priority=0)], active=1, busy=(in_use(5, B, 100),)),
+        view([model(A, known=False)], [ticket(1, A, priority=0)], busy=(in_use(5, B, 100),)),
         first,
         "waits to run alone and be measured: copies are in use, for about 0.50 s",
     ),
@@ -141,6 +141,26 @@ TABLE: dict[Reason, tuple[View, Callable[[View], Decision], str]] = {
         first,
         "waits: needs 800 MB, 400 free, and the leases that are held leave too little room",
     ),
+    Reason.FOREIGN: (
+        view([model(A, 800)], [ticket(1, A)], devices=[device(used=300, foreign_mb=300)]),
+        first,
+        "waits: needs 800 MB, 600 free, and 300 MB that other programs take leave too little room",
+    ),
+    Reason.LEAST_FULL: (
+        view([model(A)], [ticket(1, A)], devices=[device(0, used=500), device(1)]),
+        first,
+        "loads on device 1, the least full of those with room: needs 100 MB, 900 free",
+    ),
+    Reason.TIGHTEST: (
+        view([model(A)], [ticket(1, A)], devices=[device(0), device(1, used=1)]),
+        first,
+        "loads on device 1, the tightest fit of those as full: needs 100 MB, 899 free",
+    ),
+    Reason.ONLY_ONE: (
+        view([model(A)], [ticket(1, A)], devices=[device(0, used=850), device(1)]),
+        first,
+        "loads on device 1, where alone there is room: needs 100 MB, 900 free",
+    ),
     Reason.EXCHANGED: (
         view([model(A, owned={OTHER: 1})], [ticket(1, A)], copies=[idle(7, A, owner=OTHER)], rules=at_most(1)),
         first,
@@ -166,7 +186,7 @@ def test_a_decision_has_its_reason_and_the_reason_its_sentence(reason: Reason) -
     assert not isinstance(decision, Enough)
     why = decision.why
     assert why.reason == reason
-    assert explain(why.reason, why.need_mb, why.free_mb, why.coming_mb, why.seconds, "b") == sentence
+    assert explain(why.reason, why.need_mb, why.free_mb, why.coming_mb, why.seconds, "b", why.devices) == sentence
 
 
 @pytest.mark.parametrize("reason", ELSEWHERE, ids=lambda reason: reason.name.lower())
@@ -176,6 +196,23 @@ def test_what_no_plan_says_has_a_sentence_too(reason: Reason) -> None:
 
 def test_no_reason_is_left_out() -> None:
     assert set(SENTENCES) == set(Reason) == set(TABLE) | set(ELSEWHERE)
+
+
+def test_where_there_are_several_devices_a_decision_names_those_it_is_about() -> None:
+    state = view([model(A, 1000)], [replace(ticket(1, A), span=2)], devices=[device(0), device(1), device(2, used=900)])
+    why = make_plan(state).decisions[0].why  # type: ignore[union-attr]
+    sentence = explain(why.reason, why.need_mb, why.free_mb, devices=why.devices)
+    assert sentence == "loads on devices 0 and 1, where alone there is room: needs 1000 MB, 1800 free"
+    room = view(
+        [model(A, 800), model(B, shared=1)],
+        [ticket(1, A)],
+        copies=[idle(7, B, mb=900, on=1)],
+        devices=[device(0, used=900), device(1, used=900)],
+    )
+    why = make_plan(room).decisions[0].why  # type: ignore[union-attr]
+    assert explain(why.reason, why.need_mb, 0.0, 900.0, other="b", devices=why.devices) == (
+        "goes for b, which needs 800 MB on device 1, 0 free: 900 MB of the lowest score"
+    )
 
 
 def test_a_reason_of_a_later_version_and_an_unknown_time_are_said_to_be_so() -> None:
@@ -235,4 +272,4 @@ def test_a_ticket_keeps_the_figures_of_its_reason(namespace: str, new_process: N
 
 def test_sentences_name_figures_that_exist() -> None:
     for sentence in SENTENCES.values():
-        assert set(re.findall(r"{(\w+)", sentence)) <= {"need", "free", "coming", "seconds", "time", "other"}
+        assert set(re.findall(r"{(\w+)", sentence)) <= {*("need", "free", "coming", "seconds", "time", "other", "on")}

@@ -112,7 +112,12 @@ def run(manager: str, models: list[DemoModel], files: dict[str, Path], options: 
     )
     if manager == "mpmm":
         budget_mb = options.budget or default_budget_mb(files, options.small)
-        plan.manager_args = {"memory_source": "host", "memory_budget_mb": budget_mb}
+        plan.manager_args = {
+            "memory_source": "host",
+            "memory_budget_mb": budget_mb,
+            # No model takes half of it. Else one that nobody has measured yet would be given the room of all others.
+            "default_estimate_mb": budget_mb / 2,
+        }
         say(f"\nmpmm: {options.workers} workers, a budget of {budget_mb:.0f} MB for models and their servers")
     else:
         say(f"\nBeam's own manager: {options.workers} workers, no budget (it knows GPU memory only)")

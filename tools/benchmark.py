@@ -43,6 +43,7 @@ import benchmark_devices
 import benchmark_manager
 import benchmark_pipeline
 import benchmark_scaling
+import benchmark_seen
 import benchmark_shared
 from benchmark_report import as_json, header, machine, plot, row_lines
 from benchmark_rows import IMPLEMENTATIONS, Measured, Row, Summary, Task, summarise
@@ -60,6 +61,7 @@ ROWS = {
         benchmark_cpu,
         benchmark_devices,
         benchmark_scaling,
+        benchmark_seen,
     )
     for row in module.ROWS
 }

@@ -123,7 +123,7 @@ def _make_fit(view: View, device: DeviceView, ticket: TicketView, order: list[Id
     need_mb = view.models[ticket.model].need_mb
     free = free_mb(device, view.rules.slack_percentage)
     if free >= need_mb:
-        return Load(ticket.row, device.device, need_mb, alone=False)
+        return Load(ticket.row, (device.device,), need_mb, alone=False)
     missing = need_mb - free - device.unloading_mb
     victims = []
     for copy in order:
@@ -346,7 +346,6 @@ class _Simulation:
         oldest_load: dict[int, float] = {}
         held_for: dict[int, float] = {}
         used = reserved = unloading_mb = 0.0
-        active = unloading = 0
         for copy in self._copies.values():
             mb, state, model = setting.sizes_mb[copy.model], copy.state, copy.model
             if state == self.LOADING:
@@ -358,14 +357,12 @@ class _Simulation:
                 continue
             used += mb
             if state == self.UNLOADING:
-                unloading += 1
                 unloading_mb += mb
                 continue
             loaded[model] += 1
             if state == self.IDLE:
-                idle.append(Idle(copy.row, model, None, 0, mb, copy.since_s))
+                idle.append(Idle(copy.row, model, 0, mb, copy.since_s))
             else:
-                active += 1
                 held = now_s - copy.since_s
                 held_for[model] = min(held, held_for.get(model, math.inf))
                 hold_s = self._known_hold.get(model, math.inf)
@@ -396,10 +393,6 @@ class _Simulation:
             tuple(idle),
             tuple(ticket.view for ticket in self._tickets.values()),
             (DeviceView(0, setting.total_mb, used, reserved, unloading_mb, 0.0),),
-            active,
-            sum(loading.values()),
-            unloading,
-            False,
             tuple(busy),
         )
 

@@ -158,19 +158,22 @@ class SnapshotChecks:
 
         Alone, a model may take what it likes.
         """
-        if snapshot.isolated is not None:
-            return
         dead = {member.slot for member in snapshot.members if not member.alive}
         for device in snapshot.devices:
+            if device.isolated is not None:
+                continue
             here = [
                 copy
                 for copy in snapshot.instances
                 # Of an unload, and of the dead, the memory may be free before the row is.
-                if copy.device == device.row and copy.state != "unloading" and not {copy.owner, copy.server} & dead
+                if device.row in copy.shares_mb and copy.state != "unloading" and not {copy.owner, copy.server} & dead
             ]
             promised = ("loading", "leased")
             booked_mb = sum(
-                copy.reserved_mb if copy.state in promised else min(copy.mb, size_mb(copy.tag)) for copy in here
+                copy.reserved_mb / len(copy.shares_mb)
+                if copy.state in promised
+                else min(copy.shares_mb[device.row], size_mb(copy.tag) / len(copy.shares_mb))
+                for copy in here
             )
             self.most_booked_mb = max(self.most_booked_mb, booked_mb)
             if booked_mb > device.limit_mb * ADMISSION_TOLERANCE:

@@ -1,4 +1,4 @@
-"""Admission control: what is free on a device, and which device takes a load."""
+"""Admission control: what is free on a device, and what could be at best."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from mpmm.policy.view import DeviceView
 
-__all__ = ["best_fit", "free_mb", "largest_limit_mb", "limit_mb"]
+__all__ = ["free_mb", "largest_limit_mb", "limit_mb"]
 
 
 def limit_mb(device: DeviceView, slack_percentage: float) -> float:
@@ -19,12 +19,7 @@ def free_mb(device: DeviceView, slack_percentage: float) -> float:
     return limit_mb(device, slack_percentage) - device.used_mb - device.reserved_mb
 
 
-def best_fit(devices: Iterable[DeviceView], need_mb: float, slack_percentage: float) -> DeviceView | None:
-    """Return the device with the least free memory that takes `need_mb` now, None when none does."""
-    fitting = [device for device in devices if free_mb(device, slack_percentage) >= need_mb]
-    return min(fitting, key=lambda device: (free_mb(device, slack_percentage), device.device), default=None)
-
-
-def largest_limit_mb(devices: Iterable[DeviceView], slack_percentage: float) -> float:
-    """Return the largest limit of all devices: what needs more can never be loaded."""
-    return max((limit_mb(device, slack_percentage) for device in devices), default=0.0)
+def largest_limit_mb(devices: Iterable[DeviceView], slack_percentage: float, span: int = 1) -> float:
+    """Return what the `span` largest devices can all take: of what needs more on each, none can ever be loaded."""
+    limits = sorted((limit_mb(device, slack_percentage) for device in devices), reverse=True)
+    return limits[span - 1] if len(limits) >= span else 0.0

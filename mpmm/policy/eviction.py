@@ -21,7 +21,7 @@ from typing import NamedTuple
 from mpmm.policy.admission import free_mb
 from mpmm.policy.view import Busy, DeviceView, Idle, ModelView, TicketView, View
 
-__all__ = ["Candidate", "Room", "eviction_order", "find_room", "score", "waiting_pays", "with_least_harm"]
+__all__ = ["Candidate", "Room", "eviction_order", "find_room", "score", "together", "waiting_pays", "with_least_harm"]
 
 # Where all loads are quicker than this, which is what it takes to tell a process to load, there is no harm to compare.
 RESOLUTION_S = 0.05
@@ -31,25 +31,41 @@ RESIDENCE_IN_LOADS = 2.0
 
 @dataclass(frozen=True)
 class Room:
-    """How a load can be made to fit on a device.
+    """How a load can be made to fit on one device, or, put together, on several.
 
     victims: idle copies to unload. awaited: copies in use to be unloaded after that. drain_s: when the last of those
-    is expected to be idle. harm: in seconds lost per second, None where costs are not known. left_mb: what is free
-    besides.
+    is expected to be idle. harm: in seconds lost per second, None where costs are not known. freed_mb: what all of
+    those take there. left_mb: what is free besides, for each device.
     """
 
-    device: DeviceView
+    devices: tuple[DeviceView, ...]
     victims: tuple[Idle, ...]
     awaited: tuple[Busy, ...]
     harm: float | None
     drain_s: float
-    left_mb: float
+    freed_mb: float
+    left_mb: tuple[float, ...]
 
     @property
-    def cost(self) -> tuple[float, float, int]:
+    def cost(self) -> tuple[float, float, tuple[int, ...]]:
         """Compares rooms: the least harm first, the least memory where that is not known."""
-        mb = math.fsum(copy.mb for copy in self.victims) + math.fsum(copy.mb for copy in self.awaited)
-        return (self.harm or 0.0, mb, self.device.device)
+        return (self.harm or 0.0, self.freed_mb, tuple(device.device for device in self.devices))
+
+
+def together(rooms: Sequence[Room]) -> Room:
+    """Return rooms on different devices as one, for a copy that spans these devices."""
+    if len(rooms) == 1:
+        return rooms[0]
+    harms = [room.harm for room in rooms if room.harm is not None]
+    return Room(
+        tuple(device for room in rooms for device in room.devices),
+        tuple(dict.fromkeys(copy for room in rooms for copy in room.victims)),
+        tuple(dict.fromkeys(copy for room in rooms for copy in room.awaited)),
+        math.fsum(harms) if len(harms) == len(rooms) else None,
+        max(room.drain_s for room in rooms),
+        math.fsum(room.freed_mb for room in rooms),
+        tuple(left for room in rooms for left in room.left_mb),
+    )
 
 
 def score(view: View, copy: Idle, left: int) -> int:
@@ -92,30 +108,32 @@ def find_room(
     """
     coming = free_mb(device, view.rules.slack_percentage) + device.returning_mb + device.unloading_mb
     if coming >= need_mb:
-        return Room(device, (), (), 0.0, 0.0, coming - need_mb)
+        return Room((device,), (), (), 0.0, 0.0, 0.0, (coming - need_mb,))
     here = [copy for copy in idle if _may_go(view, device, ticket, copy)]
     used = [copy for copy in busy if copy.model != ticket.model and _may_go(view, device, ticket, copy)]
     missing_mb = need_mb - coming
-    if math.fsum(copy.mb for copy in here) + math.fsum(copy.mb for copy in used) < missing_mb:
+    if math.fsum(copy.mb_on(device.device) for copy in (*here, *used)) < missing_mb:
         return None
     harm: float | None = None
     if _costs_are_known(view, {copy.model for copy in here} | {copy.model for copy in used}):
-        candidates = _candidates(view, here, used)
+        candidates = _candidates(view, device, here, used)
         best = with_least_harm(candidates, missing_mb)
         chosen, harm = [one.copy for one in best], math.fsum(one.harm for one in best)
     else:
         soonest = sorted(used, key=lambda copy: (copy.free_in_s, copy.row))
         order: list[Idle | Busy] = [*eviction_order(view, here, ticket), *soonest]
-        freed_mb = itertools.accumulate((copy.mb for copy in order), initial=0.0)
-        chosen = [copy for copy, before_mb in zip(order, freed_mb, strict=False) if before_mb < missing_mb]
+        before = itertools.accumulate((copy.mb_on(device.device) for copy in order), initial=0.0)
+        chosen = [copy for copy, before_mb in zip(order, before, strict=False) if before_mb < missing_mb]
     awaited = tuple(copy for copy in chosen if isinstance(copy, Busy))
+    freed = math.fsum(copy.mb_on(device.device) for copy in chosen)
     return Room(
-        device,
+        (device,),
         tuple(copy for copy in chosen if isinstance(copy, Idle)),
         awaited,
         harm,
         max((_served_in_s(view, copy) for copy in awaited), default=0.0),
-        math.fsum(copy.mb for copy in chosen) - missing_mb,
+        freed,
+        (freed - missing_mb,),
     )
 
 
@@ -173,7 +191,7 @@ def _enough(order: Sequence[Candidate], missing_mb: float) -> list[Candidate]:
     return chosen
 
 
-def _candidates(view: View, idle: Sequence[Idle], busy: Sequence[Busy]) -> list[Candidate]:
+def _candidates(view: View, device: DeviceView, idle: Sequence[Idle], busy: Sequence[Busy]) -> list[Candidate]:
     left = Counter({row: model.loaded for row, model in view.models.items()})
     copies: list[Idle | Busy] = [*sorted(idle, key=lambda copy: (copy.idle_since_s, copy.row)), *busy]
     candidates = []
@@ -186,7 +204,7 @@ def _candidates(view: View, idle: Sequence[Idle], busy: Sequence[Busy]) -> list[
             # The others are all in use so much of the time.
             harm *= min(1.0, rate * model.hold_s / (left[copy.model] - 1))
         left[copy.model] -= 1
-        candidates.append(Candidate(harm, copy.mb, copy))
+        candidates.append(Candidate(harm, copy.mb_on(device.device), copy))
     return candidates
 
 
@@ -204,7 +222,7 @@ def _served_in_s(view: View, copy: Busy) -> float:
 
 
 def _may_go(view: View, device: DeviceView, ticket: TicketView, copy: Idle | Busy) -> bool:
-    return copy.device == device.device and not copy.pinned and _may_displace(view, ticket, copy.model)
+    return device.device in copy.devices and not copy.pinned and _may_displace(view, ticket, copy.model)
 
 
 def _may_displace(view: View, ticket: TicketView, row: int) -> bool:

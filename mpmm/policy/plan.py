@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Sequence, Set
 from dataclasses import dataclass, replace
 
-from mpmm.policy.admission import best_fit, free_mb, largest_limit_mb, limit_mb
-from mpmm.policy.eviction import Room, find_room, waiting_pays
+from mpmm.policy.admission import free_mb, largest_limit_mb, limit_mb
+from mpmm.policy.eviction import Room, find_room, together, waiting_pays
 from mpmm.policy.fairness import is_due, is_overdue, queue_order
+from mpmm.policy.placement import best_place, soonest_alone
 from mpmm.policy.sharing import waiting_is_sooner
 from mpmm.policy.view import (
+    Busy,
     Decision,
+    DeviceView,
     Enough,
     Evict,
     Grant,
@@ -40,13 +44,11 @@ class Plan:
 def make_plan(view: View) -> Plan:
     """Return what happens to the waiters in the view, in the order in which it is to be carried out.
 
-    During isolation everybody waits. Otherwise idle copies are handed out first, as far as `fairness` lets waiters
-    pass. Then each waiter, first one first, may load where its model fits, or has room made for it, or waits; behind
-    the first that waits for room or for its isolation only small loads go on, beside what is reserved for it. Tickets
-    without a decision wait behind it.
+    On a device on which a copy runs alone nothing happens. Elsewhere idle copies are handed out first, as far as
+    `fairness` lets waiters pass. Then each waiter, first one first, may load where its model fits, or has room made for
+    it, or waits; behind the first that waits for room only small loads go on, beside what is reserved for it. A device
+    that is drained for an unknown model gets nothing new. Tickets without a decision wait behind.
     """
-    if view.isolated:
-        return Plan((), blocked=True)
     return _Walk(view).plan()
 
 
@@ -55,12 +57,16 @@ class _Walk:
 
     def __init__(self, view: View) -> None:
         self._view = view
+        self._slack = view.rules.slack_percentage
+        # Those on which a copy runs alone, or is to, are nobody else's.
+        self._devices = {device.device: device for device in view.devices if not device.isolated}
         self._idle: defaultdict[int, list[Idle]] = defaultdict(list)
         for copy in view.idle:
-            self._idle[copy.model].append(copy)
+            if all(device in self._devices for device in copy.devices):
+                self._idle[copy.model].append(copy)
         self._models = dict(view.models)
-        self._devices = {device.device: device for device in view.devices}
-        self._busy = view.active + view.loading
+        # Copies in use or being loaded by device, those that this walk adds as well.
+        self._busy = Counter(device for copy in view.busy for device in copy.devices)
         self._blocked: TicketView | None = None
         # Where room is made for the blocked one, as far as that is known.
         self._room: Room | None = None
@@ -72,14 +78,29 @@ class _Walk:
         self._lease_is_awaited = False
 
     def plan(self) -> Plan:
+        if self._view.devices and not self._devices:
+            return Plan((), blocked=True)
         order = queue_order(self._view)
         decided: dict[int, Decision | None] = dict(self._hand_out(order))
         for ticket in order:
-            hopeless = self._blocked and ticket.model in self._not_beside and not ticket.preload
+            hopeless = self._blocked and ticket.model in self._not_beside and not ticket.preload and not ticket.devices
             if ticket.row not in decided and not hopeless:
                 decided[ticket.row] = self._decide(ticket)
         decisions = (decided.get(ticket.row) for ticket in order)
-        return Plan(tuple(decision for decision in decisions if decision is not None), self._blocked is not None)
+        blocked = self._blocked is not None or not self._devices
+        return Plan(tuple(decision for decision in decisions if decision is not None), blocked)
+
+    def _where(self, ticket: TicketView) -> list[DeviceView]:
+        """Return the devices on which a waiter may load now."""
+        return [device for device in self._devices.values() if not ticket.devices or device.device in ticket.devices]
+
+    def _all_where(self, ticket: TicketView) -> list[DeviceView]:
+        """Return the devices on which a waiter may load at all."""
+        return [device for device in self._view.devices if not ticket.devices or device.device in ticket.devices]
+
+    def _named(self, devices: Iterable[DeviceView]) -> tuple[int, ...]:
+        """Return the devices for a reason; none where there is but one."""
+        return tuple(device.device for device in devices) if len(self._view.devices) > 1 else ()
 
     # ---- idle copies ---------------------------------------------------------------------------------------
 
@@ -88,6 +109,8 @@ class _Walk:
         view = self._view
         granted: dict[int, Grant] = {}
         kept: set[int] = set()
+        # Devices that drain for one who runs alone.
+        closed: set[int] = set()
         passed: TicketView | None = None
         for ticket in order:
             if ticket.preload:
@@ -96,23 +119,27 @@ class _Walk:
             copies = self._idle.get(ticket.model)
             copy = None
             if copies:
-                copy = next((c for c in copies if c.owner in (None, ticket.member) and c.row not in kept), None)
+                copy = next((c for c in copies if c.row not in kept and _can_use(ticket, c, closed)), None)
             if copy is not None and copies is not None:
                 copies.remove(copy)
-                self._busy += 1
+                self._busy.update(copy.devices)
                 why = Why(Reason.PASSING, other=passed.model) if passed else Why(Reason.IDLE_COPY)
                 granted[ticket.row] = Grant(ticket.row, copy.row, why)
                 continue
             if self._isolates(view.models[ticket.model]):
-                # Everything has to drain for it, so whatever passes it delays it.
-                break
+                # Everything there has to drain for it, so whatever passes it there delays it; one at a time.
+                closed = closed or {device.device for device in self._to_be_alone_on(ticket)}
+                if len(closed) == len(self._devices):
+                    break
+                continue
             if ticket.blocked_since_s is None:
                 continue
             passed = passed or ticket
             if is_overdue(view, ticket):
                 break
             if is_due(view, ticket):
-                room = self._find_room(ticket, view.models[ticket.model].need_mb, due=True)
+                model = view.models[ticket.model]
+                room = self._find_room(ticket, model.need_mb / ticket.span, due=True)
                 if room is None:
                     break
                 kept.update(copy.row for copy in room.victims)
@@ -127,7 +154,7 @@ class _Walk:
             return Enough(ticket.row)
         if self._blocked is not None:
             return self._beside(ticket, model)
-        if not self._devices:
+        if not self._view.devices:
             return self._block(ticket, Why(Reason.NO_DEVICE))
         if self._isolates(model):
             return self._isolate(ticket, model.need_mb)
@@ -135,12 +162,26 @@ class _Walk:
             return self._load(ticket, model)
         if self._is_at_most(model):
             return self._exchange(ticket, model)
+        usable = self._for(ticket, model)
         ahead = self._sharing[ticket.model]
-        shared_in_s = waiting_is_sooner(model, ticket, ahead, self._view.now_s)
+        shared_in_s = waiting_is_sooner(usable, ticket, ahead, self._view.now_s)
         if shared_in_s is not None:
             self._sharing[ticket.model] += 1
             return Wait(ticket.row, Reason.SHARING, Why(Reason.SHARING, seconds=shared_in_s))
         return self._load(ticket, model)
+
+    def _for(self, ticket: TicketView, model: ModelView) -> ModelView:
+        """Return a model as it is for one that is tied to devices: without the copies elsewhere."""
+        if not ticket.tied:
+            return model
+        view = self._view
+        busy = [copy for copy in view.busy if copy.model == model.model and copy.is_within(ticket.tied)]
+        loaded = [copy for copy in busy if not copy.loading]
+        loaded_owners = Counter(copy.owner for copy in loaded)
+        loaded_owners.update(c.owner for c in view.idle if c.model == model.model and c.is_within(ticket.tied))
+        owned = {owner: count for owner, count in loaded_owners.items() if owner is not None}
+        loading = Counter(copy.owner for copy in busy if copy.loading and copy.owner is not None)
+        return replace(model, shared=loaded_owners[None], owned=owned, loading=loading)
 
     def _isolates(self, model: ModelView) -> bool:
         return not model.known and self._view.rules.isolate_unknown
@@ -151,140 +192,219 @@ class _Walk:
 
     def _has_enough(self, ticket: TicketView, model: ModelView) -> bool:
         """Tell whether a preload's member can use as many copies as it wants, or there are as many as there may be."""
-        usable = model.usable_by(ticket.member) + model.coming_for(ticket.member)
+        here = self._for(ticket, model)
+        usable = here.usable_by(ticket.member) + here.coming_for(ticket.member)
         return usable >= ticket.preload or self._is_at_most(model)
 
-    def _fit_beside(self, copies: int, need_mb: float) -> bool:
+    def _fit_beside(self, ticket: TicketView, copies: int, share_mb: float) -> bool:
         """Tell whether the devices could take one copy more than so many of the same size, if they had nothing else."""
-        slack = self._view.rules.slack_percentage
-        return need_mb <= 0 or copies < sum(limit_mb(device, slack) // need_mb for device in self._devices.values())
+        if share_mb <= 0:
+            return True
+        places = sum(limit_mb(device, self._slack) // share_mb for device in self._all_where(ticket))
+        return copies * ticket.span + ticket.span <= places
 
     def _exchange(self, ticket: TicketView, model: ModelView) -> Decision:
         """Wait for one of as many copies as there may be; if they all are of no use, for another in place of one."""
-        if not model.usable_by(ticket.member) and not model.coming_for(ticket.member):
-            others = [copy for copy in self._idle[ticket.model] if copy.owner and not copy.pinned]
+        here = self._for(ticket, model)
+        if not here.usable_by(ticket.member) and not here.coming_for(ticket.member):
+            others = [copy for copy in self._idle[ticket.model] if not _can_use(ticket, copy) and not copy.pinned]
             if others:
                 return self._evict(ticket, others[-1:], Why(Reason.EXCHANGED, model.need_mb))
         return Wait(ticket.row, Reason.COPIES, Why(Reason.COPIES))
 
-    def _isolate(self, ticket: TicketView, need_mb: float) -> Decision:
-        if self._busy:
-            longest_s = max((copy.free_in_s for copy in self._view.busy), default=0.0)
-            return self._block(ticket, Why(Reason.DRAINING, need_mb, seconds=longest_s))
-        evictable = [copy for copies in self._idle.values() for copy in copies if not copy.pinned]
-        if evictable:
-            return self._evict(ticket, evictable, Why(Reason.FLUSHED, need_mb))
-        if self._view.unloading:
-            return self._block(ticket, Why(Reason.UNLOADING, need_mb))
-        returning_mb = math.fsum(device.returning_mb for device in self._devices.values())
-        if returning_mb > 0:
-            return self._block(ticket, Why(Reason.RETURNING, need_mb, coming_mb=returning_mb))
-        slack = self._view.rules.slack_percentage
-        roomiest = max(self._devices.values(), key=lambda device: (free_mb(device, slack), -device.device))
-        self._blocked = ticket
-        return Load(ticket.row, roomiest.device, need_mb, True, Why(Reason.ALONE, need_mb, free_mb(roomiest, slack)))
+    def _to_be_alone_on(self, ticket: TicketView) -> tuple[DeviceView, ...]:
+        """Return the devices that are drained for one who has to run alone; too few if there are too few."""
+        need_mb = self._view.models[ticket.model].need_mb / ticket.span
+        where = self._where(ticket)
+        roomy = [device for device in where if limit_mb(device, self._slack) >= need_mb]
+        costs = []
+        for device in roomy if len(roomy) >= ticket.span else where:
+            busy = [copy.free_in_s for copy in self._view.busy if device.device in copy.devices]
+            idle_mb = math.fsum(copy.mb_on(device.device) for copy in self._idle_on({device.device}))
+            to_unload_mb = idle_mb - free_mb(device, self._slack)
+            costs.append((device, max(busy, default=0.0), self._busy[device.device], to_unload_mb))
+        return soonest_alone(costs, ticket.span)
 
-    def _load(self, ticket: TicketView, model: ModelView) -> Decision:
-        slack = self._view.rules.slack_percentage
-        largest = largest_limit_mb(self._devices.values(), slack)
+    def _idle_on(self, devices: set[int]) -> list[Idle]:
+        return [copy for copies in self._idle.values() for copy in copies if devices.intersection(copy.devices)]
+
+    def _isolate(self, ticket: TicketView, need_mb: float) -> Decision | None:
+        """Let one run alone on a device, or several that it spans, or have that drained for it."""
+        place = self._to_be_alone_on(ticket)
+        if len(self._all_where(ticket)) < ticket.span:
+            return Refuse(ticket.row, Why(Reason.TOO_LARGE, need_mb, 0.0))
+        if len(place) < ticket.span:
+            return None
+        rows, on = {device.device for device in place}, self._named(place)
+        for device in rows:
+            del self._devices[device]
+        free = min(free_mb(device, self._slack) for device in place)
+        if any(self._busy[device] for device in rows):
+            used = [copy.free_in_s for copy in self._view.busy if rows.intersection(copy.devices)]
+            why = Why(Reason.DRAINING, need_mb, seconds=max(used, default=0.0), devices=on)
+            return Wait(ticket.row, why.reason, why, first=True)
+        idle = self._idle_on(rows)
+        evictable = [copy for copy in idle if not copy.pinned]
+        for copy in idle:
+            self._idle[copy.model].remove(copy)
+        if evictable:
+            flushed = tuple(copy.row for copy in evictable)
+            return Evict(ticket.row, flushed, Why(Reason.FLUSHED, need_mb, devices=on))
+        if any(device.unloading for device in place):
+            why = Why(Reason.UNLOADING, need_mb, free, math.fsum(device.unloading_mb for device in place), devices=on)
+            return Wait(ticket.row, why.reason, why, first=True)
+        returning_mb = math.fsum(device.returning_mb for device in place)
+        if returning_mb > 0:
+            why = Why(Reason.RETURNING, need_mb, free, returning_mb, devices=on)
+            return Wait(ticket.row, why.reason, why, first=True)
+        chosen = tuple(device.device for device in place)
+        return Load(ticket.row, chosen, need_mb, True, Why(Reason.ALONE, need_mb, free, devices=on))
+
+    def _load(self, ticket: TicketView, model: ModelView) -> Decision | None:
+        slack, span = self._slack, ticket.span
+        everywhere = self._all_where(ticket)
+        largest = largest_limit_mb(everywhere, slack, span) * span
         # What is only assumed must not make a model impossible.
-        need_mb = model.need_mb if model.known else min(model.need_mb, largest)
+        need_mb = model.need_mb if model.known or not largest else min(model.need_mb, largest)
+        share_mb = need_mb / span
         if need_mb > largest:
-            if model.usable_by(ticket.member) and not ticket.preload:
+            if self._for(ticket, model).usable_by(ticket.member) and not ticket.preload:
                 # Too large for a second copy, but there is one to wait for.
                 return Wait(ticket.row, Reason.MEMORY, Why(Reason.MEMORY, need_mb, largest))
             return Refuse(ticket.row, Why(Reason.TOO_LARGE, need_mb, largest))
-        if ticket.preload and not self._fit_beside(model.copies, need_mb):
+        if ticket.preload and not self._fit_beside(ticket, model.copies, share_mb):
             return Refuse(ticket.row, Why(Reason.TOO_LARGE, need_mb, largest))
         if model.lease and self._lease_is_awaited:
             return Wait(ticket.row, Reason.BEHIND, Why(Reason.BEHIND, need_mb))
-        device = best_fit(self._devices.values(), need_mb, slack)
-        if device is not None:
-            reason = Reason.ANOTHER_COPY if model.usable_by(ticket.member) else Reason.FITS
-            return self._book(ticket, device.device, need_mb, reason)
-        if all(need_mb > limit_mb(device, slack) - device.leased_mb for device in self._devices.values()):
-            # Nothing that others let go would help, so nobody has to stand back for it, for hours perhaps.
-            self._lease_is_awaited = True
-            return Wait(ticket.row, Reason.LEASED, Why(Reason.LEASED, need_mb, self._most_free_mb()))
+        where = self._where(ticket)
+        if len(where) < span:
+            # Where it may go somebody runs alone, or is about to.
+            return None
+        place = best_place(where, share_mb, slack, span)
+        if place is not None:
+            another = self._for(ticket, model).usable_by(ticket.member)
+            return self._book(ticket, place.devices, need_mb, Reason.ANOTHER_COPY if another else place.reason)
+        waits = self._wait_for_others(ticket, where, share_mb)
+        if waits is not None:
+            return waits
         due = is_due(self._view, ticket)
-        room = self._find_room(ticket, need_mb, due)
+        room = self._find_room(ticket, share_mb, due)
         self._room = room
         if room is None:
             pinned = any(copy.pinned for copies in self._idle.values() for copy in copies)
-            return self._block(ticket, Why(Reason.PINNED if pinned else Reason.MEMORY, need_mb, self._most_free_mb()))
-        free = free_mb(room.device, slack)
+            why = Why(Reason.PINNED if pinned else Reason.MEMORY, need_mb, _most_free_mb(where, slack))
+            return self._block(ticket, why)
+        free, on = math.fsum(free_mb(device, slack) for device in room.devices), self._named(room.devices)
         if room.victims and (due or not room.awaited):
             reason = Reason.LOWEST_SCORE if room.harm is None else Reason.SMALLEST_HARM
             coming_mb = math.fsum(copy.mb for copy in room.victims)
-            why = Why(reason, need_mb, free, coming_mb, room.harm or 0.0, room.victims[0].model)
+            why = Why(reason, need_mb, free, coming_mb, room.harm or 0.0, room.victims[0].model, on)
             return self._evict(ticket, list(room.victims), why)
         if room.awaited:
             coming_mb = math.fsum(copy.mb for copy in room.awaited)
-            why = Why(Reason.IN_USE, need_mb, free, coming_mb, room.drain_s, room.awaited[0].model)
+            why = Why(Reason.IN_USE, need_mb, free, coming_mb, room.drain_s, room.awaited[0].model, on)
             return self._block(ticket, why)
-        unloading_mb, returning_mb = room.device.unloading_mb, room.device.returning_mb
+        unloading_mb = math.fsum(device.unloading_mb for device in room.devices)
         if unloading_mb > 0:
-            return self._block(ticket, Why(Reason.UNLOADING, need_mb, free, unloading_mb))
-        return self._block(ticket, Why(Reason.RETURNING, need_mb, free, returning_mb))
+            return self._block(ticket, Why(Reason.UNLOADING, need_mb, free, unloading_mb, devices=on))
+        returning_mb = math.fsum(device.returning_mb for device in room.devices)
+        return self._block(ticket, Why(Reason.RETURNING, need_mb, free, returning_mb, devices=on))
 
-    def _find_room(self, ticket: TicketView, need_mb: float, due: bool) -> Room | None:
-        """Return where room can be made with the least harm.
+    def _wait_for_others(self, ticket: TicketView, where: list[DeviceView], share_mb: float) -> Wait | None:
+        """Let one wait for whom leases, or programs that have none, leave too little room, whatever else went.
+
+        Nothing that others let go would help, so nobody has to stand back for it, for hours perhaps.
+        """
+        span, slack, need_mb = ticket.span, self._slack, share_mb * ticket.span
+
+        def held_up(kept: Callable[[DeviceView], float]) -> bool:
+            return sum(share_mb <= limit_mb(device, slack) - kept(device) for device in where) < span
+
+        free = _most_free_mb(where, slack)
+        if held_up(lambda device: device.leased_mb):
+            self._lease_is_awaited = True
+            return Wait(ticket.row, Reason.LEASED, Why(Reason.LEASED, need_mb, free))
+        if held_up(lambda device: device.leased_mb + device.foreign_mb):
+            foreign_mb = math.fsum(device.foreign_mb for device in where)
+            return Wait(ticket.row, Reason.FOREIGN, Why(Reason.FOREIGN, need_mb, free, foreign_mb))
+        return None
+
+    def _find_room(self, ticket: TicketView, share_mb: float, due: bool) -> Room | None:
+        """Return where room for `share_mb` on each of its devices can be made with the least harm.
 
         Copies in use are waited for if that is better than to unload idle ones; who is due takes what can be had now.
         """
-        idle = [copy for copies in self._idle.values() for copy in copies]
-        view, devices = self._view, self._devices.values()
-        now = min(
-            (room for device in devices if (room := find_room(view, device, idle, (), need_mb, ticket))),
-            key=lambda room: room.cost,
-            default=None,
-        )
+        view = self._view
+        now = self._cheapest(ticket, share_mb, ())
         if now is not None and (due or not now.victims or not view.busy):
             return now
-        later = min(
-            (room for device in devices if (room := find_room(view, device, idle, view.busy, need_mb, ticket))),
-            key=lambda room: room.cost,
-            default=None,
-        )
+        later = self._cheapest(ticket, share_mb, view.busy)
         if now is None or (later is not None and waiting_pays(later, now, view.models[ticket.model])):
             return later
         return now
 
+    def _cheapest(self, ticket: TicketView, share_mb: float, busy: Sequence[Busy]) -> Room | None:
+        idle = [copy for copies in self._idle.values() for copy in copies]
+        rooms = [
+            room
+            for device in self._where(ticket)
+            if (room := find_room(self._view, device, idle, busy, share_mb, ticket))
+        ]
+        if len(rooms) < ticket.span:
+            return None
+        return together(sorted(rooms, key=lambda room: room.cost)[: ticket.span])
+
     def _beside(self, ticket: TicketView, model: ModelView) -> Decision | None:
         """Let a waiter load what fits beside the room that is reserved for the blocked one."""
         room, blocked = self._room, self._blocked
-        if room is None or blocked is None or self._isolates(model) or model.shared or self._is_at_most(model):
+        if blocked is None or self._isolates(model) or model.shared or self._is_at_most(model):
             self._not_beside.add(model.model)
             return None
         if model.lease and self._lease_is_awaited:
             return None
         if model.usable_by(ticket.member) or model.coming_for(ticket.member):
             return None
-        slack = self._view.rules.slack_percentage
-        free = [
-            replace(device, reserved_mb=device.reserved_mb + max(0.0, free_mb(device, slack) - room.left_mb))
-            if device.device == room.device.device
-            else device
-            for device in self._devices.values()
-        ]
-        device = best_fit(free, model.need_mb, slack)
-        if device is None:
+        slack, share_mb = self._slack, model.need_mb / ticket.span
+        left = dict(zip((device.device for device in room.devices), room.left_mb, strict=True)) if room else {}
+        free = []
+        for device in self._where(ticket):
+            if device.device in left:
+                kept_mb = max(0.0, free_mb(device, slack) - left[device.device])
+                free.append(replace(device, reserved_mb=device.reserved_mb + kept_mb))
+            elif room or (blocked.devices and device.device not in blocked.devices):
+                # Where no room is known for the blocked one, whatever comes free on its devices may be it.
+                free.append(device)
+        place = best_place(free, share_mb, slack, ticket.span)
+        if place is None:
             self._not_beside.add(model.model)
             return None
-        if device.device == room.device.device:
-            self._room = replace(room, left_mb=room.left_mb - model.need_mb)
-        return self._book(ticket, device.device, model.need_mb, Reason.BESIDE, blocked.model)
+        if room:
+            taken = {device.device for device in place.devices}
+            left_mb = tuple(mb - share_mb * (device in taken) for device, mb in left.items())
+            self._room = replace(room, left_mb=left_mb)
+        devices = tuple(self._devices[device.device] for device in place.devices)
+        return self._book(ticket, devices, model.need_mb, Reason.BESIDE, blocked.model)
 
-    def _book(self, ticket: TicketView, device: int, need_mb: float, reason: Reason, other: int | None = None) -> Load:
-        before = self._devices[device]
-        self._devices[device] = replace(before, reserved_mb=before.reserved_mb + need_mb)
-        self._busy += 1
+    def _book(
+        self,
+        ticket: TicketView,
+        devices: Sequence[DeviceView],
+        need_mb: float,
+        reason: Reason,
+        other: int | None = None,
+    ) -> Load:
+        share_mb = need_mb / len(devices)
+        for device in devices:
+            self._devices[device.device] = replace(device, reserved_mb=device.reserved_mb + share_mb)
+            self._busy[device.device] += 1
         # Those behind may share this load.
         model = self._models[ticket.model]
-        loading = {**model.loading, ticket.member: model.loading.get(ticket.member, 0) + 1}
-        self._models[ticket.model] = replace(model, loading=loading)
-        free = free_mb(before, self._view.rules.slack_percentage)
-        return Load(ticket.row, device, need_mb, False, Why(reason, need_mb, free, other=other))
+        if not ticket.tied:
+            loading = {**model.loading, ticket.member: model.loading.get(ticket.member, 0) + 1}
+            self._models[ticket.model] = replace(model, loading=loading)
+        free = math.fsum(free_mb(device, self._slack) for device in devices)
+        why = Why(reason, need_mb, free, other=other, devices=self._named(devices))
+        return Load(ticket.row, tuple(device.device for device in devices), need_mb, False, why)
 
     def _evict(self, ticket: TicketView, copies: list[Idle], why: Why) -> Evict:
         for copy in copies:
@@ -296,6 +416,11 @@ class _Walk:
         self._blocked = ticket
         return Wait(ticket.row, why.reason, why, first=True)
 
-    def _most_free_mb(self) -> float:
-        slack = self._view.rules.slack_percentage
-        return max(free_mb(device, slack) for device in self._devices.values())
+
+def _can_use(ticket: TicketView, copy: Idle, closed: Set[int] = frozenset()) -> bool:
+    """Tell whether a waiter's process can use a copy, and the copy lies where the waiter wants it."""
+    return copy.owner in (None, ticket.member) and copy.is_within(ticket.tied) and not closed & set(copy.devices)
+
+
+def _most_free_mb(devices: Iterable[DeviceView], slack_percentage: float) -> float:
+    return max((free_mb(device, slack_percentage) for device in devices), default=0.0)

@@ -7,7 +7,7 @@ Memory is in MB, times are seconds on one monotonic clock.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
 
@@ -21,6 +21,7 @@ __all__ = [
     "Idle",
     "Load",
     "ModelView",
+    "Placed",
     "Reason",
     "Refuse",
     "Rules",
@@ -46,6 +47,7 @@ class Reason(IntEnum):
     COPIES = 8  # there are as many copies of its model as there may be
     LEASED = 9  # leases that are held leave too little room, even if everything else went
     IN_USE = 10  # room is reserved for it where copies are still in use
+    FOREIGN = 11  # as LEASED, with what other programs take as well
     # It gets an idle copy:
     IDLE_COPY = 16
     PASSING = 17  # past one that waits for room, which this does not delay
@@ -54,6 +56,10 @@ class Reason(IntEnum):
     ALONE = 25  # to be measured
     BESIDE = 26  # beside the room that is reserved for one before it
     ANOTHER_COPY = 27  # sooner than a copy that is in use could be had
+    # Where several devices could take it, see `placement`:
+    LEAST_FULL = 28
+    TIGHTEST = 29  # of those that are as full
+    ONLY_ONE = 30  # that has room
     # Copies are unloaded for it:
     LOWEST_SCORE = 32  # in Beam's order, as long as the costs are not known
     SMALLEST_HARM = 33
@@ -70,7 +76,7 @@ class Why:
 
     need_mb: what the load needs. free_mb: what is free. coming_mb: what is on its way back, or will be when copies that
     are in use become idle. seconds: a time that the decision rests on. other: the model that it is about, besides one's
-    own.
+    own. devices: those that it is about, where there are several.
     """
 
     reason: Reason
@@ -79,6 +85,7 @@ class Why:
     coming_mb: float = 0.0
     seconds: float = 0.0
     other: int | None = None
+    devices: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -139,28 +146,49 @@ class ModelView:
 
 
 @dataclass(frozen=True)
-class Idle:
-    """An idle copy. `owner` is the only member that can use it, None when anybody can. A pinned one is not evicted."""
+class Placed:
+    """A copy and where it lies: on one device with `mb`, and perhaps on others, (device, MB) each, besides."""
 
     row: int
     model: int
-    owner: int | None
     device: int
     mb: float
+    beside: tuple[tuple[int, float], ...] = field(default=(), kw_only=True)
+
+    @property
+    def devices(self) -> tuple[int, ...]:
+        """All devices that it lies on."""
+        return (self.device, *(device for device, _ in self.beside))
+
+    def mb_on(self, device: int) -> float:
+        """Return what it takes of a device, which must be one of its devices."""
+        return self.mb if device == self.device else dict(self.beside)[device]
+
+    def is_within(self, devices: Collection[int]) -> bool:
+        """Tell whether all of it lies on some of these devices; empty stands for all there are."""
+        return not devices or all(device in devices for device in self.devices)
+
+
+@dataclass(frozen=True)
+class Idle(Placed):
+    """An idle copy. `owner` is the only member that can use it, None when anybody can. A pinned one is not evicted."""
+
     idle_since_s: float
+    owner: int | None = None
     pinned: bool = False
 
 
 @dataclass(frozen=True)
-class Busy:
-    """A copy that is in use or being loaded, and when it is expected to be idle; `inf` if that is not known."""
+class Busy(Placed):
+    """A copy that is in use or being loaded, and when it is expected to be idle; `inf` if that is not known.
 
-    row: int
-    model: int
-    device: int
-    mb: float
+    owner: the only member that can use it, or that is loading it; None when anybody can.
+    """
+
     free_in_s: float
     pinned: bool = False
+    owner: int | None = None
+    loading: bool = False
 
 
 @dataclass(frozen=True)
@@ -169,6 +197,8 @@ class TicketView:
 
     preload: above 0, it does not wait for a copy to use, but for so many to be there that its member can use.
     blocked_since_s: since when it is the first one for whom there is no room, None if it has never been.
+    devices: where it may load; tied: on which a copy is of use for it; empty for all. span: how many devices what it
+    loads lies on.
     """
 
     row: int
@@ -179,12 +209,16 @@ class TicketView:
     enqueued_s: float
     preload: int = 0
     blocked_since_s: float | None = None
+    devices: tuple[int, ...] = ()
+    tied: tuple[int, ...] = ()
+    span: int = 1
 
 
 @dataclass(frozen=True)
 class DeviceView:
     """One device. `unloading_mb` is what copies in mid-unload still take, `returning_mb` what unloads have not given
-    back yet; both are part of `used_mb`. `leased_mb` is what leases are for, whether in use or not."""
+    back yet; both are part of `used_mb`. `leased_mb` is what leases are for, whether in use or not; `foreign_mb` what
+    other programs take, part of `used_mb`. isolated: a copy runs alone on it. unloading: copies in mid-unload."""
 
     device: int
     total_mb: float
@@ -193,6 +227,9 @@ class DeviceView:
     unloading_mb: float
     returning_mb: float
     leased_mb: float = 0.0
+    foreign_mb: float = 0.0
+    isolated: bool = False
+    unloading: int = 0
 
 
 @dataclass(frozen=True)
@@ -209,10 +246,6 @@ class View:
     idle: tuple[Idle, ...]
     tickets: tuple[TicketView, ...]
     devices: tuple[DeviceView, ...]
-    active: int
-    loading: int
-    unloading: int
-    isolated: bool
     busy: tuple[Busy, ...] = ()
 
 
@@ -227,10 +260,10 @@ class Grant:
 
 @dataclass(frozen=True)
 class Load:
-    """Let a ticket load a copy on a device; `alone` begins isolation."""
+    """Let a ticket load a copy on these devices, an equal share on each; `alone` begins isolation."""
 
     ticket: int
-    device: int
+    devices: tuple[int, ...]
     need_mb: float
     alone: bool
     why: Why = field(default=Why(Reason.FITS), compare=False)

@@ -76,9 +76,7 @@ def order_server(room: Room, plan: ServerPlan, report: Connection, name: str) ->
     global _avoid_until
     if not _is_possible():
         return None
-    # The one for daemons that must not have children, and the one for scripts without a main guard, are spawn's own.
-    if mp_process.current_process()._config.get("daemon"):  # type: ignore[attr-defined]
-        return None
+    # This raises where a script has no main guard, as for any process that is spawned.
     preparation = spawn.get_preparation_data(name)
     preparation["authkey"] = bytes(preparation["authkey"])
     preparation["sys_path"] = [path for path in preparation["sys_path"] if isinstance(path, str)]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import threading
+from collections.abc import Iterator
 from multiprocessing import process as mp_process
 from multiprocessing.connection import wait
 from typing import Any
@@ -57,7 +59,7 @@ def start_server(room: Room, tag: str, constructor: Any) -> str:
                 target=run_server, args=(plan, writer), name=name, daemon=False
             )
             call_once_at_exit(disown_servers, DISOWN_PRIORITY)
-            with _starting:
+            with _starting, _allowed_to_have_children():
                 server.start()
                 _started.add(server)
         while not wait([reader, server.sentinel], LOOK_INTERVAL_S) and server.is_alive():
@@ -77,6 +79,23 @@ def start_server(room: Room, tag: str, constructor: Any) -> str:
     if outcome == CRASHED:
         raise ServerStartError(text, tag=tag)
     return str(outcome)
+
+
+@contextlib.contextmanager
+def _allowed_to_have_children() -> Iterator[None]:
+    """Let a daemon, such as a worker of `multiprocessing.Pool`, start a process, which multiprocessing forbids.
+
+    It does so because they would be orphans: a daemon is killed without a chance to end what it has started. A model
+    server ends by itself, whatever happens to the process that started it.
+    """
+    # Private, and so unknown to the type stubs, like `_children` below.
+    config: dict[str, Any] = mp_process.current_process()._config  # type: ignore[attr-defined]
+    daemon = config.pop("daemon", None)
+    try:
+        yield
+    finally:
+        if daemon is not None:
+            config["daemon"] = daemon
 
 
 def disown_servers() -> None:

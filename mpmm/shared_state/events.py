@@ -41,7 +41,10 @@ class EventKind(IntEnum):
 
 
 class Cause(NamedTuple):
-    """A decision's reason (a number of `policy.view.Reason`) and its figures; `other` refers to a model, 0 none."""
+    """A decision's reason (a number of `policy.view.Reason`) and its figures.
+
+    other: reference to a model, 0 none. on: bits of the devices that it is about, 0 where that goes without saying.
+    """
 
     reason: int
     need_mb: float = 0.0
@@ -49,3 +52,4 @@ class Cause(NamedTuple):
     coming_mb: float = 0.0
     seconds: float = 0.0
     other: int = 0
+    on: int = 0

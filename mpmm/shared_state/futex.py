@@ -15,24 +15,39 @@ from __future__ import annotations
 import ctypes
 import errno
 import math
-import platform
+import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
-__all__ = ["HAVE_FUTEX", "wait_for_change", "wake_all", "wake_one"]
+__all__ = [
+    "HAVE_FUTEX",
+    "WAITED_FOR_AT_MOST",
+    "wait_for_any",
+    "wait_for_change",
+    "wake_all",
+    "wake_one",
+    "yield_processor",
+]
 
 _FUTEX_WAIT = 0
 _FUTEX_WAKE = 1
-_SYSCALL = {"x86_64": 202, "aarch64": 98, "ppc64le": 221, "riscv64": 98}.get(platform.machine())
+_SYSCALL = {"x86_64": 202, "aarch64": 98, "ppc64le": 221, "riscv64": 98}.get(os.uname().machine)
 HAVE_FUTEX = sys.platform == "linux" and sys.byteorder == "little" and _SYSCALL is not None
 _POLL_S = 0.003
+#: So many words can be waited for at a time, by the kernel's rules.
+WAITED_FOR_AT_MOST = 128
+# Since Linux 5.16, with the same number on every machine.
+_SYSCALL_WAITV = 449
+_SIZE_U32 = 2
+_CLOCK_MONOTONIC = 1
 
 
 class _Timespec(ctypes.Structure):
     _fields_ = (("seconds", ctypes.c_long), ("nanoseconds", ctypes.c_long))
 
 
+_sched_yield = ctypes.CDLL(None).sched_yield
 if HAVE_FUTEX:
     _syscall = ctypes.CDLL(None, use_errno=True).syscall
     _syscall.restype = ctypes.c_long
@@ -66,6 +81,37 @@ def wait_for_change(read: Callable[[], int], address: int, seen: int, timeout_s:
         failure = ctypes.get_errno()
         if failure not in (errno.EAGAIN, errno.EINTR, errno.ETIMEDOUT, errno.EFAULT):
             raise OSError(failure, f"futex wait failed at {address:#x}")
+
+
+def wait_for_any(seen: Sequence[tuple[int, int]], timeout_s: float) -> None:
+    """Sleep until one of several words changes, is woken, a signal, or `timeout_s` has passed.
+
+    seen: (address, value) of each, `WAITED_FOR_AT_MOST` of them; where values have changed already, that is a change.
+    Kernels before 5.16, and other systems, cannot do it: there it is a sleep of three milliseconds at most.
+    """
+    assert 0 < len(seen) <= WAITED_FOR_AT_MOST
+    if timeout_s <= 0:
+        return
+    if HAVE_FUTEX:
+        vector = (ctypes.c_uint64 * (3 * len(seen)))()
+        for place, (address, value) in enumerate(seen):
+            vector[3 * place : 3 * place + 3] = [value & 0xFFFFFFFF, address, _SIZE_U32]
+        fraction, whole = math.modf(time.monotonic() + min(timeout_s, 1e8))
+        until = _Timespec(int(whole), int(fraction * 1e9))
+        vector_at, until_at = ctypes.addressof(vector), ctypes.addressof(until)
+        if _syscall(_SYSCALL_WAITV, vector_at, len(seen), 0, until_at, _CLOCK_MONOTONIC, 0) != -1:
+            return
+        failure = ctypes.get_errno()
+        if failure in (errno.EAGAIN, errno.EINTR, errno.ETIMEDOUT, errno.EFAULT):
+            return
+        if failure not in (errno.ENOSYS, errno.EPERM):
+            raise OSError(failure, "futex wait for several words failed")
+    time.sleep(min(_POLL_S, timeout_s))
+
+
+def yield_processor() -> None:
+    """Let others run: other processes and, unlike `os.sched_yield` of older Pythons, other threads of this one."""
+    _sched_yield()
 
 
 def wake_one(address: int) -> None:

@@ -29,10 +29,9 @@ def _header(snapshot: Snapshot) -> Iterator[str]:
     ):
         if counted != found:
             yield f"H2 {name} is {counted}, the rows say {found}"
-    if snapshot.isolated is not None:
-        alone = [instance for instance in snapshot.instances if instance.state in ("active", "loading")]
-        if [instance.row for instance in alone] != [snapshot.isolated]:
-            yield f"H3 instance {snapshot.isolated} is to run alone, in use are {[i.row for i in alone]}"
+    alone = tuple(device.row for device in snapshot.devices if device.isolated is not None)
+    if snapshot.isolated_devices != alone:
+        yield f"H3 ISOLATED names devices {snapshot.isolated_devices}, the rows say {alone}"
     for ticket in snapshot.tickets:
         if ticket.number >= snapshot.next_ticket:
             yield f"H4 ticket {ticket.number} is not below the next number {snapshot.next_ticket}"
@@ -80,7 +79,7 @@ def _models(snapshot: Snapshot) -> Iterator[str]:
             yield f"M6 {model.tag}: {model.loaded} loaded and {model.loading} loading are more than max_model_copies"
         if model.kind == "lease":
             yield from _lease(model, instances[model.row], [t for t in snapshot.tickets if t.model == model.row])
-        for name in ("load_s", "hold_s", "gap_s"):
+        for name in ("load_s", "hold_s", "gap_s", *(("sd_mb",) if model.estimate_mb is not None else ())):
             if not 0 <= getattr(model, name) < math.inf:
                 yield f"M8 {model.tag}: {name} is {getattr(model, name)}"
         yield from _idle_list(model, instances[model.row])
@@ -114,6 +113,7 @@ def _idle_list(model: ModelInfo, instances: list[InstanceInfo]) -> Iterator[str]
 def _instances(snapshot: Snapshot) -> Iterator[str]:
     models = {model.row: model.kind for model in snapshot.models}
     members = {member.slot for member in snapshot.members}
+    devices = {device.row for device in snapshot.devices}
     for instance in snapshot.instances:
         what = f"instance {instance.row} ({instance.tag}, {instance.state})"
         if (instance.holder is None) != (instance.state == "idle"):
@@ -128,10 +128,13 @@ def _instances(snapshot: Snapshot) -> Iterator[str]:
             yield f"I1 {what}: owner {instance.owner} should unload it, not {instance.holder}"
         if not instance.reserved_mb >= 0 or (instance.state == "leased" and not instance.reserved_mb > 0):
             yield f"I3 {what}: {instance.reserved_mb} MB reserved"
+        shares = instance.shares_mb
+        if not shares or not set(shares) <= devices or not math.isclose(math.fsum(shares.values()), instance.mb):
+            yield f"I5 {what}: {instance.mb} MB, by device {shares}; devices are {sorted(devices)}"
         if (instance.state == "leased") != (models.get(instance.model) == "lease"):
-            yield f"I5 {what}: its model row {instance.model} is a {models.get(instance.model)}"
+            yield f"I6 {what}: its model row {instance.model} is a {models.get(instance.model)}"
         if instance.state == "leased" and (instance.owner, instance.server) != (None, None):
-            yield f"I5 {what}: it has owner {instance.owner}, server {instance.server}"
+            yield f"I6 {what}: it has owner {instance.owner}, server {instance.server}"
     generations = Counter(instance.generation for instance in snapshot.instances)
     for generation, count in generations.items():
         if count > 1:
@@ -175,5 +178,12 @@ def _devices(snapshot: Snapshot) -> Iterator[str]:
     for device in snapshot.devices:
         if not device.returning_mb >= 0:
             yield f"D2 {device.name}: {device.returning_mb} MB returning"
+        if not device.foreign_mb >= 0:
+            yield f"D2 {device.name}: {device.foreign_mb} MB of others"
+        if device.isolated is not None:
+            here = [copy for copy in snapshot.instances if device.row in copy.shares_mb]
+            alone = [copy.row for copy in here if copy.state in ("active", "loading")]
+            if alone != [device.isolated]:
+                yield f"D3 {device.name}: instance {device.isolated} is to run alone, in use are {alone}"
         if device.sample_age_s is not None and device.sample_age_s < -1:
             yield f"D1 {device.name}: the last sample is from the future"

@@ -14,6 +14,7 @@ The invariants (H1, M1, …) hold whenever the lock is free.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 
 from mpmm.errors import InvalidArgumentError
@@ -21,6 +22,8 @@ from mpmm.errors import InvalidArgumentError
 __all__ = [
     "LAYOUT_VERSION",
     "MAGIC",
+    "MOST_DEVICES",
+    "MOST_SPANNED",
     "Capacities",
     "Device",
     "Event",
@@ -34,14 +37,20 @@ __all__ = [
     "Table",
     "Ticket",
     "Undo",
+    "device_bits",
+    "device_rows",
     "text_words",
 ]
 
 MAGIC = int.from_bytes(b"mpmm-seg", "little")
-LAYOUT_VERSION = 4
+LAYOUT_VERSION = 5
 WORD = 8
 # So many of the tables, the first ones, say in `Header.ENDS` how far they have grown.
 GROWING = 5
+# Device rows are named by bits of one word.
+MOST_DEVICES = 64
+# Devices that one copy can span.
+MOST_SPANNED = 8
 
 
 def text_words(max_bytes: int) -> int:
@@ -49,12 +58,24 @@ def text_words(max_bytes: int) -> int:
     return 1 + -(-max_bytes // WORD)
 
 
+def device_rows(bits: int) -> list[int]:
+    """Return the rows of the devices whose bits are set, lowest first."""
+    if not bits & (bits - 1):
+        return [bits.bit_length() - 1] if bits else []
+    return [row for row in range(bits.bit_length()) if bits >> row & 1]
+
+
+def device_bits(rows: Iterable[int]) -> int:
+    """Return the word with the bits of these device rows."""
+    return sum(1 << row for row in rows)
+
+
 class Header:
     """One row, at word 0.
 
     H1  `CHANGE` is even; `UNDO_COUNT` is 0.
     H2  `WAITING` == ticket rows in state WAITING; `ACTIVE` and `LOADING` == instance rows in those states.
-    H3  `ISOLATED` refers to a LOADING or ACTIVE instance, and then no other instance is either.
+    H3  `ISOLATED` has the bits of the devices whose ISOLATED is set.
     H4  `NEXT_TICKET` is greater than the number of every ticket row.
     H5  every used row of the tables in `ENDS` lies below its table's word there.
     """
@@ -76,17 +97,17 @@ class Header:
     WAITING = 21  # derived
     ACTIVE = 22  # derived
     LOADING = 23  # derived
-    ISOLATED = 24  # reference to the instance that runs alone, 0 outside isolation
-    ISOLATION_BASELINE = 25  # float: memory in use when it began to load
+    ISOLATED = 24  # derived: a bit for each device on which an instance runs alone
     LEADER = 26  # reference to the member that polls
     LEADER_SINCE = 27
     NEXT_GENERATION = 28
     EVENTS = 29  # events written so far; the ring holds the last ones
-    CONFIGURED_AT = 30  # when the set of loaded copies changed last
     OBSERVATIONS_MADE = 31
     SOLVED_AT = 32  # value of OBSERVATIONS_MADE that the last solution has seen
     RESETS = 33
     POLLED = 34  # when the leader, or somebody in its stead, polled last
+
+    NEWEST_TICKET = 35  # index of the ticket row that was taken last
 
     # Counters since creation.
     LOADS = 36
@@ -128,9 +149,10 @@ class Member:
     ATTACHED = 4
     BELL = 5  # futex word: rung when this process has something to do
     INSTANCE = 6  # SERVER: reference to the instance that this process holds the memory of
-    MEASURED_MB = 7  # SERVER, float: memory of the process in the last sample
-    PEAK_MB = 8  # SERVER, float: its highest figure
-    NAME = 9  # text: SERVER: tag of the shared object; WORKER: name of the program
+    MEASURED_MB = 7  # float: device memory of the process in the last sample, nan if the source does not know
+    PEAK_MB = 8  # float: its highest figure
+    SHARES = 9  # floats, SERVER of a copy that spans several devices: what MEASURED_MB is on each, lowest first
+    NAME = SHARES + MOST_SPANNED  # text: SERVER: tag of the shared object; WORKER: name of the program
     NAME_BYTES = 631
     WORDS = NAME + text_words(NAME_BYTES)
 
@@ -151,7 +173,7 @@ class Model:
     M5  PINS equals the pin rows of this model.
     M6  no model has more ACTIVE, IDLE and LOADING copies together than `max_model_copies`.
     M7  a row in state LEASE is KNOWN, and is that of one ticket, or of one LEASED instance, or of both.
-    M8  LOAD_S, HOLD_S and GAP_S are finite and not below 0.
+    M8  LOAD_S, HOLD_S and GAP_S are finite and not below 0; so is SD_MB, where KNOWN.
     """
 
     STATE = 0  # FREE, MODEL or LEASE
@@ -169,7 +191,7 @@ class Model:
     LOADS = 12
     HITS = 13
     EVICTIONS = 14
-    MEASURED = 15  # 1 when the estimate was read from a process, not inferred
+    MEASURED = 15  # 1 when the estimate was read from processes, not inferred from whole devices
     SHARES = 16  # 1 when its loader has made a handle: one load serves every process
     LOAD_S = 17  # float: smoothed duration of a load, 0 unknown
     HOLD_S = 18  # float: smoothed time between acquire and release, 0 unknown
@@ -177,7 +199,8 @@ class Model:
     GAP_S = 20  # float: decayed mean time between two requests, 0 unknown; see `policy.demand`
     REQUESTS = 21  # HITS + LOADS + LOADING + WAITING when they were last counted
     REQUESTED_AT = 22  # when that count last rose
-    TAG = 23  # text
+    SD_MB = 23  # float: standard deviation of the estimate; 0: taken for exact
+    TAG = 24  # text
     TAG_BYTES = 511
     WORDS = TAG + text_words(TAG_BYTES)
 
@@ -192,11 +215,14 @@ class Instance:
     A LEASED row is nothing but a reservation that stands until its HOLDER gives it back or dies: what the process in
     PROGRAM and its descendants are measured to take, its MB, is part of the device's figure and comes off.
 
+    A copy can span several devices. What it reserves it reserves in equal shares; what it takes of each, SHARES says.
+
     I1  a LOADING, ACTIVE or LEASED row has a HOLDER, and IDLE has none; an UNLOADING row's HOLDER unloads it.
     I2  MODEL refers to a used model row; HOLDER, OWNER and SERVER to used member rows.
     I3  RESERVED_MB >= 0; above 0 while LOADING, and after that until a sample has seen the load; and while LEASED.
     I4  no two used rows have the same GENERATION.
-    I5  exactly the LEASED rows have a MODEL row in state LEASE; they have neither OWNER nor SERVER.
+    I5  DEVICES names 1 to `MOST_SPANNED` used device rows; for several, MB is the sum of the SHARES.
+    I6  exactly the LEASED rows have a MODEL row in state LEASE; they have neither OWNER nor SERVER.
     """
 
     STATE = 0
@@ -205,9 +231,9 @@ class Instance:
     HOLDER = 3  # reference to a member
     OWNER = 4  # reference to the only member that can use the object; 0 for a handle
     SERVER = 5  # reference to the member that keeps the memory of a handle, 0 if not known
-    DEVICE = 6  # index of the device row
+    DEVICES = 6  # a bit for each device row that it lies on
     MB = 7  # float: what the copy takes, by measurement or else by estimate; for a lease what was measured, or 0
-    RESERVED_MB = 8  # float: counted on top of the device's figure
+    RESERVED_MB = 8  # float: counted on top of the devices' figures
     SINCE = 9  # when STATE changed last
     LOADED_AT = 10
     NEXT = 11  # } IDLE_HEAD list
@@ -216,7 +242,8 @@ class Instance:
     HAS_SERVER = 14  # 1: the handle named a live shared object when the load ended
     USES = 15
     PROGRAM = 16  # LEASED: pid of the process that uses the memory, 0 if that is not known
-    HANDLE = 17  # text, empty for an object
+    SHARES = 17  # floats: where it spans several devices, what MB is on each, lowest device first
+    HANDLE = SHARES + MOST_SPANNED  # text, empty for an object
     HANDLE_BYTES = 631
     WORDS = HANDLE + text_words(HANDLE_BYTES)
 
@@ -254,7 +281,11 @@ class Ticket:
     COMING_MB = 14  # float } it became the reason
     SECONDS = 15  # float }
     OTHER = 16  # reference to the model that REASON is about besides its own, or 0
-    WORDS = 17
+    ON = 17  # bits of the devices that REASON is about, or 0
+    DEVICES = 18  # bits of the devices where it may load, 0 for all
+    TIED = 19  # bits of the devices on which a copy must lie to be of use for it, 0 for all
+    SPAN = 20  # how many devices what it loads lies on
+    WORDS = 21
 
     FREE = 0
     WAITING = 1
@@ -279,7 +310,12 @@ class Pin:
 
 
 class Device:
-    """One accelerator, or the host's memory. D1: SAMPLED never decreases; D2: RETURNING_MB >= 0."""
+    """One accelerator, or the host's memory.
+
+    D1  SAMPLED never decreases.
+    D2  RETURNING_MB and FOREIGN_MB >= 0.
+    D3  ISOLATED refers to a LOADING or ACTIVE instance on the device, and then no other instance on it is either.
+    """
 
     STATE = 0  # 0 free, 1 used
     TOTAL_MB = 1  # float
@@ -293,7 +329,12 @@ class Device:
     RETURN_DEADLINE = 9
     RETURN_SINCE = 10  # end of the last unload: older samples say nothing
     RING_NEXT = 11
-    UUID = 12  # text
+    ISOLATED = 12  # reference to the instance that runs alone, 0 outside isolation
+    BASELINE_MB = 13  # float: memory in use when that began to load
+    CONFIGURED_AT = 14  # when the set of copies loaded on it changed last
+    FOREIGN_MB = 15  # float: of processes that are not the namespace's, as far as the source knows
+    TRIED = 16  # when somebody last tried to take a figure
+    UUID = 17  # text
     UUID_BYTES = 63
     NAME = UUID + text_words(UUID_BYTES)  # text
     NAME_BYTES = 63
@@ -303,7 +344,7 @@ class Device:
 
 
 class Observation:
-    """Readings of one configuration: `PAIRS` packed copies, sorted, for weighted NNLS.
+    """Readings of one configuration on one device: `PAIRS` packed copies, sorted, for weighted NNLS.
 
     O1  a used row has 1 <= COUNT <= READINGS_KEPT readings and 1 <= PAIRS_USED <= PAIRS_LENGTH pairs.
     """
@@ -313,7 +354,8 @@ class Observation:
     NEXT = 2
     UPDATED = 3
     PAIRS_USED = 4
-    READINGS = 5  # floats
+    DEVICE = 5  # reference to the device, 0 for readings that a caller has made
+    READINGS = 6  # floats
     READINGS_KEPT = 20
     PAIRS = READINGS + READINGS_KEPT  # model generation << 16 | copies
     PAIRS_LENGTH = 64
@@ -329,7 +371,9 @@ class Event:
 
     SEQUENCE = 0  # 1, 2, 3, …; lies in row (SEQUENCE - 1) % capacity
     TIME = 1
-    KIND = 2  # and, 8 bits further up, the reason plus one where there is one, see policy.view.Reason
+    # The kind; 8 bits further up the reason plus one where there is one, see policy.view.Reason; and from bit 32 on, a
+    # bit for each device row, of the first 32, on which a load or lease is placed.
+    KIND = 2
     PID = 3
     MODEL = 4  # reference
     INSTANCE = 5  # reference
@@ -340,7 +384,8 @@ class Event:
     COMING_MB = 10  # float }
     SECONDS = 11  # float }
     OTHER = 12  # reference to a model }
-    WORDS = 13
+    ON = 13  # bits of devices }
+    WORDS = 14
 
 
 class Undo:
@@ -373,6 +418,8 @@ class Capacities:
             value = getattr(self, field.name)
             if not isinstance(value, int) or not 1 <= value <= 1 << 20:
                 raise InvalidArgumentError(f"capacity {field.name}={value!r}: expected a whole number, 1 to 1048576")
+        if self.devices > MOST_DEVICES:
+            raise InvalidArgumentError(f"capacity devices={self.devices}: at most {MOST_DEVICES} are possible")
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from filelock import lock_descriptor, unlock_descriptor
-
 from mpmm.errors import LockTimeoutError
 
 __all__ = ["LockFile", "is_locked"]
@@ -34,12 +32,16 @@ class LockFile:
 
     def __init__(self, path: Path) -> None:
         """Open, and create if need be, `path` with mode 0600; symbolic links are refused (OSError ELOOP)."""
+        # Imported here because who only asks `is_locked` does without, and starts faster.
+        from filelock import lock_descriptor, unlock_descriptor
+
         self.path = path
+        self._lock, self._unlock = lock_descriptor, unlock_descriptor
         self.fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
 
     def try_exclusive(self) -> bool:
         """Take the exclusive lock if it is free; return whether it is held now."""
-        return lock_descriptor(self.fd, blocking=False)
+        return self._lock(self.fd, blocking=False)
 
     def try_shared(self) -> bool:
         """Take a shared lock if no exclusive one is held; return whether it is held now."""
@@ -61,7 +63,7 @@ class LockFile:
 
     def unlock(self) -> None:
         """Give up the lock; the descriptor stays open."""
-        unlock_descriptor(self.fd)
+        self._unlock(self.fd)
 
     def is_current(self) -> bool:
         """Tell whether the path still leads to the open file, and not to nothing or to a newer one."""

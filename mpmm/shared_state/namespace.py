@@ -300,7 +300,7 @@ class Namespace:
                 if model.estimate_mb is not None:
                     encoded = encode_text(model.tag, Model.TAG_BYTES, "model tag")
                     row = self.transitions.claim_model(t, model.tag, encoded)
-                    self.transitions.estimate(t, row, model.estimate_mb, model.measured)
+                    self.transitions.estimate(t, row, model.estimate_mb, model.measured, model.sd_mb)
 
     def _let_go(self) -> None:
         self._usable = False
@@ -419,7 +419,6 @@ def _create(runtime: RuntimeDirectory, capacities: Capacities, settings: Setting
     words = segment.words
     # Nobody takes the segment for one of ours before it is sealed, so these stores need no transaction.
     words[Header.CREATED_WALL] = time.time_ns()
-    words[Header.CONFIGURED_AT] = time.monotonic_ns()
     for offset, value in enumerate(astuple(settings)):
         words[Header.SETTINGS + offset] = float_bits(float(value))
     asked = fit_text(source, Header.SOURCE_NAME_BYTES)

@@ -67,6 +67,16 @@ class RuntimeDirectory:
         entered by others, or cannot be made.
         """
         try:
+            # Mostly it is all there.
+            check_private_folder(self.root)
+            check_private_folder(self.path)
+            return
+        except RuntimeDirectoryError:
+            raise
+        except OSError:
+            # What is wrong shows when it is to be made.
+            pass
+        try:
             self.root.parent.mkdir(parents=True, exist_ok=True)
             for folder in (self.root, self.path):
                 with contextlib.suppress(FileExistsError):

@@ -1,5 +1,7 @@
 """The whole state of a namespace as plain values, read from outside: no membership, no change, hardly ever a lock.
 
+It does without NumPy and psutil, because to import those takes longer than all that is done here.
+
 `read_snapshot` copies the segment and decodes the copy. It answers whatever happens to the lock's holder: a copy
 that falls into a transaction is completed by the undo log in the copy (see `transaction.py`). Only when writers leave
 no gap for a copy is the lock taken, for the length of one.
@@ -8,23 +10,22 @@ no gap for a copy is the lock taken, for the length of one.
 from __future__ import annotations
 
 import contextlib
+import gc
 import math
 import os
 import time
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-import psutil
-
 from mpmm.errors import LayoutMismatchError, LockTimeoutError, SegmentCorruptError
 from mpmm.shared_state.events import EventKind
 from mpmm.shared_state.layout import (
     LAYOUT_VERSION,
+    MOST_SPANNED,
     Device,
     Event,
     Header,
@@ -34,7 +35,9 @@ from mpmm.shared_state.layout import (
     Model,
     Observation,
     Pin,
+    Table,
     Ticket,
+    device_rows,
 )
 from mpmm.shared_state.lock_file import LockFile, is_locked
 from mpmm.shared_state.runtime_dir import RuntimeDirectory
@@ -43,7 +46,9 @@ from mpmm.shared_state.settings import Settings
 from mpmm.shared_state.transaction import roll_back
 
 __all__ = [
+    "ALL_EVENTS",
     "DeviceInfo",
+    "EventChoice",
     "EventInfo",
     "InstanceInfo",
     "LockInfo",
@@ -72,10 +77,11 @@ class Kind(str, Enum):
 
 _MODEL_KINDS = {1: "model", 2: "lease"}
 _INSTANCE_STATES = {1: "loading", 2: "active", 3: "idle", 4: "unloading", 5: "leased"}
+_EVENT_KINDS = {kind.value: kind.name.lower() for kind in EventKind}
 _TICKET_STATES = {1: "waiting", 2: "granted", 3: "load", 4: "refused", 5: "reset", 6: "enough"}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class MemberInfo:
     """One attached process. `alive` is None when it was not looked up. Servers: `measured_mb`, `peak_mb`."""
 
@@ -92,11 +98,12 @@ class MemberInfo:
     generation: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ModelInfo:
     """One tag: how many copies in which state, its estimate in MB (None: unknown), its counters and its times.
 
     kind: `model`, or `lease` for what stands for one lease, held or waited for; its estimate is what it is for.
+    measured: the estimate was read from processes; sd_mb: its standard deviation.
     unused_for_s: since its last use, 0 while it is in use. load_s, hold_s, gap_s: decayed means of the time of a load,
     of a hold and between two requests, 0 unknown. requests: how many the last of these has seen, and requested_ago_s:
     when.
@@ -107,6 +114,7 @@ class ModelInfo:
     tag: str
     estimate_mb: float | None
     measured: bool
+    sd_mb: float
     loaded: int
     active: int
     idle: int
@@ -127,9 +135,12 @@ class ModelInfo:
     generation: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class InstanceInfo:
     """One copy. `holder`, `owner` and `server` are slots of members; `handle` is None for an object.
+
+    device: row of the (first) device it lies on; shares_mb: what MB is on each of its devices, by row. peak_mb: the
+    most that the process of its server was measured to take.
 
     A lease that is held is one in state `leased`: `reserved_mb` is what it is for, `mb` what its program, of pid
     `program` if that is known, was measured to take.
@@ -143,7 +154,9 @@ class InstanceInfo:
     owner: int | None
     server: int | None
     device: int
+    shares_mb: dict[int, float]
     mb: float
+    peak_mb: float | None
     reserved_mb: float
     for_s: float
     uses: int
@@ -155,12 +168,14 @@ class InstanceInfo:
     generation: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TicketInfo:
     """One waiter, for a model or a lease. `need_mb` is the estimate or default when it queued; `member` is a slot.
 
     preload: how many copies a preload wants, 0 for other waiters.
-    reason: a number of `policy.view.Reason`; free_mb, coming_mb, seconds and other (a tag) are its figures.
+    reason: a number of `policy.view.Reason`; free_mb, coming_mb, seconds, other (a tag) and on (rows of devices) are
+    its figures. devices, tied: rows of the devices where it may load, and on which a copy is of use; empty for all.
+    span: how many devices what it loads lies on.
     blocked_for_s: since when it is the first one for whom there is no room, None if it has never been.
     """
 
@@ -178,6 +193,10 @@ class TicketInfo:
     coming_mb: float
     seconds: float
     other: str | None
+    on: tuple[int, ...]
+    devices: tuple[int, ...]
+    tied: tuple[int, ...]
+    span: int
     waited_s: float
     blocked_for_s: float | None
     time_left_s: float
@@ -185,7 +204,7 @@ class TicketInfo:
     instance: int | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PinInfo:
     """A member (slot) wants the idle copies of a model (row) kept."""
 
@@ -196,11 +215,13 @@ class PinInfo:
     for_s: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class DeviceInfo:
     """One device. `used_mb` is None before the first figure; `sample_age_s` likewise.
 
-    reserved_mb: what loads have booked and the figure does not show yet.
+    reserved_mb: what loads have booked and the figure does not show yet. foreign_mb: part of the figure that belongs to
+    processes which are not the namespace's, as far as the source knows. isolated: the copy that runs alone on it.
+    samples: the last figures, oldest first, each as (seconds ago, MB).
     """
 
     row: int
@@ -213,22 +234,28 @@ class DeviceInfo:
     peak_since_start_mb: float
     reserved_mb: float
     returning_mb: float
+    foreign_mb: float
+    isolated: int | None
     sample_age_s: float | None
+    samples: tuple[tuple[float, float], ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ObservationInfo:
-    """Readings in MB of one configuration (tag -> copies)."""
+    """Readings in MB of one configuration (tag -> copies) on a device; None for readings that a caller has made."""
 
     copies: dict[str, int]
     readings_mb: tuple[float, ...]
+    device: int | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class EventInfo:
     """One entry of the event ring, oldest first; `value` as `EventKind` says.
 
     reason: a number of `policy.view.Reason` where the policy has decided it, and then its figures; else None.
+    on: rows of the devices that the reason is about. devices: rows of those on which a load or lease that begins is
+    placed, as far as they are among the first 32.
     """
 
     sequence: int
@@ -245,9 +272,11 @@ class EventInfo:
     coming_mb: float | None = None
     seconds: float | None = None
     other: str | None = None
+    on: tuple[int, ...] = ()
+    devices: tuple[int, ...] = ()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LockInfo:
     """Who took the lock last. `held` is None when it was not looked up."""
 
@@ -257,16 +286,20 @@ class LockInfo:
     holder_stopped: bool
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Snapshot:
     """Everything. Times are relative to the moment of the copy; `torn_words` were undone in the copy.
 
+    taken_s: that moment, as `time.monotonic()`; taken_wall_s: as Unix time.
+    polled_ago_s: since the leader, or somebody in its stead, last did its duty.
+    isolated: the copy that runs alone; of several, on devices of their own, the first.
     table_ends: rows that were ever in use, for the tables that keep count of it.
     """
 
     namespace: str
     segment: str
     layout_version: int
+    taken_s: float
     taken_wall_s: float
     created_wall_s: float
     change: int
@@ -278,11 +311,13 @@ class Snapshot:
     measures_processes: bool
     leader: int | None
     leader_for_s: float | None
+    polled_ago_s: float
     next_ticket: int
     waiting: int
     active: int
     loading: int
     isolated: int | None
+    isolated_devices: tuple[int, ...]
     events_written: int
     loads: int
     hits: int
@@ -316,10 +351,26 @@ def find_namespaces(root: Path | None = None) -> list[str]:
     return sorted(name for name in names if os.path.exists(f"/dev/shm/{segment_name(folder, name)}"))
 
 
-def read_snapshot(namespace: str, root: Path | None = None, *, events: bool = True) -> Snapshot:
+@dataclass(frozen=True, eq=False)
+class EventChoice:
+    """Which events of the ring a snapshot is to have.
+
+    after: those with a higher sequence number only. newest_of_each: at most so many of each kind and reason.
+    """
+
+    after: int = 0
+    newest_of_each: int | None = None
+
+
+ALL_EVENTS = EventChoice()
+
+
+def read_snapshot(
+    namespace: str, root: Path | None = None, *, events: bool = True, choice: EventChoice = ALL_EVENTS
+) -> Snapshot:
     """Read the state of a namespace.
 
-    events: False leaves the event ring out.
+    events: False leaves the event ring out; choice: what is wanted of it else.
     Raises FileNotFoundError when there is no such namespace, LayoutMismatchError when it is another version's,
     SegmentCorruptError when it holds junk, InvalidArgumentError for an impossible name.
     """
@@ -339,24 +390,25 @@ def read_snapshot(namespace: str, root: Path | None = None, *, events: bool = Tr
     if segment is None:
         raise FileNotFoundError(f"namespace {namespace!r} has no segment {name}")
     try:
-        copied = _consistent_copy(segment, runtime.file("segment.lock"))
+        copied = _consistent_copy(segment, runtime.file("segment.lock"), events)
         layout = segment.layout
     finally:
         segment.close()
     held = is_locked(runtime.file("segment.lock"))
-    alive = {slot: is_locked(runtime.file(f"m{slot}.lock")) for slot in _used_slots(copied, layout)}
-    return decode(copied, layout, namespace, name, held=held, alive=alive, with_events=events)
+    folder = str(runtime.path)
+    alive = {slot: is_locked(f"{folder}/m{slot}.lock") for slot in _used_slots(copied, layout)}
+    return decode(copied, layout, namespace, name, held=held, alive=alive, with_events=events, choice=choice)
 
 
-def _consistent_copy(segment: Segment, lock_path: Path) -> bytearray:
+def _consistent_copy(segment: Segment, lock_path: Path, events: bool) -> bytearray:
     """Return a copy that is one state of the segment once its undo log is rolled back; see `transaction.py`."""
     words = segment.words
-    last = b""
+    last = bytearray()
     for attempt in range(_COPIES_TRIED):
         before = words[Header.CHANGE]
-        copied = segment.copy()
+        copied = segment.copy_in_use(events=events)
         if words[Header.CHANGE] == before and (before % 2 == 0 or copied == last):
-            return bytearray(copied)
+            return copied
         last = copied
         # Between two transactions of busy writers there are pauses; ours differ, so that one is hit.
         time.sleep(0.0001 * (attempt % 7))
@@ -366,16 +418,18 @@ def _consistent_copy(segment: Segment, lock_path: Path) -> bytearray:
     try:
         with contextlib.suppress(LockTimeoutError):
             lock.exclusive(_LOCK_PATIENCE_S)
-        return bytearray(segment.copy())
+        return segment.copy_in_use(events=events, into=last)
     finally:
         lock.close()
 
 
 def _used_slots(copied: bytearray, layout: Layout) -> list[int]:
-    table = layout.members
-    states = np.frombuffer(copied, dtype=np.uint64)[table.base : table.end].reshape(-1, table.words)[:, Member.STATE]
-    slots: list[int] = np.flatnonzero(states).tolist()
-    return slots
+    return _used(memoryview(copied).cast("Q"), layout.members)
+
+
+def _used(words: memoryview, table: Table) -> list[int]:
+    states = words[table.base : table.end : table.words].tolist()
+    return [row for row, state in enumerate(states) if state]
 
 
 def decode(
@@ -387,6 +441,7 @@ def decode(
     held: bool | None = None,
     alive: dict[int, bool] | None = None,
     with_events: bool = True,
+    choice: EventChoice = ALL_EVENTS,
 ) -> Snapshot:
     """Turn a copy of a segment into a snapshot; rolls an open transaction back in the copy.
 
@@ -394,14 +449,21 @@ def decode(
     """
     words = memoryview(copied).cast("Q")
     torn = roll_back(words, layout.undo)
+    # Thousands of new objects, none of them garbage, would have the collector come by several times.
+    collects = gc.isenabled()
+    gc.disable()
     try:
-        return _Decoder(copied, layout).snapshot(namespace, segment, torn, held, alive or {}, with_events)
+        wanted = choice if with_events else None
+        return _Decoder(copied, layout).snapshot(namespace, segment, torn, held, alive or {}, wanted)
     except (IndexError, ValueError, OverflowError) as error:
         raise SegmentCorruptError(
             f"segment {segment} of namespace {namespace!r} holds what mpmm never writes ({error}); "
             "end its processes, the next one makes a new segment",
             name=segment,
         ) from error
+    finally:
+        if collects:
+            gc.enable()
 
 
 class _Decoder:
@@ -419,7 +481,7 @@ class _Decoder:
         torn: int,
         held: bool | None,
         alive: dict[int, bool],
-        with_events: bool,
+        choice: EventChoice | None,
     ) -> Snapshot:
         words, floats = self._words, self._floats
         settings = Settings(*(floats[Header.SETTINGS + offset] for offset in range(len(fields(Settings)))))
@@ -427,11 +489,14 @@ class _Decoder:
         models = dict(self._rows("models"))
         tags = {row: self._text(at + Model.TAG) for row, at in models.items()}
         instances = tuple(self._instance(row, at, tags) for row, at in self._rows("instances"))
+        used = self._last_used(instances)
         leader = self._reference(words[Header.LEADER])
+        devices = tuple(self._device(row, at, settings, instances, books_only) for row, at in self._rows("devices"))
         return Snapshot(
             namespace=namespace,
             segment=segment,
             layout_version=LAYOUT_VERSION,
+            taken_s=self._now / 1e9,
             taken_wall_s=time.time(),
             created_wall_s=words[Header.CREATED_WALL] / 1e9,
             change=words[Header.CHANGE],
@@ -443,11 +508,13 @@ class _Decoder:
             measures_processes=bool(words[Header.SOURCE_MEASURES_PROCESSES]),
             leader=leader,
             leader_for_s=None if leader is None else self._age(words[Header.LEADER_SINCE]),
+            polled_ago_s=self._age(words[Header.POLLED]),
             next_ticket=words[Header.NEXT_TICKET],
             waiting=words[Header.WAITING],
             active=words[Header.ACTIVE],
             loading=words[Header.LOADING],
-            isolated=self._reference(words[Header.ISOLATED]),
+            isolated=min((device.isolated for device in devices if device.isolated is not None), default=None),
+            isolated_devices=tuple(device_rows(words[Header.ISOLATED])),
             events_written=words[Header.EVENTS],
             loads=words[Header.LOADS],
             hits=words[Header.HITS],
@@ -463,7 +530,7 @@ class _Decoder:
             settings=settings,
             table_ends={table.name: words[table.end_word] for table in self._layout.growing},
             members=tuple(self._member(row, at, alive.get(row)) for row, at in self._rows("members")),
-            models=tuple(self._model(row, at, instances) for row, at in models.items()),
+            models=tuple(self._model(row, at, used.get(row)) for row, at in models.items()),
             instances=instances,
             tickets=tuple(
                 sorted(
@@ -472,20 +539,14 @@ class _Decoder:
                 )
             ),
             pins=tuple(self._pin(row, at, tags) for row, at in self._rows("pins")),
-            devices=tuple(self._device(row, at, settings, instances, books_only) for row, at in self._rows("devices")),
+            devices=devices,
             observations=tuple(self._observations(models, tags)),
-            events=tuple(self._events(tags)) if with_events else (),
+            events=() if choice is None else tuple(self._events(tags, choice)),
         )
 
     def _rows(self, name: str) -> Iterable[tuple[int, int]]:
-        table = getattr(self._layout, name)
-        states = self._array(name)[:, 0]
-        return [(row, table.base + row * table.words) for row in np.flatnonzero(states).tolist()]
-
-    def _array(self, name: str) -> npt.NDArray[np.uint64]:
-        table = getattr(self._layout, name)
-        numbers = np.frombuffer(self._bytes, dtype=np.uint64, count=self._layout.words)
-        return numbers[table.base : table.end].reshape(table.capacity, table.words)
+        table: Table = getattr(self._layout, name)
+        return [(row, table.base + row * table.words) for row in _used(self._words, table)]
 
     def _text(self, word: int) -> str:
         length = min(self._words[word], 8 * 128)
@@ -506,6 +567,8 @@ class _Decoder:
         pid = self._words[Header.LOCK_HOLDER]
         stopped = False
         if held:
+            import psutil
+
             try:
                 stopped = psutil.Process(pid).status() in (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)
             except (psutil.Error, ValueError, OverflowError):
@@ -524,20 +587,29 @@ class _Decoder:
             started_wall_s=words[at + Member.STARTED_WALL] / 1e9,
             attached_for_s=self._age(words[at + Member.ATTACHED]),
             instance=self._reference(words[at + Member.INSTANCE]),
-            measured_mb=self._number(floats[at + Member.MEASURED_MB]) if server else None,
+            measured_mb=self._number(floats[at + Member.MEASURED_MB]),
             peak_mb=floats[at + Member.PEAK_MB] if server else None,
             generation=words[at + Member.GENERATION],
         )
 
-    def _model(self, row: int, at: int, instances: tuple[InstanceInfo, ...]) -> ModelInfo:
+    @staticmethod
+    def _last_used(instances: tuple[InstanceInfo, ...]) -> dict[int, float]:
+        """Return how long ago a copy of each model that has any was used last, by the model's row."""
+        used: dict[int, float] = {}
+        for copy in instances:
+            for_s = 0.0 if copy.state == "active" else copy.for_s
+            used[copy.model] = min(for_s, used.get(copy.model, for_s))
+        return used
+
+    def _model(self, row: int, at: int, used_ago_s: float | None) -> ModelInfo:
         words, floats = self._words, self._floats
-        used = [0.0 if copy.state == "active" else copy.for_s for copy in instances if copy.model == row]
         return ModelInfo(
             row=row,
             kind=_MODEL_KINDS.get(words[at + Model.STATE], f"state {words[at + Model.STATE]}"),
             tag=self._text(at + Model.TAG),
             estimate_mb=self._floats[at + Model.ESTIMATE_MB] if words[at + Model.KNOWN] else None,
             measured=bool(words[at + Model.MEASURED]),
+            sd_mb=floats[at + Model.SD_MB],
             loaded=words[at + Model.LOADED],
             active=words[at + Model.ACTIVE],
             idle=words[at + Model.IDLE],
@@ -548,7 +620,7 @@ class _Decoder:
             hits=words[at + Model.HITS],
             evictions=words[at + Model.EVICTIONS],
             pins=words[at + Model.PINS],
-            unused_for_s=min(used, default=self._age(words[at + Model.USED_AT])),
+            unused_for_s=self._age(words[at + Model.USED_AT]) if used_ago_s is None else used_ago_s,
             load_s=floats[at + Model.LOAD_S],
             hold_s=floats[at + Model.HOLD_S],
             gap_s=floats[at + Model.GAP_S],
@@ -560,6 +632,11 @@ class _Decoder:
 
     def _instance(self, row: int, at: int, tags: dict[int, str]) -> InstanceInfo:
         words, floats = self._words, self._floats
+        mb, server = floats[at + Instance.MB], self._reference(words[at + Instance.SERVER])
+        devices = device_rows(words[at + Instance.DEVICES])[:MOST_SPANNED]
+        first = at + Instance.SHARES
+        shares = [mb] if len(devices) == 1 else floats[first : first + len(devices)].tolist()
+        member = self._layout.members.base + (server or 0) * Member.WORDS
         return InstanceInfo(
             row=row,
             tag=tags.get(words[at + Instance.MODEL], ""),
@@ -567,9 +644,11 @@ class _Decoder:
             state=_INSTANCE_STATES.get(words[at + Instance.STATE], f"state {words[at + Instance.STATE]}"),
             holder=self._reference(words[at + Instance.HOLDER]),
             owner=self._reference(words[at + Instance.OWNER]),
-            server=self._reference(words[at + Instance.SERVER]),
-            device=words[at + Instance.DEVICE],
-            mb=floats[at + Instance.MB],
+            server=server,
+            device=devices[0] if devices else 0,
+            shares_mb=dict(zip(devices, shares, strict=True)),
+            mb=mb,
+            peak_mb=None if server is None else floats[member + Member.PEAK_MB] or None,
             reserved_mb=floats[at + Instance.RESERVED_MB],
             for_s=self._age(words[at + Instance.SINCE]),
             uses=words[at + Instance.USES],
@@ -600,6 +679,10 @@ class _Decoder:
             coming_mb=floats[at + Ticket.COMING_MB],
             seconds=floats[at + Ticket.SECONDS],
             other=tags.get(words[at + Ticket.OTHER] - 1),
+            on=tuple(device_rows(words[at + Ticket.ON])),
+            devices=tuple(device_rows(words[at + Ticket.DEVICES])),
+            tied=tuple(device_rows(words[at + Ticket.TIED])),
+            span=words[at + Ticket.SPAN],
             waited_s=self._age(words[at + Ticket.ENQUEUED]),
             blocked_for_s=self._age(words[at + Ticket.BLOCKED_AT]) if words[at + Ticket.BLOCKED_AT] else None,
             time_left_s=-self._age(words[at + Ticket.DEADLINE]) if words[at + Ticket.DEADLINE] < 2**63 else math.inf,
@@ -616,9 +699,9 @@ class _Decoder:
         self, row: int, at: int, settings: Settings, instances: tuple[InstanceInfo, ...], books_only: bool
     ) -> DeviceInfo:
         words, floats = self._words, self._floats
-        here = [instance for instance in instances if instance.device == row]
+        here = [instance for instance in instances if row in instance.shares_mb]
         sampled = words[at + Device.SAMPLED]
-        booked = math.fsum(instance.mb for instance in here if instance.state not in ("loading", "leased"))
+        booked = math.fsum(instance.shares_mb[row] for instance in here if instance.state not in ("loading", "leased"))
         return DeviceInfo(
             row=row,
             uuid=self._text(at + Device.UUID),
@@ -628,20 +711,33 @@ class _Decoder:
             used_mb=booked if books_only else (floats[at + Device.USED_MB] if sampled else None),
             peak_mb=floats[at + Device.PEAK_MB] if sampled else None,
             peak_since_start_mb=floats[at + Device.HIGHEST_MB],
-            reserved_mb=math.fsum(self._still_reserved(instance) for instance in here),
+            reserved_mb=math.fsum(self._still_reserved(instance, row) for instance in here),
             returning_mb=floats[at + Device.RETURNING_MB],
+            foreign_mb=floats[at + Device.FOREIGN_MB],
+            isolated=self._reference(words[at + Device.ISOLATED]),
             sample_age_s=self._age(sampled) if sampled else None,
+            samples=self._samples(at + Device.RING),
         )
 
-    def _still_reserved(self, instance: InstanceInfo) -> float:
-        """What a copy's or lease's reservation adds to the device's figure, see `Scheduler.read_copies`."""
+    def _samples(self, ring: int) -> tuple[tuple[float, float], ...]:
+        end = ring + 2 * Device.RING_LENGTH
+        times = self._words[ring:end:2].tolist()
+        figures = self._floats[ring + 1 : end : 2].tolist()
+        taken = sorted((then, mb) for then, mb in zip(times, figures, strict=True) if then and math.isfinite(mb))
+        return tuple((self._age(then), mb) for then, mb in taken)
+
+    def _still_reserved(self, instance: InstanceInfo, device: int) -> float:
+        """What a copy's or lease's reservation adds to a device's figure, see `Scheduler.read_copies`."""
+        span = len(instance.shares_mb)
         if instance.state == "leased":
-            return max(0.0, instance.reserved_mb - instance.mb)
+            return max(0.0, instance.reserved_mb - instance.mb) / span
+        reserved = instance.reserved_mb / span
         if instance.server is None or not self._words[Header.SOURCE_MEASURES_PROCESSES]:
-            return instance.reserved_mb
-        table = self._layout.members
-        measured = self._floats[table.base + instance.server * table.words + Member.MEASURED_MB]
-        return instance.reserved_mb if math.isnan(measured) else max(0.0, instance.reserved_mb - measured)
+            return reserved
+        at = self._layout.members.base + instance.server * Member.WORDS
+        word = Member.MEASURED_MB if span == 1 else Member.SHARES + list(instance.shares_mb).index(device)
+        measured = self._floats[at + word]
+        return reserved if math.isnan(measured) else max(0.0, reserved - measured)
 
     def _observations(self, models: dict[int, int], tags: dict[int, str]) -> Iterable[ObservationInfo]:
         words, floats = self._words, self._floats
@@ -654,35 +750,56 @@ class _Decoder:
             yield ObservationInfo(
                 {by_generation.get(pair >> 16, "(recycled)"): pair & 0xFFFF for pair in pairs},
                 tuple(floats[start : start + count].tolist()),
+                self._reference(words[at + Observation.DEVICE]),
             )
 
-    def _events(self, tags: dict[int, str]) -> Iterable[EventInfo]:
-        rows = self._array("events")
-        written = self._words[Header.EVENTS]
-        capacity = self._layout.events.capacity
-        for sequence in range(max(1, written - capacity + 2), written + 1):
-            row = rows[(sequence - 1) % capacity]
-            if row[Event.SEQUENCE] != sequence:
-                continue
-            reason, kind = divmod(int(row[Event.KIND]), 256)
-            model, instance, ticket = (int(row[word]) for word in (Event.MODEL, Event.INSTANCE, Event.TICKET))
-            value, need, free, coming, seconds = row[Event.VALUE : Event.OTHER].view(np.float64).tolist()
-            yield EventInfo(
-                sequence=sequence,
-                kind=EventKind(kind).name.lower() if kind in EventKind._value2member_map_ else f"kind {kind}",
-                age_s=self._age(int(row[Event.TIME])),
-                pid=int(row[Event.PID]),
-                tag=tags.get(model - 1) if model else None,
-                instance=self._reference(instance),
-                ticket=self._reference(ticket),
-                value=self._number(value),
-                reason=reason - 1 if reason else None,
-                need_mb=self._number(need) if reason else None,
-                free_mb=self._number(free) if reason else None,
-                coming_mb=self._number(coming) if reason else None,
-                seconds=self._number(seconds) if reason else None,
-                other=tags.get(int(row[Event.OTHER]) - 1) if reason else None,
-            )
+    def _events(self, tags: dict[int, str], choice: EventChoice) -> Iterable[EventInfo]:
+        table, written = self._layout.events, self._words[Header.EVENTS]
+        first = max(1, written - table.capacity + 2, choice.after + 1)
+        sequences: Iterable[int] = range(first, written + 1)
+        if choice.newest_of_each is not None:
+            sequences = self._newest(first, written, choice.newest_of_each)
+        for sequence in sequences:
+            at = table.base + (sequence - 1) % table.capacity * table.words
+            if self._words[at + Event.SEQUENCE] == sequence:
+                yield self._event(at, tags)
+
+    def _newest(self, first: int, last: int, count: int) -> list[int]:
+        """Return the sequence numbers of so many newest events of each kind and reason, in order."""
+        table = self._layout.events
+        kinds = self._words[table.base + Event.KIND : table.end : table.words].tolist()
+        seen: Counter[int] = Counter()
+        found = []
+        for sequence in range(last, first - 1, -1):
+            kind = kinds[(sequence - 1) % table.capacity]
+            if seen[kind] < count:
+                seen[kind] += 1
+                found.append(sequence)
+        return found[::-1]
+
+    def _event(self, at: int, tags: dict[int, str]) -> EventInfo:
+        words, floats = self._words, self._floats
+        placed, decided = divmod(words[at + Event.KIND], 2**32)
+        reason, kind = divmod(decided, 256)
+        model = words[at + Event.MODEL]
+        return EventInfo(
+            sequence=words[at + Event.SEQUENCE],
+            kind=_EVENT_KINDS.get(kind, f"kind {kind}"),
+            age_s=self._age(words[at + Event.TIME]),
+            pid=words[at + Event.PID],
+            tag=tags.get(model - 1) if model else None,
+            instance=self._reference(words[at + Event.INSTANCE]),
+            ticket=self._reference(words[at + Event.TICKET]),
+            value=self._number(floats[at + Event.VALUE]),
+            reason=reason - 1 if reason else None,
+            need_mb=self._number(floats[at + Event.NEED_MB]) if reason else None,
+            free_mb=self._number(floats[at + Event.FREE_MB]) if reason else None,
+            coming_mb=self._number(floats[at + Event.COMING_MB]) if reason else None,
+            seconds=self._number(floats[at + Event.SECONDS]) if reason else None,
+            other=tags.get(words[at + Event.OTHER] - 1) if reason else None,
+            on=tuple(device_rows(words[at + Event.ON])) if reason else (),
+            devices=tuple(device_rows(placed)),
+        )
 
 
 def as_json(snapshot: Snapshot) -> dict[str, Any]:
@@ -691,12 +808,16 @@ def as_json(snapshot: Snapshot) -> dict[str, Any]:
 
 
 def _jsonable(value: Any) -> Any:
-    if isinstance(value, float):
+    kind = value.__class__
+    if kind in _PLAIN:
+        return value
+    if kind is float:
         return value if math.isfinite(value) else None
-    if isinstance(value, tuple | list):
+    if kind is tuple:
         return [_jsonable(entry) for entry in value]
-    if isinstance(value, dict):
-        return {key: _jsonable(entry) for key, entry in value.items()}
-    if hasattr(value, "__dataclass_fields__"):
-        return {field.name: _jsonable(getattr(value, field.name)) for field in fields(value)}
-    return value
+    # A mapping, or a dataclass, which keeps its fields in their order.
+    entries = value if kind is dict else value.__dict__
+    return {name: entry if entry.__class__ in _PLAIN else _jsonable(entry) for name, entry in entries.items()}
+
+
+_PLAIN = frozenset({int, str, bool, type(None)})

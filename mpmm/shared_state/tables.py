@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mpmm.errors import InvalidArgumentError, TableFullError
-from mpmm.shared_state.layout import Instance, Member, Model, Pin, Table, Ticket
+from mpmm.shared_state.layout import Instance, Member, Model, Pin, Table, Ticket, device_rows
 from mpmm.shared_state.segment import Segment
 
 __all__ = ["Tables", "encode_text", "fit_text"]
@@ -75,6 +75,21 @@ class Tables:
     def device(self, row: int) -> int:
         """First word of a device row."""
         return self._devices.base + row * self._devices.words
+
+    def on_device(self, row: int) -> list[int]:
+        """Return the instance rows, in whatever state, that lie on a device."""
+        rows = self.view(self._instances)
+        bit = np.uint64(1 << row)
+        found: list[int] = np.flatnonzero((rows[:, Instance.DEVICES] & bit != 0) & (rows[:, 0] != 0)).tolist()
+        return found
+
+    def shares_of(self, row: int) -> list[tuple[int, float]]:
+        """Return the devices that an instance lies on, and what MB of it is on each."""
+        words, floats, at = self.segment.words, self.segment.floats, self.instance(row)
+        rows = device_rows(words[at + Instance.DEVICES])
+        if len(rows) == 1:
+            return [(rows[0], floats[at + Instance.MB])]
+        return [(device, floats[at + Instance.SHARES + number]) for number, device in enumerate(rows)]
 
     def view(self, table: Table) -> npt.NDArray[np.uint64]:
         """Return the live rows of a table that may be in use, see `Segment.view`."""

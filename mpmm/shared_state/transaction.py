@@ -368,4 +368,5 @@ class Transaction:
             words[at + Event.COMING_MB] = float_bits(cause.coming_mb)
             words[at + Event.SECONDS] = float_bits(cause.seconds)
             words[at + Event.OTHER] = cause.other
+            words[at + Event.ON] = cause.on
         return Header.EVENTS, sequence

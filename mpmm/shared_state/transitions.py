@@ -19,7 +19,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -28,7 +28,19 @@ import numpy as np
 from mpmm.errors import TableFullError
 from mpmm.shared_state.events import Cause, EventKind
 from mpmm.shared_state.futex import wake_all
-from mpmm.shared_state.layout import Device, Header, Instance, Member, Model, Observation, Pin, Table, Ticket
+from mpmm.shared_state.layout import (
+    MOST_SPANNED,
+    Device,
+    Header,
+    Instance,
+    Member,
+    Model,
+    Observation,
+    Pin,
+    Table,
+    Ticket,
+    device_rows,
+)
 from mpmm.shared_state.tables import Tables
 from mpmm.shared_state.transaction import Transaction, float_bits
 
@@ -50,6 +62,15 @@ _MODEL_COUNTERS = {
     Instance.UNLOADING: (Model.UNLOADING,),
 }
 _HEADER_COUNTERS = {Instance.LOADING: Header.LOADING, Instance.ACTIVE: Header.ACTIVE}
+
+
+# So many devices have a bit in an event.
+_DEVICES_IN_EVENTS = 32
+
+
+def _placed(kind: int, devices: int) -> int:
+    """Return the word for an event of something that is placed on devices (bits), see `Event.KIND`."""
+    return kind | (devices & (1 << _DEVICES_IN_EVENTS) - 1) << 32
 
 
 class Transitions:
@@ -86,10 +107,21 @@ class Transitions:
 
     def reap_member(self, t: Transaction, slot: int) -> None:
         """Take back all that a dead member had, and free its row."""
+        if self._was_ended(slot):
+            # No more is to be counted than for one that leaves by itself.
+            self.leave(t, slot)
+            return
         self._take_back(t, slot)
         t.set(self.tables.member(slot) + Member.STATE, Member.FREE)
         t.add(Header.REAPS, 1)
         t.event(EventKind.REAPED, value=slot)
+
+    def _was_ended(self, slot: int) -> bool:
+        """Tell whether a dead member is a model server whose copy was unloaded, or is being unloaded."""
+        words, tables = self.segment.words, self.tables
+        served = tables.rows_where(self.layout.instances, Instance.SERVER, slot + 1)
+        is_server = words[tables.member(slot) + Member.STATE] == Member.SERVER
+        return is_server and all(words[tables.instance(row)] == Instance.UNLOADING for row in served)
 
     def lead(self, t: Transaction, slot: int, source: bytes, flags: tuple[bool, bool, bool]) -> None:
         """Record who polls, with what: flags are (measures processes, settles late, books only)."""
@@ -164,7 +196,7 @@ class Transitions:
             return
         if state != Instance.LOADING:
             self._expect_back(t, row)
-            t.set_float(at + Instance.MB, 0.0)
+            self._set_mb(t, row, 0.0)
         t.set(at + Instance.SERVER, 0)
         t.set(at + Instance.DOOMED, 1)
 
@@ -177,8 +209,7 @@ class Transitions:
             return
         t.add(Header.FAILED_LOADS, 1)
         t.event(EventKind.LOAD_FAILED, self._model_reference(row), row + 1)
-        if self.segment.words[Header.ISOLATED] == row + 1:
-            self.end_isolation(t)
+        self.end_isolation(t, row)
         t.set_text(at + Instance.HANDLE, self.tables.text(self.tables.member(server - 1) + Member.NAME))
         t.set_float(at + Instance.RESERVED_MB, 0.0)
         self._change_state(t, row, Instance.UNLOADING)
@@ -197,8 +228,11 @@ class Transitions:
         t.set(self.tables.model(row) + Model.STATE, Model.MODEL)
         return row
 
-    def estimate(self, t: Transaction, row: int, mb: float, measured: bool) -> None:
-        """Set what a copy of the model is expected to take; its waiters lose the priority of the unknown."""
+    def estimate(self, t: Transaction, row: int, mb: float, measured: bool, sd_mb: float = 0.0) -> None:
+        """Set what a copy of the model is expected to take; its waiters lose the priority of the unknown.
+
+        measured: read from processes. sd_mb: standard deviation of the figure, 0 for one that is taken for exact.
+        """
         at = self.tables.model(row)
         if not self.segment.words[at + Model.KNOWN]:
             for ticket in self.tables.rows_where(self.layout.tickets, Ticket.MODEL, row):
@@ -208,6 +242,7 @@ class Transitions:
         t.set_float(at + Model.ESTIMATE_MB, mb)
         t.set(at + Model.KNOWN, 1)
         t.set(at + Model.MEASURED, int(measured))
+        t.set_float(at + Model.SD_MB, sd_mb)
         t.event(EventKind.ESTIMATED, row + 1, value=mb)
 
     def run_out(self, t: Transaction, row: int) -> None:
@@ -276,16 +311,29 @@ class Transitions:
     # ---- tickets -------------------------------------------------------------------------------------------
 
     def enqueue(
-        self, t: Transaction, model: int, member: int, priority: int, need_mb: float, deadline_ns: int, preload: int = 0
+        self,
+        t: Transaction,
+        model: int,
+        member: int,
+        priority: int,
+        need_mb: float,
+        deadline_ns: int,
+        preload: int = 0,
+        devices: int = 0,
+        tied: int = 0,
+        span: int = 1,
     ) -> int:
         """Let a member (slot) wait for a model; return the ticket's row. Raises TableFullError.
 
         preload: above 0, it waits for a load that brings the copies it can use to that number, not for one to use.
+        devices, tied: bits of the devices where it may load, and on which a copy is of use; 0 for all.
+        span: how many devices what it loads lies on.
         """
         row = self._take_row(t, self.layout.tickets)
         at = self.tables.ticket(row)
         number = self.segment.words[Header.NEXT_TICKET]
         t.set(Header.NEXT_TICKET, number + 1)
+        t.set(Header.NEWEST_TICKET, row)
         t.set(at + Ticket.NUMBER, number)
         t.set(at + Ticket.PRIORITY, priority)
         t.set(at + Ticket.MODEL, model)
@@ -293,8 +341,9 @@ class Transitions:
         t.set(at + Ticket.INSTANCE, 0)
         t.set(at + Ticket.ENQUEUED, t.now)
         t.set(at + Ticket.DEADLINE, deadline_ns)
-        for word in (Ticket.REASON, Ticket.BLOCKED_AT, Ticket.FREE_MB, Ticket.COMING_MB, Ticket.SECONDS, Ticket.OTHER):
-            t.set(at + word, 0)
+        none = (Ticket.REASON, Ticket.BLOCKED_AT, Ticket.FREE_MB, Ticket.COMING_MB, Ticket.SECONDS)
+        t.set_all([(at + word, 0) for word in (*none, Ticket.OTHER, Ticket.ON)])
+        t.set_all(((at + Ticket.DEVICES, devices), (at + Ticket.TIED, tied), (at + Ticket.SPAN, span)))
         t.set_float(at + Ticket.NEED_MB, need_mb)
         t.set(at + Ticket.PRELOAD, preload)
         t.set(at + Ticket.STATE, Ticket.WAITING)
@@ -314,6 +363,7 @@ class Transitions:
                 (at + Ticket.COMING_MB, float_bits(cause.coming_mb)),
                 (at + Ticket.SECONDS, float_bits(cause.seconds)),
                 (at + Ticket.OTHER, cause.other),
+                (at + Ticket.ON, cause.on),
             )
         )
         waited = (t.now - words[at + Ticket.ENQUEUED]) / 1e9
@@ -371,19 +421,22 @@ class Transitions:
         t.after.append(partial(wake_all, self.segment.address + 8 * signal))
 
     def allow_load(
-        self, t: Transaction, row: int, device: int, need_mb: float, alone: bool, cause: Cause | None = None
+        self, t: Transaction, row: int, devices: int, need_mb: float, alone: bool, cause: Cause | None = None
     ) -> int:
         """Reserve memory for a waiter and tell it to load; return the instance's row. Raises TableFullError.
+
+        devices: bits; where there are several, each takes an equal share.
 
         For whom waits for a lease, the reservation is all there is to it: it has the lease then.
         """
         at = self.tables.ticket(row)
         words = self.segment.words
         model, member = words[at + Ticket.MODEL], words[at + Ticket.MEMBER] - 1
+        number = words[at + Ticket.NUMBER] + 1
         if words[self.tables.model(model)] == Model.LEASE:
-            instance, answer = self.begin_lease(t, model, member, device, need_mb, cause), Ticket.GRANTED
+            instance, answer = self.begin_lease(t, model, member, devices, need_mb, cause, number), Ticket.GRANTED
         else:
-            instance, answer = self.begin_load(t, model, member, device, need_mb, alone, cause), Ticket.LOAD
+            instance, answer = self.begin_load(t, model, member, devices, need_mb, alone, cause, number), Ticket.LOAD
         t.set(at + Ticket.INSTANCE, instance + 1)
         self._answer(t, row, answer)
         return instance
@@ -458,15 +511,25 @@ class Transitions:
         return row
 
     def begin_lease(
-        self, t: Transaction, model: int, member: int, device: int, mb: float, cause: Cause | None = None
+        self,
+        t: Transaction,
+        model: int,
+        member: int,
+        devices: int,
+        mb: float,
+        cause: Cause | None = None,
+        ticket: int = 0,
     ) -> int:
-        """Give a member (slot) the lease that a model row stands for; return the row. Raises TableFullError."""
-        row = self._new_instance(t, model, member, device)
+        """Give a member (slot) the lease that a model row stands for; return the row. Raises TableFullError.
+
+        ticket: number plus one of the one that waited for it, for the event.
+        """
+        row = self._new_instance(t, model, member, devices)
         at = self.tables.instance(row)
         t.set_float(at + Instance.RESERVED_MB, mb)
         self._change_state(t, row, Instance.LEASED)
-        t.set(Header.CONFIGURED_AT, t.now)
-        t.event(EventKind.LEASED, model + 1, row + 1, value=mb, cause=cause)
+        self._reconfigure(t, row)
+        t.event(_placed(EventKind.LEASED, devices), model + 1, row + 1, ticket, mb, cause)
         return row
 
     def link_program(self, t: Transaction, row: int, pid: int) -> None:
@@ -485,7 +548,7 @@ class Transitions:
         model = words[at + Instance.MODEL]
         t.event(EventKind.LEASE_ENDED, model + 1, row + 1, value=(t.now - words[at + Instance.SINCE]) / 1e9)
         self._change_state(t, row, Instance.FREE)
-        t.set(Header.CONFIGURED_AT, t.now)
+        self._reconfigure(t, row)
         self._forget_spent_lease(t, model)
 
     def _forget_spent_lease(self, t: Transaction, model: int) -> None:
@@ -504,42 +567,69 @@ class Transitions:
         t: Transaction,
         model: int,
         member: int,
-        device: int,
+        devices: int,
         need_mb: float,
         alone: bool,
         cause: Cause | None = None,
+        ticket: int = 0,
     ) -> int:
-        """Book a copy that a member (slot) is about to load; return its row. Raises TableFullError."""
-        row = self._new_instance(t, model, member, device)
+        """Book a copy that a member (slot) is about to load; return its row. Raises TableFullError.
+
+        devices: bits; where there are several, each takes an equal share.
+        ticket: number plus one of the one that waited for it, for the event.
+        """
+        row = self._new_instance(t, model, member, devices)
         at = self.tables.instance(row)
-        t.set_float(at + Instance.MB, need_mb)
+        self._set_mb(t, row, need_mb)
         t.set_float(at + Instance.RESERVED_MB, need_mb)
         self._change_state(t, row, Instance.LOADING)
         t.set(self.tables.model(model) + Model.USED_AT, t.now)
         if alone:
-            assert not self.segment.words[Header.ISOLATED]
-            t.set(Header.ISOLATED, row + 1)
-            t.set_float(Header.ISOLATION_BASELINE, math.nan)
+            assert not self.segment.words[Header.ISOLATED] & devices
+            t.set(Header.ISOLATED, self.segment.words[Header.ISOLATED] | devices)
+            for device in map(self.tables.device, device_rows(devices)):
+                t.set(device + Device.ISOLATED, row + 1)
+                t.set_float(device + Device.BASELINE_MB, math.nan)
             t.event(EventKind.ISOLATION_BEGAN, model + 1, row + 1)
-        t.event(EventKind.LOAD_BEGAN, model + 1, row + 1, value=need_mb, cause=cause)
+        t.event(_placed(EventKind.LOAD_BEGAN, devices), model + 1, row + 1, ticket, need_mb, cause)
         return row
 
-    def _new_instance(self, t: Transaction, model: int, member: int, device: int) -> int:
+    def _new_instance(self, t: Transaction, model: int, member: int, devices: int) -> int:
         """Return a row that a member (slot) holds, for the caller to set its state. Raises TableFullError."""
         row = self._take_row(t, self.layout.instances)
         at = self.tables.instance(row)
-        for word in range(Instance.STATE, Instance.HANDLE + 1):
-            t.set(at + word, 0)
+        assert 0 < devices.bit_count() <= MOST_SPANNED
+        t.set_all([(at + word, 0) for word in range(Instance.STATE, Instance.HANDLE + 1)])
         t.set(at + Instance.MODEL, model)
         t.set(at + Instance.GENERATION, self._next_generation(t))
         t.set(at + Instance.HOLDER, member + 1)
-        t.set(at + Instance.DEVICE, device)
+        t.set(at + Instance.DEVICES, devices)
         return row
 
-    def set_baseline(self, t: Transaction, mb: float) -> None:
-        """Record the memory in use just before the isolated load, and forget older peaks."""
-        t.set_float(Header.ISOLATION_BASELINE, mb)
-        self.reset_peaks(t)
+    def _set_mb(self, t: Transaction, row: int, mb: float, shares_mb: Sequence[float] = ()) -> None:
+        """Set what a copy takes; of each device as much as of the others, where `shares_mb` does not say."""
+        at = self.tables.instance(row)
+        t.set_float(at + Instance.MB, mb)
+        span = self.segment.words[at + Instance.DEVICES].bit_count()
+        if span > 1:
+            for number, share_mb in enumerate(shares_mb or [mb / span] * span):
+                t.set_float(at + Instance.SHARES + number, share_mb)
+
+    def correct(self, t: Transaction, row: int, mb: float) -> None:
+        """Record what a copy takes by a measurement of the whole device."""
+        self._set_mb(t, row, mb)
+
+    def _reconfigure(self, t: Transaction, row: int) -> None:
+        """Record on an instance's devices that from now on other copies are loaded there."""
+        for device in device_rows(self.segment.words[self.tables.instance(row) + Instance.DEVICES]):
+            t.set(self.tables.device(device) + Device.CONFIGURED_AT, t.now)
+
+    def set_baseline(self, t: Transaction, row: int) -> None:
+        """Record the memory in use on its devices just before an isolated load, and forget older peaks."""
+        devices = self.segment.words[self.tables.instance(row) + Instance.DEVICES]
+        for device in map(self.tables.device, device_rows(devices)):
+            t.set_float(device + Device.BASELINE_MB, self.segment.floats[device + Device.USED_MB])
+        self.reset_peaks(t, devices)
 
     def link_server(self, t: Transaction, row: int, slot: int) -> None:
         """Tie a loading copy to the model server (member slot) that is going to keep its memory."""
@@ -547,12 +637,21 @@ class Transitions:
         t.set(self.tables.member(slot) + Member.INSTANCE, row + 1)
 
     def end_load(
-        self, t: Transaction, row: int, handle: bytes, mb: float, server: int, has_server: bool, seen: bool
+        self,
+        t: Transaction,
+        row: int,
+        handle: bytes,
+        mb: float,
+        server: int,
+        has_server: bool,
+        seen: bool,
+        shares_mb: Sequence[float] = (),
     ) -> None:
         """A load is done, its loader holds the copy.
 
         handle: empty for an object, which belongs to the loader from now on.
-        mb: what the copy takes as far as known. server: reference to the member that keeps the memory, or 0.
+        mb: what the copy takes as far as known. shares_mb: of each device, where it spans several; empty: all the same.
+        server: reference to the member that keeps the memory, or 0.
         seen: a sample taken after the load is in the device's row, so that the reservation can go.
         """
         at = self.tables.instance(row)
@@ -565,7 +664,7 @@ class Transitions:
         t.set(at + Instance.USES, 1)
         t.set(at + Instance.SERVER, server)
         t.set(at + Instance.HAS_SERVER, int(has_server))
-        t.set_float(at + Instance.MB, mb)
+        self._set_mb(t, row, mb, shares_mb)
         if seen:
             t.set_float(at + Instance.RESERVED_MB, 0.0)
         if handle:
@@ -577,7 +676,7 @@ class Transitions:
         t.add(row_of_model + Model.LOADS, 1)
         t.set(row_of_model + Model.SHARES, int(bool(handle)))
         t.set(row_of_model + Model.LOAD_S, self._smoothed(row_of_model + Model.LOAD_S, (now - began) / 1e9))
-        t.set(Header.CONFIGURED_AT, now)
+        self._reconfigure(t, row)
         t.event(EventKind.LOAD_ENDED, model + 1, row + 1, value=(now - began) / 1e9)
 
     def fail_load(self, t: Transaction, row: int) -> None:
@@ -633,8 +732,8 @@ class Transitions:
         at = self.tables.instance(row)
         words = self.segment.words
         assert words[at + Instance.STATE] == Instance.ACTIVE
-        if words[Header.ISOLATED] == row + 1:
-            self.end_isolation(t)
+        if words[Header.ISOLATED]:
+            self.end_isolation(t, row)
         held = (t.now - words[at + Instance.SINCE]) / 1e9
         event = t.next_event(EventKind.RELEASED, words[at + Instance.MODEL] + 1, row + 1, value=held)
         if words[at + Instance.DOOMED]:
@@ -660,12 +759,23 @@ class Transitions:
             changes += self._pushed(at, row)
         t.set_all(changes)
 
-    def end_isolation(self, t: Transaction) -> None:
-        """Nobody runs alone any more."""
-        instance = self.segment.words[Header.ISOLATED]
-        if instance:
-            t.set(Header.ISOLATED, 0)
-            t.event(EventKind.ISOLATION_ENDED, self._model_reference(instance - 1), instance)
+    def runs_alone(self, row: int) -> bool:
+        """Tell whether a copy has its devices to itself, to be measured."""
+        devices = self.segment.words[self.tables.instance(row) + Instance.DEVICES]
+        return any(
+            self.segment.words[self.tables.device(device) + Device.ISOLATED] == row + 1
+            for device in device_rows(devices & self.segment.words[Header.ISOLATED])
+        )
+
+    def end_isolation(self, t: Transaction, row: int) -> None:
+        """A copy does not run alone any more; nothing if it did not."""
+        if not self.runs_alone(row):
+            return
+        devices = self.segment.words[self.tables.instance(row) + Instance.DEVICES]
+        for device in device_rows(devices):
+            t.set(self.tables.device(device) + Device.ISOLATED, 0)
+        t.set(Header.ISOLATED, self.segment.words[Header.ISOLATED] & ~devices)
+        t.event(EventKind.ISOLATION_ENDED, self._model_reference(row), row + 1)
 
     def begin_unload(self, t: Transaction, row: int, unloader: int, evicted: bool, cause: Cause | None = None) -> None:
         """Take an idle copy out of use; a member (slot) unloads it, its owner if it has one."""
@@ -675,7 +785,8 @@ class Transitions:
         owner = words[at + Instance.OWNER]
         if not owner:
             t.set_all(self._unlinked(at))
-        self._note_figure_before_unloads(t, words[at + Instance.DEVICE])
+        for device in device_rows(words[at + Instance.DEVICES]):
+            self._note_figure_before_unloads(t, device)
         self._change_state(t, row, Instance.UNLOADING)
         t.set(at + Instance.HOLDER, owner or unloader + 1)
         if evicted:
@@ -729,6 +840,7 @@ class Transitions:
             at = tables.instance(row)
             if words[at + Instance.STATE] == Instance.ACTIVE:
                 # Whoever holds it is told so when it releases: the row will be gone.
+                self.end_isolation(t, row)
                 self._change_state(t, row, Instance.IDLE)
                 t.set(at + Instance.HOLDER, 0)
                 if not words[at + Instance.OWNER]:
@@ -737,7 +849,6 @@ class Transitions:
                 self.begin_unload(t, row, self._namespace.slot, evicted=False)
             elif words[at + Instance.STATE] == Instance.LOADING:
                 self.give_up_load(t, row)
-        self.end_isolation(t)
         t.add(Header.RESETS, 1)
         t.event(EventKind.RESET)
 
@@ -765,15 +876,14 @@ class Transitions:
         state = words[at + Instance.STATE]
         if state == Instance.IDLE and not words[at + Instance.OWNER]:
             t.set_all(self._unlinked(at))
-        if words[Header.ISOLATED] == row + 1:
-            self.end_isolation(t)
+        self.end_isolation(t, row)
         for ticket in self.tables.rows_where(self.layout.tickets, Ticket.INSTANCE, row + 1):
             # The copy was handed over or promised, and died before its waiter woke: back into the queue.
             self._wait_again(t, ticket)
         if state != Instance.LOADING:
             self._expect_back(t, row)
         self._change_state(t, row, Instance.FREE)
-        t.set(Header.CONFIGURED_AT, t.now)
+        self._reconfigure(t, row)
         t.set(self.tables.model(words[at + Instance.MODEL]) + Model.USED_AT, t.now)
 
     def _wait_again(self, t: Transaction, ticket: int) -> None:
@@ -788,7 +898,7 @@ class Transitions:
         at = self.tables.device(device)
         rows = self.tables.view(self.layout.instances)
         if not self.segment.floats[at + Device.RETURNING_MB] > 0 and not np.any(
-            (rows[:, Instance.STATE] == Instance.UNLOADING) & (rows[:, Instance.DEVICE] == device)
+            (rows[:, Instance.STATE] == Instance.UNLOADING) & (rows[:, Instance.DEVICES] & np.uint64(1 << device) != 0)
         ):
             t.set_float(at + Device.RETURN_FROM_MB, self.segment.floats[at + Device.USED_MB])
 
@@ -796,24 +906,25 @@ class Transitions:
         """Account for the memory of a copy that is gone."""
         words, floats = self.segment.words, self.segment.floats
         at = self.tables.instance(row)
-        mb = floats[at + Instance.MB]
-        device = self.tables.device(words[at + Instance.DEVICE])
-        if words[Header.SOURCE_BOOKS_ONLY] or not mb > 0 or floats[at + Instance.RESERVED_MB] > 0:
+        if words[Header.SOURCE_BOOKS_ONLY] or not floats[at + Instance.MB] > 0 or floats[at + Instance.RESERVED_MB] > 0:
             # By the books alone there is nothing to wait for; and what no sample has seen come need not be seen go.
             return
-        if words[Header.SOURCE_MEASURES_PROCESSES]:
-            state, since = words[at + Instance.STATE], words[at + Instance.SINCE]
-            if words[at + Instance.SERVER] and state == Instance.UNLOADING and words[device + Device.SAMPLED] < since:
-                # What was measured is gone with its process: the figure is corrected before the next sample. Not if
-                # the last one is from during the unload, or the process has died by itself: that sample may have seen
-                # it go already, and memory that is taken off twice is given away twice.
-                t.set_float(device + Device.USED_MB, max(0.0, floats[device + Device.USED_MB] - mb))
-        elif words[Header.SOURCE_SETTLES_LATE] and words[at + Instance.STATE] == Instance.UNLOADING:
-            # (Of a copy whose process died, samples may have seen the memory go before anybody noticed.)
-            t.add_float(device + Device.RETURNING_MB, mb)
-            limit = self._namespace.settings.memory_return_seconds
-            t.set(device + Device.RETURN_DEADLINE, t.now + int(limit * 1e9))
-        t.set(device + Device.RETURN_SINCE, t.now)
+        state, since = words[at + Instance.STATE], words[at + Instance.SINCE]
+        for number, mb in self.tables.shares_of(row):
+            device = self.tables.device(number)
+            if words[Header.SOURCE_MEASURES_PROCESSES]:
+                measured = words[at + Instance.SERVER] and state == Instance.UNLOADING
+                if measured and words[device + Device.SAMPLED] < since:
+                    # What was measured is gone with its process: the figure is corrected before the next sample. Not
+                    # if the last one is from during the unload, or the process has died by itself: that sample may
+                    # have seen it go already, and memory that is taken off twice is given away twice.
+                    t.set_float(device + Device.USED_MB, max(0.0, floats[device + Device.USED_MB] - mb))
+            elif words[Header.SOURCE_SETTLES_LATE] and state == Instance.UNLOADING:
+                # (Of a copy whose process died, samples may have seen the memory go before anybody noticed.)
+                t.add_float(device + Device.RETURNING_MB, mb)
+                limit = self._namespace.settings.memory_return_seconds
+                t.set(device + Device.RETURN_DEADLINE, t.now + int(limit * 1e9))
+            t.set(device + Device.RETURN_SINCE, t.now)
 
     def _pushed(self, at: int, row: int) -> list[tuple[int, int]]:
         """Return the changes that put a shared copy (first word, row) at the head of its model's idle list."""
@@ -838,30 +949,53 @@ class Transitions:
 
     # ---- devices -------------------------------------------------------------------------------------------
 
-    def describe_devices(self, t: Transaction, devices: Sequence[tuple[bytes, bytes, float]]) -> None:
-        """Set the rows of the devices: (uuid, name, total MB) each. Figures of a device that stays are kept.
+    def describe_devices(
+        self, t: Transaction, devices: Sequence[tuple[bytes, bytes, float]], replace: bool = False
+    ) -> list[int]:
+        """Give each of the devices, (uuid, name, total MB), a row; return the rows. Figures of one that stays are kept.
 
+        replace: rows of other devices are freed; else they stay, because other processes may see other devices.
         Raises TableFullError when there are more devices than rows.
         """
-        capacity = self.layout.devices.capacity
-        if len(devices) > capacity:
+        table = self.layout.devices
+        there = {self.tables.text(self.tables.device(row) + Device.UUID): row for row in self.tables.used_rows(table)}
+        if replace:
+            for uuid, row in list(there.items()):
+                if uuid not in {uuid for uuid, _, _ in devices} and not self._is_in_use(row):
+                    t.set(self.tables.device(row) + Device.STATE, 0)
+                    del there[uuid]
+        free = [row for row in range(table.capacity) if row not in there.values()]
+        new = [uuid for uuid, _, _ in devices if uuid not in there]
+        if len(new) > len(free):
             raise TableFullError(
-                f"the source reports {len(devices)} devices, the devices table has {capacity} rows; "
+                f"the source reports {len(devices)} devices, the devices table has {table.capacity} rows; "
                 "create the namespace with a larger Capacities.devices",
                 table="devices",
-                capacity=capacity,
+                capacity=table.capacity,
                 setting="Capacities.devices",
             )
-        for row, (uuid, name, total_mb) in enumerate(devices):
-            at = self.tables.device(row)
-            known = self.segment.words[at + Device.STATE] and self.tables.text(at + Device.UUID) == uuid
-            if not known:
-                for word in range(Device.STATE, Device.UUID):
-                    t.set(at + word, 0)
+        there.update(zip(new, free, strict=False))
+        for uuid, name, total_mb in devices:
+            at = self.tables.device(there[uuid])
+            if uuid in new:
+                t.set_all([(at + word, 0) for word in range(Device.STATE, Device.UUID)])
                 t.set_text(at + Device.UUID, uuid)
                 t.set_text(at + Device.NAME, name)
+                t.set(at + Device.CONFIGURED_AT, t.now)
                 t.set(at + Device.STATE, 1)
             t.set_float(at + Device.TOTAL_MB, total_mb)
+        return [there[uuid] for uuid, _, _ in devices]
+
+    def _is_in_use(self, device: int) -> bool:
+        return bool(self.tables.on_device(device))
+
+    def note_try(self, t: Transaction, row: int, taken_ns: int) -> None:
+        """Record that somebody has tried to take a figure of a device."""
+        t.set(self.tables.device(row) + Device.TRIED, taken_ns)
+
+    def note_foreign(self, t: Transaction, row: int, mb: float) -> None:
+        """Record what processes that are not the namespace's take of a device."""
+        t.set_float(self.tables.device(row) + Device.FOREIGN_MB, mb)
 
     def sample(self, t: Transaction, row: int, used_mb: float, taken_ns: int) -> bool:
         """Record a device's figure that was asked for at `taken_ns`; return False if it is too old to say anything."""
@@ -883,26 +1017,30 @@ class Transitions:
         self._settle_reservations(t, row, taken_ns)
         return True
 
-    def measure(self, t: Transaction, slot: int, mb: float) -> None:
-        """Record the memory of one model server, and with it what its copy takes."""
+    def measure(self, t: Transaction, slot: int, on_devices: Mapping[int, float]) -> None:
+        """Record the memory of one process, by device, and with it what the copy of a model server takes."""
         words, floats = self.segment.words, self.segment.floats
         at = self.tables.member(slot)
+        mb = math.fsum(on_devices.values())
         t.set_float(at + Member.MEASURED_MB, mb)
         if mb > floats[at + Member.PEAK_MB]:
             t.set_float(at + Member.PEAK_MB, mb)
         row = words[at + Member.INSTANCE]
         instance = self.tables.instance(row - 1) if row else 0
-        if (
-            instance
-            and words[instance + Instance.SERVER] == slot + 1
-            and words[instance + Instance.STATE] in (Instance.ACTIVE, Instance.IDLE)
-        ):
-            t.set_float(instance + Instance.MB, mb)
+        if not instance or words[instance + Instance.SERVER] != slot + 1:
+            return
+        devices = words[instance + Instance.DEVICES]
+        shares_mb = [on_devices.get(device, 0.0) for device in device_rows(devices)]
+        if len(shares_mb) > 1:
+            for number, share_mb in enumerate(shares_mb):
+                t.set_float(at + Member.SHARES + number, share_mb)
+        if words[instance + Instance.STATE] in (Instance.ACTIVE, Instance.IDLE):
+            self._set_mb(t, row - 1, math.fsum(shares_mb) if len(shares_mb) > 1 else mb, shares_mb)
 
-    def reset_peaks(self, t: Transaction) -> None:
-        """Let the peaks begin anew at the present figures."""
+    def reset_peaks(self, t: Transaction, devices: int | None = None) -> None:
+        """Let the peaks of these devices (bits), or of all, begin anew at the present figures."""
         now = t.now
-        for row in self.tables.used_rows(self.layout.devices):
+        for row in self.tables.used_rows(self.layout.devices) if devices is None else device_rows(devices):
             at = self.tables.device(row)
             t.set(at + Device.PEAK_RESET, now)
             t.set_float(at + Device.PEAK_MB, self.segment.floats[at + Device.USED_MB])
@@ -948,15 +1086,20 @@ class Transitions:
         words = self.segment.words
         rows = self.tables.view(self.layout.instances)
         loaded = np.isin(rows[:, Instance.STATE], (Instance.ACTIVE, Instance.IDLE, Instance.UNLOADING))
-        done = loaded & (rows[:, Instance.DEVICE] == device)
+        done = loaded & (rows[:, Instance.DEVICES] & np.uint64(1 << device) != 0)
         for row in np.flatnonzero(done & (rows[:, Instance.RESERVED_MB] != 0)).tolist():
-            if words[self.tables.instance(row) + Instance.LOADED_AT] <= taken_ns:
-                t.set_float(self.tables.instance(row) + Instance.RESERVED_MB, 0.0)
+            at = self.tables.instance(row)
+            others = device_rows(words[at + Instance.DEVICES] & ~(1 << device))
+            sampled = [words[self.tables.device(other) + Device.SAMPLED] for other in others]
+            if words[at + Instance.LOADED_AT] <= min([taken_ns, *sampled]):
+                t.set_float(at + Instance.RESERVED_MB, 0.0)
 
     # ---- observations --------------------------------------------------------------------------------------
 
-    def observe(self, t: Transaction, copies: Sequence[tuple[int, int]], reading_mb: float) -> None:
-        """Add a reading of the memory that these (model generation, copies) took together.
+    def observe(
+        self, t: Transaction, copies: Sequence[tuple[int, int]], reading_mb: float, device: int | None = None
+    ) -> None:
+        """Add a reading of the memory that these (model generation, copies) took together on a device (row).
 
         A configuration of more than `Observation.PAIRS_LENGTH` models is not kept. When the table is full the
         configuration that was seen longest ago makes room.
@@ -966,7 +1109,9 @@ class Transitions:
             return
         table = self.layout.observations
         rows = self.tables.view(table)
-        candidates = np.flatnonzero((rows[:, Observation.STATE] == 1) & (rows[:, Observation.PAIRS_USED] == len(pairs)))
+        reference = 0 if device is None else device + 1
+        same = (rows[:, Observation.PAIRS_USED] == len(pairs)) & (rows[:, Observation.DEVICE] == reference)
+        candidates = np.flatnonzero((rows[:, Observation.STATE] == 1) & same)
         wanted = np.array(pairs, dtype=np.uint64)
         first = Observation.PAIRS
         for candidate in candidates.tolist():
@@ -979,6 +1124,7 @@ class Transitions:
             t.set(at + Observation.COUNT, 0)
             t.set(at + Observation.NEXT, 0)
             t.set(at + Observation.PAIRS_USED, len(pairs))
+            t.set(at + Observation.DEVICE, reference)
             for offset, pair in enumerate(pairs):
                 t.set(at + first + offset, pair)
             t.set(at + Observation.STATE, 1)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import psutil
 
-__all__ = ["process_tree"]
+__all__ = ["parent_of", "process_tree"]
 
 
 def process_tree(pid: int, without: Collection[int] = ()) -> list[int]:
@@ -23,6 +23,14 @@ def process_tree(pid: int, without: Collection[int] = ()) -> list[int]:
         found.append(parent)
         ahead += [child for child in _children(parent) if child not in without and child not in found]
     return found
+
+
+def parent_of(pid: int) -> int | None:
+    """Return the pid of a process's parent, None for one that has none or that cannot be looked at."""
+    try:
+        return psutil.Process(pid).ppid() or None
+    except psutil.Error:
+        return None
 
 
 def _children(pid: int) -> list[int]:

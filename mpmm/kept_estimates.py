@@ -1,0 +1,199 @@
+"""Estimates that outlast a namespace: a file, so that the next run has nothing to profile.
+
+    {"format": "mpmm estimates", "version": 1,
+     "devices": {"NVIDIA A100-SXM4-40GB": {"detector": {"mb": 3120.5, "measured": true, "updated": 1764072000.0}}}}
+
+An estimate is kept by tag and by the names of the devices of the namespace, since a model takes more on one kind than
+on another. `mb` is in MB (MiB), `measured` says that it was read from processes, `updated` is a Unix time.
+
+Many processes and namespaces may have the same file. Whoever writes takes a lock file beside it, reads what others have
+written meanwhile, and puts a new file in its place in one step, so a reader finds the old one or the new one, and a
+process that is killed leaves the old one. What cannot be read is reported and counts for nothing; the next write
+replaces it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import threading
+import time
+from collections.abc import Mapping
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mpmm.errors import LockTimeoutError
+from mpmm.shared_state.layout import Device, Model
+from mpmm.shared_state.lock_file import LockFile
+from mpmm.shared_state.namespace import Namespace
+from mpmm.shared_state.transaction import Transaction
+
+__all__ = ["ESTIMATES_PATH_VARIABLE", "Estimate", "EstimatesFile", "KeptEstimates"]
+
+_LOG = logging.getLogger("mpmm")
+
+ESTIMATES_PATH_VARIABLE = "MPMM_ESTIMATES_PATH"
+FORMAT, VERSION = "mpmm estimates", 1
+# For each kind of devices; the oldest go.
+TAGS_KEPT = 10_000
+LOCK_TIMEOUT_S = 1.0
+SAVE_INTERVAL_S = 5.0
+# What differs by less is not worth a new file.
+TOLERANCE = 0.01
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a copy of a model takes, in MB; measured: read from its process, not inferred. updated: Unix time."""
+
+    mb: float
+    measured: bool
+    updated: float
+
+
+class EstimatesFile:
+    """One file. Every method may be called by several processes; none needs the namespace's lock."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self._reported = ""
+
+    def read(self, kind: str) -> dict[str, Estimate]:
+        """Return the estimates for a kind of devices by tag; none, and a warning, where there is no telling."""
+        return self._read().get(kind, {})
+
+    def merge(self, kind: str, estimates: Mapping[str, Estimate]) -> None:
+        """Put estimates into the file, which is made with its folder if need be, beside what others have put there.
+
+        Raises OSError where the folder cannot be written, LockTimeoutError when others write for too long.
+        """
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with closing(LockFile(self.path.with_name(f"{self.path.name}.lock"))) as lock:
+            lock.exclusive(LOCK_TIMEOUT_S)
+            found = self._read()
+            merged = {**found.get(kind, {}), **estimates}
+            newest = sorted(merged, key=lambda tag: merged[tag].updated)[-TAGS_KEPT:]
+            found[kind] = {tag: merged[tag] for tag in sorted(newest)}
+            self._write(found)
+
+    def _read(self) -> dict[str, dict[str, Estimate]]:
+        try:
+            content = json.loads(self.path.read_bytes())
+            found = _parsed(content)
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            self._report(f"{type(error).__name__}: {error}")
+            return {}
+        self._reported = ""
+        return found
+
+    def _write(self, estimates: Mapping[str, Mapping[str, Estimate]]) -> None:
+        devices = {
+            kind: {tag: vars(estimate) for tag, estimate in of_kind.items()} for kind, of_kind in estimates.items()
+        }
+        text = json.dumps({"format": FORMAT, "version": VERSION, "devices": devices}, indent=1)
+        # Whoever is killed here leaves it to the next, who has the lock, too.
+        new = self.path.with_name(f"{self.path.name}.new")
+        with open(new, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(new, self.path)
+
+    def _report(self, what: str) -> None:
+        if what != self._reported:
+            _LOG.warning("mpmm: the estimates in %s count for nothing (%s); they are made anew", self.path, what)
+        self._reported = what
+
+
+def _parsed(content: Any) -> dict[str, dict[str, Estimate]]:
+    """Return what a file says. Raises ValueError and others for what is no such file."""
+    if content["format"] != FORMAT or content["version"] != VERSION:
+        raise ValueError(f"{content['format']!r}, version {content['version']!r}: expected {FORMAT!r}, {VERSION}")
+    found = {
+        str(kind): {
+            str(tag): Estimate(float(entry["mb"]), bool(entry["measured"]), float(entry["updated"]))
+            for tag, entry in of_kind.items()
+        }
+        for kind, of_kind in content["devices"].items()
+    }
+    for of_kind in found.values():
+        for tag, estimate in of_kind.items():
+            if not (math.isfinite(estimate.mb) and estimate.mb >= 0 and math.isfinite(estimate.updated)):
+                raise ValueError(f"{tag!r}: {estimate}")
+    return found
+
+
+class KeptEstimates:
+    """A namespace's estimates and their file, as one of its processes sees them."""
+
+    def __init__(self, namespace: Namespace, path: str | os.PathLike[str]) -> None:
+        """Describe; nothing is read yet."""
+        self._namespace = namespace
+        self._file = EstimatesFile(path)
+        self._kind = ""
+        self._remembered: dict[str, Estimate] = {}
+        self._saved: dict[str, Estimate] = {}
+        self._save_due = 0.0
+        self._failed = False
+        # One save at a time: the keeper's, and that of the thread which closes the worker.
+        self._mutex = threading.Lock()
+
+    def load(self) -> None:
+        """Read the file, without the lock; the devices are known by now."""
+        tables = self._namespace.tables
+        rows = tables.used_rows(self._namespace.segment.layout.devices)
+        self._kind = " + ".join(sorted({tables.string(tables.device(row) + Device.NAME) for row in rows}))
+        self._remembered = self._file.read(self._kind)
+        self._saved = dict(self._remembered)
+
+    def recall(self, t: Transaction, model: int, tag: str) -> None:
+        """Take the estimate of a model (row) from the file if there is none yet. Needs the lock."""
+        remembered = self._remembered.get(tag)
+        if remembered is None or self._namespace.segment.words[self._namespace.tables.model(model) + Model.KNOWN]:
+            return
+        self._namespace.transitions.estimate(t, model, remembered.mb, remembered.measured)
+
+    def save_if_due(self) -> None:
+        """Write what has changed, every few seconds at most; without the lock."""
+        if time.monotonic() >= self._save_due:
+            self._save_due = time.monotonic() + SAVE_INTERVAL_S
+            self.save()
+
+    def save(self) -> None:
+        """Write what has changed; a file that cannot be written is reported once. Without the lock."""
+        with self._mutex:
+            changed = self._changed()
+            if not changed:
+                return
+            try:
+                self._file.merge(self._kind, changed)
+            except (OSError, LockTimeoutError) as error:
+                if not self._failed:
+                    _LOG.warning("mpmm: cannot keep estimates in %s: %s", self._file.path, error)
+                self._failed = True
+                return
+            self._failed = False
+            self._saved.update(changed)
+
+    def _changed(self) -> dict[str, Estimate]:
+        """Return the estimates that differ from what is in the file. Looks without the lock, at what is whole."""
+        tables, words, floats = self._namespace.tables, self._namespace.segment.words, self._namespace.segment.floats
+        now = time.time()
+        changed = {}
+        for row in tables.model_rows():
+            at = tables.model(row)
+            generation = words[at + Model.GENERATION]
+            known, measured = words[at + Model.KNOWN], bool(words[at + Model.MEASURED])
+            mb, tag = floats[at + Model.ESTIMATE_MB], tables.tag_of(row)
+            if not known or not math.isfinite(mb) or words[at + Model.GENERATION] != generation:
+                continue
+            saved = self._saved.get(tag)
+            if saved is None or saved.measured != measured or abs(saved.mb - mb) > TOLERANCE * max(saved.mb, mb):
+                changed[tag] = Estimate(mb, measured, now)
+        return changed

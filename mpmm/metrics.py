@@ -1,0 +1,175 @@
+"""Metrics for Prometheus: of all namespaces of this user on this host, or of one.
+
+    from mpmm.metrics import Exporter, asgi_app, wsgi_app
+    app.mount("/metrics", asgi_app())                      # Starlette, FastAPI
+    prometheus_client.REGISTRY.register(Exporter())        # beside metrics of your own; the extra `metrics`
+
+or `mpmm metrics --serve 9400`. Nothing of it is needed in the workers: whoever exports reads the shared state from
+outside, like `mpmm inspect`. One exporter for a host is enough; of several, each counts its histograms for itself, from
+the ring of events, beginning with what that holds when the exporter begins. See `mpmm.show.tally` for why.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Awaitable, Callable, Iterable, Iterator, MutableMapping
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mpmm.errors import MpmmError
+from mpmm.shared_state.snapshot import Snapshot, find_namespaces
+from mpmm.show.families import Family, families, text
+from mpmm.show.follow import LONGEST_PAUSE_S, Follower
+from mpmm.show.tally import Tally
+
+if TYPE_CHECKING:
+    from prometheus_client.core import Metric
+
+__all__ = ["Exporter", "asgi_app", "serve", "wsgi_app"]
+
+OPENMETRICS = "application/openmetrics-text"
+_CONTENT_TYPES = {
+    False: "text/plain; version=0.0.4; charset=utf-8",
+    True: f"{OPENMETRICS}; version=1.0.0; charset=utf-8",
+}
+Environ = dict[str, Any]
+Message = MutableMapping[str, Any]
+
+
+class Exporter:
+    """Reads namespaces, and counts their events. Thread-safe. Also a collector for `prometheus_client`.
+
+    namespace: None for all that this user has, whichever come and go. root: folder of the runtime directories.
+    follow: from the first reading on, a thread looks four times a second and more, so that no event is missed between
+    two readings. After a fork the child's copy begins for itself.
+    """
+
+    def __init__(self, namespace: str | None = None, root: Path | None = None, *, follow: bool = True) -> None:
+        self._namespace = namespace
+        self._root = root
+        self._follow = follow
+        self._begin()
+
+    def _begin(self) -> None:
+        self._pid = os.getpid()
+        self._mutex = threading.Lock()
+        self._followed: dict[str, tuple[Follower, Tally]] = {}
+        self._thread: threading.Thread | None = None
+        self._closing = threading.Event()
+
+    def families(self) -> list[Family]:
+        """Look, and return all metrics."""
+        if self._pid != os.getpid():
+            self._begin()
+        with self._mutex:
+            found = families(self._look())
+            if self._follow and self._thread is None and not self._closing.is_set():
+                self._thread = threading.Thread(target=self._run, name="mpmm-metrics", daemon=True)
+                self._thread.start()
+        return found
+
+    def text(self, *, openmetrics: bool = False) -> str:
+        """Look, and return all metrics as text, see `mpmm.show.families.text`."""
+        return text(self.families(), openmetrics=openmetrics)
+
+    def close(self) -> None:
+        """End the thread. Metrics can still be had."""
+        self._closing.set()
+        if self._thread is not None and self._pid == os.getpid():
+            self._thread.join()
+            self._thread = None
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield the metrics as objects of `prometheus_client`, which has to be installed."""
+        from prometheus_client.core import Metric
+
+        for family in self.families():
+            metric = Metric(family.name, family.help, family.kind)
+            for suffix, labels, value in family.samples:
+                metric.add_sample(family.name + suffix, dict(labels), value)
+            yield metric
+
+    def describe(self) -> Iterator[Metric]:
+        """Yield nothing, so that registering does not look: names are those that `collect` yields."""
+        return iter(())
+
+    def _look(self) -> list[tuple[Snapshot, Tally]]:
+        names = find_namespaces(self._root) if self._namespace is None else [self._namespace]
+        seen = []
+        for name in names:
+            follower, tally = self._followed.setdefault(name, (Follower(name, self._root), Tally()))
+            try:
+                step = follower.step()
+            except (FileNotFoundError, MpmmError):
+                # Gone, or of another version: there is nothing to say of it.
+                continue
+            tally.add(step)
+            seen.append((step.snapshot, tally))
+        return seen
+
+    def _run(self) -> None:
+        pause_s = LONGEST_PAUSE_S
+        while not self._closing.wait(pause_s):
+            with self._mutex:
+                self._look()
+                pause_s = min((follower.pause_s for follower, _ in self._followed.values()), default=LONGEST_PAUSE_S)
+
+
+def wsgi_app(exporter: Exporter | None = None) -> Callable[[Environ, Callable[..., Any]], Iterable[bytes]]:
+    """Return a WSGI application that answers every request with the metrics."""
+    source = exporter or Exporter()
+
+    def app(environ: Environ, start_response: Callable[..., Any]) -> Iterable[bytes]:
+        kind, body = _answer(source, environ.get("HTTP_ACCEPT", ""))
+        start_response("200 OK", [("Content-Type", kind), ("Content-Length", str(len(body)))])
+        return [body]
+
+    return app
+
+
+def asgi_app(
+    exporter: Exporter | None = None,
+) -> Callable[[Message, Callable[[], Awaitable[Message]], Callable[[Message], Awaitable[None]]], Awaitable[None]]:
+    """Return an ASGI application that answers every request with the metrics."""
+    source = exporter or Exporter()
+
+    async def app(
+        scope: Message, receive: Callable[[], Awaitable[Message]], send: Callable[[Message], Awaitable[None]]
+    ) -> None:
+        if scope["type"] != "http":
+            return
+        import asyncio
+
+        accept = next((value.decode("latin-1") for name, value in scope["headers"] if name == b"accept"), "")
+        # In a thread, because it takes milliseconds.
+        kind, body = await asyncio.get_running_loop().run_in_executor(None, _answer, source, accept)
+        headers = [(b"content-type", kind.encode()), (b"content-length", str(len(body)).encode())]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": body})
+
+    return app
+
+
+def _answer(exporter: Exporter, accept: str) -> tuple[str, bytes]:
+    openmetrics = OPENMETRICS in accept
+    return _CONTENT_TYPES[openmetrics], exporter.text(openmetrics=openmetrics).encode("utf-8", "replace")
+
+
+def serve(exporter: Exporter, host: str, port: int) -> ThreadingHTTPServer:
+    """Return an HTTP server for the metrics, bound and listening; `serve_forever` runs it. Raises OSError."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            kind, body = _answer(exporter, self.headers.get("Accept", ""))
+            self.send_response(200)
+            self.send_header("Content-Type", kind)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, format: str, *args: Any) -> None:
+            """Say nothing: a line for each scrape helps nobody."""
+
+    return ThreadingHTTPServer((host, port), Handler)

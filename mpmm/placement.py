@@ -1,0 +1,66 @@
+"""Where what is being loaded goes, for the loader to know: `current_placement()`.
+
+A model server that a loader starts finds `CUDA_VISIBLE_DEVICES` set to its placement before anything of its constructor
+runs, so `cuda:0` is its first device there. A loader that loads in its own process, where that variable is read long
+since, asks `current_placement` and uses `cuda:<index>`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+__all__ = ["Placement", "current_placement", "place_for_good", "placed", "visible_devices"]
+
+# What NVIDIA's driver calls GPUs and slices of them; and what a source calls the n-th board whose uuid it cannot read.
+_UUID = re.compile(r"(GPU|MIG)-.+")
+_NUMBERED = re.compile(r"gpu(\d+)")
+
+
+@dataclass(frozen=True)
+class Placement:
+    """The devices of a copy. indices: as `cuda:<index>` counts them in this process. uuids: in the same order."""
+
+    indices: tuple[int, ...]
+    uuids: tuple[str, ...]
+
+
+_current: ContextVar[Placement | None] = ContextVar("mpmm_placement", default=None)
+
+
+def current_placement() -> Placement | None:
+    """Return where the copy goes that is being loaded here, None outside of a loader.
+
+    For a loader of `ModelManager.acquire_model` and the like, in its thread; and for the constructor of a
+    `MultiProcessShared` in the model server that such a loader has started.
+    """
+    return _current.get()
+
+
+@contextmanager
+def placed(placement: Placement) -> Iterator[None]:
+    """Let `current_placement` return `placement` inside the block."""
+    reset = _current.set(placement)
+    try:
+        yield
+    finally:
+        _current.reset(reset)
+
+
+def place_for_good(placement: Placement) -> None:
+    """Let `current_placement` return `placement` in this thread from now on; for a model server, which loads once."""
+    _current.set(placement)
+
+
+def visible_devices(uuids: Sequence[str]) -> str | None:
+    """Return what to set `CUDA_VISIBLE_DEVICES` to so that CUDA sees these devices; None where they are no GPUs.
+
+    Names are good in every process, however its own `CUDA_VISIBLE_DEVICES` restricts and numbers what it sees.
+    """
+    numbers = [_NUMBERED.fullmatch(uuid) for uuid in uuids]
+    names = [number[1] if number else uuid for number, uuid in zip(numbers, uuids, strict=True)]
+    known = all(number or _UUID.fullmatch(uuid) for number, uuid in zip(numbers, uuids, strict=True))
+    return ",".join(names) if names and known else None

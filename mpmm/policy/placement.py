@@ -1,0 +1,66 @@
+"""Placement: on which of several devices a load goes.
+
+Two aims pull apart. Best fit, the device on which least is left free, keeps the large holes for large models; but it
+fills one device before it touches the next, so that while all models fit together half of the devices do nothing. To
+spread, the device that is least full, balances; but it splits what is free into holes of the same size everywhere.
+
+So devices are compared by how full they would be, used and reserved memory in the share of the limit, in steps of
+`STEP`; among those on the same step the tightest fit wins. Steps keep devices as near to each other as a step and a
+model allow, and within a step it is best fit that keeps the larger hole. Shares, not MB, because a slice of a GPU is to
+be as full as a whole one. Once everything is full it does not matter any more: then room is made, where that does the
+least harm (`eviction.find_room`).
+
+A copy that spans several devices takes an equal share of each: the first so many devices in the same order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from mpmm.policy.admission import free_mb, limit_mb
+from mpmm.policy.view import DeviceView, Reason
+
+__all__ = ["STEP", "Place", "best_place", "soonest_alone"]
+
+STEP = 0.05
+
+
+class Place(NamedTuple):
+    """Devices, and why these: FITS where there was no choice."""
+
+    devices: tuple[DeviceView, ...]
+    reason: Reason
+
+
+def best_place(devices: Sequence[DeviceView], share_mb: float, slack_percentage: float, span: int = 1) -> Place | None:
+    """Return the `span` devices that should take `share_mb` each now, None when there are not so many that can."""
+    fitting = [device for device in devices if free_mb(device, slack_percentage) >= share_mb]
+    if len(fitting) < span:
+        return None
+    ranked = sorted(fitting, key=lambda device: _rank(device, share_mb, slack_percentage))
+    chosen = tuple(ranked[:span])
+    if len(devices) == span:
+        return Place(chosen, Reason.FITS)
+    if len(fitting) == span:
+        return Place(chosen, Reason.ONLY_ONE)
+    full = [_step(device, share_mb, slack_percentage) for device in ranked[span - 1 : span + 1]]
+    return Place(chosen, Reason.TIGHTEST if full[0] == full[1] else Reason.LEAST_FULL)
+
+
+def _rank(device: DeviceView, share_mb: float, slack_percentage: float) -> tuple[int, float, int]:
+    return _step(device, share_mb, slack_percentage), free_mb(device, slack_percentage), device.device
+
+
+def _step(device: DeviceView, share_mb: float, slack_percentage: float) -> int:
+    """Return how full the device would be, in steps."""
+    return int((device.used_mb + device.reserved_mb + share_mb) / limit_mb(device, slack_percentage) / STEP)
+
+
+def soonest_alone(costs: Sequence[tuple[DeviceView, float, int, float]], span: int) -> tuple[DeviceView, ...]:
+    """Return the devices on which a model can run alone soonest.
+
+    costs: (device, seconds until what is in use on it is expected to be free, copies in use, MB to unload). A device
+    that is drained for that gets no newcomers, so none of these grows, and the choice changes only for the better.
+    """
+    return tuple(entry[0] for entry in sorted(costs, key=lambda entry: (*entry[1:], entry[0].device))[:span])

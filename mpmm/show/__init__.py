@@ -1,0 +1,11 @@
+"""What people see: snapshots of a namespace as text, as a live screen, as a trace, a plot or metrics.
+
+Everything here works on the plain values of `mpmm.shared_state.snapshot`, and knows neither bytes nor locks.
+
+    screen.py    one screen of text, for `mpmm inspect`      health.py    what is wrong
+    top.py       the same, live
+    record.py    the trace of a namespace, written
+    follow.py    the events one after another, none twice, lost ones counted
+    trace.py     events as spans for Perfetto                 plot.py      such a trace as a picture
+    tally.py     events as histograms                         families.py  metrics, for `mpmm.metrics`
+"""

@@ -1,0 +1,185 @@
+"""What there is to export of a namespace, as families of metrics in Prometheus's sense; bytes and seconds."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from mpmm.shared_state.snapshot import Snapshot
+from mpmm.show.health import longest_wait_s
+from mpmm.show.tally import BOUNDS_S, Histogram, Tally
+from mpmm.show.words import devices_of
+
+__all__ = ["Family", "families", "text"]
+
+MIB = 2**20
+Labels = tuple[tuple[str, str], ...]
+
+
+@dataclass
+class Family:
+    """One metric. kind: counter, gauge or histogram. samples: (suffix of the name, labels, value) each."""
+
+    name: str
+    kind: str
+    help: str
+    samples: list[tuple[str, Labels, float]] = field(default_factory=list)
+
+
+_COUNTERS = {
+    "loads": "Loads that have ended well.",
+    "hits": "Acquires that were given a loaded copy.",
+    "evictions": "Idle copies that had to go for others.",
+    "failed_loads": "Loads that came to nothing.",
+    "timeouts": "Waits that were given up.",
+    "reaps": "Processes that died, and what they had was taken back.",
+    "rollbacks": "Transactions of processes that died in them, undone.",
+    "leaders": "Changes of the leader, the first one included.",
+    "resets": "Resets by force.",
+    "out_of_memory": "Loads and uses that ran out of memory.",
+}
+_DEVICE_GAUGES = {
+    "used": ("used_mb", "Memory in use, by the last figure."),
+    "peak": ("peak_mb", "Highest figure of memory in use in peak_window_seconds."),
+    "reserved": ("reserved_mb", "Memory booked by loads and leases that the figure does not show yet."),
+    "returning": ("returning_mb", "Memory unloaded that the figure still shows."),
+    "limit": ("limit_mb", "Memory that may be filled."),
+    "size": ("total_mb", "Memory that there is."),
+}
+_MODEL_COUNTERS = {
+    "loads": "Loads of a model.",
+    "hits": "Acquires of a model that were given a loaded copy.",
+    "evictions": "Idle copies of a model that had to go for others.",
+}
+_COPY_STATES = ("active", "idle", "loading", "unloading")
+
+
+class _Families:
+    """Families by name, in the order in which they were first met."""
+
+    def __init__(self) -> None:
+        self.found: dict[str, Family] = {}
+
+    def add(
+        self, name: str, kind: str, description: str, value: float | None, labels: Mapping[str, str], suffix: str = ""
+    ) -> None:
+        """Add one sample; a value of None is none."""
+        family = self.found.setdefault(name, Family(f"mpmm_{name}", kind, description))
+        if value is not None:
+            family.samples.append((suffix, tuple(labels.items()), float(value)))
+
+
+def families(looked_at: Iterable[tuple[Snapshot, Tally]]) -> list[Family]:
+    """Return the metrics of some namespaces."""
+    into = _Families()
+    for snapshot, tally in looked_at:
+        labels = {"namespace": snapshot.namespace}
+        _totals(into, snapshot, tally, labels)
+        _state(into, snapshot, labels)
+        _devices(into, snapshot, labels)
+        _models(into, snapshot, labels)
+        for name, histograms, description in (
+            ("wait_seconds", tally.waits, "Time in the queue, of those who had to queue."),
+            ("hold_seconds", tally.holds, "Time between acquire and release."),
+            ("load_seconds", tally.loads, "Time that loads took."),
+        ):
+            _histograms(into, name, description, histograms, labels)
+    return list(into.found.values())
+
+
+def _totals(into: _Families, snapshot: Snapshot, tally: Tally, labels: Mapping[str, str]) -> None:
+    for name, description in _COUNTERS.items():
+        into.add(name, "counter", description, getattr(snapshot, name), labels, "_total")
+    written_off = snapshot.written_off_mb * MIB
+    into.add("written_off_bytes", "counter", "Unloaded memory that never came back.", written_off, labels, "_total")
+    into.add("events", "counter", "Events written into the ring.", snapshot.events_written, labels, "_total")
+    unseen = "Events that were overwritten before the histograms could count them."
+    into.add("events_unseen", "counter", unseen, tally.lost, labels, "_total")
+
+
+def _state(into: _Families, snapshot: Snapshot, labels: Mapping[str, str]) -> None:
+    kinds = Counter(member.kind for member in snapshot.members)
+    for kind in ("worker", "server"):
+        into.add("members", "gauge", "Attached processes.", kinds[kind], {**labels, "kind": kind})
+    dead = sum(member.alive is False for member in snapshot.members)
+    gauges = (
+        ("dead_members", "Processes that are dead, and what they had is not taken back yet.", dead),
+        ("waiting", "Waiters in the queue.", snapshot.waiting),
+        ("oldest_wait_seconds", "How long the one who has waited longest has done so.", longest_wait_s(snapshot)),
+        ("active", "Copies in use.", snapshot.active),
+        ("loading", "Copies being loaded.", snapshot.loading),
+        ("leader_age_seconds", "How long the present leader has led.", snapshot.leader_for_s),
+        ("poll_age_seconds", "Since the leader, or somebody in its stead, last polled.", snapshot.polled_ago_s),
+        ("lock_holder_stopped", "1 while the process that holds the lock is stopped.", snapshot.lock.holder_stopped),
+    )
+    for name, description, value in gauges:
+        into.add(name, "gauge", description, value, labels)
+
+
+def _devices(into: _Families, snapshot: Snapshot, labels: Mapping[str, str]) -> None:
+    leased: dict[int, float] = defaultdict(float)
+    for copy in snapshot.instances:
+        if copy.state == "leased":
+            for row in devices_of(copy):
+                leased[row] += copy.reserved_mb
+    for device in snapshot.devices:
+        here = {**labels, "device": str(device.row), "uuid": device.uuid, "name": device.name}
+        for name, (attribute, description) in _DEVICE_GAUGES.items():
+            mb: float | None = getattr(device, attribute)
+            into.add(f"device_{name}_bytes", "gauge", description, None if mb is None else mb * MIB, here)
+        into.add("device_leased_bytes", "gauge", "Memory given away as leases.", leased[device.row] * MIB, here)
+        into.add("device_sample_age_seconds", "gauge", "Age of the last figure.", device.sample_age_s, here)
+
+
+def _models(into: _Families, snapshot: Snapshot, labels: Mapping[str, str]) -> None:
+    held: dict[int, float] = defaultdict(float)
+    for copy in snapshot.instances:
+        held[copy.model] += copy.mb
+    for model in snapshot.models:
+        if model.kind != "model":
+            continue
+        mine = {**labels, "model": model.tag}
+        for name, description in _MODEL_COUNTERS.items():
+            into.add(f"model_{name}", "counter", description, getattr(model, name), mine, "_total")
+        for state in _COPY_STATES:
+            into.add("model_copies", "gauge", "Copies of a model.", getattr(model, state), {**mine, "state": state})
+        into.add("model_waiting", "gauge", "Waiters for a model.", model.waiting, mine)
+        into.add("model_bytes", "gauge", "Memory of all copies of a model.", held[model.row] * MIB, mine)
+        estimate = None if model.estimate_mb is None else model.estimate_mb * MIB
+        into.add("model_estimate_bytes", "gauge", "What a copy of a model is expected to take.", estimate, mine)
+
+
+def _histograms(
+    into: _Families, name: str, description: str, histograms: Mapping[str, Histogram], labels: Mapping[str, str]
+) -> None:
+    for tag, histogram in histograms.items():
+        mine = {**labels, "model": tag}
+        below = 0
+        for bound, count in zip((*map(str, BOUNDS_S), "+Inf"), histogram.counts, strict=True):
+            below += count
+            into.add(name, "histogram", description, below, {**mine, "le": bound}, "_bucket")
+        into.add(name, "histogram", description, below, mine, "_count")
+        into.add(name, "histogram", description, histogram.sum_s, mine, "_sum")
+
+
+def text(found: Iterable[Family], *, openmetrics: bool = False) -> str:
+    """Return families in Prometheus's text format, version 0.0.4, or as OpenMetrics 1.0 text."""
+    lines = []
+    for family in found:
+        # In the older format a counter's family has the name of its samples.
+        name = family.name + ("_total" if family.kind == "counter" and not openmetrics else "")
+        lines += [f"# HELP {name} {_escaped(family.help)}", f"# TYPE {name} {family.kind}"]
+        for suffix, labels, value in family.samples:
+            pairs = ",".join(f'{label}="{_escaped(given, quotes=True)}"' for label, given in labels)
+            lines.append(f"{family.name}{suffix}{{{pairs}}} {_number(value)}")
+    return "\n".join([*lines, "# EOF", ""] if openmetrics else [*lines, ""])
+
+
+def _escaped(given: str, quotes: bool = False) -> str:
+    escaped = given.replace("\\", r"\\").replace("\n", r"\n")
+    return escaped.replace('"', r"\"") if quotes else escaped
+
+
+def _number(value: float) -> str:
+    return str(int(value)) if value.is_integer() and abs(value) < 2**53 else repr(value)

@@ -1,0 +1,58 @@
+"""Following a namespace: its events one after another, none twice, and those that were overwritten unseen counted.
+
+Nobody writes slower for being followed: the ring is read like everything else, from a copy, without the lock. So who
+follows has to come by before the ring has gone round once; the pauses shorten by themselves where much happens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from mpmm.shared_state.snapshot import EventChoice, EventInfo, Snapshot, read_snapshot
+
+__all__ = ["Follower", "Step"]
+
+LONGEST_PAUSE_S = 0.25
+SHORTEST_PAUSE_S = 0.02
+# So many events at a time are a good number: a quarter of the smallest ring that is reasonable for a busy host.
+WANTED_AT_A_TIME = 2000
+
+
+@dataclass(frozen=True)
+class Step:
+    """What is new. lost: events that were overwritten before this look. fresh: nothing was seen before, or all that
+    was seen belongs to an earlier namespace of this name."""
+
+    snapshot: Snapshot
+    events: tuple[EventInfo, ...]
+    lost: int
+    fresh: bool
+
+
+class Follower:
+    """Reads the events of a namespace, of whichever segment has its name at present. Not thread-safe."""
+
+    def __init__(self, namespace: str, root: Path | None = None) -> None:
+        self.namespace = namespace
+        self._root = root
+        self._created: float | None = None
+        self._seen = 0
+        self.pause_s = LONGEST_PAUSE_S
+
+    def step(self) -> Step:
+        """Look once. Raises what `read_snapshot` raises, FileNotFoundError when the namespace is gone."""
+        snapshot = read_snapshot(self.namespace, self._root, choice=EventChoice(after=self._seen))
+        fresh = snapshot.created_wall_s != self._created
+        if fresh and self._seen:
+            snapshot = read_snapshot(self.namespace, self._root)
+        if fresh:
+            self._created, self._seen = snapshot.created_wall_s, 0
+        events = snapshot.events
+        lost = max(0, snapshot.events_written - self._seen - len(events))
+        self._seen = snapshot.events_written
+        if len(events) + lost > WANTED_AT_A_TIME and not fresh:
+            self.pause_s = max(SHORTEST_PAUSE_S, self.pause_s / 2)
+        elif len(events) < WANTED_AT_A_TIME / 4:
+            self.pause_s = min(LONGEST_PAUSE_S, self.pause_s * 2)
+        return Step(snapshot, events, lost, fresh)

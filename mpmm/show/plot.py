@@ -1,0 +1,145 @@
+"""Memory against the limit over time, with loads and evictions marked, from the events of a trace.
+
+Needs matplotlib, the extra `plot`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mpmm.errors import InvalidArgumentError
+from mpmm.show.trace import DEVICE_PID, TraceEvent
+
+__all__ = ["SUFFIXES", "DeviceHistory", "draw", "histories", "read_trace"]
+
+SUFFIXES = (".png", ".svg", ".pdf")
+_COLOURS = ("#66ccee", "#228833", "#ccbb44", "#ee6677", "#aa3377", "#999933", "#44aa99", "#882255", "#bbbbbb")
+_MEMORY, _LIMIT, _BOOKS = "memory MB", "limit MB", "models MB"
+
+
+@dataclass
+class DeviceHistory:
+    """What a trace says of one device; times in µs. loaded: spans of copies, as (begin, end, tag, evicted)."""
+
+    name: str = ""
+    used: list[tuple[float, float]] = field(default_factory=list)
+    limit: list[tuple[float, float]] = field(default_factory=list)
+    loaded: list[tuple[float, float, str, bool]] = field(default_factory=list)
+
+
+def read_trace(path: Path) -> list[TraceEvent]:
+    """Return the events of a trace, also of one whose end has not been written yet.
+
+    Raises InvalidArgumentError when it is none, OSError.
+    """
+    text = path.read_text(encoding="utf-8").strip()
+    for end in ("", "]", "}]"):
+        # Written line by line: at most the last one is cut off.
+        for body in (text.rstrip(","), text.rpartition(",\n")[0]):
+            try:
+                found = json.loads(body + end)
+            except json.JSONDecodeError:
+                continue
+            events = found.get("traceEvents") if isinstance(found, dict) else found
+            if isinstance(events, list) and all(isinstance(event, dict) and "ph" in event for event in events):
+                return events
+    raise InvalidArgumentError(f"{path} is no trace: expected the JSON that `mpmm trace` writes")
+
+
+def histories(events: Iterable[TraceEvent]) -> dict[int, DeviceHistory]:
+    """Return what a trace says of its devices, by the devices' rows."""
+    found: dict[int, DeviceHistory] = defaultdict(DeviceHistory)
+    booked: dict[int, list[tuple[float, float]]] = defaultdict(list)
+    for event in events:
+        device = event.get("pid", 0) - DEVICE_PID
+        if device < 0:
+            continue
+        history = found[device]
+        if event["ph"] == "M" and event["name"] == "process_name":
+            history.name = event["args"]["name"]
+        elif event["ph"] == "C" and event["name"] == _MEMORY:
+            history.used.append((event["ts"], event["args"]["used"]))
+        elif event["ph"] == "C" and event["name"] == _LIMIT:
+            history.limit.append((event["ts"], event["args"]["limit"]))
+        elif event["ph"] == "C" and event["name"] == _BOOKS:
+            booked[device].append((event["ts"], event["args"]["loaded"]))
+        elif event["ph"] == "X" and event.get("cat") == "loaded":
+            evicted = bool(event["args"].get("evicted"))
+            history.loaded.append((event["ts"], event["ts"] + event["dur"], event["name"], evicted))
+    for device, history in found.items():
+        # One point says how much there is now, not how it came to that: the books know.
+        history.used = sorted(history.used if len(history.used) > 1 else booked[device] + history.used)
+        history.loaded.sort()
+    return dict(found)
+
+
+def draw(events: Iterable[TraceEvent], path: Path) -> None:
+    """Draw a trace into a file whose suffix says its format.
+
+    Raises InvalidArgumentError for another suffix, or when the trace has nothing to draw, ImportError without
+    matplotlib.
+    """
+    if path.suffix not in SUFFIXES:
+        raise InvalidArgumentError(f"{path}: expected a name that ends in one of {', '.join(SUFFIXES)}")
+    devices = {device: history for device, history in histories(events).items() if history.used or history.loaded}
+    if not devices:
+        raise InvalidArgumentError("the trace has neither figures of memory nor loads: there is nothing to draw")
+    # Imported here because it is big, and an extra. The figure is made without pyplot, which would look for a display.
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 1 + 4.5 * len(devices)), layout="constrained")
+    tags = sorted({tag for history in devices.values() for _, _, tag, _ in history.loaded})
+    colours = {tag: _COLOURS[number % len(_COLOURS)] for number, tag in enumerate(tags)}
+    start = min(float(entry[0]) for history in devices.values() for entry in (*history.used, *history.loaded))
+    for place, history in enumerate(devices.values()):
+        _draw_device(figure.add_subplot(len(devices), 1, place + 1), history, start, colours)
+    figure.savefig(path, dpi=100)
+
+
+def _draw_device(axes: Any, history: DeviceHistory, start: float, colours: dict[str, str]) -> None:
+    def seconds(ts: float) -> float:
+        return (ts - start) / 1e6
+
+    axes.set_title(history.name, loc="left", fontsize=10)
+    top = max([mb for _, mb in (*history.used, *history.limit)], default=1.0) or 1.0
+    if history.used:
+        times, figures = [seconds(ts) for ts, _ in history.used], [mb for _, mb in history.used]
+        axes.fill_between(times, figures, step="post", color="#4477aa", alpha=0.25, label="memory in use")
+        axes.step(times, figures, where="post", color="#4477aa")
+    if history.limit:
+        axes.axhline(history.limit[-1][1], color="#cc3311", linestyle="--", label="limit")
+    lanes = sorted({tag for _, _, tag, _ in history.loaded})
+    # The copies lie below the curve, a row for each model, as a share of the axis.
+    height = 0.05 * top
+    for begin, end, tag, evicted in history.loaded:
+        y = -height * (1.4 + 1.4 * lanes.index(tag))
+        axes.broken_barh([(seconds(begin), max((end - begin) / 1e6, 1e-3))], (y, height), color=colours[tag], alpha=0.8)
+        axes.plot(seconds(begin), y + height / 2, marker="^", color=colours[tag], markersize=5, markeredgecolor="black")
+        if evicted:
+            axes.plot(seconds(end), y + height / 2, marker="x", color="black", markersize=6)
+    for tag in lanes:
+        y = -height * (1.4 + 1.4 * lanes.index(tag))
+        axes.annotate(
+            tag,
+            (0, y + height / 2),
+            xycoords=("axes fraction", "data"),
+            xytext=(-4, 0),
+            textcoords="offset points",
+            ha="right",
+            va="center",
+            fontsize=7,
+        )
+    if lanes:
+        axes.plot([], [], marker="^", color="white", markeredgecolor="black", label="loaded")
+        axes.plot([], [], marker="x", color="black", linestyle="none", label="evicted")
+    axes.set_ylim(-height * (1.4 * len(lanes) + 1.0), 1.12 * top)
+    axes.set_yticks([tick for tick in axes.get_yticks() if 0 <= tick <= 1.12 * top])
+    axes.set_ylabel("MB")
+    axes.set_xlabel("seconds")
+    axes.legend(loc="upper left", fontsize=8, ncols=4)
+    axes.spines[["top", "right"]].set_visible(False)

@@ -1,0 +1,96 @@
+"""Writing the trace of a namespace: of what its ring of events holds, or on and on while a job runs."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TextIO
+
+from mpmm.shared_state.snapshot import Snapshot
+from mpmm.show.follow import Follower, Step
+from mpmm.show.trace import TraceEvent, TraceFile, Tracer
+
+__all__ = ["recent_trace", "record"]
+
+# Between two looks for a namespace that is not there yet.
+WAITING_PAUSE_S = 0.1
+
+
+def recent_trace(namespace: str, root: Path | None = None) -> list[TraceEvent]:
+    """Return the trace of what the ring holds. Raises what `read_snapshot` raises."""
+    tracer = Tracer()
+    step = Follower(namespace, root).step()
+    return tracer.add(step) + tracer.finish(step.snapshot)
+
+
+def record(namespace: str, root: Path | None, output: Path | None, *, follow: bool) -> int:
+    """Write the trace of a namespace to a file, or the standard output; say on stderr what was written and missed.
+
+    follow: from what the ring holds now until the namespace is gone, or SIGINT or SIGTERM comes; if there is none yet,
+    wait for it. Return 0.
+
+    Raises what `read_snapshot` raises, without `follow`; OSError when the file cannot be written.
+    """
+    with contextlib.ExitStack() as stack:
+        if output is None:
+            return _write(namespace, root, sys.stdout, follow)
+        return _write(namespace, root, stack.enter_context(open(output, "w", encoding="utf-8")), follow)
+
+
+def _write(namespace: str, root: Path | None, stream: TextIO, follow: bool) -> int:
+    follower, tracer = Follower(namespace, root), Tracer()
+    last: Snapshot | None = None
+    with _asked_to_end() as ending:
+        # Before the file is begun: without a namespace nothing is to be written.
+        first = None if follow else follower.step()
+        trace = TraceFile(stream)
+        try:
+            for step in _steps(follower, ending) if first is None else (first,):
+                trace.write(tracer.add(step))
+                last = step.snapshot
+        finally:
+            if last is not None:
+                trace.write(tracer.finish(last))
+            trace.close()
+    missed = f"; {tracer.lost} events were overwritten before they could be read" if tracer.lost else ""
+    print(f"mpmm: {trace.written} entries written{missed}", file=sys.stderr)
+    return 0
+
+
+def _steps(follower: Follower, ending: Callable[[], bool]) -> Iterator[Step]:
+    seen = False
+    while True:
+        # Asked first, so that what happened until the request is in the trace.
+        asked = ending()
+        try:
+            yield follower.step()
+            seen = True
+        except FileNotFoundError:
+            if seen or asked:
+                return
+            time.sleep(WAITING_PAUSE_S)
+            continue
+        if asked:
+            return
+        time.sleep(follower.pause_s)
+
+
+@contextlib.contextmanager
+def _asked_to_end() -> Iterator[Callable[[], bool]]:
+    """Take SIGINT and SIGTERM for the wish to end in good order; yield what tells whether one has come."""
+    asked: list[int] = []
+
+    def ask(number: int, frame: object) -> None:
+        asked.append(number)
+
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, ask) for number in numbers]
+    try:
+        yield lambda: bool(asked)
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)

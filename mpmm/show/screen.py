@@ -1,0 +1,321 @@
+"""One screen of text about a namespace: what is wrong, what is loaded where, who holds it, who waits and why."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+from mpmm.policy.demand import Demand
+from mpmm.policy.view import Reason
+from mpmm.shared_state.snapshot import (
+    DeviceInfo,
+    EventInfo,
+    InstanceInfo,
+    MemberInfo,
+    ModelInfo,
+    Snapshot,
+    TicketInfo,
+)
+from mpmm.show.health import findings, longest_wait_s
+from mpmm.show.words import BAR_SIGNS, PLAIN_SIGNS, age, bar, cut, mb, needs, pids, places, table, waiters, why
+
+__all__ = [
+    "EVENTS_OF_EACH",
+    "Section",
+    "copies",
+    "devices",
+    "evictions",
+    "headline",
+    "models",
+    "overview",
+    "render",
+    "sections",
+    "waiting",
+]
+
+#: So many newest events of each kind are all that a screen needs.
+EVENTS_OF_EACH = 16
+BAR_WIDTH = 30
+_DECISION_HEAD = ("ago", "event", "model", "ticket", "why")
+_STATES = ("loading", "unloading", "active", "idle")
+
+
+Item = TypeVar("Item")
+Row = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Section(Generic[Item]):
+    """A table with a title, of which only the rows that are shown are put into words.
+
+    items: what there is, what matters most first. row: makes a row of one. shown: so many matter most.
+    """
+
+    title: str
+    head: Row
+    items: Sequence[Item]
+    row: Callable[[Item], Row]
+    shown: int
+
+    def rows(self, everything: bool = False) -> list[Row]:
+        """Return the rows that are shown, which are all if everything is wanted or only one would be left out."""
+        items = self.items if everything or len(self.items) <= self.shown + 1 else self.items[: self.shown]
+        return [self.row(item) for item in items]
+
+    def lines(self, everything: bool, width: int | None) -> list[str]:
+        """Return the table as text, cut to what matters unless everything is wanted."""
+        if not self.items:
+            return [f"{self.title}: none"]
+        rows = self.rows(everything)
+        rest = len(self.items) - len(rows)
+        more = [f"  … and {rest} more; --all shows them"] if rest else []
+        return [f"{self.title}:", *table(self.head, rows, width), *more]
+
+
+def render(snapshot: Snapshot, *, everything: bool = False, width: int | None = None) -> str:
+    """Return a snapshot as text for people.
+
+    everything: all rows, not only those that matter most. width: lines are cut to so many characters.
+    """
+    parts = [headline(snapshot)]
+    said = findings(snapshot)
+    urgent = [f"ATTENTION: {finding.text}" for finding in said if finding.urgent]
+    parts.append((urgent or ["all well"]) + [f"note: {finding.text}" for finding in said if not finding.urgent])
+    parts += [section.lines(everything, width) for section in sections(snapshot)]
+    return "\n\n".join("\n".join(cut(line, width) for line in part) for part in parts)
+
+
+def headline(snapshot: Snapshot) -> list[str]:
+    """Return the lines that stand above everything."""
+    leader = next((member for member in snapshot.members if member.slot == snapshot.leader), None)
+    kinds = Counter(member.kind for member in snapshot.members)
+    lines = [
+        f"namespace {snapshot.namespace}, {kinds['worker']} workers and {kinds['server']} model servers, "
+        f"up for {age(snapshot.taken_wall_s - snapshot.created_wall_s)}",
+        f"leader: {f'pid {leader.pid} for {age(snapshot.leader_for_s)}' if leader else 'none'}, "
+        f"polled {age(snapshot.polled_ago_s)} ago, source {snapshot.source or '(none yet)'}, "
+        f"lock {_lock_state(snapshot)}",
+        f"loads {snapshot.loads}, reuses {snapshot.hits}, evictions {snapshot.evictions}, "
+        f"failed loads {snapshot.failed_loads}, out of memory {snapshot.out_of_memory}, "
+        f"time-outs {snapshot.timeouts}, reaped {snapshot.reaps}, rolled back {snapshot.rollbacks}",
+    ]
+    queue = waiters(snapshot)
+    if queue:
+        lines.append(f"waiting: {len(queue)}, the longest for {age(longest_wait_s(snapshot))}")
+    if snapshot.isolated is not None:
+        alone = next((copy for copy in snapshot.instances if copy.row == snapshot.isolated), None)
+        lines.append(f"isolation: {alone.tag if alone else '?'} runs alone to be measured")
+    return lines
+
+
+def _lock_state(snapshot: Snapshot) -> str:
+    if snapshot.lock.held is None:
+        return "not looked at"
+    return f"held by pid {snapshot.lock.last_holder_pid}" if snapshot.lock.held else "free"
+
+
+def overview(snapshots: Sequence[Snapshot]) -> str:
+    """Return one line for each of several namespaces."""
+    rows = []
+    for snapshot in snapshots:
+        used = sum(device.used_mb or 0.0 for device in snapshot.devices)
+        limit = sum(device.limit_mb for device in snapshot.devices)
+        urgent = [finding.text for finding in findings(snapshot) if finding.urgent]
+        rows.append(
+            (
+                snapshot.namespace,
+                str(len(snapshot.members)),
+                str(sum(model.loaded for model in snapshot.models)),
+                str(snapshot.active),
+                str(snapshot.waiting),
+                age(longest_wait_s(snapshot)),
+                f"{used:.0f} of {limit:.0f}",
+                urgent[0] if urgent else "all well",
+            )
+        )
+    head = ("namespace", "members", "copies", "in use", "waiting", "longest", "MB used", "state")
+    return "\n".join(["namespaces:", *table(head, rows), "", "`mpmm inspect NAMESPACE` shows one of them"])
+
+
+def sections(snapshot: Snapshot) -> list[Section[Any]]:
+    """Return everything there is in tables, what matters most first."""
+    leases = [_leases(snapshot)] if any(copy.state == "leased" for copy in snapshot.instances) else []
+    return [
+        devices(snapshot, BAR_WIDTH),
+        waiting(snapshot),
+        copies(snapshot),
+        *leases,
+        models(snapshot),
+        evictions(snapshot),
+        _decisions(snapshot),
+        _members(snapshot),
+    ]
+
+
+def devices(snapshot: Snapshot, bar_width: int) -> Section[DeviceInfo]:
+    """Return the devices, with bars of so many characters."""
+    signs = BAR_SIGNS if _can_show(BAR_SIGNS) else PLAIN_SIGNS
+
+    def row(device: DeviceInfo) -> Row:
+        return (
+            str(device.row),
+            bar(device, bar_width, signs),
+            *(mb(value) for value in (device.used_mb, device.reserved_mb, device.returning_mb)),
+            *(mb(value) for value in (device.limit_mb, device.total_mb, device.peak_since_start_mb)),
+            "books" if snapshot.books_only else _ago(device.sample_age_s),
+            device.name,
+        )
+
+    head = ("device", "", "used MB", "reserved", "returning", "limit", "total", "highest", "sampled", "name")
+    return Section("devices", head, snapshot.devices, row, 16)
+
+
+def _ago(seconds: float | None) -> str:
+    return "never" if seconds is None else f"{age(seconds)} ago"
+
+
+def _can_show(signs: str) -> bool:
+    try:
+        signs.encode(sys.stdout.encoding or "ascii")
+    except (UnicodeEncodeError, LookupError):
+        return False
+    return True
+
+
+def waiting(snapshot: Snapshot) -> Section[TicketInfo]:
+    """Return who waits, in the order in which they are served; who has an answer holds or loads a copy."""
+
+    need_of = needs(snapshot)
+
+    def row(ticket: TicketInfo) -> Row:
+        return (
+            str(ticket.number),
+            ticket.tag,
+            str(ticket.pid),
+            age(ticket.waited_s),
+            age(ticket.time_left_s),
+            mb(need_of(ticket)),
+            _reason(ticket.reason),
+            why(ticket, need_of(ticket)),
+        )
+
+    head = ("ticket", "for", "pid", "waited", "left", "needs MB", "reason", "why")
+    return Section("waiting", head, waiters(snapshot), row, 8)
+
+
+def _reason(reason: int) -> str:
+    return Reason(reason).name.lower() if reason in Reason._value2member_map_ else str(reason)
+
+
+def copies(snapshot: Snapshot) -> Section[InstanceInfo]:
+    """Return the copies of models: those that change state, then those in use, the longest first."""
+    pid_of = pids(snapshot)
+    names = {member.slot: member.name for member in snapshot.members}
+    order = {state: place for place, state in enumerate(_STATES)}
+
+    def row(copy: InstanceInfo) -> Row:
+        return (
+            str(copy.row),
+            copy.tag,
+            copy.state + (", doomed" if copy.doomed else ""),
+            age(copy.for_s),
+            mb(copy.mb),
+            places(copy),
+            pid_of(copy.holder),
+            "-" if copy.holder is None else names.get(copy.holder, "?"),
+            pid_of(copy.owner if copy.server is None else copy.server),
+            str(copy.uses),
+        )
+
+    items = sorted(
+        (copy for copy in snapshot.instances if copy.state != "leased"),
+        key=lambda copy: (order.get(copy.state, 0), -copy.for_s),
+    )
+    head = ("copy", "model", "state", "for", "MB", "on", "holder pid", "holder", "kept by pid", "uses")
+    return Section("copies", head, items, row, 10)
+
+
+def _leases(snapshot: Snapshot) -> Section[InstanceInfo]:
+    pid_of = pids(snapshot)
+
+    def row(lease: InstanceInfo) -> Row:
+        return (
+            str(lease.row),
+            lease.tag,
+            mb(lease.reserved_mb),
+            mb(lease.mb) if lease.mb else "?",
+            age(lease.for_s),
+            places(lease),
+            pid_of(lease.holder),
+            "?" if lease.program is None else str(lease.program),
+        )
+
+    items = [lease for lease in snapshot.instances if lease.state == "leased"]
+    head = ("lease", "name", "MB", "taken MB", "for", "on", "holder pid", "program pid")
+    return Section("leases", head, items, row, 6)
+
+
+def models(snapshot: Snapshot) -> Section[ModelInfo]:
+    """Return the models, those that somebody waits for first."""
+
+    def row(model: ModelInfo) -> Row:
+        return (
+            model.tag,
+            mb(model.estimate_mb),
+            *(str(count) for count in (model.loaded, model.active, model.idle, model.loading, model.unloading)),
+            *(str(count) for count in (model.waiting, model.loads, model.hits, model.evictions, model.pins)),
+            f"{model.load_s:.3f}",
+            f"{model.hold_s:.3f}",
+            f"{Demand(model.gap_s, model.requests).per_second(model.requested_ago_s):.3g}",
+            age(model.unused_for_s),
+        )
+
+    items = sorted(
+        (model for model in snapshot.models if model.kind == "model"),
+        key=lambda model: (-model.waiting, -model.active - model.loading, -model.loaded, model.tag),
+    )
+    head = (
+        *("model", "MB", "loaded", "active", "idle", "loading", "unloading", "waiting", "loads", "reuses", "evicted"),
+        *("pins", "load s", "hold s", "per s", "unused"),
+    )
+    return Section("models", head, items, row, 10)
+
+
+def _decision(event: EventInfo) -> Row:
+    ticket = "" if event.ticket is None else str(event.ticket)
+    return age(event.age_s), event.kind, event.tag or "?", ticket, why(event)
+
+
+def evictions(snapshot: Snapshot) -> Section[EventInfo]:
+    """Return what was told to go last, the latest first."""
+    gone = [event for event in snapshot.events if event.kind == "unload_began"]
+    return Section("last evictions", _DECISION_HEAD, gone[: -EVENTS_OF_EACH - 1 : -1], _decision, 5)
+
+
+def _decisions(snapshot: Snapshot) -> Section[EventInfo]:
+    decided = [event for event in snapshot.events if event.reason is not None]
+    return Section("last decisions", _DECISION_HEAD, decided[: -EVENTS_OF_EACH - 1 : -1], _decision, 8)
+
+
+def _members(snapshot: Snapshot) -> Section[MemberInfo]:
+    held = Counter(copy.holder for copy in snapshot.instances if copy.state in ("active", "leased"))
+
+    def row(member: MemberInfo) -> Row:
+        return (
+            str(member.slot),
+            "leader" if member.slot == snapshot.leader else member.kind,
+            str(member.pid),
+            {True: "yes", False: "DEAD", None: "?"}[member.alive],
+            age(member.attached_for_s),
+            mb(member.measured_mb) if member.kind == "server" else "",
+            str(held[member.slot]),
+            member.name,
+        )
+
+    items = sorted(
+        snapshot.members, key=lambda m: (m.alive is not False, m.slot != snapshot.leader, -held[m.slot], m.slot)
+    )
+    return Section("members", ("member", "kind", "pid", "alive", "attached", "MB", "holds", "name"), items, row, 6)

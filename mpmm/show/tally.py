@@ -1,0 +1,68 @@
+"""Histograms of waits, holds and loads, made of events.
+
+Whoever exports metrics counts them, from the ring, for as long as he follows it. They could stand in the segment, and
+be the same for everybody; but then each release would pay for them (a bucket, a sum and a count are three words of the
+undo log, 0.8 µs of a release's 10), or the leader of each namespace would read the whole ring four times a second,
+whether anybody wants to know or not. So who wants to know pays, and a counter says what he has missed.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections import defaultdict
+from dataclasses import dataclass, field
+
+from mpmm.show.follow import Step
+
+__all__ = ["BOUNDS_S", "Histogram", "Tally"]
+
+#: Upper bounds in seconds; one more bucket has what is longer.
+BOUNDS_S = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
+
+
+@dataclass
+class Histogram:
+    """How many durations lie in which bucket, each counted once, and their sum in seconds."""
+
+    counts: list[int] = field(default_factory=lambda: [0] * (len(BOUNDS_S) + 1))
+    sum_s: float = 0.0
+
+    def add(self, seconds: float) -> None:
+        """Count one."""
+        self.counts[bisect_left(BOUNDS_S, seconds)] += 1
+        self.sum_s += seconds
+
+
+class Tally:
+    """Histograms by tag. waits: of who had to queue, to the end of the wait, whatever ended it. lost: unseen events."""
+
+    def __init__(self) -> None:
+        self.waits: dict[str, Histogram] = defaultdict(Histogram)
+        self.holds: dict[str, Histogram] = defaultdict(Histogram)
+        self.loads: dict[str, Histogram] = defaultdict(Histogram)
+        self.lost = 0
+        self._queued: dict[int, float] = {}
+
+    def add(self, step: Step) -> None:
+        """Count the events of a step."""
+        self.lost += step.lost
+        taken_s = step.snapshot.taken_s
+        if step.lost or step.fresh:
+            # Whose end has gone unseen would be kept for ever.
+            self._queued = {ticket.number: taken_s - ticket.waited_s for ticket in step.snapshot.tickets}
+        for event in step.events:
+            if event.tag is None:
+                # Its row is gone, as a lease's is once it has ended.
+                continue
+            if event.kind == "queued" and event.ticket is not None:
+                self._queued[event.ticket] = taken_s - event.age_s
+            elif event.kind in ("granted", "left_queue", "load_began", "leased") and event.ticket is not None:
+                began = self._queued.pop(event.ticket, None)
+                if event.kind in ("granted", "left_queue") and event.value is not None:
+                    self.waits[event.tag].add(event.value)
+                elif began is not None:
+                    self.waits[event.tag].add(max(0.0, taken_s - event.age_s - began))
+            elif event.kind == "released" and event.value is not None:
+                self.holds[event.tag].add(event.value)
+            elif event.kind == "load_ended" and event.value is not None:
+                self.loads[event.tag].add(event.value)

@@ -1,0 +1,126 @@
+"""Words and figures that several views have in common."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+from mpmm.policy.reasons import explain
+from mpmm.shared_state.snapshot import DeviceInfo, EventInfo, InstanceInfo, Snapshot, TicketInfo
+
+__all__ = ["age", "bar", "devices_of", "mb", "needs", "pids", "places", "table", "waiters", "why"]
+
+#: Parts of a bar: used, reserved, on its way back, free, and where the limit is.
+BAR_SIGNS = "█▓░·│"
+PLAIN_SIGNS = "#+-.|"
+LONGEST_CELL = 40
+
+
+def mb(value: float | None) -> str:
+    """Return a number of MB as text."""
+    return "?" if value is None or math.isnan(value) else f"{value:.0f}"
+
+
+def age(seconds: float | None) -> str:
+    """Return a duration as text of at most six characters: `0.3 s`, `42 s`, `12 min`, `5.2 h`, `3 d`."""
+    if seconds is None or math.isnan(seconds):
+        return "?"
+    if math.isinf(seconds):
+        return "-"
+    for limit, unit, divisor in ((10, "s", 1.0), (100, "s", 1.0), (5400, "min", 60.0), (172800, "h", 3600.0)):
+        if seconds < limit:
+            short = divisor == 3600.0 or limit == 10
+            return f"{max(0.0, seconds) / divisor:.{1 if short else 0}f} {unit}"
+    return f"{seconds / 86400:.0f} d"
+
+
+def why(row: TicketInfo | EventInfo, need_mb: float | None = None) -> str:
+    """Return the sentence for a decision, empty where the policy has decided nothing.
+
+    need_mb: what is needed, if the row does not say it, see `needs`.
+    """
+    if row.reason is None:
+        return ""
+    need = row.need_mb if need_mb is None else need_mb
+    need, free, coming, seconds = (figure or 0.0 for figure in (need, row.free_mb, row.coming_mb, row.seconds))
+    return explain(row.reason, need, free, coming, seconds, row.other, row.on)
+
+
+def needs(snapshot: Snapshot) -> Callable[[TicketInfo], float]:
+    """Return what tells how many MB a ticket needs; an unknown model no more than a whole device, as it is tried."""
+    unknown = {model.row for model in snapshot.models if model.estimate_mb is None}
+    largest = max((device.limit_mb for device in snapshot.devices), default=math.inf)
+    return lambda ticket: min(ticket.need_mb, largest) if ticket.model in unknown else ticket.need_mb
+
+
+def pids(snapshot: Snapshot) -> Callable[[int | None], str]:
+    """Return what tells the pid of the member in a slot, as text."""
+    known = {member.slot: str(member.pid) for member in snapshot.members}
+    return lambda slot: "-" if slot is None else known.get(slot, "?")
+
+
+def waiters(snapshot: Snapshot) -> list[TicketInfo]:
+    """Return who waits, first one first."""
+    return [ticket for ticket in snapshot.tickets if ticket.state == "waiting"]
+
+
+def devices_of(copy: InstanceInfo) -> tuple[int, ...]:
+    """Return the rows of the devices on which a copy lies, or on which a lease is."""
+    return tuple(copy.shares_mb)
+
+
+def places(copy: InstanceInfo) -> str:
+    """Return where a copy lies, as text."""
+    return ", ".join(map(str, devices_of(copy)))
+
+
+def bar(device: DeviceInfo, width: int, signs: str = BAR_SIGNS) -> str:
+    """Return how full a device is, in `width` characters: used, reserved and returning memory, and the limit."""
+    full, reserved, returning, free, limit = tuple(signs)
+    cells = [free] * width
+    if device.total_mb > 0:
+        begin = 0.0
+        for sign, amount in ((full, device.used_mb or 0.0), (reserved, device.reserved_mb)):
+            end = begin + max(0.0, amount)
+            for cell in range(round(begin / device.total_mb * width), round(end / device.total_mb * width)):
+                if cell < width:
+                    cells[cell] = sign
+            begin = end
+        # What is on its way back is still part of what is used.
+        back = round(max(0.0, device.returning_mb) / device.total_mb * width)
+        last = min(width, round((device.used_mb or 0.0) / device.total_mb * width))
+        for cell in range(max(0, last - back), last):
+            cells[cell] = returning
+        at = min(width - 1, round(device.limit_mb / device.total_mb * width))
+        if device.limit_mb < device.total_mb and cells[at] == free:
+            cells[at] = limit
+    return "".join(cells)
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], width: int | None = None) -> list[str]:
+    """Return rows below their heads, in columns; numbers to the right.
+
+    width: lines are cut to it, and so are long cells that would leave no room for the columns behind them.
+    """
+    if width is not None:
+        rows = [[*(cut(cell, LONGEST_CELL) for cell in row[:-1]), row[-1]] for row in rows]
+    widths = [max(len(row[column]) for row in (head, *rows)) for column in range(len(head))]
+    numeric = [all(_is_number(row[column]) for row in rows) for column in range(len(head))]
+
+    def line(row: Sequence[str]) -> str:
+        cells = [
+            cell.rjust(size) if right else cell.ljust(size)
+            for cell, size, right in zip(row, widths, numeric, strict=True)
+        ]
+        return cut(("  " + "  ".join(cells)).rstrip(), width)
+
+    return [line(head), *(line(row) for row in rows)]
+
+
+def cut(line: str, width: int | None) -> str:
+    """Return a line of at most `width` characters."""
+    return line if width is None or len(line) <= width else line[: max(1, width - 1)] + "…"
+
+
+def _is_number(text: str) -> bool:
+    return not text.strip("0123456789.-?") or text[:1].isdigit()

@@ -1,0 +1,330 @@
+"""Models in event loops, the decorator, and pickled managers."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import pickle
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from processes import (
+    Gate,
+    LoadFails,
+    Loads,
+    LoadsObject,
+    Process,
+    Weights,
+    acquire,
+    force_reset,
+    problems,
+    release,
+    wait_until,
+    waiting,
+)
+
+from mpmm.errors import (
+    AcquireTimeoutError,
+    ClosedError,
+    InvalidArgumentError,
+    ModelTooLargeError,
+    NamespaceResetError,
+)
+from mpmm.model_manager import ModelManager
+from mpmm.shared_state import futex
+from mpmm.shared_state.snapshot import Snapshot, read_snapshot
+
+NewManager = Callable[..., ModelManager]
+NewProcess = Callable[..., Process]
+NewGate = Callable[[], Gate]
+
+
+def run(coroutine: Any) -> Any:
+    """Run a coroutine; an AssertionError if that takes long."""
+
+    async def in_time() -> Any:
+        return await asyncio.wait_for(coroutine, 20)
+
+    return asyncio.run(in_time())
+
+
+async def until(condition: Callable[[], object]) -> None:
+    """Let others run until `condition()` is true."""
+    deadline = time.monotonic() + 15
+    while not condition():
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.002)
+
+
+def settled(namespace: str) -> Snapshot:
+    """Return the state once nobody waits, holds or loads, and assert that it is sound."""
+    wait_until(
+        lambda: not (s := read_snapshot(namespace, events=False)).tickets and not s.active and not s.loading,
+        "nothing is going on",
+    )
+    assert problems(namespace) == []
+    return read_snapshot(namespace)
+
+
+def test_a_block_loads_holds_and_reuses(namespace: str, new_manager: NewManager) -> None:
+    manager = new_manager()
+
+    async def use() -> list[str]:
+        used = []
+        for _ in range(2):
+            async with manager.model_async("a", Loads()) as handle:
+                used.append(handle)
+                assert read_snapshot(namespace).active == 1
+            assert read_snapshot(namespace).active == 0
+        return used
+
+    first, second = run(use())
+    assert first == second
+    assert (settled(namespace).loads, settled(namespace).hits) == (1, 1)
+
+
+def test_many_tasks_wait_in_few_threads(namespace: str, new_manager: NewManager) -> None:
+    manager = new_manager(fallback_memory_mb=100, max_model_copies=1)
+    served = []
+
+    async def one(number: int) -> None:
+        async with manager.model_async("a", Loads()):
+            served.append(number)
+            await asyncio.sleep(0)
+
+    async def everybody() -> int:
+        async with manager.model_async("a", Loads()):
+            tasks = [asyncio.create_task(one(number)) for number in range(300)]
+            await until(lambda: read_snapshot(namespace, events=False).waiting == 300)
+            threads = threading.active_count()
+        await asyncio.gather(*tasks)
+        return threads
+
+    before = threading.active_count()
+    # Two for transactions, one for the load, three that watch.
+    assert run(everybody()) - before <= 6
+    assert sorted(served) == list(range(300))
+    assert settled(namespace).loads == 1
+
+
+def test_tasks_and_other_processes_hand_over_to_one_another(
+    namespace: str, new_manager: NewManager, new_process: NewProcess
+) -> None:
+    manager, other = new_manager(fallback_memory_mb=100), new_process()
+    other.call(acquire, "a")
+
+    async def use() -> str:
+        task = asyncio.create_task(hold())
+        await until(lambda: waiting(namespace, "a"))
+        other.call(release)
+        return await task
+
+    async def hold() -> str:
+        async with manager.model_async("a", Loads()) as handle:
+            other.send(acquire, "a")
+            await until(lambda: waiting(namespace, "a"))
+            return str(handle)
+
+    assert run(use()) == other.result()
+    other.call(release)
+    assert settled(namespace).loads == 1
+
+
+def test_the_loop_goes_on_while_a_loader_runs(new_manager: NewManager, new_gate: NewGate) -> None:
+    manager, began, go = new_manager(), new_gate(), new_gate()
+
+    async def load() -> str:
+        async with manager.model_async("a", Loads(began=began, go=go)) as handle:
+            return str(handle)
+
+    async def main() -> str:
+        task = asyncio.create_task(load())
+        await until(began.is_open)
+        go.open()
+        return await task
+
+    assert run(main()).startswith("handle-")
+
+
+def test_an_object_is_reused_by_its_own_process(namespace: str, new_manager: NewManager) -> None:
+    manager = new_manager()
+
+    async def use() -> list[Weights]:
+        found = []
+        for _ in range(2):
+            async with manager.model_async("a", LoadsObject()) as model:
+                found.append(model)
+        return found
+
+    first, second = run(use())
+    assert first is second
+
+
+def test_a_task_that_is_cancelled_leaves_the_queue(namespace: str, new_manager: NewManager) -> None:
+    manager = new_manager(fallback_memory_mb=100)
+
+    async def use() -> None:
+        async with manager.model_async("held", Loads()):
+            task = asyncio.create_task(want())
+            await until(lambda: waiting(namespace, "a"))
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            await until(lambda: not waiting(namespace, "a"))
+
+    async def want() -> None:
+        async with manager.model_async("a", Loads()):
+            pytest.fail("it was cancelled")
+
+    run(use())
+    settled(namespace)
+
+
+@pytest.mark.parametrize("steps", range(6))
+def test_a_task_can_be_cancelled_at_any_await(steps: int, namespace: str, new_manager: NewManager) -> None:
+    manager = new_manager(fallback_memory_mb=100)
+
+    async def want() -> None:
+        async with manager.model_async("a", Loads()):
+            await asyncio.sleep(0)
+
+    async def use() -> None:
+        async with manager.model_async("held", Loads()):
+            waits = asyncio.create_task(want())
+            for _ in range(steps):
+                await asyncio.sleep(0)
+            waits.cancel()
+            await asyncio.gather(waits, return_exceptions=True)
+        loads = asyncio.create_task(want())
+        for _ in range(steps):
+            await asyncio.sleep(0.0005)
+        loads.cancel()
+        await asyncio.gather(loads, return_exceptions=True)
+
+    run(use())
+    settled(namespace)
+
+
+def test_a_load_goes_on_when_its_task_is_cancelled(namespace: str, new_manager: NewManager, new_gate: NewGate) -> None:
+    manager, began, go = new_manager(), new_gate(), new_gate()
+
+    async def load() -> None:
+        async with manager.model_async("a", Loads(began=began, go=go)):
+            pytest.fail("it was cancelled")
+
+    async def main() -> None:
+        task = asyncio.create_task(load())
+        await until(began.is_open)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert read_snapshot(namespace).loading == 1
+        go.open()
+
+    run(main())
+    [copy] = settled(namespace).instances
+    assert copy.state == "idle"
+
+
+def test_errors_arrive_as_from_acquire_model(namespace: str, new_manager: NewManager, new_process: NewProcess) -> None:
+    manager = new_manager(fallback_memory_mb=100, wait_timeout_seconds=0.3)
+    manager._estimator.set_initial_estimate("huge", 500)
+
+    async def use(tag: str, loader: Callable[[], Any]) -> None:
+        async with manager.model_async(tag, loader):
+            pytest.fail("there is nothing to be had")
+
+    with pytest.raises(OSError, match="no such file"):
+        run(use("a", LoadFails()))
+    with pytest.raises(ModelTooLargeError, match="'huge' needs 500 MB"):
+        run(use("huge", Loads()))
+    with manager.model("held", Loads()), pytest.raises(AcquireTimeoutError, match="wait_timeout_seconds"):
+        run(use("a", Loads()))
+    with pytest.raises(InvalidArgumentError, match="no coroutine function"):
+        run(use("a", _fails_inside))  # type: ignore[arg-type]
+    with pytest.raises(InvalidArgumentError, match="no coroutine"), manager.model("a", _coroutine):
+        pytest.fail("it was no callable")
+    with pytest.raises(InvalidArgumentError, match="model tag ''"):
+        run(use("", Loads()))
+    with pytest.raises(ZeroDivisionError):
+        run(_fails_inside(manager))
+    assert settled(namespace).timeouts == 1
+
+
+async def _coroutine() -> None:
+    pytest.fail("nobody awaits a loader")
+
+
+async def _fails_inside(manager: ModelManager) -> None:
+    async with manager.model_async("a", Loads()):
+        raise ZeroDivisionError
+
+
+def test_a_reset_and_a_shutdown_end_the_wait(namespace: str, new_manager: NewManager, new_process: NewProcess) -> None:
+    other = new_process(fallback_memory_mb=100)
+    other.call(acquire, "held")
+    manager = new_manager()
+
+    async def want(end: Callable[[], Any]) -> None:
+        async def wait() -> None:
+            async with manager.model_async("a", Loads()):
+                pytest.fail("there is no room")
+
+        task = asyncio.create_task(wait())
+        await until(lambda: waiting(namespace, "a"))
+        end()
+        await task
+
+    with pytest.raises(NamespaceResetError):
+        run(want(lambda: other.call(force_reset)))
+    other.call(acquire, "held")
+    began = time.monotonic()
+    with pytest.raises(ClosedError):
+        run(want(manager.shutdown))
+    assert time.monotonic() - began < 4
+
+
+def test_where_the_kernel_cannot_wait_for_several_words(
+    namespace: str, new_manager: NewManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(futex, "_SYSCALL_WAITV", 100_000)
+    test_many_tasks_wait_in_few_threads(namespace, new_manager)
+
+
+def test_a_decorated_function_is_given_the_model(namespace: str, new_manager: NewManager) -> None:
+    manager = new_manager()
+
+    @manager.uses("a", Loads())
+    def detect(image: str, *, model: str) -> tuple[str, str]:
+        """Find things."""
+        assert read_snapshot(namespace).active == 1
+        return image, model
+
+    @manager.uses("a", Loads(), argument="detector")
+    async def detect_later(image: str, detector: str) -> tuple[str, str]:
+        return image, detector
+
+    image, handle = detect("x")
+    assert run(detect_later("y")) == ("y", handle)
+    assert image == "x"
+    assert (detect.__name__, detect.__doc__) == ("detect", "Find things.")
+    assert list(inspect.signature(detect).parameters) == ["image"]
+    assert list(inspect.signature(detect_later).parameters) == ["image"]
+    assert inspect.iscoroutinefunction(detect_later)
+    assert settled(namespace).active == 0
+    with pytest.raises(InvalidArgumentError, match="no parameter 'model'"):
+        manager.uses("a", Loads())(lambda image: image)
+
+
+def test_a_pickled_manager_is_one_of_the_same_namespace(new_manager: NewManager) -> None:
+    manager = new_manager(idle_ttl_seconds=60)
+    with pickle.loads(pickle.dumps(manager)) as copy:
+        assert copy.namespace == manager.namespace
+        assert copy._settings == manager._settings
+        held = manager.acquire_model("a", Loads())
+        manager.release_model("a", held)
+        assert copy.acquire_model("a", Loads()) == held
+        copy.release_model("a", held)

@@ -1,0 +1,303 @@
+"""Traces and plots: what is in them, and that they keep to the rules of the format."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from processes import Loads, LoadsObject, Process, acquire, force_reset, release, shut_down, wait_until, waiting
+
+from mpmm.cli import main
+from mpmm.model_manager import ModelManager
+from mpmm.shared_state.layout import Capacities
+from mpmm.shared_state.snapshot import read_snapshot
+from mpmm.show.follow import Follower
+from mpmm.show.plot import histories, read_trace
+from mpmm.show.record import recent_trace
+from mpmm.show.trace import DEVICE_PID, NAMESPACE_PID, Tracer
+
+NewManager = Callable[..., ModelManager]
+NewProcess = Callable[..., Process]
+Capture = pytest.CaptureFixture[str]
+Events = Iterable[dict[str, Any]]
+
+
+def broken_rules(events: Events) -> list[str]:
+    """Return where a trace breaks the rules of the Trace Event Format, in so far as it uses it."""
+    broken, spans, arrows = [], defaultdict(list), defaultdict(list)
+    for event in events:
+        kind = event.get("ph")
+        numbers = [event.get(name) for name in ("ts", "pid", "tid")]
+        if kind not in ("X", "M", "C", "i", "s", "f") or not isinstance(event.get("name"), str):
+            broken.append(f"unknown or without a name: {event}")
+        elif not all(isinstance(number, int | float) and number >= 0 for number in numbers):
+            broken.append(f"without time and place: {event}")
+        elif kind == "X":
+            if not event.get("dur", -1) >= 0:
+                broken.append(f"without a duration: {event}")
+            spans[event["pid"], event["tid"]].append((event["ts"], event["ts"] + event["dur"]))
+        elif kind == "M":
+            wanted = {"process_name": "name", "thread_name": "name", "process_sort_index": "sort_index"}
+            if wanted.get(event["name"]) not in event["args"]:
+                broken.append(f"metadata that means nothing: {event}")
+        elif kind == "C" and not all(isinstance(value, int | float) for value in event["args"].values()):
+            broken.append(f"a counter that counts nothing: {event}")
+        elif kind == "i" and event.get("s") not in ("g", "p", "t"):
+            broken.append(f"of no scope: {event}")
+        elif kind in ("s", "f"):
+            if kind == "f" and event.get("bp") != "e":
+                broken.append(f"bound to the next span: {event}")
+            arrows[event["cat"], event["name"], event["id"]].append(event)
+    for place, taken in spans.items():
+        ordered = sorted(taken)
+        for (_, end), (begin, _) in itertools.pairwise(ordered):
+            if begin < end - 0.002:
+                broken.append(f"spans of {place} overlap: {end} is after {begin}")
+    for name, ends in arrows.items():
+        if sorted(end["ph"] for end in ends) != ["f", "s"]:
+            broken.append(f"arrow {name} has {len(ends)} ends")
+            continue
+        tail, head = sorted(ends, key=lambda end: bool(end["ph"] == "f"))
+        if head["ts"] < tail["ts"] - 0.002:
+            broken.append(f"arrow {name} goes back in time")
+        for end in ends:
+            here = spans[end["pid"], end["tid"]]
+            if not any(begin - 0.002 <= end["ts"] <= until + 0.002 for begin, until in here):
+                broken.append(f"an end of arrow {name} lies in no span: {end}")
+    return broken
+
+
+def named(events: Events, name: str, kind: str = "X") -> list[dict[str, Any]]:
+    return [event for event in events if event["name"] == name and event["ph"] == kind]
+
+
+@pytest.fixture
+def story(namespace: str, new_manager: NewManager, new_process: NewProcess) -> tuple[ModelManager, Process]:
+    """A hand-over between processes, an eviction for another model, a copy that is held, and one who waits for it."""
+    manager, other = new_manager(fallback_memory_mb=250), new_process()
+    handle = manager.acquire_model("a", Loads())
+    manager.acquire_model("kept", Loads())
+    other.send(acquire, "a")
+    wait_until(lambda: waiting(namespace, "a"), "the other one waits")
+    manager.release_model("a", handle)
+    other.result()
+    other.call(release)
+    other.call(acquire, "b")
+    other.call(release)
+    other.call(acquire, "b")
+    return manager, other
+
+
+def test_a_trace_tells_what_happened(story: tuple[ModelManager, Process], namespace: str) -> None:
+    _, other = story
+    events = recent_trace(namespace)
+    assert broken_rules(events) == []
+    ours = os.getpid()
+    assert {event["pid"] for event in named(events, "load a")} == {ours}
+    first, second = sorted(named(events, "hold a"), key=lambda event: float(event["ts"]))
+    assert (first["pid"], second["pid"]) == (ours, other.pid)
+    [wait] = named(events, "wait a")[-1:]
+    assert wait["pid"] == other.pid
+    assert "in use" in wait["args"]["why"]
+    [unload] = named(events, "unload a")
+    assert (unload["args"]["evicted"], unload["args"]["for"]) == (True, "b")
+    [lying] = named(events, "a")
+    assert (lying["pid"], lying["args"]["evicted"]) == (DEVICE_PID, True)
+    assert lying["ts"] + lying["dur"] == pytest.approx(unload["ts"], abs=0.01)
+    unfinished = {event["name"] for event in events if event["ph"] == "X" and event["args"].get("unfinished")}
+    assert unfinished == {"hold b", "hold kept", "b", "kept", f"pid {ours} leads"}
+    arrows = {
+        (event["name"], event["pid"], end["pid"])
+        for event in events
+        for end in events
+        if event["ph"] == "s" and end["ph"] == "f" and event["id"] == end["id"]
+    }
+    assert ("hand-over", ours, other.pid) in arrows
+    assert ("after waiting", other.pid, other.pid) in arrows
+    assert "made room" in {name for name, _, _ in arrows}
+    names = {event["args"]["name"] for event in named(events, "process_name", "M")}
+    assert {f"namespace {namespace}", "device 0: booked"} < names
+    assert [event["args"]["used"] for event in named(events, "memory MB", "C")] == [200.0]
+    assert [event["args"]["loaded"] for event in named(events, "models MB", "C")][:2] == [100.0, 200.0]
+
+
+def test_following_gives_the_same_spans_as_looking_once(
+    namespace: str, new_manager: NewManager, new_process: NewProcess
+) -> None:
+    manager, process = new_manager(fallback_memory_mb=100), new_process()
+    follower, tracer = Follower(namespace), Tracer()
+    events = []
+    for tag in ("a", "b", "a"):
+        manager.release_model(tag, manager.acquire_model(tag, Loads()))
+        events += tracer.add(follower.step())
+        process.call(acquire, tag)
+        events += tracer.add(follower.step())
+        process.call(release)
+    manager.acquire_model("c", LoadsObject())
+    process.call(force_reset)
+    step = follower.step()
+    events += tracer.add(step) + tracer.finish(step.snapshot)
+    once = Tracer()
+    whole = once.add(Follower(namespace).step())
+    assert broken_rules(events) == []
+    assert broken_rules(whole) == []
+
+    def spans(found: Events) -> set[tuple[str, int, float]]:
+        kinds = ("wait", "load", "hold", "unload")
+        return {
+            (event["name"], event["pid"], round(event["ts"], 1))
+            for event in found
+            if event["ph"] == "X" and event["cat"] in kinds and not event["args"].get("unfinished")
+        }
+
+    assert spans(whole) == spans(events)
+    assert named(events, "reset", "i")
+    assert tracer.lost == 0
+
+
+def test_overwritten_events_are_counted_and_said(namespace: str, new_manager: NewManager) -> None:
+    manager = new_manager(capacities=Capacities(events=16))
+    follower, tracer = Follower(namespace), Tracer()
+    held = manager.acquire_model("held", Loads())
+    events = tracer.add(follower.step())
+    before = read_snapshot(namespace).events_written
+    for _ in range(20):
+        manager.release_model("a", manager.acquire_model("a", Loads()))
+    manager.release_model("held", held)
+    step = follower.step()
+    events += tracer.add(step) + tracer.finish(step.snapshot)
+    assert step.lost == step.snapshot.events_written - before - len(step.events) > 0
+    assert tracer.lost == step.lost
+    assert named(events, f"{step.lost} events were overwritten before they could be read", "i")
+    assert broken_rules(events) == []
+    assert follower.step().events == ()
+
+
+def test_what_was_there_before_the_first_event_is_in_the_trace(namespace: str, new_manager: NewManager) -> None:
+    manager = new_manager(capacities=Capacities(events=16))
+    manager.acquire_model("old", Loads())
+    for _ in range(20):
+        manager.release_model("a", manager.acquire_model("a", Loads()))
+    events = recent_trace(namespace)
+    assert broken_rules(events) == []
+    [old] = named(events, "hold old")
+    assert (old["pid"], old["args"]["unfinished"]) == (os.getpid(), True)
+    assert {event["name"] for event in events if event.get("cat") == "loaded"} == {"old", "a"}
+
+
+def test_another_namespace_of_the_same_name_begins_anew(namespace: str, new_manager: NewManager) -> None:
+    follower, tracer = Follower(namespace), Tracer()
+    events = []
+    for tag in ("a", "b"):
+        manager = new_manager()
+        manager.acquire_model(tag, Loads())
+        step = follower.step()
+        assert step.fresh
+        events += tracer.add(step)
+        manager.shutdown()
+        with pytest.raises(FileNotFoundError):
+            follower.step()
+    events += tracer.finish(step.snapshot)
+    assert broken_rules(events) == []
+    assert len(named(events, "hold a")) == len(named(events, "hold b")) == 1
+
+
+def test_a_busy_ring_is_looked_at_more_often(namespace: str, new_manager: NewManager) -> None:
+    manager = new_manager()
+    follower = Follower(namespace)
+    follower.step()
+    longest = follower.pause_s
+    for _ in range(1100):
+        manager.release_model("a", manager.acquire_model("a", Loads()))
+    follower.step()
+    assert follower.pause_s == longest / 2
+    follower.step()
+    assert follower.pause_s == longest
+
+
+def test_the_command_follows_a_job_from_its_begin_to_its_end(
+    namespace: str, new_process: NewProcess, tmp_path: Path
+) -> None:
+    file = tmp_path / "trace.json"
+    recorder = subprocess.Popen(
+        [sys.executable, "-m", "mpmm.cli", "trace", namespace, "--follow", "-o", str(file)], stderr=subprocess.PIPE
+    )
+    try:
+        worker = new_process()
+        worker.call(acquire, "a")
+        wait_until(lambda: file.exists() and "load a" in file.read_text(), "the load is in the trace")
+        # The end is not there yet, and still everybody can read it.
+        assert named(read_trace(file), "load a")
+        worker.call(release)
+        worker.call(shut_down)
+        _, said = recorder.communicate(timeout=20)
+    finally:
+        recorder.kill()
+    assert recorder.returncode == 0
+    assert b"entries written" in said
+    events = json.loads(file.read_text())
+    assert broken_rules(events) == []
+    assert len(named(events, "hold a")) == 1
+
+
+def test_an_interrupt_ends_a_trace_in_good_order(story: tuple[ModelManager, Process], namespace: str) -> None:
+    recorder = subprocess.Popen(
+        [sys.executable, "-m", "mpmm.cli", "trace", namespace, "--follow"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert recorder.stdout is not None
+    begun = recorder.stdout.readline() + recorder.stdout.readline()
+    recorder.send_signal(signal.SIGINT)
+    rest = recorder.stdout.read()
+    recorder.communicate(timeout=20)
+    assert recorder.returncode == 0
+    assert broken_rules(json.loads(begun + rest)) == []
+
+
+def test_plots_of_a_namespace_and_of_a_trace(
+    story: tuple[ModelManager, Process], namespace: str, tmp_path: Path, capsys: Capture
+) -> None:
+    pytest.importorskip("matplotlib")
+    trace = tmp_path / "trace.json"
+    assert main(["trace", namespace, "-o", str(trace)]) == 0
+    assert "entries written\n" in capsys.readouterr().err
+    history = histories(read_trace(trace))[0]
+    assert history.name == "device 0: booked"
+    assert [tag for *_, tag, evicted in history.loaded if evicted] == ["a"]
+    assert history.limit[-1][1] == 250.0
+    assert main(["plot", "--trace", str(trace), "-o", str(tmp_path / "plot.svg")]) == 0
+    drawn = (tmp_path / "plot.svg").read_text()
+    assert "<svg" in drawn
+    assert main(["plot", namespace, "-o", str(tmp_path / "plot.png")]) == 0
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_cannot_be_drawn_is_said(tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "trace.json"
+    file.write_text("no trace")
+    assert main(["plot", "--trace", str(file), "-o", "plot.png"]) == 2
+    assert "is no trace" in capsys.readouterr().err
+    file.write_text("[]")
+    assert main(["plot", "--trace", str(file), "-o", "plot.png"]) == 2
+    assert "nothing to draw" in capsys.readouterr().err
+    assert main(["plot", "--trace", str(file), "-o", "plot.txt"]) == 2
+    assert "expected a name that ends in one of .png" in capsys.readouterr().err
+    assert main(["plot", "--trace", str(tmp_path / "missing"), "-o", "plot.png"]) == 2
+    assert "No such file" in capsys.readouterr().err
+    counter = {"ph": "C", "name": "memory MB", "pid": DEVICE_PID, "tid": 0, "ts": 1, "args": {"used": 1}}
+    file.write_text(json.dumps([counter]))
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert main(["plot", "--trace", str(file), "-o", "plot.png"]) == 2
+    assert "pip install 'mpmm[plot]'" in capsys.readouterr().err
+    assert NAMESPACE_PID < DEVICE_PID

@@ -1,0 +1,55 @@
+"""An HTTP inference service with several workers that share their models. Needs starlette and uvicorn.
+
+    uvicorn --app-dir tools/examples http_service:app --workers 4
+    curl 'localhost:8000/predict?text=to+be+or+not+to+be'
+    curl localhost:8000/metrics
+
+Tasks wait for a model without blocking the event loop, and without a thread each. The model is an object of the worker
+that loaded it; everybody accounts for its memory, and when others need the room, an idle one is dropped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import AsyncIterator
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+from starlette.routing import Mount, Route
+
+from mpmm import AcquireTimeoutError, ModelManager
+from mpmm.metrics import asgi_app
+
+
+class Reverser:
+    """Stands for a model."""
+
+    def predict(self, text: str) -> str:
+        """Return the text backwards."""
+        return text[::-1]
+
+
+@contextlib.asynccontextmanager
+async def lifespan(app: Starlette) -> AsyncIterator[None]:
+    """Attach this worker when it starts, and let go of its models when it ends."""
+    with ModelManager(namespace="service", memory_source="booked", wait_timeout_seconds=30) as manager:
+        app.state.manager = manager
+        yield
+
+
+async def predict(request: Request) -> JSONResponse:
+    """Answer with the prediction, or with 503 when no model is to be had in time."""
+    manager: ModelManager = request.app.state.manager
+    try:
+        async with manager.model_async("reverser", Reverser) as model:
+            answer: Any = await run_in_threadpool(model.predict, request.query_params["text"])
+    except AcquireTimeoutError as error:
+        return JSONResponse({"error": str(error)}, status_code=503)
+    return JSONResponse({"answer": answer, "worker": os.getpid()})
+
+
+app = Starlette(routes=[Route("/predict", predict), Mount("/metrics", asgi_app())], lifespan=lifespan)

@@ -1,0 +1,54 @@
+"""Ray actors that share the models of their node. Needs ray, which is in no extra of mpmm.
+
+    pip install ray && python tools/examples/ray_actors.py
+
+Ray places actors by the GPU shares that they ask for, and knows nothing of what they load. Actors that ask for no GPU
+and attach to one namespace share all devices of the node instead, by what the models really take.
+"""
+
+# mypy: disable-error-code="attr-defined,untyped-decorator"
+
+from __future__ import annotations
+
+import os
+
+import ray
+from pool import WordCounter, load
+
+from mpmm import ModelManager, MultiProcessShared
+
+NAMESPACE = "ray"
+
+
+@ray.remote(num_cpus=0)
+class Counting:
+    """One actor; each is a process of its own."""
+
+    def __init__(self) -> None:
+        self._manager = ModelManager(namespace=NAMESPACE, memory_source="booked", max_model_copies=2)
+
+    def count(self, text: str) -> tuple[int, int]:
+        """Return how many words there are, and this actor's pid."""
+        with self._manager.model("counter", load) as handle:
+            counter = MultiProcessShared(WordCounter, tag=handle, always_proxy=True, spawn_process=True).acquire()
+            return sum(counter.predict(text).values()), os.getpid()
+
+    def leave(self) -> None:
+        """Let go of the models: Ray ends actors by a signal."""
+        self._manager.shutdown()
+
+
+def main() -> None:
+    """Have three actors count with two copies."""
+    ray.init(num_cpus=2, include_dashboard=False, logging_level="ERROR")
+    try:
+        actors = [Counting.remote() for _ in range(3)]
+        counted = ray.get([actor.count.remote("to be or not to be") for actor in actors * 5])
+        ray.get([actor.leave.remote() for actor in actors])
+    finally:
+        ray.shutdown()
+    print(f"counted {sum(words for words, _ in counted)} words in {len({pid for _, pid in counted})} actors")
+
+
+if __name__ == "__main__":
+    main()
