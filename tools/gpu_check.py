@@ -292,8 +292,9 @@ def check_turns(check: Check) -> None:
     check.say("turns", "other failures", str(len(errors)), "0", not errors)
     for error in errors[:3]:
         check.say("turns", "failure", error)
-    share = highest_mb / check.device.total_mb
-    check.say("turns", "highest use", f"{highest_mb:.0f} MB, {share:.1%}", "≤ 100 %", share <= 1.0)
+    limit_mb = snapshot.devices[0].limit_mb
+    share = f"{highest_mb:.0f} MB, {highest_mb / limit_mb:.1%} of the limit"
+    check.say("turns", "highest use", share, "≤ 101 %", highest_mb <= 1.01 * limit_mb)
     check.say("turns", "evicted at all", "yes" if snapshot.evictions else "no", "yes", snapshot.evictions > 0)
 
 
