@@ -96,7 +96,7 @@ def headline(snapshot: Snapshot) -> list[str]:
         f"namespace {snapshot.namespace}, {kinds['worker']} workers and {kinds['server']} model servers, "
         f"up for {age(snapshot.taken_wall_s - snapshot.created_wall_s)}",
         f"leader: {f'pid {leader.pid} for {age(snapshot.leader_for_s)}' if leader else 'none'}, "
-        f"polled {age(snapshot.polled_ago_s)} ago, source {snapshot.source or '(none yet)'}, "
+        f"polled {age(snapshot.polled_ago_s)} ago, source {_source(snapshot)}, "
         f"lock {_lock_state(snapshot)}",
         f"loads {snapshot.loads}, reuses {snapshot.hits}, evictions {snapshot.evictions}, "
         f"failed loads {snapshot.failed_loads}, out of memory {snapshot.out_of_memory}, "
@@ -109,6 +109,10 @@ def headline(snapshot: Snapshot) -> list[str]:
         alone = next((copy for copy in snapshot.instances if copy.row == snapshot.isolated), None)
         lines.append(f"isolation: {alone.tag if alone else '?'} runs alone to be measured")
     return lines
+
+
+def _source(snapshot: Snapshot) -> str:
+    return (snapshot.source or "(none yet)") + (" (knows processes)" if snapshot.measures_processes else "")
 
 
 def _lock_state(snapshot: Snapshot) -> str:
