@@ -15,7 +15,7 @@ from mpmm.shared_state.namespace import Namespace
 from mpmm.shared_state.tables import fit_text
 from mpmm.shared_state.transaction import Transaction
 from mpmm.sources import DeviceInfo, DeviceSample, MemorySource, is_books_only
-from mpmm.sources.process_tree import parent_of, process_tree
+from mpmm.sources.process_tree import outside, process_tree
 
 __all__ = ["ForeignMonitor", "MonitorLike", "SharedBoard"]
 
@@ -201,14 +201,7 @@ class SharedBoard:
         members = {words[tables.member(slot) + Member.PID] for slot in tables.used_members()}
         ours = members | {pid for tree in self._programs().values() for pid in tree}
         servers = {words[tables.member(slot) + Member.PID] for slot in self._servers()}
-        strangers = set()
-        for pid in set(measured) - ours:
-            ancestor = parent_of(pid)
-            while ancestor is not None and ancestor not in servers:
-                ancestor = parent_of(ancestor)
-            if ancestor is None:
-                strangers.add(pid)
-        return strangers
+        return outside(set(measured) - ours, servers)
 
     def server_pids(self) -> Sequence[int]:
         """Return the pids of the namespace's model servers, and of programs that have leases.

@@ -28,6 +28,7 @@ from simulated_gpu import GPU_IS_LOST, SimulatedGpus
 
 from mpmm import ModelManager
 from mpmm.shared_state.snapshot import DeviceInfo, read_snapshot
+from mpmm.show.screen import render
 from mpmm.sources import SourceUnavailableError
 from mpmm.sources.nvidia_smi import NvidiaSmiSource
 from mpmm.sources.nvml import NvmlSource
@@ -185,7 +186,7 @@ def test_pids_of_another_namespace_are_not_taken_for_processes_without_memory(
     gpus = new_gpus(1000)
     manager = new_manager(memory_source="nvml", poll_interval=0.05)
     acquire_and_release(manager, "a")
-    assert read_snapshot(namespace).measures_processes
+    assert "source nvml (knows processes)," in render(read_snapshot(namespace))
     source = NvmlSource()
     gpus.allocate(200, 0)
     (sample,) = source.sample((os.getpid(),))
@@ -199,6 +200,7 @@ def test_pids_of_another_namespace_are_not_taken_for_processes_without_memory(
     assert sample.used_mb == 200 and sample.process_mb == {} and not sample.processes_known
     assert sample.foreign_mb((os.getpid(),)) is None
     wait_until(lambda: not read_snapshot(namespace).measures_processes, "the leader says so")
+    assert "source nvml," in render(read_snapshot(namespace))
     assert any("cannot measure single processes" in record.getMessage() for record in caplog.records)
     gpus.shift_pids(0)
     (sample,) = source.sample((os.getpid(),))

@@ -25,7 +25,7 @@ from mpmm.sources.booked import BookedSource
 from mpmm.sources.host_memory import HostMemorySource, cgroup_limits, host_memory_mb
 from mpmm.sources.nvidia_smi import NvidiaSmiSource
 from mpmm.sources.nvml import NvmlSource
-from mpmm.sources.process_tree import process_tree
+from mpmm.sources.process_tree import outside, process_tree
 
 
 class NVMLError(Exception):
@@ -619,5 +619,8 @@ def test_the_tree_of_a_process_is_itself_and_what_it_has_started(
         assert process_tree(parent.pid) == [parent.pid, child]
         assert process_tree(parent.pid, without={child}) == [parent.pid]
         assert set(process_tree(os.getpid())) >= {os.getpid(), parent.pid, child}
+        assert outside([parent.pid, child, os.getpid()], [parent.pid]) == {os.getpid()}
+        assert outside([child, parent.pid], [os.getpid()]) == set()
+        assert outside([parent.pid], [child]) == {parent.pid}
         parent.stdin.close()
     assert process_tree(parent.pid) == [parent.pid]

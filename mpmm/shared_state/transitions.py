@@ -1097,11 +1097,12 @@ class Transitions:
     def _settle_reservations(self, t: Transaction, device: int, taken_ns: int) -> None:
         """Drop reservations of copies whose load had ended when the sample was taken."""
         words = self.segment.words
-        rows = self.tables.view(self.layout.instances)
-        loaded = np.isin(rows[:, Instance.STATE], (Instance.ACTIVE, Instance.IDLE, Instance.UNLOADING))
-        done = loaded & (rows[:, Instance.DEVICES] & np.uint64(1 << device) != 0)
-        for row in np.flatnonzero(done & (rows[:, Instance.RESERVED_MB] != 0)).tolist():
+        reserved = self.tables.view(self.layout.instances)[:, Instance.RESERVED_MB]
+        for row in np.flatnonzero(reserved).tolist():
             at = self.tables.instance(row)
+            is_loaded = words[at + Instance.STATE] in (Instance.ACTIVE, Instance.IDLE, Instance.UNLOADING)
+            if not is_loaded or not words[at + Instance.DEVICES] & 1 << device:
+                continue
             others = device_rows(words[at + Instance.DEVICES] & ~(1 << device))
             sampled = [words[self.tables.device(other) + Device.SAMPLED] for other in others]
             if words[at + Instance.LOADED_AT] <= min([taken_ns, *sampled]):

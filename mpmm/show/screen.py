@@ -96,8 +96,8 @@ def headline(snapshot: Snapshot) -> list[str]:
         f"namespace {snapshot.namespace}, {kinds['worker']} workers and {kinds['server']} model servers, "
         f"up for {age(snapshot.taken_wall_s - snapshot.created_wall_s)}",
         f"leader: {f'pid {leader.pid} for {age(snapshot.leader_for_s)}' if leader else 'none'}, "
-        f"polled {age(snapshot.polled_ago_s)} ago, source {snapshot.source or '(none yet)'}"
-        f"{' (knows processes)' if snapshot.measures_processes else ''}, lock {_lock_state(snapshot)}",
+        f"polled {age(snapshot.polled_ago_s)} ago, source {_source(snapshot)}, "
+        f"lock {_lock_state(snapshot)}",
         f"loads {snapshot.loads}, reuses {snapshot.hits}, evictions {snapshot.evictions}, "
         f"failed loads {snapshot.failed_loads}, out of memory {snapshot.out_of_memory}, "
         f"time-outs {snapshot.timeouts}, reaped {snapshot.reaps}, rolled back {snapshot.rollbacks}",
@@ -112,6 +112,10 @@ def headline(snapshot: Snapshot) -> list[str]:
                 f"isolation: {tags.get(device.isolated, '?')} runs alone on device {device.row}, to be measured"
             )
     return lines
+
+
+def _source(snapshot: Snapshot) -> str:
+    return (snapshot.source or "(none yet)") + (" (knows processes)" if snapshot.measures_processes else "")
 
 
 def _lock_state(snapshot: Snapshot) -> str:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 import psutil
 
-__all__ = ["parent_of", "process_tree"]
+__all__ = ["outside", "process_tree"]
 
 
 def process_tree(pid: int, without: Collection[int] = ()) -> list[int]:
@@ -25,8 +25,37 @@ def process_tree(pid: int, without: Collection[int] = ()) -> list[int]:
     return found
 
 
-def parent_of(pid: int) -> int | None:
+def outside(pids: Iterable[int], roots: Collection[int]) -> set[int]:
+    """Return those of `pids` that neither are among `roots` nor descend from one of them.
+
+    Asks for the parent of each process once, which is 15 µs on Linux; those of many processes are mostly the same.
+    """
+    belongs = dict.fromkeys(roots, True)
+    found = set()
+    for pid in pids:
+        passed: list[int] = []
+        ancestor: int | None = pid
+        while ancestor is not None and ancestor not in belongs:
+            passed.append(ancestor)
+            # Marked at once, so that even parents that change meanwhile, pids being used again, lead to an end.
+            belongs[ancestor] = False
+            ancestor = _parent_of(ancestor)
+        if ancestor is not None and belongs[ancestor]:
+            belongs.update(dict.fromkeys(passed, True))
+        if not belongs[pid]:
+            found.add(pid)
+    return found
+
+
+def _parent_of(pid: int) -> int | None:
     """Return the pid of a process's parent, None for one that has none or that cannot be looked at."""
+    # By hand where that is possible, as psutil reads more, and takes ten times as long.
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_bytes()
+    except OSError:
+        stat = b""
+    if stat:
+        return int(stat.rpartition(b")")[2].split()[1]) or None
     try:
         return psutil.Process(pid).ppid() or None
     except psutil.Error:
