@@ -24,6 +24,7 @@ from processes import (
     model_of,
     problems,
     release,
+    wait_until,
 )
 
 from mpmm.errors import ModelTooLargeError, RemoteCallError, SegmentAllocationError, ServerStartError
@@ -336,7 +337,7 @@ def test_a_block_that_runs_out_of_memory_makes_room_for_the_next_attempt(
     assert caught.value is error
     assert model_of(namespace, "greedy").estimate_mb == 500
     assert (model_of(namespace, "greedy").idle, model_of(namespace, "pinned").idle) == (1, 1)
-    assert copies_of(namespace, "idle") == []
+    wait_until(lambda: not copies_of(namespace, "idle"), "what was idle is unloaded")
     assert read_snapshot(namespace).out_of_memory == 1
     assert problems(namespace) == []
 
