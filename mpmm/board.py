@@ -142,7 +142,8 @@ class SharedBoard:
                 if row is None:
                     continue
                 transitions.note_try(t, row, sample.taken_ns)
-                fresh = sample.used_mb is None or transitions.sample(t, row, sample.used_mb, sample.taken_ns)
+                loose_mb = sample.foreign_mb(sample.process_mb)
+                fresh = sample.used_mb is None or transitions.sample(t, row, sample.used_mb, sample.taken_ns, loose_mb)
                 if not fresh:
                     continue
                 # A process's part must come from the same sample as the whole: what a loading server takes is

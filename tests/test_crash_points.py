@@ -324,6 +324,16 @@ def scenarios() -> dict[str, Callable[[Lab], Operation]]:
         now = time.monotonic_ns()
         return lambda t, tr: tr.sample(t, 0, 499.0, now)
 
+    def sampled_by_process(lab: Lab) -> Operation:
+        copy = lab.idle(server=True)
+        lab.do(lambda t, tr: tr.sample(t, 0, 500.0, 5, 40.0))
+        lab.do(lambda t, tr: t.set(Header.SOURCE_SETTLES_LATE, 1))
+        lab.do(lambda t, tr: tr.begin_unload(t, copy, Lab.victim, evicted=True))
+        lab.do(lambda t, tr: t.set_float(lab.tables.instance(copy) + Instance.RESERVED_MB, 0.0))
+        lab.do(lambda t, tr: tr.end_unload(t, copy))
+        now = time.monotonic_ns()
+        return lambda t, tr: tr.sample(t, 0, 480.0, now, 41.0)
+
     def observed_again(lab: Lab) -> Operation:
         lab.do(lambda t, tr: tr.observe(t, [(7, 1), (9, 2)], 10.0))
         return lambda t, tr: tr.observe(t, [(9, 2), (7, 1)], 11.0)
@@ -471,6 +481,7 @@ def scenarios() -> dict[str, Callable[[Lab], Operation]]:
         "reap_member/spanning": reaped_spanning,
         "sample": sampled_after_load,
         "sample/written off": returned_late,
+        "sample/returning by process": sampled_by_process,
         "measure": measured,
         "reset_peaks": lambda lab: lambda t, tr: tr.reset_peaks(t),
         "observe": observed_again,

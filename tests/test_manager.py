@@ -436,8 +436,11 @@ def test_the_limit_is_that_of_the_roomiest_device(new_manager: NewManager, new_d
 def test_two_gpus_in_the_answer_of_nvidia_smi_are_two_devices(
     namespace: str, new_manager: NewManager, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    answers = {"memory.total": "1000\n2000\n", "uuid,memory.free": "GPU-a, 900\nGPU-b, 1500\n"}
-    answers["uuid,mig.mode.current,name"] = "GPU-a, [N/A], Small\nGPU-b, [N/A], Big\n"
+    answers = {
+        "memory.total": "1000\n2000\n",
+        "uuid,memory.free": "GPU-a, 900\nGPU-b, 1500\n",
+        "uuid,name": "GPU-a, Small\nGPU-b, Big\n",
+    }
 
     def nvidia_smi(command: list[str], **_: Any) -> str:
         return answers[command[1].removeprefix("--query-gpu=")]

@@ -7,12 +7,14 @@ import os
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from processes import (
     Loads,
     LoadsObject,
+    LoadsServer,
+    MakesServed,
     Process,
     acquire,
     copies_of,
@@ -252,6 +254,22 @@ def test_twenty_leaders_killed_one_after_the_other_leave_no_long_gap_between_sam
     record_property("longest gap in s", round(longest_s, 3))
     print(f"longest gap between two samples: {longest_s:.3f} s")
     assert longest_s <= 1.0 + poll_interval
+    assert problems(namespace) == []
+
+
+def test_memory_that_returns_after_its_process_is_waited_for(
+    new_gpus: NewGpus, new_manager: NewManager, namespace: str
+) -> None:
+    gpus = new_gpus(1000, linger_s=0.4)
+    manager = new_manager(memory_source="nvml", poll_interval=0.05, default_estimate_mb=600.0)
+    for tag in ("a", "b", "c"):
+        makes = MakesServed(cast(Any, gpus), 600.0)
+        acquire_and_release(manager, tag, LoadsServer(f"server of {tag}", makes))
+    snapshot = read_snapshot(namespace)
+    # Each had to go for the next, and its process was gone long before its memory was back.
+    assert (snapshot.evictions, snapshot.out_of_memory, snapshot.written_off_mb) == (2, 0, 0)
+    assert max(event.age_s for event in snapshot.events if event.kind == "load_began") > 0.8
+    assert snapshot.devices[0].peak_since_start_mb == 600
     assert problems(namespace) == []
 
 

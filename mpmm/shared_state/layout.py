@@ -325,7 +325,7 @@ class Device:
     PEAK_RESET = 5
     HIGHEST_MB = 6  # float: highest figure since creation
     RETURNING_MB = 7  # float: unloaded, not yet seen to be free
-    RETURN_FROM_MB = 8  # float: figure when the unload began
+    RETURN_FROM_MB = 8  # float: when the unload began, LOOSE_MB, or USED_MB where that is nan
     RETURN_DEADLINE = 9
     RETURN_SINCE = 10  # end of the last unload: older samples say nothing
     RING_NEXT = 11
@@ -334,7 +334,8 @@ class Device:
     CONFIGURED_AT = 14  # when the set of copies loaded on it changed last
     FOREIGN_MB = 15  # float: of processes that are not the namespace's, as far as the source knows
     TRIED = 16  # when somebody last tried to take a figure
-    UUID = 17  # text
+    LOOSE_MB = 17  # float: used, but by no process that the source lists; nan where it does not list them
+    UUID = 18  # text
     UUID_BYTES = 63
     NAME = UUID + text_words(UUID_BYTES)  # text
     NAME_BYTES = 63

@@ -894,13 +894,15 @@ class Transitions:
         t.add(Header.WAITING, 1)
 
     def _note_figure_before_unloads(self, t: Transaction, device: int) -> None:
-        """Remember the memory in use before the first of several unloads, to see how much of it comes back."""
+        """Remember the figure before the first of several unloads, to see how much of their memory comes back."""
         at = self.tables.device(device)
         rows = self.tables.view(self.layout.instances)
         if not self.segment.floats[at + Device.RETURNING_MB] > 0 and not np.any(
             (rows[:, Instance.STATE] == Instance.UNLOADING) & (rows[:, Instance.DEVICES] & np.uint64(1 << device) != 0)
         ):
-            t.set_float(at + Device.RETURN_FROM_MB, self.segment.floats[at + Device.USED_MB])
+            loose_mb = self.segment.floats[at + Device.LOOSE_MB]
+            figure = self.segment.floats[at + Device.USED_MB] if math.isnan(loose_mb) else loose_mb
+            t.set_float(at + Device.RETURN_FROM_MB, figure)
 
     def _expect_back(self, t: Transaction, row: int) -> None:
         """Account for the memory of a copy that is gone."""
@@ -912,18 +914,19 @@ class Transitions:
         state, since = words[at + Instance.STATE], words[at + Instance.SINCE]
         for number, mb in self.tables.shares_of(row):
             device = self.tables.device(number)
-            if words[Header.SOURCE_MEASURES_PROCESSES]:
+            if words[Header.SOURCE_SETTLES_LATE]:
+                if state == Instance.UNLOADING:
+                    # (Of a copy whose process died, samples may have seen the memory go before anybody noticed.)
+                    t.add_float(device + Device.RETURNING_MB, mb)
+                    limit = self._namespace.settings.memory_return_seconds
+                    t.set(device + Device.RETURN_DEADLINE, t.now + int(limit * 1e9))
+            elif words[Header.SOURCE_MEASURES_PROCESSES]:
                 measured = words[at + Instance.SERVER] and state == Instance.UNLOADING
                 if measured and words[device + Device.SAMPLED] < since:
                     # What was measured is gone with its process: the figure is corrected before the next sample. Not
                     # if the last one is from during the unload, or the process has died by itself: that sample may
                     # have seen it go already, and memory that is taken off twice is given away twice.
                     t.set_float(device + Device.USED_MB, max(0.0, floats[device + Device.USED_MB] - mb))
-            elif words[Header.SOURCE_SETTLES_LATE] and state == Instance.UNLOADING:
-                # (Of a copy whose process died, samples may have seen the memory go before anybody noticed.)
-                t.add_float(device + Device.RETURNING_MB, mb)
-                limit = self._namespace.settings.memory_return_seconds
-                t.set(device + Device.RETURN_DEADLINE, t.now + int(limit * 1e9))
             t.set(device + Device.RETURN_SINCE, t.now)
 
     def _pushed(self, at: int, row: int) -> list[tuple[int, int]]:
@@ -997,13 +1000,17 @@ class Transitions:
         """Record what processes that are not the namespace's take of a device."""
         t.set_float(self.tables.device(row) + Device.FOREIGN_MB, mb)
 
-    def sample(self, t: Transaction, row: int, used_mb: float, taken_ns: int) -> bool:
-        """Record a device's figure that was asked for at `taken_ns`; return False if it is too old to say anything."""
+    def sample(self, t: Transaction, row: int, used_mb: float, taken_ns: int, loose_mb: float | None = None) -> bool:
+        """Record a device's figure that was asked for at `taken_ns`; return False if it is too old to say anything.
+
+        loose_mb: how much of it belongs to no process that the source lists; None where it does not list them.
+        """
         words, floats = self.segment.words, self.segment.floats
         at = self.tables.device(row)
         if taken_ns < words[at + Device.SAMPLED] or taken_ns < words[at + Device.RETURN_SINCE]:
             return False
         t.set_float(at + Device.USED_MB, used_mb)
+        t.set_float(at + Device.LOOSE_MB, math.nan if loose_mb is None else loose_mb)
         t.set(at + Device.SAMPLED, taken_ns)
         slot = words[at + Device.RING_NEXT]
         entry = at + Device.RING + 2 * slot
@@ -1064,7 +1071,11 @@ class Transitions:
         returning = floats[at + Device.RETURNING_MB]
         if not returning > 0:
             return
-        missing = returning - (floats[at + Device.RETURN_FROM_MB] - used_mb)
+        # What has lost its process and is not free yet belongs to none; else all there is to see is the sum, in which
+        # what is loaded meanwhile hides what has come back.
+        loose_mb = floats[at + Device.LOOSE_MB]
+        gone = floats[at + Device.RETURN_FROM_MB]
+        missing = returning - (gone - used_mb) if math.isnan(loose_mb) else loose_mb - gone
         # Estimates are not exact: nine tenths count as all of it.
         if missing > 0.1 * returning:
             if taken_ns < words[at + Device.RETURN_DEADLINE]:

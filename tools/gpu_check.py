@@ -1,0 +1,394 @@
+"""Does mpmm do on a real GPU what it should? `python tools/gpu_check.py [--minutes 5] [--device 0] [--json]`
+
+Needs torch with CUDA; with `--simulated` it runs on a simulated GPU, to test this tool. Models of 1 to 8 GB, tensors of
+CUDA in a module, are loaded by several processes into model servers, through mpmm, and one table says
+
+    figures      what NVML says of a process beside what torch says, and of the device beside what CUDA says
+    attribution  what mpmm has booked for a copy, and estimates after one load, beside NVML's figure of its process
+    isolation    what it estimates where it sees the whole device alone, as without NVML
+    recovery     how long after an unload the device's memory is back
+    turns        some minutes of loads and evictions in turn, by several processes, with more models than memory
+
+with what is expected of each. The exit code is 0 when all of it is met.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import logging
+import multiprocessing
+import os
+import random
+import statistics
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
+
+from gpu_check_models import Loader  # noqa: E402
+from simulated_gpu import DIRECTORY_VARIABLE, SimulatedGpus, build  # noqa: E402
+
+from mpmm import ModelManager  # noqa: E402
+from mpmm.policy.out_of_memory import is_out_of_memory  # noqa: E402
+from mpmm.shared_state.runtime_dir import RUNTIME_DIR_VARIABLE  # noqa: E402
+from mpmm.shared_state.snapshot import read_snapshot  # noqa: E402
+from mpmm.sources import DeviceInfo, DeviceSample  # noqa: E402
+from mpmm.sources.nvml import NvmlSource  # noqa: E402
+
+_CONTEXT = multiprocessing.get_context("spawn")
+SIMULATED_MB, SIMULATED_RESERVED_MB, SIMULATED_LINGER_S = 24576.0, 400.0, 0.2
+SIZES_MB = tuple(1024.0 * gigabytes for gigabytes in (3, 1, 6, 2, 8, 4, 5, 7))
+# Together the models of the turns take so much more than may be used.
+CROWDING = 1.6
+RECOVERIES = 5
+# What a process takes of the device beside what torch knows of.
+CONTEXT_AT_MOST_MB = 1500.0
+PAUSE_S = 0.005
+PATIENCE_S = 30.0
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the table. `met` is None where nothing was expected, or nothing could be measured."""
+
+    check: str
+    figure: str
+    value: str
+    expected: str = ""
+    met: bool | None = None
+
+
+@dataclass
+class Check:
+    """What the checks share: the device, where figures come from, models of which sizes, and the lines so far."""
+
+    source: NvmlSource
+    device: DeviceInfo
+    gpus: SimulatedGpus | None
+    options: argparse.Namespace
+    rows: list[Row] = field(default_factory=list)
+
+    def sample(self, pids: Sequence[int] = ()) -> DeviceSample:
+        """Measure the device. Raises RuntimeError when it cannot be read."""
+        (sample,) = self.source.sample(pids)
+        if sample.used_mb is None:
+            raise RuntimeError(f"the device cannot be read: {sample.trouble}")
+        return sample
+
+    def used_mb(self) -> float:
+        """Return what is used on the device."""
+        used_mb = self.sample().used_mb
+        assert used_mb is not None
+        return used_mb
+
+    def loader(self, mb: float) -> Loader:
+        """Return a loader of a model of a size."""
+        return Loader(mb, self.gpus)
+
+    def sizes_mb(self) -> list[float]:
+        """Return sizes of models of which each fits three times."""
+        return [mb for mb in SIZES_MB if 3 * mb < 0.85 * self.device.total_mb] or [self.device.total_mb / 8]
+
+    def say(self, check: str, figure: str, value: str, expected: str = "", met: bool | None = None) -> None:
+        """Add a line."""
+        self.rows.append(Row(check, figure, value, expected, met))
+        if not self.options.json:
+            print(as_line(self.rows[-1]), flush=True)
+
+
+class WholeDevice:
+    """NVML as a source that cannot tell single processes."""
+
+    name = "nvml, whole devices only"
+    measures_processes = False
+    settles_late = True
+    cheap = True
+
+    def __init__(self) -> None:
+        self._source = NvmlSource()
+
+    def devices(self) -> tuple[DeviceInfo, ...]:
+        """Return the devices."""
+        return self._source.devices()
+
+    def sample(self, server_pids: Sequence[int]) -> tuple[DeviceSample, ...]:
+        """Measure, and forget who takes what."""
+        return tuple(DeviceSample(s.index, s.used_mb, s.taken_ns) for s in self._source.sample(server_pids))
+
+    def close(self) -> None:
+        """Close NVML."""
+        self._source.close()
+
+
+def check_figures_and_attribution(check: Check) -> None:
+    """Load a model of each size, one beside the other as long as they fit; compare what everybody says of them."""
+    empty_mb = check.used_mb()
+    overheads, differences, booked, estimated = [], [], [], []
+    tensors_mb = total_mb = 0.0
+    with ModelManager(namespace="figures", memory_source="nvml") as manager:
+        for number, mb in enumerate(sorted(check.sizes_mb())):
+            if check.used_mb() + 1.2 * mb > 0.85 * check.device.total_mb:
+                break
+            tag, loader = f"model-{number}", check.loader(mb)
+            handle = manager.acquire_model(tag, loader)
+            figures = loader.served(handle).figures()
+            sample = check.sample([figures.pid])
+            manager.release_model(tag, handle)
+            tensors_mb += figures.tensors_mb
+            assert sample.used_mb is not None
+            differences.append(sample.used_mb - figures.device_used_mb)
+            process_mb = sample.process_mb.get(figures.pid)
+            if process_mb is not None:
+                overheads.append(process_mb - figures.taken_mb)
+                total_mb += process_mb
+                snapshot = read_snapshot("figures")
+                copy = next(copy for copy in snapshot.instances if copy.handle == handle)
+                model = next(model for model in snapshot.models if model.tag == tag)
+                booked.append(abs(copy.mb / process_mb - 1))
+                estimated.append(abs((model.estimate_mb or 0.0) / process_mb - 1))
+        grown_mb = check.used_mb() - empty_mb
+    worst = max(differences, key=abs)
+    check.say("figures", "device, NVML less CUDA", f"{worst:+.0f} MB at most", "±200 MB", abs(worst) <= 200)
+    if not overheads:
+        check.say("figures", "single processes", "not told by NVML here")
+        check.say("attribution", "of copies", "not possible")
+        return
+    is_context = 0 <= min(overheads) <= max(overheads) <= CONTEXT_AT_MOST_MB
+    spread = f"{min(overheads):.0f} to {max(overheads):.0f} MB"
+    check.say("figures", "process, NVML less torch", spread, f"0 to {CONTEXT_AT_MOST_MB:.0f} MB", is_context)
+    rest = grown_mb - total_mb
+    check.say("figures", "device less processes", f"{rest:+.0f} MB", "±300 MB", abs(rest) <= 300)
+    check.say("figures", "tensors", f"{tensors_mb:.0f} MB in {len(overheads)} models")
+    check.say("attribution", "booked for a copy", f"{max(booked):.2%} off at most", "≤ 2 %", max(booked) <= 0.02)
+    check.say("attribution", "estimate, one load", f"{max(estimated):.2%} off at most", "≤ 2 %", max(estimated) <= 0.02)
+
+
+def check_isolation(check: Check) -> None:
+    """Have unknown models measured alone, by the whole device; compare the estimates with what their process takes."""
+    errors = []
+    with ModelManager(namespace="isolation", memory_source=WholeDevice()) as manager:
+        for number, mb in enumerate(check.sizes_mb()[:3]):
+            tag, loader = f"model-{number}", check.loader(mb)
+            before_mb = settled_mb(check)
+            handle = manager.acquire_model(tag, loader)
+            loader.served(handle).infer()
+            figures = loader.served(handle).figures()
+            sample = check.sample([figures.pid])
+            manager.release_model(tag, handle)
+            assert sample.used_mb is not None
+            truth_mb = sample.process_mb.get(figures.pid, sample.used_mb - before_mb)
+            model = next(model for model in read_snapshot("isolation").models if model.tag == tag)
+            errors.append((model.estimate_mb or 0.0) / truth_mb - 1)
+    worst = max(errors, key=abs)
+    check.say("isolation", "estimate, alone", f"{worst:+.1%} at most", "−2 % to +10 %", -0.02 <= worst <= 0.1)
+
+
+def check_recovery(check: Check) -> None:
+    """Unload a model some times; see how long it takes until its memory is back."""
+    seconds = []
+    mb = check.sizes_mb()[0]
+    for _ in range(RECOVERIES):
+        with ModelManager(namespace="recovery", memory_source="nvml") as manager:
+            before_mb = settled_mb(check)
+            manager.release_model("model", manager.acquire_model("model", check.loader(mb)))
+            began = time.monotonic()
+            manager.force_reset()
+            while check.used_mb() > before_mb + 0.05 * mb and time.monotonic() - began < PATIENCE_S:
+                time.sleep(PAUSE_S)
+            seconds.append(time.monotonic() - began)
+    text = f"{statistics.median(seconds):.2f} s, longest {max(seconds):.2f} s"
+    check.say("recovery", f"{mb:.0f} MB back after an unload", text, "≤ 5 s", max(seconds) <= 5.0)
+
+
+def settled_mb(check: Check) -> float:
+    """Wait until the device's figure stands still; return it."""
+    figures = [check.used_mb()]
+    deadline = time.monotonic() + PATIENCE_S
+    still = 0
+    while still < 20 and time.monotonic() < deadline:
+        time.sleep(0.02)
+        figures.append(check.used_mb())
+        still = still + 1 if abs(figures[-1] - figures[-2]) < 1.0 else 0
+    return figures[-1]
+
+
+@dataclass
+class Turns:
+    """What one process of the turns has done. `waits_s` of acquires; `errors` in words."""
+
+    waits_s: list[float] = field(default_factory=list)
+    out_of_memory: int = 0
+    errors: list[str] = field(default_factory=list)
+
+
+def take_turns(connection: Connection, sizes_mb: Sequence[float], gpus: SimulatedGpus | None, seed: int) -> None:
+    """Use one model after another, until told to stop; in a process of its own."""
+    done = Turns()
+    chance = random.Random(seed)
+    weights = [1 / (1 + number) for number in range(len(sizes_mb))]
+    # Nothing is known beforehand, so each model is taken for more than any takes.
+    unknown_mb = max(sizes_mb) + CONTEXT_AT_MOST_MB
+    with ModelManager(
+        namespace="turns", memory_source="nvml", default_estimate_mb=unknown_mb, wait_timeout_seconds=120.0
+    ) as manager:
+        connection.send("attached")
+        while not connection.poll(0):
+            number = chance.choices(range(len(sizes_mb)), weights)[0]
+            loader, tag = Loader(sizes_mb[number], gpus), f"model-{number}"
+            began = time.monotonic()
+            try:
+                with manager.model(tag, loader) as handle:
+                    done.waits_s.append(time.monotonic() - began)
+                    loader.served(handle).infer()
+            except Exception as error:
+                done.out_of_memory += is_out_of_memory(error)
+                done.errors.append("".join(traceback.format_exception_only(error)).strip())
+        connection.send(done)
+        connection.recv()
+
+
+def check_turns(check: Check) -> None:
+    """Let several processes load and evict in turn, and watch the device meanwhile."""
+    sizes_mb = crowd(check)
+    options = check.options
+    processes = []
+    for number in range(options.processes):
+        ours, theirs = _CONTEXT.Pipe()
+        arguments = (theirs, sizes_mb, check.gpus, options.seed + number)
+        process = _CONTEXT.Process(target=take_turns, args=arguments)
+        process.start()
+        processes.append((process, ours))
+    with ending(processes):
+        for _, connection in processes:
+            connection.recv()
+        highest_mb, began = 0.0, time.monotonic()
+        while time.monotonic() - began < 60 * options.minutes:
+            highest_mb = max(highest_mb, check.used_mb())
+            time.sleep(PAUSE_S)
+        for _, connection in processes:
+            connection.send("stop")
+        done: list[Turns] = [connection.recv() for _, connection in processes]
+        took_s = time.monotonic() - began
+        snapshot = read_snapshot("turns")
+    waits_s = sorted(wait for turns in done for wait in turns.waits_s)
+    errors = [error for turns in done for error in turns.errors]
+    crowded = f"{len(sizes_mb)} models of {sum(sizes_mb):.0f} MB, {options.processes} processes, {took_s:.0f} s"
+    check.say("turns", "what", crowded)
+    check.say("turns", "uses, loads, evictions", f"{len(waits_s)}, {snapshot.loads}, {snapshot.evictions}")
+    middle, longest = (waits_s[len(waits_s) // 2], waits_s[-1]) if waits_s else (0.0, 0.0)
+    check.say("turns", "wait for a model", f"{middle * 1000:.1f} ms, longest {longest:.2f} s")
+    short = snapshot.out_of_memory + sum(turns.out_of_memory for turns in done)
+    check.say("turns", "out of memory", str(short), "0", short == 0)
+    check.say("turns", "other failures", str(len(errors)), "0", not errors)
+    for error in errors[:3]:
+        check.say("turns", "failure", error)
+    limit_mb = snapshot.devices[0].limit_mb
+    share = f"{highest_mb:.0f} MB, {highest_mb / limit_mb:.1%} of the limit"
+    check.say("turns", "highest use", share, "≤ 101 %", highest_mb <= 1.01 * limit_mb)
+    check.say("turns", "evicted at all", "yes" if snapshot.evictions else "no", "yes", snapshot.evictions > 0)
+
+
+def crowd(check: Check) -> list[float]:
+    """Return the sizes of models that together take `CROWDING` times what may be used."""
+    there = check.sizes_mb()
+    sizes_mb: list[float] = []
+    while sum(sizes_mb) < CROWDING * 0.9 * check.device.total_mb:
+        sizes_mb.append(there[len(sizes_mb) % len(there)])
+    return sizes_mb
+
+
+@contextmanager
+def ending(processes: Sequence[tuple[Any, Connection]]) -> Iterator[None]:
+    """See to it that processes have ended, whatever happens."""
+    try:
+        yield
+    finally:
+        for process, connection in processes:
+            connection.close()
+            process.join(PATIENCE_S)
+            if process.is_alive():
+                process.kill()
+                process.join()
+
+
+def as_line(row: Row) -> str:
+    """Return a line of the table."""
+    verdict = "" if row.met is None else "met" if row.met else "NOT MET"
+    return f"{row.check:12}{row.figure:34}{row.value:48}{row.expected:16}{verdict}"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; return 1 when something expected was not met, 2 where the checks cannot run."""
+    parser = argparse.ArgumentParser(description="Check mpmm on a real GPU, with torch.")
+    parser.add_argument("--minutes", type=float, default=5.0, help="how long models are loaded in turn (default: 5)")
+    parser.add_argument("--processes", type=int, default=6, help="that use them (default: 6)")
+    parser.add_argument("--device", default="0", help="its number, or the uuid of it or of a slice (default: 0)")
+    parser.add_argument("--seed", type=int, default=1, help="for who wants which model when (default: 1)")
+    parser.add_argument("--json", action="store_true", help="print the table as JSON instead")
+    parser.add_argument("--simulated", action="store_true", help="run on a simulated GPU, to test this tool")
+    options = parser.parse_args(arguments)
+    # The table is what is to be seen.
+    logging.getLogger("mpmm").setLevel(logging.ERROR)
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mpmm-g", ignore_cleanup_errors=True)))
+        os.environ[RUNTIME_DIR_VARIABLE] = str(folder / "run")
+        gpus = None
+        if options.simulated:
+            gpus = simulate(folder)
+        elif importlib.util.find_spec("torch") is None:
+            print("gpu_check needs torch with CUDA; --simulated does without", file=sys.stderr)
+            return 2
+        # All processes see this one device, as their first.
+        os.environ["CUDA_VISIBLE_DEVICES"] = options.device
+        try:
+            source = NvmlSource()
+        except Exception as error:
+            print(f"gpu_check: {error}", file=sys.stderr)
+            return 2
+        stack.callback(source.close)
+        check = Check(source, source.devices()[0], gpus, options)
+        run(check)
+    failed = [row for row in check.rows if row.met is False]
+    if options.json:
+        print(json.dumps({"met": not failed, "rows": [asdict(row) for row in check.rows]}))
+    return 1 if failed else 0
+
+
+def simulate(folder: Path) -> SimulatedGpus:
+    """Make a simulated GPU that this process and its children find."""
+    built = build(folder / "driver")
+    built.load()
+    gpus = SimulatedGpus.create(
+        folder / "gpus", SIMULATED_MB, reserved_mb=SIMULATED_RESERVED_MB, linger_s=SIMULATED_LINGER_S
+    )
+    os.environ.update(gpus.environment(built))
+    assert os.environ[DIRECTORY_VARIABLE]
+    return gpus
+
+
+def run(check: Check) -> None:
+    """Run the checks one after the other; one that fails as such says so, and the others go on."""
+    device = check.device
+    check.say("device", "name", f"{device.name}, {device.total_mb:.0f} MB")
+    check.say("device", "used by others", f"{check.used_mb():.0f} MB")
+    for inspect in (check_figures_and_attribution, check_isolation, check_recovery, check_turns):
+        try:
+            inspect(check)
+        except Exception as error:
+            check.say(inspect.__name__, "failed", "".join(traceback.format_exception_only(error)).strip(), "", False)
+            if not check.options.json:
+                traceback.print_exc()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
