@@ -285,7 +285,7 @@ class ModelManager(BeamNames):
             booking = self._take_booking(tag)
             if booking is not None:
                 return self._load_somehow(worker, tag, booking, loader_func)
-        wish = self._wish(worker, devices, span)
+        wish = _ANYWHERE if devices is None and span == 1 else self._wish(worker, devices, span)
         with self._giving_up_in_time(worker, tag):
             answer = self._get(worker, tag, wish)
         if isinstance(answer, _Booking):
@@ -672,7 +672,7 @@ class ModelManager(BeamNames):
         namespace = worker.namespace
         with namespace.transaction(patience_s) as t:
             row = None if worker.scheduler.must_queue() else worker.find_idle(tag, tied)
-            if row is None or worker.scheduler.beside_isolation(row):
+            if row is None or (namespace.segment.words[Header.ISOLATED] and worker.scheduler.beside_isolation(row)):
                 return None
             namespace.transitions.grab(t, row, namespace.reference)
             return worker.hold(row, tag)

@@ -131,9 +131,8 @@ class Scheduler:
         """
         words, transitions = self._segment.words, self._namespace.transitions
         at = self._tables.instance(instance)
-        devices = words[at + Instance.DEVICES]
-        if words[Header.WAITING] and not words[Header.ISOLATED] & devices and not words[at + Instance.DOOMED]:
-            found = self._first_user(words[at + Instance.MODEL], devices)
+        if words[Header.WAITING] and not self.beside_isolation(instance) and not words[at + Instance.DOOMED]:
+            found = self._first_user(words[at + Instance.MODEL], words[at + Instance.DEVICES])
             if found is not None:
                 ticket, passed = found
                 owner = words[at + Instance.OWNER]
