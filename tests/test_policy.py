@@ -342,7 +342,7 @@ CASES: Mapping[str, tuple[View, list[object]]] = {
             [replace(ticket(1, A), span=2)],
             devices=[device(0, used=200), device(1, used=50), device(2, used=30)],
         ),
-        [Load(1, (1, 2), 1600, False)],
+        [Load(1, (2, 1), 1600, False)],
     ),
     "room for it is made on each": (
         view(
