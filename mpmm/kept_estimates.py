@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from mpmm.errors import LockTimeoutError
+from mpmm.resource_estimator import ALONE_SD
 from mpmm.shared_state.layout import Device, Model
 from mpmm.shared_state.lock_file import LockFile
 from mpmm.shared_state.namespace import Namespace
@@ -157,7 +158,9 @@ class KeptEstimates:
         remembered = self._remembered.get(tag)
         if remembered is None or self._namespace.segment.words[self._namespace.tables.model(model) + Model.KNOWN]:
             return
-        self._namespace.transitions.estimate(t, model, remembered.mb, remembered.measured)
+        # What was inferred goes on to yield to better figures.
+        sd_mb = 0.0 if remembered.measured else ALONE_SD * remembered.mb
+        self._namespace.transitions.estimate(t, model, remembered.mb, remembered.measured, sd_mb)
 
     def save_if_due(self) -> None:
         """Write what has changed, every few seconds at most; without the lock."""

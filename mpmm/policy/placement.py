@@ -9,8 +9,8 @@ the limit, in steps of `STEP`; among those on the same step the tightest fit win
 smaller share of a large device than of a small one: with none of it small devices end up fuller, with all of it
 emptier. Shares, not MB, because a slice of a GPU is to be as full as a whole one. With loads of 1 to 4 % of a GPU, on
 seven GPUs and one that is cut in two, the fullest device is then 4 % fuller than the least full one, with loads of 3 to
-10 % it is 9 %; with best fit alone 99 % in both cases. Once everything is full it does not matter any more: then room
-is made, where that does the least harm (`eviction.find_room`).
+10 % it is 9 %; with best fit alone it is 99 %, before memory runs short. Once everything is full it does not matter any
+more: then room is made, where that does the least harm (`eviction.find_room`).
 
 A copy that spans several devices takes an equal share of each: the first so many devices in the same order.
 """
