@@ -222,9 +222,14 @@ def test_nobody_but_the_leader_polls_while_its_samples_are_fresh(
     for process in processes:
         process.call(acquire, f"model {process.pid}")
         process.call(release)
-    gpus.record_calls()
-    wait_until(lambda: sum(what == "memory" for _, what, _ in gpus.calls()) >= 20, "ten polls")
-    assert {pid for pid, _, _ in gpus.calls()} == {leader_pid(read_snapshot(namespace))}
+
+    def ten_polls_by_the_leader() -> bool:
+        gpus.record_calls()
+        wait_until(lambda: sum(what == "memory" for _, what, _ in gpus.calls()) >= 20, "ten polls")
+        return {pid for pid, _, _ in gpus.calls()} == {leader_pid(read_snapshot(namespace))}
+
+    # More than once, because a leader that gets no processor for most of a second is stood in for.
+    wait_until(ten_polls_by_the_leader, "nobody else polls")
 
 
 def test_twenty_leaders_killed_one_after_the_other_leave_no_long_gap_between_samples(
