@@ -218,18 +218,19 @@ def test_nobody_but_the_leader_polls_while_its_samples_are_fresh(
     new_gpus: NewGpus, new_process: NewProcess, namespace: str
 ) -> None:
     gpus = new_gpus(1000, 1000)
-    processes = [new_process(memory_source="nvml", poll_interval=0.1) for _ in range(4)]
+    # Long enough that a leader on a busy machine is hardly ever late.
+    processes = [new_process(memory_source="nvml", poll_interval=1.0) for _ in range(4)]
     for process in processes:
         process.call(acquire, f"model {process.pid}")
         process.call(release)
 
-    def ten_polls_by_the_leader() -> bool:
+    def two_polls_by_the_leader() -> bool:
         gpus.record_calls()
-        wait_until(lambda: sum(what == "memory" for _, what, _ in gpus.calls()) >= 20, "ten polls")
+        wait_until(lambda: sum(what == "memory" for _, what, _ in gpus.calls()) >= 4, "two polls")
         return {pid for pid, _, _ in gpus.calls()} == {leader_pid(read_snapshot(namespace))}
 
     # More than once, because a leader that gets no processor for most of a second is stood in for.
-    wait_until(ten_polls_by_the_leader, "nobody else polls")
+    wait_until(two_polls_by_the_leader, "nobody else polls")
 
 
 def test_twenty_leaders_killed_one_after_the_other_leave_no_long_gap_between_samples(

@@ -144,6 +144,7 @@ def test_following_gives_the_same_spans_as_looking_once(
         process.call(release)
     manager.acquire_model("c", LoadsObject())
     process.call(force_reset)
+    wait_until(lambda: not read_snapshot(namespace).instances, "all is unloaded")
     step = follower.step()
     events += tracer.add(step) + tracer.finish(step.snapshot)
     once = Tracer()
