@@ -352,6 +352,25 @@ def test_the_zygote_ends_soon_after_its_last_client_was_killed_and_leaves_nothin
     wait_until(lambda: not any(Path(path).iterdir()), LAST_CLIENT_S, lambda: "the room is still there")
 
 
+def test_a_server_whose_main_module_never_ends_does_not_outlive_its_starter(path: str, tmp_path: Path) -> None:
+    script, arrived = tmp_path / "script.py", tmp_path / "arrived"
+    script.write_text(
+        "import os, pathlib, signal, sys\n"
+        "from mpmm.multi_process_shared import MultiProcessShared\n"
+        "if __name__ != '__main__':\n"
+        "    pathlib.Path(os.environ['ARRIVED']).write_text(str(os.getpid()))\n"
+        "    signal.pause()\n"
+        "MultiProcessShared(dict, 'it', path=sys.argv[1], spawn_process=True).acquire()\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "ARRIVED": str(arrived)}
+    with subprocess.Popen([sys.executable, str(script), path], env=environment) as starter:
+        wait_until(lambda: arrived.exists() and bool(arrived.read_text()), DEADLINE_S, lambda: "no server began")
+        starter.kill()
+    pid = int(arrived.read_text())
+    wait_until(lambda: not is_running(pid), LAST_CLIENT_S, lambda: "the server still runs")
+    wait_until(lambda: not any(Path(path).iterdir()), LAST_CLIENT_S, lambda: "the room is still there")
+
+
 def test_the_zygote_ends_when_its_last_client_leaves(path: str, new_worker: Callable[[], Worker]) -> None:
     worker = new_worker()
     worker.do(acquire, "it", path)

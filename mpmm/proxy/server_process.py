@@ -15,8 +15,8 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -29,7 +29,17 @@ from mpmm.proxy.hosting import end_all_hosts, host_object, new_record
 from mpmm.proxy.room import Room, ServerRecord, become_server_process, open_lock, room_at, write_record
 from mpmm.shared_state.lock_file import LockFile
 
-__all__ = ["ATTACH", "CRASHED", "OCCUPIED", "READY", "AliveLock", "ServerPlan", "run_server", "wants_to_attach"]
+__all__ = [
+    "ATTACH",
+    "CRASHED",
+    "OCCUPIED",
+    "READY",
+    "AliveLock",
+    "ServerPlan",
+    "ending_when_abandoned",
+    "run_server",
+    "wants_to_attach",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +63,33 @@ class ServerPlan:
 def wants_to_attach(shared: object) -> bool:
     """Tell whether an object is shared state by itself, and so is made in every process instead of being proxied."""
     return bool(getattr(type(shared), "attach_in_place", False))
+
+
+@contextmanager
+def ending_when_abandoned(alive_locks: Sequence[str]) -> Iterator[None]:
+    """End this process at once if nobody holds one of the alive locks any more, as long as the block lasts.
+
+    For what a server does before `run_server`, where code of the user's, his main module, may never come to an end.
+    """
+    over = threading.Event()
+
+    def watch() -> None:
+        locks = [AliveLock(path) for path in dict.fromkeys(alive_locks)]
+        while not over.wait(PROBE_INTERVAL_S):
+            if all(lock.is_free() for lock in locks):
+                os._exit(1)
+            for lock in locks:
+                lock.let_go()
+        for lock in locks:
+            lock.close()
+
+    watcher = threading.Thread(target=watch, name="mpmm-watch", daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        over.set()
+        watcher.join()
 
 
 def run_server(plan: ServerPlan, starter: Connection, on_made: Callable[[], None] | None = None) -> NoReturn:
@@ -234,6 +271,12 @@ class AliveLock:
         if self.held and self._lock is not None:
             self._lock.unlock()
             self.held = False
+
+    def close(self) -> None:
+        """Ask no more."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
 
 
 def _crash_text(tag: str) -> str:

@@ -53,7 +53,7 @@ from typing import Any, NoReturn
 from mpmm.proxy import transport
 from mpmm.proxy.process_life import close_in_children, fork_guard
 from mpmm.proxy.room import open_lock, room_at
-from mpmm.proxy.server_process import AliveLock, ServerPlan, run_server
+from mpmm.proxy.server_process import AliveLock, ServerPlan, ending_when_abandoned, run_server
 from mpmm.shared_state.lock_file import LockFile
 
 __all__ = ["BORN", "ENDED", "WAIT", "ForkOrder", "receive", "send"]
@@ -518,6 +518,10 @@ class _Zygote(_Nursery):
                 self.life.path.unlink(missing_ok=True)
             if self.alive.held:
                 self.room.remove_if_unused()
+            for template in self.templates:
+                # One whose imports never end would not see that we are gone.
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(template.pid, signal.SIGKILL)
             # Workers that crashed without a model server have nobody else to clean up after them. Imported here,
             # because numpy comes with it, and this process is to stay small.
             from mpmm.shared_state.namespace import remove_all_deserted
@@ -639,7 +643,8 @@ def _become_server(order: ForkOrder, descriptors: list[int], learned: Connection
         # As spawn does: a script without a main guard that starts servers must fail here, not go round in circles.
         this_process: Any = mp_process.current_process()
         this_process._inheriting = True
-        spawn.prepare(order.preparation)
+        with ending_when_abandoned(order.plan.alive_locks):
+            spawn.prepare(order.preparation)
         del this_process._inheriting
         run_server(order.plan, Connection(report), lambda: _report_imports(before, learned))
     except BaseException:
