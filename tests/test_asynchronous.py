@@ -244,7 +244,7 @@ def test_errors_arrive_as_from_acquire_model(namespace: str, new_manager: NewMan
     with manager.model("held", Loads()), pytest.raises(AcquireTimeoutError, match="wait_timeout_seconds"):
         run(use("a", Loads()))
     with pytest.raises(InvalidArgumentError, match="no coroutine function"):
-        run(use("a", _fails_inside))  # type: ignore[arg-type]
+        run(use("a", _fails_inside))  # type: ignore[arg-type]  # returns nothing
     with pytest.raises(InvalidArgumentError, match="no coroutine"), manager.model("a", _coroutine):
         pytest.fail("it was no callable")
     with pytest.raises(InvalidArgumentError, match="model tag ''"):

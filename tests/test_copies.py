@@ -324,6 +324,6 @@ def test_a_preload_that_cannot_be_is_an_error_that_leaves_nothing(namespace: str
         manager.preload("a", LoadFails())
     for copies in (0, -1, 1.5, True):
         with pytest.raises(InvalidArgumentError, match="expected a count"):
-            manager.preload("a", Loads(), copies=copies)  # type: ignore[arg-type]
+            manager.preload("a", Loads(), copies=copies)  # type: ignore[arg-type]  # wrong on purpose
     assert (read_snapshot(namespace).instances, read_snapshot(namespace).tickets) == ((), ())
     assert problems(namespace) == []

@@ -192,6 +192,7 @@ class Lab:
             actor = _Actor(self.victim, self.namespace.settings)
             with lock() as t:
                 if operation is not None:
+                    # All of a namespace that they use.
                     operation(t, Transitions(tables, actor))  # type: ignore[arg-type]
 
         return run_in_child(action)
@@ -340,6 +341,7 @@ def scenarios() -> dict[str, Callable[[Lab], Operation]]:
 
     def observed_when_full(lab: Lab) -> Operation:
         for generation in (7, 8, 9):
+            # Mypy has no type for its default.
             lab.do(lambda t, tr, g=generation: tr.observe(t, [(g, 1)], 10.0))  # type: ignore[misc]
         return lambda t, tr: tr.observe(t, [(10, 1)], 11.0)
 
@@ -611,6 +613,7 @@ def test_an_exception_at_any_store_is_rolled_back_and_reaches_the_caller(
     monkeypatch.setattr(RaiseAt, "error", error)
     clean = lab.save()
     lock = TransactionLock(lab.segment, lab.namespace.runtime.file("segment.lock"), 5.0)
+    # As above.
     transitions = Transitions(lab.tables, _Actor(lab.victim, lab.namespace.settings))  # type: ignore[arg-type]
     raised = 0
     for name, scenario in scenarios().items():
@@ -626,6 +629,7 @@ def test_an_exception_at_any_store_is_rolled_back_and_reaches_the_caller(
         while not finished:
             store += 1
             lab.restore(saved)
+            # Mypy has no type for its default.
             lock.intercept_stores(lambda words, store=store: RaiseAt(words, store))  # type: ignore[misc]
             finished = not raises(error, partial(lock_and_run, lock, transitions, operation))
             assert not lock.held_by_this_thread()
@@ -811,7 +815,7 @@ def test_kill_at_any_store_of_the_creation_leaves_a_namespace_that_the_next_one_
         def action(store: int = store) -> None:
             def counting(self: Segment, *arguments: Any) -> None:
                 original(self, *arguments)
-                self.words = KillAt(self.words, store)  # type: ignore[assignment]
+                self.words = KillAt(self.words, store)  # type: ignore[assignment]  # behaves like it
 
             monkeypatch.setattr(Segment, "__init__", counting)
             Namespace.join("born", capacities=SMALL)

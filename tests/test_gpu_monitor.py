@@ -286,4 +286,4 @@ def test_a_forked_child_can_start_a_thread_of_its_own(source: FakeSource, monito
 )
 def test_numbers_that_make_no_sense_are_refused_by_name(name: str, value: float) -> None:
     with pytest.raises(InvalidArgumentError, match=name):
-        GPUMonitor(**{name: value})  # type: ignore[arg-type]
+        GPUMonitor(**{name: value})  # type: ignore[arg-type]  # any of its parameters

@@ -529,7 +529,7 @@ def test_the_tag_tells_equal_copies_of_two_models_apart(
     manager = new_manager()
     for same in ("same", Weights()):
         for tag in "abc":
-            manager.acquire_model(tag, lambda same=same: same)  # type: ignore[misc]
+            manager.acquire_model(tag, lambda same=same: same)  # type: ignore[misc]  # mypy has no type for its default
         for tag in "bac":
             manager.release_model(tag, same)
             assert (model_of(namespace, tag).active, model_of(namespace, tag).idle) == (0, 1)
@@ -610,9 +610,9 @@ def test_an_impossible_tag_or_loader_is_refused_before_anything_happens(
     manager = new_manager()
     for tag in ("", "t" * 600, 7, None):
         with pytest.raises(InvalidArgumentError, match="model"):
-            manager.acquire_model(tag, Loads())  # type: ignore[arg-type]
+            manager.acquire_model(tag, Loads())  # type: ignore[arg-type]  # wrong on purpose
     with pytest.raises(InvalidArgumentError, match="'loader'"):
-        manager.acquire_model("a", "loader")  # type: ignore[arg-type]
+        manager.acquire_model("a", "loader")  # type: ignore[arg-type]  # wrong on purpose
     assert read_snapshot(namespace).models == ()
 
 

@@ -24,8 +24,8 @@ from mpmm.shared_state.snapshot import read_snapshot
 from mpmm.show.tally import BOUNDS_S
 
 prometheus_client = pytest.importorskip("prometheus_client")
-from prometheus_client import parser  # noqa: E402
-from prometheus_client.openmetrics import parser as openmetrics_parser  # noqa: E402
+from prometheus_client import parser  # noqa: E402  # needs the library
+from prometheus_client.openmetrics import parser as openmetrics_parser  # noqa: E402  # likewise
 
 parse_classic: Callable[[str], Any] = parser.text_string_to_metric_families
 parse_openmetrics: Callable[[str], Any] = openmetrics_parser.text_string_to_metric_families

@@ -24,6 +24,7 @@ NewProcess = Callable[..., Process]
 
 def timed(row: int, need: float, **more: object) -> ModelView:
     """A model with one copy whose loads take 2 s, that is held for 0.1 s and wanted once a second."""
+    # Any field.
     return replace(model(row, need, shared=1), **{"load_s": 2.0, "hold_s": 0.1, "rate": 1.0, **more})  # type: ignore[arg-type]
 
 
@@ -200,7 +201,7 @@ def test_no_reason_is_left_out() -> None:
 
 def test_where_there_are_several_devices_a_decision_names_those_it_is_about() -> None:
     state = view([model(A, 1000)], [replace(ticket(1, A), span=2)], devices=[device(0), device(1), device(2, used=900)])
-    why = make_plan(state).decisions[0].why  # type: ignore[union-attr]
+    why = make_plan(state).decisions[0].why  # type: ignore[union-attr]  # all but Enough have one
     sentence = explain(why.reason, why.need_mb, why.free_mb, devices=why.devices)
     assert sentence == "loads on devices 0 and 1, where alone there is room: needs 1000 MB, 1800 free"
     room = view(
@@ -209,7 +210,7 @@ def test_where_there_are_several_devices_a_decision_names_those_it_is_about() ->
         copies=[idle(7, B, mb=900, on=1)],
         devices=[device(0, used=900), device(1, used=900)],
     )
-    why = make_plan(room).decisions[0].why  # type: ignore[union-attr]
+    why = make_plan(room).decisions[0].why  # type: ignore[union-attr]  # all but Enough have one
     assert explain(why.reason, why.need_mb, 0.0, 900.0, other="b", devices=why.devices) == (
         "goes for b, which needs 800 MB on device 1, 0 free: 900 MB of the lowest score"
     )

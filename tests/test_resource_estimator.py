@@ -247,7 +247,7 @@ class FakeMetrics:
 def metrics(monkeypatch: pytest.MonkeyPatch) -> FakeMetrics:
     module = ModuleType("apache_beam.metrics.metric")
     fake = FakeMetrics()
-    module.Metrics = fake  # type: ignore[attr-defined]
+    module.Metrics = fake  # type: ignore[attr-defined]  # a module made up
     monkeypatch.setitem(sys.modules, "apache_beam.metrics.metric", module)
     return fake
 

@@ -596,7 +596,7 @@ class TestChoice:
         source = BookedSource(100.0)
         assert choose_source(source) is source
         with pytest.raises(InvalidArgumentError, match="MemorySource"):
-            choose_source(object())  # type: ignore[arg-type]
+            choose_source(object())  # type: ignore[arg-type]  # wrong on purpose
 
     def test_books_need_a_size(self) -> None:
         with pytest.raises(InvalidArgumentError):

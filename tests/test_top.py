@@ -25,7 +25,7 @@ from mpmm.model_manager import ModelManager
 from mpmm.shared_state.snapshot import Snapshot, read_snapshot
 
 rich_console = pytest.importorskip("rich.console")
-from mpmm.show.top import History, screen  # noqa: E402
+from mpmm.show.top import History, screen  # noqa: E402  # needs rich
 
 NewManager = Callable[..., ModelManager]
 NewProcess = Callable[..., Process]

@@ -117,7 +117,7 @@ def modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., st
         (folder / f"{name}.py").write_text("\n".join(lines))
         return name
 
-    make.folder = folder  # type: ignore[attr-defined]
+    make.folder = folder  # type: ignore[attr-defined]  # for whoever needs it
     return make
 
 
@@ -172,6 +172,7 @@ def test_a_dead_server_is_reaped_when_its_starter_asks_or_is_gone(path: str, new
     mine = shared(path, "mine").pid()
     for pid in (mine, theirs):
         os.kill(pid, signal.SIGKILL)
+        # Mypy has no type for its default.
         wait_until(lambda pid=pid: not is_running(pid), DEADLINE_S)  # type: ignore[misc]
     # Another server comes and goes in between.
     shared(path, "other")
@@ -330,7 +331,7 @@ def test_orders_larger_than_a_socket_takes_arrive(path: str, modules: Any) -> No
     shared(path, "first", Importing(name))
     template = wait_for_template_with(path, modules, name)
     large = Importing(name)
-    large.ballast = os.urandom(5_000_000)  # type: ignore[attr-defined]
+    large.ballast = os.urandom(5_000_000)  # type: ignore[attr-defined]  # makes its pickle large
     assert server_from(path, template, large).increment() == 42
 
 

@@ -18,7 +18,7 @@ class TrivialModel:
         return list(batch)
 
 
-class TrivialHandler(ModelHandler):  # type: ignore[misc]
+class TrivialHandler(ModelHandler):  # type: ignore[misc]  # Beam is untyped where it is not installed
     """Lets RunInference use a `TrivialModel`."""
 
     def load_model(self) -> TrivialModel:

@@ -128,8 +128,8 @@ def events(task: Task) -> Measured:
     pairs: dict[bool, list[float]] = {True: [], False: []}
     for turn in range(2 * ROUNDS):
         writes = turn % 2 == 0
-        Transaction.next_event = write if writes else write_nothing  # type: ignore[method-assign]
-        Transaction.event = append if writes else append_nothing  # type: ignore[method-assign]
+        Transaction.next_event = write if writes else write_nothing  # type: ignore[method-assign]  # for the comparison
+        Transaction.event = append if writes else append_nothing  # type: ignore[method-assign]  # likewise
         for _ in range(PAIRS):
             began = time.perf_counter()
             handle = manager.acquire_model(MODEL, make_handle)

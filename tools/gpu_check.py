@@ -35,15 +35,15 @@ from typing import Any
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
 
-from gpu_check_models import Loader  # noqa: E402
-from simulated_gpu import DIRECTORY_VARIABLE, SimulatedGpus, build  # noqa: E402
+from gpu_check_models import Loader  # noqa: E402  # needs sys.path
+from simulated_gpu import DIRECTORY_VARIABLE, SimulatedGpus, build  # noqa: E402  # needs sys.path
 
-from mpmm import ModelManager  # noqa: E402
-from mpmm.policy.out_of_memory import is_out_of_memory  # noqa: E402
-from mpmm.shared_state.runtime_dir import RUNTIME_DIR_VARIABLE  # noqa: E402
-from mpmm.shared_state.snapshot import read_snapshot  # noqa: E402
-from mpmm.sources import DeviceInfo, DeviceSample  # noqa: E402
-from mpmm.sources.nvml import NvmlSource  # noqa: E402
+from mpmm import ModelManager  # noqa: E402  # needs sys.path
+from mpmm.policy.out_of_memory import is_out_of_memory  # noqa: E402  # needs sys.path
+from mpmm.shared_state.runtime_dir import RUNTIME_DIR_VARIABLE  # noqa: E402  # needs sys.path
+from mpmm.shared_state.snapshot import read_snapshot  # noqa: E402  # needs sys.path
+from mpmm.sources import DeviceInfo, DeviceSample  # noqa: E402  # needs sys.path
+from mpmm.sources.nvml import NvmlSource  # noqa: E402  # needs sys.path
 
 _CONTEXT = multiprocessing.get_context("spawn")
 SIMULATED_MB, SIMULATED_RESERVED_MB, SIMULATED_LINGER_S = 24576.0, 400.0, 0.2

@@ -21,8 +21,8 @@ import numpy.typing as npt
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
 
-from simulation import POLICIES, Outcome, Setting, offline_loads, simulate  # noqa: E402
-from workload_models import SIZES_MB, draw_requests  # noqa: E402
+from simulation import POLICIES, Outcome, Setting, offline_loads, simulate  # noqa: E402  # needs sys.path
+from workload_models import SIZES_MB, draw_requests  # noqa: E402  # needs sys.path
 
 Rng = np.random.Generator
 

@@ -476,7 +476,7 @@ def watch_log(reporter: Reporter) -> None:
 
 def leave_process(code: int) -> NoReturn:
     """End this process as `multiprocessing` ends its children: with its finalizers, without the parent's business."""
-    run_finalizers: Callable[[], None] = util._exit_function  # type: ignore[attr-defined]
+    run_finalizers: Callable[[], None] = util._exit_function  # type: ignore[attr-defined]  # not in typeshed
     try:
         run_finalizers()
         sys.stdout.flush()

@@ -38,7 +38,7 @@ import numpy.typing as npt
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
 
-from workload_models import SIZES_MB, DeclaredDevice, Loader, draw_requests  # noqa: E402
+from workload_models import SIZES_MB, DeclaredDevice, Loader, draw_requests  # noqa: E402  # needs sys.path
 
 IMPLEMENTATIONS = ("mpmm", "beam")
 _CONTEXT = multiprocessing.get_context("fork")
@@ -114,11 +114,12 @@ def _declare(manager: Any, workload: Workload) -> None:
 def _stand_in_for_torch() -> None:
     """Beam's manager imports torch, of which it uses one function."""
     try:
-        import torch  # noqa: F401
+        import torch  # noqa: F401  # only to see whether it is there
     except ImportError:
         stand_in = types.ModuleType("torch")
+        # A module made up.
         stand_in.cuda = types.SimpleNamespace(empty_cache=lambda: None)  # type: ignore[attr-defined]
-        stand_in.Tensor = type("Tensor", (), {})  # type: ignore[attr-defined]
+        stand_in.Tensor = type("Tensor", (), {})  # type: ignore[attr-defined]  # likewise
         sys.modules["torch"] = stand_in
 
 

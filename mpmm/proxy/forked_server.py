@@ -251,7 +251,7 @@ def zygote_pid(room: Room) -> int | None:
 
 def _life_path(room: Room) -> Path:
     """Return the path of the zygote's life lock: an interpreter that starts in another way has another zygote."""
-    flags = util._args_from_interpreter_flags()  # type: ignore[attr-defined]
+    flags = util._args_from_interpreter_flags()  # type: ignore[attr-defined]  # not in typeshed
     variables = sorted(
         item for item in os.environ.items() if START_VARIABLES.fullmatch(item[0]) and item[0] != "PYTHONPATH"
     )
@@ -278,7 +278,7 @@ def _start_zygote(room: Room, life: Path) -> None:
     )
     path = [str(entry) or os.getcwd() for entry in sys.path if isinstance(entry, str)]
     executable = os.fsdecode(spawn.get_executable())
-    flags = util._args_from_interpreter_flags()  # type: ignore[attr-defined]
+    flags = util._args_from_interpreter_flags()  # type: ignore[attr-defined]  # not in typeshed
     began = time.monotonic()
     # What ends here is the process which has forked the zygote, so that this is nobody's child.
     done = subprocess.run(

@@ -89,7 +89,7 @@ def _allowed_to_have_children() -> Iterator[None]:
     server ends by itself, whatever happens to the process that started it.
     """
     # Private, and so unknown to the type stubs, like `_children` below.
-    config: dict[str, Any] = mp_process.current_process()._config  # type: ignore[attr-defined]
+    config: dict[str, Any] = mp_process.current_process()._config  # type: ignore[attr-defined]  # not in typeshed
     daemon = config.pop("daemon", None)
     try:
         yield
@@ -105,7 +105,7 @@ def disown_servers() -> None:
     would wait for processes which wait for us.
     """
     # Private, and so unknown to the type stubs; multiprocessing has no public way to take a child off its list.
-    children: set[Any] = mp_process._children  # type: ignore[attr-defined]
+    children: set[Any] = mp_process._children  # type: ignore[attr-defined]  # not in typeshed
     children.difference_update(_started)
     _started.clear()
 

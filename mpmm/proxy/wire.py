@@ -126,7 +126,7 @@ def dump_for_server(thing: object, what: str) -> bytes:
 def _dumpers() -> list[Any]:
     dumpers: list[Any] = [pickle.dumps]
     if importlib.util.find_spec("cloudpickle") is not None:
-        import cloudpickle  # type: ignore[import-untyped, import-not-found, unused-ignore]
+        import cloudpickle  # type: ignore[import-untyped, import-not-found, unused-ignore]  # optional, and untyped
 
         dumpers.append(cloudpickle.dumps)
         main = sys.modules.get("__main__")

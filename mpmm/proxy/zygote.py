@@ -625,6 +625,7 @@ def _become_server(order: ForkOrder, descriptors: list[int], learned: Connection
             os.dup2(fd, number)
             os.close(fd)
         for stream in (sys.stdout, sys.stderr):
+            # Of `TextIO`, which has no such method.
             stream.reconfigure(line_buffering=stream is sys.stderr or stream.isatty())  # type: ignore[union-attr]
         _reset_signals()
         os.environ.clear()
@@ -635,10 +636,10 @@ def _become_server(order: ForkOrder, descriptors: list[int], learned: Connection
         importlib.invalidate_caches()
         if "numpy.random" in sys.modules:
             sys.modules["numpy.random"].seed()
-        util._finalizer_registry.clear()  # type: ignore[attr-defined]
-        util._run_after_forkers()  # type: ignore[attr-defined]
-        mp_process._children.clear()  # type: ignore[attr-defined]
-        mp_process._process_counter = itertools.count(1)  # type: ignore[attr-defined]
+        util._finalizer_registry.clear()  # type: ignore[attr-defined]  # not in typeshed
+        util._run_after_forkers()  # type: ignore[attr-defined]  # not in typeshed
+        mp_process._children.clear()  # type: ignore[attr-defined]  # not in typeshed
+        mp_process._process_counter = itertools.count(1)  # type: ignore[attr-defined]  # not in typeshed
         before = set(sys.modules)
         # As spawn does: a script without a main guard that starts servers must fail here, not go round in circles.
         this_process: Any = mp_process.current_process()

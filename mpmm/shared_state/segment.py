@@ -103,6 +103,7 @@ class Segment:
         try:
             # `_fd`, here and in _map, is not in the type stubs: SharedMemory offers no other way to its descriptor.
             if hasattr(os, "posix_fallocate"):
+                # Typeshed has no _fd.
                 os.posix_fallocate(memory._fd, 0, layout.size_bytes)  # type: ignore[attr-defined]
             segment = cls(_map(memory), name, layout)
         except OSError as error:
@@ -216,7 +217,7 @@ def _map(memory: SharedMemory) -> mmap.mmap:
     That one insists on unmapping when it is collected, in whatever order the collector finds our views of it, and
     complains about those that are left. A mapping that is merely dropped goes with its last view.
     """
-    mapping = mmap.mmap(memory._fd, memory.size)  # type: ignore[attr-defined]
+    mapping = mmap.mmap(memory._fd, memory.size)  # type: ignore[attr-defined]  # typeshed has no _fd
     memory.close()
     return mapping
 
@@ -291,8 +292,8 @@ else:
                 if resource.lstrip("/") != name:
                     unregister(resource, kind)
 
-            resource_tracker.register = filtered_register  # type: ignore[assignment]
-            resource_tracker.unregister = filtered_unregister  # type: ignore[assignment]
+            resource_tracker.register = filtered_register  # type: ignore[assignment]  # replaced for a moment
+            resource_tracker.unregister = filtered_unregister  # type: ignore[assignment]  # likewise
             try:
                 yield
             finally:
