@@ -529,7 +529,7 @@ def test_the_tag_tells_equal_copies_of_two_models_apart(
     manager = new_manager()
     for same in ("same", Weights()):
         for tag in "abc":
-            manager.acquire_model(tag, lambda same=same: same)  # type: ignore[misc]  # mypy has no type for its default
+            manager.acquire_model(tag, lambda same=same: same)  # type: ignore[misc]  # mypy: a lambda with a default
         for tag in "bac":
             manager.release_model(tag, same)
             assert (model_of(namespace, tag).active, model_of(namespace, tag).idle) == (0, 1)

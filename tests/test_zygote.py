@@ -172,7 +172,7 @@ def test_a_dead_server_is_reaped_when_its_starter_asks_or_is_gone(path: str, new
     mine = shared(path, "mine").pid()
     for pid in (mine, theirs):
         os.kill(pid, signal.SIGKILL)
-        # Mypy has no type for its default.
+        # Mypy has no type for the lambda's default.
         wait_until(lambda pid=pid: not is_running(pid), DEADLINE_S)  # type: ignore[misc]
     # Another server comes and goes in between.
     shared(path, "other")

@@ -233,7 +233,7 @@ class Host:
             token = self.acquire()
             return wire.encode_result((token, None if knows_methods else self.methods), self.tag, name)
         if name == wire.RELEASE:
-            # Returns None, as the answer says.
+            # None is the answer.
             return wire.encode_result(self.release(*args), self.tag, name)  # type: ignore[func-returns-value]
         if name == wire.HARD_DELETE:
             self.hard_delete()

@@ -625,7 +625,7 @@ def _become_server(order: ForkOrder, descriptors: list[int], learned: Connection
             os.dup2(fd, number)
             os.close(fd)
         for stream in (sys.stdout, sys.stderr):
-            # Of `TextIO`, which has no such method.
+            # Mypy takes both for `TextIO`, which has no such method.
             stream.reconfigure(line_buffering=stream is sys.stderr or stream.isatty())  # type: ignore[union-attr]
         _reset_signals()
         os.environ.clear()
