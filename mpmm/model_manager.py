@@ -1030,11 +1030,11 @@ class ModelManager(BeamNames):
         if cost is not None:
             report_estimate(copy.tag, cost)
 
-    def _isolated_cost(self, worker: Worker, copy: Copy) -> float:
-        """Return what the copy that runs alone has added to the memory in use, at its peak, in MB."""
+    def _isolated_cost(self, worker: Worker, copy: Copy) -> float | None:
+        """Return what the copy that runs alone has added to the memory in use, at its peak, in MB; None if unknown."""
         worker.sample_now()
         added = worker.added_mb(copy.row)
-        return max(added) * len(added)
+        return None if added is None else max(added) * len(added)
 
     def _discard(self, worker: Worker, copy: Copy) -> None:
         """Strike off a copy whose server turned out to be dead."""

@@ -346,16 +346,22 @@ class Worker:
         if isinstance(self.monitor, ForeignMonitor):
             self.monitor.monitor.reset_peak()
 
-    def added_mb(self, row: int) -> tuple[float, ...]:
-        """Return what the copy that runs alone has added to the memory in use, at its peak, on each of its devices."""
+    def added_mb(self, row: int) -> tuple[float, ...] | None:
+        """Return what the copy that runs alone has added to the memory in use, at its peak, on each of its devices.
+
+        None if that is not known, as one of them could not be read before or since the load.
+        """
         words, floats, tables = self.namespace.segment.words, self.namespace.segment.floats, self.namespace.tables
         seen_mb = self.monitor.monitor.get_stats()[1] if isinstance(self.monitor, ForeignMonitor) else 0.0
+        at = tables.instance(row)
         added = []
         with self.namespace.transaction():
-            for device in map(tables.device, device_rows(words[tables.instance(row) + Instance.DEVICES])):
+            for device in map(tables.device, device_rows(words[at + Instance.DEVICES])):
                 peak_mb = max(floats[device + Device.USED_MB], floats[device + Device.PEAK_MB], seen_mb)
                 baseline_mb = floats[device + Device.BASELINE_MB]
-                added.append(0.0 if math.isnan(baseline_mb) else max(0.0, peak_mb - baseline_mb))
+                if math.isnan(baseline_mb) or words[device + Device.SAMPLED] < words[at + Instance.LOADED_AT]:
+                    return None
+                added.append(max(0.0, peak_mb - baseline_mb))
         return tuple(added)
 
     def measuring_growth(self) -> Growth:

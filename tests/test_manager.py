@@ -573,6 +573,29 @@ def test_after_a_failed_load_the_next_waiter_proceeds(
     assert problems(namespace) == []
 
 
+def test_a_model_whose_memory_could_not_be_read_while_it_ran_alone_stays_unknown(
+    namespace: str, new_manager: NewManager, new_device: NewDevice
+) -> None:
+    device = new_device(1000)
+    manager = new_manager(memory_source=device, memory_return_seconds=0.1)
+
+    def load_in_the_dark() -> Any:
+        device.go_dark()
+        return LoadsObject("a", device=device, mb=300)()
+
+    with manager.model("a", load_in_the_dark):
+        assert read_snapshot(namespace).isolated is not None
+    assert model_of(namespace, "a").estimate_mb is None
+    device.come_back()
+    with manager.model("a", LoadFails("there is an idle copy")):
+        pass
+    manager.force_reset()
+    wait_until(lambda: device.used_mb() == 0, "the copy is unloaded")
+    with manager.model("a", LoadsObject("a", device=device, mb=300)):
+        assert read_snapshot(namespace).isolated is not None
+    assert model_of(namespace, "a").estimate_mb == 300
+
+
 def test_a_failed_profiling_load_ends_isolation(namespace: str, new_manager: NewManager, new_device: NewDevice) -> None:
     device = new_device(1000)
     manager = new_manager(memory_source=device)
