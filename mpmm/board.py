@@ -93,9 +93,8 @@ class SharedBoard:
     def visible_bits(self) -> int:
         """Return the bits of the devices that this process sees, 0 if those are all. Without the lock."""
         bits = device_bits(self.rows())
-        return (
-            0 if bits == device_bits(self._namespace.tables.used_rows(self._namespace.segment.layout.devices)) else bits
-        )
+        everywhere = device_bits(self._namespace.tables.used_rows(self._namespace.segment.layout.devices))
+        return 0 if bits == everywhere else bits
 
     def bits_of(self, chosen: Sequence[int | str]) -> int:
         """Return the bits of the devices with these indices or uuids. Without the lock. Raises InvalidArgumentError."""

@@ -100,12 +100,6 @@ class RuntimeDirectory:
         """Return the path of a file in the folder."""
         return self.path.joinpath(*parts)
 
-    def subfolder(self, name: str) -> Path:
-        """Return the folder `name` below this one, made with mode 0700 on demand."""
-        path = self.path / name
-        path.mkdir(mode=0o700, exist_ok=True)
-        return path
-
     def remove(self) -> None:
         """Remove the folder and, if no other namespace is in it, the parent. Missing ones are fine.
 
