@@ -254,10 +254,13 @@ class GPUMonitor:
     def refresh(self, *, patience_s: float | None = None) -> None:
         """Take a sample now and publish it. A source that fails leaves the last figures in place.
 
-        Raises LockTimeoutError where a manager shares the figures and the lock was not free for `patience_s`.
+        patience_s: for all of it; what the sample takes is not there any more for the lock.
+        Raises LockTimeoutError where a manager shares the figures and the lock was not free by then.
         """
+        began = time.monotonic()
         board = self._board
-        board.publish(self._take_sample(board.server_pids()), patience_s)
+        samples = self._take_sample(board.server_pids())
+        board.publish(samples, None if patience_s is None else max(0.0, patience_s - (time.monotonic() - began)))
 
     def last_sample_age_seconds(self) -> float:
         """Return the age of the oldest device figure that this process took; infinite while one is missing."""

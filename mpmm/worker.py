@@ -127,9 +127,10 @@ class _Farewell:
 class Growth:
     """What a load adds to the device memory of this process, if nothing else of it can have changed that meanwhile."""
 
-    def __init__(self, worker: Worker) -> None:
+    def __init__(self, worker: Worker, measures: bool) -> None:
+        """Begin; measures: the last sample is fresh, and knows processes."""
         self._worker = worker
-        self._measures = bool(worker.namespace.segment.words[Header.SOURCE_MEASURES_PROCESSES])
+        self._measures = measures
         self._before_mb = worker.own_mb() if self._measures else 0.0
         self._before = self._state() if self._measures else None
 
@@ -140,15 +141,17 @@ class Growth:
         return max(0.0, self._worker.own_mb() - self._before_mb)
 
     def _state(self) -> list[tuple[int, int]]:
-        """Return the copies that this process loads, owns or unloads, by row and generation."""
+        """Return the copies that this process loads, owns or unloads, by row and generation.
+
+        Without the lock, for which a load shall not wait: that these rows come and go is this process's own doing.
+        """
         namespace = self._worker.namespace
         words, tables, layout = namespace.segment.words, namespace.tables, namespace.segment.layout
-        with namespace.transaction():
-            rows = tables.rows_where(layout.instances, Instance.OWNER, namespace.reference)
-            rows += tables.rows_where(layout.instances, Instance.HOLDER, namespace.reference)
-            loading = [row for row in rows if words[tables.instance(row)] != Instance.ACTIVE]
-            owned = [row for row in rows if words[tables.instance(row) + Instance.OWNER]]
-            return sorted({(row, words[tables.instance(row) + Instance.GENERATION]) for row in (*loading, *owned)})
+        rows = tables.rows_where(layout.instances, Instance.OWNER, namespace.reference)
+        rows += tables.rows_where(layout.instances, Instance.HOLDER, namespace.reference)
+        loading = [row for row in rows if words[tables.instance(row)] != Instance.ACTIVE]
+        owned = [row for row in rows if words[tables.instance(row) + Instance.OWNER]]
+        return sorted({(row, words[tables.instance(row) + Instance.GENERATION]) for row in (*loading, *owned)})
 
 
 class Worker:
@@ -365,10 +368,11 @@ class Worker:
         return tuple(added)
 
     def measuring_growth(self) -> Growth:
-        """Begin to measure what a load adds to the memory of this process."""
+        """Begin to measure what a load adds to the memory of this process, unless that would hold the load up."""
         if self.source.measures_processes:
-            self.freshen()
-        return Growth(self)
+            self.freshen(NOW_S)
+        measures = bool(self.namespace.segment.words[Header.SOURCE_MEASURES_PROCESSES])
+        return Growth(self, measures and self._figures_are_fresh())
 
     def measured_shares(self, row: int, server: int) -> tuple[float, ...]:
         """Return what a server (reference) was measured to take of each of a copy's devices, nothing if it was not.
