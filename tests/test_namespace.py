@@ -24,6 +24,7 @@ from mpmm.shared_state.lock_file import LockFile
 from mpmm.shared_state.namespace import Namespace, remove_all_deserted, remove_deserted
 from mpmm.shared_state.segment import segment_name
 from mpmm.shared_state.snapshot import find_namespaces, read_snapshot
+from mpmm.shared_state.transaction import STARVES_AFTER_S
 
 NewManager = Callable[..., ModelManager]
 NewProcess = Callable[..., Process]
@@ -382,6 +383,49 @@ def fork_while_busy(seat: Seat, forks: int) -> int:
         thread.join()
     assert not errors, errors
     return good
+
+
+def test_newcomers_leave_the_lock_to_who_starves_but_not_for_ever(namespace: str) -> None:
+    joined = Namespace.join(namespace)
+    words = joined.segment.words
+
+    def seconds_to_get_in() -> float:
+        began = time.monotonic()
+        with joined.transaction():
+            return time.monotonic() - began
+
+    words[Header.STARVING] = time.monotonic_ns() + 10**12
+    assert seconds_to_get_in() >= STARVES_AFTER_S
+    # It starved by itself then, and is done.
+    assert words[Header.STARVING] == 0
+    words[Header.STARVING] = time.monotonic_ns() - 1
+    assert seconds_to_get_in() < STARVES_AFTER_S
+    words[Header.STARVING] = time.monotonic_ns() + 10**12
+    with joined.transaction(0.0):
+        assert words[Header.LOCK_HOLDER] == os.getpid()
+    joined.leave()
+
+
+def contend(seat: Seat, count: int) -> float:
+    """Take the lock again and again, for 2 ms each; return the longest time that took."""
+    namespace = seat.manager._connected().namespace
+    longest = 0.0
+    for _ in range(count):
+        began = time.monotonic()
+        with namespace.transaction():
+            longest = max(longest, time.monotonic() - began)
+            until = time.monotonic() + 0.002
+            while time.monotonic() < until:
+                pass
+    return longest
+
+
+def test_nobody_waits_for_the_lock_for_long_among_many_who_want_it(new_process: NewProcess) -> None:
+    crowd = [new_process() for _ in range(8)]
+    for process in crowd:
+        process.send(contend, 60)
+    # All of it takes one second; without a turn, the unlucky wait for half of that.
+    assert max(process.result() for process in crowd) < 1.0
 
 
 def test_a_fork_in_the_middle_of_a_transaction_does_not_share_the_lock(namespace: str, new_process: NewProcess) -> None:

@@ -98,6 +98,7 @@ class Header:
     ACTIVE = 22  # derived
     LOADING = 23  # derived
     ISOLATED = 24  # derived: a bit for each device on which an instance runs alone
+    STARVING = 25  # raw, also without the lock: until when who comes now leaves the lock to those who have waited long
     LEADER = 26  # reference to the member that polls
     LEADER_SINCE = 27
     NEXT_GENERATION = 28

@@ -7,6 +7,11 @@ who finds the lock taken tries a few times more, as it is held for microseconds;
 on it. Who lets go of the lock and sees it set clears it and wakes one sleeper. The file lock alone decides who is in:
 a wake-up that is lost because its sender was killed costs its receiver `LONGEST_SLEEP_S`, no more.
 
+So the lock goes to whoever comes by when it is free, which is quick, and mostly fair enough. But when all processes of
+a crowd want it at once, and there are few processors, one of them may come by at the wrong moment for seconds. So who
+has waited for `STARVES_AFTER_S` says so in `Header.STARVING`, again and again until it is in, and who has not waited
+so long stands back meanwhile. What is said there lapses by itself, for its writer may die.
+
 Where there are more busy processes than processors, one would use up its time slice in the middle of a transaction as
 often as not, and all the others would run into its lock. So a process that meets others at the lock offers its
 processor after every few transactions, when it holds nothing.
@@ -55,6 +60,13 @@ TURN = 8
 # Who has met others at the lock expects them for so many turns; a process that is alone never gives up its processor.
 CROWDED_TURNS = 20
 LONGEST_SLEEP_S = 0.01
+# 24 processes on 2 processors that do nothing but hold the lock, for 2 ms at a time: the longest wait is 0.12 s,
+# without this 1.1 s, and the whole takes 13 % longer. With 0.2 s it is 0.22 s, and 5 %. Nobody else waits so long.
+STARVES_AFTER_S = 0.1
+STARVING_SLEEP_S = 0.002
+# Longer than who starves sleeps between two attempts.
+STARVING_NS = 5_000_000
+STAND_BACK_S = 0.001
 _DOUBLE = struct.Struct("<d")
 _WORD = struct.Struct("<Q")
 
@@ -128,7 +140,7 @@ class TransactionLock:
             self._owner = thread
             if self._file.fd < 0:
                 raise ClosedError(f"this process has left the namespace of {self.path.parent}")
-            if not self._file.try_exclusive():
+            if self.segment.words[Header.STARVING] or not self._file.try_exclusive():
                 self._crowded_turns = CROWDED_TURNS
                 self._wait_for_file_lock(patience_s)
             words = self.words
@@ -182,21 +194,36 @@ class TransactionLock:
         self._transaction = Transaction(self)
 
     def _wait_for_file_lock(self, patience_s: float) -> None:
-        deadline = time.monotonic() + patience_s
+        began = time.monotonic()
         words = self.segment.words
         address = self.segment.address + 8 * Header.CONTENDED
-        for _ in range(QUICK_TRIES):
+        for _ in range(QUICK_TRIES if not words[Header.STARVING] else 0):
             if self._file.try_exclusive():
                 return
-        while not self._file.try_exclusive():
+        while True:
+            now = time.monotonic()
+            left = began + patience_s - now
+            starves = now - began >= STARVES_AFTER_S
+            if starves:
+                words[Header.STARVING] = int(now * 1e9) + STARVING_NS
+            elif 0 < words[Header.STARVING] <= now * 1e9:
+                words[Header.STARVING] = 0
+            elif words[Header.STARVING] and left > 0:
+                time.sleep(min(left, STAND_BACK_S))
+                continue
+            if self._file.try_exclusive():
+                break
             words[Header.CONTENDED] = 1
             # The holder may have let go before it could see that.
             if self._file.try_exclusive():
-                return
-            left = deadline - time.monotonic()
+                break
             if left <= 0:
                 raise self._timed_out(int(words[Header.LOCK_HOLDER]), patience_s)
-            wait_for_change(lambda: int(words[Header.CONTENDED]), address, 1, min(left, LONGEST_SLEEP_S))
+            longest = STARVING_SLEEP_S if starves else LONGEST_SLEEP_S
+            wait_for_change(lambda: int(words[Header.CONTENDED]), address, 1, min(left, longest))
+        if starves:
+            # Who else does says so again.
+            words[Header.STARVING] = 0
 
     def _timed_out(self, pid: int, patience_s: float) -> LockTimeoutError:
         return LockTimeoutError(
