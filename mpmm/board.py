@@ -135,6 +135,7 @@ class SharedBoard:
         # By pid, then by device.
         measured: defaultdict[int, dict[int, float]] = defaultdict(dict)
         fresh_rows = complete_rows = 0
+        late = False
         with namespace.transaction(patience_s) as t:
             for sample in samples:
                 row = self._rows.get(sample.index)
@@ -144,6 +145,7 @@ class SharedBoard:
                 loose_mb = sample.foreign_mb(sample.process_mb)
                 fresh = sample.used_mb is None or transitions.sample(t, row, sample.used_mb, sample.taken_ns, loose_mb)
                 if not fresh:
+                    late = True
                     continue
                 # A process's part must come from the same sample as the whole: what a loading server takes is
                 # subtracted from its reservation because the device's figure has it.
@@ -154,6 +156,9 @@ class SharedBoard:
                 if sample.used_mb is not None:
                     foreign_mb = sum(mb for pid, mb in sample.process_mb.items() if pid in strangers)
                     transitions.note_foreign(t, row, foreign_mb)
+            if late and not fresh_rows:
+                # Somebody was quicker, as happens when many want to know at once, and has gone on from there, too.
+                return
             if measured or complete_rows:
                 self._measure_members(t, measured, fresh_rows, complete_rows)
                 self._share_out(t, taken)

@@ -17,14 +17,20 @@ import psutil
 import pytest
 from processes import DEADLINE_S, Loads, Process, Seat, acquire, attach, problems, release, segments_of, wait_until
 
-from mpmm.errors import InvalidArgumentError, LayoutMismatchError, RuntimeDirectoryError, SegmentAllocationError
+from mpmm.errors import (
+    InvalidArgumentError,
+    LayoutMismatchError,
+    LockTimeoutError,
+    RuntimeDirectoryError,
+    SegmentAllocationError,
+)
 from mpmm.model_manager import ModelManager
 from mpmm.shared_state.layout import LAYOUT_VERSION, Capacities, Header
 from mpmm.shared_state.lock_file import LockFile
 from mpmm.shared_state.namespace import Namespace, remove_all_deserted, remove_deserted
 from mpmm.shared_state.segment import segment_name
 from mpmm.shared_state.snapshot import find_namespaces, read_snapshot
-from mpmm.shared_state.transaction import STARVES_AFTER_S
+from mpmm.shared_state.transaction import CLAIM_NS
 
 NewManager = Callable[..., ModelManager]
 NewProcess = Callable[..., Process]
@@ -385,24 +391,48 @@ def fork_while_busy(seat: Seat, forks: int) -> int:
     return good
 
 
-def test_newcomers_leave_the_lock_to_who_starves_but_not_for_ever(namespace: str) -> None:
+def test_newcomers_leave_the_lock_to_who_starves_while_the_claim_holds(namespace: str) -> None:
     joined = Namespace.join(namespace)
     words = joined.segment.words
 
-    def seconds_to_get_in() -> float:
-        began = time.monotonic()
-        with joined.transaction():
-            return time.monotonic() - began
+    def claim(nanoseconds: int) -> int:
+        words[Header.STARVING_SINCE] = 1
+        words[Header.STARVING] = until = time.monotonic_ns() + nanoseconds
+        return until
 
-    words[Header.STARVING] = time.monotonic_ns() + 10**12
-    assert seconds_to_get_in() >= STARVES_AFTER_S
-    # It starved by itself then, and is done.
-    assert words[Header.STARVING] == 0
-    words[Header.STARVING] = time.monotonic_ns() - 1
-    assert seconds_to_get_in() < STARVES_AFTER_S
-    words[Header.STARVING] = time.monotonic_ns() + 10**12
+    until = claim(CLAIM_NS)
+    with joined.transaction():
+        assert time.monotonic_ns() >= until
+    assert words[Header.STARVING] == 0, "a claim that nobody repeats is forgotten"
+    until = claim(CLAIM_NS)
     with joined.transaction(0.0):
-        assert words[Header.LOCK_HOLDER] == os.getpid()
+        assert time.monotonic_ns() < until, "who has no time to wait takes what is free"
+    until = claim(10**12)
+    with joined.transaction():
+        assert time.monotonic_ns() < until, "nobody can have meant that"
+    joined.leave()
+
+
+def test_waiting_for_threads_of_the_same_process_counts_against_the_time_out(namespace: str) -> None:
+    joined = Namespace.join(namespace)
+    elsewhere = LockFile(joined.runtime.file("segment.lock"))
+    assert elsewhere.try_exclusive()
+    took: list[float] = []
+
+    def wait(patience_s: float) -> None:
+        began = time.monotonic()
+        with pytest.raises(LockTimeoutError), joined.transaction(patience_s):
+            pass
+        took.append(time.monotonic() - began)
+
+    # The second gets to wait for the file, 0.4 s late, when the first gives up.
+    threads = [threading.Thread(target=wait, args=(patience_s,)) for patience_s in (0.4, 0.6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert 0.6 <= max(took) < 0.9
+    elsewhere.close()
     joined.leave()
 
 

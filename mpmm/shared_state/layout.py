@@ -43,7 +43,7 @@ __all__ = [
 ]
 
 MAGIC = int.from_bytes(b"mpmm-seg", "little")
-LAYOUT_VERSION = 5
+LAYOUT_VERSION = 6
 WORD = 8
 # So many of the tables, the first ones, say in `Header.ENDS` how far they have grown.
 GROWING = 5
@@ -98,11 +98,12 @@ class Header:
     ACTIVE = 22  # derived
     LOADING = 23  # derived
     ISOLATED = 24  # derived: a bit for each device on which an instance runs alone
-    STARVING = 25  # raw, also without the lock: until when who comes now leaves the lock to those who have waited long
+    STARVING = 25  # raw, also without the lock; futex word: until when the lock is left to the one that starves
     LEADER = 26  # reference to the member that polls
     LEADER_SINCE = 27
     NEXT_GENERATION = 28
     EVENTS = 29  # events written so far; the ring holds the last ones
+    STARVING_SINCE = 30  # raw, also without the lock: since when that one waits
     OBSERVATIONS_MADE = 31
     SOLVED_AT = 32  # value of OBSERVATIONS_MADE that the last solution has seen
     RESETS = 33
