@@ -7,7 +7,9 @@ It sleeps on the member's bell, and does three things:
   place is free at once. The leader polls memory, takes back what dead members had, records observations and
   solves for the estimates;
 - if the leader lives but its last poll is too long ago (it is stopped, or stuck in a native call), it polls and
-  takes back in the leader's stead.
+  takes back in the leader's place, unless another has just set out to. To solve is left to the leader: SciPy takes a
+  second of a processor to import, and where processors are so scarce that the leader is late, a crowd that imports it,
+  and is late for that, would keep it so. Decisions do without the newest solution, but not without fresh figures.
 
 The leader and its deputies, the workers in the lowest slots, look around four times a second. Everybody else only does
 so every four seconds, in case all of those die together; a new leader wakes who is a deputy now. So 32 processes that
@@ -45,6 +47,8 @@ DEPUTIES = 2
 # Between two attempts to wake a thread that may just be about to sleep.
 REPEAT_S = 0.01
 STALE_AFTER_S = 0.6
+# Who has set out to poll in the leader's place may be stopped or killed on the way; then it is the next one's turn.
+CLAIM_NS = 1_000_000_000
 # A measured footprint that differs by less than this from the estimate changes nothing.
 ESTIMATE_TOLERANCE = 0.01
 
@@ -150,7 +154,7 @@ class Keeper:
                 self._worker.settle_receipts(t)
         if not self.leading:
             self._lead_if_free()
-        if self.leading or self._leader_is_stuck():
+        if self.leading or self._stands_in():
             if self._namespace.reap_dead_members():
                 with self._namespace.transaction() as t:
                     self._worker.scheduler.advance(t)
@@ -172,14 +176,24 @@ class Keeper:
         self.leading = True
         _LOG.info("mpmm %s: pid %d leads, source %s", self._namespace.name, self._namespace.pid, source.name)
 
-    def _leader_is_stuck(self) -> bool:
-        """Tell whether the last poll is too long ago, or nobody who polls sees the devices that this process does."""
+    def _stands_in(self) -> bool:
+        """Tell whether to poll in the leader's place, and if so, tell the others that this process does.
+
+        That is if the last poll, or the last look at a device that this process sees, is too long ago: nobody else who
+        polls may see it.
+        """
         words, tables = self._namespace.segment.words, self._namespace.tables
-        polled = [words[Header.POLLED]]
+        places = [(Header.POLLED, Header.POLL_CLAIMED)]
         if not words[Header.SOURCE_BOOKS_ONLY]:
-            polled += [words[tables.device(row) + Device.TRIED] for row in self._worker.board.rows()]
-        age = (time.monotonic_ns() - min(polled)) / 1e9
-        return age > self._namespace.settings.poll_interval + STALE_AFTER_S
+            devices = (tables.device(row) for row in self._worker.board.rows())
+            places += [(at + Device.TRIED, at + Device.CLAIMED) for at in devices]
+        now = time.monotonic_ns()
+        late = now - int((self._namespace.settings.poll_interval + STALE_AFTER_S) * 1e9)
+        if not any(words[tried] < late and not now - CLAIM_NS < words[claimed] <= now for tried, claimed in places):
+            return False
+        for _, claimed in places:
+            words[claimed] = now
+        return True
 
     def _poll(self) -> None:
         self._worker.refresh()
@@ -194,8 +208,9 @@ class Keeper:
             estimates = self._learn(t)
         for tag, mb in estimates.items():
             report_estimate(tag, mb)
-        self._worker.estimator.solve()
-        self._worker.keep_estimates()
+        if self.leading:
+            self._worker.estimator.solve()
+            self._worker.keep_estimates()
 
     def _give_up_slow_loads(self, t: Transaction) -> None:
         namespace = self._namespace

@@ -654,17 +654,15 @@ class ModelManager(BeamNames):
         Raises LockTimeoutError also when the lock was not free within `wait_timeout_seconds`.
         """
         left = self._settings.wait_timeout_seconds
-        deadline = 0.0
+        deadline = time.monotonic() + left
         while True:
             got: Copy | _Booking | None = self._take_idle(worker, tag, left, wish.tied)
             if got is None:
-                deadline = deadline or time.monotonic() + left
                 got = self._queue(worker, tag, deadline, wish)
                 assert got is not None, "only a preload can have enough"
             if isinstance(got, _Booking) or worker.handle_is_alive(got):
                 return got
             self._discard(worker, got)
-            deadline = deadline or time.monotonic() + left
             left = deadline - time.monotonic()
 
     def _take_idle(self, worker: Worker, tag: str, patience_s: float, tied: int) -> Copy | None:

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import itertools
 import os
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,10 @@ from mpmm import cli
 from mpmm.errors import AcquireTimeoutError, ClosedError, LoadTimeoutError, LockTimeoutError, ModelServerError
 from mpmm.model_manager import ModelManager
 from mpmm.shared_state.layout import Header
+from mpmm.shared_state.lock_file import LockFile
+from mpmm.shared_state.runtime_dir import default_root
 from mpmm.shared_state.snapshot import read_snapshot
+from mpmm.sources import DeviceSample
 
 NewManager = Callable[..., ModelManager]
 NewProcess = Callable[..., Process]
@@ -582,6 +586,46 @@ def test_a_stuck_leader_is_stood_in_for(
     assert problems(namespace) == []
 
 
+class LoggingDevice(SimulatedDevice):
+    """Takes a while for each sample, and writes down when that began and ended."""
+
+    cheap = False
+
+    def sample(self, server_pids: Sequence[int]) -> tuple[DeviceSample, ...]:
+        """Measure."""
+        began = time.monotonic()
+        samples = super().sample(server_pids)
+        time.sleep(SAMPLE_S)
+        with (self._folder / "log").open("a", encoding="ascii") as log:
+            log.write(f"{began} {time.monotonic()} {os.getpid()}\n")
+        return samples
+
+    def log(self) -> list[tuple[float, float, int]]:
+        """Return begin, end and pid of each sample, in the order of their begins."""
+        lines = (self._folder / "log").read_text(encoding="ascii").splitlines()
+        return sorted((float(began), float(ended), int(pid)) for began, ended, pid in map(str.split, lines))
+
+
+SAMPLE_S = 0.5
+
+
+def test_one_at_a_time_stands_in_for_a_stuck_leader(namespace: str, new_process: NewProcess, tmp_path: Path) -> None:
+    device = LoggingDevice(tmp_path / "device", 1000)
+    leader, *others = (new_process(memory_source=device, poll_interval=0.1) for _ in range(4))
+    stop_outside_of_transactions(leader, namespace)
+    stopped = time.monotonic()
+
+    def in_its_place() -> list[tuple[float, float, int]]:
+        return [entry for entry in device.log() if entry[0] > stopped]
+
+    wait_until(lambda: len(in_its_place()) >= 3, "others take samples")
+    for (_, ended, pid), (began, _, next_pid) in itertools.pairwise(in_its_place()):
+        assert ended <= began, f"{pid} and {next_pid} polled at once"
+    leader.resume()
+    assert {pid for *_, pid in in_its_place()} <= {other.pid for other in others}
+    assert problems(namespace) == []
+
+
 # ---- giving up ---------------------------------------------------------------------------------------------
 
 
@@ -606,6 +650,18 @@ def test_a_waiter_gives_up_on_time_whatever_the_time_out_of_the_lock_is(
     assert min(waited) < 0.6
     assert max(waited) < 1.0, "a busy machine"
     assert read_snapshot(namespace).tickets == ()
+
+
+def test_waiting_for_the_lock_is_part_of_the_wait(namespace: str, new_process: NewProcess) -> None:
+    holder = new_process(fallback_memory_mb=100, lock_timeout_seconds=60.0)
+    waiter = new_process(wait_timeout_seconds=1.0, lock_timeout_seconds=60.0)
+    holder.call(acquire, "a")
+    elsewhere = LockFile(default_root() / namespace / "segment.lock")
+    elsewhere.exclusive(10.0)
+    waiter.send(timed_acquire, "b")
+    time.sleep(0.7)
+    elsewhere.close()
+    assert 1.0 <= waiter.result() < 1.5
 
 
 def test_an_interrupted_waiter_leaves_the_queue_at_once_and_the_next_one_proceeds(

@@ -107,7 +107,7 @@ class Header:
     OBSERVATIONS_MADE = 31
     SOLVED_AT = 32  # value of OBSERVATIONS_MADE that the last solution has seen
     RESETS = 33
-    POLLED = 34  # when the leader, or somebody in its stead, polled last
+    POLLED = 34  # when the leader, or somebody in its place, polled last
 
     NEWEST_TICKET = 35  # index of the ticket row that was taken last
 
@@ -122,6 +122,8 @@ class Header:
     LEADERS = 43
     WRITTEN_OFF = 44  # float: MB that never came back after unloads
     OUT_OF_MEMORY = 45  # loads and uses that ran out of memory
+
+    POLL_CLAIMED = 46  # raw, also without the lock: when somebody last set out to poll in the leader's place
 
     # What the source of memory figures can do, written by the leader.
     SOURCE_MEASURES_PROCESSES = 48
@@ -337,7 +339,8 @@ class Device:
     FOREIGN_MB = 15  # float: of processes that are not the namespace's, as far as the source knows
     TRIED = 16  # when somebody last tried to take a figure
     LOOSE_MB = 17  # float: used, but by no process that the source lists; nan where it does not list them
-    UUID = 18  # text
+    CLAIMED = 18  # raw, also without the lock: when somebody last set out to poll it in the leader's place
+    UUID = 19  # text
     UUID_BYTES = 63
     NAME = UUID + text_words(UUID_BYTES)  # text
     NAME_BYTES = 63

@@ -291,7 +291,7 @@ class Snapshot:
     """Everything. Times are relative to the moment of the copy; `torn_words` were undone in the copy.
 
     taken_s: that moment, as `time.monotonic()`; taken_wall_s: as Unix time.
-    polled_ago_s: since the leader, or somebody in its stead, last did its duty.
+    polled_ago_s: since the leader, or somebody in its place, last did its duty.
     isolated: the copy that runs alone; of several, on devices of their own, the first.
     table_ends: rows that were ever in use, for the tables that keep count of it.
     """

@@ -111,7 +111,7 @@ def _state(into: _Families, snapshot: Snapshot, labels: Mapping[str, str]) -> No
         ("active", "Copies in use.", snapshot.active),
         ("loading", "Copies being loaded.", snapshot.loading),
         ("leader_age_seconds", "How long the present leader has led.", snapshot.leader_for_s),
-        ("poll_age_seconds", "Since the leader, or somebody in its stead, last polled.", snapshot.polled_ago_s),
+        ("poll_age_seconds", "Since the leader, or somebody in its place, last polled.", snapshot.polled_ago_s),
         ("lock_holder_stopped", "1 while the process that holds the lock is stopped.", snapshot.lock.holder_stopped),
     )
     for name, description, value in gauges:

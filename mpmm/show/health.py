@@ -10,7 +10,7 @@ from mpmm.show.words import age, needs, waiters, why
 
 __all__ = ["Finding", "findings", "longest_wait_s", "oldest_waiter"]
 
-# A leader polls every `poll_interval`, and others do in its stead after 0.6 s more; then comes the poll itself.
+# A leader polls every `poll_interval`, and others do in its place after 0.6 s more; then comes the poll itself.
 STALE_AFTER_S = 2.0
 # Somebody who waits for so long is worth a look; a load, or a hold that others wait for, likewise.
 LONG_WAIT_S = 30.0
