@@ -73,16 +73,16 @@ class Heart:
         self._gaps: collections.deque[tuple[float, float]] = collections.deque(maxlen=2000)
         self._deadlines: dict[int, float] = {}
         self._stacks: dict[int, str] = {}
+        self._last_beat = time.monotonic()
         threading.Thread(target=self._beat, name="stress-heart", daemon=True).start()
 
     def _beat(self) -> None:
-        last = time.monotonic()
         while True:
             time.sleep(BEAT_S)
             now = time.monotonic()
-            if now - last > 2 * BEAT_S:
-                self._gaps.append((last, now))
-            last = now
+            if now - self._last_beat > 2 * BEAT_S:
+                self._gaps.append((self._last_beat, now))
+            self._last_beat = now
             for thread, deadline in list(self._deadlines.items()):
                 frame = sys._current_frames().get(thread)
                 if now > deadline and thread not in self._stacks and frame is not None:
@@ -109,7 +109,11 @@ class Heart:
 
     def lost_s(self, began: float, ended: float) -> float:
         """Return for how long this process did not run between two moments, give or take a beat."""
-        return sum(max(0.0, min(ended, there) - max(began, here)) for here, there in list(self._gaps))
+        gaps = list(self._gaps)
+        if ended - self._last_beat > 2 * BEAT_S:
+            # The caller is the first thread that runs again.
+            gaps.append((self._last_beat, ended))
+        return sum(max(0.0, min(ended, there) - max(began, here)) for here, there in gaps)
 
 
 class Loader:
