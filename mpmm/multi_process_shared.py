@@ -20,6 +20,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Generic, TypeVar, cast
 
+import filelock  # noqa: F401  # `LockFile` needs it; its 10 ms are better spent at import than in the first acquire
+
 from mpmm.errors import InvalidArgumentError, ModelServerError, NotAcquiredError, SharedObjectReleasedError
 from mpmm.proxy.client import ServerLink, forget_link, known_link, link_to, remember_link
 from mpmm.proxy.context import attaching_to
