@@ -1,4 +1,4 @@
-"""Processes for rows that need several: forked, told what to do and heard through a pipe each."""
+"""Processes for rows that need several: told what to do and heard through a pipe each."""
 
 from __future__ import annotations
 
@@ -27,12 +27,13 @@ class Crew:
     """`count` processes that run `work(number, connection)`. Leaving the `with` block ends them.
 
     Fork a crew before this process has threads or a manager: each of them then makes its own way, as workers do.
+    start_method: "spawn" has each start an interpreter of its own, and `work` and what it imports pickled.
     A process ends by returning from `work`; what it waits for with `connection.recv()` comes at the latest when the
     block is left, as None.
     """
 
-    def __init__(self, count: int, work: Callable[[int, Connection], None]) -> None:
-        context = multiprocessing.get_context("fork")
+    def __init__(self, count: int, work: Callable[[int, Connection], None], start_method: str = "fork") -> None:
+        context: Any = multiprocessing.get_context(start_method)
         self._connections: list[Connection] = []
         self._processes = []
         for number in range(count):

@@ -129,7 +129,7 @@ class Channel:
 
         For the side that waits for questions; the arena is freed on both. Costs nothing on a channel without an arena.
         """
-        if self._arena is not None and not self._is_readable(IDLE_MS):
+        if self._arena is not None and not self.is_readable(IDLE_MS):
             self._arena.give_back()
             drop_spare_slabs()
             # The other side's next bulk hears LACK, and it makes a new one.
@@ -239,7 +239,8 @@ class Channel:
             raise EOFError
         return len(marks)
 
-    def _is_readable(self, timeout_ms: int) -> bool:
+    def is_readable(self, timeout_ms: int) -> bool:
+        """Wait for something to receive, or the end of the connection; return False if neither comes in time."""
         poll = select.poll()
         poll.register(self._socket, select.POLLIN)
         return bool(poll.poll(timeout_ms))
