@@ -52,6 +52,10 @@ QUEUE_PART = 32
 FEW_WAITERS = 16
 # Longer than a release takes, even where everything about it has left the processor's caches.
 ALERT_S = 0.000_3
+# Who makes way for a waiter and comes back later than this has made way for somebody else, too: processors are scarce.
+LONG_WAY_S = 0.000_5
+# Then it does not for so many times as long, which bounds what it may lose.
+REST = 100
 
 
 def _counts() -> defaultdict[int, defaultdict[int, int]]:
@@ -104,6 +108,7 @@ class Scheduler:
         self._tables = namespace.tables
         self._segment = namespace.segment
         self._layout = namespace.segment.layout
+        self._makes_way_from = 0.0
 
     def advance(self, t: Transaction, newcomer: int | None = None) -> None:
         """Carry out what the policy says about everybody who waits.
@@ -139,9 +144,23 @@ class Scheduler:
                 if not owner or owner == words[self._tables.ticket(ticket) + Ticket.MEMBER]:
                     cause = Cause(Reason.PASSING, other=passed) if passed else Cause(Reason.IDLE_COPY)
                     transitions.pass_on(t, ticket, instance, cause, used)
+                    t.after.append(self._make_way)
                     return
         transitions.release(t, instance, used)
         self.advance(t)
+
+    def _make_way(self) -> None:
+        """Let the waiter that was just woken run on this processor.
+
+        There the kernel puts it mostly, even if another one is idle, and then it would wait until this process sleeps.
+        So the waiter has its copy after 100 instead of 150 us, or, when it has slept for 10 ms, 150 instead of 270.
+        """
+        began = time.monotonic()
+        if began >= self._makes_way_from:
+            yield_processor()
+            away_s = time.monotonic() - began
+            if away_s > LONG_WAY_S:
+                self._makes_way_from = began + REST * away_s
 
     def alert(self) -> None:
         """Wake the newest waiter ahead of a release, for `await_alerted`; needs no lock.
