@@ -55,7 +55,7 @@ def crowded(root: Path) -> Iterator[str]:
             models.append(transitions.claim_model(t, tag, tag.encode()))
     for number in range(INSTANCES):
         with namespace.transaction() as t:
-            row = transitions.begin_load(t, models[number % MODELS], number % MEMBERS, 0, 100.0, alone=False)
+            row = transitions.begin_load(t, models[number % MODELS], number % MEMBERS, 1, 100.0, alone=False)
             if number % 20:
                 transitions.end_load(t, row, b"handle", 100.0, 0, False, seen=True)
             if number % 3 == 0 and number % 20:
