@@ -10,7 +10,7 @@ import math
 import time
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -162,8 +162,8 @@ class Scheduler:
             if away_s > LONG_WAY_S:
                 self._makes_way_from = began + REST * away_s
 
-    def alert(self) -> None:
-        """Wake the newest waiter ahead of a release, for `await_alerted`; needs no lock.
+    def alert(self, tag: str) -> None:
+        """Wake the newest waiter ahead of a release of `tag`, if it waits for that, for `await_alerted`; needs no lock.
 
         Where it is the only one, it likely waits for just this, and a processor that has gone to sleep with it takes
         as long to wake as the release itself. Where there are more, they are not all asleep.
@@ -171,7 +171,8 @@ class Scheduler:
         words = self._segment.words
         if words[Header.WAITING]:
             newest = self._tables.ticket(words[Header.NEWEST_TICKET])
-            wake_one(self._segment.address + 8 * (newest + Ticket.SIGNAL))
+            if words[newest + Ticket.MODEL] == self._tables.model_row(tag):
+                wake_one(self._segment.address + 8 * (newest + Ticket.SIGNAL))
 
     def await_alerted(self, ticket: int) -> None:
         """Stay awake for the answer that `alert` has announced, for a moment; needs no lock."""
@@ -220,6 +221,8 @@ class Scheduler:
         """
         now = time.monotonic_ns()
         words = self._segment.words
+        if not words[self._tables.model(model) + Model.WAITING]:
+            return None
         if words[Header.WAITING] == 1:
             # Mostly it is the newest, and then nobody else has to be looked for.
             row = words[Header.NEWEST_TICKET]
@@ -499,32 +502,30 @@ class Scheduler:
 
     def _carry_out(self, t: Transaction, decision: Decision, newcomer: int | None) -> None:
         transitions = self._namespace.transitions
-        if isinstance(decision, Enough):
-            transitions.dismiss(t, decision.ticket)
-            return
-        cause = _cause(decision.why)
         match decision:
-            case Grant(ticket, instance):
-                transitions.grant(t, ticket, instance, cause)
-            case Load(ticket, devices, need_mb, alone):
+            case Enough(ticket):
+                transitions.dismiss(t, ticket)
+            case Grant(ticket, instance, why):
+                transitions.grant(t, ticket, instance, _cause(why))
+            case Load(ticket, devices, need_mb, alone, why):
                 try:
-                    transitions.allow_load(t, ticket, device_bits(devices), need_mb, alone, cause)
+                    transitions.allow_load(t, ticket, device_bits(devices), need_mb, alone, _cause(why))
                 except TableFullError as error:
                     # Found out before anything was written. (A full undo log is no matter of one ticket.)
                     if error.table != self._layout.instances.name:
                         raise
                     if not self._make_room_in_table(t, ticket) and ticket == newcomer:
                         raise
-            case Evict(ticket, instances):
+            case Evict(ticket, instances, why):
                 at = self._tables.ticket(ticket)
                 unloader, model = self._segment.words[at + Ticket.MEMBER] - 1, self._segment.words[at + Ticket.MODEL]
                 for instance in instances:
-                    transitions.begin_unload(t, instance, unloader, True, cause._replace(other=model + 1))
-                self._note_wait(t, ticket, cause._replace(reason=Reason.UNLOADING), first=True)
-            case Refuse(ticket):
-                transitions.refuse(t, ticket, cause)
-            case Wait(ticket, first=first):
-                self._note_wait(t, ticket, cause, first)
+                    transitions.begin_unload(t, instance, unloader, True, _cause(why)._replace(other=model + 1))
+                self._note_wait(t, ticket, replace(why, reason=Reason.UNLOADING), first=True)
+            case Refuse(ticket, why):
+                transitions.refuse(t, ticket, _cause(why))
+            case Wait(ticket, _, why, first):
+                self._note_wait(t, ticket, why, first)
 
     def why(self, ticket: int) -> str:
         """Return why a ticket waits, for people."""
@@ -541,9 +542,11 @@ class Scheduler:
         )
         return f"{reason.name.lower()}: {sentence}"
 
-    def _note_wait(self, t: Transaction, ticket: int, cause: Cause, first: bool) -> None:
+    def _note_wait(self, t: Transaction, ticket: int, why: Why, first: bool) -> None:
         words, at = self._segment.words, self._tables.ticket(ticket)
-        if words[at + Ticket.REASON] != cause.reason or words[at + Ticket.ON] != cause.on:
+        # Mostly nothing has changed, and there are many.
+        if words[at + Ticket.REASON] != why.reason or words[at + Ticket.ON] != device_bits(why.devices):
+            cause = _cause(why)
             if cause.reason == Reason.RETURNING and words[at + Ticket.REASON] == Reason.UNLOADING:
                 # It is the memory of the same copies.
                 cause = cause._replace(other=words[at + Ticket.OTHER])

@@ -73,6 +73,8 @@ class _Walk:
         # Models that cannot be loaded beside that. Room only shrinks in a walk, so each is looked at once: most
         # who wait behind a blocked one want the same few.
         self._not_beside: set[int] = set()
+        # Who wanted what, and was told to wait without holding up others, since something was last booked.
+        self._told: dict[tuple[object, ...], Wait] = {}
         self._sharing: Counter[int] = Counter()
         # Somebody waits for a lease to end, so no further one is given out behind him.
         self._lease_is_awaited = False
@@ -168,7 +170,20 @@ class _Walk:
         if shared_in_s is not None:
             self._sharing[ticket.model] += 1
             return Wait(ticket.row, Reason.SHARING, Why(Reason.SHARING, seconds=shared_in_s))
-        return self._load(ticket, model)
+        return self._load_alike(ticket, model)
+
+    def _load_alike(self, ticket: TicketView, model: ModelView) -> Decision | None:
+        """Do as with one who wants the same and was told to wait, if nothing has been booked since."""
+        # Where any process can use all copies there are, it does not matter whose waiter it is.
+        whose = ticket.member if model.owned or model.loading else None
+        wish = (ticket.model, whose, ticket.devices, ticket.tied, ticket.span)
+        told = self._told.get(wish)
+        if told is not None:
+            return replace(told, ticket=ticket.row)
+        decision = self._load(ticket, model)
+        if isinstance(decision, Wait) and not decision.first:
+            self._told[wish] = decision
+        return decision
 
     def _for(self, ticket: TicketView, model: ModelView) -> ModelView:
         """Return a model as it is for one that is tied to devices: without the copies elsewhere."""
@@ -235,6 +250,7 @@ class _Walk:
             return Refuse(ticket.row, Why(Reason.TOO_LARGE, need_mb, 0.0))
         if len(place) < ticket.span:
             return None
+        self._told.clear()
         rows, on = {device.device for device in place}, self._named(place)
         for device in rows:
             del self._devices[device]
@@ -393,6 +409,7 @@ class _Walk:
         reason: Reason,
         other: int | None = None,
     ) -> Load:
+        self._told.clear()
         share_mb = need_mb / len(devices)
         for device in devices:
             self._devices[device.device] = replace(device, reserved_mb=device.reserved_mb + share_mb)
