@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import importlib.util
 import multiprocessing
 import os
@@ -687,6 +688,36 @@ def test_a_threads_connection_ends_with_the_thread(path: str) -> None:
     thread.start()
     thread.join(DEADLINE_S)
     wait_until(lambda: len(host._connections) == before, DEADLINE_S, lambda: "a connection was left open")
+
+
+def test_a_host_leaves_no_thread_and_no_descriptor(path: str) -> None:
+    def threads() -> list[str]:
+        return [thread.name for thread in threading.enumerate() if thread.name.startswith("mpmm-host-")]
+
+    # What a process needs once.
+    shared(path, tag="another", always_proxy=True).acquire().unsafe_hard_delete()
+    wait_until(lambda: not threads(), DEADLINE_S, lambda: str(threads()))
+    before = len(os.listdir("/proc/self/fd"))
+    proxy = shared(path, always_proxy=True).acquire()
+    gate = threading.Barrier(6)
+
+    def use(proxy: Any) -> None:
+        proxy.increment()
+        gate.wait(DEADLINE_S)
+        # Long enough for another thread to be made ready for the next client.
+        time.sleep(0.05)
+
+    clients = [threading.Thread(target=use, args=(proxy,)) for _ in range(gate.parties)]
+    for client in clients:
+        client.start()
+    for client in clients:
+        client.join(DEADLINE_S)
+    assert proxy.increment() == 7
+    proxy.unsafe_hard_delete()
+    wait_until(lambda: not threads(), DEADLINE_S, lambda: str(threads()))
+    del proxy
+    gc.collect()
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 def test_a_pickled_proxy_connects_from_another_process(proxy: Any, new_worker: Callable[[], Worker]) -> None:

@@ -175,7 +175,7 @@ class Host:
         while True:
             if not on_duty:
                 self._duty.acquire()
-            connection = None if self._ended else self._welcome()
+            connection = self._welcome()
             if connection is None:
                 # Whoever else waits for the duty is to go, too.
                 self._duty.release()
@@ -190,6 +190,9 @@ class Host:
 
     def _welcome(self) -> Connection | None:
         """Return the next connection, None at the end."""
+        if self._listener.fileno() < 0:
+            # Closed by who was on duty then.
+            return None
         while self._waker not in wait([self._listener, self._waker]):
             try:
                 connection = transport.accept(self._listener)
@@ -226,8 +229,8 @@ class Host:
             self._has_spare = True
             return True
 
-    def _find_spare(self) -> None:
-        """Start a spare thread if there is none; without one, the next connection takes a little longer."""
+    def _start_spare(self) -> None:
+        """Start a spare thread if there is none; if that fails, the next client has to wait for one to be started."""
         if self._is_spare_from_now():
             try:
                 self._start_thread(on_duty=False)
@@ -249,7 +252,7 @@ class Host:
             while not self._ended:
                 channel.give_back_when_idle()
                 if not self._has_spare and not channel.is_readable(QUIET_MS):
-                    self._find_spare()
+                    self._start_spare()
                 answer = self._answer(channel.receive())
                 if answer is None:
                     break
