@@ -303,7 +303,6 @@ class ModelManager(BeamNames):
     def _release(self, tag: str, instance: Any, patience_s: float | None = None) -> None:
         """Do what `release_model` does, but give up the lock after `patience_s`: LockTimeoutError, nothing changed."""
         worker = self._connected()
-        worker.scheduler.alert(tag)
         copy = worker.let_go(instance, tag)
         if copy is None:
             what = repr(instance) if isinstance(instance, str) else f"this {type(instance).__name__}"
@@ -312,6 +311,7 @@ class ModelManager(BeamNames):
                 "already",
                 tag=tag,
             )
+        worker.scheduler.alert(copy.row)
         try:
             self._give_back(worker, tag, copy, patience_s=patience_s)
         except ClosedError:

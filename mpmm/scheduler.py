@@ -162,8 +162,10 @@ class Scheduler:
             if away_s > LONG_WAY_S:
                 self._makes_way_from = began + REST * away_s
 
-    def alert(self, tag: str) -> None:
-        """Wake the newest waiter ahead of a release of `tag`, if it waits for that, for `await_alerted`; needs no lock.
+    def alert(self, instance: int) -> None:
+        """Wake the newest waiter ahead of a copy's release, if it waits for that model, for `await_alerted`.
+
+        Needs no lock.
 
         Where it is the only one, it likely waits for just this, and a processor that has gone to sleep with it takes
         as long to wake as the release itself. Where there are more, they are not all asleep.
@@ -171,7 +173,7 @@ class Scheduler:
         words = self._segment.words
         if words[Header.WAITING]:
             newest = self._tables.ticket(words[Header.NEWEST_TICKET])
-            if words[newest + Ticket.MODEL] == self._tables.model_row(tag):
+            if words[newest + Ticket.MODEL] == words[self._tables.instance(instance) + Instance.MODEL]:
                 wake_one(self._segment.address + 8 * (newest + Ticket.SIGNAL))
 
     def await_alerted(self, ticket: int) -> None:

@@ -123,7 +123,7 @@ class Tables:
             at = self._models.base + row * Model.WORDS
             if words[at + Model.GENERATION] == generation and words[at + Model.STATE]:
                 return row
-            self._rows_of_tags.pop(tag, None)
+            del self._rows_of_tags[tag]
         wanted = tag.encode("utf-8", "surrogateescape")
         models = self.view(self._models)
         candidates = np.flatnonzero((models[:, Model.STATE] == Model.MODEL) & (models[:, Model.TAG] == len(wanted)))
