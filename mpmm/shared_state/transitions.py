@@ -695,8 +695,8 @@ class Transitions:
             t.set(at + Instance.HOLDER, self._namespace.reference)
             self.ring(t, self._namespace.slot)
 
-    def activate(self, t: Transaction, row: int, holder: int) -> None:
-        """Make an idle copy active for a member (reference), and count a hit.
+    def activate(self, t: Transaction, row: int, holder: int, *further: tuple[int, int]) -> None:
+        """Make an idle copy active for a member (reference), and count a hit; `further` changes go with that.
 
         This and `release` are the warm path: their changes are stored in one go.
         """
@@ -714,6 +714,7 @@ class Transitions:
             (model + Model.HITS, words[model + Model.HITS] + 1),
             (Header.ACTIVE, words[Header.ACTIVE] + 1),
             (Header.HITS, words[Header.HITS] + 1),
+            *further,
         ]
         if not words[at + Instance.OWNER]:
             changes += self._unlinked(at)
@@ -721,8 +722,7 @@ class Transitions:
 
     def grab(self, t: Transaction, row: int, holder: int) -> None:
         """Give an idle copy to a member (reference) that did not have to wait."""
-        self.activate(t, row, holder)
-        t.event(EventKind.HIT, self._model_reference(row), row + 1)
+        self.activate(t, row, holder, t.next_event(EventKind.HIT, self._model_reference(row), row + 1))
 
     def release(self, t: Transaction, row: int, used: bool = True) -> None:
         """An active copy is free again: idle, or to be unloaded if it is doomed. Ends its isolation.
