@@ -179,6 +179,37 @@ def call_pickled(memory: dict[str, Any], pickled: bytes) -> int:
     return int(pickle.loads(pickled).increment())
 
 
+def descriptors_left_by_a_host(memory: dict[str, Any], path: str) -> int:
+    """Host an object for several threads, delete it, see its threads end, and count the descriptors that stay."""
+
+    def threads() -> list[str]:
+        return [thread.name for thread in threading.enumerate() if thread.name.startswith("mpmm-host-")]
+
+    def use(proxy: Any) -> None:
+        proxy.increment()
+        gate.wait(DEADLINE_S)
+        # Long enough for another thread to be made ready for the next client.
+        time.sleep(0.05)
+
+    # What a process needs once.
+    shared(path, tag="another", always_proxy=True).acquire().unsafe_hard_delete()
+    wait_until(lambda: not threads(), DEADLINE_S, lambda: str(threads()))
+    before = len(os.listdir("/proc/self/fd"))
+    proxy = shared(path, always_proxy=True).acquire()
+    gate = threading.Barrier(6)
+    clients = [threading.Thread(target=use, args=(proxy,)) for _ in range(gate.parties)]
+    for client in clients:
+        client.start()
+    for client in clients:
+        client.join(DEADLINE_S)
+    assert proxy.increment() == 7
+    proxy.unsafe_hard_delete()
+    wait_until(lambda: not threads(), DEADLINE_S, lambda: str(threads()))
+    del proxy
+    gc.collect()
+    return len(os.listdir("/proc/self/fd")) - before
+
+
 def fork_sleeper(memory: dict[str, Any] | None = None) -> int:
     """Fork a child that never uses this package, and return its pid."""
     child = os.fork()
@@ -690,34 +721,10 @@ def test_a_threads_connection_ends_with_the_thread(path: str) -> None:
     wait_until(lambda: len(host._connections) == before, DEADLINE_S, lambda: "a connection was left open")
 
 
-def test_a_host_leaves_no_thread_and_no_descriptor(path: str) -> None:
-    def threads() -> list[str]:
-        return [thread.name for thread in threading.enumerate() if thread.name.startswith("mpmm-host-")]
-
-    # What a process needs once.
-    shared(path, tag="another", always_proxy=True).acquire().unsafe_hard_delete()
-    wait_until(lambda: not threads(), DEADLINE_S, lambda: str(threads()))
-    before = len(os.listdir("/proc/self/fd"))
-    proxy = shared(path, always_proxy=True).acquire()
-    gate = threading.Barrier(6)
-
-    def use(proxy: Any) -> None:
-        proxy.increment()
-        gate.wait(DEADLINE_S)
-        # Long enough for another thread to be made ready for the next client.
-        time.sleep(0.05)
-
-    clients = [threading.Thread(target=use, args=(proxy,)) for _ in range(gate.parties)]
-    for client in clients:
-        client.start()
-    for client in clients:
-        client.join(DEADLINE_S)
-    assert proxy.increment() == 7
-    proxy.unsafe_hard_delete()
-    wait_until(lambda: not threads(), DEADLINE_S, lambda: str(threads()))
-    del proxy
-    gc.collect()
-    assert len(os.listdir("/proc/self/fd")) == before
+def test_a_host_leaves_no_thread_and_no_descriptor(path: str, new_worker: Callable[[], Worker]) -> None:
+    worker = new_worker()
+    assert worker.do(descriptors_left_by_a_host, path) == 0
+    assert worker.leave() == 0
 
 
 def test_a_pickled_proxy_connects_from_another_process(proxy: Any, new_worker: Callable[[], Worker]) -> None:
