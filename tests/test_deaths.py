@@ -173,7 +173,8 @@ def test_the_memory_of_a_dead_clients_object_goes_to_the_next_who_waits(
     wait_until(lambda: waiting(namespace, "b"), "the other one waits")
     victim.kill()
     soon(other, "the memory is reused", time.monotonic())
-    assert copies_of(namespace, "a") == []
+    # The device may say that its memory is free before anybody has noticed the death.
+    wait_until(lambda: not copies_of(namespace, "a"), "the copy is struck off")
     assert problems(namespace) == []
 
 

@@ -662,6 +662,13 @@ def test_free_memory_is_the_limit_less_what_is_used_and_reserved() -> None:
     assert (limit_mb(one, 0.1), free_mb(one, 0.1)) == (900, 400)
 
 
+def test_a_model_that_takes_nothing_goes_to_a_device_whose_total_is_known() -> None:
+    state = view([model(A, 0.0)], [ticket(1, A)], devices=[device(0, 0.0), device(1, 1000.0, 900.0)])
+    (decision,) = make_plan(state).decisions
+    assert isinstance(decision, Load)
+    assert decision.devices == (1,)
+
+
 # ---- properties ----------------------------------------------------------------------------------------------
 
 mb = st.integers(0, 1200).map(float)
@@ -719,6 +726,11 @@ def views(draw: st.DrawFn) -> View:
     )
 
 
+def runs_alone(state: View, waiter: TicketView) -> bool:
+    """Tell whether a waiter's model has to run alone first."""
+    return state.rules.isolate_unknown and not state.models[waiter.model].known
+
+
 @settings(max_examples=300, deadline=None)
 @given(views())
 def test_no_plan_breaks_the_rules(state: View) -> None:
@@ -764,8 +776,10 @@ def test_no_plan_breaks_the_rules(state: View) -> None:
                 for one in state.devices
             }
             left = [replace(one, reserved_mb=one.reserved_mb + planned_mb[one.device]) for one in state.devices]
-            # Where one runs alone nobody else goes.
-            left = [one for one in left if not any(load.alone and one.device in load.devices for load in loads)]
+            # Where one runs alone, or everything drains for one, nobody else goes.
+            alone = [other for other in plan.decisions if runs_alone(state, tickets[other.ticket])]
+            closed = {row for other in alone if not isinstance(other, Enough) for row in other.why.devices}
+            left = [one for one in left if one.device not in closed]
             assert best_place(left, wanted.need_mb, state.rules.slack_percentage) is None, "it would have fitted"
     for load in loads:
         if load.alone:

@@ -55,8 +55,9 @@ def _rank(device: DeviceView, share_mb: float, slack_percentage: float) -> tuple
 
 
 def _step(device: DeviceView, share_mb: float, slack_percentage: float) -> int:
-    """Return how full the device is with half of the load, in steps."""
-    return int((device.used_mb + device.reserved_mb + share_mb / 2) / limit_mb(device, slack_percentage) / STEP)
+    """Return how full the device is with half of the load, in steps; one without a known total is fuller than any."""
+    limit = limit_mb(device, slack_percentage)
+    return int((device.used_mb + device.reserved_mb + share_mb / 2) / limit / STEP) if limit else int(1 / STEP) + 1
 
 
 def soonest_alone(costs: Sequence[tuple[DeviceView, float, int, float]], span: int) -> tuple[DeviceView, ...]:
