@@ -16,6 +16,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 BENCHMARK = ROOT / "tools" / "benchmark.py"
 MARK = "MPMM_TEST_OF_BENCHMARK"
+# Of rows that measure a manager, a shared object, and a namespace that is made below the manager.
+UNITS = {"warm-pair": "µs", "small-call": "µs", "inspect": "ms"}
 
 
 def run(*options: str) -> subprocess.CompletedProcess[str]:
@@ -35,22 +37,22 @@ def processes_with(mark: str) -> list[int]:
     return found
 
 
-def test_two_rows_give_their_figures_and_leave_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_give_their_figures_and_leave_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     mark = uuid.uuid4().hex
     monkeypatch.setenv(MARK, mark)
     # Short, because the paths of Unix sockets are.
     with tempfile.TemporaryDirectory(prefix="mpmm-t") as folder:
         monkeypatch.setenv("TMPDIR", folder)
-        done = run("warm-pair", "small-call", "--only", "mpmm", "--repeats", "1", "--json")
+        done = run(*UNITS, "--only", "mpmm", "--repeats", "1", "--json")
         assert not list(Path(folder).iterdir())
     assert done.returncode == 0, done.stderr
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    assert set(result["rows"]) == {"warm-pair", "small-call"}
+    assert set(result["rows"]) == set(UNITS)
     assert {"machine", "versions", "load", "seed", "repeats", "seconds"} <= set(result["about"])
-    for row in result["rows"].values():
+    for name, row in result["rows"].items():
         assert row["problems"] == {}
         for figure in row["figures"].values():
-            assert figure["unit"] == "µs"
+            assert figure["unit"] == UNITS[name]
             assert figure["beam"] is None
             assert figure["ratio"] is None
             assert 0 < figure["mpmm"]["value"] <= figure["mpmm"]["tail"] <= figure["mpmm"]["worst"]
