@@ -377,19 +377,19 @@ class TestNvidiaSmi:
         with pytest.raises(subprocess.TimeoutExpired):
             source.sample(())
 
-    def test_a_program_that_is_slow_delays_nobody_and_its_figures_are_used_when_they_come(
-        self, smi: FakeSmi, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_a_program_that_is_slow_delays_nobody_and_its_figures_are_used_when_they_come(self, smi: FakeSmi) -> None:
         source = NvidiaSmiSource(patience_s=0.02)
+        ask = source._ask
         asked: list[float] = []
         answer = threading.Event()
 
-        def slow(command: list[str], **options: Any) -> str:
+        def slow(fields: str, gpu: str | None = None) -> list[str]:
             asked.append(time.monotonic_ns())
             answer.wait(20)
-            return smi(command, **options)
+            return ask(fields, gpu)
 
-        with patch("subprocess.check_output", slow):
+        # Not `subprocess.check_output`, which monitors of other tests may be about to call for the last time.
+        with patch.object(source, "_ask", slow):
             for _ in range(3):
                 with pytest.raises(TimeoutError, match="not answered"):
                     source.sample(())
