@@ -48,7 +48,7 @@ DEPUTIES = 2
 REPEAT_S = 0.01
 STALE_AFTER_S = 0.6
 # Who has set out to poll in the leader's place may be stopped or killed on the way; then it is the next one's turn.
-CLAIM_NS = 1_000_000_000
+STANDING_IN_NS = 1_000_000_000
 # A measured footprint that differs by less than this from the estimate changes nothing.
 ESTIMATE_TOLERANCE = 0.01
 
@@ -189,7 +189,9 @@ class Keeper:
             places += [(at + Device.TRIED, at + Device.CLAIMED) for at in devices]
         now = time.monotonic_ns()
         late = now - int((self._namespace.settings.poll_interval + STALE_AFTER_S) * 1e9)
-        if not any(words[tried] < late and not now - CLAIM_NS < words[claimed] <= now for tried, claimed in places):
+        if not any(
+            words[tried] < late and not now - STANDING_IN_NS < words[claimed] <= now for tried, claimed in places
+        ):
             return False
         for _, claimed in places:
             words[claimed] = now

@@ -150,7 +150,7 @@ class Scheduler:
         self.advance(t)
 
     def _make_way(self) -> None:
-        """Let the waiter that was just woken run on this processor.
+        """Let the waiter that was just woken run on this processor; without the lock.
 
         There the kernel puts it mostly, even if another one is idle, and then it would wait until this process sleeps.
         So the waiter has its copy after 100 instead of 150 us, or, when it has slept for 10 ms, 150 instead of 270.
@@ -521,8 +521,9 @@ class Scheduler:
             case Evict(ticket, instances, why):
                 at = self._tables.ticket(ticket)
                 unloader, model = self._segment.words[at + Ticket.MEMBER] - 1, self._segment.words[at + Ticket.MODEL]
+                cause = _cause(why)._replace(other=model + 1)
                 for instance in instances:
-                    transitions.begin_unload(t, instance, unloader, True, _cause(why)._replace(other=model + 1))
+                    transitions.begin_unload(t, instance, unloader, True, cause)
                 self._note_wait(t, ticket, replace(why, reason=Reason.UNLOADING), first=True)
             case Refuse(ticket, why):
                 transitions.refuse(t, ticket, _cause(why))

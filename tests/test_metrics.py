@@ -23,7 +23,7 @@ from mpmm.shared_state.layout import Capacities
 from mpmm.shared_state.snapshot import read_snapshot
 from mpmm.show.tally import BOUNDS_S
 
-prometheus_client = pytest.importorskip("prometheus_client")
+prometheus_client = pytest.importorskip("prometheus_client", reason="needs the extra metrics")
 from prometheus_client import parser  # noqa: E402  # needs the library
 from prometheus_client.openmetrics import parser as openmetrics_parser  # noqa: E402  # likewise
 

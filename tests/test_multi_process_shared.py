@@ -613,7 +613,7 @@ def test_a_constructor_that_cannot_be_pickled_goes_through_cloudpickle_or_is_ref
 
 
 def test_classes_of_a_main_that_cannot_be_imported_go_through_cloudpickle(path: str) -> None:
-    pytest.importorskip("cloudpickle")
+    pytest.importorskip("cloudpickle", reason="needs cloudpickle, which comes with Beam")
     script = (
         "import sys\n"
         "from mpmm.multi_process_shared import MultiProcessShared\n"

@@ -292,13 +292,13 @@ def test_exceptions_arrive_with_the_arrays_that_they_carry(proxy: Any) -> None:
 
 
 def test_data_frames_arrive_equal(proxy: Any) -> None:
-    pandas = pytest.importorskip("pandas")
+    pandas = pytest.importorskip("pandas", reason="needs pandas")
     frame = pandas.DataFrame({"a": np.arange(50_000), "b": np.arange(50_000) / 3, "c": ["text"] * 50_000})
     pandas.testing.assert_frame_equal(proxy.echo(frame), frame)
 
 
 def test_tensors_on_the_cpu_arrive_equal(proxy: Any) -> None:
-    torch = pytest.importorskip("torch")
+    torch = pytest.importorskip("torch", reason="needs torch, which is too large for the extra dev")
     tensors = [
         torch.arange(10.0),
         torch.rand(300, 400),

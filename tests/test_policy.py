@@ -967,8 +967,19 @@ def test_without_requests_there_is_no_demand_and_failed_loads_are_no_requests() 
 
 def busy(**values: Any) -> ModelView:
     """A known model with one copy, in use, that takes 2 s to load and is held for 0.1 s."""
-    return ModelView(**{"model": A, "known": True, "need_mb": 100.0, "shared": 1, "owned": {}, "waiting": 1,
-                        "load_s": 2.0, "hold_s": 0.1, **values})  # fmt: skip
+    return ModelView(
+        **{
+            "model": A,
+            "known": True,
+            "need_mb": 100.0,
+            "shared": 1,
+            "owned": {},
+            "waiting": 1,
+            "load_s": 2.0,
+            "hold_s": 0.1,
+            **values,
+        }
+    )
 
 
 @pytest.mark.parametrize(

@@ -230,11 +230,14 @@ def test_the_ring_of_events_tells_the_whole_story(namespace: str, new_process: N
     holder.call(release)
     waiter.result()
     told = [
-        (event.kind, event.tag, explain(event.reason, event.need_mb or 0, event.free_mb or 0, event.coming_mb or 0,
-                                        math.inf, event.other))
+        (
+            event.kind,
+            event.tag,
+            explain(event.reason, event.need_mb or 0, event.free_mb or 0, event.coming_mb or 0, math.inf, event.other),
+        )
         for event in read_snapshot(namespace).events
         if event.reason is not None
-    ]  # fmt: skip
+    ]
     assert told == [
         ("load_began", "a", "loads: needs 80 MB, 100 free"),
         ("waits", "b", "waits: needs 60 MB, 20 free, 80 kept for it where a is in use, for an unknown time"),

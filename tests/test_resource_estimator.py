@@ -275,7 +275,7 @@ def test_nothing_that_beam_does_reaches_the_caller(metrics: FakeMetrics, monkeyp
 
 
 def test_real_beam_takes_the_metrics() -> None:
-    pytest.importorskip("apache_beam")
+    pytest.importorskip("apache_beam", reason="needs Apache Beam")
     execution: Any = importlib.import_module("apache_beam.metrics.execution")
     metricbase: Any = importlib.import_module("apache_beam.metrics.metricbase")
     report_estimate("mpmm-test", 1000.9)

@@ -35,9 +35,21 @@ def outcome(run: subprocess.Popen[str], timeout_s: float) -> tuple[str, dict[str
 
 def test_short_run_with_kills_stops_and_forks_is_clean() -> None:
     run = stress(
-        "--processes", "6", "--seconds", "8", "--seed", "11", "--servers", "1",
-        "--kill-rate", "1.5", "--stop-rate", "1", "--fork-rate", "0.7",
-    )  # fmt: skip
+        "--processes",
+        "6",
+        "--seconds",
+        "8",
+        "--seed",
+        "11",
+        "--servers",
+        "1",
+        "--kill-rate",
+        "1.5",
+        "--stop-rate",
+        "1",
+        "--fork-rate",
+        "0.7",
+    )
     output, result = outcome(run, 100)
     assert result["violations"] == 0, output
     assert result["left_behind"] == 0, output

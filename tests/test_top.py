@@ -24,7 +24,7 @@ from mpmm.cli import main
 from mpmm.model_manager import ModelManager
 from mpmm.shared_state.snapshot import Snapshot, read_snapshot
 
-rich_console = pytest.importorskip("rich.console")
+rich_console = pytest.importorskip("rich.console", reason="needs the extra cli")
 from mpmm.show.top import History, screen  # noqa: E402  # needs rich
 
 NewManager = Callable[..., ModelManager]

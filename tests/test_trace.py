@@ -269,7 +269,7 @@ def test_an_interrupt_ends_a_trace_in_good_order(story: tuple[ModelManager, Proc
 def test_plots_of_a_namespace_and_of_a_trace(
     story: tuple[ModelManager, Process], namespace: str, tmp_path: Path, capsys: Capture
 ) -> None:
-    pytest.importorskip("matplotlib")
+    pytest.importorskip("matplotlib", reason="needs the extra plot")
     trace = tmp_path / "trace.json"
     assert main(["trace", namespace, "-o", str(trace)]) == 0
     assert "entries written\n" in capsys.readouterr().err

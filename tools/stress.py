@@ -58,8 +58,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--servers", type=int, default=2, help="tags whose copies are real model servers (default 2)")
     parser.add_argument("--threads", type=int, default=2, help="threads in each process (default 2)")
     parser.add_argument("--total-mb", type=int, default=None, help="size of the device (default 600 + 100 a process)")
-    parser.add_argument("--per-process", choices=("yes", "no", "auto"), default="auto",
-                        help="does the device tell what single processes take? (default: the seed says)")  # fmt: skip
+    parser.add_argument(
+        "--per-process",
+        choices=("yes", "no", "auto"),
+        default="auto",
+        help="does the device tell what single processes take? (default: the seed says)",
+    )
     parser.add_argument("--lock-timeout", type=float, default=1.0, help="seconds (default 1)")
     parser.add_argument("--poll-interval", type=float, default=0.5, help="seconds (default 0.5)")
     parser.add_argument("--json", action="store_true", help="the last line of output is one JSON object")
@@ -99,8 +103,11 @@ def print_table(result: Result) -> None:
     """Say what the run has come to."""
     counts = result.counts
     rows = [
-        ("operations", f"{counts['operations']} in {result.seconds:.1f} s ({counts['hits']} hits, "
-                       f"{counts['loads']} loads, {counts['failed_loads']} failed loads)"),
+        (
+            "operations",
+            f"{counts['operations']} in {result.seconds:.1f} s ({counts['hits']} hits, "
+            f"{counts['loads']} loads, {counts['failed_loads']} failed loads)",
+        ),
         ("waits, time-outs", f"{counts['waits']}, {counts['timeouts']}; {counts['lock_timeouts']} for the lock"),
         ("kills", _listed(result.kills)),
         ("stops", _listed(result.stops)),
@@ -108,12 +115,15 @@ def print_table(result: Result) -> None:
         ("recoveries", _percentiles(result.recoveries_s)),
         ("… while the lock's holder was stopped", _percentiles(result.stalled_recoveries_s)),
         ("rollbacks, leaders", f"{result.rollbacks}, {result.leaders}"),
-        ("snapshots", f"{result.snapshots} ({len(result.unconfirmed)} lines not confirmed); "
-                      f"at most {result.most_booked_mb:.0f} MB booked"),
+        (
+            "snapshots",
+            f"{result.snapshots} ({len(result.unconfirmed)} lines not confirmed); "
+            f"at most {result.most_booked_mb:.0f} MB booked",
+        ),
         ("seen waiting, by reason", _listed(result.reasons)),
         ("written off", f"{result.written_off_mb:.0f} MB"),
         ("excused claims", _listed(result.excused)),
-    ]  # fmt: skip
+    ]
     for name, (first, middle, last, slope) in result.drifts.items():
         text = f"{first:.1f}, {middle:.1f}, {last:.1f}; {slope:+.2f} a minute at last ({result.survivors} survivors)"
         rows.append((f"{name} at start, middle, end", text))

@@ -159,11 +159,26 @@ class Conductor:
             signal.signal(signal.SIGINT, before)
             self._kill_all()
         return Result(
-            self.plan.seed, seconds, self.counts, self.kills, self.stops, self.recoveries_s, self.stalled_recoveries_s,
-            sum(self.rollbacks.values()), sum(self.leaders.values()), self.checks.taken, self.checks.unconfirmed,
-            self.judge.excused, self.violations, left_behind, self._drifts(), len(self._survivors()),
-            self.checks.most_booked_mb, self.checks.reasons, self.checks.written_off_mb,
-        )  # fmt: skip
+            self.plan.seed,
+            seconds,
+            self.counts,
+            self.kills,
+            self.stops,
+            self.recoveries_s,
+            self.stalled_recoveries_s,
+            sum(self.rollbacks.values()),
+            sum(self.leaders.values()),
+            self.checks.taken,
+            self.checks.unconfirmed,
+            self.judge.excused,
+            self.violations,
+            left_behind,
+            self._drifts(),
+            len(self._survivors()),
+            self.checks.most_booked_mb,
+            self.checks.reasons,
+            self.checks.written_off_mb,
+        )
 
     def _on_interrupt(self, number: int, frame: object) -> None:
         self.stopping = True
