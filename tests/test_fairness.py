@@ -18,6 +18,7 @@ from processes import (
     problems,
     release,
     wait_until,
+    waiting,
 )
 
 from mpmm.model_manager import ModelManager
@@ -120,7 +121,7 @@ def test_the_waiters_of_a_model_are_served_together_before_it_goes(namespace: st
     other = new_process(fallback_memory_mb=100)
     users[0].call(acquire, "a")
     other.send(acquire, "b")
-    wait_until(lambda: model_of(namespace, "b").waiting, "somebody waits for room")
+    wait_until(lambda: waiting(namespace, "b"), "somebody waits for room")
     for process in users[1:]:
         process.send(timed_acquire, "a")
     wait_until(lambda: model_of(namespace, "a").waiting == 2, "two wait for the copy in use")
