@@ -273,7 +273,8 @@ class ForeignMonitor:
         """Ask the monitor."""
         taken = time.monotonic_ns()
         self.monitor.refresh()
-        return (DeviceSample(0, self.monitor.get_stats()[0], taken, {}),)
+        used_mb = self.monitor.get_stats()[0]
+        return (DeviceSample(0, used_mb, taken, {}, done_ns=time.monotonic_ns()),)
 
     def close(self) -> None:
         """Nothing: the caller's monitor is stopped by the manager it was given to."""

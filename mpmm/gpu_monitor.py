@@ -282,7 +282,8 @@ class GPUMonitor:
             reason = "; ".join(dict.fromkeys(sample.trouble for sample in samples if sample.trouble))
         except Exception as error:  # a source is a driver or a program: any failure is 'not read', none ends polling
             reason = repr(error)
-            samples = tuple(DeviceSample(device.index, None, taken_ns) for device in source.devices())
+            done_ns = time.monotonic_ns()
+            samples = tuple(DeviceSample(device.index, None, taken_ns, done_ns=done_ns) for device in source.devices())
         self._read_ns = self._read_ns | {
             sample.index: sample.taken_ns for sample in samples if sample.used_mb is not None
         }

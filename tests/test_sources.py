@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -18,14 +18,17 @@ import psutil
 import pytest
 from processes import wait_until
 
+from mpmm.board import ForeignMonitor
 from mpmm.errors import InvalidArgumentError
-from mpmm.sources import MemorySource, SourceUnavailableError, choose_source, is_books_only
+from mpmm.gpu_monitor import GPUMonitor
+from mpmm.sources import MemorySource, SourceUnavailableError, choose_source, counts_named_only, is_books_only
 from mpmm.sources.base import MIB
 from mpmm.sources.booked import BookedSource
 from mpmm.sources.host_memory import HostMemorySource, cgroup_limits, host_memory_mb
 from mpmm.sources.nvidia_smi import NvidiaSmiSource
 from mpmm.sources.nvml import NvmlSource
 from mpmm.sources.process_tree import outside, process_tree
+from mpmm.sources.selected import SelectedDevices
 
 
 class NVMLError(Exception):
@@ -601,6 +604,41 @@ class TestChoice:
     def test_books_need_a_size(self) -> None:
         with pytest.raises(InvalidArgumentError):
             BookedSource(0.0)
+
+
+class TestWhatSourcesTellOfThemselves:
+    def test_only_host_memory_with_a_budget_counts_nothing_but_named_processes(self) -> None:
+        sources: dict[MemorySource, bool] = {
+            HostMemorySource(BUDGET_MB): True,
+            HostMemorySource(): False,
+            BookedSource(1000.0): False,
+        }
+        for source, expected in sources.items():
+            assert counts_named_only(source) is expected
+            assert counts_named_only(SelectedDevices(source, [0])) is expected
+
+    @pytest.mark.parametrize("name", ["nvml", "lost", "not started", "nvidia-smi", "host", "booked", "monitor"])
+    def test_a_sample_says_between_which_times_it_was_taken(
+        self, name: str, smi: FakeSmi, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        gpus = two_gpus()
+        driver = install(monkeypatch, *gpus)
+        makers: dict[str, Callable[[], MemorySource]] = {
+            "nvidia-smi": NvidiaSmiSource,
+            "host": HostMemorySource,
+            "booked": lambda: BookedSource(1000.0),
+            "monitor": lambda: ForeignMonitor(GPUMonitor(source=BookedSource(1000.0))),
+        }
+        source = makers.get(name, NvmlSource)()
+        gpus[0].broken = name == "lost"
+        if name == "not started":
+            source.close()
+            driver.init_error = "Driver Not Loaded"
+        began_ns = time.monotonic_ns()
+        samples = source.sample(())
+        ended_ns = time.monotonic_ns()
+        assert samples
+        assert all(began_ns <= sample.taken_ns <= sample.done_ns <= ended_ns for sample in samples)
 
 
 @pytest.mark.parametrize("proc", ["as it is", "not there"])

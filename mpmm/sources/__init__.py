@@ -10,7 +10,14 @@ import os
 from collections.abc import Callable
 
 from mpmm.errors import InvalidArgumentError
-from mpmm.sources.base import DeviceInfo, DeviceSample, MemorySource, SourceUnavailableError, is_books_only
+from mpmm.sources.base import (
+    DeviceInfo,
+    DeviceSample,
+    MemorySource,
+    SourceUnavailableError,
+    counts_named_only,
+    is_books_only,
+)
 from mpmm.sources.booked import BookedSource
 
 __all__ = [
@@ -19,6 +26,7 @@ __all__ = [
     "MemorySource",
     "SourceUnavailableError",
     "choose_source",
+    "counts_named_only",
     "is_books_only",
 ]
 

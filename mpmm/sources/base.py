@@ -12,7 +12,15 @@ from typing import Protocol, runtime_checkable
 
 from mpmm.errors import InvalidArgumentError
 
-__all__ = ["MIB", "DeviceInfo", "DeviceSample", "MemorySource", "SourceUnavailableError", "is_books_only"]
+__all__ = [
+    "MIB",
+    "DeviceInfo",
+    "DeviceSample",
+    "MemorySource",
+    "SourceUnavailableError",
+    "counts_named_only",
+    "is_books_only",
+]
 
 MIB = 2**20
 
@@ -55,6 +63,8 @@ class DeviceSample:
     processes_known: `process_mb` has all of those named to `sample` that use the device, so that one which is
         missing uses nothing. Otherwise that is unknown, not 0.
     trouble: why `used_mb` is None, where the source knows.
+    done_ns: `time.monotonic_ns()` from after the measurement had ended, so that whatever happened later than `done_ns`
+        is not in the figure for certain; 0 where the source does not tell.
     """
 
     index: int
@@ -63,6 +73,7 @@ class DeviceSample:
     process_mb: Mapping[int, float] = field(default_factory=dict)
     processes_known: bool = False
     trouble: str | None = None
+    done_ns: int = 0
 
     def foreign_mb(self, ours: Collection[int]) -> float | None:
         """Return what is used by others than the processes `ours`, the driver itself included.
@@ -83,6 +94,11 @@ class MemorySource(Protocol):
         tell the pids of another pid namespace.
     settles_late: freed memory may show up seconds after an unload.
     cheap: a sample costs well under 5 ms, so anybody may take one where they stand.
+
+    A source may have these, too, which count as False where they are missing:
+
+    books_only: it knows totals alone; see `is_books_only`.
+    counts_named_only: its figure holds nothing but the processes named to `sample`; see `counts_named_only`.
     """
 
     name: str
@@ -112,3 +128,11 @@ class MemorySource(Protocol):
 def is_books_only(source: MemorySource) -> bool:
     """Return whether `source` knows totals alone, so that its samples are always None."""
     return bool(getattr(source, "books_only", False))
+
+
+def counts_named_only(source: MemorySource) -> bool:
+    """Return whether the used memory that `source` tells is that of the processes named to `sample`, and no more.
+
+    What other processes take, workers that hold objects of their own among them, then is in no figure at all.
+    """
+    return bool(getattr(source, "counts_named_only", False))

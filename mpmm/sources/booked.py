@@ -33,7 +33,8 @@ class BookedSource:
 
     def sample(self, server_pids: Sequence[int]) -> tuple[DeviceSample, ...]:
         """Return a sample without a figure."""
-        return (DeviceSample(0, None, time.monotonic_ns()),)
+        now_ns = time.monotonic_ns()
+        return (DeviceSample(0, None, now_ns, done_ns=now_ns),)
 
     def close(self) -> None:
         """Do nothing."""

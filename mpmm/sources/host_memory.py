@@ -53,6 +53,7 @@ class HostMemorySource:
         if budget_mb is not None and not (math.isfinite(budget_mb) and budget_mb > 0):
             raise InvalidArgumentError(f"budget_mb is {budget_mb!r}: expected a positive number of MB, or None")
         self._whole = budget_mb is None
+        self.counts_named_only = budget_mb is not None
         total_mb = host_memory_mb() if budget_mb is None else float(budget_mb)
         self._devices = (DeviceInfo(0, "host-memory", "host memory", total_mb),)
         # Replaced as a whole by each sample, so that threads and forked children need no lock.
@@ -85,7 +86,7 @@ class HostMemorySource:
         else:
             used_mb = sum(process_mb.values()) if complete else None
         trouble = None if used_mb is not None else "a process may not be looked at"
-        return (DeviceSample(0, used_mb, taken_ns, process_mb, complete, trouble),)
+        return (DeviceSample(0, used_mb, taken_ns, process_mb, complete, trouble, time.monotonic_ns()),)
 
     def close(self) -> None:
         """Forget the readings kept between samples."""

@@ -99,16 +99,16 @@ class NvidiaSmiSource:
         else:
             self._run = None
         free = run.result()
-        return tuple(self._reading(device, free.get(device.uuid), run.began_ns) for device in self._devices)
+        return tuple(self._reading(device, free.get(device.uuid), run) for device in self._devices)
 
     def close(self) -> None:
         """Do nothing: a program that still runs is seen off by its thread."""
 
-    def _reading(self, device: DeviceInfo, text: str | None, taken_ns: int) -> DeviceSample:
+    def _reading(self, device: DeviceInfo, text: str | None, run: _Run) -> DeviceSample:
         free_mb = None if text is None else _number(text)
-        if free_mb is None:
-            return DeviceSample(device.index, None, taken_ns, trouble=text or "not in the list")
-        return DeviceSample(device.index, max(0.0, device.total_mb - free_mb), taken_ns)
+        used_mb = None if free_mb is None else max(0.0, device.total_mb - free_mb)
+        trouble = None if used_mb is not None else text or "not in the list"
+        return DeviceSample(device.index, used_mb, run.began_ns, trouble=trouble, done_ns=run.ended_ns)
 
     def _free(self) -> Mapping[str, str]:
         """Return what the program says of the free memory of each GPU, by uuid."""
@@ -163,6 +163,7 @@ class _Run:
     def __init__(self, ask: Callable[[], Mapping[str, str]]) -> None:
         self.pid = os.getpid()
         self.began_ns = time.monotonic_ns()
+        self.ended_ns = 0
         self.done = threading.Event()
         self._answer: Mapping[str, str] = {}
         self._error: BaseException | None = None
@@ -179,6 +180,7 @@ class _Run:
             self._answer = ask()
         except BaseException as error:  # is raised again by who waits for the answer
             self._error = error
+        self.ended_ns = time.monotonic_ns()
         self.done.set()
 
 

@@ -104,7 +104,10 @@ class NvmlSource:
         session = self._usable_session()
         if session is None:
             taken_ns = time.monotonic_ns()
-            return tuple(DeviceSample(device.index, None, taken_ns, trouble=self._trouble) for device in self._devices)
+            return tuple(
+                DeviceSample(device.index, None, taken_ns, trouble=self._trouble, done_ns=time.monotonic_ns())
+                for device in self._devices
+            )
         samples = tuple(_read(session, device) for device in self._devices)
         self._doubted = any(sample.used_mb is None for sample in samples)
         read = [sample for sample in samples if sample.used_mb is not None]
@@ -230,10 +233,11 @@ def _read(session: _Session, device: DeviceInfo) -> DeviceSample:
     # for it still stands; the other way round, it would be in neither.
     process_mb, known = ({}, False) if handle is None else _processes(door, handle)
     memory = None if handle is None else door.ask("nvmlDeviceGetMemoryInfo", handle)
+    done_ns = time.monotonic_ns()
     if memory is None:
         trouble = "not found" if handle is None else door.error
-        return DeviceSample(device.index, None, taken_ns, trouble=trouble)
-    return DeviceSample(device.index, memory.used / MIB, taken_ns, process_mb, known)
+        return DeviceSample(device.index, None, taken_ns, trouble=trouble, done_ns=done_ns)
+    return DeviceSample(device.index, memory.used / MIB, taken_ns, process_mb, known, done_ns=done_ns)
 
 
 def _processes(door: _Door, handle: Any) -> tuple[dict[int, float], bool]:

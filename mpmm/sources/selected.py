@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from mpmm.errors import InvalidArgumentError
-from mpmm.sources.base import DeviceInfo, DeviceSample, MemorySource
+from mpmm.sources.base import DeviceInfo, DeviceSample, MemorySource, counts_named_only, is_books_only
 
 __all__ = ["SelectedDevices"]
 
@@ -19,7 +19,8 @@ class SelectedDevices:
         self.name = source.name
         self.settles_late = source.settles_late
         self.cheap = source.cheap
-        self.books_only = bool(getattr(source, "books_only", False))
+        self.books_only = is_books_only(source)
+        self.counts_named_only = counts_named_only(source)
         there = source.devices()
         for wanted in chosen:
             if not any(wanted in (info.index, info.uuid) for info in there):
