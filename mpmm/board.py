@@ -14,7 +14,7 @@ from mpmm.shared_state.layout import Device, Header, Instance, Member, device_bi
 from mpmm.shared_state.namespace import Namespace
 from mpmm.shared_state.tables import fit_text
 from mpmm.shared_state.transaction import Transaction
-from mpmm.sources import DeviceInfo, DeviceSample, MemorySource, is_books_only
+from mpmm.sources import DeviceInfo, DeviceSample, MemorySource, counts_named_only, is_books_only
 from mpmm.sources.process_tree import outside, process_tree
 
 __all__ = ["ForeignMonitor", "MonitorLike", "SharedBoard"]
@@ -76,7 +76,7 @@ class SharedBoard:
             rows_found = namespace.transitions.describe_devices(t, found, replace=led_by not in (b"", name))
             if next_in_line is not None:
                 flags = (source.measures_processes, source.settles_late, is_books_only(source))
-                namespace.transitions.lead(t, namespace.slot, name, flags)
+                namespace.transitions.lead(t, namespace.slot, name, flags, counts_named_only(source))
                 for slot in next_in_line:
                     namespace.transitions.ring(t, slot)
         self._rows = {info.index: row for info, row in zip(devices, rows_found, strict=True)}
@@ -137,23 +137,22 @@ class SharedBoard:
         fresh_rows = complete_rows = 0
         late = False
         with namespace.transaction(patience_s) as t:
+            news = []
             for sample in samples:
                 row = self._rows.get(sample.index)
                 if row is None:
                     continue
                 transitions.note_try(t, row, sample.taken_ns)
-                loose_mb = sample.foreign_mb(sample.process_mb)
-                fresh = sample.used_mb is None or transitions.sample(t, row, sample.used_mb, sample.taken_ns, loose_mb)
-                if not fresh:
+                if sample.used_mb is not None and not transitions.is_news(row, sample.taken_ns):
                     late = True
                     continue
-                # A process's part must come from the same sample as the whole: what a loading server takes is
-                # subtracted from its reservation because the device's figure has it.
+                # What a process has must come from the same sample as the whole: the one comes off the other.
                 fresh_rows |= 1 << row
                 complete_rows |= sample.processes_known << row
                 for pid, mb in sample.process_mb.items():
                     measured[pid][row] = mb
                 if sample.used_mb is not None:
+                    news.append((row, sample.used_mb, sample))
                     foreign_mb = sum(mb for pid, mb in sample.process_mb.items() if pid in strangers)
                     transitions.note_foreign(t, row, foreign_mb)
             if late and not fresh_rows:
@@ -162,6 +161,8 @@ class SharedBoard:
             if measured or complete_rows:
                 self._measure_members(t, measured, fresh_rows, complete_rows)
                 self._share_out(t, taken)
+            for row, used_mb, sample in news:
+                transitions.sample(t, row, used_mb, sample.taken_ns, sample.done_ns)
             self._scheduler.advance(t)
 
     def _measure_members(

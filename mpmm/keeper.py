@@ -158,9 +158,20 @@ class Keeper:
             if self._namespace.reap_dead_members():
                 with self._namespace.transaction() as t:
                     self._worker.scheduler.advance(t)
+            self._expire_returns()
             if time.monotonic() >= self._poll_due:
                 self._poll_due = time.monotonic() + self._namespace.settings.poll_interval
                 self._poll()
+
+    def _expire_returns(self) -> None:
+        """Let the books decide about unloaded memory that no sample has told about for a while."""
+        namespace = self._namespace
+        words, tables = namespace.segment.words, namespace.tables
+        rows = tables.used_rows(namespace.segment.layout.devices)
+        if any(words[tables.device(row) + Device.RETURN_COUNT] for row in rows):
+            with namespace.transaction() as t:
+                namespace.transitions.expire_returns(t)
+                self._worker.scheduler.advance(t)
 
     def _lead_if_free(self) -> None:
         if not self._lock_file.try_exclusive():

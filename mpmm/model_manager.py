@@ -911,7 +911,8 @@ class ModelManager(BeamNames):
                     f"loader {loader_func!r} of {tag!r}: expected a callable that is no coroutine"
                 )
             if booking.alone:
-                worker.freshen()
+                # What it adds is measured against this figure, so it must be one from now, whatever that takes.
+                worker.sample_now()
                 worker.reset_peak()
                 with worker.namespace.transaction() as t:
                     worker.namespace.transitions.set_baseline(t, booking.row)
@@ -960,9 +961,7 @@ class ModelManager(BeamNames):
                 mb, shares_mb = grown_mb, ()
                 learnt = Estimate(grown_mb, GROWTH_SD * grown_mb)
             books_only = bool(words[Header.SOURCE_BOOKS_ONLY])
-            namespace.transitions.end_load(
-                t, booking.row, handle, mb, server, server_pid is not None, seen or books_only, shares_mb
-            )
+            namespace.transitions.end_load(t, booking.row, handle, mb, server, server_pid is not None, shares_mb)
             if words[tables.model(model) + Model.KNOWN]:
                 learnt = None
             elif learnt is not None:

@@ -41,7 +41,7 @@ from mpmm.policy.view import (
 )
 from mpmm.shared_state.events import Cause
 from mpmm.shared_state.futex import wake_one, yield_processor
-from mpmm.shared_state.layout import Device, Header, Instance, Member, Model, Ticket, device_bits, device_rows
+from mpmm.shared_state.layout import Device, Header, Instance, Model, Ticket, device_bits, device_rows
 from mpmm.shared_state.namespace import Namespace
 from mpmm.shared_state.transaction import Transaction
 
@@ -65,7 +65,8 @@ def _counts() -> defaultdict[int, defaultdict[int, int]]:
 @dataclass
 class Copies:
     """What the instance rows say: copies by model (loaded ones shared, or owned by member; loading by member), MB and
-    copies in mid-unload by device. `booked_mb` is what all but the loading ones take."""
+    copies in mid-unload by device. `booked_mb` is what all but the loading ones take, `reserved_mb` what loads in
+    progress and leases may take, or take already where that is more."""
 
     idle: list[Idle] = field(default_factory=list)
     busy: list[Busy] = field(default_factory=list)
@@ -318,7 +319,6 @@ class Scheduler:
     def read_copies(self) -> Copies:
         """Return what the instance rows say, in one pass over those in use."""
         words, floats, tables = self._segment.words, self._segment.floats, self._tables
-        measures = bool(words[Header.SOURCE_MEASURES_PROCESSES])
         now = time.monotonic_ns()
         copies = Copies()
         for row in tables.used_rows(self._layout.instances):
@@ -333,8 +333,8 @@ class Scheduler:
                 (device, mb), *others = tables.shares_of(row)
                 beside = tuple(others)
             if state == Instance.LEASED:
-                # Not a copy of a model, but a reservation, of which what its program takes is in the figure already.
-                self._share_out(copies.reserved_mb, device, beside, max(0.0, reserved - floats[at + Instance.MB]))
+                # Not a copy of a model, but a reservation.
+                self._share_out(copies.reserved_mb, device, beside, max(reserved, floats[at + Instance.MB]))
                 self._share_out(copies.leased_mb, device, beside, reserved)
                 continue
             if state == Instance.LOADING:
@@ -360,8 +360,8 @@ class Scheduler:
                 copies.newest_hold[model] = max(since, copies.newest_hold.get(model, 0))
                 free_in_s = self._free_in_s(model, since, now, loading=False)
                 copies.busy.append(Busy(row, model, device, mb, free_in_s, pinned, owner or None, beside=beside))
-            if reserved and server and measures:
-                self._add_rest(copies, row, device, beside, reserved, server - 1)
+            if reserved and server:
+                self._add_load(copies, row, device, beside, reserved)
             elif reserved:
                 self._share_out(copies.reserved_mb, device, beside, reserved)
         return copies
@@ -374,15 +374,13 @@ class Scheduler:
         for other, _ in beside:
             figures[other] += share_mb
 
-    def _add_rest(
-        self, copies: Copies, row: int, device: int, beside: Sequence[tuple[int, float]], reserved: float, server: int
+    def _add_load(
+        self, copies: Copies, row: int, device: int, beside: Sequence[tuple[int, float]], reserved: float
     ) -> None:
-        """Add what a copy's reservation adds: what its loading server takes already is in the devices' figures."""
-        floats, at = self._segment.floats, self._tables.member(server)
+        """Add what a load in progress was allowed, or what its server has taken already, where that is more."""
         share_mb = reserved / (1 + len(beside))
-        for number, other in enumerate((device, *(other for other, _ in beside))):
-            measured = floats[at + (Member.SHARES + number if beside else Member.MEASURED_MB)]
-            copies.reserved_mb[other] += share_mb if math.isnan(measured) else max(0.0, share_mb - measured)
+        for other in (device, *(other for other, _ in beside)):
+            copies.reserved_mb[other] += max(share_mb, self._namespace.transitions.measured_share(row, other) or 0.0)
 
     def _free_in_s(self, model: int, since_ns: int, now_ns: int, loading: bool) -> float:
         """Return when a copy that is held, or being loaded, is expected to be idle; `inf` if nothing is known."""
@@ -393,23 +391,32 @@ class Scheduler:
         return max(0.0, hold_s + (load_s if loading else 0.0) - (now_ns - since_ns) / 1e9)
 
     def device_views(self, copies: Copies) -> tuple[DeviceView, ...]:
-        """Return the figures of all devices."""
+        """Return what the ledgers of all devices say."""
         words, floats, tables = self._segment.words, self._segment.floats, self._tables
-        return tuple(
-            DeviceView(
-                device=row,
-                total_mb=floats[tables.device(row) + Device.TOTAL_MB],
-                used_mb=self.used_mb(row, copies),
-                reserved_mb=copies.reserved_mb[row],
-                unloading_mb=copies.unloading_mb[row],
-                returning_mb=floats[tables.device(row) + Device.RETURNING_MB],
-                leased_mb=copies.leased_mb[row],
-                foreign_mb=floats[tables.device(row) + Device.FOREIGN_MB],
-                isolated=bool(words[Header.ISOLATED] >> row & 1),
-                unloading=copies.unloading[row],
+        late = words[Header.SOURCE_SETTLES_LATE]
+        views = []
+        for row in tables.used_rows(self._layout.devices):
+            at = tables.device(row)
+            external, least = floats[at + Device.EXTERNAL_MB], floats[at + Device.EXTERNAL_LEAST_MB]
+            if words[Header.SOURCE_BOOKS_ONLY] or math.isnan(external):
+                external = least = 0.0
+            returning = floats[at + Device.RETURNING_MB] if late else 0.0
+            views.append(
+                DeviceView(
+                    device=row,
+                    total_mb=floats[at + Device.TOTAL_MB],
+                    used_mb=external + copies.booked_mb[row] + returning,
+                    reserved_mb=copies.reserved_mb[row],
+                    unloading_mb=copies.unloading_mb[row],
+                    returning_mb=returning,
+                    leased_mb=copies.leased_mb[row],
+                    external_mb=external,
+                    external_least_mb=least,
+                    isolated=bool(words[Header.ISOLATED] >> row & 1),
+                    unloading=copies.unloading[row],
+                )
             )
-            for row in tables.used_rows(self._layout.devices)
-        )
+        return tuple(views)
 
     def need_mb(self, model: int) -> float:
         """Return what a copy of a model is expected to take: its estimate, else the default."""

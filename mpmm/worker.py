@@ -339,6 +339,15 @@ class Worker:
         rows = device_rows(words[tables.instance(row) + Instance.DEVICES])
         return all(words[tables.device(device) + Device.SAMPLED] >= loaded for device in rows)
 
+    def request_sample(self) -> None:
+        """Have a sample taken as soon as possible, without waiting for it."""
+
+        def take() -> None:
+            with contextlib.suppress(Exception):
+                self.sample_now()
+
+        threading.Thread(target=take, name="mpmm-sample", daemon=True).start()
+
     def sample_now(self, patience_s: float | None = None) -> None:
         """Take a sample, however long that takes, unless there is nothing to measure; see `refresh`."""
         if not self.namespace.segment.words[Header.SOURCE_BOOKS_ONLY]:
@@ -718,8 +727,11 @@ class Worker:
         _empty_torch_cache()
 
     def _settle(self) -> None:
-        """Let waiters profit from freed memory: by a new sample where that is quick, else by the corrected books."""
-        self.freshen()
+        """Let waiters profit from freed memory: a new sample has to show it."""
+        if self.source.cheap:
+            self.freshen()
+        else:
+            self.request_sample()
         if isinstance(self.monitor, ForeignMonitor):
             self.reset_peak()
             self.board.reset_peak()

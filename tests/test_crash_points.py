@@ -28,7 +28,7 @@ from mpmm import ModelManager
 from mpmm.policy.view import Reason
 from mpmm.shared_state.events import Cause
 from mpmm.shared_state.invariants import check_invariants
-from mpmm.shared_state.layout import Capacities, Event, Header, Instance, Member, Ticket
+from mpmm.shared_state.layout import Capacities, Device, Event, Header, Member, Ticket
 from mpmm.shared_state.namespace import Namespace
 from mpmm.shared_state.runtime_dir import RuntimeDirectory
 from mpmm.shared_state.segment import Segment
@@ -123,7 +123,7 @@ class Lab:
         if server:
             self.do(lambda t, tr: tr.link_server(t, row, self.server))
         kept = self.server + 1 if server else 0
-        self.do(lambda t, tr: tr.end_load(t, row, handle, 90.0, kept, server, seen=False))
+        self.do(lambda t, tr: tr.end_load(t, row, handle, 90.0, kept, server))
         return row
 
     def idle(self, tag: str = "a", handle: bytes = b"h", server: bool = False) -> int:
@@ -316,24 +316,27 @@ def scenarios() -> dict[str, Callable[[Lab], Operation]]:
         now = time.monotonic_ns()
         return lambda t, tr: tr.sample(t, 0, 200.0, now)
 
-    def returned_late(lab: Lab) -> Operation:
+    def returning(lab: Lab) -> int:
+        """Let the memory of a copy be awaited that has ended while a figure of 500 MB stood."""
         copy = lab.unloading("a")
         lab.do(lambda t, tr: tr.lead(t, 0, b"test", (False, True, False)))
         lab.do(lambda t, tr: tr.sample(t, 0, 500.0, 5))
-        lab.do(lambda t, tr: t.set_float(lab.tables.instance(copy) + Instance.RESERVED_MB, 0.0))
         lab.do(lambda t, tr: tr.end_unload(t, copy))
-        now = time.monotonic_ns()
-        return lambda t, tr: tr.sample(t, 0, 499.0, now)
+        return time.monotonic_ns()
 
-    def sampled_by_process(lab: Lab) -> Operation:
-        copy = lab.idle(server=True)
-        lab.do(lambda t, tr: tr.sample(t, 0, 500.0, 5, 40.0))
-        lab.do(lambda t, tr: t.set(Header.SOURCE_SETTLES_LATE, 1))
-        lab.do(lambda t, tr: tr.begin_unload(t, copy, Lab.victim, evicted=True))
-        lab.do(lambda t, tr: t.set_float(lab.tables.instance(copy) + Instance.RESERVED_MB, 0.0))
-        lab.do(lambda t, tr: tr.end_unload(t, copy))
-        now = time.monotonic_ns()
-        return lambda t, tr: tr.sample(t, 0, 480.0, now, 41.0)
+    def returned(lab: Lab) -> Operation:
+        now = returning(lab)
+        return lambda t, tr: tr.sample(t, 0, 400.0, now)
+
+    def returned_late(lab: Lab) -> Operation:
+        now = returning(lab)
+        lab.do(lambda t, tr: t.set(lab.tables.device(0) + Device.RETURNS, 1))
+        return lambda t, tr: tr.sample(t, 0, 501.0, now)
+
+    def not_sampled_since(lab: Lab) -> Operation:
+        returning(lab)
+        lab.do(lambda t, tr: t.set(lab.tables.device(0) + Device.RETURNS, 6))
+        return lambda t, tr: tr.expire_returns(t)
 
     def observed_again(lab: Lab) -> Operation:
         lab.do(lambda t, tr: tr.observe(t, [(7, 1), (9, 2)], 10.0))
@@ -387,7 +390,7 @@ def scenarios() -> dict[str, Callable[[Lab], Operation]]:
         model = lab.model()
         row: int = lab.do(lambda t, tr: tr.begin_load(t, model, lab.victim, 3, 100.0, alone=True))
         lab.do(lambda t, tr: tr.link_server(t, row, lab.server))
-        lab.do(lambda t, tr: tr.end_load(t, row, b"h", 90.0, lab.server + 1, True, seen=False, shares_mb=(60.0, 30.0)))
+        lab.do(lambda t, tr: tr.end_load(t, row, b"h", 90.0, lab.server + 1, True, shares_mb=(60.0, 30.0)))
         return row
 
     def measured_on_two(lab: Lab) -> Operation:
@@ -451,8 +454,8 @@ def scenarios() -> dict[str, Callable[[Lab], Operation]]:
         "begin_load": on(Lab.model, lambda t, tr, row: tr.begin_load(t, row, Lab.victim, 1, 100.0, alone=False)),
         "set_baseline": on(lambda lab: lab.loading(alone=True), lambda t, tr, row: tr.set_baseline(t, row)),
         "link_server": on(Lab.loading, lambda t, tr, row: tr.link_server(t, row, Lab.server)),
-        "end_load": on(Lab.loading, lambda t, tr, row: tr.end_load(t, row, b"handle", 80.0, 0, False, seen=True)),
-        "end_load/object": on(Lab.loading, lambda t, tr, row: tr.end_load(t, row, b"", 80.0, 0, False, seen=False)),
+        "end_load": on(Lab.loading, lambda t, tr, row: tr.end_load(t, row, b"handle", 80.0, 0, False)),
+        "end_load/object": on(Lab.loading, lambda t, tr, row: tr.end_load(t, row, b"", 80.0, 0, False)),
         "fail_load": on(Lab.loading, lambda t, tr, row: tr.fail_load(t, row)),
         "give_up_load": on(Lab.loading, lambda t, tr, row: tr.give_up_load(t, row)),
         "give_up_load/server": given_up_with_server,
@@ -482,8 +485,9 @@ def scenarios() -> dict[str, Callable[[Lab], Operation]]:
         "measure/spanning": measured_on_two,
         "reap_member/spanning": reaped_spanning,
         "sample": sampled_after_load,
+        "sample/returned": returned,
         "sample/written off": returned_late,
-        "sample/returning by process": sampled_by_process,
+        "expire_returns": not_sampled_since,
         "measure": measured,
         "reset_peaks": lambda lab: lambda t, tr: tr.reset_peaks(t),
         "observe": observed_again,

@@ -428,7 +428,7 @@ CASES: Mapping[str, tuple[View, list[object]]] = {
         view(
             [model(A, 800), model(B, 100)],
             [ticket(1, A), ticket(2, B)],
-            devices=[device(used=300, foreign_mb=300)],
+            devices=[device(used=300, external_mb=300, external_least_mb=300)],
         ),
         [Wait(1, Reason.FOREIGN), Load(2, (0,), 100, False)],
     ),

@@ -143,9 +143,9 @@ TABLE: dict[Reason, tuple[View, Callable[[View], Decision], str]] = {
         "waits: needs 800 MB, 400 free, and the leases that are held leave too little room",
     ),
     Reason.FOREIGN: (
-        view([model(A, 800)], [ticket(1, A)], devices=[device(used=300, foreign_mb=300)]),
+        view([model(A, 800)], [ticket(1, A)], devices=[device(used=300, external_mb=300, external_least_mb=300)]),
         first,
-        "waits: needs 800 MB, 600 free, and 300 MB that other programs take leave too little room",
+        "waits: needs 800 MB, 600 free, and 300 MB that the driver and other programs take leave too little room",
     ),
     Reason.LEAST_FULL: (
         view([model(A)], [ticket(1, A)], devices=[device(0, used=500), device(1)]),

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence, Set
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass, replace
 
-from mpmm.policy.admission import free_mb, largest_limit_mb, limit_mb
+from mpmm.policy.admission import free_mb, largest_limit_mb, limit_mb, widened
 from mpmm.policy.eviction import Room, find_room, together, waiting_pays
 from mpmm.policy.fairness import is_due, is_overdue, queue_order
 from mpmm.policy.placement import best_place, soonest_alone
@@ -292,7 +292,7 @@ class _Walk:
             return Refuse(ticket.row, Why(Reason.TOO_LARGE, need_mb, largest))
         if model.lease and self._lease_is_awaited:
             return Wait(ticket.row, Reason.BEHIND, Why(Reason.BEHIND, need_mb))
-        where = self._where(ticket)
+        where = [widened(device, share_mb, slack) for device in self._where(ticket)]
         if len(where) < span:
             # Where it may go somebody runs alone, or is about to.
             return None
@@ -304,12 +304,10 @@ class _Walk:
         if waits is not None:
             return waits
         due = is_due(self._view, ticket)
-        room = self._find_room(ticket, share_mb, due)
+        room = self._find_room(ticket, share_mb, due) or self._all_of_it(ticket, where, share_mb)
         self._room = room
         if room is None:
-            pinned = any(copy.pinned for copies in self._idle.values() for copy in copies)
-            why = Why(Reason.PINNED if pinned else Reason.MEMORY, need_mb, _most_free_mb(where, slack))
-            return self._block(ticket, why)
+            return self._block(ticket, Why(Reason.MEMORY, need_mb, _most_free_mb(where, slack)))
         free, on = math.fsum(free_mb(device, slack) for device in room.devices), self._named(room.devices)
         if room.victims and (due or not room.awaited):
             reason = Reason.LOWEST_SCORE if room.harm is None else Reason.SMALLEST_HARM
@@ -327,23 +325,63 @@ class _Walk:
         return self._block(ticket, Why(Reason.RETURNING, need_mb, free, returning_mb, devices=on))
 
     def _wait_for_others(self, ticket: TicketView, where: list[DeviceView], share_mb: float) -> Wait | None:
-        """Let one wait for whom leases, or programs that have none, leave too little room, whatever else went.
+        """Let one wait for whom leases, external memory or pinned copies leave too little room, whatever else went.
 
-        Nothing that others let go would help, so nobody has to stand back for it, for hours perhaps.
+        Nothing that the manager can unload would help, so nobody has to stand back for it, for hours perhaps.
         """
-        span, slack, need_mb = ticket.span, self._slack, share_mb * ticket.span
-
-        def held_up(kept: Callable[[DeviceView], float]) -> bool:
-            return sum(share_mb <= limit_mb(device, slack) - kept(device) for device in where) < span
-
-        free = _most_free_mb(where, slack)
-        if held_up(lambda device: device.leased_mb):
+        need_mb, free = share_mb * ticket.span, _most_free_mb(where, self._slack)
+        if self._fitting(where, share_mb, external=False) < ticket.span:
             self._lease_is_awaited = True
             return Wait(ticket.row, Reason.LEASED, Why(Reason.LEASED, need_mb, free))
-        if held_up(lambda device: device.leased_mb + device.foreign_mb):
-            foreign_mb = math.fsum(device.foreign_mb for device in where)
-            return Wait(ticket.row, Reason.FOREIGN, Why(Reason.FOREIGN, need_mb, free, foreign_mb))
+        if self._fitting(where, share_mb) < ticket.span:
+            external_mb = math.fsum(device.external_least_mb for device in where)
+            return Wait(ticket.row, Reason.FOREIGN, Why(Reason.FOREIGN, need_mb, free, external_mb))
+        if self._fitting(where, share_mb, pinned=True) < ticket.span:
+            return Wait(ticket.row, Reason.PINNED, Why(Reason.PINNED, need_mb, free))
         return None
+
+    def _fitting(
+        self, where: Iterable[DeviceView], share_mb: float, external: bool = True, pinned: bool = False
+    ) -> int:
+        """Return on how many devices `share_mb` would fit if all went that the manager can unload.
+
+        external: count what is certainly not ours as well as leases; pinned: what is pinned, too. A device that has
+        nothing of these but external memory takes it up to its total, see `admission.widened`.
+        """
+        count = 0
+        for device in where:
+            least_mb = max(0.0, device.external_least_mb) if external else 0.0
+            kept_mb = device.leased_mb + (self._pinned_on(device.device) if pinned else 0.0)
+            limit = limit_mb(device, self._slack) - device.extra_mb
+            fits = share_mb + kept_mb + least_mb <= limit
+            count += fits or (share_mb <= limit and not kept_mb and share_mb + least_mb <= device.total_mb)
+        return count
+
+    def _pinned_on(self, device: int) -> float:
+        """Return what pinned copies, idle ones and those in use, take of a device."""
+        copies: list[Idle | Busy] = [*self._view.idle, *self._view.busy]
+        return math.fsum(copy.mb_on(device) for copy in copies if copy.pinned and device in copy.devices)
+
+    def _all_of_it(self, ticket: TicketView, where: list[DeviceView], share_mb: float) -> Room | None:
+        """Return everything that can go from devices on which the books alone find too little room.
+
+        Part of what counts as external there may be what instances have grown by. Only an empty device tells.
+        """
+        rooms = []
+        for device in where:
+            grown_mb = device.external_mb - device.external_least_mb
+            if grown_mb <= 0 or not self._fitting([device], share_mb, pinned=True):
+                continue
+            victims = [copy for copy in self._idle_on({device.device}) if not copy.pinned]
+            awaited = [copy for copy in self._view.busy if device.device in copy.devices]
+            if not (victims or awaited or device.unloading or device.returning_mb):
+                continue
+            freed_mb = math.fsum(copy.mb_on(device.device) for copy in (*victims, *awaited))
+            drain_s = max((copy.free_in_s for copy in awaited), default=0.0)
+            rooms.append(Room((device,), tuple(victims), tuple(awaited), None, drain_s, freed_mb, (0.0,)))
+        if len(rooms) < ticket.span:
+            return None
+        return together(sorted(rooms, key=lambda room: room.cost)[: ticket.span])
 
     def _find_room(self, ticket: TicketView, share_mb: float, due: bool) -> Room | None:
         """Return where room for `share_mb` on each of its devices can be made with the least harm.
@@ -361,11 +399,8 @@ class _Walk:
 
     def _cheapest(self, ticket: TicketView, share_mb: float, busy: Sequence[Busy]) -> Room | None:
         idle = [copy for copies in self._idle.values() for copy in copies]
-        rooms = [
-            room
-            for device in self._where(ticket)
-            if (room := find_room(self._view, device, idle, busy, share_mb, ticket))
-        ]
+        where = (widened(device, share_mb, self._slack) for device in self._where(ticket))
+        rooms = [room for device in where if (room := find_room(self._view, device, idle, busy, share_mb, ticket))]
         if len(rooms) < ticket.span:
             return None
         return together(sorted(rooms, key=lambda room: room.cost)[: ticket.span])
@@ -412,7 +447,8 @@ class _Walk:
         self._told.clear()
         share_mb = need_mb / len(devices)
         for device in devices:
-            self._devices[device.device] = replace(device, reserved_mb=device.reserved_mb + share_mb)
+            known = self._devices[device.device]
+            self._devices[device.device] = replace(known, reserved_mb=known.reserved_mb + share_mb)
             self._busy[device.device] += 1
         # Those behind may share this load.
         model = self._models[ticket.model]

@@ -43,11 +43,11 @@ class Reason(IntEnum):
     RETURNING = 4  # unloaded memory has not come back yet
     NO_DEVICE = 5  # no device is known yet
     SHARING = 6  # a copy that is busy or being loaded will be free sooner than another one could be loaded
-    PINNED = 7  # as MEMORY, and some of what is idle is pinned
+    PINNED = 7  # what is pinned leaves too little room, even if everything else went
     COPIES = 8  # there are as many copies of its model as there may be
     LEASED = 9  # leases that are held leave too little room, even if everything else went
     IN_USE = 10  # room is reserved for it where copies are still in use
-    FOREIGN = 11  # as LEASED, with what other programs take as well
+    FOREIGN = 11  # as LEASED, with external memory as well: the driver's, and that of other programs
     # It gets an idle copy:
     IDLE_COPY = 16
     PASSING = 17  # past one that waits for room, which this does not delay
@@ -216,9 +216,15 @@ class TicketView:
 
 @dataclass(frozen=True)
 class DeviceView:
-    """One device. `unloading_mb` is what copies in mid-unload still take, `returning_mb` what unloads have not given
-    back yet; both are part of `used_mb`. `leased_mb` is what leases are for, whether in use or not; `foreign_mb` what
-    other programs take, part of `used_mb`. isolated: a copy runs alone on it. unloading: copies in mid-unload."""
+    """One device, as its ledger says (`policy.ledger`): `used_mb` and `reserved_mb` together are what is committed.
+
+    used_mb: what is believed to be in use, or to be coming back. reserved_mb: what loads in progress and leases may
+    take. unloading_mb: what copies in mid-unload still take, returning_mb: what unloads have not given back yet; both
+    are part of `used_mb`. leased_mb: what leases are for, part of `reserved_mb`. external_mb: what is not ours, part
+    of `used_mb`; external_least_mb: so much of that is certain. extra_mb: by how much the limit is raised for one that
+    has the device to itself, see `admission.widened`. isolated: a copy runs alone on it. unloading: copies in
+    mid-unload.
+    """
 
     device: int
     total_mb: float
@@ -227,7 +233,9 @@ class DeviceView:
     unloading_mb: float
     returning_mb: float
     leased_mb: float = 0.0
-    foreign_mb: float = 0.0
+    external_mb: float = 0.0
+    external_least_mb: float = 0.0
+    extra_mb: float = 0.0
     isolated: bool = False
     unloading: int = 0
 

@@ -126,7 +126,8 @@ def _instances(snapshot: Snapshot) -> Iterator[str]:
                 yield f"I2 {what}: {name} {slot} is no member"
         if instance.state == "unloading" and instance.owner is not None and instance.holder != instance.owner:
             yield f"I1 {what}: owner {instance.owner} should unload it, not {instance.holder}"
-        if not instance.reserved_mb >= 0 or (instance.state == "leased" and not instance.reserved_mb > 0):
+        may, must = instance.state in ("loading", "leased"), instance.state == "leased"
+        if not instance.reserved_mb >= 0 or not must <= (instance.reserved_mb > 0) <= may:
             yield f"I3 {what}: {instance.reserved_mb} MB reserved"
         shares = instance.shares_mb
         if not shares or not set(shares) <= devices or not math.isclose(math.fsum(shares.values()), instance.mb):
@@ -176,8 +177,8 @@ def _pins(snapshot: Snapshot) -> Iterator[str]:
 
 def _devices(snapshot: Snapshot) -> Iterator[str]:
     for device in snapshot.devices:
-        if not device.returning_mb >= 0:
-            yield f"D2 {device.name}: {device.returning_mb} MB returning"
+        if not device.returning_mb >= 0 or not math.isclose(device.returning_mb, math.fsum(device.returns_mb)):
+            yield f"D2 {device.name}: {device.returning_mb} MB returning, the returns are {device.returns_mb}"
         if not device.foreign_mb >= 0:
             yield f"D2 {device.name}: {device.foreign_mb} MB of others"
         if device.isolated is not None:

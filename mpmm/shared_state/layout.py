@@ -43,7 +43,7 @@ __all__ = [
 ]
 
 MAGIC = int.from_bytes(b"mpmm-seg", "little")
-LAYOUT_VERSION = 6
+LAYOUT_VERSION = 7
 WORD = 8
 # So many of the tables, the first ones, say in `Header.ENDS` how far they have grown.
 GROWING = 5
@@ -126,6 +126,7 @@ class Header:
     POLL_CLAIMED = 46  # raw, also without the lock: when somebody last set out to poll in the leader's place
 
     # What the source of memory figures can do, written by the leader.
+    SOURCE_COUNTS_NAMED = 47  # 1: its figure holds nothing but the processes that it is asked about
     SOURCE_MEASURES_PROCESSES = 48
     SOURCE_SETTLES_LATE = 49
     SOURCE_BOOKS_ONLY = 50
@@ -223,7 +224,7 @@ class Instance:
 
     I1  a LOADING, ACTIVE or LEASED row has a HOLDER, and IDLE has none; an UNLOADING row's HOLDER unloads it.
     I2  MODEL refers to a used model row; HOLDER, OWNER and SERVER to used member rows.
-    I3  RESERVED_MB >= 0; above 0 while LOADING, and after that until a sample has seen the load; and while LEASED.
+    I3  RESERVED_MB >= 0; above 0 only while LOADING, and while LEASED always.
     I4  no two used rows have the same GENERATION.
     I5  DEVICES names 1 to `MOST_SPANNED` used device rows; for several, MB is the sum of the SHARES.
     I6  exactly the LEASED rows have a MODEL row in state LEASE; they have neither OWNER nor SERVER.
@@ -237,7 +238,7 @@ class Instance:
     SERVER = 5  # reference to the member that keeps the memory of a handle, 0 if not known
     DEVICES = 6  # a bit for each device row that it lies on
     MB = 7  # float: what the copy takes, by measurement or else by estimate; for a lease what was measured, or 0
-    RESERVED_MB = 8  # float: counted on top of the devices' figures
+    RESERVED_MB = 8  # float: what a load or a lease may take, of all its devices together
     SINCE = 9  # when STATE changed last
     LOADED_AT = 10
     NEXT = 11  # } IDLE_HEAD list
@@ -317,7 +318,7 @@ class Device:
     """One accelerator, or the host's memory.
 
     D1  SAMPLED never decreases.
-    D2  RETURNING_MB and FOREIGN_MB >= 0.
+    D2  FOREIGN_MB and every amount in RETURNS are >= 0; RETURNING_MB is the sum of the latter.
     D3  ISOLATED refers to a LOADING or ACTIVE instance on the device, and then no other instance on it is either.
     """
 
@@ -328,23 +329,27 @@ class Device:
     PEAK_MB = 4  # float: highest figure in the ring since PEAK_RESET
     PEAK_RESET = 5
     HIGHEST_MB = 6  # float: highest figure since creation
-    RETURNING_MB = 7  # float: unloaded, not yet seen to be free
-    RETURN_FROM_MB = 8  # float: when the unload began, LOOSE_MB, or USED_MB where that is nan
-    RETURN_DEADLINE = 9
-    RETURN_SINCE = 10  # end of the last unload: older samples say nothing
+    RETURNING_MB = 7  # float, derived: sum of the RETURNS
+    EXTERNAL_MB = 8  # float: in use, and of no instance and no lease, see `policy.ledger`; nan before the first sample
+    EXTERNAL_LEAST_MB = 9  # float: so much of that is certainly not ours
+    RETURN_COUNT = 10  # used entries of RETURNS
     RING_NEXT = 11
     ISOLATED = 12  # reference to the instance that runs alone, 0 outside isolation
     BASELINE_MB = 13  # float: memory in use when that began to load
     CONFIGURED_AT = 14  # when the set of copies loaded on it changed last
     FOREIGN_MB = 15  # float: of processes that are not the namespace's, as far as the source knows
     TRIED = 16  # when somebody last tried to take a figure
-    LOOSE_MB = 17  # float: used, but by no process that the source lists; nan where it does not list them
-    CLAIMED = 18  # raw, also without the lock: when somebody last set out to poll it in the leader's place
-    UUID = 19  # text
+    CLAIMED = 17  # raw, also without the lock: when somebody last set out to poll it in the leader's place
+    UUID = 18  # text
     UUID_BYTES = 63
     NAME = UUID + text_words(UUID_BYTES)  # text
     NAME_BYTES = 63
-    RING = NAME + text_words(NAME_BYTES)
+    # Memory that unloads have given up and that no sample has shown to be free: (end of the unload, float MB, float
+    # figure that stood then), oldest first.
+    RETURNS = NAME + text_words(NAME_BYTES)
+    RETURNS_LENGTH = 16
+    RETURN_WORDS = 3
+    RING = RETURNS + RETURNS_LENGTH * RETURN_WORDS
     RING_LENGTH = 128  # pairs of (time, float MB)
     WORDS = RING + 2 * RING_LENGTH
 

@@ -219,9 +219,11 @@ class PinInfo:
 class DeviceInfo:
     """One device. `used_mb` is None before the first figure; `sample_age_s` likewise.
 
-    reserved_mb: what loads have booked and the figure does not show yet. foreign_mb: part of the figure that belongs to
-    processes which are not the namespace's, as far as the source knows. isolated: the copy that runs alone on it.
-    samples: the last figures, oldest first, each as (seconds ago, MB).
+    committed_mb: what admission counts as taken, see `policy.ledger`. reserved_mb: what of that the figure does not
+    show yet. returning_mb, returns_mb: what is awaited from unloads, and from each of them. external_mb: what is in use
+    and not the namespace's, None before the first figure; below 0 where instances take less than they are taken for.
+    foreign_mb: what processes take that are not the namespace's, as far as the source lists them. isolated: the copy
+    that runs alone on it. samples: the last figures, oldest first, each as (seconds ago, MB).
     """
 
     row: int
@@ -232,8 +234,11 @@ class DeviceInfo:
     used_mb: float | None
     peak_mb: float | None
     peak_since_start_mb: float
+    committed_mb: float
     reserved_mb: float
     returning_mb: float
+    returns_mb: tuple[float, ...]
+    external_mb: float | None
     foreign_mb: float
     isolated: int | None
     sample_age_s: float | None
@@ -702,17 +707,26 @@ class _Decoder:
         here = [instance for instance in instances if row in instance.shares_mb]
         sampled = words[at + Device.SAMPLED]
         booked = math.fsum(instance.shares_mb[row] for instance in here if instance.state not in ("loading", "leased"))
+        external = floats[at + Device.EXTERNAL_MB] if not books_only else 0.0
+        used = booked if books_only else (floats[at + Device.USED_MB] if sampled else None)
+        returning = floats[at + Device.RETURNING_MB] if self._words[Header.SOURCE_SETTLES_LATE] else 0.0
+        committed = math.fsum(self._committed(instance, row) for instance in here) + returning
+        committed += 0.0 if math.isnan(external) else external
+        awaited = min(self._words[at + Device.RETURN_COUNT], Device.RETURNS_LENGTH)
         return DeviceInfo(
             row=row,
             uuid=self._text(at + Device.UUID),
             name=self._text(at + Device.NAME),
             total_mb=floats[at + Device.TOTAL_MB],
             limit_mb=floats[at + Device.TOTAL_MB] * (1 - settings.slack_percentage),
-            used_mb=booked if books_only else (floats[at + Device.USED_MB] if sampled else None),
+            used_mb=used,
             peak_mb=floats[at + Device.PEAK_MB] if sampled else None,
             peak_since_start_mb=floats[at + Device.HIGHEST_MB],
-            reserved_mb=math.fsum(self._still_reserved(instance, row) for instance in here),
+            committed_mb=committed,
+            reserved_mb=max(0.0, committed - (used or 0.0)),
             returning_mb=floats[at + Device.RETURNING_MB],
+            returns_mb=tuple(floats[at + Device.RETURNS + Device.RETURN_WORDS * n + 1] for n in range(awaited)),
+            external_mb=None if math.isnan(external) else external,
             foreign_mb=floats[at + Device.FOREIGN_MB],
             isolated=self._reference(words[at + Device.ISOLATED]),
             sample_age_s=self._age(sampled) if sampled else None,
@@ -726,18 +740,20 @@ class _Decoder:
         taken = sorted((then, mb) for then, mb in zip(times, figures, strict=True) if then and math.isfinite(mb))
         return tuple((self._age(then), mb) for then, mb in taken)
 
-    def _still_reserved(self, instance: InstanceInfo, device: int) -> float:
-        """What a copy's or lease's reservation adds to a device's figure, see `Scheduler.read_copies`."""
+    def _committed(self, instance: InstanceInfo, device: int) -> float:
+        """What a copy or a lease counts for on a device, see `policy.ledger` and `Scheduler.read_copies`."""
         span = len(instance.shares_mb)
         if instance.state == "leased":
-            return max(0.0, instance.reserved_mb - instance.mb) / span
-        reserved = instance.reserved_mb / span
+            return max(instance.reserved_mb, instance.mb) / span
+        if instance.state != "loading":
+            return instance.shares_mb[device]
+        share_mb = instance.reserved_mb / span
         if instance.server is None or not self._words[Header.SOURCE_MEASURES_PROCESSES]:
-            return reserved
+            return share_mb
         at = self._layout.members.base + instance.server * Member.WORDS
         word = Member.MEASURED_MB if span == 1 else Member.SHARES + list(instance.shares_mb).index(device)
         measured = self._floats[at + word]
-        return reserved if math.isnan(measured) else max(0.0, reserved - measured)
+        return share_mb if math.isnan(measured) else max(share_mb, measured)
 
     def _observations(self, models: dict[int, int], tags: dict[int, str]) -> Iterable[ObservationInfo]:
         words, floats = self._words, self._floats
