@@ -125,8 +125,9 @@ def test_nvml_is_initialised_again_when_all_is_lost_but_not_at_every_poll(new_gp
     gpus.lose(0)
     assert source.sample(())[0].trouble == "GPU is lost"
     gpus.find(0)
+    gpus.allocate(200, 0)
     (sample,) = source.sample(())
-    assert sample.used_mb == 0 and sample.processes_known
+    assert sample.used_mb == 200 and sample.processes_known
     source.close()
 
 
@@ -186,10 +187,14 @@ def test_pids_of_another_namespace_are_not_taken_for_processes_without_memory(
     gpus = new_gpus(1000)
     manager = new_manager(memory_source="nvml", poll_interval=0.05)
     acquire_and_release(manager, "a")
-    assert "source nvml (knows processes)," in render(read_snapshot(namespace))
+    # Nobody has memory yet, so nobody knows.
+    assert "source nvml," in render(read_snapshot(namespace))
     source = NvmlSource()
+    (sample,) = source.sample((os.getpid(),))
+    assert source.process_knowledge is None and not sample.processes_known
     gpus.allocate(200, 0)
     (sample,) = source.sample((os.getpid(),))
+    wait_until(lambda: "source nvml (knows processes)," in render(read_snapshot(namespace)), "it was seen")
     assert sample.process_mb == {os.getpid(): 200}
     assert sample.foreign_mb((os.getpid(),)) == 0
     assert sample.foreign_mb(()) == 200

@@ -380,35 +380,6 @@ class TestNvidiaSmi:
         with pytest.raises(subprocess.TimeoutExpired):
             source.sample(())
 
-    def test_a_program_that_is_slow_delays_nobody_and_its_figures_are_used_when_they_come(self, smi: FakeSmi) -> None:
-        source = NvidiaSmiSource(patience_s=0.02)
-        ask = source._ask
-        asked: list[float] = []
-        answer = threading.Event()
-
-        def slow(fields: str, gpu: str | None = None) -> list[str]:
-            asked.append(time.monotonic_ns())
-            answer.wait(20)
-            return ask(fields, gpu)
-
-        # Not `subprocess.check_output`, which monitors of other tests may be about to call for the last time.
-        with patch.object(source, "_ask", slow):
-            for _ in range(3):
-                with pytest.raises(TimeoutError, match="not answered"):
-                    source.sample(())
-            assert len(asked) == 1
-            answer.set()
-            wait_until(lambda: source._run is None or source._run.done.is_set(), "the program has answered")
-            answer.clear()
-            samples = source.sample(())  # while the next run hangs, too
-            assert [sample.used_mb for sample in samples] == [1000.0, 2000.0]
-            assert all(sample.taken_ns <= asked[0] for sample in samples)
-            answer.set()
-            assert used(source) == [1000.0, 2000.0]
-            wait_until(
-                lambda: not any(t.name == "mpmm-nvidia-smi" for t in threading.enumerate()), "threads have ended"
-            )
-
 
 BALLAST_MB = 64
 CHILD = f"""
