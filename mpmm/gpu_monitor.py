@@ -391,7 +391,7 @@ class GPUMonitor:
             logger.info("%s reads device(s) %s again", source.name, sorted(before - failing))
         knows, knew = process_knowledge(source), self._knew_processes
         self._knew_processes = knows
-        if knows is False and knew is not False:
+        if knows is False and knew is not False and not self._missed_processes:
             self._missed_processes = True
             logger.warning(
                 "%s cannot measure single processes: the driver withholds their memory, or tells the pids of another "
