@@ -33,6 +33,7 @@ from mpmm import AcquireTimeoutError, ModelManager
 from mpmm.shared_state.snapshot import DeviceInfo, read_snapshot
 from mpmm.show.screen import render
 from mpmm.sources import SourceUnavailableError
+from mpmm.sources.host_memory import host_memory_left_mb, host_memory_mb
 from mpmm.sources.nvidia_smi import NvidiaSmiSource
 from mpmm.sources.nvml import NvmlSource
 
@@ -301,6 +302,38 @@ def test_objects_in_a_process_are_loaded_while_figures_are_missing(new_gpus: New
     acquire_and_release(manager, "a", LoadsObject())
     gpus.lose(0)
     acquire_and_release(manager, "b", LoadsObject())
+
+
+def test_a_corrupted_inforom_hides_no_figure(
+    new_gpus: NewGpus, new_manager: NewManager, caplog: pytest.LogCaptureFixture, namespace: str
+) -> None:
+    gpus = new_gpus(1000, 1000)
+    gpus.allocate(300, 1)
+    gpus.corrupt_inforom()
+    with caplog.at_level(logging.WARNING):
+        manager = new_manager(memory_source="nvidia-smi", poll_interval=0.05)
+        acquire_and_release(manager, "a")
+        wait_until(lambda: [device.used_mb for device in devices(namespace)] == [0, 300], "there are figures")
+        gpus.allocate(100, 0)
+        wait_until(lambda: [device.used_mb for device in devices(namespace)] == [100, 300], "there are new ones")
+    said = [record.getMessage() for record in caplog.records if "infoROM" in record.getMessage()]
+    assert len(said) == 1
+
+
+@pytest.mark.parametrize("name", ["nvml", "nvidia-smi", "auto"])
+def test_models_are_placed_in_the_memory_that_a_gpu_shares_with_its_host(
+    name: str, new_gpus: NewGpus, new_manager: NewManager, namespace: str
+) -> None:
+    gpus = new_gpus(1000)
+    gpus.refuse(0, "memory")
+    manager = new_manager(memory_source=name, poll_interval=0.05, slack_percentage=0.0)
+    acquire_and_release(manager, "a")
+    (device,) = devices(namespace)
+    assert device.uuid == gpus.uuid(0)
+    assert device.total_mb == pytest.approx(host_memory_mb(), rel=0.001)
+    wait_until(lambda: devices(namespace)[0].used_mb, "there is a figure")
+    left_mb = device.total_mb - (devices(namespace)[0].used_mb or 0.0)
+    assert left_mb == pytest.approx(host_memory_left_mb(), abs=0.2 * device.total_mb)
 
 
 # ---- a source that hangs -----------------------------------------------------------------------------------
