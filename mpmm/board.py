@@ -14,7 +14,14 @@ from mpmm.shared_state.layout import Device, Header, Instance, Member, device_bi
 from mpmm.shared_state.namespace import Namespace
 from mpmm.shared_state.tables import fit_text
 from mpmm.shared_state.transaction import Transaction
-from mpmm.sources import DeviceInfo, DeviceSample, MemorySource, counts_named_only, is_books_only
+from mpmm.sources import (
+    DeviceInfo,
+    DeviceSample,
+    MemorySource,
+    counts_named_only,
+    is_books_only,
+    process_knowledge,
+)
 from mpmm.sources.process_tree import outside, process_tree
 
 __all__ = ["ForeignMonitor", "MonitorLike", "SharedBoard"]
@@ -29,8 +36,8 @@ class MonitorLike(Protocol):
     def stop(self) -> None:
         """End it."""
 
-    def refresh(self) -> None:
-        """Measure now."""
+    def refresh(self) -> object:
+        """Measure now; what it returns does not matter."""
 
     def reset_peak(self) -> None:
         """Let the peak begin anew at the present figure."""
@@ -51,6 +58,7 @@ class SharedBoard:
         self._scheduler = scheduler
         # The row of each device that this process sees, by the index that the source gives it.
         self._rows: dict[int, int] = {}
+        self._source: MemorySource | None = None
 
     def describe(
         self, source: MemorySource, devices: Sequence[DeviceInfo], next_in_line: Sequence[int] | None = None
@@ -60,6 +68,7 @@ class SharedBoard:
         next_in_line: if given, this member polls from now on, and those in these slots are woken, to watch it.
         """
         namespace = self._namespace
+        self._source = source
         found = [
             (fit_text(info.uuid, Device.UUID_BYTES), fit_text(info.name, Device.NAME_BYTES), info.total_mb)
             for info in devices
@@ -75,7 +84,11 @@ class SharedBoard:
                 return
             rows_found = namespace.transitions.describe_devices(t, found, replace=led_by not in (b"", name))
             if next_in_line is not None:
-                flags = (source.measures_processes, source.settles_late, is_books_only(source))
+                # What others have seen of the same source still holds for one who has not seen anything yet.
+                knows = process_knowledge(source)
+                if knows is None:
+                    knows = led_by == name and bool(namespace.segment.words[Header.SOURCE_MEASURES_PROCESSES])
+                flags = (knows, source.settles_late, is_books_only(source))
                 namespace.transitions.lead(t, namespace.slot, name, flags, counts_named_only(source))
                 for slot in next_in_line:
                     namespace.transitions.ring(t, slot)
@@ -131,7 +144,10 @@ class SharedBoard:
             for pid, mb in sample.process_mb.items():
                 parts[pid] = parts.get(pid, 0.0) + mb
         taken = self._taken_by_programs(parts) if parts else {}
-        strangers = self._strangers(parts) if parts else set()
+        # As long as the source has shown none of ours, what it lists may be our own processes under other numbers.
+        knows = self._source is None or process_knowledge(self._source)
+        strangers = self._strangers(parts) if parts and knows else set()
+        proven = self._shows_ours(parts)
         # By pid, then by device.
         measured: defaultdict[int, dict[int, float]] = defaultdict(dict)
         fresh_rows = complete_rows = 0
@@ -158,12 +174,25 @@ class SharedBoard:
             if late and not fresh_rows:
                 # Somebody was quicker, as happens when many want to know at once, and has gone on from there, too.
                 return
+            if proven:
+                transitions.note_processes(t, True)
             if measured or complete_rows:
                 self._measure_members(t, measured, fresh_rows, complete_rows)
                 self._share_out(t, taken)
             for row, used_mb, sample in news:
                 transitions.sample(t, row, used_mb, sample.taken_ns, sample.done_ns)
             self._scheduler.advance(t)
+
+    def _shows_ours(self, parts: Mapping[int, float]) -> bool:
+        """Tell whether a sample shows what a member takes, and so that the source knows processes; without the lock."""
+        words, tables = self._namespace.segment.words, self._namespace.tables
+        if not parts or words[Header.SOURCE_MEASURES_PROCESSES]:
+            return False
+        if self._source is None or process_knowledge(self._source) is False:
+            return False
+        if tables.text(Header.SOURCE_NAME) != fit_text(self._source.name, Header.SOURCE_NAME_BYTES):
+            return False
+        return any(words[tables.member(slot) + Member.PID] in parts for slot in tables.used_members())
 
     def _measure_members(
         self, t: Transaction, measured: Mapping[int, Mapping[int, float]], fresh_rows: int, complete_rows: int
@@ -256,7 +285,10 @@ class SharedBoard:
 
 
 class ForeignMonitor:
-    """A monitor of the caller's own, used as the source of one device."""
+    """A monitor of the caller's own, used as the source of one device.
+
+    Its methods are the caller's code, which may hang: everything here that calls them is for the sampling thread.
+    """
 
     name = "monitor"
     measures_processes = False
@@ -265,6 +297,18 @@ class ForeignMonitor:
 
     def __init__(self, monitor: MonitorLike) -> None:
         self.monitor = monitor
+        # What it said last; replaced as a whole.
+        self._peak_mb = 0.0
+
+    @property
+    def peak_mb(self) -> float:
+        """The peak that the monitor told when it was asked last; it may have seen more than the samples have."""
+        return self._peak_mb
+
+    def reset_peak(self) -> None:
+        """Let the monitor's peak begin anew."""
+        self.monitor.reset_peak()
+        self._peak_mb = self.monitor.get_stats()[1]
 
     def devices(self) -> tuple[DeviceInfo, ...]:
         """Return the one device that a monitor stands for."""
@@ -274,7 +318,7 @@ class ForeignMonitor:
         """Ask the monitor."""
         taken = time.monotonic_ns()
         self.monitor.refresh()
-        used_mb = self.monitor.get_stats()[0]
+        used_mb, self._peak_mb, _ = self.monitor.get_stats()
         return (DeviceSample(0, used_mb, taken, {}, done_ns=time.monotonic_ns()),)
 
     def close(self) -> None:

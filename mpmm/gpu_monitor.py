@@ -1,16 +1,20 @@
 """GPUMonitor: takes memory samples and puts them on a board, from which everybody reads.
 
-            source (measures)          GPUMonitor                    board (keeps)
-    NVML, nvidia-smi, host memory  ->  refresh(): sample, publish ->  last figures, peak, totals
-                                       get_stats()                <-
+            source (measures)          GPUMonitor                      board (keeps)
+    NVML, nvidia-smi, host memory  ->  a `Sampler`: sample, publish ->  last figures, peak, totals
+                                       get_stats()                  <-
 
-Alone in a process the board is a `LocalBoard` and a thread of the monitor's own polls. A ModelManager
-binds the monitor to a board in shared memory: there one process of the host polls, through `refresh`,
-and the monitor starts no thread. All figures are in MB (see `mpmm.sources.base`).
+Samples are taken in a thread of their own, which `refresh` waits for, and `request_refresh` does not: a source that
+hangs in its driver holds up that thread alone, and the last figures stand and age.
+
+Alone in a process the board is a `LocalBoard`, and another thread asks for a sample at each `poll_interval`. A
+ModelManager binds the monitor to a board in shared memory: there one process of the host polls, and the monitor does
+not by itself. All figures are in MB (see `mpmm.sources.base`).
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import os
@@ -18,15 +22,23 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from mpmm.errors import InvalidArgumentError
-from mpmm.sources import DeviceSample, MemorySource, choose_source, is_books_only
+from mpmm.errors import ClosedError, InvalidArgumentError, LockTimeoutError
+from mpmm.sampler import Sampler, answer_within
+from mpmm.sources import DeviceInfo, DeviceSample, MemorySource, choose_source, is_books_only, process_knowledge
+from mpmm.sources.base import START_TIMEOUT_S, unavailable
 
 __all__ = ["GPUMonitor", "LocalBoard", "SampleBoard"]
 
 logger = logging.getLogger(__name__)
+# More than nvidia-smi takes on a host whose driver is not kept loaded.
+REFRESH_TIMEOUT_S = 5.0
+# A shared board has a lock. Figures that cannot be published in this time are dropped: there will be newer ones.
+PUBLISH_TIMEOUT_S = 1.0
+# Closing a source is a courtesy to the driver; the end of the process does as much.
+CLOSE_TIMEOUT_S = 1.0
 
 
 class SampleBoard(Protocol):
@@ -132,12 +144,16 @@ class GPUMonitor:
         self._wanted_source = source
         self._budget_mb = budget_mb
         self._source: MemorySource | None = source if isinstance(source, MemorySource) else None
+        self._devices: tuple[DeviceInfo, ...] | None = None  # of the source, once they were asked for
         self._local = LocalBoard(self._fallback_memory_mb, peak_window_seconds)
         self._board: SampleBoard = self._local
         self._gpu_available = False
         self._read_ns: dict[int, int] = {}  # device index: taken_ns of the last figure; replaced, never changed
         self._failing: frozenset[int] = frozenset()
-        self._measured_processes: bool | None = None  # by the source, at the last sample
+        self._knew_processes: bool | None = False  # see `process_knowledge`; of a source that never does, no word
+        self._missed_processes = False  # that was said
+        self._after_sample: Callable[[], object] | None = None
+        self._sampler = Sampler(self._sample, "mpmm-sampler")
         self._renew_threading()
         _monitors.add(self)
 
@@ -145,7 +161,9 @@ class GPUMonitor:
         """Set up locks and thread as new: at the start, and in a forked child, which has no thread and may
         have inherited locks that nobody will ever let go."""
         self._local.lock = threading.Lock()
+        self._sampler.renew()
         self._source_lock = threading.Lock()  # guards resolving the source
+        self._board_lock = threading.Lock()  # held while a board is asked or told something by the sampling thread
         self._control_lock = threading.Lock()  # guards start, stop and bind; taken before the others
         self._thread: threading.Thread | None = None
         self._stop = threading.Event()
@@ -191,6 +209,19 @@ class GPUMonitor:
     @property
     def source(self) -> MemorySource:
         """The source in use. Raises SourceUnavailableError, InvalidArgumentError as `choose_source` does."""
+        return self._resolve()[0]
+
+    def devices(self) -> tuple[DeviceInfo, ...]:
+        """Return the devices of the source, which is asked for them once. Raises as `source` does.
+
+        Raises SourceUnavailableError, too, where it does not answer.
+        """
+        return self._resolve()[1]
+
+    def _resolve(self) -> tuple[MemorySource, tuple[DeviceInfo, ...]]:
+        source, devices = self._source, self._devices
+        if source is not None and devices is not None:
+            return source, devices
         with self._source_lock:
             source = self._source
             if source is None:
@@ -200,20 +231,29 @@ class GPUMonitor:
                     budget_mb=self._budget_mb,
                     logger=logger,
                 )
+            try:
+                devices = answer_within(source.devices, START_TIMEOUT_S, "mpmm-devices")
+            except TimeoutError as error:
+                raise unavailable(source.name, f"its devices: {error}") from error
+            self._devices = devices
             self._gpu_available = not is_books_only(source)
-            total_mb = sum(device.total_mb for device in source.devices())
         with self._local.lock:
-            self._local.total_mb = total_mb
-        return source
+            self._local.total_mb = sum(device.total_mb for device in devices)
+        return source, devices
 
-    def bind(self, board: SampleBoard | None) -> None:
+    def bind(self, board: SampleBoard | None, after_sample: Callable[[], object] | None = None) -> None:
         """Read from and publish to `board` from now on; None goes back to the monitor's own board.
 
-        A polling thread is ended: a board that is shared has one process for the whole host that polls.
+        A polling thread is ended: a board that is shared has one process for the whole host that polls. After the
+        return nothing is published to the board that was there before, not by a sample in progress either.
+
+        after_sample: called by the sampling thread after each sample.
         """
         with self._control_lock:
             self._end_thread()
-            self._board = self._local if board is None else board
+            with self._board_lock:
+                self._board = self._local if board is None else board
+                self._after_sample = after_sample
 
     def start(self) -> None:
         """Take a first sample and start to poll, unless that is done, or a bound board's leader does it.
@@ -224,7 +264,7 @@ class GPUMonitor:
             source = self.source
             if self._board is not self._local or self._thread is not None or is_books_only(source):
                 return
-            self.refresh()
+            self.refresh(timeout_s=REFRESH_TIMEOUT_S)
             self._stop = threading.Event()
             self._thread = threading.Thread(
                 target=self._poll_loop, args=(self._stop,), name="mpmm-gpu-monitor", daemon=True
@@ -232,13 +272,24 @@ class GPUMonitor:
             self._thread.start()
 
     def stop(self) -> None:
-        """End the polling thread, wait for it, and let go of the source; the last figures stay readable."""
+        """End the polling thread, wait for it, and let go of the source; the last figures stay readable.
+
+        A source that hangs is not waited for: it is closed when it comes back.
+        """
         with self._control_lock:
             self._end_thread()
             with self._source_lock:
-                if self._source is not None and self._source is not self._wanted_source:
-                    self._source.close()
-                    self._source = None
+                own = self._source is not None and self._source is not self._wanted_source
+                if own:
+                    self.close_source()
+                    self._source = self._devices = None
+            self._sampler.end()
+
+    def close_source(self) -> None:
+        """Close the source, if it was ever used, after the sample in progress; wait for that for a moment only."""
+        if self._source is not None:
+            self._sampler.call(self._source.close, CLOSE_TIMEOUT_S)
+            self._sampler.end()
 
     def reset_peak(self) -> None:
         """Let the peak start anew from the current figure."""
@@ -251,16 +302,36 @@ class GPUMonitor:
         """
         return self._board.stats()
 
-    def refresh(self, *, patience_s: float | None = None) -> None:
-        """Take a sample now and publish it. A source that fails leaves the last figures in place.
+    def refresh(self, *, timeout_s: float = REFRESH_TIMEOUT_S) -> bool:
+        """Wait for a sample that begins after this call and its publication, for `timeout_s` at most.
 
-        patience_s: for all of it; what the sample takes is not there any more for the lock.
-        Raises LockTimeoutError where a manager shares the figures and the lock was not free by then.
+        Return whether it has ended by then. A source that fails leaves the last figures in place; so does one that has
+        not answered, but its figures are published when it does. Raises as `source` does.
         """
-        began = time.monotonic()
-        board = self._board
-        samples = self._take_sample(board.server_pids())
-        board.publish(samples, None if patience_s is None else max(0.0, patience_s - (time.monotonic() - began)))
+        self._resolve()
+        return self._sampler.refresh(timeout_s)
+
+    def request_refresh(self) -> None:
+        """Ask for a sample as soon as possible, and do not wait for it.
+
+        One that is asked for and has not begun serves for this call, too. Raises as `source` does.
+        """
+        self._resolve()
+        self._sampler.request()
+
+    def call(self, job: Callable[[], object], timeout_s: float) -> bool:
+        """Have the thread that takes samples call `job`, beside none; return whether it did within `timeout_s`."""
+        return self._sampler.call(job, timeout_s)
+
+    @property
+    def sampling_for_s(self) -> float:
+        """For how long the sample in progress has been, in seconds; 0 if there is none."""
+        return self._sampler.busy_s
+
+    @property
+    def samples_ended(self) -> int:
+        """The number of the last sample that has ended in this process."""
+        return self._sampler.ended
 
     def last_sample_age_seconds(self) -> float:
         """Return the age of the oldest device figure that this process took; infinite while one is missing."""
@@ -268,14 +339,31 @@ class GPUMonitor:
         read_ns = self._read_ns
         if source is None and not read_ns:
             return math.inf
-        indexes = read_ns.keys() if source is None else [device.index for device in source.devices()]
+        indexes = read_ns.keys() if source is None else [device.index for device in self.devices()]
         if any(index not in read_ns for index in indexes):
             return math.inf
         return (time.monotonic_ns() - min(read_ns[index] for index in indexes)) / 1e9
 
+    def _sample(self) -> None:
+        """Take a sample and publish it; the sampling thread does."""
+        board = self._board
+        # Not to a board that has been taken away meanwhile: its memory may be gone.
+        with self._board_lock:
+            if board is not self._board:
+                return
+            pids = board.server_pids()
+        samples = self._take_sample(pids)
+        with self._board_lock:
+            if board is not self._board:
+                return
+            with contextlib.suppress(LockTimeoutError, ClosedError):
+                board.publish(samples, PUBLISH_TIMEOUT_S)
+            if self._after_sample is not None:
+                self._after_sample()
+
     def _take_sample(self, server_pids: Sequence[int]) -> tuple[DeviceSample, ...]:
         """Return one sample of each device, without a figure for those that cannot be read."""
-        source = self.source
+        source, devices = self._resolve()
         taken_ns = time.monotonic_ns()
         try:
             samples = tuple(source.sample(server_pids))
@@ -283,7 +371,7 @@ class GPUMonitor:
         except Exception as error:  # a source is a driver or a program: any failure is 'not read', none ends polling
             reason = repr(error)
             done_ns = time.monotonic_ns()
-            samples = tuple(DeviceSample(device.index, None, taken_ns, done_ns=done_ns) for device in source.devices())
+            samples = tuple(DeviceSample(device.index, None, taken_ns, done_ns=done_ns) for device in devices)
         self._read_ns = self._read_ns | {
             sample.index: sample.taken_ns for sample in samples if sample.used_mb is not None
         }
@@ -301,19 +389,23 @@ class GPUMonitor:
             )
         elif before - failing:
             logger.info("%s reads device(s) %s again", source.name, sorted(before - failing))
-        could, self._measured_processes = self._measured_processes, source.measures_processes
-        if could and not source.measures_processes:
+        knows, knew = process_knowledge(source), self._knew_processes
+        self._knew_processes = knows
+        if knows is False and knew is not False and not self._missed_processes:
+            self._missed_processes = True
             logger.warning(
                 "%s cannot measure single processes: the driver withholds their memory, or tells the pids of another "
                 "pid namespace",
                 source.name,
             )
-        elif source.measures_processes and could is False:
+        elif knows and self._missed_processes:
+            self._missed_processes = False
             logger.info("%s measures single processes", source.name)
 
     def _poll_loop(self, stop: threading.Event) -> None:
         while not stop.wait(self._poll_interval):
-            self.refresh()
+            # Not waited for: who ends this thread would wait, too.
+            self._sampler.request()
 
     def _end_thread(self) -> None:
         self._stop.set()

@@ -33,6 +33,7 @@ from mpmm.shared_state.futex import wait_for_change, wake_all
 from mpmm.shared_state.layout import Device, Header, Instance, Member, Model
 from mpmm.shared_state.lock_file import LockFile
 from mpmm.shared_state.transaction import Transaction
+from mpmm.sources import process_knowledge
 
 if TYPE_CHECKING:
     from mpmm.worker import Worker
@@ -46,6 +47,11 @@ RESERVE_TICK_S = 4.0
 DEPUTIES = 2
 # Between two attempts to wake a thread that may just be about to sleep.
 REPEAT_S = 0.01
+# So long a poll waits for its figures, where they are cheap. Those that come later are learnt from when they come: the
+# dead are reaped, and everything else goes on, whatever the source does.
+POLL_WAIT_S = 0.1
+# Who leads from the start waits somewhat longer, so that devices are known before anybody asks.
+FIRST_SAMPLE_WAIT_S = 1.0
 STALE_AFTER_S = 0.6
 # Who has set out to poll in the leader's place may be stopped or killed on the way; then it is the next one's turn.
 STANDING_IN_NS = 1_000_000_000
@@ -68,11 +74,13 @@ class Keeper:
         # What was seen of each device (row) when its last reading was taken: a reading of the same says nothing new.
         self._seen: dict[int, tuple[int, int]] = {}
         self._poll_due = 0.0
+        # The number of the last sample that had ended when a poll did not wait for its own; None if it did.
+        self._late_since: int | None = None
         self.leading = False
 
     def start(self) -> None:
         """Lead if nobody does, so that devices are known before anybody asks; then go on in the background."""
-        self._lead_if_free()
+        self._lead_if_free(FIRST_SAMPLE_WAIT_S)
         self._thread = threading.Thread(target=self._run, name=f"mpmm-keeper-{self._namespace.name}", daemon=True)
         self._thread.start()
 
@@ -89,6 +97,11 @@ class Keeper:
                 self._thread.join(REPEAT_S)
         self._lock_file.close()
         self.leading = False
+
+    def note_sample(self) -> None:
+        """Have the figures learnt from that a poll did not wait for; called by the thread that has published some."""
+        if self._late_since is not None:
+            self.wake()
 
     def wake(self) -> None:
         """End the thread's sleep; without the lock, and so without a ring that would be remembered."""
@@ -116,6 +129,7 @@ class Keeper:
                 if time.monotonic() >= due:
                     self.tick()
                     due = time.monotonic() + self._interval()
+                self._learn_from_late_sample()
                 # What was left to us during the tick, nobody wakes us for any more.
                 if not self._worker.has_debts:
                     wait_for_change(lambda: int(words[bell]), self._bell_address, seen, due - time.monotonic())
@@ -153,7 +167,7 @@ class Keeper:
             with self._namespace.transaction() as t:
                 self._worker.settle_receipts(t)
         if not self.leading:
-            self._lead_if_free()
+            self._lead_if_free(POLL_WAIT_S)
         if self.leading or self._stands_in():
             if self._namespace.reap_dead_members():
                 with self._namespace.transaction() as t:
@@ -173,14 +187,14 @@ class Keeper:
                 namespace.transitions.expire_returns(t)
                 self._worker.scheduler.advance(t)
 
-    def _lead_if_free(self) -> None:
+    def _lead_if_free(self, sample_wait_s: float) -> None:
         if not self._lock_file.try_exclusive():
             return
         worker = self._worker
         source = worker.source
         try:
-            worker.board.describe(source, source.devices(), self._first_in_line())
-            self._worker.refresh()
+            worker.board.describe(source, worker.monitor.devices(), self._first_in_line())
+            worker.refresh(sample_wait_s)
         except BaseException:
             self._lock_file.unlock()
             raise
@@ -209,16 +223,33 @@ class Keeper:
         return True
 
     def _poll(self) -> None:
-        self._worker.refresh()
-        measures = self._worker.source.measures_processes if self.leading else None
+        monitor, source = self._worker.monitor, self._worker.source
+        ended = monitor.samples_ended
+        # Even one that is cheap may hang, and then what it has taken so far comes off the wait.
+        came = self._worker.refresh(POLL_WAIT_S if source.cheap else 0.0)
+        self._late_since = None if came else ended
+        knowledge = process_knowledge(source) if self.leading else None
         with self._namespace.transaction() as t:
-            self._namespace.transitions.note_poll(t, measures)
+            self._namespace.transitions.note_poll(t, knowledge)
             self._give_up_slow_loads(t)
             self._unload_expired(t)
             self._worker.scheduler.count_requests(t)
             # Time alone changes plans, too.
             self._worker.scheduler.advance(t)
             estimates = self._learn(t)
+        self._report(estimates)
+
+    def _learn_from_late_sample(self) -> None:
+        """Learn from the sample that a poll has asked for, once it is there."""
+        late_since = self._late_since
+        if late_since is None or self._worker.monitor.samples_ended == late_since:
+            return
+        self._late_since = None
+        with self._namespace.transaction() as t:
+            estimates = self._learn(t)
+        self._report(estimates)
+
+    def _report(self, estimates: dict[str, float]) -> None:
         for tag, mb in estimates.items():
             report_estimate(tag, mb)
         if self.leading:

@@ -970,6 +970,9 @@ class ModelManager(BeamNames):
                 # With nothing to measure with, the assumption.
                 learnt = Estimate(mb, 0.0)
                 namespace.transitions.estimate(t, model, mb, measured=False)
+            if words[Header.SOURCE_MEASURES_PROCESSES] and words[tables.model(model) + Model.KNOWN]:
+                # It was loaded alone because nobody knew whether the source knows processes; now it is measured.
+                namespace.transitions.end_isolation(t, booking.row)
             loaded = words[tables.model(model) + Model.LOADED]
             copy = worker.adopt(booking.row, tag, value)
             worker.scheduler.advance(t)
@@ -1108,22 +1111,24 @@ class ModelManager(BeamNames):
         run_at_exit(functools.partial(_close_at_exit, self._root, self._name))
         return worker
 
-    def _make_monitor(self, namespace: Namespace) -> GPUMonitor | ForeignMonitor:
+    def _make_monitor(self, namespace: Namespace) -> GPUMonitor:
         settings = namespace.settings
+        source: MemorySource
         if isinstance(self._given_monitor, GPUMonitor):
             return self._given_monitor
         if self._given_monitor is not None:
             self._given_monitor.start()
-            return ForeignMonitor(self._given_monitor)
-        asked = namespace.tables.string(Header.SOURCE_ASKED)
-        budget_mb = None if math.isinf(settings.memory_budget_mb) else settings.memory_budget_mb
-        source = choose_source(
-            self._memory_source if asked == "custom" else asked,
-            fallback_memory_mb=settings.fallback_memory_mb,
-            budget_mb=budget_mb,
-            logger=_LOG,
-        )
-        if self._devices is not None:
+            source = ForeignMonitor(self._given_monitor)
+        else:
+            asked = namespace.tables.string(Header.SOURCE_ASKED)
+            budget_mb = None if math.isinf(settings.memory_budget_mb) else settings.memory_budget_mb
+            source = choose_source(
+                self._memory_source if asked == "custom" else asked,
+                fallback_memory_mb=settings.fallback_memory_mb,
+                budget_mb=budget_mb,
+                logger=_LOG,
+            )
+        if self._devices is not None and self._given_monitor is None:
             source = SelectedDevices(source, self._devices)
         return GPUMonitor(
             settings.fallback_memory_mb, settings.poll_interval, settings.peak_window_seconds, source=source

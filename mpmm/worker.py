@@ -39,7 +39,7 @@ from mpmm.shared_state.futex import wake_all
 from mpmm.shared_state.layout import Device, Header, Instance, Member, Model, Ticket, device_rows
 from mpmm.shared_state.namespace import Namespace, remove_deserted
 from mpmm.shared_state.transaction import Transaction
-from mpmm.sources import MemorySource
+from mpmm.sources import MemorySource, process_knowledge
 from mpmm.sources.visible_devices import VISIBLE_VARIABLE
 
 __all__ = ["NOW_S", "Copy", "Growth", "ServerDuty", "Worker"]
@@ -55,6 +55,11 @@ WAITERS_LEAVE_TIMEOUT_S = 5.0
 NOW_S = 0.05
 # Who has run out of memory looks so often whether there is more.
 UNLOAD_LOOK_S = 0.01
+# No decision waits longer for figures that would only make it a better one. NVML takes a millisecond.
+FRESHEN_TIMEOUT_S = 0.25
+# Nor does a load or a release wait longer to be measured. nvidia-smi takes 0.3 s, and may have to be run twice: what is
+# in progress has begun too early.
+SAMPLE_TIMEOUT_S = 1.0
 # A sample of this age is as good as a new one for the next who asks.
 FRESH_NS = 20_000_000
 # Elsewhere a processor may reorder the reads of `Worker.hold_granted`, and Python has no means to forbid it.
@@ -128,15 +133,19 @@ class Growth:
     """What a load adds to the device memory of this process, if nothing else of it can have changed that meanwhile."""
 
     def __init__(self, worker: Worker, measures: bool) -> None:
-        """Begin; measures: the last sample is fresh, and knows processes."""
+        """Begin; measures: the last sample is fresh, and its source knows processes, or may yet show that it does."""
         self._worker = worker
         self._measures = measures
         self._before_mb = worker.own_mb() if self._measures else 0.0
         self._before = self._state() if self._measures else None
 
     def mb(self) -> float:
-        """Return how much more it is in the last sample, 0 if that is not known."""
-        if not self._measures or self._state() != self._before:
+        """Return how much more it is in the last sample, 0 if that is not known.
+
+        A source that shows this process now, and did not before, has shown that it had nothing then.
+        """
+        knows = self._worker.namespace.segment.words[Header.SOURCE_MEASURES_PROCESSES]
+        if not self._measures or not knows or self._state() != self._before:
             return 0.0
         return max(0.0, self._worker.own_mb() - self._before_mb)
 
@@ -160,7 +169,7 @@ class Worker:
     def __init__(
         self,
         namespace: Namespace,
-        monitor: GPUMonitor | ForeignMonitor,
+        monitor: GPUMonitor,
         verbose_logging: bool,
         kept_estimates: KeptEstimates | None = None,
     ) -> None:
@@ -186,19 +195,24 @@ class Worker:
         self._owed: deque[Callable[[Transaction], object]] = deque()
         # Row and number of tickets whose grants this process has acted upon, see `hold_granted`.
         self._receipts: set[tuple[int, int]] = set()
-        if isinstance(monitor, GPUMonitor):
-            monitor.bind(self.board)
         self.keeper = Keeper(self)
+        monitor.bind(self.board, self.keeper.note_sample)
         _workers.add(self)
 
     @property
     def source(self) -> MemorySource:
         """Where this process would read memory figures, as leader or on the way."""
-        return self.monitor.source if isinstance(self.monitor, GPUMonitor) else self.monitor
+        return self.monitor.source
+
+    @property
+    def _foreign_monitor(self) -> ForeignMonitor | None:
+        """The monitor of the caller's own that stands for the source, if one was given."""
+        source = self.monitor.source
+        return source if isinstance(source, ForeignMonitor) else None
 
     def start(self) -> None:
         """Begin to work: take part in the leadership, unload on demand."""
-        self.board.describe(self.source, self.source.devices())
+        self.board.describe(self.source, self.monitor.devices())
         if self.kept_estimates is not None:
             self.kept_estimates.load()
         self.keeper.start()
@@ -220,10 +234,10 @@ class Worker:
         for copy in list(self._objects.values()):
             self._forget_object(copy.row)
             _unload_object(copy.value)
+        # From here on nobody publishes to the board, whose memory is about to go; a sample in progress does not either.
+        self.monitor.bind(None)
         self.namespace.leave(self._unload_everything)
-        if isinstance(self.monitor, GPUMonitor):
-            self.monitor.bind(None)
-        self.source.close()
+        self.monitor.close_source()
         _workers.discard(self)
 
     def keep_estimates(self, at_last: bool = False) -> None:
@@ -303,22 +317,31 @@ class Worker:
 
     # ---- memory figures ------------------------------------------------------------------------------------
 
-    def refresh(self, patience_s: float | None = None) -> None:
-        """Take a sample and publish it. Raises LockTimeoutError when the lock was not free for `patience_s`."""
-        if isinstance(self.monitor, GPUMonitor):
-            self.monitor.refresh(patience_s=patience_s)
-        else:
-            self.board.publish(self.monitor.sample(()), patience_s)
+    def refresh(self, timeout_s: float | None = None) -> bool:
+        """Wait for a sample that begins after this call, and for its publication; return whether that has happened.
 
-    def freshen(self, patience_s: float | None = None) -> None:
+        timeout_s: the longest wait; None stands for `SAMPLE_TIMEOUT_S`, which no wait exceeds. What the sample in
+            progress has taken already comes off, so that nobody waits for a source that hangs once that is known.
+        """
+        limit_s = SAMPLE_TIMEOUT_S if timeout_s is None else min(timeout_s, SAMPLE_TIMEOUT_S)
+        return self.monitor.refresh(timeout_s=limit_s - self.monitor.sampling_for_s)
+
+    def request_sample(self) -> None:
+        """Have a sample taken and published as soon as possible, and do not wait for it.
+
+        One that is asked for and has not begun serves for this call, too.
+        """
+        if not self.namespace.segment.words[Header.SOURCE_BOOKS_ONLY]:
+            self.monitor.request_refresh()
+
+    def freshen(self, timeout_s: float | None = None) -> None:
         """Make sure that decisions rest on fresh figures, as far as that takes no noticeable time.
 
-        Many who ask at the same moment share one sample; but a monitor of the caller's own is always asked.
-        With the lock not free for `patience_s`, the old figures have to do: whoever decides needs the lock, too.
+        Many who ask at the same moment share one sample; but a monitor of the caller's own is always asked. If it does
+        not come within `timeout_s`, or `FRESHEN_TIMEOUT_S`, the old figures have to do.
         """
-        if self.source.cheap and (isinstance(self.monitor, ForeignMonitor) or not self._figures_are_fresh()):
-            with contextlib.suppress(LockTimeoutError):
-                self.sample_now(patience_s)
+        if self.source.cheap and (self._foreign_monitor is not None or not self._figures_are_fresh()):
+            self.sample_now(FRESHEN_TIMEOUT_S if timeout_s is None else min(timeout_s, FRESHEN_TIMEOUT_S))
 
     def _figures_are_fresh(self) -> bool:
         words, tables = self.namespace.segment.words, self.namespace.tables
@@ -339,24 +362,16 @@ class Worker:
         rows = device_rows(words[tables.instance(row) + Instance.DEVICES])
         return all(words[tables.device(device) + Device.SAMPLED] >= loaded for device in rows)
 
-    def request_sample(self) -> None:
-        """Have a sample taken as soon as possible, without waiting for it."""
-
-        def take() -> None:
-            with contextlib.suppress(Exception):
-                self.sample_now()
-
-        threading.Thread(target=take, name="mpmm-sample", daemon=True).start()
-
-    def sample_now(self, patience_s: float | None = None) -> None:
-        """Take a sample, however long that takes, unless there is nothing to measure; see `refresh`."""
+    def sample_now(self, timeout_s: float | None = None) -> None:
+        """Wait for a new sample, unless there is nothing to measure; see `refresh`."""
         if not self.namespace.segment.words[Header.SOURCE_BOOKS_ONLY]:
-            self.refresh(patience_s)
+            self.refresh(timeout_s)
 
     def reset_peak(self) -> None:
-        """Let the peak begin anew in a monitor of the caller's own."""
-        if isinstance(self.monitor, ForeignMonitor):
-            self.monitor.monitor.reset_peak()
+        """Let the peak begin anew in a monitor of the caller's own; one that hangs is waited for only for a moment."""
+        foreign = self._foreign_monitor
+        if foreign is not None:
+            self.monitor.call(foreign.reset_peak, FRESHEN_TIMEOUT_S - self.monitor.sampling_for_s)
 
     def added_mb(self, row: int) -> tuple[float, ...] | None:
         """Return what the copy that runs alone has added to the memory in use, at its peak, on each of its devices.
@@ -364,7 +379,8 @@ class Worker:
         None if that is not known, as one of them could not be read before or since the load.
         """
         words, floats, tables = self.namespace.segment.words, self.namespace.segment.floats, self.namespace.tables
-        seen_mb = self.monitor.monitor.get_stats()[1] if isinstance(self.monitor, ForeignMonitor) else 0.0
+        foreign = self._foreign_monitor
+        seen_mb = 0.0 if foreign is None else foreign.peak_mb
         at = tables.instance(row)
         added = []
         with self.namespace.transaction():
@@ -378,10 +394,10 @@ class Worker:
 
     def measuring_growth(self) -> Growth:
         """Begin to measure what a load adds to the memory of this process, unless that would hold the load up."""
-        if self.source.measures_processes:
+        may_measure = process_knowledge(self.source) is not False
+        if may_measure:
             self.freshen(NOW_S)
-        measures = bool(self.namespace.segment.words[Header.SOURCE_MEASURES_PROCESSES])
-        return Growth(self, measures and self._figures_are_fresh())
+        return Growth(self, may_measure and self._figures_are_fresh())
 
     def measured_shares(self, row: int, server: int) -> tuple[float, ...]:
         """Return what a server (reference) was measured to take of each of a copy's devices, nothing if it was not.
@@ -406,8 +422,9 @@ class Worker:
     def stats(self) -> tuple[float, float, float]:
         """Return (current, peak, total) in MB; a monitor of the caller's own may have seen a higher peak."""
         current, peak, total = self.board.stats()
-        if isinstance(self.monitor, ForeignMonitor):
-            peak = max(peak, self.monitor.monitor.get_stats()[1])
+        foreign = self._foreign_monitor
+        if foreign is not None:
+            peak = max(peak, foreign.peak_mb)
         return current, peak, total
 
     # ---- copies that this process holds or owns ------------------------------------------------------------
@@ -732,7 +749,7 @@ class Worker:
             self.freshen()
         else:
             self.request_sample()
-        if isinstance(self.monitor, ForeignMonitor):
+        if self._foreign_monitor is not None:
             self.reset_peak()
             self.board.reset_peak()
         with self.namespace.transaction() as t:

@@ -419,6 +419,7 @@ def scenarios() -> dict[str, Callable[[Lab], Operation]]:
         "reap_member/pins": reaped_with_pins,
         "lead": lambda lab: lambda t, tr: tr.lead(t, Lab.victim, b"nvml", (True, True, False)),
         "note_poll": lambda lab: lambda t, tr: tr.note_poll(t, False),
+        "note_processes": lambda lab: lambda t, tr: tr.note_processes(t, False),
         "ring": lambda lab: lambda t, tr: tr.ring(t, Lab.victim),
         "claim_model": lambda lab: lambda t, tr: tr.claim_model(t, "new", b"new"),
         "claim_model/recycling": claimed_when_full,

@@ -8,9 +8,11 @@ import os
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from unittest.mock import patch
 
 import pytest
+from processes import wait_until
 
 from mpmm.errors import InvalidArgumentError
 from mpmm.gpu_monitor import GPUMonitor, LocalBoard
@@ -287,3 +289,242 @@ def test_a_forked_child_can_start_a_thread_of_its_own(source: FakeSource, monito
 def test_numbers_that_make_no_sense_are_refused_by_name(name: str, value: float) -> None:
     with pytest.raises(InvalidArgumentError, match=name):
         GPUMonitor(**{name: value})  # type: ignore[arg-type]  # any of its parameters
+
+
+# ---- a source that hangs -----------------------------------------------------------------------------------
+
+
+class HangingSource(FakeSource):
+    """Answers only while `answer` is set."""
+
+    def __init__(self, *used_mb: float | None) -> None:
+        super().__init__(*used_mb)
+        self.answer = threading.Event()
+        self.answer.set()
+        self.inside = 0
+        self.most_inside = 0
+        self.closed_inside = 0
+
+    def hang(self) -> None:
+        self.answer.clear()
+
+    def sample(self, server_pids: Sequence[int]) -> tuple[DeviceSample, ...]:
+        taken_ns = time.monotonic_ns()
+        with self.sampled:
+            self.inside += 1
+            self.most_inside = max(self.most_inside, self.inside)
+        try:
+            super().sample(server_pids)
+            assert self.answer.wait(DEADLINE_S)
+        finally:
+            with self.sampled:
+                self.inside -= 1
+        assert not isinstance(self.used_mb, Exception)
+        return tuple(DeviceSample(i, used_mb, taken_ns) for i, used_mb in enumerate(self.used_mb))
+
+    def close(self) -> None:
+        super().close()
+        self.closed_inside += self.inside
+
+
+@pytest.fixture
+def hanging() -> Iterator[HangingSource]:
+    source = HangingSource(1000.0)
+    yield source
+    source.answer.set()
+
+
+@pytest.fixture
+def bound(hanging: HangingSource) -> Iterator[tuple[GPUMonitor, FakeBoard]]:
+    """A monitor of a source that can hang, and its board."""
+    monitor, board = GPUMonitor(source=hanging), FakeBoard()
+    monitor.bind(board)
+    yield monitor, board
+    hanging.answer.set()
+    monitor.stop()
+
+
+def begin_a_sample_that_hangs(monitor: GPUMonitor, source: HangingSource) -> None:
+    source.hang()
+    samples = source.samples
+    monitor.request_refresh()
+    with source.sampled:
+        assert source.sampled.wait_for(lambda: source.samples > samples, DEADLINE_S)
+
+
+def test_a_source_that_hangs_is_waited_for_no_longer_than_asked_and_its_figure_ages(
+    hanging: HangingSource,
+) -> None:
+    monitor = GPUMonitor(source=hanging)
+    assert monitor.refresh()
+    hanging.used_mb = (700.0,)
+    hanging.hang()
+    began = time.monotonic()
+    assert not monitor.refresh(timeout_s=0.1)
+    assert 0.1 <= time.monotonic() - began < 1.0
+    assert monitor.get_stats()[0] == 1000.0
+    assert monitor.last_sample_age_seconds() >= 0.1
+    assert monitor.sampling_for_s >= 0.1
+    began = time.monotonic()
+    assert not monitor.refresh(timeout_s=-1.0)
+    monitor.request_refresh()
+    assert time.monotonic() - began < 0.1
+    # What it says in the end counts, though nobody waits for it any more.
+    hanging.answer.set()
+    assert monitor.refresh()
+    assert monitor.get_stats()[0] == 700.0
+    assert monitor.sampling_for_s == 0
+    monitor.stop()
+
+
+def test_callers_share_samples_none_of_which_began_before_they_asked(
+    hanging: HangingSource, bound: tuple[GPUMonitor, FakeBoard]
+) -> None:
+    monitor, board = bound
+    begin_a_sample_that_hangs(monitor, hanging)
+    asked_ns = time.monotonic_ns()
+    with ThreadPoolExecutor(8) as threads:
+        answers = [threads.submit(monitor.refresh, timeout_s=DEADLINE_S) for _ in range(8)]
+        # All of them are in the queue, and some that do not wait.
+        wait_until(lambda: monitor._sampler._asked == monitor._sampler._begun + 1, "a second one is asked for")
+        for _ in range(3):
+            monitor.request_refresh()
+        time.sleep(0.05)
+        hanging.answer.set()
+        assert all(answer.result() for answer in answers)
+    assert hanging.samples == 2 and hanging.most_inside == 1
+    assert len(board.published) == 2
+    assert board.published[1][0].taken_ns >= asked_ns
+
+
+def test_nothing_is_published_to_a_board_that_was_taken_away(
+    hanging: HangingSource, bound: tuple[GPUMonitor, FakeBoard]
+) -> None:
+    monitor, board = bound
+    begin_a_sample_that_hangs(monitor, hanging)
+    monitor.bind(None)
+    hanging.answer.set()
+    assert monitor.refresh()
+    assert not board.published
+    assert monitor.get_stats()[0] == 1000.0
+
+
+def test_the_board_is_told_of_each_sample(hanging: HangingSource) -> None:
+    told: list[int] = []
+    monitor, board = GPUMonitor(source=hanging), FakeBoard()
+    monitor.bind(board, lambda: told.append(len(board.published)))
+    assert monitor.refresh() and monitor.refresh()
+    assert told == [1, 2]
+    monitor.bind(None)
+    assert monitor.refresh()
+    assert told == [1, 2]
+    monitor.stop()
+
+
+def test_stop_does_not_wait_for_a_source_that_hangs_which_is_closed_when_it_comes_back(hanging: HangingSource) -> None:
+    with (
+        patch("mpmm.gpu_monitor.choose_source", return_value=hanging),
+        patch("mpmm.gpu_monitor.CLOSE_TIMEOUT_S", 0.05),
+    ):
+        monitor = GPUMonitor(poll_interval=0.001)
+        monitor.start()
+        begin_a_sample_that_hangs(monitor, hanging)
+        began = time.monotonic()
+        monitor.stop()
+        assert time.monotonic() - began < 1.0
+        assert not hanging.closed
+        hanging.answer.set()
+        wait_until(lambda: hanging.closed, "the source is closed")
+        assert not hanging.closed_inside
+        # And it can begin again.
+        monitor.start()
+        monitor.stop()
+
+
+def test_a_source_is_not_opened_again_by_a_sample_that_was_asked_for_before_it_was_closed(
+    hanging: HangingSource, bound: tuple[GPUMonitor, FakeBoard]
+) -> None:
+    monitor, _ = bound
+    begin_a_sample_that_hangs(monitor, hanging)
+    monitor.request_refresh()
+    samples_at_close: list[int] = []
+    with patch.object(hanging, "close", lambda: samples_at_close.append(hanging.samples)):
+        closing = threading.Thread(target=monitor.close_source)
+        closing.start()
+        wait_until(lambda: monitor._sampler._jobs, "it is to be closed")
+        hanging.answer.set()
+        closing.join(DEADLINE_S)
+    assert samples_at_close == [hanging.samples] == [2]
+
+
+def test_a_child_that_was_forked_while_the_source_hangs_samples_for_itself(
+    hanging: HangingSource, bound: tuple[GPUMonitor, FakeBoard]
+) -> None:
+    monitor, _ = bound
+    begin_a_sample_that_hangs(monitor, hanging)
+    # The lock of the sampler is held by a thread that the child does not have.
+    with monitor._sampler._changed:
+        pid = os.fork()
+        if pid == 0:
+            hanging.sampled, hanging.answer, hanging.inside = threading.Condition(), threading.Event(), 0
+            hanging.answer.set()
+            os._exit(0 if monitor.sampling_for_s == 0 and monitor.refresh() else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+
+def test_the_sampling_thread_ends_by_itself_and_starts_again(source: FakeSource) -> None:
+    def samplers() -> set[threading.Thread]:
+        return {thread for thread in source.threads if thread.is_alive()}
+
+    with patch("mpmm.sampler.IDLE_S", 0.01):
+        monitor = GPUMonitor(source=source)
+        assert monitor.refresh()
+        wait_until(lambda: not samplers(), "the thread has ended")
+        assert monitor.refresh()
+    assert source.samples == 2
+
+
+def test_a_source_that_raises_what_ends_threads_is_asked_again(
+    source: FakeSource, caplog: pytest.LogCaptureFixture
+) -> None:
+    monitor = GPUMonitor(source=source)
+    with patch.object(source, "sample", side_effect=SystemExit):
+        assert monitor.refresh() and monitor.refresh()
+    assert len([record for record in caplog.records if record.exc_info]) == 1
+    assert monitor.refresh() and monitor.get_stats()[0] == 1200.0
+    monitor.stop()
+
+
+def test_without_a_thread_to_be_had_the_last_figures_stand(source: FakeSource) -> None:
+    monitor = GPUMonitor(source=source)
+    with patch("threading.Thread.start", side_effect=RuntimeError("can't start new thread")):
+        assert not monitor.refresh()
+        monitor.close_source()
+    assert source.closed == 1
+    assert monitor.refresh()
+    monitor.stop()
+
+
+class KnowingSource(FakeSource):
+    """Has shown of processes what the test says."""
+
+    process_knowledge: bool | None = None
+
+
+def test_what_a_source_knows_of_processes_is_said_once_a_change(caplog: pytest.LogCaptureFixture) -> None:
+    source = KnowingSource(100.0)
+    monitor = GPUMonitor(source=source)
+    with caplog.at_level(logging.INFO):
+        for source.process_knowledge in (None, None, False, False, None, False, True, True, False, False):
+            assert monitor.refresh()
+    said = [(record.levelname, "cannot" in record.getMessage()) for record in caplog.records]
+    assert said == [("WARNING", True), ("INFO", False), ("WARNING", True)]
+    monitor.stop()
+
+
+def test_a_source_that_never_knows_processes_is_not_remarked_upon(
+    source: FakeSource, monitor: GPUMonitor, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO):
+        assert monitor.refresh() and monitor.refresh()
+    assert not caplog.records

@@ -236,6 +236,40 @@ def test_failures_on_demand(new_gpus: NewGpus, nvml: Any) -> None:
         subprocess.run(["nvidia-smi", "-L"], check=True, timeout=0.1)
 
 
+def test_processes_of_a_shared_context_are_told_in_a_list_of_their_own(new_gpus: NewGpus, nvml: Any) -> None:
+    gpus = new_gpus(1000)
+    nvml.nvmlInit()
+    handle = nvml.nvmlDeviceGetHandleByIndex(0)
+    gpus.allocate(300, 0)
+    gpus.pretend(4711, 200, 0)
+
+    def told(question: str) -> dict[int, int]:
+        processes = getattr(nvml, f"nvmlDeviceGet{question}ComputeRunningProcesses")(handle)
+        return {process.pid: process.usedGpuMemory // MIB for process in processes}
+
+    ours = {os.getpid(): 300, 4711: 200}
+    assert (told(""), told("MPS")) == (ours, {})
+    gpus.share_context(77)
+    assert (told(""), told("MPS")) == ({77: 500}, ours)
+    gpus.refuse(0, "mps_processes")
+    with pytest.raises(nvml.NVMLError, match="Not Supported"):
+        told("MPS")
+    gpus.share_context(0)
+    gpus.refuse(0, "unlisted", 1)
+    assert told("") == {}
+
+
+def test_the_program_warns_of_a_corrupted_inforom_and_answers(new_gpus: NewGpus) -> None:
+    gpus = new_gpus(1000)
+    gpus.corrupt_inforom()
+    with pytest.raises(subprocess.CalledProcessError) as caught:
+        query("memory.free")
+    assert caught.value.returncode == 14
+    assert caught.value.stdout == "1000\nWARNING: infoROM is corrupted at gpu 0000:01:00.0\n"
+    gpus.corrupt_inforom(False)
+    assert query("memory.free") == ["1000"]
+
+
 def test_calls_are_logged_where_that_is_asked_for(new_gpus: NewGpus, nvml: Any) -> None:
     gpus = new_gpus(1000)
     gpus.record_calls()

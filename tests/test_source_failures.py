@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 import time
 from collections.abc import Callable
 from functools import partial
@@ -18,18 +19,21 @@ from processes import (
     Process,
     acquire,
     copies_of,
+    force_reset,
     leader_pid,
     learn,
     problems,
     release,
+    shut_down,
     wait_until,
 )
 from simulated_gpu import GPU_IS_LOST, SimulatedGpus
 
-from mpmm import ModelManager
+from mpmm import AcquireTimeoutError, ModelManager
 from mpmm.shared_state.snapshot import DeviceInfo, read_snapshot
 from mpmm.show.screen import render
 from mpmm.sources import SourceUnavailableError
+from mpmm.sources.host_memory import host_memory_left_mb, host_memory_mb
 from mpmm.sources.nvidia_smi import NvidiaSmiSource
 from mpmm.sources.nvml import NvmlSource
 
@@ -125,8 +129,9 @@ def test_nvml_is_initialised_again_when_all_is_lost_but_not_at_every_poll(new_gp
     gpus.lose(0)
     assert source.sample(())[0].trouble == "GPU is lost"
     gpus.find(0)
+    gpus.allocate(200, 0)
     (sample,) = source.sample(())
-    assert sample.used_mb == 0 and sample.processes_known
+    assert sample.used_mb == 200 and sample.processes_known
     source.close()
 
 
@@ -186,10 +191,14 @@ def test_pids_of_another_namespace_are_not_taken_for_processes_without_memory(
     gpus = new_gpus(1000)
     manager = new_manager(memory_source="nvml", poll_interval=0.05)
     acquire_and_release(manager, "a")
-    assert "source nvml (knows processes)," in render(read_snapshot(namespace))
+    # Nobody has memory yet, so nobody knows.
+    assert "source nvml," in render(read_snapshot(namespace))
     source = NvmlSource()
+    (sample,) = source.sample((os.getpid(),))
+    assert source.process_knowledge is None and not sample.processes_known
     gpus.allocate(200, 0)
     (sample,) = source.sample((os.getpid(),))
+    wait_until(lambda: "source nvml (knows processes)," in render(read_snapshot(namespace)), "it was seen")
     assert sample.process_mb == {os.getpid(): 200}
     assert sample.foreign_mb((os.getpid(),)) == 0
     assert sample.foreign_mb(()) == 200
@@ -293,3 +302,260 @@ def test_objects_in_a_process_are_loaded_while_figures_are_missing(new_gpus: New
     acquire_and_release(manager, "a", LoadsObject())
     gpus.lose(0)
     acquire_and_release(manager, "b", LoadsObject())
+
+
+def test_a_corrupted_inforom_hides_no_figure(
+    new_gpus: NewGpus, new_manager: NewManager, caplog: pytest.LogCaptureFixture, namespace: str
+) -> None:
+    gpus = new_gpus(1000, 1000)
+    gpus.allocate(300, 1)
+    gpus.corrupt_inforom()
+    with caplog.at_level(logging.WARNING):
+        manager = new_manager(memory_source="nvidia-smi", poll_interval=0.05)
+        acquire_and_release(manager, "a")
+        wait_until(lambda: [device.used_mb for device in devices(namespace)] == [0, 300], "there are figures")
+        gpus.allocate(100, 0)
+        wait_until(lambda: [device.used_mb for device in devices(namespace)] == [100, 300], "there are new ones")
+    said = [record.getMessage() for record in caplog.records if "infoROM" in record.getMessage()]
+    assert len(said) == 1
+
+
+@pytest.mark.parametrize("name", ["nvml", "nvidia-smi", "auto"])
+def test_models_are_placed_in_the_memory_that_a_gpu_shares_with_its_host(
+    name: str, new_gpus: NewGpus, new_manager: NewManager, namespace: str
+) -> None:
+    gpus = new_gpus(1000)
+    gpus.refuse(0, "memory")
+    manager = new_manager(memory_source=name, poll_interval=0.05, slack_percentage=0.0)
+    acquire_and_release(manager, "a")
+    (device,) = devices(namespace)
+    assert device.uuid == gpus.uuid(0)
+    assert device.total_mb == pytest.approx(host_memory_mb(), rel=0.001)
+    wait_until(lambda: devices(namespace)[0].used_mb, "there is a figure")
+    left_mb = device.total_mb - (devices(namespace)[0].used_mb or 0.0)
+    assert left_mb == pytest.approx(host_memory_left_mb(), abs=0.2 * device.total_mb)
+
+
+# ---- a source that hangs -----------------------------------------------------------------------------------
+
+# The dead are taken back within a second, however busy the machine is otherwise.
+REAPED_S = 1.5
+
+
+def is_idle(namespace: str, tag: str) -> bool:
+    """Return whether the one copy of a model is idle."""
+    return copies_of(namespace, tag)[0].state == "idle"
+
+
+def try_to_acquire(seat: Any, tag: str) -> tuple[str, float]:
+    """Return how an acquire has ended, and after how many seconds."""
+    began = time.monotonic()
+    try:
+        seat.held.append((tag, seat.manager.acquire_model(tag, Loads())))
+        outcome = "loaded"
+    except AcquireTimeoutError:
+        outcome = "timed out"
+    return outcome, time.monotonic() - began
+
+
+def test_a_driver_that_hangs_lengthens_no_wait_and_the_dead_are_reaped(
+    new_gpus: NewGpus, new_process: NewProcess, namespace: str
+) -> None:
+    gpus = new_gpus(1000)
+    options: dict[str, Any] = {"memory_source": "nvml", "poll_interval": 0.1, "wait_timeout_seconds": 2.0}
+    first, second, third = (new_process(**options) for _ in range(3))
+    first.call(learn, a=900.0, b=100.0, c=50.0)
+    first.call(acquire, "a")
+    third.call(acquire, "b")
+    gpus.hang(nvml_s=8)
+    wait_until(lambda: age_s(namespace, 0) > 0.7, "NVML hangs")
+    # One that has to wait for memory does so for its time-out. One that loads is at most held up to be measured.
+    outcome, took_s = second.call(try_to_acquire, "d")
+    assert outcome == "timed out" and took_s < 3.0
+    outcome, took_s = second.call(try_to_acquire, "c")
+    assert outcome == "loaded" and took_s < 2.0
+    # The leader first: then the others, whose own calls hang by now, have to.
+    for process, tag in ((first, "a"), (third, "b")):
+        process.kill()
+        freed_s = wait_until(partial(is_idle, namespace, tag), "what the dead held is free")
+        assert freed_s < REAPED_S
+    snapshot = read_snapshot(namespace)
+    assert leader_pid(snapshot) == second.pid
+    # It leads, and says so, while the figures age.
+    assert snapshot.polled_ago_s < 1.0 < age_s(namespace, 0)
+    gpus.hang(nvml_s=0)
+    wait_until(lambda: age_s(namespace, 0) < 0.5, "figures come again")
+    assert problems(namespace) == []
+
+
+class HangingMonitor:
+    """A monitor of the caller's own, every method of which hangs while `answers` is not set."""
+
+    def __init__(self) -> None:
+        self.answers = threading.Event()
+        self.answers.set()
+        self.used_mb = 0.0
+
+    def start(self) -> None:
+        """Begin."""
+
+    def stop(self) -> None:
+        """End."""
+
+    def refresh(self) -> None:
+        """Measure."""
+        assert self.answers.wait(20)
+
+    def reset_peak(self) -> None:
+        """Reset."""
+        assert self.answers.wait(20)
+
+    def get_stats(self) -> tuple[float, float, float]:
+        """Return the figures."""
+        assert self.answers.wait(20)
+        return self.used_mb, self.used_mb, 1000.0
+
+
+def test_a_monitor_of_the_callers_own_that_hangs_holds_up_nobody(
+    new_manager: NewManager, new_process: NewProcess, namespace: str
+) -> None:
+    monitor = HangingMonitor()
+    manager = new_manager(monitor=monitor, poll_interval=0.1, wait_timeout_seconds=2.0)
+    manager._estimator.set_initial_estimate("a", 100.0)
+    other = new_process(poll_interval=0.1)
+    acquire_and_release(manager, "a")
+    other.call(learn, b=100.0)
+    other.call(acquire, "b")
+    monitor.answers.clear()
+    try:
+        assert takes_s(partial(acquire_and_release, manager, "a")) < AT_ONCE_S
+        other.kill()
+        assert wait_until(partial(is_idle, namespace, "b"), "it is free") < REAPED_S
+        # One that is unknown is loaded alone all the same, though nobody can measure it.
+        assert takes_s(partial(acquire_and_release, manager, "unknown")) < 4.0
+        assert takes_s(lambda: manager._connected().stats()) < AT_ONCE_S
+        monitor.used_mb = 250.0
+    finally:
+        monitor.answers.set()
+    wait_until(lambda: devices(namespace)[0].used_mb == 250, "its figures come again")
+
+
+def test_a_process_that_ends_does_not_wait_for_a_driver_that_hangs(
+    new_gpus: NewGpus, new_process: NewProcess, namespace: str
+) -> None:
+    gpus = new_gpus(1000)
+    process = new_process(memory_source="nvml", poll_interval=0.1)
+    process.call(acquire, "a")
+    process.call(release)
+    gpus.hang(nvml_s=8)
+    wait_until(lambda: age_s(namespace, 0) > 0.5, "NVML hangs")
+    assert takes_s(lambda: process.call(shut_down)) < 4.0
+    gpus.hang(nvml_s=0)
+
+
+def test_a_sample_that_is_asked_for_is_published_and_nobody_waits(
+    new_gpus: NewGpus, new_manager: NewManager, namespace: str
+) -> None:
+    gpus = new_gpus(1000)
+    # Nobody polls for a minute.
+    manager = new_manager(memory_source="nvidia-smi", poll_interval=60.0)
+    acquire_and_release(manager, "a")
+    gpus.allocate(300, 0)
+    gpus.hang(nvidia_smi_s=0.5)
+    assert takes_s(manager._connected().request_sample) < 0.3
+    wait_until(lambda: devices(namespace)[0].used_mb == 300, "the figure is there")
+
+
+# ---- silence -----------------------------------------------------------------------------------------------
+
+
+def name_the_daemon_alone(gpus: SimulatedGpus) -> None:
+    """Do as a driver under MPS does that has no list of clients."""
+    gpus.share_context(1)
+    gpus.refuse(0, "mps_processes")
+
+
+MAKE_SILENT: dict[str, Callable[[SimulatedGpus], None]] = {
+    "pids of another namespace": lambda gpus: gpus.shift_pids(10_000_000),
+    "an empty list": lambda gpus: gpus.refuse(0, "unlisted", 1),
+    "no list": lambda gpus: gpus.refuse(0, "processes"),
+    "the daemon of MPS alone": name_the_daemon_alone,
+    "no memory of processes": lambda gpus: gpus.refuse(0, "process_memory"),
+}
+
+
+@pytest.mark.parametrize("silence", MAKE_SILENT)
+def test_unknown_models_are_measured_alone_where_the_driver_does_not_tell_processes(
+    silence: str, new_gpus: NewGpus, new_process: NewProcess, namespace: str
+) -> None:
+    gpus = new_gpus(16000)
+    MAKE_SILENT[silence](gpus)
+    processes = [
+        new_process(memory_source="nvml", poll_interval=0.1, default_estimate_mb=1000.0, wait_timeout_seconds=60.0)
+        for _ in range(4)
+    ]
+    for number, process in enumerate(processes):
+        makes = MakesServed(cast(Any, gpus), 5000.0)
+        process.send(acquire_and_let_go, f"m{number}", LoadsServer(f"server {number}", makes))
+    for process in processes:
+        process.result(60)
+    snapshot = read_snapshot(namespace)
+    assert snapshot.out_of_memory == 0
+    assert not snapshot.measures_processes
+    assert gpus.highest_mb(0) <= 16000
+    assert [model.estimate_mb for model in snapshot.models] == pytest.approx([5000] * 4, rel=0.02)
+    # What is ours is not taken for somebody else's, so that it goes when something else needs the room.
+    first = processes[0]
+    first.call(learn, large=9000.0)
+    assert [device.foreign_mb for device in devices(namespace)] == [0]
+    first.call(acquire, "large", LoadsServer("large", MakesServed(cast(Any, gpus), 9000.0)))
+    first.call(release)
+    assert read_snapshot(namespace).out_of_memory == 0
+    assert problems(namespace) == []
+
+
+def acquire_and_let_go(seat: Any, tag: str, loader: Callable[[], Any]) -> None:
+    """Acquire a copy, and release it."""
+    with seat.manager.model(tag, loader):
+        pass
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["each for itself", "under MPS"])
+def test_the_first_model_is_alone_until_its_load_has_shown_that_the_driver_tells_processes(
+    shared: bool, new_gpus: NewGpus, new_manager: NewManager, namespace: str
+) -> None:
+    gpus = new_gpus(16000)
+    if shared:
+        gpus.share_context(1)
+    manager = new_manager(memory_source="nvml", poll_interval=60.0)
+    with manager.model("a", LoadsServer("a", MakesServed(cast(Any, gpus), 500.0))):
+        snapshot = read_snapshot(namespace)
+        assert snapshot.measures_processes
+        assert [device.isolated for device in snapshot.devices] == [None]
+        # So the next unknown one does not have to wait for the release.
+        with manager.model("b", LoadsServer("b", MakesServed(cast(Any, gpus), 700.0))):
+            pass
+    assert [model.estimate_mb for model in read_snapshot(namespace).models] == [500, 700]
+    assert [model.measured for model in read_snapshot(namespace).models] == [True, True]
+    assert problems(namespace) == []
+
+
+def test_what_one_process_was_shown_holds_for_a_leader_that_was_shown_nothing(
+    new_gpus: NewGpus, new_process: NewProcess, namespace: str
+) -> None:
+    gpus = new_gpus(16000)
+    first, second = (new_process(memory_source="nvml", poll_interval=0.1) for _ in range(2))
+    second.call(acquire_and_let_go, "a", LoadsServer("a", MakesServed(cast(Any, gpus), 500.0)))
+    assert read_snapshot(namespace).measures_processes
+    second.call(force_reset)
+    wait_until(lambda: not gpus.process_mb(0), "nobody has memory")
+    first.kill()
+    wait_until(lambda: leader_pid(read_snapshot(namespace)) == second.pid, "the other one leads")
+    third = new_process(memory_source="nvml", poll_interval=0.1)
+    second.kill()
+    wait_until(lambda: leader_pid(read_snapshot(namespace)) == third.pid, "one leads that has seen nothing")
+    wait_until(lambda: age_s(namespace, 0) < 0.1, "it polls")
+    assert read_snapshot(namespace).measures_processes
+    # Until it is shown that the driver does not tell after all.
+    gpus.refuse(0, "processes")
+    wait_until(lambda: not read_snapshot(namespace).measures_processes, "it says so")

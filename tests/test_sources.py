@@ -16,7 +16,6 @@ from unittest.mock import patch
 
 import psutil
 import pytest
-from processes import wait_until
 
 from mpmm.board import ForeignMonitor
 from mpmm.errors import InvalidArgumentError
@@ -42,6 +41,7 @@ class FakeDevice:
         self.used = used_mb * MIB
         self.slices = slices
         self.broken = False
+        self.tells_memory = True
         self.compute: list[SimpleNamespace] = []
         self.graphics: list[SimpleNamespace] = []
 
@@ -97,6 +97,8 @@ class FakeNvml(ModuleType):
 
     def nvmlDeviceGetMemoryInfo(self, device: FakeDevice) -> SimpleNamespace:
         self._check(device)
+        if not device.tells_memory:
+            raise NVMLError("Not Supported")
         return SimpleNamespace(total=device.total, used=device.used, free=device.total - device.used)
 
     def nvmlDeviceGetMigMode(self, device: FakeDevice) -> list[int]:
@@ -289,6 +291,8 @@ class FakeSmi:
         self.calls.append((command, options))
         field = command[1].removeprefix("--query-gpu=").replace("memory.", "").replace(",", "_")
         answer = self.answers.get(field, subprocess.CalledProcessError(2, command))
+        if "-i" in command:  # of one GPU alone, where that has an answer of its own
+            answer = self.answers.get(f"{field} of {command[-1]}", answer)
         if isinstance(answer, Exception):
             raise answer
         return answer
@@ -374,40 +378,67 @@ class TestNvidiaSmi:
         with pytest.raises(SourceUnavailableError):
             NvidiaSmiSource()
 
+    @pytest.mark.parametrize("status", [0, 14])
+    def test_messages_among_the_lines_and_a_corrupted_inforom_change_no_figure(
+        self, smi: FakeSmi, status: int, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        corrupted = "WARNING: infoROM is corrupted at gpu 0000:01:00.0"
+        smi.answers["uuid_mig.mode.current_name"] = "GPU-aaaa, [N/A], Big GPU\nGPU-bbbb, [N/A], Big, Fast\n"
+        smi.answers["uuid_free"] = "GPU-aaaa, 15000 MiB\nGPU-bbbb, 22000 and more words\n"
+        for field, answer in smi.answers.items():
+            lines = str(answer).splitlines()
+            text = "\n".join([corrupted, lines[0], "Attention, please, 1 of 2: read the manual", *lines[1:], corrupted])
+            smi.answers[field] = subprocess.CalledProcessError(14, "nvidia-smi", text) if status else text
+        with caplog.at_level(logging.WARNING):
+            source = NvidiaSmiSource()
+            assert [(d.uuid, d.name, d.total_mb) for d in source.devices()] == [
+                ("GPU-aaaa", "Big GPU", 16000.0),
+                ("GPU-bbbb", "Big, Fast", 24000.0),
+            ]
+            assert used(source) == [1000.0, 2000.0]
+            assert used(source) == [1000.0, 2000.0]
+        said = [record.getMessage() for record in caplog.records]
+        assert len(said) == bool(status)
+        assert all(corrupted in message for message in said)
+        # Without uuids, too.
+        smi.answers["uuid_mig.mode.current_name"] = smi.answers["uuid_name"] = Exception("odd")
+        text = f"{corrupted}\n15000\n22000\n{corrupted}\n"
+        smi.answers["free"] = subprocess.CalledProcessError(14, "nvidia-smi", text) if status else text
+        assert used(NvidiaSmiSource()) == [1000.0, 2000.0]
+
+    def test_one_lost_gpu_does_not_blind_the_others(self, smi: FakeSmi) -> None:
+        source = NvidiaSmiSource()
+        lost = subprocess.CalledProcessError(15, "nvidia-smi", "Unable to determine the device handle: GPU is lost")
+        smi.answers |= {"uuid_free": lost, "uuid_free of GPU-aaaa": "GPU-aaaa, 15400\n"}
+        assert used(source) == [600.0, None]
+        assert "GPU is lost" in str(source.sample(())[1].trouble)
+        # Nor does one of which the program says nothing until it is killed.
+        smi.answers["uuid_free of GPU-bbbb"] = subprocess.TimeoutExpired("nvidia-smi", 5.0)
+        assert used(source) == [600.0, None]
+        smi.answers["uuid_free of GPU-aaaa"] = lost
+        with pytest.raises(subprocess.CalledProcessError):
+            source.sample(())
+
+    def test_a_gpu_that_is_lost_at_the_start_keeps_its_number(
+        self, smi: FakeSmi, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        lost = subprocess.CalledProcessError(15, "nvidia-smi", "Unable to determine the device handle: GPU is lost")
+        smi.answers |= {
+            **{"total": lost, "uuid_name": lost, "uuid_free": lost, "total of 1": "24000\n"},
+            **{"uuid_name of 1": "GPU-bbbb, Big, Fast\n", "uuid_free of GPU-bbbb": "GPU-bbbb, 22000\n"},
+            "total of 2": subprocess.CalledProcessError(6, "nvidia-smi", "No devices were found"),
+        }
+        source = NvidiaSmiSource()
+        assert [(d.uuid, d.name, d.total_mb) for d in source.devices()] == [("GPU-bbbb", "Big, Fast", 24000.0)]
+        assert used(source) == [2000.0]
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+        assert [d.uuid for d in NvidiaSmiSource().devices()] == ["GPU-bbbb"]
+
     def test_a_failure_during_a_sample_is_the_callers_to_handle(self, smi: FakeSmi) -> None:
         source = NvidiaSmiSource()
         smi.answers["uuid_free"] = subprocess.TimeoutExpired("nvidia-smi", 5.0)
         with pytest.raises(subprocess.TimeoutExpired):
             source.sample(())
-
-    def test_a_program_that_is_slow_delays_nobody_and_its_figures_are_used_when_they_come(self, smi: FakeSmi) -> None:
-        source = NvidiaSmiSource(patience_s=0.02)
-        ask = source._ask
-        asked: list[float] = []
-        answer = threading.Event()
-
-        def slow(fields: str, gpu: str | None = None) -> list[str]:
-            asked.append(time.monotonic_ns())
-            answer.wait(20)
-            return ask(fields, gpu)
-
-        # Not `subprocess.check_output`, which monitors of other tests may be about to call for the last time.
-        with patch.object(source, "_ask", slow):
-            for _ in range(3):
-                with pytest.raises(TimeoutError, match="not answered"):
-                    source.sample(())
-            assert len(asked) == 1
-            answer.set()
-            wait_until(lambda: source._run is None or source._run.done.is_set(), "the program has answered")
-            answer.clear()
-            samples = source.sample(())  # while the next run hangs, too
-            assert [sample.used_mb for sample in samples] == [1000.0, 2000.0]
-            assert all(sample.taken_ns <= asked[0] for sample in samples)
-            answer.set()
-            assert used(source) == [1000.0, 2000.0]
-            wait_until(
-                lambda: not any(t.name == "mpmm-nvidia-smi" for t in threading.enumerate()), "threads have ended"
-            )
 
 
 BALLAST_MB = 64
@@ -539,6 +570,14 @@ class TestHostMemory:
         (mount / "pod" / "memory.current").write_text("4000\n")
         (mount / "pod" / "memory.stat").write_text("anon 1\ninactive_file 1500\nactive_file 9\n")
         assert cgroup_limits(mount, membership) == [(5000, 2500)]
+        # What holds a group up counts as what it may not pass, wherever it is less.
+        (mount / "pod" / "memory.high").write_text("4500\n")
+        (mount / "pod" / "box" / "memory.high").write_text("max\n")
+        assert cgroup_limits(mount, membership) == [(4500, 2500)]
+        (mount / "pod" / "memory.high").write_text("6000\n")
+        (mount / "pod" / "box" / "memory.high").write_text("3000\n")
+        assert cgroup_limits(mount, membership) == [(3000, None), (5000, 2500)]
+        (mount / "memory" / "pod" / "memory.soft_limit_in_bytes").write_text("10\n")
         membership.write_text("5:cpu,memory:/pod\n4:pids:/\n")
         assert cgroup_limits(mount, membership) == [(7000, None)]
         (mount / "memory" / "pod" / "memory.usage_in_bytes").write_text("6500\n")
@@ -588,6 +627,30 @@ class TestChoice:
         with pytest.raises(SourceUnavailableError, match=name):
             choose_source(name)
 
+    def test_a_driver_that_hangs_at_its_start_is_given_up_in_time(
+        self, monkeypatch: pytest.MonkeyPatch, smi: FakeSmi
+    ) -> None:
+        monkeypatch.setattr("mpmm.sources.START_TIMEOUT_S", 0.1)
+        fake = install(monkeypatch, *two_gpus())
+        init, inits, answer, answered = fake.nvmlInit, [], threading.Event(), threading.Event()
+
+        def hang() -> None:
+            inits.append(threading.current_thread())
+            answer.wait(20)
+            init()
+            answered.set()
+
+        monkeypatch.setattr(fake, "nvmlInit", hang)
+        assert choose_source().name == "nvidia-smi"
+        # Nobody hangs beside the first one.
+        with pytest.raises(SourceUnavailableError, match="hangs"):
+            choose_source("nvml")
+        answer.set()
+        (thread,) = inits
+        thread.join(20)
+        assert answered.is_set()
+        assert choose_source("nvml").name == "nvml"
+
     def test_an_unknown_name_is_refused_with_the_names_that_exist(self, monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(InvalidArgumentError, match="nvidia-smi, host, booked"):
             choose_source("nvmll")
@@ -604,6 +667,139 @@ class TestChoice:
     def test_books_need_a_size(self) -> None:
         with pytest.raises(InvalidArgumentError):
             BookedSource(0.0)
+
+
+class TestUnifiedMemory:
+    """A GPU that shares the host's memory: 120000 MB, of which 70000 are free and 100000 available."""
+
+    @pytest.fixture(autouse=True)
+    def host(self, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int | None]]:
+        memory = SimpleNamespace(total=120000 * MIB, available=100000 * MIB, free=70000 * MIB)
+        monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
+        limits: list[tuple[int, int | None]] = []
+        monkeypatch.setattr("mpmm.sources.host_memory.cgroup_limits", lambda: limits)
+        return limits
+
+    @pytest.fixture
+    def gpu(self, monkeypatch: pytest.MonkeyPatch) -> FakeDevice:
+        gpu = FakeDevice("GPU-aaaa", 0, 0)
+        gpu.tells_memory = False
+        gpu.compute = [process(7, 300)]
+        install(monkeypatch, gpu)
+        return gpu
+
+    @pytest.mark.parametrize("name", ["nvml", "auto"])
+    def test_nvml_goes_by_the_hosts_memory_and_by_its_own_figures_of_processes(
+        self, name: str, gpu: FakeDevice, host: list[tuple[int, int | None]]
+    ) -> None:
+        source = choose_source(name)
+        assert [(d.uuid, d.total_mb) for d in source.devices()] == [("GPU-aaaa", 120000)]
+        (sample,) = source.sample((7,))
+        assert (source.name, sample.used_mb, sample.process_mb) == ("nvml", 20000, {7: 300})
+        assert source.measures_processes and sample.foreign_mb((7,)) == 19700
+        host.append((50000 * MIB, 10000 * MIB))
+        source = choose_source(name)
+        assert [d.total_mb for d in source.devices()] == [50000]
+        assert used(source) == [10000]
+
+    def test_a_page_cache_that_a_driver_counts_as_used_is_not(self, gpu: FakeDevice) -> None:
+        gpu.tells_memory, gpu.total, gpu.used = True, 120000 * MIB, 50300 * MIB
+        assert used(NvmlSource()) == [20000]
+        # One that has as much memory of its own, by chance, has not as much free.
+        gpu.used = 300 * MIB
+        assert used(NvmlSource()) == [300]
+        gpu.total, gpu.used = 80000 * MIB, 10000 * MIB
+        assert used(NvmlSource()) == [10000]
+
+    @pytest.mark.parametrize("name", ["nvidia-smi", "auto"])
+    @pytest.mark.parametrize("total", ["[N/A]", "[Not Supported]", "120000"])
+    def test_nvidia_smi_goes_by_the_hosts_memory(self, name: str, total: str, smi: FakeSmi) -> None:
+        smi.answers |= {"total": f"{total}\n", "free": "69700\n", "uuid_name": "GPU-aaaa, NVIDIA GB10\n"}
+        smi.answers["uuid_free"] = f"GPU-aaaa, {total}\n"
+        source = choose_source(name)
+        assert [(d.uuid, d.name, d.total_mb) for d in source.devices()] == [("GPU-aaaa", "NVIDIA GB10", 120000)]
+        assert used(source) == [20000]
+
+    def test_one_beside_others_that_does_not_tell_its_memory_is_left_out(
+        self, gpu: FakeDevice, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        install(monkeypatch, gpu, FakeDevice("GPU-bbbb", 24000, 2000))
+        assert [d.uuid for d in NvmlSource().devices()] == ["GPU-bbbb"]
+
+    def test_a_lost_gpu_does_not_share_the_hosts_memory(self, gpu: FakeDevice) -> None:
+        gpu.broken = True
+        with pytest.raises(SourceUnavailableError):
+            NvmlSource()
+
+
+class TestSilence:
+    """Whether NVML knows processes, by what it has shown."""
+
+    def test_a_source_knows_processes_once_one_of_ours_was_shown(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        gpu, _ = two_gpus()
+        install(monkeypatch, gpu)
+        source = NvmlSource()
+        states = []
+        for compute in ([], [process(1, 300)], [process(1, 300), process(os.getpid(), 50)], []):
+            gpu.compute = compute
+            (sample,) = source.sample((7,))
+            states.append((source.process_knowledge, source.measures_processes, sample.processes_known))
+        # Somebody else's figure is no evidence; and after the evidence, who is not listed has nothing.
+        assert states == [(None, False, False), (None, False, False), (True, True, True), (True, True, True)]
+
+    def test_figures_that_are_withheld_are_no_knowledge(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        gpu, _ = two_gpus()
+        install(monkeypatch, gpu)
+        source = NvmlSource()
+        gpu.compute = [process(1, 300), process(7, None)]
+        source.sample((7,))
+        assert source.process_knowledge is False
+        gpu.compute = [process(1, 300)]
+        source.sample((7,))
+        assert source.process_knowledge is None
+
+    def test_the_clients_of_an_mps_daemon_are_in_a_list_of_their_own(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        gpu, _ = two_gpus()
+        fake = install(monkeypatch, gpu)
+        clients = [process(7, 300), process(8, 200)]
+        monkeypatch.setattr(fake, "nvmlDeviceGetMPSComputeRunningProcesses_v3", lambda _: clients, raising=False)
+        gpu.compute = [process(1, 560)]
+        gpu.used = 600 * MIB
+        source = NvmlSource()
+        (sample,) = source.sample((7, 8))
+        assert source.measures_processes
+        # What the daemon has for its clients is not counted twice.
+        assert sample.process_mb == {1: 100, 7: 300, 8: 200} and sample.foreign_mb((7, 8)) == 100
+
+    def test_a_list_that_the_driver_does_not_have_is_asked_for_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        gpu, _ = two_gpus()
+        fake = install(monkeypatch, gpu)
+        asked: list[FakeDevice] = []
+
+        def missing(device: FakeDevice) -> None:
+            asked.append(device)
+            raise NVMLError("Function Not Found")
+
+        monkeypatch.setattr(fake, "nvmlDeviceGetMPSComputeRunningProcesses_v3", missing, raising=False)
+        source = NvmlSource()
+        assert used(source) == used(source) == [1000.0]
+        assert len(asked) == 1
+
+    def test_a_library_that_is_too_old_for_a_list_has_its_other_figures(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        gpu, _ = two_gpus()
+        fake = install(monkeypatch, gpu)
+
+        class NVMLLibraryMismatchError(Exception):
+            """As pynvml's, it is no NVMLError."""
+
+        def mismatch(_: FakeDevice) -> None:
+            raise NVMLLibraryMismatchError("use a versioned function")
+
+        monkeypatch.setattr(fake, "NVMLLibraryMismatchError", NVMLLibraryMismatchError, raising=False)
+        monkeypatch.setattr(fake, "nvmlDeviceGetComputeRunningProcesses", mismatch)
+        source = NvmlSource()
+        assert used(source) == [1000.0]
+        assert source.process_knowledge is False
 
 
 class TestWhatSourcesTellOfThemselves:

@@ -10,13 +10,17 @@ as long as the process lives.
     in the directory:  init        error that nvmlInit returns
                        calls       log of who asks, if it exists
                        pid_offset  added to every pid that is told
+                       mps_daemon  pid that NVML names as the one that computes, in place of all processes; those
+                                   are in the list of MPS clients then
+                       inforom     if it exists, nvidia-smi says that the infoROM is corrupted, and ends with 14
                        nvml_hang   seconds that a figure takes
                        smi_hang    seconds that nvidia-smi takes
                        lock        held by who allocates
     in gpu0, …, and in about       uuid, name, total and reserved (bytes), linger_ms, mig
     their slices       lost        if it exists, the GPU fell off the bus
     gpu0/mig0, …:      refused     '<what> <error>' for each question that is refused; what is memory, processes,
-                                   process_memory, name, uuid or mig
+                                   mps_processes, process_memory, name, uuid or mig; 'unlisted <any>' lets the list of
+                                   processes be empty, as in some containers
                        memory/of_<pid>_<start time>  bytes that a process has, as long as it lives
                        highest     bytes that were in use at most
                        memory/kept_<pid>             the same, whether it lives or not
@@ -257,6 +261,17 @@ class SimulatedGpus:
     def shift_pids(self, by: int) -> None:
         """Tell pids as from another pid namespace: so much higher."""
         _write(self.folder / "pid_offset", str(by))
+
+    def share_context(self, daemon: int) -> None:
+        """Tell processes as under MPS: a daemon computes for all, who are in a list of their own; 0 ends it."""
+        _write(self.folder / "mps_daemon", str(daemon))
+
+    def corrupt_inforom(self, corrupted: bool = True) -> None:
+        """Let nvidia-smi complain about an infoROM between its lines, and end with status 14."""
+        if corrupted:
+            (self.folder / "inforom").touch()
+        else:
+            (self.folder / "inforom").unlink()
 
     # ---- who asks -----------------------------------------------------------------------------------------
 

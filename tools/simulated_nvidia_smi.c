@@ -5,7 +5,8 @@
  *
  * As the real one, it says '[N/A]' and the like where a field cannot be had, and gives up as a whole, with NVML's
  * error as exit status, when the driver does not answer or a device is lost. Slices are in the list, not in the CSV.
- * The file `smi_hang` in $SIMULATED_GPU_DIR holds the seconds that it hangs for.
+ * The file `smi_hang` in $SIMULATED_GPU_DIR holds the seconds that it hangs for; with a file `inforom` it warns, as
+ * the real one does, of a corrupted infoROM, on stdout, and ends with status 14 though it has answered.
  *
  * Build: gcc -O2 -o nvidia-smi simulated_nvidia_smi.c simulated_nvml.c
  */
@@ -200,6 +201,13 @@ static int print_list(unsigned number, Handle handle) {
     return 0;
 }
 
+static int has_file(const char *name) {
+    char path[PATH_MAX];
+    const char *folder = getenv("SIMULATED_GPU_DIR");
+    snprintf(path, sizeof path, "%s/%s", folder ? folder : "", name);
+    return !access(path, F_OK);
+}
+
 static int for_each_gpu(const Query *query) {
     unsigned count = 0, shown = 0;
     Handle handles[64];
@@ -224,7 +232,10 @@ static int for_each_gpu(const Query *query) {
         if (status) return status;
     }
     if (!shown) printf("No devices were found\n");
-    return shown ? 0 : 6;
+    if (!shown) return 6;
+    if (!has_file("inforom")) return 0;
+    printf("WARNING: infoROM is corrupted at gpu 0000:01:00.0\n");
+    return 14;
 }
 
 static void hang(void) {

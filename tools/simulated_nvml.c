@@ -297,15 +297,24 @@ static void count_use(Handle handle, const Unit *unit, Use *use) {
         count_folder(&slices[unit->number][i], (unsigned)i + 1, use);
 }
 
+/* Put the daemon of MPS, which has what all the clients have, in the place of the processes. */
+static void show_daemon(Use *use, unsigned daemon) {
+    if (use->count) use->processes[0] = (Process){daemon, use->used, UINT_MAX, UINT_MAX};
+    use->count = use->count > 0;
+}
+
 static int list_processes(Handle handle, const char *what, unsigned *count, Process *to) {
     static __thread Use use;
     Unit *unit;
     char text[32];
+    int computing = !strcmp(what, "processes"), sharing = !strcmp(what, "mps_processes");
     int error = open_handle(handle, what, &unit);
     if (error) return error;
     if (is_slice(handle) && !strcmp(what, "graphics")) return NOT_SUPPORTED;
     use.count = 0;
-    if (!strcmp(what, "processes")) count_use(handle, unit, &use);
+    unsigned daemon = read_file(root, "mps_daemon", text, sizeof text) > 0 ? (unsigned)atoi(text) : 0;
+    if ((computing && !refusal(unit, "unlisted")) || (sharing && daemon)) count_use(handle, unit, &use);
+    if (computing && daemon) show_daemon(&use, daemon);
     unsigned room = *count;
     *count = use.count;
     if (!use.count) return SUCCESS;
@@ -520,6 +529,14 @@ int nvmlDeviceGetGraphicsRunningProcesses_v3(Handle handle, unsigned *count, Pro
 
 int nvmlDeviceGetGraphicsRunningProcesses_v2(Handle handle, unsigned *count, Process *processes) {
     return list_processes(handle, "graphics", count, processes);
+}
+
+int nvmlDeviceGetMPSComputeRunningProcesses_v3(Handle handle, unsigned *count, Process *processes) {
+    return list_processes(handle, "mps_processes", count, processes);
+}
+
+int nvmlDeviceGetMPSComputeRunningProcesses_v2(Handle handle, unsigned *count, Process *processes) {
+    return list_processes(handle, "mps_processes", count, processes);
 }
 
 int nvmlDeviceGetMigMode(Handle handle, unsigned *current, unsigned *pending) {

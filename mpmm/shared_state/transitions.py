@@ -143,14 +143,21 @@ class Transitions:
         t.set(Header.SOURCE_COUNTS_NAMED, int(counts_named))
         t.event(EventKind.LEADER, value=slot)
 
-    def note_poll(self, t: Transaction, measures_processes: bool | None = None) -> None:
+    def note_poll(self, t: Transaction, knows_processes: bool | None = None) -> None:
         """Record that a poll is done: the leader is neither dead nor stuck.
 
-        measures_processes: whether the leader's source does, which may have turned out otherwise; None from others.
+        knows_processes: what the leader's source has shown of that; None while it has shown nothing, and from others.
         """
         t.set(Header.POLLED, t.now)
-        if measures_processes not in (None, bool(self.segment.words[Header.SOURCE_MEASURES_PROCESSES])):
-            t.set(Header.SOURCE_MEASURES_PROCESSES, int(bool(measures_processes)))
+        self.note_processes(t, knows_processes)
+
+    def note_processes(self, t: Transaction, known: bool | None) -> None:
+        """Record that the source has shown what a process of ours takes (True), or that it does not tell (False).
+
+        None changes nothing: what one process has seen holds for others that have not seen anything yet.
+        """
+        if known not in (None, bool(self.segment.words[Header.SOURCE_MEASURES_PROCESSES])):
+            t.set(Header.SOURCE_MEASURES_PROCESSES, int(bool(known)))
 
     def ring(self, t: Transaction, slot: int) -> None:
         """Wake the keeper of a member: it has something to unload, or should look around."""

@@ -7,16 +7,21 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections.abc import Callable
 
 from mpmm.errors import InvalidArgumentError
+from mpmm.sampler import answer_within
 from mpmm.sources.base import (
+    START_TIMEOUT_S,
     DeviceInfo,
     DeviceSample,
     MemorySource,
     SourceUnavailableError,
     counts_named_only,
     is_books_only,
+    process_knowledge,
+    unavailable,
 )
 from mpmm.sources.booked import BookedSource
 
@@ -28,9 +33,12 @@ __all__ = [
     "choose_source",
     "counts_named_only",
     "is_books_only",
+    "process_knowledge",
 ]
 
 SOURCE_VARIABLE = "MPMM_MEMORY_SOURCE"
+# Sources that are about to start, or hang in it: in which process, and since when.
+_starting: dict[str, tuple[int, float]] = {}
 
 
 def choose_source(
@@ -49,7 +57,7 @@ def choose_source(
     logger: gets one warning when `auto` ends at `booked`.
 
     Raises InvalidArgumentError for an unknown name, SourceUnavailableError (a child of it) when a source
-    that was named cannot work here.
+    that was named cannot work here. A driver that has not answered within `START_TIMEOUT_S` does not work.
     """
     if not isinstance(name, str):
         if isinstance(name, MemorySource):
@@ -85,12 +93,12 @@ def _makers(fallback_memory_mb: float, budget_mb: float | None) -> dict[str, Cal
     def nvml() -> MemorySource:
         from mpmm.sources.nvml import NvmlSource
 
-        return NvmlSource()
+        return _started("nvml", NvmlSource)
 
     def nvidia_smi() -> MemorySource:
         from mpmm.sources.nvidia_smi import NvidiaSmiSource
 
-        return NvidiaSmiSource()
+        return _started("nvidia-smi", NvidiaSmiSource)
 
     def host() -> MemorySource:
         from mpmm.sources.host_memory import HostMemorySource
@@ -103,3 +111,23 @@ def _makers(fallback_memory_mb: float, budget_mb: float | None) -> dict[str, Cal
         "host": host,
         "booked": lambda: BookedSource(fallback_memory_mb),
     }
+
+
+def _started(name: str, make: Callable[[], MemorySource]) -> MemorySource:
+    """Return what `make` returns, but give it up in time: a driver may hang when it is initialised."""
+    pid, since = _starting.get(name, (0, 0.0))
+    if pid == os.getpid() and time.monotonic() - since > START_TIMEOUT_S:
+        # Another try would hang beside the first one, and hold up its caller for as long again.
+        raise unavailable(name, "its driver still hangs since it was first asked")
+    _starting[name] = (os.getpid(), time.monotonic())
+
+    def start() -> MemorySource:
+        try:
+            return make()
+        finally:
+            _starting.pop(name, None)
+
+    try:
+        return answer_within(start, START_TIMEOUT_S, f"mpmm-start-{name}")
+    except TimeoutError as error:
+        raise unavailable(name, f"its driver hangs: {error}") from error

@@ -20,9 +20,12 @@ __all__ = [
     "SourceUnavailableError",
     "counts_named_only",
     "is_books_only",
+    "process_knowledge",
 ]
 
 MIB = 2**20
+# Longer than NVML takes on a host with eight GPUs whose driver is not kept loaded. A driver that needs more hangs.
+START_TIMEOUT_S = 20.0
 
 
 class SourceUnavailableError(InvalidArgumentError):
@@ -90,8 +93,9 @@ class MemorySource(Protocol):
     """Where memory figures come from. `sample` may be called by several threads, and after a fork.
 
     name: what people select it by.
-    measures_processes: `DeviceSample.process_mb` is filled in. That can change: a driver may turn out to
-        tell the pids of another pid namespace.
+    measures_processes: `DeviceSample.process_mb` tells what the processes named to `sample` take. That can change, and
+        silence is no measurement: a source that depends on what a driver tells is True once it has shown a figure for
+        one of those, or for the process it is in, and not before; see `process_knowledge`.
     settles_late: freed memory may show up seconds after an unload.
     cheap: a sample costs well under 5 ms, so anybody may take one where they stand.
 
@@ -99,6 +103,8 @@ class MemorySource(Protocol):
 
     books_only: it knows totals alone; see `is_books_only`.
     counts_named_only: its figure holds nothing but the processes named to `sample`; see `counts_named_only`.
+    process_knowledge: `measures_processes` with a third value, None, for a source that may yet show; see
+        `process_knowledge`. Without it, a source is taken at its word: its `measures_processes` is all there is.
     """
 
     name: str
@@ -136,3 +142,14 @@ def counts_named_only(source: MemorySource) -> bool:
     What other processes take, workers that hold objects of their own among them, then is in no figure at all.
     """
     return bool(getattr(source, "counts_named_only", False))
+
+
+def process_knowledge(source: MemorySource) -> bool | None:
+    """Return whether `source` has shown what single processes take, as far as that is known by now.
+
+    None: not yet; as long as no process of ours uses the device, nobody can tell. True: it has shown a figure for one
+    of ours. False: it has shown that it does not: its driver refuses the lists, withholds the figures, or names
+    processes of another pid namespace. False becomes True, and True False, when the driver's answers change.
+    """
+    knowledge: bool | None = getattr(source, "process_knowledge", source.measures_processes)
+    return knowledge

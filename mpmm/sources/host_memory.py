@@ -148,23 +148,28 @@ def cgroup_limits(
         for place in (folder, *folder.parents):
             if not place.is_relative_to(root):
                 break
-            limit = _read_int(place / version.limit)  # None: not there, or 'max'
-            if limit is not None:
-                limits.append((limit, _used_of(place, version)))
+            # None: not there, or 'max'
+            told = [limit for name in version.limits if (limit := _read_int(place / name)) is not None]
+            if told:
+                limits.append((min(told), _used_of(place, version)))
     return limits
 
 
 @dataclass(frozen=True)
 class _Version:
-    """Names of files, and of the line in `memory.stat` that counts files in the cache which nobody uses."""
+    """Names of files, and of the line in `memory.stat` that counts files in the cache which nobody uses.
 
-    limit: str
+    limits: the least counts. Above `memory.high` the kernel does not refuse memory, but holds the group up, for ever
+        longer, until what it has is reclaimed; models are not. The soft limit of v1 only says whose memory goes first.
+    """
+
+    limits: tuple[str, ...]
     used: str
     cached: str
 
 
-_V1 = _Version("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-_V2 = _Version("memory.max", "memory.current", "inactive_file")
+_V1 = _Version(("memory.limit_in_bytes",), "memory.usage_in_bytes", "total_inactive_file")
+_V2 = _Version(("memory.max", "memory.high"), "memory.current", "inactive_file")
 
 
 def _used_of(group: Path, version: _Version) -> int | None:

@@ -1,13 +1,17 @@
 """Memory figures from the `nvidia-smi` program, for hosts where NVML itself cannot be loaded.
 
-A sample starts a process, so it costs tens of milliseconds, some seconds where the driver is not kept loaded,
-and with a sick driver the program can hang, even beyond SIGKILL.
+A sample starts a process, so it costs tens of milliseconds, some seconds where the driver is not kept loaded, and with
+a sick driver the program can hang, even beyond SIGKILL. It is killed after `timeout_s`; the monitor takes samples in a
+thread of their own, so that nobody else waits for it.
 
-- So it is run by a thread, and a sample waits for it only so long (`patience_s`). Then the sample has no figures;
-  the next one takes what the program has said meanwhile, dated from when it was started. After `timeout_s` the
-  program is killed. There is never more than one at a time.
-- A figure of `[N/A]`, `[GPU is lost]` or the like is none; the other devices have theirs. If the program fails as
-  a whole, which one lost GPU is enough for, it is asked for each GPU alone.
+- Only lines of the shape that was asked for count: a GPU's uuid, and a figure or what the program puts in place of
+  one, `[N/A]`, `[GPU is lost]` or the like, which is no figure. Everything else is a message to people, such as
+  `WARNING: infoROM is corrupted at gpu 0000:01:00.0`, which the program prints among the lines and ends with status 14:
+  a warning, once, and the figures count.
+- If the program fails otherwise, which one lost GPU is enough for, it is asked for each GPU alone: one that is lost
+  has no figure, and at the start keeps its number; the others have theirs.
+- A GPU that shares the host's memory (GB10, Jetson) has no memory of its own to tell: `[N/A]`, or a figure that takes
+  the page cache for used. See `mpmm.sources.unified_memory`.
 - Its CSV tells whether a GPU is cut into MIG slices, but not what they have: such a GPU is left out.
 - Processes are not measured. It could be done (`--query-compute-apps`), but by one more run of the program for each
   sample; and nvidia-smi itself uses NVML, so where it runs, that source can do it in a hundredth of the time.
@@ -15,23 +19,50 @@ and with a sick driver the program can hang, even beyond SIGKILL.
 
 from __future__ import annotations
 
+import logging
 import math
 import os
+import re
 import subprocess
-import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from mpmm.sources.base import DeviceInfo, DeviceSample, unavailable
+from mpmm.sources.unified_memory import (
+    counts_page_cache,
+    is_host_total,
+    is_not_told,
+    unified_total_mb,
+    unified_used_mb,
+)
 from mpmm.sources.visible_devices import VISIBLE_VARIABLE, Gpu, Unit, devices_of, visible_units
 
 __all__ = ["NvidiaSmiSource"]
 
 TIMEOUT_S = 5.0
-PATIENCE_S = 0.5
 
-# What the program prints instead of a figure begins like this.
-_NO_VALUE = "["
+_LOG = logging.getLogger(__name__)
+# The program has answered, but says that the infoROM of a GPU is corrupted.
+_INFOROM_CORRUPTED = 14
+# There is no GPU of the number that `-i` names.
+_NO_SUCH_GPU = 6
+# Wrong arguments, no GPU, no driver, no library, a library that is too old: asking for each GPU alone would not help.
+_HOPELESS = (2, _NO_SUCH_GPU, 9, 12, 13)
+_MOST_GPUS = 16
+_UUID = re.compile(r"GPU-\S+")
+# What stands where a figure was asked for: the figure, with a unit perhaps, or why there is none.
+_VALUE = re.compile(r"(?P<number>[-+]?\d+(\.\d*)?|nan)( *MiB)?|\[[^\]]*\]")
+
+
+@dataclass(frozen=True)
+class _Board:
+    """One line of the program's list. total: what it says, empty for a GPU that was lost at the start."""
+
+    uuid: str
+    name: str
+    is_cut: bool
+    total: str
 
 
 class NvidiaSmiSource:
@@ -46,31 +77,30 @@ class NvidiaSmiSource:
     settles_late = True
     cheap = False
 
-    def __init__(self, timeout_s: float = TIMEOUT_S, patience_s: float = PATIENCE_S) -> None:
-        """List the GPUs. Raises SourceUnavailableError: no program, no driver, no visible device."""
+    def __init__(self, timeout_s: float = TIMEOUT_S) -> None:
+        """List the GPUs. Raises SourceUnavailableError: no program, no driver, no visible device.
+
+        timeout_s: the program is killed after that.
+        """
         self._timeout_s = timeout_s
-        self._patience_s = patience_s
-        self._run: _Run | None = None
+        self._warned = False
+        self._has_uuids = True
         try:
-            totals = [_number(line) for line in self._ask("memory.total")]
+            boards = self._boards()
         except Exception as error:
             raise unavailable(self.name, f"nvidia-smi not found or failed: {error}") from error
-        self._has_uuids = True
-        labels = self._labels(len(totals))
-        if not labels:
-            self._has_uuids = False
-            labels = [(f"gpu{number}", f"gpu{number}", False) for number in range(len(totals))]
+        self._is_unified = len(boards) == 1 and not boards[0].is_cut and self._shares_host_memory(boards[0])
         gpus = [
-            Gpu(uuid, () if cut else (Unit(uuid, name, total_mb),))
-            for (uuid, name, cut), total_mb in zip(labels, totals, strict=True)
+            Gpu(board.uuid, () if board.is_cut else (Unit(board.uuid, board.name, self._total_mb(board)),))
+            for board in boards
         ]
         self._devices = devices_of(visible_units(gpus, os.environ.get(VISIBLE_VARIABLE)))
-        self._line_of = {gpu.uuid: line for line, gpu in enumerate(gpus)}
+        self._line_of = {board.uuid: line for line, board in enumerate(boards)}
         if not self._devices:
-            cut = sum(cut for _, _, cut in labels)
+            cut = sum(board.is_cut for board in boards)
             raise unavailable(
                 self.name,
-                f"none of {len(gpus)} GPU(s) ({cut} cut into MIG slices, which its CSV does not show) has a readable "
+                f"none of {len(boards)} GPU(s) ({cut} cut into MIG slices, which its CSV does not show) has a readable "
                 f"total and is in {VISIBLE_VARIABLE}",
             )
 
@@ -79,115 +109,150 @@ class NvidiaSmiSource:
         return self._devices
 
     def sample(self, server_pids: Sequence[int]) -> tuple[DeviceSample, ...]:
-        """Take the program's figures, waiting for them for `patience_s`; what is no number gives None.
+        """Run the program and return its figures; what is no number gives None. `server_pids` is not needed.
 
-        `server_pids` is not needed. Raises what the program's failure raises (subprocess.TimeoutExpired, OSError,
-        …), and TimeoutError while it is still at work.
+        Raises what the program's failure raises, when no GPU has a figure: subprocess.TimeoutExpired, OSError, ….
         """
-        run, late = self._run, None
-        if run is not None and (run.pid != os.getpid() or run.done.is_set()):
-            # One that was too slow for the last sample is better than nothing, but one from now is better.
-            late = run if run.pid == os.getpid() else None
-            run = None
-        if run is None:
-            run = self._run = _Run(self._free)
-        if not run.done.wait(self._patience_s):
-            if late is None:
-                waited_s = (time.monotonic_ns() - run.began_ns) / 1e9
-                raise TimeoutError(f"nvidia-smi has not answered for {waited_s:.1f} s")
-            run = late
-        else:
-            self._run = None
-        free = run.result()
-        return tuple(self._reading(device, free.get(device.uuid), run) for device in self._devices)
+        taken_ns = time.monotonic_ns()
+        if self._is_unified:
+            used_mb = unified_used_mb()
+            return tuple(
+                DeviceSample(device.index, used_mb, taken_ns, done_ns=time.monotonic_ns()) for device in self._devices
+            )
+        told = self._free()
+        done_ns = time.monotonic_ns()
+        return tuple(self._reading(device, told.get(device.uuid), taken_ns, done_ns) for device in self._devices)
 
     def close(self) -> None:
-        """Do nothing: a program that still runs is seen off by its thread."""
+        """Do nothing."""
 
-    def _reading(self, device: DeviceInfo, text: str | None, run: _Run) -> DeviceSample:
+    def _reading(self, device: DeviceInfo, text: str | None, taken_ns: int, done_ns: int) -> DeviceSample:
         free_mb = None if text is None else _number(text)
         used_mb = None if free_mb is None else max(0.0, device.total_mb - free_mb)
         trouble = None if used_mb is not None else text or "not in the list"
-        return DeviceSample(device.index, used_mb, run.began_ns, trouble=trouble, done_ns=run.ended_ns)
+        return DeviceSample(device.index, used_mb, taken_ns, trouble=trouble, done_ns=done_ns)
 
-    def _free(self) -> Mapping[str, str]:
-        """Return what the program says of the free memory of each GPU, by uuid."""
+    def _free(self) -> dict[str, str]:
+        """Return what the program says of the free memory of each GPU, or why it does not, by uuid."""
         if not self._has_uuids:
-            lines = self._ask("memory.free")
-            return {uuid: lines[line] for uuid, line in self._line_of.items() if line < len(lines)}
-        try:
-            return self._pairs(self._ask("uuid,memory.free"))
-        except subprocess.CalledProcessError:
-            found: dict[str, str] = {}
-            failure = None
-            for device in self._devices:
-                try:
-                    found |= self._pairs(self._ask("uuid,memory.free", device.uuid))
-                except subprocess.CalledProcessError as error:
-                    failure = error
-            if failure is not None and not found:
-                raise failure from None
+            lines, failure = self._ask("memory.free")
+            values = _values(lines)
+            if failure is not None and not values:
+                raise failure
+            return {uuid: values[line] for uuid, line in self._line_of.items() if line < len(values)}
+        lines, failure = self._ask("uuid,memory.free")
+        found = self._by_uuid(lines)
+        if failure is None:
             return found
+        troubles: dict[str, str] = {}
+        for uuid in (device.uuid for device in self._devices if device.uuid not in found):
+            try:
+                lines, lost = self._ask("uuid,memory.free", uuid)
+            except subprocess.TimeoutExpired as error:
+                troubles[uuid] = str(error)
+                continue
+            found |= self._by_uuid(lines)
+            if lost is not None:
+                troubles[uuid] = " ".join(lines) or str(lost)
+        if not found:
+            raise failure
+        return troubles | found
 
-    @staticmethod
-    def _pairs(lines: Sequence[str]) -> dict[str, str]:
-        return {uuid.strip(): value.strip() for uuid, _, value in (line.partition(",") for line in lines)}
+    def _by_uuid(self, lines: Sequence[str]) -> dict[str, str]:
+        """Return the values of lines that begin with the uuid of a GPU."""
+        parts = [line.partition(",") for line in lines]
+        return {uuid.strip(): value.strip() for uuid, _, value in parts if uuid.strip() in self._line_of}
 
-    def _ask(self, fields: str, gpu: str | None = None) -> list[str]:
-        """Return the program's lines, for all GPUs or one. Raises what its failure raises."""
+    def _ask(self, fields: str, gpu: str | None = None) -> tuple[list[str], subprocess.CalledProcessError | None]:
+        """Return the program's lines, for all GPUs or one, and the failure that they ended with, if any.
+
+        Raises OSError, subprocess.TimeoutExpired.
+        """
         command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
         if gpu is not None:
             command += ["-i", gpu]
-        return subprocess.check_output(command, text=True, timeout=self._timeout_s).strip().splitlines()
+        failure = None
+        try:
+            output = subprocess.check_output(command, text=True, timeout=self._timeout_s)
+        except subprocess.CalledProcessError as error:
+            output = error.output or ""
+            if error.returncode == _INFOROM_CORRUPTED:
+                self._warn(output)
+            else:
+                failure = error
+        return output.strip().splitlines(), failure
 
-    def _labels(self, count: int) -> list[tuple[str, str, bool]]:
-        """Return (uuid, name, is cut into MIG slices) of each GPU; nothing where the program does not say."""
+    def _warn(self, output: str) -> None:
+        if not self._warned:
+            said = [line for line in output.splitlines() if "infoROM" in line]
+            _LOG.warning("nvidia-smi ends with status 14 (%s): its figures count", "; ".join(said) or "infoROM")
+        self._warned = True
+
+    def _boards(self) -> list[_Board]:
+        """Return all GPUs, those that cannot be read included. Raises what the program's failure raises."""
+        lines, failure = self._ask("memory.total")
+        if failure is not None:
+            if failure.returncode in _HOPELESS:
+                raise failure
+            return self._boards_one_by_one()
+        totals = _values(lines)
+        labels = self._labels(len(totals))
+        if not labels:
+            self._has_uuids = False
+            labels = [(f"gpu{number}", f"gpu{number}", False) for number in range(len(totals))]
+        return [_Board(*label, total) for label, total in zip(labels, totals, strict=True)]
+
+    def _boards_one_by_one(self) -> list[_Board]:
+        """Return all GPUs, asked for by number, of which some are lost: those keep their numbers, as CUDA counts."""
+        boards: list[_Board] = []
+        for number in range(_MOST_GPUS):
+            lines, failure = self._ask("memory.total", str(number))
+            totals = _values(lines)
+            if failure is not None and failure.returncode in _HOPELESS:
+                break
+            labels = self._labels(1, str(number)) if len(totals) == 1 else []
+            boards.append(_Board(*labels[0], totals[0]) if labels else _Board(f"gpu{number}", "lost", False, ""))
+        return boards
+
+    def _shares_host_memory(self, board: _Board) -> bool:
+        if is_not_told(board.total):
+            return True
+        total_mb = _number(board.total)
+        if total_mb is None or not is_host_total(total_mb):
+            return False
+        values = _values(self._ask("memory.free")[0])
+        free_mb = _number(values[0]) if values else None
+        return free_mb is not None and counts_page_cache(total_mb, free_mb)
+
+    def _total_mb(self, board: _Board) -> float | None:
+        return unified_total_mb() if self._is_unified else _number(board.total)
+
+    def _labels(self, count: int, gpu: str | None = None) -> list[tuple[str, str, bool]]:
+        """Return (uuid, name, is cut into MIG slices) of each GPU, or of one; nothing where that is not told."""
         for fields in ("uuid,mig.mode.current,name", "uuid,name"):  # older ones do not know of MIG
             try:
-                lines = self._ask(fields)
+                lines, _ = self._ask(fields, gpu)
             except Exception:  # names are a nicety: whatever keeps the program from telling them, go on without
                 continue
             rows = [[part.strip() for part in line.split(",", fields.count(","))] for line in lines]
-            if len(rows) != count or any(len(row) != fields.count(",") + 1 for row in rows):
-                continue
+            rows = [row for row in rows if len(row) == fields.count(",") + 1 and _UUID.fullmatch(row[0])]
             labels = [(row[0], row[-1], len(row) > 2 and row[1] == "Enabled") for row in rows]
-            told = all(uuid and name and not uuid.startswith(_NO_VALUE) for uuid, name, _ in labels)
-            if told and len({uuid for uuid, _, _ in labels}) == count:
+            if len({uuid for uuid, name, _ in labels if name}) == len(labels) == count:
                 return labels
         return []
 
 
-class _Run:
-    """One question to the program, asked by a thread. `done` is set once there is a result."""
-
-    def __init__(self, ask: Callable[[], Mapping[str, str]]) -> None:
-        self.pid = os.getpid()
-        self.began_ns = time.monotonic_ns()
-        self.ended_ns = 0
-        self.done = threading.Event()
-        self._answer: Mapping[str, str] = {}
-        self._error: BaseException | None = None
-        threading.Thread(target=self._work, args=(ask,), name="mpmm-nvidia-smi", daemon=True).start()
-
-    def result(self) -> Mapping[str, str]:
-        """Return the answer, or raise what asking for it has raised."""
-        if self._error is not None:
-            raise self._error
-        return self._answer
-
-    def _work(self, ask: Callable[[], Mapping[str, str]]) -> None:
-        try:
-            self._answer = ask()
-        except BaseException as error:  # is raised again by who waits for the answer
-            self._error = error
-        self.ended_ns = time.monotonic_ns()
-        self.done.set()
+def _values(lines: Sequence[str]) -> list[str]:
+    """Return the lines that are a figure, or stand for one: the others are messages to people."""
+    return [line.strip() for line in lines if _VALUE.fullmatch(line.strip())]
 
 
 def _number(text: str) -> float | None:
-    """Return the MiB that `text` says; None for `[N/A]`, `[Not Supported]` or junk."""
-    try:
-        value = float(text)
-    except ValueError:
+    """Return the MiB that `text` begins with; None for `[N/A]`, `[Not Supported]` or junk."""
+    match = _VALUE.match(text)
+    number = match and match["number"]
+    # Not the beginning of a word.
+    if not match or not number or text[match.end() :][:1] not in ("", " ", "\t", ","):
         return None
+    value = float(number)
     return value if math.isfinite(value) and value >= 0 else None

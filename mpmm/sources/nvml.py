@@ -5,9 +5,14 @@ A sample takes well under a millisecond, knows single processes and sees MIG sli
 - A device that cannot be read has no figure; the others have theirs. After a failure NVML is shut down and
   initialised again, at most every `RETRY_S`, because a GPU that was reset, or a driver that was reloaded, is
   only found that way.
-- In a container the driver may tell the pids of the host, which mean nothing in here, or something else. When
-  it names processes that do not exist here and none of those the caller knows, the source says that it cannot
-  measure processes, until it sees one of those.
+- Silence is not a measurement. In a container the driver may list nothing, or the pids of the host, which mean
+  nothing in here; where clients share a context (MPS) it may name the daemon in their place; under WSL it withholds
+  what each process takes. So the source measures processes once the driver has shown what one of ours takes, one of
+  those that the caller names or the one it is in, and until then nothing follows from its lists. When it withholds
+  that, refuses the lists, or names processes that do not exist here and none of ours, the source says that it cannot
+  measure them, until one of ours is shown.
+- A GPU that shares the host's memory (GB10, Jetson) has no memory of its own to tell, or takes the page cache for
+  used: total and use are then the host's, those of processes still the driver's; see `mpmm.sources.unified_memory`.
 """
 
 from __future__ import annotations
@@ -21,6 +26,7 @@ from types import ModuleType
 from typing import Any
 
 from mpmm.sources.base import MIB, DeviceInfo, DeviceSample, SourceUnavailableError, unavailable
+from mpmm.sources.unified_memory import counts_page_cache, is_not_told, unified_total_mb, unified_used_mb
 from mpmm.sources.visible_devices import VISIBLE_VARIABLE, Gpu, Unit, devices_of, visible_units
 
 __all__ = ["NvmlSource"]
@@ -29,20 +35,39 @@ MIG_ENABLED = 1  # NVML_DEVICE_MIG_ENABLE
 RETRY_S = 2.0
 _COMPUTING = "nvmlDeviceGetComputeRunningProcesses"
 _DRAWING = "nvmlDeviceGetGraphicsRunningProcesses"
+# Those that share the context of an MPS daemon; libraries and drivers of some age do not have this list.
+_SHARING = "nvmlDeviceGetMPSComputeRunningProcesses_v3"
 
 
 class _Door:
-    """The one place that calls pynvml: an NVMLError becomes None, and its text is kept in `error`."""
+    """The one place that calls pynvml: an NVMLError becomes None, and its text is kept in `error`.
+
+    So does the error, of another kind, that pynvml raises for a function that is younger than the driver's library.
+    """
 
     def __init__(self, pynvml: ModuleType) -> None:
         self._pynvml = pynvml
+        errors = (getattr(pynvml, name, None) for name in ("NVMLError", "NVMLLibraryMismatchError"))
+        self._errors = tuple(error for error in errors if error is not None)
+        self._missing: set[str] = set()
         self.error: str | None = None
+
+    def ask_if_there(self, function: str, *arguments: Any) -> Any:
+        """Do as `ask`, but not again once it turned out that library or driver do not have the function."""
+        if function not in self._missing and not hasattr(self._pynvml, function):
+            self._missing.add(function)
+        if function in self._missing:
+            return None
+        answer = self.ask(function, *arguments)
+        if answer is None and ("not found" in str(self.error).lower() or is_not_told(str(self.error))):
+            self._missing.add(function)
+        return answer
 
     def ask(self, function: str, *arguments: Any) -> Any:
         """Return `pynvml.<function>(*arguments)`, or None (and `error` set) when the driver refuses."""
         try:
             answer = getattr(self._pynvml, function)(*arguments)
-        except self._pynvml.NVMLError as error:
+        except self._errors as error:
             self.error = str(error)
             return None
         self.error = None
@@ -51,12 +76,16 @@ class _Door:
 
 @dataclass(frozen=True)
 class _Session:
-    """An initialised NVML: good in one process only. `handles` is keyed by uuid; `ended` is held from the end on."""
+    """An initialised NVML: good in one process only. `handles` is keyed by uuid; `ended` is held from the end on.
+
+    unified: the GPU, if there is only one and it shares the host's memory.
+    """
 
     pid: int
     door: _Door
     gpus: tuple[Gpu, ...]
     handles: Mapping[str, Any]
+    unified: str | None = None
     ended: Any = field(default_factory=threading.Lock)
 
 
@@ -77,30 +106,43 @@ class NvmlSource:
         self._retry_at = 0.0
         self._doubted = False  # the last sample lacked figures
         self._trouble: str | None = None  # why NVML could not be initialised again
-        self._lists_refused = False
+        # What the lists of processes have told: all is withheld now; one of ours was seen; pids are not those in here.
+        self._withheld = False
+        self._shown = False
         self._foreign_pids = False
         self._strangers: frozenset[int] = frozenset()  # pids in the last sample that do not exist here
         session = _open_session()
         self._devices = devices_of(visible_units(session.gpus, os.environ.get(VISIBLE_VARIABLE)))
         self._session: _Session | None = session
+        self._unified = session.unified
         if not self._devices:
             self.close()
             raise unavailable(
                 self.name, f"none of {len(session.gpus)} GPU(s) has readable memory and is in {VISIBLE_VARIABLE}"
             )
-        self.sample(())  # tells whether there are lists of processes
 
     @property
     def measures_processes(self) -> bool:
-        """Whether the driver lists processes, with their memory and, as far as one can see, pids of in here."""
-        return not (self._lists_refused or self._foreign_pids)
+        """Whether the driver has shown what a process of ours takes, and has not taken that back since."""
+        return self.process_knowledge is True
+
+    @property
+    def process_knowledge(self) -> bool | None:
+        """What the driver has shown of that: None until one of ours was listed, or should have been; see the module.
+
+        False while it refuses the lists or withholds figures, and from when it names processes that do not exist here
+        until it shows one of ours.
+        """
+        if self._withheld or self._foreign_pids:
+            return False
+        return True if self._shown else None
 
     def devices(self) -> tuple[DeviceInfo, ...]:
         """Return the visible devices as they were at the start."""
         return self._devices
 
     def sample(self, server_pids: Sequence[int]) -> tuple[DeviceSample, ...]:
-        """Read every device; one that fails has `used_mb` None. `server_pids` show whether pids are ours."""
+        """Read every device; one that fails has `used_mb` None. `server_pids`, and this process's, are ours."""
         session = self._usable_session()
         if session is None:
             taken_ns = time.monotonic_ns()
@@ -108,15 +150,15 @@ class NvmlSource:
                 DeviceSample(device.index, None, taken_ns, trouble=self._trouble, done_ns=time.monotonic_ns())
                 for device in self._devices
             )
-        samples = tuple(_read(session, device) for device in self._devices)
+        ours = {os.getpid(), *server_pids}
+        samples, listings = zip(*(_read(session, device, self._unified, ours) for device in self._devices), strict=True)
         self._doubted = any(sample.used_mb is None for sample in samples)
-        read = [sample for sample in samples if sample.used_mb is not None]
-        if read:
-            self._lists_refused = not all(sample.processes_known for sample in read)
-        self._judge_pids({pid for sample in read for pid in sample.process_mb}, server_pids)
-        if not self._foreign_pids:
-            return samples
-        return tuple(replace(sample, process_mb={}, processes_known=False) for sample in samples)
+        self._judge([listing for listing in listings if listing is not None], ours)
+        if self._foreign_pids:
+            return tuple(replace(sample, process_mb={}, processes_known=False) for sample in samples)
+        if not self._shown:
+            return tuple(replace(sample, processes_known=False) for sample in samples)
+        return samples
 
     def close(self) -> None:
         """Shut NVML down in this process (NVML counts users, so others in the process keep theirs)."""
@@ -146,17 +188,28 @@ class NvmlSource:
         self._session = new
         return new
 
-    def _judge_pids(self, told: Collection[int], ours: Collection[int]) -> None:
-        """Conclude from the pids that the driver tells whether they are those of this pid namespace."""
-        if not self._strangers and not self._foreign_pids and not told:
+    def _judge(self, listings: Sequence[_Listing], ours: Collection[int]) -> None:
+        """Conclude from the lists of the devices that could be read whether, and how, the driver tells processes."""
+        if not listings:
             return
-        if any(pid in told for pid in ours):
+        figures = {pid for listing in listings for pid in listing.figures}
+        withheld = {pid for listing in listings for pid in listing.withheld}
+        if any(pid in figures for pid in ours):
+            self._shown, self._withheld = True, False
             self._strangers, self._foreign_pids = frozenset(), False
+            return
+        self._withheld = (
+            all(not listing.is_told for listing in listings)
+            or any(pid in withheld for pid in ours)
+            or (bool(withheld) and not figures)
+        )
+        told = figures | withheld
+        if not self._strangers and not self._foreign_pids and not told:
             return
         strangers = frozenset(pid for pid in told if not _exists(pid))
         # One that does not exist may have just ended, but not twice in a row.
         if strangers & self._strangers:
-            self._foreign_pids = True
+            self._foreign_pids, self._shown = True, False
         self._strangers = strangers
 
 
@@ -198,7 +251,19 @@ def _open_session() -> _Session:
             parts = _slices(door, board, uuid)
         handles.update(parts)
         gpus.append(Gpu(uuid, tuple(_unit(door, part_uuid, handle) for part_uuid, handle in parts)))
-    return _Session(os.getpid(), door, tuple(gpus), handles)
+    unified = None
+    if len(gpus) == 1 and list(handles) == [gpus[0].uuid] and _shares_host_memory(door, handles[gpus[0].uuid]):
+        (unit,) = gpus[0].units
+        unified = unit.uuid
+        gpus = [replace(gpus[0], units=(replace(unit, total_mb=unified_total_mb()),))]
+    return _Session(os.getpid(), door, tuple(gpus), handles, unified)
+
+
+def _shares_host_memory(door: _Door, board: Any) -> bool:
+    memory = door.ask("nvmlDeviceGetMemoryInfo", board)
+    if memory is None:
+        return is_not_told(door.error or "")
+    return counts_page_cache(memory.total / MIB, memory.free / MIB)
 
 
 def _mig_is_on(door: _Door, board: Any) -> bool:
@@ -226,36 +291,78 @@ def _unit(door: _Door, uuid: str, handle: Any) -> Unit:
     return Unit(uuid, str(name or uuid), None if memory is None else memory.total / MIB, instances)
 
 
-def _read(session: _Session, device: DeviceInfo) -> DeviceSample:
+@dataclass(frozen=True)
+class _Listing:
+    """The processes that the driver lists on a device. withheld: those whose memory it does not tell.
+
+    is_told: the driver gives the list of those that compute, if it is empty perhaps. Only this list counts for that:
+        slices, for one, have none of processes that draw.
+    """
+
+    figures: Mapping[int, float]
+    withheld: Collection[int]
+    is_told: bool
+
+
+def _read(
+    session: _Session, device: DeviceInfo, unified: str | None, ours: Collection[int]
+) -> tuple[DeviceSample, _Listing | None]:
+    """Return a device's sample and its list of processes, None if it cannot be read; unified: uuid of one that is."""
     taken_ns = time.monotonic_ns()
     door, handle = session.door, session.handles.get(device.uuid)
+    if handle is None:
+        trouble = "not found"
+        return DeviceSample(device.index, None, taken_ns, trouble=trouble, done_ns=time.monotonic_ns()), None
     # The parts before the whole: what a process takes in between is then in the whole for certain, and what is booked
     # for it still stands; the other way round, it would be in neither.
-    process_mb, known = ({}, False) if handle is None else _processes(door, handle)
-    memory = None if handle is None else door.ask("nvmlDeviceGetMemoryInfo", handle)
+    listing, sharing = _processes(door, handle)
+    if device.uuid == unified:
+        used_mb: float | None = unified_used_mb()
+    else:
+        memory = door.ask("nvmlDeviceGetMemoryInfo", handle)
+        used_mb = None if memory is None else memory.used / MIB
     done_ns = time.monotonic_ns()
-    if memory is None:
-        trouble = "not found" if handle is None else door.error
-        return DeviceSample(device.index, None, taken_ns, trouble=trouble, done_ns=done_ns)
-    return DeviceSample(device.index, memory.used / MIB, taken_ns, process_mb, known, done_ns=done_ns)
+    if used_mb is None:
+        return DeviceSample(device.index, None, taken_ns, trouble=door.error, done_ns=done_ns), None
+    figures = dict(listing.figures)
+    if sharing:
+        _take_off_shared(figures, used_mb, {*sharing, *ours})
+    known = listing.is_told and not listing.withheld
+    return DeviceSample(device.index, used_mb, taken_ns, figures, known, done_ns=done_ns), listing
 
 
-def _processes(door: _Door, handle: Any) -> tuple[dict[int, float], bool]:
-    """Return MiB per pid, and whether that is all: the driver may withhold a figure, or a list.
-
-    Only computing counts for that: slices, for one, have no list of processes that draw.
-    """
+def _processes(door: _Door, handle: Any) -> tuple[_Listing, Collection[int]]:
+    """Return the processes of a device, and which of them share the context of an MPS daemon."""
     figures: dict[int, float] = {}
-    known = True
-    for function in (_COMPUTING, _DRAWING):
-        processes = door.ask(function, handle)
+    withheld: set[int] = set()
+    is_told = True
+    sharing: set[int] = set()
+    for function in (_COMPUTING, _DRAWING, _SHARING):
+        processes = door.ask_if_there(function, handle) if function == _SHARING else door.ask(function, handle)
         if processes is None:
-            known = known and function != _COMPUTING
+            is_told = is_told and function != _COMPUTING
             continue
         for process in processes:
+            if function == _SHARING:
+                sharing.add(process.pid)
             if process.usedGpuMemory is None:
-                known = False
+                withheld.add(process.pid)
             else:
                 # One that computes and draws is in both lists with the same memory: largest, not sum.
                 figures[process.pid] = max(figures.get(process.pid, 0.0), process.usedGpuMemory / MIB)
-    return figures, known
+    return _Listing(figures, withheld - figures.keys(), is_told), sharing
+
+
+def _take_off_shared(figures: dict[int, float], used_mb: float, clients: Collection[int]) -> None:
+    """Take off from an MPS daemon what is its clients': the driver may tell it for both.
+
+    figures: changed. clients: those that are not the daemon for certain. The daemon is not marked as such; but what is
+        more than the whole device has in use is told twice, and the largest of the others is the one that has it all.
+    """
+    twice_mb = sum(figures.values()) - used_mb
+    for pid in sorted(figures.keys() - set(clients), key=lambda pid: -figures[pid]):
+        if twice_mb <= 0:
+            return
+        off_mb = min(twice_mb, figures[pid])
+        figures[pid] -= off_mb
+        twice_mb -= off_mb

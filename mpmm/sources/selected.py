@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from mpmm.errors import InvalidArgumentError
-from mpmm.sources.base import DeviceInfo, DeviceSample, MemorySource, counts_named_only, is_books_only
+from mpmm.sources.base import (
+    DeviceInfo,
+    DeviceSample,
+    MemorySource,
+    counts_named_only,
+    is_books_only,
+    process_knowledge,
+)
 
 __all__ = ["SelectedDevices"]
 
@@ -32,6 +39,11 @@ class SelectedDevices:
     def measures_processes(self) -> bool:
         """Whether the source does, at the moment."""
         return self._source.measures_processes
+
+    @property
+    def process_knowledge(self) -> bool | None:
+        """What the source has shown of that so far."""
+        return process_knowledge(self._source)
 
     def devices(self) -> tuple[DeviceInfo, ...]:
         """Return the chosen devices."""
