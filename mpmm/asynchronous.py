@@ -61,16 +61,11 @@ async def hold_in_loop(
         yield instance
     except BaseException as error:
         if is_out_of_memory(error):
-            make_room = functools.partial(_make_room, worker, tag)
             with contextlib.suppress(MpmmError):
-                await asyncio.shield(asyncio.wrap_future(threads.loads.submit(make_room)))
+                await asyncio.shield(asyncio.wrap_future(threads.loads.submit(worker.make_room_after_use, tag)))
         raise
     finally:
         await _release(manager, worker, threads, tag, instance)
-
-
-def _make_room(worker: Worker, tag: str) -> None:
-    worker.make_room_after_running_out(tag, worker.devices_in_use(tag), learn=True)
 
 
 async def _release(manager: ModelManager, worker: Worker, threads: _Threads, tag: str, instance: Any) -> None:

@@ -33,7 +33,7 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, contextmanager, suppress
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, cast
@@ -60,6 +60,7 @@ from mpmm.placement import placed
 from mpmm.policy.out_of_memory import is_out_of_memory
 from mpmm.proxy.context import attach_namespace, serving_for
 from mpmm.resource_estimator import ALONE_SD, GROWTH_SD, Estimate, ResourceEstimator
+from mpmm.shared_state.durations import to_ns
 from mpmm.shared_state.futex import wait_for_change
 from mpmm.shared_state.layout import MOST_SPANNED, Capacities, Device, Header, Instance, Model, Ticket, device_rows
 from mpmm.shared_state.namespace import Namespace, run_at_exit
@@ -69,7 +70,7 @@ from mpmm.shared_state.tables import encode_text
 from mpmm.shared_state.transaction import Transaction
 from mpmm.sources import MemorySource, choose_source
 from mpmm.sources.selected import SelectedDevices
-from mpmm.worker import NOW_S, Copy, Growth, Worker
+from mpmm.worker import NOW_S, Copy, Free, Growth, Worker
 
 __all__ = ["GPUMonitor", "ModelManager", "QueueTicket", "ResourceEstimator"]
 
@@ -119,6 +120,19 @@ class _Booking(NamedTuple):
     row: int
     generation: int
     alone: bool
+
+
+@dataclass
+class _Attempt:
+    """One run of a loader. places: bits of the devices where it may load. last: no other turn follows.
+
+    free: what its devices had for it when it began. again: it ran out of memory, and may find more in another turn.
+    """
+
+    places: int
+    last: bool
+    free: Free | None = None
+    again: bool = False
 
 
 _ANYWHERE = Wish()
@@ -373,8 +387,9 @@ class ModelManager(BeamNames):
     ) -> Iterator[Any]:
         """Acquire a copy for the length of a `with` block; see `acquire_model`.
 
-        An exception that leaves the block passes unchanged. If it says that memory has run out, the model's estimate
-        is raised first, and what is idle on the copy's device is unloaded, so that another attempt finds more room.
+        An exception that leaves the block passes unchanged. If it says that memory has run out, the next load of the
+        model waits for more room than this copy had, and what is idle on the copy's device is unloaded, so that another
+        attempt finds more.
         """
         instance = self.acquire_model(tag, loader_func, devices=devices, span=span)
         try:
@@ -382,8 +397,7 @@ class ModelManager(BeamNames):
         except BaseException as error:
             if is_out_of_memory(error):
                 with suppress(MpmmError):
-                    worker = self._connected()
-                    worker.make_room_after_running_out(tag, worker.devices_in_use(tag), learn=True)
+                    self._connected().make_room_after_use(tag)
             raise
         finally:
             self.release_model(tag, instance)
@@ -725,7 +739,7 @@ class ModelManager(BeamNames):
                 worker.kept_estimates.recall(t, model, tag)
             known = words[namespace.tables.model(model) + Model.KNOWN] or words[Header.SOURCE_BOOKS_ONLY]
             priority = PRELOAD_PRIORITY if preload else 1 if known else 0
-            deadline_ns = int(min(deadline * 1e9, 2**63))
+            deadline_ns = to_ns(deadline)
             need_mb = worker.scheduler.need_mb(model)
             row = namespace.transitions.enqueue(
                 t, model, namespace.slot, priority, need_mb, deadline_ns, preload, devices, wish.tied, wish.span
@@ -834,7 +848,7 @@ class ModelManager(BeamNames):
         devices = wish.devices or worker.board.visible_bits()
         with namespace.transaction(deadline - time.monotonic()) as t:
             model = namespace.transitions.claim_lease(t, encoded, mb)
-            deadline_ns = int(min(deadline * 1e9, 2**63))
+            deadline_ns = to_ns(deadline)
             row = namespace.transitions.enqueue(
                 t, model, namespace.slot, 1, mb, deadline_ns, 0, devices, wish.tied, wish.span
             )
@@ -878,12 +892,17 @@ class ModelManager(BeamNames):
         wish: Wish = _ANYWHERE,
         preload: int = 0,
     ) -> Any:
-        """Run the loader; if it runs out of memory, make room and wait for a second turn. Return what is to be used."""
+        """Run the loader; if it runs out of memory, make room and wait for a second turn. Return what is to be used.
+
+        There is none for a load that had its devices to itself, with no larger ones to go to: nothing can be unloaded.
+        """
         devices = worker.namespace.segment.words[worker.namespace.tables.instance(booking.row) + Instance.DEVICES]
+        places = wish.devices or worker.board.visible_bits()
+        attempt = _Attempt(places, last=False)
         try:
-            return self._load(worker, tag, booking, loader_func)
+            return self._load(worker, tag, booking, loader_func, attempt)
         except Exception as error:
-            if not is_out_of_memory(error):
+            if not attempt.again:
                 raise
             failure = error
         # Its frames would keep what was loaded so far, and with it the memory.
@@ -891,17 +910,20 @@ class ModelManager(BeamNames):
         worker.dispose(None)
         answer: Copy | _Booking | None = None
         with suppress(MpmmError):
-            # What is learnt of a model that ran alone is its peak, or nothing.
-            worker.make_room_after_running_out(tag, devices, learn=not booking.alone)
+            worker.make_room(devices)
             worker.wait_for_unloads(devices)
             deadline = time.monotonic() + self._settings.wait_timeout_seconds
             answer = self._queue(worker, tag, deadline, wish, preload) if preload else self._get(worker, tag, wish)
         if answer is None:
             raise failure
         del failure
-        return self._load(worker, tag, answer, loader_func) if isinstance(answer, _Booking) else answer.value
+        if not isinstance(answer, _Booking):
+            return answer.value
+        return self._load(worker, tag, answer, loader_func, _Attempt(places, last=True))
 
-    def _load(self, worker: Worker, tag: str, booking: _Booking, loader_func: Callable[[], Any]) -> Any:
+    def _load(
+        self, worker: Worker, tag: str, booking: _Booking, loader_func: Callable[[], Any], attempt: _Attempt
+    ) -> Any:
         """Run the loader, with no lock held, and put what it made into the books."""
         began = time.monotonic()
         value: Any = None
@@ -916,11 +938,14 @@ class ModelManager(BeamNames):
                 with worker.namespace.transaction() as t:
                     worker.namespace.transitions.set_baseline(t, booking.row)
             growth = worker.measuring_growth()
+            attempt.free = worker.free_for_load(booking.row)
             with serving_for(worker.server_context(booking.row)), placed(worker.placement_of(booking.row)):
                 value = loader_func()
             copy = self._book_in(worker, tag, booking, value, growth)
         except BaseException as error:
-            in_time = self._give_up_load(worker, booking)
+            ran_out = is_out_of_memory(error)
+            attempt.again = ran_out and not attempt.last
+            in_time = self._give_up_load(worker, booking, attempt if ran_out else None)
             worker.dispose(value)
             limit = self._settings.load_timeout_seconds
             if not in_time and time.monotonic() - began > limit:
@@ -952,7 +977,7 @@ class ModelManager(BeamNames):
             if not server and server_pid == namespace.pid:
                 server = namespace.reference
             model = words[at + Instance.MODEL]
-            mb, shares_mb = worker.scheduler.need_mb(model), worker.measured_shares(booking.row, server)
+            mb, shares_mb = worker.scheduler.expected_mb(model), worker.measured_shares(booking.row, server)
             if math.fsum(shares_mb) > 0:
                 mb = math.fsum(shares_mb)
                 learnt = Estimate(max(shares_mb) * len(shares_mb), 0.0)
@@ -987,14 +1012,21 @@ class ModelManager(BeamNames):
             and words[at + Instance.HOLDER] == worker.namespace.reference
         )
 
-    def _give_up_load(self, worker: Worker, booking: _Booking) -> bool:
-        """Free the row of a load that came to nothing; return False if others have done so already."""
+    def _give_up_load(self, worker: Worker, booking: _Booking, ran_out: _Attempt | None = None) -> bool:
+        """Free the row of a load that came to nothing; return False if others have done so already.
+
+        ran_out: the attempt, if it ran out of memory, to learn from it and to say whether it may find more `again`.
+        """
         if not worker.namespace.is_usable:
             return False
 
         def give_up(t: Transaction) -> bool:
             if not self._still_loading(worker, booking):
                 return False
+            if ran_out is not None:
+                more = worker.could_gain(booking.row, ran_out.free, ran_out.places)
+                ran_out.again = ran_out.again and more
+                worker.learn_from_load(t, booking.row, ran_out.free, ran_out.places, not ran_out.last)
             # Not merely `fail_load`: the loader may have started a model server before it failed.
             worker.namespace.transitions.give_up_load(t, booking.row)
             worker.scheduler.advance(t)

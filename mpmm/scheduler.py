@@ -19,6 +19,7 @@ import numpy.typing as npt
 from mpmm.errors import TableFullError
 from mpmm.policy.demand import Demand
 from mpmm.policy.fairness import UNKNOWN_FIRST
+from mpmm.policy.out_of_memory import MORE_MB
 from mpmm.policy.plan import make_plan
 from mpmm.policy.reasons import explain
 from mpmm.policy.view import (
@@ -39,6 +40,7 @@ from mpmm.policy.view import (
     Wait,
     Why,
 )
+from mpmm.shared_state.durations import to_ns
 from mpmm.shared_state.events import Cause
 from mpmm.shared_state.futex import wake_one, yield_processor
 from mpmm.shared_state.layout import Device, Header, Instance, Member, Model, Ticket, device_bits, device_rows
@@ -197,7 +199,7 @@ class Scheduler:
                 model,
                 after.gap_s,
                 after.requests,
-                t.now if after.requests > before.requests else int(after.counted_s * 1e9),
+                t.now if after.requests > before.requests else to_ns(after.counted_s),
             )
 
     def _requests(self, model: int) -> int:
@@ -244,7 +246,7 @@ class Scheduler:
         blocked = [one for one in waiting if one.blocked_at]
         if not blocked or first.number <= min(one.number for one in blocked):
             return first.row, 0
-        bound_ns = int(self._namespace.settings.max_overtake_seconds * 1e9)
+        bound_ns = to_ns(self._namespace.settings.max_overtake_seconds)
         if now - min(one.blocked_at for one in blocked) >= bound_ns:
             return None
         return first.row, min(blocked, key=lambda one: one.number).model + 1
@@ -269,7 +271,7 @@ class Scheduler:
         waiting = waiting[rows[waiting, Ticket.DEADLINE] > now]
         priorities = rows[waiting, Ticket.PRIORITY]
         # The rule of `policy.fairness.effective_priority`, for all at once.
-        bound_ns = int(min(UNKNOWN_FIRST * self._namespace.settings.max_overtake_seconds, 1e9) * 1e9)
+        bound_ns = to_ns(UNKNOWN_FIRST * self._namespace.settings.max_overtake_seconds)
         promoted = (priorities == 1) & (rows[waiting, Ticket.ENQUEUED] + np.uint64(bound_ns) <= now)
         priorities = np.where(promoted, 0, priorities)
         ordered: npt.NDArray[np.intp] = waiting[np.lexsort((rows[waiting, Ticket.NUMBER], priorities))]
@@ -412,7 +414,13 @@ class Scheduler:
         )
 
     def need_mb(self, model: int) -> float:
-        """Return what a copy of a model is expected to take: its estimate, else the default."""
+        """Return what has to be free for a copy of a model: its estimate, else the default, but above its bound."""
+        bound_mb = self._segment.floats[self._tables.model(model) + Model.AT_LEAST_MB]
+        expected_mb = self.expected_mb(model)
+        return max(expected_mb, bound_mb + MORE_MB) if bound_mb else expected_mb
+
+    def expected_mb(self, model: int) -> float:
+        """Return what a copy of a model takes once it is loaded, as far as known: its estimate, else the default."""
         at = self._tables.model(model)
         if self._segment.words[at + Model.KNOWN]:
             return self._segment.floats[at + Model.ESTIMATE_MB]

@@ -163,6 +163,9 @@ class SharedResourceEstimator:
                     continue
                 at = namespace.tables.model(row)
                 known, measured = words[at + Model.KNOWN], bool(words[at + Model.MEASURED])
+                if not known and mb <= floats[at + Model.AT_LEAST_MB]:
+                    # The readings are from before it ran out of memory with more than that free.
+                    continue
                 old = Estimate(floats[at + Model.ESTIMATE_MB], floats[at + Model.SD_MB]) if known else None
                 new = reconcile(old, Estimate(mb, footprints.sd_mb[tag] if footprints else 0.0), self.smoothing_factor)
                 if new != old:

@@ -82,6 +82,8 @@ def _models(snapshot: Snapshot) -> Iterator[str]:
         for name in ("load_s", "hold_s", "gap_s", *(("sd_mb",) if model.estimate_mb is not None else ())):
             if not 0 <= getattr(model, name) < math.inf:
                 yield f"M8 {model.tag}: {name} is {getattr(model, name)}"
+        if not 0 <= model.at_least_mb < math.inf:
+            yield f"M8 {model.tag}: at_least_mb is {model.at_least_mb}"
         yield from _idle_list(model, instances[model.row])
 
 

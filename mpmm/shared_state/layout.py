@@ -177,7 +177,7 @@ class Model:
     M5  PINS equals the pin rows of this model.
     M6  no model has more ACTIVE, IDLE and LOADING copies together than `max_model_copies`.
     M7  a row in state LEASE is KNOWN, and is that of one ticket, or of one LEASED instance, or of both.
-    M8  LOAD_S, HOLD_S and GAP_S are finite and not below 0; so is SD_MB, where KNOWN.
+    M8  LOAD_S, HOLD_S and GAP_S are finite and not below 0; so are AT_LEAST_MB and, where KNOWN, SD_MB.
     """
 
     STATE = 0  # FREE, MODEL or LEASE
@@ -204,7 +204,10 @@ class Model:
     REQUESTS = 21  # HITS + LOADS + LOADING + WAITING when they were last counted
     REQUESTED_AT = 22  # when that count last rose
     SD_MB = 23  # float: standard deviation of the estimate; 0: taken for exact
-    TAG = 24  # text
+    AT_LEAST_MB = 24  # float: a bound, no estimate: it ran out of memory with so much free, so it needs more; 0: none
+    FAILURES = 25  # loads that failed since the last one that came to an end
+    FAILED_AT = 26  # when the last of them did
+    TAG = 27  # text
     TAG_BYTES = 511
     WORDS = TAG + text_words(TAG_BYTES)
 
@@ -275,7 +278,7 @@ class Ticket:
     MEMBER = 4
     INSTANCE = 5
     ENQUEUED = 6
-    DEADLINE = 7  # 2**63: none
+    DEADLINE = 7  # `durations.LONGEST_NS`: none
     SIGNAL = 8  # futex word
     REASON = 9  # why it waits, see policy.view.Reason
     NEED_MB = 10  # float

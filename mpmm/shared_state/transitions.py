@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mpmm.errors import TableFullError
+from mpmm.shared_state.durations import to_ns
 from mpmm.shared_state.events import Cause, EventKind
 from mpmm.shared_state.futex import wake_all
 from mpmm.shared_state.layout import (
@@ -245,12 +246,22 @@ class Transitions:
         t.set_float(at + Model.SD_MB, sd_mb)
         t.event(EventKind.ESTIMATED, row + 1, value=mb)
 
-    def run_out(self, t: Transaction, row: int) -> None:
-        """Record that a copy of the model needed more memory than there was."""
-        known = self.segment.words[self.tables.model(row) + Model.KNOWN]
-        estimate = self.segment.floats[self.tables.model(row) + Model.ESTIMATE_MB] if known else math.nan
+    def run_out(self, t: Transaction, row: int, at_least_mb: float = 0.0, loading: bool = False) -> None:
+        """Record that a copy of the model needed more memory than there was: more than `at_least_mb`, 0 if unknown.
+
+        loading: a load did. Then an estimate that is not above that, and was not read from a process, is wrong: the
+        model is unknown again, so that the copy that loads next is measured.
+        """
+        words, floats, at = self.segment.words, self.segment.floats, self.tables.model(row)
+        estimate = floats[at + Model.ESTIMATE_MB] if words[at + Model.KNOWN] else math.nan
         t.add(Header.OUT_OF_MEMORY, 1)
         t.event(EventKind.OUT_OF_MEMORY, row + 1, value=estimate)
+        if at_least_mb > floats[at + Model.AT_LEAST_MB]:
+            t.set_float(at + Model.AT_LEAST_MB, at_least_mb)
+        if loading and estimate <= at_least_mb and not words[at + Model.MEASURED]:
+            t.set(at + Model.KNOWN, 0)
+            t.set_float(at + Model.ESTIMATE_MB, math.nan)
+            t.set_float(at + Model.SD_MB, 0.0)
 
     def pin(self, t: Transaction, model: int, member: int) -> int:
         """Keep the idle copies of a model from eviction for a member (slot); return the row. Raises TableFullError."""
@@ -919,7 +930,7 @@ class Transitions:
                     # (Of a copy whose process died, samples may have seen the memory go before anybody noticed.)
                     t.add_float(device + Device.RETURNING_MB, mb)
                     limit = self._namespace.settings.memory_return_seconds
-                    t.set(device + Device.RETURN_DEADLINE, t.now + int(limit * 1e9))
+                    t.set(device + Device.RETURN_DEADLINE, t.now + to_ns(limit))
             elif words[Header.SOURCE_MEASURES_PROCESSES]:
                 measured = words[at + Instance.SERVER] and state == Instance.UNLOADING
                 if measured and words[device + Device.SAMPLED] < since:
@@ -1057,7 +1068,7 @@ class Transitions:
     def peak_since(self, row: int, since_ns: int) -> float:
         """Return the highest figure of a device in the window, or since `since_ns` if that is later."""
         at = self.tables.device(row)
-        oldest = time.monotonic_ns() - int(self._namespace.settings.peak_window_seconds * 1e9)
+        oldest = time.monotonic_ns() - to_ns(self._namespace.settings.peak_window_seconds)
         ring = at + Device.RING
         end = ring + 2 * Device.RING_LENGTH
         times = np.array(self.segment.words[ring:end:2])

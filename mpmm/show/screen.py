@@ -275,7 +275,7 @@ def models(snapshot: Snapshot) -> Section[ModelInfo]:
     def row(model: ModelInfo) -> Row:
         return (
             model.tag,
-            mb(model.estimate_mb),
+            f"> {mb(model.at_least_mb)}" if model.estimate_mb is None and model.at_least_mb else mb(model.estimate_mb),
             *(str(count) for count in (model.loaded, model.active, model.idle, model.loading, model.unloading)),
             *(str(count) for count in (model.waiting, model.loads, model.hits, model.evictions, model.pins)),
             f"{model.load_s:.3f}",
