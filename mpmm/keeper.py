@@ -224,6 +224,7 @@ class Keeper:
         for row in tables.rows_where(layout.instances, Instance.STATE, Instance.LOADING):
             taken = (time.monotonic_ns() - namespace.segment.words[tables.instance(row) + Instance.SINCE]) / 1e9
             if taken > limit:
+                namespace.transitions.note_failure(t, namespace.segment.words[tables.instance(row) + Instance.MODEL])
                 namespace.transitions.give_up_load(t, row)
                 t.after.append(partial(_LOG.warning, "mpmm %s: gave up a load after %.1f s", namespace.name, taken))
 

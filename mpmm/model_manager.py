@@ -70,7 +70,7 @@ from mpmm.shared_state.tables import encode_text
 from mpmm.shared_state.transaction import Transaction
 from mpmm.sources import MemorySource, choose_source
 from mpmm.sources.selected import SelectedDevices
-from mpmm.worker import NOW_S, Copy, Free, Growth, Worker
+from mpmm.worker import NOW_S, Copy, Free, Growth, LookAgain, Worker
 
 __all__ = ["GPUMonitor", "ModelManager", "QueueTicket", "ResourceEstimator"]
 
@@ -136,6 +136,8 @@ class _Attempt:
 
 
 _ANYWHERE = Wish()
+# What ends a load without being a failure of its loader.
+_NOT_THE_LOADERS = (ClosedError, LockTimeoutError, NamespaceResetError)
 
 
 class ModelManager(BeamNames):
@@ -764,6 +766,7 @@ class ModelManager(BeamNames):
         words = namespace.segment.words
         at = namespace.tables.ticket(row)
         signal = at + Ticket.SIGNAL
+        again = LookAgain(worker, row)
         while True:
             seen = words[signal]
             # This look needs no lock: what is seen here is acted upon only once it is known to be committed.
@@ -774,6 +777,11 @@ class ModelManager(BeamNames):
             left = deadline - time.monotonic()
             if left <= 0:
                 return None
+            look_in_s = again.in_s()
+            if look_in_s <= 0:
+                again.look()
+                continue
+            left = min(left, look_in_s)
             wait_for_change(lambda: int(words[signal]), namespace.segment.address + 8 * signal, seen, left)
             if words[signal] == seen:
                 worker.scheduler.await_alerted(row)
@@ -945,7 +953,8 @@ class ModelManager(BeamNames):
         except BaseException as error:
             ran_out = is_out_of_memory(error)
             attempt.again = ran_out and not attempt.last
-            in_time = self._give_up_load(worker, booking, attempt if ran_out else None)
+            failed = isinstance(error, Exception) and not isinstance(error, _NOT_THE_LOADERS)
+            in_time = self._give_up_load(worker, booking, attempt if ran_out else None, failed)
             worker.dispose(value)
             limit = self._settings.load_timeout_seconds
             if not in_time and time.monotonic() - began > limit:
@@ -1012,10 +1021,13 @@ class ModelManager(BeamNames):
             and words[at + Instance.HOLDER] == worker.namespace.reference
         )
 
-    def _give_up_load(self, worker: Worker, booking: _Booking, ran_out: _Attempt | None = None) -> bool:
+    def _give_up_load(
+        self, worker: Worker, booking: _Booking, ran_out: _Attempt | None = None, failed: bool = False
+    ) -> bool:
         """Free the row of a load that came to nothing; return False if others have done so already.
 
         ran_out: the attempt, if it ran out of memory, to learn from it and to say whether it may find more `again`.
+        failed: it is the loader's fault, which is remembered unless there is another turn; see `policy.backoff`.
         """
         if not worker.namespace.is_usable:
             return False
@@ -1027,6 +1039,9 @@ class ModelManager(BeamNames):
                 more = worker.could_gain(booking.row, ran_out.free, ran_out.places)
                 ran_out.again = ran_out.again and more
                 worker.learn_from_load(t, booking.row, ran_out.free, ran_out.places, not ran_out.last)
+            if failed and not (ran_out is not None and ran_out.again):
+                words, at = worker.namespace.segment.words, worker.namespace.tables.instance(booking.row)
+                worker.namespace.transitions.note_failure(t, words[at + Instance.MODEL])
             # Not merely `fail_load`: the loader may have started a model server before it failed.
             worker.namespace.transitions.give_up_load(t, booking.row)
             worker.scheduler.advance(t)

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mpmm.errors import TableFullError
+from mpmm.policy.backoff import back_off_s
 from mpmm.policy.demand import Demand
 from mpmm.policy.fairness import UNKNOWN_FIRST
 from mpmm.policy.out_of_memory import MORE_MB
@@ -455,6 +456,8 @@ class Scheduler:
             held_for_s=(now_ns - copies.newest_hold.get(model, now_ns)) / 1e9,
             rate=self._demand(model).counted(self._requests(model), now_ns / 1e9).per_second(now_ns / 1e9),
             lease=words[at] == Model.LEASE,
+            failures=words[at + Model.FAILURES],
+            failed_ago_s=(now_ns - words[at + Model.FAILED_AT]) / 1e9,
         )
 
     def _tickets(self, idle_of_model: Mapping[int, int]) -> tuple[TicketView, ...]:
@@ -466,6 +469,11 @@ class Scheduler:
         order = self._queue_order()
         chosen = order[:QUEUE_PART].tolist()
         if len(order) > QUEUE_PART:
+            # Those whose loads fail hold up nobody, however many they are.
+            failing = self._tables.view(self._layout.models)[:, Model.FAILURES] > 0
+            if failing.any():
+                order = order[np.argsort(failing[rows[order, Ticket.MODEL]], kind="stable")]
+                chosen = order[:QUEUE_PART].tolist()
             rest = order[QUEUE_PART:]
             models = rows[rest, Ticket.MODEL]
             for model, idle in idle_of_model.items():
@@ -552,6 +560,18 @@ class Scheduler:
             device_rows(words[at + Ticket.ON]),
         )
         return f"{reason.name.lower()}: {sentence}"
+
+    def backs_off_for_s(self, ticket: int) -> float:
+        """Return in how many seconds a waiter's back-off ends, `inf` if it waits for something else; without the lock.
+
+        Nothing else may happen then, so it has to see to it that it is looked at.
+        """
+        words, at = self._segment.words, self._tables.ticket(ticket)
+        if words[at + Ticket.REASON] != Reason.BACKING_OFF:
+            return math.inf
+        model = self._tables.model(words[at + Ticket.MODEL])
+        ago_s = (time.monotonic_ns() - words[model + Model.FAILED_AT]) / 1e9
+        return max(0.0, back_off_s(words[model + Model.FAILURES]) - ago_s)
 
     def _note_wait(self, t: Transaction, ticket: int, why: Why, first: bool) -> None:
         words, at = self._segment.words, self._tables.ticket(ticket)

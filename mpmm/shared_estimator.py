@@ -55,6 +55,8 @@ class SharedResourceEstimator:
     def set_initial_estimate(self, model_tag: str, cost: float) -> None:
         """Set the estimate of a tag to `cost` MB, as measured with the model alone on a device.
 
+        It counts even if the model has run out of memory with more than that free.
+
         Raises InvalidArgumentError, TableFullError.
         """
         encoded = encode_text(model_tag, Model.TAG_BYTES, "model tag")
@@ -63,7 +65,8 @@ class SharedResourceEstimator:
         namespace = self._namespace
         with namespace.transaction() as t:
             row = namespace.transitions.claim_model(t, model_tag, encoded)
-            namespace.transitions.estimate(t, row, float(cost), measured=False, sd_mb=ALONE_SD * float(cost))
+            sd_mb = ALONE_SD * float(cost)
+            namespace.transitions.estimate(t, row, float(cost), measured=False, sd_mb=sd_mb, forget_bound=True)
         report_estimate(model_tag, cost)
         self.logging_info("Initial estimate of %s: %s MB", model_tag, cost)
 

@@ -42,7 +42,7 @@ from mpmm.shared_state.transaction import Transaction
 from mpmm.sources import MemorySource
 from mpmm.sources.visible_devices import VISIBLE_VARIABLE
 
-__all__ = ["NOW_S", "Copy", "Free", "Growth", "ServerDuty", "Worker"]
+__all__ = ["NOW_S", "Copy", "Free", "Growth", "LookAgain", "ServerDuty", "Worker"]
 
 T = TypeVar("T")
 
@@ -55,6 +55,9 @@ WAITERS_LEAVE_TIMEOUT_S = 5.0
 NOW_S = 0.05
 # Who has run out of memory looks so often whether there is more.
 UNLOAD_LOOK_S = 0.01
+# A waiter whose back-off is over looks after so long whether it is its turn, and then more and more rarely.
+FIRST_LOOK_AGAIN_S = 0.1
+LONGEST_LOOK_AGAIN_S = 30.0
 # A sample of this age is as good as a new one for the next who asks.
 FRESH_NS = 20_000_000
 # Elsewhere a processor may reorder the reads of `Worker.hold_granted`, and Python has no means to forbid it.
@@ -136,6 +139,28 @@ class Free:
     mb: float
     room_mb: float
     alone: bool
+
+
+class LookAgain:
+    """Has a waiter whose model backs off looked at when the back-off ends, for which nobody else needs to come by."""
+
+    def __init__(self, worker: Worker, ticket: int) -> None:
+        self._worker = worker
+        self._ticket = ticket
+        self._not_before = 0.0
+        self._pause_s = FIRST_LOOK_AGAIN_S
+
+    def in_s(self) -> float:
+        """Return in how many seconds to look; `inf` if it does not back off."""
+        left_s = self._worker.scheduler.backs_off_for_s(self._ticket)
+        return max(left_s, self._not_before - time.monotonic())
+
+    def look(self) -> None:
+        """Let the policy decide anew. If that changes nothing, the waiter stands behind others, and looks later."""
+        with contextlib.suppress(LockTimeoutError), self._worker.namespace.transaction(NOW_S) as t:
+            self._worker.scheduler.advance(t)
+        self._not_before = time.monotonic() + self._pause_s
+        self._pause_s = min(2 * self._pause_s, LONGEST_LOOK_AGAIN_S)
 
 
 class Growth:

@@ -257,6 +257,7 @@ def scenarios() -> dict[str, Callable[[Lab], Operation]]:
         lab.active("a")
         lab.loading("b")
         lab.ticket("c")
+        lab.do(lambda t, tr: tr.note_failure(t, 1))
         return lambda t, tr: tr.reset(t)
 
     def granted(lab: Lab) -> Operation:
@@ -398,6 +399,12 @@ def scenarios() -> dict[str, Callable[[Lab], Operation]]:
         spanning(lab)
         return lambda t, tr: tr.reap_member(t, lab.victim)
 
+    def failed_before(lab: Lab) -> Operation:
+        model = lab.model()
+        lab.do(lambda t, tr: tr.note_failure(t, model))
+        copy = lab.loading()
+        return lambda t, tr: tr.end_load(t, copy, b"handle", 80.0, 0, False, seen=True)
+
     def on(prepare: Callable[[Lab], int], operate: Callable[[Transaction, Transitions, int], object]) -> Any:
         def scenario(lab: Lab) -> Operation:
             row = prepare(lab)
@@ -422,6 +429,8 @@ def scenarios() -> dict[str, Callable[[Lab], Operation]]:
         "estimate": on(lambda lab: lab.ticket(known=False), lambda t, tr, _: tr.estimate(t, 0, 123.5, measured=True)),
         "estimate/of a preload": on(preloading, lambda t, tr, _: tr.estimate(t, 0, 123.5, measured=True)),
         "run_out": on(Lab.model, lambda t, tr, row: tr.run_out(t, row)),
+        "note_failure": on(Lab.model, lambda t, tr, row: tr.note_failure(t, row)),
+        "end_load/after failures": failed_before,
         "run_out/loading": on(Lab.model, lambda t, tr, row: tr.run_out(t, row, 700.0, loading=True)),
         "pin": on(Lab.model, lambda t, tr, row: tr.pin(t, row, Lab.victim)),
         "unpin": on(pinned, lambda t, tr, row: tr.unpin(t, row)),

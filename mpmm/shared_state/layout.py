@@ -178,6 +178,7 @@ class Model:
     M6  no model has more ACTIVE, IDLE and LOADING copies together than `max_model_copies`.
     M7  a row in state LEASE is KNOWN, and is that of one ticket, or of one LEASED instance, or of both.
     M8  LOAD_S, HOLD_S and GAP_S are finite and not below 0; so are AT_LEAST_MB and, where KNOWN, SD_MB.
+    M9  FAILED_AT is 0 exactly where FAILURES is 0.
     """
 
     STATE = 0  # FREE, MODEL or LEASE

@@ -618,7 +618,7 @@ class _Decoder:
             sd_mb=floats[at + Model.SD_MB],
             at_least_mb=floats[at + Model.AT_LEAST_MB],
             failures=words[at + Model.FAILURES],
-            failed_ago_s=self._age(words[at + Model.FAILED_AT]) if words[at + Model.FAILURES] else None,
+            failed_ago_s=self._age(words[at + Model.FAILED_AT]) if words[at + Model.FAILED_AT] else None,
             loaded=words[at + Model.LOADED],
             active=words[at + Model.ACTIVE],
             idle=words[at + Model.IDLE],

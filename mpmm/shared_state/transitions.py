@@ -229,12 +229,17 @@ class Transitions:
         t.set(self.tables.model(row) + Model.STATE, Model.MODEL)
         return row
 
-    def estimate(self, t: Transaction, row: int, mb: float, measured: bool, sd_mb: float = 0.0) -> None:
+    def estimate(
+        self, t: Transaction, row: int, mb: float, measured: bool, sd_mb: float = 0.0, forget_bound: bool = False
+    ) -> None:
         """Set what a copy of the model is expected to take; its waiters lose the priority of the unknown.
 
         measured: read from processes. sd_mb: standard deviation of the figure, 0 for one that is taken for exact.
+        forget_bound: it counts although the model has run out of memory with more than that free, see `run_out`.
         """
         at = self.tables.model(row)
+        if forget_bound:
+            t.set_float(at + Model.AT_LEAST_MB, 0.0)
         if not self.segment.words[at + Model.KNOWN]:
             for ticket in self.tables.rows_where(self.layout.tickets, Ticket.MODEL, row):
                 if not self.segment.words[self.tables.ticket(ticket) + Ticket.PRIORITY]:
@@ -262,6 +267,18 @@ class Transitions:
             t.set(at + Model.KNOWN, 0)
             t.set_float(at + Model.ESTIMATE_MB, math.nan)
             t.set_float(at + Model.SD_MB, 0.0)
+
+    def note_failure(self, t: Transaction, row: int) -> None:
+        """Record that a load of the model has failed by its own fault."""
+        at = self.tables.model(row)
+        t.add(at + Model.FAILURES, 1)
+        t.set(at + Model.FAILED_AT, t.now)
+
+    def _forget_failures(self, t: Transaction, row: int) -> None:
+        at = self.tables.model(row)
+        if self.segment.words[at + Model.FAILURES]:
+            t.set(at + Model.FAILURES, 0)
+            t.set(at + Model.FAILED_AT, 0)
 
     def pin(self, t: Transaction, model: int, member: int) -> int:
         """Keep the idle copies of a model from eviction for a member (slot); return the row. Raises TableFullError."""
@@ -686,6 +703,7 @@ class Transitions:
         row_of_model = self.tables.model(model)
         t.add(row_of_model + Model.LOADS, 1)
         t.set(row_of_model + Model.SHARES, int(bool(handle)))
+        self._forget_failures(t, model)
         t.set(row_of_model + Model.LOAD_S, self._smoothed(row_of_model + Model.LOAD_S, (now - began) / 1e9))
         self._reconfigure(t, row)
         t.event(EventKind.LOAD_ENDED, model + 1, row + 1, value=(now - began) / 1e9)
@@ -860,6 +878,8 @@ class Transitions:
                 self.begin_unload(t, row, self._namespace.slot, evicted=False)
             elif words[at + Instance.STATE] == Instance.LOADING:
                 self.give_up_load(t, row)
+        for row in np.flatnonzero(tables.view(self.layout.models)[:, Model.FAILURES]).tolist():
+            self._forget_failures(t, row)
         t.add(Header.RESETS, 1)
         t.event(EventKind.RESET)
 
