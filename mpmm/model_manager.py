@@ -994,9 +994,11 @@ class ModelManager(BeamNames):
                 mb, shares_mb = grown_mb, ()
                 learnt = Estimate(grown_mb, GROWTH_SD * grown_mb)
             books_only = bool(words[Header.SOURCE_BOOKS_ONLY])
-            namespace.transitions.end_load(
+            is_twin = namespace.transitions.end_load(
                 t, booking.row, handle, mb, server, server_pid is not None, seen or books_only, shares_mb
             )
+            if is_twin:
+                worker.warn_of_twins(t, tag, value)
             if words[tables.model(model) + Model.KNOWN]:
                 learnt = None
             elif learnt is not None:
@@ -1057,7 +1059,9 @@ class ModelManager(BeamNames):
         namespace = worker.namespace
         words, tables = namespace.segment.words, namespace.tables
         cost = None
-        if words[Header.ISOLATED] and namespace.transitions.runs_alone(copy.row):
+        alone = words[Header.ISOLATED] and namespace.transitions.runs_alone(copy.row)
+        # What a twin adds to the memory in use says nothing about its model.
+        if alone and not worker.is_twin(copy):
             cost = self._isolated_cost(worker, copy)
         with namespace.transaction(patience_s) as t:
             worker.settle_receipts(t)

@@ -539,7 +539,9 @@ class Scheduler:
                 unloader, model = self._segment.words[at + Ticket.MEMBER] - 1, self._segment.words[at + Ticket.MODEL]
                 cause = _cause(why)._replace(other=model + 1)
                 for instance in instances:
-                    transitions.begin_unload(t, instance, unloader, True, cause)
+                    # A twin has gone with the one before it.
+                    if self._segment.words[self._tables.instance(instance)] == Instance.IDLE:
+                        transitions.begin_unload(t, instance, unloader, True, cause)
                 self._note_wait(t, ticket, replace(why, reason=Reason.UNLOADING), first=True)
             case Refuse(ticket, why):
                 transitions.refuse(t, ticket, _cause(why))

@@ -222,6 +222,8 @@ class Worker:
         self._handles: dict[int, Copy] = {}
         self._held: dict[Hashable, list[Copy]] = defaultdict(list)
         self._unloading: set[int] = set()
+        # Tags whose loaders were seen to return handles of others.
+        self._twins_of_tags: set[str] = set()
         self._owed: deque[Callable[[Transaction], object]] = deque()
         # Row and number of tickets whose grants this process has acted upon, see `hold_granted`.
         self._receipts: set[tuple[int, int]] = set()
@@ -569,6 +571,22 @@ class Worker:
         owned = self._objects.get(row)
         return owned.value if owned else (self.namespace.tables.handle_of(row) or None)
 
+    def is_twin(self, copy: Copy) -> bool:
+        """Tell whether others stand for the same handle as a copy. Looks without the lock, which a holder may do."""
+        handle = copy.value.encode("utf-8", "surrogateescape") if isinstance(copy.value, str) else b""
+        return bool(handle) and bool(self.namespace.transitions.twins_of(handle, copy.row))
+
+    def warn_of_twins(self, t: Transaction, tag: str, handle: str) -> None:
+        """Say, once a tag, that a loader has returned a handle that another one has returned before."""
+        if tag not in self._twins_of_tags:
+            self._twins_of_tags.add(tag)
+            text = (
+                "mpmm %s: pid %d: the loader of %s has returned the handle %r, which stands for something that is "
+                "loaded already: counted once, and unloaded with the last of them; let the loader return a new handle "
+                "each time, or set max_model_copies=1"
+            )
+            t.after.append(partial(_LOG.warning, text, self.namespace.name, self.namespace.pid, tag, handle))
+
     def handle_is_alive(self, copy: Copy) -> bool:
         """Tell whether what a handle stands for still lives; a handle that never named a server is taken on trust."""
         words, at = self.namespace.segment.words, self.namespace.tables.instance(copy.row)
@@ -759,9 +777,14 @@ class Worker:
 
     def _say_ran_out(self, t: Transaction, model: int) -> None:
         namespace = self.namespace
-        text = "mpmm %s: pid %d ran out of memory with %s, now taken for %.0f MB"
-        tag, need_mb = namespace.tables.tag_of(model), self.scheduler.need_mb(model)
-        t.after.append(partial(_LOG.warning, text, namespace.name, namespace.pid, tag, need_mb))
+        tag, mb = (
+            namespace.tables.tag_of(model),
+            namespace.segment.floats[namespace.tables.model(model) + Model.AT_LEAST_MB],
+        )
+        text = "mpmm %s: pid %d ran out of memory with %s, which needs more than %.0f MB"
+        if not mb:
+            text, mb = "mpmm %s: pid %d ran out of memory with %s, taken for %.0f MB", self.scheduler.need_mb(model)
+        t.after.append(partial(_LOG.warning, text, namespace.name, namespace.pid, tag, mb))
 
     def make_room_after_use(self, tag: str) -> None:
         """Learn from a use of a model that has run out of memory, and unload what is idle on its devices.
@@ -802,7 +825,8 @@ class Worker:
             for row in tables.rows_where(namespace.segment.layout.instances, Instance.STATE, Instance.IDLE):
                 at = tables.instance(row)
                 pinned = words[tables.model(words[at + Instance.MODEL]) + Model.PINS]
-                if words[at + Instance.DEVICES] & devices and not pinned:
+                # A twin has gone with the one before it.
+                if words[at] == Instance.IDLE and words[at + Instance.DEVICES] & devices and not pinned:
                     namespace.transitions.begin_unload(t, row, namespace.slot, evicted=True)
         self.unload_assigned()
 
@@ -834,14 +858,13 @@ class Worker:
         model = words[at + Instance.MODEL]
         with namespace.transaction():
             tag, handle, owned = tables.tag_of(model), tables.handle_of(row), words[at + Instance.OWNER]
-            twins = tables.rows_where(namespace.segment.layout.instances, Instance.HANDLE, words[at + Instance.HANDLE])
-            shared = handle and any(twin != row and tables.handle_of(twin) == handle for twin in twins)
+            is_last = namespace.transitions.unloads_handle(row)
         if owned:
             copy = self._forget_object(row)
             if copy is not None and copy.generation == generation:
                 self.dispose(copy.value)
                 del copy
-        elif handle and not shared:
+        elif handle and is_last:
             self.dispose(handle)
         with namespace.transaction() as t:
             if words[at + Instance.STATE] == Instance.UNLOADING and words[at + Instance.GENERATION] == generation:

@@ -399,6 +399,22 @@ def scenarios() -> dict[str, Callable[[Lab], Operation]]:
         spanning(lab)
         return lambda t, tr: tr.reap_member(t, lab.victim)
 
+    def twin_loaded(lab: Lab) -> Operation:
+        lab.idle("a", b"h")
+        copy = lab.loading("b")
+        return lambda t, tr: tr.end_load(t, copy, b"h", 80.0, 0, False, seen=True)
+
+    def twins_evicted(lab: Lab) -> Operation:
+        copy = lab.active("a", b"h", server=True)
+        lab.idle("b", b"h")
+        lab.do(lambda t, tr: tr.release(t, copy))
+        return lambda t, tr: tr.begin_unload(t, copy, Lab.victim, evicted=True)
+
+    def twin_in_use(lab: Lab) -> int:
+        copy = lab.idle("a", b"h", server=True)
+        lab.active("b", b"h")
+        return copy
+
     def failed_before(lab: Lab) -> Operation:
         model = lab.model()
         lab.do(lambda t, tr: tr.note_failure(t, model))
@@ -474,6 +490,9 @@ def scenarios() -> dict[str, Callable[[Lab], Operation]]:
         "release/doomed": released_doomed,
         "end_isolation": on(lambda lab: lab.active(alone=True), lambda t, tr, row: tr.end_isolation(t, row)),
         "begin_unload": on(Lab.idle, lambda t, tr, row: tr.begin_unload(t, row, Lab.victim, evicted=True)),
+        "end_load/twin": twin_loaded,
+        "begin_unload/twins idle": twins_evicted,
+        "begin_unload/twin in use": on(twin_in_use, lambda t, tr, row: tr.begin_unload(t, row, Lab.victim, True)),
         "end_unload": on(Lab.unloading, lambda t, tr, row: tr.end_unload(t, row)),
         "discard": on(Lab.active, lambda t, tr, row: tr.discard(t, row)),
         "discard/promised": discarded_promised,

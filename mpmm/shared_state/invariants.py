@@ -139,6 +139,14 @@ def _instances(snapshot: Snapshot) -> Iterator[str]:
             yield f"I6 {what}: its model row {instance.model} is a {models.get(instance.model)}"
         if instance.state == "leased" and (instance.owner, instance.server) != (None, None):
             yield f"I6 {what}: it has owner {instance.owner}, server {instance.server}"
+    twins = Counter(
+        copy.handle
+        for copy in snapshot.instances
+        if copy.handle and copy.state in ("active", "idle") and copy.mb + copy.reserved_mb > 0
+    )
+    for handle, count in twins.items():
+        if count > 1:
+            yield f"I7 {count} instances stand for the memory of {handle}"
     generations = Counter(instance.generation for instance in snapshot.instances)
     for generation, count in generations.items():
         if count > 1:

@@ -223,6 +223,9 @@ class Instance:
     A LEASED row is nothing but a reservation that stands until its HOLDER gives it back or dies: what the process in
     PROGRAM and its descendants are measured to take, its MB, is part of the device's figure and comes off.
 
+    Loaders that return the same handle have made twins: rows that have holders of their own, but one memory. One of the
+    rows stands for that; the handle is unloaded with the last of them.
+
     A copy can span several devices. What it reserves it reserves in equal shares; what it takes of each, SHARES says.
 
     I1  a LOADING, ACTIVE or LEASED row has a HOLDER, and IDLE has none; an UNLOADING row's HOLDER unloads it.
@@ -231,6 +234,7 @@ class Instance:
     I4  no two used rows have the same GENERATION.
     I5  DEVICES names 1 to `MOST_SPANNED` used device rows; for several, MB is the sum of the SHARES.
     I6  exactly the LEASED rows have a MODEL row in state LEASE; they have neither OWNER nor SERVER.
+    I7  of ACTIVE and IDLE rows with the same HANDLE, twins, at most one has MB and RESERVED_MB above 0.
     """
 
     STATE = 0

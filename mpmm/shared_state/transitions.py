@@ -674,8 +674,8 @@ class Transitions:
         has_server: bool,
         seen: bool,
         shares_mb: Sequence[float] = (),
-    ) -> None:
-        """A load is done, its loader holds the copy.
+    ) -> bool:
+        """A load is done, its loader holds the copy. Return whether it is a twin, so that its memory is another's.
 
         handle: empty for an object, which belongs to the loader from now on.
         mb: what the copy takes as far as known. shares_mb: of each device, where it spans several; empty: all the same.
@@ -686,6 +686,9 @@ class Transitions:
         words = self.segment.words
         model = words[at + Instance.MODEL]
         began = words[at + Instance.SINCE]
+        is_twin = bool(handle) and bool(self.twins_of(handle, row))
+        if is_twin:
+            mb, shares_mb, seen = 0.0, (), True
         self._change_state(t, row, Instance.ACTIVE)
         now = words[at + Instance.SINCE]
         t.set(at + Instance.LOADED_AT, now)
@@ -707,6 +710,48 @@ class Transitions:
         t.set(row_of_model + Model.LOAD_S, self._smoothed(row_of_model + Model.LOAD_S, (now - began) / 1e9))
         self._reconfigure(t, row)
         t.event(EventKind.LOAD_ENDED, model + 1, row + 1, value=(now - began) / 1e9)
+        return is_twin
+
+    def twins_of(self, handle: bytes, row: int) -> list[int]:
+        """Return the other instances, in use or idle, that stand for the same handle as a row does, or is to."""
+        words, tables = self.segment.words, self.tables
+        return [
+            other
+            for other in tables.rows_where(self.layout.instances, Instance.HANDLE, len(handle))
+            if other != row
+            and words[tables.instance(other)] in (Instance.ACTIVE, Instance.IDLE)
+            and tables.text(tables.instance(other) + Instance.HANDLE) == handle
+        ]
+
+    def unloads_handle(self, row: int) -> bool:
+        """Tell whether the unload of this row is the one that unloads its handle: no twin is left.
+
+        Of twins that are unloaded at the same time it is the last one in the table.
+        """
+        at, tables = self.tables.instance(row), self.tables
+        handle = tables.text(at + Instance.HANDLE)
+        going = (
+            other
+            for other in tables.rows_where(self.layout.instances, Instance.STATE, Instance.UNLOADING)
+            if other > row and tables.text(tables.instance(other) + Instance.HANDLE) == handle
+        )
+        return bool(handle) and not self.twins_of(handle, row) and next(going, None) is None
+
+    def _leave_memory(self, t: Transaction, row: int, to: int) -> None:
+        """Let a twin that stays stand for the memory of one that goes, and for its server."""
+        self.end_isolation(t, to)
+        words, floats, at, heir = self.segment.words, self.segment.floats, *map(self.tables.instance, (row, to))
+        t.set(heir + Instance.DEVICES, words[at + Instance.DEVICES])
+        self._set_mb(t, to, floats[at + Instance.MB], [mb for _, mb in self.tables.shares_of(row)])
+        t.set_float(heir + Instance.RESERVED_MB, floats[at + Instance.RESERVED_MB])
+        t.set(heir + Instance.LOADED_AT, words[at + Instance.LOADED_AT])
+        server = words[at + Instance.SERVER]
+        if server:
+            t.set(heir + Instance.SERVER, server)
+            t.set(self.tables.member(server - 1) + Member.INSTANCE, to + 1)
+            t.set(at + Instance.SERVER, 0)
+        self._set_mb(t, row, 0.0)
+        t.set_float(at + Instance.RESERVED_MB, 0.0)
 
     def fail_load(self, t: Transaction, row: int) -> None:
         """A load came to nothing: free the row and its reservation."""
@@ -807,7 +852,35 @@ class Transitions:
         t.event(EventKind.ISOLATION_ENDED, self._model_reference(row), row + 1)
 
     def begin_unload(self, t: Transaction, row: int, unloader: int, evicted: bool, cause: Cause | None = None) -> None:
-        """Take an idle copy out of use; a member (slot) unloads it, its owner if it has one."""
+        """Take an idle copy out of use; a member (slot) unloads it, its owner if it has one.
+
+        Of several that stand for one handle, the memory comes back with the last. So when one is evicted, those that
+        are idle and not pinned go with it, and with the others its memory stays.
+        """
+        at, words, tables = self.tables.instance(row), self.segment.words, self.tables
+        handle = b"" if words[at + Instance.OWNER] else tables.text(at + Instance.HANDLE)
+        twins = self.twins_of(handle, row) if handle else []
+        if twins:
+            stays = [
+                twin
+                for twin in twins
+                if words[tables.instance(twin)] == Instance.ACTIVE
+                or not evicted
+                or words[tables.model(words[tables.instance(twin) + Instance.MODEL]) + Model.PINS]
+            ]
+            going = sorted({row, *twins} - set(stays))
+            bears = next((one for one in (row, *twins) if self.segment.floats[tables.instance(one) + Instance.MB]), row)
+            heir = stays[0] if stays else going[-1]
+            # Where another copy runs alone, none that is in use may come to lie.
+            isolated = words[Header.ISOLATED] & words[tables.instance(bears) + Instance.DEVICES]
+            if bears in going and bears != heir and not isolated:
+                self._leave_memory(t, bears, heir)
+            for twin in going:
+                if twin != row:
+                    self._begin_one_unload(t, twin, unloader, evicted, cause)
+        self._begin_one_unload(t, row, unloader, evicted, cause)
+
+    def _begin_one_unload(self, t: Transaction, row: int, unloader: int, evicted: bool, cause: Cause | None) -> None:
         at = self.tables.instance(row)
         words = self.segment.words
         assert words[at + Instance.STATE] == Instance.IDLE
