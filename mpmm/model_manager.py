@@ -44,6 +44,7 @@ from mpmm.board import ForeignMonitor, MonitorLike
 from mpmm.errors import (
     AcquireTimeoutError,
     ClosedError,
+    DeadlockError,
     InvalidArgumentError,
     LeaseTooLargeError,
     LoadTimeoutError,
@@ -292,7 +293,7 @@ class ModelManager(BeamNames):
         span: how many devices a copy takes an equal share of, if one has to be loaded.
 
         Raises AcquireTimeoutError, LoadTimeoutError, ModelTooLargeError, NamespaceResetError, TableFullError,
-        InvalidArgumentError, ClosedError, LockTimeoutError, and whatever the loader raises.
+        DeadlockError (see `model`), InvalidArgumentError, ClosedError, LockTimeoutError, and what the loader raises.
         """
         if not isinstance(tag, str) or not callable(loader_func):
             raise InvalidArgumentError(f"model {tag!r}, loader {loader_func!r}: expected a str and a callable")
@@ -392,8 +393,15 @@ class ModelManager(BeamNames):
         An exception that leaves the block passes unchanged. If it says that memory has run out, the next load of the
         model waits for more room than this copy had, and what is idle on the copy's device is unloaded, so that another
         attempt finds more.
+
+        Blocks may be nested, and loaders may use other models. A copy that runs alone to be measured does so until its
+        thread asks for another one, which is then not measured alone. Raises DeadlockError where a thread would wait
+        for nothing but what it holds in blocks or loads itself: another copy of its model while `max_model_copies` are
+        its own, its own tag in a loader, or room that its own copies take. Tasks (`model_async`) are not looked at.
         """
+        worker = self._connected()
         instance = self.acquire_model(tag, loader_func, devices=devices, span=span)
+        worker.thread.blocks.append((tag, instance))
         try:
             yield instance
         except BaseException as error:
@@ -402,6 +410,9 @@ class ModelManager(BeamNames):
                     self._connected().make_room_after_use(tag)
             raise
         finally:
+            # A generator may be ended by another thread.
+            with suppress(ValueError):
+                worker.thread.blocks.remove((tag, instance))
             self.release_model(tag, instance)
 
     def model_async(
@@ -700,9 +711,13 @@ class ModelManager(BeamNames):
         """
         encoded = encode_text(tag, Model.TAG_BYTES, "model tag")
         began = time.monotonic()
+        firm, alone = worker.held_by_thread()
+        self._run_alone_no_more(worker, [*firm, *alone])
         worker.freshen(deadline - began)
         with worker.waiting():
-            row = self._enqueue(worker, tag, encoded, deadline, preload, wish)
+            row = self._enqueue(worker, tag, encoded, deadline, preload, wish, nested=bool(firm or alone))
+            if firm:
+                self._expect_no_deadlock(worker, tag, row, firm)
             while True:
                 state = self._await_answer(worker, row, deadline)
                 if state is None:
@@ -711,6 +726,49 @@ class ModelManager(BeamNames):
                     return copy
                 with suppress(AnswerUndone):
                     return self._act_on(worker, tag, row, deadline, wish)
+
+    def _run_alone_no_more(self, worker: Worker, rows: list[int]) -> None:
+        """End the isolation of what the calling thread holds or loads, as it asks for something else; measure it."""
+        namespace = worker.namespace
+        for row in rows:
+            if not (namespace.segment.words[Header.ISOLATED] and namespace.transitions.runs_alone(row)):
+                continue
+            at = namespace.tables.instance(row)
+            worker.sample_now()
+            added = worker.added_mb(row) if namespace.segment.words[at] == Instance.ACTIVE else None
+            with namespace.transaction() as t:
+                if namespace.transitions.runs_alone(row):
+                    if added is not None:
+                        self._learn_alone(worker, t, row, max(added) * len(added))
+                    namespace.transitions.end_isolation(t, row)
+                    worker.scheduler.advance(t)
+
+    @staticmethod
+    def _learn_alone(worker: Worker, t: Transaction, row: int, cost: float) -> None:
+        """Record what the copy that runs alone has added to the memory in use."""
+        namespace = worker.namespace
+        model = namespace.segment.words[namespace.tables.instance(row) + Instance.MODEL]
+        namespace.transitions.estimate(t, model, cost, measured=False, sd_mb=ALONE_SD * cost)
+        namespace.transitions.correct(t, row, cost)
+
+    def _expect_no_deadlock(self, worker: Worker, tag: str, row: int, firm: list[int]) -> None:
+        """Take a ticket out of the queue that waits for its own thread. Raises DeadlockError."""
+        namespace = worker.namespace
+        tables, words = namespace.tables, namespace.segment.words
+        with namespace.transaction() as t:
+            if not worker.waits_for_itself(row, firm):
+                return
+            held = tuple(tables.tag_of(words[tables.instance(one) + Instance.MODEL]) for one in firm)
+            reason = worker.scheduler.why(row)
+            namespace.transitions.leave_queue(t, row)
+            worker.scheduler.advance(t)
+        raise DeadlockError(
+            f"model {tag!r} {reason.partition(': ')[2]}; but it is this thread itself that holds, or is loading, "
+            f"{', '.join(map(repr, held))}: release that first, hold one copy for both uses, or see to it that both "
+            "fit (max_model_copies, memory)",
+            tag=tag,
+            held=held,
+        )
 
     @contextmanager
     def _giving_up_in_time(self, worker: Worker, tag: str) -> Iterator[None]:
@@ -731,7 +789,16 @@ class ModelManager(BeamNames):
             waited_seconds=waited_s,
         )
 
-    def _enqueue(self, worker: Worker, tag: str, encoded: bytes, deadline: float, preload: int, wish: Wish) -> int:
+    def _enqueue(
+        self,
+        worker: Worker,
+        tag: str,
+        encoded: bytes,
+        deadline: float,
+        preload: int,
+        wish: Wish,
+        nested: bool = False,
+    ) -> int:
         namespace = worker.namespace
         words = namespace.segment.words
         devices = wish.devices or worker.board.visible_bits()
@@ -744,7 +811,7 @@ class ModelManager(BeamNames):
             deadline_ns = to_ns(deadline)
             need_mb = worker.scheduler.need_mb(model)
             row = namespace.transitions.enqueue(
-                t, model, namespace.slot, priority, need_mb, deadline_ns, preload, devices, wish.tied, wish.span
+                t, model, namespace.slot, priority, need_mb, deadline_ns, preload, devices, wish.tied, wish.span, nested
             )
             number = words[namespace.tables.ticket(row) + Ticket.NUMBER]
             worker.scheduler.advance(t, newcomer=row)
@@ -947,8 +1014,14 @@ class ModelManager(BeamNames):
                     worker.namespace.transitions.set_baseline(t, booking.row)
             growth = worker.measuring_growth()
             attempt.free = worker.free_for_load(booking.row)
-            with serving_for(worker.server_context(booking.row)), placed(worker.placement_of(booking.row)):
-                value = loader_func()
+            if booking.alone:
+                worker.thread.alone = booking.row, booking.generation
+            worker.thread.loads.append((booking.row, booking.generation))
+            try:
+                with serving_for(worker.server_context(booking.row)), placed(worker.placement_of(booking.row)):
+                    value = loader_func()
+            finally:
+                worker.thread.loads.remove((booking.row, booking.generation))
             copy = self._book_in(worker, tag, booking, value, growth)
         except BaseException as error:
             ran_out = is_out_of_memory(error)
@@ -1057,7 +1130,7 @@ class ModelManager(BeamNames):
         self, worker: Worker, tag: str, copy: Copy, used: bool = True, patience_s: float | None = None
     ) -> None:
         namespace = worker.namespace
-        words, tables = namespace.segment.words, namespace.tables
+        words = namespace.segment.words
         cost = None
         alone = words[Header.ISOLATED] and namespace.transitions.runs_alone(copy.row)
         # What a twin adds to the memory in use says nothing about its model.
@@ -1068,9 +1141,7 @@ class ModelManager(BeamNames):
             if not worker.is_held(copy):
                 raise NamespaceResetError(f"a reset of namespace {self._name!r} took {tag!r} away", tag=tag)
             if cost is not None and namespace.transitions.runs_alone(copy.row):
-                model = words[tables.instance(copy.row) + Instance.MODEL]
-                namespace.transitions.estimate(t, model, cost, measured=False, sd_mb=ALONE_SD * cost)
-                namespace.transitions.correct(t, copy.row, cost)
+                self._learn_alone(worker, t, copy.row, cost)
             else:
                 cost = None
             worker.scheduler.release(t, copy.row, used)

@@ -481,7 +481,7 @@ class Scheduler:
                 chosen += rest[models == model][: 2 * idle].tolist()
         fields = [
             *(Ticket.NUMBER, Ticket.PRIORITY, Ticket.MODEL, Ticket.MEMBER, Ticket.ENQUEUED, Ticket.PRELOAD),
-            *(Ticket.BLOCKED_AT, Ticket.DEVICES, Ticket.TIED, Ticket.SPAN),
+            *(Ticket.BLOCKED_AT, Ticket.DEVICES, Ticket.TIED, Ticket.SPAN, Ticket.NESTED),
         ]
         return tuple(
             TicketView(
@@ -496,8 +496,9 @@ class Scheduler:
                 tuple(device_rows(devices)) if devices else (),
                 tuple(device_rows(tied)) if tied else (),
                 span,
+                bool(nested),
             )
-            for row, (number, priority, model, member, enqueued, preload, blocked, devices, tied, span) in zip(
+            for row, (number, priority, model, member, enqueued, preload, blocked, devices, tied, span, nested) in zip(
                 chosen, rows[chosen][:, fields].tolist(), strict=True
             )
         )

@@ -32,6 +32,7 @@ from mpmm.keeper import REPEAT_S, Keeper
 from mpmm.kept_estimates import KeptEstimates
 from mpmm.placement import Placement, place_for_good, visible_devices
 from mpmm.policy.out_of_memory import bound_mb, raised_estimate_mb
+from mpmm.policy.view import Reason
 from mpmm.proxy.context import ServerContext
 from mpmm.scheduler import Copies, Scheduler
 from mpmm.shared_estimator import SharedResourceEstimator
@@ -141,6 +142,19 @@ class Free:
     alone: bool
 
 
+class ThreadHolds(threading.local):
+    """What the calling thread holds or loads here.
+
+    blocks: what it has in `with manager.model(...)` blocks, tag and value, innermost last. loads: what the loaders load
+    that it is running, row and generation. alone: what it has loaded to run alone, in a block or not.
+    """
+
+    def __init__(self) -> None:
+        self.blocks: list[tuple[str, Any]] = []
+        self.loads: list[tuple[int, int]] = []
+        self.alone: tuple[int, int] | None = None
+
+
 class LookAgain:
     """Has a waiter whose model backs off looked at when the back-off ends, for which nobody else needs to come by."""
 
@@ -222,6 +236,7 @@ class Worker:
         self._handles: dict[int, Copy] = {}
         self._held: dict[Hashable, list[Copy]] = defaultdict(list)
         self._unloading: set[int] = set()
+        self.thread = ThreadHolds()
         # Tags whose loaders were seen to return handles of others.
         self._twins_of_tags: set[str] = set()
         self._owed: deque[Callable[[Transaction], object]] = deque()
@@ -785,6 +800,49 @@ class Worker:
         if not mb:
             text, mb = "mpmm %s: pid %d ran out of memory with %s, taken for %.0f MB", self.scheduler.need_mb(model)
         t.after.append(partial(_LOG.warning, text, namespace.name, namespace.pid, tag, mb))
+
+    def held_by_thread(self) -> tuple[list[int], list[int]]:
+        """Return the rows that the calling thread holds in blocks or is loading, and that which it holds alone.
+
+        Only its `with` blocks and its loaders are sure to end in this very thread: what it has acquired otherwise,
+        another one may release. Without the lock, as all of these are this process's own.
+        """
+        words, tables, here = self.namespace.segment.words, self.namespace.tables, self.thread
+        firm = [
+            row for row, generation in here.loads if words[tables.instance(row) + Instance.GENERATION] == generation
+        ]
+        with self._mutex:
+            copies = [copy for tag, value in here.blocks for copy in self._held.get(_key(value), ()) if copy.tag == tag]
+        firm += [copy.row for copy in copies if self.is_held(copy)]
+        alone = []
+        if here.alone is not None:
+            row, generation = here.alone
+            if words[
+                tables.instance(row) + Instance.GENERATION
+            ] == generation and self.namespace.transitions.runs_alone(row):
+                alone.append(row)
+        return firm, alone
+
+    def waits_for_itself(self, ticket: int, firm: list[int]) -> bool:
+        """Tell whether a waiter can be served only by rows that its own thread will not let go of. Needs the lock.
+
+        It waits for a copy of its model and has all there are; or for one to be loaded, by a loader that asks for it;
+        or for copies in use to be idle, so that there is room, and all that are in use anywhere are its own.
+        """
+        words, tables, layout = self.namespace.segment.words, self.namespace.tables, self.namespace.segment.layout
+        at = tables.ticket(ticket)
+        if words[at] != Ticket.WAITING:
+            return False
+        ours = set(firm)
+        rows = tables.rows_where(layout.instances, Instance.MODEL, words[at + Ticket.MODEL])
+        reason = words[at + Ticket.REASON]
+        if reason == Reason.COPIES:
+            return ours.issuperset(rows)
+        if reason == Reason.SHARING:
+            return ours.issuperset(rows) and all(words[tables.instance(row)] == Instance.LOADING for row in rows)
+        states = (Instance.ACTIVE, Instance.LOADING, Instance.LEASED, Instance.UNLOADING)
+        in_use = [row for row in tables.used_rows(layout.instances) if words[tables.instance(row)] in states]
+        return reason == Reason.IN_USE and ours.issuperset(in_use)
 
     def make_room_after_use(self, tag: str) -> None:
         """Learn from a use of a model that has run out of memory, and unload what is idle on its devices.

@@ -452,6 +452,7 @@ def scenarios() -> dict[str, Callable[[Lab], Operation]]:
         "unpin": on(pinned, lambda t, tr, row: tr.unpin(t, row)),
         "dismiss": on(preloading, lambda t, tr, row: tr.dismiss(t, row)),
         "enqueue/preload": on(Lab.model, lambda t, tr, row: tr.enqueue(t, row, Lab.victim, 2, 9.0, 2**62, 3)),
+        "enqueue/nested": on(Lab.model, lambda t, tr, row: tr.enqueue(t, row, Lab.victim, 0, 9.0, 2**62, nested=True)),
         "enqueue": on(Lab.model, lambda t, tr, row: tr.enqueue(t, row, Lab.victim, 0, math.nan, 2**62)),
         "note_demand": on(Lab.model, lambda t, tr, row: tr.note_demand(t, row, 0.5, 7, 10**9)),
         "set_reason": on(Lab.ticket, lambda t, tr, row: tr.set_reason(t, row, Cause(3, 100.0, 50.0, 60.0, 0.5, 1, 1))),

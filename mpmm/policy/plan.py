@@ -132,7 +132,7 @@ class _Walk:
             if left_s(view.models[ticket.model]) > 0:
                 # Nothing is kept for it, nor drained.
                 continue
-            if self._isolates(view.models[ticket.model]):
+            if self._isolates(ticket, view.models[ticket.model]):
                 # Everything there has to drain for it, so whatever passes it there delays it; one at a time.
                 closed = closed or {device.device for device in self._to_be_alone_on(ticket)}
                 if len(closed) == len(self._devices):
@@ -163,7 +163,7 @@ class _Walk:
         if not self._view.devices:
             return self._block(ticket, Why(Reason.NO_DEVICE))
         backs_off = self._back_off(ticket, model)
-        if self._isolates(model):
+        if self._isolates(ticket, model):
             return backs_off or self._isolate(ticket, model.need_mb)
         if ticket.preload:
             return backs_off or self._load(ticket, model)
@@ -193,7 +193,7 @@ class _Walk:
 
     def _needs_no_room(self, ticket: TicketView, model: ModelView) -> bool:
         """Tell whether a load takes nothing but free memory, or is refused."""
-        if self._isolates(model):
+        if self._isolates(ticket, model):
             place = self._to_be_alone_on(ticket)
             rows = {device.device for device in place}
             empty = not any(self._busy[row] for row in rows) and not self._idle_on(rows)
@@ -229,8 +229,8 @@ class _Walk:
         loading = Counter(copy.owner for copy in busy if copy.loading and copy.owner is not None)
         return replace(model, shared=loaded_owners[None], owned=owned, loading=loading)
 
-    def _isolates(self, model: ModelView) -> bool:
-        return not model.known and self._view.rules.isolate_unknown
+    def _isolates(self, ticket: TicketView, model: ModelView) -> bool:
+        return not model.known and self._view.rules.isolate_unknown and not ticket.nested
 
     def _is_at_most(self, model: ModelView) -> bool:
         """Tell whether there are as many copies of a model as there may be."""
@@ -404,7 +404,7 @@ class _Walk:
     def _beside(self, ticket: TicketView, model: ModelView) -> Decision | None:
         """Let a waiter load what fits beside the room that is reserved for the blocked one."""
         room, blocked = self._room, self._blocked
-        if blocked is None or self._isolates(model) or model.shared or self._is_at_most(model):
+        if blocked is None or self._isolates(ticket, model) or model.shared or self._is_at_most(model):
             self._not_beside.add(model.model)
             return None
         if model.lease and self._lease_is_awaited:

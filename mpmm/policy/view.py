@@ -202,7 +202,8 @@ class TicketView:
     preload: above 0, it does not wait for a copy to use, but for so many to be there that its member can use.
     blocked_since_s: since when it is the first one for whom there is no room, None if it has never been.
     devices: where it may load; tied: on which a copy is of use for it; empty for all. span: how many devices what it
-    loads lies on.
+    loads lies on. nested: its thread holds or loads something else, so it would wait for itself if it waited to run
+    alone.
     """
 
     row: int
@@ -216,6 +217,7 @@ class TicketView:
     devices: tuple[int, ...] = ()
     tied: tuple[int, ...] = ()
     span: int = 1
+    nested: bool = False
 
 
 @dataclass(frozen=True)

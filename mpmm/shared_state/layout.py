@@ -297,7 +297,8 @@ class Ticket:
     DEVICES = 18  # bits of the devices where it may load, 0 for all
     TIED = 19  # bits of the devices on which a copy must lie to be of use for it, 0 for all
     SPAN = 20  # how many devices what it loads lies on
-    WORDS = 21
+    NESTED = 21  # 1: its thread holds or loads something else, so it cannot wait to run alone, though it be unknown
+    WORDS = 22
 
     FREE = 0
     WAITING = 1

@@ -350,12 +350,13 @@ class Transitions:
         devices: int = 0,
         tied: int = 0,
         span: int = 1,
+        nested: bool = False,
     ) -> int:
         """Let a member (slot) wait for a model; return the ticket's row. Raises TableFullError.
 
         preload: above 0, it waits for a load that brings the copies it can use to that number, not for one to use.
         devices, tied: bits of the devices where it may load, and on which a copy is of use; 0 for all.
-        span: how many devices what it loads lies on.
+        span: how many devices what it loads lies on. nested: it is not to run alone, as its thread holds another.
         """
         row = self._take_row(t, self.layout.tickets)
         at = self.tables.ticket(row)
@@ -372,6 +373,7 @@ class Transitions:
         none = (Ticket.REASON, Ticket.BLOCKED_AT, Ticket.FREE_MB, Ticket.COMING_MB, Ticket.SECONDS)
         t.set_all([(at + word, 0) for word in (*none, Ticket.OTHER, Ticket.ON)])
         t.set_all(((at + Ticket.DEVICES, devices), (at + Ticket.TIED, tied), (at + Ticket.SPAN, span)))
+        t.set(at + Ticket.NESTED, int(nested))
         t.set_float(at + Ticket.NEED_MB, need_mb)
         t.set(at + Ticket.PRELOAD, preload)
         t.set(at + Ticket.STATE, Ticket.WAITING)
