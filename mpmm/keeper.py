@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING
 from mpmm.beam_metrics import report_estimate
 from mpmm.errors import ClosedError
 from mpmm.resource_estimator import smooth
+from mpmm.shared_state.durations import to_ns
 from mpmm.shared_state.futex import wait_for_change, wake_all
 from mpmm.shared_state.layout import Device, Header, Instance, Member, Model
 from mpmm.shared_state.lock_file import LockFile
@@ -213,7 +214,7 @@ class Keeper:
             devices = (tables.device(row) for row in self._worker.board.rows())
             places += [(at + Device.TRIED, at + Device.CLAIMED) for at in devices]
         now = time.monotonic_ns()
-        late = now - int((self._namespace.settings.poll_interval + STALE_AFTER_S) * 1e9)
+        late = now - to_ns(self._namespace.settings.poll_interval + STALE_AFTER_S)
         if not any(
             words[tried] < late and not now - STANDING_IN_NS < words[claimed] <= now for tried, claimed in places
         ):
@@ -265,6 +266,7 @@ class Keeper:
         for row in tables.rows_where(layout.instances, Instance.STATE, Instance.LOADING):
             taken = (time.monotonic_ns() - namespace.segment.words[tables.instance(row) + Instance.SINCE]) / 1e9
             if taken > limit:
+                namespace.transitions.note_failure(t, namespace.segment.words[tables.instance(row) + Instance.MODEL])
                 namespace.transitions.give_up_load(t, row)
                 t.after.append(partial(_LOG.warning, "mpmm %s: gave up a load after %.1f s", namespace.name, taken))
 

@@ -17,8 +17,10 @@ import numpy as np
 import numpy.typing as npt
 
 from mpmm.errors import TableFullError
+from mpmm.policy.backoff import back_off_s
 from mpmm.policy.demand import Demand
 from mpmm.policy.fairness import UNKNOWN_FIRST
+from mpmm.policy.out_of_memory import MORE_MB
 from mpmm.policy.plan import make_plan
 from mpmm.policy.reasons import explain
 from mpmm.policy.view import (
@@ -39,6 +41,7 @@ from mpmm.policy.view import (
     Wait,
     Why,
 )
+from mpmm.shared_state.durations import to_ns
 from mpmm.shared_state.events import Cause
 from mpmm.shared_state.futex import wake_one, yield_processor
 from mpmm.shared_state.layout import Device, Header, Instance, Model, Ticket, device_bits, device_rows
@@ -198,7 +201,7 @@ class Scheduler:
                 model,
                 after.gap_s,
                 after.requests,
-                t.now if after.requests > before.requests else int(after.counted_s * 1e9),
+                t.now if after.requests > before.requests else to_ns(after.counted_s),
             )
 
     def _requests(self, model: int) -> int:
@@ -245,7 +248,7 @@ class Scheduler:
         blocked = [one for one in waiting if one.blocked_at]
         if not blocked or first.number <= min(one.number for one in blocked):
             return first.row, 0
-        bound_ns = int(self._namespace.settings.max_overtake_seconds * 1e9)
+        bound_ns = to_ns(self._namespace.settings.max_overtake_seconds)
         if now - min(one.blocked_at for one in blocked) >= bound_ns:
             return None
         return first.row, min(blocked, key=lambda one: one.number).model + 1
@@ -270,7 +273,7 @@ class Scheduler:
         waiting = waiting[rows[waiting, Ticket.DEADLINE] > now]
         priorities = rows[waiting, Ticket.PRIORITY]
         # The rule of `policy.fairness.effective_priority`, for all at once.
-        bound_ns = int(min(UNKNOWN_FIRST * self._namespace.settings.max_overtake_seconds, 1e9) * 1e9)
+        bound_ns = to_ns(UNKNOWN_FIRST * self._namespace.settings.max_overtake_seconds)
         promoted = (priorities == 1) & (rows[waiting, Ticket.ENQUEUED] + np.uint64(bound_ns) <= now)
         priorities = np.where(promoted, 0, priorities)
         ordered: npt.NDArray[np.intp] = waiting[np.lexsort((rows[waiting, Ticket.NUMBER], priorities))]
@@ -419,7 +422,13 @@ class Scheduler:
         return tuple(views)
 
     def need_mb(self, model: int) -> float:
-        """Return what a copy of a model is expected to take: its estimate, else the default."""
+        """Return what has to be free for a copy of a model: its estimate, else the default, but above its bound."""
+        bound_mb = self._segment.floats[self._tables.model(model) + Model.AT_LEAST_MB]
+        expected_mb = self.expected_mb(model)
+        return max(expected_mb, bound_mb + MORE_MB) if bound_mb else expected_mb
+
+    def expected_mb(self, model: int) -> float:
+        """Return what a copy of a model takes once it is loaded, as far as known: its estimate, else the default."""
         at = self._tables.model(model)
         if self._segment.words[at + Model.KNOWN]:
             return self._segment.floats[at + Model.ESTIMATE_MB]
@@ -454,6 +463,8 @@ class Scheduler:
             held_for_s=(now_ns - copies.newest_hold.get(model, now_ns)) / 1e9,
             rate=self._demand(model).counted(self._requests(model), now_ns / 1e9).per_second(now_ns / 1e9),
             lease=words[at] == Model.LEASE,
+            failures=words[at + Model.FAILURES],
+            failed_ago_s=(now_ns - words[at + Model.FAILED_AT]) / 1e9,
         )
 
     def _tickets(self, idle_of_model: Mapping[int, int]) -> tuple[TicketView, ...]:
@@ -465,6 +476,11 @@ class Scheduler:
         order = self._queue_order()
         chosen = order[:QUEUE_PART].tolist()
         if len(order) > QUEUE_PART:
+            # Those whose loads fail hold up nobody, however many they are.
+            failing = self._tables.view(self._layout.models)[:, Model.FAILURES] > 0
+            if failing.any():
+                order = order[np.argsort(failing[rows[order, Ticket.MODEL]], kind="stable")]
+                chosen = order[:QUEUE_PART].tolist()
             rest = order[QUEUE_PART:]
             models = rows[rest, Ticket.MODEL]
             for model, idle in idle_of_model.items():
@@ -472,7 +488,7 @@ class Scheduler:
                 chosen += rest[models == model][: 2 * idle].tolist()
         fields = [
             *(Ticket.NUMBER, Ticket.PRIORITY, Ticket.MODEL, Ticket.MEMBER, Ticket.ENQUEUED, Ticket.PRELOAD),
-            *(Ticket.BLOCKED_AT, Ticket.DEVICES, Ticket.TIED, Ticket.SPAN),
+            *(Ticket.BLOCKED_AT, Ticket.DEVICES, Ticket.TIED, Ticket.SPAN, Ticket.NESTED),
         ]
         return tuple(
             TicketView(
@@ -487,8 +503,9 @@ class Scheduler:
                 tuple(device_rows(devices)) if devices else (),
                 tuple(device_rows(tied)) if tied else (),
                 span,
+                bool(nested),
             )
-            for row, (number, priority, model, member, enqueued, preload, blocked, devices, tied, span) in zip(
+            for row, (number, priority, model, member, enqueued, preload, blocked, devices, tied, span, nested) in zip(
                 chosen, rows[chosen][:, fields].tolist(), strict=True
             )
         )
@@ -530,7 +547,9 @@ class Scheduler:
                 unloader, model = self._segment.words[at + Ticket.MEMBER] - 1, self._segment.words[at + Ticket.MODEL]
                 cause = _cause(why)._replace(other=model + 1)
                 for instance in instances:
-                    transitions.begin_unload(t, instance, unloader, True, cause)
+                    # A twin has gone with the one before it.
+                    if self._segment.words[self._tables.instance(instance)] == Instance.IDLE:
+                        transitions.begin_unload(t, instance, unloader, True, cause)
                 self._note_wait(t, ticket, replace(why, reason=Reason.UNLOADING), first=True)
             case Refuse(ticket, why):
                 transitions.refuse(t, ticket, _cause(why))
@@ -551,6 +570,18 @@ class Scheduler:
             device_rows(words[at + Ticket.ON]),
         )
         return f"{reason.name.lower()}: {sentence}"
+
+    def backs_off_for_s(self, ticket: int) -> float:
+        """Return in how many seconds a waiter's back-off ends, `inf` if it waits for something else; without the lock.
+
+        Nothing else may happen then, so it has to see to it that it is looked at.
+        """
+        words, at = self._segment.words, self._tables.ticket(ticket)
+        if words[at + Ticket.REASON] != Reason.BACKING_OFF:
+            return math.inf
+        model = self._tables.model(words[at + Ticket.MODEL])
+        ago_s = (time.monotonic_ns() - words[model + Model.FAILED_AT]) / 1e9
+        return max(0.0, back_off_s(words[model + Model.FAILURES]) - ago_s)
 
     def _note_wait(self, t: Transaction, ticket: int, why: Why, first: bool) -> None:
         words, at = self._segment.words, self._tables.ticket(ticket)

@@ -257,6 +257,7 @@ def scenarios() -> dict[str, Callable[[Lab], Operation]]:
         lab.active("a")
         lab.loading("b")
         lab.ticket("c")
+        lab.do(lambda t, tr: tr.note_failure(t, 1))
         return lambda t, tr: tr.reset(t)
 
     def granted(lab: Lab) -> Operation:
@@ -401,6 +402,28 @@ def scenarios() -> dict[str, Callable[[Lab], Operation]]:
         spanning(lab)
         return lambda t, tr: tr.reap_member(t, lab.victim)
 
+    def twin_loaded(lab: Lab) -> Operation:
+        lab.idle("a", b"h")
+        copy = lab.loading("b")
+        return lambda t, tr: tr.end_load(t, copy, b"h", 80.0, 0, False)
+
+    def twins_evicted(lab: Lab) -> Operation:
+        copy = lab.active("a", b"h", server=True)
+        lab.idle("b", b"h")
+        lab.do(lambda t, tr: tr.release(t, copy))
+        return lambda t, tr: tr.begin_unload(t, copy, Lab.victim, evicted=True)
+
+    def twin_in_use(lab: Lab) -> int:
+        copy = lab.idle("a", b"h", server=True)
+        lab.active("b", b"h")
+        return copy
+
+    def failed_before(lab: Lab) -> Operation:
+        model = lab.model()
+        lab.do(lambda t, tr: tr.note_failure(t, model))
+        copy = lab.loading()
+        return lambda t, tr: tr.end_load(t, copy, b"handle", 80.0, 0, False)
+
     def on(prepare: Callable[[Lab], int], operate: Callable[[Transaction, Transitions, int], object]) -> Any:
         def scenario(lab: Lab) -> Operation:
             row = prepare(lab)
@@ -426,10 +449,14 @@ def scenarios() -> dict[str, Callable[[Lab], Operation]]:
         "estimate": on(lambda lab: lab.ticket(known=False), lambda t, tr, _: tr.estimate(t, 0, 123.5, measured=True)),
         "estimate/of a preload": on(preloading, lambda t, tr, _: tr.estimate(t, 0, 123.5, measured=True)),
         "run_out": on(Lab.model, lambda t, tr, row: tr.run_out(t, row)),
+        "note_failure": on(Lab.model, lambda t, tr, row: tr.note_failure(t, row)),
+        "end_load/after failures": failed_before,
+        "run_out/loading": on(Lab.model, lambda t, tr, row: tr.run_out(t, row, 700.0, loading=True)),
         "pin": on(Lab.model, lambda t, tr, row: tr.pin(t, row, Lab.victim)),
         "unpin": on(pinned, lambda t, tr, row: tr.unpin(t, row)),
         "dismiss": on(preloading, lambda t, tr, row: tr.dismiss(t, row)),
         "enqueue/preload": on(Lab.model, lambda t, tr, row: tr.enqueue(t, row, Lab.victim, 2, 9.0, 2**62, 3)),
+        "enqueue/nested": on(Lab.model, lambda t, tr, row: tr.enqueue(t, row, Lab.victim, 0, 9.0, 2**62, nested=True)),
         "enqueue": on(Lab.model, lambda t, tr, row: tr.enqueue(t, row, Lab.victim, 0, math.nan, 2**62)),
         "note_demand": on(Lab.model, lambda t, tr, row: tr.note_demand(t, row, 0.5, 7, 10**9)),
         "set_reason": on(Lab.ticket, lambda t, tr, row: tr.set_reason(t, row, Cause(3, 100.0, 50.0, 60.0, 0.5, 1, 1))),
@@ -468,6 +495,9 @@ def scenarios() -> dict[str, Callable[[Lab], Operation]]:
         "release/doomed": released_doomed,
         "end_isolation": on(lambda lab: lab.active(alone=True), lambda t, tr, row: tr.end_isolation(t, row)),
         "begin_unload": on(Lab.idle, lambda t, tr, row: tr.begin_unload(t, row, Lab.victim, evicted=True)),
+        "end_load/twin": twin_loaded,
+        "begin_unload/twins idle": twins_evicted,
+        "begin_unload/twin in use": on(twin_in_use, lambda t, tr, row: tr.begin_unload(t, row, Lab.victim, True)),
         "end_unload": on(Lab.unloading, lambda t, tr, row: tr.end_unload(t, row)),
         "discard": on(Lab.active, lambda t, tr, row: tr.discard(t, row)),
         "discard/promised": discarded_promised,

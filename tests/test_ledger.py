@@ -187,7 +187,7 @@ class DeviceAndBooks(RuleBasedStateMachine):
         self.now = time.monotonic_ns()
         clock = SimpleNamespace(**{name: getattr(time, name) for name in dir(time) if not name.startswith("_")})
         clock.monotonic_ns = lambda: self.now
-        transaction_module.time = clock  # type: ignore[assignment]  # a clock that the machine sets
+        vars(transaction_module)["time"] = clock
         self.namespace = Namespace.join("ledger", root=Path(self.folder.name) / "run", capacities=SMALL)
         self.board = SharedBoard(self.namespace, Scheduler(self.namespace))
         source = Source(self.measures_processes)
@@ -205,7 +205,7 @@ class DeviceAndBooks(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         self.namespace.leave()
-        transaction_module.time = time
+        vars(transaction_module)["time"] = time
         self.folder.cleanup()
 
     # ---- the truth ----

@@ -147,6 +147,16 @@ TABLE: dict[Reason, tuple[View, Callable[[View], Decision], str]] = {
         first,
         "waits: needs 800 MB, 600 free, and 300 MB that the driver and other programs take leave too little room",
     ),
+    Reason.BACKING_OFF: (
+        view(
+            [replace(model(A, 800), failures=2, failed_ago_s=0.5), timed(B, 500)],
+            [ticket(1, A)],
+            copies=[idle(5, B, mb=500)],
+            devices=[device(used=500)],
+        ),
+        first,
+        "waits: its loads have failed, so nothing is evicted for another try for about 1.50 s",
+    ),
     Reason.LEAST_FULL: (
         view([model(A)], [ticket(1, A)], devices=[device(0, used=500), device(1)]),
         first,

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass, replace
 
 from mpmm.policy.admission import free_mb, largest_limit_mb, limit_mb, widened
+from mpmm.policy.backoff import left_s
 from mpmm.policy.eviction import Room, find_room, together, waiting_pays
 from mpmm.policy.fairness import is_due, is_overdue, queue_order
 from mpmm.policy.placement import best_place, soonest_alone
@@ -128,7 +129,10 @@ class _Walk:
                 why = Why(Reason.PASSING, other=passed.model) if passed else Why(Reason.IDLE_COPY)
                 granted[ticket.row] = Grant(ticket.row, copy.row, why)
                 continue
-            if self._isolates(view.models[ticket.model]):
+            if left_s(view.models[ticket.model]) > 0:
+                # Nothing is kept for it, nor drained.
+                continue
+            if self._isolates(ticket, view.models[ticket.model]):
                 # Everything there has to drain for it, so whatever passes it there delays it; one at a time.
                 closed = closed or {device.device for device in self._to_be_alone_on(ticket)}
                 if len(closed) == len(self._devices):
@@ -158,19 +162,46 @@ class _Walk:
             return self._beside(ticket, model)
         if not self._view.devices:
             return self._block(ticket, Why(Reason.NO_DEVICE))
-        if self._isolates(model):
-            return self._isolate(ticket, model.need_mb)
+        backs_off = self._back_off(ticket, model)
+        if self._isolates(ticket, model):
+            return backs_off or self._isolate(ticket, model.need_mb)
         if ticket.preload:
-            return self._load(ticket, model)
+            return backs_off or self._load(ticket, model)
         if self._is_at_most(model):
-            return self._exchange(ticket, model)
+            return backs_off or self._exchange(ticket, model)
         usable = self._for(ticket, model)
         ahead = self._sharing[ticket.model]
         shared_in_s = waiting_is_sooner(usable, ticket, ahead, self._view.now_s)
         if shared_in_s is not None:
             self._sharing[ticket.model] += 1
             return Wait(ticket.row, Reason.SHARING, Why(Reason.SHARING, seconds=shared_in_s))
-        return self._load_alike(ticket, model)
+        return backs_off or self._load_alike(ticket, model)
+
+    def _back_off(self, ticket: TicketView, model: ModelView) -> Wait | None:
+        """Let one wait whose model's last loads have failed, if something would have to go for the next; see `backoff`.
+
+        It does not hold up others. None if it may go on: there is no back-off, or the load needs only what is free.
+        """
+        seconds = left_s(model)
+        if seconds <= 0 or (not self._is_at_most(model) and self._needs_no_room(ticket, model)):
+            return None
+        here = self._for(ticket, model)
+        if self._is_at_most(model) and (here.usable_by(ticket.member) or here.coming_for(ticket.member)):
+            # It waits for one of these, and not for a load.
+            return None
+        return Wait(ticket.row, Reason.BACKING_OFF, Why(Reason.BACKING_OFF, model.need_mb, seconds=seconds))
+
+    def _needs_no_room(self, ticket: TicketView, model: ModelView) -> bool:
+        """Tell whether a load takes nothing but free memory, or is refused."""
+        if self._isolates(ticket, model):
+            place = self._to_be_alone_on(ticket)
+            rows = {device.device for device in place}
+            empty = not any(self._busy[row] for row in rows) and not self._idle_on(rows)
+            return empty and not any(device.unloading or device.returning_mb > 0 for device in place)
+        largest = largest_limit_mb(self._all_where(ticket), self._slack, ticket.span) * ticket.span
+        need_mb = model.need_mb if model.known else min(model.need_mb, largest)
+        fits = best_place(self._where(ticket), need_mb / ticket.span, self._slack, ticket.span) is not None
+        return fits or need_mb > largest
 
     def _load_alike(self, ticket: TicketView, model: ModelView) -> Decision | None:
         """Do as with one who wants the same and was told to wait, if nothing has been booked since."""
@@ -198,8 +229,8 @@ class _Walk:
         loading = Counter(copy.owner for copy in busy if copy.loading and copy.owner is not None)
         return replace(model, shared=loaded_owners[None], owned=owned, loading=loading)
 
-    def _isolates(self, model: ModelView) -> bool:
-        return not model.known and self._view.rules.isolate_unknown
+    def _isolates(self, ticket: TicketView, model: ModelView) -> bool:
+        return not model.known and self._view.rules.isolate_unknown and not ticket.nested
 
     def _is_at_most(self, model: ModelView) -> bool:
         """Tell whether there are as many copies of a model as there may be."""
@@ -408,7 +439,7 @@ class _Walk:
     def _beside(self, ticket: TicketView, model: ModelView) -> Decision | None:
         """Let a waiter load what fits beside the room that is reserved for the blocked one."""
         room, blocked = self._room, self._blocked
-        if blocked is None or self._isolates(model) or model.shared or self._is_at_most(model):
+        if blocked is None or self._isolates(ticket, model) or model.shared or self._is_at_most(model):
             self._not_beside.add(model.model)
             return None
         if model.lease and self._lease_is_awaited:

@@ -48,6 +48,7 @@ class Reason(IntEnum):
     LEASED = 9  # leases that are held leave too little room, even if everything else went
     IN_USE = 10  # room is reserved for it where copies are still in use
     FOREIGN = 11  # as LEASED, with external memory as well: the driver's, and that of other programs
+    BACKING_OFF = 14  # its loads fail, so nothing is evicted for it for a while
     # It gets an idle copy:
     IDLE_COPY = 16
     PASSING = 17  # past one that waits for room, which this does not delay
@@ -108,7 +109,8 @@ class ModelView:
     that only one member can use, by member. loading: copies being loaded, by the member that loads them;
     shares: what is being loaded will be a handle, as far as known. load_s, hold_s: how long a load and a hold
     take, 0 unknown. loading_for_s: since when the oldest load goes on. held_for_s: how long the copy that was handed
-    out last is held. rate: expected requests a second. lease: it is no model, but a lease.
+    out last is held. rate: expected requests a second. lease: it is no model, but a lease. failures: loads that failed
+    since the last one that did not, and how long ago the last of them was.
     """
 
     model: int
@@ -125,6 +127,8 @@ class ModelView:
     held_for_s: float = 0.0
     rate: float = 0.0
     lease: bool = False
+    failures: int = 0
+    failed_ago_s: float = math.inf
 
     @property
     def copies(self) -> int:
@@ -198,7 +202,8 @@ class TicketView:
     preload: above 0, it does not wait for a copy to use, but for so many to be there that its member can use.
     blocked_since_s: since when it is the first one for whom there is no room, None if it has never been.
     devices: where it may load; tied: on which a copy is of use for it; empty for all. span: how many devices what it
-    loads lies on.
+    loads lies on. nested: its thread holds or loads something else, so it would wait for itself if it waited to run
+    alone.
     """
 
     row: int
@@ -212,6 +217,7 @@ class TicketView:
     devices: tuple[int, ...] = ()
     tied: tuple[int, ...] = ()
     span: int = 1
+    nested: bool = False
 
 
 @dataclass(frozen=True)

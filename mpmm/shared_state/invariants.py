@@ -82,6 +82,10 @@ def _models(snapshot: Snapshot) -> Iterator[str]:
         for name in ("load_s", "hold_s", "gap_s", *(("sd_mb",) if model.estimate_mb is not None else ())):
             if not 0 <= getattr(model, name) < math.inf:
                 yield f"M8 {model.tag}: {name} is {getattr(model, name)}"
+        if not 0 <= model.at_least_mb < math.inf:
+            yield f"M8 {model.tag}: at_least_mb is {model.at_least_mb}"
+        if (model.failures > 0) != (model.failed_ago_s is not None):
+            yield f"M9 {model.tag}: {model.failures} failures, the last one {model.failed_ago_s} s ago"
         yield from _idle_list(model, instances[model.row])
 
 
@@ -136,6 +140,14 @@ def _instances(snapshot: Snapshot) -> Iterator[str]:
             yield f"I6 {what}: its model row {instance.model} is a {models.get(instance.model)}"
         if instance.state == "leased" and (instance.owner, instance.server) != (None, None):
             yield f"I6 {what}: it has owner {instance.owner}, server {instance.server}"
+    twins = Counter(
+        copy.handle
+        for copy in snapshot.instances
+        if copy.handle and copy.state in ("active", "idle") and copy.mb + copy.reserved_mb > 0
+    )
+    for handle, count in twins.items():
+        if count > 1:
+            yield f"I7 {count} instances stand for the memory of {handle}"
     generations = Counter(instance.generation for instance in snapshot.instances)
     for generation, count in generations.items():
         if count > 1:

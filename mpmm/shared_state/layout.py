@@ -178,7 +178,8 @@ class Model:
     M5  PINS equals the pin rows of this model.
     M6  no model has more ACTIVE, IDLE and LOADING copies together than `max_model_copies`.
     M7  a row in state LEASE is KNOWN, and is that of one ticket, or of one LEASED instance, or of both.
-    M8  LOAD_S, HOLD_S and GAP_S are finite and not below 0; so is SD_MB, where KNOWN.
+    M8  LOAD_S, HOLD_S and GAP_S are finite and not below 0; so are AT_LEAST_MB and, where KNOWN, SD_MB.
+    M9  FAILED_AT is 0 exactly where FAILURES is 0.
     """
 
     STATE = 0  # FREE, MODEL or LEASE
@@ -205,7 +206,10 @@ class Model:
     REQUESTS = 21  # HITS + LOADS + LOADING + WAITING when they were last counted
     REQUESTED_AT = 22  # when that count last rose
     SD_MB = 23  # float: standard deviation of the estimate; 0: taken for exact
-    TAG = 24  # text
+    AT_LEAST_MB = 24  # float: a bound, no estimate: it ran out of memory with so much free, so it needs more; 0: none
+    FAILURES = 25  # loads that failed since the last one that came to an end
+    FAILED_AT = 26  # when the last of them did
+    TAG = 27  # text
     TAG_BYTES = 511
     WORDS = TAG + text_words(TAG_BYTES)
 
@@ -220,6 +224,9 @@ class Instance:
     A LEASED row is nothing but a reservation that stands until its HOLDER gives it back or dies: what the process in
     PROGRAM and its descendants are measured to take, its MB, is part of the device's figure and comes off.
 
+    Loaders that return the same handle have made twins: rows that have holders of their own, but one memory. One of the
+    rows stands for that; the handle is unloaded with the last of them.
+
     A copy can span several devices. What it reserves it reserves in equal shares; what it takes of each, SHARES says.
 
     I1  a LOADING, ACTIVE or LEASED row has a HOLDER, and IDLE has none; an UNLOADING row's HOLDER unloads it.
@@ -228,6 +235,7 @@ class Instance:
     I4  no two used rows have the same GENERATION.
     I5  DEVICES names 1 to `MOST_SPANNED` used device rows; for several, MB is the sum of the SHARES.
     I6  exactly the LEASED rows have a MODEL row in state LEASE; they have neither OWNER nor SERVER.
+    I7  of ACTIVE and IDLE rows with the same HANDLE, twins, at most one has MB and RESERVED_MB above 0.
     """
 
     STATE = 0
@@ -276,7 +284,7 @@ class Ticket:
     MEMBER = 4
     INSTANCE = 5
     ENQUEUED = 6
-    DEADLINE = 7  # 2**63: none
+    DEADLINE = 7  # `durations.LONGEST_NS`: none
     SIGNAL = 8  # futex word
     REASON = 9  # why it waits, see policy.view.Reason
     NEED_MB = 10  # float
@@ -290,7 +298,8 @@ class Ticket:
     DEVICES = 18  # bits of the devices where it may load, 0 for all
     TIED = 19  # bits of the devices on which a copy must lie to be of use for it, 0 for all
     SPAN = 20  # how many devices what it loads lies on
-    WORDS = 21
+    NESTED = 21  # 1: its thread holds or loads something else, so it cannot wait to run alone, though it be unknown
+    WORDS = 22
 
     FREE = 0
     WAITING = 1

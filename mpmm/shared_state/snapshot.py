@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from mpmm.errors import LayoutMismatchError, LockTimeoutError, SegmentCorruptError
+from mpmm.shared_state.durations import LONGEST_NS
 from mpmm.shared_state.events import EventKind
 from mpmm.shared_state.layout import (
     LAYOUT_VERSION,
@@ -103,7 +104,9 @@ class ModelInfo:
     """One tag: how many copies in which state, its estimate in MB (None: unknown), its counters and its times.
 
     kind: `model`, or `lease` for what stands for one lease, held or waited for; its estimate is what it is for.
-    measured: the estimate was read from processes; sd_mb: its standard deviation.
+    measured: the estimate was read from processes; sd_mb: its standard deviation. at_least_mb: the model ran out of
+    memory with that much free, so it needs more, 0 if it never has. failures: loads in a row that failed, the last
+    one failed_ago_s ago (None: none).
     unused_for_s: since its last use, 0 while it is in use. load_s, hold_s, gap_s: decayed means of the time of a load,
     of a hold and between two requests, 0 unknown. requests: how many the last of these has seen, and requested_ago_s:
     when.
@@ -115,6 +118,9 @@ class ModelInfo:
     estimate_mb: float | None
     measured: bool
     sd_mb: float
+    at_least_mb: float
+    failures: int
+    failed_ago_s: float | None
     loaded: int
     active: int
     idle: int
@@ -615,6 +621,9 @@ class _Decoder:
             estimate_mb=self._floats[at + Model.ESTIMATE_MB] if words[at + Model.KNOWN] else None,
             measured=bool(words[at + Model.MEASURED]),
             sd_mb=floats[at + Model.SD_MB],
+            at_least_mb=floats[at + Model.AT_LEAST_MB],
+            failures=words[at + Model.FAILURES],
+            failed_ago_s=self._age(words[at + Model.FAILED_AT]) if words[at + Model.FAILED_AT] else None,
             loaded=words[at + Model.LOADED],
             active=words[at + Model.ACTIVE],
             idle=words[at + Model.IDLE],
@@ -690,7 +699,9 @@ class _Decoder:
             span=words[at + Ticket.SPAN],
             waited_s=self._age(words[at + Ticket.ENQUEUED]),
             blocked_for_s=self._age(words[at + Ticket.BLOCKED_AT]) if words[at + Ticket.BLOCKED_AT] else None,
-            time_left_s=-self._age(words[at + Ticket.DEADLINE]) if words[at + Ticket.DEADLINE] < 2**63 else math.inf,
+            time_left_s=-self._age(words[at + Ticket.DEADLINE])
+            if words[at + Ticket.DEADLINE] < LONGEST_NS
+            else math.inf,
             preload=words[at + Ticket.PRELOAD],
             instance=self._reference(words[at + Ticket.INSTANCE]),
         )

@@ -27,6 +27,7 @@ import numpy as np
 
 from mpmm.errors import TableFullError
 from mpmm.policy.ledger import Entry, Figure, Ledger, Return, expire, settle
+from mpmm.shared_state.durations import to_ns
 from mpmm.shared_state.events import Cause, EventKind
 from mpmm.shared_state.futex import wake_all
 from mpmm.shared_state.layout import (
@@ -242,12 +243,17 @@ class Transitions:
         t.set(self.tables.model(row) + Model.STATE, Model.MODEL)
         return row
 
-    def estimate(self, t: Transaction, row: int, mb: float, measured: bool, sd_mb: float = 0.0) -> None:
+    def estimate(
+        self, t: Transaction, row: int, mb: float, measured: bool, sd_mb: float = 0.0, forget_bound: bool = False
+    ) -> None:
         """Set what a copy of the model is expected to take; its waiters lose the priority of the unknown.
 
         measured: read from processes. sd_mb: standard deviation of the figure, 0 for one that is taken for exact.
+        forget_bound: it counts although the model has run out of memory with more than that free, see `run_out`.
         """
         at = self.tables.model(row)
+        if forget_bound:
+            t.set_float(at + Model.AT_LEAST_MB, 0.0)
         if not self.segment.words[at + Model.KNOWN]:
             for ticket in self.tables.rows_where(self.layout.tickets, Ticket.MODEL, row):
                 if not self.segment.words[self.tables.ticket(ticket) + Ticket.PRIORITY]:
@@ -259,12 +265,34 @@ class Transitions:
         t.set_float(at + Model.SD_MB, sd_mb)
         t.event(EventKind.ESTIMATED, row + 1, value=mb)
 
-    def run_out(self, t: Transaction, row: int) -> None:
-        """Record that a copy of the model needed more memory than there was."""
-        known = self.segment.words[self.tables.model(row) + Model.KNOWN]
-        estimate = self.segment.floats[self.tables.model(row) + Model.ESTIMATE_MB] if known else math.nan
+    def run_out(self, t: Transaction, row: int, at_least_mb: float = 0.0, loading: bool = False) -> None:
+        """Record that a copy of the model needed more memory than there was: more than `at_least_mb`, 0 if unknown.
+
+        loading: a load did. Then an estimate that is not above that, and was not read from a process, is wrong: the
+        model is unknown again, so that the copy that loads next is measured.
+        """
+        words, floats, at = self.segment.words, self.segment.floats, self.tables.model(row)
+        estimate = floats[at + Model.ESTIMATE_MB] if words[at + Model.KNOWN] else math.nan
         t.add(Header.OUT_OF_MEMORY, 1)
         t.event(EventKind.OUT_OF_MEMORY, row + 1, value=estimate)
+        if at_least_mb > floats[at + Model.AT_LEAST_MB]:
+            t.set_float(at + Model.AT_LEAST_MB, at_least_mb)
+        if loading and estimate <= at_least_mb and not words[at + Model.MEASURED]:
+            t.set(at + Model.KNOWN, 0)
+            t.set_float(at + Model.ESTIMATE_MB, math.nan)
+            t.set_float(at + Model.SD_MB, 0.0)
+
+    def note_failure(self, t: Transaction, row: int) -> None:
+        """Record that a load of the model has failed by its own fault."""
+        at = self.tables.model(row)
+        t.add(at + Model.FAILURES, 1)
+        t.set(at + Model.FAILED_AT, t.now)
+
+    def _forget_failures(self, t: Transaction, row: int) -> None:
+        at = self.tables.model(row)
+        if self.segment.words[at + Model.FAILURES]:
+            t.set(at + Model.FAILURES, 0)
+            t.set(at + Model.FAILED_AT, 0)
 
     def pin(self, t: Transaction, model: int, member: int) -> int:
         """Keep the idle copies of a model from eviction for a member (slot); return the row. Raises TableFullError."""
@@ -336,12 +364,13 @@ class Transitions:
         devices: int = 0,
         tied: int = 0,
         span: int = 1,
+        nested: bool = False,
     ) -> int:
         """Let a member (slot) wait for a model; return the ticket's row. Raises TableFullError.
 
         preload: above 0, it waits for a load that brings the copies it can use to that number, not for one to use.
         devices, tied: bits of the devices where it may load, and on which a copy is of use; 0 for all.
-        span: how many devices what it loads lies on.
+        span: how many devices what it loads lies on. nested: it is not to run alone, as its thread holds another.
         """
         row = self._take_row(t, self.layout.tickets)
         at = self.tables.ticket(row)
@@ -358,6 +387,7 @@ class Transitions:
         none = (Ticket.REASON, Ticket.BLOCKED_AT, Ticket.FREE_MB, Ticket.COMING_MB, Ticket.SECONDS)
         t.set_all([(at + word, 0) for word in (*none, Ticket.OTHER, Ticket.ON)])
         t.set_all(((at + Ticket.DEVICES, devices), (at + Ticket.TIED, tied), (at + Ticket.SPAN, span)))
+        t.set(at + Ticket.NESTED, int(nested))
         t.set_float(at + Ticket.NEED_MB, need_mb)
         t.set(at + Ticket.PRELOAD, preload)
         t.set(at + Ticket.STATE, Ticket.WAITING)
@@ -659,8 +689,8 @@ class Transitions:
         server: int,
         has_server: bool,
         shares_mb: Sequence[float] = (),
-    ) -> None:
-        """A load is done, its loader holds the copy.
+    ) -> bool:
+        """A load is done, its loader holds the copy. Return whether it is a twin, so that its memory is another's.
 
         handle: empty for an object, which belongs to the loader from now on.
         mb: what the copy takes as far as known. shares_mb: of each device, where it spans several; empty: all the same.
@@ -670,6 +700,9 @@ class Transitions:
         words = self.segment.words
         model = words[at + Instance.MODEL]
         began = words[at + Instance.SINCE]
+        is_twin = bool(handle) and bool(self.twins_of(handle, row))
+        if is_twin:
+            mb, shares_mb = 0.0, ()
         self._change_state(t, row, Instance.ACTIVE)
         now = words[at + Instance.SINCE]
         t.set(at + Instance.LOADED_AT, now)
@@ -686,9 +719,50 @@ class Transitions:
         row_of_model = self.tables.model(model)
         t.add(row_of_model + Model.LOADS, 1)
         t.set(row_of_model + Model.SHARES, int(bool(handle)))
+        self._forget_failures(t, model)
         t.set(row_of_model + Model.LOAD_S, self._smoothed(row_of_model + Model.LOAD_S, (now - began) / 1e9))
         self._reconfigure(t, row)
         t.event(EventKind.LOAD_ENDED, model + 1, row + 1, value=(now - began) / 1e9)
+        return is_twin
+
+    def twins_of(self, handle: bytes, row: int) -> list[int]:
+        """Return the other instances, in use or idle, that stand for the same handle as a row does, or is to."""
+        words, tables = self.segment.words, self.tables
+        return [
+            other
+            for other in tables.rows_where(self.layout.instances, Instance.HANDLE, len(handle))
+            if other != row
+            and words[tables.instance(other)] in (Instance.ACTIVE, Instance.IDLE)
+            and tables.text(tables.instance(other) + Instance.HANDLE) == handle
+        ]
+
+    def unloads_handle(self, row: int) -> bool:
+        """Tell whether the unload of this row is the one that unloads its handle: no twin is left.
+
+        Of twins that are unloaded at the same time it is the last one in the table.
+        """
+        at, tables = self.tables.instance(row), self.tables
+        handle = tables.text(at + Instance.HANDLE)
+        going = (
+            other
+            for other in tables.rows_where(self.layout.instances, Instance.STATE, Instance.UNLOADING)
+            if other > row and tables.text(tables.instance(other) + Instance.HANDLE) == handle
+        )
+        return bool(handle) and not self.twins_of(handle, row) and next(going, None) is None
+
+    def _leave_memory(self, t: Transaction, row: int, to: int) -> None:
+        """Let a twin that stays stand for the memory of one that goes, and for its server."""
+        self.end_isolation(t, to)
+        words, floats, at, heir = self.segment.words, self.segment.floats, *map(self.tables.instance, (row, to))
+        t.set(heir + Instance.DEVICES, words[at + Instance.DEVICES])
+        self._set_mb(t, to, floats[at + Instance.MB], [mb for _, mb in self.tables.shares_of(row)])
+        t.set(heir + Instance.LOADED_AT, words[at + Instance.LOADED_AT])
+        server = words[at + Instance.SERVER]
+        if server:
+            t.set(heir + Instance.SERVER, server)
+            t.set(self.tables.member(server - 1) + Member.INSTANCE, to + 1)
+            t.set(at + Instance.SERVER, 0)
+        self._set_mb(t, row, 0.0)
 
     def fail_load(self, t: Transaction, row: int) -> None:
         """A load came to nothing: free the row and its reservation."""
@@ -789,7 +863,35 @@ class Transitions:
         t.event(EventKind.ISOLATION_ENDED, self._model_reference(row), row + 1)
 
     def begin_unload(self, t: Transaction, row: int, unloader: int, evicted: bool, cause: Cause | None = None) -> None:
-        """Take an idle copy out of use; a member (slot) unloads it, its owner if it has one."""
+        """Take an idle copy out of use; a member (slot) unloads it, its owner if it has one.
+
+        Of several that stand for one handle, the memory comes back with the last. So when one is evicted, those that
+        are idle and not pinned go with it, and with the others its memory stays.
+        """
+        at, words, tables = self.tables.instance(row), self.segment.words, self.tables
+        handle = b"" if words[at + Instance.OWNER] else tables.text(at + Instance.HANDLE)
+        twins = self.twins_of(handle, row) if handle else []
+        if twins:
+            stays = [
+                twin
+                for twin in twins
+                if words[tables.instance(twin)] == Instance.ACTIVE
+                or not evicted
+                or words[tables.model(words[tables.instance(twin) + Instance.MODEL]) + Model.PINS]
+            ]
+            going = sorted({row, *twins} - set(stays))
+            bears = next((one for one in (row, *twins) if self.segment.floats[tables.instance(one) + Instance.MB]), row)
+            heir = stays[0] if stays else going[-1]
+            # Where another copy runs alone, none that is in use may come to lie.
+            isolated = words[Header.ISOLATED] & words[tables.instance(bears) + Instance.DEVICES]
+            if bears in going and bears != heir and not isolated:
+                self._leave_memory(t, bears, heir)
+            for twin in going:
+                if twin != row:
+                    self._begin_one_unload(t, twin, unloader, evicted, cause)
+        self._begin_one_unload(t, row, unloader, evicted, cause)
+
+    def _begin_one_unload(self, t: Transaction, row: int, unloader: int, evicted: bool, cause: Cause | None) -> None:
         at = self.tables.instance(row)
         words = self.segment.words
         assert words[at + Instance.STATE] == Instance.IDLE
@@ -858,6 +960,8 @@ class Transitions:
                 self.begin_unload(t, row, self._namespace.slot, evicted=False)
             elif words[at + Instance.STATE] == Instance.LOADING:
                 self.give_up_load(t, row)
+        for row in np.flatnonzero(tables.view(self.layout.models)[:, Model.FAILURES]).tolist():
+            self._forget_failures(t, row)
         t.add(Header.RESETS, 1)
         t.event(EventKind.RESET)
 
@@ -1047,7 +1151,7 @@ class Transitions:
     def peak_since(self, row: int, since_ns: int) -> float:
         """Return the highest figure of a device in the window, or since `since_ns` if that is later."""
         at = self.tables.device(row)
-        oldest = time.monotonic_ns() - int(self._namespace.settings.peak_window_seconds * 1e9)
+        oldest = time.monotonic_ns() - to_ns(self._namespace.settings.peak_window_seconds)
         ring = at + Device.RING
         end = ring + 2 * Device.RING_LENGTH
         times = np.array(self.segment.words[ring:end:2])
@@ -1112,7 +1216,7 @@ class Transitions:
             )
 
     def _give_up_ns(self) -> int:
-        return int(min(self._namespace.settings.memory_return_seconds, 1e9) * 1e9)
+        return to_ns(self._namespace.settings.memory_return_seconds)
 
     def _entries(self, device: int, figure: Figure) -> list[Entry]:
         """Return what each instance and lease on a device may have had of it when a sample was taken."""
