@@ -21,6 +21,7 @@ from mpmm.policy.demand import Demand
 from mpmm.policy.fairness import UNKNOWN_FIRST
 from mpmm.policy.plan import make_plan
 from mpmm.policy.reasons import explain
+from mpmm.policy.sharing import remaining_s
 from mpmm.policy.view import (
     Busy,
     Decision,
@@ -72,7 +73,7 @@ class Copies:
     shared: defaultdict[int, int] = field(default_factory=lambda: defaultdict(int))
     owned: defaultdict[int, defaultdict[int, int]] = field(default_factory=_counts)
     loading: defaultdict[int, defaultdict[int, int]] = field(default_factory=_counts)
-    oldest_load: dict[int, int] = field(default_factory=dict)
+    newest_load: dict[int, int] = field(default_factory=dict)
     newest_hold: dict[int, int] = field(default_factory=dict)
     unloading: defaultdict[int, int] = field(default_factory=lambda: defaultdict(int))
     booked_mb: defaultdict[int, float] = field(default_factory=lambda: defaultdict(float))
@@ -339,7 +340,7 @@ class Scheduler:
                 continue
             if state == Instance.LOADING:
                 copies.loading[model][holder] += 1
-                copies.oldest_load[model] = min(since, copies.oldest_load.get(model, since))
+                copies.newest_load[model] = max(since, copies.newest_load.get(model, 0))
                 free_in_s = self._free_in_s(model, since, now, loading=True)
                 copies.busy.append(Busy(row, model, device, mb, free_in_s, pinned, holder, True, beside=beside))
             else:
@@ -385,12 +386,11 @@ class Scheduler:
             copies.reserved_mb[other] += share_mb if math.isnan(measured) else max(0.0, share_mb - measured)
 
     def _free_in_s(self, model: int, since_ns: int, now_ns: int, loading: bool) -> float:
-        """Return when a copy that is held, or being loaded, is expected to be idle; `inf` if nothing is known."""
+        """Return when an instance that is held, or being loaded, is expected to be idle, judged by how long that takes
+        on average and how long it has taken already."""
         floats, at = self._segment.floats, self._tables.model(model)
-        hold_s, load_s = floats[at + Model.HOLD_S], floats[at + Model.LOAD_S]
-        if not hold_s or (loading and not load_s):
-            return math.inf
-        return max(0.0, hold_s + (load_s if loading else 0.0) - (now_ns - since_ns) / 1e9)
+        hold_s, load_s, elapsed_s = floats[at + Model.HOLD_S], floats[at + Model.LOAD_S], (now_ns - since_ns) / 1e9
+        return hold_s + remaining_s(load_s, elapsed_s) if loading else remaining_s(hold_s, elapsed_s)
 
     def device_views(self, copies: Copies) -> tuple[DeviceView, ...]:
         """Return the figures of all devices."""
@@ -443,7 +443,7 @@ class Scheduler:
             shares=bool(words[at + Model.SHARES]),
             load_s=floats[at + Model.LOAD_S],
             hold_s=floats[at + Model.HOLD_S],
-            loading_for_s=(now_ns - copies.oldest_load.get(model, now_ns)) / 1e9,
+            loading_for_s=(now_ns - copies.newest_load.get(model, now_ns)) / 1e9,
             held_for_s=(now_ns - copies.newest_hold.get(model, now_ns)) / 1e9,
             rate=self._demand(model).counted(self._requests(model), now_ns / 1e9).per_second(now_ns / 1e9),
             lease=words[at] == Model.LEASE,

@@ -18,7 +18,7 @@ from mpmm.policy.eviction import eviction_order, score
 from mpmm.policy.fairness import is_due, is_overdue, queue_order
 from mpmm.policy.placement import best_place
 from mpmm.policy.plan import make_plan
-from mpmm.policy.sharing import waiting_is_sooner
+from mpmm.policy.sharing import FIRST_LOAD_S, Seen, seen_so_far, waiting_is_sooner
 from mpmm.policy.view import (
     Busy,
     DeviceView,
@@ -81,6 +81,11 @@ def idle(
     return Idle(row, of, on, mb, NOW - age, owner, pinned)
 
 
+def held_for_long(one: ModelView) -> ModelView:
+    """The model, whose holds take so much longer than its loads that nobody waits for an instance in use."""
+    return replace(one, load_s=1.0, hold_s=9.0)
+
+
 def at_most(copies: int) -> Rules:
     return replace(RULES, max_model_copies=copies)
 
@@ -133,7 +138,7 @@ CASES: Mapping[str, tuple[View, list[object]]] = {
         [Load(1, (0,), 100, False)],
     ),
     "one copy is granted once": (
-        view([model(A, shared=1)], [ticket(1, A), ticket(2, A)], copies=[idle(7, A)]),
+        view([held_for_long(model(A, shared=1))], [ticket(1, A), ticket(2, A)], copies=[idle(7, A)]),
         [Grant(1, 7), Load(2, (0,), 100, False)],
     ),
     "pinned copies are not evicted": (
@@ -281,7 +286,7 @@ CASES: Mapping[str, tuple[View, list[object]]] = {
     ),
     "too large for ever": (view([model(A, 901)], [ticket(1, A)]), [Refuse(1)]),
     "too large for another copy, but there is one": (
-        view([model(A, 901, shared=1)], [ticket(1, A)], in_use=1),
+        view([held_for_long(model(A, 901, shared=1))], [ticket(1, A)], in_use=1),
         [Wait(1, Reason.MEMORY)],
     ),
     "too large, and another's object does not help": (
@@ -372,7 +377,7 @@ CASES: Mapping[str, tuple[View, list[object]]] = {
     ),
     "an unknown model isolates one device, and copies on others are handed out": (
         view(
-            [model(A, known=False), model(B, shared=1), model(C, shared=1)],
+            [model(A, known=False), held_for_long(model(B, shared=1)), model(C, shared=1)],
             [ticket(1, A, priority=0), ticket(2, B), ticket(3, C)],
             copies=[idle(7, B), idle(8, C, on=1)],
             devices=[device(0, used=100), device(1, used=200)],
@@ -498,7 +503,7 @@ CASES: Mapping[str, tuple[View, list[object]]] = {
     ),
     "a model that has a copy does not": (
         view(
-            [model(A, 800, shared=1), model(B, shared=1, waiting=5)],
+            [held_for_long(model(A, 800, shared=1)), model(B, shared=1, waiting=5)],
             [ticket(1, A)],
             copies=[idle(7, B)],
             devices=[device(used=200)],
@@ -908,7 +913,7 @@ def test_after_twice_the_bound_nothing_at_all() -> None:
 
 def test_nothing_passes_a_model_that_has_to_run_alone() -> None:
     state = view(
-        [model(A, known=False), model(B, shared=1)],
+        [model(A, known=False), held_for_long(model(B, shared=1))],
         [ticket(1, A, priority=0), ticket(2, B)],
         copies=[idle(7, B)],
         in_use=1,
@@ -982,6 +987,12 @@ def busy(**values: Any) -> ModelView:
     )
 
 
+def loading_for(seconds: float, **values: Any) -> ModelView:
+    """The same model while another process loads its only copy."""
+    more = {"shared": 0, "loading": {OTHER: 1}, "shares": values.get("load_s", 2.0) > 0, "loading_for_s": seconds}
+    return busy(**more, **values)
+
+
 @pytest.mark.parametrize(
     ("model_view", "ahead", "expected_s"),
     [
@@ -992,15 +1003,24 @@ def busy(**values: Any) -> ModelView:
         pytest.param(busy(hold_s=3.0), 0, None, id="long holds are not waited for"),
         pytest.param(busy(held_for_s=2.0), 0, None, id="nor one that goes on for as long as a load takes"),
         pytest.param(busy(held_for_s=1.9), 0, 0.1, id="but one that goes on for less is"),
-        pytest.param(busy(hold_s=0.0), 0, None, id="unknown holds are not waited for"),
-        pytest.param(busy(load_s=0.0), 0, None, id="unknown loads are no reason to wait"),
+        pytest.param(busy(hold_s=0.0), 9, 0.0, id="a first hold that has just begun is waited for"),
+        pytest.param(busy(hold_s=0.0, held_for_s=0.3), 0, 0.3, id="it is expected to last for as long again"),
+        pytest.param(busy(hold_s=0.0, held_for_s=0.3), 2, 1.5, id="and so is each hold before one's own"),
+        pytest.param(busy(hold_s=0.0, held_for_s=0.3), 3, None, id="until a load is sooner"),
+        pytest.param(busy(hold_s=0.0, held_for_s=2.0), 0, None, id="which it is when a first hold outlasts a load"),
         pytest.param(busy(shared=0), 0, None, id="without a copy there is nothing to share"),
         pytest.param(busy(shared=0, owned={OTHER: 1}), 0, None, id="another process's object is no use"),
         pytest.param(busy(shared=0, owned={ME: 1}), 0, 0.1, id="an object of one's own is"),
         pytest.param(busy(shared=0, loading={OTHER: 1}, shares=True, loading_for_s=0.5), 0, 1.6, id="a load is shared"),
         pytest.param(busy(shared=0, loading={OTHER: 1}, shares=False), 0, None, id="but not of another's object"),
+        pytest.param(loading_for(0.5, load_s=0.0, hold_s=0.0), 0, FIRST_LOAD_S - 0.5, id="so is a first load"),
         pytest.param(
-            busy(shared=0, known=False, load_s=0.0, loading={ME: 1}), 0, 0.0, id="an unknown model loads once"
+            loading_for(0.5, load_s=0.0, hold_s=0.0, known=False), 0, FIRST_LOAD_S - 0.5, id="of an unknown model, too"
+        ),
+        pytest.param(loading_for(3.8), 0, 1.9, id="a load that is late is expected to be late by as much again"),
+        pytest.param(loading_for(4.0), 0, None, id="and is not shared once another one is sooner"),
+        pytest.param(
+            loading_for(2 * FIRST_LOAD_S, load_s=0.0, hold_s=0.0), 0, None, id="nor is a first load that never ends"
         ),
     ],
 )
@@ -1013,6 +1033,43 @@ def test_another_copy_is_loaded_only_where_that_is_sooner(
 
 def test_who_has_just_come_waits_for_a_copy_that_is_held_for_long() -> None:
     assert waiting_is_sooner(busy(held_for_s=9.0), ticket(1, A, waited=1.9), 0, NOW) == pytest.approx(0.1)
+
+
+def test_the_first_load_of_a_model_is_expected_to_be_as_those_of_others() -> None:
+    objects = [busy(shared=0, owned={OTHER: 1}, load_s=4.0, hold_s=0.3)] * 2
+    handle = busy(shares=True, load_s=1.0, hold_s=0.0)
+    first = loading_for(0.5, load_s=0.0, hold_s=0.0)
+    assert seen_so_far([first]) == Seen(0.0, 0.0, shares=True)
+    assert seen_so_far([*objects, handle]) == Seen(3.0, pytest.approx(0.3), shares=False)
+    waits_s = [
+        waiting_is_sooner(first, ticket(1, A), 0, NOW, seen)
+        for seen in (Seen(3.0, 0.3, shares=True), Seen(3.0, 0.3, shares=False), Seen(0.2, 0.1, shares=True))
+    ]
+    assert waits_s == [pytest.approx(2.8), None, None]
+
+
+def test_while_nothing_is_known_one_loads_and_the_others_wait_for_that() -> None:
+    tickets = [ticket(row, A, member=row) for row in range(1, 5)]
+    decisions = make_plan(view([model(A)], tickets)).decisions
+    assert decisions == (Load(1, (0,), 100, False), *(Wait(row, Reason.SHARING) for row in (2, 3, 4)))
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_unknown_models_are_loaded_in_parallel_where_processes_are_measured(known: bool) -> None:
+    models = [model(row, known=known) for row in (A, B, C)]
+    tickets = [ticket(row, wants) for row, wants in enumerate((A, B, C, A, B, C))]
+    decisions = make_plan(view(models, tickets, rules=replace(RULES, isolate_unknown=False))).decisions
+    loads = [Load(row, (0,), 100, False) for row in (0, 1, 2)]
+    assert decisions == (*loads, *(Wait(row, Reason.SHARING) for row in (3, 4, 5)))
+
+
+def test_a_hung_load_is_shared_until_another_one_is_sooner() -> None:
+    def decided(loading_for_s: float) -> tuple[object, ...]:
+        hung = loading_for(loading_for_s)
+        return make_plan(view([hung], [ticket(1, A), ticket(2, A)], busy=(in_use(5, A, 100, 9.0),))).decisions
+
+    assert decided(3.8) == (Wait(1, Reason.SHARING), Wait(2, Reason.SHARING))
+    assert decided(4.0) == (Load(1, (0,), 100, False), Wait(2, Reason.SHARING))
 
 
 def test_who_shares_a_copy_does_not_block_those_behind() -> None:

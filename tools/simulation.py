@@ -18,6 +18,7 @@ from mpmm.policy.demand import Demand
 from mpmm.policy.eviction import eviction_order
 from mpmm.policy.fairness import is_overdue
 from mpmm.policy.plan import Plan, make_plan
+from mpmm.policy.sharing import remaining_s
 from mpmm.policy.view import (
     Busy,
     Decision,
@@ -343,16 +344,17 @@ class _Simulation:
         busy: list[Busy] = []
         loaded: Counter[int] = Counter()
         loading: Counter[int] = Counter()
-        oldest_load: dict[int, float] = {}
+        newest_load: dict[int, float] = {}
         held_for: dict[int, float] = {}
         used = reserved = unloading_mb = 0.0
         for copy in self._copies.values():
             mb, state, model = setting.sizes_mb[copy.model], copy.state, copy.model
             if state == self.LOADING:
                 loading[model] += 1
-                oldest_load[model] = min(copy.since_s, oldest_load.get(model, now_s))
+                newest_load[model] = max(copy.since_s, newest_load.get(model, 0.0))
                 reserved += mb
-                free_in_s = copy.since_s + setting.load_s + self._known_hold.get(model, 0.0) - now_s
+                elapsed_s = now_s - copy.since_s
+                free_in_s = remaining_s(self._known_load.get(model, 0.0), elapsed_s) + self._known_hold.get(model, 0.0)
                 busy.append(Busy(copy.row, model, 0, mb, free_in_s))
                 continue
             used += mb
@@ -365,8 +367,7 @@ class _Simulation:
             else:
                 held = now_s - copy.since_s
                 held_for[model] = min(held, held_for.get(model, math.inf))
-                hold_s = self._known_hold.get(model, math.inf)
-                busy.append(Busy(copy.row, model, 0, mb, max(0.0, hold_s - held)))
+                busy.append(Busy(copy.row, model, 0, mb, remaining_s(self._known_hold.get(model, 0.0), held)))
         idle.sort(key=lambda copy: -copy.idle_since_s)
         models = {
             model: ModelView(
@@ -380,7 +381,7 @@ class _Simulation:
                 shares=True,
                 load_s=self._known_load.get(model, 0.0),
                 hold_s=self._known_hold.get(model, 0.0),
-                loading_for_s=now_s - oldest_load.get(model, now_s),
+                loading_for_s=now_s - newest_load.get(model, now_s),
                 held_for_s=held_for.get(model, 0.0),
                 rate=self._demand[model].per_second(now_s),
             )

@@ -11,7 +11,7 @@ from mpmm.policy.admission import free_mb, largest_limit_mb, limit_mb
 from mpmm.policy.eviction import Room, find_room, together, waiting_pays
 from mpmm.policy.fairness import is_due, is_overdue, queue_order
 from mpmm.policy.placement import best_place, soonest_alone
-from mpmm.policy.sharing import waiting_is_sooner
+from mpmm.policy.sharing import presumed, seen_so_far, waiting_is_sooner
 from mpmm.policy.view import (
     Busy,
     Decision,
@@ -65,6 +65,8 @@ class _Walk:
             if all(device in self._devices for device in copy.devices):
                 self._idle[copy.model].append(copy)
         self._models = dict(view.models)
+        # What that tells of models that have never been loaded.
+        self._seen = seen_so_far(view.models.values())
         # Copies in use or being loaded by device, those that this walk adds as well.
         self._busy = Counter(device for copy in view.busy for device in copy.devices)
         self._blocked: TicketView | None = None
@@ -166,7 +168,7 @@ class _Walk:
             return self._exchange(ticket, model)
         usable = self._for(ticket, model)
         ahead = self._sharing[ticket.model]
-        shared_in_s = waiting_is_sooner(usable, ticket, ahead, self._view.now_s)
+        shared_in_s = waiting_is_sooner(usable, ticket, ahead, self._view.now_s, self._seen)
         if shared_in_s is not None:
             self._sharing[ticket.model] += 1
             return Wait(ticket.row, Reason.SHARING, Why(Reason.SHARING, seconds=shared_in_s))
@@ -378,7 +380,7 @@ class _Walk:
             return None
         if model.lease and self._lease_is_awaited:
             return None
-        if model.usable_by(ticket.member) or model.coming_for(ticket.member):
+        if model.usable_by(ticket.member) or presumed(model, self._seen).coming_for(ticket.member):
             return None
         slack, share_mb = self._slack, model.need_mb / ticket.span
         left = dict(zip((device.device for device in room.devices), room.left_mb, strict=True)) if room else {}
@@ -418,7 +420,7 @@ class _Walk:
         model = self._models[ticket.model]
         if not ticket.tied:
             loading = {**model.loading, ticket.member: model.loading.get(ticket.member, 0) + 1}
-            self._models[ticket.model] = replace(model, loading=loading)
+            self._models[ticket.model] = replace(model, loading=loading, loading_for_s=0.0)
         free = math.fsum(free_mb(device, self._slack) for device in devices)
         why = Why(reason, need_mb, free, other=other, devices=self._named(devices))
         return Load(ticket.row, tuple(device.device for device in devices), need_mb, False, why)

@@ -107,8 +107,8 @@ class ModelView:
     need_mb: the estimate, or the default. shared: loaded copies that any member can use. owned: loaded copies
     that only one member can use, by member. loading: copies being loaded, by the member that loads them;
     shares: what is being loaded will be a handle, as far as known. load_s, hold_s: how long a load and a hold
-    take, 0 unknown. loading_for_s: since when the oldest load goes on. held_for_s: how long the copy that was handed
-    out last is held. rate: expected requests a second. lease: it is no model, but a lease.
+    take, 0 unknown. loading_for_s: how long the newest load has been going on. held_for_s: how long the copy that was
+    handed out last is held. rate: expected requests a second. lease: it is no model, but a lease.
     """
 
     model: int
