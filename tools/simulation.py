@@ -8,9 +8,11 @@ sees the same requests. Copies are handles (any client can use any), and loads, 
 from __future__ import annotations
 
 import heapq
+import itertools
 import math
+import operator
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from mpmm.policy.admission import free_mb
@@ -36,7 +38,16 @@ from mpmm.policy.view import (
     Wait,
 )
 
-__all__ = ["POLICIES", "Outcome", "Policy", "Setting", "offline_loads", "simulate"]
+__all__ = [
+    "POLICIES",
+    "Outcome",
+    "Policy",
+    "Setting",
+    "closed_loads",
+    "offline_loads",
+    "simulate",
+    "simulate_clients",
+]
 
 ARRIVE, LOADED, RELEASE, UNLOADED = range(4)
 
@@ -76,12 +87,18 @@ class Policy:
 
 @dataclass
 class Outcome:
-    """What came of a simulation; waits in seconds, by model. used_mb: (time, MB) at every change."""
+    """What came of a simulation; waits in seconds, by model. used_mb: (time, MB) at every change.
+
+    broken_bounds: how often a waiter got something past one that nobody may pass any more. endless_waits: how often
+    somebody waited while no instance was active, loading or unloading. Nothing but our own instances takes memory in a
+    simulation, so such a wait can have no end.
+    """
 
     loads: int = 0
     evictions: int = 0
     refused: int = 0
     broken_bounds: int = 0
+    endless_waits: int = 0
     finished_s: float = 0.0
     waits: defaultdict[int, list[float]] = field(default_factory=lambda: defaultdict(list))
     used_mb: list[tuple[float, float]] = field(default_factory=list)
@@ -208,6 +225,8 @@ class _Simulation:
                 continue
             self.now_s = at_s
             handlers[kind](what)
+            if self._tickets and not any(copy.state != self.IDLE for copy in self._copies.values()):
+                self.outcome.endless_waits += 1
         self.outcome.finished_s = self.now_s
         return self.outcome
 
@@ -297,6 +316,7 @@ class _Simulation:
                 self._check_bound(ticket, view)
                 self._grant(ticket, self._copies[row])
             case Load():
+                self._check_bound(ticket, view)
                 self._leave(ticket)
                 self._made += 1
                 self._copies[self._made] = _Copy(
@@ -308,6 +328,7 @@ class _Simulation:
                 if self.policy.blocks:
                     self._frozen_until_s = self.now_s + self.setting.load_s
             case Evict(_, rows):
+                self._check_bound(ticket, view)
                 self._block(ticket)
                 for row in rows:
                     self._copies[row].state = self.UNLOADING
@@ -355,7 +376,7 @@ class _Simulation:
                 reserved += mb
                 elapsed_s = now_s - copy.since_s
                 free_in_s = remaining_s(self._known_load.get(model, 0.0), elapsed_s) + self._known_hold.get(model, 0.0)
-                busy.append(Busy(copy.row, model, 0, mb, free_in_s))
+                busy.append(Busy(copy.row, model, 0, mb, free_in_s, loading=True))
                 continue
             used += mb
             if state == self.UNLOADING:
@@ -418,6 +439,67 @@ def simulate(
     for _ in range(clients):
         next_request(0)
     return simulation.run()
+
+
+def simulate_clients(
+    setting: Setting, policy: Policy, sequences: Sequence[Sequence[int]], think_s: float = 0.0
+) -> Outcome:
+    """Replay one sequence of requests for each client, which asks for the next model `think_s` after it was served."""
+    simulation = _Simulation(setting, policy)
+    left = [iter(sequence) for sequence in sequences]
+    client_of: dict[int, int] = {}
+
+    def next_request(client: int, at_s: float) -> None:
+        model = next(left[client], None)
+        if model is not None:
+            client_of[simulation.request(at_s, model)] = client
+
+    simulation.finished = lambda request: next_request(client_of[request], simulation.now_s + think_s)
+    for client in range(len(sequences)):
+        next_request(client, 0.0)
+    return simulation.run()
+
+
+def closed_loads(sequences: Sequence[Sequence[int]], room: int = 1) -> int:
+    """Return the fewest loads with which closed clients can be served, where `room` models are loaded at a time.
+
+    A closed client asks for a model only after it has been served the one before. So a load can serve, of each client,
+    only the requests that are next in turn; with room for one model that is the length of the shortest common
+    supersequence of what the clients want, repeats left out. Found by going through all that can have been served after
+    so many loads, without what is behind something else there.
+    """
+
+    def served(at: tuple[int, ...], loaded: frozenset[int]) -> tuple[int, ...]:
+        ahead = []
+        for one, sequence in zip(at, sequences, strict=True):
+            while one < len(sequence) and sequence[one] in loaded:
+                one += 1
+            ahead.append(one)
+        return tuple(ahead)
+
+    ends = tuple(len(sequence) for sequence in sequences)
+    reached = {(frozenset[int](), (0,) * len(sequences))}
+    for loads in itertools.count():
+        if any(at == ends for _, at in reached):
+            return loads
+        further: defaultdict[frozenset[int], set[tuple[int, ...]]] = defaultdict(set)
+        for loaded, at in reached:
+            for model in {sequence[one] for one, sequence in zip(at, sequences, strict=True) if one < len(sequence)}:
+                kept = itertools.combinations(loaded, room - 1) if len(loaded) == room else [tuple(loaded)]
+                for others in kept:
+                    after = frozenset((*others, model))
+                    further[after].add(served(at, after))
+        reached = {(loaded, at) for loaded, found in further.items() for at in _foremost(found)}
+    raise AssertionError("not reached")
+
+
+def _foremost(found: Iterable[tuple[int, ...]]) -> list[tuple[int, ...]]:
+    """Return the positions that no other one is ahead of for every client."""
+    foremost: list[tuple[int, ...]] = []
+    for at in sorted(found, key=sum, reverse=True):
+        if not any(all(map(operator.le, at, other)) for other in foremost):
+            foremost.append(at)
+    return foremost
 
 
 def offline_loads(setting: Setting, models: Sequence[int]) -> int:

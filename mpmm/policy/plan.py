@@ -72,6 +72,10 @@ class _Walk:
         self._blocked: TicketView | None = None
         # Where room is made for the blocked one, as far as that is known.
         self._room: Room | None = None
+        # The time of the blocked one does not begin yet.
+        self._clock_stands = False
+        # This walk has let somebody load.
+        self._loads_begun = False
         # Models that cannot be loaded beside that. Room only shrinks in a walk, so each is looked at once: most
         # who wait behind a blocked one want the same few.
         self._not_beside: set[int] = set()
@@ -90,9 +94,16 @@ class _Walk:
             hopeless = self._blocked and ticket.model in self._not_beside and not ticket.preload and not ticket.devices
             if ticket.row not in decided and not hopeless:
                 decided[ticket.row] = self._decide(ticket)
+        self._stop_clock(decided)
         decisions = (decided.get(ticket.row) for ticket in order)
         blocked = self._blocked is not None or not self._devices
         return Plan(tuple(decision for decision in decisions if decision is not None), blocked)
+
+    def _stop_clock(self, decided: dict[int, Decision | None]) -> None:
+        """Let the blocked one's time not begin as long as nobody delays it, see `fairness`."""
+        wait = decided.get(self._blocked.row) if self._blocked is not None else None
+        if self._clock_stands and isinstance(wait, Wait):
+            decided[wait.ticket] = replace(wait, first=False)
 
     def _where(self, ticket: TicketView) -> list[DeviceView]:
         """Return the devices on which a waiter may load now."""
@@ -308,6 +319,7 @@ class _Walk:
         due = is_due(self._view, ticket)
         room = self._find_room(ticket, share_mb, due)
         self._room = room
+        self._clock_stands = self._is_delayed_by_loads(ticket, share_mb)
         if room is None:
             pinned = any(copy.pinned for copies in self._idle.values() for copy in copies)
             why = Why(Reason.PINNED if pinned else Reason.MEMORY, need_mb, _most_free_mb(where, slack))
@@ -401,6 +413,7 @@ class _Walk:
             left_mb = tuple(mb - share_mb * (device in taken) for device, mb in left.items())
             self._room = replace(room, left_mb=left_mb)
         devices = tuple(self._devices[device.device] for device in place.devices)
+        self._clock_stands = False
         return self._book(ticket, devices, model.need_mb, Reason.BESIDE, blocked.model)
 
     def _book(
@@ -412,6 +425,7 @@ class _Walk:
         other: int | None = None,
     ) -> Load:
         self._told.clear()
+        self._loads_begun = True
         share_mb = need_mb / len(devices)
         for device in devices:
             self._devices[device.device] = replace(device, reserved_mb=device.reserved_mb + share_mb)
@@ -434,6 +448,11 @@ class _Walk:
     def _block(self, ticket: TicketView, why: Why) -> Wait:
         self._blocked = ticket
         return Wait(ticket.row, why.reason, why, first=True)
+
+    def _is_delayed_by_loads(self, ticket: TicketView, share_mb: float) -> bool:
+        """Tell whether only the end of loads that have begun already can make room, which nobody who reuses delays."""
+        loading = self._loads_begun or any(copy.loading for copy in self._view.busy)
+        return loading and self._cheapest(ticket, share_mb, ()) is None
 
 
 def _can_use(ticket: TicketView, copy: Idle, closed: Set[int] = frozenset()) -> bool:
