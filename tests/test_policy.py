@@ -898,6 +898,50 @@ def test_within_the_bound_every_idle_copy_may_be_reused() -> None:
     assert decisions[1:] == (Grant(2, 9), Grant(3, 7))
 
 
+@pytest.mark.parametrize(
+    ("load", "begins"),
+    [
+        pytest.param(Busy(5, B, 0, 900, 9.0, loading=True), False, id="not while only the end of a load makes room"),
+        pytest.param(Busy(5, B, 0, 900, 9.0), True, id="once that is in use"),
+    ],
+)
+def test_the_time_of_a_blocked_one_begins_when_somebody_can_delay_it(load: Busy, begins: bool) -> None:
+    state = view([model(A, 800), model(B, 900)], [ticket(1, A)], devices=[device(used=900)], busy=(load,))
+    (decision,) = make_plan(state).decisions
+    assert (decision, isinstance(decision, Wait) and decision.first) == (Wait(1, Reason.IN_USE), begins)
+
+
+def test_it_does_not_while_a_load_of_the_same_plan_takes_the_room() -> None:
+    decisions = make_plan(view([model(A, 800), model(B, 800)], [ticket(1, A), ticket(2, B)])).decisions
+    assert [isinstance(decision, Wait) and decision.first for decision in decisions] == [False, False]
+
+
+def test_it_begins_during_a_load_if_others_are_idle_that_could_make_room() -> None:
+    state = view(
+        [model(A, 400), model(B, 100), wanted(C, 400, rate=50.0)],
+        [replace(ticket(1, A))],
+        copies=[idle(7, C, mb=400)],
+        devices=[device(used=800)],
+        busy=(Busy(5, B, 0, 400, 0.1, loading=True),),
+    )
+    costs = {B: wanted(B, 100, rate=0.1, loading={OTHER: 1}), A: replace(model(A, 400, waiting=1), load_s=2.0)}
+    (decision,) = make_plan(replace(state, models={**state.models, **costs})).decisions
+    assert (decision, isinstance(decision, Wait) and decision.first) == (Wait(1, Reason.IN_USE), True)
+
+
+def test_it_begins_when_a_small_load_goes_on_beside_it() -> None:
+    state = view(
+        [model(A, 800), model(B, shared=1), model(C, 50)],
+        [ticket(1, A), ticket(2, C)],
+        devices=[device(used=300)],
+        busy=(Busy(5, B, 0, 300, 1.0, loading=True),),
+    )
+    wait, load = make_plan(state).decisions
+    assert isinstance(load, Load)
+    assert isinstance(wait, Wait)
+    assert wait.first
+
+
 def test_after_it_only_what_is_not_to_make_room() -> None:
     # Wanted costs make the choice plain: C goes, and B, which is small and wanted, is none of it.
     state = blocked_by_c(2.0, ticket(2, C), ticket(3, B))

@@ -8,9 +8,20 @@ reuse whatever is idle: so the waiters of one model are served together, before 
 that are to make room for it are nobody else's any more, and they drain; what is not one of them delays nobody and may
 be reused still. After twice that time nothing is, whatever was expected. What has to run alone is never passed.
 
-The time does not begin when a waiter comes, because in a long queue all have waited for long, and then every copy would
+The time begins only when there is somebody who delays it. As long as nothing but the end of a load that has begun can
+make room, none of the waiters that share that load later is in the way; and without that, where a load takes longer
+than the bound, every instance would go as soon as it is loaded, for the sake of the next waiter: four clients that go
+through four models with room for one, one model further each, then need 112 loads of 10 s for 112 requests instead of
+31. No load that begins later, not even a small one, holds the time up.
+
+It does not begin when a waiter comes, because in a long queue all have waited for long, and then every copy would
 be loaded for one waiter alone, which makes the queue longer still: in the simulator, 64 clients and loads of 2 s, that
 is 576 loads for 1 000 requests and a longest wait of 28 s, instead of 71 loads and 8 s.
+
+Loads are begun in the order of the queue, too. To load first what most wait for, or what they have waited for longest
+in sum, sounds better and is not: of such clients each in an order of its own, 12 cases, first come first served needs
+1.29 times the loads of somebody who knows all that will be asked, most waiters first 1.40, the longest sum 1.33, and
+the longest waits are longer by a half.
 """
 
 from __future__ import annotations
