@@ -32,6 +32,7 @@ from mpmm.policy.view import (
     Idle,
     Load,
     ModelView,
+    Placed,
     Reason,
     Refuse,
     Rules,
@@ -70,6 +71,7 @@ class Copies:
 
     idle: list[Idle] = field(default_factory=list)
     busy: list[Busy] = field(default_factory=list)
+    leases: list[Placed] = field(default_factory=list)
     shared: defaultdict[int, int] = field(default_factory=lambda: defaultdict(int))
     owned: defaultdict[int, defaultdict[int, int]] = field(default_factory=_counts)
     loading: defaultdict[int, defaultdict[int, int]] = field(default_factory=_counts)
@@ -314,6 +316,7 @@ class Scheduler:
             tickets=tickets,
             devices=self.device_views(copies),
             busy=tuple(copies.busy),
+            leases=tuple(copies.leases),
         )
 
     def read_copies(self) -> Copies:
@@ -337,6 +340,9 @@ class Scheduler:
                 # Not a copy of a model, but a reservation, of which what its program takes is in the figure already.
                 self._share_out(copies.reserved_mb, device, beside, max(0.0, reserved - floats[at + Instance.MB]))
                 self._share_out(copies.leased_mb, device, beside, reserved)
+                share_mb = reserved / (1 + len(beside))
+                shares = tuple((other, share_mb) for other, _ in beside)
+                copies.leases.append(Placed(row, model, device, share_mb, beside=shares))
                 continue
             if state == Instance.LOADING:
                 copies.loading[model][holder] += 1
@@ -465,7 +471,7 @@ class Scheduler:
                 chosen += rest[models == model][: 2 * idle].tolist()
         fields = [
             *(Ticket.NUMBER, Ticket.PRIORITY, Ticket.MODEL, Ticket.MEMBER, Ticket.ENQUEUED, Ticket.PRELOAD),
-            *(Ticket.BLOCKED_AT, Ticket.DEVICES, Ticket.TIED, Ticket.SPAN),
+            *(Ticket.BLOCKED_AT, Ticket.DEVICES, Ticket.TIED, Ticket.SPAN, Ticket.PASSED),
         ]
         return tuple(
             TicketView(
@@ -480,8 +486,9 @@ class Scheduler:
                 tuple(device_rows(devices)) if devices else (),
                 tuple(device_rows(tied)) if tied else (),
                 span,
+                bool(passed),
             )
-            for row, (number, priority, model, member, enqueued, preload, blocked, devices, tied, span) in zip(
+            for row, (number, priority, model, member, enqueued, preload, blocked, devices, tied, span, passed) in zip(
                 chosen, rows[chosen][:, fields].tolist(), strict=True
             )
         )
@@ -527,8 +534,10 @@ class Scheduler:
                 self._note_wait(t, ticket, replace(why, reason=Reason.UNLOADING), first=True)
             case Refuse(ticket, why):
                 transitions.refuse(t, ticket, _cause(why))
-            case Wait(ticket, _, why, first):
+            case Wait(ticket, _, why, first, passed):
                 self._note_wait(t, ticket, why, first)
+                if passed:
+                    transitions.let_pass(t, ticket)
 
     def why(self, ticket: int) -> str:
         """Return why a ticket waits, for people."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from mpmm.policy.admission import free_mb, limit_mb
 from mpmm.policy.demand import Demand
 from mpmm.policy.eviction import eviction_order, score
-from mpmm.policy.fairness import is_due, is_overdue, queue_order
+from mpmm.policy.fairness import is_due, is_overdue, may_be_leased_before, queue_order
 from mpmm.policy.placement import best_place
 from mpmm.policy.plan import make_plan
 from mpmm.policy.sharing import FIRST_LOAD_S, Seen, seen_so_far, waiting_is_sooner
@@ -28,6 +29,7 @@ from mpmm.policy.view import (
     Idle,
     Load,
     ModelView,
+    Placed,
     Reason,
     Refuse,
     Rules,
@@ -106,6 +108,7 @@ def view(
     in_use: int = 0,
     unloading: int = 0,
     isolated: bool = False,
+    leases: tuple[Placed, ...] = (),
 ) -> View:
     """A state. in_use: copies on the first device that nothing is known of but that they are in use."""
     waiting = Counter(t.model for t in tickets)
@@ -119,6 +122,7 @@ def view(
         tickets=tuple(tickets),
         devices=tuple(replace(one, unloading=unloading, isolated=isolated or one.isolated) for one in there),
         busy=(*busy, *nameless),
+        leases=leases,
     )
 
 
@@ -258,11 +262,58 @@ CASES: Mapping[str, tuple[View, list[object]]] = {
         ),
         [Wait(1, Reason.LEASED), Grant(2, 7), Load(3, (0,), 100, False)],
     ),
-    "no further lease is given out behind who waits for one to end": (
+    "a lease goes before who has just begun to wait for one to end": (
         view(
-            [model(A, 500), replace(model(B, 100), lease=True)],
-            [ticket(1, A), ticket(2, B)],
+            [model(A, 850), replace(model(B, 100), lease=True)],
+            [ticket(1, A, waited=1.9), ticket(2, B)],
             devices=[device(reserved_mb=600, leased_mb=600)],
+            leases=(Placed(7, D, 0, 600),),
+        ),
+        [Wait(1, Reason.LEASED), Load(2, (0,), 100, False)],
+    ),
+    "no lease that delays who has waited for long": (
+        view(
+            [model(A, 850), replace(model(B, 100), lease=True)],
+            [ticket(1, A, waited=2.0), ticket(2, B)],
+            devices=[device(reserved_mb=600, leased_mb=600)],
+            leases=(Placed(7, D, 0, 600),),
+        ),
+        [Wait(1, Reason.LEASED), Wait(2, Reason.BEHIND)],
+    ),
+    "but one that leaves it room when the others have ended, and not two if they do not": (
+        view(
+            [model(A, 750), replace(model(B, 100), lease=True), replace(model(C, 100), lease=True)],
+            [ticket(1, A, waited=9.0), ticket(2, B), ticket(3, C)],
+            devices=[device(reserved_mb=600, leased_mb=600)],
+            leases=(Placed(7, D, 0, 600),),
+        ),
+        [Wait(1, Reason.LEASED), Load(2, (0,), 100, False), Wait(3, Reason.BEHIND)],
+    ),
+    "nor one that would have it wait for two leases in place of one": (
+        view(
+            [model(A, 600), replace(model(B, 100), lease=True)],
+            [ticket(1, A, waited=9.0), ticket(2, B)],
+            devices=[device(reserved_mb=550, leased_mb=550)],
+            leases=(Placed(7, D, 0, 300), Placed(8, D, 0, 250)),
+        ),
+        [Wait(1, Reason.LEASED), Wait(2, Reason.BEHIND)],
+    ),
+    "a lease may go where who waits for one to end may not": (
+        view(
+            [model(A, 850), replace(model(B, 100), lease=True)],
+            [replace(ticket(1, A, waited=9.0), devices=(0,)), ticket(2, B)],
+            devices=[device(reserved_mb=600, leased_mb=600), device(1, used=700)],
+            leases=(Placed(7, D, 0, 600),),
+        ),
+        [Wait(1, Reason.LEASED), Load(2, (1,), 100, False)],
+    ),
+    "no room is made for a lease behind who waits for one to end": (
+        view(
+            [model(A, 850), replace(model(B, 200), lease=True), model(C, shared=1)],
+            [ticket(1, A, waited=1.0), ticket(2, B)],
+            copies=[idle(6, C, mb=200)],
+            devices=[device(used=200, reserved_mb=600, leased_mb=600)],
+            leases=(Placed(7, D, 0, 600),),
         ),
         [Wait(1, Reason.LEASED), Wait(2, Reason.BEHIND)],
     ),
@@ -982,6 +1033,26 @@ def test_of_two_who_wait_for_one_model_one_loads_and_the_other_shares() -> None:
     handle = replace(model(A, 100), shares=True, load_s=2.0, hold_s=0.1)
     state = view([handle], [ticket(1, A), ticket(2, A, member=OTHER)])
     assert make_plan(state).decisions == (Load(1, (0,), 100.0, alone=False), Wait(2, Reason.SHARING))
+
+
+# ---- leases ------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.lists(st.integers(1, 600).map(float), max_size=12),
+    st.integers(1, 900).map(float),
+    st.integers(1, 600).map(float),
+)
+def test_a_lease_that_goes_before_who_has_waited_for_long_does_not_delay_it(
+    held_mb: list[float], need_mb: float, later_mb: float
+) -> None:
+    waiting = ticket(1, A, waited=2.0)
+    if not may_be_leased_before(view([], []), waiting, need_mb, device(), later_mb, held_mb):
+        return
+    for ended in itertools.product((False, True), repeat=len(held_mb)):
+        left_mb = math.fsum(mb for mb, gone in zip(held_mb, ended, strict=True) if not gone)
+        assert (left_mb + need_mb <= 900) == (left_mb + later_mb + need_mb <= 900)
 
 
 # ---- demand ------------------------------------------------------------------------------------------------

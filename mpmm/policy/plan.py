@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from mpmm.policy.admission import free_mb, largest_limit_mb, limit_mb
 from mpmm.policy.eviction import Room, find_room, together, waiting_pays
-from mpmm.policy.fairness import is_due, is_overdue, queue_order
+from mpmm.policy.fairness import is_due, is_overdue, may_be_leased_before, queue_order
 from mpmm.policy.placement import best_place, soonest_alone
 from mpmm.policy.sharing import presumed, seen_so_far, waiting_is_sooner
 from mpmm.policy.view import (
@@ -22,6 +22,7 @@ from mpmm.policy.view import (
     Idle,
     Load,
     ModelView,
+    Placed,
     Reason,
     Refuse,
     TicketView,
@@ -82,8 +83,12 @@ class _Walk:
         # Who wanted what, and was told to wait without holding up others, since something was last booked.
         self._told: dict[tuple[object, ...], Wait] = {}
         self._sharing: Counter[int] = Counter()
-        # Somebody waits for a lease to end, so no further one is given out behind him.
+        # Somebody waits for a lease to end, so not every further one is given out behind him: who, and what it needs
+        # on each of its devices.
         self._lease_is_awaited = False
+        self._awaiting_leases: list[tuple[TicketView, float]] = []
+        # The leases that are held, those of this walk as well.
+        self._leases = list(view.leases)
 
     def plan(self) -> Plan:
         if self._view.devices and not self._devices:
@@ -303,18 +308,20 @@ class _Walk:
             return Refuse(ticket.row, Why(Reason.TOO_LARGE, need_mb, largest))
         if ticket.preload and not self._fit_beside(ticket, model.copies, share_mb):
             return Refuse(ticket.row, Why(Reason.TOO_LARGE, need_mb, largest))
-        if model.lease and self._lease_is_awaited:
-            return Wait(ticket.row, Reason.BEHIND, Why(Reason.BEHIND, need_mb))
         where = self._where(ticket)
         if len(where) < span:
             # Where it may go somebody runs alone, or is about to.
             return None
-        place = best_place(where, share_mb, slack, span)
+        place = best_place(self._leasable(where, model, share_mb), share_mb, slack, span)
         if place is not None:
             another = self._for(ticket, model).usable_by(ticket.member)
             return self._book(ticket, place.devices, need_mb, Reason.ANOTHER_COPY if another else place.reason)
+        if model.lease and self._lease_is_awaited:
+            return Wait(ticket.row, Reason.BEHIND, Why(Reason.BEHIND, need_mb))
         waits = self._wait_for_others(ticket, where, share_mb)
         if waits is not None:
+            if waits.reason == Reason.LEASED:
+                self._awaiting_leases.append((ticket, share_mb))
             return waits
         due = is_due(self._view, ticket)
         room = self._find_room(ticket, share_mb, due)
@@ -339,6 +346,23 @@ class _Walk:
             return self._block(ticket, Why(Reason.UNLOADING, need_mb, free, unloading_mb, devices=on))
         returning_mb = math.fsum(device.returning_mb for device in room.devices)
         return self._block(ticket, Why(Reason.RETURNING, need_mb, free, returning_mb, devices=on))
+
+    def _leasable(self, devices: list[DeviceView], model: ModelView, share_mb: float) -> list[DeviceView]:
+        """Return where `share_mb` may go before those who wait for leases to end; any model may go anywhere."""
+        if not model.lease or not self._lease_is_awaited:
+            return devices
+        held_mb = {
+            device.device: [lease.mb_on(device.device) for lease in self._leases if device.device in lease.devices]
+            for device in devices
+        }
+        return [
+            device
+            for device in devices
+            if all(
+                may_be_leased_before(self._view, waiting, need_mb, device, share_mb, held_mb[device.device])
+                for waiting, need_mb in self._awaiting_leases
+            )
+        ]
 
     def _wait_for_others(self, ticket: TicketView, where: list[DeviceView], share_mb: float) -> Wait | None:
         """Let one wait for whom leases, or programs that have none, leave too little room, whatever else went.
@@ -390,14 +414,12 @@ class _Walk:
         if blocked is None or self._isolates(model) or model.shared or self._is_at_most(model):
             self._not_beside.add(model.model)
             return None
-        if model.lease and self._lease_is_awaited:
-            return None
         if model.usable_by(ticket.member) or presumed(model, self._seen).coming_for(ticket.member):
             return None
         slack, share_mb = self._slack, model.need_mb / ticket.span
         left = dict(zip((device.device for device in room.devices), room.left_mb, strict=True)) if room else {}
         free = []
-        for device in self._where(ticket):
+        for device in self._leasable(self._where(ticket), model, share_mb):
             if device.device in left:
                 kept_mb = max(0.0, free_mb(device, slack) - left[device.device])
                 free.append(replace(device, reserved_mb=device.reserved_mb + kept_mb))
@@ -430,8 +452,12 @@ class _Walk:
         for device in devices:
             self._devices[device.device] = replace(device, reserved_mb=device.reserved_mb + share_mb)
             self._busy[device.device] += 1
-        # Those behind may share this load.
         model = self._models[ticket.model]
+        if model.lease:
+            first, *others = [device.device for device in devices]
+            beside = tuple((other, share_mb) for other in others)
+            self._leases.append(Placed(-1, model.model, first, share_mb, beside=beside))
+        # Those behind may share this load.
         if not ticket.tied:
             loading = {**model.loading, ticket.member: model.loading.get(ticket.member, 0) + 1}
             self._models[ticket.model] = replace(model, loading=loading, loading_for_s=0.0)

@@ -198,7 +198,7 @@ class TicketView:
     preload: above 0, it does not wait for a copy to use, but for so many to be there that its member can use.
     blocked_since_s: since when it is the first one for whom there is no room, None if it has never been.
     devices: where it may load; tied: on which a copy is of use for it; empty for all. span: how many devices what it
-    loads lies on.
+    loads lies on. passed: a load was let past it.
     """
 
     row: int
@@ -212,6 +212,7 @@ class TicketView:
     devices: tuple[int, ...] = ()
     tied: tuple[int, ...] = ()
     span: int = 1
+    passed: bool = False
 
 
 @dataclass(frozen=True)
@@ -238,6 +239,7 @@ class View:
 
     tickets: waiters in any order; at least the first ones of the queue, and for each model with idle copies
         the first ones of that model.
+    leases: those that are held, with what each is for.
     """
 
     now_s: float
@@ -247,6 +249,7 @@ class View:
     tickets: tuple[TicketView, ...]
     devices: tuple[DeviceView, ...]
     busy: tuple[Busy, ...] = ()
+    leases: tuple[Placed, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -280,12 +283,14 @@ class Evict:
 
 @dataclass(frozen=True)
 class Wait:
-    """A ticket waits, and why. `first`: it is the first one for whom there is no room."""
+    """A ticket waits, and why. `first`: it is the first one for whom there is no room. `passed`: a load is let past
+    it."""
 
     ticket: int
     reason: Reason
     why: Why = field(default=Why(Reason.BEHIND), compare=False)
     first: bool = field(default=False, compare=False)
+    passed: bool = field(default=False, compare=False)
 
 
 @dataclass(frozen=True)

@@ -289,7 +289,8 @@ class Ticket:
     DEVICES = 18  # bits of the devices where it may load, 0 for all
     TIED = 19  # bits of the devices on which a copy must lie to be of use for it, 0 for all
     SPAN = 20  # how many devices what it loads lies on
-    WORDS = 21
+    PASSED = 21  # 1 once a load that more waiters share was let past it
+    WORDS = 22
 
     FREE = 0
     WAITING = 1
