@@ -525,19 +525,21 @@ class Scheduler:
                         raise
                     if not self._make_room_in_table(t, ticket) and ticket == newcomer:
                         raise
-            case Evict(ticket, instances, why):
+            case Evict(ticket, instances, why, passed):
                 at = self._tables.ticket(ticket)
                 unloader, model = self._segment.words[at + Ticket.MEMBER] - 1, self._segment.words[at + Ticket.MODEL]
                 cause = _cause(why)._replace(other=model + 1)
                 for instance in instances:
                     transitions.begin_unload(t, instance, unloader, True, cause)
+                if passed:
+                    transitions.let_pass(t, ticket)
                 self._note_wait(t, ticket, replace(why, reason=Reason.UNLOADING), first=True)
             case Refuse(ticket, why):
                 transitions.refuse(t, ticket, _cause(why))
             case Wait(ticket, _, why, first, passed):
-                self._note_wait(t, ticket, why, first)
                 if passed:
                     transitions.let_pass(t, ticket)
+                self._note_wait(t, ticket, why, first)
 
     def why(self, ticket: int) -> str:
         """Return why a ticket waits, for people."""

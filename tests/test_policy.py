@@ -1035,6 +1035,53 @@ def test_of_two_who_wait_for_one_model_one_loads_and_the_other_shares() -> None:
     assert make_plan(state).decisions == (Load(1, (0,), 100.0, alone=False), Wait(2, Reason.SHARING))
 
 
+# ---- which load is first -----------------------------------------------------------------------------------
+
+
+def two_for_b(head: TicketView, b_mb: float = 800.0, waiting: int = 2, **more: Any) -> tuple[object, ...]:
+    """One waits for A, which needs 800 of 900 MB, and behind it some wait for B."""
+    behind = [ticket(row, B) for row in range(2, 2 + waiting)]
+    return make_plan(view([model(A, 800), model(B, b_mb)], [head, *behind], **more)).decisions
+
+
+def test_a_model_that_more_wait_for_is_loaded_before_that_of_the_first_waiter() -> None:
+    wait, load = two_for_b(ticket(1, A))
+    assert (wait, load) == (Wait(1, Reason.MEMORY), Load(2, (0,), 800, False))
+    assert isinstance(wait, Wait)
+    assert wait.passed
+    assert not wait.first, "its time begins when that load has ended"
+
+
+@pytest.mark.parametrize(
+    "found",
+    [
+        pytest.param(two_for_b(replace(ticket(1, A), passed=True)), id="only once"),
+        pytest.param(two_for_b(ticket(1, A, blocked=2.0)), id="not when its time is up"),
+        pytest.param(two_for_b(ticket(1, A), waiting=1), id="not for as many"),
+        pytest.param(two_for_b(ticket(1, A), b_mb=900.5), id="not where it does not fit"),
+        pytest.param(two_for_b(replace(ticket(1, A), devices=(0,))), id="not past one that may not go anywhere"),
+        pytest.param(two_for_b(ticket(1, A, priority=0)), id="not past one of the highest priority"),
+    ],
+)
+def test_but_that_has_limits(found: tuple[object, ...]) -> None:
+    assert found[0] == Load(1, (0,), 800, False)
+
+
+def test_where_both_fit_neither_is_passed() -> None:
+    decisions = two_for_b(ticket(1, A), devices=[device(total=4000)])
+    assert decisions == (Load(1, (0,), 800, False), Load(2, (0,), 800, False), Wait(3, Reason.SHARING))
+
+
+def test_a_waiter_that_was_passed_and_has_others_evicted_is_passed_no_more() -> None:
+    models = [model(A, 800), model(B, 100), model(C, shared=1)]
+    waiters = [ticket(1, A), ticket(2, B), ticket(3, B)]
+    state = view(models, waiters, copies=[idle(7, C, mb=50)], devices=[device(used=50)])
+    evict, load = make_plan(state).decisions
+    assert (evict, load) == (Evict(1, (7,)), Load(2, (0,), 100, False))
+    assert isinstance(evict, Evict)
+    assert evict.passed
+
+
 # ---- leases ------------------------------------------------------------------------------------------------
 
 

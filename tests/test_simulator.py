@@ -12,7 +12,7 @@ import pytest
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "tools"))
 
-from simulation import closed_loads
+from simulation import POLICIES, Setting, closed_loads, simulate_clients
 
 TOOL = Path(__file__).resolve().parent.parent / "tools" / "simulate.py"
 
@@ -61,6 +61,16 @@ def test_with_many_clients_fewer_loads_are_needed_and_nobody_waits_longer_than_u
         assert found["mpmm"]["served"] == 1500
 
 
+def test_the_workers_of_a_pipeline_need_few_more_loads_than_if_all_that_they_ask_for_was_known() -> None:
+    # What four workers of Beam asked for, 28 batches each; without a load that goes before the first waiter's it is 60.
+    sequences = [[int(model) for model in order * 7] for order in ("0213", "1032", "2103", "3120")]
+    for load_s in (0.3, 1.0, 10.0):
+        setting = Setting([4000.0] * 4, 4500.0, load_s, hold_s=0.012, unload_s=0.1)
+        outcome = simulate_clients(setting, POLICIES["mpmm"], sequences, think_s=0.003)
+        assert outcome.loads <= 1.3 * closed_loads(sequences), load_s
+        assert (outcome.broken_bounds, outcome.endless_waits) == (0, 0)
+
+
 def test_the_bound_on_overtaking_is_never_broken(
     crowded: dict[str, dict[str, Any]], cycling: dict[str, dict[str, Any]]
 ) -> None:
@@ -83,8 +93,8 @@ def test_closed_clients_that_cycle_share_their_loads(cycling: dict[str, dict[str
     shares = {trace: found["mpmm"]["loads"] / found["closed"]["loads"] for trace, found in cycling.items()}
     assert all(shares[f"{kind}-{seed}"] == 1.0 for kind in ("together", "apart") for seed in range(3)), shares
     in_any_order = [shares[f"{kind}-{seed}"] for kind in ("own", "random") for seed in range(3)]
-    assert sum(in_any_order) <= 1.3 * len(in_any_order), shares
-    assert max(in_any_order) <= 1.5, shares
+    assert sum(in_any_order) <= 1.25 * len(in_any_order), shares
+    assert max(in_any_order) <= 1.3, shares
 
 
 def test_nobody_waits_where_nothing_is_active_or_being_loaded_or_unloaded(

@@ -327,15 +327,18 @@ class _Simulation:
                 self.post(self.now_s + self.setting.load_s, LOADED, self._made)
                 if self.policy.blocks:
                     self._frozen_until_s = self.now_s + self.setting.load_s
-            case Evict(_, rows):
+            case Evict(_, rows, passed=passed):
                 self._check_bound(ticket, view)
+                self._let_pass(ticket, passed)
                 self._block(ticket)
                 for row in rows:
                     self._copies[row].state = self.UNLOADING
                     self.outcome.evictions += 1
                     self.post(self.now_s + self.setting.unload_s, UNLOADED, row)
-            case Wait(first=True):
-                self._block(ticket)
+            case Wait(first=first, passed=passed):
+                self._let_pass(ticket, passed)
+                if first:
+                    self._block(ticket)
                 return False
             case Refuse():
                 self._leave(ticket)
@@ -348,6 +351,11 @@ class _Simulation:
     def _block(self, ticket: _Ticket) -> None:
         if ticket.view.blocked_since_s is None:
             ticket.view = replace(ticket.view, blocked_since_s=self.now_s)
+
+    @staticmethod
+    def _let_pass(ticket: _Ticket, passed: bool) -> None:
+        if passed:
+            ticket.view = replace(ticket.view, passed=True, blocked_since_s=None)
 
     def _check_bound(self, ticket: _Ticket, view: View) -> None:
         """Nobody may pass a blocked one for longer than twice the bound; see `fairness`."""

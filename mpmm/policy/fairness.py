@@ -23,10 +23,13 @@ given out before it for `max_overtake_seconds` from when it came. After that onl
 is sure where it has room at the end of just the same leases, with the later one and without. So it waits at most for
 the leases that were there when it came, and for those that were given out within the bound.
 
-Loads are begun in the order of the queue, too. To load first what most wait for, or what they have waited for longest
-in sum, sounds better and is not: of such clients each in an order of its own, 12 cases, first come first served needs
-1.29 times the loads of somebody who knows all that will be asked, most waiters first 1.40, the longest sum 1.33, and
-the longest waits are longer by a half.
+Loads begin in the order of the queue, but for this: when there is room for the first waiter, a model that more wait for
+and that fits in the same room is loaded before it, once for each waiter, and not before one whose time is up. The time
+of a waiter that a load was let past begins anew when that load has ended. So such a waiter waits for one load, and the
+bound once more, at most. In the simulator, 64 clients, that saves 1 to 39 % of the loads and shortens the waits; four
+clients that go through four models, with room for one, each in an order of its own, need 1.22 times the loads of
+somebody who knows all that will be asked (12 cases, 1.30 at the most) instead of 1.29 (1.49). Without a limit on how
+often a waiter is passed it is 1.40, and the longest waits are longer by a half.
 """
 
 from __future__ import annotations

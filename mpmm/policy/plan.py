@@ -77,6 +77,10 @@ class _Walk:
         self._clock_stands = False
         # This walk has let somebody load.
         self._loads_begun = False
+        # The queue, who of it is answered out of turn, and past whom.
+        self._order: list[TicketView] = []
+        self._early: dict[int, Decision | None] = {}
+        self._passed: TicketView | None = None
         # Models that cannot be loaded beside that. Room only shrinks in a walk, so each is looked at once: most
         # who wait behind a blocked one want the same few.
         self._not_beside: set[int] = set()
@@ -95,11 +99,16 @@ class _Walk:
             return Plan((), blocked=True)
         order = queue_order(self._view)
         decided: dict[int, Decision | None] = dict(self._hand_out(order))
+        self._order = [ticket for ticket in order if ticket.row not in decided]
         for ticket in order:
             hopeless = self._blocked and ticket.model in self._not_beside and not ticket.preload and not ticket.devices
-            if ticket.row not in decided and not hopeless:
+            if ticket.row not in decided and ticket.row not in self._early and not hopeless:
                 decided[ticket.row] = self._decide(ticket)
+        decided.update(self._early)
         self._stop_clock(decided)
+        passed = decided.get(self._passed.row) if self._passed is not None else None
+        if isinstance(passed, Wait | Evict):
+            decided[passed.ticket] = replace(passed, passed=True)
         decisions = (decided.get(ticket.row) for ticket in order)
         blocked = self._blocked is not None or not self._devices
         return Plan(tuple(decision for decision in decisions if decision is not None), blocked)
@@ -313,6 +322,12 @@ class _Walk:
             # Where it may go somebody runs alone, or is about to.
             return None
         place = best_place(self._leasable(where, model, share_mb), share_mb, slack, span)
+        rival = self._more_wanted(ticket, model) if place is not None else None
+        if rival is not None:
+            self._passed = ticket
+            self._early[rival.row] = self._decide(rival)
+            where = self._where(ticket)
+            place = best_place(where, share_mb, slack, span)
         if place is not None:
             another = self._for(ticket, model).usable_by(ticket.member)
             return self._book(ticket, place.devices, need_mb, Reason.ANOTHER_COPY if another else place.reason)
@@ -346,6 +361,21 @@ class _Walk:
             return self._block(ticket, Why(Reason.UNLOADING, need_mb, free, unloading_mb, devices=on))
         returning_mb = math.fsum(device.returning_mb for device in room.devices)
         return self._block(ticket, Why(Reason.RETURNING, need_mb, free, returning_mb, devices=on))
+
+    def _more_wanted(self, ticket: TicketView, model: ModelView) -> TicketView | None:
+        """Return one behind a waiter that is to load before it, because more wait for its model; see `fairness`."""
+        if not _may_be_passed(self._view, ticket) or model.copies or model.lease:
+            return None
+        slack, best, most = self._slack, None, model.waiting
+        for other in self._order:
+            wanted = self._models[other.model]
+            if wanted.waiting <= most or other.row in self._early or not _is_of_the_many(other):
+                continue
+            if wanted.copies or wanted.lease or self._isolates(wanted):
+                continue
+            if best_place(self._where(other), wanted.need_mb, slack) is not None:
+                best, most = other, wanted.waiting
+        return best
 
     def _leasable(self, devices: list[DeviceView], model: ModelView, share_mb: float) -> list[DeviceView]:
         """Return where `share_mb` may go before those who wait for leases to end; any model may go anywhere."""
@@ -484,6 +514,15 @@ class _Walk:
 def _can_use(ticket: TicketView, copy: Idle, closed: Set[int] = frozenset()) -> bool:
     """Tell whether a waiter's process can use a copy, and the copy lies where the waiter wants it."""
     return copy.owner in (None, ticket.member) and copy.is_within(ticket.tied) and not closed & set(copy.devices)
+
+
+def _is_of_the_many(ticket: TicketView) -> bool:
+    """Tell whether a waiter is one for a known model that may go anywhere."""
+    return ticket.priority == 1 and not ticket.preload and not ticket.devices and not ticket.tied and ticket.span == 1
+
+
+def _may_be_passed(view: View, ticket: TicketView) -> bool:
+    return not ticket.passed and _is_of_the_many(ticket) and not is_due(view, ticket)
 
 
 def _most_free_mb(devices: Iterable[DeviceView], slack_percentage: float) -> float:

@@ -274,11 +274,12 @@ class Load:
 
 @dataclass(frozen=True)
 class Evict:
-    """Unload idle copies, in this order, for a ticket that waits meanwhile."""
+    """Unload idle copies, in this order, for a ticket that waits meanwhile. `passed`: as in `Wait`."""
 
     ticket: int
     instances: tuple[int, ...]
     why: Why = field(default=Why(Reason.LOWEST_SCORE), compare=False)
+    passed: bool = field(default=False, compare=False)
 
 
 @dataclass(frozen=True)

@@ -280,7 +280,7 @@ class Ticket:
     REASON = 9  # why it waits, see policy.view.Reason
     NEED_MB = 10  # float
     PRELOAD = 11  # copies that a preload wants MEMBER to have at its disposal; 0 for who wants one to use
-    BLOCKED_AT = 12  # when it became the first one for whom there is no room; 0: it never was
+    BLOCKED_AT = 12  # when it became the first one for whom there is no room; 0: it never was, or not since PASSED
     FREE_MB = 13  # float } figures of REASON, as they were when
     COMING_MB = 14  # float } it became the reason
     SECONDS = 15  # float }

@@ -375,8 +375,9 @@ class Transitions:
         t.set(self.tables.ticket(row) + Ticket.BLOCKED_AT, t.now)
 
     def let_pass(self, t: Transaction, row: int) -> None:
-        """Record that a load was let past a ticket, which happens once."""
-        t.set(self.tables.ticket(row) + Ticket.PASSED, 1)
+        """Record that a load was let past a ticket, which happens once; it is blocked anew when that has ended."""
+        at = self.tables.ticket(row)
+        t.set_all(((at + Ticket.PASSED, 1), (at + Ticket.BLOCKED_AT, 0)))
 
     def grant(self, t: Transaction, row: int, instance: int, cause: Cause | None = None) -> None:
         """Hand an idle instance to a waiter and wake it."""
