@@ -23,6 +23,7 @@ from mpmm.policy.fairness import UNKNOWN_FIRST
 from mpmm.policy.out_of_memory import MORE_MB
 from mpmm.policy.plan import make_plan
 from mpmm.policy.reasons import explain
+from mpmm.policy.sharing import remaining_s
 from mpmm.policy.view import (
     Busy,
     Decision,
@@ -33,6 +34,7 @@ from mpmm.policy.view import (
     Idle,
     Load,
     ModelView,
+    Placed,
     Reason,
     Refuse,
     Rules,
@@ -73,10 +75,11 @@ class Copies:
 
     idle: list[Idle] = field(default_factory=list)
     busy: list[Busy] = field(default_factory=list)
+    leases: list[Placed] = field(default_factory=list)
     shared: defaultdict[int, int] = field(default_factory=lambda: defaultdict(int))
     owned: defaultdict[int, defaultdict[int, int]] = field(default_factory=_counts)
     loading: defaultdict[int, defaultdict[int, int]] = field(default_factory=_counts)
-    oldest_load: dict[int, int] = field(default_factory=dict)
+    newest_load: dict[int, int] = field(default_factory=dict)
     newest_hold: dict[int, int] = field(default_factory=dict)
     unloading: defaultdict[int, int] = field(default_factory=lambda: defaultdict(int))
     booked_mb: defaultdict[int, float] = field(default_factory=lambda: defaultdict(float))
@@ -317,6 +320,7 @@ class Scheduler:
             tickets=tickets,
             devices=self.device_views(copies),
             busy=tuple(copies.busy),
+            leases=tuple(copies.leases),
         )
 
     def read_copies(self) -> Copies:
@@ -339,10 +343,13 @@ class Scheduler:
                 # Not a copy of a model, but a reservation.
                 self._share_out(copies.reserved_mb, device, beside, max(reserved, floats[at + Instance.MB]))
                 self._share_out(copies.leased_mb, device, beside, reserved)
+                share_mb = reserved / (1 + len(beside))
+                shares = tuple((other, share_mb) for other, _ in beside)
+                copies.leases.append(Placed(row, model, device, share_mb, beside=shares))
                 continue
             if state == Instance.LOADING:
                 copies.loading[model][holder] += 1
-                copies.oldest_load[model] = min(since, copies.oldest_load.get(model, since))
+                copies.newest_load[model] = max(since, copies.newest_load.get(model, 0))
                 free_in_s = self._free_in_s(model, since, now, loading=True)
                 copies.busy.append(Busy(row, model, device, mb, free_in_s, pinned, holder, True, beside=beside))
             else:
@@ -386,12 +393,11 @@ class Scheduler:
             copies.reserved_mb[other] += max(share_mb, self._namespace.transitions.measured_share(row, other) or 0.0)
 
     def _free_in_s(self, model: int, since_ns: int, now_ns: int, loading: bool) -> float:
-        """Return when a copy that is held, or being loaded, is expected to be idle; `inf` if nothing is known."""
+        """Return when an instance that is held, or being loaded, is expected to be idle, judged by how long that takes
+        on average and how long it has taken already."""
         floats, at = self._segment.floats, self._tables.model(model)
-        hold_s, load_s = floats[at + Model.HOLD_S], floats[at + Model.LOAD_S]
-        if not hold_s or (loading and not load_s):
-            return math.inf
-        return max(0.0, hold_s + (load_s if loading else 0.0) - (now_ns - since_ns) / 1e9)
+        hold_s, load_s, elapsed_s = floats[at + Model.HOLD_S], floats[at + Model.LOAD_S], (now_ns - since_ns) / 1e9
+        return hold_s + remaining_s(load_s, elapsed_s) if loading else remaining_s(hold_s, elapsed_s)
 
     def device_views(self, copies: Copies) -> tuple[DeviceView, ...]:
         """Return what the ledgers of all devices say."""
@@ -459,7 +465,7 @@ class Scheduler:
             shares=bool(words[at + Model.SHARES]),
             load_s=floats[at + Model.LOAD_S],
             hold_s=floats[at + Model.HOLD_S],
-            loading_for_s=(now_ns - copies.oldest_load.get(model, now_ns)) / 1e9,
+            loading_for_s=(now_ns - copies.newest_load.get(model, now_ns)) / 1e9,
             held_for_s=(now_ns - copies.newest_hold.get(model, now_ns)) / 1e9,
             rate=self._demand(model).counted(self._requests(model), now_ns / 1e9).per_second(now_ns / 1e9),
             lease=words[at] == Model.LEASE,
@@ -488,27 +494,10 @@ class Scheduler:
                 chosen += rest[models == model][: 2 * idle].tolist()
         fields = [
             *(Ticket.NUMBER, Ticket.PRIORITY, Ticket.MODEL, Ticket.MEMBER, Ticket.ENQUEUED, Ticket.PRELOAD),
-            *(Ticket.BLOCKED_AT, Ticket.DEVICES, Ticket.TIED, Ticket.SPAN, Ticket.NESTED),
+            *(Ticket.BLOCKED_AT, Ticket.DEVICES, Ticket.TIED, Ticket.SPAN, Ticket.NESTED, Ticket.PASSED),
         ]
-        return tuple(
-            TicketView(
-                row,
-                number,
-                priority,
-                model,
-                member,
-                enqueued / 1e9,
-                preload,
-                blocked / 1e9 if blocked else None,
-                tuple(device_rows(devices)) if devices else (),
-                tuple(device_rows(tied)) if tied else (),
-                span,
-                bool(nested),
-            )
-            for row, (number, priority, model, member, enqueued, preload, blocked, devices, tied, span, nested) in zip(
-                chosen, rows[chosen][:, fields].tolist(), strict=True
-            )
-        )
+        found = zip(chosen, rows[chosen][:, fields].tolist(), strict=True)
+        return tuple(_ticket_view(row, *values) for row, values in found)
 
     def _make_room_in_table(self, t: Transaction, ticket: int) -> bool:
         """Have the copy that has been idle longest unloaded for want of a row; return False if none may be."""
@@ -542,7 +531,7 @@ class Scheduler:
                         raise
                     if not self._make_room_in_table(t, ticket) and ticket == newcomer:
                         raise
-            case Evict(ticket, instances, why):
+            case Evict(ticket, instances, why, passed):
                 at = self._tables.ticket(ticket)
                 unloader, model = self._segment.words[at + Ticket.MEMBER] - 1, self._segment.words[at + Ticket.MODEL]
                 cause = _cause(why)._replace(other=model + 1)
@@ -550,10 +539,14 @@ class Scheduler:
                     # A twin has gone with the one before it.
                     if self._segment.words[self._tables.instance(instance)] == Instance.IDLE:
                         transitions.begin_unload(t, instance, unloader, True, cause)
+                if passed:
+                    transitions.let_pass(t, ticket)
                 self._note_wait(t, ticket, replace(why, reason=Reason.UNLOADING), first=True)
             case Refuse(ticket, why):
                 transitions.refuse(t, ticket, _cause(why))
-            case Wait(ticket, _, why, first):
+            case Wait(ticket, _, why, first, passed):
+                if passed:
+                    transitions.let_pass(t, ticket)
                 self._note_wait(t, ticket, why, first)
 
     def why(self, ticket: int) -> str:
@@ -594,6 +587,38 @@ class Scheduler:
             self._namespace.transitions.set_reason(t, ticket, cause)
         if first and not words[at + Ticket.BLOCKED_AT]:
             self._namespace.transitions.block(t, ticket)
+
+
+def _ticket_view(
+    row: int,
+    number: int,
+    priority: int,
+    model: int,
+    member: int,
+    enqueued_ns: int,
+    preload: int,
+    blocked_ns: int,
+    devices: int,
+    tied: int,
+    span: int,
+    nested: int,
+    passed: int,
+) -> TicketView:
+    return TicketView(
+        row,
+        number,
+        priority,
+        model,
+        member,
+        enqueued_ns / 1e9,
+        preload,
+        blocked_ns / 1e9 if blocked_ns else None,
+        tuple(device_rows(devices)) if devices else (),
+        tuple(device_rows(tied)) if tied else (),
+        span,
+        bool(nested),
+        bool(passed),
+    )
 
 
 def _cause(why: Why) -> Cause:

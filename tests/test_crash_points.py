@@ -461,6 +461,7 @@ def scenarios() -> dict[str, Callable[[Lab], Operation]]:
         "note_demand": on(Lab.model, lambda t, tr, row: tr.note_demand(t, row, 0.5, 7, 10**9)),
         "set_reason": on(Lab.ticket, lambda t, tr, row: tr.set_reason(t, row, Cause(3, 100.0, 50.0, 60.0, 0.5, 1, 1))),
         "block": on(Lab.ticket, lambda t, tr, row: tr.block(t, row)),
+        "let_pass": on(Lab.ticket, lambda t, tr, row: tr.let_pass(t, row)),
         "grant": granted,
         "pass_on": passed_on,
         "allow_load": on(Lab.ticket, lambda t, tr, row: tr.allow_load(t, row, 1, 50.0, alone=False)),

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 from processes import LoadsObject, Process, acquire, learn, release, wait_until, waiting
-from test_policy import OTHER, A, B, C, at_most, busy, device, idle, model, ticket, view
+from test_policy import OTHER, A, B, C, at_most, busy, device, held_for_long, idle, model, ticket, view
 
 from mpmm.model_manager import ModelManager
 from mpmm.policy.plan import make_plan
@@ -103,7 +103,7 @@ TABLE: dict[Reason, tuple[View, Callable[[View], Decision], str]] = {
         "loads beside the room kept for b: needs 50 MB, 600 free",
     ),
     Reason.ANOTHER_COPY: (
-        view([model(A, shared=1)], [ticket(1, A)]),
+        view([held_for_long(model(A, shared=1))], [ticket(1, A)]),
         first,
         "loads another copy, sooner than one in use could be had: needs 100 MB, 900 free",
     ),

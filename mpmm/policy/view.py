@@ -108,9 +108,9 @@ class ModelView:
     need_mb: the estimate, or the default. shared: loaded copies that any member can use. owned: loaded copies
     that only one member can use, by member. loading: copies being loaded, by the member that loads them;
     shares: what is being loaded will be a handle, as far as known. load_s, hold_s: how long a load and a hold
-    take, 0 unknown. loading_for_s: since when the oldest load goes on. held_for_s: how long the copy that was handed
-    out last is held. rate: expected requests a second. lease: it is no model, but a lease. failures: loads that failed
-    since the last one that did not, and how long ago the last of them was.
+    take, 0 unknown. loading_for_s: how long the newest load has been going on. held_for_s: how long the copy that was
+    handed out last is held. rate: expected requests a second. lease: it is no model, but a lease. failures: loads that
+    failed since the last one that did not, and how long ago the last of them was.
     """
 
     model: int
@@ -203,7 +203,7 @@ class TicketView:
     blocked_since_s: since when it is the first one for whom there is no room, None if it has never been.
     devices: where it may load; tied: on which a copy is of use for it; empty for all. span: how many devices what it
     loads lies on. nested: its thread holds or loads something else, so it would wait for itself if it waited to run
-    alone.
+    alone. passed: a load was let past it.
     """
 
     row: int
@@ -218,6 +218,7 @@ class TicketView:
     tied: tuple[int, ...] = ()
     span: int = 1
     nested: bool = False
+    passed: bool = False
 
 
 @dataclass(frozen=True)
@@ -252,6 +253,7 @@ class View:
 
     tickets: waiters in any order; at least the first ones of the queue, and for each model with idle copies
         the first ones of that model.
+    leases: those that are held, with what each is for.
     """
 
     now_s: float
@@ -261,6 +263,7 @@ class View:
     tickets: tuple[TicketView, ...]
     devices: tuple[DeviceView, ...]
     busy: tuple[Busy, ...] = ()
+    leases: tuple[Placed, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -285,21 +288,24 @@ class Load:
 
 @dataclass(frozen=True)
 class Evict:
-    """Unload idle copies, in this order, for a ticket that waits meanwhile."""
+    """Unload idle copies, in this order, for a ticket that waits meanwhile. `passed`: as in `Wait`."""
 
     ticket: int
     instances: tuple[int, ...]
     why: Why = field(default=Why(Reason.LOWEST_SCORE), compare=False)
+    passed: bool = field(default=False, compare=False)
 
 
 @dataclass(frozen=True)
 class Wait:
-    """A ticket waits, and why. `first`: it is the first one for whom there is no room."""
+    """A ticket waits, and why. `first`: it is the first one for whom there is no room. `passed`: a load is let past
+    it."""
 
     ticket: int
     reason: Reason
     why: Why = field(default=Why(Reason.BEHIND), compare=False)
     first: bool = field(default=False, compare=False)
+    passed: bool = field(default=False, compare=False)
 
 
 @dataclass(frozen=True)

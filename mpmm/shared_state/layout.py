@@ -289,7 +289,7 @@ class Ticket:
     REASON = 9  # why it waits, see policy.view.Reason
     NEED_MB = 10  # float
     PRELOAD = 11  # copies that a preload wants MEMBER to have at its disposal; 0 for who wants one to use
-    BLOCKED_AT = 12  # when it became the first one for whom there is no room; 0: it never was
+    BLOCKED_AT = 12  # when it became the first one for whom there is no room; 0: it never was, or not since PASSED
     FREE_MB = 13  # float } figures of REASON, as they were when
     COMING_MB = 14  # float } it became the reason
     SECONDS = 15  # float }
@@ -299,7 +299,8 @@ class Ticket:
     TIED = 19  # bits of the devices on which a copy must lie to be of use for it, 0 for all
     SPAN = 20  # how many devices what it loads lies on
     NESTED = 21  # 1: its thread holds or loads something else, so it cannot wait to run alone, though it be unknown
-    WORDS = 22
+    PASSED = 22  # 1 once a load that more waiters share was let past it
+    WORDS = 23
 
     FREE = 0
     WAITING = 1

@@ -385,7 +385,7 @@ class Transitions:
         t.set(at + Ticket.ENQUEUED, t.now)
         t.set(at + Ticket.DEADLINE, deadline_ns)
         none = (Ticket.REASON, Ticket.BLOCKED_AT, Ticket.FREE_MB, Ticket.COMING_MB, Ticket.SECONDS)
-        t.set_all([(at + word, 0) for word in (*none, Ticket.OTHER, Ticket.ON)])
+        t.set_all([(at + word, 0) for word in (*none, Ticket.OTHER, Ticket.ON, Ticket.PASSED)])
         t.set_all(((at + Ticket.DEVICES, devices), (at + Ticket.TIED, tied), (at + Ticket.SPAN, span)))
         t.set(at + Ticket.NESTED, int(nested))
         t.set_float(at + Ticket.NEED_MB, need_mb)
@@ -417,6 +417,11 @@ class Transitions:
     def block(self, t: Transaction, row: int) -> None:
         """Record that from now on a ticket is the first one for whom there is no room."""
         t.set(self.tables.ticket(row) + Ticket.BLOCKED_AT, t.now)
+
+    def let_pass(self, t: Transaction, row: int) -> None:
+        """Record that a load was let past a ticket, which happens once; it is blocked anew when that has ended."""
+        at = self.tables.ticket(row)
+        t.set_all(((at + Ticket.PASSED, 1), (at + Ticket.BLOCKED_AT, 0)))
 
     def grant(self, t: Transaction, row: int, instance: int, cause: Cause | None = None) -> None:
         """Hand an idle instance to a waiter and wake it."""
