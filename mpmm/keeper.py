@@ -2,10 +2,11 @@
 
 It sleeps on the member's bell, and does three things:
 
-- it unloads the copies that its process has been told to unload, as their owner or on behalf of a waiter;
+- it has the copies unloaded that its process has been told to unload, as their owner or on behalf of a waiter; in
+  threads of their own, because an unload may hang;
 - it tries to become the leader, whenever nobody is. The leader lock is a kernel file lock, so a dead leader's
   place is free at once. The leader polls memory, takes back what dead members had, records observations and
-  solves for the estimates;
+  solves for the estimates, and finds unloads that take too long, which others take over or do without;
 - if the leader lives but its last poll is too long ago (it is stopped, or stuck in a native call), it polls and
   takes back in the leader's place, unless another has just set out to. To solve is left to the leader: SciPy takes a
   second of a processor to import, and where processors are so scarce that the leader is late, a crowd that imports it,
@@ -111,7 +112,7 @@ class Keeper:
                 self._worker.settle_debts()
                 if seen != answered:
                     # The rows are looked through only after a ring: that takes a tenth of a millisecond.
-                    self._worker.unload_assigned()
+                    self._worker.unload_beside()
                     answered = seen
                 if time.monotonic() >= due:
                     self.tick()
@@ -152,12 +153,16 @@ class Keeper:
         if self._worker.has_receipts:
             with self._namespace.transaction() as t:
                 self._worker.settle_receipts(t)
+        if self._worker.unload_failed:
+            self._worker.unload_failed = False
+            self._worker.unload_beside()
         if not self.leading:
             self._lead_if_free()
         if self.leading or self._stands_in():
             if self._namespace.reap_dead_members():
                 with self._namespace.transaction() as t:
                     self._worker.scheduler.advance(t)
+            self._worker.hand_late_unloads_over()
             if time.monotonic() >= self._poll_due:
                 self._poll_due = time.monotonic() + self._namespace.settings.poll_interval
                 self._poll()

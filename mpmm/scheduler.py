@@ -347,7 +347,9 @@ class Scheduler:
                 for other, share_mb in beside:
                     copies.booked_mb[other] += share_mb
             if state == Instance.UNLOADING:
-                for other, share_mb in ((device, mb), *beside):
+                # The memory of an unload that is late is in use, and nobody counts on it.
+                late = words[at + Instance.UNLOAD_LATE]
+                for other, share_mb in () if late else ((device, mb), *beside):
                     copies.unloading[other] += 1
                     copies.unloading_mb[other] += share_mb
             elif state != Instance.LOADING and owner:
@@ -489,7 +491,7 @@ class Scheduler:
     def _make_room_in_table(self, t: Transaction, ticket: int) -> bool:
         """Have the copy that has been idle longest unloaded for want of a row; return False if none may be."""
         rows = self._tables.view(self._layout.instances)
-        if np.any(rows[:, Instance.STATE] == Instance.UNLOADING):
+        if np.any((rows[:, Instance.STATE] == Instance.UNLOADING) & (rows[:, Instance.UNLOAD_LATE] == 0)):
             return True
         pinned = self._tables.view(self._layout.models)[:, Model.PINS] > 0
         idle = np.flatnonzero(rows[:, Instance.STATE] == Instance.IDLE)

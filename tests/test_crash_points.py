@@ -464,6 +464,8 @@ def scenarios() -> dict[str, Callable[[Lab], Operation]]:
         "release/doomed": released_doomed,
         "end_isolation": on(lambda lab: lab.active(alone=True), lambda t, tr, row: tr.end_isolation(t, row)),
         "begin_unload": on(Lab.idle, lambda t, tr, row: tr.begin_unload(t, row, Lab.victim, evicted=True)),
+        "hand_unload_over": on(Lab.unloading, lambda t, tr, row: tr.hand_unload_over(t, row, 0)),
+        "unload_is_late": on(Lab.unloading, lambda t, tr, row: tr.unload_is_late(t, row)),
         "end_unload": on(Lab.unloading, lambda t, tr, row: tr.end_unload(t, row)),
         "discard": on(Lab.active, lambda t, tr, row: tr.discard(t, row)),
         "discard/promised": discarded_promised,

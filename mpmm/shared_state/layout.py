@@ -222,6 +222,7 @@ class Instance:
     A copy can span several devices. What it reserves it reserves in equal shares; what it takes of each, SHARES says.
 
     I1  a LOADING, ACTIVE or LEASED row has a HOLDER, and IDLE has none; an UNLOADING row's HOLDER unloads it.
+        UNLOAD_LATE and HANDED_AT are 0 in every other state.
     I2  MODEL refers to a used model row; HOLDER, OWNER and SERVER to used member rows.
     I3  RESERVED_MB >= 0; above 0 while LOADING, and after that until a sample has seen the load; and while LEASED.
     I4  no two used rows have the same GENERATION.
@@ -246,7 +247,9 @@ class Instance:
     HAS_SERVER = 14  # 1: the handle named a live shared object when the load ended
     USES = 15
     PROGRAM = 16  # LEASED: pid of the process that uses the memory, 0 if that is not known
-    SHARES = 17  # floats: where it spans several devices, what MB is on each, lowest device first
+    UNLOAD_LATE = 17  # UNLOADING: 1 once it has taken too long to count on its memory
+    HANDED_AT = 18  # UNLOADING: when another member was made its HOLDER last, 0 never
+    SHARES = 19  # floats: where it spans several devices, what MB is on each, lowest device first
     HANDLE = SHARES + MOST_SPANNED  # text, empty for an object
     HANDLE_BYTES = 631
     WORDS = HANDLE + text_words(HANDLE_BYTES)

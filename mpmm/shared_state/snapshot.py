@@ -144,6 +144,9 @@ class InstanceInfo:
 
     A lease that is held is one in state `leased`: `reserved_mb` is what it is for, `mb` what its program, of pid
     `program` if that is known, was measured to take.
+
+    unload_late: its unload takes too long, so nobody waits for its memory any more. handed_over_s: how long ago another
+    process was told to do it last, None if none was.
     """
 
     row: int
@@ -163,6 +166,8 @@ class InstanceInfo:
     handle: str | None
     program: int | None
     doomed: bool
+    unload_late: bool
+    handed_over_s: float | None
     next: int | None
     previous: int | None
     generation: int
@@ -655,6 +660,8 @@ class _Decoder:
             handle=self._text(at + Instance.HANDLE) or None,
             program=words[at + Instance.PROGRAM] or None,
             doomed=bool(words[at + Instance.DOOMED]),
+            unload_late=bool(words[at + Instance.UNLOAD_LATE]),
+            handed_over_s=self._age(words[at + Instance.HANDED_AT]) if words[at + Instance.HANDED_AT] else None,
             next=self._reference(words[at + Instance.NEXT]),
             previous=self._reference(words[at + Instance.PREVIOUS]),
             generation=words[at + Instance.GENERATION],

@@ -174,8 +174,7 @@ class Transitions:
         heir = self._heir(reference)
         for row in tables.rows_where(self.layout.instances, Instance.HOLDER, reference):
             if heir:
-                t.set(tables.instance(row) + Instance.HOLDER, heir)
-                self.ring(t, heir - 1)
+                self.hand_unload_over(t, row, heir - 1)
             else:
                 self._drop(t, row)
 
@@ -795,6 +794,25 @@ class Transitions:
         mb = self.segment.floats[at + Instance.MB]
         t.event(EventKind.UNLOAD_BEGAN, self._model_reference(row), row + 1, value=mb, cause=cause)
         self.ring(t, words[at + Instance.HOLDER] - 1)
+
+    def hand_unload_over(self, t: Transaction, row: int, unloader: int) -> None:
+        """Have another member (slot) unload a handle, because its HOLDER is dead or has not done so in time.
+
+        The former HOLDER may be at work on it still: whichever of them ends the unload first frees the row, and the
+        other one finds that it is gone.
+        """
+        at = self.tables.instance(row)
+        words = self.segment.words
+        assert words[at + Instance.STATE] == Instance.UNLOADING and not words[at + Instance.OWNER]
+        t.set(at + Instance.HOLDER, unloader + 1)
+        t.set(at + Instance.HANDED_AT, t.now)
+        self.ring(t, unloader)
+
+    def unload_is_late(self, t: Transaction, row: int) -> None:
+        """Record that the memory of a copy in mid-unload is not to be counted on any more."""
+        at = self.tables.instance(row)
+        assert self.segment.words[at + Instance.STATE] == Instance.UNLOADING
+        t.set(at + Instance.UNLOAD_LATE, 1)
 
     def end_unload(self, t: Transaction, row: int) -> None:
         """An unload is done: free the row, and expect its memory back."""
