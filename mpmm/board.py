@@ -14,7 +14,7 @@ from mpmm.shared_state.layout import Device, Header, Instance, Member, device_bi
 from mpmm.shared_state.namespace import Namespace
 from mpmm.shared_state.tables import fit_text
 from mpmm.shared_state.transaction import Transaction
-from mpmm.sources import DeviceInfo, DeviceSample, MemorySource, is_books_only
+from mpmm.sources import DeviceInfo, DeviceSample, Measures, MemorySource, what_it_measures
 from mpmm.sources.process_tree import outside, process_tree
 
 __all__ = ["ForeignMonitor", "MonitorLike", "SharedBoard"]
@@ -57,29 +57,75 @@ class SharedBoard:
     ) -> None:
         """Give the devices that a source reports rows; the devices of another source go when its process leads.
 
+        A source that can measure nothing describes no device beside measured ones that are in use, or that others can
+        measure: its process uses those, and goes by the figures of the others, or by the books.
+
         next_in_line: if given, this member polls from now on, and those in these slots are woken, to watch it.
         """
         namespace = self._namespace
+        words, transitions = namespace.segment.words, namespace.transitions
         found = [
             (fit_text(info.uuid, Device.UUID_BYTES), fit_text(info.name, Device.NAME_BYTES), info.total_mb)
             for info in devices
         ]
         name = fit_text(source.name, Header.SOURCE_NAME_BYTES)
+        measures = what_it_measures(source)
+        sees = measures > Measures.NOTHING
         with namespace.transaction() as t:
+            transitions.note_source(t, namespace.slot, measures)
             led_by = namespace.tables.text(Header.SOURCE_NAME)
-            if next_in_line is None and led_by not in (b"", name):
+            of_another = led_by not in (b"", name)
+            blind = not sees and self._others_measure()
+            # Whoever measures is better than a leader that does not, and is about to take its place.
+            outranks = sees and of_another and words[Header.SOURCE_BOOKS_ONLY]
+            rows: dict[bytes, int] = {}
+            if not blind and (next_in_line is not None or not of_another or outranks):
+                found_rows = transitions.describe_devices(t, found, replace=of_another, measured=sees)
+                rows = dict(zip((uuid for uuid, *_ in found), found_rows, strict=True))
+            elif not blind:
                 rows = {uuid: row for row, uuid in self._uuids().items()}
-                self._rows = {
-                    info.index: rows[uuid] for info, (uuid, *_) in zip(devices, found, strict=True) if uuid in rows
-                }
-                return
-            rows_found = namespace.transitions.describe_devices(t, found, replace=led_by not in (b"", name))
             if next_in_line is not None:
-                flags = (source.measures_processes, source.settles_late, is_books_only(source))
-                namespace.transitions.lead(t, namespace.slot, name, flags)
+                flags = (source.measures_processes, source.settles_late, not sees)
+                transitions.lead(t, namespace.slot, name, flags)
                 for slot in next_in_line:
-                    namespace.transitions.ring(t, slot)
-        self._rows = {info.index: row for info, row in zip(devices, rows_found, strict=True)}
+                    transitions.ring(t, slot)
+        self._rows = {info.index: rows[uuid] for info, (uuid, *_) in zip(devices, found, strict=True) if uuid in rows}
+
+    def _others_measure(self) -> bool:
+        """Tell whether there are measured devices that are in use, or that a living process can measure.
+
+        Needs the lock.
+        """
+        words, tables = self._namespace.segment.words, self._namespace.tables
+        rows = tables.used_rows(self._namespace.segment.layout.devices)
+        measured = [row for row in rows if words[tables.device(row) + Device.MEASURED]]
+        in_use = any(tables.on_device(row) for row in measured)
+        return bool(measured) and (in_use or bool(self.better_members(Measures.NOTHING)))
+
+    def better_members(self, measures: int) -> set[tuple[int, int]]:
+        """Return slot and generation of the living workers that can measure more than `measures`; without the lock."""
+        namespace = self._namespace
+        words, tables = namespace.segment.words, namespace.tables
+        workers = tables.rows_where(namespace.segment.layout.members, Member.STATE, Member.WORKER)
+        return {
+            (slot, words[tables.member(slot) + Member.GENERATION])
+            for slot in workers
+            if words[tables.member(slot) + Member.MEASURES] > measures and namespace.member_is_alive(slot)
+        }
+
+    def forget_stated_devices(self) -> None:
+        """Free the rows of devices that were only stated, and gave way to measured ones, once nothing lies there."""
+        namespace = self._namespace
+        words, floats, tables = namespace.segment.words, namespace.segment.floats, namespace.tables
+        rows = [
+            row
+            for row in tables.used_rows(namespace.segment.layout.devices)
+            if not words[tables.device(row) + Device.MEASURED] and floats[tables.device(row) + Device.TOTAL_MB] == 0
+        ]
+        if rows and not all(tables.on_device(row) for row in rows):
+            with namespace.transaction() as t:
+                for row in rows:
+                    namespace.transitions.forget_stated_device(t, row)
 
     def _uuids(self) -> dict[int, bytes]:
         tables = self._namespace.tables

@@ -28,7 +28,7 @@ from mpmm import ModelManager
 from mpmm.policy.view import Reason
 from mpmm.shared_state.events import Cause
 from mpmm.shared_state.invariants import check_invariants
-from mpmm.shared_state.layout import Capacities, Event, Header, Instance, Member, Ticket
+from mpmm.shared_state.layout import Capacities, Device, Event, Header, Instance, Member, Ticket
 from mpmm.shared_state.namespace import Namespace
 from mpmm.shared_state.runtime_dir import RuntimeDirectory
 from mpmm.shared_state.segment import Segment
@@ -398,6 +398,20 @@ def scenarios() -> dict[str, Callable[[Lab], Operation]]:
         spanning(lab)
         return lambda t, tr: tr.reap_member(t, lab.victim)
 
+    def led_by_the_books(lab: Lab) -> Operation:
+        lab.idle("a")
+        lab.do(lambda t, tr: t.set_float(lab.tables.device(0) + Device.RETURNING_MB, 50.0))
+        return lambda t, tr: tr.lead(t, Lab.victim, b"booked", (False, False, True))
+
+    def described_instead_of_stated(lab: Lab) -> Operation:
+        lab.do(lambda t, tr: tr.describe_devices(t, [(b"uuid-0", b"gpu 0", 1000.0)], measured=False))
+        lab.idle("a")
+        return lambda t, tr: tr.describe_devices(t, [(b"uuid-1", b"gpu 1", 2000.0)], replace=True)
+
+    def stated_device_forgotten(lab: Lab) -> Operation:
+        lab.do(lambda t, tr: tr.describe_devices(t, [(b"uuid-1", b"gpu 1", 1000.0)], measured=False))
+        return lambda t, tr: tr.forget_stated_device(t, 1)
+
     def on(prepare: Callable[[Lab], int], operate: Callable[[Transaction, Transitions, int], object]) -> Any:
         def scenario(lab: Lab) -> Operation:
             row = prepare(lab)
@@ -415,6 +429,8 @@ def scenarios() -> dict[str, Callable[[Lab], Operation]]:
         "reap_member/leases": reaped_with_leases,
         "reap_member/pins": reaped_with_pins,
         "lead": lambda lab: lambda t, tr: tr.lead(t, Lab.victim, b"nvml", (True, True, False)),
+        "lead/by the books": led_by_the_books,
+        "note_source": lambda lab: lambda t, tr: tr.note_source(t, Lab.victim, 2),
         "note_poll": lambda lab: lambda t, tr: tr.note_poll(t, False),
         "ring": lambda lab: lambda t, tr: tr.ring(t, Lab.victim),
         "claim_model": lambda lab: lambda t, tr: tr.claim_model(t, "new", b"new"),
@@ -477,6 +493,8 @@ def scenarios() -> dict[str, Callable[[Lab], Operation]]:
         "describe_devices/others": lambda lab: (
             lambda t, tr: tr.describe_devices(t, [(b"uuid-0", b"gpu 0", 2000.0), (b"mig", b"m", 9.0)], replace=True)
         ),
+        "describe_devices/instead of stated ones": described_instead_of_stated,
+        "forget_stated_device": stated_device_forgotten,
         "note_try": lambda lab: lambda t, tr: tr.note_try(t, 0, 10**9),
         "note_foreign": lambda lab: lambda t, tr: tr.note_foreign(t, 0, 55.0),
         "correct": on(Lab.active, lambda t, tr, row: tr.correct(t, row, 66.0)),

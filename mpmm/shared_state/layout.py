@@ -155,7 +155,8 @@ class Member:
     INSTANCE = 6  # SERVER: reference to the instance that this process holds the memory of
     MEASURED_MB = 7  # float: device memory of the process in the last sample, nan if the source does not know
     PEAK_MB = 8  # float: its highest figure
-    SHARES = 9  # floats, SERVER of a copy that spans several devices: what MEASURED_MB is on each, lowest first
+    MEASURES = 9  # WORKER: what its source of memory figures can tell, see `mpmm.sources.base.Measures`
+    SHARES = 10  # floats, SERVER of a copy that spans several devices: what MEASURED_MB is on each, lowest first
     NAME = SHARES + MOST_SPANNED  # text: SERVER: tag of the shared object; WORKER: name of the program
     NAME_BYTES = 631
     WORDS = NAME + text_words(NAME_BYTES)
@@ -343,7 +344,8 @@ class Device:
     TRIED = 16  # when somebody last tried to take a figure
     LOOSE_MB = 17  # float: used, but by no process that the source lists; nan where it does not list them
     CLAIMED = 18  # raw, also without the lock: when somebody last set out to poll it in the leader's place
-    UUID = 19  # text
+    MEASURED = 19  # 1 when a source that can measure has described it
+    UUID = 20  # text
     UUID_BYTES = 63
     NAME = UUID + text_words(UUID_BYTES)  # text
     NAME_BYTES = 63

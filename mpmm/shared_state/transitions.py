@@ -93,6 +93,7 @@ class Transitions:
         t.set(at + Member.GENERATION, self._next_generation(t))
         t.set(at + Member.ATTACHED, t.now)
         t.set(at + Member.INSTANCE, 0)
+        t.set(at + Member.MEASURES, 0)
         t.set_float(at + Member.MEASURED_MB, math.nan)
         t.set_float(at + Member.PEAK_MB, 0.0)
         t.set_text(at + Member.NAME, name)
@@ -134,7 +135,25 @@ class Transitions:
             (Header.SOURCE_MEASURES_PROCESSES, Header.SOURCE_SETTLES_LATE, Header.SOURCE_BOOKS_ONLY), flags, strict=True
         ):
             t.set(word, int(flag))
+        if flags[2]:
+            self._go_by_the_books(t)
         t.event(EventKind.LEADER, value=slot)
+
+    def _go_by_the_books(self, t: Transaction) -> None:
+        """From now on nobody measures, so what only a sample would have settled is settled."""
+        floats = self.segment.floats
+        for row in self.tables.used_rows(self.layout.devices):
+            if floats[self.tables.device(row) + Device.RETURNING_MB] > 0:
+                t.set_float(self.tables.device(row) + Device.RETURNING_MB, 0.0)
+        for row in self.tables.used_rows(self.layout.instances):
+            at = self.tables.instance(row)
+            loaded = self.segment.words[at] in (Instance.ACTIVE, Instance.IDLE, Instance.UNLOADING)
+            if loaded and floats[at + Instance.RESERVED_MB] > 0:
+                t.set_float(at + Instance.RESERVED_MB, 0.0)
+
+    def note_source(self, t: Transaction, slot: int, measures: int) -> None:
+        """Record how much a member can measure (`Measures`), for others to know whether to leave it the lead."""
+        t.set(self.tables.member(slot) + Member.MEASURES, measures)
 
     def note_poll(self, t: Transaction, measures_processes: bool | None = None) -> None:
         """Record that a poll is done: the leader is neither dead nor stuck.
@@ -971,11 +990,17 @@ class Transitions:
     # ---- devices -------------------------------------------------------------------------------------------
 
     def describe_devices(
-        self, t: Transaction, devices: Sequence[tuple[bytes, bytes, float]], replace: bool = False
+        self,
+        t: Transaction,
+        devices: Sequence[tuple[bytes, bytes, float]],
+        replace: bool = False,
+        measured: bool = True,
     ) -> list[int]:
         """Give each of the devices, (uuid, name, total MB), a row; return the rows. Figures of one that stays are kept.
 
         replace: rows of other devices are freed; else they stay, because other processes may see other devices.
+        measured: the caller's source can measure them. Then one that has only been stated so far, and has copies that
+            must really lie on one of these, stays for those copies and takes no further ones.
         Raises TableFullError when there are more devices than rows.
         """
         table = self.layout.devices
@@ -985,6 +1010,8 @@ class Transitions:
                 if uuid not in {uuid for uuid, _, _ in devices} and not self._is_in_use(row):
                     t.set(self.tables.device(row) + Device.STATE, 0)
                     del there[uuid]
+                elif uuid not in {uuid for uuid, _, _ in devices} and measured and self._is_only_stated(row):
+                    t.set_float(self.tables.device(row) + Device.TOTAL_MB, 0.0)
         free = [row for row in range(table.capacity) if row not in there.values()]
         new = [uuid for uuid, _, _ in devices if uuid not in there]
         if len(new) > len(free):
@@ -1005,7 +1032,16 @@ class Transitions:
                 t.set(at + Device.CONFIGURED_AT, t.now)
                 t.set(at + Device.STATE, 1)
             t.set_float(at + Device.TOTAL_MB, total_mb)
+            t.set(at + Device.MEASURED, int(measured))
         return [there[uuid] for uuid, _, _ in devices]
+
+    def forget_stated_device(self, t: Transaction, row: int) -> None:
+        """Free the row of a device without a total, once nothing lies there any more; see `describe_devices`."""
+        if self._is_only_stated(row) and not self._is_in_use(row):
+            t.set(self.tables.device(row) + Device.STATE, 0)
+
+    def _is_only_stated(self, device: int) -> bool:
+        return not self.segment.words[self.tables.device(device) + Device.MEASURED]
 
     def _is_in_use(self, device: int) -> bool:
         return bool(self.tables.on_device(device))

@@ -75,6 +75,13 @@ def _samples(snapshot: Snapshot) -> Iterator[Finding]:
             f"nobody has polled for {age(snapshot.polled_ago_s)}, poll_interval is "
             f"{snapshot.settings.poll_interval:g} s: is the leader stopped, and everybody else?",
         )
+    if snapshot.books_only and any(device.sample_age_s is not None for device in snapshot.devices):
+        pid = next((str(member.pid) for member in snapshot.members if member.slot == snapshot.leader), "?")
+        yield Finding(
+            True,
+            f"nothing is measured any more: pid {pid}, which leads, has no source that can, and goes by the books; the "
+            "devices' figures are the last ones of a process that is gone or stuck",
+        )
     for device in snapshot.devices:
         if device.sample_age_s is None:
             if not snapshot.books_only:

@@ -10,16 +10,26 @@ import os
 from collections.abc import Callable
 
 from mpmm.errors import InvalidArgumentError
-from mpmm.sources.base import DeviceInfo, DeviceSample, MemorySource, SourceUnavailableError, is_books_only
+from mpmm.sources.base import (
+    DeviceInfo,
+    DeviceSample,
+    Measures,
+    MemorySource,
+    SourceUnavailableError,
+    is_books_only,
+    what_it_measures,
+)
 from mpmm.sources.booked import BookedSource
 
 __all__ = [
     "DeviceInfo",
     "DeviceSample",
+    "Measures",
     "MemorySource",
     "SourceUnavailableError",
     "choose_source",
     "is_books_only",
+    "what_it_measures",
 ]
 
 SOURCE_VARIABLE = "MPMM_MEMORY_SOURCE"

@@ -8,11 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import IntEnum
 from typing import Protocol, runtime_checkable
 
 from mpmm.errors import InvalidArgumentError
 
-__all__ = ["MIB", "DeviceInfo", "DeviceSample", "MemorySource", "SourceUnavailableError", "is_books_only"]
+__all__ = [
+    "MIB",
+    "DeviceInfo",
+    "DeviceSample",
+    "Measures",
+    "MemorySource",
+    "SourceUnavailableError",
+    "is_books_only",
+    "what_it_measures",
+]
 
 MIB = 2**20
 
@@ -112,3 +122,19 @@ class MemorySource(Protocol):
 def is_books_only(source: MemorySource) -> bool:
     """Return whether `source` knows totals alone, so that its samples are always None."""
     return bool(getattr(source, "books_only", False))
+
+
+class Measures(IntEnum):
+    """How much a process can measure with its source. The numbers stand in segments, so they stay."""
+
+    UNKNOWN = 0  # it has not said so yet
+    NOTHING = 1  # totals alone
+    DEVICES = 2  # what each device has in use
+    PROCESSES = 3  # what each process takes of it, too
+
+
+def what_it_measures(source: MemorySource) -> Measures:
+    """Return how much a source can measure at present."""
+    if is_books_only(source):
+        return Measures.NOTHING
+    return Measures.PROCESSES if source.measures_processes else Measures.DEVICES
