@@ -51,6 +51,8 @@ class SharedBoard:
         self._scheduler = scheduler
         # The row of each device that this process sees, by the index that the source gives it.
         self._rows: dict[int, int] = {}
+        # Whether the source can measure nothing.
+        self._blind = False
 
     def describe(
         self, source: MemorySource, devices: Sequence[DeviceInfo], next_in_line: Sequence[int] | None = None
@@ -71,6 +73,7 @@ class SharedBoard:
         name = fit_text(source.name, Header.SOURCE_NAME_BYTES)
         measures = what_it_measures(source)
         sees = measures > Measures.NOTHING
+        self._blind = not sees
         with namespace.transaction() as t:
             transitions.note_source(t, namespace.slot, measures)
             led_by = namespace.tables.text(Header.SOURCE_NAME)
@@ -133,13 +136,24 @@ class SharedBoard:
         return {row: tables.text(tables.device(row) + Device.UUID) for row in rows}
 
     def rows(self) -> list[int]:
-        """Return the rows of the devices that this process sees; all if it sees none of them. Without the lock."""
-        return sorted(self._rows.values()) or self._namespace.tables.used_rows(self._namespace.segment.layout.devices)
+        """Return the rows of the devices that this process sees; all if it sees none of them. Without the lock.
+
+        What a source that cannot measure has stated counts no more once there are devices that others measure.
+        """
+        used = self._namespace.tables.used_rows(self._namespace.segment.layout.devices)
+        if self._blind:
+            words, tables = self._namespace.segment.words, self._namespace.tables
+            measured = [row for row in used if words[tables.device(row) + Device.MEASURED]]
+            if measured:
+                self._rows = {}
+                return measured
+        return sorted(self._rows.values()) or used
 
     def visible_bits(self) -> int:
         """Return the bits of the devices that this process sees, 0 if those are all. Without the lock."""
         bits = device_bits(self.rows())
         everywhere = device_bits(self._namespace.tables.used_rows(self._namespace.segment.layout.devices))
+        # (A device that was only stated, and gave way to these, takes nothing anyway.)
         return 0 if bits == everywhere else bits
 
     def bits_of(self, chosen: Sequence[int | str]) -> int:

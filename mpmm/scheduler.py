@@ -50,6 +50,8 @@ __all__ = ["Copies", "Scheduler"]
 # So many waiters are looked at in one step.
 QUEUE_PART = 32
 FEW_WAITERS = 16
+# Begun in one transaction, whose undo log has an end.
+UNLOADS_AT_ONCE = 64
 # Longer than a release takes, even where everything about it has left the processor's caches.
 ALERT_S = 0.000_3
 # Who makes way for a waiter and comes back later than this has made way for somebody else, too: processors are scarce.
@@ -502,6 +504,31 @@ class Scheduler:
         unloader, model = self._segment.words[at + Ticket.MEMBER] - 1, self._segment.words[at + Ticket.MODEL]
         oldest = int(idle[np.argmin(rows[idle, Instance.SINCE])])
         self._namespace.transitions.begin_unload(t, oldest, unloader, True, Cause(Reason.NO_ROW, other=model + 1))
+        return True
+
+    def make_room_for_model(self, t: Transaction, unloader: int) -> bool:
+        """Have the model whose copies have all been idle for longest unloaded by a member (slot), for want of a row.
+
+        Nothing if the row of another one is about to come free, so that of many newcomers each costs one model.
+        Return False if every row is in use, held, pinned or waited for: then nothing has changed.
+        """
+        models, copies = self._tables.view(self._layout.models), self._tables.view(self._layout.instances)
+        kept = models[:, Model.ACTIVE] + models[:, Model.LOADING] + models[:, Model.WAITING] + models[:, Model.PINS]
+        unwanted = (models[:, Model.STATE] == Model.MODEL) & (kept == 0)
+        # What a stuck process should unload may hold its row for ever.
+        stuck = copies[(copies[:, Instance.STATE] == Instance.UNLOADING) & (copies[:, Instance.UNLOAD_LATE] != 0)]
+        unwanted[stuck[:, Instance.MODEL]] = False
+        if np.any(unwanted & (models[:, Model.IDLE] == 0)):
+            return True
+        idle = np.flatnonzero(copies[:, Instance.STATE] == Instance.IDLE)
+        last_used = np.zeros(len(models), dtype=np.uint64)
+        np.maximum.at(last_used, copies[idle, Instance.MODEL].astype(np.intp), copies[idle, Instance.SINCE])
+        candidates = np.flatnonzero(unwanted)
+        if not len(candidates):
+            return False
+        model = int(candidates[np.argmin(last_used[candidates])])
+        for row in idle[copies[idle, Instance.MODEL] == model][:UNLOADS_AT_ONCE].tolist():
+            self._namespace.transitions.begin_unload(t, row, unloader, True, Cause(Reason.NO_ROW))
         return True
 
     def _carry_out(self, t: Transaction, decision: Decision, newcomer: int | None) -> None:

@@ -42,7 +42,7 @@ from mpmm.shared_state.transaction import Transaction
 from mpmm.sources import MemorySource
 from mpmm.sources.visible_devices import VISIBLE_VARIABLE
 
-__all__ = ["NOW_S", "Copy", "Growth", "ServerDuty", "Worker"]
+__all__ = ["NOW_S", "UNLOAD_LOOK_S", "Copy", "Growth", "ServerDuty", "Worker"]
 
 T = TypeVar("T")
 

@@ -237,7 +237,7 @@ class Transitions:
     def claim_model(self, t: Transaction, tag: str, encoded: bytes) -> int:
         """Return the row of a tag, made if need be; the oldest unused tag goes when the table is full.
 
-        Raises TableFullError when every row has instances or waiters.
+        Raises TableFullError when every row has instances or waiters; `Scheduler.make_room_for_model` changes that.
         """
         found = self.tables.model_row(tag)
         if found is not None:
