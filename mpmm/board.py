@@ -153,7 +153,6 @@ class SharedBoard:
         """Return the bits of the devices that this process sees, 0 if those are all. Without the lock."""
         bits = device_bits(self.rows())
         everywhere = device_bits(self._namespace.tables.used_rows(self._namespace.segment.layout.devices))
-        # (A device that was only stated, and gave way to these, takes nothing anyway.)
         return 0 if bits == everywhere else bits
 
     def bits_of(self, chosen: Sequence[int | str]) -> int:

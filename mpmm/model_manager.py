@@ -679,11 +679,13 @@ class ModelManager(BeamNames):
             left = deadline - time.monotonic()
 
     def _take_idle(self, worker: Worker, tag: str, patience_s: float, tied: int) -> Copy | None:
-        """Take an idle copy if nobody waits, and nobody runs alone where it lies."""
+        """Take an idle copy if those who wait are not concerned, and nobody runs alone where it lies."""
         namespace = worker.namespace
         with namespace.transaction(patience_s) as t:
-            row = None if worker.scheduler.must_queue() else worker.find_idle(tag, tied)
+            row = worker.find_idle(tag, tied)
             if row is None or (namespace.segment.words[Header.ISOLATED] and worker.scheduler.beside_isolation(row)):
+                return None
+            if worker.scheduler.must_queue() and not worker.scheduler.may_take(row):
                 return None
             namespace.transitions.grab(t, row, namespace.reference)
             return worker.hold(row, tag)

@@ -2,6 +2,18 @@
 
 Whoever changes something that waiters may be waiting for calls `Scheduler.advance` in the same transaction: a
 release, the end of a load or of an unload, a new sample, a reaped member. There is no scheduling process.
+
+A plan reads every row, so the warm path does without one where the plan is known beforehand:
+
+Q1  An idle copy may be taken at once although others wait (`may_take`) if nobody waits for its model, nothing runs
+    alone or waits to, and the time for which each blocked waiter may be overtaken is not over. The plan would grant the
+    copy to a newcomer: no waiter ahead can use it, and `_hand_out` stops, or keeps copies back, only for a waiter that
+    isolates or is due. It moves nobody else: what is idle only becomes less by it.
+Q2  A release of a copy whose model nobody waits for needs no plan (`moves_nobody`) if no waiter is blocked, nothing
+    runs alone or waits to, and every waiter waits for what an idle copy of another model does not change: for leases
+    or other programs to leave room (LEASED and FOREIGN: too little even if all copies went), for a copy of its own
+    model (SHARING, COPIES), or, as a lease, behind one that waits for leases. PINNED belongs to these if the model
+    is pinned: its copy makes no room then. Time changes such waits, too; for that the leader plans at each poll.
 """
 
 from __future__ import annotations
@@ -50,6 +62,8 @@ __all__ = ["Copies", "Scheduler"]
 # So many waiters are looked at in one step.
 QUEUE_PART = 32
 FEW_WAITERS = 16
+# Waits that no copy of another model ends by becoming idle.
+QUIET_REASONS = frozenset({Reason.LEASED, Reason.FOREIGN, Reason.SHARING, Reason.COPIES})
 # Begun in one transaction, whose undo log has an end.
 UNLOADS_AT_ONCE = 64
 # Longer than a release takes, even where everything about it has left the processor's caches.
@@ -148,8 +162,10 @@ class Scheduler:
                     transitions.pass_on(t, ticket, instance, cause, used)
                     t.after.append(self._make_way)
                     return
+        quiet = self._moves_nobody(instance)
         transitions.release(t, instance, used)
-        self.advance(t)
+        if not quiet:
+            self.advance(t)
 
     def _make_way(self) -> None:
         """Let the waiter that was just woken run on this processor; without the lock.
@@ -284,6 +300,55 @@ class Scheduler:
     def must_queue(self) -> bool:
         """Tell whether a newcomer may not simply take an idle copy: somebody waits."""
         return bool(self._segment.words[Header.WAITING])
+
+    def may_take(self, instance: int) -> bool:
+        """Tell whether a newcomer may take an idle copy at once although others wait; False if it takes a plan to know.
+
+        See Q1 above.
+        """
+        words = self._segment.words
+        if words[self._tables.model(words[self._tables.instance(instance) + Instance.MODEL]) + Model.WAITING]:
+            return False
+        waiting = self._waiters()
+        if self._isolation_matters(waiting):
+            return False
+        oldest_ns = time.monotonic_ns() - self._namespace.settings.max_overtake_seconds * 1e9
+        return all(not one.blocked_at or one.blocked_at > oldest_ns for one in waiting)
+
+    def _moves_nobody(self, instance: int) -> bool:
+        """Tell whether it is known without a plan that the release of a copy serves no waiter; see Q2 above."""
+        words = self._segment.words
+        at = self._tables.instance(instance)
+        model = self._tables.model(words[at + Instance.MODEL])
+        if not words[Header.WAITING] or words[model + Model.WAITING] or words[at + Instance.DOOMED]:
+            return False
+        waiting = self._waiters()
+        if any(one.blocked_at for one in waiting) or self._isolation_matters(waiting):
+            return False
+        reasons = {one.row: words[self._tables.ticket(one.row) + Ticket.REASON] for one in waiting}
+        behind = [one for one in waiting if reasons[one.row] == Reason.BEHIND]
+        if behind and not self._are_behind_a_lease(behind, [one for one in waiting if one not in behind], reasons):
+            return False
+        known = QUIET_REASONS | {Reason.BEHIND} | ({Reason.PINNED} if words[model + Model.PINS] else set())
+        return known.issuperset(reasons.values())
+
+    def _are_behind_a_lease(self, behind: list[_Waiter], others: list[_Waiter], reasons: Mapping[int, int]) -> bool:
+        """Tell whether these are leases, behind one that waits for leases to end."""
+        words = self._segment.words
+        numbers = [one.number for one in others if reasons[one.row] == Reason.LEASED]
+        if not numbers:
+            return False
+        first = min(numbers)
+        return all(one.number > first and words[self._tables.model(one.model)] == Model.LEASE for one in behind)
+
+    def _isolation_matters(self, waiting: Sequence[_Waiter]) -> bool:
+        """Tell whether a copy runs alone somewhere, or one of these waits to."""
+        words = self._segment.words
+        if words[Header.ISOLATED]:
+            return True
+        if words[Header.SOURCE_BOOKS_ONLY] or words[Header.SOURCE_MEASURES_PROCESSES]:
+            return False
+        return any(not words[self._tables.model(one.model) + Model.KNOWN] for one in waiting)
 
     def beside_isolation(self, instance: int) -> bool:
         """Tell whether a copy lies where another one runs alone, so that it may not be used."""

@@ -687,22 +687,24 @@ class Worker:
             return
         namespace = self.namespace
         words, tables = namespace.segment.words, namespace.tables
+        said: dict[tuple[int, int], list[str]] = defaultdict(list)
         with namespace.transaction() as t:
             for row, late in list(self._unloads_overdue(t.now)):
                 at = tables.instance(row)
                 holder, tag = words[at + Instance.HOLDER] - 1, tables.tag_of(words[at + Instance.MODEL])
-                pid = words[tables.member(holder) + Member.PID] if holder >= 0 else 0
                 if late and not words[at + Instance.UNLOAD_LATE]:
                     namespace.transitions.unload_is_late(t, row)
-                    said = "mpmm %s: pid %d does not finish the unload of %s; others are evicted instead"
-                    t.after.append(partial(_LOG.warning, said, namespace.name, pid, tag))
+                    said[holder, -1].append(tag)
                 heir = None if words[at + Instance.OWNER] else self._heir_of(row, holder)
                 if heir is not None:
                     namespace.transitions.hand_unload_over(t, row, heir)
-                    said = "mpmm %s: pid %d has not unloaded %s in time; pid %d does it"
-                    heir_pid = words[tables.member(heir) + Member.PID]
-                    t.after.append(partial(_LOG.warning, said, namespace.name, pid, tag, heir_pid))
+                    said[holder, heir].append(tag)
+            pids = {slot: words[tables.member(slot) + Member.PID] for ends in said for slot in ends if slot >= 0}
             self.scheduler.advance(t)
+        for (holder, heir), tags in said.items():
+            which = f"{tags[0]} and {len(tags) - 1} more" if len(tags) > 1 else tags[0]
+            then = f"pid {pids[heir]} does it" if heir >= 0 else "others are evicted instead"
+            _LOG.warning("mpmm %s: pid %d has not unloaded %s in time; %s", namespace.name, pids[holder], which, then)
 
     def _unloads_overdue(self, now_ns: int) -> Iterator[tuple[int, bool]]:
         """Find the rows whose HOLDER has not unloaded them in time, and tell whether nobody should count on them."""
@@ -728,7 +730,8 @@ class Worker:
             return namespace.slot
         workers = namespace.tables.rows_where(namespace.segment.layout.members, Member.STATE, Member.WORKER)
         others = [slot for slot in workers if slot not in (holder, namespace.slot)]
-        last_resort = None if at_it else namespace.slot
+        # While this process is at other unloads, this one is merely in line.
+        last_resort = None if self._unloading else namespace.slot
         return next((slot for slot in others if slot > holder), others[0] if others else last_resort)
 
     def devices_in_use(self, tag: str) -> int:
