@@ -225,7 +225,8 @@ class DeviceInfo:
     """One device. `used_mb` is None before the first figure; `sample_age_s` likewise.
 
     reserved_mb: what loads have booked and the figure does not show yet. foreign_mb: part of the figure that belongs to
-    processes which are not the namespace's, as far as the source knows. isolated: the copy that runs alone on it.
+    processes which are not the namespace's, as far as the source knows. measured: a source that can measure it has
+    described it. isolated: the copy that runs alone on it.
     samples: the last figures, oldest first, each as (seconds ago, MB).
     """
 
@@ -240,6 +241,7 @@ class DeviceInfo:
     reserved_mb: float
     returning_mb: float
     foreign_mb: float
+    measured: bool
     isolated: int | None
     sample_age_s: float | None
     samples: tuple[tuple[float, float], ...]
@@ -721,6 +723,7 @@ class _Decoder:
             reserved_mb=math.fsum(self._still_reserved(instance, row) for instance in here),
             returning_mb=floats[at + Device.RETURNING_MB],
             foreign_mb=floats[at + Device.FOREIGN_MB],
+            measured=bool(words[at + Device.MEASURED]),
             isolated=self._reference(words[at + Device.ISOLATED]),
             sample_age_s=self._age(sampled) if sampled else None,
             samples=self._samples(at + Device.RING),

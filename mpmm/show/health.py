@@ -75,7 +75,7 @@ def _samples(snapshot: Snapshot) -> Iterator[Finding]:
             f"nobody has polled for {age(snapshot.polled_ago_s)}, poll_interval is "
             f"{snapshot.settings.poll_interval:g} s: is the leader stopped, and everybody else?",
         )
-    if snapshot.books_only and any(device.sample_age_s is not None for device in snapshot.devices):
+    if snapshot.books_only and any(device.measured for device in snapshot.devices):
         pid = next((str(member.pid) for member in snapshot.members if member.slot == snapshot.leader), "?")
         yield Finding(
             True,
