@@ -602,7 +602,9 @@ class Scheduler:
             case Enough(ticket):
                 transitions.dismiss(t, ticket)
             case Grant(ticket, instance, why):
-                transitions.grant(t, ticket, instance, _cause(why))
+                # If not, it has just gone to make room in the table of copies, which the plan does not know of.
+                if self._is_idle(instance):
+                    transitions.grant(t, ticket, instance, _cause(why))
             case Load(ticket, devices, need_mb, alone, why):
                 try:
                     transitions.allow_load(t, ticket, device_bits(devices), need_mb, alone, _cause(why))
@@ -616,13 +618,16 @@ class Scheduler:
                 at = self._tables.ticket(ticket)
                 unloader, model = self._segment.words[at + Ticket.MEMBER] - 1, self._segment.words[at + Ticket.MODEL]
                 cause = _cause(why)._replace(other=model + 1)
-                for instance in instances:
+                for instance in filter(self._is_idle, instances):
                     transitions.begin_unload(t, instance, unloader, True, cause)
                 self._note_wait(t, ticket, replace(why, reason=Reason.UNLOADING), first=True)
             case Refuse(ticket, why):
                 transitions.refuse(t, ticket, _cause(why))
             case Wait(ticket, _, why, first):
                 self._note_wait(t, ticket, why, first)
+
+    def _is_idle(self, instance: int) -> bool:
+        return bool(self._segment.words[self._tables.instance(instance)] == Instance.IDLE)
 
     def why(self, ticket: int) -> str:
         """Return why a ticket waits, for people."""

@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import itertools
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from processes import Loads, Seat, acquire, learn, problems, release, wait_until, waiting
 
@@ -26,10 +28,11 @@ from mpmm.shared_state.transaction import Transaction
 NewManager = Callable[..., ModelManager]
 
 SMALL = Capacities(
-    members=4, models=24, instances=24, tickets=24, pins=8, devices=2, observations=2, events=64, undo=8192
+    members=4, models=24, instances=5, tickets=24, pins=8, devices=2, observations=2, events=64, undo=8192
 )
 SIZES_MB = (100.0, 200.0, 300.0, 450.0)
 MOST_WAITERS = 12
+STEP_NS = 10_000_000
 _names = itertools.count()
 
 
@@ -89,7 +92,7 @@ class Host:
     def settle(self) -> None:
         """End all that goes on by itself, until nothing is left to do."""
         transitions = self.namespace.transitions
-        for _ in range(100):
+        for _ in range(6):
             with self.namespace.transaction() as t:
                 for ticket in self.tables.used_rows(self.layout.tickets):
                     at = self.tables.ticket(ticket)
@@ -120,6 +123,8 @@ class Host:
     def check_takes(self) -> int:
         """Compare Q1 with the plan, for each idle copy and each member that could take it; return how often it held."""
         held = 0
+        # Loads for which the table of copies has no row.
+        stuck = {one.ticket for one in self.decisions() if not isinstance(one, Wait)}
         for row in self.in_state(Instance.IDLE):
             at = self.tables.instance(row)
             if not self.words[Header.WAITING] or not self.scheduler.may_take(row):
@@ -128,7 +133,8 @@ class Host:
             model, owner = self.words[at + Instance.MODEL], self.words[at + Instance.OWNER]
             with self.attempt() as t:
                 ticket = self.wait(t, model, owner - 1 if owner else 0)
-                granted = [one for one in self.decisions() if not isinstance(one, Wait)]
+                done = [one for one in self.decisions() if not isinstance(one, Wait)]
+                granted = [one for one in done if one.ticket not in stuck]
                 assert len(granted) == 1
                 assert isinstance(granted[0], Grant)
                 assert granted[0].ticket == ticket
@@ -152,16 +158,20 @@ class Host:
         return held
 
 
+MODELS = st.integers(0, 4)
+NOTHING = st.just(0)
 OPERATIONS = st.one_of(
-    st.tuples(st.just("ask"), st.integers(0, 7), st.integers(0, 1)),
-    st.tuples(st.just("preload"), st.integers(0, 7), st.integers(1, 3)),
-    st.tuples(st.just("lease"), st.sampled_from([100.0, 400.0, 700.0, 1000.0]), st.just(0)),
-    st.tuples(st.just("release"), st.integers(0, 9), st.just(0)),
-    st.tuples(st.just("release"), st.integers(0, 9), st.just(0)),
-    st.tuples(st.just("end lease"), st.integers(0, 3), st.just(0)),
-    st.tuples(st.just("pin"), st.integers(0, 7), st.just(0)),
-    st.tuples(st.just("others"), st.sampled_from([0.0, 300.0, 800.0]), st.just(0)),
-    st.tuples(st.just("objects"), st.booleans(), st.just(0)),
+    st.tuples(st.just("ask"), MODELS, st.integers(0, 1)),
+    st.tuples(st.just("ask"), MODELS, st.integers(0, 1)),
+    st.tuples(st.just("lease"), st.sampled_from([100.0, 400.0, 700.0, 1000.0]), NOTHING),
+    st.tuples(st.just("lease"), st.sampled_from([100.0, 400.0, 700.0, 1000.0]), NOTHING),
+    st.tuples(st.just("release"), st.integers(0, 2), NOTHING),
+    st.tuples(st.just("release"), st.integers(0, 2), NOTHING),
+    st.tuples(st.just("end lease"), st.integers(0, 1), NOTHING),
+    st.tuples(st.just("preload"), MODELS, st.integers(1, 3)),
+    st.tuples(st.just("pin"), MODELS, NOTHING),
+    st.tuples(st.just("others"), st.sampled_from([0.0, 300.0, 800.0]), NOTHING),
+    st.tuples(st.just("objects"), st.booleans(), NOTHING),
 )
 
 
@@ -202,9 +212,14 @@ def carry_out(host: Host, operation: tuple[Any, ...]) -> None:
             host.scheduler.advance(t)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(
+    max_examples=25,
+    deadline=None,
+    phases=(Phase.explicit, Phase.reuse, Phase.generate),
+    suppress_health_check=list(HealthCheck),
+)
 @given(
-    operations=st.lists(OPERATIONS, min_size=10, max_size=40),
+    operations=st.lists(OPERATIONS, min_size=8, max_size=25),
     overtaken_s=st.sampled_from([0.0, 60.0]),
     copies=st.sampled_from([1.0, 2.0, 100.0]),
     flags=st.sampled_from([(False, False, True), (True, False, False), (False, False, False)]),
@@ -212,15 +227,19 @@ def carry_out(host: Host, operation: tuple[Any, ...]) -> None:
 def test_what_is_done_without_a_plan_is_what_the_plan_does(
     operations: list[tuple[Any, ...]], overtaken_s: float, copies: float, flags: tuple[bool, bool, bool]
 ) -> None:
-    host = Host(overtaken_s, copies, flags)
-    try:
-        for operation in operations:
-            carry_out(host, operation)
-            host.settle()
-            host.check_takes()
-            host.check_releases()
-    finally:
-        host.namespace.leave()
+    # Time alone changes plans, so it stands still while two are compared.
+    now_ns = time.monotonic_ns()
+    with mock.patch("time.monotonic_ns", side_effect=lambda: now_ns):
+        host = Host(overtaken_s, copies, flags)
+        try:
+            for operation in operations:
+                carry_out(host, operation)
+                now_ns += STEP_NS
+                host.settle()
+                host.check_takes()
+                host.check_releases()
+        finally:
+            host.namespace.leave()
 
 
 @pytest.mark.parametrize("waits", ["a lease", "a model"])
