@@ -11,7 +11,7 @@ from typing import Any
 from unittest import mock
 
 import pytest
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 from processes import Loads, Seat, acquire, learn, problems, release, wait_until, waiting
 
@@ -223,6 +223,24 @@ def carry_out(host: Host, operation: tuple[Any, ...]) -> None:
     overtaken_s=st.sampled_from([0.0, 60.0]),
     copies=st.sampled_from([1.0, 2.0, 100.0]),
     flags=st.sampled_from([(False, False, True), (True, False, False), (False, False, False)]),
+)
+@example(  # What is idle is kept for a lease that is due.
+    operations=[("ask", 0, 0), ("ask", 1, 0), ("release", 0, 0), ("lease", 1000.0, 0)],
+    overtaken_s=0.0,
+    copies=100.0,
+    flags=(False, False, True),
+)
+@example(  # The device is drained for a model that has to run alone.
+    operations=[("ask", 0, 0), ("ask", 1, 0), ("release", 0, 0), ("ask", 3, 0)],
+    overtaken_s=60.0,
+    copies=100.0,
+    flags=(False, False, False),
+)
+@example(  # A lease waits for a row in the table of copies.
+    operations=[("ask", 0, 0), *[("lease", 100.0, 0)] * 5],
+    overtaken_s=60.0,
+    copies=100.0,
+    flags=(False, False, True),
 )
 def test_what_is_done_without_a_plan_is_what_the_plan_does(
     operations: list[tuple[Any, ...]], overtaken_s: float, copies: float, flags: tuple[bool, bool, bool]
