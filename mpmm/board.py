@@ -17,10 +17,11 @@ from mpmm.shared_state.transaction import Transaction
 from mpmm.sources import (
     DeviceInfo,
     DeviceSample,
+    Measures,
     MemorySource,
     counts_named_only,
-    is_books_only,
     process_knowledge,
+    what_it_measures,
 )
 from mpmm.sources.process_tree import outside, process_tree
 
@@ -59,40 +60,89 @@ class SharedBoard:
         # The row of each device that this process sees, by the index that the source gives it.
         self._rows: dict[int, int] = {}
         self._source: MemorySource | None = None
+        # Whether the source can measure nothing.
+        self._blind = False
 
     def describe(
         self, source: MemorySource, devices: Sequence[DeviceInfo], next_in_line: Sequence[int] | None = None
     ) -> None:
         """Give the devices that a source reports rows; the devices of another source go when its process leads.
 
+        A source that can measure nothing describes no device beside measured ones that are in use, or that others can
+        measure: its process uses those, and goes by the figures of the others, or by the books.
+
         next_in_line: if given, this member polls from now on, and those in these slots are woken, to watch it.
         """
         namespace = self._namespace
         self._source = source
+        words, transitions = namespace.segment.words, namespace.transitions
         found = [
             (fit_text(info.uuid, Device.UUID_BYTES), fit_text(info.name, Device.NAME_BYTES), info.total_mb)
             for info in devices
         ]
         name = fit_text(source.name, Header.SOURCE_NAME_BYTES)
+        measures = what_it_measures(source)
+        sees = measures > Measures.NOTHING
+        self._blind = not sees
         with namespace.transaction() as t:
+            transitions.note_source(t, namespace.slot, measures)
             led_by = namespace.tables.text(Header.SOURCE_NAME)
-            if next_in_line is None and led_by not in (b"", name):
+            of_another = led_by not in (b"", name)
+            blind = not sees and self._others_measure()
+            # Whoever measures is better than a leader that does not, and is about to take its place.
+            outranks = sees and of_another and words[Header.SOURCE_BOOKS_ONLY]
+            rows: dict[bytes, int] = {}
+            if not blind and (next_in_line is not None or not of_another or outranks):
+                found_rows = transitions.describe_devices(t, found, replace=of_another, measured=sees)
+                rows = dict(zip((uuid for uuid, *_ in found), found_rows, strict=True))
+            elif not blind:
                 rows = {uuid: row for row, uuid in self._uuids().items()}
-                self._rows = {
-                    info.index: rows[uuid] for info, (uuid, *_) in zip(devices, found, strict=True) if uuid in rows
-                }
-                return
-            rows_found = namespace.transitions.describe_devices(t, found, replace=led_by not in (b"", name))
             if next_in_line is not None:
                 # What others have seen of the same source still holds for one who has not seen anything yet.
                 knows = process_knowledge(source)
                 if knows is None:
-                    knows = led_by == name and bool(namespace.segment.words[Header.SOURCE_MEASURES_PROCESSES])
-                flags = (knows, source.settles_late, is_books_only(source))
-                namespace.transitions.lead(t, namespace.slot, name, flags, counts_named_only(source))
+                    knows = led_by == name and bool(words[Header.SOURCE_MEASURES_PROCESSES])
+                flags = (knows, source.settles_late, not sees)
+                transitions.lead(t, namespace.slot, name, flags, counts_named_only(source))
                 for slot in next_in_line:
-                    namespace.transitions.ring(t, slot)
-        self._rows = {info.index: row for info, row in zip(devices, rows_found, strict=True)}
+                    transitions.ring(t, slot)
+        self._rows = {info.index: rows[uuid] for info, (uuid, *_) in zip(devices, found, strict=True) if uuid in rows}
+
+    def _others_measure(self) -> bool:
+        """Tell whether there are measured devices that are in use, or that a living process can measure.
+
+        Needs the lock.
+        """
+        words, tables = self._namespace.segment.words, self._namespace.tables
+        rows = tables.used_rows(self._namespace.segment.layout.devices)
+        measured = [row for row in rows if words[tables.device(row) + Device.MEASURED]]
+        in_use = any(tables.on_device(row) for row in measured)
+        return bool(measured) and (in_use or bool(self.better_members(Measures.NOTHING)))
+
+    def better_members(self, measures: int) -> set[tuple[int, int]]:
+        """Return slot and generation of the living workers that can measure more than `measures`; without the lock."""
+        namespace = self._namespace
+        words, tables = namespace.segment.words, namespace.tables
+        workers = tables.rows_where(namespace.segment.layout.members, Member.STATE, Member.WORKER)
+        return {
+            (slot, words[tables.member(slot) + Member.GENERATION])
+            for slot in workers
+            if words[tables.member(slot) + Member.MEASURES] > measures and namespace.member_is_alive(slot)
+        }
+
+    def forget_stated_devices(self) -> None:
+        """Free the rows of devices that were only stated, and gave way to measured ones, once nothing lies there."""
+        namespace = self._namespace
+        words, floats, tables = namespace.segment.words, namespace.segment.floats, namespace.tables
+        rows = [
+            row
+            for row in tables.used_rows(namespace.segment.layout.devices)
+            if not words[tables.device(row) + Device.MEASURED] and floats[tables.device(row) + Device.TOTAL_MB] == 0
+        ]
+        if rows and not all(tables.on_device(row) for row in rows):
+            with namespace.transaction() as t:
+                for row in rows:
+                    namespace.transitions.forget_stated_device(t, row)
 
     def _uuids(self) -> dict[int, bytes]:
         tables = self._namespace.tables
@@ -100,8 +150,18 @@ class SharedBoard:
         return {row: tables.text(tables.device(row) + Device.UUID) for row in rows}
 
     def rows(self) -> list[int]:
-        """Return the rows of the devices that this process sees; all if it sees none of them. Without the lock."""
-        return sorted(self._rows.values()) or self._namespace.tables.used_rows(self._namespace.segment.layout.devices)
+        """Return the rows of the devices that this process sees; all if it sees none of them. Without the lock.
+
+        What a source that cannot measure has stated counts no more once there are devices that others measure.
+        """
+        used = self._namespace.tables.used_rows(self._namespace.segment.layout.devices)
+        if self._blind:
+            words, tables = self._namespace.segment.words, self._namespace.tables
+            measured = [row for row in used if words[tables.device(row) + Device.MEASURED]]
+            if measured:
+                self._rows = {}
+                return measured
+        return sorted(self._rows.values()) or used
 
     def visible_bits(self) -> int:
         """Return the bits of the devices that this process sees, 0 if those are all. Without the lock."""

@@ -2,18 +2,24 @@
 
 It sleeps on the member's bell, and does three things:
 
-- it unloads the copies that its process has been told to unload, as their owner or on behalf of a waiter;
+- it has the copies unloaded that its process has been told to unload, as their owner or on behalf of a waiter; in
+  threads of their own, because an unload may hang;
 - it tries to become the leader, whenever nobody is. The leader lock is a kernel file lock, so a dead leader's
   place is free at once. The leader polls memory, takes back what dead members had, records observations and
-  solves for the estimates;
+  solves for the estimates, and finds unloads that take too long, which others take over or do without;
 - if the leader lives but its last poll is too long ago (it is stopped, or stuck in a native call), it polls and
   takes back in the leader's place, unless another has just set out to. To solve is left to the leader: SciPy takes a
   second of a processor to import, and where processors are so scarce that the leader is late, a crowd that imports it,
   and is late for that, would keep it so. Decisions do without the newest solution, but not without fresh figures.
 
-The leader and its deputies, the workers in the lowest slots, look around four times a second. Everybody else only does
-so every four seconds, in case all of those die together; a new leader wakes who is a deputy now. So 32 processes that
-just wait cost a sixth of what they would cost if all looked as often.
+Who can measure more leads: a process whose source knows single processes comes before one that sees whole devices only,
+and that before one that goes by the books. A leader hands over to a better one that joins, and leaves a free lead to
+it for a second. If only processes are left that can measure nothing, one of them takes back what the dead had, and the
+books decide; it does not replace the devices while they are in use, whose last figures stand and age.
+
+The leader and its deputies, the workers in the lowest slots of those that measure most, look around four times a
+second. Everybody else only does so every four seconds, in case all of those die together; a new leader wakes who is a
+deputy now. So 32 processes that just wait cost a sixth of what they would cost if all looked as often.
 """
 
 from __future__ import annotations
@@ -34,7 +40,7 @@ from mpmm.shared_state.futex import wait_for_change, wake_all
 from mpmm.shared_state.layout import Device, Header, Instance, Member, Model
 from mpmm.shared_state.lock_file import LockFile
 from mpmm.shared_state.transaction import Transaction
-from mpmm.sources import process_knowledge
+from mpmm.sources import Measures, process_knowledge, what_it_measures
 
 if TYPE_CHECKING:
     from mpmm.worker import Worker
@@ -56,6 +62,9 @@ FIRST_SAMPLE_WAIT_S = 1.0
 STALE_AFTER_S = 0.6
 # Who has set out to poll in the leader's place may be stopped or killed on the way; then it is the next one's turn.
 STANDING_IN_NS = 1_000_000_000
+# The lead that is free is left to those who can measure more for so long.
+BETTER_LEADS_WITHIN_S = 1.0
+LONGEST_OFFER_PAUSE_S = 60.0
 # A measured footprint that differs by less than this from the estimate changes nothing.
 ESTIMATE_TOLERANCE = 0.01
 
@@ -77,6 +86,12 @@ class Keeper:
         self._poll_due = 0.0
         # The number of the last sample that had ended when a poll did not wait for its own; None if it did.
         self._late_since: int | None = None
+        # Since when the lead has been seen to be free, while it was left to a process that can measure more.
+        self._free_since: float | None = None
+        # To whom the lead was offered last, when it will be again, and how long after the last time that is.
+        self._offered_to: set[tuple[int, int]] = set()
+        self._offer_due = 0.0
+        self._offer_pause_s = 0.0
         self.leading = False
 
     def start(self) -> None:
@@ -125,7 +140,7 @@ class Keeper:
                 self._worker.settle_debts()
                 if seen != answered:
                     # The rows are looked through only after a ring: that takes a tenth of a millisecond.
-                    self._worker.unload_assigned()
+                    self._worker.unload_beside()
                     answered = seen
                 if time.monotonic() >= due:
                     self.tick()
@@ -134,6 +149,8 @@ class Keeper:
                 # What was left to us during the tick, nobody wakes us for any more.
                 if not self._worker.has_debts:
                     wait_for_change(lambda: int(words[bell]), self._bell_address, seen, due - time.monotonic())
+                    # Who was woken may have become a deputy, or be offered the lead.
+                    due = min(due, time.monotonic() + self._interval())
                 self._failing = False
             except (ClosedError, ValueError):
                 # ValueError: the segment was unmapped under us by `leave`.
@@ -151,9 +168,13 @@ class Keeper:
         return interval if self._namespace.slot in self._first_in_line() else max(interval, RESERVE_TICK_S)
 
     def _first_in_line(self) -> list[int]:
-        """Return the slots of the deputies, and one more, because the leader is mostly one of them."""
-        tables, layout = self._namespace.tables, self._namespace.segment.layout
-        return tables.rows_where(layout.members, Member.STATE, Member.WORKER)[: DEPUTIES + 1]
+        """Return the slots of the deputies, and one more, because the leader is mostly one of them.
+
+        Those that can measure most come first.
+        """
+        words, tables, layout = self._namespace.segment.words, self._namespace.tables, self._namespace.segment.layout
+        workers = tables.rows_where(layout.members, Member.STATE, Member.WORKER)
+        return sorted(workers, key=lambda slot: (-words[tables.member(slot) + Member.MEASURES], slot))[: DEPUTIES + 1]
 
     def _report_trouble(self) -> None:
         # Whatever went wrong must neither end the thread nor fill the log twice a second.
@@ -167,13 +188,20 @@ class Keeper:
         if self._worker.has_receipts:
             with self._namespace.transaction() as t:
                 self._worker.settle_receipts(t)
-        if not self.leading:
+        if self._worker.unload_failed:
+            self._worker.unload_failed = False
+            self._worker.unload_beside()
+        self._say_what_it_measures()
+        if self.leading:
+            self._hand_over_to_better()
+        else:
             self._lead_if_free(POLL_WAIT_S)
         if self.leading or self._stands_in():
             if self._namespace.reap_dead_members():
                 with self._namespace.transaction() as t:
                     self._worker.scheduler.advance(t)
             self._expire_returns()
+            self._worker.hand_late_unloads_over()
             if time.monotonic() >= self._poll_due:
                 self._poll_due = time.monotonic() + self._namespace.settings.poll_interval
                 self._poll()
@@ -188,9 +216,53 @@ class Keeper:
                 namespace.transitions.expire_returns(t)
                 self._worker.scheduler.advance(t)
 
+    def _say_what_it_measures(self) -> None:
+        """Tell the others if this process's source has turned out to measure more, or less, than it said."""
+        namespace = self._namespace
+        measures = what_it_measures(self._worker.source)
+        if namespace.segment.words[namespace.tables.member(namespace.slot) + Member.MEASURES] != measures:
+            with namespace.transaction() as t:
+                namespace.transitions.note_source(t, namespace.slot, measures)
+
+    def _better_members(self) -> set[tuple[int, int]]:
+        """Return the living workers that can measure more than this one."""
+        return self._worker.board.better_members(what_it_measures(self._worker.source))
+
+    def _hand_over_to_better(self) -> None:
+        """Leave the lead to a process that can measure more, and wake it.
+
+        If none takes it, because they are stopped, this one takes it back. It offers it again after 2 s, then 4 s and
+        so on up to a minute, and at once to a newcomer.
+        """
+        better = self._better_members()
+        now = time.monotonic()
+        if not better or (better <= self._offered_to and now < self._offer_due):
+            return
+        self._offer_pause_s = min(2 * self._offer_pause_s, LONGEST_OFFER_PAUSE_S) if better <= self._offered_to else 2.0
+        self._offered_to, self._offer_due = better, now + self._offer_pause_s
+        self._free_since = now
+        self.leading = False
+        self._lock_file.unlock()
+        for slot, _ in better:
+            wake_all(self._namespace.segment.address + 8 * (self._namespace.tables.member(slot) + Member.BELL))
+
+    def _is_left_to_better(self) -> bool:
+        """Tell whether to leave the free lead to a process that can measure more: for a second, as it may be stuck."""
+        if not self._better_members():
+            return False
+        now = time.monotonic()
+        if self._free_since is None:
+            self._free_since = now
+        return now - self._free_since < BETTER_LEADS_WITHIN_S
+
     def _lead_if_free(self, sample_wait_s: float) -> None:
         if not self._lock_file.try_exclusive():
+            self._free_since = None
             return
+        if self._is_left_to_better():
+            self._lock_file.unlock()
+            return
+        self._free_since = None
         worker = self._worker
         source = worker.source
         try:
@@ -210,7 +282,8 @@ class Keeper:
         """
         words, tables = self._namespace.segment.words, self._namespace.tables
         places = [(Header.POLLED, Header.POLL_CLAIMED)]
-        if not words[Header.SOURCE_BOOKS_ONLY]:
+        # Without a source that measures, a claim on devices would only keep those from it that have one.
+        if not words[Header.SOURCE_BOOKS_ONLY] and what_it_measures(self._worker.source) > Measures.NOTHING:
             devices = (tables.device(row) for row in self._worker.board.rows())
             places += [(at + Device.TRIED, at + Device.CLAIMED) for at in devices]
         now = time.monotonic_ns()
@@ -254,6 +327,7 @@ class Keeper:
         for tag, mb in estimates.items():
             report_estimate(tag, mb)
         if self.leading:
+            self._worker.board.forget_stated_devices()
             self._worker.estimator.solve()
             self._worker.keep_estimates()
 

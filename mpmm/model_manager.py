@@ -36,7 +36,7 @@ from contextlib import AbstractAsyncContextManager, contextmanager, suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 from mpmm.beam_metrics import report_estimate, report_model_count
 from mpmm.beam_views import BeamNames
@@ -53,6 +53,7 @@ from mpmm.errors import (
     MpmmError,
     NamespaceResetError,
     NotAcquiredError,
+    TableFullError,
 )
 from mpmm.gpu_monitor import GPUMonitor
 from mpmm.kept_estimates import ESTIMATES_PATH_VARIABLE, KeptEstimates
@@ -71,9 +72,11 @@ from mpmm.shared_state.tables import encode_text
 from mpmm.shared_state.transaction import Transaction
 from mpmm.sources import MemorySource, choose_source
 from mpmm.sources.selected import SelectedDevices
-from mpmm.worker import NOW_S, Copy, Free, Growth, LookAgain, Worker
+from mpmm.worker import NOW_S, UNLOAD_LOOK_S, Copy, Free, Growth, LookAgain, Worker
 
 __all__ = ["GPUMonitor", "ModelManager", "QueueTicket", "ResourceEstimator"]
+
+T = TypeVar("T")
 
 _LOG = logging.getLogger("mpmm")
 _workers: dict[tuple[Path, str], Worker] = {}
@@ -510,7 +513,8 @@ class ModelManager(BeamNames):
         worker.freshen(patience)
         with worker.waiting():
             with self._giving_up_in_time(worker, name):
-                row = self._enqueue_lease(worker, encoded, float(mb), deadline, wish)
+                enter = functools.partial(self._enqueue_lease, worker, encoded, float(mb), deadline, wish)
+                row = self._making_room(worker, name, deadline, enter)
             while self._await_answer(worker, row, deadline) is not None:
                 with self._giving_up_in_time(worker, name), suppress(AnswerUndone):
                     return self._take_lease(worker, name, float(mb), row, deadline, wish)
@@ -574,10 +578,19 @@ class ModelManager(BeamNames):
         encoded = encode_text(tag, Model.TAG_BYTES, "model tag")
         worker = self._connected()
         namespace = worker.namespace
-        with namespace.transaction() as t:
-            model = namespace.transitions.claim_model(t, tag, encoded)
-            if namespace.tables.pin_row(model, namespace.reference) is None:
+
+        def pin() -> None:
+            with namespace.transaction() as t:
+                # Before any model goes for a pin that there is no room for.
+                namespace.tables.free_row(namespace.segment.layout.pins)
+                model = namespace.transitions.claim_model(t, tag, encoded)
                 namespace.transitions.pin(t, model, namespace.slot)
+
+        with namespace.transaction():
+            found = namespace.tables.model_row(tag)
+            if found is not None and namespace.tables.pin_row(found, namespace.reference) is not None:
+                return
+        self._making_room(worker, tag, time.monotonic() + self._settings.wait_timeout_seconds, pin)
 
     def unpin(self, tag: str) -> None:
         """End this process's pin on a model.
@@ -693,11 +706,13 @@ class ModelManager(BeamNames):
             left = deadline - time.monotonic()
 
     def _take_idle(self, worker: Worker, tag: str, patience_s: float, tied: int) -> Copy | None:
-        """Take an idle copy if nobody waits, and nobody runs alone where it lies."""
+        """Take an idle copy if those who wait are not concerned, and nobody runs alone where it lies."""
         namespace = worker.namespace
         with namespace.transaction(patience_s) as t:
-            row = None if worker.scheduler.must_queue() else worker.find_idle(tag, tied)
+            row = worker.find_idle(tag, tied)
             if row is None or (namespace.segment.words[Header.ISOLATED] and worker.scheduler.beside_isolation(row)):
+                return None
+            if worker.scheduler.must_queue() and not worker.scheduler.may_take(row):
                 return None
             namespace.transitions.grab(t, row, namespace.reference)
             return worker.hold(row, tag)
@@ -789,6 +804,32 @@ class ModelManager(BeamNames):
             waited_seconds=waited_s,
         )
 
+    def _making_room(self, worker: Worker, tag: str, deadline: float, enter: Callable[[], T]) -> T:
+        """Return what `enter` returns, a transaction that needs a row; have what is idle make room for it if need be.
+
+        Raises TableFullError when every row is in use, held or waited for, AcquireTimeoutError when none has come free
+        in time.
+        """
+        began = time.monotonic()
+        while True:
+            try:
+                return enter()
+            except TableFullError as error:
+                if error.table == "tickets" and worker.has_receipts:
+                    # Grants that this process has acted upon, and whose rows nobody needs any more.
+                    with worker.namespace.transaction(max(NOW_S, deadline - time.monotonic())) as t:
+                        worker.settle_receipts(t)
+                    continue
+                if error.table != "models":
+                    raise
+                with worker.namespace.transaction(max(NOW_S, deadline - time.monotonic())) as t:
+                    if not worker.scheduler.make_room_for_model(t, worker.namespace.slot):
+                        raise
+            if time.monotonic() >= deadline:
+                raise self._gave_up(tag, time.monotonic() - began, "no row in the table of models")
+            worker.unload_beside()
+            time.sleep(UNLOAD_LOOK_S)
+
     def _enqueue(
         self,
         worker: Worker,
@@ -798,6 +839,19 @@ class ModelManager(BeamNames):
         preload: int,
         wish: Wish,
         nested: bool = False,
+    ) -> int:
+        enter = functools.partial(self._enqueue_now, worker, tag, encoded, deadline, preload, wish, nested)
+        return self._making_room(worker, tag, deadline, enter)
+
+    def _enqueue_now(
+        self,
+        worker: Worker,
+        tag: str,
+        encoded: bytes,
+        deadline: float,
+        preload: int,
+        wish: Wish,
+        nested: bool,
     ) -> int:
         namespace = worker.namespace
         words = namespace.segment.words

@@ -183,14 +183,16 @@ class MultiProcessShared(Generic[T]):
         return None
 
 
-def unload(tag: str, *, path: str | None = None, timeout_seconds: float = 10.0) -> bool:
+def unload(tag: str, *, path: str | None = None, timeout_seconds: float = 10.0, pid: int | None = None) -> bool:
     """End the server of `tag` and return True once it is gone; False if there was none.
+
+    pid: if given, only a server of this pid is meant. A tag may have been given to a new server meanwhile.
 
     A spawned server that does not leave within `timeout_seconds`, or is still making its object, is killed.
     Raises ModelServerError when it survives that, or when the process that serves the tag was not spawned for it
     and does not answer.
     """
-    gone = end_server(room_for(path), tag, timeout_seconds)
+    gone = end_server(room_for(path), tag, timeout_seconds, pid=pid)
     reap_ended_servers()
     return gone
 

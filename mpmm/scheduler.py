@@ -2,6 +2,18 @@
 
 Whoever changes something that waiters may be waiting for calls `Scheduler.advance` in the same transaction: a
 release, the end of a load or of an unload, a new sample, a reaped member. There is no scheduling process.
+
+A plan reads every row, so the warm path does without one where the plan is known beforehand:
+
+Q1  An idle copy may be taken at once although others wait (`may_take`) if nobody waits for its model, nothing runs
+    alone or waits to, and the time for which each blocked waiter may be overtaken is not over. The plan would grant the
+    copy to a newcomer: no waiter ahead can use it, and `_hand_out` stops, or keeps copies back, only for a waiter that
+    isolates or is due. It moves nobody else: what is idle only becomes less by it.
+Q2  A release of a copy whose model nobody waits for needs no plan (`moves_nobody`) if no waiter is blocked, nothing
+    runs alone or waits to, and every waiter waits for what an idle copy of another model does not change: for leases
+    or other programs to leave room (LEASED and FOREIGN: too little even if all copies went), for a copy of its own
+    model (SHARING, COPIES), or, as a lease, behind one that waits for leases. PINNED belongs to these if the model
+    is pinned: its copy makes no room then. Time changes such waits, too; for that the leader plans at each poll.
 """
 
 from __future__ import annotations
@@ -55,6 +67,10 @@ __all__ = ["Copies", "Scheduler"]
 # So many waiters are looked at in one step.
 QUEUE_PART = 32
 FEW_WAITERS = 16
+# Waits that no copy of another model ends by becoming idle.
+QUIET_REASONS = frozenset({Reason.LEASED, Reason.FOREIGN, Reason.SHARING, Reason.COPIES})
+# Begun in one transaction, whose undo log has an end.
+UNLOADS_AT_ONCE = 64
 # Longer than a release takes, even where everything about it has left the processor's caches.
 ALERT_S = 0.000_3
 # Who makes way for a waiter and comes back later than this has made way for somebody else, too: processors are scarce.
@@ -153,8 +169,10 @@ class Scheduler:
                     transitions.pass_on(t, ticket, instance, cause, used)
                     t.after.append(self._make_way)
                     return
+        quiet = self._moves_nobody(instance)
         transitions.release(t, instance, used)
-        self.advance(t)
+        if not quiet:
+            self.advance(t)
 
     def _make_way(self) -> None:
         """Let the waiter that was just woken run on this processor; without the lock.
@@ -290,6 +308,55 @@ class Scheduler:
         """Tell whether a newcomer may not simply take an idle copy: somebody waits."""
         return bool(self._segment.words[Header.WAITING])
 
+    def may_take(self, instance: int) -> bool:
+        """Tell whether a newcomer may take an idle copy at once although others wait; False if it takes a plan to know.
+
+        See Q1 above.
+        """
+        words = self._segment.words
+        if words[self._tables.model(words[self._tables.instance(instance) + Instance.MODEL]) + Model.WAITING]:
+            return False
+        waiting = self._waiters()
+        if self._isolation_matters(waiting):
+            return False
+        oldest_ns = time.monotonic_ns() - self._namespace.settings.max_overtake_seconds * 1e9
+        return all(not one.blocked_at or one.blocked_at > oldest_ns for one in waiting)
+
+    def _moves_nobody(self, instance: int) -> bool:
+        """Tell whether it is known without a plan that the release of a copy serves no waiter; see Q2 above."""
+        words = self._segment.words
+        at = self._tables.instance(instance)
+        model = self._tables.model(words[at + Instance.MODEL])
+        if not words[Header.WAITING] or words[model + Model.WAITING] or words[at + Instance.DOOMED]:
+            return False
+        waiting = self._waiters()
+        if any(one.blocked_at for one in waiting) or self._isolation_matters(waiting):
+            return False
+        reasons = {one.row: words[self._tables.ticket(one.row) + Ticket.REASON] for one in waiting}
+        behind = [one for one in waiting if reasons[one.row] == Reason.BEHIND]
+        if behind and not self._are_behind_a_lease(behind, [one for one in waiting if one not in behind], reasons):
+            return False
+        known = QUIET_REASONS | {Reason.BEHIND} | ({Reason.PINNED} if words[model + Model.PINS] else set())
+        return known.issuperset(reasons.values())
+
+    def _are_behind_a_lease(self, behind: list[_Waiter], others: list[_Waiter], reasons: Mapping[int, int]) -> bool:
+        """Tell whether these are leases, behind one that waits for leases to end."""
+        words = self._segment.words
+        numbers = [one.number for one in others if reasons[one.row] == Reason.LEASED]
+        if not numbers:
+            return False
+        first = min(numbers)
+        return all(one.number > first and words[self._tables.model(one.model)] == Model.LEASE for one in behind)
+
+    def _isolation_matters(self, waiting: Sequence[_Waiter]) -> bool:
+        """Tell whether a copy runs alone somewhere, or one of these waits to."""
+        words = self._segment.words
+        if words[Header.ISOLATED]:
+            return True
+        if words[Header.SOURCE_BOOKS_ONLY] or words[Header.SOURCE_MEASURES_PROCESSES]:
+            return False
+        return any(not words[self._tables.model(one.model) + Model.KNOWN] for one in waiting)
+
     def beside_isolation(self, instance: int) -> bool:
         """Tell whether a copy lies where another one runs alone, so that it may not be used."""
         words = self._segment.words
@@ -357,7 +424,9 @@ class Scheduler:
                 for other, share_mb in beside:
                     copies.booked_mb[other] += share_mb
             if state == Instance.UNLOADING:
-                for other, share_mb in ((device, mb), *beside):
+                # The memory of an unload that is late is in use, and nobody counts on it.
+                late = words[at + Instance.UNLOAD_LATE]
+                for other, share_mb in () if late else ((device, mb), *beside):
                     copies.unloading[other] += 1
                     copies.unloading_mb[other] += share_mb
             elif state != Instance.LOADING and owner:
@@ -407,7 +476,8 @@ class Scheduler:
         for row in tables.used_rows(self._layout.devices):
             at = tables.device(row)
             external, least = floats[at + Device.EXTERNAL_MB], floats[at + Device.EXTERNAL_LEAST_MB]
-            if words[Header.SOURCE_BOOKS_ONLY] or math.isnan(external):
+            if math.isnan(external):
+                # It has never been measured. (Where nobody measures it any more, the last figure still counts.)
                 external = least = 0.0
             returning = floats[at + Device.RETURNING_MB] if late else 0.0
             views.append(
@@ -502,7 +572,7 @@ class Scheduler:
     def _make_room_in_table(self, t: Transaction, ticket: int) -> bool:
         """Have the copy that has been idle longest unloaded for want of a row; return False if none may be."""
         rows = self._tables.view(self._layout.instances)
-        if np.any(rows[:, Instance.STATE] == Instance.UNLOADING):
+        if np.any((rows[:, Instance.STATE] == Instance.UNLOADING) & (rows[:, Instance.UNLOAD_LATE] == 0)):
             return True
         pinned = self._tables.view(self._layout.models)[:, Model.PINS] > 0
         idle = np.flatnonzero(rows[:, Instance.STATE] == Instance.IDLE)
@@ -515,13 +585,40 @@ class Scheduler:
         self._namespace.transitions.begin_unload(t, oldest, unloader, True, Cause(Reason.NO_ROW, other=model + 1))
         return True
 
+    def make_room_for_model(self, t: Transaction, unloader: int) -> bool:
+        """Have the model whose copies have all been idle for longest unloaded by a member (slot), for want of a row.
+
+        Nothing if the row of another one is about to come free, so that of many newcomers each costs one model.
+        Return False if every row is in use, held, pinned or waited for: then nothing has changed.
+        """
+        models, copies = self._tables.view(self._layout.models), self._tables.view(self._layout.instances)
+        kept = models[:, Model.ACTIVE] + models[:, Model.LOADING] + models[:, Model.WAITING] + models[:, Model.PINS]
+        unwanted = (models[:, Model.STATE] == Model.MODEL) & (kept == 0)
+        # What a stuck process should unload may hold its row for ever.
+        stuck = copies[(copies[:, Instance.STATE] == Instance.UNLOADING) & (copies[:, Instance.UNLOAD_LATE] != 0)]
+        unwanted[stuck[:, Instance.MODEL]] = False
+        if np.any(unwanted & (models[:, Model.IDLE] == 0)):
+            return True
+        idle = np.flatnonzero(copies[:, Instance.STATE] == Instance.IDLE)
+        last_used = np.zeros(len(models), dtype=np.uint64)
+        np.maximum.at(last_used, copies[idle, Instance.MODEL].astype(np.intp), copies[idle, Instance.SINCE])
+        candidates = np.flatnonzero(unwanted)
+        if not len(candidates):
+            return False
+        model = int(candidates[np.argmin(last_used[candidates])])
+        for row in idle[copies[idle, Instance.MODEL] == model][:UNLOADS_AT_ONCE].tolist():
+            self._namespace.transitions.begin_unload(t, row, unloader, True, Cause(Reason.NO_ROW))
+        return True
+
     def _carry_out(self, t: Transaction, decision: Decision, newcomer: int | None) -> None:
         transitions = self._namespace.transitions
         match decision:
             case Enough(ticket):
                 transitions.dismiss(t, ticket)
             case Grant(ticket, instance, why):
-                transitions.grant(t, ticket, instance, _cause(why))
+                # If not, it has just gone to make room in the table of copies, which the plan does not know of.
+                if self._is_idle(instance):
+                    transitions.grant(t, ticket, instance, _cause(why))
             case Load(ticket, devices, need_mb, alone, why):
                 try:
                     transitions.allow_load(t, ticket, device_bits(devices), need_mb, alone, _cause(why))
@@ -535,10 +632,9 @@ class Scheduler:
                 at = self._tables.ticket(ticket)
                 unloader, model = self._segment.words[at + Ticket.MEMBER] - 1, self._segment.words[at + Ticket.MODEL]
                 cause = _cause(why)._replace(other=model + 1)
-                for instance in instances:
-                    # A twin has gone with the one before it.
-                    if self._segment.words[self._tables.instance(instance)] == Instance.IDLE:
-                        transitions.begin_unload(t, instance, unloader, True, cause)
+                for instance in filter(self._is_idle, instances):
+                    # (A twin has gone with the one before it.)
+                    transitions.begin_unload(t, instance, unloader, True, cause)
                 if passed:
                     transitions.let_pass(t, ticket)
                 self._note_wait(t, ticket, replace(why, reason=Reason.UNLOADING), first=True)
@@ -548,6 +644,9 @@ class Scheduler:
                 if passed:
                     transitions.let_pass(t, ticket)
                 self._note_wait(t, ticket, why, first)
+
+    def _is_idle(self, instance: int) -> bool:
+        return bool(self._segment.words[self._tables.instance(instance)] == Instance.IDLE)
 
     def why(self, ticket: int) -> str:
         """Return why a ticket waits, for people."""

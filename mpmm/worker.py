@@ -17,7 +17,7 @@ import threading
 import time
 import weakref
 from collections import defaultdict, deque
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -43,7 +43,7 @@ from mpmm.shared_state.transaction import Transaction
 from mpmm.sources import MemorySource, process_knowledge
 from mpmm.sources.visible_devices import VISIBLE_VARIABLE
 
-__all__ = ["NOW_S", "Copy", "Free", "Growth", "LookAgain", "ServerDuty", "Worker"]
+__all__ = ["NOW_S", "UNLOAD_LOOK_S", "Copy", "Free", "Growth", "LookAgain", "ServerDuty", "Worker"]
 
 T = TypeVar("T")
 
@@ -54,6 +54,12 @@ _UNLOAD_METHODS = ("unload_model", "mock_model_unsafe_hard_delete")
 WAITERS_LEAVE_TIMEOUT_S = 5.0
 # Who gives up waiting does so on time: a lock that is not free in this time is left to the keeper to wait for.
 NOW_S = 0.05
+# Servers to end at a time; each takes a thread that mostly waits.
+UNLOADS_AT_A_TIME = 8
+# However short `memory_return_seconds` is: another process is not told to do what may be done in a moment.
+SHORTEST_UNLOAD_LIMIT_S = 0.5
+# A server that has not left by itself within so long is killed.
+ENDS_WITHIN_S = 10.0
 # Who has run out of memory looks so often whether there is more.
 UNLOAD_LOOK_S = 0.01
 # No decision waits longer for figures that would only make it a better one. NVML takes a millisecond.
@@ -248,6 +254,8 @@ class Worker:
         self.thread = ThreadHolds()
         # Tags whose loaders were seen to return handles of others.
         self._twins_of_tags: set[str] = set()
+        # An unload ended in an exception, so its row may still be there: the keeper looks.
+        self.unload_failed = False
         self._owed: deque[Callable[[Transaction], object]] = deque()
         # Row and number of tickets whose grants this process has acted upon, see `hold_granted`.
         self._receipts: set[tuple[int, int]] = set()
@@ -288,7 +296,7 @@ class Worker:
         if leading:
             self.keep_estimates(at_last=True)
         for copy in list(self._objects.values()):
-            self._forget_object(copy.row)
+            self._forget_object(copy.row, copy.generation)
             _unload_object(copy.value)
         # From here on nobody publishes to the board, whose memory is about to go; a sample in progress does not either.
         self.monitor.bind(None)
@@ -668,49 +676,161 @@ class Worker:
     def unload_beside(self) -> None:
         """Do `unload_assigned` in a thread of its own, if there is anything to do.
 
-        For who waits: an unload takes as long as it takes, and a waiter has to give up in time. The keeper, who has
-        been rung as well, may be at a source that does not answer.
+        A waiter has to give up in time, and the keeper has other duties, however long an unload takes: a model's own
+        code may hang. Both are told of the same unloads, because either may be stuck elsewhere.
         """
         if self._has_to_unload():
-            # Without a thread to be had it is left to the keeper.
+            # Without a thread to be had, the next look at the rows finds what is left, or another process is given it.
             with contextlib.suppress(RuntimeError):
                 threading.Thread(target=self._unload_beside, name="mpmm-unload", daemon=True).start()
 
     def _unload_beside(self) -> None:
+        with self._reporting_trouble(), self.waiting():
+            self._unload_what_is_left()
+
+    @contextlib.contextmanager
+    def _reporting_trouble(self) -> Iterator[None]:
+        """Log what goes wrong in a thread that unloads."""
         try:
-            with self.waiting():
-                self.unload_assigned()
+            yield
         except Exception:
-            # Otherwise the process has left meanwhile, and somebody else has been given the rest to do.
+            # Otherwise the process has left meanwhile, and another one has been given the rest to do.
             if self.namespace.is_usable:
+                self.unload_failed = True
                 _LOG.exception("mpmm %s: pid %d could not unload", self.namespace.name, self.namespace.pid)
 
     def _has_to_unload(self) -> bool:
-        """Look, without the lock, for copies that this process has to unload; whoever assigns one rings the keeper."""
+        """Look, without the lock, for copies that this process has to unload and that none of its threads is at."""
+        return any(row not in self._unloading for row, _ in self._assigned())
+
+    def _assigned(self) -> list[tuple[int, int]]:
+        """Return row and generation of the copies that this process has to unload."""
         words, tables = self.namespace.segment.words, self.namespace.tables
         ours = tables.rows_where(self.namespace.segment.layout.instances, Instance.HOLDER, self.namespace.reference)
-        return any(words[tables.instance(row)] == Instance.UNLOADING for row in ours)
+        starts = [(row, tables.instance(row)) for row in ours]
+        return [
+            (row, words[at + Instance.GENERATION])
+            for row, at in starts
+            if words[at + Instance.STATE] == Instance.UNLOADING
+        ]
 
     def unload_assigned(self) -> None:
-        """Unload every copy whose row says that this process has to."""
-        namespace = self.namespace
-        words, tables, layout = namespace.segment.words, namespace.tables, namespace.segment.layout
+        """Unload every copy whose row says that this process has to, and return when that is done.
+
+        What other threads are at is waited for, too, but no longer than it takes to kill a server.
+        """
+        self._unload_what_is_left()
+        deadline = time.monotonic() + ENDS_WITHIN_S
+        while self._assigned() and time.monotonic() < deadline:
+            time.sleep(UNLOAD_LOOK_S)
+            self._unload_what_is_left()
+
+    def _unload_what_is_left(self) -> None:
+        """Unload the copies that this process has to and that none of its threads is at.
+
+        Handles are unloaded several at a time, so that one server that does not end holds up no other; objects one
+        after another, because their unload methods may not be made for threads.
+        """
+        words, tables = self.namespace.segment.words, self.namespace.tables
         while self._has_to_unload():
-            with namespace.transaction():
-                rows = [
-                    row
-                    for row in tables.rows_where(layout.instances, Instance.HOLDER, namespace.reference)
-                    if words[tables.instance(row)] == Instance.UNLOADING and row not in self._unloading
-                ]
-                mine = rows[:1]
-                # The mutex of the lock guards the set, too: keeper and waiters unload at the same time.
-                self._unloading.update(mine)
+            with self.namespace.transaction():
+                found = [one for one in self._assigned() if one[0] not in self._unloading]
+                handles = [one for one in found if not words[tables.instance(one[0]) + Instance.OWNER]]
+                objects = [one for one in found if one not in handles]
+                mine = [*handles[: UNLOADS_AT_A_TIME - 1], *objects[:1]] or handles[:1]
+                # The mutex of the lock guards the set, too: several threads unload at the same time.
+                self._unloading.update(row for row, _ in mine)
             if not mine:
                 return
-            try:
-                self._unload(mine[0])
-            finally:
-                self._unloading.discard(mine[0])
+            self._unload_all(mine)
+
+    def _unload_all(self, copies: Sequence[tuple[int, int]]) -> None:
+        """Unload these copies (row, generation), which are in `_unloading`, each in a thread of its own but the last.
+
+        The last one is this thread's.
+        """
+        *others, last = copies
+        threads = []
+        try:
+            for other in others:
+                thread = threading.Thread(target=self._unload_claimed, args=other, name="mpmm-unload", daemon=True)
+                try:
+                    thread.start()
+                except RuntimeError:
+                    # There is no thread to be had.
+                    self._unload_claimed(*other)
+                else:
+                    threads.append(thread)
+            self._unload(*last)
+        finally:
+            self._unloading.discard(last[0])
+        for thread in threads:
+            thread.join()
+
+    def _unload_claimed(self, row: int, generation: int) -> None:
+        try:
+            with self._reporting_trouble(), self.waiting():
+                self._unload(row, generation)
+        finally:
+            self._unloading.discard(row)
+
+    def hand_late_unloads_over(self) -> None:
+        """Find unloads that take longer than `memory_return_seconds`, and give them an heir, or count on them no more.
+
+        Any process can unload a handle: the next one is told to, this one if it has not tried yet. An object only its
+        owner can unload. What has been late for so long that a whole further turn would have been enough counts as
+        memory in use, so that other copies are evicted instead.
+        """
+        if not any(self._unloads_overdue(time.monotonic_ns())):
+            return
+        namespace = self.namespace
+        words, tables = namespace.segment.words, namespace.tables
+        said: dict[tuple[int, int], list[str]] = defaultdict(list)
+        with namespace.transaction() as t:
+            for row, late in list(self._unloads_overdue(t.now)):
+                at = tables.instance(row)
+                holder, tag = words[at + Instance.HOLDER] - 1, tables.tag_of(words[at + Instance.MODEL])
+                if late and not words[at + Instance.UNLOAD_LATE]:
+                    namespace.transitions.unload_is_late(t, row)
+                    said[holder, -1].append(tag)
+                heir = None if words[at + Instance.OWNER] else self._heir_of(row, holder)
+                if heir is not None:
+                    namespace.transitions.hand_unload_over(t, row, heir)
+                    said[holder, heir].append(tag)
+            pids = {slot: words[tables.member(slot) + Member.PID] for ends in said for slot in ends if slot >= 0}
+            self.scheduler.advance(t)
+        for (holder, heir), tags in said.items():
+            which = f"{tags[0]} and {len(tags) - 1} more" if len(tags) > 1 else tags[0]
+            then = f"pid {pids[heir]} does it" if heir >= 0 else "others are evicted instead"
+            _LOG.warning("mpmm %s: pid %d has not unloaded %s in time; %s", namespace.name, pids[holder], which, then)
+
+    def _unloads_overdue(self, now_ns: int) -> Iterator[tuple[int, bool]]:
+        """Find the rows whose HOLDER has not unloaded them in time, and tell whether nobody should count on them."""
+        namespace = self.namespace
+        words, tables = namespace.segment.words, namespace.tables
+        limit_ns = max(namespace.settings.memory_return_seconds, SHORTEST_UNLOAD_LIMIT_S) * 1e9
+        for row in tables.rows_where(namespace.segment.layout.instances, Instance.STATE, Instance.UNLOADING):
+            at = tables.instance(row)
+            since, owned = words[at + Instance.SINCE], words[at + Instance.OWNER]
+            told = max(since, words[at + Instance.HANDED_AT])
+            late = now_ns - since > limit_ns * (1 if owned else 2)
+            if now_ns - told > limit_ns and not (owned and words[at + Instance.UNLOAD_LATE]):
+                yield row, late
+
+    def _heir_of(self, row: int, holder: int) -> int | None:
+        """Return the worker (slot) that takes an unload over from `holder` (slot): this one, unless it is at it itself.
+
+        Then the next in the table, so that each has its turn; None if there is none. Needs the lock.
+        """
+        namespace = self.namespace
+        at_it = row in self._unloading
+        if holder != namespace.slot and not at_it:
+            return namespace.slot
+        workers = namespace.tables.rows_where(namespace.segment.layout.members, Member.STATE, Member.WORKER)
+        others = [slot for slot in workers if slot not in (holder, namespace.slot)]
+        # While this process is at other unloads, this one is merely in line.
+        last_resort = None if self._unloading else namespace.slot
+        return next((slot for slot in others if slot > holder), others[0] if others else last_resort)
 
     def devices_in_use(self, tag: str) -> int:
         """Return the bits of the devices on which this process holds copies of a model."""
@@ -934,29 +1054,49 @@ class Worker:
                 return
             time.sleep(UNLOAD_LOOK_S)
 
-    def _unload(self, row: int) -> None:
+    def _unload(self, row: int, generation: int) -> None:
+        """Unload a copy and free its row, unless another process has done so, or has been told to, meanwhile."""
         namespace = self.namespace
         words, tables = namespace.segment.words, namespace.tables
         at = tables.instance(row)
-        generation = words[at + Instance.GENERATION]
-        model = words[at + Instance.MODEL]
         with namespace.transaction():
-            tag, handle, owned = tables.tag_of(model), tables.handle_of(row), words[at + Instance.OWNER]
+            if not self._is_unloading(at, generation) or words[at + Instance.HOLDER] != namespace.reference:
+                return
+            model, owned, server = (words[at + word] for word in (Instance.MODEL, Instance.OWNER, Instance.SERVER))
+            tag, handle = tables.tag_of(model), tables.handle_of(row)
             is_last = namespace.transitions.unloads_handle(row)
+            # A server that has died may have a successor of the same name, which is another copy's.
+            lost = words[at + Instance.HAS_SERVER] and words[at + Instance.DOOMED] and not server
+            server_pid = words[tables.member(server - 1) + Member.PID] if server else None
         if owned:
-            copy = self._forget_object(row)
-            if copy is not None and copy.generation == generation:
+            copy = self._forget_object(row, generation)
+            if copy is not None:
                 self.dispose(copy.value)
                 del copy
-        elif handle and is_last:
-            self.dispose(handle)
+        elif handle and is_last and not lost:
+            self._unload_handle(handle, server_pid)
         with namespace.transaction() as t:
-            if words[at + Instance.STATE] == Instance.UNLOADING and words[at + Instance.GENERATION] == generation:
+            if self._is_unloading(at, generation):
                 namespace.transitions.end_unload(t, row)
             loaded = words[tables.model(model) + Model.LOADED]
         _LOG.info("mpmm %s: pid %d unloaded %s", namespace.name, namespace.pid, tag)
         report_model_count(tag, loaded)
         self._settle()
+
+    def _is_unloading(self, at: int, generation: int) -> bool:
+        """Tell whether a row (first word) still stands for a copy in mid-unload."""
+        words = self.namespace.segment.words
+        return bool(words[at + Instance.STATE] == Instance.UNLOADING and words[at + Instance.GENERATION] == generation)
+
+    def _unload_handle(self, handle: str, server_pid: int | None) -> None:
+        """End the server of a handle, for certain; one of another pid than `server_pid` is another copy's by now.
+
+        A server that does not leave by itself is killed before another process takes the unload over.
+        """
+        limit_s = min(max(self.namespace.settings.memory_return_seconds, SHORTEST_UNLOAD_LIMIT_S), ENDS_WITHIN_S)
+        with contextlib.suppress(OSError, EOFError):
+            multi_process_shared.unload(handle, timeout_seconds=limit_s, pid=server_pid)
+        _collect()
 
     @staticmethod
     def dispose(value: Any) -> None:
@@ -967,8 +1107,7 @@ class Worker:
         elif value is not None:
             _unload_object(value)
         del value
-        gc.collect()
-        _empty_torch_cache()
+        _collect()
 
     def _settle(self) -> None:
         """Let waiters profit from freed memory: a new sample has to show it."""
@@ -987,9 +1126,13 @@ class Worker:
             self.namespace.transitions.reset(t)
         self.unload_assigned()
 
-    def _forget_object(self, row: int) -> Copy | None:
+    def _forget_object(self, row: int, generation: int) -> Copy | None:
+        """Strike an object off the list and return it; None if the row is no longer that copy's."""
         with self._mutex:
-            copy = self._objects.pop(row, None)
+            copy = self._objects.get(row)
+            if copy is None or copy.generation != generation:
+                return None
+            del self._objects[row]
             for rows in self._rows_of_model.values():
                 if row in rows:
                     rows.remove(row)
@@ -1010,6 +1153,12 @@ def _unload_object(value: Any) -> None:
                 # It is the model's own code. The memory is gone from the books either way.
                 _LOG.exception("mpmm: %s of a %s failed", name, type(value).__name__)
             return
+
+
+def _collect() -> None:
+    """Give back the memory of what nothing refers to any more."""
+    gc.collect()
+    _empty_torch_cache()
 
 
 def _empty_torch_cache() -> None:

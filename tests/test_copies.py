@@ -200,8 +200,9 @@ def test_a_pinned_model_keeps_its_row_and_a_full_table_of_pins_is_an_error(
     use(manager, "b", LoadsObject())
     with pytest.raises(TableFullError, match=r"Capacities\.pins"):
         manager.pin("b")
-    with pytest.raises(TableFullError, match="models"):
+    with pytest.raises(TableFullError, match=r"Capacities\.pins"):
         manager.pin("c")
+    assert [copy.tag for copy in read_snapshot(namespace).instances] == ["b"]
     manager.unpin("a")
     manager.pin("b")
     assert [pinned.tag for pinned in read_snapshot(namespace).pins] == ["b"]

@@ -423,6 +423,18 @@ def scenarios() -> dict[str, Callable[[Lab], Operation]]:
         lab.do(lambda t, tr: tr.note_failure(t, model))
         copy = lab.loading()
         return lambda t, tr: tr.end_load(t, copy, b"handle", 80.0, 0, False)
+    def led_by_the_books(lab: Lab) -> Operation:
+        returning(lab)
+        return lambda t, tr: tr.lead(t, Lab.victim, b"booked", (False, False, True))
+
+    def described_instead_of_stated(lab: Lab) -> Operation:
+        lab.do(lambda t, tr: tr.describe_devices(t, [(b"uuid-0", b"gpu 0", 1000.0)], measured=False))
+        lab.idle("a")
+        return lambda t, tr: tr.describe_devices(t, [(b"uuid-1", b"gpu 1", 2000.0)], replace=True)
+
+    def stated_device_forgotten(lab: Lab) -> Operation:
+        lab.do(lambda t, tr: tr.describe_devices(t, [(b"uuid-1", b"gpu 1", 1000.0)], measured=False))
+        return lambda t, tr: tr.forget_stated_device(t, 1)
 
     def on(prepare: Callable[[Lab], int], operate: Callable[[Transaction, Transitions, int], object]) -> Any:
         def scenario(lab: Lab) -> Operation:
@@ -441,6 +453,8 @@ def scenarios() -> dict[str, Callable[[Lab], Operation]]:
         "reap_member/leases": reaped_with_leases,
         "reap_member/pins": reaped_with_pins,
         "lead": lambda lab: lambda t, tr: tr.lead(t, Lab.victim, b"nvml", (True, True, False)),
+        "lead/by the books": led_by_the_books,
+        "note_source": lambda lab: lambda t, tr: tr.note_source(t, Lab.victim, 2),
         "note_poll": lambda lab: lambda t, tr: tr.note_poll(t, False),
         "note_processes": lambda lab: lambda t, tr: tr.note_processes(t, False),
         "ring": lambda lab: lambda t, tr: tr.ring(t, Lab.victim),
@@ -499,6 +513,8 @@ def scenarios() -> dict[str, Callable[[Lab], Operation]]:
         "end_load/twin": twin_loaded,
         "begin_unload/twins idle": twins_evicted,
         "begin_unload/twin in use": on(twin_in_use, lambda t, tr, row: tr.begin_unload(t, row, Lab.victim, True)),
+        "hand_unload_over": on(Lab.unloading, lambda t, tr, row: tr.hand_unload_over(t, row, 0)),
+        "unload_is_late": on(Lab.unloading, lambda t, tr, row: tr.unload_is_late(t, row)),
         "end_unload": on(Lab.unloading, lambda t, tr, row: tr.end_unload(t, row)),
         "discard": on(Lab.active, lambda t, tr, row: tr.discard(t, row)),
         "discard/promised": discarded_promised,
@@ -510,6 +526,8 @@ def scenarios() -> dict[str, Callable[[Lab], Operation]]:
         "describe_devices/others": lambda lab: (
             lambda t, tr: tr.describe_devices(t, [(b"uuid-0", b"gpu 0", 2000.0), (b"mig", b"m", 9.0)], replace=True)
         ),
+        "describe_devices/instead of stated ones": described_instead_of_stated,
+        "forget_stated_device": stated_device_forgotten,
         "note_try": lambda lab: lambda t, tr: tr.note_try(t, 0, 10**9),
         "note_foreign": lambda lab: lambda t, tr: tr.note_foreign(t, 0, 55.0),
         "correct": on(Lab.active, lambda t, tr, row: tr.correct(t, row, 66.0)),

@@ -62,6 +62,8 @@ NewDevice = Callable[..., SimulatedDevice]
 SOON_S = 2.0
 
 leads = pytest.mark.parametrize("leads", [False, True], ids=["not leading", "leading"])
+# With polls that far apart none of them makes up for a wake-up that is forgotten.
+polls = pytest.mark.parametrize("poll_interval", [0.5, 30.0], ids=["", "polling rarely"])
 
 
 def two_processes(new_process: NewProcess, leads: bool, **arguments: Any) -> tuple[Process, Process]:
@@ -147,10 +149,11 @@ def test_leaders_that_die_one_after_another_are_each_replaced_soon(namespace: st
 
 
 @leads
+@polls
 def test_what_a_dead_client_held_goes_to_the_next_who_waits(
-    namespace: str, new_process: NewProcess, leads: bool
+    namespace: str, new_process: NewProcess, leads: bool, poll_interval: float
 ) -> None:
-    victim, other = two_processes(new_process, leads, fallback_memory_mb=100)
+    victim, other = two_processes(new_process, leads, poll_interval=poll_interval, fallback_memory_mb=100)
     copy = victim.call(acquire, "a")
     other.send(acquire, "a", LoadFails("not to be called"))
     wait_until(lambda: waiting(namespace, "a"), "the other one waits")
@@ -179,10 +182,11 @@ def test_the_memory_of_a_dead_clients_object_goes_to_the_next_who_waits(
 
 
 @leads
+@polls
 def test_the_reservation_of_a_dead_loader_goes_to_the_next_who_waits(
-    namespace: str, new_process: NewProcess, new_gate: NewGate, leads: bool
+    namespace: str, new_process: NewProcess, new_gate: NewGate, leads: bool, poll_interval: float
 ) -> None:
-    victim, other = two_processes(new_process, leads, fallback_memory_mb=100)
+    victim, other = two_processes(new_process, leads, poll_interval=poll_interval, fallback_memory_mb=100)
     began, never = new_gate(), new_gate()
     victim.send(acquire, "a", Loads("a", began, never))
     began.wait()
@@ -218,10 +222,11 @@ def test_isolation_ends_with_the_death_of_him_who_profiles(
 
 
 @leads
+@polls
 def test_the_next_waiter_proceeds_when_the_head_of_the_queue_dies(
-    namespace: str, new_process: NewProcess, leads: bool
+    namespace: str, new_process: NewProcess, leads: bool, poll_interval: float
 ) -> None:
-    victim, other = two_processes(new_process, leads, fallback_memory_mb=300)
+    victim, other = two_processes(new_process, leads, poll_interval=poll_interval, fallback_memory_mb=300)
     holder = new_process()
     holder.call(learn, big=300)
     holder.call(acquire, "held")
@@ -283,10 +288,11 @@ def server_of(namespace: str, tag: str) -> int | None:
     return next((member.pid for member in snapshot.members if member.slot in slots), None)
 
 
+@polls
 def test_the_server_that_a_dead_loader_was_starting_is_ended_too(
-    namespace: str, new_process: NewProcess, new_gate: NewGate
+    namespace: str, new_process: NewProcess, new_gate: NewGate, poll_interval: float
 ) -> None:
-    victim, other = two_processes(new_process, leads=True, fallback_memory_mb=100)
+    victim, other = two_processes(new_process, leads=True, poll_interval=poll_interval, fallback_memory_mb=100)
     began = new_gate()
     victim.send(acquire, "a", LoadsServer("a", MakesServed(began=began, go=new_gate())))
     began.wait()
@@ -405,10 +411,11 @@ def pid_of_served(_: Seat, handle: str) -> int:
     return pid
 
 
+@polls
 def test_a_server_that_dies_in_use_costs_the_call_and_its_memory_is_free_again(
-    namespace: str, new_process: NewProcess, new_gate: NewGate
+    namespace: str, new_process: NewProcess, new_gate: NewGate, poll_interval: float
 ) -> None:
-    user, other = new_process(fallback_memory_mb=100), new_process()
+    user, other = new_process(fallback_memory_mb=100, poll_interval=poll_interval), new_process()
     user.call(acquire, "a", LoadsServer("a"))
     server = server_of(namespace, "a")
     assert server is not None
@@ -418,6 +425,9 @@ def test_a_server_that_dies_in_use_costs_the_call_and_its_memory_is_free_again(
     other.send(acquire, "b")
     wait_until(lambda: waiting(namespace, "b"), "the other one waits for memory")
     kill(server)
+    # The row names no process that is gone while its holder has not noticed.
+    wait_until(lambda: len(read_snapshot(namespace).members) == 2, "the server is reaped", SOON_S)
+    assert problems(namespace) == []
     with pytest.raises(ModelServerError):
         user.result()
     user.call(release)

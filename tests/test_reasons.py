@@ -186,7 +186,7 @@ TABLE: dict[Reason, tuple[View, Callable[[View], Decision], str]] = {
 #: What no plan says: it is what holds for a ticket without a decision, and what a full table does.
 ELSEWHERE = {
     Reason.BEHIND: "waits behind one that must not be delayed, or for a model that runs alone",
-    Reason.NO_ROW: "goes for b, because the table of copies is full",
+    Reason.NO_ROW: "goes for b, because the table of copies, or of models, is full",
 }
 
 

@@ -45,7 +45,7 @@ SENTENCES: dict[Reason, str] = {
     Reason.SMALLEST_HARM: "goes for {other}, which needs {need:.0f} MB{on}, {free:.0f} free: {coming:.0f} MB of the "
     "least harm, {seconds:.3f} s of loading a second",
     Reason.FLUSHED: "goes so that {other} runs alone{on} to be measured",
-    Reason.NO_ROW: "goes for {other}, because the table of copies is full",
+    Reason.NO_ROW: "goes for {other}, because the table of copies, or of models, is full",
     Reason.EXCHANGED: "goes for another copy of its model, which may have no more of them",
     Reason.TOO_LARGE: "is refused: needs {need:.0f} MB, the largest device takes {free:.0f}",
 }

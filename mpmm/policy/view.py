@@ -65,7 +65,7 @@ class Reason(IntEnum):
     LOWEST_SCORE = 32  # in Beam's order, as long as the costs are not known
     SMALLEST_HARM = 33
     FLUSHED = 34  # so that it runs alone
-    NO_ROW = 35  # the table of copies is full
+    NO_ROW = 35  # the table of copies, or that of models, is full
     EXCHANGED = 36  # there are as many copies of the model as there may be, and none that the waiter could use
     # It is refused:
     TOO_LARGE = 40

@@ -23,14 +23,16 @@ FIRST_PAUSE_S = 0.000_5
 LONGEST_PAUSE_S = 0.02
 
 
-def end_server(room: Room, tag: str, timeout_seconds: float, incarnation: str | None = None) -> bool:
-    """End the tag's server and return True when it is gone; False if there was none (or not that `incarnation`).
+def end_server(
+    room: Room, tag: str, timeout_seconds: float, incarnation: str | None = None, pid: int | None = None
+) -> bool:
+    """End the tag's server and return True when it is gone; False if there was none (or not that `incarnation`, `pid`).
 
     A spawned server that does not leave within `timeout_seconds`, or has not come up yet, is killed. Raises
     ModelServerError when it survives even that, or is part of another process, which is not ours to kill.
     """
     host = find_host(room, tag)
-    if host is not None and incarnation in (None, host.record.incarnation):
+    if host is not None and incarnation in (None, host.record.incarnation) and pid in (None, host.record.pid):
         host.hard_delete()
         room.tidy(tag)
         return True
@@ -43,7 +45,7 @@ def end_server(room: Room, tag: str, timeout_seconds: float, incarnation: str | 
         return False
     if record is None:
         raise ModelServerError(f"the server of {tag!r} does not say who it is", tag=tag, server_pid=None)
-    if incarnation not in (None, record.incarnation):
+    if incarnation not in (None, record.incarnation) or pid not in (None, record.pid):
         return False
     if record.ready:
         room.join()

@@ -122,6 +122,8 @@ def _instances(snapshot: Snapshot) -> Iterator[str]:
         what = f"instance {instance.row} ({instance.tag}, {instance.state})"
         if (instance.holder is None) != (instance.state == "idle"):
             yield f"I1 {what}: holder is {instance.holder}"
+        if instance.state != "unloading" and (instance.unload_late or instance.handed_over_s is not None):
+            yield f"I1 {what}: its unload is late ({instance.unload_late}) or was handed over"
         if instance.model not in models:
             yield f"I2 {what}: no model row {instance.model}"
         for name in ("holder", "owner", "server"):

@@ -156,7 +156,8 @@ class Member:
     INSTANCE = 6  # SERVER: reference to the instance that this process holds the memory of
     MEASURED_MB = 7  # float: device memory of the process in the last sample, nan if the source does not know
     PEAK_MB = 8  # float: its highest figure
-    SHARES = 9  # floats, SERVER of a copy that spans several devices: what MEASURED_MB is on each, lowest first
+    MEASURES = 9  # WORKER: what its source of memory figures can tell, see `mpmm.sources.base.Measures`
+    SHARES = 10  # floats, SERVER of a copy that spans several devices: what MEASURED_MB is on each, lowest first
     NAME = SHARES + MOST_SPANNED  # text: SERVER: tag of the shared object; WORKER: name of the program
     NAME_BYTES = 631
     WORDS = NAME + text_words(NAME_BYTES)
@@ -230,6 +231,7 @@ class Instance:
     A copy can span several devices. What it reserves it reserves in equal shares; what it takes of each, SHARES says.
 
     I1  a LOADING, ACTIVE or LEASED row has a HOLDER, and IDLE has none; an UNLOADING row's HOLDER unloads it.
+        UNLOAD_LATE and HANDED_AT are 0 in every other state.
     I2  MODEL refers to a used model row; HOLDER, OWNER and SERVER to used member rows.
     I3  RESERVED_MB >= 0; above 0 only while LOADING, and while LEASED always.
     I4  no two used rows have the same GENERATION.
@@ -255,7 +257,9 @@ class Instance:
     HAS_SERVER = 14  # 1: the handle named a live shared object when the load ended
     USES = 15
     PROGRAM = 16  # LEASED: pid of the process that uses the memory, 0 if that is not known
-    SHARES = 17  # floats: where it spans several devices, what MB is on each, lowest device first
+    UNLOAD_LATE = 17  # UNLOADING: 1 once it has taken too long to count on its memory
+    HANDED_AT = 18  # UNLOADING: when another member was made its HOLDER last, 0 never
+    SHARES = 19  # floats: where it spans several devices, what MB is on each, lowest device first
     HANDLE = SHARES + MOST_SPANNED  # text, empty for an object
     HANDLE_BYTES = 631
     WORDS = HANDLE + text_words(HANDLE_BYTES)
@@ -350,7 +354,8 @@ class Device:
     FOREIGN_MB = 15  # float: of processes that are not the namespace's, as far as the source knows
     TRIED = 16  # when somebody last tried to take a figure
     CLAIMED = 17  # raw, also without the lock: when somebody last set out to poll it in the leader's place
-    UUID = 18  # text
+    MEASURED = 18  # 1 when a source that can measure has described it
+    UUID = 19  # text
     UUID_BYTES = 63
     NAME = UUID + text_words(UUID_BYTES)  # text
     NAME_BYTES = 63

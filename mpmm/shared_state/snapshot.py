@@ -150,6 +150,9 @@ class InstanceInfo:
 
     A lease that is held is one in state `leased`: `reserved_mb` is what it is for, `mb` what its program, of pid
     `program` if that is known, was measured to take.
+
+    unload_late: its unload takes too long, so nobody waits for its memory any more. handed_over_s: how long ago another
+    process was told to do it last, None if none was.
     """
 
     row: int
@@ -169,6 +172,8 @@ class InstanceInfo:
     handle: str | None
     program: int | None
     doomed: bool
+    unload_late: bool
+    handed_over_s: float | None
     next: int | None
     previous: int | None
     generation: int
@@ -228,8 +233,9 @@ class DeviceInfo:
     committed_mb: what admission counts as taken, see `policy.ledger`. reserved_mb: what of that the figure does not
     show yet. returning_mb, returns_mb: what is awaited from unloads, and from each of them. external_mb: what is in use
     and not the namespace's, None before the first figure; below 0 where instances take less than they are taken for.
-    foreign_mb: what processes take that are not the namespace's, as far as the source lists them. isolated: the copy
-    that runs alone on it. samples: the last figures, oldest first, each as (seconds ago, MB).
+    foreign_mb: what processes take that are not the namespace's, as far as the source lists them. measured: a source
+    that can measure it has described it. isolated: the copy that runs alone on it. samples: the last figures, oldest
+    first, each as (seconds ago, MB).
     """
 
     row: int
@@ -246,6 +252,7 @@ class DeviceInfo:
     returns_mb: tuple[float, ...]
     external_mb: float | None
     foreign_mb: float
+    measured: bool
     isolated: int | None
     sample_age_s: float | None
     samples: tuple[tuple[float, float], ...]
@@ -669,6 +676,8 @@ class _Decoder:
             handle=self._text(at + Instance.HANDLE) or None,
             program=words[at + Instance.PROGRAM] or None,
             doomed=bool(words[at + Instance.DOOMED]),
+            unload_late=bool(words[at + Instance.UNLOAD_LATE]),
+            handed_over_s=self._age(words[at + Instance.HANDED_AT]) if words[at + Instance.HANDED_AT] else None,
             next=self._reference(words[at + Instance.NEXT]),
             previous=self._reference(words[at + Instance.PREVIOUS]),
             generation=words[at + Instance.GENERATION],
@@ -718,7 +727,7 @@ class _Decoder:
         here = [instance for instance in instances if row in instance.shares_mb]
         sampled = words[at + Device.SAMPLED]
         booked = math.fsum(instance.shares_mb[row] for instance in here if instance.state not in ("loading", "leased"))
-        external = floats[at + Device.EXTERNAL_MB] if not books_only else 0.0
+        external = floats[at + Device.EXTERNAL_MB]
         used = booked if books_only else (floats[at + Device.USED_MB] if sampled else None)
         returning = floats[at + Device.RETURNING_MB] if self._words[Header.SOURCE_SETTLES_LATE] else 0.0
         committed = math.fsum(self._committed(instance, row) for instance in here) + returning
@@ -739,6 +748,7 @@ class _Decoder:
             returns_mb=tuple(floats[at + Device.RETURNS + Device.RETURN_WORDS * n + 1] for n in range(awaited)),
             external_mb=None if math.isnan(external) else external,
             foreign_mb=floats[at + Device.FOREIGN_MB],
+            measured=bool(words[at + Device.MEASURED]),
             isolated=self._reference(words[at + Device.ISOLATED]),
             sample_age_s=self._age(sampled) if sampled else None,
             samples=self._samples(at + Device.RING),

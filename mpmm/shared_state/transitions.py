@@ -20,6 +20,7 @@ import logging
 import math
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -95,6 +96,7 @@ class Transitions:
         t.set(at + Member.GENERATION, self._next_generation(t))
         t.set(at + Member.ATTACHED, t.now)
         t.set(at + Member.INSTANCE, 0)
+        t.set(at + Member.MEASURES, 0)
         t.set_float(at + Member.MEASURED_MB, math.nan)
         t.set_float(at + Member.PEAK_MB, 0.0)
         t.set_text(at + Member.NAME, name)
@@ -142,7 +144,19 @@ class Transitions:
         ):
             t.set(word, int(flag))
         t.set(Header.SOURCE_COUNTS_NAMED, int(counts_named))
+        if flags[2]:
+            self._go_by_the_books(t)
         t.event(EventKind.LEADER, value=slot)
+
+    def _go_by_the_books(self, t: Transaction) -> None:
+        """From now on nobody measures, so what only a sample would have settled is settled."""
+        for device in self.tables.used_rows(self.layout.devices):
+            if self.segment.words[self.tables.device(device) + Device.RETURN_COUNT]:
+                self._write_ledger(t, device, replace(self.read_ledger(device), returns=()))
+
+    def note_source(self, t: Transaction, slot: int, measures: int) -> None:
+        """Record how much a member can measure (`Measures`), for others to know whether to leave it the lead."""
+        t.set(self.tables.member(slot) + Member.MEASURES, measures)
 
     def note_poll(self, t: Transaction, knows_processes: bool | None = None) -> None:
         """Record that a poll is done: the leader is neither dead nor stuck.
@@ -189,8 +203,7 @@ class Transitions:
         heir = self._heir(reference)
         for row in tables.rows_where(self.layout.instances, Instance.HOLDER, reference):
             if heir:
-                t.set(tables.instance(row) + Instance.HOLDER, heir)
-                self.ring(t, heir - 1)
+                self.hand_unload_over(t, row, heir - 1)
             else:
                 self._drop(t, row)
 
@@ -234,7 +247,7 @@ class Transitions:
     def claim_model(self, t: Transaction, tag: str, encoded: bytes) -> int:
         """Return the row of a tag, made if need be; the oldest unused tag goes when the table is full.
 
-        Raises TableFullError when every row has instances or waiters.
+        Raises TableFullError when every row has instances or waiters; `Scheduler.make_room_for_model` changes that.
         """
         found = self.tables.model_row(tag)
         if found is not None:
@@ -912,6 +925,25 @@ class Transitions:
         t.event(EventKind.UNLOAD_BEGAN, self._model_reference(row), row + 1, value=mb, cause=cause)
         self.ring(t, words[at + Instance.HOLDER] - 1)
 
+    def hand_unload_over(self, t: Transaction, row: int, unloader: int) -> None:
+        """Have another member (slot) unload a handle, because its HOLDER is dead or has not done so in time.
+
+        The former HOLDER may be at work on it still: whichever of them ends the unload first frees the row, and the
+        other one finds that it is gone.
+        """
+        at = self.tables.instance(row)
+        words = self.segment.words
+        assert words[at + Instance.STATE] == Instance.UNLOADING and not words[at + Instance.OWNER]
+        t.set(at + Instance.HOLDER, unloader + 1)
+        t.set(at + Instance.HANDED_AT, t.now)
+        self.ring(t, unloader)
+
+    def unload_is_late(self, t: Transaction, row: int) -> None:
+        """Record that the memory of a copy in mid-unload is not to be counted on any more."""
+        at = self.tables.instance(row)
+        assert self.segment.words[at + Instance.STATE] == Instance.UNLOADING
+        t.set(at + Instance.UNLOAD_LATE, 1)
+
     def end_unload(self, t: Transaction, row: int) -> None:
         """An unload is done: free the row, and expect its memory back."""
         at = self.tables.instance(row)
@@ -1047,11 +1079,17 @@ class Transitions:
     # ---- devices -------------------------------------------------------------------------------------------
 
     def describe_devices(
-        self, t: Transaction, devices: Sequence[tuple[bytes, bytes, float]], replace: bool = False
+        self,
+        t: Transaction,
+        devices: Sequence[tuple[bytes, bytes, float]],
+        replace: bool = False,
+        measured: bool = True,
     ) -> list[int]:
         """Give each of the devices, (uuid, name, total MB), a row; return the rows. Figures of one that stays are kept.
 
         replace: rows of other devices are freed; else they stay, because other processes may see other devices.
+        measured: the caller's source can measure them. Then one that has only been stated so far, and has copies that
+            must really lie on one of these, stays for those copies and takes no further ones.
         Raises TableFullError when there are more devices than rows.
         """
         table = self.layout.devices
@@ -1061,6 +1099,8 @@ class Transitions:
                 if uuid not in {uuid for uuid, _, _ in devices} and not self._is_in_use(row):
                     t.set(self.tables.device(row) + Device.STATE, 0)
                     del there[uuid]
+                elif uuid not in {uuid for uuid, _, _ in devices} and measured and self._is_only_stated(row):
+                    t.set_float(self.tables.device(row) + Device.TOTAL_MB, 0.0)
         free = [row for row in range(table.capacity) if row not in there.values()]
         new = [uuid for uuid, _, _ in devices if uuid not in there]
         if len(new) > len(free):
@@ -1083,7 +1123,16 @@ class Transitions:
                 t.set(at + Device.CONFIGURED_AT, t.now)
                 t.set(at + Device.STATE, 1)
             t.set_float(at + Device.TOTAL_MB, total_mb)
+            t.set(at + Device.MEASURED, int(measured))
         return [there[uuid] for uuid, _, _ in devices]
+
+    def forget_stated_device(self, t: Transaction, row: int) -> None:
+        """Free the row of a device without a total, once nothing lies there any more; see `describe_devices`."""
+        if self._is_only_stated(row) and not self._is_in_use(row):
+            t.set(self.tables.device(row) + Device.STATE, 0)
+
+    def _is_only_stated(self, device: int) -> bool:
+        return not self.segment.words[self.tables.device(device) + Device.MEASURED]
 
     def _is_in_use(self, device: int) -> bool:
         return bool(self.tables.on_device(device))

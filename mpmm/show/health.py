@@ -31,7 +31,7 @@ class Finding:
 
 def findings(snapshot: Snapshot) -> list[Finding]:
     """Return what is to be said about a namespace, the urgent first."""
-    checks = (_lock, _leader, _samples, _dead, _waits, _holds, _loads, _past)
+    checks = (_lock, _leader, _samples, _dead, _waits, _holds, _loads, _unloads, _past)
     found = [finding for check in checks for finding in check(snapshot)]
     return sorted(found, key=lambda finding: not finding.urgent)
 
@@ -74,6 +74,13 @@ def _samples(snapshot: Snapshot) -> Iterator[Finding]:
             True,
             f"nobody has polled for {age(snapshot.polled_ago_s)}, poll_interval is "
             f"{snapshot.settings.poll_interval:g} s: is the leader stopped, and everybody else?",
+        )
+    if snapshot.books_only and any(device.measured for device in snapshot.devices):
+        pid = next((str(member.pid) for member in snapshot.members if member.slot == snapshot.leader), "?")
+        yield Finding(
+            True,
+            f"nothing is measured any more: pid {pid}, which leads, has no source that can, and goes by the books; the "
+            "devices' figures are the last ones of a process that is gone or stuck",
         )
     for device in snapshot.devices:
         if device.sample_age_s is None:
@@ -128,6 +135,21 @@ def _loads(snapshot: Snapshot) -> Iterator[Finding]:
             compared = f", usually {age(expected)}" if expected else ""
             pid = "?" if copy.holder is None else pids.get(copy.holder, "?")
             yield Finding(True, f"pid {pid} has been loading {copy.tag} for {age(copy.for_s)}{compared}")
+
+
+def _unloads(snapshot: Snapshot) -> Iterator[Finding]:
+    pids = {member.slot: member.pid for member in snapshot.members}
+    for copy in snapshot.instances:
+        if copy.state == "unloading" and copy.unload_late:
+            pid = "?" if copy.holder is None else pids.get(copy.holder, "?")
+            rest = (
+                "only that process can, so others are evicted instead; is it stopped, or is the unload method stuck?"
+                if copy.owner is not None
+                else "other processes try it, too; other copies are evicted meanwhile"
+            )
+            yield Finding(
+                True, f"pid {pid} has been unloading {copy.tag} ({copy.mb:.0f} MB) for {age(copy.for_s)}: {rest}"
+            )
 
 
 def _past(snapshot: Snapshot) -> Iterator[Finding]:

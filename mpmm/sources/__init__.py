@@ -16,24 +16,28 @@ from mpmm.sources.base import (
     START_TIMEOUT_S,
     DeviceInfo,
     DeviceSample,
+    Measures,
     MemorySource,
     SourceUnavailableError,
     counts_named_only,
     is_books_only,
     process_knowledge,
     unavailable,
+    what_it_measures,
 )
 from mpmm.sources.booked import BookedSource
 
 __all__ = [
     "DeviceInfo",
     "DeviceSample",
+    "Measures",
     "MemorySource",
     "SourceUnavailableError",
     "choose_source",
     "counts_named_only",
     "is_books_only",
     "process_knowledge",
+    "what_it_measures",
 ]
 
 SOURCE_VARIABLE = "MPMM_MEMORY_SOURCE"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import IntEnum
 from typing import Protocol, runtime_checkable
 
 from mpmm.errors import InvalidArgumentError
@@ -16,11 +17,13 @@ __all__ = [
     "MIB",
     "DeviceInfo",
     "DeviceSample",
+    "Measures",
     "MemorySource",
     "SourceUnavailableError",
     "counts_named_only",
     "is_books_only",
     "process_knowledge",
+    "what_it_measures",
 ]
 
 MIB = 2**20
@@ -153,3 +156,19 @@ def process_knowledge(source: MemorySource) -> bool | None:
     """
     knowledge: bool | None = getattr(source, "process_knowledge", source.measures_processes)
     return knowledge
+
+
+class Measures(IntEnum):
+    """How much a process can measure with its source. The numbers stand in segments, so they stay."""
+
+    UNKNOWN = 0  # it has not said so yet
+    NOTHING = 1  # totals alone
+    DEVICES = 2  # what each device has in use
+    PROCESSES = 3  # what each process takes of it, too
+
+
+def what_it_measures(source: MemorySource) -> Measures:
+    """Return how much a source can measure at present; one that has not shown yet whether it tells processes may."""
+    if is_books_only(source):
+        return Measures.NOTHING
+    return Measures.DEVICES if process_knowledge(source) is False else Measures.PROCESSES

@@ -1,0 +1,273 @@
+"""An unload that does not end has a deadline and an heir: handles are taken over, objects are done without."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+import pytest
+from processes import (
+    DEADLINE_S,
+    Gate,
+    Loads,
+    LoadsObject,
+    LoadsServer,
+    Process,
+    Seat,
+    Weights,
+    acquire,
+    copies_of,
+    learn,
+    problems,
+    release,
+    served,
+    wait_until,
+    waiting,
+)
+
+from mpmm import cli, multi_process_shared
+from mpmm.multi_process_shared import MultiProcessShared
+from mpmm.shared_state.snapshot import read_snapshot
+
+NewProcess = Callable[..., Process]
+NewGate = Callable[[], Gate]
+
+LIMIT_S = 0.6
+SOON_S = 2.0
+
+
+def states(namespace: str, tag: str) -> list[str]:
+    return [copy.state for copy in copies_of(namespace, tag)]
+
+
+def load_idle(process: Process, tag: str, loader: Callable[[], Any]) -> None:
+    """Have a process load a copy and release it, so that it is idle for longer than those that come later."""
+    process.call(acquire, tag, loader)
+    process.call(release)
+
+
+def hang_in_unloads(_: Seat, tags: tuple[str, ...], began: Gate, go: Gate, stop: bool = False) -> None:
+    """From now on the unload of these handles opens a gate and then hangs, or stops the process, in this process."""
+    unload = multi_process_shared.unload
+    first = itertools.count()
+
+    def hangs(tag: str, **arguments: Any) -> bool:
+        if tag.startswith(tags):
+            began.open()
+            if stop and next(first) == 0:
+                os.kill(os.getpid(), signal.SIGSTOP)
+            go.wait(60)
+        return unload(tag, **arguments)
+
+    multi_process_shared.unload = hangs
+
+
+@pytest.mark.parametrize("how", ["stopped", "hung"])
+def test_an_idle_copy_goes_instead_of_the_object_whose_owner_is_stuck_and_inspect_names_it(
+    namespace: str, new_process: NewProcess, new_gate: NewGate, capsys: pytest.CaptureFixture[str], how: str
+) -> None:
+    other = new_process(fallback_memory_mb=200, memory_return_seconds=LIMIT_S)
+    owner, third = new_process(), new_process()
+    unloading = new_gate()
+    load_idle(owner, "object", LoadsObject("object", unloading=unloading if how == "hung" else None))
+    load_idle(third, "idle", Loads("idle"))
+    # So that it is the object's turn first.
+    third.call(pin, "idle")
+    if how == "stopped":
+        owner.stop()
+    began = time.monotonic()
+    other.send(acquire, "new", Loads("new"))
+    wait_until(lambda: states(namespace, "object") == ["unloading"], "the owner is told to unload it")
+    third.call(unpin, "idle")
+    other.result()
+    taken = time.monotonic() - began
+    print(f"room after {taken:.2f} s")
+    assert LIMIT_S * 0.9 < taken < LIMIT_S + SOON_S
+    assert (states(namespace, "object"), states(namespace, "idle")) == (["unloading"], [])
+    (copy,) = copies_of(namespace, "object")
+    assert copy.unload_late
+    cli.main(["inspect", namespace])
+    said = [line for line in capsys.readouterr().out.splitlines() if "ATTENTION" in line]
+    assert any(f"pid {owner.pid} has been unloading object" in line for line in said), said
+    assert problems(namespace) == []
+    if how == "stopped":
+        owner.resume()
+        wait_until(lambda: not copies_of(namespace, "object"), "the owner does it after all")
+        assert problems(namespace) == []
+    else:
+        owner.kill()
+
+
+def pin(seat: Seat, tag: str) -> None:
+    """Keep the idle copies of a model."""
+    seat.manager.pin(tag)
+
+
+def unpin(seat: Seat, tag: str) -> None:
+    """Keep them no longer."""
+    seat.manager.unpin(tag)
+
+
+@pytest.mark.parametrize("how", ["stopped", "hung", "killed"])
+def test_handles_that_a_stuck_waiter_was_told_to_unload_are_taken_over(
+    namespace: str, new_process: NewProcess, new_gate: NewGate, how: str
+) -> None:
+    other = new_process(fallback_memory_mb=200, memory_return_seconds=LIMIT_S if how != "killed" else 60.0)
+    waiter = new_process()
+    waiter.call(learn, big=200)
+    load_idle(other, "a", Loads("a"))
+    load_idle(other, "b", Loads("b"))
+    began, go = new_gate(), new_gate()
+    waiter.call(hang_in_unloads, ("a", "b"), began, go, stop=how == "stopped")
+    waiter.send(acquire, "big", Loads("big"))
+    began.wait()
+    if how == "stopped":
+        waiter.wait_until_stopped()
+    elif how == "killed":
+        waiter.kill()
+    since = time.monotonic()
+    wait_until(lambda: not copies_of(namespace, "a") and not copies_of(namespace, "b"), "both are unloaded", 5)
+    print(f"taken over after {time.monotonic() - since:.2f} s")
+    assert time.monotonic() - since < LIMIT_S + SOON_S
+    assert problems(namespace) == []
+    if how == "killed":
+        return
+    # What the first one does when it comes back changes nothing for those who have the rows by then.
+    if how == "stopped":
+        waiter.resume()
+    waiter.result()
+    waiter.call(release)
+    other.call(acquire, "a", Loads("a"))
+    go.open()
+    wait_until(lambda: not waiter.call(unloads), "the late unloader is done")
+    assert states(namespace, "a") == ["active"]
+    assert problems(namespace) == []
+
+
+def test_one_handle_that_does_not_go_holds_up_no_other(
+    namespace: str, new_process: NewProcess, new_gate: NewGate
+) -> None:
+    waiter = new_process(fallback_memory_mb=300, memory_return_seconds=60.0)
+    waiter.call(learn, big=300)
+    for tag in ("a", "b", "c"):
+        load_idle(waiter, tag, Loads(tag))
+    began, go = new_gate(), new_gate()
+    waiter.call(hang_in_unloads, ("a",), began, go)
+    waiter.send(acquire, "big", Loads("big"))
+    began.wait()
+    wait_until(lambda: not copies_of(namespace, "b") and not copies_of(namespace, "c"), "the others go", SOON_S)
+    assert states(namespace, "a") == ["unloading"]
+    go.open()
+    waiter.result()
+    assert problems(namespace) == []
+
+
+def test_an_unloader_that_comes_back_late_spares_the_server_that_has_the_tag_by_then(
+    namespace: str, new_process: NewProcess, new_gate: NewGate
+) -> None:
+    other = new_process(fallback_memory_mb=200, memory_return_seconds=LIMIT_S)
+    waiter = new_process()
+    waiter.call(learn, big=200)
+    load_idle(other, "a", LoadsServer("a"))
+    began, go = new_gate(), new_gate()
+    waiter.call(hang_in_unloads, ("a",), began, go)
+    waiter.send(acquire, "big", Loads("big"))
+    began.wait()
+    waiter.result()
+    waiter.call(release)
+    other.call(acquire, "a", LoadsServer("a"))
+    pid = other.call(pid_of, "a")
+    go.open()
+    wait_until(lambda: not waiter.call(unloads), "the late unloader is done")
+    assert other.call(pid_of, "a") == pid
+    assert states(namespace, "a") == ["active"]
+    assert problems(namespace) == []
+
+
+def pid_of(_: Seat, handle: str) -> int:
+    """Ask the object behind a handle where it is."""
+    return int(served(handle).pid())
+
+
+def unloads(seat: Seat) -> bool:
+    """Tell whether a thread of the process is at an unload."""
+    return bool(seat.manager._connected()._unloading)
+
+
+def test_a_server_that_is_stopped_is_killed_when_its_copy_is_unloaded(namespace: str, new_process: NewProcess) -> None:
+    worker = new_process(fallback_memory_mb=100, memory_return_seconds=LIMIT_S)
+    load_idle(worker, "a", LoadsServer("a"))
+    (copy,) = copies_of(namespace, "a")
+    server = next(member for member in read_snapshot(namespace).members if member.slot == copy.server)
+    process = psutil.Process(server.pid)
+    process.suspend()
+    began = time.monotonic()
+    worker.call(acquire, "b", Loads("b"))
+    print(f"room after {time.monotonic() - began:.2f} s")
+    assert time.monotonic() - began < LIMIT_S + SOON_S
+    wait_until(lambda: not process.is_running() or process.status() == psutil.STATUS_ZOMBIE, "the server is killed")
+    assert problems(namespace) == []
+
+
+@pytest.mark.parametrize("leads", [False, True], ids=["not leading", "leading"])
+def test_the_heir_of_a_dead_unloader_is_woken(
+    namespace: str, new_process: NewProcess, new_gate: NewGate, leads: bool
+) -> None:
+    arguments: dict[str, Any] = {"fallback_memory_mb": 100, "poll_interval": 30.0, "memory_return_seconds": 60.0}
+    if leads:
+        victim, other = new_process(**arguments), new_process()
+    else:
+        other, victim = new_process(**arguments), new_process()
+    load_idle(other, "a", Loads("a"))
+    began, go = new_gate(), new_gate()
+    victim.call(hang_in_unloads, ("a",), began, go)
+    victim.send(acquire, "b", Loads("b"))
+    began.wait()
+    other.send(acquire, "c", Loads("c"))
+    wait_until(lambda: waiting(namespace, "c"), "the other one waits")
+    victim.kill()
+    assert other.result(SOON_S)
+    assert copies_of(namespace, "a") == []
+    assert problems(namespace) == []
+
+
+@dataclass(frozen=True)
+class LosesItsServer:
+    """A loader whose server dies while it loads, and which makes an object in this process after all."""
+
+    seat_waits: Gate
+    go: Gate
+
+    def __call__(self) -> Weights:
+        """Start a server, kill it, and return an object once the test says so."""
+        shared = MultiProcessShared(Weights, tag="lost", always_proxy=True, spawn_process=True)
+        shared.acquire()
+        pid = multi_process_shared.server_pid("lost")
+        assert pid is not None
+        os.kill(pid, signal.SIGKILL)
+        self.seat_waits.open()
+        self.go.wait()
+        return Weights("after all")
+
+
+def test_a_copy_that_is_doomed_is_unloaded_by_its_holder_as_soon_as_that_releases_it(
+    namespace: str, new_process: NewProcess, new_gate: NewGate
+) -> None:
+    worker = new_process(fallback_memory_mb=100, poll_interval=30.0, memory_return_seconds=60.0)
+    began, go = new_gate(), new_gate()
+    worker.send(acquire, "a", LosesItsServer(began, go))
+    began.wait()
+    wait_until(lambda: copies_of(namespace, "a")[0].doomed, "the server's death is noticed")
+    go.open()
+    worker.result()
+    worker.call(release)
+    waited = wait_until(lambda: not copies_of(namespace, "a"), "the copy is unloaded", SOON_S)
+    print(f"unloaded after {waited:.3f} s")
+    assert problems(namespace) == []
+    assert DEADLINE_S > SOON_S

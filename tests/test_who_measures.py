@@ -1,0 +1,193 @@
+"""Processes of one namespace that can measure differently much: who leads, and who says which devices there are."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from processes import (
+    Loads,
+    LoadsObject,
+    Process,
+    Seat,
+    SimulatedDevice,
+    acquire,
+    copies_of,
+    leader_pid,
+    learn,
+    problems,
+    release,
+    wait_until,
+    waiting,
+)
+
+from mpmm import cli
+from mpmm.shared_state.snapshot import read_snapshot
+from mpmm.sources import DeviceInfo, DeviceSample, Measures, MemorySource, what_it_measures
+from mpmm.sources.booked import BookedSource
+
+NewProcess = Callable[..., Process]
+NewDevice = Callable[..., SimulatedDevice]
+
+TOTAL_MB = 16000.0
+# A source of the caller's own, because a namespace that was made for the source `booked` has that alone.
+BLIND: dict[str, Any] = {"memory_source": BookedSource(TOTAL_MB), "default_estimate_mb": 1000.0}
+
+
+def device_names(namespace: str) -> list[str]:
+    return [device.uuid for device in read_snapshot(namespace).devices]
+
+
+def leads(namespace: str, process: Process) -> bool:
+    return leader_pid(read_snapshot(namespace)) == process.pid
+
+
+def source_of(seat: Seat) -> str:
+    """Return the name of the source that the process reads."""
+    return str(seat.manager._connected().source.name)
+
+
+class TellsProcesses(SimulatedDevice):
+    """A device whose source knows single processes."""
+
+    name = "by process"
+    measures_processes = True
+
+
+def test_what_a_source_measures_is_ranked(new_device: NewDevice, tmp_path: Path) -> None:
+    order: list[MemorySource] = [BookedSource(1.0), new_device(1.0), TellsProcesses(tmp_path / "other", 1.0)]
+    assert [what_it_measures(source) for source in order] == [Measures.NOTHING, Measures.DEVICES, Measures.PROCESSES]
+    assert Measures.UNKNOWN < Measures.NOTHING < Measures.DEVICES < Measures.PROCESSES
+
+
+def test_a_process_that_cannot_measure_uses_the_devices_of_those_that_can(
+    namespace: str, new_process: NewProcess, new_device: NewDevice
+) -> None:
+    device = new_device(TOTAL_MB)
+    sees, blind = new_process(memory_source=device), new_process(**BLIND)
+    assert blind.call(source_of) == "booked"
+    sees.call(learn, x=9000, y=9000)
+    sees.call(acquire, "x", LoadsObject("x", device=device, mb=9000))
+    assert device_names(namespace) == ["sim-0"]
+    blind.send(acquire, "y", LoadsObject("y", device=device, mb=9000))
+    wait_until(lambda: waiting(namespace, "y"), "there is no room beside x")
+    sees.call(release)
+    blind.result()
+    assert copies_of(namespace, "x") == []
+    assert (device.used_mb(), device_names(namespace)) == (9000, ["sim-0"])
+    assert leads(namespace, sees)
+    assert problems(namespace) == []
+
+
+def test_the_lead_goes_to_the_process_that_can_measure(
+    namespace: str, new_process: NewProcess, new_device: NewDevice
+) -> None:
+    device = new_device(TOTAL_MB)
+    first = new_process(memory_source=device)
+    blind = [new_process(**BLIND) for _ in range(4)]
+    last = new_process(memory_source=device)
+    first.kill()
+    wait_until(lambda: leader_pid(read_snapshot(namespace)) not in (None, first.pid), "somebody leads", 5)
+    assert leads(namespace, last)
+    assert not any(leads(namespace, one) for one in blind)
+    assert (device_names(namespace), read_snapshot(namespace).source) == (["sim-0"], "simulated")
+    assert problems(namespace) == []
+
+
+def test_where_only_the_blind_are_left_one_leads_by_the_books_and_the_last_figures_stand(
+    namespace: str, new_process: NewProcess, new_device: NewDevice, capsys: pytest.CaptureFixture[str]
+) -> None:
+    device = new_device(TOTAL_MB)
+    sees = new_process(memory_source=device)
+    blind, other = new_process(**BLIND), new_process(**BLIND)
+    sees.call(learn, x=9000, y=9000)
+    other.call(acquire, "x", LoadsObject("x", device=device, mb=9000))
+    wait_until(lambda: read_snapshot(namespace).devices[0].used_mb == 9000, "x is seen")
+    sees.kill()
+    wait_until(lambda: leads(namespace, blind) or leads(namespace, other), "one of the blind leads", 6)
+    assert device_names(namespace) == ["sim-0"]
+    assert read_snapshot(namespace).devices[0].used_mb == 9000
+    assert sees.pid not in [member.pid for member in read_snapshot(namespace).members]
+    blind.send(acquire, "y", LoadsObject("y", device=device, mb=9000))
+    wait_until(lambda: waiting(namespace, "y"), "there is no room beside x")
+    other.call(release)
+    blind.result()
+    assert (device.used_mb(), copies_of(namespace, "x")) == (9000, [])
+    cli.main(["inspect", namespace])
+    assert "ATTENTION: nothing is measured any more" in capsys.readouterr().out
+    # One that comes later has devices to describe, and takes the lead.
+    newcomer = new_process(memory_source=device)
+    wait_until(lambda: leads(namespace, newcomer), "the newcomer leads", 5)
+    wait_until(lambda: not read_snapshot(namespace).books_only, "its figures count")
+    assert device_names(namespace) == ["sim-0"]
+    assert problems(namespace) == []
+
+
+@pytest.mark.parametrize("used", [False, True], ids=["nothing loaded", "a copy loaded by the books"])
+def test_a_process_that_can_measure_takes_the_lead_from_one_that_cannot(
+    namespace: str, new_process: NewProcess, new_device: NewDevice, used: bool
+) -> None:
+    device = new_device(TOTAL_MB)
+    blind, other = new_process(**BLIND), new_process(**BLIND)
+    wait_until(lambda: leads(namespace, blind), "the first one leads")
+    if used:
+        blind.call(acquire, "x", LoadsObject("x", device=device, mb=1000))
+    sees = new_process(memory_source=device)
+    wait_until(lambda: leads(namespace, sees), "the one that can measure leads", 5)
+    assert "sim-0" in device_names(namespace)
+    # What is loaded from now on lies on the device that is measured.
+    other.call(acquire, "y", Loads("y"))
+    (copy,) = copies_of(namespace, "y")
+    assert read_snapshot(namespace).devices[copy.device].uuid == "sim-0" or not used
+    if used:
+        blind.call(release)
+        blind.call(reset)
+    wait_until(lambda: device_names(namespace) == ["sim-0"], "the stated device is gone", 5)
+    assert problems(namespace) == []
+
+
+def reset(seat: Seat) -> None:
+    """Unload everything."""
+    seat.manager.force_reset()
+
+
+def test_a_stopped_process_that_could_measure_more_does_not_keep_the_lead_from_others(
+    namespace: str, new_process: NewProcess, new_device: NewDevice
+) -> None:
+    device = new_device(TOTAL_MB)
+    leader, sees, blind = new_process(memory_source=device), new_process(memory_source=device), new_process(**BLIND)
+    sees.stop()
+    leader.kill()
+    wait_until(lambda: leads(namespace, blind), "the blind one leads", 8)
+    sees.resume()
+    wait_until(lambda: leads(namespace, sees), "the other one leads once it can", 10)
+    assert device_names(namespace) == ["sim-0"]
+    assert problems(namespace) == []
+
+
+class CannotDescribe(SimulatedDevice):
+    """Says which devices there are until the folder has a file called `mute`."""
+
+    def devices(self) -> tuple[DeviceInfo, ...]:
+        """Return the devices. Raises OSError."""
+        if (self._folder / f"mute-{os.getpid()}").exists():
+            raise OSError("the driver does not answer")
+        return super().devices()
+
+    def sample(self, server_pids: Any) -> tuple[DeviceSample, ...]:
+        """Measure."""
+        return super().sample(server_pids)
+
+
+def test_a_process_whose_source_fails_does_not_keep_the_lead_from_others(
+    namespace: str, new_process: NewProcess, tmp_path: Path
+) -> None:
+    device = CannotDescribe(tmp_path / "device", TOTAL_MB)
+    leader, fails, works = (new_process(memory_source=device) for _ in range(3))
+    (tmp_path / "device" / f"mute-{fails.pid}").touch()
+    leader.kill()
+    wait_until(lambda: leads(namespace, works), "the one whose source works leads", 5)
+    assert problems(namespace) == []

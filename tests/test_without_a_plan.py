@@ -1,0 +1,299 @@
+"""What the warm path does without a plan is what a plan would have done: Q1 and Q2 of `mpmm.scheduler`."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+import pytest
+from hypothesis import HealthCheck, Phase, example, given, settings
+from hypothesis import strategies as st
+from processes import Loads, Seat, acquire, learn, problems, release, wait_until, waiting
+
+from mpmm import ModelManager
+from mpmm.policy.plan import Plan, make_plan
+from mpmm.policy.view import Decision, Grant, View, Wait
+from mpmm.scheduler import Scheduler
+from mpmm.shared_state.layout import Capacities, Header, Instance, Member, Model, Ticket
+from mpmm.shared_state.namespace import Namespace
+from mpmm.shared_state.settings import Settings
+from mpmm.shared_state.snapshot import read_snapshot
+from mpmm.shared_state.transaction import Transaction
+
+NewManager = Callable[..., ModelManager]
+
+SMALL = Capacities(
+    members=4, models=24, instances=5, tickets=24, pins=8, devices=2, observations=2, events=64, undo=8192
+)
+SIZES_MB = (100.0, 200.0, 300.0, 450.0)
+MOST_WAITERS = 12
+STEP_NS = 10_000_000
+_names = itertools.count()
+
+
+class _Undo(Exception):
+    """Ends a transaction that was only an attempt."""
+
+
+class Host:
+    """A namespace with two members, on which loads and unloads end at once."""
+
+    def __init__(self, overtaken_s: float, copies: float, flags: tuple[bool, bool, bool]) -> None:
+        chosen = Settings(slack_percentage=0.0, max_overtake_seconds=overtaken_s, max_model_copies=copies)
+        self.namespace = Namespace.join(f"plan{next(_names)}", capacities=SMALL, settings=chosen)
+        self.scheduler = Scheduler(self.namespace)
+        self.words, self.tables = self.namespace.segment.words, self.namespace.tables
+        self.layout = self.namespace.segment.layout
+        self.objects = False
+        with self.namespace.transaction() as t:
+            transitions = self.namespace.transitions
+            transitions.describe_devices(t, [(b"uuid", b"gpu", 1000.0)])
+            transitions.lead(t, self.namespace.slot, b"made up", flags)
+            transitions.join(t, 1, Member.WORKER, 4242, 1, b"another")
+
+    def model(self, t: Transaction, number: int) -> int:
+        """Return the row of a model; of every fourth nothing is known."""
+        tag = f"m{number}"
+        row = self.namespace.transitions.claim_model(t, tag, tag.encode())
+        if number % 4 != 3:
+            self.namespace.transitions.estimate(t, row, SIZES_MB[number % 4], measured=False)
+        return row
+
+    def ask(self, number: int, member: int, preload: int = 0) -> None:
+        """Let a member wait for a model."""
+        with self.namespace.transaction() as t:
+            row = self.model(t, number)
+            self.wait(t, row, member, preload)
+            self.scheduler.advance(t)
+
+    def wait(self, t: Transaction, model: int, member: int, preload: int = 0) -> int:
+        """Make a ticket."""
+        known = self.words[self.tables.model(model) + Model.KNOWN]
+        priority = 2 if preload else 1 if known else 0
+        need_mb = self.scheduler.need_mb(model)
+        return self.namespace.transitions.enqueue(t, model, member, priority, need_mb, 2**62, preload)
+
+    def lease(self, mb: float) -> None:
+        """Wait for a lease."""
+        with self.namespace.transaction() as t:
+            row = self.namespace.transitions.claim_lease(t, b"lease", mb)
+            self.namespace.transitions.enqueue(t, row, 0, 1, mb, 2**62)
+            self.scheduler.advance(t)
+
+    def in_state(self, state: int) -> list[int]:
+        """Return the instances in a state."""
+        return self.tables.rows_where(self.layout.instances, Instance.STATE, state)
+
+    def settle(self) -> None:
+        """End all that goes on by itself, until nothing is left to do."""
+        transitions = self.namespace.transitions
+        for _ in range(6):
+            with self.namespace.transaction() as t:
+                for ticket in self.tables.used_rows(self.layout.tickets):
+                    at = self.tables.ticket(ticket)
+                    state, instance = self.words[at], self.words[at + Ticket.INSTANCE] - 1
+                    if state == Ticket.WAITING:
+                        continue
+                    transitions.take_answer(t, ticket)
+                    if state == Ticket.LOAD:
+                        handle = b"" if self.objects else b"h%d" % self.words[at + Ticket.NUMBER]
+                        transitions.end_load(t, instance, handle, 100.0, 0, False)
+                for row in self.in_state(Instance.UNLOADING):
+                    transitions.end_unload(t, row)
+                self.scheduler.advance(t)
+            if not any(not isinstance(one, Wait) for one in self.decisions()):
+                return
+
+    def decisions(self) -> tuple[Decision, ...]:
+        """Return what a plan would do now."""
+        return make_plan(self.scheduler.read_view()).decisions
+
+    @contextlib.contextmanager
+    def attempt(self) -> Iterator[Transaction]:
+        """A transaction that is rolled back."""
+        with contextlib.suppress(_Undo), self.namespace.transaction() as t:
+            yield t
+            raise _Undo
+
+    def check_takes(self) -> int:
+        """Compare Q1 with the plan, for each idle copy and each member that could take it; return how often it held."""
+        held = 0
+        # Loads for which the table of copies has no row.
+        stuck = {one.ticket for one in self.decisions() if not isinstance(one, Wait)}
+        for row in self.in_state(Instance.IDLE):
+            at = self.tables.instance(row)
+            if not self.words[Header.WAITING] or not self.scheduler.may_take(row):
+                continue
+            held += 1
+            model, owner = self.words[at + Instance.MODEL], self.words[at + Instance.OWNER]
+            with self.attempt() as t:
+                ticket = self.wait(t, model, owner - 1 if owner else 0)
+                done = [one for one in self.decisions() if not isinstance(one, Wait)]
+                granted = [one for one in done if one.ticket not in stuck]
+                assert len(granted) == 1
+                assert isinstance(granted[0], Grant)
+                assert granted[0].ticket == ticket
+                assert self.words[self.tables.instance(granted[0].instance) + Instance.MODEL] == model
+        return held
+
+    def check_releases(self) -> int:
+        """Compare Q2 with the plan, for each copy in use; return how often it held."""
+        held = 0
+        for row in self.in_state(Instance.ACTIVE):
+            if not self.scheduler._moves_nobody(row):
+                continue
+            held += 1
+            with self.attempt() as t:
+                self.namespace.transitions.release(t, row)
+                for one in self.decisions():
+                    assert isinstance(one, Wait)
+                    at = self.tables.ticket(one.ticket)
+                    assert not one.first
+                    assert self.words[at + Ticket.REASON] == one.reason
+        return held
+
+
+MODELS = st.integers(0, 4)
+NOTHING = st.just(0)
+OPERATIONS = st.one_of(
+    st.tuples(st.just("ask"), MODELS, st.integers(0, 1)),
+    st.tuples(st.just("ask"), MODELS, st.integers(0, 1)),
+    st.tuples(st.just("lease"), st.sampled_from([100.0, 400.0, 700.0, 1000.0]), NOTHING),
+    st.tuples(st.just("lease"), st.sampled_from([100.0, 400.0, 700.0, 1000.0]), NOTHING),
+    st.tuples(st.just("release"), st.integers(0, 2), NOTHING),
+    st.tuples(st.just("release"), st.integers(0, 2), NOTHING),
+    st.tuples(st.just("end lease"), st.integers(0, 1), NOTHING),
+    st.tuples(st.just("preload"), MODELS, st.integers(1, 3)),
+    st.tuples(st.just("pin"), MODELS, NOTHING),
+    st.tuples(st.just("others"), st.sampled_from([0.0, 300.0, 800.0]), NOTHING),
+    st.tuples(st.just("objects"), st.booleans(), NOTHING),
+)
+
+
+def carry_out(host: Host, operation: tuple[Any, ...]) -> None:
+    """Do one operation, if it is possible."""
+    kind, argument, further = operation
+    namespace = host.namespace
+    waits = len(host.tables.rows_where(host.layout.tickets, Ticket.STATE, Ticket.WAITING))
+    if kind == "ask" and waits < MOST_WAITERS:
+        host.ask(argument, further)
+    elif kind == "preload" and waits < MOST_WAITERS:
+        host.ask(argument, 0, further)
+    elif kind == "lease" and waits < MOST_WAITERS:
+        host.lease(argument)
+    elif kind == "objects":
+        host.objects = argument
+    elif kind in ("release", "end lease"):
+        rows = host.in_state(Instance.ACTIVE if kind == "release" else Instance.LEASED)
+        if argument < len(rows):
+            with namespace.transaction() as t:
+                if kind == "release":
+                    host.scheduler.release(t, rows[argument])
+                else:
+                    namespace.transitions.end_lease(t, rows[argument])
+                    host.scheduler.advance(t)
+    elif kind == "pin":
+        with namespace.transaction() as t:
+            row = host.model(t, argument)
+            pin = host.tables.pin_row(row, namespace.reference)
+            if pin is None:
+                namespace.transitions.pin(t, row, namespace.slot)
+            else:
+                namespace.transitions.unpin(t, pin)
+            host.scheduler.advance(t)
+    elif kind == "others":
+        with namespace.transaction() as t:
+            namespace.transitions.note_foreign(t, 0, argument)
+            host.scheduler.advance(t)
+
+
+@settings(
+    max_examples=25,
+    deadline=None,
+    phases=(Phase.explicit, Phase.reuse, Phase.generate),
+    suppress_health_check=list(HealthCheck),
+)
+@given(
+    operations=st.lists(OPERATIONS, min_size=8, max_size=25),
+    overtaken_s=st.sampled_from([0.0, 60.0]),
+    copies=st.sampled_from([1.0, 2.0, 100.0]),
+    flags=st.sampled_from([(False, False, True), (True, False, False), (False, False, False)]),
+)
+@example(  # What is idle is kept for a lease that is due.
+    operations=[("ask", 0, 0), ("ask", 1, 0), ("release", 0, 0), ("lease", 1000.0, 0)],
+    overtaken_s=0.0,
+    copies=100.0,
+    flags=(False, False, True),
+)
+@example(  # The device is drained for a model that has to run alone.
+    operations=[("ask", 0, 0), ("ask", 1, 0), ("release", 0, 0), ("ask", 3, 0)],
+    overtaken_s=60.0,
+    copies=100.0,
+    flags=(False, False, False),
+)
+@example(  # A lease waits for a row in the table of copies.
+    operations=[("ask", 0, 0), *[("lease", 100.0, 0)] * 5],
+    overtaken_s=60.0,
+    copies=100.0,
+    flags=(False, False, True),
+)
+def test_what_is_done_without_a_plan_is_what_the_plan_does(
+    operations: list[tuple[Any, ...]], overtaken_s: float, copies: float, flags: tuple[bool, bool, bool]
+) -> None:
+    # Time alone changes plans, so it stands still while two are compared.
+    now_ns = time.monotonic_ns()
+    with mock.patch("time.monotonic_ns", side_effect=lambda: now_ns):
+        host = Host(overtaken_s, copies, flags)
+        try:
+            for operation in operations:
+                carry_out(host, operation)
+                now_ns += STEP_NS
+                host.settle()
+                host.check_takes()
+                host.check_releases()
+        finally:
+            host.namespace.leave()
+
+
+@pytest.mark.parametrize("waits", ["a lease", "a model"])
+def test_hits_beside_one_that_cannot_be_served_make_no_plan(
+    namespace: str, new_manager: NewManager, monkeypatch: pytest.MonkeyPatch, waits: str
+) -> None:
+    manager = new_manager(fallback_memory_mb=1000, poll_interval=30.0)
+    learn(Seat(manager), big=900)
+    for tag in ("a", "b"):
+        manager.release_model(tag, manager.acquire_model(tag, Loads(tag)))
+    lease = manager.reserve(700, name="held")
+    seat = Seat(manager)
+
+    def wait() -> None:
+        if waits == "a lease":
+            manager.reserve(800, name="waits").release()
+        else:
+            acquire(seat, "big", Loads("big"))
+            release(seat)
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    wait_until(lambda: waiting(namespace), "somebody waits")
+    plans: list[object] = []
+
+    def counted(view: View) -> Plan:
+        plans.append(view)
+        return make_plan(view)
+
+    monkeypatch.setattr("mpmm.scheduler.make_plan", counted)
+    copies = {tag: manager.acquire_model(tag, Loads("not to be called")) for tag in ("a", "b")}
+    for tag, copy in copies.items():
+        manager.release_model(tag, copy)
+    assert plans == []
+    assert read_snapshot(namespace).hits == 2
+    lease.release()
+    thread.join()
+    assert plans
+    assert problems(namespace) == []
