@@ -200,7 +200,7 @@ class ModelManager(BeamNames):
         verbose_logging: log the estimator's steps.
         namespace: None for a private one, which forked children and pickled copies share; else the name of
             the one that all processes of this user on this host share.
-        memory_source: `auto`, `nvml`, `nvidia-smi`, `host`, `booked`, or a `MemorySource`.
+        memory_source: `auto`, `nvml`, `nvidia-smi`, `amdsmi`, `host`, `booked`, or a `MemorySource`.
         memory_budget_mb: total for the `host` source.
         fallback_memory_mb: total where nothing can be measured.
         default_estimate_mb: what a model takes as long as nothing is known of it.

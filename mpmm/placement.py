@@ -1,8 +1,8 @@
 """Where what is being loaded goes, for the loader to know: `current_placement()`.
 
 A model server that a loader starts finds `CUDA_VISIBLE_DEVICES` set to its placement before anything of its constructor
-runs, so `cuda:0` is its first device there. A loader that loads in its own process, where that variable is read long
-since, asks `current_placement` and uses `cuda:<index>`.
+runs, so `cuda:0` is its first device there; on AMD GPUs it is `HIP_VISIBLE_DEVICES`, see `server_setting`. A loader
+that loads in its own process, where that variable is read long since, asks `current_placement` and uses `cuda:<index>`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 
-__all__ = ["Placement", "current_placement", "place_for_good", "placed", "visible_devices"]
+from mpmm.sources.visible_devices import VISIBLE_VARIABLE
+
+__all__ = ["Placement", "current_placement", "place_for_good", "placed", "server_setting", "visible_devices"]
 
 # What NVIDIA's driver calls GPUs and slices of them; and what a source calls the n-th board whose uuid it cannot read.
 _UUID = re.compile(r"(GPU|MIG)-.+")
@@ -64,3 +66,17 @@ def visible_devices(uuids: Sequence[str]) -> str | None:
     names = [number[1] if number else uuid for number, uuid in zip(numbers, uuids, strict=True)]
     known = all(number or _UUID.fullmatch(uuid) for number, uuid in zip(numbers, uuids, strict=True))
     return ",".join(names) if names and known else None
+
+
+def server_setting(source: object, uuids: Sequence[str]) -> tuple[str, str] | None:
+    """Return the variable, and its value, that show a model server these devices alone; None where they are no GPUs.
+
+    source: the memory source that knows the devices. One whose devices are not CUDA's has a method `server_setting` of
+    its own, which gets `uuids` and answers in its place.
+    """
+    own = getattr(source, "server_setting", None)
+    if own is not None:
+        setting: tuple[str, str] | None = own(uuids)
+        return setting
+    visible = visible_devices(uuids)
+    return (VISIBLE_VARIABLE, visible) if visible else None

@@ -30,7 +30,7 @@ from mpmm.errors import LockTimeoutError, MpmmError, ServerStartError
 from mpmm.gpu_monitor import GPUMonitor
 from mpmm.keeper import REPEAT_S, Keeper
 from mpmm.kept_estimates import KeptEstimates
-from mpmm.placement import Placement, place_for_good, visible_devices
+from mpmm.placement import Placement, place_for_good, server_setting
 from mpmm.policy.out_of_memory import bound_mb, raised_estimate_mb
 from mpmm.policy.view import Reason
 from mpmm.proxy.context import ServerContext
@@ -41,7 +41,6 @@ from mpmm.shared_state.layout import Device, Header, Instance, Member, Model, Ti
 from mpmm.shared_state.namespace import Namespace, remove_deserted
 from mpmm.shared_state.transaction import Transaction
 from mpmm.sources import MemorySource, process_knowledge
-from mpmm.sources.visible_devices import VISIBLE_VARIABLE
 
 __all__ = ["NOW_S", "UNLOAD_LOOK_S", "Copy", "Free", "Growth", "LookAgain", "ServerDuty", "Worker"]
 
@@ -656,12 +655,12 @@ class Worker:
         place = (str(namespace.runtime.root), namespace.name)
         generation = namespace.segment.words[namespace.tables.instance(row) + Instance.GENERATION]
         uuids = self.placement_of(row).uuids
-        visible = visible_devices(uuids)
-        # In the server they are all that there is, so CUDA counts them from 0.
-        placement = Placement(tuple(range(len(uuids))), uuids) if visible else self.placement_of(row)
+        setting = server_setting(self.source, uuids)
+        # In the server they are all that there is, so CUDA and HIP count them from 0.
+        placement = Placement(tuple(range(len(uuids))), uuids) if setting else self.placement_of(row)
         return ServerContext(
             alive_lock=str(namespace.runtime.file("alive.lock")),
-            environment=((VISIBLE_VARIABLE, visible),) if visible else (),
+            environment=(setting,) if setting else (),
             on_start=ServerDuty(*place, row, generation, placement),
             on_last=_Farewell(*place),
         )

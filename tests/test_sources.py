@@ -652,7 +652,7 @@ class TestChoice:
         assert choose_source("nvml").name == "nvml"
 
     def test_an_unknown_name_is_refused_with_the_names_that_exist(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        with pytest.raises(InvalidArgumentError, match="nvidia-smi, host, booked"):
+        with pytest.raises(InvalidArgumentError, match="nvidia-smi, amdsmi, host, booked"):
             choose_source("nvmll")
         monkeypatch.setenv("MPMM_MEMORY_SOURCE", "cuda")
         with pytest.raises(InvalidArgumentError, match="MPMM_MEMORY_SOURCE"):

@@ -60,6 +60,45 @@ def test_short_run_with_kills_stops_and_forks_is_clean() -> None:
     assert {"recovery_p50_s", "recovery_max_s", "rollbacks"} <= set(result)
 
 
+@pytest.mark.parametrize(
+    "source",
+    [
+        "booked",
+        "nvml",
+        "nvidia-smi",
+        pytest.param(
+            "host",
+            marks=pytest.mark.xfail(
+                strict=True,
+                reason="what the host source cannot see, objects and bare handles, is not kept in the books",
+            ),
+        ),
+    ],
+)
+def test_short_run_is_clean_on_each_source(source: str) -> None:
+    run = stress(
+        "--source",
+        source,
+        "--processes",
+        "5",
+        "--seconds",
+        "5",
+        "--seed",
+        "13",
+        "--servers",
+        "1",
+        "--kill-rate",
+        "1.5",
+        "--stop-rate",
+        "0.7",
+    )
+    output, result = outcome(run, 100)
+    assert result["source"] == source
+    assert result["violations"] == 0, output
+    assert result["left_behind"] == 0, output
+    assert result["counts"]["loads"] > 0, output
+
+
 def test_interrupted_run_ends_cleanly_and_removes_its_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     # A folder of its own for temporary files: others make such folders, too.
     with tempfile.TemporaryDirectory(prefix="mpmm-t") as folder:

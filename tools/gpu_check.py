@@ -3,13 +3,33 @@
 Needs torch with CUDA; with `--simulated` it runs on a simulated GPU, to test this tool. Models of 1 to 8 GB, tensors of
 CUDA in a module, are loaded by several processes into model servers, through mpmm, and one table says
 
-    figures      what NVML says of a process beside what torch says, and of the device beside what CUDA says
+    figures      what NVML says of a process beside what torch says, and of the device beside all of its processes
     attribution  what mpmm has booked for a copy, and estimates after one load, beside NVML's figure of its process
+    learning     what it believes of a model that ran out of memory at its first load and was loaded at its second
     isolation    what it estimates where it sees the whole device alone, as without NVML
     recovery     how long after an unload the device's memory is back
     turns        some minutes of loads and evictions in turn, by several processes, with more models than memory
+    pipeline     models behind Beam's RunInference, where Apache Beam is installed
 
 with what is expected of each. The exit code is 0 when all of it is met.
+
+NVML counts what the driver reserves as used (480 MB on the H100), and CUDA counts it neither as used nor as part of the
+device. So their figures of a device differ by that, which is told and not judged. What is judged is what can be had:
+NVML's figure less all processes must be what it was on the empty device.
+
+One minute of turns on an NVIDIA H100 80GB HBM3 (driver 580.159.04, NVML, 16 processors, torch 2.11):
+
+    process, NVML less torch     610 to 610 MB
+    device less processes        +50 MB
+    booked, estimated            0.00 % off
+    estimate, alone              +0.5 %
+    3072 MB back                 0.07 s after an unload
+    turns                        27 models of 120832 MB, 6 processes, 60 s: 912 uses, 211 loads, 196 evictions
+    wait for a model             2.6 ms in the median, longest 4.86 s
+    out of memory                0
+    highest use                  99.8 % of the limit
+
+The checks `learning` and `pipeline` are newer than that run.
 """
 
 from __future__ import annotations
@@ -22,6 +42,7 @@ import multiprocessing
 import os
 import random
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -55,6 +76,8 @@ RECOVERIES = 5
 CONTEXT_AT_MOST_MB = 1500.0
 PAUSE_S = 0.005
 PATIENCE_S = 30.0
+PIPELINE_MODELS, PIPELINE_WORKERS, PIPELINE_ELEMENTS = 3, 2, 48
+PIPELINE_TIMEOUT_S = 300.0
 
 
 @dataclass(frozen=True)
@@ -158,7 +181,8 @@ def check_figures_and_attribution(check: Check) -> None:
                 estimated.append(abs((model.estimate_mb or 0.0) / process_mb - 1))
         grown_mb = check.used_mb() - empty_mb
     worst = max(differences, key=abs)
-    check.say("figures", "device, NVML less CUDA", f"{worst:+.0f} MB at most", "±200 MB", abs(worst) <= 200)
+    # No expectation: NVML's figure has the driver's reserve in it, and CUDA's has not.
+    check.say("figures", "device, NVML less CUDA", f"{worst:+.0f} MB at most")
     if not overheads:
         check.say("figures", "single processes", "not told by NVML here")
         check.say("attribution", "of copies", "not possible")
@@ -171,6 +195,32 @@ def check_figures_and_attribution(check: Check) -> None:
     check.say("figures", "tensors", f"{tensors_mb:.0f} MB in {len(overheads)} models")
     check.say("attribution", "booked for a copy", f"{max(booked):.2%} off at most", "≤ 2 %", max(booked) <= 0.02)
     check.say("attribution", "estimate, one load", f"{max(estimated):.2%} off at most", "≤ 2 %", max(estimated) <= 0.02)
+
+
+def check_learning(check: Check) -> None:
+    """Let an unknown model run out of memory beside another one; see what is believed of it after its second turn."""
+    mb = round(check.device.total_mb / 2)
+    loaders = {tag: check.loader(mb) for tag in ("first", "second")}
+    # Both are taken for so little that they are let in together, and take more than there is.
+    with ModelManager(namespace="learning", memory_source="nvml", default_estimate_mb=mb / 8) as manager:
+        for tag in ("first", "second"):
+            before_mb = settled_mb(check)
+            handle = manager.acquire_model(tag, loaders[tag])
+            figures = loaders[tag].served(handle).figures()
+            sample = check.sample([figures.pid])
+            manager.release_model(tag, handle)
+        ran_out = read_snapshot("learning").out_of_memory
+        assert sample.used_mb is not None
+        truth_mb = sample.process_mb.get(figures.pid, sample.used_mb - before_mb)
+        model = next(model for model in read_snapshot("learning").models if model.tag == "second")
+        off = abs((model.estimate_mb or 0.0) / truth_mb - 1)
+        for tag in ("first", "second"):
+            manager.release_model(tag, manager.acquire_model(tag, loaders[tag]))
+        again = read_snapshot("learning").out_of_memory - ran_out
+    check.say(
+        "learning", "ran out of memory", f"{ran_out} times, {again} more later", "1, 0", (ran_out, again) == (1, 0)
+    )
+    check.say("learning", "out of memory, learnt", f"{off:.2%} off", "≤ 2 %", off <= 0.02)
 
 
 def check_isolation(check: Check) -> None:
@@ -298,6 +348,39 @@ def check_turns(check: Check) -> None:
     check.say("turns", "evicted at all", "yes" if snapshot.evictions else "no", "yes", snapshot.evictions > 0)
 
 
+def check_pipeline(check: Check) -> None:
+    """Run models behind RunInference; count predictions, loads, and what ran out of memory."""
+    if importlib.util.find_spec("apache_beam") is None:
+        check.say("pipeline", "with Beam", "not possible: apache-beam is not installed")
+        return
+    from gpu_check_pipeline import LOADED, PREDICTED, RAN_OUT, PipelinePlan
+
+    sizes_mb = sorted(check.sizes_mb())[:PIPELINE_MODELS]
+    with tempfile.TemporaryDirectory(prefix="mpmm-g") as folder:
+        record = Path(folder) / "record"
+        gpus = None if check.gpus is None else str(check.gpus.folder)
+        plan = PipelinePlan(sizes_mb, PIPELINE_WORKERS, PIPELINE_ELEMENTS, str(record), gpus)
+        paths = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
+        done = subprocess.run(
+            [sys.executable, "-c", "from gpu_check_pipeline import main; main()", plan.as_json()],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join([*paths, *filter(None, sys.path)])},
+            capture_output=True,
+            text=True,
+            timeout=PIPELINE_TIMEOUT_S,
+            check=False,
+        )
+        lines = record.read_text().splitlines() if record.exists() else []
+    models = f"{len(sizes_mb)} models of {sum(sizes_mb):.0f} MB, {PIPELINE_WORKERS} workers"
+    check.say("pipeline", "what", f"{models}, {lines.count(LOADED)} loads")
+    wanted = len(sizes_mb) * PIPELINE_ELEMENTS
+    made = lines.count(PREDICTED)
+    check.say("pipeline", "predictions", str(made), str(wanted), made == wanted and done.returncode == 0)
+    ran_out = lines.count(RAN_OUT)
+    check.say("pipeline", "out of memory in Beam", str(ran_out), "0", ran_out == 0)
+    if done.returncode:
+        check.say("pipeline", "failure", done.stderr.strip().splitlines()[-1] if done.stderr.strip() else "no reason")
+
+
 def crowd(check: Check) -> list[float]:
     """Return the sizes of models that together take `CROWDING` times what may be used."""
     there = check.sizes_mb()
@@ -381,7 +464,14 @@ def run(check: Check) -> None:
     device = check.device
     check.say("device", "name", f"{device.name}, {device.total_mb:.0f} MB")
     check.say("device", "used by others", f"{check.used_mb():.0f} MB")
-    for inspect in (check_figures_and_attribution, check_isolation, check_recovery, check_turns):
+    for inspect in (
+        check_figures_and_attribution,
+        check_learning,
+        check_isolation,
+        check_recovery,
+        check_turns,
+        check_pipeline,
+    ):
         try:
             inspect(check)
         except Exception as error:

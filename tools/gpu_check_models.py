@@ -113,9 +113,10 @@ class Loader:
 
     def served(self, handle: str) -> CheckedModel:
         """Return a proxy of the model behind a handle."""
-        model: Any = MultiProcessShared(self._make, tag=handle, spawn_process=True, always_proxy=True).acquire()
+        model: Any = MultiProcessShared(self.make, tag=handle, spawn_process=True, always_proxy=True).acquire()
         served: CheckedModel = model
         return served
 
-    def _make(self) -> CheckedModel:
+    def make(self) -> CheckedModel:
+        """Load the model into this process."""
         return TorchModel(self.mb) if self.gpus is None else SimulatedModel(self.gpus, self.mb)

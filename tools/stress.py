@@ -2,6 +2,7 @@
 
     python tools/stress.py                                          64 processes, one minute
     python tools/stress.py --processes 8 --seconds 20 --seed 5      a short run, the same again with the same seed
+    python tools/stress.py --source nvml                            on a simulated GPU, measured through NVML
 
 Every process acquires, uses and releases models of three kinds on a simulated device that is too small for all
 of them: handles of real model servers, handles without a server, and objects that belong to their process. The
@@ -31,17 +32,17 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from stress_conductor import NAMESPACE, Result, conduct
-from stress_models import Plan
+from stress_models import SOURCES, Plan
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Do what the command line says; return the exit code."""
     options = parse(arguments)
-    say(f"seed {options.seed}: {options.processes} processes, {options.seconds:g} s")
+    say(f"seed {options.seed}: {options.processes} processes, {options.seconds:g} s, source {options.source}")
     result = conduct(lambda folder: make_plan(options, folder), say)
     print_table(result)
     if options.json:
-        say(json.dumps(as_json(result)))
+        say(json.dumps(as_json(result, options.source)))
     return 1 if result.violations.total or result.left_behind else 0
 
 
@@ -57,12 +58,24 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--pace", type=float, default=100.0, help="attempts to acquire a second, over all")
     parser.add_argument("--servers", type=int, default=2, help="tags whose copies are real model servers (default 2)")
     parser.add_argument("--threads", type=int, default=2, help="threads in each process (default 2)")
-    parser.add_argument("--total-mb", type=int, default=None, help="size of the device (default 600 + 100 a process)")
+    parser.add_argument(
+        "--total-mb",
+        type=int,
+        default=None,
+        help="size of the device (default 600 + 100 a process; 600 + 25 on host, where memory is really taken)",
+    )
+    parser.add_argument(
+        "--source",
+        choices=SOURCES,
+        default="simulated",
+        help="where figures come from: the simulated device itself, the books, a simulated GPU through NVML or "
+        "nvidia-smi, or the memory of the host (default: simulated)",
+    )
     parser.add_argument(
         "--per-process",
         choices=("yes", "no", "auto"),
         default="auto",
-        help="does the device tell what single processes take? (default: the seed says)",
+        help="does the simulated device itself tell what single processes take? (default: the seed says)",
     )
     parser.add_argument("--lock-timeout", type=float, default=1.0, help="seconds (default 1)")
     parser.add_argument("--poll-interval", type=float, default=0.5, help="seconds (default 0.5)")
@@ -74,7 +87,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         options.seed = random.SystemRandom().randrange(1, 1_000_000)
     if options.total_mb is None:
         # Room for each model, and for some of the objects of which every process wants its own.
-        options.total_mb = 600 + 100 * options.processes
+        options.total_mb = 600 + (25 if options.source == "host" else 100) * options.processes
     return options
 
 
@@ -96,6 +109,8 @@ def make_plan(options: argparse.Namespace, folder: str) -> Plan:
         per_process=options.seed % 2 == 1 if options.per_process == "auto" else options.per_process == "yes",
         lock_timeout_s=options.lock_timeout,
         poll_interval_s=options.poll_interval,
+        source=options.source,
+        conductor_pid=os.getpid(),
     )
 
 
@@ -142,11 +157,12 @@ def print_table(result: Result) -> None:
         say(f"\n! {text}")
 
 
-def as_json(result: Result) -> dict[str, object]:
+def as_json(result: Result, source: str) -> dict[str, object]:
     """Return the result as JSON values."""
     recoveries = result.recoveries_s
     return {
         "seed": result.seed,
+        "source": source,
         "seconds": round(result.seconds, 3),
         "violations": result.violations.total,
         "violations_by_kind": dict(result.violations.counts),

@@ -29,7 +29,7 @@ from typing import Any
 
 import psutil
 from stress_checks import ClaimJudge, History, SnapshotChecks, Stop, Violations, fit_slope
-from stress_models import Plan, is_dying, is_locked, is_stopped
+from stress_models import ON_GPU, Plan, is_dying, is_locked, is_stopped
 from stress_worker import LEAVE, QUIET, RUN, be_worker
 
 from mpmm.errors import LayoutMismatchError
@@ -37,6 +37,7 @@ from mpmm.shared_state.layout import Header, Member
 from mpmm.shared_state.runtime_dir import RUNTIME_DIR_VARIABLE
 from mpmm.shared_state.segment import Segment, SegmentProblem, segment_name
 from mpmm.shared_state.snapshot import Snapshot, read_snapshot
+from mpmm.sources.visible_devices import VISIBLE_VARIABLE
 
 NAMESPACE = "stress"
 TICK_S = 0.005
@@ -132,6 +133,7 @@ class Conductor:
         self.reader, self.writer = os.pipe()
         os.set_blocking(self.reader, False)
         self.board = memoryview(mmap.mmap(-1, mmap.PAGESIZE))
+        self.device = plan.device()
         self._unread = b""
         self.began = time.monotonic()
 
@@ -427,6 +429,7 @@ class Conductor:
         for name in loose:
             if name not in named:
                 Path(folder, name).unlink(missing_ok=True)
+        self.device.tidy()
         if snapshot is None:
             return None
         self.snapshot = snapshot
@@ -633,15 +636,17 @@ def _command_of(process: psutil.Process) -> str:
 def conduct(plan_of: Callable[[str], Plan], say: Callable[[str], None]) -> Result:
     """Make a folder for a run, do the run there, and remove the folder. Socket paths must be short."""
     folder = tempfile.mkdtemp(prefix="mpmm-s")
-    before = os.environ.get(RUNTIME_DIR_VARIABLE)
+    before = dict(os.environ)
     try:
         for name in ("r", "device", "held"):
             os.mkdir(os.path.join(folder, name), 0o700)
         os.environ[RUNTIME_DIR_VARIABLE] = os.path.join(folder, "r")
-        return Conductor(plan_of(folder), say).run()
+        plan = plan_of(folder)
+        os.environ.update(plan.make_gpu())
+        if plan.source in ON_GPU:
+            os.environ.pop(VISIBLE_VARIABLE, None)
+        return Conductor(plan, say).run()
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-        if before is None:
-            os.environ.pop(RUNTIME_DIR_VARIABLE, None)
-        else:
-            os.environ[RUNTIME_DIR_VARIABLE] = before
+        os.environ.clear()
+        os.environ.update(before)

@@ -5,6 +5,10 @@ Memory on the simulated device is a file, `<kind>-<MB>-<pid>-<number>`, in one f
 - `object` and `server` memory belongs to the process that holds the file's lock, and goes with it;
 - `file` memory stands by itself: it goes when the conductor sees that no row names it any more, so it comes back late.
 
+This folder is the truth, whatever the memory source: an allocation fails when the files take more than the device has.
+On the sources `nvml` and `nvidia-smi` a simulated GPU (simulated_gpu.py) shows the same figures to the driver's
+programs, with `file` memory as the conductor's. On `host`, processes touch as much memory of their own.
+
 Files are locked before they get their name, so that nobody sees one without its lock.
 """
 
@@ -13,12 +17,16 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import itertools
+import mmap
 import os
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from simulated_gpu import SimulatedGpus, build
 
 from mpmm.sources import DeviceInfo, DeviceSample
 
@@ -26,7 +34,14 @@ from mpmm.sources import DeviceInfo, DeviceSample
 DYING_S = 1.0
 # Where memory comes back late without being announced so, an allocation may find it still taken.
 PATIENCE_S = 0.5
+# Where nothing is measured, nobody can wait until memory has come back, and the conductor may be slow to see to it.
+BOOKED_PATIENCE_S = 5.0
 PF_EXITING = 0x4
+MIB = 2**20
+PAGE_BYTES = mmap.PAGESIZE
+# The sources of a run: the simulated device itself, or a name that mpmm knows.
+SOURCES = ("simulated", "booked", "nvml", "nvidia-smi", "host")
+ON_GPU = ("nvml", "nvidia-smi")
 
 
 @dataclass(frozen=True)
@@ -34,7 +49,8 @@ class Plan:
     """The parameters of a run, the same for all of its processes.
 
     Rates are events a second over all processes, and so is pace, for attempts to acquire.
-    per_process: the device tells what single processes take.
+    source: one of `SOURCES`. per_process: the device tells what single processes take; of the source `simulated`.
+    conductor_pid: the process that `file` memory belongs to, as simulated GPUs show it.
     """
 
     folder: str
@@ -52,14 +68,54 @@ class Plan:
     per_process: bool
     lock_timeout_s: float
     poll_interval_s: float
+    source: str
+    conductor_pid: int
 
     def device(self) -> SimulatedDevice:
-        """Return a new source of the device's figures."""
-        return SimulatedDevice(os.path.join(self.folder, "device"), self.total_mb, self.per_process)
+        """Return a new view of the device."""
+        folder = os.path.join(self.folder, "device")
+        if self.source in ON_GPU:
+            return MirroredDevice(folder, self.total_mb, SimulatedGpus(self._gpus_folder), self.conductor_pid)
+        if self.source == "host":
+            return TouchedDevice(folder, self.total_mb)
+        if self.source == "booked":
+            return BookedDevice(folder, self.total_mb)
+        return SimulatedDevice(folder, self.total_mb, self.per_process)
+
+    @property
+    def _gpus_folder(self) -> Path:
+        return Path(self.folder) / "gpus"
+
+    def manager_options(self) -> dict[str, Any]:
+        """Return the arguments of a manager that say where its figures come from."""
+        if self.source == "simulated":
+            return {"memory_source": self.device(), "default_estimate_mb": 100.0}
+        options: dict[str, Any] = {"memory_source": self.source, "default_estimate_mb": 100.0}
+        if self.source == "booked":
+            # What is never measured has to be taken for more than any model takes.
+            largest = max(LARGEST_NEW_MB, *(size_mb(f"server-{number}") for number in range(max(1, self.servers))))
+            options |= {"fallback_memory_mb": self.total_mb, "default_estimate_mb": float(largest)}
+        elif self.source == "host":
+            options["memory_budget_mb"] = self.total_mb
+        return options
+
+    def make_gpu(self) -> dict[str, str]:
+        """Make the simulated GPU of this run, and return the environment that finds it; {} without one."""
+        if self.source not in ON_GPU:
+            return {}
+        built = build(Path(self.folder) / "driver")
+        built.load()
+        gpus = SimulatedGpus.create(self._gpus_folder, float(self.total_mb))
+        found = gpus.environment(built)
+        return {name: value for name, value in found.items() if os.environ.get(name) != value}
 
     def witness(self, copy: str) -> str:
         """Return the path of the file that is locked by whoever uses a copy."""
         return os.path.join(self.folder, "held", copy)
+
+
+# Usual models of the kinds `file` and `object` are smaller than the largest of the others.
+LARGEST_NEW_MB = 160
 
 
 def size_mb(tag: str) -> int:
@@ -173,11 +229,12 @@ def is_locked(path: str) -> bool:
 class Allocation:
     """Memory of this process on the device, until `free`, its end, or the end of the process."""
 
-    def __init__(self, path: str, fd: int) -> None:
+    def __init__(self, path: str, fd: int, device: SimulatedDevice) -> None:
         self.path = path
         self.name = os.path.basename(path)
         self._fd = fd
         self._pid = os.getpid()
+        self._device = device
 
     def disown(self) -> None:
         """Let the file stand by itself."""
@@ -191,6 +248,7 @@ class Allocation:
                 os.unlink(self.path)
             _close_locked(self._fd)
             self._pid = 0
+            self._device.freed(self.name)
 
     def __del__(self) -> None:
         if not self.name.startswith("file-"):
@@ -202,12 +260,16 @@ class SimulatedDevice:
 
     name = "simulated"
     cheap = True
+    # While memory may be on its way back, an allocation is tried for so long.
+    patience_s = PATIENCE_S
 
     def __init__(self, folder: str, total_mb: int, per_process: bool) -> None:
         self.folder = folder
         self.measures_processes = per_process
         self.settles_late = not per_process
         self.total_mb = total_mb
+        if self.settles_late:
+            self.patience_s = 0.0
 
     def devices(self) -> tuple[DeviceInfo, ...]:
         """Return the one device."""
@@ -237,7 +299,7 @@ class SimulatedDevice:
         name = f"{kind}-{mb}-{os.getpid()}-{next(_numbers)}"
         path = os.path.join(self.folder, name)
         draft = os.path.join(self.folder, f".{name}")
-        deadline = time.monotonic() + (0.0 if self.settles_late else PATIENCE_S)
+        deadline = time.monotonic() + self.patience_s
         while True:
             # One allocation at a time, so that two of them cannot overlook each other.
             with self._turn():
@@ -246,10 +308,20 @@ class SimulatedDevice:
                     fd = _open_locked(draft)
                     assert fd is not None
                     os.rename(draft, path)
-                    return Allocation(path, fd)
+                    self.taken(name)
+                    return Allocation(path, fd, self)
             if time.monotonic() >= deadline:
                 raise OutOfMemoryError(f"{used_mb} of {self.total_mb} MB are taken, {mb} MB more were let in")
             time.sleep(0.005)
+
+    def taken(self, name: str) -> None:
+        """Called in the process that has taken memory, during its turn."""
+
+    def freed(self, name: str) -> None:
+        """Called in the process that has given memory back."""
+
+    def tidy(self) -> None:
+        """Called by the conductor again and again."""
 
     @contextlib.contextmanager
     def _turn(self) -> Iterator[None]:
@@ -260,6 +332,95 @@ class SimulatedDevice:
             yield
         finally:
             _close_locked(fd)
+
+
+class BookedDevice(SimulatedDevice):
+    """The device of a manager that goes by its own books."""
+
+    patience_s = BOOKED_PATIENCE_S
+
+    def __init__(self, folder: str, total_mb: int) -> None:
+        super().__init__(folder, total_mb, per_process=True)
+
+
+class MirroredDevice(SimulatedDevice):
+    """The device as a simulated GPU shows it: each process writes what it has, the conductor removes what the dead had.
+
+    Nobody takes a lock of the GPU's for that: a process could be stopped that has it.
+    """
+
+    def __init__(self, folder: str, total_mb: int, gpus: SimulatedGpus, conductor_pid: int) -> None:
+        super().__init__(folder, total_mb, per_process=True)
+        self._gpus = gpus
+        self._conductor_pid = conductor_pid
+
+    def taken(self, name: str) -> None:
+        """Show it."""
+        if name.startswith("file-"):
+            self._show_files()
+        else:
+            self._show_own(name, +1)
+
+    def freed(self, name: str) -> None:
+        """Show it; what stands by itself is seen by the conductor."""
+        if not name.startswith("file-"):
+            self._show_own(name, -1)
+
+    def tidy(self) -> None:
+        """Remove what the dead had, and show what stands by itself, unless somebody is just allocating."""
+        for pid in self._gpus.process_mb(0):
+            if pid != self._conductor_pid and is_dying(pid):
+                self._show(pid, 0)
+        fd = _open_locked(os.path.join(self.folder, ".turn"))
+        if fd is not None:
+            try:
+                self._show_files()
+            finally:
+                _close_locked(fd)
+
+    def _show_own(self, name: str, sign: int) -> None:
+        with _guard:
+            pid = os.getpid()
+            _own_mb[pid] = _own_mb.get(pid, 0) + sign * int(name.split("-")[1])
+            self._show(pid, _own_mb[pid])
+
+    def _show_files(self) -> None:
+        self._show(self._conductor_pid, sum(mb for kind, mb, _ in self.allocations() if kind == "file"))
+
+    def _show(self, pid: int, mb: int) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            self._gpus.pretend(pid, mb, 0)
+
+
+# What this process has, by pid, as a forked child has nothing.
+_own_mb: dict[int, int] = {}
+
+
+class TouchedDevice(SimulatedDevice):
+    """The device as host memory: each process touches what it has, but for what stands by itself."""
+
+    patience_s = BOOKED_PATIENCE_S
+
+    def __init__(self, folder: str, total_mb: int) -> None:
+        super().__init__(folder, total_mb, per_process=True)
+
+    def taken(self, name: str) -> None:
+        """Touch as much."""
+        kind, mb, *_ = name.split("-")
+        if kind != "file":
+            pages = int(mb) * MIB // PAGE_BYTES
+            memory = mmap.mmap(-1, pages * PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            memory[::PAGE_BYTES] = b"1" * pages
+            _touched[name] = memory
+
+    def freed(self, name: str) -> None:
+        """Let go of it."""
+        memory = _touched.pop(name, None)
+        if memory is not None:
+            memory.close()
+
+
+_touched: dict[str, mmap.mmap] = {}
 
 
 # ---- the models ----------------------------------------------------------------------------------------------

@@ -227,15 +227,14 @@ class WorkerProcess:
     def _manager(self, timeout_s: float) -> ModelManager:
         return ModelManager(
             namespace=self.plan.namespace,
-            memory_source=self.plan.device(),
             wait_timeout_seconds=timeout_s,
             lock_timeout_seconds=self.plan.lock_timeout_s,
             poll_interval=self.plan.poll_interval_s,
             eviction_cooldown_seconds=0.5,
             max_overtake_seconds=0.5,
             memory_return_seconds=0.25,
-            default_estimate_mb=100.0,
             capacities=CAPACITIES,
+            **self.plan.manager_options(),
         )
 
     def run(self) -> None:

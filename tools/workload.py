@@ -1,10 +1,22 @@
-"""Many clients, more models than memory: `python tools/workload.py [--implementation mpmm|beam] [--kill]`.
+"""Many clients, more models than memory: `python tools/workload.py [--source nvidia-smi] [--kill]`.
 
 64 client processes make 2 000 requests, one at a time each, for 12 models of 1.2 to 5 GB (36.9 GB in all) by Zipf's
 law. Each model is held by a server process of its own that declares its memory to a simulated device of 16 GB; a load
 takes 0.3 s, an inference 10 ms. The device counts for itself: an out-of-memory event is a moment at which more is
 loaded or being loaded than it has. With `--kill`, half of the clients are killed at random moments and replaced; the
-replacement makes the request again that its predecessor died with.
+replacement makes the request again that its predecessor died with. With `--cycle` there is no Zipf's law: each client
+goes through the models in order, again and again.
+
+`--source` says what mpmm sees of the device:
+
+    processes     memory by process, from the device itself
+    whole-device  what is used in all, from the device itself
+    nvml          a simulated GPU through NVML, which knows processes
+    nvidia-smi    a simulated GPU through the program, which knows whole devices
+    booked        nothing: mpmm goes by its own books
+
+`--answer-seconds` makes any of the measuring ones slow. On a simulated GPU an allocation that finds too little memory
+fails, as on a real one; it counts as a load and as out of memory.
 
 Everything but the manager is the same for both implementations. Beam's runs as in a pipeline, one manager object in one
 process, with a monitor that reads the device at every question.
@@ -38,9 +50,21 @@ import numpy.typing as npt
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
 
-from workload_models import SIZES_MB, DeclaredDevice, Loader, draw_requests  # noqa: E402  # needs sys.path
+from simulated_gpu import SimulatedGpus, build  # noqa: E402  # needs sys.path
+from workload_models import (  # noqa: E402  # needs sys.path
+    SIZES_MB,
+    CountingDevice,
+    DeclaredDevice,
+    DeclaredGpu,
+    Loader,
+    cycle_requests,
+    draw_requests,
+)
 
 IMPLEMENTATIONS = ("mpmm", "beam")
+SOURCES = ("processes", "whole-device", "nvml", "nvidia-smi", "booked")
+# These are programs of the driver's: they measure a simulated GPU.
+ON_GPU = ("nvml", "nvidia-smi")
 _CONTEXT = multiprocessing.get_context("fork")
 _PAUSE_S = 0.01
 
@@ -58,12 +82,24 @@ class Workload:
     load_s: float
     inference_s: float
     source: str
+    answer_s: float
     unknown: bool
+    cycle: bool
 
     @property
-    def device(self) -> DeclaredDevice:
+    def device(self) -> CountingDevice:
         """The simulated device."""
-        return DeclaredDevice(Path(self.folder), self.device_mb, self.source == "processes")
+        return self.gpu if self.source in ON_GPU else self.declared
+
+    @property
+    def declared(self) -> DeclaredDevice:
+        """The device that is a memory source itself."""
+        return DeclaredDevice(Path(self.folder), self.device_mb, self.source == "processes", self.answer_s)
+
+    @property
+    def gpu(self) -> DeclaredGpu:
+        """The device that NVML and nvidia-smi measure; there after `simulate_gpu`."""
+        return DeclaredGpu(Path(self.folder), SimulatedGpus(Path(self.folder) / "gpus"))
 
     def loader(self, model: int) -> Loader:
         """Return the loader of a model."""
@@ -86,7 +122,7 @@ def tag_of(model: int) -> str:
 def _mpmm_manager(workload: Workload) -> Any:
     from mpmm import ModelManager
 
-    source = "booked" if workload.source == "booked" else workload.device
+    source = workload.declared if workload.source in ("processes", "whole-device") else workload.source
     return ModelManager(namespace="workload", memory_source=source, fallback_memory_mb=workload.device_mb)
 
 
@@ -126,7 +162,7 @@ def _stand_in_for_torch() -> None:
 class _BeamMonitor:
     """The device as Beam's monitor would see it, if that were never late."""
 
-    def __init__(self, device: DeclaredDevice) -> None:
+    def __init__(self, device: CountingDevice) -> None:
         self._device = device
         self._peak_mb = 0.0
 
@@ -160,6 +196,7 @@ class Ledger:
         count = len(workload.requests)
         self._memory = mmap.mmap(-1, 8 * (1 + workload.clients + 2 * count))
         numbers = np.frombuffer(self._memory, dtype=np.float64)
+        self._cycle = workload.cycle
         self._next = numbers[:1]
         self.doing: npt.NDArray[np.float64] = numbers[1 : 1 + workload.clients]  # request + 1, by client
         self.waits: npt.NDArray[np.float64] = numbers[1 + workload.clients : 1 + workload.clients + count]
@@ -175,6 +212,13 @@ class Ledger:
         unfinished = int(self.doing[client]) - 1
         if unfinished >= 0 and self.outcomes[unfinished] == self.OPEN:
             return unfinished
+        if self._cycle:
+            # Its own requests are every so many-th, and it has just done one.
+            request = client if unfinished < 0 else unfinished + len(self.doing)
+            if request >= len(self.outcomes):
+                return None
+            self.doing[client] = request + 1
+            return request
         with open(self._path, "rb") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             request = int(self._next[0])
@@ -263,8 +307,22 @@ def surroundings() -> Iterator[str]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def simulate_gpu(workload: Workload) -> None:
+    """Make the GPU that NVML and nvidia-smi measure, and let this process and its children find it."""
+    folder = Path(workload.folder)
+    built = build(folder / "driver")
+    built.load()
+    gpus = SimulatedGpus.create(folder / "gpus", workload.device_mb)
+    answer_s = workload.answer_s
+    gpus.hang(**{"nvml_s" if workload.source == "nvml" else "nvidia_smi_s": answer_s})
+    os.environ.update(gpus.environment(built))
+    os.environ.pop("CUDA_VISIBLE_DEVICES", None)
+
+
 def run(workload: Workload, kill: bool, timeout_s: float) -> dict[str, Any]:
     """Run the workload and return its figures."""
+    if workload.source in ON_GPU:
+        simulate_gpu(workload)
     ledger = Ledger(workload)
     rng = random.Random(workload.seed)
     victims = rng.sample(range(workload.clients), workload.clients // 2) if kill else []
@@ -297,6 +355,8 @@ def run(workload: Workload, kill: bool, timeout_s: float) -> dict[str, Any]:
     p50, p99, longest = np.quantile(waits, [0.5, 0.99, 1.0]).tolist() if len(waits) else [math.nan] * 3
     return {
         "implementation": workload.implementation,
+        "source": workload.source + (f", answers in {workload.answer_s:g} s" if workload.answer_s else ""),
+        "demand": "each client in a cycle" if workload.cycle else "Zipf",
         "requests": total,
         "served": ledger.count(ledger.SERVED),
         "failures": ledger.count(ledger.FAILED),
@@ -326,9 +386,16 @@ def _broken_invariants() -> list[str]:
     return check_invariants(read_snapshot("workload", events=False))
 
 
+def requests_of(options: argparse.Namespace) -> list[int]:
+    """Return the model of each request."""
+    if options.cycle:
+        return cycle_requests(options.requests, len(SIZES_MB), options.clients)
+    return draw_requests(options.requests, len(SIZES_MB), options.zipf, options.seed)
+
+
 def main() -> int:
     """Run the command line; the exit status is 0 if everything was served within memory."""
-    parser = argparse.ArgumentParser(description="Many clients, more models than memory, on mpmm or on Beam.")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--implementation", choices=IMPLEMENTATIONS, default="mpmm")
     parser.add_argument("--clients", type=int, default=64)
     parser.add_argument("--requests", type=int, default=2000)
@@ -340,26 +407,32 @@ def main() -> int:
     parser.add_argument("--kill", action="store_true", help="kill half of the clients and replace them")
     parser.add_argument(
         "--source",
-        choices=("processes", "device", "booked"),
+        choices=SOURCES,
         default="processes",
-        help="what mpmm sees: memory by process as with NVML, of the whole device, or only its own books",
+        help="what mpmm sees of the device, see above (default: processes)",
     )
+    parser.add_argument("--answer-seconds", type=float, default=0.0, help="a figure takes so long (default: 0)")
+    parser.add_argument("--cycle", action="store_true", help="each client goes through the models in order")
     parser.add_argument("--unknown", action="store_true", help="let the manager find out what the models take")
     parser.add_argument("--timeout-seconds", type=float, default=1500.0)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args()
+    if options.implementation == "beam" and options.source != "processes":
+        parser.error("--source: Beam's manager has a monitor that reads the device itself")
     with surroundings() as folder:
         workload = Workload(
             options.implementation,
             folder,
-            tuple(draw_requests(options.requests, len(SIZES_MB), options.zipf, options.seed)),
+            tuple(requests_of(options)),
             options.clients,
             options.seed,
             options.device_mb,
             options.load_seconds,
             options.inference_seconds,
             options.source,
+            options.answer_seconds,
             options.unknown,
+            options.cycle,
         )
         found = run(workload, options.kill, options.timeout_seconds)
     if options.json:

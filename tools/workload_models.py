@@ -3,6 +3,9 @@
 Memory is declared, not taken: an allocation is a file `<pid>_<MB>_<number>` in one folder, and is gone when its
 process is. The device knows nothing of any model manager. It adds up, at every allocation, what is loaded or being
 loaded at that moment, and that is the only moment at which the sum can rise.
+
+`DeclaredDevice` is a memory source itself. `DeclaredGpu` keeps the same count over a simulated GPU
+(`simulated_gpu.py`), which the manager measures through NVML or nvidia-smi as it would a real one.
 """
 
 from __future__ import annotations
@@ -12,16 +15,19 @@ import itertools
 import os
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
+
+from simulated_gpu import SimulatedGpus
 
 from mpmm.sources import DeviceInfo, DeviceSample
 
-__all__ = ["SIZES_MB", "DeclaredDevice", "Loader", "draw_requests"]
+__all__ = ["SIZES_MB", "CountingDevice", "DeclaredDevice", "DeclaredGpu", "Loader", "cycle_requests", "draw_requests"]
 
 # Twelve models of 1.2 to 5 GB, 36.9 GB in all; the most wanted one first, and size has nothing to do with demand.
 SIZES_MB = (3100, 1200, 4800, 2500, 3900, 1600, 4400, 2200, 5000, 1900, 3500, 2800)
@@ -37,32 +43,84 @@ def draw_requests(count: int, models: int, exponent: float, seed: int) -> list[i
     return drawn
 
 
-class DeclaredDevice:
-    """The device, for those who allocate, and as a memory source for the manager. Can be pickled."""
+def cycle_requests(count: int, models: int, clients: int) -> list[int]:
+    """Return the model of each request when request r is client r % clients's: each goes through the models in order.
 
-    name = "declared"
-    settles_late = False
-    cheap = True
+    Clients begin at different models, evenly spread.
+    """
+    return [(number // clients + number % clients) % models for number in range(count)]
 
-    def __init__(self, folder: Path, total_mb: float, measures_processes: bool = True) -> None:
-        self.total_mb = total_mb
-        self.measures_processes = measures_processes
-        self._allocations = folder / "allocations"
-        self._tally = folder / "tally"
-        self._allocations.mkdir(parents=True, exist_ok=True)
-        self._tally.touch()
+
+class CountingDevice(Protocol):
+    """A device as the models and the run see it, whatever the manager sees of it. Can be pickled."""
+
+    total_mb: float
 
     def allocate(self, mb: float) -> None:
-        """Declare memory of this process, for as long as it lives; note whether that was more than there is."""
-        with self._alone() as tally:
-            (self._allocations / f"{os.getpid()}_{mb}_{next(_numbers)}").touch()
-            used = sum(self.by_process().values())
-            os.write(tally, b"!" if used > self.total_mb else b".")
+        """Declare memory of this process, for as long as it lives; count it, and whether there was enough."""
 
     def counts(self) -> tuple[int, int]:
         """Return how many allocations there were, and at how many of them the device was too small."""
-        tally = self._tally.read_bytes()
-        return len(tally), tally.count(b"!")
+
+    def by_process(self) -> dict[int, float]:
+        """Return the declared memory of each living process, in MB."""
+
+
+class _Tally:
+    """One character for each allocation, in a file whose lock makes one wait for another. Can be pickled."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._path = folder / "tally"
+        self._path.touch()
+
+    @contextmanager
+    def alone(self) -> Iterator[Callable[[bool], None]]:
+        """Hold the lock; the block gets a function that notes an allocation, and whether there was enough memory."""
+        tally = os.open(self._path, os.O_WRONLY | os.O_APPEND)
+        try:
+            fcntl.flock(tally, fcntl.LOCK_EX)
+            yield partial(_note, tally)
+        finally:
+            os.close(tally)
+
+    def counts(self) -> tuple[int, int]:
+        """Return how many allocations were noted, and for how many of them there was not enough."""
+        noted = self._path.read_bytes()
+        return len(noted), noted.count(b"!")
+
+
+def _note(tally: int, enough: bool) -> None:
+    os.write(tally, b"." if enough else b"!")
+
+
+class DeclaredDevice:
+    """The device, for those who allocate, and as a memory source for the manager. Can be pickled.
+
+    answer_s: a sample takes so long, and its figure is from the beginning of that time.
+    """
+
+    name = "declared"
+
+    def __init__(self, folder: Path, total_mb: float, measures_processes: bool = True, answer_s: float = 0.0) -> None:
+        self.total_mb = total_mb
+        self.measures_processes = measures_processes
+        self.settles_late = answer_s > 0
+        self.cheap = answer_s < 0.005
+        self._answer_s = answer_s
+        self._allocations = folder / "allocations"
+        self._allocations.mkdir(parents=True, exist_ok=True)
+        self._tally = _Tally(folder)
+
+    def allocate(self, mb: float) -> None:
+        """Declare memory of this process, for as long as it lives; note whether that was more than there is."""
+        with self._tally.alone() as note:
+            (self._allocations / f"{os.getpid()}_{mb}_{next(_numbers)}").touch()
+            note(sum(self.by_process().values()) <= self.total_mb)
+
+    def counts(self) -> tuple[int, int]:
+        """Return how many allocations there were, and at how many of them the device was too small."""
+        return self._tally.counts()
 
     def by_process(self) -> dict[int, float]:
         """Return the declared memory of each living process, in MB."""
@@ -81,19 +139,38 @@ class DeclaredDevice:
         """Measure."""
         taken = time.monotonic_ns()
         found = self.by_process()
+        time.sleep(self._answer_s)
         return (DeviceSample(0, sum(found.values()), taken, found if self.measures_processes else {}),)
 
     def close(self) -> None:
         """Nothing is open."""
 
-    @contextmanager
-    def _alone(self) -> Iterator[int]:
-        tally = os.open(self._tally, os.O_WRONLY | os.O_APPEND)
-        try:
-            fcntl.flock(tally, fcntl.LOCK_EX)
-            yield tally
-        finally:
-            os.close(tally)
+
+class DeclaredGpu:
+    """The one simulated GPU of a run. As on a real one, an allocation fails where there is too little memory."""
+
+    def __init__(self, folder: Path, gpus: SimulatedGpus) -> None:
+        self.total_mb = gpus.total_mb(0)
+        self._gpus = gpus
+        self._tally = _Tally(folder)
+
+    def allocate(self, mb: float) -> None:
+        """See `CountingDevice`. Raises MemoryError when there is less free."""
+        with self._tally.alone() as note:
+            try:
+                self._gpus.allocate(mb)
+            except MemoryError:
+                note(False)
+                raise
+            note(True)
+
+    def counts(self) -> tuple[int, int]:
+        """See `CountingDevice`; allocations that failed are counted, too."""
+        return self._tally.counts()
+
+    def by_process(self) -> dict[int, float]:
+        """See `CountingDevice`."""
+        return self._gpus.process_mb(0)
 
 
 def _lives(pid: int) -> bool:
@@ -107,7 +184,7 @@ def _lives(pid: int) -> bool:
 class DeclaredModel:
     """The object in a model server: it declares its memory, and loading and inference are sleeps."""
 
-    def __init__(self, device: DeclaredDevice, mb: float, load_s: float, inference_s: float) -> None:
+    def __init__(self, device: CountingDevice, mb: float, load_s: float, inference_s: float) -> None:
         device.allocate(mb)
         time.sleep(load_s)
         self._inference_s = inference_s
@@ -123,7 +200,7 @@ class Loader:
     """A loader of one model; the same for both implementations but for the module that starts its servers."""
 
     shared_module: str
-    device: DeclaredDevice
+    device: CountingDevice
     mb: float
     load_s: float
     inference_s: float

@@ -9,8 +9,8 @@ as a server does, and keeps nobody alive. A server that comes up tells its paren
 zygote has a *template*, a fork of its own, import them, and has the next server of that kind forked from there. So
 the zygote itself stays small, and answers at once whatever a template is doing. Orders are of one kind when modules
 imported for one serve the other: equal `sys.path`, equal environment but for PER_PROCESS_VARIABLES, equal preludes
-(see `prelude`). `CUDA_VISIBLE_DEVICES` is one of those: every device has servers of the same kind, and CUDA reads it
-when a device is first used, which a template must not do.
+(see `prelude`). `CUDA_VISIBLE_DEVICES` is one of those, as is `HIP_VISIBLE_DEVICES`: every device has servers of the
+same kind, and CUDA reads it when a device is first used, which a template must not do.
 
 Nobody forks while another thread runs, or in the middle of an import: both processes have one thread, and do one
 thing at a time. A module whose import leaves a thread behind, or opens an accelerator, costs the template that
@@ -68,7 +68,7 @@ PRELOAD_VARIABLE = "MPMM_PRELOAD"
 PROCESS_NAME = "mpmm-zygote"
 # These differ from one worker or server to the next, and no library looks at them while it is imported.
 PER_PROCESS_VARIABLES = re.compile(
-    r"WORKER_ID|PIPELINE_OPTIONS(_FILE)?|\w+_API_SERVICE_DESCRIPTOR|PYTEST_\w+|CUDA_VISIBLE_DEVICES|PWD|OLDPWD|SHLVL|_|COLUMNS|LINES"
+    r"WORKER_ID|PIPELINE_OPTIONS(_FILE)?|\w+_API_SERVICE_DESCRIPTOR|PYTEST_\w+|(CUDA|HIP)_VISIBLE_DEVICES|PWD|OLDPWD|SHLVL|_|COLUMNS|LINES"
 )
 # What these names stand for differs from process to process.
 NOT_TO_IMPORT = frozenset({"__main__", "__mp_main__"})

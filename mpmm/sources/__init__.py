@@ -54,8 +54,8 @@ def choose_source(
 ) -> MemorySource:
     """Return the source called `name`, ready to measure.
 
-    name: `nvml`, `nvidia-smi`, `host`, `booked`, or `auto` for the first of NVML, nvidia-smi and booked
-        that works. `$MPMM_MEMORY_SOURCE` stands in for `auto`, and for nothing else. A source passes through.
+    name: `nvml`, `nvidia-smi`, `amdsmi`, `host`, `booked`, or `auto` for the first of NVML, nvidia-smi, amdsmi and
+        booked that works. `$MPMM_MEMORY_SOURCE` stands in for `auto`, and for nothing else. A source passes through.
     fallback_memory_mb: the total of `booked`.
     budget_mb: the total of `host`; the other sources measure theirs.
     logger: gets one warning when `auto` ends at `booked`.
@@ -78,7 +78,7 @@ def choose_source(
             f"(setting: the source parameter, or {SOURCE_VARIABLE} where that is 'auto')"
         )
     reasons = []
-    for candidate in ("nvml", "nvidia-smi"):
+    for candidate in ("nvml", "nvidia-smi", "amdsmi"):
         try:
             return makers[candidate]()
         except SourceUnavailableError as error:
@@ -104,6 +104,11 @@ def _makers(fallback_memory_mb: float, budget_mb: float | None) -> dict[str, Cal
 
         return _started("nvidia-smi", NvidiaSmiSource)
 
+    def amdsmi() -> MemorySource:
+        from mpmm.sources.amd import AmdSource
+
+        return _started("amdsmi", AmdSource)
+
     def host() -> MemorySource:
         from mpmm.sources.host_memory import HostMemorySource
 
@@ -112,6 +117,7 @@ def _makers(fallback_memory_mb: float, budget_mb: float | None) -> dict[str, Cal
     return {
         "nvml": nvml,
         "nvidia-smi": nvidia_smi,
+        "amdsmi": amdsmi,
         "host": host,
         "booked": lambda: BookedSource(fallback_memory_mb),
     }

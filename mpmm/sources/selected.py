@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from mpmm.errors import InvalidArgumentError
+from mpmm.placement import server_setting
 from mpmm.sources.base import (
     DeviceInfo,
     DeviceSample,
@@ -48,6 +49,10 @@ class SelectedDevices:
     def devices(self) -> tuple[DeviceInfo, ...]:
         """Return the chosen devices."""
         return self._devices
+
+    def server_setting(self, uuids: Sequence[str]) -> tuple[str, str] | None:
+        """Return what the source says, see `mpmm.placement.server_setting`."""
+        return server_setting(self._source, uuids)
 
     def sample(self, server_pids: Sequence[int]) -> tuple[DeviceSample, ...]:
         """Measure, and keep the chosen devices' samples."""

@@ -1,0 +1,376 @@
+"""Memory figures of AMD GPUs from AMD's management library, through its Python package `amdsmi` (extra `amd`).
+
+The package comes with ROCm, or from PyPI for a ROCm that is installed already. Only memory on the device (VRAM)
+counts: what a process has mapped of the host's (GTT) is none of it.
+
+- A device that cannot be read has no figure; the others have theirs. After a failure the library is shut down and
+  initialised again, at most every `RETRY_S`, because a GPU that was reset is only found that way.
+- Silence is not a measurement. In a container the driver may list no process, or the pids of the host. So the source
+  measures processes once it has shown what one of ours takes: one of those named to `sample`, or the process it is in.
+  When it names processes that do not exist here and none of ours, twice in a row, it says that it cannot measure them,
+  until it shows one of ours.
+- A list of processes makes the library look through `/proc`, which takes milliseconds. So a sample is not cheap.
+- `ROCR_VISIBLE_DEVICES` and `HIP_VISIBLE_DEVICES` are read as the runtimes read them, see `visible_gpus`. A model
+  server is told its devices in the latter, as numbers among those that the former shows.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from types import ModuleType
+from typing import Any
+
+from mpmm.sources.base import MIB, DeviceInfo, DeviceSample, SourceUnavailableError, unavailable
+from mpmm.sources.visible_devices import VISIBLE_VARIABLE
+
+__all__ = ["HIP_VARIABLE", "ROCR_VARIABLE", "AmdGpu", "AmdSource", "rocr_visible", "visible_gpus"]
+
+ROCR_VARIABLE = "ROCR_VISIBLE_DEVICES"
+HIP_VARIABLE = "HIP_VISIBLE_DEVICES"
+RETRY_S = 2.0
+# How the runtimes write a GPU's unique id, and how few and how many of its characters a list may have.
+_RUNTIME_UUID = "GPU-{:016x}"
+_LEAST_UUID, _MOST_UUID = 5, 20
+
+
+@dataclass(frozen=True)
+class AmdGpu:
+    """One GPU, or one partition of it.
+
+    total_mb: None = could not be read. runtime_uuid: what `ROCR_VISIBLE_DEVICES` calls it; None where it is not known.
+    """
+
+    uuid: str
+    name: str
+    total_mb: float | None
+    runtime_uuid: str | None = None
+
+
+def rocr_visible(gpus: Sequence[AmdGpu], setting: str | None) -> list[AmdGpu]:
+    """Return the GPUs that `ROCR_VISIBLE_DEVICES` lets through, in its order.
+
+    gpus: all of them, in the driver's order. setting: None lets everything through, an empty text nothing. Otherwise
+    numbers, or beginnings of uuids (`GPU-…`, in capitals or not), mixed as one likes. The list ends before the first
+    entry that matches nothing, more than one GPU, or one that was named before.
+    """
+    if setting is None:
+        return list(gpus)
+    chosen: list[AmdGpu] = []
+    for entry in (part.strip().upper() for part in setting.split(",")):
+        gpu = _by_uuid(gpus, entry) if entry.startswith("G") else _by_number(gpus, entry, base=0)
+        if gpu is None or gpu in chosen:
+            break
+        chosen.append(gpu)
+    return chosen
+
+
+def visible_gpus(gpus: Sequence[AmdGpu], rocr: str | None, hip: str | None, cuda: str | None) -> list[AmdGpu]:
+    """Return the GPUs that a process sees, in the order in which it counts them.
+
+    rocr, hip, cuda: the settings of these names, None where they are not set. What HIP reads is `HIP_VISIBLE_DEVICES`,
+    or `CUDA_VISIBLE_DEVICES` where that is empty, and both being empty is no restriction. It counts the GPUs that
+    `rocr` has let through. Its list ends before the first entry that matches nothing; a repeated one changes nothing.
+    """
+    there = rocr_visible(gpus, rocr)
+    setting = hip or cuda
+    if not setting:
+        return there
+    chosen: list[AmdGpu] = []
+    for entry in setting.split(","):
+        if "GPU-" in entry:
+            gpu = next((gpu for gpu in there if gpu.runtime_uuid and entry.lower() in gpu.runtime_uuid.lower()), None)
+        else:
+            gpu = _by_number(there, entry, base=10)
+        if gpu is None:
+            break
+        if gpu not in chosen:
+            chosen.append(gpu)
+    return chosen
+
+
+def _by_number(gpus: Sequence[AmdGpu], entry: str, base: int) -> AmdGpu | None:
+    """Return the GPU of a number; base 0: in any notation, 10: only as one writes it usually."""
+    try:
+        number = int(entry, base)
+    except ValueError:
+        return None
+    if base == 10 and entry != str(number):
+        return None
+    return gpus[number] if 0 <= number < len(gpus) else None
+
+
+def _by_uuid(gpus: Sequence[AmdGpu], entry: str) -> AmdGpu | None:
+    if not _LEAST_UUID <= len(entry) <= _MOST_UUID:
+        return None
+    found = [gpu for gpu in gpus if gpu.runtime_uuid and gpu.runtime_uuid.upper().startswith(entry)]
+    return found[0] if len(found) == 1 else None
+
+
+class _Door:
+    """The one place that calls amdsmi: a failure becomes None, and its text is kept in `error`."""
+
+    def __init__(self, amdsmi: ModuleType) -> None:
+        self._amdsmi = amdsmi
+        self.error: str | None = None
+
+    @property
+    def device_memory(self) -> Any:
+        """The kind of memory that counts."""
+        return self._amdsmi.AmdSmiMemoryType.VRAM
+
+    def ask(self, function: str, *arguments: Any) -> Any:
+        """Return `amdsmi.<function>(*arguments)`, or None (and `error` set) when the library refuses."""
+        call = getattr(self._amdsmi, function, None)
+        if call is None:
+            self.error = f"this version of amdsmi has no {function}"
+            return None
+        try:
+            answer = call(*arguments)
+        except (self._amdsmi.AmdSmiException, ValueError) as error:  # texts that it cannot decode are ValueErrors
+            self.error = " ".join(str(error).split()) or type(error).__name__
+            return None
+        self.error = None
+        return answer
+
+
+@dataclass(frozen=True)
+class _Session:
+    """An initialised library: good in one process only. `handles` is keyed by uuid; `ended` is held from the end on."""
+
+    pid: int
+    door: _Door
+    gpus: tuple[AmdGpu, ...]
+    handles: Mapping[str, Any]
+    ended: Any = field(default_factory=threading.Lock)
+
+
+class AmdSource:
+    """All AMD GPUs that `ROCR_VISIBLE_DEVICES` and `HIP_VISIBLE_DEVICES` let this process see.
+
+    The session is one object that is replaced as a whole, so that threads need no lock and a forked child,
+    which must initialise the library for itself, finds none held.
+    """
+
+    name = "amdsmi"
+    settles_late = True
+    cheap = False
+
+    def __init__(self, retry_s: float = RETRY_S) -> None:
+        """Initialise the library. Raises SourceUnavailableError: no package, no driver, no visible device."""
+        self._retry_s = retry_s
+        self._retry_at = 0.0
+        self._doubted = False  # the last sample lacked figures
+        self._trouble: str | None = None  # why the library could not be initialised again
+        # What the lists of processes have told: refused now; one of ours was seen; pids are not those in here.
+        self._withheld = False
+        self._shown = False
+        self._foreign_pids = False
+        self._strangers: frozenset[int] = frozenset()  # pids in the last sample that do not exist here
+        session = _open_session()
+        rocr = os.environ.get(ROCR_VARIABLE)
+        hip, cuda = os.environ.get(HIP_VARIABLE), os.environ.get(VISIBLE_VARIABLE)
+        # How HIP numbers them in a model server, which has this process's environment but for its own setting.
+        self._numbers = {gpu.uuid: number for number, gpu in enumerate(rocr_visible(session.gpus, rocr))}
+        self._devices = tuple(
+            DeviceInfo(index, gpu.uuid, gpu.name, gpu.total_mb)
+            for index, gpu in enumerate(visible_gpus(session.gpus, rocr, hip, cuda))
+            if gpu.total_mb is not None
+        )
+        self._session: _Session | None = session
+        if not self._devices:
+            self.close()
+            raise unavailable(
+                self.name,
+                f"none of {len(session.gpus)} GPU(s) has readable memory and is in {ROCR_VARIABLE} and {HIP_VARIABLE}",
+            )
+
+    @property
+    def measures_processes(self) -> bool:
+        """Whether the library has shown what a process of ours takes, and has not taken that back since."""
+        return self.process_knowledge is True
+
+    @property
+    def process_knowledge(self) -> bool | None:
+        """What the library has shown of that: None as long as none of ours was listed, False if it shows others only.
+
+        False, too, while it refuses the lists.
+        """
+        if self._withheld or self._foreign_pids:
+            return False
+        return True if self._shown else None
+
+    def server_setting(self, uuids: Sequence[str]) -> tuple[str, str] | None:
+        """Return the variable, and its value, that show a model server these devices alone, see `mpmm.placement`."""
+        numbers = [self._numbers.get(uuid) for uuid in uuids]
+        if not numbers or None in numbers:
+            return None
+        return HIP_VARIABLE, ",".join(map(str, numbers))
+
+    def devices(self) -> tuple[DeviceInfo, ...]:
+        """Return the visible devices as they were at the start."""
+        return self._devices
+
+    def sample(self, server_pids: Sequence[int]) -> tuple[DeviceSample, ...]:
+        """Read every device; one that fails has `used_mb` None. `server_pids`, and this process's, are ours."""
+        session = self._usable_session()
+        if session is None:
+            taken_ns = time.monotonic_ns()
+            return tuple(
+                DeviceSample(device.index, None, taken_ns, trouble=self._trouble, done_ns=time.monotonic_ns())
+                for device in self._devices
+            )
+        samples = tuple(_read(session, device) for device in self._devices)
+        read = [sample for sample in samples if sample.used_mb is not None]
+        self._doubted = len(read) < len(samples)
+        self._judge(read, {os.getpid(), *server_pids})
+        if self._foreign_pids:
+            return tuple(replace(sample, process_mb={}, processes_known=False) for sample in samples)
+        if not self._shown:
+            return tuple(replace(sample, processes_known=False) for sample in samples)
+        return samples
+
+    def close(self) -> None:
+        """Shut the library down in this process. It counts users, so others in the process keep theirs."""
+        session, self._session = self._session, None
+        self._retry_at = 0.0
+        if session is not None:
+            _shut_down(session)
+
+    def _usable_session(self) -> _Session | None:
+        """Return a session of this process, a new one where that is due; None when the library does not start."""
+        old, now = self._session, time.monotonic()
+        if old is not None and old.pid == os.getpid():
+            if not self._doubted or now < self._retry_at or not _shut_down(old):
+                return old
+        elif old is None and now < self._retry_at:
+            return None
+        self._retry_at = now + self._retry_s
+        try:
+            new = _open_session()
+        except SourceUnavailableError as error:
+            self._session, self._trouble = None, error.reason
+            return None
+        other = self._session
+        if other is not None and other is not old and other.pid == os.getpid():
+            _shut_down(new)  # another thread was faster
+            return other
+        self._session = new
+        return new
+
+    def _judge(self, read: Sequence[DeviceSample], ours: Collection[int]) -> None:
+        """Conclude from the devices that could be read whether, and how, the library tells processes."""
+        if not read:
+            return
+        figures: dict[int, float] = {}
+        for sample in read:
+            for pid, mb in sample.process_mb.items():
+                figures[pid] = figures.get(pid, 0.0) + mb
+        # 0 is what a process has that has only opened the device, and what is listed where nothing is told.
+        if any(figures.get(pid, 0.0) > 0 for pid in ours):
+            self._shown, self._withheld = True, False
+            self._strangers, self._foreign_pids = frozenset(), False
+            return
+        self._withheld = not any(sample.processes_known for sample in read)
+        if not figures and not self._strangers:
+            return
+        strangers = frozenset(pid for pid in figures if not _exists(pid))
+        # One that does not exist may have just ended, but not twice in a row.
+        if strangers & self._strangers:
+            self._foreign_pids, self._shown = True, False
+        self._strangers = strangers
+
+
+def _exists(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return True
+
+
+def _shut_down(session: _Session) -> bool:
+    """End a session of this process. Returns False when that is done already, or it is another process's."""
+    if session.pid != os.getpid() or not session.ended.acquire(blocking=False):
+        return False
+    session.door.ask("amdsmi_shut_down")
+    return True
+
+
+def _open_session() -> _Session:
+    try:
+        import amdsmi
+    except Exception as error:  # without ROCm's library the import fails with whatever it stumbles over
+        raise unavailable(AmdSource.name, f"the package amdsmi cannot be imported ({error!r})") from error
+    door = _Door(amdsmi)
+    door.ask("amdsmi_init")
+    if door.error is not None:
+        raise unavailable(AmdSource.name, door.error)
+    boards = door.ask("amdsmi_get_processor_handles") or []
+    gpus: list[AmdGpu] = []
+    handles: dict[str, Any] = {}
+    for number, handle in enumerate(_in_runtime_order(door, boards)):
+        gpu = _describe(door, number, handle)
+        gpus.append(gpu)
+        handles[gpu.uuid] = handle
+    return _Session(os.getpid(), door, tuple(gpus), handles)
+
+
+def _in_runtime_order(door: _Door, handles: Sequence[Any]) -> list[Any]:
+    """Return the GPUs in the order in which the runtimes count them, that of the kernel's nodes, where it is told."""
+    nodes: dict[int, Any] = {}
+    for handle in handles:
+        node = (door.ask("amdsmi_get_gpu_kfd_info", handle) or {}).get("node_id")
+        if not isinstance(node, int) or node in nodes:
+            return list(handles)
+        nodes[node] = handle
+    return [nodes[node] for node in sorted(nodes)]
+
+
+def _describe(door: _Door, number: int, handle: Any) -> AmdGpu:
+    uuid = str(door.ask("amdsmi_get_gpu_device_uuid", handle) or f"amd{number}")
+    about = door.ask("amdsmi_get_gpu_asic_info", handle) or {}
+    name = about.get("market_name")
+    total = door.ask("amdsmi_get_gpu_memory_total", handle, door.device_memory)
+    try:
+        runtime_uuid = _RUNTIME_UUID.format(int(str(about.get("asic_serial")), 16))
+    except ValueError:  # "N/A", or nothing
+        runtime_uuid = None
+    return AmdGpu(uuid, uuid if name in (None, "", "N/A") else str(name), total / MIB if total else None, runtime_uuid)
+
+
+def _read(session: _Session, device: DeviceInfo) -> DeviceSample:
+    """Return a device's sample; `processes_known` here says no more than that there was a list of them."""
+    taken_ns = time.monotonic_ns()
+    door, handle = session.door, session.handles.get(device.uuid)
+    if handle is None:
+        return DeviceSample(device.index, None, taken_ns, trouble="not found", done_ns=time.monotonic_ns())
+    # The parts before the whole: what a process takes in between is then in the whole for certain.
+    process_mb, known = _processes(door, handle)
+    used = door.ask("amdsmi_get_gpu_memory_usage", handle, door.device_memory)
+    done_ns = time.monotonic_ns()
+    if used is None:
+        return DeviceSample(device.index, None, taken_ns, trouble=door.error, done_ns=done_ns)
+    return DeviceSample(device.index, used / MIB, taken_ns, process_mb, known, done_ns=done_ns)
+
+
+def _processes(door: _Door, handle: Any) -> tuple[dict[int, float], bool]:
+    """Return MiB per pid, and whether that is all: the library may withhold a figure, or the list."""
+    processes = door.ask("amdsmi_get_gpu_process_list", handle)
+    if processes is None:
+        return {}, False
+    figures: dict[int, float] = {}
+    known = True
+    for process in processes:
+        used = (process.get("memory_usage") or {}).get("vram_mem")
+        if not isinstance(used, int):  # "N/A"
+            known = False
+            continue
+        # Should one be listed twice, it is with the same memory: largest, not sum.
+        figures[process["pid"]] = max(figures.get(process["pid"], 0.0), used / MIB)
+    return figures, known
