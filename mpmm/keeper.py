@@ -163,7 +163,8 @@ class Keeper:
                 self._poll()
 
     def _lead_if_free(self) -> None:
-        if not self._lock_file.try_exclusive():
+        # A manager inside a model server does not: its server ends without notice, and may be busy with one long call.
+        if self._namespace.kind == Member.GUEST or not self._lock_file.try_exclusive():
             return
         worker = self._worker
         source = worker.source

@@ -28,6 +28,7 @@ from mpmm.proxy.context import attaching_to
 from mpmm.proxy.ending import end_server
 from mpmm.proxy.hosting import Host, find_host, host_object, new_record
 from mpmm.proxy.launcher import reap_ended_servers, start_server
+from mpmm.proxy.main_import import refuse_while_importing_main
 from mpmm.proxy.process_life import in_forked_child
 from mpmm.proxy.room import Room, ServerRecord, room_at, room_for
 from mpmm.proxy.server_process import ATTACH, wants_to_attach
@@ -132,6 +133,7 @@ class MultiProcessShared(Generic[T]):
         if lives and record is not None and record.ready:
             with suppress(ModelServerError):
                 return self._use(room, record)
+        refuse_while_importing_main(f"acquire the shared object {self._tag!r}", self._tag)
         with room.tag_lock(self._tag):
             failures = itertools.count(1)
             while True:

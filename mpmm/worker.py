@@ -557,7 +557,8 @@ class Worker:
             alive_lock=str(namespace.runtime.file("alive.lock")),
             environment=((VISIBLE_VARIABLE, visible),) if visible else (),
             on_start=ServerDuty(*place, row, generation, placement),
-            on_last=_Farewell(*place),
+            # A manager inside a server is still there when no worker is left.
+            on_last=None if namespace.kind == Member.GUEST else _Farewell(*place),
         )
 
     def placement_of(self, row: int) -> Placement:

@@ -256,7 +256,8 @@ def test_a_script_without_a_main_guard_fails_as_with_spawn(path: str, tmp_path: 
         env={**os.environ, "MPMM_ZYGOTE": switch, "PYTHONPATH": os.pathsep.join(sys.path)},
     )
     assert "bootstrapping phase" in done.stderr
-    assert "exit code 1" in done.stderr
+    assert "mpmm.errors.ServerStartError" in done.stderr
+    assert done.returncode == 1
 
 
 # Learning.
@@ -416,16 +417,15 @@ def test_killing_the_zygote_at_any_time_costs_no_start(path: str) -> None:
     killer = threading.Thread(target=kill_again_and_again)
     killer.start()
     try:
-        end = time.monotonic() + 4.0
+        end = time.monotonic() + DEADLINE_S
         started = 0
-        while time.monotonic() < end:
+        while (started < 3 or kills <= 3) and time.monotonic() < end:
             assert shared(path, f"tag {started}").increment() == 1
             started += 1
     finally:
         stop.set()
         killer.join(DEADLINE_S)
-    assert started > 1
-    assert kills > 3
+    assert (started >= 3, kills > 3) == (True, True)
 
 
 def test_without_a_zygote_servers_are_spawned(

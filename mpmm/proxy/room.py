@@ -116,6 +116,11 @@ def become_server_process(lives_by: tuple[str, ...]) -> None:
     _server_lives_by = lives_by
 
 
+def is_server_process() -> bool:
+    """Tell whether this process is a model server, from before it imports the main module."""
+    return _server_lives_by is not None
+
+
 def server_lives_by() -> tuple[str, ...] | None:
     """Return the alive locks by which this process lives if it is a model server, else None."""
     return _server_lives_by

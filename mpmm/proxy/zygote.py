@@ -44,7 +44,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from multiprocessing import AuthenticationError, Pipe, spawn, util
+from multiprocessing import AuthenticationError, Pipe, util
 from multiprocessing import process as mp_process
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -53,7 +53,8 @@ from typing import Any, NoReturn
 from mpmm.proxy import transport
 from mpmm.proxy.process_life import close_in_children, fork_guard
 from mpmm.proxy.room import open_lock, room_at
-from mpmm.proxy.server_process import AliveLock, ServerPlan, ending_when_abandoned, run_server
+from mpmm.proxy.server_process import AliveLock, ServerPlan, run_server
+from mpmm.proxy.spawned_server import call_this_process
 from mpmm.shared_state.lock_file import LockFile
 
 __all__ = ["BORN", "ENDED", "WAIT", "ForkOrder", "receive", "send"]
@@ -563,7 +564,7 @@ def main(root: str, life_path: str) -> None:
     text = json.dumps({"pid": os.getpid(), "socket": str(folder / name)}).encode()
     os.ftruncate(life.fd, 0)
     os.pwrite(life.fd, text, 0)
-    _call_this_process(PROCESS_NAME)
+    call_this_process(PROCESS_NAME)
     os.write(writer, b"!")
     os.close(reader)
     os.close(writer)
@@ -631,7 +632,7 @@ def _become_server(order: ForkOrder, descriptors: list[int], learned: Connection
         os.environ.clear()
         os.environ.update(order.environment)
         os.environ.update(order.plan.environment)
-        _call_this_process("mpmm-server")
+        call_this_process("mpmm-server")
         random.seed()
         importlib.invalidate_caches()
         if "numpy.random" in sys.modules:
@@ -641,13 +642,9 @@ def _become_server(order: ForkOrder, descriptors: list[int], learned: Connection
         mp_process._children.clear()  # type: ignore[attr-defined]  # not in typeshed
         mp_process._process_counter = itertools.count(1)  # type: ignore[attr-defined]  # not in typeshed
         before = set(sys.modules)
-        # As spawn does: a script without a main guard that starts servers must fail here, not go round in circles.
-        this_process: Any = mp_process.current_process()
-        this_process._inheriting = True
-        with ending_when_abandoned(order.plan.alive_locks):
-            spawn.prepare(order.preparation)
-        del this_process._inheriting
-        run_server(order.plan, Connection(report), lambda: _report_imports(before, learned))
+        run_server(
+            order.plan, Connection(report), order.preparation, on_made=lambda: _report_imports(before, learned)
+        )
     except BaseException:
         traceback.print_exc()
     finally:
@@ -673,11 +670,6 @@ def _reset_signals() -> None:
             if callable(signal.getsignal(number)):
                 signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-def _call_this_process(name: str) -> None:
-    with contextlib.suppress(OSError):
-        Path("/proc/self/comm").write_text(name)
 
 
 def _may_fork() -> bool:
