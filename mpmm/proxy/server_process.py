@@ -83,14 +83,13 @@ def run_server(
     """Be the server: the main function of the new process.
 
     preparation: of `multiprocessing.spawn`, for `__main__` and the like; None where that is done. on_made: called once
-    the object is made.
+    the object is made. The plan's environment is set already.
     """
     # A session of its own, so that Ctrl-C or a hang-up at the starter's terminal does not end what others use.
     with suppress(OSError):
         os.setsid()
     # First of all, because the main module may make managers and shared objects, too.
     become_server_process(plan.alive_locks)
-    os.environ.update(plan.environment)
     _Server(plan, starter, on_made).run(preparation)
 
 
@@ -115,8 +114,6 @@ class _Server:
         threading.Thread(target=self.watch, name="mpmm-watch", daemon=True).start()
         if preparation is not None:
             self.prepare(preparation)
-        # What the main module sets there is for the program; where this server's place is, its starter knows.
-        os.environ.update(self.plan.environment)
         self.signals.listen()
         _log_as_beam_does()
         self.life = self.room.take_life(self.tag)
@@ -159,6 +156,7 @@ class _Server:
         # A script without a main guard that starts servers must fail here, not go round in circles.
         this_process: Any = mp_process.current_process()
         this_process._inheriting = True
+        placed = {name: os.environ.get(name) for name, _ in self.plan.environment}
         try:
             spawn.prepare(preparation)
         except BaseException:
@@ -170,6 +168,10 @@ class _Server:
             )
             self.exit(1)
         del this_process._inheriting
+        for name, value in placed.items():
+            # What the main module sets is for the program; where this server's place is, its starter knows.
+            if value is not None and os.environ.get(name) != value:
+                os.environ[name] = value
 
     def tell(self, what: str, text: str = "") -> None:
         """Report to the starter, which may have died."""

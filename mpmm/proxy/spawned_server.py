@@ -99,6 +99,7 @@ def main(order_fd: int, report_fd: int) -> None:
     call_this_process("mpmm-server")
     with open(order_fd, "rb") as file:
         plan, preparation = pickle.load(file)
+    os.environ.update(plan.environment)
     run_server(plan, Connection(report_fd), preparation)
 
 
