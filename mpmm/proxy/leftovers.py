@@ -27,6 +27,7 @@ import re
 import sys
 import weakref
 from collections.abc import Iterable, Mapping
+from types import FrameType
 from typing import Any
 
 __all__ = ["PER_PROCESS_VARIABLES", "Watch"]
@@ -37,6 +38,8 @@ PER_PROCESS_VARIABLES = re.compile(
 )
 # Devices without a state that readers or writers would share.
 STATELESS = frozenset({"/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom"})
+# They keep a copy of the whole environment for the scripts that a web server starts.
+HARMLESS_READERS = frozenset({"wsgiref.handlers"})
 # Imported before the modules that need them, so that what happens to their generators later can be told apart.
 FIRST = ("numpy.random", "torch")
 # NumPy draws 128 bits for a generator that is given no seed. No such number comes from a person.
@@ -47,9 +50,17 @@ class _Environ(os._Environ[str]):
     """`os.environ` that notes which of PER_PROCESS_VARIABLES are looked at."""
 
     def __getitem__(self, key: str) -> str:
-        if isinstance(key, str) and PER_PROCESS_VARIABLES.fullmatch(key):
+        if isinstance(key, str) and PER_PROCESS_VARIABLES.fullmatch(key) and _reader() not in HARMLESS_READERS:
             _reads.add(key)
         return super().__getitem__(key)
+
+
+def _reader() -> str:
+    """Return the name of the module that looks at a variable."""
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None and frame.f_globals.get("__name__") in ("os", "_collections_abc", "collections.abc"):
+        frame = frame.f_back
+    return str(frame.f_globals.get("__name__")) if frame is not None else ""
 
 
 _reads: set[str] = set()
@@ -67,6 +78,8 @@ class Watch:
         self._unseeded: weakref.WeakSet[random.Random] = weakref.WeakSet()
         self._python_seeded = False
         self._numpy_seeded: bool | None = None
+        self._numpy_drew = False
+        self._watches_draws = False
         self._torch_seed: int | None = None
         self._watch_random()
         self._folder = os.getcwd()
@@ -77,6 +90,7 @@ class Watch:
     def begin(self) -> None:
         """Look before an import."""
         _reads.clear()
+        self._numpy_drew = False
         self._before = (_descriptors(), _shared_mappings(), _children())
 
     def reads(self) -> set[str]:
@@ -109,6 +123,15 @@ class Watch:
                 return original(seed)
 
             library.seed = note_seed
+            # To look at all objects for new generators takes a tenth of a second, and hardly any import makes one.
+            draw = library.bit_generator.randbits
+
+            def note_draw(bits: int) -> int:
+                self._numpy_drew = True
+                return int(draw(bits))
+
+            library.bit_generator.randbits = note_draw
+            self._watches_draws = True
         if name == "torch" and library is not None:
             with contextlib.suppress(Exception):
                 self._torch_seed = library.initial_seed()
@@ -128,6 +151,8 @@ class Watch:
         legacy = numpy_random.mtrand._rand._bit_generator
         if self._numpy_seeded is None and _seed_sequence(legacy) is None:
             return "a NumPy generator that was seeded before anybody looked"
+        if self._watches_draws and not self._numpy_drew:
+            return None
         for thing in gc.get_objects():
             is_other = isinstance(thing, numpy_random.BitGenerator) and thing is not legacy
             if is_other and _is_drawn(getattr(_seed_sequence(thing), "entropy", None)):

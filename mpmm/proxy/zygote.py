@@ -155,11 +155,6 @@ class _Order:
             sys_path, tuple(relevant), self.order.preludes, directory, tuple(map(str, preparation["sys_argv"]))
         )
 
-    def pinned(self, names: Iterable[str]) -> tuple[tuple[str, str | None], ...]:
-        """Return the values of variables that differ from server to server."""
-        environment = self.environment
-        return tuple((name, environment.get(name)) for name in sorted(names))
-
     def close(self) -> None:
         self.requester.close()
         for descriptor in self.descriptors:
@@ -460,10 +455,14 @@ class _Zygote(_Nursery):
 
     def kind_of(self, order: _Order) -> _Kind:
         """Return the kind of an order, to which applies what is known of orders with other values of the variables."""
-        kind = order.kind
-        if not (names := self.read.get(kind)):
+        return self.pin(order.kind, order.environment)
+
+    def pin(self, kind: _Kind, environment: dict[str, str]) -> _Kind:
+        """Return a kind with the values of those variables that the imports of its servers look at."""
+        names = self.read.get(replace(kind, pinned=()))
+        if not names:
             return kind
-        pinned = replace(kind, pinned=order.pinned(names))
+        pinned = replace(kind, pinned=tuple((name, environment.get(name)) for name in sorted(names)))
         if pinned not in self.modules:
             self.modules[pinned] = list(self.modules.get(kind, []))
             self.poisoned[pinned] = set(self.poisoned.get(kind, set()))
@@ -554,6 +553,10 @@ class _Zygote(_Nursery):
             # Its imports hold what this one value made of them; the next order of each value has a template made.
             self.read.setdefault(replace(template.kind, pinned=()), set()).update(value)
             self.retire(template)
+            environment = self.environments.get(template.kind, {})
+            kind = self.pin(template.kind, environment)
+            self.environments[kind] = environment
+            self.make_template(kind)
 
     def retire(self, template: _TemplateHandle) -> None:
         """Give a template no more orders. It stays for the exit codes of its servers."""
