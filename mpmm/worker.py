@@ -555,6 +555,7 @@ class Worker:
         placement = Placement(tuple(range(len(uuids))), uuids) if visible else self.placement_of(row)
         return ServerContext(
             alive_lock=str(namespace.runtime.file("alive.lock")),
+            namespace=namespace.name,
             environment=((VISIBLE_VARIABLE, visible),) if visible else (),
             on_start=ServerDuty(*place, row, generation, placement),
             # A manager inside a server is still there when no worker is left.

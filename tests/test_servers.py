@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import subprocess
@@ -16,9 +17,10 @@ import psutil
 import pytest
 from processes import DEADLINE_S, files_in, wait_until
 
-from mpmm.errors import ServerStartError
+from mpmm.errors import InvalidArgumentError, ModelServerError, ServerStartError
 from mpmm.multi_process_shared import MultiProcessShared, server_pid, unload
 from mpmm.proxy import output
+from mpmm.proxy import room as room_module
 from mpmm.proxy.room import leave_all_rooms, room_for
 from mpmm.shared_state.snapshot import read_snapshot
 
@@ -454,3 +456,177 @@ def test_a_spawned_server_has_a_session_of_its_own(start_method: str) -> None:
     proxy: Any = MultiProcessShared(NotesSignals, "it", spawn_process=True, always_proxy=True).acquire()
     assert os.getsid(proxy.pid()) == proxy.pid()
     unload("it")
+
+
+# What a tag stands for.
+
+
+class Cats:
+    """One thing."""
+
+    def says(self) -> str:
+        return "meow"
+
+
+class Lions(Cats):
+    """A special one."""
+
+
+class Dogs:
+    """Another thing."""
+
+    def says(self) -> str:
+        return "woof"
+
+
+def make_cats() -> Cats:
+    return Cats()
+
+
+def make_dogs() -> Dogs:
+    return Dogs()
+
+
+def name_of(constructor: Any) -> str:
+    return str(getattr(constructor, "__name__", type(constructor).__name__))
+
+
+def pets(constructor: Any, spawn: bool = False, tag: str = "pets") -> Any:
+    return MultiProcessShared(constructor, tag, spawn_process=spawn, always_proxy=True).acquire()
+
+
+@pytest.mark.parametrize("spawn", [False, True], ids=["hosted", "spawned"])
+@pytest.mark.parametrize(
+    ("first", "second"), [(Cats, Dogs), (make_cats, make_dogs), (make_cats, Dogs), (Cats, Lions)], ids=name_of
+)
+def test_a_tag_of_another_constructor_is_an_error_that_names_both(first: Any, second: Any, spawn: bool) -> None:
+    assert pets(first, spawn).says() == "meow"
+    with pytest.raises(InvalidArgumentError, match=rf"'pets'.*{first.__qualname__}.*{second.__qualname__}"):
+        pets(second, spawn)
+    assert pets(first).says() == "meow"
+    MultiProcessShared(first, "pets").unsafe_hard_delete()
+    assert pets(second).says() in ("woof", "meow")
+    unload("pets")
+
+
+@pytest.mark.parametrize("spawn", [False, True], ids=["hosted", "spawned"])
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (Cats, lambda: None),
+        (lambda: Cats(), Dogs),
+        (make_cats, Cats),
+        (Cats, make_cats),
+        (Lions, Cats),
+        (functools.partial(Cats), Dogs),
+        (Cats, Cats),
+    ],
+    ids=name_of,
+)
+def test_constructors_that_may_mean_the_same_share_a_tag(first: Any, second: Any, spawn: bool) -> None:
+    if spawn and "lambda" in name_of(first):
+        pytest.importorskip("cloudpickle", reason="needs cloudpickle, which comes with Beam")
+    assert pets(first, spawn).says() == "meow"
+    assert pets(second, spawn).says() == "meow"
+    unload("pets")
+
+
+def test_a_class_of_the_main_module_is_that_of_the_servers_main_module(
+    run_script: Callable[..., Any], start_method: str
+) -> None:
+    done = run_script(
+        """
+        from mpmm.multi_process_shared import MultiProcessShared
+        class Cats:
+            def says(self): return "meow"
+            def other(self): return MultiProcessShared(Cats, "pets", always_proxy=True).acquire().says()
+        class Dogs: pass
+        if __name__ == "__main__":
+            proxy = MultiProcessShared(Cats, "pets", spawn_process=True, always_proxy=True).acquire()
+            print(MultiProcessShared(Cats, "pets").acquire().other())
+            try:
+                MultiProcessShared(Dogs, "pets").acquire()
+            except ValueError as error:
+                print(error)
+        """
+    )
+    first, second = done.stdout.splitlines()
+    assert first == "meow"
+    assert "class __mp_main__:Cats" in second
+    assert "class __main__:Dogs" in second
+
+
+@pytest.mark.parametrize("constructor", [Cats, lambda: Cats()], ids=["named", "lambda"])
+def test_a_tag_of_another_namespace_is_an_error_that_names_both(
+    new_manager: Callable[..., Any], constructor: Any
+) -> None:
+    first, second = new_manager(namespace="project-a"), new_manager(namespace="project-b")
+
+    def load() -> str:
+        pets(constructor, True)
+        return "pets"
+
+    with first.model("pets", load) as handle:
+        with pytest.raises(InvalidArgumentError, match=r"'pets'.*project-a.*project-b"):
+            second.acquire_model("pets", load)
+        assert pets(lambda: None, tag=handle).says() == "meow"
+        # One that belongs to no namespace is for all to use.
+        pets(Dogs, True, tag="others")
+        with second.model("others", lambda: pets(Dogs, tag="others") and "others") as other:
+            assert other == "others"
+    for tag in ("pets", "others"):
+        unload(tag)
+
+
+# Handles whose servers are gone.
+
+
+@pytest.mark.parametrize("spawn", [False, True], ids=["as Beam does", "to spawn"])
+def test_a_handle_whose_server_has_just_died_is_an_error_and_never_a_new_object(
+    new_manager: Callable[..., Any], start_method: str, spawn: bool
+) -> None:
+    manager = new_manager()
+
+    def load() -> str:
+        pets(Cats, True, tag="handle")
+        return "handle"
+
+    handle = manager.acquire_model("cats", load)
+    proxy = pets(lambda: None, tag=handle)
+    pid = server_pid(handle)
+    assert pid is not None
+    os.kill(pid, signal.SIGKILL)
+    with pytest.raises(ModelServerError):
+        proxy.says()
+    for _ in range(3):
+        with pytest.raises(ModelServerError, match=r"'handle' \(namespace test\) is gone"):
+            pets(lambda: None, spawn, tag=handle)
+    assert server_pid(handle) is None
+    manager.release_model("cats", handle)
+    # A loader may well use the same tag again.
+    with manager.model("cats", load) as again:
+        assert pets(lambda: None, tag=again).says() == "meow"
+
+
+def test_a_handle_that_was_unloaded_is_an_error_until_its_user_deletes_it(new_manager: Callable[..., Any]) -> None:
+    manager = new_manager()
+    with manager.model("cats", lambda: pets(Cats, True, tag="handle") and "handle"):
+        pass
+    manager.force_reset()
+    wait_until(lambda: server_pid("handle") is None, "unloaded")
+    with pytest.raises(ModelServerError, match="'handle'"):
+        pets(lambda: None, tag="handle")
+    MultiProcessShared(Cats, "handle").unsafe_hard_delete()
+    assert pets(Cats, tag="handle").says() == "meow"
+    unload("handle")
+
+
+def test_so_many_handles_are_remembered_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(room_module, "MOST_HANDLES", 8)
+    room = room_for(None)
+    room.join()
+    for number in range(40):
+        room.remember_handle(f"tag {number}", ("test",))
+        assert room.namespaces_of_handle(f"tag {number}") == ("test",)
+    assert len(list((room.path / room_module.HANDLES).iterdir())) <= 8
+    assert room.namespaces_of_handle("tag 0") == ()

@@ -107,7 +107,7 @@ class Imported:
             "umask": _umask(),
             "children": [child.name() for child in psutil.Process().children()],
             "logging": (logging.getLogger().level, len(logging.getLogger().handlers)),
-            "streams": (sys.stdout.encoding, sys.stderr.encoding, sys.stdout.fileno(), sys.stderr.line_buffering),
+            "streams": (sys.stdout.encoding, sys.stderr.encoding, sys.stdout.fileno(), sys.stderr.fileno()),
             "main": sorted({"__main__", "__mp_main__"} & set(sys.modules)),
             "start method": multiprocessing.get_start_method(allow_none=True),
             "recursion": sys.getrecursionlimit(),

@@ -33,6 +33,7 @@ from typing import Any, NoReturn
 from mpmm.errors import ServerStartError
 from mpmm.proxy.context import ServerContext, attaching_to
 from mpmm.proxy.hosting import end_all_hosts, host_object, new_record
+from mpmm.proxy.identity import name_of_constructor, names_of_types
 from mpmm.proxy.output import Output, Starter
 from mpmm.proxy.room import Room, ServerRecord, become_server_process, open_lock, room_at, write_record
 from mpmm.shared_state.lock_file import LockFile
@@ -137,7 +138,17 @@ class _Server:
                 self.exit(0, keep_life=False)
             # The constructor may have taken the signals for something of its own.
             self.signals.listen()
-            host_object(self.room, replace(record, ready=True), constructor, shared, self.life, lambda: self.exit(0))
+            namespaces = tuple(context.namespace for context in self.contexts if context.namespace)
+            if namespaces:
+                self.room.remember_handle(self.tag, namespaces)
+            self.record = replace(
+                record,
+                ready=True,
+                namespaces=namespaces,
+                constructor=name_of_constructor(constructor.unpickled),
+                types=names_of_types(shared),
+            )
+            host_object(self.room, self.record, constructor, shared, self.life, lambda: self.exit(0))
         except BaseException as error:
             text = error.message if isinstance(error, ServerStartError) else _crash_text(self.tag)
             self.tell(CRASHED, text)
@@ -340,14 +351,15 @@ class _Construction:
     def __init__(self, tag: str, pickled: bytes) -> None:
         self.tag = tag
         self._pickled: bytes | None = pickled
-        self._constructor: Any = None
+        #: None before the first use.
+        self.unpickled: Any = None
 
     def __call__(self) -> Any:
         try:
             if self._pickled is not None:
-                self._constructor = pickle.loads(self._pickled)
+                self.unpickled = pickle.loads(self._pickled)
                 self._pickled = None
-            return self._constructor()
+            return self.unpickled()
         except Exception:
             raise ServerStartError(_crash_text(self.tag), tag=self.tag) from None
 
