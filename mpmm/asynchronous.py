@@ -32,6 +32,7 @@ from typing import Any, TypeVar
 from mpmm.errors import ClosedError, LockTimeoutError, MpmmError
 from mpmm.model_manager import AnswerUndone, ModelManager, Wish
 from mpmm.policy.out_of_memory import is_out_of_memory
+from mpmm.proxy.main_import import refuse_while_importing_main
 from mpmm.shared_state.futex import WAITED_FOR_AT_MOST, wait_for_any, wake_all
 from mpmm.shared_state.layout import Header, Model, Ticket
 from mpmm.shared_state.tables import encode_text
@@ -54,6 +55,7 @@ async def hold_in_loop(
     manager: ModelManager, tag: str, loader: Callable[[], Any], devices: Sequence[int | str] | None, span: int
 ) -> AsyncIterator[Any]:
     """Hold a copy for the length of an `async with` block; see `ModelManager.model_async`."""
+    refuse_while_importing_main(f"acquire the model {tag!r}", tag)
     worker = manager._connected()
     threads = _threads_of(worker)
     instance = await _Acquire(manager, worker, threads, tag, manager._wish(worker, devices, span)).run(loader)

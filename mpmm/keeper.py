@@ -256,7 +256,8 @@ class Keeper:
         return now - self._free_since < BETTER_LEADS_WITHIN_S
 
     def _lead_if_free(self, sample_wait_s: float) -> None:
-        if not self._lock_file.try_exclusive():
+        # A manager inside a model server does not: its server ends without notice, and may be busy with one long call.
+        if self._namespace.kind == Member.GUEST or not self._lock_file.try_exclusive():
             self._free_since = None
             return
         if self._is_left_to_better():

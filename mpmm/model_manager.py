@@ -61,10 +61,22 @@ from mpmm.lease import Lease
 from mpmm.placement import placed
 from mpmm.policy.out_of_memory import is_out_of_memory
 from mpmm.proxy.context import attach_namespace, serving_for
+from mpmm.proxy.main_import import refuse_while_importing_main
+from mpmm.proxy.room import is_server_process
 from mpmm.resource_estimator import ALONE_SD, GROWTH_SD, Estimate, ResourceEstimator
 from mpmm.shared_state.durations import to_ns
 from mpmm.shared_state.futex import wait_for_change
-from mpmm.shared_state.layout import MOST_SPANNED, Capacities, Device, Header, Instance, Model, Ticket, device_rows
+from mpmm.shared_state.layout import (
+    MOST_SPANNED,
+    Capacities,
+    Device,
+    Header,
+    Instance,
+    Member,
+    Model,
+    Ticket,
+    device_rows,
+)
 from mpmm.shared_state.namespace import Namespace, run_at_exit
 from mpmm.shared_state.runtime_dir import default_root
 from mpmm.shared_state.settings import Settings
@@ -189,6 +201,9 @@ class ModelManager(BeamNames):
     ) -> None:
         """Attach to a namespace, creating it if need be.
 
+        In a model server, which imports the program and so makes its managers, too, attaching waits for the first use;
+        such a manager neither leads nor keeps servers alive.
+
         monitor: takes the place of the memory source; a `GPUMonitor`, or anything with Beam's monitor methods.
         slack_percentage: share of a device that is never filled, 0 to 0.99.
         poll_interval: seconds between the leader's samples. peak_window_seconds: how long a peak counts.
@@ -257,7 +272,9 @@ class ModelManager(BeamNames):
         self._bookings = threading.local()
         self._bookings_made = False
         self._worker_if_connected: Worker | None = None
-        self._connected()
+        # A model server imports the program, and so makes its managers, too. Mostly nobody uses them there.
+        if not is_server_process():
+            self._connected()
 
     # ---- Beam's methods ------------------------------------------------------------------------------------
 
@@ -300,6 +317,7 @@ class ModelManager(BeamNames):
         """
         if not isinstance(tag, str) or not callable(loader_func):
             raise InvalidArgumentError(f"model {tag!r}, loader {loader_func!r}: expected a str and a callable")
+        refuse_while_importing_main(f"acquire the model {tag!r}", tag)
         worker = self._connected()
         if self._bookings_made:
             booking = self._take_booking(tag)
@@ -506,6 +524,7 @@ class ModelManager(BeamNames):
             raise InvalidArgumentError(f"lease {name!r} of {mb!r}: expected a number of MB above 0")
         encoded = encode_text(name, Model.TAG_BYTES, "name of a lease")
         patience = self._patience(timeout_seconds)
+        refuse_while_importing_main(f"reserve memory for {name!r}", name)
         worker = self._connected()
         wish = self._wish(worker, devices, span)
         began = time.monotonic()
@@ -552,6 +571,7 @@ class ModelManager(BeamNames):
         if not isinstance(tag, str) or not callable(loader_func):
             raise InvalidArgumentError(f"model {tag!r}, loader {loader_func!r}: expected a str and a callable")
         patience = self._patience(timeout_seconds)
+        refuse_while_importing_main(f"preload the model {tag!r}", tag)
         worker = self._connected()
         wish = self._wish(worker, devices, span)
         for loaded in range(copies):
@@ -1254,13 +1274,15 @@ class ModelManager(BeamNames):
     def _connected(self) -> Worker:
         """Return this process's worker, joining the namespace first if need be: at first use, or after a fork."""
         worker = self._worker_if_connected
-        if worker is not None and worker.namespace.is_usable:
+        if worker is not None and worker.namespace.is_usable and not _is_left_behind(worker):
             return worker
         if self._closed:
             raise ClosedError("the model manager was shut down")
         with _workers_guard:
             key = (self._root, self._name)
             worker = _workers.get(key)
+            if worker is not None and worker.namespace.is_usable and _is_left_behind(worker):
+                worker.close()
             if worker is None or not worker.namespace.is_usable:
                 worker = self._join()
                 _workers[key] = worker
@@ -1272,7 +1294,12 @@ class ModelManager(BeamNames):
     def _join(self) -> Worker:
         source = "custom" if self._given_monitor or not isinstance(self._memory_source, str) else self._memory_source
         namespace = Namespace.join(
-            self._name, root=self._root, capacities=self._capacities, settings=self._settings, source=source
+            self._name,
+            root=self._root,
+            capacities=self._capacities,
+            settings=self._settings,
+            source=source,
+            kind=Member.GUEST if is_server_process() else Member.WORKER,
         )
         try:
             path = self._estimates_path or os.environ.get(ESTIMATES_PATH_VARIABLE)
@@ -1318,6 +1345,11 @@ class ModelManager(BeamNames):
             theirs = getattr(chosen, name)
             if value != theirs and name != "wait_timeout_seconds":
                 _LOG.warning("mpmm %s: %s stays %g, as its creator chose; not %g", self._name, name, theirs, value)
+
+
+def _is_left_behind(worker: Worker) -> bool:
+    """Tell whether the last worker has left and removed the namespace of this manager, which is inside a server."""
+    return worker.namespace.kind == Member.GUEST and worker.namespace.is_removed
 
 
 def _close_at_exit(root: Path, name: str) -> None:

@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar, cast
 
@@ -24,10 +25,12 @@ import filelock  # noqa: F401  # `LockFile` needs it; its 10 ms are better spent
 
 from mpmm.errors import InvalidArgumentError, ModelServerError, NotAcquiredError, SharedObjectReleasedError
 from mpmm.proxy.client import ServerLink, forget_link, known_link, link_to, remember_link
-from mpmm.proxy.context import attaching_to
+from mpmm.proxy.context import attaching_to, served_namespaces
 from mpmm.proxy.ending import end_server
 from mpmm.proxy.hosting import Host, find_host, host_object, new_record
+from mpmm.proxy.identity import check_identity, name_of_constructor, names_of_types
 from mpmm.proxy.launcher import reap_ended_servers, start_server
+from mpmm.proxy.main_import import refuse_while_importing_main
 from mpmm.proxy.process_life import in_forked_child
 from mpmm.proxy.room import Room, ServerRecord, room_at, room_for
 from mpmm.proxy.server_process import ATTACH, wants_to_attach
@@ -77,7 +80,9 @@ class MultiProcessShared(Generic[T]):
 
         An object whose type says `attach_in_place` is returned itself, one for each process.
         Raises what the constructor raises, where it runs in this process; ServerStartError with the traceback,
-        where it runs in another one; ModelServerError when servers die faster than they can be reached.
+        where it runs in another one, and at once in a server that still imports the main module; ModelServerError when
+        servers die faster than they can be reached, or when the tag is a manager's handle whose server is gone;
+        InvalidArgumentError when the tag is known to stand for something else, see `mpmm.proxy.identity`.
         """
         shared = self._acquire(room_for(self._path))
         if self._spawn_process:
@@ -113,6 +118,7 @@ class MultiProcessShared(Generic[T]):
                     shared.force_reset()
                 return
         end_server(room, self._tag, HARD_DELETE_TIMEOUT_S)
+        room.forget_handle(self._tag)
 
     def _acquire(self, room: Room) -> Any:
         attached = _attached.acquire(room, self._tag)
@@ -120,9 +126,9 @@ class MultiProcessShared(Generic[T]):
             return attached.shared
         try:
             if not self._always_proxy and (host := find_host(room, self._tag)) is not None:
-                return SharedProxy(_LocalUse(host))
+                return self._proxy(_LocalUse(host))
             if (link := known_link(room, self._tag)) is not None:
-                return SharedProxy(_use_through(link))
+                return self._proxy(_use_through(link))
         except ModelServerError:
             # Gone since we last used it; look for another one.
             if link := known_link(room, self._tag):
@@ -132,6 +138,7 @@ class MultiProcessShared(Generic[T]):
         if lives and record is not None and record.ready:
             with suppress(ModelServerError):
                 return self._use(room, record)
+        refuse_while_importing_main(f"acquire the shared object {self._tag!r}", self._tag)
         with room.tag_lock(self._tag):
             failures = itertools.count(1)
             while True:
@@ -152,17 +159,35 @@ class MultiProcessShared(Generic[T]):
                         return shared
 
     def _use(self, room: Room, record: ServerRecord) -> SharedProxy:
-        """Become a user of a live server. Raises ModelServerError."""
+        """Become a user of a live server. Raises ModelServerError, InvalidArgumentError."""
         host = find_host(room, self._tag)
         if host is not None and not self._always_proxy:
-            return SharedProxy(_LocalUse(host))
-        return SharedProxy(_use_through(link_to(room, record)))
+            return self._proxy(_LocalUse(host))
+        return self._proxy(_use_through(link_to(room, record)))
+
+    def _proxy(self, use: _Use) -> SharedProxy:
+        """Return a proxy for a use of what a live server has. Raises InvalidArgumentError for something else."""
+        try:
+            check_identity(use.record, self._constructor)
+        except BaseException:
+            use.release()
+            raise
+        return SharedProxy(use)
 
     def _start(self, room: Room) -> Any:
         """Bring about a server, or attach; hold the tag's lock, under which there was no server.
 
-        Returns the object if it is attached, else None: look again.
+        Returns the object if it is attached, else None: look again. Raises ModelServerError for a manager's handle,
+        unless a loader runs here: only that may make what a handle stands for.
         """
+        ours = served_namespaces()
+        if not ours and (theirs := room.namespaces_of_handle(self._tag)):
+            raise ModelServerError(
+                f"the model server of the handle {self._tag!r} (namespace {', '.join(theirs)}) is gone; release the "
+                "handle and acquire the model again",
+                tag=self._tag,
+                server_pid=None,
+            )
         marker = room.attach_marker(self._tag)
         if self._spawn_process and not marker.exists() and start_server(room, self._tag, self._constructor) != ATTACH:
             return None
@@ -175,7 +200,14 @@ class MultiProcessShared(Generic[T]):
         marker.unlink(missing_ok=True)
         if not self._spawn_process and (life := room.take_life(self._tag)) is not None:
             try:
-                record = new_record(room, self._tag, spawned=False, ready=True)
+                if ours:
+                    room.remember_handle(self._tag, ours)
+                record = replace(
+                    new_record(room, self._tag, spawned=False, ready=True),
+                    namespaces=ours,
+                    constructor=name_of_constructor(self._constructor),
+                    types=names_of_types(shared),
+                )
                 host_object(room, record, self._constructor, shared, life)
             except BaseException:
                 life.close()
@@ -229,6 +261,7 @@ class _Use:
         """Delete the object and, if it was spawned, its server. Nothing happens if that one is gone already."""
         self.check()
         end_server(self.room, self.record.tag, HARD_DELETE_TIMEOUT_S, self.record.incarnation)
+        self.room.forget_handle(self.record.tag)
 
     def check(self) -> None:
         """Raise SharedObjectReleasedError after a release."""

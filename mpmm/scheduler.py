@@ -68,7 +68,7 @@ __all__ = ["Copies", "Scheduler"]
 QUEUE_PART = 32
 FEW_WAITERS = 16
 # Waits that no copy of another model ends by becoming idle.
-QUIET_REASONS = frozenset({Reason.LEASED, Reason.FOREIGN, Reason.SHARING, Reason.COPIES})
+QUIET_REASONS = frozenset({Reason.LEASED, Reason.FOREIGN, Reason.PINNED, Reason.SHARING, Reason.COPIES})
 # Begun in one transaction, whose undo log has an end.
 UNLOADS_AT_ONCE = 64
 # Longer than a release takes, even where everything about it has left the processor's caches.
@@ -336,8 +336,7 @@ class Scheduler:
         behind = [one for one in waiting if reasons[one.row] == Reason.BEHIND]
         if behind and not self._are_behind_a_lease(behind, [one for one in waiting if one not in behind], reasons):
             return False
-        known = QUIET_REASONS | {Reason.BEHIND} | ({Reason.PINNED} if words[model + Model.PINS] else set())
-        return known.issuperset(reasons.values())
+        return (QUIET_REASONS | {Reason.BEHIND}).issuperset(reasons.values())
 
     def _are_behind_a_lease(self, behind: list[_Waiter], others: list[_Waiter], reasons: Mapping[int, int]) -> bool:
         """Tell whether these are leases, behind one that waits for leases to end."""

@@ -660,9 +660,11 @@ class Worker:
         placement = Placement(tuple(range(len(uuids))), uuids) if setting else self.placement_of(row)
         return ServerContext(
             alive_lock=str(namespace.runtime.file("alive.lock")),
+            namespace=namespace.name,
             environment=(setting,) if setting else (),
             on_start=ServerDuty(*place, row, generation, placement),
-            on_last=_Farewell(*place),
+            # A manager inside a server is still there when no worker is left.
+            on_last=None if namespace.kind == Member.GUEST else _Farewell(*place),
         )
 
     def placement_of(self, row: int) -> Placement:

@@ -14,7 +14,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["ServerContext", "attach_namespace", "attaching_to", "server_context", "serving_for"]
+__all__ = ["ServerContext", "attach_namespace", "attaching_to", "served_namespaces", "server_context", "serving_for"]
 
 _NAMESPACE_LENGTH = 64
 
@@ -26,6 +26,8 @@ class ServerContext:
     alive_lock: path of a lock file that each client holds shared; the server lives while anybody holds it.
     environment: put into `os.environ` before anything of the constructor is imported or run.
     on_start: called in the server with the tag, before the constructor; the result is kept while it lives.
+    namespace: the name of what the one is a member of, "" for nothing. A server that has one is a handle's: see
+        `MultiProcessShared.acquire`.
     on_last: called in the server before it ends, for whatever reason, if nobody holds `alive_lock` then. Several
         servers may call it, at the same time too, and newcomers may come meanwhile.
     """
@@ -34,6 +36,7 @@ class ServerContext:
     environment: tuple[tuple[str, str], ...] = ()
     on_start: Callable[[str], object] | None = None
     on_last: Callable[[], None] | None = None
+    namespace: str = ""
 
 
 server_context: ContextVar[tuple[ServerContext, ...]] = ContextVar("mpmm_server_context", default=())
@@ -48,6 +51,11 @@ def serving_for(*contexts: ServerContext) -> Iterator[None]:
         yield
     finally:
         server_context.reset(reset)
+
+
+def served_namespaces() -> tuple[str, ...]:
+    """Return for which namespaces a server would be that is started now: those of the loader that runs here."""
+    return tuple(context.namespace for context in server_context.get() if context.namespace)
 
 
 @contextmanager

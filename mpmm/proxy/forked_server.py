@@ -68,7 +68,9 @@ def remove_prelude(name: str) -> None:
         _preludes.remove(name)
 
 
-def order_server(room: Room, plan: ServerPlan, report: Connection, name: str) -> ForkedServer | None:
+def order_server(
+    room: Room, plan: ServerPlan, preparation: dict[str, Any], report: Connection, name: str
+) -> ForkedServer | None:
     """Have the room's zygote fork a server, which reports to `report`; None where only a spawn can help.
 
     Not started as far as `multiprocessing` is concerned: call `start()` on what is returned.
@@ -76,10 +78,6 @@ def order_server(room: Room, plan: ServerPlan, report: Connection, name: str) ->
     global _avoid_until
     if not _is_possible():
         return None
-    # This raises where a script has no main guard, as for any process that is spawned.
-    preparation = spawn.get_preparation_data(name)
-    preparation["authkey"] = bytes(preparation["authkey"])
-    preparation["sys_path"] = [path for path in preparation["sys_path"] if isinstance(path, str)]
     from mpmm.proxy import zygote
 
     order = zygote.ForkOrder(plan, preparation, dict(os.environ), tuple(_preludes))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
+import os
 import threading
 from collections.abc import Iterator
 from multiprocessing import process as mp_process
@@ -13,9 +14,11 @@ from typing import Any
 from mpmm.errors import ServerStartError
 from mpmm.proxy.context import server_context
 from mpmm.proxy.forked_server import order_server
+from mpmm.proxy.main_import import is_importing_main, not_while_importing_main
 from mpmm.proxy.process_life import call_once_at_exit, in_forked_child
-from mpmm.proxy.room import LEAVE_PRIORITY, Room, server_lives_by
-from mpmm.proxy.server_process import CRASHED, READY, ServerPlan, run_server
+from mpmm.proxy.room import LEAVE_PRIORITY, Room, server_lives_by, start_time_of
+from mpmm.proxy.server_process import CRASHED, READY, ServerPlan
+from mpmm.proxy.spawned_server import SpawnedServer, preparation_for
 from mpmm.proxy.wire import dump_for_server
 
 __all__ = ["reap_ended_servers", "start_server"]
@@ -40,6 +43,7 @@ def start_server(room: Room, tag: str, constructor: Any) -> str:
         root=str(room.root),
         tag=tag,
         environment=tuple(pair for context in contexts for pair in context.environment),
+        starter=(os.getpid(), start_time_of(os.getpid())),
         alive_locks=(
             str(room.alive_path),
             *(context.alive_lock for context in contexts),
@@ -49,15 +53,17 @@ def start_server(room: Room, tag: str, constructor: Any) -> str:
         contexts=dump_for_server(contexts, f"the server contexts for {tag!r}"),
         constructor=dump_for_server(constructor, f"the constructor of {tag!r}"),
     )
-    spawn = multiprocessing.get_context("spawn")
-    reader, writer = spawn.Pipe(duplex=False)
+    # Not a daemon, so that the object may have children of its own.
+    name = f"mpmm-server-{tag}"[:80]
+    if is_importing_main():
+        raise not_while_importing_main(f"start a model server for {tag!r}", tag)
+    preparation = preparation_for(name)
+    reader, writer = multiprocessing.get_context("spawn").Pipe(duplex=False)
     with reader:
         with writer:
-            # Not a daemon, so that the object may have children of its own.
-            name = f"mpmm-server-{tag}"[:80]
-            server: mp_process.BaseProcess = order_server(room, plan, writer, name) or spawn.Process(
-                target=run_server, args=(plan, writer), name=name, daemon=False
-            )
+            server: mp_process.BaseProcess = order_server(
+                room, plan, preparation, writer, name
+            ) or SpawnedServer(name, plan, preparation, writer)
             call_once_at_exit(disown_servers, DISOWN_PRIORITY)
             with _starting, _allowed_to_have_children():
                 server.start()

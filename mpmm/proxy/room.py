@@ -7,6 +7,8 @@
     <tag>.life      held by the tag's server as long as it lives; its text says who and where that is
     <tag>-*.sock    the server's socket, a new name for each server
     <tag>.attach    the tag's object is attached in every process, there is no server
+    handles/<tag>   the tag is or was a handle: a loader of a manager has made its server; names the namespaces
+    servers.log     what servers say whose starters have ended; see `proxy.output`
     zygote/         lock, life lock and socket of the process from which servers are forked; see `proxy.zygote`
 
 `<tag>` is a digest of the tag, so that tags may hold any characters and names stay short. Order of locks:
@@ -56,6 +58,9 @@ SHORT_LOCK_TIMEOUT_S = 10.0
 # Between a server's last line and the kernel's closing of its locks.
 DYING_TIMEOUT_S = 2.0
 LEAVE_PRIORITY = 10
+HANDLES = "handles"
+# Some kilobytes of names; who still looks for an older one finds out as if it had never been.
+MOST_HANDLES = 4096
 
 _server_lives_by: tuple[str, ...] | None = None
 
@@ -75,6 +80,10 @@ class ServerRecord:
     spawned: bool
     ready: bool
     leaving: bool = False
+    # Whose it is: the namespaces for whose loaders it was started, and what it was made by and is, see `identity`.
+    namespaces: tuple[str, ...] = ()
+    constructor: str = ""
+    types: tuple[str, ...] = ()
 
     def is_running(self) -> bool:
         """Tell whether the very process (not another one with its pid) runs and is not about to end."""
@@ -114,6 +123,11 @@ def become_server_process(lives_by: tuple[str, ...]) -> None:
     """Note that this process is a model server, which lives by the alive locks `lives_by` and holds none itself."""
     global _server_lives_by
     _server_lives_by = lives_by
+
+
+def is_server_process() -> bool:
+    """Tell whether this process is a model server, from before it imports the main module."""
+    return _server_lives_by is not None
 
 
 def server_lives_by() -> tuple[str, ...] | None:
@@ -166,6 +180,30 @@ class Room:
     def socket_name(self, tag: str, incarnation: str) -> str:
         """Name of the socket of one server of the tag."""
         return f"{digest_of(tag)}-{incarnation[:8]}.sock"
+
+    def remember_handle(self, tag: str, namespaces: tuple[str, ...]) -> None:
+        """Note that a server was a handle of these namespaces, for those who look for it when it is gone."""
+        folder = self.path / HANDLES
+        with contextlib.suppress(OSError):
+            folder.mkdir(mode=0o700, exist_ok=True)
+            (folder / digest_of(tag)).write_text(" ".join(namespaces), encoding="ascii")
+            found = list(os.scandir(folder))
+            if len(found) > MOST_HANDLES:
+                found.sort(key=lambda entry: entry.stat().st_mtime)
+                for entry in found[: len(found) - MOST_HANDLES * 3 // 4]:
+                    os.unlink(entry.path)
+
+    def namespaces_of_handle(self, tag: str) -> tuple[str, ...]:
+        """Return of which namespaces a server of the tag was a handle, nothing if of none, or long ago."""
+        try:
+            return tuple((self.path / HANDLES / digest_of(tag)).read_text(encoding="ascii").split())
+        except OSError:
+            return ()
+
+    def forget_handle(self, tag: str) -> None:
+        """Let the tag be free for something else: its user has deleted what it stood for."""
+        with contextlib.suppress(OSError):
+            (self.path / HANDLES / digest_of(tag)).unlink()
 
     def join(self) -> None:
         """Make the room if need be and become one of its clients until this process ends; cheap when repeated.
@@ -354,7 +392,10 @@ def _read_record(path: Path) -> ServerRecord | None:
     try:
         # Not `Path.read_text`, which has a new process load another twenty pages of code.
         with open(path, "rb", buffering=0) as file:
-            return ServerRecord(**json.loads(file.readall().decode()))
+            found = json.loads(file.readall().decode())
+        for name in ("namespaces", "types"):
+            found[name] = tuple(found.get(name, ()))
+        return ServerRecord(**found)
     except (ValueError, TypeError):
         return None
 

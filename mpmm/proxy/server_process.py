@@ -1,8 +1,12 @@
 """A spawned model server, from its first line to its last.
 
-It takes the tag's life lock, makes the object, answers for it, and ends in one of three ways: a hard delete, a
-signal, or because nobody is left who holds one of its alive locks. Always through `os._exit`: what the object's
-libraries registered for the end of a process may take for ever, and the memory is wanted back now.
+It imports the main module as every process does that `multiprocessing` spawns, takes the tag's life lock, makes the
+object, answers for it, and ends in one of three ways: a hard delete, a signal, or because nobody is left who holds one
+of its alive locks. Always through `os._exit`: what the object's libraries registered for the end of a process may take
+for ever, and the memory is wanted back now.
+
+One thread, which begins before the main module is imported, watches for signals, for the end of the starter, whose
+standard streams are let go of then (`output`), and for the end of the last client.
 """
 
 from __future__ import annotations
@@ -14,11 +18,14 @@ import pickle
 import signal
 import sys
 import threading
+import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from multiprocessing.connection import Connection
+from multiprocessing import process as mp_process
+from multiprocessing import spawn
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
@@ -26,6 +33,8 @@ from typing import Any, NoReturn
 from mpmm.errors import ServerStartError
 from mpmm.proxy.context import ServerContext, attaching_to
 from mpmm.proxy.hosting import end_all_hosts, host_object, new_record
+from mpmm.proxy.identity import name_of_constructor, names_of_types
+from mpmm.proxy.output import Output, Starter
 from mpmm.proxy.room import Room, ServerRecord, become_server_process, open_lock, room_at, write_record
 from mpmm.shared_state.lock_file import LockFile
 
@@ -36,7 +45,6 @@ __all__ = [
     "READY",
     "AliveLock",
     "ServerPlan",
-    "ending_when_abandoned",
     "run_server",
     "wants_to_attach",
 ]
@@ -55,6 +63,8 @@ class ServerPlan:
     root: str
     tag: str
     environment: tuple[tuple[str, str], ...]
+    # Its pid, and when it started, see `start_time_of`.
+    starter: tuple[int, float | None]
     alive_locks: tuple[str, ...]
     contexts: bytes
     constructor: bytes
@@ -65,44 +75,23 @@ def wants_to_attach(shared: object) -> bool:
     return bool(getattr(type(shared), "attach_in_place", False))
 
 
-@contextmanager
-def ending_when_abandoned(alive_locks: Sequence[str]) -> Iterator[None]:
-    """End this process at once if nobody holds one of the alive locks any more, as long as the block lasts.
-
-    For what a server does before `run_server`, where code of the user's, his main module, may never come to an end.
-    """
-    over = threading.Event()
-
-    def watch() -> None:
-        locks = [AliveLock(path) for path in dict.fromkeys(alive_locks)]
-        while not over.wait(PROBE_INTERVAL_S):
-            if all(lock.is_free() for lock in locks):
-                os._exit(1)
-            for lock in locks:
-                lock.let_go()
-        for lock in locks:
-            lock.close()
-
-    watcher = threading.Thread(target=watch, name="mpmm-watch", daemon=True)
-    watcher.start()
-    try:
-        yield
-    finally:
-        over.set()
-        watcher.join()
-
-
-def run_server(plan: ServerPlan, starter: Connection, on_made: Callable[[], None] | None = None) -> NoReturn:
+def run_server(
+    plan: ServerPlan,
+    starter: Connection,
+    preparation: dict[str, Any] | None = None,
+    on_made: Callable[[], None] | None = None,
+) -> NoReturn:
     """Be the server: the main function of the new process.
 
-    on_made: called once the object is made.
+    preparation: of `multiprocessing.spawn`, for `__main__` and the like; None where that is done. on_made: called once
+    the object is made. The plan's environment is set already.
     """
     # A session of its own, so that Ctrl-C or a hang-up at the starter's terminal does not end what others use.
     with suppress(OSError):
         os.setsid()
-    os.environ.update(plan.environment)
+    # First of all, because the main module may make managers and shared objects, too.
     become_server_process(plan.alive_locks)
-    _Server(plan, starter, on_made).run()
+    _Server(plan, starter, on_made).run(preparation)
 
 
 class _Server:
@@ -117,18 +106,25 @@ class _Server:
         self.contexts: tuple[ServerContext, ...] = ()
         self.kept: list[object] = []
         self.exiting = threading.RLock()
+        self.serving = False
+        self.output = Output(self.room.path)
+        self.signals = _Signals(self.on_signal)
 
-    def run(self) -> NoReturn:
+    def run(self, preparation: dict[str, Any] | None) -> NoReturn:
+        self.signals.listen()
+        threading.Thread(target=self.watch, name="mpmm-watch", daemon=True).start()
+        if preparation is not None:
+            self.prepare(preparation)
+        self.signals.listen()
+        _log_as_beam_does()
         self.life = self.room.take_life(self.tag)
         if self.life is None:
             self.tell(OCCUPIED)
             self.exit(0)
         self.record = record = new_record(self.room, self.tag, spawned=True, ready=False)
         write_record(self.life, record)
-        signal.signal(signal.SIGTERM, self.on_sigterm)
         try:
             self.contexts = pickle.loads(self.plan.contexts)
-            threading.Thread(target=self.watch, name="mpmm-watch", daemon=True).start()
             for context in self.contexts:
                 if context.on_start is not None:
                     self.kept.append(context.on_start(self.tag))
@@ -140,18 +136,53 @@ class _Server:
             if wants_to_attach(shared):
                 self.tell(ATTACH)
                 self.exit(0, keep_life=False)
-            host_object(self.room, replace(record, ready=True), constructor, shared, self.life, lambda: self.exit(0))
+            # The constructor may have taken the signals for something of its own.
+            self.signals.listen()
+            namespaces = tuple(context.namespace for context in self.contexts if context.namespace)
+            if namespaces:
+                self.room.remember_handle(self.tag, namespaces)
+            self.record = replace(
+                record,
+                ready=True,
+                namespaces=namespaces,
+                constructor=name_of_constructor(constructor.unpickled),
+                types=names_of_types(shared),
+            )
+            host_object(self.room, self.record, constructor, shared, self.life, lambda: self.exit(0))
         except BaseException as error:
             text = error.message if isinstance(error, ServerStartError) else _crash_text(self.tag)
             self.tell(CRASHED, text)
             # The starter waits for the end of this process by itself.
             self.exit(1, keep_life=False)
         del shared
+        self.serving = True
         self.tell(READY)
         # Interrupted by signals only, whose handlers run in this thread.
         with suppress(KeyboardInterrupt):
             threading.Event().wait()
         self.exit(0)
+
+    def prepare(self, preparation: dict[str, Any]) -> None:
+        """Do what `multiprocessing.spawn` does in a new process; if the main module fails, say so and end."""
+        # A script without a main guard that starts servers must fail here, not go round in circles.
+        this_process: Any = mp_process.current_process()
+        this_process._inheriting = True
+        placed = {name: os.environ.get(name) for name, _ in self.plan.environment}
+        try:
+            spawn.prepare(preparation)
+        except BaseException:
+            trace = traceback.format_exc()
+            self.tell(
+                CRASHED,
+                f"Shared Server Process crashed: the main module failed in pid {os.getpid()}, which imported it to "
+                f"serve {self.tag!r}:\n{trace}",
+            )
+            self.exit(1)
+        del this_process._inheriting
+        for name, value in placed.items():
+            # What the main module sets is for the program; where this server's place is, its starter knows.
+            if value is not None and os.environ.get(name) != value:
+                os.environ[name] = value
 
     def tell(self, what: str, text: str = "") -> None:
         """Report to the starter, which may have died."""
@@ -160,17 +191,39 @@ class _Server:
             with suppress(OSError), starter:
                 starter.send((what, text))
 
-    def on_sigterm(self, number: int, frame: FrameType | None) -> None:
-        self.exit(128 + number)
+    def on_signal(self, number: int) -> None:
+        """End the process on SIGTERM at any time, on SIGINT once it serves; called by any thread."""
+        if number == signal.SIGTERM:
+            self.exit(128 + number)
+        elif number == signal.SIGINT and self.serving:
+            self.exit(0)
 
     def watch(self) -> None:
-        """End the server once nobody holds an alive lock; runs in a thread of its own."""
+        """Heed signals, the end of the starter, and that of the last client; runs in a thread of its own."""
         locks = [AliveLock(path) for path in dict.fromkeys(self.plan.alive_locks)]
-        pause = threading.Event()
-        while not all(lock.is_free() for lock in locks):
-            for lock in locks:
-                lock.let_go()
-            pause.wait(PROBE_INTERVAL_S)
+        starter: Starter | None = Starter(*self.plan.starter)
+        next_probe = time.monotonic() + PROBE_INTERVAL_S
+        while True:
+            waited_for = [self.signals.fd] if starter is None or starter.fd is None else [self.signals.fd, starter.fd]
+            ready = wait(waited_for, max(0.0, next_probe - time.monotonic()))
+            if self.signals.fd in ready:
+                self.signals.heed()
+            if starter is not None and (starter.fd in ready or starter.has_ended()):
+                starter.close()
+                self.output.turn_to_log(
+                    f"pid {os.getpid()}, which serves {self.tag!r}, goes on here: its starter, pid {starter.pid}, ended"
+                )
+                starter = None
+            if time.monotonic() >= next_probe:
+                if all(lock.is_free() for lock in locks):
+                    break
+                for lock in locks:
+                    lock.let_go()
+                self.output.bound()
+                next_probe = time.monotonic() + PROBE_INTERVAL_S
+        if self.life is None:
+            # Code of the user's, his main module, may never come to an end.
+            os._exit(1)
         room_is_ours = any(lock.held and lock.path == str(self.room.alive_path) for lock in locks)
         for lock in locks:
             if lock.path != str(self.room.alive_path):
@@ -222,20 +275,91 @@ class _Server:
                     logger.exception("mpmm: pid %d: on_last failed for %r", os.getpid(), self.tag)
 
 
+class _Signals:
+    """The signals that end a server, heeded whatever its main thread is doing.
+
+    Python runs a handler in the main thread, between two bytecodes of it: not while a constructor is in one long call
+    of native code, and not at all when the signal arrives after the last bytecode before that thread falls asleep for
+    good. What the kernel runs writes the signal's number to a pipe at once, though (`signal.set_wakeup_fd`), and
+    another thread reads it.
+    """
+
+    def __init__(self, on_signal: Callable[[int], None]) -> None:
+        self._on_signal = on_signal
+        self.fd, self._writer = os.pipe()
+        for fd in (self.fd, self._writer):
+            os.set_blocking(fd, False)
+        self._mask_before_fork = threading.local()
+        os.register_at_fork(
+            before=self._before_fork,
+            after_in_parent=self._after_fork_in_parent,
+            after_in_child=self._after_fork_in_child,
+        )
+
+    def listen(self) -> None:
+        """Take SIGTERM, whoever had it before; for the main thread."""
+        signal.signal(signal.SIGTERM, self._handle)
+        signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self._on_signal(number)
+
+    def heed(self) -> None:
+        """Act on the signals that have come."""
+        with suppress(BlockingIOError):
+            for number in os.read(self.fd, 4096):
+                self._on_signal(number)
+
+    # What a forked child is sent must not end us: until it writes no more to our pipe it hears nothing.
+
+    def _before_fork(self) -> None:
+        self._mask_before_fork.mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
+
+    def _after_fork_in_parent(self) -> None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, self._mask_before_fork.mask)
+
+    def _after_fork_in_child(self) -> None:
+        if self.fd >= 0:
+            signal.set_wakeup_fd(-1)
+            if signal.getsignal(signal.SIGTERM) == self._handle:
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            for fd in (self.fd, self._writer):
+                os.close(fd)
+            self.fd = self._writer = -1
+        signal.pthread_sigmask(signal.SIG_SETMASK, self._mask_before_fork.mask)
+
+
+def _log_as_beam_does() -> None:
+    """Let records of level INFO arrive at standard error, as those of Beam's servers do.
+
+    Not where the main module has decided what becomes of records.
+    """
+    root = logging.getLogger()
+    if not root.handlers and root.level == logging.WARNING:
+        root.setLevel(logging.INFO)
+        # Not `basicConfig`, so that the constructor still can.
+        last_resort = logging.lastResort
+        if last_resort is not None:
+            last_resort.setLevel(logging.INFO)
+            last_resort.setFormatter(logging.Formatter(logging.BASIC_FORMAT))
+
+
 class _Construction:
     """The constructor, unpickled at the first use; what it raises becomes a ServerStartError with the traceback."""
 
     def __init__(self, tag: str, pickled: bytes) -> None:
         self.tag = tag
         self._pickled: bytes | None = pickled
-        self._constructor: Any = None
+        #: None before the first use.
+        self.unpickled: Any = None
 
     def __call__(self) -> Any:
         try:
             if self._pickled is not None:
-                self._constructor = pickle.loads(self._pickled)
+                self.unpickled = pickle.loads(self._pickled)
                 self._pickled = None
-            return self._constructor()
+            return self.unpickled()
         except Exception:
             raise ServerStartError(_crash_text(self.tag), tag=self.tag) from None
 

@@ -9,14 +9,16 @@ as a server does, and keeps nobody alive. A server that comes up tells its paren
 zygote has a *template*, a fork of its own, import them, and has the next server of that kind forked from there. So
 the zygote itself stays small, and answers at once whatever a template is doing. Orders are of one kind when modules
 imported for one serve the other: equal `sys.path`, equal environment but for PER_PROCESS_VARIABLES, equal preludes
-(see `prelude`). `CUDA_VISIBLE_DEVICES` is one of those, as is `HIP_VISIBLE_DEVICES`: every device has servers of the
-same kind, and CUDA reads it when a device is first used, which a template must not do.
+(see `prelude`), equal working directory and arguments. `CUDA_VISIBLE_DEVICES` is one of those: every device has servers
+of the same kind, and CUDA reads it when a device is first used, which a template must not do. If an import looks at
+such a variable, the servers of each value get a template of their own.
 
 Nobody forks while another thread runs, or in the middle of an import: both processes have one thread, and do one
-thing at a time. A module whose import leaves a thread behind, or opens an accelerator, costs the template that
-imported it: another one is made which does without. Threads that their library ends before every fork, as OpenBLAS
-does with its own, do no harm. Importing torch, TensorFlow or JAX is fine by the same rule: what must not happen
-before a fork is the first use of the device.
+thing at a time. A module whose import leaves a thread behind, opens an accelerator, or leaves anything else that
+servers cannot have in common (see `leftovers`), costs the template that imported it: another one is made which does
+without. What can be made anew in each server is: random generators, above all. Threads that their library ends before
+every fork, as OpenBLAS does with its own, do no harm. Importing torch, TensorFlow or JAX is fine by the same rule: what
+must not happen before a fork is the first use of the device.
 
 A dead server stays a zombie until who ordered it has asked for its exit code, or is gone: the connection of the order
 stays open for that. When zygote or template die, servers live on; their exit codes are lost.
@@ -34,8 +36,6 @@ import itertools
 import json
 import os
 import pickle
-import random
-import re
 import signal
 import socket
 import sys
@@ -43,17 +43,19 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
-from multiprocessing import AuthenticationError, Pipe, spawn, util
+from dataclasses import dataclass, field, replace
+from multiprocessing import AuthenticationError, Pipe, util
 from multiprocessing import process as mp_process
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, NoReturn
 
 from mpmm.proxy import transport
+from mpmm.proxy.leftovers import FIRST, PER_PROCESS_VARIABLES, Watch
 from mpmm.proxy.process_life import close_in_children, fork_guard
 from mpmm.proxy.room import open_lock, room_at
-from mpmm.proxy.server_process import AliveLock, ServerPlan, ending_when_abandoned, run_server
+from mpmm.proxy.server_process import AliveLock, ServerPlan, run_server
+from mpmm.proxy.spawned_server import call_this_process
 from mpmm.shared_state.lock_file import LockFile
 
 __all__ = ["BORN", "ENDED", "WAIT", "ForkOrder", "receive", "send"]
@@ -62,14 +64,10 @@ __all__ = ["BORN", "ENDED", "WAIT", "ForkOrder", "receive", "send"]
 BORN, ENDED, WAIT = "born", "ended", "wait"
 # What a template is told and says.
 IMPORT, FORK, RETIRE = "import", "fork", "retire"
-READY, IDLE, POISON, LEARNED, BACK = "ready", "idle", "poison", "learned", "back"
+READY, IDLE, POISON, READ, LEARNED, BACK = "ready", "idle", "poison", "read", "learned", "back"
 
 PRELOAD_VARIABLE = "MPMM_PRELOAD"
 PROCESS_NAME = "mpmm-zygote"
-# These differ from one worker or server to the next, and no library looks at them while it is imported.
-PER_PROCESS_VARIABLES = re.compile(
-    r"WORKER_ID|PIPELINE_OPTIONS(_FILE)?|\w+_API_SERVICE_DESCRIPTOR|PYTEST_\w+|(CUDA|HIP)_VISIBLE_DEVICES|PWD|OLDPWD|SHLVL|_|COLUMNS|LINES"
-)
 # What these names stand for differs from process to process.
 NOT_TO_IMPORT = frozenset({"__main__", "__mp_main__"})
 # pyarrow's allocator starts it. It takes all of its own locks before a fork, and starts the thread anew after it.
@@ -79,7 +77,8 @@ CONVERSATION_TIMEOUT_S = 5.0
 PROBE_FORK_TIMEOUT_S = 2.0
 THREADS_END_S = 0.1
 PRELUDE_TIMEOUT_S = 60.0
-MOST_TEMPLATES = 4
+MOST_TEMPLATES = 8
+TEMPLATE_USED_S = 60.0
 # A socket takes that much even while nobody reads: the zygote never waits for a template that imports.
 LONGEST_WAITING_BYTES = 65_536
 MOST_FAILURES = 5
@@ -106,6 +105,10 @@ class _Kind:
     sys_path: tuple[str, ...]
     environment: tuple[tuple[str, str], ...]
     preludes: tuple[str, ...]
+    directory: str
+    arguments: tuple[str, ...]
+    # Of PER_PROCESS_VARIABLES those, with their values, that an import has looked at.
+    pinned: tuple[tuple[str, str | None], ...] = ()
 
 
 class _Descriptor:
@@ -137,13 +140,20 @@ class _Order:
         self.order: ForkOrder = pickle.loads(self.message)
 
     @property
+    def environment(self) -> dict[str, str]:
+        """What the server's imports find."""
+        return {**self.order.environment, **dict(self.order.plan.environment)}
+
+    @property
     def kind(self) -> _Kind:
-        environment = {**self.order.environment, **dict(self.order.plan.environment)}
-        relevant = sorted(item for item in environment.items() if not PER_PROCESS_VARIABLES.fullmatch(item[0]))
+        """The kind of order, as long as no import has looked at what differs from server to server."""
+        relevant = sorted(item for item in self.environment.items() if not PER_PROCESS_VARIABLES.fullmatch(item[0]))
         preparation = self.order.preparation
-        # A template has a working directory of its own.
-        sys_path = tuple(os.path.join(preparation["dir"], entry) for entry in preparation["sys_path"])
-        return _Kind(sys_path, tuple(relevant), self.order.preludes)
+        directory = preparation["dir"] or "/"
+        sys_path = tuple(os.path.join(directory, entry) for entry in preparation["sys_path"])
+        return _Kind(
+            sys_path, tuple(relevant), self.order.preludes, directory, tuple(map(str, preparation["sys_argv"]))
+        )
 
     def close(self) -> None:
         self.requester.close()
@@ -169,8 +179,9 @@ class _Nursery:
     def __init__(self) -> None:
         self.children: set[_Child] = set()
 
-    def fork_server(self, order: _Order) -> None:
+    def fork_server(self, order: _Order, kind: _Kind) -> None:
         """Fork the server, and tell who wants it."""
+        renewal = self.renewal()
         with fork_guard:
             learning, learned = Pipe(duplex=False)
             close_in_children(learning)
@@ -179,7 +190,7 @@ class _Nursery:
         try:
             pid = os.fork()
             if pid == 0:
-                _become_server(order.order, kept, learned)
+                _become_server(order.order, kept, learned, renewal)
         except OSError:
             # Too many processes, say: let the requester find that out by itself.
             order.requester.close()
@@ -191,7 +202,7 @@ class _Nursery:
             learned.close()
             for descriptor in order.descriptors:
                 descriptor.close()
-        self.children.add(_Child(pid, order.kind, _Descriptor(os.pidfd_open(pid)), order.requester, learning))
+        self.children.add(_Child(pid, kind, _Descriptor(os.pidfd_open(pid)), order.requester, learning))
         with contextlib.suppress(OSError):
             send(order.requester, BORN, pid)
 
@@ -231,6 +242,10 @@ class _Nursery:
                     child.learning.close()
                 self.children.discard(child)
 
+    def renewal(self) -> Callable[[dict[str, str]], None]:
+        """Return what a server does first, given its environment."""
+        return _set_environment
+
     def learned(self, kind: _Kind, modules: list[str]) -> None:
         """Note what a server of the kind had to import."""
         raise NotImplementedError
@@ -239,19 +254,24 @@ class _Nursery:
 class _Template(_Nursery):
     """A fork of the zygote that imports what servers of one kind need, and forks them."""
 
-    def __init__(self, kind: _Kind, zygote: Connection, modules: list[str]) -> None:
+    def __init__(self, kind: _Kind, environment: dict[str, str], zygote: Connection, modules: list[str]) -> None:
         super().__init__()
         self.kind = kind
         self.zygote = close_in_children(zygote)
-        self.modules = modules
+        self.modules = _in_order(modules)
+        self.environment = environment
         self.poisoned = False
         self.retired = False
 
     def run(self) -> NoReturn:
         """Work until the zygote is gone."""
-        os.environ.clear()
-        os.environ.update(self.kind.environment)
+        try:
+            os.chdir(self.kind.directory)
+        except OSError:
+            os._exit(1)
+        self.watch = Watch(self.environment)
         sys.path[:] = self.kind.sys_path
+        sys.argv[:] = self.kind.arguments
         for prelude in self.kind.preludes:
             self.make_ready(prelude)
         self.tell(READY)
@@ -277,7 +297,7 @@ class _Template(_Nursery):
         try:
             what, value = self.zygote.recv()
             if what == IMPORT:
-                self.modules += value
+                self.modules += _in_order(value)
                 return True
             if what == RETIRE:
                 self.retired = True
@@ -287,16 +307,21 @@ class _Template(_Nursery):
             if self.poisoned:
                 _hand_over(self.zygote, BACK, order)
             else:
-                self.fork_server(order)
+                self.fork_server(order, self.kind)
         except (EOFError, OSError):
             os._exit(0)
         return False
 
+    def renewal(self) -> Callable[[dict[str, str]], None]:
+        changes = self.watch.changes()
+        return lambda environment: self.watch.renew(environment.items(), changes)
+
     def make_ready(self, name: str) -> None:
         """Import a module, or do a prelude; say so if no server can be forked after that."""
-        if self.poisoned:
-            return
         module, _, function = name.partition(":")
+        if self.poisoned or (module in sys.modules and not function):
+            return
+        self.watch.begin()
         try:
             imported = importlib.import_module(module)
             if function:
@@ -304,10 +329,21 @@ class _Template(_Nursery):
         except BaseException:
             # Then the server will do it by itself, and fail where it can be seen.
             pass
-        if not _may_fork():
-            self.poisoned = True
-            self.modules.clear()
-            self.tell(POISON, name)
+        # Who ends this process, or a server that has not got so far, means it.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        reads = self.watch.reads() - {pinned for pinned, _ in self.kind.pinned}
+        if not _may_fork() or self.watch.problem() is not None:
+            self.give_up(POISON, name)
+        elif reads:
+            self.give_up(READ, sorted(reads))
+        elif name in FIRST:
+            self.watch.known(name)
+
+    def give_up(self, what: str, value: Any) -> None:
+        """Fork no more servers, and say why."""
+        self.poisoned = True
+        self.modules.clear()
+        self.tell(what, value)
 
     def learned(self, kind: _Kind, modules: list[str]) -> None:
         self.tell(LEARNED, modules)
@@ -357,6 +393,9 @@ class _Zygote(_Nursery):
         self.modules: dict[_Kind, list[str]] = {}
         self.poisoned: dict[_Kind, set[str]] = {}
         self.failures: dict[_Kind, int] = {}
+        # By the kind without anything pinned: what its imports look at; and by kind, what they found the last time.
+        self.read: dict[_Kind, set[str]] = {}
+        self.environments: dict[_Kind, dict[str, str]] = {}
 
     def run(self) -> NoReturn:
         """Take orders until nobody is left who could give one."""
@@ -391,9 +430,10 @@ class _Zygote(_Nursery):
 
     def place(self, order: _Order) -> None:
         """Give the order to a template, or fork the server here."""
-        kind = order.kind
+        kind = self.kind_of(order)
         template = self.template_of(kind)
         if template is None:
+            self.environments[kind] = order.environment
             wanted = order.order.environment.get(PRELOAD_VARIABLE, "").split(",")
             modules = self.modules.setdefault(kind, [name.strip() for name in wanted if name.strip()])
             if modules or kind.preludes:
@@ -411,7 +451,22 @@ class _Zygote(_Nursery):
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(template.pid, signal.SIGKILL)
                 self.retire(template)
-        self.fork_server(order)
+        self.fork_server(order, kind)
+
+    def kind_of(self, order: _Order) -> _Kind:
+        """Return the kind of an order, to which applies what is known of orders with other values of the variables."""
+        return self.pin(order.kind, order.environment)
+
+    def pin(self, kind: _Kind, environment: dict[str, str]) -> _Kind:
+        """Return a kind with the values of those variables that the imports of its servers look at."""
+        names = self.read.get(replace(kind, pinned=()))
+        if not names:
+            return kind
+        pinned = replace(kind, pinned=tuple((name, environment.get(name)) for name in sorted(names)))
+        if pinned not in self.modules:
+            self.modules[pinned] = list(self.modules.get(kind, []))
+            self.poisoned[pinned] = set(self.poisoned.get(kind, set()))
+        return pinned
 
     def template_of(self, kind: _Kind) -> _TemplateHandle | None:
         """Return the template that serves a kind now."""
@@ -424,14 +479,19 @@ class _Zygote(_Nursery):
             return None
         current = [template for template in self.templates if not template.retired]
         if len(current) >= MOST_TEMPLATES:
-            self.retire(min(current, key=lambda template: template.used))
+            oldest = min(current, key=lambda template: template.used)
+            if time.monotonic() - oldest.used < TEMPLATE_USED_S:
+                # Otherwise many kinds in turn would cost more than they save.
+                return None
+            self.retire(oldest)
         with fork_guard:
             ours, theirs = Pipe()
             close_in_children(ours)
         pid = os.fork()
         if pid == 0:
             try:
-                _Template(kind, theirs, self.clean(kind, self.modules.get(kind, []))).run()
+                modules = self.clean(kind, self.modules.get(kind, []))
+                _Template(kind, self.environments.get(kind, dict(kind.environment)), theirs, modules).run()
             finally:
                 os._exit(1)
         theirs.close()
@@ -450,7 +510,9 @@ class _Zygote(_Nursery):
         new = [name for name in modules if name not in NOT_TO_IMPORT and name not in set(known)]
         known += new
         template = self.template_of(kind)
-        if not new:
+        names = self.read.get(replace(kind, pinned=()), set())
+        if not new or names - {name for name, _ in kind.pinned}:
+            # In the second case its server was forked before it was known what imports look at.
             return
         if template is None:
             self.make_template(kind)
@@ -464,7 +526,7 @@ class _Zygote(_Nursery):
         try:
             what, value = template.link.recv()
             if what == BACK:
-                self.fork_server(_take_over(template.link, value))
+                self.fork_server(_take_over(template.link, value), template.kind)
         except (EOFError, OSError):
             template.link.close()
             self.templates.remove(template)
@@ -487,6 +549,14 @@ class _Zygote(_Nursery):
             self.retire(template)
             if self.clean(template.kind, self.modules.get(template.kind, [])):
                 self.make_template(template.kind)
+        elif what == READ:
+            # Its imports hold what this one value made of them; the next order of each value has a template made.
+            self.read.setdefault(replace(template.kind, pinned=()), set()).update(value)
+            self.retire(template)
+            environment = self.environments.get(template.kind, {})
+            kind = self.pin(template.kind, environment)
+            self.environments[kind] = environment
+            self.make_template(kind)
 
     def retire(self, template: _TemplateHandle) -> None:
         """Give a template no more orders. It stays for the exit codes of its servers."""
@@ -499,7 +569,10 @@ class _Zygote(_Nursery):
         """Place the orders that waited for a template, which is ready or will never be."""
         waiting, template.waiting = template.waiting, []
         for order in waiting:
-            self.place(order) if template.ready and not template.retired else self.fork_server(order)
+            if template.ready and not template.retired:
+                self.place(order)
+            else:
+                self.fork_server(order, template.kind)
 
     def calm_waiting(self) -> None:
         """Tell those who wait that they have not been forgotten."""
@@ -563,11 +636,12 @@ def main(root: str, life_path: str) -> None:
     text = json.dumps({"pid": os.getpid(), "socket": str(folder / name)}).encode()
     os.ftruncate(life.fd, 0)
     os.pwrite(life.fd, text, 0)
-    _call_this_process(PROCESS_NAME)
+    call_this_process(PROCESS_NAME)
     os.write(writer, b"!")
     os.close(reader)
     os.close(writer)
     os.chdir("/")
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     # Pages that a collection does not touch stay shared.
     gc.collect()
     gc.freeze()
@@ -616,7 +690,21 @@ def _receive_descriptors(connection: Connection, count: int) -> list[_Descriptor
     return descriptors
 
 
-def _become_server(order: ForkOrder, descriptors: list[int], learned: Connection) -> NoReturn:
+def _in_order(modules: Iterable[str]) -> list[str]:
+    """Return modules with those of FIRST at the beginning."""
+    return sorted(modules, key=lambda name: name not in FIRST)
+
+
+def _set_environment(environment: dict[str, str]) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
+    if "numpy.random" in sys.modules:
+        sys.modules["numpy.random"].seed()
+
+
+def _become_server(
+    order: ForkOrder, descriptors: list[int], learned: Connection, renew: Callable[[dict[str, str]], None]
+) -> NoReturn:
     """Turn a fresh fork into what `multiprocessing.spawn` would have made, and be the server."""
     try:
         report, out, err = descriptors
@@ -628,26 +716,17 @@ def _become_server(order: ForkOrder, descriptors: list[int], learned: Connection
             # Mypy takes both for `TextIO`, which has no such method.
             stream.reconfigure(line_buffering=stream is sys.stderr or stream.isatty())  # type: ignore[union-attr]
         _reset_signals()
-        os.environ.clear()
-        os.environ.update(order.environment)
-        os.environ.update(order.plan.environment)
-        _call_this_process("mpmm-server")
-        random.seed()
+        renew({**order.environment, **dict(order.plan.environment)})
+        call_this_process("mpmm-server")
         importlib.invalidate_caches()
-        if "numpy.random" in sys.modules:
-            sys.modules["numpy.random"].seed()
         util._finalizer_registry.clear()  # type: ignore[attr-defined]  # not in typeshed
         util._run_after_forkers()  # type: ignore[attr-defined]  # not in typeshed
         mp_process._children.clear()  # type: ignore[attr-defined]  # not in typeshed
         mp_process._process_counter = itertools.count(1)  # type: ignore[attr-defined]  # not in typeshed
         before = set(sys.modules)
-        # As spawn does: a script without a main guard that starts servers must fail here, not go round in circles.
-        this_process: Any = mp_process.current_process()
-        this_process._inheriting = True
-        with ending_when_abandoned(order.plan.alive_locks):
-            spawn.prepare(order.preparation)
-        del this_process._inheriting
-        run_server(order.plan, Connection(report), lambda: _report_imports(before, learned))
+        run_server(
+            order.plan, Connection(report), order.preparation, on_made=lambda: _report_imports(before, learned)
+        )
     except BaseException:
         traceback.print_exc()
     finally:
@@ -666,18 +745,10 @@ def _report_imports(before: set[str], learned: Connection) -> None:
 
 
 def _reset_signals() -> None:
-    """Undo what imported modules may have done to signals."""
+    """Make sure that what ends a server does; other signals are what imported modules have made of them."""
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
-    for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
-        with contextlib.suppress(OSError, ValueError):
-            if callable(signal.getsignal(number)):
-                signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-def _call_this_process(name: str) -> None:
-    with contextlib.suppress(OSError):
-        Path("/proc/self/comm").write_text(name)
 
 
 def _may_fork() -> bool:

@@ -147,7 +147,7 @@ class Member:
     A used row's process is alive exactly while the lock file `m<slot>.lock` is held.
     """
 
-    STATE = 0  # FREE, WORKER or SERVER
+    STATE = 0  # FREE, WORKER, SERVER or GUEST
     PID = 1
     STARTED_WALL = 2  # wall, ns: with the pid it identifies the process to people
     GENERATION = 3
@@ -158,13 +158,15 @@ class Member:
     PEAK_MB = 8  # float: its highest figure
     MEASURES = 9  # WORKER: what its source of memory figures can tell, see `mpmm.sources.base.Measures`
     SHARES = 10  # floats, SERVER of a copy that spans several devices: what MEASURED_MB is on each, lowest first
-    NAME = SHARES + MOST_SPANNED  # text: SERVER: tag of the shared object; WORKER: name of the program
+    NAME = SHARES + MOST_SPANNED  # text: SERVER: tag of the shared object; WORKER, GUEST: name of the program
     NAME_BYTES = 631
     WORDS = NAME + text_words(NAME_BYTES)
 
     FREE = 0
     WORKER = 1
     SERVER = 2
+    # A manager inside a model server: loads and holds like a worker, but neither leads nor counts as one that is left.
+    GUEST = 3
 
 
 class Model:

@@ -4,7 +4,7 @@ Files in the runtime directory, and the order in which their locks are taken:
 
 1. `lifecycle.lock`  exclusive while somebody creates, joins, leaves or removes the namespace;
 2. `alive.lock`      shared by every worker as long as it lives: free for an exclusive lock means that no
-                     worker is left. Model servers do not take it, they watch it;
+                     worker is left. Model servers do not take it, they watch it; nor do managers in them;
 3. `m<slot>.lock`    exclusive, held for life by the member in that slot of the members table;
 4. `segment.lock`    around every transaction (`transaction.py`).
 
@@ -68,10 +68,13 @@ class Namespace:
     Use `Namespace.join`. After a fork the child's copy is dead (`is_usable` is False) and the child joins anew.
     """
 
-    def __init__(self, runtime: RuntimeDirectory, segment: Segment, settings: Settings, alive: LockFile | None) -> None:
+    def __init__(
+        self, runtime: RuntimeDirectory, segment: Segment, settings: Settings, alive: LockFile | None, kind: int
+    ) -> None:
         self.runtime = runtime
         self.segment = segment
         self.settings = settings
+        self.kind = kind
         self.pid = os.getpid()
         self.slot = -1
         self.lock = TransactionLock(segment, runtime.file("segment.lock"), settings.lock_timeout_seconds)
@@ -81,6 +84,7 @@ class Namespace:
         self._alive = alive
         self._member_lock: LockFile | None = None
         self._usable = True
+        self._joined_token = _token_text(runtime)
 
     @classmethod
     def join(
@@ -146,7 +150,7 @@ class Namespace:
                 alive.shared(LIFECYCLE_TIMEOUT_S)
             else:
                 alive.close()
-            namespace = cls(runtime, segment, chosen, alive if kind == Member.WORKER else None)
+            namespace = cls(runtime, segment, chosen, alive if kind == Member.WORKER else None, kind)
         except BaseException:
             alive.close()
             raise
@@ -183,6 +187,11 @@ class Namespace:
     def is_usable(self) -> bool:
         """False after `leave`, and in a child that was forked after `join`."""
         return self._usable
+
+    @property
+    def is_removed(self) -> bool:
+        """Tell whether the last worker has removed the namespace, which a member that is no worker does not prevent."""
+        return _token_text(self.runtime) != self._joined_token
 
     @property
     def life_fd(self) -> int:
@@ -427,6 +436,14 @@ def _create(runtime: RuntimeDirectory, capacities: Capacities, settings: Setting
         words[Header.SOURCE_ASKED + 1 + offset // 8] = int.from_bytes(asked[offset : offset + 8], "little")
     segment.seal()
     return segment
+
+
+def _token_text(runtime: RuntimeDirectory) -> str | None:
+    """Return what tells a namespace from a later one of the same name; None if it was removed."""
+    try:
+        return runtime.file("token").read_text(encoding="ascii")
+    except FileNotFoundError:
+        return None
 
 
 def _token(runtime: RuntimeDirectory) -> int:

@@ -74,8 +74,10 @@ class Kind(str, Enum):
 
     WORKER = "worker"
     SERVER = "server"
+    GUEST = "guest"
 
 
+_MEMBER_KINDS = {Member.WORKER: Kind.WORKER, Member.SERVER: Kind.SERVER, Member.GUEST: Kind.GUEST}
 _MODEL_KINDS = {1: "model", 2: "lease"}
 _INSTANCE_STATES = {1: "loading", 2: "active", 3: "idle", 4: "unloading", 5: "leased"}
 _EVENT_KINDS = {kind.value: kind.name.lower() for kind in EventKind}
@@ -595,10 +597,10 @@ class _Decoder:
 
     def _member(self, row: int, at: int, alive: bool | None) -> MemberInfo:
         words, floats = self._words, self._floats
-        server = words[at + Member.STATE] == Member.SERVER
+        kind = _MEMBER_KINDS.get(words[at + Member.STATE], Kind.WORKER)
         return MemberInfo(
             slot=row,
-            kind=(Kind.SERVER if server else Kind.WORKER).value,
+            kind=kind.value,
             pid=words[at + Member.PID],
             name=self._text(at + Member.NAME),
             alive=alive,
@@ -606,7 +608,7 @@ class _Decoder:
             attached_for_s=self._age(words[at + Member.ATTACHED]),
             instance=self._reference(words[at + Member.INSTANCE]),
             measured_mb=self._number(floats[at + Member.MEASURED_MB]),
-            peak_mb=floats[at + Member.PEAK_MB] if server else None,
+            peak_mb=floats[at + Member.PEAK_MB] if kind is Kind.SERVER else None,
             generation=words[at + Member.GENERATION],
         )
 

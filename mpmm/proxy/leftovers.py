@@ -1,0 +1,247 @@
+"""What an import leaves in a process besides code, and what becomes of it in the servers that are forked afterwards.
+
+A server that imports a module itself has its own of everything. One that is forked from a template which has imported
+the module would share it with all others. So the template looks at itself before and after each import:
+
+    left behind                                            is
+    ─────────────────────────────────────────────────────────────────────────────────────────────────────
+    Python's and NumPy's global generators, torch's,       made anew in each server, unless the import seeded them: then
+      instances of `random.Random`                         each server has what that seed gives, as if it had imported
+    variables of the environment                           set in each server
+    handlers of signals                                    left as they are, but for those that end a server
+    NumPy's other generators without a seed                a reason not to import the module before a fork: they cannot
+                                                           be made anew, because `spawn()` goes by what is read-only
+    descriptors, threads, child processes, memory that     such reasons, too: there is one of them, or none, for all
+      is shared for writing, another working directory
+    what was read of a variable that differs from server   a reason to have a template for each value
+      to server (`CUDA_VISIBLE_DEVICES`)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import random
+import re
+import sys
+import weakref
+from collections.abc import Iterable, Mapping
+from types import FrameType
+from typing import Any
+
+__all__ = ["PER_PROCESS_VARIABLES", "Watch"]
+
+# These differ from one worker or server to the next, and hardly any library looks at them while it is imported.
+PER_PROCESS_VARIABLES = re.compile(
+    r"WORKER_ID|PIPELINE_OPTIONS(_FILE)?|\w+_API_SERVICE_DESCRIPTOR|PYTEST_\w+|(CUDA|HIP)_VISIBLE_DEVICES|PWD|OLDPWD|SHLVL|_|COLUMNS|LINES"
+)
+# Devices without a state that readers or writers would share.
+STATELESS = frozenset({"/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom"})
+# They keep a copy of the whole environment for the scripts that a web server starts.
+HARMLESS_READERS = frozenset({"wsgiref.handlers"})
+# Imported before the modules that need them, so that what happens to their generators later can be told apart.
+FIRST = ("numpy.random", "torch")
+# NumPy draws 128 bits for a generator that is given no seed. No such number comes from a person.
+LONGEST_SEED_BITS = 64
+
+
+class _Environ(os._Environ[str]):
+    """`os.environ` that notes which of PER_PROCESS_VARIABLES are looked at."""
+
+    def __getitem__(self, key: str) -> str:
+        if isinstance(key, str) and PER_PROCESS_VARIABLES.fullmatch(key) and _reader() not in HARMLESS_READERS:
+            _reads.add(key)
+        return super().__getitem__(key)
+
+
+def _reader() -> str:
+    """Return the name of the module that looks at a variable."""
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None and frame.f_globals.get("__name__") in ("os", "_collections_abc", "collections.abc"):
+        frame = frame.f_back
+    return str(frame.f_globals.get("__name__")) if frame is not None else ""
+
+
+_reads: set[str] = set()
+
+
+class Watch:
+    """Watches this process, a template, from now on; `renew` is for the servers that it forks."""
+
+    def __init__(self, environment: Mapping[str, str]) -> None:
+        """Take over: environment is what the imports are to find."""
+        os.environ.clear()
+        os.environ.update(environment)
+        os.environ.__class__ = _Environ
+        self._environment = dict(environment)
+        self._unseeded: weakref.WeakSet[random.Random] = weakref.WeakSet()
+        self._python_seeded = False
+        self._numpy_seeded: bool | None = None
+        self._numpy_drew = False
+        self._watches_draws = False
+        self._torch_seed: int | None = None
+        self._watch_random()
+        self._folder = os.getcwd()
+        self._before: tuple[dict[int, str], set[str], set[str]] = ({}, set(), set())
+
+    # ---- in the template -----------------------------------------------------------------------------------
+
+    def begin(self) -> None:
+        """Look before an import."""
+        _reads.clear()
+        self._numpy_drew = False
+        self._before = (_descriptors(), _shared_mappings(), _children())
+
+    def reads(self) -> set[str]:
+        """Return which variables that differ from server to server were looked at since `begin`."""
+        return set(_reads)
+
+    def problem(self) -> str | None:
+        """Return what has come about since `begin` and keeps servers from being forked, None if nothing."""
+        descriptors, mappings, children = self._before
+        for fd, target in _descriptors().items():
+            if descriptors.get(fd) != target and target not in STATELESS:
+                return f"a descriptor of {target}"
+        if _shared_mappings() - mappings:
+            return "memory that is shared for writing"
+        if _children() - children:
+            return "a child process"
+        if _working_directory() != self._folder:
+            return "another working directory"
+        return self._generators()
+
+    def known(self, name: str) -> None:
+        """Note the state of a library's generator right after the import of `name`, one of FIRST."""
+        library: Any = sys.modules.get(name)
+        if name == "numpy.random" and library is not None:
+            self._numpy_seeded = False
+            original = library.seed
+
+            def note_seed(seed: Any = None) -> Any:
+                self._numpy_seeded = seed is not None
+                return original(seed)
+
+            library.seed = note_seed
+            # To look at all objects for new generators takes a tenth of a second, and hardly any import makes one.
+            draw = library.bit_generator.randbits
+
+            def note_draw(bits: int) -> int:
+                self._numpy_drew = True
+                return int(draw(bits))
+
+            library.bit_generator.randbits = note_draw
+            self._watches_draws = True
+        if name == "torch" and library is not None:
+            with contextlib.suppress(Exception):
+                self._torch_seed = library.initial_seed()
+
+    def changes(self) -> tuple[dict[str, str], list[str], Any]:
+        """Return, for `renew`: variables that imports have set and removed, and the state of a seeded generator."""
+        now = os.environ._data  # type: ignore[attr-defined]  # so that it is no look at them
+        found = {os.fsdecode(name): os.fsdecode(value) for name, value in now.items()}
+        put = {name: value for name, value in found.items() if self._environment.get(name) != value}
+        removed = [name for name in self._environment if name not in found]
+        return put, removed, random.getstate() if self._python_seeded else None
+
+    def _generators(self) -> str | None:
+        numpy_random: Any = sys.modules.get("numpy.random")
+        if numpy_random is None:
+            return None
+        legacy = numpy_random.mtrand._rand._bit_generator
+        if self._numpy_seeded is None and _seed_sequence(legacy) is None:
+            return "a NumPy generator that was seeded before anybody looked"
+        if self._watches_draws and not self._numpy_drew:
+            return None
+        for thing in gc.get_objects():
+            is_other = isinstance(thing, numpy_random.BitGenerator) and thing is not legacy
+            if is_other and _is_drawn(getattr(_seed_sequence(thing), "entropy", None)):
+                return "a NumPy generator without a seed"
+        return None
+
+    def _watch_random(self) -> None:
+        original, unseeded = random.Random.seed, self._unseeded
+        hidden: random.Random = random._inst  # the generator behind the functions
+
+        def seed(generator: random.Random, a: Any = None, version: int = 2) -> None:
+            with contextlib.suppress(TypeError):
+                unseeded.add(generator) if a is None else unseeded.discard(generator)
+            if generator is hidden:
+                self._python_seeded = a is not None
+            original(generator, a, version)
+
+        self._seed_of_random = original
+        random.Random.seed = seed  # type: ignore[method-assign, assignment]
+        random.seed = hidden.seed
+
+    def _unwatch_random(self) -> None:
+        random.Random.seed = self._seed_of_random  # type: ignore[method-assign]
+        random.seed = random._inst.seed
+
+    # ---- in a server ---------------------------------------------------------------------------------------
+
+    def renew(self, environment: Iterable[tuple[str, str]], changes: tuple[dict[str, str], list[str], Any]) -> None:
+        """Make this process, a fork of the template, one that has imported everything itself, with this environment."""
+        put, removed, state = changes
+        os.environ.__class__ = os._Environ
+        os.environ.clear()
+        os.environ.update(environment)
+        os.environ.update(put)
+        for name in removed:
+            os.environ.pop(name, None)
+        self._unwatch_random()
+        for generator in list(self._unseeded):
+            generator.seed()
+        if state is not None:
+            # Python has given it a new seed in the act of forking.
+            random.setstate(state)
+        if "numpy.random" in sys.modules and not self._numpy_seeded:
+            sys.modules["numpy.random"].seed()
+        torch: Any = sys.modules.get("torch")
+        if torch is not None:
+            with contextlib.suppress(Exception):
+                if self._torch_seed in (None, torch.initial_seed()):
+                    torch.default_generator.seed()
+
+
+def _seed_sequence(generator: Any) -> Any:
+    """Return what a bit generator was made from; None if it was seeded in the old way."""
+    # The second name is that of older versions.
+    return getattr(generator, "seed_seq", None) or getattr(generator, "_seed_seq", None)
+
+
+def _is_drawn(entropy: Any) -> bool:
+    """Tell whether a generator's entropy is a number that NumPy drew."""
+    return isinstance(entropy, int) and entropy.bit_length() > LONGEST_SEED_BITS
+
+
+def _descriptors() -> dict[int, str]:
+    found = {}
+    for fd in os.listdir("/proc/self/fd"):
+        # The one through which they are listed is closed by now.
+        with contextlib.suppress(OSError):
+            found[int(fd)] = os.readlink(f"/proc/self/fd/{fd}")
+    return found
+
+
+def _shared_mappings() -> set[str]:
+    """Return where this process shares memory for writing."""
+    with open("/proc/self/maps", "rb") as file:
+        parts = (line.split(None, 2) for line in file)
+        return {where.decode() for where, permissions, _ in parts if permissions[1:4:2] == b"ws"}
+
+
+def _children() -> set[str]:
+    """Return the child processes, as far as the kernel tells."""
+    found: set[str] = set()
+    for thread in os.listdir("/proc/self/task"):
+        with contextlib.suppress(OSError), open(f"/proc/self/task/{thread}/children") as file:
+            found.update(file.read().split())
+    return found
+
+
+def _working_directory() -> str | None:
+    try:
+        return os.getcwd()
+    except OSError:
+        return None

@@ -1,0 +1,109 @@
+"""A model server in a process of its own interpreter, where none can be forked: see `forked_server`.
+
+`multiprocessing` could spawn one, too. It would import the main module before anything of ours runs, and so before this
+process knows that it is a server, and insists on start methods that only its parent has registered (loky's).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import sys
+from contextlib import suppress
+from multiprocessing import popen_fork, spawn, util
+from multiprocessing import process as mp_process
+from multiprocessing.connection import Connection
+from typing import Any
+
+from mpmm.proxy.process_life import fork_guard
+from mpmm.proxy.server_process import ServerPlan, run_server
+
+__all__ = ["SpawnedServer", "call_this_process", "main", "preparation_for"]
+
+# Those that every process knows, on every platform.
+START_METHODS = (None, "fork", "spawn", "forkserver")
+
+
+def preparation_for(name: str) -> dict[str, Any]:
+    """Return what `multiprocessing.spawn` tells a new process: paths, arguments, how to import `__main__`.
+
+    Raises RuntimeError in a process that still imports its own main module.
+    """
+    preparation = spawn.get_preparation_data(name)
+    # Refuses to be pickled outside of a spawn.
+    preparation["authkey"] = bytes(preparation["authkey"])
+    preparation["sys_path"] = [path for path in preparation["sys_path"] if isinstance(path, str)]
+    if preparation.get("start_method") not in START_METHODS:
+        # Registered by a library (loky), which the new process has not imported.
+        preparation.pop("start_method", None)
+    return preparation
+
+
+class SpawnedServer(mp_process.BaseProcess):
+    """A model server that this process has started, as a child of `multiprocessing`."""
+
+    def __init__(self, name: str, plan: ServerPlan, preparation: dict[str, Any], report: Connection) -> None:
+        """Describe it; `start()` starts it. report: where the server reports, to be closed by the caller."""
+        super().__init__(name=name, daemon=False)
+        self.order = pickle.dumps((plan, preparation))
+        self.report_fd = report.fileno()
+
+    @staticmethod
+    def _Popen(process: Any) -> popen_fork.Popen:
+        return _SpawnedPopen(process)
+
+
+class _SpawnedPopen(popen_fork.Popen):
+    """What `BaseProcess` needs to know of a child process."""
+
+    method = "mpmm-spawn"
+
+    def _launch(self, process: Any) -> None:
+        code = (
+            "import json, sys\n"
+            "sys.path[:], order, report = json.loads(sys.argv.pop())\n"
+            "from mpmm.proxy.spawned_server import main\n"
+            "main(order, report)\n"
+        )
+        path = [str(entry) or os.getcwd() for entry in sys.path if isinstance(entry, str)]
+        flags = util._args_from_interpreter_flags()  # type: ignore[attr-defined]  # not in typeshed
+        executable = os.fsdecode(spawn.get_executable())
+        with fork_guard:
+            # No fork can come in between and keep the server's end of the second pipe, which tells of its end.
+            order, writer = os.pipe()
+            self.sentinel, life = os.pipe()
+            try:
+                arguments = json.dumps([path, order, process.report_fd])
+                self.pid = util.spawnv_passfds(
+                    os.fsencode(executable),
+                    [executable, *flags, "-c", code, arguments],
+                    (order, process.report_fd, life),
+                )
+            finally:
+                os.close(order)
+                os.close(life)
+                self.finalizer = util.Finalize(self, os.close, (self.sentinel,))
+        # One that has died at once is seen by who waits for its report.
+        with suppress(BrokenPipeError), open(writer, "wb") as file:
+            file.write(process.order)
+
+
+def main(order_fd: int, report_fd: int) -> None:
+    """Be the server; for a process that has just been started for that."""
+    null = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(null, 0)
+    os.close(null)
+    for fd in (order_fd, report_fd):
+        os.set_inheritable(fd, False)
+    call_this_process("mpmm-server")
+    with open(order_fd, "rb") as file:
+        plan, preparation = pickle.load(file)
+    os.environ.update(plan.environment)
+    run_server(plan, Connection(report_fd), preparation)
+
+
+def call_this_process(name: str) -> None:
+    """Set what `ps` shows."""
+    with suppress(OSError), open("/proc/self/comm", "w") as file:
+        file.write(name)

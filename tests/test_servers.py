@@ -1,0 +1,632 @@
+"""Model servers as processes of the program that started them: what they import, keep open, say, and heed."""
+
+from __future__ import annotations
+
+import functools
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from processes import DEADLINE_S, files_in, wait_until
+
+from mpmm.errors import InvalidArgumentError, ModelServerError, ServerStartError
+from mpmm.multi_process_shared import MultiProcessShared, server_pid, unload
+from mpmm.proxy import output
+from mpmm.proxy import room as room_module
+from mpmm.proxy.room import leave_all_rooms, room_for
+from mpmm.shared_state.snapshot import read_snapshot
+
+# A server looks once a second whether a client is left.
+LAST_CLIENT_S = 10.0
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
+
+
+@pytest.fixture(params=["fork", "spawn"])
+def start_method(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """How servers are started, in this process and those that it starts."""
+    monkeypatch.setenv("MPMM_ZYGOTE", "1" if request.param == "fork" else "0")
+    return str(request.param)
+
+
+@pytest.fixture
+def run_script(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs a script as a program; its output is read to the end."""
+
+    def run(text: str, *arguments: str, deadline_s: float = DEADLINE_S) -> subprocess.CompletedProcess[str]:
+        script = tmp_path / "program.py"
+        script.write_text(textwrap.dedent(text))
+        return subprocess.run(
+            [sys.executable, str(script), *arguments],
+            capture_output=True,
+            text=True,
+            timeout=deadline_s,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+        )
+
+    return run
+
+
+# Managers in servers.
+
+MANAGER_AT_MODULE_LEVEL = """
+    import sys
+    from mpmm import ModelManager, MultiProcessShared
+
+    manager = ModelManager(namespace="test", memory_source="booked")
+
+
+    class Detector:
+        def predict(self, x):
+            return 2 * x
+
+        def joins(self):
+            with manager.model("part", lambda: "a handle") as part:
+                return part
+
+
+    def load():
+        MultiProcessShared(Detector, tag="detector", spawn_process=True, always_proxy=True).acquire()
+        return "detector"
+"""
+
+
+def test_a_manager_at_module_level_does_not_keep_its_server_alive(
+    run_script: Callable[..., Any], start_method: str, runtime_root: Path
+) -> None:
+    done = run_script(
+        MANAGER_AT_MODULE_LEVEL
+        + """
+    if __name__ == "__main__":
+        with manager.model("detector", load) as handle:
+            proxy = MultiProcessShared(Detector, tag=handle, always_proxy=True).acquire()
+            members = manager._connected().namespace.tables.used_members()
+            print(proxy.predict(21), len(members))
+    """
+    )
+    assert (done.stdout, done.returncode) == ("42 2\n", 0), done.stderr
+    wait_until(lambda: not files_in(runtime_root), "the server and its folder are gone", LAST_CLIENT_S)
+
+
+def test_a_manager_that_is_used_in_a_server_joins_but_neither_leads_nor_counts_as_a_worker(
+    run_script: Callable[..., Any], start_method: str, runtime_root: Path
+) -> None:
+    done = run_script(
+        MANAGER_AT_MODULE_LEVEL
+        + """
+    from mpmm.shared_state.snapshot import read_snapshot
+
+    if __name__ == "__main__":
+        with manager.model("detector", load) as handle:
+            proxy = MultiProcessShared(Detector, tag=handle, always_proxy=True).acquire()
+            print(proxy.joins())
+            found = read_snapshot("test")
+            print(sorted(member.kind for member in found.members))
+            # The leader gives up its place, which only a worker may take: there is none.
+            manager._connected().keeper.stop()
+            import time
+            time.sleep(1.0)
+            leader = [member.kind for member in found.members if member.slot == found.leader]
+            print(proxy.joins(), leader, read_snapshot("test").leader in (None, found.leader))
+    """
+    )
+    expected = "a handle\n['guest', 'server', 'worker']\na handle ['worker'] True\n"
+    assert (done.stdout, done.returncode) == (expected, 0), done.stderr
+    wait_until(lambda: not files_in(runtime_root), "the server and its folder are gone", LAST_CLIENT_S)
+
+
+class UsesManager:
+    """Has a manager of its own, of a namespace that its starter may have left."""
+
+    def __init__(self) -> None:
+        from mpmm import ModelManager
+
+        self.manager = ModelManager(namespace="test", memory_source="booked")
+
+    def attached(self) -> bool:
+        return self.manager._worker_if_connected is not None
+
+    def use(self) -> str:
+        with self.manager.model("part", lambda: "a handle") as part:
+            return str(part)
+
+
+def test_a_manager_in_a_server_joins_again_when_the_namespace_was_removed(new_manager: Callable[..., Any]) -> None:
+    proxy: Any = MultiProcessShared(UsesManager, "it", spawn_process=True, always_proxy=True).acquire()
+    first = new_manager()
+    assert not proxy.attached()
+    assert proxy.use() == "a handle"
+    assert {member.kind for member in read_snapshot("test").members} == {"worker", "guest"}
+    first.shutdown()
+    second = new_manager()
+    assert second.all_models() == {}
+    assert proxy.use() == "a handle"
+    assert {member.kind for member in read_snapshot("test").members} == {"worker", "guest"}
+    assert len(second.all_models("part")) == 1
+    unload("it")
+
+
+# Without a main guard.
+
+
+def test_loading_at_module_level_without_a_main_guard_is_an_error_at_once(
+    run_script: Callable[..., Any], start_method: str
+) -> None:
+    began = time.monotonic()
+    done = run_script(
+        MANAGER_AT_MODULE_LEVEL
+        + """
+    with manager.model("detector", load) as handle:
+        pass
+    """
+    )
+    assert done.returncode == 1
+    assert "ServerStartError" in done.stderr
+    assert 'if __name__ == "__main__":' in done.stderr
+    assert time.monotonic() - began < DEADLINE_S / 2
+
+
+@pytest.mark.parametrize("tag", ["'it'", "str(os.getpid())"], ids=["same tag", "another tag"])
+@pytest.mark.parametrize("spawn", [True, False], ids=["to spawn", "to host"])
+def test_acquiring_at_module_level_without_a_main_guard_is_an_error_at_once(
+    run_script: Callable[..., Any], start_method: str, tag: str, spawn: bool
+) -> None:
+    done = run_script(
+        f"""
+        import os
+        from mpmm.multi_process_shared import MultiProcessShared
+        if __name__ != "__main__":
+            MultiProcessShared(dict, {tag}, spawn_process={spawn}).acquire()
+        MultiProcessShared(dict, {tag}, spawn_process=True).acquire()
+        """
+    )
+    assert done.returncode == 1
+    assert "mpmm.errors.ServerStartError: Shared Server Process crashed: the main module failed" in done.stderr
+    assert 'if __name__ == "__main__":' in done.stderr
+
+
+def test_a_main_module_that_fails_in_the_server_says_so_to_the_starter(
+    run_script: Callable[..., Any], start_method: str
+) -> None:
+    done = run_script(
+        """
+        from mpmm.multi_process_shared import MultiProcessShared
+        if __name__ != "__main__":
+            raise LookupError("no configuration in a server")
+        try:
+            MultiProcessShared(dict, "it", spawn_process=True).acquire()
+        except RuntimeError as error:
+            print(type(error).__name__, "LookupError: no configuration in a server" in str(error))
+        """
+    )
+    assert (done.stdout, done.returncode) == ("ServerStartError True\n", 0), done.stderr
+
+
+# What a server says.
+
+
+class Speaker:
+    """Says things."""
+
+    def say(self, text: str) -> None:
+        os.write(1, f"{text}\n".encode())
+        print(text, "on stderr", file=sys.stderr)
+
+    def say_much(self, mb: int) -> None:
+        for _ in range(mb):
+            os.write(2, b"x" * (1 << 20))
+
+    def say_through_logging(self, text: str) -> None:
+        import logging
+
+        logging.getLogger("a.library").info(text)
+        logging.getLogger("a.library").debug("not this")
+
+    def say_through_own_logging(self, text: str) -> None:
+        import logging
+
+        logging.basicConfig(format="mine: %(message)s")
+        logging.getLogger("a.library").info(text)
+
+    def pid(self) -> int:
+        return os.getpid()
+
+
+@pytest.fixture
+def client() -> Iterator[Any]:
+    """Keeps the room, and with it the servers in it, while a program comes and goes."""
+    room = room_for(None)
+    room.join()
+    yield room
+    leave_all_rooms()
+
+
+def start_speaker(run_script: Callable[..., Any]) -> subprocess.CompletedProcess[str]:
+    done: subprocess.CompletedProcess[str] = run_script(
+        f"""
+        import sys
+        sys.path.insert(0, {os.path.dirname(__file__)!r})
+        from test_servers import Speaker
+        from mpmm.multi_process_shared import MultiProcessShared
+        if __name__ == "__main__":
+            proxy = MultiProcessShared(Speaker, "it", spawn_process=True, always_proxy=True).acquire()
+            proxy.say("hello")
+            print(proxy.pid())
+        """
+    )
+    return done
+
+
+def test_a_server_does_not_keep_its_starters_pipes_open(
+    run_script: Callable[..., Any], start_method: str, client: Any
+) -> None:
+    # Else this would not end before the server does, and that lives for our sake.
+    done = start_speaker(run_script)
+    said, pid = done.stdout.split()
+    assert (said, done.returncode) == ("hello", 0), done.stderr
+    assert "hello on stderr" in done.stderr
+    assert server_pid("it") == int(pid)
+    unload("it")
+
+
+def test_what_a_server_says_after_its_starters_end_is_in_a_file_of_bounded_length(
+    run_script: Callable[..., Any], start_method: str, client: Any
+) -> None:
+    start_speaker(run_script)
+    log = client.path / output.LOG_NAME
+    wait_until(log.exists, "the server has turned to its log")
+    proxy: Any = MultiProcessShared(Speaker, "it", always_proxy=True).acquire()
+    pid = proxy.pid()
+    proxy.say("still here")
+    assert "still here\n" in log.read_text()
+    assert "still here on stderr\n" in log.read_text()
+    assert f"pid {pid}, which serves 'it', goes on here" in log.read_text()
+    assert log.stat().st_mode & 0o777 == 0o600
+    for _ in range(3):
+        proxy.say_much(2)
+        wait_until(lambda: log.exists() and log.stat().st_size < output.LOG_BYTES, "a new file was begun")
+    assert sum(path.stat().st_size for path in client.path.glob("servers.log*")) < 4 * output.LOG_BYTES
+    proxy.say("the end")
+    assert "the end\n" in log.read_text()
+    unload("it")
+
+
+def test_records_of_level_info_reach_the_starters_stderr(start_method: str, capfd: pytest.CaptureFixture[str]) -> None:
+    proxy: Any = MultiProcessShared(Speaker, "it", spawn_process=True, always_proxy=True).acquire()
+    proxy.say_through_logging("loaded 3 layers")
+    assert capfd.readouterr().err == "INFO:a.library:loaded 3 layers\n"
+    proxy.say_through_own_logging("loaded 4 layers")
+    assert capfd.readouterr().err == "mine: loaded 4 layers\n"
+    unload("it")
+
+
+# Signals.
+
+
+class LongNative:
+    """Is made by native code that goes on after every signal, and never looks at Python's handlers."""
+
+    def __init__(self) -> None:
+        import ctypes
+
+        library = ctypes.CDLL(None)
+        lock = ctypes.create_string_buffer(64)
+        library.pthread_mutex_lock(lock)
+        Path(os.environ["BEGAN"]).write_text(str(os.getpid()))
+        # The second time it waits for itself, for good.
+        library.pthread_mutex_lock(lock)
+
+
+def test_sigterm_ends_a_server_in_the_middle_of_a_native_constructor(
+    start_method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BEGAN", str(tmp_path / "began"))
+    ended_at_signal_in(LongNative, tmp_path / "began")
+
+
+class TakesSigterm:
+    """Is made by code that has a handler of its own for SIGTERM."""
+
+    def __init__(self) -> None:
+        signal.signal(signal.SIGTERM, lambda *_: None)
+        Path(os.environ["BEGAN"]).write_text(str(os.getpid()))
+        while True:
+            time.sleep(60)
+
+
+def ended_at_signal_in(constructor: Callable[[], Any], began: Path) -> None:
+    """Start a server, send it SIGTERM once its constructor runs, and see it end."""
+    import threading
+
+    failures: list[BaseException] = []
+
+    def start() -> None:
+        try:
+            MultiProcessShared(constructor, "it", spawn_process=True).acquire()
+        except ServerStartError as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=start)
+    thread.start()
+    wait_until(lambda: began.exists() and began.read_text(), "the constructor runs")
+    pid = int(began.read_text())
+    os.kill(pid, signal.SIGTERM)
+    try:
+        wait_until(lambda: not is_running(pid), "the server ended")
+    finally:
+        if is_running(pid):
+            os.kill(pid, signal.SIGKILL)
+        thread.join(DEADLINE_S)
+    assert "exit code 143" in str(failures[0])
+
+
+def test_sigterm_ends_a_server_whose_constructor_has_a_handler_of_its_own(
+    start_method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BEGAN", str(tmp_path / "began"))
+    ended_at_signal_in(TakesSigterm, tmp_path / "began")
+
+
+def test_sigterm_ends_a_server_while_it_imports_a_main_module_that_takes_the_signal(
+    run_script: Callable[..., Any], start_method: str, tmp_path: Path, client: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    began = tmp_path / "began"
+    done = run_script(
+        f"""
+        import os, pathlib, signal, threading, time
+        from mpmm.multi_process_shared import MultiProcessShared
+        began = pathlib.Path({str(began)!r})
+        if __name__ != "__main__":
+            signal.signal(signal.SIGTERM, lambda *_: None)
+            began.write_text(str(os.getpid()))
+            while True:
+                time.sleep(60)
+
+        def end():
+            while not began.exists() or not began.read_text():
+                time.sleep(0.01)
+            os.kill(int(began.read_text()), signal.SIGTERM)
+
+        threading.Thread(target=end).start()
+        MultiProcessShared(dict, "it", spawn_process=True).acquire()
+        """
+    )
+    assert "exit code 143" in done.stderr
+
+
+def test_a_signal_that_arrives_as_the_main_thread_falls_asleep_ends_the_server(start_method: str) -> None:
+    """What was lost: Python's handler is noted after the last bytecode, and the wait is never interrupted again."""
+    proxy: Any = MultiProcessShared(NotesSignals, "it", spawn_process=True, always_proxy=True).acquire()
+    pid = proxy.pid()
+    # The kernel gives it to a thread that is not the main one, whose sleep goes on.
+    proxy.send_to_a_thread()
+    wait_until(lambda: not is_running(pid), "the server ended")
+
+
+class NotesSignals:
+    """Sends itself SIGTERM so that the main thread's sleep is not interrupted."""
+
+    def pid(self) -> int:
+        return os.getpid()
+
+    def send_to_a_thread(self) -> None:
+        import threading
+
+        def send() -> None:
+            signal.pthread_kill(threading.get_ident(), signal.SIGTERM)
+
+        threading.Thread(target=send).start()
+
+
+class ForksChildren:
+    """Has a child that is ended by SIGTERM."""
+
+    def end_child(self) -> int:
+        import multiprocessing
+
+        child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(600,))
+        child.start()
+        child.terminate()
+        child.join(DEADLINE_S)
+        return int(child.exitcode or 0)
+
+
+def test_sigterm_to_a_child_of_a_server_ends_the_child_alone(start_method: str) -> None:
+    proxy: Any = MultiProcessShared(ForksChildren, "it", spawn_process=True, always_proxy=True).acquire()
+    for _ in range(3):
+        assert proxy.end_child() == -signal.SIGTERM
+    assert server_pid("it") is not None
+    unload("it")
+
+
+def test_a_spawned_server_has_a_session_of_its_own(start_method: str) -> None:
+    proxy: Any = MultiProcessShared(NotesSignals, "it", spawn_process=True, always_proxy=True).acquire()
+    assert os.getsid(proxy.pid()) == proxy.pid()
+    unload("it")
+
+
+# What a tag stands for.
+
+
+class Cats:
+    """One thing."""
+
+    def says(self) -> str:
+        return "meow"
+
+
+class Lions(Cats):
+    """A special one."""
+
+
+class Dogs:
+    """Another thing."""
+
+    def says(self) -> str:
+        return "woof"
+
+
+def make_cats() -> Cats:
+    return Cats()
+
+
+def make_dogs() -> Dogs:
+    return Dogs()
+
+
+def name_of(constructor: Any) -> str:
+    return str(getattr(constructor, "__name__", type(constructor).__name__))
+
+
+def pets(constructor: Any, spawn: bool = False, tag: str = "pets") -> Any:
+    return MultiProcessShared(constructor, tag, spawn_process=spawn, always_proxy=True).acquire()
+
+
+@pytest.mark.parametrize("spawn", [False, True], ids=["hosted", "spawned"])
+@pytest.mark.parametrize(
+    ("first", "second"), [(Cats, Dogs), (make_cats, make_dogs), (make_cats, Dogs), (Cats, Lions)], ids=name_of
+)
+def test_a_tag_of_another_constructor_is_an_error_that_names_both(first: Any, second: Any, spawn: bool) -> None:
+    assert pets(first, spawn).says() == "meow"
+    with pytest.raises(InvalidArgumentError, match=rf"'pets'.*{first.__qualname__}.*{second.__qualname__}"):
+        pets(second, spawn)
+    assert pets(first).says() == "meow"
+    MultiProcessShared(first, "pets").unsafe_hard_delete()
+    assert pets(second).says() in ("woof", "meow")
+    unload("pets")
+
+
+@pytest.mark.parametrize("spawn", [False, True], ids=["hosted", "spawned"])
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (Cats, lambda: None),
+        (lambda: Cats(), Dogs),
+        (make_cats, Cats),
+        (Cats, make_cats),
+        (Lions, Cats),
+        (functools.partial(Cats), Dogs),
+        (Cats, Cats),
+    ],
+    ids=name_of,
+)
+def test_constructors_that_may_mean_the_same_share_a_tag(first: Any, second: Any, spawn: bool) -> None:
+    if spawn and "lambda" in name_of(first):
+        pytest.importorskip("cloudpickle", reason="needs cloudpickle, which comes with Beam")
+    assert pets(first, spawn).says() == "meow"
+    assert pets(second, spawn).says() == "meow"
+    unload("pets")
+
+
+def test_a_class_of_the_main_module_is_that_of_the_servers_main_module(
+    run_script: Callable[..., Any], start_method: str
+) -> None:
+    done = run_script(
+        """
+        from mpmm.multi_process_shared import MultiProcessShared
+        class Cats:
+            def says(self): return "meow"
+            def other(self): return MultiProcessShared(Cats, "pets", always_proxy=True).acquire().says()
+        class Dogs: pass
+        if __name__ == "__main__":
+            proxy = MultiProcessShared(Cats, "pets", spawn_process=True, always_proxy=True).acquire()
+            print(MultiProcessShared(Cats, "pets").acquire().other())
+            try:
+                MultiProcessShared(Dogs, "pets").acquire()
+            except ValueError as error:
+                print(error)
+        """
+    )
+    first, second = done.stdout.splitlines()
+    assert first == "meow"
+    assert "class __mp_main__:Cats" in second
+    assert "class __main__:Dogs" in second
+
+
+@pytest.mark.parametrize("constructor", [Cats, lambda: Cats()], ids=["named", "lambda"])
+def test_a_tag_of_another_namespace_is_an_error_that_names_both(
+    new_manager: Callable[..., Any], constructor: Any
+) -> None:
+    first, second = new_manager(namespace="project-a"), new_manager(namespace="project-b")
+
+    def load() -> str:
+        pets(constructor, True)
+        return "pets"
+
+    with first.model("pets", load) as handle:
+        with pytest.raises(InvalidArgumentError, match=r"'pets'.*project-a.*project-b"):
+            second.acquire_model("pets", load)
+        assert pets(lambda: None, tag=handle).says() == "meow"
+        # One that belongs to no namespace is for all to use.
+        pets(Dogs, True, tag="others")
+        with second.model("others", lambda: pets(Dogs, tag="others") and "others") as other:
+            assert other == "others"
+    for tag in ("pets", "others"):
+        unload(tag)
+
+
+# Handles whose servers are gone.
+
+
+@pytest.mark.parametrize("spawn", [False, True], ids=["as Beam does", "to spawn"])
+def test_a_handle_whose_server_has_just_died_is_an_error_and_never_a_new_object(
+    new_manager: Callable[..., Any], start_method: str, spawn: bool
+) -> None:
+    manager = new_manager()
+
+    def load() -> str:
+        pets(Cats, True, tag="handle")
+        return "handle"
+
+    handle = manager.acquire_model("cats", load)
+    proxy = pets(lambda: None, tag=handle)
+    pid = server_pid(handle)
+    assert pid is not None
+    os.kill(pid, signal.SIGKILL)
+    with pytest.raises(ModelServerError):
+        proxy.says()
+    for _ in range(3):
+        with pytest.raises(ModelServerError, match=r"'handle' \(namespace test\) is gone"):
+            pets(lambda: None, spawn, tag=handle)
+    assert server_pid(handle) is None
+    manager.release_model("cats", handle)
+    # A loader may well use the same tag again.
+    with manager.model("cats", load) as again:
+        assert pets(lambda: None, tag=again).says() == "meow"
+
+
+def test_a_handle_that_was_unloaded_is_an_error_until_its_user_deletes_it(new_manager: Callable[..., Any]) -> None:
+    manager = new_manager()
+    with manager.model("cats", lambda: pets(Cats, True, tag="handle") and "handle"):
+        pass
+    manager.force_reset()
+    wait_until(lambda: server_pid("handle") is None, "unloaded")
+    with pytest.raises(ModelServerError, match="'handle'"):
+        pets(lambda: None, tag="handle")
+    MultiProcessShared(Cats, "handle").unsafe_hard_delete()
+    assert pets(Cats, tag="handle").says() == "meow"
+    unload("handle")
+
+
+def test_so_many_handles_are_remembered_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(room_module, "MOST_HANDLES", 8)
+    room = room_for(None)
+    room.join()
+    for number in range(40):
+        room.remember_handle(f"tag {number}", ("test",))
+        assert room.namespaces_of_handle(f"tag {number}") == ("test",)
+    assert len(list((room.path / room_module.HANDLES).iterdir())) <= 8
+    assert room.namespaces_of_handle("tag 0") == ()
