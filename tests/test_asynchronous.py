@@ -245,7 +245,7 @@ def test_errors_arrive_as_from_acquire_model(namespace: str, new_manager: NewMan
         run(use("a", Loads()))
     with pytest.raises(InvalidArgumentError, match="no coroutine function"):
         run(use("a", _fails_inside))  # type: ignore[arg-type]  # returns nothing
-    with pytest.raises(InvalidArgumentError, match="no coroutine"), manager.model("a", _coroutine):
+    with pytest.raises(InvalidArgumentError, match="no coroutine"), manager.model("another", _coroutine):
         pytest.fail("it was no callable")
     with pytest.raises(InvalidArgumentError, match="model tag ''"):
         run(use("", Loads()))
