@@ -299,10 +299,10 @@ def test_the_lease_of_a_dead_process_goes_to_the_next_who_waits(namespace: str, 
 def test_a_process_that_dies_while_it_waits_for_a_lease_holds_up_nobody(
     namespace: str, new_process: NewProcess
 ) -> None:
-    holder, victim, other = new_process(), new_process(), new_process()
+    holder, victim, other = (new_process(max_overtake_seconds=0.01) for _ in range(3))
     holder.call(reserve, 900, "holder")
-    victim.send(reserve, 500, "victim")
-    wait_until(lambda: waiting(namespace, "victim"), "the victim waits")
+    victim.send(reserve, 1000, "victim")
+    wait_until(lambda: any(ticket.waited_s > 0.01 for ticket in waiting(namespace)), "the victim waits")
     other.send(reserve, 50, "other")
     wait_until(lambda: waiting(namespace, "other"), "the other one stands behind it")
     victim.kill()
