@@ -236,12 +236,21 @@ class SharedBoard:
                 return
             if proven:
                 transitions.note_processes(t, True)
+                self._end_isolations(t)
             if measured or complete_rows:
                 self._measure_members(t, measured, fresh_rows, complete_rows)
                 self._share_out(t, taken)
             for row, used_mb, sample in news:
                 transitions.sample(t, row, used_mb, sample.taken_ns, sample.done_ns)
             self._scheduler.advance(t)
+
+    def _end_isolations(self, t: Transaction) -> None:
+        """Let others load beside what runs alone: it will be measured by its process, as its source has just shown."""
+        words, tables = self._namespace.segment.words, self._namespace.tables
+        for row in tables.used_rows(self._namespace.segment.layout.devices):
+            instance = words[tables.device(row) + Device.ISOLATED]
+            if instance:
+                self._namespace.transitions.end_isolation(t, instance - 1)
 
     def _shows_ours(self, parts: Mapping[int, float]) -> bool:
         """Tell whether a sample shows what a member takes, and so that the source knows processes; without the lock."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 
@@ -60,6 +61,21 @@ def timed_acquire(seat: Seat, tag: str) -> float:
         return time.monotonic() - began
 
 
+def use(seat: Seat, tag: str, loader: Loads) -> None:
+    """Acquire and release a model."""
+    with seat.manager.model(tag, loader):
+        pass
+
+
+def acquire_in_threads(seat: Seat, tag: str, count: int) -> None:
+    """Use a model in so many threads at once."""
+    threads = [threading.Thread(target=use, args=(seat, tag, Loads())) for _ in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
 def test_an_unknown_model_under_hot_callers_that_never_pause_is_served_within_two_holds_and_its_load(
     namespace: str, new_process: NewProcess, new_device: NewDevice, new_gate: NewGate
 ) -> None:
@@ -78,6 +94,40 @@ def test_an_unknown_model_under_hot_callers_that_never_pause_is_served_within_tw
     assert waited <= 2 * longest + LOAD_S, (
         f"{waited:.2f} s for a load of {LOAD_S} s, the longest hold was {longest:.2f} s"
     )
+    assert problems(namespace) == []
+
+
+def test_an_unknown_model_is_served_although_callers_of_a_hot_model_wait_for_each_other(
+    namespace: str, new_process: NewProcess, new_device: NewDevice, new_gate: NewGate
+) -> None:
+    # With one copy, each release hands it to a caller that waits already.
+    arguments = {"memory_source": new_device(1000), "poll_interval": 0.05, "max_model_copies": 1}
+    cold, *hot = (new_process(**arguments) for _ in range(4))
+    cold.call(learn, hot=100)
+    stop = new_gate()
+    for process in hot:
+        process.send(hold_until, "hot", stop)
+    wait_until(lambda: read_snapshot(namespace).hits >= 3 and waiting(namespace, "hot"), "the callers are hot")
+    waited = cold.call(timed_acquire, "cold")
+    stop.open()
+    longest = max(process.result()[0] for process in hot)
+    assert waited <= 2 * longest + LOAD_S + 0.5, f"{waited:.2f} s, the longest hold was {longest:.2f} s"
+    assert problems(namespace) == []
+
+
+def test_an_idle_copy_is_reused_however_many_wait_for_room(namespace: str, new_process: NewProcess) -> None:
+    holder, crowd, user = (new_process(max_overtake_seconds=60.0) for _ in range(3))
+    holder.call(learn, held=500, big=900, small=100)
+    user.call(acquire, "small")
+    user.call(release)
+    holder.call(acquire, "held")
+    crowd.send(acquire_in_threads, "big", 40)
+    wait_until(lambda: model_of(namespace, "big").waiting == 40, "forty wait for room")
+    user.call(acquire, "small")
+    assert model_of(namespace, "big").waiting == 40
+    user.call(release)
+    holder.call(release)
+    crowd.result()
     assert problems(namespace) == []
 
 
@@ -140,16 +190,13 @@ def test_at_a_cold_start_nobody_loads_what_another_process_loads_or_holds(
 ) -> None:
     first, *others = (new_process(poll_interval=0.05) for _ in range(3))
     began, go = new_gate(), new_gate()
-    first.send(acquire, "a", Loads(began=began, go=go))
+    first.send(use, "a", Loads(began=began, go=go))
     began.wait()
     for process in others:
-        process.send(timed_acquire, "a")
+        process.send(use, "a", Loads())
     wait_until(lambda: model_of(namespace, "a").waiting == 2, "two wait for the load")
     go.open()
-    first.result()
-    assert model_of(namespace, "a").waiting == 2, "they wait for the first hold, too"
-    first.call(release)
-    for process in others:
+    for process in (first, *others):
         process.result()
     assert read_snapshot(namespace).loads == 1
 

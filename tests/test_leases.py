@@ -225,16 +225,19 @@ def test_a_stream_of_small_leases_does_not_starve_a_large_one(namespace: str, ne
     first.call(reserve, 450)
     large.send(reserve, 800, "large")
     wait_until(lambda: waiting(namespace, "large"), "the large lease waits")
-    streams = [first, second]
+    holder, other = first, second
     for number in range(50):
-        holder, other = streams[number % 2], streams[1 - number % 2]
         other.send(reserve, 450, f"small-{number}")
         wait_until(lambda: other.has_result() or waiting(namespace, f"small-{number}"), "it is decided")  # noqa: B023
         holder.call(give_back)
+        wait_until(lambda: other.has_result() or large.has_result(), "one of them goes on")  # noqa: B023
         if large.has_result():
             break
         other.result()
+        holder, other = other, holder
     large.result()
+    large.call(give_back)
+    other.result()
 
 
 def test_a_lease_that_can_never_fit_is_refused_at_once(namespace: str, new_manager: NewManager) -> None:
@@ -296,10 +299,10 @@ def test_the_lease_of_a_dead_process_goes_to_the_next_who_waits(namespace: str, 
 def test_a_process_that_dies_while_it_waits_for_a_lease_holds_up_nobody(
     namespace: str, new_process: NewProcess
 ) -> None:
-    holder, victim, other = new_process(), new_process(), new_process()
+    holder, victim, other = (new_process(max_overtake_seconds=0.01) for _ in range(3))
     holder.call(reserve, 900, "holder")
-    victim.send(reserve, 500, "victim")
-    wait_until(lambda: waiting(namespace, "victim"), "the victim waits")
+    victim.send(reserve, 1000, "victim")
+    wait_until(lambda: any(ticket.waited_s > 0.01 for ticket in waiting(namespace)), "the victim waits")
     other.send(reserve, 50, "other")
     wait_until(lambda: waiting(namespace, "other"), "the other one stands behind it")
     victim.kill()

@@ -383,6 +383,50 @@ CASES: Mapping[str, tuple[View, list[object]]] = {
         ),
         [Load(1, (1,), 300, False)],
     ),
+    "another model that is in use where a waiter is tied to is of no use for it": (
+        view(
+            [replace(model(A, 300), load_s=9.0, hold_s=0.1), model(B, shared=1)],
+            [replace(ticket(1, A), devices=(1,), tied=(1,))],
+            busy=(Busy(5, B, 1, 100, 1.0),),
+            devices=[device(0), device(1, used=100)],
+        ),
+        [Load(1, (1,), 300, False)],
+    ),
+    "nor is it enough for a preload there": (
+        view(
+            [model(A, 300), model(B, shared=1)],
+            [replace(ticket(1, A, priority=2, preload=1), devices=(1,), tied=(1,))],
+            busy=(Busy(5, B, 1, 100, 1.0),),
+            devices=[device(0), device(1, used=100)],
+        ),
+        [Load(1, (1,), 300, False)],
+    ),
+    "one's own object that is in use there counts once": (
+        view(
+            [model(A, 300, owned={ME: 1})],
+            [replace(ticket(1, A, priority=2, preload=2), devices=(1,), tied=(1,))],
+            busy=(Busy(5, A, 1, 300, 1.0, owner=ME),),
+            devices=[device(0), device(1, used=300)],
+        ),
+        [Load(1, (1,), 300, False)],
+    ),
+    "one that is being loaded there counts, too": (
+        view(
+            [model(A, 300, owned={ME: 1}, loading={ME: 1})],
+            [replace(ticket(1, A, priority=2, preload=2), devices=(1,), tied=(1,))],
+            busy=(Busy(5, A, 1, 300, 1.0, owner=ME), Busy(6, A, 1, 0, 1.0, owner=ME, loading=True)),
+            devices=[device(0), device(1, used=300)],
+        ),
+        [Enough(1)],
+    ),
+    "as many share an instance as it serves sooner than a load": (
+        view(
+            [replace(model(A, shared=1), load_s=2.0, hold_s=0.9)],
+            [ticket(row, A) for row in (1, 2, 3)],
+            busy=(Busy(5, A, 0, 100, 0.5),),
+        ),
+        [Wait(1, Reason.SHARING), Wait(2, Reason.SHARING), Load(3, (0,), 100, False)],
+    ),
     "who merely cannot load elsewhere has": (
         view(
             [model(A, 300, shared=1)],
@@ -928,6 +972,54 @@ def test_a_rarely_wanted_copy_in_use_is_waited_for_rather_than_a_hot_one_unloade
         busy=(in_use(8, C, 100, free_in_s),),
     )
     assert make_plan(state).decisions == (decision,)
+
+
+def test_the_more_wait_the_less_a_drain_pays() -> None:
+    def decided(waiters: int) -> object:
+        state = view(
+            [replace(model(A, 100), load_s=2.0), wanted(B, 100, rate=5.0), wanted(C, 100, rate=0.1)],
+            [ticket(row, A) for row in range(waiters)],
+            copies=[idle(7, B)],
+            devices=[device(used=900)],
+            busy=(in_use(8, C, 100, 20.0),),
+        )
+        return make_plan(state).decisions[0]
+
+    assert decided(1) == Wait(0, Reason.IN_USE)
+    assert decided(3) == Evict(0, (7,))
+
+
+def test_each_surplus_copy_that_goes_leaves_one_less() -> None:
+    state = view(
+        [model(A, 200), replace(wanted(B, 100, rate=1.0), shared=3), wanted(C, 100, rate=0.5)],
+        [ticket(1, A)],
+        copies=[idle(7, B, age=30), idle(8, B, age=20), idle(9, B, age=10), idle(6, C, age=60)],
+        devices=[device(used=900)],
+    )
+    assert make_plan(state).decisions == (Evict(1, (7, 8)),)
+
+
+def test_what_comes_free_by_itself_is_waited_for_rather_than_something_unloaded_elsewhere() -> None:
+    state = view(
+        [model(A, 500), wanted(B, 100, rate=0.1)],
+        [ticket(1, A)],
+        copies=[idle(7, B, on=1)],
+        devices=[device(0, used=500, unloading_mb=100), device(1, used=500)],
+    )
+    assert make_plan(state).decisions == (Wait(1, Reason.UNLOADING),)
+
+
+def test_a_device_is_drained_for_one_that_runs_alone_where_the_last_copy_is_free_soonest() -> None:
+    state = view(
+        [model(A, known=False), model(B, shared=3)],
+        [ticket(1, A, priority=0)],
+        busy=(Busy(5, B, 0, 100, 0.1), Busy(6, B, 0, 100, 9.0), Busy(7, B, 1, 100, 3.0)),
+        devices=[device(0, used=200), device(1, used=100)],
+    )
+    (decision,) = make_plan(state).decisions
+    assert decision == Wait(1, Reason.DRAINING)
+    assert isinstance(decision, Wait)
+    assert decision.why.devices == (1,)
 
 
 # ---- passing one that waits for room -----------------------------------------------------------------------
