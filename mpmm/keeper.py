@@ -11,6 +11,9 @@ It sleeps on the member's bell, and does three things:
   second of a processor to import, and where processors are so scarce that the leader is late, a crowd that imports it,
   and is late for that, would keep it so. Decisions do without the newest solution, but not without fresh figures.
 
+It asks for samples, but another thread takes them (`mpmm.sampler`): a source that hangs must not keep the dead from
+being reaped. What comes after `POLL_WAIT_S` is learnt from when it comes.
+
 The leader and its deputies, the workers in the lowest slots, look around four times a second. Everybody else only does
 so every four seconds, in case all of those die together; a new leader wakes who is a deputy now. So 32 processes that
 just wait cost a sixth of what they would cost if all looked as often.

@@ -125,8 +125,8 @@ class Header:
 
     POLL_CLAIMED = 46  # raw, also without the lock: when somebody last set out to poll in the leader's place
 
-    # What the source of memory figures can do, written by the leader.
-    SOURCE_MEASURES_PROCESSES = 48
+    # What the source of memory figures can do, written by the leader; the first also by those whose sample shows it.
+    SOURCE_MEASURES_PROCESSES = 48  # 1 once the source has shown what a process of ours takes, until it does not tell
     SOURCE_SETTLES_LATE = 49
     SOURCE_BOOKS_ONLY = 50
     SOURCE_NAME = 51  # text: the source that the leader reads
