@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from mpmm.errors import (
     AcquireTimeoutError,
     ClosedError,
+    DeadlockError,
     InvalidArgumentError,
     LayoutMismatchError,
     LeaseTooLargeError,
@@ -43,6 +44,7 @@ __all__ = [
     "AcquireTimeoutError",
     "Capacities",
     "ClosedError",
+    "DeadlockError",
     "GPUMonitor",
     "InvalidArgumentError",
     "LayoutMismatchError",

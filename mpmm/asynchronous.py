@@ -35,7 +35,7 @@ from mpmm.policy.out_of_memory import is_out_of_memory
 from mpmm.shared_state.futex import WAITED_FOR_AT_MOST, wait_for_any, wake_all
 from mpmm.shared_state.layout import Header, Model, Ticket
 from mpmm.shared_state.tables import encode_text
-from mpmm.worker import Copy, Worker
+from mpmm.worker import Copy, LookAgain, Worker
 
 __all__ = ["hold_in_loop"]
 
@@ -61,16 +61,11 @@ async def hold_in_loop(
         yield instance
     except BaseException as error:
         if is_out_of_memory(error):
-            make_room = functools.partial(_make_room, worker, tag)
             with contextlib.suppress(MpmmError):
-                await asyncio.shield(asyncio.wrap_future(threads.loads.submit(make_room)))
+                await asyncio.shield(asyncio.wrap_future(threads.loads.submit(worker.make_room_after_use, tag)))
         raise
     finally:
         await _release(manager, worker, threads, tag, instance)
-
-
-def _make_room(worker: Worker, tag: str) -> None:
-    worker.make_room_after_running_out(tag, worker.devices_in_use(tag), learn=True)
 
 
 async def _release(manager: ModelManager, worker: Worker, threads: _Threads, tag: str, instance: Any) -> None:
@@ -282,6 +277,7 @@ class _Watched:
     deadline: float
     answer: Callable[[Outcome], None]
     counted: AbstractContextManager[None]
+    again: LookAgain
 
 
 class Watcher:
@@ -304,7 +300,9 @@ class Watcher:
             counted = worker.waiting()
             counted.__enter__()
             signal = at + Ticket.SIGNAL
-            self._watched[row] = _Watched(worker, at + Ticket.STATE, signal, deadline, answer, counted)
+            self._watched[row] = _Watched(
+                worker, at + Ticket.STATE, signal, deadline, answer, counted, LookAgain(worker, row)
+            )
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="mpmm-watcher", daemon=True)
                 self._thread.start()
@@ -328,10 +326,14 @@ class Watcher:
         while True:
             seen = [(bell, self._bell.value)]
             with self._mutex:
-                timeout_s, answers = self._look(seen)
+                timeout_s, answers, look_again = self._look(seen)
             for watched, outcome in answers:
                 watched.answer(outcome)
-            if not answers:
+            for again in look_again:
+                # Counted as waiting, so the worker is there; if it has no patience, it is unmapped.
+                with contextlib.suppress(ClosedError, ValueError):
+                    again.look()
+            if not answers and not look_again:
                 wait_for_any(seen, timeout_s)
             with self._mutex:
                 # Rung meanwhile: somebody has come, and found this thread still there.
@@ -339,11 +341,15 @@ class Watcher:
                     self._thread = None
                     return
 
-    def _look(self, seen: list[tuple[int, int]]) -> tuple[float, list[tuple[_Watched, Outcome]]]:
-        """Take out the tickets that have an answer, and return these; add to `seen` what to wait for, and how long."""
+    def _look(self, seen: list[tuple[int, int]]) -> tuple[float, list[tuple[_Watched, Outcome]], list[LookAgain]]:
+        """Take out the tickets that have an answer, and return these; add to `seen` what to wait for, and how long.
+
+        Return as well the tickets whose back-off is over.
+        """
         now = time.monotonic()
         timeout_s = LINGER_S if not self._watched else float("inf")
         answers: list[tuple[_Watched, Outcome]] = []
+        look_again: list[LookAgain] = []
         for row, watched in list(self._watched.items()):
             outcome, signal = _state(watched, now)
             if signal is None:
@@ -353,8 +359,19 @@ class Watcher:
                 answers.append((watched, outcome))
             else:
                 seen.append(signal)
-                timeout_s = min(timeout_s, watched.deadline - now)
-        return timeout_s, answers
+                look_in_s = _look_in_s(watched)
+                if look_in_s <= 0:
+                    look_again.append(watched.again)
+                timeout_s = min(timeout_s, watched.deadline - now, look_in_s)
+        return timeout_s, answers, look_again
+
+
+def _look_in_s(watched: _Watched) -> float:
+    try:
+        return watched.again.in_s()
+    except ValueError:
+        # Unmapped meanwhile, which the next look at its state finds.
+        return 0.1
 
 
 def _state(watched: _Watched, now: float) -> tuple[Outcome, tuple[int, int] | None]:

@@ -16,7 +16,14 @@ from mpmm.shared_state.layout import Device, Header, Instance, Member, device_bi
 from mpmm.shared_state.namespace import Namespace
 from mpmm.shared_state.tables import fit_text
 from mpmm.shared_state.transaction import Transaction
-from mpmm.sources import DeviceInfo, DeviceSample, MemorySource, is_books_only, process_knowledge
+from mpmm.sources import (
+    DeviceInfo,
+    DeviceSample,
+    MemorySource,
+    counts_named_only,
+    is_books_only,
+    process_knowledge,
+)
 from mpmm.sources.base import START_TIMEOUT_S, unavailable
 from mpmm.sources.process_tree import outside, process_tree
 
@@ -88,7 +95,7 @@ class SharedBoard:
                 if knows is None:
                     knows = led_by == name and bool(namespace.segment.words[Header.SOURCE_MEASURES_PROCESSES])
                 flags = (knows, source.settles_late, is_books_only(source))
-                namespace.transitions.lead(t, namespace.slot, name, flags)
+                namespace.transitions.lead(t, namespace.slot, name, flags, counts_named_only(source))
                 for slot in next_in_line:
                     namespace.transitions.ring(t, slot)
         self._rows = {info.index: row for info, row in zip(devices, rows_found, strict=True)}
@@ -152,23 +159,22 @@ class SharedBoard:
         fresh_rows = complete_rows = 0
         late = False
         with namespace.transaction(patience_s) as t:
+            news = []
             for sample in samples:
                 row = self._rows.get(sample.index)
                 if row is None:
                     continue
                 transitions.note_try(t, row, sample.taken_ns)
-                loose_mb = sample.foreign_mb(sample.process_mb)
-                fresh = sample.used_mb is None or transitions.sample(t, row, sample.used_mb, sample.taken_ns, loose_mb)
-                if not fresh:
+                if sample.used_mb is not None and not transitions.is_news(row, sample.taken_ns):
                     late = True
                     continue
-                # A process's part must come from the same sample as the whole: what a loading server takes is
-                # subtracted from its reservation because the device's figure has it.
+                # What a process has must come from the same sample as the whole: the one comes off the other.
                 fresh_rows |= 1 << row
                 complete_rows |= sample.processes_known << row
                 for pid, mb in sample.process_mb.items():
                     measured[pid][row] = mb
                 if sample.used_mb is not None:
+                    news.append((row, sample.used_mb, sample))
                     foreign_mb = sum(mb for pid, mb in sample.process_mb.items() if pid in strangers)
                     transitions.note_foreign(t, row, foreign_mb)
             if late and not fresh_rows:
@@ -179,6 +185,8 @@ class SharedBoard:
             if measured or complete_rows:
                 self._measure_members(t, measured, fresh_rows, complete_rows)
                 self._share_out(t, taken)
+            for row, used_mb, sample in news:
+                transitions.sample(t, row, used_mb, sample.taken_ns, sample.done_ns)
             self._scheduler.advance(t)
 
     def _shows_ours(self, parts: Mapping[int, float]) -> bool:

@@ -14,6 +14,7 @@ from typing import Any
 __all__ = [
     "AcquireTimeoutError",
     "ClosedError",
+    "DeadlockError",
     "InvalidArgumentError",
     "LayoutMismatchError",
     "LeaseTooLargeError",
@@ -127,6 +128,16 @@ class LeaseTooLargeError(MpmmError, MemoryError):
     need_mb: float
     limit_mb: float
     device: str
+
+
+class DeadlockError(MpmmError, RuntimeError):
+    """A request that could be served only by what the requesting thread holds itself. Attributes: `tag`, `held` (tags).
+
+    Raised at once, instead of a time-out later, where this is certain; see `ModelManager.model`.
+    """
+
+    tag: str
+    held: tuple[str, ...]
 
 
 class LoadTimeoutError(MpmmError, TimeoutError):

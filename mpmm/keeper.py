@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING
 from mpmm.beam_metrics import report_estimate
 from mpmm.errors import ClosedError
 from mpmm.resource_estimator import smooth
+from mpmm.shared_state.durations import to_ns
 from mpmm.shared_state.futex import wait_for_change, wake_all
 from mpmm.shared_state.layout import Device, Header, Instance, Member, Model
 from mpmm.shared_state.lock_file import LockFile
@@ -175,9 +176,20 @@ class Keeper:
             if self._namespace.reap_dead_members():
                 with self._namespace.transaction() as t:
                     self._worker.scheduler.advance(t)
+            self._expire_returns()
             if time.monotonic() >= self._poll_due:
                 self._poll_due = time.monotonic() + self._namespace.settings.poll_interval
                 self._poll()
+
+    def _expire_returns(self) -> None:
+        """Let the books decide about unloaded memory that no sample has told about for a while."""
+        namespace = self._namespace
+        words, tables = namespace.segment.words, namespace.tables
+        rows = tables.used_rows(namespace.segment.layout.devices)
+        if any(words[tables.device(row) + Device.RETURN_COUNT] for row in rows):
+            with namespace.transaction() as t:
+                namespace.transitions.expire_returns(t)
+                self._worker.scheduler.advance(t)
 
     def _lead_if_free(self, sample_wait_s: float) -> None:
         if not self._lock_file.try_exclusive():
@@ -205,7 +217,7 @@ class Keeper:
             devices = (tables.device(row) for row in self._worker.board.rows())
             places += [(at + Device.TRIED, at + Device.CLAIMED) for at in devices]
         now = time.monotonic_ns()
-        late = now - int((self._namespace.settings.poll_interval + STALE_AFTER_S) * 1e9)
+        late = now - to_ns(self._namespace.settings.poll_interval + STALE_AFTER_S)
         if not any(
             words[tried] < late and not now - STANDING_IN_NS < words[claimed] <= now for tried, claimed in places
         ):
@@ -257,6 +269,7 @@ class Keeper:
         for row in tables.rows_where(layout.instances, Instance.STATE, Instance.LOADING):
             taken = (time.monotonic_ns() - namespace.segment.words[tables.instance(row) + Instance.SINCE]) / 1e9
             if taken > limit:
+                namespace.transitions.note_failure(t, namespace.segment.words[tables.instance(row) + Instance.MODEL])
                 namespace.transitions.give_up_load(t, row)
                 t.after.append(partial(_LOG.warning, "mpmm %s: gave up a load after %.1f s", namespace.name, taken))
 

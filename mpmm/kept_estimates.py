@@ -156,7 +156,11 @@ class KeptEstimates:
     def recall(self, t: Transaction, model: int, tag: str) -> None:
         """Take the estimate of a model (row) from the file if there is none yet. Needs the lock."""
         remembered = self._remembered.get(tag)
-        if remembered is None or self._namespace.segment.words[self._namespace.tables.model(model) + Model.KNOWN]:
+        at = self._namespace.tables.model(model)
+        if remembered is None or self._namespace.segment.words[at + Model.KNOWN]:
+            return
+        if remembered.mb <= self._namespace.segment.floats[at + Model.AT_LEAST_MB]:
+            # It has run out of memory with more than that free.
             return
         # What was inferred goes on to yield to better figures.
         sd_mb = 0.0 if remembered.measured else ALONE_SD * remembered.mb

@@ -33,7 +33,7 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, contextmanager, suppress
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, cast
@@ -44,6 +44,7 @@ from mpmm.board import ForeignMonitor, MonitorLike
 from mpmm.errors import (
     AcquireTimeoutError,
     ClosedError,
+    DeadlockError,
     InvalidArgumentError,
     LeaseTooLargeError,
     LoadTimeoutError,
@@ -60,6 +61,7 @@ from mpmm.placement import placed
 from mpmm.policy.out_of_memory import is_out_of_memory
 from mpmm.proxy.context import attach_namespace, serving_for
 from mpmm.resource_estimator import ALONE_SD, GROWTH_SD, Estimate, ResourceEstimator
+from mpmm.shared_state.durations import to_ns
 from mpmm.shared_state.futex import wait_for_change
 from mpmm.shared_state.layout import MOST_SPANNED, Capacities, Device, Header, Instance, Model, Ticket, device_rows
 from mpmm.shared_state.namespace import Namespace, run_at_exit
@@ -69,7 +71,7 @@ from mpmm.shared_state.tables import encode_text
 from mpmm.shared_state.transaction import Transaction
 from mpmm.sources import MemorySource, choose_source
 from mpmm.sources.selected import SelectedDevices
-from mpmm.worker import NOW_S, Copy, Growth, Worker
+from mpmm.worker import NOW_S, Copy, Free, Growth, LookAgain, Worker
 
 __all__ = ["GPUMonitor", "ModelManager", "QueueTicket", "ResourceEstimator"]
 
@@ -121,7 +123,22 @@ class _Booking(NamedTuple):
     alone: bool
 
 
+@dataclass
+class _Attempt:
+    """One run of a loader. places: bits of the devices where it may load. last: no other turn follows.
+
+    free: what its devices had for it when it began. again: it ran out of memory, and may find more in another turn.
+    """
+
+    places: int
+    last: bool
+    free: Free | None = None
+    again: bool = False
+
+
 _ANYWHERE = Wish()
+# What ends a load without being a failure of its loader.
+_NOT_THE_LOADERS = (ClosedError, LockTimeoutError, NamespaceResetError)
 
 
 class ModelManager(BeamNames):
@@ -276,7 +293,7 @@ class ModelManager(BeamNames):
         span: how many devices a copy takes an equal share of, if one has to be loaded.
 
         Raises AcquireTimeoutError, LoadTimeoutError, ModelTooLargeError, NamespaceResetError, TableFullError,
-        InvalidArgumentError, ClosedError, LockTimeoutError, and whatever the loader raises.
+        DeadlockError (see `model`), InvalidArgumentError, ClosedError, LockTimeoutError, and what the loader raises.
         """
         if not isinstance(tag, str) or not callable(loader_func):
             raise InvalidArgumentError(f"model {tag!r}, loader {loader_func!r}: expected a str and a callable")
@@ -375,19 +392,29 @@ class ModelManager(BeamNames):
     ) -> Iterator[Any]:
         """Acquire a copy for the length of a `with` block; see `acquire_model`.
 
-        An exception that leaves the block passes unchanged. If it says that memory has run out, the model's estimate
-        is raised first, and what is idle on the copy's device is unloaded, so that another attempt finds more room.
+        An exception that leaves the block passes unchanged. If it says that memory has run out, the next load of the
+        model waits for more room than this copy had, and what is idle on the copy's device is unloaded, so that another
+        attempt finds more.
+
+        Blocks may be nested, and loaders may use other models. A copy that runs alone to be measured does so until its
+        thread asks for another one, which is then not measured alone. Raises DeadlockError where a thread would wait
+        for nothing but what it holds in blocks or loads itself: another copy of its model while `max_model_copies` are
+        its own, its own tag in a loader, or room that its own copies take. Tasks (`model_async`) are not looked at.
         """
+        worker = self._connected()
         instance = self.acquire_model(tag, loader_func, devices=devices, span=span)
+        worker.thread.blocks.append((tag, instance))
         try:
             yield instance
         except BaseException as error:
             if is_out_of_memory(error):
                 with suppress(MpmmError):
-                    worker = self._connected()
-                    worker.make_room_after_running_out(tag, worker.devices_in_use(tag), learn=True)
+                    self._connected().make_room_after_use(tag)
             raise
         finally:
+            # A generator may be ended by another thread.
+            with suppress(ValueError):
+                worker.thread.blocks.remove((tag, instance))
             self.release_model(tag, instance)
 
     def model_async(
@@ -686,9 +713,13 @@ class ModelManager(BeamNames):
         """
         encoded = encode_text(tag, Model.TAG_BYTES, "model tag")
         began = time.monotonic()
+        firm, alone = worker.held_by_thread()
+        self._run_alone_no_more(worker, [*firm, *alone])
         worker.freshen(deadline - began)
         with worker.waiting():
-            row = self._enqueue(worker, tag, encoded, deadline, preload, wish)
+            row = self._enqueue(worker, tag, encoded, deadline, preload, wish, nested=bool(firm or alone))
+            if firm:
+                self._expect_no_deadlock(worker, tag, row, firm)
             while True:
                 state = self._await_answer(worker, row, deadline)
                 if state is None:
@@ -697,6 +728,49 @@ class ModelManager(BeamNames):
                     return copy
                 with suppress(AnswerUndone):
                     return self._act_on(worker, tag, row, deadline, wish)
+
+    def _run_alone_no_more(self, worker: Worker, rows: list[int]) -> None:
+        """End the isolation of what the calling thread holds or loads, as it asks for something else; measure it."""
+        namespace = worker.namespace
+        for row in rows:
+            if not (namespace.segment.words[Header.ISOLATED] and namespace.transitions.runs_alone(row)):
+                continue
+            at = namespace.tables.instance(row)
+            worker.sample_now()
+            added = worker.added_mb(row) if namespace.segment.words[at] == Instance.ACTIVE else None
+            with namespace.transaction() as t:
+                if namespace.transitions.runs_alone(row):
+                    if added is not None:
+                        self._learn_alone(worker, t, row, max(added) * len(added))
+                    namespace.transitions.end_isolation(t, row)
+                    worker.scheduler.advance(t)
+
+    @staticmethod
+    def _learn_alone(worker: Worker, t: Transaction, row: int, cost: float) -> None:
+        """Record what the copy that runs alone has added to the memory in use."""
+        namespace = worker.namespace
+        model = namespace.segment.words[namespace.tables.instance(row) + Instance.MODEL]
+        namespace.transitions.estimate(t, model, cost, measured=False, sd_mb=ALONE_SD * cost)
+        namespace.transitions.correct(t, row, cost)
+
+    def _expect_no_deadlock(self, worker: Worker, tag: str, row: int, firm: list[int]) -> None:
+        """Take a ticket out of the queue that waits for its own thread. Raises DeadlockError."""
+        namespace = worker.namespace
+        tables, words = namespace.tables, namespace.segment.words
+        with namespace.transaction() as t:
+            if not worker.waits_for_itself(row, firm):
+                return
+            held = tuple(tables.tag_of(words[tables.instance(one) + Instance.MODEL]) for one in firm)
+            reason = worker.scheduler.why(row)
+            namespace.transitions.leave_queue(t, row)
+            worker.scheduler.advance(t)
+        raise DeadlockError(
+            f"model {tag!r} {reason.partition(': ')[2]}; but it is this thread itself that holds, or is loading, "
+            f"{', '.join(map(repr, held))}: release that first, hold one copy for both uses, or see to it that both "
+            "fit (max_model_copies, memory)",
+            tag=tag,
+            held=held,
+        )
 
     @contextmanager
     def _giving_up_in_time(self, worker: Worker, tag: str) -> Iterator[None]:
@@ -717,7 +791,16 @@ class ModelManager(BeamNames):
             waited_seconds=waited_s,
         )
 
-    def _enqueue(self, worker: Worker, tag: str, encoded: bytes, deadline: float, preload: int, wish: Wish) -> int:
+    def _enqueue(
+        self,
+        worker: Worker,
+        tag: str,
+        encoded: bytes,
+        deadline: float,
+        preload: int,
+        wish: Wish,
+        nested: bool = False,
+    ) -> int:
         namespace = worker.namespace
         words = namespace.segment.words
         devices = wish.devices or worker.board.visible_bits()
@@ -727,10 +810,10 @@ class ModelManager(BeamNames):
                 worker.kept_estimates.recall(t, model, tag)
             known = words[namespace.tables.model(model) + Model.KNOWN] or words[Header.SOURCE_BOOKS_ONLY]
             priority = PRELOAD_PRIORITY if preload else 1 if known else 0
-            deadline_ns = int(min(deadline * 1e9, 2**63))
+            deadline_ns = to_ns(deadline)
             need_mb = worker.scheduler.need_mb(model)
             row = namespace.transitions.enqueue(
-                t, model, namespace.slot, priority, need_mb, deadline_ns, preload, devices, wish.tied, wish.span
+                t, model, namespace.slot, priority, need_mb, deadline_ns, preload, devices, wish.tied, wish.span, nested
             )
             number = words[namespace.tables.ticket(row) + Ticket.NUMBER]
             worker.scheduler.advance(t, newcomer=row)
@@ -752,6 +835,7 @@ class ModelManager(BeamNames):
         words = namespace.segment.words
         at = namespace.tables.ticket(row)
         signal = at + Ticket.SIGNAL
+        again = LookAgain(worker, row)
         while True:
             seen = words[signal]
             # This look needs no lock: what is seen here is acted upon only once it is known to be committed.
@@ -762,6 +846,11 @@ class ModelManager(BeamNames):
             left = deadline - time.monotonic()
             if left <= 0:
                 return None
+            look_in_s = again.in_s()
+            if look_in_s <= 0:
+                again.look()
+                continue
+            left = min(left, look_in_s)
             wait_for_change(lambda: int(words[signal]), namespace.segment.address + 8 * signal, seen, left)
             if words[signal] == seen:
                 worker.scheduler.await_alerted(row)
@@ -836,7 +925,7 @@ class ModelManager(BeamNames):
         devices = wish.devices or worker.board.visible_bits()
         with namespace.transaction(deadline - time.monotonic()) as t:
             model = namespace.transitions.claim_lease(t, encoded, mb)
-            deadline_ns = int(min(deadline * 1e9, 2**63))
+            deadline_ns = to_ns(deadline)
             row = namespace.transitions.enqueue(
                 t, model, namespace.slot, 1, mb, deadline_ns, 0, devices, wish.tied, wish.span
             )
@@ -880,12 +969,17 @@ class ModelManager(BeamNames):
         wish: Wish = _ANYWHERE,
         preload: int = 0,
     ) -> Any:
-        """Run the loader; if it runs out of memory, make room and wait for a second turn. Return what is to be used."""
+        """Run the loader; if it runs out of memory, make room and wait for a second turn. Return what is to be used.
+
+        There is none for a load that had its devices to itself, with no larger ones to go to: nothing can be unloaded.
+        """
         devices = worker.namespace.segment.words[worker.namespace.tables.instance(booking.row) + Instance.DEVICES]
+        places = wish.devices or worker.board.visible_bits()
+        attempt = _Attempt(places, last=False)
         try:
-            return self._load(worker, tag, booking, loader_func)
+            return self._load(worker, tag, booking, loader_func, attempt)
         except Exception as error:
-            if not is_out_of_memory(error):
+            if not attempt.again:
                 raise
             failure = error
         # Its frames would keep what was loaded so far, and with it the memory.
@@ -893,17 +987,20 @@ class ModelManager(BeamNames):
         worker.dispose(None)
         answer: Copy | _Booking | None = None
         with suppress(MpmmError):
-            # What is learnt of a model that ran alone is its peak, or nothing.
-            worker.make_room_after_running_out(tag, devices, learn=not booking.alone)
+            worker.make_room(devices)
             worker.wait_for_unloads(devices)
             deadline = time.monotonic() + self._settings.wait_timeout_seconds
             answer = self._queue(worker, tag, deadline, wish, preload) if preload else self._get(worker, tag, wish)
         if answer is None:
             raise failure
         del failure
-        return self._load(worker, tag, answer, loader_func) if isinstance(answer, _Booking) else answer.value
+        if not isinstance(answer, _Booking):
+            return answer.value
+        return self._load(worker, tag, answer, loader_func, _Attempt(places, last=True))
 
-    def _load(self, worker: Worker, tag: str, booking: _Booking, loader_func: Callable[[], Any]) -> Any:
+    def _load(
+        self, worker: Worker, tag: str, booking: _Booking, loader_func: Callable[[], Any], attempt: _Attempt
+    ) -> Any:
         """Run the loader, with no lock held, and put what it made into the books."""
         began = time.monotonic()
         value: Any = None
@@ -913,16 +1010,27 @@ class ModelManager(BeamNames):
                     f"loader {loader_func!r} of {tag!r}: expected a callable that is no coroutine"
                 )
             if booking.alone:
-                worker.freshen()
+                # What it adds is measured against this figure, so it must be one from now, whatever that takes.
+                worker.sample_now()
                 worker.reset_peak()
                 with worker.namespace.transaction() as t:
                     worker.namespace.transitions.set_baseline(t, booking.row)
             growth = worker.measuring_growth()
-            with serving_for(worker.server_context(booking.row)), placed(worker.placement_of(booking.row)):
-                value = loader_func()
+            attempt.free = worker.free_for_load(booking.row)
+            if booking.alone:
+                worker.thread.alone = booking.row, booking.generation
+            worker.thread.loads.append((booking.row, booking.generation))
+            try:
+                with serving_for(worker.server_context(booking.row)), placed(worker.placement_of(booking.row)):
+                    value = loader_func()
+            finally:
+                worker.thread.loads.remove((booking.row, booking.generation))
             copy = self._book_in(worker, tag, booking, value, growth)
         except BaseException as error:
-            in_time = self._give_up_load(worker, booking)
+            ran_out = is_out_of_memory(error)
+            attempt.again = ran_out and not attempt.last
+            failed = isinstance(error, Exception) and not isinstance(error, _NOT_THE_LOADERS)
+            in_time = self._give_up_load(worker, booking, attempt if ran_out else None, failed)
             worker.dispose(value)
             limit = self._settings.load_timeout_seconds
             if not in_time and time.monotonic() - began > limit:
@@ -954,7 +1062,7 @@ class ModelManager(BeamNames):
             if not server and server_pid == namespace.pid:
                 server = namespace.reference
             model = words[at + Instance.MODEL]
-            mb, shares_mb = worker.scheduler.need_mb(model), worker.measured_shares(booking.row, server)
+            mb, shares_mb = worker.scheduler.expected_mb(model), worker.measured_shares(booking.row, server)
             if math.fsum(shares_mb) > 0:
                 mb = math.fsum(shares_mb)
                 learnt = Estimate(max(shares_mb) * len(shares_mb), 0.0)
@@ -962,9 +1070,11 @@ class ModelManager(BeamNames):
                 mb, shares_mb = grown_mb, ()
                 learnt = Estimate(grown_mb, GROWTH_SD * grown_mb)
             books_only = bool(words[Header.SOURCE_BOOKS_ONLY])
-            namespace.transitions.end_load(
-                t, booking.row, handle, mb, server, server_pid is not None, seen or books_only, shares_mb
+            is_twin = namespace.transitions.end_load(
+                t, booking.row, handle, mb, server, server_pid is not None, shares_mb
             )
+            if is_twin:
+                worker.warn_of_twins(t, tag, value)
             if words[tables.model(model) + Model.KNOWN]:
                 learnt = None
             elif learnt is not None:
@@ -992,14 +1102,27 @@ class ModelManager(BeamNames):
             and words[at + Instance.HOLDER] == worker.namespace.reference
         )
 
-    def _give_up_load(self, worker: Worker, booking: _Booking) -> bool:
-        """Free the row of a load that came to nothing; return False if others have done so already."""
+    def _give_up_load(
+        self, worker: Worker, booking: _Booking, ran_out: _Attempt | None = None, failed: bool = False
+    ) -> bool:
+        """Free the row of a load that came to nothing; return False if others have done so already.
+
+        ran_out: the attempt, if it ran out of memory, to learn from it and to say whether it may find more `again`.
+        failed: it is the loader's fault, which is remembered unless there is another turn; see `policy.backoff`.
+        """
         if not worker.namespace.is_usable:
             return False
 
         def give_up(t: Transaction) -> bool:
             if not self._still_loading(worker, booking):
                 return False
+            if ran_out is not None:
+                more = worker.could_gain(booking.row, ran_out.free, ran_out.places)
+                ran_out.again = ran_out.again and more
+                worker.learn_from_load(t, booking.row, ran_out.free, ran_out.places, not ran_out.last)
+            if failed and not (ran_out is not None and ran_out.again):
+                words, at = worker.namespace.segment.words, worker.namespace.tables.instance(booking.row)
+                worker.namespace.transitions.note_failure(t, words[at + Instance.MODEL])
             # Not merely `fail_load`: the loader may have started a model server before it failed.
             worker.namespace.transitions.give_up_load(t, booking.row)
             worker.scheduler.advance(t)
@@ -1013,18 +1136,18 @@ class ModelManager(BeamNames):
         self, worker: Worker, tag: str, copy: Copy, used: bool = True, patience_s: float | None = None
     ) -> None:
         namespace = worker.namespace
-        words, tables = namespace.segment.words, namespace.tables
+        words = namespace.segment.words
         cost = None
-        if words[Header.ISOLATED] and namespace.transitions.runs_alone(copy.row):
+        alone = words[Header.ISOLATED] and namespace.transitions.runs_alone(copy.row)
+        # What a twin adds to the memory in use says nothing about its model.
+        if alone and not worker.is_twin(copy):
             cost = self._isolated_cost(worker, copy)
         with namespace.transaction(patience_s) as t:
             worker.settle_receipts(t)
             if not worker.is_held(copy):
                 raise NamespaceResetError(f"a reset of namespace {self._name!r} took {tag!r} away", tag=tag)
             if cost is not None and namespace.transitions.runs_alone(copy.row):
-                model = words[tables.instance(copy.row) + Instance.MODEL]
-                namespace.transitions.estimate(t, model, cost, measured=False, sd_mb=ALONE_SD * cost)
-                namespace.transitions.correct(t, copy.row, cost)
+                self._learn_alone(worker, t, copy.row, cost)
             else:
                 cost = None
             worker.scheduler.release(t, copy.row, used)

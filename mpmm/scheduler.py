@@ -17,10 +17,13 @@ import numpy as np
 import numpy.typing as npt
 
 from mpmm.errors import TableFullError
+from mpmm.policy.backoff import back_off_s
 from mpmm.policy.demand import Demand
 from mpmm.policy.fairness import UNKNOWN_FIRST
+from mpmm.policy.out_of_memory import MORE_MB
 from mpmm.policy.plan import make_plan
 from mpmm.policy.reasons import explain
+from mpmm.policy.sharing import remaining_s
 from mpmm.policy.view import (
     Busy,
     Decision,
@@ -31,6 +34,7 @@ from mpmm.policy.view import (
     Idle,
     Load,
     ModelView,
+    Placed,
     Reason,
     Refuse,
     Rules,
@@ -39,9 +43,10 @@ from mpmm.policy.view import (
     Wait,
     Why,
 )
+from mpmm.shared_state.durations import to_ns
 from mpmm.shared_state.events import Cause
 from mpmm.shared_state.futex import wake_one, yield_processor
-from mpmm.shared_state.layout import Device, Header, Instance, Member, Model, Ticket, device_bits, device_rows
+from mpmm.shared_state.layout import Device, Header, Instance, Model, Ticket, device_bits, device_rows
 from mpmm.shared_state.namespace import Namespace
 from mpmm.shared_state.transaction import Transaction
 
@@ -65,14 +70,16 @@ def _counts() -> defaultdict[int, defaultdict[int, int]]:
 @dataclass
 class Copies:
     """What the instance rows say: copies by model (loaded ones shared, or owned by member; loading by member), MB and
-    copies in mid-unload by device. `booked_mb` is what all but the loading ones take."""
+    copies in mid-unload by device. `booked_mb` is what all but the loading ones take, `reserved_mb` what loads in
+    progress and leases may take, or take already where that is more."""
 
     idle: list[Idle] = field(default_factory=list)
     busy: list[Busy] = field(default_factory=list)
+    leases: list[Placed] = field(default_factory=list)
     shared: defaultdict[int, int] = field(default_factory=lambda: defaultdict(int))
     owned: defaultdict[int, defaultdict[int, int]] = field(default_factory=_counts)
     loading: defaultdict[int, defaultdict[int, int]] = field(default_factory=_counts)
-    oldest_load: dict[int, int] = field(default_factory=dict)
+    newest_load: dict[int, int] = field(default_factory=dict)
     newest_hold: dict[int, int] = field(default_factory=dict)
     unloading: defaultdict[int, int] = field(default_factory=lambda: defaultdict(int))
     booked_mb: defaultdict[int, float] = field(default_factory=lambda: defaultdict(float))
@@ -197,7 +204,7 @@ class Scheduler:
                 model,
                 after.gap_s,
                 after.requests,
-                t.now if after.requests > before.requests else int(after.counted_s * 1e9),
+                t.now if after.requests > before.requests else to_ns(after.counted_s),
             )
 
     def _requests(self, model: int) -> int:
@@ -244,7 +251,7 @@ class Scheduler:
         blocked = [one for one in waiting if one.blocked_at]
         if not blocked or first.number <= min(one.number for one in blocked):
             return first.row, 0
-        bound_ns = int(self._namespace.settings.max_overtake_seconds * 1e9)
+        bound_ns = to_ns(self._namespace.settings.max_overtake_seconds)
         if now - min(one.blocked_at for one in blocked) >= bound_ns:
             return None
         return first.row, min(blocked, key=lambda one: one.number).model + 1
@@ -269,7 +276,7 @@ class Scheduler:
         waiting = waiting[rows[waiting, Ticket.DEADLINE] > now]
         priorities = rows[waiting, Ticket.PRIORITY]
         # The rule of `policy.fairness.effective_priority`, for all at once.
-        bound_ns = int(min(UNKNOWN_FIRST * self._namespace.settings.max_overtake_seconds, 1e9) * 1e9)
+        bound_ns = to_ns(UNKNOWN_FIRST * self._namespace.settings.max_overtake_seconds)
         promoted = (priorities == 1) & (rows[waiting, Ticket.ENQUEUED] + np.uint64(bound_ns) <= now)
         priorities = np.where(promoted, 0, priorities)
         ordered: npt.NDArray[np.intp] = waiting[np.lexsort((rows[waiting, Ticket.NUMBER], priorities))]
@@ -313,12 +320,12 @@ class Scheduler:
             tickets=tickets,
             devices=self.device_views(copies),
             busy=tuple(copies.busy),
+            leases=tuple(copies.leases),
         )
 
     def read_copies(self) -> Copies:
         """Return what the instance rows say, in one pass over those in use."""
         words, floats, tables = self._segment.words, self._segment.floats, self._tables
-        measures = bool(words[Header.SOURCE_MEASURES_PROCESSES])
         now = time.monotonic_ns()
         copies = Copies()
         for row in tables.used_rows(self._layout.instances):
@@ -333,13 +340,16 @@ class Scheduler:
                 (device, mb), *others = tables.shares_of(row)
                 beside = tuple(others)
             if state == Instance.LEASED:
-                # Not a copy of a model, but a reservation, of which what its program takes is in the figure already.
-                self._share_out(copies.reserved_mb, device, beside, max(0.0, reserved - floats[at + Instance.MB]))
+                # Not a copy of a model, but a reservation.
+                self._share_out(copies.reserved_mb, device, beside, max(reserved, floats[at + Instance.MB]))
                 self._share_out(copies.leased_mb, device, beside, reserved)
+                share_mb = reserved / (1 + len(beside))
+                shares = tuple((other, share_mb) for other, _ in beside)
+                copies.leases.append(Placed(row, model, device, share_mb, beside=shares))
                 continue
             if state == Instance.LOADING:
                 copies.loading[model][holder] += 1
-                copies.oldest_load[model] = min(since, copies.oldest_load.get(model, since))
+                copies.newest_load[model] = max(since, copies.newest_load.get(model, 0))
                 free_in_s = self._free_in_s(model, since, now, loading=True)
                 copies.busy.append(Busy(row, model, device, mb, free_in_s, pinned, holder, True, beside=beside))
             else:
@@ -360,8 +370,8 @@ class Scheduler:
                 copies.newest_hold[model] = max(since, copies.newest_hold.get(model, 0))
                 free_in_s = self._free_in_s(model, since, now, loading=False)
                 copies.busy.append(Busy(row, model, device, mb, free_in_s, pinned, owner or None, beside=beside))
-            if reserved and server and measures:
-                self._add_rest(copies, row, device, beside, reserved, server - 1)
+            if reserved and server:
+                self._add_load(copies, row, device, beside, reserved)
             elif reserved:
                 self._share_out(copies.reserved_mb, device, beside, reserved)
         return copies
@@ -374,45 +384,57 @@ class Scheduler:
         for other, _ in beside:
             figures[other] += share_mb
 
-    def _add_rest(
-        self, copies: Copies, row: int, device: int, beside: Sequence[tuple[int, float]], reserved: float, server: int
+    def _add_load(
+        self, copies: Copies, row: int, device: int, beside: Sequence[tuple[int, float]], reserved: float
     ) -> None:
-        """Add what a copy's reservation adds: what its loading server takes already is in the devices' figures."""
-        floats, at = self._segment.floats, self._tables.member(server)
+        """Add what a load in progress was allowed, or what its server has taken already, where that is more."""
         share_mb = reserved / (1 + len(beside))
-        for number, other in enumerate((device, *(other for other, _ in beside))):
-            measured = floats[at + (Member.SHARES + number if beside else Member.MEASURED_MB)]
-            copies.reserved_mb[other] += share_mb if math.isnan(measured) else max(0.0, share_mb - measured)
+        for other in (device, *(other for other, _ in beside)):
+            copies.reserved_mb[other] += max(share_mb, self._namespace.transitions.measured_share(row, other) or 0.0)
 
     def _free_in_s(self, model: int, since_ns: int, now_ns: int, loading: bool) -> float:
-        """Return when a copy that is held, or being loaded, is expected to be idle; `inf` if nothing is known."""
+        """Return when an instance that is held, or being loaded, is expected to be idle, judged by how long that takes
+        on average and how long it has taken already."""
         floats, at = self._segment.floats, self._tables.model(model)
-        hold_s, load_s = floats[at + Model.HOLD_S], floats[at + Model.LOAD_S]
-        if not hold_s or (loading and not load_s):
-            return math.inf
-        return max(0.0, hold_s + (load_s if loading else 0.0) - (now_ns - since_ns) / 1e9)
+        hold_s, load_s, elapsed_s = floats[at + Model.HOLD_S], floats[at + Model.LOAD_S], (now_ns - since_ns) / 1e9
+        return hold_s + remaining_s(load_s, elapsed_s) if loading else remaining_s(hold_s, elapsed_s)
 
     def device_views(self, copies: Copies) -> tuple[DeviceView, ...]:
-        """Return the figures of all devices."""
+        """Return what the ledgers of all devices say."""
         words, floats, tables = self._segment.words, self._segment.floats, self._tables
-        return tuple(
-            DeviceView(
-                device=row,
-                total_mb=floats[tables.device(row) + Device.TOTAL_MB],
-                used_mb=self.used_mb(row, copies),
-                reserved_mb=copies.reserved_mb[row],
-                unloading_mb=copies.unloading_mb[row],
-                returning_mb=floats[tables.device(row) + Device.RETURNING_MB],
-                leased_mb=copies.leased_mb[row],
-                foreign_mb=floats[tables.device(row) + Device.FOREIGN_MB],
-                isolated=bool(words[Header.ISOLATED] >> row & 1),
-                unloading=copies.unloading[row],
+        late = words[Header.SOURCE_SETTLES_LATE]
+        views = []
+        for row in tables.used_rows(self._layout.devices):
+            at = tables.device(row)
+            external, least = floats[at + Device.EXTERNAL_MB], floats[at + Device.EXTERNAL_LEAST_MB]
+            if words[Header.SOURCE_BOOKS_ONLY] or math.isnan(external):
+                external = least = 0.0
+            returning = floats[at + Device.RETURNING_MB] if late else 0.0
+            views.append(
+                DeviceView(
+                    device=row,
+                    total_mb=floats[at + Device.TOTAL_MB],
+                    used_mb=external + copies.booked_mb[row] + returning,
+                    reserved_mb=copies.reserved_mb[row],
+                    unloading_mb=copies.unloading_mb[row],
+                    returning_mb=returning,
+                    leased_mb=copies.leased_mb[row],
+                    external_mb=external,
+                    external_least_mb=least,
+                    isolated=bool(words[Header.ISOLATED] >> row & 1),
+                    unloading=copies.unloading[row],
+                )
             )
-            for row in tables.used_rows(self._layout.devices)
-        )
+        return tuple(views)
 
     def need_mb(self, model: int) -> float:
-        """Return what a copy of a model is expected to take: its estimate, else the default."""
+        """Return what has to be free for a copy of a model: its estimate, else the default, but above its bound."""
+        bound_mb = self._segment.floats[self._tables.model(model) + Model.AT_LEAST_MB]
+        expected_mb = self.expected_mb(model)
+        return max(expected_mb, bound_mb + MORE_MB) if bound_mb else expected_mb
+
+    def expected_mb(self, model: int) -> float:
+        """Return what a copy of a model takes once it is loaded, as far as known: its estimate, else the default."""
         at = self._tables.model(model)
         if self._segment.words[at + Model.KNOWN]:
             return self._segment.floats[at + Model.ESTIMATE_MB]
@@ -443,10 +465,12 @@ class Scheduler:
             shares=bool(words[at + Model.SHARES]),
             load_s=floats[at + Model.LOAD_S],
             hold_s=floats[at + Model.HOLD_S],
-            loading_for_s=(now_ns - copies.oldest_load.get(model, now_ns)) / 1e9,
+            loading_for_s=(now_ns - copies.newest_load.get(model, now_ns)) / 1e9,
             held_for_s=(now_ns - copies.newest_hold.get(model, now_ns)) / 1e9,
             rate=self._demand(model).counted(self._requests(model), now_ns / 1e9).per_second(now_ns / 1e9),
             lease=words[at] == Model.LEASE,
+            failures=words[at + Model.FAILURES],
+            failed_ago_s=(now_ns - words[at + Model.FAILED_AT]) / 1e9,
         )
 
     def _tickets(self, idle_of_model: Mapping[int, int]) -> tuple[TicketView, ...]:
@@ -458,6 +482,11 @@ class Scheduler:
         order = self._queue_order()
         chosen = order[:QUEUE_PART].tolist()
         if len(order) > QUEUE_PART:
+            # Those whose loads fail hold up nobody, however many they are.
+            failing = self._tables.view(self._layout.models)[:, Model.FAILURES] > 0
+            if failing.any():
+                order = order[np.argsort(failing[rows[order, Ticket.MODEL]], kind="stable")]
+                chosen = order[:QUEUE_PART].tolist()
             rest = order[QUEUE_PART:]
             models = rows[rest, Ticket.MODEL]
             for model, idle in idle_of_model.items():
@@ -465,26 +494,10 @@ class Scheduler:
                 chosen += rest[models == model][: 2 * idle].tolist()
         fields = [
             *(Ticket.NUMBER, Ticket.PRIORITY, Ticket.MODEL, Ticket.MEMBER, Ticket.ENQUEUED, Ticket.PRELOAD),
-            *(Ticket.BLOCKED_AT, Ticket.DEVICES, Ticket.TIED, Ticket.SPAN),
+            *(Ticket.BLOCKED_AT, Ticket.DEVICES, Ticket.TIED, Ticket.SPAN, Ticket.NESTED, Ticket.PASSED),
         ]
-        return tuple(
-            TicketView(
-                row,
-                number,
-                priority,
-                model,
-                member,
-                enqueued / 1e9,
-                preload,
-                blocked / 1e9 if blocked else None,
-                tuple(device_rows(devices)) if devices else (),
-                tuple(device_rows(tied)) if tied else (),
-                span,
-            )
-            for row, (number, priority, model, member, enqueued, preload, blocked, devices, tied, span) in zip(
-                chosen, rows[chosen][:, fields].tolist(), strict=True
-            )
-        )
+        found = zip(chosen, rows[chosen][:, fields].tolist(), strict=True)
+        return tuple(_ticket_view(row, *values) for row, values in found)
 
     def _make_room_in_table(self, t: Transaction, ticket: int) -> bool:
         """Have the copy that has been idle longest unloaded for want of a row; return False if none may be."""
@@ -518,16 +531,22 @@ class Scheduler:
                         raise
                     if not self._make_room_in_table(t, ticket) and ticket == newcomer:
                         raise
-            case Evict(ticket, instances, why):
+            case Evict(ticket, instances, why, passed):
                 at = self._tables.ticket(ticket)
                 unloader, model = self._segment.words[at + Ticket.MEMBER] - 1, self._segment.words[at + Ticket.MODEL]
                 cause = _cause(why)._replace(other=model + 1)
                 for instance in instances:
-                    transitions.begin_unload(t, instance, unloader, True, cause)
+                    # A twin has gone with the one before it.
+                    if self._segment.words[self._tables.instance(instance)] == Instance.IDLE:
+                        transitions.begin_unload(t, instance, unloader, True, cause)
+                if passed:
+                    transitions.let_pass(t, ticket)
                 self._note_wait(t, ticket, replace(why, reason=Reason.UNLOADING), first=True)
             case Refuse(ticket, why):
                 transitions.refuse(t, ticket, _cause(why))
-            case Wait(ticket, _, why, first):
+            case Wait(ticket, _, why, first, passed):
+                if passed:
+                    transitions.let_pass(t, ticket)
                 self._note_wait(t, ticket, why, first)
 
     def why(self, ticket: int) -> str:
@@ -545,6 +564,18 @@ class Scheduler:
         )
         return f"{reason.name.lower()}: {sentence}"
 
+    def backs_off_for_s(self, ticket: int) -> float:
+        """Return in how many seconds a waiter's back-off ends, `inf` if it waits for something else; without the lock.
+
+        Nothing else may happen then, so it has to see to it that it is looked at.
+        """
+        words, at = self._segment.words, self._tables.ticket(ticket)
+        if words[at + Ticket.REASON] != Reason.BACKING_OFF:
+            return math.inf
+        model = self._tables.model(words[at + Ticket.MODEL])
+        ago_s = (time.monotonic_ns() - words[model + Model.FAILED_AT]) / 1e9
+        return max(0.0, back_off_s(words[model + Model.FAILURES]) - ago_s)
+
     def _note_wait(self, t: Transaction, ticket: int, why: Why, first: bool) -> None:
         words, at = self._segment.words, self._tables.ticket(ticket)
         # Mostly nothing has changed, and there are many.
@@ -556,6 +587,38 @@ class Scheduler:
             self._namespace.transitions.set_reason(t, ticket, cause)
         if first and not words[at + Ticket.BLOCKED_AT]:
             self._namespace.transitions.block(t, ticket)
+
+
+def _ticket_view(
+    row: int,
+    number: int,
+    priority: int,
+    model: int,
+    member: int,
+    enqueued_ns: int,
+    preload: int,
+    blocked_ns: int,
+    devices: int,
+    tied: int,
+    span: int,
+    nested: int,
+    passed: int,
+) -> TicketView:
+    return TicketView(
+        row,
+        number,
+        priority,
+        model,
+        member,
+        enqueued_ns / 1e9,
+        preload,
+        blocked_ns / 1e9 if blocked_ns else None,
+        tuple(device_rows(devices)) if devices else (),
+        tuple(device_rows(tied)) if tied else (),
+        span,
+        bool(nested),
+        bool(passed),
+    )
 
 
 def _cause(why: Why) -> Cause:

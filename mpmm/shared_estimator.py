@@ -55,6 +55,8 @@ class SharedResourceEstimator:
     def set_initial_estimate(self, model_tag: str, cost: float) -> None:
         """Set the estimate of a tag to `cost` MB, as measured with the model alone on a device.
 
+        It counts even if the model has run out of memory with more than that free.
+
         Raises InvalidArgumentError, TableFullError.
         """
         encoded = encode_text(model_tag, Model.TAG_BYTES, "model tag")
@@ -63,7 +65,8 @@ class SharedResourceEstimator:
         namespace = self._namespace
         with namespace.transaction() as t:
             row = namespace.transitions.claim_model(t, model_tag, encoded)
-            namespace.transitions.estimate(t, row, float(cost), measured=False, sd_mb=ALONE_SD * float(cost))
+            sd_mb = ALONE_SD * float(cost)
+            namespace.transitions.estimate(t, row, float(cost), measured=False, sd_mb=sd_mb, forget_bound=True)
         report_estimate(model_tag, cost)
         self.logging_info("Initial estimate of %s: %s MB", model_tag, cost)
 
@@ -163,6 +166,9 @@ class SharedResourceEstimator:
                     continue
                 at = namespace.tables.model(row)
                 known, measured = words[at + Model.KNOWN], bool(words[at + Model.MEASURED])
+                if not known and mb <= floats[at + Model.AT_LEAST_MB]:
+                    # The readings are from before it ran out of memory with more than that free.
+                    continue
                 old = Estimate(floats[at + Model.ESTIMATE_MB], floats[at + Model.SD_MB]) if known else None
                 new = reconcile(old, Estimate(mb, footprints.sd_mb[tag] if footprints else 0.0), self.smoothing_factor)
                 if new != old:

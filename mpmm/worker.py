@@ -31,9 +31,10 @@ from mpmm.gpu_monitor import GPUMonitor
 from mpmm.keeper import REPEAT_S, Keeper
 from mpmm.kept_estimates import KeptEstimates
 from mpmm.placement import Placement, place_for_good, visible_devices
-from mpmm.policy.out_of_memory import raised_estimate_mb
+from mpmm.policy.out_of_memory import bound_mb, raised_estimate_mb
+from mpmm.policy.view import Reason
 from mpmm.proxy.context import ServerContext
-from mpmm.scheduler import Scheduler
+from mpmm.scheduler import Copies, Scheduler
 from mpmm.shared_estimator import SharedResourceEstimator
 from mpmm.shared_state.futex import wake_all
 from mpmm.shared_state.layout import Device, Header, Instance, Member, Model, Ticket, device_rows
@@ -42,7 +43,7 @@ from mpmm.shared_state.transaction import Transaction
 from mpmm.sources import MemorySource, process_knowledge
 from mpmm.sources.visible_devices import VISIBLE_VARIABLE
 
-__all__ = ["NOW_S", "Copy", "Growth", "ServerDuty", "Worker"]
+__all__ = ["NOW_S", "Copy", "Free", "Growth", "LookAgain", "ServerDuty", "Worker"]
 
 T = TypeVar("T")
 
@@ -60,6 +61,9 @@ FRESHEN_TIMEOUT_S = 0.25
 # Nor does a load or a release wait longer to be measured. nvidia-smi takes 0.3 s, and may have to be run twice: what is
 # in progress has begun too early.
 SAMPLE_TIMEOUT_S = 1.0
+# A waiter whose back-off is over looks after so long whether it is its turn, and then more and more rarely.
+FIRST_LOOK_AGAIN_S = 0.1
+LONGEST_LOOK_AGAIN_S = 30.0
 # A sample of this age is as good as a new one for the next who asks.
 FRESH_NS = 20_000_000
 # Elsewhere a processor may reorder the reads of `Worker.hold_granted`, and Python has no means to forbid it.
@@ -129,6 +133,55 @@ class _Farewell:
         remove_deserted(Path(self.root), self.name)
 
 
+@dataclass(frozen=True)
+class Free:
+    """What the devices of a copy had for it when its load began.
+
+    mb: as much as the one that had least, times the devices; physically, whatever slack says. room_mb: what they could
+    have had for it at best, within their limits, if everything else of the namespace were gone. alone: there was
+    nothing of it, idle copies of pinned models aside, nor was anything on its way back.
+    """
+
+    mb: float
+    room_mb: float
+    alone: bool
+
+
+class ThreadHolds(threading.local):
+    """What the calling thread holds or loads here.
+
+    blocks: what it has in `with manager.model(...)` blocks, tag and value, innermost last. loads: what the loaders load
+    that it is running, row and generation. alone: what it has loaded to run alone, in a block or not.
+    """
+
+    def __init__(self) -> None:
+        self.blocks: list[tuple[str, Any]] = []
+        self.loads: list[tuple[int, int]] = []
+        self.alone: tuple[int, int] | None = None
+
+
+class LookAgain:
+    """Has a waiter whose model backs off looked at when the back-off ends, for which nobody else needs to come by."""
+
+    def __init__(self, worker: Worker, ticket: int) -> None:
+        self._worker = worker
+        self._ticket = ticket
+        self._not_before = 0.0
+        self._pause_s = FIRST_LOOK_AGAIN_S
+
+    def in_s(self) -> float:
+        """Return in how many seconds to look; `inf` if it does not back off."""
+        left_s = self._worker.scheduler.backs_off_for_s(self._ticket)
+        return max(left_s, self._not_before - time.monotonic())
+
+    def look(self) -> None:
+        """Let the policy decide anew. If that changes nothing, the waiter stands behind others, and looks later."""
+        with contextlib.suppress(LockTimeoutError), self._worker.namespace.transaction(NOW_S) as t:
+            self._worker.scheduler.advance(t)
+        self._not_before = time.monotonic() + self._pause_s
+        self._pause_s = min(2 * self._pause_s, LONGEST_LOOK_AGAIN_S)
+
+
 class Growth:
     """What a load adds to the device memory of this process, if nothing else of it can have changed that meanwhile."""
 
@@ -192,6 +245,9 @@ class Worker:
         self._handles: dict[int, Copy] = {}
         self._held: dict[Hashable, list[Copy]] = defaultdict(list)
         self._unloading: set[int] = set()
+        self.thread = ThreadHolds()
+        # Tags whose loaders were seen to return handles of others.
+        self._twins_of_tags: set[str] = set()
         self._owed: deque[Callable[[Transaction], object]] = deque()
         # Row and number of tickets whose grants this process has acted upon, see `hold_granted`.
         self._receipts: set[tuple[int, int]] = set()
@@ -556,6 +612,22 @@ class Worker:
         owned = self._objects.get(row)
         return owned.value if owned else (self.namespace.tables.handle_of(row) or None)
 
+    def is_twin(self, copy: Copy) -> bool:
+        """Tell whether others stand for the same handle as a copy. Looks without the lock, which a holder may do."""
+        handle = copy.value.encode("utf-8", "surrogateescape") if isinstance(copy.value, str) else b""
+        return bool(handle) and bool(self.namespace.transitions.twins_of(handle, copy.row))
+
+    def warn_of_twins(self, t: Transaction, tag: str, handle: str) -> None:
+        """Say, once a tag, that a loader has returned a handle that another one has returned before."""
+        if tag not in self._twins_of_tags:
+            self._twins_of_tags.add(tag)
+            text = (
+                "mpmm %s: pid %d: the loader of %s has returned the handle %r, which stands for something that is "
+                "loaded already: counted once, and unloaded with the last of them; let the loader return a new handle "
+                "each time, or set max_model_copies=1"
+            )
+            t.after.append(partial(_LOG.warning, text, self.namespace.name, self.namespace.pid, tag, handle))
+
     def handle_is_alive(self, copy: Copy) -> bool:
         """Tell whether what a handle stands for still lives; a handle that never named a server is taken on trust."""
         words, at = self.namespace.segment.words, self.namespace.tables.instance(copy.row)
@@ -652,38 +724,194 @@ class Worker:
                     bits |= words[at + Instance.DEVICES]
             return bits
 
-    def make_room_after_running_out(self, tag: str, devices: int, learn: bool) -> None:
-        """Take back what admission believed: unload what is idle on these devices (bits), pinned models aside.
+    def free_for_load(self, row: int) -> Free | None:
+        """Return what the devices have for a copy that is about to load; None if there is nothing to measure it with.
 
-        learn: raise the estimate of the model as well.
+        None as well if the lock is not free at once: a load does not wait for it.
         """
         namespace = self.namespace
-        words, tables = namespace.segment.words, namespace.tables
+        words, floats, tables = namespace.segment.words, namespace.segment.floats, namespace.tables
+        if words[Header.SOURCE_BOOKS_ONLY]:
+            return None
+        at = tables.instance(row)
+        with contextlib.suppress(LockTimeoutError), namespace.transaction(NOW_S):
+            devices = device_rows(words[at + Instance.DEVICES])
+            own_mb = floats[at + Instance.RESERVED_MB] / len(devices)
+            copies = self.scheduler.read_copies()
+            views = [view for view in self.scheduler.device_views(copies) if view.device in devices]
+            free_mb = min(view.total_mb - view.used_mb - max(0.0, view.reserved_mb - own_mb) for view in views)
+            coming = any(view.unloading or view.returning_mb > 0 for view in views)
+            room_mb = min(self._room_mb(device, copies) for device in devices)
+            return Free(free_mb * len(devices), room_mb * len(devices), not coming and not self._beside(row))
+        return None
+
+    def could_gain(self, row: int, free: Free | None, places: int) -> bool:
+        """Tell whether a load that has run out of memory could find more, once others have gone. Needs the lock.
+
+        row: the copy that was to be loaded. places: bits of the devices where it may load, 0 for all.
+        """
+        if free is None or not free.alone or self._beside(row):
+            return True
+        here = self.namespace.segment.words[self.namespace.tables.instance(row) + Instance.DEVICES]
+        return self._roomiest_mb(places, here.bit_count(), here, free.mb) > free.mb
+
+    def _beside(self, row: int) -> list[int]:
+        """Return the instances beside a copy that could make room for it: all but the idle ones of pinned models."""
+        words, tables = self.namespace.segment.words, self.namespace.tables
+        others = []
+        for device in device_rows(words[tables.instance(row) + Instance.DEVICES]):
+            for other in tables.on_device(device):
+                at = tables.instance(other)
+                pinned = words[tables.model(words[at + Instance.MODEL]) + Model.PINS]
+                if other != row and not (pinned and words[at] == Instance.IDLE):
+                    others.append(other)
+        return others
+
+    def _roomiest_mb(self, places: int, span: int, here: int = 0, here_mb: float = 0.0) -> float:
+        """Return what a copy can be given at best on `span` of these devices (bits, 0 for all) beside what is not ours.
+
+        here: bits of the devices that are known to have no more than `here_mb` for it together.
+        """
+        copies = self.scheduler.read_copies()
+        rooms = [
+            here_mb / span if here >> row & 1 else self._room_mb(row, copies)
+            for row in device_rows(places) or self.board.rows()
+        ]
+        return min(sorted(rooms)[-span:], default=0.0) * span
+
+    def _room_mb(self, device: int, copies: Copies) -> float:
+        """Return how much of a device one copy could have, if it had the device to itself: see `admission.widened`."""
+        view = next(view for view in self.scheduler.device_views(copies) if view.device == device)
+        return min(self.scheduler.limit_mb(device), view.total_mb - max(0.0, view.external_least_mb))
+
+    def learn_from_load(self, t: Transaction, row: int, free: Free | None, places: int, first: bool) -> None:
+        """Record that a load has run out of memory, before its row is freed.
+
+        row, free, places: see `could_gain`. first: it may get a second turn. Where nothing can be measured, it is taken
+        for a quarter more in that; else for more than was free, less what others have begun to take since.
+        """
+        namespace = self.namespace
+        words, floats, tables = namespace.segment.words, namespace.segment.floats, namespace.tables
+        at = tables.instance(row)
+        model, here = words[at + Instance.MODEL], words[at + Instance.DEVICES]
+        span = here.bit_count()
+        at_least_mb = 0.0
+        if free is not None:
+            generation = words[at + Instance.GENERATION]
+            later = [tables.instance(other) for other in self._beside(row)]
+            came_mb = math.fsum(floats[o + Instance.MB] for o in later if words[o + Instance.GENERATION] > generation)
+            room_mb = self._roomiest_mb(places, span, here, free.room_mb)
+            at_least_mb = bound_mb(free.mb - came_mb * span, room_mb)
+        namespace.transitions.run_out(t, model, at_least_mb, loading=True)
+        if free is None and first and words[Header.SOURCE_BOOKS_ONLY]:
+            self._raise_by_a_quarter(t, model, here)
+        self._say_ran_out(t, model)
+
+    def _raise_by_a_quarter(self, t: Transaction, model: int, devices: int) -> None:
+        """Take a model for more, with nothing to go by but the books."""
+        need_mb = self.scheduler.need_mb(model)
+        limit_mb = max(map(self.scheduler.limit_mb, device_rows(devices)), default=need_mb)
+        raised_mb = raised_estimate_mb(need_mb, limit_mb)
+        measured = bool(self.namespace.segment.words[self.namespace.tables.model(model) + Model.MEASURED])
+        self.namespace.transitions.estimate(t, model, raised_mb, measured)
+        t.after.append(partial(report_estimate, self.namespace.tables.tag_of(model), raised_mb))
+
+    def _say_ran_out(self, t: Transaction, model: int) -> None:
+        namespace = self.namespace
+        tag, mb = (
+            namespace.tables.tag_of(model),
+            namespace.segment.floats[namespace.tables.model(model) + Model.AT_LEAST_MB],
+        )
+        text = "mpmm %s: pid %d ran out of memory with %s, which needs more than %.0f MB"
+        if not mb:
+            text, mb = "mpmm %s: pid %d ran out of memory with %s, taken for %.0f MB", self.scheduler.need_mb(model)
+        t.after.append(partial(_LOG.warning, text, namespace.name, namespace.pid, tag, mb))
+
+    def held_by_thread(self) -> tuple[list[int], list[int]]:
+        """Return the rows that the calling thread holds in blocks or is loading, and that which it holds alone.
+
+        Only its `with` blocks and its loaders are sure to end in this very thread: what it has acquired otherwise,
+        another one may release. Without the lock, as all of these are this process's own.
+        """
+        words, tables, here = self.namespace.segment.words, self.namespace.tables, self.thread
+        firm = [
+            row for row, generation in here.loads if words[tables.instance(row) + Instance.GENERATION] == generation
+        ]
+        with self._mutex:
+            copies = [copy for tag, value in here.blocks for copy in self._held.get(_key(value), ()) if copy.tag == tag]
+        firm += [copy.row for copy in copies if self.is_held(copy)]
+        alone = []
+        if here.alone is not None:
+            row, generation = here.alone
+            if words[
+                tables.instance(row) + Instance.GENERATION
+            ] == generation and self.namespace.transitions.runs_alone(row):
+                alone.append(row)
+        return firm, alone
+
+    def waits_for_itself(self, ticket: int, firm: list[int]) -> bool:
+        """Tell whether a waiter can be served only by rows that its own thread will not let go of. Needs the lock.
+
+        It waits for a copy of its model and has all there are; or for one to be loaded, by a loader that asks for it;
+        or for copies in use to be idle, so that there is room, and all that are in use anywhere are its own.
+        """
+        words, tables, layout = self.namespace.segment.words, self.namespace.tables, self.namespace.segment.layout
+        at = tables.ticket(ticket)
+        if words[at] != Ticket.WAITING:
+            return False
+        ours = set(firm)
+        rows = tables.rows_where(layout.instances, Instance.MODEL, words[at + Ticket.MODEL])
+        reason = words[at + Ticket.REASON]
+        if reason == Reason.COPIES:
+            return ours.issuperset(rows)
+        if reason == Reason.SHARING:
+            return ours.issuperset(rows) and all(words[tables.instance(row)] == Instance.LOADING for row in rows)
+        states = (Instance.ACTIVE, Instance.LOADING, Instance.LEASED, Instance.UNLOADING)
+        in_use = [row for row in tables.used_rows(layout.instances) if words[tables.instance(row)] in states]
+        return reason == Reason.IN_USE and ours.issuperset(in_use)
+
+    def make_room_after_use(self, tag: str) -> None:
+        """Learn from a use of a model that has run out of memory, and unload what is idle on its devices.
+
+        A copy of this process had what it took and all that was free besides: it needs more than that, and a quarter
+        more than it is taken for, as its work space may not be in the figures. Its estimate stays: that is what a copy
+        takes, whatever it was asked to do.
+        """
+        namespace = self.namespace
+        words, floats, tables = namespace.segment.words, namespace.segment.floats, namespace.tables
+        devices = self.devices_in_use(tag)
         with namespace.transaction() as t:
             model = tables.model_row(tag)
             if model is None:
                 return
-            namespace.transitions.run_out(t, model)
-            need_mb = self.scheduler.need_mb(model)
-            if learn:
-                limit_mb = max(map(self.scheduler.limit_mb, device_rows(devices)), default=need_mb)
-                need_mb = raised_estimate_mb(need_mb, limit_mb)
-                measured = bool(words[tables.model(model) + Model.MEASURED])
-                namespace.transitions.estimate(t, model, need_mb, measured)
+            if words[Header.SOURCE_BOOKS_ONLY] or not devices:
+                namespace.transitions.run_out(t, model)
+                self._raise_by_a_quarter(t, model, devices)
+            else:
+                rows = tables.rows_where(namespace.segment.layout.instances, Instance.HOLDER, namespace.reference)
+                ours = [at for at in map(tables.instance, rows) if words[at + Instance.MODEL] == model]
+                span = max((words[at + Instance.DEVICES].bit_count() for at in ours), default=1)
+                own_mb = max((floats[at + Instance.MB] for at in ours), default=0.0)
+                views = self.scheduler.device_views(self.scheduler.read_copies())
+                free = [v.total_mb - v.used_mb - v.reserved_mb for v in views if devices >> v.device & 1]
+                limit_mb = self._roomiest_mb(devices, span)
+                had_mb = own_mb + max(0.0, min(free)) * span
+                at_least_mb = max(had_mb, raised_estimate_mb(self.scheduler.need_mb(model), limit_mb))
+                namespace.transitions.run_out(t, model, bound_mb(at_least_mb, limit_mb))
+            self._say_ran_out(t, model)
+        self.make_room(devices)
+
+    def make_room(self, devices: int) -> None:
+        """Take back what admission believed: unload what is idle on these devices (bits), pinned models aside."""
+        namespace = self.namespace
+        words, tables = namespace.segment.words, namespace.tables
+        with namespace.transaction() as t:
             for row in tables.rows_where(namespace.segment.layout.instances, Instance.STATE, Instance.IDLE):
                 at = tables.instance(row)
                 pinned = words[tables.model(words[at + Instance.MODEL]) + Model.PINS]
-                if words[at + Instance.DEVICES] & devices and not pinned:
+                # A twin has gone with the one before it.
+                if words[at] == Instance.IDLE and words[at + Instance.DEVICES] & devices and not pinned:
                     namespace.transitions.begin_unload(t, row, namespace.slot, evicted=True)
-        _LOG.warning(
-            "mpmm %s: pid %d ran out of memory with %s, now taken for %.0f MB",
-            namespace.name,
-            namespace.pid,
-            tag,
-            need_mb,
-        )
-        if learn:
-            report_estimate(tag, need_mb)
         self.unload_assigned()
 
     def wait_for_unloads(self, devices: int) -> None:
@@ -714,14 +942,13 @@ class Worker:
         model = words[at + Instance.MODEL]
         with namespace.transaction():
             tag, handle, owned = tables.tag_of(model), tables.handle_of(row), words[at + Instance.OWNER]
-            twins = tables.rows_where(namespace.segment.layout.instances, Instance.HANDLE, words[at + Instance.HANDLE])
-            shared = handle and any(twin != row and tables.handle_of(twin) == handle for twin in twins)
+            is_last = namespace.transitions.unloads_handle(row)
         if owned:
             copy = self._forget_object(row)
             if copy is not None and copy.generation == generation:
                 self.dispose(copy.value)
                 del copy
-        elif handle and not shared:
+        elif handle and is_last:
             self.dispose(handle)
         with namespace.transaction() as t:
             if words[at + Instance.STATE] == Instance.UNLOADING and words[at + Instance.GENERATION] == generation:
@@ -744,8 +971,11 @@ class Worker:
         _empty_torch_cache()
 
     def _settle(self) -> None:
-        """Let waiters profit from freed memory: by a new sample where that is quick, else by the corrected books."""
-        self.freshen()
+        """Let waiters profit from freed memory: a new sample has to show it."""
+        if self.source.cheap:
+            self.freshen()
+        else:
+            self.request_sample()
         if self._foreign_monitor is not None:
             self.reset_peak()
             self.board.reset_peak()

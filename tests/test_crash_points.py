@@ -28,7 +28,7 @@ from mpmm import ModelManager
 from mpmm.policy.view import Reason
 from mpmm.shared_state.events import Cause
 from mpmm.shared_state.invariants import check_invariants
-from mpmm.shared_state.layout import Capacities, Event, Header, Instance, Member, Ticket
+from mpmm.shared_state.layout import Capacities, Device, Event, Header, Member, Ticket
 from mpmm.shared_state.namespace import Namespace
 from mpmm.shared_state.runtime_dir import RuntimeDirectory
 from mpmm.shared_state.segment import Segment
@@ -123,7 +123,7 @@ class Lab:
         if server:
             self.do(lambda t, tr: tr.link_server(t, row, self.server))
         kept = self.server + 1 if server else 0
-        self.do(lambda t, tr: tr.end_load(t, row, handle, 90.0, kept, server, seen=False))
+        self.do(lambda t, tr: tr.end_load(t, row, handle, 90.0, kept, server))
         return row
 
     def idle(self, tag: str = "a", handle: bytes = b"h", server: bool = False) -> int:
@@ -257,6 +257,7 @@ def scenarios() -> dict[str, Callable[[Lab], Operation]]:
         lab.active("a")
         lab.loading("b")
         lab.ticket("c")
+        lab.do(lambda t, tr: tr.note_failure(t, 1))
         return lambda t, tr: tr.reset(t)
 
     def granted(lab: Lab) -> Operation:
@@ -316,24 +317,27 @@ def scenarios() -> dict[str, Callable[[Lab], Operation]]:
         now = time.monotonic_ns()
         return lambda t, tr: tr.sample(t, 0, 200.0, now)
 
-    def returned_late(lab: Lab) -> Operation:
+    def returning(lab: Lab) -> int:
+        """Let the memory of a copy be awaited that has ended while a figure of 500 MB stood."""
         copy = lab.unloading("a")
         lab.do(lambda t, tr: tr.lead(t, 0, b"test", (False, True, False)))
         lab.do(lambda t, tr: tr.sample(t, 0, 500.0, 5))
-        lab.do(lambda t, tr: t.set_float(lab.tables.instance(copy) + Instance.RESERVED_MB, 0.0))
         lab.do(lambda t, tr: tr.end_unload(t, copy))
-        now = time.monotonic_ns()
-        return lambda t, tr: tr.sample(t, 0, 499.0, now)
+        return time.monotonic_ns()
 
-    def sampled_by_process(lab: Lab) -> Operation:
-        copy = lab.idle(server=True)
-        lab.do(lambda t, tr: tr.sample(t, 0, 500.0, 5, 40.0))
-        lab.do(lambda t, tr: t.set(Header.SOURCE_SETTLES_LATE, 1))
-        lab.do(lambda t, tr: tr.begin_unload(t, copy, Lab.victim, evicted=True))
-        lab.do(lambda t, tr: t.set_float(lab.tables.instance(copy) + Instance.RESERVED_MB, 0.0))
-        lab.do(lambda t, tr: tr.end_unload(t, copy))
-        now = time.monotonic_ns()
-        return lambda t, tr: tr.sample(t, 0, 480.0, now, 41.0)
+    def returned(lab: Lab) -> Operation:
+        now = returning(lab)
+        return lambda t, tr: tr.sample(t, 0, 400.0, now)
+
+    def returned_late(lab: Lab) -> Operation:
+        now = returning(lab)
+        lab.do(lambda t, tr: t.set(lab.tables.device(0) + Device.RETURNS, 1))
+        return lambda t, tr: tr.sample(t, 0, 501.0, now)
+
+    def not_sampled_since(lab: Lab) -> Operation:
+        returning(lab)
+        lab.do(lambda t, tr: t.set(lab.tables.device(0) + Device.RETURNS, 6))
+        return lambda t, tr: tr.expire_returns(t)
 
     def observed_again(lab: Lab) -> Operation:
         lab.do(lambda t, tr: tr.observe(t, [(7, 1), (9, 2)], 10.0))
@@ -387,7 +391,7 @@ def scenarios() -> dict[str, Callable[[Lab], Operation]]:
         model = lab.model()
         row: int = lab.do(lambda t, tr: tr.begin_load(t, model, lab.victim, 3, 100.0, alone=True))
         lab.do(lambda t, tr: tr.link_server(t, row, lab.server))
-        lab.do(lambda t, tr: tr.end_load(t, row, b"h", 90.0, lab.server + 1, True, seen=False, shares_mb=(60.0, 30.0)))
+        lab.do(lambda t, tr: tr.end_load(t, row, b"h", 90.0, lab.server + 1, True, shares_mb=(60.0, 30.0)))
         return row
 
     def measured_on_two(lab: Lab) -> Operation:
@@ -397,6 +401,28 @@ def scenarios() -> dict[str, Callable[[Lab], Operation]]:
     def reaped_spanning(lab: Lab) -> Operation:
         spanning(lab)
         return lambda t, tr: tr.reap_member(t, lab.victim)
+
+    def twin_loaded(lab: Lab) -> Operation:
+        lab.idle("a", b"h")
+        copy = lab.loading("b")
+        return lambda t, tr: tr.end_load(t, copy, b"h", 80.0, 0, False)
+
+    def twins_evicted(lab: Lab) -> Operation:
+        copy = lab.active("a", b"h", server=True)
+        lab.idle("b", b"h")
+        lab.do(lambda t, tr: tr.release(t, copy))
+        return lambda t, tr: tr.begin_unload(t, copy, Lab.victim, evicted=True)
+
+    def twin_in_use(lab: Lab) -> int:
+        copy = lab.idle("a", b"h", server=True)
+        lab.active("b", b"h")
+        return copy
+
+    def failed_before(lab: Lab) -> Operation:
+        model = lab.model()
+        lab.do(lambda t, tr: tr.note_failure(t, model))
+        copy = lab.loading()
+        return lambda t, tr: tr.end_load(t, copy, b"handle", 80.0, 0, False)
 
     def on(prepare: Callable[[Lab], int], operate: Callable[[Transaction, Transitions, int], object]) -> Any:
         def scenario(lab: Lab) -> Operation:
@@ -423,14 +449,19 @@ def scenarios() -> dict[str, Callable[[Lab], Operation]]:
         "estimate": on(lambda lab: lab.ticket(known=False), lambda t, tr, _: tr.estimate(t, 0, 123.5, measured=True)),
         "estimate/of a preload": on(preloading, lambda t, tr, _: tr.estimate(t, 0, 123.5, measured=True)),
         "run_out": on(Lab.model, lambda t, tr, row: tr.run_out(t, row)),
+        "note_failure": on(Lab.model, lambda t, tr, row: tr.note_failure(t, row)),
+        "end_load/after failures": failed_before,
+        "run_out/loading": on(Lab.model, lambda t, tr, row: tr.run_out(t, row, 700.0, loading=True)),
         "pin": on(Lab.model, lambda t, tr, row: tr.pin(t, row, Lab.victim)),
         "unpin": on(pinned, lambda t, tr, row: tr.unpin(t, row)),
         "dismiss": on(preloading, lambda t, tr, row: tr.dismiss(t, row)),
         "enqueue/preload": on(Lab.model, lambda t, tr, row: tr.enqueue(t, row, Lab.victim, 2, 9.0, 2**62, 3)),
+        "enqueue/nested": on(Lab.model, lambda t, tr, row: tr.enqueue(t, row, Lab.victim, 0, 9.0, 2**62, nested=True)),
         "enqueue": on(Lab.model, lambda t, tr, row: tr.enqueue(t, row, Lab.victim, 0, math.nan, 2**62)),
         "note_demand": on(Lab.model, lambda t, tr, row: tr.note_demand(t, row, 0.5, 7, 10**9)),
         "set_reason": on(Lab.ticket, lambda t, tr, row: tr.set_reason(t, row, Cause(3, 100.0, 50.0, 60.0, 0.5, 1, 1))),
         "block": on(Lab.ticket, lambda t, tr, row: tr.block(t, row)),
+        "let_pass": on(Lab.ticket, lambda t, tr, row: tr.let_pass(t, row)),
         "grant": granted,
         "pass_on": passed_on,
         "allow_load": on(Lab.ticket, lambda t, tr, row: tr.allow_load(t, row, 1, 50.0, alone=False)),
@@ -452,8 +483,8 @@ def scenarios() -> dict[str, Callable[[Lab], Operation]]:
         "begin_load": on(Lab.model, lambda t, tr, row: tr.begin_load(t, row, Lab.victim, 1, 100.0, alone=False)),
         "set_baseline": on(lambda lab: lab.loading(alone=True), lambda t, tr, row: tr.set_baseline(t, row)),
         "link_server": on(Lab.loading, lambda t, tr, row: tr.link_server(t, row, Lab.server)),
-        "end_load": on(Lab.loading, lambda t, tr, row: tr.end_load(t, row, b"handle", 80.0, 0, False, seen=True)),
-        "end_load/object": on(Lab.loading, lambda t, tr, row: tr.end_load(t, row, b"", 80.0, 0, False, seen=False)),
+        "end_load": on(Lab.loading, lambda t, tr, row: tr.end_load(t, row, b"handle", 80.0, 0, False)),
+        "end_load/object": on(Lab.loading, lambda t, tr, row: tr.end_load(t, row, b"", 80.0, 0, False)),
         "fail_load": on(Lab.loading, lambda t, tr, row: tr.fail_load(t, row)),
         "give_up_load": on(Lab.loading, lambda t, tr, row: tr.give_up_load(t, row)),
         "give_up_load/server": given_up_with_server,
@@ -465,6 +496,9 @@ def scenarios() -> dict[str, Callable[[Lab], Operation]]:
         "release/doomed": released_doomed,
         "end_isolation": on(lambda lab: lab.active(alone=True), lambda t, tr, row: tr.end_isolation(t, row)),
         "begin_unload": on(Lab.idle, lambda t, tr, row: tr.begin_unload(t, row, Lab.victim, evicted=True)),
+        "end_load/twin": twin_loaded,
+        "begin_unload/twins idle": twins_evicted,
+        "begin_unload/twin in use": on(twin_in_use, lambda t, tr, row: tr.begin_unload(t, row, Lab.victim, True)),
         "end_unload": on(Lab.unloading, lambda t, tr, row: tr.end_unload(t, row)),
         "discard": on(Lab.active, lambda t, tr, row: tr.discard(t, row)),
         "discard/promised": discarded_promised,
@@ -483,8 +517,9 @@ def scenarios() -> dict[str, Callable[[Lab], Operation]]:
         "measure/spanning": measured_on_two,
         "reap_member/spanning": reaped_spanning,
         "sample": sampled_after_load,
+        "sample/returned": returned,
         "sample/written off": returned_late,
-        "sample/returning by process": sampled_by_process,
+        "expire_returns": not_sampled_since,
         "measure": measured,
         "reset_peaks": lambda lab: lambda t, tr: tr.reset_peaks(t),
         "observe": observed_again,

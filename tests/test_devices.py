@@ -297,7 +297,7 @@ def test_memory_of_others_is_told_apart_and_is_not_to_be_had(
     know(manager, a=400)
     with manager.model("a", LoadsServer("beside", MakesServed(gpus, 400))):
         assert [(one.used_mb, one.foreign_mb) for one in read_snapshot(namespace).devices] == [(700, 700), (400, 0)]
-        with pytest.raises(mpmm.AcquireTimeoutError, match="700 MB that other programs take leave too little room"):
+        with pytest.raises(mpmm.AcquireTimeoutError, match="700 MB that the driver and other programs take leave"):
             manager.reserve(400, devices=[0], timeout_seconds=0.2)
     assert "foreign" in render(read_snapshot(namespace))
     gpus.pretend(1, 0, 0)

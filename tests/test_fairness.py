@@ -13,6 +13,7 @@ from processes import (
     Seat,
     SimulatedDevice,
     acquire,
+    force_reset,
     learn,
     model_of,
     problems,
@@ -132,6 +133,49 @@ def test_the_waiters_of_a_model_are_served_together_before_it_goes(namespace: st
     assert (snapshot.loads, snapshot.evictions) == (2, 1)
     passing = [event for event in snapshot.events if event.reason == Reason.PASSING]
     assert [(event.tag, event.other) for event in passing] == [("a", "b")] * 2
+
+
+def test_at_a_cold_start_nobody_loads_what_another_process_loads_or_holds(
+    namespace: str, new_process: NewProcess, new_gate: NewGate
+) -> None:
+    first, *others = (new_process(poll_interval=0.05) for _ in range(3))
+    began, go = new_gate(), new_gate()
+    first.send(acquire, "a", Loads(began=began, go=go))
+    began.wait()
+    for process in others:
+        process.send(timed_acquire, "a")
+    wait_until(lambda: model_of(namespace, "a").waiting == 2, "two wait for the load")
+    go.open()
+    first.result()
+    assert model_of(namespace, "a").waiting == 2, "they wait for the first hold, too"
+    first.call(release)
+    for process in others:
+        process.result()
+    assert read_snapshot(namespace).loads == 1
+
+
+def test_a_hung_load_is_waited_for_only_until_another_one_is_sooner(
+    namespace: str, new_process: NewProcess, new_gate: NewGate
+) -> None:
+    hung, other = (new_process(poll_interval=0.05) for _ in range(2))
+    hung.call(timed_acquire, "slow")
+    hung.call(force_reset)
+    began, go = new_gate(), new_gate()
+    hung.send(acquire, "slow", Loads(began=began, go=go))
+    began.wait()
+    waited = other.call(timed_acquire, "slow")
+    assert waited >= LOAD_S, "it waits at first"
+    assert read_snapshot(namespace).loads == 2
+    go.open()
+    hung.result()
+
+
+def test_a_hold_that_outlasts_a_load_is_waited_for_no_longer(namespace: str, new_process: NewProcess) -> None:
+    holder, other = (new_process(poll_interval=0.05) for _ in range(2))
+    holder.call(acquire, "slow", load_slowly)
+    waited = other.call(timed_acquire, "slow")
+    assert waited >= LOAD_S
+    assert read_snapshot(namespace).loads == 2
 
 
 def test_a_small_load_goes_on_beside_the_room_of_a_big_one(namespace: str, new_process: NewProcess) -> None:

@@ -186,12 +186,12 @@ def test_who_waits_behind_a_lease_does_not_overtake_it(namespace: str, new_proce
     newcomer.result()
 
 
-def test_who_waits_for_a_lease_to_end_holds_up_no_model_but_lets_no_further_lease_pass(
+def test_who_waits_for_a_lease_to_end_holds_up_no_model_but_lets_no_lease_pass_that_delays_it(
     namespace: str, new_manager: NewManager, new_process: NewProcess
 ) -> None:
     tenant, second, third = (new_process(max_overtake_seconds=0.1) for _ in range(3))
     tenant.call(reserve, 700)
-    second.send(reserve, 600, "second")
+    second.send(reserve, 980, "second")
     wait_until(lambda: any(ticket.waited_s > 0.2 for ticket in waiting(namespace)), "the second lease waits for long")
     manager = new_manager()
     for tag in "aab":
@@ -202,8 +202,39 @@ def test_who_waits_for_a_lease_to_end_holds_up_no_model_but_lets_no_further_leas
     assert [ticket.tag for ticket in waiting(namespace)] == ["second", "third"]
     tenant.call(give_back)
     second.result()
+    second.call(give_back)
     third.result()
     assert problems(namespace) == []
+
+
+def test_a_small_lease_goes_before_a_large_one_that_it_does_not_delay(
+    namespace: str, new_manager: NewManager, new_process: NewProcess
+) -> None:
+    tenant, large, small = (new_process(max_overtake_seconds=0.1) for _ in range(3))
+    tenant.call(reserve, 700)
+    large.send(reserve, 800, "large")
+    wait_until(lambda: any(ticket.waited_s > 0.2 for ticket in waiting(namespace)), "the large lease waits for long")
+    small.call(reserve, 50, "small")
+    tenant.call(give_back)
+    large.result()
+    assert problems(namespace) == []
+
+
+def test_a_stream_of_small_leases_does_not_starve_a_large_one(namespace: str, new_process: NewProcess) -> None:
+    first, large, second = (new_process(max_overtake_seconds=0.2) for _ in range(3))
+    first.call(reserve, 450)
+    large.send(reserve, 800, "large")
+    wait_until(lambda: waiting(namespace, "large"), "the large lease waits")
+    streams = [first, second]
+    for number in range(50):
+        holder, other = streams[number % 2], streams[1 - number % 2]
+        other.send(reserve, 450, f"small-{number}")
+        wait_until(lambda: other.has_result() or waiting(namespace, f"small-{number}"), "it is decided")  # noqa: B023
+        holder.call(give_back)
+        if large.has_result():
+            break
+        other.result()
+    large.result()
 
 
 def test_a_lease_that_can_never_fit_is_refused_at_once(namespace: str, new_manager: NewManager) -> None:

@@ -171,7 +171,7 @@ class Promises(RuleBasedStateMachine):
         row = process.loading.pop(0)
         with process.namespace.transaction() as t:
             mb = process.namespace.segment.floats[process.namespace.tables.instance(row) + Instance.MB]
-            process.namespace.transitions.end_load(t, row, b"h%d" % row if handle else b"", mb, 0, False, seen=True)
+            process.namespace.transitions.end_load(t, row, b"h%d" % row if handle else b"", mb, 0, False)
             process.scheduler.advance(t)
         process.held.append(row)
 

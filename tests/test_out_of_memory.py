@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
+import json
+import time
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -29,7 +34,8 @@ from processes import (
 
 from mpmm.errors import ModelTooLargeError, RemoteCallError, SegmentAllocationError, ServerStartError
 from mpmm.model_manager import ModelManager
-from mpmm.policy.out_of_memory import is_out_of_memory, raised_estimate_mb
+from mpmm.placement import current_placement
+from mpmm.policy.out_of_memory import bound_mb, is_out_of_memory, raised_estimate_mb
 from mpmm.shared_state.snapshot import read_snapshot
 
 NewManager = Callable[..., ModelManager]
@@ -116,6 +122,11 @@ OTHERS: dict[str, BaseException] = {
     "a server that died": ServerStartError("died unexpectedly with exit code 1 while it made 'a'", tag="a"),
     "a server that speaks of it": ServerStartError(TRACEBACK.format("OSError: MemoryError"), tag="a"),
     "an interrupt": KeyboardInterrupt(),
+    "wrapped": caused(LoadError("cannot load"), FileNotFoundError("no weights there")),
+    "wrapped twice": caused(
+        LoadError("no"), caused(RuntimeError("cannot load"), FileNotFoundError("no weights there"))
+    ),
+    "a wrapped refusal": caused(LoadError("cannot load"), ModelTooLargeError("too large", tag="a")),
     "what happened while it was handled": ValueError("in the except clause"),
 }
 OTHERS["what happened while it was handled"].__context__ = MemoryError()
@@ -136,6 +147,15 @@ def test_a_raised_estimate_is_higher_but_never_impossible() -> None:
     assert raised_estimate_mb(900, 1000) == 1000
     assert raised_estimate_mb(1000, 1000) == 1000
     assert raised_estimate_mb(1100, 1000) == 1100
+
+
+def test_a_bound_is_what_was_free_but_never_impossible() -> None:
+    assert bound_mb(400, 1000) == 400
+    assert bound_mb(1000, 1000) == 999
+    assert bound_mb(5000, 14400.000000000002) == 5000
+    assert bound_mb(16000, 14400.7) + 1 <= 14400.7
+    assert bound_mb(-20, 1000) == 0, "what was free says nothing"
+    assert bound_mb(float("nan"), 1000) == 0, "it is not known what was free"
 
 
 # ---- at load -----------------------------------------------------------------------------------------------
@@ -179,8 +199,11 @@ def test_a_load_that_runs_out_of_memory_is_repeated_once_there_is_more_room(
         snapshot = read_snapshot(namespace)
         assert (snapshot.out_of_memory, snapshot.failed_loads, snapshot.evictions) == (1, 1, 1)
         assert copies_of(namespace, "idle") == []
-        assert model_of(namespace, "greedy").estimate_mb == 500
+        # That much was free beside the idle one. The estimate was wrong, so it is measured alone.
+        assert (model_of(namespace, "greedy").estimate_mb, model_of(namespace, "greedy").at_least_mb) == (None, 700)
+        assert snapshot.isolated is not None
         assert problems(namespace) == []
+    assert model_of(namespace, "greedy").estimate_mb == 800
     [event] = [event for event in snapshot.events if event.kind == "out_of_memory"]
     assert (event.tag, event.value) == ("greedy", 400)
 
@@ -195,7 +218,7 @@ def test_after_the_second_attempt_the_loaders_exception_arrives_unchanged(
     assert caught.value is loader.errors[1]
     assert loader.calls == 2
     snapshot = read_snapshot(namespace)
-    assert (snapshot.instances, snapshot.tickets, snapshot.out_of_memory) == ((), (), 1)
+    assert (snapshot.instances, snapshot.tickets, snapshot.out_of_memory) == ((), (), 2)
     assert model_of(namespace, "a").estimate_mb == 125
 
 
@@ -299,10 +322,143 @@ def test_an_unknown_model_that_runs_out_of_memory_alone_is_still_to_be_measured(
     device = new_device(1000)
     manager = new_manager(memory_source=device)
     loader = Stubborn(failures=9)
-    with pytest.raises(MemoryError, match="attempt 2"):
+    with pytest.raises(MemoryError, match="attempt 1"):
         manager.acquire_model("unknown", loader)
     assert model_of(namespace, "unknown").estimate_mb is None
     assert read_snapshot(namespace).isolated is None
+
+
+def test_a_load_that_had_the_device_to_itself_gets_no_second_turn(
+    namespace: str, new_manager: NewManager, new_gpus: Callable[..., Any]
+) -> None:
+    gpus = new_gpus(1000)
+    manager = new_manager(memory_source="nvml", memory_return_seconds=30.0)
+    fails = LoadsServer("huge", MakesServed(gpus, 1500))
+    for _ in range(2):
+        began = time.monotonic()
+        with pytest.raises(ServerStartError):
+            manager.acquire_model("huge", fails)
+        assert time.monotonic() - began < 10, "nothing was waited for"
+    # It is not refused, as nobody knows for sure why the loader ran out.
+    model = model_of(namespace, "huge")
+    assert (model.estimate_mb, model.at_least_mb, read_snapshot(namespace).out_of_memory) == (None, 999, 2)
+    assert problems(namespace) == []
+
+
+def test_beside_pinned_copies_a_load_gets_no_second_turn_either(
+    namespace: str, new_manager: NewManager, new_device: NewDevice
+) -> None:
+    device = new_device(1000)
+    manager = new_manager(memory_source=device)
+    manager.pin("pinned")
+    fill(manager, device, pinned=300)
+    learn(Seat(manager), greedy=300)
+    loader = Stubborn(failures=9)
+    with pytest.raises(MemoryError, match="attempt 1"):
+        manager.acquire_model("greedy", loader)
+    assert model_of(namespace, "greedy").at_least_mb == 700
+
+
+def test_what_ran_out_of_memory_on_a_small_device_gets_its_second_turn_on_a_larger_one(
+    namespace: str, new_manager: NewManager, new_device: NewDevice
+) -> None:
+    device = new_device(500, 2000)
+    manager = new_manager(memory_source=device)
+    learn(Seat(manager), big=400)
+    places: list[int] = []
+
+    def load() -> Any:
+        placement = current_placement()
+        assert placement is not None
+        places.extend(placement.indices)
+        return Weights("big", device, 1200, placement.indices[0])
+
+    with manager.reserve(1900, devices=[1]):
+        pass
+    with manager.reserve(1700, devices=[1]) as lease:
+        # The larger one is full at first, so that the smaller one is tried.
+        places_tried = Thread(target=lambda: manager.release_model("big", manager.acquire_model("big", load)))
+        places_tried.start()
+        wait_until(lambda: read_snapshot(namespace).out_of_memory == 1, "it has run out on the small one")
+        lease.release()
+        places_tried.join(20)
+    assert places == [0, 1]
+    assert problems(namespace) == []
+
+
+def test_what_loads_in_its_second_turn_is_measured_like_everything_else(
+    namespace: str, new_manager: NewManager, new_gpus: Callable[..., Any]
+) -> None:
+    gpus = new_gpus(16000)
+    manager = new_manager(memory_source="nvml", default_estimate_mb=1000)
+    for turn, tag in enumerate("abab"):
+        with manager.model(tag, LoadsServer(f"{tag}{turn}", MakesServed(gpus, 9000))):
+            pass
+    snapshot = read_snapshot(namespace)
+    assert {model.tag: (model.estimate_mb, model.measured) for model in snapshot.models} == {
+        "a": (9000, True),
+        "b": (9000, True),
+    }
+    assert (snapshot.out_of_memory, model_of(namespace, "b").at_least_mb) == (1, 7000)
+    assert problems(namespace) == []
+
+
+def test_a_wrong_estimate_is_measured_anew_where_the_source_knows_processes(
+    namespace: str, new_manager: NewManager, new_gpus: Callable[..., Any]
+) -> None:
+    gpus = new_gpus(1000)
+    manager = new_manager(memory_source="nvml")
+    learn(Seat(manager), idle=300, greedy=400)
+    with manager.model("idle", LoadsServer("idle", MakesServed(gpus, 300))):
+        pass
+    with manager.model("greedy", LoadsServer("greedy", MakesServed(gpus, 800))):
+        pass
+    assert (model_of(namespace, "greedy").estimate_mb, read_snapshot(namespace).out_of_memory) == (800, 1)
+
+
+def test_what_others_load_meanwhile_is_not_taken_for_free(
+    namespace: str, new_process: NewProcess, new_device: NewDevice, new_gate: NewGate
+) -> None:
+    device = new_device(1000)
+    first, second = new_process(memory_source=device), new_process(memory_source=device)
+    first.call(learn, slow=200, quick=500)
+    began, go = new_gate(), new_gate()
+    first.send(fails_with_memory_error, "slow", began, go)
+    began.wait()
+    second.call(acquire, "quick", LoadsObject("quick", device=device, mb=500))
+    go.open()
+    wait_until(lambda: read_snapshot(namespace).out_of_memory == 1, "it has run out of memory")
+    assert model_of(namespace, "slow").at_least_mb == 500, "not 1000"
+    second.call(release)
+    with pytest.raises(MemoryError):
+        first.result()
+
+
+def fails_with_memory_error(seat: Seat, tag: str, began: Gate, go: Gate) -> None:
+    """Acquire with a loader that says when it begins, and runs out of memory when it may go on."""
+
+    def load() -> Any:
+        began.open()
+        go.wait()
+        raise MemoryError("too much")
+
+    seat.manager.acquire_model(tag, load)
+
+
+def test_an_estimate_that_was_kept_on_disk_does_not_come_back_after_it_was_refuted(
+    namespace: str, tmp_path: Path, new_manager: NewManager, new_device: NewDevice
+) -> None:
+    device = new_device(1000)
+    path = tmp_path / "estimates.json"
+    entry = {"mb": 400.0, "measured": False, "updated": 1.0}
+    content = {"format": "mpmm estimates", "version": 1, "devices": {"device 0": {"greedy": entry}}}
+    path.write_text(json.dumps(content), encoding="utf-8")
+    manager = new_manager(memory_source=device, estimates_path=path)
+    fill(manager, device, idle=300)
+    with manager.model("greedy", LoadsObject("greedy", device=device, mb=800)):
+        assert read_snapshot(namespace).out_of_memory == 1
+        assert (model_of(namespace, "greedy").estimate_mb, model_of(namespace, "greedy").at_least_mb) == (None, 700)
+    assert model_of(namespace, "greedy").estimate_mb == 800
 
 
 def test_a_preload_that_runs_out_of_memory_is_repeated(namespace: str, new_manager: NewManager) -> None:
@@ -335,11 +491,45 @@ def test_a_block_that_runs_out_of_memory_makes_room_for_the_next_attempt(
     with pytest.raises(RuntimeError) as caught, manager.model("greedy", LoadsObject("g", device=device, mb=400)):
         raise error
     assert caught.value is error
-    assert model_of(namespace, "greedy").estimate_mb == 500
+    # It had 400 MB of its own, and 200 that were free; a copy still takes 400.
+    assert (model_of(namespace, "greedy").estimate_mb, model_of(namespace, "greedy").at_least_mb) == (400, 600)
     assert (model_of(namespace, "greedy").idle, model_of(namespace, "pinned").idle) == (1, 1)
     wait_until(lambda: not copies_of(namespace, "idle"), "what was idle is unloaded")
     assert read_snapshot(namespace).out_of_memory == 1
     assert problems(namespace) == []
+
+
+def test_an_async_block_that_runs_out_of_memory_makes_room_too(
+    namespace: str, new_manager: NewManager, new_device: NewDevice
+) -> None:
+    device = new_device(1000)
+    manager = new_manager(memory_source=device)
+    fill(manager, device, idle=300)
+    learn(Seat(manager), greedy=400)
+
+    async def use() -> None:
+        async with manager.model_async("greedy", LoadsObject("g", device=device, mb=400)):
+            raise MemoryError("a batch too large")
+
+    with pytest.raises(MemoryError, match="a batch too large"):
+        asyncio.run(use())
+    assert (model_of(namespace, "greedy").estimate_mb, model_of(namespace, "greedy").at_least_mb) == (400, 700)
+    wait_until(lambda: not copies_of(namespace, "idle"), "what was idle is unloaded")
+
+
+def test_a_batch_that_is_too_large_for_the_device_does_not_make_its_model_impossible(
+    namespace: str, new_manager: NewManager, new_device: NewDevice
+) -> None:
+    device = new_device(1000)
+    manager = new_manager(memory_source=device)
+    learn(Seat(manager), a=400)
+    for _ in range(3):
+        with pytest.raises(MemoryError), manager.model("a", LoadsObject("a", device=device, mb=400)):
+            raise MemoryError("a batch too large")
+    assert model_of(namespace, "a").at_least_mb <= 999
+    fill(manager, device, other=500)
+    with manager.model("a", LoadsObject("a", device=device, mb=400)):
+        assert problems(namespace) == []
 
 
 def test_another_exception_of_a_block_changes_nothing(namespace: str, new_manager: NewManager) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping
@@ -15,10 +16,10 @@ from hypothesis import strategies as st
 from mpmm.policy.admission import free_mb, limit_mb
 from mpmm.policy.demand import Demand
 from mpmm.policy.eviction import eviction_order, score
-from mpmm.policy.fairness import is_due, is_overdue, queue_order
+from mpmm.policy.fairness import is_due, is_overdue, may_be_leased_before, queue_order
 from mpmm.policy.placement import best_place
 from mpmm.policy.plan import make_plan
-from mpmm.policy.sharing import waiting_is_sooner
+from mpmm.policy.sharing import FIRST_LOAD_S, Seen, seen_so_far, waiting_is_sooner
 from mpmm.policy.view import (
     Busy,
     DeviceView,
@@ -28,6 +29,7 @@ from mpmm.policy.view import (
     Idle,
     Load,
     ModelView,
+    Placed,
     Reason,
     Refuse,
     Rules,
@@ -81,6 +83,11 @@ def idle(
     return Idle(row, of, on, mb, NOW - age, owner, pinned)
 
 
+def held_for_long(one: ModelView) -> ModelView:
+    """The model, whose holds take so much longer than its loads that nobody waits for an instance in use."""
+    return replace(one, load_s=1.0, hold_s=9.0)
+
+
 def at_most(copies: int) -> Rules:
     return replace(RULES, max_model_copies=copies)
 
@@ -101,6 +108,7 @@ def view(
     in_use: int = 0,
     unloading: int = 0,
     isolated: bool = False,
+    leases: tuple[Placed, ...] = (),
 ) -> View:
     """A state. in_use: copies on the first device that nothing is known of but that they are in use."""
     waiting = Counter(t.model for t in tickets)
@@ -114,6 +122,7 @@ def view(
         tickets=tuple(tickets),
         devices=tuple(replace(one, unloading=unloading, isolated=isolated or one.isolated) for one in there),
         busy=(*busy, *nameless),
+        leases=leases,
     )
 
 
@@ -133,7 +142,7 @@ CASES: Mapping[str, tuple[View, list[object]]] = {
         [Load(1, (0,), 100, False)],
     ),
     "one copy is granted once": (
-        view([model(A, shared=1)], [ticket(1, A), ticket(2, A)], copies=[idle(7, A)]),
+        view([held_for_long(model(A, shared=1))], [ticket(1, A), ticket(2, A)], copies=[idle(7, A)]),
         [Grant(1, 7), Load(2, (0,), 100, False)],
     ),
     "pinned copies are not evicted": (
@@ -253,11 +262,58 @@ CASES: Mapping[str, tuple[View, list[object]]] = {
         ),
         [Wait(1, Reason.LEASED), Grant(2, 7), Load(3, (0,), 100, False)],
     ),
-    "no further lease is given out behind who waits for one to end": (
+    "a lease goes before who has just begun to wait for one to end": (
         view(
-            [model(A, 500), replace(model(B, 100), lease=True)],
-            [ticket(1, A), ticket(2, B)],
+            [model(A, 850), replace(model(B, 100), lease=True)],
+            [ticket(1, A, waited=1.9), ticket(2, B)],
             devices=[device(reserved_mb=600, leased_mb=600)],
+            leases=(Placed(7, D, 0, 600),),
+        ),
+        [Wait(1, Reason.LEASED), Load(2, (0,), 100, False)],
+    ),
+    "no lease that delays who has waited for long": (
+        view(
+            [model(A, 850), replace(model(B, 100), lease=True)],
+            [ticket(1, A, waited=2.0), ticket(2, B)],
+            devices=[device(reserved_mb=600, leased_mb=600)],
+            leases=(Placed(7, D, 0, 600),),
+        ),
+        [Wait(1, Reason.LEASED), Wait(2, Reason.BEHIND)],
+    ),
+    "but one that leaves it room when the others have ended, and not two if they do not": (
+        view(
+            [model(A, 750), replace(model(B, 100), lease=True), replace(model(C, 100), lease=True)],
+            [ticket(1, A, waited=9.0), ticket(2, B), ticket(3, C)],
+            devices=[device(reserved_mb=600, leased_mb=600)],
+            leases=(Placed(7, D, 0, 600),),
+        ),
+        [Wait(1, Reason.LEASED), Load(2, (0,), 100, False), Wait(3, Reason.BEHIND)],
+    ),
+    "nor one that would have it wait for two leases in place of one": (
+        view(
+            [model(A, 600), replace(model(B, 100), lease=True)],
+            [ticket(1, A, waited=9.0), ticket(2, B)],
+            devices=[device(reserved_mb=550, leased_mb=550)],
+            leases=(Placed(7, D, 0, 300), Placed(8, D, 0, 250)),
+        ),
+        [Wait(1, Reason.LEASED), Wait(2, Reason.BEHIND)],
+    ),
+    "a lease may go where who waits for one to end may not": (
+        view(
+            [model(A, 850), replace(model(B, 100), lease=True)],
+            [replace(ticket(1, A, waited=9.0), devices=(0,)), ticket(2, B)],
+            devices=[device(reserved_mb=600, leased_mb=600), device(1, used=700)],
+            leases=(Placed(7, D, 0, 600),),
+        ),
+        [Wait(1, Reason.LEASED), Load(2, (1,), 100, False)],
+    ),
+    "no room is made for a lease behind who waits for one to end": (
+        view(
+            [model(A, 850), replace(model(B, 200), lease=True), model(C, shared=1)],
+            [ticket(1, A, waited=1.0), ticket(2, B)],
+            copies=[idle(6, C, mb=200)],
+            devices=[device(used=200, reserved_mb=600, leased_mb=600)],
+            leases=(Placed(7, D, 0, 600),),
         ),
         [Wait(1, Reason.LEASED), Wait(2, Reason.BEHIND)],
     ),
@@ -281,7 +337,7 @@ CASES: Mapping[str, tuple[View, list[object]]] = {
     ),
     "too large for ever": (view([model(A, 901)], [ticket(1, A)]), [Refuse(1)]),
     "too large for another copy, but there is one": (
-        view([model(A, 901, shared=1)], [ticket(1, A)], in_use=1),
+        view([held_for_long(model(A, 901, shared=1))], [ticket(1, A)], in_use=1),
         [Wait(1, Reason.MEMORY)],
     ),
     "too large, and another's object does not help": (
@@ -372,7 +428,7 @@ CASES: Mapping[str, tuple[View, list[object]]] = {
     ),
     "an unknown model isolates one device, and copies on others are handed out": (
         view(
-            [model(A, known=False), model(B, shared=1), model(C, shared=1)],
+            [model(A, known=False), held_for_long(model(B, shared=1)), model(C, shared=1)],
             [ticket(1, A, priority=0), ticket(2, B), ticket(3, C)],
             copies=[idle(7, B), idle(8, C, on=1)],
             devices=[device(0, used=100), device(1, used=200)],
@@ -428,7 +484,7 @@ CASES: Mapping[str, tuple[View, list[object]]] = {
         view(
             [model(A, 800), model(B, 100)],
             [ticket(1, A), ticket(2, B)],
-            devices=[device(used=300, foreign_mb=300)],
+            devices=[device(used=300, external_mb=300, external_least_mb=300)],
         ),
         [Wait(1, Reason.FOREIGN), Load(2, (0,), 100, False)],
     ),
@@ -498,7 +554,7 @@ CASES: Mapping[str, tuple[View, list[object]]] = {
     ),
     "a model that has a copy does not": (
         view(
-            [model(A, 800, shared=1), model(B, shared=1, waiting=5)],
+            [held_for_long(model(A, 800, shared=1)), model(B, shared=1, waiting=5)],
             [ticket(1, A)],
             copies=[idle(7, B)],
             devices=[device(used=200)],
@@ -893,6 +949,50 @@ def test_within_the_bound_every_idle_copy_may_be_reused() -> None:
     assert decisions[1:] == (Grant(2, 9), Grant(3, 7))
 
 
+@pytest.mark.parametrize(
+    ("load", "begins"),
+    [
+        pytest.param(Busy(5, B, 0, 900, 9.0, loading=True), False, id="not while only the end of a load makes room"),
+        pytest.param(Busy(5, B, 0, 900, 9.0), True, id="once that is in use"),
+    ],
+)
+def test_the_time_of_a_blocked_one_begins_when_somebody_can_delay_it(load: Busy, begins: bool) -> None:
+    state = view([model(A, 800), model(B, 900)], [ticket(1, A)], devices=[device(used=900)], busy=(load,))
+    (decision,) = make_plan(state).decisions
+    assert (decision, isinstance(decision, Wait) and decision.first) == (Wait(1, Reason.IN_USE), begins)
+
+
+def test_it_does_not_while_a_load_of_the_same_plan_takes_the_room() -> None:
+    decisions = make_plan(view([model(A, 800), model(B, 800)], [ticket(1, A), ticket(2, B)])).decisions
+    assert [isinstance(decision, Wait) and decision.first for decision in decisions] == [False, False]
+
+
+def test_it_begins_during_a_load_if_others_are_idle_that_could_make_room() -> None:
+    state = view(
+        [model(A, 400), model(B, 100), wanted(C, 400, rate=50.0)],
+        [replace(ticket(1, A))],
+        copies=[idle(7, C, mb=400)],
+        devices=[device(used=800)],
+        busy=(Busy(5, B, 0, 400, 0.1, loading=True),),
+    )
+    costs = {B: wanted(B, 100, rate=0.1, loading={OTHER: 1}), A: replace(model(A, 400, waiting=1), load_s=2.0)}
+    (decision,) = make_plan(replace(state, models={**state.models, **costs})).decisions
+    assert (decision, isinstance(decision, Wait) and decision.first) == (Wait(1, Reason.IN_USE), True)
+
+
+def test_it_begins_when_a_small_load_goes_on_beside_it() -> None:
+    state = view(
+        [model(A, 800), model(B, shared=1), model(C, 50)],
+        [ticket(1, A), ticket(2, C)],
+        devices=[device(used=300)],
+        busy=(Busy(5, B, 0, 300, 1.0, loading=True),),
+    )
+    wait, load = make_plan(state).decisions
+    assert isinstance(load, Load)
+    assert isinstance(wait, Wait)
+    assert wait.first
+
+
 def test_after_it_only_what_is_not_to_make_room() -> None:
     # Wanted costs make the choice plain: C goes, and B, which is small and wanted, is none of it.
     state = blocked_by_c(2.0, ticket(2, C), ticket(3, B))
@@ -908,7 +1008,7 @@ def test_after_twice_the_bound_nothing_at_all() -> None:
 
 def test_nothing_passes_a_model_that_has_to_run_alone() -> None:
     state = view(
-        [model(A, known=False), model(B, shared=1)],
+        [model(A, known=False), held_for_long(model(B, shared=1))],
         [ticket(1, A, priority=0), ticket(2, B)],
         copies=[idle(7, B)],
         in_use=1,
@@ -933,6 +1033,73 @@ def test_of_two_who_wait_for_one_model_one_loads_and_the_other_shares() -> None:
     handle = replace(model(A, 100), shares=True, load_s=2.0, hold_s=0.1)
     state = view([handle], [ticket(1, A), ticket(2, A, member=OTHER)])
     assert make_plan(state).decisions == (Load(1, (0,), 100.0, alone=False), Wait(2, Reason.SHARING))
+
+
+# ---- which load is first -----------------------------------------------------------------------------------
+
+
+def two_for_b(head: TicketView, b_mb: float = 800.0, waiting: int = 2, **more: Any) -> tuple[object, ...]:
+    """One waits for A, which needs 800 of 900 MB, and behind it some wait for B."""
+    behind = [ticket(row, B) for row in range(2, 2 + waiting)]
+    return make_plan(view([model(A, 800), model(B, b_mb)], [head, *behind], **more)).decisions
+
+
+def test_a_model_that_more_wait_for_is_loaded_before_that_of_the_first_waiter() -> None:
+    wait, load = two_for_b(ticket(1, A))
+    assert (wait, load) == (Wait(1, Reason.MEMORY), Load(2, (0,), 800, False))
+    assert isinstance(wait, Wait)
+    assert wait.passed
+    assert not wait.first, "its time begins when that load has ended"
+
+
+@pytest.mark.parametrize(
+    "found",
+    [
+        pytest.param(two_for_b(replace(ticket(1, A), passed=True)), id="only once"),
+        pytest.param(two_for_b(ticket(1, A, blocked=2.0)), id="not when its time is up"),
+        pytest.param(two_for_b(ticket(1, A), waiting=1), id="not for as many"),
+        pytest.param(two_for_b(ticket(1, A), b_mb=900.5), id="not where it does not fit"),
+        pytest.param(two_for_b(replace(ticket(1, A), devices=(0,))), id="not past one that may not go anywhere"),
+        pytest.param(two_for_b(ticket(1, A, priority=0)), id="not past one of the highest priority"),
+    ],
+)
+def test_but_that_has_limits(found: tuple[object, ...]) -> None:
+    assert found[0] == Load(1, (0,), 800, False)
+
+
+def test_where_both_fit_neither_is_passed() -> None:
+    decisions = two_for_b(ticket(1, A), devices=[device(total=4000)])
+    assert decisions == (Load(1, (0,), 800, False), Load(2, (0,), 800, False), Wait(3, Reason.SHARING))
+
+
+def test_a_waiter_that_was_passed_and_has_others_evicted_is_passed_no_more() -> None:
+    models = [model(A, 800), model(B, 100), model(C, shared=1)]
+    waiters = [ticket(1, A), ticket(2, B), ticket(3, B)]
+    state = view(models, waiters, copies=[idle(7, C, mb=50)], devices=[device(used=50)])
+    evict, load = make_plan(state).decisions
+    assert (evict, load) == (Evict(1, (7,)), Load(2, (0,), 100, False))
+    assert isinstance(evict, Evict)
+    assert evict.passed
+
+
+# ---- leases ------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.lists(st.integers(1, 600).map(float), max_size=12),
+    st.integers(1, 900).map(float),
+    st.integers(1, 600).map(float),
+)
+def test_a_lease_that_goes_before_who_has_waited_for_long_does_not_delay_it(
+    held_mb: list[float], need_mb: float, later_mb: float
+) -> None:
+    waiting = ticket(1, A, waited=2.0)
+    if not may_be_leased_before(view([], []), waiting, need_mb, device(), later_mb, held_mb):
+        return
+    for ended in itertools.product((False, True), repeat=len(held_mb)):
+        left_mb = math.fsum(mb for mb, gone in zip(held_mb, ended, strict=True) if not gone)
+        assert (left_mb + need_mb <= 900) == (left_mb + later_mb + need_mb <= 900)
 
 
 # ---- demand ------------------------------------------------------------------------------------------------
@@ -982,6 +1149,12 @@ def busy(**values: Any) -> ModelView:
     )
 
 
+def loading_for(seconds: float, **values: Any) -> ModelView:
+    """The same model while another process loads its only copy."""
+    more = {"shared": 0, "loading": {OTHER: 1}, "shares": values.get("load_s", 2.0) > 0, "loading_for_s": seconds}
+    return busy(**more, **values)
+
+
 @pytest.mark.parametrize(
     ("model_view", "ahead", "expected_s"),
     [
@@ -992,15 +1165,24 @@ def busy(**values: Any) -> ModelView:
         pytest.param(busy(hold_s=3.0), 0, None, id="long holds are not waited for"),
         pytest.param(busy(held_for_s=2.0), 0, None, id="nor one that goes on for as long as a load takes"),
         pytest.param(busy(held_for_s=1.9), 0, 0.1, id="but one that goes on for less is"),
-        pytest.param(busy(hold_s=0.0), 0, None, id="unknown holds are not waited for"),
-        pytest.param(busy(load_s=0.0), 0, None, id="unknown loads are no reason to wait"),
+        pytest.param(busy(hold_s=0.0), 9, 0.0, id="a first hold that has just begun is waited for"),
+        pytest.param(busy(hold_s=0.0, held_for_s=0.3), 0, 0.3, id="it is expected to last for as long again"),
+        pytest.param(busy(hold_s=0.0, held_for_s=0.3), 2, 1.5, id="and so is each hold before one's own"),
+        pytest.param(busy(hold_s=0.0, held_for_s=0.3), 3, None, id="until a load is sooner"),
+        pytest.param(busy(hold_s=0.0, held_for_s=2.0), 0, None, id="which it is when a first hold outlasts a load"),
         pytest.param(busy(shared=0), 0, None, id="without a copy there is nothing to share"),
         pytest.param(busy(shared=0, owned={OTHER: 1}), 0, None, id="another process's object is no use"),
         pytest.param(busy(shared=0, owned={ME: 1}), 0, 0.1, id="an object of one's own is"),
         pytest.param(busy(shared=0, loading={OTHER: 1}, shares=True, loading_for_s=0.5), 0, 1.6, id="a load is shared"),
         pytest.param(busy(shared=0, loading={OTHER: 1}, shares=False), 0, None, id="but not of another's object"),
+        pytest.param(loading_for(0.5, load_s=0.0, hold_s=0.0), 0, FIRST_LOAD_S - 0.5, id="so is a first load"),
         pytest.param(
-            busy(shared=0, known=False, load_s=0.0, loading={ME: 1}), 0, 0.0, id="an unknown model loads once"
+            loading_for(0.5, load_s=0.0, hold_s=0.0, known=False), 0, FIRST_LOAD_S - 0.5, id="of an unknown model, too"
+        ),
+        pytest.param(loading_for(3.8), 0, 1.9, id="a load that is late is expected to be late by as much again"),
+        pytest.param(loading_for(4.0), 0, None, id="and is not shared once another one is sooner"),
+        pytest.param(
+            loading_for(2 * FIRST_LOAD_S, load_s=0.0, hold_s=0.0), 0, None, id="nor is a first load that never ends"
         ),
     ],
 )
@@ -1013,6 +1195,45 @@ def test_another_copy_is_loaded_only_where_that_is_sooner(
 
 def test_who_has_just_come_waits_for_a_copy_that_is_held_for_long() -> None:
     assert waiting_is_sooner(busy(held_for_s=9.0), ticket(1, A, waited=1.9), 0, NOW) == pytest.approx(0.1)
+
+
+def test_the_first_load_of_a_model_is_expected_to_be_as_those_of_others() -> None:
+    objects = [busy(shared=0, owned={OTHER: 1}, load_s=4.0, hold_s=0.3)] * 2
+    handle = busy(shares=True, load_s=1.0, hold_s=0.0)
+    first = loading_for(0.5, load_s=0.0, hold_s=0.0)
+    assert seen_so_far([first]) == Seen(0.0, 0.0, shares=True)
+    seen = seen_so_far([*objects, handle])
+    assert (seen.load_s, seen.hold_s) == pytest.approx((3.0, 0.3))
+    assert not seen.shares
+    waits_s = [
+        waiting_is_sooner(first, ticket(1, A), 0, NOW, others)
+        for others in (Seen(3.0, 0.3, shares=True), Seen(3.0, 0.3, shares=False), Seen(0.2, 0.1, shares=True))
+    ]
+    assert waits_s == [pytest.approx(2.8), None, None]
+
+
+def test_while_nothing_is_known_one_loads_and_the_others_wait_for_that() -> None:
+    tickets = [ticket(row, A, member=row) for row in range(1, 5)]
+    decisions = make_plan(view([model(A)], tickets)).decisions
+    assert decisions == (Load(1, (0,), 100, False), *(Wait(row, Reason.SHARING) for row in (2, 3, 4)))
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_unknown_models_are_loaded_in_parallel_where_processes_are_measured(known: bool) -> None:
+    models = [model(row, known=known) for row in (A, B, C)]
+    tickets = [ticket(row, wants) for row, wants in enumerate((A, B, C, A, B, C))]
+    decisions = make_plan(view(models, tickets, rules=replace(RULES, isolate_unknown=False))).decisions
+    loads = [Load(row, (0,), 100, False) for row in (0, 1, 2)]
+    assert decisions == (*loads, *(Wait(row, Reason.SHARING) for row in (3, 4, 5)))
+
+
+def test_a_hung_load_is_shared_until_another_one_is_sooner() -> None:
+    def decided(loading_for_s: float) -> tuple[object, ...]:
+        hung = loading_for(loading_for_s)
+        return make_plan(view([hung], [ticket(1, A), ticket(2, A)], busy=(in_use(5, A, 100, 9.0),))).decisions
+
+    assert decided(3.8) == (Wait(1, Reason.SHARING), Wait(2, Reason.SHARING))
+    assert decided(4.0) == (Load(1, (0,), 100, False), Wait(2, Reason.SHARING))
 
 
 def test_who_shares_a_copy_does_not_block_those_behind() -> None:

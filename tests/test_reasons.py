@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 from processes import LoadsObject, Process, acquire, learn, release, wait_until, waiting
-from test_policy import OTHER, A, B, C, at_most, busy, device, idle, model, ticket, view
+from test_policy import OTHER, A, B, C, at_most, busy, device, held_for_long, idle, model, ticket, view
 
 from mpmm.model_manager import ModelManager
 from mpmm.policy.plan import make_plan
@@ -103,7 +103,7 @@ TABLE: dict[Reason, tuple[View, Callable[[View], Decision], str]] = {
         "loads beside the room kept for b: needs 50 MB, 600 free",
     ),
     Reason.ANOTHER_COPY: (
-        view([model(A, shared=1)], [ticket(1, A)]),
+        view([held_for_long(model(A, shared=1))], [ticket(1, A)]),
         first,
         "loads another copy, sooner than one in use could be had: needs 100 MB, 900 free",
     ),
@@ -143,9 +143,19 @@ TABLE: dict[Reason, tuple[View, Callable[[View], Decision], str]] = {
         "waits: needs 800 MB, 400 free, and the leases that are held leave too little room",
     ),
     Reason.FOREIGN: (
-        view([model(A, 800)], [ticket(1, A)], devices=[device(used=300, foreign_mb=300)]),
+        view([model(A, 800)], [ticket(1, A)], devices=[device(used=300, external_mb=300, external_least_mb=300)]),
         first,
-        "waits: needs 800 MB, 600 free, and 300 MB that other programs take leave too little room",
+        "waits: needs 800 MB, 600 free, and 300 MB that the driver and other programs take leave too little room",
+    ),
+    Reason.BACKING_OFF: (
+        view(
+            [replace(model(A, 800), failures=2, failed_ago_s=0.5), timed(B, 500)],
+            [ticket(1, A)],
+            copies=[idle(5, B, mb=500)],
+            devices=[device(used=500)],
+        ),
+        first,
+        "waits: its loads have failed, so nothing is evicted for another try for about 1.50 s",
     ),
     Reason.LEAST_FULL: (
         view([model(A)], [ticket(1, A)], devices=[device(0, used=500), device(1)]),

@@ -10,6 +10,10 @@ from typing import Any
 
 import pytest
 
+sys.path.append(str(Path(__file__).resolve().parent.parent / "tools"))
+
+from simulation import POLICIES, Setting, closed_loads, simulate_clients
+
 TOOL = Path(__file__).resolve().parent.parent / "tools" / "simulate.py"
 
 
@@ -57,8 +61,65 @@ def test_with_many_clients_fewer_loads_are_needed_and_nobody_waits_longer_than_u
         assert found["mpmm"]["served"] == 1500
 
 
-def test_the_bound_on_overtaking_is_never_broken(crowded: dict[str, dict[str, Any]]) -> None:
-    assert [found["mpmm"]["broken_bounds"] for found in crowded.values()] == [0] * len(crowded)
+def test_the_workers_of_a_pipeline_need_few_more_loads_than_if_all_that_they_ask_for_was_known() -> None:
+    # What four workers of Beam asked for, 28 batches each; without a load that goes before the first waiter's it is 60.
+    sequences = [[int(model) for model in order * 7] for order in ("0213", "1032", "2103", "3120")]
+    for load_s in (0.3, 1.0, 10.0):
+        setting = Setting([4000.0] * 4, 4500.0, load_s, hold_s=0.012, unload_s=0.1)
+        outcome = simulate_clients(setting, POLICIES["mpmm"], sequences, think_s=0.003)
+        assert outcome.loads <= 1.3 * closed_loads(sequences), load_s
+        assert (outcome.broken_bounds, outcome.endless_waits) == (0, 0)
+
+
+def test_the_bound_on_overtaking_is_never_broken(
+    crowded: dict[str, dict[str, Any]], cycling: dict[str, dict[str, Any]]
+) -> None:
+    for found in (crowded, cycling):
+        assert {trace: one["mpmm"]["broken_bounds"] for trace, one in found.items()} == dict.fromkeys(found, 0)
+
+
+@pytest.fixture(scope="module", params=[1.0, 10.0], ids=lambda load_s: f"loads of {load_s:.0f} s")
+def cycling(request: pytest.FixtureRequest) -> dict[str, dict[str, Any]]:
+    """Four closed clients that cycle through four models with room for one, whose loads take less and more than the
+    bound on overtaking."""
+    room = ("--sizes-mb", *["4000"] * 4, "--device-mb", "4500", "--load-seconds", str(request.param))
+    kinds = ("--cycling", "together", "apart", "own", "random")
+    return simulated(
+        *kinds, "--clients", "4", "--requests", "96", "--seeds", "0", "1", "2", "--policies", "mpmm", *room
+    )
+
+
+def test_closed_clients_that_cycle_share_their_loads(cycling: dict[str, dict[str, Any]]) -> None:
+    shares = {trace: found["mpmm"]["loads"] / found["closed"]["loads"] for trace, found in cycling.items()}
+    assert all(shares[f"{kind}-{seed}"] == 1.0 for kind in ("together", "apart") for seed in range(3)), shares
+    in_any_order = [shares[f"{kind}-{seed}"] for kind in ("own", "random") for seed in range(3)]
+    assert sum(in_any_order) <= 1.25 * len(in_any_order), shares
+    assert max(in_any_order) <= 1.3, shares
+
+
+def test_nobody_waits_where_nothing_is_active_or_being_loaded_or_unloaded(
+    alone: dict[str, dict[str, Any]], crowded: dict[str, dict[str, Any]], cycling: dict[str, dict[str, Any]]
+) -> None:
+    for found in (alone, crowded, cycling):
+        assert {trace: one["mpmm"]["endless_waits"] for trace, one in found.items()} == dict.fromkeys(found, 0)
+
+
+@pytest.mark.parametrize(
+    ("sequences", "room", "loads"),
+    [
+        pytest.param([[0, 0, 1, 0]], 1, 3, id="one client alone"),
+        pytest.param([[0, 1], [0, 1], [0, 1]], 1, 2, id="in step"),
+        pytest.param([[0, 1, 0, 1], [1, 0, 1, 0]], 1, 5, id="one model apart"),
+        pytest.param([[0, 1, 2], [2, 1, 0]], 1, 5, id="against each other"),
+        pytest.param([[0, 1, 2], [2, 1, 0]], 2, 4, id="against each other with room for two"),
+        pytest.param([[0, 1, 2], [2, 1, 0]], 3, 3, id="with room for all"),
+        pytest.param([[], []], 1, 0, id="nothing"),
+    ],
+)
+def test_the_bound_of_closed_clients_is_what_the_best_order_of_loads_needs(
+    sequences: list[list[int]], room: int, loads: int
+) -> None:
+    assert closed_loads(sequences, room) == loads
 
 
 def test_a_trace_can_be_read_from_a_file_and_drawn(tmp_path: Path) -> None:

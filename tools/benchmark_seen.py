@@ -57,7 +57,7 @@ def crowded(root: Path) -> Iterator[str]:
         with namespace.transaction() as t:
             row = transitions.begin_load(t, models[number % MODELS], number % MEMBERS, 1, 100.0, alone=False)
             if number % 20:
-                transitions.end_load(t, row, b"handle", 100.0, 0, False, seen=True)
+                transitions.end_load(t, row, b"handle", 100.0, 0, False)
             if number % 3 == 0 and number % 20:
                 transitions.release(t, row)
     for number in range(WAITERS):

@@ -3,6 +3,12 @@
 TRACE is one of the made traces (zipf, bursts, cycles, drift, cold) or a CSV file of `time,model` lines, seconds and
 names. Each is replayed for Beam's rules, for LRU, and for mpmm; and one request at a time by a manager that knows the
 future. Models have the sizes of `tools/workload.py`, unless `--sizes-mb` says otherwise.
+
+With `--cycling` each client goes through all models again and again instead, as the workers of a Beam pipeline do, and
+asks for the next one only when it has been served; the bound is then that of such clients (`simulation.closed_loads`):
+
+    python tools/simulate.py --cycling apart own --clients 4 --requests 112 --sizes-mb 4000 4000 4000 4000 \
+        --device-mb 4500 --load-seconds 10
 """
 
 from __future__ import annotations
@@ -21,7 +27,15 @@ import numpy.typing as npt
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
 
-from simulation import POLICIES, Outcome, Setting, offline_loads, simulate  # noqa: E402  # needs sys.path
+from simulation import (  # noqa: E402  # needs sys.path
+    POLICIES,
+    Outcome,
+    Setting,
+    closed_loads,
+    offline_loads,
+    simulate,
+    simulate_clients,
+)
 from workload_models import SIZES_MB, draw_requests  # noqa: E402  # needs sys.path
 
 Rng = np.random.Generator
@@ -85,6 +99,26 @@ TRACES: dict[str, Callable[[int, int, int], list[int]]] = {
 }
 
 
+def cycling(kind: str, clients: int, models: int, rounds: int, seed: int) -> list[list[int]]:
+    """Return what each of so many clients asks for, one after the other: all models in each round.
+
+    kind: all in the same order and `together`, or `apart`, each one model further; each in an order of its `own`, or in
+    a `random` one in each round.
+    """
+    rng = np.random.default_rng(seed)
+
+    def one(client: int) -> list[int]:
+        if kind == "random":
+            return [int(model) for _ in range(rounds) for model in rng.permutation(models)]
+        order = rng.permutation(models) if kind == "own" else np.arange(models) + (client if kind == "apart" else 0)
+        return [int(model) % models for model in order] * rounds
+
+    return [one(client) for client in range(clients)]
+
+
+CYCLING = ("together", "apart", "own", "random")
+
+
 def read_csv(path: Path) -> tuple[list[float], list[str]]:
     """Return the times and models' names of a file; a first line that is no number is a heading."""
     with path.open(encoding="utf-8", newline="") as file:
@@ -118,6 +152,7 @@ def figures(outcome: Outcome, seconds: float) -> dict[str, Any]:
         },
         "used_mean_mb": _mean_mb(outcome),
         "broken_bounds": outcome.broken_bounds,
+        "endless_waits": outcome.endless_waits,
         "virtual_s": outcome.finished_s,
         "took_s": seconds,
     }
@@ -158,6 +193,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("traces", nargs="*", metavar="TRACE", help=f"{', '.join(TRACES)}, or a CSV file (default: all)")
     parser.add_argument("--requests", type=int, default=10_000)
     parser.add_argument("--clients", type=int, default=1, help="clients at once, each one request at a time")
+    parser.add_argument("--cycling", nargs="+", choices=CYCLING, help="instead of traces: clients that cycle")
+    parser.add_argument("--think-seconds", type=float, default=0.005, help="between two requests of such a client")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--policies", nargs="+", choices=sorted(POLICIES), default=list(POLICIES))
     parser.add_argument("--sizes-mb", type=float, nargs="+", default=list(SIZES_MB))
@@ -172,7 +209,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not options.json:
         waits = " ".join(f"{name:>7}" for name in ("p50 s", "p99 s", "max s"))
         print(f"{'trace':12} {'policy':8} {'loads':>7} {'evicted':>7} {waits} {'MB':>6} {'took s':>6}")
-    for name in options.traces or TRACES:
+    for kind in options.cycling or ():
+        for seed in options.seeds:
+            found[f"{kind}-{seed}"] = _replay_clients(kind, seed, setting, options)
+    for name in options.traces or (TRACES if not options.cycling else ()):
         for seed in options.seeds if name in TRACES else [0]:
             trace = f"{name}-{seed}" if name in TRACES else Path(name).stem
             found[trace] = _replay(name, seed, trace, setting, options)
@@ -187,7 +227,27 @@ def _line(trace: str, policy: str, one: dict[str, Any]) -> str:
     line += f" {one['took_s']:6.1f}"
     if policy == "mpmm" and one["broken_bounds"]:
         line += f"  the bound on overtaking was broken {one['broken_bounds']} times"
+    if policy == "mpmm" and one["endless_waits"]:
+        line += f"  somebody waited {one['endless_waits']} times for nothing"
     return line
+
+
+def _replay_clients(kind: str, seed: int, setting: Setting, options: argparse.Namespace) -> dict[str, Any]:
+    models = len(setting.sizes_mb)
+    sequences = cycling(kind, options.clients, models, options.requests // (options.clients * models), seed)
+    found = {}
+    for policy in options.policies:
+        began = time.perf_counter()
+        outcome = simulate_clients(setting, POLICIES[policy], sequences, options.think_seconds)
+        found[policy] = figures(outcome, time.perf_counter() - began)
+        if not options.json:
+            print(_line(f"{kind}-{seed}", policy, found[policy]))
+    limit_mb = setting.total_mb * (1 - setting.rules.slack_percentage)
+    bound = closed_loads(sequences, max(1, int(limit_mb // max(setting.sizes_mb))))
+    found["closed"] = {"loads": bound}
+    if not options.json:
+        print(f"{kind + f'-{seed}':12} {'closed':8} {bound:7}   clients that wait for each answer, knowing the future")
+    return found
 
 
 def _replay(name: str, seed: int, trace: str, setting: Setting, options: argparse.Namespace) -> dict[str, Any]:

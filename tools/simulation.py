@@ -8,9 +8,11 @@ sees the same requests. Copies are handles (any client can use any), and loads, 
 from __future__ import annotations
 
 import heapq
+import itertools
 import math
+import operator
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from mpmm.policy.admission import free_mb
@@ -18,6 +20,7 @@ from mpmm.policy.demand import Demand
 from mpmm.policy.eviction import eviction_order
 from mpmm.policy.fairness import is_overdue
 from mpmm.policy.plan import Plan, make_plan
+from mpmm.policy.sharing import remaining_s
 from mpmm.policy.view import (
     Busy,
     Decision,
@@ -35,7 +38,16 @@ from mpmm.policy.view import (
     Wait,
 )
 
-__all__ = ["POLICIES", "Outcome", "Policy", "Setting", "offline_loads", "simulate"]
+__all__ = [
+    "POLICIES",
+    "Outcome",
+    "Policy",
+    "Setting",
+    "closed_loads",
+    "offline_loads",
+    "simulate",
+    "simulate_clients",
+]
 
 ARRIVE, LOADED, RELEASE, UNLOADED = range(4)
 
@@ -75,12 +87,18 @@ class Policy:
 
 @dataclass
 class Outcome:
-    """What came of a simulation; waits in seconds, by model. used_mb: (time, MB) at every change."""
+    """What came of a simulation; waits in seconds, by model. used_mb: (time, MB) at every change.
+
+    broken_bounds: how often a waiter got something past one that nobody may pass any more. endless_waits: how often
+    somebody waited while no instance was active, loading or unloading. Nothing but our own instances takes memory in a
+    simulation, so such a wait can have no end.
+    """
 
     loads: int = 0
     evictions: int = 0
     refused: int = 0
     broken_bounds: int = 0
+    endless_waits: int = 0
     finished_s: float = 0.0
     waits: defaultdict[int, list[float]] = field(default_factory=lambda: defaultdict(list))
     used_mb: list[tuple[float, float]] = field(default_factory=list)
@@ -207,6 +225,8 @@ class _Simulation:
                 continue
             self.now_s = at_s
             handlers[kind](what)
+            if self._tickets and not any(copy.state != self.IDLE for copy in self._copies.values()):
+                self.outcome.endless_waits += 1
         self.outcome.finished_s = self.now_s
         return self.outcome
 
@@ -296,6 +316,7 @@ class _Simulation:
                 self._check_bound(ticket, view)
                 self._grant(ticket, self._copies[row])
             case Load():
+                self._check_bound(ticket, view)
                 self._leave(ticket)
                 self._made += 1
                 self._copies[self._made] = _Copy(
@@ -306,14 +327,18 @@ class _Simulation:
                 self.post(self.now_s + self.setting.load_s, LOADED, self._made)
                 if self.policy.blocks:
                     self._frozen_until_s = self.now_s + self.setting.load_s
-            case Evict(_, rows):
+            case Evict(_, rows, passed=passed):
+                self._check_bound(ticket, view)
+                self._let_pass(ticket, passed)
                 self._block(ticket)
                 for row in rows:
                     self._copies[row].state = self.UNLOADING
                     self.outcome.evictions += 1
                     self.post(self.now_s + self.setting.unload_s, UNLOADED, row)
-            case Wait(first=True):
-                self._block(ticket)
+            case Wait(first=first, passed=passed):
+                self._let_pass(ticket, passed)
+                if first:
+                    self._block(ticket)
                 return False
             case Refuse():
                 self._leave(ticket)
@@ -326,6 +351,11 @@ class _Simulation:
     def _block(self, ticket: _Ticket) -> None:
         if ticket.view.blocked_since_s is None:
             ticket.view = replace(ticket.view, blocked_since_s=self.now_s)
+
+    @staticmethod
+    def _let_pass(ticket: _Ticket, passed: bool) -> None:
+        if passed:
+            ticket.view = replace(ticket.view, passed=True, blocked_since_s=None)
 
     def _check_bound(self, ticket: _Ticket, view: View) -> None:
         """Nobody may pass a blocked one for longer than twice the bound; see `fairness`."""
@@ -343,17 +373,18 @@ class _Simulation:
         busy: list[Busy] = []
         loaded: Counter[int] = Counter()
         loading: Counter[int] = Counter()
-        oldest_load: dict[int, float] = {}
+        newest_load: dict[int, float] = {}
         held_for: dict[int, float] = {}
         used = reserved = unloading_mb = 0.0
         for copy in self._copies.values():
             mb, state, model = setting.sizes_mb[copy.model], copy.state, copy.model
             if state == self.LOADING:
                 loading[model] += 1
-                oldest_load[model] = min(copy.since_s, oldest_load.get(model, now_s))
+                newest_load[model] = max(copy.since_s, newest_load.get(model, 0.0))
                 reserved += mb
-                free_in_s = copy.since_s + setting.load_s + self._known_hold.get(model, 0.0) - now_s
-                busy.append(Busy(copy.row, model, 0, mb, free_in_s))
+                elapsed_s = now_s - copy.since_s
+                free_in_s = remaining_s(self._known_load.get(model, 0.0), elapsed_s) + self._known_hold.get(model, 0.0)
+                busy.append(Busy(copy.row, model, 0, mb, free_in_s, loading=True))
                 continue
             used += mb
             if state == self.UNLOADING:
@@ -365,8 +396,7 @@ class _Simulation:
             else:
                 held = now_s - copy.since_s
                 held_for[model] = min(held, held_for.get(model, math.inf))
-                hold_s = self._known_hold.get(model, math.inf)
-                busy.append(Busy(copy.row, model, 0, mb, max(0.0, hold_s - held)))
+                busy.append(Busy(copy.row, model, 0, mb, remaining_s(self._known_hold.get(model, 0.0), held)))
         idle.sort(key=lambda copy: -copy.idle_since_s)
         models = {
             model: ModelView(
@@ -380,7 +410,7 @@ class _Simulation:
                 shares=True,
                 load_s=self._known_load.get(model, 0.0),
                 hold_s=self._known_hold.get(model, 0.0),
-                loading_for_s=now_s - oldest_load.get(model, now_s),
+                loading_for_s=now_s - newest_load.get(model, now_s),
                 held_for_s=held_for.get(model, 0.0),
                 rate=self._demand[model].per_second(now_s),
             )
@@ -417,6 +447,67 @@ def simulate(
     for _ in range(clients):
         next_request(0)
     return simulation.run()
+
+
+def simulate_clients(
+    setting: Setting, policy: Policy, sequences: Sequence[Sequence[int]], think_s: float = 0.0
+) -> Outcome:
+    """Replay one sequence of requests for each client, which asks for the next model `think_s` after it was served."""
+    simulation = _Simulation(setting, policy)
+    left = [iter(sequence) for sequence in sequences]
+    client_of: dict[int, int] = {}
+
+    def next_request(client: int, at_s: float) -> None:
+        model = next(left[client], None)
+        if model is not None:
+            client_of[simulation.request(at_s, model)] = client
+
+    simulation.finished = lambda request: next_request(client_of[request], simulation.now_s + think_s)
+    for client in range(len(sequences)):
+        next_request(client, 0.0)
+    return simulation.run()
+
+
+def closed_loads(sequences: Sequence[Sequence[int]], room: int = 1) -> int:
+    """Return the fewest loads with which closed clients can be served, where `room` models are loaded at a time.
+
+    A closed client asks for a model only after it has been served the one before. So a load can serve, of each client,
+    only the requests that are next in turn; with room for one model that is the length of the shortest common
+    supersequence of what the clients want, repeats left out. Found by going through all that can have been served after
+    so many loads, without what is behind something else there.
+    """
+
+    def served(at: tuple[int, ...], loaded: frozenset[int]) -> tuple[int, ...]:
+        ahead = []
+        for one, sequence in zip(at, sequences, strict=True):
+            while one < len(sequence) and sequence[one] in loaded:
+                one += 1
+            ahead.append(one)
+        return tuple(ahead)
+
+    ends = tuple(len(sequence) for sequence in sequences)
+    reached = {(frozenset[int](), (0,) * len(sequences))}
+    for loads in itertools.count():
+        if any(at == ends for _, at in reached):
+            return loads
+        further: defaultdict[frozenset[int], set[tuple[int, ...]]] = defaultdict(set)
+        for loaded, at in reached:
+            for model in {sequence[one] for one, sequence in zip(at, sequences, strict=True) if one < len(sequence)}:
+                kept = itertools.combinations(loaded, room - 1) if len(loaded) == room else [tuple(loaded)]
+                for others in kept:
+                    after = frozenset((*others, model))
+                    further[after].add(served(at, after))
+        reached = {(loaded, at) for loaded, found in further.items() for at in _foremost(found)}
+    raise AssertionError("not reached")
+
+
+def _foremost(found: Iterable[tuple[int, ...]]) -> list[tuple[int, ...]]:
+    """Return the positions that no other one is ahead of for every client."""
+    foremost: list[tuple[int, ...]] = []
+    for at in sorted(found, key=sum, reverse=True):
+        if not any(all(map(operator.le, at, other)) for other in foremost):
+            foremost.append(at)
+    return foremost
 
 
 def offline_loads(setting: Setting, models: Sequence[int]) -> int:

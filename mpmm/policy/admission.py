@@ -3,15 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 from mpmm.policy.view import DeviceView
 
-__all__ = ["free_mb", "largest_limit_mb", "limit_mb"]
+__all__ = ["free_mb", "largest_limit_mb", "limit_mb", "widened"]
 
 
 def limit_mb(device: DeviceView, slack_percentage: float) -> float:
     """Return how much of a device may be in use: `total * (1 - slack)`, as in Beam."""
-    return device.total_mb * (1.0 - slack_percentage)
+    return device.total_mb * (1.0 - slack_percentage) + device.extra_mb
+
+
+def widened(device: DeviceView, share_mb: float, slack_percentage: float) -> DeviceView:
+    """Return a device with the limit that holds for a load of `share_mb`.
+
+    The slack is there for what models need beyond their estimates. Where external memory takes part of the limit, a
+    model that the limit allows could never be loaded, though it fits. So a model that the device has room for, once
+    nothing else of ours is there, may use the slack, and then it has the device to itself.
+    """
+    limit = limit_mb(device, slack_percentage)
+    needs_mb = share_mb + max(0.0, device.external_mb)
+    if not limit < needs_mb <= device.total_mb or share_mb > limit:
+        return device
+    return replace(device, extra_mb=needs_mb - limit)
 
 
 def free_mb(device: DeviceView, slack_percentage: float) -> float:

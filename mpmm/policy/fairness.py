@@ -8,16 +8,40 @@ reuse whatever is idle: so the waiters of one model are served together, before 
 that are to make room for it are nobody else's any more, and they drain; what is not one of them delays nobody and may
 be reused still. After twice that time nothing is, whatever was expected. What has to run alone is never passed.
 
-The time does not begin when a waiter comes, because in a long queue all have waited for long, and then every copy would
+The time begins only when there is somebody who delays it. As long as nothing but the end of a load that has begun can
+make room, none of the waiters that share that load later is in the way; and without that, where a load takes longer
+than the bound, every instance would go as soon as it is loaded, for the sake of the next waiter: four clients that go
+through four models with room for one, one model further each, then need 112 loads of 10 s for 112 requests instead of
+31. No load that begins later, not even a small one, holds the time up.
+
+It does not begin when a waiter comes, because in a long queue all have waited for long, and then every copy would
 be loaded for one waiter alone, which makes the queue longer still: in the simulator, 64 clients and loads of 2 s, that
 is 576 loads for 1 000 requests and a longest wait of 28 s, instead of 71 loads and 8 s.
+
+Leases may be held for ever, so who waits for one to end is not blocked and delays nobody but later leases. Those may be
+given out before it for `max_overtake_seconds` from when it came. After that only those may that do not delay it, which
+is sure where it has room at the end of just the same leases, with the later one and without. So it waits at most for
+the leases that were there when it came, and for those that were given out within the bound.
+
+Loads begin in the order of the queue, but for this: when there is room for the first waiter, a model that more wait for
+and that fits in the same room is loaded before it, once for each waiter, and not before one whose time is up. The time
+of a waiter that a load was let past begins anew when that load has ended. So such a waiter waits for one load, and the
+bound once more, at most. In the simulator, 64 clients, that saves 1 to 39 % of the loads and shortens the waits; four
+clients that go through four models, with room for one, each in an order of its own, need 1.22 times the loads of
+somebody who knows all that will be asked (12 cases, 1.30 at the most) instead of 1.29 (1.49). Without a limit on how
+often a waiter is passed it is 1.40, and the longest waits are longer by a half.
 """
 
 from __future__ import annotations
 
-from mpmm.policy.view import TicketView, View
+import itertools
+import math
+from collections.abc import Sequence
 
-__all__ = ["effective_priority", "is_due", "is_overdue", "queue_order"]
+from mpmm.policy.admission import limit_mb
+from mpmm.policy.view import DeviceView, TicketView, View
+
+__all__ = ["effective_priority", "is_due", "is_overdue", "may_be_leased_before", "queue_order"]
 
 
 # So many times the bound an unknown model may go before a known one. Every isolation flushes the device, so unknown
@@ -56,3 +80,29 @@ def is_overdue(view: View, ticket: TicketView) -> bool:
     """Tell whether nobody at all may pass a blocked waiter any more."""
     since = ticket.blocked_since_s
     return since is not None and view.now_s - since >= 2 * view.rules.max_overtake_seconds
+
+
+# Of more leases on one device not every sum is formed.
+_MOST_SUMMED = 10
+
+
+def may_be_leased_before(
+    view: View, waiting: TicketView, share_mb: float, device: DeviceView, mb: float, held_mb: Sequence[float]
+) -> bool:
+    """Tell whether `mb` of a device may be leased before a waiter that needs `share_mb` there once leases have ended.
+
+    held_mb: the leases that are held on the device.
+    """
+    if waiting.devices and device.device not in waiting.devices:
+        return True
+    if view.now_s - waiting.enqueued_s < view.rules.max_overtake_seconds:
+        return True
+    # What leases may take when it is its turn.
+    most_mb = limit_mb(device, view.rules.slack_percentage) - share_mb
+    if len(held_mb) > _MOST_SUMMED:
+        return math.fsum(held_mb) + mb <= most_mb
+    return not any(
+        most_mb - mb < math.fsum(left_mb) <= most_mb
+        for count in range(len(held_mb) + 1)
+        for left_mb in itertools.combinations(held_mb, count)
+    )

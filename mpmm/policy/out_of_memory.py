@@ -8,14 +8,17 @@ CUDA out of memory. Tried to allocate …`, `jaxlib.xla_extension.XlaRuntimeErro
 
 from __future__ import annotations
 
+import math
 import re
 
 from mpmm.errors import MpmmError, RemoteCallError, ServerStartError
 
-__all__ = ["is_out_of_memory", "raised_estimate_mb"]
+__all__ = ["MORE_MB", "bound_mb", "is_out_of_memory", "raised_estimate_mb"]
 
-# By how much a model's estimate grows when it has turned out to be too low.
+# By how much a model's estimate grows when it has turned out to be too low and nothing can be measured.
 GROWTH = 1.25
+# A model that ran out of memory with so much free needs more than that; sources of figures tell no less than this.
+MORE_MB = 1.0
 # (package, class): torch.OutOfMemoryError was torch.cuda.OutOfMemoryError before 2.5.
 _CLASSES = {("torch", "OutOfMemoryError"), ("tensorflow", "ResourceExhaustedError"), ("cupy", "OutOfMemoryError")}
 # What these say depends on a status, of which one is ours.
@@ -64,6 +67,18 @@ def is_out_of_memory(error: BaseException) -> bool:
 def raised_estimate_mb(need_mb: float, limit_mb: float) -> float:
     """Return what to take a model for that needs more than `need_mb`: more, but not so much that it never fits."""
     return max(need_mb, min(need_mb * GROWTH, limit_mb))
+
+
+def bound_mb(free_mb: float, limit_mb: float) -> float:
+    """Return the bound on a model that ran out of memory with `free_mb` free: it needs more than what is returned.
+
+    That is never so much that the model could not be admitted where `limit_mb` can be had at best: why a loader ran out
+    is not certain (it may have been the host's memory, or another program's doing), so it is not refused for that. 0,
+    no bound, where neither says anything.
+    """
+    room_mb = math.floor(limit_mb) - MORE_MB if math.isfinite(limit_mb) else free_mb
+    bound = min(free_mb, room_mb)
+    return bound if bound > 0 else 0.0
 
 
 def _is_of_known_class(error: BaseException) -> bool:

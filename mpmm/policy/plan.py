@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence, Set
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass, replace
 
-from mpmm.policy.admission import free_mb, largest_limit_mb, limit_mb
+from mpmm.policy.admission import free_mb, largest_limit_mb, limit_mb, widened
+from mpmm.policy.backoff import left_s
 from mpmm.policy.eviction import Room, find_room, together, waiting_pays
-from mpmm.policy.fairness import is_due, is_overdue, queue_order
+from mpmm.policy.fairness import is_due, is_overdue, may_be_leased_before, queue_order
 from mpmm.policy.placement import best_place, soonest_alone
-from mpmm.policy.sharing import waiting_is_sooner
+from mpmm.policy.sharing import presumed, seen_so_far, waiting_is_sooner
 from mpmm.policy.view import (
     Busy,
     Decision,
@@ -22,6 +23,7 @@ from mpmm.policy.view import (
     Idle,
     Load,
     ModelView,
+    Placed,
     Reason,
     Refuse,
     TicketView,
@@ -65,32 +67,58 @@ class _Walk:
             if all(device in self._devices for device in copy.devices):
                 self._idle[copy.model].append(copy)
         self._models = dict(view.models)
+        # What that tells of models that have never been loaded.
+        self._seen = seen_so_far(view.models.values())
         # Copies in use or being loaded by device, those that this walk adds as well.
         self._busy = Counter(device for copy in view.busy for device in copy.devices)
         self._blocked: TicketView | None = None
         # Where room is made for the blocked one, as far as that is known.
         self._room: Room | None = None
+        # The time of the blocked one does not begin yet.
+        self._clock_stands = False
+        # This walk has let somebody load.
+        self._loads_begun = False
+        # The queue, who of it is answered out of turn, and past whom.
+        self._order: list[TicketView] = []
+        self._early: dict[int, Decision | None] = {}
+        self._passed: TicketView | None = None
         # Models that cannot be loaded beside that. Room only shrinks in a walk, so each is looked at once: most
         # who wait behind a blocked one want the same few.
         self._not_beside: set[int] = set()
         # Who wanted what, and was told to wait without holding up others, since something was last booked.
         self._told: dict[tuple[object, ...], Wait] = {}
         self._sharing: Counter[int] = Counter()
-        # Somebody waits for a lease to end, so no further one is given out behind him.
+        # Somebody waits for a lease to end, so not every further one is given out behind him: who, and what it needs
+        # on each of its devices.
         self._lease_is_awaited = False
+        self._awaiting_leases: list[tuple[TicketView, float]] = []
+        # The leases that are held, those of this walk as well.
+        self._leases = list(view.leases)
 
     def plan(self) -> Plan:
         if self._view.devices and not self._devices:
             return Plan((), blocked=True)
         order = queue_order(self._view)
         decided: dict[int, Decision | None] = dict(self._hand_out(order))
+        self._order = [ticket for ticket in order if ticket.row not in decided]
         for ticket in order:
             hopeless = self._blocked and ticket.model in self._not_beside and not ticket.preload and not ticket.devices
-            if ticket.row not in decided and not hopeless:
+            if ticket.row not in decided and ticket.row not in self._early and not hopeless:
                 decided[ticket.row] = self._decide(ticket)
+        decided.update(self._early)
+        self._stop_clock(decided)
+        passed = decided.get(self._passed.row) if self._passed is not None else None
+        if isinstance(passed, Wait | Evict):
+            decided[passed.ticket] = replace(passed, passed=True)
         decisions = (decided.get(ticket.row) for ticket in order)
         blocked = self._blocked is not None or not self._devices
         return Plan(tuple(decision for decision in decisions if decision is not None), blocked)
+
+    def _stop_clock(self, decided: dict[int, Decision | None]) -> None:
+        """Let the blocked one's time not begin as long as nobody delays it, see `fairness`."""
+        wait = decided.get(self._blocked.row) if self._blocked is not None else None
+        if self._clock_stands and isinstance(wait, Wait):
+            decided[wait.ticket] = replace(wait, first=False)
 
     def _where(self, ticket: TicketView) -> list[DeviceView]:
         """Return the devices on which a waiter may load now."""
@@ -128,7 +156,10 @@ class _Walk:
                 why = Why(Reason.PASSING, other=passed.model) if passed else Why(Reason.IDLE_COPY)
                 granted[ticket.row] = Grant(ticket.row, copy.row, why)
                 continue
-            if self._isolates(view.models[ticket.model]):
+            if left_s(view.models[ticket.model]) > 0:
+                # Nothing is kept for it, nor drained.
+                continue
+            if self._isolates(ticket, view.models[ticket.model]):
                 # Everything there has to drain for it, so whatever passes it there delays it; one at a time.
                 closed = closed or {device.device for device in self._to_be_alone_on(ticket)}
                 if len(closed) == len(self._devices):
@@ -158,19 +189,46 @@ class _Walk:
             return self._beside(ticket, model)
         if not self._view.devices:
             return self._block(ticket, Why(Reason.NO_DEVICE))
-        if self._isolates(model):
-            return self._isolate(ticket, model.need_mb)
+        backs_off = self._back_off(ticket, model)
+        if self._isolates(ticket, model):
+            return backs_off or self._isolate(ticket, model.need_mb)
         if ticket.preload:
-            return self._load(ticket, model)
+            return backs_off or self._load(ticket, model)
         if self._is_at_most(model):
-            return self._exchange(ticket, model)
+            return backs_off or self._exchange(ticket, model)
         usable = self._for(ticket, model)
         ahead = self._sharing[ticket.model]
-        shared_in_s = waiting_is_sooner(usable, ticket, ahead, self._view.now_s)
+        shared_in_s = waiting_is_sooner(usable, ticket, ahead, self._view.now_s, self._seen)
         if shared_in_s is not None:
             self._sharing[ticket.model] += 1
             return Wait(ticket.row, Reason.SHARING, Why(Reason.SHARING, seconds=shared_in_s))
-        return self._load_alike(ticket, model)
+        return backs_off or self._load_alike(ticket, model)
+
+    def _back_off(self, ticket: TicketView, model: ModelView) -> Wait | None:
+        """Let one wait whose model's last loads have failed, if something would have to go for the next; see `backoff`.
+
+        It does not hold up others. None if it may go on: there is no back-off, or the load needs only what is free.
+        """
+        seconds = left_s(model)
+        if seconds <= 0 or (not self._is_at_most(model) and self._needs_no_room(ticket, model)):
+            return None
+        here = self._for(ticket, model)
+        if self._is_at_most(model) and (here.usable_by(ticket.member) or here.coming_for(ticket.member)):
+            # It waits for one of these, and not for a load.
+            return None
+        return Wait(ticket.row, Reason.BACKING_OFF, Why(Reason.BACKING_OFF, model.need_mb, seconds=seconds))
+
+    def _needs_no_room(self, ticket: TicketView, model: ModelView) -> bool:
+        """Tell whether a load takes nothing but free memory, or is refused."""
+        if self._isolates(ticket, model):
+            place = self._to_be_alone_on(ticket)
+            rows = {device.device for device in place}
+            empty = not any(self._busy[row] for row in rows) and not self._idle_on(rows)
+            return empty and not any(device.unloading or device.returning_mb > 0 for device in place)
+        largest = largest_limit_mb(self._all_where(ticket), self._slack, ticket.span) * ticket.span
+        need_mb = model.need_mb if model.known else min(model.need_mb, largest)
+        fits = best_place(self._where(ticket), need_mb / ticket.span, self._slack, ticket.span) is not None
+        return fits or need_mb > largest
 
     def _load_alike(self, ticket: TicketView, model: ModelView) -> Decision | None:
         """Do as with one who wants the same and was told to wait, if nothing has been booked since."""
@@ -198,8 +256,8 @@ class _Walk:
         loading = Counter(copy.owner for copy in busy if copy.loading and copy.owner is not None)
         return replace(model, shared=loaded_owners[None], owned=owned, loading=loading)
 
-    def _isolates(self, model: ModelView) -> bool:
-        return not model.known and self._view.rules.isolate_unknown
+    def _isolates(self, ticket: TicketView, model: ModelView) -> bool:
+        return not model.known and self._view.rules.isolate_unknown and not ticket.nested
 
     def _is_at_most(self, model: ModelView) -> bool:
         """Tell whether there are as many copies of a model as there may be."""
@@ -290,26 +348,33 @@ class _Walk:
             return Refuse(ticket.row, Why(Reason.TOO_LARGE, need_mb, largest))
         if ticket.preload and not self._fit_beside(ticket, model.copies, share_mb):
             return Refuse(ticket.row, Why(Reason.TOO_LARGE, need_mb, largest))
-        if model.lease and self._lease_is_awaited:
-            return Wait(ticket.row, Reason.BEHIND, Why(Reason.BEHIND, need_mb))
-        where = self._where(ticket)
+        where = [widened(device, share_mb, slack) for device in self._where(ticket)]
         if len(where) < span:
             # Where it may go somebody runs alone, or is about to.
             return None
-        place = best_place(where, share_mb, slack, span)
+        place = best_place(self._leasable(where, model, share_mb), share_mb, slack, span)
+        rival = self._more_wanted(ticket, model) if place is not None else None
+        if rival is not None:
+            self._passed = ticket
+            self._early[rival.row] = self._decide(rival)
+            where = [widened(device, share_mb, slack) for device in self._where(ticket)]
+            place = best_place(where, share_mb, slack, span)
         if place is not None:
             another = self._for(ticket, model).usable_by(ticket.member)
             return self._book(ticket, place.devices, need_mb, Reason.ANOTHER_COPY if another else place.reason)
+        if model.lease and self._lease_is_awaited:
+            return Wait(ticket.row, Reason.BEHIND, Why(Reason.BEHIND, need_mb))
         waits = self._wait_for_others(ticket, where, share_mb)
         if waits is not None:
+            if waits.reason == Reason.LEASED:
+                self._awaiting_leases.append((ticket, share_mb))
             return waits
         due = is_due(self._view, ticket)
-        room = self._find_room(ticket, share_mb, due)
+        room = self._find_room(ticket, share_mb, due) or self._all_of_it(ticket, where, share_mb)
         self._room = room
+        self._clock_stands = self._is_delayed_by_loads(ticket, share_mb)
         if room is None:
-            pinned = any(copy.pinned for copies in self._idle.values() for copy in copies)
-            why = Why(Reason.PINNED if pinned else Reason.MEMORY, need_mb, _most_free_mb(where, slack))
-            return self._block(ticket, why)
+            return self._block(ticket, Why(Reason.MEMORY, need_mb, _most_free_mb(where, slack)))
         free, on = math.fsum(free_mb(device, slack) for device in room.devices), self._named(room.devices)
         if room.victims and (due or not room.awaited):
             reason = Reason.LOWEST_SCORE if room.harm is None else Reason.SMALLEST_HARM
@@ -326,24 +391,96 @@ class _Walk:
         returning_mb = math.fsum(device.returning_mb for device in room.devices)
         return self._block(ticket, Why(Reason.RETURNING, need_mb, free, returning_mb, devices=on))
 
+    def _more_wanted(self, ticket: TicketView, model: ModelView) -> TicketView | None:
+        """Return one behind a waiter that is to load before it, because more wait for its model; see `fairness`."""
+        if not _may_be_passed(self._view, ticket) or model.copies or model.lease:
+            return None
+        slack, best, most = self._slack, None, model.waiting
+        for other in self._order:
+            wanted = self._models[other.model]
+            if wanted.waiting <= most or other.row in self._early or not _is_of_the_many(other):
+                continue
+            if wanted.copies or wanted.lease or self._isolates(other, wanted):
+                continue
+            if best_place(self._where(other), wanted.need_mb, slack) is not None:
+                best, most = other, wanted.waiting
+        return best
+
+    def _leasable(self, devices: list[DeviceView], model: ModelView, share_mb: float) -> list[DeviceView]:
+        """Return where `share_mb` may go before those who wait for leases to end; any model may go anywhere."""
+        if not model.lease or not self._lease_is_awaited:
+            return devices
+        held_mb = {
+            device.device: [lease.mb_on(device.device) for lease in self._leases if device.device in lease.devices]
+            for device in devices
+        }
+        return [
+            device
+            for device in devices
+            if all(
+                may_be_leased_before(self._view, waiting, need_mb, device, share_mb, held_mb[device.device])
+                for waiting, need_mb in self._awaiting_leases
+            )
+        ]
+
     def _wait_for_others(self, ticket: TicketView, where: list[DeviceView], share_mb: float) -> Wait | None:
-        """Let one wait for whom leases, or programs that have none, leave too little room, whatever else went.
+        """Let one wait for whom leases, external memory or pinned copies leave too little room, whatever else went.
 
-        Nothing that others let go would help, so nobody has to stand back for it, for hours perhaps.
+        Nothing that the manager can unload would help, so nobody has to stand back for it, for hours perhaps.
         """
-        span, slack, need_mb = ticket.span, self._slack, share_mb * ticket.span
-
-        def held_up(kept: Callable[[DeviceView], float]) -> bool:
-            return sum(share_mb <= limit_mb(device, slack) - kept(device) for device in where) < span
-
-        free = _most_free_mb(where, slack)
-        if held_up(lambda device: device.leased_mb):
+        need_mb, free = share_mb * ticket.span, _most_free_mb(where, self._slack)
+        if self._fitting(where, share_mb, external=False) < ticket.span:
             self._lease_is_awaited = True
             return Wait(ticket.row, Reason.LEASED, Why(Reason.LEASED, need_mb, free))
-        if held_up(lambda device: device.leased_mb + device.foreign_mb):
-            foreign_mb = math.fsum(device.foreign_mb for device in where)
-            return Wait(ticket.row, Reason.FOREIGN, Why(Reason.FOREIGN, need_mb, free, foreign_mb))
+        if self._fitting(where, share_mb) < ticket.span:
+            external_mb = math.fsum(device.external_least_mb for device in where)
+            return Wait(ticket.row, Reason.FOREIGN, Why(Reason.FOREIGN, need_mb, free, external_mb))
+        if self._fitting(where, share_mb, pinned=True) < ticket.span:
+            return Wait(ticket.row, Reason.PINNED, Why(Reason.PINNED, need_mb, free))
         return None
+
+    def _fitting(
+        self, where: Iterable[DeviceView], share_mb: float, external: bool = True, pinned: bool = False
+    ) -> int:
+        """Return on how many devices `share_mb` would fit if all went that the manager can unload.
+
+        external: count what is certainly not ours as well as leases; pinned: what is pinned, too. A device that has
+        nothing of these but external memory takes it up to its total, see `admission.widened`.
+        """
+        count = 0
+        for device in where:
+            least_mb = max(0.0, device.external_least_mb) if external else 0.0
+            kept_mb = device.leased_mb + (self._pinned_on(device.device) if pinned else 0.0)
+            limit = limit_mb(device, self._slack) - device.extra_mb
+            fits = share_mb + kept_mb + least_mb <= limit
+            count += fits or (share_mb <= limit and not kept_mb and share_mb + least_mb <= device.total_mb)
+        return count
+
+    def _pinned_on(self, device: int) -> float:
+        """Return what pinned copies, idle ones and those in use, take of a device."""
+        copies: list[Idle | Busy] = [*self._view.idle, *self._view.busy]
+        return math.fsum(copy.mb_on(device) for copy in copies if copy.pinned and device in copy.devices)
+
+    def _all_of_it(self, ticket: TicketView, where: list[DeviceView], share_mb: float) -> Room | None:
+        """Return everything that can go from devices on which the books alone find too little room.
+
+        Part of what counts as external there may be what instances have grown by. Only an empty device tells.
+        """
+        rooms = []
+        for device in where:
+            grown_mb = device.external_mb - device.external_least_mb
+            if grown_mb <= 0 or not self._fitting([device], share_mb, pinned=True):
+                continue
+            victims = [copy for copy in self._idle_on({device.device}) if not copy.pinned]
+            awaited = [copy for copy in self._view.busy if device.device in copy.devices]
+            if not (victims or awaited or device.unloading or device.returning_mb):
+                continue
+            freed_mb = math.fsum(copy.mb_on(device.device) for copy in (*victims, *awaited))
+            drain_s = max((copy.free_in_s for copy in awaited), default=0.0)
+            rooms.append(Room((device,), tuple(victims), tuple(awaited), None, drain_s, freed_mb, (0.0,)))
+        if len(rooms) < ticket.span:
+            return None
+        return together(sorted(rooms, key=lambda room: room.cost)[: ticket.span])
 
     def _find_room(self, ticket: TicketView, share_mb: float, due: bool) -> Room | None:
         """Return where room for `share_mb` on each of its devices can be made with the least harm.
@@ -361,11 +498,8 @@ class _Walk:
 
     def _cheapest(self, ticket: TicketView, share_mb: float, busy: Sequence[Busy]) -> Room | None:
         idle = [copy for copies in self._idle.values() for copy in copies]
-        rooms = [
-            room
-            for device in self._where(ticket)
-            if (room := find_room(self._view, device, idle, busy, share_mb, ticket))
-        ]
+        where = (widened(device, share_mb, self._slack) for device in self._where(ticket))
+        rooms = [room for device in where if (room := find_room(self._view, device, idle, busy, share_mb, ticket))]
         if len(rooms) < ticket.span:
             return None
         return together(sorted(rooms, key=lambda room: room.cost)[: ticket.span])
@@ -373,17 +507,15 @@ class _Walk:
     def _beside(self, ticket: TicketView, model: ModelView) -> Decision | None:
         """Let a waiter load what fits beside the room that is reserved for the blocked one."""
         room, blocked = self._room, self._blocked
-        if blocked is None or self._isolates(model) or model.shared or self._is_at_most(model):
+        if blocked is None or self._isolates(ticket, model) or model.shared or self._is_at_most(model):
             self._not_beside.add(model.model)
             return None
-        if model.lease and self._lease_is_awaited:
-            return None
-        if model.usable_by(ticket.member) or model.coming_for(ticket.member):
+        if model.usable_by(ticket.member) or presumed(model, self._seen).coming_for(ticket.member):
             return None
         slack, share_mb = self._slack, model.need_mb / ticket.span
         left = dict(zip((device.device for device in room.devices), room.left_mb, strict=True)) if room else {}
         free = []
-        for device in self._where(ticket):
+        for device in self._leasable(self._where(ticket), model, share_mb):
             if device.device in left:
                 kept_mb = max(0.0, free_mb(device, slack) - left[device.device])
                 free.append(replace(device, reserved_mb=device.reserved_mb + kept_mb))
@@ -399,6 +531,7 @@ class _Walk:
             left_mb = tuple(mb - share_mb * (device in taken) for device, mb in left.items())
             self._room = replace(room, left_mb=left_mb)
         devices = tuple(self._devices[device.device] for device in place.devices)
+        self._clock_stands = False
         return self._book(ticket, devices, model.need_mb, Reason.BESIDE, blocked.model)
 
     def _book(
@@ -410,15 +543,21 @@ class _Walk:
         other: int | None = None,
     ) -> Load:
         self._told.clear()
+        self._loads_begun = True
         share_mb = need_mb / len(devices)
         for device in devices:
-            self._devices[device.device] = replace(device, reserved_mb=device.reserved_mb + share_mb)
+            known = self._devices[device.device]
+            self._devices[device.device] = replace(known, reserved_mb=known.reserved_mb + share_mb)
             self._busy[device.device] += 1
-        # Those behind may share this load.
         model = self._models[ticket.model]
+        if model.lease:
+            first, *others = [device.device for device in devices]
+            beside = tuple((other, share_mb) for other in others)
+            self._leases.append(Placed(-1, model.model, first, share_mb, beside=beside))
+        # Those behind may share this load.
         if not ticket.tied:
             loading = {**model.loading, ticket.member: model.loading.get(ticket.member, 0) + 1}
-            self._models[ticket.model] = replace(model, loading=loading)
+            self._models[ticket.model] = replace(model, loading=loading, loading_for_s=0.0)
         free = math.fsum(free_mb(device, self._slack) for device in devices)
         why = Why(reason, need_mb, free, other=other, devices=self._named(devices))
         return Load(ticket.row, tuple(device.device for device in devices), need_mb, False, why)
@@ -433,10 +572,24 @@ class _Walk:
         self._blocked = ticket
         return Wait(ticket.row, why.reason, why, first=True)
 
+    def _is_delayed_by_loads(self, ticket: TicketView, share_mb: float) -> bool:
+        """Tell whether only the end of loads that have begun already can make room, which nobody who reuses delays."""
+        loading = self._loads_begun or any(copy.loading for copy in self._view.busy)
+        return loading and self._cheapest(ticket, share_mb, ()) is None
+
 
 def _can_use(ticket: TicketView, copy: Idle, closed: Set[int] = frozenset()) -> bool:
     """Tell whether a waiter's process can use a copy, and the copy lies where the waiter wants it."""
     return copy.owner in (None, ticket.member) and copy.is_within(ticket.tied) and not closed & set(copy.devices)
+
+
+def _is_of_the_many(ticket: TicketView) -> bool:
+    """Tell whether a waiter is one for a known model that may go anywhere."""
+    return ticket.priority == 1 and not ticket.preload and not ticket.devices and not ticket.tied and ticket.span == 1
+
+
+def _may_be_passed(view: View, ticket: TicketView) -> bool:
+    return not ticket.passed and _is_of_the_many(ticket) and not is_due(view, ticket)
 
 
 def _most_free_mb(devices: Iterable[DeviceView], slack_percentage: float) -> float:

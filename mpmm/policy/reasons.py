@@ -25,10 +25,11 @@ SENTENCES: dict[Reason, str] = {
     Reason.COPIES: "waits for a copy that is in use: there are as many as there may be",
     Reason.LEASED: "waits: needs {need:.0f} MB{on}, {free:.0f} free, and the leases that are held leave too little "
     "room",
-    Reason.FOREIGN: "waits: needs {need:.0f} MB{on}, {free:.0f} free, and {coming:.0f} MB that other programs take "
-    "leave too little room",
+    Reason.FOREIGN: "waits: needs {need:.0f} MB{on}, {free:.0f} free, and {coming:.0f} MB that the driver and other "
+    "programs take leave too little room",
     Reason.IN_USE: "waits: needs {need:.0f} MB{on}, {free:.0f} free, {coming:.0f} kept for it where {other} is in use, "
     "for {time}",
+    Reason.BACKING_OFF: "waits: its loads have failed, so nothing is evicted for another try for {time}",
     Reason.IDLE_COPY: "gets an idle copy",
     Reason.PASSING: "gets an idle copy, past {other}, which waits for room elsewhere",
     Reason.FITS: "loads{on}: needs {need:.0f} MB, {free:.0f} free",

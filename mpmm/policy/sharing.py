@@ -1,34 +1,95 @@
-"""Sharing: whether to wait for a copy that others use or load, rather than to load another one."""
+"""Sharing: whether to wait for an instance that others use or load, rather than to load another one.
+
+What has not been measured yet is judged by what has been seen so far. A model that has never been loaded is expected to
+load as the others do, and an instance whose holds are not known is expected to be held for as long again as it has been
+held already (Gott's rule). The same holds for what takes longer than it should: a load or a hold that is late by a
+second is expected to be late by another one. So a waiter that finds nothing measured waits at first, and a hung load or
+an endless hold is waited for only until that is expected to take longer than a load.
+"""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
 from mpmm.policy.view import ModelView, TicketView
 
-__all__ = ["waiting_is_sooner"]
+__all__ = ["FIRST_LOAD_S", "Seen", "presumed", "remaining_s", "seen_so_far", "waiting_is_sooner"]
+
+# What a load is expected to take as long as none has ended in the namespace: twice what large models took on an H100
+# through Beam, 4 to 12 s. It only decides when to stop waiting for the very first load of all.
+FIRST_LOAD_S = 25.0
 
 
-def waiting_is_sooner(model: ModelView, ticket: TicketView, ahead: int, now_s: float) -> float | None:
-    """Return in how many seconds the copies there are serve a waiter, if a load of its own does not; else None.
+@dataclass(frozen=True)
+class Seen:
+    """What the models that have been loaded tell of one that has not been.
 
-    ahead: waiters of the same model before this one that wait for the same copies.
-
-    With c usable copies, each held for h on average, the (n+1)-th waiter gets one after about (n+1) h / c. That is
-    compared with the time of a load. What is left of a load that has begun adds to the wait but not to the comparison:
-    else whoever comes just after it began would begin another one, to have it a hold sooner. Where a time is
-    not known yet, another copy is loaded, as in Beam; except that an unknown model is loaded once at a time. Where all
-    copies are held for longer than a load takes, and the waiter has waited that long, the mean has promised too much,
-    and another one is loaded.
+    load_s, hold_s: the means over those models, 0 unknown. shares: a load is expected to make a handle, which one more
+    model has done than not. As long as nothing has been loaded it is, because that is what Beam's RunInference does.
     """
+
+    load_s: float = 0.0
+    hold_s: float = 0.0
+    shares: bool = True
+
+
+def seen_so_far(models: Iterable[ModelView]) -> Seen:
+    """Return what the models in a view have shown."""
+    loaded = [model for model in models if model.load_s]
+    held = [model.hold_s for model in loaded if model.hold_s]
+    if not loaded:
+        return Seen()
+    return Seen(
+        math.fsum(model.load_s for model in loaded) / len(loaded),
+        math.fsum(held) / len(held) if held else 0.0,
+        2 * sum(model.shares for model in loaded) > len(loaded),
+    )
+
+
+def presumed(model: ModelView, seen: Seen) -> ModelView:
+    """Return a model with what is presumed of its first load; unchanged once a load has ended."""
+    if model.load_s:
+        return model
+    return replace(model, load_s=seen.load_s or FIRST_LOAD_S, shares=model.shares or seen.shares)
+
+
+def remaining_s(mean_s: float, elapsed_s: float) -> float:
+    """Return how much longer something is expected to take that takes `mean_s` on average, 0 unknown.
+
+    Once it is late, it is expected to be late by as much again; so what has no known mean lasts for as long again.
+    """
+    return abs(mean_s - elapsed_s)
+
+
+def waiting_is_sooner(
+    model: ModelView, ticket: TicketView, ahead: int, now_s: float, seen: Seen | None = None
+) -> float | None:
+    """Return in how many seconds the instances there are serve a waiter, if a load of its own does not; else None.
+
+    ahead: waiters of the same model before this one that wait for the same instances.
+
+    With c usable instances, each held for h on average, the (n+1)-th waiter gets one after about (n+1) h / c. That is
+    compared with the time of a load. What is left of a load that has begun adds to the wait but not to the comparison:
+    else a waiter that comes just after it began would begin another one, to have it a hold sooner. By how much the
+    load is late does count. Where all instances are held for longer than a load takes, and the waiter has waited that
+    long, the mean has promised too much, and another one is loaded.
+    """
+    seen = seen or Seen()
+    model = presumed(model, seen)
     loaded, coming = model.usable_by(ticket.member), model.coming_for(ticket.member)
     if not loaded and not coming:
         return None
-    if not model.load_s:
-        return 0.0 if not loaded and not model.known else None
-    if loaded and not model.hold_s:
+    if loaded and model.hold_s and min(model.held_for_s, now_s - ticket.enqueued_s) >= model.load_s:
         return None
-    if loaded and min(model.held_for_s, now_s - ticket.enqueued_s) >= model.load_s:
+    held_for_s = model.held_for_s if loaded else 0.0
+    first_s = hold_s = model.hold_s
+    if not hold_s:
+        first_s = max(held_for_s, seen.hold_s - held_for_s)
+        hold_s = held_for_s + first_s
+    served_s = (first_s + hold_s * ahead) / (loaded + coming)
+    late_s = 0.0 if loaded else max(0.0, model.loading_for_s - model.load_s)
+    if served_s + late_s >= model.load_s:
         return None
-    served_s = model.hold_s * (ahead + 1) / (loaded + coming)
-    if served_s >= model.load_s:
-        return None
-    return served_s if loaded else served_s + max(0.0, model.load_s - model.loading_for_s)
+    return served_s if loaded else served_s + remaining_s(model.load_s, model.loading_for_s)

@@ -43,11 +43,12 @@ class Reason(IntEnum):
     RETURNING = 4  # unloaded memory has not come back yet
     NO_DEVICE = 5  # no device is known yet
     SHARING = 6  # a copy that is busy or being loaded will be free sooner than another one could be loaded
-    PINNED = 7  # as MEMORY, and some of what is idle is pinned
+    PINNED = 7  # what is pinned leaves too little room, even if everything else went
     COPIES = 8  # there are as many copies of its model as there may be
     LEASED = 9  # leases that are held leave too little room, even if everything else went
     IN_USE = 10  # room is reserved for it where copies are still in use
-    FOREIGN = 11  # as LEASED, with what other programs take as well
+    FOREIGN = 11  # as LEASED, with external memory as well: the driver's, and that of other programs
+    BACKING_OFF = 14  # its loads fail, so nothing is evicted for it for a while
     # It gets an idle copy:
     IDLE_COPY = 16
     PASSING = 17  # past one that waits for room, which this does not delay
@@ -107,8 +108,9 @@ class ModelView:
     need_mb: the estimate, or the default. shared: loaded copies that any member can use. owned: loaded copies
     that only one member can use, by member. loading: copies being loaded, by the member that loads them;
     shares: what is being loaded will be a handle, as far as known. load_s, hold_s: how long a load and a hold
-    take, 0 unknown. loading_for_s: since when the oldest load goes on. held_for_s: how long the copy that was handed
-    out last is held. rate: expected requests a second. lease: it is no model, but a lease.
+    take, 0 unknown. loading_for_s: how long the newest load has been going on. held_for_s: how long the copy that was
+    handed out last is held. rate: expected requests a second. lease: it is no model, but a lease. failures: loads that
+    failed since the last one that did not, and how long ago the last of them was.
     """
 
     model: int
@@ -125,6 +127,8 @@ class ModelView:
     held_for_s: float = 0.0
     rate: float = 0.0
     lease: bool = False
+    failures: int = 0
+    failed_ago_s: float = math.inf
 
     @property
     def copies(self) -> int:
@@ -198,7 +202,8 @@ class TicketView:
     preload: above 0, it does not wait for a copy to use, but for so many to be there that its member can use.
     blocked_since_s: since when it is the first one for whom there is no room, None if it has never been.
     devices: where it may load; tied: on which a copy is of use for it; empty for all. span: how many devices what it
-    loads lies on.
+    loads lies on. nested: its thread holds or loads something else, so it would wait for itself if it waited to run
+    alone. passed: a load was let past it.
     """
 
     row: int
@@ -212,13 +217,21 @@ class TicketView:
     devices: tuple[int, ...] = ()
     tied: tuple[int, ...] = ()
     span: int = 1
+    nested: bool = False
+    passed: bool = False
 
 
 @dataclass(frozen=True)
 class DeviceView:
-    """One device. `unloading_mb` is what copies in mid-unload still take, `returning_mb` what unloads have not given
-    back yet; both are part of `used_mb`. `leased_mb` is what leases are for, whether in use or not; `foreign_mb` what
-    other programs take, part of `used_mb`. isolated: a copy runs alone on it. unloading: copies in mid-unload."""
+    """One device, as its ledger says (`policy.ledger`): `used_mb` and `reserved_mb` together are what is committed.
+
+    used_mb: what is believed to be in use, or to be coming back. reserved_mb: what loads in progress and leases may
+    take. unloading_mb: what copies in mid-unload still take, returning_mb: what unloads have not given back yet; both
+    are part of `used_mb`. leased_mb: what leases are for, part of `reserved_mb`. external_mb: what is not ours, part
+    of `used_mb`; external_least_mb: so much of that is certain. extra_mb: by how much the limit is raised for one that
+    has the device to itself, see `admission.widened`. isolated: a copy runs alone on it. unloading: copies in
+    mid-unload.
+    """
 
     device: int
     total_mb: float
@@ -227,7 +240,9 @@ class DeviceView:
     unloading_mb: float
     returning_mb: float
     leased_mb: float = 0.0
-    foreign_mb: float = 0.0
+    external_mb: float = 0.0
+    external_least_mb: float = 0.0
+    extra_mb: float = 0.0
     isolated: bool = False
     unloading: int = 0
 
@@ -238,6 +253,7 @@ class View:
 
     tickets: waiters in any order; at least the first ones of the queue, and for each model with idle copies
         the first ones of that model.
+    leases: those that are held, with what each is for.
     """
 
     now_s: float
@@ -247,6 +263,7 @@ class View:
     tickets: tuple[TicketView, ...]
     devices: tuple[DeviceView, ...]
     busy: tuple[Busy, ...] = ()
+    leases: tuple[Placed, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -271,21 +288,24 @@ class Load:
 
 @dataclass(frozen=True)
 class Evict:
-    """Unload idle copies, in this order, for a ticket that waits meanwhile."""
+    """Unload idle copies, in this order, for a ticket that waits meanwhile. `passed`: as in `Wait`."""
 
     ticket: int
     instances: tuple[int, ...]
     why: Why = field(default=Why(Reason.LOWEST_SCORE), compare=False)
+    passed: bool = field(default=False, compare=False)
 
 
 @dataclass(frozen=True)
 class Wait:
-    """A ticket waits, and why. `first`: it is the first one for whom there is no room."""
+    """A ticket waits, and why. `first`: it is the first one for whom there is no room. `passed`: a load is let past
+    it."""
 
     ticket: int
     reason: Reason
     why: Why = field(default=Why(Reason.BEHIND), compare=False)
     first: bool = field(default=False, compare=False)
+    passed: bool = field(default=False, compare=False)
 
 
 @dataclass(frozen=True)

@@ -82,6 +82,10 @@ def _models(snapshot: Snapshot) -> Iterator[str]:
         for name in ("load_s", "hold_s", "gap_s", *(("sd_mb",) if model.estimate_mb is not None else ())):
             if not 0 <= getattr(model, name) < math.inf:
                 yield f"M8 {model.tag}: {name} is {getattr(model, name)}"
+        if not 0 <= model.at_least_mb < math.inf:
+            yield f"M8 {model.tag}: at_least_mb is {model.at_least_mb}"
+        if (model.failures > 0) != (model.failed_ago_s is not None):
+            yield f"M9 {model.tag}: {model.failures} failures, the last one {model.failed_ago_s} s ago"
         yield from _idle_list(model, instances[model.row])
 
 
@@ -126,7 +130,8 @@ def _instances(snapshot: Snapshot) -> Iterator[str]:
                 yield f"I2 {what}: {name} {slot} is no member"
         if instance.state == "unloading" and instance.owner is not None and instance.holder != instance.owner:
             yield f"I1 {what}: owner {instance.owner} should unload it, not {instance.holder}"
-        if not instance.reserved_mb >= 0 or (instance.state == "leased" and not instance.reserved_mb > 0):
+        may, must = instance.state in ("loading", "leased"), instance.state == "leased"
+        if not instance.reserved_mb >= 0 or not must <= (instance.reserved_mb > 0) <= may:
             yield f"I3 {what}: {instance.reserved_mb} MB reserved"
         shares = instance.shares_mb
         if not shares or not set(shares) <= devices or not math.isclose(math.fsum(shares.values()), instance.mb):
@@ -135,6 +140,14 @@ def _instances(snapshot: Snapshot) -> Iterator[str]:
             yield f"I6 {what}: its model row {instance.model} is a {models.get(instance.model)}"
         if instance.state == "leased" and (instance.owner, instance.server) != (None, None):
             yield f"I6 {what}: it has owner {instance.owner}, server {instance.server}"
+    twins = Counter(
+        copy.handle
+        for copy in snapshot.instances
+        if copy.handle and copy.state in ("active", "idle") and copy.mb + copy.reserved_mb > 0
+    )
+    for handle, count in twins.items():
+        if count > 1:
+            yield f"I7 {count} instances stand for the memory of {handle}"
     generations = Counter(instance.generation for instance in snapshot.instances)
     for generation, count in generations.items():
         if count > 1:
@@ -176,8 +189,8 @@ def _pins(snapshot: Snapshot) -> Iterator[str]:
 
 def _devices(snapshot: Snapshot) -> Iterator[str]:
     for device in snapshot.devices:
-        if not device.returning_mb >= 0:
-            yield f"D2 {device.name}: {device.returning_mb} MB returning"
+        if not device.returning_mb >= 0 or not math.isclose(device.returning_mb, math.fsum(device.returns_mb)):
+            yield f"D2 {device.name}: {device.returning_mb} MB returning, the returns are {device.returns_mb}"
         if not device.foreign_mb >= 0:
             yield f"D2 {device.name}: {device.foreign_mb} MB of others"
         if device.isolated is not None:

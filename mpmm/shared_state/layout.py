@@ -43,7 +43,7 @@ __all__ = [
 ]
 
 MAGIC = int.from_bytes(b"mpmm-seg", "little")
-LAYOUT_VERSION = 6
+LAYOUT_VERSION = 7
 WORD = 8
 # So many of the tables, the first ones, say in `Header.ENDS` how far they have grown.
 GROWING = 5
@@ -125,8 +125,10 @@ class Header:
 
     POLL_CLAIMED = 46  # raw, also without the lock: when somebody last set out to poll in the leader's place
 
-    # What the source of memory figures can do, written by the leader; the first also by those whose sample shows it.
-    SOURCE_MEASURES_PROCESSES = 48  # 1 once the source has shown what a process of ours takes, until it does not tell
+    # What the source of memory figures can do, written by the leader; whether it measures processes also by those whose
+    # sample shows it.
+    SOURCE_COUNTS_NAMED = 47  # 1: its figure holds nothing but the processes that it is asked about
+    SOURCE_MEASURES_PROCESSES = 48  # 1 once it has shown what a process of ours takes, until it shows that it does not
     SOURCE_SETTLES_LATE = 49
     SOURCE_BOOKS_ONLY = 50
     SOURCE_NAME = 51  # text: the source that the leader reads
@@ -177,7 +179,8 @@ class Model:
     M5  PINS equals the pin rows of this model.
     M6  no model has more ACTIVE, IDLE and LOADING copies together than `max_model_copies`.
     M7  a row in state LEASE is KNOWN, and is that of one ticket, or of one LEASED instance, or of both.
-    M8  LOAD_S, HOLD_S and GAP_S are finite and not below 0; so is SD_MB, where KNOWN.
+    M8  LOAD_S, HOLD_S and GAP_S are finite and not below 0; so are AT_LEAST_MB and, where KNOWN, SD_MB.
+    M9  FAILED_AT is 0 exactly where FAILURES is 0.
     """
 
     STATE = 0  # FREE, MODEL or LEASE
@@ -204,7 +207,10 @@ class Model:
     REQUESTS = 21  # HITS + LOADS + LOADING + WAITING when they were last counted
     REQUESTED_AT = 22  # when that count last rose
     SD_MB = 23  # float: standard deviation of the estimate; 0: taken for exact
-    TAG = 24  # text
+    AT_LEAST_MB = 24  # float: a bound, no estimate: it ran out of memory with so much free, so it needs more; 0: none
+    FAILURES = 25  # loads that failed since the last one that came to an end
+    FAILED_AT = 26  # when the last of them did
+    TAG = 27  # text
     TAG_BYTES = 511
     WORDS = TAG + text_words(TAG_BYTES)
 
@@ -219,14 +225,18 @@ class Instance:
     A LEASED row is nothing but a reservation that stands until its HOLDER gives it back or dies: what the process in
     PROGRAM and its descendants are measured to take, its MB, is part of the device's figure and comes off.
 
+    Loaders that return the same handle have made twins: rows that have holders of their own, but one memory. One of the
+    rows stands for that; the handle is unloaded with the last of them.
+
     A copy can span several devices. What it reserves it reserves in equal shares; what it takes of each, SHARES says.
 
     I1  a LOADING, ACTIVE or LEASED row has a HOLDER, and IDLE has none; an UNLOADING row's HOLDER unloads it.
     I2  MODEL refers to a used model row; HOLDER, OWNER and SERVER to used member rows.
-    I3  RESERVED_MB >= 0; above 0 while LOADING, and after that until a sample has seen the load; and while LEASED.
+    I3  RESERVED_MB >= 0; above 0 only while LOADING, and while LEASED always.
     I4  no two used rows have the same GENERATION.
     I5  DEVICES names 1 to `MOST_SPANNED` used device rows; for several, MB is the sum of the SHARES.
     I6  exactly the LEASED rows have a MODEL row in state LEASE; they have neither OWNER nor SERVER.
+    I7  of ACTIVE and IDLE rows with the same HANDLE, twins, at most one has MB and RESERVED_MB above 0.
     """
 
     STATE = 0
@@ -237,7 +247,7 @@ class Instance:
     SERVER = 5  # reference to the member that keeps the memory of a handle, 0 if not known
     DEVICES = 6  # a bit for each device row that it lies on
     MB = 7  # float: what the copy takes, by measurement or else by estimate; for a lease what was measured, or 0
-    RESERVED_MB = 8  # float: counted on top of the devices' figures
+    RESERVED_MB = 8  # float: what a load or a lease may take, of all its devices together
     SINCE = 9  # when STATE changed last
     LOADED_AT = 10
     NEXT = 11  # } IDLE_HEAD list
@@ -275,12 +285,12 @@ class Ticket:
     MEMBER = 4
     INSTANCE = 5
     ENQUEUED = 6
-    DEADLINE = 7  # 2**63: none
+    DEADLINE = 7  # `durations.LONGEST_NS`: none
     SIGNAL = 8  # futex word
     REASON = 9  # why it waits, see policy.view.Reason
     NEED_MB = 10  # float
     PRELOAD = 11  # copies that a preload wants MEMBER to have at its disposal; 0 for who wants one to use
-    BLOCKED_AT = 12  # when it became the first one for whom there is no room; 0: it never was
+    BLOCKED_AT = 12  # when it became the first one for whom there is no room; 0: it never was, or not since PASSED
     FREE_MB = 13  # float } figures of REASON, as they were when
     COMING_MB = 14  # float } it became the reason
     SECONDS = 15  # float }
@@ -289,7 +299,9 @@ class Ticket:
     DEVICES = 18  # bits of the devices where it may load, 0 for all
     TIED = 19  # bits of the devices on which a copy must lie to be of use for it, 0 for all
     SPAN = 20  # how many devices what it loads lies on
-    WORDS = 21
+    NESTED = 21  # 1: its thread holds or loads something else, so it cannot wait to run alone, though it be unknown
+    PASSED = 22  # 1 once a load that more waiters share was let past it
+    WORDS = 23
 
     FREE = 0
     WAITING = 1
@@ -317,7 +329,7 @@ class Device:
     """One accelerator, or the host's memory.
 
     D1  SAMPLED never decreases.
-    D2  RETURNING_MB and FOREIGN_MB >= 0.
+    D2  FOREIGN_MB and every amount in RETURNS are >= 0; RETURNING_MB is the sum of the latter.
     D3  ISOLATED refers to a LOADING or ACTIVE instance on the device, and then no other instance on it is either.
     """
 
@@ -328,23 +340,27 @@ class Device:
     PEAK_MB = 4  # float: highest figure in the ring since PEAK_RESET
     PEAK_RESET = 5
     HIGHEST_MB = 6  # float: highest figure since creation
-    RETURNING_MB = 7  # float: unloaded, not yet seen to be free
-    RETURN_FROM_MB = 8  # float: when the unload began, LOOSE_MB, or USED_MB where that is nan
-    RETURN_DEADLINE = 9
-    RETURN_SINCE = 10  # end of the last unload: older samples say nothing
+    RETURNING_MB = 7  # float, derived: sum of the RETURNS
+    EXTERNAL_MB = 8  # float: in use, and of no instance and no lease, see `policy.ledger`; nan before the first sample
+    EXTERNAL_LEAST_MB = 9  # float: so much of that is certainly not ours
+    RETURN_COUNT = 10  # used entries of RETURNS
     RING_NEXT = 11
     ISOLATED = 12  # reference to the instance that runs alone, 0 outside isolation
     BASELINE_MB = 13  # float: memory in use when that began to load
     CONFIGURED_AT = 14  # when the set of copies loaded on it changed last
     FOREIGN_MB = 15  # float: of processes that are not the namespace's, as far as the source knows
     TRIED = 16  # when somebody last tried to take a figure
-    LOOSE_MB = 17  # float: used, but by no process that the source lists; nan where it does not list them
-    CLAIMED = 18  # raw, also without the lock: when somebody last set out to poll it in the leader's place
-    UUID = 19  # text
+    CLAIMED = 17  # raw, also without the lock: when somebody last set out to poll it in the leader's place
+    UUID = 18  # text
     UUID_BYTES = 63
     NAME = UUID + text_words(UUID_BYTES)  # text
     NAME_BYTES = 63
-    RING = NAME + text_words(NAME_BYTES)
+    # Memory that unloads have given up and that no sample has shown to be free: (end of the unload, float MB, float
+    # figure that stood then), oldest first.
+    RETURNS = NAME + text_words(NAME_BYTES)
+    RETURNS_LENGTH = 16
+    RETURN_WORDS = 3
+    RING = RETURNS + RETURNS_LENGTH * RETURN_WORDS
     RING_LENGTH = 128  # pairs of (time, float MB)
     WORDS = RING + 2 * RING_LENGTH
 

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from mpmm.errors import LayoutMismatchError, LockTimeoutError, SegmentCorruptError
+from mpmm.shared_state.durations import LONGEST_NS
 from mpmm.shared_state.events import EventKind
 from mpmm.shared_state.layout import (
     LAYOUT_VERSION,
@@ -103,7 +104,9 @@ class ModelInfo:
     """One tag: how many copies in which state, its estimate in MB (None: unknown), its counters and its times.
 
     kind: `model`, or `lease` for what stands for one lease, held or waited for; its estimate is what it is for.
-    measured: the estimate was read from processes; sd_mb: its standard deviation.
+    measured: the estimate was read from processes; sd_mb: its standard deviation. at_least_mb: the model ran out of
+    memory with that much free, so it needs more, 0 if it never has. failures: loads in a row that failed, the last
+    one failed_ago_s ago (None: none).
     unused_for_s: since its last use, 0 while it is in use. load_s, hold_s, gap_s: decayed means of the time of a load,
     of a hold and between two requests, 0 unknown. requests: how many the last of these has seen, and requested_ago_s:
     when.
@@ -115,6 +118,9 @@ class ModelInfo:
     estimate_mb: float | None
     measured: bool
     sd_mb: float
+    at_least_mb: float
+    failures: int
+    failed_ago_s: float | None
     loaded: int
     active: int
     idle: int
@@ -219,9 +225,11 @@ class PinInfo:
 class DeviceInfo:
     """One device. `used_mb` is None before the first figure; `sample_age_s` likewise.
 
-    reserved_mb: what loads have booked and the figure does not show yet. foreign_mb: part of the figure that belongs to
-    processes which are not the namespace's, as far as the source knows. isolated: the copy that runs alone on it.
-    samples: the last figures, oldest first, each as (seconds ago, MB).
+    committed_mb: what admission counts as taken, see `policy.ledger`. reserved_mb: what of that the figure does not
+    show yet. returning_mb, returns_mb: what is awaited from unloads, and from each of them. external_mb: what is in use
+    and not the namespace's, None before the first figure; below 0 where instances take less than they are taken for.
+    foreign_mb: what processes take that are not the namespace's, as far as the source lists them. isolated: the copy
+    that runs alone on it. samples: the last figures, oldest first, each as (seconds ago, MB).
     """
 
     row: int
@@ -232,8 +240,11 @@ class DeviceInfo:
     used_mb: float | None
     peak_mb: float | None
     peak_since_start_mb: float
+    committed_mb: float
     reserved_mb: float
     returning_mb: float
+    returns_mb: tuple[float, ...]
+    external_mb: float | None
     foreign_mb: float
     isolated: int | None
     sample_age_s: float | None
@@ -610,6 +621,9 @@ class _Decoder:
             estimate_mb=self._floats[at + Model.ESTIMATE_MB] if words[at + Model.KNOWN] else None,
             measured=bool(words[at + Model.MEASURED]),
             sd_mb=floats[at + Model.SD_MB],
+            at_least_mb=floats[at + Model.AT_LEAST_MB],
+            failures=words[at + Model.FAILURES],
+            failed_ago_s=self._age(words[at + Model.FAILED_AT]) if words[at + Model.FAILED_AT] else None,
             loaded=words[at + Model.LOADED],
             active=words[at + Model.ACTIVE],
             idle=words[at + Model.IDLE],
@@ -685,7 +699,9 @@ class _Decoder:
             span=words[at + Ticket.SPAN],
             waited_s=self._age(words[at + Ticket.ENQUEUED]),
             blocked_for_s=self._age(words[at + Ticket.BLOCKED_AT]) if words[at + Ticket.BLOCKED_AT] else None,
-            time_left_s=-self._age(words[at + Ticket.DEADLINE]) if words[at + Ticket.DEADLINE] < 2**63 else math.inf,
+            time_left_s=-self._age(words[at + Ticket.DEADLINE])
+            if words[at + Ticket.DEADLINE] < LONGEST_NS
+            else math.inf,
             preload=words[at + Ticket.PRELOAD],
             instance=self._reference(words[at + Ticket.INSTANCE]),
         )
@@ -702,17 +718,26 @@ class _Decoder:
         here = [instance for instance in instances if row in instance.shares_mb]
         sampled = words[at + Device.SAMPLED]
         booked = math.fsum(instance.shares_mb[row] for instance in here if instance.state not in ("loading", "leased"))
+        external = floats[at + Device.EXTERNAL_MB] if not books_only else 0.0
+        used = booked if books_only else (floats[at + Device.USED_MB] if sampled else None)
+        returning = floats[at + Device.RETURNING_MB] if self._words[Header.SOURCE_SETTLES_LATE] else 0.0
+        committed = math.fsum(self._committed(instance, row) for instance in here) + returning
+        committed += 0.0 if math.isnan(external) else external
+        awaited = min(self._words[at + Device.RETURN_COUNT], Device.RETURNS_LENGTH)
         return DeviceInfo(
             row=row,
             uuid=self._text(at + Device.UUID),
             name=self._text(at + Device.NAME),
             total_mb=floats[at + Device.TOTAL_MB],
             limit_mb=floats[at + Device.TOTAL_MB] * (1 - settings.slack_percentage),
-            used_mb=booked if books_only else (floats[at + Device.USED_MB] if sampled else None),
+            used_mb=used,
             peak_mb=floats[at + Device.PEAK_MB] if sampled else None,
             peak_since_start_mb=floats[at + Device.HIGHEST_MB],
-            reserved_mb=math.fsum(self._still_reserved(instance, row) for instance in here),
+            committed_mb=committed,
+            reserved_mb=max(0.0, committed - (used or 0.0)),
             returning_mb=floats[at + Device.RETURNING_MB],
+            returns_mb=tuple(floats[at + Device.RETURNS + Device.RETURN_WORDS * n + 1] for n in range(awaited)),
+            external_mb=None if math.isnan(external) else external,
             foreign_mb=floats[at + Device.FOREIGN_MB],
             isolated=self._reference(words[at + Device.ISOLATED]),
             sample_age_s=self._age(sampled) if sampled else None,
@@ -726,18 +751,20 @@ class _Decoder:
         taken = sorted((then, mb) for then, mb in zip(times, figures, strict=True) if then and math.isfinite(mb))
         return tuple((self._age(then), mb) for then, mb in taken)
 
-    def _still_reserved(self, instance: InstanceInfo, device: int) -> float:
-        """What a copy's or lease's reservation adds to a device's figure, see `Scheduler.read_copies`."""
+    def _committed(self, instance: InstanceInfo, device: int) -> float:
+        """What a copy or a lease counts for on a device, see `policy.ledger` and `Scheduler.read_copies`."""
         span = len(instance.shares_mb)
         if instance.state == "leased":
-            return max(0.0, instance.reserved_mb - instance.mb) / span
-        reserved = instance.reserved_mb / span
+            return max(instance.reserved_mb, instance.mb) / span
+        if instance.state != "loading":
+            return instance.shares_mb[device]
+        share_mb = instance.reserved_mb / span
         if instance.server is None or not self._words[Header.SOURCE_MEASURES_PROCESSES]:
-            return reserved
+            return share_mb
         at = self._layout.members.base + instance.server * Member.WORDS
         word = Member.MEASURED_MB if span == 1 else Member.SHARES + list(instance.shares_mb).index(device)
         measured = self._floats[at + word]
-        return reserved if math.isnan(measured) else max(0.0, reserved - measured)
+        return share_mb if math.isnan(measured) else max(share_mb, measured)
 
     def _observations(self, models: dict[int, int], tags: dict[int, str]) -> Iterable[ObservationInfo]:
         words, floats = self._words, self._floats

@@ -26,6 +26,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mpmm.errors import TableFullError
+from mpmm.policy.ledger import Entry, Figure, Ledger, Return, expire, settle
+from mpmm.shared_state.durations import to_ns
 from mpmm.shared_state.events import Cause, EventKind
 from mpmm.shared_state.futex import wake_all
 from mpmm.shared_state.layout import (
@@ -123,8 +125,13 @@ class Transitions:
         is_server = words[tables.member(slot) + Member.STATE] == Member.SERVER
         return is_server and all(words[tables.instance(row)] == Instance.UNLOADING for row in served)
 
-    def lead(self, t: Transaction, slot: int, source: bytes, flags: tuple[bool, bool, bool]) -> None:
-        """Record who polls, with what: flags are (measures processes, settles late, books only)."""
+    def lead(
+        self, t: Transaction, slot: int, source: bytes, flags: tuple[bool, bool, bool], counts_named: bool = False
+    ) -> None:
+        """Record who polls, with what: flags are (measures processes, settles late, books only).
+
+        counts_named: the source's figure holds nothing but the processes that it is asked about.
+        """
         t.set(Header.LEADER, slot + 1)
         t.set(Header.LEADER_SINCE, t.now)
         t.set(Header.POLLED, t.now)
@@ -134,6 +141,7 @@ class Transitions:
             (Header.SOURCE_MEASURES_PROCESSES, Header.SOURCE_SETTLES_LATE, Header.SOURCE_BOOKS_ONLY), flags, strict=True
         ):
             t.set(word, int(flag))
+        t.set(Header.SOURCE_COUNTS_NAMED, int(counts_named))
         t.event(EventKind.LEADER, value=slot)
 
     def note_poll(self, t: Transaction, knows_processes: bool | None = None) -> None:
@@ -235,12 +243,17 @@ class Transitions:
         t.set(self.tables.model(row) + Model.STATE, Model.MODEL)
         return row
 
-    def estimate(self, t: Transaction, row: int, mb: float, measured: bool, sd_mb: float = 0.0) -> None:
+    def estimate(
+        self, t: Transaction, row: int, mb: float, measured: bool, sd_mb: float = 0.0, forget_bound: bool = False
+    ) -> None:
         """Set what a copy of the model is expected to take; its waiters lose the priority of the unknown.
 
         measured: read from processes. sd_mb: standard deviation of the figure, 0 for one that is taken for exact.
+        forget_bound: it counts although the model has run out of memory with more than that free, see `run_out`.
         """
         at = self.tables.model(row)
+        if forget_bound:
+            t.set_float(at + Model.AT_LEAST_MB, 0.0)
         if not self.segment.words[at + Model.KNOWN]:
             for ticket in self.tables.rows_where(self.layout.tickets, Ticket.MODEL, row):
                 if not self.segment.words[self.tables.ticket(ticket) + Ticket.PRIORITY]:
@@ -252,12 +265,34 @@ class Transitions:
         t.set_float(at + Model.SD_MB, sd_mb)
         t.event(EventKind.ESTIMATED, row + 1, value=mb)
 
-    def run_out(self, t: Transaction, row: int) -> None:
-        """Record that a copy of the model needed more memory than there was."""
-        known = self.segment.words[self.tables.model(row) + Model.KNOWN]
-        estimate = self.segment.floats[self.tables.model(row) + Model.ESTIMATE_MB] if known else math.nan
+    def run_out(self, t: Transaction, row: int, at_least_mb: float = 0.0, loading: bool = False) -> None:
+        """Record that a copy of the model needed more memory than there was: more than `at_least_mb`, 0 if unknown.
+
+        loading: a load did. Then an estimate that is not above that, and was not read from a process, is wrong: the
+        model is unknown again, so that the copy that loads next is measured.
+        """
+        words, floats, at = self.segment.words, self.segment.floats, self.tables.model(row)
+        estimate = floats[at + Model.ESTIMATE_MB] if words[at + Model.KNOWN] else math.nan
         t.add(Header.OUT_OF_MEMORY, 1)
         t.event(EventKind.OUT_OF_MEMORY, row + 1, value=estimate)
+        if at_least_mb > floats[at + Model.AT_LEAST_MB]:
+            t.set_float(at + Model.AT_LEAST_MB, at_least_mb)
+        if loading and estimate <= at_least_mb and not words[at + Model.MEASURED]:
+            t.set(at + Model.KNOWN, 0)
+            t.set_float(at + Model.ESTIMATE_MB, math.nan)
+            t.set_float(at + Model.SD_MB, 0.0)
+
+    def note_failure(self, t: Transaction, row: int) -> None:
+        """Record that a load of the model has failed by its own fault."""
+        at = self.tables.model(row)
+        t.add(at + Model.FAILURES, 1)
+        t.set(at + Model.FAILED_AT, t.now)
+
+    def _forget_failures(self, t: Transaction, row: int) -> None:
+        at = self.tables.model(row)
+        if self.segment.words[at + Model.FAILURES]:
+            t.set(at + Model.FAILURES, 0)
+            t.set(at + Model.FAILED_AT, 0)
 
     def pin(self, t: Transaction, model: int, member: int) -> int:
         """Keep the idle copies of a model from eviction for a member (slot); return the row. Raises TableFullError."""
@@ -329,12 +364,13 @@ class Transitions:
         devices: int = 0,
         tied: int = 0,
         span: int = 1,
+        nested: bool = False,
     ) -> int:
         """Let a member (slot) wait for a model; return the ticket's row. Raises TableFullError.
 
         preload: above 0, it waits for a load that brings the copies it can use to that number, not for one to use.
         devices, tied: bits of the devices where it may load, and on which a copy is of use; 0 for all.
-        span: how many devices what it loads lies on.
+        span: how many devices what it loads lies on. nested: it is not to run alone, as its thread holds another.
         """
         row = self._take_row(t, self.layout.tickets)
         at = self.tables.ticket(row)
@@ -349,8 +385,9 @@ class Transitions:
         t.set(at + Ticket.ENQUEUED, t.now)
         t.set(at + Ticket.DEADLINE, deadline_ns)
         none = (Ticket.REASON, Ticket.BLOCKED_AT, Ticket.FREE_MB, Ticket.COMING_MB, Ticket.SECONDS)
-        t.set_all([(at + word, 0) for word in (*none, Ticket.OTHER, Ticket.ON)])
+        t.set_all([(at + word, 0) for word in (*none, Ticket.OTHER, Ticket.ON, Ticket.PASSED)])
         t.set_all(((at + Ticket.DEVICES, devices), (at + Ticket.TIED, tied), (at + Ticket.SPAN, span)))
+        t.set(at + Ticket.NESTED, int(nested))
         t.set_float(at + Ticket.NEED_MB, need_mb)
         t.set(at + Ticket.PRELOAD, preload)
         t.set(at + Ticket.STATE, Ticket.WAITING)
@@ -380,6 +417,11 @@ class Transitions:
     def block(self, t: Transaction, row: int) -> None:
         """Record that from now on a ticket is the first one for whom there is no room."""
         t.set(self.tables.ticket(row) + Ticket.BLOCKED_AT, t.now)
+
+    def let_pass(self, t: Transaction, row: int) -> None:
+        """Record that a load was let past a ticket, which happens once; it is blocked anew when that has ended."""
+        at = self.tables.ticket(row)
+        t.set_all(((at + Ticket.PASSED, 1), (at + Ticket.BLOCKED_AT, 0)))
 
     def grant(self, t: Transaction, row: int, instance: int, cause: Cause | None = None) -> None:
         """Hand an idle instance to a waiter and wake it."""
@@ -651,20 +693,21 @@ class Transitions:
         mb: float,
         server: int,
         has_server: bool,
-        seen: bool,
         shares_mb: Sequence[float] = (),
-    ) -> None:
-        """A load is done, its loader holds the copy.
+    ) -> bool:
+        """A load is done, its loader holds the copy. Return whether it is a twin, so that its memory is another's.
 
         handle: empty for an object, which belongs to the loader from now on.
         mb: what the copy takes as far as known. shares_mb: of each device, where it spans several; empty: all the same.
         server: reference to the member that keeps the memory, or 0.
-        seen: a sample taken after the load is in the device's row, so that the reservation can go.
         """
         at = self.tables.instance(row)
         words = self.segment.words
         model = words[at + Instance.MODEL]
         began = words[at + Instance.SINCE]
+        is_twin = bool(handle) and bool(self.twins_of(handle, row))
+        if is_twin:
+            mb, shares_mb = 0.0, ()
         self._change_state(t, row, Instance.ACTIVE)
         now = words[at + Instance.SINCE]
         t.set(at + Instance.LOADED_AT, now)
@@ -672,8 +715,7 @@ class Transitions:
         t.set(at + Instance.SERVER, server)
         t.set(at + Instance.HAS_SERVER, int(has_server))
         self._set_mb(t, row, mb, shares_mb)
-        if seen:
-            t.set_float(at + Instance.RESERVED_MB, 0.0)
+        t.set_float(at + Instance.RESERVED_MB, 0.0)
         if handle:
             t.set_text(at + Instance.HANDLE, handle)
         else:
@@ -682,9 +724,50 @@ class Transitions:
         row_of_model = self.tables.model(model)
         t.add(row_of_model + Model.LOADS, 1)
         t.set(row_of_model + Model.SHARES, int(bool(handle)))
+        self._forget_failures(t, model)
         t.set(row_of_model + Model.LOAD_S, self._smoothed(row_of_model + Model.LOAD_S, (now - began) / 1e9))
         self._reconfigure(t, row)
         t.event(EventKind.LOAD_ENDED, model + 1, row + 1, value=(now - began) / 1e9)
+        return is_twin
+
+    def twins_of(self, handle: bytes, row: int) -> list[int]:
+        """Return the other instances, in use or idle, that stand for the same handle as a row does, or is to."""
+        words, tables = self.segment.words, self.tables
+        return [
+            other
+            for other in tables.rows_where(self.layout.instances, Instance.HANDLE, len(handle))
+            if other != row
+            and words[tables.instance(other)] in (Instance.ACTIVE, Instance.IDLE)
+            and tables.text(tables.instance(other) + Instance.HANDLE) == handle
+        ]
+
+    def unloads_handle(self, row: int) -> bool:
+        """Tell whether the unload of this row is the one that unloads its handle: no twin is left.
+
+        Of twins that are unloaded at the same time it is the last one in the table.
+        """
+        at, tables = self.tables.instance(row), self.tables
+        handle = tables.text(at + Instance.HANDLE)
+        going = (
+            other
+            for other in tables.rows_where(self.layout.instances, Instance.STATE, Instance.UNLOADING)
+            if other > row and tables.text(tables.instance(other) + Instance.HANDLE) == handle
+        )
+        return bool(handle) and not self.twins_of(handle, row) and next(going, None) is None
+
+    def _leave_memory(self, t: Transaction, row: int, to: int) -> None:
+        """Let a twin that stays stand for the memory of one that goes, and for its server."""
+        self.end_isolation(t, to)
+        words, floats, at, heir = self.segment.words, self.segment.floats, *map(self.tables.instance, (row, to))
+        t.set(heir + Instance.DEVICES, words[at + Instance.DEVICES])
+        self._set_mb(t, to, floats[at + Instance.MB], [mb for _, mb in self.tables.shares_of(row)])
+        t.set(heir + Instance.LOADED_AT, words[at + Instance.LOADED_AT])
+        server = words[at + Instance.SERVER]
+        if server:
+            t.set(heir + Instance.SERVER, server)
+            t.set(self.tables.member(server - 1) + Member.INSTANCE, to + 1)
+            t.set(at + Instance.SERVER, 0)
+        self._set_mb(t, row, 0.0)
 
     def fail_load(self, t: Transaction, row: int) -> None:
         """A load came to nothing: free the row and its reservation."""
@@ -785,15 +868,41 @@ class Transitions:
         t.event(EventKind.ISOLATION_ENDED, self._model_reference(row), row + 1)
 
     def begin_unload(self, t: Transaction, row: int, unloader: int, evicted: bool, cause: Cause | None = None) -> None:
-        """Take an idle copy out of use; a member (slot) unloads it, its owner if it has one."""
+        """Take an idle copy out of use; a member (slot) unloads it, its owner if it has one.
+
+        Of several that stand for one handle, the memory comes back with the last. So when one is evicted, those that
+        are idle and not pinned go with it, and with the others its memory stays.
+        """
+        at, words, tables = self.tables.instance(row), self.segment.words, self.tables
+        handle = b"" if words[at + Instance.OWNER] else tables.text(at + Instance.HANDLE)
+        twins = self.twins_of(handle, row) if handle else []
+        if twins:
+            stays = [
+                twin
+                for twin in twins
+                if words[tables.instance(twin)] == Instance.ACTIVE
+                or not evicted
+                or words[tables.model(words[tables.instance(twin) + Instance.MODEL]) + Model.PINS]
+            ]
+            going = sorted({row, *twins} - set(stays))
+            bears = next((one for one in (row, *twins) if self.segment.floats[tables.instance(one) + Instance.MB]), row)
+            heir = stays[0] if stays else going[-1]
+            # Where another copy runs alone, none that is in use may come to lie.
+            isolated = words[Header.ISOLATED] & words[tables.instance(bears) + Instance.DEVICES]
+            if bears in going and bears != heir and not isolated:
+                self._leave_memory(t, bears, heir)
+            for twin in going:
+                if twin != row:
+                    self._begin_one_unload(t, twin, unloader, evicted, cause)
+        self._begin_one_unload(t, row, unloader, evicted, cause)
+
+    def _begin_one_unload(self, t: Transaction, row: int, unloader: int, evicted: bool, cause: Cause | None) -> None:
         at = self.tables.instance(row)
         words = self.segment.words
         assert words[at + Instance.STATE] == Instance.IDLE
         owner = words[at + Instance.OWNER]
         if not owner:
             t.set_all(self._unlinked(at))
-        for device in device_rows(words[at + Instance.DEVICES]):
-            self._note_figure_before_unloads(t, device)
         self._change_state(t, row, Instance.UNLOADING)
         t.set(at + Instance.HOLDER, owner or unloader + 1)
         if evicted:
@@ -856,6 +965,8 @@ class Transitions:
                 self.begin_unload(t, row, self._namespace.slot, evicted=False)
             elif words[at + Instance.STATE] == Instance.LOADING:
                 self.give_up_load(t, row)
+        for row in np.flatnonzero(tables.view(self.layout.models)[:, Model.FAILURES]).tolist():
+            self._forget_failures(t, row)
         t.add(Header.RESETS, 1)
         t.event(EventKind.RESET)
 
@@ -900,41 +1011,17 @@ class Transitions:
         t.add(self.tables.model(self.segment.words[at + Ticket.MODEL]) + Model.WAITING, 1)
         t.add(Header.WAITING, 1)
 
-    def _note_figure_before_unloads(self, t: Transaction, device: int) -> None:
-        """Remember the figure before the first of several unloads, to see how much of their memory comes back."""
-        at = self.tables.device(device)
-        rows = self.tables.view(self.layout.instances)
-        if not self.segment.floats[at + Device.RETURNING_MB] > 0 and not np.any(
-            (rows[:, Instance.STATE] == Instance.UNLOADING) & (rows[:, Instance.DEVICES] & np.uint64(1 << device) != 0)
-        ):
-            loose_mb = self.segment.floats[at + Device.LOOSE_MB]
-            figure = self.segment.floats[at + Device.USED_MB] if math.isnan(loose_mb) else loose_mb
-            t.set_float(at + Device.RETURN_FROM_MB, figure)
-
     def _expect_back(self, t: Transaction, row: int) -> None:
-        """Account for the memory of a copy that is gone."""
+        """Account for the memory of a copy that is gone: it is awaited until a sample shows that it is free."""
         words, floats = self.segment.words, self.segment.floats
-        at = self.tables.instance(row)
-        if words[Header.SOURCE_BOOKS_ONLY] or not floats[at + Instance.MB] > 0 or floats[at + Instance.RESERVED_MB] > 0:
-            # By the books alone there is nothing to wait for; and what no sample has seen come need not be seen go.
+        if words[Header.SOURCE_BOOKS_ONLY]:
             return
-        state, since = words[at + Instance.STATE], words[at + Instance.SINCE]
         for number, mb in self.tables.shares_of(row):
-            device = self.tables.device(number)
-            if words[Header.SOURCE_SETTLES_LATE]:
-                if state == Instance.UNLOADING:
-                    # (Of a copy whose process died, samples may have seen the memory go before anybody noticed.)
-                    t.add_float(device + Device.RETURNING_MB, mb)
-                    limit = self._namespace.settings.memory_return_seconds
-                    t.set(device + Device.RETURN_DEADLINE, t.now + int(limit * 1e9))
-            elif words[Header.SOURCE_MEASURES_PROCESSES]:
-                measured = words[at + Instance.SERVER] and state == Instance.UNLOADING
-                if measured and words[device + Device.SAMPLED] < since:
-                    # What was measured is gone with its process: the figure is corrected before the next sample. Not
-                    # if the last one is from during the unload, or the process has died by itself: that sample may
-                    # have seen it go already, and memory that is taken off twice is given away twice.
-                    t.set_float(device + Device.USED_MB, max(0.0, floats[device + Device.USED_MB] - mb))
-            t.set(device + Device.RETURN_SINCE, t.now)
+            if mb > 0:
+                device = self.tables.device(number)
+                before_mb = floats[device + Device.USED_MB] if words[device + Device.SAMPLED] else math.nan
+                ledger = self.read_ledger(number)
+                self._write_ledger(t, number, ledger.awaiting(Return(t.now, mb, before_mb), Device.RETURNS_LENGTH))
 
     def _pushed(self, at: int, row: int) -> list[tuple[int, int]]:
         """Return the changes that put a shared copy (first word, row) at the head of its model's idle list."""
@@ -991,6 +1078,8 @@ class Transitions:
                 t.set_all([(at + word, 0) for word in range(Device.STATE, Device.UUID)])
                 t.set_text(at + Device.UUID, uuid)
                 t.set_text(at + Device.NAME, name)
+                t.set_float(at + Device.EXTERNAL_MB, math.nan)
+                t.set_float(at + Device.EXTERNAL_LEAST_MB, math.nan)
                 t.set(at + Device.CONFIGURED_AT, t.now)
                 t.set(at + Device.STATE, 1)
             t.set_float(at + Device.TOTAL_MB, total_mb)
@@ -1004,31 +1093,34 @@ class Transitions:
         t.set(self.tables.device(row) + Device.TRIED, taken_ns)
 
     def note_foreign(self, t: Transaction, row: int, mb: float) -> None:
-        """Record what processes that are not the namespace's take of a device."""
+        """Record what processes that are not the namespace's take of a device; to be called before `sample`."""
         t.set_float(self.tables.device(row) + Device.FOREIGN_MB, mb)
 
-    def sample(self, t: Transaction, row: int, used_mb: float, taken_ns: int, loose_mb: float | None = None) -> bool:
+    def is_news(self, row: int, taken_ns: int) -> bool:
+        """Tell whether a sample that was begun at `taken_ns` is later than what is known of a device."""
+        return taken_ns >= self.segment.words[self.tables.device(row) + Device.SAMPLED]
+
+    def sample(self, t: Transaction, row: int, used_mb: float, taken_ns: int, done_ns: int = 0) -> bool:
         """Record a device's figure that was asked for at `taken_ns`; return False if it is too old to say anything.
 
-        loose_mb: how much of it belongs to no process that the source lists; None where it does not list them.
+        To be called after `measure` for the processes of the same sample.
+        done_ns: when the figure was there, 0 for now.
         """
-        words, floats = self.segment.words, self.segment.floats
-        at = self.tables.device(row)
-        if taken_ns < words[at + Device.SAMPLED] or taken_ns < words[at + Device.RETURN_SINCE]:
+        if not self.is_news(row, taken_ns):
             return False
+        floats = self.segment.floats
+        at = self.tables.device(row)
         t.set_float(at + Device.USED_MB, used_mb)
-        t.set_float(at + Device.LOOSE_MB, math.nan if loose_mb is None else loose_mb)
         t.set(at + Device.SAMPLED, taken_ns)
-        slot = words[at + Device.RING_NEXT]
+        slot = self.segment.words[at + Device.RING_NEXT]
         entry = at + Device.RING + 2 * slot
         t.set(entry, taken_ns)
         t.set_float(entry + 1, used_mb)
         t.set(at + Device.RING_NEXT, (slot + 1) % Device.RING_LENGTH)
-        t.set_float(at + Device.PEAK_MB, self.peak_since(row, words[at + Device.PEAK_RESET]))
+        t.set_float(at + Device.PEAK_MB, self.peak_since(row, self.segment.words[at + Device.PEAK_RESET]))
         if used_mb > floats[at + Device.HIGHEST_MB]:
             t.set_float(at + Device.HIGHEST_MB, used_mb)
-        self._settle_return(t, at, used_mb, taken_ns)
-        self._settle_reservations(t, row, taken_ns)
+        self._settle(t, row, Figure(used_mb, taken_ns, done_ns or t.now, floats[at + Device.FOREIGN_MB]))
         return True
 
     def measure(self, t: Transaction, slot: int, on_devices: Mapping[int, float]) -> None:
@@ -1064,7 +1156,7 @@ class Transitions:
     def peak_since(self, row: int, since_ns: int) -> float:
         """Return the highest figure of a device in the window, or since `since_ns` if that is later."""
         at = self.tables.device(row)
-        oldest = time.monotonic_ns() - int(self._namespace.settings.peak_window_seconds * 1e9)
+        oldest = time.monotonic_ns() - to_ns(self._namespace.settings.peak_window_seconds)
         ring = at + Device.RING
         end = ring + 2 * Device.RING_LENGTH
         times = np.array(self.segment.words[ring:end:2])
@@ -1072,48 +1164,104 @@ class Transitions:
         recent = figures[(times >= max(oldest, since_ns)) & (times > 0)]
         return float(recent.max()) if len(recent) else self.segment.floats[at + Device.USED_MB]
 
-    def _settle_return(self, t: Transaction, at: int, used_mb: float, taken_ns: int) -> None:
-        """See whether unloaded memory has come back; write it off when it has not in time."""
-        words, floats = self.segment.words, self.segment.floats
-        returning = floats[at + Device.RETURNING_MB]
-        if not returning > 0:
-            return
-        # What has lost its process and is not free yet belongs to none; else all there is to see is the sum, in which
-        # what is loaded meanwhile hides what has come back.
-        loose_mb = floats[at + Device.LOOSE_MB]
-        gone = floats[at + Device.RETURN_FROM_MB]
-        missing = returning - (gone - used_mb) if math.isnan(loose_mb) else loose_mb - gone
-        # Estimates are not exact: nine tenths count as all of it.
-        if missing > 0.1 * returning:
-            if taken_ns < words[at + Device.RETURN_DEADLINE]:
-                return
-            t.add_float(Header.WRITTEN_OFF, missing)
-            t.event(EventKind.WRITTEN_OFF, value=missing)
+    # ---- the devices' ledgers, see `policy.ledger` -----------------------------------------------------------
+
+    def read_ledger(self, device: int) -> Ledger:
+        """Return the ledger of a device (row)."""
+        words, floats, at = self.segment.words, self.segment.floats, self.tables.device(device)
+        first = at + Device.RETURNS
+        entries = range(first, first + words[at + Device.RETURN_COUNT] * Device.RETURN_WORDS, Device.RETURN_WORDS)
+        returns = tuple(Return(words[entry], floats[entry + 1], floats[entry + 2]) for entry in entries)
+        return Ledger(floats[at + Device.EXTERNAL_MB], floats[at + Device.EXTERNAL_LEAST_MB], returns)
+
+    def _write_ledger(self, t: Transaction, device: int, ledger: Ledger) -> None:
+        at = self.tables.device(device)
+        changes = [
+            (at + Device.EXTERNAL_MB, float_bits(ledger.external_mb)),
+            (at + Device.EXTERNAL_LEAST_MB, float_bits(ledger.external_least_mb)),
+            (at + Device.RETURNING_MB, float_bits(ledger.returning_mb)),
+            (at + Device.RETURN_COUNT, len(ledger.returns)),
+        ]
+        entry = at + Device.RETURNS
+        for one in ledger.returns:
+            changes += [(entry, one.ended_ns), (entry + 1, float_bits(one.mb)), (entry + 2, float_bits(one.before_mb))]
+            entry += Device.RETURN_WORDS
+        t.set_all(changes)
+
+    def expire_returns(self, t: Transaction) -> None:
+        """Stop waiting for memory that no sample tells about: a source that does not answer holds up nobody."""
+        words = self.segment.words
+        give_up_ns = self._give_up_ns()
+        for device in self.tables.used_rows(self.layout.devices):
+            at = self.tables.device(device)
+            if words[at + Device.RETURN_COUNT]:
+                ledger = self.read_ledger(device)
+                left = expire(ledger, words[at + Device.SAMPLED], t.now, give_up_ns)
+                if left is not ledger:
+                    self._write_ledger(t, device, left)
+
+    def _settle(self, t: Transaction, device: int, figure: Figure) -> None:
+        """Let a sample correct a device's ledger."""
+        before = self.read_ledger(device)
+        late = bool(self.segment.words[Header.SOURCE_SETTLES_LATE])
+        after = settle(before, figure, self._entries(device, figure), t.now, self._give_up_ns(), late)
+        self._write_ledger(t, device, after)
+        if after.written_off_mb:
+            t.add_float(Header.WRITTEN_OFF, after.written_off_mb)
+            t.event(EventKind.WRITTEN_OFF, value=after.written_off_mb)
             t.after.append(
                 partial(
                     _LOG.warning,
                     "mpmm %s: %.0f MB of %.0f MB that were unloaded did not come back in time and are written off; "
                     "memory_return_seconds sets the limit",
                     self._namespace.name,
-                    missing,
-                    returning,
+                    after.written_off_mb,
+                    before.returning_mb,
                 )
             )
-        t.set_float(at + Device.RETURNING_MB, 0.0)
 
-    def _settle_reservations(self, t: Transaction, device: int, taken_ns: int) -> None:
-        """Drop reservations of copies whose load had ended when the sample was taken."""
-        words = self.segment.words
-        reserved = self.tables.view(self.layout.instances)[:, Instance.RESERVED_MB]
-        for row in np.flatnonzero(reserved).tolist():
-            at = self.tables.instance(row)
-            is_loaded = words[at + Instance.STATE] in (Instance.ACTIVE, Instance.IDLE, Instance.UNLOADING)
-            if not is_loaded or not words[at + Instance.DEVICES] & 1 << device:
-                continue
-            others = device_rows(words[at + Instance.DEVICES] & ~(1 << device))
-            sampled = [words[self.tables.device(other) + Device.SAMPLED] for other in others]
-            if words[at + Instance.LOADED_AT] <= min([taken_ns, *sampled]):
-                t.set_float(at + Instance.RESERVED_MB, 0.0)
+    def _give_up_ns(self) -> int:
+        return to_ns(self._namespace.settings.memory_return_seconds)
+
+    def _entries(self, device: int, figure: Figure) -> list[Entry]:
+        """Return what each instance and lease on a device may have had of it when a sample was taken."""
+        return [self._entry(row, device, figure) for row in self.tables.on_device(device)]
+
+    def _entry(self, row: int, device: int, figure: Figure) -> Entry:
+        words, floats, at = self.segment.words, self.segment.floats, self.tables.instance(row)
+        state, span = words[at + Instance.STATE], words[at + Instance.DEVICES].bit_count()
+        if state == Instance.LEASED:
+            if words[at + Instance.PROGRAM] and words[Header.SOURCE_MEASURES_PROCESSES]:
+                mb = floats[at + Instance.MB] / span
+                return Entry(mb, mb, True)
+            # What a lease's program takes may come and go at any time.
+            return Entry(0.0, floats[at + Instance.RESERVED_MB] / span)
+        measured_mb = self.measured_share(row, device)
+        if measured_mb is not None:
+            return Entry(measured_mb, measured_mb, True)
+        if words[Header.SOURCE_COUNTS_NAMED]:
+            # It is in memory, but in none of the processes that the figure is about.
+            return Entry(0.0, 0.0, True)
+        if state == Instance.LOADING:
+            began_later = words[at + Instance.SINCE] > figure.done_ns
+            return Entry(0.0, 0.0 if began_later else floats[at + Instance.RESERVED_MB] / span)
+        mb = dict(self.tables.shares_of(row))[device]
+        loaded = 0 < words[at + Instance.LOADED_AT] <= figure.taken_ns
+        leaves = state == Instance.UNLOADING and words[at + Instance.SINCE] <= figure.done_ns
+        return Entry(mb if loaded and not leaves else 0.0, mb)
+
+    def measured_share(self, row: int, device: int) -> float | None:
+        """Return what the source has measured that an instance's server takes of a device; None if it does not tell."""
+        words, floats, at = self.segment.words, self.segment.floats, self.tables.instance(row)
+        server = words[at + Instance.SERVER]
+        if not server or not words[Header.SOURCE_MEASURES_PROCESSES]:
+            return None
+        member = self.tables.member(server - 1)
+        if words[member + Member.INSTANCE] != row + 1 or math.isnan(floats[member + Member.MEASURED_MB]):
+            return None
+        devices = device_rows(words[at + Instance.DEVICES])
+        word = Member.SHARES + devices.index(device) if len(devices) > 1 else Member.MEASURED_MB
+        return floats[member + word]
 
     # ---- observations --------------------------------------------------------------------------------------
 

@@ -20,7 +20,7 @@ from mpmm.shared_state.snapshot import (
     TicketInfo,
 )
 from mpmm.show.health import findings, longest_wait_s
-from mpmm.show.words import BAR_SIGNS, PLAIN_SIGNS, age, bar, cut, mb, needs, pids, places, table, waiters, why
+from mpmm.show.words import BAR_SIGNS, PLAIN_SIGNS, age, bar, cut, left_s, mb, needs, pids, places, table, waiters, why
 
 __all__ = [
     "EVENTS_OF_EACH",
@@ -209,7 +209,7 @@ def waiting(snapshot: Snapshot) -> Section[TicketInfo]:
             age(ticket.time_left_s),
             mb(need_of(ticket)),
             _reason(ticket.reason),
-            why(ticket, need_of(ticket)),
+            why(ticket, need_of(ticket), left_s(snapshot, ticket)),
         )
 
     head = ("ticket", "for", "pid", "waited", "left", "needs MB", "reason", "why")
@@ -275,7 +275,7 @@ def models(snapshot: Snapshot) -> Section[ModelInfo]:
     def row(model: ModelInfo) -> Row:
         return (
             model.tag,
-            mb(model.estimate_mb),
+            f"> {mb(model.at_least_mb)}" if model.estimate_mb is None and model.at_least_mb else mb(model.estimate_mb),
             *(str(count) for count in (model.loaded, model.active, model.idle, model.loading, model.unloading)),
             *(str(count) for count in (model.waiting, model.loads, model.hits, model.evictions, model.pins)),
             f"{model.load_s:.3f}",

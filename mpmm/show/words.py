@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
+from mpmm.policy.backoff import back_off_s
 from mpmm.policy.reasons import explain
+from mpmm.policy.view import Reason
 from mpmm.shared_state.snapshot import DeviceInfo, EventInfo, InstanceInfo, Snapshot, TicketInfo
 
-__all__ = ["age", "bar", "devices_of", "mb", "needs", "pids", "places", "table", "waiters", "why"]
+__all__ = ["age", "bar", "devices_of", "left_s", "mb", "needs", "pids", "places", "table", "waiters", "why"]
 
 #: Parts of a bar: used, reserved, on its way back, free, and where the limit is.
 BAR_SIGNS = "█▓░·│"
@@ -34,16 +36,25 @@ def age(seconds: float | None) -> str:
     return f"{seconds / 86400:.0f} d"
 
 
-def why(row: TicketInfo | EventInfo, need_mb: float | None = None) -> str:
+def left_s(snapshot: Snapshot, ticket: TicketInfo) -> float:
+    """Return a waiter's time: what is left of a back-off by now, else as it was when it became the reason."""
+    model = next((model for model in snapshot.models if model.row == ticket.model), None)
+    if ticket.reason != Reason.BACKING_OFF or model is None or model.failed_ago_s is None:
+        return ticket.seconds
+    return max(0.0, back_off_s(model.failures) - model.failed_ago_s)
+
+
+def why(row: TicketInfo | EventInfo, need_mb: float | None = None, seconds: float | None = None) -> str:
     """Return the sentence for a decision, empty where the policy has decided nothing.
 
-    need_mb: what is needed, if the row does not say it, see `needs`.
+    need_mb: what is needed, if the row does not say it, see `needs`. seconds: its time, where it goes on (`left_s`).
     """
     if row.reason is None:
         return ""
     need = row.need_mb if need_mb is None else need_mb
-    need, free, coming, seconds = (figure or 0.0 for figure in (need, row.free_mb, row.coming_mb, row.seconds))
-    return explain(row.reason, need, free, coming, seconds, row.other, row.on)
+    time_s = row.seconds if seconds is None else seconds
+    need, free, coming, time_s = (figure or 0.0 for figure in (need, row.free_mb, row.coming_mb, time_s))
+    return explain(row.reason, need, free, coming, time_s, row.other, row.on)
 
 
 def needs(snapshot: Snapshot) -> Callable[[TicketInfo], float]:

@@ -1,0 +1,17 @@
+"""Seconds, as people give them, in nanoseconds, as words of the segment hold them."""
+
+from __future__ import annotations
+
+__all__ = ["LONGEST_NS", "to_ns"]
+
+# 146 years. Added to any time of a monotonic clock it still fits into a word, and into a signed number of 64 bits.
+LONGEST_NS = 2**62
+
+
+def to_ns(seconds: float) -> int:
+    """Return a duration, or a time, in whole nanoseconds: at most `LONGEST_NS`, which is what `inf` stands for.
+
+    Below 0 it is 0: there is no such time, and a word holds none.
+    """
+    # Compared before it is converted, because an integer cannot be made of infinity.
+    return int(seconds * 1e9) if 0 < seconds < LONGEST_NS / 1e9 else LONGEST_NS if seconds > 0 else 0

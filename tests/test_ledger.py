@@ -1,0 +1,383 @@
+"""The ledger of a device: each of its rules, and random work on a device whose truth is known."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import ClassVar
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from mpmm.board import SharedBoard
+from mpmm.policy.admission import free_mb
+from mpmm.policy.ledger import TRUST_BOOKS_NS, Entry, Figure, Ledger, Return, expire, settle
+from mpmm.policy.view import DeviceView
+from mpmm.scheduler import Scheduler
+from mpmm.shared_state import transaction as transaction_module
+from mpmm.shared_state.invariants import check_invariants
+from mpmm.shared_state.layout import Capacities, Instance, Member
+from mpmm.shared_state.namespace import Namespace
+from mpmm.shared_state.snapshot import read_snapshot
+from mpmm.sources import DeviceInfo, DeviceSample
+
+MS = 1_000_000
+GIVE_UP_NS = 5_000_000_000
+TOTAL_MB, SLACK = 10_000.0, 0.1
+LIMIT_MB = TOTAL_MB * (1 - SLACK)
+SMALL = Capacities(members=32, models=8, instances=64, tickets=4, pins=1, devices=1, observations=4, events=64)
+
+
+def after(ledger: Ledger, used_mb: float, *entries: Entry, at_ms: int = 1000, now_ms: int | None = None) -> Ledger:
+    """Return the ledger after a sample that was taken within a millisecond and published at `now_ms`."""
+    figure = Figure(used_mb, at_ms * MS, (at_ms + 1) * MS)
+    return settle(ledger, figure, entries, (at_ms if now_ms is None else now_ms) * MS, GIVE_UP_NS)
+
+
+def resident(mb: float) -> Entry:
+    return Entry(mb, mb)
+
+
+def in_flight(mb: float) -> Entry:
+    return Entry(0.0, mb)
+
+
+def test_a_quiet_device_tells_exactly_what_is_external() -> None:
+    found = after(Ledger(), 480.0)
+    assert (found.external_mb, found.external_least_mb) == (480.0, 480.0)
+    found = after(found, 4480.0, resident(4000.0))
+    assert (found.external_mb, found.external_least_mb) == (480.0, 480.0)
+
+
+def test_a_load_in_progress_explains_what_the_figure_has_grown_by() -> None:
+    known = after(Ledger(), 480.0)
+    for seen_mb in (480.0, 2000.0, 3480.0):
+        assert after(known, seen_mb, in_flight(3000.0)).external_mb == 480.0
+    assert after(known, 4000.0, in_flight(3000.0)).external_mb == 1000.0, "no load explains the last 520 MB"
+    assert after(known, 400.0, in_flight(3000.0)).external_mb == 400.0, "external memory was given back"
+
+
+def test_the_end_of_a_load_changes_nothing_that_is_committed() -> None:
+    known = after(Ledger(), 480.0)
+    during = after(known, 3480.0, in_flight(3000.0))
+    assert after(during, 3480.0, resident(3000.0)).external_mb == during.external_mb == 480.0
+
+
+def test_the_first_figure_is_taken_for_external_where_a_load_could_explain_it() -> None:
+    assert after(Ledger(), 3000.0, in_flight(3000.0)).external_mb == 3000.0
+
+
+def test_growth_of_instances_is_not_certain_to_be_others_memory() -> None:
+    known = after(Ledger(), 480.0)
+    grown = after(known, 5480.0, resident(4000.0))
+    assert (grown.external_mb, grown.external_least_mb) == (1480.0, 480.0)
+    assert after(grown, 1480.0).external_least_mb == 1480.0, "the empty device tells"
+
+
+def test_what_is_measured_by_itself_leaves_the_rest_certain() -> None:
+    grown = after(after(Ledger(), 480.0), 5480.0, Entry(4000.0, 4000.0, measured=True))
+    assert (grown.external_mb, grown.external_least_mb) == (1480.0, 1480.0)
+
+
+def test_listed_processes_of_others_are_external_although_a_lease_could_explain_them() -> None:
+    known = after(Ledger(), 0.0)
+    found = settle(known, Figure(500.0, 1000, 1001, others_mb=500.0), [in_flight(600.0)], 1001, GIVE_UP_NS)
+    assert (found.external_mb, found.external_least_mb) == (500.0, 500.0)
+
+
+def awaited(*returns: Return, external_mb: float = 0.0) -> Ledger:
+    return Ledger(external_mb, external_mb, returns)
+
+
+def test_freed_memory_counts_until_a_sample_from_after_the_unload_shows_it() -> None:
+    waits = awaited(Return(2000 * MS, 3000.0, 3000.0))
+    assert after(waits, 0.0, at_ms=1999).returning_mb == 3000.0, "that sample says nothing about it"
+    assert after(waits, 3000.0, at_ms=2001).returning_mb == 3000.0
+    assert after(waits, 100.0, at_ms=2001).returning_mb == 0.0, "nine tenths count as all of it"
+    assert after(waits, 1200.0, at_ms=2001).returning_mb == 1200.0, "no more than that can still be in use"
+
+
+def test_a_load_that_could_hide_freed_memory_delays_it_for_a_moment_only() -> None:
+    waits = awaited(Return(2000 * MS, 3000.0))
+    hidden = after(waits, 3000.0, in_flight(4000.0), at_ms=2100)
+    assert hidden.returning_mb == 3000.0
+    trusted_ms = 2000 + TRUST_BOOKS_NS // MS
+    assert after(hidden, 3000.0, in_flight(4000.0), at_ms=trusted_ms - 1).returning_mb == 3000.0
+    late = after(hidden, 3000.0, in_flight(4000.0), at_ms=trusted_ms)
+    assert (late.returning_mb, late.written_off_mb, late.external_mb) == (0.0, 0.0, 0.0)
+
+
+def test_a_figure_that_has_fallen_shows_it_although_a_load_is_in_progress() -> None:
+    waits = awaited(Return(2000 * MS, 3000.0, 8000.0), external_mb=1000.0)
+    assert after(waits, 5000.0, resident(2000.0), in_flight(4000.0), at_ms=2001).returning_mb == 0.0
+
+
+def test_two_unloads_need_the_figure_to_fall_by_both() -> None:
+    waits = awaited(Return(2000 * MS, 3000.0, 8000.0), Return(2001 * MS, 2000.0, 8000.0), external_mb=1000.0)
+    found = after(waits, 5000.0, resident(2000.0), in_flight(4000.0), at_ms=2002)
+    assert [one.mb for one in found.returns] == [2000.0]
+
+
+def test_memory_that_never_comes_back_is_written_off_and_counts_as_external() -> None:
+    waits = awaited(Return(2000 * MS, 3000.0))
+    assert after(waits, 3000.0, at_ms=6999).returning_mb == 3000.0
+    lost = after(waits, 3000.0, at_ms=7000)
+    assert (lost.returning_mb, lost.written_off_mb, lost.external_mb) == (0.0, 3000.0, 3000.0)
+
+
+def test_a_source_that_does_not_answer_holds_up_nobody() -> None:
+    waits = awaited(Return(2000 * MS, 3000.0))
+    soon, later = 2000 * MS + TRUST_BOOKS_NS - 1, 2000 * MS + TRUST_BOOKS_NS
+    assert expire(waits, 1999 * MS, soon, GIVE_UP_NS) is waits
+    assert expire(waits, 1999 * MS, later, GIVE_UP_NS).returning_mb == 0.0
+    assert expire(waits, 2001 * MS, later, GIVE_UP_NS) is waits, "a sample from after the unload contradicts the books"
+
+
+def test_returns_beyond_the_table_are_awaited_together() -> None:
+    full = awaited(Return(1, 10.0, 100.0), Return(2, 20.0, 100.0)).awaiting(Return(3, 30.0, 90.0), 2)
+    assert full.returns == (Return(1, 10.0, 100.0), Return(3, 50.0, 100.0))
+
+
+@dataclass
+class Copy:
+    """The truth about one instance: its row, what it will take, what it has, and its server where there is one."""
+
+    row: int
+    mb: float
+    has_mb: float = 0.0
+    slot: int | None = None
+
+
+class Source:
+    """One device; the machine makes up its figures."""
+
+    name = "made up"
+    settles_late = True
+    cheap = True
+
+    def __init__(self, measures_processes: bool) -> None:
+        self.measures_processes = measures_processes
+
+    def devices(self) -> tuple[DeviceInfo, ...]:
+        return (DeviceInfo(0, "made-up-0", "made up", TOTAL_MB),)
+
+    def sample(self, server_pids: object) -> tuple[DeviceSample, ...]:
+        return ()
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+class DeviceAndBooks(RuleBasedStateMachine):
+    """Loads, unloads, others' memory and samples in any order; freed memory lingers, and samples take their time."""
+
+    measures_processes: ClassVar[bool]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.folder = tempfile.TemporaryDirectory()
+        self.now = time.monotonic_ns()
+        clock = SimpleNamespace(**{name: getattr(time, name) for name in dir(time) if not name.startswith("_")})
+        clock.monotonic_ns = lambda: self.now
+        vars(transaction_module)["time"] = clock
+        self.namespace = Namespace.join("ledger", root=Path(self.folder.name) / "run", capacities=SMALL)
+        self.board = SharedBoard(self.namespace, Scheduler(self.namespace))
+        source = Source(self.measures_processes)
+        self.board.describe(source, source.devices(), ())
+        self.external_mb = self.least_external_mb = 500.0
+        self.loading: list[Copy] = []
+        self.idle: list[Copy] = []
+        self.unloading: list[Copy] = []
+        self.lingering: list[tuple[int, float]] = []  # (until when, MB)
+        self.begun: int | None = None  # when the sample in progress was
+        self.read: tuple[float, dict[int, float], int] | None = None  # its figures, and when they were read
+        self.begin_sample()
+        self.read_figures()
+        self.publish()
+
+    def teardown(self) -> None:
+        self.namespace.leave()
+        vars(transaction_module)["time"] = time
+        self.folder.cleanup()
+
+    # ---- the truth ----
+
+    @property
+    def ours_mb(self) -> float:
+        """What instances have, and what ended ones have not given back yet."""
+        copies = (*self.loading, *self.idle, *self.unloading)
+        return sum(copy.has_mb for copy in copies) + self.lingering_mb
+
+    @property
+    def lingering_mb(self) -> float:
+        return sum(mb for until, mb in self.lingering if until > self.now)
+
+    @property
+    def used_mb(self) -> float:
+        return self.external_mb + self.ours_mb
+
+    def view(self) -> DeviceView:
+        scheduler = self.board._scheduler
+        with self.namespace.transaction():
+            return scheduler.device_views(scheduler.read_copies())[0]
+
+    # ---- what happens ----
+
+    @rule(ms=st.integers(1, 400))
+    def time_passes(self, ms: int) -> None:
+        self.now += ms * MS
+
+    @rule(mb=st.sampled_from([700.0, 1500.0, 2600.0, 4100.0]))
+    def load(self, mb: float) -> None:
+        """Begin to load if admission allows it. That it does must be safe, whatever happens then."""
+        if free_mb(self.view(), SLACK) < mb:
+            return
+        full_mb = sum(copy.mb for copy in (*self.loading, *self.idle, *self.unloading))
+        will_be = full_mb + self.lingering_mb + mb + self.least_external_mb
+        # The slack is there for what is not exact: a tenth of the memory that is awaited may be missing.
+        assert will_be <= TOTAL_MB, "the manager has given away more than there is"
+        with self.namespace.transaction() as t:
+            transitions = self.namespace.transitions
+            model = transitions.claim_model(t, f"m{mb:.0f}", b"m%d" % mb)
+            if not self.namespace.segment.words[self.namespace.tables.model(model) + 3]:
+                transitions.estimate(t, model, mb, measured=False)
+            copy = Copy(transitions.begin_load(t, model, self.namespace.slot, 1, mb, alone=False), mb)
+            if self.measures_processes:
+                copy.slot = next(iter(self.namespace.tables.free_members()))
+                transitions.join(t, copy.slot, Member.SERVER, 100_000 + copy.slot, 1, b"server")
+                transitions.link_server(t, copy.row, copy.slot)
+        self.loading.append(copy)
+
+    @rule(which=st.integers(0, 9), part=st.floats(0, 1))
+    @precondition(lambda self: self.loading)
+    def allocate(self, which: int, part: float) -> None:
+        copy = self.loading[which % len(self.loading)]
+        copy.has_mb = max(copy.has_mb, part * copy.mb)
+
+    @rule(which=st.integers(0, 9))
+    @precondition(lambda self: self.loading)
+    def end_load(self, which: int) -> None:
+        copy = self.loading.pop(which % len(self.loading))
+        copy.has_mb = copy.mb
+        with self.namespace.transaction() as t:
+            server = 0 if copy.slot is None else copy.slot + 1
+            self.namespace.transitions.end_load(t, copy.row, b"h%d" % copy.row, copy.mb, server, bool(server))
+            self.namespace.transitions.release(t, copy.row)
+        self.idle.append(copy)
+
+    @rule(which=st.integers(0, 9))
+    @precondition(lambda self: self.loading)
+    def fail_load(self, which: int) -> None:
+        copy = self.loading.pop(which % len(self.loading))
+        with self.namespace.transaction() as t:
+            self.namespace.transitions.fail_load(t, copy.row)
+            self._end_server(t, copy)
+
+    @rule(which=st.integers(0, 9))
+    @precondition(lambda self: self.idle)
+    def begin_unload(self, which: int) -> None:
+        copy = self.idle.pop(which % len(self.idle))
+        with self.namespace.transaction() as t:
+            self.namespace.transitions.begin_unload(t, copy.row, self.namespace.slot, evicted=True)
+        self.unloading.append(copy)
+
+    @rule(which=st.integers(0, 9), lingers_ms=st.integers(0, 900))
+    @precondition(lambda self: self.unloading)
+    def end_unload(self, which: int, lingers_ms: int) -> None:
+        copy = self.unloading.pop(which % len(self.unloading))
+        self.lingering.append((self.now + lingers_ms * MS, copy.has_mb))
+        with self.namespace.transaction() as t:
+            self.namespace.transitions.end_unload(t, copy.row)
+            self._end_server(t, copy)
+
+    def _end_server(self, t: transaction_module.Transaction, copy: Copy) -> None:
+        if copy.slot is not None:
+            self.namespace.transitions.leave(t, copy.slot)
+
+    @rule(mb=st.floats(0, 3000))
+    def others_change(self, mb: float) -> None:
+        self.external_mb = min(mb, max(0.0, TOTAL_MB - self.ours_mb))
+        self.least_external_mb = min(self.least_external_mb, self.external_mb)
+
+    @rule()
+    @precondition(lambda self: self.begun is None)
+    def begin_sample(self) -> None:
+        self.begun = self.now
+
+    @rule()
+    @precondition(lambda self: self.begun is not None and self.read is None)
+    def read_figures(self) -> None:
+        copies = (*self.loading, *self.idle, *self.unloading)
+        listed = {100_000 + c.slot: c.has_mb for c in copies if c.slot is not None and c.has_mb}
+        self.read = (self.used_mb, listed, self.now)
+
+    @rule()
+    @precondition(lambda self: self.read is not None)
+    def publish(self) -> None:
+        assert self.read is not None and self.begun is not None
+        used_mb, listed, done = self.read
+        self.now += 1
+        self.board.publish([DeviceSample(0, used_mb, self.begun, listed, self.measures_processes, done_ns=done + 1)])
+        self.begun = self.read = None
+
+    @rule()
+    @precondition(lambda self: not self.loading and not self.unloading)
+    def rest(self) -> None:
+        """A second after the last change, and after a sample, the books say what is true."""
+        self.now += TRUST_BOOKS_NS
+        if self.read is not None:
+            self.publish()
+        self.begun = self.read = None
+        for step in (self.begin_sample, self.read_figures, self.publish):
+            step()
+        self.least_external_mb = self.external_mb
+        view = self.view()
+        assert view.used_mb + view.reserved_mb == pytest.approx(self.used_mb, abs=0.01)
+        if not self.idle and not view.returning_mb:
+            assert view.external_least_mb == pytest.approx(self.external_mb, abs=0.01)
+
+    @rule()
+    def source_hangs(self) -> None:
+        """Without a sample the books still come to rest."""
+        self.now += TRUST_BOOKS_NS
+        with self.namespace.transaction() as t:
+            self.namespace.transitions.expire_returns(t)
+
+    @invariant()
+    def the_books_are_in_order(self) -> None:
+        snapshot = read_snapshot("ledger", Path(self.folder.name) / "run", events=False)
+        # (The machine's clock is ahead of the snapshot's.)
+        assert [line for line in check_invariants(snapshot) if not line.startswith("D1")] == []
+        words, layout = self.namespace.segment.words, self.namespace.segment.layout
+        assert len(self.namespace.tables.used_rows(layout.instances)) == sum(
+            map(len, (self.loading, self.idle, self.unloading))
+        )
+        view = self.view()
+        assert math.isfinite(view.used_mb) and view.reserved_mb >= 0
+        assert not any(words[self.namespace.tables.instance(copy.row)] != Instance.LOADING for copy in self.loading)
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("measures_processes", [False, True], ids=["whole device", "processes"])
+def test_random_work_agrees_with_a_device_whose_truth_is_known(measures_processes: bool) -> None:
+    steps = int(os.environ.get("MPMM_TEST_STEPS", "50"))
+    examples = int(os.environ.get("MPMM_TEST_EXAMPLES", "40"))
+
+    class Machine(DeviceAndBooks):
+        pass
+
+    Machine.measures_processes = measures_processes
+    Machine.TestCase.settings = settings(
+        max_examples=examples, stateful_step_count=steps, deadline=None, suppress_health_check=list(HealthCheck)
+    )
+    with contextlib.ExitStack() as stack:
+        stack.callback(setattr, transaction_module, "time", time)
+        Machine.TestCase("runTest").runTest()

@@ -1,0 +1,130 @@
+"""Models used inside the use, or the load, of others by one thread: what can work works, the rest is said at once."""
+
+from __future__ import annotations
+
+import pickle
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from processes import Loads, LoadsObject, Seat, SimulatedDevice, learn, model_of, problems
+from test_policy import A, B, model, ticket, view
+
+from mpmm.errors import DeadlockError
+from mpmm.model_manager import ModelManager
+from mpmm.policy.plan import make_plan
+from mpmm.policy.view import Busy, Load
+from mpmm.shared_state.snapshot import read_snapshot
+
+NewManager = Callable[..., ModelManager]
+NewDevice = Callable[..., SimulatedDevice]
+
+
+def test_a_nested_ticket_does_not_wait_to_run_alone() -> None:
+    nested = replace(ticket(1, A, priority=0), nested=True)
+    state = view([model(A, known=False)], [nested], busy=(Busy(5, B, 0, 100, 9.0),))
+    [decision] = make_plan(state).decisions
+    assert isinstance(decision, Load)
+    assert not decision.alone
+
+
+def test_two_unknown_models_can_be_nested_where_only_the_whole_device_is_measured(
+    namespace: str, new_manager: NewManager, new_device: NewDevice
+) -> None:
+    device = new_device(1000)
+    manager = new_manager(memory_source=device)
+    began = time.monotonic()
+    with manager.model("a", LoadsObject("a", device=device, mb=300)):
+        assert read_snapshot(namespace).isolated is not None
+        with manager.model("b", LoadsObject("b", device=device, mb=200)):
+            assert read_snapshot(namespace).isolated is None
+            assert model_of(namespace, "a").estimate_mb == 300, "measured when its thread asked for another one"
+            assert problems(namespace) == []
+    assert time.monotonic() - began < 10
+    # The other one has not been measured alone, so it is, later.
+    assert model_of(namespace, "b").estimate_mb in (None, 200)
+    assert problems(namespace) == []
+
+
+def test_without_blocks_too(namespace: str, new_manager: NewManager, new_device: NewDevice) -> None:
+    device = new_device(1000)
+    manager = new_manager(memory_source=device)
+    one = manager.acquire_model("a", LoadsObject("a", device=device, mb=300))
+    two = manager.acquire_model("b", LoadsObject("b", device=device, mb=200))
+    assert model_of(namespace, "a").estimate_mb == 300
+    manager.release_model("b", two)
+    manager.release_model("a", one)
+    assert problems(namespace) == []
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["known", "unknown"])
+def test_a_loader_can_use_another_model(
+    known: bool, namespace: str, new_manager: NewManager, new_device: NewDevice
+) -> None:
+    device = new_device(1000)
+    manager = new_manager(memory_source=device)
+    if known:
+        learn(Seat(manager), outer=300, inner=200)
+
+    def load() -> Any:
+        with manager.model("inner", LoadsObject("inner", device=device, mb=200)):
+            return LoadsObject("outer", device=device, mb=300)()
+
+    with manager.model("outer", load):
+        assert problems(namespace) == []
+    assert (model_of(namespace, "outer").loads, model_of(namespace, "inner").loads) == (1, 1)
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["known", "unknown"])
+def test_a_loader_that_uses_its_own_tag_is_told_so_at_once(
+    known: bool, namespace: str, new_manager: NewManager, new_device: NewDevice
+) -> None:
+    manager = new_manager(memory_source=new_device(1000), max_model_copies=1)
+    if known:
+        learn(Seat(manager), a=300)
+
+    def load() -> Any:
+        with manager.model("a", Loads("never")):
+            return "handle"
+
+    began = time.monotonic()
+    with pytest.raises(DeadlockError, match="'a'") as caught:
+        manager.acquire_model("a", load)
+    assert time.monotonic() - began < 10
+    assert (caught.value.tag, caught.value.held) == ("a", ("a",))
+    assert (read_snapshot(namespace).tickets, read_snapshot(namespace).instances) == ((), ())
+    assert problems(namespace) == []
+
+
+def test_nested_use_of_the_only_copy_there_may_be_is_told_at_once(namespace: str, new_manager: NewManager) -> None:
+    manager = new_manager(max_model_copies=1)
+    with manager.model("a", Loads("a")):
+        with pytest.raises(DeadlockError, match="max_model_copies") as caught, manager.model("a", Loads("a")):
+            raise AssertionError("it cannot be had")
+        assert pickle.loads(pickle.dumps(caught.value)).held == ("a",)
+    # It works again once it is idle.
+    with manager.model("a", Loads("a")):
+        assert problems(namespace) == []
+
+
+def test_room_that_only_its_own_copy_takes_is_told_at_once(namespace: str, new_manager: NewManager) -> None:
+    manager = new_manager()
+    learn(Seat(manager), a=700, b=600, c=200)
+    with manager.model("a", Loads("a")):
+        with pytest.raises(DeadlockError) as caught, manager.model("b", Loads("b")):
+            raise AssertionError("it cannot be had")
+        assert caught.value.held == ("a",)
+        with manager.model("c", Loads("c")):
+            assert problems(namespace) == []
+
+
+def test_what_another_thread_holds_is_waited_for(namespace: str, new_manager: NewManager) -> None:
+    manager = new_manager(max_model_copies=1, wait_timeout_seconds=0.5)
+    one = manager.acquire_model("a", Loads("a"))
+    # Acquired without a block, it may be released by any thread.
+    with pytest.raises(TimeoutError):
+        manager.acquire_model("a", Loads("a"))
+    manager.release_model("a", one)
+    assert problems(namespace) == []
