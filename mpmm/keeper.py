@@ -78,7 +78,9 @@ class Keeper:
         # What was seen of each device (row) when its last reading was taken: a reading of the same says nothing new.
         self._seen: dict[int, tuple[int, int]] = {}
         self._poll_due = 0.0
-        # The number of the last sample that had ended when a poll did not wait for its own; None if it did.
+        # How many samples this process has published; and how many it had when a poll did not wait for its own, None if
+        # it did. Counted here, because the thread that takes them counts one as ended only after it has told us.
+        self._published = 0
         self._late_since: int | None = None
         self.leading = False
 
@@ -104,6 +106,7 @@ class Keeper:
 
     def note_sample(self) -> None:
         """Have the figures learnt from that a poll did not wait for; called by the thread that has published some."""
+        self._published += 1
         if self._late_since is not None:
             self.wake()
 
@@ -227,11 +230,11 @@ class Keeper:
         return True
 
     def _poll(self) -> None:
-        monitor, source = self._worker.monitor, self._worker.source
-        ended = monitor.samples_ended
+        source = self._worker.source
+        published = self._published
         # Even one that is cheap may hang, and then what it has taken so far comes off the wait.
         came = self._worker.refresh(POLL_WAIT_S if source.cheap else 0.0)
-        self._late_since = None if came else ended
+        self._late_since = None if came else published
         knowledge = process_knowledge(source) if self.leading else None
         with self._namespace.transaction() as t:
             self._namespace.transitions.note_poll(t, knowledge)
@@ -246,7 +249,7 @@ class Keeper:
     def _learn_from_late_sample(self) -> None:
         """Learn from the sample that a poll has asked for, once it is there."""
         late_since = self._late_since
-        if late_since is None or self._worker.monitor.samples_ended == late_since:
+        if late_since is None or self._published == late_since:
             return
         self._late_since = None
         with self._namespace.transaction() as t:
