@@ -51,7 +51,7 @@ RESERVE_TICK_S = 4.0
 DEPUTIES = 2
 # Between two attempts to wake a thread that may just be about to sleep.
 REPEAT_S = 0.01
-# So long a poll waits for its figures, where they are cheap. Those that come later are learnt from when they come: the
+# So long a poll waits for its figures. Those that come later are learnt from when they come: the
 # dead are reaped, and everything else goes on, whatever the source does.
 POLL_WAIT_S = 0.1
 # Who leads from the start waits somewhat longer, so that devices are known before anybody asks.
@@ -232,8 +232,8 @@ class Keeper:
     def _poll(self) -> None:
         source = self._worker.source
         published = self._published
-        # Even one that is cheap may hang, and then what it has taken so far comes off the wait.
-        came = self._worker.refresh(POLL_WAIT_S if source.cheap else 0.0)
+        # What a sample in progress has taken so far comes off the wait: a source that hangs is not waited for again.
+        came = self._worker.refresh(POLL_WAIT_S)
         self._late_since = None if came else published
         knowledge = process_knowledge(source) if self.leading else None
         with self._namespace.transaction() as t:
