@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -9,6 +10,7 @@ from typing import Protocol
 
 from mpmm.errors import InvalidArgumentError
 from mpmm.placement import Placement
+from mpmm.sampler import answer_within
 from mpmm.scheduler import Scheduler
 from mpmm.shared_state.layout import Device, Header, Instance, Member, device_bits, device_rows
 from mpmm.shared_state.namespace import Namespace
@@ -23,9 +25,13 @@ from mpmm.sources import (
     process_knowledge,
     what_it_measures,
 )
+from mpmm.sources.base import START_TIMEOUT_S, unavailable
 from mpmm.sources.process_tree import outside, process_tree
 
 __all__ = ["ForeignMonitor", "MonitorLike", "SharedBoard"]
+
+# Longer than Beam's monitor takes, which waits for its thread, and that for nvidia-smi.
+STOP_TIMEOUT_S = 10.0
 
 
 class MonitorLike(Protocol):
@@ -356,7 +362,8 @@ class SharedBoard:
 class ForeignMonitor:
     """A monitor of the caller's own, used as the source of one device.
 
-    Its methods are the caller's code, which may hang: everything here that calls them is for the sampling thread.
+    Its methods are the caller's code, which may hang: what calls them here either is for the sampling thread, or gives
+    them up in time.
     """
 
     name = "monitor"
@@ -378,6 +385,18 @@ class ForeignMonitor:
         """Let the monitor's peak begin anew."""
         self.monitor.reset_peak()
         self._peak_mb = self.monitor.get_stats()[1]
+
+    def start(self) -> None:
+        """Start the monitor. Raises SourceUnavailableError when that takes longer than `START_TIMEOUT_S`."""
+        try:
+            answer_within(self.monitor.start, START_TIMEOUT_S, "mpmm-start-monitor")
+        except TimeoutError as error:
+            raise unavailable(self.name, f"its start hangs: {error}") from error
+
+    def stop(self) -> None:
+        """Stop the monitor, or leave it alone where that takes longer than `STOP_TIMEOUT_S`."""
+        with contextlib.suppress(TimeoutError):
+            answer_within(self.monitor.stop, STOP_TIMEOUT_S, "mpmm-stop-monitor")
 
     def devices(self) -> tuple[DeviceInfo, ...]:
         """Return the one device that a monitor stands for."""

@@ -12,6 +12,9 @@ It sleeps on the member's bell, and does three things:
   second of a processor to import, and where processors are so scarce that the leader is late, a crowd that imports it,
   and is late for that, would keep it so. Decisions do without the newest solution, but not without fresh figures.
 
+It asks for samples, but another thread takes them (`mpmm.sampler`): a source that hangs must not keep the dead from
+being reaped. What comes after `POLL_WAIT_S` is learnt from when it comes.
+
 Who can measure more leads: a process whose source knows single processes comes before one that sees whole devices only,
 and that before one that goes by the books. A leader hands over to a better one that joins, and leaves a free lead to
 it for a second. If only processes are left that can measure nothing, one of them takes back what the dead had, and the
@@ -54,7 +57,7 @@ RESERVE_TICK_S = 4.0
 DEPUTIES = 2
 # Between two attempts to wake a thread that may just be about to sleep.
 REPEAT_S = 0.01
-# So long a poll waits for its figures, where they are cheap. Those that come later are learnt from when they come: the
+# So long a poll waits for its figures. Those that come later are learnt from when they come: the
 # dead are reaped, and everything else goes on, whatever the source does.
 POLL_WAIT_S = 0.1
 # Who leads from the start waits somewhat longer, so that devices are known before anybody asks.
@@ -84,7 +87,9 @@ class Keeper:
         # What was seen of each device (row) when its last reading was taken: a reading of the same says nothing new.
         self._seen: dict[int, tuple[int, int]] = {}
         self._poll_due = 0.0
-        # The number of the last sample that had ended when a poll did not wait for its own; None if it did.
+        # How many samples this process has published; and how many it had when a poll did not wait for its own, None if
+        # it did. Counted here, because the thread that takes them counts one as ended only after it has told us.
+        self._published = 0
         self._late_since: int | None = None
         # Since when the lead has been seen to be free, while it was left to a process that can measure more.
         self._free_since: float | None = None
@@ -116,6 +121,7 @@ class Keeper:
 
     def note_sample(self) -> None:
         """Have the figures learnt from that a poll did not wait for; called by the thread that has published some."""
+        self._published += 1
         if self._late_since is not None:
             self.wake()
 
@@ -298,11 +304,11 @@ class Keeper:
         return True
 
     def _poll(self) -> None:
-        monitor, source = self._worker.monitor, self._worker.source
-        ended = monitor.samples_ended
-        # Even one that is cheap may hang, and then what it has taken so far comes off the wait.
-        came = self._worker.refresh(POLL_WAIT_S if source.cheap else 0.0)
-        self._late_since = None if came else ended
+        source = self._worker.source
+        published = self._published
+        # What a sample in progress has taken so far comes off the wait: a source that hangs is not waited for again.
+        came = self._worker.refresh(POLL_WAIT_S)
+        self._late_since = None if came else published
         knowledge = process_knowledge(source) if self.leading else None
         with self._namespace.transaction() as t:
             self._namespace.transitions.note_poll(t, knowledge)
@@ -317,7 +323,7 @@ class Keeper:
     def _learn_from_late_sample(self) -> None:
         """Learn from the sample that a poll has asked for, once it is there."""
         late_since = self._late_since
-        if late_since is None or self._worker.monitor.samples_ended == late_since:
+        if late_since is None or self._published == late_since:
             return
         self._late_since = None
         with self._namespace.transaction() as t:

@@ -389,8 +389,10 @@ class ModelManager(BeamNames):
                 return
             _workers.pop((self._root, self._name), None)
         worker.close()
-        if self._given_monitor is not None:
+        if isinstance(self._given_monitor, GPUMonitor):
             self._given_monitor.stop()
+        elif self._given_monitor is not None:
+            ForeignMonitor(self._given_monitor).stop()
 
     def force_reset(self) -> None:
         """Unload everything of every process of the namespace, and send all waiters away. Estimates stay.
@@ -1322,8 +1324,8 @@ class ModelManager(BeamNames):
         if isinstance(self._given_monitor, GPUMonitor):
             return self._given_monitor
         if self._given_monitor is not None:
-            self._given_monitor.start()
             source = ForeignMonitor(self._given_monitor)
+            source.start()
         else:
             asked = namespace.tables.string(Header.SOURCE_ASKED)
             budget_mb = None if math.isinf(settings.memory_budget_mb) else settings.memory_budget_mb

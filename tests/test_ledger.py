@@ -362,9 +362,7 @@ class DeviceAndBooks(RuleBasedStateMachine):
         )
         view = self.view()
         assert math.isfinite(view.used_mb) and view.reserved_mb >= 0
-        assert not any(
-            words[self.namespace.tables.instance(copy.row)] != Instance.LOADING for copy in self.loading
-        )
+        assert not any(words[self.namespace.tables.instance(copy.row)] != Instance.LOADING for copy in self.loading)
 
 
 @pytest.mark.timeout(600)

@@ -125,9 +125,10 @@ class Header:
 
     POLL_CLAIMED = 46  # raw, also without the lock: when somebody last set out to poll in the leader's place
 
-    # What the source of memory figures can do, written by the leader.
+    # What the source of memory figures can do, written by the leader; whether it measures processes also by those whose
+    # sample shows it.
     SOURCE_COUNTS_NAMED = 47  # 1: its figure holds nothing but the processes that it is asked about
-    SOURCE_MEASURES_PROCESSES = 48
+    SOURCE_MEASURES_PROCESSES = 48  # 1 once it has shown what a process of ours takes, until it shows that it does not
     SOURCE_SETTLES_LATE = 49
     SOURCE_BOOKS_ONLY = 50
     SOURCE_NAME = 51  # text: the source that the leader reads
