@@ -43,6 +43,7 @@ from mpmm.shared_state.futex import wait_for_change, wake_all
 from mpmm.shared_state.layout import Device, Header, Instance, Member, Model
 from mpmm.shared_state.lock_file import LockFile
 from mpmm.shared_state.transaction import Transaction
+from mpmm.shared_state.transitions import ESTIMATE_TOLERANCE
 from mpmm.sources import Measures, process_knowledge, what_it_measures
 
 if TYPE_CHECKING:
@@ -68,8 +69,6 @@ STANDING_IN_NS = 1_000_000_000
 # The lead that is free is left to those who can measure more for so long.
 BETTER_LEADS_WITHIN_S = 1.0
 LONGEST_OFFER_PAUSE_S = 60.0
-# A measured footprint that differs by less than this from the estimate changes nothing.
-ESTIMATE_TOLERANCE = 0.01
 
 
 class Keeper:
@@ -87,6 +86,8 @@ class Keeper:
         # What was seen of each device (row) when its last reading was taken: a reading of the same says nothing new.
         self._seen: dict[int, tuple[int, int]] = {}
         self._poll_due = 0.0
+        # The estimates of models with measured servers that were reported as metrics last.
+        self._reported: dict[str, float] = {}
         # How many samples this process has published; and how many it had when a poll did not wait for its own, None if
         # it did. Counted here, because the thread that takes them counts one as ended only after it has told us.
         self._published = 0
@@ -410,10 +411,10 @@ class Keeper:
         namespace.transitions.observe(t, list(copies.items()), max(0.0, whole_mb - measured_mb), device)
 
     def _take_over_measurements(self, t: Transaction) -> dict[str, float]:
-        """Let a model's estimate follow what its servers were seen to take at most.
+        """Let a model's estimate follow what its servers were seen to take at most; return those to be reported.
 
-        Up at once, because the next copy will take as much; down slowly, because a copy that has not worked yet
-        takes less than one that has.
+        Up at once, because the next copy will take as much (`Transitions.measure` does so with each sample); down
+        slowly, because a copy that has not worked yet takes less than one that has.
         """
         namespace = self._namespace
         words, floats, tables = namespace.segment.words, namespace.segment.floats, namespace.tables
@@ -439,5 +440,7 @@ class Keeper:
             new = mb if mb > old else smooth(old, mb, namespace.settings.smoothing_factor)
             if abs(new - old) > ESTIMATE_TOLERANCE * old or floats[at + Model.SD_MB]:
                 namespace.transitions.estimate(t, model, new, measured=True)
-                changed[tables.tag_of(model)] = new
+            tag, mb = tables.tag_of(model), floats[at + Model.ESTIMATE_MB]
+            if abs(mb - self._reported.get(tag, 0.0)) > ESTIMATE_TOLERANCE * mb:
+                self._reported[tag] = changed[tag] = mb
         return changed

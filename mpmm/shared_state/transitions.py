@@ -50,10 +50,12 @@ from mpmm.shared_state.transaction import Transaction, float_bits
 if TYPE_CHECKING:
     from mpmm.shared_state.namespace import Namespace
 
-__all__ = ["Transitions"]
+__all__ = ["ESTIMATE_TOLERANCE", "Transitions"]
 
 _LOG = logging.getLogger("mpmm")
 
+# A measured footprint that differs by less than this from the estimate changes nothing.
+ESTIMATE_TOLERANCE = 0.01
 # Weight of the newest load or hold in the mean: the last ten count.
 SMOOTHING = 0.1
 
@@ -1193,6 +1195,15 @@ class Transitions:
                 t.set_float(at + Member.SHARES + number, share_mb)
         if words[instance + Instance.STATE] in (Instance.ACTIVE, Instance.IDLE):
             self._set_mb(t, row - 1, mb, shares_mb)
+            # Of what spans several devices each has to have room for the largest share.
+            self._raise_estimate(t, words[instance + Instance.MODEL], max(shares_mb) * len(shares_mb))
+
+    def _raise_estimate(self, t: Transaction, model: int, mb: float) -> None:
+        """Let a model be taken for what one of its servers takes, before another load goes by less."""
+        at = self.tables.model(model)
+        known_mb = self.segment.floats[at + Model.ESTIMATE_MB] if self.segment.words[at + Model.KNOWN] else 0.0
+        if mb > known_mb * (1.0 + ESTIMATE_TOLERANCE):
+            self.estimate(t, model, mb, measured=True)
 
     def reset_peaks(self, t: Transaction, devices: int | None = None) -> None:
         """Let the peaks of these devices (bits), or of all, begin anew at the present figures."""
