@@ -69,6 +69,8 @@ QUEUE_PART = 32
 FEW_WAITERS = 16
 # Waits that no copy of another model ends by becoming idle.
 QUIET_REASONS = frozenset({Reason.LEASED, Reason.FOREIGN, Reason.PINNED, Reason.SHARING, Reason.COPIES})
+# Waits that only other programs, or who has pinned something, can end.
+OTHERS_END = frozenset({Reason.FOREIGN, Reason.PINNED})
 # Begun in one transaction, whose undo log has an end.
 UNLOADS_AT_ONCE = 64
 # Longer than a release takes, even where everything about it has left the processor's caches.
@@ -649,10 +651,14 @@ class Scheduler:
 
     def why(self, ticket: int) -> str:
         """Return why a ticket waits, for people."""
+        reason = Reason(self._segment.words[self._tables.ticket(ticket) + Ticket.REASON])
+        return f"{reason.name.lower()}: {self._sentence(ticket)}"
+
+    def _sentence(self, ticket: int) -> str:
         words, floats, at = self._segment.words, self._segment.floats, self._tables.ticket(ticket)
-        reason, other = Reason(words[at + Ticket.REASON]), words[at + Ticket.OTHER]
-        sentence = explain(
-            reason,
+        other = words[at + Ticket.OTHER]
+        return explain(
+            words[at + Ticket.REASON],
             floats[at + Ticket.NEED_MB],
             floats[at + Ticket.FREE_MB],
             floats[at + Ticket.COMING_MB],
@@ -660,7 +666,6 @@ class Scheduler:
             self._tables.tag_of(other - 1) if other else None,
             device_rows(words[at + Ticket.ON]),
         )
-        return f"{reason.name.lower()}: {sentence}"
 
     def backs_off_for_s(self, ticket: int) -> float:
         """Return in how many seconds a waiter's back-off ends, `inf` if it waits for something else; without the lock.
@@ -683,6 +688,8 @@ class Scheduler:
                 # It is the memory of the same copies.
                 cause = cause._replace(other=words[at + Ticket.OTHER])
             self._namespace.transitions.set_reason(t, ticket, cause)
+            if cause.reason in OTHERS_END:
+                self._namespace.transitions.warn(t, ticket, self._sentence(ticket))
         if first and not words[at + Ticket.BLOCKED_AT]:
             self._namespace.transitions.block(t, ticket)
 

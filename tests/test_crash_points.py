@@ -474,6 +474,7 @@ def scenarios() -> dict[str, Callable[[Lab], Operation]]:
         "enqueue": on(Lab.model, lambda t, tr, row: tr.enqueue(t, row, Lab.victim, 0, math.nan, 2**62)),
         "note_demand": on(Lab.model, lambda t, tr, row: tr.note_demand(t, row, 0.5, 7, 10**9)),
         "set_reason": on(Lab.ticket, lambda t, tr, row: tr.set_reason(t, row, Cause(3, 100.0, 50.0, 60.0, 0.5, 1, 1))),
+        "warn": on(Lab.ticket, lambda t, tr, row: tr.warn(t, row, "waits")),
         "block": on(Lab.ticket, lambda t, tr, row: tr.block(t, row)),
         "let_pass": on(Lab.ticket, lambda t, tr, row: tr.let_pass(t, row)),
         "grant": granted,

@@ -299,7 +299,7 @@ def test_memory_of_others_is_told_apart_and_is_not_to_be_had(
         assert [(one.used_mb, one.foreign_mb) for one in read_snapshot(namespace).devices] == [(700, 700), (400, 0)]
         with pytest.raises(mpmm.AcquireTimeoutError, match="700 MB that the driver and other programs take leave"):
             manager.reserve(400, devices=[0], timeout_seconds=0.2)
-    assert "foreign" in render(read_snapshot(namespace))
+    assert "external" in render(read_snapshot(namespace))
     gpus.pretend(1, 0, 0)
     manager.reserve(400, devices=[0]).release()
     assert device(namespace).foreign_mb == 0

@@ -889,6 +889,69 @@ def test_no_plan_breaks_the_rules(state: View) -> None:
             assert [other for other in loads if alone_on in other.devices] == [load]
 
 
+@st.composite
+def states_at_rest(draw: st.DrawFn) -> View:
+    """A state in which nothing is in use, loads or unloads, and no memory is expected. The books are right."""
+    count = draw(st.integers(1, 2))
+    totals = [draw(st.sampled_from([600.0, 1000.0])) for _ in range(count)]
+    copies = []
+    left = [total * (1 - RULES.slack_percentage) for total in totals]
+    for row in range(draw(st.integers(0, 6))):
+        on, mb = draw(st.integers(0, count - 1)), draw(st.sampled_from([50.0, 100.0, 250.0, 400.0]))
+        if mb <= left[on]:
+            left[on] -= mb
+            owner = draw(st.one_of(st.none(), st.integers(1, 3)))
+            copies.append(idle(row, draw(st.integers(0, 3)), mb=mb, owner=owner, on=on, pinned=draw(st.booleans())))
+    devices = []
+    for row, total in enumerate(totals):
+        leased = draw(st.sampled_from([0.0, 0.0, 200.0]))
+        external = draw(st.sampled_from([0.0, 48.0, 100.0, 300.0, 700.0]))
+        ours = sum(copy.mb for copy in copies if copy.device == row)
+        # What instances have grown by may count as external; on a device that has none, all of it is certain.
+        least = draw(st.floats(0, external)) if ours else external
+        figures = {"reserved_mb": leased, "leased_mb": leased, "external_mb": external, "external_least_mb": least}
+        devices.append(device(row, total, ours + external, **figures))
+    shared = Counter(copy.model for copy in copies if copy.owner is None)
+    models = []
+    for row in range(4):
+        owned = Counter(copy.owner for copy in copies if copy.model == row and copy.owner is not None)
+        need = draw(st.sampled_from([50.0, 300.0, 520.0, 880.0, 950.0]))
+        one = model(row, need, known=draw(st.booleans()), shared=shared[row], owned=owned)
+        load_s, hold_s = draw(st.sampled_from([(0.0, 0.0), (1.0, 0.0), (1.0, 0.1)]))
+        models.append(replace(one, rate=draw(st.sampled_from([0.0, 1.0])), load_s=load_s, hold_s=hold_s))
+    tickets = [
+        ticket(
+            row,
+            draw(st.integers(0, 3)),
+            member=draw(st.integers(1, 3)),
+            preload=draw(st.sampled_from([0, 0, 0, 1, 2])),
+            blocked=draw(st.sampled_from([None, 1.0, 3.0, 5.0])),
+            waited=6.0,
+        )
+        for row in range(draw(st.integers(1, 5)))
+    ]
+    most = draw(st.sampled_from([1, 2, math.inf]))
+    rules = replace(RULES, isolate_unknown=draw(st.booleans()), max_model_copies=most)
+    return view(models, tickets, copies=copies, devices=devices, rules=rules)
+
+
+@settings(max_examples=600, deadline=None)
+@given(states_at_rest())
+def test_nobody_waits_without_end_while_nothing_is_in_use_and_no_memory_is_expected(state: View) -> None:
+    """Somebody gets something, or all wait for what only others can end: external memory, leases, pins."""
+    decisions = make_plan(state).decisions
+    if any(isinstance(decision, Grant | Load | Evict | Refuse | Enough) for decision in decisions):
+        return
+    decided = {decision.ticket: decision for decision in decisions}
+    for waiter in state.tickets:
+        decision = decided.get(waiter.row)
+        assert isinstance(decision, Wait), f"ticket {waiter.row} waits behind others"
+        assert decision.reason in (Reason.FOREIGN, Reason.LEASED, Reason.PINNED, Reason.COPIES)
+        assert not decision.first, "it holds up others"
+        if decision.reason == Reason.COPIES:
+            assert all(copy.pinned for copy in state.idle if copy.model == waiter.model)
+
+
 @settings(max_examples=200, deadline=None)
 @given(views())
 def test_a_plan_is_the_same_whatever_the_order_of_the_view(state: View) -> None:

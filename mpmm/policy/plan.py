@@ -165,7 +165,7 @@ class _Walk:
                 if len(closed) == len(self._devices):
                     break
                 continue
-            if ticket.blocked_since_s is None:
+            if ticket.blocked_since_s is None or not self._holds_up(ticket):
                 continue
             passed = passed or ticket
             if is_overdue(view, ticket):
@@ -178,6 +178,14 @@ class _Walk:
                 kept.update(copy.row for copy in room.victims)
                 kept.update(copy.row for copy in room.awaited)
         return granted
+
+    def _holds_up(self, ticket: TicketView) -> bool:
+        """Tell whether a waiter that was blocked still is: others may pass one that no eviction would help."""
+        model = self._view.models[ticket.model]
+        if self._is_at_most(model):
+            return False
+        share_mb = self._need_mb(ticket, model) / ticket.span
+        return self._fitting(self._all_where(ticket), share_mb, pinned=True) >= ticket.span
 
     # ---- loads ---------------------------------------------------------------------------------------------
 
@@ -226,7 +234,7 @@ class _Walk:
             empty = not any(self._busy[row] for row in rows) and not self._idle_on(rows)
             return empty and not any(device.unloading or device.returning_mb > 0 for device in place)
         largest = largest_limit_mb(self._all_where(ticket), self._slack, ticket.span) * ticket.span
-        need_mb = model.need_mb if model.known else min(model.need_mb, largest)
+        need_mb = self._need_mb(ticket, model)
         fits = best_place(self._where(ticket), need_mb / ticket.span, self._slack, ticket.span) is not None
         return fits or need_mb > largest
 
@@ -334,12 +342,15 @@ class _Walk:
         chosen = tuple(device.device for device in place)
         return Load(ticket.row, chosen, need_mb, True, Why(Reason.ALONE, need_mb, free, devices=on))
 
+    def _need_mb(self, ticket: TicketView, model: ModelView) -> float:
+        """Return what a load needs. What is only assumed must not make a model impossible."""
+        largest = largest_limit_mb(self._all_where(ticket), self._slack, ticket.span) * ticket.span
+        return model.need_mb if model.known or not largest else min(model.need_mb, largest)
+
     def _load(self, ticket: TicketView, model: ModelView) -> Decision | None:
         slack, span = self._slack, ticket.span
-        everywhere = self._all_where(ticket)
-        largest = largest_limit_mb(everywhere, slack, span) * span
-        # What is only assumed must not make a model impossible.
-        need_mb = model.need_mb if model.known or not largest else min(model.need_mb, largest)
+        largest = largest_limit_mb(self._all_where(ticket), slack, span) * span
+        need_mb = self._need_mb(ticket, model)
         share_mb = need_mb / span
         if need_mb > largest:
             if self._for(ticket, model).usable_by(ticket.member) and not ticket.preload:
@@ -374,7 +385,7 @@ class _Walk:
         self._room = room
         self._clock_stands = self._is_delayed_by_loads(ticket, share_mb)
         if room is None:
-            return self._block(ticket, Why(Reason.MEMORY, need_mb, _most_free_mb(where, slack)))
+            return self._without_room(ticket, where, need_mb)
         free, on = math.fsum(free_mb(device, slack) for device in room.devices), self._named(room.devices)
         if room.victims and (due or not room.awaited):
             reason = Reason.LOWEST_SCORE if room.harm is None else Reason.SMALLEST_HARM
@@ -438,6 +449,20 @@ class _Walk:
         if self._fitting(where, share_mb, pinned=True) < ticket.span:
             return Wait(ticket.row, Reason.PINNED, Why(Reason.PINNED, need_mb, free))
         return None
+
+    def _without_room(self, ticket: TicketView, where: list[DeviceView], need_mb: float) -> Wait:
+        """Let one wait for whom no room can be made at present. It holds up others only if that can change by itself.
+
+        Where nothing is in use, it takes others to change it: what pinned copies have grown by counts as external, say.
+        """
+        free = _most_free_mb(where, self._slack)
+        rows = {device.device for device in where}
+        if any(rows.intersection(copy.devices) for copy in self._view.busy):
+            return self._block(ticket, Why(Reason.MEMORY, need_mb, free))
+        if any(self._pinned_on(row) for row in rows):
+            return Wait(ticket.row, Reason.PINNED, Why(Reason.PINNED, need_mb, free))
+        external_mb = math.fsum(device.external_mb for device in where)
+        return Wait(ticket.row, Reason.FOREIGN, Why(Reason.FOREIGN, need_mb, free, external_mb))
 
     def _fitting(
         self, where: Iterable[DeviceView], share_mb: float, external: bool = True, pinned: bool = False

@@ -307,7 +307,8 @@ class Ticket:
     SPAN = 20  # how many devices what it loads lies on
     NESTED = 21  # 1: its thread holds or loads something else, so it cannot wait to run alone, though it be unknown
     PASSED = 22  # 1 once a load that more waiters share was let past it
-    WORDS = 23
+    WARNED = 23  # 1 once the log has said that nothing which can be unloaded would serve it
+    WORDS = 24
 
     FREE = 0
     WAITING = 1

@@ -402,7 +402,7 @@ class Transitions:
         none = (Ticket.REASON, Ticket.BLOCKED_AT, Ticket.FREE_MB, Ticket.COMING_MB, Ticket.SECONDS)
         t.set_all([(at + word, 0) for word in (*none, Ticket.OTHER, Ticket.ON, Ticket.PASSED)])
         t.set_all(((at + Ticket.DEVICES, devices), (at + Ticket.TIED, tied), (at + Ticket.SPAN, span)))
-        t.set(at + Ticket.NESTED, int(nested))
+        t.set_all(((at + Ticket.NESTED, int(nested)), (at + Ticket.WARNED, 0)))
         t.set_float(at + Ticket.NEED_MB, need_mb)
         t.set(at + Ticket.PRELOAD, preload)
         t.set(at + Ticket.STATE, Ticket.WAITING)
@@ -428,6 +428,15 @@ class Transitions:
         waited = (t.now - words[at + Ticket.ENQUEUED]) / 1e9
         ticket = words[at + Ticket.NUMBER] + 1
         t.event(EventKind.WAITS, words[at + Ticket.MODEL] + 1, ticket=ticket, value=waited, cause=cause)
+
+    def warn(self, t: Transaction, row: int, why: str) -> None:
+        """Say in the log, once for each ticket, that nothing which the manager can unload would serve it."""
+        at = self.tables.ticket(row)
+        if not self.segment.words[at + Ticket.WARNED]:
+            t.set(at + Ticket.WARNED, 1)
+            pid = self.segment.words[self.tables.member(self.segment.words[at + Ticket.MEMBER] - 1) + Member.PID]
+            tag = self.tables.tag_of(self.segment.words[at + Ticket.MODEL])
+            t.after.append(partial(_LOG.warning, "mpmm %s: %s of pid %d %s", self._namespace.name, tag, pid, why))
 
     def block(self, t: Transaction, row: int) -> None:
         """Record that from now on a ticket is the first one for whom there is no room."""

@@ -42,6 +42,7 @@ _COUNTERS = {
 _DEVICE_GAUGES = {
     "used": ("used_mb", "Memory in use, by the last figure."),
     "peak": ("peak_mb", "Highest figure of memory in use in peak_window_seconds."),
+    "external": ("external_mb", "Memory in use that is no copy's and no lease's: the driver's, and other programs'."),
     "foreign": ("foreign_mb", "Memory in use that belongs to processes of others, as far as the source knows."),
     "reserved": ("reserved_mb", "Memory booked by loads and leases that the figure does not show yet."),
     "returning": ("returning_mb", "Memory unloaded that the figure still shows."),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from mpmm.policy.view import Reason
 from mpmm.shared_state.snapshot import Snapshot, TicketInfo
 from mpmm.show.words import age, needs, waiters, why
 
@@ -102,6 +103,10 @@ def _dead(snapshot: Snapshot) -> Iterator[Finding]:
 
 
 def _waits(snapshot: Snapshot) -> Iterator[Finding]:
+    for ticket in waiters(snapshot):
+        if ticket.reason in (Reason.FOREIGN, Reason.PINNED):
+            said = why(ticket, needs(snapshot)(ticket))
+            yield Finding(True, f"nothing that mpmm can unload would serve pid {ticket.pid}: {ticket.tag} {said}")
     oldest = oldest_waiter(snapshot)
     if oldest is not None and oldest.waited_s > LONG_WAIT_S:
         said = why(oldest, needs(snapshot)(oldest))

@@ -170,14 +170,14 @@ def devices(snapshot: Snapshot, bar_width: int) -> Section[DeviceInfo]:
         return (
             str(device.row),
             bar(device, bar_width, signs),
-            *(mb(value) for value in (device.used_mb, device.foreign_mb, device.reserved_mb, device.returning_mb)),
+            *(mb(value) for value in (device.used_mb, device.external_mb, device.reserved_mb, device.returning_mb)),
             *(mb(value) for value in (device.limit_mb, device.total_mb, device.peak_since_start_mb)),
             "books" if snapshot.books_only else _ago(device.sample_age_s),
             device.name,
         )
 
     head = (
-        *("device", "", "used MB", "foreign", "reserved", "returning"),
+        *("device", "", "used MB", "external", "reserved", "returning"),
         *("limit", "total", "highest", "sampled", "name"),
     )
     return Section("devices", head, snapshot.devices, row, 16)
