@@ -17,11 +17,13 @@ import psutil
 import pytest
 from processes import DEADLINE_S, files_in, wait_until
 
+from mpmm import cli
 from mpmm.errors import InvalidArgumentError, ModelServerError, ServerStartError
 from mpmm.multi_process_shared import MultiProcessShared, server_pid, unload
 from mpmm.proxy import output
 from mpmm.proxy import room as room_module
 from mpmm.proxy.room import leave_all_rooms, room_for
+from mpmm.shared_state.runtime_dir import SERVERS_LOG
 from mpmm.shared_state.snapshot import read_snapshot
 
 # A server looks once a second whether a client is left.
@@ -286,7 +288,7 @@ def test_what_a_server_says_after_its_starters_end_is_in_a_file_of_bounded_lengt
     run_script: Callable[..., Any], start_method: str, client: Any
 ) -> None:
     start_speaker(run_script)
-    log = client.path / output.LOG_NAME
+    log = client.path / SERVERS_LOG
     wait_until(log.exists, "the server has turned to its log")
     proxy: Any = MultiProcessShared(Speaker, "it", always_proxy=True).acquire()
     pid = proxy.pid()
@@ -302,6 +304,17 @@ def test_what_a_server_says_after_its_starters_end_is_in_a_file_of_bounded_lengt
     proxy.say("the end")
     assert "the end\n" in log.read_text()
     unload("it")
+
+
+def test_inspect_names_the_log_of_servers_once_there_is_one(
+    new_manager: Callable[..., Any], capsys: pytest.CaptureFixture[str], client: Any
+) -> None:
+    new_manager()
+    assert cli.main(["inspect", "test"]) == 0
+    assert SERVERS_LOG not in capsys.readouterr().out
+    (client.path / SERVERS_LOG).write_text("said\n")
+    assert cli.main(["inspect", "test"]) == 0
+    assert f"output of model servers whose starters have ended: {client.path / SERVERS_LOG}" in capsys.readouterr().out
 
 
 def test_records_of_level_info_reach_the_starters_stderr(start_method: str, capfd: pytest.CaptureFixture[str]) -> None:
