@@ -75,6 +75,10 @@ MANAGER_AT_MODULE_LEVEL = """
         def predict(self, x):
             return 2 * x
 
+        def has_child(self):
+            import multiprocessing, time
+            multiprocessing.get_context("spawn").Process(target=time.sleep, args=(600,), daemon=True).start()
+
         def joins(self):
             with manager.model("part", lambda: "a handle") as part:
                 return part
@@ -128,6 +132,28 @@ def test_a_manager_that_is_used_in_a_server_joins_but_neither_leads_nor_counts_a
     expected = "a handle\n['guest', 'server', 'worker']\na handle ['worker'] True\n"
     assert (done.stdout, done.returncode) == (expected, 0), done.stderr
     wait_until(lambda: not files_in(runtime_root), "the server and its folder are gone", LAST_CLIENT_S)
+
+
+def test_a_child_that_imports_the_program_does_not_keep_its_server_alive(
+    run_script: Callable[..., Any], start_method: str, runtime_root: Path
+) -> None:
+    done = run_script(
+        MANAGER_AT_MODULE_LEVEL
+        + """
+    from mpmm.shared_state.snapshot import read_snapshot
+    import time
+
+    if __name__ == "__main__":
+        with manager.model("detector", load) as handle:
+            proxy = MultiProcessShared(Detector, tag=handle, always_proxy=True).acquire()
+            proxy.has_child()
+            # Until the child has imported the program.
+            time.sleep(3.0)
+            print(sorted(member.kind for member in read_snapshot("test").members))
+    """
+    )
+    assert (done.stdout, done.returncode) == ("['server', 'worker']\n", 0), done.stderr
+    wait_until(lambda: not files_in(runtime_root), "the server, its child and its folder are gone", LAST_CLIENT_S)
 
 
 class UsesManager:

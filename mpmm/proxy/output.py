@@ -88,7 +88,11 @@ class Output:
             fd = os.open(self._path, flags, 0o600)
         except OSError:
             # The room is gone, or the disk is full: what is said then is lost, but holds nobody up.
-            fd = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
+            try:
+                fd = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
+            except OSError:
+                # Out of descriptors. Closed ones would be taken for something else, so it stays as it is.
+                return
         for number in (1, 2):
             os.dup2(fd, number)
         os.close(fd)
