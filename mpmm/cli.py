@@ -41,7 +41,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mpmm.errors import InvalidArgumentError, MpmmError
-from mpmm.shared_state.runtime_dir import default_root
+from mpmm.shared_state.runtime_dir import ROOM_NAME, SERVERS_LOG, RuntimeDirectory, default_root
 from mpmm.shared_state.snapshot import EventChoice, Snapshot, as_json, find_namespaces, read_snapshot
 from mpmm.show.health import findings, longest_wait_s
 from mpmm.show.screen import EVENTS_OF_EACH, overview, render
@@ -158,6 +158,9 @@ def _inspect(options: argparse.Namespace, root: Path | None) -> int:
     else:
         width = shutil.get_terminal_size().columns if sys.stdout.isatty() and not options.all else None
         print(render(snapshots[0], everything=options.all, width=width))
+        log = RuntimeDirectory(ROOM_NAME, root).file(SERVERS_LOG)
+        if log.exists():
+            print(f"\noutput of model servers whose starters have ended: {log}")
     return EXIT_PROBLEM if max(map(longest_wait_s, snapshots)) > options.max_wait else 0
 
 

@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import pickle
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -79,7 +80,16 @@ class Counter:
         raise KeyError("missing key")
 
     def raises_what_does_not_unpickle(self) -> None:
-        raise NeedsTwo("left", "right")
+        raise CannotBeMadeAgain("left", "right")
+
+    def raises_needs_two(self) -> None:
+        raise NeedsTwo("left", right="right")
+
+    def raises_changed_text(self) -> None:
+        raise ChangesItsText(5)
+
+    def raises_os_error(self) -> None:
+        raise NoSuchWeights("resnet")
 
     def leaves(self) -> None:
         sys.exit(3)
@@ -97,6 +107,26 @@ class Counter:
 class NeedsTwo(Exception):
     def __init__(self, left: str, right: str) -> None:
         super().__init__(left + right)
+        self.left = left
+
+
+class ChangesItsText(Exception):
+    def __init__(self, code: int) -> None:
+        super().__init__(f"code {code}")
+        self.lock = threading.Lock()
+
+
+class NoSuchWeights(FileNotFoundError):
+    def __init__(self, name: str) -> None:
+        super().__init__(2, "no weights", f"/models/{name}")
+
+
+class CannotBeMadeAgain(Exception):
+    def __init__(self, left: str, right: str) -> None:
+        super().__init__(left + right)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return CannotBeMadeAgain, ("one",)
 
 
 class Attachable:
@@ -676,12 +706,103 @@ def test_exceptions_arrive_as_themselves_with_the_remote_traceback(proxy: Any) -
 def test_what_cannot_be_sent_back_is_a_clear_error(proxy: Any) -> None:
     with pytest.raises(RemoteCallError, match=r"returns_generator\(\) of 'it' returned a generator"):
         proxy.returns_generator()
-    with pytest.raises(RemoteCallError, match=r"NeedsTwo: leftright") as caught:
+    with pytest.raises(RemoteCallError, match=r"CannotBeMadeAgain: leftright") as caught:
         proxy.raises_what_does_not_unpickle()
     assert "in raises_what_does_not_unpickle" in str(caught.value)
     with pytest.raises(RemoteCallError, match="SystemExit: 3"):
         proxy.leaves()
     assert proxy.increment() == 1
+
+
+def test_exceptions_with_an_init_of_their_own_arrive_as_themselves(proxy: Any) -> None:
+    with pytest.raises(NeedsTwo) as two:
+        proxy.raises_needs_two()
+    assert (two.value.args, two.value.left, str(two.value)) == (("leftright",), "left", "leftright")
+    assert "in raises_needs_two" in str(two.value.__cause__)
+    with pytest.raises(ChangesItsText) as changed:
+        proxy.raises_changed_text()
+    assert str(changed.value) == "code 5"
+    with pytest.raises(NoSuchWeights) as missing:
+        proxy.raises_os_error()
+    assert (missing.value.errno, missing.value.filename) == (2, "/models/resnet")
+    assert str(missing.value) == "[Errno 2] no weights: '/models/resnet'"
+
+
+def test_whoever_connects_and_proves_nothing_holds_no_thread(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transport, "HANDSHAKE_TIMEOUT_S", 0.2)
+    proxy = shared(path, always_proxy=True).acquire()
+    host = find_host(room_for(path), "it")
+    assert host is not None
+    before = len(host._connections)
+    strangers = []
+    for said in (b"", b"half a nonce"):
+        stranger = socket.socket(socket.AF_UNIX)
+        with transport._short_address(room_for(path).path, host.record.socket_name) as address:
+            stranger.connect(address)
+        stranger.sendall(said)
+        strangers.append(stranger)
+    for stranger in strangers:
+        stranger.settimeout(DEADLINE_S)
+        assert stranger.recv(1) == b""
+        stranger.close()
+    wait_until(lambda: len(host._connections) == before, DEADLINE_S, lambda: "a connection was left open")
+    assert proxy.increment() == 1
+
+
+def test_a_worker_of_loky_starts_a_server(path: str, tmp_path: Path) -> None:
+    pytest.importorskip("joblib", reason="needs loky, which comes with joblib")
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import os, sys\n"
+        "from joblib import Parallel, delayed\n"
+        "from mpmm.multi_process_shared import MultiProcessShared\n"
+        "def start(path, zygote):\n"
+        "    os.environ['MPMM_ZYGOTE'] = zygote\n"
+        "    handle = MultiProcessShared(dict, 'it', path=path, spawn_process=True)\n"
+        "    found = handle.acquire().get(1, 42)\n"
+        "    handle.unsafe_hard_delete()\n"
+        "    return found\n"
+        "if __name__ == '__main__':\n"
+        "    print(Parallel(2)(delayed(start)(f'{sys.argv[1]}', zygote) for zygote in '01'))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, str(script), path],
+        capture_output=True,
+        text=True,
+        timeout=2 * DEADLINE_S,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    assert done.stdout == "[42, 42]\n", done.stderr
+
+
+def test_a_server_finds_a_module_that_its_starter_found_in_a_folder_which_is_off_the_path_by_now(
+    path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "app folder"
+    (folder / "mpmm_test_app").mkdir(parents=True)
+    (folder / "mpmm_test_app" / "__init__.py").write_text("")
+    (folder / "mpmm_test_app" / "models.py").write_text("class Model:\n    def answer(self): return 42\n")
+    with monkeypatch.context() as patched:
+        patched.syspath_prepend(str(folder))
+        models = importlib.import_module("mpmm_test_app.models")
+    assert str(folder) not in sys.path
+    for number, zygote in enumerate("01"):
+        monkeypatch.setenv("MPMM_ZYGOTE", zygote)
+        for constructor in (models.Model, functools.partial(models.Model)):
+            proxy = shared(path, f"{number} {type(constructor)}", constructor, spawn_process=True).acquire()
+            assert proxy.answer() == 42
+
+
+class ImportsNothing:
+    """A constructor that looks for a module that is not there."""
+
+    def __call__(self) -> Any:
+        return importlib.import_module("mpmm_no_such_module")
+
+
+def test_a_module_that_a_server_does_not_find_is_an_error_that_says_where_it_looked(path: str) -> None:
+    with pytest.raises(ServerStartError, match=r"(?s)No module named 'mpmm_no_such_module'.*sys.path there: \["):
+        shared(path, "it", ImportsNothing(), spawn_process=True).acquire()
 
 
 def test_arguments_that_cannot_be_pickled_leave_the_proxy_usable(proxy: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import signal
@@ -17,11 +18,13 @@ import psutil
 import pytest
 from processes import DEADLINE_S, files_in, wait_until
 
+from mpmm import cli
 from mpmm.errors import InvalidArgumentError, ModelServerError, ServerStartError
 from mpmm.multi_process_shared import MultiProcessShared, server_pid, unload
 from mpmm.proxy import output
 from mpmm.proxy import room as room_module
 from mpmm.proxy.room import leave_all_rooms, room_for
+from mpmm.shared_state.runtime_dir import SERVERS_LOG
 from mpmm.shared_state.snapshot import read_snapshot
 
 # A server looks once a second whether a client is left.
@@ -72,6 +75,10 @@ MANAGER_AT_MODULE_LEVEL = """
     class Detector:
         def predict(self, x):
             return 2 * x
+
+        def has_child(self):
+            import multiprocessing, time
+            multiprocessing.get_context("spawn").Process(target=time.sleep, args=(600,), daemon=True).start()
 
         def joins(self):
             with manager.model("part", lambda: "a handle") as part:
@@ -126,6 +133,28 @@ def test_a_manager_that_is_used_in_a_server_joins_but_neither_leads_nor_counts_a
     expected = "a handle\n['guest', 'server', 'worker']\na handle ['worker'] True\n"
     assert (done.stdout, done.returncode) == (expected, 0), done.stderr
     wait_until(lambda: not files_in(runtime_root), "the server and its folder are gone", LAST_CLIENT_S)
+
+
+def test_a_child_that_imports_the_program_does_not_keep_its_server_alive(
+    run_script: Callable[..., Any], start_method: str, runtime_root: Path
+) -> None:
+    done = run_script(
+        MANAGER_AT_MODULE_LEVEL
+        + """
+    from mpmm.shared_state.snapshot import read_snapshot
+    import time
+
+    if __name__ == "__main__":
+        with manager.model("detector", load) as handle:
+            proxy = MultiProcessShared(Detector, tag=handle, always_proxy=True).acquire()
+            proxy.has_child()
+            # Until the child has imported the program.
+            time.sleep(3.0)
+            print(sorted(member.kind for member in read_snapshot("test").members))
+    """
+    )
+    assert (done.stdout, done.returncode) == ("['server', 'worker']\n", 0), done.stderr
+    wait_until(lambda: not files_in(runtime_root), "the server, its child and its folder are gone", LAST_CLIENT_S)
 
 
 class UsesManager:
@@ -286,7 +315,7 @@ def test_what_a_server_says_after_its_starters_end_is_in_a_file_of_bounded_lengt
     run_script: Callable[..., Any], start_method: str, client: Any
 ) -> None:
     start_speaker(run_script)
-    log = client.path / output.LOG_NAME
+    log = client.path / SERVERS_LOG
     wait_until(log.exists, "the server has turned to its log")
     proxy: Any = MultiProcessShared(Speaker, "it", always_proxy=True).acquire()
     pid = proxy.pid()
@@ -302,6 +331,17 @@ def test_what_a_server_says_after_its_starters_end_is_in_a_file_of_bounded_lengt
     proxy.say("the end")
     assert "the end\n" in log.read_text()
     unload("it")
+
+
+def test_inspect_names_the_log_of_servers_once_there_is_one(
+    new_manager: Callable[..., Any], capsys: pytest.CaptureFixture[str], client: Any
+) -> None:
+    new_manager()
+    assert cli.main(["inspect", "test"]) == 0
+    assert SERVERS_LOG not in capsys.readouterr().out
+    (client.path / SERVERS_LOG).write_text("said\n")
+    assert cli.main(["inspect", "test"]) == 0
+    assert f"output of model servers whose starters have ended: {client.path / SERVERS_LOG}" in capsys.readouterr().out
 
 
 def test_records_of_level_info_reach_the_starters_stderr(start_method: str, capfd: pytest.CaptureFixture[str]) -> None:
@@ -412,7 +452,9 @@ def test_a_signal_that_arrives_as_the_main_thread_falls_asleep_ends_the_server(s
     proxy: Any = MultiProcessShared(NotesSignals, "it", spawn_process=True, always_proxy=True).acquire()
     pid = proxy.pid()
     # The kernel gives it to a thread that is not the main one, whose sleep goes on.
-    proxy.send_to_a_thread()
+    with contextlib.suppress(ModelServerError):
+        # It may be gone before it has answered.
+        proxy.send_to_a_thread()
     wait_until(lambda: not is_running(pid), "the server ended")
 
 

@@ -15,9 +15,14 @@ Who starts what and who talks to whom; arrows are calls, every file named lies i
     pickling        what is large, and how the rest becomes short
     wire            what is sent: requests, results, exceptions
     hosting         the object with its users, and the threads that answer for it
-    server_process  a spawned server from its first line to its last
+    server_process  a server's process from its first line to its last
+    output          where its standard output and error go
     launcher        starting one, forked where that is possible and spawned where not; `ending` ends one
     zygote          the warm process from which servers are forked; `forked_server` is its customers' side
+    leftovers       what an import leaves in a process besides code, and what becomes of it in forked servers
+    spawned_server  a server in an interpreter of its own
+    main_import     what must not be done while a server imports the main module
+    identity        what a tag stands for, so that nobody takes one thing for another
     client          connections to a server, kept per thread
     context         what a manager hands to the servers that it has started
 """

@@ -28,7 +28,7 @@ from typing import Any
 import mpmm
 from mpmm.errors import LockTimeoutError
 from mpmm.proxy import transport
-from mpmm.proxy.room import Room, open_lock
+from mpmm.proxy.room import LIVES_BY_VARIABLE, Room, open_lock
 from mpmm.proxy.server_process import ServerPlan
 from mpmm.shared_state.lock_file import is_locked
 
@@ -285,6 +285,8 @@ def _start_zygote(room: Room, life: Path) -> None:
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
+        # It outlives the server that may have started it.
+        env={name: value for name, value in os.environ.items() if name != LIVES_BY_VARIABLE},
         timeout=START_TIMEOUT_S,
         check=False,
     )

@@ -57,7 +57,7 @@ def start_server(room: Room, tag: str, constructor: Any) -> str:
     name = f"mpmm-server-{tag}"[:80]
     if is_importing_main():
         raise not_while_importing_main(f"start a model server for {tag!r}", tag)
-    preparation = preparation_for(name)
+    preparation = preparation_for(name, constructor)
     reader, writer = multiprocessing.get_context("spawn").Pipe(duplex=False)
     with reader:
         with writer:

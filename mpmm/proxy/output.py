@@ -17,10 +17,10 @@ import time
 from pathlib import Path
 
 from mpmm.proxy.room import start_time_of
+from mpmm.shared_state.runtime_dir import SERVERS_LOG
 
-__all__ = ["LOG_BYTES", "LOG_NAME", "Output", "Starter"]
+__all__ = ["LOG_BYTES", "Output", "Starter"]
 
-LOG_NAME = "servers.log"
 # A server looks at the file's length once a second, so it may be longer by what is said in that time.
 LOG_BYTES = 1 << 20
 
@@ -52,7 +52,7 @@ class Output:
     """Descriptors 1 and 2 of this process."""
 
     def __init__(self, folder: Path) -> None:
-        self._path = folder / LOG_NAME
+        self._path = folder / SERVERS_LOG
         self._is_log = False
 
     def turn_to_log(self, why: str) -> None:
@@ -77,7 +77,7 @@ class Output:
                 fcntl.flock(1, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 try:
                     if _is_same(self._path, ours):
-                        os.replace(self._path, self._path.with_name(f"{LOG_NAME}.1"))
+                        os.replace(self._path, self._path.with_name(f"{SERVERS_LOG}.1"))
                 finally:
                     fcntl.flock(1, fcntl.LOCK_UN)
                 self._open("")
@@ -88,7 +88,11 @@ class Output:
             fd = os.open(self._path, flags, 0o600)
         except OSError:
             # The room is gone, or the disk is full: what is said then is lost, but holds nobody up.
-            fd = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
+            try:
+                fd = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
+            except OSError:
+                # Out of descriptors. Closed ones would be taken for something else, so it stays as it is.
+                return
         for number in (1, 2):
             os.dup2(fd, number)
         os.close(fd)

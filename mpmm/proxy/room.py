@@ -62,7 +62,19 @@ HANDLES = "handles"
 # Some kilobytes of names; who still looks for an older one finds out as if it had never been.
 MOST_HANDLES = 4096
 
-_server_lives_by: tuple[str, ...] | None = None
+# What a model server has started is part of it: a worker of a data loader, say, which imports the program, too, and
+# would otherwise keep alive the server that keeps it alive.
+LIVES_BY_VARIABLE = "MPMM_SERVER_LIVES_BY"
+
+
+def _inherited_locks() -> tuple[str, ...] | None:
+    """Return the alive locks of the model server that has started this process, None if none has."""
+    with contextlib.suppress(KeyError, ValueError, TypeError):
+        return tuple(map(str, json.loads(os.environ[LIVES_BY_VARIABLE])))
+    return None
+
+
+_server_lives_by: tuple[str, ...] | None = _inherited_locks()
 
 
 @dataclass(frozen=True)
@@ -123,10 +135,11 @@ def become_server_process(lives_by: tuple[str, ...]) -> None:
     """Note that this process is a model server, which lives by the alive locks `lives_by` and holds none itself."""
     global _server_lives_by
     _server_lives_by = lives_by
+    os.environ[LIVES_BY_VARIABLE] = json.dumps(lives_by)
 
 
 def is_server_process() -> bool:
-    """Tell whether this process is a model server, from before it imports the main module."""
+    """Tell whether this process is a model server, from before it imports the main module, or was started by one."""
     return _server_lives_by is not None
 
 

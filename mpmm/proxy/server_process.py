@@ -360,6 +360,9 @@ class _Construction:
                 self.unpickled = pickle.loads(self._pickled)
                 self._pickled = None
             return self.unpickled()
+        except ModuleNotFoundError:
+            text = f"{_crash_text(self.tag)}sys.path there: {sys.path}\n"
+            raise ServerStartError(text, tag=self.tag) from None
         except Exception:
             raise ServerStartError(_crash_text(self.tag), tag=self.tag) from None
 

@@ -6,6 +6,7 @@ process knows that it is a server, and insists on start methods that only its pa
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import pickle
@@ -25,19 +26,44 @@ __all__ = ["SpawnedServer", "call_this_process", "main", "preparation_for"]
 START_METHODS = (None, "fork", "spawn", "forkserver")
 
 
-def preparation_for(name: str) -> dict[str, Any]:
+def preparation_for(name: str, constructor: object) -> dict[str, Any]:
     """Return what `multiprocessing.spawn` tells a new process: paths, arguments, how to import `__main__`.
 
+    constructor: what the new process has to import; where `sys.path` no longer leads to it, as with a program that
+        has imported it from the working directory (`celery -A app`), its folder is added.
     Raises RuntimeError in a process that still imports its own main module.
     """
     preparation = spawn.get_preparation_data(name)
     # Refuses to be pickled outside of a spawn.
     preparation["authkey"] = bytes(preparation["authkey"])
     preparation["sys_path"] = [path for path in preparation["sys_path"] if isinstance(path, str)]
+    if (folder := _folder_off_path(constructor)) is not None:
+        preparation["sys_path"].append(folder)
     if preparation.get("start_method") not in START_METHODS:
         # Registered by a library (loky), which the new process has not imported.
         preparation.pop("start_method", None)
     return preparation
+
+
+def _folder_off_path(constructor: object) -> str | None:
+    """Return the folder from which a constructor's package was imported, if nobody would find it there now."""
+    while isinstance(constructor, functools.partial):
+        constructor = constructor.func
+    module = getattr(constructor, "__module__", None) or type(constructor).__module__
+    package = str(module).partition(".")[0]
+    spec = getattr(sys.modules.get(package), "__spec__", None)
+    if spec is None or not spec.has_location or spec.origin is None:
+        return None
+    folder: str = os.path.dirname(os.path.abspath(spec.origin))
+    if spec.submodule_search_locations is not None:
+        folder = os.path.dirname(folder)
+    if folder in sys.path or any(os.path.abspath(entry) == folder for entry in sys.path if isinstance(entry, str)):
+        return None
+    for finder in sys.meta_path:
+        with suppress(Exception):
+            if finder.find_spec(package, None) is not None:
+                return None
+    return folder
 
 
 class SpawnedServer(mp_process.BaseProcess):

@@ -19,16 +19,18 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import math
 import os
 import shutil
 import socket
 import struct
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing import AuthenticationError
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
 from mpmm.proxy.process_life import close_in_children, fork_guard
@@ -40,6 +42,8 @@ LONGEST_ADDRESS_BYTES = 100
 BACKLOG = 128
 NONCE_BYTES = 32
 PROOF_BYTES = 32
+# A client proves what it knows in a millisecond, unless it is stopped, or the machine has no processor for it.
+HANDSHAKE_TIMEOUT_S = 30.0
 _HAS_PROC = sys.platform == "linux"
 
 
@@ -73,16 +77,19 @@ def accept(listener: socket.socket) -> Connection | None:
 def authenticate_client(connection: Connection, key: bytes) -> None:
     """Make sure, on the server's side, that the peer is of this user and knows `key`.
 
-    Raises AuthenticationError; EOFError or OSError when the peer goes away meanwhile.
+    Raises AuthenticationError; EOFError or OSError when the peer goes away meanwhile, or has not proved anything after
+    HANDSHAKE_TIMEOUT_S: whoever just connects must not hold a thread for as long as he likes.
     """
+    deadline = time.monotonic() + HANDSHAKE_TIMEOUT_S
     uid = _peer_uid(connection.fileno())
     if uid is not None and uid != os.getuid():
         raise AuthenticationError(f"a process of uid {uid} tried to connect")
     with _raw(connection) as peer:
-        client_nonce = _receive(peer, NONCE_BYTES)
+        client_nonce = _receive(peer, NONCE_BYTES, deadline)
         server_nonce = os.urandom(NONCE_BYTES)
         peer.sendall(server_nonce + _proof(key, b"server", client_nonce, server_nonce))
-        if not hmac.compare_digest(_receive(peer, PROOF_BYTES), _proof(key, b"client", client_nonce, server_nonce)):
+        proof = _receive(peer, PROOF_BYTES, deadline)
+        if not hmac.compare_digest(proof, _proof(key, b"client", client_nonce, server_nonce)):
             raise AuthenticationError("the client does not know the key")
 
 
@@ -132,10 +139,12 @@ def _raw(connection: Connection) -> socket.socket:
     return socket.socket(fileno=os.dup(connection.fileno()))
 
 
-def _receive(peer: socket.socket, count: int) -> bytes:
-    """Return the next `count` bytes. Raises EOFError, OSError."""
+def _receive(peer: socket.socket, count: int, deadline: float = math.inf) -> bytes:
+    """Return the next `count` bytes, which have to come before `deadline` (monotonic). Raises EOFError, OSError."""
     received = b""
     while len(received) < count:
+        if deadline < math.inf and not wait([peer], max(0.0, deadline - time.monotonic())):
+            raise TimeoutError("the client says nothing")
         part = peer.recv(count - len(received))
         if not part:
             raise EOFError

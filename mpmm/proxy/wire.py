@@ -70,11 +70,64 @@ def encode_error(error: BaseException) -> Message:
     # SystemExit and KeyboardInterrupt would end the caller for something that happened elsewhere.
     if isinstance(error, Exception):
         try:
-            pickled = pickle.dumps(error, pickling.PROTOCOL)
+            pickled = pickle.dumps(_portable(error), pickling.PROTOCOL)
         except Exception:
             pickled = None
     text = "".join(traceback.format_exception(type(error), error, error.__traceback__))
     return pickling.dump((RAISED, (pickled, f"{_type_name(error)}: {_text_of(error)}", text)))
+
+
+class _Portable:
+    """Stands for an exception in a pickle, from which comes the exception itself."""
+
+    def __init__(self, kind: type[Exception], args: tuple[Any, ...], state: dict[str, Any]) -> None:
+        self.parts = kind, args, state
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _made_again, self.parts
+
+
+def _portable(error: Exception) -> object:
+    """Return what to pickle for an exception: itself, if its class says how.
+
+    Pickle makes an exception again by calling its class with `args`. Those are what a class handed on to its base, not
+    what it was called with: where it has an `__init__` of its own, that call fails, or makes something else.
+    """
+    kind = type(error)
+    base = _builtin_base(kind)
+    if kind.__reduce__ is not base.__reduce__ or kind.__reduce_ex__ is not base.__reduce_ex__:
+        return error
+    if kind.__init__ is base.__init__ and kind.__new__ is base.__new__:
+        return error
+    # OSError has more in it than `args` say.
+    reduced: Any = base.__reduce__(error)
+    args = reduced[1] if _can_pickle(reduced[1]) else (_text_of(error),)
+    return _Portable(kind, args, _picklable(vars(error)))
+
+
+def _made_again(kind: type[Exception], args: tuple[Any, ...], state: dict[str, Any]) -> Exception:
+    """Return an exception with these `args` and attributes, without calling what its class does to make one."""
+    base = _builtin_base(kind)
+    error: Exception = base.__new__(kind, *args)
+    base.__init__(error, *args)
+    error.__dict__.update(state)
+    return error
+
+
+def _builtin_base(kind: type[BaseException]) -> Any:
+    return next(base for base in kind.__mro__ if base.__module__ == "builtins")
+
+
+def _picklable(state: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in state.items() if _can_pickle(value)}
+
+
+def _can_pickle(value: object) -> bool:
+    try:
+        pickle.dumps(value, pickling.PROTOCOL)
+    except Exception:
+        return False
+    return True
 
 
 def decode_answer(message: Message, tag: str, method: str) -> Any:

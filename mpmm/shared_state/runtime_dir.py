@@ -26,6 +26,8 @@ __all__ = ["ROOM_NAME", "RuntimeDirectory", "default_root"]
 RUNTIME_DIR_VARIABLE = "MPMM_RUNTIME_DIR"
 # The folder of model servers beside those of the namespaces, see `mpmm.proxy.room`; with a suffix while it is removed.
 ROOM_NAME = "shared"
+# In it, what servers say whose starters have ended, see `mpmm.proxy.output`.
+SERVERS_LOG = "servers.log"
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 
 
