@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -107,10 +108,16 @@ def test_an_object_of_another_process_makes_way_where_there_may_be_no_more(
     assert problems(namespace) == []
 
 
+def acquire_in_a_thread(manager: ModelManager, tag: str) -> object:
+    """Acquire as another thread does, which would not wait for what it holds itself."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(manager.acquire_model, tag, Loads()).result()
+
+
 def test_the_reason_of_who_waits_for_one_of_as_many_copies_as_there_may_be_is_said(new_manager: NewManager) -> None:
     manager = new_manager(max_model_copies=1, wait_timeout_seconds=0.1)
     with manager.model("a", Loads()), pytest.raises(AcquireTimeoutError, match="last reason: copies"):
-        manager.acquire_model("a", Loads())
+        acquire_in_a_thread(manager, "a")
 
 
 @pytest.mark.parametrize("value", [0, -1, "two"])
@@ -160,7 +167,7 @@ def test_with_everything_pinned_or_in_use_the_wait_ends_with_an_error_that_says_
     manager.pin("a")
     use(manager, "a")
     with manager.model("b", Loads()), pytest.raises(AcquireTimeoutError, match="kept for it where b is in use"):
-        manager.acquire_model("c", Loads())
+        acquire_in_a_thread(manager, "c")
 
 
 def test_a_pin_goes_with_its_process_and_not_with_another_that_has_one_too(

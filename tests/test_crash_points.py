@@ -818,7 +818,7 @@ def test_kill_at_any_store_of_a_call_costs_the_others_nothing(
 ) -> None:
     monkeypatch.setenv("MPMM_RUNTIME_DIR", str(tmp_path / "run"))
     # The children are told apart from the survivor by what they do in the foreground alone.
-    monkeypatch.setattr("mpmm.keeper.Keeper.start", lambda keeper: keeper._lead_if_free())
+    monkeypatch.setattr("mpmm.keeper.Keeper.start", lambda keeper: keeper._lead_if_free(1.0))
     wait = ModelManager._wait
 
     def unload_and_wait(manager: ModelManager, worker: Worker, row: int, deadline: float) -> int | None:

@@ -44,7 +44,7 @@ from mpmm.errors import (
     TableFullError,
 )
 from mpmm.model_manager import ModelManager
-from mpmm.shared_state.layout import Capacities
+from mpmm.shared_state.layout import Capacities, Model
 from mpmm.shared_state.snapshot import find_namespaces, read_snapshot
 from mpmm.show.screen import render
 
@@ -132,11 +132,22 @@ def test_two_loads_that_fit_run_side_by_side(namespace: str, new_process: NewPro
     assert problems(namespace) == []
 
 
+def take_times(seat: Seat, tag: str, load_s: float, hold_s: float) -> None:
+    """Let a model be taken for one that loads and is held for so long."""
+    namespace = seat.manager._connected().namespace
+    with namespace.transaction() as t:
+        at = namespace.tables.model(namespace.transitions.claim_model(t, tag, tag.encode()))
+        t.set_float(at + Model.LOAD_S, load_s)
+        t.set_float(at + Model.HOLD_S, hold_s)
+
+
 def test_two_copies_of_one_model_load_side_by_side_when_both_are_wanted_and_fit(
     namespace: str, new_process: NewProcess, new_gate: NewGate
 ) -> None:
     first, second = new_process(), new_process()
     go, gates = new_gate(), [new_gate(), new_gate()]
+    # Held for so much longer than it loads, that nobody waits for the load of another.
+    first.call(take_times, "a", 0.1, 60.0)
     for process, gate in zip((first, second), gates, strict=True):
         process.send(acquire, "a", Loads("a", gate, go))
     for gate in gates:

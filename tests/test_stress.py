@@ -60,21 +60,7 @@ def test_short_run_with_kills_stops_and_forks_is_clean() -> None:
     assert {"recovery_p50_s", "recovery_max_s", "rollbacks"} <= set(result)
 
 
-@pytest.mark.parametrize(
-    "source",
-    [
-        "booked",
-        "nvml",
-        "nvidia-smi",
-        pytest.param(
-            "host",
-            marks=pytest.mark.xfail(
-                strict=True,
-                reason="what the host source cannot see, objects and bare handles, is not kept in the books",
-            ),
-        ),
-    ],
-)
+@pytest.mark.parametrize("source", ["booked", "nvml", "nvidia-smi", "host"])
 def test_short_run_is_clean_on_each_source(source: str) -> None:
     run = stress(
         "--source",

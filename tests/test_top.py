@@ -107,7 +107,7 @@ def test_it_runs_in_a_terminal_and_ends_with_q(busy: ModelManager, namespace: st
         try:
             read_until(ours, "wanted")
             fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 50, 160, 0, 0))
-            read_until(ours, "for an unknown time")
+            read_until(ours, "is in use, for about")
             os.write(ours, b"xq")
             read_until(ours, "\x1b[?1049l")
             assert top.wait(20) == 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from processes import (
 
 from mpmm import cli
 from mpmm.shared_state.snapshot import read_snapshot
-from mpmm.sources import DeviceInfo, DeviceSample, Measures, MemorySource, what_it_measures
+from mpmm.sources import Measures, MemorySource, what_it_measures
 from mpmm.sources.booked import BookedSource
 
 NewProcess = Callable[..., Process]
@@ -168,26 +167,21 @@ def test_a_stopped_process_that_could_measure_more_does_not_keep_the_lead_from_o
     assert problems(namespace) == []
 
 
-class CannotDescribe(SimulatedDevice):
-    """Says which devices there are until the folder has a file called `mute`."""
+def break_describe(seat: Seat) -> None:
+    """Let this process fail when it is to lead, after it has taken the leader's lock."""
 
-    def devices(self) -> tuple[DeviceInfo, ...]:
-        """Return the devices. Raises OSError."""
-        if (self._folder / f"mute-{os.getpid()}").exists():
-            raise OSError("the driver does not answer")
-        return super().devices()
+    def fail(*arguments: object) -> None:
+        raise OSError("the driver does not answer")
 
-    def sample(self, server_pids: Any) -> tuple[DeviceSample, ...]:
-        """Measure."""
-        return super().sample(server_pids)
+    seat.manager._connected().board.describe = fail
 
 
-def test_a_process_whose_source_fails_does_not_keep_the_lead_from_others(
+def test_a_process_that_cannot_describe_its_devices_does_not_keep_the_lead_from_others(
     namespace: str, new_process: NewProcess, tmp_path: Path
 ) -> None:
-    device = CannotDescribe(tmp_path / "device", TOTAL_MB)
+    device = SimulatedDevice(tmp_path / "device", TOTAL_MB)
     leader, fails, works = (new_process(memory_source=device) for _ in range(3))
-    (tmp_path / "device" / f"mute-{fails.pid}").touch()
+    fails.call(break_describe)
     leader.kill()
-    wait_until(lambda: leads(namespace, works), "the one whose source works leads", 5)
+    wait_until(lambda: leads(namespace, works), "the one that can leads", 5)
     assert problems(namespace) == []

@@ -38,8 +38,10 @@ PER_PROCESS_VARIABLES = re.compile(
 )
 # Devices without a state that readers or writers would share.
 STATELESS = frozenset({"/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom"})
-# They keep a copy of the whole environment for the scripts that a web server starts.
-HARMLESS_READERS = frozenset({"wsgiref.handlers"})
+# One keeps a copy of the whole environment for the scripts that a web server starts. Beam's worker looks up which
+# worker it is and how to reach its runner, which no model server does; a template for each worker would cost every
+# server the memory and the time of its imports.
+HARMLESS_READERS = re.compile(r"wsgiref\.handlers|apache_beam\..+")
 # Imported before the modules that need them, so that what happens to their generators later can be told apart.
 FIRST = ("numpy.random", "torch")
 # NumPy draws 128 bits for a generator that is given no seed. No such number comes from a person.
@@ -50,7 +52,7 @@ class _Environ(os._Environ[str]):
     """`os.environ` that notes which of PER_PROCESS_VARIABLES are looked at."""
 
     def __getitem__(self, key: str) -> str:
-        if isinstance(key, str) and PER_PROCESS_VARIABLES.fullmatch(key) and _reader() not in HARMLESS_READERS:
+        if isinstance(key, str) and PER_PROCESS_VARIABLES.fullmatch(key) and not HARMLESS_READERS.fullmatch(_reader()):
             _reads.add(key)
         return super().__getitem__(key)
 
