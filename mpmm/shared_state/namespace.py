@@ -41,6 +41,7 @@ from mpmm.errors import (
     SegmentCorruptError,
     TableFullError,
 )
+from mpmm.fork_hooks import ChildStep, in_forked_child
 from mpmm.shared_state import segment as segment_module
 from mpmm.shared_state.layout import Capacities, Header, Member, Model
 from mpmm.shared_state.lock_file import LockFile, is_locked
@@ -187,6 +188,11 @@ class Namespace:
     def is_usable(self) -> bool:
         """False after `leave`, and in a child that was forked after `join`."""
         return self._usable
+
+    @property
+    def is_inherited(self) -> bool:
+        """Tell whether this is a forked child's copy of what its parent is a member of."""
+        return self.pid != os.getpid()
 
     @property
     def is_removed(self) -> bool:
@@ -465,7 +471,7 @@ def _forget_all_after_fork() -> None:
     _attached.clear()
 
 
-os.register_at_fork(after_in_child=_forget_all_after_fork)
+in_forked_child(_forget_all_after_fork, ChildStep.SEGMENT)
 
 
 def run_at_exit(leave: Callable[[], None]) -> object:
