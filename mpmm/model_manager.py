@@ -269,7 +269,7 @@ class ModelManager(BeamNames):
             self._name, self._root = given
         else:
             self._name = namespace or f"private-{os.getpid()}-{secrets.token_hex(4)}"
-            self._root = default_root() if runtime_root is None else Path(runtime_root)
+            self._root = default_root() if runtime_root is None else Path(os.path.abspath(runtime_root))
         self._bookings = threading.local()
         self._bookings_made = False
         self._worker_if_connected: Worker | None = None
