@@ -30,6 +30,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from mpmm.errors import ClosedError, LockTimeoutError, MpmmError
+from mpmm.fork_hooks import ChildStep, in_forked_child
 from mpmm.model_manager import AnswerUndone, ModelManager, Wish
 from mpmm.policy.out_of_memory import is_out_of_memory
 from mpmm.proxy.main_import import refuse_while_importing_main
@@ -62,12 +63,14 @@ async def hold_in_loop(
     try:
         yield instance
     except BaseException as error:
-        if is_out_of_memory(error):
+        if is_out_of_memory(error) and not worker.namespace.is_inherited:
             with contextlib.suppress(MpmmError):
                 await asyncio.shield(asyncio.wrap_future(threads.loads.submit(worker.make_room_after_use, tag)))
         raise
     finally:
-        await _release(manager, worker, threads, tag, instance)
+        # A child that was forked inside the block comes by here, too, but the copy is held by its parent.
+        if not worker.namespace.is_inherited:
+            await _release(manager, worker, threads, tag, instance)
 
 
 async def _release(manager: ModelManager, worker: Worker, threads: _Threads, tag: str, instance: Any) -> None:
@@ -259,6 +262,16 @@ class _Threads:
 
 _threads: weakref.WeakKeyDictionary[Worker, _Threads] = weakref.WeakKeyDictionary()
 _threads_guard = threading.Lock()
+
+
+def _renew_guard_after_fork() -> None:
+    """Give the child a lock that no vanished thread of the parent holds; the parent's threads are not the child's."""
+    global _threads_guard
+    _threads_guard = threading.Lock()
+    _threads.clear()
+
+
+in_forked_child(_renew_guard_after_fork, ChildStep.LOOP)
 
 
 def _threads_of(worker: Worker) -> _Threads:

@@ -88,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="mpmm", description="Look into the multi-process model manager of this host.")
     parser.add_argument(
-        "--runtime-root", help="folder of the runtime directories (default: $MPMM_RUNTIME_DIR, or <tmp>/mpmm-<uid>)"
+        "--runtime-root", help="folder of the runtime directories (default: $MPMM_RUNTIME_DIR, or /tmp/mpmm-<uid>)"
     )
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("list", help="name the namespaces of this user")

@@ -78,6 +78,12 @@ class SegmentCorruptError(MpmmError, RuntimeError):
     name: str
 
 
+class SegmentLostError(MpmmError, RuntimeError):
+    """Somebody has removed the segment of a namespace in use; newcomers cannot share it. Attribute: `name`."""
+
+    name: str
+
+
 class LayoutMismatchError(MpmmError, RuntimeError):
     """A live segment has another layout version or another owner directory.
 

@@ -26,6 +26,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from mpmm.errors import ClosedError, InvalidArgumentError, LockTimeoutError
+from mpmm.fork_hooks import ChildStep, in_forked_child
 from mpmm.sampler import Sampler, answer_within
 from mpmm.sources import DeviceInfo, DeviceSample, MemorySource, choose_source, is_books_only, process_knowledge
 from mpmm.sources.base import START_TIMEOUT_S, unavailable
@@ -422,4 +423,4 @@ def _renew_after_fork() -> None:
         monitor._renew_threading()
 
 
-os.register_at_fork(after_in_child=_renew_after_fork)
+in_forked_child(_renew_after_fork, ChildStep.MONITOR)

@@ -55,6 +55,7 @@ from mpmm.errors import (
     NotAcquiredError,
     TableFullError,
 )
+from mpmm.fork_hooks import ChildStep, in_forked_child
 from mpmm.gpu_monitor import GPUMonitor
 from mpmm.kept_estimates import ESTIMATES_PATH_VARIABLE, KeptEstimates
 from mpmm.lease import Lease
@@ -268,7 +269,7 @@ class ModelManager(BeamNames):
             self._name, self._root = given
         else:
             self._name = namespace or f"private-{os.getpid()}-{secrets.token_hex(4)}"
-            self._root = default_root() if runtime_root is None else Path(runtime_root)
+            self._root = default_root() if runtime_root is None else Path(os.path.abspath(runtime_root))
         self._bookings = threading.local()
         self._bookings_made = False
         self._worker_if_connected: Worker | None = None
@@ -428,7 +429,7 @@ class ModelManager(BeamNames):
         try:
             yield instance
         except BaseException as error:
-            if is_out_of_memory(error):
+            if is_out_of_memory(error) and not worker.namespace.is_inherited:
                 with suppress(MpmmError):
                     self._connected().make_room_after_use(tag)
             raise
@@ -436,7 +437,9 @@ class ModelManager(BeamNames):
             # A generator may be ended by another thread.
             with suppress(ValueError):
                 worker.thread.blocks.remove((tag, instance))
-            self.release_model(tag, instance)
+            # A child that was forked inside the block comes by here, too, but the copy is held by its parent.
+            if not worker.namespace.is_inherited:
+                self.release_model(tag, instance)
 
     def model_async(
         self, tag: str, loader_func: Callable[[], Any], *, devices: Sequence[int | str] | None = None, span: int = 1
@@ -1370,4 +1373,4 @@ def _forget_workers_after_fork() -> None:
     _shutting_down.clear()
 
 
-os.register_at_fork(after_in_child=_forget_workers_after_fork)
+in_forked_child(_forget_workers_after_fork, ChildStep.MANAGER)

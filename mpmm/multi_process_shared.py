@@ -24,6 +24,7 @@ from typing import Any, Generic, TypeVar, cast
 import filelock  # noqa: F401  # `LockFile` needs it; its 10 ms are better spent at import than in the first acquire
 
 from mpmm.errors import InvalidArgumentError, ModelServerError, NotAcquiredError, SharedObjectReleasedError
+from mpmm.fork_hooks import in_forked_child
 from mpmm.proxy.client import ServerLink, forget_link, known_link, link_to, remember_link
 from mpmm.proxy.context import attaching_to, served_namespaces
 from mpmm.proxy.ending import end_server
@@ -31,7 +32,6 @@ from mpmm.proxy.hosting import Host, find_host, host_object, new_record
 from mpmm.proxy.identity import check_identity, name_of_constructor, names_of_types
 from mpmm.proxy.launcher import reap_ended_servers, start_server
 from mpmm.proxy.main_import import refuse_while_importing_main
-from mpmm.proxy.process_life import in_forked_child
 from mpmm.proxy.room import Room, ServerRecord, room_at, room_for
 from mpmm.proxy.server_process import ATTACH, wants_to_attach
 

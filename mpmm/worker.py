@@ -10,7 +10,6 @@ import contextlib
 import gc
 import logging
 import math
-import os
 import platform
 import sys
 import threading
@@ -27,6 +26,7 @@ from mpmm import multi_process_shared
 from mpmm.beam_metrics import report_estimate, report_model_count
 from mpmm.board import ForeignMonitor, SharedBoard
 from mpmm.errors import LockTimeoutError, MpmmError, ServerStartError
+from mpmm.fork_hooks import ChildStep, in_forked_child
 from mpmm.gpu_monitor import GPUMonitor
 from mpmm.keeper import REPEAT_S, Keeper
 from mpmm.kept_estimates import KeptEstimates
@@ -1176,4 +1176,4 @@ def _forget_all_after_fork() -> None:
     _workers.clear()
 
 
-os.register_at_fork(after_in_child=_forget_all_after_fork)
+in_forked_child(_forget_all_after_fork, ChildStep.WORKER)

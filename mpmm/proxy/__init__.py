@@ -7,7 +7,6 @@ Who starts what and who talks to whom; arrows are calls, every file named lies i
            +--> SharedProxy --> ServerLink ----------- one connection a thread-+
 
     room            folder, key, who is a client (alive lock), which servers live (life locks)
-    process_life    what happens to descriptors and hooks at fork and at exit
     transport       sockets: addresses of any length, keys, the peer's user
     channel         messages on an authenticated socket, large buffers through an arena
     arena           shared memory for large buffers on their way

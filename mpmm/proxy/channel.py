@@ -37,9 +37,9 @@ from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import NamedTuple
 
+from mpmm.fork_hooks import close_in_children, fork_guard
 from mpmm.proxy.arena import SLOT_BYTES, SLOTS, Arena, create_arena, cut_into_slots
 from mpmm.proxy.landing import drop_spare_slabs, landing_memory
-from mpmm.proxy.process_life import close_in_children, fork_guard
 
 __all__ = ["LARGE_BYTES", "Channel", "Message"]
 

@@ -15,9 +15,9 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from mpmm.errors import ModelServerError
+from mpmm.fork_hooks import in_forked_child
 from mpmm.proxy import transport, wire
 from mpmm.proxy.channel import Channel
-from mpmm.proxy.process_life import in_forked_child
 from mpmm.proxy.room import Room, ServerRecord
 
 __all__ = ["ServerLink", "forget_link", "known_link", "remember_link"]

@@ -23,10 +23,10 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from mpmm.errors import ModelServerError, RemoteCallError, SharedObjectReleasedError
+from mpmm.fork_hooks import call_once_at_exit, close_in_children, fork_guard, in_forked_child
 from mpmm.proxy import transport, wire
 from mpmm.proxy.channel import Channel, Message
 from mpmm.proxy.context import attaching_to
-from mpmm.proxy.process_life import call_once_at_exit, close_in_children, fork_guard, in_forked_child
 from mpmm.proxy.room import LEAVE_PRIORITY, Room, ServerRecord, start_time_of, write_record
 from mpmm.shared_state.lock_file import LockFile
 

@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
-from mpmm.proxy.process_life import in_forked_child
+from mpmm.fork_hooks import in_forked_child
 
 __all__ = ["SLAB_BYTES", "SPARE_BYTES", "drop_spare_slabs", "landing_memory"]
 

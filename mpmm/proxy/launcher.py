@@ -12,10 +12,10 @@ from multiprocessing.connection import wait
 from typing import Any
 
 from mpmm.errors import ServerStartError
+from mpmm.fork_hooks import call_once_at_exit, in_forked_child
 from mpmm.proxy.context import server_context
 from mpmm.proxy.forked_server import order_server
 from mpmm.proxy.main_import import is_importing_main, not_while_importing_main
-from mpmm.proxy.process_life import call_once_at_exit, in_forked_child
 from mpmm.proxy.room import LEAVE_PRIORITY, Room, server_lives_by, start_time_of
 from mpmm.proxy.server_process import CRASHED, READY, ServerPlan
 from mpmm.proxy.spawned_server import SpawnedServer, preparation_for

@@ -39,7 +39,7 @@ from typing import Any
 import psutil
 
 from mpmm.errors import InvalidArgumentError
-from mpmm.proxy.process_life import call_once_at_exit, close_in_children, fork_guard, in_forked_child
+from mpmm.fork_hooks import call_once_at_exit, in_forked_child
 from mpmm.shared_state.lock_file import LockFile, is_locked
 from mpmm.shared_state.runtime_dir import (
     ROOM_NAME,
@@ -427,8 +427,7 @@ def _will_stay_locked(life: Path) -> bool:
 
 def open_lock(path: Path) -> LockFile:
     """Open a lock file that forked children close. Raises FileNotFoundError when its folder is gone."""
-    with fork_guard:
-        return close_in_children(LockFile(path))
+    return LockFile(path)
 
 
 def digest_of(tag: str) -> str:

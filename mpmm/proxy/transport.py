@@ -33,7 +33,7 @@ from multiprocessing import AuthenticationError
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
-from mpmm.proxy.process_life import close_in_children, fork_guard
+from mpmm.fork_hooks import close_in_children, fork_guard
 
 __all__ = ["accept", "authenticate_client", "dial", "listen", "set_timeouts"]
 

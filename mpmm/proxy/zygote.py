@@ -50,9 +50,9 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, NoReturn
 
+from mpmm.fork_hooks import close_in_children, fork_guard
 from mpmm.proxy import transport
 from mpmm.proxy.leftovers import FIRST, PER_PROCESS_VARIABLES, Watch
-from mpmm.proxy.process_life import close_in_children, fork_guard
 from mpmm.proxy.room import open_lock, room_at
 from mpmm.proxy.server_process import AliveLock, ServerPlan, run_server
 from mpmm.proxy.spawned_server import call_this_process

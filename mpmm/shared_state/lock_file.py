@@ -1,8 +1,10 @@
 """One kernel file lock on one descriptor: the only way in which mpmm excludes or watches processes.
 
 `flock` locks belong to the open file description, so a descriptor that is opened by this process and
-closed in every child (see `LockFile.forget_after_fork`) makes the lock die with this process, however it
-dies. That is what the rest of the package builds on: a member is alive exactly as long as its lock is held.
+closed in every child (`fork_hooks`, where it is registered in the act of opening it) makes the lock die with
+this process, however it dies. That is what the rest of the package builds on: a member is alive exactly as
+long as its lock is held. A child that `fork_hooks` knows nothing of, one of native code say, may have inherited
+the descriptor nevertheless; so a lock is given up by unlocking, which ends it for all who have it open.
 
 Exclusive attempts go through `filelock.lock_descriptor`; shared ones, which it does not offer, through
 `fcntl.flock` on the same file, with which it contends.
@@ -10,6 +12,7 @@ Exclusive attempts go through `filelock.lock_descriptor`; shared ones, which it 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -18,6 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from mpmm.errors import LockTimeoutError
+from mpmm.fork_hooks import close_in_children, fork_guard
 
 __all__ = ["LockFile", "is_locked"]
 
@@ -37,7 +41,10 @@ class LockFile:
 
         self.path = path
         self._lock, self._unlock = lock_descriptor, unlock_descriptor
-        self.fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        self.fd = -1
+        with fork_guard:
+            self.fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            close_in_children(self)
 
     def try_exclusive(self) -> bool:
         """Take the exclusive lock if it is free; return whether it is held now."""
@@ -75,13 +82,20 @@ class LockFile:
         return (there.st_dev, there.st_ino) == (here.st_dev, here.st_ino)
 
     def close(self) -> None:
-        """Close the descriptor, and so give up the lock unless a forked child still has it open."""
+        """Give up the lock, whoever else has inherited it, and close the descriptor."""
         if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
+            # Some file systems refuse what they never granted.
+            with contextlib.suppress(OSError):
+                self._unlock(self.fd)
+            self.forget_after_fork()
 
-    # In a child the descriptor is a second handle on the parent's lock: closing it leaves the parent's lock alone.
-    forget_after_fork = close
+    def forget_after_fork(self) -> None:
+        """Close the descriptor alone: in a child it is a second handle on the parent's lock, which stays."""
+        # Under the guard, because a child forked in between would close a number that is somebody else's by then.
+        with fork_guard:
+            if self.fd >= 0:
+                fd, self.fd = self.fd, -1
+                os.close(fd)
 
     def _wait(self, attempt: Callable[[], bool], timeout_seconds: float) -> None:
         deadline = time.monotonic() + timeout_seconds
@@ -103,16 +117,19 @@ def is_locked(path: str | Path) -> bool:
 
     The question is asked with a shared lock, so that two askers do not take each other for the owner.
     """
-    try:
-        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
-    except FileNotFoundError:
-        return False
-    try:
-        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in (errno.EWOULDBLOCK, errno.EAGAIN):
-            return True
-        raise
-    finally:
-        os.close(fd)
+    # All of it under the guard, because the lock that a fork in between would hand to the child looks like an owner's.
+    with fork_guard:
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except FileNotFoundError:
+            return False
+        try:
+            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            fcntl.flock(fd, fcntl.LOCK_UN)
+        except OSError as error:
+            if error.errno in (errno.EWOULDBLOCK, errno.EAGAIN):
+                return True
+            raise
+        finally:
+            os.close(fd)
     return False

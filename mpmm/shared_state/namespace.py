@@ -39,11 +39,14 @@ from mpmm.errors import (
     MpmmError,
     SegmentAllocationError,
     SegmentCorruptError,
+    SegmentLostError,
     TableFullError,
 )
+from mpmm.fork_hooks import ChildStep, in_forked_child
 from mpmm.shared_state import segment as segment_module
 from mpmm.shared_state.layout import Capacities, Header, Member, Model
-from mpmm.shared_state.lock_file import LockFile, is_locked
+from mpmm.shared_state.liveness import member_lives
+from mpmm.shared_state.lock_file import LockFile
 from mpmm.shared_state.runtime_dir import ROOM_NAME, RuntimeDirectory
 from mpmm.shared_state.segment import Segment, SegmentProblem, segment_name, unlink_segment
 from mpmm.shared_state.settings import Settings
@@ -189,6 +192,11 @@ class Namespace:
         return self._usable
 
     @property
+    def is_inherited(self) -> bool:
+        """Tell whether this is a forked child's copy of what its parent is a member of."""
+        return self.pid != os.getpid()
+
+    @property
     def is_removed(self) -> bool:
         """Tell whether the last worker has removed the namespace, which a member that is no worker does not prevent."""
         return _token_text(self.runtime) != self._joined_token
@@ -210,7 +218,7 @@ class Namespace:
 
     def member_is_alive(self, slot: int) -> bool:
         """Tell whether the process in a used row still lives; needs no lock and is advice without it."""
-        return slot == self.slot or is_locked(self.member_lock_path(slot))
+        return slot == self.slot or _member_lives(self.tables, slot, self.member_lock_path(slot))
 
     def member_lock_path(self, slot: int) -> str:
         """Return the path of the lock file that the member in `slot` holds for life.
@@ -272,11 +280,16 @@ class Namespace:
     def _is_last(self) -> bool:
         if self._alive is None:
             return False
-        if self._alive.try_exclusive():
+        if self._alive.try_exclusive() and self._alive.is_current() and not self._others_work():
             return True
         # The failed conversion has cost us the shared lock. Others hold it, so nobody can have taken us for gone.
         self._alive.shared(LIFECYCLE_TIMEOUT_S)
         return False
+
+    def _others_work(self) -> bool:
+        """Tell whether the books know of another living worker, whose lock on a removed file says nothing."""
+        workers = self.tables.rows_where(self.segment.layout.members, Member.STATE, Member.WORKER)
+        return any(slot != self.slot and self.member_is_alive(slot) for slot in workers)
 
     def _enter(self, kind: int, label: str) -> None:
         # First of all, so that a crowd of crashed processes does not lock newcomers out.
@@ -414,13 +427,27 @@ def _open_or_replace(
         segment.close()
         unlink_segment(name)
         segment = None
+    if segment is None and not deserted:
+        # A new one beside it would be a second set of books.
+        raise SegmentLostError(
+            f"namespace {runtime.name!r} is in use, but its segment /dev/shm/{name} is gone: somebody has removed it "
+            "under its processes (systemd-logind does when a user logs out, unless logind.conf says RemoveIPC=no, and "
+            "so may systemd-tmpfiles or another cleaner); end these processes, the next one makes a new segment",
+            name=name,
+        )
     if segment is None and must_exist:
         raise FileNotFoundError(f"there is no namespace {runtime.name!r} in {runtime.root}")
     return segment, estimates
 
 
 def _has_living_members(runtime: RuntimeDirectory, segment: Segment) -> bool:
-    return any(is_locked(runtime.file(f"m{slot}.lock")) for slot in Tables(segment).used_members())
+    tables = Tables(segment)
+    return any(_member_lives(tables, slot, str(runtime.file(f"m{slot}.lock"))) for slot in tables.used_members())
+
+
+def _member_lives(tables: Tables, slot: int, lock_path: str) -> bool:
+    words, at = tables.segment.words, tables.member(slot)
+    return member_lives(lock_path, int(words[at + Member.PID]), int(words[at + Member.ATTACHED]))
 
 
 def _create(runtime: RuntimeDirectory, capacities: Capacities, settings: Settings, source: str) -> Segment:
@@ -465,7 +492,7 @@ def _forget_all_after_fork() -> None:
     _attached.clear()
 
 
-os.register_at_fork(after_in_child=_forget_all_after_fork)
+in_forked_child(_forget_all_after_fork, ChildStep.SEGMENT)
 
 
 def run_at_exit(leave: Callable[[], None]) -> object:

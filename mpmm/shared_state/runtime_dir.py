@@ -1,6 +1,6 @@
 """The runtime directory: where a namespace keeps its lock files, sockets and keys.
 
-A namespace `n` of user 1000 lives in `<tmp>/mpmm-1000/n/`, or in `$MPMM_RUNTIME_DIR/n/` where that is
+A namespace `n` of user 1000 lives in `/tmp/mpmm-1000/n/`, or in `$MPMM_RUNTIME_DIR/n/` where that is
 set. Both levels have mode 0700 and belong to the user; anything else there is refused, because whoever
 can write the directory can take the locks and impersonate the model servers.
 
@@ -15,7 +15,6 @@ import contextlib
 import os
 import re
 import stat
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -32,9 +31,17 @@ _NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 
 
 def default_root() -> Path:
-    """Return the folder of all namespaces: `$MPMM_RUNTIME_DIR`, else `<tmp>/mpmm-<uid>`."""
+    """Return the folder of all namespaces, an absolute path: `$MPMM_RUNTIME_DIR`, else `/tmp/mpmm-<uid>`.
+
+    It depends neither on TMPDIR, which may differ among processes that share a GPU, nor on the working directory: a
+    relative setting is made absolute at its first use, for child processes as well.
+    """
     chosen = os.environ.get(RUNTIME_DIR_VARIABLE)
-    return Path(chosen) if chosen else root_below(Path(tempfile.gettempdir()))
+    if not chosen:
+        return root_below(Path("/tmp"))
+    if not os.path.isabs(chosen):
+        chosen = os.environ[RUNTIME_DIR_VARIABLE] = os.path.abspath(chosen)
+    return Path(chosen)
 
 
 def root_below(folder: Path) -> Path:
@@ -56,7 +63,7 @@ class RuntimeDirectory:
                 f"namespace {name!r}: expected 1 to 64 characters of A-Z a-z 0-9 _ . - that do not start with a dot"
             )
         self.name = name
-        self.root = default_root() if root is None else root
+        self.root = default_root() if root is None else Path(os.path.abspath(root))
         self.path = self.root / name
 
     def __repr__(self) -> str:

@@ -40,6 +40,7 @@ from mpmm.shared_state.layout import (
     Ticket,
     device_rows,
 )
+from mpmm.shared_state.liveness import member_lives
 from mpmm.shared_state.lock_file import LockFile, is_locked
 from mpmm.shared_state.runtime_dir import RuntimeDirectory
 from mpmm.shared_state.segment import Segment, SegmentProblem, segment_name
@@ -416,7 +417,10 @@ def read_snapshot(
         segment.close()
     held = is_locked(runtime.file("segment.lock"))
     folder = str(runtime.path)
-    alive = {slot: is_locked(f"{folder}/m{slot}.lock") for slot in _used_slots(copied, layout)}
+    alive = {
+        slot: member_lives(f"{folder}/m{slot}.lock", pid, attached)
+        for slot, pid, attached in _used_members(copied, layout)
+    }
     return decode(copied, layout, namespace, name, held=held, alive=alive, with_events=events, choice=choice)
 
 
@@ -443,8 +447,11 @@ def _consistent_copy(segment: Segment, lock_path: Path, events: bool) -> bytearr
         lock.close()
 
 
-def _used_slots(copied: bytearray, layout: Layout) -> list[int]:
-    return _used(memoryview(copied).cast("Q"), layout.members)
+def _used_members(copied: bytearray, layout: Layout) -> list[tuple[int, int, int]]:
+    """Return slot, pid and time of attaching (monotonic, ns) of the members."""
+    words, table = memoryview(copied).cast("Q"), layout.members
+    starts = ((slot, table.base + slot * table.words) for slot in _used(words, table))
+    return [(slot, words[at + Member.PID], words[at + Member.ATTACHED]) for slot, at in starts]
 
 
 def _used(words: memoryview, table: Table) -> list[int]:

@@ -1,0 +1,100 @@
+"""What becomes of descriptors and state when this process forks or ends: the one place for both.
+
+A forked child inherits every descriptor: a lock that is held through one would outlive its owner, and a
+peer would never see the end of a connection. So each descriptor of this package is registered here in
+the same breath in which it is made (under `fork_guard`, which no fork of this interpreter can split) and
+closed in children. `LockFile` does so by itself. Descriptors are closed under the guard as well, because
+a child would otherwise close a number that by then belongs to somebody else.
+
+In a forked child, in this order whatever the order of imports:
+
+1. every registered descriptor is closed (`forget_after_fork` of the thing where it has one, else `close`);
+2. the hooks of `in_forked_child` run, by their `ChildStep`, and within a step in the order of registration.
+
+A hook that raises is logged and keeps no other from running.
+
+At the end of a process, hooks go through `multiprocessing.util.Finalize` and not through `atexit`: children
+that `multiprocessing` forks leave without running `atexit`, but they do run finalizers, and they run
+them before they wait for their own children.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import weakref
+from collections.abc import Callable
+from enum import IntEnum
+from typing import Any, TypeVar
+
+__all__ = ["ChildStep", "call_once_at_exit", "close_in_children", "fork_guard", "in_forked_child"]
+
+T = TypeVar("T")
+_LOG = logging.getLogger("mpmm")
+
+# Hold it only for what cannot block: every fork in this process waits for it.
+fork_guard = threading.RLock()
+_descriptors: weakref.WeakSet[Any] = weakref.WeakSet()
+_child_hooks: list[tuple[int, Callable[[], None]]] = []
+_exit_hooks: set[Callable[[], None]] = set()
+
+
+class ChildStep(IntEnum):
+    """When a hook runs in a forked child: what is below, first, so that a hook finds what it builds on renewed."""
+
+    SEGMENT = 1  # memberships of namespaces, and locks of threads around the segment
+    WORKER = 2  # what this process holds in a namespace
+    MANAGER = 3  # which workers there are, and who may make one
+    MONITOR = 4  # threads that sample
+    LOOP = 5  # threads beside event loops
+    SERVERS = 6  # rooms, connections, hosts and launchers of model servers
+
+
+def close_in_children(thing: T) -> T:
+    """Have `thing` closed in every child forked from now on; return it. Hold `fork_guard` since it was made."""
+    with fork_guard:
+        _descriptors.add(thing)
+    return thing
+
+
+def in_forked_child(hook: Callable[[], None], step: ChildStep = ChildStep.SERVERS) -> None:
+    """Have `hook` called in every forked child at its step, after the inherited descriptors were closed."""
+    with fork_guard:
+        _child_hooks.append((step, hook))
+        # Stable, so hooks of a step keep their order.
+        _child_hooks.sort(key=lambda entry: entry[0])
+
+
+def call_once_at_exit(hook: Callable[[], None], priority: int) -> None:
+    """Have `hook` called once when this process (not a child of it) ends; higher `priority` (>= 0) first."""
+    # Imported here because who only looks at a namespace does without, and starts faster.
+    from multiprocessing import util
+
+    with fork_guard:
+        if hook not in _exit_hooks:
+            _exit_hooks.add(hook)
+            util.Finalize(None, hook, exitpriority=priority)
+
+
+def _start_over_in_child() -> None:
+    try:
+        for thing in list(_descriptors):
+            # What is a lock is not unlocked here: that would end the parent's lock, which is the same one.
+            _guarded(getattr(thing, "forget_after_fork", thing.close))
+        _descriptors.clear()
+        _exit_hooks.clear()
+        for _, hook in _child_hooks:
+            _guarded(hook)
+    finally:
+        fork_guard.release()
+
+
+def _guarded(hook: Callable[[], None]) -> None:
+    try:
+        hook()
+    except Exception:
+        _LOG.exception("mpmm: a hook for forked children failed")
+
+
+os.register_at_fork(before=fork_guard.acquire, after_in_parent=fork_guard.release, after_in_child=_start_over_in_child)

@@ -1,0 +1,235 @@
+"""Forks at the wrong moment: what a thread is opening, a child of another thread must not keep open."""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import psutil
+import pytest
+from processes import DEADLINE_S, Loads, Process
+
+from mpmm import asynchronous
+from mpmm.errors import NotAcquiredError
+from mpmm.model_manager import ModelManager
+from mpmm.shared_state.lock_file import LockFile, is_locked
+from mpmm.shared_state.snapshot import read_snapshot
+
+NewManager = Callable[..., ModelManager]
+NewProcess = Callable[..., Process]
+# How long a thread stays where it is to be forked, if the fork waits for it to go on.
+MOMENT_S = 0.3
+
+
+class Moment:
+    """A point that a thread named `there` reaches, and stays at until a fork has happened elsewhere."""
+
+    def __init__(self) -> None:
+        self.reached = threading.Event()
+        self.forked = threading.Event()
+
+    def stay(self) -> None:
+        """Stay here if this is the thread in question, the first time."""
+        if threading.current_thread().name == "there" and not self.reached.is_set():
+            self.reached.set()
+            self.forked.wait(MOMENT_S)
+
+
+@contextmanager
+def forked_at(moment: Moment, action: Callable[[], object]) -> Iterator[int]:
+    """Run `action` in a thread, fork at the moment, let the thread end; the child lives for the block."""
+    thread = threading.Thread(target=action, name="there")
+    thread.start()
+    assert moment.reached.wait(DEADLINE_S), "the moment never came"
+    child = os.fork()
+    if child == 0:
+        signal.pause()
+        os._exit(0)
+    try:
+        moment.forked.set()
+        thread.join(DEADLINE_S)
+        assert not thread.is_alive()
+        yield child
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+def locks_open_in(pid: int) -> list[str]:
+    """Return the names of the lock files that a process has open."""
+    found = [os.path.realpath(f"/proc/{pid}/fd/{fd}") for fd in os.listdir(f"/proc/{pid}/fd")]
+    return sorted(path.rpartition("/")[2] for path in found if ".lock" in path)
+
+
+def test_a_fork_while_another_thread_joins_gives_the_child_no_lock(
+    namespace: str, runtime_root: Path, monkeypatch: pytest.MonkeyPatch, new_process: NewProcess
+) -> None:
+    moment, made, real = Moment(), [], psutil.Process.create_time
+
+    def create_time(process: psutil.Process) -> float:
+        moment.stay()
+        return float(real(process))
+
+    monkeypatch.setattr(psutil.Process, "create_time", create_time)
+    with forked_at(moment, lambda: made.append(ModelManager(namespace=namespace, memory_source="booked"))) as child:
+        assert locks_open_in(child) == []
+        # Whoever comes next is not kept waiting for the lifecycle lock.
+        new_process()
+        assert len(read_snapshot(namespace).members) == 2
+        made[0].shutdown()
+
+
+def test_a_fork_while_another_thread_leaves_gives_the_child_no_lock(
+    namespace: str, runtime_root: Path, monkeypatch: pytest.MonkeyPatch, new_process: NewProcess
+) -> None:
+    moment, manager, real = Moment(), ModelManager(namespace=namespace, memory_source="booked"), os.unlink
+
+    def unlink(*arguments: object, **named: object) -> None:
+        moment.stay()
+        real(*arguments, **named)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(os, "unlink", unlink)
+    with forked_at(moment, manager.shutdown) as child:
+        assert locks_open_in(child) == []
+        new_process()
+
+
+def test_a_fork_while_another_thread_asks_whether_a_file_is_locked_does_not_lock_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moment, path, real = Moment(), tmp_path / "life.lock", fcntl.flock
+    path.touch(mode=0o600)
+
+    def flock(fd: int, operation: int) -> None:
+        real(fd, operation)
+        if operation & fcntl.LOCK_SH:
+            moment.stay()
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with forked_at(moment, lambda: is_locked(path)):
+        owner = LockFile(path)
+        assert owner.try_exclusive(), "the child keeps the lock of one who merely asked"
+        owner.close()
+
+
+def test_a_lock_that_is_given_up_is_free_though_a_stranger_has_inherited_it(tmp_path: Path) -> None:
+    path = tmp_path / "held.lock"
+    held = LockFile(path)
+    assert held.try_exclusive()
+    # As a child that native code has forked, which runs none of our hooks.
+    stranger = subprocess.Popen([sys.executable, "-c", "import sys; sys.stdin.read()"], stdin=-1, pass_fds=[held.fd])
+    assert stranger.stdin is not None
+    try:
+        held.close()
+        assert not is_locked(path)
+    finally:
+        stranger.stdin.close()
+        stranger.wait(DEADLINE_S)
+
+
+def test_a_child_that_forgets_a_lock_leaves_it_to_its_parent(tmp_path: Path) -> None:
+    held = LockFile(tmp_path / "held.lock")
+    assert held.try_exclusive()
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if held.fd == -1 else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert is_locked(held.path)
+    held.close()
+
+
+def outcome_of_fork_inside(enter: Callable[[], None]) -> int:
+    """Return the exit status of the child that `enter` forks and that leaves the block in it."""
+    pid = os.getpid()
+    try:
+        enter()
+        status = 0
+    except NotAcquiredError:
+        status = 3
+    except ValueError:
+        status = 4
+    if os.getpid() != pid:
+        os._exit(status)
+    return os.waitstatus_to_exitcode(os.wait()[1])
+
+
+@pytest.mark.parametrize("error", [False, True], ids=["in good order", "by an exception"])
+def test_a_child_that_was_forked_inside_a_block_leaves_it_silently(
+    namespace: str, new_manager: NewManager, error: bool
+) -> None:
+    manager = new_manager(memory_source="booked")
+
+    def enter() -> None:
+        with manager.model("a", Loads()):
+            if os.fork() == 0 and error:
+                raise ZeroDivisionError
+            if read_snapshot(namespace).active != 1:
+                raise ValueError("the parent's hold is gone")
+
+    def tolerant() -> None:
+        with suppress(ZeroDivisionError):
+            enter()
+
+    assert outcome_of_fork_inside(tolerant) == 0
+    snapshot = read_snapshot(namespace)
+    assert (snapshot.active, len(snapshot.members)) == (0, 1)
+
+
+def test_a_child_that_was_forked_inside_an_async_block_leaves_it_silently(
+    namespace: str, new_manager: NewManager
+) -> None:
+    manager = new_manager(memory_source="booked")
+
+    async def enter() -> None:
+        async with manager.model_async("a", Loads()):
+            os.fork()
+
+    assert outcome_of_fork_inside(lambda: asyncio.run(enter())) == 0
+    assert read_snapshot(namespace).active == 0
+
+
+def test_the_guard_of_the_threads_beside_event_loops_is_renewed_in_a_child() -> None:
+    held, go_on = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with asynchronous._threads_guard:
+            held.set()
+            go_on.wait(DEADLINE_S)
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    assert held.wait(DEADLINE_S)
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if asynchronous._threads_guard.acquire(timeout=1) else 1)
+    go_on.set()
+    holder.join()
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_hooks_run_in_their_order_and_none_keeps_another_from_running() -> None:
+    code = """
+import os
+from mpmm.fork_hooks import ChildStep, in_forked_child
+ran = []
+def fails():
+    ran.append("fails")
+    raise ValueError
+in_forked_child(lambda: ran.append("servers"), ChildStep.SERVERS)
+in_forked_child(fails, ChildStep.SEGMENT)
+in_forked_child(lambda: ran.append("worker"), ChildStep.WORKER)
+child = os.fork()
+if child == 0:
+    os._exit(0 if ran == ["fails", "worker", "servers"] and os.fork() >= 0 else 1)
+raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], timeout=DEADLINE_S, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
