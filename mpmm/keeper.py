@@ -362,6 +362,9 @@ class Keeper:
         for row in tables.rows_where(layout.instances, Instance.STATE, Instance.IDLE):
             at = tables.instance(row)
             pinned = words[tables.model(words[at + Instance.MODEL]) + Model.PINS]
+            if t.is_long:
+                # The next poll unloads the rest.
+                return
             if not pinned and (time.monotonic_ns() - words[at + Instance.SINCE]) / 1e9 > limit:
                 namespace.transitions.begin_unload(t, row, namespace.slot, evicted=False)
 

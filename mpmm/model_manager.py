@@ -401,8 +401,7 @@ class ModelManager(BeamNames):
         Whoever holds a copy gets NamespaceResetError when it releases it; waiters get it at once.
         """
         worker = self._connected()
-        with worker.namespace.transaction() as t:
-            worker.namespace.transitions.reset(t)
+        worker.namespace.reset()
         _LOG.warning("mpmm %s: reset by pid %d", worker.namespace.name, worker.namespace.pid)
         worker.unload_assigned()
 
@@ -1019,7 +1018,7 @@ class ModelManager(BeamNames):
                     raise AnswerUndone
                 namespace.transitions.take_answer(t, row)
                 if state == Ticket.GRANTED:
-                    return Lease(worker, instance, name, mb)
+                    return Lease(worker, instance, name, mb, self)
         except LockTimeoutError:
             worker.owe(lambda t: namespace.transitions.leave_queue(t, row))
             raise

@@ -21,7 +21,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -134,12 +134,16 @@ class Scheduler:
         self._segment = namespace.segment
         self._layout = namespace.segment.layout
         self._makes_way_from = 0.0
+        # Called without the lock when `advance` has stopped before its end, to have it called again.
+        self.go_on: Callable[[], object] = lambda: None
 
     def advance(self, t: Transaction, newcomer: int | None = None) -> None:
         """Carry out what the policy says about everybody who waits.
 
         newcomer: row of the ticket that the caller has just made. Raises TableFullError when that one could load
         but for the table of instances; others wait for a row, which is none of the caller's business.
+
+        It stops when the transaction has become long; `go_on` has the rest done in another one.
         """
         words = self._segment.words
         if newcomer is not None:
@@ -149,6 +153,9 @@ class Scheduler:
             plan = make_plan(view)
             for decision in plan.decisions:
                 self._carry_out(t, decision, newcomer)
+                if t.is_long:
+                    t.after.append(self.go_on)
+                    return
             if plan.blocked or not view.tickets or not self._answered_all(view):
                 return
             # Nobody in this part of the queue is left, so the rest moves up.
@@ -634,6 +641,9 @@ class Scheduler:
                 unloader, model = self._segment.words[at + Ticket.MEMBER] - 1, self._segment.words[at + Ticket.MODEL]
                 cause = _cause(why)._replace(other=model + 1)
                 for instance in filter(self._is_idle, instances):
+                    if t.is_long:
+                        # Its memory is not on its way, so the next plan evicts the rest.
+                        break
                     # (A twin has gone with the one before it.)
                     transitions.begin_unload(t, instance, unloader, True, cause)
                 if passed:

@@ -234,6 +234,7 @@ class Worker:
         self.namespace = namespace
         self.kept_estimates = kept_estimates
         self.scheduler = Scheduler(namespace)
+        self.scheduler.go_on = self._owe_an_advance
         self.board = SharedBoard(namespace, self.scheduler)
         self.estimator = SharedResourceEstimator(namespace, verbose_logging)
         self.managers = 0
@@ -332,6 +333,10 @@ class Worker:
         """Leave a change to the keeper."""
         self._owed.append(change)
         self.keeper.wake()
+
+    def _owe_an_advance(self) -> None:
+        """Leave the rest of a plan to the keeper, which carries plans out after each change that it makes."""
+        self.owe(lambda t: None)
 
     @property
     def has_debts(self) -> bool:
@@ -1123,8 +1128,7 @@ class Worker:
             self.scheduler.advance(t)
 
     def _unload_everything(self) -> None:
-        with self.namespace.transaction() as t:
-            self.namespace.transitions.reset(t)
+        self.namespace.reset()
         self.unload_assigned()
 
     def _forget_object(self, row: int, generation: int) -> Copy | None:

@@ -24,6 +24,7 @@ __all__ = [
     "MAGIC",
     "MOST_DEVICES",
     "MOST_SPANNED",
+    "STEP_WORDS",
     "Capacities",
     "Device",
     "Event",
@@ -47,6 +48,9 @@ LAYOUT_VERSION = 7
 WORD = 8
 # So many of the tables, the first ones, say in `Header.ENDS` how far they have grown.
 GROWING = 5
+# A transaction that has overwritten so many words stops where it can, and another one goes on.
+STEP_WORDS = 8192
+MOST_UNDO = 1 << 28
 # Device rows are named by bits of one word.
 MOST_DEVICES = 64
 # Devices that one copy can span.
@@ -430,7 +434,9 @@ class Undo:
 class Capacities:
     """Rows of each table, chosen when a namespace is created.
 
-    The defaults take 5 MB of shared memory and are meant to be enough for one host.
+    The defaults take 7 MB of shared memory and are meant to be enough for one host.
+
+    undo: entries of the undo log; 0 derives them from the other tables, so that the largest single step fits.
     """
 
     members: int = 1024
@@ -441,15 +447,29 @@ class Capacities:
     devices: int = 16
     observations: int = 256
     events: int = 8192
-    undo: int = 32768
+    undo: int = 0
 
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
+            if field.name == "undo" and isinstance(value, int) and 0 <= value <= MOST_UNDO:
+                continue
             if not isinstance(value, int) or not 1 <= value <= 1 << 20:
                 raise InvalidArgumentError(f"capacity {field.name}={value!r}: expected a whole number, 1 to 1048576")
         if self.devices > MOST_DEVICES:
             raise InvalidArgumentError(f"capacity devices={self.devices}: at most {MOST_DEVICES} are possible")
+        if not self.undo:
+            object.__setattr__(self, "undo", self._derived_undo())
+
+    def _derived_undo(self) -> int:
+        """Return how many words the largest single step can overwrite at full tables, with room for one step before it.
+
+        An instance row costs 15 words where many copies of one handle are unloaded together, a member's 22 where a
+        sample shows a figure for each, a ticket's 2 where its model becomes known, a model's 3 where all requests are
+        counted, a device's ledger and description 150.
+        """
+        rows = 24 * (self.members + self.instances) + 8 * (self.tickets + self.models) + 4 * self.pins
+        return 2 * STEP_WORDS + rows + 256 * self.devices
 
 
 @dataclass(frozen=True)

@@ -241,15 +241,27 @@ class Namespace:
         if not suspects:
             return 0
         reaped = 0
-        with self.transaction() as t:
-            for slot in suspects:
-                # Looked at again under the lock: the row may have been reaped, and its slot taken by a newcomer.
-                if self.tables.member_in_use(slot) and not self.member_is_alive(slot):
+        for slot in suspects:
+            done = False
+            while not done:
+                with self.transaction() as t:
+                    # Looked at again under the lock: the row may have been reaped, and its slot taken by a newcomer.
+                    if not self.tables.member_in_use(slot) or self.member_is_alive(slot):
+                        break
                     pid = int(self.segment.words[self.tables.member(slot) + Member.PID])
-                    self.transitions.reap_member(t, slot)
-                    t.after.append(partial(_LOG.info, "mpmm %s: reclaimed what pid %d had", self.name, pid))
-                    reaped += 1
+                    done = self.transitions.reap_member(t, slot)
+                    if done:
+                        t.after.append(partial(_LOG.info, "mpmm %s: reclaimed what pid %d had", self.name, pid))
+                        reaped += 1
         return reaped
+
+    def reset(self) -> None:
+        """Do `Transitions.reset`, in as many transactions as it takes. Raises ClosedError, LockTimeoutError."""
+        with self.transaction() as t:
+            before = self.transitions.reset(t)
+        while before is not None:
+            with self.transaction() as t:
+                before = self.transitions.reset(t, before)
 
     def leave(self, unload_everything: Callable[[], None] | None = None) -> None:
         """Give up membership; the last worker to leave removes segment and directory.
@@ -270,8 +282,11 @@ class Namespace:
             if last and unload_everything is not None:
                 unload_everything()
             self._usable = False
-            with contextlib.suppress(LockTimeoutError), self.lock() as t:
-                self.transitions.leave(t, self.slot)
+            left = False
+            with contextlib.suppress(LockTimeoutError):
+                while not left:
+                    with self.lock() as t:
+                        left = self.transitions.leave(t, self.slot)
             if last:
                 unlink_segment(self.segment.name)
                 self.runtime.remove()
@@ -317,10 +332,12 @@ class Namespace:
 
     def _take_over(self, models: tuple[ModelInfo, ...]) -> None:
         """Give the models of a deserted namespace their estimates back, as far as there are rows for them."""
-        with contextlib.suppress(TableFullError, InvalidArgumentError), self.transaction() as t:
+        with contextlib.suppress(TableFullError, InvalidArgumentError):
             for model in models:
-                if model.estimate_mb is not None:
-                    encoded = encode_text(model.tag, Model.TAG_BYTES, "model tag")
+                if model.estimate_mb is None:
+                    continue
+                encoded = encode_text(model.tag, Model.TAG_BYTES, "model tag")
+                with self.transaction() as t:
                     row = self.transitions.claim_model(t, model.tag, encoded)
                     self.transitions.estimate(t, row, model.estimate_mb, model.measured, model.sd_mb)
 

@@ -47,7 +47,7 @@ from typing import Any
 from mpmm.errors import ClosedError, LockTimeoutError, SegmentCorruptError, TableFullError
 from mpmm.shared_state.events import Cause
 from mpmm.shared_state.futex import wait_for_change, wake_one
-from mpmm.shared_state.layout import Event, Header, Table
+from mpmm.shared_state.layout import STEP_WORDS, Event, Header, Table
 from mpmm.shared_state.lock_file import LockFile
 from mpmm.shared_state.segment import Segment
 
@@ -311,6 +311,11 @@ class Transaction:
             # An exception from a signal handler between the two stores: finish whichever way the log says.
             roll_back(words, self._undo)
             raise
+
+    @property
+    def is_long(self) -> bool:
+        """Tell whether it has overwritten so much that what is left to do belongs into another transaction."""
+        return self._count >= min(STEP_WORDS, self._undo_capacity // 4)
 
     def set(self, index: int, value: int) -> None:
         """Store a word, its old value logged. Raises ValueError outside 0 … 2**64-1, TableFullError (undo)."""

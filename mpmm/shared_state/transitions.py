@@ -105,22 +105,28 @@ class Transitions:
         t.set(at + Member.STATE, kind)
         t.event(EventKind.JOINED, value=slot)
 
-    def leave(self, t: Transaction, slot: int) -> None:
-        """Free the row of a member that goes in good order; what it still has is taken back."""
-        self._take_back(t, slot)
+    def leave(self, t: Transaction, slot: int) -> bool:
+        """Take back what a member that goes in good order still has, and free its row.
+
+        Return False if the transaction has become long first: another call in a new transaction goes on.
+        """
+        if not self._take_back(t, slot):
+            return False
         t.set(self.tables.member(slot) + Member.STATE, Member.FREE)
         t.event(EventKind.LEFT, value=slot)
+        return True
 
-    def reap_member(self, t: Transaction, slot: int) -> None:
-        """Take back all that a dead member had, and free its row."""
+    def reap_member(self, t: Transaction, slot: int) -> bool:
+        """Take back all that a dead member had, and free its row; return False if there is more to do, see `leave`."""
         if self._was_ended(slot):
             # No more is to be counted than for one that leaves by itself.
-            self.leave(t, slot)
-            return
-        self._take_back(t, slot)
+            return self.leave(t, slot)
+        if not self._take_back(t, slot):
+            return False
         t.set(self.tables.member(slot) + Member.STATE, Member.FREE)
         t.add(Header.REAPS, 1)
         t.event(EventKind.REAPED, value=slot)
+        return True
 
     def _was_ended(self, slot: int) -> bool:
         """Tell whether a dead member is a model server whose copy was unloaded, or is being unloaded."""
@@ -180,20 +186,34 @@ class Transitions:
         """Wake the keeper of a member: it has something to unload, or should look around."""
         self._wake(t, self.tables.member(slot) + Member.BELL)
 
-    def _take_back(self, t: Transaction, slot: int) -> None:
+    def _take_back(self, t: Transaction, slot: int) -> bool:
+        """Take back what a member has; return False if the transaction has become long before all of it was.
+
+        What was taken back is not found again, so the next call goes on where this one has stopped.
+        """
         words, tables = self.segment.words, self.tables
         reference = slot + 1
         if words[Header.LEADER] == reference:
             t.set(Header.LEADER, 0)
         for row in tables.rows_where(self.layout.tickets, Ticket.MEMBER, reference):
             self.leave_queue(t, row)
+            if t.is_long:
+                return False
         for row in tables.rows_where(self.layout.pins, Pin.MEMBER, reference):
             self.unpin(t, row)
+            if t.is_long:
+                return False
         for row in tables.rows_where(self.layout.instances, Instance.OWNER, reference):
             self._drop(t, row)
+            if t.is_long:
+                return False
         for row in tables.rows_where(self.layout.instances, Instance.SERVER, reference):
             self._lose_server(t, row)
+            if t.is_long:
+                return False
         for row in tables.rows_where(self.layout.instances, Instance.HOLDER, reference):
+            if t.is_long:
+                return False
             state = words[tables.instance(row) + Instance.STATE]
             if state == Instance.ACTIVE:
                 self.release(t, row)
@@ -204,10 +224,13 @@ class Transitions:
         # What it was unloading, and what has just become so, somebody living has to finish.
         heir = self._heir(reference)
         for row in tables.rows_where(self.layout.instances, Instance.HOLDER, reference):
+            if t.is_long:
+                return False
             if heir:
                 self.hand_unload_over(t, row, heir - 1)
             else:
                 self._drop(t, row)
+        return True
 
     def _heir(self, reference: int) -> int:
         """Return a worker that takes over the duties of the member `reference`: this process, if it stays."""
@@ -975,14 +998,25 @@ class Transitions:
         )
         self._drop(t, row)
 
-    def reset(self, t: Transaction) -> None:
+    def reset(self, t: Transaction, before: tuple[int, int] | None = None) -> tuple[int, int] | None:
         """Empty queue and memory: waiters are told, idle copies unloaded, the rest doomed or given up.
 
         Leases stay: what a program outside takes is not ours to unload.
+
+        Return None when all is done. Else the transaction has become long: another call, in a new one, goes on. It is
+        given what this one has returned as `before`: the ticket number and the generation from which on rows are newer
+        than the reset, and stay.
         """
         words, tables = self.segment.words, self.tables
+        if before is None:
+            before = words[Header.NEXT_TICKET], words[Header.NEXT_GENERATION]
+        newer_ticket, newer_generation = before
         for row in tables.used_rows(self.layout.tickets):
             at = tables.ticket(row)
+            if t.is_long:
+                return before
+            if words[at + Ticket.NUMBER] >= newer_ticket:
+                continue
             state, given = words[at + Ticket.STATE], words[at + Ticket.INSTANCE]
             if state == Ticket.WAITING:
                 self._answer(t, row, Ticket.RESET)
@@ -997,6 +1031,10 @@ class Transitions:
                     self.fail_load(t, given - 1)
         for row in tables.used_rows(self.layout.instances):
             at = tables.instance(row)
+            if t.is_long:
+                return before
+            if words[at + Instance.GENERATION] >= newer_generation:
+                continue
             if words[at + Instance.STATE] == Instance.ACTIVE:
                 # Whoever holds it is told so when it releases: the row will be gone.
                 self.end_isolation(t, row)
@@ -1012,6 +1050,7 @@ class Transitions:
             self._forget_failures(t, row)
         t.add(Header.RESETS, 1)
         t.event(EventKind.RESET)
+        return None
 
     def _change_state(self, t: Transaction, row: int, state: int) -> None:
         at = self.tables.instance(row)

@@ -1,0 +1,89 @@
+"""However much a process leaves behind, taking it back goes on in steps, each of which fits into the undo log."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import os
+from collections.abc import Callable
+
+import pytest
+from processes import Process, Seat, problems, wait_until
+
+from mpmm import Capacities, InvalidArgumentError, ModelManager
+from mpmm.shared_state.layout import STEP_WORDS
+from mpmm.shared_state.snapshot import read_snapshot
+
+NewManager = Callable[..., ModelManager]
+NewProcess = Callable[..., Process]
+# The smallest log in which every single step of these tests fits, and by far not all of them together.
+SHORT = Capacities(undo=2048)
+MANY = 400
+
+
+def hold_many(seat: Seat, count: int) -> None:
+    """Hold so many copies."""
+    for number in range(count):
+        seat.manager.acquire_model(f"model-{number}", lambda number=number: f"handle-{number}")
+
+
+def test_the_undo_log_follows_from_the_tables() -> None:
+    small = Capacities(members=8, models=8, instances=8, tickets=8, pins=8, devices=1)
+    assert 2 * STEP_WORDS < small.undo < Capacities().undo
+    assert Capacities(undo=4096).undo == 4096
+    with pytest.raises(InvalidArgumentError, match="undo"):
+        Capacities(undo=-1)
+
+
+def test_a_lease_that_ends_beside_many_waiters_ends_and_all_are_served(
+    namespace: str, new_manager: NewManager
+) -> None:
+    manager = new_manager(capacities=SHORT, fallback_memory_mb=2000.0, slack_percentage=0.0, default_estimate_mb=1.0)
+    lease = manager.reserve(2000)
+
+    async def one(number: int) -> None:
+        async with manager.model_async(f"model-{number}", lambda: f"handle-{number}"):
+            pass
+
+    async def run() -> None:
+        tasks = [asyncio.create_task(one(number)) for number in range(MANY // 2)]
+        while read_snapshot(namespace).waiting < len(tasks):
+            await asyncio.sleep(0.02)
+        await asyncio.to_thread(lease.release)
+        await asyncio.gather(*tasks)
+
+    asyncio.run(run())
+    assert not lease.is_held
+    assert problems(namespace) == []
+
+
+def test_what_a_killed_process_held_is_taken_back_however_much_it_is(
+    namespace: str, new_manager: NewManager, new_process: NewProcess
+) -> None:
+    settings = {"capacities": SHORT, "fallback_memory_mb": 2000.0, "default_estimate_mb": 1.0}
+    holder = new_process(**settings)
+    holder.call(hold_many, MANY)
+    new_manager(**settings)
+    holder.kill()
+    wait_until(lambda: all(copy.state != "active" for copy in read_snapshot(namespace).instances), "it is reaped", 10)
+    assert all(member.pid == os.getpid() for member in read_snapshot(namespace).members)
+    assert problems(namespace) == []
+
+
+def test_a_reset_of_many_copies_takes_as_many_transactions_as_it_needs(
+    namespace: str, new_manager: NewManager
+) -> None:
+    manager = new_manager(capacities=SHORT, fallback_memory_mb=2000.0, default_estimate_mb=1.0)
+    for number in range(MANY):
+        manager.acquire_model(f"model-{number}", lambda number=number: f"handle-{number}")  # type: ignore[misc]
+    manager.force_reset()
+    assert read_snapshot(namespace).instances == ()
+    assert problems(namespace) == []
+
+
+def test_a_lease_keeps_the_manager_that_nothing_else_refers_to(namespace: str, new_manager: NewManager) -> None:
+    settings = {"namespace": namespace, "memory_source": "booked", "fallback_memory_mb": 1000.0}
+    with ModelManager(**settings).reserve(800) as lease:  # type: ignore[arg-type]
+        gc.collect()
+        assert lease.is_held
+        assert lease._worker.managers == 1
