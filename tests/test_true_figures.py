@@ -1,0 +1,141 @@
+"""Figures that are late, missing, or somebody else's: nothing is evicted needlessly, and nobody stalls behind them."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from typing import Any, cast
+
+import pytest
+from processes import (
+    LoadsServer,
+    MakesServed,
+    Process,
+    Seat,
+    Weights,
+    acquire,
+    copies_of,
+    learn,
+    model_of,
+    problems,
+    wait_until,
+    waiting,
+)
+from simulated_gpu import SimulatedGpus
+
+import mpmm
+from mpmm import ModelManager
+from mpmm.policy.view import Reason
+from mpmm.shared_state.snapshot import read_snapshot
+from mpmm.show.health import findings
+
+NewManager = Callable[..., ModelManager]
+NewProcess = Callable[..., Process]
+NewGpus = Callable[..., SimulatedGpus]
+
+
+def server(gpus: SimulatedGpus, tag: str, mb: float) -> LoadsServer:
+    return LoadsServer(tag, MakesServed(cast(Any, gpus), mb))
+
+
+def use(manager: ModelManager, gpus: SimulatedGpus, tag: str, mb: float) -> None:
+    with manager.model(tag, server(gpus, tag, mb)):
+        pass
+
+
+def evicted(namespace: str) -> int:
+    return read_snapshot(namespace).evictions
+
+
+@pytest.mark.parametrize("source", ["nvml", "nvidia-smi"])
+def test_what_fits_is_not_evicted_however_late_the_figures_are(
+    source: str, namespace: str, new_manager: NewManager, new_gpus: NewGpus
+) -> None:
+    gpus = new_gpus(1000)
+    # The leader's next figure after the first comes when the test is over.
+    manager = new_manager(memory_source=source, poll_interval=60.0)
+    learn(Seat(manager), a=250, b=350, c=300)
+    for tag, mb in {"a": 250.0, "b": 350.0, "c": 300.0}.items():
+        use(manager, gpus, tag, mb)
+    assert evicted(namespace) == 0
+    assert sum(copy.mb for copy in read_snapshot(namespace).instances) == 900
+    assert problems(namespace) == []
+
+
+def test_memory_of_an_unload_is_seen_to_be_back_although_another_load_fills_it(
+    namespace: str, new_manager: NewManager, new_gpus: NewGpus, caplog: pytest.LogCaptureFixture
+) -> None:
+    gpus = new_gpus(1000)
+    manager = new_manager(memory_source="nvidia-smi", poll_interval=0.2, memory_return_seconds=2.0)
+    learn(Seat(manager), a=600, b=700, c=800)
+    with caplog.at_level(logging.WARNING, "mpmm"):
+        for tag, mb in {"a": 600.0, "b": 700.0, "c": 800.0}.items():
+            began = time.monotonic()
+            use(manager, gpus, tag, mb)
+            assert time.monotonic() - began < 30
+    assert read_snapshot(namespace).written_off_mb == 0
+    assert "did not come back" not in caplog.text
+    assert evicted(namespace) == 2
+
+
+def test_a_source_that_hangs_does_not_hold_back_what_an_unload_has_freed(
+    namespace: str, new_manager: NewManager, new_gpus: NewGpus
+) -> None:
+    gpus = new_gpus(1000)
+    manager = new_manager(memory_source="nvidia-smi", poll_interval=0.2, wait_timeout_seconds=30.0)
+    learn(Seat(manager), a=700, b=800)
+    use(manager, gpus, "a", 700)
+    gpus.hang(nvidia_smi_s=60.0)
+    began = time.monotonic()
+    use(manager, gpus, "b", 800)
+    assert time.monotonic() - began < 15, "nobody waits for the program"
+    assert [len(copies_of(namespace, tag)) for tag in "ab"] == [0, 1]
+
+
+def test_a_model_that_fits_beside_the_drivers_memory_only_without_slack_is_loaded_alone(
+    namespace: str, new_manager: NewManager, new_gpus: NewGpus
+) -> None:
+    gpus = new_gpus(1000, reserved_mb=50)
+    manager = new_manager(memory_source="nvml", slack_percentage=0.1, wait_timeout_seconds=30.0)
+    use(manager, gpus, "small", 100)
+    for _ in range(2):
+        for tag in ("a", "b"):
+            # 880 and 50 are more than the 900 that may be filled, and less than the 1000 that there are.
+            use(manager, gpus, tag, 880)
+            assert model_of(namespace, tag).estimate_mb == 880
+    assert copies_of(namespace, "small") == []
+    with pytest.raises(mpmm.ModelTooLargeError):
+        learn(Seat(manager), large=901)
+        use(manager, gpus, "large", 901)
+    assert problems(namespace) == []
+
+
+def test_a_request_that_only_others_could_serve_holds_up_nobody_and_is_served_when_they_go(
+    namespace: str, new_process: NewProcess, new_gpus: NewGpus, caplog: pytest.LogCaptureFixture
+) -> None:
+    gpus = new_gpus(1000)
+    gpus.pretend(1, 400, 0)
+    large, small = (new_process(memory_source="nvml", poll_interval=0.1) for _ in range(2))
+    large.call(learn, large=700, small=200)
+    large.send(acquire, "large", server(gpus, "large", 700))
+    wait_until(lambda: waiting(namespace, "large"), "the large one waits")
+    [ticket] = [ticket for ticket in read_snapshot(namespace).tickets if ticket.tag == "large"]
+    assert ticket.reason == Reason.FOREIGN
+    small.call(acquire, "small", server(gpus, "small", 200))
+    said = [finding.text for finding in findings(read_snapshot(namespace)) if finding.urgent]
+    assert any("nothing that mpmm can unload would serve" in text and "400 MB" in text for text in said), said
+    gpus.pretend(1, 0, 0)
+    large.result()
+    assert problems(namespace) == []
+
+
+def test_objects_that_the_figures_of_a_budget_do_not_hold_stay_booked(namespace: str, new_manager: NewManager) -> None:
+    manager = new_manager(memory_source="host", memory_budget_mb=300.0, poll_interval=0.1, default_estimate_mb=100.0)
+    learn(Seat(manager), **{f"m{number}": 100 for number in range(6)})
+    for number in range(6):
+        with manager.model(f"m{number}", Weights):
+            committed = read_snapshot(namespace).devices[0].committed_mb
+            assert committed <= 300
+    assert evicted(namespace) == 3
+    assert read_snapshot(namespace).devices[0].committed_mb == 300
