@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, cast
 
 import pytest
@@ -13,6 +14,7 @@ from processes import (
     MakesServed,
     Process,
     Seat,
+    Served,
     Weights,
     acquire,
     copies_of,
@@ -35,6 +37,17 @@ NewProcess = Callable[..., Process]
 NewGpus = Callable[..., SimulatedGpus]
 
 
+@dataclass(frozen=True)
+class MakesSlowly(MakesServed):
+    """A constructor that takes its memory at once, and then goes on for so long that figures show it before the end."""
+
+    def __call__(self) -> Served:
+        """Make it."""
+        made = super().__call__()
+        time.sleep(0.6)
+        return made
+
+
 def server(gpus: SimulatedGpus, tag: str, mb: float) -> LoadsServer:
     return LoadsServer(tag, MakesServed(cast(Any, gpus), mb))
 
@@ -53,11 +66,12 @@ def test_what_fits_is_not_evicted_however_late_the_figures_are(
     source: str, namespace: str, new_manager: NewManager, new_gpus: NewGpus
 ) -> None:
     gpus = new_gpus(1000)
-    # The leader's next figure after the first comes when the test is over.
-    manager = new_manager(memory_source=source, poll_interval=60.0)
-    learn(Seat(manager), a=250, b=350, c=300)
-    for tag, mb in {"a": 250.0, "b": 350.0, "c": 300.0}.items():
-        use(manager, gpus, tag, mb)
+    manager = new_manager(memory_source=source, poll_interval=0.2)
+    sizes = {"a": 250.0, "b": 350.0, "c": 300.0}
+    learn(Seat(manager), **sizes)
+    for tag, mb in sizes.items():
+        with manager.model(tag, LoadsServer(tag, MakesSlowly(cast(Any, gpus), mb))):
+            pass
     assert evicted(namespace) == 0
     assert sum(copy.mb for copy in read_snapshot(namespace).instances) == 900
     assert problems(namespace) == []
