@@ -29,6 +29,7 @@ __all__ = [
     "RuntimeDirectoryError",
     "SegmentAllocationError",
     "SegmentCorruptError",
+    "SegmentLostError",
     "ServerStartError",
     "SharedObjectReleasedError",
     "TableFullError",
