@@ -245,8 +245,11 @@ def test_a_shared_memory_that_fills_up_later_troubles_nobody_who_is_in(runtime_r
                 while True:
                     filler.write(bytes(4096))
             # Every page that can be touched: rows of all tables, and the event ring all the way round.
-            for number in range(3000):
+            for number in range(1100):
                 with manager.model(f"model {{number}}", lambda: "a handle"):
+                    pass
+            for _ in range(5000):
+                with manager.model("model 1099", lambda: "a handle"):
                     pass
             try:
                 ModelManager(namespace="other", memory_source="booked")

@@ -18,7 +18,7 @@ NewManager = Callable[..., ModelManager]
 NewProcess = Callable[..., Process]
 # The smallest log in which every single step of these tests fits, and by far not all of them together.
 SHORT = Capacities(undo=2048)
-MANY = 400
+MANY = 120
 
 
 def hold_many(seat: Seat, count: int) -> None:

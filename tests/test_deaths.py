@@ -334,7 +334,8 @@ def test_a_load_past_its_time_limit_is_given_up_and_its_server_killed(
     namespace: str, new_process: NewProcess, new_gate: NewGate
 ) -> None:
     limits = {"fallback_memory_mb": 100, "poll_interval": 0.1}
-    slow, other = new_process(load_timeout_seconds=1.0, **limits), new_process(**limits)
+    # (The first server of a process takes a second to start where processors are scarce.)
+    slow, other = new_process(load_timeout_seconds=3.0, **limits), new_process(**limits)
     began = new_gate()
     slow.send(acquire, "a", LoadsServer("a", MakesServed(began=began, go=new_gate())))
     began.wait()
