@@ -230,7 +230,8 @@ def test_a_load_goes_on_when_its_task_is_cancelled(namespace: str, new_manager: 
 
 
 def test_errors_arrive_as_from_acquire_model(namespace: str, new_manager: NewManager, new_process: NewProcess) -> None:
-    manager = new_manager(fallback_memory_mb=100, wait_timeout_seconds=0.3)
+    # Long enough for the eviction of what is idle, which one of the waits below needs.
+    manager = new_manager(fallback_memory_mb=100, wait_timeout_seconds=3.0)
     manager._estimator.set_initial_estimate("huge", 500)
 
     async def use(tag: str, loader: Callable[[], Any]) -> None:
