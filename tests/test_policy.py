@@ -322,6 +322,7 @@ CASES: Mapping[str, tuple[View, list[object]]] = {
             [model(A, 500), model(B, 100)],
             [ticket(1, A), ticket(2, B)],
             devices=[device(used=300, reserved_mb=400, leased_mb=400)],
+            in_use=1,
         ),
         [Wait(1, Reason.MEMORY)],
     ),
@@ -521,6 +522,7 @@ CASES: Mapping[str, tuple[View, list[object]]] = {
             [model(A, 800), model(B, 100)],
             [replace(ticket(1, A), devices=(0,)), ticket(2, B)],
             devices=[device(0, used=800), device(1)],
+            in_use=1,
         ),
         [Wait(1, Reason.MEMORY), Load(2, (1,), 100, False)],
     ),
@@ -547,7 +549,13 @@ CASES: Mapping[str, tuple[View, list[object]]] = {
         [Evict(1, (8,))],
     ),
     "room that could not be enough is not made": (
-        view([model(A, 800), model(B, shared=1)], [ticket(1, A)], copies=[idle(7, B)], devices=[device(used=400)]),
+        view(
+            [model(A, 800), model(B, shared=1)],
+            [ticket(1, A)],
+            copies=[idle(7, B)],
+            devices=[device(used=400)],
+            in_use=1,
+        ),
         [Wait(1, Reason.MEMORY)],
     ),
     "where it is cheapest": (

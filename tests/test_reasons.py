@@ -51,7 +51,7 @@ TABLE: dict[Reason, tuple[View, Callable[[View], Decision], str]] = {
         "waits to run alone and be measured: copies are in use, for about 0.50 s",
     ),
     Reason.MEMORY: (
-        view([model(A, 800)], [ticket(1, A)], devices=[device(used=400)]),
+        view([model(A, 800)], [ticket(1, A)], devices=[device(used=400)], in_use=1),
         first,
         "waits: needs 800 MB, 500 free, and nothing that may be unloaded makes enough room",
     ),

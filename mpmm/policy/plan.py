@@ -457,7 +457,8 @@ class _Walk:
         """
         free = _most_free_mb(where, self._slack)
         rows = {device.device for device in where}
-        if any(rows.intersection(copy.devices) for copy in self._view.busy):
+        if any(self._busy[row] for row in rows):
+            # In use, being loaded, or let in by this plan.
             return self._block(ticket, Why(Reason.MEMORY, need_mb, free))
         if any(self._pinned_on(row) for row in rows):
             return Wait(ticket.row, Reason.PINNED, Why(Reason.PINNED, need_mb, free))
