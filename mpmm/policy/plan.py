@@ -343,9 +343,18 @@ class _Walk:
         return Load(ticket.row, chosen, need_mb, True, Why(Reason.ALONE, need_mb, free, devices=on))
 
     def _need_mb(self, ticket: TicketView, model: ModelView) -> float:
-        """Return what a load needs. What is only assumed must not make a model impossible."""
-        largest = largest_limit_mb(self._all_where(ticket), self._slack, ticket.span) * ticket.span
-        return model.need_mb if model.known or not largest else min(model.need_mb, largest)
+        """Return what a load needs. What is only assumed must not make a model impossible.
+
+        So it is no more than a device has at best, beside external memory and with nothing of ours there.
+        """
+        if model.known:
+            return model.need_mb
+        where = self._all_where(ticket)
+        best = sorted(
+            min(limit_mb(one, self._slack), one.total_mb - max(0.0, one.external_least_mb)) for one in where
+        )
+        reach = best[-ticket.span] * ticket.span if len(best) >= ticket.span else 0.0
+        return min(model.need_mb, reach) if reach > 0 else model.need_mb
 
     def _load(self, ticket: TicketView, model: ModelView) -> Decision | None:
         slack, span = self._slack, ticket.span
