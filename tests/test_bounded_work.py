@@ -75,6 +75,7 @@ def test_a_reset_of_many_copies_takes_as_many_transactions_as_it_needs(
 ) -> None:
     manager = new_manager(capacities=SHORT, fallback_memory_mb=2000.0, default_estimate_mb=1.0)
     for number in range(MANY):
+        # Mypy has no type for the lambda's default.
         manager.acquire_model(f"model-{number}", lambda number=number: f"handle-{number}")  # type: ignore[misc]
     manager.force_reset()
     assert read_snapshot(namespace).instances == ()
@@ -83,7 +84,7 @@ def test_a_reset_of_many_copies_takes_as_many_transactions_as_it_needs(
 
 def test_a_lease_keeps_the_manager_that_nothing_else_refers_to(namespace: str, new_manager: NewManager) -> None:
     settings = {"namespace": namespace, "memory_source": "booked", "fallback_memory_mb": 1000.0}
-    with ModelManager(**settings).reserve(800) as lease:  # type: ignore[arg-type]
+    with ModelManager(**settings).reserve(800) as lease:  # type: ignore[arg-type]  # values of a dict
         gc.collect()
         assert lease.is_held
         assert lease._worker.managers == 1

@@ -94,7 +94,7 @@ def test_a_fork_while_another_thread_leaves_gives_the_child_no_lock(
 
     def unlink(*arguments: object, **named: object) -> None:
         moment.stay()
-        real(*arguments, **named)  # type: ignore[arg-type]
+        real(*arguments, **named)  # type: ignore[arg-type]  # passed through
 
     monkeypatch.setattr(os, "unlink", unlink)
     with forked_at(moment, manager.shutdown) as child:

@@ -228,9 +228,9 @@ def test_a_stream_of_small_leases_does_not_starve_a_large_one(namespace: str, ne
     holder, other = first, second
     for number in range(50):
         other.send(reserve, 450, f"small-{number}")
-        wait_until(lambda: other.has_result() or waiting(namespace, f"small-{number}"), "it is decided")  # noqa: B023
+        wait_until(lambda: other.has_result() or waiting(namespace, f"small-{number}"), "it is decided")  # noqa: B023  # used at once
         holder.call(give_back)
-        wait_until(lambda: other.has_result() or large.has_result(), "one of them goes on")  # noqa: B023
+        wait_until(lambda: other.has_result() or large.has_result(), "one of them goes on")  # noqa: B023  # used at once
         if large.has_result():
             break
         other.result()

@@ -252,7 +252,7 @@ def test_a_dead_server_is_reaped_when_its_starter_asks_or_is_gone(path: str, new
     for pid in (mine, theirs):
         os.kill(pid, signal.SIGKILL)
         # Mypy has no type for the lambda's default.
-        wait_until(lambda pid=pid: not is_running(pid), DEADLINE_S)  # type: ignore[misc]
+        wait_until(lambda pid=pid: not is_running(pid), DEADLINE_S)  # type: ignore[misc]  # the default has no type
     # Another server comes and goes in between.
     shared(path, "other")
     wait_until(lambda: not psutil.pid_exists(mine), DEADLINE_S, lambda: "acquire() has not reaped the server")
@@ -570,7 +570,7 @@ def handled():
         handled, pid = proxy.value("handled")
         assert handled
         os.kill(pid, signal.SIGTERM)
-        wait_until(lambda pid=pid: not is_running(pid), DEADLINE_S)  # type: ignore[misc]
+        wait_until(lambda pid=pid: not is_running(pid), DEADLINE_S)  # type: ignore[misc]  # the default has no type
 
 
 POPULAR = (

@@ -173,11 +173,11 @@ class Watch:
             original(generator, a, version)
 
         self._seed_of_random = original
-        random.Random.seed = seed  # type: ignore[method-assign, assignment]
+        random.Random.seed = seed  # type: ignore[method-assign, assignment]  # to watch it
         random.seed = hidden.seed
 
     def _unwatch_random(self) -> None:
-        random.Random.seed = self._seed_of_random  # type: ignore[method-assign]
+        random.Random.seed = self._seed_of_random  # type: ignore[method-assign]  # as it was
         random.seed = random._inst.seed
 
     # ---- in a server ---------------------------------------------------------------------------------------
