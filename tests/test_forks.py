@@ -49,11 +49,17 @@ def forked_at(moment: Moment, action: Callable[[], object]) -> Iterator[int]:
     thread = threading.Thread(target=action, name="there")
     thread.start()
     assert moment.reached.wait(DEADLINE_S), "the moment never came"
+    # The fork returns in the parent before the child has run its own side of the fork's hooks.
+    ready, tell = os.pipe()
     child = os.fork()
     if child == 0:
+        os.write(tell, b"!")
         signal.pause()
         os._exit(0)
     try:
+        os.close(tell)
+        with open(ready, "rb") as answer:
+            assert answer.read(1) == b"!", "the child ended in the fork's hooks"
         moment.forked.set()
         thread.join(DEADLINE_S)
         assert not thread.is_alive()
