@@ -64,6 +64,8 @@ from mpmm.shared_state.transaction import Transaction
 
 __all__ = ["Copies", "Scheduler"]
 
+# Less than this is no news for those who wait; the next poll of the leader has them planned for anyway.
+LEAST_ROOM_MB = 1.0
 # So many waiters are looked at in one step.
 QUEUE_PART = 32
 FEW_WAITERS = 16
@@ -123,6 +125,9 @@ _WAITER_FIELDS = (
     *(Ticket.NUMBER, Ticket.PRIORITY, Ticket.MODEL, Ticket.DEADLINE),
     *(Ticket.BLOCKED_AT, Ticket.PRELOAD, Ticket.TIED),
 )
+
+
+_ROOM_FIELDS = [Device.EXTERNAL_MB, Device.EXTERNAL_LEAST_MB, Device.RETURNING_MB]
 
 
 class Scheduler:
@@ -518,6 +523,16 @@ class Scheduler:
             return self._segment.floats[at + Model.ESTIMATE_MB]
         return self._namespace.settings.default_estimate_mb
 
+    def room(self) -> list[float]:
+        """Return the figures, in MB, of which a smaller one means more room: for each device, and of all copies."""
+        devices = self._tables.view(self._layout.devices).view(np.float64)[:, _ROOM_FIELDS]
+        copies = self._tables.view(self._layout.instances).view(np.float64)[:, Instance.MB]
+        return [*devices.ravel().tolist(), float(copies.sum())]
+
+    def shows_more_room(self, before: list[float]) -> bool:
+        """Tell whether there is more room than when `room` said `before`, or its figures cannot be compared."""
+        return not all(now > was - LEAST_ROOM_MB for now, was in zip(self.room(), before, strict=True))
+
     def used_mb(self, device: int, copies: Copies) -> float:
         """Return the memory in use: the last figure, or the books where nothing can be measured."""
         if self._segment.words[Header.SOURCE_BOOKS_ONLY]:
@@ -636,6 +651,7 @@ class Scheduler:
                         raise
                     if not self._make_room_in_table(t, ticket) and ticket == newcomer:
                         raise
+                    self._note_wait(t, ticket, replace(why, reason=Reason.TABLE_FULL), first=False)
             case Evict(ticket, instances, why, passed):
                 at = self._tables.ticket(ticket)
                 unloader, model = self._segment.words[at + Ticket.MEMBER] - 1, self._segment.words[at + Ticket.MODEL]
