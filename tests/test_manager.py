@@ -402,7 +402,7 @@ def test_isolation_can_be_entered_by_hand_for_the_next_load(
 
 
 def test_memory_can_be_reserved_by_hand_for_the_next_load(namespace: str, new_manager: NewManager) -> None:
-    manager = new_manager(fallback_memory_mb=250, lock_timeout_seconds=1.0)
+    manager = new_manager(fallback_memory_mb=250, lock_timeout_seconds=2.5)
     held = manager.acquire_model("held", Loads("held"))
     assert manager.should_spawn_model("a", 1)
     assert (read_snapshot(namespace).loading, read_snapshot(namespace).devices[0].reserved_mb) == (1, 100)
