@@ -473,12 +473,30 @@ def draw():
     assert draws[0] == draws[1] == draws[2]
 
 
+def test_generators_of_numpy_without_a_seed_differ_between_servers_of_one_template(path: str, modules: Any) -> None:
+    code = """
+import numpy.random
+generator = numpy.random.default_rng()
+of_old = numpy.random.RandomState()
+kinds = [numpy.random.Generator(kind()) for kind in (numpy.random.MT19937, numpy.random.Philox, numpy.random.SFC64)]
+def draw():
+    numbers = [generator.random(), generator.spawn(1)[0].random(), of_old.random()]
+    return [float(number) for number in (*numbers, *(kind.random() for kind in kinds))]
+"""
+    draws = [proxy.value("draw") for proxy in servers_of_template(path, modules, modules("mpmm_test_rng", code))]
+    for kind in zip(*draws, strict=True):
+        assert len(set(kind)) == len(kind), draws
+
+
 def test_a_module_with_a_generator_that_cannot_be_seeded_anew_is_not_imported_before_a_fork(
     path: str, modules: Any
 ) -> None:
     code = """
 import numpy.random
-generator = numpy.random.default_rng()
+class Fixed(numpy.random.SeedSequence):
+    def __setstate__(self, state):
+        raise TypeError("read-only")
+generator = numpy.random.default_rng(Fixed())
 def draw():
     return float(generator.random()), float(generator.spawn(1)[0].random())
 """
@@ -614,6 +632,10 @@ def test_a_forked_server_is_like_a_spawned_one_for_popular_modules(
     installed = [name for name in POPULAR if importlib.util.find_spec(name.partition(".")[0]) is not None]
     name = modules("mpmm_test_popular", "\n".join(f"import {module}" for module in installed))
     assert len(installed) >= 4
+    for variable in ("COLUMNS", "LINES"):
+        # GNU readline, which pytest may load, sets them where `os.environ` does not see it.
+        if variable not in os.environ:
+            os.unsetenv(variable)
     monkeypatch.setenv("MPMM_ZYGOTE", "0")
     spawned = shared(path, "spawned", Imports(name))
     monkeypatch.setenv("MPMM_ZYGOTE", "1")
