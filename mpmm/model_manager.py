@@ -85,7 +85,17 @@ from mpmm.shared_state.tables import encode_text
 from mpmm.shared_state.transaction import Transaction
 from mpmm.sources import MemorySource, choose_source
 from mpmm.sources.selected import SelectedDevices
-from mpmm.worker import NOW_S, UNLOAD_LOOK_S, Copy, Free, Growth, LookAgain, Worker
+from mpmm.worker import (
+    NOW_S,
+    UNLOAD_LOOK_S,
+    Copy,
+    Free,
+    Growth,
+    LookAgain,
+    Worker,
+    collect_garbage,
+    unload_made,
+)
 
 __all__ = ["GPUMonitor", "ModelManager", "QueueTicket", "ResourceEstimator"]
 
@@ -1060,7 +1070,7 @@ class ModelManager(BeamNames):
             failure = error
         # Its frames would keep what was loaded so far, and with it the memory.
         traceback.clear_frames(failure.__traceback__)
-        worker.dispose(None)
+        collect_garbage()
         answer: Copy | _Booking | None = None
         with suppress(MpmmError):
             worker.make_room(devices)
@@ -1107,7 +1117,9 @@ class ModelManager(BeamNames):
             attempt.again = ran_out and not attempt.last
             failed = isinstance(error, Exception) and not isinstance(error, _NOT_THE_LOADERS)
             in_time = self._give_up_load(worker, booking, attempt if ran_out else None, failed)
-            worker.dispose(value)
+            unload_made(value)
+            value = None
+            collect_garbage()
             limit = self._settings.load_timeout_seconds
             if not in_time and time.monotonic() - began > limit:
                 raise LoadTimeoutError(

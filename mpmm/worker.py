@@ -42,7 +42,10 @@ from mpmm.shared_state.namespace import Namespace, remove_deserted
 from mpmm.shared_state.transaction import Transaction
 from mpmm.sources import MemorySource, process_knowledge
 
-__all__ = ["NOW_S", "UNLOAD_LOOK_S", "Copy", "Free", "Growth", "LookAgain", "ServerDuty", "Worker"]
+__all__ = [
+    *("NOW_S", "UNLOAD_LOOK_S", "Copy", "Free", "Growth", "LookAgain", "ServerDuty", "Worker"),
+    *("collect_garbage", "unload_made"),
+]
 
 T = TypeVar("T")
 
@@ -295,9 +298,14 @@ class Worker:
         self.keeper.stop()
         if leading:
             self.keep_estimates(at_last=True)
-        for copy in list(self._objects.values()):
+        objects = list(self._objects.values())
+        for copy in objects:
             self._forget_object(copy.row, copy.generation)
-            _unload_object(copy.value)
+            unload_object(copy.value)
+        if objects:
+            del copy
+            objects.clear()
+            collect_garbage()
         # From here on nobody publishes to the board, whose memory is about to go; a sample in progress does not either.
         self.monitor.bind(None)
         self.namespace.leave(self._unload_everything)
@@ -1077,8 +1085,10 @@ class Worker:
         if owned:
             copy = self._forget_object(row, generation)
             if copy is not None:
-                self.dispose(copy.value)
+                unload_object(copy.value)
+                # Before the garbage is collected, which is not what something still refers to.
                 del copy
+                collect_garbage()
         elif handle and is_last and not lost:
             self._unload_handle(handle, server_pid)
         with namespace.transaction() as t:
@@ -1102,18 +1112,6 @@ class Worker:
         limit_s = min(max(self.namespace.settings.memory_return_seconds, SHORTEST_UNLOAD_LIMIT_S), ENDS_WITHIN_S)
         with contextlib.suppress(OSError, EOFError):
             multi_process_shared.unload(handle, timeout_seconds=limit_s, pid=server_pid)
-        _collect()
-
-    @staticmethod
-    def dispose(value: Any) -> None:
-        """Unload what a loader has made; None is nothing."""
-        if isinstance(value, str):
-            with contextlib.suppress(OSError, EOFError):
-                multi_process_shared.unload(value)
-        elif value is not None:
-            _unload_object(value)
-        del value
-        _collect()
 
     def _settle(self) -> None:
         """Let waiters profit from freed memory: a new sample has to show it."""
@@ -1148,7 +1146,17 @@ def _key(value: Any) -> Hashable:
     return value if isinstance(value, str) else id(value)
 
 
-def _unload_object(value: Any) -> None:
+def unload_made(value: Any) -> None:
+    """Unload what a loader has made, a handle or an object; None is nothing."""
+    if isinstance(value, str):
+        with contextlib.suppress(OSError, EOFError):
+            multi_process_shared.unload(value)
+    elif value is not None:
+        unload_object(value)
+
+
+def unload_object(value: Any) -> None:
+    """Have an object let go of what garbage collection does not see."""
     for name in _UNLOAD_METHODS:
         method = getattr(value, name, None)
         if callable(method):
@@ -1160,8 +1168,8 @@ def _unload_object(value: Any) -> None:
             return
 
 
-def _collect() -> None:
-    """Give back the memory of what nothing refers to any more."""
+def collect_garbage() -> None:
+    """Give back the memory of what nothing refers to any more, cycles among it."""
     gc.collect()
     _empty_torch_cache()
 

@@ -963,11 +963,11 @@ def test_a_forgotten_manager_leaves_by_itself_also_when_an_unload_collects_it(
 ) -> None:
     forgotten = ModelManager(memory_source="booked")
     private = forgotten.namespace
-    # In a cycle, so that only the collector finds it: in the thread that unloads, in the middle of leaving.
+    # In a cycle, so that only the collector finds it: that of the unload of an object, in the middle of leaving.
     cycle: list[Any] = [forgotten]
     cycle.append(cycle)
     manager = new_manager()
-    manager.release_model("a", manager.acquire_model("a", Loads()))
+    manager.release_model("a", manager.acquire_model("a", LoadsObject()))
     del forgotten, cycle
     manager.shutdown()
     gc.collect()
