@@ -169,7 +169,7 @@ class _Acquire:
             copy = manager._take_idle(worker, tag, left, self._wish.tied)
             if copy is not None:
                 return copy
-            worker.freshen(left)
+            worker.freshen_to_queue(left)
             row = manager._enqueue(worker, tag, self._encoded, deadline, 0, self._wish)
             worker.unload_beside()
             self._threads.watch(row, deadline, answer)

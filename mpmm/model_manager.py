@@ -543,7 +543,7 @@ class ModelManager(BeamNames):
         wish = self._wish(worker, devices, span)
         began = time.monotonic()
         deadline = began + patience
-        worker.freshen(patience)
+        worker.freshen_to_queue(patience)
         with worker.waiting():
             with self._giving_up_in_time(worker, name):
                 enter = functools.partial(self._enqueue_lease, worker, encoded, float(mb), deadline, wish)
@@ -762,7 +762,7 @@ class ModelManager(BeamNames):
         began = time.monotonic()
         firm, alone = worker.held_by_thread()
         self._run_alone_no_more(worker, [*firm, *alone])
-        worker.freshen(deadline - began)
+        worker.freshen_to_queue(deadline - began)
         with worker.waiting():
             row = self._enqueue(worker, tag, encoded, deadline, preload, wish, nested=bool(firm or alone))
             if firm:

@@ -72,8 +72,10 @@ SAMPLE_TIMEOUT_S = 1.0
 # A waiter whose back-off is over looks after so long whether it is its turn, and then more and more rarely.
 FIRST_LOOK_AGAIN_S = 0.1
 LONGEST_LOOK_AGAIN_S = 30.0
-# A sample of this age is as good as a new one for the next who asks.
+# A sample of this age is as good as a new one for the next who asks; the second for one who stands behind others, as
+# every load and unload of theirs brings a new one.
 FRESH_NS = 20_000_000
+FRESH_BEHIND_OTHERS_NS = 200_000_000
 # Elsewhere a processor may reorder the reads of `Worker.hold_granted`, and Python has no means to forbid it.
 CAN_READ_UNLOCKED = platform.machine() in ("x86_64", "AMD64")
 # Between two transactions of many busy processes there is hardly ever time to read; then the lock has to do.
@@ -410,18 +412,25 @@ class Worker:
         if not self.namespace.segment.words[Header.SOURCE_BOOKS_ONLY]:
             self.monitor.request_refresh()
 
-    def freshen(self, timeout_s: float | None = None) -> None:
+    def freshen_to_queue(self, timeout_s: float) -> None:
+        """Like `freshen`, for one who is about to queue."""
+        waiting = self.namespace.segment.words[Header.WAITING]
+        self.freshen(timeout_s, FRESH_BEHIND_OTHERS_NS if waiting else FRESH_NS)
+
+    def freshen(self, timeout_s: float | None = None, age_ns: int = FRESH_NS) -> None:
         """Make sure that decisions rest on fresh figures, as far as that takes no noticeable time.
 
         Many who ask at the same moment share one sample; but a monitor of the caller's own is always asked. If it does
         not come within `timeout_s`, or `FRESHEN_TIMEOUT_S`, the old figures have to do.
+
+        age_ns: figures of this age are fresh.
         """
-        if self.source.cheap and (self._foreign_monitor is not None or not self._figures_are_fresh()):
+        if self.source.cheap and (self._foreign_monitor is not None or not self._figures_are_fresh(age_ns)):
             self.sample_now(FRESHEN_TIMEOUT_S if timeout_s is None else min(timeout_s, FRESHEN_TIMEOUT_S))
 
-    def _figures_are_fresh(self) -> bool:
+    def _figures_are_fresh(self, age_ns: int = FRESH_NS) -> bool:
         words, tables = self.namespace.segment.words, self.namespace.tables
-        oldest = time.monotonic_ns() - FRESH_NS
+        oldest = time.monotonic_ns() - age_ns
         devices = (tables.device(row) for row in self.board.rows())
         return all(words[at + Device.SAMPLED] >= max(oldest, words[at + Device.CONFIGURED_AT]) for at in devices)
 
