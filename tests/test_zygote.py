@@ -396,6 +396,16 @@ def test_a_prelude_is_done_before_the_first_server_is_forked(
     assert pids_that_imported(modules, name) == templates_of(path)
 
 
+def test_what_a_preludes_own_module_looks_at_costs_no_template(
+    path: str, modules: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = "asked = os.environ.get('PIPELINE_OPTIONS')\ndef prepare():\n    global answer\n    answer += 100"
+    name = modules("mpmm_test_asks_first", code)
+    monkeypatch.setattr(forked_server, "_preludes", [f"{name}:prepare"])
+    assert shared(path, "first", Imports(name)).value("answer") == 142
+    assert len(pids_that_imported(modules, name)) == 1, "another template, or the server, had to import it again"
+
+
 @pytest.mark.parametrize("code", ["raise SystemExit", "os.kill(os.getpid(), 9)"])
 def test_a_prelude_that_fails_leaves_servers_to_themselves(
     path: str, modules: Any, monkeypatch: pytest.MonkeyPatch, code: str

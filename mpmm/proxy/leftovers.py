@@ -51,8 +51,10 @@ class _Environ(os._Environ[str]):
     """`os.environ` that notes which of PER_PROCESS_VARIABLES are looked at."""
 
     def __getitem__(self, key: str) -> str:
-        if isinstance(key, str) and PER_PROCESS_VARIABLES.fullmatch(key) and not HARMLESS_READERS.fullmatch(_reader()):
-            _reads.add(key)
+        if isinstance(key, str) and PER_PROCESS_VARIABLES.fullmatch(key):
+            reader = _reader()
+            if not HARMLESS_READERS.fullmatch(reader):
+                _reads.add((key, reader))
         return super().__getitem__(key)
 
 
@@ -64,7 +66,8 @@ def _reader() -> str:
     return str(frame.f_globals.get("__name__")) if frame is not None else ""
 
 
-_reads: set[str] = set()
+# Variables, each with the module that has looked at it.
+_reads: set[tuple[str, str]] = set()
 
 
 class Watch:
@@ -96,9 +99,12 @@ class Watch:
         self._numpy_drew = False
         self._before = (_descriptors(), _shared_mappings(), _children())
 
-    def reads(self) -> set[str]:
-        """Return which variables that differ from server to server were looked at since `begin`."""
-        return set(_reads)
+    def reads(self, but_by: str = "") -> set[str]:
+        """Return which variables that differ from server to server were looked at since `begin`.
+
+        but_by: a module whose looks do not count.
+        """
+        return {variable for variable, reader in _reads if reader != but_by}
 
     def problem(self) -> str | None:
         """Return what has come about since `begin` and keeps servers from being forked, None if nothing."""
