@@ -402,7 +402,7 @@ def test_what_a_preludes_own_module_looks_at_costs_no_template(
     code = "asked = os.environ.get('PIPELINE_OPTIONS')\ndef prepare():\n    global answer\n    answer += 100"
     name = modules("mpmm_test_asks_first", code)
     monkeypatch.setattr(forked_server, "_preludes", [f"{name}:prepare"])
-    assert shared(path, "first", Imports(name)).value("answer") == 142
+    assert shared(path, "first", Imports(name)).value("answer") == 141
     assert len(pids_that_imported(modules, name)) == 1, "another template, or the server, had to import it again"
 
 
