@@ -56,7 +56,7 @@ async def hold_in_loop(
     manager: ModelManager, tag: str, loader: Callable[[], Any], devices: Sequence[int | str] | None, span: int
 ) -> AsyncIterator[Any]:
     """Hold a copy for the length of an `async with` block; see `ModelManager.model_async`."""
-    refuse_while_importing_main(f"acquire the model {tag!r}", tag)
+    refuse_while_importing_main("acquire the model", tag)
     worker = manager._connected()
     threads = _threads_of(worker)
     instance = await _Acquire(manager, worker, threads, tag, manager._wish(worker, devices, span)).run(loader)

@@ -328,7 +328,7 @@ class ModelManager(BeamNames):
         """
         if not isinstance(tag, str) or not callable(loader_func):
             raise InvalidArgumentError(f"model {tag!r}, loader {loader_func!r}: expected a str and a callable")
-        refuse_while_importing_main(f"acquire the model {tag!r}", tag)
+        refuse_while_importing_main("acquire the model", tag)
         worker = self._connected()
         if self._bookings_made:
             booking = self._take_booking(tag)
@@ -538,7 +538,7 @@ class ModelManager(BeamNames):
             raise InvalidArgumentError(f"lease {name!r} of {mb!r}: expected a number of MB above 0")
         encoded = encode_text(name, Model.TAG_BYTES, "name of a lease")
         patience = self._patience(timeout_seconds)
-        refuse_while_importing_main(f"reserve memory for {name!r}", name)
+        refuse_while_importing_main("reserve memory for", name)
         worker = self._connected()
         wish = self._wish(worker, devices, span)
         began = time.monotonic()
@@ -585,7 +585,7 @@ class ModelManager(BeamNames):
         if not isinstance(tag, str) or not callable(loader_func):
             raise InvalidArgumentError(f"model {tag!r}, loader {loader_func!r}: expected a str and a callable")
         patience = self._patience(timeout_seconds)
-        refuse_while_importing_main(f"preload the model {tag!r}", tag)
+        refuse_while_importing_main("preload the model", tag)
         worker = self._connected()
         wish = self._wish(worker, devices, span)
         for loaded in range(copies):

@@ -183,9 +183,9 @@ class Scheduler:
                     transitions.pass_on(t, ticket, instance, cause, used)
                     t.after.append(self._make_way)
                     return
-        quiet = self._moves_nobody(instance)
+        moves_somebody = words[Header.WAITING] and not self._moves_nobody(instance)
         transitions.release(t, instance, used)
-        if not quiet:
+        if moves_somebody:
             self.advance(t)
 
     def _make_way(self) -> None:
