@@ -34,6 +34,7 @@ from mpmm.placement import Placement, place_for_good, server_setting
 from mpmm.policy.out_of_memory import bound_mb, raised_estimate_mb
 from mpmm.policy.view import Reason
 from mpmm.proxy.context import ServerContext
+from mpmm.proxy.ending import kill_process
 from mpmm.scheduler import Copies, Scheduler
 from mpmm.shared_estimator import SharedResourceEstimator
 from mpmm.shared_state.futex import wake_all
@@ -1099,7 +1100,7 @@ class Worker:
                 del copy
                 collect_garbage()
         elif handle and is_last and not lost:
-            self._unload_handle(handle, server_pid)
+            self._unload_handle(handle, server - 1 if server else None, server_pid)
         with namespace.transaction() as t:
             if self._is_unloading(at, generation):
                 namespace.transitions.end_unload(t, row)
@@ -1113,14 +1114,25 @@ class Worker:
         words = self.namespace.segment.words
         return bool(words[at + Instance.STATE] == Instance.UNLOADING and words[at + Instance.GENERATION] == generation)
 
-    def _unload_handle(self, handle: str, server_pid: int | None) -> None:
+    def _unload_handle(self, handle: str, slot: int | None, server_pid: int | None) -> None:
         """End the server of a handle, for certain; one of another pid than `server_pid` is another copy's by now.
 
         A server that does not leave by itself is killed before another process takes the unload over.
+
+        slot: of the server, if it is a member. Raises ModelServerError when it survives.
         """
         limit_s = min(max(self.namespace.settings.memory_return_seconds, SHORTEST_UNLOAD_LIMIT_S), ENDS_WITHIN_S)
         with contextlib.suppress(OSError, EOFError):
             multi_process_shared.unload(handle, timeout_seconds=limit_s, pid=server_pid)
+        if slot is not None and server_pid is not None:
+            # Its files may be gone, or not be read. Whether it lives, the namespace knows.
+            kill_process(server_pid, lambda: self._serves(slot, server_pid), handle)
+
+    def _serves(self, slot: int, pid: int) -> bool:
+        """Tell whether a model server is a living member in this slot; without the lock."""
+        words, at = self.namespace.segment.words, self.namespace.tables.member(slot)
+        is_it = words[at] == Member.SERVER and words[at + Member.PID] == pid
+        return is_it and self.namespace.member_is_alive(slot)
 
     def _settle(self) -> None:
         """Let waiters profit from freed memory: a new sample has to show it."""
