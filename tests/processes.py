@@ -41,10 +41,17 @@ DEADLINE_S = 20.0
 KEEP = ".keep"
 # The property in which a test reports at how many stores it has killed or interrupted an operation.
 CRASH_POINTS = "crash_points"
+# MPMM_TEST_SCALE=5, say, makes what tests repeat, simulate and draw at random so many times as large.
+SCALE = float(os.environ.get("MPMM_TEST_SCALE", "1"))
 _PAUSE_S = 0.002
 _CONTEXT = multiprocessing.get_context("fork")
 _conversations: weakref.WeakSet[Connection] = weakref.WeakSet()
 _numbers = itertools.count(1)
+
+
+def scaled(count: int) -> int:
+    """Return a test's count times MPMM_TEST_SCALE, at least 1."""
+    return max(1, round(count * SCALE))
 
 
 def wait_until(condition: Callable[[], object], what: str, deadline_s: float = DEADLINE_S) -> float:
