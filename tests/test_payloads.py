@@ -149,8 +149,10 @@ def acquired(spawn: bool = True) -> Any:
 
 
 @pytest.fixture
-def in_room() -> Iterator[None]:
+def in_room(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Deletes the shared object in the end."""
+    # What is sent does not depend on how the server was started, and a single one is there soonest without a zygote.
+    monkeypatch.setenv("MPMM_ZYGOTE", "0")
     yield
     unload(TAG)
     # With the last of these goes the connection, and with that the arena.
@@ -233,9 +235,14 @@ def assert_same(found: Any, expected: Any) -> None:
 # What arrives.
 
 
-@pytest.mark.parametrize("thing", ARRAYS.values(), ids=ARRAYS)
-def test_an_array_arrives_as_from_a_plain_pickle(proxy: Any, thing: Any) -> None:
-    assert_same(proxy.echo(thing), pickle.loads(pickle.dumps(thing, 5)))
+def test_arrays_arrive_as_from_a_plain_pickle(proxy: Any) -> None:
+    wrong = {}
+    for name, array in ARRAYS.items():
+        try:
+            assert_same(proxy.echo(array), pickle.loads(pickle.dumps(array, 5)))
+        except Exception as error:
+            wrong[name] = error
+    assert wrong == {}
 
 
 def test_nested_structures_arrive_equal(proxy: Any) -> None:
@@ -264,12 +271,12 @@ def test_more_buffers_than_a_frame_has_room_for_arrive_in_order(pair: tuple[Chan
     assert [bytes(buffer) for buffer in found] == [bytes(buffer) for buffer in buffers]
 
 
-@pytest.mark.parametrize("size", [10, 5 * LARGE_BYTES])
-@pytest.mark.parametrize("kind", [bytes, bytearray])
-def test_bytes_in_a_pickle_buffer_arrive_equal(proxy: Any, size: int, kind: type) -> None:
-    data = kind(os.urandom(size))
-    found = proxy.echo(pickle.PickleBuffer(data))
-    assert (type(found), found) == (kind, data)
+def test_bytes_in_a_pickle_buffer_arrive_equal(proxy: Any) -> None:
+    for size in (10, 5 * LARGE_BYTES):
+        for kind in (bytes, bytearray):
+            data = kind(os.urandom(size))
+            found = proxy.echo(pickle.PickleBuffer(data))
+            assert (type(found), found) == (kind, data)
 
 
 def test_a_class_that_gives_its_data_as_a_buffer_gets_one_back(proxy: Any) -> None:
@@ -277,10 +284,11 @@ def test_a_class_that_gives_its_data_as_a_buffer_gets_one_back(proxy: Any) -> No
         assert proxy.echo(HasBuffer(number_array("d", range(count)))).numbers == number_array("d", range(count))
 
 
-@pytest.mark.parametrize("kind", [bytes, bytearray, bytes.hex])
-def test_long_bytes_and_texts_arrive_equal(proxy: Any, kind: Callable[[bytes], Any]) -> None:
-    data = kind(os.urandom(ARENA_BYTES + 3))
-    assert proxy.echo(data) == data
+def test_long_bytes_and_texts_arrive_equal(proxy: Any) -> None:
+    kinds: tuple[Callable[[bytes], Any], ...] = (bytes, bytearray, bytes.hex)
+    for kind in kinds:
+        data = kind(os.urandom(ARENA_BYTES + 3))
+        assert proxy.echo(data) == data
 
 
 def test_exceptions_arrive_with_the_arrays_that_they_carry(proxy: Any) -> None:
@@ -734,7 +742,7 @@ def test_a_call_that_is_interrupted_in_the_middle_of_a_payload_is_not_answered_l
 def test_descriptors_do_not_leak_over_calls_and_connections(spawned: Any) -> None:
     spawned.echo(NUMBERS)
     before = (psutil.Process().num_fds(), spawned.descriptors(), arenas(), spawned.arenas())
-    for _ in range(1000):
+    for _ in range(300):
         spawned.echo(NUMBERS[:40])
     for _ in range(20):
         in_thread(lambda: assert_same(spawned.echo(NUMBERS), NUMBERS))
