@@ -91,7 +91,9 @@ MANAGER_AT_MODULE_LEVEL = """
 
         def has_child(self):
             import multiprocessing, time
-            multiprocessing.get_context("spawn").Process(target=time.sleep, args=(600,), daemon=True).start()
+            child = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(600,), daemon=True)
+            child.start()
+            return child.pid
 
         def joins(self):
             with manager.model("part", lambda: "a handle") as part:
@@ -155,14 +157,17 @@ def test_a_child_that_imports_the_program_does_not_keep_its_server_alive(
         MANAGER_AT_MODULE_LEVEL
         + """
     from mpmm.shared_state.snapshot import read_snapshot
-    import time
+    import os, pathlib, time
+
+    pathlib.Path(f"{__file__}.{os.getpid()}").touch()
 
     if __name__ == "__main__":
         with manager.model("detector", load) as handle:
             proxy = MultiProcessShared(Detector, tag=handle, always_proxy=True).acquire()
-            proxy.has_child()
-            # Until the child has imported the program.
-            time.sleep(3.0)
+            imported = pathlib.Path(f"{__file__}.{proxy.has_child()}")
+            while not imported.exists():
+                time.sleep(0.02)
+            time.sleep(0.3)
             print(sorted(member.kind for member in read_snapshot("test").members))
     """
     )

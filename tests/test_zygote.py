@@ -22,6 +22,7 @@ import psutil
 import pytest
 import test_multi_process_shared as shared_tests
 from counters import Counter, Importing, Imports, Surroundings, die_in_constructor, fail_to_construct
+from processes import SCALE
 from test_multi_process_shared import DEADLINE_S, LAST_CLIENT_S, Worker, acquire, is_running, wait_until
 
 from mpmm.errors import ServerStartError
@@ -383,7 +384,7 @@ def draw():
 def test_a_module_that_leaves_what_servers_cannot_share_is_not_imported_before_a_fork(
     path: str, modules: Any, code: str
 ) -> None:
-    servers = servers_without_template(path, modules, modules("mpmm_test_leaves", code))
+    servers = servers_without_template(path, modules, modules("mpmm_test_leaves", code), 1)
     children = [child.pid for proxy in servers for child in psutil.Process(proxy.pid()).children()]
     for pid in children:
         os.kill(pid, signal.SIGKILL)
@@ -476,8 +477,6 @@ POPULAR = (
     "pymongo",
     "requests",
     "rich.console",
-    "scipy.stats",
-    "sklearn.linear_model",
     "starlette.applications",
     "torch",
     "transformers",
@@ -486,13 +485,16 @@ POPULAR = (
     "yaml",
     "zstandard",
 )
+# Each takes seconds of every server.
+LARGE = ("scipy.stats", "sklearn.linear_model")
 
 
 def test_a_forked_server_is_like_a_spawned_one_for_popular_modules(
     path: str, modules: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All in one module, as a program imports them; what cannot be imported before a fork is found out above."""
-    installed = [name for name in POPULAR if importlib.util.find_spec(name.partition(".")[0]) is not None]
+    names = (*POPULAR, *(LARGE if SCALE > 1 else ()))
+    installed = [name for name in names if importlib.util.find_spec(name.partition(".")[0]) is not None]
     name = modules("mpmm_test_popular", "\n".join(f"import {module}" for module in installed))
     assert len(installed) >= 4
     monkeypatch.setenv("MPMM_ZYGOTE", "0")
