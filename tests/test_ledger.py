@@ -369,7 +369,7 @@ class DeviceAndBooks(RuleBasedStateMachine):
 @pytest.mark.parametrize("measures_processes", [False, True], ids=["whole device", "processes"])
 def test_random_work_agrees_with_a_device_whose_truth_is_known(measures_processes: bool) -> None:
     steps = int(os.environ.get("MPMM_TEST_STEPS", "50"))
-    examples = int(os.environ.get("MPMM_TEST_EXAMPLES", "40"))
+    examples = int(os.environ.get("MPMM_TEST_EXAMPLES", "30"))
 
     class Machine(DeviceAndBooks):
         pass
