@@ -7,7 +7,6 @@ import gc
 import json
 import os
 import shutil
-import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
@@ -25,10 +24,6 @@ from mpmm.model_manager import ModelManager
 from mpmm.proxy.room import leave_all_rooms, room_for
 from mpmm.shared_state.runtime_dir import RUNTIME_DIR_VARIABLE
 
-# The tests start some thousand interpreters. Where none may write bytecode, as containers often have it, each of them
-# would compile what it imports anew, which takes a second of processor time.
-os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
-sys.dont_write_bytecode = False
 # Model servers notice within two seconds that nobody is left.
 LEAVE_TIMEOUT_S = 10.0
 # Helpers of the interpreter that tests start on purpose; they end with the test process.
