@@ -40,6 +40,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from mpmm.arguments import checked_number, checked_path
 from mpmm.errors import InvalidArgumentError, MpmmError
 from mpmm.shared_state.runtime_dir import ROOM_NAME, SERVERS_LOG, RuntimeDirectory, default_root
 from mpmm.shared_state.snapshot import EventChoice, Snapshot, as_json, find_namespaces, read_snapshot
@@ -67,12 +68,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if unknown:
         hint = "; a program and its arguments stand behind `--`" if options.command == "run" else ""
         parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
-    root = Path(options.runtime_root) if options.runtime_root else None
     if bool(program) != (options.command == "run"):
         parser.error("a program and its arguments stand behind `--`, and belong to `run` alone")
-    if options.command == "run":
-        return _run(options, program, root)
     try:
+        root = None
+        if options.runtime_root is not None:
+            root = checked_path("--runtime-root", options.runtime_root, "a folder")
+        if options.command == "run":
+            return _run(options, program, root)
         status = _COMMANDS[options.command](options, root)
         sys.stdout.flush()
         return status
@@ -140,13 +143,19 @@ def _only_namespace(root: Path | None) -> str:
     return names[0]
 
 
+def _namespace(options: argparse.Namespace, root: Path | None) -> str:
+    """Return the namespace that is asked for, else the only one there is."""
+    return _only_namespace(root) if options.namespace is None else options.namespace
+
+
 def _list(options: argparse.Namespace, root: Path | None) -> int:
     print("\n".join(find_namespaces(root)) or "no namespaces")
     return 0
 
 
 def _inspect(options: argparse.Namespace, root: Path | None) -> int:
-    names = [options.namespace] if options.namespace else find_namespaces(root)
+    max_wait_s = checked_number("--max-wait", options.max_wait, 0.0, math.inf, "seconds")
+    names = find_namespaces(root) if options.namespace is None else [options.namespace]
     if len(names) != 1 and (options.json or not names):
         names = [_only_namespace(root)]
     choice = EventChoice() if options.json else EventChoice(newest_of_each=EVENTS_OF_EACH)
@@ -161,7 +170,7 @@ def _inspect(options: argparse.Namespace, root: Path | None) -> int:
         log = RuntimeDirectory(ROOM_NAME, root).file(SERVERS_LOG)
         if log.exists():
             print(f"\noutput of model servers whose starters have ended: {log}")
-    return EXIT_PROBLEM if max(map(longest_wait_s, snapshots)) > options.max_wait else 0
+    return EXIT_PROBLEM if max(map(longest_wait_s, snapshots)) > max_wait_s else 0
 
 
 def _json(snapshot: Snapshot) -> str:
@@ -184,9 +193,11 @@ def _run(options: argparse.Namespace, program: Sequence[str], root: Path | None)
 
     # The standard streams are the program's. That our defaults are not the namespace's settings is nothing to report.
     logging.getLogger("mpmm").setLevel(logging.ERROR)
-    name = options.name or Path(program[0]).name
+    name = Path(program[0]).name if options.name is None else options.name
     try:
-        namespace = options.namespace or (_only_namespace(root) if find_namespaces(root) else DEFAULT_NAMESPACE)
+        namespace = options.namespace
+        if namespace is None:
+            namespace = _only_namespace(root) if find_namespaces(root) else DEFAULT_NAMESPACE
         return run_on_lease(program, options.mb, name=name, namespace=namespace, root=root, wait_seconds=options.wait)
     except (FileNotFoundError, MpmmError) as error:
         print(f"mpmm: {error}", file=sys.stderr)
@@ -198,15 +209,14 @@ def _top(options: argparse.Namespace, root: Path | None) -> int:
         from mpmm.show.top import run
     except ImportError:
         return _missing("cli", "rich")
-    if not 0.05 <= options.interval <= 3600:
-        raise InvalidArgumentError(f"--interval {options.interval:g}: expected seconds from 0.05 to 3600")
-    return run(options.namespace or _only_namespace(root), root, options.interval)
+    interval_s = checked_number("--interval", options.interval, 0.05, 3600.0, "seconds")
+    return run(_namespace(options, root), root, interval_s)
 
 
 def _trace(options: argparse.Namespace, root: Path | None) -> int:
     from mpmm.show.record import record
 
-    namespace = options.namespace or _only_namespace(root)
+    namespace = _namespace(options, root)
     return record(namespace, root, options.output, follow=options.follow)
 
 
@@ -214,10 +224,7 @@ def _plot(options: argparse.Namespace, root: Path | None) -> int:
     from mpmm.show.plot import draw, read_trace
     from mpmm.show.record import recent_trace
 
-    if options.trace is None:
-        events = recent_trace(options.namespace or _only_namespace(root), root)
-    else:
-        events = read_trace(options.trace)
+    events = recent_trace(_namespace(options, root), root) if options.trace is None else read_trace(options.trace)
     try:
         draw(events, options.output)
     except ImportError:
@@ -253,7 +260,7 @@ def _missing(extra: str, library: str) -> int:
 def _check(options: argparse.Namespace, root: Path | None) -> int:
     from mpmm.shared_state.invariants import check_invariants
 
-    snapshot = read_snapshot(options.namespace or _only_namespace(root), root, events=False)
+    snapshot = read_snapshot(_namespace(options, root), root, events=False)
     problems = check_invariants(snapshot)
     for problem in problems:
         print(problem)

@@ -38,9 +38,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, TypeVar, cast
 
+from mpmm.arguments import checked_devices, checked_number, checked_path, checked_timeout, checked_whole, in_brief
 from mpmm.beam_metrics import report_estimate, report_model_count
 from mpmm.beam_views import BeamNames
-from mpmm.board import ForeignMonitor, MonitorLike
+from mpmm.board import MONITOR_METHODS, ForeignMonitor, MonitorLike
 from mpmm.errors import (
     AcquireTimeoutError,
     ClosedError,
@@ -79,7 +80,7 @@ from mpmm.shared_state.layout import (
     device_rows,
 )
 from mpmm.shared_state.namespace import Namespace, run_at_exit
-from mpmm.shared_state.runtime_dir import default_root
+from mpmm.shared_state.runtime_dir import RuntimeDirectory
 from mpmm.shared_state.settings import Settings
 from mpmm.shared_state.tables import encode_text
 from mpmm.shared_state.transaction import Transaction
@@ -215,7 +216,7 @@ class ModelManager(BeamNames):
         lock_timeout_seconds: after so long a transaction gives up the lock; it is held for microseconds.
         verbose_logging: log the estimator's steps.
         namespace: None for a private one, which forked children and pickled copies share; else the name of
-            the one that all processes of this user on this host share.
+            the one that all processes of this user on this host share; an empty one is an error.
         memory_source: `auto`, `nvml`, `nvidia-smi`, `amdsmi`, `host`, `booked`, or a `MemorySource`.
         memory_budget_mb: total for the `host` source.
         fallback_memory_mb: total where nothing can be measured.
@@ -259,17 +260,32 @@ class ModelManager(BeamNames):
             idle_ttl_seconds=math.inf if idle_ttl_seconds is None else idle_ttl_seconds,
         )
         self._verbose_logging = verbose_logging
+        if monitor is not None and (
+            isinstance(monitor, type) or not all(callable(getattr(monitor, name, None)) for name in MONITOR_METHODS)
+        ):
+            raise InvalidArgumentError(
+                f"monitor={in_brief(monitor)}: expected an object with methods {', '.join(MONITOR_METHODS)}"
+            )
+        if not isinstance(memory_source, str | MemorySource):
+            raise InvalidArgumentError(f"memory_source={in_brief(memory_source)}: expected a name or a MemorySource")
+        if not isinstance(capacities, Capacities | None):
+            raise InvalidArgumentError(f"capacities={in_brief(capacities)}: expected mpmm.Capacities, or None")
         self._given_monitor = monitor
         self._memory_source = memory_source
-        self._devices = tuple(devices) if devices is not None else None
-        self._estimates_path = os.fspath(estimates_path) if estimates_path is not None else None
+        self._devices = checked_devices(devices)
+        self._estimates_path: str | None = None
+        if estimates_path is not None:
+            self._estimates_path = str(checked_path("estimates_path", estimates_path, "a file"))
         self._capacities = capacities
+        root = None if runtime_root is None else checked_path("runtime_root", runtime_root, "a folder")
         given = attach_namespace.get()
         if namespace is None and given is not None:
             self._name, self._root = given
         else:
-            self._name = namespace or f"private-{os.getpid()}-{secrets.token_hex(4)}"
-            self._root = default_root() if runtime_root is None else Path(os.path.abspath(runtime_root))
+            name = f"private-{os.getpid()}-{secrets.token_hex(4)}" if namespace is None else namespace
+            # It checks the name, which is all that is wanted of it here.
+            where = RuntimeDirectory(name, root)
+            self._name, self._root = where.name, where.root
         self._bookings = threading.local()
         self._bookings_made = False
         self._worker_if_connected: Worker | None = None
@@ -289,6 +305,8 @@ class ModelManager(BeamNames):
 
         Without a tag, a dict of such lists for all tags.
         """
+        if tag is not None:
+            _encoded_tag(tag)
         worker = self._connected()
         tables, layout = worker.namespace.tables, worker.namespace.segment.layout
         words = worker.namespace.segment.words
@@ -324,7 +342,8 @@ class ModelManager(BeamNames):
             booking = self._take_booking(tag)
             if booking is not None:
                 return self._load_somehow(worker, tag, booking, loader_func)
-        wish = _ANYWHERE if devices is None and span == 1 else self._wish(worker, devices, span)
+        plain = devices is None and span.__class__ is int and span == 1
+        wish = _ANYWHERE if plain else self._wish(worker, devices, span)
         with self._giving_up_in_time(worker, tag):
             answer = self._get(worker, tag, wish)
         if isinstance(answer, _Booking):
@@ -481,9 +500,16 @@ class ModelManager(BeamNames):
         Raises InvalidArgumentError, at once, when the function has no such parameter.
         """
 
+        _encoded_tag(tag)
+        if not callable(loader_func):
+            raise InvalidArgumentError(f"model {tag!r}, loader {in_brief(loader_func)}: expected a callable")
+
         def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
-            signature = inspect.signature(function)
-            if argument not in signature.parameters:
+            try:
+                signature = inspect.signature(function)
+            except (TypeError, ValueError) as error:
+                raise InvalidArgumentError(f"{in_brief(function)} cannot get {tag!r}: {error}") from error
+            if not isinstance(argument, str) or argument not in signature.parameters:
                 raise InvalidArgumentError(f"{function!r} has no parameter {argument!r}, through which to get {tag!r}")
 
             @functools.wraps(function)
@@ -524,9 +550,8 @@ class ModelManager(BeamNames):
         Raises LeaseTooLargeError when no device is large enough, AcquireTimeoutError, NamespaceResetError,
         TableFullError, InvalidArgumentError, ClosedError, LockTimeoutError.
         """
-        if not isinstance(mb, int | float) or isinstance(mb, bool) or not 0 < mb < math.inf:
-            raise InvalidArgumentError(f"lease {name!r} of {mb!r}: expected a number of MB above 0")
         encoded = encode_text(name, Model.TAG_BYTES, "name of a lease")
+        mb = checked_number(f"lease {name!r}: mb", mb, 0.0, math.inf, "a number of MB", above=True, finite=True)
         patience = self._patience(timeout_seconds)
         refuse_while_importing_main(f"reserve memory for {name!r}", name)
         worker = self._connected()
@@ -536,11 +561,11 @@ class ModelManager(BeamNames):
         worker.freshen(patience)
         with worker.waiting():
             with self._giving_up_in_time(worker, name):
-                enter = functools.partial(self._enqueue_lease, worker, encoded, float(mb), deadline, wish)
+                enter = functools.partial(self._enqueue_lease, worker, encoded, mb, deadline, wish)
                 row = self._making_room(worker, name, deadline, enter)
             while self._await_answer(worker, row, deadline) is not None:
                 with self._giving_up_in_time(worker, name), suppress(AnswerUndone):
-                    return self._take_lease(worker, name, float(mb), row, deadline, wish)
+                    return self._take_lease(worker, name, mb, row, deadline, wish)
             reason = self._leave_queue(worker, row, timed_out=True)
             waited = time.monotonic() - began
             raise AcquireTimeoutError(
@@ -570,10 +595,10 @@ class ModelManager(BeamNames):
 
         Raises what `acquire_model` does; ModelTooLargeError also when so many copies never fit at once.
         """
-        if not isinstance(copies, int) or isinstance(copies, bool) or not 1 <= copies <= Capacities().instances:
-            raise InvalidArgumentError(f"preload of {tag!r}: {copies!r} copies; expected a count from 1")
         if not isinstance(tag, str) or not callable(loader_func):
             raise InvalidArgumentError(f"model {tag!r}, loader {loader_func!r}: expected a str and a callable")
+        _encoded_tag(tag)
+        copies = checked_whole(f"preload of {tag!r}: copies", copies, 1, Capacities().instances, "a count")
         patience = self._patience(timeout_seconds)
         refuse_while_importing_main(f"preload the model {tag!r}", tag)
         worker = self._connected()
@@ -599,7 +624,7 @@ class ModelManager(BeamNames):
 
         Raises TableFullError, InvalidArgumentError, ClosedError, LockTimeoutError.
         """
-        encoded = encode_text(tag, Model.TAG_BYTES, "model tag")
+        encoded = _encoded_tag(tag)
         worker = self._connected()
         namespace = worker.namespace
 
@@ -621,6 +646,7 @@ class ModelManager(BeamNames):
 
         Raises NotAcquiredError when it has none, ClosedError, LockTimeoutError.
         """
+        _encoded_tag(tag)
         worker = self._connected()
         namespace = worker.namespace
         with namespace.transaction() as t:
@@ -691,23 +717,17 @@ class ModelManager(BeamNames):
         """Return how many seconds to wait. Raises InvalidArgumentError."""
         if timeout_seconds is None:
             return self._settings.wait_timeout_seconds
-        if not isinstance(timeout_seconds, int | float) or not timeout_seconds >= 0:
-            raise InvalidArgumentError(f"timeout_seconds={timeout_seconds!r}: expected seconds from 0, or None")
-        return timeout_seconds
+        return checked_timeout("timeout_seconds", timeout_seconds)
 
     @staticmethod
     def _wish(worker: Worker, devices: Sequence[int | str] | None, span: int) -> Wish:
         """Return what is asked for in terms of device rows. Raises InvalidArgumentError."""
-        if devices is None and span == 1:
-            return _ANYWHERE
-        if isinstance(devices, str) or not (devices is None or len(devices)):
-            raise InvalidArgumentError(f"devices={devices!r}: expected a sequence of indices or uuids, or None")
-        tied = 0 if devices is None else worker.board.bits_of(devices)
+        chosen = checked_devices(devices)
+        tied = 0 if chosen is None else worker.board.bits_of(chosen)
         there = tied.bit_count() or len(worker.board.rows())
-        if not isinstance(span, int) or isinstance(span, bool) or not 1 <= span <= min(there, MOST_SPANNED):
-            raise InvalidArgumentError(
-                f"span={span!r}: expected a number of devices from 1 to {min(there, MOST_SPANNED)}"
-            )
+        span = checked_whole("span", span, 1, min(there, MOST_SPANNED), "a number of devices")
+        if chosen is None and span == 1:
+            return _ANYWHERE
         return Wish(tied or worker.board.visible_bits(), tied, span)
 
     # ---- the way of an acquire -----------------------------------------------------------------------------
@@ -1253,6 +1273,7 @@ class ModelManager(BeamNames):
     # ---- bookings made by hand -----------------------------------------------------------------------------
 
     def _book(self, tag: str, ticket_num: int, alone: bool) -> bool:
+        _encoded_tag(tag)
         worker = self._connected()
         self.logging_info("Booking for %s, ticket %s", tag, ticket_num)
         try:
@@ -1349,6 +1370,11 @@ class ModelManager(BeamNames):
             theirs = getattr(chosen, name)
             if value != theirs and name != "wait_timeout_seconds":
                 _LOG.warning("mpmm %s: %s stays %g, as its creator chose; not %g", self._name, name, theirs, value)
+
+
+def _encoded_tag(tag: str) -> bytes:
+    """Return a model's tag as the tables hold it. Raises InvalidArgumentError."""
+    return encode_text(tag, Model.TAG_BYTES, "model tag")
 
 
 def _is_left_behind(worker: Worker) -> bool:
