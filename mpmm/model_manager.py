@@ -91,6 +91,7 @@ from mpmm.worker import NOW_S, UNLOAD_LOOK_S, Copy, Free, Growth, LookAgain, Wor
 __all__ = ["GPUMonitor", "ModelManager", "QueueTicket", "ResourceEstimator"]
 
 T = TypeVar("T")
+Method = TypeVar("Method", bound=Callable[..., Any])
 
 _LOG = logging.getLogger("mpmm")
 _workers: dict[tuple[Path, str], Worker] = {}
@@ -99,6 +100,24 @@ _workers_guard = threading.RLock()
 PRELOAD_PRIORITY = 2
 # Threads that shut forgotten managers down; the last few, for the end of the process has to wait for them.
 _shutting_down: deque[threading.Thread] = deque(maxlen=64)
+
+
+def _closed_by_shutdown(method: Method) -> Method:
+    """Have a method raise ClosedError when another thread shuts the manager down under it.
+
+    It reads the segment without the lock, too, and finds it unmapped then. For what is called rarely: the detour costs
+    0.1 µs, see `_expect_mapped`.
+    """
+
+    @functools.wraps(method)
+    def call(self: ModelManager, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return method(self, *args, **kwargs)
+        except ValueError as error:
+            self._expect_mapped(error)
+            raise
+
+    return cast(Method, call)
 
 
 class QueueTicket:
@@ -154,6 +173,8 @@ class _Attempt:
 
 
 _ANYWHERE = Wish()
+# What Python says of a memoryview that was released.
+UNMAPPED = "released memoryview"
 # What ends a load without being a failure of its loader.
 _NOT_THE_LOADERS = (ClosedError, LockTimeoutError, NamespaceResetError)
 
@@ -300,6 +321,7 @@ class ModelManager(BeamNames):
         if self._verbose_logging:
             _LOG.info(message, *args)
 
+    @_closed_by_shutdown
     def all_models(self, tag: str | None = None) -> Any:
         """Return the loaded copies of a tag as a list: handles, this process's objects, None for others' objects.
 
@@ -344,8 +366,12 @@ class ModelManager(BeamNames):
                 return self._load_somehow(worker, tag, booking, loader_func)
         plain = devices is None and span.__class__ is int and span == 1
         wish = _ANYWHERE if plain else self._wish(worker, devices, span)
-        with self._giving_up_in_time(worker, tag):
-            answer = self._get(worker, tag, wish)
+        try:
+            with self._giving_up_in_time(worker, tag):
+                answer = self._get(worker, tag, wish)
+        except ValueError as error:
+            self._expect_mapped(error)
+            raise
         if isinstance(answer, _Booking):
             return self._load_somehow(worker, tag, answer, loader_func, wish=wish)
         return answer.value
@@ -373,6 +399,9 @@ class ModelManager(BeamNames):
         try:
             self._give_back(worker, tag, copy, patience_s=patience_s)
         except ClosedError:
+            raise
+        except ValueError as error:
+            self._expect_mapped(error)
             raise
         except TimeoutError:
             # The lock was not to be had: nothing has changed, and the caller may try again.
@@ -414,6 +443,7 @@ class ModelManager(BeamNames):
         elif self._given_monitor is not None:
             ForeignMonitor(self._given_monitor).stop()
 
+    @_closed_by_shutdown
     def force_reset(self) -> None:
         """Unload everything of every process of the namespace, and send all waiters away. Estimates stay.
 
@@ -529,6 +559,7 @@ class ModelManager(BeamNames):
 
         return decorate
 
+    @_closed_by_shutdown
     def reserve(
         self,
         mb: float,
@@ -544,7 +575,8 @@ class ModelManager(BeamNames):
         used until it is given back, by `release` or the end of a `with` block, or until this process ends.
 
         mb: all that is going to be used. name: for people; several leases may have the same one.
-        timeout_seconds: None stands for `wait_timeout_seconds`; `math.inf` waits for as long as it takes.
+        timeout_seconds: None stands for `wait_timeout_seconds`; `math.inf` waits for as long as it takes, 0 takes what is
+            free now.
         devices, span: as for `acquire_model`; of several devices each gives an equal share.
 
         Raises LeaseTooLargeError when no device is large enough, AcquireTimeoutError, NamespaceResetError,
@@ -575,6 +607,7 @@ class ModelManager(BeamNames):
                 waited_seconds=waited,
             )
 
+    @_closed_by_shutdown
     def preload(
         self,
         tag: str,
@@ -615,6 +648,7 @@ class ModelManager(BeamNames):
             self._give_back(worker, tag, copy, used=False)
         return copies
 
+    @_closed_by_shutdown
     def pin(self, tag: str) -> None:
         """Keep the idle copies of a model, those there are and those to come, from eviction and `idle_ttl_seconds`.
 
@@ -641,6 +675,7 @@ class ModelManager(BeamNames):
                 return
         self._making_room(worker, tag, time.monotonic() + self._settings.wait_timeout_seconds, pin)
 
+    @_closed_by_shutdown
     def unpin(self, tag: str) -> None:
         """End this process's pin on a model.
 
@@ -662,6 +697,7 @@ class ModelManager(BeamNames):
         """Name of the namespace."""
         return self._name
 
+    @_closed_by_shutdown
     def tickets(self) -> list[QueueTicket]:
         """Return everybody who waits now, first one first."""
         worker = self._connected()
@@ -690,10 +726,23 @@ class ModelManager(BeamNames):
         worker = getattr(self, "_worker_if_connected", None)
         if worker is None or worker.closing or not worker.namespace.is_usable or sys.is_finalizing():
             return
-        thread = threading.Thread(target=self.shutdown, name="mpmm-shutdown")
+        thread = threading.Thread(target=self._forgotten, name="mpmm-shutdown")
         with suppress(RuntimeError):
             thread.start()
             _shutting_down.append(thread)
+
+    def _forgotten(self) -> None:
+        """Shut down, unless this process holds copies: those are in use still, and go with the process.
+
+        Another manager of the namespace can give them back; when that one shuts down, this process leaves.
+        """
+        worker = self._worker_if_connected
+        with _workers_guard:
+            if worker is not None and worker.managers == 1 and worker.holds_copies:
+                worker.managers -= 1
+                self._closed = True
+                return
+        self.shutdown()
 
     def __reduce__(self) -> tuple[Any, ...]:
         values = {field.name: getattr(self._settings, field.name) for field in fields(Settings)}
@@ -730,6 +779,18 @@ class ModelManager(BeamNames):
             return _ANYWHERE
         return Wish(tied or worker.board.visible_bits(), tied, span)
 
+    def _expect_mapped(self, error: ValueError) -> None:
+        """Raise ClosedError if this is what Python says of a segment that another thread has unmapped."""
+        worker = self._worker_if_connected
+        if UNMAPPED in str(error) and (worker is None or worker.closing or not worker.namespace.is_usable):
+            raise ClosedError("the model manager was shut down by another thread") from None
+
+    def _taken_away(self, worker: Worker, what: str, tag: str) -> MpmmError:
+        """Return the error for what a reset has taken away, by others or by the last manager that shuts down."""
+        if worker.closing:
+            return ClosedError(f"the model manager was shut down, which {what}")
+        return NamespaceResetError(f"a reset of namespace {self._name!r} {what}", tag=tag)
+
     # ---- the way of an acquire -----------------------------------------------------------------------------
 
     def _get(self, worker: Worker, tag: str, wish: Wish) -> Copy | _Booking:
@@ -739,6 +800,7 @@ class ModelManager(BeamNames):
         """
         left = self._settings.wait_timeout_seconds
         deadline = time.monotonic() + left
+        left = left or NOW_S
         while True:
             got: Copy | _Booking | None = self._take_idle(worker, tag, left, wish.tied)
             if got is None:
@@ -900,13 +962,14 @@ class ModelManager(BeamNames):
         namespace = worker.namespace
         words = namespace.segment.words
         devices = wish.devices or worker.board.visible_bits()
-        with namespace.transaction(deadline - time.monotonic()) as t:
+        with namespace.transaction(max(NOW_S, deadline - time.monotonic())) as t:
             model = namespace.transitions.claim_model(t, tag, encoded)
             if worker.kept_estimates is not None:
                 worker.kept_estimates.recall(t, model, tag)
             known = words[namespace.tables.model(model) + Model.KNOWN] or words[Header.SOURCE_BOOKS_ONLY]
             priority = PRELOAD_PRIORITY if preload else 1 if known else 0
-            deadline_ns = to_ns(deadline)
+            # Who does not wait gets what is free now; tickets whose time is over get nothing.
+            deadline_ns = to_ns(max(deadline, time.monotonic() + NOW_S))
             need_mb = worker.scheduler.need_mb(model)
             row = namespace.transitions.enqueue(
                 t, model, namespace.slot, priority, need_mb, deadline_ns, preload, devices, wish.tied, wish.span, nested
@@ -975,7 +1038,7 @@ class ModelManager(BeamNames):
             return None
         if state == Ticket.REFUSED:
             raise self._too_large(worker, tag, need_mb, wish)
-        raise NamespaceResetError(f"a reset of namespace {self._name!r} ended the wait for {tag!r}", tag=tag)
+        raise self._taken_away(worker, f"ended the wait for {tag!r}", tag)
 
     @staticmethod
     def _largest_limit(worker: Worker, wish: Wish) -> tuple[float, str]:
@@ -1019,9 +1082,9 @@ class ModelManager(BeamNames):
     def _enqueue_lease(self, worker: Worker, encoded: bytes, mb: float, deadline: float, wish: Wish) -> int:
         namespace = worker.namespace
         devices = wish.devices or worker.board.visible_bits()
-        with namespace.transaction(deadline - time.monotonic()) as t:
+        with namespace.transaction(max(NOW_S, deadline - time.monotonic())) as t:
             model = namespace.transitions.claim_lease(t, encoded, mb)
-            deadline_ns = to_ns(deadline)
+            deadline_ns = to_ns(max(deadline, time.monotonic() + NOW_S))
             row = namespace.transitions.enqueue(
                 t, model, namespace.slot, 1, mb, deadline_ns, 0, devices, wish.tied, wish.span
             )
@@ -1043,7 +1106,7 @@ class ModelManager(BeamNames):
             worker.owe(lambda t: namespace.transitions.leave_queue(t, row))
             raise
         if state == Ticket.RESET:
-            raise NamespaceResetError(f"a reset of namespace {self._name!r} ended the wait for {name!r}", tag=name)
+            raise self._taken_away(worker, f"ended the wait for {name!r}", name)
         limit_mb, device = self._largest_limit(worker, wish)
         raise LeaseTooLargeError(
             f"lease {name!r} of {mb:g} MB: the limit of {device!r} is {limit_mb:.0f} MB, so it can never be had; "
@@ -1094,6 +1157,7 @@ class ModelManager(BeamNames):
             return answer.value
         return self._load(worker, tag, answer, loader_func, _Attempt(places, last=True))
 
+    @_closed_by_shutdown
     def _load(
         self, worker: Worker, tag: str, booking: _Booking, loader_func: Callable[[], Any], attempt: _Attempt
     ) -> Any:
@@ -1153,7 +1217,7 @@ class ModelManager(BeamNames):
         with namespace.transaction() as t:
             at = tables.instance(booking.row)
             if not self._still_loading(worker, booking):
-                raise NamespaceResetError(f"a reset of namespace {self._name!r} ended the load of {tag!r}", tag=tag)
+                raise self._taken_away(worker, f"ended the load of {tag!r}", tag)
             server = words[at + Instance.SERVER]
             if not server and server_pid == namespace.pid:
                 server = namespace.reference
@@ -1241,7 +1305,7 @@ class ModelManager(BeamNames):
         with namespace.transaction(patience_s) as t:
             worker.settle_receipts(t)
             if not worker.is_held(copy):
-                raise NamespaceResetError(f"a reset of namespace {self._name!r} took {tag!r} away", tag=tag)
+                raise self._taken_away(worker, f"took {tag!r} away", tag)
             if cost is not None and namespace.transitions.runs_alone(copy.row):
                 self._learn_alone(worker, t, copy.row, cost)
             else:
@@ -1272,6 +1336,7 @@ class ModelManager(BeamNames):
 
     # ---- bookings made by hand -----------------------------------------------------------------------------
 
+    @_closed_by_shutdown
     def _book(self, tag: str, ticket_num: int, alone: bool) -> bool:
         _encoded_tag(tag)
         worker = self._connected()

@@ -610,6 +610,11 @@ class Worker:
         with self._mutex:
             self._held[_key(copy.value)].append(copy)
 
+    @property
+    def holds_copies(self) -> bool:
+        """Tell whether this process holds copies of models; without the lock."""
+        return bool(self._held)
+
     def is_held(self, copy: Copy) -> bool:
         """Tell whether the row still says that this process holds the copy. Needs the lock."""
         words, at = self.namespace.segment.words, self.namespace.tables.instance(copy.row)
