@@ -42,6 +42,7 @@ from pathlib import Path
 
 from mpmm.arguments import checked_number, checked_path
 from mpmm.errors import InvalidArgumentError, MpmmError
+from mpmm.printable import printable, printable_lines
 from mpmm.shared_state.runtime_dir import ROOM_NAME, SERVERS_LOG, RuntimeDirectory, default_root
 from mpmm.shared_state.snapshot import EventChoice, Snapshot, as_json, find_namespaces, read_snapshot
 from mpmm.show.health import findings, longest_wait_s
@@ -67,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options, unknown = parser.parse_known_args(ours)
     if unknown:
         hint = "; a program and its arguments stand behind `--`" if options.command == "run" else ""
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+        parser.error(f"unrecognized arguments: {printable(' '.join(unknown))}{hint}")
     if bool(program) != (options.command == "run"):
         parser.error("a program and its arguments stand behind `--`, and belong to `run` alone")
     try:
@@ -84,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (OSError, MpmmError) as error:
-        print(f"mpmm: {error}", file=sys.stderr)
+        print(f"mpmm: {printable_lines(str(error))}", file=sys.stderr)
         return EXIT_USAGE
 
 
@@ -139,7 +140,7 @@ def _only_namespace(root: Path | None) -> str:
             "MPMM_RUNTIME_DIR or --runtime-root say where else to look"
         )
     if len(names) != 1:
-        raise FileNotFoundError(f"which namespace? There are {len(names)}: {', '.join(names)}")
+        raise FileNotFoundError(f"which namespace? There are {len(names)}: {', '.join(map(printable, names))}")
     return names[0]
 
 
@@ -149,7 +150,7 @@ def _namespace(options: argparse.Namespace, root: Path | None) -> str:
 
 
 def _list(options: argparse.Namespace, root: Path | None) -> int:
-    print("\n".join(find_namespaces(root)) or "no namespaces")
+    print("\n".join(map(printable, find_namespaces(root))) or "no namespaces")
     return 0
 
 
@@ -169,7 +170,7 @@ def _inspect(options: argparse.Namespace, root: Path | None) -> int:
         print(render(snapshots[0], everything=options.all, width=width))
         log = RuntimeDirectory(ROOM_NAME, root).file(SERVERS_LOG)
         if log.exists():
-            print(f"\noutput of model servers whose starters have ended: {log}")
+            print(f"\noutput of model servers whose starters have ended: {printable(str(log))}")
     return EXIT_PROBLEM if max(map(longest_wait_s, snapshots)) > max_wait_s else 0
 
 
@@ -200,7 +201,7 @@ def _run(options: argparse.Namespace, program: Sequence[str], root: Path | None)
             namespace = _only_namespace(root) if find_namespaces(root) else DEFAULT_NAMESPACE
         return run_on_lease(program, options.mb, name=name, namespace=namespace, root=root, wait_seconds=options.wait)
     except (FileNotFoundError, MpmmError) as error:
-        print(f"mpmm: {error}", file=sys.stderr)
+        print(f"mpmm: {printable_lines(str(error))}", file=sys.stderr)
         return EXIT_NO_LEASE
 
 
@@ -239,7 +240,9 @@ def _metrics(options: argparse.Namespace, root: Path | None) -> int:
         if options.namespace is not None:
             # A name that nothing has is a mistake; a scrape of what has ended is none.
             read_snapshot(options.namespace, root, events=False)
-        print(Exporter(options.namespace, root, follow=False).text(openmetrics=options.openmetrics), end="")
+        text = Exporter(options.namespace, root, follow=False).text(openmetrics=options.openmetrics)
+        # A file or a pipe gets it as it would be scraped.
+        print(printable_lines(text) if sys.stdout.isatty() else text.encode("utf-8", "replace").decode(), end="")
         return 0
     host, _, port = options.serve.rpartition(":")
     if not port.isdigit() or int(port) > 65535:
@@ -263,7 +266,7 @@ def _check(options: argparse.Namespace, root: Path | None) -> int:
     snapshot = read_snapshot(_namespace(options, root), root, events=False)
     problems = check_invariants(snapshot)
     for problem in problems:
-        print(problem)
+        print(printable(problem))
     print(f"{snapshot.namespace}: {len(problems)} invariants broken" if problems else f"{snapshot.namespace}: all well")
     return EXIT_PROBLEM if problems else 0
 

@@ -15,7 +15,6 @@ not by itself. All figures are in MB (see `mpmm.sources.base`).
 from __future__ import annotations
 
 import contextlib
-import logging
 import math
 import os
 import threading
@@ -28,13 +27,14 @@ from typing import Protocol
 from mpmm.arguments import checked_number, in_brief
 from mpmm.errors import ClosedError, InvalidArgumentError, LockTimeoutError
 from mpmm.fork_hooks import ChildStep, in_forked_child
+from mpmm.printable import printable_logger
 from mpmm.sampler import Sampler, answer_within
 from mpmm.sources import DeviceInfo, DeviceSample, MemorySource, choose_source, is_books_only, process_knowledge
 from mpmm.sources.base import START_TIMEOUT_S, unavailable
 
 __all__ = ["GPUMonitor", "LocalBoard", "SampleBoard"]
 
-logger = logging.getLogger(__name__)
+logger = printable_logger(__name__)
 # More than nvidia-smi takes on a host whose driver is not kept loaded.
 REFRESH_TIMEOUT_S = 5.0
 # A shared board has a lock. Figures that cannot be published in this time are dropped: there will be newer ones.

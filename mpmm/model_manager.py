@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import logging
 import math
 import os
 import secrets
@@ -62,6 +61,7 @@ from mpmm.kept_estimates import ESTIMATES_PATH_VARIABLE, KeptEstimates
 from mpmm.lease import Lease
 from mpmm.placement import placed
 from mpmm.policy.out_of_memory import is_out_of_memory
+from mpmm.printable import printable, printable_logger
 from mpmm.proxy.context import attach_namespace, serving_for
 from mpmm.proxy.main_import import refuse_while_importing_main
 from mpmm.proxy.room import is_server_process
@@ -93,7 +93,7 @@ __all__ = ["GPUMonitor", "ModelManager", "QueueTicket", "ResourceEstimator"]
 T = TypeVar("T")
 Method = TypeVar("Method", bound=Callable[..., Any])
 
-_LOG = logging.getLogger("mpmm")
+_LOG = printable_logger("mpmm")
 _workers: dict[tuple[Path, str], Worker] = {}
 _workers_guard = threading.RLock()
 # Behind those who wait for a model that is unknown (0) or known (1).
@@ -575,8 +575,8 @@ class ModelManager(BeamNames):
         used until it is given back, by `release` or the end of a `with` block, or until this process ends.
 
         mb: all that is going to be used. name: for people; several leases may have the same one.
-        timeout_seconds: None stands for `wait_timeout_seconds`; `math.inf` waits for as long as it takes, 0 takes what is
-            free now.
+        timeout_seconds: None stands for `wait_timeout_seconds`; `math.inf` waits for as long as it takes, and 0 takes
+            what is free now.
         devices, span: as for `acquire_model`; of several devices each gives an equal share.
 
         Raises LeaseTooLargeError when no device is large enough, AcquireTimeoutError, NamespaceResetError,
@@ -904,7 +904,7 @@ class ModelManager(BeamNames):
     @staticmethod
     def _gave_up(tag: str, waited_s: float, reason: str) -> AcquireTimeoutError:
         return AcquireTimeoutError(
-            f"Timeout waiting to acquire model: {tag} after {waited_s:.1f} seconds (last reason: {reason}); "
+            f"Timeout waiting to acquire model: {printable(tag)} after {waited_s:.1f} seconds (last reason: {reason}); "
             "wait_timeout_seconds sets the limit",
             tag=tag,
             waited_seconds=waited_s,

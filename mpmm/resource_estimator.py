@@ -8,7 +8,6 @@ in a process, and the manager calls the same two with readings from shared memor
 
 from __future__ import annotations
 
-import logging
 import math
 import sys
 import threading
@@ -20,6 +19,7 @@ from typing import Any
 from mpmm.arguments import checked_number, checked_whole, in_brief
 from mpmm.beam_metrics import report_estimate
 from mpmm.errors import InvalidArgumentError
+from mpmm.printable import printable_logger
 
 __all__ = [
     "ALONE_SD",
@@ -36,7 +36,7 @@ __all__ = [
     "solve_footprints",
 ]
 
-logger = logging.getLogger(__name__)
+logger = printable_logger(__name__)
 
 READINGS_KEPT = 20  # per configuration, as in Beam
 CONFIGURATIONS_KEPT = 256

@@ -6,13 +6,13 @@ Estimates live in the model rows, readings in the observation rows. Solving is n
 
 from __future__ import annotations
 
-import logging
 import math
 from collections import deque
 from collections.abc import Mapping
 from typing import Any
 
 from mpmm.beam_metrics import report_estimate
+from mpmm.printable import printable_logger
 from mpmm.resource_estimator import (
     ALONE_SD,
     Estimate,
@@ -29,7 +29,7 @@ from mpmm.shared_state.tables import encode_text
 
 __all__ = ["SharedResourceEstimator"]
 
-_LOG = logging.getLogger(__name__)
+_LOG = printable_logger(__name__)
 
 
 class SharedResourceEstimator:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import logging
 import math
 import platform
 import sys
@@ -33,6 +32,7 @@ from mpmm.kept_estimates import KeptEstimates
 from mpmm.placement import Placement, place_for_good, server_setting
 from mpmm.policy.out_of_memory import bound_mb, raised_estimate_mb
 from mpmm.policy.view import Reason
+from mpmm.printable import printable_logger
 from mpmm.proxy.context import ServerContext
 from mpmm.scheduler import Copies, Scheduler
 from mpmm.shared_estimator import SharedResourceEstimator
@@ -46,7 +46,7 @@ __all__ = ["NOW_S", "UNLOAD_LOOK_S", "Copy", "Free", "Growth", "LookAgain", "Ser
 
 T = TypeVar("T")
 
-_LOG = logging.getLogger("mpmm")
+_LOG = printable_logger("mpmm")
 # How an object that is not a handle lets go of what garbage collection does not see; the second is Beam's name.
 _UNLOAD_METHODS = ("unload_model", "mock_model_unsafe_hard_delete")
 # A waiter that is sent away needs the lock once, to leave the queue.

@@ -1,4 +1,4 @@
-"""What is promised in half a sentence: no wait at all, shutdown by another thread, odd exceptions, forgotten managers."""
+"""Promises of half a sentence: no wait at all, shutdown by another thread, odd exceptions, forgotten managers."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import gc
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -174,7 +174,7 @@ def _calls_without_end(manager: ModelManager) -> list[Callable[[], object]]:
             manager.unpin("p")
         except NotAcquiredError:
             # The last one to leave has unpinned everything.
-            raise ClosedError from None
+            raise ClosedError("unpinned") from None
 
     return [
         hold,
@@ -256,7 +256,7 @@ def test_any_exception_leaves_loaders_and_constructors_as_itself(
 def test_a_generator_that_ends_inside_a_block_gives_the_copy_back(namespace: str, new_manager: NewManager) -> None:
     manager = new_manager()
 
-    def batches() -> Iterator[int]:
+    def batches() -> Generator[int, None, None]:
         with manager.model("a", Thing), manager.reserve(10):
             yield from range(3)
 
