@@ -6,12 +6,13 @@ are Beam's, so that dashboards built on its model manager go on working.
 
 from __future__ import annotations
 
-import logging
 import sys
+
+from mpmm.printable import printable_logger
 
 __all__ = ["report_estimate", "report_model_count"]
 
-logger = logging.getLogger(__name__)
+logger = printable_logger(__name__)
 
 NAMESPACE = "BeamML_ModelManager"
 

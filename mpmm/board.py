@@ -53,6 +53,10 @@ class MonitorLike(Protocol):
         """Return (current, peak, total) in MB."""
 
 
+#: What a monitor of the caller's own is asked for at the door.
+MONITOR_METHODS = ("start", "stop", "refresh", "reset_peak", "get_stats")
+
+
 class SharedBoard:
     """A `SampleBoard` on a namespace's device rows. Each method is one transaction, unless it says otherwise.
 

@@ -40,7 +40,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from mpmm.arguments import checked_number, checked_path
 from mpmm.errors import InvalidArgumentError, MpmmError
+from mpmm.printable import printable, printable_lines
 from mpmm.shared_state.runtime_dir import ROOM_NAME, SERVERS_LOG, RuntimeDirectory, default_root
 from mpmm.shared_state.snapshot import EventChoice, Snapshot, as_json, find_namespaces, read_snapshot
 from mpmm.show.health import findings, longest_wait_s
@@ -66,13 +68,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options, unknown = parser.parse_known_args(ours)
     if unknown:
         hint = "; a program and its arguments stand behind `--`" if options.command == "run" else ""
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
-    root = Path(options.runtime_root) if options.runtime_root else None
+        parser.error(f"unrecognized arguments: {printable(' '.join(unknown))}{hint}")
     if bool(program) != (options.command == "run"):
         parser.error("a program and its arguments stand behind `--`, and belong to `run` alone")
-    if options.command == "run":
-        return _run(options, program, root)
     try:
+        root = None
+        if options.runtime_root is not None:
+            root = checked_path("--runtime-root", options.runtime_root, "a folder")
+        if options.command == "run":
+            return _run(options, program, root)
         status = _COMMANDS[options.command](options, root)
         sys.stdout.flush()
         return status
@@ -81,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (OSError, MpmmError) as error:
-        print(f"mpmm: {error}", file=sys.stderr)
+        print(f"mpmm: {printable_lines(str(error))}", file=sys.stderr)
         return EXIT_USAGE
 
 
@@ -136,17 +140,23 @@ def _only_namespace(root: Path | None) -> str:
             "MPMM_RUNTIME_DIR or --runtime-root say where else to look"
         )
     if len(names) != 1:
-        raise FileNotFoundError(f"which namespace? There are {len(names)}: {', '.join(names)}")
+        raise FileNotFoundError(f"which namespace? There are {len(names)}: {', '.join(map(printable, names))}")
     return names[0]
 
 
+def _namespace(options: argparse.Namespace, root: Path | None) -> str:
+    """Return the namespace that is asked for, else the only one there is."""
+    return _only_namespace(root) if options.namespace is None else options.namespace
+
+
 def _list(options: argparse.Namespace, root: Path | None) -> int:
-    print("\n".join(find_namespaces(root)) or "no namespaces")
+    print("\n".join(map(printable, find_namespaces(root))) or "no namespaces")
     return 0
 
 
 def _inspect(options: argparse.Namespace, root: Path | None) -> int:
-    names = [options.namespace] if options.namespace else find_namespaces(root)
+    max_wait_s = checked_number("--max-wait", options.max_wait, 0.0, math.inf, "seconds")
+    names = find_namespaces(root) if options.namespace is None else [options.namespace]
     if len(names) != 1 and (options.json or not names):
         names = [_only_namespace(root)]
     choice = EventChoice() if options.json else EventChoice(newest_of_each=EVENTS_OF_EACH)
@@ -160,8 +170,8 @@ def _inspect(options: argparse.Namespace, root: Path | None) -> int:
         print(render(snapshots[0], everything=options.all, width=width))
         log = RuntimeDirectory(ROOM_NAME, root).file(SERVERS_LOG)
         if log.exists():
-            print(f"\noutput of model servers whose starters have ended: {log}")
-    return EXIT_PROBLEM if max(map(longest_wait_s, snapshots)) > options.max_wait else 0
+            print(f"\noutput of model servers whose starters have ended: {printable(str(log))}")
+    return EXIT_PROBLEM if max(map(longest_wait_s, snapshots)) > max_wait_s else 0
 
 
 def _json(snapshot: Snapshot) -> str:
@@ -184,12 +194,14 @@ def _run(options: argparse.Namespace, program: Sequence[str], root: Path | None)
 
     # The standard streams are the program's. That our defaults are not the namespace's settings is nothing to report.
     logging.getLogger("mpmm").setLevel(logging.ERROR)
-    name = options.name or Path(program[0]).name
+    name = Path(program[0]).name if options.name is None else options.name
     try:
-        namespace = options.namespace or (_only_namespace(root) if find_namespaces(root) else DEFAULT_NAMESPACE)
+        namespace = options.namespace
+        if namespace is None:
+            namespace = _only_namespace(root) if find_namespaces(root) else DEFAULT_NAMESPACE
         return run_on_lease(program, options.mb, name=name, namespace=namespace, root=root, wait_seconds=options.wait)
     except (FileNotFoundError, MpmmError) as error:
-        print(f"mpmm: {error}", file=sys.stderr)
+        print(f"mpmm: {printable_lines(str(error))}", file=sys.stderr)
         return EXIT_NO_LEASE
 
 
@@ -198,15 +210,14 @@ def _top(options: argparse.Namespace, root: Path | None) -> int:
         from mpmm.show.top import run
     except ImportError:
         return _missing("cli", "rich")
-    if not 0.05 <= options.interval <= 3600:
-        raise InvalidArgumentError(f"--interval {options.interval:g}: expected seconds from 0.05 to 3600")
-    return run(options.namespace or _only_namespace(root), root, options.interval)
+    interval_s = checked_number("--interval", options.interval, 0.05, 3600.0, "seconds")
+    return run(_namespace(options, root), root, interval_s)
 
 
 def _trace(options: argparse.Namespace, root: Path | None) -> int:
     from mpmm.show.record import record
 
-    namespace = options.namespace or _only_namespace(root)
+    namespace = _namespace(options, root)
     return record(namespace, root, options.output, follow=options.follow)
 
 
@@ -214,10 +225,7 @@ def _plot(options: argparse.Namespace, root: Path | None) -> int:
     from mpmm.show.plot import draw, read_trace
     from mpmm.show.record import recent_trace
 
-    if options.trace is None:
-        events = recent_trace(options.namespace or _only_namespace(root), root)
-    else:
-        events = read_trace(options.trace)
+    events = recent_trace(_namespace(options, root), root) if options.trace is None else read_trace(options.trace)
     try:
         draw(events, options.output)
     except ImportError:
@@ -232,7 +240,9 @@ def _metrics(options: argparse.Namespace, root: Path | None) -> int:
         if options.namespace is not None:
             # A name that nothing has is a mistake; a scrape of what has ended is none.
             read_snapshot(options.namespace, root, events=False)
-        print(Exporter(options.namespace, root, follow=False).text(openmetrics=options.openmetrics), end="")
+        text = Exporter(options.namespace, root, follow=False).text(openmetrics=options.openmetrics)
+        # A file or a pipe gets it as it would be scraped.
+        print(printable_lines(text) if sys.stdout.isatty() else text.encode("utf-8", "replace").decode(), end="")
         return 0
     host, _, port = options.serve.rpartition(":")
     if not port.isdigit() or int(port) > 65535:
@@ -253,10 +263,10 @@ def _missing(extra: str, library: str) -> int:
 def _check(options: argparse.Namespace, root: Path | None) -> int:
     from mpmm.shared_state.invariants import check_invariants
 
-    snapshot = read_snapshot(options.namespace or _only_namespace(root), root, events=False)
+    snapshot = read_snapshot(_namespace(options, root), root, events=False)
     problems = check_invariants(snapshot)
     for problem in problems:
-        print(problem)
+        print(printable(problem))
     print(f"{snapshot.namespace}: {len(problems)} invariants broken" if problems else f"{snapshot.namespace}: all well")
     return EXIT_PROBLEM if problems else 0
 

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from mpmm.printable import printable_lines
+
 __all__ = [
     "AcquireTimeoutError",
     "ClosedError",
@@ -46,7 +48,8 @@ class MpmmError(Exception):
         self.__dict__.update(facts)
 
     def __str__(self) -> str:
-        return self.message
+        # A traceback shows it on a terminal, and a tag may be in it.
+        return printable_lines(self.message)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (_rebuild, (type(self), self.message, self.facts))

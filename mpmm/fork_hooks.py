@@ -20,7 +20,6 @@ them before they wait for their own children.
 
 from __future__ import annotations
 
-import logging
 import os
 import threading
 import weakref
@@ -28,10 +27,12 @@ from collections.abc import Callable
 from enum import IntEnum
 from typing import Any, TypeVar
 
+from mpmm.printable import printable_logger
+
 __all__ = ["ChildStep", "call_once_at_exit", "close_in_children", "fork_guard", "in_forked_child"]
 
 T = TypeVar("T")
-_LOG = logging.getLogger("mpmm")
+_LOG = printable_logger("mpmm")
 
 # Hold it only for what cannot block: every fork in this process waits for it.
 fork_guard = threading.RLock()

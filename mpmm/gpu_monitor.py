@@ -15,7 +15,6 @@ not by itself. All figures are in MB (see `mpmm.sources.base`).
 from __future__ import annotations
 
 import contextlib
-import logging
 import math
 import os
 import threading
@@ -25,15 +24,17 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
+from mpmm.arguments import checked_number, in_brief
 from mpmm.errors import ClosedError, InvalidArgumentError, LockTimeoutError
 from mpmm.fork_hooks import ChildStep, in_forked_child
+from mpmm.printable import printable_logger
 from mpmm.sampler import Sampler, answer_within
 from mpmm.sources import DeviceInfo, DeviceSample, MemorySource, choose_source, is_books_only, process_knowledge
 from mpmm.sources.base import START_TIMEOUT_S, unavailable
 
 __all__ = ["GPUMonitor", "LocalBoard", "SampleBoard"]
 
-logger = logging.getLogger(__name__)
+logger = printable_logger(__name__)
 # More than nvidia-smi takes on a host whose driver is not kept loaded.
 REFRESH_TIMEOUT_S = 5.0
 # A shared board has a lock. Figures that cannot be published in this time are dropped: there will be newer ones.
@@ -132,21 +133,25 @@ class GPUMonitor:
         source, budget_mb: see `mpmm.sources.choose_source`; resolved at `start`, or at first use.
         Raises InvalidArgumentError for a number that is not finite or too small.
         """
-        for name, value, least in (
-            ("fallback_memory_mb", fallback_memory_mb, "above 0"),
-            ("poll_interval", poll_interval, "above 0"),
-            ("peak_window_seconds", peak_window_seconds, "0 or more"),
-        ):
-            if not math.isfinite(value) or value < 0 or (value == 0 and least == "above 0"):
-                raise InvalidArgumentError(f"{name} is {value!r}: expected a finite number, {least}")
-        self._fallback_memory_mb = float(fallback_memory_mb)
-        self._poll_interval = poll_interval
-        self._peak_window_seconds = peak_window_seconds
+        self._fallback_memory_mb = checked_number(
+            "fallback_memory_mb", fallback_memory_mb, 0.0, math.inf, "MB", above=True, finite=True
+        )
+        # As long as a thread may wait.
+        self._poll_interval = checked_number(
+            "poll_interval", poll_interval, 0.0, threading.TIMEOUT_MAX, "seconds", above=True
+        )
+        self._peak_window_seconds = checked_number(
+            "peak_window_seconds", peak_window_seconds, 0.0, math.inf, "seconds", finite=True
+        )
+        if budget_mb is not None:
+            budget_mb = checked_number("budget_mb", budget_mb, 0.0, math.inf, "MB", above=True)
+        if not isinstance(source, str | MemorySource):
+            raise InvalidArgumentError(f"source={in_brief(source)}: expected a name or a MemorySource")
         self._wanted_source = source
         self._budget_mb = budget_mb
         self._source: MemorySource | None = source if isinstance(source, MemorySource) else None
         self._devices: tuple[DeviceInfo, ...] | None = None  # of the source, once they were asked for
-        self._local = LocalBoard(self._fallback_memory_mb, peak_window_seconds)
+        self._local = LocalBoard(self._fallback_memory_mb, self._peak_window_seconds)
         self._board: SampleBoard = self._local
         self._gpu_available = False
         self._read_ns: dict[int, int] = {}  # device index: taken_ns of the last figure; replaced, never changed

@@ -27,7 +27,6 @@ deputy now. So 32 processes that just wait cost a sixth of what they would cost 
 
 from __future__ import annotations
 
-import logging
 import math
 import threading
 import time
@@ -37,6 +36,7 @@ from typing import TYPE_CHECKING
 
 from mpmm.beam_metrics import report_estimate
 from mpmm.errors import ClosedError
+from mpmm.printable import printable_logger
 from mpmm.resource_estimator import smooth
 from mpmm.shared_state.durations import to_ns
 from mpmm.shared_state.futex import wait_for_change, wake_all
@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Keeper"]
 
-_LOG = logging.getLogger("mpmm")
+_LOG = printable_logger("mpmm")
 # A dead leader is replaced, and a stuck one stood in for, within a second whatever the poll interval is.
 LONGEST_TICK_S = 0.25
 RESERVE_TICK_S = 4.0

@@ -15,7 +15,6 @@ replaces it.
 from __future__ import annotations
 
 import json
-import logging
 import math
 import os
 import threading
@@ -27,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from mpmm.errors import LockTimeoutError
+from mpmm.printable import printable_logger
 from mpmm.resource_estimator import ALONE_SD
 from mpmm.shared_state.layout import Device, Model
 from mpmm.shared_state.lock_file import LockFile
@@ -35,7 +35,7 @@ from mpmm.shared_state.transaction import Transaction
 
 __all__ = ["ESTIMATES_PATH_VARIABLE", "Estimate", "EstimatesFile", "KeptEstimates"]
 
-_LOG = logging.getLogger("mpmm")
+_LOG = printable_logger("mpmm")
 
 ESTIMATES_PATH_VARIABLE = "MPMM_ESTIMATES_PATH"
 FORMAT, VERSION = "mpmm estimates", 1

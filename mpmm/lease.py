@@ -6,7 +6,7 @@ import os
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from mpmm.errors import InvalidArgumentError
+from mpmm.arguments import LARGEST_PID, checked_whole
 from mpmm.shared_state.layout import Instance
 from mpmm.shared_state.transaction import Transaction
 
@@ -59,8 +59,7 @@ class Lease:
         the lease. Neither may hold objects of this namespace's models: their memory would pass for the lease's. (Model
         servers are told apart.) Raises InvalidArgumentError for an impossible pid.
         """
-        if not isinstance(pid, int) or pid <= 0:
-            raise InvalidArgumentError(f"lease {self.name!r}: pid {pid!r}; expected the number of a process")
+        pid = checked_whole(f"lease {self.name!r}: pid", pid, 1, LARGEST_PID, "the number of a process")
         worker = self._worker
         if not worker.namespace.is_usable:
             return

@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import logging
 import math
 import os
 import secrets
@@ -38,9 +37,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, TypeVar, cast
 
+from mpmm.arguments import checked_devices, checked_number, checked_path, checked_timeout, checked_whole, in_brief
 from mpmm.beam_metrics import report_estimate, report_model_count
 from mpmm.beam_views import BeamNames
-from mpmm.board import ForeignMonitor, MonitorLike
+from mpmm.board import MONITOR_METHODS, ForeignMonitor, MonitorLike
 from mpmm.errors import (
     AcquireTimeoutError,
     ClosedError,
@@ -61,6 +61,7 @@ from mpmm.kept_estimates import ESTIMATES_PATH_VARIABLE, KeptEstimates
 from mpmm.lease import Lease
 from mpmm.placement import placed
 from mpmm.policy.out_of_memory import is_out_of_memory
+from mpmm.printable import printable, printable_logger
 from mpmm.proxy.context import attach_namespace, serving_for
 from mpmm.proxy.main_import import refuse_while_importing_main
 from mpmm.proxy.room import is_server_process
@@ -79,7 +80,7 @@ from mpmm.shared_state.layout import (
     device_rows,
 )
 from mpmm.shared_state.namespace import Namespace, run_at_exit
-from mpmm.shared_state.runtime_dir import default_root
+from mpmm.shared_state.runtime_dir import RuntimeDirectory
 from mpmm.shared_state.settings import Settings
 from mpmm.shared_state.tables import encode_text
 from mpmm.shared_state.transaction import Transaction
@@ -100,14 +101,33 @@ from mpmm.worker import (
 __all__ = ["GPUMonitor", "ModelManager", "QueueTicket", "ResourceEstimator"]
 
 T = TypeVar("T")
+Method = TypeVar("Method", bound=Callable[..., Any])
 
-_LOG = logging.getLogger("mpmm")
+_LOG = printable_logger("mpmm")
 _workers: dict[tuple[Path, str], Worker] = {}
 _workers_guard = threading.RLock()
 # Behind those who wait for a model that is unknown (0) or known (1).
 PRELOAD_PRIORITY = 2
 # Threads that shut forgotten managers down; the last few, for the end of the process has to wait for them.
 _shutting_down: deque[threading.Thread] = deque(maxlen=64)
+
+
+def _closed_by_shutdown(method: Method) -> Method:
+    """Have a method raise ClosedError when another thread shuts the manager down under it.
+
+    It reads the segment without the lock, too, and finds it unmapped then. For what is called rarely: the detour costs
+    0.1 µs, see `_expect_mapped`.
+    """
+
+    @functools.wraps(method)
+    def call(self: ModelManager, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return method(self, *args, **kwargs)
+        except ValueError as error:
+            self._expect_mapped(error)
+            raise
+
+    return cast(Method, call)
 
 
 class QueueTicket:
@@ -163,6 +183,8 @@ class _Attempt:
 
 
 _ANYWHERE = Wish()
+# What Python says of a memoryview that was released.
+UNMAPPED = "released memoryview"
 # What ends a load without being a failure of its loader.
 _NOT_THE_LOADERS = (ClosedError, LockTimeoutError, NamespaceResetError)
 
@@ -225,7 +247,7 @@ class ModelManager(BeamNames):
         lock_timeout_seconds: after so long a transaction gives up the lock; it is held for microseconds.
         verbose_logging: log the estimator's steps.
         namespace: None for a private one, which forked children and pickled copies share; else the name of
-            the one that all processes of this user on this host share.
+            the one that all processes of this user on this host share; an empty one is an error.
         memory_source: `auto`, `nvml`, `nvidia-smi`, `amdsmi`, `host`, `booked`, or a `MemorySource`.
         memory_budget_mb: total for the `host` source.
         fallback_memory_mb: total where nothing can be measured.
@@ -269,17 +291,32 @@ class ModelManager(BeamNames):
             idle_ttl_seconds=math.inf if idle_ttl_seconds is None else idle_ttl_seconds,
         )
         self._verbose_logging = verbose_logging
+        if monitor is not None and (
+            isinstance(monitor, type) or not all(callable(getattr(monitor, name, None)) for name in MONITOR_METHODS)
+        ):
+            raise InvalidArgumentError(
+                f"monitor={in_brief(monitor)}: expected an object with methods {', '.join(MONITOR_METHODS)}"
+            )
+        if not isinstance(memory_source, str | MemorySource):
+            raise InvalidArgumentError(f"memory_source={in_brief(memory_source)}: expected a name or a MemorySource")
+        if not isinstance(capacities, Capacities | None):
+            raise InvalidArgumentError(f"capacities={in_brief(capacities)}: expected mpmm.Capacities, or None")
         self._given_monitor = monitor
         self._memory_source = memory_source
-        self._devices = tuple(devices) if devices is not None else None
-        self._estimates_path = os.fspath(estimates_path) if estimates_path is not None else None
+        self._devices = checked_devices(devices)
+        self._estimates_path: str | None = None
+        if estimates_path is not None:
+            self._estimates_path = str(checked_path("estimates_path", estimates_path, "a file"))
         self._capacities = capacities
+        root = None if runtime_root is None else checked_path("runtime_root", runtime_root, "a folder")
         given = attach_namespace.get()
         if namespace is None and given is not None:
             self._name, self._root = given
         else:
-            self._name = namespace or f"private-{os.getpid()}-{secrets.token_hex(4)}"
-            self._root = default_root() if runtime_root is None else Path(os.path.abspath(runtime_root))
+            name = f"private-{os.getpid()}-{secrets.token_hex(4)}" if namespace is None else namespace
+            # It checks the name, which is all that is wanted of it here.
+            where = RuntimeDirectory(name, root)
+            self._name, self._root = where.name, where.root
         self._bookings = threading.local()
         self._bookings_made = False
         self._worker_if_connected: Worker | None = None
@@ -294,11 +331,14 @@ class ModelManager(BeamNames):
         if self._verbose_logging:
             _LOG.info(message, *args)
 
+    @_closed_by_shutdown
     def all_models(self, tag: str | None = None) -> Any:
         """Return the loaded copies of a tag as a list: handles, this process's objects, None for others' objects.
 
         Without a tag, a dict of such lists for all tags.
         """
+        if tag is not None:
+            _encoded_tag(tag)
         worker = self._connected()
         tables, layout = worker.namespace.tables, worker.namespace.segment.layout
         words = worker.namespace.segment.words
@@ -334,9 +374,14 @@ class ModelManager(BeamNames):
             booking = self._take_booking(tag)
             if booking is not None:
                 return self._load_somehow(worker, tag, booking, loader_func)
-        wish = _ANYWHERE if devices is None and span == 1 else self._wish(worker, devices, span)
-        with self._giving_up_in_time(worker, tag):
-            answer = self._get(worker, tag, wish)
+        plain = devices is None and span.__class__ is int and span == 1
+        wish = _ANYWHERE if plain else self._wish(worker, devices, span)
+        try:
+            with self._giving_up_in_time(worker, tag):
+                answer = self._get(worker, tag, wish)
+        except ValueError as error:
+            self._expect_mapped(error)
+            raise
         if isinstance(answer, _Booking):
             return self._load_somehow(worker, tag, answer, loader_func, wish=wish)
         return answer.value
@@ -364,6 +409,9 @@ class ModelManager(BeamNames):
         try:
             self._give_back(worker, tag, copy, patience_s=patience_s)
         except ClosedError:
+            raise
+        except ValueError as error:
+            self._expect_mapped(error)
             raise
         except TimeoutError:
             # The lock was not to be had: nothing has changed, and the caller may try again.
@@ -405,6 +453,7 @@ class ModelManager(BeamNames):
         elif self._given_monitor is not None:
             ForeignMonitor(self._given_monitor).stop()
 
+    @_closed_by_shutdown
     def force_reset(self) -> None:
         """Unload everything of every process of the namespace, and send all waiters away. Estimates stay.
 
@@ -491,9 +540,16 @@ class ModelManager(BeamNames):
         Raises InvalidArgumentError, at once, when the function has no such parameter.
         """
 
+        _encoded_tag(tag)
+        if not callable(loader_func):
+            raise InvalidArgumentError(f"model {tag!r}, loader {in_brief(loader_func)}: expected a callable")
+
         def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
-            signature = inspect.signature(function)
-            if argument not in signature.parameters:
+            try:
+                signature = inspect.signature(function)
+            except (TypeError, ValueError) as error:
+                raise InvalidArgumentError(f"{in_brief(function)} cannot get {tag!r}: {error}") from error
+            if not isinstance(argument, str) or argument not in signature.parameters:
                 raise InvalidArgumentError(f"{function!r} has no parameter {argument!r}, through which to get {tag!r}")
 
             @functools.wraps(function)
@@ -513,6 +569,7 @@ class ModelManager(BeamNames):
 
         return decorate
 
+    @_closed_by_shutdown
     def reserve(
         self,
         mb: float,
@@ -528,15 +585,15 @@ class ModelManager(BeamNames):
         used until it is given back, by `release` or the end of a `with` block, or until this process ends.
 
         mb: all that is going to be used. name: for people; several leases may have the same one.
-        timeout_seconds: None stands for `wait_timeout_seconds`; `math.inf` waits for as long as it takes.
+        timeout_seconds: None stands for `wait_timeout_seconds`; `math.inf` waits for as long as it takes, and 0 takes
+            what is free now.
         devices, span: as for `acquire_model`; of several devices each gives an equal share.
 
         Raises LeaseTooLargeError when no device is large enough, AcquireTimeoutError, NamespaceResetError,
         TableFullError, InvalidArgumentError, ClosedError, LockTimeoutError.
         """
-        if not isinstance(mb, int | float) or isinstance(mb, bool) or not 0 < mb < math.inf:
-            raise InvalidArgumentError(f"lease {name!r} of {mb!r}: expected a number of MB above 0")
         encoded = encode_text(name, Model.TAG_BYTES, "name of a lease")
+        mb = checked_number(f"lease {name!r}: mb", mb, 0.0, math.inf, "a number of MB", above=True, finite=True)
         patience = self._patience(timeout_seconds)
         refuse_while_importing_main("reserve memory for", name)
         worker = self._connected()
@@ -546,11 +603,11 @@ class ModelManager(BeamNames):
         worker.freshen_to_queue(patience)
         with worker.waiting():
             with self._giving_up_in_time(worker, name):
-                enter = functools.partial(self._enqueue_lease, worker, encoded, float(mb), deadline, wish)
+                enter = functools.partial(self._enqueue_lease, worker, encoded, mb, deadline, wish)
                 row = self._making_room(worker, name, deadline, enter)
             while self._await_answer(worker, row, deadline) is not None:
                 with self._giving_up_in_time(worker, name), suppress(AnswerUndone):
-                    return self._take_lease(worker, name, float(mb), row, deadline, wish)
+                    return self._take_lease(worker, name, mb, row, deadline, wish)
             reason = self._leave_queue(worker, row, timed_out=True)
             waited = time.monotonic() - began
             raise AcquireTimeoutError(
@@ -560,6 +617,7 @@ class ModelManager(BeamNames):
                 waited_seconds=waited,
             )
 
+    @_closed_by_shutdown
     def preload(
         self,
         tag: str,
@@ -580,10 +638,10 @@ class ModelManager(BeamNames):
 
         Raises what `acquire_model` does; ModelTooLargeError also when so many copies never fit at once.
         """
-        if not isinstance(copies, int) or isinstance(copies, bool) or not 1 <= copies <= Capacities().instances:
-            raise InvalidArgumentError(f"preload of {tag!r}: {copies!r} copies; expected a count from 1")
         if not isinstance(tag, str) or not callable(loader_func):
             raise InvalidArgumentError(f"model {tag!r}, loader {loader_func!r}: expected a str and a callable")
+        _encoded_tag(tag)
+        copies = checked_whole(f"preload of {tag!r}: copies", copies, 1, Capacities().instances, "a count")
         patience = self._patience(timeout_seconds)
         refuse_while_importing_main("preload the model", tag)
         worker = self._connected()
@@ -600,6 +658,7 @@ class ModelManager(BeamNames):
             self._give_back(worker, tag, copy, used=False)
         return copies
 
+    @_closed_by_shutdown
     def pin(self, tag: str) -> None:
         """Keep the idle copies of a model, those there are and those to come, from eviction and `idle_ttl_seconds`.
 
@@ -609,7 +668,7 @@ class ModelManager(BeamNames):
 
         Raises TableFullError, InvalidArgumentError, ClosedError, LockTimeoutError.
         """
-        encoded = encode_text(tag, Model.TAG_BYTES, "model tag")
+        encoded = _encoded_tag(tag)
         worker = self._connected()
         namespace = worker.namespace
 
@@ -626,11 +685,13 @@ class ModelManager(BeamNames):
                 return
         self._making_room(worker, tag, time.monotonic() + self._settings.wait_timeout_seconds, pin)
 
+    @_closed_by_shutdown
     def unpin(self, tag: str) -> None:
         """End this process's pin on a model.
 
         Raises NotAcquiredError when it has none, ClosedError, LockTimeoutError.
         """
+        _encoded_tag(tag)
         worker = self._connected()
         namespace = worker.namespace
         with namespace.transaction() as t:
@@ -646,6 +707,7 @@ class ModelManager(BeamNames):
         """Name of the namespace."""
         return self._name
 
+    @_closed_by_shutdown
     def tickets(self) -> list[QueueTicket]:
         """Return everybody who waits now, first one first."""
         worker = self._connected()
@@ -674,10 +736,23 @@ class ModelManager(BeamNames):
         worker = getattr(self, "_worker_if_connected", None)
         if worker is None or worker.closing or not worker.namespace.is_usable or sys.is_finalizing():
             return
-        thread = threading.Thread(target=self.shutdown, name="mpmm-shutdown")
+        thread = threading.Thread(target=self._forgotten, name="mpmm-shutdown")
         with suppress(RuntimeError):
             thread.start()
             _shutting_down.append(thread)
+
+    def _forgotten(self) -> None:
+        """Shut down, unless this process holds copies: those are in use still, and go with the process.
+
+        Another manager of the namespace can give them back; when that one shuts down, this process leaves.
+        """
+        worker = self._worker_if_connected
+        with _workers_guard:
+            if worker is not None and worker.managers == 1 and worker.holds_copies:
+                worker.managers -= 1
+                self._closed = True
+                return
+        self.shutdown()
 
     def __reduce__(self) -> tuple[Any, ...]:
         values = {field.name: getattr(self._settings, field.name) for field in fields(Settings)}
@@ -701,24 +776,30 @@ class ModelManager(BeamNames):
         """Return how many seconds to wait. Raises InvalidArgumentError."""
         if timeout_seconds is None:
             return self._settings.wait_timeout_seconds
-        if not isinstance(timeout_seconds, int | float) or not timeout_seconds >= 0:
-            raise InvalidArgumentError(f"timeout_seconds={timeout_seconds!r}: expected seconds from 0, or None")
-        return timeout_seconds
+        return checked_timeout("timeout_seconds", timeout_seconds)
 
     @staticmethod
     def _wish(worker: Worker, devices: Sequence[int | str] | None, span: int) -> Wish:
         """Return what is asked for in terms of device rows. Raises InvalidArgumentError."""
-        if devices is None and span == 1:
-            return _ANYWHERE
-        if isinstance(devices, str) or not (devices is None or len(devices)):
-            raise InvalidArgumentError(f"devices={devices!r}: expected a sequence of indices or uuids, or None")
-        tied = 0 if devices is None else worker.board.bits_of(devices)
+        chosen = checked_devices(devices)
+        tied = 0 if chosen is None else worker.board.bits_of(chosen)
         there = tied.bit_count() or len(worker.board.rows())
-        if not isinstance(span, int) or isinstance(span, bool) or not 1 <= span <= min(there, MOST_SPANNED):
-            raise InvalidArgumentError(
-                f"span={span!r}: expected a number of devices from 1 to {min(there, MOST_SPANNED)}"
-            )
+        span = checked_whole("span", span, 1, min(there, MOST_SPANNED), "a number of devices")
+        if chosen is None and span == 1:
+            return _ANYWHERE
         return Wish(tied or worker.board.visible_bits(), tied, span)
+
+    def _expect_mapped(self, error: ValueError) -> None:
+        """Raise ClosedError if this is what Python says of a segment that another thread has unmapped."""
+        worker = self._worker_if_connected
+        if UNMAPPED in str(error) and (worker is None or worker.closing or not worker.namespace.is_usable):
+            raise ClosedError("the model manager was shut down by another thread") from None
+
+    def _taken_away(self, worker: Worker, what: str, tag: str) -> MpmmError:
+        """Return the error for what a reset has taken away, by others or by the last manager that shuts down."""
+        if worker.closing:
+            return ClosedError(f"the model manager was shut down, which {what}")
+        return NamespaceResetError(f"a reset of namespace {self._name!r} {what}", tag=tag)
 
     # ---- the way of an acquire -----------------------------------------------------------------------------
 
@@ -729,6 +810,7 @@ class ModelManager(BeamNames):
         """
         left = self._settings.wait_timeout_seconds
         deadline = time.monotonic() + left
+        left = left or NOW_S
         while True:
             got: Copy | _Booking | None = self._take_idle(worker, tag, left, wish.tied)
             if got is None:
@@ -832,7 +914,7 @@ class ModelManager(BeamNames):
     @staticmethod
     def _gave_up(tag: str, waited_s: float, reason: str) -> AcquireTimeoutError:
         return AcquireTimeoutError(
-            f"Timeout waiting to acquire model: {tag} after {waited_s:.1f} seconds (last reason: {reason}); "
+            f"Timeout waiting to acquire model: {printable(tag)} after {waited_s:.1f} seconds (last reason: {reason}); "
             "wait_timeout_seconds sets the limit",
             tag=tag,
             waited_seconds=waited_s,
@@ -890,13 +972,14 @@ class ModelManager(BeamNames):
         namespace = worker.namespace
         words = namespace.segment.words
         devices = wish.devices or worker.board.visible_bits()
-        with namespace.transaction(deadline - time.monotonic()) as t:
+        with namespace.transaction(max(NOW_S, deadline - time.monotonic())) as t:
             model = namespace.transitions.claim_model(t, tag, encoded)
             if worker.kept_estimates is not None:
                 worker.kept_estimates.recall(t, model, tag)
             known = words[namespace.tables.model(model) + Model.KNOWN] or words[Header.SOURCE_BOOKS_ONLY]
             priority = PRELOAD_PRIORITY if preload else 1 if known else 0
-            deadline_ns = to_ns(deadline)
+            # Who does not wait gets what is free now; tickets whose time is over get nothing.
+            deadline_ns = to_ns(max(deadline, time.monotonic() + NOW_S))
             need_mb = worker.scheduler.need_mb(model)
             row = namespace.transitions.enqueue(
                 t, model, namespace.slot, priority, need_mb, deadline_ns, preload, devices, wish.tied, wish.span, nested
@@ -965,7 +1048,7 @@ class ModelManager(BeamNames):
             return None
         if state == Ticket.REFUSED:
             raise self._too_large(worker, tag, need_mb, wish)
-        raise NamespaceResetError(f"a reset of namespace {self._name!r} ended the wait for {tag!r}", tag=tag)
+        raise self._taken_away(worker, f"ended the wait for {tag!r}", tag)
 
     @staticmethod
     def _largest_limit(worker: Worker, wish: Wish) -> tuple[float, str]:
@@ -1009,9 +1092,9 @@ class ModelManager(BeamNames):
     def _enqueue_lease(self, worker: Worker, encoded: bytes, mb: float, deadline: float, wish: Wish) -> int:
         namespace = worker.namespace
         devices = wish.devices or worker.board.visible_bits()
-        with namespace.transaction(deadline - time.monotonic()) as t:
+        with namespace.transaction(max(NOW_S, deadline - time.monotonic())) as t:
             model = namespace.transitions.claim_lease(t, encoded, mb)
-            deadline_ns = to_ns(deadline)
+            deadline_ns = to_ns(max(deadline, time.monotonic() + NOW_S))
             row = namespace.transitions.enqueue(
                 t, model, namespace.slot, 1, mb, deadline_ns, 0, devices, wish.tied, wish.span
             )
@@ -1033,7 +1116,7 @@ class ModelManager(BeamNames):
             worker.owe(lambda t: namespace.transitions.leave_queue(t, row))
             raise
         if state == Ticket.RESET:
-            raise NamespaceResetError(f"a reset of namespace {self._name!r} ended the wait for {name!r}", tag=name)
+            raise self._taken_away(worker, f"ended the wait for {name!r}", name)
         limit_mb, device = self._largest_limit(worker, wish)
         raise LeaseTooLargeError(
             f"lease {name!r} of {mb:g} MB: the limit of {device!r} is {limit_mb:.0f} MB, so it can never be had; "
@@ -1084,6 +1167,7 @@ class ModelManager(BeamNames):
             return answer.value
         return self._load(worker, tag, answer, loader_func, _Attempt(places, last=True))
 
+    @_closed_by_shutdown
     def _load(
         self, worker: Worker, tag: str, booking: _Booking, loader_func: Callable[[], Any], attempt: _Attempt
     ) -> Any:
@@ -1145,7 +1229,7 @@ class ModelManager(BeamNames):
         with namespace.transaction() as t:
             at = tables.instance(booking.row)
             if not self._still_loading(worker, booking):
-                raise NamespaceResetError(f"a reset of namespace {self._name!r} ended the load of {tag!r}", tag=tag)
+                raise self._taken_away(worker, f"ended the load of {tag!r}", tag)
             server = words[at + Instance.SERVER]
             if not server and server_pid == namespace.pid:
                 server = namespace.reference
@@ -1233,7 +1317,7 @@ class ModelManager(BeamNames):
         with namespace.transaction(patience_s) as t:
             worker.settle_receipts(t)
             if not worker.is_held(copy):
-                raise NamespaceResetError(f"a reset of namespace {self._name!r} took {tag!r} away", tag=tag)
+                raise self._taken_away(worker, f"took {tag!r} away", tag)
             if cost is not None and namespace.transitions.runs_alone(copy.row):
                 self._learn_alone(worker, t, copy.row, cost)
             else:
@@ -1264,7 +1348,9 @@ class ModelManager(BeamNames):
 
     # ---- bookings made by hand -----------------------------------------------------------------------------
 
+    @_closed_by_shutdown
     def _book(self, tag: str, ticket_num: int, alone: bool) -> bool:
+        _encoded_tag(tag)
         worker = self._connected()
         self.logging_info("Booking for %s, ticket %s", tag, ticket_num)
         try:
@@ -1361,6 +1447,11 @@ class ModelManager(BeamNames):
             theirs = getattr(chosen, name)
             if value != theirs and name != "wait_timeout_seconds":
                 _LOG.warning("mpmm %s: %s stays %g, as its creator chose; not %g", self._name, name, theirs, value)
+
+
+def _encoded_tag(tag: str) -> bytes:
+    """Return a model's tag as the tables hold it. Raises InvalidArgumentError."""
+    return encode_text(tag, Model.TAG_BYTES, "model tag")
 
 
 def _is_left_behind(worker: Worker) -> bool:

@@ -23,6 +23,7 @@ from typing import Any, Generic, TypeVar, cast
 
 import filelock  # noqa: F401  # `LockFile` needs it; its 10 ms are better spent at import than in the first acquire
 
+from mpmm.arguments import LARGEST_PID, checked_timeout, checked_whole, encoded_text, in_brief
 from mpmm.errors import InvalidArgumentError, ModelServerError, NotAcquiredError, SharedObjectReleasedError
 from mpmm.fork_hooks import in_forked_child
 from mpmm.proxy.client import ServerLink, forget_link, known_link, link_to, remember_link
@@ -67,8 +68,8 @@ class MultiProcessShared(Generic[T]):
         spawn_process: have the object made in a process of its own.
         Raises InvalidArgumentError.
         """
-        if not isinstance(tag, str):
-            raise InvalidArgumentError(f"tag {tag!r}: expected a string")
+        encoded_text("tag", tag)
+        room_for(path)
         self._constructor = constructor
         self._tag = tag
         self._path = path
@@ -180,6 +181,11 @@ class MultiProcessShared(Generic[T]):
         Returns the object if it is attached, else None: look again. Raises ModelServerError for a manager's handle,
         unless a loader runs here: only that may make what a handle stands for.
         """
+        if not callable(self._constructor):
+            raise InvalidArgumentError(
+                f"constructor {in_brief(self._constructor)} of {self._tag!r}: expected a callable, as there is "
+                "no such object yet"
+            )
         ours = served_namespaces()
         if not ours and (theirs := room.namespaces_of_handle(self._tag)):
             raise ModelServerError(
@@ -222,15 +228,23 @@ def unload(tag: str, *, path: str | None = None, timeout_seconds: float = 10.0, 
 
     A spawned server that does not leave within `timeout_seconds`, or is still making its object, is killed.
     Raises ModelServerError when it survives that, or when the process that serves the tag was not spawned for it
-    and does not answer.
+    and does not answer; InvalidArgumentError.
     """
+    encoded_text("tag", tag)
+    timeout_seconds = checked_timeout("timeout_seconds", timeout_seconds)
+    if pid is not None:
+        pid = checked_whole("pid", pid, 1, LARGEST_PID)
     gone = end_server(room_for(path), tag, timeout_seconds, pid=pid)
     reap_ended_servers()
     return gone
 
 
 def server_pid(tag: str, *, path: str | None = None) -> int | None:
-    """Return the pid of the live process that serves `tag`, even while the object is still being made; else None."""
+    """Return the pid of the live process that serves `tag`, even while the object is still being made; else None.
+
+    Raises InvalidArgumentError.
+    """
+    encoded_text("tag", tag)
     lives, record = room_for(path).look(tag)
     return record.pid if lives and record is not None and record.is_running() else None
 

@@ -8,17 +8,18 @@ in a process, and the manager calls the same two with readings from shared memor
 
 from __future__ import annotations
 
-import logging
 import math
-import numbers
+import sys
 import threading
 from collections import OrderedDict, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from mpmm.arguments import checked_number, checked_whole, in_brief
 from mpmm.beam_metrics import report_estimate
 from mpmm.errors import InvalidArgumentError
+from mpmm.printable import printable_logger
 
 __all__ = [
     "ALONE_SD",
@@ -27,16 +28,21 @@ __all__ = [
     "Footprints",
     "Observation",
     "ResourceEstimator",
+    "checked_counts",
+    "checked_mb",
     "nnls",
     "reconcile",
     "smooth",
     "solve_footprints",
 ]
 
-logger = logging.getLogger(__name__)
+logger = printable_logger(__name__)
 
 READINGS_KEPT = 20  # per configuration, as in Beam
 CONFIGURATIONS_KEPT = 256
+MOST_DATA_POINTS = sys.maxsize
+# What an observation in shared memory has room for.
+MOST_COPIES = 2**16 - 1
 # A null vector of a small matrix of small integers is exact to some 1e-15; a model it touches has far more in it.
 NULL_TOLERANCE = 1e-9
 
@@ -181,14 +187,10 @@ class ResourceEstimator:
         smoothing_factor: share of a new solution in an estimate that exists, 0 to 1.
         min_data_points: readings needed before the first solution.
         verbose_logging: log observations and solutions.
-        Raises InvalidArgumentError for a factor outside 0 to 1 or a negative number of readings.
+        Raises InvalidArgumentError for a factor outside 0 to 1 or a number of readings below 0.
         """
-        if not 0 <= smoothing_factor <= 1:
-            raise InvalidArgumentError(f"smoothing_factor is {smoothing_factor!r}: expected 0 to 1")
-        if min_data_points < 0:
-            raise InvalidArgumentError(f"min_data_points is {min_data_points!r}: expected 0 or more")
-        self.smoothing_factor = smoothing_factor
-        self.min_data_points = min_data_points
+        self.smoothing_factor = checked_number("smoothing_factor", smoothing_factor, 0.0, 1.0, "a fraction")
+        self.min_data_points = checked_whole("min_data_points", min_data_points, 0, MOST_DATA_POINTS)
         self.verbose_logging = verbose_logging
         self.estimates: dict[str, float] = {}
         # Configuration as sorted (tag, copies) pairs: its last readings. Ordered by latest reading, oldest first.
@@ -204,11 +206,13 @@ class ResourceEstimator:
 
     def is_unknown(self, model_tag: str) -> bool:
         """Return whether there is no estimate for this model."""
+        _check_tag(model_tag)
         with self._lock:
             return model_tag not in self.estimates
 
     def get_estimate(self, model_tag: str, default_mb: float = 4000.0) -> float:
         """Return the estimate in MB, `default_mb` where there is none."""
+        _check_tag(model_tag)
         with self._lock:
             return self.estimates.get(model_tag, default_mb)
 
@@ -218,9 +222,9 @@ class ResourceEstimator:
         Raises InvalidArgumentError for a tag that is no str, or a cost that is negative or not finite.
         """
         _check_tag(model_tag)
-        _check_mb("cost", cost)
+        cost = checked_mb("cost", cost)
         with self._lock:
-            self.estimates[model_tag] = float(cost)
+            self.estimates[model_tag] = cost
             self.known_models.add(model_tag)
         report_estimate(model_tag, cost)
         self.logging_info("Initial estimate of %s: %s MB", model_tag, cost)
@@ -232,22 +236,19 @@ class ResourceEstimator:
         Raises InvalidArgumentError for tags that are no str, counts that are negative, or a reading that
         is negative or not finite; nothing is changed then.
         """
-        for tag, count in active_snapshot.items():
-            _check_tag(tag)
-            if not isinstance(count, numbers.Integral) or count < 0:  # NumPy's integers are Integral too
-                raise InvalidArgumentError(f"copies of {tag!r}: {count!r}, expected a whole number, 0 or more")
-        _check_mb("peak_memory", peak_memory)
-        if not active_snapshot:
+        counts = checked_counts(active_snapshot)
+        peak_memory = checked_mb("peak_memory", peak_memory)
+        if not counts:
             return
-        self.logging_info("Observed %.1f MB with %s", peak_memory, dict(sorted(active_snapshot.items())))
-        configuration = tuple(sorted((tag, count) for tag, count in active_snapshot.items() if count))
+        self.logging_info("Observed %.1f MB with %s", peak_memory, dict(sorted(counts.items())))
+        configuration = tuple(sorted((tag, count) for tag, count in counts.items() if count))
         with self._solve_lock:
             with self._lock:
                 self.history.setdefault(configuration, deque(maxlen=READINGS_KEPT)).append(peak_memory)
                 self.history.move_to_end(configuration)
                 if len(self.history) > CONFIGURATIONS_KEPT:
                     self.history.popitem(last=False)
-                self.known_models.update(active_snapshot)
+                self.known_models.update(counts)
             self._solve()
 
     def _solve(self) -> None:
@@ -278,9 +279,18 @@ class ResourceEstimator:
 
 def _check_tag(tag: object) -> None:
     if not isinstance(tag, str):
-        raise InvalidArgumentError(f"model tag {tag!r}: expected a str")
+        raise InvalidArgumentError(f"model tag {in_brief(tag)}: expected a str")
 
 
-def _check_mb(name: str, value: float) -> None:
-    if not (isinstance(value, numbers.Real) and math.isfinite(value) and value >= 0):
-        raise InvalidArgumentError(f"{name} is {value!r}: expected MB, 0 or more")
+def checked_mb(name: str, value: object) -> float:
+    """Return a finite number of MB, 0 or more. Raises InvalidArgumentError."""
+    return checked_number(name, value, 0.0, math.inf, "MB", finite=True)
+
+
+def checked_counts(counts: object) -> dict[str, int]:
+    """Return how many copies of each tag there are, as plain numbers. Raises InvalidArgumentError."""
+    if not isinstance(counts, Mapping):
+        raise InvalidArgumentError(f"active_snapshot={in_brief(counts)}: expected a mapping of tags to counts")
+    for tag in counts:
+        _check_tag(tag)
+    return {tag: checked_whole(f"copies of {tag!r}", count, 0, MOST_COPIES) for tag, count in counts.items()}

@@ -15,18 +15,19 @@ nothing behind. A forked child has none, and starts its own.
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
 from typing import TypeVar
 
+from mpmm.printable import printable_logger
+
 __all__ = ["Sampler", "answer_within"]
 
 T = TypeVar("T")
 
-_LOG = logging.getLogger("mpmm")
+_LOG = printable_logger("mpmm")
 IDLE_S = 10.0
 
 

@@ -6,15 +6,22 @@ Estimates live in the model rows, readings in the observation rows. Solving is n
 
 from __future__ import annotations
 
-import logging
 import math
 from collections import deque
 from collections.abc import Mapping
 from typing import Any
 
 from mpmm.beam_metrics import report_estimate
-from mpmm.errors import InvalidArgumentError
-from mpmm.resource_estimator import ALONE_SD, Estimate, Observation, reconcile, solve_footprints
+from mpmm.printable import printable_logger
+from mpmm.resource_estimator import (
+    ALONE_SD,
+    Estimate,
+    Observation,
+    checked_counts,
+    checked_mb,
+    reconcile,
+    solve_footprints,
+)
 from mpmm.shared_state.layout import Header, Model
 from mpmm.shared_state.layout import Observation as ObservationRow
 from mpmm.shared_state.namespace import Namespace
@@ -22,7 +29,7 @@ from mpmm.shared_state.tables import encode_text
 
 __all__ = ["SharedResourceEstimator"]
 
-_LOG = logging.getLogger(__name__)
+_LOG = printable_logger(__name__)
 
 
 class SharedResourceEstimator:
@@ -44,7 +51,8 @@ class SharedResourceEstimator:
         return math.isnan(self.get_estimate(model_tag, math.nan))
 
     def get_estimate(self, model_tag: str, default_mb: float = 4000.0) -> float:
-        """Return the estimate of a tag in MB, or `default_mb`."""
+        """Return the estimate of a tag in MB, or `default_mb`. Raises InvalidArgumentError for what is no tag."""
+        encode_text(model_tag, Model.TAG_BYTES, "model tag")
         namespace = self._namespace
         with namespace.transaction():
             row = namespace.tables.model_row(model_tag)
@@ -60,13 +68,12 @@ class SharedResourceEstimator:
         Raises InvalidArgumentError, TableFullError.
         """
         encoded = encode_text(model_tag, Model.TAG_BYTES, "model tag")
-        if not isinstance(cost, int | float) or not math.isfinite(cost) or cost < 0:
-            raise InvalidArgumentError(f"estimate of {model_tag!r}: {cost!r}; expected a number of MB, 0 or more")
+        cost = checked_mb("cost", cost)
         namespace = self._namespace
         with namespace.transaction() as t:
             row = namespace.transitions.claim_model(t, model_tag, encoded)
-            sd_mb = ALONE_SD * float(cost)
-            namespace.transitions.estimate(t, row, float(cost), measured=False, sd_mb=sd_mb, forget_bound=True)
+            sd_mb = ALONE_SD * cost
+            namespace.transitions.estimate(t, row, cost, measured=False, sd_mb=sd_mb, forget_bound=True)
         report_estimate(model_tag, cost)
         self.logging_info("Initial estimate of %s: %s MB", model_tag, cost)
 
@@ -75,16 +82,16 @@ class SharedResourceEstimator:
 
         Raises InvalidArgumentError, TableFullError.
         """
-        if not isinstance(peak_memory, int | float) or not math.isfinite(peak_memory):
-            raise InvalidArgumentError(f"peak memory {peak_memory!r}: expected a number of MB")
-        encoded = {tag: encode_text(tag, Model.TAG_BYTES, "model tag") for tag in active_snapshot}
+        counts = checked_counts(active_snapshot)
+        peak_memory = checked_mb("peak_memory", peak_memory)
+        encoded = {tag: encode_text(tag, Model.TAG_BYTES, "model tag") for tag in counts}
         namespace = self._namespace
         with namespace.transaction() as t:
             copies = []
-            for tag, count in active_snapshot.items():
+            for tag, count in counts.items():
                 row = namespace.transitions.claim_model(t, tag, encoded[tag])
                 copies.append((namespace.segment.words[namespace.tables.model(row) + Model.GENERATION], count))
-            namespace.transitions.observe(t, copies, float(peak_memory))
+            namespace.transitions.observe(t, copies, peak_memory)
         self.solve()
 
     @property

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import logging
 import math
 import platform
 import sys
@@ -33,6 +32,7 @@ from mpmm.kept_estimates import KeptEstimates
 from mpmm.placement import Placement, place_for_good, server_setting
 from mpmm.policy.out_of_memory import bound_mb, raised_estimate_mb
 from mpmm.policy.view import Reason
+from mpmm.printable import printable_logger
 from mpmm.proxy.context import ServerContext
 from mpmm.proxy.ending import kill_process
 from mpmm.scheduler import Copies, Scheduler
@@ -50,7 +50,7 @@ __all__ = [
 
 T = TypeVar("T")
 
-_LOG = logging.getLogger("mpmm")
+_LOG = printable_logger("mpmm")
 # How an object that is not a handle lets go of what garbage collection does not see; the second is Beam's name.
 _UNLOAD_METHODS = ("unload_model", "mock_model_unsafe_hard_delete")
 # A waiter that is sent away needs the lock once, to leave the queue.
@@ -627,6 +627,11 @@ class Worker:
         """Put back on the list what `let_go` has struck off."""
         with self._mutex:
             self._held[_key(copy.value)].append(copy)
+
+    @property
+    def holds_copies(self) -> bool:
+        """Tell whether this process holds copies of models; without the lock."""
+        return bool(self._held)
 
     def is_held(self, copy: Copy) -> bool:
         """Tell whether the row still says that this process holds the copy. Needs the lock."""

@@ -309,6 +309,25 @@ def test_a_preload_stands_behind_everybody_who_wants_a_model_to_use(namespace: s
     assert background.result() == 1
 
 
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_preload_is_given_no_copy_that_comes_free(count: int, namespace: str, new_process: NewProcess) -> None:
+    holder = new_process(fallback_memory_mb=300)
+    backgrounds = [new_process(fallback_memory_mb=300) for _ in range(count)]
+    for tag in ("a", "other", "third"):
+        holder.call(acquire, tag)
+    for number, background in enumerate(backgrounds, 1):
+        background.send(preload, "a", HANDLES, 2)
+        wait_until(lambda: len(waiting(namespace)) == number, "the preload waits")  # noqa: B023  # called at once
+    # Of those who wait all want this model, none of them to use it.
+    holder.call(release, "a")
+    assert (model_of(namespace, "a").idle, len(waiting(namespace))) == (1, count)
+    holder.call(release, "other")
+    # One loads what is missing, which is enough for the others.
+    assert sorted(background.result() for background in backgrounds) == [0] * (count - 1) + [1]
+    assert (model_of(namespace, "a").idle, model_of(namespace, "a").loads) == (2, 2)
+    assert problems(namespace) == []
+
+
 def test_a_preload_teaches_nothing_about_how_long_copies_are_held(namespace: str, new_manager: NewManager) -> None:
     manager = new_manager(wait_timeout_seconds=5)
     manager.preload("a", Loads())

@@ -200,7 +200,7 @@ def test_a_waiter_that_is_tied_is_not_handed_a_copy_elsewhere(
     [
         ({"devices": [7]}, "7 is not among the devices of this process: 0 .sim-0., 1 .sim-1."),
         ({"devices": ["sim-9"]}, "'sim-9' is not among"),
-        ({"devices": [True]}, "True is not among"),
+        ({"devices": [True]}, "True is no index"),
         ({"devices": []}, "expected a sequence of indices or uuids"),
         ({"devices": "sim-0"}, "expected a sequence of indices or uuids"),
         ({"span": 3}, "span=3: expected a number of devices from 1 to 2"),

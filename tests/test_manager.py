@@ -378,6 +378,24 @@ def test_an_unknown_model_goes_first_and_runs_alone_to_be_measured(
     known.call(release)
 
 
+def test_a_model_that_ran_alone_does_so_no_more_once_it_is_released_to_another(
+    namespace: str, new_process: NewProcess, new_device: NewDevice
+) -> None:
+    arguments: dict[str, Any] = {"memory_source": new_device(1000), "poll_interval": 0.05, "max_model_copies": 1}
+    first, second, other = (new_process(**arguments) for _ in range(3))
+    other.call(learn, other=100)
+    first.call(acquire, "unknown")
+    assert read_snapshot(namespace).isolated is not None
+    second.send(acquire, "unknown")
+    wait_until(lambda: waiting(namespace, "unknown"), "the next one waits for it")
+    first.call(release)
+    second.result()
+    # It is in use still, but no more to be measured.
+    assert read_snapshot(namespace).isolated is None
+    other.call(acquire, "other")
+    assert problems(namespace) == []
+
+
 def test_isolation_can_be_entered_by_hand_for_the_next_load(
     namespace: str, new_manager: NewManager, new_process: NewProcess, new_device: NewDevice
 ) -> None:

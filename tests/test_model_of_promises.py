@@ -2,7 +2,8 @@
 
 The pretend processes are members of one namespace in this process, each with a manager's code of its own; some of
 them vanish: their member lock is dropped, as the kernel does for a dead process, and whatever they had must be
-taken back. The model is a handful of dicts. Hypothesis prints a shrunk list of calls when the two disagree.
+taken back. Model servers are members, too, and vanish as well; loads are given up, at times before their loader knows
+of them. The model is a handful of dicts. Hypothesis prints a shrunk list of calls when the two disagree.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,7 +23,7 @@ from processes import wait_until
 
 from mpmm.scheduler import Scheduler
 from mpmm.shared_state.invariants import check_invariants
-from mpmm.shared_state.layout import Capacities, Instance, Ticket
+from mpmm.shared_state.layout import Capacities, Instance, Member, Ticket
 from mpmm.shared_state.namespace import Namespace
 from mpmm.shared_state.settings import Settings
 from mpmm.shared_state.snapshot import read_snapshot
@@ -30,6 +32,7 @@ TAGS = {"a": 300.0, "b": 400.0, "c": 900.0, "d": 100.0}
 TOTAL_MB = 1000.0
 MOST_PROCESSES = 4
 MOST_COPIES = 2
+MOST_SERVERS = 3
 CAPACITIES = Capacities(members=8, models=24, instances=12, tickets=16, devices=1, observations=2, events=64, undo=4096)
 
 
@@ -56,6 +59,7 @@ class Promises(RuleBasedStateMachine):
         super().__init__()
         self.folder = tempfile.mkdtemp(prefix="mpmm-")
         self.processes: list[Pretend] = []
+        self.servers: list[Namespace] = []
         self.keep = self._join()
         namespace = self.keep.namespace
         with namespace.transaction() as t:
@@ -66,18 +70,24 @@ class Promises(RuleBasedStateMachine):
                 namespace.transitions.estimate(t, row, mb, measured=False)
 
     def teardown(self) -> None:
+        for server in self.servers:
+            server.leave()
         for process in reversed(self.processes):
             process.namespace.leave()
         assert not os.path.exists(f"/dev/shm/{self.keep.namespace.segment.name}")
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _join(self) -> Pretend:
-        namespace = Namespace.join(
+    def _member(self, kind: int) -> Namespace:
+        return Namespace.join(
             "promises",
             root=Path(self.folder) / "run",
             capacities=CAPACITIES,
             settings=Settings(slack_percentage=0.0, max_model_copies=MOST_COPIES),
+            kind=kind,
         )
+
+    def _join(self) -> Pretend:
+        namespace = self._member(Member.WORKER)
         process = Pretend(namespace, Scheduler(namespace))
         self.processes.append(process)
         return process
@@ -163,15 +173,16 @@ class Promises(RuleBasedStateMachine):
             else:
                 process.held.append(instance)
 
-    @rule(who=st.integers(0, 99), handle=st.booleans())
-    def finish_a_load(self, who: int, handle: bool) -> None:
+    @rule(who=st.integers(0, 99), handle=st.booleans(), served=st.booleans())
+    def finish_a_load(self, who: int, handle: bool, served: bool) -> None:
         process = self._pick(who)
         if not process.loading:
             return
         row = process.loading.pop(0)
+        server = self._serve(row) if handle and served else 0
         with process.namespace.transaction() as t:
             mb = process.namespace.segment.floats[process.namespace.tables.instance(row) + Instance.MB]
-            process.namespace.transitions.end_load(t, row, b"h%d" % row if handle else b"", mb, 0, False)
+            process.namespace.transitions.end_load(t, row, b"h%d" % row if handle else b"", mb, server, bool(server))
             process.scheduler.advance(t)
         process.held.append(row)
 
@@ -183,13 +194,59 @@ class Promises(RuleBasedStateMachine):
                 process.namespace.transitions.fail_load(t, process.loading.pop(0))
                 process.scheduler.advance(t)
 
-    @rule(who=st.integers(0, 99))
-    def release(self, who: int) -> None:
+    def _serve(self, row: int) -> int:
+        """Return a reference to the new server of a copy, 0 if there are enough of them."""
+        words, tables = self.keep.namespace.segment.words, self.keep.namespace.tables
+        serving = {words[tables.instance(row) + Instance.SERVER] for row in range(CAPACITIES.instances)}
+        for server in [server for server in self.servers if server.reference not in serving]:
+            self.servers.remove(server)
+            server.leave()
+        if len(self.servers) == MOST_SERVERS:
+            return 0
+        self.servers.append(self._member(Member.SERVER))
+        return self.servers[-1].reference
+
+    @rule(which=st.integers(0, 99))
+    @precondition(lambda self: self.servers)
+    def lose_a_server(self, which: int) -> None:
+        server = self.servers.pop(which % len(self.servers))
+        server.forget_after_fork()
+        wait_until(lambda: self.keep.namespace.reap_dead_members() == 1, "the dead are found")
+        with self.keep.namespace.transaction() as t:
+            self.keep.scheduler.advance(t)
+
+    @rule(which=st.integers(0, 99))
+    def give_up_a_load(self, which: int) -> None:
+        """A load has taken too long, for the leader; its loader may be about to begin, or at it."""
+        namespace = self.keep.namespace
+        rows = namespace.tables.rows_where(namespace.segment.layout.instances, Instance.STATE, Instance.LOADING)
+        if rows:
+            row = rows[which % len(rows)]
+            with namespace.transaction() as t:
+                namespace.transitions.give_up_load(t, row)
+                self.keep.scheduler.advance(t)
+            for process in self.processes:
+                if row in process.loading:
+                    process.loading.remove(row)
+
+    @rule(who=st.integers(0, 99), used=st.booleans())
+    def release(self, who: int, used: bool) -> None:
         process = self._pick(who)
         if process.held:
             with process.namespace.transaction() as t:
-                process.namespace.transitions.release(t, process.held.pop(0))
-                process.scheduler.advance(t)
+                process.scheduler.release(t, process.held.pop(0), used)
+
+    @rule(who=st.integers(0, 99))
+    def find_the_server_dead(self, who: int) -> None:
+        process = self._pick(who)
+        words, tables = process.namespace.segment.words, process.namespace.tables
+        for row in process.held:
+            if words[tables.instance(row) + Instance.DOOMED]:
+                process.held.remove(row)
+                with process.namespace.transaction() as t:
+                    process.namespace.transitions.discard(t, row)
+                    process.scheduler.advance(t)
+                return
 
     @rule(who=st.integers(0, 99))
     def unload_what_is_asked(self, who: int) -> None:
@@ -273,3 +330,90 @@ def test_random_calls_agree_with_the_model_of_what_is_promised() -> None:
         max_examples=examples, stateful_step_count=steps, deadline=None, suppress_health_check=list(HealthCheck)
     )
     Promises.TestCase("runTest").runTest()
+
+
+@pytest.fixture
+def promises() -> Iterator[Promises]:
+    """The machine, for walks that are rare at random."""
+    machine = Promises()
+    yield machine
+    machine.the_books_are_right()
+    machine.somebody_can_always_go_on()
+    machine.teardown()
+
+
+def test_a_copy_whose_server_died_in_use_is_passed_to_nobody(promises: Promises) -> None:
+    promises.ask(0, "a", 0)
+    promises.act_on_answers(0)
+    promises.finish_a_load(0, handle=True, served=True)
+    promises.lose_a_server(0)
+    promises.the_books_are_right()
+    # Its memory is free, and taken, so who wants the model waits.
+    promises.ask_for_a_lease(0, TOTAL_MB)
+    promises.act_on_answers(0)
+    promises.join()
+    promises.ask(1, "a", 0)
+    promises.act_on_answers(1)
+    assert promises.processes[1].owned_rows == []
+    promises.release(0, used=True)
+    promises.act_on_answers(1)
+    assert promises.processes[1].owned_rows == []
+    promises.end_a_lease(0)
+    promises.act_on_answers(1)
+    assert len(promises.processes[1].loading) == 1
+
+
+def test_an_idle_copy_goes_with_its_server(promises: Promises) -> None:
+    promises.ask(0, "c", 0)
+    promises.act_on_answers(0)
+    promises.finish_a_load(0, handle=True, served=True)
+    promises.release(0, used=True)
+    promises.lose_a_server(0)
+    promises.the_books_are_right()
+    promises.ask(0, "c", 0)
+    promises.act_on_answers(0)
+    assert len(promises.keep.loading) == 1
+
+
+def test_a_copy_of_a_dead_server_that_a_waiter_was_just_given_is_doomed(promises: Promises) -> None:
+    promises.ask(0, "c", 0)
+    promises.act_on_answers(0)
+    promises.finish_a_load(0, handle=True, served=True)
+    promises.join()
+    promises.ask(1, "c", 0)
+    promises.release(0, used=True)
+    promises.lose_a_server(0)
+    promises.act_on_answers(1)
+    assert len(promises.processes[1].held) == 1
+    promises.ask(0, "c", 0)
+    promises.find_the_server_dead(1)
+    promises.act_on_answers(0)
+    assert len(promises.keep.loading) == 1
+    assert promises.processes[1].owned_rows == []
+
+
+def test_a_load_that_is_given_up_before_its_loader_woke_is_allowed_anew(promises: Promises) -> None:
+    promises.ask(0, "c", 0)
+    promises.give_up_a_load(0)
+    promises.the_books_are_right()
+    promises.join()
+    promises.ask(1, "c", 0)
+    for who in (0, 1):
+        promises.act_on_answers(who)
+    # The first one, who has not lost its place, and not both.
+    assert [len(process.loading) for process in promises.processes] == [1, 0]
+
+
+def test_preloads_that_wait_are_given_no_copy(promises: Promises) -> None:
+    promises.ask(0, "a", 0)
+    promises.act_on_answers(0)
+    promises.finish_a_load(0, handle=True, served=False)
+    promises.ask_for_a_lease(0, TOTAL_MB - TAGS["a"])
+    promises.act_on_answers(0)
+    promises.ask(0, "a", 2)
+    promises.release(0, used=True)
+    promises.act_on_answers(0)
+    assert len(promises.keep.tickets) == 1
+    promises.end_a_lease(0)
+    promises.act_on_answers(0)
+    assert len(promises.keep.loading) == 1

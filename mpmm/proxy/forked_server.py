@@ -9,7 +9,6 @@ import contextlib
 import functools
 import hashlib
 import json
-import logging
 import os
 import pickle
 import re
@@ -27,6 +26,7 @@ from typing import Any
 
 import mpmm
 from mpmm.errors import LockTimeoutError
+from mpmm.printable import printable_logger
 from mpmm.proxy import transport
 from mpmm.proxy.room import LIVES_BY_VARIABLE, Room, open_lock
 from mpmm.proxy.server_process import ServerPlan
@@ -34,7 +34,7 @@ from mpmm.shared_state.lock_file import is_locked
 
 __all__ = ["ForkedServer", "add_prelude", "order_server", "remove_prelude"]
 
-logger = logging.getLogger(__name__)
+logger = printable_logger(__name__)
 
 SWITCH_VARIABLE = "MPMM_ZYGOTE"
 # A slow machine under load; the zygote itself needs a few tenths of a second.

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import inspect
 import itertools
-import logging
 import os
 import socket
 import threading
@@ -24,6 +23,7 @@ from typing import Any
 
 from mpmm.errors import ModelServerError, RemoteCallError, SharedObjectReleasedError
 from mpmm.fork_hooks import call_once_at_exit, close_in_children, fork_guard, in_forked_child
+from mpmm.printable import printable_logger
 from mpmm.proxy import transport, wire
 from mpmm.proxy.channel import Channel, Message
 from mpmm.proxy.context import attaching_to
@@ -32,7 +32,7 @@ from mpmm.shared_state.lock_file import LockFile
 
 __all__ = ["Host", "find_host", "host_object", "public_methods"]
 
-logger = logging.getLogger(__name__)
+logger = printable_logger(__name__)
 # To start a thread while a client asks one thing after another would cost each of these some 50 µs.
 QUIET_MS = 5
 END_HOSTS_PRIORITY = LEAVE_PRIORITY + 10

@@ -38,6 +38,7 @@ from typing import Any
 
 import psutil
 
+from mpmm.arguments import checked_path, in_brief
 from mpmm.errors import InvalidArgumentError
 from mpmm.fork_hooks import call_once_at_exit, in_forked_child
 from mpmm.shared_state.lock_file import LockFile, is_locked
@@ -455,11 +456,13 @@ def room_for(path: str | None) -> Room:
 
     Raises InvalidArgumentError.
     """
+    if not isinstance(path, str | os.PathLike | None):
+        raise InvalidArgumentError(f"path={in_brief(path)}: expected a folder")
     argument = (path, os.environ.get(RUNTIME_DIR_VARIABLE))
     room = _rooms_by_argument.get(argument)
     if room is None:
-        if path is not None and not isinstance(path, (str, os.PathLike)):
-            raise InvalidArgumentError(f"path {path!r}: expected a folder")
+        if path is not None:
+            path = str(checked_path("path", path, "a folder"))
         root = default_root() if path is None or path == tempfile.gettempdir() else root_below(Path(path))
         room = room_at(root.absolute())
         if root.is_absolute():

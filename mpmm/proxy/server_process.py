@@ -31,6 +31,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from mpmm.errors import ServerStartError
+from mpmm.printable import printable_logger
 from mpmm.proxy.context import ServerContext, attaching_to
 from mpmm.proxy.hosting import end_all_hosts, host_object, new_record
 from mpmm.proxy.identity import name_of_constructor, names_of_types
@@ -49,7 +50,7 @@ __all__ = [
     "wants_to_attach",
 ]
 
-logger = logging.getLogger(__name__)
+logger = printable_logger(__name__)
 
 # What a new server tells its starter, each with a text.
 READY, OCCUPIED, ATTACH, CRASHED = "ready", "occupied", "attach", "crashed"

@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 
+from mpmm.arguments import checked_whole
 from mpmm.errors import InvalidArgumentError
 
 __all__ = [
@@ -452,10 +453,8 @@ class Capacities:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.name == "undo" and isinstance(value, int) and 0 <= value <= MOST_UNDO:
-                continue
-            if not isinstance(value, int) or not 1 <= value <= 1 << 20:
-                raise InvalidArgumentError(f"capacity {field.name}={value!r}: expected a whole number, 1 to 1048576")
+            low, high = (0, MOST_UNDO) if field.name == "undo" else (1, 1 << 20)
+            object.__setattr__(self, field.name, checked_whole(f"capacity {field.name}", value, low, high))
         if self.devices > MOST_DEVICES:
             raise InvalidArgumentError(f"capacity devices={self.devices}: at most {MOST_DEVICES} are possible")
         if not self.undo:

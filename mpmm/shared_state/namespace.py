@@ -17,7 +17,6 @@ The kernel drops all of them when a process dies. What it leaves in the tables i
 from __future__ import annotations
 
 import contextlib
-import logging
 import multiprocessing.util
 import os
 import secrets
@@ -43,6 +42,7 @@ from mpmm.errors import (
     TableFullError,
 )
 from mpmm.fork_hooks import ChildStep, in_forked_child
+from mpmm.printable import printable_logger
 from mpmm.shared_state import segment as segment_module
 from mpmm.shared_state.layout import Capacities, Header, Member, Model
 from mpmm.shared_state.liveness import member_lives
@@ -57,7 +57,7 @@ from mpmm.shared_state.transitions import Transitions
 
 __all__ = ["Namespace", "read_settings", "remove_all_deserted", "remove_deserted", "run_at_exit"]
 
-_LOG = logging.getLogger("mpmm")
+_LOG = printable_logger("mpmm")
 # Joining and leaving take milliseconds, unless the last member is unloading everything on its way out.
 LIFECYCLE_TIMEOUT_S = 60.0
 # Who cleans up after others does not wait for one who has been stopped in the middle of it.

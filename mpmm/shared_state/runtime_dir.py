@@ -87,15 +87,16 @@ class RuntimeDirectory:
             pass
         try:
             self.root.parent.mkdir(parents=True, exist_ok=True)
-            for folder in (self.root, self.path):
-                with contextlib.suppress(FileExistsError):
-                    folder.mkdir(mode=0o700)
-                check_private_folder(folder)
-        except FileNotFoundError:
-            # The last member of another namespace removed the empty parent between our two calls.
-            self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self.path.mkdir(mode=0o700, exist_ok=True)
-            check_private_folder(self.path)
+            try:
+                for folder in (self.root, self.path):
+                    with contextlib.suppress(FileExistsError):
+                        folder.mkdir(mode=0o700)
+                    check_private_folder(folder)
+            except FileNotFoundError:
+                # The last member of another namespace removed the empty parent between our two calls.
+                self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
+                self.path.mkdir(mode=0o700, exist_ok=True)
+                check_private_folder(self.path)
         except RuntimeDirectoryError:
             raise
         except OSError as error:

@@ -53,7 +53,7 @@ def segment_name(root: Path, namespace: str) -> str:
     """
     place = os.stat(root)
     identity = f"{os.path.realpath(root)}:{place.st_dev}:{place.st_ino}"
-    return f"mpmm-{os.getuid()}-{hashlib.sha256(identity.encode()).hexdigest()[:12]}-{namespace}"
+    return f"mpmm-{os.getuid()}-{hashlib.sha256(os.fsencode(identity)).hexdigest()[:12]}-{namespace}"
 
 
 def boot_hash() -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, fields
 
+from mpmm.arguments import checked_number, in_brief
 from mpmm.errors import InvalidArgumentError
 
 __all__ = ["Settings"]
@@ -36,20 +37,23 @@ class Settings:
         for field in fields(self):
             value = getattr(self, field.name)
             low, high, unit = _RANGES[field.name]
-            if not isinstance(value, int | float) or isinstance(value, bool) or not low <= value <= high:
-                raise InvalidArgumentError(f"{field.name}={value!r}: expected {unit} from {low:g} to {high:g}")
+            number = checked_number(field.name, value, low, high, unit)
+            if unit == _COUNT and math.isfinite(number) and not number.is_integer():
+                raise InvalidArgumentError(f"{field.name}={in_brief(value)}: expected {_COUNT}, a whole number")
+            object.__setattr__(self, field.name, number)
 
 
 _SECONDS = (0.0, math.inf, "seconds")
 _MB = (1.0, 1e9, "MB")
+_COUNT = "a count"
 _RANGES: dict[str, tuple[float, float, str]] = {
     "slack_percentage": (0.0, 0.99, "a fraction"),
     "poll_interval": (0.01, 3600.0, "seconds"),
     "peak_window_seconds": (0.01, 86400.0, "seconds"),
-    "min_data_points": (1, 1e6, "a count"),
+    "min_data_points": (1, 1e6, _COUNT),
     "smoothing_factor": (0.0, 1.0, "a fraction"),
     "eviction_cooldown_seconds": _SECONDS,
-    "min_model_copies": (0, 1e6, "a count"),
+    "min_model_copies": (0, 1e6, _COUNT),
     "wait_timeout_seconds": _SECONDS,
     "lock_timeout_seconds": (0.001, 86400.0, "seconds"),
     "fallback_memory_mb": _MB,
@@ -58,6 +62,6 @@ _RANGES: dict[str, tuple[float, float, str]] = {
     "max_overtake_seconds": _SECONDS,
     "memory_return_seconds": _SECONDS,
     "load_timeout_seconds": (0.001, math.inf, "seconds"),
-    "max_model_copies": (1, math.inf, "a count"),
+    "max_model_copies": (1, math.inf, _COUNT),
     "idle_ttl_seconds": _SECONDS,
 }

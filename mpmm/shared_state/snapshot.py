@@ -577,7 +577,7 @@ class _Decoder:
 
     def _text(self, word: int) -> str:
         length = min(self._words[word], 8 * 128)
-        return bytes(self._bytes[8 * (word + 1) : 8 * (word + 1) + length]).decode("utf-8", "replace")
+        return bytes(self._bytes[8 * (word + 1) : 8 * (word + 1) + length]).decode("utf-8", "surrogateescape")
 
     def _age(self, then_ns: int) -> float:
         return (self._now - then_ns) / 1e9

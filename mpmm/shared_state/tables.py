@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import numpy as np
 import numpy.typing as npt
 
+from mpmm.arguments import encoded_text
 from mpmm.errors import InvalidArgumentError, TableFullError
 from mpmm.shared_state.layout import Instance, Member, Model, Pin, Table, Ticket, device_rows
 from mpmm.shared_state.segment import Segment
@@ -22,10 +23,13 @@ FEW_ROWS = 64
 
 
 def encode_text(text: str, max_bytes: int, what: str) -> bytes:
-    """Return `text` as UTF-8. Raises InvalidArgumentError when it is no str, empty, or longer than `max_bytes`."""
-    if not isinstance(text, str) or not text:
-        raise InvalidArgumentError(f"{what} {text!r}: expected a str that is not empty")
-    encoded = text.encode("utf-8", "surrogateescape")
+    """Return `text` as `mpmm.arguments.encoded_text` does.
+
+    Raises InvalidArgumentError when it is no str, empty, longer than `max_bytes`, or has a lone surrogate.
+    """
+    encoded = encoded_text(what, text)
+    if not encoded:
+        raise InvalidArgumentError(f"{what} '': expected a str that is not empty")
     if len(encoded) > max_bytes:
         raise InvalidArgumentError(f"{what} {text[:40]!r}… has {len(encoded)} bytes; at most {max_bytes} are possible")
     return encoded
@@ -124,7 +128,11 @@ class Tables:
             if words[at + Model.GENERATION] == generation and words[at + Model.STATE]:
                 return row
             del self._rows_of_tags[tag]
-        wanted = tag.encode("utf-8", "surrogateescape")
+        try:
+            wanted = tag.encode("utf-8", "surrogateescape")
+        except UnicodeEncodeError:
+            # No model can have such a tag, see `encode_text`.
+            return None
         models = self.view(self._models)
         candidates = np.flatnonzero((models[:, Model.STATE] == Model.MODEL) & (models[:, Model.TAG] == len(wanted)))
         for row in candidates.tolist():

@@ -16,7 +16,6 @@ checked it before.
 
 from __future__ import annotations
 
-import logging
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -28,6 +27,7 @@ import numpy as np
 
 from mpmm.errors import TableFullError
 from mpmm.policy.ledger import Entry, Figure, Ledger, Return, expire, settle
+from mpmm.printable import printable_logger
 from mpmm.shared_state.durations import to_ns
 from mpmm.shared_state.events import Cause, EventKind
 from mpmm.shared_state.futex import wake_all
@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ESTIMATE_TOLERANCE", "Transitions"]
 
-_LOG = logging.getLogger("mpmm")
+_LOG = printable_logger("mpmm")
 
 # A measured footprint that differs by less than this from the estimate changes nothing.
 ESTIMATE_TOLERANCE = 0.01

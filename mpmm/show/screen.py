@@ -20,7 +20,22 @@ from mpmm.shared_state.snapshot import (
     TicketInfo,
 )
 from mpmm.show.health import findings, longest_wait_s
-from mpmm.show.words import BAR_SIGNS, PLAIN_SIGNS, age, bar, cut, left_s, mb, needs, pids, places, table, waiters, why
+from mpmm.show.words import (
+    BAR_SIGNS,
+    PLAIN_SIGNS,
+    age,
+    bar,
+    cut,
+    for_people,
+    left_s,
+    mb,
+    needs,
+    pids,
+    places,
+    table,
+    waiters,
+    why,
+)
 
 __all__ = [
     "EVENTS_OF_EACH",
@@ -80,6 +95,7 @@ def render(snapshot: Snapshot, *, everything: bool = False, width: int | None = 
 
     everything: all rows, not only those that matter most. width: lines are cut to so many characters.
     """
+    snapshot = for_people(snapshot)
     parts = [headline(snapshot)]
     said = findings(snapshot)
     urgent = [f"ATTENTION: {finding.text}" for finding in said if finding.urgent]
@@ -127,7 +143,7 @@ def _lock_state(snapshot: Snapshot) -> str:
 def overview(snapshots: Sequence[Snapshot]) -> str:
     """Return one line for each of several namespaces."""
     rows = []
-    for snapshot in snapshots:
+    for snapshot in map(for_people, snapshots):
         used = sum(device.used_mb or 0.0 for device in snapshot.devices)
         limit = sum(device.limit_mb for device in snapshot.devices)
         urgent = [finding.text for finding in findings(snapshot) if finding.urgent]

@@ -17,10 +17,11 @@ from rich.live import Live
 from rich.panel import Panel
 from rich.text import Text
 
+from mpmm.printable import printable
 from mpmm.shared_state.snapshot import DeviceInfo, EventChoice, Snapshot, read_snapshot
 from mpmm.show.health import findings
 from mpmm.show.screen import EVENTS_OF_EACH, Section, copies, evictions, headline, models, waiting
-from mpmm.show.words import bar, mb, table
+from mpmm.show.words import bar, for_people, mb, table
 
 __all__ = ["History", "run", "screen"]
 
@@ -64,7 +65,7 @@ def run(namespace: str, root: Path | None, interval_s: float) -> int:
     with contextlib.suppress(KeyboardInterrupt), _keys() as key_pressed, live:
         while True:
             if snapshot is None:
-                live.update(Text(f"there is no namespace {namespace} any more; q ends"), refresh=True)
+                live.update(Text(f"there is no namespace {printable(namespace)} any more; q ends"), refresh=True)
             else:
                 history.add(snapshot)
                 # The size is asked for each time, as it may change.
@@ -107,6 +108,7 @@ def _keys() -> Iterator[Any]:
 
 def screen(snapshot: Snapshot, history: History, width: int, height: int) -> RenderableType:
     """Return what fills a terminal of so many columns and lines; the tables share what the rest leaves."""
+    snapshot = for_people(snapshot)
     said = findings(snapshot)
     head = [Text(line, no_wrap=True, overflow="ellipsis") for line in headline(snapshot)]
     if not any(finding.urgent for finding in said):

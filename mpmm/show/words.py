@@ -4,18 +4,52 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import fields, is_dataclass, replace
+from typing import Any, TypeVar
 
 from mpmm.policy.backoff import back_off_s
 from mpmm.policy.reasons import explain
 from mpmm.policy.view import Reason
+from mpmm.printable import printable
 from mpmm.shared_state.snapshot import DeviceInfo, EventInfo, InstanceInfo, Snapshot, TicketInfo
 
-__all__ = ["age", "bar", "devices_of", "left_s", "mb", "needs", "pids", "places", "table", "waiters", "why"]
+__all__ = [
+    "age",
+    "bar",
+    "cut",
+    "devices_of",
+    "for_people",
+    "left_s",
+    "mb",
+    "needs",
+    "pids",
+    "places",
+    "table",
+    "waiters",
+    "why",
+]
 
 #: Parts of a bar: used, reserved, on its way back, free, and where the limit is.
 BAR_SIGNS = "█▓░·│"
 PLAIN_SIGNS = "#+-.|"
 LONGEST_CELL = 40
+Row = TypeVar("Row", bound=Any)
+
+
+def for_people(row: Row) -> Row:
+    """Return a snapshot, or a row of one, whose texts a terminal can show; the same object where all can."""
+    changed: dict[str, Any] = {}
+    for field in fields(row):
+        value = getattr(row, field.name)
+        new = value
+        if isinstance(value, str):
+            new = printable(value)
+        elif isinstance(value, tuple) and value and is_dataclass(value[0]):
+            rows = tuple(map(for_people, value))
+            new = rows if any(one is not other for one, other in zip(rows, value, strict=True)) else value
+        if new is not value:
+            changed[field.name] = new
+    return replace(row, **changed) if changed else row
 
 
 def mb(value: float | None) -> str:

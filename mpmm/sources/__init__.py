@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 
 from mpmm.errors import InvalidArgumentError
+from mpmm.printable import printable_logger
 from mpmm.sampler import answer_within
 from mpmm.sources.base import (
     START_TIMEOUT_S,
@@ -83,7 +84,7 @@ def choose_source(
             return makers[candidate]()
         except SourceUnavailableError as error:
             reasons.append(f"{candidate}: {error.reason}")
-    (logger or logging.getLogger(__name__)).warning(
+    (logger or printable_logger(__name__)).warning(
         "No GPU memory to measure (%s). Going by the books, with a total of %s MB",
         "; ".join(reasons),
         fallback_memory_mb,

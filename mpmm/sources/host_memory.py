@@ -17,7 +17,7 @@ from pathlib import Path
 
 import psutil
 
-from mpmm.errors import InvalidArgumentError
+from mpmm.arguments import checked_number
 from mpmm.sources.base import MIB, DeviceInfo, DeviceSample
 
 __all__ = ["HostMemorySource", "host_memory_mb"]
@@ -50,11 +50,11 @@ class HostMemorySource:
 
         Raises InvalidArgumentError unless `budget_mb` is None or a positive number.
         """
-        if budget_mb is not None and not (math.isfinite(budget_mb) and budget_mb > 0):
-            raise InvalidArgumentError(f"budget_mb is {budget_mb!r}: expected a positive number of MB, or None")
+        if budget_mb is not None:
+            budget_mb = checked_number("budget_mb", budget_mb, 0.0, math.inf, "MB", above=True, finite=True)
         self._whole = budget_mb is None
         self.counts_named_only = budget_mb is not None
-        total_mb = host_memory_mb() if budget_mb is None else float(budget_mb)
+        total_mb = host_memory_mb() if budget_mb is None else budget_mb
         self._devices = (DeviceInfo(0, "host-memory", "host memory", total_mb),)
         # Replaced as a whole by each sample, so that threads and forked children need no lock.
         self._readings: dict[int, _Reading] = {}

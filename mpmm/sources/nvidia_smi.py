@@ -19,7 +19,6 @@ thread of their own, so that nobody else waits for it.
 
 from __future__ import annotations
 
-import logging
 import math
 import os
 import re
@@ -28,6 +27,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from mpmm.printable import printable_logger
 from mpmm.sources.base import DeviceInfo, DeviceSample, unavailable
 from mpmm.sources.unified_memory import (
     counts_page_cache,
@@ -42,7 +42,7 @@ __all__ = ["NvidiaSmiSource"]
 
 TIMEOUT_S = 5.0
 
-_LOG = logging.getLogger(__name__)
+_LOG = printable_logger(__name__)
 # The program has answered, but says that the infoROM of a GPU is corrupted.
 _INFOROM_CORRUPTED = 14
 # There is no GPU of the number that `-i` names.

@@ -1,0 +1,52 @@
+"""What of other people's texts may reach a terminal or a log: nothing that a terminal would obey.
+
+A tag, a lease's name, a host's name or a source's is whatever somebody has passed in. An escape sequence in it could
+clear the screen, retitle the window or turn letters around; a newline could forge a line of a log. So what is shown to
+people goes through `printable`: text on its way out, errors when they are put into words, and log records here. What
+programs read (JSON, traces, metrics) stays exact.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+
+__all__ = ["printable", "printable_lines", "printable_logger"]
+
+
+def printable(text: str, keep: str = "") -> str:
+    r"""Return a text with what does not print, and is not in `keep`, as Python writes it: `\x1b`, `\n`, `\u202e`."""
+    if text.isprintable():
+        return text
+    return "".join(sign if sign.isprintable() or sign in keep else ascii(sign)[1:-1] for sign in text)
+
+
+def printable_lines(text: str) -> str:
+    """Return a text of several lines as `printable` would write each."""
+    return printable(text, "\n\t")
+
+
+class _Printable(logging.Filter):
+    """Makes the texts that a record is about printable; all of them are passed on."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Change the arguments of a record in place, before any handler sees them."""
+        if isinstance(record.args, tuple):
+            record.args = tuple(_shown(value) for value in record.args)
+        elif isinstance(record.args, Mapping):
+            record.args = {name: _shown(value) for name, value in record.args.items()}
+        return True
+
+
+def _shown(value: object) -> object:
+    return printable(value) if isinstance(value, str) else value
+
+
+_FILTER = _Printable()
+
+
+def printable_logger(name: str) -> logging.Logger:
+    """Return the logger of that name, whose records are fit to be shown. Filters are not inherited, so each has it."""
+    found = logging.getLogger(name)
+    found.addFilter(_FILTER)
+    return found
