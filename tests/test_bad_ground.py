@@ -36,7 +36,7 @@ NewManager = Callable[..., ModelManager]
 NewProcess = Callable[..., Process]
 
 SMALL = Capacities(members=8, models=8, instances=8, tickets=8, devices=2, observations=4, events=64, undo=512)
-DECODED_CASES = scaled(3000)
+DECODED_CASES = scaled(2000)
 ATTACHED_CASES = scaled(150)
 
 

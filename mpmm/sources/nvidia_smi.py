@@ -183,10 +183,11 @@ class NvidiaSmiSource:
         return output.strip().splitlines(), failure
 
     def _warn(self, output: str) -> None:
-        if not self._warned:
+        # Another thread may ask at the same time.
+        warned, self._warned = self._warned, True
+        if not warned:
             said = [line for line in output.splitlines() if "infoROM" in line]
             _LOG.warning("nvidia-smi ends with status 14 (%s): its figures count", "; ".join(said) or "infoROM")
-        self._warned = True
 
     def _boards(self) -> list[_Board]:
         """Return all GPUs, those that cannot be read included. Raises what the program's failure raises."""
