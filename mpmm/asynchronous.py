@@ -56,7 +56,7 @@ async def hold_in_loop(
     manager: ModelManager, tag: str, loader: Callable[[], Any], devices: Sequence[int | str] | None, span: int
 ) -> AsyncIterator[Any]:
     """Hold a copy for the length of an `async with` block; see `ModelManager.model_async`."""
-    refuse_while_importing_main(f"acquire the model {tag!r}", tag)
+    refuse_while_importing_main("acquire the model", tag)
     worker = manager._connected()
     threads = _threads_of(worker)
     instance = await _Acquire(manager, worker, threads, tag, manager._wish(worker, devices, span)).run(loader)
@@ -169,7 +169,7 @@ class _Acquire:
             copy = manager._take_idle(worker, tag, left, self._wish.tied)
             if copy is not None:
                 return copy
-            worker.freshen(left)
+            worker.freshen_to_queue(left)
             row = manager._enqueue(worker, tag, self._encoded, deadline, 0, self._wish)
             worker.unload_beside()
             self._threads.watch(row, deadline, answer)

@@ -205,7 +205,13 @@ class SharedBoard:
         )
 
     def publish(self, samples: Sequence[DeviceSample], patience_s: float | None = None) -> None:
-        """Record figures that could be read, and let waiters profit from them; waits for the lock for `patience_s`."""
+        """Record figures that could be read, and let waiters profit if they show more room than there was.
+
+        If they do not, whoever waits goes on waiting: what only time has changed is for the leader's next poll. A plan
+        after every sample of every process would hold the lock for longer than all the rest.
+
+        patience_s: the longest wait for the lock.
+        """
         namespace = self._namespace
         transitions = namespace.transitions
         # Whose children they are is looked up before the lock is taken.
@@ -223,6 +229,7 @@ class SharedBoard:
         fresh_rows = complete_rows = 0
         late = False
         with namespace.transaction(patience_s) as t:
+            before = self._scheduler.room()
             news = []
             for sample in samples:
                 row = self._rows.get(sample.index)
@@ -252,7 +259,8 @@ class SharedBoard:
                 self._share_out(t, taken)
             for row, used_mb, sample in news:
                 transitions.sample(t, row, used_mb, sample.taken_ns, sample.done_ns)
-            self._scheduler.advance(t)
+            if proven or self._scheduler.shows_more_room(before):
+                self._scheduler.advance(t)
 
     def _end_isolations(self, t: Transaction) -> None:
         """Let others load beside what runs alone: it will be measured by its process, as its source has just shown."""

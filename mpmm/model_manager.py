@@ -86,7 +86,17 @@ from mpmm.shared_state.tables import encode_text
 from mpmm.shared_state.transaction import Transaction
 from mpmm.sources import MemorySource, choose_source
 from mpmm.sources.selected import SelectedDevices
-from mpmm.worker import NOW_S, UNLOAD_LOOK_S, Copy, Free, Growth, LookAgain, Worker
+from mpmm.worker import (
+    NOW_S,
+    UNLOAD_LOOK_S,
+    Copy,
+    Free,
+    Growth,
+    LookAgain,
+    Worker,
+    collect_garbage,
+    unload_made,
+)
 
 __all__ = ["GPUMonitor", "ModelManager", "QueueTicket", "ResourceEstimator"]
 
@@ -358,7 +368,7 @@ class ModelManager(BeamNames):
         """
         if not isinstance(tag, str) or not callable(loader_func):
             raise InvalidArgumentError(f"model {tag!r}, loader {loader_func!r}: expected a str and a callable")
-        refuse_while_importing_main(f"acquire the model {tag!r}", tag)
+        refuse_while_importing_main("acquire the model", tag)
         worker = self._connected()
         if self._bookings_made:
             booking = self._take_booking(tag)
@@ -585,12 +595,12 @@ class ModelManager(BeamNames):
         encoded = encode_text(name, Model.TAG_BYTES, "name of a lease")
         mb = checked_number(f"lease {name!r}: mb", mb, 0.0, math.inf, "a number of MB", above=True, finite=True)
         patience = self._patience(timeout_seconds)
-        refuse_while_importing_main(f"reserve memory for {name!r}", name)
+        refuse_while_importing_main("reserve memory for", name)
         worker = self._connected()
         wish = self._wish(worker, devices, span)
         began = time.monotonic()
         deadline = began + patience
-        worker.freshen(patience)
+        worker.freshen_to_queue(patience)
         with worker.waiting():
             with self._giving_up_in_time(worker, name):
                 enter = functools.partial(self._enqueue_lease, worker, encoded, mb, deadline, wish)
@@ -633,7 +643,7 @@ class ModelManager(BeamNames):
         _encoded_tag(tag)
         copies = checked_whole(f"preload of {tag!r}: copies", copies, 1, Capacities().instances, "a count")
         patience = self._patience(timeout_seconds)
-        refuse_while_importing_main(f"preload the model {tag!r}", tag)
+        refuse_while_importing_main("preload the model", tag)
         worker = self._connected()
         wish = self._wish(worker, devices, span)
         for loaded in range(copies):
@@ -834,7 +844,7 @@ class ModelManager(BeamNames):
         began = time.monotonic()
         firm, alone = worker.held_by_thread()
         self._run_alone_no_more(worker, [*firm, *alone])
-        worker.freshen(deadline - began)
+        worker.freshen_to_queue(deadline - began)
         with worker.waiting():
             row = self._enqueue(worker, tag, encoded, deadline, preload, wish, nested=bool(firm or alone))
             if firm:
@@ -1143,7 +1153,7 @@ class ModelManager(BeamNames):
             failure = error
         # Its frames would keep what was loaded so far, and with it the memory.
         traceback.clear_frames(failure.__traceback__)
-        worker.dispose(None)
+        collect_garbage()
         answer: Copy | _Booking | None = None
         with suppress(MpmmError):
             worker.make_room(devices)
@@ -1191,7 +1201,9 @@ class ModelManager(BeamNames):
             attempt.again = ran_out and not attempt.last
             failed = isinstance(error, Exception) and not isinstance(error, _NOT_THE_LOADERS)
             in_time = self._give_up_load(worker, booking, attempt if ran_out else None, failed)
-            worker.dispose(value)
+            unload_made(value)
+            value = None
+            collect_garbage()
             limit = self._settings.load_timeout_seconds
             if not in_time and time.monotonic() - began > limit:
                 raise LoadTimeoutError(

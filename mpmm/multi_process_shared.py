@@ -139,7 +139,7 @@ class MultiProcessShared(Generic[T]):
         if lives and record is not None and record.ready:
             with suppress(ModelServerError):
                 return self._use(room, record)
-        refuse_while_importing_main(f"acquire the shared object {self._tag!r}", self._tag)
+        refuse_while_importing_main("acquire the shared object", self._tag)
         with room.tag_lock(self._tag):
             failures = itertools.count(1)
             while True:

@@ -64,6 +64,8 @@ from mpmm.shared_state.transaction import Transaction
 
 __all__ = ["Copies", "Scheduler"]
 
+# Less than this is no news for those who wait; the next poll of the leader has them planned for anyway.
+LEAST_ROOM_MB = 1.0
 # So many waiters are looked at in one step.
 QUEUE_PART = 32
 FEW_WAITERS = 16
@@ -125,6 +127,9 @@ _WAITER_FIELDS = (
 )
 
 
+_ROOM_FIELDS = [Device.EXTERNAL_MB, Device.EXTERNAL_LEAST_MB, Device.RETURNING_MB]
+
+
 class Scheduler:
     """Plans for one namespace. Methods need the lock."""
 
@@ -178,9 +183,9 @@ class Scheduler:
                     transitions.pass_on(t, ticket, instance, cause, used)
                     t.after.append(self._make_way)
                     return
-        quiet = self._moves_nobody(instance)
+        moves_somebody = words[Header.WAITING] and not self._moves_nobody(instance)
         transitions.release(t, instance, used)
-        if not quiet:
+        if moves_somebody:
             self.advance(t)
 
     def _make_way(self) -> None:
@@ -518,6 +523,16 @@ class Scheduler:
             return self._segment.floats[at + Model.ESTIMATE_MB]
         return self._namespace.settings.default_estimate_mb
 
+    def room(self) -> list[float]:
+        """Return the figures, in MB, of which a smaller one means more room: for each device, and of all copies."""
+        devices = self._tables.view(self._layout.devices).view(np.float64)[:, _ROOM_FIELDS]
+        copies = self._tables.view(self._layout.instances).view(np.float64)[:, Instance.MB]
+        return [*devices.ravel().tolist(), float(copies.sum())]
+
+    def shows_more_room(self, before: list[float]) -> bool:
+        """Tell whether there is more room than when `room` said `before`, or its figures cannot be compared."""
+        return not all(now > was - LEAST_ROOM_MB for now, was in zip(self.room(), before, strict=True))
+
     def used_mb(self, device: int, copies: Copies) -> float:
         """Return the memory in use: the last figure, or the books where nothing can be measured."""
         if self._segment.words[Header.SOURCE_BOOKS_ONLY]:
@@ -636,6 +651,7 @@ class Scheduler:
                         raise
                     if not self._make_room_in_table(t, ticket) and ticket == newcomer:
                         raise
+                    self._note_wait(t, ticket, replace(why, reason=Reason.TABLE_FULL), first=False)
             case Evict(ticket, instances, why, passed):
                 at = self._tables.ticket(ticket)
                 unloader, model = self._segment.words[at + Ticket.MEMBER] - 1, self._segment.words[at + Ticket.MODEL]

@@ -34,6 +34,7 @@ from mpmm.policy.out_of_memory import bound_mb, raised_estimate_mb
 from mpmm.policy.view import Reason
 from mpmm.printable import printable_logger
 from mpmm.proxy.context import ServerContext
+from mpmm.proxy.ending import kill_process
 from mpmm.scheduler import Copies, Scheduler
 from mpmm.shared_estimator import SharedResourceEstimator
 from mpmm.shared_state.futex import wake_all
@@ -42,7 +43,10 @@ from mpmm.shared_state.namespace import Namespace, remove_deserted
 from mpmm.shared_state.transaction import Transaction
 from mpmm.sources import MemorySource, process_knowledge
 
-__all__ = ["NOW_S", "UNLOAD_LOOK_S", "Copy", "Free", "Growth", "LookAgain", "ServerDuty", "Worker"]
+__all__ = [
+    *("NOW_S", "UNLOAD_LOOK_S", "Copy", "Free", "Growth", "LookAgain", "ServerDuty", "Worker"),
+    *("collect_garbage", "unload_made"),
+]
 
 T = TypeVar("T")
 
@@ -69,8 +73,10 @@ SAMPLE_TIMEOUT_S = 1.0
 # A waiter whose back-off is over looks after so long whether it is its turn, and then more and more rarely.
 FIRST_LOOK_AGAIN_S = 0.1
 LONGEST_LOOK_AGAIN_S = 30.0
-# A sample of this age is as good as a new one for the next who asks.
+# A sample of this age is as good as a new one for the next who asks; the second for one who stands behind others, as
+# every load and unload of theirs brings a new one.
 FRESH_NS = 20_000_000
+FRESH_BEHIND_OTHERS_NS = 200_000_000
 # Elsewhere a processor may reorder the reads of `Worker.hold_granted`, and Python has no means to forbid it.
 CAN_READ_UNLOCKED = platform.machine() in ("x86_64", "AMD64")
 # Between two transactions of many busy processes there is hardly ever time to read; then the lock has to do.
@@ -295,9 +301,14 @@ class Worker:
         self.keeper.stop()
         if leading:
             self.keep_estimates(at_last=True)
-        for copy in list(self._objects.values()):
+        objects = list(self._objects.values())
+        for copy in objects:
             self._forget_object(copy.row, copy.generation)
-            _unload_object(copy.value)
+            unload_object(copy.value)
+        if objects:
+            del copy
+            objects.clear()
+            collect_garbage()
         # From here on nobody publishes to the board, whose memory is about to go; a sample in progress does not either.
         self.monitor.bind(None)
         self.namespace.leave(self._unload_everything)
@@ -402,18 +413,25 @@ class Worker:
         if not self.namespace.segment.words[Header.SOURCE_BOOKS_ONLY]:
             self.monitor.request_refresh()
 
-    def freshen(self, timeout_s: float | None = None) -> None:
+    def freshen_to_queue(self, timeout_s: float) -> None:
+        """Like `freshen`, for one who is about to queue."""
+        waiting = self.namespace.segment.words[Header.WAITING]
+        self.freshen(timeout_s, FRESH_BEHIND_OTHERS_NS if waiting else FRESH_NS)
+
+    def freshen(self, timeout_s: float | None = None, age_ns: int = FRESH_NS) -> None:
         """Make sure that decisions rest on fresh figures, as far as that takes no noticeable time.
 
         Many who ask at the same moment share one sample; but a monitor of the caller's own is always asked. If it does
         not come within `timeout_s`, or `FRESHEN_TIMEOUT_S`, the old figures have to do.
+
+        age_ns: figures of this age are fresh.
         """
-        if self.source.cheap and (self._foreign_monitor is not None or not self._figures_are_fresh()):
+        if self.source.cheap and (self._foreign_monitor is not None or not self._figures_are_fresh(age_ns)):
             self.sample_now(FRESHEN_TIMEOUT_S if timeout_s is None else min(timeout_s, FRESHEN_TIMEOUT_S))
 
-    def _figures_are_fresh(self) -> bool:
+    def _figures_are_fresh(self, age_ns: int = FRESH_NS) -> bool:
         words, tables = self.namespace.segment.words, self.namespace.tables
-        oldest = time.monotonic_ns() - FRESH_NS
+        oldest = time.monotonic_ns() - age_ns
         devices = (tables.device(row) for row in self.board.rows())
         return all(words[at + Device.SAMPLED] >= max(oldest, words[at + Device.CONFIGURED_AT]) for at in devices)
 
@@ -1082,10 +1100,12 @@ class Worker:
         if owned:
             copy = self._forget_object(row, generation)
             if copy is not None:
-                self.dispose(copy.value)
+                unload_object(copy.value)
+                # Before the garbage is collected, which is not what something still refers to.
                 del copy
+                collect_garbage()
         elif handle and is_last and not lost:
-            self._unload_handle(handle, server_pid)
+            self._unload_handle(handle, server - 1 if server else None, server_pid)
         with namespace.transaction() as t:
             if self._is_unloading(at, generation):
                 namespace.transitions.end_unload(t, row)
@@ -1099,26 +1119,25 @@ class Worker:
         words = self.namespace.segment.words
         return bool(words[at + Instance.STATE] == Instance.UNLOADING and words[at + Instance.GENERATION] == generation)
 
-    def _unload_handle(self, handle: str, server_pid: int | None) -> None:
+    def _unload_handle(self, handle: str, slot: int | None, server_pid: int | None) -> None:
         """End the server of a handle, for certain; one of another pid than `server_pid` is another copy's by now.
 
         A server that does not leave by itself is killed before another process takes the unload over.
+
+        slot: of the server, if it is a member. Raises ModelServerError when it survives.
         """
         limit_s = min(max(self.namespace.settings.memory_return_seconds, SHORTEST_UNLOAD_LIMIT_S), ENDS_WITHIN_S)
         with contextlib.suppress(OSError, EOFError):
             multi_process_shared.unload(handle, timeout_seconds=limit_s, pid=server_pid)
-        _collect()
+        if slot is not None and server_pid is not None:
+            # Its files may be gone, or not be read. Whether it lives, the namespace knows.
+            kill_process(server_pid, lambda: self._serves(slot, server_pid), handle)
 
-    @staticmethod
-    def dispose(value: Any) -> None:
-        """Unload what a loader has made; None is nothing."""
-        if isinstance(value, str):
-            with contextlib.suppress(OSError, EOFError):
-                multi_process_shared.unload(value)
-        elif value is not None:
-            _unload_object(value)
-        del value
-        _collect()
+    def _serves(self, slot: int, pid: int) -> bool:
+        """Tell whether a model server is a living member in this slot; without the lock."""
+        words, at = self.namespace.segment.words, self.namespace.tables.member(slot)
+        is_it = words[at] == Member.SERVER and words[at + Member.PID] == pid
+        return is_it and self.namespace.member_is_alive(slot)
 
     def _settle(self) -> None:
         """Let waiters profit from freed memory: a new sample has to show it."""
@@ -1153,7 +1172,17 @@ def _key(value: Any) -> Hashable:
     return value if isinstance(value, str) else id(value)
 
 
-def _unload_object(value: Any) -> None:
+def unload_made(value: Any) -> None:
+    """Unload what a loader has made, a handle or an object; None is nothing."""
+    if isinstance(value, str):
+        with contextlib.suppress(OSError, EOFError):
+            multi_process_shared.unload(value)
+    elif value is not None:
+        unload_object(value)
+
+
+def unload_object(value: Any) -> None:
+    """Have an object let go of what garbage collection does not see."""
     for name in _UNLOAD_METHODS:
         method = getattr(value, name, None)
         if callable(method):
@@ -1165,8 +1194,8 @@ def _unload_object(value: Any) -> None:
             return
 
 
-def _collect() -> None:
-    """Give back the memory of what nothing refers to any more."""
+def collect_garbage() -> None:
+    """Give back the memory of what nothing refers to any more, cycles among it."""
     gc.collect()
     _empty_torch_cache()
 

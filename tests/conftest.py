@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import compileall
+import gc
+import json
 import os
 import shutil
 import tempfile
@@ -13,6 +16,7 @@ from typing import Any
 
 import psutil
 import pytest
+from filelock import FileLock
 from processes import CRASH_POINTS, KEEP, Gate, Process, SimulatedDevice, attach, files_in, segments_of, wait_until
 from simulated_gpu import Build, SimulatedGpus, build
 
@@ -34,6 +38,29 @@ SMALL: dict[str, Any] = {
     "wait_timeout_seconds": 15.0,
     "lock_timeout_seconds": 10.0,
 }
+
+CHECKOUT = Path(__file__).resolve().parent.parent
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Compile everything once, also where PYTHONDONTWRITEBYTECODE is set.
+
+    With that variable each of the thousand interpreters that the tests start compiles the package anew, which takes a
+    third of its start.
+    """
+    if not hasattr(config, "workerinput"):
+        os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+        for folder in ("mpmm", "tests", "tools"):
+            compileall.compile_dir(CHECKOUT / folder, quiet=2)
+
+
+def pytest_collection_finish() -> None:
+    """Take what pytest, Beam and the test files have allocated out of garbage collection.
+
+    An unload collects, and a collection of all that takes longer than most tests do without it.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 def children() -> set[psutil.Process]:
@@ -137,6 +164,26 @@ def new_gate(tmp_path: Path) -> Iterator[Callable[[], Gate]]:
     yield make
     for gate in made:
         gate.close()
+
+
+@pytest.fixture(scope="session")
+def once_per_run(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[], Any]], Any]:
+    """Makes what takes long once, although several processes run the tests: `once_per_run(name, make)`.
+
+    What `make()` returns has to be fit for JSON.
+    """
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+
+    def get(name: str, make: Callable[[], Any]) -> Any:
+        made = folder / f"{name}.json"
+        with FileLock(folder / f"{name}.lock"):
+            if not made.exists():
+                made.write_text(json.dumps(make()))
+            return json.loads(made.read_text())
+
+    return get
 
 
 @pytest.fixture(scope="session")

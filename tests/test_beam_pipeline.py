@@ -32,6 +32,7 @@ ROOT = Path(__file__).resolve().parent.parent
 MARK = "MPMM_TEST_RUN"
 TIMEOUT_S = 120.0
 LEAVE_TIMEOUT_S = 15.0
+WORKERS, ELEMENTS = 2, 80
 
 
 @pytest.fixture
@@ -78,7 +79,8 @@ def marked_processes(mark: str) -> list[psutil.Process]:
 def test_three_models_run_on_the_local_multi_process_runner(surroundings: dict[str, str], tmp_path: Path) -> None:
     demo = os.fspath(ROOT / "tools" / "beam_demo.py")
     # A budget for one server or few: the models have to make room for each other.
-    options = ["--small", "--no-interleaved", "--budget", "260", "--json", "--cache", os.fspath(tmp_path)]
+    sizes = ["--workers", str(WORKERS), "--elements", str(ELEMENTS), "--small", "--no-interleaved", "--budget", "260"]
+    options = [*sizes, "--json", "--cache", os.fspath(tmp_path)]
     done = subprocess.run(
         [sys.executable, demo, *options],
         env=surroundings,
@@ -90,13 +92,13 @@ def test_three_models_run_on_the_local_multi_process_runner(surroundings: dict[s
     assert done.returncode == 0, done.stdout + done.stderr
     run = json.loads(done.stdout.splitlines()[-1])["runs"][0]
     assert run["problems"] == []
-    assert len(run["worker_pids"]) == 3
-    assert [model["predictions"] for model in run["models"]] == [200, 200, 200]
+    assert len(run["worker_pids"]) == WORKERS
+    assert [model["predictions"] for model in run["models"]] == [ELEMENTS] * 3
     for model in run["models"]:
         assert model["exactly_once"] and model["accuracy"] > 0.9
         assert model["loads"] >= 1
-        # Batches of 8: nine for each of three workers, and every acquire either loads or reuses.
-        assert model["loads"] + model["reuses"] == 27
+        # Batches of 8, five for each of the workers, and every acquire either loads or reuses.
+        assert model["loads"] + model["reuses"] == 5 * WORKERS
     assert sum(model["evictions"] for model in run["models"]) >= 1
     assert 0 < run["peak_held_mb"] <= run["budget_mb"]
     assert not list((tmp_path / "runs").iterdir())

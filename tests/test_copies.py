@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import pickle
 import time
+import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -354,3 +356,27 @@ def test_a_preload_that_cannot_be_is_an_error_that_leaves_nothing(namespace: str
             manager.preload("a", Loads(), copies=copies)  # type: ignore[arg-type]  # wrong on purpose
     assert (read_snapshot(namespace).instances, read_snapshot(namespace).tickets) == ((), ())
     assert problems(namespace) == []
+
+
+class InACycle:
+    """A model with a reference to itself, which only the garbage collector ends."""
+
+    def __init__(self) -> None:
+        self.itself = self
+
+
+def test_the_memory_of_an_object_is_free_when_its_unload_ends_though_it_is_in_a_cycle(
+    namespace: str, new_manager: NewManager
+) -> None:
+    manager = new_manager(fallback_memory_mb=100)
+    gc.collect()
+    gc.disable()
+    try:
+        value = manager.acquire_model("a", InACycle)
+        left = weakref.ref(value)
+        manager.release_model("a", value)
+        del value
+        use(manager, "b")
+        assert left() is None
+    finally:
+        gc.enable()

@@ -21,7 +21,7 @@ NewProcess = Callable[..., Process]
 
 PROCESSES, THREADS = 4, 4
 # 100 000 take a minute or two; the default suite has less time.
-HAND_OVERS = int(os.environ.get("MPMM_TEST_HAND_OVERS", "8000"))
+HAND_OVERS = int(os.environ.get("MPMM_TEST_HAND_OVERS", "4000"))
 
 
 def pass_on(seat: Seat, rounds: int) -> float:

@@ -420,7 +420,7 @@ def test_isolation_can_be_entered_by_hand_for_the_next_load(
 
 
 def test_memory_can_be_reserved_by_hand_for_the_next_load(namespace: str, new_manager: NewManager) -> None:
-    manager = new_manager(fallback_memory_mb=250, lock_timeout_seconds=1.0)
+    manager = new_manager(fallback_memory_mb=250, lock_timeout_seconds=2.5)
     held = manager.acquire_model("held", Loads("held"))
     assert manager.should_spawn_model("a", 1)
     assert (read_snapshot(namespace).loading, read_snapshot(namespace).devices[0].reserved_mb) == (1, 100)
@@ -981,11 +981,11 @@ def test_a_forgotten_manager_leaves_by_itself_also_when_an_unload_collects_it(
 ) -> None:
     forgotten = ModelManager(memory_source="booked")
     private = forgotten.namespace
-    # In a cycle, so that only the collector finds it: in the thread that unloads, in the middle of leaving.
+    # In a cycle, so that only the collector finds it: that of the unload of an object, in the middle of leaving.
     cycle: list[Any] = [forgotten]
     cycle.append(cycle)
     manager = new_manager()
-    manager.release_model("a", manager.acquire_model("a", Loads()))
+    manager.release_model("a", manager.acquire_model("a", LoadsObject()))
     del forgotten, cycle
     manager.shutdown()
     gc.collect()

@@ -325,7 +325,7 @@ class Promises(RuleBasedStateMachine):
 @pytest.mark.timeout(300)
 def test_random_calls_agree_with_the_model_of_what_is_promised() -> None:
     steps = int(os.environ.get("MPMM_TEST_STEPS", "40"))
-    examples = int(os.environ.get("MPMM_TEST_EXAMPLES", "60"))
+    examples = int(os.environ.get("MPMM_TEST_EXAMPLES", "40"))
     Promises.TestCase.settings = settings(
         max_examples=examples, stateful_step_count=steps, deadline=None, suppress_health_check=list(HealthCheck)
     )

@@ -25,6 +25,17 @@ from unittest.mock import patch
 
 import psutil
 import pytest
+from counters import (
+    ChangesItsText,
+    Counter,
+    NeedsTwo,
+    NoSuchWeights,
+    SlowToConstruct,
+    die_in_constructor,
+    fail_to_construct,
+    fork_sleeper,
+    remember_tag,
+)
 
 from mpmm.errors import (
     InvalidArgumentError,
@@ -47,88 +58,6 @@ DEADLINE_S = 30.0
 LAST_CLIENT_S = 10.0
 
 
-class Counter:
-    """The shared object of most tests."""
-
-    def __init__(self, start: int = 0) -> None:
-        self.count = start
-        self.opened = threading.Event()
-
-    def increment(self, by: int = 1) -> int:
-        self.count += by
-        return self.count
-
-    def pid(self) -> int:
-        return os.getpid()
-
-    def environment(self, name: str) -> str | None:
-        return os.environ.get(name)
-
-    def open(self) -> None:
-        self.opened.set()
-
-    def wait_until_open(self) -> bool:
-        return self.opened.wait(DEADLINE_S)
-
-    def end_abruptly(self) -> None:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    def returns_generator(self) -> Iterator[int]:
-        return (number for number in range(3))
-
-    def raises_key_error(self) -> None:
-        raise KeyError("missing key")
-
-    def raises_what_does_not_unpickle(self) -> None:
-        raise CannotBeMadeAgain("left", "right")
-
-    def raises_needs_two(self) -> None:
-        raise NeedsTwo("left", right="right")
-
-    def raises_changed_text(self) -> None:
-        raise ChangesItsText(5)
-
-    def raises_os_error(self) -> None:
-        raise NoSuchWeights("resnet")
-
-    def leaves(self) -> None:
-        sys.exit(3)
-
-    def start_another(self, path: str) -> int:
-        return int(MultiProcessShared(Counter, "nested", path=path, spawn_process=True).acquire().pid())
-
-    def fork_sleeper(self) -> int:
-        return fork_sleeper()
-
-    def _private(self) -> None:
-        raise AssertionError("never called")
-
-
-class NeedsTwo(Exception):
-    def __init__(self, left: str, right: str) -> None:
-        super().__init__(left + right)
-        self.left = left
-
-
-class ChangesItsText(Exception):
-    def __init__(self, code: int) -> None:
-        super().__init__(f"code {code}")
-        self.lock = threading.Lock()
-
-
-class NoSuchWeights(FileNotFoundError):
-    def __init__(self, name: str) -> None:
-        super().__init__(2, "no weights", f"/models/{name}")
-
-
-class CannotBeMadeAgain(Exception):
-    def __init__(self, left: str, right: str) -> None:
-        super().__init__(left + right)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return CannotBeMadeAgain, ("one",)
-
-
 class Attachable:
     """Shared state by itself, as a model manager is."""
 
@@ -142,34 +71,6 @@ class Attachable:
 
     def force_reset(self) -> None:
         type(self).resets += 1
-
-
-def fail_to_construct() -> Counter:
-    raise ZeroDivisionError("no such model")
-
-
-def die_in_constructor() -> Counter:
-    os.kill(os.getpid(), signal.SIGKILL)
-    raise AssertionError("unreachable")
-
-
-class SlowToConstruct:
-    """Makes a Counter once somebody writes into a pipe that lies in the file system; tells by another that it began."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        for name in ("began", "go"):
-            os.mkfifo(folder / name)
-
-    def __call__(self) -> Counter:
-        (self.folder / "began").write_text(str(os.getpid()))
-        (self.folder / "go").read_text()
-        return Counter(100)
-
-
-def remember_tag(tag: str) -> object:
-    os.environ["STARTED_FOR"] = tag
-    return object()
 
 
 class NotesThatNobodyIsLeft:
@@ -238,15 +139,6 @@ def descriptors_left_by_a_host(memory: dict[str, Any], path: str) -> int:
     del proxy
     gc.collect()
     return len(os.listdir("/proc/self/fd")) - before
-
-
-def fork_sleeper(memory: dict[str, Any] | None = None) -> int:
-    """Fork a child that never uses this package, and return its pid."""
-    child = os.fork()
-    if child == 0:
-        signal.pause()
-        os._exit(0)
-    return child
 
 
 def run_forked_starter(memory: dict[str, Any], tag: str, path: str) -> int | None:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from processes import scaled
 
 from mpmm.policy.admission import free_mb, limit_mb
 from mpmm.policy.demand import Demand
@@ -943,7 +944,7 @@ def states_at_rest(draw: st.DrawFn) -> View:
     return view(models, tickets, copies=copies, devices=devices, rules=rules)
 
 
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=scaled(300), deadline=None)
 @given(states_at_rest())
 def test_nobody_waits_without_end_while_nothing_is_in_use_and_no_memory_is_expected(state: View) -> None:
     """Somebody gets something, or all wait for what only others can end: external memory, leases, pins."""

@@ -187,6 +187,7 @@ TABLE: dict[Reason, tuple[View, Callable[[View], Decision], str]] = {
 ELSEWHERE = {
     Reason.BEHIND: "waits behind one that must not be delayed, or for a model that runs alone",
     Reason.NO_ROW: "goes for b, because the table of copies, or of models, is full",
+    Reason.TABLE_FULL: "waits for a row in the table of copies, which is full",
 }
 
 

@@ -16,6 +16,19 @@ from typing import Any
 
 import psutil
 import pytest
+from pets import (
+    Cats,
+    Dogs,
+    ForksChildren,
+    Lions,
+    LongNative,
+    NotesSignals,
+    Speaker,
+    TakesSigterm,
+    UsesManager,
+    make_cats,
+    make_dogs,
+)
 from processes import DEADLINE_S, files_in, wait_until
 
 from mpmm import cli
@@ -78,7 +91,9 @@ MANAGER_AT_MODULE_LEVEL = """
 
         def has_child(self):
             import multiprocessing, time
-            multiprocessing.get_context("spawn").Process(target=time.sleep, args=(600,), daemon=True).start()
+            child = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(600,), daemon=True)
+            child.start()
+            return child.pid
 
         def joins(self):
             with manager.model("part", lambda: "a handle") as part:
@@ -142,35 +157,22 @@ def test_a_child_that_imports_the_program_does_not_keep_its_server_alive(
         MANAGER_AT_MODULE_LEVEL
         + """
     from mpmm.shared_state.snapshot import read_snapshot
-    import time
+    import os, pathlib, time
+
+    pathlib.Path(f"{__file__}.{os.getpid()}").touch()
 
     if __name__ == "__main__":
         with manager.model("detector", load) as handle:
             proxy = MultiProcessShared(Detector, tag=handle, always_proxy=True).acquire()
-            proxy.has_child()
-            # Until the child has imported the program.
-            time.sleep(3.0)
+            imported = pathlib.Path(f"{__file__}.{proxy.has_child()}")
+            while not imported.exists():
+                time.sleep(0.02)
+            time.sleep(0.3)
             print(sorted(member.kind for member in read_snapshot("test").members))
     """
     )
     assert (done.stdout, done.returncode) == ("['server', 'worker']\n", 0), done.stderr
     wait_until(lambda: not files_in(runtime_root), "the server, its child and its folder are gone", LAST_CLIENT_S)
-
-
-class UsesManager:
-    """Has a manager of its own, of a namespace that its starter may have left."""
-
-    def __init__(self) -> None:
-        from mpmm import ModelManager
-
-        self.manager = ModelManager(namespace="test", memory_source="booked")
-
-    def attached(self) -> bool:
-        return self.manager._worker_if_connected is not None
-
-    def use(self) -> str:
-        with self.manager.model("part", lambda: "a handle") as part:
-            return str(part)
 
 
 def test_a_manager_in_a_server_joins_again_when_the_namespace_was_removed(new_manager: Callable[..., Any]) -> None:
@@ -247,33 +249,6 @@ def test_a_main_module_that_fails_in_the_server_says_so_to_the_starter(
 # What a server says.
 
 
-class Speaker:
-    """Says things."""
-
-    def say(self, text: str) -> None:
-        os.write(1, f"{text}\n".encode())
-        print(text, "on stderr", file=sys.stderr)
-
-    def say_much(self, mb: int) -> None:
-        for _ in range(mb):
-            os.write(2, b"x" * (1 << 20))
-
-    def say_through_logging(self, text: str) -> None:
-        import logging
-
-        logging.getLogger("a.library").info(text)
-        logging.getLogger("a.library").debug("not this")
-
-    def say_through_own_logging(self, text: str) -> None:
-        import logging
-
-        logging.basicConfig(format="mine: %(message)s")
-        logging.getLogger("a.library").info(text)
-
-    def pid(self) -> int:
-        return os.getpid()
-
-
 @pytest.fixture
 def client() -> Iterator[Any]:
     """Keeps the room, and with it the servers in it, while a program comes and goes."""
@@ -288,7 +263,7 @@ def start_speaker(run_script: Callable[..., Any]) -> subprocess.CompletedProcess
         f"""
         import sys
         sys.path.insert(0, {os.path.dirname(__file__)!r})
-        from test_servers import Speaker
+        from pets import Speaker
         from mpmm.multi_process_shared import MultiProcessShared
         if __name__ == "__main__":
             proxy = MultiProcessShared(Speaker, "it", spawn_process=True, always_proxy=True).acquire()
@@ -356,35 +331,11 @@ def test_records_of_level_info_reach_the_starters_stderr(start_method: str, capf
 # Signals.
 
 
-class LongNative:
-    """Is made by native code that goes on after every signal, and never looks at Python's handlers."""
-
-    def __init__(self) -> None:
-        import ctypes
-
-        library = ctypes.CDLL(None)
-        lock = ctypes.create_string_buffer(64)
-        library.pthread_mutex_lock(lock)
-        Path(os.environ["BEGAN"]).write_text(str(os.getpid()))
-        # The second time it waits for itself, for good.
-        library.pthread_mutex_lock(lock)
-
-
 def test_sigterm_ends_a_server_in_the_middle_of_a_native_constructor(
     start_method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("BEGAN", str(tmp_path / "began"))
     ended_at_signal_in(LongNative, tmp_path / "began")
-
-
-class TakesSigterm:
-    """Is made by code that has a handler of its own for SIGTERM."""
-
-    def __init__(self) -> None:
-        signal.signal(signal.SIGTERM, lambda *_: None)
-        Path(os.environ["BEGAN"]).write_text(str(os.getpid()))
-        while True:
-            time.sleep(60)
 
 
 def ended_at_signal_in(constructor: Callable[[], Any], began: Path) -> None:
@@ -458,34 +409,6 @@ def test_a_signal_that_arrives_as_the_main_thread_falls_asleep_ends_the_server(s
     wait_until(lambda: not is_running(pid), "the server ended")
 
 
-class NotesSignals:
-    """Sends itself SIGTERM so that the main thread's sleep is not interrupted."""
-
-    def pid(self) -> int:
-        return os.getpid()
-
-    def send_to_a_thread(self) -> None:
-        import threading
-
-        def send() -> None:
-            signal.pthread_kill(threading.get_ident(), signal.SIGTERM)
-
-        threading.Thread(target=send).start()
-
-
-class ForksChildren:
-    """Has a child that is ended by SIGTERM."""
-
-    def end_child(self) -> int:
-        import multiprocessing
-
-        child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(600,))
-        child.start()
-        child.terminate()
-        child.join(DEADLINE_S)
-        return int(child.exitcode or 0)
-
-
 def test_sigterm_to_a_child_of_a_server_ends_the_child_alone(start_method: str) -> None:
     proxy: Any = MultiProcessShared(ForksChildren, "it", spawn_process=True, always_proxy=True).acquire()
     for _ in range(3):
@@ -501,32 +424,6 @@ def test_a_spawned_server_has_a_session_of_its_own(start_method: str) -> None:
 
 
 # What a tag stands for.
-
-
-class Cats:
-    """One thing."""
-
-    def says(self) -> str:
-        return "meow"
-
-
-class Lions(Cats):
-    """A special one."""
-
-
-class Dogs:
-    """Another thing."""
-
-    def says(self) -> str:
-        return "woof"
-
-
-def make_cats() -> Cats:
-    return Cats()
-
-
-def make_dogs() -> Dogs:
-    return Dogs()
 
 
 def name_of(constructor: Any) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from processes import scaled
 
 ROOT = Path(__file__).resolve().parent.parent
 STRESS = ROOT / "tools" / "stress.py"
@@ -38,7 +39,7 @@ def test_short_run_with_kills_stops_and_forks_is_clean() -> None:
         "--processes",
         "6",
         "--seconds",
-        "8",
+        str(scaled(6)),
         "--seed",
         "11",
         "--servers",
@@ -66,9 +67,9 @@ def test_short_run_is_clean_on_each_source(source: str) -> None:
         "--source",
         source,
         "--processes",
-        "5",
+        "4",
         "--seconds",
-        "5",
+        str(scaled(3)),
         "--seed",
         "13",
         "--servers",

@@ -8,10 +8,12 @@ from pathlib import Path
 
 import psutil
 import pytest
-from processes import Process, Seat, acquire, attach, release, shut_down
+from processes import Loads, LoadsServer, Process, Seat, acquire, attach, release, shut_down
 
 from mpmm.errors import SegmentLostError
 from mpmm.model_manager import ModelManager
+from mpmm.multi_process_shared import server_pid
+from mpmm.proxy.room import room_for
 from mpmm.shared_state.liveness import lives_by_pid
 from mpmm.shared_state.runtime_dir import RUNTIME_DIR_VARIABLE, RuntimeDirectory, default_root
 from mpmm.shared_state.segment import segment_name
@@ -104,3 +106,14 @@ def test_the_default_root_does_not_depend_on_tmpdir(tmp_path: Path, monkeypatch:
     monkeypatch.setattr("tempfile.tempdir", None)
     assert default_root() == before
     assert before.is_absolute()
+
+
+def test_a_server_whose_lock_file_was_removed_ends_with_its_copy(namespace: str, new_manager: NewManager) -> None:
+    manager = new_manager(fallback_memory_mb=100)
+    with manager.model("a", LoadsServer("served")) as handle:
+        pid = server_pid(handle)
+    assert pid is not None
+    os.unlink(room_for(None).life_path("served"))
+    manager.release_model("b", manager.acquire_model("b", Loads()))
+    assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    assert [copy.tag for copy in read_snapshot(namespace).instances] == ["b"]

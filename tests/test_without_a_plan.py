@@ -242,6 +242,15 @@ def carry_out(host: Host, operation: tuple[Any, ...]) -> None:
     copies=100.0,
     flags=(False, False, True),
 )
+@example(  # A lease that would fit beside one that is too large waits for a row.
+    operations=[
+        *[("lease", 400.0, 0), ("ask", 4, 0), ("lease", 700.0, 0), ("ask", 4, 0), ("preload", 2, 2), ("ask", 1, 0)],
+        *[("preload", 0, 1), ("release", 1, 0), ("lease", 100.0, 0)],
+    ],
+    overtaken_s=0.0,
+    copies=100.0,
+    flags=(True, False, False),
+)
 def test_what_is_done_without_a_plan_is_what_the_plan_does(
     operations: list[tuple[Any, ...]], overtaken_s: float, copies: float, flags: tuple[bool, bool, bool]
 ) -> None:

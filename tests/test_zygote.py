@@ -15,14 +15,15 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 import test_multi_process_shared as shared_tests
-from test_multi_process_shared import DEADLINE_S, LAST_CLIENT_S, Counter, Worker, acquire, is_running, wait_until
+from counters import Counter, Importing, Imports, Surroundings, die_in_constructor, fail_to_construct
+from processes import SCALE
+from test_multi_process_shared import DEADLINE_S, LAST_CLIENT_S, Worker, acquire, is_running, wait_until
 
 from mpmm.errors import ServerStartError
 from mpmm.multi_process_shared import MultiProcessShared, server_pid, unload
@@ -37,125 +38,6 @@ new_worker = shared_tests.new_worker
 
 # How long a template may take for modules that import nothing themselves.
 LEARN_TIMEOUT_S = 20.0
-
-
-class Surroundings:
-    """A shared object that tells where it is."""
-
-    def __init__(self) -> None:
-        self.seen = os.environ.get("MPMM_TEST_SEEN")
-
-    def seen_by_constructor(self) -> str | None:
-        return self.seen
-
-    def environment(self, name: str) -> str | None:
-        return os.environ.get(name)
-
-    def folder(self) -> str:
-        return os.getcwd()
-
-    def draw(self) -> float:
-        return random.random()
-
-    def print(self, text: str) -> None:
-        print(text, flush=True)
-        print(text, file=sys.stderr, flush=True)
-
-    def threads(self) -> int:
-        return len(os.listdir("/proc/self/task"))
-
-    def descriptors(self) -> list[str]:
-        found = []
-        for fd in os.listdir("/proc/self/fd"):
-            with contextlib.suppress(OSError):
-                found.append(os.readlink(f"/proc/self/fd/{fd}"))
-        return found
-
-
-class Imported:
-    """Tells what a module holds, and what the import of it has left in this process."""
-
-    def __init__(self, module: str) -> None:
-        self.module = __import__(module, fromlist=["*"])
-
-    def pid(self) -> int:
-        return os.getpid()
-
-    def parent(self) -> int:
-        return os.getppid()
-
-    def value(self, name: str) -> Any:
-        found = getattr(self.module, name)
-        return found() if callable(found) else found
-
-    def state(self) -> dict[str, Any]:
-        """What a server that was forked has to have in common with one that was spawned."""
-        kept = ("MPMM_ZYGOTE", "PYTEST_CURRENT_TEST")
-        return {
-            "arguments": sys.argv,
-            "folder": os.getcwd(),
-            "environment": {name: value for name, value in os.environ.items() if name not in kept},
-            "descriptors": sorted({_kind_of_descriptor(fd) for fd in os.listdir("/proc/self/fd")}),
-            "threads": sorted(
-                thread.name for thread in threading.enumerate() if not thread.name.startswith(("mpmm-", "MainThread"))
-            ),
-            "signals": {
-                int(number): str(signal.getsignal(number)).partition(" at ")[0] for number in signal.valid_signals()
-            },
-            "blocked": sorted(map(int, signal.pthread_sigmask(signal.SIG_BLOCK, ()))),
-            "path": sys.path,
-            "umask": _umask(),
-            "children": [child.name() for child in psutil.Process().children()],
-            "logging": (logging.getLogger().level, len(logging.getLogger().handlers)),
-            "streams": (sys.stdout.encoding, sys.stderr.encoding, sys.stdout.fileno(), sys.stderr.fileno()),
-            "main": sorted({"__main__", "__mp_main__"} & set(sys.modules)),
-            "start method": multiprocessing.get_start_method(allow_none=True),
-            "recursion": sys.getrecursionlimit(),
-            "locale": __import__("locale").setlocale(__import__("locale").LC_ALL),
-        }
-
-    def draws(self) -> dict[str, float]:
-        """What has to differ from server to server."""
-        drawn = {"random": random.random()}
-        if "numpy.random" in sys.modules:
-            drawn["numpy"] = float(sys.modules["numpy.random"].random())
-        if "torch" in sys.modules:
-            drawn["torch"] = float(sys.modules["torch"].rand(1))
-        return drawn
-
-
-def _kind_of_descriptor(fd: str) -> str:
-    with contextlib.suppress(OSError):
-        target = os.readlink(f"/proc/self/fd/{fd}")
-        # Each server has locks of its own.
-        return "" if "/shared/" in target else target.rstrip("0123456789[]")
-    return ""
-
-
-def _umask() -> int:
-    found = os.umask(0o077)
-    os.umask(found)
-    return found
-
-
-@dataclass(frozen=True)
-class Imports:
-    """The constructor of an `Imported`."""
-
-    module: str
-
-    def __call__(self) -> Imported:
-        return Imported(self.module)
-
-
-class Importing:
-    """Makes a Counter after importing a module, which a server has to learn about."""
-
-    def __init__(self, module: str) -> None:
-        self.module = module
-
-    def __call__(self) -> Counter:
-        return Counter(__import__(self.module).answer)
 
 
 def shared(path: str, tag: str = "it", constructor: Callable[[], Any] = Counter) -> Any:
@@ -264,9 +146,9 @@ def test_a_dead_server_is_reaped_when_its_starter_asks_or_is_gone(path: str, new
 def test_a_server_that_dies_or_fails_in_its_constructor_says_so_as_before(path: str) -> None:
     shared(path, "first")
     with pytest.raises(ServerStartError, match="ZeroDivisionError: no such model"):
-        shared(path, "it", shared_tests.fail_to_construct)
+        shared(path, "it", fail_to_construct)
     with pytest.raises(ServerStartError, match="exit code -9"):
-        shared(path, "it", shared_tests.die_in_constructor)
+        shared(path, "it", die_in_constructor)
 
 
 def test_a_forked_server_has_the_surroundings_of_its_starter(
@@ -396,6 +278,16 @@ def test_a_prelude_is_done_before_the_first_server_is_forked(
     assert pids_that_imported(modules, name) == templates_of(path)
 
 
+def test_what_a_preludes_own_module_looks_at_costs_no_template(
+    path: str, modules: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = "asked = os.environ.get('PIPELINE_OPTIONS')\ndef prepare():\n    global answer\n    answer += 100"
+    name = modules("mpmm_test_asks_first", code)
+    monkeypatch.setattr(forked_server, "_preludes", [f"{name}:prepare"])
+    assert shared(path, "first", Imports(name)).value("answer") == 141
+    assert len(pids_that_imported(modules, name)) == 1, "another template, or the server, had to import it again"
+
+
 @pytest.mark.parametrize("code", ["raise SystemExit", "os.kill(os.getpid(), 9)"])
 def test_a_prelude_that_fails_leaves_servers_to_themselves(
     path: str, modules: Any, monkeypatch: pytest.MonkeyPatch, code: str
@@ -473,12 +365,30 @@ def draw():
     assert draws[0] == draws[1] == draws[2]
 
 
+def test_generators_of_numpy_without_a_seed_differ_between_servers_of_one_template(path: str, modules: Any) -> None:
+    code = """
+import numpy.random
+generator = numpy.random.default_rng()
+of_old = numpy.random.RandomState()
+kinds = [numpy.random.Generator(kind()) for kind in (numpy.random.MT19937, numpy.random.Philox, numpy.random.SFC64)]
+def draw():
+    numbers = [generator.random(), generator.spawn(1)[0].random(), of_old.random()]
+    return [float(number) for number in (*numbers, *(kind.random() for kind in kinds))]
+"""
+    draws = [proxy.value("draw") for proxy in servers_of_template(path, modules, modules("mpmm_test_rng", code))]
+    for kind in zip(*draws, strict=True):
+        assert len(set(kind)) == len(kind), draws
+
+
 def test_a_module_with_a_generator_that_cannot_be_seeded_anew_is_not_imported_before_a_fork(
     path: str, modules: Any
 ) -> None:
     code = """
 import numpy.random
-generator = numpy.random.default_rng()
+class Fixed(numpy.random.SeedSequence):
+    def __setstate__(self, state):
+        raise TypeError("read-only")
+generator = numpy.random.default_rng(Fixed())
 def draw():
     return float(generator.random()), float(generator.spawn(1)[0].random())
 """
@@ -493,7 +403,7 @@ def draw():
         "import socket\nleft = socket.socketpair()",
         "left = open(__file__)",
         "import mmap\nleft = mmap.mmap(-1, 4096)",
-        "import subprocess\nleft = subprocess.Popen(['sleep', '600'])\nimport atexit",
+        "import subprocess\nleft = subprocess.Popen(['sleep', '20'])\nimport atexit",
         "os.chdir('/')",
         "import multiprocessing\nleft = multiprocessing.Lock()",
     ],
@@ -502,7 +412,7 @@ def draw():
 def test_a_module_that_leaves_what_servers_cannot_share_is_not_imported_before_a_fork(
     path: str, modules: Any, code: str
 ) -> None:
-    servers = servers_without_template(path, modules, modules("mpmm_test_leaves", code))
+    servers = servers_without_template(path, modules, modules("mpmm_test_leaves", code), 1)
     children = [child.pid for proxy in servers for child in psutil.Process(proxy.pid()).children()]
     for pid in children:
         os.kill(pid, signal.SIGKILL)
@@ -595,8 +505,6 @@ POPULAR = (
     "pymongo",
     "requests",
     "rich.console",
-    "scipy.stats",
-    "sklearn.linear_model",
     "starlette.applications",
     "torch",
     "transformers",
@@ -605,15 +513,22 @@ POPULAR = (
     "yaml",
     "zstandard",
 )
+# Each takes seconds of every server.
+LARGE = ("scipy.stats", "sklearn.linear_model")
 
 
 def test_a_forked_server_is_like_a_spawned_one_for_popular_modules(
     path: str, modules: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All in one module, as a program imports them; what cannot be imported before a fork is found out above."""
-    installed = [name for name in POPULAR if importlib.util.find_spec(name.partition(".")[0]) is not None]
+    names = (*POPULAR, *(LARGE if SCALE > 1 else ()))
+    installed = [name for name in names if importlib.util.find_spec(name.partition(".")[0]) is not None]
     name = modules("mpmm_test_popular", "\n".join(f"import {module}" for module in installed))
     assert len(installed) >= 4
+    for variable in ("COLUMNS", "LINES"):
+        # GNU readline, which pytest may load, sets them where `os.environ` does not see it.
+        if variable not in os.environ:
+            os.unsetenv(variable)
     monkeypatch.setenv("MPMM_ZYGOTE", "0")
     spawned = shared(path, "spawned", Imports(name))
     monkeypatch.setenv("MPMM_ZYGOTE", "1")

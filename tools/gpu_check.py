@@ -76,7 +76,8 @@ RECOVERIES = 5
 CONTEXT_AT_MOST_MB = 1500.0
 PAUSE_S = 0.005
 PATIENCE_S = 30.0
-PIPELINE_MODELS, PIPELINE_WORKERS, PIPELINE_ELEMENTS = 3, 2, 48
+# Models, workers, elements.
+PIPELINE, PIPELINE_QUICK = (3, 2, 48), (2, 1, 16)
 PIPELINE_TIMEOUT_S = 300.0
 
 
@@ -247,7 +248,7 @@ def check_recovery(check: Check) -> None:
     """Unload a model some times; see how long it takes until its memory is back."""
     seconds = []
     mb = check.sizes_mb()[0]
-    for _ in range(RECOVERIES):
+    for _ in range(2 if check.options.quick else RECOVERIES):
         with ModelManager(namespace="recovery", memory_source="nvml") as manager:
             before_mb = settled_mb(check)
             manager.release_model("model", manager.acquire_model("model", check.loader(mb)))
@@ -355,11 +356,12 @@ def check_pipeline(check: Check) -> None:
         return
     from gpu_check_pipeline import LOADED, PREDICTED, RAN_OUT, PipelinePlan
 
-    sizes_mb = sorted(check.sizes_mb())[:PIPELINE_MODELS]
+    models, workers, elements = PIPELINE_QUICK if check.options.quick else PIPELINE
+    sizes_mb = sorted(check.sizes_mb())[:models]
     with tempfile.TemporaryDirectory(prefix="mpmm-g") as folder:
         record = Path(folder) / "record"
         gpus = None if check.gpus is None else str(check.gpus.folder)
-        plan = PipelinePlan(sizes_mb, PIPELINE_WORKERS, PIPELINE_ELEMENTS, str(record), gpus)
+        plan = PipelinePlan(sizes_mb, workers, elements, str(record), gpus)
         paths = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
         done = subprocess.run(
             [sys.executable, "-c", "from gpu_check_pipeline import main; main()", plan.as_json()],
@@ -370,9 +372,9 @@ def check_pipeline(check: Check) -> None:
             check=False,
         )
         lines = record.read_text().splitlines() if record.exists() else []
-    models = f"{len(sizes_mb)} models of {sum(sizes_mb):.0f} MB, {PIPELINE_WORKERS} workers"
-    check.say("pipeline", "what", f"{models}, {lines.count(LOADED)} loads")
-    wanted = len(sizes_mb) * PIPELINE_ELEMENTS
+    what = f"{len(sizes_mb)} models of {sum(sizes_mb):.0f} MB, {workers} workers"
+    check.say("pipeline", "what", f"{what}, {lines.count(LOADED)} loads")
+    wanted = len(sizes_mb) * elements
     made = lines.count(PREDICTED)
     check.say("pipeline", "predictions", str(made), str(wanted), made == wanted and done.returncode == 0)
     ran_out = lines.count(RAN_OUT)
@@ -419,6 +421,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=1, help="for who wants which model when (default: 1)")
     parser.add_argument("--json", action="store_true", help="print the table as JSON instead")
     parser.add_argument("--simulated", action="store_true", help="run on a simulated GPU, to test this tool")
+    parser.add_argument(
+        "--quick", action="store_true", help="fewer recoveries and a smaller pipeline, to test this tool"
+    )
     options = parser.parse_args(arguments)
     # The table is what is to be seen.
     logging.getLogger("mpmm").setLevel(logging.ERROR)

@@ -168,6 +168,8 @@ def _close_locked(fd: int) -> None:
     with _guard:
         if fd in _held:
             _held.discard(fd)
+            # A child that is forked right now has the descriptor until its hook has run, and with it the lock.
+            fcntl.flock(fd, fcntl.LOCK_UN)
             os.close(fd)
 
 

@@ -10,6 +10,7 @@ import collections
 import contextlib
 import ctypes
 import functools
+import gc
 import json
 import logging
 import os
@@ -410,7 +411,11 @@ class WorkerProcess:
 
     def _judge_error(self, error: BaseException, tag: str, began: float, loader: Loader | None) -> None:
         lost_s = self.heart.lost_s(began, time.monotonic())
-        text = f"{tag}: " + "".join(traceback.format_exception(error))
+
+        def claim(kind: str, **more: Any) -> None:
+            # Formatted only here: a run has a thousand time-outs, and a trace takes a millisecond.
+            self.report.claim(kind, began, lost_s, f"{tag}: " + "".join(traceback.format_exception(error)), **more)
+
         if isinstance(error, AcquireTimeoutError):
             self.report.count("timeouts")
         elif isinstance(error, LoaderFailedError) or (
@@ -419,17 +424,17 @@ class WorkerProcess:
             self.report.count("failed_loads")
         elif isinstance(error, LockTimeoutError):
             self.report.count("lock_timeouts")
-            self.report.claim("lock_timeout", began, lost_s, text, holder=error.holder_pid)
+            claim("lock_timeout", holder=error.holder_pid)
         elif isinstance(error, ServerStartError) and "cannot join its namespace: the lock" in str(error):
-            self.report.claim("lock_timeout", began, lost_s, text)
+            claim("lock_timeout")
         elif isinstance(error, (ServerStartError, ModelServerError)) and loader is not None:
-            self.report.claim("server_error", began, lost_s, text, handle=loader.handle)
+            claim("server_error", handle=loader.handle)
         elif isinstance(error, OutOfMemoryError) or (
             isinstance(error, ServerStartError) and OutOfMemoryError.__name__ in str(error)
         ):
-            self.report.claim("out_of_memory", began, lost_s, text)
+            claim("out_of_memory")
         else:
-            self.report.claim("unexpected", began, lost_s, text)
+            claim("unexpected")
 
     # ---- forks ---------------------------------------------------------------------------------------------
 
@@ -493,6 +498,8 @@ def be_worker(plan: Plan, index: int, incarnation: str, report_fd: int, board: m
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    # What was imported is no garbage: each unload of an object would look through it.
+    gc.freeze()
     reporter = Reporter(report_fd, index)
     watch_log(reporter)
     code = 0

@@ -29,6 +29,7 @@ SENTENCES: dict[Reason, str] = {
     "programs take leave too little room",
     Reason.IN_USE: "waits: needs {need:.0f} MB{on}, {free:.0f} free, {coming:.0f} kept for it where {other} is in use, "
     "for {time}",
+    Reason.TABLE_FULL: "waits for a row in the table of copies, which is full",
     Reason.BACKING_OFF: "waits: its loads have failed, so nothing is evicted for another try for {time}",
     Reason.IDLE_COPY: "gets an idle copy",
     Reason.PASSING: "gets an idle copy, past {other}, which waits for room elsewhere",

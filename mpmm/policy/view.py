@@ -48,6 +48,7 @@ class Reason(IntEnum):
     LEASED = 9  # leases that are held leave too little room, even if everything else went
     IN_USE = 10  # room is reserved for it where copies are still in use
     FOREIGN = 11  # as LEASED, with external memory as well: the driver's, and that of other programs
+    TABLE_FULL = 12  # it could load, but the table of copies has no row for it
     BACKING_OFF = 14  # its loads fail, so nothing is evicted for it for a while
     # It gets an idle copy:
     IDLE_COPY = 16

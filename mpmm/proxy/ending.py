@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 from contextlib import closing, suppress
 from multiprocessing import AuthenticationError
 
@@ -15,7 +16,7 @@ from mpmm.proxy.channel import Channel
 from mpmm.proxy.hosting import find_host
 from mpmm.proxy.room import Room, ServerRecord
 
-__all__ = ["end_server"]
+__all__ = ["end_server", "kill_process"]
 
 # A killed process leaves within milliseconds, unless a driver call holds it.
 KILL_TIMEOUT_S = 10.0
@@ -69,6 +70,25 @@ def end_server(
             )
     room.tidy(tag)
     return True
+
+
+def kill_process(pid: int, is_it: Callable[[], bool], tag: str) -> None:
+    """Kill the server of a tag as long as `is_it` says that it is the one with this pid, and still lives.
+
+    Raises ModelServerError when it survives.
+    """
+    deadline, pause = time.monotonic() + KILL_TIMEOUT_S, FIRST_PAUSE_S
+    while is_it():
+        if time.monotonic() >= deadline:
+            raise ModelServerError(
+                f"the server of the shared object {tag!r} (pid {pid}) is still there after SIGKILL",
+                tag=tag,
+                server_pid=pid,
+            )
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+        time.sleep(pause)
+        pause = min(pause * 2, LONGEST_PAUSE_S)
 
 
 def _ask(room: Room, record: ServerRecord, key: bytes) -> None:

@@ -6,13 +6,12 @@ the module would share it with all others. So the template looks at itself befor
     left behind                                            is
     ─────────────────────────────────────────────────────────────────────────────────────────────────────
     Python's and NumPy's global generators, torch's,       made anew in each server, unless the import seeded them: then
-      instances of `random.Random`                         each server has what that seed gives, as if it had imported
+      instances of `random.Random`, NumPy's other          each server has what that seed gives, as if it had imported
+      generators
     variables of the environment                           set in each server
     handlers of signals                                    left as they are, but for those that end a server
-    NumPy's other generators without a seed                a reason not to import the module before a fork: they cannot
-                                                           be made anew, because `spawn()` goes by what is read-only
-    descriptors, threads, child processes, memory that     such reasons, too: there is one of them, or none, for all
-      is shared for writing, another working directory
+    descriptors, threads, child processes, memory that     a reason not to import the module before a fork: there is one
+      is shared for writing, another working directory       of them, or none, for all
     what was read of a variable that differs from server   a reason to have a template for each value
       to server (`CUDA_VISIBLE_DEVICES`)
 """
@@ -52,8 +51,10 @@ class _Environ(os._Environ[str]):
     """`os.environ` that notes which of PER_PROCESS_VARIABLES are looked at."""
 
     def __getitem__(self, key: str) -> str:
-        if isinstance(key, str) and PER_PROCESS_VARIABLES.fullmatch(key) and not HARMLESS_READERS.fullmatch(_reader()):
-            _reads.add(key)
+        if isinstance(key, str) and PER_PROCESS_VARIABLES.fullmatch(key):
+            reader = _reader()
+            if not HARMLESS_READERS.fullmatch(reader):
+                _reads.add((key, reader))
         return super().__getitem__(key)
 
 
@@ -65,7 +66,8 @@ def _reader() -> str:
     return str(frame.f_globals.get("__name__")) if frame is not None else ""
 
 
-_reads: set[str] = set()
+# Variables, each with the module that has looked at it.
+_reads: set[tuple[str, str]] = set()
 
 
 class Watch:
@@ -83,6 +85,8 @@ class Watch:
         self._numpy_drew = False
         self._watches_draws = False
         self._torch_seed: int | None = None
+        # NumPy's bit generators for which it drew a seed.
+        self._drawn: list[Any] = []
         self._watch_random()
         self._folder = os.getcwd()
         self._before: tuple[dict[int, str], set[str], set[str]] = ({}, set(), set())
@@ -95,9 +99,12 @@ class Watch:
         self._numpy_drew = False
         self._before = (_descriptors(), _shared_mappings(), _children())
 
-    def reads(self) -> set[str]:
-        """Return which variables that differ from server to server were looked at since `begin`."""
-        return set(_reads)
+    def reads(self, but_by: str = "") -> set[str]:
+        """Return which variables that differ from server to server were looked at since `begin`.
+
+        but_by: a module whose looks do not count.
+        """
+        return {variable for variable, reader in _reads if reader != but_by}
 
     def problem(self) -> str | None:
         """Return what has come about since `begin` and keeps servers from being forked, None if nothing."""
@@ -155,10 +162,14 @@ class Watch:
             return "a NumPy generator that was seeded before anybody looked"
         if self._watches_draws and not self._numpy_drew:
             return None
+        known = {id(generator) for generator in (legacy, *self._drawn)}
         for thing in gc.get_objects():
-            is_other = isinstance(thing, numpy_random.BitGenerator) and thing is not legacy
-            if is_other and _is_drawn(getattr(_seed_sequence(thing), "entropy", None)):
-                return "a NumPy generator without a seed"
+            if not isinstance(thing, numpy_random.BitGenerator) or id(thing) in known:
+                continue
+            if _is_drawn(getattr(_seed_sequence(thing), "entropy", None)):
+                if not _seed_anew(thing):
+                    return "a NumPy generator without a seed that cannot be given another one"
+                self._drawn.append(thing)
         return None
 
     def _watch_random(self) -> None:
@@ -199,6 +210,8 @@ class Watch:
             random.setstate(state)
         if "numpy.random" in sys.modules and not self._numpy_seeded:
             sys.modules["numpy.random"].seed()
+        for generator in self._drawn:
+            _seed_anew(generator)
         torch: Any = sys.modules.get("torch")
         if torch is not None:
             with contextlib.suppress(Exception):
@@ -210,6 +223,23 @@ def _seed_sequence(generator: Any) -> Any:
     """Return what a bit generator was made from; None if it was seeded in the old way."""
     # The second name is that of older versions.
     return getattr(generator, "seed_seq", None) or getattr(generator, "_seed_seq", None)
+
+
+def _seed_anew(generator: Any) -> bool:
+    """Make a bit generator one for which NumPy has drawn another seed; return whether that is possible.
+
+    The seed sequence is read-only, but what pickling puts back goes into it, and generators that are spawned later go
+    by that.
+    """
+    try:
+        other = type(generator)()
+        sequence, new = _seed_sequence(generator), _seed_sequence(other)
+        *_, state = new.__reduce__()
+        sequence.__setstate__(state)
+        generator.state = other.state
+    except Exception:
+        return False
+    return bool(sequence.entropy == new.entropy)
 
 
 def _is_drawn(entropy: Any) -> bool:

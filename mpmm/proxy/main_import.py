@@ -22,9 +22,9 @@ def is_importing_main() -> bool:
 
 
 def refuse_while_importing_main(what: str, tag: str) -> None:
-    """Raise ServerStartError in a model server that still imports the main module; what: a verb and its object."""
+    """Raise ServerStartError in a model server that still imports the main module; what: what one does with the tag."""
     if is_server_process() and is_importing_main():
-        raise not_while_importing_main(what, tag)
+        raise not_while_importing_main(f"{what} {tag!r}", tag)
 
 
 def not_while_importing_main(what: str, tag: str) -> ServerStartError:

@@ -331,7 +331,8 @@ class _Template(_Nursery):
             pass
         # Who ends this process, or a server that has not got so far, means it.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        reads = self.watch.reads() - {pinned for pinned, _ in self.kind.pinned}
+        # What a prelude's module finds there makes no difference: it is done by all of this kind, and by no others.
+        reads = self.watch.reads(but_by=module if function else "") - {pinned for pinned, _ in self.kind.pinned}
         if not _may_fork() or self.watch.problem() is not None:
             self.give_up(POISON, name)
         elif reads:

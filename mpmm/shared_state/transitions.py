@@ -705,11 +705,16 @@ class Transitions:
     def _set_mb(self, t: Transaction, row: int, mb: float, shares_mb: Sequence[float] = ()) -> None:
         """Set what a copy takes; of each device as much as of the others, where `shares_mb` does not say."""
         at = self.tables.instance(row)
-        t.set_float(at + Instance.MB, mb)
+        self._update_float(t, at + Instance.MB, mb)
         span = self.segment.words[at + Instance.DEVICES].bit_count()
         if span > 1:
             for number, share_mb in enumerate(shares_mb or [mb / span] * span):
-                t.set_float(at + Instance.SHARES + number, share_mb)
+                self._update_float(t, at + Instance.SHARES + number, share_mb)
+
+    def _update_float(self, t: Transaction, word: int, value: float) -> None:
+        # Mostly nothing has changed, and each sample has a figure for every process.
+        if self.segment.floats[word] != value:
+            t.set_float(word, value)
 
     def correct(self, t: Transaction, row: int, mb: float) -> None:
         """Record what a copy takes by a measurement of the whole device."""
@@ -1238,14 +1243,14 @@ class Transitions:
         devices = device_rows(words[instance + Instance.DEVICES]) if serves else list(on_devices)
         shares_mb = [on_devices.get(device, 0.0) for device in devices]
         mb = math.fsum(shares_mb)
-        t.set_float(at + Member.MEASURED_MB, mb)
+        self._update_float(t, at + Member.MEASURED_MB, mb)
         if mb > floats[at + Member.PEAK_MB]:
             t.set_float(at + Member.PEAK_MB, mb)
         if not serves:
             return
         if len(shares_mb) > 1:
             for number, share_mb in enumerate(shares_mb):
-                t.set_float(at + Member.SHARES + number, share_mb)
+                self._update_float(t, at + Member.SHARES + number, share_mb)
         if words[instance + Instance.STATE] in (Instance.ACTIVE, Instance.IDLE):
             self._set_mb(t, row - 1, mb, shares_mb)
             # Of what spans several devices each has to have room for the largest share.

@@ -1,0 +1,107 @@
+"""What keeps and echoes payloads in a server, and things to send; in a module that imports little."""
+
+from __future__ import annotations
+
+import copyreg
+import os
+import pickle
+import signal
+from array import array as number_array
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+
+
+def arenas() -> int:
+    """Return the number of arenas that this process has mapped."""
+    return Path("/proc/self/maps").read_text().count("memfd:mpmm-arena")
+
+
+class Store:
+    """The shared object: gives back what it gets, or keeps it."""
+
+    def __init__(self) -> None:
+        self.kept: list[Any] = []
+
+    def echo(self, thing: Any) -> Any:
+        return thing
+
+    def keep(self, thing: Any) -> None:
+        self.kept.append(thing)
+
+    def get_kept(self) -> list[Any]:
+        return self.kept
+
+    def zeros(self, count: int) -> Any:
+        return np.zeros(count)
+
+    def fail_with(self, thing: Any) -> None:
+        raise CarriesArray(thing)
+
+    def pid(self) -> int:
+        return os.getpid()
+
+    def arenas(self) -> int:
+        return arenas()
+
+    def descriptors(self) -> int:
+        return int(psutil.Process().num_fds())
+
+    def end_abruptly(self, thing: Any) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+class CarriesArray(Exception):
+    """An exception with a payload."""
+
+
+class Subclass(np.ndarray):
+    """An array of somebody's own type."""
+
+
+class HasBuffer:
+    """Leaves its data out of pickles, as pandas and pyarrow do."""
+
+    def __init__(self, numbers: number_array[float]) -> None:
+        self.numbers = numbers
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return HasBuffer.from_buffer, (pickle.PickleBuffer(self.numbers),)
+
+    @classmethod
+    def from_buffer(cls, data: Any) -> HasBuffer:
+        return cls(number_array("d", bytes(data)))
+
+
+class CallsWhenUnpickled:
+    """Unpickled in the process that made it, it makes a call of its own."""
+
+    def __init__(self, home: int, proxy: Any) -> None:
+        self.home = home
+        self.proxy = proxy
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return arrive, (self.home, self.proxy)
+
+
+def arrive(home: int, proxy: Any) -> Any:
+    return proxy.echo("x" * 1000) if os.getpid() == home else CallsWhenUnpickled(home, proxy)
+
+
+class Registered:
+    """Pickled by a reducer in copyreg's table alone."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise AssertionError("the registered reducer comes first")
+
+
+def reduce_registered(thing: Registered) -> tuple[Any, ...]:
+    return Registered, (thing.number + 1,)
+
+
+copyreg.pickle(Registered, reduce_registered)

@@ -1,0 +1,132 @@
+"""Shared objects for the tests of servers; in a module that imports little."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+from served import DEADLINE_S
+
+
+class UsesManager:
+    """Has a manager of its own, of a namespace that its starter may have left."""
+
+    def __init__(self) -> None:
+        from mpmm import ModelManager
+
+        self.manager = ModelManager(namespace="test", memory_source="booked")
+
+    def attached(self) -> bool:
+        return self.manager._worker_if_connected is not None
+
+    def use(self) -> str:
+        with self.manager.model("part", lambda: "a handle") as part:
+            return str(part)
+
+
+class Speaker:
+    """Says things."""
+
+    def say(self, text: str) -> None:
+        os.write(1, f"{text}\n".encode())
+        print(text, "on stderr", file=sys.stderr)
+
+    def say_much(self, mb: int) -> None:
+        for _ in range(mb):
+            os.write(2, b"x" * (1 << 20))
+
+    def say_through_logging(self, text: str) -> None:
+        import logging
+
+        logging.getLogger("a.library").info(text)
+        logging.getLogger("a.library").debug("not this")
+
+    def say_through_own_logging(self, text: str) -> None:
+        import logging
+
+        logging.basicConfig(format="mine: %(message)s")
+        logging.getLogger("a.library").info(text)
+
+    def pid(self) -> int:
+        return os.getpid()
+
+
+class LongNative:
+    """Is made by native code that goes on after every signal, and never looks at Python's handlers."""
+
+    def __init__(self) -> None:
+        import ctypes
+
+        library = ctypes.CDLL(None)
+        lock = ctypes.create_string_buffer(64)
+        library.pthread_mutex_lock(lock)
+        Path(os.environ["BEGAN"]).write_text(str(os.getpid()))
+        # The second time it waits for itself, for good.
+        library.pthread_mutex_lock(lock)
+
+
+class TakesSigterm:
+    """Is made by code that has a handler of its own for SIGTERM."""
+
+    def __init__(self) -> None:
+        signal.signal(signal.SIGTERM, lambda *_: None)
+        Path(os.environ["BEGAN"]).write_text(str(os.getpid()))
+        while True:
+            time.sleep(60)
+
+
+class NotesSignals:
+    """Sends itself SIGTERM so that the main thread's sleep is not interrupted."""
+
+    def pid(self) -> int:
+        return os.getpid()
+
+    def send_to_a_thread(self) -> None:
+        import threading
+
+        def send() -> None:
+            signal.pthread_kill(threading.get_ident(), signal.SIGTERM)
+
+        threading.Thread(target=send).start()
+
+
+class ForksChildren:
+    """Has a child that is ended by SIGTERM."""
+
+    def end_child(self) -> int:
+        import multiprocessing
+
+        child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(600,))
+        child.start()
+        child.terminate()
+        child.join(DEADLINE_S)
+        return int(child.exitcode or 0)
+
+
+class Cats:
+    """One thing."""
+
+    def says(self) -> str:
+        return "meow"
+
+
+class Lions(Cats):
+    """A special one."""
+
+
+class Dogs:
+    """Another thing."""
+
+    def says(self) -> str:
+        return "woof"
+
+
+def make_cats() -> Cats:
+    return Cats()
+
+
+def make_dogs() -> Dogs:
+    return Dogs()
