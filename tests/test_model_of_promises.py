@@ -417,3 +417,24 @@ def test_preloads_that_wait_are_given_no_copy(promises: Promises) -> None:
     promises.end_a_lease(0)
     promises.act_on_answers(0)
     assert len(promises.keep.loading) == 1
+
+
+def test_an_idle_copy_finds_its_waiter_far_back_in_the_queue(
+    promises: Promises, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mpmm.scheduler.QUEUE_PART", 2)
+    promises.ask(0, "a", 0)
+    promises.act_on_answers(0)
+    promises.finish_a_load(0, handle=True, served=False)
+    promises.ask_for_a_lease(0, TOTAL_MB - TAGS["a"])
+    promises.act_on_answers(0)
+    for _ in range(4):
+        promises.ask(0, "c", 0)
+    promises.join()
+    promises.ask(1, "a", 0)
+    with promises.keep.namespace.transaction() as t:
+        promises.keep.namespace.transitions.release(t, promises.keep.held.pop(0))
+        # By the plan, which looks at the first two waiters, and at those for whom there is a copy.
+        promises.keep.scheduler.advance(t)
+    promises.act_on_answers(1)
+    assert len(promises.processes[1].held) == 1

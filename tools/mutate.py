@@ -66,6 +66,7 @@ PARTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 # Tests that a change makes hang are ended after so many times what they take without one.
 PATIENCE = 4
 LEAST_PATIENCE_S = 60.0
+LONGEST_REASON = 160
 
 COMPARISONS: dict[type[ast.cmpop], type[ast.cmpop]] = {
     ast.Lt: ast.LtE,
@@ -261,10 +262,13 @@ class Copy:
         if process.returncode == 0:
             return None
         failed = [line for line in output.splitlines() if line.startswith(("FAILED", "ERROR"))]
-        return failed[0].split(" - ")[0].partition("::")[2] if failed else f"status {process.returncode}"
+        # With the reason: a failure that has nothing to do with the change is one of the machine, or of the test.
+        return failed[0].partition("::")[2][:LONGEST_REASON] if failed else f"status {process.returncode}"
 
     def _sweep(self) -> None:
-        """Remove what tests that were killed have left of their runtime directories."""
+        """Remove what tests have left: runtime directories of those that were killed, and what runs tell each other."""
+        # Hypothesis keeps the examples that have failed, of which the next change is to know nothing.
+        shutil.rmtree(self.path / ".hypothesis", ignore_errors=True)
         for root in self._temporary.iterdir():
             place = root.stat()
             identity = f"{os.path.realpath(root)}:{place.st_dev}:{place.st_ino}"
