@@ -9,8 +9,8 @@ to the segment by its name any more, which has the root's identity in it:
   and so does `mpmm prune`.
 
 A member counts as dead as everywhere, see `liveness.py`: what cannot be told is alive. Besides, no process may have the
-segment mapped. What another version of mpmm has made says nothing about its root and its members; that is left to
-`mpmm prune`, and goes by who has it mapped alone.
+segment mapped, as far as that can be read. What another version of mpmm has made says nothing about its root and its
+members; that is left to `mpmm prune`, and goes by who has it mapped alone.
 """
 
 from __future__ import annotations
@@ -185,9 +185,9 @@ def _mapped_inodes() -> set[int] | None:
                 continue
             with open(f"/proc/{pid}/maps", "rb") as maps:
                 lines = [line.split() for line in maps if b"/mpmm-" in line]
-        except (FileNotFoundError, ProcessLookupError):
-            continue
         except OSError:
-            return None
+            # It has ended, or is one of those that keep their memory from everybody, as agents for keys do. If such a
+            # one is a member, the segment's table says so.
+            continue
         inodes.update(int(fields[4]) for fields in lines)
     return inodes
