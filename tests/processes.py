@@ -41,6 +41,8 @@ DEADLINE_S = 20.0
 KEEP = ".keep"
 # The property in which a test reports at how many stores it has killed or interrupted an operation.
 CRASH_POINTS = "crash_points"
+# Likewise: forks that were made before and after calls to the kernel, and calls at which none can happen.
+FORK_POINTS = "fork points"
 _PAUSE_S = 0.002
 _CONTEXT = multiprocessing.get_context("fork")
 _conversations: weakref.WeakSet[Connection] = weakref.WeakSet()
