@@ -34,7 +34,7 @@ from mpmm.shared_state.snapshot import read_snapshot
 
 NewProcess = Callable[..., Process]
 # Whose functions may open, lock, map or close something.
-KERNEL = ("posix", "fcntl", "mmap", "_posixshmem", "_posixsubprocess", "_socket", "_io", "select")
+KERNEL = ("posix", "fcntl", "mmap", "_posixshmem", "_posixsubprocess", "_socket", "socket", "_io", "select")
 # A fork waits for what is in the middle of these, by hooks of their own.
 FORK_WAITS_FOR = ("logging", "importlib")
 # What of them asks the kernel for nothing.
