@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from processes import Process
+from processes import Process, files_in, segments_of
 
 from mpmm.cli import main
 from mpmm.model_manager import ModelManager
@@ -26,6 +28,42 @@ NewProcess = Callable[..., Process]
 NAMESPACE = "left-over"
 
 
+CHILDREN = """
+import multiprocessing, os, signal, sys, time
+from mpmm.model_manager import ModelManager
+
+manager = ModelManager(namespace="served", memory_source="booked") if __name__ == "__mp_main__" else None
+
+
+def work(how, ready):
+    with manager.model("a", object):
+        pass
+    ready.put(how)
+    if how == "interrupted":
+        time.sleep(60)
+    elif how == "exits":
+        sys.exit(3)
+
+
+if __name__ == "__main__":
+    context = multiprocessing.get_context(sys.argv[1])
+    if sys.argv[1] == "fork":
+        manager = ModelManager(namespace="served", memory_source="booked")
+        manager.shutdown()
+    ready = context.Queue()
+    ways = ("returns", "exits", "interrupted")
+    children = {how: context.Process(target=work, args=(how, ready)) for how in ways}
+    for child in children.values():
+        child.start()
+    for _ in ways:
+        ready.get(timeout=20)
+    os.kill(children["interrupted"].pid, signal.SIGINT)
+    for child in children.values():
+        child.join()
+    print([child.exitcode for child in children.values()])
+"""
+
+
 @pytest.fixture
 def elsewhere(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A root besides that of the test, which sees no segments but its own."""
@@ -35,6 +73,19 @@ def elsewhere(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     yield root
     shutil.rmtree(root, ignore_errors=True)
     assert not [name for name in set(os.listdir("/dev/shm")) - before if NAMESPACE in name]
+
+
+@pytest.mark.parametrize("method", ["spawn", "fork"])
+def test_children_of_multiprocessing_leave_nothing_however_they_end(
+    tmp_path: Path, runtime_root: Path, method: str
+) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(CHILDREN)
+    done = subprocess.run([sys.executable, program, method], capture_output=True, text=True, timeout=40, check=False)
+    assert done.stdout == "[0, 3, 1]\n", done.stderr
+    assert "KeyboardInterrupt" in done.stderr
+    assert files_in(runtime_root) == []
+    assert segments_of(runtime_root) == set()
 
 
 def leave_segment(new_process: NewProcess, root: Path, end: Callable[[Process], None] = Process.kill) -> Path:

@@ -139,8 +139,8 @@ class Header:
     SOURCE_ASKED = 56  # text: the one that the creator asked for
     SOURCE_NAME_BYTES = 31
 
-    # IS_CLOSED once the last worker has left, or a deserted namespace was removed: nobody may join any more. Nothing
-    # else counts, because junk in this word must not keep newcomers waiting.
+    # Raw, also without the lock: IS_CLOSED once the last worker has left, or a deserted namespace was removed, so that
+    # nobody may join any more. Nothing else counts, because junk in this word must not keep newcomers waiting.
     CLOSED = 61
     IS_CLOSED = int.from_bytes(b"mpmm-end", "little")
     PUT_BACK = 62  # files that members have put back because something had removed them

@@ -122,7 +122,7 @@ class LockFile:
                 os.replace(draft, self.path)
             elif taken:
                 try:
-                    os.link(draft, self.path)
+                    _link(draft, self.path)
                 except FileExistsError:
                     made.close()
                     made = LockFile(self.path)
@@ -223,13 +223,27 @@ def write_once(path: Path, text: str) -> bool:
     fd = _open_private(draft, _OPEN | os.O_CREAT | os.O_EXCL)
     try:
         os.write(fd, text.encode("ascii"))
-        os.link(draft, path)
+        _link(draft, path)
     except FileExistsError:
         return False
     finally:
         os.close(fd)
-        os.unlink(draft)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(draft)
     return True
+
+
+def _link(draft: Path, path: Path) -> None:
+    """Give a file its name. Raises FileExistsError if there is another one."""
+    try:
+        os.link(draft, path)
+    except FileExistsError:
+        raise
+    except OSError:
+        # A file system without links. That another process does the same this moment has to be borne there.
+        if os.path.lexists(path):
+            raise FileExistsError(path) from None
+        os.rename(draft, path)
 
 
 def _open_private(path: str | Path, flags: int) -> int:

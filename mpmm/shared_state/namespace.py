@@ -136,6 +136,7 @@ class Namespace:
         # The segment's name has the root's identity in it, and the root is another one by now.
         self._root_changed = False
         self._lost = False
+        self._complained = False
         self._usable = True
 
     @classmethod
@@ -265,7 +266,7 @@ class Namespace:
     @property
     def is_removed(self) -> bool:
         """Tell whether the last worker has removed the namespace, which a member that is no worker does not prevent."""
-        return not self._usable or self.segment.is_closed or not self.segment.is_current()
+        return not self._usable or self.segment.is_closed
 
     @property
     def life_fd(self) -> int:
@@ -350,8 +351,12 @@ class Namespace:
             if last and unload_everything is not None:
                 unload_everything()
             self._usable = False
-            with contextlib.suppress(LockTimeoutError):
+            try:
                 last = self._leave_row(close=last)
+            except LockTimeoutError:
+                # A stopped process has the lock. That is no worker, or we would not be the last.
+                if last:
+                    self.segment.words[Header.CLOSED] = Header.IS_CLOSED
             if last:
                 self.segment.unlink()
                 self.runtime.remove(self._holds[-1].identity)
@@ -428,7 +433,7 @@ class Namespace:
             self._touch_due = now + TOUCH_S
             _touch(self.runtime.root)
         self._put_files_back()
-        if lead.is_current() or not self._may_put_back:
+        if not self._may_put_back or lead.is_current():
             return leading
         try:
             made = lead.put_back() if leading else LockFile(lead.path)
@@ -462,8 +467,11 @@ class Namespace:
                     self._alive = alive
                     found.append("alive.lock")
             self._put_life_back(found)
+            self._complained = False
         except (OSError, LockTimeoutError) as error:
-            _LOG.warning("mpmm %s: cannot put back what was removed of %s: %s", self.name, self._folder, error)
+            if not self._complained:
+                self._complained = True
+                _LOG.warning("mpmm %s: cannot put back what was removed of %s: %s", self.name, self._folder, error)
         if found:
             self._note_put_back(found)
 
