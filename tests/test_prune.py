@@ -48,8 +48,9 @@ def work(how, ready):
 if __name__ == "__main__":
     context = multiprocessing.get_context(sys.argv[1])
     if sys.argv[1] == "fork":
+        # The children inherit it in use.
         manager = ModelManager(namespace="served", memory_source="booked")
-        manager.shutdown()
+        manager.acquire_model("b", object)
     ready = context.Queue()
     ways = ("returns", "exits", "interrupted")
     children = {how: context.Process(target=work, args=(how, ready)) for how in ways}
