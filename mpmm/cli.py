@@ -10,6 +10,7 @@
     mpmm metrics [NAMESPACE]      metrics as Prometheus text, of all namespaces or one; --serve keeps answering
     mpmm check [NAMESPACE]        verify the invariants; exit status 1 if one does not hold
     mpmm reset NAMESPACE          unload everything and send all waiters away
+    mpmm prune                    remove what crashed processes have left; --dry-run only shows it
     mpmm run --mb MB -- PROGRAM ARGUMENTS…
                                   run a program once so much memory is free, and count it as used meanwhile
 
@@ -44,7 +45,15 @@ from mpmm.arguments import checked_number, checked_path
 from mpmm.errors import InvalidArgumentError, MpmmError
 from mpmm.printable import printable, printable_lines
 from mpmm.shared_state.runtime_dir import ROOM_NAME, SERVERS_LOG, RuntimeDirectory, default_root
-from mpmm.shared_state.snapshot import EventChoice, Snapshot, as_json, find_namespaces, read_snapshot
+from mpmm.shared_state.segment import segment_lost, segment_name
+from mpmm.shared_state.snapshot import (
+    EventChoice,
+    Snapshot,
+    as_json,
+    find_lost_namespaces,
+    find_namespaces,
+    read_snapshot,
+)
 from mpmm.show.health import findings, longest_wait_s
 from mpmm.show.screen import EVENTS_OF_EACH, overview, render
 from mpmm.show.words import needs, why
@@ -120,6 +129,8 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("namespace", nargs="?", help="default: the only one there is")
     reset = commands.add_parser("reset", help="unload everything, send all waiters away")
     reset.add_argument("namespace")
+    prune = commands.add_parser("prune", help="remove segments and folders that crashed processes have left")
+    prune.add_argument("--dry-run", action="store_true", help="show what would be removed, and remove nothing")
     run = commands.add_parser(
         "run",
         help="run a program on a lease of memory",
@@ -135,6 +146,8 @@ def _parser() -> argparse.ArgumentParser:
 def _only_namespace(root: Path | None) -> str:
     names = find_namespaces(root)
     if not names:
+        for lost in find_lost_namespaces(root):
+            raise segment_lost(lost, segment_name(root or default_root(), lost))
         raise FileNotFoundError(
             f"no namespaces in {root or default_root()}: nothing of this user has a model manager at present; "
             "MPMM_RUNTIME_DIR or --runtime-root say where else to look"
@@ -166,6 +179,8 @@ def _inspect(options: argparse.Namespace, root: Path | None) -> int:
     elif len(snapshots) > 1:
         print(overview(snapshots))
     else:
+        for lost in [] if options.namespace else find_lost_namespaces(root):
+            print(f"ATTENTION: {segment_lost(lost, segment_name(root or default_root(), lost))}\n")
         width = shutil.get_terminal_size().columns if sys.stdout.isatty() and not options.all else None
         print(render(snapshots[0], everything=options.all, width=width))
         log = RuntimeDirectory(ROOM_NAME, root).file(SERVERS_LOG)
@@ -281,6 +296,17 @@ def _reset(options: argparse.Namespace, root: Path | None) -> int:
     return 0
 
 
+def _prune(options: argparse.Namespace, root: Path | None) -> int:
+    from mpmm.shared_state.leftovers import prune
+
+    removed = prune(root or default_root(), dry_run=options.dry_run)
+    for leftover in removed:
+        print(f"{leftover.size_mb:8.1f} MB  {leftover.what}: {leftover.why}")
+    would = "would be " if options.dry_run else ""
+    print(f"{len(removed)} {would}removed, {sum(leftover.size_mb for leftover in removed):.1f} MB")
+    return 0
+
+
 _COMMANDS = {
     "list": _list,
     "inspect": _inspect,
@@ -290,6 +316,7 @@ _COMMANDS = {
     "metrics": _metrics,
     "check": _check,
     "reset": _reset,
+    "prune": _prune,
 }
 
 

@@ -192,6 +192,7 @@ class Keeper:
 
     def tick(self) -> None:
         """Do what is due now, as leader or in its place."""
+        self.leading = self._namespace.look_after_files(self._lock_file, self.leading)
         if self._worker.has_receipts:
             with self._namespace.transaction() as t:
                 self._worker.settle_receipts(t)

@@ -17,7 +17,18 @@ from typing import Any
 import psutil
 import pytest
 from filelock import FileLock
-from processes import CRASH_POINTS, KEEP, Gate, Process, SimulatedDevice, attach, files_in, segments_of, wait_until
+from processes import (
+    CRASH_POINTS,
+    FORK_POINTS,
+    KEEP,
+    Gate,
+    Process,
+    SimulatedDevice,
+    attach,
+    files_in,
+    segments_of,
+    wait_until,
+)
 from simulated_gpu import Build, SimulatedGpus, build
 
 from mpmm.model_manager import ModelManager
@@ -229,6 +240,18 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         for name, value in report.user_properties
         if name == CRASH_POINTS
     ]
+    forked = [
+        [int(number) for number in str(value).split()]
+        for report in reports
+        if report.when == "call"
+        for name, value in report.user_properties
+        if name == FORK_POINTS
+    ]
+    if forked:
+        terminalreporter.write_line(
+            f"fork points: {len(forked)} operations, {sum(forks for forks, _ in forked)} forks before and after calls "
+            f"to the kernel, {sum(guarded for _, guarded in forked)} such moments at which nobody can fork"
+        )
     if not counted:
         return
     if terminalreporter.verbosity > 0:

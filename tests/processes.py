@@ -41,6 +41,8 @@ KEEP = ".keep"
 CRASH_POINTS = "crash_points"
 # MPMM_TEST_SCALE=5, say, makes what tests repeat, simulate and draw at random so many times as large.
 SCALE = float(os.environ.get("MPMM_TEST_SCALE", "1"))
+# Likewise: forks that were made before and after calls to the kernel, and calls at which none can happen.
+FORK_POINTS = "fork points"
 _PAUSE_S = 0.002
 _CONTEXT = multiprocessing.get_context("fork")
 _conversations: weakref.WeakSet[Connection] = weakref.WeakSet()

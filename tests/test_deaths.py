@@ -51,6 +51,7 @@ from mpmm.model_manager import ModelManager
 from mpmm.shared_state.layout import Header
 from mpmm.shared_state.lock_file import LockFile
 from mpmm.shared_state.runtime_dir import default_root
+from mpmm.shared_state.segment import segment_name
 from mpmm.shared_state.snapshot import read_snapshot
 from mpmm.sources import DeviceSample
 
@@ -668,7 +669,7 @@ def test_waiting_for_the_lock_is_part_of_the_wait(namespace: str, new_process: N
     holder = new_process(fallback_memory_mb=100, lock_timeout_seconds=60.0)
     waiter = new_process(wait_timeout_seconds=1.0, lock_timeout_seconds=60.0)
     holder.call(acquire, "a")
-    elsewhere = LockFile(default_root() / namespace / "segment.lock")
+    elsewhere = LockFile(Path("/dev/shm", segment_name(default_root(), namespace)))
     elsewhere.exclusive(10.0)
     waiter.send(timed_acquire, "b")
     time.sleep(0.7)

@@ -69,10 +69,16 @@ def forked_at(moment: Moment, action: Callable[[], object]) -> Iterator[int]:
         os.waitpid(child, 0)
 
 
-def locks_open_in(pid: int) -> list[str]:
-    """Return the names of the lock files that a process has open."""
-    found = [os.path.realpath(f"/proc/{pid}/fd/{fd}") for fd in os.listdir(f"/proc/{pid}/fd")]
-    return sorted(path.rpartition("/")[2] for path in found if ".lock" in path)
+def locks_open_in(pid: int | str) -> list[str]:
+    """Return the paths of the files with locks of mpmm that a process has open, whoever has taken the locks."""
+    found = []
+    for fd in os.listdir(f"/proc/{pid}/fd"):
+        with suppress(FileNotFoundError):
+            path = os.readlink(f"/proc/{pid}/fd/{fd}")
+            locked = "lock:" in Path(f"/proc/{pid}/fdinfo/{fd}").read_text()
+            if ".lock" in path or (locked and "mpmm" in path):
+                found.append(path)
+    return sorted(found)
 
 
 def test_a_fork_while_another_thread_joins_gives_the_child_no_lock(

@@ -415,7 +415,7 @@ def test_newcomers_leave_the_lock_to_who_starves_while_the_claim_holds(namespace
 
 def test_waiting_for_threads_of_the_same_process_counts_against_the_time_out(namespace: str) -> None:
     joined = Namespace.join(namespace)
-    elsewhere = LockFile(joined.runtime.file("segment.lock"))
+    elsewhere = joined.segment.lock_file()
     assert elsewhere.try_exclusive()
     took: list[float] = []
 

@@ -3,21 +3,44 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import shutil
+import signal
+import stat
+import subprocess
+import tempfile
+import traceback
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
 import pytest
-from processes import Loads, LoadsServer, Process, Seat, acquire, attach, release, shut_down
+from processes import (
+    Loads,
+    LoadsServer,
+    Process,
+    Seat,
+    acquire,
+    attach,
+    files_in,
+    problems,
+    release,
+    segments_of,
+    shut_down,
+    wait_until,
+)
 
-from mpmm.errors import SegmentLostError
+from mpmm.cli import main
+from mpmm.errors import RuntimeDirectoryError, SegmentLostError
 from mpmm.model_manager import ModelManager
 from mpmm.multi_process_shared import server_pid
 from mpmm.proxy.room import room_for
 from mpmm.shared_state.liveness import lives_by_pid
+from mpmm.shared_state.lock_file import LockFile, identity_of, is_locked
+from mpmm.shared_state.namespace import Namespace
 from mpmm.shared_state.runtime_dir import RUNTIME_DIR_VARIABLE, RuntimeDirectory, default_root
-from mpmm.shared_state.segment import segment_name
-from mpmm.shared_state.snapshot import read_snapshot
+from mpmm.shared_state.segment import Segment, segment_name
+from mpmm.shared_state.snapshot import find_lost_namespaces, read_snapshot
+from mpmm.show.health import findings
 
 NewManager = Callable[..., ModelManager]
 NewProcess = Callable[..., Process]
@@ -117,3 +140,380 @@ def test_a_server_whose_lock_file_was_removed_ends_with_its_copy(namespace: str,
     manager.release_model("b", manager.acquire_model("b", Loads()))
     assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
     assert [copy.tag for copy in read_snapshot(namespace).instances] == ["b"]
+
+
+# ---- putting back ------------------------------------------------------------------------------------------------
+
+
+def place(seat: Seat) -> tuple[str, tuple[int, int], tuple[int, int]]:
+    """Return name and identity of the segment that a process is in, and the identity of the lock that guards it."""
+    namespace = seat.manager._connected().namespace
+    return namespace.segment.name, namespace.segment.identity, namespace.lock._file.identity
+
+
+def all_is_back(namespace: str) -> bool:
+    """Tell whether everything is where it was, or is there again."""
+    try:
+        return read_snapshot(namespace).missing_files == ()
+    except FileNotFoundError:
+        return False
+
+
+def leads(seat: Seat) -> bool:
+    """Tell whether the process takes itself for the leader."""
+    return bool(seat.manager._connected().keeper.leading)
+
+
+def transact(seat: Seat, count: int) -> None:
+    """Take the segment's lock again and again."""
+    namespace = seat.manager._connected().namespace
+    for _ in range(count):
+        with namespace.transaction():
+            pass
+
+
+@pytest.mark.parametrize("name", ["alive.lock", "m0.lock", "token", "leader.lock"])
+def test_members_put_back_what_was_removed_of_the_folder(
+    namespace: str, runtime_root: Path, new_process: NewProcess, name: str
+) -> None:
+    one, two = new_process(), new_process()
+    path = runtime_root / namespace / name
+    token = (runtime_root / namespace / "token").read_text()
+    path.unlink()
+    if name != "leader.lock":
+        assert any(name in finding.text and finding.urgent for finding in findings(read_snapshot(namespace)))
+    wait_until(path.exists, f"{name} is there again")
+    wait_until(lambda: read_snapshot(namespace).files_put_back == 1, "somebody says so")
+    snapshot = read_snapshot(namespace)
+    assert snapshot.missing_files == ()
+    assert (runtime_root / namespace / "token").read_text() == token
+    assert is_locked(runtime_root / namespace / "m0.lock")
+    assert is_locked(runtime_root / namespace / "leader.lock")
+    three = new_process()
+    assert [process.call(leads) for process in (one, two, three)].count(True) == 1
+    assert one.call(place) == two.call(place) == three.call(place)
+    assert problems(namespace) == []
+
+
+def test_a_leader_whose_lock_was_removed_makes_way_for_the_one_who_has_the_new_one(
+    namespace: str, runtime_root: Path, new_process: NewProcess
+) -> None:
+    one = new_process()
+    path = runtime_root / namespace / "leader.lock"
+    path.unlink()
+    usurper = LockFile(path)
+    assert usurper.try_exclusive()
+    wait_until(lambda: not one.call(leads), "the old one notices")
+    usurper.close()
+    wait_until(lambda: one.call(leads), "the lead is free")
+
+
+def test_a_file_that_was_put_into_the_place_of_a_members_lock_says_nothing_about_it(
+    namespace: str, runtime_root: Path, new_process: NewProcess
+) -> None:
+    holder, other = new_process(), new_process()
+    holder.call(acquire, "a")
+    os.kill(holder.pid, signal.SIGSTOP)
+    for path in (runtime_root / namespace).glob("m*.lock"):
+        shutil.copy(path, f"{path}.copy")
+        os.replace(f"{path}.copy", path)
+    assert other.call(reap) == 0
+    os.kill(holder.pid, signal.SIGCONT)
+    wait_until(lambda: read_snapshot(namespace).missing_files == (), "both have their own again")
+    assert read_snapshot(namespace).active == 1
+
+
+def empty(root: Path, namespace: str) -> None:
+    """Remove all files of a namespace, but not the folder."""
+    for path in (root / namespace).iterdir():
+        path.unlink()
+
+
+def remove_folder(root: Path, namespace: str) -> None:
+    """Remove a namespace's folder."""
+    shutil.rmtree(root / namespace)
+
+
+def rename_folder(root: Path, namespace: str) -> None:
+    """Take a namespace's folder elsewhere."""
+    os.rename(root / namespace, root / "elsewhere")
+
+
+def remove_root(root: Path, namespace: str) -> None:
+    """Remove the folder of all namespaces."""
+    shutil.rmtree(root)
+
+
+def rename_root(root: Path, namespace: str) -> None:
+    """Take the folder of all namespaces elsewhere."""
+    os.rename(root, f"{root}.old")
+
+
+@pytest.fixture
+def root_in_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A root that is made when it is needed, and nothing of which may be left."""
+    root = Path(tempfile.mkdtemp(prefix="mpmm-t")) / "run"
+    monkeypatch.setenv(RUNTIME_DIR_VARIABLE, str(root))
+    before = set(os.listdir("/dev/shm"))
+    yield root
+    try:
+        assert not root.exists()
+        assert [name for name in set(os.listdir("/dev/shm")) - before if name.endswith("-vanishing")] == []
+    finally:
+        shutil.rmtree(root.parent)
+
+
+@pytest.mark.parametrize("change", [empty, remove_folder, rename_folder, remove_root, rename_root])
+@pytest.mark.parametrize("who", ["the newcomer heals", "the members heal"])
+def test_newcomers_come_to_the_one_segment_whatever_was_removed(
+    root_in_folder: Path, new_process: NewProcess, change: Callable[[Path, str], None], who: str
+) -> None:
+    members = [new_process(namespace="vanishing") for _ in range(2)]
+    members[0].call(acquire, "a")
+    _, segment, lock = members[0].call(place)
+    stopped = members if who == "the newcomer heals" else []
+    for member in stopped:
+        os.kill(member.pid, signal.SIGSTOP)
+    change(root_in_folder, "vanishing")
+    if not stopped:
+        wait_until(lambda: all_is_back("vanishing"), "all is back")
+    newcomer = new_process(namespace="vanishing")
+    name, *found = newcomer.call(place)
+    assert found == [segment, lock], "there are two segments, or two locks"
+    assert name == segment_name(root_in_folder, "vanishing")
+    assert read_snapshot("vanishing").active == 1
+    for member in stopped:
+        os.kill(member.pid, signal.SIGCONT)
+    everybody = [*members, newcomer]
+    for process in everybody:
+        process.send(transact, 200)
+    for process in everybody:
+        process.result()
+    wait_until(lambda: all_is_back("vanishing"), "all is back")
+    shutil.rmtree(root_in_folder / "elsewhere", ignore_errors=True)
+    assert [process.call(place)[0] for process in everybody] == 3 * [name]
+    assert problems("vanishing") == []
+    members[0].call(release)
+    for process in everybody:
+        process.call(shut_down)
+
+
+def test_the_last_leaver_removes_what_has_moved(root_in_folder: Path, new_process: NewProcess) -> None:
+    member = new_process(namespace="vanishing")
+    os.kill(member.pid, signal.SIGSTOP)
+    shutil.rmtree(root_in_folder)
+    os.kill(member.pid, signal.SIGCONT)
+    member.call(shut_down)
+
+
+def test_a_lost_segment_is_shown_by_inspect(
+    namespace: str, runtime_root: Path, new_process: NewProcess, capsys: pytest.CaptureFixture[str]
+) -> None:
+    member = new_process()
+    os.unlink(f"/dev/shm/{segment_name(runtime_root, namespace)}")
+    assert find_lost_namespaces() == [namespace]
+    assert main(["inspect"]) != 0
+    said = capsys.readouterr()
+    assert "RemoveIPC" in said.out + said.err
+    member.call(shut_down)
+    assert find_lost_namespaces() == []
+
+
+# ---- joining while somebody leaves, with two lifecycle locks -----------------------------------------------------
+
+
+@pytest.mark.parametrize("point", ["unlink", "remove"])
+def test_nobody_joins_what_is_being_removed_though_the_lifecycle_lock_was_removed(
+    namespace: str, runtime_root: Path, new_process: NewProcess, monkeypatch: pytest.MonkeyPatch, point: str
+) -> None:
+    newcomer = new_process(attached=False)
+    leaver = Namespace.join(namespace)
+    closed = leaver.segment.identity
+
+    def newcomer_comes() -> None:
+        for name in ("lifecycle.lock", "alive.lock"):
+            (runtime_root / namespace / name).unlink()
+        newcomer.call(attach, namespace=namespace, memory_source="booked")
+
+    real_unlink, real_remove = Segment.unlink, RuntimeDirectory.remove
+
+    def unlink(segment: Segment) -> None:
+        if point == "unlink":
+            newcomer_comes()
+        real_unlink(segment)
+
+    def remove(runtime: RuntimeDirectory, identity: tuple[int, int] | None = None) -> None:
+        if point == "remove":
+            newcomer_comes()
+        real_remove(runtime, identity)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Segment, "unlink", unlink)
+        patched.setattr(RuntimeDirectory, "remove", remove)
+        leaver.leave()
+    name, segment, _ = newcomer.call(place)
+    assert segment != closed
+    assert identity_of(f"/dev/shm/{name}") == segment, "the leaver has removed what the newcomer had made"
+    wait_until(lambda: all_is_back(namespace), "the folder is back")
+    newcomer.call(acquire, "a")
+    assert read_snapshot(namespace).active == 1
+    newcomer.call(release)
+
+
+def test_only_the_folder_that_is_meant_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime = RuntimeDirectory("n", tmp_path / "run")
+    runtime.ensure()
+    meant = identity_of(runtime.path)
+    assert meant is not None
+    real = os.rename
+
+    def rename(source: Path, target: Path) -> None:
+        if source == runtime.path:
+            # Another process is faster: it removes the folder, and a newcomer makes one.
+            real(runtime.path, tmp_path / "first")
+            runtime.ensure()
+            runtime.file("of a newcomer").touch()
+        real(source, target)
+
+    monkeypatch.setattr(os, "rename", rename)
+    runtime.remove(meant)
+    assert runtime.file("of a newcomer").exists()
+
+
+def test_only_the_segment_that_is_meant_is_removed(namespace: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    joined = Namespace.join(namespace)
+    path, real = joined.segment.path, os.rename
+
+    def rename(source: str, target: str) -> None:
+        if source == path:
+            real(path, f"{path}.first")
+            Path(path).write_text("of a newcomer")
+        real(source, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "rename", rename)
+        joined.segment.unlink()
+    assert Path(path).read_text() == "of a newcomer"
+    os.unlink(path)
+    os.unlink(f"{path}.first")
+    joined.leave()
+
+
+@pytest.mark.parametrize("made_by", ["mpmm", "an administrator"])
+def test_a_root_is_removed_by_mpmm_only_if_mpmm_has_made_it(tmp_path: Path, made_by: str) -> None:
+    root = tmp_path / "run"
+    if made_by != "mpmm":
+        root.mkdir(mode=0o700)
+    ModelManager(namespace="n", runtime_root=root, memory_source="booked").acquire_model("a", lambda: "a handle")
+    assert root.exists()
+    from mpmm.model_manager import _close_at_exit
+
+    _close_at_exit(root, "n")
+    assert root.exists() == (made_by != "mpmm")
+    assert files_in(root) == []
+
+
+# ---- keeping cleaners away ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(shutil.which("systemd-tmpfiles") is None, reason="there is no systemd-tmpfiles")
+def test_the_real_cleaner_leaves_alone_what_a_member_holds(
+    root_in_folder: Path, new_process: NewProcess, tmp_path: Path
+) -> None:
+    # Age 0: everything that can be removed is.
+    (tmp_path / "clean.conf").write_text(f"e {root_in_folder.parent} - - - 0\n")
+
+    def clean() -> None:
+        command = ["systemd-tmpfiles", "--clean", str(tmp_path / "clean.conf")]
+        subprocess.run(command, check=True, capture_output=True, timeout=20)
+
+    member = new_process(namespace="vanishing")
+    files = files_in(root_in_folder)
+    assert "vanishing/alive.lock" in files
+    clean()
+    assert files_in(root_in_folder) == files
+    assert read_snapshot("vanishing").files_put_back == 0
+    member.call(shut_down)
+    root_in_folder.mkdir(mode=0o700)
+    (root_in_folder / "x").mkdir()
+    (root_in_folder / "x" / "alive.lock").touch()
+    clean()
+    assert files_in(root_in_folder) == [], "the cleaner would have come by"
+
+
+def test_files_are_touched(namespace: str, runtime_root: Path) -> None:
+    joined = Namespace.join(namespace)
+    for path in (runtime_root / namespace).iterdir():
+        os.utime(path, (1, 1))
+    joined._touch_due = joined._look_due = 0.0
+    lead = LockFile(joined.runtime.file("leader.lock"))
+    assert joined.look_after_files(lead, False) is False
+    assert all(os.stat(path).st_mtime > 1 for path in (runtime_root / namespace).iterdir())
+    lead.close()
+    joined.leave()
+
+
+# ---- where locks cannot be had -----------------------------------------------------------------------------------
+
+
+def test_a_umask_that_denies_everything_keeps_nobody_out(tmp_path: Path) -> None:
+    root = Path(tempfile.mkdtemp(prefix="mpmm-t"))
+    # Root may open everything, so this has to be somebody else.
+    somebody = 65534 if os.getuid() == 0 else os.getuid()
+    os.chown(root, somebody, -1)
+
+    def be_two_members() -> bool:
+        os.setuid(somebody)
+        os.umask(0o777)
+        joined = Namespace.join("n", root=root / "run")
+        child = os.fork()
+        if child == 0:
+            os._exit(1 - in_child(joins_as_second))
+        good = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        joined.leave()
+        return good and list(root.iterdir()) == []
+
+    def joins_as_second() -> bool:
+        joined = Namespace.join("n", root=root / "run")
+        joined.leave()
+        return joined.slot == 1
+
+    try:
+        child = os.fork()
+        if child == 0:
+            os._exit(1 - in_child(be_two_members))
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    finally:
+        shutil.rmtree(root)
+
+
+def in_child(action: Callable[[], bool]) -> bool:
+    """Return what `action` returns; say why if it fails."""
+    try:
+        return action()
+    except BaseException:
+        traceback.print_exc()
+        return False
+
+
+def test_lock_files_are_private_whatever_the_umask_is(tmp_path: Path) -> None:
+    before = os.umask(0o777)
+    try:
+        LockFile(tmp_path / "a.lock").close()
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(os.stat(tmp_path / "a.lock").st_mode) == 0o600
+
+
+@pytest.mark.parametrize("error", [38, 37, 95], ids=["ENOSYS", "ENOLCK", "EOPNOTSUPP"])
+def test_a_file_system_without_locks_is_an_error_that_says_what_to_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: int
+) -> None:
+    def refuse(fd: int, **_: object) -> bool:
+        raise OSError(error, os.strerror(error))
+
+    monkeypatch.setattr("filelock.lock_descriptor", refuse)
+    with pytest.raises(RuntimeDirectoryError, match=r"refuses locks.*NFS.*MPMM_RUNTIME_DIR") as caught:
+        ModelManager(namespace="n", runtime_root=tmp_path / "run", memory_source="booked").acquire_model("a", str)
+    assert str(tmp_path / "run" / "n") in str(caught.value)
+    assert segments_of(tmp_path / "run") == set()

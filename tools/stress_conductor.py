@@ -399,7 +399,7 @@ class Conductor:
         while time.monotonic() < deadline and not is_stopped(pid):
             time.sleep(0.001)
         try:
-            inode = os.stat(self.root / NAMESPACE / "segment.lock").st_ino
+            inode = os.stat(Path("/dev/shm", segment_name(self.root, NAMESPACE))).st_ino
             locks = [line.split() for line in Path("/proc/locks").read_text().splitlines()]
         except OSError:
             return False

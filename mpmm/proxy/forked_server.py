@@ -199,7 +199,7 @@ def _send_streams(connection: Connection, report: Connection) -> None:
     null = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
     try:
         fds = [report.fileno(), 1 if _is_open(1) else null, 2 if _is_open(2) else null]
-        with socket.socket(fileno=os.dup(connection.fileno())) as ours:
+        with transport.duplicate(connection.fileno()) as ours:
             socket.send_fds(ours, [b"!"], fds)
     finally:
         os.close(null)

@@ -159,7 +159,7 @@ class Host:
         with self._connections_lock:
             for connection in self._connections:
                 # Closing alone would not wake the thread that reads from it.
-                with suppress(OSError), socket.socket(fileno=os.dup(connection.fileno())) as shared_socket:
+                with suppress(OSError), transport.duplicate(connection.fileno()) as shared_socket:
                     shared_socket.shutdown(socket.SHUT_RDWR)
 
     def _gone(self) -> ModelServerError:

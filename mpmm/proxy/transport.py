@@ -84,7 +84,7 @@ def authenticate_client(connection: Connection, key: bytes) -> None:
     uid = _peer_uid(connection.fileno())
     if uid is not None and uid != os.getuid():
         raise AuthenticationError(f"a process of uid {uid} tried to connect")
-    with _raw(connection) as peer:
+    with duplicate(connection.fileno()) as peer:
         client_nonce = _receive(peer, NONCE_BYTES, deadline)
         server_nonce = os.urandom(NONCE_BYTES)
         peer.sendall(server_nonce + _proof(key, b"server", client_nonce, server_nonce))
@@ -120,7 +120,7 @@ def dial(folder: Path, name: str, key: bytes, timeout_seconds: float | None = No
 
 
 def _prove_to_server(connection: Connection, key: bytes) -> None:
-    with _raw(connection) as server:
+    with duplicate(connection.fileno()) as server:
         client_nonce = os.urandom(NONCE_BYTES)
         server.sendall(client_nonce)
         answer = _receive(server, NONCE_BYTES + PROOF_BYTES)
@@ -134,9 +134,10 @@ def _proof(key: bytes, role: bytes, client_nonce: bytes, server_nonce: bytes) ->
     return hashlib.blake2b(role + client_nonce + server_nonce, key=key, digest_size=PROOF_BYTES).digest()
 
 
-def _raw(connection: Connection) -> socket.socket:
-    """Return a socket object of its own for a connection's socket, to be closed by the caller."""
-    return socket.socket(fileno=os.dup(connection.fileno()))
+def duplicate(fd: int) -> socket.socket:
+    """Return a socket object of its own for an open socket, to be closed by the caller, and in forked children."""
+    with fork_guard:
+        return close_in_children(socket.socket(fileno=os.dup(fd)))
 
 
 def _receive(peer: socket.socket, count: int, deadline: float = math.inf) -> bytes:
@@ -155,7 +156,7 @@ def _receive(peer: socket.socket, count: int, deadline: float = math.inf) -> byt
 def set_timeouts(connection: Connection, timeout_seconds: float) -> None:
     """Have reading and writing fail with OSError where the other side is stopped or stuck."""
     timeval = struct.pack("@ll", int(timeout_seconds), int(timeout_seconds % 1 * 1_000_000))
-    with _raw(connection) as ours:
+    with duplicate(connection.fileno()) as ours:
         for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
             ours.setsockopt(socket.SOL_SOCKET, option, timeval)
 
@@ -166,7 +167,7 @@ def _peer_uid(fd: int) -> int | None:
     if option is None:
         return None
     credentials = struct.Struct("3i")
-    with socket.socket(fileno=os.dup(fd)) as peer:
+    with duplicate(fd) as peer:
         _, uid, _ = credentials.unpack(peer.getsockopt(socket.SOL_SOCKET, option, credentials.size))
     return int(uid)
 

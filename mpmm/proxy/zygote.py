@@ -667,7 +667,7 @@ def receive(connection: Connection) -> tuple[str, int]:
 def _hand_over(link: Connection, what: str, order: _Order) -> None:
     """Give away an order, from zygote to template or back. Raises OSError; then it is still ours."""
     link.send((what, order.message))
-    with socket.socket(fileno=os.dup(link.fileno())) as ours:
+    with transport.duplicate(link.fileno()) as ours:
         fds = [order.requester.fileno(), *(descriptor.fd for descriptor in order.descriptors)]
         socket.send_fds(ours, [b"!"], fds)
     order.close()
@@ -683,7 +683,7 @@ def _take_over(link: Connection, message: bytes) -> _Order:
 
 
 def _receive_descriptors(connection: Connection, count: int) -> list[_Descriptor]:
-    with socket.socket(fileno=os.dup(connection.fileno())) as ours, fork_guard:
+    with transport.duplicate(connection.fileno()) as ours, fork_guard:
         _, fds, _, _ = socket.recv_fds(ours, 1, count)
         descriptors = [_Descriptor(fd) for fd in fds]
     if len(descriptors) != count:

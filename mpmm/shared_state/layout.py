@@ -45,7 +45,7 @@ __all__ = [
 ]
 
 MAGIC = int.from_bytes(b"mpmm-seg", "little")
-LAYOUT_VERSION = 7
+LAYOUT_VERSION = 8
 WORD = 8
 # So many of the tables, the first ones, say in `Header.ENDS` how far they have grown.
 GROWING = 5
@@ -140,17 +140,30 @@ class Header:
     SOURCE_ASKED = 56  # text: the one that the creator asked for
     SOURCE_NAME_BYTES = 31
 
+    # Raw, also without the lock: IS_CLOSED once the last worker has left, or a deserted namespace was removed, so that
+    # nobody may join any more. Nothing else counts, because junk in this word must not keep newcomers waiting.
+    CLOSED = 61
+    IS_CLOSED = int.from_bytes(b"mpmm-end", "little")
+    PUT_BACK = 62  # files that members have put back because something had removed them
+    PID_NAMESPACE = 63  # inode of the pid namespace of all members, 0 unknown or several: pids say nothing then
     SETTINGS = 64  # one float each, in the order of `Settings` in settings.py
     # One word per table of `Layout.growing`: how many of its rows, from the first, were ever in use. Rows are taken
     # lowest first, so nothing is to be found behind that.
     ENDS = 88
-    WORDS = 96
+    # Hashes of the root's path with the folder above it, and with the mount namespace of the creator: a newcomer that
+    # has one in common with the segment means the same place, even if somebody has made the root anew.
+    ROOT_PLACE = 93
+    ROOT_MOUNTS = 94
+    ROOT = 96  # text: the root's path, empty if it is longer than fits
+    ROOT_BYTES = 1024
+    WORDS = ROOT + text_words(ROOT_BYTES)
 
 
 class Member:
     """One attached process. B1: no two used rows have the same GENERATION.
 
-    A used row's process is alive exactly while the lock file `m<slot>.lock` is held.
+    A used row's process is alive exactly while the lock file `m<slot>.lock` of inode LOCK is held. If the path leads to
+    no such file, somebody has removed it, and the pid decides (`liveness.py`).
     """
 
     STATE = 0  # FREE, WORKER, SERVER or GUEST
@@ -163,7 +176,8 @@ class Member:
     MEASURED_MB = 7  # float: device memory of the process in the last sample, nan if the source does not know
     PEAK_MB = 8  # float: its highest figure
     MEASURES = 9  # WORKER: what its source of memory figures can tell, see `mpmm.sources.base.Measures`
-    SHARES = 10  # floats, SERVER of a copy that spans several devices: what MEASURED_MB is on each, lowest first
+    LOCK = 10  # inode of the lock file
+    SHARES = 11  # floats, SERVER of a copy that spans several devices: what MEASURED_MB is on each, lowest first
     NAME = SHARES + MOST_SPANNED  # text: SERVER: tag of the shared object; WORKER, GUEST: name of the program
     NAME_BYTES = 631
     WORDS = NAME + text_words(NAME_BYTES)

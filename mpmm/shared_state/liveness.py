@@ -1,27 +1,76 @@
 """Whether a member's process lives: by the lock that it holds for life, and by its pid where the lock file is gone.
 
-The evidence is the lock. A file that somebody has removed is none: its holder may live on. Then the process that has
-the pid now decides, and if that cannot be told, the member counts as alive.
+The evidence is the lock. A file that somebody has removed is none, and neither is one that somebody has put in its
+place: the holder of the first may live on. Then the process that has the pid now decides, and if that cannot be told,
+the member counts as alive.
 """
 
 from __future__ import annotations
 
 import os
 import time
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from mpmm.shared_state.lock_file import is_locked
+from mpmm.shared_state.layout import Header, Member
+from mpmm.shared_state.lock_file import is_locked_as
 
-__all__ = ["lives_by_pid", "member_lives"]
+if TYPE_CHECKING:
+    from mpmm.shared_state.tables import Tables
+
+__all__ = ["has_living_member", "lives_by_pid", "member_lives", "member_of_row_lives", "pid_namespace"]
 
 # A process is younger than its first tick says by so much at most.
 TICK_S = 0.05
 
 
-def member_lives(lock_path: str, pid: int, attached_ns: int) -> bool:
-    """Tell whether the member lives that attached at `attached_ns` (monotonic) and holds the lock on a file."""
-    if is_locked(lock_path):
-        return True
-    return not os.path.lexists(lock_path) and lives_by_pid(pid, attached_ns)
+def member_lives(lock_path: str, inode: int, pid: int, attached_ns: int, pids_of: int) -> bool:
+    """Tell whether the member lives that attached at `attached_ns` (monotonic) and holds the lock on a file.
+
+    inode: that of the lock file. pids_of: the pid namespace in which `pid` means something, see `pid_namespace`.
+    """
+    locked = is_locked_as(lock_path, inode)
+    if locked is not None:
+        return locked
+    return pids_of != pid_namespace() or lives_by_pid(pid, attached_ns)
+
+
+def member_of_row_lives(tables: Tables, slot: int, lock_path: str) -> bool:
+    """Tell whether the member in a used row lives, by the row and its lock file."""
+    words, at = tables.segment.words, tables.member(slot)
+    return member_lives(
+        lock_path,
+        int(words[at + Member.LOCK]),
+        int(words[at + Member.PID]),
+        int(words[at + Member.ATTACHED]),
+        int(words[Header.PID_NAMESPACE]),
+    )
+
+
+def has_living_member(
+    tables: Tables,
+    folder: Path | None,
+    kinds: tuple[int, ...] = (Member.WORKER, Member.SERVER, Member.GUEST),
+) -> bool:
+    """Tell whether a member of one of these kinds lives; folder: where the lock files are, None if they are gone."""
+    words = tables.segment.words
+    return any(
+        words[tables.member(slot) + Member.STATE] in kinds
+        # What is not there is what a file in no folder is.
+        and member_of_row_lives(tables, slot, f"{folder}/m{slot}.lock" if folder else "/dev/null/m.lock")
+        for slot in tables.used_members()
+    )
+
+
+@cache
+def pid_namespace() -> int:
+    """Return a number for the set of processes that this one can tell by pid, 0 if there is no such number."""
+    # A forked child may be moved to a new one, but its children only.
+    try:
+        return os.stat("/proc/self/ns/pid").st_ino
+    except OSError:
+        return 0
 
 
 def lives_by_pid(pid: int, attached_ns: int) -> bool:

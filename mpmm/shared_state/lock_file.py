@@ -8,6 +8,11 @@ the descriptor nevertheless; so a lock is given up by unlocking, which ends it f
 
 Exclusive attempts go through `filelock.lock_descriptor`; shared ones, which it does not offer, through
 `fcntl.flock` on the same file, with which it contends.
+
+The lock is that of the file, not that of its path. Whoever removes the file leaves the lock where it is, but the next
+one who opens the path gets another lock. So whoever relies on a lock checks `is_current`, and whoever holds one puts a
+removed file back (`put_back`): the kernel gives no second name to a file that has lost its last one, so the new file is
+made under a name that nobody knows, locked, and only then linked to its path. No one ever finds it unlocked.
 """
 
 from __future__ import annotations
@@ -16,14 +21,16 @@ import contextlib
 import errno
 import fcntl
 import os
+import stat
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
-from mpmm.errors import LockTimeoutError
+from mpmm.errors import LockTimeoutError, RuntimeDirectoryError
 from mpmm.fork_hooks import close_in_children, fork_guard
 
-__all__ = ["LockFile", "is_locked"]
+__all__ = ["LockFile", "identity_of", "is_locked", "is_locked_as", "write_once"]
 
 # Locks that are waited for here are held for milliseconds, by those who join or leave. The first pause is below the
 # kernel's timer slack, the last one is such that a crowd of joiners leaves the processors to those who are at work.
@@ -31,11 +38,22 @@ FIRST_PAUSE_S = 0.000_02
 LONGEST_PAUSE_S = 0.01
 
 
-class LockFile:
-    """A file opened for locking. Not thread-safe: the owner adds a mutex where threads share it."""
+# What a file system without flock says: NFS and Lustre as they are mounted in some places, some FUSE file systems.
+_UNSUPPORTED = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
+_OPEN = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
 
-    def __init__(self, path: Path) -> None:
-        """Open, and create if need be, `path` with mode 0600; symbolic links are refused (OSError ELOOP)."""
+
+class LockFile:
+    """A file opened for locking. Not thread-safe: the owner adds a mutex where threads share it.
+
+    Where the file system has no such locks, taking one raises RuntimeDirectoryError.
+    """
+
+    def __init__(self, path: Path, *, create: bool = True, folder: bool = False) -> None:
+        """Open, and create if need be, `path` with mode 0600; symbolic links are refused (OSError ELOOP).
+
+        create: False raises FileNotFoundError instead. folder: `path` is a folder, which is not created.
+        """
         # Imported here because who only asks `is_locked` does without, and starts faster.
         from filelock import lock_descriptor, unlock_descriptor
 
@@ -43,12 +61,18 @@ class LockFile:
         self._lock, self._unlock = lock_descriptor, unlock_descriptor
         self.fd = -1
         with fork_guard:
-            self.fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            if folder:
+                self.fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW)
+            else:
+                self.fd = _open_private(path, _OPEN | os.O_CREAT if create else _OPEN)
             close_in_children(self)
 
     def try_exclusive(self) -> bool:
         """Take the exclusive lock if it is free; return whether it is held now."""
-        return self._lock(self.fd, blocking=False)
+        try:
+            return self._lock(self.fd, blocking=False)
+        except OSError as error:
+            _raise_what_it_means(error, self.path)
 
     def try_shared(self) -> bool:
         """Take a shared lock if no exclusive one is held; return whether it is held now."""
@@ -57,7 +81,7 @@ class LockFile:
         except OSError as error:
             if error.errno in (errno.EWOULDBLOCK, errno.EAGAIN):
                 return False
-            raise
+            _raise_what_it_means(error, self.path)
         return True
 
     def exclusive(self, timeout_seconds: float) -> None:
@@ -72,14 +96,54 @@ class LockFile:
         """Give up the lock; the descriptor stays open."""
         self._unlock(self.fd)
 
+    @property
+    def identity(self) -> tuple[int, int]:
+        """Device and inode of the open file."""
+        found = os.fstat(self.fd)
+        return found.st_dev, found.st_ino
+
     def is_current(self) -> bool:
         """Tell whether the path still leads to the open file, and not to nothing or to a newer one."""
+        return identity_of(self.path) == self.identity
+
+    def put_back(self, *, shared: bool = False, replace: bool = False) -> LockFile | None:
+        """Return a new file at the path, locked like this one, whose file was removed; this one stays as it is.
+
+        The file is never to be seen unlocked. If there is a file at the path by now, that one is locked and returned,
+        or None if another process keeps us from it. shared: lock it so. replace: put the new file into its place, which
+        only the sole owner of the path may.
+        Raises OSError, RuntimeDirectoryError.
+        """
+        draft = self.path.with_name(f".{self.path.name}.{os.urandom(8).hex()}")
+        made = LockFile(draft)
         try:
-            there = os.stat(self.path, follow_symlinks=False)
-        except FileNotFoundError:
-            return False
-        here = os.fstat(self.fd)
-        return (there.st_dev, there.st_ino) == (here.st_dev, here.st_ino)
+            taken = made.try_shared() if shared else made.try_exclusive()
+            if taken and replace:
+                os.replace(draft, self.path)
+            elif taken:
+                try:
+                    _link(draft, self.path)
+                except FileExistsError:
+                    made.close()
+                    made = LockFile(self.path)
+                    taken = made.try_shared() if shared else made.try_exclusive()
+        except BaseException:
+            made.close()
+            raise
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(draft)
+        if not taken:
+            made.close()
+            return None
+        made.path = self.path
+        return made
+
+    def become(self, other: LockFile) -> None:
+        """Be what `other` is from now on, which is closed, and give up what this one was."""
+        with fork_guard:
+            old, self.fd, other.fd = self.fd, other.fd, -1
+            os.close(old)
 
     def close(self) -> None:
         """Give up the lock, whoever else has inherited it, and close the descriptor."""
@@ -117,19 +181,93 @@ def is_locked(path: str | Path) -> bool:
 
     The question is asked with a shared lock, so that two askers do not take each other for the owner.
     """
+    return bool(is_locked_as(path, None))
+
+
+def is_locked_as(path: str | Path, inode: int | None) -> bool | None:
+    """Tell whether the exclusive lock on `path` is held; None if no file of that inode (None: of any) is there."""
     # All of it under the guard, because the lock that a fork in between would hand to the child looks like an owner's.
     with fork_guard:
         try:
-            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
-        except FileNotFoundError:
-            return False
+            fd = _open_private(path, _OPEN)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
         try:
+            if inode is not None and os.fstat(fd).st_ino != inode:
+                return None
             fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
             fcntl.flock(fd, fcntl.LOCK_UN)
         except OSError as error:
             if error.errno in (errno.EWOULDBLOCK, errno.EAGAIN):
                 return True
-            raise
+            _raise_what_it_means(error, path)
         finally:
             os.close(fd)
     return False
+
+
+def identity_of(path: str | Path) -> tuple[int, int] | None:
+    """Return device and inode of what is at a path, None if nothing is; a symbolic link is not followed."""
+    try:
+        found = os.stat(path, follow_symlinks=False)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return found.st_dev, found.st_ino
+
+
+def write_once(path: Path, text: str) -> bool:
+    """Make a file with this text, which is all there at once; return False if there is a file already."""
+    if os.path.lexists(path):
+        return False
+    draft = path.with_name(f".{path.name}.{os.urandom(8).hex()}")
+    fd = _open_private(draft, _OPEN | os.O_CREAT | os.O_EXCL)
+    try:
+        os.write(fd, text.encode("ascii"))
+        _link(draft, path)
+    except FileExistsError:
+        return False
+    finally:
+        os.close(fd)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(draft)
+    return True
+
+
+def _link(draft: Path, path: Path) -> None:
+    """Give a file its name. Raises FileExistsError if there is another one."""
+    try:
+        os.link(draft, path)
+    except FileExistsError:
+        raise
+    except OSError:
+        # A file system without links. That another process does the same this moment has to be borne there.
+        if os.path.lexists(path):
+            raise FileExistsError(path) from None
+        os.rename(draft, path)
+
+
+def _open_private(path: str | Path, flags: int) -> int:
+    """Open a file of mode 0600, whatever the umask leaves of that when it is made."""
+    try:
+        fd = os.open(path, flags, 0o600)
+    except PermissionError:
+        # Made this instant by a process with a umask that denies even itself, or by one that died then.
+        found = os.stat(path, follow_symlinks=False)
+        if not stat.S_ISREG(found.st_mode) or found.st_uid != os.getuid():
+            raise
+        os.chmod(path, 0o600)
+        return os.open(path, flags, 0o600)
+    if flags & os.O_CREAT and stat.S_IMODE(os.fstat(fd).st_mode) & 0o600 != 0o600:
+        os.fchmod(fd, 0o600)
+    return fd
+
+
+def _raise_what_it_means(error: OSError, path: str | Path) -> NoReturn:
+    """Raise RuntimeDirectoryError if the file system cannot lock, the error itself if it is another one."""
+    if error.errno not in _UNSUPPORTED:
+        raise error
+    raise RuntimeDirectoryError(
+        f"the file system of {os.path.dirname(path)} refuses locks on files (flock: {error.strerror}), as network file "
+        "systems like NFS and Lustre may; set MPMM_RUNTIME_DIR to a folder on a local file system",
+        path=str(path),
+    ) from error

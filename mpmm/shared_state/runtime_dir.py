@@ -4,9 +4,19 @@ A namespace `n` of user 1000 lives in `/tmp/mpmm-1000/n/`, or in `$MPMM_RUNTIME_
 set. Both levels have mode 0700 and belong to the user; anything else there is refused, because whoever
 can write the directory can take the locks and impersonate the model servers.
 
+The default is not `$XDG_RUNTIME_DIR`, though that is what it is for. All processes of a user have to come to the same
+folder, whatever their environment is, or they keep two sets of books on one device and tell nobody. Cron jobs,
+`docker exec`, `sudo` and services have no such variable; and `/run/user/<uid>`, to which it leads, comes with the first
+login and is removed with the last, under whatever `nohup` has left running. To look into both places does not help: the
+folder may come or go between two looks. `/tmp` is there for everybody, and what is removed there are files that nobody
+has touched for days and that nobody holds: members hold a lock on the folder, which keeps systemd-tmpfiles out of it,
+and touch the files for other cleaners.
+
 The directory can vanish at any moment: the last process that leaves a namespace removes it. Whoever
 opens a file in it therefore checks, once the lock on that file is held, that the path still leads to
-the file (`LockFile.is_current`), and starts again if not.
+the file (`LockFile.is_current`), and starts again if not. Who removes it renames it first and looks whether it was the
+one that he meant, so that nothing of a newcomer's is deleted by its name. A root that mpmm has made has the sticky bit,
+as a mark: it is removed with the last namespace, and one that somebody else has made is not.
 """
 
 from __future__ import annotations
@@ -14,11 +24,13 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shutil
 import stat
-from collections.abc import Callable
+import time
 from pathlib import Path
 
 from mpmm.errors import InvalidArgumentError, RuntimeDirectoryError
+from mpmm.shared_state.lock_file import identity_of
 
 __all__ = ["ROOM_NAME", "RuntimeDirectory", "default_root"]
 
@@ -27,6 +39,12 @@ RUNTIME_DIR_VARIABLE = "MPMM_RUNTIME_DIR"
 ROOM_NAME = "shared"
 # In it, what servers say whose starters have ended, see `mpmm.proxy.output`.
 SERVERS_LOG = "servers.log"
+# Behind a dot and the namespace's name: a folder that is being removed. No namespace has a name with a dot in front.
+GONE = ".gone."
+# To remove one takes no longer.
+REMOVAL_S = 30.0
+# The mode of a root that mpmm has made; the mark means nothing else for a folder that only its owner may write.
+MADE_HERE = 0o700 | stat.S_ISVTX
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 
 
@@ -88,14 +106,16 @@ class RuntimeDirectory:
         try:
             self.root.parent.mkdir(parents=True, exist_ok=True)
             try:
-                for folder in (self.root, self.path):
+                for folder, mode in ((self.root, MADE_HERE), (self.path, 0o700)):
                     with contextlib.suppress(FileExistsError):
-                        folder.mkdir(mode=0o700)
+                        _make_folder(folder, mode)
                     check_private_folder(folder)
             except FileNotFoundError:
                 # The last member of another namespace removed the empty parent between our two calls.
-                self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
-                self.path.mkdir(mode=0o700, exist_ok=True)
+                with contextlib.suppress(FileExistsError):
+                    _make_folder(self.root, MADE_HERE)
+                with contextlib.suppress(FileExistsError):
+                    _make_folder(self.path, 0o700)
                 check_private_folder(self.path)
         except RuntimeDirectoryError:
             raise
@@ -110,25 +130,58 @@ class RuntimeDirectory:
         """Return the path of a file in the folder."""
         return self.path.joinpath(*parts)
 
-    def remove(self) -> None:
-        """Remove the folder and, if no other namespace is in it, the parent. Missing ones are fine.
+    def remove(self, identity: tuple[int, int] | None = None) -> None:
+        """Remove the folder and, if it was the last one in it and mpmm has made it, the root. Missing ones are fine.
 
-        Only for whoever has made sure, under the namespace's lifecycle lock, that nobody uses it.
+        Only for whoever has made sure, under the namespace's lifecycle lock, that nobody uses it. identity: device and
+        inode of the folder that is meant; another one that is there by now stays.
         """
-        if not self.path.is_dir():
-            return
-        for parent, folders, files in os.walk(self.path, topdown=False):
-            for name in files:
-                _ignore_missing(os.unlink, os.path.join(parent, name))
-            for name in folders:
-                _ignore_missing(os.rmdir, os.path.join(parent, name))
-        _ignore_missing(os.rmdir, self.path)
-        _ignore_missing(os.rmdir, self.root)
+        if identity is None or identity_of(self.path) == identity:
+            gone = self.root / f".{self.name}{GONE}{os.urandom(8).hex()}"
+            with contextlib.suppress(OSError):
+                os.rename(self.path, gone)
+                if identity is not None and identity_of(gone) != identity:
+                    # Made between the two calls. If there is a third one by now, those in this one notice that theirs
+                    # is gone and come to that.
+                    os.rename(gone, self.path)
+            shutil.rmtree(gone, ignore_errors=True)
+        self.sweep()
+        with contextlib.suppress(OSError):
+            if os.stat(self.root).st_mode & stat.S_ISVTX:
+                # Fails if it is not empty, because a newcomer has just put a folder there: that is fine.
+                os.rmdir(self.root)
+
+    def sweep(self) -> None:
+        """Delete the folders of processes that died while they removed them."""
+        for gone in leftovers_in(self.root):
+            shutil.rmtree(gone, ignore_errors=True)
+
+
+def leftovers_in(root: Path) -> list[Path]:
+    """Return the folders below a root that somebody has begun to remove, and not ended, some time ago."""
+    try:
+        with os.scandir(root) as entries:
+            found = [entry for entry in entries if entry.name.startswith(".") and GONE in entry.name]
+            # Their renaming is the last change of them.
+            return [Path(entry.path) for entry in found if time.time() - entry.stat().st_ctime > REMOVAL_S]
+    except OSError:
+        return []
+
+
+def _make_folder(folder: Path, mode: int) -> None:
+    """Make a folder with this mode, whatever the umask is."""
+    folder.mkdir(mode=mode)
+    if stat.S_IMODE(os.lstat(folder).st_mode) != mode:
+        os.chmod(folder, mode)
 
 
 def check_private_folder(folder: Path) -> None:
     """Raise RuntimeDirectoryError unless `folder` is a real directory of this user with mode 0700."""
     found = os.lstat(folder)
+    if stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not stat.S_IMODE(found.st_mode) & 0o777:
+        # Made this instant by a process with a umask that denies even itself, or by one that died then.
+        os.chmod(folder, 0o700 | stat.S_IMODE(found.st_mode))
+        found = os.lstat(folder)
     problem = None
     if not stat.S_ISDIR(found.st_mode):
         problem = "is not a directory (a symbolic link is not followed)"
@@ -141,9 +194,3 @@ def check_private_folder(folder: Path) -> None:
             f"the runtime directory {folder} {problem}; remove it, or set {RUNTIME_DIR_VARIABLE} to a private folder",
             path=str(folder),
         )
-
-
-def _ignore_missing(action: Callable[[str | Path], None], path: str | Path) -> None:
-    # Gone already, or not empty because a newcomer has just put a file there: both are fine.
-    with contextlib.suppress(OSError):
-        action(path)

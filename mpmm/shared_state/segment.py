@@ -5,6 +5,11 @@ resource tracker takes every segment that a process merely attaches to for its o
 process ends; and pages come into being at first touch, so that a full `/dev/shm` would be a SIGBUS in the
 middle of a transaction. Segments made here are unknown to the tracker, and all of their pages are allocated
 at creation.
+
+The lock that guards a segment is one on the segment's own file, so that there is no way to come to one segment by two
+locks, whatever is removed. A name may be removed, and made again by somebody else, at any time: what is done to a name
+is done to the segment that has it *now*. So each open segment knows its file's device and inode, and whoever removes a
+name takes it away first, looks at what that was, and gives it back if it was not his.
 """
 
 from __future__ import annotations
@@ -16,14 +21,16 @@ import errno
 import hashlib
 import mmap
 import os
+import stat
 import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mpmm.errors import SegmentAllocationError
+from mpmm.errors import SegmentAllocationError, SegmentLostError
 from mpmm.shared_state.layout import LAYOUT_VERSION, MAGIC, Capacities, Header, Layout, Table
+from mpmm.shared_state.lock_file import LockFile, identity_of
 
 if TYPE_CHECKING:
     from multiprocessing.shared_memory import SharedMemory
@@ -31,8 +38,22 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-__all__ = ["Segment", "SegmentProblem", "boot_hash", "segment_name"]
+__all__ = [
+    "GONE",
+    "SHARED_MEMORY",
+    "Segment",
+    "SegmentProblem",
+    "boot_hash",
+    "place_of",
+    "read_header",
+    "segment_lost",
+    "segment_name",
+    "unlink_segment",
+]
 
+SHARED_MEMORY = "/dev/shm"
+# A segment's name while it is removed; see `prune.py` for those of processes that died then.
+GONE = ".gone."
 _tracker_patch = threading.Lock()
 
 
@@ -56,6 +77,30 @@ def segment_name(root: Path, namespace: str) -> str:
     return f"mpmm-{os.getuid()}-{hashlib.sha256(os.fsencode(identity)).hexdigest()[:12]}-{namespace}"
 
 
+def place_of(root: Path) -> tuple[int, int]:
+    """Return two words for `Header.ROOT_PLACE` and `ROOT_MOUNTS`, of which one is the same for who means the same root.
+
+    Two containers that share `/dev/shm` may have roots of one path that are not the same. If neither the folder above
+    nor the set of mounted file systems is, they are not.
+    """
+    path = os.path.realpath(root)
+    above = identity_of(os.path.dirname(path))
+    mounts = 0
+    with contextlib.suppress(OSError):
+        mounts = os.stat("/proc/self/ns/mnt").st_ino
+    return _hash(f"{path}:{above}"), _hash(f"{path}:{mounts}")
+
+
+def segment_lost(namespace: str, name: str) -> SegmentLostError:
+    """Return the error for a namespace whose members live, and whose segment is gone."""
+    return SegmentLostError(
+        f"namespace {namespace!r} is in use, but its segment {SHARED_MEMORY}/{name} is gone: somebody has removed it "
+        "under its processes (systemd-logind does when a user logs out, unless logind.conf says RemoveIPC=no, and "
+        "so may systemd-tmpfiles or another cleaner); end these processes, the next one makes a new segment",
+        name=name,
+    )
+
+
 def boot_hash() -> int:
     """Return a word that is the same until the machine starts anew."""
     try:
@@ -65,14 +110,19 @@ def boot_hash() -> int:
         import psutil
 
         boot = str(int(psutil.boot_time()))
-    return int.from_bytes(hashlib.sha256(boot.encode()).digest()[:8], "little")
+    return _hash(boot)
+
+
+def _hash(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
 
 
 class Segment:
     """A mapped segment. `words` is for reading anywhere and for writing in `transaction.py` alone."""
 
-    def __init__(self, mapping: mmap.mmap, name: str, layout: Layout) -> None:
+    def __init__(self, mapping: mmap.mmap, name: str, layout: Layout, identity: tuple[int, int]) -> None:
         self.name = name
+        self.identity = identity
         self.layout = layout
         self._mapping = mapping
         whole = memoryview(mapping)[: layout.size_bytes]
@@ -105,7 +155,11 @@ class Segment:
             if hasattr(os, "posix_fallocate"):
                 # Typeshed has no _fd.
                 os.posix_fallocate(memory._fd, 0, layout.size_bytes)  # type: ignore[attr-defined]
-            segment = cls(_map(memory), name, layout)
+            found = os.fstat(memory._fd)  # type: ignore[attr-defined]  # typeshed has no _fd
+            if stat.S_IMODE(found.st_mode) != 0o600:
+                # A umask that denies even the owner would keep the others out.
+                os.fchmod(memory._fd, 0o600)  # type: ignore[attr-defined]  # typeshed has no _fd
+            segment = cls(_map(memory), name, layout, (found.st_dev, found.st_ino))
         except OSError as error:
             memory.close()
             unlink_segment(name)
@@ -137,14 +191,57 @@ class Segment:
         except FileNotFoundError:
             return None
         try:
-            size = os.fstat(fd).st_size
+            found = os.fstat(fd)
+            size = found.st_size
             if not size:
                 # Its creator died between making and sizing it.
                 raise SegmentProblem("an empty segment", "an initialised one")
             mapping = mmap.mmap(fd, size)
         finally:
             os.close(fd)
-        return cls(mapping, name, _checked_layout(mapping, token))
+        return cls(mapping, name, _checked_layout(mapping, token), (found.st_dev, found.st_ino))
+
+    @property
+    def path(self) -> str:
+        """The path of the segment's file, as long as nobody removes it."""
+        return f"{SHARED_MEMORY}/{self.name}"
+
+    @property
+    def is_closed(self) -> bool:
+        """Tell whether nobody may join any more, because the segment is being removed."""
+        return self.words[Header.CLOSED] == Header.IS_CLOSED
+
+    def is_current(self) -> bool:
+        """Tell whether the name still leads to this segment."""
+        return identity_of(self.path) == self.identity
+
+    def lock_file(self) -> LockFile:
+        """Open the file on whose lock all of the segment's users agree. Raises FileNotFoundError if it was removed."""
+        file = LockFile(Path(self.path), create=False)
+        if file.identity != self.identity:
+            file.close()
+            raise FileNotFoundError(f"{self.path} is another segment by now")
+        return file
+
+    def unlink(self) -> None:
+        """Remove the name if it still is this segment's."""
+        unlink_segment(self.name, self.identity)
+
+    def rename(self, name: str) -> bool:
+        """Give the segment another name; return False if another segment has that, or has taken the old one.
+
+        Of several processes that do it at once one does it, and all return True.
+        """
+        if name == self.name:
+            return self.is_current()
+        if self.is_current():
+            with contextlib.suppress(FileExistsError, FileNotFoundError):
+                os.link(self.path, f"{SHARED_MEMORY}/{name}")
+        if identity_of(f"{SHARED_MEMORY}/{name}") != self.identity:
+            return False
+        self.unlink()
+        self.name = name
+        return True
 
     def view(self, table: Table) -> npt.NDArray[np.uint64]:
         """Return the live rows of a table as an array of shape (capacity, words).
@@ -198,17 +295,34 @@ class Segment:
             self._mapping.close()
 
 
-def unlink_segment(name: str) -> None:
-    """Remove the name; who has it mapped keeps it. A missing one is fine."""
-    with contextlib.suppress(FileNotFoundError), _unknown_to_tracker(name):
-        try:
-            memory = _shared_memory(name)
-        except ValueError:
-            # Too short to be mapped, so SharedMemory cannot remove it.
-            os.unlink(f"/dev/shm/{name}")
-            return
-        memory.close()
-        memory.unlink()
+def read_header(name: str) -> list[int] | None:
+    """Return the header's words of a segment of this layout and this boot, None if it is no such segment."""
+    with contextlib.suppress(OSError), open(f"{SHARED_MEMORY}/{name}", "rb", buffering=0) as file:
+        words = memoryview(file.read(Header.WORDS * 8)).cast("B")
+        if len(words) == Header.WORDS * 8:
+            header = words.cast("Q").tolist()
+            known = (MAGIC, LAYOUT_VERSION, boot_hash())
+            return header if (header[Header.MAGIC], header[Header.VERSION], header[Header.BOOT]) == known else None
+    return None
+
+
+def unlink_segment(name: str, identity: tuple[int, int] | None = None) -> None:
+    """Remove the name; who has it mapped keeps it. A missing one is fine.
+
+    identity: device and inode of the segment that is meant; another one that has the name by now stays.
+    """
+    path = f"{SHARED_MEMORY}/{name}"
+    if identity is not None and identity_of(path) != identity:
+        return
+    gone = f"{path.partition(GONE)[0]}{GONE}{os.urandom(8).hex()}"
+    with contextlib.suppress(FileNotFoundError):
+        os.rename(path, gone)
+        if identity is not None and identity_of(gone) != identity:
+            # Made between the two calls. If there is a third one by now, the second one's maker looks for its name and
+            # begins again, like everybody whose segment was taken away.
+            with contextlib.suppress(FileExistsError):
+                os.link(gone, path)
+        os.unlink(gone)
 
 
 def _map(memory: SharedMemory) -> mmap.mmap:

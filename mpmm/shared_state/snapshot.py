@@ -16,7 +16,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -41,9 +41,9 @@ from mpmm.shared_state.layout import (
     device_rows,
 )
 from mpmm.shared_state.liveness import member_lives
-from mpmm.shared_state.lock_file import LockFile, is_locked
+from mpmm.shared_state.lock_file import identity_of, is_locked
 from mpmm.shared_state.runtime_dir import RuntimeDirectory
-from mpmm.shared_state.segment import Segment, SegmentProblem, segment_name
+from mpmm.shared_state.segment import SHARED_MEMORY, Segment, SegmentProblem, segment_lost, segment_name
 from mpmm.shared_state.settings import Settings
 from mpmm.shared_state.transaction import roll_back
 
@@ -62,6 +62,7 @@ __all__ = [
     "TicketInfo",
     "as_json",
     "decode",
+    "find_lost_namespaces",
     "find_namespaces",
     "read_snapshot",
 ]
@@ -315,6 +316,8 @@ class Snapshot:
     polled_ago_s: since the leader, or somebody in its place, last did its duty.
     isolated: the copy that runs alone; of several, on devices of their own, the first.
     table_ends: rows that were ever in use, for the tables that keep count of it.
+    missing_files: names of files of living members that are not where they were made. files_put_back: how many of those
+    members have made again.
     """
 
     namespace: str
@@ -351,6 +354,7 @@ class Snapshot:
     resets: int
     out_of_memory: int
     written_off_mb: float
+    files_put_back: int
     settings: Settings
     table_ends: dict[str, int]
     members: tuple[MemberInfo, ...]
@@ -361,15 +365,41 @@ class Snapshot:
     devices: tuple[DeviceInfo, ...]
     observations: tuple[ObservationInfo, ...]
     events: tuple[EventInfo, ...]
+    missing_files: tuple[str, ...] = ()
 
 
 def find_namespaces(root: Path | None = None) -> list[str]:
     """Return the namespaces of this user that have a segment, by name."""
+    return sorted(name for name, segment in _folders_below(root) if os.path.exists(f"{SHARED_MEMORY}/{segment}"))
+
+
+def find_lost_namespaces(root: Path | None = None) -> list[str]:
+    """Return the namespaces of this user whose members live, and whose segment somebody has removed, by name."""
     folder = RuntimeDirectory("any", root).root
-    if not folder.is_dir():
+    return sorted(
+        name
+        for name, segment in _folders_below(root)
+        if not os.path.exists(f"{SHARED_MEMORY}/{segment}") and _has_members(folder / name)
+    )
+
+
+def _folders_below(root: Path | None) -> list[tuple[str, str]]:
+    """Return the names of folders that may be those of namespaces, and those of their segments."""
+    folder = RuntimeDirectory("any", root).root
+    try:
+        prefix = segment_name(folder, "")
+        with os.scandir(folder) as entries:
+            names = [entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
+    except (FileNotFoundError, NotADirectoryError):
         return []
-    names = (entry.name for entry in folder.iterdir() if (entry / "segment.lock").exists())
-    return sorted(name for name in names if os.path.exists(f"/dev/shm/{segment_name(folder, name)}"))
+    return [(name, f"{prefix}{name}") for name in names]
+
+
+def _has_members(folder: Path) -> bool:
+    """Tell whether a member of a namespace lives, in whatever segment."""
+    with contextlib.suppress(FileNotFoundError):
+        return any(is_locked(lock) for lock in folder.glob("m*.lock"))
+    return False
 
 
 @dataclass(frozen=True, eq=False)
@@ -393,7 +423,8 @@ def read_snapshot(
 
     events: False leaves the event ring out; choice: what is wanted of it else.
     Raises FileNotFoundError when there is no such namespace, LayoutMismatchError when it is another version's,
-    SegmentCorruptError when it holds junk, InvalidArgumentError for an impossible name.
+    SegmentCorruptError when it holds junk, SegmentLostError when it is gone though members live, InvalidArgumentError
+    for an impossible name.
     """
     runtime = RuntimeDirectory(namespace, root)
     if not runtime.path.is_dir():
@@ -409,22 +440,29 @@ def read_snapshot(
             expected=problem.expected,
         ) from None
     if segment is None:
+        if _has_members(runtime.path):
+            raise segment_lost(namespace, name)
         raise FileNotFoundError(f"namespace {namespace!r} has no segment {name}")
     try:
-        copied = _consistent_copy(segment, runtime.file("segment.lock"), events)
+        copied = _consistent_copy(segment, events)
         layout = segment.layout
     finally:
         segment.close()
-    held = is_locked(runtime.file("segment.lock"))
-    folder = str(runtime.path)
-    alive = {
-        slot: member_lives(f"{folder}/m{slot}.lock", pid, attached)
-        for slot, pid, attached in _used_members(copied, layout)
-    }
-    return decode(copied, layout, namespace, name, held=held, alive=alive, with_events=events, choice=choice)
+    held = is_locked(segment.path)
+    folder, missing = str(runtime.path), []
+    alive = {}
+    for slot, pid, attached, inode, pids_of in _used_members(copied, layout):
+        path = f"{folder}/m{slot}.lock"
+        alive[slot] = member_lives(path, inode, pid, attached, pids_of)
+        if alive[slot] and (identity_of(path) or (0, 0))[1] != inode:
+            missing.append(f"m{slot}.lock")
+    if alive:
+        missing += [name for name in ("alive.lock", "token") if not os.path.lexists(f"{folder}/{name}")]
+    decoded = decode(copied, layout, namespace, name, held=held, alive=alive, with_events=events, choice=choice)
+    return replace(decoded, missing_files=tuple(missing)) if missing else decoded
 
 
-def _consistent_copy(segment: Segment, lock_path: Path, events: bool) -> bytearray:
+def _consistent_copy(segment: Segment, events: bool) -> bytearray:
     """Return a copy that is one state of the segment once its undo log is rolled back; see `transaction.py`."""
     words = segment.words
     last = bytearray()
@@ -438,7 +476,10 @@ def _consistent_copy(segment: Segment, lock_path: Path, events: bool) -> bytearr
         time.sleep(0.0001 * (attempt % 7))
     # Writers are too busy for that. The lock is free every few microseconds then; if it is not, because its holder
     # has been stopped just now, nothing changes any more and the next copy is as good.
-    lock = LockFile(lock_path)
+    try:
+        lock = segment.lock_file()
+    except FileNotFoundError:
+        return last
     try:
         with contextlib.suppress(LockTimeoutError):
             lock.exclusive(_LOCK_PATIENCE_S)
@@ -447,11 +488,13 @@ def _consistent_copy(segment: Segment, lock_path: Path, events: bool) -> bytearr
         lock.close()
 
 
-def _used_members(copied: bytearray, layout: Layout) -> list[tuple[int, int, int]]:
-    """Return slot, pid and time of attaching (monotonic, ns) of the members."""
+def _used_members(copied: bytearray, layout: Layout) -> list[tuple[int, int, int, int, int]]:
+    """Return slot, pid, time of attaching (monotonic, ns), inode of the lock file and pid namespace of the members."""
     words, table = memoryview(copied).cast("Q"), layout.members
     starts = ((slot, table.base + slot * table.words) for slot in _used(words, table))
-    return [(slot, words[at + Member.PID], words[at + Member.ATTACHED]) for slot, at in starts]
+    asked = (Member.PID, Member.ATTACHED, Member.LOCK)
+    # Mypy does not count the words of a generator.
+    return [(slot, *(words[at + word] for word in asked), words[Header.PID_NAMESPACE]) for slot, at in starts]  # type: ignore[misc]
 
 
 def _used(words: memoryview, table: Table) -> list[int]:
@@ -554,6 +597,7 @@ class _Decoder:
             resets=words[Header.RESETS],
             out_of_memory=words[Header.OUT_OF_MEMORY],
             written_off_mb=floats[Header.WRITTEN_OFF],
+            files_put_back=words[Header.PUT_BACK],
             settings=settings,
             table_ends={table.name: words[table.end_word] for table in self._layout.growing},
             members=tuple(self._member(row, at, alive.get(row)) for row, at in self._rows("members")),

@@ -48,7 +48,6 @@ from mpmm.errors import ClosedError, LockTimeoutError, SegmentCorruptError, Tabl
 from mpmm.shared_state.events import Cause
 from mpmm.shared_state.futex import wait_for_change, wake_one
 from mpmm.shared_state.layout import STEP_WORDS, Event, Header, Table
-from mpmm.shared_state.lock_file import LockFile
 from mpmm.shared_state.segment import Segment
 
 __all__ = ["Transaction", "TransactionLock", "float_bits", "roll_back"]
@@ -108,7 +107,7 @@ class TransactionLock:
         self.path = path
         self.timeout_seconds = timeout_seconds
         self._pid = os.getpid()
-        self._file = LockFile(path)
+        self._file = segment.lock_file()
         self._mutex = threading.Lock()
         self._owner: int | None = None
         # For so many turns others are expected at the lock, and so many transactions of this one are over.
@@ -143,7 +142,7 @@ class TransactionLock:
         try:
             self._owner = thread
             if self._file.fd < 0:
-                raise ClosedError(f"this process has left the namespace of {self.path.parent}")
+                raise ClosedError(f"this process has left the namespace of {self.path}")
             if self.segment.words[Header.STARVING] or not self._file.try_exclusive():
                 self._crowded_turns = CROWDED_TURNS
                 self._wait_for_file_lock(time.monotonic() if began is None else began, patience_s)

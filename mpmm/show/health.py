@@ -32,7 +32,7 @@ class Finding:
 
 def findings(snapshot: Snapshot) -> list[Finding]:
     """Return what is to be said about a namespace, the urgent first."""
-    checks = (_lock, _leader, _samples, _dead, _waits, _holds, _loads, _unloads, _past)
+    checks = (_lock, _files, _leader, _samples, _dead, _waits, _holds, _loads, _unloads, _past)
     found = [finding for check in checks for finding in check(snapshot)]
     return sorted(found, key=lambda finding: not finding.urgent)
 
@@ -58,6 +58,18 @@ def _lock(snapshot: Snapshot) -> Iterator[Finding]:
         )
     if snapshot.torn_words:
         yield Finding(False, f"a transaction of process {lock.last_holder_pid} is open; shown is the state before it")
+
+
+def _files(snapshot: Snapshot) -> Iterator[Finding]:
+    if snapshot.missing_files:
+        shown = ", ".join(snapshot.missing_files[:PIDS_NAMED])
+        rest = len(snapshot.missing_files) - PIDS_NAMED
+        yield Finding(
+            True,
+            f"something has removed {shown}{f' and {rest} more' if rest > 0 else ''} under living processes: they put "
+            "files back within seconds, unless they are stopped; keep cleaners away from the runtime directory, or set "
+            "MPMM_RUNTIME_DIR to one that nobody cleans",
+        )
 
 
 def _leader(snapshot: Snapshot) -> Iterator[Finding]:
@@ -170,6 +182,7 @@ def _past(snapshot: Snapshot) -> Iterator[Finding]:
         (snapshot.out_of_memory, "loads or uses that ran out of memory"),
         (snapshot.failed_loads, "loads that failed"),
         (snapshot.timeouts, "waits that were given up"),
+        (snapshot.files_put_back, "files that something removed under living processes, put back"),
     ):
         if count:
             yield Finding(False, f"since the namespace was made: {text}: {count}")

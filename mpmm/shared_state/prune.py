@@ -1,0 +1,193 @@
+"""Segments that belong to nobody: found, so that they can be removed, or given back to those who still use them.
+
+A segment lies in `/dev/shm`, its locks in a folder below a root elsewhere. If somebody removes that root, nobody comes
+to the segment by its name any more, which has the root's identity in it:
+
+- if its members live, a newcomer finds the segment here by the *place* of the root, and gives it the name that belongs
+  to the root as it is now (`find_moved`);
+- if they are all dead, it stays for ever, some megabytes of memory. Whoever makes a namespace sweeps such ones away,
+  and so does `mpmm prune`.
+
+A member counts as dead as everywhere, see `liveness.py`: what cannot be told is alive. Besides, no process may have the
+segment mapped, as far as that can be read. What another version of mpmm has made says nothing about its root and its
+members; that is left to `mpmm prune`, and goes by who has it mapped alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import re
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from mpmm.shared_state.layout import Header
+from mpmm.shared_state.liveness import has_living_member
+from mpmm.shared_state.runtime_dir import REMOVAL_S, RuntimeDirectory
+from mpmm.shared_state.segment import (
+    GONE,
+    SHARED_MEMORY,
+    Segment,
+    SegmentProblem,
+    place_of,
+    read_header,
+    segment_name,
+    unlink_segment,
+)
+from mpmm.shared_state.tables import Tables
+
+__all__ = ["Orphan", "find_moved", "find_orphans", "sweep_orphans"]
+
+_LOG = logging.getLogger("mpmm")
+_NAME = re.compile(r"mpmm-(?P<uid>\d+)-(?P<root>[0-9a-f]{12})-(?P<namespace>.+)")
+
+
+@dataclass(frozen=True)
+class Orphan:
+    """A segment that belongs to nobody; why says how one knows. identity: device and inode."""
+
+    name: str
+    identity: tuple[int, int]
+    size_mb: float
+    why: str
+
+
+def sweep_orphans() -> list[Orphan]:
+    """Remove the segments of this user whose root is gone and whose members are dead; return them."""
+    found = find_orphans()
+    for orphan in found:
+        unlink_segment(orphan.name, orphan.identity)
+        _LOG.info("mpmm: removed the segment %s (%.1f MB): %s", orphan.name, orphan.size_mb, orphan.why)
+    return found
+
+
+def find_orphans(*, of_other_versions: bool = False, roots: tuple[Path, ...] = ()) -> list[Orphan]:
+    """Return the segments of this user that belong to nobody.
+
+    of_other_versions: those as well that this version cannot read, unless their names are those of one of `roots`.
+    """
+    candidates = [
+        (name, why)
+        for name in _names()
+        if (why := _why_abandoned(name) or (of_other_versions and _why_foreign(name, roots))) and not _has_members(name)
+    ]
+    if not candidates:
+        return []
+    mapped = _mapped_inodes()
+    if mapped is None:
+        return []
+    orphans = []
+    for name, why in candidates:
+        with contextlib.suppress(FileNotFoundError):
+            found = os.stat(f"{SHARED_MEMORY}/{name}", follow_symlinks=False)
+            # A process may be just about to remove it, or to give it its name back; its renaming is the last change.
+            in_progress = GONE in name and time.time() - found.st_ctime < REMOVAL_S
+            if found.st_ino not in mapped and not in_progress:
+                orphans.append(Orphan(name, (found.st_dev, found.st_ino), found.st_blocks * 512 / 2**20, why))
+    return orphans
+
+
+def find_moved(runtime: RuntimeDirectory, name: str) -> Segment | None:
+    """Return the segment that living members of this namespace use, if its root was made anew; give it its new `name`.
+
+    Hold the lifecycle lock.
+    """
+    places = place_of(runtime.root)
+    for other in _names():
+        if other == name or _NAME.fullmatch(other)["namespace"] != runtime.name:  # type: ignore[index]  # it does match
+            continue
+        header = read_header(other)
+        if header is None or header[Header.CLOSED] == Header.IS_CLOSED:
+            continue
+        if places[0] != header[Header.ROOT_PLACE] and places[1] != header[Header.ROOT_MOUNTS]:
+            continue
+        with contextlib.suppress(SegmentProblem):
+            segment = Segment.open(other)
+            if segment is None:
+                continue
+            if has_living_member(Tables(segment), runtime.path) and segment.rename(name):
+                _LOG.warning(
+                    "mpmm %s: somebody has removed the folder %s under living processes; this one joins them there",
+                    runtime.name,
+                    runtime.root,
+                )
+                return segment
+            segment.close()
+    return None
+
+
+def _names() -> Iterator[str]:
+    """Name the segments of this user."""
+    for name in os.listdir(SHARED_MEMORY):
+        match = _NAME.fullmatch(name)
+        if match and int(match["uid"]) == os.getuid():
+            yield name
+
+
+def _why_abandoned(name: str) -> str | None:
+    """Say why nobody comes to a segment by its name any more, None if somebody may, or if that cannot be told."""
+    header = read_header(name)
+    if header is None:
+        return None
+    if GONE in name:
+        return "a process died while it removed it"
+    length = header[Header.ROOT]
+    if not 0 < length <= Header.ROOT_BYTES:
+        return None
+    words = header[Header.ROOT + 1 : Header.ROOT + 1 + -(-length // 8)]
+    root = Path(os.fsdecode(b"".join(word.to_bytes(8, "little") for word in words)[:length]))
+    namespace = _NAME.fullmatch(name)["namespace"]  # type: ignore[index]  # it does match
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        if segment_name(root, namespace) != name:
+            return f"the folder {root} was removed, and made anew"
+        return None if (root / namespace).exists() else f"its folder {root / namespace} is gone"
+    return f"its folder {root} is gone"
+
+
+def _why_foreign(name: str, roots: tuple[Path, ...]) -> str | None:
+    """Say why a segment is left over that this version cannot read, None if a process may come to it by its name."""
+    if read_header(name) is not None:
+        return None
+    for root in roots:
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            if name.startswith(segment_name(root, "")):
+                return None
+    return "another version of mpmm has made it, and no process uses it"
+
+
+def _has_members(name: str) -> bool:
+    """Tell whether a member lives that the segment's table names; False for one that cannot be read."""
+    try:
+        segment = Segment.open(name)
+    except (SegmentProblem, OSError):
+        return False
+    if segment is None:
+        return False
+    with contextlib.closing(segment):
+        # By pid: whoever sees their lock files, if there are any, can come to the segment by its name.
+        return has_living_member(Tables(segment), None)
+
+
+def _mapped_inodes() -> set[int] | None:
+    """Return the inodes of the segments that processes of this user have mapped, None if that cannot be told."""
+    inodes: set[int] = set()
+    try:
+        pids = [entry for entry in os.listdir("/proc") if entry.isdigit()]
+    except OSError:
+        return None
+    for pid in pids:
+        try:
+            if os.stat(f"/proc/{pid}").st_uid != os.getuid():
+                # It cannot have opened a file that only this user may.
+                continue
+            with open(f"/proc/{pid}/maps", "rb") as maps:
+                lines = [line.split() for line in maps if b"/mpmm-" in line]
+        except OSError:
+            # It has ended, or is one of those that keep their memory from everybody, as agents for keys do. If such a
+            # one is a member, the segment's table says so.
+            continue
+        inodes.update(int(fields[4]) for fields in lines)
+    return inodes

@@ -1,0 +1,218 @@
+"""Segments that belong to nobody: swept by whoever makes a namespace, and by `mpmm prune`; nothing else is."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from processes import Process, files_in, segments_of
+
+from mpmm.cli import main
+from mpmm.model_manager import ModelManager
+from mpmm.shared_state import prune
+from mpmm.shared_state.layout import Header
+from mpmm.shared_state.prune import find_orphans
+from mpmm.shared_state.runtime_dir import RuntimeDirectory
+from mpmm.shared_state.segment import Segment, segment_name
+
+NewManager = Callable[..., ModelManager]
+NewProcess = Callable[..., Process]
+# Others on this machine may have left some, too.
+NAMESPACE = "left-over"
+
+
+CHILDREN = """
+import multiprocessing, os, signal, sys, time
+from mpmm.model_manager import ModelManager
+
+manager = ModelManager(namespace="served", memory_source="booked") if __name__ == "__mp_main__" else None
+
+
+def work(how, ready):
+    with manager.model("a", object):
+        pass
+    ready.put(how)
+    if how == "interrupted":
+        time.sleep(60)
+    elif how == "exits":
+        sys.exit(3)
+
+
+if __name__ == "__main__":
+    context = multiprocessing.get_context(sys.argv[1])
+    if sys.argv[1] == "fork":
+        # The children inherit it in use.
+        manager = ModelManager(namespace="served", memory_source="booked")
+        manager.acquire_model("b", object)
+    ready = context.Queue()
+    ways = ("returns", "exits", "interrupted")
+    children = {how: context.Process(target=work, args=(how, ready)) for how in ways}
+    for child in children.values():
+        child.start()
+    for _ in ways:
+        ready.get(timeout=20)
+    os.kill(children["interrupted"].pid, signal.SIGINT)
+    for child in children.values():
+        child.join()
+    print([child.exitcode for child in children.values()])
+"""
+
+
+@pytest.fixture
+def elsewhere(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A root besides that of the test, which sees no segments but its own."""
+    root = Path(tempfile.mkdtemp(prefix="mpmm-t"))
+    before, real = set(os.listdir("/dev/shm")), prune._names
+    monkeypatch.setattr(prune, "_names", lambda: [name for name in real() if name not in before and NAMESPACE in name])
+    yield root
+    shutil.rmtree(root, ignore_errors=True)
+    assert not [name for name in set(os.listdir("/dev/shm")) - before if NAMESPACE in name]
+
+
+@pytest.mark.parametrize("method", ["spawn", "fork"])
+def test_children_of_multiprocessing_leave_nothing_however_they_end(
+    tmp_path: Path, runtime_root: Path, method: str
+) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(CHILDREN)
+    done = subprocess.run([sys.executable, program, method], capture_output=True, text=True, timeout=40, check=False)
+    assert done.stdout == "[0, 3, 1]\n", done.stderr
+    assert "KeyboardInterrupt" in done.stderr
+    assert files_in(runtime_root) == []
+    assert segments_of(runtime_root) == set()
+
+
+def leave_segment(new_process: NewProcess, root: Path, end: Callable[[Process], None] = Process.kill) -> Path:
+    """Have a process make a namespace below `root`, and die there; return the path of the segment."""
+    process = new_process(namespace=NAMESPACE, runtime_root=root)
+    segment = Path("/dev/shm", segment_name(root, NAMESPACE))
+    end(process)
+    return segment
+
+
+def stop(process: Process) -> None:
+    """Stop a process."""
+    os.kill(process.pid, signal.SIGSTOP)
+
+
+def change_header(segment: Path, word: int, value: int) -> None:
+    """Overwrite a word."""
+    with open(segment, "r+b") as file:
+        file.seek(8 * word)
+        file.write(value.to_bytes(8, "little"))
+
+
+def test_who_makes_a_namespace_sweeps_segments_whose_root_and_members_are_gone(
+    elsewhere: Path, new_process: NewProcess, new_manager: NewManager
+) -> None:
+    segment = leave_segment(new_process, elsewhere)
+    new_manager(namespace="first", memory_source="booked")
+    assert segment.exists(), "somebody may come to it"
+    shutil.rmtree(elsewhere)
+    new_manager(namespace="second")
+    assert not segment.exists()
+
+
+def test_the_segment_of_a_living_process_is_never_an_orphan(elsewhere: Path, new_process: NewProcess) -> None:
+    process = new_process(namespace=NAMESPACE, runtime_root=elsewhere)
+    stop(process)
+    shutil.rmtree(elsewhere)
+    assert find_orphans(of_other_versions=True) == []
+    process.kill()
+    (orphan,) = find_orphans()
+    assert str(elsewhere) in orphan.why
+    assert orphan.size_mb > 1
+    assert [orphan.name for orphan in prune.sweep_orphans()] == [orphan.name]
+
+
+def test_what_a_process_has_mapped_is_no_orphan_though_it_is_no_member(
+    elsewhere: Path, new_process: NewProcess
+) -> None:
+    name = leave_segment(new_process, elsewhere).name
+    shutil.rmtree(elsewhere)
+    mapped = Segment.open(name)
+    assert mapped is not None
+    assert find_orphans() == []
+    mapped.close()
+    assert [orphan.name for orphan in prune.sweep_orphans()] == [name]
+
+
+def test_processes_of_which_nothing_can_be_told_are_alive(elsewhere: Path, new_process: NewProcess) -> None:
+    segment = leave_segment(new_process, elsewhere)
+    pids_of = int.from_bytes(segment.read_bytes()[8 * Header.PID_NAMESPACE :][:8], "little")
+    shutil.rmtree(elsewhere)
+    # Its members were in another container, or in several.
+    for foreign in (0, 1):
+        change_header(segment, Header.PID_NAMESPACE, foreign)
+        assert find_orphans() == []
+    change_header(segment, Header.PID_NAMESPACE, pids_of)
+    assert len(prune.sweep_orphans()) == 1
+
+
+def test_the_segment_of_another_version_is_pruned_if_no_process_has_it_and_no_root_is_its(
+    elsewhere: Path, new_process: NewProcess
+) -> None:
+    segment = leave_segment(new_process, elsewhere)
+    change_header(segment, Header.VERSION, 7)
+    assert find_orphans() == []
+    assert find_orphans(of_other_versions=True, roots=(elsewhere,)) == []
+    assert [orphan.name for orphan in find_orphans(of_other_versions=True)] == [segment.name]
+    segment.unlink()
+
+
+def test_prune_says_what_it_removes_and_a_dry_run_removes_nothing(
+    elsewhere: Path, runtime_root: Path, new_process: NewProcess, capsys: pytest.CaptureFixture[str]
+) -> None:
+    living = new_process(namespace="living")
+    deserted = leave_segment(new_process, runtime_root)
+    orphan = leave_segment(new_process, elsewhere).name
+    shutil.rmtree(elsewhere)
+    capsys.readouterr()
+    assert main(["prune", "--dry-run"]) == 0
+    shown = capsys.readouterr().out
+    assert orphan in shown
+    assert str(runtime_root / NAMESPACE) in shown
+    assert "2 would be removed, " in shown
+    assert deserted.exists()
+    assert (runtime_root / NAMESPACE).exists()
+    assert Path("/dev/shm", orphan).exists()
+    assert main(["prune"]) == 0
+    removed = capsys.readouterr().out
+    assert removed == shown.replace("would be removed", "removed")
+    assert not deserted.exists()
+    assert not (runtime_root / NAMESPACE).exists()
+    assert not Path("/dev/shm", orphan).exists()
+    assert (runtime_root / "living" / "token").exists()
+    assert living.call(pid_of) == living.pid
+    assert main(["prune"]) == 0
+    assert capsys.readouterr().out == "0 removed, 0.0 MB\n"
+
+
+def pid_of(seat: object) -> int:
+    """Return the pid."""
+    return os.getpid()
+
+
+def test_what_a_process_died_over_while_it_removed_it_is_swept_later(
+    elsewhere: Path, new_process: NewProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    segment = leave_segment(new_process, elsewhere)
+    gone = segment.with_name(f"{segment.name}.gone.0123")
+    os.rename(segment, gone)
+    folder = elsewhere / f".{NAMESPACE}.gone.0123"
+    os.rename(elsewhere / NAMESPACE, folder)
+    assert find_orphans() == [], "somebody may be about to do it"
+    RuntimeDirectory("other", elsewhere).sweep()
+    assert folder.exists()
+    monkeypatch.setattr(prune, "REMOVAL_S", 0.0)
+    monkeypatch.setattr("mpmm.shared_state.runtime_dir.REMOVAL_S", 0.0)
+    assert [orphan.name for orphan in prune.sweep_orphans()] == [gone.name]
+    RuntimeDirectory("other", elsewhere).sweep()
+    assert not folder.exists()
