@@ -114,7 +114,7 @@ def boot_hash() -> int:
 
 
 def _hash(text: str) -> int:
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
+    return int.from_bytes(hashlib.sha256(os.fsencode(text)).digest()[:8], "little")
 
 
 class Segment:
