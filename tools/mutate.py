@@ -391,4 +391,6 @@ def _who_notices(tree: Copy, change: Change, tests: Sequence[str], patience_s: d
 
 
 if __name__ == "__main__":
+    # So that the copy goes with it.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     sys.exit(main())
