@@ -21,6 +21,8 @@ from processes import (
     CRASH_POINTS,
     FORK_POINTS,
     KEEP,
+    LEFT_OVER,
+    OWN_LEFT_OVER,
     Gate,
     Process,
     SimulatedDevice,
@@ -33,6 +35,7 @@ from simulated_gpu import Build, SimulatedGpus, build
 
 from mpmm.model_manager import ModelManager
 from mpmm.proxy.room import leave_all_rooms, room_for
+from mpmm.shared_state import prune
 from mpmm.shared_state.runtime_dir import RUNTIME_DIR_VARIABLE
 
 # Model servers notice within two seconds that nobody is left.
@@ -98,6 +101,10 @@ def runtime_root() -> Iterator[Path]:
     # Of its own, because what a test has patched must be itself again when we look.
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv(RUNTIME_DIR_VARIABLE, str(root))
+        names = prune._names
+        patched.setattr(
+            prune, "_names", lambda: (name for name in names() if LEFT_OVER not in name or OWN_LEFT_OVER in name)
+        )
         yield root
     leave_all_rooms()
     try:

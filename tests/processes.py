@@ -43,6 +43,9 @@ CRASH_POINTS = "crash_points"
 SCALE = float(os.environ.get("MPMM_TEST_SCALE", "1"))
 # Likewise: forks that were made before and after calls to the kernel, and calls at which none can happen.
 FORK_POINTS = "fork points"
+# What tests leave behind on purpose: a name of each test process's own, which those of others leave alone.
+LEFT_OVER = "left-over-"
+OWN_LEFT_OVER = f"{LEFT_OVER}{os.getpid()}"
 _PAUSE_S = 0.002
 _CONTEXT = multiprocessing.get_context("fork")
 _conversations: weakref.WeakSet[Connection] = weakref.WeakSet()

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from processes import Process, files_in, segments_of
+from processes import OWN_LEFT_OVER, Process, files_in, segments_of
 
 from mpmm.cli import main
 from mpmm.model_manager import ModelManager
@@ -24,8 +24,7 @@ from mpmm.shared_state.segment import Segment, segment_name
 
 NewManager = Callable[..., ModelManager]
 NewProcess = Callable[..., Process]
-# Others on this machine may have left some, too.
-NAMESPACE = "left-over"
+NAMESPACE = OWN_LEFT_OVER
 
 
 CHILDREN = """

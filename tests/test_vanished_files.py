@@ -42,6 +42,8 @@ from mpmm.shared_state.segment import Segment, segment_name
 from mpmm.shared_state.snapshot import find_lost_namespaces, read_snapshot
 from mpmm.show.health import findings
 
+# Looked for among all segments of this machine, where other test processes have theirs.
+VANISHING = f"vanishing-{os.getpid()}"
 NewManager = Callable[..., ModelManager]
 NewProcess = Callable[..., Process]
 
@@ -258,7 +260,7 @@ def root_in_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[
     yield root
     try:
         assert not root.exists()
-        assert [name for name in set(os.listdir("/dev/shm")) - before if name.endswith("-vanishing")] == []
+        assert [name for name in set(os.listdir("/dev/shm")) - before if name.endswith(f"-{VANISHING}")] == []
     finally:
         shutil.rmtree(root.parent)
 
@@ -268,20 +270,20 @@ def root_in_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[
 def test_newcomers_come_to_the_one_segment_whatever_was_removed(
     root_in_folder: Path, new_process: NewProcess, change: Callable[[Path, str], None], who: str
 ) -> None:
-    members = [new_process(namespace="vanishing") for _ in range(2)]
+    members = [new_process(namespace=VANISHING) for _ in range(2)]
     members[0].call(acquire, "a")
     _, segment, lock = members[0].call(place)
     stopped = members if who == "the newcomer heals" else []
     for member in stopped:
         os.kill(member.pid, signal.SIGSTOP)
-    change(root_in_folder, "vanishing")
+    change(root_in_folder, VANISHING)
     if not stopped:
-        wait_until(lambda: all_is_back("vanishing"), "all is back")
-    newcomer = new_process(namespace="vanishing")
+        wait_until(lambda: all_is_back(VANISHING), "all is back")
+    newcomer = new_process(namespace=VANISHING)
     name, *found = newcomer.call(place)
     assert found == [segment, lock], "there are two segments, or two locks"
-    assert name == segment_name(root_in_folder, "vanishing")
-    assert read_snapshot("vanishing").active == 1
+    assert name == segment_name(root_in_folder, VANISHING)
+    assert read_snapshot(VANISHING).active == 1
     for member in stopped:
         os.kill(member.pid, signal.SIGCONT)
     everybody = [*members, newcomer]
@@ -289,17 +291,17 @@ def test_newcomers_come_to_the_one_segment_whatever_was_removed(
         process.send(transact, 200)
     for process in everybody:
         process.result()
-    wait_until(lambda: all_is_back("vanishing"), "all is back")
+    wait_until(lambda: all_is_back(VANISHING), "all is back")
     shutil.rmtree(root_in_folder / "elsewhere", ignore_errors=True)
     assert [process.call(place)[0] for process in everybody] == 3 * [name]
-    assert problems("vanishing") == []
+    assert problems(VANISHING) == []
     members[0].call(release)
     for process in everybody:
         process.call(shut_down)
 
 
 def test_the_last_leaver_removes_what_has_moved(root_in_folder: Path, new_process: NewProcess) -> None:
-    member = new_process(namespace="vanishing")
+    member = new_process(namespace=VANISHING)
     os.kill(member.pid, signal.SIGSTOP)
     shutil.rmtree(root_in_folder)
     os.kill(member.pid, signal.SIGCONT)
@@ -427,12 +429,12 @@ def test_the_real_cleaner_leaves_alone_what_a_member_holds(
         command = ["systemd-tmpfiles", "--clean", str(tmp_path / "clean.conf")]
         subprocess.run(command, check=True, capture_output=True, timeout=20)
 
-    member = new_process(namespace="vanishing")
+    member = new_process(namespace=VANISHING)
     files = files_in(root_in_folder)
-    assert "vanishing/alive.lock" in files
+    assert f"{VANISHING}/alive.lock" in files
     clean()
     assert files_in(root_in_folder) == files
-    assert read_snapshot("vanishing").files_put_back == 0
+    assert read_snapshot(VANISHING).files_put_back == 0
     member.call(shut_down)
     root_in_folder.mkdir(mode=0o700)
     (root_in_folder / "x").mkdir()
