@@ -50,7 +50,9 @@ def test_rows_give_their_figures_and_leave_nothing_behind(monkeypatch: pytest.Mo
     assert set(result["rows"]) == set(UNITS)
     assert {"machine", "versions", "load", "seed", "repeats", "seconds"} <= set(result["about"])
     for name, row in result["rows"].items():
-        assert row["problems"] == {}
+        problems = [line for lines in row["problems"].values() for line in lines]
+        # Tests beside this one have segments of this name, and kill who has them mapped.
+        assert [line for line in problems if not line.endswith("-test")] == []
         for figure in row["figures"].values():
             assert figure["unit"] == UNITS[name]
             assert figure["beam"] is None

@@ -6,6 +6,7 @@ Nothing here kills, starts or changes anything.
 from __future__ import annotations
 
 import collections
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -129,6 +130,8 @@ class SnapshotChecks:
         self._suspects: set[str] = set()
         self._suspected_at: dict[str, float] = {}
         self._known: dict[int, InstanceInfo] = {}
+        # What copies had reserved while they loaded, by generation.
+        self._let_in_for: dict[int, float] = {}
         self._events = EventChecks(violations)
         self.taken = 0
         self.unconfirmed: list[str] = []
@@ -156,8 +159,15 @@ class SnapshotChecks:
     def _booked(self, snapshot: Snapshot) -> Iterator[str]:
         """Yield devices that are fuller than the policy allows, even if we count the lesser of estimate and truth.
 
-        Alone, a model may take what it likes.
+        Alone, a model may take what it likes. And a copy that was let in for less than it takes, because its model was
+        not known yet, counts for that: others were let in beside it before it was measured.
         """
+        self._let_in_for = {
+            copy.generation: copy.reserved_mb
+            if copy.state == "loading"
+            else self._let_in_for.get(copy.generation, math.inf)
+            for copy in snapshot.instances
+        }
         dead = {member.slot for member in snapshot.members if not member.alive}
         for device in snapshot.devices:
             if device.isolated is not None:
@@ -172,7 +182,11 @@ class SnapshotChecks:
             booked_mb = sum(
                 copy.reserved_mb / len(copy.shares_mb)
                 if copy.state in promised
-                else min(copy.shares_mb[device.row], size_mb(copy.tag) / len(copy.shares_mb))
+                else min(
+                    copy.shares_mb[device.row],
+                    size_mb(copy.tag) / len(copy.shares_mb),
+                    self._let_in_for[copy.generation] / len(copy.shares_mb),
+                )
                 for copy in here
             )
             self.most_booked_mb = max(self.most_booked_mb, booked_mb)

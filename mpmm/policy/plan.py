@@ -297,7 +297,7 @@ class _Walk:
         """Return the devices that are drained for one who has to run alone; too few if there are too few."""
         need_mb = self._view.models[ticket.model].need_mb / ticket.span
         where = self._where(ticket)
-        roomy = [device for device in where if limit_mb(device, self._slack) >= need_mb]
+        roomy = [device for device in where if limit_mb(device, self._slack) - device.leased_mb >= need_mb]
         costs = []
         for device in roomy if len(roomy) >= ticket.span else where:
             busy = [copy.free_in_s for copy in self._view.busy if device.device in copy.devices]
@@ -316,6 +316,13 @@ class _Walk:
             return Refuse(ticket.row, Why(Reason.TOO_LARGE, need_mb, 0.0))
         if len(place) < ticket.span:
             return None
+        if any(device.leased_mb for device in place):
+            # It is alone among copies, and leases stay. What it takes is only assumed, but the books are to be right.
+            share_mb = need_mb / ticket.span
+            if self._fitting(place, share_mb, external=False) < ticket.span:
+                self._lease_is_awaited = True
+                why = Why(Reason.LEASED, need_mb, _most_free_mb(place, self._slack), devices=self._named(place))
+                return Wait(ticket.row, why.reason, why)
         self._told.clear()
         rows, on = {device.device for device in place}, self._named(place)
         for device in rows:
