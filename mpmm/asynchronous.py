@@ -32,6 +32,7 @@ from typing import Any, TypeVar
 from mpmm.errors import ClosedError, LockTimeoutError, MpmmError
 from mpmm.fork_hooks import ChildStep, in_forked_child
 from mpmm.model_manager import AnswerUndone, ModelManager, Wish
+from mpmm.operations import Operation
 from mpmm.policy.out_of_memory import is_out_of_memory
 from mpmm.proxy.main_import import refuse_while_importing_main
 from mpmm.shared_state.futex import WAITED_FOR_AT_MOST, wait_for_any, wake_all
@@ -94,6 +95,7 @@ class _Acquire:
         self._tag = tag
         self._wish = wish
         self._encoded = encode_text(tag, Model.TAG_BYTES, "model tag")
+        self._operation = Operation(None)
 
     async def run(self, loader: Callable[[], Any]) -> Any:
         """Return a copy that this process holds now. Raises what `acquire_model` raises."""
@@ -102,16 +104,17 @@ class _Acquire:
         while True:
             got: Any = None
             with contextlib.suppress(LockTimeoutError):
-                got = manager._take_idle(worker, tag, LOOP_PATIENCE_S, self._wish.tied)
+                got = manager._take_idle(worker, self._operation, tag, LOOP_PATIENCE_S, self._wish.tied)
             if got is None:
                 got = await self._queue(deadline)
             if not isinstance(got, Copy):
-                load = functools.partial(manager._load_somehow, worker, tag, got, loader, self._wish)
+                load = functools.partial(manager._load_somehow, worker, self._operation, tag, got, loader, self._wish)
                 give_up = functools.partial(manager._give_up_load, worker, got)
                 return await self._in_thread(self._threads.loads, load, self._undo_load, give_up)
             if worker.handle_is_alive(got):
                 return got.value
-            await self._in_thread(self._threads.transactions, functools.partial(manager._discard, worker, got))
+            discard = functools.partial(manager._discard, worker, self._operation, got)
+            await self._in_thread(self._threads.transactions, discard)
 
     async def _queue(self, deadline: float) -> Any:
         """Wait in the queue; return a copy that this process holds now, or the permission to load one."""
@@ -141,12 +144,12 @@ class _Acquire:
                 self._threads.transactions.submit(self._leave, row)
                 raise
             if outcome is None:
-                leave = functools.partial(manager._leave_queue, worker, row, timed_out=True)
+                leave = functools.partial(manager._leave_queue, worker, self._operation, row, timed_out=True)
                 reason = await self._in_thread(self._threads.transactions, leave)
                 raise manager._gave_up(tag, time.monotonic() - began, reason)
             if isinstance(outcome, BaseException):
                 raise outcome
-            if outcome == Ticket.GRANTED and (copy := worker.hold_granted(row, tag)) is not None:
+            if outcome == Ticket.GRANTED and (copy := worker.hold_granted(row, tag, self._operation)) is not None:
                 return copy
             act = functools.partial(self._act, row, deadline)
             leave_again = functools.partial(self._leave, row)
@@ -166,11 +169,11 @@ class _Acquire:
         left = deadline - time.monotonic()
         # Counted as waiting from before it has a ticket until it is watched, which is counted, too.
         with manager._giving_up_in_time(worker, tag), worker.waiting():
-            copy = manager._take_idle(worker, tag, left, self._wish.tied)
+            copy = manager._take_idle(worker, self._operation, tag, left, self._wish.tied)
             if copy is not None:
                 return copy
             worker.freshen(left)
-            row = manager._enqueue(worker, tag, self._encoded, deadline, 0, self._wish)
+            row = manager._enqueue(worker, self._operation, tag, self._encoded, deadline, 0, self._wish)
             worker.unload_beside()
             self._threads.watch(row, deadline, answer)
             return row
@@ -179,7 +182,7 @@ class _Acquire:
         """Act on a ticket's answer; return None if it has none after all."""
         manager, worker, tag = self._manager, self._worker, self._tag
         with contextlib.suppress(AnswerUndone), manager._giving_up_in_time(worker, tag), worker.waiting():
-            return manager._act_on(worker, tag, row, deadline, self._wish)
+            return manager._act_on(worker, self._operation, tag, row, deadline, self._wish)
         return None
 
     def _leave(self, row: Any) -> None:
@@ -187,7 +190,7 @@ class _Acquire:
             self._undo_answer(row)
             return
         self._threads.forget(row)
-        self._manager._leave_queue(self._worker, row)
+        self._manager._leave_queue(self._worker, self._operation, row)
 
     def _undo_act(self, row: int, got: Any) -> None:
         if got is None:

@@ -20,16 +20,18 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import FrameType
 from typing import Any, TypeVar
 
 from mpmm import multi_process_shared
 from mpmm.beam_metrics import report_estimate, report_model_count
 from mpmm.board import ForeignMonitor, SharedBoard
-from mpmm.errors import LockTimeoutError, MpmmError, ServerStartError
+from mpmm.errors import LockTimeoutError, MpmmError, ReentrantCallError, ServerStartError
 from mpmm.fork_hooks import ChildStep, in_forked_child
 from mpmm.gpu_monitor import GPUMonitor
 from mpmm.keeper import REPEAT_S, Keeper
 from mpmm.kept_estimates import KeptEstimates
+from mpmm.operations import Held, Operation, is_on_stack
 from mpmm.placement import Placement, place_for_good, server_setting
 from mpmm.policy.out_of_memory import bound_mb, raised_estimate_mb
 from mpmm.policy.view import Reason
@@ -155,12 +157,12 @@ class Free:
 class ThreadHolds(threading.local):
     """What the calling thread holds or loads here.
 
-    blocks: what it has in `with manager.model(...)` blocks, tag and value, innermost last. loads: what the loaders load
-    that it is running, row and generation. alone: what it has loaded to run alone, in a block or not.
+    blocks: the operations of its `with manager.model(...)` blocks, innermost last. loads: what the loaders load that it
+    is running, row and generation. alone: what it has loaded to run alone, in a block or not.
     """
 
     def __init__(self) -> None:
-        self.blocks: list[tuple[str, Any]] = []
+        self.blocks: list[Operation] = []
         self.loads: list[tuple[int, int]] = []
         self.alone: tuple[int, int] | None = None
 
@@ -239,7 +241,8 @@ class Worker:
         self.estimator = SharedResourceEstimator(namespace, verbose_logging)
         self.managers = 0
         self.monitor = monitor
-        self._mutex = threading.Lock()
+        # An RLock, because a finalizer or signal handler may come by while its own thread has it.
+        self._mutex = threading.RLock()
         # Threads in the queue; `close` sends them away before the segment is unmapped under them.
         self._threads_waiting = 0
         self._thread_left = threading.Condition(self._mutex)
@@ -249,7 +252,13 @@ class Worker:
         self._rows_of_model: dict[int, list[int]] = defaultdict(list)
         # Handles that this process has held, by row; the generation tells whether one still stands there.
         self._handles: dict[int, Copy] = {}
-        self._held: dict[Hashable, list[Copy]] = defaultdict(list)
+        # What this process holds, by row and generation; and where a value was last seen to be held. Without a mutex:
+        # each change is one step of the interpreter, which neither threads nor finalizers can split.
+        self._held: dict[tuple[int, int], Held] = {}
+        self._held_at: dict[Hashable, tuple[int, int]] = {}
+        # The calls that have something in hand, see `mpmm.operations`.
+        self.operations: set[Operation] = set()
+        self.has_abandoned = False
         self._unloading: set[int] = set()
         self.thread = ThreadHolds()
         # Tags whose loaders were seen to return handles of others.
@@ -319,13 +328,14 @@ class Worker:
     def now_or_later(self, change: Callable[[Transaction], T]) -> T | None:
         """Make a change that must not be left out, in a transaction, and return its result.
 
-        When the lock is not to be had at once the keeper makes the change as soon as it is, and the result is None: a
-        ticket or a load that nobody in this process knows of any more would stand until the process ends.
+        When the lock is not to be had at once, or this is a finalizer or signal handler, the keeper makes the change as
+        soon as it is, and the result is None: a ticket or a load that nobody in this process knows of any more would
+        stand until the process ends.
         """
         try:
             with self.namespace.transaction(NOW_S) as t:
                 return change(t)
-        except LockTimeoutError:
+        except (LockTimeoutError, ReentrantCallError):
             self.owe(change)
             return None
 
@@ -522,13 +532,19 @@ class Worker:
                 return row
         return None
 
-    def hold(self, row: int, tag: str) -> Copy:
+    def hold(self, row: int, tag: str, operation: Operation) -> Copy:
         """Note that this process holds the copy of `tag` in an ACTIVE row, and return it. Needs the lock."""
         copy = self._copy_in(row, tag)
-        self.hold_again(copy)
+        self._note_held(copy, operation)
         return copy
 
-    def hold_granted(self, row: int, tag: str) -> Copy | None:
+    def _note_held(self, copy: Copy, operation: Operation) -> None:
+        at = (copy.row, copy.generation)
+        operation.held = held = (copy,)
+        self._held[at] = held
+        self._held_at[_key(copy.value)] = at
+
+    def hold_granted(self, row: int, tag: str, operation: Operation) -> Copy | None:
         """Note that this process holds what its ticket `row` was granted, and return it; without the lock.
 
         None if that cannot be told, because transactions come too fast or this machine's processors may reorder reads.
@@ -545,8 +561,9 @@ class Worker:
                 receipt = (row, words[at + Ticket.NUMBER])
                 # No transaction was open, so the grant is not one that may yet be rolled back.
                 if words[Header.CHANGE] == change:
+                    # First the hold, so that no transaction finds a copy in use that nobody in this process has.
+                    self._note_held(copy, operation)
                     self._receipts.add(receipt)
-                    self.hold_again(copy)
                     return copy
         return None
 
@@ -579,7 +596,7 @@ class Worker:
             copy = self._handles[row] = Copy(row, generation, tag, self.namespace.tables.handle_of(row))
         return copy
 
-    def adopt(self, row: int, tag: str, value: Any) -> Copy:
+    def adopt(self, row: int, tag: str, value: Any, operation: Operation) -> Copy:
         """Note a copy that this process has just loaded and holds; an object is its own from now on."""
         words, tables = self.namespace.segment.words, self.namespace.tables
         copy = Copy(row, words[tables.instance(row) + Instance.GENERATION], tag, value)
@@ -587,28 +604,147 @@ class Worker:
             if not isinstance(value, str):
                 self._objects[row] = copy
                 self._rows_of_model[words[tables.instance(row) + Instance.MODEL]].append(row)
-            self._held[_key(value)].append(copy)
+        self._note_held(copy, operation)
         return copy
 
-    def let_go(self, value: Any, tag: str) -> Copy | None:
+    def let_go(self, value: Any, tag: str, operation: Operation) -> Copy | None:
         """Strike a held copy off the list and return it; None when this process holds no such thing.
 
         Several copies can have equal handles, or be the same object: one of `tag` is preferred.
         """
-        with self._mutex:
-            copies = self._held.get(_key(value))
-            if not copies:
+        while True:
+            held = self._find_held(value, tag)
+            if held is None:
                 return None
-            of_tag = (at for at in reversed(range(len(copies))) if copies[at].tag == tag)
-            copy = copies.pop(next(of_tag, -1))
-            if not copies:
-                del self._held[_key(value)]
-            return copy
+            if self.let_go_of(held, operation):
+                return held[0]
 
-    def hold_again(self, copy: Copy) -> None:
+    def let_go_of(self, held: Held, operation: Operation) -> bool:
+        """Strike a hold off the list; return False if it was struck off before."""
+        copy = held[0]
+        at = (copy.row, copy.generation)
+        before, operation.held = operation.held, held
+        found = self._held.pop(at, None)
+        if found is held:
+            self._held_at.pop(_key(copy.value), None)
+            return True
+        operation.held = before
+        if found is not None:
+            # Another hold of the same copy, which has begun since.
+            self._held[at] = found
+        return False
+
+    def _find_held(self, value: Any, tag: str) -> Held | None:
+        key = _key(value)
+        at = self._held_at.get(key)
+        held = None if at is None else self._held.get(at)
+        if held is not None and held[0].tag == tag and _key(held[0].value) == key:
+            return held
+        found = [held for held in list(self._held.values()) if _key(held[0].value) == key]
+        return next((held for held in reversed(found) if held[0].tag == tag), found[-1] if found else None)
+
+    def hold_again(self, held: Held) -> None:
         """Put back on the list what `let_go` has struck off."""
-        with self._mutex:
-            self._held[_key(copy.value)].append(copy)
+        copy = held[0]
+        self._held[copy.row, copy.generation] = held
+
+    # ---- calls that an exception has ended -------------------------------------------------------------------
+
+    def begin(self, frame: FrameType | None) -> Operation:
+        """Note that a call begins, which runs in `frame`, and return what it has in hand; see `mpmm.operations`."""
+        operation = Operation(frame)
+        self.operations.add(operation)
+        if self.keeper.dozing:
+            self.keeper.wake()
+        return operation
+
+    def end(self, operation: Operation) -> None:
+        """Note that a call has ended, and that what it has in hand is its caller's, or has been given back."""
+        operation.frame = None
+        if not operation.abandoned:
+            self.operations.discard(operation)
+
+    def abandon(self, operation: Operation) -> None:
+        """Leave to the keeper what a call has in hand that does not go on; from finalizers and signal handlers, too."""
+        operation.frame = None
+        if operation.has_something:
+            operation.abandoned = self.has_abandoned = True
+            if self.namespace.is_usable:
+                self.keeper.wake()
+        else:
+            self.operations.discard(operation)
+
+    def reconcile(self) -> None:
+        """Take back what calls had in hand that an exception has ended, and end a transaction that it has left.
+
+        Raises LockTimeoutError.
+        """
+        self.has_abandoned = False
+        self.namespace.lock.end_abandoned()
+        self.namespace.lock.finish_calls()
+        running = [(operation, operation.frame) for operation in list(self.operations)]
+        if not running:
+            return
+        tops = sys._current_frames()
+        for operation, frame in running:
+            ended = frame is not None and not is_on_stack(frame, tops.get(operation.thread))
+            # Looked at again, because the call may have come to its end before the stacks were seen.
+            if operation.abandoned or (ended and operation.frame is frame and operation in self.operations):
+                self._take_back(operation)
+
+    def _take_back(self, operation: Operation) -> None:
+        if operation.has_something:
+            with self.namespace.transaction() as t:
+                self.settle_receipts(t)
+                self._leave_abandoned(t, operation)
+                self._release_abandoned(t, operation)
+                self.scheduler.advance(t)
+        self.operations.discard(operation)
+        operation.frame = None
+
+    def _leave_abandoned(self, t: Transaction, operation: Operation) -> None:
+        """Give up ticket and load of a call, if the books still know of them."""
+        words, tables, transitions = self.namespace.segment.words, self.namespace.tables, self.namespace.transitions
+        if operation.ticket is not None:
+            row, number = operation.ticket
+            at = tables.ticket(row)
+            if words[at] != Ticket.FREE and words[at + Ticket.NUMBER] == number:
+                transitions.leave_queue(t, row)
+        if operation.booking is not None:
+            row, generation = operation.booking
+            at = tables.instance(row)
+            if (words[at + Instance.GENERATION], words[at + Instance.HOLDER]) == (generation, self.namespace.reference):
+                if words[at] == Instance.LOADING:
+                    transitions.give_up_load(t, row)
+                elif words[at] == Instance.LEASED:
+                    transitions.end_lease(t, row)
+
+    def _release_abandoned(self, t: Transaction, operation: Operation) -> None:
+        """Give back the copy of a call, unless another call has it by now."""
+        if operation.held is None:
+            return
+        copy = operation.held[0]
+        at = (copy.row, copy.generation)
+        found = self._held.get(at)
+        if found is not None and found is not operation.held:
+            return
+        if found is None and (self._is_in_other_hands(copy, operation) or self._is_granted(copy.row)):
+            return
+        if self.is_held(copy):
+            self.scheduler.release(t, copy.row)
+        if found is not None:
+            self._held.pop(at, None)
+
+    def _is_in_other_hands(self, copy: Copy, operation: Operation) -> bool:
+        """Tell whether another call is giving back a copy that stands on no list."""
+        others = [other.held for other in list(self.operations) if other is not operation]
+        return any(held and (held[0].row, held[0].generation) == (copy.row, copy.generation) for held in others)
+
+    def _is_granted(self, row: int) -> bool:
+        """Tell whether a ticket has been granted the copy in a row, which its waiter has not taken yet."""
+        words, tables, layout = self.namespace.segment.words, self.namespace.tables, self.namespace.segment.layout
+        tickets = map(tables.ticket, tables.rows_where(layout.tickets, Ticket.INSTANCE, row + 1))
+        return any(words[at] == Ticket.GRANTED for at in tickets)
 
     def is_held(self, copy: Copy) -> bool:
         """Tell whether the row still says that this process holds the copy. Needs the lock."""
@@ -961,10 +1097,12 @@ class Worker:
         """
         words, tables, here = self.namespace.segment.words, self.namespace.tables, self.thread
         firm = [
-            row for row, generation in here.loads if words[tables.instance(row) + Instance.GENERATION] == generation
+            row
+            for row, generation in here.loads
+            if words[tables.instance(row)] == Instance.LOADING
+            and words[tables.instance(row) + Instance.GENERATION] == generation
         ]
-        with self._mutex:
-            copies = [copy for tag, value in here.blocks for copy in self._held.get(_key(value), ()) if copy.tag == tag]
+        copies = [block.held[0] for block in here.blocks if block.held is not None and block in self.operations]
         firm += [copy.row for copy in copies if self.is_held(copy)]
         alone = []
         if here.alone is not None:
