@@ -11,7 +11,6 @@ from mpmm.shared_state.layout import Instance
 from mpmm.shared_state.transaction import Transaction
 
 if TYPE_CHECKING:
-    from mpmm.operations import Operation
     from mpmm.worker import Worker
 
 __all__ = ["Lease"]
@@ -41,10 +40,6 @@ class Lease:
     def reference(self) -> tuple[int, int]:
         """Row and generation."""
         return self._row, self._generation
-
-    def belong_to_holder(self, operation: Operation) -> None:
-        """Let whoever has this object answer for it from now on, and no longer the call that has reserved it."""
-        self._worker.end(operation)
 
     def release(self) -> None:
         """Give the memory back. Again, after `shutdown`, or in a forked child, which has no part in it: nothing.

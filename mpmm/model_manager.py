@@ -30,6 +30,7 @@ import sys
 import threading
 import time
 import traceback
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AbstractContextManager, contextmanager, suppress
@@ -196,6 +197,7 @@ class _Block(AbstractContextManager[Any]):
             worker.abandon(operation)
             raise
         self._operation = operation
+        operation.owner = weakref.ref(self)
         # From here on this object answers for the copy.
         operation.frame = None
         return value
@@ -238,12 +240,6 @@ class _Block(AbstractContextManager[Any]):
             if worker.let_go(held[0].value, tag, operation) is None:
                 raise manager._not_acquired(tag, held[0].value)
         manager._give_back_held(worker, operation, tag)
-
-    def __del__(self) -> None:
-        operation, worker = self._operation, self._worker
-        # An exception has come between the block and `__enter__` or `__exit__`, or the block is a generator's.
-        if operation is not None and worker is not None and worker.namespace.is_usable:
-            worker.abandon(operation)
 
 
 class ModelManager(BeamNames):
@@ -410,11 +406,12 @@ class ModelManager(BeamNames):
         operation = worker.begin(sys._getframe())
         try:
             value = self._acquire(worker, operation, tag, loader_func, devices, span)
+            # Not behind this statement: an exception after it would find nobody who knows of the copy.
+            worker.end(operation)
+            return value
         except BaseException:
             worker.abandon(operation)
             raise
-        worker.end(operation)
-        return value
 
     @staticmethod
     def _check_request(tag: str, loader_func: Callable[[], Any]) -> None:
@@ -656,11 +653,11 @@ class ModelManager(BeamNames):
         operation = worker.begin(sys._getframe())
         try:
             lease = self._reserve(worker, operation, name, encoded, float(mb), patience, wish)
+            worker.end(operation)
+            return lease
         except BaseException:
             worker.abandon(operation)
             raise
-        lease.belong_to_holder(operation)
-        return lease
 
     def _reserve(
         self,

@@ -7,20 +7,23 @@ second: a frame that is no longer on its thread's stack cannot go on, and what i
 (`Worker.reconcile`). What is noted but was never had, because the transaction was undone, does not stand in the books,
 and nothing is done.
 
-At its end a call takes its operation off. What a `with` block holds stays noted without a frame: the block's object
-answers for it, and gives it up when it is collected without having come to its end.
+At its end a call takes its operation off. What a `with` block holds stays noted without a frame: the block's object is
+its owner, and it goes back when that is collected without having come to its end. (No finalizer does that: an exception
+that a signal handler raises in one is lost to the program.)
 """
 
 from __future__ import annotations
 
+import sys
 import threading
+import weakref
 from types import FrameType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from mpmm.worker import Copy
 
-__all__ = ["Held", "Operation", "is_on_stack"]
+__all__ = ["Held", "Operation", "ended_calls"]
 
 # One hold of a copy; a tuple of its own, to tell it by its identity from earlier and later holds of the same copy.
 Held = tuple["Copy"]
@@ -29,13 +32,14 @@ Held = tuple["Copy"]
 class Operation:
     """One call. held: what it has taken, or gives back. ticket: row and number of its place in the queue.
 
-    booking: row and generation of what it loads, or has leased. frame: where it runs; None if nobody does, because an
-    object answers for it. abandoned: whoever had it will not go on.
+    booking: row and generation of what it loads, or has leased. frame: where it runs; None if it does not, because an
+    object, its `owner`, answers for it. abandoned: it will not go on.
     """
 
     held: Held | None = None
     ticket: tuple[int, int] | None = None
     booking: tuple[int, int] | None = None
+    owner: weakref.ref[object] | None = None
     abandoned = False
 
     def __init__(self, frame: FrameType | None) -> None:
@@ -48,7 +52,26 @@ class Operation:
         return self.held is not None or self.ticket is not None or self.booking is not None
 
 
-def is_on_stack(frame: FrameType, top: FrameType | None) -> bool:
+def ended_calls(operations: set[Operation]) -> list[Operation]:
+    """Return the calls that cannot go on, by what all threads are at."""
+    running = [(operation, operation.frame) for operation in list(operations)]
+    tops = sys._current_frames() if running else {}
+    return [
+        operation
+        for operation, frame in running
+        if operation.abandoned
+        # Looked at again, because the call may have come to its end before the stacks were seen.
+        or (_has_ended(operation, frame, tops) and operation.frame is frame and operation in operations)
+    ]
+
+
+def _has_ended(operation: Operation, frame: FrameType | None, tops: dict[int, FrameType]) -> bool:
+    if frame is None:
+        return operation.owner is not None and operation.owner() is None
+    return not _is_on_stack(frame, tops.get(operation.thread))
+
+
+def _is_on_stack(frame: FrameType, top: FrameType | None) -> bool:
     """Tell whether `frame` is on the stack of a thread that was seen at `top`; None for a thread that has ended."""
     while top is not None:
         if top is frame:

@@ -31,7 +31,7 @@ from mpmm.fork_hooks import ChildStep, in_forked_child
 from mpmm.gpu_monitor import GPUMonitor
 from mpmm.keeper import REPEAT_S, Keeper
 from mpmm.kept_estimates import KeptEstimates
-from mpmm.operations import Held, Operation, is_on_stack
+from mpmm.operations import Held, Operation, ended_calls
 from mpmm.placement import Placement, place_for_good, server_setting
 from mpmm.policy.out_of_memory import bound_mb, raised_estimate_mb
 from mpmm.policy.view import Reason
@@ -668,6 +668,8 @@ class Worker:
         """Leave to the keeper what a call has in hand that does not go on; from finalizers and signal handlers, too."""
         operation.frame = None
         if operation.has_something:
+            # It may have been taken off just before.
+            self.operations.add(operation)
             operation.abandoned = self.has_abandoned = True
             if self.namespace.is_usable:
                 self.keeper.wake()
@@ -682,15 +684,8 @@ class Worker:
         self.has_abandoned = False
         self.namespace.lock.end_abandoned()
         self.namespace.lock.finish_calls()
-        running = [(operation, operation.frame) for operation in list(self.operations)]
-        if not running:
-            return
-        tops = sys._current_frames()
-        for operation, frame in running:
-            ended = frame is not None and not is_on_stack(frame, tops.get(operation.thread))
-            # Looked at again, because the call may have come to its end before the stacks were seen.
-            if operation.abandoned or (ended and operation.frame is frame and operation in self.operations):
-                self._take_back(operation)
+        for operation in ended_calls(self.operations):
+            self._take_back(operation)
 
     def _take_back(self, operation: Operation) -> None:
         if operation.has_something:

@@ -1,0 +1,203 @@
+"""An exception at any bytecode of the package, as a signal handler may raise it, leaves nothing behind.
+
+Each operation is run again and again, with an exception at the first, second, ... last bytecode that it runs inside of
+mpmm. After each, within a second: the lock is free, no row is in use, loading or waiting on account of this process, the
+invariants hold, and the same thread can go on; at the end of an operation's points another process can, too.
+
+By default every k-th point of each operation is tried, from an offset that changes from day to day, so that all of it
+takes 20 seconds. `MPMM_INTERRUPT_STEP=1` tries every point, `MPMM_INTERRUPT_OFFSET` begins elsewhere:
+
+    MPMM_INTERRUPT_STEP=1 python -m pytest -s tests/test_interrupt_points.py
+
+One bytecode is left out: the return from the package to its caller. Behind the call before it, or at the beginning of
+a function, or at a jump backwards, the interpreter looks for signals, and nowhere else; so no handler runs there.
+"""
+
+from __future__ import annotations
+
+import dis
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytest
+from processes import wait_until
+
+import mpmm
+from mpmm import NotAcquiredError
+from mpmm.model_manager import ModelManager
+from mpmm.shared_state.invariants import check_invariants
+from mpmm.shared_state.layout import Capacities
+from mpmm.shared_state.lock_file import LockFile
+from mpmm.shared_state.snapshot import Snapshot, read_snapshot
+
+PACKAGE = str(Path(mpmm.__file__).parent)
+STEP = int(os.environ.get("MPMM_INTERRUPT_STEP", "0"))
+OFFSET = int(os.environ.get("MPMM_INTERRUPT_OFFSET", str(int(time.time() // 86400))))
+RETURNS = {code for name, code in dis.opmap.items() if name.startswith("RETURN_")}
+HEALS_WITHIN_S = 1.0
+SMALL_TABLES = Capacities(members=8, models=16, instances=16, tickets=8, events=16)
+# A test that fails needs not say so a thousand times, a second each.
+ENOUGH_FAILURES = 20
+
+
+class Interrupted(Exception):
+    """What a handler of a soft time limit raises."""
+
+
+class Interruption:
+    """Raises an exception before the n-th bytecode that the calling thread runs inside of the package."""
+
+    def __init__(self, at: int, error: BaseException) -> None:
+        self.at = at
+        self.error = error
+        self.count = 0
+        self.where = ""
+
+    def __enter__(self) -> Interruption:
+        sys.settrace(self._enter)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        sys.settrace(None)
+
+    def _enter(self, frame: FrameType, event: str, argument: Any) -> Any:
+        if not frame.f_code.co_filename.startswith(PACKAGE):
+            return None
+        frame.f_trace_opcodes, frame.f_trace_lines = True, False
+        return self._step
+
+    def _step(self, frame: FrameType, event: str, argument: Any) -> Any:
+        if event == "opcode" and not self._is_last(frame):
+            self.count += 1
+            if self.count == self.at:
+                self.where = f"{frame.f_code.co_qualname}:{frame.f_lineno}+{frame.f_lasti}"
+                raise self.error
+        return self._step
+
+    @staticmethod
+    def _is_last(frame: FrameType) -> bool:
+        caller = frame.f_back
+        outermost = caller is None or not caller.f_code.co_filename.startswith(PACKAGE)
+        return outermost and frame.f_code.co_code[frame.f_lasti] in RETURNS
+
+
+class Sweep:
+    """Runs an operation with an exception at one point after another, and looks whether all is well after each."""
+
+    def __init__(self, manager: ModelManager, step: int) -> None:
+        self.manager = manager
+        self.step = STEP or step
+        self.points = 0
+        self.failures: list[str] = []
+        self._segment_lock = manager._connected().namespace.runtime.file("segment.lock")
+
+    def __call__(self, operation: Callable[[], None], prepare: Callable[[], None] = lambda: None) -> None:
+        """Try the points of an operation. prepare: called before each, to bring about the branch that is meant."""
+        at = 1 + OFFSET % self.step
+        while len(self.failures) < ENOUGH_FAILURES:
+            prepare()
+            error: BaseException = KeyboardInterrupt() if at % 2 else Interrupted()
+            interruption = Interruption(at, error)
+            escaped = ""
+            try:
+                with interruption:
+                    operation()
+            except (KeyboardInterrupt, Interrupted):
+                pass
+            except Exception as other:
+                escaped = f"{type(other).__name__}: {other}"
+            # The frames of the traceback would keep what they have in hand.
+            error.__traceback__ = None
+            del error
+            if not interruption.where:
+                assert not escaped, escaped
+                return
+            interruption.error = KeyboardInterrupt()
+            self.points += 1
+            self._check(f"{interruption.at} ({interruption.where})", escaped)
+            at += self.step
+
+    def _check(self, where: str, escaped: str) -> None:
+        began = time.monotonic()
+        wrong = [f"raised {escaped}"] if escaped else []
+        try:
+            with self.manager.model("other", lambda: "other"):
+                pass
+        except Exception as error:
+            wrong.append(f"the same thread cannot go on: {type(error).__name__}: {error}")
+        while (left := self._left()) and time.monotonic() - began < HEALS_WITHIN_S:
+            time.sleep(0.001)
+        wrong += left
+        if wrong:
+            self.failures.append(f"{where}: {wrong}")
+
+    def _left(self) -> list[str]:
+        snapshot = self.snapshot()
+        rows = [f"{i.tag} is {i.state}" for i in snapshot.instances if i.state in ("active", "loading", "leased")]
+        tickets = [f"a ticket for {ticket.tag} is {ticket.state}" for ticket in snapshot.tickets]
+        lock = LockFile(self._segment_lock)
+        is_free = lock.try_exclusive()
+        lock.close()
+        return [*rows, *tickets, *check_invariants(snapshot), *([] if is_free else ["the lock is taken"])]
+
+    def snapshot(self) -> Snapshot:
+        """Return the state of the manager's namespace."""
+        return read_snapshot(self.manager.namespace)
+
+
+@pytest.fixture
+def sweep(
+    new_manager: Callable[..., ModelManager], new_process: Any, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[..., Sweep]]:
+    """Makes a sweep over a manager; in the end there must not have been a failure, and another process can go on."""
+    monkeypatch.setattr("mpmm.keeper.RECONCILE_S", 0.002)
+    made: list[Sweep] = []
+
+    def make(step: int, **arguments: Any) -> Sweep:
+        # Small tables, because each look decodes all of them.
+        made.append(Sweep(new_manager(capacities=SMALL_TABLES, **arguments), step))
+        return made[-1]
+
+    yield make
+    for one in made:
+        print(f"{one.points} points, {len(one.failures)} failures")
+        assert not one.failures, f"{len(one.failures)} of {one.points} points failed:\n" + "\n".join(one.failures[:40])
+
+
+def test_block_of_idle_copy(sweep: Callable[..., Sweep]) -> None:
+    one = sweep(97)
+
+    def block() -> None:
+        with one.manager.model("a", lambda: "handle"):
+            pass
+
+    block()
+    one(block)
+
+
+def test_acquire_and_release_of_idle_copy(sweep: Callable[..., Sweep]) -> None:
+    one = sweep(97)
+
+    def give_back() -> None:
+        with suppress(NotAcquiredError):
+            one.manager.release_model("a", "handle")
+
+    def pair() -> None:
+        copy = one.manager.acquire_model("a", lambda: "handle")
+        try:
+            one.manager.release_model("a", copy)
+        except (KeyboardInterrupt, Interrupted):
+            sys.settrace(None)
+            # A release that an exception has ended may be called again, whether it had begun or not.
+            give_back()
+            raise
+
+    pair()
+    one(pair)
