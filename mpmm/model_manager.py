@@ -234,11 +234,9 @@ class _Block(AbstractContextManager[Any]):
         if error is not None and is_out_of_memory(error):
             with suppress(MpmmError):
                 worker.make_room_after_use(tag)
-        if not worker.let_go_of(held, operation):
-            operation.held = None
-            # It was given back inside the block; perhaps to be acquired once more.
-            if worker.let_go(held[0].value, tag, operation) is None:
-                raise manager._not_acquired(tag, held[0].value)
+        # If that fails, it was given back inside the block; perhaps to be acquired once more.
+        if not worker.let_go_of(held, operation) and worker.let_go(held[0].value, tag, operation) is None:
+            raise manager._not_acquired(tag, held[0].value)
         manager._give_back_held(worker, operation, tag)
 
 

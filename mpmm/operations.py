@@ -25,18 +25,20 @@ if TYPE_CHECKING:
 
 __all__ = ["Held", "Operation", "ended_calls"]
 
-# One hold of a copy; a tuple of its own, to tell it by its identity from earlier and later holds of the same copy.
-Held = tuple["Copy"]
+# One hold of a copy, and which use of the copy it is; told by identity from earlier and later holds of the same copy.
+Held = tuple["Copy", int]
 
 
 class Operation:
-    """One call. held: what it has taken, or gives back. ticket: row and number of its place in the queue.
+    """One call. held: what it has taken, or if `gives_back`, has struck off the list of what this process holds.
 
-    booking: row and generation of what it loads, or has leased. frame: where it runs; None if it does not, because an
-    object, its `owner`, answers for it. abandoned: it will not go on.
+    ticket: row and number of its place in the queue. booking: row and generation of what it loads, or has leased.
+    frame: where it runs; None if it does not, because an object, its `owner`, answers for it. abandoned: it will not go
+    on.
     """
 
     held: Held | None = None
+    gives_back = False
     ticket: tuple[int, int] | None = None
     booking: tuple[int, int] | None = None
     owner: weakref.ref[object] | None = None

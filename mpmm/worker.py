@@ -540,7 +540,9 @@ class Worker:
 
     def _note_held(self, copy: Copy, operation: Operation) -> None:
         at = (copy.row, copy.generation)
-        operation.held = held = (copy,)
+        uses = self.namespace.segment.words[self.namespace.tables.instance(copy.row) + Instance.USES]
+        operation.gives_back = False
+        operation.held = held = (copy, uses)
         self._held[at] = held
         self._held_at[_key(copy.value)] = at
 
@@ -623,12 +625,12 @@ class Worker:
         """Strike a hold off the list; return False if it was struck off before."""
         copy = held[0]
         at = (copy.row, copy.generation)
-        before, operation.held = operation.held, held
+        operation.held, operation.gives_back = held, True
         found = self._held.pop(at, None)
         if found is held:
             self._held_at.pop(_key(copy.value), None)
             return True
-        operation.held = before
+        operation.held, operation.gives_back = None, False
         if found is not None:
             # Another hold of the same copy, which has begun since.
             self._held[at] = found
@@ -715,31 +717,24 @@ class Worker:
                     transitions.end_lease(t, row)
 
     def _release_abandoned(self, t: Transaction, operation: Operation) -> None:
-        """Give back the copy of a call, unless another call has it by now."""
-        if operation.held is None:
+        """Give back the copy of a call, unless that has been done, or another call has it by now."""
+        held = operation.held
+        if held is None:
             return
-        copy = operation.held[0]
+        copy, use = held
         at = (copy.row, copy.generation)
-        found = self._held.get(at)
-        if found is not None and found is not operation.held:
-            return
-        if found is None and (self._is_in_other_hands(copy, operation) or self._is_granted(copy.row)):
-            return
-        if self.is_held(copy):
+        words, row = self.namespace.segment.words, self.namespace.tables.instance(copy.row)
+        if self._held.get(at) is held:
+            ours = True
+        else:
+            # It was struck off: by this call, to give it back, or because its transaction was undone.
+            others = [other for other in list(self.operations) if other is not operation and other.gives_back]
+            ours = operation.gives_back and words[row + Instance.USES] == use
+            ours = ours and not any(other.held is held for other in others)
+        if ours and self.is_held(copy):
             self.scheduler.release(t, copy.row)
-        if found is not None:
-            self._held.pop(at, None)
-
-    def _is_in_other_hands(self, copy: Copy, operation: Operation) -> bool:
-        """Tell whether another call is giving back a copy that stands on no list."""
-        others = [other.held for other in list(self.operations) if other is not operation]
-        return any(held and (held[0].row, held[0].generation) == (copy.row, copy.generation) for held in others)
-
-    def _is_granted(self, row: int) -> bool:
-        """Tell whether a ticket has been granted the copy in a row, which its waiter has not taken yet."""
-        words, tables, layout = self.namespace.segment.words, self.namespace.tables, self.namespace.segment.layout
-        tickets = map(tables.ticket, tables.rows_where(layout.tickets, Ticket.INSTANCE, row + 1))
-        return any(words[at] == Ticket.GRANTED for at in tickets)
+        if self._held.get(at) is held:
+            self._held.pop(at)
 
     def is_held(self, copy: Copy) -> bool:
         """Tell whether the row still says that this process holds the copy. Needs the lock."""

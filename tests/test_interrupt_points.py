@@ -1,8 +1,8 @@
 """An exception at any bytecode of the package, as a signal handler may raise it, leaves nothing behind.
 
 Each operation is run again and again, with an exception at the first, second, ... last bytecode that it runs inside of
-mpmm. After each, within a second: the lock is free, no row is in use, loading or waiting on account of this process, the
-invariants hold, and the same thread can go on; at the end of an operation's points another process can, too.
+mpmm. After each, within a second: the lock is free, no row is in use, loading or waiting on account of this process,
+the invariants hold, and the same thread can go on; at the end of an operation's points another process can, too.
 
 By default every k-th point of each operation is tried, from an offset that changes from day to day, so that all of it
 takes 20 seconds. `MPMM_INTERRUPT_STEP=1` tries every point, `MPMM_INTERRUPT_OFFSET` begins elsewhere:
@@ -27,13 +27,14 @@ from types import FrameType
 from typing import Any
 
 import pytest
-from processes import wait_until
+from conftest import SMALL
+from processes import Seat
 
 import mpmm
-from mpmm import NotAcquiredError
+from mpmm import AcquireTimeoutError, NotAcquiredError
 from mpmm.model_manager import ModelManager
 from mpmm.shared_state.invariants import check_invariants
-from mpmm.shared_state.layout import Capacities
+from mpmm.shared_state.layout import Capacities, Header
 from mpmm.shared_state.lock_file import LockFile
 from mpmm.shared_state.snapshot import Snapshot, read_snapshot
 
@@ -77,7 +78,7 @@ class Interruption:
         if event == "opcode" and not self._is_last(frame):
             self.count += 1
             if self.count == self.at:
-                self.where = f"{frame.f_code.co_qualname}:{frame.f_lineno}+{frame.f_lasti}"
+                self.where = f"{frame.f_code.co_name}:{frame.f_lineno}+{frame.f_lasti}"
                 raise self.error
         return self._step
 
@@ -86,6 +87,12 @@ class Interruption:
         caller = frame.f_back
         outermost = caller is None or not caller.f_code.co_filename.startswith(PACKAGE)
         return outermost and frame.f_code.co_code[frame.f_lasti] in RETURNS
+
+
+def use_copy(seat: Seat, tag: str) -> None:
+    """In another process: acquire and release."""
+    with seat.manager.model(tag, lambda: tag):
+        pass
 
 
 class Sweep:
@@ -137,6 +144,7 @@ class Sweep:
         wrong += left
         if wrong:
             self.failures.append(f"{where}: {wrong}")
+            print(self.failures[-1], flush=True)
 
     def _left(self) -> list[str]:
         snapshot = self.snapshot()
@@ -167,6 +175,7 @@ def sweep(
 
     yield make
     for one in made:
+        new_process().call(use_copy, "from elsewhere")
         print(f"{one.points} points, {len(one.failures)} failures")
         assert not one.failures, f"{len(one.failures)} of {one.points} points failed:\n" + "\n".join(one.failures[:40])
 
@@ -201,3 +210,147 @@ def test_acquire_and_release_of_idle_copy(sweep: Callable[..., Sweep]) -> None:
 
     pair()
     one(pair)
+
+
+class Plain:
+    """A model that is an object of its process."""
+
+
+@pytest.mark.parametrize("what", ["handle", "object"])
+def test_load(sweep: Callable[..., Sweep], what: str) -> None:
+    # Room for two: what was loaded last is evicted for the next.
+    one = sweep(1609, fallback_memory_mb=200.0)
+    tags = iter(f"tag-{number}" for number in range(10**6))
+
+    def load() -> None:
+        tag = next(tags)
+        with one.manager.model(tag, lambda: f"handle of {tag}" if what == "handle" else Plain()):
+            pass
+
+    load()
+    one(load)
+
+
+class OtherHolder:
+    """A thread that holds a copy, and gives it back once somebody waits for it."""
+
+    def __init__(self, one: Sweep, gives_back: bool = True) -> None:
+        self._one = one
+        self._held = threading.Event()
+        self._gives_back = gives_back
+        self._waited_for = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def hold(self) -> None:
+        """Hold the copy until it is waited for."""
+        self.end()
+        self._held.clear()
+        self._waited_for.clear()
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+        assert self._held.wait(10)
+
+    def end(self) -> None:
+        """Have the copy given back in any case."""
+        self._waited_for.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    def _run(self) -> None:
+        words = self._one.manager._connected().namespace.segment.words
+        with self._one.manager.model("a", lambda: "handle"):
+            self._held.set()
+            while not self._waited_for.is_set():
+                if self._gives_back and words[Header.WAITING]:
+                    break
+                self._waited_for.wait(0.0005)
+
+
+def test_wait_for_copy(sweep: Callable[..., Sweep]) -> None:
+    one = sweep(397, max_model_copies=1)
+    holder = OtherHolder(one)
+
+    def block() -> None:
+        try:
+            with one.manager.model("a", lambda: "handle"):
+                pass
+        finally:
+            sys.settrace(None)
+            holder.end()
+
+    one(block, holder.hold)
+
+
+def test_wait_that_times_out(sweep: Callable[..., Sweep]) -> None:
+    one = sweep(397, max_model_copies=1)
+    holder = OtherHolder(one, gives_back=False)
+    impatient = ModelManager(**{**SMALL, "namespace": one.manager.namespace, "wait_timeout_seconds": 0.003})
+
+    def block() -> None:
+        try:
+            with suppress(AcquireTimeoutError), impatient.model("a", lambda: "handle"):
+                pass
+        finally:
+            sys.settrace(None)
+            holder.end()
+
+    one(block, holder.hold)
+    impatient.shutdown()
+
+
+def test_failing_load(sweep: Callable[..., Sweep]) -> None:
+    one = sweep(397)
+    tags = iter(f"tag-{number}" for number in range(10**6))
+
+    def load() -> None:
+        with suppress(ZeroDivisionError), one.manager.model(next(tags), lambda: 1 // 0):
+            pass
+
+    load()
+    one(load)
+
+
+def test_lease(sweep: Callable[..., Sweep]) -> None:
+    one = sweep(397)
+
+    def lease() -> None:
+        lease = None
+        try:
+            lease = one.manager.reserve(100)
+            with lease:
+                pass
+        finally:
+            sys.settrace(None)
+            # It is the caller's by now, who may release it as often as he likes.
+            if lease is not None:
+                lease.release()
+
+    lease()
+    one(lease)
+
+
+def test_preload(sweep: Callable[..., Sweep]) -> None:
+    one = sweep(397, fallback_memory_mb=300.0)
+    tags = iter(f"tag-{number}" for number in range(10**6))
+
+    def preload() -> None:
+        tag = next(tags)
+        one.manager.preload(tag, lambda: f"handle of {tag}")
+
+    preload()
+    one(preload)
+
+
+def test_pin_and_unpin(sweep: Callable[..., Sweep]) -> None:
+    one = sweep(97)
+
+    def pin() -> None:
+        one.manager.pin("a")
+        one.manager.unpin("a")
+
+    def unpin() -> None:
+        with suppress(NotAcquiredError):
+            one.manager.unpin("a")
+
+    pin()
+    one(pin, unpin)
