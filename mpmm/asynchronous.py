@@ -315,7 +315,7 @@ class Watcher:
         with self._mutex:
             if len(self._watched) >= WAITED_FOR_AT_MOST - 1:
                 return False
-            counted = worker.waiting()
+            counted = worker.waiting(in_block=False)
             counted.__enter__()
             signal = at + Ticket.SIGNAL
             self._watched[row] = _Watched(

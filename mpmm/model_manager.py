@@ -511,19 +511,29 @@ class ModelManager(BeamNames):
         return self._book(tag, ticket_num, alone=False)
 
     def shutdown(self) -> None:
-        """Let go of what this process has; the last process to do so unloads everything. Twice is fine."""
-        if self._closed:
-            return
+        """Let go of what this process has; the last process to do so unloads everything. Twice is fine.
+
+        In a signal handler or finalizer that comes in the middle of a call of the same thread, a thread does that once
+        the call has ended; the end of the process waits for it.
+        """
         self._closed = True
-        worker, self._worker_if_connected = self._worker_if_connected, None
+        worker = self._worker_if_connected
         if worker is None or not worker.namespace.is_usable:
+            self._worker_if_connected = None
+            return
+        if worker.is_busy_here():
+            # It cannot leave under the feet of a call that its own thread is in the middle of.
+            self._shut_down_beside()
             return
         with _workers_guard:
-            worker.managers -= 1
+            worker.manager_ids.discard(id(self))
             if worker.managers:
+                self._worker_if_connected = None
                 return
-            _workers.pop((self._root, self._name), None)
+            if _workers.get((self._root, self._name)) is worker:
+                del _workers[self._root, self._name]
         worker.close()
+        self._worker_if_connected = None
         if isinstance(self._given_monitor, GPUMonitor):
             self._given_monitor.stop()
         elif self._given_monitor is not None:
@@ -764,11 +774,17 @@ class ModelManager(BeamNames):
                 model = namespace.transitions.claim_model(t, tag, encoded)
                 namespace.transitions.pin(t, model, namespace.slot)
 
-        with namespace.transaction():
-            found = namespace.tables.model_row(tag)
-            if found is not None and namespace.tables.pin_row(found, namespace.reference) is not None:
-                return
-        self._making_room(worker, tag, time.monotonic() + self._settings.wait_timeout_seconds, pin)
+        def is_pinned() -> bool:
+            with namespace.transaction():
+                found = namespace.tables.model_row(tag)
+                return found is not None and namespace.tables.pin_row(found, namespace.reference) is not None
+
+        operation = worker.begin(sys._getframe())
+        try:
+            if not is_pinned():
+                self._making_room(worker, tag, time.monotonic() + self._settings.wait_timeout_seconds, pin)
+        finally:
+            worker.end(operation)
 
     def unpin(self, tag: str) -> None:
         """End this process's pin on a model.
@@ -777,13 +793,27 @@ class ModelManager(BeamNames):
         """
         worker = self._connected()
         namespace = worker.namespace
-        with namespace.transaction() as t:
+
+        def unpin(t: Transaction) -> bool:
             model = namespace.tables.model_row(tag)
             row = None if model is None else namespace.tables.pin_row(model, namespace.reference)
-            if row is None:
-                raise NotAcquiredError(f"unpin of {tag!r}: this process has no pin on it", tag=tag)
-            namespace.transitions.unpin(t, row)
-            worker.scheduler.advance(t)
+            if row is not None:
+                namespace.transitions.unpin(t, row)
+                worker.scheduler.advance(t)
+            return row is not None
+
+        operation = worker.begin(sys._getframe())
+        try:
+            with namespace.transaction() as t:
+                found = unpin(t)
+        except ReentrantCallError:
+            # A finalizer or signal handler gives it back, so it is pinned for all that can be seen.
+            worker.owe(unpin)
+            found = True
+        finally:
+            worker.end(operation)
+        if not found:
+            raise NotAcquiredError(f"unpin of {tag!r}: this process has no pin on it", tag=tag)
 
     @property
     def namespace(self) -> str:
@@ -818,6 +848,9 @@ class ModelManager(BeamNames):
         worker = getattr(self, "_worker_if_connected", None)
         if worker is None or worker.closing or not worker.namespace.is_usable or sys.is_finalizing():
             return
+        self._shut_down_beside()
+
+    def _shut_down_beside(self) -> None:
         thread = threading.Thread(target=self.shutdown, name="mpmm-shutdown")
         with suppress(RuntimeError):
             thread.start()
@@ -1476,7 +1509,7 @@ class ModelManager(BeamNames):
     def _connected(self) -> Worker:
         """Return this process's worker, joining the namespace first if need be: at first use, or after a fork."""
         worker = self._worker_if_connected
-        if worker is not None and worker.namespace.is_usable and not _is_left_behind(worker):
+        if worker is not None and not self._closed and worker.namespace.is_usable and not _is_left_behind(worker):
             return worker
         if self._closed:
             raise ClosedError("the model manager was shut down")
@@ -1488,8 +1521,8 @@ class ModelManager(BeamNames):
             if worker is None or not worker.namespace.is_usable:
                 worker = self._join()
                 _workers[key] = worker
-            worker.managers += 1
             self._worker_if_connected = worker
+            worker.manager_ids.add(id(self))
         self._report_differences(worker.namespace.settings)
         return worker
 

@@ -53,6 +53,8 @@ _LOG = logging.getLogger("mpmm")
 _UNLOAD_METHODS = ("unload_model", "mock_model_unsafe_hard_delete")
 # A waiter that is sent away needs the lock once, to leave the queue.
 WAITERS_LEAVE_TIMEOUT_S = 5.0
+# Calls in progress in other threads, which take microseconds where they do not load.
+CALLS_END_TIMEOUT_S = 0.5
 # Who gives up waiting does so on time: a lock that is not free in this time is left to the keeper to wait for.
 NOW_S = 0.05
 # Servers to end at a time; each takes a thread that mostly waits.
@@ -189,6 +191,24 @@ class LookAgain:
         self._pause_s = min(2 * self._pause_s, LONGEST_LOOK_AGAIN_S)
 
 
+class _Waiting(contextlib.AbstractContextManager[None]):
+    """Counts a call among those that wait."""
+
+    def __init__(self, waiting: set[Operation], left: threading.Condition, call: Operation) -> None:
+        self._waiting = waiting
+        self._left = left
+        self._call = call
+
+    def __enter__(self) -> None:
+        self._waiting.add(self._call)
+
+    def __exit__(self, *_: object) -> None:
+        self._waiting.discard(self._call)
+        self._call.frame = None
+        with self._left:
+            self._left.notify_all()
+
+
 class Growth:
     """What a load adds to the device memory of this process, if nothing else of it can have changed that meanwhile."""
 
@@ -239,14 +259,18 @@ class Worker:
         self.scheduler.go_on = self._owe_an_advance
         self.board = SharedBoard(namespace, self.scheduler)
         self.estimator = SharedResourceEstimator(namespace, verbose_logging)
-        self.managers = 0
+        # By identity: a manager that an exception kept from being taken off is taken off once all the same.
+        self.manager_ids: set[int] = set()
         self.monitor = monitor
         # An RLock, because a finalizer or signal handler may come by while its own thread has it.
         self._mutex = threading.RLock()
         # Threads in the queue; `close` sends them away before the segment is unmapped under them.
-        self._threads_waiting = 0
+        self._waiting: set[Operation] = set()
         self._thread_left = threading.Condition(self._mutex)
         self.closing = False
+        # The call that closes, and whether it came to its end.
+        self._closer = Operation(None)
+        self._closed = False
         # Objects loaded here, by row: nobody else can use them.
         self._objects: dict[int, Copy] = {}
         self._rows_of_model: dict[int, list[int]] = defaultdict(list)
@@ -273,6 +297,11 @@ class Worker:
         _workers.add(self)
 
     @property
+    def managers(self) -> int:
+        """How many managers share this."""
+        return len(self.manager_ids)
+
+    @property
     def source(self) -> MemorySource:
         """Where this process would read memory figures, as leader or on the way."""
         return self.monitor.source
@@ -293,11 +322,13 @@ class Worker:
     def close(self) -> None:
         """Leave the namespace: unload what only this process can use, and everything if it is the last.
 
-        Calling it again does nothing, also while the first call is at work.
+        Calling it again does nothing, also while the first call is at work, unless an exception has ended that.
         """
+        call = Operation(sys._getframe())
         with self._mutex:
-            if self.closing:
+            if self._closed or (self.closing and self._closer not in ended_calls({self._closer})):
                 return
+            self._closer = call
             self.closing = True
         self._send_waiters_away()
         leading = self.keeper.leading
@@ -312,6 +343,8 @@ class Worker:
         self.namespace.leave(self._unload_everything)
         self.monitor.close_source()
         _workers.discard(self)
+        self._closed = True
+        call.frame = None
 
     def keep_estimates(self, at_last: bool = False) -> None:
         """Write the estimates to their file, if there is one and they were not just taken for granted.
@@ -361,29 +394,42 @@ class Worker:
                 self.scheduler.advance(t)
             self._owed.popleft()
 
-    @contextlib.contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Count the calling thread among those that wait in the queue."""
-        with self._mutex:
-            self._threads_waiting += 1
-        try:
-            yield
-        finally:
-            with self._mutex:
-                self._threads_waiting -= 1
-                self._thread_left.notify_all()
+    def waiting(self, in_block: bool = True) -> contextlib.AbstractContextManager[None]:
+        """Count the calling thread among those that wait in the queue, for the length of a `with` block.
+
+        in_block: an exception that has left the block's function ends it, too. Else `__exit__` is sure to be called.
+        """
+        return _Waiting(self._waiting, self._thread_left, Operation(sys._getframe(1) if in_block else None))
+
+    def _waits(self, calls: set[Operation]) -> bool:
+        """Tell whether another thread is at one of these calls."""
+        others = [call for call in list(calls) if call.thread != threading.get_ident()]
+        return bool(others) and not set(others).issubset(ended_calls(set(others)))
+
+    def is_busy_here(self) -> bool:
+        """Tell whether the calling thread is in the middle of another call: this is a finalizer or signal handler."""
+        here = {
+            call
+            for call in (*list(self.operations), *list(self._waiting))
+            if call.thread == threading.get_ident() and call.frame is not None
+        }
+        return self.namespace.lock.held_by_this_thread() or not here.issubset(ended_calls(here))
 
     def _send_waiters_away(self) -> None:
         """Have the threads that wait find out that they are to go; without the lock, whose holder may be stopped."""
         namespace = self.namespace
         tables, address = namespace.tables, namespace.segment.address
         deadline = time.monotonic() + WAITERS_LEAVE_TIMEOUT_S
-        while self._threads_waiting and time.monotonic() < deadline:
+        while self._waits(self._waiting) and time.monotonic() < deadline:
             for row in tables.rows_where(namespace.segment.layout.tickets, Ticket.MEMBER, namespace.reference):
                 wake_all(address + 8 * (tables.ticket(row) + Ticket.SIGNAL))
             with self._mutex:
                 # Again and again, because one that does not sleep yet misses it.
-                self._thread_left.wait_for(lambda: not self._threads_waiting, REPEAT_S)
+                self._thread_left.wait(REPEAT_S)
+        # Those that do not wait are about to end, unless a loader runs.
+        deadline = time.monotonic() + CALLS_END_TIMEOUT_S
+        while self._waits({call for call in list(self.operations) if call.frame}) and time.monotonic() < deadline:
+            time.sleep(UNLOAD_LOOK_S)
 
     def forget_after_fork(self) -> None:
         """In a forked child: claim nothing of the parent's, and do not destroy it either.
