@@ -59,7 +59,7 @@ print([os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children])
 
 @pytest.mark.parametrize("options", [[], ["-O"]], ids=["python", "python -O"])
 def test_shutdown_by_signal_handler(runtime_root: Path, options: list[str]) -> None:
-    for _ in range(4):
+    for _ in range(2):
         command = [sys.executable, *options, "-c", SHUTS_DOWN_ON_SIGTERM]
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
         assert (done.stdout, done.stderr) == (f"{[0] * 10}\n", "")
