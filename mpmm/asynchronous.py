@@ -32,7 +32,6 @@ from typing import Any, TypeVar
 from mpmm.errors import ClosedError, LockTimeoutError, MpmmError
 from mpmm.fork_hooks import ChildStep, in_forked_child
 from mpmm.model_manager import AnswerUndone, ModelManager, Wish
-from mpmm.operations import Operation
 from mpmm.policy.out_of_memory import is_out_of_memory
 from mpmm.proxy.main_import import refuse_while_importing_main
 from mpmm.shared_state.futex import WAITED_FOR_AT_MOST, wait_for_any, wake_all
@@ -60,7 +59,9 @@ async def hold_in_loop(
     refuse_while_importing_main(f"acquire the model {tag!r}", tag)
     worker = manager._connected()
     threads = _threads_of(worker)
-    instance = await _Acquire(manager, worker, threads, tag, manager._wish(worker, devices, span)).run(loader)
+    # As long as this object is there, somebody answers for what it has in hand: see `mpmm.operations`.
+    acquire = _Acquire(manager, worker, threads, tag, manager._wish(worker, devices, span))
+    instance = await acquire.run(loader)
     try:
         yield instance
     except BaseException as error:
@@ -72,6 +73,7 @@ async def hold_in_loop(
         # A child that was forked inside the block comes by here, too, but the copy is held by its parent.
         if not worker.namespace.is_inherited:
             await _release(manager, worker, threads, tag, instance)
+        acquire.end()
 
 
 async def _release(manager: ModelManager, worker: Worker, threads: _Threads, tag: str, instance: Any) -> None:
@@ -95,7 +97,11 @@ class _Acquire:
         self._tag = tag
         self._wish = wish
         self._encoded = encode_text(tag, Model.TAG_BYTES, "model tag")
-        self._operation = Operation(None)
+        self._operation = worker.begin_for(self)
+
+    def end(self) -> None:
+        """Say that nothing is in hand any more."""
+        self._worker.end(self._operation)
 
     async def run(self, loader: Callable[[], Any]) -> Any:
         """Return a copy that this process holds now. Raises what `acquire_model` raises."""

@@ -629,7 +629,15 @@ class Worker:
             # If not, another thread has just done so, and is about to take it off the list.
             if words[at] != Ticket.FREE and words[at + Ticket.NUMBER] == number:
                 self.namespace.transitions.take_answer(t, row)
-        t.after.append(partial(self._receipts.difference_update, receipts))
+        t.after.append(partial(self._forget_settled, receipts))
+
+    def _forget_settled(self, receipts: Sequence[tuple[int, int]]) -> None:
+        """Strike tickets off that are free. Looks, as calls after a transaction that was undone may be made, too."""
+        words, tables = self.namespace.segment.words, self.namespace.tables
+        for receipt in receipts:
+            at = tables.ticket(receipt[0])
+            if words[at] == Ticket.FREE or words[at + Ticket.NUMBER] != receipt[1]:
+                self._receipts.discard(receipt)
 
     @property
     def has_receipts(self) -> bool:
@@ -701,6 +709,15 @@ class Worker:
     def begin(self, frame: FrameType | None) -> Operation:
         """Note that a call begins, which runs in `frame`, and return what it has in hand; see `mpmm.operations`."""
         operation = Operation(frame)
+        self.operations.add(operation)
+        if self.keeper.dozing:
+            self.keeper.wake()
+        return operation
+
+    def begin_for(self, owner: object) -> Operation:
+        """Note that a call begins, which goes on for as long as `owner` is not collected."""
+        operation = Operation(None)
+        operation.owner = weakref.ref(owner)
         self.operations.add(operation)
         if self.keeper.dozing:
             self.keeper.wake()

@@ -15,6 +15,7 @@ a function, or at a jump backwards, the interpreter looks for signals, and nowhe
 
 from __future__ import annotations
 
+import asyncio
 import dis
 import os
 import sys
@@ -229,6 +230,52 @@ def test_load(sweep: Callable[..., Sweep], what: str) -> None:
 
     load()
     one(load)
+
+
+def in_loop(one: Sweep, tag: str, model: Any) -> Callable[[], None]:
+    """Return an operation that holds a copy in an event loop."""
+
+    async def hold() -> None:
+        async with one.manager.model_async(tag, lambda: model):
+            pass
+
+    def run() -> None:
+        loop = asyncio.new_event_loop()
+        task = loop.create_task(hold())
+        try:
+            loop.run_until_complete(task)
+        finally:
+            sys.settrace(None)
+            # As `asyncio.run` does; what has ended the loop is in the task, too.
+            task.cancel()
+            with suppress(asyncio.CancelledError, KeyboardInterrupt, Interrupted):
+                loop.run_until_complete(asyncio.wait_for(task, 5))
+            loop.run_until_complete(loop.shutdown_asyncgens())
+            loop.close()
+
+    return run
+
+
+def test_block_of_idle_copy_in_loop(sweep: Callable[..., Sweep]) -> None:
+    one = sweep(97)
+    run = in_loop(one, "a", "handle")
+    run()
+    one(run)
+
+
+def test_wait_for_copy_in_loop(sweep: Callable[..., Sweep]) -> None:
+    one = sweep(97, max_model_copies=1, wait_timeout_seconds=1.0)
+    holder = OtherHolder(one)
+    run = in_loop(one, "a", "handle")
+
+    def block() -> None:
+        try:
+            run()
+        finally:
+            sys.settrace(None)
+            holder.end()
+
+    one(block, holder.hold)
 
 
 class OtherHolder:

@@ -222,7 +222,11 @@ class TransactionLock:
                 self._mutex = threading.RLock()
 
     def finish_calls(self) -> None:
-        """Make the calls after a transaction that an exception has kept from being made, if any since the last call."""
+        """Make the calls after transactions that an exception has kept from being made, if any since the last call.
+
+        The exception may have come before the commit, so that the transaction was undone: such calls are wake-ups, log
+        lines, and what looks for itself.
+        """
         if self._calls or self._calls_seen:
             left = set(self._calls)
             for key in left & self._calls_seen:
