@@ -518,7 +518,7 @@ class ModelManager(BeamNames):
         """
         self._closed = True
         worker = self._worker_if_connected
-        if worker is None or not worker.namespace.is_usable:
+        if worker is None or worker.namespace.is_inherited or worker.is_closed:
             self._worker_if_connected = None
             return
         if worker.is_busy_here():

@@ -270,7 +270,7 @@ class Worker:
         self.closing = False
         # The call that closes, and whether it came to its end.
         self._closer = Operation(None)
-        self._closed = False
+        self.is_closed = False
         # Objects loaded here, by row: nobody else can use them.
         self._objects: dict[int, Copy] = {}
         self._rows_of_model: dict[int, list[int]] = defaultdict(list)
@@ -326,7 +326,7 @@ class Worker:
         """
         call = Operation(sys._getframe())
         with self._mutex:
-            if self._closed or (self.closing and self._closer not in ended_calls({self._closer})):
+            if self.is_closed or (self.closing and self._closer not in ended_calls({self._closer})):
                 return
             self._closer = call
             self.closing = True
@@ -343,7 +343,7 @@ class Worker:
         self.namespace.leave(self._unload_everything)
         self.monitor.close_source()
         _workers.discard(self)
-        self._closed = True
+        self.is_closed = True
         call.frame = None
 
     def keep_estimates(self, at_last: bool = False) -> None:

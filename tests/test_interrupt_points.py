@@ -29,7 +29,7 @@ from typing import Any
 
 import pytest
 from conftest import SMALL
-from processes import Seat
+from processes import Seat, files_in, segments_of, wait_until
 
 import mpmm
 from mpmm import AcquireTimeoutError, NotAcquiredError
@@ -37,6 +37,7 @@ from mpmm.model_manager import ModelManager
 from mpmm.shared_state.invariants import check_invariants
 from mpmm.shared_state.layout import Capacities, Header
 from mpmm.shared_state.lock_file import LockFile
+from mpmm.shared_state.runtime_dir import RUNTIME_DIR_VARIABLE
 from mpmm.shared_state.snapshot import Snapshot, read_snapshot
 
 PACKAGE = str(Path(mpmm.__file__).parent)
@@ -263,6 +264,7 @@ def test_block_of_idle_copy_in_loop(sweep: Callable[..., Sweep]) -> None:
     one(run)
 
 
+@pytest.mark.filterwarnings("ignore:coroutine")
 def test_wait_for_copy_in_loop(sweep: Callable[..., Sweep]) -> None:
     one = sweep(97, max_model_copies=1, wait_timeout_seconds=1.0)
     holder = OtherHolder(one)
@@ -401,3 +403,57 @@ def test_pin_and_unpin(sweep: Callable[..., Sweep]) -> None:
 
     pin()
     one(pin, unpin)
+
+
+def sweep_whole_life(
+    step: int, begin: Callable[[], ModelManager], operate: Callable[[ModelManager | None], Any]
+) -> int:
+    """Try the points of an operation after which the namespace is left each time; return how many there were.
+
+    begin: makes what `operate` is given. After each point another manager can come and go, and nothing is left behind.
+    """
+    root = Path(os.environ[RUNTIME_DIR_VARIABLE])
+    step = STEP or step
+    failures: list[str] = []
+    at = 1 + OFFSET % step
+    while len(failures) < ENOUGH_FAILURES:
+        manager = begin()
+        error: BaseException = KeyboardInterrupt() if at % 2 else Interrupted()
+        interruption = Interruption(at, error)
+        made: Any = None
+        with suppress(KeyboardInterrupt, Interrupted), interruption:
+            made = operate(manager)
+        error.__traceback__ = None
+        interruption.error = KeyboardInterrupt()
+        if made is not None:
+            made.shutdown()
+        manager.shutdown()
+        del made
+        try:
+            after = ModelManager(namespace="whole", capacities=SMALL_TABLES, **{**SMALL, "lock_timeout_seconds": 1.0})
+            with after.model("a", lambda: "handle"):
+                pass
+            after.shutdown()
+            wait_until(lambda: not segments_of(root) and not files_in(root), "nothing is left", HEALS_WITHIN_S)
+        except Exception as wrong:
+            failures.append(f"{at} ({interruption.where}): {type(wrong).__name__}: {wrong}")
+            print(failures[-1], flush=True)
+        if not interruption.where:
+            break
+        at += step
+    assert not failures, "\n".join(failures)
+    return at // step
+
+
+def test_shutdown(runtime_root: Path) -> None:
+    def begin() -> ModelManager:
+        manager = ModelManager(namespace="whole", capacities=SMALL_TABLES, **SMALL)
+        with manager.model("a", lambda: "handle"):
+            pass
+        return manager
+
+    def operate(manager: ModelManager | None) -> None:
+        assert manager is not None
+        manager.shutdown()
+
+    print(sweep_whole_life(1609, begin, operate), "points")

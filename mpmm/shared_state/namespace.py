@@ -270,6 +270,9 @@ class Namespace:
         Calling `leave` again does nothing.
         """
         if not self.is_usable:
+            # Nothing is left to do, unless an exception from a signal handler has ended the first call.
+            if not self.is_inherited:
+                self._let_go()
             return
         with contextlib.ExitStack() as stack:
             try:
@@ -282,15 +285,18 @@ class Namespace:
             if last and unload_everything is not None:
                 unload_everything()
             self._usable = False
-            left = False
-            with contextlib.suppress(LockTimeoutError):
-                while not left:
-                    with self.lock() as t:
-                        left = self.transitions.leave(t, self.slot)
-            if last:
-                unlink_segment(self.segment.name)
-                self.runtime.remove()
-            self._let_go()
+            try:
+                left = False
+                with contextlib.suppress(LockTimeoutError):
+                    while not left:
+                        with self.lock() as t:
+                            left = self.transitions.leave(t, self.slot)
+                if last:
+                    unlink_segment(self.segment.name)
+                    self.runtime.remove()
+            finally:
+                # Whatever is left undone others do, as for a process that has died.
+                self._let_go()
 
     def _is_last(self) -> bool:
         if self._alive is None:
