@@ -1146,7 +1146,7 @@ class ModelManager(BeamNames):
                     return _Booking(instance, generation, namespace.transitions.runs_alone(instance))
         except LockTimeoutError:
             # Else what was granted would stay ours for ever, unknown to everybody here.
-            worker.owe(lambda t: namespace.transitions.leave_queue(t, row))
+            worker.owe(functools.partial(worker.leave_if_there, operation.ticket))
             raise
         if state == Ticket.ENOUGH:
             return None
@@ -1181,9 +1181,12 @@ class ModelManager(BeamNames):
         if not namespace.is_usable:
             return "shut down"
 
+        ticket = operation.ticket
+
         def leave(t: Transaction) -> str:
             reason = worker.scheduler.why(row)
-            namespace.transitions.leave_queue(t, row)
+            if not worker.leave_if_there(ticket, t):
+                return reason
             if timed_out:
                 t.add(Header.TIMEOUTS, 1)
             worker.scheduler.advance(t)
@@ -1226,7 +1229,7 @@ class ModelManager(BeamNames):
                     operation.booking = lease.reference
                     return lease
         except LockTimeoutError:
-            worker.owe(lambda t: namespace.transitions.leave_queue(t, row))
+            worker.owe(functools.partial(worker.leave_if_there, operation.ticket))
             raise
         if state == Ticket.RESET:
             raise NamespaceResetError(f"a reset of namespace {self._name!r} ended the wait for {name!r}", tag=name)

@@ -762,14 +762,20 @@ class Worker:
         self.operations.discard(operation)
         operation.frame = None
 
+    def leave_if_there(self, ticket: tuple[int, int] | None, t: Transaction) -> bool:
+        """Take a ticket (row and number) out of the queue; return False if that has been done already."""
+        if ticket is None:
+            return False
+        words, at = self.namespace.segment.words, self.namespace.tables.ticket(ticket[0])
+        if words[at] == Ticket.FREE or words[at + Ticket.NUMBER] != ticket[1]:
+            return False
+        self.namespace.transitions.leave_queue(t, ticket[0])
+        return True
+
     def _leave_abandoned(self, t: Transaction, operation: Operation) -> None:
         """Give up ticket and load of a call, if the books still know of them."""
         words, tables, transitions = self.namespace.segment.words, self.namespace.tables, self.namespace.transitions
-        if operation.ticket is not None:
-            row, number = operation.ticket
-            at = tables.ticket(row)
-            if words[at] != Ticket.FREE and words[at + Ticket.NUMBER] == number:
-                transitions.leave_queue(t, row)
+        self.leave_if_there(operation.ticket, t)
         if operation.booking is not None:
             row, generation = operation.booking
             at = tables.instance(row)
