@@ -769,13 +769,18 @@ class Worker:
         words, at = self.namespace.segment.words, self.namespace.tables.ticket(ticket[0])
         if words[at] == Ticket.FREE or words[at + Ticket.NUMBER] != ticket[1]:
             return False
+        if words[at + Ticket.MEMBER] != self.namespace.reference:
+            return False
         self.namespace.transitions.leave_queue(t, ticket[0])
         return True
 
     def _leave_abandoned(self, t: Transaction, operation: Operation) -> None:
         """Give up ticket and load of a call, if the books still know of them."""
         words, tables, transitions = self.namespace.segment.words, self.namespace.tables, self.namespace.transitions
-        self.leave_if_there(operation.ticket, t)
+        others = [other.ticket for other in list(self.operations) if other is not operation]
+        # Where the transaction that queued it was undone, the next one was given the same number.
+        if operation.ticket not in others:
+            self.leave_if_there(operation.ticket, t)
         if operation.booking is not None:
             row, generation = operation.booking
             at = tables.instance(row)
@@ -791,6 +796,9 @@ class Worker:
         if held is None:
             return
         copy, use = held
+        if self._is_granted(copy.row):
+            # Another waiter's by now, who may be about to put it on the list, without the lock.
+            return
         at = (copy.row, copy.generation)
         words, row = self.namespace.segment.words, self.namespace.tables.instance(copy.row)
         if self._held.get(at) is held:
@@ -804,6 +812,12 @@ class Worker:
             self.scheduler.release(t, copy.row)
         if self._held.get(at) is held:
             self._held.pop(at)
+
+    def _is_granted(self, row: int) -> bool:
+        """Tell whether a ticket was granted the copy in a row, and its waiter has not taken it for certain."""
+        words, tables, layout = self.namespace.segment.words, self.namespace.tables, self.namespace.segment.layout
+        tickets = map(tables.ticket, tables.rows_where(layout.tickets, Ticket.INSTANCE, row + 1))
+        return any(words[at] == Ticket.GRANTED for at in tickets)
 
     def is_held(self, copy: Copy) -> bool:
         """Tell whether the row still says that this process holds the copy. Needs the lock."""

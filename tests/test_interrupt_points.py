@@ -18,11 +18,14 @@ from __future__ import annotations
 import asyncio
 import dis
 import os
+import random
+import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -457,3 +460,55 @@ def test_shutdown(runtime_root: Path) -> None:
         manager.shutdown()
 
     print(sweep_whole_life(1609, begin, operate), "points")
+
+
+def test_nothing_is_taken_from_calls_in_progress(
+    new_manager: Callable[..., ModelManager], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mpmm.keeper.RECONCILE_S", 0.0005)
+    manager = new_manager(max_model_copies=3)
+    wrong: list[BaseException] = []
+    over = threading.Event()
+
+    def work(number: int) -> None:
+        turn = number
+        try:
+            while not over.is_set():
+                turn += 1
+                tag = f"tag-{turn % 3}"
+                with manager.model(tag, lambda tag=tag, turn=turn: f"{tag}-{number}-{turn}"):  # type: ignore[misc]
+                    pass
+                manager.release_model(tag, manager.acquire_model(tag, partial("{}-{}-{}".format, tag, number, -turn)))
+        except BaseException as error:
+            wrong.append(error)
+
+    def on_alarm(number: int, frame: Any) -> None:
+        raise Interrupted
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    chance = random.Random(OFFSET)
+    before = signal.signal(signal.SIGALRM, on_alarm)
+    interrupted = 0
+    end = time.monotonic() + 2
+    try:
+        while time.monotonic() < end:
+            try:
+                signal.setitimer(signal.ITIMER_REAL, chance.uniform(0.0001, 0.01))
+                with manager.model("tag-0", partial("main-{}".format, interrupted)):
+                    pass
+                signal.setitimer(signal.ITIMER_REAL, 0)
+            except Interrupted:
+                interrupted += 1
+    finally:
+        with suppress(Interrupted):
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+        over.set()
+        for thread in threads:
+            thread.join()
+    assert not wrong
+    assert interrupted
+    wait_until(lambda: not read_snapshot("test").active and not read_snapshot("test").loading, "all is back", 2)
+    assert check_invariants(read_snapshot("test")) == []

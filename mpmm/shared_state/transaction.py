@@ -188,9 +188,11 @@ class TransactionLock:
             if self._file.fd >= 0:
                 words = self.segment.words
                 starving, contended = words[Header.STARVING], words[Header.CONTENDED]
-                if contended and not starving:
-                    words[Header.CONTENDED] = 0
-                self._file.unlock()
+                try:
+                    if contended and not starving:
+                        words[Header.CONTENDED] = 0
+                finally:
+                    self._file.unlock()
                 if starving:
                     wake_one(self.segment.address + 8 * Header.STARVING)
                 elif contended:
