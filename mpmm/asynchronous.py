@@ -59,7 +59,9 @@ async def hold_in_loop(
     refuse_while_importing_main("acquire the model", tag)
     worker = manager._connected()
     threads = _threads_of(worker)
-    instance = await _Acquire(manager, worker, threads, tag, manager._wish(worker, devices, span)).run(loader)
+    # As long as this object is there, somebody answers for what it has in hand: see `mpmm.operations`.
+    acquire = _Acquire(manager, worker, threads, tag, manager._wish(worker, devices, span))
+    instance = await acquire.run(loader)
     try:
         yield instance
     except BaseException as error:
@@ -71,6 +73,7 @@ async def hold_in_loop(
         # A child that was forked inside the block comes by here, too, but the copy is held by its parent.
         if not worker.namespace.is_inherited:
             await _release(manager, worker, threads, tag, instance)
+        acquire.end()
 
 
 async def _release(manager: ModelManager, worker: Worker, threads: _Threads, tag: str, instance: Any) -> None:
@@ -94,6 +97,11 @@ class _Acquire:
         self._tag = tag
         self._wish = wish
         self._encoded = encode_text(tag, Model.TAG_BYTES, "model tag")
+        self._operation = worker.begin_for(self)
+
+    def end(self) -> None:
+        """Say that nothing is in hand any more."""
+        self._worker.end(self._operation)
 
     async def run(self, loader: Callable[[], Any]) -> Any:
         """Return a copy that this process holds now. Raises what `acquire_model` raises."""
@@ -102,16 +110,17 @@ class _Acquire:
         while True:
             got: Any = None
             with contextlib.suppress(LockTimeoutError):
-                got = manager._take_idle(worker, tag, LOOP_PATIENCE_S, self._wish.tied)
+                got = manager._take_idle(worker, self._operation, tag, LOOP_PATIENCE_S, self._wish.tied)
             if got is None:
                 got = await self._queue(deadline)
             if not isinstance(got, Copy):
-                load = functools.partial(manager._load_somehow, worker, tag, got, loader, self._wish)
+                load = functools.partial(manager._load_somehow, worker, self._operation, tag, got, loader, self._wish)
                 give_up = functools.partial(manager._give_up_load, worker, got)
                 return await self._in_thread(self._threads.loads, load, self._undo_load, give_up)
             if worker.handle_is_alive(got):
                 return got.value
-            await self._in_thread(self._threads.transactions, functools.partial(manager._discard, worker, got))
+            discard = functools.partial(manager._discard, worker, self._operation, got)
+            await self._in_thread(self._threads.transactions, discard)
 
     async def _queue(self, deadline: float) -> Any:
         """Wait in the queue; return a copy that this process holds now, or the permission to load one."""
@@ -141,12 +150,12 @@ class _Acquire:
                 self._threads.transactions.submit(self._leave, row)
                 raise
             if outcome is None:
-                leave = functools.partial(manager._leave_queue, worker, row, timed_out=True)
+                leave = functools.partial(manager._leave_queue, worker, self._operation, row, timed_out=True)
                 reason = await self._in_thread(self._threads.transactions, leave)
                 raise manager._gave_up(tag, time.monotonic() - began, reason)
             if isinstance(outcome, BaseException):
                 raise outcome
-            if outcome == Ticket.GRANTED and (copy := worker.hold_granted(row, tag)) is not None:
+            if outcome == Ticket.GRANTED and (copy := worker.hold_granted(row, tag, self._operation)) is not None:
                 return copy
             act = functools.partial(self._act, row, deadline)
             leave_again = functools.partial(self._leave, row)
@@ -166,11 +175,11 @@ class _Acquire:
         left = deadline - time.monotonic()
         # Counted as waiting from before it has a ticket until it is watched, which is counted, too.
         with manager._giving_up_in_time(worker, tag), worker.waiting():
-            copy = manager._take_idle(worker, tag, left, self._wish.tied)
+            copy = manager._take_idle(worker, self._operation, tag, left, self._wish.tied)
             if copy is not None:
                 return copy
             worker.freshen_to_queue(left)
-            row = manager._enqueue(worker, tag, self._encoded, deadline, 0, self._wish)
+            row = manager._enqueue(worker, self._operation, tag, self._encoded, deadline, 0, self._wish)
             worker.unload_beside()
             self._threads.watch(row, deadline, answer)
             return row
@@ -179,7 +188,7 @@ class _Acquire:
         """Act on a ticket's answer; return None if it has none after all."""
         manager, worker, tag = self._manager, self._worker, self._tag
         with contextlib.suppress(AnswerUndone), manager._giving_up_in_time(worker, tag), worker.waiting():
-            return manager._act_on(worker, tag, row, deadline, self._wish)
+            return manager._act_on(worker, self._operation, tag, row, deadline, self._wish)
         return None
 
     def _leave(self, row: Any) -> None:
@@ -187,7 +196,7 @@ class _Acquire:
             self._undo_answer(row)
             return
         self._threads.forget(row)
-        self._manager._leave_queue(self._worker, row)
+        self._manager._leave_queue(self._worker, self._operation, row)
 
     def _undo_act(self, row: int, got: Any) -> None:
         if got is None:
@@ -312,7 +321,7 @@ class Watcher:
         with self._mutex:
             if len(self._watched) >= WAITED_FOR_AT_MOST - 1:
                 return False
-            counted = worker.waiting()
+            counted = worker.waiting(in_block=False)
             counted.__enter__()
             signal = at + Ticket.SIGNAL
             self._watched[row] = _Watched(

@@ -27,6 +27,7 @@ __all__ = [
     "MpmmError",
     "NamespaceResetError",
     "NotAcquiredError",
+    "ReentrantCallError",
     "RemoteCallError",
     "RuntimeDirectoryError",
     "SegmentAllocationError",
@@ -171,6 +172,10 @@ class NamespaceResetError(MpmmError, RuntimeError):
 
 class ClosedError(MpmmError, RuntimeError):
     """The object was shut down, or this process has left the namespace."""
+
+
+class ReentrantCallError(MpmmError, RuntimeError):
+    """A finalizer or signal handler asked for what cannot be done in the middle of a transaction of its own thread."""
 
 
 class ModelServerError(MpmmError, ConnectionError):

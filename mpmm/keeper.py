@@ -55,6 +55,9 @@ _LOG = printable_logger("mpmm")
 # A dead leader is replaced, and a stuck one stood in for, within a second whatever the poll interval is.
 LONGEST_TICK_S = 0.25
 RESERVE_TICK_S = 4.0
+# While calls are in progress, what an exception may have left of them is looked for so often; a transaction that was
+# left takes two looks.
+RECONCILE_S = 0.3
 DEPUTIES = 2
 # Between two attempts to wake a thread that may just be about to sleep.
 REPEAT_S = 0.01
@@ -99,6 +102,8 @@ class Keeper:
         self._offer_due = 0.0
         self._offer_pause_s = 0.0
         self.leading = False
+        # It sleeps for longer than `RECONCILE_S`, because no call was in progress: who begins one wakes it.
+        self.dozing = False
 
     def start(self) -> None:
         """Lead if nobody does, so that devices are known before anybody asks; then go on in the background."""
@@ -141,10 +146,14 @@ class Keeper:
         words = namespace.segment.words
         due = time.monotonic() + self._interval()
         answered = None
+        reconcile_due = 0.0
         while not self._stopping.is_set():
             try:
                 seen = words[bell]
                 self._worker.settle_debts()
+                if self._worker.has_abandoned or time.monotonic() >= reconcile_due:
+                    self._worker.reconcile()
+                    reconcile_due = time.monotonic() + RECONCILE_S
                 if seen != answered:
                     # The rows are looked through only after a ring: that takes a tenth of a millisecond.
                     self._worker.unload_beside()
@@ -155,7 +164,13 @@ class Keeper:
                 self._learn_from_late_sample()
                 # What was left to us during the tick, nobody wakes us for any more.
                 if not self._worker.has_debts:
-                    wait_for_change(lambda: int(words[bell]), self._bell_address, seen, due - time.monotonic())
+                    self.dozing = True
+                    until = due
+                    if self._worker.operations or namespace.lock.may_be_abandoned:
+                        self.dozing = False
+                        until = min(due, reconcile_due)
+                    wait_for_change(lambda: int(words[bell]), self._bell_address, seen, until - time.monotonic())
+                    self.dozing = False
                     # Who was woken may have become a deputy, or be offered the lead.
                     due = min(due, time.monotonic() + self._interval())
                 self._failing = False

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import sys
+import threading
+import weakref
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -11,6 +14,7 @@ from mpmm.shared_state.layout import Instance
 from mpmm.shared_state.transaction import Transaction
 
 if TYPE_CHECKING:
+    from mpmm.operations import Operation
     from mpmm.worker import Worker
 
 __all__ = ["Lease"]
@@ -35,6 +39,13 @@ class Lease:
         self._manager = manager
         self._row = row
         self._generation = words[at + Instance.GENERATION]
+        # That of the `with` block.
+        self._operation: Operation | None = None
+
+    @property
+    def reference(self) -> tuple[int, int]:
+        """Row and generation."""
+        return self._row, self._generation
 
     def release(self) -> None:
         """Give the memory back. Again, after `shutdown`, or in a forked child, which has no part in it: nothing.
@@ -44,13 +55,22 @@ class Lease:
         worker = self._worker
         if not worker.namespace.is_usable:
             return
+        operation = self._operation or worker.begin(None)
+        operation.booking = self.reference
+        operation.thread = threading.get_ident()
+        # From here on the keeper ends it if this cannot.
+        operation.frame = sys._getframe()
+        self._operation = None
+        try:
+            worker.now_or_later(self._end)
+            operation.booking = None
+        finally:
+            worker.abandon(operation)
 
-        def end(t: Transaction) -> None:
-            if self._is_ours():
-                worker.namespace.transitions.end_lease(t, self._row)
-                worker.scheduler.advance(t)
-
-        worker.now_or_later(end)
+    def _end(self, t: Transaction) -> None:
+        if self._is_ours():
+            self._worker.namespace.transitions.end_lease(t, self._row)
+            self._worker.scheduler.advance(t)
 
     def used_by(self, pid: int) -> None:
         """Say which process is going to use the memory, this one or another.
@@ -93,6 +113,13 @@ class Lease:
         return bool(words[at] == Instance.LEASED and words[at + Instance.GENERATION] == self._generation)
 
     def __enter__(self) -> Lease:
+        if self._worker.namespace.is_usable:
+            operation = self._worker.begin(sys._getframe())
+            operation.booking = self.reference
+            operation.owner = weakref.ref(self)
+            self._operation = operation
+            # From here on this object answers for the lease.
+            operation.frame = None
         return self
 
     def __exit__(

@@ -29,9 +29,10 @@ import sys
 import threading
 import time
 import traceback
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, contextmanager, suppress
+from contextlib import AbstractAsyncContextManager, AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 from types import TracebackType
@@ -53,12 +54,14 @@ from mpmm.errors import (
     MpmmError,
     NamespaceResetError,
     NotAcquiredError,
+    ReentrantCallError,
     TableFullError,
 )
 from mpmm.fork_hooks import ChildStep, in_forked_child
 from mpmm.gpu_monitor import GPUMonitor
 from mpmm.kept_estimates import ESTIMATES_PATH_VARIABLE, KeptEstimates
 from mpmm.lease import Lease
+from mpmm.operations import Operation
 from mpmm.placement import placed
 from mpmm.policy.out_of_memory import is_out_of_memory
 from mpmm.printable import printable, printable_logger
@@ -187,6 +190,86 @@ _ANYWHERE = Wish()
 UNMAPPED = "released memoryview"
 # What ends a load without being a failure of its loader.
 _NOT_THE_LOADERS = (ClosedError, LockTimeoutError, NamespaceResetError)
+
+
+class _Block(AbstractContextManager[Any]):
+    """What `ModelManager.model` returns: a copy is held from `__enter__` to `__exit__`.
+
+    No generator, because of that the interpreter runs `__enter__` in several steps, between which a copy that was
+    acquired would be nobody's.
+    """
+
+    def __init__(
+        self,
+        manager: ModelManager,
+        tag: str,
+        loader_func: Callable[[], Any],
+        devices: Sequence[int | str] | None,
+        span: int,
+    ) -> None:
+        self._manager = manager
+        self._tag = tag
+        self._loader_func = loader_func
+        self._devices = devices
+        self._span = span
+        self._worker: Worker | None = None
+        self._operation: Operation | None = None
+
+    def __enter__(self) -> Any:
+        manager, tag = self._manager, self._tag
+        if self._operation is not None:
+            raise InvalidArgumentError(f"the block of {tag!r} has begun already: call `model` once for each block")
+        worker = self._worker = manager._connected()
+        manager._check_request(tag, self._loader_func)
+        operation = worker.begin(sys._getframe())
+        try:
+            value = manager._acquire(worker, operation, tag, self._loader_func, self._devices, self._span)
+            worker.thread.blocks.append(operation)
+        except BaseException:
+            worker.abandon(operation)
+            raise
+        self._operation = operation
+        operation.owner = weakref.ref(self)
+        # From here on this object answers for the copy.
+        operation.frame = None
+        return value
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        operation, worker = self._operation, self._worker
+        if operation is None or worker is None:
+            return
+        operation.thread = threading.get_ident()
+        operation.frame = sys._getframe()
+        self._operation = None
+        try:
+            self._leave(worker, operation, error)
+        except BaseException:
+            worker.abandon(operation)
+            raise
+        worker.end(operation)
+
+    def _leave(self, worker: Worker, operation: Operation, error: BaseException | None) -> None:
+        manager, tag, held = self._manager, self._tag, operation.held
+        # A block may be ended by another thread.
+        with suppress(ValueError):
+            worker.thread.blocks.remove(operation)
+        # A child that was forked inside the block comes by here, too, but the copy is held by its parent.
+        if held is None or worker.namespace.is_inherited:
+            return
+        if not worker.namespace.is_usable:
+            # Given back by leaving. What is on its way out, SystemExit say, is not to be hidden.
+            if error is None:
+                manager._connected()
+            return
+        if error is not None and is_out_of_memory(error):
+            with suppress(MpmmError):
+                worker.make_room_after_use(tag)
+        # If that fails, it was given back inside the block; perhaps to be acquired once more.
+        if not worker.let_go_of(held, operation) and worker.let_go(held[0].value, tag, operation) is None:
+            raise manager._not_acquired(tag, held[0].value)
+        manager._give_back_held(worker, operation, tag)
 
 
 class ModelManager(BeamNames):
@@ -366,24 +449,48 @@ class ModelManager(BeamNames):
         Raises AcquireTimeoutError, LoadTimeoutError, ModelTooLargeError, NamespaceResetError, TableFullError,
         DeadlockError (see `model`), InvalidArgumentError, ClosedError, LockTimeoutError, and what the loader raises.
         """
+        self._check_request(tag, loader_func)
+        worker = self._connected()
+        operation = worker.begin(sys._getframe())
+        try:
+            value = self._acquire(worker, operation, tag, loader_func, devices, span)
+            # Not behind this statement: an exception after it would find nobody who knows of the copy.
+            worker.end(operation)
+            return value
+        except BaseException:
+            worker.abandon(operation)
+            raise
+
+    @staticmethod
+    def _check_request(tag: str, loader_func: Callable[[], Any]) -> None:
         if not isinstance(tag, str) or not callable(loader_func):
             raise InvalidArgumentError(f"model {tag!r}, loader {loader_func!r}: expected a str and a callable")
         refuse_while_importing_main("acquire the model", tag)
-        worker = self._connected()
+
+    def _acquire(
+        self,
+        worker: Worker,
+        operation: Operation,
+        tag: str,
+        loader_func: Callable[[], Any],
+        devices: Sequence[int | str] | None,
+        span: int,
+    ) -> Any:
+        """Return a copy, which `operation` has noted as held."""
         if self._bookings_made:
             booking = self._take_booking(tag)
             if booking is not None:
-                return self._load_somehow(worker, tag, booking, loader_func)
+                return self._load_somehow(worker, operation, tag, booking, loader_func)
         plain = devices is None and span.__class__ is int and span == 1
         wish = _ANYWHERE if plain else self._wish(worker, devices, span)
         try:
             with self._giving_up_in_time(worker, tag):
-                answer = self._get(worker, tag, wish)
+                answer = self._get(worker, operation, tag, wish)
         except ValueError as error:
             self._expect_mapped(error)
             raise
         if isinstance(answer, _Booking):
-            return self._load_somehow(worker, tag, answer, loader_func, wish=wish)
+            return self._load_somehow(worker, operation, tag, answer, loader_func, wish=wish)
         return answer.value
 
     def release_model(self, tag: str, instance: Any) -> None:
@@ -397,26 +504,54 @@ class ModelManager(BeamNames):
     def _release(self, tag: str, instance: Any, patience_s: float | None = None) -> None:
         """Do what `release_model` does, but give up the lock after `patience_s`: LockTimeoutError, nothing changed."""
         worker = self._connected()
-        copy = worker.let_go(instance, tag)
-        if copy is None:
-            what = repr(instance) if isinstance(instance, str) else f"this {type(instance).__name__}"
-            raise NotAcquiredError(
-                f"release of {tag!r}: this process does not hold {what}; it was never acquired here, or is released "
-                "already",
-                tag=tag,
-            )
-        worker.scheduler.alert(copy.row)
+        operation = worker.begin(sys._getframe())
         try:
-            self._give_back(worker, tag, copy, patience_s=patience_s)
-        except ClosedError:
+            if worker.let_go(instance, tag, operation) is None:
+                raise self._not_acquired(tag, instance)
+            self._give_back_held(worker, operation, tag, patience_s)
+        except BaseException:
+            worker.abandon(operation)
+            raise
+        worker.end(operation)
+
+    @staticmethod
+    def _not_acquired(tag: str, instance: Any) -> NotAcquiredError:
+        what = repr(instance) if isinstance(instance, str) else f"this {type(instance).__name__}"
+        return NotAcquiredError(
+            f"release of {tag!r}: this process does not hold {what}; it was never acquired here, or is released "
+            "already",
+            tag=tag,
+        )
+
+    def _give_back_held(
+        self, worker: Worker, operation: Operation, tag: str, patience_s: float | None = None
+    ) -> None:
+        """Give back what an operation has struck off the list; leave it to the keeper in a finalizer or signal handler.
+
+        With LockTimeoutError it is held as before.
+        """
+        held = operation.held
+        if held is None:
+            return
+        worker.scheduler.alert(held[0].row)
+        try:
+            self._give_back(worker, tag, held[0], patience_s=patience_s)
+        except ReentrantCallError:
+            worker.abandon(operation)
+        except LockTimeoutError:
+            # Nothing has changed, and the caller may try again.
+            worker.hold_again(held)
+            operation.held = None
+            raise
+        except MpmmError:
+            operation.held = None
             raise
         except ValueError as error:
+            operation.held = None
             self._expect_mapped(error)
             raise
-        except TimeoutError:
-            # The lock was not to be had: nothing has changed, and the caller may try again.
-            worker.hold_again(copy)
-            raise
+        else:
+            operation.held = None
 
     def try_enter_isolation_mode(self, tag: str, ticket_num: int) -> bool:
         """Try to get the devices for an unknown model alone, waiting up to `lock_timeout_seconds`.
@@ -435,19 +570,29 @@ class ModelManager(BeamNames):
         return self._book(tag, ticket_num, alone=False)
 
     def shutdown(self) -> None:
-        """Let go of what this process has; the last process to do so unloads everything. Twice is fine."""
-        if self._closed:
-            return
+        """Let go of what this process has; the last process to do so unloads everything. Twice is fine.
+
+        In a signal handler or finalizer that comes in the middle of a call of the same thread, a thread does that once
+        the call has ended; the end of the process waits for it.
+        """
         self._closed = True
-        worker, self._worker_if_connected = self._worker_if_connected, None
-        if worker is None or not worker.namespace.is_usable:
+        worker = self._worker_if_connected
+        if worker is None or worker.namespace.is_inherited or worker.is_closed:
+            self._worker_if_connected = None
+            return
+        if worker.is_busy_here():
+            # It cannot leave under the feet of a call that its own thread is in the middle of.
+            self._shut_down_beside()
             return
         with _workers_guard:
-            worker.managers -= 1
+            worker.manager_ids.discard(id(self))
             if worker.managers:
+                self._worker_if_connected = None
                 return
-            _workers.pop((self._root, self._name), None)
+            if _workers.get((self._root, self._name)) is worker:
+                del _workers[self._root, self._name]
         worker.close()
+        self._worker_if_connected = None
         if isinstance(self._given_monitor, GPUMonitor):
             self._given_monitor.stop()
         elif self._given_monitor is not None:
@@ -466,10 +611,9 @@ class ModelManager(BeamNames):
 
     # ---- further methods -----------------------------------------------------------------------------------
 
-    @contextmanager
     def model(
         self, tag: str, loader_func: Callable[[], Any], *, devices: Sequence[int | str] | None = None, span: int = 1
-    ) -> Iterator[Any]:
+    ) -> AbstractContextManager[Any]:
         """Acquire a copy for the length of a `with` block; see `acquire_model`.
 
         An exception that leaves the block passes unchanged. If it says that memory has run out, the next load of the
@@ -481,23 +625,7 @@ class ModelManager(BeamNames):
         for nothing but what it holds in blocks or loads itself: another copy of its model while `max_model_copies` are
         its own, its own tag in a loader, or room that its own copies take. Tasks (`model_async`) are not looked at.
         """
-        worker = self._connected()
-        instance = self.acquire_model(tag, loader_func, devices=devices, span=span)
-        worker.thread.blocks.append((tag, instance))
-        try:
-            yield instance
-        except BaseException as error:
-            if is_out_of_memory(error) and not worker.namespace.is_inherited:
-                with suppress(MpmmError):
-                    self._connected().make_room_after_use(tag)
-            raise
-        finally:
-            # A generator may be ended by another thread.
-            with suppress(ValueError):
-                worker.thread.blocks.remove((tag, instance))
-            # A child that was forked inside the block comes by here, too, but the copy is held by its parent.
-            if not worker.namespace.is_inherited:
-                self.release_model(tag, instance)
+        return _Block(self, tag, loader_func, devices, span)
 
     def model_async(
         self, tag: str, loader_func: Callable[[], Any], *, devices: Sequence[int | str] | None = None, span: int = 1
@@ -598,17 +726,36 @@ class ModelManager(BeamNames):
         refuse_while_importing_main("reserve memory for", name)
         worker = self._connected()
         wish = self._wish(worker, devices, span)
+        operation = worker.begin(sys._getframe())
+        try:
+            lease = self._reserve(worker, operation, name, encoded, float(mb), patience, wish)
+            worker.end(operation)
+            return lease
+        except BaseException:
+            worker.abandon(operation)
+            raise
+
+    def _reserve(
+        self,
+        worker: Worker,
+        operation: Operation,
+        name: str,
+        encoded: bytes,
+        mb: float,
+        patience: float,
+        wish: Wish,
+    ) -> Lease:
         began = time.monotonic()
         deadline = began + patience
         worker.freshen_to_queue(patience)
         with worker.waiting():
             with self._giving_up_in_time(worker, name):
-                enter = functools.partial(self._enqueue_lease, worker, encoded, mb, deadline, wish)
+                enter = functools.partial(self._enqueue_lease, worker, operation, encoded, mb, deadline, wish)
                 row = self._making_room(worker, name, deadline, enter)
-            while self._await_answer(worker, row, deadline) is not None:
+            while self._await_answer(worker, operation, row, deadline) is not None:
                 with self._giving_up_in_time(worker, name), suppress(AnswerUndone):
-                    return self._take_lease(worker, name, mb, row, deadline, wish)
-            reason = self._leave_queue(worker, row, timed_out=True)
+                    return self._take_lease(worker, operation, name, mb, row, deadline, wish)
+            reason = self._leave_queue(worker, operation, row, timed_out=True)
             waited = time.monotonic() - began
             raise AcquireTimeoutError(
                 f"lease {name!r} of {mb:g} MB: not to be had within {waited:.1f} s (last reason: {reason}); "
@@ -646,16 +793,34 @@ class ModelManager(BeamNames):
         refuse_while_importing_main("preload the model", tag)
         worker = self._connected()
         wish = self._wish(worker, devices, span)
+        operation = worker.begin(sys._getframe())
+        try:
+            loaded = self._preload(worker, operation, tag, loader_func, copies, patience, wish)
+        except BaseException:
+            worker.abandon(operation)
+            raise
+        worker.end(operation)
+        return loaded
+
+    def _preload(
+        self,
+        worker: Worker,
+        operation: Operation,
+        tag: str,
+        loader_func: Callable[[], Any],
+        copies: int,
+        patience: float,
+        wish: Wish,
+    ) -> int:
         for loaded in range(copies):
             with self._giving_up_in_time(worker, tag):
-                answer = self._queue(worker, tag, time.monotonic() + patience, wish, preload=copies)
-            if answer is None:
+                answer = self._queue(worker, operation, tag, time.monotonic() + patience, wish, preload=copies)
+            if not isinstance(answer, _Booking):
                 return loaded
-            assert isinstance(answer, _Booking), "a preload is granted no copy"
-            value = self._load_somehow(worker, tag, answer, loader_func, wish, preload=copies)
-            copy = worker.let_go(value, tag)
-            assert copy is not None, "it was loaded just now"
-            self._give_back(worker, tag, copy, used=False)
+            self._load_somehow(worker, operation, tag, answer, loader_func, wish, preload=copies)
+            if operation.held is not None and worker.let_go_of(operation.held, operation):
+                self._give_back(worker, tag, operation.held[0], used=False)
+            operation.held = None
         return copies
 
     @_closed_by_shutdown
@@ -679,11 +844,17 @@ class ModelManager(BeamNames):
                 model = namespace.transitions.claim_model(t, tag, encoded)
                 namespace.transitions.pin(t, model, namespace.slot)
 
-        with namespace.transaction():
-            found = namespace.tables.model_row(tag)
-            if found is not None and namespace.tables.pin_row(found, namespace.reference) is not None:
-                return
-        self._making_room(worker, tag, time.monotonic() + self._settings.wait_timeout_seconds, pin)
+        def is_pinned() -> bool:
+            with namespace.transaction():
+                found = namespace.tables.model_row(tag)
+                return found is not None and namespace.tables.pin_row(found, namespace.reference) is not None
+
+        operation = worker.begin(sys._getframe())
+        try:
+            if not is_pinned():
+                self._making_room(worker, tag, time.monotonic() + self._settings.wait_timeout_seconds, pin)
+        finally:
+            worker.end(operation)
 
     @_closed_by_shutdown
     def unpin(self, tag: str) -> None:
@@ -694,13 +865,27 @@ class ModelManager(BeamNames):
         _encoded_tag(tag)
         worker = self._connected()
         namespace = worker.namespace
-        with namespace.transaction() as t:
+
+        def unpin(t: Transaction) -> bool:
             model = namespace.tables.model_row(tag)
             row = None if model is None else namespace.tables.pin_row(model, namespace.reference)
-            if row is None:
-                raise NotAcquiredError(f"unpin of {tag!r}: this process has no pin on it", tag=tag)
-            namespace.transitions.unpin(t, row)
-            worker.scheduler.advance(t)
+            if row is not None:
+                namespace.transitions.unpin(t, row)
+                worker.scheduler.advance(t)
+            return row is not None
+
+        operation = worker.begin(sys._getframe())
+        try:
+            with namespace.transaction() as t:
+                found = unpin(t)
+        except ReentrantCallError:
+            # A finalizer or signal handler gives it back, so it is pinned for all that can be seen.
+            worker.owe(unpin)
+            found = True
+        finally:
+            worker.end(operation)
+        if not found:
+            raise NotAcquiredError(f"unpin of {tag!r}: this process has no pin on it", tag=tag)
 
     @property
     def namespace(self) -> str:
@@ -736,7 +921,14 @@ class ModelManager(BeamNames):
         worker = getattr(self, "_worker_if_connected", None)
         if worker is None or worker.closing or not worker.namespace.is_usable or sys.is_finalizing():
             return
-        thread = threading.Thread(target=self._forgotten, name="mpmm-shutdown")
+        self._start_shutdown(self._forgotten)
+
+    def _shut_down_beside(self) -> None:
+        self._start_shutdown(self.shutdown)
+
+    @staticmethod
+    def _start_shutdown(target: Callable[[], None]) -> None:
+        thread = threading.Thread(target=target, name="mpmm-shutdown")
         with suppress(RuntimeError):
             thread.start()
             _shutting_down.append(thread)
@@ -748,8 +940,8 @@ class ModelManager(BeamNames):
         """
         worker = self._worker_if_connected
         with _workers_guard:
-            if worker is not None and worker.managers == 1 and worker.holds_copies:
-                worker.managers -= 1
+            if worker is not None and worker.manager_ids == {id(self)} and worker.holds_copies:
+                worker.manager_ids.clear()
                 self._closed = True
                 return
         self.shutdown()
@@ -803,7 +995,7 @@ class ModelManager(BeamNames):
 
     # ---- the way of an acquire -----------------------------------------------------------------------------
 
-    def _get(self, worker: Worker, tag: str, wish: Wish) -> Copy | _Booking:
+    def _get(self, worker: Worker, operation: Operation, tag: str, wish: Wish) -> Copy | _Booking:
         """Return a copy that lives and that this process holds now, or the permission to load one.
 
         Raises LockTimeoutError also when the lock was not free within `wait_timeout_seconds`.
@@ -812,16 +1004,19 @@ class ModelManager(BeamNames):
         deadline = time.monotonic() + left
         left = left or NOW_S
         while True:
-            got: Copy | _Booking | None = self._take_idle(worker, tag, left, wish.tied)
+            got: Copy | _Booking | None = self._take_idle(worker, operation, tag, left, wish.tied)
             if got is None:
-                got = self._queue(worker, tag, deadline, wish)
-                assert got is not None, "only a preload can have enough"
-            if isinstance(got, _Booking) or worker.handle_is_alive(got):
+                got = self._queue(worker, operation, tag, deadline, wish)
+            # None stands for enough copies, which only a preload is told.
+            if isinstance(got, _Booking) or (got is not None and worker.handle_is_alive(got)):
                 return got
-            self._discard(worker, got)
+            if got is not None:
+                self._discard(worker, operation, got)
             left = deadline - time.monotonic()
 
-    def _take_idle(self, worker: Worker, tag: str, patience_s: float, tied: int) -> Copy | None:
+    def _take_idle(
+        self, worker: Worker, operation: Operation, tag: str, patience_s: float, tied: int
+    ) -> Copy | None:
         """Take an idle copy if those who wait are not concerned, and nobody runs alone where it lies."""
         namespace = worker.namespace
         with namespace.transaction(patience_s) as t:
@@ -831,10 +1026,10 @@ class ModelManager(BeamNames):
             if worker.scheduler.must_queue() and not worker.scheduler.may_take(row):
                 return None
             namespace.transitions.grab(t, row, namespace.reference)
-            return worker.hold(row, tag)
+            return worker.hold(row, tag, operation)
 
     def _queue(
-        self, worker: Worker, tag: str, deadline: float, wish: Wish = _ANYWHERE, preload: int = 0
+        self, worker: Worker, operation: Operation, tag: str, deadline: float, wish: Wish = _ANYWHERE, preload: int = 0
     ) -> Copy | _Booking | None:
         """Wait in the queue; return a copy that this process holds now, or the permission to load one.
 
@@ -846,17 +1041,18 @@ class ModelManager(BeamNames):
         self._run_alone_no_more(worker, [*firm, *alone])
         worker.freshen_to_queue(deadline - began)
         with worker.waiting():
-            row = self._enqueue(worker, tag, encoded, deadline, preload, wish, nested=bool(firm or alone))
+            row = self._enqueue(worker, operation, tag, encoded, deadline, preload, wish, nested=bool(firm or alone))
             if firm:
                 self._expect_no_deadlock(worker, tag, row, firm)
             while True:
-                state = self._await_answer(worker, row, deadline)
+                state = self._await_answer(worker, operation, row, deadline)
                 if state is None:
-                    raise self._gave_up(tag, time.monotonic() - began, self._leave_queue(worker, row, timed_out=True))
-                if state == Ticket.GRANTED and (copy := worker.hold_granted(row, tag)) is not None:
+                    reason = self._leave_queue(worker, operation, row, timed_out=True)
+                    raise self._gave_up(tag, time.monotonic() - began, reason)
+                if state == Ticket.GRANTED and (copy := worker.hold_granted(row, tag, operation)) is not None:
                     return copy
                 with suppress(AnswerUndone):
-                    return self._act_on(worker, tag, row, deadline, wish)
+                    return self._act_on(worker, operation, tag, row, deadline, wish)
 
     def _run_alone_no_more(self, worker: Worker, rows: list[int]) -> None:
         """End the isolation of what the calling thread holds or loads, as it asks for something else; measure it."""
@@ -949,6 +1145,7 @@ class ModelManager(BeamNames):
     def _enqueue(
         self,
         worker: Worker,
+        operation: Operation,
         tag: str,
         encoded: bytes,
         deadline: float,
@@ -956,12 +1153,13 @@ class ModelManager(BeamNames):
         wish: Wish,
         nested: bool = False,
     ) -> int:
-        enter = functools.partial(self._enqueue_now, worker, tag, encoded, deadline, preload, wish, nested)
+        enter = functools.partial(self._enqueue_now, worker, operation, tag, encoded, deadline, preload, wish, nested)
         return self._making_room(worker, tag, deadline, enter)
 
     def _enqueue_now(
         self,
         worker: Worker,
+        operation: Operation,
         tag: str,
         encoded: bytes,
         deadline: float,
@@ -985,17 +1183,18 @@ class ModelManager(BeamNames):
                 t, model, namespace.slot, priority, need_mb, deadline_ns, preload, devices, wish.tied, wish.span, nested
             )
             number = words[namespace.tables.ticket(row) + Ticket.NUMBER]
+            operation.ticket = (row, number)
             worker.scheduler.advance(t, newcomer=row)
         self.logging_info("Queued for %s: ticket %s, priority %s", tag, number, priority)
         return row
 
-    def _await_answer(self, worker: Worker, row: int, deadline: float) -> int | None:
+    def _await_answer(self, worker: Worker, operation: Operation, row: int, deadline: float) -> int | None:
         """Have what has to go for the ticket unloaded, then `_wait`; an exception takes it out of the queue."""
         try:
             worker.unload_beside()
             return self._wait(worker, row, deadline)
         except BaseException:
-            self._leave_queue(worker, row)
+            self._leave_queue(worker, operation, row)
             raise
 
     def _wait(self, worker: Worker, row: int, deadline: float) -> int | None:
@@ -1024,7 +1223,9 @@ class ModelManager(BeamNames):
             if words[signal] == seen:
                 worker.scheduler.await_alerted(row)
 
-    def _act_on(self, worker: Worker, tag: str, row: int, deadline: float, wish: Wish) -> Copy | _Booking | None:
+    def _act_on(
+        self, worker: Worker, operation: Operation, tag: str, row: int, deadline: float, wish: Wish
+    ) -> Copy | _Booking | None:
         namespace = worker.namespace
         words, tables = namespace.segment.words, namespace.tables
         try:
@@ -1036,13 +1237,14 @@ class ModelManager(BeamNames):
                 need_mb = namespace.segment.floats[at + Ticket.NEED_MB]
                 namespace.transitions.take_answer(t, row)
                 if state == Ticket.GRANTED:
-                    return worker.hold(instance, tag)
+                    return worker.hold(instance, tag, operation)
                 if state == Ticket.LOAD:
                     generation = words[tables.instance(instance) + Instance.GENERATION]
+                    operation.booking = (instance, generation)
                     return _Booking(instance, generation, namespace.transitions.runs_alone(instance))
         except LockTimeoutError:
             # Else what was granted would stay ours for ever, unknown to everybody here.
-            worker.owe(lambda t: namespace.transitions.leave_queue(t, row))
+            worker.owe(functools.partial(worker.leave_if_there, operation.ticket))
             raise
         if state == Ticket.ENOUGH:
             return None
@@ -1071,25 +1273,32 @@ class ModelManager(BeamNames):
             device=device,
         )
 
-    def _leave_queue(self, worker: Worker, row: int, timed_out: bool = False) -> str:
+    def _leave_queue(self, worker: Worker, operation: Operation, row: int, timed_out: bool = False) -> str:
         """Give up waiting, and what the ticket may have been given; return why it waited."""
         namespace = worker.namespace
         if not namespace.is_usable:
             return "shut down"
 
+        ticket = operation.ticket
+
         def leave(t: Transaction) -> str:
             reason = worker.scheduler.why(row)
-            namespace.transitions.leave_queue(t, row)
+            if not worker.leave_if_there(ticket, t):
+                return reason
             if timed_out:
                 t.add(Header.TIMEOUTS, 1)
             worker.scheduler.advance(t)
             return reason
 
-        return worker.now_or_later(leave) or "lock"
+        reason = worker.now_or_later(leave) or "lock"
+        operation.ticket = None
+        return reason
 
     # ---- the way of a lease --------------------------------------------------------------------------------
 
-    def _enqueue_lease(self, worker: Worker, encoded: bytes, mb: float, deadline: float, wish: Wish) -> int:
+    def _enqueue_lease(
+        self, worker: Worker, operation: Operation, encoded: bytes, mb: float, deadline: float, wish: Wish
+    ) -> int:
         namespace = worker.namespace
         devices = wish.devices or worker.board.visible_bits()
         with namespace.transaction(max(NOW_S, deadline - time.monotonic())) as t:
@@ -1098,10 +1307,13 @@ class ModelManager(BeamNames):
             row = namespace.transitions.enqueue(
                 t, model, namespace.slot, 1, mb, deadline_ns, 0, devices, wish.tied, wish.span
             )
+            operation.ticket = (row, namespace.segment.words[namespace.tables.ticket(row) + Ticket.NUMBER])
             worker.scheduler.advance(t, newcomer=row)
         return row
 
-    def _take_lease(self, worker: Worker, name: str, mb: float, row: int, deadline: float, wish: Wish) -> Lease:
+    def _take_lease(
+        self, worker: Worker, operation: Operation, name: str, mb: float, row: int, deadline: float, wish: Wish
+    ) -> Lease:
         namespace = worker.namespace
         try:
             with namespace.transaction(max(NOW_S, deadline - time.monotonic())) as t:
@@ -1111,9 +1323,11 @@ class ModelManager(BeamNames):
                     raise AnswerUndone
                 namespace.transitions.take_answer(t, row)
                 if state == Ticket.GRANTED:
-                    return Lease(worker, instance, name, mb, self)
+                    lease = Lease(worker, instance, name, mb, self)
+                    operation.booking = lease.reference
+                    return lease
         except LockTimeoutError:
-            worker.owe(lambda t: namespace.transitions.leave_queue(t, row))
+            worker.owe(functools.partial(worker.leave_if_there, operation.ticket))
             raise
         if state == Ticket.RESET:
             raise self._taken_away(worker, f"ended the wait for {name!r}", name)
@@ -1132,6 +1346,7 @@ class ModelManager(BeamNames):
     def _load_somehow(
         self,
         worker: Worker,
+        operation: Operation,
         tag: str,
         booking: _Booking,
         loader_func: Callable[[], Any],
@@ -1146,7 +1361,7 @@ class ModelManager(BeamNames):
         places = wish.devices or worker.board.visible_bits()
         attempt = _Attempt(places, last=False)
         try:
-            return self._load(worker, tag, booking, loader_func, attempt)
+            return self._load(worker, operation, tag, booking, loader_func, attempt)
         except Exception as error:
             if not attempt.again:
                 raise
@@ -1159,17 +1374,26 @@ class ModelManager(BeamNames):
             worker.make_room(devices)
             worker.wait_for_unloads(devices)
             deadline = time.monotonic() + self._settings.wait_timeout_seconds
-            answer = self._queue(worker, tag, deadline, wish, preload) if preload else self._get(worker, tag, wish)
+            if preload:
+                answer = self._queue(worker, operation, tag, deadline, wish, preload)
+            else:
+                answer = self._get(worker, operation, tag, wish)
         if answer is None:
             raise failure
         del failure
         if not isinstance(answer, _Booking):
             return answer.value
-        return self._load(worker, tag, answer, loader_func, _Attempt(places, last=True))
+        return self._load(worker, operation, tag, answer, loader_func, _Attempt(places, last=True))
 
     @_closed_by_shutdown
     def _load(
-        self, worker: Worker, tag: str, booking: _Booking, loader_func: Callable[[], Any], attempt: _Attempt
+        self,
+        worker: Worker,
+        operation: Operation,
+        tag: str,
+        booking: _Booking,
+        loader_func: Callable[[], Any],
+        attempt: _Attempt,
     ) -> Any:
         """Run the loader, with no lock held, and put what it made into the books."""
         began = time.monotonic()
@@ -1181,10 +1405,7 @@ class ModelManager(BeamNames):
                 )
             if booking.alone:
                 # What it adds is measured against this figure, so it must be one from now, whatever that takes.
-                worker.sample_now()
-                worker.reset_peak()
-                with worker.namespace.transaction() as t:
-                    worker.namespace.transitions.set_baseline(t, booking.row)
+                self._begin_alone(worker, booking)
             growth = worker.measuring_growth()
             attempt.free = worker.free_for_load(booking.row)
             if booking.alone:
@@ -1195,12 +1416,13 @@ class ModelManager(BeamNames):
                     value = loader_func()
             finally:
                 worker.thread.loads.remove((booking.row, booking.generation))
-            copy = self._book_in(worker, tag, booking, value, growth)
+            copy = self._book_in(worker, operation, tag, booking, value, growth)
         except BaseException as error:
             ran_out = is_out_of_memory(error)
             attempt.again = ran_out and not attempt.last
             failed = isinstance(error, Exception) and not isinstance(error, _NOT_THE_LOADERS)
             in_time = self._give_up_load(worker, booking, attempt if ran_out else None, failed)
+            operation.booking = None
             unload_made(value)
             value = None
             collect_garbage()
@@ -1218,7 +1440,16 @@ class ModelManager(BeamNames):
         )
         return copy.value
 
-    def _book_in(self, worker: Worker, tag: str, booking: _Booking, value: Any, growth: Growth) -> Copy:
+    @staticmethod
+    def _begin_alone(worker: Worker, booking: _Booking) -> None:
+        worker.sample_now()
+        worker.reset_peak()
+        with worker.namespace.transaction() as t:
+            worker.namespace.transitions.set_baseline(t, booking.row)
+
+    def _book_in(
+        self, worker: Worker, operation: Operation, tag: str, booking: _Booking, value: Any, growth: Growth
+    ) -> Copy:
         namespace = worker.namespace
         words, tables = namespace.segment.words, namespace.tables
         handle = encode_text(value, Instance.HANDLE_BYTES, f"handle of {tag!r}") if isinstance(value, str) else b""
@@ -1259,7 +1490,7 @@ class ModelManager(BeamNames):
                 # It was loaded alone because nobody knew whether the source knows processes; now it is measured.
                 namespace.transitions.end_isolation(t, booking.row)
             loaded = words[tables.model(model) + Model.LOADED]
-            copy = worker.adopt(booking.row, tag, value)
+            copy = worker.adopt(booking.row, tag, value, operation)
             worker.scheduler.advance(t)
         report_model_count(tag, loaded)
         if learnt is not None:
@@ -1334,9 +1565,10 @@ class ModelManager(BeamNames):
         added = worker.added_mb(copy.row)
         return None if added is None else max(added) * len(added)
 
-    def _discard(self, worker: Worker, copy: Copy) -> None:
+    def _discard(self, worker: Worker, operation: Operation, copy: Copy) -> None:
         """Strike off a copy whose server turned out to be dead."""
-        worker.let_go(copy.value, copy.tag)
+        if operation.held is not None:
+            worker.let_go_of(operation.held, operation)
 
         def discard(t: Transaction) -> None:
             worker.settle_receipts(t)
@@ -1345,6 +1577,7 @@ class ModelManager(BeamNames):
                 worker.scheduler.advance(t)
 
         worker.now_or_later(discard)
+        operation.held = None
 
     # ---- bookings made by hand -----------------------------------------------------------------------------
 
@@ -1353,10 +1586,16 @@ class ModelManager(BeamNames):
         _encoded_tag(tag)
         worker = self._connected()
         self.logging_info("Booking for %s, ticket %s", tag, ticket_num)
+        operation = worker.begin(sys._getframe())
         try:
-            answer = self._queue(worker, tag, time.monotonic() + self._settings.lock_timeout_seconds)
+            answer = self._queue(worker, operation, tag, time.monotonic() + self._settings.lock_timeout_seconds)
         except AcquireTimeoutError:
+            worker.end(operation)
             return False
+        except BaseException:
+            worker.abandon(operation)
+            raise
+        worker.end(operation)
         if isinstance(answer, _Booking) and answer.alone == alone:
             self._bookings.__dict__.setdefault("by_tag", {})[tag] = answer
             self._bookings_made = True
@@ -1376,7 +1615,7 @@ class ModelManager(BeamNames):
     def _connected(self) -> Worker:
         """Return this process's worker, joining the namespace first if need be: at first use, or after a fork."""
         worker = self._worker_if_connected
-        if worker is not None and worker.namespace.is_usable and not _is_left_behind(worker):
+        if worker is not None and not self._closed and worker.namespace.is_usable and not _is_left_behind(worker):
             return worker
         if self._closed:
             raise ClosedError("the model manager was shut down")
@@ -1388,8 +1627,8 @@ class ModelManager(BeamNames):
             if worker is None or not worker.namespace.is_usable:
                 worker = self._join()
                 _workers[key] = worker
-            worker.managers += 1
             self._worker_if_connected = worker
+            worker.manager_ids.add(id(self))
         self._report_differences(worker.namespace.settings)
         return worker
 

@@ -19,16 +19,18 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import FrameType
 from typing import Any, TypeVar
 
 from mpmm import multi_process_shared
 from mpmm.beam_metrics import report_estimate, report_model_count
 from mpmm.board import ForeignMonitor, SharedBoard
-from mpmm.errors import LockTimeoutError, MpmmError, ServerStartError
+from mpmm.errors import LockTimeoutError, MpmmError, ReentrantCallError, ServerStartError
 from mpmm.fork_hooks import ChildStep, in_forked_child
 from mpmm.gpu_monitor import GPUMonitor
 from mpmm.keeper import REPEAT_S, Keeper
 from mpmm.kept_estimates import KeptEstimates
+from mpmm.operations import Held, Operation, ended_calls
 from mpmm.placement import Placement, place_for_good, server_setting
 from mpmm.policy.out_of_memory import bound_mb, raised_estimate_mb
 from mpmm.policy.view import Reason
@@ -55,6 +57,8 @@ _LOG = printable_logger("mpmm")
 _UNLOAD_METHODS = ("unload_model", "mock_model_unsafe_hard_delete")
 # A waiter that is sent away needs the lock once, to leave the queue.
 WAITERS_LEAVE_TIMEOUT_S = 5.0
+# Calls in progress in other threads, which take microseconds where they do not load.
+CALLS_END_TIMEOUT_S = 0.5
 # Who gives up waiting does so on time: a lock that is not free in this time is left to the keeper to wait for.
 NOW_S = 0.05
 # Servers to end at a time; each takes a thread that mostly waits.
@@ -161,12 +165,12 @@ class Free:
 class ThreadHolds(threading.local):
     """What the calling thread holds or loads here.
 
-    blocks: what it has in `with manager.model(...)` blocks, tag and value, innermost last. loads: what the loaders load
-    that it is running, row and generation. alone: what it has loaded to run alone, in a block or not.
+    blocks: the operations of its `with manager.model(...)` blocks, innermost last. loads: what the loaders load that it
+    is running, row and generation. alone: what it has loaded to run alone, in a block or not.
     """
 
     def __init__(self) -> None:
-        self.blocks: list[tuple[str, Any]] = []
+        self.blocks: list[Operation] = []
         self.loads: list[tuple[int, int]] = []
         self.alone: tuple[int, int] | None = None
 
@@ -191,6 +195,24 @@ class LookAgain:
             self._worker.scheduler.advance(t)
         self._not_before = time.monotonic() + self._pause_s
         self._pause_s = min(2 * self._pause_s, LONGEST_LOOK_AGAIN_S)
+
+
+class _Waiting(contextlib.AbstractContextManager[None]):
+    """Counts a call among those that wait."""
+
+    def __init__(self, waiting: set[Operation], left: threading.Condition, call: Operation) -> None:
+        self._waiting = waiting
+        self._left = left
+        self._call = call
+
+    def __enter__(self) -> None:
+        self._waiting.add(self._call)
+
+    def __exit__(self, *_: object) -> None:
+        self._waiting.discard(self._call)
+        self._call.frame = None
+        with self._left:
+            self._left.notify_all()
 
 
 class Growth:
@@ -243,19 +265,30 @@ class Worker:
         self.scheduler.go_on = self._owe_an_advance
         self.board = SharedBoard(namespace, self.scheduler)
         self.estimator = SharedResourceEstimator(namespace, verbose_logging)
-        self.managers = 0
+        # By identity: a manager that an exception kept from being taken off is taken off once all the same.
+        self.manager_ids: set[int] = set()
         self.monitor = monitor
-        self._mutex = threading.Lock()
+        # An RLock, because a finalizer or signal handler may come by while its own thread has it.
+        self._mutex = threading.RLock()
         # Threads in the queue; `close` sends them away before the segment is unmapped under them.
-        self._threads_waiting = 0
+        self._waiting: set[Operation] = set()
         self._thread_left = threading.Condition(self._mutex)
         self.closing = False
+        # The call that closes, and whether it came to its end.
+        self._closer = Operation(None)
+        self.is_closed = False
         # Objects loaded here, by row: nobody else can use them.
         self._objects: dict[int, Copy] = {}
         self._rows_of_model: dict[int, list[int]] = defaultdict(list)
         # Handles that this process has held, by row; the generation tells whether one still stands there.
         self._handles: dict[int, Copy] = {}
-        self._held: dict[Hashable, list[Copy]] = defaultdict(list)
+        # What this process holds, by row and generation; and where a value was last seen to be held. Without a mutex:
+        # each change is one step of the interpreter, which neither threads nor finalizers can split.
+        self._held: dict[tuple[int, int], Held] = {}
+        self._held_at: dict[Hashable, tuple[int, int]] = {}
+        # The calls that have something in hand, see `mpmm.operations`.
+        self.operations: set[Operation] = set()
+        self.has_abandoned = False
         self._unloading: set[int] = set()
         self.thread = ThreadHolds()
         # Tags whose loaders were seen to return handles of others.
@@ -268,6 +301,11 @@ class Worker:
         self.keeper = Keeper(self)
         monitor.bind(self.board, self.keeper.note_sample)
         _workers.add(self)
+
+    @property
+    def managers(self) -> int:
+        """How many managers share this."""
+        return len(self.manager_ids)
 
     @property
     def source(self) -> MemorySource:
@@ -290,11 +328,13 @@ class Worker:
     def close(self) -> None:
         """Leave the namespace: unload what only this process can use, and everything if it is the last.
 
-        Calling it again does nothing, also while the first call is at work.
+        Calling it again does nothing, also while the first call is at work, unless an exception has ended that.
         """
+        call = Operation(sys._getframe())
         with self._mutex:
-            if self.closing:
+            if self.is_closed or (self.closing and self._closer not in ended_calls({self._closer})):
                 return
+            self._closer = call
             self.closing = True
         self._send_waiters_away()
         leading = self.keeper.leading
@@ -314,6 +354,8 @@ class Worker:
         self.namespace.leave(self._unload_everything)
         self.monitor.close_source()
         _workers.discard(self)
+        self.is_closed = True
+        call.frame = None
 
     def keep_estimates(self, at_last: bool = False) -> None:
         """Write the estimates to their file, if there is one and they were not just taken for granted.
@@ -330,13 +372,14 @@ class Worker:
     def now_or_later(self, change: Callable[[Transaction], T]) -> T | None:
         """Make a change that must not be left out, in a transaction, and return its result.
 
-        When the lock is not to be had at once the keeper makes the change as soon as it is, and the result is None: a
-        ticket or a load that nobody in this process knows of any more would stand until the process ends.
+        When the lock is not to be had at once, or this is a finalizer or signal handler, the keeper makes the change as
+        soon as it is, and the result is None: a ticket or a load that nobody in this process knows of any more would
+        stand until the process ends.
         """
         try:
             with self.namespace.transaction(NOW_S) as t:
                 return change(t)
-        except LockTimeoutError:
+        except (LockTimeoutError, ReentrantCallError):
             self.owe(change)
             return None
 
@@ -362,29 +405,42 @@ class Worker:
                 self.scheduler.advance(t)
             self._owed.popleft()
 
-    @contextlib.contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Count the calling thread among those that wait in the queue."""
-        with self._mutex:
-            self._threads_waiting += 1
-        try:
-            yield
-        finally:
-            with self._mutex:
-                self._threads_waiting -= 1
-                self._thread_left.notify_all()
+    def waiting(self, in_block: bool = True) -> contextlib.AbstractContextManager[None]:
+        """Count the calling thread among those that wait in the queue, for the length of a `with` block.
+
+        in_block: an exception that has left the block's function ends it, too. Else `__exit__` is sure to be called.
+        """
+        return _Waiting(self._waiting, self._thread_left, Operation(sys._getframe(1) if in_block else None))
+
+    def _waits(self, calls: set[Operation]) -> bool:
+        """Tell whether another thread is at one of these calls."""
+        others = [call for call in list(calls) if call.thread != threading.get_ident()]
+        return bool(others) and not set(others).issubset(ended_calls(set(others)))
+
+    def is_busy_here(self) -> bool:
+        """Tell whether the calling thread is in the middle of another call: this is a finalizer or signal handler."""
+        here = {
+            call
+            for call in (*list(self.operations), *list(self._waiting))
+            if call.thread == threading.get_ident() and call.frame is not None
+        }
+        return self.namespace.lock.held_by_this_thread() or not here.issubset(ended_calls(here))
 
     def _send_waiters_away(self) -> None:
         """Have the threads that wait find out that they are to go; without the lock, whose holder may be stopped."""
         namespace = self.namespace
         tables, address = namespace.tables, namespace.segment.address
         deadline = time.monotonic() + WAITERS_LEAVE_TIMEOUT_S
-        while self._threads_waiting and time.monotonic() < deadline:
+        while self._waits(self._waiting) and time.monotonic() < deadline:
             for row in tables.rows_where(namespace.segment.layout.tickets, Ticket.MEMBER, namespace.reference):
                 wake_all(address + 8 * (tables.ticket(row) + Ticket.SIGNAL))
             with self._mutex:
                 # Again and again, because one that does not sleep yet misses it.
-                self._thread_left.wait_for(lambda: not self._threads_waiting, REPEAT_S)
+                self._thread_left.wait(REPEAT_S)
+        # Those that do not wait are about to end, unless a loader runs.
+        deadline = time.monotonic() + CALLS_END_TIMEOUT_S
+        while self._waits({call for call in list(self.operations) if call.frame}) and time.monotonic() < deadline:
+            time.sleep(UNLOAD_LOOK_S)
 
     def forget_after_fork(self) -> None:
         """In a forked child: claim nothing of the parent's, and do not destroy it either.
@@ -540,13 +596,21 @@ class Worker:
                 return row
         return None
 
-    def hold(self, row: int, tag: str) -> Copy:
+    def hold(self, row: int, tag: str, operation: Operation) -> Copy:
         """Note that this process holds the copy of `tag` in an ACTIVE row, and return it. Needs the lock."""
         copy = self._copy_in(row, tag)
-        self.hold_again(copy)
+        self._note_held(copy, operation)
         return copy
 
-    def hold_granted(self, row: int, tag: str) -> Copy | None:
+    def _note_held(self, copy: Copy, operation: Operation) -> None:
+        at = (copy.row, copy.generation)
+        uses = self.namespace.segment.words[self.namespace.tables.instance(copy.row) + Instance.USES]
+        operation.gives_back = False
+        operation.held = held = (copy, uses)
+        self._held[at] = held
+        self._held_at[_key(copy.value)] = at
+
+    def hold_granted(self, row: int, tag: str, operation: Operation) -> Copy | None:
         """Note that this process holds what its ticket `row` was granted, and return it; without the lock.
 
         None if that cannot be told, because transactions come too fast or this machine's processors may reorder reads.
@@ -563,8 +627,9 @@ class Worker:
                 receipt = (row, words[at + Ticket.NUMBER])
                 # No transaction was open, so the grant is not one that may yet be rolled back.
                 if words[Header.CHANGE] == change:
+                    # First the hold, so that no transaction finds a copy in use that nobody in this process has.
+                    self._note_held(copy, operation)
                     self._receipts.add(receipt)
-                    self.hold_again(copy)
                     return copy
         return None
 
@@ -582,7 +647,15 @@ class Worker:
             # If not, another thread has just done so, and is about to take it off the list.
             if words[at] != Ticket.FREE and words[at + Ticket.NUMBER] == number:
                 self.namespace.transitions.take_answer(t, row)
-        t.after.append(partial(self._receipts.difference_update, receipts))
+        t.after.append(partial(self._forget_settled, receipts))
+
+    def _forget_settled(self, receipts: Sequence[tuple[int, int]]) -> None:
+        """Strike tickets off that are free. Looks, as calls after a transaction that was undone may be made, too."""
+        words, tables = self.namespace.segment.words, self.namespace.tables
+        for receipt in receipts:
+            at = tables.ticket(receipt[0])
+            if words[at] == Ticket.FREE or words[at + Ticket.NUMBER] != receipt[1]:
+                self._receipts.discard(receipt)
 
     @property
     def has_receipts(self) -> bool:
@@ -597,7 +670,7 @@ class Worker:
             copy = self._handles[row] = Copy(row, generation, tag, self.namespace.tables.handle_of(row))
         return copy
 
-    def adopt(self, row: int, tag: str, value: Any) -> Copy:
+    def adopt(self, row: int, tag: str, value: Any, operation: Operation) -> Copy:
         """Note a copy that this process has just loaded and holds; an object is its own from now on."""
         words, tables = self.namespace.segment.words, self.namespace.tables
         copy = Copy(row, words[tables.instance(row) + Instance.GENERATION], tag, value)
@@ -605,28 +678,164 @@ class Worker:
             if not isinstance(value, str):
                 self._objects[row] = copy
                 self._rows_of_model[words[tables.instance(row) + Instance.MODEL]].append(row)
-            self._held[_key(value)].append(copy)
+        self._note_held(copy, operation)
         return copy
 
-    def let_go(self, value: Any, tag: str) -> Copy | None:
+    def let_go(self, value: Any, tag: str, operation: Operation) -> Copy | None:
         """Strike a held copy off the list and return it; None when this process holds no such thing.
 
         Several copies can have equal handles, or be the same object: one of `tag` is preferred.
         """
-        with self._mutex:
-            copies = self._held.get(_key(value))
-            if not copies:
+        while True:
+            held = self._find_held(value, tag)
+            if held is None:
                 return None
-            of_tag = (at for at in reversed(range(len(copies))) if copies[at].tag == tag)
-            copy = copies.pop(next(of_tag, -1))
-            if not copies:
-                del self._held[_key(value)]
-            return copy
+            if self.let_go_of(held, operation):
+                return held[0]
 
-    def hold_again(self, copy: Copy) -> None:
+    def let_go_of(self, held: Held, operation: Operation) -> bool:
+        """Strike a hold off the list; return False if it was struck off before."""
+        copy = held[0]
+        at = (copy.row, copy.generation)
+        operation.held, operation.gives_back = held, True
+        found = self._held.pop(at, None)
+        if found is held:
+            self._held_at.pop(_key(copy.value), None)
+            return True
+        operation.held, operation.gives_back = None, False
+        if found is not None:
+            # Another hold of the same copy, which has begun since.
+            self._held[at] = found
+        return False
+
+    def _find_held(self, value: Any, tag: str) -> Held | None:
+        key = _key(value)
+        at = self._held_at.get(key)
+        held = None if at is None else self._held.get(at)
+        if held is not None and held[0].tag == tag and _key(held[0].value) == key:
+            return held
+        found = [held for held in list(self._held.values()) if _key(held[0].value) == key]
+        return next((held for held in reversed(found) if held[0].tag == tag), found[-1] if found else None)
+
+    def hold_again(self, held: Held) -> None:
         """Put back on the list what `let_go` has struck off."""
-        with self._mutex:
-            self._held[_key(copy.value)].append(copy)
+        copy = held[0]
+        self._held[copy.row, copy.generation] = held
+
+    # ---- calls that an exception has ended -------------------------------------------------------------------
+
+    def begin(self, frame: FrameType | None) -> Operation:
+        """Note that a call begins, which runs in `frame`, and return what it has in hand; see `mpmm.operations`."""
+        operation = Operation(frame)
+        self.operations.add(operation)
+        if self.keeper.dozing:
+            self.keeper.wake()
+        return operation
+
+    def begin_for(self, owner: object) -> Operation:
+        """Note that a call begins, which goes on for as long as `owner` is not collected."""
+        operation = Operation(None)
+        operation.owner = weakref.ref(owner)
+        self.operations.add(operation)
+        if self.keeper.dozing:
+            self.keeper.wake()
+        return operation
+
+    def end(self, operation: Operation) -> None:
+        """Note that a call has ended, and that what it has in hand is its caller's, or has been given back."""
+        operation.frame = None
+        if not operation.abandoned:
+            self.operations.discard(operation)
+
+    def abandon(self, operation: Operation) -> None:
+        """Leave to the keeper what a call has in hand that does not go on; from finalizers and signal handlers, too."""
+        operation.frame = None
+        if operation.has_something:
+            # It may have been taken off just before.
+            self.operations.add(operation)
+            operation.abandoned = self.has_abandoned = True
+            if self.namespace.is_usable:
+                self.keeper.wake()
+        else:
+            self.operations.discard(operation)
+
+    def reconcile(self) -> None:
+        """Take back what calls had in hand that an exception has ended, and end a transaction that it has left.
+
+        Raises LockTimeoutError.
+        """
+        self.has_abandoned = False
+        self.namespace.lock.end_abandoned()
+        self.namespace.lock.finish_calls()
+        for operation in ended_calls(self.operations):
+            self._take_back(operation)
+
+    def _take_back(self, operation: Operation) -> None:
+        if operation.has_something:
+            with self.namespace.transaction() as t:
+                self.settle_receipts(t)
+                self._leave_abandoned(t, operation)
+                self._release_abandoned(t, operation)
+                self.scheduler.advance(t)
+        self.operations.discard(operation)
+        operation.frame = None
+
+    def leave_if_there(self, ticket: tuple[int, int] | None, t: Transaction) -> bool:
+        """Take a ticket (row and number) out of the queue; return False if that has been done already."""
+        if ticket is None:
+            return False
+        words, at = self.namespace.segment.words, self.namespace.tables.ticket(ticket[0])
+        if words[at] == Ticket.FREE or words[at + Ticket.NUMBER] != ticket[1]:
+            return False
+        if words[at + Ticket.MEMBER] != self.namespace.reference:
+            return False
+        self.namespace.transitions.leave_queue(t, ticket[0])
+        return True
+
+    def _leave_abandoned(self, t: Transaction, operation: Operation) -> None:
+        """Give up ticket and load of a call, if the books still know of them."""
+        words, tables, transitions = self.namespace.segment.words, self.namespace.tables, self.namespace.transitions
+        others = [other.ticket for other in list(self.operations) if other is not operation]
+        # Where the transaction that queued it was undone, the next one was given the same number.
+        if operation.ticket not in others:
+            self.leave_if_there(operation.ticket, t)
+        if operation.booking is not None:
+            row, generation = operation.booking
+            at = tables.instance(row)
+            if (words[at + Instance.GENERATION], words[at + Instance.HOLDER]) == (generation, self.namespace.reference):
+                if words[at] == Instance.LOADING:
+                    transitions.give_up_load(t, row)
+                elif words[at] == Instance.LEASED:
+                    transitions.end_lease(t, row)
+
+    def _release_abandoned(self, t: Transaction, operation: Operation) -> None:
+        """Give back the copy of a call, unless that has been done, or another call has it by now."""
+        held = operation.held
+        if held is None:
+            return
+        copy, use = held
+        if self._is_granted(copy.row):
+            # Another waiter's by now, who may be about to put it on the list, without the lock.
+            return
+        at = (copy.row, copy.generation)
+        words, row = self.namespace.segment.words, self.namespace.tables.instance(copy.row)
+        if self._held.get(at) is held:
+            ours = True
+        else:
+            # It was struck off: by this call, to give it back, or because its transaction was undone.
+            others = [other for other in list(self.operations) if other is not operation and other.gives_back]
+            ours = operation.gives_back and words[row + Instance.USES] == use
+            ours = ours and not any(other.held is held for other in others)
+        if ours and self.is_held(copy):
+            self.scheduler.release(t, copy.row)
+        if self._held.get(at) is held:
+            self._held.pop(at)
+
+    def _is_granted(self, row: int) -> bool:
+        """Tell whether a ticket was granted the copy in a row, and its waiter has not taken it for certain."""
+        words, tables, layout = self.namespace.segment.words, self.namespace.tables, self.namespace.segment.layout
+        tickets = map(tables.ticket, tables.rows_where(layout.tickets, Ticket.INSTANCE, row + 1))
+        return any(words[at] == Ticket.GRANTED for at in tickets)
 
     @property
     def holds_copies(self) -> bool:
@@ -984,10 +1193,12 @@ class Worker:
         """
         words, tables, here = self.namespace.segment.words, self.namespace.tables, self.thread
         firm = [
-            row for row, generation in here.loads if words[tables.instance(row) + Instance.GENERATION] == generation
+            row
+            for row, generation in here.loads
+            if words[tables.instance(row)] == Instance.LOADING
+            and words[tables.instance(row) + Instance.GENERATION] == generation
         ]
-        with self._mutex:
-            copies = [copy for tag, value in here.blocks for copy in self._held.get(_key(value), ()) if copy.tag == tag]
+        copies = [block.held[0] for block in here.blocks if block.held is not None and block in self.operations]
         firm += [copy.row for copy in copies if self.is_held(copy)]
         alone = []
         if here.alone is not None:

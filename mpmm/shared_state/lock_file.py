@@ -60,12 +60,18 @@ class LockFile:
         self.path = path
         self._lock, self._unlock = lock_descriptor, unlock_descriptor
         self.fd = -1
+        self._pid = os.getpid()
         with fork_guard:
             if folder:
                 self.fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW)
             else:
                 self.fd = _open_private(path, _OPEN | os.O_CREAT if create else _OPEN)
             close_in_children(self)
+
+    def __del__(self) -> None:
+        # An exception from a signal handler has kept its owner from closing it: the lock would be held for ever.
+        if self.fd >= 0 and self._pid == os.getpid():
+            self.close()
 
     def try_exclusive(self) -> bool:
         """Take the exclusive lock if it is free; return whether it is held now."""

@@ -337,6 +337,9 @@ class Namespace:
         Calling `leave` again does nothing.
         """
         if not self.is_usable:
+            # Nothing is left to do, unless an exception from a signal handler has ended the first call.
+            if not self.is_inherited:
+                self._let_go()
             return
         # So that the last one finds what it is to remove.
         self._put_files_back()
@@ -352,15 +355,18 @@ class Namespace:
                 unload_everything()
             self._usable = False
             try:
-                last = self._leave_row(close=last)
-            except LockTimeoutError:
-                # A stopped process has the lock. That is no worker, or we would not be the last.
+                try:
+                    last = self._leave_row(close=last)
+                except LockTimeoutError:
+                    # A stopped process has the lock. That is no worker, or we would not be the last.
+                    if last:
+                        self.segment.words[Header.CLOSED] = Header.IS_CLOSED
                 if last:
-                    self.segment.words[Header.CLOSED] = Header.IS_CLOSED
-            if last:
-                self.segment.unlink()
-                self.runtime.remove(self._holds[-1].identity)
-            self._let_go()
+                    self.segment.unlink()
+                    self.runtime.remove(self._holds[-1].identity)
+            finally:
+                # Whatever is left undone others do, as for a process that has died.
+                self._let_go()
 
     def _leave_row(self, close: bool = False) -> bool:
         """Give up the row in the members table; if asked to, and no other worker lives, let nobody join any more.

@@ -25,6 +25,15 @@ before its transaction or the state after it. (Stores of one process are seen by
 kernel has stopped it; the log is in the order of SQLite's journal rules: save, overwrite, commit with one
 small store.)
 
+**An exception is a small death.** A signal handler may raise between any two bytecodes of a thread that lives on, and
+garbage collection may run a finalizer there that wants the lock, too. So the mutex is one that knows its owner, noted
+by the interpreter in the very act of taking it, and a transaction notes the frame that runs its `with`. Whoever finds
+the mutex taken can thus tell a transaction that runs, whose frame is on its thread's stack, from one that an exception
+has left. If it is the thread's own, it takes over what was left, and undoes it like a dead process's; another thread
+does so once two looks have found the same (`end_abandoned`), with a new mutex. What asks from within a running
+transaction of its own thread, a finalizer or signal handler, gets ReentrantCallError. For this to be right a function
+that catches what leaves its transaction does not begin another one in the same frame.
+
 **Readers without the lock.** `Header.CHANGE` is odd while a transaction is open. A copy of the segment is
 consistent if the counter was the same before and after the copy, and even; or odd, and two copies in turn are
 equal (the writer is stopped or slow), once the undo log in the copy has been rolled back in the copy.
@@ -36,15 +45,17 @@ the stores and kills the process at the n-th (`TransactionLock.intercept_stores`
 from __future__ import annotations
 
 import os
+import re
 import struct
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Any
 
-from mpmm.errors import ClosedError, LockTimeoutError, SegmentCorruptError, TableFullError
+from mpmm.errors import ClosedError, LockTimeoutError, ReentrantCallError, SegmentCorruptError, TableFullError
 from mpmm.shared_state.events import Cause
 from mpmm.shared_state.futex import wait_for_change, wake_one
 from mpmm.shared_state.layout import STEP_WORDS, Event, Header, Table
@@ -67,6 +78,10 @@ STARVES_AFTER_S = 0.1
 STARVING_SLEEP_S = 0.002
 # How long a claim holds: longer than its writer sleeps.
 CLAIM_NS = 5_000_000
+# A thread that waits for another one of its process looks so often whether that has been left by an exception.
+ABANDONED_LOOK_S = 0.05
+# What `repr` says of a mutex that is taken; there is no other way to learn whose it is.
+_OWNER = re.compile(r"^<locked .* owner=(\d+) ")
 _DOUBLE = struct.Struct("<d")
 _WORD = struct.Struct("<Q")
 
@@ -108,8 +123,16 @@ class TransactionLock:
         self.timeout_seconds = timeout_seconds
         self._pid = os.getpid()
         self._file = segment.lock_file()
-        self._mutex = threading.Lock()
-        self._owner: int | None = None
+        # An RLock, because it knows its owner; it is taken once at a time nevertheless.
+        self._mutex: Any = threading.RLock()
+        # The frame that runs the `with` of the transaction that is open.
+        self._frame: FrameType | None = None
+        # Who decides that a mutex was abandoned, and what was seen at the last look.
+        self._healing = threading.Lock()
+        self._suspected: tuple[int, ...] | None = None
+        # Calls to make after transactions, by the identity of their lists, until they were made; and those seen before.
+        self._calls: dict[int, list[Callable[[], object]]] = {}
+        self._calls_seen: set[int] = set()
         # For so many turns others are expected at the lock, and so many transactions of this one are over.
         self._crowded_turns = 0
         self._turn = 0
@@ -127,20 +150,22 @@ class TransactionLock:
 
     def held_by_this_thread(self) -> bool:
         """Tell whether the calling thread is inside a transaction."""
-        return self._owner == threading.get_ident()
+        return bool(self._mutex._is_owned())
 
-    def acquire(self, patience_s: float) -> None:
-        """Take mutex and file lock; undo what a dead process left. Raises LockTimeoutError, ClosedError."""
-        thread = threading.get_ident()
-        assert self._owner != thread, "transactions do not nest"
+    def acquire(self, patience_s: float, frame: FrameType) -> None:
+        """Take mutex and file lock; undo what a dead process, or an exception, left.
+
+        frame: it runs the `with` of the transaction. Raises LockTimeoutError, ClosedError, ReentrantCallError when this
+        thread is inside a transaction.
+        """
         began: float | None = None
+        mutex = self._mutex
         # acquire() without a time-out is the fast case, and by far the most common.
-        if not self._mutex.acquire(blocking=False):
+        if mutex._is_owned() or not mutex.acquire(blocking=False):
             began = time.monotonic()
-            if not self._mutex.acquire(timeout=patience_s):
-                raise self._timed_out(self._pid, patience_s)
+            self._wait_for_mutex(began, patience_s, frame)
         try:
-            self._owner = thread
+            self._frame = frame
             if self._file.fd < 0:
                 raise ClosedError(f"this process has left the namespace of {self.path}")
             if self.segment.words[Header.STARVING] or not self._file.try_exclusive():
@@ -162,9 +187,11 @@ class TransactionLock:
             if self._file.fd >= 0:
                 words = self.segment.words
                 starving, contended = words[Header.STARVING], words[Header.CONTENDED]
-                if contended and not starving:
-                    words[Header.CONTENDED] = 0
-                self._file.unlock()
+                try:
+                    if contended and not starving:
+                        words[Header.CONTENDED] = 0
+                finally:
+                    self._file.unlock()
                 if starving:
                     wake_one(self.segment.address + 8 * Header.STARVING)
                 elif contended:
@@ -176,10 +203,96 @@ class TransactionLock:
                         self._crowded_turns -= 1
                         turn_is_over = True
         finally:
-            self._owner = None
+            self._frame = None
             self._mutex.release()
         if turn_is_over:
             os.sched_yield()
+
+    def end_abandoned(self) -> None:
+        """End a transaction that an exception has left in another thread, so that the next one undoes it.
+
+        That takes two calls: only if both find the same is it certain that it was no other transaction of the thread.
+        """
+        with self._healing:
+            found = self._abandoned()
+            suspected, self._suspected = self._suspected, found
+            if found is not None and found == suspected:
+                self._suspected = None
+                self._frame = None
+                # The old one can be given up by its owner alone, which does not know of it any more.
+                self._mutex = threading.RLock()
+
+    def finish_calls(self) -> None:
+        """Make the calls after transactions that an exception has kept from being made, if any since the last call.
+
+        The exception may have come before the commit, so that the transaction was undone: such calls are wake-ups, log
+        lines, and what looks for itself.
+        """
+        if self._calls or self._calls_seen:
+            left = set(self._calls)
+            for key in left & self._calls_seen:
+                for call in self._calls.pop(key, ()):
+                    call()
+            self._calls_seen = left
+
+    @property
+    def may_be_abandoned(self) -> bool:
+        """Tell whether a transaction is open, or calls after one are to be made: the next look has something to do."""
+        return self._frame is not None or bool(self._calls) or _OWNER.match(repr(self._mutex)) is not None
+
+    def _abandoned(self) -> tuple[int, ...] | None:
+        """Return what tells the transaction of another thread from others if no frame of that thread is at it."""
+        seen = self._seen()
+        if seen is None or seen[0] == threading.get_ident():
+            return None
+        frame = sys._current_frames().get(seen[0])
+        if self._is_at_work(frame) or self._seen() != seen:
+            return None
+        return seen
+
+    def _seen(self) -> tuple[int, ...] | None:
+        """Return whose the mutex is, and since when; None if it is free, or given up."""
+        owner = _OWNER.match(repr(self._mutex))
+        if owner is None or self._file.fd < 0:
+            return None
+        words = self.segment.words
+        return int(owner[1]), words[Header.LOCK_TAKEN], words[Header.CHANGE]
+
+    def _is_at_work(self, frame: FrameType | None) -> bool:
+        """Tell whether a thread, at `frame`, is inside the transaction that is open, or at its beginning or end."""
+        open_in = self._frame
+        while frame is not None:
+            if frame is open_in or frame.f_code in _AT_WORK:
+                return True
+            frame = frame.f_back
+        return False
+
+    def _take_over(self, frame: FrameType) -> bool:
+        """Take over what this thread has left; return False if others have ended it. Raises ReentrantCallError."""
+        with self._healing:
+            if not self._mutex._is_owned():
+                return False
+            if self._is_at_work(frame):
+                raise ReentrantCallError(
+                    f"a finalizer or signal handler asked for the lock {self.path} in the middle of a transaction of "
+                    "its own thread; only what gives something back may be called there (release_model, unpin, "
+                    "Lease.release, shutdown): let it set a flag, or leave the rest to a thread"
+                )
+            self._suspected = None
+            return True
+
+    def _wait_for_mutex(self, began: float, patience_s: float, frame: FrameType) -> None:
+        """Take the mutex. Raises LockTimeoutError, ReentrantCallError."""
+        while True:
+            if self._mutex._is_owned() and self._take_over(frame):
+                return
+            left = began + patience_s - time.monotonic()
+            # Read anew each time, as it may have been replaced.
+            if self._mutex.acquire(timeout=min(max(0.0, left), ABANDONED_LOOK_S)):
+                return
+            if left <= 0:
+                raise self._timed_out(self._pid, patience_s)
+            self.end_abandoned()
 
     def close(self) -> None:
         """Close the descriptor; later transactions raise ClosedError. Not inside a transaction."""
@@ -190,8 +303,9 @@ class TransactionLock:
         """In a forked child: give up the parent's descriptor, whoever held the mutex at the fork."""
         self._file.forget_after_fork()
         self._pid = os.getpid()
-        self._mutex = threading.Lock()
-        self._owner = None
+        self._mutex = threading.RLock()
+        self._healing = threading.Lock()
+        self._frame = None
 
     def intercept_stores(self, wrap: Callable[[Any], Any]) -> None:
         """Send every store through `wrap(words)`; for crash tests, which kill the process at the n-th."""
@@ -269,7 +383,7 @@ class Transaction:
         self.after: list[Callable[[], object]] = []
 
     def __enter__(self) -> Transaction:
-        self._lock.acquire(self._patience_s)
+        self._lock.acquire(self._patience_s, sys._getframe(1))
         try:
             self._begin()
         except BaseException:
@@ -281,14 +395,17 @@ class Transaction:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        after = self.after
+        lock, after = self._lock, self.after
         try:
+            if after and kind is None:
+                lock._calls[id(after)] = after
             self._end(kind is None)
         finally:
-            self._lock.release()
-        if kind is None:
+            lock.release()
+        if after and kind is None:
             for call in after:
                 call()
+            lock._calls.pop(id(after), None)
 
     def _begin(self) -> None:
         self.words = words = self._lock.words
@@ -412,3 +529,9 @@ class Transaction:
             words[at + Event.OTHER] = cause.other
             words[at + Event.ON] = cause.on
         return Header.EVENTS, sequence
+
+
+_AT_WORK = frozenset(
+    function.__code__
+    for function in (TransactionLock.acquire, TransactionLock.release, Transaction.__enter__, Transaction.__exit__)
+)

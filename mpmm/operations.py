@@ -1,0 +1,82 @@
+"""What a public call has in hand while it runs, so that an exception from a signal handler leaves nothing behind.
+
+Such an exception may come between any two bytecodes: after a copy was taken in the books, say, and before the caller
+has it. So each call that takes or gives back something has an `Operation` in its worker's `operations` for as long as
+it runs, and notes there what it is about to have before it has it. The background thread looks at them a few times a
+second: a frame that is no longer on its thread's stack cannot go on, and what its operation has in hand goes back
+(`Worker.reconcile`). What is noted but was never had, because the transaction was undone, does not stand in the books,
+and nothing is done.
+
+At its end a call takes its operation off. What a `with` block holds stays noted without a frame: the block's object is
+its owner, and it goes back when that is collected without having come to its end. (No finalizer does that: an exception
+that a signal handler raises in one is lost to the program.)
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import weakref
+from types import FrameType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mpmm.worker import Copy
+
+__all__ = ["Held", "Operation", "ended_calls"]
+
+# One hold of a copy, and which use of the copy it is; told by identity from earlier and later holds of the same copy.
+Held = tuple["Copy", int]
+
+
+class Operation:
+    """One call. held: what it has taken, or if `gives_back`, has struck off the list of what this process holds.
+
+    ticket: row and number of its place in the queue. booking: row and generation of what it loads, or has leased.
+    frame: where it runs; None if it does not, because an object, its `owner`, answers for it. abandoned: it will not go
+    on.
+    """
+
+    held: Held | None = None
+    gives_back = False
+    ticket: tuple[int, int] | None = None
+    booking: tuple[int, int] | None = None
+    owner: weakref.ref[object] | None = None
+    abandoned = False
+
+    def __init__(self, frame: FrameType | None) -> None:
+        self.frame = frame
+        self.thread = threading.get_ident()
+
+    @property
+    def has_something(self) -> bool:
+        """Tell whether something may have to be given back for it."""
+        return self.held is not None or self.ticket is not None or self.booking is not None
+
+
+def ended_calls(operations: set[Operation]) -> list[Operation]:
+    """Return the calls that cannot go on, by what all threads are at."""
+    running = [(operation, operation.frame) for operation in list(operations)]
+    tops = sys._current_frames() if running else {}
+    return [
+        operation
+        for operation, frame in running
+        if operation.abandoned
+        # Looked at again, because the call may have come to its end before the stacks were seen.
+        or (_has_ended(operation, frame, tops) and operation.frame is frame and operation in operations)
+    ]
+
+
+def _has_ended(operation: Operation, frame: FrameType | None, tops: dict[int, FrameType]) -> bool:
+    if frame is None:
+        return operation.owner is not None and operation.owner() is None
+    return not _is_on_stack(frame, tops.get(operation.thread))
+
+
+def _is_on_stack(frame: FrameType, top: FrameType | None) -> bool:
+    """Tell whether `frame` is on the stack of a thread that was seen at `top`; None for a thread that has ended."""
+    while top is not None:
+        if top is frame:
+            return True
+        top = top.f_back
+    return False

@@ -1,0 +1,516 @@
+"""An exception at any bytecode of the package, as a signal handler may raise it, leaves nothing behind.
+
+Each operation is run again and again, with an exception at the first, second, ... last bytecode that it runs inside of
+mpmm. After each, within a second: the lock is free, no row is in use, loading or waiting on account of this process,
+the invariants hold, and the same thread can go on; at the end of an operation's points another process can, too.
+
+By default every k-th point of each operation is tried, from an offset that changes from day to day, so that all of it
+takes 20 seconds. `MPMM_INTERRUPT_STEP=1` tries every point, `MPMM_INTERRUPT_OFFSET` begins elsewhere:
+
+    MPMM_INTERRUPT_STEP=1 python -m pytest -s tests/test_interrupt_points.py
+
+One bytecode is left out: the return from the package to its caller. Behind the call before it, or at the beginning of
+a function, or at a jump backwards, the interpreter looks for signals, and nowhere else; so no handler runs there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dis
+import os
+import random
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytest
+from conftest import SMALL
+from processes import Seat, files_in, segments_of, wait_until
+
+import mpmm
+from mpmm import AcquireTimeoutError, NotAcquiredError
+from mpmm.model_manager import ModelManager
+from mpmm.shared_state.invariants import check_invariants
+from mpmm.shared_state.layout import Capacities, Header
+from mpmm.shared_state.lock_file import LockFile
+from mpmm.shared_state.runtime_dir import RUNTIME_DIR_VARIABLE
+from mpmm.shared_state.snapshot import Snapshot, read_snapshot
+
+# What is raised in a finalizer, of a lock file say, is lost to the program, and reported; nothing is left behind then.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+PACKAGE = str(Path(mpmm.__file__).parent)
+STEP = int(os.environ.get("MPMM_INTERRUPT_STEP", "0"))
+OFFSET = int(os.environ.get("MPMM_INTERRUPT_OFFSET", str(int(time.time() // 86400))))
+RETURNS = {code for name, code in dis.opmap.items() if name.startswith("RETURN_")}
+HEALS_WITHIN_S = 1.0
+SMALL_TABLES = Capacities(members=8, models=16, instances=16, tickets=8, events=16)
+# A test that fails needs not say so a thousand times, a second each.
+ENOUGH_FAILURES = 20
+
+
+class Interrupted(Exception):
+    """What a handler of a soft time limit raises."""
+
+
+class Interruption:
+    """Raises an exception before the n-th bytecode that the calling thread runs inside of the package."""
+
+    def __init__(self, at: int, error: BaseException) -> None:
+        self.at = at
+        self.error = error
+        self.count = 0
+        self.where = ""
+
+    def __enter__(self) -> Interruption:
+        sys.settrace(self._enter)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        sys.settrace(None)
+
+    def _enter(self, frame: FrameType, event: str, argument: Any) -> Any:
+        if not frame.f_code.co_filename.startswith(PACKAGE):
+            return None
+        frame.f_trace_opcodes, frame.f_trace_lines = True, False
+        return self._step
+
+    def _step(self, frame: FrameType, event: str, argument: Any) -> Any:
+        if event == "opcode" and not self._is_last(frame):
+            self.count += 1
+            if self.count == self.at:
+                self.where = f"{frame.f_code.co_name}:{frame.f_lineno}+{frame.f_lasti}"
+                raise self.error
+        return self._step
+
+    @staticmethod
+    def _is_last(frame: FrameType) -> bool:
+        caller = frame.f_back
+        outermost = caller is None or not caller.f_code.co_filename.startswith(PACKAGE)
+        return outermost and frame.f_code.co_code[frame.f_lasti] in RETURNS
+
+
+def use_copy(seat: Seat, tag: str) -> None:
+    """In another process: acquire and release."""
+    with seat.manager.model(tag, lambda: tag):
+        pass
+
+
+class Sweep:
+    """Runs an operation with an exception at one point after another, and looks whether all is well after each."""
+
+    def __init__(self, manager: ModelManager, step: int) -> None:
+        self.manager = manager
+        self.step = STEP or step
+        self.points = 0
+        self.failures: list[str] = []
+        self._segment_lock = manager._connected().namespace.runtime.file("segment.lock")
+
+    def __call__(self, operation: Callable[[], None], prepare: Callable[[], None] = lambda: None) -> None:
+        """Try the points of an operation. prepare: called before each, to bring about the branch that is meant."""
+        at = 1 + OFFSET % self.step
+        while len(self.failures) < ENOUGH_FAILURES:
+            prepare()
+            error: BaseException = KeyboardInterrupt() if at % 2 else Interrupted()
+            interruption = Interruption(at, error)
+            escaped = ""
+            try:
+                with interruption:
+                    operation()
+            except (KeyboardInterrupt, Interrupted):
+                pass
+            except Exception as other:
+                escaped = f"{type(other).__name__}: {other}"
+            # The frames of the traceback would keep what they have in hand.
+            error.__traceback__ = None
+            del error
+            if not interruption.where:
+                assert not escaped, escaped
+                return
+            interruption.error = KeyboardInterrupt()
+            self.points += 1
+            self._check(f"{interruption.at} ({interruption.where})", escaped)
+            at += self.step
+
+    def _check(self, where: str, escaped: str) -> None:
+        began = time.monotonic()
+        wrong = [f"raised {escaped}"] if escaped else []
+        try:
+            with self.manager.model("other", lambda: "other"):
+                pass
+        except Exception as error:
+            wrong.append(f"the same thread cannot go on: {type(error).__name__}: {error}")
+        while (left := self._left()) and time.monotonic() - began < HEALS_WITHIN_S:
+            time.sleep(0.001)
+        wrong += left
+        if wrong:
+            self.failures.append(f"{where}: {wrong}")
+            print(self.failures[-1], flush=True)
+
+    def _left(self) -> list[str]:
+        snapshot = self.snapshot()
+        rows = [f"{i.tag} is {i.state}" for i in snapshot.instances if i.state in ("active", "loading", "leased")]
+        tickets = [f"a ticket for {ticket.tag} is {ticket.state}" for ticket in snapshot.tickets]
+        lock = LockFile(self._segment_lock)
+        is_free = lock.try_exclusive()
+        lock.close()
+        return [*rows, *tickets, *check_invariants(snapshot), *([] if is_free else ["the lock is taken"])]
+
+    def snapshot(self) -> Snapshot:
+        """Return the state of the manager's namespace."""
+        return read_snapshot(self.manager.namespace)
+
+
+@pytest.fixture
+def sweep(
+    new_manager: Callable[..., ModelManager], new_process: Any, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[..., Sweep]]:
+    """Makes a sweep over a manager; in the end there must not have been a failure, and another process can go on."""
+    monkeypatch.setattr("mpmm.keeper.RECONCILE_S", 0.002)
+    made: list[Sweep] = []
+
+    def make(step: int, **arguments: Any) -> Sweep:
+        # Small tables, because each look decodes all of them.
+        made.append(Sweep(new_manager(capacities=SMALL_TABLES, **arguments), step))
+        return made[-1]
+
+    yield make
+    for one in made:
+        new_process().call(use_copy, "from elsewhere")
+        print(f"{one.points} points, {len(one.failures)} failures")
+        assert not one.failures, f"{len(one.failures)} of {one.points} points failed:\n" + "\n".join(one.failures[:40])
+
+
+def test_block_of_idle_copy(sweep: Callable[..., Sweep]) -> None:
+    one = sweep(97)
+
+    def block() -> None:
+        with one.manager.model("a", lambda: "handle"):
+            pass
+
+    block()
+    one(block)
+
+
+def test_acquire_and_release_of_idle_copy(sweep: Callable[..., Sweep]) -> None:
+    one = sweep(97)
+
+    def give_back() -> None:
+        with suppress(NotAcquiredError):
+            one.manager.release_model("a", "handle")
+
+    def pair() -> None:
+        copy = one.manager.acquire_model("a", lambda: "handle")
+        try:
+            one.manager.release_model("a", copy)
+        except (KeyboardInterrupt, Interrupted):
+            sys.settrace(None)
+            # A release that an exception has ended may be called again, whether it had begun or not.
+            give_back()
+            raise
+
+    pair()
+    one(pair)
+
+
+class Plain:
+    """A model that is an object of its process."""
+
+
+@pytest.mark.parametrize("what", ["handle", "object"])
+def test_load(sweep: Callable[..., Sweep], what: str) -> None:
+    # Room for two: what was loaded last is evicted for the next.
+    one = sweep(1609, fallback_memory_mb=200.0)
+    tags = iter(f"tag-{number}" for number in range(10**6))
+
+    def load() -> None:
+        tag = next(tags)
+        with one.manager.model(tag, lambda: f"handle of {tag}" if what == "handle" else Plain()):
+            pass
+
+    load()
+    one(load)
+
+
+def in_loop(one: Sweep, tag: str, model: Any) -> Callable[[], None]:
+    """Return an operation that holds a copy in an event loop."""
+
+    async def hold() -> None:
+        async with one.manager.model_async(tag, lambda: model):
+            pass
+
+    def run() -> None:
+        loop = asyncio.new_event_loop()
+        task = loop.create_task(hold())
+        try:
+            loop.run_until_complete(task)
+        finally:
+            sys.settrace(None)
+            # As `asyncio.run` does; what has ended the loop is in the task, too.
+            task.cancel()
+            with suppress(asyncio.CancelledError, KeyboardInterrupt, Interrupted):
+                loop.run_until_complete(asyncio.wait_for(task, 5))
+            loop.run_until_complete(loop.shutdown_asyncgens())
+            loop.close()
+
+    return run
+
+
+def test_block_of_idle_copy_in_loop(sweep: Callable[..., Sweep]) -> None:
+    one = sweep(97)
+    run = in_loop(one, "a", "handle")
+    run()
+    one(run)
+
+
+@pytest.mark.filterwarnings("ignore:coroutine")
+def test_wait_for_copy_in_loop(sweep: Callable[..., Sweep]) -> None:
+    one = sweep(97, max_model_copies=1, wait_timeout_seconds=1.0)
+    holder = OtherHolder(one)
+    run = in_loop(one, "a", "handle")
+
+    def block() -> None:
+        try:
+            run()
+        finally:
+            sys.settrace(None)
+            holder.end()
+
+    one(block, holder.hold)
+
+
+class OtherHolder:
+    """A thread that holds a copy, and gives it back once somebody waits for it."""
+
+    def __init__(self, one: Sweep, gives_back: bool = True) -> None:
+        self._one = one
+        self._held = threading.Event()
+        self._gives_back = gives_back
+        self._waited_for = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def hold(self) -> None:
+        """Hold the copy until it is waited for."""
+        self.end()
+        self._held.clear()
+        self._waited_for.clear()
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+        assert self._held.wait(10)
+
+    def end(self) -> None:
+        """Have the copy given back in any case."""
+        self._waited_for.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    def _run(self) -> None:
+        words = self._one.manager._connected().namespace.segment.words
+        with self._one.manager.model("a", lambda: "handle"):
+            self._held.set()
+            while not self._waited_for.is_set():
+                if self._gives_back and words[Header.WAITING]:
+                    break
+                self._waited_for.wait(0.0005)
+
+
+def test_wait_for_copy(sweep: Callable[..., Sweep]) -> None:
+    one = sweep(397, max_model_copies=1)
+    holder = OtherHolder(one)
+
+    def block() -> None:
+        try:
+            with one.manager.model("a", lambda: "handle"):
+                pass
+        finally:
+            sys.settrace(None)
+            holder.end()
+
+    one(block, holder.hold)
+
+
+def test_wait_that_times_out(sweep: Callable[..., Sweep]) -> None:
+    one = sweep(397, max_model_copies=1)
+    holder = OtherHolder(one, gives_back=False)
+    impatient = ModelManager(**{**SMALL, "namespace": one.manager.namespace, "wait_timeout_seconds": 0.003})
+
+    def block() -> None:
+        try:
+            with suppress(AcquireTimeoutError), impatient.model("a", lambda: "handle"):
+                pass
+        finally:
+            sys.settrace(None)
+            holder.end()
+
+    one(block, holder.hold)
+    impatient.shutdown()
+
+
+def test_failing_load(sweep: Callable[..., Sweep]) -> None:
+    one = sweep(1201)
+    tags = iter(f"tag-{number}" for number in range(10**6))
+
+    def load() -> None:
+        with suppress(ZeroDivisionError), one.manager.model(next(tags), lambda: 1 // 0):
+            pass
+
+    load()
+    one(load)
+
+
+def test_lease(sweep: Callable[..., Sweep]) -> None:
+    one = sweep(397)
+
+    def lease() -> None:
+        lease = None
+        try:
+            lease = one.manager.reserve(100)
+            with lease:
+                pass
+        finally:
+            sys.settrace(None)
+            # It is the caller's by now, who may release it as often as he likes.
+            if lease is not None:
+                lease.release()
+
+    lease()
+    one(lease)
+
+
+def test_preload(sweep: Callable[..., Sweep]) -> None:
+    one = sweep(2003, fallback_memory_mb=300.0)
+    tags = iter(f"tag-{number}" for number in range(10**6))
+
+    def preload() -> None:
+        tag = next(tags)
+        one.manager.preload(tag, lambda: f"handle of {tag}")
+
+    preload()
+    one(preload)
+
+
+def test_pin_and_unpin(sweep: Callable[..., Sweep]) -> None:
+    one = sweep(97)
+
+    def pin() -> None:
+        one.manager.pin("a")
+        one.manager.unpin("a")
+
+    def unpin() -> None:
+        with suppress(NotAcquiredError):
+            one.manager.unpin("a")
+
+    pin()
+    one(pin, unpin)
+
+
+def sweep_whole_life(
+    step: int, begin: Callable[[], ModelManager], operate: Callable[[ModelManager | None], Any]
+) -> int:
+    """Try the points of an operation after which the namespace is left each time; return how many there were.
+
+    begin: makes what `operate` is given. After each point another manager can come and go, and nothing is left behind.
+    """
+    root = Path(os.environ[RUNTIME_DIR_VARIABLE])
+    step = STEP or step
+    failures: list[str] = []
+    at = 1 + OFFSET % step
+    while len(failures) < ENOUGH_FAILURES:
+        manager = begin()
+        error: BaseException = KeyboardInterrupt() if at % 2 else Interrupted()
+        interruption = Interruption(at, error)
+        made: Any = None
+        with suppress(KeyboardInterrupt, Interrupted), interruption:
+            made = operate(manager)
+        error.__traceback__ = None
+        interruption.error = KeyboardInterrupt()
+        if made is not None:
+            made.shutdown()
+        manager.shutdown()
+        del made
+        try:
+            after = ModelManager(namespace="whole", capacities=SMALL_TABLES, **{**SMALL, "lock_timeout_seconds": 1.0})
+            with after.model("a", lambda: "handle"):
+                pass
+            after.shutdown()
+            wait_until(lambda: not segments_of(root) and not files_in(root), "nothing is left", HEALS_WITHIN_S)
+        except Exception as wrong:
+            failures.append(f"{at} ({interruption.where}): {type(wrong).__name__}: {wrong}")
+            print(failures[-1], flush=True)
+        if not interruption.where:
+            break
+        at += step
+    assert not failures, "\n".join(failures)
+    return at // step
+
+
+def test_shutdown(runtime_root: Path) -> None:
+    def begin() -> ModelManager:
+        manager = ModelManager(namespace="whole", capacities=SMALL_TABLES, **SMALL)
+        with manager.model("a", lambda: "handle"):
+            pass
+        return manager
+
+    def operate(manager: ModelManager | None) -> None:
+        assert manager is not None
+        manager.shutdown()
+
+    print(sweep_whole_life(1609, begin, operate), "points")
+
+
+def test_nothing_is_taken_from_calls_in_progress(
+    new_manager: Callable[..., ModelManager], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mpmm.keeper.RECONCILE_S", 0.0005)
+    manager = new_manager(max_model_copies=3)
+    wrong: list[BaseException] = []
+    over = threading.Event()
+
+    def work(number: int) -> None:
+        turn = number
+        try:
+            while not over.is_set():
+                turn += 1
+                tag = f"tag-{turn % 3}"
+                with manager.model(tag, lambda tag=tag, turn=turn: f"{tag}-{number}-{turn}"):  # type: ignore[misc]
+                    pass
+                manager.release_model(tag, manager.acquire_model(tag, partial("{}-{}-{}".format, tag, number, -turn)))
+        except BaseException as error:
+            wrong.append(error)
+
+    def on_alarm(number: int, frame: Any) -> None:
+        raise Interrupted
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    chance = random.Random(OFFSET)
+    before = signal.signal(signal.SIGALRM, on_alarm)
+    interrupted = 0
+    end = time.monotonic() + 2
+    try:
+        while time.monotonic() < end:
+            try:
+                signal.setitimer(signal.ITIMER_REAL, chance.uniform(0.0001, 0.01))
+                with manager.model("tag-0", partial("main-{}".format, interrupted)):
+                    pass
+                signal.setitimer(signal.ITIMER_REAL, 0)
+            except Interrupted:
+                interrupted += 1
+    finally:
+        with suppress(Interrupted):
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+        over.set()
+        for thread in threads:
+            thread.join()
+    assert not wrong
+    assert interrupted
+    wait_until(lambda: not read_snapshot("test").active and not read_snapshot("test").loading, "all is back", 2)
+    assert check_invariants(read_snapshot("test")) == []
