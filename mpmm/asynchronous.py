@@ -269,13 +269,14 @@ class _Threads:
 
 
 _threads: weakref.WeakKeyDictionary[Worker, _Threads] = weakref.WeakKeyDictionary()
-_threads_guard = threading.Lock()
+# An RLock, because a signal handler may come by while its own thread has it.
+_threads_guard = threading.RLock()
 
 
 def _renew_guard_after_fork() -> None:
     """Give the child a lock that no vanished thread of the parent holds; the parent's threads are not the child's."""
     global _threads_guard
-    _threads_guard = threading.Lock()
+    _threads_guard = threading.RLock()
     _threads.clear()
 
 
