@@ -126,17 +126,15 @@ class _Acquire:
         """Wait in the queue; return a copy that this process holds now, or the permission to load one."""
         manager, worker, tag = self._manager, self._worker, self._tag
         loop = asyncio.get_running_loop()
-        answered: asyncio.Future[Outcome] = loop.create_future()
-
-        def set_answer(outcome: Outcome) -> None:
-            # Who was cancelled has left the queue already.
-            if not answered.done():
-                answered.set_result(outcome)
+        answered = asyncio.Event()
+        outcomes: list[Outcome] = []
 
         def answer(outcome: Outcome) -> None:
-            # A loop that is closed has nobody who waits any more.
+            outcomes.append(outcome)
+            # A loop that is closed has nobody who waits any more. No function of ours is called back, because a loop
+            # goes on after an exception in a callback, and with that the answer would be lost.
             with contextlib.suppress(RuntimeError):
-                loop.call_soon_threadsafe(set_answer, outcome)
+                loop.call_soon_threadsafe(answered.set)
 
         began = time.monotonic()
         enter = functools.partial(self._enter, deadline, answer)
@@ -145,10 +143,11 @@ class _Acquire:
             return row
         while True:
             try:
-                outcome = await answered
+                await answered.wait()
             except asyncio.CancelledError:
                 self._threads.transactions.submit(self._leave, row)
                 raise
+            outcome = outcomes.pop()
             if outcome is None:
                 leave = functools.partial(manager._leave_queue, worker, self._operation, row, timed_out=True)
                 reason = await self._in_thread(self._threads.transactions, leave)
@@ -164,7 +163,7 @@ class _Acquire:
             if got is not None:
                 return got
             # Whoever had answered was killed before that was certain.
-            answered = loop.create_future()
+            answered.clear()
             self._threads.watch(row, deadline, answer)
 
     # ---- in threads ----------------------------------------------------------------------------------------
@@ -270,13 +269,14 @@ class _Threads:
 
 
 _threads: weakref.WeakKeyDictionary[Worker, _Threads] = weakref.WeakKeyDictionary()
-_threads_guard = threading.Lock()
+# An RLock, because a signal handler may come by while its own thread has it.
+_threads_guard = threading.RLock()
 
 
 def _renew_guard_after_fork() -> None:
     """Give the child a lock that no vanished thread of the parent holds; the parent's threads are not the child's."""
     global _threads_guard
-    _threads_guard = threading.Lock()
+    _threads_guard = threading.RLock()
     _threads.clear()
 
 
