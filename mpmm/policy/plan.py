@@ -160,8 +160,11 @@ class _Walk:
                 # Nothing is kept for it, nor drained.
                 continue
             if self._isolates(ticket, view.models[ticket.model]):
+                place = self._to_be_alone_on(ticket)
+                if self._is_kept_out_by_leases(place, view.models[ticket.model].need_mb / ticket.span):
+                    continue
                 # Everything there has to drain for it, so whatever passes it there delays it; one at a time.
-                closed = closed or {device.device for device in self._to_be_alone_on(ticket)}
+                closed = closed or {device.device for device in place}
                 if len(closed) == len(self._devices):
                     break
                 continue
@@ -306,6 +309,13 @@ class _Walk:
             costs.append((device, max(busy, default=0.0), self._busy[device.device], to_unload_mb))
         return soonest_alone(costs, ticket.span)
 
+    def _is_kept_out_by_leases(self, place: Sequence[DeviceView], share_mb: float) -> bool:
+        """Tell whether one that is to run alone waits for leases to end: among copies it is alone, but they stay.
+
+        What it takes is only assumed; the books are to be right all the same.
+        """
+        return any(device.leased_mb for device in place) and self._fitting(place, share_mb, external=False) < len(place)
+
     def _idle_on(self, devices: set[int]) -> list[Idle]:
         return [copy for copies in self._idle.values() for copy in copies if devices.intersection(copy.devices)]
 
@@ -316,13 +326,10 @@ class _Walk:
             return Refuse(ticket.row, Why(Reason.TOO_LARGE, need_mb, 0.0))
         if len(place) < ticket.span:
             return None
-        if any(device.leased_mb for device in place):
-            # It is alone among copies, and leases stay. What it takes is only assumed, but the books are to be right.
-            share_mb = need_mb / ticket.span
-            if self._fitting(place, share_mb, external=False) < ticket.span:
-                self._lease_is_awaited = True
-                why = Why(Reason.LEASED, need_mb, _most_free_mb(place, self._slack), devices=self._named(place))
-                return Wait(ticket.row, why.reason, why)
+        if self._is_kept_out_by_leases(place, need_mb / ticket.span):
+            self._lease_is_awaited = True
+            why = Why(Reason.LEASED, need_mb, _most_free_mb(place, self._slack), devices=self._named(place))
+            return Wait(ticket.row, why.reason, why)
         self._told.clear()
         rows, on = {device.device for device in place}, self._named(place)
         for device in rows:

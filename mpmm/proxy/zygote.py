@@ -626,6 +626,8 @@ def main(root: str, life_path: str) -> None:
     # The hooks of our fork would close lock and listener, so the child gets copies; the kernel keeps lock with them.
     lock_fd, listener_fd = os.dup(life.fd), os.dup(listener.fileno())
     if os.fork() != 0:
+        # The lock is the child's from now on, so this process must not give it up.
+        life.forget_after_fork()
         # Until the child has written who it is.
         os.close(writer)
         sys.exit(0 if os.read(reader, 1) else 1)
