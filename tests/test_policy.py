@@ -943,6 +943,29 @@ def states_at_rest(draw: st.DrawFn) -> View:
     rules = replace(RULES, isolate_unknown=draw(st.booleans()), max_model_copies=most)
     return view(models, tickets, copies=copies, devices=devices, rules=rules)
 
+@pytest.mark.parametrize(
+    ("first", "where", "others"),
+    [
+        (model(A, 520, known=False), device(used=50, total=600, reserved_mb=200, leased_mb=200, external_mb=0.0), False),
+        (model(A, 300), device(used=350, total=600, external_mb=300.0, external_least_mb=0.0), True),
+    ],
+    ids=["unknown beside a lease", "beside what copies may have grown by"],
+)
+def test_an_idle_copy_is_handed_out_past_one_whose_room_nothing_here_can_make(
+    first: ModelView, where: DeviceView, others: bool
+) -> None:
+    rules = Rules(0.1, 10.0, 1, 2.0, isolate_unknown=True, max_model_copies=1)
+    waits = ticket(0, A, waited=6.0, blocked=3.0 if others else None)
+    state = view(
+        [first, model(B, 50, shared=1)],
+        [waits, ticket(1, B, waited=6.0)],
+        copies=[idle(7, B, mb=50, pinned=others)],
+        devices=[where],
+        rules=rules,
+    )
+    granted = [one for one in make_plan(state).decisions if isinstance(one, Grant)]
+    assert [(one.ticket, one.instance) for one in granted] == [(1, 7)]
+
 
 @settings(max_examples=scaled(300), deadline=None)
 @given(states_at_rest())

@@ -187,8 +187,13 @@ class _Walk:
         model = self._view.models[ticket.model]
         if self._is_at_most(model):
             return False
-        share_mb = self._need_mb(ticket, model) / ticket.span
-        return self._fitting(self._all_where(ticket), share_mb, pinned=True) >= ticket.span
+        where, share_mb = self._all_where(ticket), self._need_mb(ticket, model) / ticket.span
+        if self._fitting(where, share_mb, pinned=True) < ticket.span:
+            return False
+        if any(self._busy[device.device] or device.unloading or device.returning_mb for device in where):
+            return True
+        # Nothing comes free by itself, so it takes an eviction, beside external memory as it is now.
+        return self._cheapest(ticket, share_mb, ()) is not None or self._all_of_it(ticket, where, share_mb) is not None
 
     # ---- loads ---------------------------------------------------------------------------------------------
 
