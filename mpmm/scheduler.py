@@ -13,7 +13,8 @@ Q2  A release of a copy whose model nobody waits for needs no plan (`moves_nobod
     runs alone or waits to, and every waiter waits for what an idle copy of another model does not change: for leases
     or other programs to leave room (LEASED and FOREIGN: too little even if all copies went), for a copy of its own
     model (SHARING, COPIES), or, as a lease, behind one that waits for leases. PINNED belongs to these if the model
-    is pinned: its copy makes no room then. Time changes such waits, too; for that the leader plans at each poll.
+    is pinned: its copy makes no room then. Time changes such waits, too, and so does each hold that is measured, from
+    which it is guessed how long others may take (SHARING); for that the leader plans at each poll.
 """
 
 from __future__ import annotations

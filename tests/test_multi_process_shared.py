@@ -650,7 +650,7 @@ def test_a_worker_of_loky_starts_a_server(path: str, tmp_path: Path) -> None:
         "from mpmm.multi_process_shared import MultiProcessShared\n"
         "def start(path, zygote):\n"
         "    os.environ['MPMM_ZYGOTE'] = zygote\n"
-        "    handle = MultiProcessShared(dict, 'it', path=path, spawn_process=True)\n"
+        "    handle = MultiProcessShared(dict, f'it {zygote}', path=path, spawn_process=True)\n"
         "    found = handle.acquire().get(1, 42)\n"
         "    handle.unsafe_hard_delete()\n"
         "    return found\n"

@@ -946,7 +946,7 @@ def states_at_rest(draw: st.DrawFn) -> View:
 @pytest.mark.parametrize(
     ("first", "where", "others"),
     [
-        (model(A, 520, known=False), device(used=50, total=600, reserved_mb=200, leased_mb=200, external_mb=0.0), False),
+        (model(A, 520, known=False), device(used=50, total=600, reserved_mb=200, leased_mb=200), False),
         (model(A, 300), device(used=350, total=600, external_mb=300.0, external_least_mb=0.0), True),
     ],
     ids=["unknown beside a lease", "beside what copies may have grown by"],

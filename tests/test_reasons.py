@@ -82,7 +82,13 @@ TABLE: dict[Reason, tuple[View, Callable[[View], Decision], str]] = {
         "gets an idle copy",
     ),
     Reason.PASSING: (
-        view([model(A, 800), model(C, shared=1)], [PASSED, ticket(2, C)], copies=[idle(7, C, mb=10)], devices=[FULL]),
+        view(
+            [model(A, 800), model(B, shared=1), model(C, shared=1)],
+            [PASSED, ticket(2, C)],
+            copies=[idle(7, C, mb=10)],
+            devices=[FULL],
+            busy=(in_use(5, B, 890),),
+        ),
         last,
         "gets an idle copy, past b, which waits for room elsewhere",
     ),

@@ -52,7 +52,7 @@ def load_idle(process: Process, tag: str, loader: Callable[[], Any]) -> None:
     process.call(release)
 
 
-def hang_in_unloads(_: Seat, tags: tuple[str, ...], began: Gate, go: Gate, stop: bool = False) -> None:
+def hang_in_unloads(seat: Seat, tags: tuple[str, ...], began: Gate, go: Gate, stop: bool = False) -> None:
     """From now on the unload of these handles opens a gate and then hangs, or stops the process, in this process."""
     unload = multi_process_shared.unload
     first = itertools.count()
@@ -61,7 +61,9 @@ def hang_in_unloads(_: Seat, tags: tuple[str, ...], began: Gate, go: Gate, stop:
         if tag.startswith(tags):
             began.open()
             if stop and next(first) == 0:
-                os.kill(os.getpid(), signal.SIGSTOP)
+                # Not while another thread of this process has the lock, which everybody would wait for then.
+                with seat.manager._connected().namespace.lock._mutex:
+                    os.kill(os.getpid(), signal.SIGSTOP)
             go.wait(60)
         return unload(tag, **arguments)
 
