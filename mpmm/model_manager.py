@@ -465,7 +465,8 @@ class ModelManager(BeamNames):
     def _check_request(tag: str, loader_func: Callable[[], Any]) -> None:
         if not isinstance(tag, str) or not callable(loader_func):
             raise InvalidArgumentError(f"model {tag!r}, loader {loader_func!r}: expected a str and a callable")
-        refuse_while_importing_main("acquire the model", tag)
+        if is_server_process():
+            refuse_while_importing_main("acquire the model", tag)
 
     def _acquire(
         self,

@@ -80,6 +80,21 @@ class LockFile:
         except OSError as error:
             _raise_what_it_means(error, self.path)
 
+    def take_quickly(self) -> bool:
+        """Do what `try_exclusive` does, but return False also where there is something to say against the lock.
+
+        The kernel call alone: with what filelock does around it a transaction takes a microsecond more.
+        """
+        try:
+            fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return False
+        return True
+
+    def give_up_quickly(self) -> None:
+        """Give up the lock that `take_quickly` or `try_exclusive` has taken."""
+        fcntl.flock(self.fd, fcntl.LOCK_UN)
+
     def try_shared(self) -> bool:
         """Take a shared lock if no exclusive one is held; return whether it is held now."""
         try:

@@ -168,7 +168,7 @@ class TransactionLock:
             self._frame = frame
             if self._file.fd < 0:
                 raise ClosedError(f"this process has left the namespace of {self.path}")
-            if self.segment.words[Header.STARVING] or not self._file.try_exclusive():
+            if self.segment.words[Header.STARVING] or not self._file.take_quickly():
                 self._crowded_turns = CROWDED_TURNS
                 self._wait_for_file_lock(time.monotonic() if began is None else began, patience_s)
             words = self.words
@@ -191,7 +191,7 @@ class TransactionLock:
                     if contended and not starving:
                         words[Header.CONTENDED] = 0
                 finally:
-                    self._file.unlock()
+                    self._file.give_up_quickly()
                 if starving:
                     wake_one(self.segment.address + 8 * Header.STARVING)
                 elif contended:
