@@ -161,6 +161,8 @@ def test_a_child_that_forgets_a_lock_leaves_it_to_its_parent(tmp_path: Path) -> 
 def outcome_of_fork_inside(enter: Callable[[], None]) -> int:
     """Return the exit status of the child that `enter` forks and that leaves the block in it."""
     pid = os.getpid()
+    # Other tests may have left some, which end when they like.
+    before = {child.pid for child in psutil.Process().children()}
     try:
         enter()
         status = 0
@@ -170,7 +172,8 @@ def outcome_of_fork_inside(enter: Callable[[], None]) -> int:
         status = 4
     if os.getpid() != pid:
         os._exit(status)
-    return os.waitstatus_to_exitcode(os.wait()[1])
+    (forked,) = (child.pid for child in psutil.Process().children() if child.pid not in before)
+    return os.waitstatus_to_exitcode(os.waitpid(forked, 0)[1])
 
 
 @pytest.mark.parametrize("error", [False, True], ids=["in good order", "by an exception"])
