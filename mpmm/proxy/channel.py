@@ -85,7 +85,9 @@ class Channel:
     def close(self) -> None:
         """Close the socket and let go of the arena."""
         self._arena = None
-        self._socket.close()
+        # A child that is forked in the middle would keep it open, under a number that nobody knows there any more.
+        with fork_guard:
+            self._socket.close()
 
     def __del__(self) -> None:
         # A thread's channel ends with the thread, without anybody to close it; a socket would complain.
