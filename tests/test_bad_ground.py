@@ -59,7 +59,7 @@ def busy_segment(namespace: str, new_manager: NewManager) -> ModelManager:
     for tag in "abc":
         manager._estimator.set_initial_estimate(tag, 100.0)
         # Mypy has no type for the lambda's default.
-        manager.acquire_model(tag, lambda tag=tag: f"handle of {tag}")  # type: ignore[misc]
+        manager.acquire_model(tag, lambda tag=tag: f"handle of {tag}")  # type: ignore[misc]  # mypy has no type for a lambda's default
     manager.release_model("a", "handle of a")
     manager._estimator.add_observation({"a": 1, "b": 2}, 123.0)
     return manager

@@ -76,7 +76,7 @@ def test_a_reset_of_many_copies_takes_as_many_transactions_as_it_needs(
     manager = new_manager(capacities=SHORT, fallback_memory_mb=2000.0, default_estimate_mb=1.0)
     for number in range(MANY):
         # Mypy has no type for the lambda's default.
-        manager.acquire_model(f"model-{number}", lambda number=number: f"handle-{number}")  # type: ignore[misc]
+        manager.acquire_model(f"model-{number}", lambda number=number: f"handle-{number}")  # type: ignore[misc]  # mypy has no type for a lambda's default
     manager.force_reset()
     assert read_snapshot(namespace).instances == ()
     assert problems(namespace) == []

@@ -244,7 +244,7 @@ class Lab:
             with lock() as t:
                 if operation is not None:
                     # It has all of a namespace that they use.
-                    operation(t, Transitions(tables, actor))  # type: ignore[arg-type]
+                    operation(t, Transitions(tables, actor))  # type: ignore[arg-type]  # it has all of a namespace that they use
 
         return run_in_child(action)
 
@@ -397,7 +397,7 @@ def scenarios() -> dict[str, Callable[[Lab], Operation]]:
     def observed_when_full(lab: Lab) -> Operation:
         for generation in (7, 8, 9):
             # Mypy has no type for the lambda's default.
-            lab.do(lambda t, tr, g=generation: tr.observe(t, [(g, 1)], 10.0))  # type: ignore[misc]
+            lab.do(lambda t, tr, g=generation: tr.observe(t, [(g, 1)], 10.0))  # type: ignore[misc]  # mypy has no type for a lambda's default
         return lambda t, tr: tr.observe(t, [(10, 1)], 11.0)
 
     def allowed_lease(lab: Lab) -> Operation:
@@ -719,7 +719,7 @@ def test_an_exception_at_any_store_is_rolled_back_and_reaches_the_caller(
     clean = lab.save()
     lock = TransactionLock(lab.segment, lab.namespace.runtime.file("segment.lock"), 5.0)
     # As for the children: it has all of a namespace that they use.
-    transitions = Transitions(lab.tables, _Actor(lab.victim, lab.namespace.settings))  # type: ignore[arg-type]
+    transitions = Transitions(lab.tables, _Actor(lab.victim, lab.namespace.settings))  # type: ignore[arg-type]  # it has all of a namespace that they use
     raised = 0
     for name, scenario in scenarios().items():
         lab.restore(clean)
@@ -735,7 +735,7 @@ def test_an_exception_at_any_store_is_rolled_back_and_reaches_the_caller(
             store += 1
             lab.restore(saved)
             # Mypy has no type for the lambda's default.
-            lock.intercept_stores(lambda words, store=store: RaiseAt(words, store))  # type: ignore[misc]
+            lock.intercept_stores(lambda words, store=store: RaiseAt(words, store))  # type: ignore[misc]  # mypy has no type for a lambda's default
             finished = not raises(error, partial(lock_and_run, lock, transitions, operation))
             assert not lock.held_by_this_thread()
             lab.recover()
@@ -946,7 +946,7 @@ def test_death_at_any_store_of_a_call_costs_the_others_nothing(
     killed = set()
     for store in range(1, len(images) + 1) if call in KILLED_AT_EVERY_STORE else sorted(some_of(len(images))):
         survivor.restore()
-        status = survivor.child(call, lambda words, store=store: KillAt(words, store))  # type: ignore[misc]
+        status = survivor.child(call, lambda words, store=store: KillAt(words, store))  # type: ignore[misc]  # mypy has no type for a lambda's default
         survivor.go_on(f"killed at store {store}")
         if status == KILLED:
             killed.add(store)

@@ -277,6 +277,7 @@ def test_block_of_idle_copy_in_loop(sweep: Callable[..., Sweep]) -> None:
     one(run)
 
 
+# An exception between the call of a coroutine function and its await leaves a coroutine that was never awaited.
 @pytest.mark.filterwarnings("ignore:coroutine")
 def test_wait_for_copy_in_loop(sweep: Callable[..., Sweep]) -> None:
     one = sweep(97, max_model_copies=1, wait_timeout_seconds=1.0)
@@ -486,7 +487,7 @@ def test_nothing_is_taken_from_calls_in_progress(
             while not over.is_set():
                 turn += 1
                 tag = f"tag-{turn % 3}"
-                with manager.model(tag, lambda tag=tag, turn=turn: f"{tag}-{number}-{turn}"):  # type: ignore[misc]
+                with manager.model(tag, lambda tag=tag, turn=turn: f"{tag}-{number}-{turn}"):  # type: ignore[misc]  # mypy has no type for a lambda's defaults
                     pass
                 manager.release_model(tag, manager.acquire_model(tag, partial("{}-{}-{}".format, tag, number, -turn)))
         except BaseException as error:

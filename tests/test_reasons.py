@@ -25,7 +25,7 @@ NewProcess = Callable[..., Process]
 def timed(row: int, need: float, **more: object) -> ModelView:
     """A model with one copy whose loads take 2 s, that is held for 0.1 s and wanted once a second."""
     # Any field of the model view.
-    return replace(model(row, need, shared=1), **{"load_s": 2.0, "hold_s": 0.1, "rate": 1.0, **more})  # type: ignore[arg-type]
+    return replace(model(row, need, shared=1), **{"load_s": 2.0, "hold_s": 0.1, "rate": 1.0, **more})  # type: ignore[arg-type]  # mypy takes all of `**more` for floats
 
 
 def in_use(row: int, of: int, mb: float, free_in_s: float = 0.5) -> Busy:

@@ -154,7 +154,7 @@ def _stand_in_for_torch() -> None:
     except ImportError:
         stand_in = types.ModuleType("torch")
         # A module made up.
-        stand_in.cuda = types.SimpleNamespace(empty_cache=lambda: None)  # type: ignore[attr-defined]
+        stand_in.cuda = types.SimpleNamespace(empty_cache=lambda: None)  # type: ignore[attr-defined]  # a module that is made up here
         stand_in.Tensor = type("Tensor", (), {})  # type: ignore[attr-defined]  # likewise
         sys.modules["torch"] = stand_in
 

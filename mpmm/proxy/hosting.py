@@ -290,7 +290,7 @@ class Host:
             return wire.encode_result((token, None if knows_methods else self.methods), self.tag, name)
         if name == wire.RELEASE:
             # None is the answer.
-            return wire.encode_result(self.release(*args), self.tag, name)  # type: ignore[func-returns-value]
+            return wire.encode_result(self.release(*args), self.tag, name)  # type: ignore[func-returns-value]  # a None is encoded, too
         if name == wire.HARD_DELETE:
             self.hard_delete()
             return None

@@ -717,7 +717,7 @@ def _become_server(
             os.close(fd)
         for stream in (sys.stdout, sys.stderr):
             # Mypy takes both for `TextIO`, which has no such method.
-            stream.reconfigure(line_buffering=stream is sys.stderr or stream.isatty())  # type: ignore[union-attr]
+            stream.reconfigure(line_buffering=stream is sys.stderr or stream.isatty())  # type: ignore[union-attr]  # typeshed's TextIO has no reconfigure
         _reset_signals()
         renew({**order.environment, **dict(order.plan.environment)})
         call_this_process("mpmm-server")

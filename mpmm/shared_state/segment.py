@@ -154,7 +154,7 @@ class Segment:
             # `_fd`, here and in _map, is not in the type stubs: SharedMemory offers no other way to its descriptor.
             if hasattr(os, "posix_fallocate"):
                 # Typeshed has no _fd.
-                os.posix_fallocate(memory._fd, 0, layout.size_bytes)  # type: ignore[attr-defined]
+                os.posix_fallocate(memory._fd, 0, layout.size_bytes)  # type: ignore[attr-defined]  # its descriptor is private
             found = os.fstat(memory._fd)  # type: ignore[attr-defined]  # typeshed has no _fd
             if stat.S_IMODE(found.st_mode) != 0o600:
                 # A umask that denies even the owner would keep the others out.

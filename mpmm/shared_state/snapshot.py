@@ -493,8 +493,7 @@ def _used_members(copied: bytearray, layout: Layout) -> list[tuple[int, int, int
     words, table = memoryview(copied).cast("Q"), layout.members
     starts = ((slot, table.base + slot * table.words) for slot in _used(words, table))
     asked = (Member.PID, Member.ATTACHED, Member.LOCK)
-    # Mypy does not count the words of a generator.
-    return [(slot, *(words[at + word] for word in asked), words[Header.PID_NAMESPACE]) for slot, at in starts]  # type: ignore[misc]
+    return [(slot, *(words[at + word] for word in asked), words[Header.PID_NAMESPACE]) for slot, at in starts]  # type: ignore[misc]  # mypy does not count a generator's words
 
 
 def _used(words: memoryview, table: Table) -> list[int]:

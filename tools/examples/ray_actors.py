@@ -6,6 +6,7 @@ Ray places actors by the GPU shares that they ask for, and knows nothing of what
 and attach to one namespace share all devices of the node instead, by what the models really take.
 """
 
+# Ray may be missing where types are checked.
 # mypy: disable-error-code="attr-defined,untyped-decorator"
 
 from __future__ import annotations
