@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from process_state import lives
+
 from mpmm.placement import Placement, current_placement
 
 if TYPE_CHECKING:
@@ -112,7 +114,7 @@ class SimulatedDevice:
         used = 0.0
         for name in os.listdir(self._folder / str(index)):
             kind, mark, mb, _ = name.split("_")
-            if _lives(int(mark)) if kind == "of" else time.monotonic() < float(mark) + self._linger_s:
+            if lives(int(mark)) if kind == "of" else time.monotonic() < float(mark) + self._linger_s:
                 used += float(mb)
         return used
 
@@ -132,14 +134,6 @@ class SimulatedDevice:
             allocation.rename(allocation.with_name(f"freed_{time.monotonic()}_{mb}_{os.getpid()}-{number}"))
         else:
             allocation.unlink()
-
-
-def _lives(pid: int) -> bool:
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace")
-    except OSError:
-        return False
-    return stat.rpartition(")")[2].split()[0] not in "ZX"
 
 
 class Served:

@@ -243,7 +243,6 @@ class Lab:
             actor = _Actor(self.victim, self.namespace.settings)
             with lock() as t:
                 if operation is not None:
-                    # It has all of a namespace that they use.
                     operation(t, Transitions(tables, actor))  # type: ignore[arg-type]  # it has all of a namespace that they use
 
         return run_in_child(action)
@@ -396,7 +395,6 @@ def scenarios() -> dict[str, Callable[[Lab], Operation]]:
 
     def observed_when_full(lab: Lab) -> Operation:
         for generation in (7, 8, 9):
-            # Mypy has no type for the lambda's default.
             lab.do(lambda t, tr, g=generation: tr.observe(t, [(g, 1)], 10.0))  # type: ignore[misc]  # mypy has no type for a lambda's default
         return lambda t, tr: tr.observe(t, [(10, 1)], 11.0)
 
@@ -718,7 +716,6 @@ def test_an_exception_at_any_store_is_rolled_back_and_reaches_the_caller(
     monkeypatch.setattr(RaiseAt, "error", error)
     clean = lab.save()
     lock = TransactionLock(lab.segment, lab.namespace.runtime.file("segment.lock"), 5.0)
-    # As for the children: it has all of a namespace that they use.
     transitions = Transitions(lab.tables, _Actor(lab.victim, lab.namespace.settings))  # type: ignore[arg-type]  # it has all of a namespace that they use
     raised = 0
     for name, scenario in scenarios().items():
@@ -734,7 +731,6 @@ def test_an_exception_at_any_store_is_rolled_back_and_reaches_the_caller(
         while not finished:
             store += 1
             lab.restore(saved)
-            # Mypy has no type for the lambda's default.
             lock.intercept_stores(lambda words, store=store: RaiseAt(words, store))  # type: ignore[misc]  # mypy has no type for a lambda's default
             finished = not raises(error, partial(lock_and_run, lock, transitions, operation))
             assert not lock.held_by_this_thread()

@@ -23,6 +23,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
 
+from process_state import lives
 from simulated_gpu import SimulatedGpus
 
 from mpmm.sources import DeviceInfo, DeviceSample
@@ -127,7 +128,7 @@ class DeclaredDevice:
         found: dict[int, float] = {}
         for entry in os.listdir(self._allocations):
             pid, mb, _ = entry.split("_")
-            if _lives(int(pid)):
+            if lives(int(pid)):
                 found[int(pid)] = found.get(int(pid), 0.0) + float(mb)
         return found
 
@@ -171,14 +172,6 @@ class DeclaredGpu:
     def by_process(self) -> dict[int, float]:
         """See `CountingDevice`."""
         return self._gpus.process_mb(0)
-
-
-def _lives(pid: int) -> bool:
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace")
-    except OSError:
-        return False
-    return stat.rpartition(")")[2].split()[0] not in "ZX"
 
 
 class DeclaredModel:
