@@ -237,7 +237,7 @@ class Lab:
 
         def action() -> None:
             time.monotonic_ns = lambda: FROZEN_NS
-            lock = TransactionLock(self.segment, self.namespace.runtime.file("segment.lock"), 5.0)
+            lock = TransactionLock(self.segment, 5.0)
             lock.intercept_stores(wrap)
             tables = Tables(self.segment)
             actor = _Actor(self.victim, self.namespace.settings)
@@ -715,7 +715,7 @@ def test_an_exception_at_any_store_is_rolled_back_and_reaches_the_caller(
     monkeypatch.setattr(time, "monotonic_ns", lambda: FROZEN_NS)
     monkeypatch.setattr(RaiseAt, "error", error)
     clean = lab.save()
-    lock = TransactionLock(lab.segment, lab.namespace.runtime.file("segment.lock"), 5.0)
+    lock = TransactionLock(lab.segment, 5.0)
     transitions = Transitions(lab.tables, _Actor(lab.victim, lab.namespace.settings))  # type: ignore[arg-type]  # it has all of a namespace that they use
     raised = 0
     for name, scenario in scenarios().items():

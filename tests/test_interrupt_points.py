@@ -40,7 +40,6 @@ from mpmm import AcquireTimeoutError, NotAcquiredError
 from mpmm.model_manager import ModelManager
 from mpmm.shared_state.invariants import check_invariants
 from mpmm.shared_state.layout import Capacities, Header
-from mpmm.shared_state.lock_file import LockFile
 from mpmm.shared_state.runtime_dir import RUNTIME_DIR_VARIABLE
 from mpmm.shared_state.snapshot import Snapshot, read_snapshot
 
@@ -118,7 +117,7 @@ class Sweep:
         self.step = STEP or step
         self.points = 0
         self.failures: list[str] = []
-        self._segment_lock = manager._connected().namespace.runtime.file("segment.lock")
+        self._segment = manager._connected().namespace.segment
 
     def __call__(self, operation: Callable[[], None], prepare: Callable[[], None] = lambda: None) -> None:
         """Try the points of an operation. prepare: called before each, to bring about the branch that is meant."""
@@ -165,7 +164,7 @@ class Sweep:
         snapshot = self.snapshot()
         rows = [f"{i.tag} is {i.state}" for i in snapshot.instances if i.state in ("active", "loading", "leased")]
         tickets = [f"a ticket for {ticket.tag} is {ticket.state}" for ticket in snapshot.tickets]
-        lock = LockFile(self._segment_lock)
+        lock = self._segment.lock_file()
         is_free = lock.try_exclusive()
         lock.close()
         return [*rows, *tickets, *check_invariants(snapshot), *([] if is_free else ["the lock is taken"])]

@@ -121,7 +121,7 @@ class Namespace:
         self.kind = kind
         self.pid = os.getpid()
         self.slot = -1
-        self.lock = TransactionLock(segment, Path(segment.path), settings.lock_timeout_seconds)
+        self.lock = TransactionLock(segment, settings.lock_timeout_seconds)
         self.tables = Tables(segment)
         self.transitions = Transitions(self.tables, self)
         self._folder = str(runtime.path)
@@ -658,7 +658,7 @@ def _close(segment: Segment, runtime: RuntimeDirectory, kinds: tuple[int, ...]) 
     """
     tables = Tables(segment)
     try:
-        with contextlib.closing(TransactionLock(segment, Path(segment.path), REMOVAL_TIMEOUT_S)) as lock, lock() as t:
+        with contextlib.closing(TransactionLock(segment, REMOVAL_TIMEOUT_S)) as lock, lock() as t:
             if has_living_member(tables, runtime.path, kinds):
                 return False
             t.set(Header.CLOSED, Header.IS_CLOSED)

@@ -51,7 +51,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -117,9 +116,8 @@ def roll_back(words: Any, undo: Table) -> int:
 class TransactionLock:
     """The segment's lock, one object a process; hands out its one `Transaction` at a time."""
 
-    def __init__(self, segment: Segment, path: Path, timeout_seconds: float) -> None:
+    def __init__(self, segment: Segment, timeout_seconds: float) -> None:
         self.segment = segment
-        self.path = path
         self.timeout_seconds = timeout_seconds
         self._pid = os.getpid()
         self._file = segment.lock_file()
@@ -167,7 +165,7 @@ class TransactionLock:
         try:
             self._frame = frame
             if self._file.fd < 0:
-                raise ClosedError(f"this process has left the namespace of {self.path}")
+                raise ClosedError(f"this process has left the namespace of {self.segment.path}")
             if self.segment.words[Header.STARVING] or not self._file.take_quickly():
                 self._crowded_turns = CROWDED_TURNS
                 self._wait_for_file_lock(time.monotonic() if began is None else began, patience_s)
@@ -274,8 +272,8 @@ class TransactionLock:
                 return False
             if self._is_at_work(frame):
                 raise ReentrantCallError(
-                    f"a finalizer or signal handler asked for the lock {self.path} in the middle of a transaction of "
-                    "its own thread; only what gives something back may be called there (release_model, unpin, "
+                    f"a finalizer or signal handler asked for the lock {self.segment.path} in the middle of a transaction "
+                    "of its own thread; only what gives something back may be called there (release_model, unpin, "
                     "Lease.release, shutdown): let it set a flag, or leave the rest to a thread"
                 )
             self._suspected = None
@@ -351,9 +349,9 @@ class TransactionLock:
 
     def _timed_out(self, pid: int, patience_s: float) -> LockTimeoutError:
         return LockTimeoutError(
-            f"the lock {self.path} was not free within {patience_s:g} s; process {pid} holds it "
+            f"the lock {self.segment.path} was not free within {patience_s:g} s; process {pid} holds it "
             "(is it stopped?); lock_timeout_seconds sets the limit",
-            path=str(self.path),
+            path=str(self.segment.path),
             timeout_seconds=patience_s,
             holder_pid=pid,
         )
