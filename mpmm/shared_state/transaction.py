@@ -272,8 +272,8 @@ class TransactionLock:
                 return False
             if self._is_at_work(frame):
                 raise ReentrantCallError(
-                    f"a finalizer or signal handler asked for the lock {self.segment.path} in the middle of a transaction "
-                    "of its own thread; only what gives something back may be called there (release_model, unpin, "
+                    f"a finalizer or signal handler asked for the lock {self.segment.path} in the middle of a "
+                    "transaction of its own thread; only what gives something back may be called there (release_model, unpin, "
                     "Lease.release, shutdown): let it set a flag, or leave the rest to a thread"
                 )
             self._suspected = None
