@@ -273,8 +273,8 @@ class TransactionLock:
             if self._is_at_work(frame):
                 raise ReentrantCallError(
                     f"a finalizer or signal handler asked for the lock {self.segment.path} in the middle of a "
-                    "transaction of its own thread; only what gives something back may be called there (release_model, unpin, "
-                    "Lease.release, shutdown): let it set a flag, or leave the rest to a thread"
+                    "transaction of its own thread; only what gives something back may be called there "
+                    "(release_model, unpin, Lease.release, shutdown): let it set a flag, or leave the rest to a thread"
                 )
             self._suspected = None
             return True
