@@ -58,13 +58,18 @@ def ended_calls(operations: set[Operation]) -> list[Operation]:
     """Return the calls that cannot go on, by what all threads are at."""
     running = [(operation, operation.frame) for operation in list(operations)]
     tops = sys._current_frames() if running else {}
-    return [
-        operation
-        for operation, frame in running
-        if operation.abandoned
-        # Looked at again, because the call may have come to its end before the stacks were seen.
-        or (_has_ended(operation, frame, tops) and operation.frame is frame and operation in operations)
-    ]
+    try:
+        return [
+            operation
+            for operation, frame in running
+            if operation.abandoned
+            # Looked at again, because the call may have come to its end before the stacks were seen.
+            or (_has_ended(operation, frame, tops) and operation.frame is frame and operation in operations)
+        ]
+    finally:
+        # This function's own frame is among them: a cycle, which would keep what the variables of all threads refer to,
+        # models and managers too, until the collector comes by.
+        tops.clear()
 
 
 def _has_ended(operation: Operation, frame: FrameType | None, tops: dict[int, FrameType]) -> bool:

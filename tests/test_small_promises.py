@@ -6,6 +6,7 @@ import asyncio
 import gc
 import threading
 import time
+import weakref
 from collections import Counter
 from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager
@@ -322,3 +323,24 @@ async def _hold_fleeting(arguments: dict[str, Any]) -> None:
     async with ModelManager(**arguments).model_async("a", Thing):
         gc.collect()
         assert [copy.state for copy in read_snapshot("fleeting").instances] == ["active"]
+
+
+def test_nothing_keeps_what_variables_referred_to(new_manager: NewManager) -> None:
+    manager = new_manager()
+    kept: list[weakref.ref[Thing]] = []
+
+    def load() -> Thing:
+        beside = Thing()
+        kept.append(weakref.ref(beside))
+        # The background thread, which looks at where all threads are.
+        looking = threading.Thread(target=manager._connected().reconcile)
+        looking.start()
+        looking.join()
+        return Thing()
+
+    gc.disable()
+    try:
+        with manager.model("a", load):
+            assert kept[0]() is None
+    finally:
+        gc.enable()
