@@ -524,9 +524,7 @@ class ModelManager(BeamNames):
             tag=tag,
         )
 
-    def _give_back_held(
-        self, worker: Worker, operation: Operation, tag: str, patience_s: float | None = None
-    ) -> None:
+    def _give_back_held(self, worker: Worker, operation: Operation, tag: str, patience_s: float | None = None) -> None:
         """Give back what an operation has struck off the list; leave it to the keeper in a finalizer or signal handler.
 
         With LockTimeoutError it is held as before.
@@ -1015,9 +1013,7 @@ class ModelManager(BeamNames):
                 self._discard(worker, operation, got)
             left = deadline - time.monotonic()
 
-    def _take_idle(
-        self, worker: Worker, operation: Operation, tag: str, patience_s: float, tied: int
-    ) -> Copy | None:
+    def _take_idle(self, worker: Worker, operation: Operation, tag: str, patience_s: float, tied: int) -> Copy | None:
         """Take an idle copy if those who wait are not concerned, and nobody runs alone where it lies."""
         namespace = worker.namespace
         with namespace.transaction(patience_s) as t:

@@ -224,7 +224,7 @@ ELSEWHERE: dict[Callable[..., Any], dict[str, tuple[Any, ...]]] = {
     },
     ResourceEstimator: {"smoothing_factor": (*NO_TIME, None, 1.1), "min_data_points": NO_COUNT},
     HostMemorySource: {"budget_mb": (*NO_TIME, 0)},
-    Capacities: dict.fromkeys(Capacities.__dataclass_fields__, (*NO_COUNT, 2 ** 40)),
+    Capacities: dict.fromkeys(Capacities.__dataclass_fields__, (*NO_COUNT, 2**40)),
     MultiProcessShared: {
         "tag": (None, 5, b"x", ["x"], LONE, object()),
         "path": NO_PATH,

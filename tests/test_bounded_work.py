@@ -35,9 +35,7 @@ def test_the_undo_log_follows_from_the_tables() -> None:
         Capacities(undo=-1)
 
 
-def test_a_lease_that_ends_beside_many_waiters_ends_and_all_are_served(
-    namespace: str, new_manager: NewManager
-) -> None:
+def test_a_lease_that_ends_beside_many_waiters_ends_and_all_are_served(namespace: str, new_manager: NewManager) -> None:
     manager = new_manager(capacities=SHORT, fallback_memory_mb=2000.0, slack_percentage=0.0, default_estimate_mb=1.0)
     lease = manager.reserve(2000)
 
@@ -70,9 +68,7 @@ def test_what_a_killed_process_held_is_taken_back_however_much_it_is(
     assert problems(namespace) == []
 
 
-def test_a_reset_of_many_copies_takes_as_many_transactions_as_it_needs(
-    namespace: str, new_manager: NewManager
-) -> None:
+def test_a_reset_of_many_copies_takes_as_many_transactions_as_it_needs(namespace: str, new_manager: NewManager) -> None:
     manager = new_manager(capacities=SHORT, fallback_memory_mb=2000.0, default_estimate_mb=1.0)
     for number in range(MANY):
         # Mypy has no type for the lambda's default.

@@ -472,6 +472,7 @@ def scenarios() -> dict[str, Callable[[Lab], Operation]]:
         lab.do(lambda t, tr: tr.note_failure(t, model))
         copy = lab.loading()
         return lambda t, tr: tr.end_load(t, copy, b"handle", 80.0, 0, False)
+
     def led_by_the_books(lab: Lab) -> Operation:
         returning(lab)
         return lambda t, tr: tr.lead(t, Lab.victim, b"booked", (False, False, True))

@@ -39,8 +39,6 @@ TAG = "payloads"
 LARGE = 3 * LARGE_BYTES // 8  # numbers of 8 bytes
 
 
-
-
 def resident_arena_kb() -> int:
     """Return how much memory of arenas this process sees."""
     resident, inside = 0, False

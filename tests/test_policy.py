@@ -943,6 +943,7 @@ def states_at_rest(draw: st.DrawFn) -> View:
     rules = replace(RULES, isolate_unknown=draw(st.booleans()), max_model_copies=most)
     return view(models, tickets, copies=copies, devices=devices, rules=rules)
 
+
 @pytest.mark.parametrize(
     ("first", "where", "others"),
     [

@@ -78,9 +78,7 @@ class GivesBack:
         self._manager.release_model(self._tag, self._copy)
 
 
-def test_finalizers_give_copies_back(
-    new_manager: Callable[..., ModelManager], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_finalizers_give_copies_back(new_manager: Callable[..., ModelManager], monkeypatch: pytest.MonkeyPatch) -> None:
     failed: list[Any] = []
     monkeypatch.setattr(sys, "unraisablehook", failed.append)
     manager = new_manager(fallback_memory_mb=3200.0)

@@ -295,7 +295,6 @@ def bytes_of(paths: Iterable[Path]) -> int:
     return found
 
 
-
 def test_what_a_server_says_after_its_starters_end_is_in_a_file_of_bounded_length(
     run_script: Callable[..., Any], start_method: str, client: Any
 ) -> None:

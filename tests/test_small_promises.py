@@ -147,9 +147,7 @@ def test_whatever_threads_do_at_a_shutdown_ends_with_a_closed_error(new_manager:
     seen: Counter[str] = Counter()
     for turn in range(12):
         manager = new_manager(namespace=f"turn-{turn}")
-        threads = [
-            threading.Thread(target=_until_it_ends, args=(call, seen)) for call in _calls_without_end(manager)
-        ]
+        threads = [threading.Thread(target=_until_it_ends, args=(call, seen)) for call in _calls_without_end(manager)]
         for thread in threads:
             thread.start()
         time.sleep(0.004 * (turn % 6))

@@ -369,9 +369,7 @@ class _Walk:
         if model.known:
             return model.need_mb
         where = self._all_where(ticket)
-        best = sorted(
-            min(limit_mb(one, self._slack), one.total_mb - max(0.0, one.external_least_mb)) for one in where
-        )
+        best = sorted(min(limit_mb(one, self._slack), one.total_mb - max(0.0, one.external_least_mb)) for one in where)
         reach = best[-ticket.span] * ticket.span if len(best) >= ticket.span else 0.0
         return min(model.need_mb, reach) if reach > 0 else model.need_mb
 

@@ -61,9 +61,9 @@ def start_server(room: Room, tag: str, constructor: Any) -> str:
     reader, writer = multiprocessing.get_context("spawn").Pipe(duplex=False)
     with reader:
         with writer:
-            server: mp_process.BaseProcess = order_server(
-                room, plan, preparation, writer, name
-            ) or SpawnedServer(name, plan, preparation, writer)
+            server: mp_process.BaseProcess = order_server(room, plan, preparation, writer, name) or SpawnedServer(
+                name, plan, preparation, writer
+            )
             call_once_at_exit(disown_servers, DISOWN_PRIORITY)
             with _starting, _allowed_to_have_children():
                 server.start()

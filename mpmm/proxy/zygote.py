@@ -727,9 +727,7 @@ def _become_server(
         mp_process._children.clear()  # type: ignore[attr-defined]  # not in typeshed
         mp_process._process_counter = itertools.count(1)  # type: ignore[attr-defined]  # not in typeshed
         before = set(sys.modules)
-        run_server(
-            order.plan, Connection(report), order.preparation, on_made=lambda: _report_imports(before, learned)
-        )
+        run_server(order.plan, Connection(report), order.preparation, on_made=lambda: _report_imports(before, learned))
     except BaseException:
         traceback.print_exc()
     finally:
