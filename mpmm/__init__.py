@@ -1,6 +1,29 @@
 """mpmm, the multi-process model manager: loaded models for many processes on one host, without a manager process.
 
-The names below are loaded when they are first used, so that a model server, which needs a few of them, starts fast.
+Every process makes a manager of the same namespace and asks it for a model by its tag. It gets a loaded copy: an idle
+one, if there is one, else one that it loads itself as soon as there is memory for it. To make room the manager unloads
+idle copies; requests without room wait in a fair queue.
+
+    from mpmm import ModelManager, MultiProcessShared
+
+    manager = ModelManager(namespace="inference")
+
+    with manager.model("detector", load) as detector:      # load() returns the model, or a handle of its server
+        detector.predict(image)
+
+- An object that the loader returns is reused by the process that loaded it. A str that it returns is a handle, which
+  every process can use: the tag of a `MultiProcessShared`, whose object lives in a server process of its own.
+- `manager.model_async(tag, load)` and `@manager.uses(tag, load)` do the same for event loops and functions;
+  `acquire_model` and `release_model` are the two halves, with Beam's names.
+- `manager.preload(tag, load)` loads ahead of use, `manager.pin(tag)` keeps idle copies, and
+  `with manager.reserve(6000, name="training"):` takes memory (in MB, which are MiB) for a program that is no model.
+- `mpmm.beam.install()` makes all of this Apache Beam's model manager; `mpmm.metrics` exports for Prometheus.
+- Errors are children of `MpmmError`, and of the built-in exception that fits.
+
+In a shell `mpmm inspect` shows who holds what, who waits and why; `mpmm --help` lists the other commands.
+
+The public names are those of `__all__`. Most of them are imported at their first use, so that a model server, which
+needs few of them, starts fast.
 """
 
 from __future__ import annotations
@@ -42,6 +65,9 @@ if TYPE_CHECKING:
     from mpmm.resource_estimator import ResourceEstimator
     from mpmm.shared_state.layout import Capacities
 
+# Here alone; setup.cfg reads it without importing anything.
+__version__ = "0.1.0"
+
 __all__ = [
     "AcquireTimeoutError",
     "Capacities",
@@ -73,6 +99,7 @@ __all__ = [
     "ServerStartError",
     "SharedObjectReleasedError",
     "TableFullError",
+    "__version__",
     "current_placement",
 ]
 
@@ -95,3 +122,8 @@ def __getattr__(name: str) -> Any:
     value = getattr(importlib.import_module(_HOMES[name]), name)
     globals()[name] = value
     return value
+
+
+def __dir__() -> list[str]:
+    """Name the API, with what is imported at its first use, and no helper; nothing is imported for that."""
+    return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})

@@ -14,6 +14,8 @@
     mpmm run --mb MB -- PROGRAM ARGUMENTS…
                                   run a program once so much memory is free, and count it as used meanwhile
 
+All take `--runtime-root FOLDER`, in front of the command or behind it. `python -m mpmm` is the same as `mpmm`.
+
 `run` ends with the exit status of its program, 128 + n if signal n ended that; 127 and 126 if there is no such program
 or it cannot be run, 125 if the memory is not to be had. See `mpmm.run`. All others end with 2 if there is nothing to
 look at.
@@ -40,7 +42,9 @@ import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+from mpmm import __version__
 from mpmm.arguments import checked_number, checked_path
 from mpmm.errors import InvalidArgumentError, MpmmError
 from mpmm.printable import printable, printable_lines
@@ -66,6 +70,10 @@ EXIT_USAGE = 2
 EXIT_NO_LEASE = 125
 # Where programs run for which no namespace was named, if there is none at all.
 DEFAULT_NAMESPACE = "default"
+_RUNTIME_ROOT: Any = {
+    "metavar": "FOLDER",
+    "help": "folder of the runtime directories (default: $MPMM_RUNTIME_DIR, or /tmp/mpmm-<uid>)",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -100,9 +108,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="mpmm", description="Look into the multi-process model manager of this host.")
-    parser.add_argument(
-        "--runtime-root", help="folder of the runtime directories (default: $MPMM_RUNTIME_DIR, or /tmp/mpmm-<uid>)"
-    )
+    parser.add_argument("--version", action="version", version=f"mpmm {__version__}")
+    parser.add_argument("--runtime-root", **_RUNTIME_ROOT)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("list", help="name the namespaces of this user")
     inspect = commands.add_parser("inspect", help="one screen: what is wrong, who holds what, who waits and why")
@@ -140,6 +147,9 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--namespace", help=f"default: the only one there is; if there is none, {DEFAULT_NAMESPACE!r}")
     run.add_argument("--name", help="name of the lease (default: the program's)")
     run.add_argument("--wait", type=float, default=math.inf, metavar="SECONDS", help="give up then (default: never)")
+    for command in commands.choices.values():
+        # Suppressed where it is not given, or it would undo the one in front of the command.
+        command.add_argument("--runtime-root", default=argparse.SUPPRESS, **_RUNTIME_ROOT)
     return parser
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
+import pydoc
 import subprocess
 import sys
 from collections.abc import Callable
@@ -259,6 +261,18 @@ def test_the_runtime_root_can_be_named(tmp_path: Path, capsys: Capture) -> None:
         assert main(["--runtime-root", str(root), "check", "there"]) == 0
 
 
+def test_the_runtime_root_can_be_named_behind_the_command(tmp_path: Path) -> None:
+    root = tmp_path / "elsewhere"
+    tool = [sys.executable, str(Path(__file__).parent.parent / "tools" / "inspect_state.py")]
+    with ModelManager(namespace="there", memory_source="booked", runtime_root=root):
+        found = subprocess.run(
+            [*tool, "--runtime-root", str(root), "--json", "there"], capture_output=True, text=True, timeout=60
+        )
+        assert (json.loads(found.stdout)["namespace"], found.stderr, found.returncode) == ("there", "", 0)
+        # The one behind the command counts.
+        assert main(["--runtime-root", str(tmp_path / "nowhere"), "check", "--runtime-root", str(root)]) == 0
+
+
 def test_a_program_without_the_dashes_is_pointed_to_them(capsys: Capture) -> None:
     with pytest.raises(SystemExit, match="2"):
         main(["run", "--mb", "100", "sleep", "1"])
@@ -281,14 +295,40 @@ def test_every_public_name_is_there() -> None:
     assert [name for name in mpmm.__all__ if not hasattr(mpmm, name)] == []
 
 
+def test_dir_shows_the_api_and_imports_nothing() -> None:
+    code = (
+        "import sys, mpmm; before = set(sys.modules); names = dir(mpmm); assert set(sys.modules) == before; "
+        "assert 'mpmm.model_manager' not in before; assert set(mpmm.__all__) <= set(names); "
+        "print([name for name in names if not name.startswith('__') and name not in mpmm.__all__])"
+    )
+    assert run_python("-c", code).stdout == "[]\n"
+
+
+def test_help_teaches() -> None:
+    text = pydoc.plain(pydoc.render_doc(mpmm))
+    for wanted in ("with manager.model(", "mpmm inspect", "class ModelManager", f"VERSION\n    {mpmm.__version__}"):
+        assert wanted in text
+
+
 def test_it_runs_as_a_module(busy: ModelManager, namespace: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-m", "mpmm.cli", "inspect", "--json", namespace],
+    done = run_python("-W", "error", "-m", "mpmm", "inspect", "--json", namespace)
+    assert json.loads(done.stdout)["namespace"] == namespace
+    assert done.stderr == ""
+
+
+def test_the_version_is_the_packages() -> None:
+    assert run_python("-m", "mpmm", "--version").stdout == f"mpmm {mpmm.__version__}\n"
+    assert mpmm.__version__ == importlib.metadata.version("mpmm")
+
+
+def run_python(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run the interpreter on this checkout; it must succeed."""
+    path = os.pathsep.join(path or os.getcwd() for path in sys.path)
+    return subprocess.run(
+        [sys.executable, *arguments],
         capture_output=True,
         text=True,
         timeout=60,
         check=True,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)},
+        env={**os.environ, "PYTHONPATH": path},
     )
-    assert json.loads(done.stdout)["namespace"] == namespace
-    assert done.stderr == ""

@@ -1,4 +1,4 @@
-"""`mpmm inspect` from a checkout: `python tools/inspect_state.py [NAMESPACE] [--json]`."""
+"""`mpmm inspect` from a checkout, with all of its options: `python tools/inspect_state.py [NAMESPACE] [--json] …`."""
 
 from __future__ import annotations
 
