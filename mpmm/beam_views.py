@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Iterator, MutableMapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from mpmm.shared_state.layout import Header, Instance, Model
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from mpmm.shared_state.transaction import TransactionLock
     from mpmm.worker import Worker
 
-__all__ = ["BeamNames"]
+__all__ = ["BeamNames", "CopiesByTag"]
 
 
 class BeamNames:
@@ -48,8 +48,8 @@ class BeamNames:
         return self._connected().namespace.lock
 
     @property
-    def _models(self) -> dict[str, list[Any]]:
-        return _Models(self.all_models())
+    def _models(self) -> CopiesByTag:
+        return cast("CopiesByTag", self.all_models())
 
     @property
     def _idle_lru(self) -> _IdleCopies:
@@ -79,7 +79,7 @@ class BeamNames:
         return bool(self._connected().namespace.segment.words[Header.ISOLATED])
 
 
-class _Models(dict[str, list[Any]]):
+class CopiesByTag(dict[str, list[Any]]):
     """Copies by tag; a tag without any has an empty list."""
 
     def __missing__(self, tag: str) -> list[Any]:

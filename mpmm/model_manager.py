@@ -40,7 +40,7 @@ from typing import Any, NamedTuple, TypeVar, cast
 
 from mpmm.arguments import checked_devices, checked_number, checked_path, checked_timeout, checked_whole, in_brief
 from mpmm.beam_metrics import report_estimate, report_model_count
-from mpmm.beam_views import BeamNames
+from mpmm.beam_views import BeamNames, CopiesByTag
 from mpmm.board import MONITOR_METHODS, ForeignMonitor, MonitorLike
 from mpmm.errors import (
     AcquireTimeoutError,
@@ -418,14 +418,15 @@ class ModelManager(BeamNames):
     def all_models(self, tag: str | None = None) -> Any:
         """Return the loaded copies of a tag as a list: handles, this process's objects, None for others' objects.
 
-        Without a tag, a dict of such lists for all tags.
+        Without a tag, a dict of such lists by tag, which answers `[]` for a tag without copies: Beam looks up a model
+        that may have been evicted.
         """
         if tag is not None:
             _encoded_tag(tag)
         worker = self._connected()
         tables, layout = worker.namespace.tables, worker.namespace.segment.layout
         words = worker.namespace.segment.words
-        found: dict[str, list[Any]] = {}
+        found = CopiesByTag()
         with worker.namespace.transaction():
             for row in tables.used_rows(layout.instances):
                 at = tables.instance(row)

@@ -891,6 +891,7 @@ def test_all_models_shows_handles_own_objects_and_none_for_those_of_others(
     assert {type(copy) for copy in manager.all_models("object")} == {type(None), Weights}
     assert thing in manager.all_models()["object"]
     assert manager.all_models("nothing") == []
+    assert manager.all_models()["nothing"] == [], "Beam asks for a model that was evicted"
     manager.release_model("object", thing)
 
 
