@@ -23,7 +23,8 @@ __all__ = ["Lease"]
 class Lease:
     """Memory that this process has been given, until `release`, the end of a `with` block, or its own end.
 
-    `ModelManager.reserve` makes them. name, mb: what it was asked for. placement: where it is, see `mpmm.placement`.
+    A lease that nothing refers to any more ends, too, with a warning: nobody could release it. `ModelManager.reserve`
+    makes them. name, mb: what it was asked for. placement: where it is, see `mpmm.placement`.
     """
 
     def __init__(self, worker: Worker, row: int, name: str, mb: float, manager: object = None) -> None:
@@ -39,13 +40,23 @@ class Lease:
         self._manager = manager
         self._row = row
         self._generation = words[at + Instance.GENERATION]
-        # That of the `with` block.
         self._operation: Operation | None = None
 
     @property
     def reference(self) -> tuple[int, int]:
         """Row and generation."""
         return self._row, self._generation
+
+    def answer_for(self, operation: Operation) -> None:
+        """Own what the call that has made this lease has in hand: the keeper ends the lease once it is collected."""
+        self._operation = operation
+        operation.warning = (
+            f"lease {self.name!r} of {self.mb:g} MB was collected before it was released, and has ended; keep it for "
+            "as long as its memory is in use"
+        )
+        operation.owner = weakref.ref(self)
+        # From here on this object answers for the lease.
+        operation.frame = None
 
     def release(self) -> None:
         """Give the memory back. Again, after `shutdown`, or in a forked child, which has no part in it: nothing.
@@ -55,7 +66,7 @@ class Lease:
         worker = self._worker
         if not worker.namespace.is_usable:
             return
-        operation = self._operation or worker.begin(None)
+        operation = self._operation or worker.begin(sys._getframe())
         operation.booking = self.reference
         operation.thread = threading.get_ident()
         # From here on the keeper ends it if this cannot.
@@ -113,13 +124,6 @@ class Lease:
         return bool(words[at] == Instance.LEASED and words[at + Instance.GENERATION] == self._generation)
 
     def __enter__(self) -> Lease:
-        if self._worker.namespace.is_usable:
-            operation = self._worker.begin(sys._getframe())
-            operation.booking = self.reference
-            operation.owner = weakref.ref(self)
-            self._operation = operation
-            # From here on this object answers for the lease.
-            operation.frame = None
         return self
 
     def __exit__(

@@ -710,7 +710,8 @@ class ModelManager(BeamNames):
         """Wait for a lease on `mb` MB, for memory that is no model's, and return it.
 
         It is admitted like a load: it waits its turn, idle copies are evicted for it, and what it is for counts as
-        used until it is given back, by `release` or the end of a `with` block, or until this process ends.
+        used until it is given back, by `release` or the end of a `with` block, or until this process ends. Keep the
+        lease: one that nothing refers to any more ends, with a warning.
 
         mb: all that is going to be used. name: for people; several leases may have the same one.
         timeout_seconds: None stands for `wait_timeout_seconds`; `math.inf` waits for as long as it takes, and 0 takes
@@ -729,7 +730,7 @@ class ModelManager(BeamNames):
         operation = worker.begin(sys._getframe())
         try:
             lease = self._reserve(worker, operation, name, encoded, float(mb), patience, wish)
-            worker.end(operation)
+            lease.answer_for(operation)
             return lease
         except BaseException:
             worker.abandon(operation)

@@ -7,9 +7,9 @@ second: a frame that is no longer on its thread's stack cannot go on, and what i
 (`Worker.reconcile`). What is noted but was never had, because the transaction was undone, does not stand in the books,
 and nothing is done.
 
-At its end a call takes its operation off. What a `with` block holds stays noted without a frame: the block's object is
-its owner, and it goes back when that is collected without having come to its end. (No finalizer does that: an exception
-that a signal handler raises in one is lost to the program.)
+At its end a call takes its operation off. What a `with` block or a lease holds stays noted without a frame: its object
+is the owner, and it goes back when that is collected without having come to its end. (No finalizer does that: an
+exception that a signal handler raises in one is lost to the program.)
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class Operation:
     """One call. held: what it has taken, or if `gives_back`, has struck off the list of what this process holds.
 
     ticket: row and number of its place in the queue. booking: row and generation of what it loads, or has leased.
-    frame: where it runs; None if it does not, because an object, its `owner`, answers for it. abandoned: it will not go
-    on.
+    frame: where it runs; None if it does not, because an object, its `owner`, answers for it. warning: logged if that is
+    collected meanwhile. abandoned: it will not go on.
     """
 
     held: Held | None = None
@@ -42,6 +42,7 @@ class Operation:
     ticket: tuple[int, int] | None = None
     booking: tuple[int, int] | None = None
     owner: weakref.ref[object] | None = None
+    warning = ""
     abandoned = False
 
     def __init__(self, frame: FrameType | None) -> None:
@@ -52,6 +53,11 @@ class Operation:
     def has_something(self) -> bool:
         """Tell whether something may have to be given back for it."""
         return self.held is not None or self.ticket is not None or self.booking is not None
+
+    @property
+    def is_orphaned(self) -> bool:
+        """Tell whether the object that answers for it has been collected."""
+        return self.frame is None and self.owner is not None and self.owner() is None
 
 
 def ended_calls(operations: set[Operation]) -> list[Operation]:
@@ -74,7 +80,7 @@ def ended_calls(operations: set[Operation]) -> list[Operation]:
 
 def _has_ended(operation: Operation, frame: FrameType | None, tops: dict[int, FrameType]) -> bool:
     if frame is None:
-        return operation.owner is not None and operation.owner() is None
+        return operation.is_orphaned
     return not _is_on_stack(frame, tops.get(operation.thread))
 
 

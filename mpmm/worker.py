@@ -777,6 +777,8 @@ class Worker:
                 self._leave_abandoned(t, operation)
                 self._release_abandoned(t, operation)
                 self.scheduler.advance(t)
+            if operation.is_orphaned and operation.warning:
+                _LOG.warning("mpmm %s: pid %d: %s", self.namespace.name, self.namespace.pid, operation.warning)
         self.operations.discard(operation)
         operation.frame = None
 

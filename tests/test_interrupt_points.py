@@ -391,6 +391,17 @@ def test_lease(sweep: Callable[..., Sweep]) -> None:
     one(lease)
 
 
+def test_block_of_lease(sweep: Callable[..., Sweep]) -> None:
+    one = sweep(797)
+
+    def lease() -> None:
+        with one.manager.reserve(100):
+            pass
+
+    lease()
+    one(lease)
+
+
 def test_preload(sweep: Callable[..., Sweep]) -> None:
     one = sweep(2003, fallback_memory_mb=300.0)
     tags = iter(f"tag-{number}" for number in range(10**6))

@@ -140,6 +140,22 @@ def test_a_lease_ends_with_its_block_whatever_happens_in_it(namespace: str, new_
     assert [event.kind for event in snapshot.events][-2:] == ["leased", "lease_ended"]
 
 
+def test_a_lease_that_nothing_refers_to_ends_and_says_so(
+    namespace: str, new_manager: NewManager, caplog: pytest.LogCaptureFixture
+) -> None:
+    manager = new_manager()
+    kept = manager.reserve(100, name="kept")
+    manager.reserve(300, name="dropped")
+    wait_until(lambda: [lease.reserved_mb for lease in leases(namespace)] == [100], "the dropped one has ended", 2)
+    wait_until(lambda: "lease 'dropped' of 300 MB was collected before it was released" in caplog.text, "it is said", 2)
+    assert kept.is_held
+    kept.release()
+    del kept
+    assert leases(namespace) == []
+    assert "'kept'" not in caplog.text
+    assert problems(namespace) == []
+
+
 def test_leases_of_one_name_are_two_and_have_nothing_to_do_with_a_model_of_that_name(
     namespace: str, new_manager: NewManager
 ) -> None:
