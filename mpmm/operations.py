@@ -33,8 +33,8 @@ class Operation:
     """One call. held: what it has taken, or if `gives_back`, has struck off the list of what this process holds.
 
     ticket: row and number of its place in the queue. booking: row and generation of what it loads, or has leased.
-    frame: where it runs; None if it does not, because an object, its `owner`, answers for it. warning: logged if that is
-    collected meanwhile. abandoned: it will not go on.
+    frame: where it runs; None if it does not, because an object, its `owner`, answers for it. warning: logged if that
+    is collected meanwhile. abandoned: it will not go on.
     """
 
     held: Held | None = None
