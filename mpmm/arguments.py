@@ -11,6 +11,7 @@ import math
 import numbers
 import operator
 import os
+import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
@@ -21,6 +22,7 @@ __all__ = [
     "checked_devices",
     "checked_number",
     "checked_path",
+    "checked_size_mb",
     "checked_timeout",
     "checked_whole",
     "encoded_text",
@@ -31,6 +33,9 @@ __all__ = [
 LONGEST_SHOWN = 80
 # What the kernel's type for it holds.
 LARGEST_PID = 2**31 - 1
+_SIZE = re.compile(r"\s*([0-9]+\.?[0-9]*|\.[0-9]+)\s*([kmgt]?)(i?b)?\s*", re.IGNORECASE)
+# MB in one of each unit; a number alone is in MB.
+_UNITS_MB = {"": 1.0, "k": 2.0**-10, "m": 1.0, "g": 2.0**10, "t": 2.0**20}
 
 
 def in_brief(value: object) -> str:
@@ -64,6 +69,17 @@ def checked_number(
         limit = f" to {high:g}" if math.isfinite(high) else ", finite" if finite else ""
         raise InvalidArgumentError(f"{name}={in_brief(value)}: expected {unit} {bound}{limit}")
     return number
+
+
+def checked_size_mb(name: str, text: str) -> float:
+    """Return the MB of a size as people type it: `5g`, `5GiB`, `0.5 TB`, `800m`, or `5120`, which is in MB.
+
+    All units are powers of 1024, as an MB is a MiB everywhere in mpmm. Raises InvalidArgumentError.
+    """
+    found = _SIZE.fullmatch(text)
+    if found is None or (found[3] and not found[2]):
+        raise InvalidArgumentError(f"{name}={in_brief(text)}: expected a size as 5g, 5GiB, 800m or 5120 (MB)")
+    return float(found[1]) * _UNITS_MB[found[2].lower()]
 
 
 def checked_timeout(name: str, value: object) -> float:

@@ -4,14 +4,17 @@
     mpmm inspect [NAMESPACE]      one screen: what is wrong, who holds what, who waits and why; of several, a line each
     mpmm inspect --json           everything as one JSON object
     mpmm inspect --max-wait 60    exit status 1 if somebody has waited for longer
-    mpmm top [NAMESPACE]          the same, live, with the memory of each device over time; q ends
+    mpmm ps [NAMESPACE]           one line for each loaded copy; --format json or '{tag} {mb:.0f}' for scripts
+    mpmm top [NAMESPACE]          the same as inspect, live, with the memory of each device over time; q ends
+    mpmm events [NAMESPACE]       what has happened, a line for each event; --follow goes on, --json for scripts
     mpmm trace [NAMESPACE]        the last events as a trace for https://ui.perfetto.dev; --follow writes on
     mpmm plot [NAMESPACE]         memory against the limit as a picture, of a namespace or of a trace
     mpmm metrics [NAMESPACE]      metrics as Prometheus text, of all namespaces or one; --serve keeps answering
     mpmm check [NAMESPACE]        verify the invariants; exit status 1 if one does not hold
-    mpmm reset NAMESPACE          unload everything and send all waiters away
+    mpmm check --health           for probes: exit status 1 for each ATTENTION, and if all processes are dead, too
+    mpmm reset NAMESPACE          unload everything and send all waiters away; asks at a terminal unless --yes is given
     mpmm prune                    remove what crashed processes have left; --dry-run only shows it
-    mpmm run --mb MB -- PROGRAM ARGUMENTS…
+    mpmm run --mb SIZE -- PROGRAM ARGUMENTS…
                                   run a program once so much memory is free, and count it as used meanwhile
 
 All take `--runtime-root FOLDER`, in front of the command or behind it. `python -m mpmm` is the same as `mpmm`.
@@ -21,6 +24,8 @@ or it cannot be run, 125 if the memory is not to be had. See `mpmm.run`. All oth
 look at.
 
 Those that look take no lock, so they answer while the lock's holder is stopped, and say so.
+
+A SIZE is a number of MB, or one with a unit: `5g`, `5GiB`, `800m`; all of them are powers of 1024.
 
 JSON schema, version 1: an object with `schema` (1), and every field of `mpmm.shared_state.snapshot.Snapshot` under
 its name, its rows as arrays of objects with the fields of `MemberInfo`, `ModelInfo` and so on. Memory is in MB
@@ -45,7 +50,7 @@ from pathlib import Path
 from typing import Any
 
 from mpmm import __version__
-from mpmm.arguments import checked_number, checked_path
+from mpmm.arguments import checked_number, checked_path, checked_size_mb, checked_whole
 from mpmm.errors import InvalidArgumentError, MpmmError
 from mpmm.printable import printable, printable_lines
 from mpmm.shared_state.runtime_dir import ROOM_NAME, SERVERS_LOG, RuntimeDirectory, default_root
@@ -120,6 +125,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     top = commands.add_parser("top", help="the same, live, until q is pressed (needs mpmm[cli])")
     top.add_argument("--interval", type=float, default=0.5, metavar="SECONDS", help="between two looks (default: 0.5)")
+    ps = commands.add_parser("ps", help="one line for each loaded copy")
+    ps.add_argument("namespace", nargs="?", help="default: all there are")
+    ps.add_argument("--format", metavar="FORMAT", help="json, or a format string of Python: '{tag} {pid} {mb:.0f}'")
+    events = commands.add_parser("events", help="what has happened, a line for each event")
+    events.add_argument("-f", "--follow", action="store_true", help="go on until the namespace ends, or an interrupt")
+    events.add_argument("--model", metavar="TAG", help="events of this model only")
+    events.add_argument("--json", action="store_true", help="JSON, one object for each event")
+    events.add_argument("-n", "--last", type=int, metavar="COUNT", help="so many of the past (default: all there are)")
     trace = commands.add_parser("trace", help="write events as a trace for https://ui.perfetto.dev")
     trace.add_argument("-o", "--output", type=Path, metavar="FILE", help="default: the standard output")
     trace.add_argument(
@@ -132,18 +145,23 @@ def _parser() -> argparse.ArgumentParser:
     metrics.add_argument("namespace", nargs="?", help="default: all there are")
     metrics.add_argument("--openmetrics", action="store_true", help="as OpenMetrics text (by HTTP as asked for)")
     metrics.add_argument("--serve", metavar="[HOST:]PORT", help="answer HTTP there, by default for this machine only")
-    for command in (inspect, top, trace, plot, commands.add_parser("check", help="verify the invariants")):
+    check = commands.add_parser("check", help="verify the invariants")
+    check.add_argument("--health", action="store_true", help="exit status 1 for each ATTENTION, too; of all namespaces")
+    for command in (inspect, top, events, trace, plot, check):
         command.add_argument("namespace", nargs="?", help="default: the only one there is")
     reset = commands.add_parser("reset", help="unload everything, send all waiters away")
     reset.add_argument("namespace")
+    reset.add_argument("-y", "--yes", action="store_true", help="do not ask at a terminal")
     prune = commands.add_parser("prune", help="remove segments and folders that crashed processes have left")
     prune.add_argument("--dry-run", action="store_true", help="show what would be removed, and remove nothing")
     run = commands.add_parser(
         "run",
         help="run a program on a lease of memory",
-        usage="%(prog)s --mb MB [--namespace NAMESPACE] [--name NAME] [--wait SECONDS] -- PROGRAM [ARGUMENT ...]",
+        usage="%(prog)s --mb SIZE [--namespace NAMESPACE] [--name NAME] [--wait SECONDS] -- PROGRAM [ARGUMENT ...]",
     )
-    run.add_argument("--mb", type=float, required=True, help="memory that the program takes at most, in MB (MiB)")
+    run.add_argument(
+        "--mb", type=_size, required=True, metavar="SIZE", help="memory that the program takes at most: MB, or 5g, 5GiB"
+    )
     run.add_argument("--namespace", help=f"default: the only one there is; if there is none, {DEFAULT_NAMESPACE!r}")
     run.add_argument("--name", help="name of the lease (default: the program's)")
     run.add_argument("--wait", type=float, default=math.inf, metavar="SECONDS", help="give up then (default: never)")
@@ -151,6 +169,13 @@ def _parser() -> argparse.ArgumentParser:
         # Suppressed where it is not given, or it would undo the one in front of the command.
         command.add_argument("--runtime-root", default=argparse.SUPPRESS, **_RUNTIME_ROOT)
     return parser
+
+
+def _size(text: str) -> float:
+    try:
+        return checked_size_mb("--mb", text)
+    except InvalidArgumentError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _only_namespace(root: Path | None) -> str:
@@ -239,6 +264,38 @@ def _top(options: argparse.Namespace, root: Path | None) -> int:
     return run(_namespace(options, root), root, interval_s)
 
 
+def _ps(options: argparse.Namespace, root: Path | None) -> int:
+    from mpmm.show.listing import as_table, copies_of, formatted
+
+    copies, status = [], 0
+    for name in find_namespaces(root) if options.namespace is None else [options.namespace]:
+        try:
+            copies += copies_of(read_snapshot(name, root, events=False))
+        except (OSError, MpmmError) as error:
+            if options.namespace is not None:
+                raise
+            # One that has ended in between is none of those there are; others are shown in spite of one that is broken.
+            if not isinstance(error, FileNotFoundError):
+                print(f"mpmm: {printable_lines(str(error))}", file=sys.stderr)
+                status = EXIT_PROBLEM
+    if options.format is None:
+        width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+        print("\n".join(as_table(copies, width)))
+    else:
+        for copy in copies:
+            print(formatted(copy, options.format))
+    return status
+
+
+def _events(options: argparse.Namespace, root: Path | None) -> int:
+    from mpmm.show.event_lines import Choice, show_events
+
+    last = None if options.last is None else checked_whole("--last", options.last, 0, sys.maxsize)
+    return show_events(
+        _namespace(options, root), root, Choice(options.model, last, as_json=options.json, follow=options.follow)
+    )
+
+
 def _trace(options: argparse.Namespace, root: Path | None) -> int:
     from mpmm.show.record import record
 
@@ -288,6 +345,8 @@ def _missing(extra: str, library: str) -> int:
 def _check(options: argparse.Namespace, root: Path | None) -> int:
     from mpmm.shared_state.invariants import check_invariants
 
+    if options.health:
+        return _check_health(options, root)
     snapshot = read_snapshot(_namespace(options, root), root, events=False)
     problems = check_invariants(snapshot)
     for problem in problems:
@@ -296,10 +355,33 @@ def _check(options: argparse.Namespace, root: Path | None) -> int:
     return EXIT_PROBLEM if problems else 0
 
 
+def _check_health(options: argparse.Namespace, root: Path | None) -> int:
+    from mpmm.show.health import what_ails
+
+    names = find_namespaces(root) if options.namespace is None else [options.namespace]
+    problems = 0
+    for name in names or [_only_namespace(root)]:
+        found = what_ails(read_snapshot(name, root, events=False))
+        problems += len(found)
+        print("\n".join(printable(f"{name}: {problem}") for problem in found or ["healthy"]))
+    return EXIT_PROBLEM if problems else 0
+
+
 def _reset(options: argparse.Namespace, root: Path | None) -> int:
     from mpmm.model_manager import ModelManager
 
-    read_snapshot(options.namespace, root, events=False)
+    snapshot = read_snapshot(options.namespace, root, events=False)
+    if not options.yes and sys.stdin.isatty():
+        in_use = sum(model.active for model in snapshot.models)
+        print(
+            f"This unloads {len(snapshot.instances)} copies of {options.namespace}, {in_use} of them in use, and sends "
+            f"{snapshot.waiting} waiters away. Go on? [y/N] ",
+            end="",
+            flush=True,
+        )
+        if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+            print(f"{options.namespace}: nothing was changed")
+            return EXIT_PROBLEM
     with ModelManager(namespace=options.namespace, runtime_root=root) as manager:
         manager.force_reset()
     print(f"{options.namespace}: reset")
@@ -320,7 +402,9 @@ def _prune(options: argparse.Namespace, root: Path | None) -> int:
 _COMMANDS = {
     "list": _list,
     "inspect": _inspect,
+    "ps": _ps,
     "top": _top,
+    "events": _events,
     "trace": _trace,
     "plot": _plot,
     "metrics": _metrics,

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib.metadata
+import io
 import json
 import os
 import pydoc
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,13 +17,16 @@ from pathlib import Path
 import pytest
 from processes import Loads, LoadsObject, Process, acquire, wait_until, waiting
 
-import mpmm
+import mpmm.cli
+from mpmm.arguments import checked_size_mb
 from mpmm.cli import main
-from mpmm.errors import NamespaceResetError
+from mpmm.errors import InvalidArgumentError, NamespaceResetError
 from mpmm.model_manager import ModelManager
+from mpmm.shared_state.events import EventKind
 from mpmm.shared_state.layout import Header
 from mpmm.shared_state.segment import segment_name
 from mpmm.shared_state.snapshot import EventChoice, Snapshot, read_snapshot
+from mpmm.show.event_lines import _TEXTS
 from mpmm.show.health import findings
 from mpmm.show.screen import render
 from mpmm.show.words import age, bar
@@ -72,6 +77,8 @@ def test_inspect_says_what_is_wrong(namespace: str, new_manager: NewManager, new
         snapshot,
         leader=None,
         rollbacks=2,
+        # The snapshot may have fallen into a transaction.
+        torn_words=0,
         members=tuple(replace(member, alive=member.pid != dead.pid) for member in snapshot.members),
         tickets=tuple(replace(ticket, waited_s=75.0) for ticket in snapshot.tickets),
         instances=tuple(replace(copy, for_s=400.0) for copy in snapshot.instances),
@@ -79,7 +86,7 @@ def test_inspect_says_what_is_wrong(namespace: str, new_manager: NewManager, new
     )
     urgent = [finding.text for finding in findings(later) if finding.urgent]
     assert [text.split(":")[0] for text in urgent] == [
-        "nobody leads",
+        "no leader",
         "the last sample of device 0 (booked) is 9.0 s old, poll_interval is 0.5 s",
         "dead, but what they had is not taken back yet",
         f"pid {waiter.pid} has waited for wanted for 75 s",
@@ -226,6 +233,141 @@ def test_check_finds_a_broken_word(
     assert "H2 ACTIVE is 7, the rows say 0" in out
     assert f"{namespace}: 1 invariants broken" in out
     assert main(["check", namespace]) == 0
+
+
+def test_check_health_is_for_probes(
+    namespace: str, new_manager: NewManager, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    manager = new_manager()
+    assert main(["check", "--health"]) == 0
+    assert capsys.readouterr().out == f"{namespace}: healthy\n"
+    snapshot = read_snapshot(namespace)
+    stale = replace(snapshot, polled_ago_s=60.0, active=7)
+    monkeypatch.setattr(mpmm.cli, "read_snapshot", lambda *_, **__: stale)
+    assert main(["check", "--health", namespace]) == 1
+    broken, attention = capsys.readouterr().out.splitlines()
+    assert broken.startswith(f"{namespace}: invariant broken: H2 ACTIVE")
+    assert attention.startswith(f"{namespace}: ATTENTION: nobody has polled for 60 s")
+    monkeypatch.undo()
+    manager.shutdown()
+
+
+def test_check_health_fails_for_a_dead_namespace(
+    namespace: str, new_process: NewProcess, capsys: Capture, runtime_root: Path
+) -> None:
+    assert main(["check", "--health"]) == 2
+    assert main(["check", "--health", namespace]) == 2
+    process = new_process()
+    process.call(acquire, "held")
+    process.kill()
+    capsys.readouterr()
+    assert main(["check", "--health", namespace]) == 1
+    assert f"{namespace}: dead: none of its 1 processes is alive" in capsys.readouterr().out
+    assert main(["ps", "--format", "{tag} {state}"]) == 0
+    assert capsys.readouterr().out == "held lost\n"
+    assert main(["--runtime-root", str(runtime_root), "prune"]) == 0
+
+
+def test_ps_has_a_line_for_each_copy_and_lease(new_manager: NewManager, namespace: str, capsys: Capture) -> None:
+    manager = new_manager()
+    manager.acquire_model("object", LoadsObject())
+    with manager.reserve(50, name="training"):
+        assert main(["ps"]) == 0
+        head, *lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+        assert head[:3] == ["model", "copy", "state"]
+        assert [(line[0], line[2]) for line in lines] == [("object", "active"), ("training", "leased")]
+        assert main(["ps", namespace, "--format", "{tag:>8}\\t{mb:.1f} {pid} {peak_mb:.0f} {devices}"]) == 0
+        assert capsys.readouterr().out.splitlines()[0] == f"  object\t100.0 {os.getpid()} - 0"
+        assert main(["ps", "--format", "json"]) == 0
+        found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+        assert [(copy["kind"], copy["mb"], copy["peak_mb"]) for copy in found] == [
+            ("model", 100.0, None),
+            ("lease", 50.0, None),
+        ]
+    with ModelManager(namespace="second", memory_source="booked") as second:
+        second.acquire_model("b", LoadsObject())
+        assert main(["ps"]) == 0
+        assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["namespace", "second", namespace]
+
+
+@pytest.mark.parametrize("template", ["{tag.__class__}", "{nothing}", "{tag", "{0}", "{mb:q}", "{}"])
+def test_a_format_that_cannot_be_is_refused(template: str, busy: ModelManager, capsys: Capture) -> None:
+    assert main(["ps", "--format", template]) == 2
+    said = capsys.readouterr()
+    assert (said.out, said.err.count("fields of namespace, tag, copy")) == ("", 1)
+
+
+def test_ps_without_any_namespace_has_nothing_but_the_head(capsys: Capture) -> None:
+    assert main(["ps"]) == 0
+    assert capsys.readouterr().out.split()[:3] == ["model", "copy", "state"]
+    assert main(["ps", "nowhere"]) == 2
+
+
+def test_events_are_lines_for_people_or_json(busy: ModelManager, namespace: str, capsys: Capture) -> None:
+    assert main(["events", namespace, "--model", "object"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    [began] = [line for line in lines if "load begins on device 0, 100 MB reserved" in line]
+    assert began.split()[1:3] == [str(os.getpid()), "object"]
+    assert began.endswith("loads: needs 100 MB, 150 free")
+    assert all(" object " in line for line in lines)
+    assert main(["events", "--json", "-n", "1000"]) == 0
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [event["sequence"] for event in found] == list(range(1, len(found) + 1))
+    assert {"namespace", "wall_s", "kind", "pid", "tag", "value", "why"} <= set(found[0])
+    assert main(["events", "--last", "2"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 2
+    assert main(["events", "--last", "-1"]) == 2
+
+
+def test_every_kind_of_event_has_words() -> None:
+    assert set(_TEXTS) == {kind.name.lower() for kind in EventKind}
+
+
+def test_events_are_followed_from_before_the_begin_to_the_end(namespace: str, new_process: NewProcess) -> None:
+    command = [sys.executable, "-m", "mpmm", "events", "--follow", "--model", "followed", namespace]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as events:
+        try:
+            assert events.stdout is not None and events.stderr is not None
+            process = new_process()
+            process.call(acquire, "followed")
+            for wanted in ("queues, needs", "load begins on", "load ended after"):
+                assert wanted in events.stdout.readline()
+            events.send_signal(signal.SIGINT)
+            assert (events.wait(20), events.stderr.read()) == (0, "")
+        finally:
+            events.kill()
+
+
+@pytest.mark.parametrize(
+    ("text", "size_mb"),
+    [
+        *(("5120", 5120.0), ("5g", 5120.0), ("5GiB", 5120.0), ("5 GB", 5120.0), ("0.5t", 524288.0), ("512k", 0.5)),
+        *(("800m", 800.0), (".5gb", 512.0), ("7MB", 7.0)),
+    ],
+)
+def test_sizes_may_have_units(text: str, size_mb: float) -> None:
+    assert checked_size_mb("--mb", text) == size_mb
+
+
+@pytest.mark.parametrize("text", ["", "g", "5x", "-5g", "5ib", "5 g b", "nan", "inf", "1e3"])
+def test_sizes_that_are_none_are_refused(text: str) -> None:
+    with pytest.raises(InvalidArgumentError, match="expected a size as 5g"):
+        checked_size_mb("--mb", text)
+
+
+@pytest.mark.parametrize(("answer", "status"), [("n\n", 1), ("", 1), ("Yes\n", 0)])
+def test_reset_asks_at_a_terminal(
+    answer: str, status: int, busy: ModelManager, namespace: str, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    terminal = io.StringIO(answer)
+    monkeypatch.setattr(terminal, "isatty", lambda: True)
+    monkeypatch.setattr(sys, "stdin", terminal)
+    assert main(["reset", namespace]) == status
+    said = f" copies of {namespace}, 1 of them in use, and sends 1 waiters away. Go on? [y/N] "
+    assert said in capsys.readouterr().out
+    assert read_snapshot(namespace).resets == 1 - status
+    assert main(["reset", "--yes", namespace]) == 0
+    assert "Go on" not in capsys.readouterr().out
 
 
 def test_reset_sends_everybody_away(new_process: NewProcess, namespace: str, capsys: Capture) -> None:

@@ -891,9 +891,12 @@ class _Decoder:
         )
 
 
-def as_json(snapshot: Snapshot) -> dict[str, Any]:
-    """Return a snapshot as JSON values: what is not finite becomes None. The schema is documented in `mpmm.cli`."""
-    return {field.name: _jsonable(getattr(snapshot, field.name)) for field in fields(snapshot)}
+def as_json(row: Snapshot | EventInfo) -> dict[str, Any]:
+    """Return a snapshot, or a row of one, as JSON values: figures that are not finite become None.
+
+    `mpmm.cli` documents the schema.
+    """
+    return {field.name: _jsonable(getattr(row, field.name)) for field in fields(row)}
 
 
 def _jsonable(value: Any) -> Any:

@@ -3,7 +3,8 @@
 Everything here works on the plain values of `mpmm.shared_state.snapshot`, and knows neither bytes nor locks.
 
     screen.py    one screen of text, for `mpmm inspect`      health.py    what is wrong
-    top.py       the same, live
+    top.py       the same, live                               listing.py   a line for each copy, for `mpmm ps`
+    event_lines.py  events as lines, for `mpmm events`
     record.py    the trace of a namespace, written
     follow.py    the events one after another, none twice, lost ones counted
     trace.py     events as spans for Perfetto                 plot.py      such a trace as a picture

@@ -6,15 +6,21 @@ follows has to come by before the ring has gone round once; the pauses shorten b
 
 from __future__ import annotations
 
+import contextlib
+import signal
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from mpmm.shared_state.snapshot import EventChoice, EventInfo, Snapshot, read_snapshot
 
-__all__ = ["Follower", "Step"]
+__all__ = ["Follower", "Step", "asked_to_end", "steps"]
 
 LONGEST_PAUSE_S = 0.25
 SHORTEST_PAUSE_S = 0.02
+# Between two looks for a namespace that is not there yet.
+WAITING_PAUSE_S = 0.1
 # So many events at a time are a good number: a quarter of the smallest ring that is reasonable for a busy host.
 WANTED_AT_A_TIME = 2000
 
@@ -56,3 +62,39 @@ class Follower:
         elif len(events) < WANTED_AT_A_TIME / 4:
             self.pause_s = min(LONGEST_PAUSE_S, self.pause_s * 2)
         return Step(snapshot, events, lost, fresh)
+
+
+def steps(follower: Follower, ending: Callable[[], bool]) -> Iterator[Step]:
+    """Yield looks at a namespace until it is gone or `ending()`; if there is none yet, wait for it."""
+    seen = False
+    while True:
+        # Asked first, so that what happened until the request is in the trace.
+        asked = ending()
+        try:
+            yield follower.step()
+            seen = True
+        except FileNotFoundError:
+            if seen or asked:
+                return
+            time.sleep(WAITING_PAUSE_S)
+            continue
+        if asked:
+            return
+        time.sleep(follower.pause_s)
+
+
+@contextlib.contextmanager
+def asked_to_end() -> Iterator[Callable[[], bool]]:
+    """Take SIGINT and SIGTERM for the wish to end in good order; yield what tells whether one has come."""
+    asked: list[int] = []
+
+    def ask(number: int, frame: object) -> None:
+        asked.append(number)
+
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, ask) for number in numbers]
+    try:
+        yield lambda: bool(asked)
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)

@@ -6,10 +6,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from mpmm.policy.view import Reason
+from mpmm.shared_state.invariants import check_invariants
 from mpmm.shared_state.snapshot import Snapshot, TicketInfo
 from mpmm.show.words import age, needs, waiters, why
 
-__all__ = ["Finding", "findings", "longest_wait_s", "oldest_waiter"]
+__all__ = ["Finding", "findings", "longest_wait_s", "oldest_waiter", "what_ails"]
 
 # A leader polls every `poll_interval`, and others do in its place after 0.6 s more; then comes the poll itself.
 STALE_AFTER_S = 2.0
@@ -35,6 +36,19 @@ def findings(snapshot: Snapshot) -> list[Finding]:
     checks = (_lock, _files, _leader, _samples, _dead, _waits, _holds, _loads, _unloads, _past)
     found = [finding for check in checks for finding in check(snapshot)]
     return sorted(found, key=lambda finding: not finding.urgent)
+
+
+def what_ails(snapshot: Snapshot) -> list[str]:
+    """Return what a probe should fail for, empty for a healthy namespace: all that is urgent, and broken invariants."""
+    found = [f"invariant broken: {problem}" for problem in check_invariants(snapshot)]
+    if not any(member.alive is not False for member in snapshot.members):
+        # What the findings say of the dead says no more.
+        return [
+            *found,
+            f"dead: none of its {len(snapshot.members)} processes is alive; the next process to attach starts anew, "
+            "and `mpmm prune` removes what is left",
+        ]
+    return found + [f"ATTENTION: {finding.text}" for finding in findings(snapshot) if finding.urgent]
 
 
 def oldest_waiter(snapshot: Snapshot) -> TicketInfo | None:
@@ -75,7 +89,7 @@ def _files(snapshot: Snapshot) -> Iterator[Finding]:
 def _leader(snapshot: Snapshot) -> Iterator[Finding]:
     leader = next((member for member in snapshot.members if member.slot == snapshot.leader), None)
     if leader is None and snapshot.members:
-        yield Finding(True, "nobody leads: memory is not polled, and what the dead had is not taken back")
+        yield Finding(True, "no leader: memory is not polled, and dead processes are not cleaned up")
     elif leader is not None and leader.alive is False:
         yield Finding(True, f"the leader, pid {leader.pid}, is dead, and nobody has taken its place yet")
 

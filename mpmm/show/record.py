@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import signal
 import sys
-import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TextIO
 
 from mpmm.shared_state.snapshot import Snapshot
-from mpmm.show.follow import Follower, Step
+from mpmm.show.follow import Follower, asked_to_end, steps
 from mpmm.show.trace import TraceEvent, TraceFile, Tracer
 
 __all__ = ["recent_trace", "record"]
-
-# Between two looks for a namespace that is not there yet.
-WAITING_PAUSE_S = 0.1
 
 
 def recent_trace(namespace: str, root: Path | None = None) -> list[TraceEvent]:
@@ -44,12 +38,12 @@ def record(namespace: str, root: Path | None, output: Path | None, *, follow: bo
 def _write(namespace: str, root: Path | None, stream: TextIO, follow: bool) -> int:
     follower, tracer = Follower(namespace, root), Tracer()
     last: Snapshot | None = None
-    with _asked_to_end() as ending:
+    with asked_to_end() as ending:
         # Before the file is begun: without a namespace nothing is to be written.
         first = None if follow else follower.step()
         trace = TraceFile(stream)
         try:
-            for step in _steps(follower, ending) if first is None else (first,):
+            for step in steps(follower, ending) if first is None else (first,):
                 trace.write(tracer.add(step))
                 last = step.snapshot
         finally:
@@ -59,38 +53,3 @@ def _write(namespace: str, root: Path | None, stream: TextIO, follow: bool) -> i
     missed = f"; {tracer.lost} events were overwritten before they could be read" if tracer.lost else ""
     print(f"mpmm: {trace.written} entries written{missed}", file=sys.stderr)
     return 0
-
-
-def _steps(follower: Follower, ending: Callable[[], bool]) -> Iterator[Step]:
-    seen = False
-    while True:
-        # Asked first, so that what happened until the request is in the trace.
-        asked = ending()
-        try:
-            yield follower.step()
-            seen = True
-        except FileNotFoundError:
-            if seen or asked:
-                return
-            time.sleep(WAITING_PAUSE_S)
-            continue
-        if asked:
-            return
-        time.sleep(follower.pause_s)
-
-
-@contextlib.contextmanager
-def _asked_to_end() -> Iterator[Callable[[], bool]]:
-    """Take SIGINT and SIGTERM for the wish to end in good order; yield what tells whether one has come."""
-    asked: list[int] = []
-
-    def ask(number: int, frame: object) -> None:
-        asked.append(number)
-
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = [signal.signal(number, ask) for number in numbers]
-    try:
-        yield lambda: bool(asked)
-    finally:
-        for number, handler in zip(numbers, before, strict=True):
-            signal.signal(number, handler)

@@ -1,0 +1,111 @@
+"""`mpmm events`: what has happened and what happens, a line for each event, for people or as JSON."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from mpmm.printable import printable
+from mpmm.shared_state.snapshot import EventInfo, as_json
+from mpmm.show.follow import Follower, Step, asked_to_end, steps
+from mpmm.show.words import age, mb, why
+
+__all__ = ["Choice", "line", "show_events"]
+
+# {mb} and {s} are the event's value, {on} the devices where it is about some.
+_TEXTS = {
+    "joined": "joined",
+    "left": "left",
+    "reaped": "found dead; what it had was taken back",
+    "leader": "leads: polls memory and cleans up after dead processes",
+    "queued": "queues, needs {mb} MB",
+    "hit": "takes an idle copy",
+    "granted": "gets a copy after {s}",
+    "released": "releases a copy after {s}",
+    "load_began": "load begins{on}, {mb} MB reserved",
+    "load_ended": "load ended after {s}",
+    "load_failed": "load failed after {s}",
+    "unload_began": "unload begins, {mb} MB expected back",
+    "unload_ended": "unload ended, {mb} MB expected back",
+    "isolation_began": "runs alone{on} to be measured, {mb} MB in use before",
+    "isolation_ended": "has run alone and takes {mb} MB",
+    "estimated": "estimate: {mb} MB",
+    "left_queue": "leaves the queue after {s}",
+    "refused": "refused, needs {mb} MB",
+    "lost": "copy of {mb} MB lost with its process",
+    "written_off": "{mb} MB that were unloaded never came back",
+    "reset": "namespace reset",
+    "leased": "leases {mb} MB{on}",
+    "lease_ended": "lease ended after {s}",
+    "pinned": "pinned",
+    "unpinned": "unpinned",
+    "out_of_memory": "out of memory; estimate until now {mb} MB",
+    "waits": "has waited for {s}",
+}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which events are shown, and how. model: of this tag only. last: so many of the past, None for all there are."""
+
+    model: str | None = None
+    last: int | None = None
+    as_json: bool = False
+    follow: bool = False
+
+
+def show_events(namespace: str, root: Path | None, choice: Choice, say: Callable[[str], None] = print) -> int:
+    """Print events until there are no more: until now, or with `follow` until the namespace ends, or an interrupt.
+
+    With `follow` a namespace that is not there yet is waited for. Returns 0. Raises what `read_snapshot` raises,
+    FileNotFoundError without `follow` only.
+    """
+    follower = Follower(namespace, root)
+    with contextlib.ExitStack() as stack:
+        looks = steps(follower, stack.enter_context(asked_to_end())) if choice.follow else [follower.step()]
+        first = True
+        for step in looks:
+            events = [event for event in step.events if choice.model is None or event.tag == choice.model]
+            if first and choice.last is not None:
+                events = list(deque(events, choice.last))
+            elif step.lost and not first:
+                # On a stream of its own, so that every line of the output is an event.
+                print(f"mpmm: {step.lost} events were overwritten before they could be read", file=sys.stderr)
+            for event in events:
+                say(_json(step, event) if choice.as_json else line(step, event))
+            # A pipe is to have it now.
+            sys.stdout.flush()
+            first = False
+    return 0
+
+
+def line(step: Step, event: EventInfo) -> str:
+    """Return an event as a line for people: local time, pid, model, what happened, and why."""
+    at = step.snapshot.taken_wall_s - event.age_s
+    clock = f"{time.strftime('%H:%M:%S', time.localtime(at))}.{int(at * 1000) % 1000:03d}"
+    on = f" on device{'s' if len(event.devices) > 1 else ''} {' and '.join(map(str, event.devices))}"
+    template = _TEXTS.get(event.kind, f"{event.kind} {{value}}")
+    text = template.format(
+        mb=mb(event.value), s=_seconds(event.value), value=event.value, on=on if event.devices else ""
+    )
+    reason = why(event)
+    tag = "-" if event.tag is None else event.tag
+    return printable(f"{clock}  {event.pid:>7}  {tag:<20}  {text}{'; ' if reason else ''}{reason}")
+
+
+def _seconds(value: float | None) -> str:
+    return f"{value:.3f} s" if value is not None and value < 1 else age(value)
+
+
+def _json(step: Step, event: EventInfo) -> str:
+    found = as_json(event)
+    # An age would say something else with every look.
+    del found["age_s"]
+    at = step.snapshot.taken_wall_s - event.age_s
+    return json.dumps({"namespace": step.snapshot.namespace, "wall_s": at, **found, "why": why(event)})

@@ -1,0 +1,132 @@
+"""`mpmm ps`: one line for each loaded copy and each held lease, for people or for scripts."""
+
+from __future__ import annotations
+
+import json
+import string
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from mpmm.errors import InvalidArgumentError
+from mpmm.shared_state.snapshot import InstanceInfo, Snapshot
+from mpmm.show.words import age, for_people, mb, table
+
+__all__ = ["JSON_FORMAT", "Copy", "as_table", "copies_of", "formatted"]
+
+#: What `--format` takes instead of a format string, to print JSON lines.
+JSON_FORMAT = "json"
+# Shells pass these on as they are typed.
+_ESCAPES = {"\\t": "\t", "\\n": "\n"}
+
+
+@dataclass(frozen=True)
+class Copy:
+    """What `--format` and JSON have of one copy or lease; None where it is unknown or there is none.
+
+    copy: its row, which `mpmm inspect` shows, too. kind: `model` or `lease`. state: `loading`, `active`,
+    `idle` and so on, or `lost` where the process that holds or keeps it is dead. mb: memory that it takes. devices:
+    rows. pid, holder: the process that holds it, None while it is idle. kept_by: pid of the process that has the
+    memory. seconds: for how long it has been in this state. handle: None for an object of the process `kept_by`.
+    """
+
+    namespace: str
+    tag: str
+    copy: int
+    kind: str
+    state: str
+    mb: float
+    peak_mb: float | None
+    devices: tuple[int, ...]
+    pid: int | None
+    holder: str | None
+    kept_by: int | None
+    seconds: float
+    uses: int
+    handle: str | None
+
+
+def copies_of(snapshot: Snapshot) -> list[Copy]:
+    """Return the copies and leases of a namespace, those of one model together."""
+    members = {member.slot: member for member in snapshot.members}
+
+    def described(copy: InstanceInfo) -> Copy:
+        leased = copy.state == "leased"
+        slot = copy.owner if copy.server is None else copy.server
+        holder, keeper = (None if one is None else members.get(one) for one in (copy.holder, slot))
+        lost = any(one is not None and one.alive is False for one in (holder, keeper))
+        return Copy(
+            namespace=snapshot.namespace,
+            tag=copy.tag,
+            copy=copy.row,
+            kind="lease" if leased else "model",
+            state="lost" if lost else copy.state,
+            mb=copy.reserved_mb if leased or copy.state == "loading" else copy.mb,
+            peak_mb=copy.peak_mb,
+            devices=tuple(copy.shares_mb),
+            pid=holder.pid if holder else None,
+            holder=holder.name if holder else None,
+            kept_by=copy.program if leased else keeper.pid if keeper else None,
+            seconds=copy.for_s,
+            uses=copy.uses,
+            handle=copy.handle,
+        )
+
+    return sorted(map(described, snapshot.instances), key=lambda copy: (copy.tag, copy.copy))
+
+
+def as_table(copies: Sequence[Copy], width: int | None) -> list[str]:
+    """Return the copies below a head, with a column for the namespace if there are several."""
+    several = len({copy.namespace for copy in copies}) > 1
+    head = ("model", "copy", "state", "for", "MB", "on", "holder pid", "kept by pid", "uses")
+
+    def row(copy: Copy) -> tuple[str, ...]:
+        shown = for_people(copy)
+        cells = (
+            *(shown.tag, str(shown.copy), shown.state, age(shown.seconds), mb(shown.mb)),
+            *(", ".join(map(str, shown.devices)), _or_dash(shown.pid), _or_dash(shown.kept_by), str(shown.uses)),
+        )
+        return (shown.namespace, *cells) if several else cells
+
+    return table(("namespace", *head) if several else head, [row(copy) for copy in copies], width)
+
+
+def formatted(copy: Copy, template: str) -> str:
+    """Return a copy as a format string has it, or as JSON. Raises InvalidArgumentError for a string that cannot be."""
+    values = {field.name: getattr(copy, field.name) for field in fields(copy)}
+    if template == JSON_FORMAT:
+        return json.dumps(values)
+    for written, meant in _ESCAPES.items():
+        template = template.replace(written, meant)
+    try:
+        return _Formatter().vformat(template, (), {name: _shown(value) for name, value in values.items()})
+    except (KeyError, ValueError, IndexError, TypeError) as error:
+        problem = f"there is no field {error}" if isinstance(error, KeyError) else str(error)
+        raise InvalidArgumentError(
+            f"--format {template!r}: {problem}; expected {JSON_FORMAT!r}, or a format string of Python with fields of "
+            f"{', '.join(values)}, as '{{tag}} {{mb:.0f}}'"
+        ) from None
+
+
+class _Formatter(string.Formatter):
+    """Knows fields by their plain names: no attributes and no items of them."""
+
+    def get_field(self, field_name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, str]:
+        return kwargs[field_name], field_name
+
+
+class _Nothing:
+    """Stands for a figure that is not known, in whatever way it was to be formatted."""
+
+    def __format__(self, spec: str) -> str:
+        return "-"
+
+
+def _shown(value: object) -> object:
+    if value is None:
+        return _Nothing()
+    return ",".join(map(str, value)) if isinstance(value, tuple) else value
+
+
+def _or_dash(value: int | None) -> str:
+    return "-" if value is None else str(value)
