@@ -54,6 +54,7 @@ from mpmm.errors import (
     ServerStartError,
     SharedObjectReleasedError,
     TableFullError,
+    UnloadTimeoutError,
 )
 
 if TYPE_CHECKING:
@@ -99,6 +100,7 @@ __all__ = [
     "ServerStartError",
     "SharedObjectReleasedError",
     "TableFullError",
+    "UnloadTimeoutError",
     "__version__",
     "current_placement",
 ]

@@ -12,6 +12,11 @@
     mpmm metrics [NAMESPACE]      metrics as Prometheus text, of all namespaces or one; --serve keeps answering
     mpmm check [NAMESPACE]        verify the invariants; exit status 1 if one does not hold
     mpmm check --health           for probes: exit status 1 for each ATTENTION, and if all processes are dead, too
+    mpmm unload TAG               unload a model: idle copies now, those in use when they are given back
+    mpmm pin TAG, mpmm unpin TAG  keep the idle copies of a model, in all processes, until unpin
+    mpmm preload TAG MODULE:FUNCTION
+                                  load a model in a server process, for all processes
+    mpmm settings                 show the settings; `settings set NAME VALUE` changes one for all processes
     mpmm reset NAMESPACE          unload everything and send all waiters away; asks at a terminal unless --yes is given
     mpmm prune                    remove what crashed processes have left; --dry-run only shows it
     mpmm run --mb SIZE -- PROGRAM ARGUMENTS…
@@ -49,7 +54,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mpmm import __version__
+from mpmm import __version__, cli_changes
 from mpmm.arguments import checked_number, checked_path, checked_size_mb, checked_whole
 from mpmm.errors import InvalidArgumentError, MpmmError
 from mpmm.printable import printable, printable_lines
@@ -99,7 +104,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             root = checked_path("--runtime-root", options.runtime_root, "a folder")
         if options.command == "run":
             return _run(options, program, root)
-        status = _COMMANDS[options.command](options, root)
+        if options.command in cli_changes.COMMANDS:
+            status = cli_changes.COMMANDS[options.command](options, _namespace(options, root), root)
+        else:
+            status = _COMMANDS[options.command](options, root)
         sys.stdout.flush()
         return status
     except BrokenPipeError:
@@ -149,6 +157,7 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("--health", action="store_true", help="exit status 1 for each ATTENTION, too; of all namespaces")
     for command in (inspect, top, events, trace, plot, check):
         command.add_argument("namespace", nargs="?", help="default: the only one there is")
+    cli_changes.add_commands(commands)
     reset = commands.add_parser("reset", help="unload everything, send all waiters away")
     reset.add_argument("namespace")
     reset.add_argument("-y", "--yes", action="store_true", help="do not ask at a terminal")

@@ -36,6 +36,7 @@ __all__ = [
     "ServerStartError",
     "SharedObjectReleasedError",
     "TableFullError",
+    "UnloadTimeoutError",
 ]
 
 
@@ -149,6 +150,17 @@ class DeadlockError(MpmmError, RuntimeError):
 
     tag: str
     held: tuple[str, ...]
+
+
+class UnloadTimeoutError(MpmmError, TimeoutError):
+    """Copies that were to be unloaded are still there: in use, mostly. They are unloaded when they are given back.
+
+    Attributes: `tag`, `left` (copies), `waited_seconds`.
+    """
+
+    tag: str
+    left: int
+    waited_seconds: float
 
 
 class LoadTimeoutError(MpmmError, TimeoutError):

@@ -150,6 +150,7 @@ class Keeper:
         while not self._stopping.is_set():
             try:
                 seen = words[bell]
+                namespace.follow_settings()
                 self._worker.settle_debts()
                 if self._worker.has_abandoned or time.monotonic() >= reconcile_due:
                     self._worker.reconcile()

@@ -38,6 +38,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, TypeVar, cast
 
+from mpmm.administration import change_settings, pin_for_all, unload_model, unpin_for_all, wait_for_unload
 from mpmm.arguments import checked_devices, checked_number, checked_path, checked_timeout, checked_whole, in_brief
 from mpmm.beam_metrics import report_estimate, report_model_count
 from mpmm.beam_views import BeamNames, CopiesByTag
@@ -84,7 +85,7 @@ from mpmm.shared_state.layout import (
 )
 from mpmm.shared_state.namespace import Namespace, run_at_exit
 from mpmm.shared_state.runtime_dir import RuntimeDirectory
-from mpmm.shared_state.settings import Settings
+from mpmm.shared_state.settings import CHANGEABLE, Settings
 from mpmm.shared_state.tables import encode_text
 from mpmm.shared_state.transaction import Transaction
 from mpmm.sources import MemorySource, choose_source
@@ -825,12 +826,14 @@ class ModelManager(BeamNames):
         return copies
 
     @_closed_by_shutdown
-    def pin(self, tag: str) -> None:
+    def pin(self, tag: str, *, for_all: bool = False) -> None:
         """Keep the idle copies of a model, those there are and those to come, from eviction and `idle_ttl_seconds`.
 
         The pin is this process's, whichever of its threads or managers asks, and lasts until `unpin`, or until the
         process leaves or dies: nobody else could tell whether a dead process would still want it. Pinning twice is
-        the same as once. Only `force_reset` unloads what is pinned.
+        the same as once. Only `unload` and `force_reset` unload what is pinned.
+
+        for_all: the pin is the namespace's instead, and lasts until any process, or `mpmm unpin`, ends it.
 
         Raises TableFullError, InvalidArgumentError, ClosedError, LockTimeoutError.
         """
@@ -850,22 +853,29 @@ class ModelManager(BeamNames):
                 found = namespace.tables.model_row(tag)
                 return found is not None and namespace.tables.pin_row(found, namespace.reference) is not None
 
+        def pin_all() -> None:
+            pin_for_all(namespace, tag)
+
         operation = worker.begin(sys._getframe())
         try:
-            if not is_pinned():
-                self._making_room(worker, tag, time.monotonic() + self._settings.wait_timeout_seconds, pin)
+            if for_all or not is_pinned():
+                deadline = time.monotonic() + self._settings.wait_timeout_seconds
+                self._making_room(worker, tag, deadline, pin_all if for_all else pin)
         finally:
             worker.end(operation)
 
     @_closed_by_shutdown
-    def unpin(self, tag: str) -> None:
-        """End this process's pin on a model.
+    def unpin(self, tag: str, *, for_all: bool = False) -> None:
+        """End this process's pin on a model, or that of the namespace if `for_all`.
 
-        Raises NotAcquiredError when it has none, ClosedError, LockTimeoutError.
+        Raises NotAcquiredError when there is none, ClosedError, LockTimeoutError.
         """
         _encoded_tag(tag)
         worker = self._connected()
         namespace = worker.namespace
+        if for_all:
+            unpin_for_all(namespace, worker.scheduler, tag)
+            return
 
         def unpin(t: Transaction) -> bool:
             model = namespace.tables.model_row(tag)
@@ -887,6 +897,76 @@ class ModelManager(BeamNames):
             worker.end(operation)
         if not found:
             raise NotAcquiredError(f"unpin of {tag!r}: this process has no pin on it", tag=tag)
+
+    @_closed_by_shutdown
+    def unload(self, tag: str, *, timeout_seconds: float | None = None) -> int:
+        """Have all copies of a model unloaded, in whatever process they are; return how many there are.
+
+        Idle copies are unloaded at once, pinned ones too. Those in use, or being loaded, nobody else gets any more, and
+        they are unloaded when they are given back. A later request loads a new copy.
+
+        timeout_seconds: how long to wait until they are gone; None stands for `wait_timeout_seconds`, and 0 does not
+            wait.
+
+        Raises UnloadTimeoutError when some are still there then; DeadlockError, with nothing changed, when the calling
+        thread would wait for a copy that it holds in a block or loads itself; InvalidArgumentError, ClosedError,
+        LockTimeoutError.
+        """
+        _encoded_tag(tag)
+        patience = self._patience(timeout_seconds)
+        worker = self._connected()
+        operation = worker.begin(sys._getframe())
+        try:
+            if patience > 0:
+                self._expect_no_own(worker, tag)
+            asked = unload_model(worker.namespace, worker.scheduler, tag)
+            worker.unload_beside()
+            if patience > 0:
+                wait_for_unload(worker.namespace, asked, patience, lambda: worker.closing)
+        finally:
+            worker.end(operation)
+        return asked.copies
+
+    @staticmethod
+    def _expect_no_own(worker: Worker, tag: str) -> None:
+        """Raise DeadlockError if the calling thread holds, or loads, a copy of a model."""
+        tables, words = worker.namespace.tables, worker.namespace.segment.words
+        firm, _ = worker.held_by_thread()
+        if any(words[tables.instance(row) + Instance.MODEL] == tables.model_row(tag) for row in firm):
+            raise DeadlockError(
+                f"unload of {tag!r}: this thread itself holds, or is loading, a copy, which is unloaded when it is "
+                "given back; pass timeout_seconds=0 not to wait for that",
+                tag=tag,
+                held=(tag,),
+            )
+
+    @property
+    @_closed_by_shutdown
+    def settings(self) -> dict[str, float | None]:
+        """The parameters of the namespace that `update_settings` changes, as they are now; None is no limit."""
+        namespace = self._connected().namespace
+        with namespace.transaction():
+            values = {name: getattr(namespace.settings, name) for name in CHANGEABLE}
+        return {name: None if math.isinf(value) else value for name, value in values.items()}
+
+    @_closed_by_shutdown
+    def update_settings(self, **changes: float | None) -> None:
+        """Change parameters of the namespace, under their names in `ModelManager(…)`, for all its processes.
+
+        They are checked as at creation, and all of them change, or none; None is no limit. Every process goes by them
+        from its next transaction on. What waits is decided about anew at once; nothing that is loaded is unloaded for
+        it, but for copies beyond a lower `max_model_copies`: idle ones at once, others when they are given back.
+
+        Raises InvalidArgumentError, also for `wait_timeout_seconds`, which is each manager's own, and for what the
+        source of memory figures is made with; ClosedError, LockTimeoutError.
+        """
+        worker = self._connected()
+        operation = worker.begin(sys._getframe())
+        try:
+            change_settings(worker.namespace, worker.scheduler, changes)
+            worker.unload_beside()
+        finally:
+            worker.end(operation)
 
     @property
     def namespace(self) -> str:
@@ -1630,7 +1710,9 @@ class ModelManager(BeamNames):
                 _workers[key] = worker
             self._worker_if_connected = worker
             worker.manager_ids.add(id(self))
-        self._report_differences(worker.namespace.settings)
+        # Those that were changed at run time are nobody's choice at creation.
+        if not worker.namespace.segment.words[Header.SETTINGS_CHANGED]:
+            self._report_differences(worker.namespace.settings)
         return worker
 
     def _join(self) -> Worker:

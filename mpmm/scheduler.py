@@ -100,6 +100,7 @@ class Copies:
     shared: defaultdict[int, int] = field(default_factory=lambda: defaultdict(int))
     owned: defaultdict[int, defaultdict[int, int]] = field(default_factory=_counts)
     loading: defaultdict[int, defaultdict[int, int]] = field(default_factory=_counts)
+    leaving: defaultdict[int, int] = field(default_factory=lambda: defaultdict(int))
     newest_load: dict[int, int] = field(default_factory=dict)
     newest_hold: dict[int, int] = field(default_factory=dict)
     unloading: defaultdict[int, int] = field(default_factory=lambda: defaultdict(int))
@@ -428,8 +429,10 @@ class Scheduler:
                 shares = tuple((other, share_mb) for other, _ in beside)
                 copies.leases.append(Placed(row, model, device, share_mb, beside=shares))
                 continue
+            leaves = state in (Instance.ACTIVE, Instance.LOADING) and words[at + Instance.DOOMED]
+            copies.leaving[model] += bool(leaves)
             if state == Instance.LOADING:
-                copies.loading[model][holder] += 1
+                copies.loading[model][holder] += not leaves
                 copies.newest_load[model] = max(since, copies.newest_load.get(model, 0))
                 free_in_s = self._free_in_s(model, since, now, loading=True)
                 copies.busy.append(Busy(row, model, device, mb, free_in_s, pinned, holder, True, beside=beside))
@@ -444,9 +447,9 @@ class Scheduler:
                     copies.unloading[other] += 1
                     copies.unloading_mb[other] += share_mb
             elif state != Instance.LOADING and owner:
-                copies.owned[model][owner] += 1
+                copies.owned[model][owner] += not leaves
             elif state != Instance.LOADING:
-                copies.shared[model] += 1
+                copies.shared[model] += not leaves
             if state == Instance.IDLE:
                 copies.idle.append(Idle(row, model, device, mb, since / 1e9, owner or None, pinned, beside=beside))
             elif state == Instance.ACTIVE:
@@ -565,6 +568,7 @@ class Scheduler:
             lease=words[at] == Model.LEASE,
             failures=words[at + Model.FAILURES],
             failed_ago_s=(now_ns - words[at + Model.FAILED_AT]) / 1e9,
+            leaving=copies.leaving[model],
         )
 
     def _tickets(self, idle_of_model: Mapping[int, int]) -> tuple[TicketView, ...]:

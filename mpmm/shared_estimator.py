@@ -37,9 +37,17 @@ class SharedResourceEstimator:
 
     def __init__(self, namespace: Namespace, verbose_logging: bool = False) -> None:
         self._namespace = namespace
-        self.smoothing_factor = namespace.settings.smoothing_factor
-        self.min_data_points = int(namespace.settings.min_data_points)
         self.verbose_logging = verbose_logging
+
+    @property
+    def smoothing_factor(self) -> float:
+        """The share of a new solution in an estimate that exists."""
+        return self._namespace.settings.smoothing_factor
+
+    @property
+    def min_data_points(self) -> int:
+        """How many readings the first solution needs."""
+        return int(self._namespace.settings.min_data_points)
 
     def logging_info(self, message: str, *args: Any) -> None:
         """Log at level INFO if `verbose_logging` is on."""

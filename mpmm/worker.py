@@ -1308,7 +1308,7 @@ class Worker:
             tag, handle = tables.tag_of(model), tables.handle_of(row)
             is_last = namespace.transitions.unloads_handle(row)
             # A server that has died may have a successor of the same name, which is another copy's.
-            lost = words[at + Instance.HAS_SERVER] and words[at + Instance.DOOMED] and not server
+            lost = words[at + Instance.HAS_SERVER] and words[at + Instance.DOOMED] == Instance.LOST and not server
             server_pid = words[tables.member(server - 1) + Member.PID] if server else None
         if owned:
             copy = self._forget_object(row, generation)

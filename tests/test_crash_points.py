@@ -467,6 +467,13 @@ def scenarios() -> dict[str, Callable[[Lab], Operation]]:
         lab.active("b", b"h")
         return copy
 
+    def told_to_go(lab: Lab) -> int:
+        """Make a copy in use that is to be unloaded, whose memory a twin takes over."""
+        copy = lab.active("a", b"h", server=True)
+        lab.idle("b", b"h")
+        lab.do(lambda t, tr: tr.unload(t, copy, lab.victim))
+        return copy
+
     def failed_before(lab: Lab) -> Operation:
         model = lab.model()
         lab.do(lambda t, tr: tr.note_failure(t, model))
@@ -517,6 +524,7 @@ def scenarios() -> dict[str, Callable[[Lab], Operation]]:
         "end_load/after failures": failed_before,
         "run_out/loading": on(Lab.model, lambda t, tr, row: tr.run_out(t, row, 700.0, loading=True)),
         "pin": on(Lab.model, lambda t, tr, row: tr.pin(t, row, Lab.victim)),
+        "pin/for all": on(Lab.model, lambda t, tr, row: tr.pin(t, row, -1)),
         "unpin": on(pinned, lambda t, tr, row: tr.unpin(t, row)),
         "dismiss": on(preloading, lambda t, tr, row: tr.dismiss(t, row)),
         "enqueue/preload": on(Lab.model, lambda t, tr, row: tr.enqueue(t, row, Lab.victim, 2, 9.0, 2**62, 3)),
@@ -561,6 +569,11 @@ def scenarios() -> dict[str, Callable[[Lab], Operation]]:
         "release/doomed": released_doomed,
         "end_isolation": on(lambda lab: lab.active(alone=True), lambda t, tr, row: tr.end_isolation(t, row)),
         "begin_unload": on(Lab.idle, lambda t, tr, row: tr.begin_unload(t, row, Lab.victim, evicted=True)),
+        "unload": on(Lab.idle, lambda t, tr, row: tr.unload(t, row, Lab.victim)),
+        "unload/in use": on(Lab.active, lambda t, tr, row: tr.unload(t, row, Lab.victim)),
+        "unload/loading": on(Lab.loading, lambda t, tr, row: tr.unload(t, row, Lab.victim)),
+        "release/asked to go": on(told_to_go, lambda t, tr, row: tr.release(t, row)),
+        "set_settings": lambda lab: lambda t, tr: tr.set_settings(t, Settings(slack_percentage=0.3)),
         "end_load/twin": twin_loaded,
         "begin_unload/twins idle": twins_evicted,
         "begin_unload/twin in use": on(twin_in_use, lambda t, tr, row: tr.begin_unload(t, row, Lab.victim, True)),

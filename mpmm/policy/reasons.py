@@ -48,6 +48,7 @@ SENTENCES: dict[Reason, str] = {
     Reason.FLUSHED: "goes so that {other} runs alone{on} to be measured",
     Reason.NO_ROW: "goes for {other}, because the table of copies, or of models, is full",
     Reason.EXCHANGED: "goes for another copy of its model, which may have no more of them",
+    Reason.ASKED: "is unloaded, now or when it is given back: a call of `unload` or `update_settings` asks for it",
     Reason.TOO_LARGE: "is refused: needs {need:.0f} MB, the largest device takes {free:.0f}",
 }
 

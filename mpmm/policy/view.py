@@ -68,6 +68,7 @@ class Reason(IntEnum):
     FLUSHED = 34  # so that it runs alone
     NO_ROW = 35  # the table of copies, or that of models, is full
     EXCHANGED = 36  # there are as many copies of the model as there may be, and none that the waiter could use
+    ASKED = 37  # somebody has asked for it
     # It is refused:
     TOO_LARGE = 40
 
@@ -111,7 +112,8 @@ class ModelView:
     shares: what is being loaded will be a handle, as far as known. load_s, hold_s: how long a load and a hold
     take, 0 unknown. loading_for_s: how long the newest load has been going on. held_for_s: how long the copy that was
     handed out last is held. rate: expected requests a second. lease: it is no model, but a lease. failures: loads that
-    failed since the last one that did not, and how long ago the last of them was.
+    failed since the last one that did not, and how long ago the last of them was. leaving: copies in use, or being
+    loaded, that are unloaded when they are given back, so that nobody waits for them; in no other count.
     """
 
     model: int
@@ -130,11 +132,12 @@ class ModelView:
     lease: bool = False
     failures: int = 0
     failed_ago_s: float = math.inf
+    leaving: int = 0
 
     @property
     def copies(self) -> int:
-        """All copies that are loaded or being loaded."""
-        return self.loaded + sum(self.loading.values())
+        """All copies that are loaded or being loaded, those that nobody else gets among them."""
+        return self.loaded + sum(self.loading.values()) + self.leaving
 
     @property
     def loaded(self) -> int:

@@ -75,7 +75,8 @@ def _models(snapshot: Snapshot) -> Iterator[str]:
             yield f"M4 {model.tag} has {tags[model.tag]} rows"
         if model.pins != pins[model.row]:
             yield f"M5 {model.tag}: pins is {model.pins}, the rows say {pins[model.row]}"
-        if model.loaded + model.loading > snapshot.settings.max_model_copies:
+        going = sum(copy.doomed for copy in instances[model.row] if copy.state in ("active", "loading"))
+        if model.loaded + model.loading - going > snapshot.settings.max_model_copies:
             yield f"M6 {model.tag}: {model.loaded} loaded and {model.loading} loading are more than max_model_copies"
         if model.kind == "lease":
             yield from _lease(model, instances[model.row], [t for t in snapshot.tickets if t.model == model.row])
@@ -185,7 +186,7 @@ def _pins(snapshot: Snapshot) -> Iterator[str]:
     models = {model.row for model in snapshot.models if model.kind == "model"}
     counts = Counter((pin.model, pin.member) for pin in snapshot.pins)
     for pin in snapshot.pins:
-        if pin.model not in models or pin.member not in members or counts[pin.model, pin.member] > 1:
+        if pin.model not in models or pin.member not in (None, *members) or counts[pin.model, pin.member] > 1:
             yield f"P1 pin {pin.row}: model row {pin.model}, member {pin.member}, {counts[pin.model, pin.member]} times"
 
 

@@ -45,7 +45,7 @@ __all__ = [
 ]
 
 MAGIC = int.from_bytes(b"mpmm-seg", "little")
-LAYOUT_VERSION = 8
+LAYOUT_VERSION = 9
 WORD = 8
 # So many of the tables, the first ones, say in `Header.ENDS` how far they have grown.
 GROWING = 5
@@ -154,6 +154,8 @@ class Header:
     # has one in common with the segment means the same place, even if somebody has made the root anew.
     ROOT_PLACE = 93
     ROOT_MOUNTS = 94
+    # When SETTINGS were changed last, 0 never: who has read them at another time reads them again.
+    SETTINGS_CHANGED = 95
     ROOT = 96  # text: the root's path, empty if it is longer than fits
     ROOT_BYTES = 1024
     WORDS = ROOT + text_words(ROOT_BYTES)
@@ -199,7 +201,7 @@ class Model:
     M3  LOADING, UNLOADING and WAITING equal the instance and ticket rows of this model in that state.
     M4  no two rows in state MODEL have the same TAG.
     M5  PINS equals the pin rows of this model.
-    M6  no model has more ACTIVE, IDLE and LOADING copies together than `max_model_copies`.
+    M6  no model has more ACTIVE, IDLE and LOADING copies together than `max_model_copies`; DOOMED ones do not count.
     M7  a row in state LEASE is KNOWN, and is that of one ticket, or of one LEASED instance, or of both.
     M8  LOAD_S, HOLD_S and GAP_S are finite and not below 0; so are AT_LEAST_MB and, where KNOWN, SD_MB.
     M9  FAILED_AT is 0 exactly where FAILURES is 0.
@@ -275,7 +277,9 @@ class Instance:
     LOADED_AT = 10
     NEXT = 11  # } IDLE_HEAD list
     PREVIOUS = 12  # }
-    DOOMED = 13  # 1: to be unloaded as soon as its holder lets go (its server died, or a reset)
+    # To be unloaded as soon as its holder lets go. LOST: its server died, so nothing is left to unload. ASKED: somebody
+    # asks for it, see `Transitions.unload`.
+    DOOMED = 13
     HAS_SERVER = 14  # 1: the handle named a live shared object when the load ended
     USES = 15
     PROGRAM = 16  # LEASED: pid of the process that uses the memory, 0 if that is not known
@@ -292,6 +296,10 @@ class Instance:
     IDLE = 3
     UNLOADING = 4
     LEASED = 5
+
+    # Values of DOOMED.
+    LOST = 1
+    ASKED = 2
 
 
 class Ticket:
@@ -341,12 +349,14 @@ class Ticket:
 class Pin:
     """One member's wish that idle copies of a model are not evicted. It goes with the member.
 
-    P1  MODEL refers to a used row in state MODEL, MEMBER to a used one; no two used rows have both in common.
+    One without a member is the namespace's, and stands until somebody ends it.
+
+    P1  MODEL refers to a used row in state MODEL, MEMBER to a used one or none; no two used rows have both in common.
     """
 
     STATE = 0  # 0 free, 1 used
     MODEL = 1  # index of the model row
-    MEMBER = 2  # reference
+    MEMBER = 2  # reference, 0 for the namespace's
     SINCE = 3
     WORDS = 4
 

@@ -117,7 +117,9 @@ class Namespace:
     ) -> None:
         self.runtime = runtime
         self.segment = segment
-        self.settings = settings
+        self._settings = settings
+        # When those were changed that were read last; 0 if they are to be read again should they ever have been.
+        self._settings_of = 0
         self.kind = kind
         self.pid = os.getpid()
         self.slot = -1
@@ -252,6 +254,21 @@ class Namespace:
     def reference(self) -> int:
         """How rows refer to this member."""
         return self.slot + 1
+
+    @property
+    def settings(self) -> Settings:
+        """The parameters of the namespace: as of now in a transaction, else as of the last one that has looked."""
+        if self.segment.words[Header.SETTINGS_CHANGED] != self._settings_of and self.lock.held_by_this_thread():
+            self._settings = read_settings(self.segment)
+            self._settings_of = self.segment.words[Header.SETTINGS_CHANGED]
+            self.lock.set_timeout(self._settings.lock_timeout_seconds)
+        return self._settings
+
+    def follow_settings(self) -> None:
+        """Read the parameters again if somebody has changed them. Raises LockTimeoutError."""
+        if self.segment.words[Header.SETTINGS_CHANGED] != self._settings_of:
+            with self.transaction():
+                _ = self.settings
 
     @property
     def is_usable(self) -> bool:

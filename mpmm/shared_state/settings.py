@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 from mpmm.arguments import checked_number, in_brief
 from mpmm.errors import InvalidArgumentError
 
-__all__ = ["Settings"]
+__all__ = ["CHANGEABLE", "Settings"]
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,18 @@ class Settings:
                 raise InvalidArgumentError(f"{field.name}={in_brief(value)}: expected {_COUNT}, a whole number")
             object.__setattr__(self, field.name, number)
 
+    def changed(self, changes: Mapping[str, object]) -> Settings:
+        """Return these parameters with some changed at run time; None is no limit. Raises InvalidArgumentError."""
+        for name, value in changes.items():
+            if name not in _RANGES:
+                raise InvalidArgumentError(f"setting {in_brief(name)}: expected one of {', '.join(CHANGEABLE)}")
+            if name not in CHANGEABLE:
+                raise InvalidArgumentError(f"{name} cannot be changed at run time: {_FIXED[name]}")
+            if value is None and not math.isinf(_RANGES[name][1]):
+                raise InvalidArgumentError(f"{name}=None: expected {_RANGES[name][2]}")
+        given: Any = {name: math.inf if value is None else value for name, value in changes.items()}
+        return replace(self, **given)
+
 
 _SECONDS = (0.0, math.inf, "seconds")
 _MB = (1.0, 1e9, "MB")
@@ -65,3 +79,11 @@ _RANGES: dict[str, tuple[float, float, str]] = {
     "max_model_copies": (1, math.inf, _COUNT),
     "idle_ttl_seconds": _SECONDS,
 }
+_SOURCE = "each process has made its source of memory figures with it; slack_percentage sets the limit"
+_FIXED = {
+    "fallback_memory_mb": _SOURCE,
+    "memory_budget_mb": _SOURCE,
+    "wait_timeout_seconds": "it is each manager's own; `timeout_seconds` of a call is for that call",
+}
+#: The parameters that `ModelManager.update_settings` changes.
+CHANGEABLE = tuple(name for name in _RANGES if name not in _FIXED)

@@ -221,12 +221,12 @@ class TicketInfo:
 
 @dataclass(frozen=True, eq=False)
 class PinInfo:
-    """A member (slot) wants the idle copies of a model (row) kept."""
+    """A member (slot), or if that is None the namespace, wants the idle copies of a model (row) kept."""
 
     row: int
     tag: str
     model: int
-    member: int
+    member: int | None
     for_s: float
 
 
@@ -769,7 +769,8 @@ class _Decoder:
 
     def _pin(self, row: int, at: int, tags: dict[int, str]) -> PinInfo:
         words = self._words
-        model, member = words[at + Pin.MODEL], words[at + Pin.MEMBER] - 1
+        model = words[at + Pin.MODEL]
+        member = self._reference(words[at + Pin.MEMBER])
         return PinInfo(row, tags.get(model, ""), model, member, self._age(words[at + Pin.SINCE]))
 
     def _device(

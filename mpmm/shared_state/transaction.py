@@ -146,6 +146,10 @@ class TransactionLock:
             return self._transaction
         return Transaction(self, max(0.0, patience_s))
 
+    def set_timeout(self, timeout_seconds: float) -> None:
+        """Let transactions that name no patience of their own give up the lock after so long."""
+        self.timeout_seconds = self._transaction._patience_s = timeout_seconds
+
     def held_by_this_thread(self) -> bool:
         """Tell whether the calling thread is inside a transaction."""
         return bool(self._mutex._is_owned())

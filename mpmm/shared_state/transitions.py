@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import astuple, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -27,6 +27,7 @@ import numpy as np
 
 from mpmm.errors import TableFullError
 from mpmm.policy.ledger import Entry, Figure, Ledger, Return, expire, settle
+from mpmm.policy.view import Reason
 from mpmm.printable import printable_logger
 from mpmm.shared_state.durations import to_ns
 from mpmm.shared_state.events import Cause, EventKind
@@ -44,6 +45,7 @@ from mpmm.shared_state.layout import (
     Ticket,
     device_rows,
 )
+from mpmm.shared_state.settings import Settings
 from mpmm.shared_state.tables import Tables
 from mpmm.shared_state.transaction import Transaction, float_bits
 
@@ -186,6 +188,18 @@ class Transitions:
         """Wake the keeper of a member: it has something to unload, or should look around."""
         self._wake(t, self.tables.member(slot) + Member.BELL)
 
+    def set_settings(self, t: Transaction, settings: Settings) -> None:
+        """Change the parameters of the namespace, and wake all workers, which follow.
+
+        The caller sees to it that M6 holds with the new `max_model_copies`.
+        """
+        words = [(Header.SETTINGS + number, float_bits(value)) for number, value in enumerate(astuple(settings))]
+        # The last store, so that nobody takes half of them for all.
+        t.set_all([*words, (Header.SETTINGS_CHANGED, t.now)])
+        t.event(EventKind.SETTINGS)
+        for slot in self.tables.rows_where(self.layout.members, Member.STATE, Member.WORKER):
+            self.ring(t, slot)
+
     def _take_back(self, t: Transaction, slot: int) -> bool:
         """Take back what a member has; return False if the transaction has become long before all of it was.
 
@@ -251,7 +265,7 @@ class Transitions:
             self._expect_back(t, row)
             self._set_mb(t, row, 0.0)
         t.set(at + Instance.SERVER, 0)
-        t.set(at + Instance.DOOMED, 1)
+        t.set(at + Instance.DOOMED, Instance.LOST)
 
     def _abandon_load(self, t: Transaction, row: int) -> None:
         """A load is given up by others than its loader. A model server that it has started is to be unloaded."""
@@ -333,7 +347,10 @@ class Transitions:
             t.set(at + Model.FAILED_AT, 0)
 
     def pin(self, t: Transaction, model: int, member: int) -> int:
-        """Keep the idle copies of a model from eviction for a member (slot); return the row. Raises TableFullError."""
+        """Keep the idle copies of a model from eviction for a member (slot); return the row. Raises TableFullError.
+
+        member: -1 for a pin that is the namespace's.
+        """
         row = self._take_row(t, self.layout.pins)
         at = self.tables.pin(row)
         t.set(at + Pin.MODEL, model)
@@ -883,13 +900,14 @@ class Transitions:
             self.end_isolation(t, row)
         held = (t.now - words[at + Instance.SINCE]) / 1e9
         event = t.next_event(EventKind.RELEASED, words[at + Instance.MODEL] + 1, row + 1, value=held)
-        if words[at + Instance.DOOMED]:
+        doomed, holder = words[at + Instance.DOOMED], words[at + Instance.HOLDER]
+        if doomed == Instance.LOST:
             t.set_all((event,))
             if words[at + Instance.HAS_SERVER] and not words[at + Instance.SERVER]:
                 self._drop(t, row)
             else:
                 self._change_state(t, row, Instance.UNLOADING)
-                self.ring(t, words[at + Instance.HOLDER] - 1)
+                self.ring(t, holder - 1)
             return
         model = self.tables.model(words[at + Instance.MODEL])
         changes = [
@@ -905,6 +923,8 @@ class Transitions:
         if not words[at + Instance.OWNER]:
             changes += self._pushed(at, row)
         t.set_all(changes)
+        if doomed:
+            self.begin_unload(t, row, holder - 1, evicted=False, cause=Cause(Reason.ASKED))
 
     def runs_alone(self, row: int) -> bool:
         """Tell whether a copy has its devices to itself, to be measured."""
@@ -968,6 +988,19 @@ class Transitions:
         mb = self.segment.floats[at + Instance.MB]
         t.event(EventKind.UNLOAD_BEGAN, self._model_reference(row), row + 1, value=mb, cause=cause)
         self.ring(t, words[at + Instance.HOLDER] - 1)
+
+    def unload(self, t: Transaction, row: int, unloader: int) -> None:
+        """Have a copy unloaded because somebody asks for it: at once where it is idle, else when it is given back.
+
+        unloader: the member (slot) that unloads a handle; an object is its owner's to unload. A pin does not keep it.
+        """
+        at = self.tables.instance(row)
+        if self.segment.words[at + Instance.STATE] == Instance.IDLE:
+            self.begin_unload(t, row, unloader, evicted=False, cause=Cause(Reason.ASKED))
+        elif not self.segment.words[at + Instance.DOOMED]:
+            t.set(at + Instance.DOOMED, Instance.ASKED)
+            mb = self.segment.floats[at + Instance.MB]
+            t.event(EventKind.DOOMED, self._model_reference(row), row + 1, value=mb, cause=Cause(Reason.ASKED))
 
     def hand_unload_over(self, t: Transaction, row: int, unloader: int) -> None:
         """Have another member (slot) unload a handle, because its HOLDER is dead or has not done so in time.

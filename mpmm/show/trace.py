@@ -38,6 +38,8 @@ _MARKS = {
     "pinned": "pinned",
     "unpinned": "unpinned",
     "out_of_memory": "out of memory",
+    "doomed": "to be unloaded when given back",
+    "settings": "settings changed",
 }
 # What a copy was when the first event that is known of it is of such a kind; idle before any other.
 _STATE_BEFORE = {

@@ -1,0 +1,180 @@
+"""What somebody asks for by hand: to unload a model, to pin it for all, to change the settings.
+
+A manager asks for it, or somebody at a prompt: `visit` joins a namespace as a guest, without a manager, that neither
+leads nor measures, and so within a moment. What has to be unloaded is unloaded by the processes that are there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from mpmm.errors import ClosedError, NotAcquiredError, UnloadTimeoutError
+from mpmm.printable import printable
+from mpmm.scheduler import Scheduler
+from mpmm.shared_state.layout import Header, Instance, Member, Model
+from mpmm.shared_state.namespace import Namespace
+from mpmm.shared_state.settings import Settings
+from mpmm.shared_state.tables import encode_text
+from mpmm.shared_state.transaction import Transaction
+
+__all__ = ["Unload", "change_settings", "pin_for_all", "unload_model", "unpin_for_all", "visit", "wait_for_unload"]
+
+# How often one who waits looks whether the copies are gone.
+LOOK_S = 0.01
+_STAYING = (Instance.IDLE, Instance.ACTIVE, Instance.LOADING)
+
+
+class Unload(NamedTuple):
+    """What a call has asked for: so many copies of a tag, all that are older than a generation."""
+
+    tag: str
+    copies: int
+    generation: int
+
+
+@contextlib.contextmanager
+def visit(name: str, root: Path | None = None) -> Iterator[Namespace]:
+    """Be a guest in a namespace for the length of a `with` block.
+
+    Raises FileNotFoundError when no process of it lives, and what `Namespace.join` raises.
+    """
+    namespace = Namespace.join(name, root=root, kind=Member.GUEST, must_exist=True)
+    try:
+        yield namespace
+    finally:
+        namespace.leave()
+
+
+def unload_model(namespace: Namespace, scheduler: Scheduler, tag: str) -> Unload:
+    """Have all copies of a model unloaded: idle ones at once, the others when they are given back.
+
+    Of copies that are loaded later nothing is said. Raises LockTimeoutError, ClosedError.
+    """
+    before: int | None = None
+    copies, done = 0, False
+    while not done:
+        with namespace.transaction() as t:
+            if before is None:
+                before = namespace.segment.words[Header.NEXT_GENERATION]
+            model = namespace.tables.model_row(tag)
+            rows = [] if model is None else _staying(namespace, model, before)
+            unloaded = _unload(namespace, t, rows)
+            copies += unloaded
+            done = unloaded == len(rows)
+            scheduler.advance(t)
+    return Unload(tag, copies, before or 0)
+
+
+def _staying(namespace: Namespace, model: int, before: int) -> list[int]:
+    """Return the copies of a model, older than a generation, that nobody has told to go; idle ones first."""
+    words, tables = namespace.segment.words, namespace.tables
+    starts = [
+        (row, tables.instance(row))
+        for row in tables.rows_where(namespace.segment.layout.instances, Instance.MODEL, model)
+    ]
+    found = [
+        (_STAYING.index(words[at]), words[at + Instance.SINCE], row)
+        for row, at in starts
+        if words[at] in _STAYING and not words[at + Instance.DOOMED] and words[at + Instance.GENERATION] < before
+    ]
+    return [row for _, _, row in sorted(found)]
+
+
+def _unload(namespace: Namespace, t: Transaction, rows: list[int]) -> int:
+    """Have these copies unloaded; return how many were, before the transaction has become long."""
+    unloader = _unloader(namespace)
+    for count, row in enumerate(rows):
+        if t.is_long:
+            return count
+        namespace.transitions.unload(t, row, unloader)
+    return len(rows)
+
+
+def _unloader(namespace: Namespace) -> int:
+    """Return the slot of the worker that unloads what anybody can: this process, or for a guest the leader."""
+    words, tables = namespace.segment.words, namespace.tables
+    workers = tables.rows_where(namespace.segment.layout.members, Member.STATE, Member.WORKER)
+    for slot in (namespace.slot, words[Header.LEADER] - 1):
+        if slot in workers:
+            return slot
+    return workers[0] if workers else namespace.slot
+
+
+def wait_for_unload(
+    namespace: Namespace, asked: Unload, timeout_s: float, is_closing: Callable[[], bool] = lambda: False
+) -> None:
+    """Wait until the copies are gone. Raises UnloadTimeoutError, and ClosedError once `is_closing()`."""
+    began = time.monotonic()
+    while left := _left(namespace, asked):
+        waited = time.monotonic() - began
+        if waited >= timeout_s:
+            raise UnloadTimeoutError(
+                f"model {printable(asked.tag)}: after {waited:.1f} s, {left} of {asked.copies} copies are still there; "
+                "those in use are unloaded when they are given back (`mpmm inspect` shows by whom they are held)",
+                tag=asked.tag,
+                left=left,
+                waited_seconds=waited,
+            )
+        time.sleep(LOOK_S)
+        if is_closing():
+            raise ClosedError(f"the model manager was shut down while a thread waited for {asked.tag!r} to be unloaded")
+
+
+def _left(namespace: Namespace, asked: Unload) -> int:
+    """Return how many of the copies are still there; without the lock."""
+    words, tables = namespace.segment.words, namespace.tables
+    model = tables.model_row(asked.tag)
+    rows = [] if model is None else tables.rows_where(namespace.segment.layout.instances, Instance.MODEL, model)
+    return sum(words[tables.instance(row) + Instance.GENERATION] < asked.generation for row in rows)
+
+
+def change_settings(namespace: Namespace, scheduler: Scheduler, changes: Mapping[str, object]) -> Settings:
+    """Change parameters of the namespace for all its processes, and return all of them.
+
+    With fewer `max_model_copies` the copies that are too many are unloaded, idle ones first, those in use when they are
+    given back. Raises InvalidArgumentError, and then nothing has changed; LockTimeoutError, ClosedError.
+    """
+    while True:
+        with namespace.transaction() as t:
+            settings = namespace.settings.changed(changes)
+            surplus = _surplus(namespace, settings.max_model_copies)
+            if _unload(namespace, t, surplus) == len(surplus):
+                if settings != namespace.settings:
+                    namespace.transitions.set_settings(t, settings)
+                scheduler.advance(t)
+                return settings
+
+
+def _surplus(namespace: Namespace, most: float) -> list[int]:
+    """Return the copies of all models that are more than there may be of each."""
+    models = namespace.tables.model_rows()
+    staying = (_staying(namespace, model, namespace.segment.words[Header.NEXT_GENERATION]) for model in models)
+    return [row for rows in staying for row in rows[: max(0, len(rows) - int(min(most, len(rows))))]]
+
+
+def pin_for_all(namespace: Namespace, tag: str) -> None:
+    """Keep the idle copies of a model until `unpin_for_all`; nothing if they are kept so already.
+
+    Raises TableFullError, InvalidArgumentError, LockTimeoutError, ClosedError.
+    """
+    encoded = encode_text(tag, Model.TAG_BYTES, "model tag")
+    with namespace.transaction() as t:
+        found = namespace.tables.model_row(tag)
+        if found is None or namespace.tables.pin_row(found, 0) is None:
+            namespace.tables.free_row(namespace.segment.layout.pins)
+            namespace.transitions.pin(t, namespace.transitions.claim_model(t, tag, encoded), -1)
+
+
+def unpin_for_all(namespace: Namespace, scheduler: Scheduler, tag: str) -> None:
+    """End the namespace's pin on a model. Raises NotAcquiredError when there is none, LockTimeoutError, ClosedError."""
+    with namespace.transaction() as t:
+        model = namespace.tables.model_row(tag)
+        row = None if model is None else namespace.tables.pin_row(model, 0)
+        if row is None:
+            raise NotAcquiredError(f"unpin of {tag!r}: namespace {namespace.name!r} has no pin on it", tag=tag)
+        namespace.transitions.unpin(t, row)
+        scheduler.advance(t)

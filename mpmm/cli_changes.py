@@ -1,0 +1,182 @@
+"""The commands that change something in a namespace: unload, pin, unpin, preload, settings."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import importlib
+import logging
+import math
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from mpmm.arguments import checked_timeout, in_brief
+from mpmm.errors import InvalidArgumentError, UnloadTimeoutError
+from mpmm.printable import printable
+from mpmm.shared_state.settings import CHANGEABLE, Settings
+from mpmm.shared_state.snapshot import read_snapshot
+
+__all__ = ["COMMANDS", "add_commands"]
+
+EXIT_PROBLEM = 1
+# What is idle is gone by then; who waits for what is in use says so.
+UNLOAD_WAIT_S = 10.0
+_UNLIMITED = ("none", "inf")
+
+
+def add_commands(commands: Any) -> None:
+    """Add the commands to the subparsers of an `ArgumentParser`."""
+    unload = commands.add_parser("unload", help="unload a model: idle copies now, others when they are given back")
+    unload.add_argument(
+        "--wait",
+        type=float,
+        default=UNLOAD_WAIT_S,
+        metavar="SECONDS",
+        help=f"for the copies to be gone; exit status 1 if they are not (default: {UNLOAD_WAIT_S:g})",
+    )
+    pin = commands.add_parser("pin", help="keep the idle copies of a model, in all processes, until `mpmm unpin`")
+    unpin = commands.add_parser("unpin", help="end what `mpmm pin` began; pins of processes stay")
+    preload = commands.add_parser("preload", help="load a model in a server process, for all processes of a namespace")
+    for command in (unload, pin, unpin, preload):
+        command.add_argument("tag", metavar="TAG")
+    preload.add_argument("--copies", type=int, default=1, metavar="NUMBER", help="to be there in the end (default: 1)")
+    preload.add_argument("--pin", action="store_true", help="and do as `mpmm pin`")
+    preload.add_argument("--wait", type=float, default=math.inf, metavar="SECONDS", help="for room (default: for ever)")
+    preload.add_argument("loader", metavar="MODULE:FUNCTION", help="returns a handle, the tag of a MultiProcessShared")
+    settings = commands.add_parser("settings", help="show the settings, or change one for all processes")
+    settings.add_argument("change", nargs="*", metavar="set NAME VALUE", help="none: show them; VALUE none: no limit")
+    for command in (unload, pin, unpin, preload, settings):
+        command.add_argument("--namespace", help="default: the only one there is")
+
+
+def _unload(options: argparse.Namespace, name: str, root: Path | None) -> int:
+    from mpmm.administration import unload_model, visit, wait_for_unload
+    from mpmm.scheduler import Scheduler
+
+    wait_s = checked_timeout("--wait", options.wait)
+    with visit(name, root) as namespace:
+        asked = unload_model(namespace, Scheduler(namespace), options.tag)
+        try:
+            wait_for_unload(namespace, asked, wait_s)
+        except UnloadTimeoutError as error:
+            print(f"mpmm: {error}", file=sys.stderr)
+            return EXIT_PROBLEM
+    print(f"{printable(options.tag)}: {asked.copies} unloaded" if asked.copies else _nothing(options.tag))
+    return 0 if asked.copies else EXIT_PROBLEM
+
+
+def _nothing(tag: str) -> str:
+    return f"{printable(tag)}: no copy is loaded"
+
+
+def _pin(options: argparse.Namespace, name: str, root: Path | None) -> int:
+    from mpmm.administration import pin_for_all, visit
+
+    with visit(name, root) as namespace:
+        pin_for_all(namespace, options.tag)
+    print(f"{printable(options.tag)}: pinned for all")
+    return 0
+
+
+def _unpin(options: argparse.Namespace, name: str, root: Path | None) -> int:
+    from mpmm.administration import unpin_for_all, visit
+    from mpmm.scheduler import Scheduler
+
+    with visit(name, root) as namespace:
+        unpin_for_all(namespace, Scheduler(namespace), options.tag)
+    print(f"{printable(options.tag)}: no longer pinned for all")
+    return 0
+
+
+def _preload(options: argparse.Namespace, name: str, root: Path | None) -> int:
+    from mpmm.model_manager import ModelManager
+
+    # That our defaults are not the namespace's settings is nothing to report.
+    logging.getLogger("mpmm").setLevel(logging.ERROR)
+    read_snapshot(name, root, events=False)
+    load = functools.partial(_load_handle, _function(options.loader), options.loader)
+    with ModelManager(namespace=name, runtime_root=root) as manager:
+        loaded = manager.preload(options.tag, load, copies=options.copies, timeout_seconds=options.wait)
+        if options.pin:
+            manager.pin(options.tag, for_all=True)
+    print(f"{printable(options.tag)}: {loaded} loaded{', pinned for all' if options.pin else ''}")
+    return 0
+
+
+def _function(name: str) -> Callable[[], Any]:
+    """Return what `module:function` names; modules of the working directory are found, as with `python -m`."""
+    module, _, function = name.partition(":")
+    if not module or not function:
+        raise InvalidArgumentError(f"loader {name!r}: expected MODULE:FUNCTION")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        found: Any = functools.reduce(getattr, function.split("."), importlib.import_module(module))
+    except (ImportError, AttributeError) as error:
+        raise InvalidArgumentError(f"loader {name!r}: {error}") from error
+    if not callable(found):
+        raise InvalidArgumentError(f"loader {name!r}: {in_brief(found)} cannot be called")
+    result: Callable[[], Any] = found
+    return result
+
+
+def _load_handle(load: Callable[[], Any], name: str) -> str:
+    """Return the handle that a loader makes. Raises InvalidArgumentError for an object, which would end with us."""
+    value = load()
+    if not isinstance(value, str):
+        raise InvalidArgumentError(
+            f"loader {name!r} returned a {type(value).__name__}, which would end with this command; expected a handle, "
+            "the tag of a MultiProcessShared with spawn_process=True"
+        )
+    return value
+
+
+def _settings(options: argparse.Namespace, name: str, root: Path | None) -> int:
+    from mpmm.administration import change_settings, visit
+    from mpmm.scheduler import Scheduler
+
+    if not options.change:
+        _show(read_snapshot(name, root, events=False).settings)
+        return 0
+    if len(options.change) != 3 or options.change[0] != "set":
+        raise InvalidArgumentError(f"settings {' '.join(options.change)}: expected nothing, or set NAME VALUE")
+    _, setting, text = options.change
+    with visit(name, root) as namespace:
+        settings = change_settings(namespace, Scheduler(namespace), {setting: _value(setting, text)})
+    print(f"{setting} {_shown(getattr(settings, setting))}")
+    return 0
+
+
+def _value(setting: str, text: str) -> float | None:
+    if text.lower() in _UNLIMITED:
+        return None
+    try:
+        return float(text)
+    except ValueError:
+        raise InvalidArgumentError(f"{setting}={in_brief(text)}: expected a number, or none") from None
+
+
+def _show(settings: Settings) -> None:
+    values = asdict(settings)
+    width = max(map(len, values))
+    for setting, value in values.items():
+        note = "" if setting in CHANGEABLE else "  (chosen at creation)"
+        print(f"{setting:<{width}}  {_shown(value)}{note}")
+
+
+def _shown(value: float) -> str:
+    return "none" if math.isinf(value) else f"{value:g}"
+
+
+#: What each command does, given the options, a namespace and the root; returns the exit status.
+COMMANDS: dict[str, Callable[[argparse.Namespace, str, Path | None], int]] = {
+    "unload": _unload,
+    "pin": _pin,
+    "unpin": _unpin,
+    "preload": _preload,
+    "settings": _settings,
+}
