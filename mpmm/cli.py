@@ -39,6 +39,9 @@ among `instances`, with state `leased`, and every lease is among `models`, with 
 the policy has decided, also have `why`, the sentence that `mpmm inspect` shows; and `findings` is what is said there on
 top, as objects with `urgent` and `text`. Fields may be added; when one goes or changes its meaning, the version rises.
 
+On a terminal, columns that do not fit are left out (`inspect --all` and a pipe have them all), and there are colours
+unless NO_COLOR is set.
+
 What not every command needs is imported by the one that does: somebody at a prompt waits for it.
 """
 
@@ -68,6 +71,7 @@ from mpmm.shared_state.snapshot import (
     find_namespaces,
     read_snapshot,
 )
+from mpmm.show.colours import painter
 from mpmm.show.health import findings, longest_wait_s
 from mpmm.show.screen import EVENTS_OF_EACH, overview, render
 from mpmm.show.words import needs, why
@@ -206,6 +210,11 @@ def _namespace(options: argparse.Namespace, root: Path | None) -> str:
     return _only_namespace(root) if options.namespace is None else options.namespace
 
 
+def _width() -> int | None:
+    """Return how many characters a line of the output may have, None where it is no terminal."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+
+
 def _list(options: argparse.Namespace, root: Path | None) -> int:
     print("\n".join(map(printable, find_namespaces(root))) or "no namespaces")
     return 0
@@ -221,12 +230,12 @@ def _inspect(options: argparse.Namespace, root: Path | None) -> int:
     if options.json:
         print(_json(snapshots[0]))
     elif len(snapshots) > 1:
-        print(overview(snapshots))
+        print(overview(snapshots, None if options.all else _width(), painter(sys.stdout)))
     else:
         for lost in [] if options.namespace else find_lost_namespaces(root):
             print(f"ATTENTION: {segment_lost(lost, segment_name(root or default_root(), lost))}\n")
-        width = shutil.get_terminal_size().columns if sys.stdout.isatty() and not options.all else None
-        print(render(snapshots[0], everything=options.all, width=width))
+        width = None if options.all else _width()
+        print(render(snapshots[0], everything=options.all, width=width, paint=painter(sys.stdout)))
         log = RuntimeDirectory(ROOM_NAME, root).file(SERVERS_LOG)
         if log.exists():
             print(f"\noutput of model servers whose starters have ended: {printable(str(log))}")
@@ -288,8 +297,8 @@ def _ps(options: argparse.Namespace, root: Path | None) -> int:
                 print(f"mpmm: {printable_lines(str(error))}", file=sys.stderr)
                 status = EXIT_PROBLEM
     if options.format is None:
-        width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
-        print("\n".join(as_table(copies, width)))
+        head, *lines = as_table(copies, _width())
+        print("\n".join([painter(sys.stdout)("head", head), *lines]))
     else:
         for copy in copies:
             print(formatted(copy, options.format))
@@ -372,7 +381,9 @@ def _check_health(options: argparse.Namespace, root: Path | None) -> int:
     for name in names or [_only_namespace(root)]:
         found = what_ails(read_snapshot(name, root, events=False))
         problems += len(found)
-        print("\n".join(printable(f"{name}: {problem}") for problem in found or ["healthy"]))
+        paint, style = painter(sys.stdout), "urgent" if found else "well"
+        for problem in found or ["healthy"]:
+            print(paint(style, printable(f"{name}: {problem}")))
     return EXIT_PROBLEM if problems else 0
 
 

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import pydoc
+import re
 import signal
 import subprocess
 import sys
@@ -26,9 +27,11 @@ from mpmm.shared_state.events import EventKind
 from mpmm.shared_state.layout import Header
 from mpmm.shared_state.segment import segment_name
 from mpmm.shared_state.snapshot import EventChoice, Snapshot, read_snapshot
+from mpmm.show.colours import painter
 from mpmm.show.event_lines import _TEXTS
 from mpmm.show.health import findings
 from mpmm.show.screen import render
+from mpmm.show.tables import table
 from mpmm.show.words import age, bar
 
 NewManager = Callable[..., ModelManager]
@@ -115,10 +118,56 @@ def test_long_tables_are_cut_to_what_matters(namespace: str, new_manager: NewMan
     assert len(capsys.readouterr().out.split("\ncopies:\n")[1].split("\n\n")[0].splitlines()) == 31
 
 
-def test_lines_fit_the_terminal(busy: ModelManager, namespace: str) -> None:
+@pytest.mark.parametrize("width", [60, 70, 80, 120])
+def test_columns_that_do_not_fit_are_left_out_whole(width: int, busy: ModelManager, namespace: str) -> None:
     snapshot = read_snapshot(namespace)
-    assert max(map(len, render(snapshot).splitlines())) > 60
-    assert max(map(len, render(snapshot, width=60).splitlines())) == 60
+    full, narrow = render(snapshot), render(snapshot, width=width)
+    assert max(map(len, full.splitlines())) > 120
+    assert max(map(len, narrow.splitlines())) <= width
+    assert "…" not in narrow
+    for title in ("devices", "waiting", "copies", "models", "members"):
+        lines = (text.split(f"\n{title}:\n")[1].splitlines()[0] for text in (narrow, full))
+        heads, all_heads = (re.split(r" {2,}", line.strip()) for line in lines)
+        assert [head for head in all_heads if head in heads] == heads
+    # What a sentence has to say is all there.
+    assert "waits: needs 250 MB, " in " ".join(narrow.split())
+    assert "rolled back 0" in " ".join(narrow.split())
+
+
+def test_a_table_that_has_nothing_to_leave_out_shortens_its_longest_name() -> None:
+    rows = [("m" * 90, "idle", "12"), ("n", "active", "4000")]
+    assert table(("model", "state", "MB"), rows, 40) == [
+        "  model                     state     MB",
+        f"  {'m' * 23}…  idle      12",
+        "  n                         active  4000",
+    ]
+    assert table(("model", "state", "MB"), rows, 110)[1] == f"  {'m' * 90}  idle      12"
+
+
+def test_colours_are_for_terminals_without_no_color(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    for name in ("NO_COLOR", "TERM"):
+        monkeypatch.delenv(name, raising=False)
+    assert painter(Terminal())("urgent", "text") == "\x1b[1;31mtext\x1b[0m"
+    assert painter(io.StringIO())("urgent", "text") == "text"
+    monkeypatch.setenv("NO_COLOR", "")
+    assert painter(Terminal())("well", "text") != "text"
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert painter(Terminal())("urgent", "text") == "text"
+    monkeypatch.delenv("NO_COLOR")
+    monkeypatch.setenv("TERM", "dumb")
+    assert painter(Terminal())("urgent", "text") == "text"
+
+
+def test_colours_change_nothing_else(busy: ModelManager, namespace: str) -> None:
+    snapshot = read_snapshot(namespace)
+    painted = render(snapshot, width=80, paint=lambda style, text: f"<{style}>{text}</>")
+    assert "<well>all well</>" in painted
+    assert "<title>waiting:</>\n<head>" in painted
+    assert re.sub(r"</?[a-z]*>", "", painted) == render(snapshot, width=80)
 
 
 @pytest.mark.parametrize(("limit", "status"), [("0", 1), ("3600", 0)])

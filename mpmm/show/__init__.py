@@ -2,11 +2,12 @@
 
 Everything here works on the plain values of `mpmm.shared_state.snapshot`, and knows neither bytes nor locks.
 
-    screen.py    one screen of text, for `mpmm inspect`      health.py    what is wrong
-    top.py       the same, live                               listing.py   a line for each copy, for `mpmm ps`
-    event_lines.py  events as lines, for `mpmm events`
-    record.py    the trace of a namespace, written
-    follow.py    the events one after another, none twice, lost ones counted
-    trace.py     events as spans for Perfetto                 plot.py      such a trace as a picture
-    tally.py     events as histograms                         families.py  metrics, for `mpmm.metrics`
+    screen.py       one screen of text, for `mpmm inspect`    health.py    what is wrong
+    top.py          the same, live                            listing.py   a line for each copy, for `mpmm ps`
+    event_lines.py  events as lines, for `mpmm events`        tables.py    columns of text in a given width
+    colours.py      on a terminal only                        words.py     figures as text
+    record.py       the trace of a namespace, written
+    follow.py       the events one after another, none twice, lost ones counted
+    trace.py        events as spans for Perfetto              plot.py      such a trace as a picture
+    tally.py        events as histograms                      families.py  metrics, for `mpmm.metrics`
 """

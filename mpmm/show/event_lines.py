@@ -13,6 +13,7 @@ from pathlib import Path
 
 from mpmm.printable import printable
 from mpmm.shared_state.snapshot import EventInfo, as_json
+from mpmm.show.colours import painter
 from mpmm.show.follow import Follower, Step, asked_to_end, steps
 from mpmm.show.words import age, mb, why
 
@@ -50,6 +51,9 @@ _TEXTS = {
 }
 
 
+_TROUBLE = frozenset({"reaped", "load_failed", "refused", "lost", "written_off", "reset", "out_of_memory"})
+
+
 @dataclass(frozen=True)
 class Choice:
     """Which events are shown, and how. model: of this tag only. last: so many of the past, None for all there are."""
@@ -66,7 +70,7 @@ def show_events(namespace: str, root: Path | None, choice: Choice, say: Callable
     With `follow` a namespace that is not there yet is waited for. Returns 0. Raises what `read_snapshot` raises,
     FileNotFoundError without `follow` only.
     """
-    follower = Follower(namespace, root)
+    follower, paint = Follower(namespace, root), painter(sys.stdout)
     with contextlib.ExitStack() as stack:
         looks = steps(follower, stack.enter_context(asked_to_end())) if choice.follow else [follower.step()]
         first = True
@@ -78,7 +82,8 @@ def show_events(namespace: str, root: Path | None, choice: Choice, say: Callable
                 # On a stream of its own, so that every line of the output is an event.
                 print(f"mpmm: {step.lost} events were overwritten before they could be read", file=sys.stderr)
             for event in events:
-                say(_json(step, event) if choice.as_json else line(step, event))
+                text = _json(step, event) if choice.as_json else line(step, event)
+                say(paint("urgent", text) if event.kind in _TROUBLE and not choice.as_json else text)
             # A pipe is to have it now.
             sys.stdout.flush()
             first = False

@@ -10,7 +10,8 @@ from typing import Any
 
 from mpmm.errors import InvalidArgumentError
 from mpmm.shared_state.snapshot import InstanceInfo, Snapshot
-from mpmm.show.words import age, for_people, mb, table
+from mpmm.show.tables import table
+from mpmm.show.words import age, for_people, mb
 
 __all__ = ["JSON_FORMAT", "Copy", "as_table", "copies_of", "formatted"]
 
@@ -88,7 +89,8 @@ def as_table(copies: Sequence[Copy], width: int | None) -> list[str]:
         )
         return (shown.namespace, *cells) if several else cells
 
-    return table(("namespace", *head) if several else head, [row(copy) for copy in copies], width)
+    least = ("uses", "kept by pid", "copy", "on", "for")
+    return table(("namespace", *head) if several else head, [row(copy) for copy in copies], width, least=least)
 
 
 def formatted(copy: Copy, template: str) -> str:

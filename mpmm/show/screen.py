@@ -19,20 +19,20 @@ from mpmm.shared_state.snapshot import (
     Snapshot,
     TicketInfo,
 )
+from mpmm.show.colours import Paint, plain
 from mpmm.show.health import findings, longest_wait_s
+from mpmm.show.tables import table, wrapped
 from mpmm.show.words import (
     BAR_SIGNS,
     PLAIN_SIGNS,
     age,
     bar,
-    cut,
     for_people,
     left_s,
     mb,
     needs,
     pids,
     places,
-    table,
     waiters,
     why,
 )
@@ -67,6 +67,7 @@ class Section(Generic[Item]):
     """A table with a title, of which only the rows that are shown are put into words.
 
     items: what there is, what matters most first. row: makes a row of one. shown: so many matter most.
+    least: the columns that matter least, and are left out first. prose: the last column is a sentence.
     """
 
     title: str
@@ -74,34 +75,40 @@ class Section(Generic[Item]):
     items: Sequence[Item]
     row: Callable[[Item], Row]
     shown: int
+    least: Row = ()
+    prose: bool = False
 
     def rows(self, everything: bool = False) -> list[Row]:
         """Return the rows that are shown, which are all if everything is wanted or only one would be left out."""
         items = self.items if everything or len(self.items) <= self.shown + 1 else self.items[: self.shown]
         return [self.row(item) for item in items]
 
-    def lines(self, everything: bool, width: int | None) -> list[str]:
-        """Return the table as text, cut to what matters unless everything is wanted."""
+    def lines(self, everything: bool, width: int | None, paint: Paint = plain) -> list[str]:
+        """Return the table as text, without what matters less unless everything is wanted."""
         if not self.items:
             return [f"{self.title}: none"]
         rows = self.rows(everything)
         rest = len(self.items) - len(rows)
+        head, *lines = table(self.head, rows, width, least=self.least, prose=self.prose)
         more = [f"  … and {rest} more; --all shows them"] if rest else []
-        return [f"{self.title}:", *table(self.head, rows, width), *more]
+        return [paint("title", f"{self.title}:"), paint("head", head), *lines, *more]
 
 
-def render(snapshot: Snapshot, *, everything: bool = False, width: int | None = None) -> str:
+def render(snapshot: Snapshot, *, everything: bool = False, width: int | None = None, paint: Paint = plain) -> str:
     """Return a snapshot as text for people.
 
-    everything: all rows, not only those that matter most. width: lines are cut to so many characters.
+    everything: all rows, not only those that matter most. width: columns that do not fit into so many characters are
+    left out, and sentences go on in further lines. paint: gives parts of it a style.
     """
     snapshot = for_people(snapshot)
-    parts = [headline(snapshot)]
+    first, *others = (line for long in headline(snapshot) for line in wrapped(long, width))
+    parts = [[paint("title", first), *others]]
     said = findings(snapshot)
-    urgent = [f"ATTENTION: {finding.text}" for finding in said if finding.urgent]
-    parts.append((urgent or ["all well"]) + [f"note: {finding.text}" for finding in said if not finding.urgent])
-    parts += [section.lines(everything, width) for section in sections(snapshot)]
-    return "\n\n".join("\n".join(cut(line, width) for line in part) for part in parts)
+    lines = [("urgent", f"ATTENTION: {finding.text}") for finding in said if finding.urgent] or [("well", "all well")]
+    lines += [("note", f"note: {finding.text}") for finding in said if not finding.urgent]
+    parts.append([paint(style, line) for style, long in lines for line in wrapped(long, width)])
+    parts += [section.lines(everything, width, paint) for section in sections(snapshot)]
+    return "\n\n".join("\n".join(part) for part in parts)
 
 
 def headline(snapshot: Snapshot) -> list[str]:
@@ -140,8 +147,8 @@ def _lock_state(snapshot: Snapshot) -> str:
     return f"held by pid {snapshot.lock.last_holder_pid}" if snapshot.lock.held else "free"
 
 
-def overview(snapshots: Sequence[Snapshot]) -> str:
-    """Return one line for each of several namespaces."""
+def overview(snapshots: Sequence[Snapshot], width: int | None = None, paint: Paint = plain) -> str:
+    """Return one line for each of several namespaces, in so many characters."""
     rows = []
     for snapshot in map(for_people, snapshots):
         used = sum(device.used_mb or 0.0 for device in snapshot.devices)
@@ -160,7 +167,9 @@ def overview(snapshots: Sequence[Snapshot]) -> str:
             )
         )
     head = ("namespace", "members", "copies", "in use", "waiting", "longest", "MB used", "state")
-    return "\n".join(["namespaces:", *table(head, rows), "", "`mpmm inspect NAMESPACE` shows one of them"])
+    heading, *lines = table(head, rows, width, least=("longest", "members", "copies", "MB used"), prose=True)
+    hint = "`mpmm inspect NAMESPACE` shows one of them"
+    return "\n".join([paint("title", "namespaces:"), paint("head", heading), *lines, "", hint])
 
 
 def sections(snapshot: Snapshot) -> list[Section[Any]]:
@@ -196,7 +205,8 @@ def devices(snapshot: Snapshot, bar_width: int) -> Section[DeviceInfo]:
         *("device", "", "used MB", "external", "reserved", "returning"),
         *("limit", "total", "highest", "sampled", "name"),
     )
-    return Section("devices", head, snapshot.devices, row, 16)
+    least = ("highest", "returning", "total", "reserved", "external", "sampled", "name")
+    return Section("devices", head, snapshot.devices, row, 16, least)
 
 
 def _ago(seconds: float | None) -> str:
@@ -229,7 +239,7 @@ def waiting(snapshot: Snapshot) -> Section[TicketInfo]:
         )
 
     head = ("ticket", "for", "pid", "waited", "left", "needs MB", "reason", "why")
-    return Section("waiting", head, waiters(snapshot), row, 8)
+    return Section("waiting", head, waiters(snapshot), row, 8, ("reason", "ticket", "left", "needs MB"), prose=True)
 
 
 def _reason(reason: int) -> str:
@@ -262,7 +272,7 @@ def copies(snapshot: Snapshot) -> Section[InstanceInfo]:
         key=lambda copy: (order.get(copy.state, 0), -copy.for_s),
     )
     head = ("copy", "model", "state", "for", "MB", "on", "holder pid", "holder", "kept by pid", "uses", "peak MB")
-    return Section("copies", head, items, row, 10)
+    return Section("copies", head, items, row, 10, ("peak MB", "holder", "uses", "kept by pid", "copy", "on"))
 
 
 def _leases(snapshot: Snapshot) -> Section[InstanceInfo]:
@@ -282,7 +292,7 @@ def _leases(snapshot: Snapshot) -> Section[InstanceInfo]:
 
     items = [lease for lease in snapshot.instances if lease.state == "leased"]
     head = ("lease", "name", "MB", "taken MB", "for", "on", "holder pid", "program pid")
-    return Section("leases", head, items, row, 6)
+    return Section("leases", head, items, row, 6, ("lease", "taken MB", "on", "program pid"))
 
 
 def models(snapshot: Snapshot) -> Section[ModelInfo]:
@@ -308,7 +318,8 @@ def models(snapshot: Snapshot) -> Section[ModelInfo]:
         *("model", "MB", "loaded", "active", "idle", "loading", "unloading", "waiting", "loads", "reuses", "evicted"),
         *("pins", "load s", "hold s", "per s", "unused"),
     )
-    return Section("models", head, items, row, 10)
+    least = ("per s", "pins", "unused", "hold s", "unloading", "reuses", "loads", "evicted", "load s", "loaded")
+    return Section("models", head, items, row, 10, least)
 
 
 def _decision(event: EventInfo) -> Row:
@@ -319,12 +330,16 @@ def _decision(event: EventInfo) -> Row:
 def evictions(snapshot: Snapshot) -> Section[EventInfo]:
     """Return what was told to go last, the latest first."""
     gone = [event for event in snapshot.events if event.kind == "unload_began"]
-    return Section("last evictions", _DECISION_HEAD, gone[: -EVENTS_OF_EACH - 1 : -1], _decision, 5)
+    return Section(
+        "last evictions", _DECISION_HEAD, gone[: -EVENTS_OF_EACH - 1 : -1], _decision, 5, ("ticket", "event"), True
+    )
 
 
 def _decisions(snapshot: Snapshot) -> Section[EventInfo]:
     decided = [event for event in snapshot.events if event.reason is not None]
-    return Section("last decisions", _DECISION_HEAD, decided[: -EVENTS_OF_EACH - 1 : -1], _decision, 8)
+    return Section(
+        "last decisions", _DECISION_HEAD, decided[: -EVENTS_OF_EACH - 1 : -1], _decision, 8, ("ticket",), True
+    )
 
 
 def _members(snapshot: Snapshot) -> Section[MemberInfo]:
@@ -345,4 +360,5 @@ def _members(snapshot: Snapshot) -> Section[MemberInfo]:
     items = sorted(
         snapshot.members, key=lambda m: (m.alive is not False, m.slot != snapshot.leader, -held[m.slot], m.slot)
     )
-    return Section("members", ("member", "kind", "pid", "alive", "attached", "MB", "holds", "name"), items, row, 6)
+    head = ("member", "kind", "pid", "alive", "attached", "MB", "holds", "name")
+    return Section("members", head, items, row, 6, ("MB", "member", "attached", "holds"))

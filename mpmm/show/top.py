@@ -21,7 +21,8 @@ from mpmm.printable import printable
 from mpmm.shared_state.snapshot import DeviceInfo, EventChoice, Snapshot, read_snapshot
 from mpmm.show.health import findings
 from mpmm.show.screen import EVENTS_OF_EACH, Section, copies, evictions, headline, models, waiting
-from mpmm.show.words import bar, for_people, mb, table
+from mpmm.show.tables import table, wrapped
+from mpmm.show.words import bar, for_people, mb
 
 __all__ = ["History", "run", "screen"]
 
@@ -115,7 +116,8 @@ def screen(snapshot: Snapshot, history: History, width: int, height: int) -> Ren
         head.append(Text("all well", style="green"))
     for finding in said:
         style, lead = ("bold red", "ATTENTION: ") if finding.urgent else ("yellow", "note: ")
-        head.append(Text(lead + finding.text, style=style, no_wrap=True, overflow="ellipsis"))
+        lines = wrapped(lead + finding.text, width) if finding.urgent else [lead + finding.text]
+        head += [Text(line, style=style, no_wrap=True, overflow="ellipsis") for line in lines]
     device_lines = _devices(snapshot, history, width - 4)
     tables: list[Section[Any]] = [waiting(snapshot), copies(snapshot), models(snapshot), evictions(snapshot)]
     left = height - len(head) - len(device_lines) - 2
@@ -152,7 +154,8 @@ def _table(section: Section[Any], rows: int, width: int) -> list[Text]:
     title = section.title + (f" (… and {rest} more)" if rest > 0 else "")
     if not section.items:
         return [Text(title, style="bold"), Text("  none", style="dim")]
-    head, *lines = table(section.head, [section.row(item) for item in section.items[:rows]], width)
+    shown = [section.row(item) for item in section.items[:rows]]
+    head, *lines = table(section.head, shown, width, least=section.least, prose=section.prose, wrap=False)
     styled = [Text(title, style="bold"), Text(head, style="dim"), *map(Text, lines)]
     for line in styled:
         line.no_wrap, line.overflow = True, "crop"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import fields, is_dataclass, replace
 from typing import Any, TypeVar
 
@@ -16,7 +16,6 @@ from mpmm.shared_state.snapshot import DeviceInfo, EventInfo, InstanceInfo, Snap
 __all__ = [
     "age",
     "bar",
-    "cut",
     "devices_of",
     "for_people",
     "left_s",
@@ -24,7 +23,6 @@ __all__ = [
     "needs",
     "pids",
     "places",
-    "table",
     "waiters",
     "why",
 ]
@@ -32,7 +30,6 @@ __all__ = [
 #: Parts of a bar: used, reserved, on its way back, free, and where the limit is.
 BAR_SIGNS = "█▓░·│"
 PLAIN_SIGNS = "#+-.|"
-LONGEST_CELL = 40
 Row = TypeVar("Row", bound=Any)
 
 
@@ -140,32 +137,3 @@ def bar(device: DeviceInfo, width: int, signs: str = BAR_SIGNS) -> str:
         if device.limit_mb < device.total_mb and cells[at] == free:
             cells[at] = limit
     return "".join(cells)
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]], width: int | None = None) -> list[str]:
-    """Return rows below their heads, in columns; numbers to the right.
-
-    width: lines are cut to it, and so are long cells that would leave no room for the columns behind them.
-    """
-    if width is not None:
-        rows = [[*(cut(cell, LONGEST_CELL) for cell in row[:-1]), row[-1]] for row in rows]
-    widths = [max(len(row[column]) for row in (head, *rows)) for column in range(len(head))]
-    numeric = [all(_is_number(row[column]) for row in rows) for column in range(len(head))]
-
-    def line(row: Sequence[str]) -> str:
-        cells = [
-            cell.rjust(size) if right else cell.ljust(size)
-            for cell, size, right in zip(row, widths, numeric, strict=True)
-        ]
-        return cut(("  " + "  ".join(cells)).rstrip(), width)
-
-    return [line(head), *(line(row) for row in rows)]
-
-
-def cut(line: str, width: int | None) -> str:
-    """Return a line of at most `width` characters."""
-    return line if width is None or len(line) <= width else line[: max(1, width - 1)] + "…"
-
-
-def _is_number(text: str) -> bool:
-    return not text.strip("0123456789.-?") or text[:1].isdigit()

@@ -1,0 +1,116 @@
+"""Tables of text in a given width: columns that do not fit are left out whole, prose is wrapped, nothing is cut first.
+
+Every table says which of its columns matter least, in the order in which they may go.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Collection, Sequence
+
+__all__ = ["cut", "table", "wrapped"]
+
+LONGEST_CELL = 40
+# A name that is cut keeps so many characters, whatever else has to be cut then.
+SHORTEST_NAME = 12
+# Prose is given so many characters before a column beside it is spared.
+PROSE_WIDTH = 36
+GAP = 2
+
+
+def table(
+    head: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    width: int | None = None,
+    *,
+    least: Sequence[str] = (),
+    prose: bool = False,
+    wrap: bool = True,
+) -> list[str]:
+    """Return rows below their heads, in columns; numbers to the right.
+
+    width: in so many characters; None for as many as it takes. least: heads of columns that are left out where the
+    width is too little, the first one first. prose: the last column is, and goes on in further lines, or with `wrap`
+    off ends in an ellipsis.
+    """
+    columns = list(range(len(head)))
+    if width is None:
+        return _lines(head, rows, columns, _widths(head, rows), None)
+    widths = _widths(head, rows)
+    # Prose counts with what it needs to be read.
+    last = min(widths[-1], PROSE_WIDTH) if prose else widths[-1]
+    if _total([*widths[:-1], last], columns) > width:
+        rows = [[*(cut(cell, LONGEST_CELL) for cell in row[:-1]), row[-1]] for row in rows]
+        widths = _widths(head, rows)
+    wanted = [*widths[:-1], last]
+    for name in least:
+        if _total(wanted, columns) <= width:
+            break
+        columns = [column for column in columns if head[column] != name]
+    excess = _total(wanted, columns) - width
+    if excess > 0:
+        # The longest names are all that is left to be shortened.
+        texts = [column for column in columns[: -1 if prose else None] if not _is_numeric(rows, column)]
+        longest = max(texts, key=lambda column: widths[column], default=None)
+        if longest is not None:
+            widths[longest] = max(min(SHORTEST_NAME, widths[longest]), widths[longest] - excess)
+    return _lines(head, rows, columns, widths, width, wrap=prose and wrap)
+
+
+def wrapped(line: str, width: int | None, indent: str = "  ") -> list[str]:
+    """Return a line, gone on in further, indented ones where it is longer than `width`."""
+    if width is None or len(line) <= width:
+        return [line]
+    return textwrap.wrap(line, max(width, len(indent) + 1), subsequent_indent=indent, break_on_hyphens=False)
+
+
+def cut(line: str, width: int | None) -> str:
+    """Return a line of at most `width` characters."""
+    return line if width is None or len(line) <= width else line[: max(1, width - 1)] + "…"
+
+
+def _widths(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[int]:
+    return [max(len(row[column]) for row in (head, *rows)) for column in range(len(head))]
+
+
+def _total(widths: Sequence[int], columns: Collection[int]) -> int:
+    """Return how wide the columns are together, each with the gap before it."""
+    return sum(widths[column] + GAP for column in columns)
+
+
+def _lines(
+    head: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    columns: Sequence[int],
+    widths: Sequence[int],
+    width: int | None,
+    *,
+    wrap: bool = False,
+) -> list[str]:
+    numeric = {column for column in columns if _is_numeric(rows, column)}
+    *front, last = columns
+
+    def cell(row: Sequence[str], column: int) -> str:
+        size = widths[column]
+        text = cut(row[column], size)
+        return " " * GAP + (text.rjust(size) if column in numeric else text.ljust(size))
+
+    lines = []
+    for row in (head, *rows):
+        begin = "".join(cell(row, column) for column in front)
+        if not wrap or width is None:
+            lines.append(cut((begin + cell(row, last)).rstrip(), width))
+            continue
+        room = max(SHORTEST_NAME, width - len(begin) - GAP)
+        first, *rest = textwrap.wrap(row[last], room, break_on_hyphens=False) or [""]
+        lines.append(cut(f"{begin}{' ' * GAP}{first}".rstrip(), width))
+        lines += [cut(" " * (len(begin) + GAP) + more, width) for more in rest]
+    return lines
+
+
+def _is_numeric(rows: Sequence[Sequence[str]], column: int) -> bool:
+    return all(_is_number(row[column]) for row in rows)
+
+
+def _is_number(text: str) -> bool:
+    return not text.strip("0123456789.-?") or text[:1].isdigit()
