@@ -9,6 +9,8 @@ Beam reaches its model manager through two modules, and both are replaced:
     apache_beam.ml.inference.model_manager    ->  mpmm.model_manager
     apache_beam.utils.multi_process_shared    ->  mpmm.multi_process_shared
 
+and a few methods of RunInference do what managed models need (`mpmm.beam_run_inference`).
+
 Workers are other processes, and they learn of the installation in one of two ways:
 
 - What is pickled brings it. The classes of Beam that hold a model handler or a loader are given a
@@ -37,6 +39,7 @@ from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any
 
+from mpmm.beam_run_inference import replacements
 from mpmm.proxy.forked_server import add_prelude, remove_prelude
 
 __all__ = ["install", "is_installed", "uninstall"]
@@ -74,6 +77,7 @@ def install() -> None:
         changes = _Changes()
         try:
             _replace_modules(changes)
+            _replace_methods(changes)
             _mark_carriers(changes)
             _define_plugin(changes)
         except BaseException:
@@ -172,6 +176,12 @@ def _replace_modules(changes: _Changes) -> None:
         resource = _import_or_none("resource")
         if base.resource is None and resource is not None:
             changes.set_attribute(base, "resource", resource)
+
+
+def _replace_methods(changes: _Changes) -> None:
+    """Have RunInference do what managed models need, see `mpmm.beam_run_inference`."""
+    for owner, name, method in replacements(importlib.import_module(_BASE)):
+        changes.set_attribute(owner, name, method)
 
 
 def _beam_has_model_manager() -> bool:

@@ -1,0 +1,170 @@
+"""What Beam's `RunInference` has to do otherwise where a manager evicts, reloads and lends out its models.
+
+`mpmm.beam.install` puts these in place of Beam's methods, and `uninstall` takes them away again:
+
+    _RunInferenceDoFn._run_inference    A result that is computed while it is read is read before the copy goes back to
+                                        the manager, who may hand it to another process or evict it.
+    _RunInferenceDoFn._load_model       An update of a keyed handler with several models reaches the handler, too, where
+                                        no copy is loaded.
+    _SharedModelWrapper.all_models      Handles become proxies, because such an update calls methods of every copy.
+    _SharedModelWrapper.release_model   A copy of an updated model goes back under the tag that it was acquired by.
+
+Without `use_model_manager` they do what they did.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from types import ModuleType
+from typing import Any
+
+from mpmm.errors import ModelServerError, SharedObjectReleasedError
+from mpmm.fork_hooks import in_forked_child
+from mpmm.multi_process_shared import MultiProcessShared, SharedProxy
+
+__all__ = ["replacements"]
+
+Method = Callable[..., Any]
+
+
+def replacements(base: ModuleType) -> Iterator[tuple[type, str, Method]]:
+    """Yield class, name and new method for what this Beam has of `apache_beam.ml.inference.base`."""
+    wanted = (
+        ("_RunInferenceDoFn", "_run_inference", _draining),
+        ("OOMProtectedFn", "__call__", _drained_if_asked),
+        ("_RunInferenceDoFn", "_load_model", _updating_keyed_models),
+        ("_SharedModelWrapper", "all_models", _as_proxies),
+        ("_SharedModelWrapper", "release_model", _as_acquired),
+    )
+    for class_name, name, wrapped in wanted:
+        owner = getattr(base, class_name, None)
+        plain = vars(owner).get(name) if isinstance(owner, type) else None
+        if isinstance(owner, type) and callable(plain):
+            yield owner, name, functools.wraps(plain)(wrapped(plain))
+
+
+class _ThisThread(threading.local):
+    """drains: Beam's next protected call in this thread is an inference on a copy that it returns right after."""
+
+    drains = False
+
+
+_this_thread = _ThisThread()
+
+
+def _draining(plain: Method) -> Method:
+    def _run_inference(self: Any, *args: Any, **kwargs: Any) -> Any:
+        _this_thread.drains = bool(getattr(self, "use_model_manager", False))
+        try:
+            return plain(self, *args, **kwargs)
+        finally:
+            _this_thread.drains = False
+
+    return _run_inference
+
+
+def _drained_if_asked(plain: Method) -> Method:
+    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not _this_thread.drains:
+            return plain(self, *args, **kwargs)
+        _this_thread.drains = False
+        inference = self.func
+        # Inside the protection: a generator runs out of memory while it is read.
+        return plain(type(self)(lambda *args, **kwargs: list(inference(*args, **kwargs))), *args, **kwargs)
+
+    return __call__
+
+
+def _updating_keyed_models(plain: Method) -> Method:
+    def _load_model(self: Any, side_input_model_path: Any = None) -> Any:
+        before = self._model
+        wrapper = plain(self, side_input_model_path)
+        if getattr(self, "use_model_manager", False) and isinstance(side_input_model_path, list):
+            handler = _keyed(self._model_handler)
+            if handler is not None:
+                # Beam has told the copies that were loaded before. The first batch of a worker finds others' copies.
+                copies = wrapper.all_models() if before is None else []
+                for copy in [*copies, _NoCopy()]:
+                    handler.update_model_paths(copy, side_input_model_path)
+        return wrapper
+
+    return _load_model
+
+
+def _keyed(handler: Any) -> Any:
+    """Return the keyed handler with several models that a handler is, or wraps; None where there is none."""
+    while handler is not None:
+        if getattr(handler, "_single_model", None) is False:
+            return handler
+        handler = getattr(handler, "_base", None)
+    return None
+
+
+class _NoCopy:
+    """Takes an update of a keyed handler where no copy is loaded: the next one is loaded with the handler's paths."""
+
+    def update_model_handler(self, key: str, model_path: str, previous_key: str) -> None:
+        """Do nothing."""
+
+
+def _as_proxies(plain: Method) -> Method:
+    def all_models(self: Any) -> Any:
+        copies = plain(self)
+        if not getattr(self, "use_model_manager", False):
+            return copies
+        return _proxies.of(self.model_tag, copies)
+
+    return all_models
+
+
+def _as_acquired(plain: Method) -> Method:
+    def release_model(self: Any, model_tag: str, model: Any) -> Any:
+        return plain(self, self.model_tag, model)
+
+    return release_model
+
+
+class _Proxies:
+    """Proxies of the copies that updates have reached, one for each; kept, because each batch brings the update."""
+
+    def __init__(self) -> None:
+        self._mutex = threading.Lock()
+        self._by_tag: dict[str, dict[str, SharedProxy]] = {}
+
+    def of(self, tag: str, copies: list[Any]) -> list[Any]:
+        """Return a proxy for each handle, objects as they are; without what is gone or belongs to other processes."""
+        with self._mutex:
+            known = self._by_tag.pop(tag, {})
+            current = {copy: known.pop(copy, None) or _proxy_of(copy) for copy in copies if isinstance(copy, str)}
+            for proxy in known.values():
+                with suppress(ModelServerError, SharedObjectReleasedError):
+                    proxy._mpmm_use.release()
+            found = {handle: proxy for handle, proxy in current.items() if proxy is not None}
+            if found:
+                self._by_tag[tag] = found
+        objects = [copy for copy in copies if copy is not None and not isinstance(copy, str)]
+        return [*found.values(), *objects]
+
+
+_proxies = _Proxies()
+
+
+def _proxy_of(handle: str) -> SharedProxy | None:
+    """Return a proxy of a handle's object, None where its server is gone."""
+    try:
+        proxy: Any = MultiProcessShared(lambda: None, tag=handle, always_proxy=True).acquire()
+    except ModelServerError:
+        return None
+    return proxy if isinstance(proxy, SharedProxy) else None
+
+
+def _start_over_in_child() -> None:
+    """Leave the proxies to the parent: a release in the child would end them there, too."""
+    global _proxies
+    _proxies = _Proxies()
+
+
+in_forked_child(_start_over_in_child)
