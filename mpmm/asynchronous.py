@@ -23,7 +23,7 @@ import functools
 import threading
 import time
 import weakref
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, asynccontextmanager
 from dataclasses import dataclass
@@ -31,7 +31,7 @@ from typing import Any, TypeVar
 
 from mpmm.errors import ClosedError, LockTimeoutError, MpmmError
 from mpmm.fork_hooks import ChildStep, in_forked_child
-from mpmm.model_manager import AnswerUndone, ModelManager, Wish
+from mpmm.model_manager import AcquireOptions, AnswerUndone, ModelManager, Wish
 from mpmm.policy.out_of_memory import is_out_of_memory
 from mpmm.proxy.main_import import refuse_while_importing_main
 from mpmm.shared_state.futex import WAITED_FOR_AT_MOST, wait_for_any, wake_all
@@ -53,14 +53,14 @@ LINGER_S = 1.0
 
 @asynccontextmanager
 async def hold_in_loop(
-    manager: ModelManager, tag: str, loader: Callable[[], Any], devices: Sequence[int | str] | None, span: int
+    manager: ModelManager, tag: str, loader: Callable[[], Any], options: AcquireOptions
 ) -> AsyncIterator[Any]:
     """Hold a copy for the length of an `async with` block; see `ModelManager.model_async`."""
     refuse_while_importing_main("acquire the model", tag)
     worker = manager._connected()
     threads = _threads_of(worker)
     # As long as this object is there, somebody answers for what it has in hand: see `mpmm.operations`.
-    acquire = _Acquire(manager, worker, threads, tag, manager._wish(worker, devices, span))
+    acquire = _Acquire(manager, worker, threads, tag, manager._wish(worker, options))
     instance = await acquire.run(loader)
     try:
         yield instance

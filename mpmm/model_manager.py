@@ -36,7 +36,7 @@ from contextlib import AbstractAsyncContextManager, AbstractContextManager, cont
 from dataclasses import dataclass, fields
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, TypeVar, cast
 
 from mpmm.administration import change_settings, pin_for_all, unload_model, unpin_for_all, wait_for_unload
 from mpmm.arguments import checked_devices, checked_number, checked_path, checked_timeout, checked_whole, in_brief
@@ -102,6 +102,9 @@ from mpmm.worker import (
     unload_made,
 )
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 __all__ = ["GPUMonitor", "ModelManager", "QueueTicket", "ResourceEstimator"]
 
 T = TypeVar("T")
@@ -153,12 +156,24 @@ class QueueTicket:
         return f"QueueTicket(priority={self.priority}, ticket_num={self.ticket_num}, tag={self.tag!r})"
 
 
+class AcquireOptions(TypedDict, total=False):
+    """What a request for a model may say besides tag and loader; see `ModelManager.acquire_model`."""
+
+    devices: Sequence[int | str] | None
+    span: int
+    expect_mb: float | None
+
+
 class Wish(NamedTuple):
-    """On which devices (bits) a copy is to be: `devices`, where it may be loaded, `tied`, where it is of use; 0 all."""
+    """On which devices (bits) a copy is to be: `devices`, where it may be loaded, `tied`, where it is of use; 0 all.
+
+    expect_mb: what it takes, as the caller says; 0 if that says nothing.
+    """
 
     devices: int = 0
     tied: int = 0
     span: int = 1
+    expect_mb: float = 0.0
 
 
 class AnswerUndone(Exception):
@@ -205,14 +220,12 @@ class _Block(AbstractContextManager[Any]):
         manager: ModelManager,
         tag: str,
         loader_func: Callable[[], Any],
-        devices: Sequence[int | str] | None,
-        span: int,
+        options: AcquireOptions,
     ) -> None:
         self._manager = manager
         self._tag = tag
         self._loader_func = loader_func
-        self._devices = devices
-        self._span = span
+        self._options = options
         self._worker: Worker | None = None
         self._operation: Operation | None = None
 
@@ -224,7 +237,7 @@ class _Block(AbstractContextManager[Any]):
         manager._check_request(tag, self._loader_func)
         operation = worker.begin(sys._getframe())
         try:
-            value = manager._acquire(worker, operation, tag, self._loader_func, self._devices, self._span)
+            value = manager._acquire(worker, operation, tag, self._loader_func, self._options)
             worker.thread.blocks.append(operation)
         except BaseException:
             worker.abandon(operation)
@@ -435,9 +448,7 @@ class ModelManager(BeamNames):
                     found.setdefault(tables.tag_of(words[at + Instance.MODEL]), []).append(worker.value_of(row))
         return found if tag is None else found.get(tag, [])
 
-    def acquire_model(
-        self, tag: str, loader_func: Callable[[], Any], *, devices: Sequence[int | str] | None = None, span: int = 1
-    ) -> Any:
+    def acquire_model(self, tag: str, loader_func: Callable[[], Any], **options: Unpack[AcquireOptions]) -> Any:
         """Return a copy of the model, to be given back with `release_model`.
 
         tag: names the model; the same tag means the same model in every process.
@@ -445,8 +456,15 @@ class ModelManager(BeamNames):
             If it runs out of memory, room is made and it is called once more, see `mpmm.policy.out_of_memory`; the
             local variables in the traceback of its first exception are gone then. `mpmm.current_placement()` tells it
             on which devices; a model server that it starts sees only those.
+
+        Options:
+
         devices: indices or uuids of the devices on which the copy has to be, all that this process sees by default.
         span: how many devices a copy takes an equal share of, if one has to be loaded.
+        expect_mb: what a copy takes, as far as the caller knows; all its devices together. It counts until the model is
+            measured, instead of `default_estimate_mb`, and spares the model being loaded alone for that. Where nothing
+            can be measured it is what counts; the last one who says something is right. Of an object that is loaded its
+            own attribute of this name says the same.
 
         Raises AcquireTimeoutError, LoadTimeoutError, ModelTooLargeError, NamespaceResetError, TableFullError,
         DeadlockError (see `model`), InvalidArgumentError, ClosedError, LockTimeoutError, and what the loader raises.
@@ -455,7 +473,7 @@ class ModelManager(BeamNames):
         worker = self._connected()
         operation = worker.begin(sys._getframe())
         try:
-            value = self._acquire(worker, operation, tag, loader_func, devices, span)
+            value = self._acquire(worker, operation, tag, loader_func, options)
             # Not behind this statement: an exception after it would find nobody who knows of the copy.
             worker.end(operation)
             return value
@@ -476,16 +494,14 @@ class ModelManager(BeamNames):
         operation: Operation,
         tag: str,
         loader_func: Callable[[], Any],
-        devices: Sequence[int | str] | None,
-        span: int,
+        options: AcquireOptions,
     ) -> Any:
         """Return a copy, which `operation` has noted as held."""
         if self._bookings_made:
             booking = self._take_booking(tag)
             if booking is not None:
                 return self._load_somehow(worker, operation, tag, booking, loader_func)
-        plain = devices is None and span.__class__ is int and span == 1
-        wish = _ANYWHERE if plain else self._wish(worker, devices, span)
+        wish = self._wish(worker, options) if options else _ANYWHERE
         try:
             with self._giving_up_in_time(worker, tag):
                 answer = self._get(worker, operation, tag, wish)
@@ -613,9 +629,9 @@ class ModelManager(BeamNames):
     # ---- further methods -----------------------------------------------------------------------------------
 
     def model(
-        self, tag: str, loader_func: Callable[[], Any], *, devices: Sequence[int | str] | None = None, span: int = 1
+        self, tag: str, loader_func: Callable[[], Any], **options: Unpack[AcquireOptions]
     ) -> AbstractContextManager[Any]:
-        """Acquire a copy for the length of a `with` block; see `acquire_model`.
+        """Acquire a copy for the length of a `with` block; see `acquire_model`, for the options too.
 
         An exception that leaves the block passes unchanged. If it says that memory has run out, the next load of the
         model waits for more room than this copy had, and what is idle on the copy's device is unloaded, so that another
@@ -626,10 +642,11 @@ class ModelManager(BeamNames):
         for nothing but what it holds in blocks or loads itself: another copy of its model while `max_model_copies` are
         its own, its own tag in a loader, or room that its own copies take. Tasks (`model_async`) are not looked at.
         """
-        return _Block(self, tag, loader_func, devices, span)
+        _check_names(options)
+        return _Block(self, tag, loader_func, options)
 
     def model_async(
-        self, tag: str, loader_func: Callable[[], Any], *, devices: Sequence[int | str] | None = None, span: int = 1
+        self, tag: str, loader_func: Callable[[], Any], **options: Unpack[AcquireOptions]
     ) -> AbstractAsyncContextManager[Any]:
         """Acquire a copy for the length of an `async with` block, without a thread for each task that waits.
 
@@ -641,10 +658,11 @@ class ModelManager(BeamNames):
             raise InvalidArgumentError(
                 f"model {tag!r}, loader {loader_func!r}: expected a str and a callable that is no coroutine function"
             )
+        _check_names(options)
         # Imported here, because asyncio takes longer to import than all of this package.
         from mpmm.asynchronous import hold_in_loop
 
-        return hold_in_loop(self, tag, loader_func, devices, span)
+        return hold_in_loop(self, tag, loader_func, options)
 
     def uses(
         self,
@@ -652,8 +670,7 @@ class ModelManager(BeamNames):
         loader_func: Callable[[], Any],
         *,
         argument: str = "model",
-        devices: Sequence[int | str] | None = None,
-        span: int = 1,
+        **options: Unpack[AcquireOptions],
     ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         """Return a decorator: the function is called with a copy of a model that is held for the length of the call.
 
@@ -664,7 +681,7 @@ class ModelManager(BeamNames):
 
         A coroutine function waits for the copy as `model_async` does. argument: name of the parameter by which the
         copy is given; it is missing from the decorated function's signature, so that web frameworks do not ask for it.
-        devices, span: as for `acquire_model`.
+        Options are those of `acquire_model`.
 
         Raises InvalidArgumentError, at once, when the function has no such parameter.
         """
@@ -672,6 +689,7 @@ class ModelManager(BeamNames):
         _encoded_tag(tag)
         if not callable(loader_func):
             raise InvalidArgumentError(f"model {tag!r}, loader {in_brief(loader_func)}: expected a callable")
+        _check_names(options)
 
         def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
             try:
@@ -683,12 +701,12 @@ class ModelManager(BeamNames):
 
             @functools.wraps(function)
             def call(*args: Any, **kwargs: Any) -> Any:
-                with self.model(tag, loader_func, devices=devices, span=span) as copy:
+                with self.model(tag, loader_func, **options) as copy:
                     return function(*args, **kwargs, **{argument: copy})
 
             @functools.wraps(function)
             async def call_async(*args: Any, **kwargs: Any) -> Any:
-                async with self.model_async(tag, loader_func, devices=devices, span=span) as copy:
+                async with self.model_async(tag, loader_func, **options) as copy:
                     return await function(*args, **kwargs, **{argument: copy})
 
             made: Any = call_async if inspect.iscoroutinefunction(function) else call
@@ -727,7 +745,7 @@ class ModelManager(BeamNames):
         patience = self._patience(timeout_seconds)
         refuse_while_importing_main("reserve memory for", name)
         worker = self._connected()
-        wish = self._wish(worker, devices, span)
+        wish = self._wish(worker, {"devices": devices, "span": span})
         operation = worker.begin(sys._getframe())
         try:
             lease = self._reserve(worker, operation, name, encoded, float(mb), patience, wish)
@@ -774,8 +792,7 @@ class ModelManager(BeamNames):
         *,
         copies: int = 1,
         timeout_seconds: float | None = None,
-        devices: Sequence[int | str] | None = None,
-        span: int = 1,
+        **options: Unpack[AcquireOptions],
     ) -> int:
         """See to it that so many copies that this process can use are loaded; return how many it has loaded for that.
 
@@ -783,7 +800,7 @@ class ModelManager(BeamNames):
         what is idle evicted if need be, and are not held: they are idle afterwards, and may go like any other; `pin`
         keeps them. Copies that others load meanwhile count, and `max_model_copies` ends it early.
 
-        timeout_seconds: for each load; None stands for `wait_timeout_seconds`. devices, span: as for `acquire_model`.
+        timeout_seconds: for each load; None stands for `wait_timeout_seconds`. Options are those of `acquire_model`.
 
         Raises what `acquire_model` does; ModelTooLargeError also when so many copies never fit at once.
         """
@@ -794,7 +811,7 @@ class ModelManager(BeamNames):
         patience = self._patience(timeout_seconds)
         refuse_while_importing_main("preload the model", tag)
         worker = self._connected()
-        wish = self._wish(worker, devices, span)
+        wish = self._wish(worker, options)
         operation = worker.begin(sys._getframe())
         try:
             loaded = self._preload(worker, operation, tag, loader_func, copies, patience, wish)
@@ -1052,15 +1069,19 @@ class ModelManager(BeamNames):
         return checked_timeout("timeout_seconds", timeout_seconds)
 
     @staticmethod
-    def _wish(worker: Worker, devices: Sequence[int | str] | None, span: int) -> Wish:
-        """Return what is asked for in terms of device rows. Raises InvalidArgumentError."""
-        chosen = checked_devices(devices)
+    def _wish(worker: Worker, options: AcquireOptions) -> Wish:
+        """Return what is asked for in terms of the tables. Raises InvalidArgumentError, TypeError."""
+        _check_names(options)
+        chosen = checked_devices(options.get("devices"))
         tied = 0 if chosen is None else worker.board.bits_of(chosen)
         there = tied.bit_count() or len(worker.board.rows())
-        span = checked_whole("span", span, 1, min(there, MOST_SPANNED), "a number of devices")
-        if chosen is None and span == 1:
-            return _ANYWHERE
-        return Wish(tied or worker.board.visible_bits(), tied, span)
+        span = checked_whole("span", options.get("span", 1), 1, min(there, MOST_SPANNED), "a number of devices")
+        expect_mb = options.get("expect_mb")
+        if expect_mb is not None:
+            expect_mb = checked_number("expect_mb", expect_mb, 0.0, math.inf, "a number of MB", above=True, finite=True)
+        devices = 0 if chosen is None and span == 1 else tied or worker.board.visible_bits()
+        wish = Wish(devices, tied, span, expect_mb or 0.0)
+        return _ANYWHERE if wish == _ANYWHERE else wish
 
     def _expect_mapped(self, error: ValueError) -> None:
         """Raise ClosedError if this is what Python says of a segment that another thread has unmapped."""
@@ -1253,7 +1274,9 @@ class ModelManager(BeamNames):
             model = namespace.transitions.claim_model(t, tag, encoded)
             if worker.kept_estimates is not None:
                 worker.kept_estimates.recall(t, model, tag)
-            known = words[namespace.tables.model(model) + Model.KNOWN] or words[Header.SOURCE_BOOKS_ONLY]
+            if wish.expect_mb:
+                namespace.transitions.expect(t, model, wish.expect_mb)
+            known = worker.scheduler.is_known(model) or words[Header.SOURCE_BOOKS_ONLY]
             priority = PRELOAD_PRIORITY if preload else 1 if known else 0
             # Who does not wait gets what is free now; tickets whose time is over get nothing.
             deadline_ns = to_ns(max(deadline, time.monotonic() + NOW_S))
@@ -1546,13 +1569,20 @@ class ModelManager(BeamNames):
             if not server and server_pid == namespace.pid:
                 server = namespace.reference
             model = words[at + Instance.MODEL]
-            mb, shares_mb = worker.scheduler.expected_mb(model), worker.measured_shares(booking.row, server)
+            # No more than the policy has found room for: the default is cut where a device is smaller.
+            mb = min(worker.scheduler.expected_mb(model), namespace.segment.floats[at + Instance.RESERVED_MB])
+            shares_mb = worker.measured_shares(booking.row, server)
             if math.fsum(shares_mb) > 0:
                 mb = math.fsum(shares_mb)
                 learnt = Estimate(max(shares_mb) * len(shares_mb), 0.0)
             elif grown_mb > 0:
                 mb, shares_mb = grown_mb, ()
                 learnt = Estimate(grown_mb, GROWTH_SD * grown_mb)
+            else:
+                own_mb = _own_word(value)
+                if own_mb is not None:
+                    namespace.transitions.expect(t, model, own_mb)
+                    mb = worker.scheduler.expected_mb(model)
             books_only = bool(words[Header.SOURCE_BOOKS_ONLY])
             is_twin = namespace.transitions.end_load(
                 t, booking.row, handle, mb, server, server_pid is not None, shares_mb
@@ -1769,6 +1799,22 @@ class ModelManager(BeamNames):
             theirs = getattr(chosen, name)
             if value != theirs and name != "wait_timeout_seconds":
                 _LOG.warning("mpmm %s: %s stays %g, as its creator chose; not %g", self._name, name, theirs, value)
+
+
+def _check_names(options: AcquireOptions) -> None:
+    """Raise TypeError for an option that there is not."""
+    for name in options:
+        if name not in AcquireOptions.__annotations__:
+            raise TypeError(f"unexpected option {name!r}: expected {', '.join(AcquireOptions.__annotations__)}")
+
+
+def _own_word(value: Any) -> float | None:
+    """Return what an object says that it takes, in its attribute `expect_mb`, None if it says nothing of use."""
+    mb = None if isinstance(value, str) else getattr(value, "expect_mb", None)
+    try:
+        return checked_number("expect_mb", mb, 0.0, math.inf, "MB", above=True, finite=True)
+    except InvalidArgumentError:
+        return None
 
 
 def _encoded_tag(tag: str) -> bytes:

@@ -370,7 +370,7 @@ class Scheduler:
             return True
         if words[Header.SOURCE_BOOKS_ONLY] or words[Header.SOURCE_MEASURES_PROCESSES]:
             return False
-        return any(not words[self._tables.model(one.model) + Model.KNOWN] for one in waiting)
+        return any(not self.is_known(one.model) for one in waiting)
 
     def beside_isolation(self, instance: int) -> bool:
         """Tell whether a copy lies where another one runs alone, so that it may not be used."""
@@ -515,17 +515,25 @@ class Scheduler:
         return tuple(views)
 
     def need_mb(self, model: int) -> float:
-        """Return what has to be free for a copy of a model: its estimate, else the default, but above its bound."""
+        """Return what has to be free for a copy of a model: what it is expected to take, but above its bound."""
         bound_mb = self._segment.floats[self._tables.model(model) + Model.AT_LEAST_MB]
         expected_mb = self.expected_mb(model)
         return max(expected_mb, bound_mb + MORE_MB) if bound_mb else expected_mb
 
     def expected_mb(self, model: int) -> float:
-        """Return what a copy of a model takes once it is loaded, as far as known: its estimate, else the default."""
-        at = self._tables.model(model)
+        """Return what a copy of a model takes once it is loaded, as far as known.
+
+        That is its estimate, else what its users say, else the default.
+        """
+        floats, at = self._segment.floats, self._tables.model(model)
         if self._segment.words[at + Model.KNOWN]:
-            return self._segment.floats[at + Model.ESTIMATE_MB]
-        return self._namespace.settings.default_estimate_mb
+            return floats[at + Model.ESTIMATE_MB]
+        return floats[at + Model.EXPECT_MB] or self._namespace.settings.default_estimate_mb
+
+    def is_known(self, model: int) -> bool:
+        """Tell whether there is an estimate of a model, or a user's word, so that it need not be measured alone."""
+        at = self._tables.model(model)
+        return bool(self._segment.words[at + Model.KNOWN] or self._segment.floats[at + Model.EXPECT_MB])
 
     def room(self) -> list[float]:
         """Return the figures, in MB, of which a smaller one means more room: for each device, and of all copies."""
@@ -553,7 +561,7 @@ class Scheduler:
         words, floats = self._segment.words, self._segment.floats
         return ModelView(
             model=model,
-            known=bool(words[at + Model.KNOWN]),
+            known=self.is_known(model),
             need_mb=self.need_mb(model),
             shared=copies.shared[model],
             owned=copies.owned[model],

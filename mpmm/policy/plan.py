@@ -364,12 +364,16 @@ class _Walk:
     def _need_mb(self, ticket: TicketView, model: ModelView) -> float:
         """Return what a load needs. What is only assumed must not make a model impossible.
 
-        So it is no more than a device has at best, beside external memory and with nothing of ours there.
+        So it is no more than the largest part of a device that can be free: beside external memory and the leases that
+        are held, with nothing else of ours there.
         """
         if model.known:
             return model.need_mb
         where = self._all_where(ticket)
-        best = sorted(min(limit_mb(one, self._slack), one.total_mb - max(0.0, one.external_least_mb)) for one in where)
+        best = sorted(
+            min(limit_mb(one, self._slack), one.total_mb - max(0.0, one.external_least_mb)) - one.leased_mb
+            for one in where
+        )
         reach = best[-ticket.span] * ticket.span if len(best) >= ticket.span else 0.0
         return min(model.need_mb, reach) if reach > 0 else model.need_mb
 

@@ -85,6 +85,8 @@ def _models(snapshot: Snapshot) -> Iterator[str]:
                 yield f"M8 {model.tag}: {name} is {getattr(model, name)}"
         if not 0 <= model.at_least_mb < math.inf:
             yield f"M8 {model.tag}: at_least_mb is {model.at_least_mb}"
+        if model.expect_mb is not None and not 0 <= model.expect_mb < math.inf:
+            yield f"M8 {model.tag}: expect_mb is {model.expect_mb}"
         if (model.failures > 0) != (model.failed_ago_s is not None):
             yield f"M9 {model.tag}: {model.failures} failures, the last one {model.failed_ago_s} s ago"
         yield from _idle_list(model, instances[model.row])

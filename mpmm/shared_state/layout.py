@@ -203,7 +203,7 @@ class Model:
     M5  PINS equals the pin rows of this model.
     M6  no model has more ACTIVE, IDLE and LOADING copies together than `max_model_copies`; DOOMED ones do not count.
     M7  a row in state LEASE is KNOWN, and is that of one ticket, or of one LEASED instance, or of both.
-    M8  LOAD_S, HOLD_S and GAP_S are finite and not below 0; so are AT_LEAST_MB and, where KNOWN, SD_MB.
+    M8  LOAD_S, HOLD_S and GAP_S are finite and not below 0; so are AT_LEAST_MB, EXPECT_MB and, where KNOWN, SD_MB.
     M9  FAILED_AT is 0 exactly where FAILURES is 0.
     """
 
@@ -234,7 +234,8 @@ class Model:
     AT_LEAST_MB = 24  # float: a bound, no estimate: it ran out of memory with so much free, so it needs more; 0: none
     FAILURES = 25  # loads that failed since the last one that came to an end
     FAILED_AT = 26  # when the last of them did
-    TAG = 27  # text
+    EXPECT_MB = 27  # float: what a copy takes as its users say, which counts until it is KNOWN; 0: nobody has said it
+    TAG = 28  # text
     TAG_BYTES = 511
     WORDS = TAG + text_words(TAG_BYTES)
 

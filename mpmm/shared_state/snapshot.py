@@ -109,7 +109,8 @@ class ModelInfo:
 
     kind: `model`, or `lease` for what stands for one lease, held or waited for; its estimate is what it is for.
     measured: the estimate was read from processes; sd_mb: its standard deviation. at_least_mb: the model ran out of
-    memory with that much free, so it needs more, 0 if it never has. failures: loads in a row that failed, the last
+    memory with that much free, so it needs more, 0 if it never has. expect_mb: what its users say, which counts as long
+    as there is no estimate (None: nothing). failures: loads in a row that failed, the last
     one failed_ago_s ago (None: none).
     unused_for_s: since its last use, 0 while it is in use. load_s, hold_s, gap_s: decayed means of the time of a load,
     of a hold and between two requests, 0 unknown. requests: how many the last of these has seen, and requested_ago_s:
@@ -123,6 +124,7 @@ class ModelInfo:
     measured: bool
     sd_mb: float
     at_least_mb: float
+    expect_mb: float | None
     failures: int
     failed_ago_s: float | None
     loaded: int
@@ -681,6 +683,7 @@ class _Decoder:
             measured=bool(words[at + Model.MEASURED]),
             sd_mb=floats[at + Model.SD_MB],
             at_least_mb=floats[at + Model.AT_LEAST_MB],
+            expect_mb=floats[at + Model.EXPECT_MB] or None,
             failures=words[at + Model.FAILURES],
             failed_ago_s=self._age(words[at + Model.FAILED_AT]) if words[at + Model.FAILED_AT] else None,
             loaded=words[at + Model.LOADED],

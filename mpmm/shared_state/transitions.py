@@ -307,15 +307,30 @@ class Transitions:
         if forget_bound:
             t.set_float(at + Model.AT_LEAST_MB, 0.0)
         if not self.segment.words[at + Model.KNOWN]:
-            for ticket in self.tables.rows_where(self.layout.tickets, Ticket.MODEL, row):
-                if not self.segment.words[self.tables.ticket(ticket) + Ticket.PRIORITY]:
-                    t.set(self.tables.ticket(ticket) + Ticket.PRIORITY, 1)
-                t.set_float(self.tables.ticket(ticket) + Ticket.NEED_MB, mb)
+            self._tell_waiters(t, row, mb)
         t.set_float(at + Model.ESTIMATE_MB, mb)
         t.set(at + Model.KNOWN, 1)
         t.set(at + Model.MEASURED, int(measured))
         t.set_float(at + Model.SD_MB, sd_mb)
         t.event(EventKind.ESTIMATED, row + 1, value=mb)
+
+    def expect(self, t: Transaction, row: int, mb: float) -> None:
+        """Take the model for `mb`, as a user says, until it is measured; where nothing is, from now on."""
+        words, floats, at = self.segment.words, self.segment.floats, self.tables.model(row)
+        if floats[at + Model.EXPECT_MB] == mb:
+            return
+        t.set_float(at + Model.EXPECT_MB, mb)
+        if not words[at + Model.KNOWN]:
+            self._tell_waiters(t, row, mb)
+        elif words[Header.SOURCE_BOOKS_ONLY] and not words[at + Model.MEASURED]:
+            self.estimate(t, row, mb, measured=False)
+
+    def _tell_waiters(self, t: Transaction, row: int, mb: float) -> None:
+        """Let a model's waiters know what it takes; they lose the priority of the unknown."""
+        for ticket in map(self.tables.ticket, self.tables.rows_where(self.layout.tickets, Ticket.MODEL, row)):
+            if not self.segment.words[ticket + Ticket.PRIORITY]:
+                t.set(ticket + Ticket.PRIORITY, 1)
+            t.set_float(ticket + Ticket.NEED_MB, mb)
 
     def run_out(self, t: Transaction, row: int, at_least_mb: float = 0.0, loading: bool = False) -> None:
         """Record that a copy of the model needed more memory than there was: more than `at_least_mb`, 0 if unknown.

@@ -295,13 +295,22 @@ def _leases(snapshot: Snapshot) -> Section[InstanceInfo]:
     return Section("leases", head, items, row, 6, ("lease", "taken MB", "on", "program pid"))
 
 
+def _size(model: ModelInfo) -> str:
+    """Return what a model takes: the estimate, else what is known besides, or what its users say (`~`)."""
+    if model.estimate_mb is None and model.at_least_mb >= (model.expect_mb or 1e-9):
+        return f"> {mb(model.at_least_mb)}"
+    if model.estimate_mb is None and model.expect_mb is not None:
+        return f"~ {mb(model.expect_mb)}"
+    return mb(model.estimate_mb)
+
+
 def models(snapshot: Snapshot) -> Section[ModelInfo]:
     """Return the models, those that somebody waits for first."""
 
     def row(model: ModelInfo) -> Row:
         return (
             model.tag,
-            f"> {mb(model.at_least_mb)}" if model.estimate_mb is None and model.at_least_mb else mb(model.estimate_mb),
+            _size(model),
             *(str(count) for count in (model.loaded, model.active, model.idle, model.loading, model.unloading)),
             *(str(count) for count in (model.waiting, model.loads, model.hits, model.evictions, model.pins)),
             f"{model.load_s:.3f}",

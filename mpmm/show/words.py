@@ -90,7 +90,7 @@ def why(row: TicketInfo | EventInfo, need_mb: float | None = None, seconds: floa
 
 def needs(snapshot: Snapshot) -> Callable[[TicketInfo], float]:
     """Return what tells how many MB a ticket needs; an unknown model no more than a whole device, as it is tried."""
-    unknown = {model.row for model in snapshot.models if model.estimate_mb is None}
+    unknown = {model.row for model in snapshot.models if model.estimate_mb is None and model.expect_mb is None}
     largest = max((device.limit_mb for device in snapshot.devices), default=math.inf)
     return lambda ticket: min(ticket.need_mb, largest) if ticket.model in unknown else ticket.need_mb
 

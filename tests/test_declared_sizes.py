@@ -1,0 +1,173 @@
+"""A size that a user declares counts until the model is measured, and spares it being loaded alone for that."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from processes import (
+    Loads,
+    LoadsObject,
+    Process,
+    Seat,
+    SimulatedDevice,
+    Weights,
+    acquire,
+    copies_of,
+    model_of,
+    problems,
+    wait_until,
+    waiting,
+)
+from test_policy import RULES, A, B, D, device, model, ticket, view
+
+from mpmm.cli import main
+from mpmm.errors import InvalidArgumentError, ModelTooLargeError
+from mpmm.model_manager import ModelManager
+from mpmm.policy.plan import make_plan
+from mpmm.policy.view import Load, Placed, Reason, Wait
+from mpmm.shared_state.snapshot import read_snapshot
+
+NewManager = Callable[..., ModelManager]
+NewProcess = Callable[..., Process]
+NewDevice = Callable[..., SimulatedDevice]
+
+
+class Says:
+    """A model that says what it takes."""
+
+    def __init__(self, mb: Any) -> None:
+        self.expect_mb = mb
+
+
+def test_a_declared_size_counts_where_nothing_is_measured(namespace: str, new_manager: NewManager) -> None:
+    manager = new_manager(fallback_memory_mb=1000, slack_percentage=0.0, default_estimate_mb=800)
+    with manager.model("a", Loads(), expect_mb=1), manager.model("b", Loads(), expect_mb=999):
+        assert [copy.mb for copy in read_snapshot(namespace).instances] == [1, 999]
+    assert model_of(namespace, "a").estimate_mb == 1
+    # The last word counts.
+    with manager.model("c", Loads(), expect_mb=2.5), manager.model("a", Loads(), expect_mb=7):
+        assert model_of(namespace, "a").estimate_mb == 1
+    manager.unload("a")
+    with manager.model("a", Loads(), expect_mb=7):
+        assert [copy.mb for copy in copies_of(namespace, "a")] == [7]
+    assert problems(namespace) == []
+
+
+def test_every_way_to_a_copy_takes_a_size(namespace: str, new_manager: NewManager) -> None:
+    manager = new_manager(default_estimate_mb=800)
+    manager.release_model("a", manager.acquire_model("a", Loads(), expect_mb=11))
+    assert manager.preload("b", Loads(), expect_mb=12) == 1
+
+    @manager.uses("c", Loads(), expect_mb=13)
+    def use(model: str) -> str:
+        return model
+
+    async def use_in_loop() -> None:
+        async with manager.model_async("d", Loads(), expect_mb=14):
+            pass
+
+    use()
+    asyncio.run(use_in_loop())
+    assert [copy.mb for copy in read_snapshot(namespace).instances] == [11, 12, 13, 14]
+
+
+def test_a_declared_model_is_not_loaded_alone_and_a_larger_measurement_is_believed(
+    namespace: str, new_manager: NewManager, new_device: NewDevice
+) -> None:
+    simulated = new_device(1000)
+    manager = new_manager(memory_source=simulated, poll_interval=0.05, min_data_points=2)
+    with (
+        manager.model("a", LoadsObject("a", device=simulated, mb=60), expect_mb=50),
+        manager.model("b", LoadsObject("b", device=simulated, mb=30), expect_mb=30),
+    ):
+        snapshot = read_snapshot(namespace)
+        assert (snapshot.isolated, snapshot.active) == (None, 2)
+        assert [(model.expect_mb, model.estimate_mb) for model in snapshot.models] == [(50, None), (30, None)]
+        assert [event.reason for event in snapshot.events if event.kind == "load_began"] == [Reason.FITS] * 2
+    manager._estimator.set_initial_estimate("a", 60)
+    manager.unload("a")
+    with manager.model("a", LoadsObject("a", device=simulated, mb=60), expect_mb=5):
+        assert [copy.mb for copy in copies_of(namespace, "a")] == [60]
+    assert problems(namespace) == []
+
+
+def test_an_object_says_itself_what_it_takes(namespace: str, new_manager: NewManager) -> None:
+    manager = new_manager(default_estimate_mb=100)
+    for tag, says in (("a", 42), ("b", -1), ("c", "lots"), ("d", math.nan)):
+        with manager.model(tag, lambda says=says: Says(says)):  # type: ignore[misc]  # mypy has no type for a lambda's default
+            pass
+    assert [copy.mb for copy in read_snapshot(namespace).instances] == [42, 100, 100, 100]
+    assert model_of(namespace, "a").estimate_mb == 42
+
+
+@pytest.mark.parametrize("size", [0, -1, math.inf, math.nan, "5", True])
+def test_sizes_that_cannot_be_change_nothing(namespace: str, new_manager: NewManager, size: Any) -> None:
+    manager = new_manager()
+    for call in (manager.acquire_model, manager.preload):
+        with pytest.raises(InvalidArgumentError, match="expect_mb="):
+            call("a", Loads(), expect_mb=size)
+    with pytest.raises(InvalidArgumentError, match="expect_mb="), manager.model("a", Loads(), expect_mb=size):
+        pass
+    assert read_snapshot(namespace).models == ()
+
+
+def test_an_option_that_there_is_not_is_named_at_once(new_manager: NewManager) -> None:
+    manager: Any = new_manager()
+    for call in (manager.model, manager.model_async, manager.uses, manager.acquire_model, manager.preload):
+        with pytest.raises(TypeError, match="unexpected option 'expects_mb': expected devices, span, expect_mb"):
+            call("a", Weights, expects_mb=3)
+
+
+def test_a_declared_size_that_no_device_has_is_refused(new_manager: NewManager) -> None:
+    manager = new_manager(fallback_memory_mb=1000, slack_percentage=0.1)
+    with pytest.raises(ModelTooLargeError, match="needs 901 MB"):
+        manager.acquire_model("a", Loads(), expect_mb=901)
+
+
+def test_what_waits_shows_the_declared_size(
+    namespace: str, new_manager: NewManager, new_process: NewProcess, capsys: pytest.CaptureFixture[str]
+) -> None:
+    manager, waiter = new_manager(fallback_memory_mb=1000, slack_percentage=0.0), new_process()
+    with manager.reserve(900):
+        waiter.send(acquire_sized, "a", 150)
+        wait_until(lambda: waiting(namespace, "a"), "there is no room")
+        assert main(["inspect", namespace]) == 0
+        shown = capsys.readouterr().out
+        assert "waits: needs 150 MB" in shown
+        assert "~ 150" in shown
+    waiter.result()
+
+
+def acquire_sized(seat: Seat, tag: str, mb: float) -> None:
+    seat.held.append((tag, seat.manager.acquire_model(tag, Loads(), expect_mb=mb)))
+
+
+def test_an_assumption_is_no_more_than_the_largest_part_that_can_be_free() -> None:
+    held = Placed(7, D, 0, 600)
+    leased = device(reserved_mb=600, leased_mb=600)
+    rules = replace(RULES, isolate_unknown=False)
+    unknown = model(A, 4000, known=False)
+    (decision,) = make_plan(
+        view([unknown], [ticket(1, A, priority=0)], devices=[leased], leases=(held,), rules=rules)
+    ).decisions
+    assert isinstance(decision, Load)
+    assert decision.need_mb == 300
+    (decision,) = make_plan(view([model(B, 400)], [ticket(1, B)], devices=[leased], leases=(held,))).decisions
+    assert isinstance(decision, Wait)
+    assert decision.reason == Reason.LEASED
+
+
+def test_an_assumed_model_loads_beside_a_lease_that_is_held_for_ever(
+    namespace: str, new_manager: NewManager, new_process: NewProcess
+) -> None:
+    manager, other = new_manager(fallback_memory_mb=1000, default_estimate_mb=900), new_process()
+    with manager.reserve(500):
+        other.call(acquire, "a", Loads())
+        (copy,) = copies_of(namespace, "a")
+        assert copy.mb <= 500
+    assert problems(namespace) == []
