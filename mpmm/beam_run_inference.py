@@ -5,7 +5,7 @@
     _RunInferenceDoFn._run_inference    A result that is computed while it is read is read before the copy goes back to
                                         the manager, who may hand it to another process or evict it.
     _RunInferenceDoFn._load_model       An update of a keyed handler with several models reaches the handler, too, where
-                                        no copy is loaded.
+                                        no copy is loaded. Copies of the version before are the first to be evicted.
     _SharedModelWrapper.all_models      Handles become proxies, because such an update calls methods of every copy.
     _SharedModelWrapper.release_model   A copy of an updated model goes back under the tag that it was acquired by.
 
@@ -82,16 +82,23 @@ def _updating_keyed_models(plain: Method) -> Method:
     def _load_model(self: Any, side_input_model_path: Any = None) -> Any:
         before = self._model
         wrapper = plain(self, side_input_model_path)
-        if getattr(self, "use_model_manager", False) and isinstance(side_input_model_path, list):
-            handler = _keyed(self._model_handler)
-            if handler is not None:
+        if getattr(self, "use_model_manager", False):
+            if before is not None and before.model_tag != wrapper.model_tag:
+                wrapper.models.supersede(before.model_tag, wrapper.model_tag)
+            if isinstance(side_input_model_path, list):
                 # Beam has told the copies that were loaded before. The first batch of a worker finds others' copies.
-                copies = wrapper.all_models() if before is None else []
-                for copy in [*copies, _NoCopy()]:
-                    handler.update_model_paths(copy, side_input_model_path)
+                _update(self._model_handler, wrapper.all_models() if before is None else [], side_input_model_path)
         return wrapper
 
     return _load_model
+
+
+def _update(handler: Any, copies: list[Any], paths: list[Any]) -> None:
+    """Give a keyed handler with several models, and copies of its models, the paths to load from."""
+    keyed = _keyed(handler)
+    if keyed is not None:
+        for copy in [*copies, _NoCopy()]:
+            keyed.update_model_paths(copy, paths)
 
 
 def _keyed(handler: Any) -> Any:

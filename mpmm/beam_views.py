@@ -12,6 +12,7 @@ from collections.abc import Iterator, MutableMapping
 from typing import TYPE_CHECKING, Any, cast
 
 from mpmm.shared_state.layout import Header, Instance, Model
+from mpmm.shared_state.tables import encode_text
 
 if TYPE_CHECKING:
     from mpmm.board import MonitorLike
@@ -30,6 +31,21 @@ class BeamNames:
 
     def _connected(self) -> Worker:
         raise NotImplementedError
+
+    def supersede(self, old: str, new: str) -> None:
+        """Have idle copies of `old` evicted before all others, because `new` has taken its place.
+
+        Requests for `old` are served as before. It counts like every other model again once it takes the place of one.
+        Raises InvalidArgumentError, ClosedError, LockTimeoutError.
+        """
+        encode_text(new, Model.TAG_BYTES, "model tag")
+        encode_text(old, Model.TAG_BYTES, "model tag")
+        namespace = self._connected().namespace
+        with namespace.transaction() as t:
+            for tag, superseded in ((old, old != new), (new, False)):
+                row = namespace.tables.model_row(tag)
+                if row is not None:
+                    namespace.transitions.supersede(t, row, superseded)
 
     def all_models(self, tag: str | None = None) -> Any:
         """See `ModelManager.all_models`."""

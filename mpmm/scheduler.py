@@ -577,6 +577,7 @@ class Scheduler:
             failures=words[at + Model.FAILURES],
             failed_ago_s=(now_ns - words[at + Model.FAILED_AT]) / 1e9,
             leaving=copies.leaving[model],
+            superseded=bool(words[at + Model.SUPERSEDED]),
         )
 
     def _tickets(self, idle_of_model: Mapping[int, int]) -> tuple[TicketView, ...]:

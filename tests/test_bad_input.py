@@ -108,6 +108,7 @@ METHODS: dict[str, dict[str, tuple[Any, ...]]] = {
     "preload": {**REQUEST, "copies": (*NO_COUNT, 0, 10**9), "timeout_seconds": NO_TIME},
     "pin": {"tag": NO_TAG},
     "unpin": {"tag": NO_TAG},
+    "supersede": {"old": NO_TAG, "new": NO_TAG},
     "all_models": {"tag": tuple(tag for tag in NO_TAG if tag is not None)},
     "try_enter_isolation_mode": {"tag": NO_TAG},
     "should_spawn_model": {"tag": NO_TAG},
@@ -120,6 +121,8 @@ GOOD: dict[str, Any] = {
     "mb": 10,
     "ticket_num": 1,
     "instance": None,
+    "old": "a",
+    "new": "b",
 }
 
 

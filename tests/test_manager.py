@@ -895,6 +895,23 @@ def test_all_models_shows_handles_own_objects_and_none_for_those_of_others(
     manager.release_model("object", thing)
 
 
+def test_an_old_version_makes_room_first_and_the_current_one_again_does_not(
+    namespace: str, new_manager: NewManager
+) -> None:
+    manager = new_manager(fallback_memory_mb=300.0)
+    for tag in ("other", "v1", "v2"):
+        manager.release_model(tag, manager.acquire_model(tag, LoadsObject()))
+    manager.supersede("v1", "v2")
+    manager.release_model("new", manager.acquire_model("new", LoadsObject()))
+    assert set(manager.all_models()) == {"other", "v2", "new"}, "`other` has been idle for longer"
+    manager.supersede("v2", "v1")
+    manager.supersede("v1", "v2")
+    manager.release_model("more", manager.acquire_model("more", LoadsObject()))
+    assert set(manager.all_models()) == {"v2", "new", "more"}, "back at its place"
+    with pytest.raises(InvalidArgumentError):
+        manager.supersede("v1", "x" * 600)
+
+
 # ---- reset and shutdown ------------------------------------------------------------------------------------
 
 

@@ -54,7 +54,8 @@ ME, OTHER = 1, 2
 def model(row: int, need: float = 100.0, *, known: bool = True, **counts: Any) -> ModelView:
     loading = counts.get("loading", {})
     held, owned, waiting = counts.get("shared", 0), counts.get("owned", {}), counts.get("waiting", 0)
-    return ModelView(row, known, need, held, owned, waiting, loading, shares=bool(loading))
+    old = counts.get("superseded", False)
+    return ModelView(row, known, need, held, owned, waiting, loading, shares=bool(loading), superseded=old)
 
 
 def ticket(
@@ -1009,6 +1010,22 @@ def test_of_known_costs_the_least_wanted_copy_goes_however_lately_it_was_used() 
         devices=[device(used=900)],
     )
     assert make_plan(state).decisions == (Evict(1, (8,)),)
+
+
+def test_what_another_model_has_taken_the_place_of_goes_first_however_much_it_was_wanted() -> None:
+    for old, other in (
+        # Known costs; costs that are not known of one, and of both: then the order would be Beam's.
+        (wanted(B, 100, rate=9.0, superseded=True), wanted(C, 100, rate=0.1)),
+        (model(B, shared=1, superseded=True), wanted(C, 100, rate=0.1)),
+        (model(B, shared=1, superseded=True), model(C, shared=2)),
+    ):
+        state = view(
+            [model(A, 100), old, other],
+            [ticket(1, A)],
+            copies=[idle(7, B, age=1), idle(8, C, age=60)],
+            devices=[device(used=900)],
+        )
+        assert make_plan(state).decisions == (Evict(1, (7,)),)
 
 
 def test_a_slow_load_outweighs_a_higher_rate() -> None:

@@ -7,6 +7,9 @@ whole set is chosen at once, the least harm that frees enough, and memory that i
 Harm is known once loads have been timed. As long as it is not, or all of it is too small to matter, the order is
 Beam's: the score is ten times the model's waiters plus a tier from 0 to 3 (surplus and cold first, needed and warm
 last), and among equals the copy that has been idle longest goes first.
+
+A model whose place another one has taken (an update of it, say) is not expected to be asked for again: to unload it
+does no harm, and in Beam's order it comes before all others.
 """
 
 from __future__ import annotations
@@ -85,13 +88,14 @@ def eviction_order(view: View, copies: Sequence[Idle], ticket: TicketView) -> li
     displaces whatever is idle, so that it does not starve.
     """
     left = Counter({row: model.loaded for row, model in view.models.items()})
-    ranked = []
+    ranked: list[tuple[bool, int, float, int, Idle]] = []
     # Oldest first, so that of several copies of one model the oldest are the surplus ones.
     for copy in sorted(copies, key=lambda copy: copy.idle_since_s):
         if not copy.pinned and _may_displace(view, ticket, copy.model):
-            ranked.append((score(view, copy, left[copy.model]), copy.idle_since_s, copy.row, copy))
+            wanted = not _is_superseded(view, copy.model)
+            ranked.append((wanted, score(view, copy, left[copy.model]), copy.idle_since_s, copy.row, copy))
             left[copy.model] -= 1
-    return [entry[-1] for entry in sorted(ranked, key=lambda entry: entry[:3])]
+    return [entry[-1] for entry in sorted(ranked, key=lambda entry: entry[:4])]
 
 
 def find_room(
@@ -197,6 +201,9 @@ def _candidates(view: View, device: DeviceView, idle: Sequence[Idle], busy: Sequ
     candidates = []
     for copy in copies:
         model = view.models[copy.model]
+        if model.superseded:
+            candidates.append(Candidate(0.0, copy.mb_on(device.device), copy))
+            continue
         # Who waits already comes within the time of a load.
         rate = model.rate + model.waiting / model.load_s
         harm = rate * model.load_s
@@ -209,7 +216,7 @@ def _candidates(view: View, device: DeviceView, idle: Sequence[Idle], busy: Sequ
 
 
 def _costs_are_known(view: View, rows: set[int]) -> bool:
-    models = [view.models.get(row) for row in rows]
+    models = [view.models.get(row) for row in rows if not _is_superseded(view, row)]
     if not all(model is not None and model.load_s and model.rate for model in models):
         return False
     return any(model is not None and model.load_s >= RESOLUTION_S for model in models)
@@ -219,6 +226,11 @@ def _served_in_s(view: View, copy: Busy) -> float:
     """Return when a copy in use is expected to be idle with nobody waiting for it."""
     model = view.models[copy.model]
     return copy.free_in_s + model.hold_s * model.waiting / max(1, model.loaded)
+
+
+def _is_superseded(view: View, row: int) -> bool:
+    model = view.models.get(row)
+    return model is not None and model.superseded
 
 
 def _may_go(view: View, device: DeviceView, ticket: TicketView, copy: Idle | Busy) -> bool:

@@ -114,6 +114,7 @@ class ModelView:
     handed out last is held. rate: expected requests a second. lease: it is no model, but a lease. failures: loads that
     failed since the last one that did not, and how long ago the last of them was. leaving: copies in use, or being
     loaded, that are unloaded when they are given back, so that nobody waits for them; in no other count.
+    superseded: another model has taken its place, so it is not expected to be asked for again.
     """
 
     model: int
@@ -133,6 +134,7 @@ class ModelView:
     failures: int = 0
     failed_ago_s: float = math.inf
     leaving: int = 0
+    superseded: bool = False
 
     @property
     def copies(self) -> int:

@@ -235,7 +235,8 @@ class Model:
     FAILURES = 25  # loads that failed since the last one that came to an end
     FAILED_AT = 26  # when the last of them did
     EXPECT_MB = 27  # float: what a copy takes as its users say, which counts until it is KNOWN; 0: nobody has said it
-    TAG = 28  # text
+    SUPERSEDED = 28  # 1 while another model has taken its place, so that its idle copies are evicted before all others
+    TAG = 29  # text
     TAG_BYTES = 511
     WORDS = TAG + text_words(TAG_BYTES)
 

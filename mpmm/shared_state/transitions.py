@@ -376,6 +376,11 @@ class Transitions:
         t.event(EventKind.PINNED, model + 1, value=member)
         return row
 
+    def supersede(self, t: Transaction, row: int, superseded: bool) -> None:
+        """Note whether another model has taken the place of this one."""
+        if bool(self.segment.words[self.tables.model(row) + Model.SUPERSEDED]) != superseded:
+            t.set(self.tables.model(row) + Model.SUPERSEDED, int(superseded))
+
     def unpin(self, t: Transaction, row: int) -> None:
         """End a pin."""
         at = self.tables.pin(row)
