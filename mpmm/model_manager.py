@@ -1594,9 +1594,11 @@ class ModelManager(BeamNames):
             elif learnt is not None:
                 namespace.transitions.estimate(t, model, learnt.mb, measured=True, sd_mb=learnt.sd_mb)
             elif books_only:
-                # With nothing to measure with, the assumption.
-                learnt = Estimate(mb, 0.0)
-                namespace.transitions.estimate(t, model, mb, measured=False)
+                # With nothing to measure with, the assumption; whatever leases have left of the device this time.
+                on = device_rows(words[at + Instance.DEVICES])
+                most_mb = min(map(worker.scheduler.limit_mb, on)) * len(on)
+                learnt = Estimate(min(worker.scheduler.expected_mb(model), max(mb, most_mb)), 0.0)
+                namespace.transitions.estimate(t, model, learnt.mb, measured=False)
             if words[Header.SOURCE_MEASURES_PROCESSES] and words[tables.model(model) + Model.KNOWN]:
                 # It was loaded alone because nobody knew whether the source knows processes; now it is measured.
                 namespace.transitions.end_isolation(t, booking.row)

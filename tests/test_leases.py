@@ -115,6 +115,7 @@ class MeasuringDevice(SimulatedDevice):
 
 def test_a_lease_counts_as_used_until_it_is_released(namespace: str, new_manager: NewManager) -> None:
     manager = new_manager(wait_timeout_seconds=0.2)
+    learn(Seat(manager), a=100)
     lease = manager.reserve(950, name="training")
     assert lease.is_held
     [device] = read_snapshot(namespace).devices
