@@ -5,7 +5,7 @@
     mpmm inspect --json           everything as one JSON object
     mpmm inspect --max-wait 60    exit status 1 if somebody has waited for longer
     mpmm ps [NAMESPACE]           one line for each loaded copy; --format json or '{tag} {mb:.0f}' for scripts
-    mpmm top [NAMESPACE]          the same as inspect, live, with the memory of each device over time; q ends
+    mpmm top [NAMESPACE]          the same as inspect, live, with the memory of each device over time; q ends, h helps
     mpmm events [NAMESPACE]       what has happened, a line for each event; --follow goes on, --json for scripts
     mpmm trace [NAMESPACE]        the last events as a trace for https://ui.perfetto.dev; --follow writes on
     mpmm plot [NAMESPACE]         memory against the limit as a picture, of a namespace or of a trace
@@ -135,7 +135,7 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument(
         "--max-wait", type=float, default=math.inf, metavar="SECONDS", help="exit status 1 if somebody waits longer"
     )
-    top = commands.add_parser("top", help="the same, live, until q is pressed (needs mpmm[cli])")
+    top = commands.add_parser("top", help="the same, live, until q is pressed; h is help (needs mpmm[cli])")
     top.add_argument("--interval", type=float, default=0.5, metavar="SECONDS", help="between two looks (default: 0.5)")
     ps = commands.add_parser("ps", help="one line for each loaded copy")
     ps.add_argument("namespace", nargs="?", help="default: all there are")
@@ -145,6 +145,8 @@ def _parser() -> argparse.ArgumentParser:
     events.add_argument("--model", metavar="TAG", help="events of this model only")
     events.add_argument("--json", action="store_true", help="JSON, one object for each event")
     events.add_argument("-n", "--last", type=int, metavar="COUNT", help="so many of the past (default: all there are)")
+    top.add_argument("--sort", default="state", metavar="KEY", help="copies and models by state, MB, age, name or uses")
+    top.add_argument("--filter", default="", metavar="TEXT", help="only models with this in their tag, or a pid's")
     trace = commands.add_parser("trace", help="write events as a trace for https://ui.perfetto.dev")
     trace.add_argument("-o", "--output", type=Path, metavar="FILE", help="default: the standard output")
     trace.add_argument(
@@ -275,11 +277,19 @@ def _run(options: argparse.Namespace, program: Sequence[str], root: Path | None)
 
 def _top(options: argparse.Namespace, root: Path | None) -> int:
     try:
-        from mpmm.show.top import run
+        from mpmm.show.top import print_once, run
     except ImportError:
         return _missing("cli", "rich")
+    from mpmm.show.controls import SORTS, Controls
+
     interval_s = checked_number("--interval", options.interval, 0.05, 3600.0, "seconds")
-    return run(_namespace(options, root), root, interval_s)
+    if options.sort not in SORTS:
+        raise InvalidArgumentError(f"--sort {options.sort}: expected one of {', '.join(SORTS)}")
+    if not sys.stdout.isatty():
+        return print_once(_namespace(options, root), root)
+    # On a terminal the first one to come is waited for.
+    namespace = _namespace(options, root) if options.namespace or find_namespaces(root) else None
+    return run(namespace, root, interval_s, Controls(options.sort, filter=options.filter))
 
 
 def _ps(options: argparse.Namespace, root: Path | None) -> int:

@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import io
 import os
 import pty
 import re
 import select
+import signal
 import struct
 import subprocess
 import sys
 import termios
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
-from processes import Loads, Process, acquire, wait_until, waiting
+from processes import Loads, LoadsObject, Process, acquire, wait_until, waiting
 
 from mpmm.cli import main
 from mpmm.model_manager import ModelManager
 from mpmm.shared_state.snapshot import Snapshot, read_snapshot
+from mpmm.show.controls import SORTS, Controls
+from mpmm.show.screen import Section
 
 rich_console = pytest.importorskip("rich.console", reason="needs the extra cli")
 from mpmm.show.top import History, screen  # noqa: E402  # needs rich
@@ -94,22 +100,20 @@ def test_the_history_is_a_line_of_blocks(busy: ModelManager, namespace: str) -> 
     assert before.line(device, 3) == "█ █"
 
 
-def test_it_runs_in_a_terminal_and_ends_with_q(busy: ModelManager, namespace: str) -> None:
+@contextlib.contextmanager
+def top_in_a_terminal(*arguments: str) -> Iterator[tuple[int, int, subprocess.Popen[bytes]]]:
+    """Start `mpmm top` in a terminal of 24 lines; give our end of that, its own, and the process. It is as it was."""
     ours, theirs = pty.openpty()
     try:
         fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
         before = termios.tcgetattr(theirs)
-        command = [sys.executable, "-m", "mpmm.cli", "top", "--interval", "0.05", namespace]
+        command = [sys.executable, "-m", "mpmm.cli", "top", "--interval", "0.05", *arguments]
         terminal = {**os.environ, "TERM": "xterm"}
         for name in ("COLUMNS", "LINES"):
             terminal.pop(name, None)
         top = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=terminal)
         try:
-            read_until(ours, "wanted")
-            fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 50, 160, 0, 0))
-            read_until(ours, "is in use, for about")
-            os.write(ours, b"xq")
-            read_until(ours, "\x1b[?1049l")
+            yield ours, theirs, top
             assert top.wait(20) == 0
         finally:
             top.kill()
@@ -120,13 +124,84 @@ def test_it_runs_in_a_terminal_and_ends_with_q(busy: ModelManager, namespace: st
         os.close(theirs)
 
 
-def read_until(descriptor: int, text: str) -> None:
-    """Read from a terminal until some text is there."""
+def test_it_runs_in_a_terminal_and_ends_with_q(busy: ModelManager, namespace: str) -> None:
+    with top_in_a_terminal(namespace) as (ours, theirs, _):
+        read_until(ours, "wanted")
+        fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 50, 160, 0, 0))
+        read_until(ours, "is in use, for about")
+        os.write(ours, b"h")
+        read_until(ours, "the last picture stays on the terminal")
+        os.write(ours, b"h/nothing-like-it")
+        read_until(ours, "copies with 'nothing-like-it': 0 of 1")
+        os.write(ours, b"\x1b")
+        read_until(ours, "/ filter  space hold")
+        os.write(ours, b"xq")
+        # Back on the ordinary screen, where the last picture stays.
+        read_until(ours, "\x1b[?1049l")
+        read_until(ours, "wanted")
+
+
+def test_it_waits_for_the_begin_and_keeps_the_last_picture_at_the_end(namespace: str) -> None:
+    with top_in_a_terminal() as (ours, _, _):
+        read_until(ours, "waiting for a namespace in")
+        with ModelManager(namespace=namespace, memory_source="booked") as manager:
+            manager.acquire_model("seen", LoadsObject())
+            read_until(ours, "seen")
+        assert "seen" in read_until(ours, "this is the last picture, until the namespace begins anew")[-20000:]
+        with ModelManager(namespace=namespace, memory_source="booked") as manager:
+            manager.acquire_model("another", LoadsObject())
+            read_until(ours, "another")
+            os.write(ours, b"q")
+            read_until(ours, "\x1b[?1049l")
+
+
+def test_an_interrupt_ends_it_in_good_order(runtime_root: Path) -> None:
+    with top_in_a_terminal("later") as (ours, _, top):
+        read_until(ours, "waiting for namespace later")
+        top.send_signal(signal.SIGINT)
+
+
+def test_keys_sort_filter_hold_and_help() -> None:
+    controls = Controls()
+    rows = [
+        SimpleNamespace(tag=tag, mb=mb, reserved_mb=0.0, for_s=for_s, uses=uses)
+        for tag, mb, for_s, uses in (("Beta", 1.0, 3.0, 2), ("alpha", 2.0, 1.0, 9), ("gamma", 3.0, 2.0, 5))
+    ]
+    section: Section[Any] = Section("copies", (), rows, lambda row: (), 10)
+
+    def order() -> list[str]:
+        return [row.tag for row in controls.arranged(section).items]
+
+    orders = {}
+    for _ in SORTS:
+        orders[controls.sort] = "".join(tag[0] for tag in order())
+        controls.press("s")
+    assert orders == {"state": "Bag", "MB": "gaB", "age": "Bga", "name": "Bag", "uses": "agB"}
+    controls.press("r")
+    assert order() == ["gamma", "alpha", "Beta"]
+    controls.press("r")
+    for key in "/qetx\x7f\r":
+        assert not controls.press(key)
+    assert (controls.filter, controls.typing, order()) == ("qet", False, [])
+    for key in "\x1b/BETA":
+        controls.press(key)
+    assert (order(), controls.footer().split("   ")[0]) == (["Beta"], "filter: BETA_")
+    assert controls.arranged(section).title == "copies with 'BETA': 1 of 3"
+    for key in "\r ?":
+        controls.press(key)
+    assert (controls.paused, controls.helping) == (True, True)
+    assert "go on (held)" in controls.footer()
+    assert controls.press("q")
+
+
+def read_until(descriptor: int, text: str) -> str:
+    """Read from a terminal until some text is there; return what there was."""
     seen, deadline = "", time.monotonic() + 20
     while text not in seen and text not in _ESCAPES.sub("", seen):
         assert time.monotonic() < deadline, seen[-2000:]
         if select.select([descriptor], [], [], 0.1)[0]:
             seen += os.read(descriptor, 65536).decode("utf-8", "replace")
+    return seen
 
 
 def test_without_the_library_it_says_what_to_install(
@@ -143,3 +218,12 @@ def test_what_is_asked_for_must_be_there(runtime_root: Path, capsys: pytest.Capt
     assert "there is no namespace 'nowhere'" in capsys.readouterr().err
     assert main(["top", "nowhere", "--interval", "0"]) == 2
     assert "expected seconds from 0.05" in capsys.readouterr().err
+    assert main(["top", "nowhere", "--sort", "colour"]) == 2
+    assert "expected one of state, MB, age, name, uses" in capsys.readouterr().err
+
+
+def test_without_a_terminal_one_picture_is_printed(
+    busy: ModelManager, namespace: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["top", "--filter", "wanted"]) == 0
+    assert "wanted" in capsys.readouterr().out

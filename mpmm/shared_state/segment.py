@@ -43,6 +43,7 @@ __all__ = [
     "SHARED_MEMORY",
     "Segment",
     "SegmentProblem",
+    "UnfinishedSegment",
     "boot_hash",
     "place_of",
     "read_header",
@@ -64,6 +65,10 @@ class SegmentProblem(Exception):
         super().__init__(f"found {found}, expected {expected}")
         self.found = found
         self.expected = expected
+
+
+class UnfinishedSegment(SegmentProblem):
+    """A segment without the magic word, which comes last: a process is making it now, or was killed meanwhile."""
 
 
 def segment_name(root: Path, namespace: str) -> str:
@@ -342,7 +347,8 @@ def _checked_layout(mapping: mmap.mmap, token: int | None) -> Layout:
         raise SegmentProblem(f"{size} bytes", f"at least {Header.WORDS * 8}")
     with memoryview(mapping) as whole, whole[: Header.WORDS * 8].cast("Q") as header:
         if header[Header.MAGIC] != MAGIC:
-            raise SegmentProblem(f"magic {header[Header.MAGIC]:#x}", f"{MAGIC:#x}")
+            kind = SegmentProblem if header[Header.MAGIC] else UnfinishedSegment
+            raise kind(f"magic {header[Header.MAGIC]:#x}", f"{MAGIC:#x}")
         if header[Header.VERSION] != LAYOUT_VERSION:
             raise SegmentProblem(f"layout version {header[Header.VERSION]}", f"layout version {LAYOUT_VERSION}")
         if header[Header.BOOT] != boot_hash():

@@ -43,7 +43,14 @@ from mpmm.shared_state.layout import (
 from mpmm.shared_state.liveness import member_lives
 from mpmm.shared_state.lock_file import identity_of, is_locked
 from mpmm.shared_state.runtime_dir import RuntimeDirectory
-from mpmm.shared_state.segment import SHARED_MEMORY, Segment, SegmentProblem, segment_lost, segment_name
+from mpmm.shared_state.segment import (
+    SHARED_MEMORY,
+    Segment,
+    SegmentProblem,
+    UnfinishedSegment,
+    segment_lost,
+    segment_name,
+)
 from mpmm.shared_state.settings import Settings
 from mpmm.shared_state.transaction import roll_back
 
@@ -434,6 +441,8 @@ def read_snapshot(
     name = segment_name(runtime.root, namespace)
     try:
         segment = Segment.open(name)
+    except UnfinishedSegment:
+        raise FileNotFoundError(f"namespace {namespace!r} is being made, or its maker was killed") from None
     except SegmentProblem as problem:
         raise LayoutMismatchError(
             f"cannot read namespace {namespace!r}: found {problem.found}, expected {problem.expected}",

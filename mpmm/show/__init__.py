@@ -6,6 +6,7 @@ Everything here works on the plain values of `mpmm.shared_state.snapshot`, and k
     top.py          the same, live                            listing.py   a line for each copy, for `mpmm ps`
     event_lines.py  events as lines, for `mpmm events`        tables.py    columns of text in a given width
     colours.py      on a terminal only                        words.py     figures as text
+    controls.py     what the keys of `mpmm top` do
     record.py       the trace of a namespace, written
     follow.py       the events one after another, none twice, lost ones counted
     trace.py        events as spans for Perfetto              plot.py      such a trace as a picture

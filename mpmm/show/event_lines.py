@@ -48,6 +48,8 @@ _TEXTS = {
     "unpinned": "unpinned",
     "out_of_memory": "out of memory; estimate until now {mb} MB",
     "waits": "has waited for {s}",
+    "doomed": "will be unloaded once it is given back, {mb} MB come free then",
+    "settings": "settings changed",
 }
 
 
@@ -95,7 +97,7 @@ def line(step: Step, event: EventInfo) -> str:
     at = step.snapshot.taken_wall_s - event.age_s
     clock = f"{time.strftime('%H:%M:%S', time.localtime(at))}.{int(at * 1000) % 1000:03d}"
     on = f" on device{'s' if len(event.devices) > 1 else ''} {' and '.join(map(str, event.devices))}"
-    template = _TEXTS.get(event.kind, f"{event.kind} {{value}}")
+    template = _TEXTS.get(event.kind, f"{event.kind.replace('_', ' ')} {{value}}")
     text = template.format(
         mb=mb(event.value), s=_seconds(event.value), value=event.value, on=on if event.devices else ""
     )

@@ -336,6 +336,11 @@ def _decision(event: EventInfo) -> Row:
     return age(event.age_s), event.kind, event.tag or "?", ticket, why(event)
 
 
+def _eviction(event: EventInfo) -> Row:
+    ago, _, *rest = _decision(event)
+    return ago, *rest
+
+
 def evictions(snapshot: Snapshot) -> Section[EventInfo]:
     """Return what was told to go last, the latest first."""
     gone = [event for event in snapshot.events if event.kind == "unload_began"]

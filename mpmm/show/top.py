@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import select
-import sys
 import time
 from collections import defaultdict, deque
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +13,17 @@ from rich.live import Live
 from rich.panel import Panel
 from rich.text import Text
 
+from mpmm.errors import MpmmError
 from mpmm.printable import printable
-from mpmm.shared_state.snapshot import DeviceInfo, EventChoice, Snapshot, read_snapshot
+from mpmm.shared_state.runtime_dir import default_root
+from mpmm.shared_state.snapshot import DeviceInfo, EventChoice, Snapshot, find_namespaces, read_snapshot
+from mpmm.show.controls import HELP, SORTS, Controls, single_keys
 from mpmm.show.health import findings
 from mpmm.show.screen import EVENTS_OF_EACH, Section, copies, evictions, headline, models, waiting
 from mpmm.show.tables import table, wrapped
-from mpmm.show.words import bar, for_people, mb
+from mpmm.show.words import age, bar, for_people, mb
 
-__all__ = ["History", "run", "screen"]
+__all__ = ["History", "Looks", "print_once", "run", "screen"]
 
 _LEVELS = " ▁▂▃▄▅▆▇█"
 # So many columns are the widest terminal that is drawn to its edge.
@@ -33,6 +32,7 @@ HISTORY_LENGTH = 500
 HEAD_LINES = 2
 BAR_SHARE = 0.3
 NARROWEST_BAR = 10
+_CHOICE = EventChoice(newest_of_each=EVENTS_OF_EACH)
 
 
 class History:
@@ -40,9 +40,13 @@ class History:
 
     def __init__(self) -> None:
         self._figures: dict[int, deque[float]] = defaultdict(lambda: deque(maxlen=HISTORY_LENGTH))
+        self._created = 0.0
 
     def add(self, snapshot: Snapshot) -> None:
-        """Note the figures of a look."""
+        """Note the figures of a look; those of an earlier namespace are forgotten."""
+        if snapshot.created_wall_s != self._created:
+            self._figures.clear()
+            self._created = snapshot.created_wall_s
         for device in snapshot.devices:
             figures = self._figures[device.row]
             if not figures:
@@ -57,58 +61,100 @@ class History:
         return "".join(_LEVELS[level] for level in levels).rjust(width)
 
 
-def run(namespace: str, root: Path | None, interval_s: float) -> int:
-    """Show a namespace until `q` or an interrupt; return 0. Raises what `read_snapshot` raises at the first look."""
-    console, history = Console(), History()
-    choice = EventChoice(newest_of_each=EVENTS_OF_EACH)
-    snapshot: Snapshot | None = read_snapshot(namespace, root, choice=choice)
-    live = Live(console=console, screen=True, auto_refresh=False)
-    with contextlib.suppress(KeyboardInterrupt), _keys() as key_pressed, live:
-        while True:
-            if snapshot is None:
-                live.update(Text(f"there is no namespace {printable(namespace)} any more; q ends"), refresh=True)
+class Looks:
+    """Looks at a namespace again and again, from before its begin to after its end.
+
+    namespace: None for the first one that there is. snapshot: the last picture, None before the first. notice: why it
+    is not one of now, empty if it is.
+    """
+
+    def __init__(self, namespace: str | None, root: Path | None) -> None:
+        self._namespace = namespace
+        self._root = root
+        self.snapshot: Snapshot | None = None
+        self.history = History()
+        self.notice = ""
+
+    def look(self) -> None:
+        """Look once, and note the figures.
+
+        Raises what `read_snapshot` raises as long as there is no picture, but no FileNotFoundError.
+        """
+        try:
+            if self._namespace is None:
+                names = find_namespaces(self._root)
+                if not names:
+                    raise FileNotFoundError
+                self._namespace = names[0]
+            self.snapshot = read_snapshot(
+                self._namespace, self._root, choice=EventChoice(newest_of_each=EVENTS_OF_EACH)
+            )
+            self.notice = ""
+        except FileNotFoundError:
+            if self.snapshot is None:
+                what = "a namespace" if self._namespace is None else f"namespace {self._namespace}"
+                self.notice = f"waiting for {what} in {self._root or default_root()}"
             else:
-                history.add(snapshot)
-                # The size is asked for each time, as it may change.
-                live.update(screen(snapshot, history, console.width, console.height), refresh=True)
-            if key_pressed(interval_s):
-                break
-            try:
-                snapshot = read_snapshot(namespace, root, choice=choice)
-            except FileNotFoundError:
-                snapshot = None
+                ago = age(time.monotonic() - self.snapshot.taken_s)
+                self.notice = f"ended {ago} ago; this is the last picture, until the namespace begins anew"
+        except MpmmError as error:
+            if self.snapshot is None:
+                raise
+            self.notice = f"cannot be read: {error}"
+
+
+def run(namespace: str | None, root: Path | None, interval_s: float, controls: Controls) -> int:
+    """Show a namespace, or the first one that there is, until `q` or an interrupt; return 0.
+
+    A namespace that is not there yet is waited for. The last picture stays on the terminal. Raises what `read_snapshot`
+    raises at the first look.
+    """
+    console, looks = Console(), Looks(namespace, root)
+    looks.look()
+    live = Live(console=console, screen=True, auto_refresh=False)
+    with contextlib.suppress(KeyboardInterrupt), single_keys() as keys_pressed, live:
+        due_s = time.monotonic() + interval_s
+        ended = False
+        while not ended:
+            # The size is asked for each time, as it may change.
+            live.update(_picture(looks, controls, console.width, console.height), refresh=True)
+            keys = keys_pressed(max(0.0, due_s - time.monotonic()))
+            # One after another, and no further than to the end.
+            ended = any(controls.press(key) for key in keys)
+            if time.monotonic() >= due_s:
+                due_s = time.monotonic() + interval_s
+                if not controls.paused:
+                    looks.look()
+    if looks.snapshot is not None:
+        console.print(screen(looks.snapshot, looks.history, console.width, console.height - 1, controls))
     return 0
 
 
-@contextlib.contextmanager
-def _keys() -> Iterator[Any]:
-    """Read single keys; yield what waits for `q` for some seconds and tells whether it came."""
-    if not sys.stdin.isatty():
-        yield lambda seconds: time.sleep(seconds)
-        return
-    import termios
-    import tty
-
-    descriptor = sys.stdin.fileno()
-    before = termios.tcgetattr(descriptor)
-
-    def wait(seconds: float) -> bool:
-        deadline = time.monotonic() + seconds
-        while (left := deadline - time.monotonic()) > 0:
-            ready, _, _ = select.select([descriptor], [], [], left)
-            if ready and b"q" in os.read(descriptor, 64):
-                return True
-        return False
-
-    try:
-        tty.setcbreak(descriptor)
-        yield wait
-    finally:
-        termios.tcsetattr(descriptor, termios.TCSADRAIN, before)
+def print_once(namespace: str, root: Path | None) -> int:
+    """Print one picture, where there is no terminal to show more; return 0. Raises what `read_snapshot` raises."""
+    console, history = Console(), History()
+    snapshot = read_snapshot(namespace, root, choice=_CHOICE)
+    history.add(snapshot)
+    console.print(screen(snapshot, history, console.width, console.height))
+    return 0
 
 
-def screen(snapshot: Snapshot, history: History, width: int, height: int) -> RenderableType:
+def _picture(looks: Looks, controls: Controls, width: int, height: int) -> RenderableType:
+    if controls.helping:
+        return Panel(Text(HELP.format(sorts=", ".join(SORTS))), title="mpmm top", title_align="left")
+    foot = Text(controls.footer(), style="dim", no_wrap=True, overflow="ellipsis")
+    if looks.snapshot is None:
+        return Group(Text(printable(looks.notice)), foot)
+    notice = [Text(line, style="reverse") for line in wrapped(printable(looks.notice), width) if line]
+    picture = screen(looks.snapshot, looks.history, width, height - 1 - len(notice), controls)
+    return Group(*notice, picture, foot)
+
+
+def screen(
+    snapshot: Snapshot, history: History, width: int, height: int, controls: Controls | None = None
+) -> RenderableType:
     """Return what fills a terminal of so many columns and lines; the tables share what the rest leaves."""
+    controls = controls or Controls()
     snapshot = for_people(snapshot)
     said = findings(snapshot)
     head = [Text(line, no_wrap=True, overflow="ellipsis") for line in headline(snapshot)]
@@ -122,7 +168,7 @@ def screen(snapshot: Snapshot, history: History, width: int, height: int) -> Ren
     tables: list[Section[Any]] = [waiting(snapshot), copies(snapshot), models(snapshot), evictions(snapshot)]
     left = height - len(head) - len(device_lines) - 2
     shown: list[RenderableType] = []
-    for place, section in enumerate(tables):
+    for place, section in enumerate(map(controls.arranged, tables)):
         # What one table leaves of its share the next ones have.
         room = max(1, left // (len(tables) - place) - HEAD_LINES)
         rows = min(room, max(1, len(section.items)))

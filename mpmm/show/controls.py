@@ -1,0 +1,153 @@
+"""What the keys of `mpmm top` do: sorting, filtering, pausing, help; and how single keys are read from a terminal."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from mpmm.shared_state.snapshot import InstanceInfo, ModelInfo
+from mpmm.show.screen import Section
+
+__all__ = ["HELP", "SORTS", "Controls", "single_keys"]
+
+HELP = """\
+q, Ctrl-C  end; the last picture stays on the terminal
+h, ?       this help, and back
+space      hold the picture, and go on
+s          sort copies and models by the next of:
+           {sorts}
+r          sort the other way round
+/          type a text: rows whose model has it in its tag, or whose
+           process has that pid; Enter ends typing, Esc shows all again
+
+bar        █ used  ▓ reserved for loads and leases
+           ░ on its way back from unloads  · free  │ limit
+below it   memory in use over time, a column for each look"""
+
+# By copy and by model; `state` is the order in which `mpmm inspect` has them.
+_COPY_KEYS: dict[str, Callable[[InstanceInfo], Any]] = {
+    "MB": lambda copy: -max(copy.mb, copy.reserved_mb),
+    "age": lambda copy: -copy.for_s,
+    "name": lambda copy: copy.tag,
+    "uses": lambda copy: -copy.uses,
+}
+_MODEL_KEYS: dict[str, Callable[[ModelInfo], Any]] = {
+    "MB": lambda model: -(model.estimate_mb or 0.0),
+    "age": lambda model: -model.unused_for_s,
+    "name": lambda model: model.tag,
+    "uses": lambda model: -(model.hits + model.loads),
+}
+_KEYS: dict[str, Mapping[str, Callable[[Any], Any]]] = {"copies": _COPY_KEYS, "models": _MODEL_KEYS}
+SORTS = ("state", *_COPY_KEYS)
+_BACKSPACE = "\x7f\x08"
+_ESCAPE = "\x1b"
+
+
+@dataclass
+class Controls:
+    """What the user has chosen so far. typing: keys are letters of the filter."""
+
+    sort: str = SORTS[0]
+    backwards: bool = False
+    filter: str = ""
+    typing: bool = False
+    paused: bool = False
+    helping: bool = False
+
+    def press(self, key: str) -> bool:
+        """Take a key; return whether it ends the program. An unknown one does nothing."""
+        if self.typing:
+            self._type(key)
+        elif key == "q":
+            return True
+        elif key in ("h", "?"):
+            self.helping = not self.helping
+        elif key == " ":
+            self.paused = not self.paused
+        elif key == "s":
+            self.sort = SORTS[(SORTS.index(self.sort) + 1) % len(SORTS)]
+        elif key == "r":
+            self.backwards = not self.backwards
+        elif key == "/":
+            self.typing, self.helping = True, False
+        elif key == _ESCAPE:
+            self.filter, self.helping = "", False
+        return False
+
+    def _type(self, key: str) -> None:
+        if key in ("\r", "\n"):
+            self.typing = False
+        elif key == _ESCAPE:
+            self.typing, self.filter = False, ""
+        elif key in _BACKSPACE:
+            self.filter = self.filter[:-1]
+        elif key.isprintable():
+            self.filter += key
+
+    def arranged(self, section: Section[Any]) -> Section[Any]:
+        """Return a section with the rows that are wanted, in the order that is wanted."""
+        items = [item for item in section.items if self._wants(item)]
+        keys = _KEYS.get(section.title, {})
+        if self.sort in keys:
+            items.sort(key=keys[self.sort])
+        if self.backwards and keys:
+            items.reverse()
+        title = section.title
+        if self.filter:
+            title += f" with {self.filter!r}: {len(items)} of {len(section.items)}"
+        return replace(section, items=items, title=title)
+
+    def _wants(self, item: Any) -> bool:
+        wanted = self.filter.casefold()
+        return not wanted or wanted in (item.tag or "").casefold() or wanted == str(getattr(item, "pid", ""))
+
+    def footer(self) -> str:
+        """Return the line that says what the keys do and what is chosen."""
+        if self.typing:
+            return f"filter: {self.filter}_   (Enter keeps it, Esc shows all rows)"
+        parts = ["q end", "h help", f"s sort: {self.sort}{', reversed' if self.backwards else ''}"]
+        parts.append(f"/ filter: {self.filter}" if self.filter else "/ filter")
+        return "  ".join([*parts, "space: go on (held)" if self.paused else "space hold"])
+
+
+@contextlib.contextmanager
+def single_keys() -> Iterator[Callable[[float], str]]:
+    """Read single keys; yield what waits some seconds for any, and returns those that came, one character each.
+
+    A key that sends an escape sequence, as arrows do, is none. Without a terminal to read from no key ever comes.
+    """
+    if not sys.stdin.isatty():
+        yield _no_keys
+        return
+    import termios
+    import tty
+
+    descriptor = sys.stdin.fileno()
+    before = termios.tcgetattr(descriptor)
+
+    def wait(seconds: float) -> str:
+        if not select.select([descriptor], [], [], seconds)[0]:
+            return ""
+        typed = os.read(descriptor, 1024)
+        if not typed:
+            # The terminal is gone, and would be ready for ever.
+            raise KeyboardInterrupt
+        keys = typed.decode("utf-8", "ignore")
+        return "" if len(keys) > 1 and keys[0] == _ESCAPE else keys
+
+    try:
+        tty.setcbreak(descriptor)
+        yield wait
+    finally:
+        termios.tcsetattr(descriptor, termios.TCSADRAIN, before)
+
+
+def _no_keys(seconds: float) -> str:
+    time.sleep(seconds)
+    return ""
