@@ -53,6 +53,7 @@ from mpmm.errors import (
     SegmentLostError,
     ServerStartError,
     SharedObjectReleasedError,
+    SuspendError,
     TableFullError,
     UnloadTimeoutError,
 )
@@ -99,6 +100,7 @@ __all__ = [
     "SegmentLostError",
     "ServerStartError",
     "SharedObjectReleasedError",
+    "SuspendError",
     "TableFullError",
     "UnloadTimeoutError",
     "__version__",

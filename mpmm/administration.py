@@ -25,7 +25,9 @@ __all__ = ["Unload", "change_settings", "pin_for_all", "unload_model", "unpin_fo
 
 # How often one who waits looks whether the copies are gone.
 LOOK_S = 0.01
-_STAYING = (Instance.IDLE, Instance.ACTIVE, Instance.LOADING)
+# What goes first stands first.
+_LOADED = (Instance.IDLE, Instance.ACTIVE, Instance.LOADING, Instance.RESUMING)
+_STAYING = (Instance.SUSPENDED, Instance.SUSPENDING, *_LOADED)
 
 
 class Unload(NamedTuple):
@@ -61,7 +63,7 @@ def unload_model(namespace: Namespace, scheduler: Scheduler, tag: str) -> Unload
             if before is None:
                 before = namespace.segment.words[Header.NEXT_GENERATION]
             model = namespace.tables.model_row(tag)
-            rows = [] if model is None else _staying(namespace, model, before)
+            rows = [] if model is None else _staying(namespace, model, before, _STAYING)
             unloaded = _unload(namespace, t, rows)
             copies += unloaded
             done = unloaded == len(rows)
@@ -69,17 +71,17 @@ def unload_model(namespace: Namespace, scheduler: Scheduler, tag: str) -> Unload
     return Unload(tag, copies, before or 0)
 
 
-def _staying(namespace: Namespace, model: int, before: int) -> list[int]:
-    """Return the copies of a model, older than a generation, that nobody has told to go; idle ones first."""
+def _staying(namespace: Namespace, model: int, before: int, states: tuple[int, ...]) -> list[int]:
+    """Return the copies of a model in some states, older than a generation and not told to go, in that order."""
     words, tables = namespace.segment.words, namespace.tables
     starts = [
         (row, tables.instance(row))
         for row in tables.rows_where(namespace.segment.layout.instances, Instance.MODEL, model)
     ]
     found = [
-        (_STAYING.index(words[at]), words[at + Instance.SINCE], row)
+        (states.index(words[at]), words[at + Instance.SINCE], row)
         for row, at in starts
-        if words[at] in _STAYING and not words[at + Instance.DOOMED] and words[at + Instance.GENERATION] < before
+        if words[at] in states and not words[at + Instance.DOOMED] and words[at + Instance.GENERATION] < before
     ]
     return [row for _, _, row in sorted(found)]
 
@@ -152,7 +154,7 @@ def change_settings(namespace: Namespace, scheduler: Scheduler, changes: Mapping
 def _surplus(namespace: Namespace, most: float) -> list[int]:
     """Return the copies of all models that are more than there may be of each."""
     models = namespace.tables.model_rows()
-    staying = (_staying(namespace, model, namespace.segment.words[Header.NEXT_GENERATION]) for model in models)
+    staying = (_staying(namespace, model, namespace.segment.words[Header.NEXT_GENERATION], _LOADED) for model in models)
     return [row for rows in staying for row in rows[: max(0, len(rows) - int(min(most, len(rows))))]]
 
 

@@ -255,7 +255,8 @@ class SharedBoard:
                 transitions.note_processes(t, True)
                 self._end_isolations(t)
             if measured or complete_rows:
-                self._measure_members(t, measured, fresh_rows, complete_rows)
+                taken_ns = min(sample.taken_ns for sample in samples)
+                self._measure_members(t, measured, fresh_rows, complete_rows, taken_ns)
                 self._share_out(t, taken)
             for row, used_mb, sample in news:
                 transitions.sample(t, row, used_mb, sample.taken_ns, sample.done_ns)
@@ -282,7 +283,12 @@ class SharedBoard:
         return any(words[tables.member(slot) + Member.PID] in parts for slot in tables.used_members())
 
     def _measure_members(
-        self, t: Transaction, measured: Mapping[int, Mapping[int, float]], fresh_rows: int, complete_rows: int
+        self,
+        t: Transaction,
+        measured: Mapping[int, Mapping[int, float]],
+        fresh_rows: int,
+        complete_rows: int,
+        taken_ns: int,
     ) -> None:
         """Record what each member takes, by pid and device; who had memory and is on no list of a device has none."""
         words, floats, tables = self._namespace.segment.words, self._namespace.segment.floats, self._namespace.tables
@@ -291,9 +297,9 @@ class SharedBoard:
             pid, instance = words[at + Member.PID], words[at + Member.INSTANCE]
             devices = words[tables.instance(instance - 1) + Instance.DEVICES] if instance else 0
             if pid in measured and not devices & ~fresh_rows:
-                self._namespace.transitions.measure(t, slot, measured[pid])
+                self._namespace.transitions.measure(t, slot, measured[pid], taken_ns)
             elif pid not in measured and floats[at + Member.MEASURED_MB] > 0 and not devices & ~complete_rows:
-                self._namespace.transitions.measure(t, slot, {})
+                self._namespace.transitions.measure(t, slot, {}, taken_ns)
 
     def stats(self) -> tuple[float, float, float]:
         """Return (current, peak, total) in MB, summed over the devices that this process sees."""

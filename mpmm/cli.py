@@ -16,6 +16,8 @@
     mpmm pin TAG, mpmm unpin TAG  keep the idle copies of a model, in all processes, until unpin
     mpmm preload TAG MODULE:FUNCTION
                                   load a model in a server process, for all processes
+    mpmm suspend TAG, mpmm resume TAG
+                                  move a model's idle copies into host memory, and back
     mpmm settings                 show the settings; `settings set NAME VALUE` changes one for all processes
     mpmm reset NAMESPACE          unload everything and send all waiters away; asks at a terminal unless --yes is given
     mpmm prune                    remove what crashed processes have left; --dry-run only shows it
@@ -167,6 +169,13 @@ def _parser() -> argparse.ArgumentParser:
     reset = commands.add_parser("reset", help="unload everything, send all waiters away")
     reset.add_argument("namespace")
     reset.add_argument("-y", "--yes", action="store_true", help="do not ask at a terminal")
+    for name, what in (
+        ("suspend", "move a model's idle copies into host memory, as far as they can be suspended"),
+        ("resume", "move a model's suspended copies back to their devices"),
+    ):
+        command = commands.add_parser(name, help=what)
+        command.add_argument("tag")
+        command.add_argument("namespace", nargs="?", help="default: the only one there is")
     prune = commands.add_parser("prune", help="remove segments and folders that crashed processes have left")
     prune.add_argument("--dry-run", action="store_true", help="show what would be removed, and remove nothing")
     run = commands.add_parser(
@@ -418,6 +427,24 @@ def _reset(options: argparse.Namespace, root: Path | None) -> int:
     return 0
 
 
+def _move(options: argparse.Namespace, root: Path | None) -> int:
+    """Suspend or resume the copies of a model; the exit status is 1 if there were none."""
+    import logging
+
+    from mpmm.model_manager import ModelManager
+
+    namespace = _namespace(options, root)
+    read_snapshot(namespace, root, events=False)
+    # That our defaults are not the namespace's settings is nothing to report.
+    logging.getLogger("mpmm").setLevel(logging.ERROR)
+    with ModelManager(namespace=namespace, runtime_root=root) as manager:
+        suspends = options.command == "suspend"
+        moved = manager.suspend(options.tag) if suspends else manager.resume(options.tag)
+    done = "suspended" if suspends else "resumed"
+    print(f"{namespace}: {moved} cop{'y' if moved == 1 else 'ies'} of {printable(options.tag)} {done}")
+    return 0 if moved else EXIT_PROBLEM
+
+
 def _prune(options: argparse.Namespace, root: Path | None) -> int:
     from mpmm.shared_state.leftovers import prune
 
@@ -440,6 +467,8 @@ _COMMANDS = {
     "metrics": _metrics,
     "check": _check,
     "reset": _reset,
+    "suspend": _move,
+    "resume": _move,
     "prune": _prune,
 }
 

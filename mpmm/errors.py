@@ -35,6 +35,7 @@ __all__ = [
     "SegmentLostError",
     "ServerStartError",
     "SharedObjectReleasedError",
+    "SuspendError",
     "TableFullError",
     "UnloadTimeoutError",
 ]
@@ -168,6 +169,12 @@ class LoadTimeoutError(MpmmError, TimeoutError):
 
     tag: str
     timeout_seconds: float
+
+
+class SuspendError(MpmmError, RuntimeError):
+    """A copy could not be suspended or resumed. Attribute: `tag`."""
+
+    tag: str
 
 
 class NotAcquiredError(MpmmError, ValueError):

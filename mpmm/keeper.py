@@ -226,6 +226,7 @@ class Keeper:
                     self._worker.scheduler.advance(t)
             self._expire_returns()
             self._worker.hand_late_unloads_over()
+            self._worker.suspender.end_overdue()
             if time.monotonic() >= self._poll_due:
                 self._poll_due = time.monotonic() + self._namespace.settings.poll_interval
                 self._poll()
@@ -376,14 +377,20 @@ class Keeper:
         if math.isinf(limit):
             return
         words, tables, layout = namespace.segment.words, namespace.tables, namespace.segment.layout
-        for row in tables.rows_where(layout.instances, Instance.STATE, Instance.IDLE):
+        rows = tables.rows_where(layout.instances, Instance.STATE, Instance.IDLE)
+        # These have been idle before; in the host they are kept for as long again.
+        rows += tables.rows_where(layout.instances, Instance.STATE, Instance.SUSPENDED)
+        for row in rows:
             at = tables.instance(row)
             pinned = words[tables.model(words[at + Instance.MODEL]) + Model.PINS]
             if t.is_long:
                 # The next poll unloads the rest.
                 return
             if not pinned and (time.monotonic_ns() - words[at + Instance.SINCE]) / 1e9 > limit:
-                namespace.transitions.begin_unload(t, row, namespace.slot, evicted=False)
+                if words[at] == Instance.IDLE:
+                    namespace.transitions.begin_unload(t, row, namespace.slot, evicted=False)
+                else:
+                    namespace.transitions.suspensions.drop(t, row, namespace.slot)
 
     def _learn(self, t: Transaction) -> dict[str, float]:
         """Take the figures of the last sample into the estimates, or into the observations for NNLS."""

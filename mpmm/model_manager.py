@@ -186,6 +186,8 @@ class _Booking(NamedTuple):
     row: int
     generation: int
     alone: bool
+    # It is no load: the copy is suspended, and is to be resumed.
+    resumes: bool = False
 
 
 @dataclass
@@ -324,6 +326,7 @@ class ModelManager(BeamNames):
         load_timeout_seconds: float = math.inf,
         max_model_copies: int | None = None,
         idle_ttl_seconds: float | None = None,
+        suspend_budget_mb: float | None = None,
         devices: Sequence[int | str] | None = None,
         estimates_path: str | os.PathLike[str] | None = None,
         capacities: Capacities | None = None,
@@ -356,6 +359,9 @@ class ModelManager(BeamNames):
         max_model_copies: copies of one model that may be loaded at a time, None for any number.
         idle_ttl_seconds: a copy that nobody has used for so long, and whose model is not pinned, is unloaded; None
             keeps it until others need the room.
+        suspend_budget_mb: host memory in which evicted copies may be kept suspended, from where they are back sooner
+            than by a load, see `mpmm.suspend`; None for half of what the host has left when the namespace is created,
+            0 for none.
         devices: indices or uuids of the devices to manage, all by default.
         estimates_path: file that keeps the estimates from run to run, see `mpmm.kept_estimates`; None stands for
             `$MPMM_ESTIMATES_PATH`, and without that for none. The first manager of a process decides for the process.
@@ -386,6 +392,7 @@ class ModelManager(BeamNames):
             load_timeout_seconds=load_timeout_seconds,
             max_model_copies=math.inf if max_model_copies is None else max_model_copies,
             idle_ttl_seconds=math.inf if idle_ttl_seconds is None else idle_ttl_seconds,
+            suspend_budget_mb=math.inf if suspend_budget_mb is None else suspend_budget_mb,
         )
         self._verbose_logging = verbose_logging
         if monitor is not None and (
@@ -985,6 +992,63 @@ class ModelManager(BeamNames):
         finally:
             worker.end(operation)
 
+    @_closed_by_shutdown
+    def suspend(self, tag: str) -> int:
+        """Suspend the idle copies of a model, as far as they can be; return how many are. See `mpmm.suspend`.
+
+        Whoever asks for the model has one resumed, and so does `resume`. Copies in use stay as they are; so do those
+        for which the host has no room, unless others that were suspended before can be dropped for them.
+
+        Raises InvalidArgumentError, ClosedError, LockTimeoutError.
+        """
+        _encoded_tag(tag)
+        return self._connected().suspender.suspend_idle(tag)
+
+    @_closed_by_shutdown
+    def resume(self, tag: str, *, timeout_seconds: float | None = None) -> int:
+        """Resume the suspended copies of a model that this process can use; return how many are, and idle now.
+
+        They wait their turn like a preload, and room is made for them. timeout_seconds: for each of them; None stands
+        for `wait_timeout_seconds`.
+
+        Raises AcquireTimeoutError, NamespaceResetError, TableFullError, InvalidArgumentError, ClosedError,
+        LockTimeoutError.
+        """
+        _encoded_tag(tag)
+        patience = self._patience(timeout_seconds)
+        worker = self._connected()
+        operation = worker.begin(sys._getframe())
+        try:
+            resumed = self._resume_all(worker, operation, tag, patience)
+        except BaseException:
+            worker.abandon(operation)
+            raise
+        worker.end(operation)
+        return resumed
+
+    def _resume_all(self, worker: Worker, operation: Operation, tag: str, patience: float) -> int:
+        resumed = 0
+        while worker.suspender.suspended_of(tag):
+            wanted = worker.suspender.loaded_of(tag) + 1
+            with self._giving_up_in_time(worker, tag):
+                answer = self._queue(worker, operation, tag, time.monotonic() + patience, preload=wanted)
+            if not isinstance(answer, _Booking):
+                break
+            if not answer.resumes:
+                # Somebody else was quicker, and a load is not what was asked for.
+                self._give_up_load(worker, answer)
+                operation.booking = None
+                break
+            if not worker.suspender.resume(answer.row, answer.generation):
+                operation.booking = None
+                continue
+            with worker.namespace.transaction() as t:
+                if worker.suspender.end_resume(t, answer.row, answer.generation):
+                    worker.scheduler.release(t, answer.row, used=False)
+                    resumed += 1
+            operation.booking = None
+        return resumed
+
     @property
     def namespace(self) -> str:
         """Name of the namespace."""
@@ -1046,7 +1110,7 @@ class ModelManager(BeamNames):
 
     def __reduce__(self) -> tuple[Any, ...]:
         values = {field.name: getattr(self._settings, field.name) for field in fields(Settings)}
-        for name in ("memory_budget_mb", "max_model_copies", "idle_ttl_seconds"):
+        for name in ("memory_budget_mb", "max_model_copies", "idle_ttl_seconds", "suspend_budget_mb"):
             values[name] = None if math.isinf(values[name]) else values[name]
         for name in ("min_data_points", "min_model_copies"):
             values[name] = int(values[name])
@@ -1343,7 +1407,8 @@ class ModelManager(BeamNames):
                 if state == Ticket.LOAD:
                     generation = words[tables.instance(instance) + Instance.GENERATION]
                     operation.booking = (instance, generation)
-                    return _Booking(instance, generation, namespace.transitions.runs_alone(instance))
+                    resumes = words[tables.instance(instance)] == Instance.RESUMING
+                    return _Booking(instance, generation, namespace.transitions.runs_alone(instance), resumes)
         except LockTimeoutError:
             # Else what was granted would stay ours for ever, unknown to everybody here.
             worker.owe(functools.partial(worker.leave_if_there, operation.ticket))
@@ -1461,6 +1526,8 @@ class ModelManager(BeamNames):
         """
         devices = worker.namespace.segment.words[worker.namespace.tables.instance(booking.row) + Instance.DEVICES]
         places = wish.devices or worker.board.visible_bits()
+        if booking.resumes:
+            return self._resume_somehow(worker, operation, tag, booking, loader_func, wish, preload)
         attempt = _Attempt(places, last=False)
         try:
             return self._load(worker, operation, tag, booking, loader_func, attempt)
@@ -1485,7 +1552,40 @@ class ModelManager(BeamNames):
         del failure
         if not isinstance(answer, _Booking):
             return answer.value
+        if answer.resumes:
+            return self._resume_somehow(worker, operation, tag, answer, loader_func, wish, preload)
         return self._load(worker, operation, tag, answer, loader_func, _Attempt(places, last=True))
+
+    @_closed_by_shutdown
+    def _resume_somehow(
+        self,
+        worker: Worker,
+        operation: Operation,
+        tag: str,
+        booking: _Booking,
+        loader_func: Callable[[], Any],
+        wish: Wish,
+        preload: int,
+    ) -> Any:
+        """Resume a copy and return it; where that fails, queue again for another one, or for a load."""
+        while booking.resumes:
+            resumed = worker.suspender.resume(booking.row, booking.generation)
+            with worker.namespace.transaction() as t:
+                if resumed and worker.suspender.end_resume(t, booking.row, booking.generation):
+                    copy = worker.hold(booking.row, tag, operation)
+                    operation.booking = None
+                    worker.scheduler.advance(t)
+                    return copy.value
+            operation.booking = None
+            if preload:
+                deadline = time.monotonic() + self._settings.wait_timeout_seconds
+                answer = self._queue(worker, operation, tag, deadline, wish, preload)
+            else:
+                answer = self._get(worker, operation, tag, wish)
+            if not isinstance(answer, _Booking):
+                return None if answer is None else answer.value
+            booking = answer
+        return self._load_somehow(worker, operation, tag, booking, loader_func, wish, preload)
 
     @_closed_by_shutdown
     def _load(
@@ -1519,6 +1619,8 @@ class ModelManager(BeamNames):
                     value = loader_func()
             finally:
                 worker.thread.loads.remove((booking.row, booking.generation))
+            if isinstance(value, str):
+                worker.suspender.wake(value, tag)
             copy = self._book_in(worker, operation, tag, booking, value, growth)
         except BaseException as error:
             ran_out = is_out_of_memory(error)
@@ -1561,6 +1663,7 @@ class ModelManager(BeamNames):
         seen = worker.sample_after_load(booking.row)
         grown_mb = growth.mb() if seen and not isinstance(value, str) else 0.0
         learnt: Estimate | None = None
+        way = worker.suspender.way_of(value)
         with namespace.transaction() as t:
             at = tables.instance(booking.row)
             if not self._still_loading(worker, booking):
@@ -1587,6 +1690,8 @@ class ModelManager(BeamNames):
             is_twin = namespace.transitions.end_load(
                 t, booking.row, handle, mb, server, server_pid is not None, shares_mb
             )
+            if way:
+                namespace.transitions.suspensions.note_way(t, booking.row, way)
             if is_twin:
                 worker.warn_of_twins(t, tag, value)
             if words[tables.model(model) + Model.KNOWN]:

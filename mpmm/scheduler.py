@@ -37,6 +37,7 @@ from mpmm.policy.out_of_memory import MORE_MB
 from mpmm.policy.plan import make_plan
 from mpmm.policy.reasons import explain
 from mpmm.policy.sharing import remaining_s
+from mpmm.policy.suspension import resume_s
 from mpmm.policy.view import (
     Busy,
     Decision,
@@ -50,7 +51,9 @@ from mpmm.policy.view import (
     Placed,
     Reason,
     Refuse,
+    Resume,
     Rules,
+    Suspended,
     TicketView,
     View,
     Wait,
@@ -62,6 +65,7 @@ from mpmm.shared_state.futex import wake_one, yield_processor
 from mpmm.shared_state.layout import Device, Header, Instance, Model, Ticket, device_bits, device_rows
 from mpmm.shared_state.namespace import Namespace
 from mpmm.shared_state.transaction import Transaction
+from mpmm.suspend.books import SuspensionBooks
 
 __all__ = ["Copies", "Scheduler"]
 
@@ -97,6 +101,8 @@ class Copies:
     idle: list[Idle] = field(default_factory=list)
     busy: list[Busy] = field(default_factory=list)
     leases: list[Placed] = field(default_factory=list)
+    suspended: list[Suspended] = field(default_factory=list)
+    suspending: defaultdict[int, int] = field(default_factory=lambda: defaultdict(int))
     shared: defaultdict[int, int] = field(default_factory=lambda: defaultdict(int))
     owned: defaultdict[int, defaultdict[int, int]] = field(default_factory=_counts)
     loading: defaultdict[int, defaultdict[int, int]] = field(default_factory=_counts)
@@ -141,6 +147,7 @@ class Scheduler:
         self._segment = namespace.segment
         self._layout = namespace.segment.layout
         self._makes_way_from = 0.0
+        self.suspension = SuspensionBooks(namespace, lambda model: self.rate(model))
         # Called without the lock when `advance` has stopped before its end, to have it called again.
         self.go_on: Callable[[], object] = lambda: None
 
@@ -243,13 +250,18 @@ class Scheduler:
 
     def _requests(self, model: int) -> int:
         words, at = self._segment.words, self._tables.model(model)
-        counts = (Model.HITS, Model.LOADS, Model.LOADING, Model.WAITING)
+        counts = (Model.HITS, Model.LOADS, Model.RESUMES, Model.LOADING, Model.WAITING)
         return sum(words[at + count] for count in counts)
 
     def _demand(self, model: int) -> Demand:
         words, at = self._segment.words, self._tables.model(model)
         gap_s = self._segment.floats[at + Model.GAP_S]
         return Demand(gap_s, words[at + Model.REQUESTS], words[at + Model.REQUESTED_AT] / 1e9)
+
+    def rate(self, model: int) -> float:
+        """Return how often a model (row) is asked for, per second."""
+        now_s = time.monotonic_ns() / 1e9
+        return self._demand(model).counted(self._requests(model), now_s).per_second(now_s)
 
     def _all_isolated(self) -> bool:
         """Tell whether a copy runs alone on every device."""
@@ -385,7 +397,7 @@ class Scheduler:
         now = time.monotonic_ns()
         tickets = self._tickets(Counter(copy.model for copy in copies.idle))
         wanted = {ticket.model for ticket in tickets} | {copy.model for copy in copies.busy}
-        wanted |= set(copies.shared) | set(copies.owned)
+        wanted |= set(copies.shared) | set(copies.owned) | {copy.model for copy in copies.suspended}
         return View(
             now_s=now / 1e9,
             rules=Rules(
@@ -403,6 +415,7 @@ class Scheduler:
             devices=self.device_views(copies),
             busy=tuple(copies.busy),
             leases=tuple(copies.leases),
+            suspended=tuple(sorted(copies.suspended, key=lambda copy: -copy.since_s)),
         )
 
     def read_copies(self) -> Copies:
@@ -429,9 +442,9 @@ class Scheduler:
                 shares = tuple((other, share_mb) for other, _ in beside)
                 copies.leases.append(Placed(row, model, device, share_mb, beside=shares))
                 continue
-            leaves = state in (Instance.ACTIVE, Instance.LOADING) and words[at + Instance.DOOMED]
+            leaves = state in (Instance.ACTIVE, Instance.LOADING, Instance.RESUMING) and words[at + Instance.DOOMED]
             copies.leaving[model] += bool(leaves)
-            if state == Instance.LOADING:
+            if state in (Instance.LOADING, Instance.RESUMING):
                 copies.loading[model][holder] += not leaves
                 copies.newest_load[model] = max(since, copies.newest_load.get(model, 0))
                 free_in_s = self._free_in_s(model, since, now, loading=True)
@@ -440,15 +453,20 @@ class Scheduler:
                 copies.booked_mb[device] += mb
                 for other, share_mb in beside:
                     copies.booked_mb[other] += share_mb
-            if state == Instance.UNLOADING:
+            if state == Instance.SUSPENDED:
+                copies.suspended.append(self._suspended(row, model, device, beside, since, owner))
+                continue
+            if state == Instance.SUSPENDING:
+                copies.suspending[model] += 1
+            if state in (Instance.UNLOADING, Instance.SUSPENDING):
                 # The memory of an unload that is late is in use, and nobody counts on it.
                 late = words[at + Instance.UNLOAD_LATE]
                 for other, share_mb in () if late else ((device, mb), *beside):
                     copies.unloading[other] += 1
                     copies.unloading_mb[other] += share_mb
-            elif state != Instance.LOADING and owner:
+            elif state in (Instance.ACTIVE, Instance.IDLE) and owner:
                 copies.owned[model][owner] += not leaves
-            elif state != Instance.LOADING:
+            elif state in (Instance.ACTIVE, Instance.IDLE):
                 copies.shared[model] += not leaves
             if state == Instance.IDLE:
                 copies.idle.append(Idle(row, model, device, mb, since / 1e9, owner or None, pinned, beside=beside))
@@ -461,6 +479,14 @@ class Scheduler:
             elif reserved:
                 self._share_out(copies.reserved_mb, device, beside, reserved)
         return copies
+
+    def _suspended(
+        self, row: int, model: int, device: int, beside: Sequence[tuple[int, float]], since_ns: int, owner: int
+    ) -> Suspended:
+        share_mb = self._segment.floats[self._tables.instance(row) + Instance.DEVICE_MB] / (1 + len(beside))
+        others = tuple((other, share_mb) for other, _ in beside)
+        resumes_in_s = resume_s(self.suspension.movable(row))
+        return Suspended(row, model, device, share_mb, since_ns / 1e9, owner or None, resumes_in_s, beside=others)
 
     @staticmethod
     def _share_out(figures: dict[int, float], device: int, beside: Sequence[tuple[int, float]], mb: float) -> None:
@@ -578,6 +604,8 @@ class Scheduler:
             failed_ago_s=(now_ns - words[at + Model.FAILED_AT]) / 1e9,
             leaving=copies.leaving[model],
             superseded=bool(words[at + Model.SUPERSEDED]),
+            suspending=copies.suspending[model],
+            resume_s=floats[at + Model.RESUME_S],
         )
 
     def _tickets(self, idle_of_model: Mapping[int, int]) -> tuple[TicketView, ...]:
@@ -611,13 +639,15 @@ class Scheduler:
         rows = self._tables.view(self._layout.instances)
         if np.any((rows[:, Instance.STATE] == Instance.UNLOADING) & (rows[:, Instance.UNLOAD_LATE] == 0)):
             return True
+        at = self._tables.ticket(ticket)
+        unloader, model = self._segment.words[at + Ticket.MEMBER] - 1, self._segment.words[at + Ticket.MODEL]
+        if self.suspension.drop_oldest(t, unloader, Cause(Reason.NO_ROW, other=model + 1)):
+            return True
         pinned = self._tables.view(self._layout.models)[:, Model.PINS] > 0
         idle = np.flatnonzero(rows[:, Instance.STATE] == Instance.IDLE)
         idle = idle[~pinned[rows[idle, Instance.MODEL]]]
         if not len(idle):
             return False
-        at = self._tables.ticket(ticket)
-        unloader, model = self._segment.words[at + Ticket.MEMBER] - 1, self._segment.words[at + Ticket.MODEL]
         oldest = int(idle[np.argmin(rows[idle, Instance.SINCE])])
         self._namespace.transitions.begin_unload(t, oldest, unloader, True, Cause(Reason.NO_ROW, other=model + 1))
         return True
@@ -634,7 +664,12 @@ class Scheduler:
         # What a stuck process should unload may hold its row for ever.
         stuck = copies[(copies[:, Instance.STATE] == Instance.UNLOADING) & (copies[:, Instance.UNLOAD_LATE] != 0)]
         unwanted[stuck[:, Instance.MODEL]] = False
-        if np.any(unwanted & (models[:, Model.IDLE] == 0)):
+        suspended = unwanted & (models[:, Model.SUSPENDED] > 0)
+        if np.any(unwanted & (models[:, Model.IDLE] == 0) & ~suspended):
+            return True
+        if np.any(suspended):
+            # What is being suspended can go once that has ended.
+            self.suspension.drop_oldest(t, unloader, Cause(Reason.NO_ROW))
             return True
         idle = np.flatnonzero(copies[:, Instance.STATE] == Instance.IDLE)
         last_used = np.zeros(len(models), dtype=np.uint64)
@@ -656,6 +691,10 @@ class Scheduler:
                 # If not, it has just gone to make room in the table of copies, which the plan does not know of.
                 if self._is_idle(instance):
                     transitions.grant(t, ticket, instance, _cause(why))
+            case Resume(ticket, instance, why):
+                # If not, it has just been dropped to make room in the host for another one.
+                if self._segment.words[self._tables.instance(instance)] == Instance.SUSPENDED:
+                    transitions.suspensions.allow_resume(t, ticket, instance, _cause(why))
             case Load(ticket, devices, need_mb, alone, why):
                 try:
                     transitions.allow_load(t, ticket, device_bits(devices), need_mb, alone, _cause(why))
@@ -675,7 +714,7 @@ class Scheduler:
                         # Its memory is not on its way, so the next plan evicts the rest.
                         break
                     # (A twin has gone with the one before it.)
-                    transitions.begin_unload(t, instance, unloader, True, cause)
+                    self.suspension.evict(t, instance, unloader, cause)
                 if passed:
                     transitions.let_pass(t, ticket)
                 self._note_wait(t, ticket, replace(why, reason=Reason.UNLOADING), first=True)

@@ -44,6 +44,7 @@ from mpmm.shared_state.layout import Device, Header, Instance, Member, Model, Ti
 from mpmm.shared_state.namespace import Namespace, remove_deserted
 from mpmm.shared_state.transaction import Transaction
 from mpmm.sources import MemorySource, process_knowledge
+from mpmm.suspend.suspender import Suspender
 
 __all__ = [
     *("NOW_S", "UNLOAD_LOOK_S", "Copy", "Free", "Growth", "LookAgain", "ServerDuty", "Worker"),
@@ -264,6 +265,7 @@ class Worker:
         self.scheduler = Scheduler(namespace)
         self.scheduler.go_on = self._owe_an_advance
         self.board = SharedBoard(namespace, self.scheduler)
+        self.suspender = Suspender(self)
         self.estimator = SharedResourceEstimator(namespace, verbose_logging)
         # By identity: a manager that an exception kept from being taken off is taken off once all the same.
         self.manager_ids: set[int] = set()
@@ -807,6 +809,8 @@ class Worker:
             if (words[at + Instance.GENERATION], words[at + Instance.HOLDER]) == (generation, self.namespace.reference):
                 if words[at] == Instance.LOADING:
                     transitions.give_up_load(t, row)
+                elif words[at] == Instance.RESUMING:
+                    transitions.suspensions.turn_back(t, row, self.namespace.reference)
                 elif words[at] == Instance.LEASED:
                     transitions.end_lease(t, row)
 
@@ -944,14 +948,14 @@ class Worker:
         return any(row not in self._unloading for row, _ in self._assigned())
 
     def _assigned(self) -> list[tuple[int, int]]:
-        """Return row and generation of the copies that this process has to unload."""
+        """Return row and generation of the copies that this process has to unload, or to suspend."""
         words, tables = self.namespace.segment.words, self.namespace.tables
         ours = tables.rows_where(self.namespace.segment.layout.instances, Instance.HOLDER, self.namespace.reference)
         starts = [(row, tables.instance(row)) for row in ours]
         return [
             (row, words[at + Instance.GENERATION])
             for row, at in starts
-            if words[at + Instance.STATE] == Instance.UNLOADING
+            if words[at + Instance.STATE] in (Instance.UNLOADING, Instance.SUSPENDING)
         ]
 
     def unload_assigned(self) -> None:
@@ -1123,7 +1127,7 @@ class Worker:
             for other in tables.on_device(device):
                 at = tables.instance(other)
                 pinned = words[tables.model(words[at + Instance.MODEL]) + Model.PINS]
-                if other != row and not (pinned and words[at] == Instance.IDLE):
+                if other != row and words[at] != Instance.SUSPENDED and not (pinned and words[at] == Instance.IDLE):
                     others.append(other)
         return others
 
@@ -1222,13 +1226,20 @@ class Worker:
         if words[at] != Ticket.WAITING:
             return False
         ours = set(firm)
-        rows = tables.rows_where(layout.instances, Instance.MODEL, words[at + Ticket.MODEL])
+        rows = [
+            row
+            for row in tables.rows_where(layout.instances, Instance.MODEL, words[at + Ticket.MODEL])
+            if words[tables.instance(row)] not in (Instance.SUSPENDING, Instance.SUSPENDED)
+        ]
         reason = words[at + Ticket.REASON]
         if reason == Reason.COPIES:
             return ours.issuperset(rows)
         if reason == Reason.SHARING:
             return ours.issuperset(rows) and all(words[tables.instance(row)] == Instance.LOADING for row in rows)
-        states = (Instance.ACTIVE, Instance.LOADING, Instance.LEASED, Instance.UNLOADING)
+        states = (
+            *(Instance.ACTIVE, Instance.LOADING, Instance.LEASED, Instance.UNLOADING),
+            *(Instance.SUSPENDING, Instance.RESUMING),
+        )
         in_use = [row for row in tables.used_rows(layout.instances) if words[tables.instance(row)] in states]
         return reason == Reason.IN_USE and ours.issuperset(in_use)
 
@@ -1297,10 +1308,17 @@ class Worker:
             time.sleep(UNLOAD_LOOK_S)
 
     def _unload(self, row: int, generation: int) -> None:
-        """Unload a copy and free its row, unless another process has done so, or has been told to, meanwhile."""
+        """Unload a copy and free its row, unless another process has done so, or has been told to, meanwhile.
+
+        One that is to be suspended is.
+        """
         namespace = self.namespace
         words, tables = namespace.segment.words, namespace.tables
         at = tables.instance(row)
+        if words[at] == Instance.SUSPENDING:
+            self.suspender.suspend(row, generation)
+            self._settle()
+            return
         with namespace.transaction():
             if not self._is_unloading(at, generation) or words[at + Instance.HOLDER] != namespace.reference:
                 return

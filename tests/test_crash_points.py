@@ -27,6 +27,7 @@ import pytest
 from processes import CRASH_POINTS
 
 from mpmm import ModelManager
+from mpmm.policy.suspension import Unsuspendable, Way
 from mpmm.policy.view import Reason
 from mpmm.shared_state.events import Cause
 from mpmm.shared_state.invariants import check_invariants
@@ -36,6 +37,7 @@ from mpmm.shared_state.runtime_dir import RuntimeDirectory
 from mpmm.shared_state.segment import Segment
 from mpmm.shared_state.settings import Settings
 from mpmm.shared_state.snapshot import read_snapshot
+from mpmm.shared_state.suspensions import Suspensions
 from mpmm.shared_state.tables import Tables
 from mpmm.shared_state.transaction import Transaction, TransactionLock
 from mpmm.shared_state.transitions import Transitions
@@ -170,6 +172,30 @@ class Lab:
         """Make an instance that the victim unloads."""
         row = self.idle(tag)
         self.do(lambda t, tr: tr.begin_unload(t, row, self.victim, evicted=True))
+        return row
+
+    def sleeper(self, tag: str = "a", server: bool = False, handle: bytes = b"h") -> int:
+        """Make an idle instance that can be suspended."""
+        row = self.idle(tag, handle, server)
+        self.do(lambda t, tr: tr.suspensions.note_way(t, row, Way.COOPERATIVE))
+        return row
+
+    def suspending(self, tag: str = "a", server: bool = False) -> int:
+        """Make an instance that the victim suspends."""
+        row = self.sleeper(tag, server)
+        self.do(lambda t, tr: tr.suspensions.begin(t, row, self.victim, evicted=True))
+        return row
+
+    def suspended(self, tag: str = "a", server: bool = False) -> int:
+        """Make a suspended instance."""
+        row = self.suspending(tag, server)
+        self.do(lambda t, tr: tr.suspensions.end(t, row))
+        return row
+
+    def resuming(self, tag: str = "a", server: bool = False) -> int:
+        """Make an instance that the victim resumes."""
+        row = self.suspended(tag, server)
+        self.do(lambda t, tr: tr.suspensions.begin_resume(t, row, self.victim))
         return row
 
     def ticket(self, tag: str = "a", known: bool = True) -> int:
@@ -493,6 +519,49 @@ def scenarios() -> dict[str, Callable[[Lab], Operation]]:
         lab.do(lambda t, tr: tr.describe_devices(t, [(b"uuid-1", b"gpu 1", 1000.0)], measured=False))
         return lambda t, tr: tr.forget_stated_device(t, 1)
 
+    def reaped_while_it_moves(prepare: Callable[[Lab], int]) -> Callable[[Lab], Operation]:
+        def scenario(lab: Lab) -> Operation:
+            prepare(lab)
+            return lambda t, tr: tr.reap_member(t, lab.victim)
+
+        return scenario
+
+    def server_reaped(prepare: Callable[..., int]) -> Callable[[Lab], Operation]:
+        def scenario(lab: Lab) -> Operation:
+            prepare(lab, server=True)
+            return lambda t, tr: tr.reap_member(t, lab.server)
+
+        return scenario
+
+    def told_to_resume(lab: Lab) -> int:
+        copy, ticket = lab.suspended("a"), lab.ticket("a")
+        lab.do(lambda t, tr: tr.suspensions.allow_resume(t, ticket, copy))
+        return ticket
+
+    def dropped(lab: Lab) -> int:
+        copy = lab.suspended("a")
+        lab.do(lambda t, tr: tr.suspensions.drop(t, copy, Lab.victim))
+        return copy
+
+    def doomed(lab: Lab) -> int:
+        copy = lab.suspending("a")
+        lab.do(lambda t, tr: tr.unload(t, copy, Lab.victim))
+        return copy
+
+    def allowed_to_resume(lab: Lab) -> Operation:
+        copy, ticket = lab.suspended("a"), lab.ticket("a")
+        return lambda t, tr: tr.suspensions.allow_resume(t, ticket, copy)
+
+    def reset_suspended(lab: Lab) -> Operation:
+        lab.suspended("a")
+        lab.suspending("b")
+        lab.resuming("c")
+        return lambda t, tr: tr.reset(t)
+
+    def measured_suspended(lab: Lab) -> Operation:
+        lab.suspended("a", server=True)
+        return lambda t, tr: tr.measure(t, lab.server, {0: 5.0})
+
     def on(prepare: Callable[[Lab], int], operate: Callable[[Transaction, Transitions, int], object]) -> Any:
         def scenario(lab: Lab) -> Operation:
             row = prepare(lab)
@@ -608,14 +677,43 @@ def scenarios() -> dict[str, Callable[[Lab], Operation]]:
         "observe": observed_again,
         "observe/recycling": observed_when_full,
         "note_solution": lambda lab: lambda t, tr: tr.note_solution(t, 5),
+        "suspensions.note_way": on(Lab.idle, lambda t, tr, row: tr.suspensions.note_way(t, row, Way.COOPERATIVE)),
+        "suspensions.begin": on(Lab.sleeper, lambda t, tr, row: tr.suspensions.begin(t, row, Lab.victim, True)),
+        "suspensions.end": on(Lab.suspending, lambda t, tr, row: tr.suspensions.end(t, row)),
+        "suspensions.fail": on(
+            Lab.suspending, lambda t, tr, row: tr.suspensions.fail(t, row, Unsuspendable.SUSPEND_FAILED)
+        ),
+        "suspensions.fail/resuming": on(Lab.resuming, lambda t, tr, row: tr.suspensions.fail(t, row, None, 1)),
+        "suspensions.allow_resume": allowed_to_resume,
+        "suspensions.begin_resume": on(Lab.suspended, lambda t, tr, row: tr.suspensions.begin_resume(t, row, 1)),
+        "suspensions.end_resume": on(Lab.resuming, lambda t, tr, row: tr.suspensions.end_resume(t, row)),
+        "suspensions.cancel": on(Lab.resuming, lambda t, tr, row: tr.suspensions.cancel(t, row)),
+        "suspensions.turn_back": on(Lab.resuming, lambda t, tr, row: tr.suspensions.turn_back(t, row, 1)),
+        "suspensions.hand_over": on(Lab.suspending, lambda t, tr, row: tr.suspensions.hand_over(t, row, 0)),
+        "suspensions.drop": on(Lab.suspended, lambda t, tr, row: tr.suspensions.drop(t, row, Lab.victim)),
+        "end_unload/suspended before": on(dropped, lambda t, tr, row: tr.end_unload(t, row)),
+        "suspensions.end/doomed": on(doomed, lambda t, tr, row: tr.suspensions.end(t, row)),
+        "unload/suspended": on(Lab.suspended, lambda t, tr, row: tr.unload(t, row, Lab.victim)),
+        "leave_queue/told to resume": on(told_to_resume, lambda t, tr, row: tr.leave_queue(t, row)),
+        "reset/suspended": reset_suspended,
+        "reset/told to resume": on(told_to_resume, lambda t, tr, _: tr.reset(t)),
+        "reap_member/told to resume": reaped_while_it_moves(told_to_resume),
+        "reap_member/suspending": reaped_while_it_moves(Lab.suspending),
+        "reap_member/resuming": reaped_while_it_moves(Lab.resuming),
+        "reap_member/server suspending": server_reaped(Lab.suspending),
+        "reap_member/server suspended": server_reaped(Lab.suspended),
+        "reap_member/server resuming": server_reaped(Lab.resuming),
+        "measure/suspended": measured_suspended,
     }
 
 
 def transitions_of_the_class() -> set[str]:
-    """Return every public method of `Transitions` that takes a transaction."""
-    methods = inspect.getmembers(Transitions, inspect.isfunction)
+    """Return every public method of `Transitions`, and of its `suspensions`, that takes a transaction."""
     return {
-        name for name, method in methods if not name.startswith("_") and "t" in inspect.signature(method).parameters
+        prefix + name
+        for prefix, kind in (("", Transitions), ("suspensions.", Suspensions))
+        for name, method in inspect.getmembers(kind, inspect.isfunction)
+        if not name.startswith("_") and "t" in inspect.signature(method).parameters
     }
 
 

@@ -26,6 +26,8 @@ from mpmm.policy.view import (
     Placed,
     Reason,
     Refuse,
+    Resume,
+    Suspended,
     TicketView,
     View,
     Wait,
@@ -66,6 +68,7 @@ class _Walk:
         for copy in view.idle:
             if all(device in self._devices for device in copy.devices):
                 self._idle[copy.model].append(copy)
+        self._suspended = list(view.suspended)
         self._models = dict(view.models)
         # What that tells of models that have never been loaded.
         self._seen = seen_so_far(view.models.values())
@@ -208,17 +211,49 @@ class _Walk:
         backs_off = self._back_off(ticket, model)
         if self._isolates(ticket, model):
             return backs_off or self._isolate(ticket, model.need_mb)
+        copy = self._suspended_for(ticket)
         if ticket.preload:
-            return backs_off or self._load(ticket, model)
+            return self._resume(ticket, model, copy) or backs_off or self._load(ticket, model)
         if self._is_at_most(model):
             return backs_off or self._exchange(ticket, model)
         usable = self._for(ticket, model)
+        if copy is not None:
+            # That is what another copy costs.
+            usable = replace(usable, load_s=copy.resume_s)
         ahead = self._sharing[ticket.model]
         shared_in_s = waiting_is_sooner(usable, ticket, ahead, self._view.now_s, self._seen)
         if shared_in_s is not None:
             self._sharing[ticket.model] += 1
             return Wait(ticket.row, Reason.SHARING, Why(Reason.SHARING, seconds=shared_in_s))
-        return backs_off or self._load_alike(ticket, model)
+        if copy is None and model.suspending and not usable.copies:
+            # It was chosen for that because to suspend and to resume is quicker than a load.
+            return Wait(ticket.row, Reason.SUSPENDING, Why(Reason.SUSPENDING, seconds=model.resume_s))
+        return self._resume(ticket, model, copy) or backs_off or self._load_alike(ticket, model)
+
+    def _suspended_for(self, ticket: TicketView) -> Suspended | None:
+        """Return the suspended copy of its model that a waiter can use, the newest one; None if there is none."""
+        if not self._suspended:
+            return None
+        closed = {device.device for device in self._view.devices} - set(self._devices)
+        return next((one for one in self._suspended if _can_resume(ticket, one, closed)), None)
+
+    def _resume(self, ticket: TicketView, model: ModelView, copy: Suspended | None) -> Decision | None:
+        """Let a waiter resume a copy, or have room made for that where it lies; None if a load is to be tried."""
+        if copy is None:
+            return None
+        mb = math.fsum(copy.mb_on(device) for device in copy.devices)
+        decision = self._load(replace(ticket, devices=copy.devices, span=len(copy.devices)), _resized(model, mb))
+        if isinstance(decision, Load):
+            return self._resumes(decision, copy)
+        # Where it lies others leave no room for it. Elsewhere there may be some for another copy.
+        hopeless = isinstance(decision, Wait) and decision.reason in (Reason.LEASED, Reason.FOREIGN, Reason.PINNED)
+        return None if hopeless or isinstance(decision, Refuse) else decision
+
+    def _resumes(self, load: Load, copy: Suspended) -> Resume:
+        """Return a load that is a resume."""
+        self._suspended.remove(copy)
+        why = replace(load.why, reason=Reason.RESUMES, seconds=copy.resume_s, other=None)
+        return Resume(load.ticket, copy.row, why)
 
     def _back_off(self, ticket: TicketView, model: ModelView) -> Wait | None:
         """Let one wait whose model's last loads have failed, if something would have to go for the next; see `backoff`.
@@ -568,6 +603,10 @@ class _Walk:
             return None
         if model.usable_by(ticket.member) or presumed(model, self._seen).coming_for(ticket.member):
             return None
+        copy = self._suspended_for(ticket)
+        if copy is not None:
+            mb = math.fsum(copy.mb_on(device) for device in copy.devices)
+            ticket, model = replace(ticket, devices=copy.devices, span=len(copy.devices)), _resized(model, mb)
         slack, share_mb = self._slack, model.need_mb / ticket.span
         left = dict(zip((device.device for device in room.devices), room.left_mb, strict=True)) if room else {}
         free = []
@@ -588,7 +627,8 @@ class _Walk:
             self._room = replace(room, left_mb=left_mb)
         devices = tuple(self._devices[device.device] for device in place.devices)
         self._clock_stands = False
-        return self._book(ticket, devices, model.need_mb, Reason.BESIDE, blocked.model)
+        load = self._book(ticket, devices, model.need_mb, Reason.BESIDE, blocked.model)
+        return load if copy is None else self._resumes(load, copy)
 
     def _book(
         self,
@@ -637,6 +677,17 @@ class _Walk:
 def _can_use(ticket: TicketView, copy: Idle, closed: Set[int] = frozenset()) -> bool:
     """Tell whether a waiter's process can use a copy, and the copy lies where the waiter wants it."""
     return copy.owner in (None, ticket.member) and copy.is_within(ticket.tied) and not closed & set(copy.devices)
+
+
+def _can_resume(ticket: TicketView, copy: Suspended, closed: Set[int]) -> bool:
+    """Tell whether a waiter's process can use a suspended copy of its model, and it lies where the waiter may load."""
+    usable = copy.model == ticket.model and copy.owner in (None, ticket.member)
+    return usable and copy.is_within(ticket.tied or ticket.devices) and not closed & set(copy.devices)
+
+
+def _resized(model: ModelView, mb: float) -> ModelView:
+    """Return a model as if a copy took `mb`, which is known."""
+    return replace(model, known=True, need_mb=mb)
 
 
 def _is_of_the_many(ticket: TicketView) -> bool:

@@ -31,6 +31,8 @@ SENTENCES: dict[Reason, str] = {
     "for {time}",
     Reason.TABLE_FULL: "waits for a row in the table of copies, which is full",
     Reason.BACKING_OFF: "waits: its loads have failed, so nothing is evicted for another try for {time}",
+    Reason.SUSPENDING: "waits for its copy, which is being suspended, and is resumed then: {time}, sooner than a load",
+    Reason.RESUMES: "gets a suspended copy{on}: needs {need:.0f} MB, {free:.0f} free; it resumes in {time}",
     Reason.IDLE_COPY: "gets an idle copy",
     Reason.PASSING: "gets an idle copy, past {other}, which waits for room elsewhere",
     Reason.FITS: "loads{on}: needs {need:.0f} MB, {free:.0f} free",
@@ -49,6 +51,9 @@ SENTENCES: dict[Reason, str] = {
     Reason.NO_ROW: "goes for {other}, because the table of copies, or of models, is full",
     Reason.EXCHANGED: "goes for another copy of its model, which may have no more of them",
     Reason.ASKED: "is unloaded, now or when it is given back: a call of `unload` or `update_settings` asks for it",
+    Reason.HOST_FULL: "is dropped from host memory, so that {other} can be suspended, which needs {need:.0f} MB, "
+    "{free:.0f} free",
+    Reason.BY_HAND: "is suspended by hand",
     Reason.TOO_LARGE: "is refused: needs {need:.0f} MB, the largest device takes {free:.0f}",
 }
 

@@ -24,7 +24,9 @@ __all__ = [
     "Placed",
     "Reason",
     "Refuse",
+    "Resume",
     "Rules",
+    "Suspended",
     "TicketView",
     "View",
     "Wait",
@@ -50,9 +52,12 @@ class Reason(IntEnum):
     FOREIGN = 11  # as LEASED, with external memory as well: the driver's, and that of other programs
     TABLE_FULL = 12  # it could load, but the table of copies has no row for it
     BACKING_OFF = 14  # its loads fail, so nothing is evicted for it for a while
+    SUSPENDING = 15  # a copy of its model is being suspended, and is resumed then
     # It gets an idle copy:
     IDLE_COPY = 16
     PASSING = 17  # past one that waits for room, which this does not delay
+    # It gets a suspended copy:
+    RESUMES = 20
     # It may load:
     FITS = 24
     ALONE = 25  # to be measured
@@ -69,6 +74,8 @@ class Reason(IntEnum):
     NO_ROW = 35  # the table of copies, or that of models, is full
     EXCHANGED = 36  # there are as many copies of the model as there may be, and none that the waiter could use
     ASKED = 37  # somebody has asked for it
+    HOST_FULL = 38  # dropped from host memory, so that another copy can be suspended
+    BY_HAND = 39
     # It is refused:
     TOO_LARGE = 40
 
@@ -114,7 +121,8 @@ class ModelView:
     handed out last is held. rate: expected requests a second. lease: it is no model, but a lease. failures: loads that
     failed since the last one that did not, and how long ago the last of them was. leaving: copies in use, or being
     loaded, that are unloaded when they are given back, so that nobody waits for them; in no other count.
-    superseded: another model has taken its place, so it is not expected to be asked for again.
+    superseded: another model has taken its place, so it is not expected to be asked for again. suspending: copies that
+    are being suspended. resume_s: how long a resume takes, 0 unknown.
     """
 
     model: int
@@ -135,6 +143,8 @@ class ModelView:
     failed_ago_s: float = math.inf
     leaving: int = 0
     superseded: bool = False
+    suspending: int = 0
+    resume_s: float = 0.0
 
     @property
     def copies(self) -> int:
@@ -186,6 +196,18 @@ class Idle(Placed):
     idle_since_s: float
     owner: int | None = None
     pinned: bool = False
+
+
+@dataclass(frozen=True)
+class Suspended(Placed):
+    """A copy in host memory, which takes `mb` of its device once it is resumed. `owner` is as with `Idle`.
+
+    since_s: when it was suspended. resume_s: how long a resume is expected to take.
+    """
+
+    since_s: float
+    owner: int | None = None
+    resume_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -259,7 +281,7 @@ class View:
 
     tickets: waiters in any order; at least the first ones of the queue, and for each model with idle copies
         the first ones of that model.
-    leases: those that are held, with what each is for.
+    leases: those that are held, with what each is for. suspended: copies in host memory, newest first.
     """
 
     now_s: float
@@ -270,6 +292,7 @@ class View:
     devices: tuple[DeviceView, ...]
     busy: tuple[Busy, ...] = ()
     leases: tuple[Placed, ...] = ()
+    suspended: tuple[Suspended, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -290,6 +313,15 @@ class Load:
     need_mb: float
     alone: bool
     why: Why = field(default=Why(Reason.FITS), compare=False)
+
+
+@dataclass(frozen=True)
+class Resume:
+    """Let a ticket resume a suspended copy, for which what it had of its devices is reserved."""
+
+    ticket: int
+    instance: int
+    why: Why = field(default=Why(Reason.RESUMES), compare=False)
 
 
 @dataclass(frozen=True)
@@ -329,4 +361,4 @@ class Enough:
     ticket: int
 
 
-Decision = Grant | Load | Evict | Wait | Refuse | Enough
+Decision = Grant | Resume | Load | Evict | Wait | Refuse | Enough

@@ -18,6 +18,7 @@ import socket
 import threading
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -30,7 +31,7 @@ from mpmm.proxy.context import attaching_to
 from mpmm.proxy.room import LEAVE_PRIORITY, Room, ServerRecord, start_time_of, write_record
 from mpmm.shared_state.lock_file import LockFile
 
-__all__ = ["Host", "find_host", "host_object", "public_methods"]
+__all__ = ["Host", "can_sleep", "find_host", "host_object", "public_methods"]
 
 logger = printable_logger(__name__)
 # To start a thread while a client asks one thing after another would cost each of these some 50 µs.
@@ -62,6 +63,8 @@ class Host:
         self._lock = threading.Lock()
         self._shared: Any = shared
         self._has_object = True
+        self._sleep_lock = threading.Lock()
+        self._asleep = False
         self._users: dict[int, Any] = {}
         self._tokens = itertools.count(1)
         self._ended = False
@@ -116,6 +119,21 @@ class Host:
             raise SharedObjectReleasedError(
                 f"the shared object {self.tag!r} was released through this proxy; acquire it again", tag=self.tag
             ) from None
+
+    def sleep(self) -> None:
+        """Have the object give its device memory up, unless it has. Raises what its `sleep()` raises."""
+        with self._sleep_lock:
+            shared = self._shared
+            if not self._asleep and shared is not None:
+                shared.sleep()
+                self._asleep = True
+
+    def wake_up(self) -> None:
+        """Have the object take its device memory again, unless it has it. Raises what its `wake_up()` raises."""
+        with self._sleep_lock:
+            if self._asleep:
+                self._shared.wake_up()
+                self._asleep = False
 
     def hard_delete(self) -> None:
         """End the host whatever its users do; in a spawned server this does not return."""
@@ -294,6 +312,10 @@ class Host:
         if name == wire.HARD_DELETE:
             self.hard_delete()
             return None
+        if name in (wire.SLEEP, wire.WAKE_UP):
+            move = self.sleep if name == wire.SLEEP else self.wake_up
+            move()
+            return wire.encode_result(None, self.tag, name)
         raise RemoteCallError(f"unknown request {name!r}", tag=self.tag, method=name)
 
     def forget_after_fork(self) -> None:
@@ -303,6 +325,7 @@ class Host:
         """
         self.inherited = True
         self._lock = threading.Lock()
+        self._sleep_lock = threading.Lock()
         self._connections_lock = threading.Lock()
         self._connections = set()
 
@@ -328,6 +351,12 @@ def public_methods(shared: Any) -> frozenset[str]:
     if callable(shared):
         names.add("__call__")
     return frozenset(names)
+
+
+def can_sleep(shared: object) -> bool:
+    """Tell whether an object can give its device memory up and take it again: it has `sleep()` and `wake_up()`."""
+    kind = type(shared)
+    return callable(getattr(kind, "sleep", None)) and callable(getattr(kind, "wake_up", None))
 
 
 _hosts: dict[tuple[Room, str], Host] = {}
@@ -367,6 +396,7 @@ def host_object(
     at_hard_delete: called when a client has asked for the end, files already removed; need not return.
     """
     room.remove_sockets(record.tag)
+    record = replace(record, sleeps=can_sleep(shared))
     host = Host(room, record, constructor, shared, life, at_hard_delete)
     call_once_at_exit(end_all_hosts, END_HOSTS_PRIORITY)
     with _hosts_mutex:

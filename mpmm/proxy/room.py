@@ -97,6 +97,8 @@ class ServerRecord:
     namespaces: tuple[str, ...] = ()
     constructor: str = ""
     types: tuple[str, ...] = ()
+    # Its object has `sleep()` and `wake_up()`.
+    sleeps: bool = False
 
     def is_running(self) -> bool:
         """Tell whether the very process (not another one with its pid) runs and is not about to end."""

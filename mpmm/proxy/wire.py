@@ -1,8 +1,8 @@
 """What goes through a connection: one message per request, one per answer, each one pickle and its large buffers.
 
 A request is `(token, name, args, kwargs)`. The token says whose use of the object this is; CONTROL stands for
-the server itself, whose requests are ACQUIRE, RELEASE and HARD_DELETE. An answer is `(RETURNED, value)` or
-`(RAISED, (pickled exception or None, one line, traceback))`.
+the server itself, whose requests are ACQUIRE, RELEASE, HARD_DELETE, SLEEP and WAKE_UP. An answer is
+`(RETURNED, value)` or `(RAISED, (pickled exception or None, one line, traceback))`.
 
 `proxy.pickling` says what is large and travels beside the pickle. On the other side it becomes memory of its own,
 writable if the sender's was.
@@ -20,10 +20,14 @@ from mpmm.errors import InvalidArgumentError, RemoteCallError
 from mpmm.proxy import pickling
 from mpmm.proxy.channel import Message
 
-__all__ = ["ACQUIRE", "CONTROL", "HARD_DELETE", "RELEASE", "RemoteTraceback", "decode_answer", "dump_for_server"]
+__all__ = [
+    *("ACQUIRE", "CONTROL", "HARD_DELETE", "RELEASE", "SLEEP", "WAKE_UP"),
+    *("RemoteTraceback", "decode_answer", "dump_for_server"),
+]
 
 CONTROL = 0
 ACQUIRE, RELEASE, HARD_DELETE = "acquire", "release", "hard_delete"
+SLEEP, WAKE_UP = "sleep", "wake up"
 RETURNED, RAISED = 0, 1
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from enum import IntEnum
 from typing import NamedTuple
 
-__all__ = ["Cause", "EventKind"]
+__all__ = ["Cause", "EventKind", "placed"]
 
 
 class EventKind(IntEnum):
@@ -40,6 +40,22 @@ class EventKind(IntEnum):
     WAITS = 27  # seconds waited so far
     DOOMED = 28  # MB that come free once the copy is given back
     SETTINGS = 29  # 0: they were changed
+    SUSPEND_BEGAN = 40  # MB expected back
+    SUSPEND_ENDED = 41  # seconds taken
+    SUSPEND_FAILED = 42  # seconds taken: the copy is unloaded
+    RESUME_BEGAN = 43  # MB reserved
+    RESUME_ENDED = 44  # seconds taken
+    RESUME_FAILED = 45  # seconds taken: the copy is unloaded
+    RESUME_GIVEN_UP = 46  # seconds taken: the copy is suspended again
+
+
+# So many devices have a bit in an event.
+_DEVICES_IN_EVENTS = 32
+
+
+def placed(kind: int, devices: int) -> int:
+    """Return the word for an event of something that is placed on devices (bits), see `Event.KIND`."""
+    return kind | (devices & (1 << _DEVICES_IN_EVENTS) - 1) << 32
 
 
 class Cause(NamedTuple):

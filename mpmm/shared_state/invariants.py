@@ -25,7 +25,7 @@ def _header(snapshot: Snapshot) -> Iterator[str]:
     for name, counted, found in (
         ("WAITING", snapshot.waiting, waiting),
         ("ACTIVE", snapshot.active, states["active"]),
-        ("LOADING", snapshot.loading, states["loading"]),
+        ("LOADING", snapshot.loading, states["loading"] + states["resuming"]),
     ):
         if counted != found:
             yield f"H2 {name} is {counted}, the rows say {found}"
@@ -65,7 +65,9 @@ def _models(snapshot: Snapshot) -> Iterator[str]:
         states = Counter(instance.state for instance in instances[model.row])
         if model.loaded != model.active + model.idle:
             yield f"M1 {model.tag}: loaded {model.loaded} is not active {model.active} + idle {model.idle}"
-        for name in ("active", "idle", "loading", "unloading"):
+        states["loading"] += states["resuming"]
+        states["suspended"] += states["suspending"]
+        for name in ("active", "idle", "loading", "unloading", "suspended"):
             if getattr(model, name) != states[name]:
                 invariant = "M1" if name in ("active", "idle") else "M3"
                 yield f"{invariant} {model.tag}: {name} is {getattr(model, name)}, the rows say {states[name]}"
@@ -75,12 +77,19 @@ def _models(snapshot: Snapshot) -> Iterator[str]:
             yield f"M4 {model.tag} has {tags[model.tag]} rows"
         if model.pins != pins[model.row]:
             yield f"M5 {model.tag}: pins is {model.pins}, the rows say {pins[model.row]}"
-        going = sum(copy.doomed for copy in instances[model.row] if copy.state in ("active", "loading"))
+        going = sum(copy.doomed for copy in instances[model.row] if copy.state in ("active", "loading", "resuming"))
         if model.loaded + model.loading - going > snapshot.settings.max_model_copies:
             yield f"M6 {model.tag}: {model.loaded} loaded and {model.loading} loading are more than max_model_copies"
         if model.kind == "lease":
             yield from _lease(model, instances[model.row], [t for t in snapshot.tickets if t.model == model.row])
-        for name in ("load_s", "hold_s", "gap_s", *(("sd_mb",) if model.estimate_mb is not None else ())):
+        for name in (
+            "load_s",
+            "hold_s",
+            "gap_s",
+            "suspend_s",
+            "resume_s",
+            *(("sd_mb",) if model.estimate_mb is not None else ()),
+        ):
             if not 0 <= getattr(model, name) < math.inf:
                 yield f"M8 {model.tag}: {name} is {getattr(model, name)}"
         if not 0 <= model.at_least_mb < math.inf:
@@ -123,7 +132,7 @@ def _instances(snapshot: Snapshot) -> Iterator[str]:
     devices = {device.row for device in snapshot.devices}
     for instance in snapshot.instances:
         what = f"instance {instance.row} ({instance.tag}, {instance.state})"
-        if (instance.holder is None) != (instance.state == "idle"):
+        if (instance.holder is None) != (instance.state in ("idle", "suspended")):
             yield f"I1 {what}: holder is {instance.holder}"
         if instance.state != "unloading" and (instance.unload_late or instance.handed_over_s is not None):
             yield f"I1 {what}: its unload is late ({instance.unload_late}) or was handed over"
@@ -133,14 +142,16 @@ def _instances(snapshot: Snapshot) -> Iterator[str]:
             slot = getattr(instance, name)
             if slot is not None and slot not in members:
                 yield f"I2 {what}: {name} {slot} is no member"
-        if instance.state == "unloading" and instance.owner is not None and instance.holder != instance.owner:
-            yield f"I1 {what}: owner {instance.owner} should unload it, not {instance.holder}"
-        may, must = instance.state in ("loading", "leased"), instance.state == "leased"
+        moves = instance.state in ("unloading", "suspending", "resuming")
+        if moves and instance.owner is not None and instance.holder != instance.owner:
+            yield f"I1 {what}: its owner {instance.owner} should do that, not {instance.holder}"
+        may, must = instance.state in ("loading", "resuming", "leased"), instance.state == "leased"
         if not instance.reserved_mb >= 0 or not must <= (instance.reserved_mb > 0) <= may:
             yield f"I3 {what}: {instance.reserved_mb} MB reserved"
         shares = instance.shares_mb
         if not shares or not set(shares) <= devices or not math.isclose(math.fsum(shares.values()), instance.mb):
             yield f"I5 {what}: {instance.mb} MB, by device {shares}; devices are {sorted(devices)}"
+        yield from _suspended(instance, what)
         if (instance.state == "leased") != (models.get(instance.model) == "lease"):
             yield f"I6 {what}: its model row {instance.model} is a {models.get(instance.model)}"
         if instance.state == "leased" and (instance.owner, instance.server) != (None, None):
@@ -157,6 +168,16 @@ def _instances(snapshot: Snapshot) -> Iterator[str]:
     for generation, count in generations.items():
         if count > 1:
             yield f"I4 {count} instances have generation {generation}"
+
+
+def _suspended(instance: InstanceInfo, what: str) -> Iterator[str]:
+    suspended = instance.state in ("suspending", "suspended", "resuming")
+    if suspended and not instance.way:
+        yield f"I8 {what}: there is no way to suspend it"
+    if instance.device_mb < 0 or (instance.device_mb and not suspended):
+        yield f"I8 {what}: {instance.device_mb} MB to come back to its device"
+    if instance.host_mb < 0 or (instance.host_mb and not suspended and instance.state != "unloading"):
+        yield f"I8 {what}: {instance.host_mb} MB of the host"
 
 
 def _tickets(snapshot: Snapshot) -> Iterator[str]:
@@ -178,7 +199,7 @@ def _tickets(snapshot: Snapshot) -> Iterator[str]:
             yield f"T2 {what}: instance is {ticket.instance}"
         if ticket.state in ("granted", "load") and ticket.instance is not None:
             instance = by_row.get(ticket.instance)
-            expected = ("active", "leased") if ticket.state == "granted" else ("loading",)
+            expected = ("active", "leased") if ticket.state == "granted" else ("loading", "resuming")
             if instance is None or instance.state not in expected or instance.holder != ticket.member:
                 yield f"T2 {what}: promised {instance}"
 
@@ -200,7 +221,7 @@ def _devices(snapshot: Snapshot) -> Iterator[str]:
             yield f"D2 {device.name}: {device.foreign_mb} MB of others"
         if device.isolated is not None:
             here = [copy for copy in snapshot.instances if device.row in copy.shares_mb]
-            alone = [copy.row for copy in here if copy.state in ("active", "loading")]
+            alone = [copy.row for copy in here if copy.state in ("active", "loading", "resuming")]
             if alone != [device.isolated]:
                 yield f"D3 {device.name}: instance {device.isolated} is to run alone, in use are {alone}"
         if device.sample_age_s is not None and device.sample_age_s < -1:

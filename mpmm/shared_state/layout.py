@@ -79,7 +79,8 @@ class Header:
     """One row, at word 0.
 
     H1  `CHANGE` is even; `UNDO_COUNT` is 0.
-    H2  `WAITING` == ticket rows in state WAITING; `ACTIVE` and `LOADING` == instance rows in those states.
+    H2  `WAITING` == ticket rows in state WAITING; `ACTIVE` == instance rows in that state; `LOADING` == those in state
+        LOADING or RESUMING.
     H3  `ISOLATED` has the bits of the devices whose ISOLATED is set.
     H4  `NEXT_TICKET` is greater than the number of every ticket row.
     H5  every used row of the tables in `ENDS` lies below its table's word there.
@@ -158,7 +159,12 @@ class Header:
     SETTINGS_CHANGED = 95
     ROOT = 96  # text: the root's path, empty if it is longer than fits
     ROOT_BYTES = 1024
-    WORDS = ROOT + text_words(ROOT_BYTES)
+    # float: host memory that suspended copies may take together where `suspend_budget_mb` does not say it.
+    HOST_SHARE_MB = ROOT + text_words(ROOT_BYTES)
+    SUSPENDS = HOST_SHARE_MB + 1
+    RESUMES = SUSPENDS + 1
+    SUSPEND_FAILURES = RESUMES + 1  # suspensions and resumes that came to nothing, and cost the copy
+    WORDS = SUSPEND_FAILURES + 1
 
 
 class Member:
@@ -198,12 +204,14 @@ class Model:
 
     M1  LOADED == ACTIVE + IDLE, and each equals the number of instance rows of this model in that state.
     M2  the IDLE_HEAD list holds exactly the model's IDLE instances without OWNER, each once, newest first.
-    M3  LOADING, UNLOADING and WAITING equal the instance and ticket rows of this model in that state.
+    M3  UNLOADING and WAITING equal the instance and ticket rows of this model in that state; LOADING those in state
+        LOADING or RESUMING, SUSPENDED those in state SUSPENDING or SUSPENDED.
     M4  no two rows in state MODEL have the same TAG.
     M5  PINS equals the pin rows of this model.
     M6  no model has more ACTIVE, IDLE and LOADING copies together than `max_model_copies`; DOOMED ones do not count.
     M7  a row in state LEASE is KNOWN, and is that of one ticket, or of one LEASED instance, or of both.
-    M8  LOAD_S, HOLD_S and GAP_S are finite and not below 0; so are AT_LEAST_MB, EXPECT_MB and, where KNOWN, SD_MB.
+    M8  LOAD_S, HOLD_S, GAP_S, SUSPEND_S and RESUME_S are finite and not below 0; so are AT_LEAST_MB, EXPECT_MB and,
+        where KNOWN, SD_MB.
     M9  FAILED_AT is 0 exactly where FAILURES is 0.
     """
 
@@ -236,7 +244,14 @@ class Model:
     FAILED_AT = 26  # when the last of them did
     EXPECT_MB = 27  # float: what a copy takes as its users say, which counts until it is KNOWN; 0: nobody has said it
     SUPERSEDED = 28  # 1 while another model has taken its place, so that its idle copies are evicted before all others
-    TAG = 29  # text
+    SUSPENDED = 29  # derived
+    SUSPENDS = 30
+    RESUMES = 31
+    SUSPEND_S = 32  # float: smoothed duration of a suspension, 0 unknown
+    RESUME_S = 33  # float: smoothed duration of a resume, 0 unknown
+    # Why its copies are not suspended any more, see `mpmm.policy.suspension.Unsuspendable`; 0: they may be.
+    UNSUSPENDABLE = 34
+    TAG = 35  # text
     TAG_BYTES = 511
     WORDS = TAG + text_words(TAG_BYTES)
 
@@ -256,14 +271,17 @@ class Instance:
 
     A copy can span several devices. What it reserves it reserves in equal shares; what it takes of each, SHARES says.
 
-    I1  a LOADING, ACTIVE or LEASED row has a HOLDER, and IDLE has none; an UNLOADING row's HOLDER unloads it.
-        UNLOAD_LATE and HANDED_AT are 0 in every other state.
+    I1  a LOADING, ACTIVE or LEASED row has a HOLDER, and IDLE and SUSPENDED have none; the HOLDER of an UNLOADING,
+        SUSPENDING or RESUMING row is the one that does that. UNLOAD_LATE and HANDED_AT are 0 in every state but
+        UNLOADING.
     I2  MODEL refers to a used model row; HOLDER, OWNER and SERVER to used member rows.
-    I3  RESERVED_MB >= 0; above 0 only while LOADING, and while LEASED always.
+    I3  RESERVED_MB >= 0; above 0 only while LOADING or RESUMING, and while LEASED always.
     I4  no two used rows have the same GENERATION.
     I5  DEVICES names 1 to `MOST_SPANNED` used device rows; for several, MB is the sum of the SHARES.
     I6  exactly the LEASED rows have a MODEL row in state LEASE; they have neither OWNER nor SERVER.
     I7  of ACTIVE and IDLE rows with the same HANDLE, twins, at most one has MB and RESERVED_MB above 0.
+    I8  SUSPENDING, SUSPENDED and RESUMING rows have a WAY; DEVICE_MB is 0 in every other state, and HOST_MB in every
+        other one but UNLOADING.
     """
 
     STATE = 0
@@ -287,7 +305,10 @@ class Instance:
     PROGRAM = 16  # LEASED: pid of the process that uses the memory, 0 if that is not known
     UNLOAD_LATE = 17  # UNLOADING: 1 once it has taken too long to count on its memory
     HANDED_AT = 18  # UNLOADING: when another member was made its HOLDER last, 0 never
-    SHARES = 19  # floats: where it spans several devices, what MB is on each, lowest device first
+    WAY = 19  # how it can be suspended, 0 not at all; see `mpmm.policy.suspension.Way`
+    DEVICE_MB = 20  # float: what it took of its device when it was suspended, and what its resume reserves
+    HOST_MB = 21  # float: what it takes of host memory while it is suspended
+    SHARES = 22  # floats: where it spans several devices, what MB is on each, lowest device first
     HANDLE = SHARES + MOST_SPANNED  # text, empty for an object
     HANDLE_BYTES = 631
     WORDS = HANDLE + text_words(HANDLE_BYTES)
@@ -298,6 +319,9 @@ class Instance:
     IDLE = 3
     UNLOADING = 4
     LEASED = 5
+    SUSPENDING = 6  # its memory moves from the device to the host
+    SUSPENDED = 7
+    RESUMING = 8  # it moves back
 
     # Values of DOOMED.
     LOST = 1
@@ -308,8 +332,8 @@ class Ticket:
     """One waiter.
 
     T1  NUMBERs are unique; MODEL and MEMBER refer to used rows.
-    T2  INSTANCE is set exactly in states GRANTED (an ACTIVE row, or a LEASED one) and LOAD (a LOADING row), whose
-        HOLDER is MEMBER.
+    T2  INSTANCE is set exactly in states GRANTED (an ACTIVE row, or a LEASED one) and LOAD (a LOADING row, or a
+        RESUMING one), whose HOLDER is MEMBER.
     T3  BLOCKED_AT is 0 or not before ENQUEUED.
     """
 

@@ -794,9 +794,18 @@ def _create(runtime: RuntimeDirectory, capacities: Capacities, settings: Setting
     _store_text(words, Header.ROOT, place if len(place) <= Header.ROOT_BYTES else b"")
     for offset, value in enumerate(astuple(settings)):
         words[Header.SETTINGS + offset] = float_bits(float(value))
+    words[Header.HOST_SHARE_MB] = float_bits(_host_share_mb())
     _store_text(words, Header.SOURCE_ASKED, fit_text(source, Header.SOURCE_NAME_BYTES))
     segment.seal()
     return segment
+
+
+def _host_share_mb() -> float:
+    """Return the host memory that suspended copies may take unless somebody has chosen it: half of what is left."""
+    # Imported here, because model servers join, too, and never create.
+    from mpmm.sources.host_memory import host_memory_left_mb
+
+    return host_memory_left_mb() / 2
 
 
 def _store_text(words: Any, at: int, text: bytes) -> None:

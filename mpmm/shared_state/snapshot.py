@@ -88,7 +88,17 @@ class Kind(str, Enum):
 
 _MEMBER_KINDS = {Member.WORKER: Kind.WORKER, Member.SERVER: Kind.SERVER, Member.GUEST: Kind.GUEST}
 _MODEL_KINDS = {1: "model", 2: "lease"}
-_INSTANCE_STATES = {1: "loading", 2: "active", 3: "idle", 4: "unloading", 5: "leased"}
+_INSTANCE_STATES = {
+    1: "loading",
+    2: "active",
+    3: "idle",
+    4: "unloading",
+    5: "leased",
+    6: "suspending",
+    7: "suspended",
+    8: "resuming",
+}
+_BOOKED_BY_RESERVATION = ("loading", "resuming", "leased")
 _EVENT_KINDS = {kind.value: kind.name.lower() for kind in EventKind}
 _TICKET_STATES = {1: "waiting", 2: "granted", 3: "load", 4: "refused", 5: "reset", 6: "enough"}
 
@@ -122,6 +132,9 @@ class ModelInfo:
     unused_for_s: since its last use, 0 while it is in use. load_s, hold_s, gap_s: decayed means of the time of a load,
     of a hold and between two requests, 0 unknown. requests: how many the last of these has seen, and requested_ago_s:
     when.
+    suspended: copies that are suspended, or being so; suspends, resumes: how many have ended; suspend_s, resume_s:
+    decayed means of how long they take, 0 unknown. unsuspendable: why it is not suspended any more, a number of
+    `policy.suspension.Unsuspendable`, or 0.
     """
 
     row: int
@@ -151,6 +164,12 @@ class ModelInfo:
     requests: int
     requested_ago_s: float
     idle_head: int | None
+    suspended: int
+    suspends: int
+    resumes: int
+    suspend_s: float
+    resume_s: float
+    unsuspendable: int
     generation: int
 
 
@@ -166,6 +185,9 @@ class InstanceInfo:
 
     unload_late: its unload takes too long, so nobody waits for its memory any more. handed_over_s: how long ago another
     process was told to do it last, None if none was.
+
+    way: how it can be suspended, a number of `policy.suspension.Way`, or 0. device_mb: what a suspended one had of its
+    device, and reserves to come back; host_mb: what it takes of the host.
     """
 
     row: int
@@ -187,6 +209,9 @@ class InstanceInfo:
     doomed: bool
     unload_late: bool
     handed_over_s: float | None
+    way: int
+    device_mb: float
+    host_mb: float
     next: int | None
     previous: int | None
     generation: int
@@ -324,6 +349,8 @@ class Snapshot:
     taken_s: that moment, as `time.monotonic()`; taken_wall_s: as Unix time.
     polled_ago_s: since the leader, or somebody in its place, last did its duty.
     isolated: the copy that runs alone; of several, on devices of their own, the first.
+    suspend_budget_mb: host memory that suspended copies may take together; suspend_failures: suspensions and resumes
+    that cost the copy.
     table_ends: rows that were ever in use, for the tables that keep count of it.
     missing_files: names of files of living members that are not where they were made. files_put_back: how many of those
     members have made again.
@@ -362,6 +389,10 @@ class Snapshot:
     leaders: int
     resets: int
     out_of_memory: int
+    suspends: int
+    resumes: int
+    suspend_failures: int
+    suspend_budget_mb: float
     written_off_mb: float
     files_put_back: int
     settings: Settings
@@ -606,6 +637,10 @@ class _Decoder:
             leaders=words[Header.LEADERS],
             resets=words[Header.RESETS],
             out_of_memory=words[Header.OUT_OF_MEMORY],
+            suspends=words[Header.SUSPENDS],
+            resumes=words[Header.RESUMES],
+            suspend_failures=words[Header.SUSPEND_FAILURES],
+            suspend_budget_mb=self._suspend_budget_mb(settings),
             written_off_mb=floats[Header.WRITTEN_OFF],
             files_put_back=words[Header.PUT_BACK],
             settings=settings,
@@ -624,6 +659,10 @@ class _Decoder:
             observations=tuple(self._observations(models, tags)),
             events=() if choice is None else tuple(self._events(tags, choice)),
         )
+
+    def _suspend_budget_mb(self, settings: Settings) -> float:
+        chosen = settings.suspend_budget_mb
+        return chosen if math.isfinite(chosen) else self._floats[Header.HOST_SHARE_MB]
 
     def _rows(self, name: str) -> Iterable[tuple[int, int]]:
         table: Table = getattr(self._layout, name)
@@ -712,6 +751,12 @@ class _Decoder:
             requests=words[at + Model.REQUESTS],
             requested_ago_s=self._age(words[at + Model.REQUESTED_AT]),
             idle_head=self._reference(words[at + Model.IDLE_HEAD]),
+            suspended=words[at + Model.SUSPENDED],
+            suspends=words[at + Model.SUSPENDS],
+            resumes=words[at + Model.RESUMES],
+            suspend_s=floats[at + Model.SUSPEND_S],
+            resume_s=floats[at + Model.RESUME_S],
+            unsuspendable=words[at + Model.UNSUSPENDABLE],
             generation=words[at + Model.GENERATION],
         )
 
@@ -742,6 +787,9 @@ class _Decoder:
             doomed=bool(words[at + Instance.DOOMED]),
             unload_late=bool(words[at + Instance.UNLOAD_LATE]),
             handed_over_s=self._age(words[at + Instance.HANDED_AT]) if words[at + Instance.HANDED_AT] else None,
+            way=words[at + Instance.WAY],
+            device_mb=floats[at + Instance.DEVICE_MB],
+            host_mb=floats[at + Instance.HOST_MB],
             next=self._reference(words[at + Instance.NEXT]),
             previous=self._reference(words[at + Instance.PREVIOUS]),
             generation=words[at + Instance.GENERATION],
@@ -791,7 +839,7 @@ class _Decoder:
         words, floats = self._words, self._floats
         here = [instance for instance in instances if row in instance.shares_mb]
         sampled = words[at + Device.SAMPLED]
-        booked = math.fsum(instance.shares_mb[row] for instance in here if instance.state not in ("loading", "leased"))
+        booked = math.fsum(instance.shares_mb[row] for instance in here if instance.state not in _BOOKED_BY_RESERVATION)
         external = floats[at + Device.EXTERNAL_MB]
         used = booked if books_only else (floats[at + Device.USED_MB] if sampled else None)
         returning = floats[at + Device.RETURNING_MB] if self._words[Header.SOURCE_SETTLES_LATE] else 0.0
@@ -831,7 +879,7 @@ class _Decoder:
         span = len(instance.shares_mb)
         if instance.state == "leased":
             return max(instance.reserved_mb, instance.mb) / span
-        if instance.state != "loading":
+        if instance.state not in ("loading", "resuming"):
             return instance.shares_mb[device]
         share_mb = instance.reserved_mb / span
         if instance.server is None or not self._words[Header.SOURCE_MEASURES_PROCESSES]:

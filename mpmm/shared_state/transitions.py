@@ -12,6 +12,8 @@ checked it before.
                                  free <──────────end_unload───────────── UNLOADING
 
     lease:      begin_lease ──> LEASED ──end_lease──> free
+
+Those of suspended copies are in `suspensions.py`.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ from mpmm.policy.ledger import Entry, Figure, Ledger, Return, expire, settle
 from mpmm.policy.view import Reason
 from mpmm.printable import printable_logger
 from mpmm.shared_state.durations import to_ns
-from mpmm.shared_state.events import Cause, EventKind
+from mpmm.shared_state.events import Cause, EventKind, placed
 from mpmm.shared_state.futex import wake_all
 from mpmm.shared_state.layout import (
     MOST_SPANNED,
@@ -46,6 +48,7 @@ from mpmm.shared_state.layout import (
     device_rows,
 )
 from mpmm.shared_state.settings import Settings
+from mpmm.shared_state.suspensions import Suspensions
 from mpmm.shared_state.tables import Tables
 from mpmm.shared_state.transaction import Transaction, float_bits
 
@@ -67,17 +70,17 @@ _MODEL_COUNTERS = {
     Instance.ACTIVE: (Model.LOADED, Model.ACTIVE),
     Instance.IDLE: (Model.LOADED, Model.IDLE),
     Instance.UNLOADING: (Model.UNLOADING,),
+    Instance.SUSPENDING: (Model.SUSPENDED,),
+    Instance.SUSPENDED: (Model.SUSPENDED,),
+    Instance.RESUMING: (Model.LOADING,),
 }
-_HEADER_COUNTERS = {Instance.LOADING: Header.LOADING, Instance.ACTIVE: Header.ACTIVE}
-
-
-# So many devices have a bit in an event.
-_DEVICES_IN_EVENTS = 32
-
-
-def _placed(kind: int, devices: int) -> int:
-    """Return the word for an event of something that is placed on devices (bits), see `Event.KIND`."""
-    return kind | (devices & (1 << _DEVICES_IN_EVENTS) - 1) << 32
+_HEADER_COUNTERS = {
+    Instance.LOADING: Header.LOADING,
+    Instance.RESUMING: Header.LOADING,
+    Instance.ACTIVE: Header.ACTIVE,
+}
+# A copy in one of these goes with its server at once: nobody uses it, and what is done with it has come to its end.
+_GO_WITH_SERVER = (Instance.IDLE, Instance.SUSPENDING, Instance.SUSPENDED, Instance.RESUMING)
 
 
 class Transitions:
@@ -88,6 +91,12 @@ class Transitions:
         self.segment = tables.segment
         self.layout = tables.segment.layout
         self._namespace = namespace
+        self.suspensions = Suspensions(self)
+
+    @property
+    def member(self) -> int:
+        """Slot of the member that makes them."""
+        return self._namespace.slot
 
     # ---- members -------------------------------------------------------------------------------------------
 
@@ -235,12 +244,16 @@ class Transitions:
                 self._abandon_load(t, row)
             elif state == Instance.LEASED:
                 self.end_lease(t, row)
-        # What it was unloading, and what has just become so, somebody living has to finish.
+            elif state == Instance.RESUMING:
+                self.suspensions.turn_back(t, row, reference)
+        # What it was unloading or suspending, and what has just become so, somebody living has to finish.
         heir = self._heir(reference)
         for row in tables.rows_where(self.layout.instances, Instance.HOLDER, reference):
             if t.is_long:
                 return False
-            if heir:
+            if heir and words[tables.instance(row)] == Instance.SUSPENDING:
+                self.suspensions.hand_over(t, row, heir - 1)
+            elif heir:
                 self.hand_unload_over(t, row, heir - 1)
             else:
                 self._drop(t, row)
@@ -258,7 +271,7 @@ class Transitions:
         at = self.tables.instance(row)
         state = self.segment.words[at + Instance.STATE]
         t.event(EventKind.LOST, self._model_reference(row), row + 1, value=self.segment.floats[at + Instance.MB])
-        if state == Instance.IDLE:
+        if state in _GO_WITH_SERVER:
             self._drop(t, row)
             return
         if state != Instance.LOADING:
@@ -421,7 +434,7 @@ class Transitions:
     def _oldest_unused_model(self) -> int:
         rows = self.tables.view(self.layout.models)
         busy = rows[:, Model.LOADED] + rows[:, Model.LOADING] + rows[:, Model.UNLOADING] + rows[:, Model.WAITING]
-        free = (busy + rows[:, Model.PINS] == 0) & (rows[:, Model.STATE] == Model.MODEL)
+        free = (busy + rows[:, Model.SUSPENDED] + rows[:, Model.PINS] == 0) & (rows[:, Model.STATE] == Model.MODEL)
         unused = np.flatnonzero(free)
         return int(unused[np.argmin(rows[unused, Model.USED_AT])]) if len(unused) else -1
 
@@ -611,7 +624,7 @@ class Transitions:
         if state == Ticket.GRANTED:
             self._take_back_grant(t, given - 1)
         elif state == Ticket.LOAD:
-            self.fail_load(t, given - 1)
+            self._take_back_permission(t, given - 1)
         self._forget_spent_lease(t, words[at + Ticket.MODEL])
 
     def _take_back_grant(self, t: Transaction, instance: int) -> None:
@@ -620,6 +633,13 @@ class Transitions:
             self.end_lease(t, instance)
         else:
             self.release(t, instance)
+
+    def _take_back_permission(self, t: Transaction, instance: int) -> None:
+        """Take back what a waiter was told to load or to resume, and has not begun with."""
+        if self.segment.words[self.tables.instance(instance)] == Instance.RESUMING:
+            self.suspensions.cancel(t, instance)
+        else:
+            self.fail_load(t, instance)
 
     def _answer(self, t: Transaction, row: int, state: int) -> None:
         self._stop_waiting(t, row)
@@ -662,7 +682,7 @@ class Transitions:
         t.set_float(at + Instance.RESERVED_MB, mb)
         self._change_state(t, row, Instance.LEASED)
         self._reconfigure(t, row)
-        t.event(_placed(EventKind.LEASED, devices), model + 1, row + 1, ticket, mb, cause)
+        t.event(placed(EventKind.LEASED, devices), model + 1, row + 1, ticket, mb, cause)
         return row
 
     def link_program(self, t: Transaction, row: int, pid: int) -> None:
@@ -724,7 +744,7 @@ class Transitions:
                 t.set(device + Device.ISOLATED, row + 1)
                 t.set_float(device + Device.BASELINE_MB, math.nan)
             t.event(EventKind.ISOLATION_BEGAN, model + 1, row + 1)
-        t.event(_placed(EventKind.LOAD_BEGAN, devices), model + 1, row + 1, ticket, need_mb, cause)
+        t.event(placed(EventKind.LOAD_BEGAN, devices), model + 1, row + 1, ticket, need_mb, cause)
         return row
 
     def _new_instance(self, t: Transaction, model: int, member: int, devices: int) -> int:
@@ -1017,6 +1037,8 @@ class Transitions:
         at = self.tables.instance(row)
         if self.segment.words[at + Instance.STATE] == Instance.IDLE:
             self.begin_unload(t, row, unloader, evicted=False, cause=Cause(Reason.ASKED))
+        elif self.segment.words[at + Instance.STATE] == Instance.SUSPENDED:
+            self.suspensions.drop(t, row, unloader, Cause(Reason.ASKED))
         elif not self.segment.words[at + Instance.DOOMED]:
             t.set(at + Instance.DOOMED, Instance.ASKED)
             mb = self.segment.floats[at + Instance.MB]
@@ -1091,7 +1113,7 @@ class Transitions:
                 if state == Ticket.GRANTED:
                     self._take_back_grant(t, given - 1)
                 else:
-                    self.fail_load(t, given - 1)
+                    self._take_back_permission(t, given - 1)
         for row in tables.used_rows(self.layout.instances):
             at = tables.instance(row)
             if t.is_long:
@@ -1109,6 +1131,10 @@ class Transitions:
                 self.begin_unload(t, row, self._namespace.slot, evicted=False)
             elif words[at + Instance.STATE] == Instance.LOADING:
                 self.give_up_load(t, row)
+            elif words[at + Instance.STATE] == Instance.SUSPENDED:
+                self.suspensions.drop(t, row, self._namespace.slot)
+            elif words[at + Instance.STATE] in (Instance.SUSPENDING, Instance.RESUMING):
+                self.suspensions.fail(t, row, None, self._namespace.reference)
         for row in np.flatnonzero(tables.view(self.layout.models)[:, Model.FAILURES]).tolist():
             self._forget_failures(t, row)
         t.add(Header.RESETS, 1)
@@ -1143,7 +1169,7 @@ class Transitions:
         for ticket in self.tables.rows_where(self.layout.tickets, Ticket.INSTANCE, row + 1):
             # The copy was handed over or promised, and died before its waiter woke: back into the queue.
             self._wait_again(t, ticket)
-        if state != Instance.LOADING:
+        if state not in (Instance.LOADING, Instance.RESUMING):
             self._expect_back(t, row)
         self._change_state(t, row, Instance.FREE)
         self._reconfigure(t, row)
@@ -1285,8 +1311,12 @@ class Transitions:
         self._settle(t, row, Figure(used_mb, taken_ns, done_ns or t.now, floats[at + Device.FOREIGN_MB]))
         return True
 
-    def measure(self, t: Transaction, slot: int, on_devices: Mapping[int, float]) -> None:
-        """Record the memory of one process, by device, and with it what the copy of a model server takes."""
+    def measure(self, t: Transaction, slot: int, on_devices: Mapping[int, float], taken_ns: int | None = None) -> None:
+        """Record the memory of one process, by device, and with it what the copy of a model server takes.
+
+        taken_ns: when the figure was asked for, None for now. One from before a copy was suspended or resumed says
+        nothing of it.
+        """
         words, floats = self.segment.words, self.segment.floats
         at = self.tables.member(slot)
         row = words[at + Member.INSTANCE]
@@ -1304,10 +1334,20 @@ class Transitions:
         if len(shares_mb) > 1:
             for number, share_mb in enumerate(shares_mb):
                 self._update_float(t, at + Member.SHARES + number, share_mb)
-        if words[instance + Instance.STATE] in (Instance.ACTIVE, Instance.IDLE):
+        state = words[instance + Instance.STATE]
+        if state == Instance.SUSPENDED and not self._is_from_before(taken_ns, words[instance + Instance.SINCE]):
+            # What it keeps there, its context say.
+            self._set_mb(t, row - 1, mb, shares_mb)
+        if words[instance + Instance.WAY] and self._is_from_before(taken_ns, words[instance + Instance.LOADED_AT]):
+            return
+        if state in (Instance.ACTIVE, Instance.IDLE):
             self._set_mb(t, row - 1, mb, shares_mb)
             # Of what spans several devices each has to have room for the largest share.
             self._raise_estimate(t, words[instance + Instance.MODEL], max(shares_mb) * len(shares_mb))
+
+    @staticmethod
+    def _is_from_before(taken_ns: int | None, event_ns: int) -> bool:
+        return taken_ns is not None and taken_ns < event_ns
 
     def _raise_estimate(self, t: Transaction, model: int, mb: float) -> None:
         """Let a model be taken for what one of its servers takes, before another load goes by less."""
@@ -1413,12 +1453,13 @@ class Transitions:
         if words[Header.SOURCE_COUNTS_NAMED]:
             # It is in memory, but in none of the processes that the figure is about.
             return Entry(0.0, 0.0, True)
-        if state == Instance.LOADING:
+        if state in (Instance.LOADING, Instance.RESUMING):
             began_later = words[at + Instance.SINCE] > figure.done_ns
             return Entry(0.0, 0.0 if began_later else floats[at + Instance.RESERVED_MB] / span)
         mb = dict(self.tables.shares_of(row))[device]
         loaded = 0 < words[at + Instance.LOADED_AT] <= figure.taken_ns
-        leaves = state == Instance.UNLOADING and words[at + Instance.SINCE] <= figure.done_ns
+        going = state in (Instance.UNLOADING, Instance.SUSPENDING)
+        leaves = going and words[at + Instance.SINCE] <= figure.done_ns
         return Entry(mb if loaded and not leaves else 0.0, mb)
 
     def measured_share(self, row: int, device: int) -> float | None:

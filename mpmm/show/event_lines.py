@@ -50,10 +50,20 @@ _TEXTS = {
     "waits": "has waited for {s}",
     "doomed": "will be unloaded once it is given back, {mb} MB come free then",
     "settings": "settings changed",
+    "suspend_began": "suspension begins, {mb} MB expected back",
+    "suspend_ended": "suspended after {s}",
+    "suspend_failed": "could not be suspended, after {s}; it is unloaded",
+    "resume_began": "resume begins{on}, {mb} MB reserved",
+    "resume_ended": "resumed after {s}",
+    "resume_failed": "could not be resumed, after {s}; it is unloaded",
+    "resume_given_up": "resume given up after {s}; it stays suspended",
 }
 
 
-_TROUBLE = frozenset({"reaped", "load_failed", "refused", "lost", "written_off", "reset", "out_of_memory"})
+_TROUBLE = frozenset({"reaped", "load_failed", "refused", "lost", "written_off", "reset", "out_of_memory"}) | {
+    "suspend_failed",
+    "resume_failed",
+}
 
 
 @dataclass(frozen=True)

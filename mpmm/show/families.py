@@ -38,6 +38,9 @@ _COUNTERS = {
     "leaders": "Changes of the leader, the first one included.",
     "resets": "Resets by force.",
     "out_of_memory": "Loads and uses that ran out of memory.",
+    "suspends": "Evicted copies that were suspended in host memory.",
+    "resumes": "Suspended copies that came back to their device.",
+    "suspend_failures": "Suspensions and resumes that cost the copy.",
 }
 _DEVICE_GAUGES = {
     "used": ("used_mb", "Memory in use, by the last figure."),
@@ -53,8 +56,10 @@ _MODEL_COUNTERS = {
     "loads": "Loads of a model.",
     "hits": "Acquires of a model that were given a loaded copy.",
     "evictions": "Idle copies of a model that had to go for others.",
+    "suspends": "Copies of a model that were suspended.",
+    "resumes": "Suspended copies of a model that came back.",
 }
-_COPY_STATES = ("active", "idle", "loading", "unloading")
+_COPY_STATES = ("active", "idle", "loading", "unloading", "suspended")
 
 
 class _Families:
@@ -85,6 +90,8 @@ def families(looked_at: Iterable[tuple[Snapshot, Tally]]) -> list[Family]:
             ("wait_seconds", tally.waits, "Time in the queue, of those who had to queue."),
             ("hold_seconds", tally.holds, "Time between acquire and release."),
             ("load_seconds", tally.loads, "Time that loads took."),
+            ("suspend_seconds", tally.suspends, "Time that suspensions took."),
+            ("resume_seconds", tally.resumes, "Time that resumes took."),
         ):
             _histograms(into, name, description, histograms, labels)
     return list(into.found.values())
@@ -113,10 +120,16 @@ def _state(into: _Families, snapshot: Snapshot, labels: Mapping[str, str]) -> No
         ("loading", "Copies being loaded.", snapshot.loading),
         ("leader_age_seconds", "How long the present leader has led.", snapshot.leader_for_s),
         ("poll_age_seconds", "Since the leader, or somebody in its place, last polled.", snapshot.polled_ago_s),
+        ("host_suspended_bytes", "Host memory of suspended copies.", _host_mb(snapshot) * MIB),
+        ("host_budget_bytes", "Host memory that suspended copies may take.", snapshot.suspend_budget_mb * MIB),
         ("lock_holder_stopped", "1 while the process that holds the lock is stopped.", snapshot.lock.holder_stopped),
     )
     for name, description, value in gauges:
         into.add(name, "gauge", description, value, labels)
+
+
+def _host_mb(snapshot: Snapshot) -> float:
+    return sum(copy.host_mb for copy in snapshot.instances)
 
 
 def _devices(into: _Families, snapshot: Snapshot, labels: Mapping[str, str]) -> None:

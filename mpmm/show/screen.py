@@ -55,7 +55,7 @@ __all__ = [
 EVENTS_OF_EACH = 16
 BAR_WIDTH = 30
 _DECISION_HEAD = ("ago", "event", "model", "ticket", "why")
-_STATES = ("loading", "unloading", "active", "idle")
+_STATES = ("loading", "resuming", "unloading", "suspending", "active", "idle", "suspended")
 
 
 Item = TypeVar("Item")
@@ -125,6 +125,12 @@ def headline(snapshot: Snapshot) -> list[str]:
         f"failed loads {snapshot.failed_loads}, out of memory {snapshot.out_of_memory}, "
         f"time-outs {snapshot.timeouts}, reaped {snapshot.reaps}, rolled back {snapshot.rollbacks}",
     ]
+    if snapshot.suspends:
+        taken = sum(copy.host_mb for copy in snapshot.instances)
+        lines.append(
+            f"suspended {snapshot.suspends}, resumed {snapshot.resumes}, failed {snapshot.suspend_failures}, "
+            f"host memory {mb(taken)} of {mb(snapshot.suspend_budget_mb)} MB"
+        )
     queue = waiters(snapshot)
     if queue:
         lines.append(f"waiting: {len(queue)}, the longest for {age(longest_wait_s(snapshot))}")
@@ -265,14 +271,19 @@ def copies(snapshot: Snapshot) -> Section[InstanceInfo]:
             pid_of(copy.owner if copy.server is None else copy.server),
             str(copy.uses),
             "-" if copy.peak_mb is None else mb(copy.peak_mb),
+            mb(copy.host_mb) if copy.host_mb else "-",
         )
 
     items = sorted(
         (copy for copy in snapshot.instances if copy.state != "leased"),
         key=lambda copy: (order.get(copy.state, 0), -copy.for_s),
     )
-    head = ("copy", "model", "state", "for", "MB", "on", "holder pid", "holder", "kept by pid", "uses", "peak MB")
-    return Section("copies", head, items, row, 10, ("peak MB", "holder", "uses", "kept by pid", "copy", "on"))
+    head = (
+        *("copy", "model", "state", "for", "MB", "on"),
+        *("holder pid", "holder", "kept by pid", "uses", "peak MB", "host MB"),
+    )
+    least = ("host MB", "peak MB", "holder", "uses", "kept by pid", "copy", "on")
+    return Section("copies", head, items, row, 10, least)
 
 
 def _leases(snapshot: Snapshot) -> Section[InstanceInfo]:
@@ -312,6 +323,7 @@ def models(snapshot: Snapshot) -> Section[ModelInfo]:
             model.tag,
             _size(model),
             *(str(count) for count in (model.loaded, model.active, model.idle, model.loading, model.unloading)),
+            str(model.suspended),
             *(str(count) for count in (model.waiting, model.loads, model.hits, model.evictions, model.pins)),
             f"{model.load_s:.3f}",
             f"{model.hold_s:.3f}",
@@ -324,7 +336,8 @@ def models(snapshot: Snapshot) -> Section[ModelInfo]:
         key=lambda model: (-model.waiting, -model.active - model.loading, -model.loaded, model.tag),
     )
     head = (
-        *("model", "MB", "loaded", "active", "idle", "loading", "unloading", "waiting", "loads", "reuses", "evicted"),
+        *("model", "MB", "loaded", "active", "idle", "loading", "unloading", "suspended", "waiting", "loads"),
+        *("reuses", "evicted"),
         *("pins", "load s", "hold s", "per s", "unused"),
     )
     least = ("per s", "pins", "unused", "hold s", "unloading", "reuses", "loads", "evicted", "load s", "loaded")
@@ -343,7 +356,7 @@ def _eviction(event: EventInfo) -> Row:
 
 def evictions(snapshot: Snapshot) -> Section[EventInfo]:
     """Return what was told to go last, the latest first."""
-    gone = [event for event in snapshot.events if event.kind == "unload_began"]
+    gone = [event for event in snapshot.events if event.kind in ("unload_began", "suspend_began")]
     return Section(
         "last evictions", _DECISION_HEAD, gone[: -EVENTS_OF_EACH - 1 : -1], _decision, 5, ("ticket", "event"), True
     )

@@ -40,6 +40,8 @@ class Tally:
         self.waits: dict[str, Histogram] = defaultdict(Histogram)
         self.holds: dict[str, Histogram] = defaultdict(Histogram)
         self.loads: dict[str, Histogram] = defaultdict(Histogram)
+        self.suspends: dict[str, Histogram] = defaultdict(Histogram)
+        self.resumes: dict[str, Histogram] = defaultdict(Histogram)
         self.lost = 0
         self._queued: dict[int, float] = {}
 
@@ -56,7 +58,10 @@ class Tally:
                 continue
             if event.kind == "queued" and event.ticket is not None:
                 self._queued[event.ticket] = taken_s - event.age_s
-            elif event.kind in ("granted", "left_queue", "load_began", "leased") and event.ticket is not None:
+            elif (
+                event.kind in ("granted", "left_queue", "load_began", "resume_began", "leased")
+                and event.ticket is not None
+            ):
                 began = self._queued.pop(event.ticket, None)
                 if event.kind in ("granted", "left_queue") and event.value is not None:
                     self.waits[event.tag].add(event.value)
@@ -66,3 +71,7 @@ class Tally:
                 self.holds[event.tag].add(event.value)
             elif event.kind == "load_ended" and event.value is not None:
                 self.loads[event.tag].add(event.value)
+            elif event.kind == "suspend_ended" and event.value is not None:
+                self.suspends[event.tag].add(event.value)
+            elif event.kind == "resume_ended" and event.value is not None:
+                self.resumes[event.tag].add(event.value)

@@ -47,6 +47,12 @@ _STATE_BEFORE = {
     "load_failed": "loading",
     "released": "active",
     "unload_ended": "unloading",
+    "suspend_ended": "suspending",
+    "suspend_failed": "suspending",
+    "resume_began": "suspended",
+    "resume_ended": "resuming",
+    "resume_failed": "resuming",
+    "resume_given_up": "resuming",
     "lease_ended": "leased",
 }
 # So many unloads for a model may have arrows to its next load.
@@ -96,6 +102,13 @@ class Tracer:
             "load_began": self._load_began,
             "load_ended": self._load_ended,
             "load_failed": self._load_failed,
+            "suspend_began": self._suspend_began,
+            "suspend_ended": self._unload_ended,
+            "suspend_failed": self._moved_in_vain,
+            "resume_began": self._resume_began,
+            "resume_ended": self._load_ended,
+            "resume_failed": self._moved_in_vain,
+            "resume_given_up": self._load_failed,
             "released": self._released_copy,
             "unload_began": self._unload_began,
             "unload_ended": self._unload_ended,
@@ -255,7 +268,7 @@ class Tracer:
                 self._open_copy(row, copy.tag, copy.state, pid, devices, begin)
             elif earliest.kind not in begun:
                 state = _STATE_BEFORE.get(earliest.kind, "idle")
-                pid = None if state == "idle" else earliest.pid
+                pid = None if state in ("idle", "suspended") else earliest.pid
                 self._open_copy(row, earliest.tag or "?", state, pid, devices, begin)
         for ticket in snapshot.tickets:
             if ticket.state == "waiting" and ticket.number not in queued:
@@ -265,6 +278,7 @@ class Tracer:
         self, row: int, tag: str, state: str, pid: int | None, devices: tuple[int, ...], begin: float
     ) -> None:
         kinds = {"loading": "load", "active": "hold", "unloading": "unload", "leased": "lease"}
+        kinds |= {"suspending": "suspend", "resuming": "resume"}
         if state in kinds:
             self._uses[row] = _Open(f"{kinds[state]} {tag}", kinds[state], begin, pid, devices=devices)
         if state in ("active", "idle"):
@@ -338,11 +352,18 @@ class Tracer:
             self._uses[event.instance] = _Open(f"hold {event.tag}", "hold", ts, event.pid)
 
     def _load_began(self, event: EventInfo, ts: float) -> None:
+        self._comes(event, ts, "load")
+
+    def _resume_began(self, event: EventInfo, ts: float) -> None:
+        self._comes(event, ts, "resume")
+
+    def _comes(self, event: EventInfo, ts: float, kind: str) -> None:
         pid, arrows = self._wait_ended(event, ts)
         arrows += self._made_room.pop(event.tag or "", [])
         args = {"why": why(event), "reserved MB": event.value}
         if event.instance is not None:
-            span = _Open(f"load {event.tag}", "load", ts, pid, args, event.devices, arrows)
+            pid = event.pid if pid is None and kind == "resume" else pid
+            span = _Open(f"{kind} {event.tag}", kind, ts, pid, args, event.devices, arrows)
             self._uses[event.instance] = span
 
     def _load_ended(self, event: EventInfo, ts: float) -> None:
@@ -369,14 +390,25 @@ class Tracer:
             self._span(span, ts, event.pid)
         return span
 
+    def _moved_in_vain(self, event: EventInfo, ts: float) -> None:
+        self._load_failed(event, ts)
+        if event.instance is not None:
+            self._uses[event.instance] = _Open(f"unload {event.tag}", "unload", ts)
+
     def _unload_began(self, event: EventInfo, ts: float) -> None:
+        self._goes(event, ts, "unload")
+
+    def _suspend_began(self, event: EventInfo, ts: float) -> None:
+        self._goes(event, ts, "suspend")
+
+    def _goes(self, event: EventInfo, ts: float, kind: str) -> None:
         if event.instance is not None and event.instance in self._lying:
             self._lying[event.instance].args["evicted"] = event.reason is not None
         self._lies_no_more(event.instance, ts)
         if event.instance is not None:
             self._released.pop(event.instance, None)
             args = {"why": why(event), "MB": event.value, "for": event.other, "evicted": event.reason is not None}
-            self._uses[event.instance] = _Open(f"unload {event.tag}", "unload", ts, args=args)
+            self._uses[event.instance] = _Open(f"{kind} {event.tag}", kind, ts, args=args)
 
     def _unload_ended(self, event: EventInfo, ts: float) -> None:
         span = None if event.instance is None else self._uses.pop(event.instance, None)

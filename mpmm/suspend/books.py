@@ -1,0 +1,124 @@
+"""What the books say about suspension: the host's ledger, and whether an evicted copy is suspended or unloaded.
+
+The host's ledger is the sum of what suspended copies take, by row, see `Instance.HOST_MB`; those that are being
+unloaded are on their way out and leave their room to others: ending a process takes milliseconds, and filling its
+room seconds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from mpmm.policy.suspension import Kept, Movable, Way, make_room, pays
+from mpmm.policy.view import Reason
+from mpmm.shared_state.events import Cause
+from mpmm.shared_state.layout import Header, Instance, Model
+from mpmm.shared_state.namespace import Namespace
+from mpmm.shared_state.transaction import Transaction
+
+__all__ = ["SuspensionBooks"]
+
+_IN_HOST = (Instance.SUSPENDING, Instance.SUSPENDED, Instance.RESUMING)
+
+
+class SuspensionBooks:
+    """The decisions of one namespace about suspension. Methods need the lock."""
+
+    def __init__(self, namespace: Namespace, rate: Callable[[int], float]) -> None:
+        """rate: tells how often a model (row) is asked for, per second."""
+        self._namespace = namespace
+        self._segment = namespace.segment
+        self._tables = namespace.tables
+        self._rate = rate
+
+    @property
+    def budget_mb(self) -> float:
+        """Host memory that suspended copies may take together."""
+        chosen = self._namespace.settings.suspend_budget_mb
+        return chosen if math.isfinite(chosen) else self._segment.floats[Header.HOST_SHARE_MB]
+
+    def used_mb(self) -> float:
+        """Return the host memory that suspended copies take, or are about to."""
+        floats, tables = self._segment.floats, self._tables
+        return math.fsum(floats[tables.instance(row) + Instance.HOST_MB] for row in self._in_host())
+
+    def evict(self, t: Transaction, row: int, unloader: int, cause: Cause) -> None:
+        """Have an idle copy suspended by a member (slot) if that pays and the host has room, else unloaded."""
+        if not self.suspend(t, row, unloader, cause, evicted=True):
+            self._namespace.transitions.begin_unload(t, row, unloader, True, cause)
+
+    def suspend(self, t: Transaction, row: int, suspender: int, cause: Cause, evicted: bool) -> bool:
+        """Have an idle copy suspended by a member (slot); return False if it is not to be, and nothing has changed.
+
+        evicted: it is evicted, so it has to pay; else somebody wants it suspended.
+        """
+        if not self.can_be_suspended(row):
+            return False
+        copy = self.movable(row)
+        superseded = self._segment.words[self._tables.model(self._model(row)) + Model.SUPERSEDED]
+        if evicted and (superseded or not pays(copy)):
+            return False
+        budget_mb, worth = self.budget_mb, copy.worth if evicted else math.inf
+        free_mb = budget_mb - self.used_mb()
+        dropped = make_room(self._kept(), copy.mb, free_mb, budget_mb, worth)
+        if dropped is None:
+            return False
+        suspensions, model = self._namespace.transitions.suspensions, self._model(row)
+        for other in dropped:
+            why = Cause(Reason.HOST_FULL, copy.mb, max(0.0, free_mb), other=model + 1)
+            suspensions.drop(t, other, suspender, why)
+        suspensions.begin(t, row, suspender, evicted, cause)
+        return True
+
+    def can_be_suspended(self, row: int) -> bool:
+        """Tell whether there is a way to suspend an idle copy: none for one that spans devices, or has twins."""
+        words, at = self._segment.words, self._tables.instance(row)
+        if not words[at + Instance.WAY] or words[at + Instance.DEVICES].bit_count() > 1:
+            return False
+        if words[self._tables.model(self._model(row)) + Model.UNSUSPENDABLE] or not self.budget_mb:
+            return False
+        handle = self._tables.text(at + Instance.HANDLE)
+        return not (handle and self._namespace.transitions.twins_of(handle, row))
+
+    def movable(self, row: int) -> Movable:
+        """Return what is known of the suspension of a copy, by its model."""
+        words, floats, at = self._segment.words, self._segment.floats, self._tables.instance(row)
+        model = self._tables.model(words[at + Instance.MODEL])
+        return Movable(
+            floats[at + Instance.DEVICE_MB] or floats[at + Instance.MB],
+            Way(words[at + Instance.WAY]),
+            floats[model + Model.LOAD_S],
+            floats[model + Model.SUSPEND_S],
+            floats[model + Model.RESUME_S],
+            self._rate(self._model(row)),
+        )
+
+    def drop_oldest(self, t: Transaction, unloader: int, cause: Cause) -> bool:
+        """Have the copy that was suspended longest ago unloaded by a member (slot); return False if there is none."""
+        kept = [one for one in self._kept() if not one.pinned]
+        if not kept:
+            return False
+        oldest = min(kept, key=lambda one: one.since_s)
+        self._namespace.transitions.suspensions.drop(t, oldest.row, unloader, cause)
+        return True
+
+    def _kept(self) -> list[Kept]:
+        """Return the copies that are suspended, and may be dropped."""
+        words, floats, tables = self._segment.words, self._segment.floats, self._tables
+        found = []
+        for row in tables.rows_where(self._segment.layout.instances, Instance.STATE, Instance.SUSPENDED):
+            at = tables.instance(row)
+            pinned = bool(words[tables.model(words[at + Instance.MODEL]) + Model.PINS])
+            host_mb, since_s = floats[at + Instance.HOST_MB], words[at + Instance.SINCE] / 1e9
+            found.append(Kept(row, host_mb, since_s, self.movable(row).worth, pinned))
+        return found
+
+    def _in_host(self) -> list[int]:
+        words, tables = self._segment.words, self._tables
+        return [
+            row for row in tables.used_rows(self._segment.layout.instances) if words[tables.instance(row)] in _IN_HOST
+        ]
+
+    def _model(self, row: int) -> int:
+        return int(self._segment.words[self._tables.instance(row) + Instance.MODEL])

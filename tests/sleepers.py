@@ -1,0 +1,100 @@
+"""Objects that can sleep, for tests: they take memory of a simulated device, and give it up while they are asleep."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from served import Gate, SimulatedDevice
+
+from mpmm.multi_process_shared import MultiProcessShared
+
+if TYPE_CHECKING:
+    from mpmm import ModelManager
+
+
+class Sleeper:
+    """A model that sleeps; a file counts its naps. Can fail or hang when it is told to by files in a folder."""
+
+    def __init__(self, folder: Path, device: SimulatedDevice | None = None, mb: float = 0.0, hang: Gate | None = None):
+        self._folder = folder
+        self._device = device
+        self._mb = mb
+        self._hang = hang
+        self._allocation = device.allocate(mb) if device is not None else None
+
+    def sleep(self, level: int = 1) -> None:
+        """Give the memory up."""
+        self._step("sleep")
+        if self._device is not None and self._allocation is not None:
+            self._device.free(self._allocation)
+            self._allocation = None
+
+    def wake_up(self) -> None:
+        """Take the memory again."""
+        self._step("wake")
+        if self._device is not None:
+            self._allocation = self._device.allocate(self._mb)
+
+    def is_awake(self) -> bool:
+        """Tell whether it has its memory."""
+        return self._device is None or self._allocation is not None
+
+    def pid(self) -> int:
+        """Return the pid of its process."""
+        return os.getpid()
+
+    def _step(self, what: str) -> None:
+        if (self._folder / f"hang_{what}").exists() and self._hang is not None:
+            self._hang.wait()
+        if (self._folder / f"fail_{what}").exists():
+            raise RuntimeError(f"cannot {what}")
+        with open(self._folder / what, "a") as steps:
+            steps.write(f"{os.getpid()}\n")
+
+
+@dataclass(frozen=True)
+class MakesSleeper:
+    """The constructor of a `Sleeper`."""
+
+    folder: Path
+    device: SimulatedDevice | None = None
+    mb: float = 0.0
+    hang: Gate | None = None
+
+    def __call__(self) -> Sleeper:
+        """Make it."""
+        return Sleeper(self.folder, self.device, self.mb, self.hang)
+
+
+@dataclass(frozen=True)
+class LoadsSleeper:
+    """A loader that starts a server of a `Sleeper` and returns the handle; in this process, unless `spawn`."""
+
+    tag: str
+    makes: MakesSleeper
+    spawn: bool = False
+
+    def __call__(self) -> str:
+        """Start it."""
+        MultiProcessShared(self.makes, tag=self.tag, always_proxy=True, spawn_process=self.spawn).acquire()
+        return self.tag
+
+
+def steps(folder: Path, what: str) -> int:
+    """Return how often something has been done: `sleep` or `wake`."""
+    path = folder / what
+    return len(path.read_text().splitlines()) if path.exists() else 0
+
+
+def pretend_load_s(manager: ModelManager, tag: str, seconds: float) -> None:
+    """Let loads of a model take so long by the books, so that no test has to."""
+    from mpmm.shared_state.layout import Model
+
+    namespace = manager._connected().namespace
+    with namespace.transaction() as t:
+        row = namespace.tables.model_row(tag)
+        assert row is not None
+        t.set_float(namespace.tables.model(row) + Model.LOAD_S, seconds)

@@ -1,0 +1,430 @@
+"""Suspended instances: an eviction that can be undone, cooperatively. Objects, handles, failures, deaths, budgets."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from processes import Gate, Loads, Process, Seat, acquire, copies_of, learn, model_of, problems, release, wait_until
+from sleepers import LoadsSleeper, MakesSleeper, pretend_load_s, steps
+
+from mpmm import ModelManager, cli
+from mpmm.errors import AcquireTimeoutError
+from mpmm.policy.plan import make_plan
+from mpmm.policy.suspension import Kept, Movable, Unsuspendable, Way, limit_s, make_room, pays, resume_s, suspend_s
+from mpmm.policy.view import (
+    DeviceView,
+    Evict,
+    Idle,
+    Load,
+    ModelView,
+    Reason,
+    Resume,
+    Rules,
+    Suspended,
+    TicketView,
+    View,
+    Wait,
+)
+from mpmm.shared_state.snapshot import Snapshot, read_snapshot
+
+NewManager = Callable[..., ModelManager]
+NewProcess = Callable[..., Process]
+NewGate = Callable[[], Gate]
+# By the books: a load of it is worth a suspension of 600 MB.
+LONG_S = 20.0
+
+COPY = Movable(mb=8000.0, way=Way.COOPERATIVE, load_s=10.0, suspend_s=0.0, resume_s=0.0, rate=1.0)
+
+
+# ---- the policy ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("copy", "expected"),
+    [
+        (COPY, True),
+        (replace(COPY, way=Way.NONE), False),
+        (replace(COPY, load_s=2.0), False),
+        (replace(COPY, load_s=2.0, suspend_s=0.5, resume_s=0.5), True),
+        (replace(COPY, suspend_s=6.0, resume_s=5.0), False),
+        (replace(COPY, way=Way.CHECKPOINT), True),
+        (replace(COPY, way=Way.CHECKPOINT, load_s=5.0), False),
+        (replace(COPY, load_s=0.0), False),
+    ],
+)
+def test_a_suspension_pays_where_both_directions_are_quicker_than_a_load(copy: Movable, expected: bool) -> None:
+    assert pays(copy) is expected
+
+
+def test_what_has_been_measured_of_a_model_counts_for_more_than_its_size() -> None:
+    assert suspend_s(COPY) > 1.0 and resume_s(COPY) > 1.0
+    measured = replace(COPY, suspend_s=0.2, resume_s=0.1)
+    assert (suspend_s(measured), resume_s(measured)) == (0.2, 0.1)
+
+
+def test_a_limit_grows_with_the_size_and_is_never_short() -> None:
+    assert limit_s(1.0) == 10.0
+    assert limit_s(32000.0) > 5 * 15.8
+
+
+def test_copies_that_are_worth_less_make_way_in_the_host_and_others_do_not() -> None:
+    low, high = Kept(1, 500.0, 2.0, worth=1.0), Kept(2, 500.0, 1.0, worth=9.0)
+    assert make_room([low, high], 300.0, 400.0, 1000.0, 5.0) == []
+    assert make_room([low, high], 500.0, 0.0, 1000.0, 5.0) == [1]
+    assert make_room([low, high], 1000.0, 0.0, 1000.0, 5.0) is None
+    assert make_room([low, high], 1000.0, 0.0, 1000.0, math.inf) == [1, 2]
+    assert make_room([low, high], 1001.0, 0.0, 1000.0, math.inf) is None
+    assert make_room([replace(low, pinned=True), high], 500.0, 0.0, 1000.0, 5.0) is None
+
+
+def test_where_worth_is_not_known_the_copy_that_was_suspended_first_makes_way() -> None:
+    early, late = Kept(1, 500.0, 1.0, worth=9.0), Kept(2, 500.0, 2.0, worth=None)
+    assert make_room([late, early], 500.0, 0.0, 1000.0, 1.0) == [1]
+    assert make_room([replace(early, worth=None), late], 500.0, 0.0, 1000.0, None) == [1]
+
+
+RULES = Rules(0.0, 10.0, 1, 2.0, isolate_unknown=False)
+
+
+def view(free_mb: float, *, suspending: int = 0, idle: tuple[Idle, ...] = (), **tickets: Any) -> View:
+    """Return a view of a device of 1000 MB and of model 0, which needs 400 MB and of which a copy is suspended."""
+    model = ModelView(0, True, 400.0, 0, {}, 1, load_s=10.0, suspending=suspending, resume_s=0.5)
+    other = ModelView(1, True, 600.0, len(idle), {}, 0, load_s=10.0, hold_s=1.0, rate=0.1)
+    suspended = () if suspending else (Suspended(7, 0, 0, 400.0, since_s=1.0, resume_s=0.5),)
+    device = DeviceView(0, 1000.0, 1000.0 - free_mb, 0.0, 0.0, 0.0)
+    ticket = TicketView(3, 1, 1, 0, 1, 99.0, **tickets)
+    return View(100.0, RULES, {0: model, 1: other}, idle, (ticket,), (device,), suspended=suspended)
+
+
+def test_a_suspended_copy_comes_before_a_load() -> None:
+    (decision,) = make_plan(view(1000.0)).decisions
+    assert decision == Resume(3, 7)
+    assert isinstance(decision, Resume) and decision.why.reason == Reason.RESUMES and decision.why.seconds == 0.5
+
+
+def test_room_is_made_for_a_suspended_copy_as_for_a_load() -> None:
+    idle = (Idle(4, 1, 0, 600.0, 50.0),)
+    (decision,) = make_plan(view(100.0, idle=idle)).decisions
+    assert isinstance(decision, Evict) and decision.instances == (4,)
+
+
+def test_a_copy_that_is_being_suspended_is_waited_for() -> None:
+    (decision,) = make_plan(view(1000.0, suspending=1)).decisions
+    assert isinstance(decision, Wait) and decision.reason == Reason.SUSPENDING
+
+
+def test_a_suspended_copy_of_another_owner_or_device_is_of_no_use() -> None:
+    there = view(1000.0)
+    owned = replace(there, suspended=(replace(there.suspended[0], owner=2),))
+    assert isinstance(make_plan(owned).decisions[0], Load)
+    tied = replace(view(1000.0, tied=(1,), devices=(1,)), devices=(*there.devices, replace(there.devices[0], device=1)))
+    assert isinstance(make_plan(tied).decisions[0], Load)
+
+
+def test_a_preload_takes_a_suspended_copy_too() -> None:
+    assert make_plan(view(1000.0, preload=1)).decisions == (Resume(3, 7),)
+
+
+# ---- a process and its objects ---------------------------------------------------------------------------------
+
+
+def use(manager: ModelManager, tag: str, loader: Callable[[], Any], load_s: float = LONG_S) -> Any:
+    """Have a copy loaded, or whatever, and given back; its loads take long by the books."""
+    with manager.model(tag, loader) as copy:
+        pass
+    pretend_load_s(manager, tag, load_s)
+    return copy
+
+
+def states(namespace: str, tag: str) -> list[str]:
+    return [copy.state for copy in copies_of(namespace, tag)]
+
+
+def await_states(namespace: str, tag: str, *expected: str) -> None:
+    wait_until(lambda: tuple(states(namespace, tag)) == expected, f"{tag} is {expected}")
+
+
+def host_mb(snapshot: Snapshot) -> float:
+    return sum(copy.host_mb for copy in snapshot.instances)
+
+
+@pytest.fixture
+def manager(new_manager: NewManager) -> ModelManager:
+    manager = new_manager(suspend_budget_mb=2000.0)
+    for tag in "abcd":
+        manager._estimator.set_initial_estimate(tag, 600.0)
+    return manager
+
+
+def test_an_evicted_object_sleeps_and_is_the_same_one_when_it_is_asked_for(
+    manager: ModelManager, tmp_path: Path
+) -> None:
+    first = use(manager, "a", MakesSleeper(tmp_path))
+    use(manager, "b", MakesSleeper(tmp_path))
+    snapshot = read_snapshot(manager.namespace)
+    assert states(manager.namespace, "a") == ["suspended"]
+    assert (host_mb(snapshot), snapshot.suspends, snapshot.evictions) == (600.0, 1, 1)
+    assert next(copy for copy in snapshot.instances if copy.tag == "a").device_mb == 600.0
+    with manager.model("a", Loads()) as again:
+        assert again is first
+        assert states(manager.namespace, "a") == ["active"]
+    snapshot = read_snapshot(manager.namespace)
+    assert (snapshot.loads, snapshot.resumes, snapshot.suspends) == (2, 1, 2)
+    assert (steps(tmp_path, "sleep"), steps(tmp_path, "wake")) == (2, 1)
+    assert states(manager.namespace, "b") == ["suspended"]
+    assert problems(manager.namespace) == []
+    kinds = [event.kind for event in snapshot.events if event.tag == "a"]
+    assert [kind for kind in kinds if kind.startswith(("suspend", "resume"))] == [
+        "suspend_began",
+        "suspend_ended",
+        "resume_began",
+        "resume_ended",
+    ]
+
+
+def test_where_a_load_is_as_quick_a_copy_is_unloaded(manager: ModelManager, tmp_path: Path) -> None:
+    use(manager, "a", MakesSleeper(tmp_path), load_s=0.1)
+    use(manager, "b", MakesSleeper(tmp_path))
+    assert states(manager.namespace, "a") == [] and steps(tmp_path, "sleep") == 0
+
+
+def test_a_budget_of_nothing_turns_it_off(new_manager: NewManager, tmp_path: Path) -> None:
+    manager = new_manager(suspend_budget_mb=0.0, default_estimate_mb=600.0)
+    use(manager, "a", MakesSleeper(tmp_path))
+    use(manager, "b", MakesSleeper(tmp_path))
+    assert states(manager.namespace, "a") == [] and steps(tmp_path, "sleep") == 0
+    assert manager.suspend("b") == 0
+
+
+def test_the_budget_is_half_of_what_the_host_has_left_unless_it_is_chosen(new_manager: NewManager) -> None:
+    manager = new_manager()
+    assert read_snapshot(manager.namespace).suspend_budget_mb > 100.0
+
+
+def test_what_the_host_has_no_room_for_makes_the_oldest_go(new_manager: NewManager, tmp_path: Path) -> None:
+    manager = new_manager(suspend_budget_mb=1300.0, default_estimate_mb=600.0)
+    for tag in "abcd":
+        use(manager, tag, MakesSleeper(tmp_path))
+    snapshot = read_snapshot(manager.namespace)
+    suspended = sorted(copy.tag for copy in snapshot.instances if copy.state == "suspended")
+    assert len(suspended) == 2 and host_mb(snapshot) == 1200.0
+    assert "d" not in suspended
+    assert problems(manager.namespace) == []
+
+
+def test_by_hand_a_copy_is_suspended_and_resumed(manager: ModelManager, tmp_path: Path) -> None:
+    use(manager, "a", MakesSleeper(tmp_path))
+    assert manager.suspend("a") == 1
+    assert states(manager.namespace, "a") == ["suspended"]
+    assert manager.suspend("a") == 0
+    assert manager.resume("a") == 1
+    assert states(manager.namespace, "a") == ["idle"]
+    assert manager.resume("a") == 0
+    assert manager.suspend("nothing") == manager.resume("nothing") == 0
+    assert problems(manager.namespace) == []
+
+
+def test_a_copy_that_has_no_way_or_is_in_use_is_not_suspended(manager: ModelManager, tmp_path: Path) -> None:
+    use(manager, "a", Loads())
+    assert manager.suspend("a") == 0
+    with manager.model("b", MakesSleeper(tmp_path)):
+        assert manager.suspend("b") == 0
+
+
+def test_a_model_that_cannot_sleep_is_unloaded_and_not_asked_again(manager: ModelManager, tmp_path: Path) -> None:
+    (tmp_path / "fail_sleep").touch()
+    use(manager, "a", MakesSleeper(tmp_path))
+    assert manager.suspend("a") == 0
+    await_states(manager.namespace, "a")
+    assert model_of(manager.namespace, "a").unsuspendable == Unsuspendable.SUSPEND_FAILED
+    assert read_snapshot(manager.namespace).suspend_failures == 1
+    (tmp_path / "fail_sleep").unlink()
+    use(manager, "a", MakesSleeper(tmp_path))
+    assert manager.suspend("a") == 0 and states(manager.namespace, "a") == ["idle"]
+
+
+def test_a_copy_that_cannot_wake_up_is_unloaded_and_loaded_anew(manager: ModelManager, tmp_path: Path) -> None:
+    first = use(manager, "a", MakesSleeper(tmp_path))
+    manager.suspend("a")
+    (tmp_path / "fail_wake").touch()
+    with manager.model("a", MakesSleeper(tmp_path)) as second:
+        assert second is not first
+    assert model_of(manager.namespace, "a").unsuspendable == Unsuspendable.RESUME_FAILED
+    await_states(manager.namespace, "a", "idle")
+    assert host_mb(read_snapshot(manager.namespace)) == 0.0
+    assert problems(manager.namespace) == []
+
+
+def test_a_suspension_that_hangs_has_a_limit_and_holds_up_nobody_else(
+    manager: ModelManager, tmp_path: Path, new_gate: NewGate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mpmm.suspend.suspender.limit_s", lambda mb: 0.3)
+    hang = new_gate()
+    use(manager, "a", MakesSleeper(tmp_path, hang=hang))
+    (tmp_path / "hang_sleep").touch()
+    suspending = threading.Thread(target=manager.suspend, args=("a",))
+    suspending.start()
+    wait_until(lambda: states(manager.namespace, "a") == ["suspending"], "it is being suspended")
+    manager._estimator.set_initial_estimate("small", 100.0)
+    with manager.model("small", Loads()):
+        pass
+    suspending.join()
+    await_states(manager.namespace, "a")
+    assert model_of(manager.namespace, "a").unsuspendable == Unsuspendable.TIMED_OUT
+    hang.open()
+
+
+def test_a_reset_takes_suspended_copies_too(manager: ModelManager, tmp_path: Path) -> None:
+    use(manager, "a", MakesSleeper(tmp_path))
+    manager.suspend("a")
+    manager.force_reset()
+    await_states(manager.namespace, "a")
+    assert host_mb(read_snapshot(manager.namespace)) == 0.0
+
+
+# ---- handles and processes -------------------------------------------------------------------------------------
+
+
+def test_a_server_that_one_process_has_suspended_another_one_resumes(
+    namespace: str, new_process: NewProcess, tmp_path: Path
+) -> None:
+    one, two = new_process(suspend_budget_mb=2000.0), new_process(suspend_budget_mb=2000.0)
+    one.call(learn, a=600.0, b=600.0)
+    loader = LoadsSleeper("sleeper", MakesSleeper(tmp_path), spawn=True)
+    one.call(acquire, "a", loader)
+    one.call(release)
+    one.call(let_loads_take_long, "a")
+    two.call(acquire, "b", Loads())
+    assert states(namespace, "a") == ["suspended"]
+    two.call(release)
+    assert two.call(acquire, "a", Loads()) == "sleeper"
+    assert (steps(tmp_path, "sleep"), steps(tmp_path, "wake")) == (1, 1)
+    assert read_snapshot(namespace).loads == 2
+    assert problems(namespace) == []
+
+
+def let_loads_take_long(seat: Seat, tag: str) -> None:
+    pretend_load_s(seat.manager, tag, LONG_S)
+
+
+def test_a_loader_that_returns_the_handle_of_a_suspended_copy_has_it_resumed(
+    manager: ModelManager, tmp_path: Path
+) -> None:
+    loader = LoadsSleeper("same", MakesSleeper(tmp_path))
+    use(manager, "a", loader)
+    assert manager.suspend("a") == 1
+    with manager.model("b", loader) as handle:
+        assert handle == "same"
+        assert (steps(tmp_path, "sleep"), steps(tmp_path, "wake")) == (1, 1)
+    assert states(manager.namespace, "a") == ["idle"]
+    assert problems(manager.namespace) == []
+
+
+def test_a_suspended_copy_whose_server_dies_is_gone_from_the_host(
+    namespace: str, new_process: NewProcess, tmp_path: Path
+) -> None:
+    process = new_process(suspend_budget_mb=2000.0)
+    process.call(acquire, "a", LoadsSleeper("doomed", MakesSleeper(tmp_path), spawn=True))
+    process.call(release)
+    assert process.call(suspend, "a") == 1
+    server = next(member for member in read_snapshot(namespace).members if member.kind == "server")
+    os.kill(server.pid, signal.SIGKILL)
+    await_states(namespace, "a")
+    assert host_mb(read_snapshot(namespace)) == 0.0
+
+
+def suspend(seat: Seat, tag: str) -> int:
+    return int(seat.manager.suspend(tag))
+
+
+def resume(seat: Seat, tag: str) -> int:
+    return int(seat.manager.resume(tag))
+
+
+@pytest.mark.parametrize("step", ["sleep", "wake"])
+def test_who_dies_in_the_middle_leaves_a_copy_that_the_heir_suspends(
+    namespace: str, new_process: NewProcess, tmp_path: Path, new_gate: NewGate, step: str
+) -> None:
+    hang = new_gate()
+    heir, victim = new_process(suspend_budget_mb=2000.0), new_process(suspend_budget_mb=2000.0)
+    heir.call(acquire, "a", LoadsSleeper("kept", MakesSleeper(tmp_path, hang=hang), spawn=True))
+    heir.call(release)
+    if step == "wake":
+        assert heir.call(suspend, "a") == 1
+    (tmp_path / f"hang_{step}").touch()
+    victim.send(suspend if step == "sleep" else resume, "a")
+    moving = "suspending" if step == "sleep" else "resuming"
+    wait_until(lambda: states(namespace, "a") == [moving], moving)
+    victim.kill()
+    (tmp_path / f"hang_{step}").unlink()
+    hang.open()
+    await_states(namespace, "a", "suspended")
+    assert problems(namespace) == []
+    assert heir.call(acquire, "a", Loads()) == "kept"
+
+
+def test_who_gives_up_waiting_for_a_resume_leaves_it_suspended(manager: ModelManager, tmp_path: Path) -> None:
+    use(manager, "a", MakesSleeper(tmp_path))
+    manager.suspend("a")
+    with manager.reserve(900.0), pytest.raises(AcquireTimeoutError):
+        manager.resume("a", timeout_seconds=0.1)
+    assert states(manager.namespace, "a") == ["suspended"]
+    assert manager.resume("a") == 1
+
+
+def test_who_unloads_a_model_or_lets_it_expire_means_its_suspended_copies_too(
+    new_manager: NewManager, tmp_path: Path
+) -> None:
+    manager = new_manager(suspend_budget_mb=2000.0)
+    use(manager, "a", MakesSleeper(tmp_path))
+    assert manager.suspend("a") == 1
+    assert manager.unload("a") == 1
+    assert states(manager.namespace, "a") == []
+    use(manager, "a", MakesSleeper(tmp_path))
+    assert manager.suspend("a") == 1
+    manager.update_settings(idle_ttl_seconds=0.05)
+    await_states(manager.namespace, "a")
+    assert problems(manager.namespace) == []
+
+
+# ---- what people see -------------------------------------------------------------------------------------------
+
+
+def test_it_is_done_and_shown_at_the_command_line(
+    manager: ModelManager, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    use(manager, "a", MakesSleeper(tmp_path))
+    assert cli.main(["suspend", "a"]) == 0
+    assert cli.main(["suspend", "b"]) == 1
+    assert "1 copy of a suspended" in capsys.readouterr().out
+    cli.main(["inspect"])
+    shown = capsys.readouterr().out
+    assert "suspended 1, resumed 0, failed 0, host memory 600 of 2000 MB" in shown
+    assert "is suspended by hand" in shown
+    with manager.model("a", Loads()):
+        cli.main(["inspect"])
+    assert "it resumes in about" in capsys.readouterr().out
+    cli.main(["metrics"])
+    shown = capsys.readouterr().out
+    assert "mpmm_model_resumes_total{" in shown and "mpmm_host_budget_bytes{" in shown
+    assert manager.suspend("a") == 1
+    assert cli.main(["resume", "a"]) == 0
+
+
+def test_a_trace_has_spans_for_both_directions(manager: ModelManager, tmp_path: Path) -> None:
+    use(manager, "a", MakesSleeper(tmp_path))
+    manager.suspend("a")
+    manager.resume("a")
+    path = tmp_path / "trace.json"
+    assert cli.main(["trace", "-o", str(path)]) == 0
+    spans = {event["name"] for event in json.loads(path.read_text()) if event["ph"] == "X"}
+    assert {"suspend a", "resume a"} <= spans
