@@ -595,6 +595,7 @@ def scenarios() -> dict[str, Callable[[Lab], Operation]]:
         "run_out/loading": on(Lab.model, lambda t, tr, row: tr.run_out(t, row, 700.0, loading=True)),
         "pin": on(Lab.model, lambda t, tr, row: tr.pin(t, row, Lab.victim)),
         "pin/for all": on(Lab.model, lambda t, tr, row: tr.pin(t, row, -1)),
+        "supersede": on(Lab.model, lambda t, tr, row: tr.supersede(t, row, True)),
         "unpin": on(pinned, lambda t, tr, row: tr.unpin(t, row)),
         "dismiss": on(preloading, lambda t, tr, row: tr.dismiss(t, row)),
         "enqueue/preload": on(Lab.model, lambda t, tr, row: tr.enqueue(t, row, Lab.victim, 2, 9.0, 2**62, 3)),
