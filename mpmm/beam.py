@@ -30,6 +30,7 @@ import importlib
 import importlib.machinery
 import importlib.util
 import json
+import logging
 import os
 import re
 import sys
@@ -78,6 +79,7 @@ def install() -> None:
         try:
             _replace_modules(changes)
             _replace_methods(changes)
+            _inherit_log_levels(changes)
             _mark_carriers(changes)
             _define_plugin(changes)
         except BaseException:
@@ -115,7 +117,7 @@ class _Changes:
     """What was changed, so that it can be put back in reverse order."""
 
     def __init__(self) -> None:
-        self._undo: list[Callable[[], None]] = []
+        self._undo: list[Callable[[], object]] = []
 
     def set_module(self, name: str, module: ModuleType) -> None:
         """Put `module` under `name` into sys.modules."""
@@ -144,6 +146,10 @@ class _Changes:
                 setattr(owner, name, old)
 
         self._undo.append(put_back)
+
+    def call_at_undo(self, call: Callable[[], object]) -> None:
+        """Have something else done when everything is put back."""
+        self._undo.append(call)
 
     def undo(self) -> None:
         """Put everything back, the last change first."""
@@ -182,6 +188,20 @@ def _replace_methods(changes: _Changes) -> None:
     """Have RunInference do what managed models need, see `mpmm.beam_run_inference`."""
     for owner, name, method in replacements(importlib.import_module(_BASE)):
         changes.set_attribute(owner, name, method)
+
+
+def _inherit_log_levels(changes: _Changes) -> None:
+    """Have levels that are set for Beam's two modules, `--sdk_harness_log_level_overrides` say, count for ours, too.
+
+    Each pair of loggers becomes a chain: ours, unless it has a level of its own, asks Beam's next.
+    """
+    ours, proxy = logging.getLogger("mpmm"), logging.getLogger("mpmm.proxy")
+    manager, shared = logging.getLogger(_MODEL_MANAGER), logging.getLogger(_MULTI_PROCESS_SHARED)
+    # To set a level, the same even, is what makes loggers forget what they have looked up.
+    changes.call_at_undo(lambda: ours.setLevel(ours.level))
+    for logger, asked_next in ((ours, manager), (proxy, shared), (shared, ours)):
+        changes.set_attribute(logger, "parent", asked_next)
+    ours.setLevel(ours.level)
 
 
 def _beam_has_model_manager() -> bool:

@@ -1,33 +1,86 @@
 """The names under which Beam's manager keeps its state, as views of the shared state.
 
-Beam's own tests, and scripts that people wrote to look into a stuck worker, read these. They are for looking,
-except that an entry of `_idle_lru` may be set again to change since when a copy counts as idle.
+Beam's own tests, those of other projects, and scripts that people wrote to look into a stuck worker use these. They are
+for looking, but for two things: an entry of `_idle_lru` may be set again to change since when a copy counts as idle,
+and a parameter may be set again, for all processes where it is one of the namespace.
 """
 
 from __future__ import annotations
 
+import math
+import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Callable, Iterator, MutableMapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
-from mpmm.shared_state.layout import Header, Instance, Model
+from mpmm.shared_state.layout import Device, Header, Instance, Model, device_rows
 from mpmm.shared_state.tables import encode_text
 
 if TYPE_CHECKING:
     from mpmm.board import MonitorLike
     from mpmm.gpu_monitor import GPUMonitor
     from mpmm.shared_estimator import SharedResourceEstimator
+    from mpmm.shared_state.settings import Settings
     from mpmm.shared_state.transaction import TransactionLock
     from mpmm.worker import Worker
 
-__all__ = ["BeamNames", "CopiesByTag"]
+__all__ = ["BeamNames", "Condition", "CopiesByTag"]
+
+# How often `Condition.wait` looks whether another process has changed something.
+LOOK_S = 0.01
+
+
+class _Parameter:
+    """A parameter of the namespace, under another name."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __get__(self, manager: BeamNames | None, owner: type | None = None) -> Any:
+        return self if manager is None else getattr(manager._connected().namespace.settings, self._name)
+
+    def __set__(self, manager: BeamNames, value: float) -> None:
+        manager.update_settings(**{self._name: value})
+
+
+class Condition(threading.Condition):
+    """What Beam's tests hold while they look at a manager, and wait on for a change.
+
+    It is this process's alone: code of others never runs under the segment's lock. So what a thread looks at while it
+    holds it may change, but the thread may call every method of the manager, as in Beam.
+    """
+
+    def __init__(self, lock: TransactionLock) -> None:
+        super().__init__()
+        self.segment_lock = lock
+        # Beam's tests ask it whether anybody has left a lock held; ours would be the segment's.
+        owned: Callable[[], bool] = vars(self)["_is_owned"]
+        vars(self)["_is_owned"] = lambda: owned() or lock.held_by_this_thread()
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait until any process has changed anything, or somebody in this one has notified; False at the time-out."""
+        words = self.segment_lock.words
+        before = words[Header.CHANGE]
+        deadline = math.inf if timeout is None else time.monotonic() + timeout
+        while (left := deadline - time.monotonic()) > 0:
+            if super().wait(min(left, LOOK_S)) or words[Header.CHANGE] != before:
+                return True
+        return False
 
 
 class BeamNames:
-    """Beam's attributes of a `ModelManager`, for a class that has `_connected`, `all_models` and `force_reset`."""
+    """Beam's attributes of a `ModelManager`, for a class that has the methods below and `_settings`."""
 
     _given_monitor: GPUMonitor | MonitorLike | None
+    _settings: Settings
+    _condition: Condition | None = None
+
+    _slack_percentage = _Parameter("slack_percentage")
+    _eviction_cooldown = _Parameter("eviction_cooldown_seconds")
+    _min_model_copies = _Parameter("min_model_copies")
+    _lock_timeout_seconds = _Parameter("lock_timeout_seconds")
 
     def _connected(self) -> Worker:
         raise NotImplementedError
@@ -51,6 +104,24 @@ class BeamNames:
         """See `ModelManager.all_models`."""
         raise NotImplementedError
 
+    def force_reset(self) -> None:
+        """See `ModelManager.force_reset`."""
+        raise NotImplementedError
+
+    def tickets(self) -> list[Any]:
+        """See `ModelManager.tickets`."""
+        raise NotImplementedError
+
+    def update_settings(self, **changes: float | None) -> None:
+        """See `ModelManager.update_settings`."""
+        raise NotImplementedError
+
+    def _force_reset(self) -> None:
+        self.force_reset()
+
+    def _delete_all_models(self) -> None:
+        self.force_reset()
+
     @property
     def _estimator(self) -> SharedResourceEstimator:
         return self._connected().estimator
@@ -60,8 +131,23 @@ class BeamNames:
         return self._given_monitor or self._connected().monitor
 
     @property
-    def _cv(self) -> TransactionLock:
-        return self._connected().namespace.lock
+    def _cv(self) -> Condition:
+        lock = self._connected().namespace.lock
+        if self._condition is None or self._condition.segment_lock is not lock:
+            self._condition = Condition(lock)
+        return self._condition
+
+    @property
+    def _wait_timeout_seconds(self) -> float:
+        return self._settings.wait_timeout_seconds
+
+    @_wait_timeout_seconds.setter
+    def _wait_timeout_seconds(self, seconds: float) -> None:
+        self._settings = replace(self._settings, wait_timeout_seconds=seconds)
+
+    @property
+    def _wait_queue(self) -> list[Any]:
+        return self.tickets()
 
     @property
     def _models(self) -> CopiesByTag:
@@ -93,6 +179,15 @@ class BeamNames:
     @property
     def _isolation_mode(self) -> bool:
         return bool(self._connected().namespace.segment.words[Header.ISOLATED])
+
+    @property
+    def _isolation_baseline(self) -> float:
+        worker = self._connected()
+        segment, tables = worker.namespace.segment, worker.namespace.tables
+        with worker.namespace.transaction():
+            isolated = [tables.device(row) for row in device_rows(segment.words[Header.ISOLATED])]
+            baselines = [segment.floats[device + Device.BASELINE_MB] for device in isolated]
+        return next((float(mb) for mb in baselines if not math.isnan(mb)), 0.0)
 
 
 class CopiesByTag(dict[str, list[Any]]):

@@ -70,6 +70,7 @@ from mpmm.proxy.context import attach_namespace, serving_for
 from mpmm.proxy.main_import import refuse_while_importing_main
 from mpmm.proxy.room import is_server_process
 from mpmm.resource_estimator import ALONE_SD, GROWTH_SD, Estimate, ResourceEstimator
+from mpmm.resource_estimator import nnls as nnls  # tests written for Beam replace it here
 from mpmm.shared_state.durations import to_ns
 from mpmm.shared_state.futex import wait_for_change
 from mpmm.shared_state.layout import (

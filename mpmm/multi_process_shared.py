@@ -45,6 +45,10 @@ HARD_DELETE_TIMEOUT_S = 10.0
 START_ATTEMPTS = 5
 STARTING_PAUSE_S = 0.005
 
+# Names of Beam that tests use. Its key is the same for everybody; ours is random, so nothing depends on this one.
+AUTH_KEY = b"mps"
+_SingletonRegistrar = ServerLink
+
 
 class MultiProcessShared(Generic[T]):
     """A handle on the shared object of a tag. Cheap: nothing happens before `acquire`."""
@@ -409,6 +413,10 @@ class SharedProxy:
         use = self._mpmm_use
         use.check()
         return _connect_again, (str(use.room.root), use.record, use.token, use.methods)
+
+    def get_auto_proxy_object(self) -> SharedProxy:
+        """Return the proxy itself: in Beam there is one inside another."""
+        return self
 
     def unsafe_hard_delete(self) -> None:
         """Delete the object whatever its users do; see `MultiProcessShared.unsafe_hard_delete`."""

@@ -1,7 +1,7 @@
 """Test files of the installed Apache Beam, run against mpmm.
 
 They are read from the wheel when the tests run, so nothing of Beam is copied into this repository, and rewritten
-in nothing but module paths and the names of private attributes.
+in nothing but module paths.
 """
 
 from __future__ import annotations

@@ -113,6 +113,27 @@ def test_install_replaces_what_was_imported_before_and_uninstall_puts_all_of_it_
     )
 
 
+def test_log_levels_that_are_set_for_beams_modules_count_for_ours_until_uninstall() -> None:
+    run_python(
+        """
+        import logging
+        import mpmm.beam
+        ours, proxy = logging.getLogger("mpmm"), logging.getLogger("mpmm.proxy.hosting")
+        assert not ours.isEnabledFor(logging.INFO) and not proxy.isEnabledFor(logging.INFO)
+        mpmm.beam.install()
+        logging.getLogger("apache_beam.utils.multi_process_shared").setLevel(logging.DEBUG)
+        assert not ours.isEnabledFor(logging.INFO) and proxy.isEnabledFor(logging.DEBUG)
+        logging.getLogger("apache_beam.ml.inference.model_manager").setLevel(logging.INFO)
+        assert ours.isEnabledFor(logging.INFO) and not ours.isEnabledFor(logging.DEBUG)
+        logging.getLogger("mpmm").setLevel(logging.ERROR)
+        assert not ours.isEnabledFor(logging.WARNING)
+        logging.getLogger("mpmm").setLevel(logging.NOTSET)
+        mpmm.beam.uninstall()
+        assert not ours.isEnabledFor(logging.INFO) and not proxy.isEnabledFor(logging.INFO)
+        """
+    )
+
+
 def test_beam_imported_after_install_finds_mpmm_and_after_uninstall_its_own() -> None:
     run_python(
         """

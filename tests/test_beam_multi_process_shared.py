@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from beam_wheel import load_beam_tests, names_of
 
+from mpmm import multi_process_shared
+
 beam_tests = load_beam_tests(
     "utils/multi_process_shared_test.py",
-    {
-        "from apache_beam.utils import multi_process_shared": "from mpmm import multi_process_shared",
-        "multi_process_shared._SingletonRegistrar": "multi_process_shared.ServerLink",
-    },
+    {"from apache_beam.utils import multi_process_shared": "from mpmm import multi_process_shared"},
 )
 globals().update(names_of(beam_tests))
 
@@ -23,6 +23,14 @@ def own_runtime_directory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MPMM_RUNTIME_DIR", str(tmp_path_factory.mktemp("runtime")))
         yield
+
+
+def test_names_of_beam_that_tests_use_are_there() -> None:
+    shared: Any = multi_process_shared.MultiProcessShared(dict, tag="names", always_proxy=True)
+    proxy: Any = shared.acquire()
+    assert proxy.get_auto_proxy_object() is proxy
+    assert multi_process_shared.AUTH_KEY == b"mps"
+    shared.release(proxy.get_auto_proxy_object())
 
 
 def test_the_tests_use_mpmm_and_not_beam() -> None:
