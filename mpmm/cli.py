@@ -10,6 +10,7 @@
     mpmm trace [NAMESPACE]        the last events as a trace for https://ui.perfetto.dev; --follow writes on
     mpmm plot [NAMESPACE]         memory against the limit as a picture, of a namespace or of a trace
     mpmm metrics [NAMESPACE]      metrics as Prometheus text, of all namespaces or one; --serve keeps answering
+    mpmm dashboard                the same as a page for a browser, on 127.0.0.1 and with a token
     mpmm check [NAMESPACE]        verify the invariants; exit status 1 if one does not hold
     mpmm check --health           for probes: exit status 1 for each ATTENTION, and if all processes are dead, too
     mpmm unload TAG               unload a model: idle copies now, those in use when they are given back
@@ -163,6 +164,11 @@ def _parser() -> argparse.ArgumentParser:
     metrics.add_argument("--serve", metavar="[HOST:]PORT", help="answer HTTP there, by default for this machine only")
     check = commands.add_parser("check", help="verify the invariants")
     check.add_argument("--health", action="store_true", help="exit status 1 for each ATTENTION, too; of all namespaces")
+    dashboard = commands.add_parser("dashboard", help="a live page for a browser, read-only (needs mpmm[web])")
+    dashboard.add_argument("--host", default="127.0.0.1", help="address to listen at (default: 127.0.0.1)")
+    dashboard.add_argument("--port", type=int, default=8717, help="port to listen at, 0 for any (default: 8717)")
+    dashboard.add_argument("--token", help="default: $MPMM_DASHBOARD_TOKEN, or a random one")
+    dashboard.add_argument("--namespace", help="the only one to show, whether it is there yet or not (default: all)")
     for command in (inspect, top, events, trace, plot, check):
         command.add_argument("namespace", nargs="?", help="default: the only one there is")
     cli_changes.add_commands(commands)
@@ -374,6 +380,20 @@ def _metrics(options: argparse.Namespace, root: Path | None) -> int:
     return 0
 
 
+def _dashboard(options: argparse.Namespace, root: Path | None) -> int:
+    try:
+        from mpmm.dashboard.server import checked_token, run
+    except ImportError:
+        return _missing("web", "starlette and uvicorn")
+    if not 0 <= options.port <= 65535:
+        raise InvalidArgumentError(f"--port {options.port}: expected a number from 0 to 65535")
+    token = checked_token(options.token or os.environ.get("MPMM_DASHBOARD_TOKEN"))
+    if options.namespace is not None:
+        # One that cannot be a name is a mistake; one that is not there yet may come.
+        RuntimeDirectory(options.namespace, root)
+    return run(options.host, options.port, token, root, options.namespace)
+
+
 def _missing(extra: str, library: str) -> int:
     print(f"mpmm: this needs {library}; pip install 'mpmm[{extra}]' brings it", file=sys.stderr)
     return EXIT_USAGE
@@ -465,6 +485,7 @@ _COMMANDS = {
     "trace": _trace,
     "plot": _plot,
     "metrics": _metrics,
+    "dashboard": _dashboard,
     "check": _check,
     "reset": _reset,
     "suspend": _move,

@@ -17,7 +17,7 @@ from mpmm.show.colours import painter
 from mpmm.show.follow import Follower, Step, asked_to_end, steps
 from mpmm.show.words import age, mb, why
 
-__all__ = ["Choice", "line", "show_events"]
+__all__ = ["Choice", "line", "said", "show_events"]
 
 # {mb} and {s} are the event's value, {on} the devices where it is about some.
 _TEXTS = {
@@ -106,14 +106,18 @@ def line(step: Step, event: EventInfo) -> str:
     """Return an event as a line for people: local time, pid, model, what happened, and why."""
     at = step.snapshot.taken_wall_s - event.age_s
     clock = f"{time.strftime('%H:%M:%S', time.localtime(at))}.{int(at * 1000) % 1000:03d}"
-    on = f" on device{'s' if len(event.devices) > 1 else ''} {' and '.join(map(str, event.devices))}"
-    template = _TEXTS.get(event.kind, f"{event.kind.replace('_', ' ')} {{value}}")
-    text = template.format(
-        mb=mb(event.value), s=_seconds(event.value), value=event.value, on=on if event.devices else ""
-    )
     reason = why(event)
     tag = "-" if event.tag is None else event.tag
-    return printable(f"{clock}  {event.pid:>7}  {tag:<20}  {text}{'; ' if reason else ''}{reason}")
+    return printable(f"{clock}  {event.pid:>7}  {tag:<20}  {said(event)}{'; ' if reason else ''}{reason}")
+
+
+def said(event: EventInfo) -> str:
+    """Return what an event says happened, without the model and the reason."""
+    on = f" on device{'s' if len(event.devices) > 1 else ''} {' and '.join(map(str, event.devices))}"
+    template = _TEXTS.get(event.kind, f"{event.kind.replace('_', ' ')} {{value}}")
+    return template.format(
+        mb=mb(event.value), s=_seconds(event.value), value=event.value, on=on if event.devices else ""
+    )
 
 
 def _seconds(value: float | None) -> str:

@@ -1,0 +1,54 @@
+"""What the page says of an event of the ring: one sentence whose subject is the model or the process."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mpmm.printable import printable
+from mpmm.shared_state.snapshot import EventInfo
+from mpmm.show.event_lines import said
+from mpmm.show.words import why
+
+__all__ = ["CATEGORIES", "decision"]
+
+#: Kinds of events that the page lists, and under which heading. Uses are many, and the timeline has them.
+CATEGORIES = {
+    "load_began": "load",
+    "load_ended": "load",
+    "load_failed": "problem",
+    "unload_began": "unload",
+    "unload_ended": "unload",
+    "doomed": "unload",
+    "waits": "wait",
+    "left_queue": "wait",
+    "refused": "problem",
+    "lost": "problem",
+    "out_of_memory": "problem",
+    "written_off": "problem",
+    "reaped": "problem",
+    "reset": "problem",
+    "leased": "lease",
+    "lease_ended": "lease",
+    "isolation_began": "measure",
+    "isolation_ended": "measure",
+    "estimated": "measure",
+    "pinned": "pin",
+    "unpinned": "pin",
+    "joined": "process",
+    "left": "process",
+    "leader": "process",
+    "settings": "process",
+}
+
+
+def decision(event: EventInfo, taken_s: float) -> dict[str, Any]:
+    """Return an event as the page shows it; taken_s: the moment of the snapshot it is from, by `time.monotonic()`."""
+    return {
+        "number": event.sequence,
+        "at": round(taken_s - event.age_s, 2),
+        "kind": event.kind,
+        "category": CATEGORIES[event.kind],
+        "pid": event.pid,
+        "tag": None if event.tag is None else printable(event.tag),
+        "text": printable(why(event) or said(event)),
+    }

@@ -1,0 +1,331 @@
+"""What the page is told of one namespace: rows that have changed since its last look, and bounded histories.
+
+Each look at the namespace has a number. Whatever is kept (a sample, a span, an event, a row of a table) knows the look
+at which it changed last, so a page that names the last look it has seen is told the rest, and no more. A thousand idle
+copies cost nothing after the first answer. An answer of which the page has missed too much, or that is about another
+incarnation of the namespace, is complete, and says so (`complete`).
+"""
+
+from __future__ import annotations
+
+import math
+import secrets
+from collections import Counter, deque
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mpmm.dashboard.decisions import CATEGORIES, decision
+from mpmm.dashboard.timeline import Timeline
+from mpmm.policy.view import Reason
+from mpmm.printable import printable
+from mpmm.shared_state.snapshot import DeviceInfo, InstanceInfo, Snapshot, TicketInfo
+from mpmm.show.follow import Follower, Step
+from mpmm.show.health import findings, longest_wait_s
+from mpmm.show.words import left_s, needs, waiters, why
+
+__all__ = ["LONGEST_WINDOW_S", "Recorder"]
+
+#: An hour of samples, at one a second.
+LONGEST_WINDOW_S = 3600.0
+SAMPLES_KEPT = 3600
+# More points than this are thinned: no chart is wider.
+POINTS_SENT = 720
+DECISIONS_KEPT = 300
+WAITERS_SENT = 300
+GONE_KEPT = 20_000
+_WITH_A_TIME = (Reason.SHARING, Reason.IN_USE, Reason.DRAINING, Reason.BACKING_OFF)
+Row = dict[str, Any]
+Point = tuple[float, ...]
+
+
+class Table:
+    """Rows by key, each with the look at which it changed last."""
+
+    def __init__(self) -> None:
+        self._rows: dict[str, tuple[int, Row]] = {}
+        self._gone: deque[tuple[int, str]] = deque(maxlen=GONE_KEPT)
+        #: To a page that has seen no later look than this, nobody can say any more which rows have gone.
+        self.forgotten = 0
+
+    def put(self, look: int, rows: Mapping[str, Row]) -> None:
+        """Let the table have exactly these rows."""
+        for key in self._rows.keys() - rows.keys():
+            del self._rows[key]
+            if len(self._gone) == GONE_KEPT:
+                self.forgotten = self._gone[0][0]
+            self._gone.append((look, key))
+        for key, row in rows.items():
+            known = self._rows.get(key)
+            if known is None or known[1] != row:
+                self._rows[key] = (look, row)
+
+    def since(self, look: int) -> dict[str, Any]:
+        """Return the rows that have changed after a look, and the keys of those that have gone."""
+        changed = {key: row for key, (at, row) in self._rows.items() if at > look}
+        gone = [key for at, key in self._gone if at > look and key not in self._rows] if look else []
+        return {"set": changed, "gone": gone}
+
+
+class Samples:
+    """Points in time, oldest first: (seconds, figure, …), each with its look."""
+
+    def __init__(self) -> None:
+        self._points: deque[tuple[int, Point]] = deque(maxlen=SAMPLES_KEPT)
+
+    def add(self, look: int, point: Point) -> None:
+        """Append a point unless it is older than the last one."""
+        if not self._points or point[0] > self._points[-1][1][0]:
+            self._points.append((look, tuple(round(figure, 2) for figure in point)))
+
+    def since(self, look: int, from_s: float) -> list[Point]:
+        """Return the points that were added after a look and are not older than a moment, thinned if too many."""
+        return _thinned([point for at, point in self._points if at > look and point[0] >= from_s])
+
+
+def _thinned(points: list[Point]) -> list[Point]:
+    """Return at most POINTS_SENT points; of neighbours the time of the last and the highest of each figure."""
+    size = -(-len(points) // POINTS_SENT)
+    if size <= 1:
+        return points
+    groups = (points[first : first + size] for first in range(0, len(points), size))
+    return [(group[-1][0], *map(max, zip(*(point[1:] for point in group), strict=True))) for group in groups]
+
+
+class Recorder:
+    """Follows one namespace of whichever incarnation. Not thread-safe.
+
+    problem: why it cannot be read at present, None if it can. seen: whether it ever could. busy: whether so much
+    happens that the next look should come soon.
+    """
+
+    def __init__(self, namespace: str, root: Path | None) -> None:
+        self.namespace = namespace
+        self.problem: str | None = None
+        self.seen = False
+        self.busy = False
+        self._follower = Follower(namespace, root)
+        self._look = 0
+        self._begin()
+
+    def _begin(self) -> None:
+        self._epoch = secrets.token_hex(6)
+        self._head: Row = {}
+        self._devices: list[Row] = []
+        self._waiters: list[Row] = []
+        self._findings: list[Row] = []
+        self._copies, self._models, self._members = Table(), Table(), Table()
+        self._memory: dict[int, Samples] = {}
+        self._load = Samples()
+        self._timeline = Timeline()
+        self._decisions: deque[tuple[int, Row]] = deque(maxlen=DECISIONS_KEPT)
+        self._lost = 0
+
+    def look(self) -> None:
+        """Look once. Raises what `read_snapshot` raises; what is known then stays, and `problem` says why."""
+        try:
+            step = self._follower.step()
+        except Exception as error:
+            self.problem = printable(str(error))
+            raise
+        if step.fresh:
+            self._begin()
+        self.problem, self.seen = None, True
+        self._look += 1
+        self._take(step)
+
+    def _take(self, step: Step) -> None:
+        snapshot, look = step.snapshot, self._look
+        self._lost += 0 if step.fresh else step.lost
+        self.busy = bool(step.lost and not step.fresh) or len(step.events) > 2000
+        self._timeline.add(step, look)
+        for event in step.events:
+            if event.kind in CATEGORIES:
+                self._decisions.append((look, decision(event, snapshot.taken_s)))
+        for device in snapshot.devices:
+            self._sample(device, snapshot, step.fresh)
+        loaded = sum(copy.state in ("active", "idle") for copy in snapshot.instances)
+        self._load.add(look, (snapshot.taken_s, snapshot.waiting, snapshot.active, snapshot.loading, loaded))
+        self._head = _head(snapshot)
+        self._devices = [_device(device, snapshot) for device in snapshot.devices]
+        self._findings = [{"urgent": one.urgent, "text": printable(one.text)} for one in findings(snapshot)]
+        self._waiters = _waiters(snapshot)
+        self._copies.put(look, _copies(snapshot))
+        self._models.put(look, _models(snapshot))
+        self._members.put(look, _members(snapshot))
+
+    def _sample(self, device: DeviceInfo, snapshot: Snapshot, fresh: bool) -> None:
+        samples = self._memory.setdefault(device.row, Samples())
+        taken_s = snapshot.taken_s
+        if fresh and not snapshot.books_only:
+            for ago_s, used_mb in device.samples[:-1]:
+                samples.add(self._look, (taken_s - ago_s, used_mb, 0.0))
+        # Peaks between two looks are what a chart must not lose.
+        recent = [] if snapshot.books_only else [mb for ago_s, mb in device.samples if ago_s <= 1.0]
+        used_mb = max([device.used_mb or 0.0, *recent])
+        samples.add(self._look, (taken_s, used_mb, device.committed_mb))
+
+    def weight(self) -> tuple[bool, int]:
+        """Return what tells which of several namespaces is worth a look first: the highest."""
+        return self.seen and self.problem is None, sum(self._head.get("states", {}).values())
+
+    def summary(self) -> Row:
+        """Return the namespace in a few words, for the list of all."""
+        return {
+            "name": self.namespace,
+            "shown": printable(self.namespace),
+            "problem": self.problem,
+            "waiting": self._head.get("waiting", 0),
+            "urgent": sum(one["urgent"] for one in self._findings),
+        }
+
+    def state(self, epoch: str, look: int, window_s: float) -> Row:
+        """Return what has changed since a look at an incarnation; everything of the last `window_s` seconds if that is
+        not the present one."""
+        tables = {"copies": self._copies, "models": self._models, "members": self._members}
+        complete = epoch != self._epoch or any(look < table.forgotten for table in tables.values())
+        since = 0 if complete else look
+        from_s = self._head.get("now", 0.0) - min(window_s, LONGEST_WINDOW_S)
+        return {
+            "epoch": self._epoch,
+            "look": self._look,
+            "complete": complete,
+            "problem": self.problem,
+            "head": self._head,
+            "devices": self._devices,
+            "findings": self._findings,
+            "waiters": self._waiters,
+            "memory": {row: samples.since(since, from_s) for row, samples in self._memory.items()},
+            "load": self._load.since(since, from_s),
+            "spans": self._timeline.since(since, from_s),
+            "decisions": [row for at, row in self._decisions if at > since],
+            "lost": self._lost,
+            **{name: table.since(since) for name, table in tables.items()},
+        }
+
+
+def _rounded(value: float | None, digits: int = 1) -> float | None:
+    return None if value is None or not math.isfinite(value) else round(value, digits)
+
+
+def _head(snapshot: Snapshot) -> Row:
+    leader = next((member.pid for member in snapshot.members if member.slot == snapshot.leader), None)
+    return {
+        "namespace": printable(snapshot.namespace),
+        "now": round(snapshot.taken_s, 3),
+        "wall": round(snapshot.taken_wall_s, 3),
+        "up": round(snapshot.taken_wall_s - snapshot.created_wall_s, 1),
+        "source": printable(snapshot.source),
+        "books_only": snapshot.books_only,
+        "leader": leader,
+        "polled_ago": round(snapshot.polled_ago_s, 1),
+        "waiting": snapshot.waiting,
+        "longest_wait": round(longest_wait_s(snapshot), 1),
+        "states": Counter(copy.state for copy in snapshot.instances),
+        "members": Counter(member.kind for member in snapshot.members),
+        **{
+            name: getattr(snapshot, name)
+            for name in ("loads", "hits", "evictions", "failed_loads", "timeouts", "out_of_memory", "reaps")
+        },
+    }
+
+
+def _device(device: DeviceInfo, snapshot: Snapshot) -> Row:
+    figures = ("total_mb", "limit_mb", "used_mb", "committed_mb", "reserved_mb", "returning_mb", "external_mb")
+    here = [copy for copy in snapshot.instances if device.row in copy.shares_mb]
+    tags = {copy.row: copy.tag for copy in snapshot.instances}
+    return {
+        "row": device.row,
+        "name": printable(device.name),
+        "uuid": printable(device.uuid),
+        **{name[:-3]: _rounded(getattr(device, name)) for name in figures},
+        "highest": _rounded(device.peak_since_start_mb),
+        "sample_age": _rounded(device.sample_age_s),
+        "copies": sum(copy.state in ("active", "idle") for copy in here),
+        "active_mb": _rounded(sum(copy.shares_mb[device.row] for copy in here if copy.state == "active")),
+        "idle_mb": _rounded(sum(copy.shares_mb[device.row] for copy in here if copy.state == "idle")),
+        "alone": None if device.isolated is None else printable(tags.get(device.isolated, "?")),
+    }
+
+
+def _waiters(snapshot: Snapshot) -> list[Row]:
+    need_of = needs(snapshot)
+    return [_waiter(ticket, snapshot, need_of(ticket)) for ticket in waiters(snapshot)[:WAITERS_SENT]]
+
+
+def _waiter(ticket: TicketInfo, snapshot: Snapshot, need_mb: float) -> Row:
+    seconds = left_s(snapshot, ticket)
+    return {
+        "number": ticket.number,
+        "tag": printable(ticket.tag),
+        "pid": ticket.pid,
+        "since": round(snapshot.taken_s - ticket.waited_s, 2),
+        "expected": _rounded(seconds, 2) if ticket.reason in _WITH_A_TIME and seconds > 0 else None,
+        "gives_up_in": _rounded(ticket.time_left_s),
+        "why": printable(why(ticket, need_mb, seconds)),
+    }
+
+
+def _copies(snapshot: Snapshot) -> dict[str, Row]:
+    pids = {member.slot: member.pid for member in snapshot.members}
+    pinned = {pin.model for pin in snapshot.pins}
+    return {str(copy.row): _copy(copy, snapshot.taken_s, pids, copy.model in pinned) for copy in snapshot.instances}
+
+
+def _copy(copy: InstanceInfo, taken_s: float, pids: Mapping[int, int], pinned: bool) -> Row:
+    holder = copy.program if copy.state == "leased" and copy.program else None
+    if holder is None and copy.holder is not None:
+        holder = pids.get(copy.holder)
+    marks = (("pinned", pinned), ("doomed", copy.doomed), ("unload late", copy.unload_late))
+    return {
+        "tag": printable(copy.tag),
+        "state": copy.state,
+        "pid": holder,
+        "since": round(taken_s - copy.for_s, 2),
+        "uses": copy.uses,
+        "mb": _rounded(copy.reserved_mb if copy.state in ("loading", "leased") else copy.mb),
+        "devices": list(copy.shares_mb),
+        "home": next((pids.get(slot) for slot in (copy.server, copy.owner) if slot is not None), None),
+        "served": copy.server is not None,
+        "marks": [name for name, holds in marks if holds],
+    }
+
+
+def _models(snapshot: Snapshot) -> dict[str, Row]:
+    counts = ("loaded", "active", "idle", "loading", "waiting", "loads", "hits", "evictions", "failures", "pins")
+    return {
+        str(model.row): {
+            "tag": printable(model.tag),
+            "kind": model.kind,
+            **{name: getattr(model, name) for name in counts},
+            "estimate": _rounded(model.estimate_mb),
+            "measured": model.measured,
+            "load_s": _rounded(model.load_s, 2),
+            "hold_s": _rounded(model.hold_s, 3),
+            "used": None if model.active else _rounded(snapshot.taken_s - model.unused_for_s, 1),
+        }
+        for model in snapshot.models
+    }
+
+
+def _members(snapshot: Snapshot) -> dict[str, Row]:
+    holds: Counter[int | None] = Counter(
+        copy.holder for copy in snapshot.instances if copy.state in ("active", "leased")
+    )
+    waits = Counter(ticket.member for ticket in waiters(snapshot))
+    serves = {copy.server: copy.tag for copy in snapshot.instances if copy.server is not None}
+    return {
+        f"{member.slot}.{member.generation}": {
+            "pid": member.pid,
+            "name": printable(member.name),
+            "kind": member.kind,
+            "alive": member.alive is not False,
+            "leads": member.slot == snapshot.leader,
+            "since": round(snapshot.taken_s - member.attached_for_s, 1),
+            "holds": holds[member.slot],
+            "waits": waits[member.slot],
+            "serves": printable(serves.get(member.slot, "")),
+            "mb": _rounded(member.measured_mb),
+        }
+        for member in snapshot.members
+    }

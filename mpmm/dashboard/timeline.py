@@ -1,0 +1,269 @@
+"""What each copy did and when, as spans on lanes: loads, holds, idle times, unloads and leases.
+
+A copy lies on a lane, named by its tag and a number: the lowest that no other copy of the tag has at the time. So a
+model that is evicted and loaded again comes back to its lane, and the page shows one line for it.
+
+Uses that follow each other within `MERGED_GAP_S` become one span that says how many they were and how long they took
+together: a busy host makes thousands a second, and a pixel of the page is longer than that gap.
+
+Events give the moments, and the snapshot has the last word: a copy of which an event was overwritten unread, or which a
+reset took away, begins or ends at the look that notices it.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from itertools import chain
+
+from mpmm.printable import printable
+from mpmm.shared_state.snapshot import EventInfo, InstanceInfo
+from mpmm.show.follow import Step
+from mpmm.show.words import why
+
+__all__ = ["Span", "Timeline"]
+
+MERGED_GAP_S = 0.25
+# A span of merged uses ends then, so that its share of busy time stays a local one.
+LONGEST_MERGED_S = 10.0
+# 10 000 spans take about 5 MB; they are the last 40 minutes of 16 copies that are used all the time.
+SPANS_KEPT = 10_000
+# The row of a lease is used anew once it has ended, and then its older events have no name.
+FORGOTTEN = "(ended)"
+_KINDS = {"loading": "load", "active": "hold", "unloading": "unload", "leased": "lease"}
+
+
+@dataclass
+class Span:
+    """Something a copy did. Times are `time.monotonic()` in seconds; end_s is None while it lasts.
+
+    kind: `stay` from the end of the load to the begin of the unload; `load`, `hold`, `unload`, `lease`. uses: how many
+    uses a hold stands for, busy_s: how long those that have ended took, resumed_s: when the last one began. changed:
+    number of the look at which the span changed last.
+    """
+
+    number: int
+    tag: str
+    lane: int
+    kind: str
+    begin_s: float
+    pid: int | None
+    devices: tuple[int, ...]
+    note: str
+    changed: int
+    end_s: float | None = None
+    busy_s: float = 0.0
+    uses: int = 1
+    resumed_s: float = 0.0
+
+    def row(self) -> list[object]:
+        """Return the span as the page reads it."""
+        times = (self.begin_s, self.end_s, self.busy_s, self.resumed_s)
+        begin, end, busy, resumed = (None if time_s is None else round(time_s, 3) for time_s in times)
+        what = [self.number, printable(self.tag), self.lane, self.kind, begin, end, busy, resumed]
+        return [*what, self.uses, self.pid, self.devices, self.note]
+
+
+@dataclass
+class _Copy:
+    """A copy that lives. doing: its open load, hold, unload or lease. last: its last hold, which may go on."""
+
+    tag: str
+    lane: int
+    devices: tuple[int, ...]
+    doing: Span | None = None
+    stay: Span | None = None
+    last: Span | None = field(default=None, repr=False)
+
+
+class Timeline:
+    """Turns steps of a `Follower` into spans; keeps the newest. Not thread-safe."""
+
+    def __init__(self) -> None:
+        # Those that last or may go on, by number, and those that have ended.
+        self._lasting: dict[int, Span] = {}
+        self._ended: deque[Span] = deque(maxlen=SPANS_KEPT)
+        self._copies: dict[int, _Copy] = {}
+        self._numbers = 0
+        self._look = 0
+        # Pids of those who queued, by ticket: the event that ends a wait has the pid of the process that served it.
+        self._queued: dict[int, int] = {}
+        self._handlers: dict[str, Callable[[EventInfo, float], None]] = {
+            "load_began": self._load_began,
+            "load_ended": self._load_ended,
+            "load_failed": self._load_failed,
+            "hit": self._used,
+            "granted": self._used,
+            "released": self._released,
+            "unload_began": self._unload_began,
+            "unload_ended": self._gone,
+            "leased": self._leased,
+            "lease_ended": self._gone,
+            "lost": self._lost,
+        }
+
+    def add(self, step: Step, look: int) -> None:
+        """Add what a step tells; look: its number, which rises from step to step."""
+        self._look = look
+        taken_s = step.snapshot.taken_s
+        for event in step.events:
+            handler = self._handlers.get(event.kind)
+            if event.kind == "queued" and event.ticket is not None:
+                self._queued[event.ticket] = event.pid
+            elif event.kind == "left_queue" and event.ticket is not None:
+                self._queued.pop(event.ticket, None)
+            elif handler is not None and event.instance is not None:
+                handler(event, taken_s - event.age_s)
+        # A wait whose end was overwritten unread would be kept for ever.
+        self._queued = {ticket.number: ticket.pid for ticket in step.snapshot.tickets}
+        self._reconcile(step.snapshot.instances, {member.slot: member.pid for member in step.snapshot.members}, taken_s)
+        for span in list(self._lasting.values()):
+            if span.end_s is not None and span.end_s < taken_s - MERGED_GAP_S:
+                self._ended.append(self._lasting.pop(span.number))
+
+    def since(self, look: int, from_s: float) -> list[list[object]]:
+        """Return the spans that have changed after a look, and that have not ended before a moment."""
+        return [
+            span.row()
+            for span in chain(self._ended, self._lasting.values())
+            if span.changed > look and (span.end_s is None or span.end_s >= from_s)
+        ]
+
+    # ---- spans ---------------------------------------------------------------------------------------------
+
+    def _open(self, copy: _Copy, kind: str, begin_s: float, pid: int | None, note: str = "") -> Span:
+        self._numbers += 1
+        devices = copy.devices
+        span = Span(self._numbers, copy.tag, copy.lane, kind, begin_s, pid, devices, note, self._look)
+        span.resumed_s = begin_s
+        self._lasting[span.number] = span
+        return span
+
+    def _close(self, span: Span | None, end_s: float, note: str = "") -> None:
+        if span is not None and span.end_s is None:
+            span.end_s = max(end_s, span.begin_s)
+            span.busy_s += max(0.0, end_s - span.resumed_s)
+            span.note = note or span.note
+            span.changed = self._look
+
+    def _finish(self, row: int, end_s: float, note: str = "") -> None:
+        copy = self._copies.pop(row, None)
+        if copy is not None:
+            self._close(copy.doing, end_s, note)
+            self._close(copy.stay, end_s, note)
+
+    def _new(self, row: int, tag: str | None, devices: tuple[int, ...], begin_s: float) -> _Copy:
+        self._finish(row, begin_s)
+        tag = tag or FORGOTTEN
+        taken = {copy.lane for copy in self._copies.values() if copy.tag == tag}
+        lane = next(number for number in range(1, len(taken) + 2) if number not in taken)
+        self._copies[row] = copy = _Copy(tag, lane, devices)
+        return copy
+
+    def _known(self, event: EventInfo, at_s: float) -> _Copy:
+        """Return the copy that an event is about; one that nothing was known of was there, idle."""
+        assert event.instance is not None, "`add` has looked"
+        copy = self._copies.get(event.instance)
+        if copy is None or (event.tag is not None and copy.tag != event.tag):
+            copy = self._new(event.instance, event.tag, (), at_s)
+        return copy
+
+    def _pid(self, event: EventInfo) -> int:
+        return event.pid if event.ticket is None else self._queued.pop(event.ticket, event.pid)
+
+    def _hold(self, copy: _Copy, begin_s: float, pid: int | None) -> None:
+        self._close(copy.doing, begin_s)
+        if copy.stay is None:
+            copy.stay = self._open(copy, "stay", begin_s, None)
+        last = copy.last
+        if (
+            last is not None
+            and last.end_s is not None
+            and begin_s - last.end_s < MERGED_GAP_S
+            and begin_s - last.begin_s < LONGEST_MERGED_S
+        ):
+            last.end_s, last.resumed_s, last.pid, last.changed = None, begin_s, pid, self._look
+            last.uses += 1
+        else:
+            last = self._open(copy, "hold", begin_s, pid)
+        copy.doing = copy.last = last
+
+    # ---- one kind of event each ----------------------------------------------------------------------------
+
+    def _load_began(self, event: EventInfo, at_s: float) -> None:
+        if event.instance is not None:
+            copy = self._new(event.instance, event.tag, event.devices, at_s)
+            copy.doing = self._open(copy, "load", at_s, self._pid(event), printable(why(event)))
+
+    def _load_ended(self, event: EventInfo, at_s: float) -> None:
+        self._hold(self._known(event, at_s), at_s, event.pid)
+
+    def _load_failed(self, event: EventInfo, at_s: float) -> None:
+        if event.instance is not None:
+            self._finish(event.instance, at_s, "failed")
+
+    def _used(self, event: EventInfo, at_s: float) -> None:
+        self._hold(self._known(event, at_s), at_s, self._pid(event))
+
+    def _released(self, event: EventInfo, at_s: float) -> None:
+        copy = self._known(event, at_s)
+        self._close(copy.doing, at_s)
+        copy.doing = None
+
+    def _unload_began(self, event: EventInfo, at_s: float) -> None:
+        copy = self._known(event, at_s)
+        self._close(copy.doing, at_s)
+        self._close(copy.stay, at_s)
+        copy.stay, copy.doing = None, self._open(copy, "unload", at_s, event.pid, printable(why(event)))
+
+    def _gone(self, event: EventInfo, at_s: float) -> None:
+        if event.instance is not None:
+            self._finish(event.instance, at_s)
+
+    def _leased(self, event: EventInfo, at_s: float) -> None:
+        if event.instance is not None:
+            copy = self._new(event.instance, event.tag, event.devices, at_s)
+            copy.doing = self._open(copy, "lease", at_s, self._pid(event), printable(why(event)))
+
+    def _lost(self, event: EventInfo, at_s: float) -> None:
+        if event.instance is not None:
+            copy = self._copies.get(event.instance)
+            # That the process of a copy that is unloaded ends is no loss.
+            leaves = copy is not None and copy.doing is not None and copy.doing.kind == "unload"
+            self._finish(event.instance, at_s, "" if leaves else "lost with its process")
+
+    # ---- what the snapshot says ----------------------------------------------------------------------------
+
+    def _reconcile(self, instances: Iterable[InstanceInfo], pids: dict[int, int], taken_s: float) -> None:
+        there = {copy.row: copy for copy in instances}
+        for row in self._copies.keys() - there.keys():
+            self._finish(row, taken_s)
+        for row, found in there.items():
+            copy = self._copies.get(row)
+            since_s = max(0.0, taken_s - found.for_s)
+            if copy is None or copy.tag != found.tag:
+                copy = self._new(row, found.tag, tuple(found.shares_mb), since_s)
+            copy.devices = tuple(found.shares_mb)
+            self._agree(copy, found, None if found.holder is None else pids.get(found.holder), since_s)
+
+    def _agree(self, copy: _Copy, found: InstanceInfo, pid: int | None, since_s: float) -> None:
+        """Let the open spans of a copy be those of its state."""
+        kind = _KINDS.get(found.state)
+        if copy.doing is not None and copy.doing.kind != kind:
+            self._close(copy.doing, since_s)
+            copy.doing = None
+        if kind not in ("load", "unload", "lease") and copy.stay is None:
+            copy.stay = self._open(copy, "stay", since_s, None)
+        if kind == "hold" and copy.doing is None:
+            self._hold(copy, since_s, pid)
+        elif kind is not None and copy.doing is None:
+            if kind == "unload":
+                self._close(copy.stay, since_s)
+                copy.stay = None
+            copy.doing = self._open(copy, kind, since_s, pid)
+        for span in (copy.doing, copy.stay):
+            if span is not None and not span.devices:
+                span.devices, span.changed = copy.devices, self._look
+        if copy.doing is not None and pid is not None and copy.doing.pid != pid:
+            copy.doing.pid, copy.doing.changed = pid, self._look

@@ -1,0 +1,105 @@
+"""All namespaces of this user, as they come and end: a thread looks at each of them once a second."""
+
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from mpmm.dashboard.history import Recorder
+from mpmm.errors import MpmmError
+from mpmm.shared_state.runtime_dir import default_root
+from mpmm.shared_state.snapshot import find_lost_namespaces, find_namespaces
+
+__all__ = ["Watcher"]
+
+PAUSE_S = 1.0
+# Where so much happens that the ring of events could be overwritten between two looks.
+BUSY_PAUSE_S = 0.25
+# The last picture of a namespace that has ended stays for so long.
+ENDED_KEPT_S = 600.0
+
+
+class Watcher:
+    """Keeps a `Recorder` for each namespace. Thread-safe; changes nothing that others can see.
+
+    namespace: the only one to show, whether it is there yet or not; None for all. root: folder of the runtime
+    directories.
+    """
+
+    def __init__(self, root: Path | None = None, namespace: str | None = None) -> None:
+        self._root = root
+        self._only = namespace
+        self._mutex = threading.Lock()
+        self._recorders: dict[str, Recorder] = {}
+        self._ended: dict[str, float] = {}
+        self._closing = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        """Look once, and from then on in a thread."""
+        self.look()
+        self._thread = threading.Thread(target=self._run, name="mpmm-dashboard", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """End the thread."""
+        self._closing.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    def look(self) -> float:
+        """Look at all namespaces once; return the seconds until the next look."""
+        with self._mutex:
+            there = [self._only] if self._only is not None else self._found()
+            for name in there:
+                if name not in self._recorders:
+                    self._recorders[name] = Recorder(name, self._root)
+            for name, recorder in list(self._recorders.items()):
+                self._look_at(recorder, name in there)
+            busy = any(recorder.busy for recorder in self._recorders.values())
+        return BUSY_PAUSE_S if busy else PAUSE_S
+
+    def state(self, name: str | None, epoch: str, look: int, window_s: float) -> dict[str, Any]:
+        """Return what a page shows that has seen a look at a namespace; see `Recorder.state`.
+
+        name: None for the one that most happens in. What is not known has the state None.
+        """
+        with self._mutex:
+            if name is None:
+                name = self._busiest()
+            recorder = self._recorders.get(name) if name is not None else None
+            known = recorder is not None and recorder.seen
+            return {
+                "root": str(self._root or default_root()),
+                "only": self._only,
+                "namespaces": [self._recorders[other].summary() for other in sorted(self._recorders)],
+                "namespace": name,
+                "problem": None if recorder is None else recorder.problem,
+                "state": recorder.state(epoch, look, window_s) if recorder is not None and known else None,
+            }
+
+    def _found(self) -> list[str]:
+        return [*find_namespaces(self._root), *find_lost_namespaces(self._root)]
+
+    def _look_at(self, recorder: Recorder, there: bool) -> None:
+        """Look at a namespace; forget it if it ended, is not there any more, and was shown for long enough."""
+        name, now_s = recorder.namespace, time.monotonic()
+        try:
+            recorder.look()
+            self._ended.pop(name, None)
+        except (OSError, MpmmError):
+            since_s = self._ended.setdefault(name, now_s)
+            if not there and (not recorder.seen or now_s - since_s > ENDED_KEPT_S):
+                del self._recorders[name], self._ended[name]
+
+    def _busiest(self) -> str | None:
+        """Return the namespace to show first: one that can be read, with most copies."""
+        known = self._recorders
+        return max(sorted(known), key=lambda name: known[name].weight(), default=None)
+
+    def _run(self) -> None:
+        pause_s = PAUSE_S
+        while not self._closing.wait(pause_s):
+            pause_s = self.look()
