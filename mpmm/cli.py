@@ -22,6 +22,8 @@
     mpmm settings                 show the settings; `settings set NAME VALUE` changes one for all processes
     mpmm reset NAMESPACE          unload everything and send all waiters away; asks at a terminal unless --yes is given
     mpmm prune                    remove what crashed processes have left; --dry-run only shows it
+    mpmm doctor                   versions, drivers, memory sources, limits, permissions, namespaces; exit status 1 for
+                                  a problem; --bundle FILE.tar.gz packs it for a support request, without secrets
     mpmm run --mb SIZE -- PROGRAM ARGUMENTS…
                                   run a program once so much memory is free, and count it as used meanwhile
 
@@ -68,20 +70,16 @@ from mpmm.shared_state.runtime_dir import ROOM_NAME, SERVERS_LOG, RuntimeDirecto
 from mpmm.shared_state.segment import segment_lost, segment_name
 from mpmm.shared_state.snapshot import (
     EventChoice,
-    Snapshot,
-    as_json,
     find_lost_namespaces,
     find_namespaces,
     read_snapshot,
 )
 from mpmm.show.colours import painter
-from mpmm.show.health import findings, longest_wait_s
+from mpmm.show.health import longest_wait_s
 from mpmm.show.screen import EVENTS_OF_EACH, overview, render
-from mpmm.show.words import needs, why
 
 __all__ = ["main"]
 
-SCHEMA_VERSION = 1
 EXIT_PROBLEM = 1
 EXIT_USAGE = 2
 EXIT_NO_LEASE = 125
@@ -184,6 +182,8 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("namespace", nargs="?", help="default: the only one there is")
     prune = commands.add_parser("prune", help="remove segments and folders that crashed processes have left")
     prune.add_argument("--dry-run", action="store_true", help="show what would be removed, and remove nothing")
+    doctor = commands.add_parser("doctor", help="what this host offers, what limits it sets, and what is wrong")
+    doctor.add_argument("--bundle", type=Path, metavar="FILE", help="write a support bundle: .tar.gz, .tgz or .zip")
     run = commands.add_parser(
         "run",
         help="run a program on a lease of memory",
@@ -245,7 +245,9 @@ def _inspect(options: argparse.Namespace, root: Path | None) -> int:
     choice = EventChoice() if options.json else EventChoice(newest_of_each=EVENTS_OF_EACH)
     snapshots = [read_snapshot(name, root, choice=choice) for name in names]
     if options.json:
-        print(_json(snapshots[0]))
+        from mpmm.show.json_text import snapshot_json
+
+        print(snapshot_json(snapshots[0]))
     elif len(snapshots) > 1:
         print(overview(snapshots, None if options.all else _width(), painter(sys.stdout)))
     else:
@@ -257,19 +259,6 @@ def _inspect(options: argparse.Namespace, root: Path | None) -> int:
         if log.exists():
             print(f"\noutput of model servers whose starters have ended: {printable(str(log))}")
     return EXIT_PROBLEM if max(map(longest_wait_s, snapshots)) > max_wait_s else 0
-
-
-def _json(snapshot: Snapshot) -> str:
-    import json
-
-    found = as_json(snapshot)
-    need_of = needs(snapshot)
-    for ticket, shown in zip(snapshot.tickets, found["tickets"], strict=True):
-        shown["why"] = why(ticket, need_of(ticket))
-    for event, shown in zip(snapshot.events, found["events"], strict=True):
-        shown["why"] = why(event)
-    found["findings"] = [{"urgent": finding.urgent, "text": finding.text} for finding in findings(snapshot)]
-    return json.dumps({"schema": SCHEMA_VERSION, **found})
 
 
 def _run(options: argparse.Namespace, program: Sequence[str], root: Path | None) -> int:
@@ -476,6 +465,19 @@ def _prune(options: argparse.Namespace, root: Path | None) -> int:
     return 0
 
 
+def _doctor(options: argparse.Namespace, root: Path | None) -> int:
+    from mpmm.show.doctor import examine, report
+
+    groups = examine(root)
+    print(report(groups, _width(), painter(sys.stdout)))
+    if options.bundle is not None:
+        from mpmm.show.bundle import write_bundle
+
+        write_bundle(options.bundle, report(groups), root)
+        print(f"mpmm: wrote {options.bundle}; look through it before you pass it on", file=sys.stderr)
+    return EXIT_PROBLEM if any(check.state == "PROBLEM" for group in groups for check in group.checks) else 0
+
+
 _COMMANDS = {
     "list": _list,
     "inspect": _inspect,
@@ -491,6 +493,7 @@ _COMMANDS = {
     "suspend": _move,
     "resume": _move,
     "prune": _prune,
+    "doctor": _doctor,
 }
 
 

@@ -1,0 +1,25 @@
+"""A snapshot as JSON text, for `mpmm inspect --json` and support bundles; `mpmm.cli` documents the schema."""
+
+from __future__ import annotations
+
+import json
+
+from mpmm.shared_state.snapshot import Snapshot, as_json
+from mpmm.show.health import findings
+from mpmm.show.words import needs, why
+
+__all__ = ["SCHEMA_VERSION", "snapshot_json"]
+
+SCHEMA_VERSION = 1
+
+
+def snapshot_json(snapshot: Snapshot) -> str:
+    """Return every field of a snapshot, with the sentences that people are shown, as one line of JSON."""
+    found = as_json(snapshot)
+    need_of = needs(snapshot)
+    for ticket, shown in zip(snapshot.tickets, found["tickets"], strict=True):
+        shown["why"] = why(ticket, need_of(ticket))
+    for event, shown in zip(snapshot.events, found["events"], strict=True):
+        shown["why"] = why(event)
+    found["findings"] = [{"urgent": finding.urgent, "text": finding.text} for finding in findings(snapshot)]
+    return json.dumps({"schema": SCHEMA_VERSION, **found})
