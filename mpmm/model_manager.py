@@ -72,6 +72,7 @@ from mpmm.proxy.room import is_server_process
 from mpmm.resource_estimator import ALONE_SD, GROWTH_SD, Estimate, ResourceEstimator
 from mpmm.resource_estimator import nnls as nnls  # tests written for Beam replace it here
 from mpmm.shared_state.durations import to_ns
+from mpmm.shared_state.events import Cause
 from mpmm.shared_state.futex import wait_for_change
 from mpmm.shared_state.layout import (
     MOST_SPANNED,
@@ -558,7 +559,8 @@ class ModelManager(BeamNames):
         held = operation.held
         if held is None:
             return
-        worker.scheduler.alert(held[0].row)
+        if not worker.has_tenure(held[0].tag, held[0].row):
+            worker.scheduler.alert(held[0].row)
         try:
             self._give_back(worker, tag, held[0], patience_s=patience_s)
         except ReentrantCallError:
@@ -1171,7 +1173,9 @@ class ModelManager(BeamNames):
         deadline = time.monotonic() + left
         left = left or NOW_S
         while True:
-            got: Copy | _Booking | None = self._take_idle(worker, operation, tag, left, wish.tied)
+            got: Copy | _Booking | None = None
+            if not worker.scheduler.may_have_to_wait(tag) or worker.comes_back(tag):
+                got = self._take_idle(worker, operation, tag, left, wish.tied)
             if got is None:
                 got = self._queue(worker, operation, tag, deadline, wish)
             # None stands for enough copies, which only a preload is told.
@@ -1186,12 +1190,36 @@ class ModelManager(BeamNames):
         namespace = worker.namespace
         with namespace.transaction(patience_s) as t:
             row = worker.find_idle(tag, tied)
-            if row is None or (namespace.segment.words[Header.ISOLATED] and worker.scheduler.beside_isolation(row)):
-                return None
-            if worker.scheduler.must_queue() and not worker.scheduler.may_take(row):
-                return None
-            namespace.transitions.grab(t, row, namespace.reference)
-            return worker.hold(row, tag, operation)
+            return None if row is None else self._take(worker, operation, t, row, tag)
+
+    @staticmethod
+    def _take(worker: Worker, operation: Operation, t: Transaction, row: int, tag: str) -> Copy | None:
+        """Take an idle copy (row), unless it is for others, or lies where one runs alone."""
+        namespace, scheduler = worker.namespace, worker.scheduler
+        if namespace.segment.words[Header.ISOLATED] and scheduler.beside_isolation(row):
+            return None
+        if scheduler.must_queue() and not (worker.has_tenure(tag, row) or scheduler.may_take(row)):
+            return None
+        namespace.transitions.grab(t, row, namespace.reference)
+        return worker.hold(row, tag, operation)
+
+    def _take_or_wait(
+        self, worker: Worker, operation: Operation, tag: str, encoded: bytes, deadline: float, wish: Wish
+    ) -> Copy | int | None:
+        """Take an idle copy, or queue where it is known without a plan that others have to be waited for.
+
+        Return the copy, or the ticket's row; None, with nothing changed, if it takes a plan to know.
+        """
+        namespace = worker.namespace
+        with suppress(TableFullError), namespace.transaction(max(NOW_S, deadline - time.monotonic())) as t:
+            row = worker.find_idle(tag)
+            if row is not None:
+                return self._take(worker, operation, t, row, tag)
+            model = namespace.tables.model_row(tag)
+            cause = None if model is None else worker.scheduler.known_wait(model)
+            if model is not None and cause is not None:
+                return self._make_ticket(worker, operation, t, model, deadline, 0, wish, cause=cause)
+        return None
 
     def _queue(
         self, worker: Worker, operation: Operation, tag: str, deadline: float, wish: Wish = _ANYWHERE, preload: int = 0
@@ -1203,10 +1231,17 @@ class ModelManager(BeamNames):
         encoded = encode_text(tag, Model.TAG_BYTES, "model tag")
         began = time.monotonic()
         firm, alone = worker.held_by_thread()
+        nested = bool(firm or alone)
         self._run_alone_no_more(worker, [*firm, *alone])
-        worker.freshen_to_queue(deadline - began)
         with worker.waiting():
-            row = self._enqueue(worker, operation, tag, encoded, deadline, preload, wish, nested=bool(firm or alone))
+            row: Copy | int | None = None
+            if not (preload or nested) and wish is _ANYWHERE and worker.scheduler.may_have_to_wait(tag):
+                row = self._take_or_wait(worker, operation, tag, encoded, deadline, wish)
+            if row is None:
+                worker.freshen_to_queue(deadline - time.monotonic())
+                row = self._enqueue(worker, operation, tag, encoded, deadline, preload, wish, nested)
+            if isinstance(row, Copy):
+                return row
             if firm:
                 self._expect_no_deadlock(worker, tag, row, firm)
             while True:
@@ -1333,26 +1368,44 @@ class ModelManager(BeamNames):
         nested: bool,
     ) -> int:
         namespace = worker.namespace
-        words = namespace.segment.words
-        devices = wish.devices or worker.board.visible_bits()
         with namespace.transaction(max(NOW_S, deadline - time.monotonic())) as t:
             model = namespace.transitions.claim_model(t, tag, encoded)
             if worker.kept_estimates is not None:
                 worker.kept_estimates.recall(t, model, tag)
             if wish.expect_mb:
                 namespace.transitions.expect(t, model, wish.expect_mb)
-            known = worker.scheduler.is_known(model) or words[Header.SOURCE_BOOKS_ONLY]
-            priority = PRELOAD_PRIORITY if preload else 1 if known else 0
-            # Who does not wait gets what is free now; tickets whose time is over get nothing.
-            deadline_ns = to_ns(max(deadline, time.monotonic() + NOW_S))
-            need_mb = worker.scheduler.need_mb(model)
-            row = namespace.transitions.enqueue(
-                t, model, namespace.slot, priority, need_mb, deadline_ns, preload, devices, wish.tied, wish.span, nested
-            )
-            number = words[namespace.tables.ticket(row) + Ticket.NUMBER]
-            operation.ticket = (row, number)
+            row = self._make_ticket(worker, operation, t, model, deadline, preload, wish, nested)
             worker.scheduler.advance(t, newcomer=row)
-        self.logging_info("Queued for %s: ticket %s, priority %s", tag, number, priority)
+        self.logging_info("Queued for %s: ticket %s", tag, operation.ticket)
+        return row
+
+    def _make_ticket(
+        self,
+        worker: Worker,
+        operation: Operation,
+        t: Transaction,
+        model: int,
+        deadline: float,
+        preload: int,
+        wish: Wish,
+        nested: bool = False,
+        cause: Cause | None = None,
+    ) -> int:
+        """Queue, and return the ticket's row; cause: why it waits, if that is known."""
+        namespace = worker.namespace
+        words = namespace.segment.words
+        devices = wish.devices or worker.board.visible_bits()
+        known = worker.scheduler.is_known(model) or words[Header.SOURCE_BOOKS_ONLY]
+        priority = PRELOAD_PRIORITY if preload else 1 if known else 0
+        # Who does not wait gets what is free now; tickets whose time is over get nothing.
+        deadline_ns = to_ns(max(deadline, time.monotonic() + NOW_S))
+        need_mb = worker.scheduler.need_mb(model)
+        row = namespace.transitions.enqueue(
+            *(t, model, namespace.slot, priority, need_mb, deadline_ns, preload),
+            *(devices, wish.tied, wish.span, nested, cause),
+        )
+        number = words[namespace.tables.ticket(row) + Ticket.NUMBER]
+        operation.ticket = (row, number)
         return row
 
     def _await_answer(self, worker: Worker, operation: Operation, row: int, deadline: float) -> int | None:
@@ -1772,7 +1825,12 @@ class ModelManager(BeamNames):
                 self._learn_alone(worker, t, copy.row, cost)
             else:
                 cost = None
-            worker.scheduler.release(t, copy.row, used)
+            contended = words[Header.WAITING]
+            if not (contended and worker.keeps(t, copy, used)):
+                worker.scheduler.release(t, copy.row, used)
+        if contended:
+            # Not before the waiter was let run on this processor.
+            worker.tenures.leave(copy.tag)
         if copy.tag != tag:
             _LOG.warning("mpmm %s: a copy of %r was released as %r", self._name, copy.tag, tag)
         if cost is not None:

@@ -15,6 +15,10 @@ Q2  A release of a copy whose model nobody waits for needs no plan (`moves_nobod
     model (SHARING, COPIES), or, as a lease, behind one that waits for leases. PINNED belongs to these if the model
     is pinned: its copy makes no room then. Time changes such waits, too, and so does each hold that is measured, from
     which it is guessed how long others may take (SHARING); for that the leader plans at each poll.
+Q3  A newcomer for a model whose copies are all in use, and all usable by any process, can only wait for one of them
+    (`known_wait`), if there are as many copies as there may be, or if they serve it sooner than a load would. This is
+    known where everybody who waits wants this model, the newest of them was told the same, nothing runs alone or waits
+    to, and no load of the model has failed. Nobody else is moved by a newcomer at the end of the queue.
 """
 
 from __future__ import annotations
@@ -36,7 +40,7 @@ from mpmm.policy.fairness import UNKNOWN_FIRST
 from mpmm.policy.out_of_memory import MORE_MB
 from mpmm.policy.plan import make_plan
 from mpmm.policy.reasons import explain
-from mpmm.policy.sharing import remaining_s
+from mpmm.policy.sharing import remaining_s, served_in_s
 from mpmm.policy.suspension import resume_s
 from mpmm.policy.view import (
     Busy,
@@ -76,6 +80,8 @@ QUEUE_PART = 32
 FEW_WAITERS = 16
 # Waits that no copy of another model ends by becoming idle.
 QUIET_REASONS = frozenset({Reason.LEASED, Reason.FOREIGN, Reason.PINNED, Reason.SHARING, Reason.COPIES})
+# Waits for a copy of the own model.
+SHARED_REASONS = frozenset({Reason.SHARING, Reason.COPIES})
 # Waits that only other programs, or who has pinned something, can end.
 OTHERS_END = frozenset({Reason.FOREIGN, Reason.PINNED})
 # Begun in one transaction, whose undo log has an end.
@@ -173,6 +179,27 @@ class Scheduler:
             if plan.blocked or not view.tickets or not self._answered_all(view):
                 return
             # Nobody in this part of the queue is left, so the rest moves up.
+
+    def keep(self, t: Transaction, instance: int, used: bool, call_up: bool) -> bool:
+        """Take a copy from its holder, but leave it idle for that process, although others wait; see `mpmm.tenure`.
+
+        call_up: have the first waiter look for itself when the tenure is over. Return False, and change nothing, if
+        others than those who want this copy wait, or it is not to be used any more.
+        """
+        words, transitions = self._segment.words, self._namespace.transitions
+        at = self._tables.instance(instance)
+        waiting = words[self._tables.model(words[at + Instance.MODEL]) + Model.WAITING]
+        if words[Header.WAITING] != waiting or words[Header.ISOLATED]:
+            return False
+        if words[at + Instance.DOOMED] or words[at + Instance.OWNER]:
+            return False
+        found = self._first_user(words[at + Instance.MODEL], words[at + Instance.DEVICES]) if call_up else None
+        if call_up and (found is None or found[1]):
+            return False
+        transitions.release(t, instance, used)
+        if found is not None:
+            transitions.call_up(t, found[0])
+        return True
 
     def release(self, t: Transaction, instance: int, used: bool = True) -> None:
         """Take a copy from its holder, and carry out the policy for those who wait; `used` as in the transition.
@@ -349,6 +376,51 @@ class Scheduler:
             return False
         oldest_ns = time.monotonic_ns() - self._namespace.settings.max_overtake_seconds * 1e9
         return all(not one.blocked_at or one.blocked_at > oldest_ns for one in waiting)
+
+    def may_have_to_wait(self, tag: str) -> bool:
+        """Tell whether a newcomer for a model had likely better queue at once than look for an idle copy first.
+
+        A guess, which needs no lock.
+        """
+        words = self._segment.words
+        if not words[Header.WAITING]:
+            return False
+        row = self._tables.model_row(tag)
+        return row is not None and bool(words[self._tables.model(row) + Model.WAITING])
+
+    def known_wait(self, model: int) -> Cause | None:
+        """Return why a newcomer for a model waits, in the queue's last place; None if it takes a plan to know.
+
+        For one that may go anywhere and holds nothing else. See Q3 above.
+        """
+        words, floats, at = self._segment.words, self._segment.floats, self._tables.model(model)
+        waiting, active, loading = (words[at + word] for word in (Model.WAITING, Model.ACTIVE, Model.LOADING))
+        hold_s, load_s = floats[at + Model.HOLD_S], floats[at + Model.LOAD_S]
+        if not active or words[at + Model.IDLE] or words[at + Model.FAILURES] or not words[at + Model.SHARES]:
+            return None
+        measured = words[Header.SOURCE_BOOKS_ONLY] or words[Header.SOURCE_MEASURES_PROCESSES]
+        if words[Header.WAITING] != waiting or words[Header.ISOLATED] or not (measured or self.is_known(model)):
+            return None
+        if waiting and not self._newest_waits_for_a_copy(model):
+            return None
+        copies = self._tables.rows_where(self._layout.instances, Instance.MODEL, model)
+        if any(words[one] and words[one + Instance.OWNER] for one in map(self._tables.instance, copies)):
+            return None
+        if active + loading >= self._namespace.settings.max_model_copies:
+            return Cause(Reason.COPIES)
+        seconds = served_in_s(hold_s, hold_s, waiting, active + loading)
+        return Cause(Reason.SHARING, seconds=seconds) if 0 < seconds < load_s else None
+
+    def _newest_waits_for_a_copy(self, model: int) -> bool:
+        """Tell whether the ticket that was taken last waits for a copy that others of this model have."""
+        words = self._segment.words
+        at = self._tables.ticket(words[Header.NEWEST_TICKET])
+        return bool(
+            words[at] == Ticket.WAITING
+            and words[at + Ticket.MODEL] == model
+            and words[at + Ticket.REASON] in SHARED_REASONS
+            and not (words[at + Ticket.PRELOAD] or words[at + Ticket.TIED] or words[at + Ticket.BLOCKED_AT])
+        )
 
     def _moves_nobody(self, instance: int) -> bool:
         """Tell whether it is known without a plan that the release of a copy serves no waiter; see Q2 above."""
@@ -757,6 +829,15 @@ class Scheduler:
         model = self._tables.model(words[at + Ticket.MODEL])
         ago_s = (time.monotonic_ns() - words[model + Model.FAILED_AT]) / 1e9
         return max(0.0, back_off_s(words[model + Model.FAILURES]) - ago_s)
+
+    def called_up_at(self, ticket: int) -> int:
+        """Return when a waiter was called up last (monotonic, ns), 0 if it was not; without the lock."""
+        return int(self._segment.words[self._tables.ticket(ticket) + Ticket.CALLED_UP])
+
+    def is_model_idle(self, ticket: int) -> bool:
+        """Tell whether a copy of the model that a ticket is for is idle; without the lock."""
+        words = self._segment.words
+        return bool(words[self._tables.model(words[self._tables.ticket(ticket) + Ticket.MODEL]) + Model.IDLE])
 
     def _note_wait(self, t: Transaction, ticket: int, why: Why, first: bool) -> None:
         words, at = self._segment.words, self._tables.ticket(ticket)

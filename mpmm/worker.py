@@ -45,6 +45,7 @@ from mpmm.shared_state.namespace import Namespace, remove_deserted
 from mpmm.shared_state.transaction import Transaction
 from mpmm.sources import MemorySource, process_knowledge
 from mpmm.suspend.suspender import Suspender
+from mpmm.tenure import Tenures, looks_in_s
 
 __all__ = [
     *("NOW_S", "UNLOAD_LOOK_S", "Copy", "Free", "Growth", "LookAgain", "ServerDuty", "Worker"),
@@ -177,23 +178,39 @@ class ThreadHolds(threading.local):
 
 
 class LookAgain:
-    """Has a waiter whose model backs off looked at when the back-off ends, for which nobody else needs to come by."""
+    """Has a waiter looked at for which nobody else needs to come by: its model backs off, or it was called up.
+
+    That is, when the back-off ends, or the tenure of who has called it up; see `mpmm.tenure`.
+    """
 
     def __init__(self, worker: Worker, ticket: int) -> None:
         self._worker = worker
         self._ticket = ticket
+        # When it was called up, the last time that it has looked for that.
+        self._called_up = 0
         self._not_before = 0.0
         self._pause_s = FIRST_LOOK_AGAIN_S
 
     def in_s(self) -> float:
-        """Return in how many seconds to look; `inf` if it does not back off."""
+        """Return in how many seconds to look; `inf` if it neither backs off nor was called up."""
         left_s = self._worker.scheduler.backs_off_for_s(self._ticket)
-        return max(left_s, self._not_before - time.monotonic())
+        return min(max(left_s, self._not_before - time.monotonic()), self._called_up_in_s())
+
+    def _called_up_in_s(self) -> float:
+        """Return in how many seconds the tenure for which the waiter was called up is over; `inf` if there is none."""
+        called_up = self._worker.scheduler.called_up_at(self._ticket)
+        return math.inf if called_up == self._called_up else looks_in_s(called_up)
 
     def look(self) -> None:
         """Let the policy decide anew. If that changes nothing, the waiter stands behind others, and looks later."""
-        with contextlib.suppress(LockTimeoutError), self._worker.namespace.transaction(NOW_S) as t:
-            self._worker.scheduler.advance(t)
+        called_up = self._called_up_in_s() <= 0
+        # Where the copy is in use, its release will see to this waiter.
+        if not called_up or self._worker.scheduler.is_model_idle(self._ticket):
+            with contextlib.suppress(LockTimeoutError), self._worker.namespace.transaction(NOW_S) as t:
+                self._worker.scheduler.advance(t)
+        if called_up:
+            self._called_up = self._worker.scheduler.called_up_at(self._ticket)
+            return
         self._not_before = time.monotonic() + self._pause_s
         self._pause_s = min(2 * self._pause_s, LONGEST_LOOK_AGAIN_S)
 
@@ -267,6 +284,7 @@ class Worker:
         self.board = SharedBoard(namespace, self.scheduler)
         self.suspender = Suspender(self)
         self.estimator = SharedResourceEstimator(namespace, verbose_logging)
+        self.tenures = Tenures()
         # By identity: a manager that an exception kept from being taken off is taken off once all the same.
         self.manager_ids: set[int] = set()
         self.monitor = monitor
@@ -604,6 +622,34 @@ class Worker:
         self._note_held(copy, operation)
         return copy
 
+    def comes_back(self, tag: str) -> bool:
+        """Note that this process asks for a model that others wait for; tell whether a copy is kept for it."""
+        self.tenures.come_back(tag)
+        tenure = self.tenures.current(tag)
+        return tenure is not None and self.namespace.segment.words[self.namespace.tables.instance(tenure.row)] == (
+            Instance.IDLE
+        )
+
+    def has_tenure(self, tag: str, row: int) -> bool:
+        """Tell whether a copy was handed to this process a moment ago, so that it comes before others."""
+        tenure = self.tenures.current(tag)
+        if tenure is None or tenure.row != row:
+            return False
+        generation = self.namespace.segment.words[self.namespace.tables.instance(row) + Instance.GENERATION]
+        return bool(tenure.generation == generation)
+
+    def keeps(self, t: Transaction, copy: Copy, used: bool) -> bool:
+        """Give a copy back, but leave it idle for this process if it may keep it; else return False."""
+        tenure = self.tenures.current(copy.tag)
+        if tenure is None or (tenure.row, tenure.generation) != (copy.row, copy.generation):
+            return False
+        if not self.tenures.comes_back_at_once(copy.tag):
+            return False
+        if not self.scheduler.keep(t, copy.row, used, call_up=not tenure.called_up):
+            return False
+        tenure.called_up = True
+        return True
+
     def _note_held(self, copy: Copy, operation: Operation) -> None:
         at = (copy.row, copy.generation)
         uses = self.namespace.segment.words[self.namespace.tables.instance(copy.row) + Instance.USES]
@@ -632,6 +678,7 @@ class Worker:
                     # First the hold, so that no transaction finds a copy in use that nobody in this process has.
                     self._note_held(copy, operation)
                     self._receipts.add(receipt)
+                    self.tenures.begin(tag, copy.row, copy.generation)
                     return copy
         return None
 

@@ -601,10 +601,14 @@ def scenarios() -> dict[str, Callable[[Lab], Operation]]:
         "enqueue/preload": on(Lab.model, lambda t, tr, row: tr.enqueue(t, row, Lab.victim, 2, 9.0, 2**62, 3)),
         "enqueue/nested": on(Lab.model, lambda t, tr, row: tr.enqueue(t, row, Lab.victim, 0, 9.0, 2**62, nested=True)),
         "enqueue": on(Lab.model, lambda t, tr, row: tr.enqueue(t, row, Lab.victim, 0, math.nan, 2**62)),
+        "enqueue/known to wait": on(
+            Lab.model, lambda t, tr, row: tr.enqueue(t, row, Lab.victim, 1, 9.0, 2**62, cause=Cause(6, seconds=0.5))
+        ),
         "note_demand": on(Lab.model, lambda t, tr, row: tr.note_demand(t, row, 0.5, 7, 10**9)),
         "set_reason": on(Lab.ticket, lambda t, tr, row: tr.set_reason(t, row, Cause(3, 100.0, 50.0, 60.0, 0.5, 1, 1))),
         "warn": on(Lab.ticket, lambda t, tr, row: tr.warn(t, row, "waits")),
         "block": on(Lab.ticket, lambda t, tr, row: tr.block(t, row)),
+        "call_up": on(Lab.ticket, lambda t, tr, row: tr.call_up(t, row)),
         "let_pass": on(Lab.ticket, lambda t, tr, row: tr.let_pass(t, row)),
         "grant": granted,
         "pass_on": passed_on,

@@ -1,4 +1,4 @@
-"""What the warm path does without a plan is what a plan would have done: Q1 and Q2 of `mpmm.scheduler`."""
+"""What the warm path does without a plan is what a plan would have done: Q1 to Q3 of `mpmm.scheduler`."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
@@ -17,7 +18,7 @@ from processes import Loads, Seat, acquire, learn, problems, release, wait_until
 
 from mpmm import ModelManager
 from mpmm.policy.plan import Plan, make_plan
-from mpmm.policy.view import Decision, Grant, Load, Reason, View, Wait
+from mpmm.policy.view import Decision, Enough, Grant, Load, Reason, View, Wait
 from mpmm.scheduler import Scheduler
 from mpmm.shared_state.layout import Capacities, Header, Instance, Member, Model, Ticket
 from mpmm.shared_state.namespace import Namespace
@@ -161,6 +162,25 @@ class Host:
                     assert self.words[at + Ticket.REASON] == one.reason
         return held
 
+    def check_waits(self) -> Counter[int]:
+        """Compare Q3 with the plan, for each model and member; return how often it held, by reason."""
+        held: Counter[int] = Counter()
+        before = {one.ticket: (type(one), one.why.reason) for one in self.decisions() if not isinstance(one, Enough)}
+        for model, member in itertools.product(self.tables.model_rows(), (0, 1)):
+            cause = self.scheduler.known_wait(model)
+            if cause is None:
+                continue
+            held[cause.reason] += 1
+            with self.attempt() as t:
+                ticket = self.wait(t, model, member)
+                after = {one.ticket: one for one in self.decisions() if not isinstance(one, Enough)}
+                newcomers = after.pop(ticket)
+                assert isinstance(newcomers, Wait)
+                assert (newcomers.reason, newcomers.first) == (cause.reason, False)
+                assert newcomers.why.seconds == pytest.approx(cause.seconds)
+                assert {one.ticket: (type(one), one.why.reason) for one in after.values()} == before
+        return held
+
 
 MODELS = st.integers(0, 4)
 NOTHING = st.just(0)
@@ -261,6 +281,21 @@ def carry_out(host: Host, operation: tuple[Any, ...]) -> None:
     copies=2.0,
     flags=(False, False, True),
 )
+@example(  # Waiters for one of two copies, each of which is free again sooner than another one would be loaded.
+    operations=[
+        *[("ask", 0, 0), ("ask", 0, 1), ("release", 0, 0), ("release", 0, 0)],
+        *[("ask", 0, 0), ("ask", 0, 1), ("ask", 0, 0), ("ask", 0, 1), ("ask", 0, 1)],
+    ],
+    overtaken_s=60.0,
+    copies=100.0,
+    flags=(False, False, True),
+)
+@example(  # Waiters for the only copy there may be.
+    operations=[("ask", 0, 0), ("ask", 0, 1), ("ask", 0, 0), ("release", 0, 0), ("ask", 0, 1)],
+    overtaken_s=0.0,
+    copies=1.0,
+    flags=(False, False, True),
+)
 def test_what_is_done_without_a_plan_is_what_the_plan_does(
     operations: list[tuple[Any, ...]], overtaken_s: float, copies: float, flags: tuple[bool, bool, bool]
 ) -> None:
@@ -275,6 +310,7 @@ def test_what_is_done_without_a_plan_is_what_the_plan_does(
                 host.settle()
                 host.check_takes()
                 host.check_releases()
+                host.check_waits()
         finally:
             host.namespace.leave()
 

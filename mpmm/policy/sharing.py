@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 
 from mpmm.policy.view import ModelView, TicketView
 
-__all__ = ["FIRST_LOAD_S", "Seen", "presumed", "remaining_s", "seen_so_far", "waiting_is_sooner"]
+__all__ = ["FIRST_LOAD_S", "Seen", "presumed", "remaining_s", "seen_so_far", "served_in_s", "waiting_is_sooner"]
 
 # What a load is expected to take as long as none has ended in the namespace: twice what large models took on an H100
 # through Beam, 4 to 12 s. It only decides when to stop waiting for the very first load of all.
@@ -63,6 +63,14 @@ def remaining_s(mean_s: float, elapsed_s: float) -> float:
     return abs(mean_s - elapsed_s)
 
 
+def served_in_s(first_s: float, hold_s: float, ahead: int, copies: int) -> float:
+    """Return in how many seconds so many copies serve a waiter with `ahead` others before it.
+
+    first_s, hold_s: how long each copy is held still, and by each waiter after that.
+    """
+    return (first_s + hold_s * ahead) / copies
+
+
 def waiting_is_sooner(
     model: ModelView, ticket: TicketView, ahead: int, now_s: float, seen: Seen | None = None
 ) -> float | None:
@@ -88,7 +96,7 @@ def waiting_is_sooner(
     if not hold_s:
         first_s = max(held_for_s, seen.hold_s - held_for_s)
         hold_s = held_for_s + first_s
-    served_s = (first_s + hold_s * ahead) / (loaded + coming)
+    served_s = served_in_s(first_s, hold_s, ahead, loaded + coming)
     late_s = 0.0 if loaded else max(0.0, model.loading_for_s - model.load_s)
     if served_s + late_s >= model.load_s:
         return None

@@ -195,6 +195,8 @@ def _tickets(snapshot: Snapshot) -> Iterator[str]:
             yield f"T1 {what}: no model row {ticket.model}"
         if ticket.blocked_for_s is not None and ticket.blocked_for_s > ticket.waited_s:
             yield f"T3 {what}: blocked for {ticket.blocked_for_s} s, though it waits for {ticket.waited_s} s"
+        if ticket.called_up_ago_s is not None and ticket.called_up_ago_s > ticket.waited_s:
+            yield f"T3 {what}: called up {ticket.called_up_ago_s} s ago, though it waits for {ticket.waited_s} s"
         if (ticket.instance is not None) != (ticket.state in ("granted", "load")):
             yield f"T2 {what}: instance is {ticket.instance}"
         if ticket.state in ("granted", "load") and ticket.instance is not None:

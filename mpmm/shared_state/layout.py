@@ -334,7 +334,7 @@ class Ticket:
     T1  NUMBERs are unique; MODEL and MEMBER refer to used rows.
     T2  INSTANCE is set exactly in states GRANTED (an ACTIVE row, or a LEASED one) and LOAD (a LOADING row, or a
         RESUMING one), whose HOLDER is MEMBER.
-    T3  BLOCKED_AT is 0 or not before ENQUEUED.
+    T3  BLOCKED_AT and CALLED_UP are 0 or not before ENQUEUED.
     """
 
     STATE = 0
@@ -361,7 +361,8 @@ class Ticket:
     NESTED = 21  # 1: its thread holds or loads something else, so it cannot wait to run alone, though it be unknown
     PASSED = 22  # 1 once a load that more waiters share was let past it
     WARNED = 23  # 1 once the log has said that nothing which can be unloaded would serve it
-    WORDS = 24
+    CALLED_UP = 24  # when it was told to look for itself once another process's tenure is over; 0: it was not
+    WORDS = 25
 
     FREE = 0
     WAITING = 1

@@ -226,6 +226,7 @@ class TicketInfo:
     its figures. devices, tied: rows of the devices where it may load, and on which a copy is of use; empty for all.
     span: how many devices what it loads lies on.
     blocked_for_s: since when it is the first one for whom there is no room, None if it has never been.
+    called_up_ago_s: when it was told to look for itself, see `mpmm.tenure`; None if it was not.
     """
 
     row: int
@@ -248,6 +249,7 @@ class TicketInfo:
     span: int
     waited_s: float
     blocked_for_s: float | None
+    called_up_ago_s: float | None
     time_left_s: float
     preload: int
     instance: int | None
@@ -820,6 +822,7 @@ class _Decoder:
             span=words[at + Ticket.SPAN],
             waited_s=self._age(words[at + Ticket.ENQUEUED]),
             blocked_for_s=self._age(words[at + Ticket.BLOCKED_AT]) if words[at + Ticket.BLOCKED_AT] else None,
+            called_up_ago_s=self._age(words[at + Ticket.CALLED_UP]) if words[at + Ticket.CALLED_UP] else None,
             time_left_s=-self._age(words[at + Ticket.DEADLINE])
             if words[at + Ticket.DEADLINE] < LONGEST_NS
             else math.inf,

@@ -453,36 +453,60 @@ class Transitions:
         tied: int = 0,
         span: int = 1,
         nested: bool = False,
+        cause: Cause | None = None,
     ) -> int:
         """Let a member (slot) wait for a model; return the ticket's row. Raises TableFullError.
 
         preload: above 0, it waits for a load that brings the copies it can use to that number, not for one to use.
         devices, tied: bits of the devices where it may load, and on which a copy is of use; 0 for all.
         span: how many devices what it loads lies on. nested: it is not to run alone, as its thread holds another.
+        cause: why it waits, where that is known without a plan.
         """
+        words, tables = self.segment.words, self.tables
         row = self._take_row(t, self.layout.tickets)
-        at = self.tables.ticket(row)
-        number = self.segment.words[Header.NEXT_TICKET]
-        t.set(Header.NEXT_TICKET, number + 1)
-        t.set(Header.NEWEST_TICKET, row)
-        t.set(at + Ticket.NUMBER, number)
-        t.set(at + Ticket.PRIORITY, priority)
-        t.set(at + Ticket.MODEL, model)
-        t.set(at + Ticket.MEMBER, member + 1)
-        t.set(at + Ticket.INSTANCE, 0)
-        t.set(at + Ticket.ENQUEUED, t.now)
-        t.set(at + Ticket.DEADLINE, deadline_ns)
-        none = (Ticket.REASON, Ticket.BLOCKED_AT, Ticket.FREE_MB, Ticket.COMING_MB, Ticket.SECONDS)
-        t.set_all([(at + word, 0) for word in (*none, Ticket.OTHER, Ticket.ON, Ticket.PASSED)])
-        t.set_all(((at + Ticket.DEVICES, devices), (at + Ticket.TIED, tied), (at + Ticket.SPAN, span)))
-        t.set_all(((at + Ticket.NESTED, int(nested)), (at + Ticket.WARNED, 0)))
-        t.set_float(at + Ticket.NEED_MB, need_mb)
-        t.set(at + Ticket.PRELOAD, preload)
-        t.set(at + Ticket.STATE, Ticket.WAITING)
-        t.add(self.tables.model(model) + Model.WAITING, 1)
-        t.add(Header.WAITING, 1)
+        at, model_at, number = tables.ticket(row), tables.model(model), words[Header.NEXT_TICKET]
+        why = cause or Cause(0)
+        t.set_all(
+            (
+                (Header.NEXT_TICKET, number + 1),
+                (Header.NEWEST_TICKET, row),
+                (at + Ticket.NUMBER, number),
+                (at + Ticket.PRIORITY, priority),
+                (at + Ticket.MODEL, model),
+                (at + Ticket.MEMBER, member + 1),
+                (at + Ticket.INSTANCE, 0),
+                (at + Ticket.ENQUEUED, t.now),
+                (at + Ticket.DEADLINE, deadline_ns),
+                (at + Ticket.REASON, why.reason),
+                (at + Ticket.NEED_MB, float_bits(need_mb)),
+                (at + Ticket.PRELOAD, preload),
+                (at + Ticket.BLOCKED_AT, 0),
+                (at + Ticket.FREE_MB, float_bits(why.free_mb)),
+                (at + Ticket.COMING_MB, float_bits(why.coming_mb)),
+                (at + Ticket.SECONDS, float_bits(why.seconds)),
+                (at + Ticket.OTHER, why.other),
+                (at + Ticket.ON, why.on),
+                (at + Ticket.DEVICES, devices),
+                (at + Ticket.TIED, tied),
+                (at + Ticket.SPAN, span),
+                (at + Ticket.NESTED, int(nested)),
+                (at + Ticket.PASSED, 0),
+                (at + Ticket.WARNED, 0),
+                (at + Ticket.CALLED_UP, 0),
+                (at + Ticket.STATE, Ticket.WAITING),
+                (model_at + Model.WAITING, words[model_at + Model.WAITING] + 1),
+                (Header.WAITING, words[Header.WAITING] + 1),
+            )
+        )
         t.event(EventKind.QUEUED, model + 1, ticket=number + 1, value=need_mb)
+        if cause is not None:
+            t.event(EventKind.WAITS, model + 1, ticket=number + 1, cause=cause)
         return row
+
+    def call_up(self, t: Transaction, row: int) -> None:
+        """Wake a waiter, which has no answer yet, to look for itself in a moment; see `mpmm.tenure`."""
+        t.set(self.tables.ticket(row) + Ticket.CALLED_UP, t.now)
+        self._wake(t, self.tables.ticket(row) + Ticket.SIGNAL)
 
     def set_reason(self, t: Transaction, row: int, cause: Cause) -> None:
         """Record why a ticket waits."""

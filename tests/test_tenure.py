@@ -1,0 +1,189 @@
+"""A process that is handed a copy and comes back for it at once has it first for a moment; see `mpmm.tenure`."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+from processes import Process, Seat, acquire, problems, release, wait_until, waiting
+
+import mpmm.tenure
+from mpmm.shared_state.snapshot import read_snapshot
+
+NewProcess = Callable[..., Process]
+
+# The leader, who plans at each poll, would end a tenure.
+ONE_COPY: dict[str, Any] = {"fallback_memory_mb": 1000, "max_model_copies": 1, "poll_interval": 30.0}
+# Long enough for a test to look at what happens in it.
+LONG_S = 1.0
+
+
+def lengthen(seat: Seat, tenure_s: float, called_up_for_s: float) -> None:
+    """Make this process's tenures longer, and the time after which it looks where it is called up."""
+    mpmm.tenure.TENURE_S = tenure_s
+    mpmm.tenure.CALLED_UP_FOR_S = called_up_for_s
+
+
+def be_quick_with(seat: Seat, tag: str, rounds: int) -> int:
+    """Use a model so many times; return how many tickets that took."""
+    before = read_snapshot(seat.manager.namespace).next_ticket
+    for _ in range(rounds):
+        with seat.manager.model(tag, _never):
+            pass
+    return read_snapshot(seat.manager.namespace).next_ticket - before
+
+
+def _never() -> str:
+    raise AssertionError("there is a copy")
+
+
+@pytest.fixture(name="crowd")
+def _crowd(namespace: str, new_process: NewProcess, request: pytest.FixtureRequest) -> tuple[Process, Process, Process]:
+    """Three processes: one holds the only copy there may be, two wait for it in this order.
+
+    The tenure of the first waiter is long. By a parameter, the second one knows.
+    """
+    holder, second, third = (new_process(**ONE_COPY) for _ in range(3))
+    second.call(lengthen, LONG_S, LONG_S)
+    if getattr(request, "param", False):
+        third.call(lengthen, LONG_S, 1.5 * LONG_S)
+    began = time.monotonic()
+    wait_until(lambda: read_snapshot(namespace).polled_ago_s < time.monotonic() - began, "the first poll is over")
+    holder.call(acquire, "a")
+    for waiter in (second, third):
+        queued = len(waiting(namespace)) + 1
+        waiter.send(acquire, "a")
+        wait_until(partial(_are_waiting, namespace, queued), "it waits")
+    return holder, second, third
+
+
+def _are_waiting(namespace: str, count: int) -> bool:
+    return len(waiting(namespace)) == count
+
+
+@pytest.mark.parametrize("crowd", [True], indirect=True)
+def test_who_comes_back_at_once_is_served_before_those_who_wait(
+    namespace: str, crowd: tuple[Process, Process, Process]
+) -> None:
+    holder, second, third = crowd
+    holder.call(release)
+    second.result()
+    second.call(release)
+    assert second.call(be_quick_with, "a", 20) == 0
+    assert len(waiting(namespace)) == 1
+    # Not for longer than its time.
+    time.sleep(LONG_S)
+    second.send(be_quick_with, "a", 1)
+    third.result()
+    third.call(release)
+    assert second.result() == 1
+    assert problems(namespace) == []
+
+
+@pytest.mark.parametrize("how", ["goes away", "is killed", "is stopped"])
+def test_who_does_not_come_back_leaves_the_copy_to_the_first_waiter(
+    namespace: str, crowd: tuple[Process, Process, Process], how: str
+) -> None:
+    holder, second, third = crowd
+    holder.call(release)
+    second.result()
+    second.call(release)
+    if how == "is killed":
+        second.kill()
+    elif how == "is stopped":
+        second.stop()
+    # The waiter looks for itself: it has no length of a tenure but its own.
+    third.result()
+    third.call(release)
+    if how == "is stopped":
+        second.resume()
+    wait_until(lambda: problems(namespace) == [], "the dead are taken back")
+
+
+def test_a_newcomer_queues_behind_those_who_wait(
+    namespace: str, crowd: tuple[Process, Process, Process], new_process: NewProcess
+) -> None:
+    holder, second, third = crowd
+    newcomer = new_process(**ONE_COPY)
+    holder.call(release)
+    second.result()
+    second.call(release)
+    newcomer.send(acquire, "a")
+    third.result()
+    wait_until(lambda: len(waiting(namespace)) == 1, "the newcomer waits")
+    assert not newcomer.has_result()
+    third.call(release)
+    newcomer.result()
+    newcomer.call(release)
+    assert problems(namespace) == []
+
+
+def test_whoever_waits_for_something_else_ends_it(
+    namespace: str, crowd: tuple[Process, Process, Process], new_process: NewProcess
+) -> None:
+    holder, second, third = crowd
+    other = new_process(**ONE_COPY)
+    holder.call(release)
+    second.result()
+    other.send(reserve, 1000.0)
+    wait_until(lambda: len(waiting(namespace)) == 2, "a lease waits as well")
+    second.call(release)
+    third.result()
+    third.call(release)
+    other.result()
+    assert problems(namespace) == []
+
+
+def reserve(seat: Seat, mb: float) -> None:
+    """Have a lease for a moment."""
+    seat.manager.reserve(mb).release()
+
+
+def test_a_task_that_is_called_up_looks_for_itself(namespace: str, new_process: NewProcess) -> None:
+    holder, second, third = (new_process(**ONE_COPY) for _ in range(3))
+    second.call(lengthen, LONG_S, LONG_S)
+    holder.call(acquire, "a")
+    second.send(acquire, "a")
+    wait_until(lambda: len(waiting(namespace)) == 1, "it waits")
+    third.send(use_in_loop, "a")
+    wait_until(lambda: len(waiting(namespace)) == 2, "a task waits, too")
+    holder.call(release)
+    second.result()
+    second.call(release)
+    third.result()
+    assert problems(namespace) == []
+
+
+def use_in_loop(seat: Seat, tag: str) -> None:
+    """Use a model in a task."""
+
+    async def use() -> None:
+        async with seat.manager.model_async(tag, _never):
+            pass
+
+    asyncio.run(use())
+
+
+def test_most_of_the_last_pauses_decide(monkeypatch: pytest.MonkeyPatch) -> None:
+    now_s = 0.0
+    monkeypatch.setattr("mpmm.tenure.time.monotonic", lambda: now_s)
+    tenures = mpmm.tenure.Tenures()
+
+    def pause(seconds: float, times: int) -> bool:
+        nonlocal now_s
+        for _ in range(times):
+            tenures.leave("a")
+            now_s += seconds
+            tenures.come_back("a")
+        return tenures.comes_back_at_once("a")
+
+    assert tenures.comes_back_at_once("a")
+    assert pause(0.5, 2)
+    assert not pause(0.001, 3)
+    assert not pause(0.000_02, 2)
+    assert pause(0.000_02, 2)
+    assert tenures.comes_back_at_once("b")
