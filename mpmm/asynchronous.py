@@ -150,8 +150,8 @@ class _Acquire:
             outcome = outcomes.pop()
             if outcome is None:
                 leave = functools.partial(manager._leave_queue, worker, self._operation, row, timed_out=True)
-                reason = await self._in_thread(self._threads.transactions, leave)
-                raise manager._gave_up(tag, time.monotonic() - began, reason)
+                left = await self._in_thread(self._threads.transactions, leave)
+                raise manager._gave_up(tag, time.monotonic() - began, *left)
             if isinstance(outcome, BaseException):
                 raise outcome
             if outcome == Ticket.GRANTED and (copy := worker.hold_granted(row, tag, self._operation)) is not None:

@@ -41,7 +41,8 @@ JSON schema, version 1: an object with `schema` (1), and every field of `mpmm.sh
 its name, its rows as arrays of objects with the fields of `MemberInfo`, `ModelInfo` and so on. Memory is in MB
 (MiB), durations in seconds, `*_wall_s` are Unix times; what is unknown or infinite is null. A lease that is held is
 among `instances`, with state `leased`, and every lease is among `models`, with kind `lease`. Tickets, and events that
-the policy has decided, also have `why`, the sentence that `mpmm inspect` shows; and `findings` is what is said there on
+the policy has decided, also have `why`, the sentence that `mpmm inspect` shows; tickets `expected_s`, in how long they
+are expected to be served, as far as loads and holds so far tell; and `findings` is what is said there on
 top, as objects with `urgent` and `text`. Fields may be added; when one goes or changes its meaning, the version rises.
 
 On a terminal, columns that do not fit are left out (`inspect --all` and a pipe have them all), and there are colours

@@ -27,6 +27,7 @@ __all__ = [
     "MpmmError",
     "NamespaceResetError",
     "NotAcquiredError",
+    "QueueFullError",
     "ReentrantCallError",
     "RemoteCallError",
     "RuntimeDirectoryError",
@@ -119,10 +120,27 @@ class LockTimeoutError(MpmmError, TimeoutError):
 
 
 class AcquireTimeoutError(MpmmError, TimeoutError, RuntimeError):
-    """A model or lease was not to be had in time. Attributes: `tag` (name of the lease), `waited_seconds`."""
+    """A model or lease was not to be had in time. Attributes: `tag` (name of the lease), `waited_seconds`.
+
+    `retry_after_seconds`: how much longer it would have taken, as far as loads and holds so far tell; None for a lease.
+    """
 
     tag: str
     waited_seconds: float
+    retry_after_seconds: float | None
+
+
+class QueueFullError(MpmmError, RuntimeError):
+    """As many wait for a model as `max_waiting` allows. Nothing was changed; a web service answers 503.
+
+    Attributes: `tag`, `waiting`, `max_waiting`, and for Retry-After `retry_after_seconds`: when a copy is expected for
+    one who waited now, as far as loads and holds so far tell.
+    """
+
+    tag: str
+    waiting: int
+    max_waiting: int
+    retry_after_seconds: float
 
 
 class ModelTooLargeError(MpmmError, MemoryError):

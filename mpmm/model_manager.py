@@ -55,6 +55,7 @@ from mpmm.errors import (
     MpmmError,
     NamespaceResetError,
     NotAcquiredError,
+    QueueFullError,
     ReentrantCallError,
     TableFullError,
 )
@@ -143,12 +144,15 @@ class QueueTicket:
     """One place in the queue, as in Beam: ordered by priority, then number.
 
     `wake_event` is part of Beam's interface. Nobody sets it here: waiters sleep on a word of the segment.
+    `expected_wait_seconds`: when it is expected to have its copy, as far as loads and holds so far tell, None if that
+    was not looked at.
     """
 
-    def __init__(self, priority: int, ticket_num: int, tag: str) -> None:
+    def __init__(self, priority: int, ticket_num: int, tag: str, expected_wait_seconds: float | None = None) -> None:
         self.priority = priority
         self.ticket_num = ticket_num
         self.tag = tag
+        self.expected_wait_seconds = expected_wait_seconds
         self.wake_event = threading.Event()
 
     def __lt__(self, other: QueueTicket) -> bool:
@@ -164,18 +168,21 @@ class AcquireOptions(TypedDict, total=False):
     devices: Sequence[int | str] | None
     span: int
     expect_mb: float | None
+    max_waiting: int | None
 
 
 class Wish(NamedTuple):
     """On which devices (bits) a copy is to be: `devices`, where it may be loaded, `tied`, where it is of use; 0 all.
 
-    expect_mb: what it takes, as the caller says; 0 if that says nothing.
+    expect_mb: what it takes, as the caller says; 0 if that says nothing. max_waiting: how many may wait for its model,
+    this one among them.
     """
 
     devices: int = 0
     tied: int = 0
     span: int = 1
     expect_mb: float = 0.0
+    max_waiting: float = math.inf
 
 
 class AnswerUndone(Exception):
@@ -328,6 +335,7 @@ class ModelManager(BeamNames):
         load_timeout_seconds: float = math.inf,
         max_model_copies: int | None = None,
         idle_ttl_seconds: float | None = None,
+        max_waiting: int | None = None,
         suspend_budget_mb: float | None = None,
         devices: Sequence[int | str] | None = None,
         estimates_path: str | os.PathLike[str] | None = None,
@@ -361,6 +369,7 @@ class ModelManager(BeamNames):
         max_model_copies: copies of one model that may be loaded at a time, None for any number.
         idle_ttl_seconds: a copy that nobody has used for so long, and whose model is not pinned, is unloaded; None
             keeps it until others need the room.
+        max_waiting: how many may wait for one model, None for any number; who comes then gets QueueFullError at once.
         suspend_budget_mb: host memory in which evicted copies may be kept suspended, from where they are back sooner
             than by a load, see `mpmm.suspend`; None for half of what the host has left when the namespace is created,
             0 for none.
@@ -394,6 +403,7 @@ class ModelManager(BeamNames):
             load_timeout_seconds=load_timeout_seconds,
             max_model_copies=math.inf if max_model_copies is None else max_model_copies,
             idle_ttl_seconds=math.inf if idle_ttl_seconds is None else idle_ttl_seconds,
+            max_waiting=math.inf if max_waiting is None else max_waiting,
             suspend_budget_mb=math.inf if suspend_budget_mb is None else suspend_budget_mb,
         )
         self._verbose_logging = verbose_logging
@@ -474,9 +484,12 @@ class ModelManager(BeamNames):
             measured, instead of `default_estimate_mb`, and spares the model being loaded alone for that. Where nothing
             can be measured it is what counts; the last one who says something is right. Of an object that is loaded its
             own attribute of this name says the same.
+        max_waiting: how many requests may wait for the model, this one among them; None for any number, 0 for one that
+            is not to wait. The setting of this name holds besides, for all but preloads.
 
-        Raises AcquireTimeoutError, LoadTimeoutError, ModelTooLargeError, NamespaceResetError, TableFullError,
-        DeadlockError (see `model`), InvalidArgumentError, ClosedError, LockTimeoutError, and what the loader raises.
+        Raises AcquireTimeoutError, QueueFullError, LoadTimeoutError, ModelTooLargeError, NamespaceResetError,
+        TableFullError, DeadlockError (see `model`), InvalidArgumentError, ClosedError, LockTimeoutError, and what the
+        loader raises.
         """
         self._check_request(tag, loader_func)
         worker = self._connected()
@@ -785,13 +798,14 @@ class ModelManager(BeamNames):
             while self._await_answer(worker, operation, row, deadline) is not None:
                 with self._giving_up_in_time(worker, name), suppress(AnswerUndone):
                     return self._take_lease(worker, operation, name, mb, row, deadline, wish)
-            reason = self._leave_queue(worker, operation, row, timed_out=True)
+            reason, _ = self._leave_queue(worker, operation, row, timed_out=True)
             waited = time.monotonic() - began
             raise AcquireTimeoutError(
                 f"lease {name!r} of {mb:g} MB: not to be had within {waited:.1f} s (last reason: {reason}); "
                 "timeout_seconds sets the limit",
                 tag=name,
                 waited_seconds=waited,
+                retry_after_seconds=None,
             )
 
     @_closed_by_shutdown
@@ -1068,6 +1082,7 @@ class ModelManager(BeamNames):
                     words[tables.ticket(row) + Ticket.PRIORITY],
                     words[tables.ticket(row) + Ticket.NUMBER],
                     tables.tag_of(words[tables.ticket(row) + Ticket.MODEL]),
+                    worker.scheduler.expected_wait_s(row),
                 )
                 for row in tables.rows_where(worker.namespace.segment.layout.tickets, Ticket.STATE, Ticket.WAITING)
             )
@@ -1113,7 +1128,7 @@ class ModelManager(BeamNames):
 
     def __reduce__(self) -> tuple[Any, ...]:
         values = {field.name: getattr(self._settings, field.name) for field in fields(Settings)}
-        for name in ("memory_budget_mb", "max_model_copies", "idle_ttl_seconds", "suspend_budget_mb"):
+        for name in ("memory_budget_mb", "max_model_copies", "idle_ttl_seconds", "max_waiting", "suspend_budget_mb"):
             values[name] = None if math.isinf(values[name]) else values[name]
         for name in ("min_data_points", "min_model_copies"):
             values[name] = int(values[name])
@@ -1147,7 +1162,9 @@ class ModelManager(BeamNames):
         if expect_mb is not None:
             expect_mb = checked_number("expect_mb", expect_mb, 0.0, math.inf, "a number of MB", above=True, finite=True)
         devices = 0 if chosen is None and span == 1 else tied or worker.board.visible_bits()
-        wish = Wish(devices, tied, span, expect_mb or 0.0)
+        most = options.get("max_waiting")
+        waiting = math.inf if most is None else checked_whole("max_waiting", most, 0, Capacities().tickets, "a count")
+        wish = Wish(devices, tied, span, expect_mb or 0.0, waiting)
         return _ANYWHERE if wish == _ANYWHERE else wish
 
     def _expect_mapped(self, error: ValueError) -> None:
@@ -1218,7 +1235,9 @@ class ModelManager(BeamNames):
             model = namespace.tables.model_row(tag)
             cause = None if model is None else worker.scheduler.known_wait(model)
             if model is not None and cause is not None:
-                return self._make_ticket(worker, operation, t, model, deadline, 0, wish, cause=cause)
+                ticket = self._make_ticket(worker, operation, t, model, deadline, 0, wish, cause=cause)
+                self._expect_place(worker, operation, tag, ticket, self._most(worker, wish))
+                return ticket
         return None
 
     def _queue(
@@ -1247,8 +1266,8 @@ class ModelManager(BeamNames):
             while True:
                 state = self._await_answer(worker, operation, row, deadline)
                 if state is None:
-                    reason = self._leave_queue(worker, operation, row, timed_out=True)
-                    raise self._gave_up(tag, time.monotonic() - began, reason)
+                    left = self._leave_queue(worker, operation, row, timed_out=True)
+                    raise self._gave_up(tag, time.monotonic() - began, *left)
                 if state == Ticket.GRANTED and (copy := worker.hold_granted(row, tag, operation)) is not None:
                     return copy
                 with suppress(AnswerUndone):
@@ -1308,12 +1327,14 @@ class ModelManager(BeamNames):
             raise self._gave_up(tag, error.timeout_seconds, "lock") from error
 
     @staticmethod
-    def _gave_up(tag: str, waited_s: float, reason: str) -> AcquireTimeoutError:
+    def _gave_up(tag: str, waited_s: float, reason: str, expected_s: float | None = None) -> AcquireTimeoutError:
+        more = "" if expected_s is None else f"; about {expected_s:.1f} s more are expected"
         return AcquireTimeoutError(
-            f"Timeout waiting to acquire model: {printable(tag)} after {waited_s:.1f} seconds (last reason: {reason}); "
-            "wait_timeout_seconds sets the limit",
+            f"Timeout waiting to acquire model: {printable(tag)} after {waited_s:.1f} seconds (last reason: {reason}"
+            f"{more}); wait_timeout_seconds sets the limit",
             tag=tag,
             waited_seconds=waited_s,
+            retry_after_seconds=expected_s,
         )
 
     def _making_room(self, worker: Worker, tag: str, deadline: float, enter: Callable[[], T]) -> T:
@@ -1376,6 +1397,7 @@ class ModelManager(BeamNames):
                 namespace.transitions.expect(t, model, wish.expect_mb)
             row = self._make_ticket(worker, operation, t, model, deadline, preload, wish, nested)
             worker.scheduler.advance(t, newcomer=row)
+            self._expect_place(worker, operation, tag, row, wish.max_waiting if preload else self._most(worker, wish))
         self.logging_info("Queued for %s: ticket %s", tag, operation.ticket)
         return row
 
@@ -1407,6 +1429,33 @@ class ModelManager(BeamNames):
         number = words[namespace.tables.ticket(row) + Ticket.NUMBER]
         operation.ticket = (row, number)
         return row
+
+    @staticmethod
+    def _most(worker: Worker, wish: Wish) -> float:
+        """Return how many may wait for the model of a request, this one among them."""
+        return min(wish.max_waiting, worker.namespace.settings.max_waiting)
+
+    @staticmethod
+    def _expect_place(worker: Worker, operation: Operation, tag: str, row: int, most: float) -> None:
+        """Refuse a newcomer that has to wait though more than `most` do so then, for which its transaction is undone.
+
+        Raises QueueFullError.
+        """
+        words, tables = worker.namespace.segment.words, worker.namespace.tables
+        at = tables.ticket(row)
+        waiting = words[tables.model(words[at + Ticket.MODEL]) + Model.WAITING]
+        if waiting <= most or words[at] != Ticket.WAITING:
+            return
+        expected_s = worker.scheduler.expected_wait_s(row)
+        operation.ticket = None
+        raise QueueFullError(
+            f"model {tag!r}: {waiting - 1} requests wait for it already, and max_waiting={most:.0f} allows no other "
+            f"one, which would wait for about {expected_s:.1f} s: try again then, or raise max_waiting",
+            tag=tag,
+            waiting=waiting - 1,
+            max_waiting=int(most),
+            retry_after_seconds=expected_s,
+        )
 
     def _await_answer(self, worker: Worker, operation: Operation, row: int, deadline: float) -> int | None:
         """Have what has to go for the ticket unloaded, then `_wait`; an exception takes it out of the queue."""
@@ -1494,26 +1543,33 @@ class ModelManager(BeamNames):
             device=device,
         )
 
-    def _leave_queue(self, worker: Worker, operation: Operation, row: int, timed_out: bool = False) -> str:
-        """Give up waiting, and what the ticket may have been given; return why it waited."""
+    def _leave_queue(
+        self, worker: Worker, operation: Operation, row: int, timed_out: bool = False
+    ) -> tuple[str, float | None]:
+        """Give up waiting, and what the ticket may have been given.
+
+        Return why it waited, and if it has timed out, for how many seconds more it would.
+        """
         namespace = worker.namespace
         if not namespace.is_usable:
-            return "shut down"
+            return "shut down", None
 
         ticket = operation.ticket
 
-        def leave(t: Transaction) -> str:
-            reason = worker.scheduler.why(row)
+        def leave(t: Transaction) -> tuple[str, float | None]:
+            reason, expected_s = worker.scheduler.why(row), None
+            if timed_out:
+                expected_s = worker.scheduler.expected_wait_s(row)
             if not worker.leave_if_there(ticket, t):
-                return reason
+                return reason, expected_s
             if timed_out:
                 t.add(Header.TIMEOUTS, 1)
             worker.scheduler.advance(t)
-            return reason
+            return reason, expected_s
 
-        reason = worker.now_or_later(leave) or "lock"
+        left = worker.now_or_later(leave) or ("lock", None)
         operation.ticket = None
-        return reason
+        return left
 
     # ---- the way of a lease --------------------------------------------------------------------------------
 

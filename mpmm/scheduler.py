@@ -40,7 +40,7 @@ from mpmm.policy.fairness import UNKNOWN_FIRST
 from mpmm.policy.out_of_memory import MORE_MB
 from mpmm.policy.plan import make_plan
 from mpmm.policy.reasons import explain
-from mpmm.policy.sharing import remaining_s, served_in_s
+from mpmm.policy.sharing import expected_wait_s, remaining_s, seen_so_far, served_in_s
 from mpmm.policy.suspension import resume_s
 from mpmm.policy.view import (
     Busy,
@@ -404,7 +404,8 @@ class Scheduler:
         if waiting and not self._newest_waits_for_a_copy(model):
             return None
         copies = self._tables.rows_where(self._layout.instances, Instance.MODEL, model)
-        if any(words[one] and words[one + Instance.OWNER] for one in map(self._tables.instance, copies)):
+        starts = list(map(self._tables.instance, copies))
+        if any(words[at + Instance.OWNER] or words[at + Instance.DOOMED] for at in starts):
             return None
         if active + loading >= self._namespace.settings.max_model_copies:
             return Cause(Reason.COPIES)
@@ -817,6 +818,16 @@ class Scheduler:
             self._tables.tag_of(other - 1) if other else None,
             device_rows(words[at + Ticket.ON]),
         )
+
+    def expected_wait_s(self, ticket: int) -> float:
+        """Return in how many seconds a waiter is expected to have its copy, see `policy.sharing`."""
+        words, at, now = self._segment.words, self._tables.ticket(ticket), time.monotonic_ns()
+        copies, model = self.read_copies(), words[at + Ticket.MODEL]
+        models = {row: self._model(row, copies, now) for row in {model, *copies.shared, *copies.owned}}
+        number, seen = words[at + Ticket.NUMBER], seen_so_far(models.values())
+        ahead = sum(one.model == model and one.number < number and not one.preload for one in self._waiters())
+        reason, seconds = words[at + Ticket.REASON], self._segment.floats[at + Ticket.SECONDS]
+        return expected_wait_s(models[model], words[at + Ticket.MEMBER], ahead, reason, seconds, seen)
 
     def backs_off_for_s(self, ticket: int) -> float:
         """Return in how many seconds a waiter's back-off ends, `inf` if it waits for something else; without the lock.

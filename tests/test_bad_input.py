@@ -25,7 +25,7 @@ from mpmm.cli import main
 from mpmm.errors import InvalidArgumentError, MpmmError, RuntimeDirectoryError
 from mpmm.gpu_monitor import GPUMonitor
 from mpmm.lease import Lease
-from mpmm.model_manager import ModelManager
+from mpmm.model_manager import AcquireOptions, ModelManager
 from mpmm.multi_process_shared import MultiProcessShared, server_pid, unload
 from mpmm.resource_estimator import ResourceEstimator
 from mpmm.shared_estimator import SharedResourceEstimator
@@ -74,6 +74,7 @@ SETTING: dict[str, tuple[Any, ...]] = {
     "load_timeout_seconds": (*NO_TIME, None, 0),
     "max_model_copies": (*NO_TIME, 0, 1.5),
     "idle_ttl_seconds": NO_TIME,
+    "max_waiting": (*NO_TIME, 1.5),
     "namespace": NO_NAME,
     "monitor": (5, 0, "nvml", object(), GPUMonitor),
     "memory_source": (None, 5, True, object(), "no such source"),
@@ -83,7 +84,7 @@ SETTING: dict[str, tuple[Any, ...]] = {
     "runtime_root": NO_PATH,
 }
 # What is used as true or false.
-FLAGS = {"verbose_logging", "always_proxy", "spawn_process"}
+FLAGS = {"verbose_logging", "always_proxy", "spawn_process", "for_all"}
 
 Call = Callable[[ModelManager, Any], Any]
 REQUEST: dict[str, tuple[Any, ...]] = {
@@ -91,6 +92,8 @@ REQUEST: dict[str, tuple[Any, ...]] = {
     "loader_func": NO_LOADER,
     "devices": NO_DEVICES,
     "span": (*NO_COUNT, 0, 2),
+    "expect_mb": (0, -1, math.inf, math.nan, "5", True),
+    "max_waiting": (-1, 1.5, math.inf, "5", True),
 }
 # Method: what is bad for each parameter.
 METHODS: dict[str, dict[str, tuple[Any, ...]]] = {
@@ -106,6 +109,7 @@ METHODS: dict[str, dict[str, tuple[Any, ...]]] = {
         "span": (*NO_COUNT, 0, 2),
     },
     "preload": {**REQUEST, "copies": (*NO_COUNT, 0, 10**9), "timeout_seconds": NO_TIME},
+    "unload": {"tag": NO_TAG, "timeout_seconds": NO_TIME},
     "pin": {"tag": NO_TAG},
     "unpin": {"tag": NO_TAG},
     "supersede": {"old": NO_TAG, "new": NO_TAG},
@@ -357,15 +361,18 @@ def test_the_command_line_refuses_what_it_cannot_use(
 
 def test_every_parameter_is_in_a_table() -> None:
     def parameters(function: Any) -> set[str]:
-        return set(inspect.signature(function).parameters) - {"self", *FLAGS}
+        found = set(inspect.signature(function).parameters) - {"self", *FLAGS}
+        return found - {"options"} | set(AcquireOptions.__annotations__) if "options" in found else found
 
     assert parameters(ModelManager) == set(SETTING)
     # What is for the log, for people, or what was acquired: anything goes.
     free = {"ticket_num", "instance", "message", "args", "kind", "error", "trace"}
+    # As in `SETTING`, see `test_administration`.
+    free.add("changes")
     for name, method in inspect.getmembers(ModelManager, inspect.isfunction):
         if not name.startswith("_"):
             # `uses` asks for nothing before the function is called.
-            asked = parameters(method) - free - ({"devices", "span"} if name == "uses" else set())
+            asked = parameters(method) - free - (set(AcquireOptions.__annotations__) if name == "uses" else set())
             assert asked == set(METHODS.get(name, {})), name
     for estimator in (ResourceEstimator, SharedResourceEstimator):
         for name, method in inspect.getmembers(estimator, inspect.isfunction):

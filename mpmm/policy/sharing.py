@@ -13,13 +13,24 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from mpmm.policy.view import ModelView, TicketView
+from mpmm.policy.view import ModelView, Reason, TicketView
 
-__all__ = ["FIRST_LOAD_S", "Seen", "presumed", "remaining_s", "seen_so_far", "served_in_s", "waiting_is_sooner"]
+__all__ = [
+    "FIRST_LOAD_S",
+    "Seen",
+    "expected_wait_s",
+    "presumed",
+    "remaining_s",
+    "seen_so_far",
+    "served_in_s",
+    "waiting_is_sooner",
+]
 
 # What a load is expected to take as long as none has ended in the namespace: twice what large models took on an H100
 # through Beam, 4 to 12 s. It only decides when to stop waiting for the very first load of all.
 FIRST_LOAD_S = 25.0
+# Their time is that until there may be room.
+_UNTIL_ROOM = frozenset({Reason.IN_USE, Reason.DRAINING, Reason.BACKING_OFF})
 
 
 @dataclass(frozen=True)
@@ -91,13 +102,40 @@ def waiting_is_sooner(
         return None
     if loaded and model.hold_s and min(model.held_for_s, now_s - ticket.enqueued_s) >= model.load_s:
         return None
+    served_s = _served_s(model, loaded, coming, ahead, seen)
+    late_s = 0.0 if loaded else max(0.0, model.loading_for_s - model.load_s)
+    if served_s + late_s >= model.load_s:
+        return None
+    return served_s if loaded else served_s + remaining_s(model.load_s, model.loading_for_s)
+
+
+def _served_s(model: ModelView, loaded: int, coming: int, ahead: int, seen: Seen) -> float:
+    """Return in how many seconds a waiter has one of so many usable copies, without what is left of their load."""
     held_for_s = model.held_for_s if loaded else 0.0
     first_s = hold_s = model.hold_s
     if not hold_s:
         first_s = max(held_for_s, seen.hold_s - held_for_s)
         hold_s = held_for_s + first_s
-    served_s = served_in_s(first_s, hold_s, ahead, loaded + coming)
-    late_s = 0.0 if loaded else max(0.0, model.loading_for_s - model.load_s)
-    if served_s + late_s >= model.load_s:
-        return None
-    return served_s if loaded else served_s + remaining_s(model.load_s, model.loading_for_s)
+    return served_in_s(first_s, hold_s, ahead, max(1, loaded + coming))
+
+
+def expected_wait_s(
+    model: ModelView, member: int, ahead: int, reason: int, seconds: float, seen: Seen | None = None
+) -> float:
+    """Return in how many seconds a waiter is expected to have a copy to use, for people and for Retry-After.
+
+    Judged by how long loads and holds of the model have taken; what others before it will take of the room, nobody can
+    know. ahead: waiters of the same model before this one. reason, seconds: why it waits, and the time of that.
+    """
+    seen = seen or Seen()
+    model = presumed(model, seen)
+    loaded, coming = model.usable_by(member), model.coming_for(member)
+    served_s = _served_s(model, loaded, coming, ahead, seen)
+    if loaded:
+        return served_s
+    if coming:
+        return served_s + remaining_s(model.load_s, model.loading_for_s)
+    room_s = seconds if reason in _UNTIL_ROOM and math.isfinite(seconds) else 0.0
+    # The first who loads uses its copy at once.
+    hold_s = model.hold_s or seen.hold_s
+    return room_s + model.load_s + hold_s * ahead

@@ -34,6 +34,7 @@ class Settings:
     load_timeout_seconds: float = math.inf
     max_model_copies: float = math.inf  # none
     idle_ttl_seconds: float = math.inf  # none
+    max_waiting: float = math.inf  # none
     suspend_budget_mb: float = math.inf  # chosen by what the host has, see `Header.HOST_SHARE_MB`
 
     def __post_init__(self) -> None:
@@ -79,6 +80,7 @@ _RANGES: dict[str, tuple[float, float, str]] = {
     "load_timeout_seconds": (0.001, math.inf, "seconds"),
     "max_model_copies": (1, math.inf, _COUNT),
     "idle_ttl_seconds": _SECONDS,
+    "max_waiting": (0, math.inf, _COUNT),
     "suspend_budget_mb": (0.0, math.inf, "MB"),
 }
 _SOURCE = "each process has made its source of memory figures with it; slack_percentage sets the limit"

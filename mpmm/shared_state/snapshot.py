@@ -125,6 +125,7 @@ class ModelInfo:
     """One tag: how many copies in which state, its estimate in MB (None: unknown), its counters and its times.
 
     kind: `model`, or `lease` for what stands for one lease, held or waited for; its estimate is what it is for.
+    shares: its loader has made a handle.
     measured: the estimate was read from processes; sd_mb: its standard deviation. at_least_mb: the model ran out of
     memory with that much free, so it needs more, 0 if it never has. expect_mb: what its users say, which counts as long
     as there is no estimate (None: nothing). failures: loads in a row that failed, the last
@@ -140,6 +141,7 @@ class ModelInfo:
     row: int
     kind: str
     tag: str
+    shares: bool
     estimate_mb: float | None
     measured: bool
     sd_mb: float
@@ -729,6 +731,7 @@ class _Decoder:
             row=row,
             kind=_MODEL_KINDS.get(words[at + Model.STATE], f"state {words[at + Model.STATE]}"),
             tag=self._text(at + Model.TAG),
+            shares=bool(words[at + Model.SHARES]),
             estimate_mb=self._floats[at + Model.ESTIMATE_MB] if words[at + Model.KNOWN] else None,
             measured=bool(words[at + Model.MEASURED]),
             sd_mb=floats[at + Model.SD_MB],

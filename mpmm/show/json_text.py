@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 
 from mpmm.shared_state.snapshot import Snapshot, as_json
 from mpmm.show.health import findings
-from mpmm.show.words import needs, why
+from mpmm.show.words import expected_waits, needs, why
 
 __all__ = ["SCHEMA_VERSION", "snapshot_json"]
 
@@ -16,9 +17,11 @@ SCHEMA_VERSION = 1
 def snapshot_json(snapshot: Snapshot) -> str:
     """Return every field of a snapshot, with the sentences that people are shown, as one line of JSON."""
     found = as_json(snapshot)
-    need_of = needs(snapshot)
+    need_of, expected_s_of = needs(snapshot), expected_waits(snapshot)
     for ticket, shown in zip(snapshot.tickets, found["tickets"], strict=True):
         shown["why"] = why(ticket, need_of(ticket))
+        expected_s = expected_s_of(ticket)
+        shown["expected_s"] = expected_s if math.isfinite(expected_s) else None
     for event, shown in zip(snapshot.events, found["events"], strict=True):
         shown["why"] = why(event)
     found["findings"] = [{"urgent": finding.urgent, "text": finding.text} for finding in findings(snapshot)]

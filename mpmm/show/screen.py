@@ -27,6 +27,7 @@ from mpmm.show.words import (
     PLAIN_SIGNS,
     age,
     bar,
+    expected_waits,
     for_people,
     left_s,
     mb,
@@ -230,7 +231,7 @@ def _can_show(signs: str) -> bool:
 def waiting(snapshot: Snapshot) -> Section[TicketInfo]:
     """Return who waits, in the order in which they are served; who has an answer holds or loads a copy."""
 
-    need_of = needs(snapshot)
+    need_of, expected_s_of = needs(snapshot), expected_waits(snapshot)
 
     def row(ticket: TicketInfo) -> Row:
         return (
@@ -238,14 +239,16 @@ def waiting(snapshot: Snapshot) -> Section[TicketInfo]:
             ticket.tag,
             str(ticket.pid),
             age(ticket.waited_s),
+            age(expected_s_of(ticket)),
             age(ticket.time_left_s),
             mb(need_of(ticket)),
             _reason(ticket.reason),
             why(ticket, need_of(ticket), left_s(snapshot, ticket)),
         )
 
-    head = ("ticket", "for", "pid", "waited", "left", "needs MB", "reason", "why")
-    return Section("waiting", head, waiters(snapshot), row, 8, ("reason", "ticket", "left", "needs MB"), prose=True)
+    head = ("ticket", "for", "pid", "waited", "expected", "left", "needs MB", "reason", "why")
+    least = ("reason", "ticket", "left", "expected", "needs MB")
+    return Section("waiting", head, waiters(snapshot), row, 8, least, prose=True)
 
 
 def _reason(reason: int) -> str:

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass, replace
 from typing import Any, TypeVar
 
 from mpmm.policy.backoff import back_off_s
 from mpmm.policy.reasons import explain
-from mpmm.policy.view import Reason
+from mpmm.policy.sharing import expected_wait_s, seen_so_far
+from mpmm.policy.view import ModelView, Reason
 from mpmm.printable import printable
-from mpmm.shared_state.snapshot import DeviceInfo, EventInfo, InstanceInfo, Snapshot, TicketInfo
+from mpmm.shared_state.snapshot import DeviceInfo, EventInfo, InstanceInfo, ModelInfo, Snapshot, TicketInfo
 
 __all__ = [
     "age",
     "bar",
     "devices_of",
+    "expected_waits",
     "for_people",
     "left_s",
     "mb",
@@ -93,6 +96,46 @@ def needs(snapshot: Snapshot) -> Callable[[TicketInfo], float]:
     unknown = {model.row for model in snapshot.models if model.estimate_mb is None and model.expect_mb is None}
     largest = max((device.limit_mb for device in snapshot.devices), default=math.inf)
     return lambda ticket: min(ticket.need_mb, largest) if ticket.model in unknown else ticket.need_mb
+
+
+def expected_waits(snapshot: Snapshot) -> Callable[[TicketInfo], float]:
+    """Return what tells in how many seconds a waiter is expected to have its copy, `nan` for a lease."""
+    copies: dict[int, list[InstanceInfo]] = {}
+    for copy in snapshot.instances:
+        copies.setdefault(copy.model, []).append(copy)
+    views = {model.row: _view(model, copies.get(model.row, [])) for model in snapshot.models if model.kind == "model"}
+    seen = seen_so_far(views.values())
+    queue = [ticket for ticket in waiters(snapshot) if not ticket.preload]
+
+    def expected_s(ticket: TicketInfo) -> float:
+        if ticket.model not in views:
+            return math.nan
+        ahead = sum(one.model == ticket.model and one.number < ticket.number for one in queue)
+        member = ticket.member + 1
+        return expected_wait_s(views[ticket.model], member, ahead, ticket.reason, ticket.seconds, seen)
+
+    return expected_s
+
+
+def _view(model: ModelInfo, copies: list[InstanceInfo]) -> ModelView:
+    """Return a model as the policy sees it, as far as times are concerned."""
+    staying = [copy for copy in copies if not copy.doomed]
+    held = [copy for copy in staying if copy.state in ("active", "idle")]
+    loading = [copy for copy in staying if copy.state == "loading"]
+    return ModelView(
+        model=model.row,
+        known=model.estimate_mb is not None,
+        need_mb=model.estimate_mb or 0.0,
+        shared=sum(copy.owner is None for copy in held),
+        owned=Counter(copy.owner + 1 for copy in held if copy.owner is not None),
+        waiting=model.waiting,
+        loading=Counter(copy.holder + 1 for copy in loading if copy.holder is not None),
+        shares=model.shares,
+        load_s=model.load_s,
+        hold_s=model.hold_s,
+        loading_for_s=min((copy.for_s for copy in loading), default=0.0),
+        held_for_s=min((copy.for_s for copy in held if copy.state == "active"), default=0.0),
+    )
 
 
 def pids(snapshot: Snapshot) -> Callable[[int | None], str]:

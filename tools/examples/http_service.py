@@ -11,6 +11,7 @@ that loaded it; everybody accounts for its memory, and when others need the room
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 from collections.abc import AsyncIterator
 from typing import Any
@@ -21,7 +22,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.routing import Mount, Route
 
-from mpmm import AcquireTimeoutError, ModelManager
+from mpmm import AcquireTimeoutError, ModelManager, QueueFullError
 from mpmm.metrics import asgi_app
 
 
@@ -42,13 +43,14 @@ async def lifespan(app: Starlette) -> AsyncIterator[None]:
 
 
 async def predict(request: Request) -> JSONResponse:
-    """Answer with the prediction, or with 503 when no model is to be had in time."""
+    """Answer with the prediction, or with 503 when no model is to be had in time, or too many wait for it already."""
     manager: ModelManager = request.app.state.manager
     try:
-        async with manager.model_async("reverser", Reverser) as model:
+        async with manager.model_async("reverser", Reverser, max_waiting=64) as model:
             answer: Any = await run_in_threadpool(model.predict, request.query_params["text"])
-    except AcquireTimeoutError as error:
-        return JSONResponse({"error": str(error)}, status_code=503)
+    except (AcquireTimeoutError, QueueFullError) as error:
+        retry_after = {"Retry-After": str(math.ceil(error.retry_after_seconds or 1))}
+        return JSONResponse({"error": str(error)}, status_code=503, headers=retry_after)
     return JSONResponse({"answer": answer, "worker": os.getpid()})
 
 

@@ -1,0 +1,178 @@
+"""A bounded queue refuses at once what would wait too long, and everybody can see how long a wait is expected to be."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import pickle
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from processes import Gate, Loads, LoadsObject, Process, Seat, acquire, learn, problems, release, wait_until, waiting
+from test_policy import ME, OTHER, A, model
+
+from mpmm.cli import main
+from mpmm.errors import AcquireTimeoutError, InvalidArgumentError, QueueFullError
+from mpmm.model_manager import ModelManager
+from mpmm.policy.sharing import FIRST_LOAD_S, Seen, expected_wait_s
+from mpmm.policy.view import ModelView, Reason
+from mpmm.shared_state.snapshot import read_snapshot
+
+NewManager = Callable[..., ModelManager]
+NewProcess = Callable[..., Process]
+NewGate = Callable[[], Gate]
+
+
+def comparable(namespace: str) -> Any:
+    """Return what a refused request must not change."""
+    snapshot = read_snapshot(namespace)
+    rows = (snapshot.models, snapshot.instances, snapshot.tickets)
+    keys = ("tag", "state", "waiting", "loading", "idle", "active", "requests", "number", "holder")
+    return [[{key: getattr(row, key, None) for key in keys} for row in table] for table in rows]
+
+
+def test_a_request_that_would_wait_behind_too_many_is_refused_and_changes_nothing(
+    namespace: str, new_manager: NewManager, new_process: NewProcess
+) -> None:
+    manager = new_manager(max_model_copies=1)
+    first, second = new_process(), new_process()
+    taken = manager.acquire_model("a", Loads())
+    first.send(acquire, "a")
+    wait_until(lambda: waiting(namespace, "a"), "one waits")
+    before = comparable(namespace)
+    with pytest.raises(QueueFullError, match="1 requests wait for it already, and max_waiting=1 allows") as caught:
+        second.call(acquire_bounded, "a", 1)
+    assert (caught.value.tag, caught.value.waiting, caught.value.max_waiting) == ("a", 1, 1)
+    assert caught.value.retry_after_seconds >= 0
+    assert pickle.loads(pickle.dumps(caught.value)).retry_after_seconds == caught.value.retry_after_seconds
+    assert comparable(namespace) == before
+    # Another model's queue is its own, and who finds an idle copy does not wait.
+    second.call(acquire_bounded, "b", 0)
+    manager.release_model("a", taken)
+    first.result()
+    first.call(release)
+    second.call(acquire_bounded, "a", 0)
+    assert problems(namespace) == []
+
+
+def acquire_bounded(seat: Seat, tag: str, most: int) -> None:
+    seat.held.append((tag, seat.manager.acquire_model(tag, Loads(), max_waiting=most)))
+
+
+def test_a_refused_request_evicts_nothing(namespace: str, new_manager: NewManager, new_process: NewProcess) -> None:
+    manager, other = new_manager(fallback_memory_mb=200), new_process()
+    learn(Seat(manager), big=200)
+    other.call(acquire, "idle", LoadsObject())
+    other.call(release)
+    with pytest.raises(QueueFullError):
+        manager.acquire_model("big", Loads(), max_waiting=0)
+    assert [(copy.tag, copy.state) for copy in read_snapshot(namespace).instances] == [("idle", "idle")]
+    with manager.model("big", Loads(), max_waiting=1):
+        pass
+    assert problems(namespace) == []
+
+
+def test_the_setting_bounds_every_way_to_a_copy(
+    namespace: str, new_manager: NewManager, new_process: NewProcess
+) -> None:
+    manager, waiter, other = new_manager(max_model_copies=1, max_waiting=1), new_process(), new_process()
+    with manager.model("a", Loads()):
+        waiter.send(acquire, "a")
+        wait_until(lambda: waiting(namespace, "a"), "one waits")
+        for way in (by_acquire, by_block, by_decorator, by_task):
+            with pytest.raises(QueueFullError):
+                other.call(way)
+        other.call(raise_bound)
+        other.send(by_acquire)
+        wait_until(lambda: len(waiting(namespace, "a")) == 2, "two wait")
+    waiter.result()
+    waiter.call(release)
+    other.result()
+    assert problems(namespace) == []
+
+
+def by_acquire(seat: Seat) -> None:
+    seat.manager.release_model("a", seat.manager.acquire_model("a", Loads()))
+
+
+def by_block(seat: Seat) -> None:
+    with seat.manager.model("a", Loads()):
+        pass
+
+
+def by_decorator(seat: Seat) -> None:
+    seat.manager.uses("a", Loads())(lambda model: model)()
+
+
+def by_task(seat: Seat) -> None:
+    async def hold() -> None:
+        async with seat.manager.model_async("a", Loads()):
+            pass
+
+    asyncio.run(hold())
+
+
+def raise_bound(seat: Seat) -> None:
+    seat.manager.update_settings(max_waiting=2)
+
+
+@pytest.mark.parametrize("most", [-1, 1.5, True, "3", math.inf])
+def test_bounds_that_cannot_be_change_nothing(namespace: str, new_manager: NewManager, most: Any) -> None:
+    manager = new_manager()
+    with pytest.raises(InvalidArgumentError, match="max_waiting="):
+        manager.acquire_model("a", Loads(), max_waiting=most)
+    assert read_snapshot(namespace).models == ()
+
+
+# ---- the expected wait ------------------------------------------------------------------------------------------
+
+TIMED = replace(model(A), load_s=4.0, hold_s=0.5)
+SHARED = replace(TIMED, shared=2)
+LOADING = replace(TIMED, loading={OTHER: 1}, shares=True, loading_for_s=1.0)
+
+
+@pytest.mark.parametrize(
+    ("of", "ahead", "reason", "seconds", "expected"),
+    [
+        (SHARED, 0, Reason.SHARING, 0.0, 0.25),
+        (SHARED, 3, Reason.SHARING, 0.0, 1.0),
+        (LOADING, 1, Reason.SHARING, 0.0, 3.0 + 1.0),
+        (replace(TIMED, loading={OTHER: 1}), 0, Reason.MEMORY, 0.0, 4.0),
+        (TIMED, 2, Reason.IN_USE, 2.0, 2.0 + 4.0 + 1.0),
+        (TIMED, 0, Reason.IN_USE, math.inf, 4.0),
+        (TIMED, 0, Reason.MEMORY, 9.0, 4.0),
+        (model(A), 0, Reason.MEMORY, 0.0, FIRST_LOAD_S),
+    ],
+)
+def test_the_expected_wait_follows_from_loads_and_holds(
+    of: ModelView, ahead: int, reason: Reason, seconds: float, expected: float
+) -> None:
+    assert expected_wait_s(of, ME, ahead, reason, seconds) == pytest.approx(expected)
+
+
+def test_what_was_never_loaded_is_expected_to_load_as_others_do() -> None:
+    assert expected_wait_s(model(A), ME, 2, Reason.MEMORY, 0.0, Seen(3.0, 0.5)) == pytest.approx(4.0)
+
+
+def test_tickets_errors_and_inspect_say_the_expected_wait(
+    namespace: str, new_manager: NewManager, new_process: NewProcess, capsys: pytest.CaptureFixture[str]
+) -> None:
+    manager, waiter = new_manager(max_model_copies=1, wait_timeout_seconds=0.3), new_process()
+    with manager.model("a", Loads()):
+        waiter.send(acquire, "a")
+        wait_until(lambda: waiting(namespace, "a"), "one waits")
+        (ticket,) = manager.tickets()
+        assert ticket.expected_wait_seconds is not None
+        assert 0 <= ticket.expected_wait_seconds < FIRST_LOAD_S
+        with pytest.raises(AcquireTimeoutError, match=r"about [\d.]+ s more are expected") as caught:
+            new_process(wait_timeout_seconds=0.05).call(acquire, "a")
+        assert caught.value.retry_after_seconds is not None
+        assert main(["inspect", "--json", namespace]) == 0
+        (shown,) = json.loads(capsys.readouterr().out)["tickets"]
+        assert 0 <= shown["expected_s"] < FIRST_LOAD_S
+        assert main(["inspect", namespace]) == 0
+        assert "expected" in capsys.readouterr().out.split("\nwaiting:\n")[1].splitlines()[0]
+    waiter.result()
