@@ -86,7 +86,8 @@ class Interruption:
         if event == "opcode" and not self._is_last(frame) and not self._has_names(frame):
             self.count += 1
             if self.count == self.at:
-                self.where = f"{frame.f_code.co_name}:{frame.f_lineno}+{frame.f_lasti}"
+                file = Path(frame.f_code.co_filename).stem
+                self.where = f"{file}.{frame.f_code.co_name}:{frame.f_lineno}+{frame.f_lasti}"
                 raise self.error
         return self._step
 
@@ -109,15 +110,21 @@ def use_copy(seat: Seat, tag: str) -> None:
         pass
 
 
-class Sweep:
+class Points:
     """Runs an operation with an exception at one point after another, and looks whether all is well after each."""
 
-    def __init__(self, manager: ModelManager, step: int) -> None:
-        self.manager = manager
+    def __init__(self, step: int) -> None:
         self.step = STEP or step
         self.points = 0
         self.failures: list[str] = []
-        self._segment = manager._connected().namespace.segment
+
+    def go_on(self) -> None:
+        """Do what the same thread must be able to do after each point."""
+        raise NotImplementedError
+
+    def left(self) -> list[str]:
+        """Return what is wrong after a point, and must be right within a second."""
+        raise NotImplementedError
 
     def __call__(self, operation: Callable[[], None], prepare: Callable[[], None] = lambda: None) -> None:
         """Try the points of an operation. prepare: called before each, to bring about the branch that is meant."""
@@ -149,18 +156,38 @@ class Sweep:
         began = time.monotonic()
         wrong = [f"raised {escaped}"] if escaped else []
         try:
-            with self.manager.model("other", lambda: "other"):
-                pass
+            self.go_on()
         except Exception as error:
             wrong.append(f"the same thread cannot go on: {type(error).__name__}: {error}")
-        while (left := self._left()) and time.monotonic() - began < HEALS_WITHIN_S:
+        while (left := self.left()) and time.monotonic() - began < HEALS_WITHIN_S:
             time.sleep(0.001)
         wrong += left
         if wrong:
             self.failures.append(f"{where}: {wrong}")
             print(self.failures[-1], flush=True)
 
-    def _left(self) -> list[str]:
+    def conclude(self) -> None:
+        """Say how many points there were, and fail if there was a failure."""
+        print(f"{self.points} points, {len(self.failures)} failures")
+        found = "\n".join(self.failures[:40])
+        assert not self.failures, f"{len(self.failures)} of {self.points} points failed:\n{found}"
+
+
+class Sweep(Points):
+    """The points of operations of a manager."""
+
+    def __init__(self, manager: ModelManager, step: int) -> None:
+        super().__init__(step)
+        self.manager = manager
+        self._segment = manager._connected().namespace.segment
+
+    def go_on(self) -> None:
+        """Use another model."""
+        with self.manager.model("other", lambda: "other"):
+            pass
+
+    def left(self) -> list[str]:
+        """Return what is in use, or waits, and should not, and what the books have wrong."""
         snapshot = self.snapshot()
         rows = [f"{i.tag} is {i.state}" for i in snapshot.instances if i.state in ("active", "loading", "leased")]
         tickets = [f"a ticket for {ticket.tag} is {ticket.state}" for ticket in snapshot.tickets]
@@ -190,8 +217,7 @@ def sweep(
     yield make
     for one in made:
         new_process().call(use_copy, "from elsewhere")
-        print(f"{one.points} points, {len(one.failures)} failures")
-        assert not one.failures, f"{len(one.failures)} of {one.points} points failed:\n" + "\n".join(one.failures[:40])
+        one.conclude()
 
 
 def test_block_of_idle_copy(sweep: Callable[..., Sweep]) -> None:
@@ -430,11 +456,15 @@ def test_pin_and_unpin(sweep: Callable[..., Sweep]) -> None:
 
 
 def sweep_whole_life(
-    step: int, begin: Callable[[], ModelManager], operate: Callable[[ModelManager | None], Any]
+    step: int,
+    operate: Callable[[ModelManager | None], ModelManager | None],
+    begin: Callable[[], ModelManager | None] = lambda: None,
+    stays: Callable[[], bool] = lambda: False,
 ) -> int:
     """Try the points of an operation after which the namespace is left each time; return how many there were.
 
-    begin: makes what `operate` is given. After each point another manager can come and go, and nothing is left behind.
+    begin: makes what `operate` is given. operate: returns what is to be shut down after it. After each point another
+    manager can come and go, and nothing is left behind but what `stays` says is another process's.
     """
     root = Path(os.environ[RUNTIME_DIR_VARIABLE])
     step = STEP or step
@@ -449,17 +479,19 @@ def sweep_whole_life(
             made = operate(manager)
         error.__traceback__ = None
         interruption.error = KeyboardInterrupt()
-        if made is not None:
-            made.shutdown()
-        manager.shutdown()
-        del made
+        for one in (made, manager):
+            if one is not None:
+                one.shutdown()
+        del made, one
         try:
             after = ModelManager(namespace="whole", capacities=SMALL_TABLES, **{**SMALL, "lock_timeout_seconds": 1.0})
             with after.model("a", lambda: "handle"):
                 pass
             after.shutdown()
-            wait_until(lambda: not segments_of(root) and not files_in(root), "nothing is left", HEALS_WITHIN_S)
-        except Exception as wrong:
+            wait_until(
+                lambda: stays() or not (segments_of(root) or files_in(root)), "nothing is left", HEALS_WITHIN_S
+            )
+        except (Exception, AssertionError) as wrong:
             failures.append(f"{at} ({interruption.where}): {type(wrong).__name__}: {wrong}")
             print(failures[-1], flush=True)
         if not interruption.where:
@@ -480,7 +512,33 @@ def test_shutdown(runtime_root: Path) -> None:
         assert manager is not None
         manager.shutdown()
 
-    print(sweep_whole_life(1609, begin, operate), "points")
+    print(sweep_whole_life(1609, operate, begin), "points")
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have a lock that was left behind found out in two seconds, not in a minute."""
+    monkeypatch.setattr("mpmm.shared_state.namespace.LIFECYCLE_TIMEOUT_S", 2.0)
+
+
+def join(_: ModelManager | None = None) -> ModelManager:
+    return ModelManager(namespace="whole", capacities=SMALL_TABLES, **SMALL)
+
+
+@pytest.mark.usefixtures("impatient")
+def test_join_of_new_namespace(runtime_root: Path) -> None:
+    print(sweep_whole_life(1609, join), "points")
+
+
+@pytest.mark.usefixtures("impatient")
+def test_join_of_others(runtime_root: Path, new_process: Any) -> None:
+    new_process(namespace="whole", capacities=SMALL_TABLES)
+
+    def is_alone() -> bool:
+        snapshot = read_snapshot("whole")
+        return len(snapshot.members) == 1 and not check_invariants(snapshot)
+
+    print(sweep_whole_life(1609, join, stays=is_alone), "points")
 
 
 def test_nothing_is_taken_from_calls_in_progress(
