@@ -116,6 +116,9 @@ Method = TypeVar("Method", bound=Callable[..., Any])
 _LOG = printable_logger("mpmm")
 _workers: dict[tuple[Path, str], Worker] = {}
 _workers_guard = threading.RLock()
+# What a join has made so far, if an exception from a signal handler has ended it: nobody else knows of it.
+_joining: dict[tuple[Path, str], list[Namespace | Worker]] = {}
+_leaves_at_exit: set[tuple[Path, str]] = set()
 # Behind those who wait for a model that is unknown (0) or known (1).
 PRELOAD_PRIORITY = 2
 # Threads that shut forgotten managers down; the last few, for the end of the process has to wait for them.
@@ -1954,12 +1957,15 @@ class ModelManager(BeamNames):
             raise ClosedError("the model manager was shut down")
         with _workers_guard:
             key = (self._root, self._name)
+            _end_interrupted_join(key)
             worker = _workers.get(key)
             if worker is not None and worker.namespace.is_usable and _is_left_behind(worker):
                 worker.close()
             if worker is None or not worker.namespace.is_usable:
-                worker = self._join()
+                made = _joining[key] = []
+                worker = self._join(made)
                 _workers[key] = worker
+                del _joining[key]
             self._worker_if_connected = worker
             worker.manager_ids.add(id(self))
         # Those that were changed at run time are nobody's choice at creation.
@@ -1967,7 +1973,11 @@ class ModelManager(BeamNames):
             self._report_differences(worker.namespace.settings)
         return worker
 
-    def _join(self) -> Worker:
+    def _join(self, made: list[Namespace | Worker]) -> Worker:
+        """Return a new worker. made: what there is to be closed if this is interrupted."""
+        if (self._root, self._name) not in _leaves_at_exit:
+            run_at_exit(functools.partial(_close_at_exit, self._root, self._name))
+            _leaves_at_exit.add((self._root, self._name))
         source = "custom" if self._given_monitor or not isinstance(self._memory_source, str) else self._memory_source
         namespace = Namespace.join(
             self._name,
@@ -1976,6 +1986,7 @@ class ModelManager(BeamNames):
             settings=self._settings,
             source=source,
             kind=Member.GUEST if is_server_process() else Member.WORKER,
+            made=made,
         )
         try:
             path = self._estimates_path or os.environ.get(ESTIMATES_PATH_VARIABLE)
@@ -1984,12 +1995,12 @@ class ModelManager(BeamNames):
         except BaseException:
             namespace.leave()
             raise
+        made.append(worker)
         try:
             worker.start()
         except BaseException:
             worker.close()
             raise
-        run_at_exit(functools.partial(_close_at_exit, self._root, self._name))
         return worker
 
     def _make_monitor(self, namespace: Namespace) -> GPUMonitor:
@@ -2049,10 +2060,23 @@ def _is_left_behind(worker: Worker) -> bool:
     return worker.namespace.kind == Member.GUEST and worker.namespace.is_removed
 
 
+def _end_interrupted_join(key: tuple[Path, str]) -> None:
+    """Leave what a join by this process has come to that an exception has ended. Hold `_workers_guard`."""
+    worker = _workers.get(key)
+    for one in reversed(_joining.get(key, ())):
+        if isinstance(one, Namespace):
+            if worker is None or one is not worker.namespace:
+                one.leave()
+        elif one is not worker:
+            one.close()
+    _joining.pop(key, None)
+
+
 def _close_at_exit(root: Path, name: str) -> None:
     for thread in list(_shutting_down):
         thread.join()
     with _workers_guard:
+        _end_interrupted_join((root, name))
         worker = _workers.pop((root, name), None)
     if worker is not None and worker.namespace.is_usable:
         worker.close()
@@ -2062,6 +2086,8 @@ def _forget_workers_after_fork() -> None:
     global _workers_guard
     _workers_guard = threading.RLock()
     _workers.clear()
+    _joining.clear()
+    _leaves_at_exit.clear()
     _shutting_down.clear()
 
 

@@ -444,7 +444,7 @@ class Worker:
             for call in (*list(self.operations), *list(self._waiting))
             if call.thread == threading.get_ident() and call.frame is not None
         }
-        return self.namespace.lock.held_by_this_thread() or not here.issubset(ended_calls(here))
+        return self.namespace.lock.is_busy_here() or not here.issubset(ended_calls(here))
 
     def _send_waiters_away(self) -> None:
         """Have the threads that wait find out that they are to go; without the lock, whose holder may be stopped."""

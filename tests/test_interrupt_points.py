@@ -10,8 +10,9 @@ takes 20 seconds. `MPMM_INTERRUPT_STEP=1` tries every point, `MPMM_INTERRUPT_OFF
     MPMM_INTERRUPT_STEP=1 python -m pytest -s tests/test_interrupt_points.py
 
 The interpreter looks for signals behind calls, at the beginning of functions and at jumps backwards, and nowhere else.
-So two of the bytecodes where no handler ever runs are left out: the return from the package to its caller, and a call
-that was just told the names of its arguments, which Python 3.11 would take for those of the next call.
+So three of the places where no handler ever runs are left out: the return from the package to its caller; a call that
+was just told the names of its arguments, which Python 3.11 would take for those of the next call; and the way out of a
+`with` block up to the call of `__exit__`, where a lock would stay taken.
 """
 
 from __future__ import annotations
@@ -26,9 +27,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any
 
 import pytest
@@ -60,6 +61,21 @@ class Interrupted(Exception):
     """What a handler of a soft time limit raises."""
 
 
+@cache
+def ways_out(code: CodeType) -> frozenset[int]:
+    """Return the offsets of the instructions with which `with` blocks that end normally call `__exit__`."""
+    instructions = list(dis.get_instructions(code))
+    offsets: set[int] = set()
+    for place, first in enumerate(instructions[:-4]):
+        if first.opname == "LOAD_CONST" and first.argval is None:
+            # Python 3.10 says the second and third None otherwise.
+            nones = [i.opname == "DUP_TOP" or i.argval is None for i in instructions[place + 1 : place + 3]]
+            calls = [i.opname in ("PRECALL", "CALL", "CALL_FUNCTION") for i in instructions[place + 3 : place + 5]]
+            if all(nones) and calls[0]:
+                offsets.update(i.offset for i in instructions[place : place + 3 + sum(calls)])
+    return frozenset(offsets)
+
+
 class Interruption:
     """Raises an exception before the n-th bytecode that the calling thread runs inside of the package."""
 
@@ -83,7 +99,12 @@ class Interruption:
         return self._step
 
     def _step(self, frame: FrameType, event: str, argument: Any) -> Any:
-        if event == "opcode" and not self._is_last(frame) and not self._has_names(frame):
+        if (
+            event == "opcode"
+            and not self._is_last(frame)
+            and not self._has_names(frame)
+            and frame.f_lasti not in ways_out(frame.f_code)
+        ):
             self.count += 1
             if self.count == self.at:
                 file = Path(frame.f_code.co_filename).stem
@@ -488,9 +509,7 @@ def sweep_whole_life(
             with after.model("a", lambda: "handle"):
                 pass
             after.shutdown()
-            wait_until(
-                lambda: stays() or not (segments_of(root) or files_in(root)), "nothing is left", HEALS_WITHIN_S
-            )
+            wait_until(lambda: stays() or not (segments_of(root) or files_in(root)), "nothing is left", HEALS_WITHIN_S)
         except (Exception, AssertionError) as wrong:
             failures.append(f"{at} ({interruption.where}): {type(wrong).__name__}: {wrong}")
             print(failures[-1], flush=True)
@@ -501,6 +520,13 @@ def sweep_whole_life(
     return at // step
 
 
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have a lock that was left behind found out in two seconds, not in a minute."""
+    monkeypatch.setattr("mpmm.shared_state.namespace.LIFECYCLE_TIMEOUT_S", 2.0)
+
+
+@pytest.mark.usefixtures("impatient")
 def test_shutdown(runtime_root: Path) -> None:
     def begin() -> ModelManager:
         manager = ModelManager(namespace="whole", capacities=SMALL_TABLES, **SMALL)
@@ -513,12 +539,6 @@ def test_shutdown(runtime_root: Path) -> None:
         manager.shutdown()
 
     print(sweep_whole_life(1609, operate, begin), "points")
-
-
-@pytest.fixture
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have a lock that was left behind found out in two seconds, not in a minute."""
-    monkeypatch.setattr("mpmm.shared_state.namespace.LIFECYCLE_TIMEOUT_S", 2.0)
 
 
 def join(_: ModelManager | None = None) -> ModelManager:

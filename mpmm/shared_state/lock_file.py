@@ -49,6 +49,10 @@ class LockFile:
     Where the file system has no such locks, taking one raises RuntimeDirectoryError.
     """
 
+    # As long as nothing has been opened.
+    fd = -1
+    _pid = 0
+
     def __init__(self, path: Path, *, create: bool = True, folder: bool = False) -> None:
         """Open, and create if need be, `path` with mode 0600; symbolic links are refused (OSError ELOOP).
 
@@ -59,7 +63,6 @@ class LockFile:
 
         self.path = path
         self._lock, self._unlock = lock_descriptor, unlock_descriptor
-        self.fd = -1
         self._pid = os.getpid()
         with fork_guard:
             if folder:

@@ -113,7 +113,13 @@ class Namespace:
     """
 
     def __init__(
-        self, runtime: RuntimeDirectory, segment: Segment, settings: Settings, alive: LockFile | None, kind: int
+        self,
+        runtime: RuntimeDirectory,
+        segment: Segment,
+        settings: Settings,
+        alive: LockFile | None,
+        kind: int,
+        made: list[Any] | None = None,
     ) -> None:
         self.runtime = runtime
         self.segment = segment
@@ -125,7 +131,6 @@ class Namespace:
         self.slot = -1
         self.lock = TransactionLock(segment, settings.lock_timeout_seconds)
         self.tables = Tables(segment)
-        self.transitions = Transitions(self.tables, self)
         self._folder = str(runtime.path)
         self._alive = alive
         self._member_lock: LockFile | None = None
@@ -140,6 +145,10 @@ class Namespace:
         self._lost = False
         self._complained = False
         self._usable = True
+        if made is not None:
+            made.append(self)
+        # Last, because from here on this object refers to itself: what only the collector finds may stay for long.
+        self.transitions = Transitions(self.tables, self)
 
     @classmethod
     def join(
@@ -153,11 +162,15 @@ class Namespace:
         kind: int = Member.WORKER,
         label: str = "",
         must_exist: bool = False,
+        made: list[Any] | None = None,
     ) -> Namespace:
         """Attach to the namespace, creating it if need be, and take a row in the members table.
 
         A segment that nobody living uses is replaced, its estimates kept. One whose workers all crashed, but not their
         model servers, is taken over: what the dead had is taken back.
+
+        made: the membership is added to it before it has anything, for a caller that is interrupted before it has it,
+            and who then has to `leave` it.
 
         Raises RuntimeDirectoryError, LayoutMismatchError, SegmentAllocationError, LockTimeoutError,
         TableFullError (members), FileNotFoundError when `must_exist` and there is none, InvalidArgumentError for a
@@ -175,7 +188,7 @@ class Namespace:
                 with _lifecycle(runtime) as current:
                     if current:
                         return cls._join_locked(
-                            runtime, capacities, settings or Settings(), source, kind, label, must_exist
+                            runtime, capacities, settings or Settings(), source, kind, label, must_exist, made
                         )
             except _NoNamespaceError as error:
                 raise FileNotFoundError(str(error)) from None
@@ -201,6 +214,7 @@ class Namespace:
         kind: int,
         label: str,
         must_exist: bool,
+        made: list[Any] | None,
     ) -> Namespace:
         alive = LockFile(runtime.file("alive.lock"))
         try:
@@ -219,7 +233,7 @@ class Namespace:
                 alive.shared(LIFECYCLE_TIMEOUT_S)
             else:
                 alive.close()
-            namespace = cls(runtime, segment, chosen, alive if kind == Member.WORKER else None, kind)
+            namespace = cls(runtime, segment, chosen, alive if kind == Member.WORKER else None, kind, made)
         except BaseException:
             alive.close()
             raise
@@ -353,8 +367,8 @@ class Namespace:
         unload_everything: called by the last one, with the lifecycle lock held, while it still is a member.
         Calling `leave` again does nothing.
         """
-        if not self.is_usable:
-            # Nothing is left to do, unless an exception from a signal handler has ended the first call.
+        if not self.is_usable or self.slot < 0:
+            # Nothing is left to do, unless an exception from a signal handler has ended the first call, or the join.
             if not self.is_inherited:
                 self._let_go()
             return
@@ -362,28 +376,37 @@ class Namespace:
         self._put_files_back()
         with contextlib.ExitStack() as stack:
             try:
-                stack.enter_context(_lifecycle(self.runtime))
-                last = self._is_last()
-            except (FileNotFoundError, LockTimeoutError) as error:
-                # Somebody removed the directory by hand, or a stopped process sits on the lifecycle lock.
-                _LOG.warning("mpmm %s: leaving without the lifecycle lock: %s", self.name, error)
-                last = False
-            if last and unload_everything is not None:
-                unload_everything()
-            self._usable = False
+                self._leave_locked(stack, unload_everything)
+            except BaseException:
+                # Newcomers wait for the shared lock, and would do so until this process came by again.
+                if self._usable and self._alive is not None:
+                    self._alive.try_shared()
+                raise
+
+    def _leave_locked(self, stack: contextlib.ExitStack, unload_everything: Callable[[], None] | None) -> None:
+        try:
+            stack.enter_context(_lifecycle(self.runtime))
+            last = self._is_last()
+        except (FileNotFoundError, LockTimeoutError) as error:
+            # Somebody removed the directory by hand, or a stopped process sits on the lifecycle lock.
+            _LOG.warning("mpmm %s: leaving without the lifecycle lock: %s", self.name, error)
+            last = False
+        if last and unload_everything is not None:
+            unload_everything()
+        self._usable = False
+        try:
             try:
-                try:
-                    last = self._leave_row(close=last)
-                except LockTimeoutError:
-                    # A stopped process has the lock. That is no worker, or we would not be the last.
-                    if last:
-                        self.segment.words[Header.CLOSED] = Header.IS_CLOSED
+                last = self._leave_row(close=last)
+            except LockTimeoutError:
+                # A stopped process has the lock. That is no worker, or we would not be the last.
                 if last:
-                    self.segment.unlink()
-                    self.runtime.remove(self._holds[-1].identity)
-            finally:
-                # Whatever is left undone others do, as for a process that has died.
-                self._let_go()
+                    self.segment.words[Header.CLOSED] = Header.IS_CLOSED
+            if last:
+                self.segment.unlink()
+                self.runtime.remove(self._holds[-1].identity)
+        finally:
+            # Whatever is left undone others do, as for a process that has died.
+            self._let_go()
 
     def _leave_row(self, close: bool = False) -> bool:
         """Give up the row in the members table; if asked to, and no other worker lives, let nobody join any more.

@@ -138,18 +138,28 @@ class RuntimeDirectory:
         """
         if identity is None or identity_of(self.path) == identity:
             gone = self.root / f".{self.name}{GONE}{os.urandom(8).hex()}"
-            with contextlib.suppress(OSError):
-                os.rename(self.path, gone)
-                if identity is not None and identity_of(gone) != identity:
-                    # Made between the two calls. If there is a third one by now, those in this one notice that theirs
-                    # is gone and come to that.
-                    os.rename(gone, self.path)
-            shutil.rmtree(gone, ignore_errors=True)
+            try:
+                with contextlib.suppress(OSError):
+                    os.rename(self.path, gone)
+                self._end_removal(gone, identity)
+            except BaseException:
+                # One from a signal handler: nobody else looks for it before `REMOVAL_S`.
+                self._end_removal(gone, identity)
+                raise
         self.sweep()
         with contextlib.suppress(OSError):
             if os.stat(self.root).st_mode & stat.S_ISVTX:
                 # Fails if it is not empty, because a newcomer has just put a folder there: that is fine.
                 os.rmdir(self.root)
+
+    def _end_removal(self, gone: Path, identity: tuple[int, int] | None) -> None:
+        """Delete a folder that has been renamed, or give it its name back if it is not the one meant."""
+        if identity is not None and gone.exists() and identity_of(gone) != identity:
+            # Made between the two calls. If there is a third one by now, those in this one notice that theirs is gone
+            # and come to that.
+            with contextlib.suppress(OSError):
+                os.rename(gone, self.path)
+        shutil.rmtree(gone, ignore_errors=True)
 
     def sweep(self) -> None:
         """Delete the folders of processes that died while they removed them."""

@@ -320,8 +320,19 @@ def unlink_segment(name: str, identity: tuple[int, int] | None = None) -> None:
     if identity is not None and identity_of(path) != identity:
         return
     gone = f"{path.partition(GONE)[0]}{GONE}{os.urandom(8).hex()}"
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            os.rename(path, gone)
+            _end_removal(gone, path, identity)
+    except BaseException:
+        # One from a signal handler: nobody else would look for it for a while.
+        _end_removal(gone, path, identity)
+        raise
+
+
+def _end_removal(gone: str, path: str, identity: tuple[int, int] | None) -> None:
+    """Remove a segment that has been renamed from `path`, or give it its name back if it is not the one meant."""
     with contextlib.suppress(FileNotFoundError):
-        os.rename(path, gone)
         if identity is not None and identity_of(gone) != identity:
             # Made between the two calls. If there is a third one by now, the second one's maker looks for its name and
             # begins again, like everybody whose segment was taken away.

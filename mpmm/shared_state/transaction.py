@@ -125,8 +125,9 @@ class TransactionLock:
         self._mutex: Any = threading.RLock()
         # The frame that runs the `with` of the transaction that is open.
         self._frame: FrameType | None = None
-        # Who decides that a mutex was abandoned, and what was seen at the last look.
-        self._healing = threading.Lock()
+        # Who decides that a mutex was abandoned, and what was seen at the last look. An RLock, because a signal handler
+        # may come by while its own thread decides.
+        self._healing = threading.RLock()
         self._suspected: tuple[int, ...] | None = None
         # Calls to make after transactions, by the identity of their lists, until they were made; and those seen before.
         self._calls: dict[int, list[Callable[[], object]]] = {}
@@ -153,6 +154,10 @@ class TransactionLock:
     def held_by_this_thread(self) -> bool:
         """Tell whether the calling thread is inside a transaction."""
         return bool(self._mutex._is_owned())
+
+    def is_busy_here(self) -> bool:
+        """Tell whether the calling thread is in the middle of a transaction, and not one that an exception has left."""
+        return self.held_by_this_thread() and self._is_at_work(sys._getframe())
 
     def acquire(self, patience_s: float, frame: FrameType) -> None:
         """Take mutex and file lock; undo what a dead process, or an exception, left.
@@ -306,7 +311,7 @@ class TransactionLock:
         self._file.forget_after_fork()
         self._pid = os.getpid()
         self._mutex = threading.RLock()
-        self._healing = threading.Lock()
+        self._healing = threading.RLock()
         self._frame = None
 
     def intercept_stores(self, wrap: Callable[[Any], Any]) -> None:
