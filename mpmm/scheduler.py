@@ -403,14 +403,20 @@ class Scheduler:
             return None
         if waiting and not self._newest_waits_for_a_copy(model):
             return None
-        copies = self._tables.rows_where(self._layout.instances, Instance.MODEL, model)
-        starts = list(map(self._tables.instance, copies))
-        if any(words[at + Instance.OWNER] or words[at + Instance.DOOMED] for at in starts):
+        copies = map(self._tables.instance, self._tables.rows_where(self._layout.instances, Instance.MODEL, model))
+        if any(words[one] and not self._is_for_all(one) for one in copies):
             return None
         if active + loading >= self._namespace.settings.max_model_copies:
             return Cause(Reason.COPIES)
         seconds = served_in_s(hold_s, hold_s, waiting, active + loading)
         return Cause(Reason.SHARING, seconds=seconds) if 0 < seconds < load_s else None
+
+    def _is_for_all(self, at: int) -> bool:
+        """Tell whether a used row is that of a copy in use, or being loaded, which any process can have after that."""
+        words = self._segment.words
+        return words[at] in (Instance.ACTIVE, Instance.LOADING) and not (
+            words[at + Instance.OWNER] or words[at + Instance.DOOMED]
+        )
 
     def _newest_waits_for_a_copy(self, model: int) -> bool:
         """Tell whether the ticket that was taken last waits for a copy that others of this model have."""
