@@ -378,9 +378,10 @@ class _RemoteMethod:
 class SharedProxy:
     """Stands for a shared object: its public methods, and nothing else of it, run where the object is.
 
-    Exceptions arrive as they were raised, with the remote traceback as `__cause__`. Can be pickled: the copy
-    connects to the same server and shares this proxy's acquire, so releasing either ends both. In the process that has
-    the object, and without `always_proxy`, all attributes are those of the object itself.
+    Exceptions arrive as they were raised, with the remote traceback as `__cause__`. Results that cannot be pickled,
+    such as generators, stay where they are, and what arrives stands for them (`mpmm.proxy.references`). Can be pickled:
+    the copy connects to the same server and shares this proxy's acquire, so releasing either ends both. In the process
+    that has the object, and without `always_proxy`, all attributes are those of the object itself.
     """
 
     # The name of what the proxy keeps for itself, chosen to be in nobody's way.

@@ -200,10 +200,12 @@ def generator(pipeline: Any) -> Any:
     return numbers(pipeline) | infer(GeneratorHandler())
 
 
+@shape
 def model_streams(pipeline: Any) -> Any:
     return numbers(pipeline) | infer(Handler(method="stream"))
 
 
+@shape
 def model_returns_a_view(pipeline: Any) -> Any:
     return numbers(pipeline) | infer(Handler(method="named"))
 
@@ -376,6 +378,17 @@ def sklearn_pandas(pipeline: Any) -> Any:
 
     examples = [pandas.DataFrame([[float(number)]]) for number in NUMBERS]
     handler = SklearnModelHandlerPandas(_sklearn_model(), ModelFileType.JOBLIB)
+    return numbers(pipeline, examples) | infer(handler) | beam.Map(lambda result: round(float(result.inference)))
+
+
+@shape
+def onnx(pipeline: Any) -> Any:
+    from apache_beam.ml.inference.onnx_inference import OnnxModelHandlerNumpy
+
+    path = Path(os.environ["MPMM_TEST_FOLDER"], "four.onnx")
+    path.write_text("4")
+    examples = [np.array(float(number)) for number in NUMBERS]
+    handler = OnnxModelHandlerNumpy(str(path))
     return numbers(pipeline, examples) | infer(handler) | beam.Map(lambda result: round(float(result.inference)))
 
 

@@ -24,6 +24,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 TIMEOUT_S = 240.0
+ONNX = Path(__file__).with_name("onnx_stand_in")
 NUMBERS = [1, 5, 3, 10]
 PAIRS = [("a", 1), ("b", 2), ("a", 3), ("c", 4)]
 FACTORS = {"a": 2, "b": 2, "c": 3}
@@ -62,6 +63,10 @@ SHAPES: dict[str, list[Any]] = {
     "never_updated": by(2),
     "one_model_in_two_steps": by(4),
     "remote": by(3),
+    "model_streams": by(2),
+    "model_returns_a_view": by(2),
+    # Beam's own handler, on a stand-in for the library, whose objects do not pickle either.
+    "onnx": by(4),
     "sklearn_numpy": by(4),
     "sklearn_keyed": pairs_by(dict.fromkeys("abc", 4)),
     "sklearn_pandas": by(4),
@@ -80,7 +85,7 @@ def predictions() -> Iterator[dict[str, list[Any]]]:
     environment = {
         **os.environ,
         "MPMM_RUNTIME_DIR": str(folder / "run"),
-        "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),
+        "PYTHONPATH": os.pathsep.join([str(ONNX), *(path or os.getcwd() for path in sys.path)]),
     }
     try:
         done = subprocess.run(

@@ -10,6 +10,8 @@ from __future__ import annotations
 import threading
 import time
 import weakref
+from collections import deque
+from contextlib import suppress
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Connection
 from typing import Any
@@ -36,6 +38,8 @@ class ServerLink:
         self.tag = record.tag
         self._methods: frozenset[str] | None = None
         self._pocket = threading.local()
+        # Results that stayed in the server and that nobody has any more; the next request says so.
+        self.unwanted: deque[int] = deque()
         _links.add(self)
 
     def connect(self) -> Connection:
@@ -64,6 +68,8 @@ class ServerLink:
         Raises what the method raises; RemoteCallError when its outcome cannot be sent; ModelServerError when the
         server is gone or goes before it has answered (the method may have run then); what pickle raises for args.
         """
+        if self.unwanted:
+            self._drop_unwanted()
         message = wire.encode_request(token, name, args, kwargs)
         channel: Channel = self._pocket.__dict__.pop("channel", None) or self._connected()
         try:
@@ -82,9 +88,20 @@ class ServerLink:
             # Not before: a small answer lies in memory of the channel.
             self._pocket.channel = channel
 
+    def _drop_unwanted(self) -> None:
+        """Tell the server which results are wanted no longer. One that does not answer keeps them no longer anyway."""
+        numbers = []
+        with suppress(IndexError):
+            while True:
+                numbers.append(self.unwanted.popleft())
+        with suppress(ModelServerError):
+            self.ask(wire.CONTROL, wire.DROP, (numbers,), {})
+
     def forget_after_fork(self) -> None:
         """Start without connections in a forked child; the inherited ones have been closed."""
         self._pocket = threading.local()
+        # They are the parent's.
+        self.unwanted = deque()
 
     def _connected(self) -> Channel:
         """Return a channel to the server; a refusal by one that lives is tried again. Raises ModelServerError."""

@@ -25,9 +25,10 @@ from typing import Any
 from mpmm.errors import ModelServerError, RemoteCallError, SharedObjectReleasedError
 from mpmm.fork_hooks import call_once_at_exit, close_in_children, fork_guard, in_forked_child
 from mpmm.printable import printable_logger
-from mpmm.proxy import transport, wire
+from mpmm.proxy import pickling, transport, wire
 from mpmm.proxy.channel import Channel, Message
 from mpmm.proxy.context import attaching_to
+from mpmm.proxy.references import References
 from mpmm.proxy.room import LEAVE_PRIORITY, Room, ServerRecord, start_time_of, write_record
 from mpmm.shared_state.lock_file import LockFile
 
@@ -56,6 +57,7 @@ class Host:
         self.record = record
         self.tag = record.tag
         self.methods = public_methods(shared)
+        self.references = References(room.root, record)
         self.inherited = False
         self._constructor = constructor
         self._life = life
@@ -259,6 +261,7 @@ class Host:
         """Answer one client thread until it goes."""
         # What `_close` has to cut: the connection first, then the channel that takes it over.
         line: Connection | Channel = connection
+        client: int | None = None
         with self._connections_lock:
             self._connections.add(line)
         try:
@@ -267,11 +270,12 @@ class Host:
                 self._connections.discard(line)
                 line = channel = Channel(connection)
                 self._connections.add(line)
+            client = transport.peer_pid(channel.fileno())
             while not self._ended:
                 channel.give_back_when_idle()
                 if not self._has_spare and not channel.is_readable(QUIET_MS):
                     self._start_spare()
-                answer = self._answer(channel.receive())
+                answer = self._answer(channel.receive(), client)
                 if answer is None:
                     break
                 channel.send(answer)
@@ -285,22 +289,31 @@ class Host:
             with self._connections_lock:
                 self._connections.discard(line)
                 line.close()
+            self.references.client_hung_up(client)
 
-    def _answer(self, message: Message) -> Message | None:
+    def _answer(self, message: Message, client: int | None) -> Message | None:
         name = "?"
         try:
             token, name, args, kwargs = wire.decode_request(message)
             if token == wire.CONTROL:
-                return self._control(name, *args)
+                return self._control(client, name, *args)
             shared = self.object_for(token)
             if name not in self.methods:
                 raise AttributeError(f"the shared object {self.tag!r} has no public method {name!r}")
             result = getattr(shared, name)(*args, **kwargs)
         except BaseException as error:
             return wire.encode_error(error)
-        return wire.encode_result(result, self.tag, name)
+        return self._result(result, name, client)
 
-    def _control(self, name: str, *args: Any) -> Message | None:
+    def _result(self, value: object, name: str, client: int | None) -> Message:
+        """Return the answer with a result, of which stays here what cannot be pickled. client: the pid, if known."""
+        try:
+            return pickling.dump((wire.RETURNED, value))
+        except Exception:
+            portable = self.references.portable(value, client)
+            return wire.encode_result(portable, self.tag, name)
+
+    def _control(self, client: int | None, name: str, *args: Any) -> Message | None:
         """Do what is asked of the server itself; None: the client learns it from the end of the connection."""
         if name == wire.ACQUIRE:
             (knows_methods,) = args
@@ -315,6 +328,14 @@ class Host:
         if name in (wire.SLEEP, wire.WAKE_UP):
             move = self.sleep if name == wire.SLEEP else self.wake_up
             move()
+            return wire.encode_result(None, self.tag, name)
+        if name == wire.GET:
+            return self._result(self.references.get(*args), name, client)
+        if name == wire.CALL:
+            number, method, arguments, keywords = args
+            return self._result(self.references.call(number, method, arguments, keywords), method, client)
+        if name == wire.DROP:
+            self.references.drop(*args)
             return wire.encode_result(None, self.tag, name)
         raise RemoteCallError(f"unknown request {name!r}", tag=self.tag, method=name)
 

@@ -35,7 +35,7 @@ from pathlib import Path
 
 from mpmm.fork_hooks import close_in_children, fork_guard
 
-__all__ = ["accept", "authenticate_client", "dial", "listen", "set_timeouts"]
+__all__ = ["accept", "authenticate_client", "dial", "listen", "peer_pid", "set_timeouts"]
 
 # sun_path holds 108 bytes on Linux and 104 on macOS, with a final zero.
 LONGEST_ADDRESS_BYTES = 100
@@ -163,13 +163,25 @@ def set_timeouts(connection: Connection, timeout_seconds: float) -> None:
 
 def _peer_uid(fd: int) -> int | None:
     """Return the user at the other end of a Unix socket, or None where the platform does not tell."""
+    credentials = _peer_credentials(fd)
+    return None if credentials is None else credentials[1]
+
+
+def peer_pid(fd: int) -> int | None:
+    """Return the process at the other end of a Unix socket, or None where the kernel does not tell."""
+    credentials = _peer_credentials(fd)
+    return credentials[0] or None if credentials is not None else None
+
+
+def _peer_credentials(fd: int) -> tuple[int, int, int] | None:
+    """Return pid, uid and gid of the other end of a Unix socket; pid 0: it is in a pid namespace beside ours."""
     option = getattr(socket, "SO_PEERCRED", None)
     if option is None:
         return None
     credentials = struct.Struct("3i")
     with duplicate(fd) as peer:
-        _, uid, _ = credentials.unpack(peer.getsockopt(socket.SOL_SOCKET, option, credentials.size))
-    return int(uid)
+        pid, uid, gid = credentials.unpack(peer.getsockopt(socket.SOL_SOCKET, option, credentials.size))
+    return pid, uid, gid
 
 
 @contextmanager

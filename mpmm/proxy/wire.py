@@ -21,13 +21,14 @@ from mpmm.proxy import pickling
 from mpmm.proxy.channel import Message
 
 __all__ = [
-    *("ACQUIRE", "CONTROL", "HARD_DELETE", "RELEASE", "SLEEP", "WAKE_UP"),
+    *("ACQUIRE", "CALL", "CONTROL", "DROP", "GET", "HARD_DELETE", "RELEASE", "SLEEP", "WAKE_UP"),
     *("RemoteTraceback", "decode_answer", "dump_for_server"),
 ]
 
 CONTROL = 0
 ACQUIRE, RELEASE, HARD_DELETE = "acquire", "release", "hard_delete"
 SLEEP, WAKE_UP = "sleep", "wake up"
+GET, CALL, DROP = "get", "call", "drop"
 RETURNED, RAISED = 0, 1
 
 

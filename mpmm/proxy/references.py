@@ -1,0 +1,256 @@
+"""Results that cannot be pickled: what stays in the server, and what stands for it in the client.
+
+    model.get_inputs()[0].name         a list with one object that cannot be pickled: a list with one `RemoteObject`,
+                                       whose attributes are asked for in the server
+    for token in model.stream(text)    a generator: a `RemoteObject` that asks for one item after another
+
+A result that pickles whole is sent as it is. Of lists, tuples and dicts that do not, each part is sent or stays; of
+anything else, all of it stays. What is asked of a `RemoteObject` is such a result in turn. As an argument of a call to
+the same server it becomes the object itself.
+
+A server keeps what it has lent until the `RemoteObject` is collected, which the client's next request tells it, or
+until the client's process is gone. Copies of a `RemoteObject`, in forked children or unpickled elsewhere, are valid as
+long.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import os
+import threading
+import time
+import weakref
+from collections.abc import Callable, Collection
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import psutil
+
+from mpmm.errors import SharedObjectReleasedError
+from mpmm.proxy import pickling, wire
+from mpmm.proxy.room import room_at, start_time_of
+
+if TYPE_CHECKING:
+    from mpmm.proxy.client import ServerLink
+    from mpmm.proxy.room import ServerRecord
+
+__all__ = ["References", "RemoteObject"]
+
+# Lists in lists in lists: what is deeper stays in the server as a whole.
+DEEPEST = 20
+# The kernel closes a dying process's connections one by one, and only then counts it as dead.
+DYING_S = 0.5
+DYING_LOOK_S = 0.01
+# What Python's statements and functions ask of an object's type; a client's class has those that the object's has.
+PROTOCOLS = (
+    *("__iter__", "__next__", "__len__", "__getitem__", "__setitem__", "__delitem__", "__contains__", "__reversed__"),
+    *("__call__", "__enter__", "__exit__", "__bool__", "__int__", "__float__", "__index__"),
+)
+
+
+class _Lent(NamedTuple):
+    """What stays here for a client's process: pid, and its start time, None where that cannot be told."""
+
+    thing: Any
+    pid: int | None
+    started: float | None
+
+
+class References:
+    """What a server has lent, by number. Thread-safe."""
+
+    def __init__(self, root: Path, record: ServerRecord) -> None:
+        self._place = root, record
+        self._mutex = threading.Lock()
+        self._lent: dict[int, _Lent] = {}
+        self._numbers = itertools.count(1)
+
+    def __len__(self) -> int:
+        return len(self._lent)
+
+    def portable(self, value: Any, pid: int | None, depth: int = 0) -> Any:
+        """Return what to pickle for a result for the process `pid`: the value, or what stands for what stays here."""
+        if _can_pickle(value):
+            return value
+        kind = type(value)
+        if depth < DEEPEST and kind in (list, tuple):
+            return kind(self.portable(part, pid, depth + 1) for part in value)
+        if depth < DEEPEST and kind is dict and _can_pickle(list(value)):
+            return {key: self.portable(part, pid, depth + 1) for key, part in value.items()}
+        return self._lend(value, pid)
+
+    def _lend(self, thing: Any, pid: int | None) -> _Ticket:
+        self.forget_dead()
+        number = next(self._numbers)
+        with self._mutex:
+            self._lent[number] = _Lent(thing, pid, None if pid is None else start_time_of(pid))
+        kind = f"{type(thing).__module__}.{type(thing).__qualname__}".removeprefix("builtins.")
+        protocols = tuple(name for name in PROTOCOLS if callable(getattr(type(thing), name, None)))
+        return _Ticket((*self._place, number, kind, protocols))
+
+    def find(self, number: int) -> Any:
+        """Return what was lent under a number. Raises SharedObjectReleasedError."""
+        lent = self._lent.get(number)
+        if lent is None:
+            tag = self._place[1].tag
+            raise SharedObjectReleasedError(f"a result of {tag!r} that stayed in its server is no longer kept", tag=tag)
+        return lent.thing
+
+    def get(self, number: int, name: str) -> tuple[bool, Any]:
+        """Return whether a public attribute is a method, and what it is if it is none. Raises AttributeError."""
+        thing = self.find(number)
+        if name.startswith("_"):
+            raise AttributeError(f"attribute {name!r} of a {type(thing).__name__} is not public")
+        value = getattr(thing, name)
+        is_method = callable(value) and getattr(value, "__self__", None) is thing
+        return is_method, None if is_method else value
+
+    def call(self, number: int, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call a public method, or one of PROTOCOLS. Raises AttributeError, and what the method raises."""
+        thing = self.find(number)
+        if name in PROTOCOLS:
+            return getattr(type(thing), name)(thing, *args, **kwargs)
+        if name.startswith("_"):
+            raise AttributeError(f"method {name!r} of a {type(thing).__name__} is not public")
+        return getattr(thing, name)(*args, **kwargs)
+
+    def drop(self, numbers: Collection[int]) -> None:
+        """Keep these no longer."""
+        with self._mutex:
+            gone = [self._lent.pop(number, None) for number in numbers]
+        # Its end may take long, or call us again.
+        del gone
+
+    def forget_dead(self) -> None:
+        """Keep nothing for processes that are gone."""
+        with self._mutex:
+            clients = {(lent.pid, lent.started) for lent in self._lent.values() if lent.pid and lent.started}
+        dead = {(pid, started) for pid, started in clients if _is_gone(pid, started)}
+        if dead:
+            with self._mutex:
+                numbers = [number for number, lent in self._lent.items() if (lent.pid, lent.started) in dead]
+            self.drop(numbers)
+
+    def client_hung_up(self, pid: int | None) -> None:
+        """Keep nothing for a process if its connection has ended because it dies; wait a moment for that to be seen."""
+        deadline = time.monotonic() + DYING_S
+        while pid is not None and any(lent.pid == pid for lent in self._copied()) and time.monotonic() < deadline:
+            self.forget_dead()
+            time.sleep(DYING_LOOK_S)
+
+    def _copied(self) -> list[_Lent]:
+        with self._mutex:
+            return list(self._lent.values())
+
+
+def _is_gone(pid: int, started: float) -> bool:
+    try:
+        return start_time_of(pid) != started or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
+def _can_pickle(value: object) -> bool:
+    try:
+        pickling.dump(value)
+    except Exception:
+        return False
+    return True
+
+
+class _Ticket:
+    """Is pickled for what stays here, and arrives as a `RemoteObject` that the client answers for."""
+
+    def __init__(self, parts: tuple[Any, ...]) -> None:
+        self._parts = parts
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _arrive, (*self._parts, True)
+
+
+class RemoteObject:
+    """Stands for a result that stayed in the server: its public attributes and methods, and what Python asks of it."""
+
+    __slots__ = ("__weakref__", "_mpmm_kind", "_mpmm_link", "_mpmm_number", "_mpmm_protocols")
+
+    def __init__(self, link: ServerLink, number: int, kind: str, protocols: tuple[str, ...]) -> None:
+        self._mpmm_link = link
+        self._mpmm_number = number
+        self._mpmm_kind = kind
+        self._mpmm_protocols = protocols
+
+    def __getattr__(self, name: str) -> Any:
+        # A copy that is being unpickled has nothing yet, and protocols probe for names that are not public.
+        if name.startswith("_"):
+            raise AttributeError(f"{type(self).__name__!r} has no attribute {name!r}")
+        is_method, value = self._mpmm_link.ask(wire.CONTROL, wire.GET, (self._mpmm_number, name), {})
+        return functools.partial(_call, self, name) if is_method else value
+
+    def __repr__(self) -> str:
+        record = self._mpmm_link.record
+        return f"<remote {self._mpmm_kind} of {record.tag!r} in pid {record.pid}>"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        link = self._mpmm_link
+        parts = self._mpmm_number, self._mpmm_kind, self._mpmm_protocols
+        return _arrive, (link.room.root, link.record, *parts, False)
+
+
+def _call(remote: RemoteObject, name: str, *args: Any, **kwargs: Any) -> Any:
+    link = remote._mpmm_link
+    return link.ask(wire.CONTROL, wire.CALL, (remote._mpmm_number, name, args, kwargs), {})
+
+
+def _asked_of_server(name: str) -> Callable[..., Any]:
+    def method(self: RemoteObject, *args: Any) -> Any:
+        return _call(self, name, *args)
+
+    method.__name__ = name
+    return method
+
+
+def _itself(self: RemoteObject) -> RemoteObject:
+    return self
+
+
+@functools.cache
+def _class_with(protocols: tuple[str, ...]) -> type[RemoteObject]:
+    """Return the class for objects that know these protocols, because Python looks for them in the type."""
+    methods: dict[str, Any] = {name: _asked_of_server(name) for name in protocols}
+    if "__next__" in methods:
+        methods["__iter__"] = _itself
+    if "__exit__" in methods:
+        # A traceback stays where it is.
+        methods["__exit__"] = lambda self, kind, error, trace: _call(self, "__exit__", kind, error, None)
+    return type("RemoteObject", (RemoteObject,), {"__slots__": (), "__module__": __name__, **methods})
+
+
+def _arrive(
+    root: Path, record: ServerRecord, number: int, kind: str, protocols: tuple[str, ...], answers_for_it: bool
+) -> Any:
+    """Return what was pickled: in the server the object itself, elsewhere a `RemoteObject`."""
+    from mpmm.proxy.client import link_to
+    from mpmm.proxy.hosting import find_host
+
+    room = room_at(root)
+    host = find_host(room, record.tag)
+    if host is not None and host.record.incarnation == record.incarnation:
+        thing = host.references.find(number)
+        if answers_for_it:
+            # A client in the same process: from here on it has the object, and no other reference to it is left.
+            host.references.drop([number])
+        return thing
+    link = link_to(room, record)
+    remote = _class_with(protocols)(link, number, kind, protocols)
+    if answers_for_it:
+        weakref.finalize(remote, _give_back, link, number, os.getpid()).atexit = False
+    return remote
+
+
+def _give_back(link: ServerLink, number: int, pid: int) -> None:
+    """Have the link's next request say that a result is wanted no longer: a finalizer should not wait for a server."""
+    if os.getpid() == pid:
+        with suppress(AttributeError):
+            link.unwanted.append(number)

@@ -1,0 +1,63 @@
+"""Objects whose methods return what cannot be pickled, like an inference session of ONNX; for model servers."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+
+class Input:
+    """Describes an input of a model, and refuses to be pickled, as what is written in C++ does."""
+
+    def __init__(self, name: str, shape: list[int]) -> None:
+        self.name = name
+        self.shape = shape
+
+    def __reduce__(self) -> Any:
+        raise TypeError("cannot pickle 'Input' object")
+
+    def renamed(self, name: str) -> Input:
+        return Input(name, self.shape)
+
+
+class Session:
+    """A model that describes itself."""
+
+    def __init__(self) -> None:
+        self._inputs = [Input("x", [1, 2]), Input("y", [3])]
+        self._made: weakref.WeakSet[Input] = weakref.WeakSet()
+
+    def get_inputs(self) -> list[Input]:
+        return self._inputs
+
+    def knows(self, one: object) -> bool:
+        """Whether it is one of its inputs itself."""
+        return any(one is other for other in self._inputs)
+
+    def make_input(self) -> Input:
+        made = Input("made", [])
+        self._made.add(made)
+        return made
+
+    def inputs_left(self) -> int:
+        """How many of those that it made are still there."""
+        return len(self._made)
+
+    def count(self, to: int, fail_at: int = -1) -> Iterator[int]:
+        for number in range(to):
+            if number == fail_at:
+                raise ZeroDivisionError("at the end")
+            yield number
+
+    def views(self) -> Any:
+        return {"numbers": {"a": 1, "b": 2}.values(), "plain": [1, 2]}
+
+    def lock(self) -> Any:
+        return threading.Lock()
+
+    def itself(self) -> Any:
+        found: list[Any] = [threading.Lock()]
+        found.append(found)
+        return found

@@ -1,0 +1,145 @@
+"""Results that cannot be pickled: they stay in the server, and the client uses them all the same."""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing
+import pickle
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from processes import Process, Seat, wait_until
+from session_stand_in import Session
+
+from mpmm.errors import ModelServerError, SharedObjectReleasedError
+from mpmm.multi_process_shared import MultiProcessShared, unload
+from mpmm.proxy.hosting import find_host
+from mpmm.proxy.references import RemoteObject
+from mpmm.proxy.room import room_for
+
+
+@pytest.fixture
+def shared() -> Iterator[Any]:
+    handle = MultiProcessShared(Session, "session", always_proxy=True, spawn_process=True)
+    session: Any = handle.acquire()
+    yield session
+    handle.unsafe_hard_delete()
+
+
+def test_attributes_and_methods_of_what_stayed_are_those_in_the_server(shared: Any) -> None:
+    # What Beam's default inference function for ONNX does.
+    first, second = shared.get_inputs()
+    assert (first.name, second.shape) == ("x", [3])
+    assert first.renamed("z").shape == [1, 2]
+    assert repr(first).startswith("<remote session_stand_in.Input of 'session' in pid ")
+    with pytest.raises(AttributeError, match="nothing"):
+        _ = first.nothing
+    with pytest.raises(AttributeError):
+        _ = first._private
+    with pytest.raises(AttributeError):
+        first.name = "a name of its own"
+    assert isinstance(first, RemoteObject)
+
+
+def test_a_generator_comes_as_a_stream_and_its_failure_where_it_occurs(shared: Any) -> None:
+    stream = shared.count(5)
+    assert next(stream) == 0
+    assert list(stream) == [1, 2, 3, 4]
+    assert list(zip(shared.count(2), shared.count(3), strict=False)) == [(0, 0), (1, 1)]
+    received = []
+    with pytest.raises(ZeroDivisionError, match="at the end"):
+        for number in shared.count(5, fail_at=2):
+            received.append(number)
+    assert received == [0, 1]
+    closed = shared.count(5)
+    closed.close()
+    assert list(closed) == []
+
+
+def test_of_a_dictionary_each_part_is_sent_or_stays(shared: Any) -> None:
+    views = shared.views()
+    assert views["plain"] == [1, 2]
+    numbers = views["numbers"]
+    assert (len(numbers), sorted(numbers), 2 in list(numbers)) == (2, [1, 2], True)
+    lock = shared.lock()
+    with lock:
+        assert lock.locked()
+    assert not lock.locked()
+
+
+def test_what_contains_itself_stays_as_a_whole_somewhere(shared: Any) -> None:
+    found = shared.itself()
+    depth = 0
+    while isinstance(found, list):
+        found, depth = found[1], depth + 1
+    assert isinstance(found, RemoteObject)
+    assert depth < 30
+
+
+def test_as_an_argument_it_is_the_object_itself(shared: Any) -> None:
+    first, second = shared.get_inputs()
+    assert shared.knows(first)
+    assert shared.knows(pickle.loads(pickle.dumps(second)))
+    assert not shared.knows(first.renamed("x"))
+
+
+def test_the_server_keeps_it_as_long_as_the_client_does(shared: Any) -> None:
+    kept, other = shared.make_input(), shared.make_input()
+    copy = pickle.loads(pickle.dumps(kept))
+    del other
+    gc.collect()
+    assert shared.inputs_left() == 1
+    assert copy.name == "made"
+    del kept
+    gc.collect()
+    assert shared.inputs_left() == 0
+    with pytest.raises(SharedObjectReleasedError, match="stayed in its server"):
+        _ = copy.name
+
+
+def _borrow(seat: Seat) -> None:
+    session = MultiProcessShared(Session, "session", always_proxy=True).acquire()
+    seat.held.append(("session", session.make_input()))
+
+
+def test_what_a_killed_client_had_is_dropped(shared: Any, new_process: Any) -> None:
+    client: Process = new_process()
+    client.call(_borrow)
+    assert shared.inputs_left() == 1
+    client.kill()
+    wait_until(lambda: shared.inputs_left() == 0, "the server has dropped it")
+
+
+def test_a_forked_child_uses_it_and_takes_nothing_away(shared: Any) -> None:
+    kept = shared.make_input()
+    child = multiprocessing.get_context("fork").Process(target=_use_and_forget, args=(kept,))
+    child.start()
+    child.join()
+    assert child.exitcode == 0
+    assert (shared.inputs_left(), kept.name) == (1, "made")
+
+
+def _use_and_forget(kept: Any) -> None:
+    assert kept.name == "made"
+    del kept
+    gc.collect()
+
+
+def test_of_a_server_that_is_gone_nothing_is_left(shared: Any) -> None:
+    kept, stream = shared.make_input(), shared.count(3)
+    assert unload("session")
+    with pytest.raises(ModelServerError):
+        _ = kept.name
+    with pytest.raises(ModelServerError):
+        next(stream)
+
+
+def test_in_the_process_of_the_object_it_is_the_object_itself_and_nothing_is_kept() -> None:
+    handle = MultiProcessShared(Session, "here", always_proxy=True)
+    session: Any = handle.acquire()
+    assert type(session.make_input()).__name__ == "Input"
+    host = find_host(room_for(None), "here")
+    assert host is not None
+    assert len(host.references) == 0
+    handle.unsafe_hard_delete()
