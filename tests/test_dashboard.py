@@ -22,6 +22,7 @@ from typing import Any
 import pytest
 from browser import CHROMIUM, Browser
 from processes import Loads, Process, acquire, release, wait_until, waiting
+from sleepers import MakesSleeper, pretend_load_s
 
 from mpmm.cli import main
 from mpmm.dashboard.history import POINTS_SENT, SAMPLES_KEPT, Recorder
@@ -395,6 +396,30 @@ def test_waiters_hold_what_they_were_given(lively: ModelManager, namespace: str)
     lively.release_model("held", next(c.handle for c in read_snapshot(namespace).instances if c.tag == "held"))
     wait_until(lambda: not waiting(namespace), "the copy is handed over")
     assert [one["pid"] for one in spans(watcher, "hold") if one["tag"] == "held"][-1] == ticket.pid
+
+
+def test_suspended_copies_keep_their_lanes(namespace: str, new_manager: NewManager, tmp_path: Path) -> None:
+    manager, watcher = new_manager(suspend_budget_mb=2000.0, default_estimate_mb=600.0), Watcher()
+    for tag in ("a", "b"):
+        with manager.model(tag, MakesSleeper(tmp_path)):
+            pass
+        pretend_load_s(manager, tag, 100.0)
+    asleep = spans(watcher, "sleep", "stay")
+    assert [(one["tag"], one["kind"], one["end"] is None) for one in asleep] == [
+        ("a", "stay", False),
+        ("a", "sleep", True),
+        ("b", "stay", True),
+    ]
+    state = watcher.state(None, "", 0, 60)["state"]
+    assert state["head"]["host_mb"] == 600.0
+    [copy] = [copy for copy in state["copies"]["set"].values() if copy["state"] == "suspended"]
+    assert (copy["tag"], copy["mb"]) == ("a", 600.0)
+    with manager.model("a", MakesSleeper(tmp_path)):
+        kinds = [
+            one["kind"] for one in spans(watcher, "load", "hold", "suspend", "sleep", "resume") if one["tag"] == "a"
+        ]
+        assert kinds == ["load", "hold", "suspend", "sleep", "resume", "hold"]
+        assert {one["lane"] for one in spans(watcher, "hold", "sleep")} == {1}
 
 
 def test_what_was_overwritten_unseen_is_mended(

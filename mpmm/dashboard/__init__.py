@@ -3,6 +3,6 @@
     segment  ->  Follower  ->  Recorder (history, timeline)  ->  Watcher  ->  server  ->  page/
                                one a namespace                   a thread     JSON        index.html, app.js, style.css
 
-`server` alone needs the extra `web`. `grafana/` has a dashboard for Grafana and alert rules for Prometheus, made for what
-`mpmm metrics` exports; nothing here reads them.
+`server` alone needs the extra `web`. `grafana/` has a dashboard for Grafana and alert rules for Prometheus, made for
+what `mpmm metrics` exports; nothing here reads them.
 """

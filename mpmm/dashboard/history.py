@@ -220,12 +220,14 @@ def _head(snapshot: Snapshot) -> Row:
         "leader": leader,
         "polled_ago": round(snapshot.polled_ago_s, 1),
         "waiting": snapshot.waiting,
+        "host_mb": round(sum(copy.host_mb for copy in snapshot.instances), 1),
+        "host_budget_mb": _rounded(snapshot.suspend_budget_mb),
         "longest_wait": round(longest_wait_s(snapshot), 1),
         "states": Counter(copy.state for copy in snapshot.instances),
         "members": Counter(member.kind for member in snapshot.members),
         **{
             name: getattr(snapshot, name)
-            for name in ("loads", "hits", "evictions", "failed_loads", "timeouts", "out_of_memory", "reaps")
+            for name in ("loads", "hits", "evictions", "failed_loads", "timeouts", "out_of_memory", "reaps", "suspends")
         },
     }
 
@@ -283,7 +285,7 @@ def _copy(copy: InstanceInfo, taken_s: float, pids: Mapping[int, int], pinned: b
         "pid": holder,
         "since": round(taken_s - copy.for_s, 2),
         "uses": copy.uses,
-        "mb": _rounded(copy.reserved_mb if copy.state in ("loading", "leased") else copy.mb),
+        "mb": _rounded(_mb(copy)),
         "devices": list(copy.shares_mb),
         "home": next((pids.get(slot) for slot in (copy.server, copy.owner) if slot is not None), None),
         "served": copy.server is not None,
@@ -291,8 +293,27 @@ def _copy(copy: InstanceInfo, taken_s: float, pids: Mapping[int, int], pinned: b
     }
 
 
+def _mb(copy: InstanceInfo) -> float:
+    """Return what a copy takes: of its device, or of the host where it is suspended; what it may take if it loads."""
+    if copy.state == "suspended":
+        return copy.host_mb
+    return copy.reserved_mb if copy.state in ("loading", "resuming", "leased") else copy.mb
+
+
 def _models(snapshot: Snapshot) -> dict[str, Row]:
-    counts = ("loaded", "active", "idle", "loading", "waiting", "loads", "hits", "evictions", "failures", "pins")
+    counts = (
+        "loaded",
+        "active",
+        "idle",
+        "loading",
+        "suspended",
+        "waiting",
+        "loads",
+        "hits",
+        "evictions",
+        "failures",
+        "pins",
+    )
     return {
         str(model.row): {
             "tag": printable(model.tag),

@@ -31,16 +31,24 @@ LONGEST_MERGED_S = 10.0
 SPANS_KEPT = 10_000
 # The row of a lease is used anew once it has ended, and then its older events have no name.
 FORGOTTEN = "(ended)"
-_KINDS = {"loading": "load", "active": "hold", "unloading": "unload", "leased": "lease"}
+_KINDS = {
+    "loading": "load",
+    "active": "hold",
+    "unloading": "unload",
+    "leased": "lease",
+    "suspending": "suspend",
+    "suspended": "sleep",
+    "resuming": "resume",
+}
 
 
 @dataclass
 class Span:
     """Something a copy did. Times are `time.monotonic()` in seconds; end_s is None while it lasts.
 
-    kind: `stay` from the end of the load to the begin of the unload; `load`, `hold`, `unload`, `lease`. uses: how many
-    uses a hold stands for, busy_s: how long those that have ended took, resumed_s: when the last one began. changed:
-    number of the look at which the span changed last.
+    kind: `stay` as long as the copy is loaded, and within that `hold`; `load`, `unload`, `lease`; `suspend`, `sleep`
+    while it is suspended, `resume`. uses: how many uses a hold stands for, busy_s: how long those that have ended took,
+    resumed_s: when the last one began. changed: number of the look at which the span changed last.
     """
 
     number: int
@@ -97,6 +105,13 @@ class Timeline:
             "granted": self._used,
             "released": self._released,
             "unload_began": self._unload_began,
+            "suspend_began": self._suspend_began,
+            "suspend_ended": self._asleep,
+            "suspend_failed": self._moved_in_vain,
+            "resume_began": self._resume_began,
+            "resume_ended": self._load_ended,
+            "resume_failed": self._moved_in_vain,
+            "resume_given_up": self._asleep,
             "unload_ended": self._gone,
             "leased": self._leased,
             "lease_ended": self._gone,
@@ -212,10 +227,26 @@ class Timeline:
         copy.doing = None
 
     def _unload_began(self, event: EventInfo, at_s: float) -> None:
+        self._moves(event, at_s, "unload", event.pid)
+
+    def _suspend_began(self, event: EventInfo, at_s: float) -> None:
+        self._moves(event, at_s, "suspend", event.pid)
+
+    def _asleep(self, event: EventInfo, at_s: float) -> None:
+        self._moves(event, at_s, "sleep", None)
+
+    def _resume_began(self, event: EventInfo, at_s: float) -> None:
+        self._moves(event, at_s, "resume", self._pid(event))
+
+    def _moved_in_vain(self, event: EventInfo, at_s: float) -> None:
+        self._close(self._known(event, at_s).doing, at_s, "failed")
+        self._moves(event, at_s, "unload", event.pid)
+
+    def _moves(self, event: EventInfo, at_s: float, kind: str, pid: int | None) -> None:
         copy = self._known(event, at_s)
         self._close(copy.doing, at_s)
         self._close(copy.stay, at_s)
-        copy.stay, copy.doing = None, self._open(copy, "unload", at_s, event.pid, printable(why(event)))
+        copy.stay, copy.doing = None, self._open(copy, kind, at_s, pid, printable(why(event)))
 
     def _gone(self, event: EventInfo, at_s: float) -> None:
         if event.instance is not None:
@@ -253,14 +284,14 @@ class Timeline:
         if copy.doing is not None and copy.doing.kind != kind:
             self._close(copy.doing, since_s)
             copy.doing = None
-        if kind not in ("load", "unload", "lease") and copy.stay is None:
+        if kind in (None, "hold") and copy.stay is None:
             copy.stay = self._open(copy, "stay", since_s, None)
+        elif kind not in (None, "hold"):
+            self._close(copy.stay, since_s)
+            copy.stay = None
         if kind == "hold" and copy.doing is None:
             self._hold(copy, since_s, pid)
         elif kind is not None and copy.doing is None:
-            if kind == "unload":
-                self._close(copy.stay, since_s)
-                copy.stay = None
             copy.doing = self._open(copy, kind, since_s, pid)
         for span in (copy.doing, copy.stay):
             if span is not None and not span.devices:

@@ -123,6 +123,7 @@ function show() {
   showFindings();
   showTiles();
   showDevices();
+  showHost();
   showLists();
   showTable();
   drawCharts(false);
@@ -181,7 +182,8 @@ function showTiles() {
   const loaded = of("active") + of("idle");
   const leases = of("leased");
   say("active", count(of("active")), leases ? `and ${plural(leases, "lease")}` : "copies");
-  say("loaded", count(loaded), `${count(of("idle"))} idle`);
+  const suspended = of("suspended") + of("suspending") + of("resuming");
+  say("loaded", count(loaded), `${count(of("idle"))} idle${suspended ? `, ${count(suspended)} suspended` : ""}`);
   say("loading", count(of("loading")), of("unloading") ? `${count(of("unloading"))} unloading` : `${plural(head?.loads ?? 0, "load")} so far`);
   say("waiting", count(head?.waiting ?? 0), head?.waiting ? `longest ${duration(head.longest_wait)}` : "nobody");
   byId("tile-waiting").parentElement.classList.toggle("alert", Boolean(head?.waiting));
@@ -233,6 +235,13 @@ function showDevices() {
     }
     fillDevice(cards.get(row), device);
   }
+}
+
+function showHost() {
+  const head = known.head;
+  const uses = Boolean(head && (head.suspends || head.host_mb));
+  setText(byId("host-note"), uses ? `Suspended copies take ${memory(head.host_mb)} of host memory, of ${memory(head.host_budget_mb)} that they may` : "");
+  for (const key of byId("timeline-legend").querySelectorAll(".suspend, .sleep")) key.hidden = !uses;
 }
 
 function fillDevice(card, device) {

@@ -75,7 +75,7 @@ const colours = {};
 function readColours() {
   const probe = make("span");
   document.body.append(probe);
-  const names = ["card", "line", "faint", "text", "muted", "hold", "stay", "load", "unload", "lease", "wait", "bad", "other"];
+  const names = ["card", "line", "faint", "text", "muted", "hold", "stay", "load", "unload", "lease", "wait", "move", "sleep", "bad", "other"];
   for (const name of names) {
     probe.style.color = `var(--${name})`;
     colours[name] = getComputedStyle(probe).color;

@@ -152,7 +152,8 @@ function drawSpark(canvas, points, column, colour, now, window_s) {
 
 /* A span as the server sends it: see `Span.row` in timeline.py. */
 const SPAN = { number: 0, tag: 1, lane: 2, kind: 3, begin: 4, end: 5, busy: 6, resumed: 7, uses: 8, pid: 9, devices: 10, note: 11 };
-const LAYERS = ["stay", "load", "unload", "lease", "hold"];
+const LAYERS = ["stay", "sleep", "load", "suspend", "resume", "unload", "lease", "hold"];
+const COLOUR_OF = { stay: "stay", sleep: "sleep", load: "load", suspend: "move", resume: "move", unload: "unload", lease: "lease", hold: "hold" };
 
 const timeline = {
   lanes: new Map(), // "tag lane" -> Map of spans by number
@@ -204,7 +205,7 @@ const timeline = {
   lastDone(name) {
     let last = 0;
     for (const span of this.lanes.get(name).values()) {
-      if (span[SPAN.kind] !== "stay") last = Math.max(last, span[SPAN.end] ?? Infinity);
+      if (span[SPAN.kind] !== "stay" && span[SPAN.kind] !== "sleep") last = Math.max(last, span[SPAN.end] ?? Infinity);
     }
     return last;
   },
@@ -268,11 +269,12 @@ const timeline = {
 
   drawSpan(context, span, top, height, begin, end, now) {
     const kind = span[SPAN.kind];
-    const inset = kind === "stay" ? 3 : 4;
+    const rests = kind === "stay" || kind === "sleep";
+    const inset = rests ? 3 : 4;
     const failed = span[SPAN.note] === "failed" || span[SPAN.note].startsWith("lost");
-    context.fillStyle = failed && kind !== "stay" ? colours.bad : colours[kind];
+    context.fillStyle = failed && !rests ? colours.bad : colours[COLOUR_OF[kind]];
     context.globalAlpha = kind === "hold" ? 0.35 + 0.65 * busyShare(span, now) : 1;
-    const wide = Math.max(end - begin - (kind === "stay" ? 0 : 0.5), 1.5);
+    const wide = Math.max(end - begin - (rests ? 0 : 0.5), 1.5);
     context.beginPath();
     context.roundRect(begin, top + inset, wide, height - 2 * inset, Math.min(3, wide / 2));
     context.fill();
@@ -296,7 +298,7 @@ function busyShare(span, now) {
   return Math.min(1, busy / lasted);
 }
 
-const DOING = { hold: "in use", stay: "loaded, idle", load: "loading", unload: "unloading", lease: "lease" };
+const DOING = { hold: "in use", stay: "loaded, idle", load: "loading", unload: "unloading", lease: "lease", suspend: "moves to host memory", sleep: "suspended in host memory", resume: "comes back from host memory" };
 
 /** Put a span into words, for the tip. */
 function spanSaid(span, now) {
@@ -305,7 +307,7 @@ function spanSaid(span, now) {
   if (span[SPAN.kind] === "hold" && span[SPAN.uses] > 1) {
     parts[0] = `${plural(span[SPAN.uses], "use")} within ${duration(lasted)}, in use for ${Math.round(busyShare(span, now) * 100)} % of it`;
   }
-  if (span[SPAN.pid] !== null && span[SPAN.kind] !== "stay") parts.push(`pid ${span[SPAN.pid]}`);
+  if (span[SPAN.pid] !== null) parts.push(`pid ${span[SPAN.pid]}`);
   if (span[SPAN.devices].length) parts.push(`device ${span[SPAN.devices].join(" and ")}`);
   return parts.join(" · ") + (span[SPAN.note] ? ` — ${span[SPAN.note]}` : "");
 }

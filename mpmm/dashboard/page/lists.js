@@ -81,9 +81,9 @@ function showDecisions(list, decisions, category, now) {
 
 /* ---- tables ---- */
 
-const STATE_CLASS = { active: "hold", idle: "idle", loading: "load", unloading: "unload", leased: "lease" };
-const STATE_WORD = { active: "in use", idle: "idle", loading: "loading", unloading: "unloading", leased: "lease" };
-const STATE_ORDER = { unloading: 0, loading: 1, active: 2, leased: 3, idle: 4 };
+const STATE_CLASS = { active: "hold", idle: "idle", loading: "load", unloading: "unload", leased: "lease", suspending: "suspend", suspended: "sleep", resuming: "suspend" };
+const STATE_WORD = { active: "in use", idle: "idle", loading: "loading", unloading: "unloading", leased: "lease", suspending: "suspending", suspended: "suspended", resuming: "resuming" };
+const STATE_ORDER = { unloading: 0, suspending: 1, resuming: 2, loading: 3, active: 4, leased: 5, idle: 6, suspended: 7 };
 
 /* A column: title, value to sort by, text to show, and how. first: the direction of the first click. */
 const COLUMNS = {
@@ -99,7 +99,7 @@ const COLUMNS = {
   ],
   models: [
     { title: "Model", value: (model) => model.tag, text: (model) => model.tag, name: true, width: 28 },
-    { title: "Copies", value: (model) => model.loaded, text: (model) => `${model.active} of ${model.loaded} in use`, width: 14, first: -1 },
+    { title: "Copies", value: (model) => model.loaded, text: (model) => `${model.active} of ${model.loaded} in use${model.suspended ? `, ${model.suspended} suspended` : ""}`, width: 14, first: -1 },
     { title: "Waiting", value: (model) => model.waiting, text: (model) => (model.waiting ? count(model.waiting) : ""), short: (text) => (text ? `${text} waiting` : ""), number: true, width: 8, first: -1 },
     { title: "Size", value: (model) => model.estimate ?? -1, text: (model) => (model.estimate === null ? "unknown" : memory(model.estimate)), number: true, width: 10, first: -1 },
     { title: "Loads", value: (model) => model.loads, text: (model) => count(model.loads), short: (text) => `${text} loads`, number: true, width: 8, first: -1 },
