@@ -17,12 +17,11 @@ from typing import Any
 
 from mpmm.dashboard.decisions import CATEGORIES, decision
 from mpmm.dashboard.timeline import Timeline
-from mpmm.policy.view import Reason
 from mpmm.printable import printable
 from mpmm.shared_state.snapshot import DeviceInfo, InstanceInfo, Snapshot, TicketInfo
 from mpmm.show.follow import Follower, Step
 from mpmm.show.health import findings, longest_wait_s
-from mpmm.show.words import left_s, needs, waiters, why
+from mpmm.show.words import expected_waits, left_s, needs, waiters, why
 
 __all__ = ["LONGEST_WINDOW_S", "Recorder"]
 
@@ -34,7 +33,6 @@ POINTS_SENT = 720
 DECISIONS_KEPT = 300
 WAITERS_SENT = 300
 GONE_KEPT = 20_000
-_WITH_A_TIME = (Reason.SHARING, Reason.IN_USE, Reason.DRAINING, Reason.BACKING_OFF)
 Row = dict[str, Any]
 Point = tuple[float, ...]
 
@@ -251,20 +249,20 @@ def _device(device: DeviceInfo, snapshot: Snapshot) -> Row:
 
 
 def _waiters(snapshot: Snapshot) -> list[Row]:
-    need_of = needs(snapshot)
-    return [_waiter(ticket, snapshot, need_of(ticket)) for ticket in waiters(snapshot)[:WAITERS_SENT]]
+    need_of, expected_of = needs(snapshot), expected_waits(snapshot)
+    first = waiters(snapshot)[:WAITERS_SENT]
+    return [_waiter(ticket, snapshot, need_of(ticket), expected_of(ticket)) for ticket in first]
 
 
-def _waiter(ticket: TicketInfo, snapshot: Snapshot, need_mb: float) -> Row:
-    seconds = left_s(snapshot, ticket)
+def _waiter(ticket: TicketInfo, snapshot: Snapshot, need_mb: float, expected_s: float) -> Row:
     return {
         "number": ticket.number,
         "tag": printable(ticket.tag),
         "pid": ticket.pid,
         "since": round(snapshot.taken_s - ticket.waited_s, 2),
-        "expected": _rounded(seconds, 2) if ticket.reason in _WITH_A_TIME and seconds > 0 else None,
+        "expected": _rounded(expected_s, 2),
         "gives_up_in": _rounded(ticket.time_left_s),
-        "why": printable(why(ticket, need_mb, seconds)),
+        "why": printable(why(ticket, need_mb, left_s(snapshot, ticket))),
     }
 
 

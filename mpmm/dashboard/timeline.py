@@ -246,7 +246,8 @@ class Timeline:
         copy = self._known(event, at_s)
         self._close(copy.doing, at_s)
         self._close(copy.stay, at_s)
-        copy.stay, copy.doing = None, self._open(copy, kind, at_s, pid, printable(why(event)))
+        copy.stay = copy.last = None
+        copy.doing = self._open(copy, kind, at_s, pid, printable(why(event)))
 
     def _gone(self, event: EventInfo, at_s: float) -> None:
         if event.instance is not None:
