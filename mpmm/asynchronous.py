@@ -107,6 +107,9 @@ class _Acquire:
         """Return a copy that this process holds now. Raises what `acquire_model` raises."""
         manager, worker, tag = self._manager, self._worker, self._tag
         deadline = time.monotonic() + manager._settings.wait_timeout_seconds
+        if self._wish.keep_alive:
+            keep = functools.partial(manager._keep_alive, worker, tag, self._wish.keep_alive)
+            await self._in_thread(self._threads.transactions, keep)
         while True:
             got: Any = None
             with contextlib.suppress(LockTimeoutError):

@@ -47,6 +47,12 @@ def add_commands(commands: Any) -> None:
     preload.add_argument("--pin", action="store_true", help="and do as `mpmm pin`")
     preload.add_argument("--wait", type=float, default=math.inf, metavar="SECONDS", help="for room (default: for ever)")
     preload.add_argument("loader", metavar="MODULE:FUNCTION", help="returns a handle, the tag of a MultiProcessShared")
+    preload.add_argument(
+        "--keep-alive",
+        type=float,
+        metavar="SECONDS",
+        help="keep idle copies for so long, -1 for ever (default: as the settings say)",
+    )
     settings = commands.add_parser("settings", help="show the settings, or change one for all processes")
     settings.add_argument("change", nargs="*", metavar="set NAME VALUE", help="none: show them; VALUE none: no limit")
     for command in (unload, pin, unpin, preload, settings):
@@ -100,7 +106,13 @@ def _preload(options: argparse.Namespace, name: str, root: Path | None) -> int:
     read_snapshot(name, root, events=False)
     load = functools.partial(_load_handle, _function(options.loader), options.loader)
     with ModelManager(namespace=name, runtime_root=root) as manager:
-        loaded = manager.preload(options.tag, load, copies=options.copies, timeout_seconds=options.wait)
+        loaded = manager.preload(
+            options.tag,
+            load,
+            copies=options.copies,
+            timeout_seconds=options.wait,
+            keep_alive_seconds=options.keep_alive,
+        )
         if options.pin:
             manager.pin(options.tag, for_all=True)
     print(f"{printable(options.tag)}: {loaded} loaded{', pinned for all' if options.pin else ''}")

@@ -36,9 +36,11 @@ from typing import TYPE_CHECKING
 
 from mpmm.beam_metrics import report_estimate
 from mpmm.errors import ClosedError
+from mpmm.policy.view import Reason
 from mpmm.printable import printable_logger
 from mpmm.resource_estimator import smooth
 from mpmm.shared_state.durations import to_ns
+from mpmm.shared_state.events import Cause
 from mpmm.shared_state.futex import wait_for_change, wake_all
 from mpmm.shared_state.layout import Device, Header, Instance, Member, Model
 from mpmm.shared_state.lock_file import LockFile
@@ -371,26 +373,31 @@ class Keeper:
                 t.after.append(partial(_LOG.warning, "mpmm %s: gave up a load after %.1f s", namespace.name, taken))
 
     def _unload_expired(self, t: Transaction) -> None:
-        """Have copies unloaded that nobody has used for `idle_ttl_seconds`: by their owner, or by this process."""
+        """Have copies unloaded that nobody has used for as long as they are kept: by their owner, or by this process.
+
+        That is `keep_alive_seconds` of their model, else `idle_ttl_seconds`.
+        """
         namespace = self._namespace
-        limit = namespace.settings.idle_ttl_seconds
-        if math.isinf(limit):
-            return
         words, tables, layout = namespace.segment.words, namespace.tables, namespace.segment.layout
+        ttl_s = namespace.settings.idle_ttl_seconds
+        if math.isinf(ttl_s) and not tables.view(layout.models)[:, Model.KEEP_ALIVE].any():
+            return
         rows = tables.rows_where(layout.instances, Instance.STATE, Instance.IDLE)
         # These have been idle before; in the host they are kept for as long again.
         rows += tables.rows_where(layout.instances, Instance.STATE, Instance.SUSPENDED)
         for row in rows:
             at = tables.instance(row)
-            pinned = words[tables.model(words[at + Instance.MODEL]) + Model.PINS]
+            model, kept_ns = words[at + Instance.MODEL], tables.kept_ns(words[at + Instance.MODEL], ttl_s)
             if t.is_long:
                 # The next poll unloads the rest.
                 return
-            if not pinned and (time.monotonic_ns() - words[at + Instance.SINCE]) / 1e9 > limit:
-                if words[at] == Instance.IDLE:
-                    namespace.transitions.begin_unload(t, row, namespace.slot, evicted=False)
-                else:
-                    namespace.transitions.suspensions.drop(t, row, namespace.slot)
+            if words[tables.model(model) + Model.PINS] or t.now - words[at + Instance.SINCE] <= kept_ns:
+                continue
+            cause = Cause(Reason.EXPIRED, seconds=kept_ns / 1e9)
+            if words[at] == Instance.IDLE:
+                namespace.transitions.begin_unload(t, row, namespace.slot, evicted=False, cause=cause)
+            else:
+                namespace.transitions.suspensions.drop(t, row, namespace.slot, cause)
 
     def _learn(self, t: Transaction) -> dict[str, float]:
         """Take the figures of the last sample into the estimates, or into the observations for NNLS."""

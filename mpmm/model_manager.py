@@ -72,7 +72,7 @@ from mpmm.proxy.main_import import refuse_while_importing_main
 from mpmm.proxy.room import is_server_process
 from mpmm.resource_estimator import ALONE_SD, GROWTH_SD, Estimate, ResourceEstimator
 from mpmm.resource_estimator import nnls as nnls  # tests written for Beam replace it here
-from mpmm.shared_state.durations import to_ns
+from mpmm.shared_state.durations import LONGEST_NS, to_ns
 from mpmm.shared_state.events import Cause
 from mpmm.shared_state.futex import wait_for_change
 from mpmm.shared_state.layout import (
@@ -172,13 +172,14 @@ class AcquireOptions(TypedDict, total=False):
     span: int
     expect_mb: float | None
     max_waiting: int | None
+    keep_alive_seconds: float | None
 
 
 class Wish(NamedTuple):
     """On which devices (bits) a copy is to be: `devices`, where it may be loaded, `tied`, where it is of use; 0 all.
 
     expect_mb: what it takes, as the caller says; 0 if that says nothing. max_waiting: how many may wait for its model,
-    this one among them.
+    this one among them. keep_alive: the word for `Model.KEEP_ALIVE`, 0 to leave it as it is.
     """
 
     devices: int = 0
@@ -186,6 +187,7 @@ class Wish(NamedTuple):
     span: int = 1
     expect_mb: float = 0.0
     max_waiting: float = math.inf
+    keep_alive: int = 0
 
 
 class AnswerUndone(Exception):
@@ -489,6 +491,9 @@ class ModelManager(BeamNames):
             own attribute of this name says the same.
         max_waiting: how many requests may wait for the model, this one among them; None for any number, 0 for one that
             is not to wait. The setting of this name holds besides, for all but preloads.
+        keep_alive_seconds: for how long idle copies of the model are kept from now on, in all processes: -1 for ever, 0
+            to unload them as soon as nobody uses or waits for one; None leaves it at what the last request said, or at
+            `idle_ttl_seconds`. Who needs the room has them evicted nevertheless; `pin` keeps them from that, too.
 
         Raises AcquireTimeoutError, QueueFullError, LoadTimeoutError, ModelTooLargeError, NamespaceResetError,
         TableFullError, DeadlockError (see `model`), InvalidArgumentError, ClosedError, LockTimeoutError, and what the
@@ -858,6 +863,8 @@ class ModelManager(BeamNames):
         patience: float,
         wish: Wish,
     ) -> int:
+        if wish.keep_alive:
+            self._keep_alive(worker, tag, wish.keep_alive)
         for loaded in range(copies):
             with self._giving_up_in_time(worker, tag):
                 answer = self._queue(worker, operation, tag, time.monotonic() + patience, wish, preload=copies)
@@ -1167,7 +1174,8 @@ class ModelManager(BeamNames):
         devices = 0 if chosen is None and span == 1 else tied or worker.board.visible_bits()
         most = options.get("max_waiting")
         waiting = math.inf if most is None else checked_whole("max_waiting", most, 0, Capacities().tickets, "a count")
-        wish = Wish(devices, tied, span, expect_mb or 0.0, waiting)
+        keep_alive = _keep_alive_word(options.get("keep_alive_seconds"))
+        wish = Wish(devices, tied, span, expect_mb or 0.0, waiting, keep_alive)
         return _ANYWHERE if wish == _ANYWHERE else wish
 
     def _expect_mapped(self, error: ValueError) -> None:
@@ -1192,6 +1200,8 @@ class ModelManager(BeamNames):
         left = self._settings.wait_timeout_seconds
         deadline = time.monotonic() + left
         left = left or NOW_S
+        if wish.keep_alive:
+            self._keep_alive(worker, tag, wish.keep_alive, left)
         while True:
             got: Copy | _Booking | None = None
             if not worker.scheduler.may_have_to_wait(tag) or worker.comes_back(tag):
@@ -1204,6 +1214,20 @@ class ModelManager(BeamNames):
             if got is not None:
                 self._discard(worker, operation, got)
             left = deadline - time.monotonic()
+
+    @staticmethod
+    def _keep_alive(worker: Worker, tag: str, word: int, patience_s: float | None = None) -> None:
+        """Record how long idle copies of a model are kept, if it has a row; with its ticket it is recorded else."""
+        namespace = worker.namespace
+        words, tables = namespace.segment.words, namespace.tables
+        (worker.at_once.add if word == Model.AT_ONCE else worker.at_once.discard)(tag)
+        row = tables.model_row(tag)
+        if row is None or words[tables.model(row) + Model.KEEP_ALIVE] == word:
+            return
+        with namespace.transaction(patience_s) as t:
+            row = tables.model_row(tag)
+            if row is not None:
+                namespace.transitions.keep_alive(t, row, word)
 
     def _take_idle(self, worker: Worker, operation: Operation, tag: str, patience_s: float, tied: int) -> Copy | None:
         """Take an idle copy if those who wait are not concerned, and nobody runs alone where it lies."""
@@ -1420,6 +1444,8 @@ class ModelManager(BeamNames):
         namespace = worker.namespace
         words = namespace.segment.words
         devices = wish.devices or worker.board.visible_bits()
+        if wish.keep_alive:
+            namespace.transitions.keep_alive(t, model, wish.keep_alive)
         known = worker.scheduler.is_known(model) or words[Header.SOURCE_BOOKS_ONLY]
         priority = PRELOAD_PRIORITY if preload else 1 if known else 0
         # Who does not wait gets what is free now; tickets whose time is over get nothing.
@@ -1887,6 +1913,8 @@ class ModelManager(BeamNames):
             contended = words[Header.WAITING]
             if not (contended and worker.keeps(t, copy, used)):
                 worker.scheduler.release(t, copy.row, used)
+            if worker.at_once:
+                worker.unload_at_once(t, copy)
         if contended:
             # Not before the waiter was let run on this processor.
             worker.tenures.leave(copy.tag)
@@ -2032,6 +2060,16 @@ class ModelManager(BeamNames):
             theirs = getattr(chosen, name)
             if value != theirs and name != "wait_timeout_seconds":
                 _LOG.warning("mpmm %s: %s stays %g, as its creator chose; not %g", self._name, name, theirs, value)
+
+
+def _keep_alive_word(seconds: object) -> int:
+    """Return the word of `Model.KEEP_ALIVE` for `keep_alive_seconds`, 0 for None. Raises InvalidArgumentError."""
+    if seconds is None:
+        return 0
+    if seconds == -1 and not isinstance(seconds, bool):
+        return LONGEST_NS + 1
+    text = "seconds, -1 for ever, or a number"
+    return to_ns(checked_number("keep_alive_seconds", seconds, 0.0, math.inf, text)) + 1
 
 
 def _check_names(options: AcquireOptions) -> None:

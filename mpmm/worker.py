@@ -39,6 +39,7 @@ from mpmm.proxy.context import ServerContext
 from mpmm.proxy.ending import kill_process
 from mpmm.scheduler import Copies, Scheduler
 from mpmm.shared_estimator import SharedResourceEstimator
+from mpmm.shared_state.events import Cause
 from mpmm.shared_state.futex import wake_all
 from mpmm.shared_state.layout import Device, Header, Instance, Member, Model, Ticket, device_rows
 from mpmm.shared_state.namespace import Namespace, remove_deserted
@@ -316,6 +317,8 @@ class Worker:
         # An unload ended in an exception, so its row may still be there: the keeper looks.
         self.unload_failed = False
         self._owed: deque[Callable[[Transaction], object]] = deque()
+        # Tags whose copies this process was last told to unload as soon as they are idle.
+        self.at_once: set[str] = set()
         # Row and number of tickets whose grants this process has acted upon, see `hold_granted`.
         self._receipts: set[tuple[int, int]] = set()
         self.keeper = Keeper(self)
@@ -963,6 +966,21 @@ class Worker:
         return self.board.placement_of(words[self.namespace.tables.instance(row) + Instance.DEVICES])
 
     # ---- unloading -----------------------------------------------------------------------------------------
+
+    def unload_at_once(self, t: Transaction, copy: Copy) -> None:
+        """Have a copy that was just given back unloaded, if it is kept for no time at all, and nobody waits for it.
+
+        What others give back whom nobody has told so, the next poll finds.
+        """
+        words, tables = self.namespace.segment.words, self.namespace.tables
+        at = tables.instance(copy.row)
+        model = tables.model(words[at + Instance.MODEL])
+        unwanted = words[at] == Instance.IDLE and words[at + Instance.GENERATION] == copy.generation
+        if not unwanted or words[model + Model.WAITING] or words[model + Model.PINS]:
+            return
+        if words[model + Model.KEEP_ALIVE] == Model.AT_ONCE:
+            cause = Cause(Reason.EXPIRED)
+            self.namespace.transitions.begin_unload(t, copy.row, self.namespace.slot, evicted=False, cause=cause)
 
     def unload_beside(self) -> None:
         """Do `unload_assigned` in a thread of its own, if there is anything to do.

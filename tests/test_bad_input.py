@@ -94,6 +94,7 @@ REQUEST: dict[str, tuple[Any, ...]] = {
     "span": (*NO_COUNT, 0, 2),
     "expect_mb": (0, -1, math.inf, math.nan, "5", True),
     "max_waiting": (-1, 1.5, math.inf, "5", True),
+    "keep_alive_seconds": (-2, -0.5, math.nan, "5", True),
 }
 # Method: what is bad for each parameter.
 METHODS: dict[str, dict[str, tuple[Any, ...]]] = {

@@ -589,6 +589,7 @@ def scenarios() -> dict[str, Callable[[Lab], Operation]]:
         "estimate": on(lambda lab: lab.ticket(known=False), lambda t, tr, _: tr.estimate(t, 0, 123.5, measured=True)),
         "estimate/of a preload": on(preloading, lambda t, tr, _: tr.estimate(t, 0, 123.5, measured=True)),
         "expect": on(lambda lab: lab.ticket(known=False), lambda t, tr, _: tr.expect(t, 0, 123.5)),
+        "keep_alive": on(Lab.model, lambda t, tr, row: tr.keep_alive(t, row, 5)),
         "run_out": on(Lab.model, lambda t, tr, row: tr.run_out(t, row)),
         "note_failure": on(Lab.model, lambda t, tr, row: tr.note_failure(t, row)),
         "end_load/after failures": failed_before,

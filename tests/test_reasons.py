@@ -194,6 +194,7 @@ ELSEWHERE = {
     Reason.BEHIND: "waits behind one that must not be delayed, or for a model that runs alone",
     Reason.NO_ROW: "goes for b, because the table of copies, or of models, is full",
     Reason.TABLE_FULL: "waits for a row in the table of copies, which is full",
+    Reason.EXPIRED: "is unloaded: it has been idle for 0 s, for as long as copies of its model are kept",
     Reason.ASKED: "is unloaded, now or when it is given back: a call of `unload` or `update_settings` asks for it",
 }
 

@@ -74,6 +74,7 @@ class Reason(IntEnum):
     NO_ROW = 35  # the table of copies, or that of models, is full
     EXCHANGED = 36  # there are as many copies of the model as there may be, and none that the waiter could use
     ASKED = 37  # somebody has asked for it
+    EXPIRED = 38  # nobody has used it for as long as it is kept
     HOST_FULL = 38  # dropped from host memory, so that another copy can be suspended
     BY_HAND = 39
     # It is refused:

@@ -251,13 +251,18 @@ class Model:
     RESUME_S = 33  # float: smoothed duration of a resume, 0 unknown
     # Why its copies are not suspended any more, see `mpmm.policy.suspension.Unsuspendable`; 0: they may be.
     UNSUSPENDABLE = 34
-    TAG = 35  # text
+    # How long its idle copies are kept, in ns plus one, as its users say; 0: as `idle_ttl_seconds` says.
+    KEEP_ALIVE = 35
+    TAG = 36  # text
     TAG_BYTES = 511
     WORDS = TAG + text_words(TAG_BYTES)
 
     FREE = 0
     MODEL = 1
     LEASE = 2
+
+    # The value of KEEP_ALIVE for copies that are unloaded as soon as they are idle, and nobody waits for one.
+    AT_ONCE = 1
 
 
 class Instance:

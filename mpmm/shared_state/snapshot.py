@@ -128,7 +128,8 @@ class ModelInfo:
     shares: its loader has made a handle.
     measured: the estimate was read from processes; sd_mb: its standard deviation. at_least_mb: the model ran out of
     memory with that much free, so it needs more, 0 if it never has. expect_mb: what its users say, which counts as long
-    as there is no estimate (None: nothing). failures: loads in a row that failed, the last
+    as there is no estimate (None: nothing). keep_alive_s: how long its users want idle copies kept (None: as the
+    settings say). failures: loads in a row that failed, the last
     one failed_ago_s ago (None: none).
     unused_for_s: since its last use, 0 while it is in use. load_s, hold_s, gap_s: decayed means of the time of a load,
     of a hold and between two requests, 0 unknown. requests: how many the last of these has seen, and requested_ago_s:
@@ -147,6 +148,7 @@ class ModelInfo:
     sd_mb: float
     at_least_mb: float
     expect_mb: float | None
+    keep_alive_s: float | None
     failures: int
     failed_ago_s: float | None
     loaded: int
@@ -737,6 +739,7 @@ class _Decoder:
             sd_mb=floats[at + Model.SD_MB],
             at_least_mb=floats[at + Model.AT_LEAST_MB],
             expect_mb=floats[at + Model.EXPECT_MB] or None,
+            keep_alive_s=self._kept_s(words[at + Model.KEEP_ALIVE]),
             failures=words[at + Model.FAILURES],
             failed_ago_s=self._age(words[at + Model.FAILED_AT]) if words[at + Model.FAILED_AT] else None,
             loaded=words[at + Model.LOADED],
@@ -764,6 +767,10 @@ class _Decoder:
             unsuspendable=words[at + Model.UNSUSPENDABLE],
             generation=words[at + Model.GENERATION],
         )
+
+    @staticmethod
+    def _kept_s(word: int) -> float | None:
+        return None if not word else math.inf if word > LONGEST_NS else (word - 1) / 1e9
 
     def _instance(self, row: int, at: int, tags: dict[int, str]) -> InstanceInfo:
         words, floats = self._words, self._floats

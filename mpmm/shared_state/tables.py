@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from mpmm.arguments import encoded_text
 from mpmm.errors import InvalidArgumentError, TableFullError
+from mpmm.shared_state.durations import to_ns
 from mpmm.shared_state.layout import Instance, Member, Model, Pin, Table, Ticket, device_rows
 from mpmm.shared_state.segment import Segment
 
@@ -147,6 +148,11 @@ class Tables:
         """Return the row of a member's (reference) pin on a model, or None."""
         pins = self.rows_where(self._pins, Pin.MEMBER, member)
         return next((row for row in pins if self.segment.words[self.pin(row) + Pin.MODEL] == model), None)
+
+    def kept_ns(self, model: int, idle_ttl_seconds: float) -> int:
+        """Return for how long an idle copy of a model is kept, `LONGEST_NS` for ever; pins aside."""
+        word = self.segment.words[self.model(model) + Model.KEEP_ALIVE]
+        return int(word) - 1 if word else to_ns(idle_ttl_seconds)
 
     def model_rows(self) -> list[int]:
         """Return the rows of tags, without those of leases."""

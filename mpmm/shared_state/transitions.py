@@ -338,6 +338,10 @@ class Transitions:
         elif words[Header.SOURCE_BOOKS_ONLY] and not words[at + Model.MEASURED]:
             self.estimate(t, row, mb, measured=False)
 
+    def keep_alive(self, t: Transaction, row: int, word: int) -> None:
+        """Keep the idle copies of a model for so long from now on, see `Model.KEEP_ALIVE`."""
+        t.set(self.tables.model(row) + Model.KEEP_ALIVE, word)
+
     def _tell_waiters(self, t: Transaction, row: int, mb: float) -> None:
         """Let a model's waiters know what it takes; they lose the priority of the unknown."""
         for ticket in map(self.tables.ticket, self.tables.rows_where(self.layout.tickets, Ticket.MODEL, row)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -318,6 +319,13 @@ def _size(model: ModelInfo) -> str:
     return mb(model.estimate_mb)
 
 
+def _kept(model: ModelInfo) -> str:
+    """Return how long idle copies are kept where the users of the model have said it."""
+    if model.keep_alive_s is None:
+        return "-"
+    return "for ever" if math.isinf(model.keep_alive_s) else age(model.keep_alive_s)
+
+
 def models(snapshot: Snapshot) -> Section[ModelInfo]:
     """Return the models, those that somebody waits for first."""
 
@@ -332,6 +340,7 @@ def models(snapshot: Snapshot) -> Section[ModelInfo]:
             f"{model.hold_s:.3f}",
             f"{Demand(model.gap_s, model.requests).per_second(model.requested_ago_s):.3g}",
             age(model.unused_for_s),
+            _kept(model),
         )
 
     items = sorted(
@@ -341,9 +350,9 @@ def models(snapshot: Snapshot) -> Section[ModelInfo]:
     head = (
         *("model", "MB", "loaded", "active", "idle", "loading", "unloading", "suspended", "waiting", "loads"),
         *("reuses", "evicted"),
-        *("pins", "load s", "hold s", "per s", "unused"),
+        *("pins", "load s", "hold s", "per s", "unused", "kept"),
     )
-    least = ("per s", "pins", "unused", "hold s", "unloading", "reuses", "loads", "evicted", "load s", "loaded")
+    least = ("kept", "per s", "pins", "unused", "hold s", "unloading", "reuses", "loads", "evicted", "load s", "loaded")
     return Section("models", head, items, row, 10, least)
 
 

@@ -1,0 +1,130 @@
+"""How long idle copies are kept is a matter of their model: for ever, for some seconds, or not at all."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Callable
+
+import pytest
+from processes import (
+    Loads,
+    LoadsObject,
+    Process,
+    Seat,
+    Weights,
+    acquire,
+    copies_of,
+    model_of,
+    problems,
+    release,
+    wait_until,
+    waiting,
+)
+
+from mpmm.cli import main
+from mpmm.model_manager import ModelManager
+from mpmm.policy.view import Reason
+from mpmm.shared_state.snapshot import read_snapshot
+
+NewManager = Callable[..., ModelManager]
+NewProcess = Callable[..., Process]
+
+
+def expired(namespace: str) -> list[tuple[str | None, float | None]]:
+    """Return tag and time of the copies that were unloaded because nobody had used them."""
+    events = read_snapshot(namespace).events
+    return [(e.tag, e.seconds) for e in events if e.kind == "unload_began" and e.reason == Reason.EXPIRED]
+
+
+def test_a_model_outlives_the_setting_or_goes_before_it(namespace: str, new_manager: NewManager) -> None:
+    manager = new_manager(idle_ttl_seconds=0.15, poll_interval=0.03)
+    with (
+        manager.model("kept", Loads(), keep_alive_seconds=-1),
+        manager.model("short", Loads(), keep_alive_seconds=0.01),
+        manager.model("usual", Loads()),
+    ):
+        pass
+    kept = {model.tag: model.keep_alive_s for model in read_snapshot(namespace).models}
+    assert kept == {"kept": math.inf, "short": 0.01, "usual": None}
+    wait_until(lambda: not copies_of(namespace, "usual"), "the setting holds for it")
+    wait_until(lambda: not copies_of(namespace, "short"), "its own time is over")
+    assert [copy.state for copy in copies_of(namespace, "kept")] == ["idle"]
+    assert sorted(expired(namespace)) == [("short", 0.01), ("usual", 0.15)]
+    assert problems(namespace) == []
+
+
+def test_a_copy_that_is_not_kept_goes_when_it_is_given_back(namespace: str, new_manager: NewManager) -> None:
+    manager = new_manager(poll_interval=3600)
+    unloaded = manager.acquire_model("a", Weights, keep_alive_seconds=0)
+    manager.release_model("a", unloaded)
+    wait_until(lambda: not copies_of(namespace, "a"), "it is unloaded without a poll")
+    assert unloaded.unloaded
+
+    async def use() -> None:
+        async with manager.model_async("b", Weights, keep_alive_seconds=0):
+            pass
+
+    asyncio.run(use())
+    wait_until(lambda: not copies_of(namespace, "b"), "a task's copy, too")
+    assert expired(namespace) == [("a", 0.0), ("b", 0.0)]
+    # The last word counts, that of an idle copy's user too.
+    with manager.model("a", Weights, keep_alive_seconds=60):
+        pass
+    with manager.model("a", Weights):
+        pass
+    assert [copy.state for copy in copies_of(namespace, "a")] == ["idle"]
+    with manager.model("a", Weights, keep_alive_seconds=0):
+        assert len(copies_of(namespace, "a")) == 1
+    wait_until(lambda: not copies_of(namespace, "a"), "it is not kept any more")
+    assert problems(namespace) == []
+
+
+def test_a_waiter_gets_what_is_kept_for_no_time(
+    namespace: str, new_manager: NewManager, new_process: NewProcess
+) -> None:
+    manager, waiter = new_manager(max_model_copies=1), new_process()
+    handle = manager.acquire_model("a", Loads(), keep_alive_seconds=0)
+    waiter.send(acquire, "a")
+    wait_until(lambda: waiting(namespace, "a"), "another process waits for it")
+    manager.release_model("a", handle)
+    assert waiter.result() == handle
+    # That process has not said so, but the next poll finds what it gives back.
+    waiter.call(release)
+    wait_until(lambda: not copies_of(namespace, "a"), "it is unloaded")
+    assert problems(namespace) == []
+
+
+def test_what_is_pinned_is_kept_and_what_is_kept_is_evicted_for_others(
+    namespace: str, new_manager: NewManager, new_process: NewProcess
+) -> None:
+    manager, other = new_manager(poll_interval=0.03, fallback_memory_mb=200), new_process()
+    manager.pin("pinned")
+    for tag, seconds in (("pinned", 0), ("kept", -1)):
+        with manager.model(tag, Loads(), keep_alive_seconds=seconds):
+            pass
+    other.call(acquire, "new", LoadsObject())
+    assert [copy.tag for copy in read_snapshot(namespace).instances] == ["pinned", "new"]
+    manager.unpin("pinned")
+    wait_until(lambda: not copies_of(namespace, "pinned"), "it is not kept without the pin")
+    assert problems(namespace) == []
+
+
+def test_a_preload_says_how_long_to_keep(
+    namespace: str, new_manager: NewManager, new_process: NewProcess, capsys: pytest.CaptureFixture[str]
+) -> None:
+    manager, other = new_manager(idle_ttl_seconds=0.05, poll_interval=0.03), new_process()
+    other.call(preload_for_ever, "a")
+    assert model_of(namespace, "a").keep_alive_s == math.inf
+    with manager.model("b", Loads()):
+        pass
+    wait_until(lambda: not copies_of(namespace, "b"), "what nobody keeps is unloaded")
+    assert len(copies_of(namespace, "a")) == 1
+    assert main(["inspect", namespace]) == 0
+    models = capsys.readouterr().out.split("\nmodels:\n")[1].split("\n\n")[0].splitlines()
+    assert models[0].split()[-1] == "kept"
+    assert any(line.endswith("for ever") for line in models)
+
+
+def preload_for_ever(seat: Seat, tag: str) -> None:
+    seat.manager.preload(tag, Loads(), keep_alive_seconds=-1)
