@@ -580,7 +580,7 @@ class ModelManager(BeamNames):
         held = operation.held
         if held is None:
             return
-        if not worker.has_tenure(held[0].tag, held[0].row):
+        if worker.scheduler.must_queue() and not worker.has_tenure(held[0].tag, held[0].row):
             worker.scheduler.alert(held[0].row)
         try:
             self._give_back(worker, tag, held[0], patience_s=patience_s)

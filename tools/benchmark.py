@@ -38,6 +38,7 @@ import psutil
 # So that it also works where mpmm is not installed.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import benchmark_contended
 import benchmark_cpu
 import benchmark_devices
 import benchmark_manager
@@ -56,6 +57,7 @@ ROWS = {
     row.name: row
     for module in (
         benchmark_manager,
+        benchmark_contended,
         benchmark_shared,
         benchmark_pipeline,
         benchmark_cpu,

@@ -6,7 +6,6 @@ others call it; with mpmm it is merely one that is attached.
 
 from __future__ import annotations
 
-import array
 import statistics
 import time
 from multiprocessing.connection import Connection
@@ -18,8 +17,6 @@ from benchmark_stage import Stage, attach, make_handle, modules, set_up, warm_pa
 __all__ = ["ROWS"]
 
 MODEL, OTHER, SLOW = "model", "other", "slow"
-CROWD = 16
-CROWD_S = 2.0
 # How long before a common start it is announced.
 NOTICE_S = 0.2
 IDLE_MODELS = 500
@@ -36,39 +33,6 @@ def warm_pair(task: Task) -> Measured:
     manager = set_up(task, Stage(idle=(MODEL,)))
     seconds = warm_pair_seconds(manager, MODEL, 2000)
     return {"p50": seconds, "p99": [percentile(seconds, 0.99)]}
-
-
-def crowd(task: Task) -> Measured:
-    """Measure pairs in many processes at once, with a copy for each, for a fixed time."""
-    modules(task.implementation)
-    stage = Stage(idle=(MODEL,) * CROWD)
-
-    def work(number: int, connection: Connection) -> None:
-        connection.recv()
-        manager = attach(task, stage)
-        warm_pair_seconds(manager, MODEL, 1)
-        connection.send("ready")
-        start = connection.recv()
-        seconds = array.array("d")
-        sleep_until(start)
-        end = start + CROWD_S
-        began = time.monotonic()
-        while began < end:
-            manager.release_model(MODEL, manager.acquire_model(MODEL, make_handle))
-            ended = time.monotonic()
-            seconds.append(ended - began)
-            began = ended
-        connection.send((len(seconds) / (began - start), seconds))
-        connection.recv()
-
-    with Crew(CROWD, work) as crew:
-        set_up(task, stage)
-        crew.tell("attach")
-        crew.hear_all()
-        crew.tell(time.monotonic() + NOTICE_S)
-        answers = crew.hear_all()
-    pooled = [second for _, seconds in answers for second in seconds]
-    return {"in all": [sum(rate for rate, _ in answers)], "p99 of a pair": [percentile(pooled, 0.99)]}
 
 
 def among_idle(task: Task) -> Measured:
@@ -205,15 +169,6 @@ ROWS = (
         "acquire and release of a model with an idle copy, one process",
         (Figure("p50", "µs", must=25, reach=12), Figure("p99", "µs")),
         warm_pair,
-    ),
-    Row(
-        "crowd",
-        f"the same in {CROWD} processes on one model, a copy for each, {CROWD_S:.0f} s",
-        (
-            Figure("in all", "pairs/s", must=40_000, reach=80_000, more_is_better=True),
-            Figure("p99 of a pair", "ms", must=3, reach=1),
-        ),
-        crowd,
     ),
     Row(
         "among-idle",
