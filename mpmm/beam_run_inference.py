@@ -6,6 +6,7 @@
                                         the manager, who may hand it to another process or evict it.
     _RunInferenceDoFn._load_model       An update of a keyed handler with several models reaches the handler, too, where
                                         no copy is loaded. Copies of the version before are the first to be evicted.
+                                        A model whose tag is a uuid gets a name for people.
     _SharedModelWrapper.all_models      Handles become proxies, because such an update calls methods of every copy.
     _SharedModelWrapper.release_model   A copy of an updated model goes back under the tag that it was acquired by.
 
@@ -15,19 +16,31 @@ Without `use_model_manager` they do what they did.
 from __future__ import annotations
 
 import functools
+import re
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from types import ModuleType
 from typing import Any
 
+from mpmm.display_names import set_display_name
 from mpmm.errors import ModelServerError, SharedObjectReleasedError
 from mpmm.fork_hooks import in_forked_child
 from mpmm.multi_process_shared import MultiProcessShared, SharedProxy
 
-__all__ = ["replacements"]
+__all__ = ["name_of_handler", "replacements"]
 
 Method = Callable[..., Any]
+
+# What Beam gives a model without `model_identifier` for a tag, also when it is loaded anew after a time-out.
+_UUID = re.compile(r"[0-9a-f]{32}(_reload_\d+)?")
+# Where Beam's handlers, and most others, keep what they load.
+_PATHS = (
+    *("_model_uri", "_model_path", "_state_dict_path", "_torch_script_model_path", "_engine_path", "_model_name"),
+    *("model_uri", "model_path", "model_name", "_model", "_path", "path"),
+)
+# Its end says more than its beginning.
+PATH_SHOWN = 48
 
 
 def replacements(base: ModuleType) -> Iterator[tuple[type, str, Method]]:
@@ -83,6 +96,8 @@ def _updating_keyed_models(plain: Method) -> Method:
         before = self._model
         wrapper = plain(self, side_input_model_path)
         if getattr(self, "use_model_manager", False):
+            if _UUID.fullmatch(wrapper.model_tag):
+                set_display_name(wrapper.model_tag, name_of_handler(self._model_handler))
             if before is not None and before.model_tag != wrapper.model_tag:
                 wrapper.models.supersede(before.model_tag, wrapper.model_tag)
             if isinstance(side_input_model_path, list):
@@ -99,6 +114,21 @@ def _update(handler: Any, copies: list[Any], paths: list[Any]) -> None:
     if keyed is not None:
         for copy in [*copies, _NoCopy()]:
             keyed.update_model_paths(copy, paths)
+
+
+def name_of_handler(handler: Any) -> str:
+    """Return what a person recognises a handler by: its class, without Beam's wrappers, and where the model lies."""
+    while (inner := getattr(handler, "_base", None) or getattr(handler, "_unkeyed", None)) is not None:
+        handler = inner
+    models = getattr(handler, "_id_to_mh_map", None)
+    if models:
+        first, *more = models.values()
+        return f"{type(handler).__name__} of {name_of_handler(first)}{f' and {len(more)} more' if more else ''}"
+    paths = (getattr(handler, name, None) for name in _PATHS)
+    path = next((path for path in paths if isinstance(path, str) and path), "")
+    if len(path) > PATH_SHOWN:
+        path = f"…{path[1 - PATH_SHOWN :]}"
+    return f"{type(handler).__name__} {path}".strip()
 
 
 def _keyed(handler: Any) -> Any:

@@ -11,6 +11,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 
+from mpmm.display_names import display_name, shown_tag
+
 __all__ = ["printable", "printable_lines", "printable_logger"]
 
 
@@ -27,7 +29,7 @@ def printable_lines(text: str) -> str:
 
 
 class _Printable(logging.Filter):
-    """Makes the texts that a record is about printable; all of them are passed on."""
+    """Makes the texts that a record is about printable, and adds names to tags; all records are passed on."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Change the arguments of a record in place, before any handler sees them."""
@@ -39,7 +41,7 @@ class _Printable(logging.Filter):
 
 
 def _shown(value: object) -> object:
-    return printable(value) if isinstance(value, str) else value
+    return printable(shown_tag(value, display_name(value))) if isinstance(value, str) else value
 
 
 _FILTER = _Printable()

@@ -13,6 +13,7 @@ import os
 import sys
 import threading
 import time
+import uuid
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -36,6 +37,7 @@ from apache_beam.pvalue import EmptySideInput
 from mpmm.model_manager import ModelManager
 from mpmm.multi_process_shared import MultiProcessShared
 from mpmm.shared_state.snapshot import read_snapshot
+from mpmm.show.screen import render
 
 MANAGED = {"memory_source": "booked", "fallback_memory_mb": 100_000.0, "default_estimate_mb": 10.0}
 NAMESPACE = "mps.model_manager"
@@ -436,6 +438,15 @@ def nothing_to_update_while_no_copy_is_loaded() -> Any:
     before = do_fn.process(NUMBERS, None, None)
     _evict_all()
     return before + do_fn.process(NUMBERS, None, EmptySideInput())
+
+
+@talk
+def what_people_see_for_a_uuid() -> Any:
+    tag = uuid.uuid4().hex
+    _do_fn(KeyedModelHandler(Handler("7.model")), tag).process(PAIRS, None, None)
+    snapshot = read_snapshot(NAMESPACE)
+    names = [model.name for model in snapshot.models if model.tag == tag]
+    return [*names, f"Handler 7.model [{tag[:8]}…]" in render(snapshot, everything=True)]
 
 
 # ---- the run -----------------------------------------------------------------------------------------------

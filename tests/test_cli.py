@@ -343,7 +343,7 @@ def test_ps_has_a_line_for_each_copy_and_lease(new_manager: NewManager, namespac
 def test_a_format_that_cannot_be_is_refused(template: str, busy: ModelManager, capsys: Capture) -> None:
     assert main(["ps", "--format", template]) == 2
     said = capsys.readouterr()
-    assert (said.out, said.err.count("fields of namespace, tag, copy")) == ("", 1)
+    assert (said.out, said.err.count("fields of namespace, tag, name, copy")) == ("", 1)
 
 
 def test_ps_without_any_namespace_has_nothing_but_the_head(capsys: Capture) -> None:

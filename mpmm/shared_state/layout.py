@@ -255,7 +255,9 @@ class Model:
     KEEP_ALIVE = 35
     TAG = 36  # text
     TAG_BYTES = 511
-    WORDS = TAG + text_words(TAG_BYTES)
+    NAME = TAG + text_words(TAG_BYTES)  # text: what people call it, see `mpmm.display_names`; empty: nothing else
+    NAME_BYTES = 127
+    WORDS = NAME + text_words(NAME_BYTES)
 
     FREE = 0
     MODEL = 1

@@ -124,6 +124,7 @@ class MemberInfo:
 class ModelInfo:
     """One tag: how many copies in which state, its estimate in MB (None: unknown), its counters and its times.
 
+    name: what people call it, empty for nothing but the tag.
     kind: `model`, or `lease` for what stands for one lease, held or waited for; its estimate is what it is for.
     shares: its loader has made a handle.
     measured: the estimate was read from processes; sd_mb: its standard deviation. at_least_mb: the model ran out of
@@ -142,6 +143,7 @@ class ModelInfo:
     row: int
     kind: str
     tag: str
+    name: str
     shares: bool
     estimate_mb: float | None
     measured: bool
@@ -733,6 +735,7 @@ class _Decoder:
             row=row,
             kind=_MODEL_KINDS.get(words[at + Model.STATE], f"state {words[at + Model.STATE]}"),
             tag=self._text(at + Model.TAG),
+            name=self._text(at + Model.NAME),
             shares=bool(words[at + Model.SHARES]),
             estimate_mb=self._floats[at + Model.ESTIMATE_MB] if words[at + Model.KNOWN] else None,
             measured=bool(words[at + Model.MEASURED]),

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from mpmm.display_names import display_name
 from mpmm.errors import TableFullError
 from mpmm.policy.ledger import Entry, Figure, Ledger, Return, expire, settle
 from mpmm.policy.view import Reason
@@ -301,11 +302,13 @@ class Transitions:
 
         Raises TableFullError when every row has instances or waiters; `Scheduler.make_room_for_model` changes that.
         """
-        found = self.tables.model_row(tag)
-        if found is not None:
-            return found
-        row = self._take_model_row(t, encoded)
-        t.set(self.tables.model(row) + Model.STATE, Model.MODEL)
+        row = self.tables.model_row(tag)
+        if row is None:
+            row = self._take_model_row(t, encoded)
+            t.set(self.tables.model(row) + Model.STATE, Model.MODEL)
+        name = display_name(tag).encode()
+        if name and self.tables.text(self.tables.model(row) + Model.NAME) != name:
+            t.set_text(self.tables.model(row) + Model.NAME, name)
         return row
 
     def estimate(
@@ -422,6 +425,7 @@ class Transitions:
         t.set_float(at + Model.ESTIMATE_MB, math.nan)
         t.set(at + Model.USED_AT, t.now)
         t.set_text(at + Model.TAG, encoded)
+        t.set_text(at + Model.NAME, b"")
         return row
 
     def note_demand(self, t: Transaction, row: int, gap_s: float, requests: int, counted_ns: int) -> None:

@@ -15,7 +15,7 @@ from mpmm.printable import printable
 from mpmm.shared_state.snapshot import EventInfo, as_json
 from mpmm.show.colours import painter
 from mpmm.show.follow import Follower, Step, asked_to_end, steps
-from mpmm.show.words import age, mb, why
+from mpmm.show.words import age, mb, named, names_of, why
 
 __all__ = ["Choice", "line", "said", "show_events"]
 
@@ -93,8 +93,9 @@ def show_events(namespace: str, root: Path | None, choice: Choice, say: Callable
             elif step.lost and not first:
                 # On a stream of its own, so that every line of the output is an event.
                 print(f"mpmm: {step.lost} events were overwritten before they could be read", file=sys.stderr)
+            names = names_of(step.snapshot)
             for event in events:
-                text = _json(step, event) if choice.as_json else line(step, event)
+                text = _json(step, event) if choice.as_json else line(step, named(event, names))
                 say(paint("urgent", text) if event.kind in _TROUBLE and not choice.as_json else text)
             # A pipe is to have it now.
             sys.stdout.flush()

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+from mpmm.display_names import shown_tag
 from mpmm.errors import InvalidArgumentError
 from mpmm.shared_state.snapshot import InstanceInfo, Snapshot
 from mpmm.show.tables import table
@@ -25,6 +26,7 @@ _ESCAPES = {"\\t": "\t", "\\n": "\n"}
 class Copy:
     """What `--format` and JSON have of one copy or lease; None where it is unknown or there is none.
 
+    name: what people call the model, empty for nothing but the tag.
     copy: its row, which `mpmm inspect` shows, too. kind: `model` or `lease`. state: `loading`, `active`,
     `idle` and so on, or `lost` where the process that holds or keeps it is dead. mb: memory that it takes. devices:
     rows. pid, holder: the process that holds it, None while it is idle. kept_by: pid of the process that has the
@@ -33,6 +35,7 @@ class Copy:
 
     namespace: str
     tag: str
+    name: str
     copy: int
     kind: str
     state: str
@@ -50,6 +53,7 @@ class Copy:
 def copies_of(snapshot: Snapshot) -> list[Copy]:
     """Return the copies and leases of a namespace, those of one model together."""
     members = {member.slot: member for member in snapshot.members}
+    names = {model.tag: model.name for model in snapshot.models}
 
     def described(copy: InstanceInfo) -> Copy:
         leased = copy.state == "leased"
@@ -59,6 +63,7 @@ def copies_of(snapshot: Snapshot) -> list[Copy]:
         return Copy(
             namespace=snapshot.namespace,
             tag=copy.tag,
+            name=names.get(copy.tag, ""),
             copy=copy.row,
             kind="lease" if leased else "model",
             state="lost" if lost else copy.state,
@@ -84,7 +89,7 @@ def as_table(copies: Sequence[Copy], width: int | None) -> list[str]:
     def row(copy: Copy) -> tuple[str, ...]:
         shown = for_people(copy)
         cells = (
-            *(shown.tag, str(shown.copy), shown.state, age(shown.seconds), mb(shown.mb)),
+            *(shown_tag(shown.tag, shown.name), str(shown.copy), shown.state, age(shown.seconds), mb(shown.mb)),
             *(", ".join(map(str, shown.devices)), _or_dash(shown.pid), _or_dash(shown.kept_by), str(shown.uses)),
         )
         return (shown.namespace, *cells) if several else cells

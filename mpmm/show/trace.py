@@ -14,12 +14,12 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TextIO
 
 from mpmm.shared_state.snapshot import EventInfo, Snapshot
 from mpmm.show.follow import Step
-from mpmm.show.words import devices_of, why
+from mpmm.show.words import devices_of, named, names_of, why, with_names
 
 __all__ = ["DEVICE_PID", "NAMESPACE_PID", "TraceFile", "Tracer"]
 
@@ -121,6 +121,12 @@ class Tracer:
 
     def add(self, step: Step) -> list[TraceEvent]:
         """Return what a step adds to the trace."""
+        names = names_of(step.snapshot)
+        step = replace(
+            step,
+            snapshot=with_names(step.snapshot),
+            events=tuple(named(event, names) for event in step.events) if names else step.events,
+        )
         snapshot = step.snapshot
         begin = min([snapshot.taken_s, *(snapshot.taken_s - event.age_s for event in step.events[:1])]) * 1e6
         if step.fresh or step.lost:

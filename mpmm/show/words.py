@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass, replace
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
+from mpmm.display_names import shown_tag
 from mpmm.policy.backoff import back_off_s
 from mpmm.policy.reasons import explain
 from mpmm.policy.sharing import expected_wait_s, seen_so_far
@@ -23,11 +24,14 @@ __all__ = [
     "for_people",
     "left_s",
     "mb",
+    "named",
+    "names_of",
     "needs",
     "pids",
     "places",
     "waiters",
     "why",
+    "with_names",
 ]
 
 #: Parts of a bar: used, reserved, on its way back, free, and where the limit is.
@@ -36,8 +40,36 @@ PLAIN_SIGNS = "#+-.|"
 Row = TypeVar("Row", bound=Any)
 
 
+def names_of(snapshot: Snapshot) -> dict[str, str]:
+    """Return what people are shown instead of tags, where models have names."""
+    return {model.tag: shown_tag(model.tag, model.name) for model in snapshot.models if model.name}
+
+
+def named(row: Row, names: Mapping[str, str]) -> Row:
+    """Return a row of a snapshot with names for tags; the same object where there are none."""
+    found = {field: names.get(getattr(row, field, None) or "") for field in ("tag", "other")}
+    changed: dict[str, Any] = {field: name for field, name in found.items() if name is not None}
+    return replace(row, **changed) if changed else row
+
+
+def with_names(snapshot: Snapshot) -> Snapshot:
+    """Return a snapshot whose rows have names for tags; the same object where no model has one."""
+    names = names_of(snapshot)
+    if not names:
+        return snapshot
+    tables = {field.name: getattr(snapshot, field.name) for field in fields(snapshot)}
+    rows = {name: rows for name, rows in tables.items() if isinstance(rows, tuple) and rows and is_dataclass(rows[0])}
+    changed: dict[str, Any] = {name: tuple(named(row, names) for row in table) for name, table in rows.items()}
+    return replace(snapshot, **changed)
+
+
 def for_people(row: Row) -> Row:
-    """Return a snapshot, or a row of one, whose texts a terminal can show; the same object where all can."""
+    """Return a snapshot, or a row of one, as a terminal can show it: names for tags, and nothing that does not print.
+
+    The same object where nothing changes.
+    """
+    if isinstance(row, Snapshot):
+        row = cast(Row, with_names(row))
     changed: dict[str, Any] = {}
     for field in fields(row):
         value = getattr(row, field.name)
