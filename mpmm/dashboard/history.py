@@ -123,14 +123,14 @@ class Recorder:
         """Look once. Raises what `read_snapshot` raises; what is known then stays, and `problem` says why."""
         try:
             step = self._follower.step()
+            if step.fresh:
+                self._begin()
+            self._look += 1
+            self._take(step)
         except Exception as error:
-            self.problem = printable(str(error))
+            self.problem = printable(str(error) or repr(error))
             raise
-        if step.fresh:
-            self._begin()
         self.problem, self.seen = None, True
-        self._look += 1
-        self._take(step)
 
     def _take(self, step: Step) -> None:
         snapshot, look = step.snapshot, self._look

@@ -9,10 +9,13 @@ from typing import Any
 
 from mpmm.dashboard.history import Recorder
 from mpmm.errors import MpmmError
+from mpmm.printable import printable_logger
 from mpmm.shared_state.runtime_dir import default_root
 from mpmm.shared_state.snapshot import find_lost_namespaces, find_namespaces
 
 __all__ = ["Watcher"]
+
+_logger = printable_logger("mpmm.dashboard")
 
 PAUSE_S = 1.0
 # Where so much happens that the ring of events could be overwritten between two looks.
@@ -89,7 +92,10 @@ class Watcher:
         try:
             recorder.look()
             self._ended.pop(name, None)
-        except (OSError, MpmmError):
+        except Exception as error:
+            if not isinstance(error, (OSError, MpmmError)):
+                # A mistake of ours: the page shows its text, and all other namespaces are looked at all the same.
+                _logger.exception("mpmm dashboard: cannot show namespace %s", name)
             since_s = self._ended.setdefault(name, now_s)
             if not there and (not recorder.seen or now_s - since_s > ENDED_KEPT_S):
                 del self._recorders[name], self._ended[name]

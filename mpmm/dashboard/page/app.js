@@ -11,6 +11,7 @@ const THEMES = ["system", "light", "dark"];
 const view = {
   namespace: address.searchParams.get("namespace"),
   window_s: [120, 600, 3600].find((seconds) => seconds === Number(address.searchParams.get("window"))) ?? 600,
+  chosen: address.searchParams.has("window"),
   paused: false,
 };
 
@@ -71,9 +72,19 @@ function take(said) {
   document.body.classList.remove("empty");
   if (state.complete) forget();
   merge(state);
+  chooseFirstWindow();
   if (said.problem === null) notice("", false);
   else notice(`${said.problem}. This is the last picture.`, true);
   show();
+}
+
+/** Begin with two minutes where little more is known, unless somebody has chosen. */
+function chooseFirstWindow() {
+  if (view.chosen) return;
+  view.chosen = true;
+  const oldest = Math.min(...[...known.memory.values()].map((points) => points[0]?.[0] ?? Infinity));
+  if (known.head.now - oldest < 150) view.window_s = 120;
+  markWindow();
 }
 
 function nothingSaid(said) {
@@ -397,6 +408,7 @@ function stepNamespace(by) {
 
 function chooseWindow(seconds) {
   view.window_s = seconds;
+  view.chosen = true;
   remember("window", seconds);
   markWindow();
   known.epoch = "";
