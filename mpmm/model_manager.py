@@ -88,7 +88,7 @@ from mpmm.shared_state.layout import (
 )
 from mpmm.shared_state.namespace import Namespace, run_at_exit
 from mpmm.shared_state.runtime_dir import RuntimeDirectory
-from mpmm.shared_state.settings import CHANGEABLE, Settings
+from mpmm.shared_state.settings import CHANGEABLE, CHECKPOINTS, Settings, checkpoints_by_name
 from mpmm.shared_state.tables import encode_text
 from mpmm.shared_state.transaction import Transaction
 from mpmm.sources import MemorySource, choose_source
@@ -341,6 +341,7 @@ class ModelManager(BeamNames):
         max_model_copies: int | None = None,
         idle_ttl_seconds: float | None = None,
         max_waiting: int | None = None,
+        suspend: str = "auto",
         suspend_budget_mb: float | None = None,
         devices: Sequence[int | str] | None = None,
         estimates_path: str | os.PathLike[str] | None = None,
@@ -375,6 +376,9 @@ class ModelManager(BeamNames):
         idle_ttl_seconds: a copy that nobody has used for so long, and whose model is not pinned, is unloaded; None
             keeps it until others need the room.
         max_waiting: how many may wait for one model, None for any number; who comes then gets QueueFullError at once.
+        suspend: which evicted copies may be kept in host memory instead of being unloaded, see `mpmm.suspend`:
+            `cooperative`, those of objects with `sleep()` and `wake_up()`; `checkpoint`, also those of any model
+            server, by the CUDA driver; `auto`, the latter on drivers that are known to be good.
         suspend_budget_mb: host memory in which evicted copies may be kept suspended, from where they are back sooner
             than by a load, see `mpmm.suspend`; None for half of what the host has left when the namespace is created,
             0 for none.
@@ -410,6 +414,7 @@ class ModelManager(BeamNames):
             idle_ttl_seconds=math.inf if idle_ttl_seconds is None else idle_ttl_seconds,
             max_waiting=math.inf if max_waiting is None else max_waiting,
             suspend_budget_mb=math.inf if suspend_budget_mb is None else suspend_budget_mb,
+            suspend_checkpoints=checkpoints_by_name(suspend),
         )
         self._verbose_logging = verbose_logging
         if monitor is not None and (
@@ -1140,6 +1145,7 @@ class ModelManager(BeamNames):
         values = {field.name: getattr(self._settings, field.name) for field in fields(Settings)}
         for name in ("memory_budget_mb", "max_model_copies", "idle_ttl_seconds", "max_waiting", "suspend_budget_mb"):
             values[name] = None if math.isinf(values[name]) else values[name]
+        values["suspend"] = CHECKPOINTS[int(values.pop("suspend_checkpoints"))]
         for name in ("min_data_points", "min_model_copies"):
             values[name] = int(values[name])
         values.update(
@@ -1802,7 +1808,7 @@ class ModelManager(BeamNames):
         seen = worker.sample_after_load(booking.row)
         grown_mb = growth.mb() if seen and not isinstance(value, str) else 0.0
         learnt: Estimate | None = None
-        way = worker.suspender.way_of(value)
+        way = worker.suspender.way_of(value, booking.row)
         with namespace.transaction() as t:
             at = tables.instance(booking.row)
             if not self._still_loading(worker, booking):

@@ -217,8 +217,9 @@ def new_gpus(tmp_path: Path, built_gpu: Build, monkeypatch: pytest.MonkeyPatch) 
     """Makes simulated GPUs, which this process and its children find; see `SimulatedGpus.create`."""
 
     def make(*totals_mb: float, **arguments: Any) -> SimulatedGpus:
+        checkpoints = arguments.pop("checkpoints", False)
         gpus = SimulatedGpus.create(tmp_path / "gpus", *totals_mb, **arguments)
-        for variable, value in gpus.environment(built_gpu).items():
+        for variable, value in gpus.environment(built_gpu, checkpoints=checkpoints).items():
             monkeypatch.setenv(variable, value)
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
         monkeypatch.delenv("MPMM_MEMORY_SOURCE", raising=False)

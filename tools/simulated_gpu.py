@@ -2,6 +2,7 @@
 
     SimulatedGpus (Python)  ->  directory  <-  libnvidia-ml.so.1   simulated_nvml.c: nvidia-ml-py, and so mpmm
     writes, allocates                      <-  nvidia-smi          simulated_nvidia_smi.c: Beam's GPUMonitor, and mpmm
+                                           <-  libcuda.so.1        simulated_cuda.c: the driver's checkpoint calls
 
 Both programs are built with gcc (`build`) and find the directory by $SIMULATED_GPU_DIR; `SimulatedGpus.environment`
 is what a child process needs. Memory is declared, not taken: a process has a file on each device, which counts for
@@ -16,6 +17,14 @@ as long as the process lives.
                        nvml_hang   seconds that a figure takes
                        smi_hang    seconds that nvidia-smi takes
                        lock        held by who allocates
+                       cuda_rates  '<call> <MB/s>' for each of checkpoint and restore; at once without
+                       cuda_error  '<call> <error>' for each call that fails: cuInit, state, lock, checkpoint, …
+                       cuda_hang   '<call> <seconds>' for each call that begins late
+                       cuda_busy   'lock <seconds>' that submitted work still takes
+                       cuda_die    '<call> <bytes> <state>': the caller is killed before it has moved so much, and the
+                                   process is left in that state
+    in host:           state_<pid>_<start time>      1 locked, 2 checkpointed, 3 failed; running without
+                       gpu<n>_<pid>_<start time>     bytes of a process that are in the host's memory
     in gpu0, …, and in about       uuid, name, total and reserved (bytes), linger_ms, mig
     their slices       lost        if it exists, the GPU fell off the bus
     gpu0/mig0, …:      refused     '<what> <error>' for each question that is refused; what is memory, processes,
@@ -44,7 +53,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["DIRECTORY_VARIABLE", "DRIVER_NOT_LOADED", "GPU_IS_LOST", "NOT_SUPPORTED", "Build", "SimulatedGpus", "build"]
+__all__ = [
+    *("CHECKPOINTED", "DIRECTORY_VARIABLE", "DRIVER_NOT_LOADED", "FAILED", "GPU_IS_LOST", "LOCKED", "NOT_SUPPORTED"),
+    *("RUNNING", "Build", "SimulatedGpus", "build"),
+]
 
 DIRECTORY_VARIABLE = "SIMULATED_GPU_DIR"
 MIB = 2**20
@@ -55,6 +67,10 @@ NOT_SUPPORTED = 3
 NO_PERMISSION = 4
 DRIVER_NOT_LOADED = 9
 GPU_IS_LOST = 15
+# States of a process for the driver's checkpoint calls.
+RUNNING, LOCKED, CHECKPOINTED, FAILED = range(4)
+# How often a process looks whether it is locked no more.
+LOOK_S = 0.005
 _SOURCES = Path(__file__).resolve().parent
 # A GPU's number, the number of one and of its slice, or a uuid.
 Device = int | tuple[int, int] | str
@@ -63,10 +79,11 @@ _numbers = itertools.count(1)
 
 @dataclass(frozen=True)
 class Build:
-    """Where the two programs are: the library's folder goes to LD_LIBRARY_PATH, the other to PATH."""
+    """Where the programs are: the libraries' folders go to LD_LIBRARY_PATH, the other to PATH."""
 
     library: Path
     program: Path
+    cuda: Path
 
     def load(self) -> None:
         """Load the library into this process, so that nvidia-ml-py finds it; before it has looked for another.
@@ -78,14 +95,17 @@ class Build:
 
 def build(folder: Path) -> Build:
     """Build the library and the program in `folder`, in half a second. Raises CalledProcessError, with gcc's words."""
-    built = Build(folder / "lib" / "libnvidia-ml.so.1", folder / "bin" / "nvidia-smi")
-    for path in (built.library, built.program):
+    # The checkpoint calls lie by themselves: a library that finds a libcuda.so.1 takes it for a whole one.
+    cuda = folder / "cuda" / "libcuda.so.1"
+    built = Build(folder / "lib" / "libnvidia-ml.so.1", folder / "bin" / "nvidia-smi", cuda)
+    for path in (built.library, built.program, built.cuda):
         path.parent.mkdir(parents=True, exist_ok=True)
     gcc = ["gcc", "-O2", "-Wall", "-Wextra", "-Werror"]
     nvml = str(_SOURCES / "simulated_nvml.c")
     shared = [*gcc, "-shared", "-fPIC", "-Wl,-soname,libnvidia-ml.so.1", "-o", str(built.library), nvml]
     program = [*gcc, "-o", str(built.program), str(_SOURCES / "simulated_nvidia_smi.c"), nvml]
-    for command in (shared, program):
+    checkpoints = [*gcc, "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-o", str(built.cuda)]
+    for command in (shared, program, [*checkpoints, str(_SOURCES / "simulated_cuda.c")]):
         subprocess.run(command, check=True)
     return built
 
@@ -131,11 +151,19 @@ class SimulatedGpus:
                 gpus._describe(folder / f"gpu{number}" / f"mig{place}", uuid, name, size, 0.0, linger_s, False)
         return gpus
 
-    def environment(self, built: Build, base: Mapping[str, str] | None = None) -> dict[str, str]:
-        """Return `base` (the process's own) with what a child process needs to find these GPUs."""
+    def environment(
+        self, built: Build, base: Mapping[str, str] | None = None, checkpoints: bool = False
+    ) -> dict[str, str]:
+        """Return `base` (the process's own) with what a child process needs to find these GPUs.
+
+        checkpoints: the driver's checkpoint calls, too.
+        """
         found = dict(os.environ if base is None else base)
         found[DIRECTORY_VARIABLE] = str(self.folder)
-        for variable, path in (("LD_LIBRARY_PATH", built.library), ("PATH", built.program)):
+        places = [("LD_LIBRARY_PATH", built.library), ("PATH", built.program)]
+        if checkpoints:
+            places.append(("LD_LIBRARY_PATH", built.cuda))
+        for variable, path in places:
             found[variable] = os.pathsep.join(filter(None, [str(path.parent), found.get(variable)]))
         return found
 
@@ -205,6 +233,7 @@ class SimulatedGpus:
         Raises MemoryError, and takes nothing, when there is less free.
         """
         wanted = self.current_device() if device is None else device
+        self._await_unlock()
         with self._alone():
             free_mb = self.total_mb(wanted) - self.used_mb(wanted)
             if mb > free_mb:
@@ -217,6 +246,7 @@ class SimulatedGpus:
         """Give memory of this process back; it comes free after `linger_s`. Raises ValueError for more than it has."""
         wanted = self.current_device() if device is None else device
         own = self._own_file(wanted)
+        self._await_unlock()
         with self._alone():
             if mb * MIB > _read_bytes(own) + 1:
                 raise ValueError(f"{mb:g} MiB to free, {_read_bytes(own) / MIB:g} MiB taken")
@@ -231,6 +261,49 @@ class SimulatedGpus:
             _write(path, str(round(mb * MIB)))
         else:
             path.unlink()
+
+    # ---- checkpoints ---------------------------------------------------------------------------------------
+
+    def set_rates(self, checkpoint_mb_s: float, restore_mb_s: float) -> None:
+        """Let checkpoints and restores move so much in a second; 0: all of it at once."""
+        _write(self.folder / "cuda_rates", f"checkpoint {checkpoint_mb_s}\nrestore {restore_mb_s}\n")
+
+    def fail_call(self, call: str, error: int) -> None:
+        """Let a call of the driver (`cuInit`, `state`, `lock`, `checkpoint`, `restore`, `unlock`) fail; 0 ends it."""
+        _write(self.folder / "cuda_error", f"{call} {error}\n" if error else "")
+
+    def hang_call(self, call: str, seconds: float) -> None:
+        """Let a call of the driver begin so much later."""
+        _write(self.folder / "cuda_hang", f"{call} {seconds}\n")
+
+    def keep_busy(self, seconds: float) -> None:
+        """Let every process have submitted work of so many seconds, for which a lock waits."""
+        _write(self.folder / "cuda_busy", f"lock {seconds}\n")
+
+    def kill_caller(self, call: str, after_mb: float, leaves: int) -> None:
+        """Let the next caller of `checkpoint` or `restore` be killed before it has moved so much; below 0 ends it.
+
+        leaves: the state in which the process is then.
+        """
+        _write(self.folder / "cuda_die", f"{call} {round(after_mb * MIB)} {leaves}\n" if after_mb >= 0 else "")
+
+    def state_of(self, pid: int) -> int:
+        """Return the state of a process: RUNNING, LOCKED, CHECKPOINTED or FAILED."""
+        return _read_bytes(self.folder / "host" / f"state_{pid}_{_start_of(pid)}")
+
+    def host_mb(self) -> float:
+        """Return what living processes have in the host's memory instead of on their devices."""
+        found = 0
+        for path in (self.folder / "host").glob("gpu*_*_*"):
+            _, pid, started = path.name.split("_")
+            if _start_of(int(pid)) == started:
+                found += _read_bytes(path)
+        return found / MIB
+
+    def _await_unlock(self) -> None:
+        """Block as a CUDA call does while the process is locked or checkpointed."""
+        while self.state_of(os.getpid()) != RUNNING:
+            time.sleep(LOOK_S)
 
     # ---- failures -----------------------------------------------------------------------------------------
 

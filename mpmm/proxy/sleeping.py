@@ -10,15 +10,15 @@ from mpmm.errors import ModelServerError
 from mpmm.proxy import transport, wire
 from mpmm.proxy.channel import Channel
 from mpmm.proxy.hosting import can_sleep, find_host
-from mpmm.proxy.room import room_for
+from mpmm.proxy.room import ServerRecord, room_for
 
-__all__ = ["ask_to", "can_sleep", "served_sleeper"]
+__all__ = ["ask_to", "can_sleep", "record_of"]
 
 
-def served_sleeper(tag: str) -> bool:
-    """Tell whether a tag's server has an object that can sleep."""
+def record_of(tag: str) -> ServerRecord | None:
+    """Return what a tag's server says of itself; None if there is none."""
     lives, record = room_for(None).look(tag)
-    return bool(lives and record is not None and record.sleeps)
+    return record if lives else None
 
 
 def ask_to(request: str, tag: str, pid: int | None = None) -> Any:

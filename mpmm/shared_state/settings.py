@@ -10,7 +10,11 @@ from typing import Any
 from mpmm.arguments import checked_number, in_brief
 from mpmm.errors import InvalidArgumentError
 
-__all__ = ["CHANGEABLE", "Settings"]
+__all__ = ["ALWAYS", "CHANGEABLE", "CHECKPOINTS", "NEVER", "Settings", "checkpoints_by_name"]
+
+#: Whether the CUDA driver suspends model servers, by the value of `suspend_checkpoints`: the names of `suspend`.
+CHECKPOINTS = ("cooperative", "auto", "checkpoint")
+NEVER, ALWAYS = 0, 2
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,7 @@ class Settings:
     idle_ttl_seconds: float = math.inf  # none
     max_waiting: float = math.inf  # none
     suspend_budget_mb: float = math.inf  # chosen by what the host has, see `Header.HOST_SHARE_MB`
+    suspend_checkpoints: float = 1  # an index into CHECKPOINTS
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -57,6 +62,13 @@ class Settings:
                 raise InvalidArgumentError(f"{name}=None: expected {_RANGES[name][2]}")
         given: Any = {name: math.inf if value is None else value for name, value in changes.items()}
         return replace(self, **given)
+
+
+def checkpoints_by_name(suspend: object) -> float:
+    """Return the number that a value of `suspend` stands for. Raises InvalidArgumentError."""
+    if suspend not in CHECKPOINTS:
+        raise InvalidArgumentError(f"suspend={in_brief(suspend)}: expected one of {', '.join(CHECKPOINTS)}")
+    return float(CHECKPOINTS.index(str(suspend)))
 
 
 _SECONDS = (0.0, math.inf, "seconds")
@@ -82,11 +94,13 @@ _RANGES: dict[str, tuple[float, float, str]] = {
     "idle_ttl_seconds": _SECONDS,
     "max_waiting": (0, math.inf, _COUNT),
     "suspend_budget_mb": (0.0, math.inf, "MB"),
+    "suspend_checkpoints": (0, 2, _COUNT),
 }
 _SOURCE = "each process has made its source of memory figures with it; slack_percentage sets the limit"
 _FIXED = {
     "fallback_memory_mb": _SOURCE,
     "memory_budget_mb": _SOURCE,
+    "suspend_checkpoints": "it is what was given as `suspend` when the namespace was created",
     "wait_timeout_seconds": "it is each manager's own; `timeout_seconds` of a call is for that call",
 }
 #: The parameters that `ModelManager.update_settings` changes.

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mpmm.errors import ModelServerError, SuspendError
@@ -13,11 +15,14 @@ from mpmm.policy.suspension import Unsuspendable, Way, limit_s
 from mpmm.policy.view import Reason
 from mpmm.printable import printable_logger
 from mpmm.proxy import wire
-from mpmm.proxy.sleeping import ask_to, can_sleep, served_sleeper
+from mpmm.proxy.sleeping import ask_to, can_sleep, record_of
 from mpmm.sampler import answer_within
 from mpmm.shared_state.events import Cause
-from mpmm.shared_state.layout import Instance, Member
+from mpmm.shared_state.layout import Header, Instance, Member
+from mpmm.shared_state.settings import ALWAYS, NEVER
 from mpmm.shared_state.transaction import Transaction
+from mpmm.suspend.driver import GOOD_BRANCHES, driver_branch
+from mpmm.suspend.helper import ask_helper
 
 if TYPE_CHECKING:
     from mpmm.worker import Worker
@@ -38,6 +43,7 @@ class _Task:
     """What is to be suspended or resumed. value: the object, None for a handle."""
 
     tag: str
+    way: Way
     mb: float
     handle: str
     server_pid: int | None
@@ -51,10 +57,39 @@ class Suspender:
         self._worker = worker
         self._namespace = worker.namespace
 
-    def way_of(self, value: Any) -> Way:
-        """Return how what a loader has made can be suspended."""
-        sleeps = served_sleeper(value) if isinstance(value, str) else can_sleep(value)
-        return Way.COOPERATIVE if sleeps else Way.NONE
+    def way_of(self, value: Any, row: int) -> Way:
+        """Return how what a loader has made for a row can be suspended."""
+        if not isinstance(value, str):
+            return Way.COOPERATIVE if can_sleep(value) else Way.NONE
+        record = record_of(value)
+        if record is None:
+            return Way.NONE
+        if record.sleeps:
+            return Way.COOPERATIVE
+        # What is served beside other work is not to stand still.
+        return Way.CHECKPOINT if record.spawned and self._may_checkpoint(row) else Way.NONE
+
+    def _may_checkpoint(self, row: int) -> bool:
+        """Tell whether the driver may suspend the server of a copy: not on MIG slices, nor where pids say nothing."""
+        choice = self._namespace.settings.suspend_checkpoints
+        if choice == NEVER or not self._namespace.segment.words[Header.PID_NAMESPACE]:
+            return False
+        if any(uuid.startswith("MIG-") for uuid in self._worker.placement_of(row).uuids):
+            return False
+        return choice == ALWAYS or self._driver_is_good
+
+    @functools.cached_property
+    def _driver_is_good(self) -> bool:
+        branch = driver_branch()
+        good = branch in GOOD_BRANCHES
+        if branch is not None and not good:
+            text = (
+                "mpmm %s: models are not suspended by the driver's checkpoints, which have not been tried on driver %d "
+                "(but on %s); suspend='checkpoint' turns them on, suspend='cooperative' keeps this from being said"
+            )
+            known = ", ".join(map(str, sorted(GOOD_BRANCHES)))
+            _LOG.info(text, self._namespace.name, branch, known)
+        return good
 
     # ---- suspend -------------------------------------------------------------------------------------------
 
@@ -213,7 +248,7 @@ class Suspender:
     def _attempt(self, task: _Task, request: str) -> tuple[bool, Unsuspendable | None]:
         """Do one step; return whether it is done, and why it failed if that is the model's fault."""
         try:
-            answer_within(lambda: _ask(task, request), limit_s(task.mb), "mpmm-suspend")
+            answer_within(lambda: _ask(task, request, self._namespace.runtime.path), limit_s(task.mb), "mpmm-suspend")
         except ModelServerError as error:
             self._say(logging.WARNING, task, request, error)
             return False, None
@@ -242,6 +277,7 @@ class Suspender:
             server = words[at + Instance.SERVER]
             return _Task(
                 tables.tag_of(words[at + Instance.MODEL]),
+                Way(words[at + Instance.WAY]),
                 namespace.segment.floats[at + Instance.DEVICE_MB],
                 tables.handle_of(row),
                 words[tables.member(server - 1) + Member.PID] if server else None,
@@ -268,8 +304,13 @@ class Suspender:
             time.sleep(LOOK_S)
 
 
-def _ask(task: _Task, request: str) -> None:
-    if task.value is None:
+def _ask(task: _Task, request: str, folder: Path) -> None:
+    if task.way == Way.CHECKPOINT:
+        if task.server_pid is None:
+            raise ModelServerError(f"the server of {task.handle!r} is gone", tag=task.handle, server_pid=None)
+        what = "suspend" if request == wire.SLEEP else "resume"
+        ask_helper(folder, what, task.server_pid, limit_s(task.mb), task.tag)
+    elif task.value is None:
         ask_to(request, task.handle, task.server_pid)
     elif request == wire.SLEEP:
         task.value.sleep()

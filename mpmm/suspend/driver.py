@@ -1,0 +1,163 @@
+"""The CUDA driver's checkpoint calls: they move all GPU memory of a process into its host memory, and back.
+
+The process that is suspended does nothing for it and is not asked: from its `lock` on, its CUDA calls block, and its
+other threads run on. From driver 570 (PyTorch from 575), Linux on x86-64; not under MIG or MPS, and not with managed
+or, before 610, IPC memory. The caller calls `cuInit`, so it must be a process that never forks: see `helper.py`.
+
+    running ──lock──> locked ──checkpoint──> checkpointed ──restore──> locked ──unlock──> running
+
+`suspend` and `resume` go from whatever state they find: one that died on the way is gone on with.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import time
+from collections.abc import Callable
+from enum import IntEnum
+from pathlib import Path
+
+__all__ = ["GOOD_BRANCHES", "CheckpointDriver", "DriverError", "State", "driver_branch"]
+
+LIBRARY = "libcuda.so.1"
+# CUresult, as far as these calls are known to return it.
+SUCCESS, OUT_OF_MEMORY, NOT_INITIALIZED, ILLEGAL_STATE, NOT_READY, NOT_SUPPORTED = 0, 2, 3, 401, 600, 801
+REASONS = {
+    1: "there is no such process, or it has no GPU context",
+    OUT_OF_MEMORY: "too little memory on the device",
+    NOT_INITIALIZED: "the driver is not initialised",
+    100: "there is no device",
+    ILLEGAL_STATE: "the process is in another state",
+    NOT_READY: "the work that the process has submitted did not end in time",
+    800: "not permitted",
+    NOT_SUPPORTED: "not supported: an old driver, MIG, MPS, or managed or shared memory",
+    999: "unknown error",
+}
+# Branches of the kernel driver on which weights, captured graphs and connections were seen to survive, and killed
+# processes to leave nothing behind. On 595 (open) a kill of a process that had been restored hung the whole host.
+GOOD_BRANCHES = frozenset({580})
+_VERSION_FILE = Path("/proc/driver/nvidia/version")
+# A process that initialises CUDA at the same moment makes a lock fail.
+LOCK_TRIES = 5
+RETRY_S = 0.05
+# How long submitted work may take at most. It is that of a copy which nobody uses.
+LOCK_TIMEOUT_MS = 5000
+
+
+def driver_branch(version_file: Path = _VERSION_FILE) -> int | None:
+    """Return the branch of NVIDIA's kernel driver, 580 say; None where there is none."""
+    try:
+        found = re.search(r"\b(\d{3})\.\d+", version_file.read_text())
+    except OSError:
+        return None
+    return int(found[1]) if found else None
+
+
+class State(IntEnum):
+    """What `GetState` says; the last two from driver 13.4 on."""
+
+    RUNNING = 0
+    LOCKED = 1
+    CHECKPOINTED = 2
+    FAILED = 3
+    CHECKPOINTING = 4
+    RESTORING = 5
+
+
+class DriverError(Exception):
+    """A call of the driver failed. Attributes: `call`, `code` (CUresult, 0 where there is none)."""
+
+    def __init__(self, call: str, code: int, text: str = "") -> None:
+        super().__init__(f"{call}: {text or REASONS.get(code, 'error')}" + (f" (CUDA error {code})" if code else ""))
+        self.call = call
+        self.code = code
+
+
+class _LockArguments(ctypes.Structure):
+    """`CUcheckpointLockArgs`: 64 bytes, of which all but the first word are 0."""
+
+    _fields_ = [("timeout_ms", ctypes.c_uint), ("reserved", ctypes.c_char * 60)]
+
+
+class CheckpointDriver:
+    """The library, initialised. Thread-safe, for different processes."""
+
+    def __init__(self) -> None:
+        """Load and initialise it. Raises DriverError when there is none, or it is too old."""
+        try:
+            self._library = ctypes.CDLL(LIBRARY)
+            self._calls = {
+                name: self._library[f"cuCheckpointProcess{name}"]
+                for name in ("GetState", "Lock", "Checkpoint", "Restore", "Unlock")
+            }
+        except (OSError, AttributeError) as error:
+            raise DriverError("load", 0, f"{LIBRARY} has no checkpoint calls: {error}") from error
+        for call in self._calls.values():
+            call.argtypes = (ctypes.c_int, ctypes.c_void_p)
+            call.restype = ctypes.c_int
+        self._library.cuInit.argtypes = (ctypes.c_uint,)
+        code = self._library.cuInit(0)
+        if code:
+            raise DriverError("cuInit", code)
+
+    def state(self, pid: int) -> State:
+        """Return the state of a process. Raises DriverError."""
+        state = ctypes.c_int(-1)
+        self._call("GetState", pid, ctypes.byref(state))
+        try:
+            return State(state.value)
+        except ValueError:
+            raise DriverError("GetState", 0, f"unknown state {state.value}") from None
+
+    def suspend(self, pid: int, deadline: float) -> None:
+        """Bring a process to CHECKPOINTED, from wherever it is; if it cannot be, it runs again.
+
+        deadline: as `time.monotonic()`, for another caller's work to end. Raises DriverError, also for FAILED.
+        """
+        self._go(pid, State.CHECKPOINTED, {State.RUNNING: self._lock, State.LOCKED: self._checkpoint}, deadline)
+
+    def resume(self, pid: int, deadline: float) -> None:
+        """Bring a process to RUNNING, from wherever it is. Raises DriverError as `suspend` does."""
+        self._go(pid, State.RUNNING, {State.CHECKPOINTED: self._restore, State.LOCKED: self._unlock}, deadline)
+
+    def _go(self, pid: int, goal: State, steps: dict[State, Callable[[int], None]], deadline: float) -> None:
+        while (state := self.state(pid)) != goal:
+            if state in steps:
+                steps[state](pid)
+            elif state == State.FAILED:
+                raise DriverError("GetState", 0, f"process {pid} has failed in the driver, and is lost")
+            elif time.monotonic() > deadline:
+                raise DriverError("GetState", 0, f"process {pid} is still {state.name.lower()}")
+            else:
+                time.sleep(RETRY_S)
+
+    def _lock(self, pid: int) -> None:
+        for tried in range(LOCK_TRIES):
+            try:
+                self._call("Lock", pid, ctypes.byref(_LockArguments(LOCK_TIMEOUT_MS)))
+                return
+            except DriverError as error:
+                if error.code != ILLEGAL_STATE or tried == LOCK_TRIES - 1:
+                    raise
+            time.sleep(RETRY_S)
+
+    def _checkpoint(self, pid: int) -> None:
+        try:
+            self._call("Checkpoint", pid, None)
+        except DriverError:
+            # Locked, it would stand still for ever.
+            if self.state(pid) == State.LOCKED:
+                self._unlock(pid)
+            raise
+
+    def _restore(self, pid: int) -> None:
+        self._call("Restore", pid, None)
+
+    def _unlock(self, pid: int) -> None:
+        self._call("Unlock", pid, None)
+
+    def _call(self, name: str, pid: int, argument: object) -> None:
+        code = self._calls[name](pid, argument)
+        if code:
+            raise DriverError(name.lower(), code)

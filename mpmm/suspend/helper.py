@@ -1,0 +1,167 @@
+"""The helper: the one process of a namespace that calls the CUDA driver's checkpoint functions, started on demand.
+
+`cuInit` must be called neither in workers, which fork, nor in a model server, whose own threads a lock stops. The
+helper holds the lock `suspend.lock`, by which the kernel elects it, and answers at a socket beside it. It moves each
+process in a thread of its own, and ends once no worker is left, nobody has asked for anything for `IDLE_S`, or a
+call of the driver hangs: that one's process is ended by whoever has asked, and the next helper serves the others.
+
+Its death costs the operation, not the process that is moved: whoever has asked asks the next helper, which goes on
+from the state in which the driver has left it.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+import time
+from contextlib import closing, suppress
+from multiprocessing import AuthenticationError
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+from mpmm.errors import SuspendError
+from mpmm.proxy import transport
+from mpmm.shared_state.lock_file import LockFile, is_locked
+from mpmm.suspend.driver import CheckpointDriver, DriverError
+
+__all__ = ["ask_helper", "main"]
+
+LOCK, SOCKET, ALIVE = "suspend.lock", "suspend.sock", "alive.lock"
+IDLE_S = 60.0
+LOOK_S = 0.5
+# Importing takes 0.1 s, and `cuInit` up to 3 s on a host with many GPUs, but on a busy host everything takes longer.
+START_S = 30.0
+START_LOOK_S = 0.02
+# So often the next helper is asked, after the death of one.
+TRIES = 3
+# A call that has hung for so many times its limit is not going to come back.
+HUNG = 2.0
+_started: list[subprocess.Popen[bytes]] = []
+
+
+# ---- who asks ----------------------------------------------------------------------------------------------------
+
+
+def ask_helper(folder: Path, what: str, pid: int, limit_s: float, tag: str) -> None:
+    """Have the helper of a namespace's folder `suspend` or `resume` a process, starting one if there is none.
+
+    Raises SuspendError with what the driver says, and what `transport.dial` raises for a folder that is gone.
+    """
+    key = (folder / "token").read_bytes()
+    request = json.dumps({"what": what, "pid": pid, "limit_s": limit_s}).encode()
+    for tried in range(1, TRIES + 1):
+        try:
+            with closing(_connected(folder, key)) as connection:
+                connection.send_bytes(request)
+                answer = json.loads(connection.recv_bytes())
+        except (EOFError, ConnectionError) as error:
+            if tried == TRIES:
+                raise SuspendError(f"{what} {tag!r} (pid {pid}): {TRIES} helpers have died of it", tag=tag) from error
+            continue
+        if answer["error"] is not None:
+            raise SuspendError(f"{what} {tag!r} (pid {pid}): {answer['error']}", tag=tag)
+        return
+
+
+def _connected(folder: Path, key: bytes) -> Connection:
+    """Return a connection to the helper, which is started if there is none. Raises OSError when none comes up."""
+    deadline = time.monotonic() + START_S
+    started = False
+    while True:
+        try:
+            return transport.dial(folder, SOCKET, key)
+        except (FileNotFoundError, ConnectionRefusedError, EOFError, AuthenticationError):
+            if time.monotonic() > deadline:
+                raise
+        if not started and not is_locked(folder / LOCK):
+            _start(folder)
+            started = True
+        time.sleep(START_LOOK_S)
+
+
+def _start(folder: Path) -> None:
+    # A zombie of ours until it is asked for.
+    _started[:] = [process for process in _started if process.poll() is None]
+    command = [sys.executable, "-m", "mpmm.suspend.helper", str(folder)]
+    _started.append(subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True))
+
+
+# ---- the process -------------------------------------------------------------------------------------------------
+
+
+def main(folder: Path) -> int:
+    """Serve the workers of a namespace's folder, and return once nobody needs that; at once if another one does."""
+    lock = LockFile(folder / LOCK)
+    if not lock.try_exclusive() or not lock.is_current():
+        return 0
+    key = (folder / "token").read_bytes()
+    (folder / SOCKET).unlink(missing_ok=True)
+    helper = _Helper(key)
+    with transport.listen(folder, SOCKET) as listener:
+        while lock.is_current() and not _is_deserted(folder / ALIVE) and not helper.is_through():
+            if wait([listener], LOOK_S):
+                connection = transport.accept(listener)
+                if connection is not None:
+                    threading.Thread(target=helper.converse, args=(connection,), daemon=True).start()
+    with suppress(OSError):
+        (folder / SOCKET).unlink(missing_ok=True)
+    return 0
+
+
+def _is_deserted(alive: Path) -> bool:
+    """Tell whether no worker is left, each of which holds this lock shared."""
+    try:
+        with closing(LockFile(alive, create=False)) as lock:
+            return lock.try_exclusive()
+    except FileNotFoundError:
+        return True
+
+
+class _Helper:
+    def __init__(self, key: bytes) -> None:
+        self._key = key
+        self._mutex = threading.Lock()
+        self._driver: CheckpointDriver | None = None
+        self._last_asked = time.monotonic()
+        # By thread: when a request counts as hung.
+        self._hung_at: dict[int, float] = {}
+
+    def is_through(self) -> bool:
+        """Tell whether to end: nobody has asked for a while, or a call hangs."""
+        now, hung_at = time.monotonic(), list(self._hung_at.values())
+        return min(hung_at, default=now) < now or (not hung_at and now - self._last_asked > IDLE_S)
+
+    def converse(self, connection: Connection) -> None:
+        """Answer one request."""
+        with closing(connection), suppress(EOFError, OSError, AuthenticationError):
+            transport.authenticate_client(connection, self._key)
+            request = json.loads(connection.recv_bytes())
+            self._last_asked = time.monotonic()
+            self._hung_at[threading.get_ident()] = self._last_asked + HUNG * request["limit_s"]
+            try:
+                error = self._do(request)
+            finally:
+                del self._hung_at[threading.get_ident()]
+                self._last_asked = time.monotonic()
+            connection.send_bytes(json.dumps({"error": error}).encode())
+
+    def _do(self, request: dict[str, Any]) -> str | None:
+        """Do what is asked; return what went wrong."""
+        deadline = time.monotonic() + request["limit_s"]
+        try:
+            with self._mutex:
+                driver = self._driver = self._driver or CheckpointDriver()
+            if request["what"] == "suspend":
+                driver.suspend(request["pid"], deadline)
+            else:
+                driver.resume(request["pid"], deadline)
+        except DriverError as error:
+            return str(error)
+        return None
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))

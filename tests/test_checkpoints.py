@@ -1,0 +1,334 @@
+"""Suspension by the driver's checkpoints: the simulated driver, its binding, the helper process, and all together."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from processes import (
+    Loads,
+    LoadsServer,
+    MakesServed,
+    Process,
+    Seat,
+    acquire,
+    copies_of,
+    learn,
+    model_of,
+    problems,
+    release,
+    served,
+    shut_down,
+    wait_until,
+)
+from simulated_gpu import CHECKPOINTED, FAILED, LOCKED, RUNNING, Build, SimulatedGpus
+from sleepers import pretend_load_s
+
+from mpmm.policy.suspension import Unsuspendable
+from mpmm.shared_state.snapshot import read_snapshot
+from mpmm.suspend.driver import CheckpointDriver, DriverError, State, driver_branch
+from mpmm.suspend.helper import LOCK
+
+NewGpus = Callable[..., SimulatedGpus]
+NewProcess = Callable[..., Process]
+NOT_SUPPORTED = 801
+LONG_S = 60.0
+
+HOLDER = """
+import sys
+from pathlib import Path
+from simulated_gpu import SimulatedGpus
+SimulatedGpus(Path(sys.argv[1])).allocate(float(sys.argv[2]), 0)
+print("taken", flush=True)
+sys.stdin.read()
+"""
+
+
+# ---- the binding, on the simulated driver -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def gpus(new_gpus: NewGpus, built_gpu: Build, monkeypatch: pytest.MonkeyPatch) -> SimulatedGpus:
+    """A GPU of 1000 MB with the checkpoint calls, which this process finds as well."""
+    monkeypatch.setattr("mpmm.suspend.driver.LIBRARY", str(built_gpu.cuda))
+    return new_gpus(1000, checkpoints=True)
+
+
+@pytest.fixture
+def target(gpus: SimulatedGpus) -> Iterator[int]:
+    """A process that has 400 MB of the GPU."""
+    command = [sys.executable, "-c", HOLDER, str(gpus.folder), "400"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent / "tools")}
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
+    assert process.stdout is not None and process.stdout.readline()
+    yield process.pid
+    process.kill()
+    process.communicate()
+
+
+def soon() -> float:
+    return time.monotonic() + 5.0
+
+
+def test_memory_leaves_the_device_and_comes_back(gpus: SimulatedGpus, target: int) -> None:
+    driver = CheckpointDriver()
+    driver.suspend(target, soon())
+    assert (gpus.used_mb(0), gpus.host_mb(), gpus.state_of(target)) == (0.0, 400.0, CHECKPOINTED)
+    assert driver.state(target) == State.CHECKPOINTED
+    driver.suspend(target, soon())
+    driver.resume(target, soon())
+    assert (gpus.used_mb(0), gpus.host_mb(), gpus.state_of(target)) == (400.0, 0.0, RUNNING)
+    driver.resume(target, soon())
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "reason", "left"),
+    [
+        ("lock", 1, "no such process", RUNNING),
+        ("lock", 3, "not initialised", RUNNING),
+        ("lock", 401, "another state", RUNNING),
+        ("lock", 600, "did not end in time", RUNNING),
+        ("lock", NOT_SUPPORTED, "not supported", RUNNING),
+        ("checkpoint", NOT_SUPPORTED, "not supported", RUNNING),
+        ("state", 3, "not initialised", RUNNING),
+    ],
+)
+def test_what_the_driver_says_is_an_error_with_its_reason_and_the_process_runs_on(
+    gpus: SimulatedGpus, target: int, call: str, error: int, reason: str, left: int
+) -> None:
+    driver = CheckpointDriver()
+    gpus.fail_call(call, error)
+    with pytest.raises(DriverError, match=reason) as caught:
+        driver.suspend(target, soon())
+    assert caught.value.code == error
+    gpus.fail_call(call, 0)
+    assert (gpus.state_of(target), gpus.used_mb(0)) == (left, 400.0)
+
+
+def test_a_restore_without_room_leaves_the_process_in_the_host(gpus: SimulatedGpus, target: int) -> None:
+    driver = CheckpointDriver()
+    driver.suspend(target, soon())
+    gpus.pretend(1, 700.0, 0)
+    with pytest.raises(DriverError, match="too little memory"):
+        driver.resume(target, soon())
+    assert (gpus.state_of(target), gpus.host_mb()) == (CHECKPOINTED, 400.0)
+    gpus.pretend(1, 0.0, 0)
+    driver.resume(target, soon())
+    assert gpus.state_of(target) == RUNNING
+
+
+def test_a_process_that_failed_is_lost(gpus: SimulatedGpus, target: int) -> None:
+    driver = CheckpointDriver()
+    gpus.kill_caller("checkpoint", 0.0, FAILED)
+    assert run_in_helper(target, "suspend") == -signal.SIGKILL
+    gpus.kill_caller("checkpoint", -1.0, 0)
+    with pytest.raises(DriverError, match="is lost"):
+        driver.suspend(target, soon())
+
+
+def run_in_helper(target: int, what: str) -> int:
+    pid = os.fork()
+    if pid == 0:
+        getattr(CheckpointDriver(), what)(target, soon())
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+@pytest.mark.parametrize("left", [LOCKED, RUNNING])
+def test_where_a_caller_died_the_next_one_goes_on(gpus: SimulatedGpus, target: int, left: int) -> None:
+    gpus.kill_caller("checkpoint", 0.0, left)
+    assert run_in_helper(target, "suspend") == -signal.SIGKILL
+    gpus.kill_caller("checkpoint", -1.0, 0)
+    CheckpointDriver().suspend(target, soon())
+    assert (gpus.state_of(target), gpus.used_mb(0)) == (CHECKPOINTED, 0.0)
+
+
+def test_a_library_without_the_calls_is_an_error_that_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mpmm.suspend.driver.LIBRARY", "libm.so.6")
+    with pytest.raises(DriverError, match=r"libm\.so\.6 has no checkpoint calls"):
+        CheckpointDriver()
+
+
+def test_the_driver_tells_its_branch(tmp_path: Path) -> None:
+    version = tmp_path / "version"
+    version.write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  580.159.04  Thu Aug  1 00:00:00 UTC 2026\n")
+    assert driver_branch(version) == 580
+    assert driver_branch(tmp_path / "none") is None
+
+
+# ---- managers, servers and the helper ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def two(gpus: SimulatedGpus, new_process: NewProcess) -> tuple[Process, Process]:
+    """Two processes of a namespace on that GPU; models a and b take 600 MB each, and never fit together."""
+    chosen: dict[str, Any] = {"memory_source": "nvml", "suspend": "checkpoint", "suspend_budget_mb": 2000.0}
+    first, second = new_process(**chosen), new_process(**chosen)
+    first.call(learn, a=600.0, b=600.0)
+    return first, second
+
+
+def loads(gpus: SimulatedGpus, tag: str) -> LoadsServer:
+    return LoadsServer(tag, MakesServed(gpus, 600.0))
+
+
+def load(process: Process, gpus: SimulatedGpus, tag: str) -> int:
+    """Have a process load a model in a server and release it; return the server's pid. Its loads take long."""
+    process.call(acquire, tag, loads(gpus, tag))
+    process.call(release)
+    process.call(let_loads_take_long, tag)
+    return int(served(tag).pid())
+
+
+def let_loads_take_long(seat: Seat, tag: str) -> None:
+    pretend_load_s(seat.manager, tag, LONG_S)
+
+
+def suspend(seat: Seat, tag: str) -> int:
+    return int(seat.manager.suspend(tag))
+
+
+def states(namespace: str, tag: str) -> list[str]:
+    return [copy.state for copy in copies_of(namespace, tag)]
+
+
+def await_states(namespace: str, tag: str, *expected: str) -> None:
+    wait_until(lambda: tuple(states(namespace, tag)) == expected, f"{tag} is {expected}")
+
+
+def helper_pid(namespace: str, root: Path) -> int | None:
+    for process in psutil.process_iter(["cmdline"]):
+        command = process.info["cmdline"] or []
+        if "mpmm.suspend.helper" in command and str(root / namespace) in command:
+            return int(process.pid)
+    return None
+
+
+def test_a_server_is_suspended_for_another_model_and_is_the_same_one_when_it_is_asked_for(
+    namespace: str, gpus: SimulatedGpus, two: tuple[Process, Process]
+) -> None:
+    first, second = two
+    pid = load(first, gpus, "a")
+    second.call(acquire, "b", loads(gpus, "b"))
+    assert states(namespace, "a") == ["suspended"] and gpus.state_of(pid) == CHECKPOINTED
+    snapshot = read_snapshot(namespace)
+    (copy,) = (copy for copy in snapshot.instances if copy.tag == "a")
+    assert (copy.mb, copy.device_mb, copy.host_mb) == (0.0, 600.0, 600.0)
+    assert model_of(namespace, "a").estimate_mb == 600.0
+    second.call(release)
+    second.call(let_loads_take_long, "b")
+    assert first.call(acquire, "a", loads(gpus, "a")) == "a"
+    assert (gpus.state_of(pid), served("a").pid()) == (RUNNING, pid)
+    assert states(namespace, "b") == ["suspended"]
+    assert gpus.highest_mb(0) <= 600.0 and gpus.host_mb() == 600.0
+    snapshot = read_snapshot(namespace)
+    assert (snapshot.loads, snapshot.suspends, snapshot.resumes, snapshot.written_off_mb) == (2, 2, 1, 0.0)
+    assert problems(namespace) == []
+
+
+@pytest.mark.parametrize("call", ["lock", "checkpoint"])
+def test_what_the_driver_does_not_support_is_unloaded_and_not_tried_again(
+    namespace: str, gpus: SimulatedGpus, two: tuple[Process, Process], call: str
+) -> None:
+    first, second = two
+    gpus.fail_call(call, NOT_SUPPORTED)
+    load(first, gpus, "a")
+    second.call(acquire, "b", loads(gpus, "b"))
+    assert states(namespace, "a") == []
+    assert model_of(namespace, "a").unsuspendable == Unsuspendable.SUSPEND_FAILED
+    assert read_snapshot(namespace).suspend_failures == 1
+    assert gpus.host_mb() == 0.0 and problems(namespace) == []
+
+
+def test_a_failed_restore_costs_the_copy_and_the_model_is_loaded_anew(
+    namespace: str, gpus: SimulatedGpus, two: tuple[Process, Process]
+) -> None:
+    first, second = two
+    pid = load(first, gpus, "a")
+    assert first.call(suspend, "a") == 1
+    gpus.fail_call("restore", NOT_SUPPORTED)
+    assert second.call(acquire, "a", loads(gpus, "a")) == "a"
+    assert served("a").pid() != pid
+    assert model_of(namespace, "a").unsuspendable == Unsuspendable.RESUME_FAILED
+    assert gpus.host_mb() == 0.0 and problems(namespace) == []
+
+
+@pytest.mark.parametrize("call", ["checkpoint", "restore"])
+def test_the_death_of_the_helper_costs_the_operation_and_the_next_one_goes_on(
+    namespace: str, gpus: SimulatedGpus, two: tuple[Process, Process], runtime_root: Path, call: str
+) -> None:
+    first, _ = two
+    pid = load(first, gpus, "a")
+    gpus.set_rates(600.0, 600.0)
+    if call == "restore":
+        assert first.call(suspend, "a") == 1
+    first.send(suspend if call == "checkpoint" else acquire, "a")
+    moving = "suspending" if call == "checkpoint" else "resuming"
+    await_states(namespace, "a", moving)
+    wait_until(lambda: 0.0 < gpus.host_mb() < 600.0, "part of it has moved")
+    helper = helper_pid(namespace, runtime_root)
+    assert helper is not None
+    os.kill(helper, signal.SIGKILL)
+    assert first.result() == (1 if call == "checkpoint" else "a")
+    assert gpus.state_of(pid) == (CHECKPOINTED if call == "checkpoint" else RUNNING)
+    assert helper_pid(namespace, runtime_root) not in (None, helper)
+    assert problems(namespace) == []
+
+
+def test_a_driver_call_that_hangs_ends_the_server_and_holds_up_nobody_else(
+    namespace: str, gpus: SimulatedGpus, new_process: NewProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mpmm.suspend.suspender.limit_s", lambda mb: 1.0)
+    chosen: dict[str, Any] = {"memory_source": "nvml", "suspend": "checkpoint", "suspend_budget_mb": 2000.0}
+    first, second = new_process(**chosen), new_process(**chosen)
+    first.call(learn, a=600.0, small=100.0)
+    load(first, gpus, "a")
+    gpus.hang_call("checkpoint", 20.0)
+    first.send(suspend, "a")
+    await_states(namespace, "a", "suspending")
+    second.call(acquire, "small", Loads())
+    assert states(namespace, "a") == ["suspending"]
+    assert first.result() == 0
+    await_states(namespace, "a")
+    assert model_of(namespace, "a").unsuspendable == Unsuspendable.TIMED_OUT
+
+
+def test_a_suspended_server_that_is_killed_leaves_nothing(
+    namespace: str, gpus: SimulatedGpus, two: tuple[Process, Process]
+) -> None:
+    first, _ = two
+    pid = load(first, gpus, "a")
+    assert first.call(suspend, "a") == 1
+    os.kill(pid, signal.SIGKILL)
+    await_states(namespace, "a")
+    assert (gpus.host_mb(), gpus.used_mb(0)) == (0.0, 0.0)
+    assert sum(copy.host_mb for copy in read_snapshot(namespace).instances) == 0.0
+
+
+def test_the_helper_ends_with_the_last_worker(
+    namespace: str, gpus: SimulatedGpus, two: tuple[Process, Process], runtime_root: Path
+) -> None:
+    load(two[0], gpus, "a")
+    assert two[0].call(suspend, "a") == 1
+    helper = helper_pid(namespace, runtime_root)
+    assert helper is not None and (runtime_root / namespace / LOCK).exists()
+    for process in two:
+        process.call(shut_down)
+    wait_until(lambda: helper_pid(namespace, runtime_root) is None, "the helper has ended")
+
+
+def test_on_a_driver_that_nobody_has_tried_servers_are_not_suspended(
+    namespace: str, gpus: SimulatedGpus, new_process: NewProcess
+) -> None:
+    process = new_process(memory_source="nvml", suspend_budget_mb=2000.0)
+    process.call(learn, a=600.0)
+    load(process, gpus, "a")
+    assert process.call(suspend, "a") == 0 and states(namespace, "a") == ["idle"]
