@@ -15,6 +15,10 @@ goes through the models in order, again and again.
     nvidia-smi    a simulated GPU through the program, which knows whole devices
     booked        nothing: mpmm goes by its own books
 
+With `--suspend-budget-mb` the simulated driver has checkpoints: evicted models are suspended in so much host memory,
+and come back without a load. `--suspend-mb-s` and `--resume-mb-s` say how fast; the defaults are an H100's. It takes a
+simulated GPU.
+
 `--answer-seconds` makes any of the measuring ones slow. On a simulated GPU an allocation that finds too little memory
 fails, as on a real one; it counts as a load and as out of memory.
 
@@ -85,6 +89,9 @@ class Workload:
     answer_s: float
     unknown: bool
     cycle: bool
+    suspend_budget_mb: float = 0.0
+    suspend_mb_s: float = 0.0
+    resume_mb_s: float = 0.0
 
     @property
     def device(self) -> CountingDevice:
@@ -123,7 +130,13 @@ def _mpmm_manager(workload: Workload) -> Any:
     from mpmm import ModelManager
 
     source = workload.declared if workload.source in ("processes", "whole-device") else workload.source
-    return ModelManager(namespace="workload", memory_source=source, fallback_memory_mb=workload.device_mb)
+    return ModelManager(
+        namespace="workload",
+        memory_source=source,
+        fallback_memory_mb=workload.device_mb,
+        suspend="checkpoint",
+        suspend_budget_mb=workload.suspend_budget_mb,
+    )
 
 
 def _beam_manager(workload: Workload) -> Any:
@@ -315,7 +328,8 @@ def simulate_gpu(workload: Workload) -> None:
     gpus = SimulatedGpus.create(folder / "gpus", workload.device_mb)
     answer_s = workload.answer_s
     gpus.hang(**{"nvml_s" if workload.source == "nvml" else "nvidia_smi_s": answer_s})
-    os.environ.update(gpus.environment(built))
+    gpus.set_rates(workload.suspend_mb_s, workload.resume_mb_s)
+    os.environ.update(gpus.environment(built, checkpoints=True))
     os.environ.pop("CUDA_VISIBLE_DEVICES", None)
 
 
@@ -351,6 +365,7 @@ def run(workload: Workload, kill: bool, timeout_s: float) -> dict[str, Any]:
         loads, too_much = workload.device.counts()
         still_loaded = len(workload.device.by_process())
         invariants = _broken_invariants() if workload.implementation == "mpmm" else []
+        moved = _suspensions() if workload.suspend_budget_mb else {}
     waits = ledger.waits[ledger.outcomes == ledger.SERVED]
     p50, p99, longest = np.quantile(waits, [0.5, 0.99, 1.0]).tolist() if len(waits) else [math.nan] * 3
     return {
@@ -365,6 +380,7 @@ def run(workload: Workload, kill: bool, timeout_s: float) -> dict[str, Any]:
         "loads": loads,
         "loads_per_1000_requests": round(1000 * loads / total, 1),
         "evictions": loads - still_loaded,
+        **moved,
         "out_of_memory_events": too_much,
         "wait_p50_s": round(p50, 3),
         "wait_p99_s": round(p99, 3),
@@ -376,6 +392,18 @@ def run(workload: Workload, kill: bool, timeout_s: float) -> dict[str, Any]:
             for model in sorted(set(workload.requests))
             if len(chosen := ledger.waits[(np.array(workload.requests) == model) & (ledger.outcomes == ledger.SERVED)])
         },
+    }
+
+
+def _suspensions() -> dict[str, int]:
+    from mpmm.shared_state.snapshot import read_snapshot
+
+    snapshot = read_snapshot("workload", events=False)
+    return {
+        "suspends": snapshot.suspends,
+        "resumes": snapshot.resumes,
+        "suspend_failures": snapshot.suspend_failures,
+        "host_mb": round(sum(copy.host_mb for copy in snapshot.instances)),
     }
 
 
@@ -414,11 +442,18 @@ def main() -> int:
     parser.add_argument("--answer-seconds", type=float, default=0.0, help="a figure takes so long (default: 0)")
     parser.add_argument("--cycle", action="store_true", help="each client goes through the models in order")
     parser.add_argument("--unknown", action="store_true", help="let the manager find out what the models take")
+    parser.add_argument(
+        "--suspend-budget-mb", type=float, default=0.0, help="host memory for suspended models (default: 0, none)"
+    )
+    parser.add_argument("--suspend-mb-s", type=float, default=2300.0, help="what a checkpoint moves (default: 2300)")
+    parser.add_argument("--resume-mb-s", type=float, default=6000.0, help="what a restore moves (default: 6000)")
     parser.add_argument("--timeout-seconds", type=float, default=1500.0)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args()
     if options.implementation == "beam" and options.source != "processes":
         parser.error("--source: Beam's manager has a monitor that reads the device itself")
+    if options.suspend_budget_mb and (options.source not in ON_GPU or options.implementation == "beam"):
+        parser.error("--suspend-budget-mb: only mpmm suspends, and only on --source nvml or nvidia-smi")
     with surroundings() as folder:
         workload = Workload(
             options.implementation,
@@ -433,6 +468,9 @@ def main() -> int:
             options.answer_seconds,
             options.unknown,
             options.cycle,
+            options.suspend_budget_mb,
+            options.suspend_mb_s,
+            options.resume_mb_s,
         )
         found = run(workload, options.kill, options.timeout_seconds)
     if options.json:
