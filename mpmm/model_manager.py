@@ -73,7 +73,7 @@ from mpmm.proxy.room import is_server_process
 from mpmm.resource_estimator import ALONE_SD, GROWTH_SD, Estimate, ResourceEstimator
 from mpmm.resource_estimator import nnls as nnls  # tests written for Beam replace it here
 from mpmm.shared_state.durations import LONGEST_NS, to_ns
-from mpmm.shared_state.events import Cause
+from mpmm.shared_state.events import Cause, EventKind
 from mpmm.shared_state.futex import wait_for_change
 from mpmm.shared_state.layout import (
     MOST_SPANNED,
@@ -93,6 +93,7 @@ from mpmm.shared_state.tables import encode_text
 from mpmm.shared_state.transaction import Transaction
 from mpmm.sources import MemorySource, choose_source
 from mpmm.sources.selected import SelectedDevices
+from mpmm.waits import decision, held_by, says_more, wanted_by, where
 from mpmm.worker import (
     NOW_S,
     UNLOAD_LOOK_S,
@@ -1590,6 +1591,7 @@ class ModelManager(BeamNames):
             return "shut down", None
 
         ticket = operation.ticket
+        wanted = wanted_by(worker, row) if timed_out else None
 
         def leave(t: Transaction) -> tuple[str, float | None]:
             reason, expected_s = worker.scheduler.why(row), None
@@ -1604,7 +1606,8 @@ class ModelManager(BeamNames):
 
         left = worker.now_or_later(leave) or ("lock", None)
         operation.ticket = None
-        return left
+        held = "" if wanted is None or left[0] == "lock" else held_by(worker, wanted)
+        return (f"{left[0]}; {held}", left[1]) if held else left
 
     # ---- the way of a lease --------------------------------------------------------------------------------
 
@@ -1751,6 +1754,7 @@ class ModelManager(BeamNames):
                 raise InvalidArgumentError(
                     f"loader {loader_func!r} of {tag!r}: expected a callable that is no coroutine"
                 )
+            self._log_load(worker, tag, booking)
             if booking.alone:
                 # What it adds is measured against this figure, so it must be one from now, whatever that takes.
                 self._begin_alone(worker, booking)
@@ -1776,6 +1780,8 @@ class ModelManager(BeamNames):
             unload_made(value)
             value = None
             collect_garbage()
+            text = "mpmm %s: pid %d failed to load %s after %.1f s: %s"
+            _LOG.info(text, self._name, worker.namespace.pid, tag, time.monotonic() - began, type(error).__name__)
             limit = self._settings.load_timeout_seconds
             # Nobody else takes the row of a load away. (The limit counts from when it was allowed, not from `began`.)
             if not in_time and limit < math.inf and worker.namespace.is_usable and words[Header.RESETS] == resets:
@@ -1786,10 +1792,22 @@ class ModelManager(BeamNames):
                     timeout_seconds=limit,
                 ) from error
             raise
-        _LOG.info(
-            "mpmm %s: pid %d loaded %s in %.1f s", self._name, worker.namespace.pid, tag, time.monotonic() - began
-        )
+        if says_more(_LOG):
+            mb = worker.namespace.segment.floats[worker.namespace.tables.instance(copy.row) + Instance.MB]
+            text = "mpmm %s: pid %d loaded %s in %.1f s: %.0f MB on %s"
+            seconds = time.monotonic() - began
+            _LOG.info(text, self._name, worker.namespace.pid, tag, seconds, mb, where(worker, copy.row))
         return copy.value
+
+    def _log_load(self, worker: Worker, tag: str, booking: _Booking) -> None:
+        """Say that a load begins, for how much, where and why."""
+        if says_more(_LOG):
+            namespace = worker.namespace
+            mb = namespace.segment.floats[namespace.tables.instance(booking.row) + Instance.RESERVED_MB]
+            why = decision(worker, EventKind.LOAD_BEGAN, booking.row)
+            text = "mpmm %s: pid %d begins to load %s, %.0f MB reserved on %s%s"
+            place = where(worker, booking.row)
+            _LOG.info(text, self._name, namespace.pid, tag, mb, place, f": it {why}" if why else "")
 
     @staticmethod
     def _begin_alone(worker: Worker, booking: _Booking) -> None:
@@ -2053,6 +2071,8 @@ class ModelManager(BeamNames):
                 fallback_memory_mb=settings.fallback_memory_mb,
                 budget_mb=budget_mb,
                 logger=_LOG,
+                # Once for a namespace: its creator has the first slot, and once there is a leader that has chosen.
+                warn=namespace.slot == 0 and not namespace.tables.string(Header.SOURCE_NAME),
             )
         if self._devices is not None and self._given_monitor is None:
             source = SelectedDevices(source, self._devices)

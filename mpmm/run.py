@@ -12,13 +12,15 @@ Whichever of the two is killed, the lease stands exactly as long as the program 
   which the others tell that this member lives, so nobody is given memory that is still in use.
 
 Signals that are sent to this process are passed on; those for keys, which a terminal sends to the whole group, the
-program gets by itself. While it waits for its turn, a signal ends it as usual.
+program gets by itself. While it waits for its turn, a signal ends it as usual, and on a terminal it says what it waits
+for: after a second, and at growing intervals from then on.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import logging
 import os
 import signal
 import subprocess
@@ -36,6 +38,7 @@ __all__ = ["EXIT_CANNOT_RUN", "EXIT_NOT_FOUND", "run_on_lease"]
 EXIT_CANNOT_RUN = 126
 EXIT_NOT_FOUND = 127
 EXIT_BY_SIGNAL = 128
+SAY_AFTER_S = (1.0, 5.0, 30.0, 120.0, 600.0, 3600.0)
 # What ends this process while it waits, and what it passes on once the program runs.
 _ENDING = (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM)
 _PASSED_ON = frozenset((*_ENDING, signal.SIGUSR1, signal.SIGUSR2))
@@ -56,12 +59,23 @@ def run_on_lease(
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, _WATCHED)
     try:
         with ModelManager(namespace=namespace, runtime_root=root) as manager:
+            if sys.stderr.isatty():
+                _say_what_is_waited_for(manager)
             with _ended_by_signals(mask):
                 lease = manager.reserve(mb, name=name, timeout_seconds=wait_seconds)
             with lease:
                 return _run(command, lease, mask)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+def _say_what_is_waited_for(manager: ModelManager) -> None:
+    """Show this process's own warnings of long waits; they come sooner than in a log, as somebody sits there."""
+    manager._connected().warn_after_s = SAY_AFTER_S
+    logger = logging.getLogger("mpmm.waits")
+    logger.setLevel(logging.WARNING)
+    logger.propagate = False
+    logger.addHandler(logging.StreamHandler(sys.stderr))
 
 
 def _run(command: Sequence[str], lease: Lease, mask: Collection[int]) -> int:

@@ -810,9 +810,10 @@ class Scheduler:
     def why(self, ticket: int) -> str:
         """Return why a ticket waits, for people."""
         reason = Reason(self._segment.words[self._tables.ticket(ticket) + Ticket.REASON])
-        return f"{reason.name.lower()}: {self._sentence(ticket)}"
+        return f"{reason.name.lower()}: {self.sentence(ticket)}"
 
-    def _sentence(self, ticket: int) -> str:
+    def sentence(self, ticket: int) -> str:
+        """Return why a ticket waits, as a sentence whose subject is its model."""
         words, floats, at = self._segment.words, self._segment.floats, self._tables.ticket(ticket)
         other = words[at + Ticket.OTHER]
         return explain(
@@ -866,7 +867,7 @@ class Scheduler:
                 cause = cause._replace(other=words[at + Ticket.OTHER])
             self._namespace.transitions.set_reason(t, ticket, cause)
             if cause.reason in OTHERS_END:
-                self._namespace.transitions.warn(t, ticket, self._sentence(ticket))
+                self._namespace.transitions.warn(t, ticket, self.sentence(ticket))
         if first and not words[at + Ticket.BLOCKED_AT]:
             self._namespace.transitions.block(t, ticket)
 

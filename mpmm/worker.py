@@ -39,7 +39,7 @@ from mpmm.proxy.context import ServerContext
 from mpmm.proxy.ending import kill_process
 from mpmm.scheduler import Copies, Scheduler
 from mpmm.shared_estimator import SharedResourceEstimator
-from mpmm.shared_state.events import Cause
+from mpmm.shared_state.events import Cause, EventKind
 from mpmm.shared_state.futex import wake_all
 from mpmm.shared_state.layout import Device, Header, Instance, Member, Model, Ticket, device_rows
 from mpmm.shared_state.namespace import Namespace, remove_deserted
@@ -47,6 +47,7 @@ from mpmm.shared_state.transaction import Transaction
 from mpmm.sources import MemorySource, process_knowledge
 from mpmm.suspend.suspender import Suspender
 from mpmm.tenure import Tenures, looks_in_s
+from mpmm.waits import WARN_AFTER_S, WaitWarning, decision, says_more
 
 __all__ = [
     *("NOW_S", "UNLOAD_LOOK_S", "Copy", "Free", "Growth", "LookAgain", "ServerDuty", "Worker"),
@@ -181,7 +182,8 @@ class ThreadHolds(threading.local):
 class LookAgain:
     """Has a waiter looked at for which nobody else needs to come by: its model backs off, or it was called up.
 
-    That is, when the back-off ends, or the tenure of who has called it up; see `mpmm.tenure`.
+    That is, when the back-off ends, or the tenure of who has called it up; see `mpmm.tenure`. And when the log is to
+    say that it has waited for long.
     """
 
     def __init__(self, worker: Worker, ticket: int) -> None:
@@ -191,11 +193,13 @@ class LookAgain:
         self._called_up = 0
         self._not_before = 0.0
         self._pause_s = FIRST_LOOK_AGAIN_S
+        self._warning = WaitWarning(worker, ticket)
 
     def in_s(self) -> float:
-        """Return in how many seconds to look; `inf` if it neither backs off nor was called up."""
+        """Return in how many seconds to look; `inf` if it neither backs off nor was called up, and all was said."""
         left_s = self._worker.scheduler.backs_off_for_s(self._ticket)
-        return min(max(left_s, self._not_before - time.monotonic()), self._called_up_in_s())
+        decides_in_s = min(max(left_s, self._not_before - time.monotonic()), self._called_up_in_s())
+        return min(decides_in_s, self._warning.in_s())
 
     def _called_up_in_s(self) -> float:
         """Return in how many seconds the tenure for which the waiter was called up is over; `inf` if there is none."""
@@ -203,7 +207,13 @@ class LookAgain:
         return math.inf if called_up == self._called_up else looks_in_s(called_up)
 
     def look(self) -> None:
-        """Let the policy decide anew. If that changes nothing, the waiter stands behind others, and looks later."""
+        """Let the policy decide anew. If that changes nothing, the waiter stands behind others, and looks later.
+
+        Or only say that it waits, if it is time for that.
+        """
+        if self._warning.in_s() <= 0:
+            self._warning.say()
+            return
         called_up = self._called_up_in_s() <= 0
         # Where the copy is in use, its release will see to this waiter.
         if not called_up or self._worker.scheduler.is_model_idle(self._ticket):
@@ -286,6 +296,7 @@ class Worker:
         self.suspender = Suspender(self)
         self.estimator = SharedResourceEstimator(namespace, verbose_logging)
         self.tenures = Tenures()
+        self.warn_after_s: tuple[float, ...] = WARN_AFTER_S
         # By identity: a manager that an exception kept from being taken off is taken off once all the same.
         self.manager_ids: set[int] = set()
         self.monitor = monitor
@@ -1393,6 +1404,10 @@ class Worker:
             # A server that has died may have a successor of the same name, which is another copy's.
             lost = words[at + Instance.HAS_SERVER] and words[at + Instance.DOOMED] == Instance.LOST and not server
             server_pid = words[tables.member(server - 1) + Member.PID] if server else None
+        if says_more(_LOG):
+            why, mb = decision(self, EventKind.UNLOAD_BEGAN, row), namespace.segment.floats[at + Instance.MB]
+            text = "mpmm %s: pid %d unloads %s, %.0f MB%s"
+            _LOG.info(text, namespace.name, namespace.pid, tag, mb, f": it {why}" if why else "")
         if owned:
             copy = self._forget_object(row, generation)
             if copy is not None:

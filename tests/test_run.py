@@ -240,6 +240,17 @@ def test_a_key_that_interrupts_reaches_the_program_once(namespace: str, new_mana
 
 
 @pytest.mark.usefixtures("start")
+def test_on_a_terminal_it_says_what_it_waits_for(namespace: str, new_manager: NewManager) -> None:
+    manager = new_manager()
+    with (
+        manager.reserve(900, name="first"),
+        at_terminal(["run", "--mb", "200", "--namespace", namespace, "--name", "mine", "--", "true"]) as (_, terminal),
+    ):
+        shown = read_until(terminal, f"(pid {os.getpid()} leases 900 MB as first for ".encode())
+        assert b"s for mine, which waits: needs 200 MB, 100 free, and the leases" in shown
+
+
+@pytest.mark.usefixtures("start")
 def test_a_terminal_that_is_lost_ends_the_program(namespace: str, new_manager: NewManager) -> None:
     new_manager()
     with at_terminal(["run", "--mb", "100", "--namespace", namespace, "--", "sleep", "60"]) as (pid, terminal):

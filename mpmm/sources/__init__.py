@@ -52,6 +52,7 @@ def choose_source(
     fallback_memory_mb: float = 16000.0,
     budget_mb: float | None = None,
     logger: logging.Logger | None = None,
+    warn: bool = True,
 ) -> MemorySource:
     """Return the source called `name`, ready to measure.
 
@@ -59,7 +60,7 @@ def choose_source(
         booked that works. `$MPMM_MEMORY_SOURCE` stands in for `auto`, and for nothing else. A source passes through.
     fallback_memory_mb: the total of `booked`.
     budget_mb: the total of `host`; the other sources measure theirs.
-    logger: gets one warning when `auto` ends at `booked`.
+    logger: gets one warning when `auto` ends at `booked`, unless `warn` is off.
 
     Raises InvalidArgumentError for an unknown name, SourceUnavailableError (a child of it) when a source
     that was named cannot work here. A driver that has not answered within `START_TIMEOUT_S` does not work.
@@ -84,11 +85,15 @@ def choose_source(
             return makers[candidate]()
         except SourceUnavailableError as error:
             reasons.append(f"{candidate}: {error.reason}")
-    (logger or printable_logger(__name__)).warning(
-        "No GPU memory to measure (%s). Going by the books, with a total of %s MB",
-        "; ".join(reasons),
-        fallback_memory_mb,
-    )
+    if warn:
+        (logger or printable_logger(__name__)).warning(
+            "No GPU memory to measure (%s). Going by the books, with a total of %s MB: models are admitted by their "
+            "estimates. With a GPU, see that its driver is loaded and visible here (in a container: --gpus all), "
+            "`mpmm doctor` says what is missing; without one, memory_source='host' measures the host's memory, and "
+            "'booked' goes by the books without this warning",
+            "; ".join(reasons),
+            fallback_memory_mb,
+        )
     return makers["booked"]()
 
 

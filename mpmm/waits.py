@@ -1,0 +1,179 @@
+"""What the log and errors say of waits, loads and evictions: why, and which processes have what somebody waits for.
+
+All of it is read without the lock, and only where it is going to be said. It is advice for people: it may fall into
+somebody's transaction, and then is off by what that changes.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections import defaultdict
+from typing import TYPE_CHECKING, NamedTuple
+
+from mpmm.policy.reasons import explain
+from mpmm.policy.view import Reason
+from mpmm.printable import printable_logger
+from mpmm.shared_state.events import EventKind
+from mpmm.shared_state.layout import Event, Header, Instance, Member, Ticket, device_rows
+
+if TYPE_CHECKING:
+    from mpmm.worker import Worker
+
+__all__ = ["WARN_AFTER_S", "WaitWarning", "Wanted", "decision", "held_by", "says_more", "wanted_by", "where"]
+
+# A child of the logger of all others, so that `mpmm run` can have these messages alone.
+_LOG = printable_logger("mpmm.waits")
+# The log says that somebody waits after so long. Most waits end earlier, and 120 s is far from the usual time-out yet.
+WARN_AFTER_S = (5.0, 30.0, 120.0)
+# More processes, and more copies of one, are only counted.
+PROCESSES_NAMED = 5
+COPIES_NAMED = 3
+# A decision is carried out at once, so it is among the last events, unless very much happens.
+EVENTS_LOOKED_AT = 512
+# Nobody waits for these to end: they make room as soon as that is wanted.
+_NOT_HELD = frozenset({Instance.FREE, Instance.IDLE, Instance.SUSPENDED})
+_VERBS = {
+    Instance.LOADING: "loads {tag}",
+    Instance.ACTIVE: "holds {tag}",
+    Instance.UNLOADING: "unloads {tag}",
+    Instance.LEASED: "leases {mb:.0f} MB as {tag}",
+    Instance.SUSPENDING: "suspends {tag}",
+    Instance.RESUMING: "resumes {tag}",
+}
+_OF_THE_MODEL = frozenset({Reason.SHARING, Reason.COPIES})
+
+
+class Wanted(NamedTuple):
+    """What a ticket waits for. model: a row, None for what is on the devices (bits, 0 for all), whichever model's."""
+
+    model: int | None
+    devices: int
+
+
+class _Held(NamedTuple):
+    pid: int
+    what: str
+    seconds: float
+
+
+def wanted_by(worker: Worker, ticket: int) -> Wanted:
+    """Return what a ticket (row) waits for at present."""
+    words, at = worker.namespace.segment.words, worker.namespace.tables.ticket(ticket)
+    model = words[at + Ticket.MODEL] if words[at + Ticket.REASON] in _OF_THE_MODEL else None
+    return Wanted(model, words[at + Ticket.DEVICES])
+
+
+def held_by(worker: Worker, wanted: Wanted) -> str:
+    """Return which processes have what is wanted, and for how long, those that have it longest first; empty if none."""
+    holds = sorted(_holds(worker, wanted), key=lambda held: -held.seconds)
+    by_pid: dict[int, list[_Held]] = defaultdict(list)
+    for held in holds:
+        by_pid[held.pid].append(held)
+    if not by_pid:
+        return ""
+    texts = []
+    for pid, helds in list(by_pid.items())[:PROCESSES_NAMED]:
+        named = [f"{held.what} for {held.seconds:.0f} s" for held in helds[:COPIES_NAMED]]
+        more = len(helds) - COPIES_NAMED
+        texts.append(f"pid {pid} {', '.join(named)}{f' and {more} more' if more > 0 else ''}")
+    if len(by_pid) > PROCESSES_NAMED:
+        texts.append(f"{len(by_pid) - PROCESSES_NAMED} more processes")
+    if set(by_pid) == {worker.namespace.pid}:
+        return f"this process itself has all of it: {texts[0]}"
+    return "; ".join(texts)
+
+
+def _holds(worker: Worker, wanted: Wanted) -> list[_Held]:
+    namespace = worker.namespace
+    words, tables = namespace.segment.words, namespace.tables
+    now_ns, found = time.monotonic_ns(), []
+    for row in tables.used_rows(namespace.segment.layout.instances):
+        at = tables.instance(row)
+        state, holder, model = words[at + Instance.STATE], words[at + Instance.HOLDER], words[at + Instance.MODEL]
+        if state in _NOT_HELD or not holder:
+            continue
+        if wanted.model is not None and model != wanted.model:
+            continue
+        if wanted.devices and not words[at + Instance.DEVICES] & wanted.devices:
+            continue
+        what = _VERBS.get(state, "has {tag}").format(
+            tag=tables.tag_of(model), mb=namespace.segment.floats[at + Instance.RESERVED_MB]
+        )
+        seconds = max(0.0, (now_ns - words[at + Instance.SINCE]) / 1e9)
+        found.append(_Held(words[tables.member(holder - 1) + Member.PID], what, seconds))
+    return found
+
+
+def says_more(logger: logging.Logger) -> bool:
+    """Tell whether a logger wants to know what happens; where it does not, nothing is looked up for it."""
+    return logger.isEnabledFor(logging.INFO)
+
+
+def decision(worker: Worker, kind: EventKind, row: int) -> str:
+    """Return why the last event of a kind that is about an instance (row) was decided; empty if that is not known."""
+    segment, tables = worker.namespace.segment, worker.namespace.tables
+    words, floats, ring = segment.words, segment.floats, segment.layout.events
+    newest = words[Header.EVENTS]
+    for sequence in range(newest, max(0, newest - min(EVENTS_LOOKED_AT, ring.capacity)), -1):
+        at = ring.base + (sequence - 1) % ring.capacity * Event.WORDS
+        kind_and_reason = words[at + Event.KIND]
+        if words[at + Event.INSTANCE] != row + 1 or kind_and_reason & 0xFF != kind:
+            continue
+        reason = (kind_and_reason >> 8 & 0xFF) - 1
+        if reason < 0:
+            return ""
+        other = words[at + Event.OTHER]
+        return explain(
+            reason,
+            floats[at + Event.NEED_MB],
+            floats[at + Event.FREE_MB],
+            floats[at + Event.COMING_MB],
+            floats[at + Event.SECONDS],
+            tables.tag_of(other - 1) if other else None,
+            device_rows(words[at + Event.ON]),
+        )
+    return ""
+
+
+def where(worker: Worker, row: int) -> str:
+    """Return on which devices an instance (row) lies, as the log says it."""
+    devices = device_rows(worker.namespace.segment.words[worker.namespace.tables.instance(row) + Instance.DEVICES])
+    return f"device{'s' if len(devices) > 1 else ''} {' and '.join(map(str, devices))}"
+
+
+class WaitWarning:
+    """Has the log say that a ticket has waited for long, a few times at growing intervals."""
+
+    def __init__(self, worker: Worker, ticket: int) -> None:
+        self._worker = worker
+        self._ticket = ticket
+        words, at = worker.namespace.segment.words, worker.namespace.tables.ticket(ticket)
+        self._since_s = words[at + Ticket.ENQUEUED] / 1e9
+        waited_s = time.monotonic() - self._since_s
+        # A preload stands behind everybody, and nobody waits for it.
+        thresholds = () if words[at + Ticket.PRELOAD] else worker.warn_after_s
+        self._left = [seconds for seconds in thresholds if seconds > waited_s]
+
+    def in_s(self) -> float:
+        """Return in how many seconds there is something to say, `inf` for never again."""
+        return self._since_s + self._left[0] - time.monotonic() if self._left else math.inf
+
+    def say(self) -> None:
+        """Write it into the log."""
+        waited_s = time.monotonic() - self._since_s
+        self._left = [seconds for seconds in self._left if seconds > waited_s]
+        worker = self._worker
+        namespace = worker.namespace
+        model = namespace.segment.words[namespace.tables.ticket(self._ticket) + Ticket.MODEL]
+        held = held_by(worker, wanted_by(worker, self._ticket))
+        _LOG.warning(
+            "mpmm %s: pid %d has waited %.0f s for %s, which %s%s",
+            namespace.name,
+            namespace.pid,
+            waited_s,
+            namespace.tables.tag_of(model),
+            worker.scheduler.sentence(self._ticket),
+            f" ({held})" if held else "",
+        )

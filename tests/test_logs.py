@@ -1,0 +1,183 @@
+"""What the log says of loads, evictions and long waits, and what errors say of who has what was waited for."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from processes import Loads, LoadsObject, Process, acquire, attach, learn, release, wait_until
+
+from mpmm import AcquireTimeoutError, sources
+from mpmm.model_manager import ModelManager
+from mpmm.sources.base import unavailable
+from mpmm.waits import WARN_AFTER_S
+
+NewManager = Callable[..., ModelManager]
+NewProcess = Callable[..., Process]
+Log = pytest.LogCaptureFixture
+
+
+def said(caplog: Log) -> list[str]:
+    """Return what the log has of this package."""
+    return [record.getMessage() for record in caplog.records if record.name.split(".")[0] == "mpmm"]
+
+
+def test_loads_and_evictions_are_said_with_figures_and_reasons(
+    namespace: str, new_manager: NewManager, caplog: Log
+) -> None:
+    manager, pid = new_manager(fallback_memory_mb=150.0), os.getpid()
+    with caplog.at_level(logging.INFO, "mpmm"):
+        manager.release_model("a", manager.acquire_model("a", LoadsObject()))
+        manager.release_model("b", manager.acquire_model("b", LoadsObject()))
+    lines = said(caplog)
+    begin = f"mpmm {namespace}: pid {pid} "
+    assert f"{begin}begins to load a, 100 MB reserved on device 0: it loads: needs 100 MB, 150 free" in lines
+    assert f"{begin}loaded a in 0.0 s: 100 MB on device 0" in lines
+    [evicted] = [line for line in lines if line.startswith(f"{begin}unloads a, 100 MB: it ")]
+    assert "for b, which needs 100 MB" in evicted
+    assert f"{begin}unloaded a" in lines
+    order = [
+        lines.index(line) for line in (evicted, f"{begin}unloaded a", f"{begin}loaded b in 0.0 s: 100 MB on device 0")
+    ]
+    assert order == sorted(order)
+
+
+def test_a_load_that_fails_is_said(namespace: str, new_manager: NewManager, caplog: Log) -> None:
+    def fails() -> object:
+        raise RuntimeError("no such file")
+
+    with caplog.at_level(logging.INFO, "mpmm"), pytest.raises(RuntimeError):
+        new_manager().acquire_model("a", fails)
+    assert f"mpmm {namespace}: pid {os.getpid()} failed to load a after 0.0 s: RuntimeError" in said(caplog)
+
+
+def test_the_warm_path_says_nothing(new_manager: NewManager, caplog: Log) -> None:
+    manager = new_manager()
+    manager.release_model("a", manager.acquire_model("a", LoadsObject()))
+    caplog.clear()
+    with caplog.at_level(logging.DEBUG, "mpmm"):
+        for _ in range(3):
+            manager.release_model("a", manager.acquire_model("a", LoadsObject()))
+    assert said(caplog) == []
+
+
+def test_a_long_wait_is_said_with_its_reason_and_the_holders(
+    namespace: str, new_manager: NewManager, new_process: NewProcess, caplog: Log
+) -> None:
+    assert WARN_AFTER_S == (5.0, 30.0, 120.0)
+    manager, holder = new_manager(fallback_memory_mb=100.0), new_process()
+    holder.call(acquire, "held", Loads("held"))
+    manager._connected().warn_after_s = (0.05, 0.1, 60.0)
+    with caplog.at_level(logging.WARNING, "mpmm"):
+        waiter = threading.Thread(target=lambda: manager.release_model("b", manager.acquire_model("b", LoadsObject())))
+        waiter.start()
+        try:
+            wait_until(lambda: len(said(caplog)) == 2, "it was said twice")
+        finally:
+            holder.call(release)
+            waiter.join(20)
+    assert len(said(caplog)) == 2
+    for line in said(caplog):
+        assert line.startswith(
+            f"mpmm {namespace}: pid {os.getpid()} has waited 0 s for b, which waits: needs 100 MB, 0 free"
+        )
+        assert line.endswith(f" (pid {holder.pid} holds held for 0 s)")
+
+
+def test_a_task_that_waits_long_is_said_too(
+    namespace: str, new_manager: NewManager, new_process: NewProcess, caplog: Log
+) -> None:
+    manager, holder = new_manager(fallback_memory_mb=100.0), new_process()
+    holder.call(acquire, "held", Loads("held"))
+    manager._connected().warn_after_s = (0.05,)
+
+    async def use() -> None:
+        async with manager.model_async("b", LoadsObject()):
+            pass
+
+    async def wait() -> None:
+        task = asyncio.create_task(use())
+        while not said(caplog):
+            await asyncio.sleep(0.01)
+        holder.call(release)
+        await task
+
+    with caplog.at_level(logging.WARNING, "mpmm"):
+        asyncio.run(asyncio.wait_for(wait(), 20))
+    [line] = said(caplog)
+    assert f"(pid {holder.pid} holds held for " in line
+
+
+def test_a_preload_that_waits_is_no_trouble(
+    namespace: str, new_manager: NewManager, new_process: NewProcess, caplog: Log
+) -> None:
+    manager, holder = new_manager(fallback_memory_mb=100.0, wait_timeout_seconds=0.3), new_process()
+    holder.call(acquire, "held", Loads("held"))
+    manager._connected().warn_after_s = (0.05,)
+    with caplog.at_level(logging.WARNING, "mpmm"), pytest.raises(AcquireTimeoutError):
+        manager.preload("b", LoadsObject())
+    assert said(caplog) == []
+
+
+def test_the_error_of_a_time_out_names_the_holders(namespace: str, new_process: NewProcess) -> None:
+    one, other, waiter = (new_process(fallback_memory_mb=200.0) for _ in range(3))
+    waiter.call(learn, c=150)
+    one.call(acquire, "a", Loads("a"))
+    other.call(acquire, "b", Loads("b"))
+    waiter.call(attach, namespace=namespace, wait_timeout_seconds=0.1, memory_source="booked")
+    with pytest.raises(AcquireTimeoutError) as caught:
+        waiter.call(acquire, "c")
+    for holder, tag in ((one, "a"), (other, "b")):
+        assert f"pid {holder.pid} holds {tag} for 0 s" in str(caught.value)
+    assert "itself" not in str(caught.value)
+
+
+def test_who_waits_for_itself_is_told_so(new_manager: NewManager) -> None:
+    manager = new_manager(fallback_memory_mb=250.0, wait_timeout_seconds=0.1)
+    manager.acquire_model("a", LoadsObject())
+
+    def another_thread() -> None:
+        with pytest.raises(AcquireTimeoutError) as caught:
+            manager.reserve(200)
+        errors.append(str(caught.value))
+
+    errors: list[str] = []
+    thread = threading.Thread(target=another_thread)
+    thread.start()
+    thread.join(20)
+    assert f"this process itself has all of it: pid {os.getpid()} holds a for 0 s" in errors[0]
+
+
+def test_that_there_is_no_gpu_is_said_once_for_a_namespace(
+    namespace: str, new_process: NewProcess, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    makers = sources._makers
+
+    def without_gpus(*arguments: Any) -> dict[str, Callable[[], Any]]:
+        def none() -> Any:
+            raise unavailable("nvml", "no driver")
+
+        return {**makers(*arguments), **dict.fromkeys(("nvml", "nvidia-smi", "amdsmi"), none)}
+
+    monkeypatch.setattr(sources, "_makers", without_gpus)
+    monkeypatch.delenv(sources.SOURCE_VARIABLE, raising=False)
+    log = tmp_path / "log"
+    for _ in range(3):
+        process = new_process(attached=False)
+        process.call(log_to, log)
+        process.call(attach, namespace=namespace, memory_source="auto")
+        process.call(acquire, "m", Loads("m"))
+        process.call(release)
+    assert log.read_text().count("No GPU memory to measure (nvml: no driver; ") == 1
+    assert "memory_source='host'" in log.read_text()
+
+
+def log_to(seat: object, path: Path) -> None:
+    """Have a process write its log into a file."""
+    logging.getLogger("mpmm").addHandler(logging.FileHandler(path))
