@@ -1,5 +1,27 @@
-"""Everything is declared in setup.cfg."""
+"""Everything is declared in setup.cfg, but for what a source distribution has beside the package."""
+
+from __future__ import annotations
+
+from pathlib import Path
 
 from setuptools import setup
+from setuptools.command.sdist import sdist
 
-setup()
+# What the tests, and the commands of README.md, need; MANIFEST.in would be one more file at the top.
+FOLDERS = ("tests", "tools", ".ci")
+FILES = (".ruff.toml", ".gitignore")
+
+
+class SourceDistribution(sdist):
+    """A source distribution from which the tests can be run."""
+
+    def make_distribution(self) -> None:
+        """Add what is beside the package, and write the archive."""
+        here = Path(__file__).resolve().parent
+        found = [path for folder in FOLDERS for path in (here / folder).rglob("*") if "__pycache__" not in path.parts]
+        files = [*sorted(path for path in found if path.is_file()), *(here / name for name in FILES)]
+        self.filelist.extend([str(path.relative_to(here)) for path in files if path.exists()])
+        super().make_distribution()
+
+
+setup(cmdclass={"sdist": SourceDistribution})
