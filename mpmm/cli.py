@@ -195,6 +195,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     run.add_argument("--namespace", help=f"default: the only one there is; if there is none, {DEFAULT_NAMESPACE!r}")
     run.add_argument("--name", help="name of the lease (default: the program's)")
+    run.add_argument(
+        "--priority", type=int, default=0, metavar="NUMBER", help="from -10 to 10; each step is worth 10 s of waiting"
+    )
     run.add_argument("--wait", type=float, default=math.inf, metavar="SECONDS", help="give up then (default: never)")
     for command in commands.choices.values():
         # Suppressed where it is not given, or it would undo the one in front of the command.
@@ -274,7 +277,15 @@ def _run(options: argparse.Namespace, program: Sequence[str], root: Path | None)
         namespace = options.namespace
         if namespace is None:
             namespace = _only_namespace(root) if find_namespaces(root) else DEFAULT_NAMESPACE
-        return run_on_lease(program, options.mb, name=name, namespace=namespace, root=root, wait_seconds=options.wait)
+        return run_on_lease(
+            program,
+            options.mb,
+            name=name,
+            namespace=namespace,
+            root=root,
+            wait_seconds=options.wait,
+            priority=options.priority,
+        )
     except (FileNotFoundError, MpmmError) as error:
         print(f"mpmm: {printable_lines(str(error))}", file=sys.stderr)
         return EXIT_NO_LEASE

@@ -65,6 +65,7 @@ from mpmm.kept_estimates import ESTIMATES_PATH_VARIABLE, KeptEstimates
 from mpmm.lease import Lease
 from mpmm.operations import Operation
 from mpmm.placement import placed
+from mpmm.policy.fairness import HIGHEST_URGENCY
 from mpmm.policy.out_of_memory import is_out_of_memory
 from mpmm.printable import printable, printable_logger
 from mpmm.proxy.context import attach_namespace, serving_for
@@ -174,13 +175,15 @@ class AcquireOptions(TypedDict, total=False):
     expect_mb: float | None
     max_waiting: int | None
     keep_alive_seconds: float | None
+    priority: int
 
 
 class Wish(NamedTuple):
     """On which devices (bits) a copy is to be: `devices`, where it may be loaded, `tied`, where it is of use; 0 all.
 
     expect_mb: what it takes, as the caller says; 0 if that says nothing. max_waiting: how many may wait for its model,
-    this one among them. keep_alive: the word for `Model.KEEP_ALIVE`, 0 to leave it as it is.
+    this one among them. keep_alive: the word for `Model.KEEP_ALIVE`, 0 to leave it as it is. urgency: see
+    `policy.fairness`.
     """
 
     devices: int = 0
@@ -189,6 +192,7 @@ class Wish(NamedTuple):
     expect_mb: float = 0.0
     max_waiting: float = math.inf
     keep_alive: int = 0
+    urgency: int = 0
 
 
 class AnswerUndone(Exception):
@@ -500,6 +504,8 @@ class ModelManager(BeamNames):
         keep_alive_seconds: for how long idle copies of the model are kept from now on, in all processes: -1 for ever, 0
             to unload them as soon as nobody uses or waits for one; None leaves it at what the last request said, or at
             `idle_ttl_seconds`. Who needs the room has them evicted nevertheless; `pin` keeps them from that, too.
+        priority: how urgent the request is, from -10 to 10, 0 by default. In the queue each step counts for as much as
+            10 s of waiting, so nothing starves; see `mpmm.policy.fairness`.
 
         Raises AcquireTimeoutError, QueueFullError, LoadTimeoutError, ModelTooLargeError, NamespaceResetError,
         TableFullError, DeadlockError (see `model`), InvalidArgumentError, ClosedError, LockTimeoutError, and what the
@@ -762,6 +768,7 @@ class ModelManager(BeamNames):
         timeout_seconds: float | None = None,
         devices: Sequence[int | str] | None = None,
         span: int = 1,
+        priority: int = 0,
     ) -> Lease:
         """Wait for a lease on `mb` MB, for memory that is no model's, and return it.
 
@@ -772,7 +779,7 @@ class ModelManager(BeamNames):
         mb: all that is going to be used. name: for people; several leases may have the same one.
         timeout_seconds: None stands for `wait_timeout_seconds`; `math.inf` waits for as long as it takes, and 0 takes
             what is free now.
-        devices, span: as for `acquire_model`; of several devices each gives an equal share.
+        devices, span, priority: as for `acquire_model`; of several devices each gives an equal share.
 
         Raises LeaseTooLargeError when no device is large enough, AcquireTimeoutError, NamespaceResetError,
         TableFullError, InvalidArgumentError, ClosedError, LockTimeoutError.
@@ -782,7 +789,7 @@ class ModelManager(BeamNames):
         patience = self._patience(timeout_seconds)
         refuse_while_importing_main("reserve memory for", name)
         worker = self._connected()
-        wish = self._wish(worker, {"devices": devices, "span": span})
+        wish = self._wish(worker, {"devices": devices, "span": span, "priority": priority})
         operation = worker.begin(sys._getframe())
         try:
             lease = self._reserve(worker, operation, name, encoded, float(mb), patience, wish)
@@ -1093,15 +1100,17 @@ class ModelManager(BeamNames):
         worker = self._connected()
         words, tables = worker.namespace.segment.words, worker.namespace.tables
         with worker.namespace.transaction():
-            return sorted(
+            rows = tables.rows_where(worker.namespace.segment.layout.tickets, Ticket.STATE, Ticket.WAITING)
+            order = (Ticket.PRIORITY, Ticket.RANK, Ticket.NUMBER)
+            return [
                 QueueTicket(
                     words[tables.ticket(row) + Ticket.PRIORITY],
                     words[tables.ticket(row) + Ticket.NUMBER],
                     tables.tag_of(words[tables.ticket(row) + Ticket.MODEL]),
                     worker.scheduler.expected_wait_s(row),
                 )
-                for row in tables.rows_where(worker.namespace.segment.layout.tickets, Ticket.STATE, Ticket.WAITING)
-            )
+                for row in sorted(rows, key=lambda row: tuple(words[tables.ticket(row) + word] for word in order))
+            ]
 
     def __enter__(self) -> ModelManager:
         return self
@@ -1182,7 +1191,8 @@ class ModelManager(BeamNames):
         most = options.get("max_waiting")
         waiting = math.inf if most is None else checked_whole("max_waiting", most, 0, Capacities().tickets, "a count")
         keep_alive = _keep_alive_word(options.get("keep_alive_seconds"))
-        wish = Wish(devices, tied, span, expect_mb or 0.0, waiting, keep_alive)
+        urgency = checked_whole("priority", options.get("priority", 0), -HIGHEST_URGENCY, HIGHEST_URGENCY)
+        wish = Wish(devices, tied, span, expect_mb or 0.0, waiting, keep_alive, urgency)
         return _ANYWHERE if wish == _ANYWHERE else wish
 
     def _expect_mapped(self, error: ValueError) -> None:
@@ -1460,7 +1470,7 @@ class ModelManager(BeamNames):
         need_mb = worker.scheduler.need_mb(model)
         row = namespace.transitions.enqueue(
             *(t, model, namespace.slot, priority, need_mb, deadline_ns, preload),
-            *(devices, wish.tied, wish.span, nested, cause),
+            *(devices, wish.tied, wish.span, nested, cause, wish.urgency),
         )
         number = words[namespace.tables.ticket(row) + Ticket.NUMBER]
         operation.ticket = (row, number)
@@ -1620,7 +1630,8 @@ class ModelManager(BeamNames):
             model = namespace.transitions.claim_lease(t, encoded, mb)
             deadline_ns = to_ns(max(deadline, time.monotonic() + NOW_S))
             row = namespace.transitions.enqueue(
-                t, model, namespace.slot, 1, mb, deadline_ns, 0, devices, wish.tied, wish.span
+                *(t, model, namespace.slot, 1, mb, deadline_ns, 0, devices, wish.tied, wish.span),
+                urgency=wish.urgency,
             )
             operation.ticket = (row, namespace.segment.words[namespace.tables.ticket(row) + Ticket.NUMBER])
             worker.scheduler.advance(t, newcomer=row)

@@ -48,7 +48,14 @@ _PR_SET_PDEATHSIG = 1
 
 
 def run_on_lease(
-    command: Sequence[str], mb: float, *, name: str, namespace: str, root: Path | None, wait_seconds: float
+    command: Sequence[str],
+    mb: float,
+    *,
+    name: str,
+    namespace: str,
+    root: Path | None,
+    wait_seconds: float,
+    priority: int = 0,
 ) -> int:
     """Run a program on a lease of `mb` MB, for which it waits so many seconds at most; return the exit status.
 
@@ -62,7 +69,7 @@ def run_on_lease(
             if sys.stderr.isatty():
                 _say_what_is_waited_for(manager)
             with _ended_by_signals(mask):
-                lease = manager.reserve(mb, name=name, timeout_seconds=wait_seconds)
+                lease = manager.reserve(mb, name=name, timeout_seconds=wait_seconds, priority=priority)
             with lease:
                 return _run(command, lease, mask)
     finally:

@@ -126,7 +126,7 @@ class _Waiter(NamedTuple):
     """What the way of a release looks at in a ticket's row."""
 
     row: int
-    number: int
+    rank: int
     priority: int
     model: int
     deadline: int
@@ -136,7 +136,7 @@ class _Waiter(NamedTuple):
 
 
 _WAITER_FIELDS = (
-    *(Ticket.NUMBER, Ticket.PRIORITY, Ticket.MODEL, Ticket.DEADLINE),
+    *(Ticket.RANK, Ticket.PRIORITY, Ticket.MODEL, Ticket.DEADLINE),
     *(Ticket.BLOCKED_AT, Ticket.PRELOAD, Ticket.TIED),
 )
 
@@ -320,14 +320,14 @@ class Scheduler:
         ]
         if not wanting or (len(wanting) < len(waiting) and not all(one.priority for one in waiting)):
             return None
-        first = min(wanting, key=lambda one: one.number)
+        first = min(wanting, key=lambda one: one.rank)
         blocked = [one for one in waiting if one.blocked_at]
-        if not blocked or first.number <= min(one.number for one in blocked):
+        if not blocked or first.rank <= min(one.rank for one in blocked):
             return first.row, 0
         bound_ns = to_ns(self._namespace.settings.max_overtake_seconds)
         if now - min(one.blocked_at for one in blocked) >= bound_ns:
             return None
-        return first.row, min(blocked, key=lambda one: one.number).model + 1
+        return first.row, min(blocked, key=lambda one: one.rank).model + 1
 
     def _waiters(self) -> list[_Waiter]:
         """Return the waiters in any order; few ones without NumPy, which takes most of the time of a hand-over then."""
@@ -352,7 +352,9 @@ class Scheduler:
         bound_ns = to_ns(UNKNOWN_FIRST * self._namespace.settings.max_overtake_seconds)
         promoted = (priorities == 1) & (rows[waiting, Ticket.ENQUEUED] + np.uint64(bound_ns) <= now)
         priorities = np.where(promoted, 0, priorities)
-        ordered: npt.NDArray[np.intp] = waiting[np.lexsort((rows[waiting, Ticket.NUMBER], priorities))]
+        ordered: npt.NDArray[np.intp] = waiting[
+            np.lexsort((rows[waiting, Ticket.NUMBER], rows[waiting, Ticket.RANK], priorities))
+        ]
         return ordered
 
     def _answered_all(self, view: View) -> bool:
@@ -448,11 +450,11 @@ class Scheduler:
     def _are_behind_a_lease(self, behind: list[_Waiter], others: list[_Waiter], reasons: Mapping[int, int]) -> bool:
         """Tell whether these are leases, behind one that waits for leases to end."""
         words = self._segment.words
-        numbers = [one.number for one in others if reasons[one.row] == Reason.LEASED]
-        if not numbers:
+        ranks = [one.rank for one in others if reasons[one.row] == Reason.LEASED]
+        if not ranks:
             return False
-        first = min(numbers)
-        return all(one.number > first and words[self._tables.model(one.model)] == Model.LEASE for one in behind)
+        first = min(ranks)
+        return all(one.rank > first and words[self._tables.model(one.model)] == Model.LEASE for one in behind)
 
     def _isolation_matters(self, waiting: Sequence[_Waiter]) -> bool:
         """Tell whether a copy runs alone somewhere, or one of these waits to."""
@@ -708,7 +710,7 @@ class Scheduler:
                 chosen += rest[models == model][: 2 * idle].tolist()
         fields = [
             *(Ticket.NUMBER, Ticket.PRIORITY, Ticket.MODEL, Ticket.MEMBER, Ticket.ENQUEUED, Ticket.PRELOAD),
-            *(Ticket.BLOCKED_AT, Ticket.DEVICES, Ticket.TIED, Ticket.SPAN, Ticket.NESTED, Ticket.PASSED),
+            *(Ticket.BLOCKED_AT, Ticket.DEVICES, Ticket.TIED, Ticket.SPAN, Ticket.NESTED, Ticket.PASSED, Ticket.RANK),
         ]
         found = zip(chosen, rows[chosen][:, fields].tolist(), strict=True)
         return tuple(_ticket_view(row, *values) for row, values in found)
@@ -831,8 +833,8 @@ class Scheduler:
         words, at, now = self._segment.words, self._tables.ticket(ticket), time.monotonic_ns()
         copies, model = self.read_copies(), words[at + Ticket.MODEL]
         models = {row: self._model(row, copies, now) for row in {model, *copies.shared, *copies.owned}}
-        number, seen = words[at + Ticket.NUMBER], seen_so_far(models.values())
-        ahead = sum(one.model == model and one.number < number and not one.preload for one in self._waiters())
+        rank, seen = words[at + Ticket.RANK], seen_so_far(models.values())
+        ahead = sum(one.model == model and one.rank < rank and not one.preload for one in self._waiters())
         reason, seconds = words[at + Ticket.REASON], self._segment.floats[at + Ticket.SECONDS]
         return expected_wait_s(models[model], words[at + Ticket.MEMBER], ahead, reason, seconds, seen)
 
@@ -886,6 +888,7 @@ def _ticket_view(
     span: int,
     nested: int,
     passed: int,
+    rank: int,
 ) -> TicketView:
     return TicketView(
         row,
@@ -901,6 +904,7 @@ def _ticket_view(
         span,
         bool(nested),
         bool(passed),
+        rank,
     )
 
 

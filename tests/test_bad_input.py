@@ -96,6 +96,7 @@ REQUEST: dict[str, tuple[Any, ...]] = {
     "span": (*NO_COUNT, 0, 2),
     "expect_mb": (0, -1, math.inf, math.nan, "5", True),
     "max_waiting": (-1, 1.5, math.inf, "5", True),
+    "priority": (-11, 11, 0.5, None, "5", True),
     "keep_alive_seconds": (-2, -0.5, math.nan, "5", True),
 }
 # Method: what is bad for each parameter.
@@ -110,6 +111,7 @@ METHODS: dict[str, dict[str, tuple[Any, ...]]] = {
         "timeout_seconds": NO_TIME,
         "devices": NO_DEVICES,
         "span": (*NO_COUNT, 0, 2),
+        "priority": (-11, 11, 0.5, None, "5", True),
     },
     "preload": {**REQUEST, "copies": (*NO_COUNT, 0, 10**9), "timeout_seconds": NO_TIME},
     "unload": {"tag": NO_TAG, "timeout_seconds": NO_TIME},

@@ -153,6 +153,16 @@ TABLE: dict[Reason, tuple[View, Callable[[View], Decision], str]] = {
         first,
         "waits: needs 800 MB, 600 free, and 300 MB that the driver and other programs take leave too little room",
     ),
+    Reason.OUTRANKED: (
+        view(
+            [model(A, 800), model(B, 700)],
+            [ticket(1, A), replace(ticket(2, B), rank=-1)],
+            devices=[device(used=400)],
+            in_use=1,
+        ),
+        last,
+        "waits behind b, which came later and has a higher priority",
+    ),
     Reason.BACKING_OFF: (
         view(
             [replace(model(A, 800), failures=2, failed_ago_s=0.5), timed(B, 500)],

@@ -1,6 +1,11 @@
 """Fairness: the order of the queue, and how long its head may be overtaken.
 
-Waiters stand in order of (priority, ticket number). Unknown models have priority 0 and come first, but not before a
+Waiters stand in order of (class, rank). Who comes first is first, but each step of a request's `priority` counts for as
+much as `HEAD_START_S` of waiting. So a request that waits gains on all that come later, and no stream of urgent ones
+starves it: it is overtaken by nobody of its class that comes later than that time for each step between the two, which
+is 200 s at the very most, and 0 s where nobody says how urgent it is.
+
+The class is 0 for unknown models, 1 for known ones, and 2 for preloads. Unknown models come first, but not before a
 known one that has waited for `UNKNOWN_FIRST` times `max_overtake_seconds`: a stream of unknown models starves nobody.
 
 The first waiter for whom there is no room is *blocked*. For `max_overtake_seconds` from then on, those behind it may
@@ -42,7 +47,10 @@ from collections.abc import Sequence
 from mpmm.policy.admission import limit_mb
 from mpmm.policy.view import DeviceView, TicketView, View
 
-__all__ = ["effective_priority", "is_due", "is_overdue", "may_be_leased_before", "queue_order"]
+__all__ = [
+    *("HEAD_START_S", "HIGHEST_URGENCY", "UNKNOWN_FIRST", "effective_priority", "is_due", "is_overdue"),
+    *("may_be_leased_before", "queue_order", "rank_ns", "urgency_of"),
+]
 
 
 # So many times the bound an unknown model may go before a known one. Every isolation flushes the device, so unknown
@@ -51,8 +59,25 @@ __all__ = ["effective_priority", "is_due", "is_overdue", "may_be_leased_before",
 UNKNOWN_FIRST = 4
 
 
+# Of a request: how urgent it may be, from the negative of this on; 0 is usual.
+HIGHEST_URGENCY = 10
+# By so much each step puts a request ahead of those that came as early: more than a load takes mostly, and for the
+# farthest steps less than the usual `wait_timeout_seconds` of those who are overtaken.
+HEAD_START_S = 10.0
+
+
+def rank_ns(enqueued_ns: int, urgency: int) -> int:
+    """Return the word by which waiters of one class stand in order, lowest first: when they came, less a head start."""
+    return enqueued_ns + (HIGHEST_URGENCY - urgency) * int(HEAD_START_S * 1e9)
+
+
+def urgency_of(enqueued_ns: int, rank: int) -> int:
+    """Return how urgent a request is whose rank is known."""
+    return HIGHEST_URGENCY - round((rank - enqueued_ns) / (HEAD_START_S * 1e9))
+
+
 def effective_priority(priority: int, waited_s: float, max_overtake_seconds: float) -> int:
-    """Return the priority after a wait: who has waited long enough stands among the first, by number.
+    """Return the class after a wait: who has waited long enough stands among the first, by rank.
 
     A preload (priority 2) does not: nobody waits for what it loads.
     """
@@ -60,12 +85,13 @@ def effective_priority(priority: int, waited_s: float, max_overtake_seconds: flo
 
 
 def queue_order(view: View) -> list[TicketView]:
-    """Return the waiters, first one first."""
+    """Return the waiters, first one first: those that were given the same rank in the order of their numbers."""
     bound = view.rules.max_overtake_seconds
     return sorted(
         view.tickets,
         key=lambda ticket: (
             effective_priority(ticket.priority, view.now_s - ticket.enqueued_s, bound),
+            ticket.rank,
             ticket.number,
         ),
     )

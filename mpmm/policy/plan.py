@@ -109,6 +109,7 @@ class _Walk:
             if ticket.row not in decided and ticket.row not in self._early and not hopeless:
                 decided[ticket.row] = self._decide(ticket)
         decided.update(self._early)
+        self._name_more_urgent(decided)
         self._stop_clock(decided)
         passed = decided.get(self._passed.row) if self._passed is not None else None
         if isinstance(passed, Wait | Evict):
@@ -116,6 +117,16 @@ class _Walk:
         decisions = (decided.get(ticket.row) for ticket in order)
         blocked = self._blocked is not None or not self._devices
         return Plan(tuple(decision for decision in decisions if decision is not None), blocked)
+
+    def _name_more_urgent(self, decided: dict[int, Decision | None]) -> None:
+        """Let those know who waits behind one that came later than they did, and is more urgent."""
+        blocked = self._blocked
+        if blocked is None:
+            return
+        for ticket in self._order:
+            if ticket.number < blocked.number and ticket.rank > blocked.rank and decided.get(ticket.row) is None:
+                why = Why(Reason.OUTRANKED, other=blocked.model)
+                decided[ticket.row] = Wait(ticket.row, why.reason, why)
 
     def _stop_clock(self, decided: dict[int, Decision | None]) -> None:
         """Let the blocked one's time not begin as long as nobody delays it, see `fairness`."""

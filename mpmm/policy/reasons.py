@@ -30,6 +30,7 @@ SENTENCES: dict[Reason, str] = {
     Reason.IN_USE: "waits: needs {need:.0f} MB{on}, {free:.0f} free, {coming:.0f} kept for it where {other} is in use, "
     "for {time}",
     Reason.TABLE_FULL: "waits for a row in the table of copies, which is full",
+    Reason.OUTRANKED: "waits behind {other}, which came later and has a higher priority",
     Reason.BACKING_OFF: "waits: its loads have failed, so nothing is evicted for another try for {time}",
     Reason.SUSPENDING: "waits for its copy, which is being suspended, and is resumed then: {time}, sooner than a load",
     Reason.RESUMES: "gets a suspended copy{on}: needs {need:.0f} MB, {free:.0f} free; it resumes in {time}",

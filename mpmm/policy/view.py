@@ -51,6 +51,7 @@ class Reason(IntEnum):
     IN_USE = 10  # room is reserved for it where copies are still in use
     FOREIGN = 11  # as LEASED, with external memory as well: the driver's, and that of other programs
     TABLE_FULL = 12  # it could load, but the table of copies has no row for it
+    OUTRANKED = 13  # one that came later, and is more urgent, waits for room before it
     BACKING_OFF = 14  # its loads fail, so nothing is evicted for it for a while
     SUSPENDING = 15  # a copy of its model is being suspended, and is resumed then
     # It gets an idle copy:
@@ -232,7 +233,7 @@ class TicketView:
     blocked_since_s: since when it is the first one for whom there is no room, None if it has never been.
     devices: where it may load; tied: on which a copy is of use for it; empty for all. span: how many devices what it
     loads lies on. nested: its thread holds or loads something else, so it would wait for itself if it waited to run
-    alone. passed: a load was let past it.
+    alone. passed: a load was let past it. rank: its place among those of the same `priority`, see `fairness.rank_ns`.
     """
 
     row: int
@@ -248,6 +249,7 @@ class TicketView:
     span: int = 1
     nested: bool = False
     passed: bool = False
+    rank: int = 0
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator
 
+from mpmm.policy.fairness import HIGHEST_URGENCY
 from mpmm.shared_state.snapshot import InstanceInfo, ModelInfo, Snapshot, TicketInfo
 
 __all__ = ["check_invariants"]
@@ -197,6 +198,8 @@ def _tickets(snapshot: Snapshot) -> Iterator[str]:
             yield f"T3 {what}: blocked for {ticket.blocked_for_s} s, though it waits for {ticket.waited_s} s"
         if ticket.called_up_ago_s is not None and ticket.called_up_ago_s > ticket.waited_s:
             yield f"T3 {what}: called up {ticket.called_up_ago_s} s ago, though it waits for {ticket.waited_s} s"
+        if abs(ticket.urgency) > HIGHEST_URGENCY:
+            yield f"T4 {what}: {ticket.urgency} steps of a head start"
         if (ticket.instance is not None) != (ticket.state in ("granted", "load")):
             yield f"T2 {what}: instance is {ticket.instance}"
         if ticket.state in ("granted", "load") and ticket.instance is not None:

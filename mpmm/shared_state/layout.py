@@ -342,11 +342,12 @@ class Ticket:
     T2  INSTANCE is set exactly in states GRANTED (an ACTIVE row, or a LEASED one) and LOAD (a LOADING row, or a
         RESUMING one), whose HOLDER is MEMBER.
     T3  BLOCKED_AT and CALLED_UP are 0 or not before ENQUEUED.
+    T4  RANK is ENQUEUED and a head start, of one of the steps that there are.
     """
 
     STATE = 0
     NUMBER = 1
-    PRIORITY = 2  # 0 before 1 before 2: an unknown model goes first, a preload last
+    PRIORITY = 2  # its class, 0 before 1 before 2: an unknown model goes first, a preload last
     MODEL = 3
     MEMBER = 4
     INSTANCE = 5
@@ -369,7 +370,8 @@ class Ticket:
     PASSED = 22  # 1 once a load that more waiters share was let past it
     WARNED = 23  # 1 once the log has said that nothing which can be unloaded would serve it
     CALLED_UP = 24  # when it was told to look for itself once another process's tenure is over; 0: it was not
-    WORDS = 25
+    RANK = 25  # its place among those of the same PRIORITY, lowest first, see `policy.fairness.rank_ns`
+    WORDS = 26
 
     FREE = 0
     WAITING = 1

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from mpmm.errors import LayoutMismatchError, LockTimeoutError, SegmentCorruptError
+from mpmm.policy.fairness import HEAD_START_S, urgency_of
 from mpmm.shared_state.durations import LONGEST_NS
 from mpmm.shared_state.events import EventKind
 from mpmm.shared_state.layout import (
@@ -227,6 +228,7 @@ class InstanceInfo:
 class TicketInfo:
     """One waiter, for a model or a lease. `need_mb` is the estimate or default when it queued; `member` is a slot.
 
+    priority: its class, see `policy.fairness`; urgency: the `priority` of the request.
     preload: how many copies a preload wants, 0 for other waiters.
     reason: a number of `policy.view.Reason`; free_mb, coming_mb, seconds, other (a tag) and on (rows of devices) are
     its figures. devices, tied: rows of the devices where it may load, and on which a copy is of use; empty for all.
@@ -238,6 +240,7 @@ class TicketInfo:
     row: int
     number: int
     priority: int
+    urgency: int
     tag: str
     model: int
     member: int
@@ -659,7 +662,11 @@ class _Decoder:
             tickets=tuple(
                 sorted(
                     (self._ticket(row, at, tags) for row, at in self._rows("tickets")),
-                    key=lambda ticket: (ticket.priority, ticket.number),
+                    key=lambda ticket: (
+                        ticket.priority,
+                        -ticket.waited_s - HEAD_START_S * ticket.urgency,
+                        ticket.number,
+                    ),
                 )
             ),
             pins=tuple(self._pin(row, at, tags) for row, at in self._rows("pins")),
@@ -818,6 +825,7 @@ class _Decoder:
             row=row,
             number=words[at + Ticket.NUMBER],
             priority=words[at + Ticket.PRIORITY],
+            urgency=urgency_of(words[at + Ticket.ENQUEUED], words[at + Ticket.RANK]),
             tag=tags.get(words[at + Ticket.MODEL], ""),
             model=words[at + Ticket.MODEL],
             member=member,

@@ -29,6 +29,7 @@ import numpy as np
 
 from mpmm.display_names import display_name
 from mpmm.errors import TableFullError
+from mpmm.policy.fairness import rank_ns
 from mpmm.policy.ledger import Entry, Figure, Ledger, Return, expire, settle
 from mpmm.policy.view import Reason
 from mpmm.printable import printable_logger
@@ -462,13 +463,14 @@ class Transitions:
         span: int = 1,
         nested: bool = False,
         cause: Cause | None = None,
+        urgency: int = 0,
     ) -> int:
         """Let a member (slot) wait for a model; return the ticket's row. Raises TableFullError.
 
         preload: above 0, it waits for a load that brings the copies it can use to that number, not for one to use.
         devices, tied: bits of the devices where it may load, and on which a copy is of use; 0 for all.
         span: how many devices what it loads lies on. nested: it is not to run alone, as its thread holds another.
-        cause: why it waits, where that is known without a plan.
+        cause: why it waits, where that is known without a plan. urgency: see `policy.fairness`.
         """
         words, tables = self.segment.words, self.tables
         row = self._take_row(t, self.layout.tickets)
@@ -501,6 +503,7 @@ class Transitions:
                 (at + Ticket.PASSED, 0),
                 (at + Ticket.WARNED, 0),
                 (at + Ticket.CALLED_UP, 0),
+                (at + Ticket.RANK, rank_ns(t.now, urgency)),
                 (at + Ticket.STATE, Ticket.WAITING),
                 (model_at + Model.WAITING, words[model_at + Model.WAITING] + 1),
                 (Header.WAITING, words[Header.WAITING] + 1),

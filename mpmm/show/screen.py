@@ -242,13 +242,14 @@ def waiting(snapshot: Snapshot) -> Section[TicketInfo]:
             age(ticket.waited_s),
             age(expected_s_of(ticket)),
             age(ticket.time_left_s),
+            f"{ticket.urgency:+d}" if ticket.urgency else "0",
             mb(need_of(ticket)),
             _reason(ticket.reason),
             why(ticket, need_of(ticket), left_s(snapshot, ticket)),
         )
 
-    head = ("ticket", "for", "pid", "waited", "expected", "left", "needs MB", "reason", "why")
-    least = ("reason", "ticket", "left", "expected", "needs MB")
+    head = ("ticket", "for", "pid", "waited", "expected", "left", "priority", "needs MB", "reason", "why")
+    least = ("priority", "reason", "ticket", "left", "expected", "needs MB")
     return Section("waiting", head, waiters(snapshot), row, 8, least, prose=True)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -142,7 +143,7 @@ def expected_waits(snapshot: Snapshot) -> Callable[[TicketInfo], float]:
     def expected_s(ticket: TicketInfo) -> float:
         if ticket.model not in views:
             return math.nan
-        ahead = sum(one.model == ticket.model and one.number < ticket.number for one in queue)
+        ahead = sum(one.model == ticket.model for one in itertools.takewhile(lambda one: one is not ticket, queue))
         member = ticket.member + 1
         return expected_wait_s(views[ticket.model], member, ahead, ticket.reason, ticket.seconds, seen)
 
