@@ -25,9 +25,10 @@ from processes import Loads, Process, acquire, release, wait_until, waiting
 from sleepers import MakesSleeper, pretend_load_s
 
 from mpmm.cli import main
-from mpmm.dashboard.history import POINTS_SENT, SAMPLES_KEPT, Recorder
+from mpmm.dashboard.history import FINDINGS_SENT, POINTS_SENT, SAMPLES_KEPT, Recorder
 from mpmm.dashboard.watch import Watcher
 from mpmm.model_manager import ModelManager
+from mpmm.policy.view import Reason
 from mpmm.shared_state.segment import segment_name
 from mpmm.shared_state.snapshot import Snapshot, read_snapshot
 from mpmm.show.follow import Follower, Step
@@ -220,7 +221,7 @@ def test_it_tells_who_waits_and_why(lively: ModelManager, served: Served, namesp
     [waiter], [ticket] = state["waiters"], waiting(namespace)
     assert (waiter["pid"], waiter["tag"], waiter["number"]) == (ticket.pid, "held", ticket.number)
     assert waiter["why"].startswith("waits")
-    assert waiter["expected"] is None or waiter["expected"] >= 0
+    assert waiter["expected"] > 0
     assert state["head"]["waiting"] == 1
     assert waiter["since"] <= state["head"]["now"]
 
@@ -455,7 +456,9 @@ def thousand(snapshot: Snapshot) -> Snapshot:
     """Return a snapshot with a thousand copies and as many waiters, made of one that has some."""
     copies, tickets = snapshot.instances, snapshot.tickets
     many = [replace(copies[n % len(copies)], row=n, tag=f"model-{n:04}", for_s=float(n)) for n in range(1000)]
-    queue = [replace(tickets[0], row=n, number=1000 + n, tag=f"model-{n:04}") for n in range(1000)]
+    queue = [
+        replace(tickets[0], row=n, number=1000 + n, tag=f"model-{n:04}", reason=Reason.PINNED) for n in range(1000)
+    ]
     return replace(snapshot, instances=tuple(many), tickets=tuple(queue), waiting=1000)
 
 
@@ -476,6 +479,8 @@ def test_a_thousand_copies_are_told_once(crowded: None, served: Served) -> None:
     assert len(first["copies"]["set"]) == 1000
     assert len(first["waiters"]) < 1000
     assert first["head"]["waiting"] == 1000
+    assert (len(first["findings"]), first["urgent"]) == (FINDINGS_SENT, 1001), "each waits for an unpin, one for long"
+    assert {waiter["expected"] for waiter in first["waiters"]} == {None}
     quiet = served.state(epoch=first["epoch"], look=first["look"])["state"]
     # Copies begin at moments that a look finds again to the 0.01 s; here they are made up, so some differ.
     assert len(json.dumps({**quiet, "waiters": [], "copies": []})) < 5000

@@ -17,6 +17,7 @@ from typing import Any
 
 from mpmm.dashboard.decisions import CATEGORIES, decision
 from mpmm.dashboard.timeline import Timeline
+from mpmm.policy.view import Reason
 from mpmm.printable import printable
 from mpmm.shared_state.snapshot import DeviceInfo, InstanceInfo, Snapshot, TicketInfo
 from mpmm.show.follow import Follower, Step
@@ -33,6 +34,10 @@ POINTS_SENT = 720
 DECISIONS_KEPT = 300
 WAITERS_SENT = 300
 GONE_KEPT = 20_000
+# Each waiter may be a problem of its own.
+FINDINGS_SENT = 20
+# Waits that only other programs, or those who have pinned something, can end: loads and holds do not tell when.
+_OTHERS_END = (Reason.FOREIGN, Reason.PINNED)
 Row = dict[str, Any]
 Point = tuple[float, ...]
 
@@ -112,6 +117,7 @@ class Recorder:
         self._devices: list[Row] = []
         self._waiters: list[Row] = []
         self._findings: list[Row] = []
+        self._urgent = 0
         self._copies, self._models, self._members = Table(), Table(), Table()
         self._memory: dict[int, Samples] = {}
         self._load = Samples()
@@ -146,7 +152,9 @@ class Recorder:
         self._load.add(look, (snapshot.taken_s, snapshot.waiting, snapshot.active, snapshot.loading, loaded))
         self._head = _head(snapshot)
         self._devices = [_device(device, snapshot) for device in snapshot.devices]
-        self._findings = [{"urgent": one.urgent, "text": printable(one.text)} for one in findings(snapshot)]
+        found = findings(snapshot)
+        self._urgent = sum(one.urgent for one in found)
+        self._findings = [{"urgent": one.urgent, "text": printable(one.text)} for one in found[:FINDINGS_SENT]]
         self._waiters = _waiters(snapshot)
         self._copies.put(look, _copies(snapshot))
         self._models.put(look, _models(snapshot))
@@ -174,7 +182,7 @@ class Recorder:
             "shown": printable(self.namespace),
             "problem": self.problem,
             "waiting": self._head.get("waiting", 0),
-            "urgent": sum(one["urgent"] for one in self._findings),
+            "urgent": self._urgent,
         }
 
     def state(self, epoch: str, look: int, window_s: float) -> Row:
@@ -192,6 +200,7 @@ class Recorder:
             "head": self._head,
             "devices": self._devices,
             "findings": self._findings,
+            "urgent": self._urgent,
             "waiters": self._waiters,
             "memory": {row: samples.since(since, from_s) for row, samples in self._memory.items()},
             "load": self._load.since(since, from_s),
@@ -260,7 +269,7 @@ def _waiter(ticket: TicketInfo, snapshot: Snapshot, need_mb: float, expected_s: 
         "tag": printable(ticket.tag),
         "pid": ticket.pid,
         "since": round(snapshot.taken_s - ticket.waited_s, 2),
-        "expected": _rounded(expected_s, 2),
+        "expected": None if ticket.reason in _OTHERS_END else _rounded(expected_s, 2),
         "gives_up_in": _rounded(ticket.time_left_s),
         "why": printable(why(ticket, need_mb, left_s(snapshot, ticket))),
     }

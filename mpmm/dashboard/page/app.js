@@ -6,6 +6,7 @@ const TOKEN = address.searchParams.get("token") ?? "";
 const POLL_MS = 1000;
 const SLOWEST_POLL_MS = 5000;
 const DECISIONS_KEPT = 300;
+const PROBLEMS_SHOWN = 3;
 const THEMES = ["system", "light", "dark"];
 
 const view = {
@@ -18,7 +19,7 @@ const view = {
 /** What the server has told, put together. */
 const known = {
   epoch: "", look: 0, head: null, namespaces: [], devices: [], findings: [], waiters: [], memory: new Map(), load: [],
-  decisions: [], copies: new Map(), models: new Map(), members: new Map(), lost: 0, heardAt: 0,
+  decisions: [], copies: new Map(), models: new Map(), members: new Map(), urgent: 0, lost: 0, heardAt: 0,
 };
 
 /** The server's clock, now: between two answers it runs on here. */
@@ -94,14 +95,14 @@ function nothingSaid(said) {
 }
 
 function forget() {
-  Object.assign(known, { epoch: "", look: 0, devices: [], findings: [], waiters: [], load: [], decisions: [], lost: 0 });
+  Object.assign(known, { epoch: "", look: 0, devices: [], findings: [], urgent: 0, waiters: [], load: [], decisions: [], lost: 0 });
   for (const part of ["memory", "copies", "models", "members"]) known[part].clear();
   timeline.clear();
 }
 
 function merge(state) {
-  const { epoch, look, head, devices, findings, waiters, lost } = state;
-  Object.assign(known, { epoch, look, head, devices, findings, waiters, lost, heardAt: performance.now() });
+  const { epoch, look, head, devices, findings, urgent, waiters, lost } = state;
+  Object.assign(known, { epoch, look, head, devices, findings, urgent, waiters, lost, heardAt: performance.now() });
   const from_s = head.now - view.window_s;
   for (const [row, points] of Object.entries(state.memory)) {
     const all = [...(known.memory.get(row) ?? []), ...points];
@@ -157,7 +158,7 @@ function showNamespaces(said) {
 
 function showHealth() {
   const pill = byId("health");
-  const urgent = known.findings.filter((one) => one.urgent).length;
+  const urgent = known.urgent;
   const stale = document.body.classList.contains("stale");
   let [text, kind] = ["all well", "good"];
   if (view.paused) [text, kind] = ["paused", "warn"];
@@ -175,11 +176,17 @@ function showFindings() {
   if (box.key === key) return;
   box.key = key;
   box.hidden = !known.findings.length;
-  const open = box.querySelector("details")?.open ?? false;
-  const urgent = known.findings.filter((one) => one.urgent).map((one) => make("p", {}, make("b", {}, "Attention"), one.text));
-  const notes = known.findings.filter((one) => !one.urgent).map((one) => make("li", {}, one.text));
-  const details = make("details", open ? { open: "" } : {}, make("summary", {}, plural(notes.length, "note")), make("ul", {}, ...notes));
-  box.replaceChildren(...urgent, ...(notes.length ? [details] : []));
+  const opened = new Set([...box.querySelectorAll("details[open]")].map((one) => one.className));
+  const fold = (name, title, texts) => {
+    const items = texts.map((text) => make("li", {}, text));
+    const attributes = opened.has(name) ? { class: name, open: "" } : { class: name };
+    return texts.length ? [make("details", attributes, make("summary", {}, title), make("ul", {}, ...items))] : [];
+  };
+  const urgent = known.findings.filter((one) => one.urgent).map((one) => one.text);
+  const notes = known.findings.filter((one) => !one.urgent).map((one) => one.text);
+  const shown = urgent.slice(0, PROBLEMS_SHOWN).map((text) => make("p", {}, make("b", {}, "Attention"), text));
+  const more = plural(known.urgent - shown.length, "more problem");
+  box.replaceChildren(...shown, ...fold("more-problems", more, urgent.slice(PROBLEMS_SHOWN)), ...fold("notes", plural(notes.length, "note"), notes));
 }
 
 function showTiles() {
