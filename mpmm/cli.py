@@ -24,6 +24,8 @@
     mpmm prune                    remove what crashed processes have left; --dry-run only shows it
     mpmm doctor                   versions, drivers, memory sources, limits, permissions, namespaces; exit status 1 for
                                   a problem; --bundle FILE.tar.gz packs it for a support request, without secrets
+    mpmm completion SHELL         a script for bash, zsh or fish: source <(mpmm completion bash)
+    mpmm man                      the manual page: mpmm man | man -l -
     mpmm run --mb SIZE -- PROGRAM ARGUMENTS…
                                   run a program once so much memory is free, and count it as used meanwhile
 
@@ -199,6 +201,9 @@ def _parser() -> argparse.ArgumentParser:
         "--priority", type=int, default=0, metavar="NUMBER", help="from -10 to 10; each step is worth 10 s of waiting"
     )
     run.add_argument("--wait", type=float, default=math.inf, metavar="SECONDS", help="give up then (default: never)")
+    completion = commands.add_parser("completion", help="a script that completes this command in a shell")
+    completion.add_argument("shell", choices=("bash", "fish", "zsh"))
+    commands.add_parser("man", help="the manual page; `mpmm man | man -l -` shows it")
     for command in commands.choices.values():
         # Suppressed where it is not given, or it would undo the one in front of the command.
         command.add_argument("--runtime-root", default=argparse.SUPPRESS, **_RUNTIME_ROOT)
@@ -490,6 +495,20 @@ def _doctor(options: argparse.Namespace, root: Path | None) -> int:
     return EXIT_PROBLEM if any(check.state == "PROBLEM" for group in groups for check in group.checks) else 0
 
 
+def _completion(options: argparse.Namespace, root: Path | None) -> int:
+    from mpmm.show.completion import completion
+
+    print(completion(_parser(), options.shell), end="")
+    return 0
+
+
+def _man(options: argparse.Namespace, root: Path | None) -> int:
+    from mpmm.show.completion import man_page
+
+    print(man_page(_parser(), __version__), end="")
+    return 0
+
+
 _COMMANDS = {
     "list": _list,
     "inspect": _inspect,
@@ -506,6 +525,8 @@ _COMMANDS = {
     "resume": _move,
     "prune": _prune,
     "doctor": _doctor,
+    "completion": _completion,
+    "man": _man,
 }
 
 

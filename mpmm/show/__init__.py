@@ -8,7 +8,7 @@ Everything here works on the plain values of `mpmm.shared_state.snapshot`, and k
     colours.py      on a terminal only                        words.py     figures as text
     controls.py     what the keys of `mpmm top` do
     doctor.py       what the host offers and limits           bundle.py    that and all namespaces in one file
-    json_text.py    a snapshot as JSON
+    json_text.py    a snapshot as JSON                        completion.py  the command line for shells and `man`
     record.py       the trace of a namespace, written
     follow.py       the events one after another, none twice, lost ones counted
     trace.py        events as spans for Perfetto              plot.py      such a trace as a picture

@@ -1,0 +1,200 @@
+"""`mpmm completion` and `mpmm man`: what shells and `man` want to know of the command line, made of its own parser.
+
+So they cannot say anything else than it does. Names of namespaces and models are asked for when somebody presses Tab.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Iterator
+
+__all__ = ["SHELLS", "completion", "man_page"]
+
+# What prints a word for each that there is.
+_NAMESPACES = "mpmm list 2>/dev/null | grep -v ' '"
+_TAGS = "mpmm ps --format '{tag}' 2>/dev/null"
+_ASKED_FOR = {"namespace": _NAMESPACES, "tag": _TAGS}
+# Arguments of options that are files, by their metavar.
+_FILES = ("FILE", "FOLDER")
+
+
+def completion(parser: argparse.ArgumentParser, shell: str) -> str:
+    """Return the script that completes the command in a shell, one of `SHELLS`."""
+    return SHELLS[shell](parser)
+
+
+def _commands(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+    """Return the subcommands by name."""
+    [found] = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    return dict(found.choices)
+
+
+def _help_of(parser: argparse.ArgumentParser) -> dict[str, str]:
+    """Return what each subcommand is for."""
+    [found] = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    return {action.dest: action.help or "" for action in found._choices_actions}
+
+
+def _options(parser: argparse.ArgumentParser) -> list[argparse.Action]:
+    return [action for action in parser._actions if action.option_strings]
+
+
+def _positionals(parser: argparse.ArgumentParser) -> list[argparse.Action]:
+    return [
+        action
+        for action in parser._actions
+        if not action.option_strings and not isinstance(action, argparse._SubParsersAction)
+    ]
+
+
+def _metavar(action: argparse.Action) -> str:
+    return str(action.metavar or action.dest.upper())
+
+
+def _dests(parser: argparse.ArgumentParser) -> Iterator[str]:
+    """Yield what of `_ASKED_FOR` the positional arguments of a subcommand are."""
+    yield from (action.dest for action in _positionals(parser) if action.dest in _ASKED_FOR)
+
+
+def _bash(parser: argparse.ArgumentParser) -> str:
+    """Return a function that works in zsh, too.
+
+    The words are compared by ourselves and quoted: `compgen -W` would expand them, and run what stands in a tag.
+    """
+    commands = _commands(parser)
+    everywhere = " ".join(word for action in _options(parser) for word in action.option_strings)
+    cases = []
+    valued: dict[str, set[str]] = {"files": set(), "namespace": set(), "tag": set(), "other": set()}
+    for name, command in commands.items():
+        words = [word for action in _options(command) for word in action.option_strings]
+        choices = [str(choice) for action in _positionals(command) for choice in action.choices or ()]
+        asked = "".join(f"; {_ASKED_FOR[dest]}" for dest in _dests(command))
+        cases.append(f"    {name}) printf '%s\\n' {' '.join([*words, *choices])}{asked} ;;")
+        for action in _options(command):
+            if action.nargs != 0:
+                dest = {"model": "tag"}.get(action.dest, action.dest)
+                kind = "files" if _metavar(action) in _FILES else dest if dest in _ASKED_FOR else "other"
+                valued[kind].update(action.option_strings)
+    # An option that is a file in one command and a name in another is taken for the first.
+    valued["other"] -= valued["files"] | valued["namespace"] | valued["tag"]
+    return f"""\
+_mpmm_words() {{
+    case $2 in
+    {"|".join(sorted(valued["namespace"]))}) {_NAMESPACES}; return ;;
+    {"|".join(sorted(valued["tag"]))}) {_TAGS}; return ;;
+    {"|".join(sorted(valued["files"] | valued["other"]))}) return ;;
+    esac
+    case $1 in
+    "") printf '%s\\n' {" ".join(commands)} {everywhere} ;;
+{chr(10).join(cases)}
+    esac
+}}
+_mpmm() {{
+    local current=${{COMP_WORDS[COMP_CWORD]}} previous=${{COMP_WORDS[COMP_CWORD-1]}} command="" word
+    for word in "${{COMP_WORDS[@]:1:$((COMP_CWORD-1))}}"; do
+        case $word in
+        --) return ;;
+        {"|".join(commands)}) [ -n "$command" ] || command=$word ;;
+        esac
+    done
+    COMPREPLY=()
+    while IFS= read -r word; do
+        if [[ $word == "$current"* ]]; then COMPREPLY+=("$(printf '%q' "$word")"); fi
+    done < <(_mpmm_words "$command" "$previous")
+}}
+complete -o default -F _mpmm mpmm
+"""
+
+
+def _zsh(parser: argparse.ArgumentParser) -> str:
+    return f"autoload -U +X compinit && compinit\nautoload -U +X bashcompinit && bashcompinit\n{_bash(parser)}"
+
+
+def _fish(parser: argparse.ArgumentParser) -> str:
+    lines = []
+    purposes = _help_of(parser)
+    for action in _options(parser):
+        lines.append(f"complete -c mpmm -n __fish_use_subcommand {_fish_option(action)}")
+    for name, command in _commands(parser).items():
+        lines.append(f"complete -c mpmm -f -n __fish_use_subcommand -a {name} -d {_quoted(purposes.get(name, ''))}")
+        seen = f"complete -c mpmm -n '__fish_seen_subcommand_from {name}'"
+        lines += [f"{seen} {_fish_option(action)}" for action in _options(command)]
+        lines += [
+            f"{seen} -f -a '({_ASKED_FOR[dest]})'".replace("'{tag}'", '"{tag}"').replace("' '", '" "')
+            for dest in _dests(command)
+        ]
+        choices = [str(choice) for action in _positionals(command) for choice in action.choices or ()]
+        if choices:
+            lines.append(f"{seen} -f -a {_quoted(' '.join(choices))}")
+    return "\n".join(lines) + "\n"
+
+
+def _fish_option(action: argparse.Action) -> str:
+    words = [f"-l {word[2:]}" if word.startswith("--") else f"-s {word[1:]}" for word in action.option_strings]
+    if action.nargs != 0:
+        words.append("-r" if _metavar(action) in _FILES else "-x")
+    return " ".join([*words, f"-d {_quoted(_told(action))}"])
+
+
+def _quoted(text: str) -> str:
+    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
+
+
+def _told(action: argparse.Action) -> str:
+    return (action.help or "").replace("%%", "%").replace("%(prog)s", "mpmm")
+
+
+#: What makes the script of each shell.
+SHELLS: dict[str, Callable[[argparse.ArgumentParser], str]] = {"bash": _bash, "fish": _fish, "zsh": _zsh}
+
+
+def man_page(parser: argparse.ArgumentParser, version: str) -> str:
+    """Return the manual page, as troff; `mpmm man | man -l -` shows it."""
+    purposes = _help_of(parser)
+    lines = [
+        f'.TH MPMM 1 "{time.strftime("%Y-%m-%d")}" "mpmm {version}"',
+        *(".SH NAME", r"mpmm \- look into the multi\-process model manager of this host"),
+        *(".SH SYNOPSIS", r".B mpmm", r"[\fB\-\-runtime\-root\fR \fIFOLDER\fR] \fICOMMAND\fR ..."),
+        *(".SH DESCRIPTION", _troff(parser.description or "")),
+        _troff(
+            "Every command takes --help. Those that look take no lock, so they answer while everything else stands, "
+            "and nobody waits for them."
+        ),
+        ".SH OPTIONS",
+    ]
+    lines += [line for action in _options(parser) for line in _entry(action)]
+    lines.append(".SH COMMANDS")
+    for name, command in _commands(parser).items():
+        arguments = "".join(
+            rf" \fI{_troff(_metavar(action))}\fR" if action.nargs != "?" else rf" [\fI{_troff(_metavar(action))}\fR]"
+            for action in _positionals(command)
+        )
+        lines += [rf".SS \fB{_troff(name)}\fR{arguments}", _troff(purposes.get(name, ""))]
+        for action in (*_positionals(command), *_options(command)):
+            if action.help and action.dest not in ("help", "runtime_root"):
+                lines += _entry(action)
+    lines += [
+        *(".SH EXIT STATUS", ".TP", ".B 0", "All is well.", ".TP", ".B 1", "Something is wrong, or was refused."),
+        *(".TP", ".B 2", "There is nothing to look at, or the command line cannot be understood."),
+        _troff("run ends with the exit status of its program, or 125 to 127 if that could not be started."),
+        ".SH ENVIRONMENT",
+        *(".TP", ".B MPMM_RUNTIME_DIR", _troff("Folder of the runtime directories, /tmp/mpmm-<uid> by default.")),
+        *(".TP", ".B NO_COLOR", "If it is set, there are no colours on a terminal."),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _entry(action: argparse.Action) -> list[str]:
+    if action.option_strings:
+        value = "" if action.nargs == 0 else rf" \fI{_troff(_metavar(action))}\fR"
+        head = ", ".join(rf"\fB{_troff(word)}\fR" for word in action.option_strings) + value
+    else:
+        head = rf"\fI{_troff(_metavar(action))}\fR"
+    return [".TP", head, _troff(_told(action))]
+
+
+def _troff(text: str) -> str:
+    """Return a text so that nothing of it is taken for a command."""
+    text = text.replace("\\", r"\e").replace("-", r"\-").replace("…", "...")
+    return rf"\&{text}" if text.startswith((".", "'")) else text
