@@ -14,7 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from mpmm.arguments import checked_timeout, in_brief
+from mpmm.arguments import checked_size_mb, checked_timeout, in_brief
 from mpmm.errors import InvalidArgumentError, UnloadTimeoutError
 from mpmm.printable import printable
 from mpmm.shared_state.settings import CHANGEABLE, Settings
@@ -169,6 +169,8 @@ def _value(setting: str, text: str) -> float | None:
     try:
         return float(text)
     except ValueError:
+        if setting.endswith("_mb"):
+            return checked_size_mb(setting, text)
         raise InvalidArgumentError(f"{setting}={in_brief(text)}: expected a number, or none") from None
 
 

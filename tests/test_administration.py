@@ -272,6 +272,8 @@ def test_settings_at_a_prompt(namespace: str, new_manager: NewManager, capsys: C
     assert (manager.settings["max_model_copies"], manager.settings["slack_percentage"]) == (3, 0.3)
     assert main(["settings", "set", "max_model_copies", "none"]) == 0
     assert manager.settings["max_model_copies"] is None
+    assert main(["settings", "set", "default_estimate_mb", "2g"]) == 0
+    assert manager.settings["default_estimate_mb"] == 2048
     for words in (["set", "slack_percentage"], ["set", "slack_percentage", "lots"], ["set", "nonsense", "1"]):
         assert main(["settings", *words]) == 2
 
