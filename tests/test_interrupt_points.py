@@ -34,11 +34,15 @@ from typing import Any
 
 import pytest
 from conftest import SMALL
+from payload_store import Store
 from processes import Seat, files_in, segments_of, wait_until
 
 import mpmm
-from mpmm import AcquireTimeoutError, NotAcquiredError
+from mpmm import AcquireTimeoutError, ModelServerError, NotAcquiredError, RemoteCallError
 from mpmm.model_manager import ModelManager
+from mpmm.multi_process_shared import MultiProcessShared
+from mpmm.proxy.client import _known
+from mpmm.proxy.room import room_for
 from mpmm.shared_state.invariants import check_invariants
 from mpmm.shared_state.layout import Capacities, Header
 from mpmm.shared_state.runtime_dir import RUNTIME_DIR_VARIABLE
@@ -72,7 +76,8 @@ def ways_out(code: CodeType) -> frozenset[int]:
             nones = [i.opname == "DUP_TOP" or i.argval is None for i in instructions[place + 1 : place + 3]]
             calls = [i.opname in ("PRECALL", "CALL", "CALL_FUNCTION") for i in instructions[place + 3 : place + 5]]
             if all(nones) and calls[0]:
-                offsets.update(i.offset for i in instructions[place : place + 3 + sum(calls)])
+                begin = place - (place > 0 and instructions[place - 1].opname == "NOP")
+                offsets.update(i.offset for i in instructions[begin : place + 3 + sum(calls)])
     return frozenset(offsets)
 
 
@@ -160,6 +165,10 @@ class Points:
                     operation()
             except (KeyboardInterrupt, Interrupted):
                 pass
+            except RemoteCallError as other:
+                # What ends an unpickling is an error of that.
+                escaped = "" if isinstance(other.__cause__, Interrupted) else f"RemoteCallError: {other}"
+                other.__cause__ = None
             except Exception as other:
                 escaped = f"{type(other).__name__}: {other}"
             # The frames of the traceback would keep what they have in hand.
@@ -178,7 +187,7 @@ class Points:
         wrong = [f"raised {escaped}"] if escaped else []
         try:
             self.go_on()
-        except Exception as error:
+        except (Exception, AssertionError) as error:
             wrong.append(f"the same thread cannot go on: {type(error).__name__}: {error}")
         while (left := self.left()) and time.monotonic() - began < HEALS_WITHIN_S:
             time.sleep(0.001)
@@ -476,6 +485,66 @@ def test_pin_and_unpin(sweep: Callable[..., Sweep]) -> None:
     one(pin, unpin)
 
 
+def test_load_that_runs_out_of_memory(sweep: Callable[..., Sweep]) -> None:
+    one = sweep(3203, fallback_memory_mb=300.0)
+    tags = iter(f"tag-{number}" for number in range(10**6))
+
+    def load() -> None:
+        tag, turns = next(tags), [1]
+
+        def loader() -> str:
+            if turns:
+                turns.pop()
+                raise MemoryError
+            return f"handle of {tag}"
+
+        with one.manager.model(tag, loader):
+            pass
+
+    load()
+    one(load)
+
+
+def test_lease_that_waits(sweep: Callable[..., Sweep]) -> None:
+    one = sweep(997)
+    holder = OtherHolder(one)
+
+    def lease() -> None:
+        try:
+            # Of all there is, so only once the other one has given its copy back.
+            with one.manager.reserve(1000):
+                pass
+        finally:
+            sys.settrace(None)
+            holder.end()
+
+    one(lease, holder.hold)
+
+
+def test_reset(sweep: Callable[..., Sweep]) -> None:
+    one = sweep(1201)
+
+    def load() -> None:
+        for tag in ("a", "b"):
+            with one.manager.model(tag, Plain if tag == "a" else lambda: "handle of b"):
+                pass
+
+    one(one.manager.force_reset, load)
+
+
+def test_booking_by_hand(sweep: Callable[..., Sweep]) -> None:
+    one = sweep(1201, fallback_memory_mb=300.0)
+    tags = iter(f"tag-{number}" for number in range(10**6))
+
+    def book() -> None:
+        tag = next(tags)
+        if one.manager.should_spawn_model(tag, 0):
+            one.manager.release_model(tag, one.manager.acquire_model(tag, lambda: f"handle of {tag}"))
+
+    book()
+    one(book)
+
+
 def sweep_whole_life(
     step: int,
     operate: Callable[[ModelManager | None], ModelManager | None],
@@ -611,3 +680,98 @@ def test_nothing_is_taken_from_calls_in_progress(
     assert interrupted
     wait_until(lambda: not read_snapshot("test").active and not read_snapshot("test").loading, "all is back", 2)
     assert check_invariants(read_snapshot("test")) == []
+
+
+class SharedPoints(Points):
+    """The points of operations on a shared object: after each, it can be had, asked and given back again."""
+
+    def __init__(self, step: int, spawn: bool = True) -> None:
+        super().__init__(step)
+        self.shared = MultiProcessShared(Store, tag="store", always_proxy=spawn, spawn_process=spawn)
+
+    def use(self) -> None:
+        """Acquire, call, release."""
+        proxy = self.shared.acquire()
+        try:
+            proxy.pid()
+        finally:
+            # An exception from the call is one of the points, and not to be followed by another.
+            sys.settrace(None)
+            self.shared.release(proxy)
+
+    def go_on(self) -> None:
+        """Use it, and so does another thread."""
+        try:
+            self.use()
+        except ModelServerError:
+            # It had been told to end.
+            self.use()
+        used: list[bool] = []
+        other = threading.Thread(target=lambda: used.append(self.use() is None), daemon=True)
+        other.start()
+        other.join(10)
+        assert used, "another thread cannot use it"
+
+    def left(self) -> list[str]:
+        """Return what keeps others from the tag."""
+        room = room_for(None)
+        try:
+            with room.tag_lock("store", 0.0):
+                pass
+        except TimeoutError as error:
+            return [str(error)]
+        return []
+
+
+@pytest.fixture
+def shared(runtime_root: Path) -> Iterator[Callable[..., SharedPoints]]:
+    """Makes points of a shared object, which is deleted in the end; there must not have been a failure."""
+    made: list[SharedPoints] = []
+
+    def make(step: int, **arguments: Any) -> SharedPoints:
+        made.append(SharedPoints(step, **arguments))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.shared.unsafe_hard_delete()
+        one.conclude()
+
+
+@pytest.mark.parametrize("spawn", [True, False], ids=["server", "own process"])
+def test_use_of_shared_object(shared: Callable[..., SharedPoints], spawn: bool) -> None:
+    one = shared(197, spawn=spawn)
+    # Or the object would be made anew each time.
+    kept = one.shared.acquire()
+    one(one.use)
+    one.shared.release(kept)
+
+
+def test_first_use_of_shared_object(shared: Callable[..., SharedPoints]) -> None:
+    one = shared(397)
+    kept = one.shared.acquire()
+    one(one.use, _known.clear)
+    one.shared.release(kept)
+
+
+def test_large_call(shared: Callable[..., SharedPoints]) -> None:
+    one = shared(397)
+    proxy = one.shared.acquire()
+    payload = bytes(3 << 20)
+
+    def call() -> None:
+        assert len(proxy.echo(payload)) == len(payload)
+
+    call()
+    one(call)
+    one.shared.release(proxy)
+
+
+def test_start_of_server(shared: Callable[..., SharedPoints]) -> None:
+    one = shared(1601)
+    one(one.use, one.shared.unsafe_hard_delete)
+
+
+def test_end_of_server(shared: Callable[..., SharedPoints]) -> None:
+    one = shared(601)
+    one(one.shared.unsafe_hard_delete, one.use)
