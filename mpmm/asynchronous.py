@@ -257,7 +257,8 @@ class _Threads:
     def watch(self, row: int, deadline: float, answer: Callable[[Outcome], None]) -> None:
         """Have a ticket watched by the first watcher that has room."""
         worker = self._worker()
-        assert worker is not None, "who waits has it"
+        if worker is None:
+            raise ClosedError("the manager was shut down while a task waited for a model")
         with self._mutex:
             if any(watcher.watch(worker, row, deadline, answer) for watcher in self._watchers):
                 return

@@ -540,7 +540,7 @@ class ModelManager(BeamNames):
     ) -> Any:
         """Return a copy, which `operation` has noted as held."""
         if self._bookings_made:
-            booking = self._take_booking(tag)
+            booking = self._take_booking(operation, tag)
             if booking is not None:
                 return self._load_somehow(worker, operation, tag, booking, loader_func)
         wish = self._wish(worker, options) if options else _ANYWHERE
@@ -1986,28 +1986,39 @@ class ModelManager(BeamNames):
         worker = self._connected()
         self.logging_info("Booking for %s, ticket %s", tag, ticket_num)
         operation = worker.begin(sys._getframe())
+        bookings = self._bookings_of_thread()
+        booked = False
         try:
             answer = self._queue(worker, operation, tag, time.monotonic() + self._settings.lock_timeout_seconds)
+            booked = isinstance(answer, _Booking) and answer.alone == alone
+            if booked:
+                bookings[tag] = answer
+                self._bookings_made = True
+            elif isinstance(answer, _Booking):
+                self._give_up_load(worker, answer)
+            elif operation.held is not None and worker.let_go_of(operation.held, operation):
+                self._give_back_held(worker, operation, tag)
+            worker.end(operation)
         except AcquireTimeoutError:
             worker.end(operation)
-            return False
         except BaseException:
+            bookings.pop(tag, None)
             worker.abandon(operation)
             raise
-        worker.end(operation)
-        if isinstance(answer, _Booking) and answer.alone == alone:
-            self._bookings.__dict__.setdefault("by_tag", {})[tag] = answer
-            self._bookings_made = True
-            return True
-        if isinstance(answer, _Booking):
-            self._give_up_load(worker, answer)
-        elif answer is not None:
-            self.release_model(tag, answer.value)
-        return False
+        return booked
 
-    def _take_booking(self, tag: str) -> _Booking | None:
-        bookings: dict[str, _Booking] = self._bookings.__dict__.get("by_tag", {})
-        return bookings.pop(tag, None)
+    def _bookings_of_thread(self) -> dict[str, Any]:
+        found: dict[str, Any] = self._bookings.__dict__.setdefault("by_tag", {})
+        return found
+
+    def _take_booking(self, operation: Operation, tag: str) -> _Booking | None:
+        """Take what the thread has booked for a tag; `operation` answers for it from now on."""
+        bookings = self._bookings_of_thread()
+        booking: _Booking | None = bookings.get(tag)
+        if booking is not None:
+            operation.booking = booking.row, booking.generation
+            del bookings[tag]
+        return booking
 
     # ---- membership ----------------------------------------------------------------------------------------
 

@@ -486,7 +486,7 @@ def test_pin_and_unpin(sweep: Callable[..., Sweep]) -> None:
 
 
 def test_load_that_runs_out_of_memory(sweep: Callable[..., Sweep]) -> None:
-    one = sweep(3203, fallback_memory_mb=300.0)
+    one = sweep(6007, fallback_memory_mb=300.0)
     tags = iter(f"tag-{number}" for number in range(10**6))
 
     def load() -> None:
@@ -536,10 +536,20 @@ def test_booking_by_hand(sweep: Callable[..., Sweep]) -> None:
     one = sweep(1201, fallback_memory_mb=300.0)
     tags = iter(f"tag-{number}" for number in range(10**6))
 
+    def use(tag: str) -> None:
+        with one.manager.model(tag, lambda: f"handle of {tag}"):
+            pass
+
     def book() -> None:
         tag = next(tags)
-        if one.manager.should_spawn_model(tag, 0):
-            one.manager.release_model(tag, one.manager.acquire_model(tag, lambda: f"handle of {tag}"))
+        try:
+            if one.manager.should_spawn_model(tag, 0):
+                use(tag)
+        finally:
+            sys.settrace(None)
+            # It is the caller's by now, of whom the next acquire loads.
+            if tag in one.manager._bookings_of_thread():
+                use(tag)
 
     book()
     one(book)
@@ -706,11 +716,14 @@ class SharedPoints(Points):
         except ModelServerError:
             # It had been told to end.
             self.use()
-        used: list[bool] = []
-        other = threading.Thread(target=lambda: used.append(self.use() is None), daemon=True)
-        other.start()
-        other.join(10)
-        assert used, "another thread cannot use it"
+        used = threading.Event()
+
+        def use_too() -> None:
+            self.use()
+            used.set()
+
+        threading.Thread(target=use_too, daemon=True).start()
+        assert used.wait(10), "another thread cannot use it"
 
     def left(self) -> list[str]:
         """Return what keeps others from the tag."""

@@ -89,7 +89,8 @@ def wait_for_any(seen: Sequence[tuple[int, int]], timeout_s: float) -> None:
     seen: (address, value) of each, `WAITED_FOR_AT_MOST` of them; where values have changed already, that is a change.
     Kernels before 5.16, and other systems, cannot do it: there it is a sleep of three milliseconds at most.
     """
-    assert 0 < len(seen) <= WAITED_FOR_AT_MOST
+    if not 0 < len(seen) <= WAITED_FOR_AT_MOST:
+        raise ValueError(f"{len(seen)} words to wait for: expected 1 to {WAITED_FOR_AT_MOST}")
     if timeout_s <= 0:
         return
     if HAVE_FUTEX:

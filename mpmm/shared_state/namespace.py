@@ -246,7 +246,7 @@ class Namespace:
         except (MpmmError, OSError, _StartAgain):
             namespace._let_go()
             raise
-        except (IndexError, KeyError, ValueError, OverflowError, AssertionError) as error:
+        except (IndexError, KeyError, ValueError, OverflowError) as error:
             namespace._let_go()
             raise SegmentCorruptError(
                 f"segment {segment.name} of namespace {runtime.name!r} holds what mpmm never writes ({error!r}); "
@@ -302,7 +302,8 @@ class Namespace:
     @property
     def life_fd(self) -> int:
         """The descriptor of the lock that says that this member lives; whoever has a duplicate open keeps it alive."""
-        assert self._member_lock is not None
+        if self._member_lock is None:
+            raise ClosedError(f"this process has left the namespace {self.name!r}")
         return self._member_lock.fd
 
     def transaction(self, patience_s: float | None = None) -> Transaction:

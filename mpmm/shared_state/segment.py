@@ -261,7 +261,9 @@ class Segment:
     def _as_numbers(self) -> npt.NDArray[np.uint64]:
         import numpy as np
 
-        assert not self._closed, "the segment is closed"
+        if self._closed:
+            # Another thread has unmapped it. What Python says of a view that was released.
+            raise ValueError("operation forbidden on released memoryview object")
         self._numbers = np.frombuffer(self._mapping, dtype=np.uint64, count=self.layout.words)
         return self._numbers
 

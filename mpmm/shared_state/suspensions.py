@@ -51,7 +51,8 @@ class Suspensions:
     def begin(self, t: Transaction, row: int, suspender: int, evicted: bool, cause: Cause | None = None) -> None:
         """Take an idle copy out of use; a member (slot) suspends it, its owner if it has one. It has no twins."""
         at, words, floats = self._tables.instance(row), self._segment.words, self._segment.floats
-        assert words[at] == Instance.IDLE and words[at + Instance.WAY]
+        if words[at] != Instance.IDLE or not words[at + Instance.WAY]:
+            raise self._tables.surprise("the copy", at)
         owner, mb = words[at + Instance.OWNER], floats[at + Instance.MB]
         if not owner:
             t.set_all(self._transitions._unlinked(at))
@@ -68,7 +69,8 @@ class Suspensions:
     def end(self, t: Transaction, row: int) -> None:
         """A copy's memory is in the host: what it had on the device is on its way back."""
         at, words = self._tables.instance(row), self._segment.words
-        assert words[at] == Instance.SUSPENDING
+        if words[at] != Instance.SUSPENDING:
+            raise self._tables.surprise("the copy", at)
         model, taken_s = self._model(row), self._for_s(t, row)
         self._transitions._expect_back(t, row)
         self._transitions._set_mb(t, row, 0.0)
@@ -96,7 +98,8 @@ class Suspensions:
         ticket: number plus one of the one that waited for it, for the event.
         """
         at, floats = self._tables.instance(row), self._segment.floats
-        assert self._segment.words[at] == Instance.SUSPENDED
+        if self._segment.words[at] != Instance.SUSPENDED:
+            raise self._tables.surprise("the copy", at)
         mb = floats[at + Instance.DEVICE_MB]
         self._transitions._change_state(t, row, Instance.RESUMING)
         t.set(at + Instance.HOLDER, member + 1)
@@ -109,7 +112,8 @@ class Suspensions:
     def end_resume(self, t: Transaction, row: int) -> None:
         """A copy is on its device again, and its HOLDER has it."""
         at, words = self._tables.instance(row), self._segment.words
-        assert words[at] == Instance.RESUMING
+        if words[at] != Instance.RESUMING:
+            raise self._tables.surprise("the copy", at)
         model, taken_s = self._model(row), self._for_s(t, row)
         self._leave_host(t, row)
         self._transitions._change_state(t, row, Instance.ACTIVE)
@@ -125,7 +129,8 @@ class Suspensions:
     def cancel(self, t: Transaction, row: int) -> None:
         """A resume that was allowed is not going to begin."""
         at = self._tables.instance(row)
-        assert self._segment.words[at] == Instance.RESUMING
+        if self._segment.words[at] != Instance.RESUMING:
+            raise self._tables.surprise("the copy", at)
         t.event(EventKind.RESUME_GIVEN_UP, self._model_reference(row), row + 1, value=self._for_s(t, row))
         t.set_float(at + Instance.RESERVED_MB, 0.0)
         self._transitions._set_mb(t, row, 0.0)
@@ -136,7 +141,8 @@ class Suspensions:
     def turn_back(self, t: Transaction, row: int, suspender: int) -> None:
         """A resume has no one to go on with it: a member (reference) suspends the copy again, wherever it stands."""
         at = self._tables.instance(row)
-        assert self._segment.words[at] == Instance.RESUMING
+        if self._segment.words[at] != Instance.RESUMING:
+            raise self._tables.surprise("the copy", at)
         t.event(EventKind.RESUME_GIVEN_UP, self._model_reference(row), row + 1, value=self._for_s(t, row))
         t.set_float(at + Instance.RESERVED_MB, 0.0)
         self._transitions._change_state(t, row, Instance.SUSPENDING)
@@ -146,7 +152,8 @@ class Suspensions:
     def hand_over(self, t: Transaction, row: int, suspender: int) -> None:
         """Have another member (slot) suspend a copy, because its HOLDER is dead."""
         at = self._tables.instance(row)
-        assert self._segment.words[at] == Instance.SUSPENDING and not self._segment.words[at + Instance.OWNER]
+        if self._segment.words[at] != Instance.SUSPENDING or self._segment.words[at + Instance.OWNER]:
+            raise self._tables.surprise("the copy", at)
         t.set(at + Instance.HOLDER, suspender + 1)
         # Its time begins anew.
         t.set(at + Instance.SINCE, t.now)
@@ -160,7 +167,8 @@ class Suspensions:
         """
         at, words = self._tables.instance(row), self._segment.words
         state = words[at]
-        assert state in (Instance.SUSPENDING, Instance.RESUMING)
+        if state not in (Instance.SUSPENDING, Instance.RESUMING):
+            raise self._tables.surprise("the copy", at)
         kind = EventKind.SUSPEND_FAILED if state == Instance.SUSPENDING else EventKind.RESUME_FAILED
         t.event(kind, self._model_reference(row), row + 1, value=self._for_s(t, row))
         t.add(Header.SUSPEND_FAILURES, 1)
@@ -178,7 +186,8 @@ class Suspensions:
     def drop(self, t: Transaction, row: int, unloader: int, cause: Cause | None = None) -> None:
         """Have a suspended copy unloaded by a member (slot), its owner if it has one."""
         at, words = self._tables.instance(row), self._segment.words
-        assert words[at] == Instance.SUSPENDED
+        if words[at] != Instance.SUSPENDED:
+            raise self._tables.surprise("the copy", at)
         t.set_float(at + Instance.DEVICE_MB, 0.0)
         self._transitions._change_state(t, row, Instance.UNLOADING)
         t.set(at + Instance.HOLDER, words[at + Instance.OWNER] or unloader + 1)

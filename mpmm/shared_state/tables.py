@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mpmm.arguments import encoded_text
-from mpmm.errors import InvalidArgumentError, TableFullError
+from mpmm.errors import InvalidArgumentError, SegmentCorruptError, TableFullError
 from mpmm.shared_state.durations import to_ns
 from mpmm.shared_state.layout import Instance, Member, Model, Pin, Table, Ticket, device_rows
 from mpmm.shared_state.segment import Segment
@@ -52,6 +52,16 @@ class Tables:
         self._pins = layout.pins
         # tag -> (row, generation); a hint that model_row() checks against the segment.
         self._rows_of_tags: dict[str, tuple[int, int]] = {}
+
+    def surprise(self, what: str, at: int) -> SegmentCorruptError:
+        """Return the error for a row, which begins at the word `at`, in a state that it cannot be in here."""
+        name = self.segment.name
+        return SegmentCorruptError(
+            f"{what} at word {at} of segment {name} is in state {self.segment.words[at]}, from which this change "
+            "cannot be made: something else has written into the segment, or this is a defect of mpmm "
+            "(`mpmm check` tells); nothing was changed",
+            name=name,
+        )
 
     def close(self) -> None:
         """Forget what refers to the segment."""

@@ -573,8 +573,10 @@ class Transitions:
         """
         words, tables = self.segment.words, self.tables
         at, ticket = tables.instance(instance), tables.ticket(row)
-        assert words[at + Instance.STATE] == Instance.ACTIVE
-        assert words[ticket + Ticket.STATE] == Ticket.WAITING
+        if words[at + Instance.STATE] != Instance.ACTIVE:
+            raise tables.surprise("the copy", at)
+        if words[ticket + Ticket.STATE] != Ticket.WAITING:
+            raise tables.surprise("the ticket", ticket)
         model_row = words[at + Instance.MODEL]
         model = tables.model(model_row)
         held = (t.now - words[at + Instance.SINCE]) / 1e9
@@ -642,7 +644,8 @@ class Transitions:
     def take_answer(self, t: Transaction, row: int) -> None:
         """Free the row of a ticket whose answer its waiter has read and now acts upon."""
         at = self.tables.ticket(row)
-        assert self.segment.words[at] not in (Ticket.FREE, Ticket.WAITING)
+        if self.segment.words[at] in (Ticket.FREE, Ticket.WAITING):
+            raise self.tables.surprise("the ticket", at)
         t.set(at + Ticket.STATE, Ticket.FREE)
         self._forget_spent_lease(t, self.segment.words[at + Ticket.MODEL])
 
@@ -732,7 +735,8 @@ class Transitions:
         """The memory of a lease is free for others; its name is forgotten."""
         at = self.tables.instance(row)
         words = self.segment.words
-        assert words[at + Instance.STATE] == Instance.LEASED
+        if words[at + Instance.STATE] != Instance.LEASED:
+            raise self.tables.surprise("the copy", at)
         model = words[at + Instance.MODEL]
         t.event(EventKind.LEASE_ENDED, model + 1, row + 1, value=(t.now - words[at + Instance.SINCE]) / 1e9)
         self._change_state(t, row, Instance.FREE)
@@ -773,7 +777,8 @@ class Transitions:
         self._change_state(t, row, Instance.LOADING)
         t.set(self.tables.model(model) + Model.USED_AT, t.now)
         if alone:
-            assert not self.segment.words[Header.ISOLATED] & devices
+            if self.segment.words[Header.ISOLATED] & devices:
+                raise self.tables.surprise("the copy to be loaded alone", at)
             t.set(Header.ISOLATED, self.segment.words[Header.ISOLATED] | devices)
             for device in map(self.tables.device, device_rows(devices)):
                 t.set(device + Device.ISOLATED, row + 1)
@@ -786,7 +791,8 @@ class Transitions:
         """Return a row that a member (slot) holds, for the caller to set its state. Raises TableFullError."""
         row = self._take_row(t, self.layout.instances)
         at = self.tables.instance(row)
-        assert 0 < devices.bit_count() <= MOST_SPANNED
+        if not 0 < devices.bit_count() <= MOST_SPANNED:
+            raise self.tables.surprise(f"of {devices.bit_count()} devices the copy", at)
         t.set_all([(at + word, 0) for word in range(Instance.STATE, Instance.HANDLE + 1)])
         t.set(at + Instance.MODEL, model)
         t.set(at + Instance.GENERATION, self._next_generation(t))
@@ -941,7 +947,8 @@ class Transitions:
         """
         at = self.tables.instance(row)
         words = self.segment.words
-        assert words[at + Instance.STATE] == Instance.IDLE
+        if words[at + Instance.STATE] != Instance.IDLE:
+            raise self.tables.surprise("the copy", at)
         model = self.tables.model(words[at + Instance.MODEL])
         changes = [
             (at + Instance.STATE, Instance.ACTIVE),
@@ -970,7 +977,8 @@ class Transitions:
         """
         at = self.tables.instance(row)
         words = self.segment.words
-        assert words[at + Instance.STATE] == Instance.ACTIVE
+        if words[at + Instance.STATE] != Instance.ACTIVE:
+            raise self.tables.surprise("the copy", at)
         if words[Header.ISOLATED]:
             self.end_isolation(t, row)
         held = (t.now - words[at + Instance.SINCE]) / 1e9
@@ -1051,7 +1059,8 @@ class Transitions:
     def _begin_one_unload(self, t: Transaction, row: int, unloader: int, evicted: bool, cause: Cause | None) -> None:
         at = self.tables.instance(row)
         words = self.segment.words
-        assert words[at + Instance.STATE] == Instance.IDLE
+        if words[at + Instance.STATE] != Instance.IDLE:
+            raise self.tables.surprise("the copy", at)
         owner = words[at + Instance.OWNER]
         if not owner:
             t.set_all(self._unlinked(at))
@@ -1087,7 +1096,8 @@ class Transitions:
         """
         at = self.tables.instance(row)
         words = self.segment.words
-        assert words[at + Instance.STATE] == Instance.UNLOADING and not words[at + Instance.OWNER]
+        if words[at + Instance.STATE] != Instance.UNLOADING or words[at + Instance.OWNER]:
+            raise self.tables.surprise("the copy", at)
         t.set(at + Instance.HOLDER, unloader + 1)
         t.set(at + Instance.HANDED_AT, t.now)
         self.ring(t, unloader)
@@ -1095,13 +1105,15 @@ class Transitions:
     def unload_is_late(self, t: Transaction, row: int) -> None:
         """Record that the memory of a copy in mid-unload is not to be counted on any more."""
         at = self.tables.instance(row)
-        assert self.segment.words[at + Instance.STATE] == Instance.UNLOADING
+        if self.segment.words[at + Instance.STATE] != Instance.UNLOADING:
+            raise self.tables.surprise("the copy", at)
         t.set(at + Instance.UNLOAD_LATE, 1)
 
     def end_unload(self, t: Transaction, row: int) -> None:
         """An unload is done: free the row, and expect its memory back."""
         at = self.tables.instance(row)
-        assert self.segment.words[at + Instance.STATE] == Instance.UNLOADING
+        if self.segment.words[at + Instance.STATE] != Instance.UNLOADING:
+            raise self.tables.surprise("the copy", at)
         t.event(
             EventKind.UNLOAD_ENDED, self._model_reference(row), row + 1, value=self.segment.floats[at + Instance.MB]
         )
@@ -1109,7 +1121,9 @@ class Transitions:
 
     def discard(self, t: Transaction, row: int) -> None:
         """Free the row of an active copy whose server is dead."""
-        assert self.segment.words[self.tables.instance(row) + Instance.STATE] == Instance.ACTIVE
+        at = self.tables.instance(row)
+        if self.segment.words[at + Instance.STATE] != Instance.ACTIVE:
+            raise self.tables.surprise("the copy", at)
         t.event(
             EventKind.LOST,
             self._model_reference(row),
