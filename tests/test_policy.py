@@ -16,7 +16,7 @@ from processes import scaled
 
 from mpmm.policy.admission import free_mb, limit_mb
 from mpmm.policy.demand import Demand
-from mpmm.policy.eviction import eviction_order, score
+from mpmm.policy.eviction import Candidate, eviction_order, score, with_least_harm
 from mpmm.policy.fairness import is_due, is_overdue, may_be_leased_before, queue_order
 from mpmm.policy.placement import best_place
 from mpmm.policy.plan import make_plan
@@ -1451,3 +1451,53 @@ def test_who_shares_a_copy_does_not_block_those_behind() -> None:
         devices=(device(),),
     )
     assert make_plan(view).decisions == (Wait(1, Reason.SHARING), Load(2, (0,), 100.0, alone=False))
+
+
+# ---- what only several copies, waiters or devices show -------------------------------------------------------
+
+
+def tied(one: TicketView, on: int) -> TicketView:
+    """The waiter, to whom only what lies on one device is of use."""
+    return replace(one, devices=(on,), tied=(on,))
+
+
+def test_a_preload_for_a_device_is_not_enough_because_another_model_is_in_use_there() -> None:
+    state = view(
+        [model(A), model(B, shared=1)],
+        [tied(ticket(1, A, preload=1), 1)],
+        busy=(Busy(8, B, 1, 100, 5.0),),
+        devices=[device(0), device(1, used=100)],
+    )
+    (decision,) = make_plan(state).decisions
+    assert isinstance(decision, Load)
+    assert decision.devices == (1,)
+
+
+def test_a_load_for_a_device_counts_once_for_a_preload_of_two() -> None:
+    state = view(
+        [model(A, loading={ME: 1})],
+        [tied(ticket(1, A, preload=2), 1)],
+        busy=(Busy(8, A, 1, 100, 5.0, owner=ME, loading=True),),
+        devices=[device(0), device(1, used=100)],
+    )
+    (decision,) = make_plan(state).decisions
+    assert isinstance(decision, Load)
+
+
+def test_a_third_waiter_shares_as_long_as_that_is_sooner_than_a_load() -> None:
+    one = replace(model(A, shared=1), load_s=1.0, hold_s=0.3)
+    state = view([one], [ticket(row, A) for row in range(3)], busy=(in_use(8, A, 100, 0.3),))
+    assert make_plan(state).decisions == tuple(Wait(row, Reason.SHARING) for row in range(3))
+
+
+@settings(max_examples=scaled(100))
+@given(st.lists(st.tuples(st.integers(0, 9), st.integers(1, 400)), max_size=6), st.integers(1, 900))
+def test_victims_free_enough_and_none_of_them_goes_for_nothing(sizes: list[tuple[int, int]], missing_mb: int) -> None:
+    candidates = [Candidate(harm, mb, idle(row, A, mb=mb)) for row, (harm, mb) in enumerate(sizes)]
+    chosen = with_least_harm(candidates, missing_mb)
+    freed_mb = sum(one.mb for one in chosen)
+    if sum(one.mb for one in candidates) < missing_mb:
+        assert chosen == []
+    else:
+        assert freed_mb >= missing_mb
+        assert all(freed_mb - one.mb < missing_mb for one in chosen)
