@@ -222,6 +222,7 @@ def test_it_tells_who_waits_and_why(lively: ModelManager, served: Served, namesp
     assert (waiter["pid"], waiter["tag"], waiter["number"]) == (ticket.pid, "held", ticket.number)
     assert waiter["why"].startswith("waits")
     assert waiter["expected"] > 0
+    assert waiter["urgency"] == 0
     assert state["head"]["waiting"] == 1
     assert waiter["since"] <= state["head"]["now"]
 

@@ -268,6 +268,7 @@ def _waiter(ticket: TicketInfo, snapshot: Snapshot, need_mb: float, expected_s: 
         "number": ticket.number,
         "tag": printable(ticket.tag),
         "pid": ticket.pid,
+        "urgency": ticket.urgency,
         "since": round(snapshot.taken_s - ticket.waited_s, 2),
         "expected": None if ticket.reason in _OTHERS_END else _rounded(expected_s, 2),
         "gives_up_in": _rounded(ticket.time_left_s),

@@ -46,7 +46,7 @@ function fillWaiter(element, waiter, now) {
   }
   const { tag, who, when, why, expected } = element.parts;
   setText(tag, waiter.tag);
-  setText(who, `pid ${waiter.pid}`);
+  setText(who, `pid ${waiter.pid}${waiter.urgency ? `, priority ${waiter.urgency}` : ""}`);
   setText(when, `for ${duration(now - waiter.since)}`);
   setText(expected, waiter.expected === null ? "" : ` about ${duration(waiter.expected)} more`);
   setText(why, waiter.why);
