@@ -14,7 +14,7 @@ from test_policy import OTHER, A, B, C, at_most, busy, device, held_for_long, id
 from mpmm.model_manager import ModelManager
 from mpmm.policy.plan import make_plan
 from mpmm.policy.reasons import SENTENCES, explain
-from mpmm.policy.view import Busy, Decision, Enough, ModelView, Reason, View
+from mpmm.policy.view import Busy, Decision, Enough, ModelView, Reason, Suspended, View
 from mpmm.shared_state.layout import Capacities
 from mpmm.shared_state.snapshot import read_snapshot
 
@@ -91,6 +91,19 @@ TABLE: dict[Reason, tuple[View, Callable[[View], Decision], str]] = {
         ),
         last,
         "gets an idle copy, past b, which waits for room elsewhere",
+    ),
+    Reason.SUSPENDING: (
+        view([replace(model(A), load_s=9.0, resume_s=0.5, suspending=1)], [ticket(1, A)]),
+        first,
+        "waits for its copy, which is being suspended, and is resumed then: about 0.50 s, sooner than a load",
+    ),
+    Reason.RESUMES: (
+        replace(
+            view([replace(model(A), load_s=9.0)], [ticket(1, A)]),
+            suspended=(Suspended(7, A, 0, 100.0, since_s=1.0, resume_s=0.5),),
+        ),
+        first,
+        "gets a suspended copy: needs 100 MB, 900 free; it resumes in about 0.50 s",
     ),
     Reason.FITS: (view([model(A)], [ticket(1, A)]), first, "loads: needs 100 MB, 900 free"),
     Reason.ALONE: (
@@ -205,6 +218,8 @@ ELSEWHERE = {
     Reason.NO_ROW: "goes for b, because the table of copies, or of models, is full",
     Reason.TABLE_FULL: "waits for a row in the table of copies, which is full",
     Reason.EXPIRED: "is unloaded: it has been idle for 0 s, for as long as copies of its model are kept",
+    Reason.BY_HAND: "is suspended by hand",
+    Reason.HOST_FULL: "is dropped from host memory, so that b can be suspended, which needs 0 MB, 0 free",
     Reason.ASKED: "is unloaded, now or when it is given back: a call of `unload` or `update_settings` asks for it",
 }
 

@@ -76,10 +76,11 @@ class Reason(IntEnum):
     EXCHANGED = 36  # there are as many copies of the model as there may be, and none that the waiter could use
     ASKED = 37  # somebody has asked for it
     EXPIRED = 38  # nobody has used it for as long as it is kept
-    HOST_FULL = 38  # dropped from host memory, so that another copy can be suspended
-    BY_HAND = 39
     # It is refused:
     TOO_LARGE = 40
+    # It is suspended, or unloaded from host memory:
+    BY_HAND = 44
+    HOST_FULL = 45  # so that another copy can be suspended
 
 
 @dataclass(frozen=True)

@@ -69,24 +69,25 @@ def ask_helper(folder: Path, what: str, pid: int, limit_s: float, tag: str) -> N
 def _connected(folder: Path, key: bytes) -> Connection:
     """Return a connection to the helper, which is started if there is none. Raises OSError when none comes up."""
     deadline = time.monotonic() + START_S
-    started = False
+    started: subprocess.Popen[bytes] | None = None
     while True:
         try:
             return transport.dial(folder, SOCKET, key)
         except (FileNotFoundError, ConnectionRefusedError, EOFError, AuthenticationError):
             if time.monotonic() > deadline:
                 raise
-        if not started and not is_locked(folder / LOCK):
-            _start(folder)
-            started = True
+        # Ours may have come too late, or may have been killed.
+        if (started is None or started.poll() is not None) and not is_locked(folder / LOCK):
+            started = _start(folder)
         time.sleep(START_LOOK_S)
 
 
-def _start(folder: Path) -> None:
+def _start(folder: Path) -> subprocess.Popen[bytes]:
     # A zombie of ours until it is asked for.
     _started[:] = [process for process in _started if process.poll() is None]
     command = [sys.executable, "-m", "mpmm.suspend.helper", str(folder)]
     _started.append(subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True))
+    return _started[-1]
 
 
 # ---- the process -------------------------------------------------------------------------------------------------

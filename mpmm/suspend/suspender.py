@@ -36,16 +36,19 @@ _MOVING = (Instance.SUSPENDING, Instance.RESUMING)
 LOOK_S = 0.01
 # Whose own limit has passed has so much longer to say so, before the leader does.
 GRACE = 1.5
+# A killed process is gone within so long.
+DYING_S = 0.5
 
 
 @dataclass(frozen=True)
 class _Task:
-    """What is to be suspended or resumed. value: the object, None for a handle."""
+    """What is to be suspended or resumed. server: slot of the model server. value: the object, None for a handle."""
 
     tag: str
     way: Way
     mb: float
     handle: str
+    server: int | None
     server_pid: int | None
     value: Any
 
@@ -258,9 +261,19 @@ class Suspender:
         except Exception as error:
             # It is the model's own code, which may raise anything.
             self._say(logging.WARNING, task, request, error)
+            if self._is_dying(task.server):
+                # It has been killed meanwhile, whatever the driver says of that.
+                return False, None
             failed = Unsuspendable.SUSPEND_FAILED if request == wire.SLEEP else Unsuspendable.RESUME_FAILED
             return False, failed
         return True, None
+
+    def _is_dying(self, server: int | None) -> bool:
+        """Tell whether a model server (slot) is dead, or is so within a moment: its lock goes last."""
+        if server is None:
+            return False
+        self._await(lambda: not self._namespace.member_is_alive(server), DYING_S)
+        return not self._namespace.member_is_alive(server)
 
     def _say(self, level: int, task: _Task, request: str, error: Exception) -> None:
         text = "mpmm %s: pid %d could not have %s %s, which is unloaded instead: %s: %s"
@@ -280,6 +293,7 @@ class Suspender:
                 Way(words[at + Instance.WAY]),
                 namespace.segment.floats[at + Instance.DEVICE_MB],
                 tables.handle_of(row),
+                server - 1 if server else None,
                 words[tables.member(server - 1) + Member.PID] if server else None,
                 self._worker.value_of(row) if words[at + Instance.OWNER] else None,
             )
