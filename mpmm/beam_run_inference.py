@@ -8,7 +8,8 @@
                                         no copy is loaded. Copies of the version before are the first to be evicted.
                                         A model whose tag is a uuid gets a name for people.
     _SharedModelWrapper.all_models      Handles become proxies, because such an update calls methods of every copy.
-    _SharedModelWrapper.release_model   A copy of an updated model goes back under the tag that it was acquired by.
+    _SharedModelWrapper.next_model      The demand for the model is reported, if `autoscaling_metric` says so.
+    _SharedModelWrapper.release_model   The same. A copy of an updated model goes back under the tag of its acquire.
 
 Without `use_model_manager` they do what they did.
 """
@@ -23,6 +24,7 @@ from contextlib import suppress
 from types import ModuleType
 from typing import Any
 
+from mpmm.beam_metrics import report_demand, reports_demand
 from mpmm.display_names import set_display_name
 from mpmm.errors import ModelServerError, SharedObjectReleasedError
 from mpmm.fork_hooks import in_forked_child
@@ -50,6 +52,7 @@ def replacements(base: ModuleType) -> Iterator[tuple[type, str, Method]]:
         ("OOMProtectedFn", "__call__", _drained_if_asked),
         ("_RunInferenceDoFn", "_load_model", _updating_keyed_models),
         ("_SharedModelWrapper", "all_models", _as_proxies),
+        ("_SharedModelWrapper", "next_model", _reporting_demand),
         ("_SharedModelWrapper", "release_model", _as_acquired),
     )
     for class_name, name, wrapped in wanted:
@@ -159,9 +162,29 @@ def _as_proxies(plain: Method) -> Method:
 
 def _as_acquired(plain: Method) -> Method:
     def release_model(self: Any, model_tag: str, model: Any) -> Any:
-        return plain(self, self.model_tag, model)
+        released = plain(self, self.model_tag, model)
+        if _reports_demand(self):
+            report_demand(self.model_tag, self.models._demand(self.model_tag))
+        return released
 
     return release_model
+
+
+def _reporting_demand(plain: Method) -> Method:
+    def next_model(self: Any) -> Any:
+        if not _reports_demand(self):
+            return plain(self)
+        # The wait may be long, and is what another worker would be started for.
+        report_demand(self.model_tag, self.models._demand(self.model_tag) + 1)
+        model = plain(self)
+        report_demand(self.model_tag, self.models._demand(self.model_tag))
+        return model
+
+    return next_model
+
+
+def _reports_demand(wrapper: Any) -> bool:
+    return reports_demand() and bool(getattr(wrapper, "use_model_manager", False))
 
 
 class _Proxies:

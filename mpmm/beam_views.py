@@ -145,6 +145,15 @@ class BeamNames:
     def _wait_timeout_seconds(self, seconds: float) -> None:
         self._settings = replace(self._settings, wait_timeout_seconds=seconds)
 
+    def _demand(self, tag: str) -> int:
+        """Return how many copies are in use, being loaded or waited for; read without the lock, so about as many."""
+        namespace = self._connected().namespace
+        row = namespace.tables.model_row(tag)
+        if row is None:
+            return 0
+        words, at = namespace.segment.words, namespace.tables.model(row)
+        return int(words[at + Model.ACTIVE] + words[at + Model.LOADING] + words[at + Model.WAITING])
+
     @property
     def _wait_queue(self) -> list[Any]:
         return self.tickets()

@@ -40,7 +40,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, TypeVar, cast
 
 from mpmm.administration import change_settings, pin_for_all, unload_model, unpin_for_all, wait_for_unload
 from mpmm.arguments import checked_devices, checked_number, checked_path, checked_timeout, checked_whole, in_brief
-from mpmm.beam_metrics import report_estimate, report_model_count
+from mpmm.beam_metrics import choose_autoscaling_metric, report_estimate, report_model_count
 from mpmm.beam_views import BeamNames, CopiesByTag
 from mpmm.board import MONITOR_METHODS, ForeignMonitor, MonitorLike
 from mpmm.errors import (
@@ -350,6 +350,7 @@ class ModelManager(BeamNames):
         suspend_budget_mb: float | None = None,
         devices: Sequence[int | str] | None = None,
         estimates_path: str | os.PathLike[str] | None = None,
+        autoscaling_metric: str | None = None,
         capacities: Capacities | None = None,
         runtime_root: str | os.PathLike[str] | None = None,
     ) -> None:
@@ -390,6 +391,8 @@ class ModelManager(BeamNames):
         devices: indices or uuids of the devices to manage, all by default.
         estimates_path: file that keeps the estimates from run to run, see `mpmm.kept_estimates`; None stands for
             `$MPMM_ESTIMATES_PATH`, and without that for none. The first manager of a process decides for the process.
+        autoscaling_metric: what Beam's metric `num_loaded_models_<tag>` is in this process, `loaded` copies or `demand`
+            (in use, being loaded and waited for); None leaves what an earlier manager chose, `loaded` at first.
         capacities: sizes of the shared tables.
         runtime_root: folder of the runtime directories, see `mpmm.shared_state.runtime_dir`.
 
@@ -435,6 +438,9 @@ class ModelManager(BeamNames):
         self._given_monitor = monitor
         self._memory_source = memory_source
         self._devices = checked_devices(devices)
+        self._autoscaling_metric = autoscaling_metric
+        if autoscaling_metric is not None:
+            choose_autoscaling_metric(autoscaling_metric)
         self._estimates_path: str | None = None
         if estimates_path is not None:
             self._estimates_path = str(checked_path("estimates_path", estimates_path, "a file"))
@@ -1165,6 +1171,7 @@ class ModelManager(BeamNames):
             memory_source=self._memory_source,
             devices=self._devices,
             estimates_path=self._estimates_path,
+            autoscaling_metric=self._autoscaling_metric,
             capacities=self._capacities,
             runtime_root=str(self._root),
         )

@@ -21,6 +21,8 @@ from typing import Any
 
 import apache_beam as beam
 import numpy as np
+from apache_beam.metrics.execution import MetricsEnvironment
+from apache_beam.metrics.metricbase import MetricName
 from apache_beam.ml.inference.base import (
     KeyedModelHandler,
     KeyModelMapping,
@@ -39,7 +41,12 @@ from mpmm.multi_process_shared import MultiProcessShared
 from mpmm.shared_state.snapshot import read_snapshot
 from mpmm.show.screen import render
 
-MANAGED = {"memory_source": "booked", "fallback_memory_mb": 100_000.0, "default_estimate_mb": 10.0}
+MANAGED = {
+    "memory_source": "booked",
+    "fallback_memory_mb": 100_000.0,
+    "default_estimate_mb": 10.0,
+    "autoscaling_metric": "demand",
+}
 NAMESPACE = "mps.model_manager"
 NUMBERS = [1, 5, 3, 10]
 PAIRS = [("a", 1), ("b", 2), ("a", 3), ("c", 4)]
@@ -447,6 +454,15 @@ def what_people_see_for_a_uuid() -> Any:
     snapshot = read_snapshot(NAMESPACE)
     names = [model.name for model in snapshot.models if model.tag == tag]
     return [*names, f"Handler 7.model [{tag[:8]}…]" in render(snapshot, everything=True)]
+
+
+@talk
+def demand_is_reported_as_it_rises_and_falls() -> Any:
+    _do_fn(Handler(), "in demand").process(NUMBERS, None, None)
+    name = MetricName("BeamML_ModelManager", "num_loaded_models_in demand")
+    reported = MetricsEnvironment.process_wide_container().get_distribution(name).get_cumulative()
+    # Before and after the acquire, after the release.
+    return [reported.min, reported.max, reported.count]
 
 
 # ---- the run -----------------------------------------------------------------------------------------------

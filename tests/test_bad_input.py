@@ -82,6 +82,7 @@ SETTING: dict[str, tuple[Any, ...]] = {
     "memory_source": (None, 5, True, object(), "no such source"),
     "devices": (*NO_DEVICES, [7]),
     "estimates_path": NO_PATH,
+    "autoscaling_metric": ("", "Loaded", 5, ["demand"]),
     "capacities": (5, 0, "", {}, {"models": 5}, Capacities),
     "runtime_root": NO_PATH,
 }

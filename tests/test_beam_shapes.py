@@ -72,6 +72,7 @@ SHAPES: dict[str, list[Any]] = {
     "sklearn_pandas": by(4),
     "updated_while_no_copy_is_loaded": pairs_by(FACTORS) + pairs_by(UPDATED_FACTORS),
     "updated_where_somebody_else_has_loaded": pairs_by(FACTORS) + pairs_by(UPDATED_FACTORS),
+    "demand_is_reported_as_it_rises_and_falls": [0, 1, 3],
     "what_people_see_for_a_uuid": ["Handler 7.model", True],
     "nothing_to_update_while_no_copy_is_loaded": by(2) + by(2),
 }

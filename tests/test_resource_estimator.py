@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import nnls as scipy_nnls
 
-from mpmm.beam_metrics import report_estimate, report_model_count
+from mpmm.beam_metrics import choose_autoscaling_metric, report_demand, report_estimate, report_model_count
 from mpmm.errors import InvalidArgumentError
 from mpmm.resource_estimator import Observation, ResourceEstimator, smooth, solve_footprints
 
@@ -263,6 +263,18 @@ def test_estimates_are_reported_to_beam_as_whole_mb(metrics: FakeMetrics) -> Non
 def test_model_counts_are_reported_to_beam(metrics: FakeMetrics) -> None:
     report_model_count("a", 3)
     assert metrics.updates == [("BeamML_ModelManager", "num_loaded_models_a", 3)]
+
+
+def test_the_demand_takes_the_place_of_the_count_under_the_same_name(
+    metrics: FakeMetrics, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    report_demand("a", 7)
+    assert metrics.updates == [], "not chosen"
+    monkeypatch.setattr("mpmm.beam_metrics._chosen", "loaded")
+    choose_autoscaling_metric("demand")
+    report_model_count("gs://bucket/a model", 3)
+    report_demand("gs://bucket/a model", 7)
+    assert metrics.updates == [("BeamML_ModelManager", "num_loaded_models_gs://bucket/a model", 7)]
 
 
 def test_nothing_that_beam_does_reaches_the_caller(metrics: FakeMetrics, monkeypatch: pytest.MonkeyPatch) -> None:
