@@ -21,6 +21,27 @@ Workers are other processes, and they learn of the installation in one of two wa
   that collect plugins by themselves (Dataflow) list this module without being told.
 
 Without either, importing this module changes nothing of Beam.
+
+From one host to many
+    mpmm shares models between the processes of one host. Every host has its own namespace, with its own memory, queue
+    and copies; nothing of mpmm passes between hosts. The runner spreads the work, and mpmm makes the best of each host:
+
+    Flink, Spark    Start Beam's worker pool on each host (environment `EXTERNAL`, address `localhost:50000`), with mpmm
+                    installed there. Its workers share one namespace. Task slots of a host may outnumber its copies.
+    Dask            Every worker process of Beam's `DaskRunner` is a member; those of one host share.
+    Dataflow        Put mpmm into the workers' container, or into their requirements, and start with
+                    `--beam_plugins=mpmm.beam`.
+    Ray             Actors make a `ModelManager` of the same namespace, see `tools/examples/ray_actors.py`. Give each a
+                    fraction of a GPU, so that all actors of a host see the device that they share.
+
+    Processes share where they see the same /dev/shm and the same runtime directory (`MPMM_RUNTIME_DIR`): in one
+    container, or in containers of one host that have both in common (`--ipc=host`, and a folder mounted in each). In
+    separate ones each has a namespace of its own, which knows of the others' memory only what the device shows.
+
+    What mpmm does not do: send requests or models to another host, choose a request's host, start or stop workers.
+    A runner that scales by metrics learns from `num_loaded_models_<tag>` how many copies a model has, or could use
+    (`autoscaling_metric="demand"`). A file of kept estimates (`estimates_path`) may be copied to other hosts with the
+    same devices, so that they need not learn again.
 """
 
 from __future__ import annotations
@@ -218,7 +239,7 @@ def _beam_has_model_manager() -> bool:
     version = getattr(importlib.import_module("apache_beam"), "__version__", "of unknown version")
     warnings.warn(
         f"Apache Beam {version} has no {_MODEL_MANAGER}, so RunInference knows no use_model_manager; only "
-        f"{_MULTI_PROCESS_SHARED} is replaced. Beam 2.77.0 is the version that mpmm is made for.",
+        f"{_MULTI_PROCESS_SHARED} is replaced. mpmm is made for Beam 2.72 to 2.77.",
         RuntimeWarning,
         stacklevel=4,
     )
