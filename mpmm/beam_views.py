@@ -39,7 +39,12 @@ class _Parameter:
         self._name = name
 
     def __get__(self, manager: BeamNames | None, owner: type | None = None) -> Any:
-        return self if manager is None else getattr(manager._connected().namespace.settings, self._name)
+        if manager is None:
+            return self
+        namespace = manager._connected().namespace
+        # Inside a transaction, because that is where a process notices that they have changed.
+        with namespace.transaction():
+            return getattr(namespace.settings, self._name)
 
     def __set__(self, manager: BeamNames, value: float) -> None:
         manager.update_settings(**{self._name: value})
