@@ -86,6 +86,15 @@ def test_short_run_is_clean_on_each_source(source: str) -> None:
     assert result["counts"]["loads"] > 0, output
 
 
+@pytest.mark.parametrize("options", [("--interrupt-rate", "60", "--optimized"), ("--remove-rate", "1")], ids=" ".join)
+def test_short_run_with_interrupted_calls_or_vanishing_files_is_clean(options: tuple[str, ...]) -> None:
+    run = stress("--processes", "4", "--seconds", str(scaled(4)), "--seed", "14", "--servers", "0", *options)
+    output, result = outcome(run, 100)
+    assert result["violations"] == 0, output
+    assert result["left_behind"] == 0, output
+    assert result["counts"].get("removals" if "--remove-rate" in options else "interrupted", 0) > 0, output
+
+
 def test_interrupted_run_ends_cleanly_and_removes_its_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     # A folder of its own for temporary files: others make such folders, too.
     with tempfile.TemporaryDirectory(prefix="mpmm-t") as folder:

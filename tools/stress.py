@@ -3,11 +3,13 @@
     python tools/stress.py                                          64 processes, one minute
     python tools/stress.py --processes 8 --seconds 20 --seed 5      a short run, the same again with the same seed
     python tools/stress.py --source nvml                            on a simulated GPU, measured through NVML
+    python tools/stress.py --interrupt-rate 20 --remove-rate 1      exceptions from signal handlers, and a cleaner
 
 Every process acquires, uses and releases models of three kinds on a simulated device that is too small for all
 of them: handles of real model servers, handles without a server, and objects that belong to their process. The
 conductor (stress_conductor.py) kills and stops them, at times in the middle of a transaction; workers
-(stress_worker.py) fork children in the midst of it all.
+(stress_worker.py) fork children in the midst of it all. If asked to, the conductor sends signals whose handlers raise
+an exception in the middle of a call, and removes lock files, or the folder that they are in, as cleaners do.
 
 Double use of a copy is noticed in two ways that know nothing of each other: in the state and its events
 (stress_checks.py), and by a lock on a file of each copy that its user takes (stress_models.py).
@@ -38,6 +40,8 @@ from stress_models import SOURCES, Plan
 def main(arguments: Sequence[str] | None = None) -> int:
     """Do what the command line says; return the exit code."""
     options = parse(arguments)
+    if options.optimized and not sys.flags.optimize:
+        os.execv(sys.executable, [sys.executable, "-O", __file__, *(sys.argv[1:] if arguments is None else arguments)])
     say(f"seed {options.seed}: {options.processes} processes, {options.seconds:g} s, source {options.source}")
     result = conduct(lambda folder: make_plan(options, folder), say)
     print_table(result)
@@ -55,6 +59,19 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--kill-rate", type=float, default=1.0, help="a second, over all processes (default 1)")
     parser.add_argument("--stop-rate", type=float, default=1.0, help="a second, over all processes (default 1)")
     parser.add_argument("--fork-rate", type=float, default=0.5, help="a second, over all processes (default 0.5)")
+    parser.add_argument(
+        "--interrupt-rate",
+        type=float,
+        default=0.0,
+        help="signals a second, over all processes, whose handlers raise in the middle of a call (default 0)",
+    )
+    parser.add_argument(
+        "--remove-rate",
+        type=float,
+        default=0.0,
+        help="a second: a lock file, the token, or the whole folder of the namespace vanishes (default 0)",
+    )
+    parser.add_argument("--optimized", action="store_true", help="run under python -O, without assertions")
     parser.add_argument("--pace", type=float, default=100.0, help="attempts to acquire a second, over all")
     parser.add_argument("--servers", type=int, default=2, help="tags whose copies are real model servers (default 2)")
     parser.add_argument("--threads", type=int, default=2, help="threads in each process (default 2)")
@@ -104,6 +121,8 @@ def make_plan(options: argparse.Namespace, folder: str) -> Plan:
         kill_rate=options.kill_rate,
         stop_rate=options.stop_rate,
         fork_rate=options.fork_rate,
+        interrupt_rate=options.interrupt_rate,
+        remove_rate=options.remove_rate,
         pace=options.pace,
         total_mb=options.total_mb,
         per_process=options.seed % 2 == 1 if options.per_process == "auto" else options.per_process == "yes",
@@ -127,6 +146,7 @@ def print_table(result: Result) -> None:
         ("kills", _listed(result.kills)),
         ("stops", _listed(result.stops)),
         ("forks", str(counts["forks"])),
+        ("interrupted calls, removals", f"{counts['interrupted']}, {counts['removals']}"),
         ("recoveries", _percentiles(result.recoveries_s)),
         ("… while the lock's holder was stopped", _percentiles(result.stalled_recoveries_s)),
         ("rollbacks, leaders", f"{result.rollbacks}, {result.leaders}"),

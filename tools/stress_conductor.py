@@ -144,6 +144,8 @@ class Conductor:
         if sys.platform == "linux":
             ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)
         before = signal.signal(signal.SIGINT, self._on_interrupt)
+        # Workers inherit that, for as long as they have no handler of their own yet.
+        before_user = signal.signal(signal.SIGUSR1, signal.SIG_IGN)
         try:
             for index in range(self.plan.processes):
                 self._start(index)
@@ -159,6 +161,7 @@ class Conductor:
             left_behind = self._end()
         finally:
             signal.signal(signal.SIGINT, before)
+            signal.signal(signal.SIGUSR1, before_user)
             self._kill_all()
         return Result(
             self.plan.seed,
@@ -195,6 +198,8 @@ class Conductor:
             (self.plan.kill_rate, self._kill_somebody),
             (self.plan.stop_rate, self._stop_somebody),
             (self.plan.fork_rate, self._fork_somebody),
+            (self.plan.interrupt_rate, self._interrupt_somebody),
+            (self.plan.remove_rate, self._remove_something),
         ):
             self._repeat(rate, action)
         self.due.append((now + PROGRESS_INTERVAL_S, self._progress))
@@ -417,6 +422,23 @@ class Conductor:
         if self.workers:
             self.board[1 + self.rng.choice(sorted(self.workers))] = 1
 
+    def _interrupt_somebody(self) -> None:
+        """Have a worker's main thread raise an exception, if it is in the middle of a call."""
+        if self.workers:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.rng.choice([worker.pid for worker in self.workers.values()]), signal.SIGUSR1)
+
+    def _remove_something(self) -> None:
+        """Remove a file of the namespace, or its folder, as those do who clean up by age or by name."""
+        folder = self.root / NAMESPACE
+        with contextlib.suppress(FileNotFoundError):
+            names = sorted(os.listdir(folder))
+            self.counts["removals"] += 1
+            if self.rng.random() < 0.1 or not names:
+                shutil.rmtree(folder, ignore_errors=True)
+            else:
+                os.unlink(folder / self.rng.choice(names))
+
     # ---- watching ------------------------------------------------------------------------------------------
 
     def _look(self) -> Snapshot | None:
@@ -426,8 +448,10 @@ class Conductor:
         loose = [name for name in loose if not is_locked(os.path.join(folder, name))]
         snapshot = self._read(events=self.checks.taken % EVENTS_EVERY == 0)
         named = {copy.handle for copy in snapshot.instances} if snapshot else set()
+        # Without a folder nobody finds the namespace for a second, which is there all the same.
+        unseen = snapshot is None and self.plan.remove_rate > 0
         for name in loose:
-            if name not in named:
+            if name not in named and not unseen:
                 Path(folder, name).unlink(missing_ok=True)
         self.device.tidy()
         if snapshot is None:

@@ -63,6 +63,8 @@ class Plan:
     kill_rate: float
     stop_rate: float
     fork_rate: float
+    interrupt_rate: float
+    remove_rate: float
     pace: float
     total_mb: int
     per_process: bool

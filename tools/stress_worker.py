@@ -58,6 +58,10 @@ class LoaderFailedError(Exception):
     """A loader failed on purpose."""
 
 
+class Interrupted(Exception):
+    """What the handler of a signal raises in the middle of a call."""
+
+
 class ServerGoneError(Exception):
     """There is no server behind a handle."""
 
@@ -223,6 +227,8 @@ class WorkerProcess:
         self.board = board
         self.report = Reporter(report_fd, index)
         self.heart = Heart()
+        # Whether a signal raises: only in the middle of a call of the main thread.
+        self._armed = False
         self.managers = [self._manager(timeout_s) for timeout_s in TIMEOUTS_S]
 
     def _manager(self, timeout_s: float) -> ModelManager:
@@ -246,6 +252,8 @@ class WorkerProcess:
         ]
         for thread in threads:
             thread.start()
+        if self.plan.interrupt_rate:
+            self._be_interrupted(random.Random(f"{self.plan.seed}.{self.incarnation}.main"))
         for thread in threads:
             thread.join()
         self.report.flush()
@@ -269,6 +277,44 @@ class WorkerProcess:
                 time.sleep(rng.expovariate(self.plan.pace / (self.plan.processes * self.plan.threads)))
         except BaseException:
             self.report.claim("unexpected", time.monotonic(), 0.0, traceback.format_exc())
+
+    # ---- exceptions in the middle of calls -----------------------------------------------------------------
+
+    def _be_interrupted(self, rng: random.Random) -> None:
+        """Call the manager again and again in the main thread, where signal handlers run, until the run is over."""
+        signal.signal(signal.SIGUSR1, self._on_interrupt)
+        while self.board[0] == START:
+            time.sleep(0.02)
+        while self.board[0] == RUN:
+            tag = f"file-{rng.randrange(4)}"
+            loader = Loader(self.plan, "file", size_mb(tag), rng, self.heart)
+            began = time.monotonic()
+            try:
+                self._armed = True
+                with self.managers[0].model(tag, functools.partial(self._load_unarmed, loader)):
+                    pass
+                self._armed = False
+            except Interrupted:
+                self.report.count("interrupted")
+            except BaseException as error:
+                self._armed = False
+                self._judge_error(error, tag, began, loader)
+            finally:
+                loader.done()
+            time.sleep(rng.expovariate(self.plan.pace / self.plan.processes))
+
+    def _on_interrupt(self, number: int, frame: Any) -> None:
+        # Once a call; and nothing of this tool is to be interrupted.
+        if self._armed:
+            self._armed = False
+            raise Interrupted
+
+    def _load_unarmed(self, loader: Loader) -> Any:
+        armed, self._armed = self._armed, False
+        try:
+            return loader()
+        finally:
+            self._armed = armed
 
     # ---- one use of one copy -------------------------------------------------------------------------------
 
