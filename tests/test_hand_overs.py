@@ -13,6 +13,7 @@ import pytest
 from processes import Process, Seat, acquire, copies_of, force_reset, problems, release, wait_until, waiting
 
 from mpmm.errors import NamespaceResetError
+from mpmm.model_manager import ModelManager
 from mpmm.shared_state.futex import wake_all
 from mpmm.shared_state.layout import Ticket
 from mpmm.shared_state.snapshot import read_snapshot
@@ -120,3 +121,27 @@ def test_a_reset_takes_back_what_was_acted_upon_without_the_lock(namespace: str,
     waiter.call(acquire, "ball")
     waiter.call(release, "ball")
     assert read_snapshot(namespace).tickets == ()
+
+
+def test_a_released_copy_is_not_handed_to_a_preload_that_waits_to_load_another(
+    namespace: str, new_manager: Callable[..., ModelManager]
+) -> None:
+    manager = new_manager(fallback_memory_mb=200.0)
+    first = manager.acquire_model("a", lambda: "first of a")
+    other = manager.acquire_model("b", lambda: "b")
+    loaded: list[int] = []
+    preload = threading.Thread(target=lambda: loaded.append(manager.preload("a", lambda: "second of a", copies=2)))
+    preload.start()
+    try:
+        wait_until(lambda: read_snapshot(namespace).tickets, "the preload waits for room")
+        manager.release_model("a", first)
+        snapshot = read_snapshot(namespace)
+        assert [(one.tag, one.state) for one in snapshot.instances if one.tag == "a"] == [("a", "idle")]
+        assert [one.tag for one in snapshot.tickets] == ["a"]
+    finally:
+        manager.release_model("b", other)
+        preload.join(10)
+    assert loaded == [1]
+    snapshot = read_snapshot(namespace)
+    assert [(one.tag, one.state) for one in snapshot.instances] == [("a", "idle")] * 2
+    assert problems(namespace) == []
