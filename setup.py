@@ -1,15 +1,25 @@
-"""Everything is declared in setup.cfg, but for what a source distribution has beside the package."""
+"""Everything is declared in setup.cfg, but for the compiled core, and what a source distribution has beside us.
+
+Without the core, where there is no C compiler, everything works, too.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import Extension, setup
 from setuptools.command.sdist import sdist
 
 # What the tests, and the commands of README.md, need; MANIFEST.in would be one more file at the top.
 FOLDERS = ("tests", "tools", ".ci")
 FILES = (".ruff.toml", ".gitignore")
+# No fused multiply-add: Python's floats know none, and the core has to store the same words.
+CORE = Extension(
+    "mpmm.shared_state._core",
+    ["mpmm/shared_state/_core.c"],
+    extra_compile_args=["-std=c11", "-O2", "-ffp-contract=off"],
+    optional=True,
+)
 
 
 class SourceDistribution(sdist):
@@ -24,4 +34,4 @@ class SourceDistribution(sdist):
         super().make_distribution()
 
 
-setup(cmdclass={"sdist": SourceDistribution})
+setup(cmdclass={"sdist": SourceDistribution}, ext_modules=[CORE])

@@ -111,9 +111,9 @@ class _Acquire:
             keep = functools.partial(manager._keep_alive, worker, tag, self._wish.keep_alive)
             await self._in_thread(self._threads.transactions, keep)
         while True:
-            got: Any = None
+            got: Any = None if self._wish.tied else worker.take_quickly(tag, self._operation)
             with contextlib.suppress(LockTimeoutError):
-                got = manager._take_idle(worker, self._operation, tag, LOOP_PATIENCE_S, self._wish.tied)
+                got = got or manager._take_idle(worker, self._operation, tag, LOOP_PATIENCE_S, self._wish.tied)
             if got is None:
                 got = await self._queue(deadline)
             if not isinstance(got, Copy):

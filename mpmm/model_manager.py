@@ -551,6 +551,11 @@ class ModelManager(BeamNames):
                 return self._load_somehow(worker, operation, tag, booking, loader_func)
         wish = self._wish(worker, options) if options else _ANYWHERE
         try:
+            quick = None if wish.tied or wish.keep_alive else worker.take_quickly(tag, operation)
+            if quick is not None:
+                if worker.handle_is_alive(quick):
+                    return quick.value
+                self._discard(worker, operation, quick)
             with self._giving_up_in_time(worker, tag):
                 answer = self._get(worker, operation, tag, wish)
         except ValueError as error:
@@ -597,6 +602,9 @@ class ModelManager(BeamNames):
         """
         held = operation.held
         if held is None:
+            return
+        if held[0].tag == tag and worker.give_back_quickly(held[0]):
+            operation.held = None
             return
         if worker.scheduler.must_queue() and not worker.has_tenure(held[0].tag, held[0].row):
             worker.scheduler.alert(held[0].row)

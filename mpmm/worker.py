@@ -636,6 +636,33 @@ class Worker:
         self._note_held(copy, operation)
         return copy
 
+    def take_quickly(self, tag: str, operation: Operation) -> Copy | None:
+        """Take an idle copy that this process can use, note that it holds it, and return it, by the compiled core.
+
+        None, with nothing changed, where there is no core, or if it takes Python: somebody waits, a copy runs alone,
+        the lock is not free, there is no such copy, or this is its first use here. Takes the lock itself.
+        """
+        namespace = self.namespace
+        core = namespace.lock.core
+        if core is None:
+            return None
+        copy: Copy | None = core.take_idle(
+            *(namespace, namespace.reference, namespace.tables.rows_of_tags, self._handles, self._objects),
+            *(self._rows_of_model, self._held, self._held_at, tag, operation),
+        )
+        return copy
+
+    def give_back_quickly(self, copy: Copy) -> bool:
+        """Give a copy back, that `let_go` has struck off, by the compiled core; False where it takes Python.
+
+        Then nothing has changed. Takes the lock itself.
+        """
+        namespace = self.namespace
+        core = namespace.lock.core
+        return core is not None and core.release(
+            namespace, namespace.reference, self._receipts, copy.row, copy.generation
+        )
+
     def comes_back(self, tag: str) -> bool:
         """Note that this process asks for a model that others wait for; tell whether a copy is kept for it."""
         self.tenures.come_back(tag)

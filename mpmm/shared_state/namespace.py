@@ -59,6 +59,7 @@ from mpmm.errors import (
 from mpmm.fork_hooks import ChildStep, in_forked_child
 from mpmm.printable import printable_logger
 from mpmm.shared_state import segment as segment_module
+from mpmm.shared_state.core import make_core, which
 from mpmm.shared_state.layout import Capacities, Header, Member, Model
 from mpmm.shared_state.liveness import has_living_member, member_of_row_lives, pid_namespace
 from mpmm.shared_state.lock_file import LockFile, identity_of, write_once
@@ -75,8 +76,8 @@ from mpmm.shared_state.segment import (
 from mpmm.shared_state.settings import Settings
 from mpmm.shared_state.snapshot import ModelInfo, decode
 from mpmm.shared_state.tables import Tables, encode_text, fit_text
-from mpmm.shared_state.transaction import Transaction, TransactionLock, float_bits
-from mpmm.shared_state.transitions import Transitions
+from mpmm.shared_state.transaction import TURN, Transaction, TransactionLock, float_bits
+from mpmm.shared_state.transitions import SMOOTHING, Transitions
 
 __all__ = [
     "Namespace",
@@ -130,6 +131,7 @@ class Namespace:
         self.pid = os.getpid()
         self.slot = -1
         self.lock = TransactionLock(segment, settings.lock_timeout_seconds)
+        self.lock.core = make_core(segment, self.pid, SMOOTHING, TURN)
         self.tables = Tables(segment)
         self._folder = str(runtime.path)
         self._alive = alive
@@ -179,6 +181,8 @@ class Namespace:
         runtime = RuntimeDirectory(name, root)
         if name == ROOM_NAME or name.startswith(f"{ROOM_NAME}.gone."):
             raise InvalidArgumentError(f"namespace {name!r}: the folder of the model servers has this name")
+        # Before anything is made, because it raises where the environment says what cannot be.
+        which()
         deadline = time.monotonic() + LIFECYCLE_TIMEOUT_S
         while True:
             if must_exist and not runtime.path.is_dir():

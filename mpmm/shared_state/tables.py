@@ -50,8 +50,8 @@ class Tables:
         self._members, self._models = layout.members, layout.models
         self._instances, self._tickets, self._devices = layout.instances, layout.tickets, layout.devices
         self._pins = layout.pins
-        # tag -> (row, generation); a hint that model_row() checks against the segment.
-        self._rows_of_tags: dict[str, tuple[int, int]] = {}
+        #: tag -> (row, generation); a hint that model_row() checks against the segment.
+        self.rows_of_tags: dict[str, tuple[int, int]] = {}
 
     def surprise(self, what: str, at: int) -> SegmentCorruptError:
         """Return the error for a row, which begins at the word `at`, in a state that it cannot be in here."""
@@ -65,7 +65,7 @@ class Tables:
 
     def close(self) -> None:
         """Forget what refers to the segment."""
-        self._rows_of_tags.clear()
+        self.rows_of_tags.clear()
 
     def member(self, row: int) -> int:
         """First word of a member row."""
@@ -132,13 +132,13 @@ class Tables:
     def model_row(self, tag: str) -> int | None:
         """Return the row of a tag, or None."""
         words = self.segment.words
-        hint = self._rows_of_tags.get(tag)
+        hint = self.rows_of_tags.get(tag)
         if hint is not None:
             row, generation = hint
             at = self._models.base + row * Model.WORDS
             if words[at + Model.GENERATION] == generation and words[at + Model.STATE]:
                 return row
-            del self._rows_of_tags[tag]
+            del self.rows_of_tags[tag]
         try:
             wanted = tag.encode("utf-8", "surrogateescape")
         except UnicodeEncodeError:
@@ -148,9 +148,9 @@ class Tables:
         candidates = np.flatnonzero((models[:, Model.STATE] == Model.MODEL) & (models[:, Model.TAG] == len(wanted)))
         for row in candidates.tolist():
             if self.text(self.model(row) + Model.TAG) == wanted:
-                if len(self._rows_of_tags) > 4 * self._models.capacity:
-                    self._rows_of_tags.clear()
-                self._rows_of_tags[tag] = (row, words[self.model(row) + Model.GENERATION])
+                if len(self.rows_of_tags) > 4 * self._models.capacity:
+                    self.rows_of_tags.clear()
+                self.rows_of_tags[tag] = (row, words[self.model(row) + Model.GENERATION])
                 return int(row)
         return None
 

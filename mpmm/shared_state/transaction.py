@@ -52,7 +52,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from types import FrameType, TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mpmm.errors import ClosedError, LockTimeoutError, ReentrantCallError, SegmentCorruptError, TableFullError
 from mpmm.shared_state.events import Cause
@@ -60,7 +60,10 @@ from mpmm.shared_state.futex import wait_for_change, wake_one
 from mpmm.shared_state.layout import STEP_WORDS, Event, Header, Table
 from mpmm.shared_state.segment import Segment
 
-__all__ = ["Transaction", "TransactionLock", "float_bits", "roll_back"]
+if TYPE_CHECKING:
+    from mpmm.shared_state._core import Core
+
+__all__ = ["TURN", "Transaction", "TransactionLock", "float_bits", "roll_back"]
 
 # Measured with 16 processes on 2 processors that do nothing else: without the quick tries a third of the throughput is
 # lost to sleeping and waking; without the turns the 99th percentile of an acquire and release is 12 ms instead of 3.
@@ -137,6 +140,8 @@ class TransactionLock:
         self._turn = 0
         self._transaction = Transaction(self)
         self.words: Any = segment.words
+        #: Makes transactions of the warm path under this lock, where it can; see `core.py`.
+        self.core: Core | None = None
 
     def __call__(self, patience_s: float | None = None) -> Transaction:
         """Return the transaction to be entered by `with`.
@@ -304,10 +309,12 @@ class TransactionLock:
     def close(self) -> None:
         """Close the descriptor; later transactions raise ClosedError. Not inside a transaction."""
         with self._mutex:
+            self._give_core_up()
             self._file.close()
 
     def forget_after_fork(self) -> None:
         """In a forked child: give up the parent's descriptor, whoever held the mutex at the fork."""
+        self._give_core_up()
         self._file.forget_after_fork()
         self._pid = os.getpid()
         self._mutex = threading.RLock()
@@ -316,8 +323,14 @@ class TransactionLock:
 
     def intercept_stores(self, wrap: Callable[[Any], Any]) -> None:
         """Send every store through `wrap(words)`; for crash tests, which kill the process at the n-th."""
+        self._give_core_up()
         self.words = wrap(self.segment.words)
         self._transaction = Transaction(self)
+
+    def _give_core_up(self) -> None:
+        core, self.core = self.core, None
+        if core is not None:
+            core.close()
 
     def _wait_for_file_lock(self, began: float, patience_s: float) -> None:
         """Take the file lock, `patience_s` after `began` at the latest. Raises LockTimeoutError."""

@@ -57,7 +57,7 @@ from mpmm.shared_state.transaction import Transaction, float_bits
 if TYPE_CHECKING:
     from mpmm.shared_state.namespace import Namespace
 
-__all__ = ["ESTIMATE_TOLERANCE", "Transitions"]
+__all__ = ["ESTIMATE_TOLERANCE", "SMOOTHING", "Transitions"]
 
 _LOG = printable_logger("mpmm")
 

@@ -22,9 +22,10 @@ from importlib import metadata
 from pathlib import Path
 
 import mpmm
-from mpmm.errors import MpmmError
+from mpmm.errors import InvalidArgumentError, MpmmError
 from mpmm.printable import printable
 from mpmm.sampler import answer_within
+from mpmm.shared_state.core import CORE_VARIABLE, which
 from mpmm.shared_state.layout import LAYOUT_VERSION, Capacities, Layout
 from mpmm.shared_state.runtime_dir import check_private_folder, default_root
 from mpmm.shared_state.segment import SHARED_MEMORY
@@ -49,6 +50,7 @@ OPTIONAL = {
 # All that mpmm and the drivers read; nothing else of the environment is looked at.
 VARIABLES = (
     *("MPMM_RUNTIME_DIR", "MPMM_MEMORY_SOURCE", "MPMM_ESTIMATES_PATH", "MPMM_ARENA_MB", "MPMM_PRELOAD", "MPMM_ZYGOTE"),
+    CORE_VARIABLE,
     *("CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER", "ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES"),
 )
 GPU_SOURCES = ("nvml", "nvidia-smi", "amdsmi")
@@ -124,11 +126,24 @@ def _completed(checks: Callable[[], Iterator[Check]]) -> Iterator[Check]:
         yield Check("PROBLEM", f"cannot be examined: {type(error).__name__}: {error}")
 
 
+def _core() -> Check:
+    try:
+        compiled = which() == "compiled"
+    except InvalidArgumentError as error:
+        return Check("PROBLEM", str(error))
+    if compiled:
+        return Check("ok", "the compiled core makes the transactions of the warm path")
+    chosen = os.environ.get(CORE_VARIABLE) == "python"
+    why = f"{CORE_VARIABLE}=python" if chosen else "the compiled core was not built when mpmm was installed"
+    return Check("ok" if chosen else "note", f"Python makes the transactions of the warm path: {why}")
+
+
 def _versions() -> Iterator[Check]:
     yield Check(
         "ok", f"mpmm {mpmm.__version__} in {Path(mpmm.__file__).parent}, layout {LAYOUT_VERSION} of its segments"
     )
     yield Check("ok", f"Python {platform.python_version()} ({sys.executable}), {platform.platform()}")
+    yield _core()
     if sys.platform != "linux":
         yield Check("note", f"{sys.platform} has no futex: processes that wait look by polling")
     for name in REQUIRED:

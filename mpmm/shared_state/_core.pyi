@@ -1,0 +1,41 @@
+"""What `_core.c` has; there where it could be compiled."""
+
+from typing import Any
+
+OFFSETS: tuple[str, ...]
+
+class Core:
+    def __new__(
+        cls,
+        memory: Any,
+        words: int,
+        offsets: tuple[int, ...],
+        strange_models: tuple[int, ...],
+        strange_instances: tuple[int, ...],
+        pid: int,
+        smoothing: float,
+        turn: int,
+        /,
+    ) -> Core: ...
+    @property
+    def done(self) -> int: ...
+    def take_idle(
+        self,
+        namespace: Any,
+        reference: int,
+        hints: dict[str, tuple[int, int]],
+        handles: dict[int, Any],
+        objects: dict[int, Any],
+        owned: dict[int, list[int]],
+        held: dict[tuple[int, int], Any],
+        held_at: dict[Any, tuple[int, int]],
+        tag: str,
+        operation: Any,
+        /,
+    ) -> Any: ...
+    def release(
+        self, namespace: Any, reference: int, receipts: set[tuple[int, int]], row: int, generation: int, /
+    ) -> bool: ...
+    def close(self) -> None: ...
+
+def rehearse(store: int, killed: bool, now_ns: int, /) -> None: ...

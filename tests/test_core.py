@@ -1,0 +1,533 @@
+"""The compiled core of the warm path does what Python does, to the bit, or nothing.
+
+The same operation is made by both from the same state, at the same pretended time, and all words of the segment are
+compared: those of the rows, of the undo log and of the ring of events. Where the core leaves an operation to Python,
+nothing may have changed. A process is killed at each of its stores, and Python takes the lock next.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import os
+import random
+import shutil
+import subprocess
+import sys
+import sysconfig
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from copy import copy
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from processes import CRASH_POINTS, problems, scaled
+from test_crash_points import FROZEN_NS, KILLED, SMALL, Lab, run_in_child, some_of
+
+from mpmm import ModelManager
+from mpmm.errors import InvalidArgumentError
+from mpmm.gpu_monitor import GPUMonitor
+from mpmm.operations import Operation
+from mpmm.shared_state import core as core_module
+from mpmm.shared_state.core import CORE_VARIABLE, make_core, which
+from mpmm.shared_state.layout import Header, Instance, Model
+from mpmm.shared_state.namespace import Namespace
+from mpmm.shared_state.segment import Segment
+from mpmm.shared_state.transaction import TURN, TransactionLock
+from mpmm.shared_state.transitions import SMOOTHING
+from mpmm.show import doctor
+from mpmm.sources import choose_source
+from mpmm.worker import Copy, Worker
+
+SOURCE = Path(core_module.__file__).with_name("_core.c")
+NewManager = Callable[..., ModelManager]
+
+
+def is_built() -> bool:
+    """Tell whether the core could be compiled where the package was installed."""
+    try:
+        import mpmm.shared_state._core  # noqa: F401 (only whether it is there counts)
+    except ImportError:
+        return False
+    return True
+
+
+# `pip install -e .` builds it where there is a compiler; a checkout that is merely on the path has none.
+built = pytest.mark.skipif(not is_built(), reason="the core is not built: python setup.py build_ext --inplace")
+
+
+@pytest.fixture
+def lab() -> Iterator[Lab]:
+    lab = Lab("lab")
+    yield lab
+    lab.namespace.leave()
+
+
+def pretend(now_ns: int, dies_at: int = 0, killed: bool = False) -> None:
+    """Let it be that time for the core, 0 for the true one; and have it make no store from one on, 0 for none.
+
+    killed: kill the process there.
+    """
+    from mpmm.shared_state._core import rehearse
+
+    rehearse(dies_at, killed, now_ns)
+
+
+class Caller:
+    """What calls the core in a lab: a process's notes, by themselves."""
+
+    def __init__(self, lab: Lab, row: int) -> None:
+        words, at = lab.words, lab.tables.instance(row)
+        self.lab = lab
+        self.row, self.generation = row, words[at + Instance.GENERATION]
+        model = words[at + Instance.MODEL]
+        self.hints = {lab.tables.tag_of(model): (model, words[lab.tables.model(model) + Model.GENERATION])}
+        self.handles = {row: Copy(row, self.generation, "a", "h")}
+        self.held: dict[tuple[int, int], Any] = {}
+        self.held_at: dict[Any, tuple[int, int]] = {}
+        self.receipts: set[tuple[int, int]] = set()
+        self.operation = Operation(None)
+
+    def take(self, place: Any, core: Any, reference: int = Lab.victim + 1) -> Any:
+        return core.take_idle(
+            *(place, reference, self.hints, self.handles, {}, {}, self.held, self.held_at, "a", self.operation)
+        )
+
+    def release(self, place: Any, core: Any, reference: int = Lab.victim + 1) -> bool:
+        return bool(core.release(place, reference, self.receipts, self.row, self.generation))
+
+
+def place_of(segment: Segment, pid: int = 0) -> tuple[Any, Any]:
+    """Return a stand-in for a namespace with a lock of its own on the segment, and the core for it."""
+    lock = TransactionLock(segment, 5.0)
+    core = lock.core = make_core(segment, pid or os.getpid(), SMOOTHING, TURN)
+    assert core is not None
+    return SimpleNamespace(_usable=True, lock=lock), core
+
+
+# ---- the same words as Python's ---------------------------------------------------------------------------------
+
+
+class Twins:
+    """A process's worker, of which two do the same from the same state: one in Python, one by the core."""
+
+    def __init__(self, lab: Lab) -> None:
+        self.lab = lab
+        monitor = GPUMonitor(1000.0, 0.5, 30.0, source=choose_source("booked", fallback_memory_mb=1000.0))
+        # It is not started: no thread of it changes anything meanwhile.
+        self.worker = Worker(self.lab.namespace, monitor, False)
+        self.namespace: Namespace = self.lab.namespace
+        self.manager: Any = ModelManager.__new__(ModelManager)
+        self.manager._name = lab.namespace.name
+        self.taken = self.released = self.declined = 0
+
+    NOTES = ("_held", "_held_at", "_handles", "_objects", "_rows_of_model", "_receipts")
+
+    def notes(self) -> dict[str, Any]:
+        return {name: copy(getattr(self.worker, name)) for name in self.NOTES}
+
+    def restore(self, saved: bytes, notes: dict[str, Any]) -> None:
+        self.lab.restore(saved)
+        for name, value in notes.items():
+            setattr(self.worker, name, copy(value))
+
+    def without_lock_words(self) -> bytes:
+        """Return the segment without what tells who had the lock last."""
+        copied = bytearray(self.lab.save())
+        words = memoryview(copied).cast("Q")
+        words[Header.LOCK_HOLDER] = words[Header.LOCK_TAKEN] = 0
+        return bytes(copied)
+
+    def take(self, tag: str) -> Copy | None:
+        """Take an idle copy in both ways, and compare."""
+        saved, before, notes = self.lab.save(), self.without_lock_words(), self.notes()
+        python, compiled = Operation(None), Operation(None)
+        wanted = ModelManager._take_idle(self.manager, self.worker, python, tag, 1.0, 0)
+        words, noted = self.lab.save(), self.notes()
+        self.restore(saved, notes)
+        got = self.worker.take_quickly(tag, compiled)
+        if got is None:
+            self.declined += 1
+            assert self.without_lock_words() == before
+            assert self.notes() == notes
+            assert compiled.held is None
+            self.restore(words, noted)
+            return wanted
+        self.taken += 1
+        assert self.lab.save() == words
+        assert self.notes() == noted
+        assert (got, compiled.held, compiled.gives_back) == (wanted, python.held, False)
+        return got
+
+    def release(self, copy: Copy) -> None:
+        """Give a copy back in both ways, and compare."""
+        assert self.worker.let_go(copy.value, copy.tag, Operation(None)) == copy
+        saved, before, notes = self.lab.save(), self.without_lock_words(), self.notes()
+        ModelManager._give_back(self.manager, self.worker, copy.tag, copy)
+        words = self.lab.save()
+        self.restore(saved, notes)
+        if self.worker.give_back_quickly(copy):
+            self.released += 1
+            assert self.lab.save() == words
+        else:
+            self.declined += 1
+            assert self.without_lock_words() == before
+            self.restore(words, notes)
+
+
+def load(twins: Twins, tag: str, handle: bytes) -> None:
+    """Load a copy, a handle or an object of the process itself, and leave it idle."""
+    namespace, lab, worker = twins.namespace, twins.lab, twins.worker
+    model = lab.model(tag)
+    row = lab.do(lambda t, tr: tr.begin_load(t, model, namespace.slot, 1, 100.0, False))
+    lab.do(lambda t, tr: tr.end_load(t, row, handle, 90.0, 0, False))
+    operation = Operation(None)
+    held = worker.adopt(row, tag, handle.decode() if handle else object(), operation)
+    assert worker.let_go_of((held, lab.words[lab.tables.instance(row) + Instance.USES]), operation) is False
+    worker._held.clear()
+    worker._held_at.clear()
+    lab.do(lambda t, tr: tr.release(t, row))
+
+
+def disturb(twins: Twins, chance: random.Random) -> None:
+    """Make something about the namespace extraordinary, or ordinary again."""
+    lab, words = twins.lab, twins.lab.words
+    active = [row for row in range(SMALL.instances) if words[lab.tables.instance(row)] == Instance.ACTIVE]
+    waiting = words[Header.WAITING]
+    kind = chance.choice(("wait", "wait", "doom", "pin", "keep", "sample"))
+    if kind == "wait" and waiting:
+        ticket = next(row for row in range(SMALL.tickets) if words[lab.tables.ticket(row)] == 1)
+        lab.do(lambda t, tr: tr.leave_queue(t, ticket))
+    elif kind == "wait":
+        lab.ticket(chance.choice("ab"))
+    elif kind == "doom" and active:
+        lab.do(lambda t, tr: tr.unload(t, chance.choice(active), lab.namespace.slot))
+    elif kind == "pin" and not words[lab.tables.model(lab.model("a")) + Model.PINS]:
+        model = lab.model("a")
+        lab.do(lambda t, tr: tr.pin(t, model, lab.victim))
+    elif kind == "keep":
+        model = lab.model("b")
+        lab.do(lambda t, tr: tr.keep_alive(t, model, chance.choice((0, Model.AT_ONCE, 1000))))
+    elif kind == "sample":
+        lab.do(lambda t, tr: tr.sample(t, 0, 500.0, FROZEN_NS))
+
+
+@built
+@pytest.mark.parametrize("seed", range(scaled(6)))
+def test_it_stores_the_words_that_python_stores(lab: Lab, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    twins = Twins(lab)
+    chance = random.Random(seed)
+    now = FROZEN_NS
+    held: list[Copy] = []
+    try:
+        for number, tag in enumerate(chance.choices("ab", k=chance.randrange(2, SMALL.instances))):
+            load(twins, tag, b"" if chance.random() < 0.3 else b"handle %d" % number)
+        for _ in range(60):
+            now += chance.choice((1, 1000, 10**6, 10**12))
+            clock = now - chance.choice((0, 0, 0, 2000))
+            monkeypatch.setattr(time, "monotonic_ns", lambda clock=clock: clock)
+            pretend(clock)
+            if chance.random() < 0.08:
+                disturb(twins, chance)
+            elif held and chance.random() < 0.5:
+                twins.release(held.pop(chance.randrange(len(held))))
+            elif (got := twins.take(chance.choice("abc"))) is not None:
+                held.append(got)
+        assert twins.taken > 3 and twins.released > 3
+    finally:
+        pretend(0)
+
+
+# ---- deaths ------------------------------------------------------------------------------------------------------
+
+
+@built
+@pytest.mark.parametrize("what", ["take", "release"])
+def test_death_at_any_store_leaves_what_python_leaves(
+    lab: Lab, what: str, tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    lab.idle("a", b"first")
+    row = lab.idle("a", b"h") if what == "take" else lab.active("a", b"h")
+    caller = Caller(lab, row)
+
+    def compiled(store: int, killed: bool = False) -> None:
+        place, core = place_of(lab.segment)
+        try:
+            pretend(FROZEN_NS, store, killed)
+            assert getattr(caller, what)(place, core)
+        finally:
+            pretend(0)
+            place.lock.close()
+
+    saved, before = lab.save(), lab.comparable()
+    images = lab.images(
+        (lambda t, tr: tr.grab(t, row, Lab.victim + 1)) if what == "take" else lambda t, tr: tr.release(t, row),
+        tmp_path / "images",
+    )
+    after = lab.comparable()
+    for store, image in enumerate(images, 1):
+        lab.restore(saved)
+        compiled(store)
+        assert lab.without_pids(lab.save()) == lab.without_pids(image), f"store {store}"
+        lab.recover()
+        assert lab.comparable() == (before if store < len(images) else after)
+    lab.restore(saved)
+    compiled(len(images) + 1)
+    assert lab.comparable() == after
+    for store in some_of(len(images)):
+        lab.restore(saved)
+        assert run_in_child(partial(compiled, store, True)) == KILLED
+        assert lab.without_pids(lab.save()) == lab.without_pids(images[store - 1]), f"killed at store {store}"
+    assert lab.problems() == []
+    record_property(CRASH_POINTS, len(images))
+
+
+# ---- what it leaves to Python ------------------------------------------------------------------------------------
+
+
+@built
+def test_it_does_not_wait_for_the_lock_nor_undo_what_others_left(lab: Lab) -> None:
+    caller = Caller(lab, lab.idle("a", b"h"))
+    place, core = place_of(lab.segment)
+
+    def declines() -> bool:
+        before, taken = lab.comparable(), caller.take(place, core)
+        return taken is None and lab.comparable() == before and not caller.held and caller.operation.held is None
+
+    with ExitStack() as stack:
+        other = stack.enter_context(open(lab.segment.path, "rb"))
+        fcntl.flock(other, fcntl.LOCK_EX)
+        assert declines()
+        fcntl.flock(other, fcntl.LOCK_UN)
+        lab.words[Header.STARVING] = 1
+        assert declines()
+        lab.words[Header.STARVING] = 0
+        lab.words[Header.CHANGE] += 1
+        assert declines()
+        lab.recover()
+    # In the middle of a transaction of this very lock, be it this thread's or another one's.
+    with place.lock():
+        assert declines()
+        assert caller.release(place, core) is False
+    place._usable = False
+    assert declines()
+    place._usable = True
+    assert caller.take(place, core) == Copy(caller.row, caller.generation, "a", "h")
+    caller.receipts.add((0, 1))
+    assert not caller.release(place, core)
+    caller.receipts.clear()
+    assert not caller.release(place, core, reference=Lab.server + 1)
+    assert caller.release(place, core)
+    place.lock.close()
+    assert place.lock.core is None
+    caller.held.clear()
+    caller.operation = Operation(None)
+    assert declines() and core.done == 2
+
+
+@built
+@pytest.mark.parametrize("kind", [Model, Instance])
+def test_a_field_that_it_does_not_know_has_to_be_0(
+    lab: Lab, kind: type[Model | Instance], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caller = Caller(lab, lab.idle("a", b"h"))
+    monkeypatch.setitem(
+        core_module._FAMILIAR,
+        kind,
+        tuple(name for name in core_module._FAMILIAR[kind] if name not in ("LOADS", "LOADED_AT")),
+    )
+    core_module._strange.cache_clear()
+    place, core = place_of(lab.segment)
+    assert caller.take(place, core) is None
+    lab.words[lab.tables.model(0) + Model.LOADS] = lab.words[lab.tables.instance(0) + Instance.LOADED_AT] = 0
+    assert caller.take(place, core) is not None
+    monkeypatch.undo()
+    core_module._strange.cache_clear()
+    place.lock.close()
+
+
+def test_all_fields_are_familiar() -> None:
+    # Otherwise the core does nothing where the new one is not 0: look what it means for a reuse, and name it there.
+    assert core_module._strange(Model) == ()
+    assert core_module._strange(Instance) == ()
+
+
+# ---- broken segments ---------------------------------------------------------------------------------------------
+
+ODD_WORDS = (0, 1, 2, 3, 5, 6, 7, 4096, 2**31, 2**32 + 1, 2**62, 2**63, 2**64 - 2, 2**64 - 1)
+
+
+@built
+def test_a_broken_segment_cannot_harm_it(lab: Lab) -> None:
+    lab.idle("a", b"first")
+    caller = Caller(lab, lab.idle("a", b"h"))
+    lab.active("a", b"other")
+    chance = random.Random(11)
+    saved = lab.save()
+    ends = lab.layout.instances.end
+    within = [*range(Header.WORDS), *range(lab.layout.models.base, ends)] * 2 + list(range(lab.layout.words))
+    # Those on which the way depends come up more often.
+    model, instance = lab.tables.model(0), lab.tables.instance(caller.row)
+    often = [*range(model, model + Model.TAG), *range(instance, instance + Instance.SHARES), Header.EVENTS]
+
+    def fuzz() -> None:
+        place, core = place_of(lab.segment)
+        operation = caller.operation
+        for _ in range(scaled(6000)):
+            lab.restore(saved)
+            operation.held = None
+            for _ in range(chance.choice((1, 1, 2, 5, 40))):
+                word = chance.choice(within if chance.random() < 0.5 else often)
+                lab.words[word] = chance.choice((*ODD_WORDS, chance.getrandbits(64), chance.randrange(16)))
+            caller.row = chance.choice((0, 1, 2, chance.choice(ODD_WORDS)))
+            caller.generation = chance.choice((*range(12), 2**64 - 1))
+            caller.handles[0] = Copy(0, caller.generation, "a", "h")
+            taken = caller.take(place, core)
+            assert (taken is None) == (operation.held is None)
+            caller.release(place, core, reference=chance.choice((1, 2, 2**64 - 1)))
+            caller.held.clear()
+        assert core.done > 100
+
+    assert run_in_child(fuzz) == 0
+
+
+@built
+def test_a_layout_that_leads_outside_is_refused(lab: Lab) -> None:
+    from mpmm.shared_state._core import OFFSETS, Core
+
+    memory, count = lab.segment.words.obj, lab.layout.words
+    offsets = core_module._offsets(lab.layout.capacities)
+
+    def made(changed: dict[str, int], words: int = count, strange: tuple[int, ...] = ()) -> Any:
+        values = tuple(changed.get(name, value) for name, value in zip(OFFSETS, offsets, strict=True))
+        return Core(memory, words, values, strange, (), 1, SMOOTHING, TURN)
+
+    made({}).close()
+    for name in OFFSETS:
+        # Not the constants, which are compared and lead nowhere.
+        if name.split(".")[0] in ("Header", "Event", "Undo", "models", "instances", "events", "undo"):
+            with pytest.raises(ValueError):
+                made({name: 2**40})
+    with pytest.raises(ValueError, match="layout version"):
+        made({"LAYOUT_VERSION": 1})
+    with pytest.raises(ValueError, match="too small"):
+        made({}, words=2**40)
+    with pytest.raises(ValueError, match="outside of its row"):
+        made({}, strange=(10**6,))
+    with pytest.raises(ValueError):
+        Core(memory, count, offsets[1:], (), (), 1, SMOOTHING, TURN)
+    with pytest.raises(TypeError):
+        made({}).take_idle(1)
+
+
+# ---- who uses it -------------------------------------------------------------------------------------------------
+
+
+@built
+@pytest.mark.parametrize("model", ["handle", "object"])
+def test_the_manager_uses_it(namespace: str, new_manager: NewManager, model: str) -> None:
+    manager = new_manager()
+    core = manager._connected().namespace.lock.core
+    assert core is not None
+    values = {"handle": "a handle", "object": object()}
+
+    def block() -> None:
+        with manager.model("a", lambda: values[model]) as got:
+            assert got is values[model] or got == values[model]
+
+    def pair() -> None:
+        manager.release_model("a", manager.acquire_model("a", lambda: values[model]))
+
+    async def in_loop() -> None:
+        async with manager.model_async("a", lambda: values[model]):
+            pass
+
+    block()
+    block()
+    for use in (block, pair, lambda: asyncio.run(in_loop())):
+        done = core.done
+        for _ in range(20):
+            use()
+        # The keeper may have the lock for a moment.
+        assert core.done >= done + 30, use
+    assert problems(namespace) == []
+
+
+@built
+def test_threads_of_one_process_take_turns(namespace: str, new_manager: NewManager) -> None:
+    manager = new_manager(max_model_copies=3)
+    failed: list[BaseException] = []
+
+    def use() -> None:
+        try:
+            for number in range(100):
+                with manager.model("ab"[number % 2], lambda: uuid.uuid4().hex):
+                    pass
+        except BaseException as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=use) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failed
+    assert problems(namespace) == []
+    assert manager._connected().namespace.lock.core is not None
+
+
+# ---- which one it is ---------------------------------------------------------------------------------------------
+
+
+def test_the_environment_chooses(namespace: str, new_manager: NewManager, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(CORE_VARIABLE, "python")
+    assert which() == "python"
+    manager = new_manager()
+    assert manager._connected().namespace.lock.core is None
+    with manager.model("a", lambda: "a"):
+        pass
+    assert "Python" in core_line()
+    monkeypatch.setenv(CORE_VARIABLE, "fast")
+    with pytest.raises(InvalidArgumentError, match="MPMM_CORE='fast': expected python or compiled"):
+        ModelManager(namespace="elsewhere", memory_source="booked")
+
+
+def test_without_the_extension_python_does_it(
+    namespace: str, new_manager: NewManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # What the interpreter takes for a module that cannot be imported.
+    monkeypatch.setitem(sys.modules, "mpmm.shared_state._core", None)
+    assert which() == "python"
+    assert new_manager()._connected().namespace.lock.core is None
+    monkeypatch.setenv(CORE_VARIABLE, "compiled")
+    with pytest.raises(InvalidArgumentError, match="the compiled core is not there"):
+        ModelManager(namespace="elsewhere", memory_source="booked")
+    assert core_line().startswith("MPMM_CORE=compiled: ")
+
+
+@built
+def test_the_doctor_tells_which(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert core_line() == "the compiled core makes the transactions of the warm path"
+
+
+def core_line() -> str:
+    [check] = [check for check in doctor._versions() if "warm path" in check.text or "MPMM_CORE" in check.text]
+    return check.text
+
+
+# A compiler or Python's headers may be missing, where the package works nevertheless.
+@pytest.mark.skipif(
+    shutil.which("cc") is None or not Path(sysconfig.get_paths()["include"], "Python.h").exists(),
+    reason="no C compiler, or none of Python's headers",
+)
+def test_it_compiles_without_a_warning(tmp_path: Path) -> None:
+    command = ["cc", "-std=c11", "-O2", "-Wall", "-Wextra", "-Werror", "-fsyntax-only"]
+    include = f"-I{sysconfig.get_paths()['include']}"
+    done = subprocess.run([*command, include, str(SOURCE)], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
