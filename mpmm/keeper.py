@@ -232,6 +232,7 @@ class Keeper:
             if time.monotonic() >= self._poll_due:
                 self._poll_due = time.monotonic() + self._namespace.settings.poll_interval
                 self._poll()
+                self._worker.suspender.heed_host_memory()
 
     def _expire_returns(self) -> None:
         """Let the books decide about unloaded memory that no sample has told about for a while."""

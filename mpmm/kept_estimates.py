@@ -1,10 +1,12 @@
 """Estimates that outlast a namespace: a file, so that the next run has nothing to profile.
 
     {"format": "mpmm estimates", "version": 1,
-     "devices": {"NVIDIA A100-SXM4-40GB": {"detector": {"mb": 3120.5, "measured": true, "updated": 1764072000.0}}}}
+     "devices": {"NVIDIA A100-SXM4-40GB": {"detector": {"mb": 3120.5, "measured": true, "updated": 1764072000.0,
+                                                        "suspend_s": 1.6, "resume_s": 0.7}}}}
 
 An estimate is kept by tag and by the names of the devices of the namespace, since a model takes more on one kind than
-on another. `mb` is in MB (MiB), `measured` says that it was read from processes, `updated` is a Unix time.
+on another. `mb` is in MB (MiB), `measured` says that it was read from processes, `updated` is a Unix time. `suspend_s`
+and `resume_s` are how long it takes to suspend and to resume a copy, 0 or missing where that has not been done.
 
 Many processes and namespaces may have the same file. Whoever writes takes a lock file beside it, reads what others have
 written meanwhile, and puts a new file in its place in one step, so a reader finds the old one or the new one, and a
@@ -49,11 +51,27 @@ TOLERANCE = 0.01
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a copy of a model takes, in MB; measured: read from its process, not inferred. updated: Unix time."""
+    """What a copy of a model takes, in MB; measured: read from its process, not inferred. updated: Unix time.
+
+    suspend_s, resume_s: how long it takes to suspend and to resume one, 0 unknown.
+    """
 
     mb: float
     measured: bool
     updated: float
+    suspend_s: float = 0.0
+    resume_s: float = 0.0
+
+    @property
+    def is_possible(self) -> bool:
+        """Tell whether these are figures that mpmm writes."""
+        amounts = (self.mb, self.suspend_s, self.resume_s)
+        return all(math.isfinite(amount) and amount >= 0 for amount in amounts) and math.isfinite(self.updated)
+
+    def differs_from(self, other: Estimate) -> bool:
+        """Tell whether this is worth a new file that has `other`."""
+        amounts = ((self.mb, other.mb), (self.suspend_s, other.suspend_s), (self.resume_s, other.resume_s))
+        return self.measured != other.measured or any(abs(a - b) > TOLERANCE * max(a, b) for a, b in amounts)
 
 
 class EstimatesFile:
@@ -118,14 +136,20 @@ def _parsed(content: Any) -> dict[str, dict[str, Estimate]]:
         raise ValueError(f"{content['format']!r}, version {content['version']!r}: expected {FORMAT!r}, {VERSION}")
     found = {
         str(kind): {
-            str(tag): Estimate(float(entry["mb"]), bool(entry["measured"]), float(entry["updated"]))
+            str(tag): Estimate(
+                float(entry["mb"]),
+                bool(entry["measured"]),
+                float(entry["updated"]),
+                float(entry.get("suspend_s", 0.0)),
+                float(entry.get("resume_s", 0.0)),
+            )
             for tag, entry in of_kind.items()
         }
         for kind, of_kind in content["devices"].items()
     }
     for of_kind in found.values():
         for tag, estimate in of_kind.items():
-            if not (math.isfinite(estimate.mb) and estimate.mb >= 0 and math.isfinite(estimate.updated)):
+            if not estimate.is_possible:
                 raise ValueError(f"{tag!r}: {estimate}")
     return found
 
@@ -157,6 +181,8 @@ class KeptEstimates:
         """Take the estimate of a model (row) from the file if there is none yet. Needs the lock."""
         remembered = self._remembered.get(tag)
         at = self._namespace.tables.model(model)
+        if remembered is not None and not self._namespace.segment.words[at + Model.SUSPENDS]:
+            self._namespace.transitions.suspensions.expect(t, model, remembered.suspend_s, remembered.resume_s)
         if remembered is None or self._namespace.segment.words[at + Model.KNOWN]:
             return
         if remembered.mb <= self._namespace.segment.floats[at + Model.AT_LEAST_MB]:
@@ -201,6 +227,7 @@ class KeptEstimates:
             if not known or not math.isfinite(mb) or words[at + Model.GENERATION] != generation:
                 continue
             saved = self._saved.get(tag)
-            if saved is None or saved.measured != measured or abs(saved.mb - mb) > TOLERANCE * max(saved.mb, mb):
-                changed[tag] = Estimate(mb, measured, now)
+            found = Estimate(mb, measured, now, floats[at + Model.SUSPEND_S], floats[at + Model.RESUME_S])
+            if saved is None or found.differs_from(saved):
+                changed[tag] = found
         return changed

@@ -684,6 +684,7 @@ def scenarios() -> dict[str, Callable[[Lab], Operation]]:
         "observe/recycling": observed_when_full,
         "note_solution": lambda lab: lambda t, tr: tr.note_solution(t, 5),
         "suspensions.note_way": on(Lab.idle, lambda t, tr, row: tr.suspensions.note_way(t, row, Way.COOPERATIVE)),
+        "suspensions.expect": on(Lab.model, lambda t, tr, row: tr.suspensions.expect(t, row, 1.5, 0.5)),
         "suspensions.begin": on(Lab.sleeper, lambda t, tr, row: tr.suspensions.begin(t, row, Lab.victim, True)),
         "suspensions.end": on(Lab.suspending, lambda t, tr, row: tr.suspensions.end(t, row)),
         "suspensions.fail": on(

@@ -218,6 +218,7 @@ ELSEWHERE = {
     Reason.NO_ROW: "goes for b, because the table of copies, or of models, is full",
     Reason.TABLE_FULL: "waits for a row in the table of copies, which is full",
     Reason.EXPIRED: "is unloaded: it has been idle for 0 s, for as long as copies of its model are kept",
+    Reason.HOST_SHORT: "is dropped from host memory, of which only 0 MB are left",
     Reason.BY_HAND: "is suspended by hand",
     Reason.HOST_FULL: "is dropped from host memory, so that b can be suspended, which needs 0 MB, 0 free",
     Reason.ASKED: "is unloaded, now or when it is given back: a call of `unload` or `update_settings` asks for it",

@@ -7,7 +7,8 @@ import math
 import os
 import signal
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ from mpmm.policy.view import (
     Wait,
 )
 from mpmm.shared_state.snapshot import Snapshot, read_snapshot
+from mpmm.sources import DeviceInfo, DeviceSample
 
 NewManager = Callable[..., ModelManager]
 NewProcess = Callable[..., Process]
@@ -394,6 +396,48 @@ def test_who_unloads_a_model_or_lets_it_expire_means_its_suspended_copies_too(
     manager.update_settings(idle_ttl_seconds=0.05)
     await_states(manager.namespace, "a")
     assert problems(manager.namespace) == []
+
+
+def test_where_the_host_runs_short_of_memory_suspended_copies_go(
+    manager: ModelManager, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use(manager, "a", MakesSleeper(tmp_path))
+    assert manager.suspend("a") == 1
+    monkeypatch.setattr("mpmm.suspend.suspender.host_memory_left_mb", lambda: 1.0)
+    await_states(manager.namespace, "a")
+    gone = [event.reason for event in read_snapshot(manager.namespace).events if event.kind == "unload_began"]
+    assert gone == [Reason.HOST_SHORT]
+
+
+def test_how_long_it_takes_is_kept_from_run_to_run(new_manager: NewManager, tmp_path: Path) -> None:
+    path, chosen = tmp_path / "estimates", {"suspend_budget_mb": 2000.0, "memory_source": SteadySource()}
+    first = new_manager(estimates_path=path, **chosen)
+    first._estimator.set_initial_estimate("a", 600.0)
+    use(first, "a", MakesSleeper(tmp_path))
+    assert first.suspend("a") == first.resume("a") == 1
+    learnt = model_of(first.namespace, "a")
+    first.shutdown()
+    second = new_manager(estimates_path=path, **chosen)
+    with second.model("a", MakesSleeper(tmp_path)):
+        known = model_of(second.namespace, "a")
+    assert (known.suspend_s, known.resume_s) == (learnt.suspend_s, learnt.resume_s) != (0.0, 0.0)
+
+
+class SteadySource:
+    """A source of memory figures that always says the same."""
+
+    name = "steady"
+    measures_processes = False
+    settles_late = False
+    cheap = True
+
+    def devices(self) -> tuple[DeviceInfo, ...]:
+        return (DeviceInfo(0, "steady-0", "steady", 1000.0),)
+
+    def sample(self, server_pids: Sequence[int]) -> tuple[DeviceSample, ...]:
+        return (DeviceSample(0, 0.0, time.monotonic_ns(), {}),)
+
+    def close(self) -> None: ...
 
 
 # ---- what people see -------------------------------------------------------------------------------------------

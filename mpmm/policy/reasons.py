@@ -54,6 +54,7 @@ SENTENCES: dict[Reason, str] = {
     Reason.ASKED: "is unloaded, now or when it is given back: a call of `unload` or `update_settings` asks for it",
     Reason.HOST_FULL: "is dropped from host memory, so that {other} can be suspended, which needs {need:.0f} MB, "
     "{free:.0f} free",
+    Reason.HOST_SHORT: "is dropped from host memory, of which only {free:.0f} MB are left",
     Reason.BY_HAND: "is suspended by hand",
     Reason.EXPIRED: "is unloaded: it has been idle for {seconds:g} s, for as long as copies of its model are kept",
     Reason.TOO_LARGE: "is refused: needs {need:.0f} MB, the largest device takes {free:.0f}",

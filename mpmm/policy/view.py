@@ -81,6 +81,7 @@ class Reason(IntEnum):
     # It is suspended, or unloaded from host memory:
     BY_HAND = 44
     HOST_FULL = 45  # so that another copy can be suspended
+    HOST_SHORT = 46  # the host has hardly any memory left
 
 
 @dataclass(frozen=True)

@@ -48,6 +48,13 @@ class Suspensions:
         """Record how a copy that has just been loaded can be suspended."""
         t.set(self._tables.instance(row) + Instance.WAY, way)
 
+    def expect(self, t: Transaction, model: int, suspend_s: float, resume_s: float) -> None:
+        """Record how long it took to suspend and to resume a model (row) in an earlier run, 0 unknown."""
+        at = self._tables.model(model)
+        for word, seconds in ((at + Model.SUSPEND_S, suspend_s), (at + Model.RESUME_S, resume_s)):
+            if seconds and self._segment.floats[word] != seconds:
+                t.set_float(word, seconds)
+
     def begin(self, t: Transaction, row: int, suspender: int, evicted: bool, cause: Cause | None = None) -> None:
         """Take an idle copy out of use; a member (slot) suspends it, its owner if it has one. It has no twins."""
         at, words, floats = self._tables.instance(row), self._segment.words, self._segment.floats

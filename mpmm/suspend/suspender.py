@@ -21,6 +21,7 @@ from mpmm.shared_state.events import Cause
 from mpmm.shared_state.layout import Header, Instance, Member
 from mpmm.shared_state.settings import ALWAYS, NEVER
 from mpmm.shared_state.transaction import Transaction
+from mpmm.sources.host_memory import host_memory_left_mb, host_memory_mb
 from mpmm.suspend.driver import GOOD_BRANCHES, driver_branch
 from mpmm.suspend.helper import ask_helper
 
@@ -36,6 +37,8 @@ _MOVING = (Instance.SUSPENDING, Instance.RESUMING)
 LOOK_S = 0.01
 # Whose own limit has passed has so much longer to say so, before the leader does.
 GRACE = 1.5
+# Below this share of its memory the host begins to swap, or to kill.
+HOST_RESERVE = 0.05
 # A killed process is gone within so long.
 DYING_S = 0.5
 
@@ -245,6 +248,25 @@ class Suspender:
                 if now_ns - words[at + Instance.SINCE] > limit_ns:
                     found.append(row)
         return found
+
+    def heed_host_memory(self) -> None:
+        """Drop the copy that was suspended longest ago if the host has hardly any memory left, whoever took it.
+
+        One at a time: at the next poll what it had is free.
+        """
+        namespace = self._namespace
+        suspended = namespace.tables.rows_where(namespace.segment.layout.instances, Instance.STATE, Instance.SUSPENDED)
+        if not suspended:
+            return
+        left_mb = host_memory_left_mb()
+        if left_mb >= HOST_RESERVE * host_memory_mb():
+            return
+        with namespace.transaction() as t:
+            cause = Cause(Reason.HOST_SHORT, free_mb=left_mb)
+            dropped = self._worker.scheduler.suspension.drop_oldest(t, namespace.slot, cause)
+        if dropped:
+            _LOG.warning("mpmm %s: the host has only %.0f MB left: a suspended copy goes", namespace.name, left_mb)
+            self._worker.unload_beside()
 
     # ---- one step ------------------------------------------------------------------------------------------
 
