@@ -1443,6 +1443,7 @@ class Worker:
                 del copy
                 collect_garbage()
         elif handle and is_last and not lost:
+            self.suspender.prepare_end(row)
             self._unload_handle(handle, server - 1 if server else None, server_pid)
         with namespace.transaction() as t:
             if self._is_unloading(at, generation):

@@ -313,6 +313,24 @@ def test_a_suspended_server_that_is_killed_leaves_nothing(
     assert sum(copy.host_mb for copy in read_snapshot(namespace).instances) == 0.0
 
 
+def suspend_resume_and_unload(seat: Seat, tag: str, branch: int) -> None:
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("mpmm.suspend.suspender.driver_branch", lambda: branch)
+        assert seat.manager.suspend(tag) == seat.manager.resume(tag) == 1
+        seat.manager.unload(tag)
+
+
+@pytest.mark.parametrize(("branch", "checkpoints"), [(580, 1), (595, 2)])
+def test_where_the_driver_asks_for_it_a_server_that_was_resumed_is_suspended_before_it_ends(
+    gpus: SimulatedGpus, two: tuple[Process, Process], branch: int, checkpoints: int
+) -> None:
+    pid = load(two[0], gpus, "a")
+    gpus.record_calls()
+    two[0].call(suspend_resume_and_unload, "a", branch)
+    assert [about for _, what, about in gpus.calls() if what == "checkpoint"] == [str(pid)] * checkpoints
+    assert (gpus.used_mb(0), gpus.host_mb()) == (0.0, 0.0)
+
+
 def test_the_helper_ends_with_the_last_worker(
     namespace: str, gpus: SimulatedGpus, two: tuple[Process, Process], runtime_root: Path
 ) -> None:

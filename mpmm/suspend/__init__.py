@@ -12,8 +12,9 @@ way. There are two ways:
 
 - *cooperative*: the object that the loader has made, or that its server has, has methods `sleep()` and `wake_up()`.
 - *checkpoint*: for any model server that was spawned, by the driver, which does not ask the object. Not under MIG or
-  MPS, nor with managed memory. `suspend="auto"` takes this way only on drivers on which it was tried; on driver 595
-  (open) others have seen a host hang when a process was killed that had been resumed.
+  MPS, nor with managed memory. `suspend="auto"` takes this way only on drivers on which it was tried. On driver 595
+  (open) others have seen a host hang when a process was killed that had been resumed, so there a server is suspended
+  before it is ended; one that dies by itself, or is killed by somebody else, is not.
 
 A copy that spans several devices, or stands for the same handle as another one, is not suspended. The first suspension
 or resume of a model that fails costs the copy, and the model is not suspended any more.

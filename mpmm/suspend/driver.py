@@ -18,7 +18,7 @@ from collections.abc import Callable
 from enum import IntEnum
 from pathlib import Path
 
-__all__ = ["GOOD_BRANCHES", "CheckpointDriver", "DriverError", "State", "driver_branch"]
+__all__ = ["GOOD_BRANCHES", "HAZARDOUS_BRANCHES", "CheckpointDriver", "DriverError", "State", "driver_branch"]
 
 LIBRARY = "libcuda.so.1"
 # CUresult, as far as these calls are known to return it.
@@ -35,8 +35,10 @@ REASONS = {
     999: "unknown error",
 }
 # Branches of the kernel driver on which weights, captured graphs and connections were seen to survive, and killed
-# processes to leave nothing behind. On 595 (open) a kill of a process that had been restored hung the whole host.
+# processes to leave nothing behind.
 GOOD_BRANCHES = frozenset({580})
+# On these the end of a process that had been restored hung the whole host, unless it was suspended again before.
+HAZARDOUS_BRANCHES = frozenset({595})
 _VERSION_FILE = Path("/proc/driver/nvidia/version")
 # A process that initialises CUDA at the same moment makes a lock fail.
 LOCK_TRIES = 5

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import time
@@ -18,11 +19,11 @@ from mpmm.proxy import wire
 from mpmm.proxy.sleeping import ask_to, can_sleep, record_of
 from mpmm.sampler import answer_within
 from mpmm.shared_state.events import Cause
-from mpmm.shared_state.layout import Header, Instance, Member
+from mpmm.shared_state.layout import Header, Instance, Member, Model
 from mpmm.shared_state.settings import ALWAYS, NEVER
 from mpmm.shared_state.transaction import Transaction
 from mpmm.sources.host_memory import host_memory_left_mb, host_memory_mb
-from mpmm.suspend.driver import GOOD_BRANCHES, driver_branch
+from mpmm.suspend.driver import GOOD_BRANCHES, HAZARDOUS_BRANCHES, driver_branch
 from mpmm.suspend.helper import ask_helper
 
 if TYPE_CHECKING:
@@ -225,6 +226,25 @@ class Suspender:
                 if tables.handle_of(row) == handle:
                     return row, words[at + Instance.GENERATION], self._namespace.segment.floats[at + Instance.DEVICE_MB]
         return None
+
+    def prepare_end(self, row: int) -> None:
+        """Suspend a server that is about to be ended, where the driver may hang at the end of one that was resumed.
+
+        It may not succeed, but then nothing is lost by it.
+        """
+        words, tables, at = self._namespace.segment.words, self._namespace.tables, self._namespace.tables.instance(row)
+        server, model = words[at + Instance.SERVER], words[at + Instance.MODEL]
+        if words[at + Instance.WAY] != Way.CHECKPOINT or not words[tables.model(model) + Model.RESUMES] or not server:
+            return
+        if driver_branch() not in HAZARDOUS_BRANCHES:
+            return
+        pid, limit = (
+            words[tables.member(server - 1) + Member.PID],
+            limit_s(self._namespace.segment.floats[at + Instance.MB]),
+        )
+        folder, tag = self._namespace.runtime.path, tables.tag_of(model)
+        with contextlib.suppress(SuspendError, OSError, EOFError, TimeoutError):
+            answer_within(lambda: ask_helper(folder, "suspend", pid, limit, tag), limit, "mpmm-suspend")
 
     # ---- for the leader ------------------------------------------------------------------------------------
 
