@@ -36,6 +36,7 @@ from mpmm.policy.view import (
     Wait,
 )
 from mpmm.shared_state.snapshot import Snapshot, read_snapshot
+from mpmm.show.health import findings
 from mpmm.sources import DeviceInfo, DeviceSample
 
 NewManager = Callable[..., ModelManager]
@@ -248,7 +249,10 @@ def test_a_model_that_cannot_sleep_is_unloaded_and_not_asked_again(manager: Mode
     assert manager.suspend("a") == 0
     await_states(manager.namespace, "a")
     assert model_of(manager.namespace, "a").unsuspendable == Unsuspendable.SUSPEND_FAILED
-    assert read_snapshot(manager.namespace).suspend_failures == 1
+    snapshot = read_snapshot(manager.namespace)
+    assert snapshot.suspend_failures == 1
+    said = [finding.text for finding in findings(snapshot)]
+    assert "a is unloaded where others are suspended, because it could not be suspended when that was tried" in said
     (tmp_path / "fail_sleep").unlink()
     use(manager, "a", MakesSleeper(tmp_path))
     assert manager.suspend("a") == 0 and states(manager.namespace, "a") == ["idle"]

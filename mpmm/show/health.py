@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from mpmm.policy.suspension import Unsuspendable, limit_s
 from mpmm.policy.view import Reason
 from mpmm.shared_state.invariants import check_invariants
 from mpmm.shared_state.snapshot import Snapshot, TicketInfo
@@ -23,6 +24,13 @@ SLOW_LOAD = 10.0
 PIDS_NAMED = 5
 
 
+_UNSUSPENDABLE: dict[int, str] = {
+    Unsuspendable.SUSPEND_FAILED: "it could not be suspended when that was tried",
+    Unsuspendable.RESUME_FAILED: "it could not be resumed when that was tried",
+    Unsuspendable.TIMED_OUT: "to suspend or to resume it did not come to an end",
+}
+
+
 @dataclass(frozen=True)
 class Finding:
     """One sentence. urgent: something is wrong now; else it is worth to know."""
@@ -33,7 +41,7 @@ class Finding:
 
 def findings(snapshot: Snapshot) -> list[Finding]:
     """Return what is to be said about a namespace, the urgent first."""
-    checks = (_lock, _files, _leader, _samples, _dead, _waits, _holds, _loads, _unloads, _past)
+    checks = (_lock, _files, _leader, _samples, _dead, _waits, _holds, _loads, _unloads, _suspensions, _past)
     found = [finding for check in checks for finding in check(snapshot)]
     return sorted(found, key=lambda finding: not finding.urgent)
 
@@ -180,6 +188,25 @@ def _unloads(snapshot: Snapshot) -> Iterator[Finding]:
             )
             yield Finding(
                 True, f"pid {pid} has been unloading {copy.tag} ({copy.mb:.0f} MB) for {age(copy.for_s)}: {rest}"
+            )
+
+
+def _suspensions(snapshot: Snapshot) -> Iterator[Finding]:
+    pids = {member.slot: member.pid for member in snapshot.members}
+    for copy in snapshot.instances:
+        if copy.state in ("suspending", "resuming") and copy.for_s > limit_s(copy.device_mb):
+            pid = "?" if copy.holder is None else pids.get(copy.holder, "?")
+            yield Finding(
+                True,
+                f"pid {pid} has been {copy.state} {copy.tag} ({copy.device_mb:.0f} MB) for {age(copy.for_s)}: if it is "
+                "stuck, its server is ended soon, and the model is loaded anew",
+            )
+    for model in snapshot.models:
+        if model.unsuspendable:
+            yield Finding(
+                False,
+                f"{model.tag} is unloaded where others are suspended, because "
+                + _UNSUSPENDABLE.get(model.unsuspendable, f"of reason {model.unsuspendable}"),
             )
 
 
