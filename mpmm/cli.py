@@ -66,7 +66,7 @@ from pathlib import Path
 from typing import Any
 
 from mpmm import __version__, cli_changes
-from mpmm.arguments import checked_number, checked_path, checked_size_mb, checked_whole
+from mpmm.arguments import checked_number, checked_path, checked_size_mb, checked_timeout, checked_whole
 from mpmm.errors import InvalidArgumentError, MpmmError
 from mpmm.printable import printable, printable_lines
 from mpmm.shared_state.runtime_dir import ROOM_NAME, SERVERS_LOG, RuntimeDirectory, default_root
@@ -200,6 +200,14 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument(
         "--priority", type=int, default=0, metavar="NUMBER", help="from -10 to 10; each step is worth 10 s of waiting"
     )
+    run.add_argument(
+        "--steady",
+        type=float,
+        default=0.0,
+        metavar="SECONDS",
+        help="for so long nothing else is loaded or unloaded on its devices, for engines that size themselves by what "
+        "is free (inf: as long as it runs)",
+    )
     run.add_argument("--wait", type=float, default=math.inf, metavar="SECONDS", help="give up then (default: never)")
     completion = commands.add_parser("completion", help="a script that completes this command in a shell")
     completion.add_argument("shell", choices=("bash", "fish", "zsh"))
@@ -290,6 +298,7 @@ def _run(options: argparse.Namespace, program: Sequence[str], root: Path | None)
             root=root,
             wait_seconds=options.wait,
             priority=options.priority,
+            steady_seconds=checked_timeout("--steady", options.steady),
         )
     except (FileNotFoundError, MpmmError) as error:
         print(f"mpmm: {printable_lines(str(error))}", file=sys.stderr)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import threading
@@ -10,7 +11,8 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from mpmm.arguments import LARGEST_PID, checked_whole
-from mpmm.shared_state.layout import Instance
+from mpmm.placement import visible_devices
+from mpmm.shared_state.layout import Device, Instance, device_rows
 from mpmm.shared_state.transaction import Transaction
 
 if TYPE_CHECKING:
@@ -116,6 +118,38 @@ class Lease:
         A lease ends when no process has one open any more, or by `release`. The caller closes it.
         """
         return os.dup(self._worker.namespace.life_fd)
+
+    def settled(self) -> None:
+        """End the quiet of a lease that was asked for with `steady=True`: others load and unload there again.
+
+        Again, or without that: nothing. When the lock is not to be had at once, it ends as soon as it is.
+        """
+        if self._worker.namespace.is_usable:
+            self._worker.now_or_later(self._settle)
+
+    def _settle(self, t: Transaction) -> None:
+        if self._is_ours():
+            self._worker.namespace.transitions.end_steady(t, self._row)
+            self._worker.scheduler.advance(t)
+
+    def environment(self) -> dict[str, str]:
+        """Return what a program should know that uses the memory, as variables for its environment.
+
+        MPMM_LEASE_MB: how much it is, in MB. MPMM_DEVICES: its devices, as `CUDA_VISIBLE_DEVICES` takes them.
+        MPMM_MEMORY_FRACTION: its share of the memory of each, rounded down, as engines want it that size themselves
+        (`gpu_memory_utilization` of vLLM); missing where the total of a device is not known. Raises ClosedError.
+        """
+        namespace = self._worker.namespace
+        words, floats, tables = namespace.segment.words, namespace.segment.floats, namespace.tables
+        uuids = self.placement.uuids
+        known = {"MPMM_LEASE_MB": str(int(self.mb)), "MPMM_DEVICES": visible_devices(uuids) or ",".join(uuids)}
+        with namespace.transaction():
+            devices = device_rows(words[tables.instance(self._row) + Instance.DEVICES]) if self._is_ours() else []
+            total_mb = min((floats[tables.device(device) + Device.TOTAL_MB] for device in devices), default=0.0)
+        if total_mb > 0:
+            fraction = min(self.mb / len(devices) / total_mb, 1.0)
+            known["MPMM_MEMORY_FRACTION"] = f"{math.floor(fraction * 1000) / 1000:.3f}"
+        return known
 
     def _is_ours(self) -> bool:
         """Tell whether the row still is this lease; the lock must be held."""

@@ -176,6 +176,7 @@ class AcquireOptions(TypedDict, total=False):
     max_waiting: int | None
     keep_alive_seconds: float | None
     priority: int
+    steady: bool
 
 
 class Wish(NamedTuple):
@@ -183,7 +184,7 @@ class Wish(NamedTuple):
 
     expect_mb: what it takes, as the caller says; 0 if that says nothing. max_waiting: how many may wait for its model,
     this one among them. keep_alive: the word for `Model.KEEP_ALIVE`, 0 to leave it as it is. urgency: see
-    `policy.fairness`.
+    `policy.fairness`. steady: nothing else may be loaded or unloaded where it loads.
     """
 
     devices: int = 0
@@ -193,6 +194,7 @@ class Wish(NamedTuple):
     max_waiting: float = math.inf
     keep_alive: int = 0
     urgency: int = 0
+    steady: bool = False
 
 
 class AnswerUndone(Exception):
@@ -512,6 +514,9 @@ class ModelManager(BeamNames):
             `idle_ttl_seconds`. Who needs the room has them evicted nevertheless; `pin` keeps them from that, too.
         priority: how urgent the request is, from -10 to 10, 0 by default. In the queue each step counts for as much as
             10 s of waiting, so nothing starves; see `mpmm.policy.fairness`.
+        steady: while it loads nothing else is loaded or unloaded on its devices, for engines that size themselves by
+            what is free. Copies there are used meanwhile, and what has begun there is waited for; what is to be
+            unloaded has to wait.
 
         Raises AcquireTimeoutError, QueueFullError, LoadTimeoutError, ModelTooLargeError, NamespaceResetError,
         TableFullError, DeadlockError (see `model`), InvalidArgumentError, ClosedError, LockTimeoutError, and what the
@@ -783,6 +788,7 @@ class ModelManager(BeamNames):
         devices: Sequence[int | str] | None = None,
         span: int = 1,
         priority: int = 0,
+        steady: bool = False,
     ) -> Lease:
         """Wait for a lease on `mb` MB, for memory that is no model's, and return it.
 
@@ -794,6 +800,7 @@ class ModelManager(BeamNames):
         timeout_seconds: None stands for `wait_timeout_seconds`; `math.inf` waits for as long as it takes, and 0 takes
             what is free now.
         devices, span, priority: as for `acquire_model`; of several devices each gives an equal share.
+        steady: until its `settled` is called, nothing else is loaded or unloaded on its devices, see `acquire_model`.
 
         Raises LeaseTooLargeError when no device is large enough, AcquireTimeoutError, NamespaceResetError,
         TableFullError, InvalidArgumentError, ClosedError, LockTimeoutError.
@@ -803,7 +810,7 @@ class ModelManager(BeamNames):
         patience = self._patience(timeout_seconds)
         refuse_while_importing_main("reserve memory for", name)
         worker = self._connected()
-        wish = self._wish(worker, {"devices": devices, "span": span, "priority": priority})
+        wish = self._wish(worker, {"devices": devices, "span": span, "priority": priority, "steady": steady})
         operation = worker.begin(sys._getframe())
         try:
             lease = self._reserve(worker, operation, name, encoded, float(mb), patience, wish)
@@ -1207,7 +1214,7 @@ class ModelManager(BeamNames):
         waiting = math.inf if most is None else checked_whole("max_waiting", most, 0, Capacities().tickets, "a count")
         keep_alive = _keep_alive_word(options.get("keep_alive_seconds"))
         urgency = checked_whole("priority", options.get("priority", 0), -HIGHEST_URGENCY, HIGHEST_URGENCY)
-        wish = Wish(devices, tied, span, expect_mb or 0.0, waiting, keep_alive, urgency)
+        wish = Wish(devices, tied, span, expect_mb or 0.0, waiting, keep_alive, urgency, bool(options.get("steady")))
         return _ANYWHERE if wish == _ANYWHERE else wish
 
     def _expect_mapped(self, error: ValueError) -> None:
@@ -1485,7 +1492,7 @@ class ModelManager(BeamNames):
         need_mb = worker.scheduler.need_mb(model)
         row = namespace.transitions.enqueue(
             *(t, model, namespace.slot, priority, need_mb, deadline_ns, preload),
-            *(devices, wish.tied, wish.span, nested, cause, wish.urgency),
+            *(devices, wish.tied, wish.span, nested, cause, wish.urgency, wish.steady),
         )
         number = words[namespace.tables.ticket(row) + Ticket.NUMBER]
         operation.ticket = (row, number)
@@ -1647,6 +1654,7 @@ class ModelManager(BeamNames):
             row = namespace.transitions.enqueue(
                 *(t, model, namespace.slot, 1, mb, deadline_ns, 0, devices, wish.tied, wish.span),
                 urgency=wish.urgency,
+                steady=wish.steady,
             )
             operation.ticket = (row, namespace.segment.words[namespace.tables.ticket(row) + Ticket.NUMBER])
             worker.scheduler.advance(t, newcomer=row)

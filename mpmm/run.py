@@ -1,6 +1,11 @@
 """`mpmm run`: any program, in any language, on a lease.
 
-The program is a child of this process, in the same process group, with the same standard streams and environment.
+The program is a child of this process, in the same process group, with the same standard streams and environment. To
+that is added what share of the memory it has, see `Lease.environment`; an engine that sizes itself is told so:
+
+    mpmm run --mb 20g -- sh -c 'CUDA_VISIBLE_DEVICES=$MPMM_DEVICES exec vllm serve MODEL \
+        --gpu-memory-utilization $MPMM_MEMORY_FRACTION'
+
 This process waits its turn, stays in the namespace as long as the program runs, and ends as the program does.
 
 Whichever of the two is killed, the lease stands exactly as long as the program does:
@@ -25,6 +30,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
@@ -56,8 +62,11 @@ def run_on_lease(
     root: Path | None,
     wait_seconds: float,
     priority: int = 0,
+    steady_seconds: float = 0.0,
 ) -> int:
     """Run a program on a lease of `mb` MB, for which it waits so many seconds at most; return the exit status.
+
+    steady_seconds: for so long from its start on nothing else is loaded or unloaded on its devices.
 
     To be called in the main thread of a process that has no other one. Raises what `ModelManager.reserve` does, and
     SystemExit when a signal ends the wait.
@@ -69,8 +78,10 @@ def run_on_lease(
             if sys.stderr.isatty():
                 _say_what_is_waited_for(manager)
             with _ended_by_signals(mask):
-                lease = manager.reserve(mb, name=name, timeout_seconds=wait_seconds, priority=priority)
-            with lease:
+                lease = manager.reserve(
+                    mb, name=name, timeout_seconds=wait_seconds, priority=priority, steady=steady_seconds > 0
+                )
+            with lease, _quiet_for(lease, steady_seconds):
                 return _run(command, lease, mask)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
@@ -85,11 +96,31 @@ def _say_what_is_waited_for(manager: ModelManager) -> None:
     logger.addHandler(logging.StreamHandler(sys.stderr))
 
 
+@contextlib.contextmanager
+def _quiet_for(lease: Lease, seconds: float) -> Iterator[None]:
+    """End the quiet of a lease after so long, in a thread; `inf` leaves it until the lease ends."""
+    if not 0 < seconds < threading.TIMEOUT_MAX:
+        yield
+        return
+    timer = threading.Timer(seconds, lease.settled)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
 def _run(command: Sequence[str], lease: Lease, mask: Collection[int]) -> int:
     life = lease.descriptor()
     try:
         # Safe beside the keeper's thread: in the child, mpmm starts over and holds no lock.
-        program = subprocess.Popen(command, pass_fds=(life,), preexec_fn=_prepare_child(os.getpid(), mask))
+        program = subprocess.Popen(
+            command,
+            env={**os.environ, **lease.environment()},
+            pass_fds=(life,),
+            preexec_fn=_prepare_child(os.getpid(), mask),
+        )
     except OSError as error:
         print(f"mpmm: cannot run {command[0]!r}: {error.strerror}", file=sys.stderr)
         return EXIT_NOT_FOUND if isinstance(error, FileNotFoundError) else EXIT_CANNOT_RUN

@@ -120,6 +120,7 @@ class Copies:
     reserved_mb: defaultdict[int, float] = field(default_factory=lambda: defaultdict(float))
     unloading_mb: defaultdict[int, float] = field(default_factory=lambda: defaultdict(float))
     leased_mb: defaultdict[int, float] = field(default_factory=lambda: defaultdict(float))
+    steady: dict[int, int] = field(default_factory=dict)
 
 
 class _Waiter(NamedTuple):
@@ -515,6 +516,8 @@ class Scheduler:
             if devices & (devices - 1):
                 (device, mb), *others = tables.shares_of(row)
                 beside = tuple(others)
+            if words[at + Instance.STEADY]:
+                copies.steady.update(dict.fromkeys(device_rows(devices), model))
             if state == Instance.LEASED:
                 # Not a copy of a model, but a reservation.
                 self._share_out(copies.reserved_mb, device, beside, max(reserved, floats[at + Instance.MB]))
@@ -617,6 +620,7 @@ class Scheduler:
                     external_least_mb=least,
                     isolated=bool(words[Header.ISOLATED] >> row & 1),
                     unloading=copies.unloading[row],
+                    steady=copies.steady.get(row),
                 )
             )
         return tuple(views)
@@ -710,7 +714,16 @@ class Scheduler:
                 chosen += rest[models == model][: 2 * idle].tolist()
         fields = [
             *(Ticket.NUMBER, Ticket.PRIORITY, Ticket.MODEL, Ticket.MEMBER, Ticket.ENQUEUED, Ticket.PRELOAD),
-            *(Ticket.BLOCKED_AT, Ticket.DEVICES, Ticket.TIED, Ticket.SPAN, Ticket.NESTED, Ticket.PASSED, Ticket.RANK),
+            *(
+                Ticket.BLOCKED_AT,
+                Ticket.DEVICES,
+                Ticket.TIED,
+                Ticket.SPAN,
+                Ticket.NESTED,
+                Ticket.PASSED,
+                Ticket.RANK,
+                Ticket.STEADY,
+            ),
         ]
         found = zip(chosen, rows[chosen][:, fields].tolist(), strict=True)
         return tuple(_ticket_view(row, *values) for row, values in found)
@@ -889,6 +902,7 @@ def _ticket_view(
     nested: int,
     passed: int,
     rank: int,
+    steady: int,
 ) -> TicketView:
     return TicketView(
         row,
@@ -905,6 +919,7 @@ def _ticket_view(
         bool(nested),
         bool(passed),
         rank,
+        bool(steady),
     )
 
 

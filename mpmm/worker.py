@@ -1051,14 +1051,19 @@ class Worker:
         return any(row not in self._unloading for row, _ in self._assigned())
 
     def _assigned(self) -> list[tuple[int, int]]:
-        """Return row and generation of the copies that this process has to unload, or to suspend."""
+        """Return row and generation of the copies that this process has to unload, or to suspend, now.
+
+        Where something starts quietly, see `Instance.STEADY`, that has to wait; but not for a process that leaves.
+        """
         words, tables = self.namespace.segment.words, self.namespace.tables
+        steady = 0 if self.closing else words[Header.STEADY]
         ours = tables.rows_where(self.namespace.segment.layout.instances, Instance.HOLDER, self.namespace.reference)
         starts = [(row, tables.instance(row)) for row in ours]
         return [
             (row, words[at + Instance.GENERATION])
             for row, at in starts
             if words[at + Instance.STATE] in (Instance.UNLOADING, Instance.SUSPENDING)
+            and not words[at + Instance.DEVICES] & steady
         ]
 
     def unload_assigned(self) -> None:
@@ -1158,6 +1163,9 @@ class Worker:
         limit_ns = max(namespace.settings.memory_return_seconds, SHORTEST_UNLOAD_LIMIT_S) * 1e9
         for row in tables.rows_where(namespace.segment.layout.instances, Instance.STATE, Instance.UNLOADING):
             at = tables.instance(row)
+            if words[at + Instance.DEVICES] & words[Header.STEADY]:
+                # It has to wait.
+                continue
             since, owned = words[at + Instance.SINCE], words[at + Instance.OWNER]
             told = max(since, words[at + Instance.HANDED_AT])
             late = now_ns - since > limit_ns * (1 if owned else 2)

@@ -87,7 +87,7 @@ SETTING: dict[str, tuple[Any, ...]] = {
     "runtime_root": NO_PATH,
 }
 # What is used as true or false.
-FLAGS = {"verbose_logging", "always_proxy", "spawn_process", "for_all"}
+FLAGS = {"verbose_logging", "always_proxy", "spawn_process", "for_all", "steady"}
 
 Call = Callable[[ModelManager, Any], Any]
 REQUEST: dict[str, tuple[Any, ...]] = {
@@ -370,7 +370,7 @@ def test_the_command_line_refuses_what_it_cannot_use(
 def test_every_parameter_is_in_a_table() -> None:
     def parameters(function: Any) -> set[str]:
         found = set(inspect.signature(function).parameters) - {"self", *FLAGS}
-        return found - {"options"} | set(AcquireOptions.__annotations__) if "options" in found else found
+        return found - {"options"} | set(AcquireOptions.__annotations__) - FLAGS if "options" in found else found
 
     assert parameters(ModelManager) == set(SETTING)
     # What is for the log, for people, or what was acquired: anything goes.

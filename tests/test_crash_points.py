@@ -500,6 +500,18 @@ def scenarios() -> dict[str, Callable[[Lab], Operation]]:
         lab.do(lambda t, tr: tr.unload(t, copy, lab.victim))
         return copy
 
+    def steady_ticket(lab: Lab) -> int:
+        model = lab.model()
+        return int(lab.do(lambda t, tr: tr.enqueue(t, model, lab.victim, 1, 50.0, 2**62, steady=True)))
+
+    def steady_load(lab: Lab) -> int:
+        """Make a load beside which a copy has to wait for its unload."""
+        lab.unloading("b")
+        ticket = steady_ticket(lab)
+        row: int = lab.do(lambda t, tr: tr.allow_load(t, ticket, 1, 50.0, alone=False))
+        lab.do(lambda t, tr: tr.take_answer(t, ticket))
+        return row
+
     def failed_before(lab: Lab) -> Operation:
         model = lab.model()
         lab.do(lambda t, tr: tr.note_failure(t, model))
@@ -616,6 +628,9 @@ def scenarios() -> dict[str, Callable[[Lab], Operation]]:
         "allow_load": on(Lab.ticket, lambda t, tr, row: tr.allow_load(t, row, 1, 50.0, alone=False)),
         "allow_load/alone": on(Lab.ticket, lambda t, tr, row: tr.allow_load(t, row, 1, 50.0, alone=True)),
         "allow_load/lease": allowed_lease,
+        "allow_load/steady": on(steady_ticket, lambda t, tr, row: tr.allow_load(t, row, 1, 50.0, alone=False)),
+        "end_steady": on(steady_load, lambda t, tr, row: tr.end_steady(t, row)),
+        "end_load/steady": on(steady_load, lambda t, tr, row: tr.end_load(t, row, b"h2", 50.0, 0, False)),
         "refuse": on(Lab.ticket, lambda t, tr, row: tr.refuse(t, row)),
         "take_answer": answered,
         "take_answer/refused lease": on(refused_lease, lambda t, tr, row: tr.take_answer(t, row)),

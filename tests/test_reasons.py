@@ -176,6 +176,21 @@ TABLE: dict[Reason, tuple[View, Callable[[View], Decision], str]] = {
         last,
         "waits behind b, which came later and has a higher priority",
     ),
+    Reason.QUIET: (
+        view([model(A, 80)], [ticket(1, A)], devices=[device(steady=B)]),
+        first,
+        "waits: b starts, where nothing else is loaded or unloaded meanwhile",
+    ),
+    Reason.RESTLESS: (
+        view(
+            [model(A, 80)],
+            [replace(ticket(1, A), steady=True)],
+            devices=[device(unloading_mb=5, used=5)],
+            unloading=1,
+        ),
+        first,
+        "waits to start quietly: something is being loaded or unloaded there",
+    ),
     Reason.BACKING_OFF: (
         view(
             [replace(model(A, 800), failures=2, failed_ago_s=0.5), timed(B, 500)],

@@ -31,6 +31,7 @@ from processes import (
 )
 
 from mpmm.cli import main
+from mpmm.errors import ClosedError
 from mpmm.model_manager import ModelManager
 from mpmm.shared_state.snapshot import InstanceInfo, find_namespaces, read_snapshot
 
@@ -157,6 +158,24 @@ def test_the_exit_status_is_the_programs(namespace: str, start: Start, script: s
     assert run.wait(DEADLINE_S) == status
     # It was the only member, and has left nothing behind.
     assert find_namespaces() == []
+
+
+def test_a_program_is_told_its_share_of_the_devices(
+    new_manager: NewManager, start: Start, new_device: Callable[..., Any]
+) -> None:
+    manager = new_manager(fallback_memory_mb=6000)
+    script = "echo $MPMM_LEASE_MB $MPMM_DEVICES $MPMM_MEMORY_FRACTION"
+    told, _ = start(1000, "sh", "-c", script).communicate(timeout=DEADLINE_S)
+    assert told.split() == ["1000", "booked", "0.166"]
+    with ModelManager(namespace="two", memory_source=new_device(1000, 2000)) as two, two.reserve(1200, span=2) as lease:
+        shares = lease.environment()
+        assert shares["MPMM_MEMORY_FRACTION"] == "0.600"
+        assert len(shares["MPMM_DEVICES"].split(",")) == 2
+    with pytest.raises(ClosedError):
+        lease.environment()
+    with manager.reserve(0.5) as tiny:
+        assert tiny.environment()["MPMM_MEMORY_FRACTION"] == "0.000"
+    assert "MPMM_MEMORY_FRACTION" not in tiny.environment()
 
 
 def test_the_standard_streams_are_the_programs(new_manager: NewManager, start: Start) -> None:

@@ -37,6 +37,10 @@ from mpmm.policy.view import (
 __all__ = ["Plan", "make_plan"]
 
 
+# Why a device has no room: there may be some on another one.
+_ELSEWHERE = (Reason.LEASED, Reason.FOREIGN, Reason.PINNED, Reason.QUIET)
+
+
 @dataclass(frozen=True)
 class Plan:
     """Decisions in the order of the queue. `blocked`: later tickets could get little but idle copies, however many."""
@@ -88,6 +92,10 @@ class _Walk:
         # Models that cannot be loaded beside that. Room only shrinks in a walk, so each is looked at once: most
         # who wait behind a blocked one want the same few.
         self._not_beside: set[int] = set()
+        # Where something starts quietly, idle copies are used, and nothing comes or goes: what of which model. And the
+        # devices where this walk has let something come or go.
+        self._quiet = {device.device: device.steady for device in view.devices if device.steady is not None}
+        self._begun: set[int] = set()
         # Who wanted what, and was told to wait without holding up others, since something was last booked.
         self._told: dict[tuple[object, ...], Wait] = {}
         self._sharing: Counter[int] = Counter()
@@ -136,7 +144,11 @@ class _Walk:
 
     def _where(self, ticket: TicketView) -> list[DeviceView]:
         """Return the devices on which a waiter may load now."""
-        return [device for device in self._devices.values() if not ticket.devices or device.device in ticket.devices]
+        return [
+            device
+            for device in self._devices.values()
+            if device.device not in self._quiet and (not ticket.devices or device.device in ticket.devices)
+        ]
 
     def _all_where(self, ticket: TicketView) -> list[DeviceView]:
         """Return the devices on which a waiter may load at all."""
@@ -243,7 +255,7 @@ class _Walk:
 
     def _suspended_for(self, ticket: TicketView) -> Suspended | None:
         """Return the suspended copy of its model that a waiter can use, the newest one; None if there is none."""
-        if not self._suspended:
+        if not self._suspended or ticket.steady:
             return None
         closed = {device.device for device in self._view.devices} - set(self._devices)
         return next((one for one in self._suspended if _can_resume(ticket, one, closed)), None)
@@ -257,7 +269,7 @@ class _Walk:
         if isinstance(decision, Load):
             return self._resumes(decision, copy)
         # Where it lies others leave no room for it. Elsewhere there may be some for another copy.
-        hopeless = isinstance(decision, Wait) and decision.reason in (Reason.LEASED, Reason.FOREIGN, Reason.PINNED)
+        hopeless = isinstance(decision, Wait) and decision.reason in _ELSEWHERE
         return None if hopeless or isinstance(decision, Refuse) else decision
 
     def _resumes(self, load: Load, copy: Suspended) -> Resume:
@@ -296,7 +308,7 @@ class _Walk:
         """Do as with one who wants the same and was told to wait, if nothing has been booked since."""
         # Where any process can use all copies there are, it does not matter whose waiter it is.
         whose = ticket.member if model.owned or model.loading else None
-        wish = (ticket.model, whose, ticket.devices, ticket.tied, ticket.span)
+        wish = (ticket.model, whose, ticket.devices, ticket.tied, ticket.span, ticket.steady)
         told = self._told.get(wish)
         if told is not None:
             return replace(told, ticket=ticket.row)
@@ -342,7 +354,11 @@ class _Walk:
         """Wait for one of as many copies as there may be; if they all are of no use, for another in place of one."""
         here = self._for(ticket, model)
         if not here.usable_by(ticket.member) and not here.coming_for(ticket.member):
-            others = [copy for copy in self._idle[ticket.model] if not _can_use(ticket, copy) and not copy.pinned]
+            others = [
+                copy
+                for copy in self._idle[ticket.model]
+                if not (copy.pinned or _can_use(ticket, copy) or self._quiet.keys() & set(copy.devices))
+            ]
             if others:
                 return self._evict(ticket, others[-1:], Why(Reason.EXCHANGED, model.need_mb))
         return Wait(ticket.row, Reason.COPIES, Why(Reason.COPIES))
@@ -437,9 +453,12 @@ class _Walk:
             return Refuse(ticket.row, Why(Reason.TOO_LARGE, need_mb, largest))
         where = [widened(device, share_mb, slack) for device in self._where(ticket)]
         if len(where) < span:
-            # Where it may go somebody runs alone, or is about to.
-            return None
-        place = best_place(self._leasable(where, model, share_mb), share_mb, slack, span)
+            # Where it may go somebody runs alone or starts quietly, or is about to.
+            return self._wait_for_quiet(ticket, need_mb)
+        leasable = self._leasable(where, model, share_mb)
+        place = best_place(leasable, share_mb, slack, span)
+        if place is not None and ticket.steady:
+            return self._start_quietly(ticket, leasable, place.devices, share_mb)
         rival = self._more_wanted(ticket, model) if place is not None else None
         if rival is not None:
             self._passed = ticket
@@ -477,6 +496,40 @@ class _Walk:
             return self._block(ticket, Why(Reason.UNLOADING, need_mb, free, unloading_mb, devices=on))
         returning_mb = math.fsum(device.returning_mb for device in room.devices)
         return self._block(ticket, Why(Reason.RETURNING, need_mb, free, returning_mb, devices=on))
+
+    def _start_quietly(
+        self, ticket: TicketView, where: Sequence[DeviceView], found: Sequence[DeviceView], share_mb: float
+    ) -> Decision:
+        """Let one load where nothing else is coming or going, and will until it is there; or have nothing begin there.
+
+        Only those before it in the queue can still load there, so it waits for these, and for what has begun.
+        """
+        need_mb = share_mb * ticket.span
+        calm = best_place([one for one in where if not self._is_restless(one)], share_mb, self._slack, ticket.span)
+        devices = calm.devices if calm is not None else tuple(found)
+        if calm is None:
+            on, free = self._named(devices), math.fsum(free_mb(device, self._slack) for device in devices)
+            decision: Decision = Wait(
+                ticket.row, Reason.RESTLESS, Why(Reason.RESTLESS, need_mb, free, other=ticket.model, devices=on)
+            )
+        else:
+            decision = self._book(ticket, devices, need_mb, calm.reason)
+        self._quiet.update({device.device: ticket.model for device in devices})
+        return decision
+
+    def _is_restless(self, device: DeviceView) -> bool:
+        """Tell whether something is being loaded on a device, or unloaded from it."""
+        loading = any(copy.loading and device.device in copy.devices for copy in self._view.busy)
+        return loading or bool(device.unloading) or device.returning_mb > 0 or device.device in self._begun
+
+    def _wait_for_quiet(self, ticket: TicketView, need_mb: float) -> Wait | None:
+        """Let one wait for what starts quietly where it may load; None if there is nothing."""
+        for device in self._all_where(ticket):
+            other = self._quiet.get(device.device)
+            if other is not None:
+                why = Why(Reason.QUIET, need_mb, other=other, devices=self._named([device]))
+                return Wait(ticket.row, why.reason, why)
+        return None
 
     def _more_wanted(self, ticket: TicketView, model: ModelView) -> TicketView | None:
         """Return one behind a waiter that is to load before it, because more wait for its model; see `fairness`."""
@@ -573,7 +626,11 @@ class _Walk:
             grown_mb = device.external_mb - device.external_least_mb
             if grown_mb <= 0 or not self._fitting([device], share_mb, pinned=True):
                 continue
-            victims = [copy for copy in self._idle_on({device.device}) if not copy.pinned]
+            victims = [
+                copy
+                for copy in self._idle_on({device.device})
+                if not copy.pinned and not self._quiet.keys() & set(copy.devices)
+            ]
             awaited = [copy for copy in self._view.busy if device.device in copy.devices]
             if not (victims or awaited or device.unloading or device.returning_mb):
                 continue
@@ -599,7 +656,7 @@ class _Walk:
         return now
 
     def _cheapest(self, ticket: TicketView, share_mb: float, busy: Sequence[Busy]) -> Room | None:
-        idle = [copy for copies in self._idle.values() for copy in copies]
+        idle = [copy for copies in self._idle.values() for copy in copies if not self._quiet.keys() & set(copy.devices)]
         where = (widened(device, share_mb, self._slack) for device in self._where(ticket))
         rooms = [room for device in where if (room := find_room(self._view, device, idle, busy, share_mb, ticket))]
         if len(rooms) < ticket.span:
@@ -609,6 +666,8 @@ class _Walk:
     def _beside(self, ticket: TicketView, model: ModelView) -> Decision | None:
         """Let a waiter load what fits beside the room that is reserved for the blocked one."""
         room, blocked = self._room, self._blocked
+        if ticket.steady:
+            return None
         if blocked is None or self._isolates(ticket, model) or model.shared or self._is_at_most(model):
             self._not_beside.add(model.model)
             return None
@@ -651,6 +710,7 @@ class _Walk:
     ) -> Load:
         self._told.clear()
         self._loads_begun = True
+        self._begun.update(device.device for device in devices)
         share_mb = need_mb / len(devices)
         for device in devices:
             known = self._devices[device.device]
@@ -672,6 +732,7 @@ class _Walk:
     def _evict(self, ticket: TicketView, copies: list[Idle], why: Why) -> Evict:
         for copy in copies:
             self._idle[copy.model].remove(copy)
+            self._begun.update(copy.devices)
         self._blocked = ticket
         return Evict(ticket.row, tuple(copy.row for copy in copies), why)
 
@@ -702,8 +763,15 @@ def _resized(model: ModelView, mb: float) -> ModelView:
 
 
 def _is_of_the_many(ticket: TicketView) -> bool:
-    """Tell whether a waiter is one for a known model that may go anywhere."""
-    return ticket.priority == 1 and not ticket.preload and not ticket.devices and not ticket.tied and ticket.span == 1
+    """Tell whether a waiter is one for a known model that may go anywhere, beside whatever."""
+    return (
+        ticket.priority == 1
+        and not ticket.steady
+        and not ticket.preload
+        and not ticket.devices
+        and not ticket.tied
+        and ticket.span == 1
+    )
 
 
 def _may_be_passed(view: View, ticket: TicketView) -> bool:

@@ -31,6 +31,8 @@ SENTENCES: dict[Reason, str] = {
     "for {time}",
     Reason.TABLE_FULL: "waits for a row in the table of copies, which is full",
     Reason.OUTRANKED: "waits behind {other}, which came later and has a higher priority",
+    Reason.QUIET: "waits: {other} starts{on}, where nothing else is loaded or unloaded meanwhile",
+    Reason.RESTLESS: "waits to start quietly{on}: something is being loaded or unloaded there",
     Reason.BACKING_OFF: "waits: its loads have failed, so nothing is evicted for another try for {time}",
     Reason.SUSPENDING: "waits for its copy, which is being suspended, and is resumed then: {time}, sooner than a load",
     Reason.RESUMES: "gets a suspended copy{on}: needs {need:.0f} MB, {free:.0f} free; it resumes in {time}",

@@ -78,6 +78,9 @@ class Reason(IntEnum):
     EXPIRED = 38  # nobody has used it for as long as it is kept
     # It is refused:
     TOO_LARGE = 40
+    # A ticket waits:
+    QUIET = 41  # something starts where it could load that sizes itself by what is free
+    RESTLESS = 42  # it does so itself, and something is being loaded or unloaded there
     # It is suspended, or unloaded from host memory:
     BY_HAND = 44
     HOST_FULL = 45  # so that another copy can be suspended
@@ -236,6 +239,7 @@ class TicketView:
     devices: where it may load; tied: on which a copy is of use for it; empty for all. span: how many devices what it
     loads lies on. nested: its thread holds or loads something else, so it would wait for itself if it waited to run
     alone. passed: a load was let past it. rank: its place among those of the same `priority`, see `fairness.rank_ns`.
+    steady: nothing else may be loaded or unloaded where it loads.
     """
 
     row: int
@@ -252,6 +256,7 @@ class TicketView:
     nested: bool = False
     passed: bool = False
     rank: int = 0
+    steady: bool = False
 
 
 @dataclass(frozen=True)
@@ -263,7 +268,7 @@ class DeviceView:
     are part of `used_mb`. leased_mb: what leases are for, part of `reserved_mb`. external_mb: what is not ours, part
     of `used_mb`; external_least_mb: so much of that is certain. extra_mb: by how much the limit is raised for one that
     has the device to itself, see `admission.widened`. isolated: a copy runs alone on it. unloading: copies in
-    mid-unload.
+    mid-unload. steady: the model of what starts on it and must not be disturbed.
     """
 
     device: int
@@ -278,6 +283,7 @@ class DeviceView:
     extra_mb: float = 0.0
     isolated: bool = False
     unloading: int = 0
+    steady: int | None = None
 
 
 @dataclass(frozen=True)

@@ -137,6 +137,8 @@ def _instances(snapshot: Snapshot) -> Iterator[str]:
             yield f"I1 {what}: holder is {instance.holder}"
         if instance.state != "unloading" and (instance.unload_late or instance.handed_over_s is not None):
             yield f"I1 {what}: its unload is late ({instance.unload_late}) or was handed over"
+        if instance.steady and instance.state not in ("loading", "leased"):
+            yield f"I9 {what}: it is steady"
         if instance.model not in models:
             yield f"I2 {what}: no model row {instance.model}"
         for name in ("holder", "owner", "server"):
@@ -165,6 +167,11 @@ def _instances(snapshot: Snapshot) -> Iterator[str]:
     for handle, count in twins.items():
         if count > 1:
             yield f"I7 {count} instances stand for the memory of {handle}"
+    steady = sorted(device for copy in snapshot.instances if copy.steady for device in copy.shares_mb)
+    if steady != sorted(set(steady)):
+        yield f"I9 several instances are steady on one device: {steady}"
+    if steady != list(snapshot.steady_devices):
+        yield f"H3 steady devices are {snapshot.steady_devices}, the rows say {steady}"
     generations = Counter(instance.generation for instance in snapshot.instances)
     for generation, count in generations.items():
         if count > 1:

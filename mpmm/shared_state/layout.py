@@ -81,7 +81,7 @@ class Header:
     H1  `CHANGE` is even; `UNDO_COUNT` is 0.
     H2  `WAITING` == ticket rows in state WAITING; `ACTIVE` == instance rows in that state; `LOADING` == those in state
         LOADING or RESUMING.
-    H3  `ISOLATED` has the bits of the devices whose ISOLATED is set.
+    H3  `ISOLATED` has the bits of the devices whose ISOLATED is set; `STEADY` those of the instances whose STEADY is.
     H4  `NEXT_TICKET` is greater than the number of every ticket row.
     H5  every used row of the tables in `ENDS` lies below its table's word there.
     """
@@ -164,7 +164,8 @@ class Header:
     SUSPENDS = HOST_SHARE_MB + 1
     RESUMES = SUSPENDS + 1
     SUSPEND_FAILURES = RESUMES + 1  # suspensions and resumes that came to nothing, and cost the copy
-    WORDS = SUSPEND_FAILURES + 1
+    STEADY = SUSPEND_FAILURES + 1  # derived: a bit for each device on which an instance starts quietly
+    WORDS = STEADY + 1
 
 
 class Member:
@@ -287,6 +288,7 @@ class Instance:
     I5  DEVICES names 1 to `MOST_SPANNED` used device rows; for several, MB is the sum of the SHARES.
     I6  exactly the LEASED rows have a MODEL row in state LEASE; they have neither OWNER nor SERVER.
     I7  of ACTIVE and IDLE rows with the same HANDLE, twins, at most one has MB and RESERVED_MB above 0.
+    I9  only a LOADING or LEASED row is STEADY, and of those on one device one at the most.
     I8  SUSPENDING, SUSPENDED and RESUMING rows have a WAY; DEVICE_MB is 0 in every other state, and HOST_MB in every
         other one but UNLOADING.
     """
@@ -315,7 +317,8 @@ class Instance:
     WAY = 19  # how it can be suspended, 0 not at all; see `mpmm.policy.suspension.Way`
     DEVICE_MB = 20  # float: what it took of its device when it was suspended, and what its resume reserves
     HOST_MB = 21  # float: what it takes of host memory while it is suspended
-    SHARES = 22  # floats: where it spans several devices, what MB is on each, lowest device first
+    STEADY = 22  # LOADING, LEASED: 1 while nothing else is to be loaded on, or unloaded from, its devices
+    SHARES = 23  # floats: where it spans several devices, what MB is on each, lowest device first
     HANDLE = SHARES + MOST_SPANNED  # text, empty for an object
     HANDLE_BYTES = 631
     WORDS = HANDLE + text_words(HANDLE_BYTES)
@@ -371,7 +374,8 @@ class Ticket:
     WARNED = 23  # 1 once the log has said that nothing which can be unloaded would serve it
     CALLED_UP = 24  # when it was told to look for itself once another process's tenure is over; 0: it was not
     RANK = 25  # its place among those of the same PRIORITY, lowest first, see `policy.fairness.rank_ns`
-    WORDS = 26
+    STEADY = 26  # 1: nothing else is to be loaded or unloaded where it loads, or has its lease
+    WORDS = 27
 
     FREE = 0
     WAITING = 1

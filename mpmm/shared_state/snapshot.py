@@ -190,6 +190,7 @@ class InstanceInfo:
     A lease that is held is one in state `leased`: `reserved_mb` is what it is for, `mb` what its program, of pid
     `program` if that is known, was measured to take.
 
+    steady: nothing else is loaded or unloaded where it lies.
     unload_late: its unload takes too long, so nobody waits for its memory any more. handed_over_s: how long ago another
     process was told to do it last, None if none was.
 
@@ -213,6 +214,7 @@ class InstanceInfo:
     uses: int
     handle: str | None
     program: int | None
+    steady: bool
     doomed: bool
     unload_late: bool
     handed_over_s: float | None
@@ -389,6 +391,7 @@ class Snapshot:
     loading: int
     isolated: int | None
     isolated_devices: tuple[int, ...]
+    steady_devices: tuple[int, ...]
     events_written: int
     loads: int
     hits: int
@@ -637,6 +640,7 @@ class _Decoder:
             loading=words[Header.LOADING],
             isolated=min((device.isolated for device in devices if device.isolated is not None), default=None),
             isolated_devices=tuple(device_rows(words[Header.ISOLATED])),
+            steady_devices=tuple(device_rows(words[Header.STEADY])),
             events_written=words[Header.EVENTS],
             loads=words[Header.LOADS],
             hits=words[Header.HITS],
@@ -806,6 +810,7 @@ class _Decoder:
             uses=words[at + Instance.USES],
             handle=self._text(at + Instance.HANDLE) or None,
             program=words[at + Instance.PROGRAM] or None,
+            steady=bool(words[at + Instance.STEADY]),
             doomed=bool(words[at + Instance.DOOMED]),
             unload_late=bool(words[at + Instance.UNLOAD_LATE]),
             handed_over_s=self._age(words[at + Instance.HANDED_AT]) if words[at + Instance.HANDED_AT] else None,

@@ -464,6 +464,7 @@ class Transitions:
         nested: bool = False,
         cause: Cause | None = None,
         urgency: int = 0,
+        steady: bool = False,
     ) -> int:
         """Let a member (slot) wait for a model; return the ticket's row. Raises TableFullError.
 
@@ -471,6 +472,7 @@ class Transitions:
         devices, tied: bits of the devices where it may load, and on which a copy is of use; 0 for all.
         span: how many devices what it loads lies on. nested: it is not to run alone, as its thread holds another.
         cause: why it waits, where that is known without a plan. urgency: see `policy.fairness`.
+        steady: nothing else is to be loaded or unloaded where it loads.
         """
         words, tables = self.segment.words, self.tables
         row = self._take_row(t, self.layout.tickets)
@@ -504,6 +506,7 @@ class Transitions:
                 (at + Ticket.WARNED, 0),
                 (at + Ticket.CALLED_UP, 0),
                 (at + Ticket.RANK, rank_ns(t.now, urgency)),
+                (at + Ticket.STEADY, int(steady)),
                 (at + Ticket.STATE, Ticket.WAITING),
                 (model_at + Model.WAITING, words[model_at + Model.WAITING] + 1),
                 (Header.WAITING, words[Header.WAITING] + 1),
@@ -620,9 +623,30 @@ class Transitions:
             instance, answer = self.begin_lease(t, model, member, devices, need_mb, cause, number), Ticket.GRANTED
         else:
             instance, answer = self.begin_load(t, model, member, devices, need_mb, alone, cause, number), Ticket.LOAD
+        if words[at + Ticket.STEADY]:
+            t.set(self.tables.instance(instance) + Instance.STEADY, 1)
+            t.set(Header.STEADY, words[Header.STEADY] | devices)
         t.set(at + Ticket.INSTANCE, instance + 1)
         self._answer(t, row, answer)
         return instance
+
+    def end_steady(self, t: Transaction, row: int) -> None:
+        """Let loads and unloads go on where a copy or lease had it quiet; nothing if it had not.
+
+        Copies that are to be unloaded there have had to wait for that: their time begins now, and all workers look.
+        """
+        words, tables, at = self.segment.words, self.tables, self.tables.instance(row)
+        if not words[at + Instance.STEADY]:
+            return
+        devices = words[at + Instance.DEVICES]
+        t.set(at + Instance.STEADY, 0)
+        t.set(Header.STEADY, words[Header.STEADY] & ~devices)
+        held_back = (Instance.UNLOADING, Instance.SUSPENDING)
+        for held in tables.used_rows(self.layout.instances):
+            if words[tables.instance(held)] in held_back and words[tables.instance(held) + Instance.DEVICES] & devices:
+                t.set(tables.instance(held) + Instance.SINCE, t.now)
+        for slot in tables.rows_where(self.layout.members, Member.STATE, Member.WORKER):
+            self.ring(t, slot)
 
     def refuse(self, t: Transaction, row: int, cause: Cause | None = None) -> None:
         """Tell a waiter that its model can never fit."""
@@ -1195,6 +1219,7 @@ class Transitions:
         words = self.segment.words
         old = words[at + Instance.STATE]
         model = self.tables.model(words[at + Instance.MODEL])
+        self.end_steady(t, row)
         gone, come = set(_MODEL_COUNTERS.get(old, ())), set(_MODEL_COUNTERS.get(state, ()))
         for counter in gone - come:
             t.add(model + counter, -1)

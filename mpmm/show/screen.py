@@ -137,6 +137,9 @@ def headline(snapshot: Snapshot) -> list[str]:
     if queue:
         lines.append(f"waiting: {len(queue)}, the longest for {age(longest_wait_s(snapshot))}")
     tags = {copy.row: copy.tag for copy in snapshot.instances}
+    for copy in snapshot.instances:
+        if copy.steady:
+            lines.append(f"quiet: {copy.tag} starts on {places(copy)}, nothing else is loaded or unloaded there")
     for device in snapshot.devices:
         if device.isolated is not None:
             lines.append(
@@ -267,7 +270,7 @@ def copies(snapshot: Snapshot) -> Section[InstanceInfo]:
         return (
             str(copy.row),
             copy.tag,
-            copy.state + (", doomed" if copy.doomed else ""),
+            copy.state + (", steady" if copy.steady else "") + (", doomed" if copy.doomed else ""),
             age(copy.for_s),
             mb(copy.mb),
             places(copy),
