@@ -44,6 +44,11 @@ def test_a_pool_of_processes() -> None:
     assert re.fullmatch(r"counted 180 words with [12] copies; the most frequent is 'to'\n", printed)
 
 
+@needs("joblib")
+def test_workers_of_joblib() -> None:
+    assert re.fullmatch(r"the sum is 1560; (several workers|one worker), 1 copy\n", run("joblib_workers.py"))
+
+
 @needs("apache_beam")
 def test_a_beam_pipeline() -> None:
     assert sorted(run("beam_pipeline.py").splitlines()) == ["times-2: 90", "times-3: 135"]
