@@ -67,16 +67,19 @@ class Interrupted(Exception):
 
 @cache
 def ways_out(code: CodeType) -> frozenset[int]:
-    """Return the offsets of the instructions with which `with` blocks that end normally call `__exit__`."""
+    """Return the offsets of the instructions with which `with` blocks that end normally call `__exit__`.
+
+    And of those that do nothing, like `try`: they, too, may be outside of the block that they stand in.
+    """
     instructions = list(dis.get_instructions(code))
-    offsets: set[int] = set()
+    offsets = {instruction.offset for instruction in instructions if instruction.opname == "NOP"}
     for place, first in enumerate(instructions[:-4]):
         if first.opname == "LOAD_CONST" and first.argval is None:
             # Python 3.10 says the second and third None otherwise.
             nones = [i.opname == "DUP_TOP" or i.argval is None for i in instructions[place + 1 : place + 3]]
             calls = [i.opname in ("PRECALL", "CALL", "CALL_FUNCTION") for i in instructions[place + 3 : place + 5]]
             if all(nones) and calls[0]:
-                begin = place - (place > 0 and instructions[place - 1].opname == "NOP")
+                begin = place - (place > 0 and instructions[place - 1].opname in ("SWAP", "ROT_TWO"))
                 offsets.update(i.offset for i in instructions[begin : place + 3 + sum(calls)])
     return frozenset(offsets)
 
