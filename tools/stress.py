@@ -94,7 +94,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         default="auto",
         help="does the simulated device itself tell what single processes take? (default: the seed says)",
     )
-    parser.add_argument("--lock-timeout", type=float, default=1.0, help="seconds (default 1)")
+    parser.add_argument(
+        "--lock-timeout",
+        type=float,
+        default=None,
+        help="seconds (default 1; 3 with --interrupt-rate, as what an exception leaves heals within one)",
+    )
     parser.add_argument("--poll-interval", type=float, default=0.5, help="seconds (default 0.5)")
     parser.add_argument("--json", action="store_true", help="the last line of output is one JSON object")
     options = parser.parse_args(arguments)
@@ -102,6 +107,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--processes: expected 1 to 400")
     if options.seed is None:
         options.seed = random.SystemRandom().randrange(1, 1_000_000)
+    if options.lock_timeout is None:
+        options.lock_timeout = 3.0 if options.interrupt_rate else 1.0
     if options.total_mb is None:
         # Room for each model, and for some of the objects of which every process wants its own.
         options.total_mb = 600 + (25 if options.source == "host" else 100) * options.processes
