@@ -36,7 +36,10 @@ ROOT = Path(__file__).resolve().parent.parent
 COPIED = ("mpmm", "tests", "tools", "setup.cfg")
 # Part: its files, and the tests that should notice a change in them, the quickest ones first.
 PARTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "policy": (("mpmm/policy/*.py",), ("test_policy", "test_backoff", "test_out_of_memory", "test_fairness")),
+    "policy": (
+        ("mpmm/policy/*.py",),
+        ("test_policy", "test_backoff", "test_suspension", "test_ledger", "test_out_of_memory", "test_fairness"),
+    ),
     "scheduler": (
         ("mpmm/scheduler.py",),
         ("test_without_a_plan", "test_hand_overs", "test_copies", "test_fairness", "test_devices", "test_manager"),
