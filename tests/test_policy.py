@@ -1490,6 +1490,20 @@ def test_a_third_waiter_shares_as_long_as_that_is_sooner_than_a_load() -> None:
     assert make_plan(state).decisions == tuple(Wait(row, Reason.SHARING) for row in range(3))
 
 
+def test_a_device_is_not_emptied_in_vain_where_pinned_copies_leave_no_room() -> None:
+    # Part of what counts as external may be what copies have grown by, so emptying a device may help: the second one.
+    external = {"external_mb": 500, "external_least_mb": 0}
+    state = view(
+        [model(A, 700), model(B, shared=1), model(C, shared=2)],
+        [ticket(1, A)],
+        copies=[idle(7, B, mb=300, pinned=True), idle(8, C, mb=100)],
+        busy=(Busy(9, C, 1, 400, 60.0),),
+        devices=[device(0, used=900, **external), device(1, used=900, **external)],
+    )
+    (decision,) = make_plan(state).decisions
+    assert decision == Wait(1, Reason.IN_USE)
+
+
 @settings(max_examples=scaled(100))
 @given(st.lists(st.tuples(st.integers(0, 9), st.integers(1, 400)), max_size=6), st.integers(1, 900))
 def test_victims_free_enough_and_none_of_them_goes_for_nothing(sizes: list[tuple[int, int]], missing_mb: int) -> None:
