@@ -608,7 +608,7 @@ class ModelManager(BeamNames):
         held = operation.held
         if held is None:
             return
-        if held[0].tag == tag and worker.give_back_quickly(held[0]):
+        if held[0].tag == tag and tag not in worker.at_once and worker.give_back_quickly(held[0]):
             operation.held = None
             return
         if worker.scheduler.must_queue() and not worker.has_tenure(held[0].tag, held[0].row):
