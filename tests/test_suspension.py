@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
+import random
 import signal
 import threading
 import time
@@ -14,11 +16,24 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from processes import Gate, Loads, Process, Seat, acquire, copies_of, learn, model_of, problems, release, wait_until
+from processes import (
+    Gate,
+    Loads,
+    Process,
+    Seat,
+    acquire,
+    copies_of,
+    learn,
+    model_of,
+    problems,
+    release,
+    scaled,
+    wait_until,
+)
 from sleepers import LoadsSleeper, MakesSleeper, pretend_load_s, steps
 
 from mpmm import ModelManager, cli
-from mpmm.errors import AcquireTimeoutError
+from mpmm.errors import AcquireTimeoutError, MpmmError
 from mpmm.policy.plan import make_plan
 from mpmm.policy.suspension import Kept, Movable, Unsuspendable, Way, limit_s, make_room, pays, resume_s, suspend_s
 from mpmm.policy.view import (
@@ -376,6 +391,81 @@ def test_who_dies_in_the_middle_leaves_a_copy_that_the_heir_suspends(
     await_states(namespace, "a", "suspended")
     assert problems(namespace) == []
     assert heir.call(acquire, "a", Loads()) == "kept"
+
+
+def test_who_is_stopped_in_the_middle_is_waited_for_only_so_long(
+    namespace: str, new_process: NewProcess, tmp_path: Path, new_gate: NewGate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mpmm.suspend.suspender.limit_s", lambda mb: 0.5)
+    hang = new_gate()
+    leader, victim = new_process(suspend_budget_mb=2000.0), new_process(suspend_budget_mb=2000.0)
+    leader.call(acquire, "a", LoadsSleeper("stuck", MakesSleeper(tmp_path, hang=hang), spawn=True))
+    leader.call(release)
+    (tmp_path / "hang_sleep").touch()
+    victim.send(suspend, "a")
+    wait_until(lambda: states(namespace, "a") == ["suspending"], "it is being suspended")
+    victim.stop()
+    await_states(namespace, "a")
+    assert model_of(namespace, "a").unsuspendable == Unsuspendable.TIMED_OUT
+    hang.open()
+    victim.resume()
+    assert victim.result() == 0
+    assert problems(namespace) == []
+
+
+def work_on(seat: Seat, folder: Path, seed: int) -> None:
+    """Use, suspend and resume models at random, until killed."""
+    rng, made = random.Random(seed), 0
+    while True:
+        tag, made = rng.choice("abc"), made + 1
+        with contextlib.suppress(MpmmError):
+            choice = rng.random()
+            if choice < 0.2:
+                seat.manager.suspend(tag)
+            elif choice < 0.4:
+                seat.manager.resume(tag, timeout_seconds=2.0)
+            else:
+                handle = f"{tag}-{os.getpid()}-{made}"
+                with seat.manager.model(tag, LoadsSleeper(handle, MakesSleeper(folder), spawn=True)):
+                    pass
+                pretend_load_s(seat.manager, tag, LONG_S)
+
+
+def test_random_deaths_leave_nothing_wrong_in_the_books(
+    namespace: str, new_process: NewProcess, new_manager: NewManager, tmp_path: Path
+) -> None:
+    rng = random.Random(20)
+    manager = new_manager(namespace=namespace, suspend_budget_mb=1100.0)
+    for tag in "abc":
+        manager._estimator.set_initial_estimate(tag, 500.0)
+    crew: list[Process] = []
+    for turn in range(scaled(10)):
+        crew = [process for process in crew if not process.killed]
+        while len(crew) < 2:
+            process = new_process(suspend_budget_mb=1100.0)
+            process.send(work_on, tmp_path, 100 * turn + len(crew))
+            crew.append(process)
+        time.sleep(rng.uniform(0.05, 0.5))
+        assert problems(namespace) == []
+        if turn % 2:
+            rng.choice(crew).kill()
+        else:
+            servers = [member.pid for member in read_snapshot(namespace).members if member.kind == "server"]
+            for pid in servers[:1]:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+    for process in crew:
+        process.kill()
+    wait_until(
+        lambda: all(copy.state in ("idle", "suspended") for copy in read_snapshot(namespace).instances),
+        "all is at rest",
+    )
+    snapshot = read_snapshot(namespace)
+    assert problems(namespace) == []
+    assert host_mb(snapshot) == 500.0 * sum(copy.state == "suspended" for copy in snapshot.instances) <= 1100.0
+    for tag in "abc":
+        with manager.model(tag, Loads()):
+            pass
 
 
 def test_who_gives_up_waiting_for_a_resume_leaves_it_suspended(manager: ModelManager, tmp_path: Path) -> None:

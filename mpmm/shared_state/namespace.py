@@ -833,7 +833,13 @@ def _host_share_mb() -> float:
     # Imported here, because model servers join, too, and never create.
     from mpmm.sources.host_memory import host_memory_left_mb
 
-    return host_memory_left_mb() / 2
+    try:
+        return host_memory_left_mb() / 2
+    except (OSError, ValueError, psutil.Error) as error:
+        _LOG.warning(
+            "mpmm: nothing is suspended, as the host does not tell its memory: %s; see suspend_budget_mb", error
+        )
+        return 0.0
 
 
 def _store_text(words: Any, at: int, text: bytes) -> None:
