@@ -1244,7 +1244,8 @@ class ModelManager(BeamNames):
         while True:
             got: Copy | _Booking | None = None
             if not worker.scheduler.may_have_to_wait(tag) or worker.comes_back(tag):
-                got = self._take_idle(worker, operation, tag, left, wish.tied)
+                got = None if wish.tied else worker.take_kept(tag, operation)
+                got = got or self._take_idle(worker, operation, tag, left, wish.tied)
             if got is None:
                 got = self._queue(worker, operation, tag, deadline, wish)
             # None stands for enough copies, which only a preload is told.

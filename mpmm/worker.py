@@ -636,11 +636,14 @@ class Worker:
         self._note_held(copy, operation)
         return copy
 
-    def take_quickly(self, tag: str, operation: Operation) -> Copy | None:
+    def take_quickly(self, tag: str, operation: Operation, kept: int = 0) -> Copy | None:
         """Take an idle copy that this process can use, note that it holds it, and return it, by the compiled core.
 
         None, with nothing changed, where there is no core, or if it takes Python: somebody waits, a copy runs alone,
         the lock is not free, there is no such copy, or this is its first use here. Takes the lock itself.
+
+        kept: generation of a copy, the only one to be taken, that is in this process's tenure: those who wait for it
+        may wait. 0: none.
         """
         namespace = self.namespace
         core = namespace.lock.core
@@ -648,9 +651,14 @@ class Worker:
             return None
         copy: Copy | None = core.take_idle(
             *(namespace, namespace.reference, namespace.tables.rows_of_tags, self._handles, self._objects),
-            *(self._rows_of_model, self._held, self._held_at, tag, operation),
+            *(self._rows_of_model, self._held, self._held_at, tag, operation, kept),
         )
         return copy
+
+    def take_kept(self, tag: str, operation: Operation) -> Copy | None:
+        """Take the copy that is in this process's tenure like `take_quickly`; None also if there is none."""
+        tenure = self.tenures.current(tag)
+        return None if tenure is None else self.take_quickly(tag, operation, tenure.generation)
 
     def give_back_quickly(self, copy: Copy) -> bool:
         """Give a copy back, that `let_go` has struck off, by the compiled core; False where it takes Python.
@@ -659,9 +667,21 @@ class Worker:
         """
         namespace = self.namespace
         core = namespace.lock.core
-        return core is not None and core.release(
-            namespace, namespace.reference, self._receipts, copy.row, copy.generation
-        )
+        if core is None:
+            return False
+        kept = self.scheduler.must_queue() and self._stays_kept(copy)
+        if not core.release(namespace, namespace.reference, self._receipts, copy.row, copy.generation, kept):
+            return False
+        if kept:
+            self.tenures.leave(copy.tag)
+        return True
+
+    def _stays_kept(self, copy: Copy) -> bool:
+        """Tell whether `keeps` leaves a copy idle for this process, and has called the first waiter up already."""
+        tenure = self.tenures.current(copy.tag)
+        if tenure is None or not tenure.called_up or tenure.generation != copy.generation:
+            return False
+        return self.tenures.comes_back_at_once(copy.tag)
 
     def comes_back(self, tag: str) -> bool:
         """Note that this process asks for a model that others wait for; tell whether a copy is kept for it."""

@@ -36,13 +36,14 @@ from mpmm.gpu_monitor import GPUMonitor
 from mpmm.operations import Operation
 from mpmm.shared_state import core as core_module
 from mpmm.shared_state.core import CORE_VARIABLE, make_core, which
-from mpmm.shared_state.layout import Header, Instance, Model
+from mpmm.shared_state.layout import Header, Instance, Model, Ticket
 from mpmm.shared_state.namespace import Namespace
 from mpmm.shared_state.segment import Segment
 from mpmm.shared_state.transaction import TURN, TransactionLock
 from mpmm.shared_state.transitions import SMOOTHING
 from mpmm.show import doctor
 from mpmm.sources import choose_source
+from mpmm.tenure import Tenure
 from mpmm.worker import Copy, Worker
 
 SOURCE = Path(core_module.__file__).with_name("_core.c")
@@ -96,11 +97,11 @@ class Caller:
 
     def take(self, place: Any, core: Any, reference: int = Lab.victim + 1) -> Any:
         return core.take_idle(
-            *(place, reference, self.hints, self.handles, {}, {}, self.held, self.held_at, "a", self.operation)
+            *(place, reference, self.hints, self.handles, {}, {}, self.held, self.held_at, "a", self.operation, 0)
         )
 
     def release(self, place: Any, core: Any, reference: int = Lab.victim + 1) -> bool:
-        return bool(core.release(place, reference, self.receipts, self.row, self.generation))
+        return bool(core.release(place, reference, self.receipts, self.row, self.generation, False))
 
 
 def place_of(segment: Segment, pid: int = 0) -> tuple[Any, Any]:
@@ -151,7 +152,7 @@ class Twins:
         wanted = ModelManager._take_idle(self.manager, self.worker, python, tag, 1.0, 0)
         words, noted = self.lab.save(), self.notes()
         self.restore(saved, notes)
-        got = self.worker.take_quickly(tag, compiled)
+        got = self.worker.take_kept(tag, compiled) or self.worker.take_quickly(tag, compiled)
         if got is None:
             self.declined += 1
             assert self.without_lock_words() == before
@@ -169,9 +170,12 @@ class Twins:
         """Give a copy back in both ways, and compare."""
         assert self.worker.let_go(copy.value, copy.tag, Operation(None)) == copy
         saved, before, notes = self.lab.save(), self.without_lock_words(), self.notes()
+        tenure = self.worker.tenures.current(copy.tag) or Tenure(0, 0, 0.0)
+        was_called_up = tenure.called_up
         ModelManager._give_back(self.manager, self.worker, copy.tag, copy)
-        words = self.lab.save()
+        words, is_called_up = self.lab.save(), tenure.called_up
         self.restore(saved, notes)
+        tenure.called_up = was_called_up
         if self.worker.give_back_quickly(copy):
             self.released += 1
             assert self.lab.save() == words
@@ -179,6 +183,7 @@ class Twins:
             self.declined += 1
             assert self.without_lock_words() == before
             self.restore(words, notes)
+            tenure.called_up = is_called_up
 
 
 def load(twins: Twins, tag: str, handle: bytes) -> None:
@@ -240,6 +245,38 @@ def test_it_stores_the_words_that_python_stores(lab: Lab, seed: int, monkeypatch
             elif (got := twins.take(chance.choice("abc"))) is not None:
                 held.append(got)
         assert twins.taken > 3 and twins.released > 3
+    finally:
+        pretend(0)
+
+
+@built
+def test_within_a_tenure_it_stores_the_words_that_python_stores(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mpmm.tenure.TENURE_S", 1000.0)
+    monkeypatch.setattr(time, "monotonic_ns", lambda: FROZEN_NS)
+    pretend(FROZEN_NS)
+    twins = Twins(lab)
+    load(twins, "a", b"handle")
+    load(twins, "b", b"other")
+    got = twins.take("a")
+    assert got is not None
+    ticket = lab.ticket("a")
+    twins.worker.tenures.begin("a", got.row, got.generation)
+    tenure = twins.worker.tenures.current("a")
+    assert tenure is not None
+    try:
+        # The first use of the copy here is Python's, and so is the first release, which calls the waiter up.
+        for declined, released, taken in ((2, 0, 1), (2, 1, 2), (2, 2, 3)):
+            twins.release(got)
+            assert tenure.called_up
+            got = twins.take("a")
+            assert got is not None
+            assert (twins.declined, twins.released, twins.taken) == (declined, released, taken)
+        # Somebody who waits for another model may have to have this copy evicted.
+        lab.ticket("b")
+        twins.release(got)
+        assert twins.declined == 3
+        assert lab.words[lab.tables.ticket(ticket)] == Ticket.GRANTED
+        assert lab.problems() == []
     finally:
         pretend(0)
 

@@ -1,4 +1,4 @@
-/* The warm path in C: an idle copy is taken, or given back, while nobody waits.
+/* The warm path in C: an idle copy is taken, or given back, while nobody waits, or by a process whose tenure it is.
  *
  * Python is the definition (`Transitions.grab` and `release`, `transaction.py`), and this is the same transaction: the
  * same lock, the same words in the same order, each logged before it is overwritten. So a process that is killed at any
@@ -59,6 +59,7 @@
     X(model_generation, "Model.GENERATION")                                                                            \
     X(active, "Model.ACTIVE")                                                                                          \
     X(idle, "Model.IDLE")                                                                                              \
+    X(model_waiting, "Model.WAITING")                                                                                  \
     X(hits, "Model.HITS")                                                                                              \
     X(hold_s, "Model.HOLD_S")                                                                                          \
     X(idle_head, "Model.IDLE_HEAD")                                                                                    \
@@ -331,14 +332,17 @@ static bool are_zero(Core *core, uint64_t row, const uint64_t *fields, Py_ssize_
     return true;
 }
 
+/* Whether nothing about the namespace is out of the ordinary; a look without the lock tells where to spare taking it. */
+static bool is_calm(Core *core, bool kept) {
+    return (kept || !load(core, core->at.waiting)) && !load(core, core->at.isolated);
+}
+
 /* Whether nothing about a copy (row), and about the namespace, is out of the ordinary. Sets the first words of the
- * copy's row and of its model's. */
-static bool is_plain(Core *core, uint64_t row, uint64_t state, uint64_t generation, uint64_t *copy, uint64_t *model) {
+ * copy's row and of its model's. kept: it is this process's tenure, so that others may wait, if all wait for it. */
+static bool is_plain(Core *core, uint64_t row, uint64_t state, uint64_t generation, bool kept, uint64_t *copy,
+                     uint64_t *model) {
     const Offsets *at = &core->at;
-    if (load(core, at->waiting) || load(core, at->isolated) || load(core, at->events) == UINT64_MAX) {
-        return false;
-    }
-    if (row >= at->instance_rows) {
+    if (!is_calm(core, kept) || load(core, at->events) == UINT64_MAX || row >= at->instance_rows) {
         return false;
     }
     *copy = at->instances + row * at->instance_words;
@@ -349,6 +353,7 @@ static bool is_plain(Core *core, uint64_t row, uint64_t state, uint64_t generati
     }
     *model = at->models + model_row * at->model_words;
     return load(core, *model + at->model_state) == at->is_model &&
+           load(core, *model + at->model_waiting) == load(core, at->waiting) &&
            are_zero(core, *copy, core->strange_instance, core->strange_instances) &&
            are_zero(core, *model, core->strange_model, core->strange_models);
 }
@@ -358,10 +363,11 @@ static bool can_rise(Core *core, uint64_t index) { return load(core, index) != U
 
 /* Take the idle copy (row) for a member (reference): `Transitions.grab`. False, and nothing changed, if Python decides.
  * Needs the lock. */
-static bool grab(Core *core, uint64_t row, uint64_t generation, uint64_t uses, uint64_t reference, uint64_t now) {
+static bool grab(Core *core, uint64_t row, uint64_t generation, bool kept, uint64_t uses, uint64_t reference,
+                 uint64_t now) {
     const Offsets *at = &core->at;
     uint64_t copy, model, following = 0;
-    if (!is_plain(core, row, at->is_idle, generation, &copy, &model)) {
+    if (!is_plain(core, row, at->is_idle, generation, kept, &copy, &model)) {
         return false;
     }
     uint64_t owner = load(core, copy + at->owner);
@@ -406,17 +412,18 @@ static bool grab(Core *core, uint64_t row, uint64_t generation, uint64_t uses, u
 
 /* Give the copy (row) of a member (reference) back: `Transitions.release`. False, and nothing changed, if Python
  * decides. Needs the lock. */
-static bool give_back(Core *core, uint64_t row, uint64_t generation, uint64_t reference, uint64_t now) {
+static bool give_back(Core *core, uint64_t row, uint64_t generation, bool kept, uint64_t reference, uint64_t now) {
     const Offsets *at = &core->at;
     uint64_t copy, model, head = 0;
-    if (!is_plain(core, row, at->is_active, generation, &copy, &model) || load(core, copy + at->holder) != reference) {
+    if (!is_plain(core, row, at->is_active, generation, kept, &copy, &model) ||
+        load(core, copy + at->holder) != reference) {
         return false;
     }
     uint64_t owner = load(core, copy + at->owner);
     double mean = as_double(load(core, model + at->hold_s));
     if ((owner && owner != reference) || !(isfinite(mean) && mean >= 0.0) || !load(core, model + at->active) ||
         !load(core, at->all_active) || !can_rise(core, model + at->idle) ||
-        load(core, model + at->keep_alive) == at->at_once) {
+        load(core, model + at->keep_alive) == at->at_once || (kept && owner)) {
         return false;
     }
     if (!owner) {
@@ -549,14 +556,15 @@ static PyObject *key_of(PyObject *value) {
 }
 
 PyDoc_STRVAR(take_idle_doc,
-             "take_idle(namespace, reference, hints, handles, objects, owned, held, held_at, tag, operation)\n\n"
+             "take_idle(namespace, reference, hints, handles, objects, owned, held, held_at, tag, operation,\n"
+             "          kept)\n\n"
              "Take an idle copy for a member, note that the process holds it, and return it; None, with nothing\n"
              "changed, if Python decides. See `Worker.take_quickly`.");
 
 static PyObject *take_idle(PyObject *self, PyObject *const *args, Py_ssize_t count) {
     Core *core = (Core *)self;
-    if (count != 10) {
-        PyErr_SetString(PyExc_TypeError, "take_idle: expected 10 arguments");
+    if (count != 11) {
+        PyErr_SetString(PyExc_TypeError, "take_idle: expected 11 arguments");
         return NULL;
     }
     PyObject *namespace = args[0], *held_by_row = args[6], *held_at = args[7], *tag = args[8], *operation = args[9];
@@ -566,16 +574,17 @@ static PyObject *take_idle(PyObject *self, PyObject *const *args, Py_ssize_t cou
             return NULL;
         }
     }
-    uint64_t reference, row = 0;
-    if (core->words == NULL || !as_word(args[1], &reference) || !reference || !PyUnicode_CheckExact(tag)) {
+    uint64_t reference, kept, row = 0;
+    if (core->words == NULL || !as_word(args[1], &reference) || !reference || !PyUnicode_CheckExact(tag) ||
+        !as_word(args[10], &kept) || !is_calm(core, kept)) {
         Py_RETURN_NONE;
     }
     PyObject *copy = find_idle(core, args[2], args[3], args[4], args[5], tag, &row);
-    if (copy == NULL) {
+    uint64_t generation = copy == NULL ? 0 : generation_of(core, row);
+    if (copy == NULL || (kept && kept != generation)) {
         Py_RETURN_NONE;
     }
     Py_INCREF(copy);
-    uint64_t generation = generation_of(core, row);
     uint64_t uses = load(core, core->at.instances + row * core->at.instance_words + core->at.uses);
     bool taken = false;
     PyObject *lock = NULL, *held = NULL, *place = NULL;
@@ -599,7 +608,7 @@ static PyObject *take_idle(PyObject *self, PyObject *const *args, Py_ssize_t cou
         if (now) {
             /* Noted first, as Python does in its transaction: what is noted and was not taken is struck off again. */
             if (PyDict_SetItem(held_by_row, place, held) == 0 && PyDict_SetItem(held_at, key, place) == 0) {
-                taken = grab(core, row, generation, uses, reference, now);
+                taken = grab(core, row, generation, kept, uses, reference, now);
             }
             PyErr_Clear();
             leave(core, fd);
@@ -637,19 +646,20 @@ static PyObject *take_idle(PyObject *self, PyObject *const *args, Py_ssize_t cou
     Py_RETURN_NONE;
 }
 
-PyDoc_STRVAR(release_doc, "release(namespace, reference, receipts, row, generation)\n\n"
+PyDoc_STRVAR(release_doc, "release(namespace, reference, receipts, row, generation, kept)\n\n"
                           "Give a copy of a member back, and return True; False, with nothing changed, if Python\n"
                           "decides. See `Worker.give_back_quickly`.");
 
 static PyObject *release(PyObject *self, PyObject *const *args, Py_ssize_t count) {
     Core *core = (Core *)self;
-    if (count != 5 || !PyAnySet_Check(args[2])) {
-        PyErr_SetString(PyExc_TypeError, "release: expected 5 arguments, the third one a set");
+    if (count != 6 || !PyAnySet_Check(args[2])) {
+        PyErr_SetString(PyExc_TypeError, "release: expected 6 arguments, the third one a set");
         return NULL;
     }
+    bool kept = args[5] == Py_True;
     uint64_t reference, row, generation;
     if (core->words == NULL || !as_word(args[1], &reference) || !reference || PySet_GET_SIZE(args[2]) ||
-        !as_word(args[3], &row) || !as_word(args[4], &generation)) {
+        !as_word(args[3], &row) || !as_word(args[4], &generation) || !is_calm(core, kept)) {
         Py_RETURN_FALSE;
     }
     PyObject *lock;
@@ -660,7 +670,7 @@ static PyObject *release(PyObject *self, PyObject *const *args, Py_ssize_t count
     bool released = false;
     uint64_t now = enter(core, fd);
     if (now) {
-        released = give_back(core, row, generation, reference, now);
+        released = give_back(core, row, generation, kept, reference, now);
         leave(core, fd);
         end_turn(core, lock);
     }
@@ -709,7 +719,7 @@ static bool is_sound(const Core *core) {
                                at->contended,      at->starving, at->waiting,    at->all_active,  at->isolated,
                                at->all_hits,       at->events};
     const uint64_t model[] = {at->model_state, at->model_generation, at->active,   at->idle,
-                              at->hits,        at->hold_s,           at->idle_head, at->keep_alive};
+                              at->hits,        at->hold_s,           at->idle_head, at->keep_alive, at->model_waiting};
     const uint64_t instance[] = {at->state, at->model, at->generation, at->holder, at->owner,
                                  at->since, at->next,  at->previous,   at->doomed, at->uses};
     const uint64_t event[] = {at->event_sequence, at->event_time,     at->event_kind,   at->event_pid,

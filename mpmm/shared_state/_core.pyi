@@ -31,10 +31,11 @@ class Core:
         held_at: dict[Any, tuple[int, int]],
         tag: str,
         operation: Any,
+        kept: int,
         /,
     ) -> Any: ...
     def release(
-        self, namespace: Any, reference: int, receipts: set[tuple[int, int]], row: int, generation: int, /
+        self, namespace: Any, reference: int, receipts: set[tuple[int, int]], row: int, generation: int, kept: bool, /
     ) -> bool: ...
     def close(self) -> None: ...
 

@@ -1,8 +1,9 @@
 """The compiled core of the warm path, where there is one: `_core.c` makes the two commonest transactions.
 
-It takes an idle copy, and gives one back, while nobody waits and nothing else is out of the ordinary; and says so,
-with nothing changed, in every other case. Python is the definition, and does what the core does not: without a
-compiler all of it. `MPMM_CORE=python` has Python do everything, too; `MPMM_CORE=compiled` refuses to do without.
+It takes an idle copy, and gives one back, while nobody waits, or only those who wait for a copy in this process's
+tenure, and nothing else is out of the ordinary. In every other case it says so, with nothing changed. Python is the
+definition, and does what the core does not: without a compiler all of it. `MPMM_CORE=python` has Python do everything,
+too; `MPMM_CORE=compiled` refuses to do without.
 
 The core knows no word's place by itself. It names the words that it needs (`OFFSETS`), and they are looked up in
 `layout.py` here. A field of a model's or an instance's row that is not named in `_FAMILIAR`, because it was added
