@@ -650,8 +650,17 @@ class Worker:
         if core is None:
             return None
         copy: Copy | None = core.take_idle(
-            *(namespace, namespace.reference, namespace.tables.rows_of_tags, self._handles, self._objects),
-            *(self._rows_of_model, self._held, self._held_at, tag, operation, kept),
+            namespace,
+            namespace.reference,
+            namespace.tables.rows_of_tags,
+            self._handles,
+            self._objects,
+            self._rows_of_model,
+            self._held,
+            self._held_at,
+            tag,
+            operation,
+            kept,
         )
         return copy
 
@@ -1536,7 +1545,9 @@ class Worker:
 
 
 def _key(value: Any) -> Hashable:
-    return value if isinstance(value, str) else id(value)
+    # The text of a handle of a class of its own, so that no code of such a class runs where keys are compared: the
+    # compiled core does that with the lock held.
+    return str.__str__(value) if isinstance(value, str) else id(value)
 
 
 def unload_made(value: Any) -> None:

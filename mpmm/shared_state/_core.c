@@ -123,7 +123,8 @@ static const char *const offset_names[] = {
 
 /* Attributes of the objects that are passed. */
 #define ATTRIBUTES(X)                                                                                                  \
-    X(_usable) X(lock) X(_frame) X(_file) X(fd) X(_crowded_turns) X(_turn) X(held) X(gives_back) X(value) X(generation)
+    X(_usable) X(lock) X(_mutex) X(_is_owned) X(acquire) X(release) X(_frame) X(_file) X(fd) X(_crowded_turns)         \
+    X(_turn) X(held) X(gives_back) X(value) X(generation)
 
 typedef struct {
     PyObject_HEAD
@@ -204,12 +205,29 @@ static long attribute(PyObject *object, PyObject *name) {
     return value;
 }
 
+/* Whether a lock's mutex can be had. One that an exception has left to a thread, Python has to find in peace. */
+static bool has_free_mutex(Core *core, PyObject *lock) {
+    PyObject *mutex = PyObject_GetAttr(lock, core->_mutex);
+    PyObject *owned = mutex == NULL ? NULL : PyObject_CallMethodNoArgs(mutex, core->_is_owned);
+    PyObject *taken = owned != Py_False ? NULL : PyObject_CallMethodOneArg(mutex, core->acquire, Py_False);
+    PyObject *given = taken != Py_True ? NULL : PyObject_CallMethodNoArgs(mutex, core->release);
+    bool found = given != NULL;
+    Py_XDECREF(mutex);
+    Py_XDECREF(owned);
+    Py_XDECREF(taken);
+    Py_XDECREF(given);
+    PyErr_Clear();
+    return found;
+}
+
 /* Whether this process uses the namespace, and none of its threads is inside a transaction. Then `lock` is a new
- * reference to its lock, and `fd` the file descriptor of that. */
+ * reference to its lock, and `fd` the file descriptor of that. The frame is looked at last: what comes before may
+ * allocate, and with that other threads may run. */
 static bool is_free(Core *core, PyObject *namespace, PyObject **lock, int *fd) {
-    PyObject *usable = PyObject_GetAttr(namespace, core->_usable);
-    *lock = usable == Py_True ? PyObject_GetAttr(namespace, core->lock) : NULL;
-    PyObject *file = *lock == NULL ? NULL : PyObject_GetAttr(*lock, core->_file);
+    *lock = PyObject_GetAttr(namespace, core->lock);
+    bool is_there = *lock != NULL && has_free_mutex(core, *lock);
+    PyObject *usable = is_there ? PyObject_GetAttr(namespace, core->_usable) : NULL;
+    PyObject *file = usable == Py_True ? PyObject_GetAttr(*lock, core->_file) : NULL;
     *fd = file == NULL ? -1 : (int)attribute(file, core->fd);
     PyObject *frame = *fd < 0 ? NULL : PyObject_GetAttr(*lock, core->_frame);
     bool found = frame == Py_None;
