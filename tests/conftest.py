@@ -90,6 +90,11 @@ def children() -> set[psutil.Process]:
     return found
 
 
+def _keepers() -> set[str]:
+    """Return the names of the background threads of this process's managers."""
+    return {thread.name for thread in threading.enumerate() if thread.name.startswith("mpmm-keeper")}
+
+
 @pytest.fixture(autouse=True)
 def runtime_root() -> Iterator[Path]:
     """The runtime directory of this test; afterwards nothing may be left of what the test did."""
@@ -97,7 +102,8 @@ def runtime_root() -> Iterator[Path]:
     root = Path(tempfile.mkdtemp(prefix="mpmm-t"))
     # With a file in it, mpmm does not remove the folder, whose identity is part of the names of segments.
     (root / KEEP).touch()
-    before = children()
+    # What an earlier test has left was told there.
+    before, keepers = children(), _keepers()
     # Of its own, because what a test has patched must be itself again when we look.
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv(RUNTIME_DIR_VARIABLE, str(root))
@@ -114,7 +120,7 @@ def runtime_root() -> Iterator[Path]:
             left["processes"] = [child.pid for child in children() - before]
             left["segments"] = segments_of(root)
             left["files"] = files_in(root)
-            left["keepers"] = [t.name for t in threading.enumerate() if t.name.startswith("mpmm-keeper")]
+            left["keepers"] = sorted(_keepers() - keepers)
             return not any(left.values())
 
         try:
