@@ -229,8 +229,15 @@ class LookAgain:
 class _Waiting(contextlib.AbstractContextManager[None]):
     """Counts a call among those that wait."""
 
-    def __init__(self, waiting: set[Operation], left: threading.Condition, call: Operation) -> None:
+    def __init__(
+        self,
+        waiting: set[Operation],
+        mutex: contextlib.AbstractContextManager[object],
+        left: threading.Condition,
+        call: Operation,
+    ) -> None:
         self._waiting = waiting
+        self._mutex = mutex
         self._left = left
         self._call = call
 
@@ -240,7 +247,9 @@ class _Waiting(contextlib.AbstractContextManager[None]):
     def __exit__(self, *_: object) -> None:
         self._waiting.discard(self._call)
         self._call.frame = None
-        with self._left:
+        # Not `with self._left`, which is a Python function: an exception in it, from a signal handler, would leave the
+        # mutex taken for ever, and the end of the process waits for a thread that wants it.
+        with self._mutex:
             self._left.notify_all()
 
 
@@ -444,7 +453,8 @@ class Worker:
 
         in_block: an exception that has left the block's function ends it, too. Else `__exit__` is sure to be called.
         """
-        return _Waiting(self._waiting, self._thread_left, Operation(sys._getframe(1) if in_block else None))
+        call = Operation(sys._getframe(1) if in_block else None)
+        return _Waiting(self._waiting, self._mutex, self._thread_left, call)
 
     def _waits(self, calls: set[Operation]) -> bool:
         """Tell whether another thread is at one of these calls."""
