@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from processes import Process, acquire, problems, release, scaled
+from processes import Process, acquire, problems, release, scaled, wait_until
 
 from mpmm import ModelManager, MultiProcessShared, SegmentCorruptError
 from mpmm.cli import main
@@ -282,9 +282,9 @@ def test_processes_of_two_pid_namespaces_share_one_state_and_take_back_what_the_
         """,
     )
     assert answer == "1 handle of a"
+    wait_until(lambda: len(read_snapshot(namespace).members) == 1, "the dead one is taken back")
     with manager.model("a", lambda: "another copy") as handle:
         assert handle == "handle of a", "the dead one's hold is gone"
-    assert len(read_snapshot(namespace).members) == 1
     assert problems(namespace) == []
 
 
