@@ -5,8 +5,10 @@ from __future__ import annotations
 import compileall
 import gc
 import json
+import logging
 import os
 import shutil
+import signal
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
@@ -57,11 +59,13 @@ CHECKOUT = Path(__file__).resolve().parent.parent
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Compile everything once, also where PYTHONDONTWRITEBYTECODE is set.
+    """Have SIGINT interrupt, and compile everything once, also where PYTHONDONTWRITEBYTECODE is set.
 
     With that variable each of the thousand interpreters that the tests start compiles the package anew, which takes a
     third of its start.
     """
+    # A shell that runs something in the background has it ignore SIGINT, and so would all processes that tests start.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     if not hasattr(config, "workerinput"):
         os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
         for folder in ("mpmm", "tests", "tools"):
@@ -104,6 +108,8 @@ def runtime_root() -> Iterator[Path]:
     (root / KEEP).touch()
     # What an earlier test has left was told there.
     before, keepers = children(), _keepers()
+    # The command line changes it for its process.
+    level = logging.getLogger("mpmm").level
     # Of its own, because what a test has patched must be itself again when we look.
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv(RUNTIME_DIR_VARIABLE, str(root))
@@ -112,6 +118,7 @@ def runtime_root() -> Iterator[Path]:
             prune, "_names", lambda: (name for name in names() if LEFT_OVER not in name or OWN_LEFT_OVER in name)
         )
         yield root
+    logging.getLogger("mpmm").setLevel(level)
     leave_all_rooms()
     try:
         left: dict[str, Any] = {}

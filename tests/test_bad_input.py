@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-import logging
 import math
 import os
 from collections.abc import Callable
@@ -353,15 +352,12 @@ def test_the_command_line_refuses_what_it_cannot_use(
     arguments: tuple[str, ...], new_manager: NewManager, namespace: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     new_manager()
-    level = logging.getLogger("mpmm").level
     before = _books(as_json(read_snapshot(namespace)))
     try:
         status: object = main(arguments)
     except SystemExit as end:
         # What the parser itself finds.
         status = end.code
-    finally:
-        logging.getLogger("mpmm").setLevel(level)
     assert status in (2, 125)
     said = capsys.readouterr()
     assert said.err.startswith(("mpmm: ", "usage: mpmm "))
