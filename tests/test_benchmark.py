@@ -16,8 +16,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 BENCHMARK = ROOT / "tools" / "benchmark.py"
 MARK = "MPMM_TEST_OF_BENCHMARK"
-# Of rows that measure a manager, a shared object, and a namespace that is made below the manager.
-UNITS = {"warm-pair": "µs", "small-call": "µs", "inspect": "ms"}
+# Of quick rows that measure one process, a shared object, and several processes.
+UNITS = {"warm-pair": "µs", "small-call": "µs", "hand-over": "µs"}
 
 
 def run(*options: str) -> subprocess.CompletedProcess[str]:

@@ -112,9 +112,12 @@ def _copies(namespace: str, root: Path) -> list[float]:
 
 def events(task: Task) -> Measured:
     """Compare acquires and pairs with those of a process that writes no events."""
+    from mpmm.shared_state.core import CORE_VARIABLE
     from mpmm.shared_state.layout import Header
     from mpmm.shared_state.transaction import Transaction
 
+    # What the compiled core writes cannot be left out.
+    os.environ[CORE_VARIABLE] = "python"
     manager = set_up(task, Stage(idle=(MODEL,)))
     write, append = Transaction.next_event, Transaction.event
 

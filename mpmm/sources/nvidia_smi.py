@@ -19,6 +19,7 @@ thread of their own, so that nobody else waits for it.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import re
@@ -83,7 +84,8 @@ class NvidiaSmiSource:
         timeout_s: the program is killed after that.
         """
         self._timeout_s = timeout_s
-        self._warned = False
+        # The warning that has not been given yet: only one thread gets it.
+        self._unwarned = ["infoROM"]
         self._has_uuids = True
         try:
             boards = self._boards()
@@ -183,11 +185,10 @@ class NvidiaSmiSource:
         return output.strip().splitlines(), failure
 
     def _warn(self, output: str) -> None:
-        # Another thread may ask at the same time.
-        warned, self._warned = self._warned, True
-        if not warned:
-            said = [line for line in output.splitlines() if "infoROM" in line]
-            _LOG.warning("nvidia-smi ends with status 14 (%s): its figures count", "; ".join(said) or "infoROM")
+        with contextlib.suppress(IndexError):
+            what = self._unwarned.pop()
+            said = [line for line in output.splitlines() if what in line]
+            _LOG.warning("nvidia-smi ends with status 14 (%s): its figures count", "; ".join(said) or what)
 
     def _boards(self) -> list[_Board]:
         """Return all GPUs, those that cannot be read included. Raises what the program's failure raises."""
