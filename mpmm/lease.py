@@ -74,9 +74,11 @@ class Lease:
         # From here on the keeper ends it if this cannot.
         operation.frame = sys._getframe()
         self._operation = None
+        # It is given back, so nothing is to be said when this object is collected before the keeper has seen to it.
+        operation.warning = ""
         try:
             worker.now_or_later(self._end)
-            operation.booking = None
+            operation.booking = operation.ticket = None
         finally:
             worker.abandon(operation)
 

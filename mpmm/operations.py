@@ -81,7 +81,14 @@ def ended_calls(operations: set[Operation]) -> list[Operation]:
 def _has_ended(operation: Operation, frame: FrameType | None, tops: dict[int, FrameType]) -> bool:
     if frame is None:
         return operation.is_orphaned
-    return not _is_on_stack(frame, tops.get(operation.thread))
+    top = tops.get(operation.thread)
+    at = None if top is None else top.f_lasti
+    if _is_on_stack(frame, top):
+        return False
+    if operation.thread == threading.get_ident():
+        return True
+    # A frame that has returned leads nowhere, so the look counts only if the other thread has not gone on during it.
+    return sys._current_frames().get(operation.thread) is top and (top is None or top.f_lasti == at)
 
 
 def _is_on_stack(frame: FrameType, top: FrameType | None) -> bool:
