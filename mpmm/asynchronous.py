@@ -111,6 +111,9 @@ class _Acquire:
             keep = functools.partial(manager._keep_alive, worker, tag, self._wish.keep_alive)
             await self._in_thread(self._threads.transactions, keep)
         while True:
+            if worker.scheduler.may_have_to_wait(tag):
+                # Also where no copy is kept for this process, so that it learns whether it comes back at once.
+                worker.comes_back(tag)
             got: Any = None if self._wish.tied else worker.take_quickly(tag, self._operation)
             with contextlib.suppress(LockTimeoutError):
                 got = got or manager._take_idle(worker, self._operation, tag, LOOP_PATIENCE_S, self._wish.tied)

@@ -1304,6 +1304,7 @@ class ModelManager(BeamNames):
             if model is not None and cause is not None:
                 ticket = self._make_ticket(worker, operation, t, model, deadline, 0, wish, cause=cause)
                 self._expect_place(worker, operation, tag, ticket, self._most(worker, wish))
+                t.after.append(lambda: self._log_queued(operation, tag))
                 return ticket
         return None
 
@@ -1465,8 +1466,11 @@ class ModelManager(BeamNames):
             row = self._make_ticket(worker, operation, t, model, deadline, preload, wish, nested)
             worker.scheduler.advance(t, newcomer=row)
             self._expect_place(worker, operation, tag, row, wish.max_waiting if preload else self._most(worker, wish))
-        self.logging_info("Queued for %s: ticket %s", tag, operation.ticket)
+        self._log_queued(operation, tag)
         return row
+
+    def _log_queued(self, operation: Operation, tag: str) -> None:
+        self.logging_info("Queued for %s: ticket %s", tag, operation.ticket)
 
     def _make_ticket(
         self,
@@ -1971,6 +1975,8 @@ class ModelManager(BeamNames):
                 cost = None
             contended = words[Header.WAITING]
             if not (contended and worker.keeps(t, copy, used)):
+                if contended:
+                    worker.tenures.end(copy.tag)
                 worker.scheduler.release(t, copy.row, used)
             if worker.at_once:
                 worker.unload_at_once(t, copy)

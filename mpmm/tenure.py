@@ -30,6 +30,8 @@ CALLED_UP_FOR_S = 1.5 * TENURE_S
 # and then pauses for milliseconds.
 COMES_BACK_WITHIN_S = 0.000_1
 PAUSES_KEPT = 8
+# Of so many models at most the pauses are known; a model that is forgotten counts as new.
+MODELS_KEPT = 1024
 _ALL_SHORT = (1 << PAUSES_KEPT) - 1
 
 
@@ -72,8 +74,16 @@ class Tenures:
             return None
         return tenure
 
+    def end(self, tag: str) -> None:
+        """Note that this process does not come first any more: it leaves the copy of a model to those who wait."""
+        self._by_tag.pop(tag, None)
+
     def leave(self, tag: str) -> None:
         """Note that this process gives a copy of a model back while others wait."""
+        if len(self._left_at) > MODELS_KEPT:
+            # Tags that are made anew for each run, as Beam's are, would fill the memory of a process that lives long.
+            self._left_at.clear()
+            self._short.clear()
         self._left_at[tag] = time.monotonic()
 
     def come_back(self, tag: str) -> None:

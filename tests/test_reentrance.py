@@ -13,6 +13,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from processes import files_in, segments_of, wait_until
 
 from mpmm import ReentrantCallError
 from mpmm.model_manager import ModelManager
+from mpmm.operations import Operation, ended_calls
 from mpmm.shared_state.invariants import check_invariants
 from mpmm.shared_state.snapshot import read_snapshot
 
@@ -203,3 +205,32 @@ def test_shutdown_in_the_middle_of_a_transaction_waits_for_its_end(new_manager: 
     wait_until(lambda: not any(t.name == "mpmm-shutdown" for t in threading.enumerate()), "it has left", 5)
     assert time.monotonic() - began < 5
     assert manager._worker_if_connected is None
+
+
+def test_a_call_whose_thread_goes_on_during_the_look_at_it_has_not_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    entered, leave = threading.Event(), threading.Event()
+    calls: set[Operation] = set()
+
+    def call() -> None:
+        calls.add(Operation(sys._getframe()))
+        entered.set()
+        leave.wait()
+
+    def frame_that_has_returned() -> FrameType:
+        return sys._getframe()
+
+    thread = threading.Thread(target=call)
+    thread.start()
+    entered.wait()
+    (operation,) = calls
+    real, stale = sys._current_frames, frame_that_has_returned()
+    looks = iter([{operation.thread: stale}])
+    # A function that the thread was in when its stack was taken, and has left since: nothing leads on from there.
+    monkeypatch.setattr("mpmm.operations.sys._current_frames", lambda: next(looks, None) or real())
+    try:
+        assert ended_calls(calls) == []
+    finally:
+        monkeypatch.undo()
+        leave.set()
+        thread.join()
+    assert ended_calls(calls) == [operation]

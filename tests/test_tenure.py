@@ -51,14 +51,19 @@ def _crowd(namespace: str, new_process: NewProcess, request: pytest.FixtureReque
     second.call(lengthen, LONG_S, LONG_S)
     if getattr(request, "param", False):
         third.call(lengthen, LONG_S, 1.5 * LONG_S)
-    began = time.monotonic()
-    wait_until(lambda: read_snapshot(namespace).polled_ago_s < time.monotonic() - began, "the first poll is over")
+    wait_until(partial(_has_polled, namespace), "the first poll is over")
     holder.call(acquire, "a")
     for waiter in (second, third):
         queued = len(waiting(namespace)) + 1
         waiter.send(acquire, "a")
         wait_until(partial(_are_waiting, namespace, queued), "it waits")
     return holder, second, third
+
+
+def _has_polled(namespace: str) -> bool:
+    snapshot = read_snapshot(namespace)
+    # A quarter of a second after it began to lead, and then not again for long.
+    return (snapshot.leader_for_s or 0.0) - snapshot.polled_ago_s > 0.1
 
 
 def _are_waiting(namespace: str, count: int) -> bool:
@@ -168,6 +173,30 @@ def use_in_loop(seat: Seat, tag: str) -> None:
     asyncio.run(use())
 
 
+def test_who_hands_the_copy_over_does_not_come_first_any_more(
+    namespace: str, crowd: tuple[Process, Process, Process]
+) -> None:
+    holder, second, third = crowd
+    holder.call(release)
+    second.result()
+    second.call(forget_to_come_back, "a")
+    second.call(release)
+    third.result()
+    assert second.call(has_tenure, "a") is False
+    third.call(release)
+    assert problems(namespace) == []
+
+
+def forget_to_come_back(seat: Seat, tag: str) -> None:
+    """Have the process taken for one that does not come back at once."""
+    seat.manager._connected().tenures._short[tag] = 0
+
+
+def has_tenure(seat: Seat, tag: str) -> bool:
+    """Tell whether the process may take the model's copy before others."""
+    return seat.manager._connected().tenures.current(tag) is not None
+
+
 def test_most_of_the_last_pauses_decide(monkeypatch: pytest.MonkeyPatch) -> None:
     now_s = 0.0
     monkeypatch.setattr("mpmm.tenure.time.monotonic", lambda: now_s)
@@ -187,3 +216,7 @@ def test_most_of_the_last_pauses_decide(monkeypatch: pytest.MonkeyPatch) -> None
     assert not pause(0.000_02, 2)
     assert pause(0.000_02, 2)
     assert tenures.comes_back_at_once("b")
+    assert not pause(0.001, 8)
+    for number in range(mpmm.tenure.MODELS_KEPT + 2):
+        tenures.leave(f"m{number}")
+    assert tenures.comes_back_at_once("a"), "it is forgotten"
