@@ -26,6 +26,8 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "simulated_process.h"
+
 enum {
     SUCCESS = 0,
     INVALID_VALUE = 1,
@@ -61,12 +63,7 @@ __attribute__((format(printf, 2, 3))) static void path_to(char *to, const char *
 }
 
 static int read_text(const char *path, char *to, size_t size) {
-    int fd = open(path, O_RDONLY | O_CLOEXEC);
-    if (fd < 0) return 0;
-    ssize_t got = read(fd, to, size - 1);
-    close(fd);
-    to[got > 0 ? got : 0] = 0;
-    return got > 0;
+    return read_path(path, to, size) > 0;
 }
 
 static long long read_number(const char *path) {
@@ -115,19 +112,6 @@ static void log_call(const char *what, int pid) {
 }
 
 /* ---- processes -------------------------------------------------------------------------------------------- */
-
-/* Return when a process was started, in the kernel's count; 0 for one that is gone, or a zombie. */
-static unsigned long long start_of(int pid) {
-    char path[64], text[1024], state;
-    unsigned long long found;
-    snprintf(path, sizeof path, "/proc/%d/stat", pid);
-    if (pid <= 0 || !read_text(path, text, sizeof text)) return 0;
-    char *rest = strrchr(text, ')');
-    if (!rest || sscanf(rest + 1, " %c %*s %*s %*s %*s %*s %*s %*s %*s %*s %*s %*s %*s %*s %*s %*s %*s %*s %*s %llu",
-                        &state, &found) != 2)
-        return 0;
-    return state == 'Z' || state == 'X' ? 0 : found;
-}
 
 static void state_path(char *to, int pid) {
     path_to(to, "host/state_%d_%llu", pid, start_of(pid));

@@ -22,6 +22,8 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "simulated_process.h"
+
 enum {
     SUCCESS = 0,
     UNINITIALIZED = 1,
@@ -97,15 +99,6 @@ static pid_t owner; /* the process that called nvmlInit */
 
 static int join(char *to, const char *folder, const char *name) {
     return snprintf(to, PATH_MAX, "%s/%s", folder, name) < PATH_MAX;
-}
-
-static ssize_t read_path(const char *path, char *to, size_t size) {
-    int fd = open(path, O_RDONLY | O_CLOEXEC);
-    if (fd < 0) return -1;
-    ssize_t got = read(fd, to, size - 1);
-    close(fd);
-    if (got >= 0) to[got] = 0;
-    return got;
 }
 
 static ssize_t read_file(const char *folder, const char *name, char *to, size_t size) {
@@ -222,18 +215,9 @@ static int open_handle(Handle handle, const char *what, Unit **unit) {
 
 /* ---- memory ----------------------------------------------------------------------------------------------- */
 
-/* Tell whether the process with this pid and start time (field 22 of its stat file) lives; a zombie does not. */
+/* Tell whether the process with this pid and start time lives; a zombie does not. */
 static int lives(int pid, unsigned long long started) {
-    char path[64], text[1024], state;
-    unsigned long long found;
-    snprintf(path, sizeof path, "/proc/%d/stat", pid);
-    if (read_path(path, text, sizeof text) <= 0) return 0;
-    char *rest = strrchr(text, ')');
-    if (!rest) return 0;
-    if (sscanf(rest + 1, " %c %*s %*s %*s %*s %*s %*s %*s %*s %*s %*s %*s %*s %*s %*s %*s %*s %*s %*s %llu", &state,
-               &found) != 2)
-        return 0;
-    return state != 'Z' && state != 'X' && found == started;
+    return started && start_of(pid) == started;
 }
 
 static int64_t age_ms(const char *path) {
