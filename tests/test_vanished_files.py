@@ -8,6 +8,8 @@ import signal
 import stat
 import subprocess
 import tempfile
+import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -519,3 +521,34 @@ def test_a_file_system_without_locks_is_an_error_that_says_what_to_set(
         ModelManager(namespace="n", runtime_root=tmp_path / "run", memory_source="booked").acquire_model("a", str)
     assert str(tmp_path / "run" / "n") in str(caught.value)
     assert segments_of(tmp_path / "run") == set()
+
+
+def test_a_segment_that_the_last_one_removes_as_it_leaves_is_not_lost(
+    namespace: str, new_manager: NewManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manager = new_manager()
+    looks, outcomes = threading.Event(), []
+    remove, sleep = RuntimeDirectory.remove, time.sleep
+
+    def look() -> None:
+        with pytest.raises(FileNotFoundError) as error:
+            read_snapshot(namespace)
+        outcomes.append(error.type)
+
+    def sleep_and_tell(seconds: float) -> None:
+        looks.set()
+        sleep(seconds)
+
+    def remove_while_somebody_looks(runtime: RuntimeDirectory, identity: tuple[int, int]) -> None:
+        monkeypatch.setattr("mpmm.shared_state.snapshot.time.sleep", sleep_and_tell)
+        reader = threading.Thread(target=look)
+        reader.start()
+        # It has found no segment, and a member that lives: the one that leaves.
+        assert looks.wait(10.0)
+        remove(runtime, identity)
+        reader.join()
+
+    monkeypatch.setattr(RuntimeDirectory, "remove", remove_while_somebody_looks)
+    manager.shutdown()
+    assert outcomes == [FileNotFoundError]
+    assert find_lost_namespaces() == []

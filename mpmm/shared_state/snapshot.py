@@ -77,6 +77,10 @@ __all__ = [
 
 _COPIES_TRIED = 12
 _LOCK_PATIENCE_S = 0.5
+# So long a look waits for a process that joins or leaves, which takes milliseconds, before it says that a segment is
+# lost; and so long it sleeps meanwhile.
+LIFECYCLE_PATIENCE_S = 0.5
+LIFECYCLE_LOOK_S = 0.005
 
 
 class Kind(str, Enum):
@@ -429,11 +433,10 @@ def find_namespaces(root: Path | None = None) -> list[str]:
 
 def find_lost_namespaces(root: Path | None = None) -> list[str]:
     """Return the namespaces of this user whose members live, and whose segment somebody has removed, by name."""
-    folder = RuntimeDirectory("any", root).root
     return sorted(
         name
         for name, segment in _folders_below(root)
-        if not os.path.exists(f"{SHARED_MEMORY}/{segment}") and _has_members(folder / name)
+        if not os.path.exists(f"{SHARED_MEMORY}/{segment}") and _is_lost(RuntimeDirectory(name, root), segment)
     )
 
 
@@ -447,6 +450,21 @@ def _folders_below(root: Path | None) -> list[tuple[str, str]]:
     except (FileNotFoundError, NotADirectoryError):
         return []
     return [(name, f"{prefix}{name}") for name in names]
+
+
+def _is_lost(runtime: RuntimeDirectory, name: str) -> bool:
+    """Tell whether the segment `name` is gone though members live.
+
+    The last process to leave is a member still while it removes first the segment and then the folder. So where
+    somebody holds the lifecycle lock, the look counts only once that has ended, or takes too long.
+    """
+    deadline = time.monotonic() + LIFECYCLE_PATIENCE_S
+    while _has_members(runtime.path):
+        if not is_locked(runtime.file("lifecycle.lock")) or time.monotonic() >= deadline:
+            # Looked at again, because it may have ended between the two looks.
+            return not os.path.exists(f"{SHARED_MEMORY}/{name}") and _has_members(runtime.path)
+        time.sleep(LIFECYCLE_LOOK_S)
+    return False
 
 
 def _has_members(folder: Path) -> bool:
@@ -496,7 +514,7 @@ def read_snapshot(
             expected=problem.expected,
         ) from None
     if segment is None:
-        if _has_members(runtime.path):
+        if _is_lost(runtime, name):
             raise segment_lost(namespace, name)
         raise FileNotFoundError(f"namespace {namespace!r} has no segment {name}")
     try:
