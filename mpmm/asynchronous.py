@@ -57,7 +57,7 @@ async def hold_in_loop(
 ) -> AsyncIterator[Any]:
     """Hold a copy for the length of an `async with` block; see `ModelManager.model_async`."""
     refuse_while_importing_main("acquire the model", tag)
-    worker = manager._connected()
+    worker = manager._connected_in_time(tag)
     threads = _threads_of(worker)
     # As long as this object is there, somebody answers for what it has in hand: see `mpmm.operations`.
     acquire = _Acquire(manager, worker, threads, tag, manager._wish(worker, options))

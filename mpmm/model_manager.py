@@ -87,7 +87,7 @@ from mpmm.shared_state.layout import (
     Ticket,
     device_rows,
 )
-from mpmm.shared_state.namespace import Namespace, run_at_exit
+from mpmm.shared_state.namespace import LIFECYCLE_TIMEOUT_S, Namespace, run_at_exit
 from mpmm.shared_state.runtime_dir import RuntimeDirectory
 from mpmm.shared_state.settings import CHANGEABLE, CHECKPOINTS, Settings, checkpoints_by_name
 from mpmm.shared_state.tables import encode_text
@@ -256,11 +256,12 @@ class _Block(AbstractContextManager[Any]):
         manager, tag = self._manager, self._tag
         if self._operation is not None:
             raise InvalidArgumentError(f"the block of {tag!r} has begun already: call `model` once for each block")
-        worker = self._worker = manager._connected()
+        began = time.monotonic()
+        worker = self._worker = manager._connected_in_time(self._tag)
         manager._check_request(tag, self._loader_func)
         operation = worker.begin(sys._getframe())
         try:
-            value = manager._acquire(worker, operation, tag, self._loader_func, self._options)
+            value = manager._acquire(worker, operation, tag, self._loader_func, self._options, began)
             worker.thread.blocks.append(operation)
         except BaseException:
             worker.abandon(operation)
@@ -523,10 +524,11 @@ class ModelManager(BeamNames):
         loader raises.
         """
         self._check_request(tag, loader_func)
-        worker = self._connected()
+        began = time.monotonic()
+        worker = self._connected_in_time(tag)
         operation = worker.begin(sys._getframe())
         try:
-            value = self._acquire(worker, operation, tag, loader_func, options)
+            value = self._acquire(worker, operation, tag, loader_func, options, began)
             # Not behind this statement: an exception after it would find nobody who knows of the copy.
             worker.end(operation)
             return value
@@ -548,8 +550,9 @@ class ModelManager(BeamNames):
         tag: str,
         loader_func: Callable[[], Any],
         options: AcquireOptions,
+        began: float,
     ) -> Any:
-        """Return a copy, which `operation` has noted as held."""
+        """Return a copy, which `operation` has noted as held. began: `time.monotonic()` at the caller's call."""
         if self._bookings_made:
             booking = self._take_booking(operation, tag)
             if booking is not None:
@@ -562,7 +565,7 @@ class ModelManager(BeamNames):
                     return quick.value
                 self._discard(worker, operation, quick)
             with self._giving_up_in_time(worker, tag):
-                answer = self._get(worker, operation, tag, wish)
+                answer = self._get(worker, operation, tag, wish, began)
         except ValueError as error:
             self._expect_mapped(error)
             raise
@@ -1231,14 +1234,18 @@ class ModelManager(BeamNames):
 
     # ---- the way of an acquire -----------------------------------------------------------------------------
 
-    def _get(self, worker: Worker, operation: Operation, tag: str, wish: Wish) -> Copy | _Booking:
+    def _get(
+        self, worker: Worker, operation: Operation, tag: str, wish: Wish, began: float | None = None
+    ) -> Copy | _Booking:
         """Return a copy that lives and that this process holds now, or the permission to load one.
+
+        began: `time.monotonic()` when the wait began, now by default.
 
         Raises LockTimeoutError also when the lock was not free within `wait_timeout_seconds`.
         """
-        left = self._settings.wait_timeout_seconds
-        deadline = time.monotonic() + left
-        left = left or NOW_S
+        now = time.monotonic()
+        deadline = (now if began is None else began) + self._settings.wait_timeout_seconds
+        left = max(NOW_S, deadline - now)
         if wish.keep_alive:
             self._keep_alive(worker, tag, wish.keep_alive, left)
         while True:
@@ -2052,8 +2059,12 @@ class ModelManager(BeamNames):
 
     # ---- membership ----------------------------------------------------------------------------------------
 
-    def _connected(self) -> Worker:
-        """Return this process's worker, joining the namespace first if need be: at first use, or after a fork."""
+    def _connected(self, patience_s: float | None = None) -> Worker:
+        """Return this process's worker, joining the namespace first if need be: at first use, or after a fork.
+
+        patience_s: to join raises LockTimeoutError after so long if others have the locks; None for as long as that may
+            take at most, which is for callers that name no limit.
+        """
         worker = self._worker_if_connected
         if worker is not None and not self._closed and worker.namespace.is_usable and not _is_left_behind(worker):
             return worker
@@ -2067,7 +2078,7 @@ class ModelManager(BeamNames):
                 worker.close()
             if worker is None or not worker.namespace.is_usable:
                 made = _joining[key] = []
-                worker = self._join(made)
+                worker = self._join(made, LIFECYCLE_TIMEOUT_S if patience_s is None else max(NOW_S, patience_s))
                 _workers[key] = worker
                 del _joining[key]
             self._worker_if_connected = worker
@@ -2077,7 +2088,16 @@ class ModelManager(BeamNames):
             self._report_differences(worker.namespace.settings)
         return worker
 
-    def _join(self, made: list[Namespace | Worker]) -> Worker:
+    def _connected_in_time(self, tag: str) -> Worker:
+        """Do `_connected` for a caller who waits for a model: AcquireTimeoutError if that takes all of its time."""
+        try:
+            return self._connected(self._settings.wait_timeout_seconds)
+        except LockTimeoutError as error:
+            if error.timeout_seconds >= self._settings.lock_timeout_seconds:
+                raise
+            raise self._gave_up(tag, error.timeout_seconds, "lock") from error
+
+    def _join(self, made: list[Namespace | Worker], patience_s: float) -> Worker:
         """Return a new worker. made: what there is to be closed if this is interrupted."""
         if (self._root, self._name) not in _leaves_at_exit:
             run_at_exit(functools.partial(_close_at_exit, self._root, self._name))
@@ -2091,6 +2111,7 @@ class ModelManager(BeamNames):
             source=source,
             kind=Member.GUEST if is_server_process() else Member.WORKER,
             made=made,
+            patience_s=min(patience_s, LIFECYCLE_TIMEOUT_S),
         )
         try:
             path = self._estimates_path or os.environ.get(ESTIMATES_PATH_VARIABLE)

@@ -1078,7 +1078,8 @@ class Worker:
     def _reporting_trouble(self) -> Iterator[None]:
         """Log what goes wrong in a thread that unloads."""
         try:
-            yield
+            with self.namespace.lock.patient_here():
+                yield
         except Exception:
             # Otherwise the process has left meanwhile, and another one has been given the rest to do.
             if self.namespace.is_usable:

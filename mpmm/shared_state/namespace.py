@@ -80,6 +80,7 @@ from mpmm.shared_state.transaction import TURN, Transaction, TransactionLock, fl
 from mpmm.shared_state.transitions import SMOOTHING, Transitions
 
 __all__ = [
+    "LIFECYCLE_TIMEOUT_S",
     "Namespace",
     "is_deserted",
     "namespaces_below",
@@ -165,6 +166,7 @@ class Namespace:
         label: str = "",
         must_exist: bool = False,
         made: list[Any] | None = None,
+        patience_s: float = LIFECYCLE_TIMEOUT_S,
     ) -> Namespace:
         """Attach to the namespace, creating it if need be, and take a row in the members table.
 
@@ -173,6 +175,7 @@ class Namespace:
 
         made: the membership is added to it before it has anything, for a caller that is interrupted before it has it,
             and who then has to `leave` it.
+        patience_s: gives up after so long if others have the locks, for a caller who has to answer in time.
 
         Raises RuntimeDirectoryError, LayoutMismatchError, SegmentAllocationError, LockTimeoutError,
         TableFullError (members), FileNotFoundError when `must_exist` and there is none, InvalidArgumentError for a
@@ -183,16 +186,17 @@ class Namespace:
             raise InvalidArgumentError(f"namespace {name!r}: the folder of the model servers has this name")
         # Before anything is made, because it raises where the environment says what cannot be.
         which()
-        deadline = time.monotonic() + LIFECYCLE_TIMEOUT_S
+        began = time.monotonic()
+        deadline = began + patience_s
         while True:
             if must_exist and not runtime.path.is_dir():
                 raise FileNotFoundError(f"there is no namespace {name!r} in {runtime.root}")
             runtime.ensure()
             try:
-                with _lifecycle(runtime) as current:
+                with _lifecycle(runtime, max(0.0, deadline - time.monotonic())) as current:
                     if current:
                         return cls._join_locked(
-                            runtime, capacities, settings or Settings(), source, kind, label, must_exist, made
+                            runtime, capacities, settings or Settings(), source, kind, label, must_exist, made, deadline
                         )
             except _NoNamespaceError as error:
                 raise FileNotFoundError(str(error)) from None
@@ -201,7 +205,7 @@ class Namespace:
                 pass
             except _StartAgain:
                 time.sleep(AGAIN_S)
-            if time.monotonic() > deadline:
+            if time.monotonic() > began + LIFECYCLE_TIMEOUT_S:
                 raise RuntimeDirectoryError(
                     f"the files of namespace {name!r} in {runtime.path} are removed again and again while this process "
                     "tries to join; find out what removes them, or set MPMM_RUNTIME_DIR to another folder",
@@ -219,6 +223,7 @@ class Namespace:
         label: str,
         must_exist: bool,
         made: list[Any] | None,
+        deadline: float,
     ) -> Namespace:
         alive = LockFile(runtime.file("alive.lock"))
         try:
@@ -242,11 +247,13 @@ class Namespace:
             alive.close()
             raise
         try:
+            namespace.lock.set_timeout(min(chosen.lock_timeout_seconds, max(0.0, deadline - time.monotonic())))
             namespace._enter(kind, label or Path(sys.argv[0] or "python").name)
             if not namespace._is_in_place():
                 namespace._leave_row()
                 raise _StartAgain
             namespace._take_over(estimates)
+            namespace.lock.set_timeout(chosen.lock_timeout_seconds)
         except (MpmmError, OSError, _StartAgain):
             namespace._let_go()
             raise
@@ -442,8 +449,10 @@ class Namespace:
         return any(slot != self.slot and self.member_is_alive(slot) for slot in workers)
 
     def _enter(self, kind: int, label: str) -> None:
-        # First of all, so that a crowd of crashed processes does not lock newcomers out.
-        self.reap_dead_members()
+        # First of all, so that a crowd of crashed processes does not lock newcomers out. What a member had that died in
+        # the middle of a transaction shows once that is undone, as the transaction below does: the leader reaps it.
+        if self.find_dead_members():
+            self.reap_dead_members()
         with self.lock() as t:
             if self.segment.is_closed:
                 raise _StartAgain

@@ -44,13 +44,14 @@ the stores and kills the process at the n-th (`TransactionLock.intercept_stores`
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import struct
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -80,6 +81,9 @@ STARVES_AFTER_S = 0.1
 STARVING_SLEEP_S = 0.002
 # How long a claim holds: longer than its writer sleeps.
 CLAIM_NS = 5_000_000
+# With 64 processes on 2 processors, each with several threads at work, one thread may have to wait for longer than the
+# second or two that a caller grants; for longer than this only behind a process that is stopped.
+PATIENT_S = 30.0
 # A thread that waits for another one of its process looks so often whether that has been left by an exception.
 ABANDONED_LOOK_S = 0.05
 # What `repr` says of a mutex that is taken; there is no other way to learn whose it is.
@@ -135,6 +139,8 @@ class TransactionLock:
         # Calls to make after transactions, by the identity of their lists, until they were made; and those seen before.
         self._calls: dict[int, list[Callable[[], object]]] = {}
         self._calls_seen: set[int] = set()
+        # Threads of mpmm's own in which nobody waits for an answer: see `patient_here`.
+        self._patient: set[int] = set()
         # For so many turns others are expected at the lock, and so many transactions of this one are over.
         self._crowded_turns = 0
         self._turn = 0
@@ -155,6 +161,26 @@ class TransactionLock:
     def set_timeout(self, timeout_seconds: float) -> None:
         """Let transactions that name no patience of their own give up the lock after so long."""
         self.timeout_seconds = self._transaction._patience_s = timeout_seconds
+
+    @contextlib.contextmanager
+    def patient_here(self) -> Iterator[None]:
+        """Let the calling thread wait for the lock for longer than `timeout_seconds`, where it names no patience.
+
+        For threads that mpmm starts to finish what has been decided, as an unload: no caller waits for them, and giving
+        up on a crowded host would only leave the work to somebody who begins it again.
+        """
+        ident = threading.get_ident()
+        self._patient.add(ident)
+        try:
+            yield
+        finally:
+            self._patient.discard(ident)
+
+    def _patience(self, patience_s: float) -> float:
+        """Return for how long the calling thread waits that was to wait for `patience_s`."""
+        if patience_s == self.timeout_seconds and threading.get_ident() in self._patient:
+            return max(patience_s, PATIENT_S)
+        return patience_s
 
     def held_by_this_thread(self) -> bool:
         """Tell whether the calling thread is inside a transaction."""
@@ -295,6 +321,7 @@ class TransactionLock:
 
     def _wait_for_mutex(self, began: float, patience_s: float, frame: FrameType) -> None:
         """Take the mutex. Raises LockTimeoutError, ReentrantCallError."""
+        patience_s = self._patience(patience_s)
         while True:
             if self._mutex._is_owned() and self._take_over(frame):
                 return
@@ -335,6 +362,7 @@ class TransactionLock:
     def _wait_for_file_lock(self, began: float, patience_s: float) -> None:
         """Take the file lock, `patience_s` after `began` at the latest. Raises LockTimeoutError."""
         words = self.segment.words
+        patience_s = self._patience(patience_s)
         began_ns = int(began * 1e9)
         for _ in range(QUICK_TRIES if not words[Header.STARVING] else 0):
             if self._file.try_exclusive():
