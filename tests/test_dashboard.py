@@ -579,7 +579,7 @@ def test_the_page_in_a_browser(lively: ModelManager, served: Served, browser: Br
         browser.open(f"{served.url}/?token={TOKEN}")
         browser.wait_until("known.head && byId('waiters').textContent.includes('pid')")
         shown = browser.evaluate("document.body.innerText")
-        for text in ("held", "<b>idle</b>", f"pid {os.getpid()}", "Timeline", "100 MiB", "goes for"):
+        for text in ("held", "<b>idle</b>", f"pid {os.getpid()}", "Timeline", "100 MiB", "is evicted for"):
             assert text in shown
         assert browser.evaluate("[...timeline.chosen].map((name) => name.split('\\n')[0])") == [
             *("<b>idle</b>", "evicted", "held")

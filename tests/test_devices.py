@@ -88,7 +88,7 @@ def test_a_model_server_sees_the_device_that_it_was_given_and_no_other(
     # Read from the processes, so exact after one load.
     assert manager._estimator.estimates == {"a": 300, "b": 300}
     assert "where alone there is room" not in render(read_snapshot(namespace))
-    assert "loads on device 1, the least full of those with room: needs 100 MB" in render(read_snapshot(namespace))
+    assert "loads on device 1, the least full with enough room: needs 100 MB" in render(read_snapshot(namespace))
 
 
 def test_a_process_that_sees_one_device_loads_there_and_others_everywhere(
@@ -297,7 +297,7 @@ def test_memory_of_others_is_told_apart_and_is_not_to_be_had(
     know(manager, a=400)
     with manager.model("a", LoadsServer("beside", MakesServed(gpus, 400))):
         assert [(one.used_mb, one.foreign_mb) for one in read_snapshot(namespace).devices] == [(700, 700), (400, 0)]
-        with pytest.raises(mpmm.AcquireTimeoutError, match="700 MB that the driver and other programs take leave"):
+        with pytest.raises(mpmm.AcquireTimeoutError, match="the driver and other programs take 700 MB, which leaves"):
             manager.reserve(400, devices=[0], timeout_seconds=0.2)
     assert "external" in render(read_snapshot(namespace))
     gpus.pretend(1, 0, 0)

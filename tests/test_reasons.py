@@ -48,12 +48,12 @@ TABLE: dict[Reason, tuple[View, Callable[[View], Decision], str]] = {
     Reason.DRAINING: (
         view([model(A, known=False)], [ticket(1, A, priority=0)], busy=(in_use(5, B, 100),)),
         first,
-        "waits to run alone and be measured: copies are in use, for about 0.50 s",
+        "waits to run alone and be measured: copies are still in use, for about 0.50 s",
     ),
     Reason.MEMORY: (
         view([model(A, 800)], [ticket(1, A)], devices=[device(used=400)], in_use=1),
         first,
-        "waits: needs 800 MB, 500 free, and nothing that may be unloaded makes enough room",
+        "waits: needs 800 MB, 500 free, and unloading every idle copy would not free enough",
     ),
     Reason.UNLOADING: (
         view([model(A, 800)], [ticket(1, A)], devices=[device(used=400, unloading_mb=300)], unloading=1),
@@ -69,7 +69,7 @@ TABLE: dict[Reason, tuple[View, Callable[[View], Decision], str]] = {
     Reason.SHARING: (
         view([busy()], [ticket(1, A)]),
         first,
-        "waits for a copy that is in use or being loaded: about 0.10 s, sooner than a load",
+        "waits for a copy that is in use or being loaded: about 0.10 s, sooner than another load",
     ),
     Reason.IN_USE: (
         view([model(A, 800), model(B, shared=1)], [ticket(1, A)], devices=[FULL], busy=(in_use(5, B, 900),)),
@@ -90,12 +90,12 @@ TABLE: dict[Reason, tuple[View, Callable[[View], Decision], str]] = {
             busy=(in_use(5, B, 890),),
         ),
         last,
-        "gets an idle copy, past b, which waits for room elsewhere",
+        "gets an idle copy ahead of b, which waits for memory and is not delayed by that",
     ),
     Reason.SUSPENDING: (
         view([replace(model(A), load_s=9.0, resume_s=0.5, suspending=1)], [ticket(1, A)]),
         first,
-        "waits for its copy, which is being suspended, and is resumed then: about 0.50 s, sooner than a load",
+        "waits for its copy to be suspended and then resumed: about 0.50 s, sooner than another load",
     ),
     Reason.RESUMES: (
         replace(
@@ -103,13 +103,13 @@ TABLE: dict[Reason, tuple[View, Callable[[View], Decision], str]] = {
             suspended=(Suspended(7, A, 0, 100.0, since_s=1.0, resume_s=0.5),),
         ),
         first,
-        "gets a suspended copy: needs 100 MB, 900 free; it resumes in about 0.50 s",
+        "gets a suspended copy, which takes about 0.50 s to resume: needs 100 MB, 900 free",
     ),
     Reason.FITS: (view([model(A)], [ticket(1, A)]), first, "loads: needs 100 MB, 900 free"),
     Reason.ALONE: (
         view([model(A, known=False)], [ticket(1, A, priority=0)]),
         first,
-        "loads alone, to be measured: taken for 100 MB, 900 free",
+        "loads alone to be measured: assumed to need 100 MB, 900 free",
     ),
     Reason.BESIDE: (
         view(
@@ -119,27 +119,28 @@ TABLE: dict[Reason, tuple[View, Callable[[View], Decision], str]] = {
             busy=(in_use(5, B, 300),),
         ),
         last,
-        "loads beside the room kept for b: needs 50 MB, 600 free",
+        "loads beside the room reserved for b: needs 50 MB, 600 free",
     ),
     Reason.ANOTHER_COPY: (
         view([held_for_long(model(A, shared=1))], [ticket(1, A)]),
         first,
-        "loads another copy, sooner than one in use could be had: needs 100 MB, 900 free",
+        "loads another copy, which is quicker than waiting for one in use: needs 100 MB, 900 free",
     ),
     Reason.LOWEST_SCORE: (
         view([model(A, 800), model(B, shared=1)], [ticket(1, A)], copies=[idle(7, B, mb=900)], devices=[FULL]),
         first,
-        "goes for b, which needs 800 MB, 0 free: 900 MB of the lowest score",
+        "is evicted for b, which needs 800 MB, 0 free: lowest score, frees 900 MB",
     ),
     Reason.SMALLEST_HARM: (
         view([model(A, 800), timed(B, 900)], [ticket(1, A)], copies=[idle(7, B, mb=900)], devices=[FULL]),
         first,
-        "goes for b, which needs 800 MB, 0 free: 900 MB of the least harm, 2.000 s of loading a second",
+        "is evicted for b, which needs 800 MB, 0 free: cheapest to reload (2.000 s of loading per second), frees "
+        "900 MB",
     ),
     Reason.FLUSHED: (
         view([model(A, known=False), model(B, shared=1)], [ticket(1, A, priority=0)], copies=[idle(7, B)]),
         first,
-        "goes so that b runs alone to be measured",
+        "is evicted so that b can run alone and be measured",
     ),
     Reason.PINNED: (
         view(
@@ -149,12 +150,12 @@ TABLE: dict[Reason, tuple[View, Callable[[View], Decision], str]] = {
             devices=[FULL],
         ),
         first,
-        "waits: needs 800 MB, 0 free, and what is idle and not pinned makes too little room",
+        "waits: needs 800 MB, 0 free, and unloading every idle copy that is not pinned would not free enough",
     ),
     Reason.COPIES: (
         view([model(A, shared=1)], [ticket(1, A)], rules=at_most(1)),
         first,
-        "waits for a copy that is in use: there are as many as there may be",
+        "waits for a copy that is in use: max_model_copies allows no more of them",
     ),
     Reason.LEASED: (
         view([model(A, 800)], [ticket(1, A)], devices=[device(used=0, reserved_mb=500, leased_mb=500)]),
@@ -164,7 +165,7 @@ TABLE: dict[Reason, tuple[View, Callable[[View], Decision], str]] = {
     Reason.FOREIGN: (
         view([model(A, 800)], [ticket(1, A)], devices=[device(used=300, external_mb=300, external_least_mb=300)]),
         first,
-        "waits: needs 800 MB, 600 free, and 300 MB that the driver and other programs take leave too little room",
+        "waits: needs 800 MB, 600 free; the driver and other programs take 300 MB, which leaves too little room",
     ),
     Reason.OUTRANKED: (
         view(
@@ -174,12 +175,12 @@ TABLE: dict[Reason, tuple[View, Callable[[View], Decision], str]] = {
             in_use=1,
         ),
         last,
-        "waits behind b, which came later and has a higher priority",
+        "waits behind b, which came later but has a higher priority",
     ),
     Reason.QUIET: (
         view([model(A, 80)], [ticket(1, A)], devices=[device(steady=B)]),
         first,
-        "waits: b starts, where nothing else is loaded or unloaded meanwhile",
+        "waits: b is starting, and until it has, nothing else may be loaded or unloaded there",
     ),
     Reason.RESTLESS: (
         view(
@@ -189,7 +190,7 @@ TABLE: dict[Reason, tuple[View, Callable[[View], Decision], str]] = {
             unloading=1,
         ),
         first,
-        "waits to start quietly: something is being loaded or unloaded there",
+        "waits to start undisturbed: something is being loaded or unloaded there",
     ),
     Reason.BACKING_OFF: (
         view(
@@ -199,44 +200,44 @@ TABLE: dict[Reason, tuple[View, Callable[[View], Decision], str]] = {
             devices=[device(used=500)],
         ),
         first,
-        "waits: its loads have failed, so nothing is evicted for another try for about 1.50 s",
+        "waits: its loads have failed, so nothing is evicted for another attempt for about 1.50 s",
     ),
     Reason.LEAST_FULL: (
         view([model(A)], [ticket(1, A)], devices=[device(0, used=500), device(1)]),
         first,
-        "loads on device 1, the least full of those with room: needs 100 MB, 900 free",
+        "loads on device 1, the least full with enough room: needs 100 MB, 900 free",
     ),
     Reason.TIGHTEST: (
         view([model(A)], [ticket(1, A)], devices=[device(0), device(1, used=1)]),
         first,
-        "loads on device 1, the tightest fit of those as full: needs 100 MB, 899 free",
+        "loads on device 1, the tightest fit among equally full ones: needs 100 MB, 899 free",
     ),
     Reason.ONLY_ONE: (
         view([model(A)], [ticket(1, A)], devices=[device(0, used=850), device(1)]),
         first,
-        "loads on device 1, where alone there is room: needs 100 MB, 900 free",
+        "loads on device 1, the only place with enough room: needs 100 MB, 900 free",
     ),
     Reason.EXCHANGED: (
         view([model(A, owned={OTHER: 1})], [ticket(1, A)], copies=[idle(7, A, owner=OTHER)], rules=at_most(1)),
         first,
-        "goes for another copy of its model, which may have no more of them",
+        "is evicted for another copy of its model: max_model_copies allows no more of them",
     ),
     Reason.TOO_LARGE: (
         view([model(A, 901)], [ticket(1, A)]),
         first,
-        "is refused: needs 901 MB, the largest device takes 900",
+        "is refused: needs 901 MB, but the largest device takes only 900",
     ),
 }
 #: What no plan says: it is what holds for a ticket without a decision, and what a full table does.
 ELSEWHERE = {
-    Reason.BEHIND: "waits behind one that must not be delayed, or for a model that runs alone",
-    Reason.NO_ROW: "goes for b, because the table of copies, or of models, is full",
+    Reason.BEHIND: "waits: a request before it must not be delayed, or a model runs alone",
+    Reason.NO_ROW: "is evicted for b, because the table of copies, or of models, is full",
     Reason.TABLE_FULL: "waits for a row in the table of copies, which is full",
-    Reason.EXPIRED: "is unloaded: it has been idle for 0 s, for as long as copies of its model are kept",
-    Reason.HOST_SHORT: "is dropped from host memory, of which only 0 MB are left",
-    Reason.BY_HAND: "is suspended by hand",
-    Reason.HOST_FULL: "is dropped from host memory, so that b can be suspended, which needs 0 MB, 0 free",
-    Reason.ASKED: "is unloaded, now or when it is given back: a call of `unload` or `update_settings` asks for it",
+    Reason.EXPIRED: "is unloaded: it has not been used for 0 s, as long as idle copies of its model are kept",
+    Reason.HOST_SHORT: "is dropped from host memory: the host has only 0 MB left",
+    Reason.BY_HAND: "is suspended because `suspend` asked for it",
+    Reason.HOST_FULL: "is dropped from host memory so that b, which needs 0 MB there, can be suspended: 0 free",
+    Reason.ASKED: "is unloaded, now or when it is released, because `unload` or `update_settings` asked for it",
 }
 
 
@@ -263,7 +264,7 @@ def test_where_there_are_several_devices_a_decision_names_those_it_is_about() ->
     state = view([model(A, 1000)], [replace(ticket(1, A), span=2)], devices=[device(0), device(1), device(2, used=900)])
     why = make_plan(state).decisions[0].why  # type: ignore[union-attr]  # all but Enough have one
     sentence = explain(why.reason, why.need_mb, why.free_mb, devices=why.devices)
-    assert sentence == "loads on devices 0 and 1, where alone there is room: needs 1000 MB, 1800 free"
+    assert sentence == "loads on devices 0 and 1, the only place with enough room: needs 1000 MB, 1800 free"
     room = view(
         [model(A, 800), model(B, shared=1)],
         [ticket(1, A)],
@@ -272,7 +273,7 @@ def test_where_there_are_several_devices_a_decision_names_those_it_is_about() ->
     )
     why = make_plan(room).decisions[0].why  # type: ignore[union-attr]  # all but Enough have one
     assert explain(why.reason, why.need_mb, 0.0, 900.0, other="b", devices=why.devices) == (
-        "goes for b, which needs 800 MB on device 1, 0 free: 900 MB of the lowest score"
+        "is evicted for b, which needs 800 MB on device 1, 0 free: lowest score, frees 900 MB"
     )
 
 
@@ -301,7 +302,7 @@ def test_the_ring_of_events_tells_the_whole_story(namespace: str, new_process: N
     assert told == [
         ("load_began", "a", "loads: needs 80 MB, 100 free"),
         ("waits", "b", "waits: needs 60 MB, 20 free, 80 kept for it where a is in use, for an unknown time"),
-        ("unload_began", "a", "goes for b, which needs 60 MB, 20 free: 80 MB of the lowest score"),
+        ("unload_began", "a", "is evicted for b, which needs 60 MB, 20 free: lowest score, frees 80 MB"),
         ("waits", "b", "waits: needs 60 MB, 20 free, 80 coming from the unload of a"),
         ("load_began", "b", "loads: needs 60 MB, 100 free"),
     ]

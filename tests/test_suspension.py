@@ -549,7 +549,7 @@ def test_it_is_done_and_shown_at_the_command_line(
     cli.main(["inspect"])
     shown = capsys.readouterr().out
     assert "suspended 1, resumed 0, failed 0, host memory 600 of 2000 MB" in shown
-    assert "is suspended by hand" in shown
+    assert "is suspended because `suspend` asked for it" in shown
     with manager.model("a", Loads()):
         cli.main(["inspect"])
     assert "it resumes in about" in capsys.readouterr().out
