@@ -1329,7 +1329,7 @@ class ModelManager(BeamNames):
         self._run_alone_no_more(worker, [*firm, *alone])
         with worker.waiting():
             row: Copy | int | None = None
-            if not (preload or nested) and wish is _ANYWHERE and worker.scheduler.may_have_to_wait(tag):
+            if not (preload or nested) and wish is _ANYWHERE and worker.scheduler.may_know_the_wait(tag):
                 row = self._take_or_wait(worker, operation, tag, encoded, deadline, wish)
             if row is None:
                 worker.freshen_to_queue(deadline - time.monotonic())
@@ -1641,11 +1641,13 @@ class ModelManager(BeamNames):
             reason, expected_s = worker.scheduler.why(row), None
             if timed_out:
                 expected_s = worker.scheduler.expected_wait_s(row)
+            moves_somebody = not worker.scheduler.holds_up_nobody(row)
             if not worker.leave_if_there(ticket, t):
                 return reason, expected_s
             if timed_out:
                 t.add(Header.TIMEOUTS, 1)
-            worker.scheduler.advance(t)
+            if moves_somebody:
+                worker.scheduler.advance(t)
             return reason, expected_s
 
         left = worker.now_or_later(leave) or ("lock", None)

@@ -19,6 +19,12 @@ Q3  A newcomer for a model whose copies are all in use, and all usable by any pr
     (`known_wait`), if there are as many copies as there may be, or if they serve it sooner than a load would. This is
     known where everybody who waits wants this model, the newest of them was told the same, nothing runs alone or waits
     to, and no load of the model has failed. Nobody else is moved by a newcomer at the end of the queue.
+Q4  A newcomer waits behind the head of the queue (`known_wait`, too) where nothing may be used or loaded beside that:
+    something runs alone on every device, or the only device is drained for the head; or the head waits for room, and
+    the newcomer's model has copies that every process can use, none of them idle, so that another one would not be
+    loaded beside the room that is kept for the head.
+Q5  A waiter that leaves moves nobody (`holds_up_nobody`) if it stood behind another one, or waited for a copy of its
+    own model: it kept no room, and those behind it only move up.
 """
 
 from __future__ import annotations
@@ -82,6 +88,10 @@ FEW_WAITERS = 16
 QUIET_REASONS = frozenset({Reason.LEASED, Reason.FOREIGN, Reason.PINNED, Reason.SHARING, Reason.COPIES})
 # Waits for a copy of the own model.
 SHARED_REASONS = frozenset({Reason.SHARING, Reason.COPIES})
+# Waits of the head of the queue, for which room is kept.
+HEAD_REASONS = frozenset({Reason.IN_USE, Reason.UNLOADING, Reason.RETURNING})
+# Waits for which nothing is kept, and nobody else stands back.
+HELD_UP_REASONS = frozenset({Reason.BEHIND, Reason.OUTRANKED, Reason.SHARING, Reason.COPIES})
 # Waits that only other programs, or who has pinned something, can end.
 OTHERS_END = frozenset({Reason.FOREIGN, Reason.PINNED})
 # Begun in one transaction, whose undo log has an end.
@@ -391,11 +401,48 @@ class Scheduler:
         row = self._tables.model_row(tag)
         return row is not None and bool(words[self._tables.model(row) + Model.WAITING])
 
+    def may_know_the_wait(self, tag: str) -> bool:
+        """Tell whether `known_wait` is worth a transaction: somebody waits, or has a copy of the model.
+
+        A guess, which needs no lock.
+        """
+        words, row = self._segment.words, self._tables.model_row(tag)
+        return row is not None and bool(words[Header.WAITING] or words[self._tables.model(row) + Model.ACTIVE])
+
     def known_wait(self, model: int) -> Cause | None:
         """Return why a newcomer for a model waits, in the queue's last place; None if it takes a plan to know.
 
-        For one that may go anywhere and holds nothing else. See Q3 above.
+        For one that may go anywhere and holds nothing else. See Q3 and Q4 above.
         """
+        return self._waits_for_a_copy(model) or self._waits_behind(model)
+
+    def _waits_behind(self, model: int) -> Cause | None:
+        """Return that a newcomer for a model waits behind another one, None if it takes a plan to know; see Q4."""
+        words, at = self._segment.words, self._tables.model(model)
+        if self._all_isolated():
+            return Cause(Reason.BEHIND)
+        measured = words[Header.SOURCE_BOOKS_ONLY] or words[Header.SOURCE_MEASURES_PROCESSES]
+        if words[Header.ISOLATED] or words[at + Model.FAILURES] or not (measured or self.is_known(model)):
+            return None
+        now = time.monotonic_ns()
+        ahead = {
+            words[self._tables.ticket(one.row) + Ticket.REASON]
+            for one in self._waiters()
+            if one.blocked_at and one.priority <= 1 and one.rank <= now < one.deadline
+        }
+        if Reason.DRAINING in ahead and len(self._tables.used_rows(self._layout.devices)) == 1:
+            return Cause(Reason.BEHIND)
+        if words[at + Model.IDLE] or not words[at + Model.ACTIVE] or not words[at + Model.SHARES]:
+            return None
+        return Cause(Reason.BEHIND) if ahead & HEAD_REASONS else None
+
+    def holds_up_nobody(self, ticket: int) -> bool:
+        """Tell whether it is known without a plan that nobody is moved if a waiter leaves; see Q5 above."""
+        words, at = self._segment.words, self._tables.ticket(ticket)
+        return words[at] == Ticket.WAITING and words[at + Ticket.REASON] in HELD_UP_REASONS
+
+    def _waits_for_a_copy(self, model: int) -> Cause | None:
+        """Return that a newcomer for a model waits for one of its copies, None if it takes a plan to know; see Q3."""
         words, floats, at = self._segment.words, self._segment.floats, self._tables.model(model)
         waiting, active, loading = (words[at + word] for word in (Model.WAITING, Model.ACTIVE, Model.LOADING))
         hold_s, load_s = floats[at + Model.HOLD_S], floats[at + Model.LOAD_S]

@@ -1,4 +1,4 @@
-"""What the warm path does without a plan is what a plan would have done: Q1 to Q3 of `mpmm.scheduler`."""
+"""What the warm path does without a plan is what a plan would have done: Q1 to Q5 of `mpmm.scheduler`."""
 
 from __future__ import annotations
 
@@ -163,7 +163,7 @@ class Host:
         return held
 
     def check_waits(self) -> Counter[int]:
-        """Compare Q3 with the plan, for each model and member; return how often it held, by reason."""
+        """Compare Q3 and Q4 with the plan, for each model and member; return how often it held, by reason."""
         held: Counter[int] = Counter()
         before = {one.ticket: (type(one), one.why.reason) for one in self.decisions() if not isinstance(one, Enough)}
         for model, member in itertools.product(self.tables.model_rows(), (0, 1)):
@@ -174,11 +174,31 @@ class Host:
             with self.attempt() as t:
                 ticket = self.wait(t, model, member)
                 after = {one.ticket: one for one in self.decisions() if not isinstance(one, Enough)}
-                newcomers = after.pop(ticket)
+                newcomers = after.pop(ticket, None)
+                if newcomers is None:
+                    # Behind: the plan says nothing of it.
+                    assert cause.reason == Reason.BEHIND
+                    assert {one.ticket: (type(one), one.why.reason) for one in after.values()} == before
+                    continue
                 assert isinstance(newcomers, Wait)
                 assert (newcomers.reason, newcomers.first) == (cause.reason, False)
                 assert newcomers.why.seconds == pytest.approx(cause.seconds)
                 assert {one.ticket: (type(one), one.why.reason) for one in after.values()} == before
+        return held
+
+    def check_leaves(self) -> Counter[int]:
+        """Compare Q5 with the plan, for each waiter; return how often it held, by reason."""
+        held: Counter[int] = Counter()
+        before = {one.ticket: (type(one), one.why.reason) for one in self.decisions() if not isinstance(one, Enough)}
+        for ticket in self.tables.rows_where(self.layout.tickets, Ticket.STATE, Ticket.WAITING):
+            if not self.scheduler.holds_up_nobody(ticket):
+                continue
+            held[self.words[self.tables.ticket(ticket) + Ticket.REASON]] += 1
+            with self.attempt() as t:
+                self.namespace.transitions.leave_queue(t, ticket)
+                after = {one.ticket: one for one in self.decisions() if not isinstance(one, Enough)}
+                others = {row: told for row, told in before.items() if row != ticket}
+                assert {one.ticket: (type(one), one.why.reason) for one in after.values()} == others
         return held
 
 
@@ -311,6 +331,7 @@ def test_what_is_done_without_a_plan_is_what_the_plan_does(
                 host.check_takes()
                 host.check_releases()
                 host.check_waits()
+                host.check_leaves()
         finally:
             host.namespace.leave()
 
