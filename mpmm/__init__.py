@@ -61,8 +61,8 @@ from mpmm.errors import (
 
 if TYPE_CHECKING:
     from mpmm.gpu_monitor import GPUMonitor
-    from mpmm.lease import Lease
     from mpmm.model_manager import ModelManager, QueueTicket
+    from mpmm.model_manager.lease import Lease
     from mpmm.multi_process_shared import MultiProcessShared
     from mpmm.placement import Placement, current_placement
     from mpmm.resource_estimator import ResourceEstimator
@@ -112,11 +112,11 @@ __all__ = [
 _HOMES = {
     "Capacities": "mpmm.shared_state.layout",
     "GPUMonitor": "mpmm.gpu_monitor",
-    "Lease": "mpmm.lease",
-    "ModelManager": "mpmm.model_manager",
+    "Lease": "mpmm.model_manager.lease",
+    "ModelManager": "mpmm.model_manager.manager",
     "MultiProcessShared": "mpmm.multi_process_shared",
     "Placement": "mpmm.placement",
-    "QueueTicket": "mpmm.model_manager",
+    "QueueTicket": "mpmm.model_manager.manager",
     "ResourceEstimator": "mpmm.resource_estimator",
     "current_placement": "mpmm.placement",
 }

@@ -32,8 +32,8 @@
 All take `--runtime-root FOLDER`, in front of the command or behind it. `python -m mpmm` is the same as `mpmm`.
 
 `run` ends with the exit status of its program, 128 + n if signal n ended that; 127 and 126 if there is no such program
-or it cannot be run, 125 if the memory is not to be had. See `mpmm.run`. All others end with 2 if there is nothing to
-look at.
+or it cannot be run, 125 if the memory is not to be had. See `mpmm.model_manager.run_command`. All
+others end with 2 if there is nothing to look at.
 
 Those that look take no lock, so they answer while the lock's holder is stopped, and say so.
 
@@ -281,7 +281,7 @@ def _inspect(options: argparse.Namespace, root: Path | None) -> int:
 def _run(options: argparse.Namespace, program: Sequence[str], root: Path | None) -> int:
     import logging
 
-    from mpmm.run import run_on_lease
+    from mpmm.model_manager.run_command import run_on_lease
 
     # The standard streams are the program's. That our defaults are not the namespace's settings is nothing to report.
     logging.getLogger("mpmm").setLevel(logging.ERROR)

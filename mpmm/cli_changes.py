@@ -60,7 +60,7 @@ def add_commands(commands: Any) -> None:
 
 
 def _unload(options: argparse.Namespace, name: str, root: Path | None) -> int:
-    from mpmm.administration import unload_model, visit, wait_for_unload
+    from mpmm.model_manager.administration import unload_model, visit, wait_for_unload
     from mpmm.scheduler import Scheduler
 
     wait_s = checked_timeout("--wait", options.wait)
@@ -80,7 +80,7 @@ def _nothing(tag: str) -> str:
 
 
 def _pin(options: argparse.Namespace, name: str, root: Path | None) -> int:
-    from mpmm.administration import pin_for_all, visit
+    from mpmm.model_manager.administration import pin_for_all, visit
 
     with visit(name, root) as namespace:
         pin_for_all(namespace, options.tag)
@@ -89,7 +89,7 @@ def _pin(options: argparse.Namespace, name: str, root: Path | None) -> int:
 
 
 def _unpin(options: argparse.Namespace, name: str, root: Path | None) -> int:
-    from mpmm.administration import unpin_for_all, visit
+    from mpmm.model_manager.administration import unpin_for_all, visit
     from mpmm.scheduler import Scheduler
 
     with visit(name, root) as namespace:
@@ -148,7 +148,7 @@ def _load_handle(load: Callable[[], Any], name: str) -> str:
 
 
 def _settings(options: argparse.Namespace, name: str, root: Path | None) -> int:
-    from mpmm.administration import change_settings, visit
+    from mpmm.model_manager.administration import change_settings, visit
     from mpmm.scheduler import Scheduler
 
     if not options.change:

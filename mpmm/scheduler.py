@@ -192,7 +192,9 @@ class Scheduler:
             # Nobody in this part of the queue is left, so the rest moves up.
 
     def keep(self, t: Transaction, instance: int, used: bool, call_up: bool) -> bool:
-        """Take a copy from its holder, but leave it idle for that process, although others wait; see `mpmm.tenure`.
+        """Take a copy from its holder, but leave it idle for that process, although others wait.
+
+        See `mpmm.model_manager.tenure`.
 
         call_up: have the first waiter look for itself when the tenure is over. Return False, and change nothing, if
         others than those who want this copy wait, or it is not to be used any more.

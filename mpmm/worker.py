@@ -30,7 +30,9 @@ from mpmm.fork_hooks import ChildStep, in_forked_child
 from mpmm.gpu_monitor import GPUMonitor
 from mpmm.keeper import REPEAT_S, Keeper
 from mpmm.kept_estimates import KeptEstimates
-from mpmm.operations import Held, Operation, ended_calls
+from mpmm.model_manager.operations import Held, Operation, ended_calls
+from mpmm.model_manager.tenure import Tenures, looks_in_s
+from mpmm.model_manager.waits import WARN_AFTER_S, WaitWarning, decision, says_more
 from mpmm.placement import Placement, place_for_good, server_setting
 from mpmm.policy.out_of_memory import bound_mb, raised_estimate_mb
 from mpmm.policy.view import Reason
@@ -46,8 +48,6 @@ from mpmm.shared_state.namespace import Namespace, remove_deserted
 from mpmm.shared_state.transaction import Transaction
 from mpmm.sources import MemorySource, process_knowledge
 from mpmm.suspend.suspender import Suspender
-from mpmm.tenure import Tenures, looks_in_s
-from mpmm.waits import WARN_AFTER_S, WaitWarning, decision, says_more
 
 __all__ = [
     *("NOW_S", "UNLOAD_LOOK_S", "Copy", "Free", "Growth", "LookAgain", "ServerDuty", "Worker"),
@@ -182,8 +182,8 @@ class ThreadHolds(threading.local):
 class LookAgain:
     """Has a waiter looked at for which nobody else needs to come by: its model backs off, or it was called up.
 
-    That is, when the back-off ends, or the tenure of who has called it up; see `mpmm.tenure`. And when the log is to
-    say that it has waited for long.
+    That is, when the back-off ends, or the tenure of who has called it up; see `mpmm.model_manager.tenure`. And
+    when the log is to say that it has waited for long.
     """
 
     def __init__(self, worker: Worker, ticket: int) -> None:
@@ -327,7 +327,7 @@ class Worker:
         # each change is one step of the interpreter, which neither threads nor finalizers can split.
         self._held: dict[tuple[int, int], Held] = {}
         self._held_at: dict[Hashable, tuple[int, int]] = {}
-        # The calls that have something in hand, see `mpmm.operations`.
+        # The calls that have something in hand, see `mpmm.model_manager.operations`.
         self.operations: set[Operation] = set()
         self.has_abandoned = False
         self._unloading: set[int] = set()
@@ -854,7 +854,10 @@ class Worker:
     # ---- calls that an exception has ended -------------------------------------------------------------------
 
     def begin(self, frame: FrameType | None) -> Operation:
-        """Note that a call begins, which runs in `frame`, and return what it has in hand; see `mpmm.operations`."""
+        """Note that a call begins, which runs in `frame`, and return what it has in hand.
+
+        See `mpmm.model_manager.operations`.
+        """
         operation = Operation(frame)
         self.operations.add(operation)
         if self.keeper.dozing:

@@ -23,8 +23,9 @@ from mpmm import beam
 from mpmm.cli import main
 from mpmm.errors import InvalidArgumentError, MpmmError, RuntimeDirectoryError
 from mpmm.gpu_monitor import GPUMonitor
-from mpmm.lease import Lease
-from mpmm.model_manager import AcquireOptions, ModelManager
+from mpmm.model_manager import ModelManager
+from mpmm.model_manager.lease import Lease
+from mpmm.model_manager.manager import AcquireOptions
 from mpmm.multi_process_shared import MultiProcessShared, server_pid, unload
 from mpmm.resource_estimator import ResourceEstimator
 from mpmm.shared_estimator import SharedResourceEstimator

@@ -33,7 +33,8 @@ from test_crash_points import FROZEN_NS, KILLED, SMALL, Lab, run_in_child, some_
 from mpmm import ModelManager
 from mpmm.errors import InvalidArgumentError
 from mpmm.gpu_monitor import GPUMonitor
-from mpmm.operations import Operation
+from mpmm.model_manager.operations import Operation
+from mpmm.model_manager.tenure import Tenure
 from mpmm.shared_state import core as core_module
 from mpmm.shared_state.core import CORE_VARIABLE, make_core, which
 from mpmm.shared_state.layout import Header, Instance, Model, Ticket
@@ -43,7 +44,6 @@ from mpmm.shared_state.transaction import TURN, TransactionLock
 from mpmm.shared_state.transitions import SMOOTHING
 from mpmm.show import doctor
 from mpmm.sources import choose_source
-from mpmm.tenure import Tenure
 from mpmm.worker import Copy, Worker
 
 SOURCE = Path(core_module.__file__).with_name("_core.c")
@@ -251,7 +251,7 @@ def test_it_stores_the_words_that_python_stores(lab: Lab, seed: int, monkeypatch
 
 @built
 def test_within_a_tenure_it_stores_the_words_that_python_stores(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mpmm.tenure.TENURE_S", 1000.0)
+    monkeypatch.setattr("mpmm.model_manager.tenure.TENURE_S", 1000.0)
     monkeypatch.setattr(time, "monotonic_ns", lambda: FROZEN_NS)
     pretend(FROZEN_NS)
     twins = Twins(lab)

@@ -17,9 +17,8 @@ import psutil
 import pytest
 from processes import DEADLINE_S, Loads, Process
 
-from mpmm import asynchronous
 from mpmm.errors import NotAcquiredError
-from mpmm.model_manager import ModelManager
+from mpmm.model_manager import ModelManager, async_acquire
 from mpmm.shared_state.lock_file import LockFile, is_locked
 from mpmm.shared_state.snapshot import read_snapshot
 
@@ -223,7 +222,7 @@ def test_the_guard_of_the_threads_beside_event_loops_is_renewed_in_a_child() -> 
     held, go_on = threading.Event(), threading.Event()
 
     def hold() -> None:
-        with asynchronous._threads_guard:
+        with async_acquire._threads_guard:
             held.set()
             go_on.wait(DEADLINE_S)
 
@@ -232,7 +231,7 @@ def test_the_guard_of_the_threads_beside_event_loops_is_renewed_in_a_child() -> 
     assert held.wait(DEADLINE_S)
     child = os.fork()
     if child == 0:
-        os._exit(0 if asynchronous._threads_guard.acquire(timeout=1) else 1)
+        os._exit(0 if async_acquire._threads_guard.acquire(timeout=1) else 1)
     go_on.set()
     holder.join()
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0

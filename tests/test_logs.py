@@ -15,8 +15,8 @@ from processes import Loads, LoadsObject, Process, acquire, attach, learn, relea
 
 from mpmm import AcquireTimeoutError, sources
 from mpmm.model_manager import ModelManager
+from mpmm.model_manager.waits import WARN_AFTER_S
 from mpmm.sources.base import unavailable
-from mpmm.waits import WARN_AFTER_S
 
 NewManager = Callable[..., ModelManager]
 NewProcess = Callable[..., Process]

@@ -21,7 +21,7 @@ from processes import files_in, segments_of, wait_until
 
 from mpmm import ReentrantCallError
 from mpmm.model_manager import ModelManager
-from mpmm.operations import Operation, ended_calls
+from mpmm.model_manager.operations import Operation, ended_calls
 from mpmm.shared_state.invariants import check_invariants
 from mpmm.shared_state.snapshot import read_snapshot
 
@@ -226,7 +226,7 @@ def test_a_call_whose_thread_goes_on_during_the_look_at_it_has_not_ended(monkeyp
     real, stale = sys._current_frames, frame_that_has_returned()
     looks = iter([{operation.thread: stale}])
     # A function that the thread was in when its stack was taken, and has left since: nothing leads on from there.
-    monkeypatch.setattr("mpmm.operations.sys._current_frames", lambda: next(looks, None) or real())
+    monkeypatch.setattr("mpmm.model_manager.operations.sys._current_frames", lambda: next(looks, None) or real())
     try:
         assert ended_calls(calls) == []
     finally:

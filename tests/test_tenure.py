@@ -1,4 +1,7 @@
-"""A process that is handed a copy and comes back for it at once has it first for a moment; see `mpmm.tenure`."""
+"""A process that is handed a copy and comes back for it at once has it first for a moment.
+
+See `mpmm.model_manager.tenure`.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from typing import Any
 import pytest
 from processes import Process, Seat, acquire, problems, release, wait_until, waiting
 
-import mpmm.tenure
+from mpmm.model_manager import tenure
 from mpmm.shared_state.snapshot import read_snapshot
 
 NewProcess = Callable[..., Process]
@@ -24,8 +27,8 @@ LONG_S = 1.0
 
 def lengthen(seat: Seat, tenure_s: float, called_up_for_s: float) -> None:
     """Make this process's tenures longer, and the time after which it looks where it is called up."""
-    mpmm.tenure.TENURE_S = tenure_s
-    mpmm.tenure.CALLED_UP_FOR_S = called_up_for_s
+    tenure.TENURE_S = tenure_s
+    tenure.CALLED_UP_FOR_S = called_up_for_s
 
 
 def be_quick_with(seat: Seat, tag: str, rounds: int) -> int:
@@ -199,8 +202,8 @@ def has_tenure(seat: Seat, tag: str) -> bool:
 
 def test_most_of_the_last_pauses_decide(monkeypatch: pytest.MonkeyPatch) -> None:
     now_s = 0.0
-    monkeypatch.setattr("mpmm.tenure.time.monotonic", lambda: now_s)
-    tenures = mpmm.tenure.Tenures()
+    monkeypatch.setattr("mpmm.model_manager.tenure.time.monotonic", lambda: now_s)
+    tenures = tenure.Tenures()
 
     def pause(seconds: float, times: int) -> bool:
         nonlocal now_s
@@ -217,6 +220,6 @@ def test_most_of_the_last_pauses_decide(monkeypatch: pytest.MonkeyPatch) -> None
     assert pause(0.000_02, 2)
     assert tenures.comes_back_at_once("b")
     assert not pause(0.001, 8)
-    for number in range(mpmm.tenure.MODELS_KEPT + 2):
+    for number in range(tenure.MODELS_KEPT + 2):
         tenures.leave(f"m{number}")
     assert tenures.comes_back_at_once("a"), "it is forgotten"

@@ -240,7 +240,7 @@ class TicketInfo:
     its figures. devices, tied: rows of the devices where it may load, and on which a copy is of use; empty for all.
     span: how many devices what it loads lies on.
     blocked_for_s: since when it is the first one for whom there is no room, None if it has never been.
-    called_up_ago_s: when it was told to look for itself, see `mpmm.tenure`; None if it was not.
+    called_up_ago_s: when it was told to look for itself, see `mpmm.model_manager.tenure`; None if it was not.
     """
 
     row: int

@@ -518,7 +518,7 @@ class Transitions:
         return row
 
     def call_up(self, t: Transaction, row: int) -> None:
-        """Wake a waiter, which has no answer yet, to look for itself in a moment; see `mpmm.tenure`."""
+        """Wake a waiter, which has no answer yet, to look for itself in a moment; see `mpmm.model_manager.tenure`."""
         t.set(self.tables.ticket(row) + Ticket.CALLED_UP, t.now)
         self._wake(t, self.tables.ticket(row) + Ticket.SIGNAL)
 

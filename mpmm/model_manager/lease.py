@@ -16,7 +16,7 @@ from mpmm.shared_state.layout import Device, Instance, device_rows
 from mpmm.shared_state.transaction import Transaction
 
 if TYPE_CHECKING:
-    from mpmm.operations import Operation
+    from mpmm.model_manager.operations import Operation
     from mpmm.worker import Worker
 
 __all__ = ["Lease"]

@@ -31,7 +31,7 @@ from typing import Any, TypeVar
 
 from mpmm.errors import ClosedError, LockTimeoutError, MpmmError
 from mpmm.fork_hooks import ChildStep, in_forked_child
-from mpmm.model_manager import AcquireOptions, AnswerUndone, ModelManager, Wish
+from mpmm.model_manager.manager import AcquireOptions, AnswerUndone, ModelManager, Wish
 from mpmm.policy.out_of_memory import is_out_of_memory
 from mpmm.proxy.main_import import refuse_while_importing_main
 from mpmm.shared_state.futex import WAITED_FOR_AT_MOST, wait_for_any, wake_all
@@ -59,7 +59,7 @@ async def hold_in_loop(
     refuse_while_importing_main("acquire the model", tag)
     worker = manager._connected_in_time(tag)
     threads = _threads_of(worker)
-    # As long as this object is there, somebody answers for what it has in hand: see `mpmm.operations`.
+    # As long as this object is there, somebody answers for what it has in hand: see `mpmm.model_manager.operations`.
     acquire = _Acquire(manager, worker, threads, tag, manager._wish(worker, options))
     instance = await acquire.run(loader)
     try:

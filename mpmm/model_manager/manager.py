@@ -38,10 +38,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, TypeVar, cast
 
-from mpmm.administration import change_settings, pin_for_all, unload_model, unpin_for_all, wait_for_unload
 from mpmm.arguments import checked_devices, checked_number, checked_path, checked_timeout, checked_whole, in_brief
 from mpmm.beam_metrics import choose_autoscaling_metric, report_estimate, report_model_count
-from mpmm.beam_views import BeamNames, CopiesByTag
 from mpmm.board import MONITOR_METHODS, ForeignMonitor, MonitorLike
 from mpmm.errors import (
     AcquireTimeoutError,
@@ -62,8 +60,11 @@ from mpmm.errors import (
 from mpmm.fork_hooks import ChildStep, in_forked_child
 from mpmm.gpu_monitor import GPUMonitor
 from mpmm.kept_estimates import ESTIMATES_PATH_VARIABLE, KeptEstimates
-from mpmm.lease import Lease
-from mpmm.operations import Operation
+from mpmm.model_manager.administration import change_settings, pin_for_all, unload_model, unpin_for_all, wait_for_unload
+from mpmm.model_manager.beam_attributes import BeamNames, CopiesByTag
+from mpmm.model_manager.lease import Lease
+from mpmm.model_manager.operations import Operation
+from mpmm.model_manager.waits import decision, held_by, says_more, wanted_by, where
 from mpmm.placement import placed
 from mpmm.policy.fairness import HIGHEST_URGENCY
 from mpmm.policy.out_of_memory import is_out_of_memory
@@ -71,8 +72,7 @@ from mpmm.printable import printable, printable_logger
 from mpmm.proxy.context import attach_namespace, serving_for
 from mpmm.proxy.main_import import refuse_while_importing_main
 from mpmm.proxy.room import is_server_process
-from mpmm.resource_estimator import ALONE_SD, GROWTH_SD, Estimate, ResourceEstimator
-from mpmm.resource_estimator import nnls as nnls  # tests written for Beam replace it here
+from mpmm.resource_estimator import ALONE_SD, GROWTH_SD, Estimate
 from mpmm.shared_state.durations import LONGEST_NS, to_ns
 from mpmm.shared_state.events import Cause, EventKind
 from mpmm.shared_state.futex import wait_for_change
@@ -94,7 +94,6 @@ from mpmm.shared_state.tables import encode_text
 from mpmm.shared_state.transaction import Transaction
 from mpmm.sources import MemorySource, choose_source
 from mpmm.sources.selected import SelectedDevices
-from mpmm.waits import decision, held_by, says_more, wanted_by, where
 from mpmm.worker import (
     NOW_S,
     UNLOAD_LOOK_S,
@@ -110,7 +109,7 @@ from mpmm.worker import (
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-__all__ = ["GPUMonitor", "ModelManager", "QueueTicket", "ResourceEstimator"]
+__all__ = ["AcquireOptions", "ModelManager", "QueueTicket"]
 
 T = TypeVar("T")
 Method = TypeVar("Method", bound=Callable[..., Any])
@@ -717,7 +716,7 @@ class ModelManager(BeamNames):
 
         Else like `model`: the same queue, the same errors. The loader is no coroutine, and runs in a thread. A task
         that is cancelled while it waits leaves the queue; one that is cancelled while it loads leaves the load to end,
-        and the copy idle. See `mpmm.asynchronous`.
+        and the copy idle. See `mpmm.model_manager.async_acquire`.
         """
         if not isinstance(tag, str) or not callable(loader_func) or inspect.iscoroutinefunction(loader_func):
             raise InvalidArgumentError(
@@ -725,7 +724,7 @@ class ModelManager(BeamNames):
             )
         _check_names(options)
         # Imported here, because asyncio takes longer to import than all of this package.
-        from mpmm.asynchronous import hold_in_loop
+        from mpmm.model_manager.async_acquire import hold_in_loop
 
         return hold_in_loop(self, tag, loader_func, options)
 
@@ -2161,6 +2160,11 @@ class ModelManager(BeamNames):
             theirs = getattr(chosen, name)
             if value != theirs and name != "wait_timeout_seconds":
                 _LOG.warning("mpmm %s: %s stays %g, as its creator chose; not %g", self._name, name, theirs, value)
+
+
+# Where users import them from, which pickles, tracebacks and documentation are to name.
+for _public in (ModelManager, QueueTicket):
+    _public.__module__ = "mpmm.model_manager"
 
 
 def _keep_alive_word(seconds: object) -> int:

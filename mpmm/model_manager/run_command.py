@@ -35,8 +35,8 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 
-from mpmm.lease import Lease
-from mpmm.model_manager import ModelManager
+from mpmm.model_manager.lease import Lease
+from mpmm.model_manager.manager import ModelManager
 
 __all__ = ["EXIT_CANNOT_RUN", "EXIT_NOT_FOUND", "run_on_lease"]
 
