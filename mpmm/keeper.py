@@ -153,7 +153,7 @@ class Keeper:
             try:
                 seen = words[bell]
                 namespace.follow_settings()
-                self._worker.settle_debts()
+                self._worker.deferred.run()
                 if self._worker.has_abandoned or time.monotonic() >= reconcile_due:
                     self._worker.reconcile()
                     reconcile_due = time.monotonic() + RECONCILE_S
@@ -166,7 +166,7 @@ class Keeper:
                     due = time.monotonic() + self._interval()
                 self._learn_from_late_sample()
                 # What was left to us during the tick, nobody wakes us for any more.
-                if not self._worker.has_debts:
+                if not self._worker.deferred:
                     self.dozing = True
                     until = due
                     if self._worker.operations or namespace.lock.may_be_abandoned:

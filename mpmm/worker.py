@@ -14,8 +14,8 @@ import sys
 import threading
 import time
 import weakref
-from collections import defaultdict, deque
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,7 +25,8 @@ from typing import Any, TypeVar
 from mpmm import multi_process_shared
 from mpmm.beam_metrics import report_estimate, report_model_count
 from mpmm.board import ForeignMonitor, SharedBoard
-from mpmm.errors import LockTimeoutError, MpmmError, ReentrantCallError, ServerStartError
+from mpmm.deferred import NOW_S, DeferredChanges
+from mpmm.errors import LockTimeoutError, MpmmError, ServerStartError
 from mpmm.fork_hooks import ChildStep, in_forked_child
 from mpmm.gpu_monitor import GPUMonitor
 from mpmm.keeper import REPEAT_S, Keeper
@@ -50,7 +51,7 @@ from mpmm.sources import MemorySource, process_knowledge
 from mpmm.suspend.suspender import Suspender
 
 __all__ = [
-    *("NOW_S", "UNLOAD_LOOK_S", "Copy", "Free", "Growth", "LookAgain", "ServerDuty", "Worker"),
+    *("UNLOAD_LOOK_S", "Copy", "Free", "Growth", "LookAgain", "ServerDuty", "Worker"),
     *("collect_garbage", "unload_made"),
 ]
 
@@ -63,8 +64,6 @@ _UNLOAD_METHODS = ("unload_model", "mock_model_unsafe_hard_delete")
 WAITERS_LEAVE_TIMEOUT_S = 5.0
 # Calls in progress in other threads, which take microseconds where they do not load.
 CALLS_END_TIMEOUT_S = 0.5
-# Who gives up waiting does so on time: a lock that is not free in this time is left to the keeper to wait for.
-NOW_S = 0.05
 # Servers to end at a time; each takes a thread that mostly waits.
 UNLOADS_AT_A_TIME = 8
 # However short `memory_return_seconds` is: another process is not told to do what may be done in a moment.
@@ -300,7 +299,6 @@ class Worker:
         self.namespace = namespace
         self.kept_estimates = kept_estimates
         self.scheduler = Scheduler(namespace)
-        self.scheduler.go_on = self._owe_an_advance
         self.board = SharedBoard(namespace, self.scheduler)
         self.suspender = Suspender(self)
         self.estimator = SharedResourceEstimator(namespace, verbose_logging)
@@ -336,12 +334,13 @@ class Worker:
         self._twins_of_tags: set[str] = set()
         # An unload ended in an exception, so its row may still be there: the keeper looks.
         self.unload_failed = False
-        self._owed: deque[Callable[[Transaction], object]] = deque()
         # Tags whose copies this process was last told to unload as soon as they are idle.
         self.at_once: set[str] = set()
         # Row and number of tickets whose grants this process has acted upon, see `hold_granted`.
         self._receipts: set[tuple[int, int]] = set()
         self.keeper = Keeper(self)
+        self.deferred = DeferredChanges(namespace, self.scheduler, self.keeper.wake)
+        self.scheduler.go_on = self.deferred.defer_plan
         monitor.bind(self.board, self.keeper.note_sample)
         _workers.add(self)
 
@@ -411,42 +410,6 @@ class Worker:
             self.kept_estimates.save()
         else:
             self.kept_estimates.save_if_due()
-
-    def now_or_later(self, change: Callable[[Transaction], T]) -> T | None:
-        """Make a change that must not be left out, in a transaction, and return its result.
-
-        When the lock is not to be had at once, or this is a finalizer or signal handler, the keeper makes the change as
-        soon as it is, and the result is None: a ticket or a load that nobody in this process knows of any more would
-        stand until the process ends.
-        """
-        try:
-            with self.namespace.transaction(NOW_S) as t:
-                return change(t)
-        except (LockTimeoutError, ReentrantCallError):
-            self.owe(change)
-            return None
-
-    def owe(self, change: Callable[[Transaction], object]) -> None:
-        """Leave a change to the keeper."""
-        self._owed.append(change)
-        self.keeper.wake()
-
-    def _owe_an_advance(self) -> None:
-        """Leave the rest of a plan to the keeper, which carries plans out after each change that it makes."""
-        self.owe(lambda t: None)
-
-    @property
-    def has_debts(self) -> bool:
-        """Tell whether there are changes that were left to the keeper."""
-        return bool(self._owed)
-
-    def settle_debts(self) -> None:
-        """Make the changes that others have left to the keeper. Raises LockTimeoutError."""
-        while self._owed:
-            with self.namespace.transaction() as t:
-                self._owed[0](t)
-                self.scheduler.advance(t)
-            self._owed.popleft()
 
     def waiting(self, in_block: bool = True) -> contextlib.AbstractContextManager[None]:
         """Count the calling thread among those that wait in the queue, for the length of a `with` block.

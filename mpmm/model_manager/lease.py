@@ -77,15 +77,16 @@ class Lease:
         # It is given back, so nothing is to be said when this object is collected before the keeper has seen to it.
         operation.warning = ""
         try:
-            worker.now_or_later(self._end)
+            worker.deferred.apply_or_defer(self._end)
             operation.booking = operation.ticket = None
         finally:
             worker.abandon(operation)
 
-    def _end(self, t: Transaction) -> None:
-        if self._is_ours():
+    def _end(self, t: Transaction) -> bool:
+        is_ours = self._is_ours()
+        if is_ours:
             self._worker.namespace.transitions.end_lease(t, self._row)
-            self._worker.scheduler.advance(t)
+        return is_ours
 
     def used_by(self, pid: int) -> None:
         """Say which process is going to use the memory, this one or another.
@@ -99,11 +100,12 @@ class Lease:
         if not worker.namespace.is_usable:
             return
 
-        def link(t: Transaction) -> None:
+        def link(t: Transaction) -> bool:
             if self._is_ours():
                 worker.namespace.transitions.link_program(t, self._row, pid)
+            return False
 
-        worker.now_or_later(link)
+        worker.deferred.apply_or_defer(link)
 
     @property
     def is_held(self) -> bool:
@@ -127,12 +129,13 @@ class Lease:
         Again, or without that: nothing. When the lock is not to be had at once, it ends as soon as it is.
         """
         if self._worker.namespace.is_usable:
-            self._worker.now_or_later(self._settle)
+            self._worker.deferred.apply_or_defer(self._settle)
 
-    def _settle(self, t: Transaction) -> None:
-        if self._is_ours():
+    def _settle(self, t: Transaction) -> bool:
+        is_ours = self._is_ours()
+        if is_ours:
             self._worker.namespace.transitions.end_steady(t, self._row)
-            self._worker.scheduler.advance(t)
+        return is_ours
 
     def environment(self) -> dict[str, str]:
         """Return what a program should know that uses the memory, as variables for its environment.

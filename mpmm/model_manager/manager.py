@@ -41,6 +41,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, TypeVar, cast
 from mpmm.arguments import checked_devices, checked_number, checked_path, checked_timeout, checked_whole, in_brief
 from mpmm.beam_metrics import choose_autoscaling_metric, report_estimate, report_model_count
 from mpmm.board import MONITOR_METHODS, ForeignMonitor, MonitorLike
+from mpmm.deferred import NOW_S
 from mpmm.errors import (
     AcquireTimeoutError,
     ClosedError,
@@ -95,7 +96,6 @@ from mpmm.shared_state.transaction import Transaction
 from mpmm.sources import MemorySource, choose_source
 from mpmm.sources.selected import SelectedDevices
 from mpmm.worker import (
-    NOW_S,
     UNLOAD_LOOK_S,
     Copy,
     Free,
@@ -969,16 +969,17 @@ class ModelManager(BeamNames):
             row = None if model is None else namespace.tables.pin_row(model, namespace.reference)
             if row is not None:
                 namespace.transitions.unpin(t, row)
-                worker.scheduler.advance(t)
             return row is not None
 
         operation = worker.begin(sys._getframe())
         try:
             with namespace.transaction() as t:
                 found = unpin(t)
+                if found:
+                    worker.scheduler.advance(t)
         except ReentrantCallError:
             # A finalizer or signal handler gives it back, so it is pinned for all that can be seen.
-            worker.owe(unpin)
+            worker.deferred.defer(unpin)
             found = True
         finally:
             worker.end(operation)
@@ -1593,7 +1594,7 @@ class ModelManager(BeamNames):
                     return _Booking(instance, generation, namespace.transitions.runs_alone(instance), resumes)
         except LockTimeoutError:
             # Else what was granted would stay ours for ever, unknown to everybody here.
-            worker.owe(functools.partial(worker.leave_if_there, operation.ticket))
+            worker.deferred.defer(functools.partial(worker.leave_if_there, operation.ticket))
             raise
         if state == Ticket.ENOUGH:
             return None
@@ -1635,21 +1636,23 @@ class ModelManager(BeamNames):
 
         ticket = operation.ticket
         wanted = wanted_by(worker, row) if timed_out else None
+        left: tuple[str, float | None] = ("lock", None)
+        is_asked = True
 
-        def leave(t: Transaction) -> tuple[str, float | None]:
-            reason, expected_s = worker.scheduler.why(row), None
-            if timed_out:
-                expected_s = worker.scheduler.expected_wait_s(row)
+        def leave(t: Transaction) -> bool:
+            nonlocal left
+            if is_asked:
+                left = worker.scheduler.why(row), worker.scheduler.expected_wait_s(row) if timed_out else None
             moves_somebody = not worker.scheduler.holds_up_nobody(row)
             if not worker.leave_if_there(ticket, t):
-                return reason, expected_s
+                return False
             if timed_out:
                 t.add(Header.TIMEOUTS, 1)
-            if moves_somebody:
-                worker.scheduler.advance(t)
-            return reason, expected_s
+            return moves_somebody
 
-        left = worker.now_or_later(leave) or ("lock", None)
+        worker.deferred.apply_or_defer(leave)
+        # Where the change was deferred, nobody waits for the reason, and to expect a wait takes a look at all copies.
+        is_asked = False
         operation.ticket = None
         held = "" if wanted is None or left[0] == "lock" else held_by(worker, wanted)
         return (f"{left[0]}; {held}", left[1]) if held else left
@@ -1689,7 +1692,7 @@ class ModelManager(BeamNames):
                     operation.booking = lease.reference
                     return lease
         except LockTimeoutError:
-            worker.owe(functools.partial(worker.leave_if_there, operation.ticket))
+            worker.deferred.defer(functools.partial(worker.leave_if_there, operation.ticket))
             raise
         if state == Ticket.RESET:
             raise self._taken_away(worker, f"ended the wait for {name!r}", name)
@@ -1956,10 +1959,9 @@ class ModelManager(BeamNames):
                 worker.namespace.transitions.note_failure(t, words[at + Instance.MODEL])
             # Not merely `fail_load`: the loader may have started a model server before it failed.
             worker.namespace.transitions.give_up_load(t, booking.row)
-            worker.scheduler.advance(t)
             return True
 
-        return worker.now_or_later(give_up) is not False
+        return worker.deferred.apply_or_defer(give_up) is not False
 
     # ---- the way of a release ------------------------------------------------------------------------------
 
@@ -2007,13 +2009,14 @@ class ModelManager(BeamNames):
         if operation.held is not None:
             worker.let_go_of(operation.held, operation)
 
-        def discard(t: Transaction) -> None:
+        def discard(t: Transaction) -> bool:
             worker.settle_receipts(t)
-            if worker.is_held(copy):
-                worker.namespace.transitions.discard(t, copy.row)
-                worker.scheduler.advance(t)
+            if not worker.is_held(copy):
+                return False
+            worker.namespace.transitions.discard(t, copy.row)
+            return True
 
-        worker.now_or_later(discard)
+        worker.deferred.apply_or_defer(discard)
         operation.held = None
 
     # ---- bookings made by hand -----------------------------------------------------------------------------

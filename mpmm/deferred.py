@@ -1,0 +1,145 @@
+"""Changes that a process makes as soon as the lock is free: what must not be left out, and cannot be made now.
+
+A waiter that gives up leaves the queue, a load that failed frees its row, a lease ends. If the lock is taken for longer
+than a caller can wait, or the caller is a finalizer or signal handler in the middle of a transaction of its own thread,
+the background thread of the process makes the change later.
+
+On a crowded host such changes come in bursts, and one look at the whole queue takes milliseconds under the lock. So
+they are made in one transaction, as many as fit, and the policy decides once at its end.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+
+from mpmm.errors import LockTimeoutError, ReentrantCallError
+from mpmm.printable import printable_logger
+from mpmm.scheduler import Scheduler
+from mpmm.shared_state.namespace import Namespace
+from mpmm.shared_state.transaction import Transaction
+
+__all__ = ["NOW_S", "Change", "DeferredChanges"]
+
+# Returns whether somebody who waits may profit from it.
+Change = Callable[[Transaction], bool]
+
+_LOG = printable_logger("mpmm")
+# A caller that gives up waiting does so on time: if the lock is not free within this, the background thread waits.
+NOW_S = 0.05
+# The background thread pauses for a quarter of a second after each error. What fails for two seconds will not work
+# later either, and each attempt holds the others up.
+ATTEMPTS = 8
+
+
+class _Deferred:
+    """One change, and how often it has failed."""
+
+    __slots__ = ("attempts", "make")
+
+    def __init__(self, make: Change) -> None:
+        self.make = make
+        self.attempts = 0
+
+
+class DeferredChanges:
+    """The changes of one process that wait for the lock, oldest first.
+
+    A change may be made twice, if an exception from a signal handler or finalizer comes right after the commit. So it
+    looks whether there is anything left to do. It returns whether somebody who waits may profit, and does not call
+    `Scheduler.advance` itself: that is done here, once for all changes of a transaction.
+    """
+
+    def __init__(self, namespace: Namespace, scheduler: Scheduler, wake: Callable[[], object]) -> None:
+        """wake: wakes the thread that calls `run`; from any thread, without the lock."""
+        self._namespace = namespace
+        self._scheduler = scheduler
+        self._wake = wake
+        self._changes: deque[_Deferred] = deque()
+        # At most so many together the next time, because the one behind them has failed; 0 for all.
+        self._at_most = 0
+
+    def __bool__(self) -> bool:
+        """Tell whether there are any."""
+        return bool(self._changes)
+
+    def apply_or_defer(self, change: Change) -> bool | None:
+        """Make a change that must not be left out, and return what it returns.
+
+        If the lock is not free within `NOW_S`, or this is a finalizer or signal handler, the background thread makes
+        the change as soon as it is, and the result is None: a ticket or a load that nobody in this process knows of any
+        more would stand until the process ends.
+        """
+        try:
+            with self._namespace.transaction(NOW_S) as t:
+                may_serve = change(t)
+                if may_serve:
+                    self._scheduler.advance(t)
+                return may_serve
+        except (LockTimeoutError, ReentrantCallError):
+            self.defer(change)
+            return None
+
+    def defer(self, change: Change) -> None:
+        """Leave a change to the background thread."""
+        self._changes.append(_Deferred(change))
+        self._wake()
+
+    def defer_plan(self) -> None:
+        """Leave the rest of a plan to the background thread; see `Scheduler.go_on`."""
+        self.defer(lambda t: True)
+
+    def run(self) -> None:
+        """Make all changes. For the background thread alone.
+
+        Raises LockTimeoutError, and what a change raises; then everything that was not made is still here. A change
+        that has failed comes last the next time, and is dropped, with a line in the log, after `ATTEMPTS`.
+        """
+        while self._changes:
+            self._run_some()
+
+    def _run_some(self) -> None:
+        """Make as many changes as fit into one transaction, and let the policy decide."""
+        changes = self._changes
+        together = self._at_most or len(changes)
+        made, in_change, may_serve = 0, False, False
+        try:
+            with self._namespace.transaction() as t:
+                while made < together and not t.is_long:
+                    in_change = True
+                    may_serve = changes[made].make(t) or may_serve
+                    in_change = False
+                    made += 1
+                if may_serve:
+                    self._scheduler.advance(t)
+        except Exception:
+            # All changes of this transaction were undone with the one that failed.
+            if not in_change or not self._namespace.is_usable:
+                raise
+            if made:
+                self._at_most = made
+                return
+            self._at_most = 0
+            if self._put_last():
+                raise
+            return
+        self._at_most = 0
+        for _ in range(made):
+            changes.popleft()
+
+    def _put_last(self) -> bool:
+        """Put the first change, which has failed by itself, behind all others; return False if it is dropped instead.
+
+        Called while its error is handled.
+        """
+        change = self._changes[0]
+        change.attempts += 1
+        if change.attempts < ATTEMPTS:
+            self._changes.rotate(-1)
+            return True
+        self._changes.popleft()
+        _LOG.exception(
+            "mpmm %s: pid %d gives up a change that was to be made later, after %d attempts",
+            *(self._namespace.name, self._namespace.pid, ATTEMPTS),
+        )
+        return False
