@@ -16,8 +16,8 @@ from processes import scaled
 
 from mpmm.policy.admission import free_mb, limit_mb
 from mpmm.policy.demand import Demand
-from mpmm.policy.eviction import Candidate, eviction_order, score, with_least_harm
-from mpmm.policy.fairness import is_due, is_overdue, may_be_leased_before, queue_order
+from mpmm.policy.eviction import Candidate, cheapest_set, eviction_order, score
+from mpmm.policy.fairness import may_be_leased_before, overtaking_limited, overtaking_over, queue_order
 from mpmm.policy.placement import best_place
 from mpmm.policy.plan import make_plan
 from mpmm.policy.sharing import FIRST_LOAD_S, Seen, seen_so_far, waiting_is_sooner
@@ -755,11 +755,11 @@ def test_waiters_stand_in_order_of_priority_then_number() -> None:
 
 def test_overtaking_ends_exactly_at_the_bound() -> None:
     state = view([], [])
-    assert not is_due(state, ticket(1, A, waited=9.0))
-    assert not is_due(state, ticket(1, A, waited=9.0, blocked=1.999))
-    assert is_due(state, ticket(1, A, waited=9.0, blocked=2.0))
-    assert not is_overdue(state, ticket(1, A, waited=9.0, blocked=3.999))
-    assert is_overdue(state, ticket(1, A, waited=9.0, blocked=4.0))
+    assert not overtaking_limited(state, ticket(1, A, waited=9.0))
+    assert not overtaking_limited(state, ticket(1, A, waited=9.0, blocked=1.999))
+    assert overtaking_limited(state, ticket(1, A, waited=9.0, blocked=2.0))
+    assert not overtaking_over(state, ticket(1, A, waited=9.0, blocked=3.999))
+    assert overtaking_over(state, ticket(1, A, waited=9.0, blocked=4.0))
 
 
 def test_a_known_model_that_has_waited_long_enough_stands_among_the_unknown() -> None:
@@ -1508,7 +1508,7 @@ def test_a_device_is_not_emptied_in_vain_where_pinned_copies_leave_no_room() -> 
 @given(st.lists(st.tuples(st.integers(0, 9), st.integers(1, 400)), max_size=6), st.integers(1, 900))
 def test_victims_free_enough_and_none_of_them_goes_for_nothing(sizes: list[tuple[int, int]], missing_mb: int) -> None:
     candidates = [Candidate(harm, mb, idle(row, A, mb=mb)) for row, (harm, mb) in enumerate(sizes)]
-    chosen = with_least_harm(candidates, missing_mb)
+    chosen = cheapest_set(candidates, missing_mb)
     freed_mb = sum(one.mb for one in chosen)
     if sum(one.mb for one in candidates) < missing_mb:
         assert chosen == []

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 from mpmm.policy.admission import free_mb
 from mpmm.policy.demand import Demand
 from mpmm.policy.eviction import eviction_order
-from mpmm.policy.fairness import is_overdue
+from mpmm.policy.fairness import overtaking_over
 from mpmm.policy.plan import Plan, make_plan
 from mpmm.policy.sharing import remaining_s
 from mpmm.policy.view import (
@@ -360,7 +360,7 @@ class _Simulation:
     def _check_bound(self, ticket: _Ticket, view: View) -> None:
         """Nobody may pass a blocked one for longer than twice the bound; see `fairness`."""
         self.outcome.broken_bounds += any(
-            other.row < ticket.view.row and other.row in self._tickets and is_overdue(view, other)
+            other.row < ticket.view.row and other.row in self._tickets and overtaking_over(view, other)
             for other in view.tickets
         )
 

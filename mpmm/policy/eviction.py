@@ -1,15 +1,16 @@
-"""Eviction: which copies to unload so that a load fits, by the cost of being wrong.
+"""Eviction: which instances to unload so that a load fits, by what it costs to have them loaded again.
 
-The *harm* of unloading a copy is what its users are expected to lose by it, per second: the time of a load, times the
-rate at which the model is asked for. A copy beyond those that are needed is missed only when all others are in use. The
-whole set is chosen at once, the least harm that frees enough, and memory that is on its way back counts.
+The *reload cost* of an instance is what its users are expected to lose once it is gone, per second: the time of a load,
+times the rate at which the model is asked for. An instance beyond those that are needed is missed only when all others
+are in use. The whole set is chosen at once, the cheapest one that frees enough, and memory that is on its way back
+counts.
 
-Harm is known once loads have been timed. As long as it is not, or all of it is too small to matter, the order is
+Costs are known once loads have been timed. As long as they are not, or all are too small to matter, the order is
 Beam's: the score is ten times the model's waiters plus a tier from 0 to 3 (surplus and cold first, needed and warm
-last), and among equals the copy that has been idle longest goes first.
+last), and among equals the instance that has been idle longest goes first.
 
-A model whose place another one has taken (an update of it, say) is not expected to be asked for again: to unload it
-does no harm, and in Beam's order it comes before all others.
+A model that another one has replaced (an update of it, say) is not expected to be asked for again: its reload cost is
+0, and in Beam's order it comes before all others.
 """
 
 from __future__ import annotations
@@ -24,50 +25,59 @@ from typing import NamedTuple
 from mpmm.policy.admission import free_mb
 from mpmm.policy.view import Busy, DeviceView, Idle, ModelView, TicketView, View
 
-__all__ = ["Candidate", "Room", "eviction_order", "find_room", "score", "together", "waiting_pays", "with_least_harm"]
+__all__ = [
+    "Candidate",
+    "EvictionPlan",
+    "cheapest_set",
+    "combine",
+    "eviction_order",
+    "plan_eviction",
+    "score",
+    "waiting_pays",
+]
 
-# Where all loads are quicker than this, which is what it takes to tell a process to load, there is no harm to compare.
+# Where all loads are quicker than this, which is what it takes to tell a process to load, there is no cost to compare.
 RESOLUTION_S = 0.05
 # A model that has been made room for keeps it for its load, and for about as long in use.
 RESIDENCE_IN_LOADS = 2.0
 
 
 @dataclass(frozen=True)
-class Room:
-    """How a load can be made to fit on one device, or, put together, on several.
+class EvictionPlan:
+    """How a load can be made to fit on one device, or, as `combine` returns it, on several.
 
-    victims: idle copies to unload. awaited: copies in use to be unloaded after that. drain_s: when the last of those
-    is expected to be idle. harm: in seconds lost per second, None where costs are not known. freed_mb: what all of
-    those take there. left_mb: what is free besides, for each device.
+    victims: idle instances to unload. awaited: instances in use to be unloaded after that. reload_cost: in seconds lost
+    per second, None where costs are not known. drain_s: when the last of those in use is expected to be idle.
+    freed_mb: what all of those take there. left_mb: what is free besides, for each device.
     """
 
     devices: tuple[DeviceView, ...]
     victims: tuple[Idle, ...]
     awaited: tuple[Busy, ...]
-    harm: float | None
+    reload_cost: float | None
     drain_s: float
     freed_mb: float
     left_mb: tuple[float, ...]
 
     @property
     def cost(self) -> tuple[float, float, tuple[int, ...]]:
-        """Compares rooms: the least harm first, the least memory where that is not known."""
-        return (self.harm or 0.0, self.freed_mb, tuple(device.device for device in self.devices))
+        """Compares plans: the lowest reload cost first, the least memory where that is not known."""
+        return (self.reload_cost or 0.0, self.freed_mb, tuple(device.device for device in self.devices))
 
 
-def together(rooms: Sequence[Room]) -> Room:
-    """Return rooms on different devices as one, for a copy that spans these devices."""
-    if len(rooms) == 1:
-        return rooms[0]
-    harms = [room.harm for room in rooms if room.harm is not None]
-    return Room(
-        tuple(device for room in rooms for device in room.devices),
-        tuple(dict.fromkeys(copy for room in rooms for copy in room.victims)),
-        tuple(dict.fromkeys(copy for room in rooms for copy in room.awaited)),
-        math.fsum(harms) if len(harms) == len(rooms) else None,
-        max(room.drain_s for room in rooms),
-        math.fsum(room.freed_mb for room in rooms),
-        tuple(left for room in rooms for left in room.left_mb),
+def combine(plans: Sequence[EvictionPlan]) -> EvictionPlan:
+    """Return plans for different devices as one, for a copy that spans these devices."""
+    if len(plans) == 1:
+        return plans[0]
+    costs = [plan.reload_cost for plan in plans if plan.reload_cost is not None]
+    return EvictionPlan(
+        tuple(device for plan in plans for device in plan.devices),
+        tuple(dict.fromkeys(instance for plan in plans for instance in plan.victims)),
+        tuple(dict.fromkeys(instance for plan in plans for instance in plan.awaited)),
+        math.fsum(costs) if len(costs) == len(plans) else None,
+        max(plan.drain_s for plan in plans),
+        math.fsum(plan.freed_mb for plan in plans),
+        tuple(left for plan in plans for left in plan.left_mb),
     )
 
 
@@ -98,83 +108,91 @@ def eviction_order(view: View, copies: Sequence[Idle], ticket: TicketView) -> li
     return [entry[-1] for entry in sorted(ranked, key=lambda entry: entry[:4])]
 
 
-def find_room(
+def plan_eviction(
     view: View,
     device: DeviceView,
     idle: Sequence[Idle],
     busy: Sequence[Busy],
     need_mb: float,
     ticket: TicketView,
-) -> Room | None:
+) -> EvictionPlan | None:
     """Return what to unload on `device` so that `need_mb` fits, or None when all that may be is not enough.
 
-    Nothing, when what is on its way back already is enough. busy: copies in use that may be waited for.
+    Nothing, when what is on its way back already is enough. busy: instances in use that may be waited for.
     """
     coming = free_mb(device, view.rules.slack_percentage) + device.returning_mb + device.unloading_mb
     if coming >= need_mb:
-        return Room((device,), (), (), 0.0, 0.0, 0.0, (coming - need_mb,))
-    here = [copy for copy in idle if _may_go(view, device, ticket, copy)]
-    used = [copy for copy in busy if copy.model != ticket.model and _may_go(view, device, ticket, copy)]
+        return EvictionPlan((device,), (), (), 0.0, 0.0, 0.0, (coming - need_mb,))
+    here = [one for one in idle if _may_be_evicted(view, device, ticket, one)]
+    used = [one for one in busy if one.model != ticket.model and _may_be_evicted(view, device, ticket, one)]
     missing_mb = need_mb - coming
-    if math.fsum(copy.mb_on(device.device) for copy in (*here, *used)) < missing_mb:
+    if math.fsum(one.mb_on(device.device) for one in (*here, *used)) < missing_mb:
         return None
-    harm: float | None = None
-    if _costs_are_known(view, {copy.model for copy in here} | {copy.model for copy in used}):
-        candidates = _candidates(view, device, here, used)
-        best = with_least_harm(candidates, missing_mb)
-        chosen, harm = [one.copy for one in best], math.fsum(one.harm for one in best)
+    reload_cost: float | None = None
+    if _costs_are_known(view, {one.model for one in here} | {one.model for one in used}):
+        best = cheapest_set(_candidates(view, device, here, used), missing_mb)
+        chosen, reload_cost = [one.copy for one in best], math.fsum(one.reload_cost for one in best)
     else:
-        soonest = sorted(used, key=lambda copy: (copy.free_in_s, copy.row))
-        order: list[Idle | Busy] = [*eviction_order(view, here, ticket), *soonest]
-        before = itertools.accumulate((copy.mb_on(device.device) for copy in order), initial=0.0)
-        chosen = [copy for copy, before_mb in zip(order, before, strict=False) if before_mb < missing_mb]
-    awaited = tuple(copy for copy in chosen if isinstance(copy, Busy))
-    freed = math.fsum(copy.mb_on(device.device) for copy in chosen)
-    return Room(
+        chosen = _in_beams_order(view, device, here, used, missing_mb, ticket)
+    awaited = tuple(one for one in chosen if isinstance(one, Busy))
+    freed = math.fsum(one.mb_on(device.device) for one in chosen)
+    return EvictionPlan(
         (device,),
-        tuple(copy for copy in chosen if isinstance(copy, Idle)),
+        tuple(one for one in chosen if isinstance(one, Idle)),
         awaited,
-        harm,
-        max((_served_in_s(view, copy) for copy in awaited), default=0.0),
+        reload_cost,
+        max((_served_in_s(view, one) for one in awaited), default=0.0),
         freed,
         (freed - missing_mb,),
     )
 
 
-def waiting_pays(room: Room, sooner: Room, model: ModelView) -> bool:
-    """Tell whether to wait for `room`, where copies are still in use, though `sooner` could be made now.
+def _in_beams_order(
+    view: View, device: DeviceView, idle: Sequence[Idle], busy: Sequence[Busy], missing_mb: float, ticket: TicketView
+) -> list[Idle | Busy]:
+    """Return the first in Beam's order that free enough together; those in use come last, the soonest idle first."""
+    soonest = sorted(busy, key=lambda one: (one.free_in_s, one.row))
+    order: list[Idle | Busy] = [*eviction_order(view, idle, ticket), *soonest]
+    before = itertools.accumulate((one.mb_on(device.device) for one in order), initial=0.0)
+    return [one for one, before_mb in zip(order, before, strict=False) if before_mb < missing_mb]
 
-    Waiting costs the model's waiters the time until then. Not waiting costs what `sooner` does more harm, for as long
-    as the model keeps the memory. In the simulator that saves 2 to 17 loads of 100, where copies are held for less than
-    a load takes.
+
+def waiting_pays(plan: EvictionPlan, sooner: EvictionPlan, model: ModelView) -> bool:
+    """Tell whether to wait for `plan`, whose instances are still in use, though `sooner` could be carried out now.
+
+    Waiting costs the model's waiters the time until then. Not waiting costs by how much `sooner` is dearer, for as long
+    as the model keeps the memory. In the simulator that saves 2 to 17 loads of 100, where instances are held for less
+    than a load takes.
     """
-    if room.harm is None or sooner.harm is None:
+    if plan.reload_cost is None or sooner.reload_cost is None:
         return False
-    more_harm = (sooner.harm - room.harm) * RESIDENCE_IN_LOADS * model.load_s
-    return room.drain_s * max(1, model.waiting) < more_harm
+    dearer_by = (sooner.reload_cost - plan.reload_cost) * RESIDENCE_IN_LOADS * model.load_s
+    return plan.drain_s * max(1, model.waiting) < dearer_by
 
 
 class Candidate(NamedTuple):
-    """A copy that may go, and what that does."""
+    """An instance that may be evicted, and what that costs and frees."""
 
-    harm: float
+    reload_cost: float
     mb: float
     copy: Idle | Busy
 
 
-def with_least_harm(candidates: Sequence[Candidate], missing_mb: float) -> list[Candidate]:
-    """Return those of least harm that free enough together, first victim first; empty when all are too little.
+def cheapest_set(candidates: Sequence[Candidate], missing_mb: float) -> list[Candidate]:
+    """Return the cheapest ones that free enough together, first victim first; empty when all are too little.
 
-    The best of three greedy sets (by harm per MB, by harm, one alone); what turns out not to be needed stays. Of eight
-    copies at random that is the best set in 99 cases of 100, in 10 us instead of a millisecond.
+    The best of three greedy sets (by cost per MB, by cost, one alone); an instance that turns out not to be needed
+    stays. Of eight instances at random that is the best set in 99 cases of 100, in 10 us instead of a millisecond.
     """
     orders = (
-        sorted(candidates, key=lambda one: (one.harm / max(one.mb, 1.0), one.copy.row)),
-        sorted(candidates, key=lambda one: (one.harm, one.copy.row)),
-        sorted((one for one in candidates if one.mb >= missing_mb), key=lambda one: (one.harm, one.copy.row))[:1],
+        sorted(candidates, key=lambda one: (one.reload_cost / max(one.mb, 1.0), one.copy.row)),
+        sorted(candidates, key=lambda one: (one.reload_cost, one.copy.row)),
+        sorted((one for one in candidates if one.mb >= missing_mb), key=lambda one: (one.reload_cost, one.copy.row))[
+            :1
+        ],
     )
     sets = [chosen for order in orders if (chosen := _enough(order, missing_mb))]
-    return min(sets, key=lambda chosen: math.fsum(one.harm for one in chosen), default=[])
+    return min(sets, key=lambda chosen: math.fsum(one.reload_cost for one in chosen), default=[])
 
 
 def _enough(order: Sequence[Candidate], missing_mb: float) -> list[Candidate]:
@@ -188,7 +206,7 @@ def _enough(order: Sequence[Candidate], missing_mb: float) -> list[Candidate]:
         freed_mb += one.mb
     if freed_mb < missing_mb:
         return []
-    for one in sorted(chosen, key=lambda one: -one.harm):
+    for one in sorted(chosen, key=lambda one: -one.reload_cost):
         if freed_mb - one.mb >= missing_mb:
             chosen.remove(one)
             freed_mb -= one.mb
@@ -204,14 +222,14 @@ def _candidates(view: View, device: DeviceView, idle: Sequence[Idle], busy: Sequ
         if model.superseded:
             candidates.append(Candidate(0.0, copy.mb_on(device.device), copy))
             continue
-        # Who waits already comes within the time of a load.
+        # Those that wait already are requests within the time of one load.
         rate = model.rate + model.waiting / model.load_s
-        harm = rate * model.load_s
+        cost = rate * model.load_s
         if left[copy.model] > max(1, view.rules.min_model_copies):
             # The others are all in use so much of the time.
-            harm *= min(1.0, rate * model.hold_s / (left[copy.model] - 1))
+            cost *= min(1.0, rate * model.hold_s / (left[copy.model] - 1))
         left[copy.model] -= 1
-        candidates.append(Candidate(harm, copy.mb_on(device.device), copy))
+        candidates.append(Candidate(cost, copy.mb_on(device.device), copy))
     return candidates
 
 
@@ -233,7 +251,7 @@ def _is_superseded(view: View, row: int) -> bool:
     return model is not None and model.superseded
 
 
-def _may_go(view: View, device: DeviceView, ticket: TicketView, copy: Idle | Busy) -> bool:
+def _may_be_evicted(view: View, device: DeviceView, ticket: TicketView, copy: Idle | Busy) -> bool:
     return device.device in copy.devices and not copy.pinned and _may_displace(view, ticket, copy.model)
 
 

@@ -48,8 +48,8 @@ from mpmm.policy.admission import limit_mb
 from mpmm.policy.view import DeviceView, TicketView, View
 
 __all__ = [
-    *("HEAD_START_S", "HIGHEST_URGENCY", "UNKNOWN_FIRST", "effective_priority", "is_due", "is_overdue"),
-    *("may_be_leased_before", "queue_order", "rank_ns", "urgency_of"),
+    *("HEAD_START_S", "HIGHEST_URGENCY", "UNKNOWN_FIRST", "effective_priority"),
+    *("may_be_leased_before", "overtaking_limited", "overtaking_over", "queue_order", "rank_ns", "urgency_of"),
 ]
 
 
@@ -97,14 +97,14 @@ def queue_order(view: View) -> list[TicketView]:
     )
 
 
-def is_due(view: View, ticket: TicketView) -> bool:
-    """Tell whether a blocked waiter must not be delayed any more."""
+def overtaking_limited(view: View, ticket: TicketView) -> bool:
+    """Tell whether the head of the line must not be delayed any more: others reuse only what it does not need."""
     since = ticket.blocked_since_s
     return since is not None and view.now_s - since >= view.rules.max_overtake_seconds
 
 
-def is_overdue(view: View, ticket: TicketView) -> bool:
-    """Tell whether nobody at all may pass a blocked waiter any more."""
+def overtaking_over(view: View, ticket: TicketView) -> bool:
+    """Tell whether nothing at all may overtake the head of the line any more."""
     since = ticket.blocked_since_s
     return since is not None and view.now_s - since >= 2 * view.rules.max_overtake_seconds
 

@@ -10,7 +10,7 @@ smaller share of a large device than of a small one: with none of it small devic
 emptier. Shares, not MB, because a slice of a GPU is to be as full as a whole one. With loads of 1 to 4 % of a GPU, on
 seven GPUs and one that is cut in two, the fullest device is then 4 % fuller than the least full one, with loads of 3 to
 10 % it is 9 %; with best fit alone it is 99 %, before memory runs short. Once everything is full it does not matter any
-more: then room is made, where that does the least harm (`eviction.find_room`).
+more: then room is made where that costs least (`eviction.plan_eviction`).
 
 A copy that spans several devices takes an equal share of each: the first so many devices in the same order.
 """

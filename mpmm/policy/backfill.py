@@ -1,0 +1,67 @@
+"""Backfill: loads behind the head of the line that fit beside what is reserved for it, so that they do not delay it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+from mpmm.policy.admission import free_mb
+from mpmm.policy.placement import best_place
+from mpmm.policy.plan_state import PlanState, resized
+from mpmm.policy.sharing import presumed
+from mpmm.policy.view import Decision, DeviceView, ModelView, Reason, TicketView
+
+__all__ = ["backfill"]
+
+
+def backfill(state: PlanState, ticket: TicketView, model: ModelView) -> Decision | None:
+    """Let a waiter load, or resume, what fits beside the room made for the head of the line; None if nothing."""
+    head, eviction_plan = state.head, state.eviction_plan
+    if ticket.steady:
+        return None
+    if head is None or state.must_run_alone(ticket, model) or model.shared or state.has_most_copies(model):
+        state.no_backfill.add(model.model)
+        return None
+    if model.usable_by(ticket.member) or presumed(model, state.seen).coming_for(ticket.member):
+        return None
+    instance = state.suspended_for(ticket) if state.suspended else None
+    if instance is not None:
+        mb = math.fsum(instance.mb_on(device) for device in instance.devices)
+        ticket = replace(ticket, devices=instance.devices, span=len(instance.devices))
+        model = resized(model, mb)
+    share_mb = model.need_mb / ticket.span
+    left = _left_mb(state)
+    place = best_place(_beside_head(state, ticket, model, head, left), share_mb, state.slack, ticket.span)
+    if place is None:
+        state.no_backfill.add(model.model)
+        return None
+    if eviction_plan:
+        taken = {device.device for device in place.devices}
+        left_mb = tuple(mb - share_mb * (device in taken) for device, mb in left.items())
+        state.eviction_plan = replace(eviction_plan, left_mb=left_mb)
+    # As they are without the room that is kept for the head of the line.
+    devices = tuple(state.devices[device.device] for device in place.devices)
+    state.overtaking_is_free = False
+    load = state.load_on(ticket, devices, model.need_mb, Reason.BESIDE, head.model)
+    return load if instance is None else state.resume_instead(load, instance)
+
+
+def _left_mb(state: PlanState) -> dict[int, float]:
+    """Return what the room that is made for the head of the line leaves over, by device."""
+    plan = state.eviction_plan
+    return dict(zip((device.device for device in plan.devices), plan.left_mb, strict=True)) if plan else {}
+
+
+def _beside_head(
+    state: PlanState, ticket: TicketView, model: ModelView, head: TicketView, left: dict[int, float]
+) -> list[DeviceView]:
+    """Return where a waiter may load without delaying the head of the line, with the latter's room as reserved."""
+    free = []
+    for device in state.leasable(state.open_to(ticket), model, model.need_mb / ticket.span):
+        if device.device in left:
+            kept_mb = max(0.0, free_mb(device, state.slack) - left[device.device])
+            free.append(replace(device, reserved_mb=device.reserved_mb + kept_mb))
+        elif state.eviction_plan or (head.devices and device.device not in head.devices):
+            # Where it is not known how to make room for the head, it may need whatever comes free on its devices.
+            free.append(device)
+    return free

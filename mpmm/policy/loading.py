@@ -1,0 +1,181 @@
+"""May a waiter load, and what happens to it if not: the rules for one waiter that nothing is ahead of.
+
+`load` asks each rule of `RULES` in order; the first that has an answer gives it. So the order is the argument: what can
+never be is refused first, then free memory is used, and only what is left of the waiters has room made for it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from mpmm.policy.admission import free_mb, largest_limit_mb, limit_mb, widened
+from mpmm.policy.eviction import EvictionPlan
+from mpmm.policy.fairness import overtaking_limited
+from mpmm.policy.making_room import (
+    choose_room,
+    is_delayed_by_loads,
+    room_by_unloading_all,
+    wait_for_others,
+    wait_without_room,
+)
+from mpmm.policy.placement import Place, best_place
+from mpmm.policy.plan_state import PlanState
+from mpmm.policy.quiet_start import start_quietly, wait_for_quiet_start
+from mpmm.policy.view import Decision, DeviceView, ModelView, Reason, Refuse, TicketView, Wait, Why
+
+__all__ = ["RULES", "load", "needs_only_free_memory"]
+
+# Called for a waiter that could load now: lets another one that a load is due to first take its turn, and says if so.
+LoadOtherFirst = Callable[[TicketView, ModelView], bool]
+
+
+@dataclass(slots=True)
+class _Attempt:
+    """One waiter's try to load. where: the devices that are open to it; place: those that it would get now, if any."""
+
+    state: PlanState
+    ticket: TicketView
+    model: ModelView
+    need_mb: float
+    share_mb: float
+    load_other_first: LoadOtherFirst
+    where: list[DeviceView]
+    place: Place | None = None
+
+    def look_for_place(self) -> None:
+        """See which devices are open, with the limits that hold for this load, and which of them would be taken."""
+        state, share_mb = self.state, self.share_mb
+        self.where = [widened(device, share_mb, state.slack) for device in state.open_to(self.ticket)]
+        leasable = state.leasable(self.where, self.model, share_mb)
+        self.place = best_place(leasable, share_mb, state.slack, self.ticket.span)
+
+
+def load(state: PlanState, ticket: TicketView, model: ModelView, load_other_first: LoadOtherFirst) -> Decision | None:
+    """Return what happens to a waiter whose model is to be loaded; None if it waits for devices that others close."""
+    need_mb = state.need_mb(ticket, model)
+    attempt = _Attempt(state, ticket, model, need_mb, need_mb / ticket.span, load_other_first, [])
+    refused = _refuse(attempt)
+    if refused is not None:
+        return refused
+    attempt.look_for_place()
+    if len(attempt.where) < ticket.span:
+        # Where it may load an instance runs alone or starts quietly, or is about to.
+        return wait_for_quiet_start(state, ticket, need_mb)
+    for rule in RULES:
+        decision = rule(attempt)
+        if decision is not None:
+            return decision
+    raise AssertionError("the last rule has an answer for every waiter")
+
+
+def needs_only_free_memory(state: PlanState, ticket: TicketView, model: ModelView) -> bool:
+    """Tell whether a load takes nothing but free memory, or is refused."""
+    largest = largest_limit_mb(state.allowed_for(ticket), state.slack, ticket.span) * ticket.span
+    need_mb = state.need_mb(ticket, model)
+    fits = best_place(state.open_to(ticket), need_mb / ticket.span, state.slack, ticket.span) is not None
+    return fits or need_mb > largest
+
+
+def _refuse(attempt: _Attempt) -> Decision | None:
+    """Refuse what can never be loaded, unless there is a copy to wait for."""
+    state, ticket, model, need_mb = attempt.state, attempt.ticket, attempt.model, attempt.need_mb
+    largest = largest_limit_mb(state.allowed_for(ticket), state.slack, ticket.span) * ticket.span
+    if need_mb > largest:
+        if state.tied_part(ticket, model).usable_by(ticket.member) and not ticket.preload:
+            # Too large for a second copy, but there is one to wait for.
+            return Wait(ticket.row, Reason.MEMORY, Why(Reason.MEMORY, need_mb, largest))
+        return Refuse(ticket.row, Why(Reason.TOO_LARGE, need_mb, largest))
+    if ticket.preload and not _fit_together(state, ticket, model.copies, attempt.share_mb):
+        return Refuse(ticket.row, Why(Reason.TOO_LARGE, need_mb, largest))
+    return None
+
+
+def _fit_together(state: PlanState, ticket: TicketView, copies: int, share_mb: float) -> bool:
+    """Tell whether the devices could take one copy more than `copies` of the same size, if they had nothing else."""
+    if share_mb <= 0:
+        return True
+    places = sum(limit_mb(device, state.slack) // share_mb for device in state.allowed_for(ticket))
+    return copies * ticket.span + ticket.span <= places
+
+
+# ---- the rules, in the order in which they are asked -----------------------------------------------------------
+
+
+def _starts_quietly(attempt: _Attempt) -> Decision | None:
+    if attempt.place is None or not attempt.ticket.steady:
+        return None
+    state, ticket, share_mb = attempt.state, attempt.ticket, attempt.share_mb
+    leasable = state.leasable(attempt.where, attempt.model, share_mb)
+    return start_quietly(state, ticket, leasable, attempt.place.devices, share_mb)
+
+
+def _fits(attempt: _Attempt) -> Decision | None:
+    """Load in free memory, unless a model that more wait for takes it first."""
+    if attempt.place is None:
+        return None
+    if attempt.load_other_first(attempt.ticket, attempt.model):
+        attempt.look_for_place()
+    if attempt.place is None:
+        return None
+    another = attempt.state.tied_part(attempt.ticket, attempt.model).usable_by(attempt.ticket.member)
+    reason = Reason.ANOTHER_COPY if another else attempt.place.reason
+    return attempt.state.load_on(attempt.ticket, attempt.place.devices, attempt.need_mb, reason)
+
+
+def _leases_stay_in_order(attempt: _Attempt) -> Decision | None:
+    """Keep a lease behind the waiters for leases to end that came before it."""
+    if not attempt.model.lease or not attempt.state.lease_is_awaited:
+        return None
+    return Wait(attempt.ticket.row, Reason.BEHIND, Why(Reason.BEHIND, attempt.need_mb))
+
+
+def _waits_for_others(attempt: _Attempt) -> Decision | None:
+    """Let those wait aside, without holding up others, that no eviction would help."""
+    waits = wait_for_others(attempt.state, attempt.ticket, attempt.where, attempt.share_mb)
+    if waits is not None and waits.reason == Reason.LEASED:
+        attempt.state.awaiting_leases.append((attempt.ticket, attempt.share_mb))
+    return waits
+
+
+def _makes_room(attempt: _Attempt) -> Decision | None:
+    """Evict for a waiter, or let it wait at the head of the line for memory that comes free; always has an answer."""
+    state, ticket, share_mb, where = attempt.state, attempt.ticket, attempt.share_mb, attempt.where
+    due = overtaking_limited(state.view, ticket)
+    plan = choose_room(state, ticket, share_mb, due) or room_by_unloading_all(state, ticket, where, share_mb)
+    state.eviction_plan = plan
+    state.overtaking_is_free = is_delayed_by_loads(state, ticket, share_mb)
+    if plan is None:
+        return wait_without_room(state, ticket, where, attempt.need_mb)
+    return _carry_out(attempt, plan, due)
+
+
+RULES: tuple[Callable[[_Attempt], Decision | None], ...] = (
+    _starts_quietly,
+    _fits,
+    _leases_stay_in_order,
+    _waits_for_others,
+    _makes_room,
+)
+
+
+def _carry_out(attempt: _Attempt, plan: EvictionPlan, due: bool) -> Decision:
+    """Evict what a plan names, or wait for the first of what it waits for: instances in use, unloads, freed memory."""
+    state, ticket, need_mb = attempt.state, attempt.ticket, attempt.need_mb
+    free = math.fsum(free_mb(device, state.slack) for device in plan.devices)
+    on = state.named(plan.devices)
+    if plan.victims and (due or not plan.awaited):
+        reason = Reason.LOWEST_SCORE if plan.reload_cost is None else Reason.SMALLEST_HARM
+        coming_mb = math.fsum(one.mb for one in plan.victims)
+        why = Why(reason, need_mb, free, coming_mb, plan.reload_cost or 0.0, plan.victims[0].model, on)
+        return state.evict_for(ticket, plan.victims, why)
+    if plan.awaited:
+        coming_mb = math.fsum(one.mb for one in plan.awaited)
+        why = Why(Reason.IN_USE, need_mb, free, coming_mb, plan.drain_s, plan.awaited[0].model, on)
+        return state.wait_at_head(ticket, why)
+    unloading_mb = math.fsum(device.unloading_mb for device in plan.devices)
+    if unloading_mb > 0:
+        return state.wait_at_head(ticket, Why(Reason.UNLOADING, need_mb, free, unloading_mb, devices=on))
+    returning_mb = math.fsum(device.returning_mb for device in plan.devices)
+    return state.wait_at_head(ticket, Why(Reason.RETURNING, need_mb, free, returning_mb, devices=on))

@@ -1,0 +1,138 @@
+"""Making room for a waiter whose load does not fit: what to evict or to wait for, and whether anything would help.
+
+`eviction` says what to unload on one device. This looks at all devices that a waiter may load on, as far as the plan
+under way has left them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from mpmm.policy.admission import widened
+from mpmm.policy.eviction import EvictionPlan, combine, plan_eviction, waiting_pays
+from mpmm.policy.plan_state import PlanState, most_free_mb
+from mpmm.policy.view import Busy, DeviceView, ModelView, Reason, TicketView, Wait, Why
+
+__all__ = [
+    "cheapest_room",
+    "choose_room",
+    "holds_up_others",
+    "is_delayed_by_loads",
+    "room_by_unloading_all",
+    "wait_for_others",
+    "wait_without_room",
+]
+
+
+def choose_room(state: PlanState, ticket: TicketView, share_mb: float, due: bool) -> EvictionPlan | None:
+    """Return where room for `share_mb` on each of a waiter's devices costs least to make.
+
+    That may mean to wait for instances in use, if that is better than to unload idle ones. due: the waiter has been
+    overtaken for long enough, so it takes what can be had now.
+    """
+    view = state.view
+    now = cheapest_room(state, ticket, share_mb, ())
+    if now is not None and (due or not now.victims or not view.busy):
+        return now
+    later = cheapest_room(state, ticket, share_mb, view.busy)
+    if now is None or (later is not None and waiting_pays(later, now, view.models[ticket.model])):
+        return later
+    return now
+
+
+def cheapest_room(state: PlanState, ticket: TicketView, share_mb: float, busy: Sequence[Busy]) -> EvictionPlan | None:
+    """Return the cheapest way to make room with idle instances and those of `busy`; None if all are too little."""
+    quiet = state.quiet.keys()
+    idle = [one for instances in state.idle.values() for one in instances if not quiet & set(one.devices)]
+    where = (widened(device, share_mb, state.slack) for device in state.open_to(ticket))
+    plans = [plan for device in where if (plan := plan_eviction(state.view, device, idle, busy, share_mb, ticket))]
+    return _cheapest_of(plans, ticket.span)
+
+
+def room_by_unloading_all(
+    state: PlanState, ticket: TicketView, where: list[DeviceView], share_mb: float
+) -> EvictionPlan | None:
+    """Return how to unload everything from devices where the accounts alone show too little room.
+
+    Part of what counts as external there may be what instances have grown by. Only an empty device tells.
+    """
+    plans = []
+    for device in where:
+        grown_mb = device.external_mb - device.external_least_mb
+        if grown_mb <= 0 or not state.count_fitting([device], share_mb, pinned=True):
+            continue
+        victims = [
+            one
+            for one in state.idle_on({device.device})
+            if not one.pinned and not state.quiet.keys() & set(one.devices)
+        ]
+        awaited = [one for one in state.view.busy if device.device in one.devices]
+        if not (victims or awaited or device.unloading or device.returning_mb):
+            continue
+        freed_mb = math.fsum(one.mb_on(device.device) for one in (*victims, *awaited))
+        drain_s = max((one.free_in_s for one in awaited), default=0.0)
+        plans.append(EvictionPlan((device,), tuple(victims), tuple(awaited), None, drain_s, freed_mb, (0.0,)))
+    return _cheapest_of(plans, ticket.span)
+
+
+def holds_up_others(state: PlanState, ticket: TicketView, model: ModelView) -> bool:
+    """Tell whether a waiter that was the head of the line still is: others may pass one that no eviction would help."""
+    if state.has_most_copies(model):
+        return False
+    where, share_mb = state.allowed_for(ticket), state.need_mb(ticket, model) / ticket.span
+    if state.count_fitting(where, share_mb, pinned=True) < ticket.span:
+        return False
+    if any(state.busy[device.device] or device.unloading or device.returning_mb for device in where):
+        return True
+    # Nothing comes free by itself, so it takes an eviction, beside external memory as it is now.
+    return (
+        cheapest_room(state, ticket, share_mb, ()) is not None
+        or room_by_unloading_all(state, ticket, where, share_mb) is not None
+    )
+
+
+def is_delayed_by_loads(state: PlanState, ticket: TicketView, share_mb: float) -> bool:
+    """Tell whether room can only come from the end of loads that have begun, which no waiter that reuses delays."""
+    loading = state.loads_begun or any(one.loading for one in state.view.busy)
+    return loading and cheapest_room(state, ticket, share_mb, ()) is None
+
+
+def wait_for_others(state: PlanState, ticket: TicketView, where: list[DeviceView], share_mb: float) -> Wait | None:
+    """Let a waiter wait that leases, external memory or pinned instances leave too little room; None if they do not.
+
+    Nothing that the manager can unload would help it, so nobody has to stand back for it, which could be for hours.
+    """
+    need_mb, free = share_mb * ticket.span, most_free_mb(where, state.slack)
+    if state.count_fitting(where, share_mb, external=False) < ticket.span:
+        state.lease_is_awaited = True
+        return Wait(ticket.row, Reason.LEASED, Why(Reason.LEASED, need_mb, free))
+    if state.count_fitting(where, share_mb) < ticket.span:
+        external_mb = math.fsum(device.external_least_mb for device in where)
+        return Wait(ticket.row, Reason.FOREIGN, Why(Reason.FOREIGN, need_mb, free, external_mb))
+    if state.count_fitting(where, share_mb, pinned=True) < ticket.span:
+        return Wait(ticket.row, Reason.PINNED, Why(Reason.PINNED, need_mb, free))
+    return None
+
+
+def wait_without_room(state: PlanState, ticket: TicketView, where: list[DeviceView], need_mb: float) -> Wait:
+    """Let a waiter wait for which no room can be made now. It holds up others only if that can change by itself.
+
+    Where nothing is in use, only others can change it: what pinned instances have grown by counts as external, say.
+    """
+    free = most_free_mb(where, state.slack)
+    rows = {device.device for device in where}
+    if any(state.busy[row] for row in rows):
+        # In use, being loaded, or let in by this plan.
+        return state.wait_at_head(ticket, Why(Reason.MEMORY, need_mb, free))
+    if any(state.pinned_mb_on(row) for row in rows):
+        return Wait(ticket.row, Reason.PINNED, Why(Reason.PINNED, need_mb, free))
+    external_mb = math.fsum(device.external_mb for device in where)
+    return Wait(ticket.row, Reason.FOREIGN, Why(Reason.FOREIGN, need_mb, free, external_mb))
+
+
+def _cheapest_of(plans: list[EvictionPlan], span: int) -> EvictionPlan | None:
+    """Return the cheapest plans for as many devices as a waiter spans, as one; None if there are too few."""
+    if len(plans) < span:
+        return None
+    return combine(sorted(plans, key=lambda plan: plan.cost)[:span])

@@ -1,0 +1,257 @@
+"""What a plan under way has to go by: the view, less what its earlier decisions have taken.
+
+`Planner` (see `plan`) makes one for each plan. The modules that decide about one waiter (`loading`, `isolation`,
+`backfill`, `quiet_start`) ask it what is left, and take from it what they decide to use.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence, Set
+from dataclasses import replace
+
+from mpmm.policy.admission import free_mb, limit_mb
+from mpmm.policy.eviction import EvictionPlan
+from mpmm.policy.fairness import may_be_leased_before
+from mpmm.policy.sharing import seen_so_far
+from mpmm.policy.view import (
+    Busy,
+    DeviceView,
+    Evict,
+    Idle,
+    Load,
+    ModelView,
+    Placed,
+    Reason,
+    Resume,
+    Suspended,
+    TicketView,
+    View,
+    Wait,
+    Why,
+)
+
+__all__ = ["PlanState", "can_use", "most_free_mb", "resized"]
+
+
+class PlanState:
+    """What is left of a view for the decisions to come. Room only shrinks: no decision gives anything back.
+
+    devices: those where something may begin, by row. idle: idle instances by model; suspended: those in host memory.
+    models: with the loads that this plan allows. busy: instances in use or being loaded by device, with those that this
+    plan adds. leases: those that are held, with those of this plan. head: the head of the line, the first waiter
+    without room, for which `eviction_plan` says where room is made, as far as that is known. overtaking_is_free: the
+    time in which others may overtake it does not begin yet, see `fairness`.
+    """
+
+    def __init__(self, view: View) -> None:
+        self.view = view
+        self.slack = view.rules.slack_percentage
+        # A device on which an instance runs alone, or is to, is left to that one.
+        self.devices = {device.device: device for device in view.devices if not device.isolated}
+        self.idle: defaultdict[int, list[Idle]] = defaultdict(list)
+        for instance in view.idle:
+            if all(device in self.devices for device in instance.devices):
+                self.idle[instance.model].append(instance)
+        self.suspended = list(view.suspended)
+        self.models = dict(view.models)
+        # What that tells of models that have never been loaded.
+        self.seen = seen_so_far(view.models.values())
+        self.busy = Counter(device for instance in view.busy for device in instance.devices)
+        self.leases = list(view.leases)
+        self.head: TicketView | None = None
+        self.eviction_plan: EvictionPlan | None = None
+        self.overtaking_is_free = False
+        # Models that cannot be loaded beside what the head of the line is to get. Each is looked at once, because room
+        # only shrinks and most of those that wait behind want the same few.
+        self.no_backfill: set[int] = set()
+        # Where something starts quietly, idle instances are used, and nothing comes or goes: device -> its model.
+        self.quiet = {device.device: device.steady for device in view.devices if device.steady is not None}
+        # The devices where this plan has let something come or go, and whether that was a load.
+        self.begun: set[int] = set()
+        self.loads_begun = False
+        # The answers that later waiters with the same wish get too; forgotten as soon as something else is booked.
+        self.repeated_waits: dict[tuple[object, ...], Wait] = {}
+        # Somebody waits for a lease to end, so not every further lease is given out: which waiters, and what each
+        # needs on each of its devices.
+        self.lease_is_awaited = False
+        self.awaiting_leases: list[tuple[TicketView, float]] = []
+
+    # ---- where ---------------------------------------------------------------------------------------------
+
+    def open_to(self, ticket: TicketView) -> list[DeviceView]:
+        """Return the devices on which a waiter may load now."""
+        return [
+            device
+            for device in self.devices.values()
+            if device.device not in self.quiet and (not ticket.devices or device.device in ticket.devices)
+        ]
+
+    def allowed_for(self, ticket: TicketView) -> list[DeviceView]:
+        """Return the devices on which a waiter may load at all, also those where nothing may begin now."""
+        return [device for device in self.view.devices if not ticket.devices or device.device in ticket.devices]
+
+    def named(self, devices: Iterable[DeviceView]) -> tuple[int, ...]:
+        """Return the devices for a reason; none where there is but one."""
+        return tuple(device.device for device in devices) if len(self.view.devices) > 1 else ()
+
+    def idle_on(self, devices: set[int]) -> list[Idle]:
+        """Return the idle instances that lie, at least in part, on some of these devices."""
+        return [one for instances in self.idle.values() for one in instances if devices.intersection(one.devices)]
+
+    def pinned_mb_on(self, device: int) -> float:
+        """Return what pinned instances, idle ones and those in use, take of a device."""
+        instances: list[Idle | Busy] = [*self.view.idle, *self.view.busy]
+        return math.fsum(one.mb_on(device) for one in instances if one.pinned and device in one.devices)
+
+    def count_fitting(
+        self, where: Iterable[DeviceView], share_mb: float, external: bool = True, pinned: bool = False
+    ) -> int:
+        """Return on how many devices `share_mb` would fit if the manager unloaded all that it can.
+
+        external: also count what is certainly not ours; leases always count. pinned: also count what is pinned. A
+        device that has none of these but external memory takes it up to its total, see `admission.widened`.
+        """
+        count = 0
+        for device in where:
+            least_mb = max(0.0, device.external_least_mb) if external else 0.0
+            kept_mb = device.leased_mb + (self.pinned_mb_on(device.device) if pinned else 0.0)
+            limit = limit_mb(device, self.slack) - device.extra_mb
+            fits = share_mb + kept_mb + least_mb <= limit
+            count += fits or (share_mb <= limit and not kept_mb and share_mb + least_mb <= device.total_mb)
+        return count
+
+    def leasable(self, devices: list[DeviceView], model: ModelView, share_mb: float) -> list[DeviceView]:
+        """Return where a lease of `share_mb` does not delay those that wait for leases to end; a model delays none."""
+        if not model.lease or not self.lease_is_awaited:
+            return devices
+        held_mb = {
+            device.device: [lease.mb_on(device.device) for lease in self.leases if device.device in lease.devices]
+            for device in devices
+        }
+        return [
+            device
+            for device in devices
+            if all(
+                may_be_leased_before(self.view, waiting, need_mb, device, share_mb, held_mb[device.device])
+                for waiting, need_mb in self.awaiting_leases
+            )
+        ]
+
+    # ---- models --------------------------------------------------------------------------------------------
+
+    def must_run_alone(self, ticket: TicketView, model: ModelView) -> bool:
+        """Tell whether a waiter's load has to run alone, to be measured."""
+        return not model.known and self.view.rules.isolate_unknown and not ticket.nested
+
+    def has_most_copies(self, model: ModelView) -> bool:
+        """Tell whether there are as many copies of a model as there may be."""
+        return model.copies >= self.view.rules.max_model_copies
+
+    def tied_part(self, ticket: TicketView, model: ModelView) -> ModelView:
+        """Return a model as a waiter that is tied to devices sees it: without the instances elsewhere."""
+        if not ticket.tied:
+            return model
+        view = self.view
+        busy = [one for one in view.busy if one.model == model.model and one.is_within(ticket.tied)]
+        loaded_owners = Counter(one.owner for one in busy if not one.loading)
+        loaded_owners.update(o.owner for o in view.idle if o.model == model.model and o.is_within(ticket.tied))
+        owned = {owner: count for owner, count in loaded_owners.items() if owner is not None}
+        loading = Counter(one.owner for one in busy if one.loading and one.owner is not None)
+        return replace(model, shared=loaded_owners[None], owned=owned, loading=loading)
+
+    def need_mb(self, ticket: TicketView, model: ModelView) -> float:
+        """Return what a load needs. For an unknown model that is an assumption, which must not make it impossible.
+
+        So it is at most the largest part of a device that can become free: beside external memory and the leases that
+        are held, with nothing else of ours there.
+        """
+        if model.known:
+            return model.need_mb
+        best = sorted(
+            min(limit_mb(one, self.slack), one.total_mb - max(0.0, one.external_least_mb)) - one.leased_mb
+            for one in self.allowed_for(ticket)
+        )
+        reach = best[-ticket.span] * ticket.span if len(best) >= ticket.span else 0.0
+        return min(model.need_mb, reach) if reach > 0 else model.need_mb
+
+    def suspended_for(self, ticket: TicketView) -> Suspended | None:
+        """Return the newest suspended instance that a waiter can use; None if there is none."""
+        if ticket.steady:
+            return None
+        closed = {device.device for device in self.view.devices} - set(self.devices)
+        return next((one for one in self.suspended if _can_resume(ticket, one, closed)), None)
+
+    # ---- what a decision takes -----------------------------------------------------------------------------
+
+    def load_on(
+        self,
+        ticket: TicketView,
+        devices: Sequence[DeviceView],
+        need_mb: float,
+        reason: Reason,
+        other: int | None = None,
+    ) -> Load:
+        """Let a waiter load on these devices, and reserve the memory there."""
+        self.repeated_waits.clear()
+        self.loads_begun = True
+        self.begun.update(device.device for device in devices)
+        share_mb = need_mb / len(devices)
+        for device in devices:
+            known = self.devices[device.device]
+            self.devices[device.device] = replace(known, reserved_mb=known.reserved_mb + share_mb)
+            self.busy[device.device] += 1
+        model = self.models[ticket.model]
+        if model.lease:
+            first, *others = [device.device for device in devices]
+            beside = tuple((device, share_mb) for device in others)
+            self.leases.append(Placed(-1, model.model, first, share_mb, beside=beside))
+        # Those behind may share this load.
+        if not ticket.tied:
+            loading = {**model.loading, ticket.member: model.loading.get(ticket.member, 0) + 1}
+            self.models[ticket.model] = replace(model, loading=loading, loading_for_s=0.0)
+        free = math.fsum(free_mb(device, self.slack) for device in devices)
+        why = Why(reason, need_mb, free, other=other, devices=self.named(devices))
+        return Load(ticket.row, tuple(device.device for device in devices), need_mb, False, why)
+
+    def resume_instead(self, load: Load, instance: Suspended) -> Resume:
+        """Turn a load that was allowed into the resume of an instance where it lies."""
+        self.suspended.remove(instance)
+        why = replace(load.why, reason=Reason.RESUMES, seconds=instance.resume_s, other=None)
+        return Resume(load.ticket, instance.row, why)
+
+    def evict_for(self, ticket: TicketView, instances: Sequence[Idle], why: Why) -> Evict:
+        """Evict idle instances for a waiter, which becomes the head of the line."""
+        for instance in instances:
+            self.idle[instance.model].remove(instance)
+            self.begun.update(instance.devices)
+        self.head = ticket
+        return Evict(ticket.row, tuple(instance.row for instance in instances), why)
+
+    def wait_at_head(self, ticket: TicketView, why: Why) -> Wait:
+        """Let a waiter wait as the head of the line: those behind it get only what does not delay it."""
+        self.head = ticket
+        return Wait(ticket.row, why.reason, why, first=True)
+
+
+def can_use(ticket: TicketView, instance: Idle, closed: Set[int] = frozenset()) -> bool:
+    """Tell whether a waiter's process can use an idle instance of its model, and it lies where the waiter wants it."""
+    usable = instance.owner in (None, ticket.member) and instance.is_within(ticket.tied)
+    return usable and not closed & set(instance.devices)
+
+
+def resized(model: ModelView, mb: float) -> ModelView:
+    """Return a model as if it were known that a copy takes `mb`."""
+    return replace(model, known=True, need_mb=mb)
+
+
+def most_free_mb(devices: Iterable[DeviceView], slack_percentage: float) -> float:
+    """Return what is free on the device that has most free."""
+    return max((free_mb(device, slack_percentage) for device in devices), default=0.0)
+
+
+def _can_resume(ticket: TicketView, instance: Suspended, closed: Set[int]) -> bool:
+    """Tell whether a waiter's process can use a suspended instance, and it lies where the waiter may load."""
+    usable = instance.model == ticket.model and instance.owner in (None, ticket.member)
+    return usable and instance.is_within(ticket.tied or ticket.devices) and not closed & set(instance.devices)
