@@ -1,41 +1,45 @@
-"""The command line: look into a namespace, follow it, check it, reset it, run a program in it.
+"""The command line: look into a namespace, follow it, check it, change it, run a program in it.
 
     mpmm list                     the namespaces of this user
-    mpmm inspect [NAMESPACE]      one screen: what is wrong, who holds what, who waits and why; of several, a line each
+    mpmm inspect [NAMESPACE]      one screen: problems, memory, waiting requests and why they wait, loaded copies and
+                                  their holders, last evictions; of several namespaces, a line each
     mpmm inspect --json           everything as one JSON object
-    mpmm inspect --max-wait 60    exit status 1 if somebody has waited for longer
+    mpmm inspect --max-wait 60    exit status 1 if a request has waited for longer
     mpmm ps [NAMESPACE]           one line for each loaded copy; --format json or '{tag} {mb:.0f}' for scripts
     mpmm top [NAMESPACE]          the same as inspect, live, with the memory of each device over time; q ends, h helps
-    mpmm events [NAMESPACE]       what has happened, a line for each event; --follow goes on, --json for scripts
-    mpmm trace [NAMESPACE]        the last events as a trace for https://ui.perfetto.dev; --follow writes on
+    mpmm events [NAMESPACE]       past events and their reasons, one line each; --follow prints new ones as they come
+    mpmm trace [NAMESPACE]        the last events as a trace for https://ui.perfetto.dev; --follow appends new ones
     mpmm plot [NAMESPACE]         memory against the limit as a picture, of a namespace or of a trace
-    mpmm metrics [NAMESPACE]      metrics as Prometheus text, of all namespaces or one; --serve keeps answering
-    mpmm dashboard                the same as a page for a browser, on 127.0.0.1 and with a token
+    mpmm metrics [NAMESPACE]      metrics as Prometheus text, of all namespaces or one; --serve answers by HTTP
+    mpmm dashboard                a live page for a browser, on 127.0.0.1 and protected by a token
     mpmm check [NAMESPACE]        verify the invariants; exit status 1 if one does not hold
     mpmm check --health           for probes: exit status 1 for each ATTENTION, and if all processes are dead, too
-    mpmm unload TAG               unload a model: idle copies now, those in use when they are given back
+    mpmm unload TAG               unload a model: idle copies now, copies in use when they are released
     mpmm pin TAG, mpmm unpin TAG  keep the idle copies of a model, in all processes, until unpin
     mpmm preload TAG MODULE:FUNCTION
                                   load a model in a server process, for all processes
     mpmm suspend TAG, mpmm resume TAG
                                   move a model's idle copies into host memory, and back
     mpmm settings                 show the settings; `settings set NAME VALUE` changes one for all processes
-    mpmm reset NAMESPACE          unload everything and send all waiters away; asks at a terminal unless --yes is given
-    mpmm prune                    remove what crashed processes have left; --dry-run only shows it
-    mpmm doctor                   versions, drivers, memory sources, limits, permissions, namespaces; exit status 1 for
-                                  a problem; --bundle FILE.tar.gz packs it for a support request, without secrets
+    mpmm help TOPIC               settings, errors, guarantees, limits, stall and other topics at length
+    mpmm reset NAMESPACE          unload everything and cancel all waiting requests; asks first at a terminal, unless
+                                  --yes is given
+    mpmm prune                    remove what crashed processes left behind; --dry-run only lists it
+    mpmm doctor                   check versions, drivers, memory sources, limits, permissions and namespaces; exit
+                                  status 1 for a problem; --bundle FILE.tar.gz packs the report for a support request,
+                                  without secrets
     mpmm completion SHELL         a script for bash, zsh or fish: source <(mpmm completion bash)
     mpmm man                      the manual page: mpmm man | man -l -
     mpmm run --mb SIZE -- PROGRAM ARGUMENTS…
-                                  run a program once so much memory is free, and count it as used meanwhile
+                                  run a program once that much memory is free, and reserve the memory while it runs
 
-All take `--runtime-root FOLDER`, in front of the command or behind it. `python -m mpmm` is the same as `mpmm`.
+All commands take `--runtime-root FOLDER`, before or after the command. `python -m mpmm` is the same as `mpmm`.
 
-`run` ends with the exit status of its program, 128 + n if signal n ended that; 127 and 126 if there is no such program
-or it cannot be run, 125 if the memory is not to be had. See `mpmm.model_manager.run_command`. All
-others end with 2 if there is nothing to look at.
+`run` ends with the exit status of its program, or 128 + n if signal n ended it; 127 if there is no such program, 126 if
+it cannot be run, 125 if the memory cannot be reserved. See `mpmm.model_manager.run_command`. All other commands end
+with 2 if there is no namespace to look at.
 
-Those that look take no lock, so they answer while the lock's holder is stopped, and say so.
+Commands that only look take no lock, so they answer even while the holder of the lock is stopped, and report that.
 
 A SIZE is a number of MB, or one with a unit: `5g`, `5GiB`, `800m`; all of them are powers of 1024.
 
@@ -43,14 +47,15 @@ JSON schema, version 1: an object with `schema` (1), and every field of `mpmm.sh
 its name, its rows as arrays of objects with the fields of `MemberInfo`, `ModelInfo` and so on. Memory is in MB
 (MiB), durations in seconds, `*_wall_s` are Unix times; what is unknown or infinite is null. A lease that is held is
 among `instances`, with state `leased`, and every lease is among `models`, with kind `lease`. Tickets, and events that
-the policy has decided, also have `why`, the sentence that `mpmm inspect` shows; tickets `expected_s`, in how long they
-are expected to be served, as far as loads and holds so far tell; and `findings` is what is said there on
-top, as objects with `urgent` and `text`. Fields may be added; when one goes or changes its meaning, the version rises.
+the policy has decided, also have `why`, the sentence that `mpmm inspect` shows. Tickets have `expected_s`, the expected
+time until they are served, judging by the loads and holds so far. `findings` are the sentences at the top of that
+screen, as objects with `urgent` and `text`. Fields may be added; if one is removed or changes its meaning, the version
+rises.
 
-On a terminal, columns that do not fit are left out (`inspect --all` and a pipe have them all), and there are colours
+On a terminal, columns that do not fit are left out (`inspect --all` and a pipe show them all), and there are colours
 unless NO_COLOR is set.
 
-What not every command needs is imported by the one that does: somebody at a prompt waits for it.
+Commands import what only they need themselves, so that a prompt comes back fast.
 """
 
 from __future__ import annotations
@@ -97,15 +102,15 @@ _RUNTIME_ROOT: Any = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status: 0, 1 for what is wrong, 2 when there is nothing to look at."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    # What is behind belongs to the program that is to be run, whatever it looks like.
+    # Everything after `--` belongs to the program to be run, whatever it looks like.
     ours, program = (given[: given.index("--")], given[given.index("--") + 1 :]) if "--" in given else (given, [])
     parser = _parser()
     options, unknown = parser.parse_known_args(ours)
     if unknown:
-        hint = "; a program and its arguments stand behind `--`" if options.command == "run" else ""
+        hint = "; write the program and its arguments after `--`" if options.command == "run" else ""
         parser.error(f"unrecognized arguments: {printable(' '.join(unknown))}{hint}")
     if bool(program) != (options.command == "run"):
-        parser.error("a program and its arguments stand behind `--`, and belong to `run` alone")
+        parser.error("`run` needs a program after `--`, and no other command takes one")
     try:
         root = None
         if options.runtime_root is not None:
@@ -119,7 +124,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return status
     except BrokenPipeError:
-        # Whoever read the output has seen enough; what is left in the buffer must not complain at exit.
+        # The reader of the output has closed it; what is left in the buffer must not raise an error at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (OSError, MpmmError) as error:
@@ -128,90 +133,124 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="mpmm", description="Look into the multi-process model manager of this host.")
+    parser = argparse.ArgumentParser(
+        prog="mpmm", description="Look into the model managers of this host, and change them."
+    )
     parser.add_argument("--version", action="version", version=f"mpmm {__version__}")
     parser.add_argument("--runtime-root", **_RUNTIME_ROOT)
-    commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("list", help="name the namespaces of this user")
-    inspect = commands.add_parser("inspect", help="one screen: what is wrong, who holds what, who waits and why")
-    inspect.add_argument("--json", action="store_true", help="everything, as one JSON object")
-    inspect.add_argument("--all", action="store_true", help="all rows of all tables, not only those that matter most")
-    inspect.add_argument(
-        "--max-wait", type=float, default=math.inf, metavar="SECONDS", help="exit status 1 if somebody waits longer"
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", title="commands")
+    commands.add_parser("list", help="list the namespaces of this user")
+    inspect = commands.add_parser(
+        "inspect", help="one screen: problems, memory, waiting requests and why they wait, loaded copies, evictions"
     )
-    top = commands.add_parser("top", help="the same, live, until q is pressed; h is help (needs mpmm[cli])")
-    top.add_argument("--interval", type=float, default=0.5, metavar="SECONDS", help="between two looks (default: 0.5)")
+    inspect.add_argument("--json", action="store_true", help="print everything as one JSON object")
+    inspect.add_argument("--all", action="store_true", help="show all rows and columns, not only the most important")
+    inspect.add_argument(
+        "--max-wait",
+        type=float,
+        default=math.inf,
+        metavar="SECONDS",
+        help="end with status 1 if a request has waited longer",
+    )
+    top = commands.add_parser("top", help="the same as inspect, live; q ends it, h shows its keys (needs mpmm[cli])")
+    top.add_argument(
+        "--interval", type=float, default=0.5, metavar="SECONDS", help="time between two updates (default: 0.5)"
+    )
     ps = commands.add_parser("ps", help="one line for each loaded copy")
-    ps.add_argument("namespace", nargs="?", help="default: all there are")
+    ps.add_argument("namespace", nargs="?", help="default: all")
     ps.add_argument("--format", metavar="FORMAT", help="json, or a format string of Python: '{tag} {pid} {mb:.0f}'")
-    events = commands.add_parser("events", help="what has happened, a line for each event")
-    events.add_argument("-f", "--follow", action="store_true", help="go on until the namespace ends, or an interrupt")
-    events.add_argument("--model", metavar="TAG", help="events of this model only")
-    events.add_argument("--json", action="store_true", help="JSON, one object for each event")
-    events.add_argument("-n", "--last", type=int, metavar="COUNT", help="so many of the past (default: all there are)")
-    top.add_argument("--sort", default="state", metavar="KEY", help="copies and models by state, MB, age, name or uses")
-    top.add_argument("--filter", default="", metavar="TEXT", help="only models with this in their tag, or a pid's")
-    trace = commands.add_parser("trace", help="write events as a trace for https://ui.perfetto.dev")
+    events = commands.add_parser("events", help="past events and their reasons, one line each")
+    events.add_argument(
+        "-f", "--follow", action="store_true", help="print new events until the namespace ends, or Ctrl-C"
+    )
+    events.add_argument("--model", metavar="TAG", help="only events of this model")
+    events.add_argument("--json", action="store_true", help="one JSON object for each event")
+    events.add_argument(
+        "-n", "--last", type=int, metavar="COUNT", help="only the last COUNT past events (default: all that are kept)"
+    )
+    top.add_argument(
+        "--sort", default="state", metavar="KEY", help="sort copies and models by state, MB, age, name or uses"
+    )
+    top.add_argument(
+        "--filter", default="", metavar="TEXT", help="only models whose tag contains this, or which this pid uses"
+    )
+    trace = commands.add_parser("trace", help="write the last events as a trace for https://ui.perfetto.dev")
     trace.add_argument("-o", "--output", type=Path, metavar="FILE", help="default: the standard output")
     trace.add_argument(
-        "--follow", action="store_true", help="write on until the namespace ends, or an interrupt; wait for its begin"
+        "--follow", action="store_true", help="wait for the namespace, then write until it ends, or Ctrl-C"
     )
-    plot = commands.add_parser("plot", help="draw memory against the limit, loads and evictions (needs mpmm[plot])")
-    plot.add_argument("-o", "--output", type=Path, metavar="FILE", required=True, help="a name in .png, .svg or .pdf")
-    plot.add_argument("--trace", type=Path, metavar="FILE", help="draw what `mpmm trace` has written")
-    metrics = commands.add_parser("metrics", help="metrics for Prometheus, as text or by HTTP")
-    metrics.add_argument("namespace", nargs="?", help="default: all there are")
-    metrics.add_argument("--openmetrics", action="store_true", help="as OpenMetrics text (by HTTP as asked for)")
-    metrics.add_argument("--serve", metavar="[HOST:]PORT", help="answer HTTP there, by default for this machine only")
-    check = commands.add_parser("check", help="verify the invariants")
-    check.add_argument("--health", action="store_true", help="exit status 1 for each ATTENTION, too; of all namespaces")
-    dashboard = commands.add_parser("dashboard", help="a live page for a browser, read-only (needs mpmm[web])")
-    dashboard.add_argument("--host", default="127.0.0.1", help="address to listen at (default: 127.0.0.1)")
-    dashboard.add_argument("--port", type=int, default=8717, help="port to listen at, 0 for any (default: 8717)")
+    plot = commands.add_parser("plot", help="draw memory, limit, loads and evictions as a picture (needs mpmm[plot])")
+    plot.add_argument(
+        "-o", "--output", type=Path, metavar="FILE", required=True, help="a name that ends in .png, .svg or .pdf"
+    )
+    plot.add_argument("--trace", type=Path, metavar="FILE", help="draw a file that `mpmm trace` wrote")
+    metrics = commands.add_parser("metrics", help="print metrics for Prometheus, or serve them by HTTP")
+    metrics.add_argument("namespace", nargs="?", help="default: all")
+    metrics.add_argument(
+        "--openmetrics", action="store_true", help="print OpenMetrics text (HTTP clients choose by their Accept header)"
+    )
+    metrics.add_argument("--serve", metavar="[HOST:]PORT", help="serve HTTP at this port (default host: 127.0.0.1)")
+    check = commands.add_parser("check", help="verify the invariants of a namespace")
+    check.add_argument("--health", action="store_true", help="also fail for every ATTENTION; checks all namespaces")
+    dashboard = commands.add_parser("dashboard", help="serve a live page for a browser, read-only (needs mpmm[web])")
+    dashboard.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
+    dashboard.add_argument("--port", type=int, default=8717, help="port to listen on, 0 for any (default: 8717)")
     dashboard.add_argument("--token", help="default: $MPMM_DASHBOARD_TOKEN, or a random one")
-    dashboard.add_argument("--namespace", help="the only one to show, whether it is there yet or not (default: all)")
+    dashboard.add_argument("--namespace", help="show only this one, which need not exist yet (default: all)")
     for command in (inspect, top, events, trace, plot, check):
         command.add_argument("namespace", nargs="?", help="default: the only one there is")
     cli_changes.add_commands(commands)
-    reset = commands.add_parser("reset", help="unload everything, send all waiters away")
+    reset = commands.add_parser("reset", help="unload everything and cancel all waiting requests")
     reset.add_argument("namespace")
     reset.add_argument("-y", "--yes", action="store_true", help="do not ask at a terminal")
     for name, what in (
-        ("suspend", "move a model's idle copies into host memory, as far as they can be suspended"),
+        ("suspend", "move a model's idle copies into host memory, if they can be suspended"),
         ("resume", "move a model's suspended copies back to their devices"),
     ):
         command = commands.add_parser(name, help=what)
         command.add_argument("tag")
         command.add_argument("namespace", nargs="?", help="default: the only one there is")
-    prune = commands.add_parser("prune", help="remove segments and folders that crashed processes have left")
-    prune.add_argument("--dry-run", action="store_true", help="show what would be removed, and remove nothing")
-    doctor = commands.add_parser("doctor", help="what this host offers, what limits it sets, and what is wrong")
+    prune = commands.add_parser("prune", help="remove segments and folders that crashed processes left behind")
+    prune.add_argument("--dry-run", action="store_true", help="only list what would be removed")
+    doctor = commands.add_parser(
+        "doctor", help="check what this host offers, which limits it sets, and which problems there are"
+    )
     doctor.add_argument("--bundle", type=Path, metavar="FILE", help="write a support bundle: .tar.gz, .tgz or .zip")
     run = commands.add_parser(
         "run",
-        help="run a program on a lease of memory",
+        help="run a program on a lease of memory, once that much is free",
         usage="%(prog)s --mb SIZE [--namespace NAMESPACE] [--name NAME] [--wait SECONDS] -- PROGRAM [ARGUMENT ...]",
     )
     run.add_argument(
-        "--mb", type=_size, required=True, metavar="SIZE", help="memory that the program takes at most: MB, or 5g, 5GiB"
+        "--mb",
+        type=_size,
+        required=True,
+        metavar="SIZE",
+        help="the most memory that the program takes: MB, or 5g, 5GiB",
     )
     run.add_argument("--namespace", help=f"default: the only one there is; if there is none, {DEFAULT_NAMESPACE!r}")
     run.add_argument("--name", help="name of the lease (default: the program's)")
     run.add_argument(
-        "--priority", type=int, default=0, metavar="NUMBER", help="from -10 to 10; each step is worth 10 s of waiting"
+        "--priority",
+        type=int,
+        default=0,
+        metavar="NUMBER",
+        help="from -10 to 10; each step counts like 10 s of waiting",
     )
     run.add_argument(
         "--steady",
         type=float,
         default=0.0,
         metavar="SECONDS",
-        help="for so long nothing else is loaded or unloaded on its devices, for engines that size themselves by what "
-        "is free (inf: as long as it runs)",
+        help="keep other loads and unloads off its devices for this long, for engines that size themselves by the free "
+        "memory (inf: as long as it runs)",
     )
-    run.add_argument("--wait", type=float, default=math.inf, metavar="SECONDS", help="give up then (default: never)")
-    completion = commands.add_parser("completion", help="a script that completes this command in a shell")
+    run.add_argument(
+        "--wait", type=float, default=math.inf, metavar="SECONDS", help="give up after this time (default: never)"
+    )
+    completion = commands.add_parser("completion", help="print a script that completes `mpmm` in a shell")
     completion.add_argument("shell", choices=("bash", "fish", "zsh"))
-    commands.add_parser("man", help="the manual page; `mpmm man | man -l -` shows it")
+    commands.add_parser("man", help="print the manual page; `mpmm man | man -l -` shows it")
     for command in commands.choices.values():
         # Suppressed where it is not given, or it would undo the one in front of the command.
         command.add_argument("--runtime-root", default=argparse.SUPPRESS, **_RUNTIME_ROOT)
@@ -231,8 +270,8 @@ def _only_namespace(root: Path | None) -> str:
         for lost in find_lost_namespaces(root):
             raise segment_lost(lost, segment_name(root or default_root(), lost))
         raise FileNotFoundError(
-            f"no namespaces in {root or default_root()}: nothing of this user has a model manager at present; "
-            "MPMM_RUNTIME_DIR or --runtime-root say where else to look"
+            f"no namespaces in {root or default_root()}: no process of this user has a model manager at present; "
+            "MPMM_RUNTIME_DIR or --runtime-root name another folder to look in"
         )
     if len(names) != 1:
         raise FileNotFoundError(f"which namespace? There are {len(names)}: {', '.join(map(printable, names))}")
@@ -283,7 +322,7 @@ def _run(options: argparse.Namespace, program: Sequence[str], root: Path | None)
 
     from mpmm.model_manager.run_command import run_on_lease
 
-    # The standard streams are the program's. That our defaults are not the namespace's settings is nothing to report.
+    # The standard streams are the program's, and nobody needs a report that our defaults differ from the settings.
     logging.getLogger("mpmm").setLevel(logging.ERROR)
     name = Path(program[0]).name if options.name is None else options.name
     try:
@@ -317,7 +356,7 @@ def _top(options: argparse.Namespace, root: Path | None) -> int:
         raise InvalidArgumentError(f"--sort {options.sort}: expected one of {', '.join(SORTS)}")
     if not sys.stdout.isatty():
         return print_once(_namespace(options, root), root)
-    # On a terminal the first one to come is waited for.
+    # On a terminal, wait for the first namespace to appear.
     namespace = _namespace(options, root) if options.namespace or find_namespaces(root) else None
     return run(namespace, root, interval_s, Controls(options.sort, filter=options.filter))
 
@@ -332,7 +371,7 @@ def _ps(options: argparse.Namespace, root: Path | None) -> int:
         except (OSError, MpmmError) as error:
             if options.namespace is not None:
                 raise
-            # One that has ended in between is none of those there are; others are shown in spite of one that is broken.
+            # A namespace that has just ended is left out, and one that is broken does not hide the others.
             if not isinstance(error, FileNotFoundError):
                 print(f"mpmm: {printable_lines(str(error))}", file=sys.stderr)
                 status = EXIT_PROBLEM
@@ -378,10 +417,10 @@ def _metrics(options: argparse.Namespace, root: Path | None) -> int:
 
     if options.serve is None:
         if options.namespace is not None:
-            # A name that nothing has is a mistake; a scrape of what has ended is none.
+            # An unknown name is a mistake; a scrape of a namespace that has ended is none.
             read_snapshot(options.namespace, root, events=False)
         text = Exporter(options.namespace, root, follow=False).text(openmetrics=options.openmetrics)
-        # A file or a pipe gets it as it would be scraped.
+        # A file or a pipe gets the text as a scrape would.
         print(printable_lines(text) if sys.stdout.isatty() else text.encode("utf-8", "replace").decode(), end="")
         return 0
     host, _, port = options.serve.rpartition(":")
@@ -404,7 +443,7 @@ def _dashboard(options: argparse.Namespace, root: Path | None) -> int:
         raise InvalidArgumentError(f"--port {options.port}: expected a number from 0 to 65535")
     token = checked_token(options.token or os.environ.get("MPMM_DASHBOARD_TOKEN"))
     if options.namespace is not None:
-        # One that cannot be a name is a mistake; one that is not there yet may come.
+        # An impossible name is a mistake; a namespace that does not exist yet may come.
         RuntimeDirectory(options.namespace, root)
     return run(options.host, options.port, token, root, options.namespace)
 
@@ -448,13 +487,13 @@ def _reset(options: argparse.Namespace, root: Path | None) -> int:
     if not options.yes and sys.stdin.isatty():
         in_use = sum(model.active for model in snapshot.models)
         print(
-            f"This unloads {len(snapshot.instances)} copies of {options.namespace}, {in_use} of them in use, and sends "
-            f"{snapshot.waiting} waiters away. Go on? [y/N] ",
+            f"This unloads {len(snapshot.instances)} copies of {options.namespace}, {in_use} of them in use, and "
+            f"cancels {snapshot.waiting} waiting requests. Go on? [y/N] ",
             end="",
             flush=True,
         )
         if sys.stdin.readline().strip().lower() not in ("y", "yes"):
-            print(f"{options.namespace}: nothing was changed")
+            print(f"{options.namespace}: nothing changed")
             return EXIT_PROBLEM
     with ModelManager(namespace=options.namespace, runtime_root=root) as manager:
         manager.force_reset()
@@ -470,7 +509,7 @@ def _move(options: argparse.Namespace, root: Path | None) -> int:
 
     namespace = _namespace(options, root)
     read_snapshot(namespace, root, events=False)
-    # That our defaults are not the namespace's settings is nothing to report.
+    # No report that our defaults differ from the settings of the namespace.
     logging.getLogger("mpmm").setLevel(logging.ERROR)
     with ModelManager(namespace=namespace, runtime_root=root) as manager:
         suspends = options.command == "suspend"

@@ -23,38 +23,50 @@ from mpmm.shared_state.snapshot import read_snapshot
 __all__ = ["COMMANDS", "add_commands"]
 
 EXIT_PROBLEM = 1
-# What is idle is gone by then; who waits for what is in use says so.
+# Idle copies are unloaded by then; callers that want to wait for copies in use pass a longer time.
 UNLOAD_WAIT_S = 10.0
 _UNLIMITED = ("none", "inf")
 
 
 def add_commands(commands: Any) -> None:
     """Add the commands to the subparsers of an `ArgumentParser`."""
-    unload = commands.add_parser("unload", help="unload a model: idle copies now, others when they are given back")
+    unload = commands.add_parser("unload", help="unload a model: idle copies now, copies in use when they are released")
     unload.add_argument(
         "--wait",
         type=float,
         default=UNLOAD_WAIT_S,
         metavar="SECONDS",
-        help=f"for the copies to be gone; exit status 1 if they are not (default: {UNLOAD_WAIT_S:g})",
+        help=f"wait this long for the copies to be gone, else end with status 1 (default: {UNLOAD_WAIT_S:g})",
     )
     pin = commands.add_parser("pin", help="keep the idle copies of a model, in all processes, until `mpmm unpin`")
-    unpin = commands.add_parser("unpin", help="end what `mpmm pin` began; pins of processes stay")
+    unpin = commands.add_parser("unpin", help="undo `mpmm pin`; pins that processes set themselves stay")
     preload = commands.add_parser("preload", help="load a model in a server process, for all processes of a namespace")
     for command in (unload, pin, unpin, preload):
         command.add_argument("tag", metavar="TAG")
-    preload.add_argument("--copies", type=int, default=1, metavar="NUMBER", help="to be there in the end (default: 1)")
-    preload.add_argument("--pin", action="store_true", help="and do as `mpmm pin`")
-    preload.add_argument("--wait", type=float, default=math.inf, metavar="SECONDS", help="for room (default: for ever)")
-    preload.add_argument("loader", metavar="MODULE:FUNCTION", help="returns a handle, the tag of a MultiProcessShared")
+    preload.add_argument(
+        "--copies",
+        type=int,
+        default=1,
+        metavar="NUMBER",
+        help="how many copies are to be loaded in the end (default: 1)",
+    )
+    preload.add_argument("--pin", action="store_true", help="also pin the model, like `mpmm pin`")
+    preload.add_argument(
+        "--wait", type=float, default=math.inf, metavar="SECONDS", help="wait this long for memory (default: for ever)"
+    )
+    preload.add_argument(
+        "loader", metavar="MODULE:FUNCTION", help="a function that returns a handle, the tag of a MultiProcessShared"
+    )
     preload.add_argument(
         "--keep-alive",
         type=float,
         metavar="SECONDS",
-        help="keep idle copies for so long, -1 for ever (default: as the settings say)",
+        help="keep idle copies this long, -1 for ever (default: the namespace's idle_ttl_seconds)",
     )
     settings = commands.add_parser("settings", help="show the settings, or change one for all processes")
-    settings.add_argument("change", nargs="*", metavar="set NAME VALUE", help="none: show them; VALUE none: no limit")
+    settings.add_argument(
+        "change", nargs="*", metavar="set NAME VALUE", help="without it: show the settings; VALUE `none`: no limit"
+    )
     for command in (unload, pin, unpin, preload, settings):
         command.add_argument("--namespace", help="default: the only one there is")
 
@@ -101,7 +113,7 @@ def _unpin(options: argparse.Namespace, name: str, root: Path | None) -> int:
 def _preload(options: argparse.Namespace, name: str, root: Path | None) -> int:
     from mpmm.model_manager import ModelManager
 
-    # That our defaults are not the namespace's settings is nothing to report.
+    # No report that our defaults differ from the settings of the namespace.
     logging.getLogger("mpmm").setLevel(logging.ERROR)
     read_snapshot(name, root, events=False)
     load = functools.partial(_load_handle, _function(options.loader), options.loader)

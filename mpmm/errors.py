@@ -1,10 +1,12 @@
 """Every error that mpmm raises on purpose.
 
-`MpmmError` is the base and is never raised itself. Each child stands for one thing that a caller can
-act on, and also derives from the built-in exception that fits, so that code which only knows Python
-(or Beam, which expects `RuntimeError` from a time-out) catches it too. The text names the object, what
-was found, what was expected and, where there is one, the setting to change; the same facts are
-attributes. All of them survive pickling, because they cross process borders.
+`MpmmError` is the base and is never raised itself. Each child stands for one thing that a caller can act on, and also
+derives from the built-in exception that fits, so that code which knows only Python (or Beam, which expects
+`RuntimeError` from a time-out) catches it too. The text names the object, what was found, what was expected and, where
+there is one, the setting to change; the same facts are attributes. All of them survive pickling, because they cross
+process borders.
+
+The docstrings are what `mpmm help errors` prints: when the error is raised, then `What to do:`, then `Attributes:`.
 """
 
 from __future__ import annotations
@@ -64,37 +66,61 @@ def _rebuild(cls: type[MpmmError], message: str, facts: dict[str, Any]) -> MpmmE
 
 
 class InvalidArgumentError(MpmmError, ValueError):
-    """A parameter is of the wrong type, out of range or too long. Nothing was changed."""
+    """A parameter has the wrong type, is out of range or is too long; nothing was changed.
+
+    The same error says that a tag stands for what another constructor makes, or for another namespace's server.
+
+    What to do: pass what the text expects; for a tag, choose another one.
+    """
 
 
 class RuntimeDirectoryError(MpmmError, PermissionError):
-    """The runtime directory cannot be trusted or used. Attribute: `path`."""
+    """The runtime directory cannot be used, or cannot be trusted because others may write to it.
+
+    It must be private (mode 0700), and on a file system that supports `flock`, which NFS and Lustre may not.
+
+    What to do: set MPMM_RUNTIME_DIR to a private folder on a local file system.
+    Attributes: `path`.
+    """
 
     path: str
 
 
 class SegmentAllocationError(MpmmError, MemoryError):
-    """The shared memory cannot be had (`/dev/shm` full, say). Attributes: `name`, `size_bytes`."""
+    """The shared memory for the segment could not be allocated, because `/dev/shm` is full, say.
+
+    What to do: free or enlarge `/dev/shm` (`mpmm prune` removes what dead processes left), or use smaller `Capacities`.
+    Attributes: `name`, `size_bytes`.
+    """
 
     name: str
     size_bytes: int
 
 
 class SegmentCorruptError(MpmmError, RuntimeError):
-    """A live segment holds what mpmm never writes: somebody else has written into it. Attribute: `name`."""
+    """A live segment holds something that mpmm never writes, so another program has written into it.
+
+    What to do: end the namespace's processes; the next one makes a new segment.
+    Attributes: `name`.
+    """
 
     name: str
 
 
 class SegmentLostError(MpmmError, RuntimeError):
-    """Somebody has removed the segment of a namespace in use; newcomers cannot share it. Attribute: `name`."""
+    """The segment of a namespace in use was removed (RemoveIPC, systemd-tmpfiles), so newcomers cannot share it.
+
+    What to do: end the namespace's processes, and keep the segment from being removed; see `mpmm help operating`.
+    Attributes: `name`.
+    """
 
     name: str
 
 
 class LayoutMismatchError(MpmmError, RuntimeError):
-    """A live segment has another layout version or another owner directory.
+    """A live segment has another layout version, or belongs to another runtime directory.
 
+    What to do: end the processes that run another version of mpmm, or choose another namespace.
     Attributes: `name`, `found`, `expected`.
     """
 
@@ -104,7 +130,11 @@ class LayoutMismatchError(MpmmError, RuntimeError):
 
 
 class TableFullError(MpmmError, RuntimeError):
-    """A table of the segment has no free row. Attributes: `table`, `capacity`, `setting`."""
+    """A table of the segment has no free row.
+
+    What to do: create the namespace with larger `Capacities`; the text names the field.
+    Attributes: `table`, `capacity`, `setting`.
+    """
 
     table: str
     capacity: int
@@ -112,7 +142,11 @@ class TableFullError(MpmmError, RuntimeError):
 
 
 class LockTimeoutError(MpmmError, TimeoutError):
-    """The lock was not to be had in time. Attributes: `path`, `timeout_seconds`, `holder_pid` or None."""
+    """The lock did not become free within `lock_timeout_seconds`, because the process that holds it is stopped, say.
+
+    What to do: continue or end the process that the text names.
+    Attributes: `path`, `timeout_seconds`, `holder_pid` (None if unknown).
+    """
 
     path: str
     timeout_seconds: float
@@ -120,9 +154,11 @@ class LockTimeoutError(MpmmError, TimeoutError):
 
 
 class AcquireTimeoutError(MpmmError, TimeoutError, RuntimeError):
-    """A model or lease was not to be had in time. Attributes: `tag` (name of the lease), `waited_seconds`.
+    """No copy of the model, or no room for the lease, became available in time; the text has the last reason.
 
-    `retry_after_seconds`: how much longer it would have taken, as far as loads and holds so far tell; None for a lease.
+    What to do: see `mpmm help stall` for how to find the cause; raise `wait_timeout_seconds` if the wait was justified.
+    Attributes: `tag` (of a lease its name), `waited_seconds`, `retry_after_seconds` (how much longer the wait would
+    have taken, judging by the loads and holds so far; None for a lease).
     """
 
     tag: str
@@ -131,10 +167,11 @@ class AcquireTimeoutError(MpmmError, TimeoutError, RuntimeError):
 
 
 class QueueFullError(MpmmError, RuntimeError):
-    """As many wait for a model as `max_waiting` allows. Nothing was changed; a web service answers 503.
+    """As many requests already wait for the model as `max_waiting` allows; nothing was changed.
 
-    Attributes: `tag`, `waiting`, `max_waiting`, and for Retry-After `retry_after_seconds`: when a copy is expected for
-    one who waited now, as far as loads and holds so far tell.
+    What to do: try again after `retry_after_seconds`; a web service answers 503 with that as Retry-After.
+    Attributes: `tag`, `waiting`, `max_waiting`, `retry_after_seconds` (when a request made now would get its copy,
+    judging by the loads and holds so far).
     """
 
     tag: str
@@ -144,7 +181,11 @@ class QueueFullError(MpmmError, RuntimeError):
 
 
 class ModelTooLargeError(MpmmError, MemoryError):
-    """The model can never fit. Attributes: `tag`, `need_mb`, `limit_mb`, `device`."""
+    """The model needs more than the limit of any device, so it can never be loaded.
+
+    What to do: lower `slack_percentage`, raise `memory_budget_mb` or `fallback_memory_mb`, or use a larger device.
+    Attributes: `tag`, `need_mb`, `limit_mb`, `device`.
+    """
 
     tag: str
     need_mb: float
@@ -153,7 +194,11 @@ class ModelTooLargeError(MpmmError, MemoryError):
 
 
 class LeaseTooLargeError(MpmmError, MemoryError):
-    """A lease can never be had. Attributes: `name`, `need_mb`, `limit_mb`, `device`."""
+    """The lease asks for more than the limit of any device, so it can never be granted.
+
+    What to do: ask for less, or raise the limit as for `ModelTooLargeError`.
+    Attributes: `name`, `need_mb`, `limit_mb`, `device`.
+    """
 
     name: str
     need_mb: float
@@ -162,9 +207,12 @@ class LeaseTooLargeError(MpmmError, MemoryError):
 
 
 class DeadlockError(MpmmError, RuntimeError):
-    """A request that could be served only by what the requesting thread holds itself. Attributes: `tag`, `held` (tags).
+    """The thread would wait for something that only it can release; raised at once, not after the time-out.
 
-    Raised at once, instead of a time-out later, where this is certain; see `ModelManager.model`.
+    It is raised only where that is certain; see `ModelManager.model`.
+
+    What to do: release what the thread holds first, or hold one copy for both uses.
+    Attributes: `tag`, `held` (the tags that the thread holds).
     """
 
     tag: str
@@ -172,8 +220,10 @@ class DeadlockError(MpmmError, RuntimeError):
 
 
 class UnloadTimeoutError(MpmmError, TimeoutError):
-    """Copies that were to be unloaded are still there: in use, mostly. They are unloaded when they are given back.
+    """Copies that `unload` waits for are still loaded, usually because they are in use.
 
+    What to do: nothing, if they may stay until they are released, for then they are unloaded; `mpmm inspect` shows who
+    holds them.
     Attributes: `tag`, `left` (copies), `waited_seconds`.
     """
 
@@ -183,49 +233,81 @@ class UnloadTimeoutError(MpmmError, TimeoutError):
 
 
 class LoadTimeoutError(MpmmError, TimeoutError):
-    """A load took longer than `load_timeout_seconds` and was given up. Attributes: `tag`, `timeout_seconds`."""
+    """The load took longer than `load_timeout_seconds` and was abandoned; its reservation is free again.
+
+    What to do: raise `load_timeout_seconds`, or mend the loader.
+    Attributes: `tag`, `timeout_seconds`.
+    """
 
     tag: str
     timeout_seconds: float
 
 
 class SuspendError(MpmmError, RuntimeError):
-    """A copy could not be suspended or resumed. Attribute: `tag`."""
+    """A copy could not be suspended or resumed.
+
+    What to do: nothing, if the model may be loaded anew; the text says what failed.
+    Attributes: `tag`.
+    """
 
     tag: str
 
 
 class NotAcquiredError(MpmmError, ValueError):
-    """A release of something that this process does not hold. Attribute: `tag`."""
+    """The process releases, or unpins, something that it does not hold: it never had it, or has released it already.
+
+    What to do: mend the caller, or use `with manager.model(...)`, which releases exactly once.
+    Attributes: `tag`.
+    """
 
     tag: str
 
 
 class NamespaceResetError(MpmmError, RuntimeError):
-    """`force_reset` took the ticket or the hold away. Attribute: `tag`."""
+    """`mpmm reset`, or `force_reset`, took away the copy or the place in the queue.
+
+    What to do: acquire the model again.
+    Attributes: `tag`.
+    """
 
     tag: str
 
 
 class ClosedError(MpmmError, RuntimeError):
-    """The object was shut down, or this process has left the namespace."""
+    """The manager was shut down, perhaps by another thread during the call, or the process has left the namespace.
+
+    What to do: make a new manager.
+    """
 
 
 class ReentrantCallError(MpmmError, RuntimeError):
-    """A finalizer or signal handler asked for what cannot be done in the middle of a transaction of its own thread."""
+    """A finalizer or signal handler made a call that is impossible in the middle of a transaction of its own thread.
+
+    What to do: only give things back there (`release_model`, `unpin`, `Lease.release`, `shutdown`), and make other
+    calls elsewhere.
+    """
 
 
 class ModelServerError(MpmmError, ConnectionError):
-    """The process that holds a shared object is gone or refuses. Attributes: `tag`, `server_pid` or None."""
+    """The process that holds a shared object is gone, or refuses the call.
+
+    Outside of a loader a handle never makes a new server.
+
+    What to do: release the handle and acquire the model again.
+    Attributes: `tag`, `server_pid` (None if unknown).
+    """
 
     tag: str
     server_pid: int | None
 
 
 class RemoteCallError(MpmmError, RuntimeError):
-    """A shared object's method ran, but its outcome cannot come here: it does not pickle, or is not an `Exception`.
+    """A method of a shared object ran, but its outcome cannot be sent: it does not pickle, or is not an `Exception`.
 
-    Attributes: `tag`, `method`; the text says what it was and, for an exception, carries the server's traceback.
+    The text says what the outcome was and, for an exception, carries the server's traceback.
+
+    What to do: return or raise something that pickles.
+    Attributes: `tag`, `method`.
     """
 
     tag: str
@@ -233,12 +315,22 @@ class RemoteCallError(MpmmError, RuntimeError):
 
 
 class ServerStartError(MpmmError, RuntimeError):
-    """A shared object could not be made. Attribute: `tag`; the text carries the server's traceback."""
+    """The constructor of a shared object failed, or its server could not import the main module.
+
+    The text carries the server's traceback.
+
+    What to do: mend the constructor; put what starts work behind `if __name__ == "__main__":`.
+    Attributes: `tag`.
+    """
 
     tag: str
 
 
 class SharedObjectReleasedError(MpmmError, RuntimeError):
-    """A proxy was used after its `release`. Attribute: `tag`."""
+    """A proxy was used after its `release`.
+
+    What to do: acquire the object again.
+    Attributes: `tag`.
+    """
 
     tag: str

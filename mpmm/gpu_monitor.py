@@ -400,7 +400,7 @@ class GPUMonitor:
         if knows is False and knew is not False and not self._missed_processes:
             self._missed_processes = True
             logger.warning(
-                "%s cannot measure single processes: the driver withholds their memory, or tells the pids of another "
+                "%s cannot measure single processes: the driver withholds their memory, or reports the pids of another "
                 "pid namespace",
                 source.name,
             )

@@ -204,7 +204,11 @@ class Keeper:
     def _report_trouble(self) -> None:
         # Whatever went wrong must neither end the thread nor fill the log twice a second.
         if not self._failing:
-            _LOG.exception("mpmm %s: the keeper of pid %d goes on after", self._namespace.name, self._namespace.pid)
+            _LOG.exception(
+                "mpmm %s: the background thread of pid %d goes on after an error",
+                self._namespace.name,
+                self._namespace.pid,
+            )
         self._failing = True
         self._stopping.wait(LONGEST_TICK_S)
 
@@ -301,7 +305,9 @@ class Keeper:
             self._lock_file.unlock()
             raise
         self.leading = True
-        _LOG.info("mpmm %s: pid %d leads, source %s", self._namespace.name, self._namespace.pid, source.name)
+        _LOG.info(
+            "mpmm %s: pid %d is the leader, memory source %s", self._namespace.name, self._namespace.pid, source.name
+        )
 
     def _stands_in(self) -> bool:
         """Tell whether to poll in the leader's place, and if so, tell the others that this process does.
@@ -371,7 +377,14 @@ class Keeper:
             if taken > limit:
                 namespace.transitions.note_failure(t, namespace.segment.words[tables.instance(row) + Instance.MODEL])
                 namespace.transitions.give_up_load(t, row)
-                t.after.append(partial(_LOG.warning, "mpmm %s: gave up a load after %.1f s", namespace.name, taken))
+                t.after.append(
+                    partial(
+                        _LOG.warning,
+                        "mpmm %s: abandoned a load after %.1f s (load_timeout_seconds)",
+                        namespace.name,
+                        taken,
+                    )
+                )
 
     def _unload_expired(self, t: Transaction) -> None:
         """Have copies unloaded that nobody has used for as long as they are kept: by their owner, or by this process.

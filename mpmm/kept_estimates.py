@@ -126,7 +126,7 @@ class EstimatesFile:
 
     def _report(self, what: str) -> None:
         if what != self._reported:
-            _LOG.warning("mpmm: the estimates in %s count for nothing (%s); they are made anew", self.path, what)
+            _LOG.warning("mpmm: ignoring the estimates in %s (%s); they will be replaced", self.path, what)
         self._reported = what
 
 
@@ -208,7 +208,7 @@ class KeptEstimates:
                 self._file.merge(self._kind, changed)
             except (OSError, LockTimeoutError) as error:
                 if not self._failed:
-                    _LOG.warning("mpmm: cannot keep estimates in %s: %s", self._file.path, error)
+                    _LOG.warning("mpmm: cannot save estimates in %s: %s", self._file.path, error)
                 self._failed = True
                 return
             self._failed = False

@@ -268,7 +268,7 @@ class ResourceEstimator:
         try:
             footprints = solve_footprints(observations, models, self.min_data_points)
         except ArithmeticError as error:
-            logger.error("Estimates stay as they were: %s", error)
+            logger.error("Estimates are unchanged: %s", error)
             return
         if footprints is None:
             return

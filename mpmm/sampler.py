@@ -165,7 +165,7 @@ class Sampler:
         except BaseException:
             # A thread that ended here would leave everybody who asks without figures.
             if not self._failing:
-                _LOG.exception("mpmm: the thread %s goes on after", self._name)
+                _LOG.exception("mpmm: the thread %s goes on after an error", self._name)
             self._failing = True
         else:
             self._failing = False

@@ -169,7 +169,7 @@ class SharedResourceEstimator:
         try:
             footprints = solve_footprints(observations, models, self.min_data_points, relative=True)
         except ArithmeticError as error:
-            _LOG.error("Estimates stay as they were: %s", error)
+            _LOG.error("Estimates are unchanged: %s", error)
             footprints = None
         changed: dict[str, float] = {}
         words, floats = namespace.segment.words, namespace.segment.floats

@@ -123,7 +123,7 @@ class ServerDuty:
             # Unknown to the namespace, it would live on if its loader died now.
             raise ServerStartError(f"the server of {tag!r} cannot join its namespace: {error}", tag=tag) from error
         except (FileNotFoundError, MpmmError) as error:
-            _LOG.warning("mpmm: the server of %s serves no namespace: %s", tag, error)
+            _LOG.warning("mpmm: the server of %s cannot join its namespace: %s", tag, error)
             return None
         words, at = namespace.segment.words, namespace.tables.instance(self.row)
         with namespace.transaction() as t:
@@ -965,9 +965,9 @@ class Worker:
         if tag not in self._twins_of_tags:
             self._twins_of_tags.add(tag)
             text = (
-                "mpmm %s: pid %d: the loader of %s has returned the handle %r, which stands for something that is "
-                "loaded already: counted once, and unloaded with the last of them; let the loader return a new handle "
-                "each time, or set max_model_copies=1"
+                "mpmm %s: pid %d: the loader of %s has returned the handle %r, whose object is "
+                "loaded already: it is counted once, and unloaded with the last copy; let the loader return a new "
+                "handle each time, or set max_model_copies=1"
             )
             t.after.append(partial(_LOG.warning, text, self.namespace.name, self.namespace.pid, tag, handle))
 
@@ -1050,7 +1050,7 @@ class Worker:
             # Otherwise the process has left meanwhile, and another one has been given the rest to do.
             if self.namespace.is_usable:
                 self.unload_failed = True
-                _LOG.exception("mpmm %s: pid %d could not unload", self.namespace.name, self.namespace.pid)
+                _LOG.exception("mpmm %s: pid %d failed to unload a copy", self.namespace.name, self.namespace.pid)
 
     def _has_to_unload(self) -> bool:
         """Look, without the lock, for copies that this process has to unload and that none of its threads is at."""
@@ -1159,7 +1159,7 @@ class Worker:
             self.scheduler.advance(t)
         for (holder, heir), tags in said.items():
             which = f"{tags[0]} and {len(tags) - 1} more" if len(tags) > 1 else tags[0]
-            then = f"pid {pids[heir]} does it" if heir >= 0 else "others are evicted instead"
+            then = f"pid {pids[heir]} does it instead" if heir >= 0 else "other copies are evicted instead"
             _LOG.warning("mpmm %s: pid %d has not unloaded %s in time; %s", namespace.name, pids[holder], which, then)
 
     def _unloads_overdue(self, now_ns: int) -> Iterator[tuple[int, bool]]:
@@ -1305,7 +1305,10 @@ class Worker:
         )
         text = "mpmm %s: pid %d ran out of memory with %s, which needs more than %.0f MB"
         if not mb:
-            text, mb = "mpmm %s: pid %d ran out of memory with %s, taken for %.0f MB", self.scheduler.need_mb(model)
+            text, mb = (
+                "mpmm %s: pid %d ran out of memory with %s, assumed to need %.0f MB",
+                self.scheduler.need_mb(model),
+            )
         t.after.append(partial(_LOG.warning, text, namespace.name, namespace.pid, tag, mb))
 
     def held_by_thread(self) -> tuple[list[int], list[int]]:

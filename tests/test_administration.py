@@ -285,7 +285,7 @@ def test_a_newcomer_and_a_pickled_manager_take_the_changed_settings_over(
     manager.update_settings(poll_interval=0.3)
     newcomer = new_process(poll_interval=0.2)
     assert newcomer.call(its_settings)["poll_interval"] == 0.3
-    assert not [record for record in caplog.records if "as its creator chose" in record.getMessage()]
+    assert not [record for record in caplog.records if "chosen by the creator" in record.getMessage()]
 
 
 # ---- preload at a prompt ----------------------------------------------------------------------------------------

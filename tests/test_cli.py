@@ -91,14 +91,14 @@ def test_inspect_says_what_is_wrong(namespace: str, new_manager: NewManager, new
     assert [text.split(":")[0] for text in urgent] == [
         "no leader",
         "the last sample of device 0 (booked) is 9.0 s old, poll_interval is 0.5 s",
-        "dead, but what they had is not taken back yet",
+        "dead, but not cleaned up yet",
         f"pid {waiter.pid} has waited for wanted for 75 s",
         f"pid {os.getpid()} has held held for 7 min while 1 waits",
     ]
     assert str(dead.pid) in urgent[2]
     assert "in use" in urgent[3]
     assert [finding.text for finding in findings(later) if not finding.urgent] == [
-        "since the namespace was made: transactions of processes that died in them, rolled back: 2"
+        "since the namespace was created: transactions rolled back because their process died: 2"
     ]
     text = render(later)
     assert all(f"ATTENTION: {said}" in text for said in urgent)
@@ -248,7 +248,7 @@ def test_inspect_lists_several_namespaces(busy: ModelManager, capsys: Capture) -
 
 def test_inspect_without_any(capsys: Capture) -> None:
     assert main(["inspect"]) == 2
-    assert "nothing of this user has a model manager at present" in capsys.readouterr().err
+    assert "no process of this user has a model manager at present" in capsys.readouterr().err
 
 
 def test_list_names_the_namespaces(busy: ModelManager, capsys: Capture) -> None:
@@ -296,7 +296,7 @@ def test_check_health_is_for_probes(
     assert main(["check", "--health", namespace]) == 1
     broken, attention = capsys.readouterr().out.splitlines()
     assert broken.startswith(f"{namespace}: invariant broken: H2 ACTIVE")
-    assert attention.startswith(f"{namespace}: ATTENTION: nobody has polled for 60 s")
+    assert attention.startswith(f"{namespace}: ATTENTION: memory has not been polled for 60 s")
     monkeypatch.undo()
     manager.shutdown()
 
@@ -412,7 +412,7 @@ def test_reset_asks_at_a_terminal(
     monkeypatch.setattr(terminal, "isatty", lambda: True)
     monkeypatch.setattr(sys, "stdin", terminal)
     assert main(["reset", namespace]) == status
-    said = f" copies of {namespace}, 1 of them in use, and sends 1 waiters away. Go on? [y/N] "
+    said = f" copies of {namespace}, 1 of them in use, and cancels 1 waiting requests. Go on? [y/N] "
     assert said in capsys.readouterr().out
     assert read_snapshot(namespace).resets == 1 - status
     assert main(["reset", "--yes", namespace]) == 0
@@ -483,7 +483,7 @@ def test_the_runtime_root_can_be_named_behind_the_command(tmp_path: Path) -> Non
 def test_a_program_without_the_dashes_is_pointed_to_them(capsys: Capture) -> None:
     with pytest.raises(SystemExit, match="2"):
         main(["run", "--mb", "100", "sleep", "1"])
-    assert "unrecognized arguments: sleep 1; a program and its arguments stand behind `--`" in capsys.readouterr().err
+    assert "unrecognized arguments: sleep 1; write the program and its arguments after `--`" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="2"):
         main(["inspect", "--none"])
     assert capsys.readouterr().err.endswith("unrecognized arguments: --none\n")

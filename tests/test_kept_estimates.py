@@ -134,7 +134,7 @@ def test_a_folder_that_cannot_be_written_costs_nobody_anything(
     with caplog.at_level(logging.WARNING, "mpmm"):
         use_all(manager, device)
         manager.shutdown()
-    assert "cannot keep estimates" in caplog.text
+    assert "cannot save estimates" in caplog.text
 
 
 def write_many(seat: Seat, path: Path, number: int) -> None:

@@ -874,7 +874,7 @@ def test_other_values_than_the_creators_are_reported_and_have_no_effect(
         new_manager(slack_percentage=0.25, wait_timeout_seconds=1.0)
         assert caplog.text == ""
         later = new_manager(slack_percentage=0.5)
-    assert "slack_percentage stays 0.25, as its creator chose; not 0.5" in caplog.text
+    assert "slack_percentage stays 0.25, chosen by the creator of the namespace; ignoring 0.5" in caplog.text
     know(later, a=750)
     with later.model("a", Loads()):
         pass

@@ -238,7 +238,7 @@ def test_without_a_program_the_usage_is_shown(capsys: pytest.CaptureFixture[str]
     for arguments in (["run", "--mb", "1"], ["run", "--mb", "1", "--"], ["list", "--", "x"]):
         with pytest.raises(SystemExit):
             main(arguments)
-        assert "stand behind `--`" in capsys.readouterr().err
+        assert "after `--`" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("start")

@@ -269,7 +269,7 @@ def test_a_model_that_cannot_sleep_is_unloaded_and_not_asked_again(manager: Mode
     snapshot = read_snapshot(manager.namespace)
     assert snapshot.suspend_failures == 1
     said = [finding.text for finding in findings(snapshot)]
-    assert "a is unloaded where others are suspended, because it could not be suspended when that was tried" in said
+    assert "a is unloaded instead of suspended, because an attempt to suspend it failed" in said
     (tmp_path / "fail_sleep").unlink()
     use(manager, "a", MakesSleeper(tmp_path))
     assert manager.suspend("a") == 0 and states(manager.namespace, "a") == ["idle"]
@@ -552,7 +552,7 @@ def test_it_is_done_and_shown_at_the_command_line(
     assert "is suspended because `suspend` asked for it" in shown
     with manager.model("a", Loads()):
         cli.main(["inspect"])
-    assert "it resumes in about" in capsys.readouterr().out
+    assert "to resume: needs" in capsys.readouterr().out
     cli.main(["metrics"])
     shown = capsys.readouterr().out
     assert "mpmm_model_resumes_total{" in shown and "mpmm_host_budget_bytes{" in shown

@@ -116,7 +116,7 @@ def test_where_only_the_blind_are_left_one_leads_by_the_books_and_the_last_figur
     blind.result()
     assert (device.used_mb(), copies_of(namespace, "x")) == (9000, [])
     cli.main(["inspect", namespace])
-    assert "ATTENTION: nothing is measured any more" in capsys.readouterr().out
+    assert "ATTENTION: memory is no longer measured" in capsys.readouterr().out
     # One that comes later has devices to describe, and takes the lead.
     newcomer = new_process(memory_source=device)
     wait_until(lambda: leads(namespace, newcomer), "the newcomer leads", 5)

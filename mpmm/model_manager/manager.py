@@ -687,7 +687,7 @@ class ModelManager(BeamNames):
         """
         worker = self._connected()
         worker.namespace.reset()
-        _LOG.warning("mpmm %s: reset by pid %d", worker.namespace.name, worker.namespace.pid)
+        _LOG.warning("mpmm %s: pid %d reset the namespace", worker.namespace.name, worker.namespace.pid)
         worker.unload_assigned()
 
     # ---- further methods -----------------------------------------------------------------------------------
@@ -1384,8 +1384,8 @@ class ModelManager(BeamNames):
             namespace.transitions.leave_queue(t, row)
             worker.scheduler.advance(t)
         raise DeadlockError(
-            f"model {tag!r} {reason.partition(': ')[2]}; but it is this thread itself that holds, or is loading, "
-            f"{', '.join(map(repr, held))}: release that first, hold one copy for both uses, or see to it that both "
+            f"model {tag!r} {reason.partition(': ')[2]}; but this thread itself holds, or is loading, "
+            f"{', '.join(map(repr, held))}: release that first, hold one copy for both uses, or make sure that both "
             "fit (max_model_copies, memory)",
             tag=tag,
             held=held,
@@ -2162,7 +2162,13 @@ class ModelManager(BeamNames):
         for name, value in own.items():
             theirs = getattr(chosen, name)
             if value != theirs and name != "wait_timeout_seconds":
-                _LOG.warning("mpmm %s: %s stays %g, as its creator chose; not %g", self._name, name, theirs, value)
+                _LOG.warning(
+                    "mpmm %s: %s stays %g, chosen by the creator of the namespace; ignoring %g",
+                    self._name,
+                    name,
+                    theirs,
+                    value,
+                )
 
 
 # Where users import them from, which pickles, tracebacks and documentation are to name.

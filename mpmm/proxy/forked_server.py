@@ -97,7 +97,7 @@ def order_server(
         if not isinstance(error, (ConnectionError, EOFError)):
             # A stopped one, say: do not let every start wait for it.
             _avoid_until = time.monotonic() + AVOID_S
-        logger.warning("mpmm: pid %d spawns the server of %r, no zygote: %r", os.getpid(), plan.tag, error)
+        logger.warning("mpmm: pid %d spawns the server of %r instead of forking it: %r", os.getpid(), plan.tag, error)
         return None
 
 

@@ -361,7 +361,14 @@ class Namespace:
                     pid = int(self.segment.words[self.tables.member(slot) + Member.PID])
                     done = self.transitions.reap_member(t, slot)
                     if done:
-                        t.after.append(partial(_LOG.info, "mpmm %s: reclaimed what pid %d had", self.name, pid))
+                        t.after.append(
+                            partial(
+                                _LOG.info,
+                                "mpmm %s: pid %d has died; its holds, loads and places in the queue are free again",
+                                self.name,
+                                pid,
+                            )
+                        )
                         reaped += 1
         return reaped
 
@@ -563,7 +570,7 @@ class Namespace:
                 return
         if not self._lost:
             self._lost = True
-            _LOG.error("mpmm: pid %d goes on without newcomers: %s", self.pid, segment_lost(self.name, old))
+            _LOG.error("mpmm: pid %d goes on, but no process can join it: %s", self.pid, segment_lost(self.name, old))
 
     def _put_life_back(self, found: list[str]) -> None:
         if self._member_lock is None:
@@ -584,7 +591,7 @@ class Namespace:
     def _note_put_back(self, found: list[str]) -> None:
         _LOG.warning(
             "mpmm %s: something has removed %s of %s under pid %d, which has put it back; keep cleaners away from this "
-            "folder, or set MPMM_RUNTIME_DIR to one that nobody cleans",
+            "folder, or set MPMM_RUNTIME_DIR to one that no cleaner touches",
             self.name,
             ", ".join(found),
             self._folder,
@@ -846,7 +853,8 @@ def _host_share_mb() -> float:
         return host_memory_left_mb() / 2
     except (OSError, ValueError, psutil.Error) as error:
         _LOG.warning(
-            "mpmm: nothing is suspended, as the host does not tell its memory: %s; see suspend_budget_mb", error
+            "mpmm: nothing is suspended, because the memory of the host is unknown: %s; suspend_budget_mb sets it",
+            error,
         )
         return 0.0
 

@@ -110,7 +110,7 @@ def find_moved(runtime: RuntimeDirectory, name: str) -> Segment | None:
                 continue
             if has_living_member(Tables(segment), runtime.path) and segment.rename(name):
                 _LOG.warning(
-                    "mpmm %s: somebody has removed the folder %s under living processes; this one joins them there",
+                    "mpmm %s: something has removed the folder %s under living processes; this one joins them there",
                     runtime.name,
                     runtime.root,
                 )

@@ -113,7 +113,7 @@ def _state(into: _Families, snapshot: Snapshot, labels: Mapping[str, str]) -> No
         into.add("members", "gauge", "Attached processes.", kinds[kind], {**labels, "kind": kind})
     dead = sum(member.alive is False for member in snapshot.members)
     gauges = (
-        ("dead_members", "Processes that are dead, and what they had is not taken back yet.", dead),
+        ("dead_members", "Processes that are dead and not cleaned up yet.", dead),
         ("waiting", "Waiters in the queue.", snapshot.waiting),
         ("oldest_wait_seconds", "How long the one who has waited longest has done so.", longest_wait_s(snapshot)),
         ("active", "Copies in use.", snapshot.active),

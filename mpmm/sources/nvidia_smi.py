@@ -188,7 +188,9 @@ class NvidiaSmiSource:
         with contextlib.suppress(IndexError):
             what = self._unwarned.pop()
             said = [line for line in output.splitlines() if what in line]
-            _LOG.warning("nvidia-smi ends with status 14 (%s): its figures count", "; ".join(said) or what)
+            _LOG.warning(
+                "nvidia-smi ends with status 14 (%s): its figures are used all the same", "; ".join(said) or what
+            )
 
     def _boards(self) -> list[_Board]:
         """Return all GPUs, those that cannot be read included. Raises what the program's failure raises."""

@@ -91,8 +91,8 @@ class Suspender:
         good = branch in GOOD_BRANCHES
         if branch is not None and not good:
             text = (
-                "mpmm %s: models are not suspended by the driver's checkpoints, which have not been tried on driver %d "
-                "(but on %s); suspend='checkpoint' turns them on, suspend='cooperative' keeps this from being said"
+                "mpmm %s: the driver's checkpoints are not used to suspend models, because they are untested on driver "
+                "%d (tested: %s); suspend='checkpoint' turns them on, suspend='cooperative' silences this message"
             )
             known = ", ".join(map(str, sorted(GOOD_BRANCHES)))
             _LOG.info(text, self._namespace.name, branch, known)
@@ -285,7 +285,7 @@ class Suspender:
             cause = Cause(Reason.HOST_SHORT, free_mb=left_mb)
             dropped = self._worker.scheduler.suspension.drop_oldest(t, namespace.slot, cause)
         if dropped:
-            _LOG.warning("mpmm %s: the host has only %.0f MB left: a suspended copy goes", namespace.name, left_mb)
+            _LOG.warning("mpmm %s: the host has only %.0f MB left: dropping a suspended copy", namespace.name, left_mb)
             self._worker.unload_beside()
 
     # ---- one step ------------------------------------------------------------------------------------------
@@ -318,7 +318,7 @@ class Suspender:
         return not self._namespace.member_is_alive(server)
 
     def _say(self, level: int, task: _Task, request: str, error: Exception) -> None:
-        text = "mpmm %s: pid %d could not have %s %s, which is unloaded instead: %s: %s"
+        text = "mpmm %s: pid %d could not have %s %s, so it is unloaded instead: %s: %s"
         kind = type(error).__name__
         _LOG.log(level, text, self._namespace.name, self._namespace.pid, task.tag, request, kind, error)
 
