@@ -60,12 +60,12 @@ from mpmm.errors import (
 )
 
 if TYPE_CHECKING:
-    from mpmm.gpu_monitor import GPUMonitor
+    from mpmm.memory.estimator import ResourceEstimator
+    from mpmm.memory.monitor import GPUMonitor
     from mpmm.model_manager import ModelManager, QueueTicket
     from mpmm.model_manager.lease import Lease
     from mpmm.multi_process_shared import MultiProcessShared
     from mpmm.placement import Placement, current_placement
-    from mpmm.resource_estimator import ResourceEstimator
     from mpmm.shared_state.layout import Capacities
 
 # Here alone; setup.cfg reads it without importing anything.
@@ -111,13 +111,13 @@ __all__ = [
 
 _HOMES = {
     "Capacities": "mpmm.shared_state.layout",
-    "GPUMonitor": "mpmm.gpu_monitor",
+    "GPUMonitor": "mpmm.memory.monitor",
     "Lease": "mpmm.model_manager.lease",
     "ModelManager": "mpmm.model_manager.manager",
     "MultiProcessShared": "mpmm.multi_process_shared",
     "Placement": "mpmm.placement",
     "QueueTicket": "mpmm.model_manager.manager",
-    "ResourceEstimator": "mpmm.resource_estimator",
+    "ResourceEstimator": "mpmm.memory.estimator",
     "current_placement": "mpmm.placement",
 }
 

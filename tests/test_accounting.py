@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from mpmm.board import SharedBoard
+from mpmm.memory.samples import SharedBoard
 from mpmm.scheduler import Scheduler
 from mpmm.shared_state.layout import Device, Member
 from mpmm.shared_state.namespace import Namespace

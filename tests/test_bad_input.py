@@ -22,13 +22,13 @@ from processes import problems
 from mpmm import beam
 from mpmm.cli import main
 from mpmm.errors import InvalidArgumentError, MpmmError, RuntimeDirectoryError
-from mpmm.gpu_monitor import GPUMonitor
+from mpmm.memory.estimator import ResourceEstimator
+from mpmm.memory.monitor import GPUMonitor
+from mpmm.memory.shared_estimator import SharedResourceEstimator
 from mpmm.model_manager import ModelManager
 from mpmm.model_manager.lease import Lease
 from mpmm.model_manager.manager import AcquireOptions
 from mpmm.multi_process_shared import MultiProcessShared, server_pid, unload
-from mpmm.resource_estimator import ResourceEstimator
-from mpmm.shared_estimator import SharedResourceEstimator
 from mpmm.shared_state.layout import Capacities
 from mpmm.shared_state.snapshot import as_json, find_namespaces, read_snapshot
 from mpmm.sources.host_memory import HostMemorySource

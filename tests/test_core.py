@@ -32,8 +32,9 @@ from test_crash_points import FROZEN_NS, KILLED, SMALL, Lab, run_in_child, some_
 
 from mpmm import ModelManager
 from mpmm.errors import InvalidArgumentError
-from mpmm.gpu_monitor import GPUMonitor
+from mpmm.memory.monitor import GPUMonitor
 from mpmm.model_manager.operations import Operation
+from mpmm.model_manager.session import Copy, Worker
 from mpmm.model_manager.tenure import Tenure
 from mpmm.shared_state import core as core_module
 from mpmm.shared_state.core import CORE_VARIABLE, make_core, which
@@ -44,7 +45,6 @@ from mpmm.shared_state.transaction import TURN, TransactionLock
 from mpmm.shared_state.transitions import SMOOTHING
 from mpmm.show import doctor
 from mpmm.sources import choose_source
-from mpmm.worker import Copy, Worker
 
 SOURCE = Path(core_module.__file__).with_name("_core.c")
 NewManager = Callable[..., ModelManager]

@@ -27,6 +27,7 @@ import pytest
 from processes import CRASH_POINTS
 
 from mpmm import ModelManager
+from mpmm.model_manager.session import Worker
 from mpmm.policy.suspension import Unsuspendable, Way
 from mpmm.policy.view import Reason
 from mpmm.shared_state.core import CORE_VARIABLE
@@ -42,7 +43,6 @@ from mpmm.shared_state.suspensions import Suspensions
 from mpmm.shared_state.tables import Tables
 from mpmm.shared_state.transaction import Transaction, TransactionLock
 from mpmm.shared_state.transitions import Transitions
-from mpmm.worker import Worker
 
 Operation = Callable[[Transaction, Transitions], object]
 
@@ -1045,9 +1045,9 @@ class Survivor:
 def survivor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Survivor]:
     monkeypatch.setenv("MPMM_RUNTIME_DIR", str(tmp_path / "run"))
     # The children are told apart from the survivor by what they do in the foreground alone.
-    monkeypatch.setattr("mpmm.keeper.Keeper.start", lambda keeper: keeper._lead_if_free(1.0))
+    monkeypatch.setattr("mpmm.model_manager.background.Keeper.start", lambda keeper: keeper._lead_if_free(1.0))
     # These models are in no cycle, and a collection takes 0.1 s in a process that has imported Beam.
-    monkeypatch.setattr("mpmm.worker.gc.collect", lambda: 0)
+    monkeypatch.setattr("mpmm.model_manager.session.gc.collect", lambda: 0)
     wait = ModelManager._wait
 
     def unload_and_wait(manager: ModelManager, worker: Worker, row: int, deadline: float) -> int | None:

@@ -12,7 +12,7 @@ import pytest
 from processes import Seat, learn, problems, wait_until, waiting
 
 from mpmm import AcquireTimeoutError, Capacities, LockTimeoutError, ModelManager
-from mpmm.deferred import ATTEMPTS, DeferredChanges
+from mpmm.model_manager.deferred import ATTEMPTS, DeferredChanges
 from mpmm.scheduler import Scheduler
 from mpmm.shared_state.layout import Header
 from mpmm.shared_state.namespace import Namespace

@@ -35,7 +35,7 @@ from simulated_gpu import SimulatedGpus
 
 import mpmm
 from mpmm import InvalidArgumentError, ModelManager, ModelTooLargeError, Placement
-from mpmm.resource_estimator import ALONE_SD, Estimate, Observation, reconcile, solve_footprints
+from mpmm.memory.estimator import ALONE_SD, Estimate, Observation, reconcile, solve_footprints
 from mpmm.shared_state.snapshot import DeviceInfo, read_snapshot
 from mpmm.show.screen import render
 

@@ -15,7 +15,7 @@ import pytest
 from processes import wait_until
 
 from mpmm.errors import InvalidArgumentError
-from mpmm.gpu_monitor import GPUMonitor, LocalBoard
+from mpmm.memory.monitor import GPUMonitor, LocalBoard
 from mpmm.sources import DeviceInfo, DeviceSample
 from mpmm.sources.booked import BookedSource
 
@@ -139,7 +139,7 @@ def test_stop_leaves_a_source_alone_that_somebody_else_made(source: FakeSource, 
 
 
 def test_stop_closes_a_source_of_its_own_and_start_resolves_it_again(source: FakeSource) -> None:
-    with patch("mpmm.gpu_monitor.choose_source", return_value=source) as choose:
+    with patch("mpmm.memory.monitor.choose_source", return_value=source) as choose:
         monitor = GPUMonitor(poll_interval=0.001)
         assert not choose.called
         monitor.start()
@@ -423,8 +423,8 @@ def test_the_board_is_told_of_each_sample(hanging: HangingSource) -> None:
 
 def test_stop_does_not_wait_for_a_source_that_hangs_which_is_closed_when_it_comes_back(hanging: HangingSource) -> None:
     with (
-        patch("mpmm.gpu_monitor.choose_source", return_value=hanging),
-        patch("mpmm.gpu_monitor.CLOSE_TIMEOUT_S", 0.05),
+        patch("mpmm.memory.monitor.choose_source", return_value=hanging),
+        patch("mpmm.memory.monitor.CLOSE_TIMEOUT_S", 0.05),
     ):
         monitor = GPUMonitor(poll_interval=0.001)
         monitor.start()
@@ -476,7 +476,7 @@ def test_the_sampling_thread_ends_by_itself_and_starts_again(source: FakeSource)
     def samplers() -> set[threading.Thread]:
         return {thread for thread in source.threads if thread.is_alive()}
 
-    with patch("mpmm.sampler.IDLE_S", 0.01):
+    with patch("mpmm.memory.sampler.IDLE_S", 0.01):
         monitor = GPUMonitor(source=source)
         assert monitor.refresh()
         wait_until(lambda: not samplers(), "the thread has ended")

@@ -239,7 +239,7 @@ def sweep(
     new_manager: Callable[..., ModelManager], new_process: Any, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Callable[..., Sweep]]:
     """Makes a sweep over a manager; in the end there must not have been a failure, and another process can go on."""
-    monkeypatch.setattr("mpmm.keeper.RECONCILE_S", 0.002)
+    monkeypatch.setattr("mpmm.model_manager.background.RECONCILE_S", 0.002)
     made: list[Sweep] = []
 
     def make(step: int, **arguments: Any) -> Sweep:
@@ -646,7 +646,7 @@ def test_join_of_others(runtime_root: Path, new_process: Any) -> None:
 def test_nothing_is_taken_from_calls_in_progress(
     new_manager: Callable[..., ModelManager], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mpmm.keeper.RECONCILE_S", 0.0005)
+    monkeypatch.setattr("mpmm.model_manager.background.RECONCILE_S", 0.0005)
     manager = new_manager(max_model_copies=3)
     wrong: list[BaseException] = []
     over = threading.Event()

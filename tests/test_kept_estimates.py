@@ -14,7 +14,7 @@ import pytest
 from processes import LoadsObject, Process, Seat, SimulatedDevice, acquire, model_of, release, shut_down, wait_until
 
 from mpmm.errors import LockTimeoutError
-from mpmm.kept_estimates import ESTIMATES_PATH_VARIABLE, TAGS_KEPT, Estimate, EstimatesFile
+from mpmm.memory.estimates_file import ESTIMATES_PATH_VARIABLE, TAGS_KEPT, Estimate, EstimatesFile
 from mpmm.model_manager import ModelManager
 from mpmm.policy.view import Reason
 from mpmm.shared_state.snapshot import read_snapshot
@@ -173,7 +173,7 @@ def test_a_writer_that_is_killed_leaves_the_old_file_or_the_new_one(path: Path, 
 def test_the_leader_writes_while_the_job_runs(
     path: Path, namespace: str, new_process: NewProcess, new_device: NewDevice, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mpmm.kept_estimates.SAVE_INTERVAL_S", 0.05)
+    monkeypatch.setattr("mpmm.memory.estimates_file.SAVE_INTERVAL_S", 0.05)
     device = new_device(1000.0)
     arguments = {"memory_source": device, "estimates_path": path, "poll_interval": 0.05}
     leader, other = new_process(**arguments), new_process(**arguments)

@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from mpmm.board import SharedBoard
+from mpmm.memory.samples import SharedBoard
 from mpmm.policy.admission import free_mb
 from mpmm.policy.ledger import HIDDEN_NS, TRUST_BOOKS_NS, Entry, Figure, Ledger, Return, expire, settle
 from mpmm.policy.view import DeviceView

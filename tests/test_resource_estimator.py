@@ -18,7 +18,7 @@ from scipy.optimize import nnls as scipy_nnls
 
 from mpmm.beam_metrics import choose_autoscaling_metric, report_demand, report_estimate, report_model_count
 from mpmm.errors import InvalidArgumentError
-from mpmm.resource_estimator import Observation, ResourceEstimator, smooth, solve_footprints
+from mpmm.memory.estimator import Observation, ResourceEstimator, smooth, solve_footprints
 
 TAGS = ["a", "b", "c"]
 
@@ -173,7 +173,7 @@ def test_numeric_trouble_is_logged_and_keeps_the_estimates(
     estimator = ResourceEstimator()
     feed(estimator)
     before = dict(estimator.estimates)
-    with patch("mpmm.resource_estimator.nnls", **answer):
+    with patch("mpmm.memory.estimator.nnls", **answer):
         estimator.add_observation({"a": 2}, 9999.0)
     assert estimator.estimates == before
     assert [record.levelno for record in caplog.records] == [logging.ERROR]
@@ -221,7 +221,7 @@ def test_verbose_logging_tells_and_is_silent_otherwise(caplog: pytest.LogCapture
 
 def test_importing_the_estimator_loads_neither_scipy_nor_beam() -> None:
     code = (
-        "import sys, mpmm.resource_estimator as r; r.report_estimate('a', 1.0);"
+        "import sys, mpmm.memory.estimator as r; r.report_estimate('a', 1.0);"
         "print([m for m in ('scipy', 'numpy', 'apache_beam') if m in sys.modules])"
     )
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"

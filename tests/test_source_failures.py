@@ -32,7 +32,7 @@ from processes import (
 from simulated_gpu import GPU_IS_LOST, SimulatedGpus
 
 from mpmm import AcquireTimeoutError, ModelManager
-from mpmm.keeper import POLL_WAIT_S
+from mpmm.model_manager.background import POLL_WAIT_S
 from mpmm.shared_state.snapshot import DeviceInfo, read_snapshot
 from mpmm.show.screen import render
 from mpmm.sources import DeviceSample, SourceUnavailableError

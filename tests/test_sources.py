@@ -17,9 +17,9 @@ from unittest.mock import patch
 import psutil
 import pytest
 
-from mpmm.board import ForeignMonitor
 from mpmm.errors import InvalidArgumentError
-from mpmm.gpu_monitor import GPUMonitor
+from mpmm.memory.monitor import GPUMonitor
+from mpmm.memory.samples import ForeignMonitor
 from mpmm.sources import MemorySource, SourceUnavailableError, choose_source, counts_named_only, is_books_only
 from mpmm.sources.base import MIB
 from mpmm.sources.booked import BookedSource

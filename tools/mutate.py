@@ -52,7 +52,7 @@ PARTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ),
     ),
     "sources": (
-        ("mpmm/sources/*.py", "mpmm/gpu_monitor.py", "mpmm/board.py", "mpmm/sampler.py"),
+        ("mpmm/sources/*.py", "mpmm/memory/monitor.py", "mpmm/memory/samples.py", "mpmm/memory/sampler.py"),
         ("test_gpu_monitor", "test_sources", "test_amd_source", "test_source_failures", "test_attribution"),
     ),
     "proxy": (
@@ -60,7 +60,7 @@ PARTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("test_payloads", "test_multi_process_shared", "test_zygote", "test_servers"),
     ),
     "estimator": (
-        ("mpmm/resource_estimator.py", "mpmm/shared_estimator.py", "mpmm/kept_estimates.py"),
+        ("mpmm/memory/estimator.py", "mpmm/memory/shared_estimator.py", "mpmm/memory/estimates_file.py"),
         ("test_resource_estimator", "test_kept_estimates", "test_accounting"),
     ),
     "show": (("mpmm/show/*.py", "mpmm/printable.py"), ("test_printable", "test_cli", "test_top", "test_trace")),

@@ -10,19 +10,19 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mpmm.gpu_monitor import GPUMonitor
+    from mpmm.memory.estimator import ResourceEstimator
+    from mpmm.memory.monitor import GPUMonitor
     from mpmm.model_manager.manager import ModelManager, QueueTicket
-    from mpmm.resource_estimator import ResourceEstimator
 
 __all__ = ["GPUMonitor", "ModelManager", "QueueTicket", "ResourceEstimator"]
 
 _HOMES = {
-    "GPUMonitor": "mpmm.gpu_monitor",
+    "GPUMonitor": "mpmm.memory.monitor",
     "ModelManager": "mpmm.model_manager.manager",
     "QueueTicket": "mpmm.model_manager.manager",
-    "ResourceEstimator": "mpmm.resource_estimator",
+    "ResourceEstimator": "mpmm.memory.estimator",
     # Tests written for Beam replace the solver here.
-    "nnls": "mpmm.resource_estimator",
+    "nnls": "mpmm.memory.estimator",
 }
 
 

@@ -32,12 +32,12 @@ from typing import Any, TypeVar
 from mpmm.errors import ClosedError, LockTimeoutError, MpmmError
 from mpmm.fork_hooks import ChildStep, in_forked_child
 from mpmm.model_manager.manager import AcquireOptions, AnswerUndone, ModelManager, Wish
+from mpmm.model_manager.session import Copy, LookAgain, Worker
 from mpmm.policy.out_of_memory import is_out_of_memory
 from mpmm.proxy.main_import import refuse_while_importing_main
 from mpmm.shared_state.futex import WAITED_FOR_AT_MOST, wait_for_any, wake_all
 from mpmm.shared_state.layout import Header, Model, Ticket
 from mpmm.shared_state.tables import encode_text
-from mpmm.worker import Copy, LookAgain, Worker
 
 __all__ = ["hold_in_loop"]
 

@@ -19,12 +19,12 @@ from mpmm.shared_state.layout import Device, Header, Instance, Model, device_row
 from mpmm.shared_state.tables import encode_text
 
 if TYPE_CHECKING:
-    from mpmm.board import MonitorLike
-    from mpmm.gpu_monitor import GPUMonitor
-    from mpmm.shared_estimator import SharedResourceEstimator
+    from mpmm.memory.monitor import GPUMonitor
+    from mpmm.memory.samples import MonitorLike
+    from mpmm.memory.shared_estimator import SharedResourceEstimator
+    from mpmm.model_manager.session import Worker
     from mpmm.shared_state.settings import Settings
     from mpmm.shared_state.transaction import TransactionLock
-    from mpmm.worker import Worker
 
 __all__ = ["BeamNames", "Condition", "CopiesByTag"]
 

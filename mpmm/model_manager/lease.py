@@ -17,7 +17,7 @@ from mpmm.shared_state.transaction import Transaction
 
 if TYPE_CHECKING:
     from mpmm.model_manager.operations import Operation
-    from mpmm.worker import Worker
+    from mpmm.model_manager.session import Worker
 
 __all__ = ["Lease"]
 

@@ -40,8 +40,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, TypeVar, cast
 
 from mpmm.arguments import checked_devices, checked_number, checked_path, checked_timeout, checked_whole, in_brief
 from mpmm.beam_metrics import choose_autoscaling_metric, report_estimate, report_model_count
-from mpmm.board import MONITOR_METHODS, ForeignMonitor, MonitorLike
-from mpmm.deferred import NOW_S
 from mpmm.errors import (
     AcquireTimeoutError,
     ClosedError,
@@ -59,12 +57,25 @@ from mpmm.errors import (
     TableFullError,
 )
 from mpmm.fork_hooks import ChildStep, in_forked_child
-from mpmm.gpu_monitor import GPUMonitor
-from mpmm.kept_estimates import ESTIMATES_PATH_VARIABLE, KeptEstimates
+from mpmm.memory.estimates_file import ESTIMATES_PATH_VARIABLE, KeptEstimates
+from mpmm.memory.estimator import ALONE_SD, GROWTH_SD, Estimate
+from mpmm.memory.monitor import GPUMonitor
+from mpmm.memory.samples import MONITOR_METHODS, ForeignMonitor, MonitorLike
 from mpmm.model_manager.administration import change_settings, pin_for_all, unload_model, unpin_for_all, wait_for_unload
 from mpmm.model_manager.beam_attributes import BeamNames, CopiesByTag
+from mpmm.model_manager.deferred import NOW_S
 from mpmm.model_manager.lease import Lease
 from mpmm.model_manager.operations import Operation
+from mpmm.model_manager.session import (
+    UNLOAD_LOOK_S,
+    Copy,
+    Free,
+    Growth,
+    LookAgain,
+    Worker,
+    collect_garbage,
+    unload_made,
+)
 from mpmm.model_manager.waits import decision, held_by, says_more, wanted_by, where
 from mpmm.placement import placed
 from mpmm.policy.fairness import HIGHEST_URGENCY
@@ -73,7 +84,6 @@ from mpmm.printable import printable, printable_logger
 from mpmm.proxy.context import attach_namespace, serving_for
 from mpmm.proxy.main_import import refuse_while_importing_main
 from mpmm.proxy.room import is_server_process
-from mpmm.resource_estimator import ALONE_SD, GROWTH_SD, Estimate
 from mpmm.shared_state.durations import LONGEST_NS, to_ns
 from mpmm.shared_state.events import Cause, EventKind
 from mpmm.shared_state.futex import wait_for_change
@@ -95,16 +105,6 @@ from mpmm.shared_state.tables import encode_text
 from mpmm.shared_state.transaction import Transaction
 from mpmm.sources import MemorySource, choose_source
 from mpmm.sources.selected import SelectedDevices
-from mpmm.worker import (
-    UNLOAD_LOOK_S,
-    Copy,
-    Free,
-    Growth,
-    LookAgain,
-    Worker,
-    collect_garbage,
-    unload_made,
-)
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -391,7 +391,7 @@ class ModelManager(BeamNames):
             than by a load, see `mpmm.suspend`; None for half of what the host has left when the namespace is created,
             0 for none.
         devices: indices or uuids of the devices to manage, all by default.
-        estimates_path: file that keeps the estimates from run to run, see `mpmm.kept_estimates`; None stands for
+        estimates_path: file that keeps the estimates from run to run, see `mpmm.memory.estimates_file`; None stands for
             `$MPMM_ESTIMATES_PATH`, and without that for none. The first manager of a process decides for the process.
         autoscaling_metric: what Beam's metric `num_loaded_models_<tag>` is in this process, `loaded` copies or `demand`
             (in use, being loaded and waited for); None leaves what an earlier manager chose, `loaded` at first.

@@ -21,7 +21,7 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from mpmm.worker import Copy
+    from mpmm.model_manager.session import Copy
 
 __all__ = ["Held", "Operation", "ended_calls"]
 

@@ -19,7 +19,7 @@ from mpmm.shared_state.events import EventKind
 from mpmm.shared_state.layout import Event, Header, Instance, Member, Ticket, device_rows
 
 if TYPE_CHECKING:
-    from mpmm.worker import Worker
+    from mpmm.model_manager.session import Worker
 
 __all__ = ["WARN_AFTER_S", "WaitWarning", "Wanted", "decision", "held_by", "says_more", "wanted_by", "where"]
 

@@ -23,8 +23,8 @@ from pathlib import Path
 
 import mpmm
 from mpmm.errors import InvalidArgumentError, MpmmError
+from mpmm.memory.sampler import answer_within
 from mpmm.printable import printable
-from mpmm.sampler import answer_within
 from mpmm.shared_state.core import CORE_VARIABLE, which
 from mpmm.shared_state.layout import LAYOUT_VERSION, Capacities, Layout
 from mpmm.shared_state.runtime_dir import check_private_folder, default_root

@@ -1,6 +1,6 @@
 """Where memory figures come from, and which source is taken.
 
-A source measures; the monitor (`mpmm.gpu_monitor`) decides when, and keeps what was measured.
+A source measures; the monitor (`mpmm.memory.monitor`) decides when, and keeps what was measured.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import time
 from collections.abc import Callable
 
 from mpmm.errors import InvalidArgumentError
+from mpmm.memory.sampler import answer_within
 from mpmm.printable import printable_logger
-from mpmm.sampler import answer_within
 from mpmm.sources.base import (
     START_TIMEOUT_S,
     DeviceInfo,

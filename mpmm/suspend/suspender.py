@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mpmm.errors import ModelServerError, SuspendError
+from mpmm.memory.sampler import answer_within
 from mpmm.policy.suspension import Unsuspendable, Way, limit_s
 from mpmm.policy.view import Reason
 from mpmm.printable import printable_logger
 from mpmm.proxy import wire
 from mpmm.proxy.sleeping import ask_to, can_sleep, record_of
-from mpmm.sampler import answer_within
 from mpmm.shared_state.events import Cause
 from mpmm.shared_state.layout import Header, Instance, Member, Model
 from mpmm.shared_state.settings import ALWAYS, NEVER
@@ -27,7 +27,7 @@ from mpmm.suspend.driver import GOOD_BRANCHES, HAZARDOUS_BRANCHES, driver_branch
 from mpmm.suspend.helper import ask_helper
 
 if TYPE_CHECKING:
-    from mpmm.worker import Worker
+    from mpmm.model_manager.session import Worker
 
 __all__ = ["Suspender"]
 

@@ -1,4 +1,4 @@
-"""The board in shared memory: the leader puts samples on it, everybody reads it (see `mpmm.gpu_monitor`)."""
+"""The board in shared memory: the leader puts samples on it, everybody reads it (see `mpmm.memory.monitor`)."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from mpmm.errors import InvalidArgumentError
+from mpmm.memory.sampler import answer_within
 from mpmm.placement import Placement
-from mpmm.sampler import answer_within
 from mpmm.scheduler import Scheduler
 from mpmm.shared_state.layout import Device, Header, Instance, Member, device_bits, device_rows
 from mpmm.shared_state.namespace import Namespace

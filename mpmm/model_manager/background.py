@@ -12,8 +12,8 @@ It sleeps on the member's bell, and does three things:
   second of a processor to import, and where processors are so scarce that the leader is late, a crowd that imports it,
   and is late for that, would keep it so. Decisions do without the newest solution, but not without fresh figures.
 
-It asks for samples, but another thread takes them (`mpmm.sampler`): a source that hangs must not keep the dead from
-being reaped. What comes after `POLL_WAIT_S` is learnt from when it comes.
+It asks for samples, but another thread takes them (`mpmm.memory.sampler`): a source that hangs must not keep the dead
+from being reaped. What comes after `POLL_WAIT_S` is learnt from when it comes.
 
 Who can measure more leads: a process whose source knows single processes comes before one that sees whole devices only,
 and that before one that goes by the books. A leader hands over to a better one that joins, and leaves a free lead to
@@ -36,9 +36,9 @@ from typing import TYPE_CHECKING
 
 from mpmm.beam_metrics import report_estimate
 from mpmm.errors import ClosedError
+from mpmm.memory.estimator import smooth
 from mpmm.policy.view import Reason
 from mpmm.printable import printable_logger
-from mpmm.resource_estimator import smooth
 from mpmm.shared_state.durations import to_ns
 from mpmm.shared_state.events import Cause
 from mpmm.shared_state.futex import wait_for_change, wake_all
@@ -49,7 +49,7 @@ from mpmm.shared_state.transitions import ESTIMATE_TOLERANCE
 from mpmm.sources import Measures, process_knowledge, what_it_measures
 
 if TYPE_CHECKING:
-    from mpmm.worker import Worker
+    from mpmm.model_manager.session import Worker
 
 __all__ = ["Keeper"]
 

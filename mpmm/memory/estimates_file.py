@@ -28,8 +28,8 @@ from pathlib import Path
 from typing import Any
 
 from mpmm.errors import LockTimeoutError
+from mpmm.memory.estimator import ALONE_SD
 from mpmm.printable import printable_logger
-from mpmm.resource_estimator import ALONE_SD
 from mpmm.shared_state.layout import Device, Model
 from mpmm.shared_state.lock_file import LockFile
 from mpmm.shared_state.namespace import Namespace

@@ -27,8 +27,8 @@ from typing import Protocol
 from mpmm.arguments import checked_number, in_brief
 from mpmm.errors import ClosedError, InvalidArgumentError, LockTimeoutError
 from mpmm.fork_hooks import ChildStep, in_forked_child
+from mpmm.memory.sampler import Sampler, answer_within
 from mpmm.printable import printable_logger
-from mpmm.sampler import Sampler, answer_within
 from mpmm.sources import DeviceInfo, DeviceSample, MemorySource, choose_source, is_books_only, process_knowledge
 from mpmm.sources.base import START_TIMEOUT_S, unavailable
 

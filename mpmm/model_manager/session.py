@@ -24,13 +24,14 @@ from typing import Any, TypeVar
 
 from mpmm import multi_process_shared
 from mpmm.beam_metrics import report_estimate, report_model_count
-from mpmm.board import ForeignMonitor, SharedBoard
-from mpmm.deferred import NOW_S, DeferredChanges
 from mpmm.errors import LockTimeoutError, MpmmError, ServerStartError
 from mpmm.fork_hooks import ChildStep, in_forked_child
-from mpmm.gpu_monitor import GPUMonitor
-from mpmm.keeper import REPEAT_S, Keeper
-from mpmm.kept_estimates import KeptEstimates
+from mpmm.memory.estimates_file import KeptEstimates
+from mpmm.memory.monitor import GPUMonitor
+from mpmm.memory.samples import ForeignMonitor, SharedBoard
+from mpmm.memory.shared_estimator import SharedResourceEstimator
+from mpmm.model_manager.background import REPEAT_S, Keeper
+from mpmm.model_manager.deferred import NOW_S, DeferredChanges
 from mpmm.model_manager.operations import Held, Operation, ended_calls
 from mpmm.model_manager.tenure import Tenures, looks_in_s
 from mpmm.model_manager.waits import WARN_AFTER_S, WaitWarning, decision, says_more
@@ -41,7 +42,6 @@ from mpmm.printable import printable_logger
 from mpmm.proxy.context import ServerContext
 from mpmm.proxy.ending import kill_process
 from mpmm.scheduler import Copies, Scheduler
-from mpmm.shared_estimator import SharedResourceEstimator
 from mpmm.shared_state.events import Cause, EventKind
 from mpmm.shared_state.futex import wake_all
 from mpmm.shared_state.layout import Device, Header, Instance, Member, Model, Ticket, device_rows

@@ -12,8 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mpmm.beam_metrics import report_estimate
-from mpmm.printable import printable_logger
-from mpmm.resource_estimator import (
+from mpmm.memory.estimator import (
     ALONE_SD,
     Estimate,
     Observation,
@@ -22,6 +21,7 @@ from mpmm.resource_estimator import (
     reconcile,
     solve_footprints,
 )
+from mpmm.printable import printable_logger
 from mpmm.shared_state.layout import Header, Model
 from mpmm.shared_state.layout import Observation as ObservationRow
 from mpmm.shared_state.namespace import Namespace

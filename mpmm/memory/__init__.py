@@ -1,0 +1,13 @@
+"""How much device memory is in use, and how much a model takes.
+
+    monitor.py           GPUMonitor: when to measure, and what was measured last
+    monitor_source.py    a monitor of the caller's own, in its place
+    sampler.py           the thread that measures, so that a source which hangs holds up nobody else
+    samples.py           where the samples of all processes of a namespace are kept: in shared memory
+    estimator.py         ResourceEstimator: from readings of whole devices to the memory of each model
+    shared_estimator.py  the same on shared memory, for all processes of a namespace
+    estimates_file.py    the file that keeps estimates from run to run
+
+`mpmm.sources`, below this package, measures. `mpmm.model_manager`, above it, decides when figures are needed; there the
+elected leader samples for everybody, and solves for the estimates.
+"""
