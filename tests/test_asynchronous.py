@@ -324,7 +324,7 @@ def test_a_pickled_manager_is_one_of_the_same_namespace(new_manager: NewManager)
     manager = new_manager(idle_ttl_seconds=60)
     with pickle.loads(pickle.dumps(manager)) as copy:
         assert copy.namespace == manager.namespace
-        assert copy._settings == manager._settings
+        assert copy._attachment.settings == manager._attachment.settings
         held = manager.acquire_model("a", Loads())
         manager.release_model("a", held)
         assert copy.acquire_model("a", Loads()) == held

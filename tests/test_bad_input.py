@@ -27,7 +27,7 @@ from mpmm.memory.monitor import GPUMonitor
 from mpmm.memory.shared_estimator import SharedResourceEstimator
 from mpmm.model_manager import ModelManager
 from mpmm.model_manager.lease import Lease
-from mpmm.model_manager.manager import AcquireOptions
+from mpmm.model_manager.request import AcquireOptions
 from mpmm.multi_process_shared import MultiProcessShared, server_pid, unload
 from mpmm.shared_state.layout import Capacities
 from mpmm.shared_state.snapshot import as_json, find_namespaces, read_snapshot

@@ -132,7 +132,7 @@ def test_a_pickled_manager_has_the_same_limits(new_manager: NewManager) -> None:
     for arguments in ({}, {"max_model_copies": 3, "idle_ttl_seconds": 60.0}):
         manager = new_manager(**arguments)
         with pickle.loads(pickle.dumps(manager)) as copy:
-            assert copy._settings == manager._settings
+            assert copy._attachment.settings == manager._attachment.settings
         manager.shutdown()
 
 

@@ -24,7 +24,7 @@ from copy import copy
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from processes import CRASH_POINTS, problems, scaled
@@ -125,7 +125,7 @@ class Twins:
         self.worker = Worker(self.lab.namespace, monitor, False)
         self.namespace: Namespace = self.lab.namespace
         self.manager: Any = ModelManager.__new__(ModelManager)
-        self.manager._name = lab.namespace.name
+        self.manager._attachment = cast(Any, SimpleNamespace(name=lab.namespace.name))
         self.taken = self.released = self.declined = 0
 
     NOTES = ("_held", "_held_at", "_handles", "_objects", "_rows_of_model", "_receipts")

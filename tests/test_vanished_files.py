@@ -410,7 +410,7 @@ def test_a_root_is_removed_by_mpmm_only_if_mpmm_has_made_it(tmp_path: Path, made
         root.mkdir(mode=0o700)
     ModelManager(namespace="n", runtime_root=root, memory_source="booked").acquire_model("a", lambda: "a handle")
     assert root.exists()
-    from mpmm.model_manager.manager import _close_at_exit
+    from mpmm.model_manager.attachment import _close_at_exit
 
     _close_at_exit(root, "n")
     assert root.exists() == (made_by != "mpmm")

@@ -31,7 +31,9 @@ from typing import Any, TypeVar
 
 from mpmm.errors import ClosedError, LockTimeoutError, MpmmError
 from mpmm.fork_hooks import ChildStep, in_forked_child
-from mpmm.model_manager.manager import AcquireOptions, AnswerUndone, ModelManager, Wish
+from mpmm.model_manager.manager import AnswerUndone, ModelManager
+from mpmm.model_manager.refusals import giving_up_in_time, timed_out
+from mpmm.model_manager.request import AcquireOptions, PlacementRequest, read_options
 from mpmm.model_manager.session import Copy, LookAgain, Worker
 from mpmm.policy.out_of_memory import is_out_of_memory
 from mpmm.proxy.main_import import refuse_while_importing_main
@@ -60,7 +62,7 @@ async def hold_in_loop(
     worker = manager._connected_in_time(tag)
     threads = _threads_of(worker)
     # As long as this object is there, somebody answers for what it has in hand: see `mpmm.model_manager.operations`.
-    acquire = _Acquire(manager, worker, threads, tag, manager._wish(worker, options))
+    acquire = _Acquire(manager, worker, threads, tag, read_options(options, worker.board))
     instance = await acquire.run(loader)
     try:
         yield instance
@@ -90,12 +92,14 @@ async def _release(manager: ModelManager, worker: Worker, threads: _Threads, tag
 class _Acquire:
     """One acquire of one task: `ModelManager._get`, with the waiting done by a watcher."""
 
-    def __init__(self, manager: ModelManager, worker: Worker, threads: _Threads, tag: str, wish: Wish) -> None:
+    def __init__(
+        self, manager: ModelManager, worker: Worker, threads: _Threads, tag: str, request: PlacementRequest
+    ) -> None:
         self._manager = manager
         self._worker = worker
         self._threads = threads
         self._tag = tag
-        self._wish = wish
+        self._request = request
         self._encoded = encode_text(tag, Model.TAG_BYTES, "model tag")
         self._operation = worker.begin_for(self)
 
@@ -106,21 +110,23 @@ class _Acquire:
     async def run(self, loader: Callable[[], Any]) -> Any:
         """Return a copy that this process holds now. Raises what `acquire_model` raises."""
         manager, worker, tag = self._manager, self._worker, self._tag
-        deadline = time.monotonic() + manager._settings.wait_timeout_seconds
-        if self._wish.keep_alive:
-            keep = functools.partial(manager._keep_alive, worker, tag, self._wish.keep_alive)
+        deadline = time.monotonic() + manager._attachment.settings.wait_timeout_seconds
+        if self._request.keep_alive:
+            keep = functools.partial(manager._keep_alive, worker, tag, self._request.keep_alive)
             await self._in_thread(self._threads.transactions, keep)
         while True:
             if worker.scheduler.may_have_to_wait(tag):
                 # Also where no copy is kept for this process, so that it learns whether it comes back at once.
                 worker.comes_back(tag)
-            got: Any = None if self._wish.tied else worker.take_quickly(tag, self._operation)
+            got: Any = None if self._request.usable_on else worker.take_quickly(tag, self._operation)
             with contextlib.suppress(LockTimeoutError):
-                got = got or manager._take_idle(worker, self._operation, tag, LOOP_PATIENCE_S, self._wish.tied)
+                got = got or manager._take_idle(worker, self._operation, tag, LOOP_PATIENCE_S, self._request.usable_on)
             if got is None:
                 got = await self._queue(deadline)
             if not isinstance(got, Copy):
-                load = functools.partial(manager._load_somehow, worker, self._operation, tag, got, loader, self._wish)
+                load = functools.partial(
+                    manager._load_somehow, worker, self._operation, tag, got, loader, self._request
+                )
                 give_up = functools.partial(manager._give_up_load, worker, got)
                 return await self._in_thread(self._threads.loads, load, self._undo_load, give_up)
             if worker.handle_is_alive(got):
@@ -157,7 +163,7 @@ class _Acquire:
             if outcome is None:
                 leave = functools.partial(manager._leave_queue, worker, self._operation, row, timed_out=True)
                 left = await self._in_thread(self._threads.transactions, leave)
-                raise manager._gave_up(tag, time.monotonic() - began, *left)
+                raise timed_out(tag, time.monotonic() - began, *left)
             if isinstance(outcome, BaseException):
                 raise outcome
             if outcome == Ticket.GRANTED and (copy := worker.hold_granted(row, tag, self._operation)) is not None:
@@ -179,12 +185,12 @@ class _Acquire:
         manager, worker, tag = self._manager, self._worker, self._tag
         left = deadline - time.monotonic()
         # Counted as waiting from before it has a ticket until it is watched, which is counted, too.
-        with manager._giving_up_in_time(worker, tag), worker.waiting():
-            copy = manager._take_idle(worker, self._operation, tag, left, self._wish.tied)
+        with giving_up_in_time(worker, tag), worker.waiting():
+            copy = manager._take_idle(worker, self._operation, tag, left, self._request.usable_on)
             if copy is not None:
                 return copy
             worker.freshen_to_queue(left)
-            row = manager._enqueue(worker, self._operation, tag, self._encoded, deadline, 0, self._wish)
+            row = manager._enqueue(worker, self._operation, tag, self._encoded, deadline, 0, self._request)
             worker.unload_beside()
             self._threads.watch(row, deadline, answer)
             return row
@@ -192,8 +198,8 @@ class _Acquire:
     def _act(self, row: int, deadline: float) -> Any:
         """Act on a ticket's answer; return None if it has none after all."""
         manager, worker, tag = self._manager, self._worker, self._tag
-        with contextlib.suppress(AnswerUndone), manager._giving_up_in_time(worker, tag), worker.waiting():
-            return manager._act_on(worker, self._operation, tag, row, deadline, self._wish)
+        with contextlib.suppress(AnswerUndone), giving_up_in_time(worker, tag), worker.waiting():
+            return manager._act_on(worker, self._operation, tag, row, deadline, self._request)
         return None
 
     def _leave(self, row: Any) -> None:

@@ -19,11 +19,9 @@ from mpmm.shared_state.layout import Device, Header, Instance, Model, device_row
 from mpmm.shared_state.tables import encode_text
 
 if TYPE_CHECKING:
-    from mpmm.memory.monitor import GPUMonitor
-    from mpmm.memory.samples import MonitorLike
     from mpmm.memory.shared_estimator import SharedResourceEstimator
+    from mpmm.model_manager.attachment import Attachment
     from mpmm.model_manager.session import Worker
-    from mpmm.shared_state.settings import Settings
     from mpmm.shared_state.transaction import TransactionLock
 
 __all__ = ["BeamNames", "Condition", "CopiesByTag"]
@@ -76,19 +74,16 @@ class Condition(threading.Condition):
 
 
 class BeamNames:
-    """Beam's attributes of a `ModelManager`, for a class that has the methods below and `_settings`."""
+    """Beam's attributes of a `ModelManager`, for a class that has the methods and attributes below."""
 
-    _given_monitor: GPUMonitor | MonitorLike | None
-    _settings: Settings
+    _attachment: Attachment
+    _connected: Callable[[], Worker]
     _condition: Condition | None = None
 
     _slack_percentage = _Parameter("slack_percentage")
     _eviction_cooldown = _Parameter("eviction_cooldown_seconds")
     _min_model_copies = _Parameter("min_model_copies")
     _lock_timeout_seconds = _Parameter("lock_timeout_seconds")
-
-    def _connected(self) -> Worker:
-        raise NotImplementedError
 
     def supersede(self, old: str, new: str) -> None:
         """Have idle copies of `old` evicted before all others, because `new` has taken its place.
@@ -133,7 +128,7 @@ class BeamNames:
 
     @property
     def _monitor(self) -> Any:
-        return self._given_monitor or self._connected().monitor
+        return self._attachment.joins_with.monitor or self._connected().monitor
 
     @property
     def _cv(self) -> Condition:
@@ -144,11 +139,11 @@ class BeamNames:
 
     @property
     def _wait_timeout_seconds(self) -> float:
-        return self._settings.wait_timeout_seconds
+        return self._attachment.settings.wait_timeout_seconds
 
     @_wait_timeout_seconds.setter
     def _wait_timeout_seconds(self, seconds: float) -> None:
-        self._settings = replace(self._settings, wait_timeout_seconds=seconds)
+        self._attachment.settings = replace(self._attachment.settings, wait_timeout_seconds=seconds)
 
     def _demand(self, tag: str) -> int:
         """Return how many copies are in use, being loaded or waited for; read without the lock, so about as many."""

@@ -29,17 +29,17 @@ class Lease:
     makes them. name, mb: what it was asked for. placement: where it is, see `mpmm.placement`.
     """
 
-    def __init__(self, worker: Worker, row: int, name: str, mb: float, manager: object = None) -> None:
+    def __init__(self, worker: Worker, row: int, name: str, mb: float, attachment: object = None) -> None:
         """Take possession of a LEASED row. Needs the lock.
 
-        manager: kept alive for as long as the lease is, because a manager that is collected leaves the namespace.
+        attachment: kept alive for as long as the lease is, because one that is collected leaves the namespace.
         """
         words, at = worker.namespace.segment.words, worker.namespace.tables.instance(row)
         self.name = name
         self.mb = mb
         self.placement = worker.board.placement_of(words[at + Instance.DEVICES])
         self._worker = worker
-        self._manager = manager
+        self._attachment = attachment
         self._row = row
         self._generation = words[at + Instance.GENERATION]
         self._operation: Operation | None = None

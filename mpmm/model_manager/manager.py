@@ -30,13 +30,11 @@ import threading
 import time
 import traceback
 import weakref
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, AbstractContextManager, contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import AbstractAsyncContextManager, AbstractContextManager, suppress
 from dataclasses import dataclass, fields
-from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, TypeVar, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 from mpmm.arguments import checked_devices, checked_number, checked_path, checked_timeout, checked_whole, in_brief
 from mpmm.beam_metrics import choose_autoscaling_metric, report_estimate, report_model_count
@@ -56,16 +54,24 @@ from mpmm.errors import (
     ReentrantCallError,
     TableFullError,
 )
-from mpmm.fork_hooks import ChildStep, in_forked_child
-from mpmm.memory.estimates_file import ESTIMATES_PATH_VARIABLE, KeptEstimates
 from mpmm.memory.estimator import ALONE_SD, GROWTH_SD, Estimate
 from mpmm.memory.monitor import GPUMonitor
-from mpmm.memory.samples import MONITOR_METHODS, ForeignMonitor, MonitorLike
+from mpmm.memory.samples import MONITOR_METHODS, MonitorLike
 from mpmm.model_manager.administration import change_settings, pin_for_all, unload_model, unpin_for_all, wait_for_unload
+from mpmm.model_manager.attachment import Attachment, JoinsWith
 from mpmm.model_manager.beam_attributes import BeamNames, CopiesByTag
 from mpmm.model_manager.deferred import NOW_S
 from mpmm.model_manager.lease import Lease
 from mpmm.model_manager.operations import Operation
+from mpmm.model_manager.refusals import expect_mapped, giving_up_in_time, largest_limit, taken_away, timed_out
+from mpmm.model_manager.request import (
+    ANYWHERE,
+    AcquireOptions,
+    PlacementRequest,
+    check_names,
+    encoded_tag,
+    read_options,
+)
 from mpmm.model_manager.session import (
     UNLOAD_LOOK_S,
     Copy,
@@ -78,52 +84,39 @@ from mpmm.model_manager.session import (
 )
 from mpmm.model_manager.waits import decision, held_by, says_more, wanted_by, where
 from mpmm.placement import placed
-from mpmm.policy.fairness import HIGHEST_URGENCY
 from mpmm.policy.out_of_memory import is_out_of_memory
-from mpmm.printable import printable, printable_logger
+from mpmm.printable import printable_logger
 from mpmm.proxy.context import attach_namespace, serving_for
 from mpmm.proxy.main_import import refuse_while_importing_main
 from mpmm.proxy.room import is_server_process
-from mpmm.shared_state.durations import LONGEST_NS, to_ns
+from mpmm.shared_state.durations import to_ns
 from mpmm.shared_state.events import Cause, EventKind
 from mpmm.shared_state.futex import wait_for_change
 from mpmm.shared_state.layout import (
-    MOST_SPANNED,
     Capacities,
-    Device,
     Header,
     Instance,
-    Member,
     Model,
     Ticket,
     device_rows,
 )
-from mpmm.shared_state.namespace import LIFECYCLE_TIMEOUT_S, Namespace, run_at_exit
 from mpmm.shared_state.runtime_dir import RuntimeDirectory
 from mpmm.shared_state.settings import CHANGEABLE, CHECKPOINTS, Settings, checkpoints_by_name
 from mpmm.shared_state.tables import encode_text
 from mpmm.shared_state.transaction import Transaction
-from mpmm.sources import MemorySource, choose_source
-from mpmm.sources.selected import SelectedDevices
+from mpmm.sources import MemorySource
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-__all__ = ["AcquireOptions", "ModelManager", "QueueTicket"]
+__all__ = ["ModelManager", "QueueTicket"]
 
 T = TypeVar("T")
 Method = TypeVar("Method", bound=Callable[..., Any])
 
 _LOG = printable_logger("mpmm")
-_workers: dict[tuple[Path, str], Worker] = {}
-_workers_guard = threading.RLock()
-# What a join has made so far, if an exception from a signal handler has ended it: nobody else knows of it.
-_joining: dict[tuple[Path, str], list[Namespace | Worker]] = {}
-_leaves_at_exit: set[tuple[Path, str]] = set()
 # Behind those who wait for a model that is unknown (0) or known (1).
 PRELOAD_PRIORITY = 2
-# Threads that shut forgotten managers down; the last few, for the end of the process has to wait for them.
-_shutting_down: deque[threading.Thread] = deque(maxlen=64)
 
 
 def _closed_by_shutdown(method: Method) -> Method:
@@ -138,7 +131,7 @@ def _closed_by_shutdown(method: Method) -> Method:
         try:
             return method(self, *args, **kwargs)
         except ValueError as error:
-            self._expect_mapped(error)
+            expect_mapped(self._attachment.worker, error)
             raise
 
     return cast(Method, call)
@@ -164,36 +157,6 @@ class QueueTicket:
 
     def __repr__(self) -> str:
         return f"QueueTicket(priority={self.priority}, ticket_num={self.ticket_num}, tag={self.tag!r})"
-
-
-class AcquireOptions(TypedDict, total=False):
-    """What a request for a model may say besides tag and loader; see `ModelManager.acquire_model`."""
-
-    devices: Sequence[int | str] | None
-    span: int
-    expect_mb: float | None
-    max_waiting: int | None
-    keep_alive_seconds: float | None
-    priority: int
-    steady: bool
-
-
-class Wish(NamedTuple):
-    """On which devices (bits) a copy is to be: `devices`, where it may be loaded, `tied`, where it is of use; 0 all.
-
-    expect_mb: what it takes, as the caller says; 0 if that says nothing. max_waiting: how many may wait for its model,
-    this one among them. keep_alive: the word for `Model.KEEP_ALIVE`, 0 to leave it as it is. urgency: see
-    `policy.fairness`. steady: nothing else may be loaded or unloaded where it loads.
-    """
-
-    devices: int = 0
-    tied: int = 0
-    span: int = 1
-    expect_mb: float = 0.0
-    max_waiting: float = math.inf
-    keep_alive: int = 0
-    urgency: int = 0
-    steady: bool = False
 
 
 class AnswerUndone(Exception):
@@ -223,9 +186,6 @@ class _Attempt:
     again: bool = False
 
 
-_ANYWHERE = Wish()
-# What Python says of a memoryview that was released.
-UNMAPPED = "released memoryview"
 # What ends a load without being a failure of its loader.
 _NOT_THE_LOADERS = (ClosedError, LockTimeoutError, NamespaceResetError)
 
@@ -403,8 +363,7 @@ class ModelManager(BeamNames):
 
         Raises InvalidArgumentError, and what `Namespace.join` raises.
         """
-        self._closed = False
-        self._settings = Settings(
+        settings = Settings(
             slack_percentage=slack_percentage,
             poll_interval=poll_interval,
             peak_window_seconds=peak_window_seconds,
@@ -426,7 +385,6 @@ class ModelManager(BeamNames):
             suspend_budget_mb=math.inf if suspend_budget_mb is None else suspend_budget_mb,
             suspend_checkpoints=checkpoints_by_name(suspend),
         )
-        self._verbose_logging = verbose_logging
         if monitor is not None and (
             isinstance(monitor, type) or not all(callable(getattr(monitor, name, None)) for name in MONITOR_METHODS)
         ):
@@ -437,28 +395,32 @@ class ModelManager(BeamNames):
             raise InvalidArgumentError(f"memory_source={in_brief(memory_source)}: expected a name or a MemorySource")
         if not isinstance(capacities, Capacities | None):
             raise InvalidArgumentError(f"capacities={in_brief(capacities)}: expected mpmm.Capacities, or None")
-        self._given_monitor = monitor
-        self._memory_source = memory_source
-        self._devices = checked_devices(devices)
+        joins_with = JoinsWith(
+            monitor,
+            memory_source,
+            checked_devices(devices),
+            None if estimates_path is None else str(checked_path("estimates_path", estimates_path, "a file")),
+            capacities,
+            verbose_logging,
+        )
         self._autoscaling_metric = autoscaling_metric
         if autoscaling_metric is not None:
             choose_autoscaling_metric(autoscaling_metric)
-        self._estimates_path: str | None = None
-        if estimates_path is not None:
-            self._estimates_path = str(checked_path("estimates_path", estimates_path, "a file"))
-        self._capacities = capacities
         root = None if runtime_root is None else checked_path("runtime_root", runtime_root, "a folder")
         given = attach_namespace.get()
         if namespace is None and given is not None:
-            self._name, self._root = given
+            name, root = given
         else:
             name = f"private-{os.getpid()}-{secrets.token_hex(4)}" if namespace is None else namespace
             # It checks the name, which is all that is wanted of it here.
-            where = RuntimeDirectory(name, root)
-            self._name, self._root = where.name, where.root
+            checked = RuntimeDirectory(name, root)
+            name, root = checked.name, checked.root
+        self._attachment = Attachment(root, name, settings, joins_with)
+        # Bound here, so that a call takes no longer than one of a method of this class.
+        self._connected = self._attachment.connected
+        self._connected_in_time = self._attachment.connected_in_time
         self._bookings = threading.local()
         self._bookings_made = False
-        self._worker_if_connected: Worker | None = None
         # A model server imports the program, and so makes its managers, too. Mostly nobody uses them there.
         if not is_server_process():
             self._connected()
@@ -467,8 +429,7 @@ class ModelManager(BeamNames):
 
     def logging_info(self, message: str, *args: Any) -> None:
         """Log at level INFO if `verbose_logging` is on."""
-        if self._verbose_logging:
-            _LOG.info(message, *args)
+        self._attachment.log_info(message, *args)
 
     @_closed_by_shutdown
     def all_models(self, tag: str | None = None) -> Any:
@@ -478,7 +439,7 @@ class ModelManager(BeamNames):
         that may have been evicted.
         """
         if tag is not None:
-            _encoded_tag(tag)
+            encoded_tag(tag)
         worker = self._connected()
         tables, layout = worker.namespace.tables, worker.namespace.segment.layout
         words = worker.namespace.segment.words
@@ -556,20 +517,20 @@ class ModelManager(BeamNames):
             booking = self._take_booking(operation, tag)
             if booking is not None:
                 return self._load_somehow(worker, operation, tag, booking, loader_func)
-        wish = self._wish(worker, options) if options else _ANYWHERE
+        request = read_options(options, worker.board) if options else ANYWHERE
         try:
-            quick = None if wish.tied or wish.keep_alive else worker.take_quickly(tag, operation)
+            quick = None if request.usable_on or request.keep_alive else worker.take_quickly(tag, operation)
             if quick is not None:
                 if worker.handle_is_alive(quick):
                     return quick.value
                 self._discard(worker, operation, quick)
-            with self._giving_up_in_time(worker, tag):
-                answer = self._get(worker, operation, tag, wish, began)
+            with giving_up_in_time(worker, tag):
+                answer = self._get(worker, operation, tag, request, began)
         except ValueError as error:
-            self._expect_mapped(error)
+            expect_mapped(self._attachment.worker, error)
             raise
         if isinstance(answer, _Booking):
-            return self._load_somehow(worker, operation, tag, answer, loader_func, wish=wish)
+            return self._load_somehow(worker, operation, tag, answer, loader_func, request=request)
         return answer.value
 
     def release_model(self, tag: str, instance: Any) -> None:
@@ -629,7 +590,7 @@ class ModelManager(BeamNames):
             raise
         except ValueError as error:
             operation.held = None
-            self._expect_mapped(error)
+            expect_mapped(self._attachment.worker, error)
             raise
         else:
             operation.held = None
@@ -656,28 +617,7 @@ class ModelManager(BeamNames):
         In a signal handler or finalizer that comes in the middle of a call of the same thread, a thread does that once
         the call has ended; the end of the process waits for it.
         """
-        self._closed = True
-        worker = self._worker_if_connected
-        if worker is None or worker.namespace.is_inherited or worker.is_closed:
-            self._worker_if_connected = None
-            return
-        if worker.is_busy_here():
-            # It cannot leave under the feet of a call that its own thread is in the middle of.
-            self._shut_down_beside()
-            return
-        with _workers_guard:
-            worker.manager_ids.discard(id(self))
-            if worker.managers:
-                self._worker_if_connected = None
-                return
-            if _workers.get((self._root, self._name)) is worker:
-                del _workers[self._root, self._name]
-        worker.close()
-        self._worker_if_connected = None
-        if isinstance(self._given_monitor, GPUMonitor):
-            self._given_monitor.stop()
-        elif self._given_monitor is not None:
-            ForeignMonitor(self._given_monitor).stop()
+        self._attachment.shutdown()
 
     @_closed_by_shutdown
     def force_reset(self) -> None:
@@ -706,7 +646,7 @@ class ModelManager(BeamNames):
         for nothing but what it holds in blocks or loads itself: another copy of its model while `max_model_copies` are
         its own, its own tag in a loader, or room that its own copies take. Tasks (`model_async`) are not looked at.
         """
-        _check_names(options)
+        check_names(options)
         return _Block(self, tag, loader_func, options)
 
     def model_async(
@@ -722,7 +662,7 @@ class ModelManager(BeamNames):
             raise InvalidArgumentError(
                 f"model {tag!r}, loader {loader_func!r}: expected a str and a callable that is no coroutine function"
             )
-        _check_names(options)
+        check_names(options)
         # Imported here, because asyncio takes longer to import than all of this package.
         from mpmm.model_manager.async_acquire import hold_in_loop
 
@@ -750,10 +690,10 @@ class ModelManager(BeamNames):
         Raises InvalidArgumentError, at once, when the function has no such parameter.
         """
 
-        _encoded_tag(tag)
+        encoded_tag(tag)
         if not callable(loader_func):
             raise InvalidArgumentError(f"model {tag!r}, loader {in_brief(loader_func)}: expected a callable")
-        _check_names(options)
+        check_names(options)
 
         def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
             try:
@@ -812,10 +752,10 @@ class ModelManager(BeamNames):
         patience = self._patience(timeout_seconds)
         refuse_while_importing_main("reserve memory for", name)
         worker = self._connected()
-        wish = self._wish(worker, {"devices": devices, "span": span, "priority": priority, "steady": steady})
+        request = read_options({"devices": devices, "span": span, "priority": priority, "steady": steady}, worker.board)
         operation = worker.begin(sys._getframe())
         try:
-            lease = self._reserve(worker, operation, name, encoded, float(mb), patience, wish)
+            lease = self._reserve(worker, operation, name, encoded, float(mb), patience, request)
             lease.answer_for(operation)
             return lease
         except BaseException:
@@ -830,18 +770,18 @@ class ModelManager(BeamNames):
         encoded: bytes,
         mb: float,
         patience: float,
-        wish: Wish,
+        request: PlacementRequest,
     ) -> Lease:
         began = time.monotonic()
         deadline = began + patience
         worker.freshen_to_queue(patience)
         with worker.waiting():
-            with self._giving_up_in_time(worker, name):
-                enter = functools.partial(self._enqueue_lease, worker, operation, encoded, mb, deadline, wish)
+            with giving_up_in_time(worker, name):
+                enter = functools.partial(self._enqueue_lease, worker, operation, encoded, mb, deadline, request)
                 row = self._making_room(worker, name, deadline, enter)
             while self._await_answer(worker, operation, row, deadline) is not None:
-                with self._giving_up_in_time(worker, name), suppress(AnswerUndone):
-                    return self._take_lease(worker, operation, name, mb, row, deadline, wish)
+                with giving_up_in_time(worker, name), suppress(AnswerUndone):
+                    return self._take_lease(worker, operation, name, mb, row, deadline, request)
             reason, _ = self._leave_queue(worker, operation, row, timed_out=True)
             waited = time.monotonic() - began
             raise AcquireTimeoutError(
@@ -874,15 +814,15 @@ class ModelManager(BeamNames):
         """
         if not isinstance(tag, str) or not callable(loader_func):
             raise InvalidArgumentError(f"model {tag!r}, loader {loader_func!r}: expected a str and a callable")
-        _encoded_tag(tag)
+        encoded_tag(tag)
         copies = checked_whole(f"preload of {tag!r}: copies", copies, 1, Capacities().instances, "a count")
         patience = self._patience(timeout_seconds)
         refuse_while_importing_main("preload the model", tag)
         worker = self._connected()
-        wish = self._wish(worker, options)
+        request = read_options(options, worker.board)
         operation = worker.begin(sys._getframe())
         try:
-            loaded = self._preload(worker, operation, tag, loader_func, copies, patience, wish)
+            loaded = self._preload(worker, operation, tag, loader_func, copies, patience, request)
         except BaseException:
             worker.abandon(operation)
             raise
@@ -897,16 +837,16 @@ class ModelManager(BeamNames):
         loader_func: Callable[[], Any],
         copies: int,
         patience: float,
-        wish: Wish,
+        request: PlacementRequest,
     ) -> int:
-        if wish.keep_alive:
-            self._keep_alive(worker, tag, wish.keep_alive)
+        if request.keep_alive:
+            self._keep_alive(worker, tag, request.keep_alive)
         for loaded in range(copies):
-            with self._giving_up_in_time(worker, tag):
-                answer = self._queue(worker, operation, tag, time.monotonic() + patience, wish, preload=copies)
+            with giving_up_in_time(worker, tag):
+                answer = self._queue(worker, operation, tag, time.monotonic() + patience, request, preload=copies)
             if not isinstance(answer, _Booking):
                 return loaded
-            self._load_somehow(worker, operation, tag, answer, loader_func, wish, preload=copies)
+            self._load_somehow(worker, operation, tag, answer, loader_func, request, preload=copies)
             if operation.held is not None and worker.let_go_of(operation.held, operation):
                 self._give_back(worker, tag, operation.held[0], used=False)
             operation.held = None
@@ -924,7 +864,7 @@ class ModelManager(BeamNames):
 
         Raises TableFullError, InvalidArgumentError, ClosedError, LockTimeoutError.
         """
-        encoded = _encoded_tag(tag)
+        encoded = encoded_tag(tag)
         worker = self._connected()
         namespace = worker.namespace
 
@@ -946,7 +886,7 @@ class ModelManager(BeamNames):
         operation = worker.begin(sys._getframe())
         try:
             if for_all or not is_pinned():
-                deadline = time.monotonic() + self._settings.wait_timeout_seconds
+                deadline = time.monotonic() + self._attachment.settings.wait_timeout_seconds
                 self._making_room(worker, tag, deadline, pin_all if for_all else pin)
         finally:
             worker.end(operation)
@@ -957,7 +897,7 @@ class ModelManager(BeamNames):
 
         Raises NotAcquiredError when there is none, ClosedError, LockTimeoutError.
         """
-        _encoded_tag(tag)
+        encoded_tag(tag)
         worker = self._connected()
         namespace = worker.namespace
         if for_all:
@@ -1000,7 +940,7 @@ class ModelManager(BeamNames):
         thread would wait for a copy that it holds in a block or loads itself; InvalidArgumentError, ClosedError,
         LockTimeoutError.
         """
-        _encoded_tag(tag)
+        encoded_tag(tag)
         patience = self._patience(timeout_seconds)
         worker = self._connected()
         operation = worker.begin(sys._getframe())
@@ -1065,7 +1005,7 @@ class ModelManager(BeamNames):
 
         Raises InvalidArgumentError, ClosedError, LockTimeoutError.
         """
-        _encoded_tag(tag)
+        encoded_tag(tag)
         return self._connected().suspender.suspend_idle(tag)
 
     @_closed_by_shutdown
@@ -1078,7 +1018,7 @@ class ModelManager(BeamNames):
         Raises AcquireTimeoutError, NamespaceResetError, TableFullError, InvalidArgumentError, ClosedError,
         LockTimeoutError.
         """
-        _encoded_tag(tag)
+        encoded_tag(tag)
         patience = self._patience(timeout_seconds)
         worker = self._connected()
         operation = worker.begin(sys._getframe())
@@ -1094,7 +1034,7 @@ class ModelManager(BeamNames):
         resumed = 0
         while worker.suspender.suspended_of(tag):
             wanted = worker.suspender.loaded_of(tag) + 1
-            with self._giving_up_in_time(worker, tag):
+            with giving_up_in_time(worker, tag):
                 answer = self._queue(worker, operation, tag, time.monotonic() + patience, preload=wanted)
             if not isinstance(answer, _Booking):
                 break
@@ -1116,7 +1056,7 @@ class ModelManager(BeamNames):
     @property
     def namespace(self) -> str:
         """Name of the namespace."""
-        return self._name
+        return self._attachment.name
 
     @_closed_by_shutdown
     def tickets(self) -> list[QueueTicket]:
@@ -1144,98 +1084,37 @@ class ModelManager(BeamNames):
     ) -> None:
         self.shutdown()
 
-    def __del__(self) -> None:
-        # Beam's promise. In a thread, because the collector can come by while this one holds a lock that is needed,
-        # or is in the middle of a shutdown. At exit `run_at_exit` has left by now, and threads no longer start.
-        worker = getattr(self, "_worker_if_connected", None)
-        if worker is None or worker.closing or not worker.namespace.is_usable or sys.is_finalizing():
-            return
-        self._start_shutdown(self._forgotten)
-
-    def _shut_down_beside(self) -> None:
-        self._start_shutdown(self.shutdown)
-
-    @staticmethod
-    def _start_shutdown(target: Callable[[], None]) -> None:
-        thread = threading.Thread(target=target, name="mpmm-shutdown")
-        with suppress(RuntimeError):
-            thread.start()
-            _shutting_down.append(thread)
-
-    def _forgotten(self) -> None:
-        """Shut down, unless this process holds copies: those are in use still, and go with the process.
-
-        Another manager of the namespace can give them back; when that one shuts down, this process leaves.
-        """
-        worker = self._worker_if_connected
-        with _workers_guard:
-            if worker is not None and worker.manager_ids == {id(self)} and worker.holds_copies:
-                worker.manager_ids.clear()
-                self._closed = True
-                return
-        self.shutdown()
-
     def __reduce__(self) -> tuple[Any, ...]:
-        values = {field.name: getattr(self._settings, field.name) for field in fields(Settings)}
+        values = {field.name: getattr(self._attachment.settings, field.name) for field in fields(Settings)}
         for name in ("memory_budget_mb", "max_model_copies", "idle_ttl_seconds", "max_waiting", "suspend_budget_mb"):
             values[name] = None if math.isinf(values[name]) else values[name]
         values["suspend"] = CHECKPOINTS[int(values.pop("suspend_checkpoints"))]
         for name in ("min_data_points", "min_model_copies"):
             values[name] = int(values[name])
+        told = self._attachment.joins_with
         values.update(
-            monitor=self._given_monitor,
-            verbose_logging=self._verbose_logging,
-            namespace=self._name,
-            memory_source=self._memory_source,
-            devices=self._devices,
-            estimates_path=self._estimates_path,
+            monitor=told.monitor,
+            verbose_logging=told.verbose_logging,
+            namespace=self._attachment.name,
+            memory_source=told.memory_source,
+            devices=told.devices,
+            estimates_path=told.estimates_path,
             autoscaling_metric=self._autoscaling_metric,
-            capacities=self._capacities,
-            runtime_root=str(self._root),
+            capacities=told.capacities,
+            runtime_root=str(self._attachment.root),
         )
         return functools.partial(type(self), **values), ()
 
     def _patience(self, timeout_seconds: float | None) -> float:
         """Return how many seconds to wait. Raises InvalidArgumentError."""
         if timeout_seconds is None:
-            return self._settings.wait_timeout_seconds
+            return self._attachment.settings.wait_timeout_seconds
         return checked_timeout("timeout_seconds", timeout_seconds)
-
-    @staticmethod
-    def _wish(worker: Worker, options: AcquireOptions) -> Wish:
-        """Return what is asked for in terms of the tables. Raises InvalidArgumentError, TypeError."""
-        _check_names(options)
-        chosen = checked_devices(options.get("devices"))
-        tied = 0 if chosen is None else worker.board.bits_of(chosen)
-        there = tied.bit_count() or len(worker.board.rows())
-        span = checked_whole("span", options.get("span", 1), 1, min(there, MOST_SPANNED), "a number of devices")
-        expect_mb = options.get("expect_mb")
-        if expect_mb is not None:
-            expect_mb = checked_number("expect_mb", expect_mb, 0.0, math.inf, "a number of MB", above=True, finite=True)
-        devices = 0 if chosen is None and span == 1 else tied or worker.board.visible_bits()
-        most = options.get("max_waiting")
-        waiting = math.inf if most is None else checked_whole("max_waiting", most, 0, Capacities().tickets, "a count")
-        keep_alive = _keep_alive_word(options.get("keep_alive_seconds"))
-        urgency = checked_whole("priority", options.get("priority", 0), -HIGHEST_URGENCY, HIGHEST_URGENCY)
-        wish = Wish(devices, tied, span, expect_mb or 0.0, waiting, keep_alive, urgency, bool(options.get("steady")))
-        return _ANYWHERE if wish == _ANYWHERE else wish
-
-    def _expect_mapped(self, error: ValueError) -> None:
-        """Raise ClosedError if this is what Python says of a segment that another thread has unmapped."""
-        worker = self._worker_if_connected
-        if UNMAPPED in str(error) and (worker is None or worker.closing or not worker.namespace.is_usable):
-            raise ClosedError("the model manager was shut down by another thread") from None
-
-    def _taken_away(self, worker: Worker, what: str, tag: str) -> MpmmError:
-        """Return the error for what a reset has taken away, by others or by the last manager that shuts down."""
-        if worker.closing:
-            return ClosedError(f"the model manager was shut down, which {what}")
-        return NamespaceResetError(f"a reset of namespace {self._name!r} {what}", tag=tag)
 
     # ---- the way of an acquire -----------------------------------------------------------------------------
 
     def _get(
-        self, worker: Worker, operation: Operation, tag: str, wish: Wish, began: float | None = None
+        self, worker: Worker, operation: Operation, tag: str, request: PlacementRequest, began: float | None = None
     ) -> Copy | _Booking:
         """Return a copy that lives and that this process holds now, or the permission to load one.
 
@@ -1244,17 +1123,17 @@ class ModelManager(BeamNames):
         Raises LockTimeoutError also when the lock was not free within `wait_timeout_seconds`.
         """
         now = time.monotonic()
-        deadline = (now if began is None else began) + self._settings.wait_timeout_seconds
+        deadline = (now if began is None else began) + self._attachment.settings.wait_timeout_seconds
         left = max(NOW_S, deadline - now)
-        if wish.keep_alive:
-            self._keep_alive(worker, tag, wish.keep_alive, left)
+        if request.keep_alive:
+            self._keep_alive(worker, tag, request.keep_alive, left)
         while True:
             got: Copy | _Booking | None = None
             if not worker.scheduler.may_have_to_wait(tag) or worker.comes_back(tag):
-                got = None if wish.tied else worker.take_kept(tag, operation)
-                got = got or self._take_idle(worker, operation, tag, left, wish.tied)
+                got = None if request.usable_on else worker.take_kept(tag, operation)
+                got = got or self._take_idle(worker, operation, tag, left, request.usable_on)
             if got is None:
-                got = self._queue(worker, operation, tag, deadline, wish)
+                got = self._queue(worker, operation, tag, deadline, request)
             # None stands for enough copies, which only a preload is told.
             if isinstance(got, _Booking) or (got is not None and worker.handle_is_alive(got)):
                 return got
@@ -1295,7 +1174,7 @@ class ModelManager(BeamNames):
         return worker.hold(row, tag, operation)
 
     def _take_or_wait(
-        self, worker: Worker, operation: Operation, tag: str, encoded: bytes, deadline: float, wish: Wish
+        self, worker: Worker, operation: Operation, tag: str, encoded: bytes, deadline: float, request: PlacementRequest
     ) -> Copy | int | None:
         """Take an idle copy, or queue where it is known without a plan that others have to be waited for.
 
@@ -1309,14 +1188,20 @@ class ModelManager(BeamNames):
             model = namespace.tables.model_row(tag)
             cause = None if model is None else worker.scheduler.known_wait(model)
             if model is not None and cause is not None:
-                ticket = self._make_ticket(worker, operation, t, model, deadline, 0, wish, cause=cause)
-                self._expect_place(worker, operation, tag, ticket, self._most(worker, wish))
+                ticket = self._make_ticket(worker, operation, t, model, deadline, 0, request, cause=cause)
+                self._expect_place(worker, operation, tag, ticket, self._most(worker, request))
                 t.after.append(lambda: self._log_queued(operation, tag))
                 return ticket
         return None
 
     def _queue(
-        self, worker: Worker, operation: Operation, tag: str, deadline: float, wish: Wish = _ANYWHERE, preload: int = 0
+        self,
+        worker: Worker,
+        operation: Operation,
+        tag: str,
+        deadline: float,
+        request: PlacementRequest = ANYWHERE,
+        preload: int = 0,
     ) -> Copy | _Booking | None:
         """Wait in the queue; return a copy that this process holds now, or the permission to load one.
 
@@ -1329,11 +1214,11 @@ class ModelManager(BeamNames):
         self._run_alone_no_more(worker, [*firm, *alone])
         with worker.waiting():
             row: Copy | int | None = None
-            if not (preload or nested) and wish is _ANYWHERE and worker.scheduler.may_know_the_wait(tag):
-                row = self._take_or_wait(worker, operation, tag, encoded, deadline, wish)
+            if not (preload or nested) and request is ANYWHERE and worker.scheduler.may_know_the_wait(tag):
+                row = self._take_or_wait(worker, operation, tag, encoded, deadline, request)
             if row is None:
                 worker.freshen_to_queue(deadline - time.monotonic())
-                row = self._enqueue(worker, operation, tag, encoded, deadline, preload, wish, nested)
+                row = self._enqueue(worker, operation, tag, encoded, deadline, preload, request, nested)
             if isinstance(row, Copy):
                 return row
             if firm:
@@ -1342,11 +1227,11 @@ class ModelManager(BeamNames):
                 state = self._await_answer(worker, operation, row, deadline)
                 if state is None:
                     left = self._leave_queue(worker, operation, row, timed_out=True)
-                    raise self._gave_up(tag, time.monotonic() - began, *left)
+                    raise timed_out(tag, time.monotonic() - began, *left)
                 if state == Ticket.GRANTED and (copy := worker.hold_granted(row, tag, operation)) is not None:
                     return copy
                 with suppress(AnswerUndone):
-                    return self._act_on(worker, operation, tag, row, deadline, wish)
+                    return self._act_on(worker, operation, tag, row, deadline, request)
 
     def _run_alone_no_more(self, worker: Worker, rows: list[int]) -> None:
         """End the isolation of what the calling thread holds or loads, as it asks for something else; measure it."""
@@ -1391,27 +1276,6 @@ class ModelManager(BeamNames):
             held=held,
         )
 
-    @contextmanager
-    def _giving_up_in_time(self, worker: Worker, tag: str) -> Iterator[None]:
-        """Turn a lock that was not free for as long as the caller would wait at all into the end of that wait."""
-        try:
-            yield
-        except LockTimeoutError as error:
-            if error.timeout_seconds >= worker.namespace.settings.lock_timeout_seconds:
-                raise
-            raise self._gave_up(tag, error.timeout_seconds, "lock") from error
-
-    @staticmethod
-    def _gave_up(tag: str, waited_s: float, reason: str, expected_s: float | None = None) -> AcquireTimeoutError:
-        more = "" if expected_s is None else f"; about {expected_s:.1f} s more are expected"
-        return AcquireTimeoutError(
-            f"Timeout waiting to acquire model: {printable(tag)} after {waited_s:.1f} seconds (last reason: {reason}"
-            f"{more}); wait_timeout_seconds sets the limit",
-            tag=tag,
-            waited_seconds=waited_s,
-            retry_after_seconds=expected_s,
-        )
-
     def _making_room(self, worker: Worker, tag: str, deadline: float, enter: Callable[[], T]) -> T:
         """Return what `enter` returns, a transaction that needs a row; have what is idle make room for it if need be.
 
@@ -1434,7 +1298,7 @@ class ModelManager(BeamNames):
                     if not worker.scheduler.make_room_for_model(t, worker.namespace.slot):
                         raise
             if time.monotonic() >= deadline:
-                raise self._gave_up(tag, time.monotonic() - began, "no row in the table of models")
+                raise timed_out(tag, time.monotonic() - began, "no row in the table of models")
             worker.unload_beside()
             time.sleep(UNLOAD_LOOK_S)
 
@@ -1446,10 +1310,12 @@ class ModelManager(BeamNames):
         encoded: bytes,
         deadline: float,
         preload: int,
-        wish: Wish,
+        request: PlacementRequest,
         nested: bool = False,
     ) -> int:
-        enter = functools.partial(self._enqueue_now, worker, operation, tag, encoded, deadline, preload, wish, nested)
+        enter = functools.partial(
+            self._enqueue_now, worker, operation, tag, encoded, deadline, preload, request, nested
+        )
         return self._making_room(worker, tag, deadline, enter)
 
     def _enqueue_now(
@@ -1460,7 +1326,7 @@ class ModelManager(BeamNames):
         encoded: bytes,
         deadline: float,
         preload: int,
-        wish: Wish,
+        request: PlacementRequest,
         nested: bool,
     ) -> int:
         namespace = worker.namespace
@@ -1468,11 +1334,13 @@ class ModelManager(BeamNames):
             model = namespace.transitions.claim_model(t, tag, encoded)
             if worker.kept_estimates is not None:
                 worker.kept_estimates.recall(t, model, tag)
-            if wish.expect_mb:
-                namespace.transitions.expect(t, model, wish.expect_mb)
-            row = self._make_ticket(worker, operation, t, model, deadline, preload, wish, nested)
+            if request.expect_mb:
+                namespace.transitions.expect(t, model, request.expect_mb)
+            row = self._make_ticket(worker, operation, t, model, deadline, preload, request, nested)
             worker.scheduler.advance(t, newcomer=row)
-            self._expect_place(worker, operation, tag, row, wish.max_waiting if preload else self._most(worker, wish))
+            self._expect_place(
+                worker, operation, tag, row, request.max_waiting if preload else self._most(worker, request)
+            )
         self._log_queued(operation, tag)
         return row
 
@@ -1487,16 +1355,16 @@ class ModelManager(BeamNames):
         model: int,
         deadline: float,
         preload: int,
-        wish: Wish,
+        request: PlacementRequest,
         nested: bool = False,
         cause: Cause | None = None,
     ) -> int:
         """Queue, and return the ticket's row; cause: why it waits, if that is known."""
         namespace = worker.namespace
         words = namespace.segment.words
-        devices = wish.devices or worker.board.visible_bits()
-        if wish.keep_alive:
-            namespace.transitions.keep_alive(t, model, wish.keep_alive)
+        devices = request.loadable_on or worker.board.visible_bits()
+        if request.keep_alive:
+            namespace.transitions.keep_alive(t, model, request.keep_alive)
         known = worker.scheduler.is_known(model) or words[Header.SOURCE_BOOKS_ONLY]
         priority = PRELOAD_PRIORITY if preload else 1 if known else 0
         # Who does not wait gets what is free now; tickets whose time is over get nothing.
@@ -1504,16 +1372,16 @@ class ModelManager(BeamNames):
         need_mb = worker.scheduler.need_mb(model)
         row = namespace.transitions.enqueue(
             *(t, model, namespace.slot, priority, need_mb, deadline_ns, preload),
-            *(devices, wish.tied, wish.span, nested, cause, wish.urgency, wish.steady),
+            *(devices, request.usable_on, request.span, nested, cause, request.urgency, request.steady),
         )
         number = words[namespace.tables.ticket(row) + Ticket.NUMBER]
         operation.ticket = (row, number)
         return row
 
     @staticmethod
-    def _most(worker: Worker, wish: Wish) -> float:
+    def _most(worker: Worker, request: PlacementRequest) -> float:
         """Return how many may wait for the model of a request, this one among them."""
-        return min(wish.max_waiting, worker.namespace.settings.max_waiting)
+        return min(request.max_waiting, worker.namespace.settings.max_waiting)
 
     @staticmethod
     def _expect_place(worker: Worker, operation: Operation, tag: str, row: int, most: float) -> None:
@@ -1573,7 +1441,7 @@ class ModelManager(BeamNames):
                 worker.scheduler.await_alerted(row)
 
     def _act_on(
-        self, worker: Worker, operation: Operation, tag: str, row: int, deadline: float, wish: Wish
+        self, worker: Worker, operation: Operation, tag: str, row: int, deadline: float, request: PlacementRequest
     ) -> Copy | _Booking | None:
         namespace = worker.namespace
         words, tables = namespace.segment.words, namespace.tables
@@ -1599,21 +1467,11 @@ class ModelManager(BeamNames):
         if state == Ticket.ENOUGH:
             return None
         if state == Ticket.REFUSED:
-            raise self._too_large(worker, tag, need_mb, wish)
-        raise self._taken_away(worker, f"ended the wait for {tag!r}", tag)
+            raise self._too_large(worker, tag, need_mb, request)
+        raise taken_away(worker, f"ended the wait for {tag!r}", tag)
 
-    @staticmethod
-    def _largest_limit(worker: Worker, wish: Wish) -> tuple[float, str]:
-        """Return what the roomiest devices that a copy may span take together in MB, and their names."""
-        namespace = worker.namespace
-        with namespace.transaction():
-            rows = device_rows(wish.devices) or worker.board.rows()
-            roomiest = sorted(rows, key=worker.scheduler.limit_mb)[-wish.span :]
-            names = [namespace.tables.string(namespace.tables.device(row) + Device.NAME) for row in roomiest]
-            return min(map(worker.scheduler.limit_mb, roomiest)) * wish.span, ", ".join(names)
-
-    def _too_large(self, worker: Worker, tag: str, need_mb: float, wish: Wish) -> ModelTooLargeError:
-        limit_mb, device = self._largest_limit(worker, wish)
+    def _too_large(self, worker: Worker, tag: str, need_mb: float, request: PlacementRequest) -> ModelTooLargeError:
+        limit_mb, device = largest_limit(worker, request)
         return ModelTooLargeError(
             f"model {tag!r} needs {need_mb:.0f} MB, and the limit of {device!r} is {limit_mb:.0f} MB: it can never be "
             "loaded; slack_percentage, and memory_budget_mb (host) or fallback_memory_mb (booked), set the limit",
@@ -1660,24 +1518,37 @@ class ModelManager(BeamNames):
     # ---- the way of a lease --------------------------------------------------------------------------------
 
     def _enqueue_lease(
-        self, worker: Worker, operation: Operation, encoded: bytes, mb: float, deadline: float, wish: Wish
+        self,
+        worker: Worker,
+        operation: Operation,
+        encoded: bytes,
+        mb: float,
+        deadline: float,
+        request: PlacementRequest,
     ) -> int:
         namespace = worker.namespace
-        devices = wish.devices or worker.board.visible_bits()
+        devices = request.loadable_on or worker.board.visible_bits()
         with namespace.transaction(max(NOW_S, deadline - time.monotonic())) as t:
             model = namespace.transitions.claim_lease(t, encoded, mb)
             deadline_ns = to_ns(max(deadline, time.monotonic() + NOW_S))
             row = namespace.transitions.enqueue(
-                *(t, model, namespace.slot, 1, mb, deadline_ns, 0, devices, wish.tied, wish.span),
-                urgency=wish.urgency,
-                steady=wish.steady,
+                *(t, model, namespace.slot, 1, mb, deadline_ns, 0, devices, request.usable_on, request.span),
+                urgency=request.urgency,
+                steady=request.steady,
             )
             operation.ticket = (row, namespace.segment.words[namespace.tables.ticket(row) + Ticket.NUMBER])
             worker.scheduler.advance(t, newcomer=row)
         return row
 
     def _take_lease(
-        self, worker: Worker, operation: Operation, name: str, mb: float, row: int, deadline: float, wish: Wish
+        self,
+        worker: Worker,
+        operation: Operation,
+        name: str,
+        mb: float,
+        row: int,
+        deadline: float,
+        request: PlacementRequest,
     ) -> Lease:
         namespace = worker.namespace
         try:
@@ -1688,15 +1559,15 @@ class ModelManager(BeamNames):
                     raise AnswerUndone
                 namespace.transitions.take_answer(t, row)
                 if state == Ticket.GRANTED:
-                    lease = Lease(worker, instance, name, mb, self)
+                    lease = Lease(worker, instance, name, mb, self._attachment)
                     operation.booking = lease.reference
                     return lease
         except LockTimeoutError:
             worker.deferred.defer(functools.partial(worker.leave_if_there, operation.ticket))
             raise
         if state == Ticket.RESET:
-            raise self._taken_away(worker, f"ended the wait for {name!r}", name)
-        limit_mb, device = self._largest_limit(worker, wish)
+            raise taken_away(worker, f"ended the wait for {name!r}", name)
+        limit_mb, device = largest_limit(worker, request)
         raise LeaseTooLargeError(
             f"lease {name!r} of {mb:g} MB: the limit of {device!r} is {limit_mb:.0f} MB, so it can never be had; "
             "slack_percentage, and memory_budget_mb (host) or fallback_memory_mb (booked), set the limit",
@@ -1715,7 +1586,7 @@ class ModelManager(BeamNames):
         tag: str,
         booking: _Booking,
         loader_func: Callable[[], Any],
-        wish: Wish = _ANYWHERE,
+        request: PlacementRequest = ANYWHERE,
         preload: int = 0,
     ) -> Any:
         """Run the loader; if it runs out of memory, make room and wait for a second turn. Return what is to be used.
@@ -1723,9 +1594,9 @@ class ModelManager(BeamNames):
         There is none for a load that had its devices to itself, with no larger ones to go to: nothing can be unloaded.
         """
         devices = worker.namespace.segment.words[worker.namespace.tables.instance(booking.row) + Instance.DEVICES]
-        places = wish.devices or worker.board.visible_bits()
+        places = request.loadable_on or worker.board.visible_bits()
         if booking.resumes:
-            return self._resume_somehow(worker, operation, tag, booking, loader_func, wish, preload)
+            return self._resume_somehow(worker, operation, tag, booking, loader_func, request, preload)
         attempt = _Attempt(places, last=False)
         try:
             return self._load(worker, operation, tag, booking, loader_func, attempt)
@@ -1740,18 +1611,18 @@ class ModelManager(BeamNames):
         with suppress(MpmmError):
             worker.make_room(devices)
             worker.wait_for_unloads(devices)
-            deadline = time.monotonic() + self._settings.wait_timeout_seconds
+            deadline = time.monotonic() + self._attachment.settings.wait_timeout_seconds
             if preload:
-                answer = self._queue(worker, operation, tag, deadline, wish, preload)
+                answer = self._queue(worker, operation, tag, deadline, request, preload)
             else:
-                answer = self._get(worker, operation, tag, wish)
+                answer = self._get(worker, operation, tag, request)
         if answer is None:
             raise failure
         del failure
         if not isinstance(answer, _Booking):
             return answer.value
         if answer.resumes:
-            return self._resume_somehow(worker, operation, tag, answer, loader_func, wish, preload)
+            return self._resume_somehow(worker, operation, tag, answer, loader_func, request, preload)
         return self._load(worker, operation, tag, answer, loader_func, _Attempt(places, last=True))
 
     @_closed_by_shutdown
@@ -1762,7 +1633,7 @@ class ModelManager(BeamNames):
         tag: str,
         booking: _Booking,
         loader_func: Callable[[], Any],
-        wish: Wish,
+        request: PlacementRequest,
         preload: int,
     ) -> Any:
         """Resume a copy and return it; where that fails, queue again for another one, or for a load."""
@@ -1776,14 +1647,14 @@ class ModelManager(BeamNames):
                     return copy.value
             operation.booking = None
             if preload:
-                deadline = time.monotonic() + self._settings.wait_timeout_seconds
-                answer = self._queue(worker, operation, tag, deadline, wish, preload)
+                deadline = time.monotonic() + self._attachment.settings.wait_timeout_seconds
+                answer = self._queue(worker, operation, tag, deadline, request, preload)
             else:
-                answer = self._get(worker, operation, tag, wish)
+                answer = self._get(worker, operation, tag, request)
             if not isinstance(answer, _Booking):
                 return None if answer is None else answer.value
             booking = answer
-        return self._load_somehow(worker, operation, tag, booking, loader_func, wish, preload)
+        return self._load_somehow(worker, operation, tag, booking, loader_func, request, preload)
 
     @_closed_by_shutdown
     def _load(
@@ -1831,8 +1702,10 @@ class ModelManager(BeamNames):
             value = None
             collect_garbage()
             text = "mpmm %s: pid %d failed to load %s after %.1f s: %s"
-            _LOG.info(text, self._name, worker.namespace.pid, tag, time.monotonic() - began, type(error).__name__)
-            limit = self._settings.load_timeout_seconds
+            _LOG.info(
+                text, self._attachment.name, worker.namespace.pid, tag, time.monotonic() - began, type(error).__name__
+            )
+            limit = self._attachment.settings.load_timeout_seconds
             # Nobody else takes the row of a load away. (The limit counts from when it was allowed, not from `began`.)
             if not in_time and limit < math.inf and worker.namespace.is_usable and words[Header.RESETS] == resets:
                 raise LoadTimeoutError(
@@ -1846,7 +1719,7 @@ class ModelManager(BeamNames):
             mb = worker.namespace.segment.floats[worker.namespace.tables.instance(copy.row) + Instance.MB]
             text = "mpmm %s: pid %d loaded %s in %.1f s: %.0f MB on %s"
             seconds = time.monotonic() - began
-            _LOG.info(text, self._name, worker.namespace.pid, tag, seconds, mb, where(worker, copy.row))
+            _LOG.info(text, self._attachment.name, worker.namespace.pid, tag, seconds, mb, where(worker, copy.row))
         return copy.value
 
     def _log_load(self, worker: Worker, tag: str, booking: _Booking) -> None:
@@ -1857,7 +1730,7 @@ class ModelManager(BeamNames):
             why = decision(worker, EventKind.LOAD_BEGAN, booking.row)
             text = "mpmm %s: pid %d begins to load %s, %.0f MB reserved on %s%s"
             place = where(worker, booking.row)
-            _LOG.info(text, self._name, namespace.pid, tag, mb, place, f": it {why}" if why else "")
+            _LOG.info(text, self._attachment.name, namespace.pid, tag, mb, place, f": it {why}" if why else "")
 
     @staticmethod
     def _begin_alone(worker: Worker, booking: _Booking) -> None:
@@ -1880,7 +1753,7 @@ class ModelManager(BeamNames):
         with namespace.transaction() as t:
             at = tables.instance(booking.row)
             if not self._still_loading(worker, booking):
-                raise self._taken_away(worker, f"ended the load of {tag!r}", tag)
+                raise taken_away(worker, f"ended the load of {tag!r}", tag)
             server = words[at + Instance.SERVER]
             if not server and server_pid == namespace.pid:
                 server = namespace.reference
@@ -1978,7 +1851,7 @@ class ModelManager(BeamNames):
         with namespace.transaction(patience_s) as t:
             worker.settle_receipts(t)
             if not worker.is_held(copy):
-                raise self._taken_away(worker, f"took {tag!r} away", tag)
+                raise taken_away(worker, f"took {tag!r} away", tag)
             if cost is not None and namespace.transitions.runs_alone(copy.row):
                 self._learn_alone(worker, t, copy.row, cost)
             else:
@@ -1994,7 +1867,7 @@ class ModelManager(BeamNames):
             # Not before the waiter was let run on this processor.
             worker.tenures.leave(copy.tag)
         if copy.tag != tag:
-            _LOG.warning("mpmm %s: a copy of %r was released as %r", self._name, copy.tag, tag)
+            _LOG.warning("mpmm %s: a copy of %r was released as %r", self._attachment.name, copy.tag, tag)
         if cost is not None:
             report_estimate(copy.tag, cost)
 
@@ -2023,14 +1896,16 @@ class ModelManager(BeamNames):
 
     @_closed_by_shutdown
     def _book(self, tag: str, ticket_num: int, alone: bool) -> bool:
-        _encoded_tag(tag)
+        encoded_tag(tag)
         worker = self._connected()
         self.logging_info("Booking for %s, ticket %s", tag, ticket_num)
         operation = worker.begin(sys._getframe())
         bookings = self._bookings_of_thread()
         booked = False
         try:
-            answer = self._queue(worker, operation, tag, time.monotonic() + self._settings.lock_timeout_seconds)
+            answer = self._queue(
+                worker, operation, tag, time.monotonic() + self._attachment.settings.lock_timeout_seconds
+            )
             booked = isinstance(answer, _Booking) and answer.alone == alone
             if booked:
                 bookings[tag] = answer
@@ -2061,136 +1936,10 @@ class ModelManager(BeamNames):
             del bookings[tag]
         return booking
 
-    # ---- membership ----------------------------------------------------------------------------------------
-
-    def _connected(self, patience_s: float | None = None) -> Worker:
-        """Return this process's worker, joining the namespace first if need be: at first use, or after a fork.
-
-        patience_s: to join raises LockTimeoutError after so long if others have the locks; None for as long as that may
-            take at most, which is for callers that name no limit.
-        """
-        worker = self._worker_if_connected
-        if worker is not None and not self._closed and worker.namespace.is_usable and not _is_left_behind(worker):
-            return worker
-        if self._closed:
-            raise ClosedError("the model manager was shut down")
-        with _workers_guard:
-            key = (self._root, self._name)
-            _end_interrupted_join(key)
-            worker = _workers.get(key)
-            if worker is not None and worker.namespace.is_usable and _is_left_behind(worker):
-                worker.close()
-            if worker is None or not worker.namespace.is_usable:
-                made = _joining[key] = []
-                worker = self._join(made, LIFECYCLE_TIMEOUT_S if patience_s is None else max(NOW_S, patience_s))
-                _workers[key] = worker
-                del _joining[key]
-            self._worker_if_connected = worker
-            worker.manager_ids.add(id(self))
-        # Those that were changed at run time are nobody's choice at creation.
-        if not worker.namespace.segment.words[Header.SETTINGS_CHANGED]:
-            self._report_differences(worker.namespace.settings)
-        return worker
-
-    def _connected_in_time(self, tag: str) -> Worker:
-        """Do `_connected` for a caller who waits for a model: AcquireTimeoutError if that takes all of its time."""
-        try:
-            return self._connected(self._settings.wait_timeout_seconds)
-        except LockTimeoutError as error:
-            if error.timeout_seconds >= self._settings.lock_timeout_seconds:
-                raise
-            raise self._gave_up(tag, error.timeout_seconds, "lock") from error
-
-    def _join(self, made: list[Namespace | Worker], patience_s: float) -> Worker:
-        """Return a new worker. made: what there is to be closed if this is interrupted."""
-        if (self._root, self._name) not in _leaves_at_exit:
-            run_at_exit(functools.partial(_close_at_exit, self._root, self._name))
-            _leaves_at_exit.add((self._root, self._name))
-        source = "custom" if self._given_monitor or not isinstance(self._memory_source, str) else self._memory_source
-        namespace = Namespace.join(
-            self._name,
-            root=self._root,
-            capacities=self._capacities,
-            settings=self._settings,
-            source=source,
-            kind=Member.GUEST if is_server_process() else Member.WORKER,
-            made=made,
-            patience_s=min(patience_s, LIFECYCLE_TIMEOUT_S),
-        )
-        try:
-            path = self._estimates_path or os.environ.get(ESTIMATES_PATH_VARIABLE)
-            kept = KeptEstimates(namespace, path) if path else None
-            worker = Worker(namespace, self._make_monitor(namespace), self._verbose_logging, kept)
-        except BaseException:
-            namespace.leave()
-            raise
-        made.append(worker)
-        try:
-            worker.start()
-        except BaseException:
-            worker.close()
-            raise
-        return worker
-
-    def _make_monitor(self, namespace: Namespace) -> GPUMonitor:
-        settings = namespace.settings
-        source: MemorySource
-        if isinstance(self._given_monitor, GPUMonitor):
-            return self._given_monitor
-        if self._given_monitor is not None:
-            source = ForeignMonitor(self._given_monitor)
-            source.start()
-        else:
-            asked = namespace.tables.string(Header.SOURCE_ASKED)
-            budget_mb = None if math.isinf(settings.memory_budget_mb) else settings.memory_budget_mb
-            source = choose_source(
-                self._memory_source if asked == "custom" else asked,
-                fallback_memory_mb=settings.fallback_memory_mb,
-                budget_mb=budget_mb,
-                logger=_LOG,
-                # Once for a namespace: its creator has the first slot, and once there is a leader that has chosen.
-                warn=namespace.slot == 0 and not namespace.tables.string(Header.SOURCE_NAME),
-            )
-        if self._devices is not None and self._given_monitor is None:
-            source = SelectedDevices(source, self._devices)
-        return GPUMonitor(
-            settings.fallback_memory_mb, settings.poll_interval, settings.peak_window_seconds, source=source
-        )
-
-    def _report_differences(self, chosen: Settings) -> None:
-        own: Mapping[str, Any] = {field.name: getattr(self._settings, field.name) for field in fields(Settings)}
-        for name, value in own.items():
-            theirs = getattr(chosen, name)
-            if value != theirs and name != "wait_timeout_seconds":
-                _LOG.warning(
-                    "mpmm %s: %s stays %g, chosen by the creator of the namespace; ignoring %g",
-                    self._name,
-                    name,
-                    theirs,
-                    value,
-                )
-
 
 # Where users import them from, which pickles, tracebacks and documentation are to name.
 for _public in (ModelManager, QueueTicket):
     _public.__module__ = "mpmm.model_manager"
-
-
-def _keep_alive_word(seconds: object) -> int:
-    """Return the word of `Model.KEEP_ALIVE` for `keep_alive_seconds`, 0 for None. Raises InvalidArgumentError."""
-    if seconds is None:
-        return 0
-    if seconds == -1 and not isinstance(seconds, bool):
-        return LONGEST_NS + 1
-    text = "seconds, -1 for ever, or a number"
-    return to_ns(checked_number("keep_alive_seconds", seconds, 0.0, math.inf, text)) + 1
-
-
-def _check_names(options: AcquireOptions) -> None:
-    """Raise TypeError for an option that there is not."""
-    for name in options:
-        if name not in AcquireOptions.__annotations__:
-            raise TypeError(f"unexpected option {name!r}: expected {', '.join(AcquireOptions.__annotations__)}")
 
 
 def _own_word(value: Any) -> float | None:
@@ -2200,47 +1949,3 @@ def _own_word(value: Any) -> float | None:
         return checked_number("expect_mb", mb, 0.0, math.inf, "MB", above=True, finite=True)
     except InvalidArgumentError:
         return None
-
-
-def _encoded_tag(tag: str) -> bytes:
-    """Return a model's tag as the tables hold it. Raises InvalidArgumentError."""
-    return encode_text(tag, Model.TAG_BYTES, "model tag")
-
-
-def _is_left_behind(worker: Worker) -> bool:
-    """Tell whether the last worker has left and removed the namespace of this manager, which is inside a server."""
-    return worker.namespace.kind == Member.GUEST and worker.namespace.is_removed
-
-
-def _end_interrupted_join(key: tuple[Path, str]) -> None:
-    """Leave what a join by this process has come to that an exception has ended. Hold `_workers_guard`."""
-    worker = _workers.get(key)
-    for one in reversed(_joining.get(key, ())):
-        if isinstance(one, Namespace):
-            if worker is None or one is not worker.namespace:
-                one.leave()
-        elif one is not worker:
-            one.close()
-    _joining.pop(key, None)
-
-
-def _close_at_exit(root: Path, name: str) -> None:
-    for thread in list(_shutting_down):
-        thread.join()
-    with _workers_guard:
-        _end_interrupted_join((root, name))
-        worker = _workers.pop((root, name), None)
-    if worker is not None and worker.namespace.is_usable:
-        worker.close()
-
-
-def _forget_workers_after_fork() -> None:
-    global _workers_guard
-    _workers_guard = threading.RLock()
-    _workers.clear()
-    _joining.clear()
-    _leaves_at_exit.clear()
-    _shutting_down.clear()
-
-
-in_forked_child(_forget_workers_after_fork, ChildStep.MANAGER)

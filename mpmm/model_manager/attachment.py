@@ -1,0 +1,284 @@
+"""How a manager is attached to its namespace: joining at the first use, sharing, leaving, starting over after a fork.
+
+All managers of one process on one namespace share one session, a `Worker`; the first of them makes it, and with the
+last one that shuts down, or at the end of the process, it leaves.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from mpmm.errors import ClosedError, LockTimeoutError
+from mpmm.fork_hooks import ChildStep, in_forked_child
+from mpmm.memory.estimates_file import ESTIMATES_PATH_VARIABLE, KeptEstimates
+from mpmm.memory.monitor import GPUMonitor
+from mpmm.memory.samples import ForeignMonitor, MonitorLike
+from mpmm.model_manager.deferred import NOW_S
+from mpmm.model_manager.refusals import timed_out
+from mpmm.model_manager.session import Worker
+from mpmm.printable import printable_logger
+from mpmm.proxy.room import is_server_process
+from mpmm.shared_state.layout import Capacities, Header, Member
+from mpmm.shared_state.namespace import LIFECYCLE_TIMEOUT_S, Namespace, run_at_exit
+from mpmm.shared_state.settings import Settings
+from mpmm.sources import MemorySource, choose_source
+from mpmm.sources.selected import SelectedDevices
+
+__all__ = ["Attachment", "JoinsWith"]
+
+_LOG = printable_logger("mpmm")
+_Key = tuple[Path, str]
+_sessions: dict[_Key, Worker] = {}
+# An RLock, because a finalizer or signal handler may come by while its own thread has it.
+_guard = threading.RLock()
+# What a join has made so far, if an exception from a signal handler has ended it: nobody else knows of it.
+_joining: dict[_Key, list[Namespace | Worker]] = {}
+_leaves_at_exit: set[_Key] = set()
+# Threads that shut forgotten managers down; the last few, because the end of the process has to wait for them.
+_shutting_down: deque[threading.Thread] = deque(maxlen=64)
+
+
+@dataclass(frozen=True)
+class JoinsWith:
+    """What a manager was told about its namespace; most of it counts only if this process creates the namespace."""
+
+    monitor: GPUMonitor | MonitorLike | None
+    memory_source: str | MemorySource
+    devices: tuple[int | str, ...] | None
+    estimates_path: str | None
+    capacities: Capacities | None
+    verbose_logging: bool
+
+
+class Attachment:
+    """One manager's tie to its namespace. What still needs the manager's session keeps this alive.
+
+    settings: what the manager was made with. Of these, `wait_timeout_seconds` is the manager's own. worker: the session
+    if there is one; `connected` returns it, too, and makes sure that there is one.
+    """
+
+    # For a finalizer that comes before the end of the constructor.
+    worker: Worker | None = None
+    closed = False
+
+    def __init__(self, root: Path, name: str, settings: Settings, joins_with: JoinsWith) -> None:
+        self.root = root
+        self.name = name
+        self.settings = settings
+        self.joins_with = joins_with
+
+    def connected(self, timeout_s: float | None = None) -> Worker:
+        """Return this process's session, joining the namespace first if need be: at the first use, or after a fork.
+
+        timeout_s: to join raises LockTimeoutError after this time if others have the locks; None for as long as that
+            may take at most, which is for callers that name no limit.
+
+        Raises ClosedError, and what `Namespace.join` raises.
+        """
+        worker = self.worker
+        if worker is not None and not self.closed and worker.namespace.is_usable and not _is_left_behind(worker):
+            return worker
+        if self.closed:
+            raise ClosedError("the model manager was shut down")
+        with _guard:
+            key = (self.root, self.name)
+            _end_interrupted_join(key)
+            worker = _sessions.get(key)
+            if worker is not None and worker.namespace.is_usable and _is_left_behind(worker):
+                worker.close()
+            if worker is None or not worker.namespace.is_usable:
+                made = _joining[key] = []
+                worker = self._join(made, LIFECYCLE_TIMEOUT_S if timeout_s is None else max(NOW_S, timeout_s))
+                _sessions[key] = worker
+                del _joining[key]
+            self.worker = worker
+            worker.manager_ids.add(id(self))
+        # Those that were changed at run time are nobody's choice at creation.
+        if not worker.namespace.segment.words[Header.SETTINGS_CHANGED]:
+            self._report_differences(worker.namespace.settings)
+        return worker
+
+    def connected_in_time(self, tag: str) -> Worker:
+        """Do `connected` for a caller who waits for a model: AcquireTimeoutError if that takes all of its time."""
+        try:
+            return self.connected(self.settings.wait_timeout_seconds)
+        except LockTimeoutError as error:
+            if error.timeout_seconds >= self.settings.lock_timeout_seconds:
+                raise
+            raise timed_out(tag, error.timeout_seconds, "lock") from error
+
+    def log_info(self, message: str, *args: Any) -> None:
+        """Log at level INFO if `verbose_logging` is on."""
+        if self.joins_with.verbose_logging:
+            _LOG.info(message, *args)
+
+    # ---- joining -------------------------------------------------------------------------------------------
+
+    def _join(self, made: list[Namespace | Worker], timeout_s: float) -> Worker:
+        """Return a new session. made: what there is to be closed if this is interrupted."""
+        if (self.root, self.name) not in _leaves_at_exit:
+            run_at_exit(functools.partial(_close_at_exit, self.root, self.name))
+            _leaves_at_exit.add((self.root, self.name))
+        told = self.joins_with
+        source = "custom" if told.monitor or not isinstance(told.memory_source, str) else told.memory_source
+        namespace = Namespace.join(
+            self.name,
+            root=self.root,
+            capacities=told.capacities,
+            settings=self.settings,
+            source=source,
+            kind=Member.GUEST if is_server_process() else Member.WORKER,
+            made=made,
+            patience_s=min(timeout_s, LIFECYCLE_TIMEOUT_S),
+        )
+        try:
+            path = told.estimates_path or os.environ.get(ESTIMATES_PATH_VARIABLE)
+            kept = KeptEstimates(namespace, path) if path else None
+            worker = Worker(namespace, _make_monitor(namespace, told), told.verbose_logging, kept)
+        except BaseException:
+            namespace.leave()
+            raise
+        made.append(worker)
+        try:
+            worker.start()
+        except BaseException:
+            worker.close()
+            raise
+        return worker
+
+    def _report_differences(self, chosen: Settings) -> None:
+        own: Mapping[str, Any] = {field.name: getattr(self.settings, field.name) for field in fields(Settings)}
+        for name, value in own.items():
+            theirs = getattr(chosen, name)
+            if value != theirs and name != "wait_timeout_seconds":
+                text = "mpmm %s: %s stays %g, chosen by the creator of the namespace; ignoring %g"
+                _LOG.warning(text, self.name, name, theirs, value)
+
+    # ---- leaving -------------------------------------------------------------------------------------------
+
+    def shutdown(self) -> None:
+        """Do `ModelManager.shutdown`."""
+        self.closed = True
+        worker = self.worker
+        if worker is None or worker.namespace.is_inherited or worker.is_closed:
+            self.worker = None
+            return
+        if worker.is_busy_here():
+            # The session cannot leave under the feet of a call that its own thread is in the middle of.
+            _shut_down_in_thread(self.shutdown)
+            return
+        with _guard:
+            worker.manager_ids.discard(id(self))
+            if worker.managers:
+                self.worker = None
+                return
+            if _sessions.get((self.root, self.name)) is worker:
+                del _sessions[self.root, self.name]
+        worker.close()
+        self.worker = None
+        monitor = self.joins_with.monitor
+        if isinstance(monitor, GPUMonitor):
+            monitor.stop()
+        elif monitor is not None:
+            ForeignMonitor(monitor).stop()
+
+    def __del__(self) -> None:
+        # Beam's promise. In a thread, because the collector can come by while this one holds a lock that is needed,
+        # or is in the middle of a shutdown. At exit `run_at_exit` has left by now, and threads no longer start.
+        worker = self.worker
+        if worker is None or worker.closing or not worker.namespace.is_usable or sys.is_finalizing():
+            return
+        _shut_down_in_thread(self._forgotten)
+
+    def _forgotten(self) -> None:
+        """Shut down, unless this process holds instances: those are in use still, and go with the process.
+
+        Another manager of the namespace can give them back; when that one shuts down, this process leaves.
+        """
+        worker = self.worker
+        with _guard:
+            if worker is not None and worker.manager_ids == {id(self)} and worker.holds_copies:
+                worker.manager_ids.clear()
+                self.closed = True
+                return
+        self.shutdown()
+
+
+def _make_monitor(namespace: Namespace, told: JoinsWith) -> GPUMonitor:
+    """Return the monitor that reads memory figures for a namespace, or would if this process were its leader."""
+    settings = namespace.settings
+    source: MemorySource
+    if isinstance(told.monitor, GPUMonitor):
+        return told.monitor
+    if told.monitor is not None:
+        source = ForeignMonitor(told.monitor)
+        source.start()
+    else:
+        asked = namespace.tables.string(Header.SOURCE_ASKED)
+        source = choose_source(
+            told.memory_source if asked == "custom" else asked,
+            fallback_memory_mb=settings.fallback_memory_mb,
+            budget_mb=None if math.isinf(settings.memory_budget_mb) else settings.memory_budget_mb,
+            logger=_LOG,
+            # Once for a namespace: its creator has the first slot, and once there is a leader that has chosen.
+            warn=namespace.slot == 0 and not namespace.tables.string(Header.SOURCE_NAME),
+        )
+        if told.devices is not None:
+            source = SelectedDevices(source, told.devices)
+    return GPUMonitor(settings.fallback_memory_mb, settings.poll_interval, settings.peak_window_seconds, source=source)
+
+
+def _is_left_behind(worker: Worker) -> bool:
+    """Tell whether the last worker has left and removed the namespace of this manager, which is inside a server."""
+    return worker.namespace.kind == Member.GUEST and worker.namespace.is_removed
+
+
+def _shut_down_in_thread(target: Callable[[], None]) -> None:
+    thread = threading.Thread(target=target, name="mpmm-shutdown")
+    with suppress(RuntimeError):
+        thread.start()
+        _shutting_down.append(thread)
+
+
+def _end_interrupted_join(key: _Key) -> None:
+    """Leave what a join by this process has come to that an exception has ended. Hold `_guard`."""
+    worker = _sessions.get(key)
+    for one in reversed(_joining.get(key, ())):
+        if isinstance(one, Namespace):
+            if worker is None or one is not worker.namespace:
+                one.leave()
+        elif one is not worker:
+            one.close()
+    _joining.pop(key, None)
+
+
+def _close_at_exit(root: Path, name: str) -> None:
+    for thread in list(_shutting_down):
+        thread.join()
+    with _guard:
+        _end_interrupted_join((root, name))
+        worker = _sessions.pop((root, name), None)
+    if worker is not None and worker.namespace.is_usable:
+        worker.close()
+
+
+def _forget_sessions_after_fork() -> None:
+    global _guard
+    _guard = threading.RLock()
+    _sessions.clear()
+    _joining.clear()
+    _leaves_at_exit.clear()
+    _shutting_down.clear()
+
+
+in_forked_child(_forget_sessions_after_fork, ChildStep.MANAGER)

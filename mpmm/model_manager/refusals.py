@@ -1,0 +1,66 @@
+"""Why a request fails: the errors that acquires, loads and leases raise, with the figures that their texts name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from mpmm.errors import AcquireTimeoutError, ClosedError, LockTimeoutError, MpmmError, NamespaceResetError
+from mpmm.printable import printable
+from mpmm.shared_state.layout import Device, device_rows
+
+if TYPE_CHECKING:
+    from mpmm.model_manager.request import PlacementRequest
+    from mpmm.model_manager.session import Worker
+
+__all__ = ["expect_mapped", "giving_up_in_time", "largest_limit", "taken_away", "timed_out"]
+
+# What Python says of a memoryview that was released.
+_UNMAPPED = "released memoryview"
+
+
+def timed_out(tag: str, waited_s: float, reason: str, expected_s: float | None = None) -> AcquireTimeoutError:
+    """Return the error for a request that has waited as long as it may; reason: what it last waited for."""
+    more = "" if expected_s is None else f"; about {expected_s:.1f} s more are expected"
+    return AcquireTimeoutError(
+        f"Timeout waiting to acquire model: {printable(tag)} after {waited_s:.1f} seconds (last reason: {reason}"
+        f"{more}); wait_timeout_seconds sets the limit",
+        tag=tag,
+        waited_seconds=waited_s,
+        retry_after_seconds=expected_s,
+    )
+
+
+@contextmanager
+def giving_up_in_time(session: Worker, tag: str) -> Iterator[None]:
+    """Turn a lock that was not free for as long as the caller would wait at all into the end of that wait."""
+    try:
+        yield
+    except LockTimeoutError as error:
+        if error.timeout_seconds >= session.namespace.settings.lock_timeout_seconds:
+            raise
+        raise timed_out(tag, error.timeout_seconds, "lock") from error
+
+
+def taken_away(session: Worker, what: str, tag: str) -> MpmmError:
+    """Return the error for what a reset has taken away, whether others asked for it or this process's shutdown did."""
+    if session.closing:
+        return ClosedError(f"the model manager was shut down, which {what}")
+    return NamespaceResetError(f"a reset of namespace {session.namespace.name!r} {what}", tag=tag)
+
+
+def largest_limit(session: Worker, request: PlacementRequest) -> tuple[float, str]:
+    """Return what the roomiest devices that an instance may span take together in MB, and their names."""
+    namespace, limit_mb = session.namespace, session.scheduler.limit_mb
+    with namespace.transaction():
+        rows = device_rows(request.loadable_on) or session.board.rows()
+        roomiest = sorted(rows, key=limit_mb)[-request.span :]
+        names = [namespace.tables.string(namespace.tables.device(row) + Device.NAME) for row in roomiest]
+        return min(map(limit_mb, roomiest)) * request.span, ", ".join(names)
+
+
+def expect_mapped(session: Worker | None, error: ValueError) -> None:
+    """Raise ClosedError if this is what Python says of a segment that another thread has unmapped."""
+    if _UNMAPPED in str(error) and (session is None or session.closing or not session.namespace.is_usable):
+        raise ClosedError("the model manager was shut down by another thread") from None

@@ -1,0 +1,104 @@
+"""What a request for a model or a lease asks for: the caller's options, and what they mean in the shared tables."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple, TypedDict
+
+from mpmm.arguments import checked_devices, checked_number, checked_whole
+from mpmm.policy.fairness import HIGHEST_URGENCY
+from mpmm.shared_state.durations import LONGEST_NS, to_ns
+from mpmm.shared_state.layout import MOST_SPANNED, Capacities, Model
+from mpmm.shared_state.tables import encode_text
+
+if TYPE_CHECKING:
+    from mpmm.memory.samples import SharedBoard
+
+__all__ = ["ANYWHERE", "AcquireOptions", "PlacementRequest", "check_names", "encoded_tag", "read_options"]
+
+
+class AcquireOptions(TypedDict, total=False):
+    """What a request for a model may say besides tag and loader; see `ModelManager.acquire_model`."""
+
+    devices: Sequence[int | str] | None
+    span: int
+    expect_mb: float | None
+    max_waiting: int | None
+    keep_alive_seconds: float | None
+    priority: int
+    steady: bool
+
+
+class PlacementRequest(NamedTuple):
+    """The options of a request as the tables hold them. Devices are bits, 0 for all.
+
+    loadable_on: where an instance may be loaded. usable_on: where one that is loaded already may be used. span: over
+    how many devices a new one is spread. expect_mb: what it takes, as the caller says; 0 if the caller says nothing.
+    max_waiting: how many requests may wait for the model, this one among them. keep_alive: the word for
+    `Model.KEEP_ALIVE`, 0 to leave it as it is. urgency: see `policy.fairness`. steady: nothing else may be loaded or
+    unloaded on the devices while it loads.
+    """
+
+    loadable_on: int = 0
+    usable_on: int = 0
+    span: int = 1
+    expect_mb: float = 0.0
+    max_waiting: float = math.inf
+    keep_alive: int = 0
+    urgency: int = 0
+    steady: bool = False
+
+
+# The request of a caller who passes no options; recognized by identity.
+ANYWHERE = PlacementRequest()
+
+
+def read_options(options: AcquireOptions, board: SharedBoard) -> PlacementRequest:
+    """Check a caller's options and return the request; `ANYWHERE` itself if they ask for nothing.
+
+    Raises InvalidArgumentError, TypeError.
+    """
+    check_names(options)
+    chosen = checked_devices(options.get("devices"))
+    usable_on = 0 if chosen is None else board.bits_of(chosen)
+    there = usable_on.bit_count() or len(board.rows())
+    span = checked_whole("span", options.get("span", 1), 1, min(there, MOST_SPANNED), "a number of devices")
+    expect_mb = options.get("expect_mb")
+    if expect_mb is not None:
+        expect_mb = checked_number("expect_mb", expect_mb, 0.0, math.inf, "a number of MB", above=True, finite=True)
+    loadable_on = 0 if chosen is None and span == 1 else usable_on or board.visible_bits()
+    most = options.get("max_waiting")
+    request = PlacementRequest(
+        loadable_on,
+        usable_on,
+        span,
+        expect_mb or 0.0,
+        math.inf if most is None else checked_whole("max_waiting", most, 0, Capacities().tickets, "a count"),
+        _keep_alive_word(options.get("keep_alive_seconds")),
+        checked_whole("priority", options.get("priority", 0), -HIGHEST_URGENCY, HIGHEST_URGENCY),
+        bool(options.get("steady")),
+    )
+    return ANYWHERE if request == ANYWHERE else request
+
+
+def _keep_alive_word(seconds: object) -> int:
+    """Return the word of `Model.KEEP_ALIVE` for `keep_alive_seconds`, 0 for None. Raises InvalidArgumentError."""
+    if seconds is None:
+        return 0
+    if seconds == -1 and not isinstance(seconds, bool):
+        return LONGEST_NS + 1
+    text = "seconds, -1 for ever, or a number"
+    return to_ns(checked_number("keep_alive_seconds", seconds, 0.0, math.inf, text)) + 1
+
+
+def check_names(options: AcquireOptions) -> None:
+    """Raise TypeError for an option that does not exist."""
+    for name in options:
+        if name not in AcquireOptions.__annotations__:
+            raise TypeError(f"unexpected option {name!r}: expected {', '.join(AcquireOptions.__annotations__)}")
+
+
+def encoded_tag(tag: str) -> bytes:
+    """Return a model's tag as the tables hold it. Raises InvalidArgumentError."""
+    return encode_text(tag, Model.TAG_BYTES, "model tag")
