@@ -209,9 +209,9 @@ class Scheduler:
         found = self._first_user(words[at + Instance.MODEL], words[at + Instance.DEVICES]) if call_up else None
         if call_up and (found is None or found[1]):
             return False
-        transitions.release(t, instance, used)
+        transitions.holds.release(t, instance, used)
         if found is not None:
-            transitions.call_up(t, found[0])
+            transitions.tickets.call_up(t, found[0])
         return True
 
     def release(self, t: Transaction, instance: int, used: bool = True) -> None:
@@ -229,11 +229,11 @@ class Scheduler:
                 owner = words[at + Instance.OWNER]
                 if not owner or owner == words[self._tables.ticket(ticket) + Ticket.MEMBER]:
                     cause = Cause(Reason.PASSING, other=passed) if passed else Cause(Reason.IDLE_COPY)
-                    transitions.pass_on(t, ticket, instance, cause, used)
+                    transitions.hand_over.from_holder(t, ticket, instance, cause, used)
                     t.after.append(self._make_way)
                     return
         moves_somebody = words[Header.WAITING] and not self._moves_nobody(instance)
-        transitions.release(t, instance, used)
+        transitions.holds.release(t, instance, used)
         if moves_somebody:
             self.advance(t)
 
@@ -280,7 +280,7 @@ class Scheduler:
         before = self._demand(model)
         after = before.counted(self._requests(model), t.now / 1e9)
         if after is not before:
-            self._namespace.transitions.note_demand(
+            self._namespace.transitions.models.note_demand(
                 t,
                 model,
                 after.gap_s,
@@ -635,7 +635,9 @@ class Scheduler:
         """Add what a load in progress was allowed, or what its server has taken already, where that is more."""
         share_mb = reserved / (1 + len(beside))
         for other in (device, *(other for other, _ in beside)):
-            copies.reserved_mb[other] += max(share_mb, self._namespace.transitions.measured_share(row, other) or 0.0)
+            copies.reserved_mb[other] += max(
+                share_mb, self._namespace.transitions.ledgers.measured_share(row, other) or 0.0
+            )
 
     def _free_in_s(self, model: int, since_ns: int, now_ns: int, loading: bool) -> float:
         """Return when an instance that is held, or being loaded, is expected to be idle, judged by how long that takes
@@ -792,7 +794,7 @@ class Scheduler:
         if not len(idle):
             return False
         oldest = int(idle[np.argmin(rows[idle, Instance.SINCE])])
-        self._namespace.transitions.begin_unload(t, oldest, unloader, True, Cause(Reason.NO_ROW, other=model + 1))
+        self._namespace.transitions.unloads.begin(t, oldest, unloader, True, Cause(Reason.NO_ROW, other=model + 1))
         return True
 
     def make_room_for_model(self, t: Transaction, unloader: int) -> bool:
@@ -822,25 +824,25 @@ class Scheduler:
             return False
         model = int(candidates[np.argmin(last_used[candidates])])
         for row in idle[copies[idle, Instance.MODEL] == model][:UNLOADS_AT_ONCE].tolist():
-            self._namespace.transitions.begin_unload(t, row, unloader, True, Cause(Reason.NO_ROW))
+            self._namespace.transitions.unloads.begin(t, row, unloader, True, Cause(Reason.NO_ROW))
         return True
 
     def _carry_out(self, t: Transaction, decision: Decision, newcomer: int | None) -> None:
         transitions = self._namespace.transitions
         match decision:
             case Enough(ticket):
-                transitions.dismiss(t, ticket)
+                transitions.tickets.answer_enough(t, ticket)
             case Grant(ticket, instance, why):
                 # If not, it has just gone to make room in the table of copies, which the plan does not know of.
                 if self._is_idle(instance):
-                    transitions.grant(t, ticket, instance, _cause(why))
+                    transitions.hand_over.grant(t, ticket, instance, _cause(why))
             case Resume(ticket, instance, why):
                 # If not, it has just been dropped to make room in the host for another one.
                 if self._segment.words[self._tables.instance(instance)] == Instance.SUSPENDED:
-                    transitions.suspensions.allow_resume(t, ticket, instance, _cause(why))
+                    transitions.hand_over.allow_resume(t, ticket, instance, _cause(why))
             case Load(ticket, devices, need_mb, alone, why):
                 try:
-                    transitions.allow_load(t, ticket, device_bits(devices), need_mb, alone, _cause(why))
+                    transitions.hand_over.allow_load(t, ticket, device_bits(devices), need_mb, alone, _cause(why))
                 except TableFullError as error:
                     # Found out before anything was written. (A full undo log is no matter of one ticket.)
                     if error.table != self._layout.instances.name:
@@ -859,13 +861,13 @@ class Scheduler:
                     # (A twin has gone with the one before it.)
                     self.suspension.evict(t, instance, unloader, cause)
                 if passed:
-                    transitions.let_pass(t, ticket)
+                    transitions.tickets.let_pass(t, ticket)
                 self._note_wait(t, ticket, replace(why, reason=Reason.UNLOADING), first=True)
             case Refuse(ticket, why):
-                transitions.refuse(t, ticket, _cause(why))
+                transitions.tickets.refuse(t, ticket, _cause(why))
             case Wait(ticket, _, why, first, passed):
                 if passed:
-                    transitions.let_pass(t, ticket)
+                    transitions.tickets.let_pass(t, ticket)
                 self._note_wait(t, ticket, why, first)
 
     def _is_idle(self, instance: int) -> bool:
@@ -929,11 +931,11 @@ class Scheduler:
             if cause.reason == Reason.RETURNING and words[at + Ticket.REASON] == Reason.UNLOADING:
                 # It is the memory of the same copies.
                 cause = cause._replace(other=words[at + Ticket.OTHER])
-            self._namespace.transitions.set_reason(t, ticket, cause)
+            self._namespace.transitions.tickets.set_reason(t, ticket, cause)
             if cause.reason in OTHERS_END:
-                self._namespace.transitions.warn(t, ticket, self.sentence(ticket))
+                self._namespace.transitions.tickets.warn(t, ticket, self.sentence(ticket))
         if first and not words[at + Ticket.BLOCKED_AT]:
-            self._namespace.transitions.block(t, ticket)
+            self._namespace.transitions.tickets.block(t, ticket)
 
 
 def _ticket_view(

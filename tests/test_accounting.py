@@ -43,7 +43,7 @@ def board(namespace: str) -> Iterator[SharedBoard]:
     source = MeasuringSource()
     board.describe(source, source.devices(), ())
     with joined.transaction() as t:
-        joined.transitions.join(t, SERVER, Member.SERVER, PID, 1, b"server")
+        joined.transitions.members.join(t, SERVER, Member.SERVER, PID, 1, b"server")
     yield board
     joined.leave()
 
@@ -56,20 +56,20 @@ def unload(joined: Namespace, before_the_sample: bool, board: SharedBoard) -> No
     """Load and unload a copy of 100 MB that the server keeps; a sample comes before the unload begins or during it."""
     transitions = joined.transitions
     with joined.transaction() as t:
-        model = transitions.claim_model(t, "a", b"a")
-        row = transitions.begin_load(t, model, joined.slot, 1, 100.0, alone=False)
-        transitions.link_server(t, row, SERVER)
-        transitions.end_load(t, row, b"handle", 100.0, SERVER + 1, True)
-        transitions.release(t, row)
+        model = transitions.models.claim(t, "a", b"a")
+        row = transitions.loads.begin(t, model, joined.slot, 1, 100.0, alone=False)
+        transitions.loads.link_server(t, row, SERVER)
+        transitions.loads.end(t, row, b"handle", 100.0, SERVER + 1, True)
+        transitions.holds.release(t, row)
     if before_the_sample:
         board.publish(sample(500.0, time.monotonic_ns(), 100.0))
     with joined.transaction() as t:
-        transitions.begin_unload(t, row, joined.slot, evicted=True)
+        transitions.unloads.begin(t, row, joined.slot, evicted=True)
     if not before_the_sample:
         # The server is gone by now, and the figure knows it.
         board.publish(sample(400.0, time.monotonic_ns(), 0.0))
     with joined.transaction() as t:
-        transitions.end_unload(t, row)
+        transitions.unloads.end(t, row)
 
 
 def committed_mb(board: SharedBoard) -> float:

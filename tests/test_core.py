@@ -190,14 +190,14 @@ def load(twins: Twins, tag: str, handle: bytes) -> None:
     """Load a copy, a handle or an object of the process itself, and leave it idle."""
     namespace, lab, worker = twins.namespace, twins.lab, twins.worker
     model = lab.model(tag)
-    row = lab.do(lambda t, tr: tr.begin_load(t, model, namespace.slot, 1, 100.0, False))
-    lab.do(lambda t, tr: tr.end_load(t, row, handle, 90.0, 0, False))
+    row = lab.do(lambda t, tr: tr.loads.begin(t, model, namespace.slot, 1, 100.0, False))
+    lab.do(lambda t, tr: tr.loads.end(t, row, handle, 90.0, 0, False))
     operation = Operation(None)
     held = worker.adopt(row, tag, handle.decode() if handle else object(), operation)
     assert worker.let_go_of((held, lab.words[lab.tables.instance(row) + Instance.USES]), operation) is False
     worker._held.clear()
     worker._held_at.clear()
-    lab.do(lambda t, tr: tr.release(t, row))
+    lab.do(lambda t, tr: tr.holds.release(t, row))
 
 
 def disturb(twins: Twins, chance: random.Random) -> None:
@@ -208,19 +208,19 @@ def disturb(twins: Twins, chance: random.Random) -> None:
     kind = chance.choice(("wait", "wait", "doom", "pin", "keep", "sample"))
     if kind == "wait" and waiting:
         ticket = next(row for row in range(SMALL.tickets) if words[lab.tables.ticket(row)] == 1)
-        lab.do(lambda t, tr: tr.leave_queue(t, ticket))
+        lab.do(lambda t, tr: tr.hand_over.leave_queue(t, ticket))
     elif kind == "wait":
         lab.ticket(chance.choice("ab"))
     elif kind == "doom" and active:
-        lab.do(lambda t, tr: tr.unload(t, chance.choice(active), lab.namespace.slot))
+        lab.do(lambda t, tr: tr.unloads.ask(t, chance.choice(active), lab.namespace.slot))
     elif kind == "pin" and not words[lab.tables.model(lab.model("a")) + Model.PINS]:
         model = lab.model("a")
-        lab.do(lambda t, tr: tr.pin(t, model, lab.victim))
+        lab.do(lambda t, tr: tr.pins.pin(t, model, lab.victim))
     elif kind == "keep":
         model = lab.model("b")
-        lab.do(lambda t, tr: tr.keep_alive(t, model, chance.choice((0, Model.AT_ONCE, 1000))))
+        lab.do(lambda t, tr: tr.models.keep_alive(t, model, chance.choice((0, Model.AT_ONCE, 1000))))
     elif kind == "sample":
-        lab.do(lambda t, tr: tr.sample(t, 0, 500.0, FROZEN_NS))
+        lab.do(lambda t, tr: tr.devices.sample(t, 0, 500.0, FROZEN_NS))
 
 
 @built
@@ -304,7 +304,9 @@ def test_death_at_any_store_leaves_what_python_leaves(
 
     saved, before = lab.save(), lab.comparable()
     images = lab.images(
-        (lambda t, tr: tr.grab(t, row, Lab.victim + 1)) if what == "take" else lambda t, tr: tr.release(t, row),
+        (lambda t, tr: tr.holds.take_idle(t, row, Lab.victim + 1))
+        if what == "take"
+        else lambda t, tr: tr.holds.release(t, row),
         tmp_path / "images",
     )
     after = lab.comparable()

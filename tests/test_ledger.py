@@ -246,14 +246,14 @@ class DeviceAndBooks(RuleBasedStateMachine):
         assert will_be <= TOTAL_MB, "the manager has given away more than there is"
         with self.namespace.transaction() as t:
             transitions = self.namespace.transitions
-            model = transitions.claim_model(t, f"m{mb:.0f}", b"m%d" % mb)
+            model = transitions.models.claim(t, f"m{mb:.0f}", b"m%d" % mb)
             if not self.namespace.segment.words[self.namespace.tables.model(model) + 3]:
-                transitions.estimate(t, model, mb, measured=False)
-            copy = Copy(transitions.begin_load(t, model, self.namespace.slot, 1, mb, alone=False), mb)
+                transitions.estimates.estimate(t, model, mb, measured=False)
+            copy = Copy(transitions.loads.begin(t, model, self.namespace.slot, 1, mb, alone=False), mb)
             if self.measures_processes:
                 copy.slot = next(iter(self.namespace.tables.free_members()))
-                transitions.join(t, copy.slot, Member.SERVER, 100_000 + copy.slot, 1, b"server")
-                transitions.link_server(t, copy.row, copy.slot)
+                transitions.members.join(t, copy.slot, Member.SERVER, 100_000 + copy.slot, 1, b"server")
+                transitions.loads.link_server(t, copy.row, copy.slot)
         self.loading.append(copy)
 
     @rule(which=st.integers(0, 9), part=st.floats(0, 1))
@@ -269,8 +269,8 @@ class DeviceAndBooks(RuleBasedStateMachine):
         copy.has_mb = copy.mb
         with self.namespace.transaction() as t:
             server = 0 if copy.slot is None else copy.slot + 1
-            self.namespace.transitions.end_load(t, copy.row, b"h%d" % copy.row, copy.mb, server, bool(server))
-            self.namespace.transitions.release(t, copy.row)
+            self.namespace.transitions.loads.end(t, copy.row, b"h%d" % copy.row, copy.mb, server, bool(server))
+            self.namespace.transitions.holds.release(t, copy.row)
         self.idle.append(copy)
 
     @rule(which=st.integers(0, 9))
@@ -278,7 +278,7 @@ class DeviceAndBooks(RuleBasedStateMachine):
     def fail_load(self, which: int) -> None:
         copy = self.loading.pop(which % len(self.loading))
         with self.namespace.transaction() as t:
-            self.namespace.transitions.fail_load(t, copy.row)
+            self.namespace.transitions.loads.fail(t, copy.row)
             self._end_server(t, copy)
 
     @rule(which=st.integers(0, 9))
@@ -286,7 +286,7 @@ class DeviceAndBooks(RuleBasedStateMachine):
     def begin_unload(self, which: int) -> None:
         copy = self.idle.pop(which % len(self.idle))
         with self.namespace.transaction() as t:
-            self.namespace.transitions.begin_unload(t, copy.row, self.namespace.slot, evicted=True)
+            self.namespace.transitions.unloads.begin(t, copy.row, self.namespace.slot, evicted=True)
         self.unloading.append(copy)
 
     @rule(which=st.integers(0, 9), lingers_ms=st.integers(0, 900))
@@ -295,12 +295,12 @@ class DeviceAndBooks(RuleBasedStateMachine):
         copy = self.unloading.pop(which % len(self.unloading))
         self.lingering.append((self.now + lingers_ms * MS, copy.has_mb))
         with self.namespace.transaction() as t:
-            self.namespace.transitions.end_unload(t, copy.row)
+            self.namespace.transitions.unloads.end(t, copy.row)
             self._end_server(t, copy)
 
     def _end_server(self, t: transaction_module.Transaction, copy: Copy) -> None:
         if copy.slot is not None:
-            self.namespace.transitions.leave(t, copy.slot)
+            self.namespace.transitions.members.leave(t, copy.slot)
 
     @rule(mb=st.floats(0, 3000))
     def others_change(self, mb: float) -> None:
@@ -349,7 +349,7 @@ class DeviceAndBooks(RuleBasedStateMachine):
         """Without a sample the books still come to rest."""
         self.now += TRUST_BOOKS_NS
         with self.namespace.transaction() as t:
-            self.namespace.transitions.expire_returns(t)
+            self.namespace.transitions.ledgers.expire(t)
 
     @invariant()
     def the_books_are_in_order(self) -> None:

@@ -136,7 +136,7 @@ def take_times(seat: Seat, tag: str, load_s: float, hold_s: float) -> None:
     """Let a model be taken for one that loads and is held for so long."""
     namespace = seat.manager._connected().namespace
     with namespace.transaction() as t:
-        at = namespace.tables.model(namespace.transitions.claim_model(t, tag, tag.encode()))
+        at = namespace.tables.model(namespace.transitions.models.claim(t, tag, tag.encode()))
         t.set_float(at + Model.LOAD_S, load_s)
         t.set_float(at + Model.HOLD_S, hold_s)
 

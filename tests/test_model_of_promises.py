@@ -63,11 +63,11 @@ class Promises(RuleBasedStateMachine):
         self.keep = self._join()
         namespace = self.keep.namespace
         with namespace.transaction() as t:
-            namespace.transitions.describe_devices(t, [(b"gpu-0", b"gpu", TOTAL_MB)])
-            namespace.transitions.lead(t, namespace.slot, b"booked", (False, False, True))
+            namespace.transitions.devices.describe(t, [(b"gpu-0", b"gpu", TOTAL_MB)])
+            namespace.transitions.members.lead(t, namespace.slot, b"booked", (False, False, True))
             for tag, mb in TAGS.items():
-                row = namespace.transitions.claim_model(t, tag, tag.encode())
-                namespace.transitions.estimate(t, row, mb, measured=False)
+                row = namespace.transitions.models.claim(t, tag, tag.encode())
+                namespace.transitions.estimates.estimate(t, row, mb, measured=False)
 
     def teardown(self) -> None:
         for server in self.servers:
@@ -110,7 +110,7 @@ class Promises(RuleBasedStateMachine):
             model = namespace.tables.model_row(tag)
             assert model is not None
             priority = 2 if preload else 1
-            row = namespace.transitions.enqueue(t, model, namespace.slot, priority, TAGS[tag], 2**62, preload)
+            row = namespace.transitions.tickets.enqueue(t, model, namespace.slot, priority, TAGS[tag], 2**62, preload)
             process.scheduler.advance(t)
         process.tickets.append(row)
 
@@ -121,8 +121,8 @@ class Promises(RuleBasedStateMachine):
         if sum(len(other.tickets) for other in self.processes) >= CAPACITIES.tickets:
             return
         with namespace.transaction() as t:
-            model = namespace.transitions.claim_lease(t, b"lease", mb)
-            row = namespace.transitions.enqueue(t, model, namespace.slot, 1, mb, 2**62)
+            model = namespace.transitions.leases.claim(t, b"lease", mb)
+            row = namespace.transitions.tickets.enqueue(t, model, namespace.slot, 1, mb, 2**62)
             process.scheduler.advance(t)
         process.tickets.append(row)
 
@@ -131,7 +131,7 @@ class Promises(RuleBasedStateMachine):
         process = self._pick(who)
         if process.leased:
             with process.namespace.transaction() as t:
-                process.namespace.transitions.end_lease(t, process.leased.pop(0))
+                process.namespace.transitions.leases.end(t, process.leased.pop(0))
                 process.scheduler.advance(t)
 
     @rule(who=st.integers(0, 99), tag=st.sampled_from(sorted(TAGS)))
@@ -143,9 +143,9 @@ class Promises(RuleBasedStateMachine):
             assert model is not None
             row = namespace.tables.pin_row(model, namespace.reference)
             if row is None:
-                namespace.transitions.pin(t, model, namespace.slot)
+                namespace.transitions.pins.pin(t, model, namespace.slot)
             else:
-                namespace.transitions.unpin(t, row)
+                namespace.transitions.pins.unpin(t, row)
                 process.scheduler.advance(t)
 
     @rule(who=st.integers(0, 99))
@@ -160,7 +160,7 @@ class Promises(RuleBasedStateMachine):
                 continue
             preload = words[at + Ticket.PRELOAD]
             with namespace.transaction() as t:
-                namespace.transitions.take_answer(t, row)
+                namespace.transitions.hand_over.consume_answer(t, row)
             process.tickets.remove(row)
             if preload and state in (Ticket.ENOUGH, Ticket.REFUSED):
                 continue
@@ -182,7 +182,7 @@ class Promises(RuleBasedStateMachine):
         server = self._serve(row) if handle and served else 0
         with process.namespace.transaction() as t:
             mb = process.namespace.segment.floats[process.namespace.tables.instance(row) + Instance.MB]
-            process.namespace.transitions.end_load(t, row, b"h%d" % row if handle else b"", mb, server, bool(server))
+            process.namespace.transitions.loads.end(t, row, b"h%d" % row if handle else b"", mb, server, bool(server))
             process.scheduler.advance(t)
         process.held.append(row)
 
@@ -191,7 +191,7 @@ class Promises(RuleBasedStateMachine):
         process = self._pick(who)
         if process.loading:
             with process.namespace.transaction() as t:
-                process.namespace.transitions.fail_load(t, process.loading.pop(0))
+                process.namespace.transitions.loads.fail(t, process.loading.pop(0))
                 process.scheduler.advance(t)
 
     def _serve(self, row: int) -> int:
@@ -223,7 +223,7 @@ class Promises(RuleBasedStateMachine):
         if rows:
             row = rows[which % len(rows)]
             with namespace.transaction() as t:
-                namespace.transitions.give_up_load(t, row)
+                namespace.transitions.loads.give_up(t, row)
                 self.keep.scheduler.advance(t)
             for process in self.processes:
                 if row in process.loading:
@@ -244,7 +244,7 @@ class Promises(RuleBasedStateMachine):
             if words[tables.instance(row) + Instance.DOOMED]:
                 process.held.remove(row)
                 with process.namespace.transaction() as t:
-                    process.namespace.transitions.discard(t, row)
+                    process.namespace.transitions.holds.discard(t, row)
                     process.scheduler.advance(t)
                 return
 
@@ -254,7 +254,7 @@ class Promises(RuleBasedStateMachine):
         namespace = process.namespace
         with namespace.transaction() as t:
             for row in self._unloading(process):
-                namespace.transitions.end_unload(t, row)
+                namespace.transitions.unloads.end(t, row)
             process.scheduler.advance(t)
 
     @rule(who=st.integers(0, 99))
@@ -262,7 +262,7 @@ class Promises(RuleBasedStateMachine):
         process = self._pick(who)
         if process.tickets:
             with process.namespace.transaction() as t:
-                process.namespace.transitions.leave_queue(t, process.tickets.pop(0))
+                process.namespace.transitions.hand_over.leave_queue(t, process.tickets.pop(0))
                 process.scheduler.advance(t)
 
     @rule(who=st.integers(0, 99))
@@ -290,7 +290,7 @@ class Promises(RuleBasedStateMachine):
                     state = other.namespace.segment.words[other.namespace.tables.ticket(row)]
                     # A preload that was answered has nothing that could be taken away.
                     assert state in (Ticket.RESET, Ticket.ENOUGH, Ticket.REFUSED)
-                    other.namespace.transitions.take_answer(t, row)
+                    other.namespace.transitions.hand_over.consume_answer(t, row)
             other.tickets.clear()
 
     def _unloading(self, process: Pretend) -> list[int]:
@@ -433,7 +433,7 @@ def test_an_idle_copy_finds_its_waiter_far_back_in_the_queue(
     promises.join()
     promises.ask(1, "a", 0)
     with promises.keep.namespace.transaction() as t:
-        promises.keep.namespace.transitions.release(t, promises.keep.held.pop(0))
+        promises.keep.namespace.transitions.holds.release(t, promises.keep.held.pop(0))
         # By the plan, which looks at the first two waiters, and at those for whom there is a copy.
         promises.keep.scheduler.advance(t)
     promises.act_on_answers(1)

@@ -37,11 +37,11 @@ def test_change_from_a_state_that_cannot_be_is_refused(new_manager: Callable[...
     row = next(iter(namespace.tables.used_rows(namespace.segment.layout.instances)))
     before = read_snapshot("test").instances
     changes: list[Callable[[Transaction], object]] = [
-        lambda t: namespace.transitions.end_unload(t, row),
-        lambda t: namespace.transitions.end_lease(t, row),
-        lambda t: namespace.transitions.discard(t, row),
-        lambda t: namespace.transitions.release(t, row),
-        lambda t: namespace.transitions.hand_unload_over(t, row, namespace.slot),
+        lambda t: namespace.transitions.unloads.end(t, row),
+        lambda t: namespace.transitions.leases.end(t, row),
+        lambda t: namespace.transitions.holds.discard(t, row),
+        lambda t: namespace.transitions.holds.release(t, row),
+        lambda t: namespace.transitions.unloads.hand_over(t, row, namespace.slot),
     ]
     for change in changes:
         # More of the transaction is undone with it.

@@ -53,16 +53,16 @@ class Host:
         self.objects = False
         with self.namespace.transaction() as t:
             transitions = self.namespace.transitions
-            transitions.describe_devices(t, [(b"uuid", b"gpu", 1000.0)])
-            transitions.lead(t, self.namespace.slot, b"made up", flags)
-            transitions.join(t, 1, Member.WORKER, 4242, 1, b"another")
+            transitions.devices.describe(t, [(b"uuid", b"gpu", 1000.0)])
+            transitions.members.lead(t, self.namespace.slot, b"made up", flags)
+            transitions.members.join(t, 1, Member.WORKER, 4242, 1, b"another")
 
     def model(self, t: Transaction, number: int) -> int:
         """Return the row of a model; of every fourth nothing is known."""
         tag = f"m{number}"
-        row = self.namespace.transitions.claim_model(t, tag, tag.encode())
+        row = self.namespace.transitions.models.claim(t, tag, tag.encode())
         if number % 4 != 3:
-            self.namespace.transitions.estimate(t, row, SIZES_MB[number % 4], measured=False)
+            self.namespace.transitions.estimates.estimate(t, row, SIZES_MB[number % 4], measured=False)
         return row
 
     def ask(self, number: int, member: int, preload: int = 0) -> None:
@@ -77,13 +77,13 @@ class Host:
         known = self.words[self.tables.model(model) + Model.KNOWN]
         priority = 2 if preload else 1 if known else 0
         need_mb = self.scheduler.need_mb(model)
-        return self.namespace.transitions.enqueue(t, model, member, priority, need_mb, 2**62, preload)
+        return self.namespace.transitions.tickets.enqueue(t, model, member, priority, need_mb, 2**62, preload)
 
     def lease(self, mb: float) -> None:
         """Wait for a lease."""
         with self.namespace.transaction() as t:
-            row = self.namespace.transitions.claim_lease(t, b"lease", mb)
-            self.namespace.transitions.enqueue(t, row, 0, 1, mb, 2**62)
+            row = self.namespace.transitions.leases.claim(t, b"lease", mb)
+            self.namespace.transitions.tickets.enqueue(t, row, 0, 1, mb, 2**62)
             self.scheduler.advance(t)
 
     def in_state(self, state: int) -> list[int]:
@@ -100,12 +100,12 @@ class Host:
                     state, instance = self.words[at], self.words[at + Ticket.INSTANCE] - 1
                     if state == Ticket.WAITING:
                         continue
-                    transitions.take_answer(t, ticket)
+                    transitions.hand_over.consume_answer(t, ticket)
                     if state == Ticket.LOAD:
                         handle = b"" if self.objects else b"h%d" % self.words[at + Ticket.NUMBER]
-                        transitions.end_load(t, instance, handle, 100.0, 0, False)
+                        transitions.loads.end(t, instance, handle, 100.0, 0, False)
                 for row in self.in_state(Instance.UNLOADING):
-                    transitions.end_unload(t, row)
+                    transitions.unloads.end(t, row)
                 self.scheduler.advance(t)
             if not any(not isinstance(one, Wait) for one in self.decisions()):
                 return
@@ -150,7 +150,7 @@ class Host:
                 continue
             held += 1
             with self.attempt() as t:
-                self.namespace.transitions.release(t, row)
+                self.namespace.transitions.holds.release(t, row)
                 for one in self.decisions():
                     at = self.tables.ticket(one.ticket)
                     if isinstance(one, Load) and one.why.reason == Reason.ANOTHER_COPY:
@@ -195,7 +195,7 @@ class Host:
                 continue
             held[self.words[self.tables.ticket(ticket) + Ticket.REASON]] += 1
             with self.attempt() as t:
-                self.namespace.transitions.leave_queue(t, ticket)
+                self.namespace.transitions.hand_over.leave_queue(t, ticket)
                 after = {one.ticket: one for one in self.decisions() if not isinstance(one, Enough)}
                 others = {row: told for row, told in before.items() if row != ticket}
                 assert {one.ticket: (type(one), one.why.reason) for one in after.values()} == others
@@ -239,20 +239,20 @@ def carry_out(host: Host, operation: tuple[Any, ...]) -> None:
                 if kind == "release":
                     host.scheduler.release(t, rows[argument])
                 else:
-                    namespace.transitions.end_lease(t, rows[argument])
+                    namespace.transitions.leases.end(t, rows[argument])
                     host.scheduler.advance(t)
     elif kind == "pin":
         with namespace.transaction() as t:
             row = host.model(t, argument)
             pin = host.tables.pin_row(row, namespace.reference)
             if pin is None:
-                namespace.transitions.pin(t, row, namespace.slot)
+                namespace.transitions.pins.pin(t, row, namespace.slot)
             else:
-                namespace.transitions.unpin(t, pin)
+                namespace.transitions.pins.unpin(t, pin)
             host.scheduler.advance(t)
     elif kind == "others":
         with namespace.transaction() as t:
-            namespace.transitions.note_foreign(t, 0, argument)
+            namespace.transitions.devices.note_unrelated(t, 0, argument)
             host.scheduler.advance(t)
 
 

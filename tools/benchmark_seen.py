@@ -41,29 +41,29 @@ def crowded(root: Path) -> Iterator[str]:
     namespace = Namespace.join(NAMESPACE, root=root)
     transitions, locks = namespace.transitions, []
     with namespace.transaction() as t:
-        transitions.describe_devices(t, [(b"GPU-0", b"a device", 1e6)])
-        transitions.lead(t, 0, b"booked", (False, False, True))
+        transitions.devices.describe(t, [(b"GPU-0", b"a device", 1e6)])
+        transitions.members.lead(t, 0, b"booked", (False, False, True))
     for slot in range(1, MEMBERS):
         locks.append(LockFile(Path(namespace.member_lock_path(slot))))
         assert locks[-1].try_exclusive()
         with namespace.transaction() as t:
-            transitions.join(t, slot, Member.WORKER, 100_000 + slot, time.time_ns(), b"worker.py")
+            transitions.members.join(t, slot, Member.WORKER, 100_000 + slot, time.time_ns(), b"worker.py")
     models = []
     for number in range(MODELS):
         tag = f"model-{number}"
         with namespace.transaction() as t:
-            models.append(transitions.claim_model(t, tag, tag.encode()))
+            models.append(transitions.models.claim(t, tag, tag.encode()))
     for number in range(INSTANCES):
         with namespace.transaction() as t:
-            row = transitions.begin_load(t, models[number % MODELS], number % MEMBERS, 1, 100.0, alone=False)
+            row = transitions.loads.begin(t, models[number % MODELS], number % MEMBERS, 1, 100.0, alone=False)
             if number % 20:
-                transitions.end_load(t, row, b"handle", 100.0, 0, False)
+                transitions.loads.end(t, row, b"handle", 100.0, 0, False)
             if number % 3 == 0 and number % 20:
-                transitions.release(t, row)
+                transitions.holds.release(t, row)
     for number in range(WAITERS):
         with namespace.transaction() as t:
-            row = transitions.enqueue(t, models[number % MODELS], number % MEMBERS, 1, 100.0, 2**63)
-            transitions.set_reason(t, row, Cause(Reason.IN_USE, 100.0, 40.0, 60.0, math.inf, models[0] + 1))
+            row = transitions.tickets.enqueue(t, models[number % MODELS], number % MEMBERS, 1, 100.0, 2**63)
+            transitions.tickets.set_reason(t, row, Cause(Reason.IN_USE, 100.0, 40.0, 60.0, math.inf, models[0] + 1))
     try:
         yield NAMESPACE
     finally:

@@ -45,7 +45,7 @@ PARTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("test_without_a_plan", "test_hand_overs", "test_copies", "test_fairness", "test_devices", "test_manager"),
     ),
     "shared_state": (
-        ("mpmm/shared_state/*.py",),
+        ("mpmm/shared_state/*.py", "mpmm/shared_state/*/*.py"),
         (
             *("test_durations", "test_namespace", "test_accounting", "test_full_tables", "test_bounded_work"),
             *("test_copies", "test_leases", "test_model_of_promises", "test_deaths", "test_crash_points"),

@@ -190,7 +190,7 @@ class KeptEstimates:
             return
         # What was inferred goes on to yield to better figures.
         sd_mb = 0.0 if remembered.measured else ALONE_SD * remembered.mb
-        self._namespace.transitions.estimate(t, model, remembered.mb, remembered.measured, sd_mb)
+        self._namespace.transitions.estimates.estimate(t, model, remembered.mb, remembered.measured, sd_mb)
 
     def save_if_due(self) -> None:
         """Write what has changed, every few seconds at most; without the lock."""

@@ -95,7 +95,7 @@ class SharedBoard:
         sees = measures > Measures.NOTHING
         self._blind = not sees
         with namespace.transaction() as t:
-            transitions.note_source(t, namespace.slot, measures)
+            transitions.members.note_source(t, namespace.slot, measures)
             led_by = namespace.tables.text(Header.SOURCE_NAME)
             of_another = led_by not in (b"", name)
             blind = not sees and self._others_measure()
@@ -103,7 +103,7 @@ class SharedBoard:
             outranks = sees and of_another and words[Header.SOURCE_BOOKS_ONLY]
             rows: dict[bytes, int] = {}
             if not blind and (next_in_line is not None or not of_another or outranks):
-                found_rows = transitions.describe_devices(t, found, replace=of_another, measured=sees)
+                found_rows = transitions.devices.describe(t, found, replace=of_another, measured=sees)
                 rows = dict(zip((uuid for uuid, *_ in found), found_rows, strict=True))
             elif not blind:
                 rows = {uuid: row for row, uuid in self._uuids().items()}
@@ -113,9 +113,9 @@ class SharedBoard:
                 if knows is None:
                     knows = led_by == name and bool(words[Header.SOURCE_MEASURES_PROCESSES])
                 flags = (knows, source.settles_late, not sees)
-                transitions.lead(t, namespace.slot, name, flags, counts_named_only(source))
+                transitions.members.lead(t, namespace.slot, name, flags, counts_named_only(source))
                 for slot in next_in_line:
-                    transitions.ring(t, slot)
+                    transitions.members.ring(t, slot)
         self._rows = {info.index: rows[uuid] for info, (uuid, *_) in zip(devices, found, strict=True) if uuid in rows}
 
     def _others_measure(self) -> bool:
@@ -152,7 +152,7 @@ class SharedBoard:
         if rows and not all(tables.on_device(row) for row in rows):
             with namespace.transaction() as t:
                 for row in rows:
-                    namespace.transitions.forget_stated_device(t, row)
+                    namespace.transitions.devices.forget_stated(t, row)
 
     def _uuids(self) -> dict[int, bytes]:
         tables = self._namespace.tables
@@ -235,8 +235,8 @@ class SharedBoard:
                 row = self._rows.get(sample.index)
                 if row is None:
                     continue
-                transitions.note_try(t, row, sample.taken_ns)
-                if sample.used_mb is not None and not transitions.is_news(row, sample.taken_ns):
+                transitions.devices.note_try(t, row, sample.taken_ns)
+                if sample.used_mb is not None and not transitions.devices.is_news(row, sample.taken_ns):
                     late = True
                     continue
                 # What a process has must come from the same sample as the whole: the one comes off the other.
@@ -247,19 +247,19 @@ class SharedBoard:
                 if sample.used_mb is not None:
                     news.append((row, sample.used_mb, sample))
                     foreign_mb = sum(mb for pid, mb in sample.process_mb.items() if pid in strangers)
-                    transitions.note_foreign(t, row, foreign_mb)
+                    transitions.devices.note_unrelated(t, row, foreign_mb)
             if late and not fresh_rows:
                 # Somebody was quicker, as happens when many want to know at once, and has gone on from there, too.
                 return
             if proven:
-                transitions.note_processes(t, True)
+                transitions.members.note_processes(t, True)
                 self._end_isolations(t)
             if measured or complete_rows:
                 taken_ns = min(sample.taken_ns for sample in samples)
                 self._measure_members(t, measured, fresh_rows, complete_rows, taken_ns)
                 self._share_out(t, taken)
             for row, used_mb, sample in news:
-                transitions.sample(t, row, used_mb, sample.taken_ns, sample.done_ns)
+                transitions.devices.sample(t, row, used_mb, sample.taken_ns, sample.done_ns)
             if proven or self._scheduler.shows_more_room(before):
                 self._scheduler.advance(t)
 
@@ -269,7 +269,7 @@ class SharedBoard:
         for row in tables.used_rows(self._namespace.segment.layout.devices):
             instance = words[tables.device(row) + Device.ISOLATED]
             if instance:
-                self._namespace.transitions.end_isolation(t, instance - 1)
+                self._namespace.transitions.isolation.end(t, instance - 1)
 
     def _shows_ours(self, parts: Mapping[int, float]) -> bool:
         """Tell whether a sample shows what a member takes, and so that the source knows processes; without the lock."""
@@ -297,9 +297,9 @@ class SharedBoard:
             pid, instance = words[at + Member.PID], words[at + Member.INSTANCE]
             devices = words[tables.instance(instance - 1) + Instance.DEVICES] if instance else 0
             if pid in measured and not devices & ~fresh_rows:
-                self._namespace.transitions.measure(t, slot, measured[pid], taken_ns)
+                self._namespace.transitions.measurements.measure(t, slot, measured[pid], taken_ns)
             elif pid not in measured and floats[at + Member.MEASURED_MB] > 0 and not devices & ~complete_rows:
-                self._namespace.transitions.measure(t, slot, {}, taken_ns)
+                self._namespace.transitions.measurements.measure(t, slot, {}, taken_ns)
 
     def stats(self) -> tuple[float, float, float]:
         """Return (current, peak, total) in MB, summed over the devices that this process sees."""
@@ -316,7 +316,7 @@ class SharedBoard:
     def reset_peak(self) -> None:
         """Let the peaks begin anew at the present figures."""
         with self._namespace.transaction() as t:
-            self._namespace.transitions.reset_peaks(t)
+            self._namespace.transitions.devices.reset_peaks(t)
 
     def _strangers(self, measured: Mapping[int, float]) -> set[int]:
         """Return which of these processes are neither members, nor programs of leases, nor a server's children.
@@ -374,7 +374,7 @@ class SharedBoard:
                 reserved = self._namespace.segment.floats[self._namespace.tables.instance(row) + Instance.RESERVED_MB]
                 mb = min(taken[pid], reserved)
                 taken[pid] -= mb
-                self._namespace.transitions.measure_program(t, row, mb)
+                self._namespace.transitions.leases.measure_program(t, row, mb)
 
 
 class ForeignMonitor:

@@ -79,9 +79,9 @@ class SharedResourceEstimator:
         cost = checked_mb("cost", cost)
         namespace = self._namespace
         with namespace.transaction() as t:
-            row = namespace.transitions.claim_model(t, model_tag, encoded)
+            row = namespace.transitions.models.claim(t, model_tag, encoded)
             sd_mb = ALONE_SD * cost
-            namespace.transitions.estimate(t, row, cost, measured=False, sd_mb=sd_mb, forget_bound=True)
+            namespace.transitions.estimates.estimate(t, row, cost, measured=False, sd_mb=sd_mb, forget_bound=True)
         report_estimate(model_tag, cost)
         self.logging_info("Initial estimate of %s: %s MB", model_tag, cost)
 
@@ -97,9 +97,9 @@ class SharedResourceEstimator:
         with namespace.transaction() as t:
             copies = []
             for tag, count in counts.items():
-                row = namespace.transitions.claim_model(t, tag, encoded[tag])
+                row = namespace.transitions.models.claim(t, tag, encoded[tag])
                 copies.append((namespace.segment.words[namespace.tables.model(row) + Model.GENERATION], count))
-            namespace.transitions.observe(t, copies, peak_memory)
+            namespace.transitions.estimates.observe(t, copies, peak_memory)
         self.solve()
 
     @property
@@ -174,7 +174,7 @@ class SharedResourceEstimator:
         changed: dict[str, float] = {}
         words, floats = namespace.segment.words, namespace.segment.floats
         with namespace.transaction() as t:
-            namespace.transitions.note_solution(t, made)
+            namespace.transitions.estimates.note_solution(t, made)
             for tag, mb in footprints.model_mb.items() if footprints else ():
                 row = namespace.tables.model_row(tag)
                 if row is None:
@@ -188,7 +188,9 @@ class SharedResourceEstimator:
                 new = reconcile(old, Estimate(mb, footprints.sd_mb[tag] if footprints else 0.0), self.smoothing_factor)
                 if new != old:
                     changed[tag] = new.mb
-                    namespace.transitions.estimate(t, row, new.mb, measured=measured and bool(known), sd_mb=new.sd_mb)
+                    namespace.transitions.estimates.estimate(
+                        t, row, new.mb, measured=measured and bool(known), sd_mb=new.sd_mb
+                    )
         for tag, mb in changed.items():
             report_estimate(tag, mb)
             self.logging_info("Estimate of %s: %.1f MB", tag, mb)

@@ -92,7 +92,7 @@ def _unload(namespace: Namespace, t: Transaction, rows: list[int]) -> int:
     for count, row in enumerate(rows):
         if t.is_long:
             return count
-        namespace.transitions.unload(t, row, unloader)
+        namespace.transitions.unloads.ask(t, row, unloader)
     return len(rows)
 
 
@@ -146,7 +146,7 @@ def change_settings(namespace: Namespace, scheduler: Scheduler, changes: Mapping
             surplus = _surplus(namespace, settings.max_model_copies)
             if _unload(namespace, t, surplus) == len(surplus):
                 if settings != namespace.settings:
-                    namespace.transitions.set_settings(t, settings)
+                    namespace.transitions.members.set_settings(t, settings)
                 scheduler.advance(t)
                 return settings
 
@@ -168,7 +168,7 @@ def pin_for_all(namespace: Namespace, tag: str) -> None:
         found = namespace.tables.model_row(tag)
         if found is None or namespace.tables.pin_row(found, 0) is None:
             namespace.tables.free_row(namespace.segment.layout.pins)
-            namespace.transitions.pin(t, namespace.transitions.claim_model(t, tag, encoded), -1)
+            namespace.transitions.pins.pin(t, namespace.transitions.models.claim(t, tag, encoded), -1)
 
 
 def unpin_for_all(namespace: Namespace, scheduler: Scheduler, tag: str) -> None:
@@ -178,5 +178,5 @@ def unpin_for_all(namespace: Namespace, scheduler: Scheduler, tag: str) -> None:
         row = None if model is None else namespace.tables.pin_row(model, 0)
         if row is None:
             raise NotAcquiredError(f"unpin of {tag!r}: namespace {namespace.name!r} has no pin on it", tag=tag)
-        namespace.transitions.unpin(t, row)
+        namespace.transitions.pins.unpin(t, row)
         scheduler.advance(t)

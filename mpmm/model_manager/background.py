@@ -245,7 +245,7 @@ class Keeper:
         rows = tables.used_rows(namespace.segment.layout.devices)
         if any(words[tables.device(row) + Device.RETURN_COUNT] for row in rows):
             with namespace.transaction() as t:
-                namespace.transitions.expire_returns(t)
+                namespace.transitions.ledgers.expire(t)
                 self._worker.scheduler.advance(t)
 
     def _say_what_it_measures(self) -> None:
@@ -254,7 +254,7 @@ class Keeper:
         measures = what_it_measures(self._worker.source)
         if namespace.segment.words[namespace.tables.member(namespace.slot) + Member.MEASURES] != measures:
             with namespace.transaction() as t:
-                namespace.transitions.note_source(t, namespace.slot, measures)
+                namespace.transitions.members.note_source(t, namespace.slot, measures)
 
     def _better_members(self) -> set[tuple[int, int]]:
         """Return the living workers that can measure more than this one."""
@@ -339,7 +339,7 @@ class Keeper:
         self._late_since = None if came else published
         knowledge = process_knowledge(source) if self.leading else None
         with self._namespace.transaction() as t:
-            self._namespace.transitions.note_poll(t, knowledge)
+            self._namespace.transitions.members.note_poll(t, knowledge)
             self._give_up_slow_loads(t)
             self._unload_expired(t)
             self._worker.scheduler.count_requests(t)
@@ -375,8 +375,10 @@ class Keeper:
         for row in tables.rows_where(layout.instances, Instance.STATE, Instance.LOADING):
             taken = (time.monotonic_ns() - namespace.segment.words[tables.instance(row) + Instance.SINCE]) / 1e9
             if taken > limit:
-                namespace.transitions.note_failure(t, namespace.segment.words[tables.instance(row) + Instance.MODEL])
-                namespace.transitions.give_up_load(t, row)
+                namespace.transitions.models.note_failure(
+                    t, namespace.segment.words[tables.instance(row) + Instance.MODEL]
+                )
+                namespace.transitions.loads.give_up(t, row)
                 t.after.append(
                     partial(
                         _LOG.warning,
@@ -409,7 +411,7 @@ class Keeper:
                 continue
             cause = Cause(Reason.EXPIRED, seconds=kept_ns / 1e9)
             if words[at] == Instance.IDLE:
-                namespace.transitions.begin_unload(t, row, namespace.slot, evicted=False, cause=cause)
+                namespace.transitions.unloads.begin(t, row, namespace.slot, evicted=False, cause=cause)
             else:
                 namespace.transitions.suspensions.drop(t, row, namespace.slot, cause)
 
@@ -454,14 +456,14 @@ class Keeper:
         whole_mb = (
             floats[at + Device.USED_MB]
             if measured_mb
-            else namespace.transitions.peak_since(device, words[at + Device.CONFIGURED_AT])
+            else namespace.transitions.devices.peak_since(device, words[at + Device.CONFIGURED_AT])
         )
-        namespace.transitions.observe(t, list(copies.items()), max(0.0, whole_mb - measured_mb), device)
+        namespace.transitions.estimates.observe(t, list(copies.items()), max(0.0, whole_mb - measured_mb), device)
 
     def _take_over_measurements(self, t: Transaction) -> dict[str, float]:
         """Let a model's estimate follow what its servers were seen to take at most; return those to be reported.
 
-        Up at once, because the next copy will take as much (`Transitions.measure` does so with each sample); down
+        Up at once, because the next copy will take as much (`Measurements.measure` does so with each sample); down
         slowly, because a copy that has not worked yet takes less than one that has.
         """
         namespace = self._namespace
@@ -487,7 +489,7 @@ class Keeper:
             old = floats[at + Model.ESTIMATE_MB]
             new = mb if mb > old else smooth(old, mb, namespace.settings.smoothing_factor)
             if abs(new - old) > ESTIMATE_TOLERANCE * old or floats[at + Model.SD_MB]:
-                namespace.transitions.estimate(t, model, new, measured=True)
+                namespace.transitions.estimates.estimate(t, model, new, measured=True)
             tag, mb = tables.tag_of(model), floats[at + Model.ESTIMATE_MB]
             if abs(mb - self._reported.get(tag, 0.0)) > ESTIMATE_TOLERANCE * mb:
                 self._reported[tag] = changed[tag] = mb

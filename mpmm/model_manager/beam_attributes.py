@@ -98,7 +98,7 @@ class BeamNames:
             for tag, superseded in ((old, old != new), (new, False)):
                 row = namespace.tables.model_row(tag)
                 if row is not None:
-                    namespace.transitions.supersede(t, row, superseded)
+                    namespace.transitions.models.supersede(t, row, superseded)
 
     def all_models(self, tag: str | None = None) -> Any:
         """See `ModelManager.all_models`."""

@@ -85,7 +85,7 @@ class Lease:
     def _end(self, t: Transaction) -> bool:
         is_ours = self._is_ours()
         if is_ours:
-            self._worker.namespace.transitions.end_lease(t, self._row)
+            self._worker.namespace.transitions.leases.end(t, self._row)
         return is_ours
 
     def used_by(self, pid: int) -> None:
@@ -102,7 +102,7 @@ class Lease:
 
         def link(t: Transaction) -> bool:
             if self._is_ours():
-                worker.namespace.transitions.link_program(t, self._row, pid)
+                worker.namespace.transitions.leases.link_program(t, self._row, pid)
             return False
 
         worker.deferred.apply_or_defer(link)
@@ -134,7 +134,7 @@ class Lease:
     def _settle(self, t: Transaction) -> bool:
         is_ours = self._is_ours()
         if is_ours:
-            self._worker.namespace.transitions.end_steady(t, self._row)
+            self._worker.namespace.transitions.isolation.end_steady(t, self._row)
         return is_ours
 
     def environment(self) -> dict[str, str]:

@@ -872,8 +872,8 @@ class ModelManager(BeamNames):
             with namespace.transaction() as t:
                 # Before any model goes for a pin that there is no room for.
                 namespace.tables.free_row(namespace.segment.layout.pins)
-                model = namespace.transitions.claim_model(t, tag, encoded)
-                namespace.transitions.pin(t, model, namespace.slot)
+                model = namespace.transitions.models.claim(t, tag, encoded)
+                namespace.transitions.pins.pin(t, model, namespace.slot)
 
         def is_pinned() -> bool:
             with namespace.transaction():
@@ -908,7 +908,7 @@ class ModelManager(BeamNames):
             model = namespace.tables.model_row(tag)
             row = None if model is None else namespace.tables.pin_row(model, namespace.reference)
             if row is not None:
-                namespace.transitions.unpin(t, row)
+                namespace.transitions.pins.unpin(t, row)
             return row is not None
 
         operation = worker.begin(sys._getframe())
@@ -1153,7 +1153,7 @@ class ModelManager(BeamNames):
         with namespace.transaction(patience_s) as t:
             row = tables.model_row(tag)
             if row is not None:
-                namespace.transitions.keep_alive(t, row, word)
+                namespace.transitions.models.keep_alive(t, row, word)
 
     def _take_idle(self, worker: Worker, operation: Operation, tag: str, patience_s: float, tied: int) -> Copy | None:
         """Take an idle copy if those who wait are not concerned, and nobody runs alone where it lies."""
@@ -1170,7 +1170,7 @@ class ModelManager(BeamNames):
             return None
         if scheduler.must_queue() and not (worker.has_tenure(tag, row) or scheduler.may_take(row)):
             return None
-        namespace.transitions.grab(t, row, namespace.reference)
+        namespace.transitions.holds.take_idle(t, row, namespace.reference)
         return worker.hold(row, tag, operation)
 
     def _take_or_wait(
@@ -1237,16 +1237,16 @@ class ModelManager(BeamNames):
         """End the isolation of what the calling thread holds or loads, as it asks for something else; measure it."""
         namespace = worker.namespace
         for row in rows:
-            if not (namespace.segment.words[Header.ISOLATED] and namespace.transitions.runs_alone(row)):
+            if not (namespace.segment.words[Header.ISOLATED] and namespace.transitions.isolation.runs_alone(row)):
                 continue
             at = namespace.tables.instance(row)
             worker.sample_now()
             added = worker.added_mb(row) if namespace.segment.words[at] == Instance.ACTIVE else None
             with namespace.transaction() as t:
-                if namespace.transitions.runs_alone(row):
+                if namespace.transitions.isolation.runs_alone(row):
                     if added is not None:
                         self._learn_alone(worker, t, row, max(added) * len(added))
-                    namespace.transitions.end_isolation(t, row)
+                    namespace.transitions.isolation.end(t, row)
                     worker.scheduler.advance(t)
 
     @staticmethod
@@ -1254,8 +1254,8 @@ class ModelManager(BeamNames):
         """Record what the copy that runs alone has added to the memory in use."""
         namespace = worker.namespace
         model = namespace.segment.words[namespace.tables.instance(row) + Instance.MODEL]
-        namespace.transitions.estimate(t, model, cost, measured=False, sd_mb=ALONE_SD * cost)
-        namespace.transitions.correct(t, row, cost)
+        namespace.transitions.estimates.estimate(t, model, cost, measured=False, sd_mb=ALONE_SD * cost)
+        namespace.transitions.measurements.set_measured_mb(t, row, cost)
 
     def _expect_no_deadlock(self, worker: Worker, tag: str, row: int, firm: list[int]) -> None:
         """Take a ticket out of the queue that waits for its own thread. Raises DeadlockError."""
@@ -1266,7 +1266,7 @@ class ModelManager(BeamNames):
                 return
             held = tuple(tables.tag_of(words[tables.instance(one) + Instance.MODEL]) for one in firm)
             reason = worker.scheduler.why(row)
-            namespace.transitions.leave_queue(t, row)
+            namespace.transitions.hand_over.leave_queue(t, row)
             worker.scheduler.advance(t)
         raise DeadlockError(
             f"model {tag!r} {reason.partition(': ')[2]}; but this thread itself holds, or is loading, "
@@ -1331,11 +1331,11 @@ class ModelManager(BeamNames):
     ) -> int:
         namespace = worker.namespace
         with namespace.transaction(max(NOW_S, deadline - time.monotonic())) as t:
-            model = namespace.transitions.claim_model(t, tag, encoded)
+            model = namespace.transitions.models.claim(t, tag, encoded)
             if worker.kept_estimates is not None:
                 worker.kept_estimates.recall(t, model, tag)
             if request.expect_mb:
-                namespace.transitions.expect(t, model, request.expect_mb)
+                namespace.transitions.estimates.expect(t, model, request.expect_mb)
             row = self._make_ticket(worker, operation, t, model, deadline, preload, request, nested)
             worker.scheduler.advance(t, newcomer=row)
             self._expect_place(
@@ -1364,13 +1364,13 @@ class ModelManager(BeamNames):
         words = namespace.segment.words
         devices = request.loadable_on or worker.board.visible_bits()
         if request.keep_alive:
-            namespace.transitions.keep_alive(t, model, request.keep_alive)
+            namespace.transitions.models.keep_alive(t, model, request.keep_alive)
         known = worker.scheduler.is_known(model) or words[Header.SOURCE_BOOKS_ONLY]
         priority = PRELOAD_PRIORITY if preload else 1 if known else 0
         # Who does not wait gets what is free now; tickets whose time is over get nothing.
         deadline_ns = to_ns(max(deadline, time.monotonic() + NOW_S))
         need_mb = worker.scheduler.need_mb(model)
-        row = namespace.transitions.enqueue(
+        row = namespace.transitions.tickets.enqueue(
             *(t, model, namespace.slot, priority, need_mb, deadline_ns, preload),
             *(devices, request.usable_on, request.span, nested, cause, request.urgency, request.steady),
         )
@@ -1452,14 +1452,14 @@ class ModelManager(BeamNames):
                 if state == Ticket.WAITING:
                     raise AnswerUndone
                 need_mb = namespace.segment.floats[at + Ticket.NEED_MB]
-                namespace.transitions.take_answer(t, row)
+                namespace.transitions.hand_over.consume_answer(t, row)
                 if state == Ticket.GRANTED:
                     return worker.hold(instance, tag, operation)
                 if state == Ticket.LOAD:
                     generation = words[tables.instance(instance) + Instance.GENERATION]
                     operation.booking = (instance, generation)
                     resumes = words[tables.instance(instance)] == Instance.RESUMING
-                    return _Booking(instance, generation, namespace.transitions.runs_alone(instance), resumes)
+                    return _Booking(instance, generation, namespace.transitions.isolation.runs_alone(instance), resumes)
         except LockTimeoutError:
             # Else what was granted would stay ours for ever, unknown to everybody here.
             worker.deferred.defer(functools.partial(worker.leave_if_there, operation.ticket))
@@ -1529,9 +1529,9 @@ class ModelManager(BeamNames):
         namespace = worker.namespace
         devices = request.loadable_on or worker.board.visible_bits()
         with namespace.transaction(max(NOW_S, deadline - time.monotonic())) as t:
-            model = namespace.transitions.claim_lease(t, encoded, mb)
+            model = namespace.transitions.leases.claim(t, encoded, mb)
             deadline_ns = to_ns(max(deadline, time.monotonic() + NOW_S))
-            row = namespace.transitions.enqueue(
+            row = namespace.transitions.tickets.enqueue(
                 *(t, model, namespace.slot, 1, mb, deadline_ns, 0, devices, request.usable_on, request.span),
                 urgency=request.urgency,
                 steady=request.steady,
@@ -1557,7 +1557,7 @@ class ModelManager(BeamNames):
                 state, instance = namespace.segment.words[at], namespace.segment.words[at + Ticket.INSTANCE] - 1
                 if state == Ticket.WAITING:
                     raise AnswerUndone
-                namespace.transitions.take_answer(t, row)
+                namespace.transitions.hand_over.consume_answer(t, row)
                 if state == Ticket.GRANTED:
                     lease = Lease(worker, instance, name, mb, self._attachment)
                     operation.booking = lease.reference
@@ -1737,7 +1737,7 @@ class ModelManager(BeamNames):
         worker.sample_now()
         worker.reset_peak()
         with worker.namespace.transaction() as t:
-            worker.namespace.transitions.set_baseline(t, booking.row)
+            worker.namespace.transitions.isolation.set_baseline(t, booking.row)
 
     def _book_in(
         self, worker: Worker, operation: Operation, tag: str, booking: _Booking, value: Any, growth: Growth
@@ -1770,10 +1770,10 @@ class ModelManager(BeamNames):
             else:
                 own_mb = _own_word(value)
                 if own_mb is not None:
-                    namespace.transitions.expect(t, model, own_mb)
+                    namespace.transitions.estimates.expect(t, model, own_mb)
                     mb = worker.scheduler.expected_mb(model)
             books_only = bool(words[Header.SOURCE_BOOKS_ONLY])
-            is_twin = namespace.transitions.end_load(
+            is_twin = namespace.transitions.loads.end(
                 t, booking.row, handle, mb, server, server_pid is not None, shares_mb
             )
             if way:
@@ -1783,16 +1783,16 @@ class ModelManager(BeamNames):
             if words[tables.model(model) + Model.KNOWN]:
                 learnt = None
             elif learnt is not None:
-                namespace.transitions.estimate(t, model, learnt.mb, measured=True, sd_mb=learnt.sd_mb)
+                namespace.transitions.estimates.estimate(t, model, learnt.mb, measured=True, sd_mb=learnt.sd_mb)
             elif books_only:
                 # With nothing to measure with, the assumption; whatever leases have left of the device this time.
                 on = device_rows(words[at + Instance.DEVICES])
                 most_mb = min(map(worker.scheduler.limit_mb, on)) * len(on)
                 learnt = Estimate(min(worker.scheduler.expected_mb(model), max(mb, most_mb)), 0.0)
-                namespace.transitions.estimate(t, model, learnt.mb, measured=False)
+                namespace.transitions.estimates.estimate(t, model, learnt.mb, measured=False)
             if words[Header.SOURCE_MEASURES_PROCESSES] and words[tables.model(model) + Model.KNOWN]:
                 # It was loaded alone because nobody knew whether the source knows processes; now it is measured.
-                namespace.transitions.end_isolation(t, booking.row)
+                namespace.transitions.isolation.end(t, booking.row)
             loaded = words[tables.model(model) + Model.LOADED]
             copy = worker.adopt(booking.row, tag, value, operation)
             worker.scheduler.advance(t)
@@ -1829,9 +1829,9 @@ class ModelManager(BeamNames):
                 worker.learn_from_load(t, booking.row, ran_out.free, ran_out.places, not ran_out.last)
             if failed and not (ran_out is not None and ran_out.again):
                 words, at = worker.namespace.segment.words, worker.namespace.tables.instance(booking.row)
-                worker.namespace.transitions.note_failure(t, words[at + Instance.MODEL])
+                worker.namespace.transitions.models.note_failure(t, words[at + Instance.MODEL])
             # Not merely `fail_load`: the loader may have started a model server before it failed.
-            worker.namespace.transitions.give_up_load(t, booking.row)
+            worker.namespace.transitions.loads.give_up(t, booking.row)
             return True
 
         return worker.deferred.apply_or_defer(give_up) is not False
@@ -1844,7 +1844,7 @@ class ModelManager(BeamNames):
         namespace = worker.namespace
         words = namespace.segment.words
         cost = None
-        alone = words[Header.ISOLATED] and namespace.transitions.runs_alone(copy.row)
+        alone = words[Header.ISOLATED] and namespace.transitions.isolation.runs_alone(copy.row)
         # What a twin adds to the memory in use says nothing about its model.
         if alone and not worker.is_twin(copy):
             cost = self._isolated_cost(worker, copy)
@@ -1852,7 +1852,7 @@ class ModelManager(BeamNames):
             worker.settle_receipts(t)
             if not worker.is_held(copy):
                 raise taken_away(worker, f"took {tag!r} away", tag)
-            if cost is not None and namespace.transitions.runs_alone(copy.row):
+            if cost is not None and namespace.transitions.isolation.runs_alone(copy.row):
                 self._learn_alone(worker, t, copy.row, cost)
             else:
                 cost = None
@@ -1886,7 +1886,7 @@ class ModelManager(BeamNames):
             worker.settle_receipts(t)
             if not worker.is_held(copy):
                 return False
-            worker.namespace.transitions.discard(t, copy.row)
+            worker.namespace.transitions.holds.discard(t, copy.row)
             return True
 
         worker.deferred.apply_or_defer(discard)

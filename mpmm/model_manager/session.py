@@ -131,7 +131,7 @@ class ServerDuty:
                 words[at + Instance.STATE] == Instance.LOADING and words[at + Instance.GENERATION] == self.generation
             )
             if wanted:
-                namespace.transitions.link_server(t, self.row, namespace.slot)
+                namespace.transitions.loads.link_server(t, self.row, namespace.slot)
         if not wanted:
             # Its loader died or was reset before we came up. No row would ever name us, so nobody would unload us.
             namespace.leave()
@@ -738,7 +738,7 @@ class Worker:
             at = tables.ticket(row)
             # If not, another thread has just done so, and is about to take it off the list.
             if words[at] != Ticket.FREE and words[at + Ticket.NUMBER] == number:
-                self.namespace.transitions.take_answer(t, row)
+                self.namespace.transitions.hand_over.consume_answer(t, row)
         t.after.append(partial(self._forget_settled, receipts))
 
     def _forget_settled(self, receipts: Sequence[tuple[int, int]]) -> None:
@@ -886,7 +886,7 @@ class Worker:
             return False
         if words[at + Ticket.MEMBER] != self.namespace.reference:
             return False
-        self.namespace.transitions.leave_queue(t, ticket[0])
+        self.namespace.transitions.hand_over.leave_queue(t, ticket[0])
         return True
 
     def _leave_abandoned(self, t: Transaction, operation: Operation) -> None:
@@ -901,11 +901,11 @@ class Worker:
             at = tables.instance(row)
             if (words[at + Instance.GENERATION], words[at + Instance.HOLDER]) == (generation, self.namespace.reference):
                 if words[at] == Instance.LOADING:
-                    transitions.give_up_load(t, row)
+                    transitions.loads.give_up(t, row)
                 elif words[at] == Instance.RESUMING:
                     transitions.suspensions.turn_back(t, row, self.namespace.reference)
                 elif words[at] == Instance.LEASED:
-                    transitions.end_lease(t, row)
+                    transitions.leases.end(t, row)
 
     def _release_abandoned(self, t: Transaction, operation: Operation) -> None:
         """Give back the copy of a call, unless that has been done, or another call has it by now."""
@@ -958,7 +958,7 @@ class Worker:
     def is_twin(self, copy: Copy) -> bool:
         """Tell whether others stand for the same handle as a copy. Looks without the lock, which a holder may do."""
         handle = copy.value.encode("utf-8", "surrogateescape") if isinstance(copy.value, str) else b""
-        return bool(handle) and bool(self.namespace.transitions.twins_of(handle, copy.row))
+        return bool(handle) and bool(self.namespace.transitions.twins.of(handle, copy.row))
 
     def warn_of_twins(self, t: Transaction, tag: str, handle: str) -> None:
         """Say, once a tag, that a loader has returned a handle that another one has returned before."""
@@ -1023,7 +1023,7 @@ class Worker:
             return
         if words[model + Model.KEEP_ALIVE] == Model.AT_ONCE:
             cause = Cause(Reason.EXPIRED)
-            self.namespace.transitions.begin_unload(t, copy.row, self.namespace.slot, evicted=False, cause=cause)
+            self.namespace.transitions.unloads.begin(t, copy.row, self.namespace.slot, evicted=False, cause=cause)
 
     def unload_beside(self) -> None:
         """Do `unload_assigned` in a thread of its own, if there is anything to do.
@@ -1149,11 +1149,11 @@ class Worker:
                 at = tables.instance(row)
                 holder, tag = words[at + Instance.HOLDER] - 1, tables.tag_of(words[at + Instance.MODEL])
                 if late and not words[at + Instance.UNLOAD_LATE]:
-                    namespace.transitions.unload_is_late(t, row)
+                    namespace.transitions.unloads.note_late(t, row)
                     said[holder, -1].append(tag)
                 heir = None if words[at + Instance.OWNER] else self._heir_of(row, holder)
                 if heir is not None:
-                    namespace.transitions.hand_unload_over(t, row, heir)
+                    namespace.transitions.unloads.hand_over(t, row, heir)
                     said[holder, heir].append(tag)
             pids = {slot: words[tables.member(slot) + Member.PID] for ends in said for slot in ends if slot >= 0}
             self.scheduler.advance(t)
@@ -1283,7 +1283,7 @@ class Worker:
             came_mb = math.fsum(floats[o + Instance.MB] for o in later if words[o + Instance.GENERATION] > generation)
             room_mb = self._roomiest_mb(places, span, here, free.room_mb)
             at_least_mb = bound_mb(free.mb - came_mb * span, room_mb)
-        namespace.transitions.run_out(t, model, at_least_mb, loading=True)
+        namespace.transitions.estimates.record_out_of_memory(t, model, at_least_mb, loading=True)
         if free is None and first and words[Header.SOURCE_BOOKS_ONLY]:
             self._raise_by_a_quarter(t, model, here)
         self._say_ran_out(t, model)
@@ -1294,7 +1294,7 @@ class Worker:
         limit_mb = max(map(self.scheduler.limit_mb, device_rows(devices)), default=need_mb)
         raised_mb = raised_estimate_mb(need_mb, limit_mb)
         measured = bool(self.namespace.segment.words[self.namespace.tables.model(model) + Model.MEASURED])
-        self.namespace.transitions.estimate(t, model, raised_mb, measured)
+        self.namespace.transitions.estimates.estimate(t, model, raised_mb, measured)
         t.after.append(partial(report_estimate, self.namespace.tables.tag_of(model), raised_mb))
 
     def _say_ran_out(self, t: Transaction, model: int) -> None:
@@ -1331,7 +1331,7 @@ class Worker:
             row, generation = here.alone
             if words[
                 tables.instance(row) + Instance.GENERATION
-            ] == generation and self.namespace.transitions.runs_alone(row):
+            ] == generation and self.namespace.transitions.isolation.runs_alone(row):
                 alone.append(row)
         return firm, alone
 
@@ -1378,7 +1378,7 @@ class Worker:
             if model is None:
                 return
             if words[Header.SOURCE_BOOKS_ONLY] or not devices:
-                namespace.transitions.run_out(t, model)
+                namespace.transitions.estimates.record_out_of_memory(t, model)
                 self._raise_by_a_quarter(t, model, devices)
             else:
                 rows = tables.rows_where(namespace.segment.layout.instances, Instance.HOLDER, namespace.reference)
@@ -1390,7 +1390,7 @@ class Worker:
                 limit_mb = self._roomiest_mb(devices, span)
                 had_mb = own_mb + max(0.0, min(free)) * span
                 at_least_mb = max(had_mb, raised_estimate_mb(self.scheduler.need_mb(model), limit_mb))
-                namespace.transitions.run_out(t, model, bound_mb(at_least_mb, limit_mb))
+                namespace.transitions.estimates.record_out_of_memory(t, model, bound_mb(at_least_mb, limit_mb))
             self._say_ran_out(t, model)
         self.make_room(devices)
 
@@ -1404,7 +1404,7 @@ class Worker:
                 pinned = words[tables.model(words[at + Instance.MODEL]) + Model.PINS]
                 # A twin has gone with the one before it.
                 if words[at] == Instance.IDLE and words[at + Instance.DEVICES] & devices and not pinned:
-                    namespace.transitions.begin_unload(t, row, namespace.slot, evicted=True)
+                    namespace.transitions.unloads.begin(t, row, namespace.slot, evicted=True)
         self.unload_assigned()
 
     def wait_for_unloads(self, devices: int) -> None:
@@ -1444,7 +1444,7 @@ class Worker:
                 return
             model, owned, server = (words[at + word] for word in (Instance.MODEL, Instance.OWNER, Instance.SERVER))
             tag, handle = tables.tag_of(model), tables.handle_of(row)
-            is_last = namespace.transitions.unloads_handle(row)
+            is_last = namespace.transitions.twins.unloads_handle(row)
             # A server that has died may have a successor of the same name, which is another copy's.
             lost = words[at + Instance.HAS_SERVER] and words[at + Instance.DOOMED] == Instance.LOST and not server
             server_pid = words[tables.member(server - 1) + Member.PID] if server else None
@@ -1464,7 +1464,7 @@ class Worker:
             self._unload_handle(handle, server - 1 if server else None, server_pid)
         with namespace.transaction() as t:
             if self._is_unloading(at, generation):
-                namespace.transitions.end_unload(t, row)
+                namespace.transitions.unloads.end(t, row)
             loaded = words[tables.model(model) + Model.LOADED]
         _LOG.info("mpmm %s: pid %d unloaded %s", namespace.name, namespace.pid, tag)
         report_model_count(tag, loaded)

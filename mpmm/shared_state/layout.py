@@ -307,7 +307,7 @@ class Instance:
     NEXT = 11  # } IDLE_HEAD list
     PREVIOUS = 12  # }
     # To be unloaded as soon as its holder lets go. LOST: its server died, so nothing is left to unload. ASKED: somebody
-    # asks for it, see `Transitions.unload`.
+    # asks for it, see `Unloads.ask`.
     DOOMED = 13
     HAS_SERVER = 14  # 1: the handle named a live shared object when the load ended
     USES = 15

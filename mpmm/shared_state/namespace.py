@@ -359,7 +359,7 @@ class Namespace:
                     if not self.tables.member_in_use(slot) or self.member_is_alive(slot):
                         break
                     pid = int(self.segment.words[self.tables.member(slot) + Member.PID])
-                    done = self.transitions.reap_member(t, slot)
+                    done = self.transitions.members.reap(t, slot)
                     if done:
                         t.after.append(
                             partial(
@@ -435,7 +435,7 @@ class Namespace:
         left = False
         while not left:
             with self.lock() as t:
-                left = self.transitions.leave(t, self.slot)
+                left = self.transitions.members.leave(t, self.slot)
                 if left and close:
                     close = not self._others_work()
                     t.set(Header.CLOSED, Header.IS_CLOSED if close else 0)
@@ -481,7 +481,7 @@ class Namespace:
             self._member_lock = lock
             self.slot = slot
             started = int(psutil.Process().create_time() * 1e9)
-            self.transitions.join(t, slot, kind, os.getpid(), started, fit_text(label, Member.NAME_BYTES))
+            self.transitions.members.join(t, slot, kind, os.getpid(), started, fit_text(label, Member.NAME_BYTES))
             t.set(self.tables.member(slot) + Member.LOCK, lock.identity[1])
             if self.segment.words[Header.PID_NAMESPACE] not in (0, pid_namespace()):
                 t.set(Header.PID_NAMESPACE, 0)
@@ -613,8 +613,8 @@ class Namespace:
                     continue
                 encoded = encode_text(model.tag, Model.TAG_BYTES, "model tag")
                 with self.transaction() as t:
-                    row = self.transitions.claim_model(t, model.tag, encoded)
-                    self.transitions.estimate(t, row, model.estimate_mb, model.measured, model.sd_mb)
+                    row = self.transitions.models.claim(t, model.tag, encoded)
+                    self.transitions.estimates.estimate(t, row, model.estimate_mb, model.measured, model.sd_mb)
 
     def _let_go(self) -> None:
         self._usable = False

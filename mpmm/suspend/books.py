@@ -46,7 +46,7 @@ class SuspensionBooks:
     def evict(self, t: Transaction, row: int, unloader: int, cause: Cause) -> None:
         """Have an idle copy suspended by a member (slot) if that pays and the host has room, else unloaded."""
         if not self.suspend(t, row, unloader, cause, evicted=True):
-            self._namespace.transitions.begin_unload(t, row, unloader, True, cause)
+            self._namespace.transitions.unloads.begin(t, row, unloader, True, cause)
 
     def suspend(self, t: Transaction, row: int, suspender: int, cause: Cause, evicted: bool) -> bool:
         """Have an idle copy suspended by a member (slot); return False if it is not to be, and nothing has changed.
@@ -79,7 +79,7 @@ class SuspensionBooks:
         if words[self._tables.model(self._model(row)) + Model.UNSUSPENDABLE] or not self.budget_mb:
             return False
         handle = self._tables.text(at + Instance.HANDLE)
-        return not (handle and self._namespace.transitions.twins_of(handle, row))
+        return not (handle and self._namespace.transitions.twins.of(handle, row))
 
     def movable(self, row: int) -> Movable:
         """Return what is known of the suspension of a copy, by its model."""

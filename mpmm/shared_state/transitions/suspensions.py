@@ -1,4 +1,4 @@
-"""The transitions of instances that are suspended, beside those of `transitions.py`.
+"""Instances that are suspended to the host's memory, and resumed.
 
                                     IDLE ──begin──> SUSPENDING ──end──> SUSPENDED ──begin_resume──> RESUMING
                                                      │      ^                │  ^                    │  │  │
@@ -12,37 +12,41 @@ While it is SUSPENDING a copy has its memory on the device, and what it is going
 While it is SUSPENDED its device memory is on its way back until a figure shows that it is, as after an unload; what its
 server was measured to keep there stays its MB. A RESUMING one is booked as a load is: it has reserved what it had.
 
-The death of a HOLDER costs the operation, not the copy: the heir does it over from wherever it stands, towards
+The death of a HOLDER costs the operation, not the copy: its successor does it over from wherever it stands, towards
 SUSPENDED. Both ways (`mpmm.suspend`) can be asked for what is done already.
 """
 
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING
 
 from mpmm.policy.suspension import Unsuspendable
 from mpmm.policy.view import Reason
 from mpmm.printable import printable_logger
 from mpmm.shared_state.events import Cause, EventKind, placed
-from mpmm.shared_state.layout import Header, Instance, Model, Ticket
+from mpmm.shared_state.layout import Header, Instance, Model
+from mpmm.shared_state.tables import Tables
 from mpmm.shared_state.transaction import Transaction
-
-if TYPE_CHECKING:
-    from mpmm.shared_state.transitions import Transitions
+from mpmm.shared_state.transitions.instances import Instances
+from mpmm.shared_state.transitions.isolation import Isolation
+from mpmm.shared_state.transitions.ledgers import Ledgers
+from mpmm.shared_state.transitions.part import Actor, Part
 
 __all__ = ["Suspensions"]
 
 _LOG = printable_logger("mpmm")
 
 
-class Suspensions:
-    """The transitions of one namespace that suspend and resume, done by one of its members. Each needs the lock."""
+class Suspensions(Part):
+    """The transitions of instances that are suspended and resumed."""
 
-    def __init__(self, transitions: Transitions) -> None:
-        self._transitions = transitions
-        self._tables = transitions.tables
-        self._segment = transitions.segment
+    def __init__(
+        self, tables: Tables, actor: Actor, ledgers: Ledgers, isolation: Isolation, instances: Instances
+    ) -> None:
+        super().__init__(tables, actor)
+        self._ledgers = ledgers
+        self._isolation = isolation
+        self._instances = instances
 
     def note_way(self, t: Transaction, row: int, way: int) -> None:
         """Record how a copy that has just been loaded can be suspended."""
@@ -62,8 +66,8 @@ class Suspensions:
             raise self._tables.surprise("the copy", at)
         owner, mb = words[at + Instance.OWNER], floats[at + Instance.MB]
         if not owner:
-            t.set_all(self._transitions._unlinked(at))
-        self._transitions._change_state(t, row, Instance.SUSPENDING)
+            t.set_all(self._instances.unlinked(at))
+        self._instances.change_state(t, row, Instance.SUSPENDING)
         t.set(at + Instance.HOLDER, owner or suspender + 1)
         t.set_float(at + Instance.DEVICE_MB, mb)
         t.set_float(at + Instance.HOST_MB, mb)
@@ -71,7 +75,7 @@ class Suspensions:
             t.add(Header.EVICTIONS, 1)
             t.add(self._model(row) + Model.EVICTIONS, 1)
         t.event(EventKind.SUSPEND_BEGAN, self._model_reference(row), row + 1, value=mb, cause=cause)
-        self._transitions.ring(t, words[at + Instance.HOLDER] - 1)
+        self._ring(t, words[at + Instance.HOLDER] - 1)
 
     def end(self, t: Transaction, row: int) -> None:
         """A copy's memory is in the host: what it had on the device is on its way back."""
@@ -79,25 +83,16 @@ class Suspensions:
         if words[at] != Instance.SUSPENDING:
             raise self._tables.surprise("the copy", at)
         model, taken_s = self._model(row), self._for_s(t, row)
-        self._transitions._expect_back(t, row)
-        self._transitions._set_mb(t, row, 0.0)
+        self._ledgers.expect_back(t, row)
+        self._instances.set_mb(t, row, 0.0)
         t.set(at + Instance.HOLDER, 0)
-        self._transitions._change_state(t, row, Instance.SUSPENDED)
-        self._transitions._reconfigure(t, row)
+        self._instances.change_state(t, row, Instance.SUSPENDED)
+        self._isolation.note_change(t, row)
         t.add(Header.SUSPENDS, 1)
         t.add(model + Model.SUSPENDS, 1)
-        t.set(model + Model.SUSPEND_S, self._transitions._smoothed(model + Model.SUSPEND_S, taken_s))
+        t.set(model + Model.SUSPEND_S, self._smoothed(model + Model.SUSPEND_S, taken_s))
         t.event(EventKind.SUSPEND_ENDED, self._model_reference(row), row + 1, value=taken_s)
-        self._drop_if_doomed(t, row)
-
-    def allow_resume(self, t: Transaction, ticket: int, row: int, cause: Cause | None = None) -> None:
-        """Tell a waiter (ticket's row) to resume a suspended copy, for which what it had is reserved."""
-        at = self._tables.ticket(ticket)
-        words = self._segment.words
-        number, member = words[at + Ticket.NUMBER] + 1, words[at + Ticket.MEMBER] - 1
-        self.begin_resume(t, row, member, cause, number)
-        t.set(at + Ticket.INSTANCE, row + 1)
-        self._transitions._answer(t, ticket, Ticket.LOAD)
+        self._drop_if_asked(t, row)
 
     def begin_resume(self, t: Transaction, row: int, member: int, cause: Cause | None = None, ticket: int = 0) -> None:
         """Reserve what a suspended copy had of its device; a member (slot) resumes it.
@@ -108,9 +103,9 @@ class Suspensions:
         if self._segment.words[at] != Instance.SUSPENDED:
             raise self._tables.surprise("the copy", at)
         mb = floats[at + Instance.DEVICE_MB]
-        self._transitions._change_state(t, row, Instance.RESUMING)
+        self._instances.change_state(t, row, Instance.RESUMING)
         t.set(at + Instance.HOLDER, member + 1)
-        self._transitions._set_mb(t, row, mb)
+        self._instances.set_mb(t, row, mb)
         t.set_float(at + Instance.RESERVED_MB, mb)
         t.set(self._model(row) + Model.USED_AT, t.now)
         kind = placed(EventKind.RESUME_BEGAN, self._segment.words[at + Instance.DEVICES])
@@ -123,14 +118,14 @@ class Suspensions:
             raise self._tables.surprise("the copy", at)
         model, taken_s = self._model(row), self._for_s(t, row)
         self._leave_host(t, row)
-        self._transitions._change_state(t, row, Instance.ACTIVE)
+        self._instances.change_state(t, row, Instance.ACTIVE)
         # Figures from before that show nothing of it.
         t.set(at + Instance.LOADED_AT, t.now)
         t.set(at + Instance.USES, words[at + Instance.USES] + 1)
-        self._transitions._reconfigure(t, row)
+        self._isolation.note_change(t, row)
         t.add(Header.RESUMES, 1)
         t.add(model + Model.RESUMES, 1)
-        t.set(model + Model.RESUME_S, self._transitions._smoothed(model + Model.RESUME_S, taken_s))
+        t.set(model + Model.RESUME_S, self._smoothed(model + Model.RESUME_S, taken_s))
         t.event(EventKind.RESUME_ENDED, self._model_reference(row), row + 1, value=taken_s)
 
     def cancel(self, t: Transaction, row: int) -> None:
@@ -140,10 +135,10 @@ class Suspensions:
             raise self._tables.surprise("the copy", at)
         t.event(EventKind.RESUME_GIVEN_UP, self._model_reference(row), row + 1, value=self._for_s(t, row))
         t.set_float(at + Instance.RESERVED_MB, 0.0)
-        self._transitions._set_mb(t, row, 0.0)
+        self._instances.set_mb(t, row, 0.0)
         t.set(at + Instance.HOLDER, 0)
-        self._transitions._change_state(t, row, Instance.SUSPENDED)
-        self._drop_if_doomed(t, row)
+        self._instances.change_state(t, row, Instance.SUSPENDED)
+        self._drop_if_asked(t, row)
 
     def turn_back(self, t: Transaction, row: int, suspender: int) -> None:
         """A resume has no one to go on with it: a member (reference) suspends the copy again, wherever it stands."""
@@ -152,9 +147,9 @@ class Suspensions:
             raise self._tables.surprise("the copy", at)
         t.event(EventKind.RESUME_GIVEN_UP, self._model_reference(row), row + 1, value=self._for_s(t, row))
         t.set_float(at + Instance.RESERVED_MB, 0.0)
-        self._transitions._change_state(t, row, Instance.SUSPENDING)
+        self._instances.change_state(t, row, Instance.SUSPENDING)
         t.set(at + Instance.HOLDER, self._segment.words[at + Instance.OWNER] or suspender)
-        self._transitions.ring(t, self._segment.words[at + Instance.HOLDER] - 1)
+        self._ring(t, self._segment.words[at + Instance.HOLDER] - 1)
 
     def hand_over(self, t: Transaction, row: int, suspender: int) -> None:
         """Have another member (slot) suspend a copy, because its HOLDER is dead."""
@@ -164,7 +159,7 @@ class Suspensions:
         t.set(at + Instance.HOLDER, suspender + 1)
         # Its time begins anew.
         t.set(at + Instance.SINCE, t.now)
-        self._transitions.ring(t, suspender)
+        self._ring(t, suspender)
 
     def fail(self, t: Transaction, row: int, why: Unsuspendable | None, unloader: int = 0) -> None:
         """A copy could not be suspended or resumed, so nobody knows what it is worth: it is to be unloaded.
@@ -181,14 +176,14 @@ class Suspensions:
         t.add(Header.SUSPEND_FAILURES, 1)
         t.set_float(at + Instance.DEVICE_MB, 0.0)
         t.set_float(at + Instance.RESERVED_MB, 0.0)
-        self._transitions._change_state(t, row, Instance.UNLOADING)
+        self._instances.change_state(t, row, Instance.UNLOADING)
         t.set(at + Instance.HOLDER, words[at + Instance.OWNER] or unloader or words[at + Instance.HOLDER])
         if why is not None:
             t.set(self._model(row) + Model.UNSUSPENDABLE, why)
             tag = self._tables.tag_of(words[at + Instance.MODEL])
             reason = why.name.lower().replace("_", " ")
             t.after.append(partial(_LOG.warning, "mpmm: %s is not suspended any more: %s", tag, reason))
-        self._transitions.ring(t, words[at + Instance.HOLDER] - 1)
+        self._ring(t, words[at + Instance.HOLDER] - 1)
 
     def drop(self, t: Transaction, row: int, unloader: int, cause: Cause | None = None) -> None:
         """Have a suspended copy unloaded by a member (slot), its owner if it has one."""
@@ -196,15 +191,15 @@ class Suspensions:
         if words[at] != Instance.SUSPENDED:
             raise self._tables.surprise("the copy", at)
         t.set_float(at + Instance.DEVICE_MB, 0.0)
-        self._transitions._change_state(t, row, Instance.UNLOADING)
+        self._instances.change_state(t, row, Instance.UNLOADING)
         t.set(at + Instance.HOLDER, words[at + Instance.OWNER] or unloader + 1)
         mb = self._segment.floats[at + Instance.MB]
         t.event(EventKind.UNLOAD_BEGAN, self._model_reference(row), row + 1, value=mb, cause=cause)
-        self._transitions.ring(t, words[at + Instance.HOLDER] - 1)
+        self._ring(t, words[at + Instance.HOLDER] - 1)
 
-    def _drop_if_doomed(self, t: Transaction, row: int) -> None:
+    def _drop_if_asked(self, t: Transaction, row: int) -> None:
         if self._segment.words[self._tables.instance(row) + Instance.DOOMED]:
-            self.drop(t, row, self._transitions.member, Cause(Reason.ASKED))
+            self.drop(t, row, self._actor.slot, Cause(Reason.ASKED))
 
     def _leave_host(self, t: Transaction, row: int) -> None:
         at = self._tables.instance(row)
@@ -214,9 +209,6 @@ class Suspensions:
     def _model(self, row: int) -> int:
         """Return the first word of an instance's model row."""
         return self._tables.model(self._segment.words[self._tables.instance(row) + Instance.MODEL])
-
-    def _model_reference(self, row: int) -> int:
-        return int(self._segment.words[self._tables.instance(row) + Instance.MODEL]) + 1
 
     def _for_s(self, t: Transaction, row: int) -> float:
         """Return for how long an instance has been in its state."""

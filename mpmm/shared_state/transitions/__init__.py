@@ -1,0 +1,144 @@
+"""Everything that can happen to the shared state, one method each, in one module for each table.
+
+A transition is called inside a transaction, changes rows so that the invariants of `layout.py` hold again at
+the transaction's end, writes its event, and arranges the wake-ups that follow from it. It decides nothing:
+callers have asked the policy. What a caller got wrong is an assertion here, because the public API has
+checked it before.
+
+    an instance: loads.begin ──> LOADING ──loads.end──> ACTIVE <──holds.take_idle, hand_over.grant── IDLE
+                                    │                     └──────────────holds.release─────────────> │
+                                loads.fail                                                    unloads.begin
+                                    v                                                                v
+                                   free <───────────────────unloads.end────────────────────────── UNLOADING
+
+    a lease:     leases.begin ──> LEASED ──leases.end──> free
+
+`suspensions` and `hand_over` have such drawings of their own, for instances that are suspended and for tickets. The
+modules from the ground up; each imports only what stands before it:
+
+    part                                     what they have in common; `Actor`, the member that makes transitions
+    tickets models pins estimates            rows that know of no instance
+    ledgers devices isolation                what is known of each device, and who has it to itself
+    instances twins measurements             instance rows as such
+    suspensions unloads holds loads leases   what happens to instances
+    hand_over                                where a ticket meets an instance
+    members                                  processes come and go, and one leads
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from mpmm.shared_state.events import EventKind
+from mpmm.shared_state.layout import Header, Instance, Model, Ticket
+from mpmm.shared_state.tables import Tables
+from mpmm.shared_state.transaction import Transaction
+from mpmm.shared_state.transitions.devices import Devices
+from mpmm.shared_state.transitions.estimates import ESTIMATE_TOLERANCE, Estimates
+from mpmm.shared_state.transitions.hand_over import HandOver
+from mpmm.shared_state.transitions.holds import Holds
+from mpmm.shared_state.transitions.instances import Instances
+from mpmm.shared_state.transitions.isolation import Isolation
+from mpmm.shared_state.transitions.leases import Leases
+from mpmm.shared_state.transitions.ledgers import Ledgers
+from mpmm.shared_state.transitions.loads import Loads
+from mpmm.shared_state.transitions.measurements import Measurements
+from mpmm.shared_state.transitions.members import Members
+from mpmm.shared_state.transitions.models import Models
+from mpmm.shared_state.transitions.part import SMOOTHING, Actor
+from mpmm.shared_state.transitions.pins import Pins
+from mpmm.shared_state.transitions.suspensions import Suspensions
+from mpmm.shared_state.transitions.tickets import Tickets
+from mpmm.shared_state.transitions.twins import Twins
+from mpmm.shared_state.transitions.unloads import Unloads
+
+__all__ = ["ESTIMATE_TOLERANCE", "SMOOTHING", "Actor", "Transitions"]
+
+
+class Transitions:
+    """The transitions of one namespace, done by one of its members, by table. Every one of them needs the lock."""
+
+    def __init__(self, tables: Tables, actor: Actor) -> None:
+        self._tables = tables
+        self._actor = actor
+        self.tickets = Tickets(tables, actor)
+        self.models = Models(tables, actor)
+        self.pins = Pins(tables, actor)
+        self.estimates = Estimates(tables, actor)
+        self.ledgers = Ledgers(tables, actor)
+        self.devices = Devices(tables, actor, self.ledgers)
+        self.isolation = Isolation(tables, actor, self.devices)
+        self._instances = Instances(tables, actor, self.tickets, self.ledgers, self.isolation)
+        self.twins = Twins(tables, actor, self.isolation, self._instances)
+        self.measurements = Measurements(tables, actor, self._instances, self.estimates)
+        self.suspensions = Suspensions(tables, actor, self.ledgers, self.isolation, self._instances)
+        self.unloads = Unloads(tables, actor, self._instances, self.twins, self.suspensions)
+        self.holds = Holds(tables, actor, self.isolation, self._instances, self.unloads)
+        self.loads = Loads(tables, actor, self.models, self.isolation, self._instances, self.twins)
+        self.leases = Leases(tables, actor, self.models, self.isolation, self._instances)
+        self.hand_over = HandOver(
+            tables, actor, self.tickets, self.isolation, self.holds, self.loads, self.leases, self.suspensions
+        )
+        self.members = Members(
+            tables,
+            actor,
+            self.pins,
+            self.ledgers,
+            self._instances,
+            self.loads,
+            self.holds,
+            self.unloads,
+            self.leases,
+            self.suspensions,
+            self.hand_over,
+        )
+
+    def reset(self, t: Transaction, before: tuple[int, int] | None = None) -> tuple[int, int] | None:
+        """Empty queue and memory: waiters are told, idle instances unloaded, the rest given up or to go on release.
+
+        Leases stay: what a program outside takes is not ours to unload.
+
+        Return None when all is done. Else the transaction has become long: another call, in a new one, goes on. It is
+        given what this one has returned as `before`: the ticket number and the generation from which on rows are newer
+        than the reset, and stay.
+        """
+        tables = self._tables
+        words, layout = tables.segment.words, tables.segment.layout
+        if before is None:
+            before = words[Header.NEXT_TICKET], words[Header.NEXT_GENERATION]
+        newer_ticket, newer_generation = before
+        for row in tables.used_rows(layout.tickets):
+            if t.is_long:
+                return before
+            if words[tables.ticket(row) + Ticket.NUMBER] < newer_ticket:
+                self.hand_over.reset(t, row)
+        for row in tables.used_rows(layout.instances):
+            if t.is_long:
+                return before
+            if words[tables.instance(row) + Instance.GENERATION] < newer_generation:
+                self._reset_instance(t, row)
+        for row in np.flatnonzero(tables.view(layout.models)[:, Model.FAILURES]).tolist():
+            self.models.forget_failures(t, row)
+        t.add(Header.RESETS, 1)
+        t.event(EventKind.RESET)
+        return None
+
+    def _reset_instance(self, t: Transaction, row: int) -> None:
+        """Have an instance unloaded, whatever is done with it; a lease stays."""
+        at, words = self._tables.instance(row), self._tables.segment.words
+        if words[at + Instance.STATE] == Instance.ACTIVE:
+            # Its holder is told so when it releases: the row is gone by then.
+            self.isolation.end(t, row)
+            self._instances.change_state(t, row, Instance.IDLE)
+            t.set(at + Instance.HOLDER, 0)
+            if not words[at + Instance.OWNER]:
+                t.set_all(self._instances.pushed(at, row))
+        state, slot = words[at + Instance.STATE], self._actor.slot
+        if state == Instance.IDLE:
+            self.unloads.begin(t, row, slot, evicted=False)
+        elif state == Instance.LOADING:
+            self.loads.give_up(t, row)
+        elif state == Instance.SUSPENDED:
+            self.suspensions.drop(t, row, slot)
+        elif state in (Instance.SUSPENDING, Instance.RESUMING):
+            self.suspensions.fail(t, row, None, slot + 1)

@@ -1,0 +1,188 @@
+"""Where a ticket meets an instance: all that gives one to a waiter, and that takes it back when the waiter is gone.
+
+    WAITING ──grant, from_holder──────────────────> GRANTED ──┐
+       │ └────allow_load, allow_resume────────────> LOAD ─────┤
+       │ └────Tickets.refuse, answer_enough─> REFUSED, ENOUGH ┼──consume_answer──> FREE
+       │ └────Transitions.reset─────────────────────> RESET ──┘                     ^
+       └────────────────────────────leave_queue, from any of them───────────────────┘
+
+An instance that was given is its waiter's (HOLDER) from that transaction on, before the waiter wakes. So whoever finds
+the waiter dead finds in its ticket what it was given.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+from mpmm.shared_state.events import Cause, EventKind
+from mpmm.shared_state.futex import wake_all
+from mpmm.shared_state.layout import Header, Instance, Model, Ticket
+from mpmm.shared_state.tables import Tables
+from mpmm.shared_state.transaction import Transaction
+from mpmm.shared_state.transitions.holds import Holds
+from mpmm.shared_state.transitions.isolation import Isolation
+from mpmm.shared_state.transitions.leases import Leases
+from mpmm.shared_state.transitions.loads import Loads
+from mpmm.shared_state.transitions.part import Actor, Part
+from mpmm.shared_state.transitions.suspensions import Suspensions
+from mpmm.shared_state.transitions.tickets import Tickets
+
+__all__ = ["HandOver"]
+
+
+class HandOver(Part):
+    """The transitions that give instances to tickets, and take them back."""
+
+    def __init__(
+        self,
+        tables: Tables,
+        actor: Actor,
+        tickets: Tickets,
+        isolation: Isolation,
+        holds: Holds,
+        loads: Loads,
+        leases: Leases,
+        suspensions: Suspensions,
+    ) -> None:
+        super().__init__(tables, actor)
+        self._tickets = tickets
+        self._isolation = isolation
+        self._holds = holds
+        self._loads = loads
+        self._leases = leases
+        self._suspensions = suspensions
+
+    def grant(self, t: Transaction, row: int, instance: int, cause: Cause | None = None) -> None:
+        """Hand an idle instance to a waiter and wake it."""
+        at = self._tables.ticket(row)
+        model = self._segment.words[at + Ticket.MODEL]
+        self._holds.activate(t, instance, self._segment.words[at + Ticket.MEMBER])
+        t.set(at + Ticket.INSTANCE, instance + 1)
+        self._tickets.answer(t, row, Ticket.GRANTED)
+        waited = (t.now - self._segment.words[at + Ticket.ENQUEUED]) / 1e9
+        t.event(EventKind.GRANTED, model + 1, instance + 1, self._segment.words[at + Ticket.NUMBER] + 1, waited, cause)
+
+    def from_holder(self, t: Transaction, row: int, instance: int, cause: Cause, used: bool = True) -> None:
+        """Hand an active instance from its holder straight to a waiter (ticket's row) and wake it.
+
+        For an instance that may be taken over: not to be unloaded, not alone, owned by nobody or by the waiter. used:
+        see `Holds.release`. It comes to the same as that and `grant`; done in one go it takes half the time of the two,
+        and a waiter waits for every microsecond of it.
+        """
+        words, tables = self._segment.words, self._tables
+        at, ticket = tables.instance(instance), tables.ticket(row)
+        if words[at + Instance.STATE] != Instance.ACTIVE:
+            raise tables.surprise("the copy", at)
+        if words[ticket + Ticket.STATE] != Ticket.WAITING:
+            raise tables.surprise("the ticket", ticket)
+        model_row = words[at + Instance.MODEL]
+        model = tables.model(model_row)
+        held = (t.now - words[at + Instance.SINCE]) / 1e9
+        waited = (t.now - words[ticket + Ticket.ENQUEUED]) / 1e9
+        number = words[ticket + Ticket.NUMBER]
+        # Two rows of the ring, counted by one change: the second one's.
+        t.next_event(EventKind.RELEASED, model_row + 1, instance + 1, value=held)
+        granted = t.next_event(EventKind.GRANTED, model_row + 1, instance + 1, number + 1, waited, cause, ahead=1)
+        signal = ticket + Ticket.SIGNAL
+        # It stays ACTIVE and out of the idle list, so neither the counters of its state nor the list change.
+        t.set_all(
+            (
+                granted,
+                (at + Instance.SINCE, t.now),
+                (at + Instance.HOLDER, words[ticket + Ticket.MEMBER]),
+                (at + Instance.USES, words[at + Instance.USES] + 1),
+                (model + Model.HITS, words[model + Model.HITS] + 1),
+                (model + Model.WAITING, words[model + Model.WAITING] - 1),
+                (model + Model.HOLD_S, self._holds.hold_mean(model, held, used)),
+                (Header.HITS, words[Header.HITS] + 1),
+                (Header.WAITING, words[Header.WAITING] - 1),
+                (ticket + Ticket.INSTANCE, instance + 1),
+                (ticket + Ticket.STATE, Ticket.GRANTED),
+                (signal, words[signal] + 1),
+            )
+        )
+        t.after.append(partial(wake_all, self._segment.address + 8 * signal))
+
+    def allow_load(
+        self, t: Transaction, row: int, devices: int, need_mb: float, alone: bool, cause: Cause | None = None
+    ) -> int:
+        """Reserve memory for a waiter and tell it to load; return the instance's row. Raises TableFullError.
+
+        devices: bits; where there are several, each takes an equal share.
+
+        For a waiter that asked for a lease the reservation is all there is to it: it has the lease then.
+        """
+        at = self._tables.ticket(row)
+        words = self._segment.words
+        model, member = words[at + Ticket.MODEL], words[at + Ticket.MEMBER] - 1
+        number = words[at + Ticket.NUMBER] + 1
+        # The row is taken first of all: if the table is full, nothing has been written yet, and the caller goes on.
+        if words[self._tables.model(model)] == Model.LEASE:
+            instance, answer = self._leases.begin(t, model, member, devices, need_mb, cause, number), Ticket.GRANTED
+        else:
+            instance, answer = self._loads.begin(t, model, member, devices, need_mb, alone, cause, number), Ticket.LOAD
+        if words[at + Ticket.STEADY]:
+            self._isolation.begin_steady(t, instance)
+        t.set(at + Ticket.INSTANCE, instance + 1)
+        self._tickets.answer(t, row, answer)
+        return instance
+
+    def allow_resume(self, t: Transaction, row: int, instance: int, cause: Cause | None = None) -> None:
+        """Tell a waiter to resume a suspended instance, for which what it had is reserved."""
+        at = self._tables.ticket(row)
+        words = self._segment.words
+        number, member = words[at + Ticket.NUMBER] + 1, words[at + Ticket.MEMBER] - 1
+        self._suspensions.begin_resume(t, instance, member, cause, number)
+        t.set(at + Ticket.INSTANCE, instance + 1)
+        self._tickets.answer(t, row, Ticket.LOAD)
+
+    def consume_answer(self, t: Transaction, row: int) -> None:
+        """Free the row of a ticket whose answer its waiter has read and now acts upon.
+
+        From here on what it was given is its own by the instance row alone, as if it had never waited.
+        """
+        at = self._tables.ticket(row)
+        if self._segment.words[at] in (Ticket.FREE, Ticket.WAITING):
+            raise self._tables.surprise("the ticket", at)
+        t.set(at + Ticket.STATE, Ticket.FREE)
+        self._leases.forget_spent(t, self._segment.words[at + Ticket.MODEL])
+
+    def leave_queue(self, t: Transaction, row: int) -> None:
+        """Take a ticket out whose waiter gave up or died; what it was just given goes back."""
+        at = self._tables.ticket(row)
+        words = self._segment.words
+        state, given = words[at + Ticket.STATE], words[at + Ticket.INSTANCE]
+        if state == Ticket.WAITING:
+            self._tickets.stop_waiting(t, row)
+        waited = (t.now - words[at + Ticket.ENQUEUED]) / 1e9
+        t.event(EventKind.LEFT_QUEUE, words[at + Ticket.MODEL] + 1, ticket=words[at + Ticket.NUMBER] + 1, value=waited)
+        # Free before the instance goes back: else freeing that would put this ticket back into the queue.
+        t.set(at + Ticket.STATE, Ticket.FREE)
+        self.take_back(t, state, given)
+        self._leases.forget_spent(t, words[at + Ticket.MODEL])
+
+    def reset(self, t: Transaction, row: int) -> None:
+        """Tell a waiter that the queue was emptied; what it was given, and has not acted upon yet, goes back."""
+        at = self._tables.ticket(row)
+        state, given = self._segment.words[at + Ticket.STATE], self._segment.words[at + Ticket.INSTANCE]
+        if state == Ticket.WAITING:
+            self._tickets.answer(t, row, Ticket.RESET)
+        elif state in (Ticket.GRANTED, Ticket.LOAD):
+            t.set(at + Ticket.INSTANCE, 0)
+            t.set(at + Ticket.STATE, Ticket.RESET)
+            self._wake(t, at + Ticket.SIGNAL)
+            self.take_back(t, state, given)
+
+    def take_back(self, t: Transaction, state: int, given: int) -> None:
+        """Take back an instance (reference) that was given with an answer, a state; nothing for other answers."""
+        instance = given - 1
+        if state == Ticket.GRANTED:
+            if self._segment.words[self._tables.instance(instance)] == Instance.LEASED:
+                self._leases.end(t, instance)
+            else:
+                self._holds.release(t, instance)
+        elif state == Ticket.LOAD:
+            if self._segment.words[self._tables.instance(instance)] == Instance.RESUMING:
+                self._suspensions.cancel(t, instance)
+            else:
+                self._loads.fail(t, instance)

@@ -1,0 +1,132 @@
+"""Instance rows: their states with all that is counted by them, what they take, and the lists of idle ones.
+
+`loads`, `holds`, `unloads`, `suspensions` and `leases` say what happens to an instance, and do so through this.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from mpmm.shared_state.layout import MOST_SPANNED, Header, Instance, Model, Ticket
+from mpmm.shared_state.tables import Tables
+from mpmm.shared_state.transaction import Transaction
+from mpmm.shared_state.transitions.isolation import Isolation
+from mpmm.shared_state.transitions.ledgers import Ledgers
+from mpmm.shared_state.transitions.part import Actor, Part
+from mpmm.shared_state.transitions.tickets import Tickets
+
+__all__ = ["Instances"]
+
+# Counters of the model row that go with an instance's state. (M1, M3)
+_MODEL_COUNTERS = {
+    Instance.LOADING: (Model.LOADING,),
+    Instance.ACTIVE: (Model.LOADED, Model.ACTIVE),
+    Instance.IDLE: (Model.LOADED, Model.IDLE),
+    Instance.UNLOADING: (Model.UNLOADING,),
+    Instance.SUSPENDING: (Model.SUSPENDED,),
+    Instance.SUSPENDED: (Model.SUSPENDED,),
+    Instance.RESUMING: (Model.LOADING,),
+}
+# Those of the header. (H2)
+_HEADER_COUNTERS = {
+    Instance.LOADING: Header.LOADING,
+    Instance.RESUMING: Header.LOADING,
+    Instance.ACTIVE: Header.ACTIVE,
+}
+
+
+class Instances(Part):
+    """The transitions that every instance row has in common."""
+
+    def __init__(self, tables: Tables, actor: Actor, tickets: Tickets, ledgers: Ledgers, isolation: Isolation) -> None:
+        super().__init__(tables, actor)
+        self._tickets = tickets
+        self._ledgers = ledgers
+        self._isolation = isolation
+
+    def new_row(self, t: Transaction, model: int, member: int, devices: int) -> int:
+        """Return a row that a member (slot) holds, for the caller to set its state. Raises TableFullError."""
+        row = self._take_row(t, self._layout.instances)
+        at = self._tables.instance(row)
+        if not 0 < devices.bit_count() <= MOST_SPANNED:
+            raise self._tables.surprise(f"of {devices.bit_count()} devices the copy", at)
+        # Up to the handle's length, which makes the text empty: the bytes behind it are never read then.
+        t.set_all([(at + word, 0) for word in range(Instance.STATE, Instance.HANDLE + 1)])
+        t.set(at + Instance.MODEL, model)
+        t.set(at + Instance.GENERATION, self._next_generation(t))
+        t.set(at + Instance.HOLDER, member + 1)
+        t.set(at + Instance.DEVICES, devices)
+        return row
+
+    def set_mb(self, t: Transaction, row: int, mb: float, shares_mb: Sequence[float] = ()) -> None:
+        """Set what an instance takes; of each device as much as of the others, where `shares_mb` does not say."""
+        at = self._tables.instance(row)
+        self._update_float(t, at + Instance.MB, mb)
+        span = self._segment.words[at + Instance.DEVICES].bit_count()
+        # One that lies on a single device has no shares: MB is all there is, and `shares_of` goes by the same rule.
+        if span > 1:
+            for number, share_mb in enumerate(shares_mb or [mb / span] * span):
+                self._update_float(t, at + Instance.SHARES + number, share_mb)
+
+    def change_state(self, t: Transaction, row: int, state: int) -> None:
+        """Put a row into another state, with every counter that goes by it; the idle list is the caller's."""
+        at = self._tables.instance(row)
+        words = self._segment.words
+        old = words[at + Instance.STATE]
+        model = self._tables.model(words[at + Instance.MODEL])
+        # In every other state than the one it started in, nothing has to be kept quiet for it. (I9)
+        self._isolation.end_steady(t, row)
+        gone, come = set(_MODEL_COUNTERS.get(old, ())), set(_MODEL_COUNTERS.get(state, ()))
+        # Only what differs, so that the log does not fill with words that stay as they are.
+        for counter in gone - come:
+            t.add(model + counter, -1)
+        for counter in come - gone:
+            t.add(model + counter, 1)
+        if old in _HEADER_COUNTERS:
+            t.add(_HEADER_COUNTERS[old], -1)
+        if state in _HEADER_COUNTERS:
+            t.add(_HEADER_COUNTERS[state], 1)
+        t.set(at + Instance.STATE, state)
+        t.set(at + Instance.SINCE, t.now)
+
+    def free_row(self, t: Transaction, row: int) -> None:
+        """Free a row in whatever state it is; the instance's memory, if it had any, is on its way back."""
+        at = self._tables.instance(row)
+        words = self._segment.words
+        state = words[at + Instance.STATE]
+        if state == Instance.IDLE and not words[at + Instance.OWNER]:
+            t.set_all(self.unlinked(at))
+        self._isolation.end(t, row)
+        for ticket in self._tables.rows_where(self._layout.tickets, Ticket.INSTANCE, row + 1):
+            # The instance was handed over or promised, and died before its waiter woke: back into the queue.
+            self._tickets.wait_again(t, ticket)
+        # What is loading has a reservation but no memory that could come back.
+        if state not in (Instance.LOADING, Instance.RESUMING):
+            self._ledgers.expect_back(t, row)
+        self.change_state(t, row, Instance.FREE)
+        self._isolation.note_change(t, row)
+        t.set(self._tables.model(words[at + Instance.MODEL]) + Model.USED_AT, t.now)
+
+    def pushed(self, at: int, row: int) -> list[tuple[int, int]]:
+        """Return the changes that put a shared instance (first word, row) at the head of its model's idle list.
+
+        Newest first (M2): the same few are used again and again, and those that are one too many grow old.
+        """
+        head_word = self._tables.model(self._segment.words[at + Instance.MODEL]) + Model.IDLE_HEAD
+        head = self._segment.words[head_word]
+        changes = [(at + Instance.NEXT, head), (at + Instance.PREVIOUS, 0), (head_word, row + 1)]
+        if head:
+            changes.append((self._tables.instance(head - 1) + Instance.PREVIOUS, row + 1))
+        return changes
+
+    def unlinked(self, at: int) -> list[tuple[int, int]]:
+        """Return the changes that take a shared instance (first word) out of its model's idle list."""
+        words = self._segment.words
+        following, previous = words[at + Instance.NEXT], words[at + Instance.PREVIOUS]
+        if previous:
+            changes = [(self._tables.instance(previous - 1) + Instance.NEXT, following)]
+        else:
+            changes = [(self._tables.model(words[at + Instance.MODEL]) + Model.IDLE_HEAD, following)]
+        if following:
+            changes.append((self._tables.instance(following - 1) + Instance.PREVIOUS, previous))
+        return changes

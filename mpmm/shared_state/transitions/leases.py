@@ -1,0 +1,89 @@
+"""Leases: claims on memory that is no model's. A lease is a model row while it is waited for, and an instance row too
+while it is held; both are forgotten with it.
+"""
+
+from __future__ import annotations
+
+from mpmm.shared_state.events import Cause, EventKind, placed
+from mpmm.shared_state.layout import Instance, Model, Ticket
+from mpmm.shared_state.tables import Tables
+from mpmm.shared_state.transaction import Transaction
+from mpmm.shared_state.transitions.instances import Instances
+from mpmm.shared_state.transitions.isolation import Isolation
+from mpmm.shared_state.transitions.models import Models
+from mpmm.shared_state.transitions.part import Actor, Part
+
+__all__ = ["Leases"]
+
+
+class Leases(Part):
+    """The transitions of leases."""
+
+    def __init__(
+        self, tables: Tables, actor: Actor, models: Models, isolation: Isolation, instances: Instances
+    ) -> None:
+        super().__init__(tables, actor)
+        self._models = models
+        self._isolation = isolation
+        self._instances = instances
+
+    def claim(self, t: Transaction, encoded: bytes, mb: float) -> int:
+        """Return a new model row that stands for a lease, to be waited for like a model. Raises TableFullError."""
+        row = self._models.take_row(t, encoded)
+        at = self._tables.model(row)
+        t.set_float(at + Model.ESTIMATE_MB, mb)
+        t.set(at + Model.KNOWN, 1)
+        t.set(at + Model.STATE, Model.LEASE)
+        return row
+
+    def begin(
+        self,
+        t: Transaction,
+        model: int,
+        member: int,
+        devices: int,
+        mb: float,
+        cause: Cause | None = None,
+        ticket: int = 0,
+    ) -> int:
+        """Give a member (slot) the lease that a model row stands for; return the row. Raises TableFullError.
+
+        ticket: number plus one of the one that waited for it, for the event.
+        """
+        row = self._instances.new_row(t, model, member, devices)
+        at = self._tables.instance(row)
+        t.set_float(at + Instance.RESERVED_MB, mb)
+        self._instances.change_state(t, row, Instance.LEASED)
+        self._isolation.note_change(t, row)
+        t.event(placed(EventKind.LEASED, devices), model + 1, row + 1, ticket, mb, cause)
+        return row
+
+    def link_program(self, t: Transaction, row: int, pid: int) -> None:
+        """Record which process uses the memory of a lease, so that what it takes is not counted twice."""
+        t.set(self._tables.instance(row) + Instance.PROGRAM, pid)
+
+    def measure_program(self, t: Transaction, row: int, mb: float) -> None:
+        """Record what the process that uses the memory of a lease takes at present."""
+        t.set_float(self._tables.instance(row) + Instance.MB, mb)
+
+    def end(self, t: Transaction, row: int) -> None:
+        """The memory of a lease is free for others; its name is forgotten."""
+        at = self._tables.instance(row)
+        words = self._segment.words
+        if words[at + Instance.STATE] != Instance.LEASED:
+            raise self._tables.surprise("the copy", at)
+        model = words[at + Instance.MODEL]
+        t.event(EventKind.LEASE_ENDED, model + 1, row + 1, value=(t.now - words[at + Instance.SINCE]) / 1e9)
+        self._instances.change_state(t, row, Instance.FREE)
+        self._isolation.note_change(t, row)
+        self.forget_spent(t, model)
+
+    def forget_spent(self, t: Transaction, model: int) -> None:
+        """Free a lease's model row once nobody waits for the lease or has it; a model's row stays."""
+        if self._segment.words[self._tables.model(model)] != Model.LEASE:
+            return
+        # A ticket with an answer refers to the row as well, until its waiter has read that.
+        waiting = self._tables.rows_where(self._layout.tickets, Ticket.MODEL, model)
+        held = self._tables.rows_where(self._layout.instances, Instance.MODEL, model)
+        if not waiting and not held:
+            t.set(self._tables.model(model) + Model.STATE, Model.FREE)

@@ -1,0 +1,150 @@
+"""Each device's ledger, in its row: what is in use that is not ours, and what unloads have yet to give back.
+
+The arithmetic is `policy.ledger`; this module reads and writes the words.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from functools import partial
+
+from mpmm.policy.ledger import Entry, Figure, Ledger, Return, expire, settle
+from mpmm.printable import printable_logger
+from mpmm.shared_state.durations import to_ns
+from mpmm.shared_state.events import EventKind
+from mpmm.shared_state.layout import Device, Header, Instance, Member, device_rows
+from mpmm.shared_state.transaction import Transaction, float_bits
+from mpmm.shared_state.transitions.part import Part
+
+__all__ = ["Ledgers"]
+
+_LOG = printable_logger("mpmm")
+
+
+class Ledgers(Part):
+    """The transitions of the ledgers in device rows."""
+
+    def read(self, device: int) -> Ledger:
+        """Return the ledger of a device (row)."""
+        words, floats, at = self._segment.words, self._segment.floats, self._tables.device(device)
+        first = at + Device.RETURNS
+        entries = range(first, first + words[at + Device.RETURN_COUNT] * Device.RETURN_WORDS, Device.RETURN_WORDS)
+        returns = tuple(Return(words[entry], floats[entry + 1], floats[entry + 2]) for entry in entries)
+        return Ledger(floats[at + Device.EXTERNAL_MB], floats[at + Device.EXTERNAL_LEAST_MB], returns)
+
+    def _write(self, t: Transaction, device: int, ledger: Ledger) -> None:
+        at = self._tables.device(device)
+        changes = [
+            (at + Device.EXTERNAL_MB, float_bits(ledger.external_mb)),
+            (at + Device.EXTERNAL_LEAST_MB, float_bits(ledger.external_least_mb)),
+            # The sum of the entries (D2), so that a look without the lock adds nothing up.
+            (at + Device.RETURNING_MB, float_bits(ledger.returning_mb)),
+            (at + Device.RETURN_COUNT, len(ledger.returns)),
+        ]
+        entry = at + Device.RETURNS
+        for one in ledger.returns:
+            changes += [(entry, one.ended_ns), (entry + 1, float_bits(one.mb)), (entry + 2, float_bits(one.before_mb))]
+            entry += Device.RETURN_WORDS
+        t.set_all(changes)
+
+    def expect_back(self, t: Transaction, row: int) -> None:
+        """Account for the memory of an instance that is gone: it is awaited until a sample shows that it is free.
+
+        Without that, the next load would be admitted into memory that the driver has not given back yet.
+        """
+        words, floats = self._segment.words, self._segment.floats
+        if words[Header.SOURCE_BOOKS_ONLY]:
+            # No sample would ever show it: what is accounted for is all that is known.
+            return
+        for number, mb in self._tables.shares_of(row):
+            if mb > 0:
+                device = self._tables.device(number)
+                before_mb = floats[device + Device.USED_MB] if words[device + Device.SAMPLED] else math.nan
+                ledger = self.read(number)
+                self._write(t, number, ledger.awaiting(Return(t.now, mb, before_mb), Device.RETURNS_LENGTH))
+
+    def await_nothing(self, t: Transaction) -> None:
+        """From now on nobody measures, so what only a sample would have settled is settled."""
+        for device in self._tables.used_rows(self._layout.devices):
+            if self._segment.words[self._tables.device(device) + Device.RETURN_COUNT]:
+                self._write(t, device, replace(self.read(device), returns=()))
+
+    def expire(self, t: Transaction) -> None:
+        """Stop waiting for memory that no sample tells about: a source that does not answer holds up nobody."""
+        words = self._segment.words
+        give_up_ns = self._give_up_ns()
+        for device in self._tables.used_rows(self._layout.devices):
+            at = self._tables.device(device)
+            if words[at + Device.RETURN_COUNT]:
+                ledger = self.read(device)
+                left = expire(ledger, words[at + Device.SAMPLED], t.now, give_up_ns)
+                if left is not ledger:
+                    self._write(t, device, left)
+
+    def settle(self, t: Transaction, device: int, figure: Figure) -> None:
+        """Let a sample correct a device's ledger."""
+        before = self.read(device)
+        late = bool(self._segment.words[Header.SOURCE_SETTLES_LATE])
+        after = settle(before, figure, self._entries(device, figure), t.now, self._give_up_ns(), late)
+        self._write(t, device, after)
+        if after.written_off_mb:
+            t.add_float(Header.WRITTEN_OFF, after.written_off_mb)
+            t.event(EventKind.WRITTEN_OFF, value=after.written_off_mb)
+            t.after.append(
+                partial(
+                    _LOG.warning,
+                    "mpmm %s: %.0f MB of %.0f MB that were unloaded did not come back in time and are written off; "
+                    "memory_return_seconds sets the limit",
+                    self._actor.name,
+                    after.written_off_mb,
+                    before.returning_mb,
+                )
+            )
+
+    def _give_up_ns(self) -> int:
+        return to_ns(self._actor.settings.memory_return_seconds)
+
+    def _entries(self, device: int, figure: Figure) -> list[Entry]:
+        """Return what each instance and lease on a device may have had of it when a sample was taken."""
+        return [self._entry(row, device, figure) for row in self._tables.on_device(device)]
+
+    def _entry(self, row: int, device: int, figure: Figure) -> Entry:
+        words, floats, at = self._segment.words, self._segment.floats, self._tables.instance(row)
+        state, span = words[at + Instance.STATE], words[at + Instance.DEVICES].bit_count()
+        if state == Instance.LEASED:
+            if words[at + Instance.PROGRAM] and words[Header.SOURCE_MEASURES_PROCESSES]:
+                mb = floats[at + Instance.MB] / span
+                return Entry(mb, mb, True)
+            # What a lease's program takes may come and go at any time.
+            return Entry(0.0, floats[at + Instance.RESERVED_MB] / span)
+        measured_mb = self.measured_share(row, device)
+        if measured_mb is not None:
+            return Entry(measured_mb, measured_mb, True)
+        if words[Header.SOURCE_COUNTS_NAMED]:
+            # It is in memory, but in none of the processes that the figure is about.
+            return Entry(0.0, 0.0, True)
+        if state in (Instance.LOADING, Instance.RESUMING):
+            began_later = words[at + Instance.SINCE] > figure.done_ns
+            return Entry(0.0, 0.0 if began_later else floats[at + Instance.RESERVED_MB] / span)
+        mb = dict(self._tables.shares_of(row))[device]
+        # A figure is no moment but a span: an instance was certainly in it only if it had loaded before the source was
+        # asked, and has not begun to leave before the answer was there.
+        loaded = 0 < words[at + Instance.LOADED_AT] <= figure.taken_ns
+        going = state in (Instance.UNLOADING, Instance.SUSPENDING)
+        leaves = going and words[at + Instance.SINCE] <= figure.done_ns
+        return Entry(mb if loaded and not leaves else 0.0, mb)
+
+    def measured_share(self, row: int, device: int) -> float | None:
+        """Return what the source has measured that an instance's server takes of a device; None if it does not tell."""
+        words, floats, at = self._segment.words, self._segment.floats, self._tables.instance(row)
+        server = words[at + Instance.SERVER]
+        if not server or not words[Header.SOURCE_MEASURES_PROCESSES]:
+            return None
+        member = self._tables.member(server - 1)
+        # The figure is that of the instance which the server's row names: of twins only one has the memory.
+        if words[member + Member.INSTANCE] != row + 1 or math.isnan(floats[member + Member.MEASURED_MB]):
+            return None
+        devices = device_rows(words[at + Instance.DEVICES])
+        word = Member.SHARES + devices.index(device) if len(devices) > 1 else Member.MEASURED_MB
+        return floats[member + word]

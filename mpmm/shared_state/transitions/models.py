@@ -1,0 +1,94 @@
+"""Model rows: one for each tag, or for each lease, with what is counted of it. `estimates` keeps how much it takes."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from mpmm.display_names import display_name
+from mpmm.errors import TableFullError
+from mpmm.shared_state.layout import Model
+from mpmm.shared_state.transaction import Transaction, float_bits
+from mpmm.shared_state.transitions.part import Part
+
+__all__ = ["Models"]
+
+
+class Models(Part):
+    """The transitions of model rows."""
+
+    def claim(self, t: Transaction, tag: str, encoded: bytes) -> int:
+        """Return the row of a tag, made if need be; the oldest unused tag goes when the table is full.
+
+        Raises TableFullError when every row has instances or waiters; `Scheduler.make_room_for_model` changes that.
+        """
+        row = self._tables.model_row(tag)
+        if row is None:
+            row = self.take_row(t, encoded)
+            # After the name: a search finds rows in this state only, and compares their names.
+            t.set(self._tables.model(row) + Model.STATE, Model.MODEL)
+        name = display_name(tag).encode()
+        if name and self._tables.text(self._tables.model(row) + Model.NAME) != name:
+            t.set_text(self._tables.model(row) + Model.NAME, name)
+        return row
+
+    def take_row(self, t: Transaction, encoded: bytes) -> int:
+        """Return a row that is empty but for its name, for the caller to set its state. Raises TableFullError."""
+        try:
+            row = self._take_row(t, self._layout.models)
+        except TableFullError:
+            row = self._oldest_unused()
+            if row < 0:
+                raise
+        at = self._tables.model(row)
+        for word in range(Model.STATE, Model.TAG):
+            t.set(at + word, 0)
+        # Processes remember the rows of tags; by the generation they see that this one is another tag's now.
+        t.set(at + Model.GENERATION, self._next_generation(t))
+        t.set_float(at + Model.ESTIMATE_MB, math.nan)
+        t.set(at + Model.USED_AT, t.now)
+        t.set_text(at + Model.TAG, encoded)
+        t.set_text(at + Model.NAME, b"")
+        return row
+
+    def _oldest_unused(self) -> int:
+        """Return the row of the model that nothing refers to for longest, -1 if there is none."""
+        rows = self._tables.view(self._layout.models)
+        busy = rows[:, Model.LOADED] + rows[:, Model.LOADING] + rows[:, Model.UNLOADING] + rows[:, Model.WAITING]
+        free = (busy + rows[:, Model.SUSPENDED] + rows[:, Model.PINS] == 0) & (rows[:, Model.STATE] == Model.MODEL)
+        unused = np.flatnonzero(free)
+        return int(unused[np.argmin(rows[unused, Model.USED_AT])]) if len(unused) else -1
+
+    def keep_alive(self, t: Transaction, row: int, word: int) -> None:
+        """Keep the idle copies of a model for so long from now on, see `Model.KEEP_ALIVE`."""
+        t.set(self._tables.model(row) + Model.KEEP_ALIVE, word)
+
+    def note_failure(self, t: Transaction, row: int) -> None:
+        """Record that a load of the model has failed by its own fault."""
+        at = self._tables.model(row)
+        t.add(at + Model.FAILURES, 1)
+        t.set(at + Model.FAILED_AT, t.now)
+
+    def forget_failures(self, t: Transaction, row: int) -> None:
+        """A load of the model has come to an end: those that failed before delay no other."""
+        at = self._tables.model(row)
+        if self._segment.words[at + Model.FAILURES]:
+            t.set(at + Model.FAILURES, 0)
+            t.set(at + Model.FAILED_AT, 0)
+
+    def supersede(self, t: Transaction, row: int, superseded: bool) -> None:
+        """Note whether another model has taken the place of this one."""
+        if bool(self._segment.words[self._tables.model(row) + Model.SUPERSEDED]) != superseded:
+            t.set(self._tables.model(row) + Model.SUPERSEDED, int(superseded))
+
+    def note_demand(self, t: Transaction, row: int, gap_s: float, requests: int, counted_ns: int) -> None:
+        """Record how often a model is asked for, as counted up to now."""
+        at = self._tables.model(row)
+        t.set_all(
+            (
+                (at + Model.GAP_S, float_bits(gap_s)),
+                (at + Model.REQUESTS, requests),
+                (at + Model.REQUESTED_AT, counted_ns),
+            )
+        )

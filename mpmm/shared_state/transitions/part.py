@@ -1,0 +1,93 @@
+"""What every table's transitions have in common: the segment, the member that acts, and how rows are taken.
+
+`Part` is the base of the classes in this package. A part knows only the parts that it was made with, which lie below
+it; `Transitions` makes them all, from the ground up.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Protocol
+
+from mpmm.shared_state.futex import wake_all
+from mpmm.shared_state.layout import Header, Instance, Member, Table
+from mpmm.shared_state.settings import Settings
+from mpmm.shared_state.tables import Tables
+from mpmm.shared_state.transaction import Transaction, float_bits
+
+__all__ = ["SMOOTHING", "Actor", "Part"]
+
+# Weight of the newest load or hold in the mean: the last ten count.
+SMOOTHING = 0.1
+
+
+class Actor(Protocol):
+    """The member that makes the transitions, as far as they need to know it.
+
+    In a process that has joined it is the `Namespace`. Its slot is -1 until the member has a row; its settings may
+    change, so they are asked for inside the transaction that needs them.
+    """
+
+    @property
+    def slot(self) -> int:
+        """The member's slot."""
+
+    @property
+    def name(self) -> str:
+        """The namespace's name, for log lines."""
+
+    @property
+    def settings(self) -> Settings:
+        """The namespace's parameters as of now."""
+
+
+class Part:
+    """The transitions of one table, done by one member of a namespace. Every method needs the lock."""
+
+    def __init__(self, tables: Tables, actor: Actor) -> None:
+        self._tables = tables
+        self._segment = tables.segment
+        self._layout = tables.segment.layout
+        self._actor = actor
+
+    def _take_row(self, t: Transaction, table: Table) -> int:
+        """Return a free row for the caller to fill. Raises TableFullError."""
+        row = self._tables.free_row(table)
+        self._grow(t, table, row)
+        return row
+
+    def _grow(self, t: Transaction, table: Table, row: int) -> None:
+        # Searches end at this word (H5): a row above it would be in use, and nobody would find it.
+        if row >= self._segment.words[table.end_word]:
+            t.set(table.end_word, row + 1)
+
+    def _next_generation(self, t: Transaction) -> int:
+        """Return a number that no row has had: whoever remembers a row tells by it whether it is still the same."""
+        generation = int(self._segment.words[Header.NEXT_GENERATION])
+        t.set(Header.NEXT_GENERATION, generation + 1)
+        return generation
+
+    def _wake(self, t: Transaction, word: int) -> None:
+        # The word first, the call only after the commit: a waiter that is woken in between would look, find nothing
+        # new, and sleep on. The word has changed by then, so one that goes to sleep only now does not sleep at all.
+        t.add(word, 1)
+        t.after.append(partial(wake_all, self._segment.address + 8 * word))
+
+    def _ring(self, t: Transaction, slot: int) -> None:
+        """Wake the background thread of a member: it has something to unload, or should look around."""
+        self._wake(t, self._tables.member(slot) + Member.BELL)
+
+    def _model_reference(self, row: int) -> int:
+        """Return how an event refers to the model of an instance row."""
+        return int(self._segment.words[self._tables.instance(row) + Instance.MODEL]) + 1
+
+    def _update_float(self, t: Transaction, word: int, value: float) -> None:
+        # Mostly nothing has changed, and each sample has a figure for every process.
+        if self._segment.floats[word] != value:
+            t.set_float(word, value)
+
+    def _smoothed(self, word: int, seconds: float) -> int:
+        """Return the word for a decaying mean of durations, to which `seconds` is added."""
+        old = self._segment.floats[word]
+        # Never 0.0 once there was a duration, because 0 stands for "unknown".
+        return float_bits(old + SMOOTHING * (seconds - old) if old else max(seconds, 1e-9))

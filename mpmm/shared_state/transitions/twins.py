@@ -1,0 +1,93 @@
+"""Twins: instances that stand for one handle, and for one memory, because their loaders have returned the same."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from mpmm.shared_state.layout import Header, Instance, Member, Model
+from mpmm.shared_state.tables import Tables
+from mpmm.shared_state.transaction import Transaction
+from mpmm.shared_state.transitions.instances import Instances
+from mpmm.shared_state.transitions.isolation import Isolation
+from mpmm.shared_state.transitions.part import Actor, Part
+
+__all__ = ["Twins"]
+
+
+class Twins(Part):
+    """The transitions of twins, and how they are found."""
+
+    def __init__(self, tables: Tables, actor: Actor, isolation: Isolation, instances: Instances) -> None:
+        super().__init__(tables, actor)
+        self._isolation = isolation
+        self._instances = instances
+
+    def of(self, handle: bytes, row: int) -> list[int]:
+        """Return the other instances, in use or idle, that stand for the same handle as a row does, or is to."""
+        words, tables = self._segment.words, self._tables
+        rows = tables.view(self._layout.instances)
+        # Handles are mostly as long as one another, and differ at their end: with a thousand of them, 10 us.
+        last = -(-len(handle) // 8)
+        last_word = int.from_bytes(handle[8 * (last - 1) :], "little")
+        alike = (rows[:, Instance.HANDLE] == len(handle)) & (rows[:, Instance.HANDLE + last] == np.uint64(last_word))
+        return [
+            other
+            for other in np.flatnonzero(alike).tolist()
+            if other != row
+            and words[tables.instance(other)] in (Instance.ACTIVE, Instance.IDLE)
+            and tables.text(tables.instance(other) + Instance.HANDLE) == handle
+        ]
+
+    def unloads_handle(self, row: int) -> bool:
+        """Tell whether the unload of this row is the one that unloads its handle: no twin is left.
+
+        Of twins that are unloaded at the same time it is the last one in the table.
+        """
+        at, tables = self._tables.instance(row), self._tables
+        handle = tables.text(at + Instance.HANDLE)
+        going = (
+            other
+            for other in tables.rows_where(self._layout.instances, Instance.STATE, Instance.UNLOADING)
+            if other > row and tables.text(tables.instance(other) + Instance.HANDLE) == handle
+        )
+        return bool(handle) and not self.of(handle, row) and next(going, None) is None
+
+    def part(self, t: Transaction, row: int, twins: list[int], evicted: bool) -> list[int]:
+        """Before an instance with twins is unloaded, settle which of these go with it, and which one has the memory.
+
+        When it is evicted, those that are idle and not pinned go, since only the last one's unload frees anything;
+        memory that is to stay is moved to a twin that stays. Return the twins that go, lowest row first.
+        """
+        words, floats, tables = self._segment.words, self._segment.floats, self._tables
+        stays = [
+            twin
+            for twin in twins
+            if words[tables.instance(twin)] == Instance.ACTIVE
+            or not evicted
+            or words[tables.model(words[tables.instance(twin) + Instance.MODEL]) + Model.PINS]
+        ]
+        going = sorted({row, *twins} - set(stays))
+        bears = next((one for one in (row, *twins) if floats[tables.instance(one) + Instance.MB]), row)
+        successor = stays[0] if stays else going[-1]
+        # Where another instance runs alone, none that is in use may come to lie.
+        isolated = words[Header.ISOLATED] & words[tables.instance(bears) + Instance.DEVICES]
+        if bears in going and bears != successor and not isolated:
+            self._leave_memory(t, bears, successor)
+        return [twin for twin in going if twin != row]
+
+    def _leave_memory(self, t: Transaction, row: int, to: int) -> None:
+        """Let a twin that stays stand for the memory of one that goes, and for its server."""
+        self._isolation.end(t, to)
+        words, floats = self._segment.words, self._segment.floats
+        at, successor = self._tables.instance(row), self._tables.instance(to)
+        # The devices first: how the memory is shared out goes by how many there are.
+        t.set(successor + Instance.DEVICES, words[at + Instance.DEVICES])
+        self._instances.set_mb(t, to, floats[at + Instance.MB], [mb for _, mb in self._tables.shares_of(row)])
+        t.set(successor + Instance.LOADED_AT, words[at + Instance.LOADED_AT])
+        server = words[at + Instance.SERVER]
+        if server:
+            # Both ways: a server's death frees the instance that names it, and its figure is that instance's MB.
+            t.set(successor + Instance.SERVER, server)
+            t.set(self._tables.member(server - 1) + Member.INSTANCE, to + 1)
+            t.set(at + Instance.SERVER, 0)
+        self._instances.set_mb(t, row, 0.0)

@@ -1,0 +1,107 @@
+"""Unloads: from an idle instance to a free row."""
+
+from __future__ import annotations
+
+from mpmm.policy.view import Reason
+from mpmm.shared_state.events import Cause, EventKind
+from mpmm.shared_state.layout import Header, Instance, Model
+from mpmm.shared_state.tables import Tables
+from mpmm.shared_state.transaction import Transaction
+from mpmm.shared_state.transitions.instances import Instances
+from mpmm.shared_state.transitions.part import Actor, Part
+from mpmm.shared_state.transitions.suspensions import Suspensions
+from mpmm.shared_state.transitions.twins import Twins
+
+__all__ = ["Unloads"]
+
+
+class Unloads(Part):
+    """The transitions of instances that are unloaded."""
+
+    def __init__(
+        self, tables: Tables, actor: Actor, instances: Instances, twins: Twins, suspensions: Suspensions
+    ) -> None:
+        super().__init__(tables, actor)
+        self._instances = instances
+        self._twins = twins
+        self._suspensions = suspensions
+
+    def begin(self, t: Transaction, row: int, unloader: int, evicted: bool, cause: Cause | None = None) -> None:
+        """Take an idle instance out of use; a member (slot) unloads it, its owner if it has one.
+
+        Of several that stand for one handle, the memory comes back with the last. So when one is evicted, those that
+        are idle and not pinned go with it, and with the others its memory stays.
+        """
+        at = self._tables.instance(row)
+        handle = b"" if self._segment.words[at + Instance.OWNER] else self._tables.text(at + Instance.HANDLE)
+        twins = self._twins.of(handle, row) if handle else []
+        if twins:
+            for twin in self._twins.part(t, row, twins, evicted):
+                self._begin_one(t, twin, unloader, evicted, cause)
+        self._begin_one(t, row, unloader, evicted, cause)
+
+    def _begin_one(self, t: Transaction, row: int, unloader: int, evicted: bool, cause: Cause | None) -> None:
+        at = self._tables.instance(row)
+        words = self._segment.words
+        if words[at + Instance.STATE] != Instance.IDLE:
+            raise self._tables.surprise("the copy", at)
+        owner = words[at + Instance.OWNER]
+        # An object is in no list of idle instances (M2), because only its owner can use it.
+        if not owner:
+            t.set_all(self._instances.unlinked(at))
+        self._instances.change_state(t, row, Instance.UNLOADING)
+        t.set(at + Instance.HOLDER, owner or unloader + 1)
+        if evicted:
+            t.add(Header.EVICTIONS, 1)
+            t.add(self._tables.model(words[at + Instance.MODEL]) + Model.EVICTIONS, 1)
+        mb = self._segment.floats[at + Instance.MB]
+        t.event(EventKind.UNLOAD_BEGAN, self._model_reference(row), row + 1, value=mb, cause=cause)
+        self._ring(t, words[at + Instance.HOLDER] - 1)
+
+    def ask(self, t: Transaction, row: int, unloader: int) -> None:
+        """Have an instance unloaded because somebody asks for it: at once where it is idle, else when it is released.
+
+        unloader: the member (slot) that unloads a handle; an object is its owner's to unload. A pin does not keep it.
+        """
+        at = self._tables.instance(row)
+        if self._segment.words[at + Instance.STATE] == Instance.IDLE:
+            self.begin(t, row, unloader, evicted=False, cause=Cause(Reason.ASKED))
+        elif self._segment.words[at + Instance.STATE] == Instance.SUSPENDED:
+            self._suspensions.drop(t, row, unloader, Cause(Reason.ASKED))
+        # LOST is not to become ASKED: what has lost its server must not be handed to the next one.
+        elif not self._segment.words[at + Instance.DOOMED]:
+            t.set(at + Instance.DOOMED, Instance.ASKED)
+            mb = self._segment.floats[at + Instance.MB]
+            t.event(EventKind.DOOMED, self._model_reference(row), row + 1, value=mb, cause=Cause(Reason.ASKED))
+
+    def hand_over(self, t: Transaction, row: int, unloader: int) -> None:
+        """Have another member (slot) unload a handle, because its HOLDER is dead or has not done so in time.
+
+        The former HOLDER may be at work on it still: whichever of them ends the unload first frees the row, and the
+        other one finds that it is gone.
+        """
+        at = self._tables.instance(row)
+        words = self._segment.words
+        # An object lies in its owner's memory, so nobody else can unload it.
+        if words[at + Instance.STATE] != Instance.UNLOADING or words[at + Instance.OWNER]:
+            raise self._tables.surprise("the copy", at)
+        t.set(at + Instance.HOLDER, unloader + 1)
+        t.set(at + Instance.HANDED_AT, t.now)
+        self._ring(t, unloader)
+
+    def note_late(self, t: Transaction, row: int) -> None:
+        """Record that the memory of an instance in mid-unload is not to be counted on any more."""
+        at = self._tables.instance(row)
+        if self._segment.words[at + Instance.STATE] != Instance.UNLOADING:
+            raise self._tables.surprise("the copy", at)
+        t.set(at + Instance.UNLOAD_LATE, 1)
+
+    def end(self, t: Transaction, row: int) -> None:
+        """An unload is done: free the row, and expect its memory back."""
+        at = self._tables.instance(row)
+        if self._segment.words[at + Instance.STATE] != Instance.UNLOADING:
+            raise self._tables.surprise("the copy", at)
+        t.event(
+            EventKind.UNLOAD_ENDED, self._model_reference(row), row + 1, value=self._segment.floats[at + Instance.MB]
+        )
+        self._instances.free_row(t, row)
