@@ -62,7 +62,7 @@ from types import ModuleType
 from typing import Any
 
 from mpmm.beam_run_inference import replacements
-from mpmm.proxy.forked_server import add_prelude, remove_prelude
+from mpmm.multi_process_shared.forkserver.client import add_prelude, remove_prelude
 
 __all__ = ["install", "is_installed", "uninstall"]
 
@@ -216,7 +216,7 @@ def _inherit_log_levels(changes: _Changes) -> None:
 
     Each pair of loggers becomes a chain: ours, unless it has a level of its own, asks Beam's next.
     """
-    ours, proxy = logging.getLogger("mpmm"), logging.getLogger("mpmm.proxy")
+    ours, proxy = logging.getLogger("mpmm"), logging.getLogger("mpmm.multi_process_shared")
     manager, shared = logging.getLogger(_MODEL_MANAGER), logging.getLogger(_MULTI_PROCESS_SHARED)
     # To set a level, the same even, is what makes loggers forget what they have looked up.
     changes.call_at_undo(lambda: ours.setLevel(ours.level))

@@ -36,7 +36,7 @@ from processes import (
 from simulated_gpu import Build, SimulatedGpus, build
 
 from mpmm.model_manager import ModelManager
-from mpmm.proxy.room import leave_all_rooms, room_for
+from mpmm.multi_process_shared.registry import leave_all_rooms, room_for
 from mpmm.shared_state import prune
 from mpmm.shared_state.runtime_dir import RUNTIME_DIR_VARIABLE
 

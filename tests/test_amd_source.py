@@ -22,8 +22,8 @@ from processes import wait_until
 
 from mpmm import ModelManager
 from mpmm.multi_process_shared import MultiProcessShared
+from mpmm.multi_process_shared.forkserver.leftovers import PER_PROCESS_VARIABLES
 from mpmm.placement import Placement, current_placement, server_setting
-from mpmm.proxy.leftovers import PER_PROCESS_VARIABLES
 from mpmm.shared_state.snapshot import read_snapshot
 from mpmm.sources import MemorySource, SourceUnavailableError, choose_source
 from mpmm.sources.amd import AmdGpu, AmdSource, visible_gpus

@@ -23,8 +23,8 @@ from mpmm import ModelManager, MultiProcessShared, SegmentCorruptError
 from mpmm.cli import main
 from mpmm.errors import AcquireTimeoutError, LayoutMismatchError, MpmmError
 from mpmm.multi_process_shared import server_pid
-from mpmm.proxy.hosting import new_record
-from mpmm.proxy.room import room_for, write_record
+from mpmm.multi_process_shared.host import new_record
+from mpmm.multi_process_shared.registry import room_for, write_record
 from mpmm.shared_state.invariants import check_invariants
 from mpmm.shared_state.layout import Capacities, Header
 from mpmm.shared_state.namespace import Namespace

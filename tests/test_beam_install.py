@@ -118,7 +118,7 @@ def test_log_levels_that_are_set_for_beams_modules_count_for_ours_until_uninstal
         """
         import logging
         import mpmm.beam
-        ours, proxy = logging.getLogger("mpmm"), logging.getLogger("mpmm.proxy.hosting")
+        ours, proxy = logging.getLogger("mpmm"), logging.getLogger("mpmm.multi_process_shared.host")
         assert not ours.isEnabledFor(logging.INFO) and not proxy.isEnabledFor(logging.INFO)
         mpmm.beam.install()
         logging.getLogger("apache_beam.utils.multi_process_shared").setLevel(logging.DEBUG)

@@ -41,8 +41,8 @@ import mpmm
 from mpmm import AcquireTimeoutError, ModelServerError, NotAcquiredError, RemoteCallError
 from mpmm.model_manager import ModelManager
 from mpmm.multi_process_shared import MultiProcessShared
-from mpmm.proxy.client import _known
-from mpmm.proxy.room import room_for
+from mpmm.multi_process_shared.client import _known
+from mpmm.multi_process_shared.registry import room_for
 from mpmm.shared_state.invariants import check_invariants
 from mpmm.shared_state.layout import Capacities, Header
 from mpmm.shared_state.runtime_dir import RUNTIME_DIR_VARIABLE

@@ -46,11 +46,11 @@ from mpmm.errors import (
     SharedObjectReleasedError,
 )
 from mpmm.multi_process_shared import MultiProcessShared, SharedProxy, server_pid, unload
-from mpmm.proxy import transport
-from mpmm.proxy.client import ServerLink
-from mpmm.proxy.context import ServerContext, attach_namespace, namespace_of, serving_for
-from mpmm.proxy.hosting import find_host
-from mpmm.proxy.room import room_for
+from mpmm.multi_process_shared.client import ServerLink
+from mpmm.multi_process_shared.context import ServerContext, attach_namespace, namespace_of, serving_for
+from mpmm.multi_process_shared.host import find_host
+from mpmm.multi_process_shared.registry import room_for
+from mpmm.multi_process_shared.rpc import sockets
 from mpmm.shared_state.lock_file import LockFile
 
 DEADLINE_S = 30.0
@@ -417,7 +417,7 @@ def test_the_room_is_private(path: str) -> None:
 
 @pytest.mark.parametrize("has_proc", [True, False] if sys.platform == "linux" else [False])
 def test_a_path_too_long_for_a_socket_address_works(path: str, monkeypatch: pytest.MonkeyPatch, has_proc: bool) -> None:
-    monkeypatch.setattr(transport, "_HAS_PROC", has_proc)
+    monkeypatch.setattr(sockets, "_HAS_PROC", has_proc)
     long_path = str(Path(path, "long" * 30, "longer" * 20))
     handle = shared(long_path, always_proxy=True)
     proxy = handle.acquire()
@@ -449,7 +449,7 @@ def test_a_client_with_another_key_is_refused(path: str) -> None:
     _, record = room.look("it")
     assert record is not None
     with pytest.raises(AuthenticationError):
-        transport.dial(room.path, record.socket_name, os.urandom(32))
+        sockets.dial(room.path, record.socket_name, os.urandom(32))
     assert proxy.increment() == 1
 
 
@@ -619,7 +619,7 @@ def test_exceptions_with_an_init_of_their_own_arrive_as_themselves(proxy: Any) -
 
 
 def test_whoever_connects_and_proves_nothing_holds_no_thread(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transport, "HANDSHAKE_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(sockets, "HANDSHAKE_TIMEOUT_S", 0.2)
     proxy = shared(path, always_proxy=True).acquire()
     host = find_host(room_for(path), "it")
     assert host is not None
@@ -627,7 +627,7 @@ def test_whoever_connects_and_proves_nothing_holds_no_thread(path: str, monkeypa
     strangers = []
     for said in (b"", b"half a nonce"):
         stranger = socket.socket(socket.AF_UNIX)
-        with transport._short_address(room_for(path).path, host.record.socket_name) as address:
+        with sockets._short_address(room_for(path).path, host.record.socket_name) as address:
             stranger.connect(address)
         stranger.sendall(said)
         strangers.append(stranger)

@@ -26,12 +26,12 @@ from processes import DEADLINE_S, Process, Seat, wait_until
 
 from mpmm.errors import ModelServerError
 from mpmm.multi_process_shared import MultiProcessShared, unload
-from mpmm.proxy import arena, channel, landing, transport
-from mpmm.proxy.arena import ARENA_BYTES, LIMIT_VARIABLE, SLOT_BYTES, cut_into_slots
-from mpmm.proxy.channel import LARGE_BYTES, Channel, Message
-from mpmm.proxy.client import forget_link, known_link
-from mpmm.proxy.landing import SLAB_BYTES, SPARE_BYTES, drop_spare_slabs, landing_memory
-from mpmm.proxy.room import room_for
+from mpmm.multi_process_shared.client import forget_link, known_link
+from mpmm.multi_process_shared.registry import room_for
+from mpmm.multi_process_shared.rpc import channel, receive_buffers, shared_buffer, sockets
+from mpmm.multi_process_shared.rpc.channel import LARGE_BYTES, Channel, Message
+from mpmm.multi_process_shared.rpc.receive_buffers import SLAB_BYTES, SPARE_BYTES, drop_spare_slabs, landing_memory
+from mpmm.multi_process_shared.rpc.shared_buffer import ARENA_BYTES, LIMIT_VARIABLE, SLOT_BYTES, cut_into_slots
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="there are arenas on Linux only")
 
@@ -306,16 +306,16 @@ def test_memory_of_what_was_received_is_used_again_once_nobody_can_reach_it() ->
 def test_memory_that_is_kept_is_bounded_and_is_dropped_when_idle() -> None:
     drop_spare_slabs()
     views = landing_memory([SLAB_BYTES] * (SPARE_BYTES // SLAB_BYTES + 3))
-    assert landing._kept_bytes() == SPARE_BYTES
+    assert receive_buffers._kept_bytes() == SPARE_BYTES
     drop_spare_slabs()
-    assert landing._kept_bytes() == SPARE_BYTES
+    assert receive_buffers._kept_bytes() == SPARE_BYTES
     views = landing_memory([2 * SPARE_BYTES])
-    assert landing._kept_bytes() == SPARE_BYTES
+    assert receive_buffers._kept_bytes() == SPARE_BYTES
     views = landing_memory([SPARE_BYTES])
-    assert [slab.size for slab in landing._slabs] == [SPARE_BYTES]
+    assert [slab.size for slab in receive_buffers._slabs] == [SPARE_BYTES]
     del views
     drop_spare_slabs()
-    assert landing._slabs == []
+    assert receive_buffers._slabs == []
 
 
 def test_what_a_signal_handler_raises_at_the_end_of_an_array_is_not_lost() -> None:
@@ -403,7 +403,7 @@ def test_without_memory_for_an_arena_payloads_go_through_the_socket(
 ) -> None:
     before = psutil.Process().num_fds()
     with monkeypatch.context() as patched:
-        patched.setattr(f"mpmm.proxy.arena.{what}", instead)
+        patched.setattr(f"mpmm.multi_process_shared.rpc.shared_buffer.{what}", instead)
         spawned.keep(ARRAYS["larger than an arena"])
         assert arenas() == 0
         # Threads of earlier tests may still be closing theirs, and opening them.
@@ -422,7 +422,7 @@ def test_a_file_that_may_shrink_is_not_taken_for_an_arena(
         fd = os.memfd_create("mpmm-arena", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         os.truncate(fd, ARENA_BYTES if offered == "unsealed" else ARENA_BYTES // 2)
         if offered == "short":
-            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, arena._seals())
+            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, shared_buffer._seals())
         return None, fd
 
     before = psutil.Process().num_fds()
@@ -462,7 +462,7 @@ def test_a_lack_of_memory_for_an_answer_is_an_error_of_that_call_only(
         raise MemoryError(f"{size} bytes")
 
     drop_spare_slabs()
-    monkeypatch.setattr(landing, "_Slab", no_slab)
+    monkeypatch.setattr(receive_buffers, "_Slab", no_slab)
     with pytest.raises(MemoryError, match=str(SLAB_BYTES)):
         spawned.zeros(SLAB_BYTES // 8)
     assert spawned.echo(3) == 3
@@ -526,7 +526,7 @@ def test_a_client_that_goes_in_the_middle_of_a_payload_costs_the_server_nothing(
     before = (spawned.descriptors(), spawned.arenas())
     _, record = room_for(None).look(TAG)
     assert record is not None
-    line = Channel(transport.dial(room_for(None).path, record.socket_name, room_for(None).key()))
+    line = Channel(sockets.dial(room_for(None).path, record.socket_name, room_for(None).key()))
     size = 3 * ARENA_BYTES
     frame = channel._FRAME.pack(0, 1) + size.to_bytes(8, "little")
     line._socket.sendall(frame[:6] if said == "half the frame" else frame)

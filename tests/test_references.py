@@ -14,9 +14,9 @@ from session_stand_in import Session
 
 from mpmm.errors import ModelServerError, SharedObjectReleasedError
 from mpmm.multi_process_shared import MultiProcessShared, unload
-from mpmm.proxy.hosting import find_host
-from mpmm.proxy.references import RemoteObject
-from mpmm.proxy.room import room_for
+from mpmm.multi_process_shared.host import find_host
+from mpmm.multi_process_shared.references import RemoteObject
+from mpmm.multi_process_shared.registry import room_for
 
 
 @pytest.fixture

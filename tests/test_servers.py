@@ -33,10 +33,9 @@ from processes import DEADLINE_S, files_in, wait_until
 
 from mpmm import cli
 from mpmm.errors import InvalidArgumentError, ModelServerError, ServerStartError
-from mpmm.multi_process_shared import MultiProcessShared, server_pid, unload
-from mpmm.proxy import output
-from mpmm.proxy import room as room_module
-from mpmm.proxy.room import leave_all_rooms, room_for
+from mpmm.multi_process_shared import MultiProcessShared, output, server_pid, unload
+from mpmm.multi_process_shared import registry as room_module
+from mpmm.multi_process_shared.registry import leave_all_rooms, room_for
 from mpmm.shared_state.runtime_dir import SERVERS_LOG
 from mpmm.shared_state.snapshot import read_snapshot
 

@@ -35,7 +35,7 @@ from mpmm.cli import main
 from mpmm.errors import RuntimeDirectoryError, SegmentLostError
 from mpmm.model_manager import ModelManager
 from mpmm.multi_process_shared import server_pid
-from mpmm.proxy.room import room_for
+from mpmm.multi_process_shared.registry import room_for
 from mpmm.shared_state.liveness import lives_by_pid
 from mpmm.shared_state.lock_file import LockFile, identity_of, is_locked
 from mpmm.shared_state.namespace import Namespace

@@ -27,12 +27,13 @@ from test_multi_process_shared import DEADLINE_S, LAST_CLIENT_S, Worker, acquire
 
 from mpmm.errors import ServerStartError
 from mpmm.multi_process_shared import MultiProcessShared, server_pid, unload
-from mpmm.proxy import forked_server, zygote
-from mpmm.proxy.context import ServerContext, serving_for
-from mpmm.proxy.forked_server import zygote_pid
-from mpmm.proxy.room import room_for
+from mpmm.multi_process_shared.context import ServerContext, serving_for
+from mpmm.multi_process_shared.forkserver import client as forkserver_client
+from mpmm.multi_process_shared.forkserver import zygote
+from mpmm.multi_process_shared.forkserver.client import zygote_pid
+from mpmm.multi_process_shared.registry import room_for
 
-pytestmark = pytest.mark.skipif(not forked_server._has_pidfd(), reason="needs descriptors of processes")
+pytestmark = pytest.mark.skipif(not forkserver_client._has_pidfd(), reason="needs descriptors of processes")
 path = shared_tests.path
 new_worker = shared_tests.new_worker
 
@@ -274,7 +275,7 @@ def test_a_prelude_is_done_before_the_first_server_is_forked(
     path: str, modules: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     name = modules("mpmm_test_prelude", "def prepare():\n    global answer\n    answer += 100")
-    monkeypatch.setattr(forked_server, "_preludes", [f"{name}:prepare"])
+    monkeypatch.setattr(forkserver_client, "_preludes", [f"{name}:prepare"])
     assert shared(path, "first", Importing(name)).increment() == 142
     assert pids_that_imported(modules, name) == templates_of(path)
 
@@ -284,7 +285,7 @@ def test_what_a_preludes_own_module_looks_at_costs_no_template(
 ) -> None:
     code = "asked = os.environ.get('PIPELINE_OPTIONS')\ndef prepare():\n    global answer\n    answer += 100"
     name = modules("mpmm_test_asks_first", code)
-    monkeypatch.setattr(forked_server, "_preludes", [f"{name}:prepare"])
+    monkeypatch.setattr(forkserver_client, "_preludes", [f"{name}:prepare"])
     assert shared(path, "first", Imports(name)).value("answer") == 141
     assert len(pids_that_imported(modules, name)) == 1, "another template, or the server, had to import it again"
 
@@ -294,7 +295,7 @@ def test_a_prelude_that_fails_leaves_servers_to_themselves(
     path: str, modules: Any, monkeypatch: pytest.MonkeyPatch, code: str
 ) -> None:
     name = modules("mpmm_test_failing", code)
-    monkeypatch.setattr(forked_server, "_preludes", [f"{name}:prepare"])
+    monkeypatch.setattr(forkserver_client, "_preludes", [f"{name}:prepare"])
     for number in range(3):
         assert shared(path, f"tag {number}").increment() == 1
 
@@ -603,7 +604,7 @@ def test_servers_survive_the_zygotes_death_and_the_next_start_has_a_new_one(path
     # Nobody can know any more how the orphan ended, but that it did.
     (child,) = (child for child in multiprocessing.active_children() if child.pid == first.pid())
     assert unload("first", path=path)
-    assert (child.is_alive(), child.exitcode) == (False, forked_server.UNKNOWN_EXIT_CODE)
+    assert (child.is_alive(), child.exitcode) == (False, forkserver_client.UNKNOWN_EXIT_CODE)
     child = next(child for child in multiprocessing.active_children() if child.pid == third.pid())
     assert unload("third", path=path)
     assert child.exitcode == 0
@@ -643,18 +644,18 @@ def test_without_a_zygote_servers_are_spawned(
     assert parent_of(shared(path, "spawned").pid()) == os.getpid()
     assert zygote_pid(room_for(path)) is None
     monkeypatch.setenv("MPMM_ZYGOTE", "1")
-    monkeypatch.setattr(forked_server, "_avoid_until", 0.0)
+    monkeypatch.setattr(forkserver_client, "_avoid_until", 0.0)
     with caplog.at_level(logging.WARNING), monkeypatch.context() as patched:
-        patched.setattr(forked_server, "_start_zygote", fail_to_start)
+        patched.setattr(forkserver_client, "_start_zygote", fail_to_start)
         assert parent_of(shared(path, "fallback").pid()) == os.getpid()
     assert [record.message for record in caplog.records if "instead of forking it" in record.message]
     # It is not tried again at every start.
-    assert forked_server._avoid_until > time.monotonic()
+    assert forkserver_client._avoid_until > time.monotonic()
 
 
 def test_a_stopped_zygote_delays_a_start_but_does_not_prevent_it(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(forked_server, "ANSWER_TIMEOUT_S", 0.5)
-    monkeypatch.setattr(forked_server, "_avoid_until", 0.0)
+    monkeypatch.setattr(forkserver_client, "ANSWER_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(forkserver_client, "_avoid_until", 0.0)
     shared(path, "first")
     pid = zygote_of(path)
     os.kill(pid, signal.SIGSTOP)

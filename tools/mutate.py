@@ -55,8 +55,12 @@ PARTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("mpmm/sources/*.py", "mpmm/memory/monitor.py", "mpmm/memory/samples.py", "mpmm/memory/sampler.py"),
         ("test_gpu_monitor", "test_sources", "test_amd_source", "test_source_failures", "test_attribution"),
     ),
-    "proxy": (
-        ("mpmm/proxy/*.py", "mpmm/multi_process_shared.py"),
+    "multi_process_shared": (
+        (
+            "mpmm/multi_process_shared/*.py",
+            "mpmm/multi_process_shared/rpc/*.py",
+            "mpmm/multi_process_shared/forkserver/*.py",
+        ),
         ("test_payloads", "test_multi_process_shared", "test_zygote", "test_servers"),
     ),
     "estimator": (

@@ -86,9 +86,9 @@ from mpmm.model_manager.waits import decision, held_by, says_more, wanted_by, wh
 from mpmm.placement import placed
 from mpmm.policy.out_of_memory import is_out_of_memory
 from mpmm.printable import printable_logger
-from mpmm.proxy.context import attach_namespace, serving_for
-from mpmm.proxy.main_import import refuse_while_importing_main
-from mpmm.proxy.room import is_server_process
+from mpmm.multi_process_shared.context import attach_namespace, serving_for
+from mpmm.multi_process_shared.main_import import refuse_while_importing_main
+from mpmm.multi_process_shared.registry import is_server_process
 from mpmm.shared_state.durations import to_ns
 from mpmm.shared_state.events import Cause, EventKind
 from mpmm.shared_state.futex import wait_for_change

@@ -35,12 +35,12 @@ from mpmm.model_manager.deferred import NOW_S, DeferredChanges
 from mpmm.model_manager.operations import Held, Operation, ended_calls
 from mpmm.model_manager.tenure import Tenures, looks_in_s
 from mpmm.model_manager.waits import WARN_AFTER_S, WaitWarning, decision, says_more
+from mpmm.multi_process_shared.context import ServerContext
+from mpmm.multi_process_shared.stop_server import kill_process
 from mpmm.placement import Placement, place_for_good, server_setting
 from mpmm.policy.out_of_memory import bound_mb, raised_estimate_mb
 from mpmm.policy.view import Reason
 from mpmm.printable import printable_logger
-from mpmm.proxy.context import ServerContext
-from mpmm.proxy.ending import kill_process
 from mpmm.scheduler import Copies, Scheduler
 from mpmm.shared_state.events import Cause, EventKind
 from mpmm.shared_state.futex import wake_all

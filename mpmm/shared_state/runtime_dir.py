@@ -35,9 +35,10 @@ from mpmm.shared_state.lock_file import identity_of
 __all__ = ["ROOM_NAME", "RuntimeDirectory", "default_root"]
 
 RUNTIME_DIR_VARIABLE = "MPMM_RUNTIME_DIR"
-# The folder of model servers beside those of the namespaces, see `mpmm.proxy.room`; with a suffix while it is removed.
+# The folder of model servers beside those of the namespaces, see `mpmm.multi_process_shared.registry`; with a suffix
+# while it is removed.
 ROOM_NAME = "shared"
-# In it, what servers say whose starters have ended, see `mpmm.proxy.output`.
+# In it, what servers say whose starters have ended, see `mpmm.multi_process_shared.output`.
 SERVERS_LOG = "servers.log"
 # Behind a dot and the namespace's name: a folder that is being removed. No namespace has a name with a dot in front.
 GONE = ".gone."

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from mpmm.errors import SuspendError
-from mpmm.proxy import transport
+from mpmm.multi_process_shared.rpc import sockets
 from mpmm.shared_state.lock_file import LockFile, is_locked
 from mpmm.suspend.driver import CheckpointDriver, DriverError
 
@@ -48,7 +48,7 @@ _started: list[subprocess.Popen[bytes]] = []
 def ask_helper(folder: Path, what: str, pid: int, limit_s: float, tag: str) -> None:
     """Have the helper of a namespace's folder `suspend` or `resume` a process, starting one if there is none.
 
-    Raises SuspendError with what the driver says, and what `transport.dial` raises for a folder that is gone.
+    Raises SuspendError with what the driver says, and what `sockets.dial` raises for a folder that is gone.
     """
     key = (folder / "token").read_bytes()
     request = json.dumps({"what": what, "pid": pid, "limit_s": limit_s}).encode()
@@ -72,7 +72,7 @@ def _connected(folder: Path, key: bytes) -> Connection:
     started: subprocess.Popen[bytes] | None = None
     while True:
         try:
-            return transport.dial(folder, SOCKET, key)
+            return sockets.dial(folder, SOCKET, key)
         except (FileNotFoundError, ConnectionRefusedError, EOFError, AuthenticationError):
             if time.monotonic() > deadline:
                 raise
@@ -101,10 +101,10 @@ def main(folder: Path) -> int:
     key = (folder / "token").read_bytes()
     (folder / SOCKET).unlink(missing_ok=True)
     helper = _Helper(key)
-    with transport.listen(folder, SOCKET) as listener:
+    with sockets.listen(folder, SOCKET) as listener:
         while lock.is_current() and not _is_deserted(folder / ALIVE) and not helper.is_through():
             if wait([listener], LOOK_S):
-                connection = transport.accept(listener)
+                connection = sockets.accept(listener)
                 if connection is not None:
                     threading.Thread(target=helper.converse, args=(connection,), daemon=True).start()
     with suppress(OSError):
@@ -138,7 +138,7 @@ class _Helper:
     def converse(self, connection: Connection) -> None:
         """Answer one request."""
         with closing(connection), suppress(EOFError, OSError, AuthenticationError):
-            transport.authenticate_client(connection, self._key)
+            sockets.authenticate_client(connection, self._key)
             request = json.loads(connection.recv_bytes())
             self._last_asked = time.monotonic()
             self._hung_at[threading.get_ident()] = self._last_asked + HUNG * request["limit_s"]

@@ -29,12 +29,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import psutil
 
 from mpmm.errors import SharedObjectReleasedError
-from mpmm.proxy import pickling, wire
-from mpmm.proxy.room import room_at, start_time_of
+from mpmm.multi_process_shared.registry import room_at, start_time_of
+from mpmm.multi_process_shared.rpc import pickling, protocol
 
 if TYPE_CHECKING:
-    from mpmm.proxy.client import ServerLink
-    from mpmm.proxy.room import ServerRecord
+    from mpmm.multi_process_shared.client import ServerLink
+    from mpmm.multi_process_shared.registry import ServerRecord
 
 __all__ = ["References", "RemoteObject"]
 
@@ -185,7 +185,7 @@ class RemoteObject:
         # A copy that is being unpickled has nothing yet, and protocols probe for names that are not public.
         if name.startswith("_"):
             raise AttributeError(f"{type(self).__name__!r} has no attribute {name!r}")
-        is_method, value = self._mpmm_link.ask(wire.CONTROL, wire.GET, (self._mpmm_number, name), {})
+        is_method, value = self._mpmm_link.ask(protocol.CONTROL, protocol.GET, (self._mpmm_number, name), {})
         return functools.partial(_call, self, name) if is_method else value
 
     def __repr__(self) -> str:
@@ -200,7 +200,7 @@ class RemoteObject:
 
 def _call(remote: RemoteObject, name: str, *args: Any, **kwargs: Any) -> Any:
     link = remote._mpmm_link
-    return link.ask(wire.CONTROL, wire.CALL, (remote._mpmm_number, name, args, kwargs), {})
+    return link.ask(protocol.CONTROL, protocol.CALL, (remote._mpmm_number, name, args, kwargs), {})
 
 
 def _asked_of_server(name: str) -> Callable[..., Any]:
@@ -231,8 +231,8 @@ def _arrive(
     root: Path, record: ServerRecord, number: int, kind: str, protocols: tuple[str, ...], answers_for_it: bool
 ) -> Any:
     """Return what was pickled: in the server the object itself, elsewhere a `RemoteObject`."""
-    from mpmm.proxy.client import link_to
-    from mpmm.proxy.hosting import find_host
+    from mpmm.multi_process_shared.client import link_to
+    from mpmm.multi_process_shared.host import find_host
 
     room = room_at(root)
     host = find_host(room, record.tag)

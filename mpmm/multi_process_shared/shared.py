@@ -5,8 +5,8 @@
     model.predict(batch)          # runs in the process that has the model
     handle.release(model)
 
-Whoever comes first has the object made: in its own process, or with `spawn_process` in a new one that
-outlives it. The others find that process through the room (`mpmm.proxy.room`) below `path`.
+The first process that acquires the tag has the object made: in its own process, or with `spawn_process` in a new one
+that outlives it. The others find that process through the registry below `path`.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ import filelock  # noqa: F401  # `LockFile` needs it; its 10 ms are better spent
 from mpmm.arguments import LARGEST_PID, checked_timeout, checked_whole, encoded_text, in_brief
 from mpmm.errors import InvalidArgumentError, ModelServerError, NotAcquiredError, SharedObjectReleasedError
 from mpmm.fork_hooks import in_forked_child
-from mpmm.proxy.client import ServerLink, forget_link, known_link, link_to, remember_link
-from mpmm.proxy.context import attaching_to, served_namespaces
-from mpmm.proxy.ending import end_server
-from mpmm.proxy.hosting import Host, find_host, host_object, new_record
-from mpmm.proxy.identity import check_identity, name_of_constructor, names_of_types
-from mpmm.proxy.launcher import reap_ended_servers, start_server
-from mpmm.proxy.main_import import refuse_while_importing_main
-from mpmm.proxy.room import Room, ServerRecord, room_at, room_for
-from mpmm.proxy.server_process import ATTACH, wants_to_attach
+from mpmm.multi_process_shared.client import ServerLink, forget_link, known_link, link_to, remember_link
+from mpmm.multi_process_shared.context import attaching_to, served_namespaces
+from mpmm.multi_process_shared.host import Host, find_host, host_object, new_record
+from mpmm.multi_process_shared.identity import check_identity, name_of_constructor, names_of_types
+from mpmm.multi_process_shared.main_import import refuse_while_importing_main
+from mpmm.multi_process_shared.registry import Room, ServerRecord, room_at, room_for
+from mpmm.multi_process_shared.server_process import ATTACH, wants_to_attach
+from mpmm.multi_process_shared.start_server import reap_ended_servers, start_server
+from mpmm.multi_process_shared.stop_server import end_server
 
 __all__ = ["MultiProcessShared", "SharedProxy", "server_pid", "unload"]
 
@@ -44,10 +44,6 @@ HARD_DELETE_TIMEOUT_S = 10.0
 # Servers that come up and are gone before we are their client: something kills them, and will kill the next.
 START_ATTEMPTS = 5
 STARTING_PAUSE_S = 0.005
-
-# Names of Beam that tests use. Its key is the same for everybody; ours is random, so nothing depends on this one.
-AUTH_KEY = b"mps"
-_SingletonRegistrar = ServerLink
 
 
 class MultiProcessShared(Generic[T]):
@@ -87,7 +83,7 @@ class MultiProcessShared(Generic[T]):
         Raises what the constructor raises, where it runs in this process; ServerStartError with the traceback,
         where it runs in another one, and at once in a server that still imports the main module; ModelServerError when
         servers die faster than they can be reached, or when the tag is a manager's handle whose server is gone;
-        InvalidArgumentError when the tag is known to stand for something else, see `mpmm.proxy.identity`.
+        InvalidArgumentError when the tag is known to stand for something else, see `identity`.
         """
         shared = self._acquire(room_for(self._path))
         if self._spawn_process:
@@ -379,7 +375,7 @@ class SharedProxy:
     """Stands for a shared object: its public methods, and nothing else of it, run where the object is.
 
     Exceptions arrive as they were raised, with the remote traceback as `__cause__`. Results that cannot be pickled,
-    such as generators, stay where they are, and what arrives stands for them (`mpmm.proxy.references`). Can be pickled:
+    such as generators, stay where they are, and what arrives stands for them (see `references`). Can be pickled:
     the copy connects to the same server and shares this proxy's acquire, so releasing either ends both. In the process
     that has the object, and without `always_proxy`, all attributes are those of the object itself.
     """

@@ -18,9 +18,9 @@ from typing import Any
 
 from mpmm.errors import ModelServerError
 from mpmm.fork_hooks import in_forked_child
-from mpmm.proxy import transport, wire
-from mpmm.proxy.channel import Channel
-from mpmm.proxy.room import Room, ServerRecord
+from mpmm.multi_process_shared.registry import Room, ServerRecord
+from mpmm.multi_process_shared.rpc import protocol, sockets
+from mpmm.multi_process_shared.rpc.channel import Channel
 
 __all__ = ["ServerLink", "forget_link", "known_link", "remember_link"]
 
@@ -45,14 +45,14 @@ class ServerLink:
     def connect(self) -> Connection:
         """Open one more connection, in one attempt. Raises AuthenticationError, OSError or EOFError."""
         self.room.join()
-        return transport.dial(self.room.path, self.record.socket_name, self.room.key())
+        return sockets.dial(self.room.path, self.record.socket_name, self.room.key())
 
     def acquire(self) -> tuple[int, frozenset[str]]:
         """Become a user of the object; return the token and the names of its methods.
 
         Raises ModelServerError, and what the constructor raises where the object has to be made anew.
         """
-        token, methods = self.ask(wire.CONTROL, wire.ACQUIRE, (self._methods is not None,), {})
+        token, methods = self.ask(protocol.CONTROL, protocol.ACQUIRE, (self._methods is not None,), {})
         if methods is not None:
             self._methods = methods
         assert self._methods is not None
@@ -60,7 +60,7 @@ class ServerLink:
 
     def release(self, token: int) -> None:
         """Stop being a user. Raises SharedObjectReleasedError, ModelServerError."""
-        self.ask(wire.CONTROL, wire.RELEASE, (token,), {})
+        self.ask(protocol.CONTROL, protocol.RELEASE, (token,), {})
 
     def ask(self, token: int, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call a method of the object, or of the server with the token CONTROL, and wait for the answer.
@@ -70,7 +70,7 @@ class ServerLink:
         """
         if self.unwanted:
             self._drop_unwanted()
-        message = wire.encode_request(token, name, args, kwargs)
+        message = protocol.encode_request(token, name, args, kwargs)
         channel: Channel = self._pocket.__dict__.pop("channel", None) or self._connected()
         try:
             channel.send(message)
@@ -83,7 +83,7 @@ class ServerLink:
             channel.close()
             raise
         try:
-            return wire.decode_answer(answer, self.tag, name)
+            return protocol.decode_answer(answer, self.tag, name)
         finally:
             # Not before: a small answer lies in memory of the channel.
             self._pocket.channel = channel
@@ -95,7 +95,7 @@ class ServerLink:
             while True:
                 numbers.append(self.unwanted.popleft())
         with suppress(ModelServerError):
-            self.ask(wire.CONTROL, wire.DROP, (numbers,), {})
+            self.ask(protocol.CONTROL, protocol.DROP, (numbers,), {})
 
     def forget_after_fork(self) -> None:
         """Start without connections in a forked child; the inherited ones have been closed."""

@@ -22,7 +22,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from mpmm.proxy.channel import LARGE_BYTES, Message
+from mpmm.multi_process_shared.rpc.channel import LARGE_BYTES, Message
 
 __all__ = ["PROTOCOL", "dump", "load"]
 

@@ -7,10 +7,10 @@ from multiprocessing import AuthenticationError
 from typing import Any
 
 from mpmm.errors import ModelServerError
-from mpmm.proxy import transport, wire
-from mpmm.proxy.channel import Channel
-from mpmm.proxy.hosting import can_sleep, find_host
-from mpmm.proxy.room import ServerRecord, room_for
+from mpmm.multi_process_shared.host import can_sleep, find_host
+from mpmm.multi_process_shared.registry import ServerRecord, room_for
+from mpmm.multi_process_shared.rpc import protocol, sockets
+from mpmm.multi_process_shared.rpc.channel import Channel
 
 __all__ = ["ask_to", "can_sleep", "record_of"]
 
@@ -22,7 +22,7 @@ def record_of(tag: str) -> ServerRecord | None:
 
 
 def ask_to(request: str, tag: str, pid: int | None = None) -> Any:
-    """Have the object of a tag sleep (`wire.SLEEP`) or wake up (`wire.WAKE_UP`), and return once it does.
+    """Have the object of a tag sleep (`protocol.SLEEP`) or wake up (`protocol.WAKE_UP`), and return once it does.
 
     Nothing happens to one that does so already. pid: if given, only a server of this pid is meant.
 
@@ -31,15 +31,15 @@ def ask_to(request: str, tag: str, pid: int | None = None) -> Any:
     room = room_for(None)
     host = find_host(room, tag)
     if host is not None:
-        return host.sleep() if request == wire.SLEEP else host.wake_up()
+        return host.sleep() if request == protocol.SLEEP else host.wake_up()
     lives, record = room.look(tag)
     if not lives or record is None or pid not in (None, record.pid):
         raise ModelServerError(f"there is no server of {tag!r} to ask to {request}", tag=tag, server_pid=pid)
     room.join()
     try:
-        with closing(Channel(transport.dial(room.path, record.socket_name, room.key()))) as channel:
-            channel.send(wire.encode_request(wire.CONTROL, request, (), {}))
-            return wire.decode_answer(channel.receive(), tag, request)
+        with closing(Channel(sockets.dial(room.path, record.socket_name, room.key()))) as channel:
+            channel.send(protocol.encode_request(protocol.CONTROL, request, (), {}))
+            return protocol.decode_answer(channel.receive(), tag, request)
     except (AuthenticationError, EOFError, OSError) as error:
         raise ModelServerError(
             f"the server of {tag!r} (pid {record.pid}) ended before it had answered {request}: {error!r}",

@@ -11,10 +11,10 @@ from contextlib import closing, suppress
 from multiprocessing import AuthenticationError
 
 from mpmm.errors import ModelServerError
-from mpmm.proxy import transport, wire
-from mpmm.proxy.channel import Channel
-from mpmm.proxy.hosting import find_host
-from mpmm.proxy.room import Room, ServerRecord
+from mpmm.multi_process_shared.host import find_host
+from mpmm.multi_process_shared.registry import Room, ServerRecord
+from mpmm.multi_process_shared.rpc import protocol, sockets
+from mpmm.multi_process_shared.rpc.channel import Channel
 
 __all__ = ["end_server", "kill_process"]
 
@@ -95,9 +95,9 @@ def _ask(room: Room, record: ServerRecord, key: bytes) -> None:
     """Ask the server to end. Does not join the room, which may have been left when this thread comes to it."""
     with (
         suppress(AuthenticationError, EOFError, OSError),
-        closing(Channel(transport.dial(room.path, record.socket_name, key))) as channel,
+        closing(Channel(sockets.dial(room.path, record.socket_name, key))) as channel,
     ):
-        channel.send(wire.encode_request(wire.CONTROL, wire.HARD_DELETE, (), {}))
+        channel.send(protocol.encode_request(protocol.CONTROL, protocol.HARD_DELETE, (), {}))
         channel.receive()
 
 

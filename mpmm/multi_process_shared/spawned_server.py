@@ -18,7 +18,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from mpmm.fork_hooks import fork_guard
-from mpmm.proxy.server_process import ServerPlan, run_server
+from mpmm.multi_process_shared.server_process import ServerPlan, run_server
 
 __all__ = ["SpawnedServer", "call_this_process", "main", "preparation_for"]
 
@@ -89,7 +89,7 @@ class _SpawnedPopen(popen_fork.Popen):
         code = (
             "import json, sys\n"
             "sys.path[:], order, report = json.loads(sys.argv.pop())\n"
-            "from mpmm.proxy.spawned_server import main\n"
+            "from mpmm.multi_process_shared.spawned_server import main\n"
             "main(order, report)\n"
         )
         path = [str(entry) or os.getcwd() for entry in sys.path if isinstance(entry, str)]

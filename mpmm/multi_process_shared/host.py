@@ -24,12 +24,12 @@ from typing import Any
 
 from mpmm.errors import ModelServerError, RemoteCallError, SharedObjectReleasedError
 from mpmm.fork_hooks import call_once_at_exit, close_in_children, fork_guard, in_forked_child
+from mpmm.multi_process_shared.context import attaching_to
+from mpmm.multi_process_shared.references import References
+from mpmm.multi_process_shared.registry import LEAVE_PRIORITY, Room, ServerRecord, start_time_of, write_record
+from mpmm.multi_process_shared.rpc import pickling, protocol, sockets
+from mpmm.multi_process_shared.rpc.channel import Channel, Message
 from mpmm.printable import printable_logger
-from mpmm.proxy import pickling, transport, wire
-from mpmm.proxy.channel import Channel, Message
-from mpmm.proxy.context import attaching_to
-from mpmm.proxy.references import References
-from mpmm.proxy.room import LEAVE_PRIORITY, Room, ServerRecord, start_time_of, write_record
 from mpmm.shared_state.lock_file import LockFile
 
 __all__ = ["Host", "can_sleep", "find_host", "host_object", "public_methods"]
@@ -75,7 +75,7 @@ class Host:
         self._duty = threading.Semaphore(0)
         self._has_spare = False
         self._spare_lock = threading.Lock()
-        self._listener = transport.listen(room.path, record.socket_name)
+        self._listener = sockets.listen(room.path, record.socket_name)
         with fork_guard:
             self._waker, self._wakes = map(close_in_children, socket.socketpair())
 
@@ -179,7 +179,7 @@ class Host:
         with self._connections_lock:
             for connection in self._connections:
                 # Closing alone would not wake the thread that reads from it.
-                with suppress(OSError), transport.duplicate(connection.fileno()) as shared_socket:
+                with suppress(OSError), sockets.duplicate(connection.fileno()) as shared_socket:
                     shared_socket.shutdown(socket.SHUT_RDWR)
 
     def _gone(self) -> ModelServerError:
@@ -215,7 +215,7 @@ class Host:
             return None
         while self._waker not in wait([self._listener, self._waker]):
             try:
-                connection = transport.accept(self._listener)
+                connection = sockets.accept(self._listener)
             except OSError as error:
                 logger.warning("mpmm: pid %d cannot accept a connection for %r: %s", os.getpid(), self.tag, error)
                 # Out of descriptors, most likely: do not spin until somebody closes one.
@@ -265,12 +265,12 @@ class Host:
         with self._connections_lock:
             self._connections.add(line)
         try:
-            transport.authenticate_client(connection, self.room.key())
+            sockets.authenticate_client(connection, self.room.key())
             with self._connections_lock:
                 self._connections.discard(line)
                 line = channel = Channel(connection)
                 self._connections.add(line)
-            client = transport.peer_pid(channel.fileno())
+            client = sockets.peer_pid(channel.fileno())
             while not self._ended:
                 channel.give_back_when_idle()
                 if not self._has_spare and not channel.is_readable(QUIET_MS):
@@ -294,49 +294,49 @@ class Host:
     def _answer(self, message: Message, client: int | None) -> Message | None:
         name = "?"
         try:
-            token, name, args, kwargs = wire.decode_request(message)
-            if token == wire.CONTROL:
+            token, name, args, kwargs = protocol.decode_request(message)
+            if token == protocol.CONTROL:
                 return self._control(client, name, *args)
             shared = self.object_for(token)
             if name not in self.methods:
                 raise AttributeError(f"the shared object {self.tag!r} has no public method {name!r}")
             result = getattr(shared, name)(*args, **kwargs)
         except BaseException as error:
-            return wire.encode_error(error)
+            return protocol.encode_error(error)
         return self._result(result, name, client)
 
     def _result(self, value: object, name: str, client: int | None) -> Message:
         """Return the answer with a result, of which stays here what cannot be pickled. client: the pid, if known."""
         try:
-            return pickling.dump((wire.RETURNED, value))
+            return pickling.dump((protocol.RETURNED, value))
         except Exception:
             portable = self.references.portable(value, client)
-            return wire.encode_result(portable, self.tag, name)
+            return protocol.encode_result(portable, self.tag, name)
 
     def _control(self, client: int | None, name: str, *args: Any) -> Message | None:
         """Do what is asked of the server itself; None: the client learns it from the end of the connection."""
-        if name == wire.ACQUIRE:
+        if name == protocol.ACQUIRE:
             (knows_methods,) = args
             token = self.acquire()
-            return wire.encode_result((token, None if knows_methods else self.methods), self.tag, name)
-        if name == wire.RELEASE:
+            return protocol.encode_result((token, None if knows_methods else self.methods), self.tag, name)
+        if name == protocol.RELEASE:
             # None is the answer.
-            return wire.encode_result(self.release(*args), self.tag, name)  # type: ignore[func-returns-value]  # a None is encoded, too
-        if name == wire.HARD_DELETE:
+            return protocol.encode_result(self.release(*args), self.tag, name)  # type: ignore[func-returns-value]  # a None is encoded, too
+        if name == protocol.HARD_DELETE:
             self.hard_delete()
             return None
-        if name in (wire.SLEEP, wire.WAKE_UP):
-            move = self.sleep if name == wire.SLEEP else self.wake_up
+        if name in (protocol.SLEEP, protocol.WAKE_UP):
+            move = self.sleep if name == protocol.SLEEP else self.wake_up
             move()
-            return wire.encode_result(None, self.tag, name)
-        if name == wire.GET:
+            return protocol.encode_result(None, self.tag, name)
+        if name == protocol.GET:
             return self._result(self.references.get(*args), name, client)
-        if name == wire.CALL:
+        if name == protocol.CALL:
             number, method, arguments, keywords = args
             return self._result(self.references.call(number, method, arguments, keywords), method, client)
-        if name == wire.DROP:
+        if name == protocol.DROP:
             self.references.drop(*args)
-            return wire.encode_result(None, self.tag, name)
+            return protocol.encode_result(None, self.tag, name)
         raise RemoteCallError(f"unknown request {name!r}", tag=self.tag, method=name)
 
     def forget_after_fork(self) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from multiprocessing import process as mp_process
 
 from mpmm.errors import ServerStartError
-from mpmm.proxy.room import is_server_process
+from mpmm.multi_process_shared.registry import is_server_process
 
 __all__ = ["is_importing_main", "not_while_importing_main", "refuse_while_importing_main"]
 

@@ -16,7 +16,7 @@ import sys
 import time
 from pathlib import Path
 
-from mpmm.proxy.room import start_time_of
+from mpmm.multi_process_shared.registry import start_time_of
 from mpmm.shared_state.runtime_dir import SERVERS_LOG
 
 __all__ = ["LOG_BYTES", "Output", "Starter"]

@@ -51,11 +51,11 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from mpmm.fork_hooks import close_in_children, fork_guard
-from mpmm.proxy import transport
-from mpmm.proxy.leftovers import FIRST, PER_PROCESS_VARIABLES, Watch
-from mpmm.proxy.room import open_lock, room_at
-from mpmm.proxy.server_process import AliveLock, ServerPlan, run_server
-from mpmm.proxy.spawned_server import call_this_process
+from mpmm.multi_process_shared.forkserver.leftovers import FIRST, PER_PROCESS_VARIABLES, Watch
+from mpmm.multi_process_shared.registry import open_lock, room_at
+from mpmm.multi_process_shared.rpc import sockets
+from mpmm.multi_process_shared.server_process import AliveLock, ServerPlan, run_server
+from mpmm.multi_process_shared.spawned_server import call_this_process
 from mpmm.shared_state.lock_file import LockFile
 
 __all__ = ["BORN", "ENDED", "WAIT", "ForkOrder", "receive", "send"]
@@ -417,12 +417,12 @@ class _Zygote(_Nursery):
 
     def take_order(self) -> None:
         """Hear a requester, and have its server forked."""
-        requester = transport.accept(self.listener)
+        requester = sockets.accept(self.listener)
         if requester is None:
             return
         try:
-            transport.set_timeouts(requester, CONVERSATION_TIMEOUT_S)
-            transport.authenticate_client(requester, self.room.key())
+            sockets.set_timeouts(requester, CONVERSATION_TIMEOUT_S)
+            sockets.authenticate_client(requester, self.room.key())
             message = requester.recv_bytes()
             order = _Order(message, requester, _receive_descriptors(requester, 3))
             self.place(order)
@@ -496,7 +496,7 @@ class _Zygote(_Nursery):
             finally:
                 os._exit(1)
         theirs.close()
-        transport.set_timeouts(ours, CONVERSATION_TIMEOUT_S)
+        sockets.set_timeouts(ours, CONVERSATION_TIMEOUT_S)
         template = _TemplateHandle(kind, pid, ours)
         self.templates.append(template)
         return template
@@ -621,7 +621,7 @@ def main(root: str, life_path: str) -> None:
     for leftover in folder.glob(f"{life.path.stem}-*.socket"):
         leftover.unlink(missing_ok=True)
     name = f"{life.path.stem}-{incarnation}.socket"
-    listener = transport.listen(folder, name)
+    listener = sockets.listen(folder, name)
     reader, writer = os.pipe()
     # The hooks of our fork would close lock and listener, so the child gets copies; the kernel keeps lock with them.
     lock_fd, listener_fd = os.dup(life.fd), os.dup(listener.fileno())
@@ -669,7 +669,7 @@ def receive(connection: Connection) -> tuple[str, int]:
 def _hand_over(link: Connection, what: str, order: _Order) -> None:
     """Give away an order, from zygote to template or back. Raises OSError; then it is still ours."""
     link.send((what, order.message))
-    with transport.duplicate(link.fileno()) as ours:
+    with sockets.duplicate(link.fileno()) as ours:
         fds = [order.requester.fileno(), *(descriptor.fd for descriptor in order.descriptors)]
         socket.send_fds(ours, [b"!"], fds)
     order.close()
@@ -685,7 +685,7 @@ def _take_over(link: Connection, message: bytes) -> _Order:
 
 
 def _receive_descriptors(connection: Connection, count: int) -> list[_Descriptor]:
-    with transport.duplicate(connection.fileno()) as ours, fork_guard:
+    with sockets.duplicate(connection.fileno()) as ours, fork_guard:
         _, fds, _, _ = socket.recv_fds(ours, 1, count)
         descriptors = [_Descriptor(fd) for fd in fds]
     if len(descriptors) != count:

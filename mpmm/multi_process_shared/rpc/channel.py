@@ -38,8 +38,8 @@ from multiprocessing.connection import Connection
 from typing import NamedTuple
 
 from mpmm.fork_hooks import close_in_children, fork_guard
-from mpmm.proxy.arena import SLOT_BYTES, SLOTS, Arena, create_arena, cut_into_slots
-from mpmm.proxy.landing import drop_spare_slabs, landing_memory
+from mpmm.multi_process_shared.rpc.receive_buffers import drop_spare_slabs, landing_memory
+from mpmm.multi_process_shared.rpc.shared_buffer import SLOT_BYTES, SLOTS, Arena, create_arena, cut_into_slots
 
 __all__ = ["LARGE_BYTES", "Channel", "Message"]
 

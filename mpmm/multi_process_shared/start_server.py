@@ -13,13 +13,13 @@ from typing import Any
 
 from mpmm.errors import ServerStartError
 from mpmm.fork_hooks import call_once_at_exit, in_forked_child
-from mpmm.proxy.context import server_context
-from mpmm.proxy.forked_server import order_server
-from mpmm.proxy.main_import import is_importing_main, not_while_importing_main
-from mpmm.proxy.room import LEAVE_PRIORITY, Room, server_lives_by, start_time_of
-from mpmm.proxy.server_process import CRASHED, READY, ServerPlan
-from mpmm.proxy.spawned_server import SpawnedServer, preparation_for
-from mpmm.proxy.wire import dump_for_server
+from mpmm.multi_process_shared.context import server_context
+from mpmm.multi_process_shared.forkserver.client import order_server
+from mpmm.multi_process_shared.main_import import is_importing_main, not_while_importing_main
+from mpmm.multi_process_shared.registry import LEAVE_PRIORITY, Room, server_lives_by, start_time_of
+from mpmm.multi_process_shared.rpc.protocol import dump_for_server
+from mpmm.multi_process_shared.server_process import CRASHED, READY, ServerPlan
+from mpmm.multi_process_shared.spawned_server import SpawnedServer, preparation_for
 
 __all__ = ["reap_ended_servers", "start_server"]
 

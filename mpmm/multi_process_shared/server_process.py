@@ -31,12 +31,19 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from mpmm.errors import ServerStartError
+from mpmm.multi_process_shared.context import ServerContext, attaching_to
+from mpmm.multi_process_shared.host import end_all_hosts, host_object, new_record
+from mpmm.multi_process_shared.identity import name_of_constructor, names_of_types
+from mpmm.multi_process_shared.output import Output, Starter
+from mpmm.multi_process_shared.registry import (
+    Room,
+    ServerRecord,
+    become_server_process,
+    open_lock,
+    room_at,
+    write_record,
+)
 from mpmm.printable import printable_logger
-from mpmm.proxy.context import ServerContext, attaching_to
-from mpmm.proxy.hosting import end_all_hosts, host_object, new_record
-from mpmm.proxy.identity import name_of_constructor, names_of_types
-from mpmm.proxy.output import Output, Starter
-from mpmm.proxy.room import Room, ServerRecord, become_server_process, open_lock, room_at, write_record
 from mpmm.shared_state.lock_file import LockFile
 
 __all__ = [

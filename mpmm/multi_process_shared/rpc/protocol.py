@@ -17,8 +17,8 @@ import traceback
 from typing import Any
 
 from mpmm.errors import InvalidArgumentError, RemoteCallError
-from mpmm.proxy import pickling
-from mpmm.proxy.channel import Message
+from mpmm.multi_process_shared.rpc import pickling
+from mpmm.multi_process_shared.rpc.channel import Message
 
 __all__ = [
     *("ACQUIRE", "CALL", "CONTROL", "DROP", "GET", "HARD_DELETE", "RELEASE", "SLEEP", "WAKE_UP"),

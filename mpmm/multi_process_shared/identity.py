@@ -13,8 +13,8 @@ import inspect
 from typing import Any
 
 from mpmm.errors import InvalidArgumentError
-from mpmm.proxy.context import served_namespaces
-from mpmm.proxy.room import ServerRecord
+from mpmm.multi_process_shared.context import served_namespaces
+from mpmm.multi_process_shared.registry import ServerRecord
 
 __all__ = ["check_identity", "name_of_constructor", "names_of_types"]
 

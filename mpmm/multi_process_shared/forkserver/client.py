@@ -26,10 +26,10 @@ from typing import Any
 
 import mpmm
 from mpmm.errors import LockTimeoutError
+from mpmm.multi_process_shared.registry import LIVES_BY_VARIABLE, Room, open_lock
+from mpmm.multi_process_shared.rpc import sockets
+from mpmm.multi_process_shared.server_process import ServerPlan
 from mpmm.printable import printable_logger
-from mpmm.proxy import transport
-from mpmm.proxy.room import LIVES_BY_VARIABLE, Room, open_lock
-from mpmm.proxy.server_process import ServerPlan
 from mpmm.shared_state.lock_file import is_locked
 
 __all__ = ["ForkedServer", "add_prelude", "order_server", "remove_prelude"]
@@ -78,7 +78,7 @@ def order_server(
     global _avoid_until
     if not _is_possible():
         return None
-    from mpmm.proxy import zygote
+    from mpmm.multi_process_shared.forkserver import zygote
 
     order = zygote.ForkOrder(plan, preparation, dict(os.environ), tuple(_preludes))
     try:
@@ -147,7 +147,7 @@ class _ForkedPopen:
         return self.poll()
 
     def _exit_code(self) -> int:
-        from mpmm.proxy import zygote
+        from mpmm.multi_process_shared.forkserver import zygote
 
         with contextlib.suppress(OSError, EOFError), self._connection:
             # Its end lets the zygote reap the server.
@@ -199,7 +199,7 @@ def _send_streams(connection: Connection, report: Connection) -> None:
     null = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
     try:
         fds = [report.fileno(), 1 if _is_open(1) else null, 2 if _is_open(2) else null]
-        with transport.duplicate(connection.fileno()) as ours:
+        with sockets.duplicate(connection.fileno()) as ours:
             socket.send_fds(ours, [b"!"], fds)
     finally:
         os.close(null)
@@ -235,7 +235,7 @@ def _reach_zygote(room: Room) -> Connection:
 
 def _dial(room: Room, life: Path) -> Connection:
     place = Path(json.loads(life.read_text())["socket"])
-    return transport.dial(place.parent, place.name, room.key(), ANSWER_TIMEOUT_S)
+    return sockets.dial(place.parent, place.name, room.key(), ANSWER_TIMEOUT_S)
 
 
 def zygote_pid(room: Room) -> int | None:
@@ -271,7 +271,7 @@ def _start_zygote(room: Room, life: Path) -> None:
     code = (
         "import json, sys\n"
         "sys.path[:], arguments = json.loads(sys.argv.pop())\n"
-        "from mpmm.proxy.zygote import main\n"
+        "from mpmm.multi_process_shared.forkserver.zygote import main\n"
         "main(*arguments)\n"
     )
     path = [str(entry) or os.getcwd() for entry in sys.path if isinstance(entry, str)]
