@@ -62,7 +62,7 @@ from types import ModuleType
 from typing import Any
 
 from mpmm.beam_run_inference import replacements
-from mpmm.multi_process_shared.forkserver.client import add_prelude, remove_prelude
+from mpmm.multi_process_shared.forkserver.client import add_preload_hook, remove_preload_hook
 
 __all__ = ["install", "is_installed", "uninstall"]
 
@@ -78,7 +78,7 @@ _NAMES = ("GPUMonitor", "ModelManager", "MultiProcessShared", "QueueTicket", "Re
 _CARRIERS = ("_RunInferenceDoFn", "OOMProtectedFn")
 
 # Said of ourselves to the zygote: what model servers of this process do first.
-_PRELUDE = "mpmm.beam:install"
+_PRELOAD_HOOK = "mpmm.beam:install"
 
 _ABSENT = object()
 _lock = threading.RLock()
@@ -107,7 +107,7 @@ def install() -> None:
             changes.undo()
             raise
         _changes = changes
-        add_prelude(_PRELUDE)
+        add_preload_hook(_PRELOAD_HOOK)
 
 
 def uninstall() -> None:
@@ -120,7 +120,7 @@ def uninstall() -> None:
     with _lock:
         if _changes is None:
             return
-        remove_prelude(_PRELUDE)
+        remove_preload_hook(_PRELOAD_HOOK)
         _changes.undo()
         _changes = None
         _give_back_imported_meanwhile()

@@ -36,7 +36,7 @@ from processes import (
 from simulated_gpu import Build, SimulatedGpus, build
 
 from mpmm.model_manager import ModelManager
-from mpmm.multi_process_shared.registry import leave_all_rooms, room_for
+from mpmm.multi_process_shared.registry import leave_all_registries, registry_for
 from mpmm.shared_state import prune
 from mpmm.shared_state.runtime_dir import RUNTIME_DIR_VARIABLE
 
@@ -119,7 +119,7 @@ def runtime_root() -> Iterator[Path]:
         )
         yield root
     logging.getLogger("mpmm").setLevel(level)
-    leave_all_rooms()
+    leave_all_registries()
     try:
         left: dict[str, Any] = {}
 
@@ -179,8 +179,8 @@ def new_process(namespace: str, runtime_root: Path) -> Iterator[Callable[..., Pr
         # After a crash of all it is for the next to come, and to go, to clean up.
         if (runtime_root / namespace).exists():
             ModelManager(namespace=namespace, **SMALL).shutdown()
-        room_for(None).join()
-        leave_all_rooms()
+        registry_for(None).join()
+        leave_all_registries()
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ from mpmm.cli import main
 from mpmm.errors import AcquireTimeoutError, LayoutMismatchError, MpmmError
 from mpmm.multi_process_shared import server_pid
 from mpmm.multi_process_shared.host import new_record
-from mpmm.multi_process_shared.registry import room_for, write_record
+from mpmm.multi_process_shared.registry import registry_for, write_record
 from mpmm.shared_state.invariants import check_invariants
 from mpmm.shared_state.layout import Capacities, Header
 from mpmm.shared_state.namespace import Namespace
@@ -311,11 +311,11 @@ def test_a_clock_that_jumps_changes_no_wait(
 
 
 def test_a_pid_that_was_given_to_another_process_is_not_taken_for_the_server(runtime_root: Path) -> None:
-    room = room_for(None)
-    room.join()
-    record = replace(new_record(room, "reused", spawned=True, ready=True), start_time=1.0)
+    registry = registry_for(None)
+    registry.join()
+    record = replace(new_record(registry, "reused", spawned=True, ready=True), start_time=1.0)
     assert not record.is_running()
-    life = room.take_life("reused")
+    life = registry.take_life("reused")
     assert life is not None
     write_record(life, record)
     assert server_pid("reused") is None

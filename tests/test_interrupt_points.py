@@ -42,7 +42,7 @@ from mpmm import AcquireTimeoutError, ModelServerError, NotAcquiredError, Remote
 from mpmm.model_manager import ModelManager
 from mpmm.multi_process_shared import MultiProcessShared
 from mpmm.multi_process_shared.client import _known
-from mpmm.multi_process_shared.registry import room_for
+from mpmm.multi_process_shared.registry import registry_for
 from mpmm.shared_state.invariants import check_invariants
 from mpmm.shared_state.layout import Capacities, Header
 from mpmm.shared_state.runtime_dir import RUNTIME_DIR_VARIABLE
@@ -730,7 +730,7 @@ class SharedPoints(Points):
 
     def left(self) -> list[str]:
         """Return what keeps others from the tag."""
-        room = room_for(None)
+        room = registry_for(None)
         try:
             with room.tag_lock("store", 0.0):
                 pass

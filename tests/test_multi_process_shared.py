@@ -49,7 +49,7 @@ from mpmm.multi_process_shared import MultiProcessShared, SharedProxy, server_pi
 from mpmm.multi_process_shared.client import ServerLink
 from mpmm.multi_process_shared.context import ServerContext, attach_namespace, namespace_of, serving_for
 from mpmm.multi_process_shared.host import find_host
-from mpmm.multi_process_shared.registry import room_for
+from mpmm.multi_process_shared.registry import registry_for
 from mpmm.multi_process_shared.rpc import sockets
 from mpmm.shared_state.lock_file import LockFile
 
@@ -213,11 +213,11 @@ def path(tmp_path: Path) -> Iterator[str]:
     folder = tmp_path / "p"
     folder.mkdir()
     yield str(folder)
-    room = room_for(str(folder))
+    registry = registry_for(str(folder))
     # What this process itself would serve to its end; spawned servers have to go by themselves.
-    if (host := find_host(room, "it")) is not None:
+    if (host := find_host(registry, "it")) is not None:
         host.hard_delete()
-    room.leave()
+    registry.leave()
     wait_until(lambda: not any(folder.iterdir()), LAST_CLIENT_S, lambda: f"left behind: {sorted(folder.rglob('*'))}")
 
 
@@ -308,7 +308,7 @@ def test_a_server_killed_between_calls_is_replaced_silently(path: str) -> None:
     pid = handle.acquire().pid()
     os.kill(pid, signal.SIGKILL)
     assert shared(path, spawn_process=True).acquire().pid() != pid
-    assert len(list(room_for(path).path.glob("*.sock"))) == 1
+    assert len(list(registry_for(path).path.glob("*.sock"))) == 1
 
 
 def test_a_server_whose_starter_died_meanwhile_is_used_by_the_next(
@@ -333,7 +333,7 @@ def test_a_server_that_a_server_started_goes_with_the_clients_of_the_first(
     client = new_worker()
     outer = client.do(acquire, "it", path)
     inner = shared(path).acquire().start_another(path)
-    room_for(path).leave()
+    registry_for(path).leave()
     assert is_running(inner)
     client.kill()
     wait_until(lambda: not is_running(outer) and not is_running(inner), 2 * LAST_CLIENT_S, lambda: "servers run")
@@ -348,7 +348,7 @@ def test_sigterm_ends_a_server_and_its_socket(path: str) -> None:
     pid = shared(path, spawn_process=True).acquire().pid()
     os.kill(pid, signal.SIGTERM)
     wait_until(lambda: not is_running(pid), DEADLINE_S)
-    assert not list(room_for(path).path.glob("*.sock"))
+    assert not list(registry_for(path).path.glob("*.sock"))
 
 
 # Fork.
@@ -408,11 +408,11 @@ def test_a_forked_child_uses_its_parents_object_through_proxies_of_before(path: 
 
 def test_the_room_is_private(path: str) -> None:
     proxy = shared(path, always_proxy=True).acquire()
-    room = room_for(path)
+    registry = registry_for(path)
     assert proxy.increment() == 1
-    assert room.path.stat().st_mode & 0o777 == 0o700
-    assert (room.path / "key").stat().st_mode & 0o777 == 0o600
-    assert not any(entry.stat().st_mode & 0o077 for entry in room.path.glob("*.l*"))
+    assert registry.path.stat().st_mode & 0o777 == 0o700
+    assert (registry.path / "key").stat().st_mode & 0o777 == 0o600
+    assert not any(entry.stat().st_mode & 0o077 for entry in registry.path.glob("*.l*"))
 
 
 @pytest.mark.parametrize("has_proc", [True, False] if sys.platform == "linux" else [False])
@@ -423,7 +423,7 @@ def test_a_path_too_long_for_a_socket_address_works(path: str, monkeypatch: pyte
     proxy = handle.acquire()
     assert proxy.increment() == 1
     handle.unsafe_hard_delete()
-    room_for(long_path).leave()
+    registry_for(long_path).leave()
     for folder in (Path(long_path), Path(long_path).parent):
         folder.rmdir()
 
@@ -445,11 +445,11 @@ def test_a_tag_that_is_not_a_string_is_refused() -> None:
 
 def test_a_client_with_another_key_is_refused(path: str) -> None:
     proxy = shared(path, always_proxy=True).acquire()
-    room = room_for(path)
-    _, record = room.look("it")
+    registry = registry_for(path)
+    _, record = registry.look("it")
     assert record is not None
     with pytest.raises(AuthenticationError):
-        sockets.dial(room.path, record.socket_name, os.urandom(32))
+        sockets.dial(registry.path, record.socket_name, os.urandom(32))
     assert proxy.increment() == 1
 
 
@@ -460,14 +460,14 @@ def test_the_default_path_is_the_users_runtime_directory(path: str, monkeypatch:
     assert server_pid("it") == os.getpid()
     assert Path(path, "chosen", "shared").is_dir()
     assert unload("it")
-    room_for(None).leave()
+    registry_for(None).leave()
 
 
 def test_a_room_that_somebody_removed_is_made_again(path: str) -> None:
     handle = shared(path, always_proxy=True)
     handle.acquire()
     handle.unsafe_hard_delete()
-    room_for(path).directory.remove()
+    registry_for(path).directory.remove()
     assert handle.acquire().increment() == 1
 
 
@@ -572,7 +572,7 @@ def test_a_server_context_reaches_the_server_and_its_lock_keeps_it_alive(
     pid = proxy.pid()
     assert proxy.environment("MPMM_TEST_CONTEXT") == "yes"
     assert proxy.environment("STARTED_FOR") == "it"
-    room_for(path).leave()
+    registry_for(path).leave()
     # The room is free, but the further lock is not: the server goes on through more than one of its looks.
     assert holds_for(2.2, lambda: is_running(pid))
     assert not note.exists()
@@ -621,13 +621,13 @@ def test_exceptions_with_an_init_of_their_own_arrive_as_themselves(proxy: Any) -
 def test_whoever_connects_and_proves_nothing_holds_no_thread(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sockets, "HANDSHAKE_TIMEOUT_S", 0.2)
     proxy = shared(path, always_proxy=True).acquire()
-    host = find_host(room_for(path), "it")
+    host = find_host(registry_for(path), "it")
     assert host is not None
     before = len(host._connections)
     strangers = []
     for said in (b"", b"half a nonce"):
         stranger = socket.socket(socket.AF_UNIX)
-        with sockets._short_address(room_for(path).path, host.record.socket_name) as address:
+        with sockets._short_address(registry_for(path).path, host.record.socket_name) as address:
             stranger.connect(address)
         stranger.sendall(said)
         strangers.append(stranger)
@@ -723,7 +723,7 @@ def test_a_long_call_in_one_thread_does_not_block_another(proxy: Any) -> None:
 
 def test_a_threads_connection_ends_with_the_thread(path: str) -> None:
     proxy = shared(path, always_proxy=True).acquire()
-    host = find_host(room_for(path), "it")
+    host = find_host(registry_for(path), "it")
     assert host is not None
     before = len(host._connections)
     thread = threading.Thread(target=proxy.increment)
@@ -818,7 +818,7 @@ def test_unload_returns_when_the_server_is_gone(proxy: Any, path: str) -> None:
     assert unload("it", path=path)
     assert pid == os.getpid() or not is_running(pid)
     assert server_pid("it", path=path) is None
-    assert {entry.name for entry in room_for(path).path.iterdir()} - {"zygote"} == {"alive.lock", "key"}
+    assert {entry.name for entry in registry_for(path).path.iterdir()} - {"zygote"} == {"alive.lock", "key"}
     assert not unload("it", path=path)
     with pytest.raises(ModelServerError):
         proxy.increment()
@@ -875,7 +875,7 @@ def test_an_object_that_attaches_is_made_once_in_each_process_and_served_by_none
     handle = shared(path, "model/manager", Attachable, always_proxy=True)
     mine = handle.acquire()
     assert type(mine) is Attachable
-    assert mine.namespace == (namespace_of("model/manager"), room_for(path).root)
+    assert mine.namespace == (namespace_of("model/manager"), registry_for(path).root)
     for worker in (new_worker(), new_worker()):
         assert worker.do(attach, "model/manager", path) == (1, True)
     assert handle.acquire() is mine
@@ -919,7 +919,7 @@ def test_a_tag_may_turn_from_an_attached_object_into_a_served_one(path: str) -> 
     attached = shared(path, "it", Attachable)
     attached.release(attached.acquire())
     assert shared(path, always_proxy=True).acquire().increment() == 1
-    assert not room_for(path).attach_marker("it").exists()
+    assert not registry_for(path).attach_marker("it").exists()
 
 
 def test_namespaces_of_different_tags_differ() -> None:

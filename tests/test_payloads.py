@@ -27,7 +27,7 @@ from processes import DEADLINE_S, Process, Seat, wait_until
 from mpmm.errors import ModelServerError
 from mpmm.multi_process_shared import MultiProcessShared, unload
 from mpmm.multi_process_shared.client import forget_link, known_link
-from mpmm.multi_process_shared.registry import room_for
+from mpmm.multi_process_shared.registry import registry_for
 from mpmm.multi_process_shared.rpc import channel, receive_buffers, shared_buffer, sockets
 from mpmm.multi_process_shared.rpc.channel import LARGE_BYTES, Channel, Message
 from mpmm.multi_process_shared.rpc.receive_buffers import SLAB_BYTES, SPARE_BYTES, drop_spare_slabs, landing_memory
@@ -63,7 +63,7 @@ def in_room(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
     unload(TAG)
     # With the last of these goes the connection, and with that the arena.
-    if (link := known_link(room_for(None), TAG)) is not None:
+    if (link := known_link(registry_for(None), TAG)) is not None:
         forget_link(link)
         del link
     gc.collect()
@@ -524,9 +524,9 @@ def test_a_server_that_is_killed_in_the_middle_of_a_payload_is_an_error(
 def test_a_client_that_goes_in_the_middle_of_a_payload_costs_the_server_nothing(spawned: Any, said: str) -> None:
     assert_same(spawned.echo(NUMBERS), NUMBERS)
     before = (spawned.descriptors(), spawned.arenas())
-    _, record = room_for(None).look(TAG)
+    _, record = registry_for(None).look(TAG)
     assert record is not None
-    line = Channel(sockets.dial(room_for(None).path, record.socket_name, room_for(None).key()))
+    line = Channel(sockets.dial(registry_for(None).path, record.socket_name, registry_for(None).key()))
     size = 3 * ARENA_BYTES
     frame = channel._FRAME.pack(0, 1) + size.to_bytes(8, "little")
     line._socket.sendall(frame[:6] if said == "half the frame" else frame)

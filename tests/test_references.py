@@ -16,7 +16,7 @@ from mpmm.errors import ModelServerError, SharedObjectReleasedError
 from mpmm.multi_process_shared import MultiProcessShared, unload
 from mpmm.multi_process_shared.host import find_host
 from mpmm.multi_process_shared.references import RemoteObject
-from mpmm.multi_process_shared.registry import room_for
+from mpmm.multi_process_shared.registry import registry_for
 
 
 @pytest.fixture
@@ -139,7 +139,7 @@ def test_in_the_process_of_the_object_it_is_the_object_itself_and_nothing_is_kep
     handle = MultiProcessShared(Session, "here", always_proxy=True)
     session: Any = handle.acquire()
     assert type(session.make_input()).__name__ == "Input"
-    host = find_host(room_for(None), "here")
+    host = find_host(registry_for(None), "here")
     assert host is not None
     assert len(host.references) == 0
     handle.unsafe_hard_delete()

@@ -34,8 +34,8 @@ from processes import DEADLINE_S, files_in, wait_until
 from mpmm import cli
 from mpmm.errors import InvalidArgumentError, ModelServerError, ServerStartError
 from mpmm.multi_process_shared import MultiProcessShared, output, server_pid, unload
-from mpmm.multi_process_shared import registry as room_module
-from mpmm.multi_process_shared.registry import leave_all_rooms, room_for
+from mpmm.multi_process_shared import registry as registry_module
+from mpmm.multi_process_shared.registry import leave_all_registries, registry_for
 from mpmm.shared_state.runtime_dir import SERVERS_LOG
 from mpmm.shared_state.snapshot import read_snapshot
 
@@ -251,10 +251,10 @@ def test_a_main_module_that_fails_in_the_server_says_so_to_the_starter(
 @pytest.fixture
 def client() -> Iterator[Any]:
     """Keeps the room, and with it the servers in it, while a program comes and goes."""
-    room = room_for(None)
-    room.join()
-    yield room
-    leave_all_rooms()
+    registry = registry_for(None)
+    registry.join()
+    yield registry
+    leave_all_registries()
 
 
 def start_speaker(run_script: Callable[..., Any]) -> subprocess.CompletedProcess[str]:
@@ -570,11 +570,11 @@ def test_a_handle_that_was_unloaded_is_an_error_until_its_user_deletes_it(new_ma
 
 
 def test_so_many_handles_are_remembered_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(room_module, "MOST_HANDLES", 8)
-    room = room_for(None)
-    room.join()
+    monkeypatch.setattr(registry_module, "MOST_HANDLES", 8)
+    registry = registry_for(None)
+    registry.join()
     for number in range(40):
-        room.remember_handle(f"tag {number}", ("test",))
-        assert room.namespaces_of_handle(f"tag {number}") == ("test",)
-    assert len(list((room.path / room_module.HANDLES).iterdir())) <= 8
-    assert room.namespaces_of_handle("tag 0") == ()
+        registry.remember_handle(f"tag {number}", ("test",))
+        assert registry.namespaces_of_handle(f"tag {number}") == ("test",)
+    assert len(list((registry.path / registry_module.HANDLES).iterdir())) <= 8
+    assert registry.namespaces_of_handle("tag 0") == ()

@@ -35,7 +35,7 @@ from mpmm.cli import main
 from mpmm.errors import RuntimeDirectoryError, SegmentLostError
 from mpmm.model_manager import ModelManager
 from mpmm.multi_process_shared import server_pid
-from mpmm.multi_process_shared.registry import room_for
+from mpmm.multi_process_shared.registry import registry_for
 from mpmm.shared_state.liveness import lives_by_pid
 from mpmm.shared_state.lock_file import LockFile, identity_of, is_locked
 from mpmm.shared_state.namespace import Namespace
@@ -140,7 +140,7 @@ def test_a_server_whose_lock_file_was_removed_ends_with_its_copy(namespace: str,
     with manager.model("a", LoadsServer("served")) as handle:
         pid = server_pid(handle)
     assert pid is not None
-    os.unlink(room_for(None).life_path("served"))
+    os.unlink(registry_for(None).life_path("served"))
     manager.release_model("b", manager.acquire_model("b", Loads()))
     assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
     assert [copy.tag for copy in read_snapshot(namespace).instances] == ["b"]

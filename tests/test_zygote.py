@@ -29,9 +29,9 @@ from mpmm.errors import ServerStartError
 from mpmm.multi_process_shared import MultiProcessShared, server_pid, unload
 from mpmm.multi_process_shared.context import ServerContext, serving_for
 from mpmm.multi_process_shared.forkserver import client as forkserver_client
-from mpmm.multi_process_shared.forkserver import zygote
 from mpmm.multi_process_shared.forkserver.client import zygote_pid
-from mpmm.multi_process_shared.registry import room_for
+from mpmm.multi_process_shared.forkserver.zygote import PROCESS_NAME
+from mpmm.multi_process_shared.registry import registry_for
 
 pytestmark = pytest.mark.skipif(not forkserver_client._has_pidfd(), reason="needs descriptors of processes")
 path = shared_tests.path
@@ -50,13 +50,13 @@ def parent_of(pid: int) -> int:
 
 
 def zygote_of(path: str) -> int:
-    pid = zygote_pid(room_for(path))
+    pid = zygote_pid(registry_for(path))
     assert pid is not None
     return pid
 
 
 def templates_of(path: str) -> list[int]:
-    found = [child for child in psutil.Process(zygote_of(path)).children() if child.name() == zygote.PROCESS_NAME]
+    found = [child for child in psutil.Process(zygote_of(path)).children() if child.name() == PROCESS_NAME]
     return [child.pid for child in found if is_running(child.pid)]
 
 
@@ -111,7 +111,7 @@ def test_servers_are_forks_of_one_zygote_which_two_clients_share(path: str, new_
         assert pid != mine
     assert zygote_of(path) in zygotes
     assert psutil.Process(mine).name() == "mpmm-server"
-    assert psutil.Process(zygote_of(path)).name() == zygote.PROCESS_NAME
+    assert psutil.Process(zygote_of(path)).name() == PROCESS_NAME
 
 
 def test_a_forked_server_is_a_child_in_the_eyes_of_multiprocessing(path: str) -> None:
@@ -158,7 +158,7 @@ def test_a_forked_server_has_the_surroundings_of_its_starter(
     shared(path, "first")
     monkeypatch.setenv("MPMM_TEST_MINE", "mine")
     monkeypatch.chdir(tmp_path)
-    context = ServerContext(alive_lock=str(room_for(path).alive_path), environment=(("MPMM_TEST_SEEN", "yes"),))
+    context = ServerContext(alive_lock=str(registry_for(path).alive_path), environment=(("MPMM_TEST_SEEN", "yes"),))
     with serving_for(context):
         proxy = shared(path, "it", Surroundings)
     assert (proxy.seen_by_constructor(), proxy.environment("MPMM_TEST_SEEN")) == ("yes", "yes")
@@ -254,7 +254,9 @@ def test_a_module_that_leaves_a_thread_behind_is_not_imported_before_a_fork(path
 def test_imports_see_the_environment_of_a_server_context(path: str, modules: Any) -> None:
     name = modules("mpmm_test_reads", "answer = int(os.environ['MPMM_TEST_SEEN'])")
     for answer in ("1", "2", "3"):
-        context = ServerContext(alive_lock=str(room_for(path).alive_path), environment=(("MPMM_TEST_SEEN", answer),))
+        context = ServerContext(
+            alive_lock=str(registry_for(path).alive_path), environment=(("MPMM_TEST_SEEN", answer),)
+        )
         with serving_for(context):
             assert shared(path, f"tag {answer}", Importing(name)).increment() == int(answer) + 1
         wait_for_template_with(path, modules, name)
@@ -271,31 +273,31 @@ def test_modules_named_in_the_environment_are_imported_beforehand(
     assert set(pids_that_imported(modules, name)) <= {template, *templates_of(path)}
 
 
-def test_a_prelude_is_done_before_the_first_server_is_forked(
+def test_a_preload_hook_is_done_before_the_first_server_is_forked(
     path: str, modules: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    name = modules("mpmm_test_prelude", "def prepare():\n    global answer\n    answer += 100")
-    monkeypatch.setattr(forkserver_client, "_preludes", [f"{name}:prepare"])
+    name = modules("mpmm_test_preload_hook", "def prepare():\n    global answer\n    answer += 100")
+    monkeypatch.setattr(forkserver_client, "_preload_hooks", [f"{name}:prepare"])
     assert shared(path, "first", Importing(name)).increment() == 142
     assert pids_that_imported(modules, name) == templates_of(path)
 
 
-def test_what_a_preludes_own_module_looks_at_costs_no_template(
+def test_what_a_preload_hooks_own_module_looks_at_costs_no_template(
     path: str, modules: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     code = "asked = os.environ.get('PIPELINE_OPTIONS')\ndef prepare():\n    global answer\n    answer += 100"
     name = modules("mpmm_test_asks_first", code)
-    monkeypatch.setattr(forkserver_client, "_preludes", [f"{name}:prepare"])
+    monkeypatch.setattr(forkserver_client, "_preload_hooks", [f"{name}:prepare"])
     assert shared(path, "first", Imports(name)).value("answer") == 141
     assert len(pids_that_imported(modules, name)) == 1, "another template, or the server, had to import it again"
 
 
 @pytest.mark.parametrize("code", ["raise SystemExit", "os.kill(os.getpid(), 9)"])
-def test_a_prelude_that_fails_leaves_servers_to_themselves(
+def test_a_preload_hook_that_fails_leaves_servers_to_themselves(
     path: str, modules: Any, monkeypatch: pytest.MonkeyPatch, code: str
 ) -> None:
     name = modules("mpmm_test_failing", code)
-    monkeypatch.setattr(forkserver_client, "_preludes", [f"{name}:prepare"])
+    monkeypatch.setattr(forkserver_client, "_preload_hooks", [f"{name}:prepare"])
     for number in range(3):
         assert shared(path, f"tag {number}").increment() == 1
 
@@ -436,7 +438,7 @@ def test_an_import_that_looks_at_the_visible_devices_sees_those_of_its_server(pa
     name = modules("mpmm_test_devices", "seen = os.environ.get('CUDA_VISIBLE_DEVICES')")
 
     def placed(tag: str, device: str) -> Any:
-        context = ServerContext(str(room_for(path).alive_path), environment=(("CUDA_VISIBLE_DEVICES", device),))
+        context = ServerContext(str(registry_for(path).alive_path), environment=(("CUDA_VISIBLE_DEVICES", device),))
         with serving_for(context):
             return shared(path, tag, Imports(name))
 
@@ -464,7 +466,7 @@ os.environ.pop("MPMM_TEST_REMOVED", None)
 def seen():
     return os.environ.get("MPMM_TEST_SET"), os.environ.get("MPMM_TEST_REMOVED"), type(os.environ).__name__
 """
-    context = ServerContext(str(room_for(path).alive_path), environment=(("MPMM_TEST_REMOVED", "x"),))
+    context = ServerContext(str(registry_for(path).alive_path), environment=(("MPMM_TEST_REMOVED", "x"),))
     with serving_for(context):
         servers = servers_of_template(path, modules, modules("mpmm_test_sets", code))
     assert {proxy.value("seen") for proxy in servers} == {("by the module", None, "_Environ")}
@@ -556,7 +558,7 @@ def test_the_zygote_ends_soon_after_its_last_client_was_killed_and_leaves_nothin
         worker.do(acquire_importing, modules("mpmm_test_slow"), path)
     wait_for_template_with(path, modules, "mpmm_test_slow")
     pids = [zygote_of(path), *templates_of(path)]
-    room_for(path).leave()
+    registry_for(path).leave()
     for worker in workers:
         worker.kill()
     wait_until(lambda: not any(map(is_running, pids)), LAST_CLIENT_S, lambda: "the zygote still runs")
@@ -619,7 +621,7 @@ def test_killing_the_zygote_at_any_time_costs_no_start(path: str) -> None:
         chance = random.Random(7)
         while not stop.wait(chance.random() * 0.2):
             with contextlib.suppress(ProcessLookupError):
-                if (pid := zygote_pid(room_for(path))) is not None:
+                if (pid := zygote_pid(registry_for(path))) is not None:
                     os.kill(pid, signal.SIGKILL)
                     kills += 1
 
@@ -642,7 +644,7 @@ def test_without_a_zygote_servers_are_spawned(
 ) -> None:
     monkeypatch.setenv("MPMM_ZYGOTE", "0")
     assert parent_of(shared(path, "spawned").pid()) == os.getpid()
-    assert zygote_pid(room_for(path)) is None
+    assert zygote_pid(registry_for(path)) is None
     monkeypatch.setenv("MPMM_ZYGOTE", "1")
     monkeypatch.setattr(forkserver_client, "_avoid_until", 0.0)
     with caplog.at_level(logging.WARNING), monkeypatch.context() as patched:

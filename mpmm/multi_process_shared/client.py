@@ -1,6 +1,6 @@
 """A client's side of a server: one connection, with a channel on it, for each thread, kept between calls.
 
-A channel is taken out of its thread's pocket during a call and put back after the answer was unpickled. So a call from
+A channel is taken out of its thread's cache during a call and put back after the answer was unpickled. So a call from
 a signal handler or a destructor in the middle of another one gets a connection of its own, and one that was
 interrupted half-way, and would deliver the old answer to the next question, is dropped.
 """
@@ -18,7 +18,7 @@ from typing import Any
 
 from mpmm.errors import ModelServerError
 from mpmm.fork_hooks import in_forked_child
-from mpmm.multi_process_shared.registry import Room, ServerRecord
+from mpmm.multi_process_shared.registry import ServerRecord, ServerRegistry
 from mpmm.multi_process_shared.rpc import protocol, sockets
 from mpmm.multi_process_shared.rpc.channel import Channel
 
@@ -32,20 +32,20 @@ DYING_S = 0.5
 class ServerLink:
     """The way to one incarnation of one server. Thread-safe; usable in forked children."""
 
-    def __init__(self, room: Room, record: ServerRecord) -> None:
-        self.room = room
+    def __init__(self, registry: ServerRegistry, record: ServerRecord) -> None:
+        self.registry = registry
         self.record = record
         self.tag = record.tag
         self._methods: frozenset[str] | None = None
-        self._pocket = threading.local()
+        self._channels = threading.local()
         # Results that stayed in the server and that nobody has any more; the next request says so.
         self.unwanted: deque[int] = deque()
         _links.add(self)
 
     def connect(self) -> Connection:
         """Open one more connection, in one attempt. Raises AuthenticationError, OSError or EOFError."""
-        self.room.join()
-        return sockets.dial(self.room.path, self.record.socket_name, self.room.key())
+        self.registry.join()
+        return sockets.dial(self.registry.path, self.record.socket_name, self.registry.key())
 
     def acquire(self) -> tuple[int, frozenset[str]]:
         """Become a user of the object; return the token and the names of its methods.
@@ -71,7 +71,7 @@ class ServerLink:
         if self.unwanted:
             self._drop_unwanted()
         message = protocol.encode_request(token, name, args, kwargs)
-        channel: Channel = self._pocket.__dict__.pop("channel", None) or self._connected()
+        channel: Channel = self._channels.__dict__.pop("channel", None) or self._connected()
         try:
             channel.send(message)
             answer = channel.receive()
@@ -86,7 +86,7 @@ class ServerLink:
             return protocol.decode_answer(answer, self.tag, name)
         finally:
             # Not before: a small answer lies in memory of the channel.
-            self._pocket.channel = channel
+            self._channels.channel = channel
 
     def _drop_unwanted(self) -> None:
         """Tell the server which results are wanted no longer. One that does not answer keeps them no longer anyway."""
@@ -99,7 +99,7 @@ class ServerLink:
 
     def forget_after_fork(self) -> None:
         """Start without connections in a forked child; the inherited ones have been closed."""
-        self._pocket = threading.local()
+        self._channels = threading.local()
         # They are the parent's.
         self.unwanted = deque()
 
@@ -112,7 +112,7 @@ class ServerLink:
             except AuthenticationError as error:
                 raise self._lost(f"refused this process: {error}") from error
             except (OSError, EOFError) as error:
-                lives, record = self.room.look(self.tag)
+                lives, record = self.registry.look(self.tag)
                 if not lives or (record is not None and record.incarnation != self.record.incarnation):
                     raise self._lost("is gone") from error
                 if attempt == CONNECT_ATTEMPTS:
@@ -129,7 +129,7 @@ class ServerLink:
         """
         deadline = time.monotonic() + DYING_S
         while time.monotonic() < deadline:
-            lives, record = self.room.look(self.tag)
+            lives, record = self.registry.look(self.tag)
             if not lives or (record is not None and record.incarnation != self.record.incarnation):
                 return
             time.sleep(0.001)
@@ -143,12 +143,12 @@ class ServerLink:
 
 
 _links: weakref.WeakSet[ServerLink] = weakref.WeakSet()
-_known: dict[tuple[Room, str], ServerLink] = {}
+_known: dict[tuple[ServerRegistry, str], ServerLink] = {}
 
 
-def known_link(room: Room, tag: str) -> ServerLink | None:
+def known_link(registry: ServerRegistry, tag: str) -> ServerLink | None:
     """Return the link that this process last used for the tag; its server may be gone."""
-    return _known.get((room, tag))
+    return _known.get((registry, tag))
 
 
 def remember_link(link: ServerLink) -> None:
@@ -157,25 +157,25 @@ def remember_link(link: ServerLink) -> None:
     A new server is the occasion to drop the links, and with them the connections, of those that have ended
     meanwhile: a tag that names one copy of a model never comes again.
     """
-    if _known.get((link.room, link.tag)) is not link:
+    if _known.get((link.registry, link.tag)) is not link:
         for known in list(_known.values()):
-            if not known.room.look(known.tag)[0]:
+            if not known.registry.look(known.tag)[0]:
                 forget_link(known)
-    _known[link.room, link.tag] = link
+    _known[link.registry, link.tag] = link
 
 
-def link_to(room: Room, record: ServerRecord) -> ServerLink:
+def link_to(registry: ServerRegistry, record: ServerRecord) -> ServerLink:
     """Return a link to the server, the remembered one if it leads to the same incarnation."""
-    known = _known.get((room, record.tag))
+    known = _known.get((registry, record.tag))
     if known is not None and known.record.incarnation == record.incarnation:
         return known
-    return ServerLink(room, record)
+    return ServerLink(registry, record)
 
 
 def forget_link(link: ServerLink) -> None:
     """Do not try `link` first any more."""
-    if _known.get((link.room, link.tag)) is link:
-        _known.pop((link.room, link.tag), None)
+    if _known.get((link.registry, link.tag)) is link:
+        _known.pop((link.registry, link.tag), None)
 
 
 def _forget_connections_after_fork() -> None:

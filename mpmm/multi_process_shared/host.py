@@ -4,9 +4,9 @@ A host stands for one tag. It keeps the object while it has users (tokens, one f
 constructor for when it has users again. `Host.lock` guards object and tokens; calls run outside of it.
 A hard delete ends the host: a spawned server's process goes with it, another process just lets go of the tag.
 
-One thread at a time is on duty: it waits for the next connection. It then passes the duty on to the spare thread and
-answers the client itself, so that nobody's first word has to wait until a thread has been started, which is a quarter
-of a millisecond of the two for the first acquire of a process. The next spare one is started once a client is quiet.
+The threads are a pool of leader and follower: the leader waits for the next connection, lets the follower lead, and
+answers the client itself. So no client's first request has to wait until a thread has been started, which is a quarter
+of a millisecond of the two for the first acquire of a process. The next follower is started once a client is quiet.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from mpmm.errors import ModelServerError, RemoteCallError, SharedObjectReleasedE
 from mpmm.fork_hooks import call_once_at_exit, close_in_children, fork_guard, in_forked_child
 from mpmm.multi_process_shared.context import attaching_to
 from mpmm.multi_process_shared.references import References
-from mpmm.multi_process_shared.registry import LEAVE_PRIORITY, Room, ServerRecord, start_time_of, write_record
+from mpmm.multi_process_shared.registry import LEAVE_PRIORITY, ServerRecord, ServerRegistry, start_time_of, write_record
 from mpmm.multi_process_shared.rpc import pickling, protocol, sockets
 from mpmm.multi_process_shared.rpc.channel import Channel, Message
 from mpmm.printable import printable_logger
@@ -45,7 +45,7 @@ class Host:
 
     def __init__(
         self,
-        room: Room,
+        registry: ServerRegistry,
         record: ServerRecord,
         constructor: Callable[[], Any],
         shared: Any,
@@ -53,11 +53,11 @@ class Host:
         at_hard_delete: Callable[[], None] | None,
     ) -> None:
         """Take over `life`, the tag's life lock that this process holds, and `shared`, just made by `constructor`."""
-        self.room = room
+        self.registry = registry
         self.record = record
         self.tag = record.tag
         self.methods = public_methods(shared)
-        self.references = References(room.root, record)
+        self.references = References(registry.root, record)
         self.inherited = False
         self._constructor = constructor
         self._life = life
@@ -72,16 +72,16 @@ class Host:
         self._ended = False
         self._connections: set[Connection | Channel] = set()
         self._connections_lock = threading.Lock()
-        self._duty = threading.Semaphore(0)
-        self._has_spare = False
-        self._spare_lock = threading.Lock()
-        self._listener = sockets.listen(room.path, record.socket_name)
+        self._leads_next = threading.Semaphore(0)
+        self._has_follower = False
+        self._follower_lock = threading.Lock()
+        self._listener = sockets.listen(registry.path, record.socket_name)
         with fork_guard:
             self._waker, self._wakes = map(close_in_children, socket.socketpair())
 
     def start(self) -> None:
         """Begin to answer, in daemon threads."""
-        self._start_thread(on_duty=True)
+        self._start_thread(leads=True)
 
     def acquire(self) -> int:
         """Add a user and return its token; the object is made anew if it had none. Raises what the constructor raises.
@@ -92,7 +92,7 @@ class Host:
             if self._ended or self.inherited:
                 raise self._gone()
             if not self._has_object:
-                with attaching_to(self.tag, self.room.root):
+                with attaching_to(self.tag, self.registry.root):
                     self._shared = self._constructor()
                 self.methods = public_methods(self._shared)
                 self._has_object = True
@@ -166,9 +166,9 @@ class Host:
 
     def _unpublish(self) -> None:
         with _hosts_mutex:
-            _hosts.pop((self.room, self.tag), None)
+            _hosts.pop((self.registry, self.tag), None)
         with suppress(FileNotFoundError):
-            os.unlink(self.room.path / self.record.socket_name)
+            os.unlink(self.registry.path / self.record.socket_name)
 
     def _close(self) -> None:
         # While the lock is held: nobody else's file can be at this path.
@@ -187,31 +187,31 @@ class Host:
             f"the shared object {self.tag!r} was deleted; acquire it again", tag=self.tag, server_pid=self.record.pid
         )
 
-    def _start_thread(self, on_duty: bool) -> None:
-        threading.Thread(target=self._serve, args=(on_duty,), name=f"mpmm-host-{self.tag}", daemon=True).start()
+    def _start_thread(self, leads: bool) -> None:
+        threading.Thread(target=self._serve, args=(leads,), name=f"mpmm-host-{self.tag}", daemon=True).start()
 
-    def _serve(self, on_duty: bool) -> None:
-        """Wait for the duty, welcome a client, pass the duty on, answer, begin again; a thread's whole life."""
+    def _serve(self, leads: bool) -> None:
+        """Follow until this thread may lead, accept a client, let another one lead, answer; a thread's whole life."""
         while True:
-            if not on_duty:
-                self._duty.acquire()
-            connection = self._welcome()
+            if not leads:
+                self._leads_next.acquire()
+            connection = self._accept()
             if connection is None:
-                # Whoever else waits for the duty is to go, too.
-                self._duty.release()
+                # The follower is to end, too.
+                self._leads_next.release()
                 return
-            on_duty = not self._pass_on()
-            if on_duty:
+            leads = not self._let_follower_lead()
+            if leads:
                 connection.close()
                 continue
-            self._converse(connection)
-            if not self._is_spare_from_now():
+            self._serve_connection(connection)
+            if not self._follow_from_now():
                 return
 
-    def _welcome(self) -> Connection | None:
+    def _accept(self) -> Connection | None:
         """Return the next connection, None at the end."""
         if self._listener.fileno() < 0:
-            # Closed by who was on duty then.
+            # Closed by the thread that led before.
             return None
         while self._waker not in wait([self._listener, self._waker]):
             try:
@@ -227,37 +227,37 @@ class Host:
         self._waker.close()
         return None
 
-    def _pass_on(self) -> bool:
-        """Have another thread welcome the next client; return False if there is none to be had."""
-        with self._spare_lock:
-            spare, self._has_spare = self._has_spare, False
-        if spare:
-            self._duty.release()
+    def _let_follower_lead(self) -> bool:
+        """Have another thread accept the next client; return False if there is none to be had."""
+        with self._follower_lock:
+            has_follower, self._has_follower = self._has_follower, False
+        if has_follower:
+            self._leads_next.release()
             return True
         try:
-            self._start_thread(on_duty=True)
+            self._start_thread(leads=True)
         except RuntimeError as error:
             logger.warning("mpmm: pid %d has no thread to serve %r: %s", os.getpid(), self.tag, error)
             return False
         return True
 
-    def _is_spare_from_now(self) -> bool:
-        """Make a thread the spare one if there is none; return whether it is."""
-        with self._spare_lock:
-            if self._has_spare:
+    def _follow_from_now(self) -> bool:
+        """Make a thread the follower if there is none; return whether it is."""
+        with self._follower_lock:
+            if self._has_follower:
                 return False
-            self._has_spare = True
+            self._has_follower = True
             return True
 
-    def _start_spare(self) -> None:
-        """Start a spare thread if there is none; if that fails, the next client has to wait for one to be started."""
-        if self._is_spare_from_now():
+    def _start_follower(self) -> None:
+        """Start a follower if there is none; if that fails, the next client has to wait for one to be started."""
+        if self._follow_from_now():
             try:
-                self._start_thread(on_duty=False)
+                self._start_thread(leads=False)
             except RuntimeError:
-                self._has_spare = False
+                self._has_follower = False
 
-    def _converse(self, connection: Connection) -> None:
+    def _serve_connection(self, connection: Connection) -> None:
         """Answer one client thread until it goes."""
         # What `_close` has to cut: the connection first, then the channel that takes it over.
         line: Connection | Channel = connection
@@ -265,7 +265,7 @@ class Host:
         with self._connections_lock:
             self._connections.add(line)
         try:
-            sockets.authenticate_client(connection, self.room.key())
+            sockets.authenticate_client(connection, self.registry.key())
             with self._connections_lock:
                 self._connections.discard(line)
                 line = channel = Channel(connection)
@@ -273,8 +273,8 @@ class Host:
             client = sockets.peer_pid(channel.fileno())
             while not self._ended:
                 channel.give_back_when_idle()
-                if not self._has_spare and not channel.is_readable(QUIET_MS):
-                    self._start_spare()
+                if not self._has_follower and not channel.is_readable(QUIET_MS):
+                    self._start_follower()
                 answer = self._answer(channel.receive(), client)
                 if answer is None:
                     break
@@ -380,17 +380,17 @@ def can_sleep(shared: object) -> bool:
     return callable(getattr(kind, "sleep", None)) and callable(getattr(kind, "wake_up", None))
 
 
-_hosts: dict[tuple[Room, str], Host] = {}
+_hosts: dict[tuple[ServerRegistry, str], Host] = {}
 _inherited_hosts: list[Host] = []
 _hosts_mutex = threading.Lock()
 
 
-def find_host(room: Room, tag: str) -> Host | None:
+def find_host(registry: ServerRegistry, tag: str) -> Host | None:
     """Return this process's host of the tag, if it is the one."""
-    return _hosts.get((room, tag))
+    return _hosts.get((registry, tag))
 
 
-def new_record(room: Room, tag: str, *, spawned: bool, ready: bool) -> ServerRecord:
+def new_record(registry: ServerRegistry, tag: str, *, spawned: bool, ready: bool) -> ServerRecord:
     """Return the record of a server that this process is about to be."""
     incarnation = os.urandom(16).hex()
     return ServerRecord(
@@ -398,14 +398,14 @@ def new_record(room: Room, tag: str, *, spawned: bool, ready: bool) -> ServerRec
         pid=os.getpid(),
         start_time=start_time_of(os.getpid()) or 0.0,
         incarnation=incarnation,
-        socket_name=room.socket_name(tag, incarnation),
+        socket_name=registry.socket_name(tag, incarnation),
         spawned=spawned,
         ready=ready,
     )
 
 
 def host_object(
-    room: Room,
+    registry: ServerRegistry,
     record: ServerRecord,
     constructor: Callable[[], Any],
     shared: Any,
@@ -416,12 +416,12 @@ def host_object(
 
     at_hard_delete: called when a client has asked for the end, files already removed; need not return.
     """
-    room.remove_sockets(record.tag)
+    registry.remove_sockets(record.tag)
     record = replace(record, sleeps=can_sleep(shared))
-    host = Host(room, record, constructor, shared, life, at_hard_delete)
+    host = Host(registry, record, constructor, shared, life, at_hard_delete)
     call_once_at_exit(end_all_hosts, END_HOSTS_PRIORITY)
     with _hosts_mutex:
-        _hosts[room, record.tag] = host
+        _hosts[registry, record.tag] = host
     host.start()
     write_record(life, record)
     return host

@@ -2,9 +2,9 @@
 
 A server outlives the process that started it. If it kept that one's pipes open, a program that reads the starter's
 output to its end (`subprocess.run(capture_output=True)`, a shell's pipeline) would wait for the server, too. So when
-the starter has ended, the server's descriptors 1 and 2 become those of the file `servers.log` in the room's folder,
-`<runtime directory>/shared/`, which all servers of the room append to. Whoever finds it longer than LOG_BYTES renames
-it to `servers.log.1`, in place of an older one. What the server itself has started keeps what it inherited.
+the starter has ended, the server's descriptors 1 and 2 become those of the file `servers.log` in the registry's folder,
+`<runtime directory>/shared/`, which all servers of the registry append to. A server that finds it longer than LOG_BYTES
+renames it to `servers.log.1`, in place of an older one. What the server itself has started keeps what it inherited.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class Output:
         try:
             fd = os.open(self._path, flags, 0o600)
         except OSError:
-            # The room is gone, or the disk is full: what is said then is lost, but holds nobody up.
+            # The registry is gone, or the disk is full: what is said then is lost, but holds nobody up.
             try:
                 fd = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
             except OSError:

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import psutil
 
 from mpmm.errors import SharedObjectReleasedError
-from mpmm.multi_process_shared.registry import room_at, start_time_of
+from mpmm.multi_process_shared.registry import registry_at, start_time_of
 from mpmm.multi_process_shared.rpc import pickling, protocol
 
 if TYPE_CHECKING:
@@ -195,7 +195,7 @@ class RemoteObject:
     def __reduce__(self) -> tuple[Any, ...]:
         link = self._mpmm_link
         parts = self._mpmm_number, self._mpmm_kind, self._mpmm_protocols
-        return _arrive, (link.room.root, link.record, *parts, False)
+        return _arrive, (link.registry.root, link.record, *parts, False)
 
 
 def _call(remote: RemoteObject, name: str, *args: Any, **kwargs: Any) -> Any:
@@ -234,15 +234,15 @@ def _arrive(
     from mpmm.multi_process_shared.client import link_to
     from mpmm.multi_process_shared.host import find_host
 
-    room = room_at(root)
-    host = find_host(room, record.tag)
+    registry = registry_at(root)
+    host = find_host(registry, record.tag)
     if host is not None and host.record.incarnation == record.incarnation:
         thing = host.references.find(number)
         if answers_for_it:
             # A client in the same process: from here on it has the object, and no other reference to it is left.
             host.references.drop([number])
         return thing
-    link = link_to(room, record)
+    link = link_to(registry, record)
     remote = _class_with(protocols)(link, number, kind, protocols)
     if answers_for_it:
         weakref.finalize(remote, _give_back, link, number, os.getpid()).atexit = False

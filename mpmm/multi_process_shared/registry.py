@@ -1,8 +1,8 @@
-"""The room: one folder in which clients and servers of shared objects find each other.
+"""The registry: one folder in which clients and servers of shared objects find each other.
 
     key             32 random bytes; whoever connects must know them
     alive.lock      held shared by every client process as long as it lives
-    lifecycle.lock  held shared by a model server that starts another one, exclusively while the room is removed
+    lifecycle.lock  held shared by a model server that starts another one, exclusively while the registry is removed
     <tag>.lock      held by whoever looks for the tag's server and starts one if there is none
     <tag>.life      held by the tag's server as long as it lives; its text says who and where that is
     <tag>-*.sock    the server's socket, a new name for each server
@@ -14,8 +14,8 @@
 `<tag>` is a digest of the tag, so that tags may hold any characters and names stay short. Order of locks:
 alive, lifecycle, tag, life.
 
-Rooms come and go: when no client holds the alive lock and no server its life lock, the last of them to
-leave removes the folder. It renames the folder first, so that a newcomer who makes the room again never
+Registries come and go: when no client holds the alive lock and no server its life lock, the last of them to
+leave removes the folder. It renames the folder first, so that a newcomer who makes the registry again never
 loses files to the one who is still deleting; everybody else notices by `LockFile.is_current`.
 """
 
@@ -50,7 +50,7 @@ from mpmm.shared_state.runtime_dir import (
     root_below,
 )
 
-__all__ = ["Room", "ServerRecord", "room_at", "room_for", "start_time_of"]
+__all__ = ["ServerRecord", "ServerRegistry", "registry_at", "registry_for", "start_time_of"]
 
 KEY_BYTES = 32
 # An exclusive holder of the alive lock probes for microseconds, or is a server on its way out.
@@ -167,8 +167,8 @@ def start_time_of(pid: int) -> float | None:
         return None
 
 
-class Room:
-    """One room as this process sees it. Thread-safe; made by `room_at` and `room_for` only."""
+class ServerRegistry:
+    """One registry as this process sees it. Thread-safe; made by `registry_at` and `registry_for` only."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -178,7 +178,7 @@ class Room:
         self._alive: LockFile | None = None
 
     def __repr__(self) -> str:
-        return f"Room({str(self.path)!r})"
+        return f"ServerRegistry({str(self.path)!r})"
 
     @property
     def alive_path(self) -> Path:
@@ -222,9 +222,9 @@ class Room:
             (self.path / HANDLES / digest_of(tag)).unlink()
 
     def join(self) -> None:
-        """Make the room if need be and become one of its clients until this process ends; cheap when repeated.
+        """Make the registry if need be and become one of its clients until this process ends; cheap when repeated.
 
-        A model server only makes the room: if servers counted as clients, they would keep each other alive.
+        A model server only makes the registry: if servers counted as clients, they would keep each other alive.
         Raises RuntimeDirectoryError; LockTimeoutError when a server that is leaving does not come to an end.
         """
         if _server_lives_by is not None:
@@ -236,11 +236,11 @@ class Room:
                     return
                 self._alive.close()
                 self._alive = None
-            call_once_at_exit(leave_all_rooms, LEAVE_PRIORITY)
+            call_once_at_exit(leave_all_registries, LEAVE_PRIORITY)
             self._alive = self._lock(self.alive_path, lambda lock: lock.shared(ALIVE_LOCK_TIMEOUT_S))
 
     def leave(self) -> None:
-        """Stop being a client, and remove the room if nobody else uses it."""
+        """Stop being a client, and remove the registry if nobody else uses it."""
         with self._mutex:
             alive, self._alive = self._alive, None
         if alive is None:
@@ -259,7 +259,7 @@ class Room:
         self._alive = None
 
     def claim_if_abandoned(self) -> LockFile | None:
-        """Take the alive lock exclusively if the room has no client; None if it has, or is gone."""
+        """Take the alive lock exclusively if the registry has no client; None if it has, or is gone."""
         try:
             lock = open_lock(self.alive_path)
         except FileNotFoundError:
@@ -278,7 +278,7 @@ class Room:
         return None
 
     def remove_if_unused(self, but: LockFile | None = None) -> None:
-        """Remove the room unless a server lives or is being started. Hold the alive lock exclusively.
+        """Remove the registry unless a server lives or is being started. Hold the alive lock exclusively.
 
         but: the life lock of this process, which does not count because the process ends.
         """
@@ -299,7 +299,7 @@ class Room:
             RuntimeDirectory(gone.name, self.root).remove()
 
     def key(self) -> bytes:
-        """Return the room's key, made by the first who asks. Call after `join`."""
+        """Return the registry's key, made by the first who asks. Call after `join`."""
         with contextlib.closing(open_lock(self.path / "key")) as lock:
             lock.shared(SHORT_LOCK_TIMEOUT_S)
             key = os.pread(lock.fd, KEY_BYTES + 1, 0)
@@ -316,7 +316,7 @@ class Room:
 
     @contextmanager
     def tag_lock(self, tag: str, timeout_seconds: float = math.inf) -> Iterator[None]:
-        """Hold the tag's lock, with the room in place; for ever is right where others may be loading a model.
+        """Hold the tag's lock, with the registry in place; for ever is right where others may be loading a model.
 
         Raises LockTimeoutError.
         """
@@ -325,7 +325,7 @@ class Room:
         try:
             self.join()
             if _server_lives_by is not None:
-                # No client of the room, so nothing else keeps the room while the new server comes up.
+                # No client of the registry, so nothing else keeps the registry while the new server comes up.
                 keeper = self._lock(self.path / "lifecycle.lock", lambda lock: lock.shared(ALIVE_LOCK_TIMEOUT_S))
             lock = self._lock(self._tag_lock_path(tag), lambda lock: lock.exclusive(timeout_seconds))
             yield
@@ -346,7 +346,7 @@ class Room:
             return False, None
 
     def take_life(self, tag: str) -> LockFile | None:
-        """Take the life lock of the tag for this process; None when another process has it or the room is gone."""
+        """Take the life lock of the tag for this process; None when another process has it or the registry is gone."""
         try:
             life = open_lock(self.life_path(tag))
         except FileNotFoundError:
@@ -378,7 +378,7 @@ class Room:
         return self.path / f"{digest_of(tag)}.lock"
 
     def _lock(self, path: Path, take: Callable[[LockFile], Any]) -> LockFile:
-        """Open and `take` a lock of the room, again if the room or the file was removed meanwhile."""
+        """Open and `take` a lock of the registry, again if the registry or the file was removed meanwhile."""
         while True:
             self.directory.ensure()
             try:
@@ -438,52 +438,52 @@ def digest_of(tag: str) -> str:
     return hashlib.blake2b(tag.encode("utf-8", "surrogatepass"), digest_size=10).hexdigest()
 
 
-_rooms: dict[Path, Room] = {}
-_rooms_mutex = threading.Lock()
-# What `room_for` found, by its argument and the setting: taking paths apart would cost more than a call.
-_rooms_by_argument: dict[tuple[str | None, str | None], Room] = {}
+_registries: dict[Path, ServerRegistry] = {}
+_registries_mutex = threading.Lock()
+# What `registry_for` found, by its argument and the setting: taking paths apart would cost more than a call.
+_registries_by_argument: dict[tuple[str | None, str | None], ServerRegistry] = {}
 
 
-def room_at(root: Path) -> Room:
-    """Return this process's one object for the room below `root`."""
-    with _rooms_mutex:
-        room = _rooms.get(root)
-        if room is None:
-            room = _rooms[root] = Room(root)
-        return room
+def registry_at(root: Path) -> ServerRegistry:
+    """Return this process's one object for the registry below `root`."""
+    with _registries_mutex:
+        registry = _registries.get(root)
+        if registry is None:
+            registry = _registries[root] = ServerRegistry(root)
+        return registry
 
 
-def room_for(path: str | None) -> Room:
-    """Return the room for Beam's `path` argument; None and the temp folder mean the user's runtime directory.
+def registry_for(path: str | None) -> ServerRegistry:
+    """Return the registry for Beam's `path` argument; None and the temp folder mean the user's runtime directory.
 
     Raises InvalidArgumentError.
     """
     if not isinstance(path, str | os.PathLike | None):
         raise InvalidArgumentError(f"path={in_brief(path)}: expected a folder")
     argument = (path, os.environ.get(RUNTIME_DIR_VARIABLE))
-    room = _rooms_by_argument.get(argument)
-    if room is None:
+    registry = _registries_by_argument.get(argument)
+    if registry is None:
         if path is not None:
             path = str(checked_path("path", path, "a folder"))
         root = default_root() if path is None or path == tempfile.gettempdir() else root_below(Path(path))
-        room = room_at(root.absolute())
+        registry = registry_at(root.absolute())
         if root.is_absolute():
-            _rooms_by_argument[argument] = room
-    return room
+            _registries_by_argument[argument] = registry
+    return registry
 
 
-def leave_all_rooms() -> None:
-    """Leave every room; for the end of the process."""
-    for room in list(_rooms.values()):
+def leave_all_registries() -> None:
+    """Leave every registry; for the end of the process."""
+    for registry in list(_registries.values()):
         with contextlib.suppress(OSError):
-            room.leave()
+            registry.leave()
 
 
-def _forget_rooms_after_fork() -> None:
-    global _rooms_mutex
-    _rooms_mutex = threading.Lock()
-    for room in _rooms.values():
-        room.forget_after_fork()
+def _forget_registries_after_fork() -> None:
+    global _registries_mutex
+    _registries_mutex = threading.Lock()
+    for registry in _registries.values():
+        registry.forget_after_fork()
 
 
-in_forked_child(_forget_rooms_after_fork)
+in_forked_child(_forget_registries_after_fork)

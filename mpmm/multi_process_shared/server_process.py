@@ -36,11 +36,11 @@ from mpmm.multi_process_shared.host import end_all_hosts, host_object, new_recor
 from mpmm.multi_process_shared.identity import name_of_constructor, names_of_types
 from mpmm.multi_process_shared.output import Output, Starter
 from mpmm.multi_process_shared.registry import (
-    Room,
     ServerRecord,
+    ServerRegistry,
     become_server_process,
     open_lock,
-    room_at,
+    registry_at,
     write_record,
 )
 from mpmm.printable import printable_logger
@@ -107,7 +107,7 @@ class _Server:
         self.plan = plan
         self.on_made = on_made
         self.tag = plan.tag
-        self.room: Room = room_at(Path(plan.root))
+        self.registry: ServerRegistry = registry_at(Path(plan.root))
         self.starter: Connection | None = starter
         self.life: LockFile | None = None
         self.record: ServerRecord | None = None
@@ -115,7 +115,7 @@ class _Server:
         self.kept: list[object] = []
         self.exiting = threading.RLock()
         self.serving = False
-        self.output = Output(self.room.path)
+        self.output = Output(self.registry.path)
         self.signals = _Signals(self.on_signal)
 
     def run(self, preparation: dict[str, Any] | None) -> NoReturn:
@@ -125,11 +125,11 @@ class _Server:
             self.prepare(preparation)
         self.signals.listen()
         _log_as_beam_does()
-        self.life = self.room.take_life(self.tag)
+        self.life = self.registry.take_life(self.tag)
         if self.life is None:
             self.tell(OCCUPIED)
             self.exit(0)
-        self.record = record = new_record(self.room, self.tag, spawned=True, ready=False)
+        self.record = record = new_record(self.registry, self.tag, spawned=True, ready=False)
         write_record(self.life, record)
         try:
             self.contexts = pickle.loads(self.plan.contexts)
@@ -137,7 +137,7 @@ class _Server:
                 if context.on_start is not None:
                     self.kept.append(context.on_start(self.tag))
             constructor = _Construction(self.tag, self.plan.constructor)
-            with attaching_to(self.tag, self.room.root):
+            with attaching_to(self.tag, self.registry.root):
                 shared = constructor()
             if self.on_made is not None:
                 self.on_made()
@@ -148,7 +148,7 @@ class _Server:
             self.signals.listen()
             namespaces = tuple(context.namespace for context in self.contexts if context.namespace)
             if namespaces:
-                self.room.remember_handle(self.tag, namespaces)
+                self.registry.remember_handle(self.tag, namespaces)
             self.record = replace(
                 record,
                 ready=True,
@@ -156,7 +156,7 @@ class _Server:
                 constructor=name_of_constructor(constructor.unpickled),
                 types=names_of_types(shared),
             )
-            host_object(self.room, self.record, constructor, shared, self.life, lambda: self.exit(0))
+            host_object(self.registry, self.record, constructor, shared, self.life, lambda: self.exit(0))
         except BaseException as error:
             text = error.message if isinstance(error, ServerStartError) else _crash_text(self.tag)
             self.tell(CRASHED, text)
@@ -232,17 +232,17 @@ class _Server:
         if self.life is None:
             # Code of the user's, his main module, may never come to an end.
             os._exit(1)
-        room_is_ours = any(lock.held and lock.path == str(self.room.alive_path) for lock in locks)
+        registry_is_ours = any(lock.held and lock.path == str(self.registry.alive_path) for lock in locks)
         for lock in locks:
-            if lock.path != str(self.room.alive_path):
+            if lock.path != str(self.registry.alive_path):
                 lock.let_go()
-        self.exit(0, keep_life=False, room_is_ours=room_is_ours)
+        self.exit(0, keep_life=False, registry_is_ours=registry_is_ours)
 
-    def exit(self, code: int, *, keep_life: bool = True, room_is_ours: bool = False) -> NoReturn:
-        """Clean up and end the process at once; the room goes too if this was the last that used it.
+    def exit(self, code: int, *, keep_life: bool = True, registry_is_ours: bool = False) -> NoReturn:
+        """Clean up and end the process at once; the registry goes too if this was the last that used it.
 
         keep_life: leave the life lock held to the very end, so that who waits for our memory can see it.
-        room_is_ours: the room's alive lock is held exclusively already.
+        registry_is_ours: the registry's alive lock is held exclusively already.
         """
         # Never released: the first thread that comes here ends the process, others wait for that. A signal handler
         # that interrupts its own thread here does the same things once more, which is harmless.
@@ -254,13 +254,13 @@ class _Server:
             if self.life is not None and self.life.fd >= 0 and self.record is not None:
                 # Before the look at the alive lock: clients who leave after it must know not to count on us.
                 write_record(self.life, replace(self.record, ready=False, leaving=True))
-                self.room.remove_sockets(self.tag)
+                self.registry.remove_sockets(self.tag)
                 end_all_hosts(but=self.life)
                 if not keep_life and self.life.is_current():
                     self.life.path.unlink(missing_ok=True)
                 self.clean_up_after_clients()
-                if room_is_ours or self.room.claim_if_abandoned() is not None:
-                    self.room.remove_if_unused(but=self.life)
+                if registry_is_ours or self.registry.claim_if_abandoned() is not None:
+                    self.registry.remove_if_unused(but=self.life)
             for stream in (sys.stdout, sys.stderr):
                 stream.flush()
         except BaseException:
@@ -382,7 +382,7 @@ class AliveLock:
         self.path = path
         self.held = False
         self._lock: LockFile | None = None
-        # A missing file is not made anew: its room or namespace is gone, and with it everybody who held the lock.
+        # A missing file is not made anew: its registry or namespace is gone, and with it everybody who held the lock.
         with suppress(FileNotFoundError):
             if os.path.exists(path):
                 self._lock = open_lock(Path(path))

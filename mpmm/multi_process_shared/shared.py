@@ -31,7 +31,7 @@ from mpmm.multi_process_shared.context import attaching_to, served_namespaces
 from mpmm.multi_process_shared.host import Host, find_host, host_object, new_record
 from mpmm.multi_process_shared.identity import check_identity, name_of_constructor, names_of_types
 from mpmm.multi_process_shared.main_import import refuse_while_importing_main
-from mpmm.multi_process_shared.registry import Room, ServerRecord, room_at, room_for
+from mpmm.multi_process_shared.registry import ServerRecord, ServerRegistry, registry_at, registry_for
 from mpmm.multi_process_shared.server_process import ATTACH, wants_to_attach
 from mpmm.multi_process_shared.start_server import reap_ended_servers, start_server
 from mpmm.multi_process_shared.stop_server import end_server
@@ -69,7 +69,7 @@ class MultiProcessShared(Generic[T]):
         Raises InvalidArgumentError.
         """
         encoded_text("tag", tag)
-        room_for(path)
+        registry_for(path)
         self._constructor = constructor
         self._tag = tag
         self._path = path
@@ -85,7 +85,7 @@ class MultiProcessShared(Generic[T]):
         servers die faster than they can be reached, or when the tag is a manager's handle whose server is gone;
         InvalidArgumentError when the tag is known to stand for something else, see `identity`.
         """
-        shared = self._acquire(room_for(self._path))
+        shared = self._acquire(registry_for(self._path))
         if self._spawn_process:
             # Servers that were deleted are zombies of ours until somebody asks for them.
             reap_ended_servers()
@@ -99,7 +99,7 @@ class MultiProcessShared(Generic[T]):
         """
         if isinstance(obj, SharedProxy):
             obj._mpmm_use.release()
-        elif not _attached.release(room_for(self._path), self._tag, obj):
+        elif not _attached.release(registry_for(self._path), self._tag, obj):
             raise NotAcquiredError(f"{obj!r} was not acquired as {self._tag!r} by this process", tag=self._tag)
 
     def unsafe_hard_delete(self) -> None:
@@ -109,62 +109,62 @@ class MultiProcessShared(Generic[T]):
         An attached object's `force_reset` is called instead, if it has one.
         Raises ModelServerError when a process that serves the object beside other work does not answer.
         """
-        room = room_for(self._path)
-        if room.attach_marker(self._tag).exists() and not end_server(room, self._tag, HARD_DELETE_TIMEOUT_S):
-            shared = self._acquire(room)
+        registry = registry_for(self._path)
+        if registry.attach_marker(self._tag).exists() and not end_server(registry, self._tag, HARD_DELETE_TIMEOUT_S):
+            shared = self._acquire(registry)
             if not isinstance(shared, SharedProxy):
-                room.attach_marker(self._tag).unlink(missing_ok=True)
-                _attached.drop(room, self._tag)
+                registry.attach_marker(self._tag).unlink(missing_ok=True)
+                _attached.drop(registry, self._tag)
                 if hasattr(shared, "force_reset"):
                     shared.force_reset()
                 return
-        end_server(room, self._tag, HARD_DELETE_TIMEOUT_S)
-        room.forget_handle(self._tag)
+        end_server(registry, self._tag, HARD_DELETE_TIMEOUT_S)
+        registry.forget_handle(self._tag)
 
-    def _acquire(self, room: Room) -> Any:
-        attached = _attached.acquire(room, self._tag)
+    def _acquire(self, registry: ServerRegistry) -> Any:
+        attached = _attached.acquire(registry, self._tag)
         if attached is not None:
             return attached.shared
         try:
-            if not self._always_proxy and (host := find_host(room, self._tag)) is not None:
+            if not self._always_proxy and (host := find_host(registry, self._tag)) is not None:
                 return self._proxy(_LocalUse(host))
-            if (link := known_link(room, self._tag)) is not None:
+            if (link := known_link(registry, self._tag)) is not None:
                 return self._proxy(_use_through(link))
         except ModelServerError:
             # Gone since we last used it; look for another one.
-            if link := known_link(room, self._tag):
+            if link := known_link(registry, self._tag):
                 forget_link(link)
         # Mostly there is one that answers, and no need to wait for those who just look, too.
-        lives, record = room.look(self._tag)
+        lives, record = registry.look(self._tag)
         if lives and record is not None and record.ready:
             with suppress(ModelServerError):
-                return self._use(room, record)
+                return self._use(registry, record)
         refuse_while_importing_main("acquire the shared object", self._tag)
-        with room.tag_lock(self._tag):
+        with registry.tag_lock(self._tag):
             failures = itertools.count(1)
             while True:
-                lives, record = room.look(self._tag)
+                lives, record = registry.look(self._tag)
                 if lives and (record is None or not record.ready):
                     # Its starter is dead, or we would not have the lock; it comes up or fails all the same.
                     time.sleep(STARTING_PAUSE_S)
                 elif lives and record is not None:
                     try:
-                        return self._use(room, record)
+                        return self._use(registry, record)
                     except ModelServerError:
                         if next(failures) >= START_ATTEMPTS:
                             raise
                         time.sleep(STARTING_PAUSE_S)
                 else:
-                    shared = self._start(room)
+                    shared = self._start(registry)
                     if shared is not None:
                         return shared
 
-    def _use(self, room: Room, record: ServerRecord) -> SharedProxy:
+    def _use(self, registry: ServerRegistry, record: ServerRecord) -> SharedProxy:
         """Become a user of a live server. Raises ModelServerError, InvalidArgumentError."""
-        host = find_host(room, self._tag)
+        host = find_host(registry, self._tag)
         if host is not None and not self._always_proxy:
             return self._proxy(_LocalUse(host))
-        return self._proxy(_use_through(link_to(room, record)))
+        return self._proxy(_use_through(link_to(registry, record)))
 
     def _proxy(self, use: _Use) -> SharedProxy:
         """Return a proxy for a use of what a live server has. Raises InvalidArgumentError for something else."""
@@ -175,7 +175,7 @@ class MultiProcessShared(Generic[T]):
             raise
         return SharedProxy(use)
 
-    def _start(self, room: Room) -> Any:
+    def _start(self, registry: ServerRegistry) -> Any:
         """Bring about a server, or attach; hold the tag's lock, under which there was no server.
 
         Returns the object if it is attached, else None: look again. Raises ModelServerError for a manager's handle,
@@ -187,34 +187,38 @@ class MultiProcessShared(Generic[T]):
                 "no such object yet"
             )
         ours = served_namespaces()
-        if not ours and (theirs := room.namespaces_of_handle(self._tag)):
+        if not ours and (theirs := registry.namespaces_of_handle(self._tag)):
             raise ModelServerError(
                 f"the model server of the handle {self._tag!r} (namespace {', '.join(theirs)}) is gone; release the "
                 "handle and acquire the model again",
                 tag=self._tag,
                 server_pid=None,
             )
-        marker = room.attach_marker(self._tag)
-        if self._spawn_process and not marker.exists() and start_server(room, self._tag, self._constructor) != ATTACH:
+        marker = registry.attach_marker(self._tag)
+        if (
+            self._spawn_process
+            and not marker.exists()
+            and start_server(registry, self._tag, self._constructor) != ATTACH
+        ):
             return None
-        with attaching_to(self._tag, room.root):
+        with attaching_to(self._tag, registry.root):
             shared = self._constructor()
         if wants_to_attach(shared):
             marker.touch(mode=0o600)
-            return _attached.add(room, self._tag, shared)
+            return _attached.add(registry, self._tag, shared)
         # The tag used to stand for another kind of object.
         marker.unlink(missing_ok=True)
-        if not self._spawn_process and (life := room.take_life(self._tag)) is not None:
+        if not self._spawn_process and (life := registry.take_life(self._tag)) is not None:
             try:
                 if ours:
-                    room.remember_handle(self._tag, ours)
+                    registry.remember_handle(self._tag, ours)
                 record = replace(
-                    new_record(room, self._tag, spawned=False, ready=True),
+                    new_record(registry, self._tag, spawned=False, ready=True),
                     namespaces=ours,
                     constructor=name_of_constructor(self._constructor),
                     types=names_of_types(shared),
                 )
-                host_object(room, record, self._constructor, shared, life)
+                host_object(registry, record, self._constructor, shared, life)
             except BaseException:
                 life.close()
                 raise
@@ -234,7 +238,7 @@ def unload(tag: str, *, path: str | None = None, timeout_seconds: float = 10.0, 
     timeout_seconds = checked_timeout("timeout_seconds", timeout_seconds)
     if pid is not None:
         pid = checked_whole("pid", pid, 1, LARGEST_PID)
-    gone = end_server(room_for(path), tag, timeout_seconds, pid=pid)
+    gone = end_server(registry_for(path), tag, timeout_seconds, pid=pid)
     reap_ended_servers()
     return gone
 
@@ -245,15 +249,15 @@ def server_pid(tag: str, *, path: str | None = None) -> int | None:
     Raises InvalidArgumentError.
     """
     encoded_text("tag", tag)
-    lives, record = room_for(path).look(tag)
+    lives, record = registry_for(path).look(tag)
     return record.pid if lives and record is not None and record.is_running() else None
 
 
 class _Use:
     """One acquire: who has the object, our token there, and whether we have released it."""
 
-    def __init__(self, room: Room, record: ServerRecord, token: int, methods: frozenset[str]) -> None:
-        self.room = room
+    def __init__(self, registry: ServerRegistry, record: ServerRecord, token: int, methods: frozenset[str]) -> None:
+        self.registry = registry
         self.record = record
         self.token = token
         self.methods = methods
@@ -274,8 +278,8 @@ class _Use:
     def hard_delete(self) -> None:
         """Delete the object and, if it was spawned, its server. Nothing happens if that one is gone already."""
         self.check()
-        end_server(self.room, self.record.tag, HARD_DELETE_TIMEOUT_S, self.record.incarnation)
-        self.room.forget_handle(self.record.tag)
+        end_server(self.registry, self.record.tag, HARD_DELETE_TIMEOUT_S, self.record.incarnation)
+        self.registry.forget_handle(self.record.tag)
 
     def check(self) -> None:
         """Raise SharedObjectReleasedError after a release."""
@@ -290,7 +294,7 @@ class _RemoteUse(_Use):
     """A use through connections."""
 
     def __init__(self, link: ServerLink, token: int, methods: frozenset[str]) -> None:
-        super().__init__(link.room, link.record, token, methods)
+        super().__init__(link.registry, link.record, token, methods)
         self.link = link
 
     def attribute(self, name: str) -> Any:
@@ -318,7 +322,7 @@ class _LocalUse(_Use):
     """A use in the process that has the object; in children that it forks, one through connections."""
 
     def __init__(self, host: Host) -> None:
-        super().__init__(host.room, host.record, host.acquire(), host.methods)
+        super().__init__(host.registry, host.record, host.acquire(), host.methods)
         self.host = host
         self._remote: _RemoteUse | None = None
 
@@ -345,7 +349,7 @@ class _LocalUse(_Use):
 
     def _from_child(self) -> _RemoteUse:
         if self._remote is None:
-            self._remote = _RemoteUse(link_to(self.room, self.record), self.token, self.methods)
+            self._remote = _RemoteUse(link_to(self.registry, self.record), self.token, self.methods)
         return self._remote
 
 
@@ -409,7 +413,7 @@ class SharedProxy:
     def __reduce__(self) -> tuple[Any, ...]:
         use = self._mpmm_use
         use.check()
-        return _connect_again, (str(use.room.root), use.record, use.token, use.methods)
+        return _connect_again, (str(use.registry.root), use.record, use.token, use.methods)
 
     def get_auto_proxy_object(self) -> SharedProxy:
         """Return the proxy itself: in Beam there is one inside another."""
@@ -424,7 +428,7 @@ class SharedProxy:
 
 
 def _connect_again(root: str, record: ServerRecord, token: int, methods: frozenset[str]) -> SharedProxy:
-    return SharedProxy(_RemoteUse(link_to(room_at(Path(root)), record), token, methods))
+    return SharedProxy(_RemoteUse(link_to(registry_at(Path(root)), record), token, methods))
 
 
 class _Attached:
@@ -436,42 +440,42 @@ class _Attached:
 
 
 class _AttachedObjects:
-    """The attached objects of this process, by room and tag. Thread-safe."""
+    """The attached objects of this process, by registry and tag. Thread-safe."""
 
     def __init__(self) -> None:
         self._mutex = threading.Lock()
-        self._by_tag: dict[tuple[Room, str], _Attached] = {}
+        self._by_tag: dict[tuple[ServerRegistry, str], _Attached] = {}
         self._inherited: list[_Attached] = []
 
-    def acquire(self, room: Room, tag: str) -> _Attached | None:
+    def acquire(self, registry: ServerRegistry, tag: str) -> _Attached | None:
         """Add a user of the object, if there is one."""
         with self._mutex:
-            attached = self._by_tag.get((room, tag))
+            attached = self._by_tag.get((registry, tag))
             if attached is not None:
                 attached.users += 1
             return attached
 
-    def add(self, room: Room, tag: str, shared: Any) -> Any:
+    def add(self, registry: ServerRegistry, tag: str, shared: Any) -> Any:
         """Keep an object with its first user, and return it."""
         with self._mutex:
-            self._by_tag[room, tag] = _Attached(shared)
+            self._by_tag[registry, tag] = _Attached(shared)
         return shared
 
-    def release(self, room: Room, tag: str, shared: object) -> bool:
+    def release(self, registry: ServerRegistry, tag: str, shared: object) -> bool:
         """Remove a user, and the object with the last one; False if it is not the tag's object."""
         with self._mutex:
-            attached = self._by_tag.get((room, tag))
+            attached = self._by_tag.get((registry, tag))
             if attached is None or attached.shared is not shared:
                 return False
             attached.users -= 1
             if attached.users == 0:
-                del self._by_tag[room, tag]
+                del self._by_tag[registry, tag]
             return True
 
-    def drop(self, room: Room, tag: str) -> None:
+    def drop(self, registry: ServerRegistry, tag: str) -> None:
         """Forget the tag's object, whoever uses it."""
         with self._mutex:
-            self._by_tag.pop((room, tag), None)
+            self._by_tag.pop((registry, tag), None)
 
     def start_over_in_child(self) -> None:
         """Forget all; the copies stay referenced, because ending them here would end what the parent uses."""

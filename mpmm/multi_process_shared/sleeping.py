@@ -8,7 +8,7 @@ from typing import Any
 
 from mpmm.errors import ModelServerError
 from mpmm.multi_process_shared.host import can_sleep, find_host
-from mpmm.multi_process_shared.registry import ServerRecord, room_for
+from mpmm.multi_process_shared.registry import ServerRecord, registry_for
 from mpmm.multi_process_shared.rpc import protocol, sockets
 from mpmm.multi_process_shared.rpc.channel import Channel
 
@@ -17,7 +17,7 @@ __all__ = ["ask_to", "can_sleep", "record_of"]
 
 def record_of(tag: str) -> ServerRecord | None:
     """Return what a tag's server says of itself; None if there is none."""
-    lives, record = room_for(None).look(tag)
+    lives, record = registry_for(None).look(tag)
     return record if lives else None
 
 
@@ -28,16 +28,16 @@ def ask_to(request: str, tag: str, pid: int | None = None) -> Any:
 
     Raises what the object's method raises, and ModelServerError when there is no such server, or it ends meanwhile.
     """
-    room = room_for(None)
-    host = find_host(room, tag)
+    registry = registry_for(None)
+    host = find_host(registry, tag)
     if host is not None:
         return host.sleep() if request == protocol.SLEEP else host.wake_up()
-    lives, record = room.look(tag)
+    lives, record = registry.look(tag)
     if not lives or record is None or pid not in (None, record.pid):
         raise ModelServerError(f"there is no server of {tag!r} to ask to {request}", tag=tag, server_pid=pid)
-    room.join()
+    registry.join()
     try:
-        with closing(Channel(sockets.dial(room.path, record.socket_name, room.key()))) as channel:
+        with closing(Channel(sockets.dial(registry.path, record.socket_name, registry.key()))) as channel:
             channel.send(protocol.encode_request(protocol.CONTROL, request, (), {}))
             return protocol.decode_answer(channel.receive(), tag, request)
     except (AuthenticationError, EOFError, OSError) as error:

@@ -16,7 +16,7 @@ from mpmm.fork_hooks import call_once_at_exit, in_forked_child
 from mpmm.multi_process_shared.context import server_context
 from mpmm.multi_process_shared.forkserver.client import order_server
 from mpmm.multi_process_shared.main_import import is_importing_main, not_while_importing_main
-from mpmm.multi_process_shared.registry import LEAVE_PRIORITY, Room, server_lives_by, start_time_of
+from mpmm.multi_process_shared.registry import LEAVE_PRIORITY, ServerRegistry, server_lives_by, start_time_of
 from mpmm.multi_process_shared.rpc.protocol import dump_for_server
 from mpmm.multi_process_shared.server_process import CRASHED, READY, ServerPlan
 from mpmm.multi_process_shared.spawned_server import SpawnedServer, preparation_for
@@ -32,7 +32,7 @@ _started: set[mp_process.BaseProcess] = set()
 _starting = threading.RLock()
 
 
-def start_server(room: Room, tag: str, constructor: Any) -> str:
+def start_server(registry: ServerRegistry, tag: str, constructor: Any) -> str:
     """Start a process that makes the object and serves it; return READY, ATTACH or OCCUPIED when it says so.
 
     Hold the tag's lock. The current `server_context` goes with it. Raises ServerStartError with the server's
@@ -40,12 +40,12 @@ def start_server(room: Room, tag: str, constructor: Any) -> str:
     """
     contexts = server_context.get()
     plan = ServerPlan(
-        root=str(room.root),
+        root=str(registry.root),
         tag=tag,
         environment=tuple(pair for context in contexts for pair in context.environment),
         starter=(os.getpid(), start_time_of(os.getpid())),
         alive_locks=(
-            str(room.alive_path),
+            str(registry.alive_path),
             *(context.alive_lock for context in contexts),
             # Started by a model server: live as long as that one's clients do, since it is no client itself.
             *(server_lives_by() or ()),
@@ -61,7 +61,7 @@ def start_server(room: Room, tag: str, constructor: Any) -> str:
     reader, writer = multiprocessing.get_context("spawn").Pipe(duplex=False)
     with reader:
         with writer:
-            server: mp_process.BaseProcess = order_server(room, plan, preparation, writer, name) or SpawnedServer(
+            server: mp_process.BaseProcess = order_server(registry, plan, preparation, writer, name) or SpawnedServer(
                 name, plan, preparation, writer
             )
             call_once_at_exit(disown_servers, DISOWN_PRIORITY)

@@ -12,7 +12,7 @@ from multiprocessing import AuthenticationError
 
 from mpmm.errors import ModelServerError
 from mpmm.multi_process_shared.host import find_host
-from mpmm.multi_process_shared.registry import Room, ServerRecord
+from mpmm.multi_process_shared.registry import ServerRecord, ServerRegistry
 from mpmm.multi_process_shared.rpc import protocol, sockets
 from mpmm.multi_process_shared.rpc.channel import Channel
 
@@ -25,23 +25,23 @@ LONGEST_PAUSE_S = 0.02
 
 
 def end_server(
-    room: Room, tag: str, timeout_seconds: float, incarnation: str | None = None, pid: int | None = None
+    registry: ServerRegistry, tag: str, timeout_seconds: float, incarnation: str | None = None, pid: int | None = None
 ) -> bool:
     """End the tag's server and return True when it is gone; False if there was none (or not that `incarnation`, `pid`).
 
     A spawned server that does not leave within `timeout_seconds`, or has not come up yet, is killed. Raises
     ModelServerError when it survives even that, or is part of another process, which is not ours to kill.
     """
-    host = find_host(room, tag)
+    host = find_host(registry, tag)
     if host is not None and incarnation in (None, host.record.incarnation) and pid in (None, host.record.pid):
         host.hard_delete()
-        room.tidy(tag)
+        registry.tidy(tag)
         return True
     deadline = time.monotonic() + timeout_seconds
-    lives, record = room.look(tag)
+    lives, record = registry.look(tag)
     while lives and record is None and time.monotonic() < deadline:
         time.sleep(FIRST_PAUSE_S)
-        lives, record = room.look(tag)
+        lives, record = registry.look(tag)
     if not lives:
         return False
     if record is None:
@@ -49,11 +49,11 @@ def end_server(
     if incarnation not in (None, record.incarnation) or pid not in (None, record.pid):
         return False
     if record.ready:
-        room.join()
+        registry.join()
         # In a thread, because a stopped server accepts the connection and never answers.
-        threading.Thread(target=_ask, args=(room, record, room.key()), name="mpmm-end", daemon=True).start()
+        threading.Thread(target=_ask, args=(registry, record, registry.key()), name="mpmm-end", daemon=True).start()
     # One that is neither ready nor leaving is still making its object, and listens to nobody.
-    if not ((record.ready or record.leaving) and _wait_until_gone(room, record, deadline)):
+    if not ((record.ready or record.leaving) and _wait_until_gone(registry, record, deadline)):
         if not record.spawned:
             raise ModelServerError(
                 f"pid {record.pid}, which serves the shared object {tag!r} among its other work, "
@@ -61,14 +61,14 @@ def end_server(
                 tag=tag,
                 server_pid=record.pid,
             )
-        _kill(room, record)
-        if not _wait_until_gone(room, record, time.monotonic() + KILL_TIMEOUT_S):
+        _kill(registry, record)
+        if not _wait_until_gone(registry, record, time.monotonic() + KILL_TIMEOUT_S):
             raise ModelServerError(
                 f"the server of the shared object {tag!r} (pid {record.pid}) is still there after SIGKILL",
                 tag=tag,
                 server_pid=record.pid,
             )
-    room.tidy(tag)
+    registry.tidy(tag)
     return True
 
 
@@ -91,27 +91,27 @@ def kill_process(pid: int, is_it: Callable[[], bool], tag: str) -> None:
         pause = min(pause * 2, LONGEST_PAUSE_S)
 
 
-def _ask(room: Room, record: ServerRecord, key: bytes) -> None:
-    """Ask the server to end. Does not join the room, which may have been left when this thread comes to it."""
+def _ask(registry: ServerRegistry, record: ServerRecord, key: bytes) -> None:
+    """Ask the server to end. Does not join the registry, which may have been left when this thread comes to it."""
     with (
         suppress(AuthenticationError, EOFError, OSError),
-        closing(Channel(sockets.dial(room.path, record.socket_name, key))) as channel,
+        closing(Channel(sockets.dial(registry.path, record.socket_name, key))) as channel,
     ):
         channel.send(protocol.encode_request(protocol.CONTROL, protocol.HARD_DELETE, (), {}))
         channel.receive()
 
 
-def _kill(room: Room, record: ServerRecord) -> None:
+def _kill(registry: ServerRegistry, record: ServerRecord) -> None:
     """Kill the process if it is still the one that the record means."""
-    lives, now = room.look(record.tag)
+    lives, now = registry.look(record.tag)
     if lives and now is not None and now.incarnation == record.incarnation and record.is_running():
         with suppress(ProcessLookupError):
             os.kill(record.pid, signal.SIGKILL)
 
 
-def _wait_until_gone(room: Room, record: ServerRecord, deadline: float) -> bool:
+def _wait_until_gone(registry: ServerRegistry, record: ServerRecord, deadline: float) -> bool:
     pause = FIRST_PAUSE_S
-    while not _is_gone(room, record):
+    while not _is_gone(registry, record):
         if time.monotonic() >= deadline:
             return False
         time.sleep(pause)
@@ -119,8 +119,8 @@ def _wait_until_gone(room: Room, record: ServerRecord, deadline: float) -> bool:
     return True
 
 
-def _is_gone(room: Room, record: ServerRecord) -> bool:
-    lives, now = room.look(record.tag)
+def _is_gone(registry: ServerRegistry, record: ServerRecord) -> bool:
+    lives, now = registry.look(record.tag)
     if lives and (now is None or now.incarnation == record.incarnation):
         return False
     # The lock goes when the kernel closes descriptors, the memory of an accelerator with a later one of them.

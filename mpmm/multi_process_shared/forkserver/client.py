@@ -26,13 +26,13 @@ from typing import Any
 
 import mpmm
 from mpmm.errors import LockTimeoutError
-from mpmm.multi_process_shared.registry import LIVES_BY_VARIABLE, Room, open_lock
+from mpmm.multi_process_shared.registry import LIVES_BY_VARIABLE, ServerRegistry, open_lock
 from mpmm.multi_process_shared.rpc import sockets
 from mpmm.multi_process_shared.server_process import ServerPlan
 from mpmm.printable import printable_logger
 from mpmm.shared_state.lock_file import is_locked
 
-__all__ = ["ForkedServer", "add_prelude", "order_server", "remove_prelude"]
+__all__ = ["ForkedServer", "add_preload_hook", "order_server", "remove_preload_hook"]
 
 logger = printable_logger(__name__)
 
@@ -49,46 +49,46 @@ UNKNOWN_EXIT_CODE = 255
 START_VARIABLES = re.compile(r"(LD_|MALLOC_|GLIBC_|PYTHON)\w*")
 AVOID_S = 30.0
 
-_preludes: list[str] = []
+_preload_hooks: list[str] = []
 _avoid_until = 0.0
 
 
-def add_prelude(name: str) -> None:
+def add_preload_hook(name: str) -> None:
     """Have what every server of this process does first, `"module:function"`, done before servers are forked.
 
     It must not matter whether the function runs there, once, or in the server, once more.
     """
-    if name not in _preludes:
-        _preludes.append(name)
+    if name not in _preload_hooks:
+        _preload_hooks.append(name)
 
 
-def remove_prelude(name: str) -> None:
-    """Undo `add_prelude`."""
-    if name in _preludes:
-        _preludes.remove(name)
+def remove_preload_hook(name: str) -> None:
+    """Undo `add_preload_hook`."""
+    if name in _preload_hooks:
+        _preload_hooks.remove(name)
 
 
 def order_server(
-    room: Room, plan: ServerPlan, preparation: dict[str, Any], report: Connection, name: str
+    registry: ServerRegistry, plan: ServerPlan, preparation: dict[str, Any], report: Connection, name: str
 ) -> ForkedServer | None:
-    """Have the room's zygote fork a server, which reports to `report`; None where only a spawn can help.
+    """Have the registry's zygote fork a server, which reports to `report`; None where only a spawn can help.
 
     Not started as far as `multiprocessing` is concerned: call `start()` on what is returned.
     """
     global _avoid_until
     if not _is_possible():
         return None
-    from mpmm.multi_process_shared.forkserver import zygote
+    from mpmm.multi_process_shared.forkserver import orders
 
-    order = zygote.ForkOrder(plan, preparation, dict(os.environ), tuple(_preludes))
+    order = orders.ForkOrder(plan, preparation, dict(os.environ), tuple(_preload_hooks))
     try:
-        connection = _reach_zygote(room)
+        connection = _reach_zygote(registry)
         try:
             connection.send_bytes(pickle.dumps(order))
             _send_streams(connection, report)
             while True:
-                what, pid = zygote.receive(connection)
-                if what == zygote.BORN:
+                what, pid = orders.receive(connection)
+                if what == orders.BORN:
                     return ForkedServer(name, _ForkedPopen(pid, connection))
         except BaseException:
             connection.close()
@@ -147,12 +147,12 @@ class _ForkedPopen:
         return self.poll()
 
     def _exit_code(self) -> int:
-        from mpmm.multi_process_shared.forkserver import zygote
+        from mpmm.multi_process_shared.forkserver import orders
 
         with contextlib.suppress(OSError, EOFError), self._connection:
             # Its end lets the zygote reap the server.
             if self._connection.poll(EXIT_CODE_TIMEOUT_S):
-                return zygote.receive(self._connection)[1]
+                return orders.receive(self._connection)[1]
         return UNKNOWN_EXIT_CODE
 
     def terminate(self) -> None:
@@ -213,48 +213,48 @@ def _is_open(fd: int) -> bool:
     return True
 
 
-def _reach_zygote(room: Room) -> Connection:
-    """Return a connection to the room's zygote, started if there is none.
+def _reach_zygote(registry: ServerRegistry) -> Connection:
+    """Return a connection to the registry's zygote, started if there is none.
 
     Raises OSError, EOFError, AuthenticationError, LockTimeoutError, SubprocessError.
     """
-    life = _life_path(room)
+    life = _life_path(registry)
     with contextlib.suppress(ConnectionError, FileNotFoundError, EOFError, ValueError):
         if is_locked(life):
-            return _dial(room, life)
+            return _dial(registry, life)
     life.parent.mkdir(mode=0o700, exist_ok=True)
     with contextlib.closing(open_lock(life.with_suffix(".lock"))) as lock:
         lock.exclusive(START_TIMEOUT_S)
         if not is_locked(life):
-            _start_zygote(room, life)
+            _start_zygote(registry, life)
         try:
-            return _dial(room, life)
+            return _dial(registry, life)
         except ValueError as error:
             raise OSError(f"the life file of the zygote says {error}") from error
 
 
-def _dial(room: Room, life: Path) -> Connection:
+def _dial(registry: ServerRegistry, life: Path) -> Connection:
     place = Path(json.loads(life.read_text())["socket"])
-    return sockets.dial(place.parent, place.name, room.key(), ANSWER_TIMEOUT_S)
+    return sockets.dial(place.parent, place.name, registry.key(), ANSWER_TIMEOUT_S)
 
 
-def zygote_pid(room: Room) -> int | None:
-    """Return the pid of the room's zygote for this interpreter, or None if there is none."""
-    life = _life_path(room)
+def zygote_pid(registry: ServerRegistry) -> int | None:
+    """Return the pid of the registry's zygote for this interpreter, or None if there is none."""
+    life = _life_path(registry)
     with contextlib.suppress(OSError, ValueError):
         if is_locked(life):
             return int(json.loads(life.read_text())["pid"])
     return None
 
 
-def _life_path(room: Room) -> Path:
+def _life_path(registry: ServerRegistry) -> Path:
     """Return the path of the zygote's life lock: an interpreter that starts in another way has another zygote."""
     flags = util._args_from_interpreter_flags()  # type: ignore[attr-defined]  # not in typeshed
     variables = sorted(
         item for item in os.environ.items() if START_VARIABLES.fullmatch(item[0]) and item[0] != "PYTHONPATH"
     )
     identity = json.dumps([sys.executable, sys.version, mpmm.__file__, *flags, variables, _kernel_namespaces()])
-    return room.path / "zygote" / f"{hashlib.sha256(identity.encode()).hexdigest()[:12]}.life"
+    return registry.path / "zygote" / f"{hashlib.sha256(identity.encode()).hexdigest()[:12]}.life"
 
 
 def _kernel_namespaces() -> list[str]:
@@ -266,7 +266,7 @@ def _kernel_namespaces() -> list[str]:
     return found
 
 
-def _start_zygote(room: Room, life: Path) -> None:
+def _start_zygote(registry: ServerRegistry, life: Path) -> None:
     """Start the zygote; return when it takes orders. Raises OSError, SubprocessError. Hold its lock."""
     code = (
         "import json, sys\n"
@@ -280,7 +280,7 @@ def _start_zygote(room: Room, life: Path) -> None:
     began = time.monotonic()
     # What ends here is the process which has forked the zygote, so that this is nobody's child.
     done = subprocess.run(
-        [executable, *flags, "-c", code, json.dumps([path, [str(room.root), str(life)]])],
+        [executable, *flags, "-c", code, json.dumps([path, [str(registry.root), str(life)]])],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,

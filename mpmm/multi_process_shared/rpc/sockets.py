@@ -1,7 +1,7 @@
 """Unix sockets between processes of one user.
 
 Three things keep others out: the folder is 0700, the kernel names the peer's user, and both sides prove
-that they know the room's key. A process of the same user that looks at the wrong room fails at the third.
+that they know the registry's key. A process of the same user that looks at the wrong registry fails at the third.
 
 The proof is a mutual challenge after ISO/IEC 9798-4 (three passes). N are NONCE_BYTES random bytes, MAC is keyed
 BLAKE2b (RFC 7693), which a new process has at hand, where the first HMAC of OpenSSL costs it half a millisecond:

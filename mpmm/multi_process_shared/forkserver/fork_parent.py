@@ -1,0 +1,169 @@
+"""What zygote and template have in common: they fork servers, hear what these import, and pass on their exit codes."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import itertools
+import json
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing import Pipe, util
+from multiprocessing import process as mp_process
+from multiprocessing.connection import Connection
+from typing import Any, NoReturn
+
+from mpmm.fork_hooks import close_in_children, fork_guard
+from mpmm.multi_process_shared.forkserver.orders import BORN, ENDED, Descriptor, ForkOrder, Kind, Order, send
+from mpmm.multi_process_shared.server_process import run_server
+from mpmm.multi_process_shared.spawned_server import call_this_process
+
+__all__ = ["ForkParent"]
+
+
+@dataclass(eq=False)
+class _Child:
+    """A server that this process has forked."""
+
+    pid: int
+    kind: Kind
+    end: Descriptor
+    requester: Connection | None
+    imports: Connection | None
+    exit_code: int | None = None
+
+
+class ForkParent:
+    """Forks servers and knows what became of them; zygote and template are such parents."""
+
+    def __init__(self) -> None:
+        self.children: set[_Child] = set()
+
+    def fork_server(self, order: Order, kind: Kind) -> None:
+        """Fork the server, and tell who wants it."""
+        renewal = self.renewal()
+        with fork_guard:
+            imports, imported = Pipe(duplex=False)
+            close_in_children(imports)
+        # Copies for the child: the originals are closed in it, as are those of all other orders.
+        kept = [os.dup(descriptor.fd) for descriptor in order.descriptors]
+        try:
+            pid = os.fork()
+            if pid == 0:
+                _become_server(order.order, kept, imported, renewal)
+        except OSError:
+            # Too many processes, say: let the requester find that out by itself.
+            order.requester.close()
+            imports.close()
+            return
+        finally:
+            for fd in kept:
+                os.close(fd)
+            imported.close()
+            for descriptor in order.descriptors:
+                descriptor.close()
+        self.children.add(_Child(pid, kind, Descriptor(os.pidfd_open(pid)), order.requester, imports))
+        with contextlib.suppress(OSError):
+            send(order.requester, BORN, pid)
+
+    def watched(self) -> list[Any]:
+        """Return what to wait for."""
+        return [
+            thing
+            for child in self.children
+            for thing in (child.requester, child.imports, child.end if child.exit_code is None else None)
+            if thing is not None
+        ]
+
+    def look_after_children(self, ready: list[Any]) -> None:
+        """Hear what children have imported, pass on their exit codes, and reap those that no requester asks about."""
+        for child in list(self.children):
+            if child.imports in ready and child.imports is not None:
+                with contextlib.suppress(EOFError, OSError, ValueError):
+                    self.note_imports(child.kind, json.loads(child.imports.recv_bytes()))
+                child.imports.close()
+                child.imports = None
+            if child.end in ready:
+                # Not reaped yet: its pid must not be given to another process while somebody may use it.
+                ended = os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+                assert ended is not None
+                child.exit_code = ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status
+                if child.requester is not None:
+                    with contextlib.suppress(OSError):
+                        send(child.requester, ENDED, child.exit_code)
+            elif child.requester in ready and child.requester is not None:
+                # Nothing is ever said there: this is the end of it.
+                child.requester.close()
+                child.requester = None
+            if child.exit_code is not None and child.requester is None:
+                os.waitpid(child.pid, 0)
+                child.end.close()
+                if child.imports is not None:
+                    child.imports.close()
+                self.children.discard(child)
+
+    def renewal(self) -> Callable[[dict[str, str]], None]:
+        """Return what a server does first, given its environment."""
+        return _set_environment
+
+    def note_imports(self, kind: Kind, modules: list[str]) -> None:
+        """Note what a server of the kind had to import."""
+        raise NotImplementedError
+
+
+def _set_environment(environment: dict[str, str]) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
+    if "numpy.random" in sys.modules:
+        sys.modules["numpy.random"].seed()
+
+
+def _become_server(
+    order: ForkOrder, descriptors: list[int], imported: Connection, renew: Callable[[dict[str, str]], None]
+) -> NoReturn:
+    """Turn a fresh fork into what `multiprocessing.spawn` would have made, and be the server."""
+    try:
+        report, out, err = descriptors
+        null = os.open(os.devnull, os.O_RDONLY)
+        for number, fd in enumerate((null, out, err)):
+            os.dup2(fd, number)
+            os.close(fd)
+        for stream in (sys.stdout, sys.stderr):
+            # Mypy takes both for `TextIO`, which has no such method.
+            stream.reconfigure(line_buffering=stream is sys.stderr or stream.isatty())  # type: ignore[union-attr]  # typeshed's TextIO has no reconfigure
+        _reset_signals()
+        renew({**order.environment, **dict(order.plan.environment)})
+        call_this_process("mpmm-server")
+        importlib.invalidate_caches()
+        util._finalizer_registry.clear()  # type: ignore[attr-defined]  # not in typeshed
+        util._run_after_forkers()  # type: ignore[attr-defined]  # not in typeshed
+        mp_process._children.clear()  # type: ignore[attr-defined]  # not in typeshed
+        mp_process._process_counter = itertools.count(1)  # type: ignore[attr-defined]  # not in typeshed
+        before = set(sys.modules)
+        run_server(order.plan, Connection(report), order.preparation, on_made=lambda: _report_imports(before, imported))
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(1)
+
+
+def _report_imports(before: set[str], imported: Connection) -> None:
+    """Name the modules that came in since `before`, as far as an import by name would bring them."""
+    new = []
+    for name, module in list(sys.modules.items()):
+        # Others are aliases, or were put there by hand.
+        if name not in before and getattr(getattr(module, "__spec__", None), "name", None) == name:
+            new.append(name)
+    with contextlib.suppress(OSError), imported:
+        imported.send_bytes(json.dumps(new).encode())
+
+
+def _reset_signals() -> None:
+    """Make sure that what ends a server does; other signals are what imported modules have made of them."""
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)

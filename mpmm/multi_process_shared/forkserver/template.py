@@ -1,0 +1,195 @@
+"""A template: a fork of the zygote that imports what servers of one kind need, and forks them."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import importlib
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any, NoReturn
+
+from mpmm.fork_hooks import close_in_children
+from mpmm.multi_process_shared.forkserver.fork_parent import ForkParent
+from mpmm.multi_process_shared.forkserver.leftovers import FIRST, Watch
+from mpmm.multi_process_shared.forkserver.orders import (
+    BACK,
+    IDLE,
+    IMPORT,
+    IMPORTED,
+    READ,
+    READY,
+    RETIRE,
+    UNFORKABLE,
+    Kind,
+    hand_over,
+    take_over,
+)
+
+__all__ = ["Template"]
+
+# pyarrow's allocator starts it. It takes all of its own locks before a fork, and starts the thread anew after it.
+HARMLESS_THREADS = frozenset({"jemalloc_bg_thd"})
+PROBE_FORK_TIMEOUT_S = 2.0
+THREADS_END_S = 0.1
+
+
+class Template(ForkParent):
+    """A fork of the zygote that imports what servers of one kind need, and forks them."""
+
+    def __init__(self, kind: Kind, environment: dict[str, str], zygote: Connection, modules: list[str]) -> None:
+        super().__init__()
+        self.kind = kind
+        self.zygote = close_in_children(zygote)
+        self.modules = _in_order(modules)
+        self.environment = environment
+        self.unforkable = False
+        self.retired = False
+
+    def run(self) -> NoReturn:
+        """Work until the zygote is gone."""
+        try:
+            os.chdir(self.kind.directory)
+        except OSError:
+            os._exit(1)
+        self.watch = Watch(self.environment)
+        sys.path[:] = self.kind.sys_path
+        sys.argv[:] = self.kind.arguments
+        for preload_hook in self.kind.preload_hooks:
+            self.make_ready(preload_hook)
+        self.tell(READY)
+        working = True
+        while True:
+            if working and not self.modules:
+                working = False
+                gc.collect()
+                # The collector's marks would copy every page that servers share with us.
+                gc.freeze()
+                self.tell(IDLE)
+            if self.retired and not self.children:
+                os._exit(0)
+            ready = wait([self.zygote, *self.watched()], 0 if self.modules else None)
+            self.look_after_children(ready)
+            if self.zygote in ready:
+                working |= self.obey()
+            elif self.modules and not ready:
+                self.make_ready(self.modules.pop(0))
+
+    def obey(self) -> bool:
+        """Do what the zygote says; return whether there is something to import."""
+        try:
+            what, value = self.zygote.recv()
+            if what == IMPORT:
+                self.modules += _in_order(value)
+                return True
+            if what == RETIRE:
+                self.retired = True
+                self.modules.clear()
+                return False
+            order = take_over(self.zygote, value)
+            if self.unforkable:
+                hand_over(self.zygote, BACK, order)
+            else:
+                self.fork_server(order, self.kind)
+        except (EOFError, OSError):
+            os._exit(0)
+        return False
+
+    def renewal(self) -> Callable[[dict[str, str]], None]:
+        changes = self.watch.changes()
+        return lambda environment: self.watch.renew(environment.items(), changes)
+
+    def make_ready(self, name: str) -> None:
+        """Import a module, or do a preload hook; say so if no server can be forked after that."""
+        module, _, function = name.partition(":")
+        if self.unforkable or (module in sys.modules and not function):
+            return
+        self.watch.begin()
+        try:
+            imported = importlib.import_module(module)
+            if function:
+                getattr(imported, function)()
+        except BaseException:
+            # Then the server will do it by itself, and fail where it can be seen.
+            pass
+        # Who ends this process, or a server that has not got so far, means it.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        # What a hook's own module finds there makes no difference: all of this kind call it, and no others do.
+        reads = self.watch.reads(but_by=module if function else "") - {pinned for pinned, _ in self.kind.pinned}
+        if not _may_fork() or self.watch.problem() is not None:
+            self.give_up(UNFORKABLE, name)
+        elif reads:
+            self.give_up(READ, sorted(reads))
+        elif name in FIRST:
+            self.watch.known(name)
+
+    def give_up(self, what: str, value: Any) -> None:
+        """Fork no more servers, and say why."""
+        self.unforkable = True
+        self.modules.clear()
+        self.tell(what, value)
+
+    def note_imports(self, kind: Kind, modules: list[str]) -> None:
+        self.tell(IMPORTED, modules)
+
+    def tell(self, what: str, value: Any = None) -> None:
+        """Say something to the zygote."""
+        try:
+            self.zygote.send((what, value))
+        except OSError:
+            os._exit(0)
+
+
+def _in_order(modules: Iterable[str]) -> list[str]:
+    """Return modules with those of FIRST at the beginning."""
+    return sorted(modules, key=lambda name: name not in FIRST)
+
+
+def _may_fork() -> bool:
+    """Tell whether this process can be forked safely: one thread, and no accelerator in use."""
+    if threading.active_count() > 1 or _uses_accelerator():
+        return False
+    if _native_threads() == 1:
+        return True
+    # Some libraries end their threads before each fork and start them again when needed; see whether these are such.
+    probe = os.fork()
+    if probe == 0:
+        os._exit(0)
+    if not _within(PROBE_FORK_TIMEOUT_S, lambda: os.waitpid(probe, os.WNOHANG) != (0, 0)):
+        os.kill(probe, signal.SIGKILL)
+        os.waitpid(probe, 0)
+        return False
+    return _within(THREADS_END_S, lambda: _native_threads() == 1)
+
+
+def _native_threads() -> int:
+    """Count the threads of this process, whoever made them, but for the harmless ones."""
+    names = []
+    for thread in os.listdir("/proc/self/task"):
+        # It may end before we can look.
+        with contextlib.suppress(OSError):
+            names.append(Path(f"/proc/self/task/{thread}/comm").read_text().strip())
+    return sum(name not in HARMLESS_THREADS for name in names)
+
+
+def _uses_accelerator() -> bool:
+    for fd in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):
+            if os.readlink(f"/proc/self/fd/{fd}").startswith("/dev/nvidia"):
+                return True
+    return False
+
+
+def _within(timeout_s: float, condition: Callable[[], bool]) -> bool:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        if time.monotonic() >= deadline:
+            return False
+        time.sleep(0.001)
+    return True
