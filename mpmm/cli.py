@@ -73,6 +73,9 @@ from typing import Any
 from mpmm import __version__, cli_changes
 from mpmm.arguments import checked_number, checked_path, checked_size_mb, checked_timeout, checked_whole
 from mpmm.errors import InvalidArgumentError, MpmmError
+from mpmm.observability.colours import painter
+from mpmm.observability.findings import longest_wait_s
+from mpmm.observability.inspect_screen import EVENTS_OF_EACH, overview, render
 from mpmm.printable import printable, printable_lines
 from mpmm.shared_state.runtime_dir import ROOM_NAME, SERVERS_LOG, RuntimeDirectory, default_root
 from mpmm.shared_state.segment import segment_lost, segment_name
@@ -82,9 +85,6 @@ from mpmm.shared_state.snapshot import (
     find_namespaces,
     read_snapshot,
 )
-from mpmm.show.colours import painter
-from mpmm.show.health import longest_wait_s
-from mpmm.show.screen import EVENTS_OF_EACH, overview, render
 
 __all__ = ["main"]
 
@@ -301,7 +301,7 @@ def _inspect(options: argparse.Namespace, root: Path | None) -> int:
     choice = EventChoice() if options.json else EventChoice(newest_of_each=EVENTS_OF_EACH)
     snapshots = [read_snapshot(name, root, choice=choice) for name in names]
     if options.json:
-        from mpmm.show.json_text import snapshot_json
+        from mpmm.observability.json_text import snapshot_json
 
         print(snapshot_json(snapshots[0]))
     elif len(snapshots) > 1:
@@ -346,10 +346,10 @@ def _run(options: argparse.Namespace, program: Sequence[str], root: Path | None)
 
 def _top(options: argparse.Namespace, root: Path | None) -> int:
     try:
-        from mpmm.show.top import print_once, run
+        from mpmm.observability.top import print_once, run
     except ImportError:
         return _missing("cli", "rich")
-    from mpmm.show.controls import SORTS, Controls
+    from mpmm.observability.controls import SORTS, Controls
 
     interval_s = checked_number("--interval", options.interval, 0.05, 3600.0, "seconds")
     if options.sort not in SORTS:
@@ -362,7 +362,7 @@ def _top(options: argparse.Namespace, root: Path | None) -> int:
 
 
 def _ps(options: argparse.Namespace, root: Path | None) -> int:
-    from mpmm.show.listing import as_table, copies_of, formatted
+    from mpmm.observability.listing import as_table, copies_of, formatted
 
     copies, status = [], 0
     for name in find_namespaces(root) if options.namespace is None else [options.namespace]:
@@ -385,7 +385,7 @@ def _ps(options: argparse.Namespace, root: Path | None) -> int:
 
 
 def _events(options: argparse.Namespace, root: Path | None) -> int:
-    from mpmm.show.event_lines import Choice, show_events
+    from mpmm.observability.event_lines import Choice, show_events
 
     last = None if options.last is None else checked_whole("--last", options.last, 0, sys.maxsize)
     return show_events(
@@ -394,15 +394,15 @@ def _events(options: argparse.Namespace, root: Path | None) -> int:
 
 
 def _trace(options: argparse.Namespace, root: Path | None) -> int:
-    from mpmm.show.record import record
+    from mpmm.observability.trace_writer import record
 
     namespace = _namespace(options, root)
     return record(namespace, root, options.output, follow=options.follow)
 
 
 def _plot(options: argparse.Namespace, root: Path | None) -> int:
-    from mpmm.show.plot import draw, read_trace
-    from mpmm.show.record import recent_trace
+    from mpmm.observability.plot import draw, read_trace
+    from mpmm.observability.trace_writer import recent_trace
 
     events = recent_trace(_namespace(options, root), root) if options.trace is None else read_trace(options.trace)
     try:
@@ -436,7 +436,7 @@ def _metrics(options: argparse.Namespace, root: Path | None) -> int:
 
 def _dashboard(options: argparse.Namespace, root: Path | None) -> int:
     try:
-        from mpmm.dashboard.server import checked_token, run
+        from mpmm.observability.dashboard.server import checked_token, run
     except ImportError:
         return _missing("web", "starlette and uvicorn")
     if not 0 <= options.port <= 65535:
@@ -467,7 +467,7 @@ def _check(options: argparse.Namespace, root: Path | None) -> int:
 
 
 def _check_health(options: argparse.Namespace, root: Path | None) -> int:
-    from mpmm.show.health import what_ails
+    from mpmm.observability.findings import what_ails
 
     names = find_namespaces(root) if options.namespace is None else [options.namespace]
     problems = 0
@@ -531,12 +531,12 @@ def _prune(options: argparse.Namespace, root: Path | None) -> int:
 
 
 def _doctor(options: argparse.Namespace, root: Path | None) -> int:
-    from mpmm.show.doctor import examine, report
+    from mpmm.observability.doctor import examine, report
 
     groups = examine(root)
     print(report(groups, _width(), painter(sys.stdout)))
     if options.bundle is not None:
-        from mpmm.show.bundle import write_bundle
+        from mpmm.observability.bundle import write_bundle
 
         write_bundle(options.bundle, report(groups), root)
         print(f"mpmm: wrote {options.bundle}; look through it before you pass it on", file=sys.stderr)
@@ -544,14 +544,14 @@ def _doctor(options: argparse.Namespace, root: Path | None) -> int:
 
 
 def _completion(options: argparse.Namespace, root: Path | None) -> int:
-    from mpmm.show.completion import completion
+    from mpmm.observability.completion import completion
 
     print(completion(_parser(), options.shell), end="")
     return 0
 
 
 def _man(options: argparse.Namespace, root: Path | None) -> int:
-    from mpmm.show.completion import man_page
+    from mpmm.observability.completion import man_page
 
     print(man_page(_parser(), __version__), end="")
     return 0

@@ -6,7 +6,7 @@
 
 or `mpmm metrics --serve 9400`. Nothing of it is needed in the workers: whoever exports reads the shared state from
 outside, like `mpmm inspect`. One exporter for a host is enough; of several, each counts its histograms for itself, from
-the ring of events, beginning with what that holds when the exporter begins. See `mpmm.show.tally` for why.
+the ring of events, beginning with what that holds when the exporter begins. `mpmm.observability.histograms` says why.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mpmm.errors import MpmmError
+from mpmm.observability.event_reader import LONGEST_PAUSE_S, Follower
+from mpmm.observability.histograms import Tally
+from mpmm.observability.prometheus import Family, families, text
 from mpmm.shared_state.snapshot import Snapshot, find_namespaces
-from mpmm.show.families import Family, families, text
-from mpmm.show.follow import LONGEST_PAUSE_S, Follower
-from mpmm.show.tally import Tally
 
 if TYPE_CHECKING:
     from prometheus_client.core import Metric
@@ -71,7 +71,7 @@ class Exporter:
         return found
 
     def text(self, *, openmetrics: bool = False) -> str:
-        """Look, and return all metrics as text, see `mpmm.show.families.text`."""
+        """Look, and return all metrics as text, see `mpmm.observability.prometheus.text`."""
         return text(self.families(), openmetrics=openmetrics)
 
     def close(self) -> None:

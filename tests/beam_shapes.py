@@ -38,8 +38,8 @@ from apache_beam.pvalue import EmptySideInput
 
 from mpmm.model_manager import ModelManager
 from mpmm.multi_process_shared import MultiProcessShared
+from mpmm.observability.inspect_screen import render
 from mpmm.shared_state.snapshot import read_snapshot
-from mpmm.show.screen import render
 
 MANAGED = {
     "memory_source": "booked",

@@ -16,14 +16,14 @@ import yaml
 from processes import SimulatedDevice, wait_until
 
 from mpmm.model_manager import ModelManager
+from mpmm.observability.findings import LONG_WAIT_S, STALE_AFTER_S
+from mpmm.observability.histograms import Tally
+from mpmm.observability.prometheus import families
 from mpmm.shared_state.settings import Settings
 from mpmm.shared_state.snapshot import read_snapshot
-from mpmm.show.families import families
-from mpmm.show.health import LONG_WAIT_S, STALE_AFTER_S
-from mpmm.show.tally import Tally
 
 ROOT = Path(__file__).resolve().parent.parent
-FILES = ROOT / "mpmm" / "dashboard" / "grafana"
+FILES = ROOT / "mpmm" / "observability" / "dashboard" / "grafana"
 RULES = yaml.safe_load((FILES / "mpmm-alerts.yaml").read_text())["groups"][0]["rules"]
 ALERTS: dict[str, dict[str, Any]] = {rule["alert"]: rule for rule in RULES}
 BOARD = json.loads((FILES / "mpmm-dashboard.json").read_text())
@@ -133,8 +133,8 @@ def test_alerts_say_how_bad_it_is_and_what_to_do() -> None:
 def test_they_are_part_of_the_package() -> None:
     setup = configparser.ConfigParser()
     setup.read(ROOT / "setup.cfg")
-    patterns = setup["options.package_data"]["mpmm.dashboard"].split()
-    shipped = {path for pattern in patterns for path in (ROOT / "mpmm" / "dashboard").glob(pattern)}
+    patterns = setup["options.package_data"]["mpmm.observability.dashboard"].split()
+    shipped = {path for pattern in patterns for path in (ROOT / "mpmm" / "observability" / "dashboard").glob(pattern)}
     assert shipped == {path for folder in ("grafana", "page") for path in (FILES.parent / folder).iterdir()}
 
 

@@ -32,11 +32,11 @@ from test_policy import A, B, C, device, idle, model, ticket, view
 
 from mpmm.errors import LoadTimeoutError
 from mpmm.model_manager import ModelManager
+from mpmm.observability.inspect_screen import render
 from mpmm.policy.backoff import back_off_s, left_s
 from mpmm.policy.plan import make_plan
 from mpmm.policy.view import Busy, Decision, Evict, Grant, Load, ModelView, Reason, TicketView, Wait
 from mpmm.shared_state.snapshot import read_snapshot
-from mpmm.show.screen import render
 
 NewManager = Callable[..., ModelManager]
 NewProcess = Callable[..., Process]

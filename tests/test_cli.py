@@ -23,16 +23,16 @@ from mpmm.arguments import checked_size_mb
 from mpmm.cli import main
 from mpmm.errors import InvalidArgumentError, NamespaceResetError
 from mpmm.model_manager import ModelManager
+from mpmm.observability.colours import painter
+from mpmm.observability.event_lines import _TEXTS
+from mpmm.observability.findings import findings
+from mpmm.observability.formatting import age, bar
+from mpmm.observability.inspect_screen import render
+from mpmm.observability.tables import table
 from mpmm.shared_state.events import EventKind
 from mpmm.shared_state.layout import Header
 from mpmm.shared_state.segment import segment_name
 from mpmm.shared_state.snapshot import EventChoice, Snapshot, read_snapshot
-from mpmm.show.colours import painter
-from mpmm.show.event_lines import _TEXTS
-from mpmm.show.health import findings
-from mpmm.show.screen import render
-from mpmm.show.tables import table
-from mpmm.show.words import age, bar
 
 NewManager = Callable[..., ModelManager]
 NewProcess = Callable[..., Process]

@@ -14,7 +14,7 @@ from processes import LoadsObject
 
 from mpmm.cli import _parser, main
 from mpmm.model_manager import ModelManager
-from mpmm.show.completion import SHELLS, completion, man_page
+from mpmm.observability.completion import SHELLS, completion, man_page
 
 NewManager = Callable[..., ModelManager]
 # What bash does when somebody presses Tab, with the words of the command line as arguments.

@@ -36,6 +36,7 @@ from mpmm.memory.monitor import GPUMonitor
 from mpmm.model_manager.operations import Operation
 from mpmm.model_manager.session import Copy, Worker
 from mpmm.model_manager.tenure import Tenure
+from mpmm.observability import doctor
 from mpmm.shared_state import core as core_module
 from mpmm.shared_state.core import CORE_VARIABLE, make_core, which
 from mpmm.shared_state.layout import Header, Instance, Model, Ticket
@@ -43,7 +44,6 @@ from mpmm.shared_state.namespace import Namespace
 from mpmm.shared_state.segment import Segment
 from mpmm.shared_state.transaction import TURN, TransactionLock
 from mpmm.shared_state.transitions import SMOOTHING
-from mpmm.show import doctor
 from mpmm.sources import choose_source
 
 SOURCE = Path(core_module.__file__).with_name("_core.c")

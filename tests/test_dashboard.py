@@ -25,16 +25,16 @@ from processes import Loads, Process, acquire, release, wait_until, waiting
 from sleepers import MakesSleeper, pretend_load_s
 
 from mpmm.cli import main
-from mpmm.dashboard.history import FINDINGS_SENT, POINTS_SENT, SAMPLES_KEPT, Recorder
-from mpmm.dashboard.watch import Watcher
 from mpmm.model_manager import ModelManager
+from mpmm.observability.dashboard.history import FINDINGS_SENT, POINTS_SENT, SAMPLES_KEPT, Recorder
+from mpmm.observability.dashboard.watch import Watcher
+from mpmm.observability.event_reader import Follower, Step
 from mpmm.policy.view import Reason
 from mpmm.shared_state.segment import segment_name
 from mpmm.shared_state.snapshot import Snapshot, read_snapshot
-from mpmm.show.follow import Follower, Step
 
 uvicorn = pytest.importorskip("uvicorn", reason="needs the extra web")
-from mpmm.dashboard import server  # noqa: E402  # needs the library
+from mpmm.observability.dashboard import server  # noqa: E402  # needs the library
 
 NewManager = Callable[..., ModelManager]
 NewProcess = Callable[..., Process]
@@ -132,7 +132,7 @@ def test_without_the_token_nothing_is_answered(served: Served, path: str) -> Non
         refusals = (401,) if not wrong else (403,)
         assert ask(f"{served.url}{path}?token={urllib.parse.quote(wrong)}", token=None).status in refusals
         assert ask(served.url + path, token=wrong).status in refusals
-    assert b"mpmm.dashboard" not in refused.body
+    assert b"mpmm.observability.dashboard" not in refused.body
     assert b"/api/" not in refused.body
 
 
@@ -297,7 +297,7 @@ def test_ended_namespaces_are_forgotten_in_time(monkeypatch: pytest.MonkeyPatch,
         watcher.look()
     watcher.look()
     assert [one["name"] for one in watcher.state(None, "", 0, 60)["namespaces"]] == [namespace]
-    monkeypatch.setattr("mpmm.dashboard.watch.ENDED_KEPT_S", 0.0)
+    monkeypatch.setattr("mpmm.observability.dashboard.watch.ENDED_KEPT_S", 0.0)
     watcher.look()
     assert watcher.state(None, "", 0, 60)["namespaces"] == []
 
@@ -545,7 +545,7 @@ def test_what_is_asked_for_must_be_possible(capsys: Capture, monkeypatch: pytest
 
 
 def test_without_the_libraries_it_says_what_to_install(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(sys.modules, "mpmm.dashboard.server")
+    monkeypatch.delitem(sys.modules, "mpmm.observability.dashboard.server")
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     assert main(["dashboard"]) == 2
     assert "this needs starlette and uvicorn; pip install 'mpmm[web]' brings it" in capsys.readouterr().err

@@ -36,8 +36,8 @@ from simulated_gpu import SimulatedGpus
 import mpmm
 from mpmm import InvalidArgumentError, ModelManager, ModelTooLargeError, Placement
 from mpmm.memory.estimator import ALONE_SD, Estimate, Observation, reconcile, solve_footprints
+from mpmm.observability.inspect_screen import render
 from mpmm.shared_state.snapshot import DeviceInfo, read_snapshot
-from mpmm.show.screen import render
 
 NewGpus = Callable[..., SimulatedGpus]
 NewManager = Callable[..., ModelManager]

@@ -18,8 +18,8 @@ from processes import LoadsObject, MakesServed, Process, acquire, files_in
 from mpmm.cli import main
 from mpmm.model_manager import ModelManager
 from mpmm.multi_process_shared import MultiProcessShared
-from mpmm.show import doctor
-from mpmm.show.doctor import Check, Group, examine, report
+from mpmm.observability import doctor
+from mpmm.observability.doctor import Check, Group, examine, report
 from mpmm.sources import booked
 
 NewManager = Callable[..., ModelManager]

@@ -44,9 +44,9 @@ from mpmm.errors import (
     TableFullError,
 )
 from mpmm.model_manager import ModelManager
+from mpmm.observability.inspect_screen import render
 from mpmm.shared_state.layout import Capacities, Model
 from mpmm.shared_state.snapshot import find_namespaces, read_snapshot
-from mpmm.show.screen import render
 
 NewManager = Callable[..., ModelManager]
 NewProcess = Callable[..., Process]

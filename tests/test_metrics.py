@@ -19,9 +19,9 @@ from processes import Loads, Process, acquire, release, wait_until, waiting
 from mpmm.cli import main
 from mpmm.metrics import Exporter, asgi_app, wsgi_app
 from mpmm.model_manager import ModelManager
+from mpmm.observability.histograms import BOUNDS_S
 from mpmm.shared_state.layout import Capacities
 from mpmm.shared_state.snapshot import read_snapshot
-from mpmm.show.tally import BOUNDS_S
 
 prometheus_client = pytest.importorskip("prometheus_client", reason="needs the extra metrics")
 from prometheus_client import parser  # noqa: E402  # needs the library

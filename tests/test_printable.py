@@ -14,10 +14,10 @@ import pytest
 from mpmm.cli import main
 from mpmm.errors import AcquireTimeoutError, MpmmError, NotAcquiredError
 from mpmm.model_manager import ModelManager
+from mpmm.observability.inspect_screen import overview, render
+from mpmm.observability.top import History, screen
 from mpmm.printable import printable, printable_lines
 from mpmm.shared_state.snapshot import read_snapshot
-from mpmm.show.screen import overview, render
-from mpmm.show.top import History, screen
 
 NewManager = Callable[..., ModelManager]
 

@@ -33,8 +33,8 @@ from simulated_gpu import GPU_IS_LOST, SimulatedGpus
 
 from mpmm import AcquireTimeoutError, ModelManager
 from mpmm.model_manager.background import POLL_WAIT_S
+from mpmm.observability.inspect_screen import render
 from mpmm.shared_state.snapshot import DeviceInfo, read_snapshot
-from mpmm.show.screen import render
 from mpmm.sources import DeviceSample, SourceUnavailableError
 from mpmm.sources.host_memory import host_memory_left_mb, host_memory_mb
 from mpmm.sources.nvidia_smi import NvidiaSmiSource

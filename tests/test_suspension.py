@@ -34,6 +34,7 @@ from sleepers import LoadsSleeper, MakesSleeper, pretend_load_s, steps
 
 from mpmm import ModelManager, cli
 from mpmm.errors import AcquireTimeoutError, MpmmError
+from mpmm.observability.findings import findings
 from mpmm.policy.plan import make_plan
 from mpmm.policy.suspension import Kept, Movable, Unsuspendable, Way, limit_s, make_room, pays, resume_s, suspend_s
 from mpmm.policy.view import (
@@ -51,7 +52,6 @@ from mpmm.policy.view import (
     Wait,
 )
 from mpmm.shared_state.snapshot import Snapshot, read_snapshot
-from mpmm.show.health import findings
 from mpmm.sources import DeviceInfo, DeviceSample
 
 NewManager = Callable[..., ModelManager]

@@ -26,12 +26,12 @@ from processes import Loads, LoadsObject, Process, acquire, wait_until, waiting
 
 from mpmm.cli import main
 from mpmm.model_manager import ModelManager
+from mpmm.observability.controls import SORTS, Controls
+from mpmm.observability.inspect_screen import Section
 from mpmm.shared_state.snapshot import Snapshot, read_snapshot
-from mpmm.show.controls import SORTS, Controls
-from mpmm.show.screen import Section
 
 rich_console = pytest.importorskip("rich.console", reason="needs the extra cli")
-from mpmm.show.top import History, screen  # noqa: E402  # needs rich
+from mpmm.observability.top import History, screen  # noqa: E402  # needs rich
 
 NewManager = Callable[..., ModelManager]
 NewProcess = Callable[..., Process]
@@ -209,7 +209,7 @@ def read_until(descriptor: int, text: str, seen: str = "") -> str:
 def test_without_the_library_it_says_what_to_install(
     busy: ModelManager, namespace: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.delitem(sys.modules, "mpmm.show.top")
+    monkeypatch.delitem(sys.modules, "mpmm.observability.top")
     monkeypatch.setitem(sys.modules, "rich.console", None)
     assert main(["top", namespace]) == 2
     assert capsys.readouterr().err == "mpmm: this needs rich; pip install 'mpmm[cli]' brings it\n"

@@ -18,12 +18,12 @@ from processes import Loads, LoadsObject, Process, acquire, force_reset, release
 
 from mpmm.cli import main
 from mpmm.model_manager import ModelManager
+from mpmm.observability.event_reader import Follower
+from mpmm.observability.plot import histories, read_trace
+from mpmm.observability.trace import DEVICE_PID, NAMESPACE_PID, Tracer
+from mpmm.observability.trace_writer import recent_trace
 from mpmm.shared_state.layout import Capacities
 from mpmm.shared_state.snapshot import read_snapshot
-from mpmm.show.follow import Follower
-from mpmm.show.plot import histories, read_trace
-from mpmm.show.record import recent_trace
-from mpmm.show.trace import DEVICE_PID, NAMESPACE_PID, Tracer
 
 NewManager = Callable[..., ModelManager]
 NewProcess = Callable[..., Process]

@@ -28,9 +28,9 @@ from simulated_gpu import SimulatedGpus
 
 import mpmm
 from mpmm import ModelManager
+from mpmm.observability.findings import findings
 from mpmm.policy.view import Reason
 from mpmm.shared_state.snapshot import read_snapshot
-from mpmm.show.health import findings
 
 NewManager = Callable[..., ModelManager]
 NewProcess = Callable[..., Process]

@@ -36,13 +36,13 @@ from mpmm.errors import RuntimeDirectoryError, SegmentLostError
 from mpmm.model_manager import ModelManager
 from mpmm.multi_process_shared import server_pid
 from mpmm.multi_process_shared.registry import registry_for
+from mpmm.observability.findings import findings
 from mpmm.shared_state.liveness import lives_by_pid
 from mpmm.shared_state.lock_file import LockFile, identity_of, is_locked
 from mpmm.shared_state.namespace import Namespace
 from mpmm.shared_state.runtime_dir import RUNTIME_DIR_VARIABLE, RuntimeDirectory, default_root
 from mpmm.shared_state.segment import Segment, segment_name
 from mpmm.shared_state.snapshot import find_lost_namespaces, read_snapshot
-from mpmm.show.health import findings
 
 # Looked for among all segments of this machine, where other test processes have theirs.
 VANISHING = f"vanishing-{os.getpid()}"

@@ -67,7 +67,10 @@ PARTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("mpmm/memory/estimator.py", "mpmm/memory/shared_estimator.py", "mpmm/memory/estimates_file.py"),
         ("test_resource_estimator", "test_kept_estimates", "test_accounting"),
     ),
-    "show": (("mpmm/show/*.py", "mpmm/printable.py"), ("test_printable", "test_cli", "test_top", "test_trace")),
+    "observability": (
+        ("mpmm/observability/*.py", "mpmm/printable.py"),
+        ("test_printable", "test_cli", "test_top", "test_trace"),
+    ),
     "arguments": (("mpmm/arguments.py",), ("test_bad_input",)),
 }
 # Tests that a change makes hang are ended after so many times what they take without one.

@@ -35,8 +35,8 @@ from mpmm.model_manager.manager import AnswerUndone, ModelManager
 from mpmm.model_manager.refusals import giving_up_in_time, timed_out
 from mpmm.model_manager.request import AcquireOptions, PlacementRequest, read_options
 from mpmm.model_manager.session import Copy, LookAgain, Worker
-from mpmm.policy.out_of_memory import is_out_of_memory
 from mpmm.multi_process_shared.main_import import refuse_while_importing_main
+from mpmm.policy.out_of_memory import is_out_of_memory
 from mpmm.shared_state.futex import WAITED_FOR_AT_MOST, wait_for_any, wake_all
 from mpmm.shared_state.layout import Header, Model, Ticket
 from mpmm.shared_state.tables import encode_text

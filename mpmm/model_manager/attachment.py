@@ -26,8 +26,8 @@ from mpmm.memory.samples import ForeignMonitor, MonitorLike
 from mpmm.model_manager.deferred import NOW_S
 from mpmm.model_manager.refusals import timed_out
 from mpmm.model_manager.session import Worker
+from mpmm.multi_process_shared.registry import is_server_process
 from mpmm.printable import printable_logger
-from mpmm.proxy.room import is_server_process
 from mpmm.shared_state.layout import Capacities, Header, Member
 from mpmm.shared_state.namespace import LIFECYCLE_TIMEOUT_S, Namespace, run_at_exit
 from mpmm.shared_state.settings import Settings

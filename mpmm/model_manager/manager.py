@@ -83,12 +83,12 @@ from mpmm.model_manager.session import (
     unload_made,
 )
 from mpmm.model_manager.waits import decision, held_by, says_more, wanted_by, where
-from mpmm.placement import placed
-from mpmm.policy.out_of_memory import is_out_of_memory
-from mpmm.printable import printable_logger
 from mpmm.multi_process_shared.context import attach_namespace, serving_for
 from mpmm.multi_process_shared.main_import import refuse_while_importing_main
 from mpmm.multi_process_shared.registry import is_server_process
+from mpmm.placement import placed
+from mpmm.policy.out_of_memory import is_out_of_memory
+from mpmm.printable import printable_logger
 from mpmm.shared_state.durations import to_ns
 from mpmm.shared_state.events import Cause, EventKind
 from mpmm.shared_state.futex import wait_for_change

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from mpmm.errors import ModelServerError, SuspendError
 from mpmm.memory.sampler import answer_within
+from mpmm.multi_process_shared.rpc import protocol
+from mpmm.multi_process_shared.sleeping import ask_to, can_sleep, record_of
 from mpmm.policy.suspension import Unsuspendable, Way, limit_s
 from mpmm.policy.view import Reason
 from mpmm.printable import printable_logger
-from mpmm.proxy import wire
-from mpmm.proxy.sleeping import ask_to, can_sleep, record_of
 from mpmm.shared_state.events import Cause
 from mpmm.shared_state.layout import Header, Instance, Member, Model
 from mpmm.shared_state.settings import ALWAYS, NEVER
@@ -105,7 +105,7 @@ class Suspender:
         task = self._task(row, generation, Instance.SUSPENDING)
         if task is None:
             return
-        done, why = self._attempt(task, wire.SLEEP)
+        done, why = self._attempt(task, protocol.SLEEP)
         with self._namespace.transaction() as t:
             if self._is_ours(row, generation, Instance.SUSPENDING):
                 if done:
@@ -163,7 +163,7 @@ class Suspender:
         task = self._task(row, generation, Instance.RESUMING)
         if task is None:
             return False
-        done, why = self._attempt(task, wire.WAKE_UP)
+        done, why = self._attempt(task, protocol.WAKE_UP)
         if done:
             return True
         with self._namespace.transaction() as t:
@@ -306,7 +306,7 @@ class Suspender:
             if self._is_dying(task.server):
                 # It has been killed meanwhile, whatever the driver says of that.
                 return False, None
-            failed = Unsuspendable.SUSPEND_FAILED if request == wire.SLEEP else Unsuspendable.RESUME_FAILED
+            failed = Unsuspendable.SUSPEND_FAILED if request == protocol.SLEEP else Unsuspendable.RESUME_FAILED
             return False, failed
         return True, None
 
@@ -364,11 +364,11 @@ def _ask(task: _Task, request: str, folder: Path) -> None:
     if task.way == Way.CHECKPOINT:
         if task.server_pid is None:
             raise ModelServerError(f"the server of {task.handle!r} is gone", tag=task.handle, server_pid=None)
-        what = "suspend" if request == wire.SLEEP else "resume"
+        what = "suspend" if request == protocol.SLEEP else "resume"
         ask_helper(folder, what, task.server_pid, limit_s(task.mb), task.tag)
     elif task.value is None:
         ask_to(request, task.handle, task.server_pid)
-    elif request == wire.SLEEP:
+    elif request == protocol.SLEEP:
         task.value.sleep()
     else:
         task.value.wake_up()

@@ -7,15 +7,15 @@ import time
 from pathlib import Path
 from typing import Any
 
-from mpmm.dashboard.history import Recorder
 from mpmm.errors import MpmmError
+from mpmm.observability.dashboard.history import Recorder
 from mpmm.printable import printable_logger
 from mpmm.shared_state.runtime_dir import default_root
 from mpmm.shared_state.snapshot import find_lost_namespaces, find_namespaces
 
 __all__ = ["Watcher"]
 
-_logger = printable_logger("mpmm.dashboard")
+_logger = printable_logger("mpmm.observability.dashboard")
 
 PAUSE_S = 1.0
 # Where so much happens that the ring of events could be overwritten between two looks.

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from mpmm.observability.event_lines import said
+from mpmm.observability.formatting import why
 from mpmm.printable import printable
 from mpmm.shared_state.snapshot import EventInfo
-from mpmm.show.event_lines import said
-from mpmm.show.words import why
 
 __all__ = ["CATEGORIES", "decision"]
 

@@ -17,9 +17,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TextIO
 
+from mpmm.observability.event_reader import Step
+from mpmm.observability.formatting import devices_of, named, names_of, why, with_names
 from mpmm.shared_state.snapshot import EventInfo, Snapshot
-from mpmm.show.follow import Step
-from mpmm.show.words import devices_of, named, names_of, why, with_names
 
 __all__ = ["DEVICE_PID", "NAMESPACE_PID", "TraceFile", "Tracer"]
 

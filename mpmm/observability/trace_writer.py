@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 from typing import TextIO
 
+from mpmm.observability.event_reader import Follower, asked_to_end, steps
+from mpmm.observability.trace import TraceEvent, TraceFile, Tracer
 from mpmm.shared_state.snapshot import Snapshot
-from mpmm.show.follow import Follower, asked_to_end, steps
-from mpmm.show.trace import TraceEvent, TraceFile, Tracer
 
 __all__ = ["recent_trace", "record"]
 

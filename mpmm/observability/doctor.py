@@ -24,15 +24,15 @@ from pathlib import Path
 import mpmm
 from mpmm.errors import InvalidArgumentError, MpmmError
 from mpmm.memory.sampler import answer_within
+from mpmm.observability.colours import Paint, plain
+from mpmm.observability.findings import what_ails
+from mpmm.observability.tables import wrapped
 from mpmm.printable import printable
 from mpmm.shared_state.core import CORE_VARIABLE, which
 from mpmm.shared_state.layout import LAYOUT_VERSION, Capacities, Layout
 from mpmm.shared_state.runtime_dir import check_private_folder, default_root
 from mpmm.shared_state.segment import SHARED_MEMORY
 from mpmm.shared_state.snapshot import find_lost_namespaces, find_namespaces, read_snapshot
-from mpmm.show.colours import Paint, plain
-from mpmm.show.health import what_ails
-from mpmm.show.tables import wrapped
 from mpmm.sources import Measures, MemorySource, SourceUnavailableError, choose_source, what_it_measures
 
 __all__ = ["Check", "Group", "examine", "report"]

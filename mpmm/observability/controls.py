@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from mpmm.observability.inspect_screen import Section
 from mpmm.shared_state.snapshot import InstanceInfo, ModelInfo
-from mpmm.show.screen import Section
 
 __all__ = ["HELP", "SORTS", "Controls", "single_keys"]
 

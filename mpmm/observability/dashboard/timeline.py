@@ -17,10 +17,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from itertools import chain
 
+from mpmm.observability.event_reader import Step
+from mpmm.observability.formatting import why
 from mpmm.printable import printable
 from mpmm.shared_state.snapshot import EventInfo, InstanceInfo
-from mpmm.show.follow import Step
-from mpmm.show.words import why
 
 __all__ = ["Span", "Timeline"]
 

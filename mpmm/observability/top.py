@@ -14,14 +14,14 @@ from rich.panel import Panel
 from rich.text import Text
 
 from mpmm.errors import MpmmError
+from mpmm.observability.controls import HELP, SORTS, Controls, single_keys
+from mpmm.observability.findings import findings
+from mpmm.observability.formatting import age, bar, for_people, mb
+from mpmm.observability.inspect_screen import EVENTS_OF_EACH, Section, copies, evictions, headline, models, waiting
+from mpmm.observability.tables import table, wrapped
 from mpmm.printable import printable
 from mpmm.shared_state.runtime_dir import default_root
 from mpmm.shared_state.snapshot import DeviceInfo, EventChoice, Snapshot, find_namespaces, read_snapshot
-from mpmm.show.controls import HELP, SORTS, Controls, single_keys
-from mpmm.show.health import findings
-from mpmm.show.screen import EVENTS_OF_EACH, Section, copies, evictions, headline, models, waiting
-from mpmm.show.tables import table, wrapped
-from mpmm.show.words import age, bar, for_people, mb
 
 __all__ = ["History", "Looks", "print_once", "run", "screen"]
 

@@ -27,9 +27,9 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from mpmm.dashboard.history import LONGEST_WINDOW_S
-from mpmm.dashboard.watch import Watcher
 from mpmm.errors import InvalidArgumentError
+from mpmm.observability.dashboard.history import LONGEST_WINDOW_S
+from mpmm.observability.dashboard.watch import Watcher
 
 __all__ = ["DEFAULT_PORT", "checked_token", "create_app", "run"]
 
@@ -98,7 +98,7 @@ def _given_token(scope: Scope) -> bytes | None:
 
 def create_app(watcher: Watcher, token: str) -> Starlette:
     """Return the dashboard as an ASGI application; the watcher is the caller's to start and to close."""
-    page = resources.files("mpmm.dashboard") / "page"
+    page = resources.files("mpmm.observability.dashboard") / "page"
     index = page.joinpath("index.html").read_text("utf-8").replace("{{token}}", token)
     files = {one.name: one.read_bytes() for one in page.iterdir() if Path(one.name).suffix in _TYPES}
 

@@ -22,11 +22,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from mpmm.errors import InvalidArgumentError, MpmmError
+from mpmm.observability.event_lines import line
+from mpmm.observability.event_reader import Follower
+from mpmm.observability.inspect_screen import render
+from mpmm.observability.json_text import snapshot_json
 from mpmm.shared_state.snapshot import find_namespaces
-from mpmm.show.event_lines import line
-from mpmm.show.follow import Follower
-from mpmm.show.json_text import snapshot_json
-from mpmm.show.screen import render
 
 __all__ = ["write_bundle"]
 

@@ -10,9 +10,9 @@ from typing import Any
 
 from mpmm.display_names import shown_tag
 from mpmm.errors import InvalidArgumentError
+from mpmm.observability.formatting import age, for_people, mb
+from mpmm.observability.tables import table
 from mpmm.shared_state.snapshot import InstanceInfo, Snapshot
-from mpmm.show.tables import table
-from mpmm.show.words import age, for_people, mb
 
 __all__ = ["JSON_FORMAT", "Copy", "as_table", "copies_of", "formatted"]
 

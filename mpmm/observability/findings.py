@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from mpmm.observability.formatting import age, needs, waiters, why
 from mpmm.policy.suspension import Unsuspendable, limit_s
 from mpmm.policy.view import Reason
 from mpmm.shared_state.invariants import check_invariants
 from mpmm.shared_state.snapshot import Snapshot, TicketInfo
-from mpmm.show.words import age, needs, waiters, why
 
 __all__ = ["Finding", "findings", "longest_wait_s", "oldest_waiter", "what_ails"]
 

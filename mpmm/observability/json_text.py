@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import math
 
+from mpmm.observability.findings import findings
+from mpmm.observability.formatting import expected_waits, needs, why
 from mpmm.shared_state.snapshot import Snapshot, as_json
-from mpmm.show.health import findings
-from mpmm.show.words import expected_waits, needs, why
 
 __all__ = ["SCHEMA_VERSION", "snapshot_json"]
 

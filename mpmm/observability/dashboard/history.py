@@ -15,14 +15,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mpmm.dashboard.decisions import CATEGORIES, decision
-from mpmm.dashboard.timeline import Timeline
+from mpmm.observability.dashboard.decisions import CATEGORIES, decision
+from mpmm.observability.dashboard.timeline import Timeline
+from mpmm.observability.event_reader import Follower, Step
+from mpmm.observability.findings import findings, longest_wait_s
+from mpmm.observability.formatting import expected_waits, left_s, needs, waiters, why
 from mpmm.policy.view import Reason
 from mpmm.printable import printable
 from mpmm.shared_state.snapshot import DeviceInfo, InstanceInfo, Snapshot, TicketInfo
-from mpmm.show.follow import Follower, Step
-from mpmm.show.health import findings, longest_wait_s
-from mpmm.show.words import expected_waits, left_s, needs, waiters, why
 
 __all__ = ["LONGEST_WINDOW_S", "Recorder"]
 

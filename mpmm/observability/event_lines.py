@@ -11,11 +11,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from mpmm.observability.colours import painter
+from mpmm.observability.event_reader import Follower, Step, asked_to_end, steps
+from mpmm.observability.formatting import age, mb, named, names_of, why
 from mpmm.printable import printable
 from mpmm.shared_state.snapshot import EventInfo, as_json
-from mpmm.show.colours import painter
-from mpmm.show.follow import Follower, Step, asked_to_end, steps
-from mpmm.show.words import age, mb, named, names_of, why
 
 __all__ = ["Choice", "line", "said", "show_events"]
 

@@ -9,21 +9,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-from mpmm.policy.demand import Demand
-from mpmm.policy.view import Reason
-from mpmm.shared_state.snapshot import (
-    DeviceInfo,
-    EventInfo,
-    InstanceInfo,
-    MemberInfo,
-    ModelInfo,
-    Snapshot,
-    TicketInfo,
-)
-from mpmm.show.colours import Paint, plain
-from mpmm.show.health import findings, longest_wait_s
-from mpmm.show.tables import table, wrapped
-from mpmm.show.words import (
+from mpmm.observability.colours import Paint, plain
+from mpmm.observability.findings import findings, longest_wait_s
+from mpmm.observability.formatting import (
     BAR_SIGNS,
     PLAIN_SIGNS,
     age,
@@ -37,6 +25,18 @@ from mpmm.show.words import (
     places,
     waiters,
     why,
+)
+from mpmm.observability.tables import table, wrapped
+from mpmm.policy.demand import Demand
+from mpmm.policy.view import Reason
+from mpmm.shared_state.snapshot import (
+    DeviceInfo,
+    EventInfo,
+    InstanceInfo,
+    MemberInfo,
+    ModelInfo,
+    Snapshot,
+    TicketInfo,
 )
 
 __all__ = [

@@ -6,10 +6,10 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
+from mpmm.observability.findings import longest_wait_s
+from mpmm.observability.formatting import devices_of
+from mpmm.observability.histograms import BOUNDS_S, Histogram, Tally
 from mpmm.shared_state.snapshot import Snapshot
-from mpmm.show.health import longest_wait_s
-from mpmm.show.tally import BOUNDS_S, Histogram, Tally
-from mpmm.show.words import devices_of
 
 __all__ = ["Family", "families", "text"]
 

@@ -12,7 +12,7 @@ from bisect import bisect_left
 from collections import defaultdict
 from dataclasses import dataclass, field
 
-from mpmm.show.follow import Step
+from mpmm.observability.event_reader import Step
 
 __all__ = ["BOUNDS_S", "Histogram", "Tally"]
 
