@@ -75,6 +75,7 @@ from mpmm.arguments import checked_number, checked_path, checked_size_mb, checke
 from mpmm.errors import InvalidArgumentError, MpmmError
 from mpmm.observability.colours import painter
 from mpmm.observability.findings import longest_wait_s
+from mpmm.observability.help_pages import TOPICS
 from mpmm.observability.inspect_screen import EVENTS_OF_EACH, overview, render
 from mpmm.printable import printable, printable_lines
 from mpmm.shared_state.runtime_dir import ROOM_NAME, SERVERS_LOG, RuntimeDirectory, default_root
@@ -250,6 +251,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     completion = commands.add_parser("completion", help="print a script that completes `mpmm` in a shell")
     completion.add_argument("shell", choices=("bash", "fish", "zsh"))
+    topics = commands.add_parser(
+        "help", help="explain a topic at length: settings, errors, guarantees, limits, stall, …"
+    )
+    topics.add_argument("topic", nargs="?", choices=sorted(TOPICS), metavar="TOPIC", help=", ".join(TOPICS))
     commands.add_parser("man", help="print the manual page; `mpmm man | man -l -` shows it")
     for command in commands.choices.values():
         # Suppressed where it is not given, or it would undo the one in front of the command.
@@ -550,6 +555,13 @@ def _completion(options: argparse.Namespace, root: Path | None) -> int:
     return 0
 
 
+def _help(options: argparse.Namespace, root: Path | None) -> int:
+    from mpmm.observability.help_pages import page
+
+    print(page(options.topic, _width()))
+    return 0
+
+
 def _man(options: argparse.Namespace, root: Path | None) -> int:
     from mpmm.observability.completion import man_page
 
@@ -574,6 +586,7 @@ _COMMANDS = {
     "prune": _prune,
     "doctor": _doctor,
     "completion": _completion,
+    "help": _help,
     "man": _man,
 }
 

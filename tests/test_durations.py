@@ -16,19 +16,19 @@ from processes import waiting as waiting_for
 from mpmm.errors import AcquireTimeoutError
 from mpmm.model_manager import ModelManager
 from mpmm.shared_state.durations import LONGEST_NS, to_ns
-from mpmm.shared_state.settings import _RANGES
+from mpmm.shared_state.settings import SETTINGS
 from mpmm.shared_state.snapshot import read_snapshot
 
 NewManager = Callable[..., ModelManager]
 NewProcess = Callable[..., Process]
 NewDevice = Callable[..., SimulatedDevice]
 
-SECONDS = sorted(name for name, (_, _, unit) in _RANGES.items() if unit == "seconds")
+SECONDS = sorted(name for name, setting in SETTINGS.items() if setting.unit == "seconds")
 
 
 def extremes(name: str) -> list[float]:
     """Return values of a setting at the ends of what is allowed."""
-    low, high, _ = _RANGES[name]
+    low, high = SETTINGS[name].low, SETTINGS[name].high
     return sorted({low, *(value for value in (1e-9, 1e308) if low <= value <= high), high})
 
 

@@ -318,48 +318,61 @@ class ModelManager(BeamNames):
     ) -> None:
         """Attach to a namespace, creating it if need be.
 
-        In a model server, which imports the program and so makes its managers, too, attaching waits for the first use;
-        such a manager neither leads nor keeps servers alive.
+        A model server imports the program, and so makes its managers, too. There, attaching waits for the first use,
+        and the manager neither leads nor keeps servers alive.
 
-        monitor: takes the place of the memory source; a `GPUMonitor`, or anything with Beam's monitor methods.
-        slack_percentage: share of a device that is never filled, 0 to 0.99.
-        poll_interval: seconds between the leader's samples. peak_window_seconds: how long a peak counts.
-        min_data_points, smoothing_factor: see `ResourceEstimator`.
-        eviction_cooldown_seconds: a copy idle for less counts as warm, and is evicted after cold ones.
-        min_model_copies: copies of a model beyond so many are surplus, and evicted first.
-        wait_timeout_seconds: after so long `acquire_model` gives up.
-        lock_timeout_seconds: after so long a transaction gives up the lock; it is held for microseconds.
-        verbose_logging: log the estimator's steps.
-        namespace: None for a private one, which forked children and pickled copies share; else the name of
-            the one that all processes of this user on this host share; an empty one is an error.
-        memory_source: `auto`, `nvml`, `nvidia-smi`, `amdsmi`, `host`, `booked`, or a `MemorySource`.
-        memory_budget_mb: total for the `host` source.
-        fallback_memory_mb: total where nothing can be measured.
-        default_estimate_mb: what a model takes as long as nothing is known of it.
-        max_overtake_seconds: how long the first waiter without room may be overtaken by those who reuse idle copies.
-        memory_return_seconds: how long unloaded memory may take to come back before it is written off.
-        load_timeout_seconds: a load that takes longer is given up: its reservation goes, the model server that it
-            may have started is killed. A loader that hangs in this process is not interrupted.
-        max_model_copies: copies of one model that may be loaded at a time, None for any number.
-        idle_ttl_seconds: a copy that nobody has used for so long, and whose model is not pinned, is unloaded; None
-            keeps it until others need the room.
-        max_waiting: how many may wait for one model, None for any number; who comes then gets QueueFullError at once.
+        monitor: takes the place of the memory source: a `GPUMonitor`, or any object with the methods of Beam's monitor.
+        slack_percentage (share, 0 to 0.99): the share of a device that is never filled.
+        poll_interval (s, 0.01 to 3600): the time between two samples of the leader.
+        peak_window_seconds (s, 0.01 to 86400): how long a peak of memory counts.
+        min_data_points (count, 1 to 1000000): readings that the estimator needs before its first solution.
+        smoothing_factor (share, 0 to 1): the weight of a new estimate against the old one.
+        eviction_cooldown_seconds (s, at least 0): a copy that was used more recently counts as warm, and is evicted
+            after cold ones.
+        min_model_copies (count, 0 to 1000000): copies of a model beyond this number are surplus, and are evicted first.
+        wait_timeout_seconds (s, at least 0): `acquire_model` gives up after this time; 0 takes only what is free at
+            once.
+        lock_timeout_seconds (s, 0.001 to 86400): a transaction gives up waiting for the lock after this time; it takes
+            microseconds.
+        verbose_logging: logs the steps of the estimator.
+        namespace: the name that processes share: all processes of one user on one host that pass the same name share
+            one namespace; None makes a private one, which forked children and pickled copies share; an empty name is an
+            error.
+        memory_source: where memory figures come from: `auto`, `nvml`, `nvidia-smi`, `amdsmi`, `host`, `booked`, or a
+            `MemorySource`; see `mpmm help memory`.
+        memory_budget_mb (MB, at least 1): the total memory for the `host` source, of model servers alone; None takes
+            that of the whole host, or of its control group.
+        fallback_memory_mb (MB, 1 to 1000000000): the total memory where nothing can be measured (`booked`).
+        default_estimate_mb (MB, 1 to 1000000000): what an unknown model is assumed to need.
+        max_overtake_seconds (s, at least 0): how long requests for idle copies may overtake the first waiter that needs
+            memory.
+        memory_return_seconds (s, at least 0): how long unloaded memory may take to come back before it is written off.
+        load_timeout_seconds (s, at least 0.001): a load that takes longer is abandoned: its reservation is dropped and
+            the model server that it started is killed, but a loader that hangs in this process is not interrupted.
+        max_model_copies (count, at least 1): how many copies of one model may be loaded at a time; None allows any
+            number.
+        idle_ttl_seconds (s, at least 0): a copy that is idle for this long, and not pinned, is unloaded; None keeps it
+            until others need its memory; `keep_alive_seconds` of a call sets it for one model (-1 for ever, 0 at once).
+        max_waiting (count, at least 0): how many requests may wait for one model; further ones get QueueFullError at
+            once; None allows any number.
         suspend: which evicted copies may be kept in host memory instead of being unloaded, see `mpmm.suspend`:
             `cooperative`, those of objects with `sleep()` and `wake_up()`; `checkpoint`, also those of any model
             server, by the CUDA driver; `auto`, the latter on drivers that are known to be good.
-        suspend_budget_mb: host memory in which evicted copies may be kept suspended, from where they are back sooner
-            than by a load, see `mpmm.suspend`; None for half of what the host has left when the namespace is created,
-            0 for none.
-        devices: indices or uuids of the devices to manage, all by default.
-        estimates_path: file that keeps the estimates from run to run, see `mpmm.memory.estimates_file`; None stands for
-            `$MPMM_ESTIMATES_PATH`, and without that for none. The first manager of a process decides for the process.
-        autoscaling_metric: what Beam's metric `num_loaded_models_<tag>` is in this process, `loaded` copies or `demand`
-            (in use, being loaded and waited for); None leaves what an earlier manager chose, `loaded` at first.
-        capacities: sizes of the shared tables.
-        runtime_root: folder of the runtime directories, see `mpmm.shared_state.runtime_dir`.
+        suspend_budget_mb (MB, at least 0): host memory for suspended copies, which come back sooner than by a load, see
+            `mpmm.suspend`; None takes half of the host memory that is free when the namespace is created, 0 suspends
+            nothing.
+        devices: indices or uuids of the devices to manage, of those that `CUDA_VISIBLE_DEVICES` shows; None takes all.
+        estimates_path: a file that keeps the estimates from run to run; None takes `$MPMM_ESTIMATES_PATH`, and without
+            that keeps none; the first manager of a process decides for the process.
+        autoscaling_metric: what Beam's metric `num_loaded_models_<tag>` counts in this process: `loaded` copies, or
+            `demand`, those in use, being loaded and waited for; None keeps what an earlier manager chose, `loaded` at
+            first.
+        capacities: how many rows the shared tables have, an `mpmm.Capacities`.
+        runtime_root: the folder of the runtime directories; None takes `$MPMM_RUNTIME_DIR`, and without that
+            `/tmp/mpmm-<uid>`.
 
-        What is decided for all processes alike is the creator's choice: later comers' values for it are
-        reported in the log and have no effect.
+        Settings that hold for all processes of the namespace are those of the process that creates it: if a later
+        process passes others, they have no effect, and the log says so.
 
         Raises InvalidArgumentError, and what `Namespace.join` raises.
         """

@@ -1,0 +1,93 @@
+"""`mpmm help`: pages made from tables and docstrings, which the signature and the source are held equal to."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import re
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+import mpmm
+from mpmm import errors
+from mpmm.cli import main
+from mpmm.model_manager import ModelManager
+from mpmm.observability.help_pages import TOPICS, as_text, errors_page, page
+from mpmm.observability.settings_page import ENVIRONMENT, OWN_PARAMETERS, entry, settings_page
+from mpmm.shared_state.settings import SETTINGS, Settings
+
+PACKAGE = Path(mpmm.__file__).parent
+PARAMETERS = dict(list(inspect.signature(ModelManager.__init__).parameters.items())[1:])
+#: Not for users: set by `mpmm run` for its program, which the page says below its table, and by us for our servers.
+SET_BY_MPMM = {"MPMM_LEASE_MB", "MPMM_DEVICES", "MPMM_MEMORY_FRACTION", "MPMM_SERVER_LIVES_BY"}
+
+
+def test_every_parameter_is_declared_once() -> None:
+    shared = set(SETTINGS) - {"suspend_checkpoints"}  # what `suspend` is for all processes
+    assert shared.isdisjoint(OWN_PARAMETERS)
+    assert shared | set(OWN_PARAMETERS) == set(PARAMETERS)
+
+
+@pytest.mark.parametrize("name", sorted(set(SETTINGS) & set(PARAMETERS)))
+def test_the_signature_has_the_defaults_of_the_settings(name: str) -> None:
+    default = asdict(Settings())[name]
+    assert PARAMETERS[name].default in ((None, default) if math.isinf(default) else (default,))
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_the_docstring_says_what_the_help_page_says(name: str) -> None:
+    documented = " ".join(inspect.getdoc(ModelManager.__init__).split())  # type: ignore[union-attr]  # it has one
+    assert f" {entry(name)} " in documented
+    meaning = OWN_PARAMETERS[name] if name in OWN_PARAMETERS else SETTINGS[name].meaning
+    assert [line for line in settings_page().split("\n") if line.startswith(f"| `{name}` |") and meaning in line]
+
+
+def test_every_environment_variable_has_its_line() -> None:
+    found = set()
+    for path in PACKAGE.rglob("*.py"):
+        found.update(re.findall(r'"(MPMM_[A-Z_]+)"', path.read_text()))
+    assert found == set(ENVIRONMENT) | SET_BY_MPMM
+    for name in SET_BY_MPMM - {"MPMM_SERVER_LIVES_BY"}:
+        assert f"`{name}`" in settings_page()
+
+
+def test_every_error_says_when_it_is_raised_and_what_to_do() -> None:
+    rows = {line.split("`")[1]: line for line in errors_page().split("\n") if line.startswith("| `")}
+    assert set(rows) == set(errors.__all__) - {"MpmmError"}
+    for name, row in rows.items():
+        _, _, parents, when, remedy, attributes, _ = (cell.strip() for cell in row.split("|"))
+        assert parents and when.endswith(".") and remedy.endswith("."), name
+        facts = inspect.get_annotations(getattr(errors, name))
+        assert all(f"`{fact}`" in attributes for fact in facts), name
+
+
+@pytest.mark.parametrize("topic", TOPICS)
+def test_every_topic_is_printed_as_text(topic: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["help", topic]) == 0
+    text = capsys.readouterr().out
+    assert len(text) > 500
+    # Code stays as it is; nothing else is wider than a terminal, or has marks that only Markdown needs.
+    assert not [line for line in text.split("\n") if len(line) > 100 and not line.startswith("    ")]
+    assert not re.search(r"^\||\*\*|```|\]\(", text, re.MULTILINE)
+
+
+def test_without_a_topic_all_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["help"]) == 0
+    listed = re.findall(r"^  mpmm help (\w+)", capsys.readouterr().out, re.MULTILINE)
+    assert listed == list(TOPICS)
+    assert page(None).endswith("explains a command.")
+
+
+def test_pages_beside_the_code_are_all_printed() -> None:
+    printed = {about() for _, about in TOPICS.values()}
+    assert all(path.read_text() in printed for path in (PACKAGE / "help").iterdir())
+
+
+def test_markdown_becomes_text() -> None:
+    markdown = "# A\ntext **b**\n- one\n  more\n- [two](three)\n\n| c | d |\n|---|---|\n| `e` | f \\| g |\n\n"
+    markdown += "```sh\n# h\n\ni\n```\n"
+    assert as_text(markdown, 40) == (
+        "A\n=\n\ntext b\n- one more\n- two (three)\n\n`e`\n    d: f | g\n\n    # h\n    \n    i"
+    )
