@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from mpmm.memory.samples import SharedBoard
+from mpmm.memory.samples import SharedSamples
 from mpmm.scheduler import Scheduler
 from mpmm.shared_state.layout import Device, Member
 from mpmm.shared_state.namespace import Namespace
@@ -36,15 +36,15 @@ class MeasuringSource:
 
 
 @pytest.fixture
-def board(namespace: str) -> Iterator[SharedBoard]:
-    """A board of a namespace with one model server, and no keeper that would find out that it does not live."""
+def samples(namespace: str) -> Iterator[SharedSamples]:
+    """The samples of a namespace with one model server, and no keeper that would find out that it does not live."""
     joined = Namespace.join(namespace)
-    board = SharedBoard(joined, Scheduler(joined))
+    samples = SharedSamples(joined, Scheduler(joined))
     source = MeasuringSource()
-    board.describe(source, source.devices(), ())
+    samples.describe(source, source.devices(), ())
     with joined.transaction() as t:
         joined.transitions.members.join(t, SERVER, Member.SERVER, PID, 1, b"server")
-    yield board
+    yield samples
     joined.leave()
 
 
@@ -52,7 +52,7 @@ def sample(used_mb: float, taken_ns: int, process_mb: float) -> list[DeviceSampl
     return [DeviceSample(0, used_mb, taken_ns, {PID: process_mb})]
 
 
-def unload(joined: Namespace, before_the_sample: bool, board: SharedBoard) -> None:
+def unload(joined: Namespace, before_the_sample: bool, samples: SharedSamples) -> None:
     """Load and unload a copy of 100 MB that the server keeps; a sample comes before the unload begins or during it."""
     transitions = joined.transitions
     with joined.transaction() as t:
@@ -62,38 +62,38 @@ def unload(joined: Namespace, before_the_sample: bool, board: SharedBoard) -> No
         transitions.loads.end(t, row, b"handle", 100.0, SERVER + 1, True)
         transitions.holds.release(t, row)
     if before_the_sample:
-        board.publish(sample(500.0, time.monotonic_ns(), 100.0))
+        samples.publish(sample(500.0, time.monotonic_ns(), 100.0))
     with joined.transaction() as t:
         transitions.unloads.begin(t, row, joined.slot, evicted=True)
     if not before_the_sample:
         # The server is gone by now, and the figure knows it.
-        board.publish(sample(400.0, time.monotonic_ns(), 0.0))
+        samples.publish(sample(400.0, time.monotonic_ns(), 0.0))
     with joined.transaction() as t:
         transitions.unloads.end(t, row)
 
 
-def committed_mb(board: SharedBoard) -> float:
+def committed_mb(samples: SharedSamples) -> float:
     """Return what admission counts as taken of the device."""
-    with board._namespace.transaction():
-        view = board._scheduler.device_views(board._scheduler.read_copies())[0]
+    with samples._namespace.transaction():
+        view = samples._scheduler.device_views(samples._scheduler.read_copies())[0]
     return view.used_mb + view.reserved_mb
 
 
 @pytest.mark.parametrize("before_the_sample", [True, False], ids=["before", "during"])
-def test_unloaded_memory_is_taken_off_once(board: SharedBoard, before_the_sample: bool) -> None:
-    unload(board._namespace, before_the_sample, board)
-    assert committed_mb(board) == 400.0
+def test_unloaded_memory_is_taken_off_once(samples: SharedSamples, before_the_sample: bool) -> None:
+    unload(samples._namespace, before_the_sample, samples)
+    assert committed_mb(samples) == 400.0
 
 
-def test_a_sample_that_is_too_old_for_the_device_is_too_old_for_its_processes(board: SharedBoard) -> None:
-    joined = board._namespace
+def test_a_sample_that_is_too_old_for_the_device_is_too_old_for_its_processes(samples: SharedSamples) -> None:
+    joined = samples._namespace
     began = time.monotonic_ns()
-    unload(joined, True, board)
+    unload(joined, True, samples)
     measured = joined.tables.member(SERVER) + Member.MEASURED_MB
     assert joined.segment.floats[measured] == 100.0
-    board.publish(sample(900.0, began, 300.0))
+    samples.publish(sample(900.0, began, 300.0))
     assert joined.segment.floats[measured] == 100.0
-    assert committed_mb(board) == 400.0
-    board.publish(sample(700.0, time.monotonic_ns(), 300.0))
+    assert committed_mb(samples) == 400.0
+    samples.publish(sample(700.0, time.monotonic_ns(), 300.0))
     assert joined.segment.floats[measured] == 300.0
     assert not math.isnan(joined.segment.floats[joined.tables.device(0) + Device.USED_MB])

@@ -15,7 +15,7 @@ import pytest
 from processes import wait_until
 
 from mpmm.errors import InvalidArgumentError
-from mpmm.memory.monitor import GPUMonitor, LocalBoard
+from mpmm.memory.monitor import GPUMonitor, LocalSamples
 from mpmm.sources import DeviceInfo, DeviceSample
 from mpmm.sources.booked import BookedSource
 
@@ -62,7 +62,7 @@ class FakeSource:
             assert self.sampled.wait_for(lambda: self.samples >= goal, DEADLINE_S)
 
 
-class FakeBoard:
+class FakeStore:
     def __init__(self) -> None:
         self.published: list[Sequence[DeviceSample]] = []
         self.resets = 0
@@ -207,60 +207,60 @@ def test_polling_survives_a_failing_source(source: FakeSource, monitor: GPUMonit
     assert monitor.get_stats()[0] == 2.0
 
 
-def publish(board: LocalBoard, second: float, used_mb: float | None, index: int = 0) -> None:
-    board.publish([DeviceSample(index, used_mb, int(second * 1e9))])
+def publish(store: LocalSamples, second: float, used_mb: float | None, index: int = 0) -> None:
+    store.publish([DeviceSample(index, used_mb, int(second * 1e9))])
 
 
 def test_the_peak_is_the_largest_in_the_window() -> None:
-    board = LocalBoard(10000.0, peak_window_seconds=30.0)
-    publish(board, 100, 500.0)
-    publish(board, 110, 900.0)
-    publish(board, 120, 400.0)
-    assert board.stats() == (400.0, 900.0, 10000.0)
-    publish(board, 140, 300.0)
-    assert board.stats()[1] == 900.0
-    publish(board, 141, 300.0)
-    assert board.stats()[1] == 400.0
+    store = LocalSamples(10000.0, peak_window_seconds=30.0)
+    publish(store, 100, 500.0)
+    publish(store, 110, 900.0)
+    publish(store, 120, 400.0)
+    assert store.stats() == (400.0, 900.0, 10000.0)
+    publish(store, 140, 300.0)
+    assert store.stats()[1] == 900.0
+    publish(store, 141, 300.0)
+    assert store.stats()[1] == 400.0
 
 
 def test_reset_peak_starts_from_the_current_figure() -> None:
-    board = LocalBoard(10000.0, peak_window_seconds=30.0)
-    publish(board, 100, 900.0)
-    publish(board, 101, 400.0)
-    board.reset_peak()
-    assert board.stats() == (400.0, 400.0, 10000.0)
+    store = LocalSamples(10000.0, peak_window_seconds=30.0)
+    publish(store, 100, 900.0)
+    publish(store, 101, 400.0)
+    store.reset_peak()
+    assert store.stats() == (400.0, 400.0, 10000.0)
 
 
 def test_a_sample_that_was_overtaken_does_not_replace_the_newer_one() -> None:
-    board = LocalBoard(10000.0, peak_window_seconds=30.0)
-    publish(board, 101, 400.0)
-    publish(board, 100, 900.0)
-    assert board.stats()[0] == 400.0
+    store = LocalSamples(10000.0, peak_window_seconds=30.0)
+    publish(store, 101, 400.0)
+    publish(store, 100, 900.0)
+    assert store.stats()[0] == 400.0
 
 
-def test_a_bound_monitor_reads_and_writes_the_board_and_polls_nothing(source: FakeSource, monitor: GPUMonitor) -> None:
-    board = FakeBoard()
+def test_a_bound_monitor_reads_and_writes_the_store_and_polls_nothing(source: FakeSource, monitor: GPUMonitor) -> None:
+    store = FakeStore()
     monitor.start()
-    monitor.bind(board)
+    monitor.bind(store)
     monitor.start()
     assert not monitor._running
-    assert not board.published
+    assert not store.published
     monitor.refresh()
-    assert [[sample.used_mb for sample in samples] for samples in board.published] == [[1000.0, 200.0]]
+    assert [[sample.used_mb for sample in samples] for samples in store.published] == [[1000.0, 200.0]]
     assert source.asked_for == (41, 42)
     monitor.reset_peak()
-    assert board.resets == 1
+    assert store.resets == 1
     assert monitor.get_stats() == (1.0, 2.0, 3.0)
     monitor.bind(None)
     assert monitor.get_stats() == (1200.0, 1200.0, 20000.0)
 
 
 def test_a_bound_monitor_publishes_failures_as_unknown(source: FakeSource, monitor: GPUMonitor) -> None:
-    board = FakeBoard()
-    monitor.bind(board)
+    store = FakeStore()
+    monitor.bind(store)
     source.used_mb = OSError("driver gone")
     monitor.refresh()
-    assert [[sample.used_mb for sample in samples] for samples in board.published] == [[None, None]]
+    assert [[sample.used_mb for sample in samples] for samples in store.published] == [[None, None]]
 
 
 def test_alone_the_process_accounts_for_itself(source: FakeSource, monitor: GPUMonitor) -> None:
@@ -335,11 +335,11 @@ def hanging() -> Iterator[HangingSource]:
 
 
 @pytest.fixture
-def bound(hanging: HangingSource) -> Iterator[tuple[GPUMonitor, FakeBoard]]:
-    """A monitor of a source that can hang, and its board."""
-    monitor, board = GPUMonitor(source=hanging), FakeBoard()
-    monitor.bind(board)
-    yield monitor, board
+def bound(hanging: HangingSource) -> Iterator[tuple[GPUMonitor, FakeStore]]:
+    """A monitor of a source that can hang, and its store."""
+    monitor, store = GPUMonitor(source=hanging), FakeStore()
+    monitor.bind(store)
+    yield monitor, store
     hanging.answer.set()
     monitor.stop()
 
@@ -378,9 +378,9 @@ def test_a_source_that_hangs_is_waited_for_no_longer_than_asked_and_its_figure_a
 
 
 def test_callers_share_samples_none_of_which_began_before_they_asked(
-    hanging: HangingSource, bound: tuple[GPUMonitor, FakeBoard]
+    hanging: HangingSource, bound: tuple[GPUMonitor, FakeStore]
 ) -> None:
-    monitor, board = bound
+    monitor, store = bound
     begin_a_sample_that_hangs(monitor, hanging)
     asked_ns = time.monotonic_ns()
     with ThreadPoolExecutor(8) as threads:
@@ -393,26 +393,26 @@ def test_callers_share_samples_none_of_which_began_before_they_asked(
         hanging.answer.set()
         assert all(answer.result() for answer in answers)
     assert hanging.samples == 2 and hanging.most_inside == 1
-    assert len(board.published) == 2
-    assert board.published[1][0].taken_ns >= asked_ns
+    assert len(store.published) == 2
+    assert store.published[1][0].taken_ns >= asked_ns
 
 
-def test_nothing_is_published_to_a_board_that_was_taken_away(
-    hanging: HangingSource, bound: tuple[GPUMonitor, FakeBoard]
+def test_nothing_is_published_to_a_store_that_was_taken_away(
+    hanging: HangingSource, bound: tuple[GPUMonitor, FakeStore]
 ) -> None:
-    monitor, board = bound
+    monitor, store = bound
     begin_a_sample_that_hangs(monitor, hanging)
     monitor.bind(None)
     hanging.answer.set()
     assert monitor.refresh()
-    assert not board.published
+    assert not store.published
     assert monitor.get_stats()[0] == 1000.0
 
 
-def test_the_board_is_told_of_each_sample(hanging: HangingSource) -> None:
+def test_the_store_is_told_of_each_sample(hanging: HangingSource) -> None:
     told: list[int] = []
-    monitor, board = GPUMonitor(source=hanging), FakeBoard()
-    monitor.bind(board, lambda: told.append(len(board.published)))
+    monitor, store = GPUMonitor(source=hanging), FakeStore()
+    monitor.bind(store, lambda: told.append(len(store.published)))
     assert monitor.refresh() and monitor.refresh()
     assert told == [1, 2]
     monitor.bind(None)
@@ -442,7 +442,7 @@ def test_stop_does_not_wait_for_a_source_that_hangs_which_is_closed_when_it_come
 
 
 def test_a_source_is_not_opened_again_by_a_sample_that_was_asked_for_before_it_was_closed(
-    hanging: HangingSource, bound: tuple[GPUMonitor, FakeBoard]
+    hanging: HangingSource, bound: tuple[GPUMonitor, FakeStore]
 ) -> None:
     monitor, _ = bound
     begin_a_sample_that_hangs(monitor, hanging)
@@ -458,7 +458,7 @@ def test_a_source_is_not_opened_again_by_a_sample_that_was_asked_for_before_it_w
 
 
 def test_a_child_that_was_forked_while_the_source_hangs_samples_for_itself(
-    hanging: HangingSource, bound: tuple[GPUMonitor, FakeBoard]
+    hanging: HangingSource, bound: tuple[GPUMonitor, FakeStore]
 ) -> None:
     monitor, _ = bound
     begin_a_sample_that_hangs(monitor, hanging)

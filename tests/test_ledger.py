@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from mpmm.memory.samples import SharedBoard
+from mpmm.memory.samples import SharedSamples
 from mpmm.policy.admission import free_mb
 from mpmm.policy.ledger import HIDDEN_NS, TRUST_BOOKS_NS, Entry, Figure, Ledger, Return, expire, settle
 from mpmm.policy.view import DeviceView
@@ -189,9 +189,9 @@ class DeviceAndBooks(RuleBasedStateMachine):
         clock.monotonic_ns = lambda: self.now
         vars(transaction_module)["time"] = clock
         self.namespace = Namespace.join("ledger", root=Path(self.folder.name) / "run", capacities=SMALL)
-        self.board = SharedBoard(self.namespace, Scheduler(self.namespace))
+        self.samples = SharedSamples(self.namespace, Scheduler(self.namespace))
         source = Source(self.measures_processes)
-        self.board.describe(source, source.devices(), ())
+        self.samples.describe(source, source.devices(), ())
         self.external_mb = self.least_external_mb = 500.0
         self.loading: list[Copy] = []
         self.idle: list[Copy] = []
@@ -225,7 +225,7 @@ class DeviceAndBooks(RuleBasedStateMachine):
         return self.external_mb + self.ours_mb
 
     def view(self) -> DeviceView:
-        scheduler = self.board._scheduler
+        scheduler = self.samples._scheduler
         with self.namespace.transaction():
             return scheduler.device_views(scheduler.read_copies())[0]
 
@@ -325,7 +325,7 @@ class DeviceAndBooks(RuleBasedStateMachine):
         assert self.read is not None and self.begun is not None
         used_mb, listed, done = self.read
         self.now += 1
-        self.board.publish([DeviceSample(0, used_mb, self.begun, listed, self.measures_processes, done_ns=done + 1)])
+        self.samples.publish([DeviceSample(0, used_mb, self.begun, listed, self.measures_processes, done_ns=done + 1)])
         self.begun = self.read = None
 
     @rule()

@@ -19,14 +19,14 @@ import pytest
 
 from mpmm.errors import InvalidArgumentError
 from mpmm.memory.monitor import GPUMonitor
-from mpmm.memory.samples import ForeignMonitor
+from mpmm.memory.monitor_source import MonitorSource
 from mpmm.sources import MemorySource, SourceUnavailableError, choose_source, counts_named_only, is_books_only
 from mpmm.sources.base import MIB
 from mpmm.sources.booked import BookedSource
 from mpmm.sources.host_memory import HostMemorySource, cgroup_limits, host_memory_mb
 from mpmm.sources.nvidia_smi import NvidiaSmiSource
 from mpmm.sources.nvml import NvmlSource
-from mpmm.sources.process_tree import outside, process_tree
+from mpmm.sources.process_tree import process_tree, unrelated_to
 from mpmm.sources.selected import SelectedDevices
 
 
@@ -823,7 +823,7 @@ class TestWhatSourcesTellOfThemselves:
             "nvidia-smi": NvidiaSmiSource,
             "host": HostMemorySource,
             "booked": lambda: BookedSource(1000.0),
-            "monitor": lambda: ForeignMonitor(GPUMonitor(source=BookedSource(1000.0))),
+            "monitor": lambda: MonitorSource(GPUMonitor(source=BookedSource(1000.0))),
         }
         source = makers.get(name, NvmlSource)()
         gpus[0].broken = name == "lost"
@@ -853,8 +853,8 @@ def test_the_tree_of_a_process_is_itself_and_what_it_has_started(
         assert process_tree(parent.pid) == [parent.pid, child]
         assert process_tree(parent.pid, without={child}) == [parent.pid]
         assert set(process_tree(os.getpid())) >= {os.getpid(), parent.pid, child}
-        assert outside([parent.pid, child, os.getpid()], [parent.pid]) == {os.getpid()}
-        assert outside([child, parent.pid], [os.getpid()]) == set()
-        assert outside([parent.pid], [child]) == {parent.pid}
+        assert unrelated_to([parent.pid, child, os.getpid()], [parent.pid]) == {os.getpid()}
+        assert unrelated_to([child, parent.pid], [os.getpid()]) == set()
+        assert unrelated_to([parent.pid], [child]) == {parent.pid}
         parent.stdin.close()
     assert process_tree(parent.pid) == [parent.pid]

@@ -173,7 +173,7 @@ def break_describe(seat: Seat) -> None:
     def fail(*arguments: object) -> None:
         raise OSError("the driver does not answer")
 
-    seat.manager._connected().board.describe = fail
+    seat.manager._connected().samples.describe = fail
 
 
 def test_a_process_that_cannot_describe_its_devices_does_not_keep_the_lead_from_others(

@@ -52,7 +52,7 @@ PARTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ),
     ),
     "sources": (
-        ("mpmm/sources/*.py", "mpmm/memory/monitor.py", "mpmm/memory/samples.py", "mpmm/memory/sampler.py"),
+        ("mpmm/sources/*.py", "mpmm/memory/monitor*.py", "mpmm/memory/sample*.py"),
         ("test_gpu_monitor", "test_sources", "test_amd_source", "test_source_failures", "test_attribution"),
     ),
     "multi_process_shared": (

@@ -1,15 +1,15 @@
-"""GPUMonitor: takes memory samples and puts them on a board, from which everybody reads.
+"""GPUMonitor: takes memory samples and keeps them in a store, from which everybody reads.
 
-            source (measures)          GPUMonitor                      board (keeps)
+            source (measures)          GPUMonitor                      store (keeps)
     NVML, nvidia-smi, host memory  ->  a `Sampler`: sample, publish ->  last figures, peak, totals
                                        get_stats()                  <-
 
-Samples are taken in a thread of their own, which `refresh` waits for, and `request_refresh` does not: a source that
-hangs in its driver holds up that thread alone, and the last figures stand and age.
+A thread of its own takes the samples. `refresh` waits for it, `request_refresh` does not. A source that hangs in its
+driver holds up that thread alone; meanwhile the last figures stay, and grow old.
 
-Alone in a process the board is a `LocalBoard`, and another thread asks for a sample at each `poll_interval`. A
-ModelManager binds the monitor to a board in shared memory: there one process of the host polls, and the monitor does
-not by itself. All figures are in MB (see `mpmm.sources.base`).
+A monitor that is alone in its process keeps its samples in `LocalSamples`, and another thread asks for one every
+`poll_interval`. A ModelManager binds the monitor to `SharedSamples`, in shared memory: there one process of the host
+polls, and the monitor does not by itself. All figures are in MB (see `mpmm.sources.base`).
 """
 
 from __future__ import annotations
@@ -27,29 +27,30 @@ from typing import Protocol
 from mpmm.arguments import checked_number, in_brief
 from mpmm.errors import ClosedError, InvalidArgumentError, LockTimeoutError
 from mpmm.fork_hooks import ChildStep, in_forked_child
-from mpmm.memory.sampler import Sampler, answer_within
+from mpmm.memory.sampler import Sampler
 from mpmm.printable import printable_logger
 from mpmm.sources import DeviceInfo, DeviceSample, MemorySource, choose_source, is_books_only, process_knowledge
 from mpmm.sources.base import START_TIMEOUT_S, unavailable
+from mpmm.sources.timeouts import answer_within
 
-__all__ = ["GPUMonitor", "LocalBoard", "SampleBoard"]
+__all__ = ["GPUMonitor", "LocalSamples", "SampleStore"]
 
 logger = printable_logger(__name__)
 # More than nvidia-smi takes on a host whose driver is not kept loaded.
 REFRESH_TIMEOUT_S = 5.0
-# A shared board has a lock. Figures that cannot be published in this time are dropped: there will be newer ones.
+# Shared samples have a lock. Figures that cannot be published in this time are dropped: there will be newer ones.
 PUBLISH_TIMEOUT_S = 1.0
 # Closing a source is a courtesy to the driver; the end of the process does as much.
 CLOSE_TIMEOUT_S = 1.0
 
 
-class SampleBoard(Protocol):
+class SampleStore(Protocol):
     """Where samples are kept. Its methods are called by several threads."""
 
-    def publish(self, samples: Sequence[DeviceSample], patience_s: float | None = None) -> None:
+    def publish(self, samples: Sequence[DeviceSample], timeout_s: float | None = None) -> None:
         """Take in one sample of each device. One that could not be read leaves the last figure in place.
 
-        Raises LockTimeoutError where figures are shared and their lock was not free for `patience_s`.
+        Raises LockTimeoutError where figures are shared and their lock was not free for `timeout_s`.
         """
         ...
 
@@ -66,8 +67,8 @@ class SampleBoard(Protocol):
         ...
 
 
-class LocalBoard:
-    """The board of a monitor that is alone: its fields are what Beam's monitor calls `_current_usage` and so on."""
+class LocalSamples:
+    """The samples of a monitor that is alone; Beam's monitor calls the fields `_current_usage` and so on."""
 
     def __init__(self, total_mb: float, peak_window_seconds: float) -> None:
         """Start with nothing known: `current_mb` is 0 until the first figure arrives."""
@@ -79,8 +80,8 @@ class LocalBoard:
         self._peak_window_s = peak_window_seconds
         self._last: dict[int, tuple[int, float]] = {}  # device index: (taken_ns, used_mb)
 
-    def publish(self, samples: Sequence[DeviceSample], patience_s: float | None = None) -> None:
-        """Add the figures that are newer than what the board has; the sum goes into the history."""
+    def publish(self, samples: Sequence[DeviceSample], timeout_s: float | None = None) -> None:
+        """Add the figures that are newer than those that are kept; the sum goes into the history."""
         with self.lock:
             fresh = {
                 sample.index: (sample.taken_ns, sample.used_mb)
@@ -151,8 +152,8 @@ class GPUMonitor:
         self._budget_mb = budget_mb
         self._source: MemorySource | None = source if isinstance(source, MemorySource) else None
         self._devices: tuple[DeviceInfo, ...] | None = None  # of the source, once they were asked for
-        self._local = LocalBoard(self._fallback_memory_mb, self._peak_window_seconds)
-        self._board: SampleBoard = self._local
+        self._local = LocalSamples(self._fallback_memory_mb, self._peak_window_seconds)
+        self._store: SampleStore = self._local
         self._gpu_available = False
         self._read_ns: dict[int, int] = {}  # device index: taken_ns of the last figure; replaced, never changed
         self._failing: frozenset[int] = frozenset()
@@ -169,12 +170,12 @@ class GPUMonitor:
         self._local.lock = threading.Lock()
         self._sampler.renew()
         self._source_lock = threading.Lock()  # guards resolving the source
-        self._board_lock = threading.Lock()  # held while a board is asked or told something by the sampling thread
+        self._store_lock = threading.Lock()  # held while the sampling thread asks or tells a store something
         self._control_lock = threading.Lock()  # guards start, stop and bind; taken before the others
         self._thread: threading.Thread | None = None
         self._stop = threading.Event()
 
-    # What Beam's monitor keeps in attributes of its own lives on the local board.
+    # What Beam's monitor keeps in attributes of its own lives in the local samples.
 
     @property
     def _lock(self) -> threading.Lock:
@@ -247,28 +248,28 @@ class GPUMonitor:
             self._local.total_mb = sum(device.total_mb for device in devices)
         return source, devices
 
-    def bind(self, board: SampleBoard | None, after_sample: Callable[[], object] | None = None) -> None:
-        """Read from and publish to `board` from now on; None goes back to the monitor's own board.
+    def bind(self, store: SampleStore | None, after_sample: Callable[[], object] | None = None) -> None:
+        """Read from and publish to `store` from now on; None goes back to the monitor's own samples.
 
-        A polling thread is ended: a board that is shared has one process for the whole host that polls. After the
-        return nothing is published to the board that was there before, not by a sample in progress either.
+        A polling thread is ended: where samples are shared, one process polls for the whole host. After the return
+        nothing is published to the store that was there before, not by a sample in progress either.
 
         after_sample: called by the sampling thread after each sample.
         """
         with self._control_lock:
             self._end_thread()
-            with self._board_lock:
-                self._board = self._local if board is None else board
+            with self._store_lock:
+                self._store = self._local if store is None else store
                 self._after_sample = after_sample
 
     def start(self) -> None:
-        """Take a first sample and start to poll, unless that is done, or a bound board's leader does it.
+        """Take a first sample and start to poll, unless that is done, or the leader does it for a store that is shared.
 
         Raises SourceUnavailableError when a source that was asked for by name cannot work here.
         """
         with self._control_lock:
             source = self.source
-            if self._board is not self._local or self._thread is not None or is_books_only(source):
+            if self._store is not self._local or self._thread is not None or is_books_only(source):
                 return
             self.refresh(timeout_s=REFRESH_TIMEOUT_S)
             self._stop = threading.Event()
@@ -299,14 +300,14 @@ class GPUMonitor:
 
     def reset_peak(self) -> None:
         """Let the peak start anew from the current figure."""
-        self._board.reset_peak()
+        self._store.reset_peak()
 
     def get_stats(self) -> tuple[float, float, float]:
         """Return (current, peak, total) MB, summed over devices.
 
         A device that was never read yet has no part in current and peak: see `last_sample_age_seconds`.
         """
-        return self._board.stats()
+        return self._store.stats()
 
     def refresh(self, *, timeout_s: float = REFRESH_TIMEOUT_S) -> bool:
         """Wait for a sample that begins after this call and its publication, for `timeout_s` at most.
@@ -352,18 +353,18 @@ class GPUMonitor:
 
     def _sample(self) -> None:
         """Take a sample and publish it; the sampling thread does."""
-        board = self._board
-        # Not to a board that has been taken away meanwhile: its memory may be gone.
-        with self._board_lock:
-            if board is not self._board:
+        store = self._store
+        # Not to a store that has been taken away meanwhile: its memory may be gone.
+        with self._store_lock:
+            if store is not self._store:
                 return
-            pids = board.server_pids()
+            pids = store.server_pids()
         samples = self._take_sample(pids)
-        with self._board_lock:
-            if board is not self._board:
+        with self._store_lock:
+            if store is not self._store:
                 return
             with contextlib.suppress(LockTimeoutError, ClosedError):
-                board.publish(samples, PUBLISH_TIMEOUT_S)
+                store.publish(samples, PUBLISH_TIMEOUT_S)
             if self._after_sample is not None:
                 self._after_sample()
 
@@ -410,7 +411,7 @@ class GPUMonitor:
 
     def _poll_loop(self, stop: threading.Event) -> None:
         while not stop.wait(self._poll_interval):
-            # Not waited for: who ends this thread would wait, too.
+            # Does not wait for it: `_end_thread` would have to wait, too.
             self._sampler.request()
 
     def _end_thread(self) -> None:

@@ -1,15 +1,12 @@
-"""The board in shared memory: the leader puts samples on it, everybody reads it (see `mpmm.memory.monitor`)."""
+"""The samples of a namespace, in shared memory: the leader takes them for everybody (see `mpmm.memory.monitor`)."""
 
 from __future__ import annotations
 
-import contextlib
-import time
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from typing import Protocol
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass, field
 
 from mpmm.errors import InvalidArgumentError
-from mpmm.memory.sampler import answer_within
 from mpmm.placement import Placement
 from mpmm.scheduler import Scheduler
 from mpmm.shared_state.layout import Device, Header, Instance, Member, device_bits, device_rows
@@ -25,40 +22,27 @@ from mpmm.sources import (
     process_knowledge,
     what_it_measures,
 )
-from mpmm.sources.base import START_TIMEOUT_S, unavailable
-from mpmm.sources.process_tree import outside, process_tree
+from mpmm.sources.process_tree import process_tree, unrelated_to
 
-__all__ = ["ForeignMonitor", "MonitorLike", "SharedBoard"]
-
-# Longer than Beam's monitor takes, which waits for its thread, and that for nvidia-smi.
-STOP_TIMEOUT_S = 10.0
+__all__ = ["SharedSamples"]
 
 
-class MonitorLike(Protocol):
-    """What a monitor of the caller's own must offer to take the place of `GPUMonitor`; the same as for Beam."""
+@dataclass
+class _News:
+    """What samples say that nobody has published before.
 
-    def start(self) -> None:
-        """Begin to measure."""
+    measured: MB by pid, then by device row. fresh_rows, complete_rows: bits of the device rows that were read, and of
+    those whose list of processes is complete. figures: row, MB in use, and the sample that says so.
+    """
 
-    def stop(self) -> None:
-        """End it."""
-
-    def refresh(self) -> object:
-        """Measure now; what it returns does not matter."""
-
-    def reset_peak(self) -> None:
-        """Let the peak begin anew at the present figure."""
-
-    def get_stats(self) -> tuple[float, float, float]:
-        """Return (current, peak, total) in MB."""
+    measured: defaultdict[int, dict[int, float]] = field(default_factory=lambda: defaultdict(dict))
+    fresh_rows: int = 0
+    complete_rows: int = 0
+    figures: list[tuple[int, float, DeviceSample]] = field(default_factory=list)
 
 
-#: What a monitor of the caller's own is asked for at the door.
-MONITOR_METHODS = ("start", "stop", "refresh", "reset_peak", "get_stats")
-
-
-class SharedBoard:
-    """A `SampleBoard` on a namespace's device rows. Each method is one transaction, unless it says otherwise.
+class SharedSamples:
+    """A `SampleStore` in a namespace's device rows. Each method is one transaction, unless it says otherwise.
 
     Devices are known by uuid. A process may see some of them only, by its `CUDA_VISIBLE_DEVICES` or by choice: those it
     measures, and those its loads go to.
@@ -204,64 +188,68 @@ class SharedBoard:
             tuple(uuids[row].decode("utf-8", "replace") for row in rows if row in uuids),
         )
 
-    def publish(self, samples: Sequence[DeviceSample], patience_s: float | None = None) -> None:
+    def publish(self, samples: Sequence[DeviceSample], timeout_s: float | None = None) -> None:
         """Record figures that could be read, and let waiters profit if they show more room than there was.
 
         If they do not, whoever waits goes on waiting: what only time has changed is for the leader's next poll. A plan
         after every sample of every process would hold the lock for longer than all the rest.
 
-        patience_s: the longest wait for the lock.
+        timeout_s: the longest wait for the lock.
         """
-        namespace = self._namespace
-        transitions = namespace.transitions
-        # Whose children they are is looked up before the lock is taken.
-        parts: dict[int, float] = {}
+        # Who belongs to whom is looked up before the lock is taken.
+        listed: dict[int, float] = {}
         for sample in samples:
             for pid, mb in sample.process_mb.items():
-                parts[pid] = parts.get(pid, 0.0) + mb
-        taken = self._taken_by_programs(parts) if parts else {}
+                listed[pid] = listed.get(pid, 0.0) + mb
+        taken = self._taken_by_programs(listed) if listed else {}
         # As long as the source has shown none of ours, what it lists may be our own processes under other numbers.
         knows = self._source is None or process_knowledge(self._source)
-        strangers = self._strangers(parts) if parts and knows else set()
-        proven = self._shows_ours(parts)
-        # By pid, then by device.
-        measured: defaultdict[int, dict[int, float]] = defaultdict(dict)
-        fresh_rows = complete_rows = 0
-        late = False
-        with namespace.transaction(patience_s) as t:
+        unrelated = self._unrelated_pids(listed) if listed and knows else set()
+        proven = self._shows_ours(listed)
+        with self._namespace.transaction(timeout_s) as t:
             before = self._scheduler.room()
-            news = []
-            for sample in samples:
-                row = self._rows.get(sample.index)
-                if row is None:
-                    continue
-                transitions.devices.note_try(t, row, sample.taken_ns)
-                if sample.used_mb is not None and not transitions.devices.is_news(row, sample.taken_ns):
-                    late = True
-                    continue
-                # What a process has must come from the same sample as the whole: the one comes off the other.
-                fresh_rows |= 1 << row
-                complete_rows |= sample.processes_known << row
-                for pid, mb in sample.process_mb.items():
-                    measured[pid][row] = mb
-                if sample.used_mb is not None:
-                    news.append((row, sample.used_mb, sample))
-                    foreign_mb = sum(mb for pid, mb in sample.process_mb.items() if pid in strangers)
-                    transitions.devices.note_unrelated(t, row, foreign_mb)
-            if late and not fresh_rows:
-                # Somebody was quicker, as happens when many want to know at once, and has gone on from there, too.
+            news = self._take_in(t, samples, unrelated)
+            if news is None:
                 return
             if proven:
-                transitions.members.note_processes(t, True)
+                self._namespace.transitions.members.note_processes(t, True)
                 self._end_isolations(t)
-            if measured or complete_rows:
-                taken_ns = min(sample.taken_ns for sample in samples)
-                self._measure_members(t, measured, fresh_rows, complete_rows, taken_ns)
+            if news.measured or news.complete_rows:
+                self._measure_members(t, news, min(sample.taken_ns for sample in samples))
                 self._share_out(t, taken)
-            for row, used_mb, sample in news:
-                transitions.devices.sample(t, row, used_mb, sample.taken_ns, sample.done_ns)
+            for row, used_mb, sample in news.figures:
+                self._namespace.transitions.devices.sample(t, row, used_mb, sample.taken_ns, sample.done_ns)
             if proven or self._scheduler.shows_more_room(before):
                 self._scheduler.advance(t)
+
+    def _take_in(self, t: Transaction, samples: Sequence[DeviceSample], unrelated: Set[int]) -> _News | None:
+        """Record that the devices were looked at, and return what is new.
+
+        None if others have published newer figures of all of them, as happens when many want to know at once: then they
+        have gone on from there, too.
+
+        unrelated: pids of programs that are none of ours.
+        """
+        transitions = self._namespace.transitions
+        news, late = _News(), False
+        for sample in samples:
+            row = self._rows.get(sample.index)
+            if row is None:
+                continue
+            transitions.devices.note_try(t, row, sample.taken_ns)
+            if sample.used_mb is not None and not transitions.devices.is_news(row, sample.taken_ns):
+                late = True
+                continue
+            # What a process has must come from the same sample as the whole: the one comes off the other.
+            news.fresh_rows |= 1 << row
+            news.complete_rows |= sample.processes_known << row
+            for pid, mb in sample.process_mb.items():
+                news.measured[pid][row] = mb
+            if sample.used_mb is not None:
+                news.figures.append((row, sample.used_mb, sample))
+                external_mb = sum(mb for pid, mb in sample.process_mb.items() if pid in unrelated)
+                transitions.devices.note_unrelated(t, row, external_mb)
+        return None if late and not news.fresh_rows else news
 
     def _end_isolations(self, t: Transaction) -> None:
         """Let others load beside what runs alone: it will be measured by its process, as its source has just shown."""
@@ -282,23 +270,16 @@ class SharedBoard:
             return False
         return any(words[tables.member(slot) + Member.PID] in parts for slot in tables.used_members())
 
-    def _measure_members(
-        self,
-        t: Transaction,
-        measured: Mapping[int, Mapping[int, float]],
-        fresh_rows: int,
-        complete_rows: int,
-        taken_ns: int,
-    ) -> None:
-        """Record what each member takes, by pid and device; who had memory and is on no list of a device has none."""
+    def _measure_members(self, t: Transaction, news: _News, taken_ns: int) -> None:
+        """Record what each member takes. One that had memory, and is on no list of its devices any more, has none."""
         words, floats, tables = self._namespace.segment.words, self._namespace.segment.floats, self._namespace.tables
         for slot in tables.used_members():
             at = tables.member(slot)
             pid, instance = words[at + Member.PID], words[at + Member.INSTANCE]
             devices = words[tables.instance(instance - 1) + Instance.DEVICES] if instance else 0
-            if pid in measured and not devices & ~fresh_rows:
-                self._namespace.transitions.measurements.measure(t, slot, measured[pid], taken_ns)
-            elif pid not in measured and floats[at + Member.MEASURED_MB] > 0 and not devices & ~complete_rows:
+            if pid in news.measured and not devices & ~news.fresh_rows:
+                self._namespace.transitions.measurements.measure(t, slot, news.measured[pid], taken_ns)
+            elif pid not in news.measured and floats[at + Member.MEASURED_MB] > 0 and not devices & ~news.complete_rows:
                 self._namespace.transitions.measurements.measure(t, slot, {}, taken_ns)
 
     def stats(self) -> tuple[float, float, float]:
@@ -318,7 +299,7 @@ class SharedBoard:
         with self._namespace.transaction() as t:
             self._namespace.transitions.devices.reset_peaks(t)
 
-    def _strangers(self, measured: Mapping[int, float]) -> set[int]:
+    def _unrelated_pids(self, measured: Mapping[int, float]) -> set[int]:
         """Return which of these processes are neither members, nor programs of leases, nor a server's children.
 
         Looks without the lock. What a worker has started, and no lease is for, is nothing that could be unloaded.
@@ -328,7 +309,7 @@ class SharedBoard:
         members = {words[tables.member(slot) + Member.PID] for slot in tables.used_members()}
         ours = members | {pid for tree in self._programs().values() for pid in tree}
         servers = {words[tables.member(slot) + Member.PID] for slot in self._servers()}
-        return outside(set(measured) - ours, servers)
+        return unrelated_to(set(measured) - ours, servers)
 
     def server_pids(self) -> Sequence[int]:
         """Return the pids of the namespace's model servers, and of programs that have leases.
@@ -375,57 +356,3 @@ class SharedBoard:
                 mb = min(taken[pid], reserved)
                 taken[pid] -= mb
                 self._namespace.transitions.leases.measure_program(t, row, mb)
-
-
-class ForeignMonitor:
-    """A monitor of the caller's own, used as the source of one device.
-
-    Its methods are the caller's code, which may hang: what calls them here either is for the sampling thread, or gives
-    them up in time.
-    """
-
-    name = "monitor"
-    measures_processes = False
-    settles_late = False
-    cheap = True
-
-    def __init__(self, monitor: MonitorLike) -> None:
-        self.monitor = monitor
-        # What it said last; replaced as a whole.
-        self._peak_mb = 0.0
-
-    @property
-    def peak_mb(self) -> float:
-        """The peak that the monitor told when it was asked last; it may have seen more than the samples have."""
-        return self._peak_mb
-
-    def reset_peak(self) -> None:
-        """Let the monitor's peak begin anew."""
-        self.monitor.reset_peak()
-        self._peak_mb = self.monitor.get_stats()[1]
-
-    def start(self) -> None:
-        """Start the monitor. Raises SourceUnavailableError when that takes longer than `START_TIMEOUT_S`."""
-        try:
-            answer_within(self.monitor.start, START_TIMEOUT_S, "mpmm-start-monitor")
-        except TimeoutError as error:
-            raise unavailable(self.name, f"its start hangs: {error}") from error
-
-    def stop(self) -> None:
-        """Stop the monitor, or leave it alone where that takes longer than `STOP_TIMEOUT_S`."""
-        with contextlib.suppress(TimeoutError):
-            answer_within(self.monitor.stop, STOP_TIMEOUT_S, "mpmm-stop-monitor")
-
-    def devices(self) -> tuple[DeviceInfo, ...]:
-        """Return the one device that a monitor stands for."""
-        return (DeviceInfo(0, "monitor", type(self.monitor).__name__, self.monitor.get_stats()[2]),)
-
-    def sample(self, server_pids: Sequence[int]) -> tuple[DeviceSample, ...]:
-        """Ask the monitor."""
-        taken = time.monotonic_ns()
-        self.monitor.refresh()
-        used_mb, self._peak_mb, _ = self.monitor.get_stats()
-        return (DeviceSample(0, used_mb, taken, {}, done_ns=time.monotonic_ns()),)
-
-    def close(self) -> None:
-        """Nothing: the caller's monitor is stopped by the manager it was given to."""

@@ -62,7 +62,7 @@ async def hold_in_loop(
     worker = manager._connected_in_time(tag)
     threads = _threads_of(worker)
     # As long as this object is there, somebody answers for what it has in hand: see `mpmm.model_manager.operations`.
-    acquire = _Acquire(manager, worker, threads, tag, read_options(options, worker.board))
+    acquire = _Acquire(manager, worker, threads, tag, read_options(options, worker.samples))
     instance = await acquire.run(loader)
     try:
         yield instance

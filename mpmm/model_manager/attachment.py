@@ -22,7 +22,7 @@ from mpmm.errors import ClosedError, LockTimeoutError
 from mpmm.fork_hooks import ChildStep, in_forked_child
 from mpmm.memory.estimates_file import ESTIMATES_PATH_VARIABLE, KeptEstimates
 from mpmm.memory.monitor import GPUMonitor
-from mpmm.memory.samples import ForeignMonitor, MonitorLike
+from mpmm.memory.monitor_source import MonitorProtocol, MonitorSource
 from mpmm.model_manager.deferred import NOW_S
 from mpmm.model_manager.refusals import timed_out
 from mpmm.model_manager.session import Worker
@@ -52,7 +52,7 @@ _shutting_down: deque[threading.Thread] = deque(maxlen=64)
 class JoinsWith:
     """What a manager was told about its namespace; most of it counts only if this process creates the namespace."""
 
-    monitor: GPUMonitor | MonitorLike | None
+    monitor: GPUMonitor | MonitorProtocol | None
     memory_source: str | MemorySource
     devices: tuple[int | str, ...] | None
     estimates_path: str | None
@@ -190,7 +190,7 @@ class Attachment:
         if isinstance(monitor, GPUMonitor):
             monitor.stop()
         elif monitor is not None:
-            ForeignMonitor(monitor).stop()
+            MonitorSource(monitor).stop()
 
     def __del__(self) -> None:
         # Beam's promise. In a thread, because the collector can come by while this one holds a lock that is needed,
@@ -221,7 +221,7 @@ def _make_monitor(namespace: Namespace, told: JoinsWith) -> GPUMonitor:
     if isinstance(told.monitor, GPUMonitor):
         return told.monitor
     if told.monitor is not None:
-        source = ForeignMonitor(told.monitor)
+        source = MonitorSource(told.monitor)
         source.start()
     else:
         asked = namespace.tables.string(Header.SOURCE_ASKED)

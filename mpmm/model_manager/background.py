@@ -258,7 +258,7 @@ class Keeper:
 
     def _better_members(self) -> set[tuple[int, int]]:
         """Return the living workers that can measure more than this one."""
-        return self._worker.board.better_members(what_it_measures(self._worker.source))
+        return self._worker.samples.better_members(what_it_measures(self._worker.source))
 
     def _hand_over_to_better(self) -> None:
         """Leave the lead to a process that can measure more, and wake it.
@@ -299,7 +299,7 @@ class Keeper:
         worker = self._worker
         source = worker.source
         try:
-            worker.board.describe(source, worker.monitor.devices(), self._first_in_line())
+            worker.samples.describe(source, worker.monitor.devices(), self._first_in_line())
             worker.refresh(sample_wait_s)
         except BaseException:
             self._lock_file.unlock()
@@ -319,7 +319,7 @@ class Keeper:
         places = [(Header.POLLED, Header.POLL_CLAIMED)]
         # Without a source that measures, a claim on devices would only keep those from it that have one.
         if not words[Header.SOURCE_BOOKS_ONLY] and what_it_measures(self._worker.source) > Measures.NOTHING:
-            devices = (tables.device(row) for row in self._worker.board.rows())
+            devices = (tables.device(row) for row in self._worker.samples.rows())
             places += [(at + Device.TRIED, at + Device.CLAIMED) for at in devices]
         now = time.monotonic_ns()
         late = now - to_ns(self._namespace.settings.poll_interval + STALE_AFTER_S)
@@ -362,7 +362,7 @@ class Keeper:
         for tag, mb in estimates.items():
             report_estimate(tag, mb)
         if self.leading:
-            self._worker.board.forget_stated_devices()
+            self._worker.samples.forget_stated_devices()
             self._worker.estimator.solve()
             self._worker.keep_estimates()
 

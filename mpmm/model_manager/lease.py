@@ -37,7 +37,7 @@ class Lease:
         words, at = worker.namespace.segment.words, worker.namespace.tables.instance(row)
         self.name = name
         self.mb = mb
-        self.placement = worker.board.placement_of(words[at + Instance.DEVICES])
+        self.placement = worker.samples.placement_of(words[at + Instance.DEVICES])
         self._worker = worker
         self._attachment = attachment
         self._row = row

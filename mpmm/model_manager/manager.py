@@ -56,7 +56,7 @@ from mpmm.errors import (
 )
 from mpmm.memory.estimator import ALONE_SD, GROWTH_SD, Estimate
 from mpmm.memory.monitor import GPUMonitor
-from mpmm.memory.samples import MONITOR_METHODS, MonitorLike
+from mpmm.memory.monitor_source import MONITOR_METHODS, MonitorProtocol
 from mpmm.model_manager.administration import change_settings, pin_for_all, unload_model, unpin_for_all, wait_for_unload
 from mpmm.model_manager.attachment import Attachment, JoinsWith
 from mpmm.model_manager.beam_attributes import BeamNames, CopiesByTag
@@ -285,7 +285,7 @@ class ModelManager(BeamNames):
 
     def __init__(
         self,
-        monitor: GPUMonitor | MonitorLike | None = None,
+        monitor: GPUMonitor | MonitorProtocol | None = None,
         slack_percentage: float = 0.10,
         poll_interval: float = 0.5,
         peak_window_seconds: float = 30.0,
@@ -530,7 +530,7 @@ class ModelManager(BeamNames):
             booking = self._take_booking(operation, tag)
             if booking is not None:
                 return self._load_somehow(worker, operation, tag, booking, loader_func)
-        request = read_options(options, worker.board) if options else ANYWHERE
+        request = read_options(options, worker.samples) if options else ANYWHERE
         try:
             quick = None if request.usable_on or request.keep_alive else worker.take_quickly(tag, operation)
             if quick is not None:
@@ -765,7 +765,9 @@ class ModelManager(BeamNames):
         patience = self._patience(timeout_seconds)
         refuse_while_importing_main("reserve memory for", name)
         worker = self._connected()
-        request = read_options({"devices": devices, "span": span, "priority": priority, "steady": steady}, worker.board)
+        request = read_options(
+            {"devices": devices, "span": span, "priority": priority, "steady": steady}, worker.samples
+        )
         operation = worker.begin(sys._getframe())
         try:
             lease = self._reserve(worker, operation, name, encoded, float(mb), patience, request)
@@ -832,7 +834,7 @@ class ModelManager(BeamNames):
         patience = self._patience(timeout_seconds)
         refuse_while_importing_main("preload the model", tag)
         worker = self._connected()
-        request = read_options(options, worker.board)
+        request = read_options(options, worker.samples)
         operation = worker.begin(sys._getframe())
         try:
             loaded = self._preload(worker, operation, tag, loader_func, copies, patience, request)
@@ -1375,7 +1377,7 @@ class ModelManager(BeamNames):
         """Queue, and return the ticket's row; cause: why it waits, if that is known."""
         namespace = worker.namespace
         words = namespace.segment.words
-        devices = request.loadable_on or worker.board.visible_bits()
+        devices = request.loadable_on or worker.samples.visible_bits()
         if request.keep_alive:
             namespace.transitions.models.keep_alive(t, model, request.keep_alive)
         known = worker.scheduler.is_known(model) or words[Header.SOURCE_BOOKS_ONLY]
@@ -1540,7 +1542,7 @@ class ModelManager(BeamNames):
         request: PlacementRequest,
     ) -> int:
         namespace = worker.namespace
-        devices = request.loadable_on or worker.board.visible_bits()
+        devices = request.loadable_on or worker.samples.visible_bits()
         with namespace.transaction(max(NOW_S, deadline - time.monotonic())) as t:
             model = namespace.transitions.leases.claim(t, encoded, mb)
             deadline_ns = to_ns(max(deadline, time.monotonic() + NOW_S))
@@ -1607,7 +1609,7 @@ class ModelManager(BeamNames):
         There is none for a load that had its devices to itself, with no larger ones to go to: nothing can be unloaded.
         """
         devices = worker.namespace.segment.words[worker.namespace.tables.instance(booking.row) + Instance.DEVICES]
-        places = request.loadable_on or worker.board.visible_bits()
+        places = request.loadable_on or worker.samples.visible_bits()
         if booking.resumes:
             return self._resume_somehow(worker, operation, tag, booking, loader_func, request, preload)
         attempt = _Attempt(places, last=False)

@@ -54,7 +54,7 @@ def largest_limit(session: Worker, request: PlacementRequest) -> tuple[float, st
     """Return what the roomiest devices that an instance may span take together in MB, and their names."""
     namespace, limit_mb = session.namespace, session.scheduler.limit_mb
     with namespace.transaction():
-        rows = device_rows(request.loadable_on) or session.board.rows()
+        rows = device_rows(request.loadable_on) or session.samples.rows()
         roomiest = sorted(rows, key=limit_mb)[-request.span :]
         names = [namespace.tables.string(namespace.tables.device(row) + Device.NAME) for row in roomiest]
         return min(map(limit_mb, roomiest)) * request.span, ", ".join(names)

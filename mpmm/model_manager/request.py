@@ -13,7 +13,7 @@ from mpmm.shared_state.layout import MOST_SPANNED, Capacities, Model
 from mpmm.shared_state.tables import encode_text
 
 if TYPE_CHECKING:
-    from mpmm.memory.samples import SharedBoard
+    from mpmm.memory.samples import SharedSamples
 
 __all__ = ["ANYWHERE", "AcquireOptions", "PlacementRequest", "check_names", "encoded_tag", "read_options"]
 
@@ -54,7 +54,7 @@ class PlacementRequest(NamedTuple):
 ANYWHERE = PlacementRequest()
 
 
-def read_options(options: AcquireOptions, board: SharedBoard) -> PlacementRequest:
+def read_options(options: AcquireOptions, board: SharedSamples) -> PlacementRequest:
     """Check a caller's options and return the request; `ANYWHERE` itself if they ask for nothing.
 
     Raises InvalidArgumentError, TypeError.

@@ -28,7 +28,8 @@ from mpmm.errors import LockTimeoutError, MpmmError, ServerStartError
 from mpmm.fork_hooks import ChildStep, in_forked_child
 from mpmm.memory.estimates_file import KeptEstimates
 from mpmm.memory.monitor import GPUMonitor
-from mpmm.memory.samples import ForeignMonitor, SharedBoard
+from mpmm.memory.monitor_source import MonitorSource
+from mpmm.memory.samples import SharedSamples
 from mpmm.memory.shared_estimator import SharedResourceEstimator
 from mpmm.model_manager.background import REPEAT_S, Keeper
 from mpmm.model_manager.deferred import NOW_S, DeferredChanges
@@ -299,7 +300,7 @@ class Worker:
         self.namespace = namespace
         self.kept_estimates = kept_estimates
         self.scheduler = Scheduler(namespace)
-        self.board = SharedBoard(namespace, self.scheduler)
+        self.samples = SharedSamples(namespace, self.scheduler)
         self.suspender = Suspender(self)
         self.estimator = SharedResourceEstimator(namespace, verbose_logging)
         self.tenures = Tenures()
@@ -341,7 +342,7 @@ class Worker:
         self.keeper = Keeper(self)
         self.deferred = DeferredChanges(namespace, self.scheduler, self.keeper.wake)
         self.scheduler.go_on = self.deferred.defer_plan
-        monitor.bind(self.board, self.keeper.note_sample)
+        monitor.bind(self.samples, self.keeper.note_sample)
         _workers.add(self)
 
     @property
@@ -355,14 +356,14 @@ class Worker:
         return self.monitor.source
 
     @property
-    def _foreign_monitor(self) -> ForeignMonitor | None:
+    def _given_source(self) -> MonitorSource | None:
         """The monitor of the caller's own that stands for the source, if one was given."""
         source = self.monitor.source
-        return source if isinstance(source, ForeignMonitor) else None
+        return source if isinstance(source, MonitorSource) else None
 
     def start(self) -> None:
         """Begin to work: take part in the leadership, unload on demand."""
-        self.board.describe(self.source, self.monitor.devices())
+        self.samples.describe(self.source, self.monitor.devices())
         if self.kept_estimates is not None:
             self.kept_estimates.load()
         self.keeper.start()
@@ -391,7 +392,7 @@ class Worker:
             del copy
             objects.clear()
             collect_garbage()
-        # From here on nobody publishes to the board, whose memory is about to go; a sample in progress does not either.
+        # From here on nobody publishes samples to memory that is about to go, not even a sample in progress.
         self.monitor.bind(None)
         self.namespace.leave(self._unload_everything)
         self.monitor.close_source()
@@ -489,13 +490,13 @@ class Worker:
 
         age_ns: figures of this age are fresh.
         """
-        if self.source.cheap and (self._foreign_monitor is not None or not self._figures_are_fresh(age_ns)):
+        if self.source.cheap and (self._given_source is not None or not self._figures_are_fresh(age_ns)):
             self.sample_now(FRESHEN_TIMEOUT_S if timeout_s is None else min(timeout_s, FRESHEN_TIMEOUT_S))
 
     def _figures_are_fresh(self, age_ns: int = FRESH_NS) -> bool:
         words, tables = self.namespace.segment.words, self.namespace.tables
         oldest = time.monotonic_ns() - age_ns
-        devices = (tables.device(row) for row in self.board.rows())
+        devices = (tables.device(row) for row in self.samples.rows())
         return all(words[at + Device.SAMPLED] >= max(oldest, words[at + Device.CONFIGURED_AT]) for at in devices)
 
     def sample_after_load(self, row: int) -> bool:
@@ -518,7 +519,7 @@ class Worker:
 
     def reset_peak(self) -> None:
         """Let the peak begin anew in a monitor of the caller's own; one that hangs is waited for only for a moment."""
-        foreign = self._foreign_monitor
+        foreign = self._given_source
         if foreign is not None:
             self.monitor.call(foreign.reset_peak, FRESHEN_TIMEOUT_S - self.monitor.sampling_for_s)
 
@@ -528,7 +529,7 @@ class Worker:
         None if that is not known, as one of them could not be read before or since the load.
         """
         words, floats, tables = self.namespace.segment.words, self.namespace.segment.floats, self.namespace.tables
-        foreign = self._foreign_monitor
+        foreign = self._given_source
         seen_mb = 0.0 if foreign is None else foreign.peak_mb
         at = tables.instance(row)
         added = []
@@ -570,8 +571,8 @@ class Worker:
 
     def stats(self) -> tuple[float, float, float]:
         """Return (current, peak, total) in MB; a monitor of the caller's own may have seen a higher peak."""
-        current, peak, total = self.board.stats()
-        foreign = self._foreign_monitor
+        current, peak, total = self.samples.stats()
+        foreign = self._given_source
         if foreign is not None:
             peak = max(peak, foreign.peak_mb)
         return current, peak, total
@@ -1006,7 +1007,7 @@ class Worker:
     def placement_of(self, row: int) -> Placement:
         """Return where a copy lies."""
         words = self.namespace.segment.words
-        return self.board.placement_of(words[self.namespace.tables.instance(row) + Instance.DEVICES])
+        return self.samples.placement_of(words[self.namespace.tables.instance(row) + Instance.DEVICES])
 
     # ---- unloading -----------------------------------------------------------------------------------------
 
@@ -1256,7 +1257,7 @@ class Worker:
         copies = self.scheduler.read_copies()
         rooms = [
             here_mb / span if here >> row & 1 else self._room_mb(row, copies)
-            for row in device_rows(places) or self.board.rows()
+            for row in device_rows(places) or self.samples.rows()
         ]
         return min(sorted(rooms)[-span:], default=0.0) * span
 
@@ -1501,9 +1502,9 @@ class Worker:
             self.freshen()
         else:
             self.request_sample()
-        if self._foreign_monitor is not None:
+        if self._given_source is not None:
             self.reset_peak()
-            self.board.reset_peak()
+            self.samples.reset_peak()
         with self.namespace.transaction() as t:
             self.scheduler.advance(t)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import psutil
 
-__all__ = ["outside", "process_tree"]
+__all__ = ["process_tree", "unrelated_to"]
 
 
 def process_tree(pid: int, without: Collection[int] = ()) -> list[int]:
@@ -25,7 +25,7 @@ def process_tree(pid: int, without: Collection[int] = ()) -> list[int]:
     return found
 
 
-def outside(pids: Iterable[int], roots: Collection[int]) -> set[int]:
+def unrelated_to(pids: Iterable[int], roots: Collection[int]) -> set[int]:
     """Return those of `pids` that neither are among `roots` nor descend from one of them.
 
     Asks for the parent of each process once, which is 15 µs on Linux; those of many processes are mostly the same.

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mpmm.errors import ModelServerError, SuspendError
-from mpmm.memory.sampler import answer_within
 from mpmm.multi_process_shared.rpc import protocol
 from mpmm.multi_process_shared.sleeping import ask_to, can_sleep, record_of
 from mpmm.policy.suspension import Unsuspendable, Way, limit_s
@@ -23,6 +22,7 @@ from mpmm.shared_state.layout import Header, Instance, Member, Model
 from mpmm.shared_state.settings import ALWAYS, NEVER
 from mpmm.shared_state.transaction import Transaction
 from mpmm.sources.host_memory import host_memory_left_mb, host_memory_mb
+from mpmm.sources.timeouts import answer_within
 from mpmm.suspend.driver import GOOD_BRANCHES, HAZARDOUS_BRANCHES, driver_branch
 from mpmm.suspend.helper import ask_helper
 

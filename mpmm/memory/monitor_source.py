@@ -1,0 +1,94 @@
+"""A monitor of the caller's own, as Beam accepts one, in the place of `GPUMonitor`: a source of one device."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Sequence
+from typing import Protocol
+
+from mpmm.sources import DeviceInfo, DeviceSample
+from mpmm.sources.base import START_TIMEOUT_S, unavailable
+from mpmm.sources.timeouts import answer_within
+
+__all__ = ["MONITOR_METHODS", "MonitorProtocol", "MonitorSource"]
+
+# Longer than Beam's monitor takes, which waits for its thread, and that for nvidia-smi.
+STOP_TIMEOUT_S = 10.0
+
+
+class MonitorProtocol(Protocol):
+    """What a monitor of the caller's own must offer to take the place of `GPUMonitor`; the same as for Beam."""
+
+    def start(self) -> None:
+        """Begin to measure."""
+
+    def stop(self) -> None:
+        """End it."""
+
+    def refresh(self) -> object:
+        """Measure now; what it returns does not matter."""
+
+    def reset_peak(self) -> None:
+        """Let the peak begin anew at the present figure."""
+
+    def get_stats(self) -> tuple[float, float, float]:
+        """Return (current, peak, total) in MB."""
+
+
+#: What a monitor of the caller's own is asked for at the door.
+MONITOR_METHODS = ("start", "stop", "refresh", "reset_peak", "get_stats")
+
+
+class MonitorSource:
+    """A monitor of the caller's own, used as the source of one device.
+
+    Its methods are the caller's code, which may hang. So each of them is called either by the sampling thread alone, or
+    with a time limit.
+    """
+
+    name = "monitor"
+    measures_processes = False
+    settles_late = False
+    cheap = True
+
+    def __init__(self, monitor: MonitorProtocol) -> None:
+        self.monitor = monitor
+        # What it said last; replaced as a whole.
+        self._peak_mb = 0.0
+
+    @property
+    def peak_mb(self) -> float:
+        """The peak at the last look at the monitor, which may have seen more than the samples have."""
+        return self._peak_mb
+
+    def reset_peak(self) -> None:
+        """Let the monitor's peak begin anew."""
+        self.monitor.reset_peak()
+        self._peak_mb = self.monitor.get_stats()[1]
+
+    def start(self) -> None:
+        """Start the monitor. Raises SourceUnavailableError when that takes longer than `START_TIMEOUT_S`."""
+        try:
+            answer_within(self.monitor.start, START_TIMEOUT_S, "mpmm-start-monitor")
+        except TimeoutError as error:
+            raise unavailable(self.name, f"its start hangs: {error}") from error
+
+    def stop(self) -> None:
+        """Stop the monitor, or leave it alone where that takes longer than `STOP_TIMEOUT_S`."""
+        with contextlib.suppress(TimeoutError):
+            answer_within(self.monitor.stop, STOP_TIMEOUT_S, "mpmm-stop-monitor")
+
+    def devices(self) -> tuple[DeviceInfo, ...]:
+        """Return the one device that a monitor stands for."""
+        return (DeviceInfo(0, "monitor", type(self.monitor).__name__, self.monitor.get_stats()[2]),)
+
+    def sample(self, server_pids: Sequence[int]) -> tuple[DeviceSample, ...]:
+        """Ask the monitor."""
+        taken = time.monotonic_ns()
+        self.monitor.refresh()
+        used_mb, self._peak_mb, _ = self.monitor.get_stats()
+        return (DeviceSample(0, used_mb, taken, {}, done_ns=time.monotonic_ns()),)
+
+    def close(self) -> None:
+        """Nothing: the caller's monitor is stopped by the manager it was given to."""

@@ -1,0 +1,40 @@
+"""A time limit for calls that may hang: of a driver, a program, or a monitor of the caller's own."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import TypeVar
+
+__all__ = ["answer_within"]
+
+T = TypeVar("T")
+
+
+def answer_within(ask: Callable[[], T], timeout_s: float, name: str) -> T:
+    """Return what `ask` returns, or raise what it raises; called in a thread that is given up after `timeout_s`.
+
+    name: of the thread.
+
+    Raises TimeoutError when there is no answer by then. One that comes later is dropped.
+    """
+    answers: list[T] = []
+    failures: list[BaseException] = []
+    answered = threading.Event()
+
+    def work() -> None:
+        try:
+            answers.append(ask())
+        except BaseException as error:  # is raised again in the thread that waits
+            failures.append(error)
+        answered.set()
+
+    try:
+        threading.Thread(target=work, name=name, daemon=True).start()
+    except RuntimeError:  # no thread is to be had: then an answer late is better than none
+        return ask()
+    if not answered.wait(timeout_s):
+        raise TimeoutError(f"no answer within {timeout_s:g} s")
+    if failures:
+        raise failures[0]
+    return answers[0]
