@@ -70,14 +70,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mpmm import __version__, cli_changes
-from mpmm.arguments import checked_number, checked_path, checked_size_mb, checked_timeout, checked_whole
+from mpmm import __version__
+from mpmm.commands import changes
 from mpmm.errors import InvalidArgumentError, MpmmError
 from mpmm.observability.colours import painter
 from mpmm.observability.findings import longest_wait_s
 from mpmm.observability.help_pages import TOPICS
 from mpmm.observability.inspect_screen import EVENTS_OF_EACH, overview, render
-from mpmm.printable import printable, printable_lines
 from mpmm.shared_state.runtime_dir import ROOM_NAME, SERVERS_LOG, RuntimeDirectory, default_root
 from mpmm.shared_state.segment import segment_lost, segment_name
 from mpmm.shared_state.snapshot import (
@@ -86,6 +85,8 @@ from mpmm.shared_state.snapshot import (
     find_namespaces,
     read_snapshot,
 )
+from mpmm.text.arguments import checked_number, checked_path, checked_size_mb, checked_timeout, checked_whole
+from mpmm.text.printable import printable, printable_lines
 
 __all__ = ["main"]
 
@@ -118,8 +119,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             root = checked_path("--runtime-root", options.runtime_root, "a folder")
         if options.command == "run":
             return _run(options, program, root)
-        if options.command in cli_changes.COMMANDS:
-            status = cli_changes.COMMANDS[options.command](options, _namespace(options, root), root)
+        if options.command in changes.COMMANDS:
+            status = changes.COMMANDS[options.command](options, _namespace(options, root), root)
         else:
             status = _COMMANDS[options.command](options, root)
         sys.stdout.flush()
@@ -200,7 +201,7 @@ def _parser() -> argparse.ArgumentParser:
     dashboard.add_argument("--namespace", help="show only this one, which need not exist yet (default: all)")
     for command in (inspect, top, events, trace, plot, check):
         command.add_argument("namespace", nargs="?", help="default: the only one there is")
-    cli_changes.add_commands(commands)
+    changes.add_commands(commands)
     reset = commands.add_parser("reset", help="unload everything and cancel all waiting requests")
     reset.add_argument("namespace")
     reset.add_argument("-y", "--yes", action="store_true", help="do not ask at a terminal")

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from mpmm.printable import printable_lines
+from mpmm.text.printable import printable_lines
 
 __all__ = [
     "AcquireTimeoutError",

@@ -27,7 +27,7 @@ from collections.abc import Callable
 from enum import IntEnum
 from typing import Any, TypeVar
 
-from mpmm.printable import printable_logger
+from mpmm.text.printable import printable_logger
 
 __all__ = ["ChildStep", "call_once_at_exit", "close_in_children", "fork_guard", "in_forked_child"]
 

@@ -19,7 +19,6 @@ import pytest
 from processes import Loads, LoadsObject, Process, acquire, wait_until, waiting
 
 import mpmm.cli
-from mpmm.arguments import checked_size_mb
 from mpmm.cli import main
 from mpmm.errors import InvalidArgumentError, NamespaceResetError
 from mpmm.model_manager import ModelManager
@@ -33,6 +32,7 @@ from mpmm.shared_state.events import EventKind
 from mpmm.shared_state.layout import Header
 from mpmm.shared_state.segment import segment_name
 from mpmm.shared_state.snapshot import EventChoice, Snapshot, read_snapshot
+from mpmm.text.arguments import checked_size_mb
 
 NewManager = Callable[..., ModelManager]
 NewProcess = Callable[..., Process]

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 from processes import Loads
 
-from mpmm.beam_run_inference import name_of_handler
+from mpmm.beam.run_inference import name_of_handler
 from mpmm.cli import main
-from mpmm.display_names import MOST_BYTES, MOST_NAMES, display_name, set_display_name, shown_tag
 from mpmm.model_manager import ModelManager
 from mpmm.shared_state.snapshot import read_snapshot
+from mpmm.text.display_names import MOST_BYTES, MOST_NAMES, display_name, set_display_name, shown_tag
 
 TAG = "0123456789abcdef0123456789abcdef"
 NAME = "SklearnModelHandlerNumpy models/digits.joblib"
@@ -25,7 +25,7 @@ SHOWN = f"{NAME} [01234567…]"
 @pytest.fixture(autouse=True)
 def without_names(monkeypatch: pytest.MonkeyPatch) -> None:
     """Forget afterwards what a test has named."""
-    monkeypatch.setattr("mpmm.display_names._names", {})
+    monkeypatch.setattr("mpmm.text.display_names._names", {})
 
 
 def test_people_see_the_name_and_programs_the_tag(
@@ -74,7 +74,7 @@ def test_a_name_that_comes_later_takes_the_place_of_another(
 
 def test_log_lines_have_the_name(caplog: pytest.LogCaptureFixture) -> None:
     set_display_name(TAG, NAME)
-    from mpmm.printable import printable_logger
+    from mpmm.text.printable import printable_logger
 
     printable_logger("mpmm").warning("about %s and %d of %s", TAG, 3, "another")
     assert caplog.messages == [f"about {SHOWN} and 3 of another"]

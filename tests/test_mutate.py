@@ -33,7 +33,7 @@ def test_each_change_is_code_that_does_something_else() -> None:
     for part, (patterns, tests) in mutate.PARTS.items():
         assert all((mutate.ROOT / "tests" / f"{test}.py").is_file() for test in tests), part
         assert all(list(mutate.ROOT.glob(pattern)) for pattern in patterns), part
-    for file in ("mpmm/policy/fairness.py", "mpmm/shared_state/durations.py", "mpmm/arguments.py"):
+    for file in ("mpmm/policy/fairness.py", "mpmm/shared_state/durations.py", "mpmm/text/arguments.py"):
         source = (mutate.ROOT / file).read_bytes()
         original = ast.dump(ast.parse(source))
         changes = mutate.Changes(file).all()

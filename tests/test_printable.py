@@ -16,8 +16,8 @@ from mpmm.errors import AcquireTimeoutError, MpmmError, NotAcquiredError
 from mpmm.model_manager import ModelManager
 from mpmm.observability.inspect_screen import overview, render
 from mpmm.observability.top import History, screen
-from mpmm.printable import printable, printable_lines
 from mpmm.shared_state.snapshot import read_snapshot
+from mpmm.text.printable import printable, printable_lines
 
 NewManager = Callable[..., ModelManager]
 

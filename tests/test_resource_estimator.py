@@ -16,8 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import nnls as scipy_nnls
 
-from mpmm.beam_metrics import choose_autoscaling_metric, report_demand, report_estimate, report_model_count
 from mpmm.errors import InvalidArgumentError
+from mpmm.memory.beam_metrics import choose_autoscaling_metric, report_demand, report_estimate, report_model_count
 from mpmm.memory.estimator import Observation, ResourceEstimator, smooth, solve_footprints
 
 TAGS = ["a", "b", "c"]
@@ -270,7 +270,7 @@ def test_the_demand_takes_the_place_of_the_count_under_the_same_name(
 ) -> None:
     report_demand("a", 7)
     assert metrics.updates == [], "not chosen"
-    monkeypatch.setattr("mpmm.beam_metrics._chosen", "loaded")
+    monkeypatch.setattr("mpmm.memory.beam_metrics._chosen", "loaded")
     choose_autoscaling_metric("demand")
     report_model_count("gs://bucket/a model", 3)
     report_demand("gs://bucket/a model", 7)

@@ -68,10 +68,10 @@ PARTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("test_resource_estimator", "test_kept_estimates", "test_accounting"),
     ),
     "observability": (
-        ("mpmm/observability/*.py", "mpmm/printable.py"),
+        ("mpmm/observability/*.py", "mpmm/text/printable.py"),
         ("test_printable", "test_cli", "test_top", "test_trace"),
     ),
-    "arguments": (("mpmm/arguments.py",), ("test_bad_input",)),
+    "arguments": (("mpmm/text/arguments.py",), ("test_bad_input",)),
 }
 # Tests that a change makes hang are ended after so many times what they take without one.
 PATIENCE = 4

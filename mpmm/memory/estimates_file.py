@@ -29,11 +29,11 @@ from typing import Any
 
 from mpmm.errors import LockTimeoutError
 from mpmm.memory.estimator import ALONE_SD
-from mpmm.printable import printable_logger
 from mpmm.shared_state.layout import Device, Model
 from mpmm.shared_state.lock_file import LockFile
 from mpmm.shared_state.namespace import Namespace
 from mpmm.shared_state.transaction import Transaction
+from mpmm.text.printable import printable_logger
 
 __all__ = ["ESTIMATES_PATH_VARIABLE", "Estimate", "EstimatesFile", "KeptEstimates"]
 

@@ -16,10 +16,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mpmm.arguments import checked_number, checked_whole, in_brief
-from mpmm.beam_metrics import report_estimate
 from mpmm.errors import InvalidArgumentError
-from mpmm.printable import printable_logger
+from mpmm.memory.beam_metrics import report_estimate
+from mpmm.text.arguments import checked_number, checked_whole, in_brief
+from mpmm.text.printable import printable_logger
 
 __all__ = [
     "ALONE_SD",

@@ -24,14 +24,14 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from mpmm.arguments import checked_number, in_brief
 from mpmm.errors import ClosedError, InvalidArgumentError, LockTimeoutError
 from mpmm.fork_hooks import ChildStep, in_forked_child
 from mpmm.memory.sampler import Sampler
-from mpmm.printable import printable_logger
 from mpmm.sources import DeviceInfo, DeviceSample, MemorySource, choose_source, is_books_only, process_knowledge
 from mpmm.sources.base import START_TIMEOUT_S, unavailable
 from mpmm.sources.timeouts import answer_within
+from mpmm.text.arguments import checked_number, in_brief
+from mpmm.text.printable import printable_logger
 
 __all__ = ["GPUMonitor", "LocalSamples", "SampleStore"]
 

@@ -20,7 +20,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 
-from mpmm.printable import printable_logger
+from mpmm.text.printable import printable_logger
 
 __all__ = ["Sampler"]
 

@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Mapping
 from typing import Any
 
-from mpmm.beam_metrics import report_estimate
+from mpmm.memory.beam_metrics import report_estimate
 from mpmm.memory.estimator import (
     ALONE_SD,
     Estimate,
@@ -21,11 +21,11 @@ from mpmm.memory.estimator import (
     reconcile,
     solve_footprints,
 )
-from mpmm.printable import printable_logger
 from mpmm.shared_state.layout import Header, Model
 from mpmm.shared_state.layout import Observation as ObservationRow
 from mpmm.shared_state.namespace import Namespace
 from mpmm.shared_state.tables import encode_text
+from mpmm.text.printable import printable_logger
 
 __all__ = ["SharedResourceEstimator"]
 

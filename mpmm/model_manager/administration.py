@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mpmm.errors import ClosedError, NotAcquiredError, UnloadTimeoutError
-from mpmm.printable import printable
 from mpmm.scheduler import Scheduler
 from mpmm.shared_state.layout import Header, Instance, Member, Model
 from mpmm.shared_state.namespace import Namespace
 from mpmm.shared_state.settings import Settings
 from mpmm.shared_state.tables import encode_text
 from mpmm.shared_state.transaction import Transaction
+from mpmm.text.printable import printable
 
 __all__ = ["Unload", "change_settings", "pin_for_all", "unload_model", "unpin_for_all", "visit", "wait_for_unload"]
 

@@ -27,12 +27,12 @@ from mpmm.model_manager.deferred import NOW_S
 from mpmm.model_manager.refusals import timed_out
 from mpmm.model_manager.session import Worker
 from mpmm.multi_process_shared.registry import is_server_process
-from mpmm.printable import printable_logger
 from mpmm.shared_state.layout import Capacities, Header, Member
 from mpmm.shared_state.namespace import LIFECYCLE_TIMEOUT_S, Namespace, run_at_exit
 from mpmm.shared_state.settings import Settings
 from mpmm.sources import MemorySource, choose_source
 from mpmm.sources.selected import SelectedDevices
+from mpmm.text.printable import printable_logger
 
 __all__ = ["Attachment", "JoinsWith"]
 

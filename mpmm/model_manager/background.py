@@ -34,11 +34,10 @@ from collections import Counter
 from functools import partial
 from typing import TYPE_CHECKING
 
-from mpmm.beam_metrics import report_estimate
 from mpmm.errors import ClosedError
+from mpmm.memory.beam_metrics import report_estimate
 from mpmm.memory.estimator import smooth
 from mpmm.policy.view import Reason
-from mpmm.printable import printable_logger
 from mpmm.shared_state.durations import to_ns
 from mpmm.shared_state.events import Cause
 from mpmm.shared_state.futex import wait_for_change, wake_all
@@ -47,6 +46,7 @@ from mpmm.shared_state.lock_file import LockFile
 from mpmm.shared_state.transaction import Transaction
 from mpmm.shared_state.transitions import ESTIMATE_TOLERANCE
 from mpmm.sources import Measures, process_knowledge, what_it_measures
+from mpmm.text.printable import printable_logger
 
 if TYPE_CHECKING:
     from mpmm.model_manager.session import Worker

@@ -14,10 +14,10 @@ from collections import deque
 from collections.abc import Callable
 
 from mpmm.errors import LockTimeoutError, ReentrantCallError
-from mpmm.printable import printable_logger
 from mpmm.scheduler import Scheduler
 from mpmm.shared_state.namespace import Namespace
 from mpmm.shared_state.transaction import Transaction
+from mpmm.text.printable import printable_logger
 
 __all__ = ["NOW_S", "Change", "DeferredChanges"]
 

@@ -10,10 +10,10 @@ import weakref
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from mpmm.arguments import LARGEST_PID, checked_whole
 from mpmm.placement import visible_devices
 from mpmm.shared_state.layout import Device, Instance, device_rows
 from mpmm.shared_state.transaction import Transaction
+from mpmm.text.arguments import LARGEST_PID, checked_whole
 
 if TYPE_CHECKING:
     from mpmm.model_manager.operations import Operation

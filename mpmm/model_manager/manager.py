@@ -36,8 +36,6 @@ from dataclasses import dataclass, fields
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
-from mpmm.arguments import checked_devices, checked_number, checked_path, checked_timeout, checked_whole, in_brief
-from mpmm.beam_metrics import choose_autoscaling_metric, report_estimate, report_model_count
 from mpmm.errors import (
     AcquireTimeoutError,
     ClosedError,
@@ -54,6 +52,7 @@ from mpmm.errors import (
     ReentrantCallError,
     TableFullError,
 )
+from mpmm.memory.beam_metrics import choose_autoscaling_metric, report_estimate, report_model_count
 from mpmm.memory.estimator import ALONE_SD, GROWTH_SD, Estimate
 from mpmm.memory.monitor import GPUMonitor
 from mpmm.memory.monitor_source import MONITOR_METHODS, MonitorProtocol
@@ -88,7 +87,6 @@ from mpmm.multi_process_shared.main_import import refuse_while_importing_main
 from mpmm.multi_process_shared.registry import is_server_process
 from mpmm.placement import placed
 from mpmm.policy.out_of_memory import is_out_of_memory
-from mpmm.printable import printable_logger
 from mpmm.shared_state.durations import to_ns
 from mpmm.shared_state.events import Cause, EventKind
 from mpmm.shared_state.futex import wait_for_change
@@ -105,6 +103,8 @@ from mpmm.shared_state.settings import CHANGEABLE, CHECKPOINTS, Settings, checkp
 from mpmm.shared_state.tables import encode_text
 from mpmm.shared_state.transaction import Transaction
 from mpmm.sources import MemorySource
+from mpmm.text.arguments import checked_devices, checked_number, checked_path, checked_timeout, checked_whole, in_brief
+from mpmm.text.printable import printable_logger
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from mpmm.errors import AcquireTimeoutError, ClosedError, LockTimeoutError, MpmmError, NamespaceResetError
-from mpmm.printable import printable
 from mpmm.shared_state.layout import Device, device_rows
+from mpmm.text.printable import printable
 
 if TYPE_CHECKING:
     from mpmm.model_manager.request import PlacementRequest

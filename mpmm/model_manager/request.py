@@ -6,11 +6,11 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple, TypedDict
 
-from mpmm.arguments import checked_devices, checked_number, checked_whole
 from mpmm.policy.fairness import HIGHEST_URGENCY
 from mpmm.shared_state.durations import LONGEST_NS, to_ns
 from mpmm.shared_state.layout import MOST_SPANNED, Capacities, Model
 from mpmm.shared_state.tables import encode_text
+from mpmm.text.arguments import checked_devices, checked_number, checked_whole
 
 if TYPE_CHECKING:
     from mpmm.memory.samples import SharedSamples

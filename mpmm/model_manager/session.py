@@ -23,9 +23,9 @@ from types import FrameType
 from typing import Any, TypeVar
 
 from mpmm import multi_process_shared
-from mpmm.beam_metrics import report_estimate, report_model_count
 from mpmm.errors import LockTimeoutError, MpmmError, ServerStartError
 from mpmm.fork_hooks import ChildStep, in_forked_child
+from mpmm.memory.beam_metrics import report_estimate, report_model_count
 from mpmm.memory.estimates_file import KeptEstimates
 from mpmm.memory.monitor import GPUMonitor
 from mpmm.memory.monitor_source import MonitorSource
@@ -41,7 +41,6 @@ from mpmm.multi_process_shared.stop_server import kill_process
 from mpmm.placement import Placement, place_for_good, server_setting
 from mpmm.policy.out_of_memory import bound_mb, raised_estimate_mb
 from mpmm.policy.view import Reason
-from mpmm.printable import printable_logger
 from mpmm.scheduler import Copies, Scheduler
 from mpmm.shared_state.events import Cause, EventKind
 from mpmm.shared_state.futex import wake_all
@@ -50,6 +49,7 @@ from mpmm.shared_state.namespace import Namespace, remove_deserted
 from mpmm.shared_state.transaction import Transaction
 from mpmm.sources import MemorySource, process_knowledge
 from mpmm.suspend.suspender import Suspender
+from mpmm.text.printable import printable_logger
 
 __all__ = [
     *("UNLOAD_LOOK_S", "Copy", "Free", "Growth", "LookAgain", "ServerDuty", "Worker"),

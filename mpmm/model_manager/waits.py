@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from mpmm.policy.reasons import explain
 from mpmm.policy.view import Reason
-from mpmm.printable import printable_logger
 from mpmm.shared_state.events import EventKind
 from mpmm.shared_state.layout import Event, Header, Instance, Member, Ticket, device_rows
+from mpmm.text.printable import printable_logger
 
 if TYPE_CHECKING:
     from mpmm.model_manager.session import Worker

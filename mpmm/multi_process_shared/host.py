@@ -29,8 +29,8 @@ from mpmm.multi_process_shared.references import References
 from mpmm.multi_process_shared.registry import LEAVE_PRIORITY, ServerRecord, ServerRegistry, start_time_of, write_record
 from mpmm.multi_process_shared.rpc import pickling, protocol, sockets
 from mpmm.multi_process_shared.rpc.channel import Channel, Message
-from mpmm.printable import printable_logger
 from mpmm.shared_state.lock_file import LockFile
+from mpmm.text.printable import printable_logger
 
 __all__ = ["Host", "can_sleep", "find_host", "host_object", "public_methods"]
 

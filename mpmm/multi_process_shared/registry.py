@@ -38,7 +38,6 @@ from typing import Any
 
 import psutil
 
-from mpmm.arguments import checked_path, in_brief
 from mpmm.errors import InvalidArgumentError
 from mpmm.fork_hooks import call_once_at_exit, in_forked_child
 from mpmm.shared_state.lock_file import LockFile, is_locked
@@ -49,6 +48,7 @@ from mpmm.shared_state.runtime_dir import (
     default_root,
     root_below,
 )
+from mpmm.text.arguments import checked_path, in_brief
 
 __all__ = ["ServerRecord", "ServerRegistry", "registry_at", "registry_for", "start_time_of"]
 

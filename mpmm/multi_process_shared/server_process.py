@@ -43,8 +43,8 @@ from mpmm.multi_process_shared.registry import (
     registry_at,
     write_record,
 )
-from mpmm.printable import printable_logger
 from mpmm.shared_state.lock_file import LockFile
+from mpmm.text.printable import printable_logger
 
 __all__ = [
     "ATTACH",

@@ -26,7 +26,6 @@ from mpmm.errors import InvalidArgumentError, MpmmError
 from mpmm.observability.colours import Paint, plain
 from mpmm.observability.findings import what_ails
 from mpmm.observability.tables import wrapped
-from mpmm.printable import printable
 from mpmm.shared_state.core import CORE_VARIABLE, which
 from mpmm.shared_state.layout import LAYOUT_VERSION, Capacities, Layout
 from mpmm.shared_state.runtime_dir import check_private_folder, default_root
@@ -34,6 +33,7 @@ from mpmm.shared_state.segment import SHARED_MEMORY
 from mpmm.shared_state.snapshot import find_lost_namespaces, find_namespaces, read_snapshot
 from mpmm.sources import Measures, MemorySource, SourceUnavailableError, choose_source, what_it_measures
 from mpmm.sources.timeouts import answer_within
+from mpmm.text.printable import printable
 
 __all__ = ["Check", "Group", "examine", "report"]
 

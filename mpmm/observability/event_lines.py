@@ -14,8 +14,8 @@ from pathlib import Path
 from mpmm.observability.colours import painter
 from mpmm.observability.event_reader import Follower, Step, asked_to_end, steps
 from mpmm.observability.formatting import age, mb, named, names_of, why
-from mpmm.printable import printable
 from mpmm.shared_state.snapshot import EventInfo, as_json
+from mpmm.text.printable import printable
 
 __all__ = ["Choice", "line", "said", "show_events"]
 

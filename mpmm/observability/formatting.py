@@ -9,13 +9,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass, replace
 from typing import Any, TypeVar, cast
 
-from mpmm.display_names import shown_tag
 from mpmm.policy.backoff import back_off_s
 from mpmm.policy.reasons import explain
 from mpmm.policy.sharing import expected_wait_s, seen_so_far
 from mpmm.policy.view import ModelView, Reason
-from mpmm.printable import printable
 from mpmm.shared_state.snapshot import DeviceInfo, EventInfo, InstanceInfo, ModelInfo, Snapshot, TicketInfo
+from mpmm.text.display_names import shown_tag
+from mpmm.text.printable import printable
 
 __all__ = [
     "age",

@@ -8,11 +8,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from mpmm.display_names import shown_tag
 from mpmm.errors import InvalidArgumentError
 from mpmm.observability.formatting import age, for_people, mb
 from mpmm.observability.tables import table
 from mpmm.shared_state.snapshot import InstanceInfo, Snapshot
+from mpmm.text.display_names import shown_tag
 
 __all__ = ["JSON_FORMAT", "Copy", "as_table", "copies_of", "formatted"]
 

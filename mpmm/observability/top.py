@@ -19,9 +19,9 @@ from mpmm.observability.findings import findings
 from mpmm.observability.formatting import age, bar, for_people, mb
 from mpmm.observability.inspect_screen import EVENTS_OF_EACH, Section, copies, evictions, headline, models, waiting
 from mpmm.observability.tables import table, wrapped
-from mpmm.printable import printable
 from mpmm.shared_state.runtime_dir import default_root
 from mpmm.shared_state.snapshot import DeviceInfo, EventChoice, Snapshot, find_namespaces, read_snapshot
+from mpmm.text.printable import printable
 
 __all__ = ["History", "Looks", "print_once", "run", "screen"]
 

@@ -17,8 +17,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 
-from mpmm.arguments import checked_whole
 from mpmm.errors import InvalidArgumentError
+from mpmm.text.arguments import checked_whole
 
 __all__ = [
     "LAYOUT_VERSION",
@@ -256,7 +256,7 @@ class Model:
     KEEP_ALIVE = 35
     TAG = 36  # text
     TAG_BYTES = 511
-    NAME = TAG + text_words(TAG_BYTES)  # text: what people call it, see `mpmm.display_names`; empty: nothing else
+    NAME = TAG + text_words(TAG_BYTES)  # text: what people call it, see `mpmm.text.display_names`; empty: nothing else
     NAME_BYTES = 127
     WORDS = NAME + text_words(NAME_BYTES)
 

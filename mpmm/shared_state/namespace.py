@@ -57,7 +57,6 @@ from mpmm.errors import (
     TableFullError,
 )
 from mpmm.fork_hooks import ChildStep, in_forked_child
-from mpmm.printable import printable_logger
 from mpmm.shared_state import segment as segment_module
 from mpmm.shared_state.core import make_core, which
 from mpmm.shared_state.layout import Capacities, Header, Member, Model
@@ -78,6 +77,7 @@ from mpmm.shared_state.snapshot import ModelInfo, decode
 from mpmm.shared_state.tables import Tables, encode_text, fit_text
 from mpmm.shared_state.transaction import TURN, Transaction, TransactionLock, float_bits
 from mpmm.shared_state.transitions import SMOOTHING, Transitions
+from mpmm.text.printable import printable_logger
 
 __all__ = [
     "LIFECYCLE_TIMEOUT_S",

@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from mpmm.arguments import checked_number, in_brief
 from mpmm.errors import InvalidArgumentError
+from mpmm.text.arguments import checked_number, in_brief
 
 __all__ = ["ALWAYS", "CHANGEABLE", "CHECKPOINTS", "NEVER", "SETTINGS", "Setting", "Settings", "checkpoints_by_name"]
 

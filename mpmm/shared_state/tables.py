@@ -12,11 +12,11 @@ from collections.abc import Iterator
 import numpy as np
 import numpy.typing as npt
 
-from mpmm.arguments import encoded_text
 from mpmm.errors import InvalidArgumentError, SegmentCorruptError, TableFullError
 from mpmm.shared_state.durations import to_ns
 from mpmm.shared_state.layout import Instance, Member, Model, Pin, Table, Ticket, device_rows
 from mpmm.shared_state.segment import Segment
+from mpmm.text.arguments import encoded_text
 
 __all__ = ["Tables", "encode_text", "fit_text"]
 
@@ -24,7 +24,7 @@ FEW_ROWS = 64
 
 
 def encode_text(text: str, max_bytes: int, what: str) -> bytes:
-    """Return `text` as `mpmm.arguments.encoded_text` does.
+    """Return `text` as `mpmm.text.arguments.encoded_text` does.
 
     Raises InvalidArgumentError when it is no str, empty, longer than `max_bytes`, or has a lone surrogate.
     """

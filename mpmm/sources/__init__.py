@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable
 
 from mpmm.errors import InvalidArgumentError
-from mpmm.printable import printable_logger
 from mpmm.sources.base import (
     START_TIMEOUT_S,
     DeviceInfo,
@@ -27,6 +26,7 @@ from mpmm.sources.base import (
 )
 from mpmm.sources.booked import BookedSource
 from mpmm.sources.timeouts import answer_within
+from mpmm.text.printable import printable_logger
 
 __all__ = [
     "DeviceInfo",

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import psutil
 
-from mpmm.arguments import checked_number
 from mpmm.sources.base import MIB, DeviceInfo, DeviceSample
+from mpmm.text.arguments import checked_number
 
 __all__ = ["HostMemorySource", "host_memory_mb"]
 

@@ -28,7 +28,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mpmm.printable import printable_logger
 from mpmm.sources.base import DeviceInfo, DeviceSample, unavailable
 from mpmm.sources.unified_memory import (
     counts_page_cache,
@@ -38,6 +37,7 @@ from mpmm.sources.unified_memory import (
     unified_used_mb,
 )
 from mpmm.sources.visible_devices import VISIBLE_VARIABLE, Gpu, Unit, devices_of, visible_units
+from mpmm.text.printable import printable_logger
 
 __all__ = ["NvidiaSmiSource"]
 

@@ -16,7 +16,6 @@ from mpmm.multi_process_shared.rpc import protocol
 from mpmm.multi_process_shared.sleeping import ask_to, can_sleep, record_of
 from mpmm.policy.suspension import Unsuspendable, Way, limit_s
 from mpmm.policy.view import Reason
-from mpmm.printable import printable_logger
 from mpmm.shared_state.events import Cause
 from mpmm.shared_state.layout import Header, Instance, Member, Model
 from mpmm.shared_state.settings import ALWAYS, NEVER
@@ -25,6 +24,7 @@ from mpmm.sources.host_memory import host_memory_left_mb, host_memory_mb
 from mpmm.sources.timeouts import answer_within
 from mpmm.suspend.driver import GOOD_BRANCHES, HAZARDOUS_BRANCHES, driver_branch
 from mpmm.suspend.helper import ask_helper
+from mpmm.text.printable import printable_logger
 
 if TYPE_CHECKING:
     from mpmm.model_manager.session import Worker

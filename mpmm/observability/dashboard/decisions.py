@@ -6,8 +6,8 @@ from typing import Any
 
 from mpmm.observability.event_lines import said
 from mpmm.observability.formatting import why
-from mpmm.printable import printable
 from mpmm.shared_state.snapshot import EventInfo
+from mpmm.text.printable import printable
 
 __all__ = ["CATEGORIES", "decision"]
 

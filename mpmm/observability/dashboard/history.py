@@ -21,8 +21,8 @@ from mpmm.observability.event_reader import Follower, Step
 from mpmm.observability.findings import findings, longest_wait_s
 from mpmm.observability.formatting import expected_waits, left_s, needs, waiters, why
 from mpmm.policy.view import Reason
-from mpmm.printable import printable
 from mpmm.shared_state.snapshot import DeviceInfo, InstanceInfo, Snapshot, TicketInfo
+from mpmm.text.printable import printable
 
 __all__ = ["LONGEST_WINDOW_S", "Recorder"]
 

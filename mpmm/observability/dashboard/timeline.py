@@ -19,8 +19,8 @@ from itertools import chain
 
 from mpmm.observability.event_reader import Step
 from mpmm.observability.formatting import why
-from mpmm.printable import printable
 from mpmm.shared_state.snapshot import EventInfo, InstanceInfo
+from mpmm.text.printable import printable
 
 __all__ = ["Span", "Timeline"]
 

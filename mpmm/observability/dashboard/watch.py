@@ -9,9 +9,9 @@ from typing import Any
 
 from mpmm.errors import MpmmError
 from mpmm.observability.dashboard.history import Recorder
-from mpmm.printable import printable_logger
 from mpmm.shared_state.runtime_dir import default_root
 from mpmm.shared_state.snapshot import find_lost_namespaces, find_namespaces
+from mpmm.text.printable import printable_logger
 
 __all__ = ["Watcher"]
 

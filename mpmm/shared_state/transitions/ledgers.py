@@ -10,12 +10,12 @@ from dataclasses import replace
 from functools import partial
 
 from mpmm.policy.ledger import Entry, Figure, Ledger, Return, expire, settle
-from mpmm.printable import printable_logger
 from mpmm.shared_state.durations import to_ns
 from mpmm.shared_state.events import EventKind
 from mpmm.shared_state.layout import Device, Header, Instance, Member, device_rows
 from mpmm.shared_state.transaction import Transaction, float_bits
 from mpmm.shared_state.transitions.part import Part
+from mpmm.text.printable import printable_logger
 
 __all__ = ["Ledgers"]
 

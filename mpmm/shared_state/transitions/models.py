@@ -6,11 +6,11 @@ import math
 
 import numpy as np
 
-from mpmm.display_names import display_name
 from mpmm.errors import TableFullError
 from mpmm.shared_state.layout import Model
 from mpmm.shared_state.transaction import Transaction, float_bits
 from mpmm.shared_state.transitions.part import Part
+from mpmm.text.display_names import display_name
 
 __all__ = ["Models"]
 

@@ -22,7 +22,6 @@ from functools import partial
 
 from mpmm.policy.suspension import Unsuspendable
 from mpmm.policy.view import Reason
-from mpmm.printable import printable_logger
 from mpmm.shared_state.events import Cause, EventKind, placed
 from mpmm.shared_state.layout import Header, Instance, Model
 from mpmm.shared_state.tables import Tables
@@ -31,6 +30,7 @@ from mpmm.shared_state.transitions.instances import Instances
 from mpmm.shared_state.transitions.isolation import Isolation
 from mpmm.shared_state.transitions.ledgers import Ledgers
 from mpmm.shared_state.transitions.part import Actor, Part
+from mpmm.text.printable import printable_logger
 
 __all__ = ["Suspensions"]
 

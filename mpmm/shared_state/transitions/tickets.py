@@ -5,11 +5,11 @@ from __future__ import annotations
 from functools import partial
 
 from mpmm.policy.fairness import rank_ns
-from mpmm.printable import printable_logger
 from mpmm.shared_state.events import Cause, EventKind
 from mpmm.shared_state.layout import Header, Member, Model, Ticket
 from mpmm.shared_state.transaction import Transaction, float_bits
 from mpmm.shared_state.transitions.part import Part
+from mpmm.text.printable import printable_logger
 
 __all__ = ["Tickets"]
 

@@ -24,11 +24,11 @@ from contextlib import suppress
 from types import ModuleType
 from typing import Any
 
-from mpmm.beam_metrics import report_demand, reports_demand
-from mpmm.display_names import set_display_name
 from mpmm.errors import ModelServerError, SharedObjectReleasedError
 from mpmm.fork_hooks import in_forked_child
+from mpmm.memory.beam_metrics import report_demand, reports_demand
 from mpmm.multi_process_shared import MultiProcessShared, SharedProxy
+from mpmm.text.display_names import set_display_name
 
 __all__ = ["name_of_handler", "replacements"]
 

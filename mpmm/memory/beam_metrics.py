@@ -14,9 +14,9 @@ from __future__ import annotations
 
 import sys
 
-from mpmm.arguments import in_brief
 from mpmm.errors import InvalidArgumentError
-from mpmm.printable import printable_logger
+from mpmm.text.arguments import in_brief
+from mpmm.text.printable import printable_logger
 
 __all__ = ["choose_autoscaling_metric", "report_demand", "report_estimate", "report_model_count", "reports_demand"]
 

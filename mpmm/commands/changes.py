@@ -14,11 +14,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from mpmm.arguments import checked_size_mb, checked_timeout, in_brief
 from mpmm.errors import InvalidArgumentError, UnloadTimeoutError
-from mpmm.printable import printable
 from mpmm.shared_state.settings import CHANGEABLE, Settings
 from mpmm.shared_state.snapshot import read_snapshot
+from mpmm.text.arguments import checked_size_mb, checked_timeout, in_brief
+from mpmm.text.printable import printable
 
 __all__ = ["COMMANDS", "add_commands"]
 

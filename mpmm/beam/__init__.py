@@ -9,7 +9,7 @@ Beam reaches its model manager through two modules, and both are replaced:
     apache_beam.ml.inference.model_manager    ->  mpmm.model_manager
     apache_beam.utils.multi_process_shared    ->  mpmm.multi_process_shared
 
-and a few methods of RunInference do what managed models need (`mpmm.beam_run_inference`).
+and a few methods of RunInference do what managed models need (`mpmm.beam.run_inference`).
 
 Workers are other processes, and they learn of the installation in one of two ways:
 
@@ -61,7 +61,7 @@ from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any
 
-from mpmm.beam_run_inference import replacements
+from mpmm.beam.run_inference import replacements
 from mpmm.multi_process_shared.forkserver.client import add_preload_hook, remove_preload_hook
 
 __all__ = ["install", "is_installed", "uninstall"]
@@ -206,7 +206,7 @@ def _replace_modules(changes: _Changes) -> None:
 
 
 def _replace_methods(changes: _Changes) -> None:
-    """Have RunInference do what managed models need, see `mpmm.beam_run_inference`."""
+    """Have RunInference do what managed models need, see `mpmm.beam.run_inference`."""
     for owner, name, method in replacements(importlib.import_module(_BASE)):
         changes.set_attribute(owner, name, method)
 

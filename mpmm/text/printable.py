@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 
-from mpmm.display_names import display_name, shown_tag
+from mpmm.text.display_names import display_name, shown_tag
 
 __all__ = ["printable", "printable_lines", "printable_logger"]
 
