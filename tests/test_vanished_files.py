@@ -540,7 +540,7 @@ def test_a_segment_that_the_last_one_removes_as_it_leaves_is_not_lost(
         sleep(seconds)
 
     def remove_while_somebody_looks(runtime: RuntimeDirectory, identity: tuple[int, int]) -> None:
-        monkeypatch.setattr("mpmm.shared_state.snapshot.time.sleep", sleep_and_tell)
+        monkeypatch.setattr("mpmm.shared_state.snapshot.read.time.sleep", sleep_and_tell)
         reader = threading.Thread(target=look)
         reader.start()
         # It has found no segment, and a member that lives: the one that leaves.

@@ -1,0 +1,42 @@
+"""The whole state of a namespace as plain values, read from outside: `inspect`, `check` and the dashboard build on it.
+
+`records` says what there is to know, `kinds` how a field's words are meant, `decode` turns a copy of the segment into
+records, and `read` makes the copy. None of them needs NumPy or psutil, because to import those takes longer than all
+that is done here.
+"""
+
+from mpmm.shared_state.snapshot.decode import ALL_EVENTS, EventChoice, decode
+from mpmm.shared_state.snapshot.read import find_lost_namespaces, find_namespaces, read_snapshot
+from mpmm.shared_state.snapshot.records import (
+    DeviceInfo,
+    EventInfo,
+    InstanceInfo,
+    LockInfo,
+    MemberInfo,
+    ModelInfo,
+    ObservationInfo,
+    PinInfo,
+    Snapshot,
+    TicketInfo,
+    as_json,
+)
+
+__all__ = [
+    "ALL_EVENTS",
+    "DeviceInfo",
+    "EventChoice",
+    "EventInfo",
+    "InstanceInfo",
+    "LockInfo",
+    "MemberInfo",
+    "ModelInfo",
+    "ObservationInfo",
+    "PinInfo",
+    "Snapshot",
+    "TicketInfo",
+    "as_json",
+    "decode",
+    "find_lost_namespaces",
+    "find_namespaces",
+    "read_snapshot",
+]

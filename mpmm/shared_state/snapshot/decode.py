@@ -1,0 +1,424 @@
+"""From a copy of a segment to a `Snapshot`: what `records` declares is read by kind, the rest is computed here."""
+
+from __future__ import annotations
+
+import gc
+import math
+import time
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from typing import TypeVar
+
+from mpmm.errors import SegmentCorruptError
+from mpmm.policy.fairness import HEAD_START_S, urgency_of
+from mpmm.shared_state.durations import LONGEST_NS
+from mpmm.shared_state.events import EventKind
+from mpmm.shared_state.layout import (
+    LAYOUT_VERSION,
+    MOST_SPANNED,
+    Device,
+    Event,
+    Header,
+    Instance,
+    Layout,
+    Member,
+    Model,
+    Observation,
+    Table,
+    Ticket,
+    device_rows,
+)
+from mpmm.shared_state.settings import Settings
+from mpmm.shared_state.snapshot.kinds import READ, Rows
+from mpmm.shared_state.snapshot.records import (
+    DeviceInfo,
+    EventInfo,
+    InstanceInfo,
+    LockInfo,
+    MemberInfo,
+    ModelInfo,
+    ObservationInfo,
+    PinInfo,
+    Snapshot,
+    TicketInfo,
+)
+from mpmm.shared_state.states import MemberState
+from mpmm.shared_state.transaction import roll_back
+
+__all__ = ["ALL_EVENTS", "EventChoice", "decode", "used_members"]
+
+Record = TypeVar(
+    "Record", MemberInfo, ModelInfo, InstanceInfo, TicketInfo, PinInfo, DeviceInfo, EventInfo, LockInfo, Snapshot
+)
+
+_EVENT_KINDS = {kind.value: kind.name.lower() for kind in EventKind}
+_MEMBER_KINDS = {kind.value: kind.name.lower() for kind in MemberState if kind}
+# What these take counts by what is reserved for them: the figure does not show it yet, or somebody else measures it.
+_BOOKED_BY_RESERVATION = ("loading", "resuming", "leased")
+
+
+@dataclass(frozen=True, eq=False)
+class EventChoice:
+    """Which events of the ring a snapshot is to have.
+
+    after: those with a higher sequence number only. newest_of_each: at most so many of each kind and reason.
+    """
+
+    after: int = 0
+    newest_of_each: int | None = None
+
+
+ALL_EVENTS = EventChoice()
+
+
+def decode(
+    copied: bytearray,
+    layout: Layout,
+    namespace: str,
+    segment: str,
+    *,
+    held: bool | None = None,
+    alive: dict[int, bool] | None = None,
+    with_events: bool = True,
+    choice: EventChoice = ALL_EVENTS,
+) -> Snapshot:
+    """Turn a copy of a segment into a snapshot; rolls an open transaction back in the copy.
+
+    Raises SegmentCorruptError when rows hold what mpmm never writes.
+    """
+    words = memoryview(copied).cast("Q")
+    torn = roll_back(words, layout.undo)
+    # Thousands of new objects, none of them garbage, would have the collector come by several times.
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        wanted = choice if with_events else None
+        return _Decoder(copied, layout).snapshot(namespace, segment, torn, held, alive or {}, wanted)
+    except (IndexError, ValueError, OverflowError) as error:
+        raise SegmentCorruptError(
+            f"segment {segment} of namespace {namespace!r} holds what mpmm never writes ({error}); "
+            "end its processes, the next one makes a new segment",
+            name=segment,
+        ) from error
+    finally:
+        if collects:
+            gc.enable()
+
+
+def used_members(copied: bytearray, layout: Layout) -> list[tuple[int, int, int, int, int]]:
+    """Return slot, pid, time of attaching (monotonic, ns), inode of the lock file and pid namespace of the members."""
+    words, table = memoryview(copied).cast("Q"), layout.members
+    starts = ((slot, table.base + slot * table.words) for slot in _used(words, table))
+    asked = (Member.PID, Member.ATTACHED, Member.LOCK)
+    return [(slot, *(words[at + word] for word in asked), words[Header.PID_NAMESPACE]) for slot, at in starts]  # type: ignore[misc]  # mypy does not count a generator's words
+
+
+def _used(words: memoryview, table: Table) -> list[int]:
+    # The whole table, not just the part below its end word: what lies above that breaks H5, and a check has to see it.
+    states = words[table.base : table.end : table.words].tolist()
+    return [row for row, state in enumerate(states) if state]
+
+
+def _records(record: type[Record], rows: Rows, **computed: Iterable[object]) -> list[Record]:
+    """Return a record for each row. `computed` has the columns of the fields that have no kind."""
+    columns = [computed[one.name] if one.name in computed else one.metadata[READ](rows) for one in fields(record)]
+    return [record(*values) for values in zip(*columns, strict=True)]
+
+
+class _Decoder:
+    def __init__(self, copied: bytearray, layout: Layout) -> None:
+        self._bytes = copied
+        self._layout = layout
+        self._words = memoryview(copied).cast("Q")
+        self._floats = memoryview(copied).cast("B").cast("d")
+        self._now = time.monotonic_ns()
+        self._tags: dict[int, str] = {}
+        # Before any other row is read, because those name their models by it.
+        self._models = _used(self._words, layout.models)
+        models = self._rows(layout.models)
+        self._tags.update(zip(self._models, [models.text_at(at + Model.TAG) for at in models.starts], strict=True))
+
+    def snapshot(
+        self,
+        namespace: str,
+        segment: str,
+        torn: int,
+        held: bool | None,
+        alive: dict[int, bool],
+        choice: EventChoice | None,
+    ) -> Snapshot:
+        words, header = self._words, self._rows_at([0])
+        settings = Settings(*self._floats[Header.SETTINGS : Header.SETTINGS + len(fields(Settings))].tolist())
+        instances = self._instances()
+        devices = self._devices(settings, instances)
+        columns = {
+            "namespace": namespace,
+            "segment": segment,
+            "layout_version": LAYOUT_VERSION,
+            "taken_s": self._now / 1e9,
+            "taken_wall_s": time.time(),
+            "torn_words": torn,
+            "lock": self._lock(header, held),
+            "leader_for_s": header.age(words[Header.LEADER_SINCE]) if words[Header.LEADER] else None,
+            "isolated": min((device.isolated for device in devices if device.isolated is not None), default=None),
+            "suspend_budget_mb": self._suspend_budget_mb(settings),
+            "settings": settings,
+            "table_ends": {table.name: words[table.end_word] for table in self._layout.growing},
+            "members": tuple(self._members(alive)),
+            "models": tuple(self._model_infos(instances)),
+            "instances": tuple(instances),
+            "tickets": tuple(sorted(self._tickets(), key=_place_in_queue)),
+            "pins": tuple(self._pins()),
+            "devices": tuple(devices),
+            "observations": tuple(self._observations()),
+            "events": () if choice is None else tuple(self._events(choice)),
+            # Only a look at the folder tells, see `read`.
+            "missing_files": (),
+        }
+        return _records(Snapshot, header, **{name: (value,) for name, value in columns.items()})[0]
+
+    def _suspend_budget_mb(self, settings: Settings) -> float:
+        chosen = settings.suspend_budget_mb
+        return chosen if math.isfinite(chosen) else self._floats[Header.HOST_SHARE_MB]
+
+    def _rows(self, table: Table) -> Rows:
+        return self._rows_at([table.base + row * table.words for row in _used(self._words, table)])
+
+    def _rows_at(self, starts: list[int]) -> Rows:
+        return Rows(starts, self._words, self._floats, self._bytes, self._now, self._tags)
+
+    def _lock(self, header: Rows, held: bool | None) -> LockInfo:
+        stopped = False
+        if held:
+            import psutil
+
+            try:
+                status = psutil.Process(self._words[Header.LOCK_HOLDER]).status()
+                stopped = status in (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)
+            except (psutil.Error, ValueError, OverflowError):
+                stopped = False
+        return _records(LockInfo, header, held=(held,), holder_stopped=(stopped,))[0]
+
+    def _members(self, alive: dict[int, bool]) -> list[MemberInfo]:
+        table = self._layout.members
+        slots, rows = _used(self._words, table), self._rows(table)
+        kinds = [_MEMBER_KINDS.get(found, "worker") for found in rows.words_at(Member.STATE)]
+        peaks = rows.floats_at(Member.PEAK_MB)
+        return _records(
+            MemberInfo,
+            rows,
+            slot=slots,
+            kind=kinds,
+            alive=[alive.get(slot) for slot in slots],
+            peak_mb=[peak if kind == "server" else None for kind, peak in zip(kinds, peaks, strict=True)],
+        )
+
+    def _model_infos(self, instances: list[InstanceInfo]) -> list[ModelInfo]:
+        rows, used = self._rows(self._layout.models), _last_used(instances)
+        estimates = zip(rows.words_at(Model.KNOWN), rows.floats_at(Model.ESTIMATE_MB), strict=True)
+        used_at = zip(self._models, rows.words_at(Model.USED_AT), strict=True)
+        return _records(
+            ModelInfo,
+            rows,
+            row=self._models,
+            estimate_mb=[mb if known else None for known, mb in estimates],
+            keep_alive_s=[_kept_s(word) for word in rows.words_at(Model.KEEP_ALIVE)],
+            unused_for_s=[used[row] if row in used else rows.age(then) for row, then in used_at],
+        )
+
+    def _instances(self) -> list[InstanceInfo]:
+        table = self._layout.instances
+        rows = self._rows(table)
+        # A segment that holds junk may name more devices than there are words for shares of.
+        lie_on = [device_rows(bits)[:MOST_SPANNED] for bits in rows.words_at(Instance.DEVICES)]
+        return _records(
+            InstanceInfo,
+            rows,
+            row=_used(self._words, table),
+            device=[devices[0] if devices else 0 for devices in lie_on],
+            shares_mb=[self._shares(start, devices) for start, devices in zip(rows.starts, lie_on, strict=True)],
+            peak_mb=[self._server_peak(word) for word in rows.words_at(Instance.SERVER)],
+        )
+
+    def _shares(self, at: int, devices: list[int]) -> dict[int, float]:
+        # As `Tables.shares_of`: of a single device MB is all there is.
+        if len(devices) == 1:
+            return {devices[0]: self._floats[at + Instance.MB]}
+        first = at + Instance.SHARES
+        return dict(zip(devices, self._floats[first : first + len(devices)].tolist(), strict=True))
+
+    def _server_peak(self, server: int) -> float | None:
+        if not server:
+            return None
+        return self._floats[self._layout.members.base + (server - 1) * Member.WORDS + Member.PEAK_MB] or None
+
+    def _tickets(self) -> list[TicketInfo]:
+        table = self._layout.tickets
+        rows = self._rows(table)
+        members = [word - 1 for word in rows.words_at(Ticket.MEMBER)]
+        places = zip(rows.words_at(Ticket.ENQUEUED), rows.words_at(Ticket.RANK), strict=True)
+        return _records(
+            TicketInfo,
+            rows,
+            row=_used(self._words, table),
+            urgency=[urgency_of(enqueued, rank) for enqueued, rank in places],
+            member=members,
+            pid=[self._pid_of(member) for member in members],
+            time_left_s=[
+                -rows.age(deadline) if deadline < LONGEST_NS else math.inf
+                for deadline in rows.words_at(Ticket.DEADLINE)
+            ],
+        )
+
+    def _pid_of(self, slot: int) -> int:
+        table = self._layout.members
+        return int(self._words[table.base + slot * table.words + Member.PID]) if 0 <= slot < table.capacity else 0
+
+    def _pins(self) -> list[PinInfo]:
+        return _records(PinInfo, self._rows(self._layout.pins), row=_used(self._words, self._layout.pins))
+
+    def _devices(self, settings: Settings, instances: list[InstanceInfo]) -> list[DeviceInfo]:
+        table = self._layout.devices
+        numbers, rows = _used(self._words, table), self._rows(table)
+        used = [self._used_mb(row, at, instances) for row, at in zip(numbers, rows.starts, strict=True)]
+        committed = [self._committed_mb(row, at, instances) for row, at in zip(numbers, rows.starts, strict=True)]
+        sampled = rows.words_at(Device.SAMPLED)
+        return _records(
+            DeviceInfo,
+            rows,
+            row=numbers,
+            limit_mb=[total * (1 - settings.slack_percentage) for total in rows.floats_at(Device.TOTAL_MB)],
+            used_mb=used,
+            peak_mb=[mb if then else None for then, mb in zip(sampled, rows.floats_at(Device.PEAK_MB), strict=True)],
+            committed_mb=committed,
+            reserved_mb=[max(0.0, mb - (shown or 0.0)) for mb, shown in zip(committed, used, strict=True)],
+            returns_mb=[self._returns(at) for at in rows.starts],
+            samples=[self._samples(at + Device.RING) for at in rows.starts],
+        )
+
+    def _used_mb(self, device: int, at: int, instances: list[InstanceInfo]) -> float | None:
+        """Return the last figure, or where nothing is measured what is accounted for; None before the first figure."""
+        if self._words[Header.SOURCE_BOOKS_ONLY]:
+            here = (one for one in instances if device in one.shares_mb and one.state not in _BOOKED_BY_RESERVATION)
+            return math.fsum(one.shares_mb[device] for one in here)
+        return self._floats[at + Device.USED_MB] if self._words[at + Device.SAMPLED] else None
+
+    def _committed_mb(self, device: int, at: int, instances: list[InstanceInfo]) -> float:
+        """Return what admission counts as taken of a device, see `policy.ledger`."""
+        here = [one for one in instances if device in one.shares_mb]
+        returning = self._floats[at + Device.RETURNING_MB] if self._words[Header.SOURCE_SETTLES_LATE] else 0.0
+        committed = math.fsum(self._committed(one, device) for one in here) + returning
+        external = self._floats[at + Device.EXTERNAL_MB]
+        return committed + (0.0 if math.isnan(external) else external)
+
+    def _committed(self, instance: InstanceInfo, device: int) -> float:
+        """What a copy or a lease counts for on a device, see `policy.ledger` and `Scheduler.read_copies`."""
+        span = len(instance.shares_mb)
+        if instance.state == "leased":
+            return max(instance.reserved_mb, instance.mb) / span
+        if instance.state not in ("loading", "resuming"):
+            return instance.shares_mb[device]
+        share_mb = instance.reserved_mb / span
+        if instance.server is None or not self._words[Header.SOURCE_MEASURES_PROCESSES]:
+            return share_mb
+        at = self._layout.members.base + instance.server * Member.WORDS
+        word = Member.MEASURED_MB if span == 1 else Member.SHARES + list(instance.shares_mb).index(device)
+        measured = self._floats[at + word]
+        return share_mb if math.isnan(measured) else max(share_mb, measured)
+
+    def _returns(self, at: int) -> tuple[float, ...]:
+        awaited = min(self._words[at + Device.RETURN_COUNT], Device.RETURNS_LENGTH)
+        return tuple(self._floats[at + Device.RETURNS + Device.RETURN_WORDS * n + 1] for n in range(awaited))
+
+    def _samples(self, ring: int) -> tuple[tuple[float, float], ...]:
+        end = ring + 2 * Device.RING_LENGTH
+        times = self._words[ring:end:2].tolist()
+        figures = self._floats[ring + 1 : end : 2].tolist()
+        taken = sorted((then, mb) for then, mb in zip(times, figures, strict=True) if then and math.isfinite(mb))
+        return tuple(((self._now - then) / 1e9, mb) for then, mb in taken)
+
+    def _observations(self) -> Iterable[ObservationInfo]:
+        words, floats = self._words, self._floats
+        generations = self._rows(self._layout.models).words_at(Model.GENERATION)
+        # By generation, because a row may have become another tag's since.
+        by_generation = {one: self._tags[row] for one, row in zip(generations, self._models, strict=True)}
+        for at in self._rows(self._layout.observations).starts:
+            first = at + Observation.PAIRS
+            pairs = words[first : first + min(words[at + Observation.PAIRS_USED], Observation.PAIRS_LENGTH)].tolist()
+            count = min(words[at + Observation.COUNT], Observation.READINGS_KEPT)
+            start = at + Observation.READINGS
+            device = words[at + Observation.DEVICE]
+            yield ObservationInfo(
+                {by_generation.get(pair >> 16, "(recycled)"): pair & 0xFFFF for pair in pairs},
+                tuple(floats[start : start + count].tolist()),
+                device - 1 if device else None,
+            )
+
+    def _events(self, choice: EventChoice) -> list[EventInfo]:
+        table, written = self._layout.events, self._words[Header.EVENTS]
+        # The two rows behind the newest may be half written. (E1)
+        first = max(1, written - table.capacity + 2, choice.after + 1)
+        sequences: Iterable[int] = range(first, written + 1)
+        if choice.newest_of_each is not None:
+            sequences = self._newest(first, written, choice.newest_of_each)
+        places = ((sequence, table.base + (sequence - 1) % table.capacity * table.words) for sequence in sequences)
+        rows = self._rows_at([at for sequence, at in places if self._words[at + Event.SEQUENCE] == sequence])
+        placed, kinds, reasons = [], [], []
+        for word in rows.words_at(Event.KIND):
+            devices, decided = divmod(word, 2**32)
+            reason, kind = divmod(decided, 256)
+            placed.append(tuple(device_rows(devices)))
+            kinds.append(_EVENT_KINDS.get(kind) or f"kind {kind}")
+            reasons.append(reason - 1 if reason else None)
+
+        def figures(place: int) -> list[float | None]:
+            """Return figures of the reason, which older events have left in the row where there is none."""
+            found = zip(reasons, rows.floats_at(place), strict=True)
+            return [None if reason is None or math.isnan(value) else value for reason, value in found]
+
+        others = zip(reasons, rows.words_at(Event.OTHER), strict=True)
+        about = zip(reasons, rows.words_at(Event.ON), strict=True)
+        return _records(
+            EventInfo,
+            rows,
+            kind=kinds,
+            reason=reasons,
+            need_mb=figures(Event.NEED_MB),
+            free_mb=figures(Event.FREE_MB),
+            coming_mb=figures(Event.COMING_MB),
+            seconds=figures(Event.SECONDS),
+            other=[None if reason is None else self._tags.get(word - 1) for reason, word in others],
+            on=[() if reason is None else tuple(device_rows(word)) for reason, word in about],
+            devices=placed,
+        )
+
+    def _newest(self, first: int, last: int, count: int) -> list[int]:
+        """Return the sequence numbers of so many newest events of each kind and reason, in order."""
+        table = self._layout.events
+        kinds = self._words[table.base + Event.KIND : table.end : table.words].tolist()
+        seen: Counter[int] = Counter()
+        found = []
+        for sequence in range(last, first - 1, -1):
+            kind = kinds[(sequence - 1) % table.capacity]
+            if seen[kind] < count:
+                seen[kind] += 1
+                found.append(sequence)
+        return found[::-1]
+
+
+def _last_used(instances: list[InstanceInfo]) -> dict[int, float]:
+    """Return how long ago a copy of each model that has any was used last, by the model's row."""
+    used: dict[int, float] = {}
+    for copy in instances:
+        for_s = 0.0 if copy.state == "active" else copy.for_s
+        used[copy.model] = min(for_s, used.get(copy.model, for_s))
+    return used
+
+
+def _kept_s(word: int) -> float | None:
+    return None if not word else math.inf if word > LONGEST_NS else (word - 1) / 1e9
+
+
+def _place_in_queue(ticket: TicketInfo) -> tuple[int, float, int]:
+    return ticket.priority, -ticket.waited_s - HEAD_START_S * ticket.urgency, ticket.number

@@ -1,0 +1,167 @@
+"""What the words of a row mean: the kinds that the fields of `records` are declared with.
+
+A kind, given the place of a word in its row, is the metadata of a record's field. `decode` asks it for the
+whole column, one value for each row. A field without a kind is computed from several words, or from other rows;
+`decode` says how.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any
+
+from mpmm.shared_state.layout import device_rows
+
+__all__ = [
+    "PLACE",
+    "READ",
+    "Rows",
+    "age",
+    "age_or_none",
+    "amount_or_none",
+    "devices",
+    "flag",
+    "number",
+    "number_or_none",
+    "reference",
+    "state",
+    "tag",
+    "tag_of_reference",
+    "text",
+    "text_or_none",
+    "wall",
+    "word",
+    "word_or_none",
+]
+
+# Keys of a field's metadata: how its column is read, and the place of its first word in the row.
+READ = "read"
+PLACE = "place"
+
+# No text field is longer. A length beyond that is junk, and must not make a string of the whole segment.
+_MOST_TEXT_BYTES = 8 * 128
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of one table in a copy of a segment.
+
+    starts: the first word of each. now_ns: when the copy was made. tags: model row -> tag.
+    """
+
+    starts: list[int]
+    words: memoryview
+    floats: memoryview[float]
+    data: bytearray
+    now_ns: int
+    tags: dict[int, str]
+
+    def words_at(self, place: int) -> list[int]:
+        """Return the word at this place of each row."""
+        words = self.words
+        return [words[start + place] for start in self.starts]
+
+    def floats_at(self, place: int) -> list[float]:
+        """Return the float at this place of each row."""
+        floats = self.floats
+        return [floats[start + place] for start in self.starts]
+
+    def age(self, then_ns: int) -> float:
+        """Return how many seconds before the copy something was, below 0 for what is still to come."""
+        return (self.now_ns - then_ns) / 1e9
+
+    def text_at(self, word: int) -> str:
+        """Return the text that begins at a word of the segment."""
+        length = min(self.words[word], _MOST_TEXT_BYTES)
+        return bytes(self.data[8 * (word + 1) : 8 * (word + 1) + length]).decode("utf-8", "surrogateescape")
+
+
+Metadata = dict[str, Any]
+
+
+def _kind(place: int, read: Callable[[Rows], list[Any]]) -> Metadata:
+    return {PLACE: place, READ: read}
+
+
+def word(place: int) -> Metadata:
+    """Declare a whole number."""
+    return _kind(place, lambda rows: rows.words_at(place))
+
+
+def word_or_none(place: int) -> Metadata:
+    """Declare a whole number of which 0 means that there is none."""
+    return _kind(place, lambda rows: [found or None for found in rows.words_at(place)])
+
+
+def flag(place: int) -> Metadata:
+    """Declare a bool: a word that is not 0."""
+    return _kind(place, lambda rows: [found != 0 for found in rows.words_at(place)])
+
+
+def reference(place: int) -> Metadata:
+    """Declare the row that a word refers to: it holds that plus one, 0 for none."""
+    return _kind(place, lambda rows: [found - 1 if found else None for found in rows.words_at(place)])
+
+
+def state(place: int, states: type[IntEnum]) -> Metadata:
+    """Declare a state by its name; a number that is none of them is shown as it is."""
+    names = {one.value: one.name.lower() for one in states}
+    return _kind(place, lambda rows: [names.get(found) or f"state {found}" for found in rows.words_at(place)])
+
+
+def devices(place: int) -> Metadata:
+    """Declare the rows of the devices whose bits are set."""
+    return _kind(place, lambda rows: [tuple(device_rows(found)) for found in rows.words_at(place)])
+
+
+def tag(place: int) -> Metadata:
+    """Declare the tag of the model whose row a word holds, empty if that row is free."""
+    return _kind(place, lambda rows: [rows.tags.get(found, "") for found in rows.words_at(place)])
+
+
+def tag_of_reference(place: int) -> Metadata:
+    """Declare the tag of the model that a word refers to, None for none."""
+    return _kind(place, lambda rows: [rows.tags.get(found - 1) for found in rows.words_at(place)])
+
+
+def age(place: int) -> Metadata:
+    """Declare how many seconds ago something was."""
+    return _kind(place, lambda rows: [rows.age(found) for found in rows.words_at(place)])
+
+
+def age_or_none(place: int) -> Metadata:
+    """Declare how many seconds ago something was, None if it never was."""
+    return _kind(place, lambda rows: [rows.age(found) if found else None for found in rows.words_at(place)])
+
+
+def wall(place: int) -> Metadata:
+    """Declare a moment as Unix time."""
+    return _kind(place, lambda rows: [found / 1e9 for found in rows.words_at(place)])
+
+
+def number(place: int) -> Metadata:
+    """Declare a float."""
+    return _kind(place, lambda rows: rows.floats_at(place))
+
+
+def number_or_none(place: int) -> Metadata:
+    """Declare a float that is None where the segment has nan: it is not known."""
+    return _kind(place, lambda rows: [None if math.isnan(found) else found for found in rows.floats_at(place)])
+
+
+def amount_or_none(place: int) -> Metadata:
+    """Declare a float of which 0 means that there is none."""
+    return _kind(place, lambda rows: [found or None for found in rows.floats_at(place)])
+
+
+def text(place: int) -> Metadata:
+    """Declare a text."""
+    return _kind(place, lambda rows: [rows.text_at(start + place) for start in rows.starts])
+
+
+def text_or_none(place: int) -> Metadata:
+    """Declare a text that is None where it is empty."""
+    return _kind(place, lambda rows: [rows.text_at(start + place) or None for start in rows.starts])

@@ -1,0 +1,161 @@
+"""Reading a namespace from outside: no membership, no change, hardly ever a lock.
+
+`read_snapshot` copies the segment and decodes the copy. It answers whatever happens to the lock's holder: a copy
+that falls into a transaction is completed by the undo log in the copy (see `transaction.py`). Only when writers leave
+no gap for a copy is the lock taken, for the length of one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from dataclasses import replace
+from pathlib import Path
+
+from mpmm.errors import LayoutMismatchError, LockTimeoutError
+from mpmm.shared_state.layout import Header
+from mpmm.shared_state.liveness import member_lives
+from mpmm.shared_state.lock_file import identity_of, is_locked
+from mpmm.shared_state.runtime_dir import RuntimeDirectory
+from mpmm.shared_state.segment import (
+    SHARED_MEMORY,
+    Segment,
+    SegmentProblem,
+    UnfinishedSegment,
+    segment_lost,
+    segment_name,
+)
+from mpmm.shared_state.snapshot.decode import ALL_EVENTS, EventChoice, decode, used_members
+from mpmm.shared_state.snapshot.records import Snapshot
+
+__all__ = ["find_lost_namespaces", "find_namespaces", "read_snapshot"]
+
+_COPIES_TRIED = 12
+_LOCK_TIMEOUT_S = 0.5
+# So long a look waits for a process that joins or leaves, which takes milliseconds, before it says that a segment is
+# lost; and so long it sleeps meanwhile.
+LIFECYCLE_PATIENCE_S = 0.5
+LIFECYCLE_LOOK_S = 0.005
+
+
+def find_namespaces(root: Path | None = None) -> list[str]:
+    """Return the namespaces of this user that have a segment, by name."""
+    return sorted(name for name, segment in _folders_below(root) if os.path.exists(f"{SHARED_MEMORY}/{segment}"))
+
+
+def find_lost_namespaces(root: Path | None = None) -> list[str]:
+    """Return the namespaces of this user whose members live, and whose segment somebody has removed, by name."""
+    return sorted(
+        name
+        for name, segment in _folders_below(root)
+        if not os.path.exists(f"{SHARED_MEMORY}/{segment}") and _is_lost(RuntimeDirectory(name, root), segment)
+    )
+
+
+def _folders_below(root: Path | None) -> list[tuple[str, str]]:
+    """Return the names of folders that may be those of namespaces, and those of their segments."""
+    folder = RuntimeDirectory("any", root).root
+    try:
+        prefix = segment_name(folder, "")
+        with os.scandir(folder) as entries:
+            names = [entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    return [(name, f"{prefix}{name}") for name in names]
+
+
+def _is_lost(runtime: RuntimeDirectory, name: str) -> bool:
+    """Tell whether the segment `name` is gone though members live.
+
+    The last process to leave is a member still while it removes first the segment and then the folder. So where
+    somebody holds the lifecycle lock, the look counts only once that has ended, or takes too long.
+    """
+    deadline = time.monotonic() + LIFECYCLE_PATIENCE_S
+    while _has_members(runtime.path):
+        if not is_locked(runtime.file("lifecycle.lock")) or time.monotonic() >= deadline:
+            # Looked at again, because it may have ended between the two looks.
+            return not os.path.exists(f"{SHARED_MEMORY}/{name}") and _has_members(runtime.path)
+        time.sleep(LIFECYCLE_LOOK_S)
+    return False
+
+
+def _has_members(folder: Path) -> bool:
+    """Tell whether a member of a namespace lives, in whatever segment."""
+    with contextlib.suppress(FileNotFoundError):
+        return any(is_locked(lock) for lock in folder.glob("m*.lock"))
+    return False
+
+
+def read_snapshot(
+    namespace: str, root: Path | None = None, *, events: bool = True, choice: EventChoice = ALL_EVENTS
+) -> Snapshot:
+    """Read the state of a namespace.
+
+    events: False leaves the event ring out; choice: what is wanted of it else.
+    Raises FileNotFoundError when there is no such namespace, LayoutMismatchError when it is another version's,
+    SegmentCorruptError when it holds junk, SegmentLostError when it is gone though members live, InvalidArgumentError
+    for an impossible name.
+    """
+    runtime = RuntimeDirectory(namespace, root)
+    if not runtime.path.is_dir():
+        raise FileNotFoundError(f"there is no namespace {namespace!r} in {runtime.root}")
+    name = segment_name(runtime.root, namespace)
+    try:
+        segment = Segment.open(name)
+    except UnfinishedSegment:
+        raise FileNotFoundError(f"namespace {namespace!r} is being made, or its maker was killed") from None
+    except SegmentProblem as problem:
+        raise LayoutMismatchError(
+            f"cannot read namespace {namespace!r}: found {problem.found}, expected {problem.expected}",
+            name=name,
+            found=problem.found,
+            expected=problem.expected,
+        ) from None
+    if segment is None:
+        if _is_lost(runtime, name):
+            raise segment_lost(namespace, name)
+        raise FileNotFoundError(f"namespace {namespace!r} has no segment {name}")
+    try:
+        copied = _consistent_copy(segment, events)
+        layout = segment.layout
+    finally:
+        segment.close()
+    held = is_locked(segment.path)
+    folder, missing = str(runtime.path), []
+    alive = {}
+    for slot, pid, attached, inode, pids_of in used_members(copied, layout):
+        path = f"{folder}/m{slot}.lock"
+        alive[slot] = member_lives(path, inode, pid, attached, pids_of)
+        if alive[slot] and (identity_of(path) or (0, 0))[1] != inode:
+            missing.append(f"m{slot}.lock")
+    if alive:
+        missing += [name for name in ("alive.lock", "token") if not os.path.lexists(f"{folder}/{name}")]
+    decoded = decode(copied, layout, namespace, name, held=held, alive=alive, with_events=events, choice=choice)
+    return replace(decoded, missing_files=tuple(missing)) if missing else decoded
+
+
+def _consistent_copy(segment: Segment, events: bool) -> bytearray:
+    """Return a copy that is one state of the segment once its undo log is rolled back; see `transaction.py`."""
+    words = segment.words
+    last = bytearray()
+    for attempt in range(_COPIES_TRIED):
+        before = words[Header.CHANGE]
+        copied = segment.copy_in_use(events=events)
+        if words[Header.CHANGE] == before and (before % 2 == 0 or copied == last):
+            return copied
+        last = copied
+        # Between two transactions of busy writers there are pauses; ours differ, so that one is hit.
+        time.sleep(0.0001 * (attempt % 7))
+    # Writers are too busy for that. The lock is free every few microseconds then; if it is not, because its holder
+    # has been stopped just now, nothing changes any more and the next copy is as good.
+    try:
+        lock = segment.lock_file()
+    except FileNotFoundError:
+        return last
+    try:
+        with contextlib.suppress(LockTimeoutError):
+            lock.exclusive(_LOCK_TIMEOUT_S)
+        return segment.copy_in_use(events=events, into=last)
+    finally:
+        lock.close()

@@ -1,0 +1,59 @@
+"""What a snapshot shows of the words of the segment, and that states mean the same everywhere."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from enum import IntEnum
+from typing import Any
+
+import pytest
+
+from mpmm.shared_state.layout import Instance, Member, Model, Pin, Ticket
+from mpmm.shared_state.snapshot import InstanceInfo, MemberInfo, ModelInfo, PinInfo, TicketInfo
+from mpmm.shared_state.snapshot.kinds import PLACE
+from mpmm.shared_state.states import InstanceState, MemberState, ModelState, TicketState
+
+# What `decode` computes fields from, or nobody outside needs.
+COMPUTED = {
+    Member: {"STATE", "PEAK_MB", "SHARES", "MEASURES"},
+    Model: {"ESTIMATE_MB", "KNOWN", "KEEP_ALIVE", "USED_AT"},
+    Instance: {"DEVICES", "SHARES"},
+    Ticket: {"RANK", "MEMBER", "DEADLINE"},
+    Pin: set(),
+}
+NOT_SHOWN = {
+    Member: {"BELL", "LOCK"},
+    Model: {"SUPERSEDED"},
+    Instance: {"LOADED_AT", "HAS_SERVER"},
+    Ticket: {"SIGNAL", "NESTED", "PASSED", "WARNED", "STEADY"},
+    Pin: {"STATE"},
+}
+
+
+def words_of(row: type[Any]) -> dict[str, int]:
+    """Return the places of a row's fields by name: what the class lists before the row's length."""
+    names = list(vars(row))
+    listed = [name for name in names[: names.index("WORDS")] if name.isupper() and not name.endswith("_BYTES")]
+    return {name: getattr(row, name) for name in listed}
+
+
+@pytest.mark.parametrize(
+    ("row", "record"),
+    [(Member, MemberInfo), (Model, ModelInfo), (Instance, InstanceInfo), (Ticket, TicketInfo), (Pin, PinInfo)],
+    ids=lambda one: one.__name__,
+)
+def test_every_word_of_a_row_is_shown_or_known_to_be_left_out(row: type[Any], record: type[Any]) -> None:
+    declared = {field.metadata[PLACE] for field in fields(record) if PLACE in field.metadata}
+    shown = {name for name, place in words_of(row).items() if place in declared}
+    assert not shown & NOT_SHOWN[row]
+    assert shown | COMPUTED[row] | NOT_SHOWN[row] == set(words_of(row))
+
+
+@pytest.mark.parametrize(
+    ("states", "row"),
+    [(MemberState, Member), (ModelState, Model), (InstanceState, Instance), (TicketState, Ticket)],
+    ids=lambda one: one.__name__,
+)
+def test_a_state_has_the_number_that_the_layout_gives_its_name(states: type[IntEnum], row: type[Any]) -> None:
+    assert {state.name: state.value for state in states} == {state.name: getattr(row, state.name) for state in states}
+    assert sorted(states) == list(range(len(states)))
