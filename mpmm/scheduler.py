@@ -20,9 +20,9 @@ Q3  A newcomer for a model whose copies are all in use, and all usable by any pr
     known where everybody who waits wants this model, the newest of them was told the same, nothing runs alone or waits
     to, and no load of the model has failed. Nobody else is moved by a newcomer at the end of the queue.
 Q4  A newcomer waits behind the head of the queue (`known_wait`, too) where nothing may be used or loaded beside that:
-    something runs alone on every device, or the only device is drained for the head; or the head waits for room, and
-    the newcomer's model has copies that every process can use, none of them idle, so that another one would not be
-    loaded beside the room that is kept for the head.
+    something runs alone on every device; or the only device is drained for the head, and there is no copy of the
+    newcomer's model; or the head waits for room, and that model has copies that every process can use, none of them
+    idle, so that another one would not be loaded beside the room that is kept for the head.
 Q5  A waiter that leaves moves nobody (`holds_up_nobody`) if it stood behind another one, or waited for a copy of its
     own model: it kept no room, and those behind it only move up.
 """
@@ -42,7 +42,7 @@ import numpy.typing as npt
 from mpmm.errors import TableFullError
 from mpmm.policy.backoff import back_off_s
 from mpmm.policy.demand import Demand
-from mpmm.policy.fairness import UNKNOWN_FIRST
+from mpmm.policy.fairness import UNKNOWN_FIRST, rank_ns
 from mpmm.policy.out_of_memory import MORE_MB
 from mpmm.policy.plan import make_plan
 from mpmm.policy.reasons import explain
@@ -423,18 +423,20 @@ class Scheduler:
         words, at = self._segment.words, self._tables.model(model)
         if self._all_isolated():
             return Cause(Reason.BEHIND)
-        measured = words[Header.SOURCE_BOOKS_ONLY] or words[Header.SOURCE_MEASURES_PROCESSES]
-        if words[Header.ISOLATED] or words[at + Model.FAILURES] or not (measured or self.is_known(model)):
+        # An unknown model would come before known ones.
+        if words[Header.ISOLATED] or words[at + Model.FAILURES] or not self.is_known(model):
             return None
         now = time.monotonic_ns()
+        waiting = self._waiters()
         ahead = {
             words[self._tables.ticket(one.row) + Ticket.REASON]
-            for one in self._waiters()
-            if one.blocked_at and one.priority <= 1 and one.rank <= now < one.deadline
+            for one in waiting
+            if one.blocked_at and one.priority <= 1 and one.rank <= rank_ns(now, 0) and one.deadline > now
         }
-        if Reason.DRAINING in ahead and len(self._tables.used_rows(self._layout.devices)) == 1:
-            return Cause(Reason.BEHIND)
-        if words[at + Model.IDLE] or not words[at + Model.ACTIVE] or not words[at + Model.SHARES]:
+        in_use, idle = words[at + Model.ACTIVE], words[at + Model.IDLE]
+        if not (in_use or idle or words[at + Model.LOADING]) and len(self._tables.used_rows(self._layout.devices)) == 1:
+            return Cause(Reason.BEHIND) if Reason.DRAINING in ahead else None
+        if idle or not in_use or not words[at + Model.SHARES] or self._isolation_matters(waiting):
             return None
         return Cause(Reason.BEHIND) if ahead & HEAD_REASONS else None
 
