@@ -20,7 +20,8 @@ from mpmm.cli import main
 from mpmm.model_manager import ModelManager
 from mpmm.observability.event_reader import Follower
 from mpmm.observability.plot import histories, read_trace
-from mpmm.observability.trace import DEVICE_PID, NAMESPACE_PID, Tracer
+from mpmm.observability.trace import Tracer
+from mpmm.observability.trace_tracks import DEVICE_PID, NAMESPACE_PID
 from mpmm.observability.trace_writer import recent_trace
 from mpmm.shared_state.layout import Capacities
 from mpmm.shared_state.snapshot import read_snapshot

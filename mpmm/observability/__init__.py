@@ -10,7 +10,8 @@ Everything here works on the plain values of `mpmm.shared_state.snapshot`, and k
     doctor          what the host offers and limits           bundle        that and all namespaces in one file
     completion      the command line for shells and `man`     trace_writer  the trace of a namespace, written
     event_reader    the events one after another, none twice, lost ones counted
-    trace           events as spans for Perfetto              plot          such a trace as a picture
+    trace           events as spans for Perfetto              trace_tracks  the lanes on which they are written
+    plot            such a trace as a picture
     histograms      of waits, holds and loads, from events    prometheus    metrics, for `mpmm.metrics`
     dashboard/      a page in a browser, for `mpmm dashboard`
 """

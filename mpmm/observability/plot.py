@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mpmm.errors import InvalidArgumentError
-from mpmm.observability.trace import DEVICE_PID, TraceEvent
+from mpmm.observability.trace_tracks import DEVICE_PID, TraceEvent
 
 __all__ = ["SUFFIXES", "DeviceHistory", "draw", "histories", "read_trace"]
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TextIO
 
 from mpmm.observability.event_reader import Follower, asked_to_end, steps
-from mpmm.observability.trace import TraceEvent, TraceFile, Tracer
+from mpmm.observability.trace import Tracer
+from mpmm.observability.trace_tracks import TraceEvent
 from mpmm.shared_state.snapshot import Snapshot
 
 __all__ = ["recent_trace", "record"]
@@ -53,3 +56,24 @@ def _write(namespace: str, root: Path | None, stream: TextIO, follow: bool) -> i
     missed = f"; {tracer.lost} events were overwritten before they could be read" if tracer.lost else ""
     print(f"mpmm: {trace.written} entries written{missed}", file=sys.stderr)
     return 0
+
+
+class TraceFile:
+    """A trace that can be read at any time while it is written: the format lets the closing bracket be missing."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self.written = 0
+        stream.write("[")
+
+    def write(self, events: Iterable[TraceEvent]) -> None:
+        """Append events, and let readers see them."""
+        for event in events:
+            self._stream.write((",\n" if self.written else "\n") + json.dumps(event))
+            self.written += 1
+        self._stream.flush()
+
+    def close(self) -> None:
+        """Write the end; the stream stays open."""
+        self._stream.write("\n]\n")
+        self._stream.flush()
