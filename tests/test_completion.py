@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 from processes import LoadsObject
 
-from mpmm.cli import _parser, main
+from mpmm.cli import main
+from mpmm.commands.parser import make_parser
 from mpmm.model_manager import ModelManager
 from mpmm.observability.completion import SHELLS, completion, man_page
 
@@ -35,7 +36,7 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def tab(*words: str) -> list[str]:
     """Return what bash offers for the last of some words."""
-    script = completion(_parser(), "bash") + PRESS_TAB
+    script = completion(make_parser(), "bash") + PRESS_TAB
     done = subprocess.run(
         ["bash", "-c", script, "bash", *words], capture_output=True, text=True, timeout=60, check=True
     )
@@ -89,7 +90,7 @@ def test_a_formatter_has_nothing_to_complain_of() -> None:
     groff = shutil.which("groff")
     if groff is None:
         pytest.skip("groff is not installed here")
-    page = man_page(_parser(), "1.2.3")
+    page = man_page(make_parser(), "1.2.3")
     done = subprocess.run(
         [groff, "-man", "-Tutf8", "-ww"], input=page, capture_output=True, text=True, timeout=60, check=True
     )

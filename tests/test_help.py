@@ -13,9 +13,9 @@ import pytest
 import mpmm
 from mpmm import errors
 from mpmm.cli import main
+from mpmm.commands.help_pages import TOPICS, as_text, errors_page, page
+from mpmm.commands.settings_page import ENVIRONMENT, OWN_PARAMETERS, entry, settings_page
 from mpmm.model_manager import ModelManager
-from mpmm.observability.help_pages import TOPICS, as_text, errors_page, page
-from mpmm.observability.settings_page import ENVIRONMENT, OWN_PARAMETERS, entry, settings_page
 from mpmm.shared_state.settings import SETTINGS, Settings
 
 PACKAGE = Path(mpmm.__file__).parent

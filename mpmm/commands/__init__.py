@@ -1,1 +1,1 @@
-"""What commands of `mpmm.cli` do beyond reading a snapshot and showing it."""
+"""The command line behind `mpmm.cli`: its parser, what changes a namespace, and the pages of `mpmm help`."""

@@ -42,7 +42,7 @@ from mpmm.errors import InvalidArgumentError
 from mpmm.fork_hooks import call_once_at_exit, in_forked_child
 from mpmm.shared_state.lock_file import LockFile, is_locked
 from mpmm.shared_state.runtime_dir import (
-    ROOM_NAME,
+    REGISTRY_FOLDER,
     RUNTIME_DIR_VARIABLE,
     RuntimeDirectory,
     default_root,
@@ -172,7 +172,7 @@ class ServerRegistry:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self.directory = RuntimeDirectory(ROOM_NAME, root)
+        self.directory = RuntimeDirectory(REGISTRY_FOLDER, root)
         self.path = self.directory.path
         self._mutex = threading.Lock()
         self._alive: LockFile | None = None
@@ -291,11 +291,11 @@ class ServerRegistry:
             if not lifecycle.try_exclusive() or any(_will_stay_locked(life) for life in lives):
                 return
             with contextlib.suppress(FileNotFoundError):
-                os.rename(self.path, self.root / f"{ROOM_NAME}.gone.{os.urandom(8).hex()}")
+                os.rename(self.path, self.root / f"{REGISTRY_FOLDER}.gone.{os.urandom(8).hex()}")
         finally:
             lifecycle.close()
         # Also what one who was killed between these two steps has left.
-        for gone in list(self.root.glob(f"{ROOM_NAME}.gone.*")):
+        for gone in list(self.root.glob(f"{REGISTRY_FOLDER}.gone.*")):
             RuntimeDirectory(gone.name, self.root).remove()
 
     def key(self) -> bytes:

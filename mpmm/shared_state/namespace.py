@@ -63,7 +63,7 @@ from mpmm.shared_state.layout import Capacities, Header, Member, Model
 from mpmm.shared_state.liveness import has_living_member, member_of_row_lives, pid_namespace
 from mpmm.shared_state.lock_file import LockFile, identity_of, write_once
 from mpmm.shared_state.prune import find_moved, sweep_orphans
-from mpmm.shared_state.runtime_dir import ROOM_NAME, RuntimeDirectory
+from mpmm.shared_state.runtime_dir import REGISTRY_FOLDER, RuntimeDirectory
 from mpmm.shared_state.segment import (
     Segment,
     SegmentProblem,
@@ -182,7 +182,7 @@ class Namespace:
         name that cannot be.
         """
         runtime = RuntimeDirectory(name, root)
-        if name == ROOM_NAME or name.startswith(f"{ROOM_NAME}.gone."):
+        if name == REGISTRY_FOLDER or name.startswith(f"{REGISTRY_FOLDER}.gone."):
             raise InvalidArgumentError(f"namespace {name!r}: the folder of the model servers has this name")
         # Before anything is made, because it raises where the environment says what cannot be.
         which()

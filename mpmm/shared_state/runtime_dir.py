@@ -32,12 +32,12 @@ from pathlib import Path
 from mpmm.errors import InvalidArgumentError, RuntimeDirectoryError
 from mpmm.shared_state.lock_file import identity_of
 
-__all__ = ["ROOM_NAME", "RuntimeDirectory", "default_root"]
+__all__ = ["REGISTRY_FOLDER", "RuntimeDirectory", "default_root"]
 
 RUNTIME_DIR_VARIABLE = "MPMM_RUNTIME_DIR"
 # The folder of model servers beside those of the namespaces, see `mpmm.multi_process_shared.registry`; with a suffix
 # while it is removed.
-ROOM_NAME = "shared"
+REGISTRY_FOLDER = "shared"
 # In it, what servers say whose starters have ended, see `mpmm.multi_process_shared.output`.
 SERVERS_LOG = "servers.log"
 # Behind a dot and the namespace's name: a folder that is being removed. No namespace has a name with a dot in front.

@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from mpmm import errors
+from mpmm.commands.settings_page import settings_page
 from mpmm.errors import MpmmError
-from mpmm.observability.settings_page import settings_page
 
 __all__ = ["TOPICS", "as_text", "errors_page", "page"]
 
