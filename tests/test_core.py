@@ -33,8 +33,8 @@ from test_crash_points import FROZEN_NS, KILLED, SMALL, Lab, run_in_child, some_
 from mpmm import ModelManager
 from mpmm.errors import InvalidArgumentError
 from mpmm.memory.monitor import GPUMonitor
-from mpmm.model_manager.operations import Operation
-from mpmm.model_manager.session import Copy, Worker
+from mpmm.model_manager.operations import Copy, Operation
+from mpmm.model_manager.session import Worker
 from mpmm.model_manager.tenure import Tenure
 from mpmm.observability import doctor
 from mpmm.shared_state import core as core_module
@@ -128,15 +128,15 @@ class Twins:
         self.manager._attachment = cast(Any, SimpleNamespace(name=lab.namespace.name))
         self.taken = self.released = self.declined = 0
 
-    NOTES = ("_held", "_held_at", "_handles", "_objects", "_rows_of_model", "_receipts")
+    NOTES = ("_held", "_held_at", "_handles", "_objects", "_rows_of_model", "_taken_grants")
 
     def notes(self) -> dict[str, Any]:
-        return {name: copy(getattr(self.worker, name)) for name in self.NOTES}
+        return {name: copy(getattr(self.worker.held, name)) for name in self.NOTES}
 
     def restore(self, saved: bytes, notes: dict[str, Any]) -> None:
         self.lab.restore(saved)
         for name, value in notes.items():
-            setattr(self.worker, name, copy(value))
+            setattr(self.worker.held, name, copy(value))
 
     def without_lock_words(self) -> bytes:
         """Return the segment without what tells who had the lock last."""
@@ -152,7 +152,7 @@ class Twins:
         wanted = ModelManager._take_idle(self.manager, self.worker, python, tag, 1.0, 0)
         words, noted = self.lab.save(), self.notes()
         self.restore(saved, notes)
-        got = self.worker.take_kept(tag, compiled) or self.worker.take_quickly(tag, compiled)
+        got = self.worker.held.take_kept(tag, compiled) or self.worker.held.take_quickly(tag, compiled)
         if got is None:
             self.declined += 1
             assert self.without_lock_words() == before
@@ -168,7 +168,7 @@ class Twins:
 
     def release(self, copy: Copy) -> None:
         """Give a copy back in both ways, and compare."""
-        assert self.worker.let_go(copy.value, copy.tag, Operation(None)) == copy
+        assert self.worker.held.take_off(copy.value, copy.tag, Operation(None)) == copy
         saved, before, notes = self.lab.save(), self.without_lock_words(), self.notes()
         tenure = self.worker.tenures.current(copy.tag) or Tenure(0, 0, 0.0)
         was_called_up = tenure.called_up
@@ -176,7 +176,7 @@ class Twins:
         words, is_called_up = self.lab.save(), tenure.called_up
         self.restore(saved, notes)
         tenure.called_up = was_called_up
-        if self.worker.give_back_quickly(copy):
+        if self.worker.held.give_back_quickly(copy):
             self.released += 1
             assert self.lab.save() == words
         else:
@@ -193,10 +193,10 @@ def load(twins: Twins, tag: str, handle: bytes) -> None:
     row = lab.do(lambda t, tr: tr.loads.begin(t, model, namespace.slot, 1, 100.0, False))
     lab.do(lambda t, tr: tr.loads.end(t, row, handle, 90.0, 0, False))
     operation = Operation(None)
-    held = worker.adopt(row, tag, handle.decode() if handle else object(), operation)
-    assert worker.let_go_of((held, lab.words[lab.tables.instance(row) + Instance.USES]), operation) is False
-    worker._held.clear()
-    worker._held_at.clear()
+    held = worker.held.add_loaded(row, tag, handle.decode() if handle else object(), operation)
+    assert worker.held.take_off_hold((held, lab.words[lab.tables.instance(row) + Instance.USES]), operation) is False
+    worker.held._held.clear()
+    worker.held._held_at.clear()
     lab.do(lambda t, tr: tr.holds.release(t, row))
 
 

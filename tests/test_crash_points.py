@@ -1068,7 +1068,7 @@ class Survivor:
         self.use()
         self._segment = self.worker.namespace.segment
         # What it knows of its copies when the children's images are made.
-        self._own = {name: copy(getattr(self.worker, name)) for name in ("_objects", "_rows_of_model", "_handles")}
+        self._own = {name: copy(getattr(self.worker.held, name)) for name in ("_objects", "_rows_of_model", "_handles")}
         self._image = self._segment.copy()
 
     def use(self) -> None:
@@ -1080,7 +1080,7 @@ class Survivor:
         self._segment.words[:] = memoryview(image or self._image).cast("Q")
         self.worker.namespace.tables.close()
         for name, known in self._own.items():
-            setattr(self.worker, name, copy(known))
+            setattr(self.worker.held, name, copy(known))
 
     def child(self, call: Callable[[ModelManager], None], wrap: Callable[[Any], Any]) -> int:
         """Make a call in a child whose stores go through `wrap(words)`."""
@@ -1097,7 +1097,7 @@ class Survivor:
     def go_on(self, what: str) -> None:
         """Clean up as any survivor does; nothing of the child may be left, and the own copy can be used."""
         self.worker.namespace.reap_dead_members()
-        self.worker.unload_assigned()
+        self.worker.unloads.unload_assigned()
         snapshot = read_snapshot("calls")
         assert check_invariants(snapshot) == [], what
         assert [member.pid for member in snapshot.members] == [os.getpid()], what
@@ -1113,11 +1113,11 @@ def survivor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Surviv
     # The children are told apart from the survivor by what they do in the foreground alone.
     monkeypatch.setattr("mpmm.model_manager.background.Keeper.start", lambda keeper: keeper._lead_if_free(1.0))
     # These models are in no cycle, and a collection takes 0.1 s in a process that has imported Beam.
-    monkeypatch.setattr("mpmm.model_manager.session.gc.collect", lambda: 0)
+    monkeypatch.setattr("mpmm.model_manager.unload.gc.collect", lambda: 0)
     wait = ModelManager._wait
 
     def unload_and_wait(manager: ModelManager, worker: Worker, row: int, deadline: float) -> int | None:
-        worker.unload_assigned()
+        worker.unloads.unload_assigned()
         return wait(manager, worker, row, deadline)
 
     monkeypatch.setattr(ModelManager, "_wait", unload_and_wait)

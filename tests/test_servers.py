@@ -137,7 +137,7 @@ def test_a_manager_that_is_used_in_a_server_joins_but_neither_leads_nor_counts_a
             found = read_snapshot("test")
             print(sorted(member.kind for member in found.members))
             # The leader gives up its place, which only a worker may take: there is none.
-            manager._connected().keeper.stop()
+            manager._connected().background.stop()
             import time
             time.sleep(1.0)
             leader = [member.kind for member in found.members if member.slot == found.leader]

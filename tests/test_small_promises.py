@@ -331,7 +331,7 @@ def test_nothing_keeps_what_variables_referred_to(new_manager: NewManager) -> No
         beside = Thing()
         kept.append(weakref.ref(beside))
         # The background thread, which looks at where all threads are.
-        looking = threading.Thread(target=manager._connected().reconcile)
+        looking = threading.Thread(target=manager._connected().reconciler.reconcile)
         looking.start()
         looking.join()
         return Thing()

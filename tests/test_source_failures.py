@@ -436,7 +436,7 @@ def test_a_monitor_of_the_callers_own_that_hangs_holds_up_nobody(
         assert wait_until(partial(is_idle, namespace, "b"), "it is free") < REAPED_S
         # One that is unknown is loaded alone all the same, though nobody can measure it.
         assert takes_s(partial(acquire_and_release, manager, "unknown")) < 10.0
-        assert takes_s(lambda: manager._connected().stats()) < AT_ONCE_S
+        assert takes_s(lambda: manager._connected().figures.stats()) < AT_ONCE_S
         monitor.used_mb = 250.0
     finally:
         monitor.answers.set()
@@ -465,7 +465,7 @@ def test_a_sample_that_is_asked_for_is_published_and_nobody_waits(
     acquire_and_release(manager, "a")
     gpus.allocate(300, 0)
     gpus.hang(nvidia_smi_s=0.5)
-    assert takes_s(manager._connected().request_sample) < 0.3
+    assert takes_s(manager._connected().figures.request_sample) < 0.3
     wait_until(lambda: devices(namespace)[0].used_mb == 300, "the figure is there")
 
 
@@ -585,7 +585,7 @@ def test_figures_that_come_when_the_poll_is_over_are_learnt_from(
     manager._estimator.set_initial_estimate("a", 300.0)
     with manager.model("a", LoadsObject("a", device=device, mb=250.0)):
         assert not read_snapshot(namespace).observations
-        keeper = manager._connected().keeper
+        keeper = manager._connected().background
         keeper._poll_due = 0.0
         wait_until(lambda: read_snapshot(namespace).observations, "it is learnt from", 10)
     (observation,) = read_snapshot(namespace).observations

@@ -67,7 +67,7 @@ def test_nothing_else_loads_or_unloads_while_copies_are_used(
     assert snapshot.steady_devices == (0,)
     assert [copy.state for copy in snapshot.instances if copy.tag == "idle"] == ["unloading"]
     for _ in range(3):
-        manager._connected().unload_assigned()
+        manager._connected().unloads.unload_assigned()
     assert len(copies_of(namespace, "idle")) == 1
     assert problems(namespace) == []
     go.open()

@@ -35,7 +35,7 @@ def sizes(namespace: str, tag: str) -> list[float]:
 
 def used_mb(manager: ModelManager) -> float:
     """Return the memory in use by the books."""
-    return float(manager._connected().stats()[0])
+    return float(manager._connected().figures.stats()[0])
 
 
 def two_held(manager: ModelManager, *tags: str) -> Seat:
@@ -81,7 +81,7 @@ def test_evicting_one_whose_twin_is_in_use_frees_nothing(first: int, namespace: 
         one, two = two, one
     release(one)
     # As if a load had run out of memory: all that is idle goes.
-    manager._connected().make_room(1)
+    manager._connected().out_of_memory.make_room(1)
     assert len(copies_of(namespace, "a")) == 1
     assert (sizes(namespace, "a"), used_mb(manager)) == ([400], 400)
     release(two)

@@ -199,7 +199,7 @@ def pid_of(_: Seat, handle: str) -> int:
 
 def unloads(seat: Seat) -> bool:
     """Tell whether a thread of the process is at an unload."""
-    return bool(seat.manager._connected()._unloading)
+    return bool(seat.manager._connected().unloads.in_progress)
 
 
 def test_a_server_that_is_stopped_is_killed_when_its_copy_is_unloaded(namespace: str, new_process: NewProcess) -> None:

@@ -53,7 +53,7 @@ def poll(task: Task) -> Measured:
         # The keeper would poll, too.
         manager = ModelManager(namespace=NAMESPACE, memory_source="nvml", poll_interval=3600.0)
         worker: Any = manager._connected()
-        published = cpu_seconds_per_device(worker.refresh)
+        published = cpu_seconds_per_device(worker.figures.sample_source)
         manager.shutdown()
         source.close()
     return {"sample": sampled, "and published": published}

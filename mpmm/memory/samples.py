@@ -188,6 +188,11 @@ class SharedSamples:
             tuple(uuids[row].decode("utf-8", "replace") for row in rows if row in uuids),
         )
 
+    def placement_of_instance(self, row: int) -> Placement:
+        """Return where an instance (row) lies. Without the lock."""
+        words, tables = self._namespace.segment.words, self._namespace.tables
+        return self.placement_of(words[tables.instance(row) + Instance.DEVICES])
+
     def publish(self, samples: Sequence[DeviceSample], timeout_s: float | None = None) -> None:
         """Record figures that could be read, and let waiters profit if they show more room than there was.
 

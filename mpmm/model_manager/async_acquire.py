@@ -31,10 +31,12 @@ from typing import Any, TypeVar
 
 from mpmm.errors import ClosedError, LockTimeoutError, MpmmError
 from mpmm.fork_hooks import ChildStep, in_forked_child
+from mpmm.model_manager.look_again import LookAgain
 from mpmm.model_manager.manager import AnswerUndone, ModelManager
+from mpmm.model_manager.operations import Copy
 from mpmm.model_manager.refusals import giving_up_in_time, timed_out
 from mpmm.model_manager.request import AcquireOptions, PlacementRequest, read_options
-from mpmm.model_manager.session import Copy, LookAgain, Worker
+from mpmm.model_manager.session import Worker
 from mpmm.multi_process_shared.main_import import refuse_while_importing_main
 from mpmm.policy.out_of_memory import is_out_of_memory
 from mpmm.shared_state.futex import WAITED_FOR_AT_MOST, wait_for_any, wake_all
@@ -69,7 +71,8 @@ async def hold_in_loop(
     except BaseException as error:
         if is_out_of_memory(error) and not worker.namespace.is_inherited:
             with contextlib.suppress(MpmmError):
-                await asyncio.shield(asyncio.wrap_future(threads.loads.submit(worker.make_room_after_use, tag)))
+                made = threads.loads.submit(worker.out_of_memory.make_room_after_use, tag)
+                await asyncio.shield(asyncio.wrap_future(made))
         raise
     finally:
         # A child that was forked inside the block comes by here, too, but the copy is held by its parent.
@@ -117,8 +120,8 @@ class _Acquire:
         while True:
             if worker.scheduler.may_have_to_wait(tag):
                 # Also where no copy is kept for this process, so that it learns whether it comes back at once.
-                worker.comes_back(tag)
-            got: Any = None if self._request.usable_on else worker.take_quickly(tag, self._operation)
+                worker.held.comes_back(tag)
+            got: Any = None if self._request.usable_on else worker.held.take_quickly(tag, self._operation)
             with contextlib.suppress(LockTimeoutError):
                 got = got or manager._take_idle(worker, self._operation, tag, LOOP_PATIENCE_S, self._request.usable_on)
             if got is None:
@@ -129,7 +132,7 @@ class _Acquire:
                 )
                 give_up = functools.partial(manager._give_up_load, worker, got)
                 return await self._in_thread(self._threads.loads, load, self._undo_load, give_up)
-            if worker.handle_is_alive(got):
+            if worker.held.handle_is_alive(got):
                 return got.value
             discard = functools.partial(manager._discard, worker, self._operation, got)
             await self._in_thread(self._threads.transactions, discard)
@@ -166,7 +169,7 @@ class _Acquire:
                 raise timed_out(tag, time.monotonic() - began, *left)
             if isinstance(outcome, BaseException):
                 raise outcome
-            if outcome == Ticket.GRANTED and (copy := worker.hold_granted(row, tag, self._operation)) is not None:
+            if outcome == Ticket.GRANTED and (copy := worker.held.take_granted(row, tag, self._operation)) is not None:
                 return copy
             act = functools.partial(self._act, row, deadline)
             leave_again = functools.partial(self._leave, row)
@@ -189,9 +192,9 @@ class _Acquire:
             copy = manager._take_idle(worker, self._operation, tag, left, self._request.usable_on)
             if copy is not None:
                 return copy
-            worker.freshen_to_queue(left)
+            worker.figures.ensure_fresh_to_queue(left)
             row = manager._enqueue(worker, self._operation, tag, self._encoded, deadline, 0, self._request)
-            worker.unload_beside()
+            worker.unloads.unload_in_thread()
             self._threads.watch(row, deadline, answer)
             return row
 
@@ -338,7 +341,7 @@ class Watcher:
             counted.__enter__()
             signal = at + Ticket.SIGNAL
             self._watched[row] = _Watched(
-                worker, at + Ticket.STATE, signal, deadline, answer, counted, LookAgain(worker, row)
+                worker, at + Ticket.STATE, signal, deadline, answer, counted, worker.look_again(row)
             )
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="mpmm-watcher", daemon=True)

@@ -207,7 +207,7 @@ class Attachment:
         """
         worker = self.worker
         with _guard:
-            if worker is not None and worker.manager_ids == {id(self)} and worker.holds_copies:
+            if worker is not None and worker.manager_ids == {id(self)} and worker.held.has_any:
                 worker.manager_ids.clear()
                 self.closed = True
                 return

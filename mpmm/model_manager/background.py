@@ -154,12 +154,12 @@ class Keeper:
                 seen = words[bell]
                 namespace.follow_settings()
                 self._worker.deferred.run()
-                if self._worker.has_abandoned or time.monotonic() >= reconcile_due:
-                    self._worker.reconcile()
+                if self._worker.reconciler.has_abandoned or time.monotonic() >= reconcile_due:
+                    self._worker.reconciler.reconcile()
                     reconcile_due = time.monotonic() + RECONCILE_S
                 if seen != answered:
                     # The rows are looked through only after a ring: that takes a tenth of a millisecond.
-                    self._worker.unload_beside()
+                    self._worker.unloads.unload_in_thread()
                     answered = seen
                 if time.monotonic() >= due:
                     self.tick()
@@ -215,12 +215,12 @@ class Keeper:
     def tick(self) -> None:
         """Do what is due now, as leader or in its place."""
         self.leading = self._namespace.look_after_files(self._lock_file, self.leading)
-        if self._worker.has_receipts:
+        if self._worker.held.has_taken_tickets:
             with self._namespace.transaction() as t:
-                self._worker.settle_receipts(t)
-        if self._worker.unload_failed:
-            self._worker.unload_failed = False
-            self._worker.unload_beside()
+                self._worker.held.free_taken_tickets(t)
+        if self._worker.unloads.has_failed:
+            self._worker.unloads.has_failed = False
+            self._worker.unloads.unload_in_thread()
         self._say_what_it_measures()
         if self.leading:
             self._hand_over_to_better()
@@ -231,7 +231,7 @@ class Keeper:
                 with self._namespace.transaction() as t:
                     self._worker.scheduler.advance(t)
             self._expire_returns()
-            self._worker.hand_late_unloads_over()
+            self._worker.late_unloads.hand_over()
             self._worker.suspender.end_overdue()
             if time.monotonic() >= self._poll_due:
                 self._poll_due = time.monotonic() + self._namespace.settings.poll_interval
@@ -300,7 +300,7 @@ class Keeper:
         source = worker.source
         try:
             worker.samples.describe(source, worker.monitor.devices(), self._first_in_line())
-            worker.refresh(sample_wait_s)
+            worker.figures.sample_source(sample_wait_s)
         except BaseException:
             self._lock_file.unlock()
             raise
@@ -335,7 +335,7 @@ class Keeper:
         source = self._worker.source
         published = self._published
         # What a sample in progress has taken so far comes off the wait: a source that hangs is not waited for again.
-        came = self._worker.refresh(POLL_WAIT_S)
+        came = self._worker.figures.sample_source(POLL_WAIT_S)
         self._late_since = None if came else published
         knowledge = process_knowledge(source) if self.leading else None
         with self._namespace.transaction() as t:

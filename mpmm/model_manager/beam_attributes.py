@@ -222,7 +222,7 @@ class _IdleCopies(MutableMapping[int, tuple[str, Any, float]]):
             return {
                 row: (
                     tables.tag_of(words[tables.instance(row) + Instance.MODEL]),
-                    worker.value_of(row),
+                    worker.held.value_of(row),
                     wall - (now - words[tables.instance(row) + Instance.SINCE]) / 1e9,
                 )
                 for row in rows

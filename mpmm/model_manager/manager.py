@@ -60,8 +60,12 @@ from mpmm.model_manager.administration import change_settings, pin_for_all, unlo
 from mpmm.model_manager.attachment import Attachment, JoinsWith
 from mpmm.model_manager.beam_attributes import BeamNames, CopiesByTag
 from mpmm.model_manager.deferred import NOW_S
+from mpmm.model_manager.fresh_figures import Growth
+from mpmm.model_manager.held import server_pid_of
 from mpmm.model_manager.lease import Lease
-from mpmm.model_manager.operations import Operation
+from mpmm.model_manager.operations import Copy, Operation
+from mpmm.model_manager.out_of_memory import FreeMemory
+from mpmm.model_manager.reconcile import leave_if_there
 from mpmm.model_manager.refusals import expect_mapped, giving_up_in_time, largest_limit, taken_away, timed_out
 from mpmm.model_manager.request import (
     ANYWHERE,
@@ -71,16 +75,9 @@ from mpmm.model_manager.request import (
     encoded_tag,
     read_options,
 )
-from mpmm.model_manager.session import (
-    UNLOAD_LOOK_S,
-    Copy,
-    Free,
-    Growth,
-    LookAgain,
-    Worker,
-    collect_garbage,
-    unload_made,
-)
+from mpmm.model_manager.server_duty import server_context
+from mpmm.model_manager.session import Worker
+from mpmm.model_manager.unload import UNLOAD_LOOK_S, collect_garbage, unload_made
 from mpmm.model_manager.waits import decision, held_by, says_more, wanted_by, where
 from mpmm.multi_process_shared.context import attach_namespace, serving_for
 from mpmm.multi_process_shared.main_import import refuse_while_importing_main
@@ -182,7 +179,7 @@ class _Attempt:
 
     places: int
     last: bool
-    free: Free | None = None
+    free: FreeMemory | None = None
     again: bool = False
 
 
@@ -262,9 +259,10 @@ class _Block(AbstractContextManager[Any]):
             return
         if error is not None and is_out_of_memory(error):
             with suppress(MpmmError):
-                worker.make_room_after_use(tag)
+                worker.out_of_memory.make_room_after_use(tag)
         # If that fails, it was given back inside the block; perhaps to be acquired once more.
-        if not worker.let_go_of(held, operation) and worker.let_go(held[0].value, tag, operation) is None:
+        here = worker.held
+        if not here.take_off_hold(held, operation) and here.take_off(held[0].value, tag, operation) is None:
             raise manager._not_acquired(tag, held[0].value)
         manager._give_back_held(worker, operation, tag)
 
@@ -461,7 +459,7 @@ class ModelManager(BeamNames):
             for row in tables.used_rows(layout.instances):
                 at = tables.instance(row)
                 if words[at + Instance.STATE] in (Instance.ACTIVE, Instance.IDLE):
-                    found.setdefault(tables.tag_of(words[at + Instance.MODEL]), []).append(worker.value_of(row))
+                    found.setdefault(tables.tag_of(words[at + Instance.MODEL]), []).append(worker.held.value_of(row))
         return found if tag is None else found.get(tag, [])
 
     def acquire_model(self, tag: str, loader_func: Callable[[], Any], **options: Unpack[AcquireOptions]) -> Any:
@@ -532,9 +530,9 @@ class ModelManager(BeamNames):
                 return self._load_somehow(worker, operation, tag, booking, loader_func)
         request = read_options(options, worker.samples) if options else ANYWHERE
         try:
-            quick = None if request.usable_on or request.keep_alive else worker.take_quickly(tag, operation)
+            quick = None if request.usable_on or request.keep_alive else worker.held.take_quickly(tag, operation)
             if quick is not None:
-                if worker.handle_is_alive(quick):
+                if worker.held.handle_is_alive(quick):
                     return quick.value
                 self._discard(worker, operation, quick)
             with giving_up_in_time(worker, tag):
@@ -559,7 +557,7 @@ class ModelManager(BeamNames):
         worker = self._connected()
         operation = worker.begin(sys._getframe())
         try:
-            if worker.let_go(instance, tag, operation) is None:
+            if worker.held.take_off(instance, tag, operation) is None:
                 raise self._not_acquired(tag, instance)
             self._give_back_held(worker, operation, tag, patience_s)
         except BaseException:
@@ -584,10 +582,10 @@ class ModelManager(BeamNames):
         held = operation.held
         if held is None:
             return
-        if held[0].tag == tag and tag not in worker.at_once and worker.give_back_quickly(held[0]):
+        if held[0].tag == tag and tag not in worker.unload_on_release and worker.held.give_back_quickly(held[0]):
             operation.held = None
             return
-        if worker.scheduler.must_queue() and not worker.has_tenure(held[0].tag, held[0].row):
+        if worker.scheduler.must_queue() and not worker.held.has_tenure(held[0].tag, held[0].row):
             worker.scheduler.alert(held[0].row)
         try:
             self._give_back(worker, tag, held[0], patience_s=patience_s)
@@ -595,7 +593,7 @@ class ModelManager(BeamNames):
             worker.abandon(operation)
         except LockTimeoutError:
             # Nothing has changed, and the caller may try again.
-            worker.hold_again(held)
+            worker.held.put_back(held)
             operation.held = None
             raise
         except MpmmError:
@@ -641,7 +639,7 @@ class ModelManager(BeamNames):
         worker = self._connected()
         worker.namespace.reset()
         _LOG.warning("mpmm %s: pid %d reset the namespace", worker.namespace.name, worker.namespace.pid)
-        worker.unload_assigned()
+        worker.unloads.unload_assigned()
 
     # ---- further methods -----------------------------------------------------------------------------------
 
@@ -789,7 +787,7 @@ class ModelManager(BeamNames):
     ) -> Lease:
         began = time.monotonic()
         deadline = began + patience
-        worker.freshen_to_queue(patience)
+        worker.figures.ensure_fresh_to_queue(patience)
         with worker.waiting():
             with giving_up_in_time(worker, name):
                 enter = functools.partial(self._enqueue_lease, worker, operation, encoded, mb, deadline, request)
@@ -862,7 +860,7 @@ class ModelManager(BeamNames):
             if not isinstance(answer, _Booking):
                 return loaded
             self._load_somehow(worker, operation, tag, answer, loader_func, request, preload=copies)
-            if operation.held is not None and worker.let_go_of(operation.held, operation):
+            if operation.held is not None and worker.held.take_off_hold(operation.held, operation):
                 self._give_back(worker, tag, operation.held[0], used=False)
             operation.held = None
         return copies
@@ -963,7 +961,7 @@ class ModelManager(BeamNames):
             if patience > 0:
                 self._expect_no_own(worker, tag)
             asked = unload_model(worker.namespace, worker.scheduler, tag)
-            worker.unload_beside()
+            worker.unloads.unload_in_thread()
             if patience > 0:
                 wait_for_unload(worker.namespace, asked, patience, lambda: worker.closing)
         finally:
@@ -974,7 +972,7 @@ class ModelManager(BeamNames):
     def _expect_no_own(worker: Worker, tag: str) -> None:
         """Raise DeadlockError if the calling thread holds, or loads, a copy of a model."""
         tables, words = worker.namespace.tables, worker.namespace.segment.words
-        firm, _ = worker.held_by_thread()
+        firm, _ = worker.thread.rows()
         if any(words[tables.instance(row) + Instance.MODEL] == tables.model_row(tag) for row in firm):
             raise DeadlockError(
                 f"unload of {tag!r}: this thread itself holds, or is loading, a copy, which is unloaded when it is "
@@ -1007,7 +1005,7 @@ class ModelManager(BeamNames):
         operation = worker.begin(sys._getframe())
         try:
             change_settings(worker.namespace, worker.scheduler, changes)
-            worker.unload_beside()
+            worker.unloads.unload_in_thread()
         finally:
             worker.end(operation)
 
@@ -1144,13 +1142,13 @@ class ModelManager(BeamNames):
             self._keep_alive(worker, tag, request.keep_alive, left)
         while True:
             got: Copy | _Booking | None = None
-            if not worker.scheduler.may_have_to_wait(tag) or worker.comes_back(tag):
-                got = None if request.usable_on else worker.take_kept(tag, operation)
+            if not worker.scheduler.may_have_to_wait(tag) or worker.held.comes_back(tag):
+                got = None if request.usable_on else worker.held.take_kept(tag, operation)
                 got = got or self._take_idle(worker, operation, tag, left, request.usable_on)
             if got is None:
                 got = self._queue(worker, operation, tag, deadline, request)
             # None stands for enough copies, which only a preload is told.
-            if isinstance(got, _Booking) or (got is not None and worker.handle_is_alive(got)):
+            if isinstance(got, _Booking) or (got is not None and worker.held.handle_is_alive(got)):
                 return got
             if got is not None:
                 self._discard(worker, operation, got)
@@ -1161,7 +1159,7 @@ class ModelManager(BeamNames):
         """Record how long idle copies of a model are kept, if it has a row; with its ticket it is recorded else."""
         namespace = worker.namespace
         words, tables = namespace.segment.words, namespace.tables
-        (worker.at_once.add if word == Model.AT_ONCE else worker.at_once.discard)(tag)
+        (worker.unload_on_release.add if word == Model.AT_ONCE else worker.unload_on_release.discard)(tag)
         row = tables.model_row(tag)
         if row is None or words[tables.model(row) + Model.KEEP_ALIVE] == word:
             return
@@ -1174,7 +1172,7 @@ class ModelManager(BeamNames):
         """Take an idle copy if those who wait are not concerned, and nobody runs alone where it lies."""
         namespace = worker.namespace
         with namespace.transaction(patience_s) as t:
-            row = worker.find_idle(tag, tied)
+            row = worker.held.find_idle(tag, tied)
             return None if row is None else self._take(worker, operation, t, row, tag)
 
     @staticmethod
@@ -1183,10 +1181,10 @@ class ModelManager(BeamNames):
         namespace, scheduler = worker.namespace, worker.scheduler
         if namespace.segment.words[Header.ISOLATED] and scheduler.beside_isolation(row):
             return None
-        if scheduler.must_queue() and not (worker.has_tenure(tag, row) or scheduler.may_take(row)):
+        if scheduler.must_queue() and not (worker.held.has_tenure(tag, row) or scheduler.may_take(row)):
             return None
         namespace.transitions.holds.take_idle(t, row, namespace.reference)
-        return worker.hold(row, tag, operation)
+        return worker.held.add(row, tag, operation)
 
     def _take_or_wait(
         self, worker: Worker, operation: Operation, tag: str, encoded: bytes, deadline: float, request: PlacementRequest
@@ -1197,7 +1195,7 @@ class ModelManager(BeamNames):
         """
         namespace = worker.namespace
         with suppress(TableFullError), namespace.transaction(max(NOW_S, deadline - time.monotonic())) as t:
-            row = worker.find_idle(tag)
+            row = worker.held.find_idle(tag)
             if row is not None:
                 return self._take(worker, operation, t, row, tag)
             model = namespace.tables.model_row(tag)
@@ -1224,7 +1222,7 @@ class ModelManager(BeamNames):
         """
         encoded = encode_text(tag, Model.TAG_BYTES, "model tag")
         began = time.monotonic()
-        firm, alone = worker.held_by_thread()
+        firm, alone = worker.thread.rows()
         nested = bool(firm or alone)
         self._run_alone_no_more(worker, [*firm, *alone])
         with worker.waiting():
@@ -1232,7 +1230,7 @@ class ModelManager(BeamNames):
             if not (preload or nested) and request is ANYWHERE and worker.scheduler.may_know_the_wait(tag):
                 row = self._take_or_wait(worker, operation, tag, encoded, deadline, request)
             if row is None:
-                worker.freshen_to_queue(deadline - time.monotonic())
+                worker.figures.ensure_fresh_to_queue(deadline - time.monotonic())
                 row = self._enqueue(worker, operation, tag, encoded, deadline, preload, request, nested)
             if isinstance(row, Copy):
                 return row
@@ -1243,7 +1241,7 @@ class ModelManager(BeamNames):
                 if state is None:
                     left = self._leave_queue(worker, operation, row, timed_out=True)
                     raise timed_out(tag, time.monotonic() - began, *left)
-                if state == Ticket.GRANTED and (copy := worker.hold_granted(row, tag, operation)) is not None:
+                if state == Ticket.GRANTED and (copy := worker.held.take_granted(row, tag, operation)) is not None:
                     return copy
                 with suppress(AnswerUndone):
                     return self._act_on(worker, operation, tag, row, deadline, request)
@@ -1255,8 +1253,8 @@ class ModelManager(BeamNames):
             if not (namespace.segment.words[Header.ISOLATED] and namespace.transitions.isolation.runs_alone(row)):
                 continue
             at = namespace.tables.instance(row)
-            worker.sample_now()
-            added = worker.added_mb(row) if namespace.segment.words[at] == Instance.ACTIVE else None
+            worker.figures.sample()
+            added = worker.figures.added_mb(row) if namespace.segment.words[at] == Instance.ACTIVE else None
             with namespace.transaction() as t:
                 if namespace.transitions.isolation.runs_alone(row):
                     if added is not None:
@@ -1277,7 +1275,7 @@ class ModelManager(BeamNames):
         namespace = worker.namespace
         tables, words = namespace.tables, namespace.segment.words
         with namespace.transaction() as t:
-            if not worker.waits_for_itself(row, firm):
+            if not worker.thread.waits_for_itself(row, firm):
                 return
             held = tuple(tables.tag_of(words[tables.instance(one) + Instance.MODEL]) for one in firm)
             reason = worker.scheduler.why(row)
@@ -1302,10 +1300,10 @@ class ModelManager(BeamNames):
             try:
                 return enter()
             except TableFullError as error:
-                if error.table == "tickets" and worker.has_receipts:
+                if error.table == "tickets" and worker.held.has_taken_tickets:
                     # Grants that this process has acted upon, and whose rows nobody needs any more.
                     with worker.namespace.transaction(max(NOW_S, deadline - time.monotonic())) as t:
-                        worker.settle_receipts(t)
+                        worker.held.free_taken_tickets(t)
                     continue
                 if error.table != "models":
                     raise
@@ -1314,7 +1312,7 @@ class ModelManager(BeamNames):
                         raise
             if time.monotonic() >= deadline:
                 raise timed_out(tag, time.monotonic() - began, "no row in the table of models")
-            worker.unload_beside()
+            worker.unloads.unload_in_thread()
             time.sleep(UNLOAD_LOOK_S)
 
     def _enqueue(
@@ -1423,7 +1421,7 @@ class ModelManager(BeamNames):
     def _await_answer(self, worker: Worker, operation: Operation, row: int, deadline: float) -> int | None:
         """Have what has to go for the ticket unloaded, then `_wait`; an exception takes it out of the queue."""
         try:
-            worker.unload_beside()
+            worker.unloads.unload_in_thread()
             return self._wait(worker, row, deadline)
         except BaseException:
             self._leave_queue(worker, operation, row)
@@ -1435,7 +1433,7 @@ class ModelManager(BeamNames):
         words = namespace.segment.words
         at = namespace.tables.ticket(row)
         signal = at + Ticket.SIGNAL
-        again = LookAgain(worker, row)
+        again = worker.look_again(row)
         while True:
             seen = words[signal]
             # This look needs no lock: what is seen here is acted upon only once it is known to be committed.
@@ -1469,7 +1467,7 @@ class ModelManager(BeamNames):
                 need_mb = namespace.segment.floats[at + Ticket.NEED_MB]
                 namespace.transitions.hand_over.consume_answer(t, row)
                 if state == Ticket.GRANTED:
-                    return worker.hold(instance, tag, operation)
+                    return worker.held.add(instance, tag, operation)
                 if state == Ticket.LOAD:
                     generation = words[tables.instance(instance) + Instance.GENERATION]
                     operation.booking = (instance, generation)
@@ -1477,7 +1475,7 @@ class ModelManager(BeamNames):
                     return _Booking(instance, generation, namespace.transitions.isolation.runs_alone(instance), resumes)
         except LockTimeoutError:
             # Else what was granted would stay ours for ever, unknown to everybody here.
-            worker.deferred.defer(functools.partial(worker.leave_if_there, operation.ticket))
+            worker.deferred.defer(functools.partial(leave_if_there, worker.namespace, operation.ticket))
             raise
         if state == Ticket.ENOUGH:
             return None
@@ -1508,7 +1506,7 @@ class ModelManager(BeamNames):
             return "shut down", None
 
         ticket = operation.ticket
-        wanted = wanted_by(worker, row) if timed_out else None
+        wanted = wanted_by(worker.namespace, row) if timed_out else None
         left: tuple[str, float | None] = ("lock", None)
         is_asked = True
 
@@ -1517,7 +1515,7 @@ class ModelManager(BeamNames):
             if is_asked:
                 left = worker.scheduler.why(row), worker.scheduler.expected_wait_s(row) if timed_out else None
             moves_somebody = not worker.scheduler.holds_up_nobody(row)
-            if not worker.leave_if_there(ticket, t):
+            if not leave_if_there(worker.namespace, ticket, t):
                 return False
             if timed_out:
                 t.add(Header.TIMEOUTS, 1)
@@ -1527,7 +1525,7 @@ class ModelManager(BeamNames):
         # Where the change was deferred, nobody waits for the reason, and to expect a wait takes a look at all copies.
         is_asked = False
         operation.ticket = None
-        held = "" if wanted is None or left[0] == "lock" else held_by(worker, wanted)
+        held = "" if wanted is None or left[0] == "lock" else held_by(worker.namespace, wanted)
         return (f"{left[0]}; {held}", left[1]) if held else left
 
     # ---- the way of a lease --------------------------------------------------------------------------------
@@ -1578,7 +1576,7 @@ class ModelManager(BeamNames):
                     operation.booking = lease.reference
                     return lease
         except LockTimeoutError:
-            worker.deferred.defer(functools.partial(worker.leave_if_there, operation.ticket))
+            worker.deferred.defer(functools.partial(leave_if_there, worker.namespace, operation.ticket))
             raise
         if state == Ticket.RESET:
             raise taken_away(worker, f"ended the wait for {name!r}", name)
@@ -1624,8 +1622,8 @@ class ModelManager(BeamNames):
         collect_garbage()
         answer: Copy | _Booking | None = None
         with suppress(MpmmError):
-            worker.make_room(devices)
-            worker.wait_for_unloads(devices)
+            worker.out_of_memory.make_room(devices)
+            worker.unloads.wait_for_unloads(devices)
             deadline = time.monotonic() + self._attachment.settings.wait_timeout_seconds
             if preload:
                 answer = self._queue(worker, operation, tag, deadline, request, preload)
@@ -1656,7 +1654,7 @@ class ModelManager(BeamNames):
             resumed = worker.suspender.resume(booking.row, booking.generation)
             with worker.namespace.transaction() as t:
                 if resumed and worker.suspender.end_resume(t, booking.row, booking.generation):
-                    copy = worker.hold(booking.row, tag, operation)
+                    copy = worker.held.add(booking.row, tag, operation)
                     operation.booking = None
                     worker.scheduler.advance(t)
                     return copy.value
@@ -1694,13 +1692,15 @@ class ModelManager(BeamNames):
             if booking.alone:
                 # What it adds is measured against this figure, so it must be one from now, whatever that takes.
                 self._begin_alone(worker, booking)
-            growth = worker.measuring_growth()
-            attempt.free = worker.free_for_load(booking.row)
+            growth = worker.figures.measuring_growth()
+            attempt.free = worker.out_of_memory.free_for_load(booking.row)
             if booking.alone:
                 worker.thread.alone = booking.row, booking.generation
             worker.thread.loads.append((booking.row, booking.generation))
             try:
-                with serving_for(worker.server_context(booking.row)), placed(worker.placement_of(booking.row)):
+                placement = worker.samples.placement_of_instance(booking.row)
+                context = server_context(worker.namespace, worker.source, placement, booking.row)
+                with serving_for(context), placed(placement):
                     value = loader_func()
             finally:
                 worker.thread.loads.remove((booking.row, booking.generation))
@@ -1731,10 +1731,10 @@ class ModelManager(BeamNames):
                 ) from error
             raise
         if says_more(_LOG):
-            mb = worker.namespace.segment.floats[worker.namespace.tables.instance(copy.row) + Instance.MB]
+            namespace, seconds = worker.namespace, time.monotonic() - began
+            mb = namespace.segment.floats[namespace.tables.instance(copy.row) + Instance.MB]
             text = "mpmm %s: pid %d loaded %s in %.1f s: %.0f MB on %s"
-            seconds = time.monotonic() - began
-            _LOG.info(text, self._attachment.name, worker.namespace.pid, tag, seconds, mb, where(worker, copy.row))
+            _LOG.info(text, namespace.name, namespace.pid, tag, seconds, mb, where(namespace, copy.row))
         return copy.value
 
     def _log_load(self, worker: Worker, tag: str, booking: _Booking) -> None:
@@ -1742,15 +1742,15 @@ class ModelManager(BeamNames):
         if says_more(_LOG):
             namespace = worker.namespace
             mb = namespace.segment.floats[namespace.tables.instance(booking.row) + Instance.RESERVED_MB]
-            why = decision(worker, EventKind.LOAD_BEGAN, booking.row)
+            why = decision(worker.namespace, EventKind.LOAD_BEGAN, booking.row)
             text = "mpmm %s: pid %d begins to load %s, %.0f MB reserved on %s%s"
-            place = where(worker, booking.row)
+            place = where(worker.namespace, booking.row)
             _LOG.info(text, self._attachment.name, namespace.pid, tag, mb, place, f": it {why}" if why else "")
 
     @staticmethod
     def _begin_alone(worker: Worker, booking: _Booking) -> None:
-        worker.sample_now()
-        worker.reset_peak()
+        worker.figures.sample()
+        worker.figures.reset_peak()
         with worker.namespace.transaction() as t:
             worker.namespace.transitions.isolation.set_baseline(t, booking.row)
 
@@ -1760,8 +1760,8 @@ class ModelManager(BeamNames):
         namespace = worker.namespace
         words, tables = namespace.segment.words, namespace.tables
         handle = encode_text(value, Instance.HANDLE_BYTES, f"handle of {tag!r}") if isinstance(value, str) else b""
-        server_pid = worker.server_pid_of(value)
-        seen = worker.sample_after_load(booking.row)
+        server_pid = server_pid_of(value)
+        seen = worker.figures.sample_after_load(booking.row)
         grown_mb = growth.mb() if seen and not isinstance(value, str) else 0.0
         learnt: Estimate | None = None
         way = worker.suspender.way_of(value, booking.row)
@@ -1775,7 +1775,7 @@ class ModelManager(BeamNames):
             model = words[at + Instance.MODEL]
             # No more than the policy has found room for: the default is cut where a device is smaller.
             mb = min(worker.scheduler.expected_mb(model), namespace.segment.floats[at + Instance.RESERVED_MB])
-            shares_mb = worker.measured_shares(booking.row, server)
+            shares_mb = worker.figures.measured_shares(booking.row, server)
             if math.fsum(shares_mb) > 0:
                 mb = math.fsum(shares_mb)
                 learnt = Estimate(max(shares_mb) * len(shares_mb), 0.0)
@@ -1794,7 +1794,7 @@ class ModelManager(BeamNames):
             if way:
                 namespace.transitions.suspensions.note_way(t, booking.row, way)
             if is_twin:
-                worker.warn_of_twins(t, tag, value)
+                worker.held.warn_of_twins(t, tag, value)
             if words[tables.model(model) + Model.KNOWN]:
                 learnt = None
             elif learnt is not None:
@@ -1809,7 +1809,7 @@ class ModelManager(BeamNames):
                 # It was loaded alone because nobody knew whether the source knows processes; now it is measured.
                 namespace.transitions.isolation.end(t, booking.row)
             loaded = words[tables.model(model) + Model.LOADED]
-            copy = worker.adopt(booking.row, tag, value, operation)
+            copy = worker.held.add_loaded(booking.row, tag, value, operation)
             worker.scheduler.advance(t)
         report_model_count(tag, loaded)
         if learnt is not None:
@@ -1839,9 +1839,9 @@ class ModelManager(BeamNames):
             if not self._still_loading(worker, booking):
                 return False
             if ran_out is not None:
-                more = worker.could_gain(booking.row, ran_out.free, ran_out.places)
+                more = worker.out_of_memory.could_gain(booking.row, ran_out.free, ran_out.places)
                 ran_out.again = ran_out.again and more
-                worker.learn_from_load(t, booking.row, ran_out.free, ran_out.places, not ran_out.last)
+                worker.out_of_memory.learn_from_load(t, booking.row, ran_out.free, ran_out.places, not ran_out.last)
             if failed and not (ran_out is not None and ran_out.again):
                 words, at = worker.namespace.segment.words, worker.namespace.tables.instance(booking.row)
                 worker.namespace.transitions.models.note_failure(t, words[at + Instance.MODEL])
@@ -1861,23 +1861,23 @@ class ModelManager(BeamNames):
         cost = None
         alone = words[Header.ISOLATED] and namespace.transitions.isolation.runs_alone(copy.row)
         # What a twin adds to the memory in use says nothing about its model.
-        if alone and not worker.is_twin(copy):
+        if alone and not worker.held.is_twin(copy):
             cost = self._isolated_cost(worker, copy)
         with namespace.transaction(patience_s) as t:
-            worker.settle_receipts(t)
-            if not worker.is_held(copy):
+            worker.held.free_taken_tickets(t)
+            if not worker.held.is_held(copy):
                 raise taken_away(worker, f"took {tag!r} away", tag)
             if cost is not None and namespace.transitions.isolation.runs_alone(copy.row):
                 self._learn_alone(worker, t, copy.row, cost)
             else:
                 cost = None
             contended = words[Header.WAITING]
-            if not (contended and worker.keeps(t, copy, used)):
+            if not (contended and worker.held.keeps(t, copy, used)):
                 if contended:
                     worker.tenures.end(copy.tag)
                 worker.scheduler.release(t, copy.row, used)
-            if worker.at_once:
-                worker.unload_at_once(t, copy)
+            if worker.unload_on_release:
+                worker.unloads.unload_if_not_kept(t, copy)
         if contended:
             # Not before the waiter was let run on this processor.
             worker.tenures.leave(copy.tag)
@@ -1888,18 +1888,18 @@ class ModelManager(BeamNames):
 
     def _isolated_cost(self, worker: Worker, copy: Copy) -> float | None:
         """Return what the copy that runs alone has added to the memory in use, at its peak, in MB; None if unknown."""
-        worker.sample_now()
-        added = worker.added_mb(copy.row)
+        worker.figures.sample()
+        added = worker.figures.added_mb(copy.row)
         return None if added is None else max(added) * len(added)
 
     def _discard(self, worker: Worker, operation: Operation, copy: Copy) -> None:
         """Strike off a copy whose server turned out to be dead."""
         if operation.held is not None:
-            worker.let_go_of(operation.held, operation)
+            worker.held.take_off_hold(operation.held, operation)
 
         def discard(t: Transaction) -> bool:
-            worker.settle_receipts(t)
-            if not worker.is_held(copy):
+            worker.held.free_taken_tickets(t)
+            if not worker.held.is_held(copy):
                 return False
             worker.namespace.transitions.holds.discard(t, copy.row)
             return True
@@ -1927,7 +1927,7 @@ class ModelManager(BeamNames):
                 self._bookings_made = True
             elif isinstance(answer, _Booking):
                 self._give_up_load(worker, answer)
-            elif operation.held is not None and worker.let_go_of(operation.held, operation):
+            elif operation.held is not None and worker.held.take_off_hold(operation.held, operation):
                 self._give_back_held(worker, operation, tag)
             worker.end(operation)
         except AcquireTimeoutError:

@@ -17,16 +17,25 @@ from __future__ import annotations
 import sys
 import threading
 import weakref
+from dataclasses import dataclass
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import Any
 
-if TYPE_CHECKING:
-    from mpmm.model_manager.session import Copy
+__all__ = ["Copy", "Held", "Operation", "ended_calls"]
 
-__all__ = ["Held", "Operation", "ended_calls"]
+
+@dataclass(frozen=True)
+class Copy:
+    """A copy of a model as this process knows it: its row, and the row's generation to tell it from later ones."""
+
+    row: int
+    generation: int
+    tag: str
+    value: Any
+
 
 # One hold of a copy, and which use of the copy it is; told by identity from earlier and later holds of the same copy.
-Held = tuple["Copy", int]
+Held = tuple[Copy, int]
 
 
 class Operation:

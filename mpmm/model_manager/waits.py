@@ -10,16 +10,16 @@ import logging
 import math
 import time
 from collections import defaultdict
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 from mpmm.policy.reasons import explain
 from mpmm.policy.view import Reason
+from mpmm.scheduler import Scheduler
 from mpmm.shared_state.events import EventKind
 from mpmm.shared_state.layout import Event, Header, Instance, Member, Ticket, device_rows
+from mpmm.shared_state.namespace import Namespace
 from mpmm.text.printable import printable_logger
-
-if TYPE_CHECKING:
-    from mpmm.model_manager.session import Worker
 
 __all__ = ["WARN_AFTER_S", "WaitWarning", "Wanted", "decision", "held_by", "says_more", "wanted_by", "where"]
 
@@ -58,16 +58,16 @@ class _Held(NamedTuple):
     seconds: float
 
 
-def wanted_by(worker: Worker, ticket: int) -> Wanted:
+def wanted_by(namespace: Namespace, ticket: int) -> Wanted:
     """Return what a ticket (row) waits for at present."""
-    words, at = worker.namespace.segment.words, worker.namespace.tables.ticket(ticket)
+    words, at = namespace.segment.words, namespace.tables.ticket(ticket)
     model = words[at + Ticket.MODEL] if words[at + Ticket.REASON] in _OF_THE_MODEL else None
     return Wanted(model, words[at + Ticket.DEVICES])
 
 
-def held_by(worker: Worker, wanted: Wanted) -> str:
+def held_by(namespace: Namespace, wanted: Wanted) -> str:
     """Return which processes have what is wanted, and for how long, those that have it longest first; empty if none."""
-    holds = sorted(_holds(worker, wanted), key=lambda held: -held.seconds)
+    holds = sorted(_holds(namespace, wanted), key=lambda held: -held.seconds)
     by_pid: dict[int, list[_Held]] = defaultdict(list)
     for held in holds:
         by_pid[held.pid].append(held)
@@ -80,13 +80,12 @@ def held_by(worker: Worker, wanted: Wanted) -> str:
         texts.append(f"pid {pid} {', '.join(named)}{f' and {more} more' if more > 0 else ''}")
     if len(by_pid) > PROCESSES_NAMED:
         texts.append(f"{len(by_pid) - PROCESSES_NAMED} more processes")
-    if set(by_pid) == {worker.namespace.pid}:
+    if set(by_pid) == {namespace.pid}:
         return f"this process itself has all of it: {texts[0]}"
     return "; ".join(texts)
 
 
-def _holds(worker: Worker, wanted: Wanted) -> list[_Held]:
-    namespace = worker.namespace
+def _holds(namespace: Namespace, wanted: Wanted) -> list[_Held]:
     words, tables = namespace.segment.words, namespace.tables
     now_ns, found = time.monotonic_ns(), []
     for row in tables.used_rows(namespace.segment.layout.instances):
@@ -111,9 +110,9 @@ def says_more(logger: logging.Logger) -> bool:
     return logger.isEnabledFor(logging.INFO)
 
 
-def decision(worker: Worker, kind: EventKind, row: int) -> str:
+def decision(namespace: Namespace, kind: EventKind, row: int) -> str:
     """Return why the last event of a kind that is about an instance (row) was decided; empty if that is not known."""
-    segment, tables = worker.namespace.segment, worker.namespace.tables
+    segment, tables = namespace.segment, namespace.tables
     words, floats, ring = segment.words, segment.floats, segment.layout.events
     newest = words[Header.EVENTS]
     for sequence in range(newest, max(0, newest - min(EVENTS_LOOKED_AT, ring.capacity)), -1):
@@ -137,23 +136,24 @@ def decision(worker: Worker, kind: EventKind, row: int) -> str:
     return ""
 
 
-def where(worker: Worker, row: int) -> str:
+def where(namespace: Namespace, row: int) -> str:
     """Return on which devices an instance (row) lies, as the log says it."""
-    devices = device_rows(worker.namespace.segment.words[worker.namespace.tables.instance(row) + Instance.DEVICES])
+    devices = device_rows(namespace.segment.words[namespace.tables.instance(row) + Instance.DEVICES])
     return f"device{'s' if len(devices) > 1 else ''} {' and '.join(map(str, devices))}"
 
 
 class WaitWarning:
     """Has the log say that a ticket has waited for long, a few times at growing intervals."""
 
-    def __init__(self, worker: Worker, ticket: int) -> None:
-        self._worker = worker
+    def __init__(self, namespace: Namespace, scheduler: Scheduler, warn_after_s: Sequence[float], ticket: int) -> None:
+        self._namespace = namespace
+        self._scheduler = scheduler
         self._ticket = ticket
-        words, at = worker.namespace.segment.words, worker.namespace.tables.ticket(ticket)
+        words, at = namespace.segment.words, namespace.tables.ticket(ticket)
         self._since_s = words[at + Ticket.ENQUEUED] / 1e9
         waited_s = time.monotonic() - self._since_s
         # A preload stands behind everybody, and nobody waits for it.
-        thresholds = () if words[at + Ticket.PRELOAD] else worker.warn_after_s
+        thresholds = () if words[at + Ticket.PRELOAD] else warn_after_s
         self._left = [seconds for seconds in thresholds if seconds > waited_s]
 
     def in_s(self) -> float:
@@ -164,16 +164,15 @@ class WaitWarning:
         """Write it into the log."""
         waited_s = time.monotonic() - self._since_s
         self._left = [seconds for seconds in self._left if seconds > waited_s]
-        worker = self._worker
-        namespace = worker.namespace
+        namespace = self._namespace
         model = namespace.segment.words[namespace.tables.ticket(self._ticket) + Ticket.MODEL]
-        held = held_by(worker, wanted_by(worker, self._ticket))
+        held = held_by(namespace, wanted_by(namespace, self._ticket))
         _LOG.warning(
             "mpmm %s: pid %d has waited %.0f s for %s, which %s%s",
             namespace.name,
             namespace.pid,
             waited_s,
             namespace.tables.tag_of(model),
-            worker.scheduler.sentence(self._ticket),
+            self._scheduler.sentence(self._ticket),
             f" ({held})" if held else "",
         )

@@ -9,15 +9,18 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mpmm.errors import ModelServerError, SuspendError
+from mpmm.memory.samples import SharedSamples
 from mpmm.multi_process_shared.rpc import protocol
 from mpmm.multi_process_shared.sleeping import ask_to, can_sleep, record_of
 from mpmm.policy.suspension import Unsuspendable, Way, limit_s
 from mpmm.policy.view import Reason
+from mpmm.scheduler import Scheduler
 from mpmm.shared_state.events import Cause
 from mpmm.shared_state.layout import Header, Instance, Member, Model
+from mpmm.shared_state.namespace import Namespace
 from mpmm.shared_state.settings import ALWAYS, NEVER
 from mpmm.shared_state.transaction import Transaction
 from mpmm.sources.host_memory import host_memory_left_mb, host_memory_mb
@@ -25,9 +28,6 @@ from mpmm.sources.timeouts import answer_within
 from mpmm.suspend.driver import GOOD_BRANCHES, HAZARDOUS_BRANCHES, driver_branch
 from mpmm.suspend.helper import ask_helper
 from mpmm.text.printable import printable_logger
-
-if TYPE_CHECKING:
-    from mpmm.model_manager.session import Worker
 
 __all__ = ["Suspender"]
 
@@ -58,11 +58,22 @@ class _Task:
 
 
 class Suspender:
-    """One for each `Worker`."""
+    """One process's part in the suspension of a namespace's instances."""
 
-    def __init__(self, worker: Worker) -> None:
-        self._worker = worker
-        self._namespace = worker.namespace
+    def __init__(
+        self,
+        namespace: Namespace,
+        scheduler: Scheduler,
+        samples: SharedSamples,
+        value_of: Callable[[int], Any],
+        unload_in_thread: Callable[[], object],
+    ) -> None:
+        """value_of: returns what this process has loaded for a row. unload_in_thread: begins what it has to unload."""
+        self._namespace = namespace
+        self._scheduler = scheduler
+        self._samples = samples
+        self._value_of = value_of
+        self._unload_in_thread = unload_in_thread
 
     def way_of(self, value: Any, row: int) -> Way:
         """Return how what a loader has made for a row can be suspended."""
@@ -81,7 +92,7 @@ class Suspender:
         choice = self._namespace.settings.suspend_checkpoints
         if choice == NEVER or not self._namespace.segment.words[Header.PID_NAMESPACE]:
             return False
-        if any(uuid.startswith("MIG-") for uuid in self._worker.placement_of(row).uuids):
+        if any(uuid.startswith("MIG-") for uuid in self._samples.placement_of_instance(row).uuids):
             return False
         return choice == ALWAYS or self._driver_is_good
 
@@ -112,7 +123,7 @@ class Suspender:
                     self._namespace.transitions.suspensions.end(t, row)
                 else:
                     self._namespace.transitions.suspensions.fail(t, row, why)
-                self._worker.scheduler.advance(t)
+                self._scheduler.advance(t)
         if done:
             _LOG.info("mpmm %s: pid %d suspended %s", self._namespace.name, self._namespace.pid, task.tag)
 
@@ -127,11 +138,11 @@ class Suspender:
                 [] if model is None else tables.rows_where(namespace.segment.layout.instances, Instance.MODEL, model)
             ):
                 at = tables.instance(row)
-                if words[at] == Instance.IDLE and self._worker.scheduler.suspension.suspend(
+                if words[at] == Instance.IDLE and self._scheduler.suspension.suspend(
                     t, row, namespace.slot, Cause(Reason.BY_HAND), evicted=False
                 ):
                     chosen.append((row, words[at + Instance.GENERATION]))
-        self._worker.unload_beside()
+        self._unload_in_thread()
         self._await(lambda: not any(self._is(*one, Instance.SUSPENDING) for one in chosen), self._limit_of(chosen))
         return sum(self._is(*one, Instance.SUSPENDED) for one in chosen)
 
@@ -169,8 +180,8 @@ class Suspender:
         with self._namespace.transaction() as t:
             if self._is_ours(row, generation, Instance.RESUMING):
                 self._namespace.transitions.suspensions.fail(t, row, why)
-                self._worker.scheduler.advance(t)
-        self._worker.unload_beside()
+                self._scheduler.advance(t)
+        self._unload_in_thread()
         return False
 
     def end_resume(self, t: Transaction, row: int, generation: int) -> bool:
@@ -209,7 +220,7 @@ class Suspender:
         with self._namespace.transaction() as t:
             resumed = resumed and self.end_resume(t, row, generation)
             if resumed:
-                self._worker.scheduler.release(t, row, used=False)
+                self._scheduler.release(t, row, used=False)
         if not resumed:
             raise SuspendError(
                 f"the loader of {tag!r} returned the handle {handle!r}, whose suspended copy cannot be resumed; let "
@@ -256,7 +267,7 @@ class Suspender:
         with namespace.transaction() as t:
             for row in self._overdue():
                 namespace.transitions.suspensions.fail(t, row, Unsuspendable.TIMED_OUT, namespace.reference)
-            self._worker.scheduler.advance(t)
+            self._scheduler.advance(t)
 
     def _overdue(self) -> list[int]:
         words, floats, tables = self._namespace.segment.words, self._namespace.segment.floats, self._namespace.tables
@@ -283,10 +294,10 @@ class Suspender:
             return
         with namespace.transaction() as t:
             cause = Cause(Reason.HOST_SHORT, free_mb=left_mb)
-            dropped = self._worker.scheduler.suspension.drop_oldest(t, namespace.slot, cause)
+            dropped = self._scheduler.suspension.drop_oldest(t, namespace.slot, cause)
         if dropped:
             _LOG.warning("mpmm %s: the host has only %.0f MB left: dropping a suspended copy", namespace.name, left_mb)
-            self._worker.unload_beside()
+            self._unload_in_thread()
 
     # ---- one step ------------------------------------------------------------------------------------------
 
@@ -337,7 +348,7 @@ class Suspender:
                 tables.handle_of(row),
                 server - 1 if server else None,
                 words[tables.member(server - 1) + Member.PID] if server else None,
-                self._worker.value_of(row) if words[at + Instance.OWNER] else None,
+                self._value_of(row) if words[at + Instance.OWNER] else None,
             )
 
     def _is(self, row: int, generation: int, state: int) -> bool:

@@ -1,0 +1,202 @@
+"""Fresh memory figures for the decisions of one process, and what its loads add to the memory in use.
+
+The elected leader samples for everybody at each `poll_interval`. A process asks for a sample of its own where that is
+too seldom: before it queues, after a load or an unload, and around a model that runs alone to be measured.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+
+from mpmm.memory.monitor import GPUMonitor
+from mpmm.memory.monitor_source import MonitorSource
+from mpmm.memory.samples import SharedSamples
+from mpmm.model_manager.deferred import NOW_S
+from mpmm.shared_state.layout import Device, Header, Instance, Member, device_rows
+from mpmm.shared_state.namespace import Namespace
+from mpmm.sources import MemorySource, process_knowledge
+
+__all__ = ["FreshFigures", "Growth"]
+
+# No decision waits longer for figures that would only make it a better one. NVML takes a millisecond.
+ENSURE_FRESH_TIMEOUT_S = 0.25
+# Nor does a load or a release wait longer to be measured. nvidia-smi takes 0.3 s, and may have to be run twice: what is
+# in progress has begun too early.
+SAMPLE_TIMEOUT_S = 1.0
+# A sample of this age is as good as a new one for the next process that asks; the second for one that stands behind
+# others, as every load and unload of theirs brings a new one.
+FRESH_NS = 20_000_000
+FRESH_BEHIND_OTHERS_NS = 200_000_000
+
+
+class FreshFigures:
+    """What one process does to have fresh figures. Its methods take no lock, unless they say so."""
+
+    def __init__(self, namespace: Namespace, monitor: GPUMonitor, samples: SharedSamples) -> None:
+        self._namespace = namespace
+        self._monitor = monitor
+        self.samples = samples
+
+    @property
+    def source(self) -> MemorySource:
+        """Where this process would read memory figures, as leader or on the way."""
+        return self._monitor.source
+
+    @property
+    def given_source(self) -> MonitorSource | None:
+        """The monitor of the caller's own that stands for the source, if one was given."""
+        source = self.source
+        return source if isinstance(source, MonitorSource) else None
+
+    def sample_source(self, timeout_s: float | None = None) -> bool:
+        """Wait for a sample that begins after this call, and for its publication; return whether that has happened.
+
+        timeout_s: the longest wait; None stands for `SAMPLE_TIMEOUT_S`, which no wait exceeds. What the sample in
+            progress has taken already comes off, so that nobody waits for a source that hangs once that is known.
+        """
+        limit_s = SAMPLE_TIMEOUT_S if timeout_s is None else min(timeout_s, SAMPLE_TIMEOUT_S)
+        return self._monitor.refresh(timeout_s=limit_s - self._monitor.sampling_for_s)
+
+    def request_sample(self) -> None:
+        """Have a sample taken and published as soon as possible, and do not wait for it.
+
+        One that is asked for and has not begun serves for this call, too.
+        """
+        if not self._namespace.segment.words[Header.SOURCE_BOOKS_ONLY]:
+            self._monitor.request_refresh()
+
+    def ensure_fresh_to_queue(self, timeout_s: float) -> None:
+        """Like `ensure_fresh`, for one who is about to queue."""
+        waiting = self._namespace.segment.words[Header.WAITING]
+        self.ensure_fresh(timeout_s, FRESH_BEHIND_OTHERS_NS if waiting else FRESH_NS)
+
+    def ensure_fresh(self, timeout_s: float | None = None, age_ns: int = FRESH_NS) -> None:
+        """Make sure that decisions rest on fresh figures, as far as that takes no noticeable time.
+
+        Many who ask at the same moment share one sample; but a monitor of the caller's own is always asked. If it does
+        not come within `timeout_s`, or `ENSURE_FRESH_TIMEOUT_S`, the old figures have to do.
+
+        age_ns: figures of this age are fresh.
+        """
+        if self.source.cheap and (self.given_source is not None or not self._are_fresh(age_ns)):
+            self.sample(ENSURE_FRESH_TIMEOUT_S if timeout_s is None else min(timeout_s, ENSURE_FRESH_TIMEOUT_S))
+
+    def _are_fresh(self, age_ns: int = FRESH_NS) -> bool:
+        words, tables = self._namespace.segment.words, self._namespace.tables
+        oldest = time.monotonic_ns() - age_ns
+        devices = (tables.device(row) for row in self.samples.rows())
+        return all(words[at + Device.SAMPLED] >= max(oldest, words[at + Device.CONFIGURED_AT]) for at in devices)
+
+    def sample_after_load(self, row: int) -> bool:
+        """Take a sample after a load if that is quick or knows processes.
+
+        Return whether the figures of the copy's devices are from after the load now; a source may fail.
+        """
+        if not (self.source.cheap or self.source.measures_processes):
+            return False
+        loaded = time.monotonic_ns()
+        self.sample()
+        words, tables = self._namespace.segment.words, self._namespace.tables
+        rows = device_rows(words[tables.instance(row) + Instance.DEVICES])
+        return all(words[tables.device(device) + Device.SAMPLED] >= loaded for device in rows)
+
+    def sample(self, timeout_s: float | None = None) -> None:
+        """Wait for a new sample, unless there is nothing to measure; see `sample_source`."""
+        if not self._namespace.segment.words[Header.SOURCE_BOOKS_ONLY]:
+            self.sample_source(timeout_s)
+
+    def reset_peak(self) -> None:
+        """Let the peak begin anew in a monitor of the caller's own; one that hangs is waited for only for a moment."""
+        given = self.given_source
+        if given is not None:
+            self._monitor.call(given.reset_peak, ENSURE_FRESH_TIMEOUT_S - self._monitor.sampling_for_s)
+
+    def added_mb(self, row: int) -> tuple[float, ...] | None:
+        """Return what the copy that runs alone has added to the memory in use, at its peak, on each of its devices.
+
+        None if that is not known, as one of them could not be read before or since the load.
+        """
+        words, floats, tables = self._namespace.segment.words, self._namespace.segment.floats, self._namespace.tables
+        given = self.given_source
+        seen_mb = 0.0 if given is None else given.peak_mb
+        at = tables.instance(row)
+        added = []
+        with self._namespace.transaction():
+            for device in map(tables.device, device_rows(words[at + Instance.DEVICES])):
+                peak_mb = max(floats[device + Device.USED_MB], floats[device + Device.PEAK_MB], seen_mb)
+                baseline_mb = floats[device + Device.BASELINE_MB]
+                if math.isnan(baseline_mb) or words[device + Device.SAMPLED] < words[at + Instance.LOADED_AT]:
+                    return None
+                added.append(max(0.0, peak_mb - baseline_mb))
+        return tuple(added)
+
+    def measuring_growth(self) -> Growth:
+        """Begin to measure what a load adds to the memory of this process, unless that would hold the load up."""
+        may_measure = process_knowledge(self.source) is not False
+        if may_measure:
+            self.ensure_fresh(NOW_S)
+        return Growth(self, self._namespace, may_measure and self._are_fresh())
+
+    def measured_shares(self, row: int, server: int) -> tuple[float, ...]:
+        """Return what a server (reference) was measured to take of each of a copy's devices, nothing if it was not.
+
+        Needs the lock.
+        """
+        words, floats, tables = self._namespace.segment.words, self._namespace.segment.floats, self._namespace.tables
+        if not server or server == self._namespace.reference:
+            return ()
+        at, span = tables.member(server - 1), words[tables.instance(row) + Instance.DEVICES].bit_count()
+        measured = floats[at + Member.MEASURED_MB]
+        if math.isnan(measured):
+            return ()
+        return tuple(floats[at + Member.SHARES : at + Member.SHARES + span]) if span > 1 else (measured,)
+
+    def own_mb(self) -> float:
+        """Return the device memory of this process in the last sample, 0 where it was not seen to have any."""
+        at = self._namespace.tables.member(self._namespace.slot)
+        mb = self._namespace.segment.floats[at + Member.MEASURED_MB]
+        return 0.0 if math.isnan(mb) else mb
+
+    def stats(self) -> tuple[float, float, float]:
+        """Return (current, peak, total) in MB; a monitor of the caller's own may have seen a higher peak."""
+        current, peak, total = self.samples.stats()
+        given = self.given_source
+        if given is not None:
+            peak = max(peak, given.peak_mb)
+        return current, peak, total
+
+
+class Growth:
+    """What a load adds to the device memory of this process, if nothing else of it can have changed that meanwhile."""
+
+    def __init__(self, figures: FreshFigures, namespace: Namespace, measures: bool) -> None:
+        """Begin; measures: the last sample is fresh, and its source knows processes, or may yet show that it does."""
+        self._figures = figures
+        self._namespace = namespace
+        self._measures = measures
+        self._before_mb = figures.own_mb() if self._measures else 0.0
+        self._before = self._state() if self._measures else None
+
+    def mb(self) -> float:
+        """Return how much more it is in the last sample, 0 if that is not known.
+
+        A source that shows this process now, and did not before, has shown that it had nothing then.
+        """
+        knows = self._namespace.segment.words[Header.SOURCE_MEASURES_PROCESSES]
+        if not self._measures or not knows or self._state() != self._before:
+            return 0.0
+        return max(0.0, self._figures.own_mb() - self._before_mb)
+
+    def _state(self) -> list[tuple[int, int]]:
+        """Return the copies that this process loads, owns or unloads, by row and generation.
+
+        Without the lock, for which a load shall not wait: that these rows come and go is this process's own doing.
+        """
+        namespace = self._namespace
+        words, tables, layout = namespace.segment.words, namespace.tables, namespace.segment.layout
+        rows = tables.rows_where(layout.instances, Instance.OWNER, namespace.reference)
+        rows += tables.rows_where(layout.instances, Instance.HOLDER, namespace.reference)
+        loading = [row for row in rows if words[tables.instance(row)] != Instance.ACTIVE]
+        owned = [row for row in rows if words[tables.instance(row) + Instance.OWNER]]
+        return sorted({(row, words[tables.instance(row) + Instance.GENERATION]) for row in (*loading, *owned)})

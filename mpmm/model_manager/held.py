@@ -1,0 +1,374 @@
+"""Which instances this process and its threads hold, and which objects it has loaded.
+
+The members table knows the process as one member, and an instance row names its holder. Which thread holds what, and
+which object a row stands for, only the process itself knows: here. An acquire and a release pass through
+`HeldInstances`, by the compiled core where that will do (see `shared_state/core.py`).
+"""
+
+from __future__ import annotations
+
+import platform
+import threading
+from collections import defaultdict
+from collections.abc import Hashable, Sequence
+from functools import partial
+from typing import Any
+
+from mpmm import multi_process_shared
+from mpmm.model_manager.operations import Copy, Held, Operation
+from mpmm.model_manager.tenure import Tenures
+from mpmm.scheduler import Scheduler
+from mpmm.shared_state.layout import Header, Instance, Model, Ticket
+from mpmm.shared_state.namespace import Namespace
+from mpmm.shared_state.transaction import Transaction
+from mpmm.text.printable import printable_logger
+
+__all__ = ["HeldInstances", "server_pid_of"]
+
+_LOG = printable_logger("mpmm")
+# Elsewhere a processor may reorder the reads of `HeldInstances.take_granted`, and Python has no means to forbid it.
+CAN_READ_UNLOCKED = platform.machine() in ("x86_64", "AMD64")
+# Between two transactions of many busy processes there is hardly ever time to read; then the lock has to do.
+UNLOCKED_TRIES = 16
+
+
+class HeldInstances:
+    """The instances that this process holds, and the objects that it owns. All of its threads share it."""
+
+    def __init__(self, namespace: Namespace, scheduler: Scheduler, tenures: Tenures) -> None:
+        self._namespace = namespace
+        self._scheduler = scheduler
+        self._tenures = tenures
+        # What the warm path would look up again and again.
+        self._lock = namespace.lock
+        self._reference = namespace.reference
+        self._rows_of_tags = namespace.tables.rows_of_tags
+        # An RLock, because a finalizer or signal handler may come by while its own thread has it.
+        self._mutex = threading.RLock()
+        # Objects loaded here, by row: nobody else can use them.
+        self._objects: dict[int, Copy] = {}
+        self._rows_of_model: dict[int, list[int]] = defaultdict(list)
+        # Handles that this process has held, by row; the generation tells whether one still stands there.
+        self._handles: dict[int, Copy] = {}
+        # What this process holds, by row and generation; and where a value was last seen to be held. Without a mutex:
+        # each change is one step of the interpreter, which neither threads nor finalizers can split.
+        self._held: dict[tuple[int, int], Held] = {}
+        self._held_at: dict[Hashable, tuple[int, int]] = {}
+        # Row and number of tickets whose grants this process has acted upon, see `take_granted`.
+        self._taken_grants: set[tuple[int, int]] = set()
+        # Tags whose loaders were seen to return handles of others.
+        self._twins_of_tags: set[str] = set()
+
+    def find_idle(self, tag: str, tied: int = 0) -> int | None:
+        """Return the row of an idle copy that this process can use, or None. Needs the lock.
+
+        tied: bits of the devices on which it must lie, 0 for all.
+        """
+        tables, words = self._namespace.tables, self._namespace.segment.words
+        model = tables.model_row(tag)
+        if model is None:
+            return None
+        head = words[tables.model(model) + Model.IDLE_HEAD]
+        while head:
+            at = tables.instance(head - 1)
+            if not tied or not words[at + Instance.DEVICES] & ~tied:
+                return int(head) - 1
+            head = words[at + Instance.NEXT]
+        for row in reversed(self._rows_of_model.get(model, ())):
+            at = tables.instance(row)
+            owned = self._objects[row]
+            there = words[at + Instance.GENERATION] == owned.generation and not (
+                tied and words[at + Instance.DEVICES] & ~tied
+            )
+            if there and words[at + Instance.STATE] == Instance.IDLE:
+                return row
+        return None
+
+    def add(self, row: int, tag: str, operation: Operation) -> Copy:
+        """Note that this process holds the copy of `tag` in an ACTIVE row, and return it. Needs the lock."""
+        copy = self._copy_in(row, tag)
+        self._note_held(copy, operation)
+        return copy
+
+    def take_quickly(self, tag: str, operation: Operation, kept: int = 0) -> Copy | None:
+        """Take an idle copy that this process can use, note that it holds it, and return it, by the compiled core.
+
+        None, with nothing changed, where there is no core, or if it takes Python: somebody waits, a copy runs alone,
+        the lock is not free, there is no such copy, or this is its first use here. Takes the lock itself.
+
+        kept: generation of a copy, the only one to be taken, that is in this process's tenure: those who wait for it
+        may wait. 0: none.
+        """
+        core = self._lock.core
+        if core is None:
+            return None
+        copy: Copy | None = core.take_idle(
+            self._namespace,
+            self._reference,
+            self._rows_of_tags,
+            self._handles,
+            self._objects,
+            self._rows_of_model,
+            self._held,
+            self._held_at,
+            tag,
+            operation,
+            kept,
+        )
+        return copy
+
+    def take_kept(self, tag: str, operation: Operation) -> Copy | None:
+        """Take the copy that is in this process's tenure like `take_quickly`; None also if there is none."""
+        tenure = self._tenures.current(tag)
+        return None if tenure is None else self.take_quickly(tag, operation, tenure.generation)
+
+    def give_back_quickly(self, copy: Copy) -> bool:
+        """Give a copy back, that `take_off` has struck off, by the compiled core; False where it takes Python.
+
+        Then nothing has changed. Takes the lock itself.
+        """
+        core = self._lock.core
+        if core is None:
+            return False
+        kept = self._scheduler.must_queue() and self._stays_kept(copy)
+        if not core.release(self._namespace, self._reference, self._taken_grants, copy.row, copy.generation, kept):
+            return False
+        if kept:
+            self._tenures.leave(copy.tag)
+        return True
+
+    def _stays_kept(self, copy: Copy) -> bool:
+        """Tell whether `keeps` leaves a copy idle for this process, and has called the first waiter up already."""
+        tenure = self._tenures.current(copy.tag)
+        if tenure is None or not tenure.called_up or tenure.generation != copy.generation:
+            return False
+        return self._tenures.comes_back_at_once(copy.tag)
+
+    def comes_back(self, tag: str) -> bool:
+        """Note that this process asks for a model that others wait for; tell whether a copy is kept for it."""
+        self._tenures.come_back(tag)
+        tenure = self._tenures.current(tag)
+        return tenure is not None and self._namespace.segment.words[self._namespace.tables.instance(tenure.row)] == (
+            Instance.IDLE
+        )
+
+    def has_tenure(self, tag: str, row: int) -> bool:
+        """Tell whether a copy was handed to this process a moment ago, so that it comes before others."""
+        tenure = self._tenures.current(tag)
+        if tenure is None or tenure.row != row:
+            return False
+        generation = self._namespace.segment.words[self._namespace.tables.instance(row) + Instance.GENERATION]
+        return bool(tenure.generation == generation)
+
+    def keeps(self, t: Transaction, copy: Copy, used: bool) -> bool:
+        """Give a copy back, but leave it idle for this process if it may keep it; else return False."""
+        tenure = self._tenures.current(copy.tag)
+        if tenure is None or (tenure.row, tenure.generation) != (copy.row, copy.generation):
+            return False
+        if not self._tenures.comes_back_at_once(copy.tag):
+            return False
+        if not self._scheduler.keep(t, copy.row, used, call_up=not tenure.called_up):
+            return False
+        tenure.called_up = True
+        return True
+
+    def _note_held(self, copy: Copy, operation: Operation) -> None:
+        at = (copy.row, copy.generation)
+        uses = self._namespace.segment.words[self._namespace.tables.instance(copy.row) + Instance.USES]
+        operation.gives_back = False
+        operation.held = held = (copy, uses)
+        self._held[at] = held
+        self._held_at[_key(copy.value)] = at
+
+    def take_granted(self, row: int, tag: str, operation: Operation) -> Copy | None:
+        """Note that this process holds what its ticket `row` was granted, and return it; without the lock.
+
+        None if that cannot be told, because transactions come too fast or this machine's processors may reorder reads.
+        The ticket is freed later, by `free_taken_tickets`: a transaction of its own would double the waiter's part of a
+        hand-over.
+        """
+        if not CAN_READ_UNLOCKED:
+            return None
+        words, at = self._namespace.segment.words, self._namespace.tables.ticket(row)
+        for _ in range(UNLOCKED_TRIES):
+            change = words[Header.CHANGE]
+            if not change & 1 and words[at + Ticket.STATE] == Ticket.GRANTED:
+                copy = self._copy_in(words[at + Ticket.INSTANCE] - 1, tag)
+                grant = (row, words[at + Ticket.NUMBER])
+                # No transaction was open, so the grant is not one that may yet be rolled back.
+                if words[Header.CHANGE] == change:
+                    # First the hold, so that no transaction finds a copy in use that nobody in this process has.
+                    self._note_held(copy, operation)
+                    self._taken_grants.add(grant)
+                    self._tenures.begin(tag, copy.row, copy.generation)
+                    return copy
+        return None
+
+    def free_taken_tickets(self, t: Transaction) -> None:
+        """Free the tickets whose grants were acted upon without the lock.
+
+        To be called before anything else in a transaction in which this process gives up a copy.
+        """
+        if not self._taken_grants:
+            return
+        words, tables = self._namespace.segment.words, self._namespace.tables
+        grants = tuple(self._taken_grants)
+        for row, number in grants:
+            at = tables.ticket(row)
+            # If not, another thread has just done so, and is about to take it off the list.
+            if words[at] != Ticket.FREE and words[at + Ticket.NUMBER] == number:
+                self._namespace.transitions.hand_over.consume_answer(t, row)
+        t.after.append(partial(self._forget_freed, grants))
+
+    def _forget_freed(self, grants: Sequence[tuple[int, int]]) -> None:
+        """Strike tickets off that are free. Looks, as calls after a transaction that was undone may be made, too."""
+        words, tables = self._namespace.segment.words, self._namespace.tables
+        for grant in grants:
+            at = tables.ticket(grant[0])
+            if words[at] == Ticket.FREE or words[at + Ticket.NUMBER] != grant[1]:
+                self._taken_grants.discard(grant)
+
+    @property
+    def has_taken_tickets(self) -> bool:
+        """Tell whether there is something to settle."""
+        return bool(self._taken_grants)
+
+    def _copy_in(self, row: int, tag: str) -> Copy:
+        """Return what this process knows, or can read, of the copy in a row."""
+        generation = self._namespace.segment.words[self._namespace.tables.instance(row) + Instance.GENERATION]
+        copy = self._objects.get(row) or self._handles.get(row)
+        if copy is None or copy.generation != generation:
+            copy = self._handles[row] = Copy(row, generation, tag, self._namespace.tables.handle_of(row))
+        return copy
+
+    def add_loaded(self, row: int, tag: str, value: Any, operation: Operation) -> Copy:
+        """Note a copy that this process has just loaded and holds; an object is its own from now on."""
+        words, tables = self._namespace.segment.words, self._namespace.tables
+        copy = Copy(row, words[tables.instance(row) + Instance.GENERATION], tag, value)
+        with self._mutex:
+            if not isinstance(value, str):
+                self._objects[row] = copy
+                self._rows_of_model[words[tables.instance(row) + Instance.MODEL]].append(row)
+        self._note_held(copy, operation)
+        return copy
+
+    def take_off(self, value: Any, tag: str, operation: Operation) -> Copy | None:
+        """Strike a held copy off the list and return it; None when this process holds no such thing.
+
+        Several copies can have equal handles, or be the same object: one of `tag` is preferred.
+        """
+        while True:
+            held = self._find_held(value, tag)
+            if held is None:
+                return None
+            if self.take_off_hold(held, operation):
+                return held[0]
+
+    def take_off_hold(self, held: Held, operation: Operation) -> bool:
+        """Strike a hold off the list; return False if it was struck off before."""
+        copy = held[0]
+        at = (copy.row, copy.generation)
+        operation.held, operation.gives_back = held, True
+        found = self._held.pop(at, None)
+        if found is held:
+            self._held_at.pop(_key(copy.value), None)
+            return True
+        operation.held, operation.gives_back = None, False
+        if found is not None:
+            # Another hold of the same copy, which has begun since.
+            self._held[at] = found
+        return False
+
+    def _find_held(self, value: Any, tag: str) -> Held | None:
+        key = _key(value)
+        at = self._held_at.get(key)
+        held = None if at is None else self._held.get(at)
+        if held is not None and held[0].tag == tag and _key(held[0].value) == key:
+            return held
+        found = [held for held in list(self._held.values()) if _key(held[0].value) == key]
+        return next((held for held in reversed(found) if held[0].tag == tag), found[-1] if found else None)
+
+    def put_back(self, held: Held) -> None:
+        """Put back on the list what `take_off` has struck off."""
+        copy = held[0]
+        self._held[copy.row, copy.generation] = held
+
+    @property
+    def has_any(self) -> bool:
+        """Tell whether this process holds copies of models; without the lock."""
+        return bool(self._held)
+
+    def is_held(self, copy: Copy) -> bool:
+        """Tell whether the row still says that this process holds the copy. Needs the lock."""
+        words, at = self._namespace.segment.words, self._namespace.tables.instance(copy.row)
+        return bool(
+            words[at + Instance.STATE] == Instance.ACTIVE
+            and words[at + Instance.GENERATION] == copy.generation
+            and words[at + Instance.HOLDER] == self._namespace.reference
+        )
+
+    def value_of(self, row: int) -> Any:
+        """Return the object or handle of a row as far as this process can know it, else None."""
+        owned = self._objects.get(row)
+        return owned.value if owned else (self._namespace.tables.handle_of(row) or None)
+
+    def is_twin(self, copy: Copy) -> bool:
+        """Tell whether others stand for the same handle as a copy. Looks without the lock, which a holder may do."""
+        handle = copy.value.encode("utf-8", "surrogateescape") if isinstance(copy.value, str) else b""
+        return bool(handle) and bool(self._namespace.transitions.twins.of(handle, copy.row))
+
+    def warn_of_twins(self, t: Transaction, tag: str, handle: str) -> None:
+        """Say, once a tag, that a loader has returned a handle that another one has returned before."""
+        if tag not in self._twins_of_tags:
+            self._twins_of_tags.add(tag)
+            text = (
+                "mpmm %s: pid %d: the loader of %s has returned the handle %r, whose object is "
+                "loaded already: it is counted once, and unloaded with the last copy; let the loader return a new "
+                "handle each time, or set max_model_copies=1"
+            )
+            t.after.append(partial(_LOG.warning, text, self._namespace.name, self._namespace.pid, tag, handle))
+
+    def handle_is_alive(self, copy: Copy) -> bool:
+        """Tell whether what a handle stands for still lives; a handle that never named a server is taken on trust."""
+        words, at = self._namespace.segment.words, self._namespace.tables.instance(copy.row)
+        if not words[at + Instance.HAS_SERVER]:
+            return True
+        server = words[at + Instance.SERVER]
+        if server:
+            return self._namespace.member_is_alive(server - 1)
+        return multi_process_shared.server_pid(copy.value) is not None
+
+    def forget_object(self, row: int, generation: int) -> Copy | None:
+        """Strike an object off the list and return it; None if the row is no longer that copy's."""
+        with self._mutex:
+            copy = self._objects.get(row)
+            if copy is None or copy.generation != generation:
+                return None
+            del self._objects[row]
+            for rows in self._rows_of_model.values():
+                if row in rows:
+                    rows.remove(row)
+            return copy
+
+    def objects(self) -> list[Copy]:
+        """Return what this process has loaded for itself."""
+        return list(self._objects.values())
+
+    def hold_at(self, row: int, generation: int) -> Held | None:
+        """Return the hold of an instance that is on the list."""
+        return self._held.get((row, generation))
+
+    def strike_off(self, row: int, generation: int) -> None:
+        """Strike the hold of an instance off the list, whoever has it."""
+        self._held.pop((row, generation), None)
+
+
+def server_pid_of(value: Any) -> int | None:
+    """Return the pid of the process behind a handle; None for an object, or a handle without a server."""
+    return multi_process_shared.server_pid(value) if isinstance(value, str) else None
+
+
+def _key(value: Any) -> Hashable:
+    # The text of a handle of a class of its own, so that no code of such a class runs where keys are compared: the
+    # compiled core does that with the lock held.
+    return str.__str__(value) if isinstance(value, str) else id(value)

@@ -1,0 +1,88 @@
+"""Unloads that take too long: the leader has another process do them, or counts on their memory no more."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+
+from mpmm.model_manager.unload import SHORTEST_UNLOAD_LIMIT_S, Unloads
+from mpmm.scheduler import Scheduler
+from mpmm.shared_state.layout import Header, Instance, Member
+from mpmm.shared_state.namespace import Namespace
+from mpmm.text.printable import printable_logger
+
+__all__ = ["LateUnloads"]
+
+_LOG = printable_logger("mpmm")
+
+
+class LateUnloads:
+    """Finds them; for the leader, or the process that stands in for it."""
+
+    def __init__(self, namespace: Namespace, scheduler: Scheduler, unloads: Unloads) -> None:
+        """unloads: those of this process."""
+        self._namespace = namespace
+        self._scheduler = scheduler
+        self._unloads = unloads
+
+    def hand_over(self) -> None:
+        """Find unloads that take longer than `memory_return_seconds`; have others do them, or count on them no more.
+
+        Any process can unload a handle: the next one is told to, this one if it has not tried yet. An object only its
+        owner can unload. What has been late for so long that a whole further turn would have been enough counts as
+        memory in use, so that other copies are evicted instead.
+        """
+        if not any(self._overdue(time.monotonic_ns())):
+            return
+        namespace = self._namespace
+        words, tables = namespace.segment.words, namespace.tables
+        said: dict[tuple[int, int], list[str]] = defaultdict(list)
+        with namespace.transaction() as t:
+            for row, late in list(self._overdue(t.now)):
+                at = tables.instance(row)
+                holder, tag = words[at + Instance.HOLDER] - 1, tables.tag_of(words[at + Instance.MODEL])
+                if late and not words[at + Instance.UNLOAD_LATE]:
+                    namespace.transitions.unloads.note_late(t, row)
+                    said[holder, -1].append(tag)
+                successor = None if words[at + Instance.OWNER] else self._successor_of(row, holder)
+                if successor is not None:
+                    namespace.transitions.unloads.hand_over(t, row, successor)
+                    said[holder, successor].append(tag)
+            pids = {slot: words[tables.member(slot) + Member.PID] for ends in said for slot in ends if slot >= 0}
+            self._scheduler.advance(t)
+        for (holder, successor), tags in said.items():
+            which = f"{tags[0]} and {len(tags) - 1} more" if len(tags) > 1 else tags[0]
+            then = f"pid {pids[successor]} does it instead" if successor >= 0 else "other copies are evicted instead"
+            _LOG.warning("mpmm %s: pid %d has not unloaded %s in time; %s", namespace.name, pids[holder], which, then)
+
+    def _overdue(self, now_ns: int) -> Iterator[tuple[int, bool]]:
+        """Find the rows whose HOLDER has not unloaded them in time, and tell whether nobody should count on them."""
+        namespace = self._namespace
+        words, tables = namespace.segment.words, namespace.tables
+        limit_ns = max(namespace.settings.memory_return_seconds, SHORTEST_UNLOAD_LIMIT_S) * 1e9
+        for row in tables.rows_where(namespace.segment.layout.instances, Instance.STATE, Instance.UNLOADING):
+            at = tables.instance(row)
+            if words[at + Instance.DEVICES] & words[Header.STEADY]:
+                # It has to wait.
+                continue
+            since, owned = words[at + Instance.SINCE], words[at + Instance.OWNER]
+            told = max(since, words[at + Instance.HANDED_AT])
+            late = now_ns - since > limit_ns * (1 if owned else 2)
+            if now_ns - told > limit_ns and not (owned and words[at + Instance.UNLOAD_LATE]):
+                yield row, late
+
+    def _successor_of(self, row: int, holder: int) -> int | None:
+        """Return the worker (slot) that takes an unload over from `holder` (slot): this one, unless it is at it itself.
+
+        Then the next in the table, so that each has its turn; None if there is none. Needs the lock.
+        """
+        namespace = self._namespace
+        at_it = row in self._unloads.in_progress
+        if holder != namespace.slot and not at_it:
+            return namespace.slot
+        workers = namespace.tables.rows_where(namespace.segment.layout.members, Member.STATE, Member.WORKER)
+        others = [slot for slot in workers if slot not in (holder, namespace.slot)]
+        # While this process is at other unloads, this one is merely in line.
+        last_resort = None if self._unloads.in_progress else namespace.slot
+        return next((slot for slot in others if slot > holder), others[0] if others else last_resort)

@@ -1,0 +1,215 @@
+"""What a process does when a load, or the use of a model, has run out of device memory.
+
+It learns that the model needs more than there was, says whether another try may find more, and makes room. What is
+learnt counts for all processes; see `mpmm.policy.out_of_memory`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from dataclasses import dataclass
+from functools import partial
+
+from mpmm.errors import LockTimeoutError
+from mpmm.memory.beam_metrics import report_estimate
+from mpmm.memory.samples import SharedSamples
+from mpmm.model_manager.deferred import NOW_S
+from mpmm.model_manager.unload import Unloads
+from mpmm.policy.out_of_memory import bound_mb, raised_estimate_mb
+from mpmm.scheduler import Copies, Scheduler
+from mpmm.shared_state.layout import Header, Instance, Model, device_rows
+from mpmm.shared_state.namespace import Namespace
+from mpmm.shared_state.transaction import Transaction
+from mpmm.text.printable import printable_logger
+
+__all__ = ["FreeMemory", "OutOfMemory"]
+
+_LOG = printable_logger("mpmm")
+
+
+@dataclass(frozen=True)
+class FreeMemory:
+    """What the devices of a copy had for it when its load began.
+
+    mb: as much as the one that had least, times the devices; physically, whatever slack says. room_mb: what they could
+    have had for it at best, within their limits, if everything else of the namespace were gone. alone: there was
+    nothing of it, idle copies of pinned models aside, nor was anything on its way back.
+    """
+
+    mb: float
+    room_mb: float
+    alone: bool
+
+
+class OutOfMemory:
+    """One process's part in running out of memory."""
+
+    def __init__(self, namespace: Namespace, scheduler: Scheduler, samples: SharedSamples, unloads: Unloads) -> None:
+        self._namespace = namespace
+        self._scheduler = scheduler
+        self._samples = samples
+        self._unloads = unloads
+
+    def devices_in_use(self, tag: str) -> int:
+        """Return the bits of the devices on which this process holds copies of a model."""
+        namespace = self._namespace
+        tables, words = namespace.tables, namespace.segment.words
+        with namespace.transaction():
+            model = tables.model_row(tag)
+            rows = tables.rows_where(namespace.segment.layout.instances, Instance.HOLDER, namespace.reference)
+            bits = 0
+            for at in map(tables.instance, rows):
+                if words[at] == Instance.ACTIVE and words[at + Instance.MODEL] == model:
+                    bits |= words[at + Instance.DEVICES]
+            return bits
+
+    def free_for_load(self, row: int) -> FreeMemory | None:
+        """Return what the devices have for a copy that is about to load; None if there is nothing to measure it with.
+
+        None as well if the lock is not free at once: a load does not wait for it.
+        """
+        namespace = self._namespace
+        words, floats, tables = namespace.segment.words, namespace.segment.floats, namespace.tables
+        if words[Header.SOURCE_BOOKS_ONLY]:
+            return None
+        at = tables.instance(row)
+        with contextlib.suppress(LockTimeoutError), namespace.transaction(NOW_S):
+            devices = device_rows(words[at + Instance.DEVICES])
+            own_mb = floats[at + Instance.RESERVED_MB] / len(devices)
+            copies = self._scheduler.read_copies()
+            views = [view for view in self._scheduler.device_views(copies) if view.device in devices]
+            free_mb = min(view.total_mb - view.used_mb - max(0.0, view.reserved_mb - own_mb) for view in views)
+            coming = any(view.unloading or view.returning_mb > 0 for view in views)
+            room_mb = min(self._room_mb(device, copies) for device in devices)
+            return FreeMemory(free_mb * len(devices), room_mb * len(devices), not coming and not self._neighbours(row))
+        return None
+
+    def could_gain(self, row: int, free: FreeMemory | None, places: int) -> bool:
+        """Tell whether a load that has run out of memory could find more, once others have gone. Needs the lock.
+
+        row: the copy that was to be loaded. places: bits of the devices where it may load, 0 for all.
+        """
+        if free is None or not free.alone or self._neighbours(row):
+            return True
+        here = self._namespace.segment.words[self._namespace.tables.instance(row) + Instance.DEVICES]
+        return self._roomiest_mb(places, here.bit_count(), here, free.mb) > free.mb
+
+    def _neighbours(self, row: int) -> list[int]:
+        """Return the instances beside a copy that could make room for it: all but the idle ones of pinned models."""
+        words, tables = self._namespace.segment.words, self._namespace.tables
+        others = []
+        for device in device_rows(words[tables.instance(row) + Instance.DEVICES]):
+            for other in tables.on_device(device):
+                at = tables.instance(other)
+                pinned = words[tables.model(words[at + Instance.MODEL]) + Model.PINS]
+                if other != row and words[at] != Instance.SUSPENDED and not (pinned and words[at] == Instance.IDLE):
+                    others.append(other)
+        return others
+
+    def _roomiest_mb(self, places: int, span: int, here: int = 0, here_mb: float = 0.0) -> float:
+        """Return what a copy can be given at best on `span` of these devices (bits, 0 for all) beside what is not ours.
+
+        here: bits of the devices that are known to have no more than `here_mb` for it together.
+        """
+        copies = self._scheduler.read_copies()
+        rooms = [
+            here_mb / span if here >> row & 1 else self._room_mb(row, copies)
+            for row in device_rows(places) or self._samples.rows()
+        ]
+        return min(sorted(rooms)[-span:], default=0.0) * span
+
+    def _room_mb(self, device: int, copies: Copies) -> float:
+        """Return how much of a device one copy could have, if it had the device to itself: see `admission.widened`."""
+        view = next(view for view in self._scheduler.device_views(copies) if view.device == device)
+        return min(self._scheduler.limit_mb(device), view.total_mb - max(0.0, view.external_least_mb))
+
+    def learn_from_load(self, t: Transaction, row: int, free: FreeMemory | None, places: int, first: bool) -> None:
+        """Record that a load has run out of memory, before its row is freed.
+
+        row, free, places: see `could_gain`. first: it may get a second turn. Where nothing can be measured, it is taken
+        for a quarter more in that; else for more than was free, less what others have begun to take since.
+        """
+        namespace = self._namespace
+        words, floats, tables = namespace.segment.words, namespace.segment.floats, namespace.tables
+        at = tables.instance(row)
+        model, here = words[at + Instance.MODEL], words[at + Instance.DEVICES]
+        span = here.bit_count()
+        at_least_mb = 0.0
+        if free is not None:
+            generation = words[at + Instance.GENERATION]
+            later = [tables.instance(other) for other in self._neighbours(row)]
+            came_mb = math.fsum(floats[o + Instance.MB] for o in later if words[o + Instance.GENERATION] > generation)
+            room_mb = self._roomiest_mb(places, span, here, free.room_mb)
+            at_least_mb = bound_mb(free.mb - came_mb * span, room_mb)
+        namespace.transitions.estimates.record_out_of_memory(t, model, at_least_mb, loading=True)
+        if free is None and first and words[Header.SOURCE_BOOKS_ONLY]:
+            self._raise_by_a_quarter(t, model, here)
+        self._say_ran_out(t, model)
+
+    def _raise_by_a_quarter(self, t: Transaction, model: int, devices: int) -> None:
+        """Take a model for more, with nothing to go by but the books."""
+        need_mb = self._scheduler.need_mb(model)
+        limit_mb = max(map(self._scheduler.limit_mb, device_rows(devices)), default=need_mb)
+        raised_mb = raised_estimate_mb(need_mb, limit_mb)
+        measured = bool(self._namespace.segment.words[self._namespace.tables.model(model) + Model.MEASURED])
+        self._namespace.transitions.estimates.estimate(t, model, raised_mb, measured)
+        t.after.append(partial(report_estimate, self._namespace.tables.tag_of(model), raised_mb))
+
+    def _say_ran_out(self, t: Transaction, model: int) -> None:
+        namespace = self._namespace
+        tag, mb = (
+            namespace.tables.tag_of(model),
+            namespace.segment.floats[namespace.tables.model(model) + Model.AT_LEAST_MB],
+        )
+        text = "mpmm %s: pid %d ran out of memory with %s, which needs more than %.0f MB"
+        if not mb:
+            text, mb = (
+                "mpmm %s: pid %d ran out of memory with %s, assumed to need %.0f MB",
+                self._scheduler.need_mb(model),
+            )
+        t.after.append(partial(_LOG.warning, text, namespace.name, namespace.pid, tag, mb))
+
+    def make_room_after_use(self, tag: str) -> None:
+        """Learn from a use of a model that has run out of memory, and unload what is idle on its devices.
+
+        A copy of this process had what it took and all that was free besides: it needs more than that, and a quarter
+        more than it is taken for, as its work space may not be in the figures. Its estimate stays: that is what a copy
+        takes, whatever it was asked to do.
+        """
+        namespace = self._namespace
+        words, floats, tables = namespace.segment.words, namespace.segment.floats, namespace.tables
+        devices = self.devices_in_use(tag)
+        with namespace.transaction() as t:
+            model = tables.model_row(tag)
+            if model is None:
+                return
+            if words[Header.SOURCE_BOOKS_ONLY] or not devices:
+                namespace.transitions.estimates.record_out_of_memory(t, model)
+                self._raise_by_a_quarter(t, model, devices)
+            else:
+                rows = tables.rows_where(namespace.segment.layout.instances, Instance.HOLDER, namespace.reference)
+                ours = [at for at in map(tables.instance, rows) if words[at + Instance.MODEL] == model]
+                span = max((words[at + Instance.DEVICES].bit_count() for at in ours), default=1)
+                own_mb = max((floats[at + Instance.MB] for at in ours), default=0.0)
+                views = self._scheduler.device_views(self._scheduler.read_copies())
+                free = [v.total_mb - v.used_mb - v.reserved_mb for v in views if devices >> v.device & 1]
+                limit_mb = self._roomiest_mb(devices, span)
+                had_mb = own_mb + max(0.0, min(free)) * span
+                at_least_mb = max(had_mb, raised_estimate_mb(self._scheduler.need_mb(model), limit_mb))
+                namespace.transitions.estimates.record_out_of_memory(t, model, bound_mb(at_least_mb, limit_mb))
+            self._say_ran_out(t, model)
+        self.make_room(devices)
+
+    def make_room(self, devices: int) -> None:
+        """Take back what admission believed: unload what is idle on these devices (bits), pinned models aside."""
+        namespace = self._namespace
+        words, tables = namespace.segment.words, namespace.tables
+        with namespace.transaction() as t:
+            for row in tables.rows_where(namespace.segment.layout.instances, Instance.STATE, Instance.IDLE):
+                at = tables.instance(row)
+                pinned = words[tables.model(words[at + Instance.MODEL]) + Model.PINS]
+                # A twin has gone with the one before it.
+                if words[at] == Instance.IDLE and words[at + Instance.DEVICES] & devices and not pinned:
+                    namespace.transitions.unloads.begin(t, row, namespace.slot, evicted=True)
+        self._unloads.unload_assigned()

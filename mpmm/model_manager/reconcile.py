@@ -1,0 +1,116 @@
+"""Takes back what calls had in hand that an exception has ended; see `mpmm.model_manager.operations`."""
+
+from __future__ import annotations
+
+from mpmm.model_manager.held import HeldInstances
+from mpmm.model_manager.operations import Operation, ended_calls
+from mpmm.scheduler import Scheduler
+from mpmm.shared_state.layout import Instance, Ticket
+from mpmm.shared_state.namespace import Namespace
+from mpmm.shared_state.transaction import Transaction
+from mpmm.text.printable import printable_logger
+
+__all__ = ["Reconciler", "leave_if_there"]
+
+_LOG = printable_logger("mpmm")
+
+
+class Reconciler:
+    """For the background thread of a process, which looks a few times a second while calls are in progress.
+
+    has_abandoned: a call was abandoned since the last look.
+    """
+
+    def __init__(
+        self, namespace: Namespace, scheduler: Scheduler, held: HeldInstances, operations: set[Operation]
+    ) -> None:
+        """operations: the calls that have something in hand."""
+        self._namespace = namespace
+        self._scheduler = scheduler
+        self._held = held
+        self._operations = operations
+        self.has_abandoned = False
+
+    def reconcile(self) -> None:
+        """Take back what calls had in hand that an exception has ended, and end a transaction that it has left.
+
+        Raises LockTimeoutError.
+        """
+        self.has_abandoned = False
+        self._namespace.lock.end_abandoned()
+        self._namespace.lock.finish_calls()
+        for operation in ended_calls(self._operations):
+            self._take_back(operation)
+
+    def _take_back(self, operation: Operation) -> None:
+        if operation.has_something:
+            with self._namespace.transaction() as t:
+                self._held.free_taken_tickets(t)
+                self._leave_abandoned(t, operation)
+                self._release_abandoned(t, operation)
+                self._scheduler.advance(t)
+            if operation.is_orphaned and operation.warning:
+                _LOG.warning("mpmm %s: pid %d: %s", self._namespace.name, self._namespace.pid, operation.warning)
+        self._operations.discard(operation)
+        operation.frame = None
+
+    def _leave_abandoned(self, t: Transaction, operation: Operation) -> None:
+        """Give up ticket and load of a call, if the books still know of them."""
+        words, tables, transitions = self._namespace.segment.words, self._namespace.tables, self._namespace.transitions
+        reference = self._namespace.reference
+        others = [other.ticket for other in list(self._operations) if other is not operation]
+        # Where the transaction that queued it was undone, the next one was given the same number.
+        if operation.ticket not in others:
+            leave_if_there(self._namespace, operation.ticket, t)
+        if operation.booking is not None:
+            row, generation = operation.booking
+            at = tables.instance(row)
+            if (words[at + Instance.GENERATION], words[at + Instance.HOLDER]) == (generation, reference):
+                if words[at] == Instance.LOADING:
+                    transitions.loads.give_up(t, row)
+                elif words[at] == Instance.RESUMING:
+                    transitions.suspensions.turn_back(t, row, reference)
+                elif words[at] == Instance.LEASED:
+                    transitions.leases.end(t, row)
+
+    def _release_abandoned(self, t: Transaction, operation: Operation) -> None:
+        """Give back the copy of a call, unless that has been done, or another call has it by now."""
+        held = operation.held
+        if held is None:
+            return
+        copy, use = held
+        if self._is_granted(copy.row):
+            # Another waiter's by now, who may be about to put it on the list, without the lock.
+            return
+        at = (copy.row, copy.generation)
+        words, row = self._namespace.segment.words, self._namespace.tables.instance(copy.row)
+        if self._held.hold_at(*at) is held:
+            ours = True
+        else:
+            # It was struck off: by this call, to give it back, or because its transaction was undone.
+            others = [other for other in list(self._operations) if other is not operation and other.gives_back]
+            ours = operation.gives_back and words[row + Instance.USES] == use
+            ours = ours and not any(other.held is held for other in others)
+        if ours and self._held.is_held(copy):
+            self._scheduler.release(t, copy.row)
+        if self._held.hold_at(*at) is held:
+            self._held.strike_off(*at)
+
+    def _is_granted(self, row: int) -> bool:
+        """Tell whether a ticket was granted the copy in a row, and its waiter has not taken it for certain."""
+        words, tables, layout = self._namespace.segment.words, self._namespace.tables, self._namespace.segment.layout
+        tickets = map(tables.ticket, tables.rows_where(layout.tickets, Ticket.INSTANCE, row + 1))
+        return any(words[at] == Ticket.GRANTED for at in tickets)
+
+
+def leave_if_there(namespace: Namespace, ticket: tuple[int, int] | None, t: Transaction) -> bool:
+    """Take a ticket (row and number) out of the queue; return False if that has been done already."""
+    if ticket is None:
+        return False
+    words, at = namespace.segment.words, namespace.tables.ticket(ticket[0])
+    if words[at] == Ticket.FREE or words[at + Ticket.NUMBER] != ticket[1]:
+        return False
+    if words[at + Ticket.MEMBER] != namespace.reference:
+        return False
+    namespace.transitions.hand_over.leave_queue(t, ticket[0])
+    return True

@@ -1,0 +1,86 @@
+"""What a model server does first, and last: it joins the namespace of the process that started it, and cleans up."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from mpmm.errors import LockTimeoutError, MpmmError, ServerStartError
+from mpmm.multi_process_shared.context import ServerContext
+from mpmm.placement import Placement, place_for_good, server_setting
+from mpmm.shared_state.layout import Instance, Member
+from mpmm.shared_state.namespace import Namespace, remove_deserted
+from mpmm.sources import MemorySource
+from mpmm.text.printable import printable_logger
+
+__all__ = ["ServerDuty", "server_context"]
+
+_LOG = printable_logger("mpmm")
+
+
+@dataclass(frozen=True)
+class ServerDuty:
+    """What a new model server does first: join the namespace, and tie itself to the copy it is about to hold."""
+
+    root: str
+    name: str
+    row: int
+    generation: int
+    placement: Placement
+
+    def __call__(self, tag: str) -> Namespace | None:
+        """Return the server's membership, or None when the namespace is gone already.
+
+        Raises ServerStartError when the load is: the server ends then, as there is nobody to serve.
+        """
+        try:
+            namespace = Namespace.join(self.name, root=Path(self.root), kind=Member.SERVER, label=tag, must_exist=True)
+        except LockTimeoutError as error:
+            # Unknown to the namespace, it would live on if its loader died now.
+            raise ServerStartError(f"the server of {tag!r} cannot join its namespace: {error}", tag=tag) from error
+        except (FileNotFoundError, MpmmError) as error:
+            _LOG.warning("mpmm: the server of %s cannot join its namespace: %s", tag, error)
+            return None
+        words, at = namespace.segment.words, namespace.tables.instance(self.row)
+        with namespace.transaction() as t:
+            wanted = (
+                words[at + Instance.STATE] == Instance.LOADING and words[at + Instance.GENERATION] == self.generation
+            )
+            if wanted:
+                namespace.transitions.loads.link_server(t, self.row, namespace.slot)
+        if not wanted:
+            # Its loader died or was reset before we came up. No row would ever name us, so nobody would unload us.
+            namespace.leave()
+            raise ServerStartError(f"the load for which the server of {tag!r} was started is over", tag=tag)
+        place_for_good(self.placement)
+        return namespace
+
+
+@dataclass(frozen=True)
+class _Farewell:
+    """What the last model server does when no worker is left."""
+
+    root: str
+    name: str
+
+    def __call__(self) -> None:
+        remove_deserted(Path(self.root), self.name)
+
+
+def server_context(namespace: Namespace, source: MemorySource, placement: Placement, row: int) -> ServerContext:
+    """Return what a model server should know that the loader of `row` starts."""
+    place = (str(namespace.runtime.root), namespace.name)
+    generation = namespace.segment.words[namespace.tables.instance(row) + Instance.GENERATION]
+    uuids = placement.uuids
+    setting = server_setting(source, uuids)
+    # In the server they are all that there is, so CUDA and HIP count them from 0.
+    if setting:
+        placement = Placement(tuple(range(len(uuids))), uuids)
+    return ServerContext(
+        alive_lock=str(namespace.runtime.file("alive.lock")),
+        namespace=namespace.name,
+        environment=(setting,) if setting else (),
+        on_start=ServerDuty(*place, row, generation, placement),
+        # A manager inside a server is still there when no worker is left.
+        on_last=None if namespace.kind == Member.GUEST else _Farewell(*place),
+    )

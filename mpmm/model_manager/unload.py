@@ -1,0 +1,340 @@
+"""Unloads: a process ends the servers, and gives up the objects, of the instances that it was told to unload.
+
+Whoever decides on an unload writes into the instance's row which process has to do it: the owner of an object, and for
+a server the waiter that needs the room, or any other worker. That process finds the row here, unloads without the lock,
+and frees the row. If it is not done in time, the leader hands it to another one (`mpmm.model_manager.late_unloads`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from mpmm import multi_process_shared
+from mpmm.memory.beam_metrics import report_model_count
+from mpmm.model_manager.fresh_figures import FreshFigures
+from mpmm.model_manager.held import HeldInstances
+from mpmm.model_manager.operations import Copy
+from mpmm.model_manager.waits import decision, says_more
+from mpmm.multi_process_shared.stop_server import kill_process
+from mpmm.policy.view import Reason
+from mpmm.scheduler import Scheduler
+from mpmm.shared_state.events import Cause, EventKind
+from mpmm.shared_state.layout import Device, Header, Instance, Member, Model, device_rows
+from mpmm.shared_state.namespace import Namespace
+from mpmm.shared_state.transaction import Transaction
+from mpmm.suspend.suspender import Suspender
+from mpmm.text.printable import printable_logger
+
+__all__ = [
+    *("ENDS_WITHIN_S", "SHORTEST_UNLOAD_LIMIT_S", "UNLOAD_LOOK_S", "Unloads"),
+    *("collect_garbage", "unload_made", "unload_object"),
+]
+
+_LOG = printable_logger("mpmm")
+# How an object that is not a handle lets go of what garbage collection does not see; the second is Beam's name.
+_UNLOAD_METHODS = ("unload_model", "mock_model_unsafe_hard_delete")
+# Servers to end at a time; each takes a thread that mostly waits.
+UNLOADS_AT_A_TIME = 8
+# However short `memory_return_seconds` is: another process is not told to do what may be done in a moment.
+SHORTEST_UNLOAD_LIMIT_S = 0.5
+# A server that has not left by itself within so long is killed.
+ENDS_WITHIN_S = 10.0
+# A thread that waits for memory looks so often whether there is more.
+UNLOAD_LOOK_S = 0.01
+
+
+class Unloads:
+    """What one process has to unload. Its threads share it.
+
+    in_progress: rows of what its threads are unloading now. has_failed: an unload ended in an exception, so its row may
+    still be there; the background thread looks. leaving: the process leaves the namespace, and unloads even where
+    something starts that should not be disturbed.
+    """
+
+    def __init__(
+        self,
+        namespace: Namespace,
+        scheduler: Scheduler,
+        figures: FreshFigures,
+        held: HeldInstances,
+        waiting: Callable[[], contextlib.AbstractContextManager[None]],
+    ) -> None:
+        """waiting: counts the calling thread among those that wait, for the length of a `with` block."""
+        self._namespace = namespace
+        self._scheduler = scheduler
+        self._figures = figures
+        self._held = held
+        self._waiting = waiting
+        self._suspender = Suspender(namespace, scheduler, figures.samples, held.value_of, self.unload_in_thread)
+        self.in_progress: set[int] = set()
+        self.has_failed = False
+        self.leaving = False
+
+    @property
+    def suspender(self) -> Suspender:
+        """Suspends what is to be suspended instead."""
+        return self._suspender
+
+    def unload_if_not_kept(self, t: Transaction, copy: Copy) -> None:
+        """Have a copy that was just given back unloaded, if it is kept for no time at all, and nobody waits for it.
+
+        What others give back whom nobody has told so, the next poll finds.
+        """
+        words, tables = self._namespace.segment.words, self._namespace.tables
+        at = tables.instance(copy.row)
+        model = tables.model(words[at + Instance.MODEL])
+        unwanted = words[at] == Instance.IDLE and words[at + Instance.GENERATION] == copy.generation
+        if not unwanted or words[model + Model.WAITING] or words[model + Model.PINS]:
+            return
+        if words[model + Model.KEEP_ALIVE] == Model.AT_ONCE:
+            cause = Cause(Reason.EXPIRED)
+            self._namespace.transitions.unloads.begin(t, copy.row, self._namespace.slot, evicted=False, cause=cause)
+
+    def unload_in_thread(self) -> None:
+        """Do `unload_assigned` in a thread of its own, if there is anything to do.
+
+        A waiter has to give up in time, and the keeper has other duties, however long an unload takes: a model's own
+        code may hang. Both are told of the same unloads, because either may be stuck elsewhere.
+        """
+        if self._has_to_unload():
+            # Without a thread to be had, the next look at the rows finds what is left, or another process is given it.
+            with contextlib.suppress(RuntimeError):
+                threading.Thread(target=self._unload_here, name="mpmm-unload", daemon=True).start()
+
+    def _unload_here(self) -> None:
+        with self._reporting_trouble(), self._waiting():
+            self._unload_what_is_left()
+
+    @contextlib.contextmanager
+    def _reporting_trouble(self) -> Iterator[None]:
+        """Log what goes wrong in a thread that unloads."""
+        try:
+            with self._namespace.lock.patient_here():
+                yield
+        except Exception:
+            # Otherwise the process has left meanwhile, and another one has been given the rest to do.
+            if self._namespace.is_usable:
+                self.has_failed = True
+                _LOG.exception("mpmm %s: pid %d failed to unload a copy", self._namespace.name, self._namespace.pid)
+
+    def _has_to_unload(self) -> bool:
+        """Look, without the lock, for copies that this process has to unload and that none of its threads is at."""
+        return any(row not in self.in_progress for row, _ in self._assigned())
+
+    def _assigned(self) -> list[tuple[int, int]]:
+        """Return row and generation of the copies that this process has to unload, or to suspend, now.
+
+        Where something starts quietly, see `Instance.STEADY`, that has to wait; but not for a process that leaves.
+        """
+        words, tables = self._namespace.segment.words, self._namespace.tables
+        steady = 0 if self.leaving else words[Header.STEADY]
+        ours = tables.rows_where(self._namespace.segment.layout.instances, Instance.HOLDER, self._namespace.reference)
+        starts = [(row, tables.instance(row)) for row in ours]
+        return [
+            (row, words[at + Instance.GENERATION])
+            for row, at in starts
+            if words[at + Instance.STATE] in (Instance.UNLOADING, Instance.SUSPENDING)
+            and not words[at + Instance.DEVICES] & steady
+        ]
+
+    def unload_assigned(self) -> None:
+        """Unload every copy whose row says that this process has to, and return when that is done.
+
+        What other threads are at is waited for, too, but no longer than it takes to kill a server.
+        """
+        self._unload_what_is_left()
+        deadline = time.monotonic() + ENDS_WITHIN_S
+        while self._assigned() and time.monotonic() < deadline:
+            time.sleep(UNLOAD_LOOK_S)
+            self._unload_what_is_left()
+
+    def _unload_what_is_left(self) -> None:
+        """Unload the copies that this process has to and that none of its threads is at.
+
+        Handles are unloaded several at a time, so that one server that does not end holds up no other; objects one
+        after another, because their unload methods may not be made for threads.
+        """
+        words, tables = self._namespace.segment.words, self._namespace.tables
+        while self._has_to_unload():
+            with self._namespace.transaction():
+                found = [one for one in self._assigned() if one[0] not in self.in_progress]
+                handles = [one for one in found if not words[tables.instance(one[0]) + Instance.OWNER]]
+                objects = [one for one in found if one not in handles]
+                mine = [*handles[: UNLOADS_AT_A_TIME - 1], *objects[:1]] or handles[:1]
+                # The mutex of the lock guards the set, too: several threads unload at the same time.
+                self.in_progress.update(row for row, _ in mine)
+            if not mine:
+                return
+            self._unload_all(mine)
+
+    def _unload_all(self, copies: Sequence[tuple[int, int]]) -> None:
+        """Unload these copies (row, generation), which are in `in_progress`, each in a thread of its own but the last.
+
+        The last one is this thread's.
+        """
+        *others, last = copies
+        threads = []
+        try:
+            for other in others:
+                thread = threading.Thread(target=self._unload_claimed, args=other, name="mpmm-unload", daemon=True)
+                try:
+                    thread.start()
+                except RuntimeError:
+                    # There is no thread to be had.
+                    self._unload_claimed(*other)
+                else:
+                    threads.append(thread)
+            self._unload(*last)
+        finally:
+            self.in_progress.discard(last[0])
+        for thread in threads:
+            thread.join()
+
+    def _unload_claimed(self, row: int, generation: int) -> None:
+        try:
+            with self._reporting_trouble(), self._waiting():
+                self._unload(row, generation)
+        finally:
+            self.in_progress.discard(row)
+
+    def wait_for_unloads(self, devices: int) -> None:
+        """Wait until nothing is being unloaded from devices (bits), others' objects included, and memory is back.
+
+        No longer than `memory_return_seconds` and the time for which such figures count: somebody may be stuck.
+        """
+        namespace = self._namespace
+        words, floats, tables = namespace.segment.words, namespace.segment.floats, namespace.tables
+        deadline = time.monotonic() + namespace.settings.memory_return_seconds + namespace.settings.poll_interval
+        while time.monotonic() < deadline:
+            with namespace.transaction():
+                unloading = any(
+                    words[tables.instance(row) + Instance.DEVICES] & devices
+                    for row in tables.rows_where(namespace.segment.layout.instances, Instance.STATE, Instance.UNLOADING)
+                )
+                rows = device_rows(devices)
+                returning = any(floats[tables.device(device) + Device.RETURNING_MB] > 0 for device in rows)
+            if not unloading and not returning:
+                return
+            time.sleep(UNLOAD_LOOK_S)
+
+    def _unload(self, row: int, generation: int) -> None:
+        """Unload a copy and free its row, unless another process has done so, or has been told to, meanwhile.
+
+        One that is to be suspended is.
+        """
+        namespace = self._namespace
+        words, tables = namespace.segment.words, namespace.tables
+        at = tables.instance(row)
+        if words[at] == Instance.SUSPENDING:
+            self._suspender.suspend(row, generation)
+            self._settle()
+            return
+        with namespace.transaction():
+            if not self._is_unloading(at, generation) or words[at + Instance.HOLDER] != namespace.reference:
+                return
+            model, owned, server = (words[at + word] for word in (Instance.MODEL, Instance.OWNER, Instance.SERVER))
+            tag, handle = tables.tag_of(model), tables.handle_of(row)
+            is_last = namespace.transitions.twins.unloads_handle(row)
+            # A server that has died may have a successor of the same name, which is another copy's.
+            lost = words[at + Instance.HAS_SERVER] and words[at + Instance.DOOMED] == Instance.LOST and not server
+            server_pid = words[tables.member(server - 1) + Member.PID] if server else None
+        if says_more(_LOG):
+            why, mb = decision(self._namespace, EventKind.UNLOAD_BEGAN, row), namespace.segment.floats[at + Instance.MB]
+            text = "mpmm %s: pid %d unloads %s, %.0f MB%s"
+            _LOG.info(text, namespace.name, namespace.pid, tag, mb, f": it {why}" if why else "")
+        if owned:
+            copy = self._held.forget_object(row, generation)
+            if copy is not None:
+                unload_object(copy.value)
+                # Before the garbage is collected, which is not what something still refers to.
+                del copy
+                collect_garbage()
+        elif handle and is_last and not lost:
+            self._suspender.prepare_end(row)
+            self._unload_handle(handle, server - 1 if server else None, server_pid)
+        with namespace.transaction() as t:
+            if self._is_unloading(at, generation):
+                namespace.transitions.unloads.end(t, row)
+            loaded = words[tables.model(model) + Model.LOADED]
+        _LOG.info("mpmm %s: pid %d unloaded %s", namespace.name, namespace.pid, tag)
+        report_model_count(tag, loaded)
+        self._settle()
+
+    def _is_unloading(self, at: int, generation: int) -> bool:
+        """Tell whether a row (first word) still stands for a copy in mid-unload."""
+        words = self._namespace.segment.words
+        return bool(words[at + Instance.STATE] == Instance.UNLOADING and words[at + Instance.GENERATION] == generation)
+
+    def _unload_handle(self, handle: str, slot: int | None, server_pid: int | None) -> None:
+        """End the server of a handle, for certain; one of another pid than `server_pid` is another copy's by now.
+
+        A server that does not leave by itself is killed before another process takes the unload over.
+
+        slot: of the server, if it is a member. Raises ModelServerError when it survives.
+        """
+        limit_s = min(max(self._namespace.settings.memory_return_seconds, SHORTEST_UNLOAD_LIMIT_S), ENDS_WITHIN_S)
+        with contextlib.suppress(OSError, EOFError):
+            multi_process_shared.unload(handle, timeout_seconds=limit_s, pid=server_pid)
+        if slot is not None and server_pid is not None:
+            # Its files may be gone, or not be read. Whether it lives, the namespace knows.
+            kill_process(server_pid, lambda: self._serves(slot, server_pid), handle)
+
+    def _serves(self, slot: int, pid: int) -> bool:
+        """Tell whether a model server is a living member in this slot; without the lock."""
+        words, at = self._namespace.segment.words, self._namespace.tables.member(slot)
+        is_it = words[at] == Member.SERVER and words[at + Member.PID] == pid
+        return is_it and self._namespace.member_is_alive(slot)
+
+    def _settle(self) -> None:
+        """Let waiters profit from freed memory: a new sample has to show it."""
+        if self._figures.source.cheap:
+            self._figures.ensure_fresh()
+        else:
+            self._figures.request_sample()
+        if self._figures.given_source is not None:
+            self._figures.reset_peak()
+            self._figures.samples.reset_peak()
+        with self._namespace.transaction() as t:
+            self._scheduler.advance(t)
+
+
+def unload_made(value: Any) -> None:
+    """Unload what a loader has made, a handle or an object; None is nothing."""
+    if isinstance(value, str):
+        with contextlib.suppress(OSError, EOFError):
+            multi_process_shared.unload(value)
+    elif value is not None:
+        unload_object(value)
+
+
+def unload_object(value: Any) -> None:
+    """Have an object let go of what garbage collection does not see."""
+    for name in _UNLOAD_METHODS:
+        method = getattr(value, name, None)
+        if callable(method):
+            try:
+                method()
+            except Exception:
+                # It is the model's own code. The memory is gone from the books either way.
+                _LOG.exception("mpmm: %s of a %s failed", name, type(value).__name__)
+            return
+
+
+def collect_garbage() -> None:
+    """Give back the memory of what nothing refers to any more, cycles among it."""
+    gc.collect()
+    _empty_torch_cache()
+
+
+def _empty_torch_cache() -> None:
+    """Give back what torch keeps for itself, where somebody has imported torch."""
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        with contextlib.suppress(Exception):
+            torch.cuda.empty_cache()
