@@ -29,7 +29,8 @@ from mpmm import fork_hooks
 from mpmm.model_manager import ModelManager
 from mpmm.multi_process_shared import MultiProcessShared
 from mpmm.shared_state.lock_file import is_locked
-from mpmm.shared_state.namespace import Namespace, remove_deserted
+from mpmm.shared_state.namespace import Namespace
+from mpmm.shared_state.removal import remove_deserted
 from mpmm.shared_state.snapshot import read_snapshot
 
 NewProcess = Callable[..., Process]
@@ -189,7 +190,7 @@ def use_server(tag: str, spawns: bool) -> None:
 def put_files_back(namespace: Namespace) -> None:
     """Have a member make again what was removed."""
     shutil.rmtree(namespace.runtime.path)
-    namespace._put_files_back()
+    namespace._files.put_back()
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,8 @@ from mpmm.errors import (
 from mpmm.model_manager import ModelManager
 from mpmm.shared_state.layout import LAYOUT_VERSION, Capacities, Header
 from mpmm.shared_state.lock_file import LockFile
-from mpmm.shared_state.namespace import Namespace, remove_all_deserted, remove_deserted
+from mpmm.shared_state.namespace import Namespace
+from mpmm.shared_state.removal import remove_all_deserted, remove_deserted
 from mpmm.shared_state.segment import segment_name
 from mpmm.shared_state.snapshot import find_namespaces, read_snapshot
 from mpmm.shared_state.transaction import CLAIM_NS

@@ -449,7 +449,7 @@ def test_files_are_touched(namespace: str, runtime_root: Path) -> None:
     joined = Namespace.join(namespace)
     for path in (runtime_root / namespace).iterdir():
         os.utime(path, (1, 1))
-    joined._touch_due = joined._look_due = 0.0
+    joined._files._touch_due = joined._files._look_due = 0.0
     lead = LockFile(joined.runtime.file("leader.lock"))
     assert joined.look_after_files(lead, False) is False
     assert all(os.stat(path).st_mtime > 1 for path in (runtime_root / namespace).iterdir())

@@ -49,7 +49,7 @@ import benchmark_shared
 from benchmark_report import as_json, header, machine, plot, row_lines
 from benchmark_rows import IMPLEMENTATIONS, Measured, Row, Summary, Task, summarise
 
-from mpmm.shared_state.namespace import remove_deserted
+from mpmm.shared_state.removal import remove_deserted
 from mpmm.shared_state.runtime_dir import RUNTIME_DIR_VARIABLE, root_below
 from mpmm.shared_state.segment import segment_name
 

@@ -9,7 +9,8 @@ from mpmm.errors import LockTimeoutError, MpmmError, ServerStartError
 from mpmm.multi_process_shared.context import ServerContext
 from mpmm.placement import Placement, place_for_good, server_setting
 from mpmm.shared_state.layout import Instance, Member
-from mpmm.shared_state.namespace import Namespace, remove_deserted
+from mpmm.shared_state.namespace import Namespace
+from mpmm.shared_state.removal import remove_deserted
 from mpmm.sources import MemorySource
 from mpmm.text.printable import printable_logger
 

@@ -8,8 +8,8 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from mpmm.shared_state.namespace import is_deserted, namespaces_below, remove_deserted
 from mpmm.shared_state.prune import find_orphans
+from mpmm.shared_state.removal import is_deserted, namespaces_below, remove_deserted
 from mpmm.shared_state.runtime_dir import default_root, leftovers_in
 from mpmm.shared_state.segment import SHARED_MEMORY, segment_name, unlink_segment
 

@@ -330,7 +330,7 @@ class _Zygote(ForkParent):
                     os.kill(template.pid, signal.SIGKILL)
             # Workers that crashed without a model server have nobody else to clean up after them. Imported here,
             # because numpy comes with it, and this process is to stay small.
-            from mpmm.shared_state.namespace import remove_all_deserted
+            from mpmm.shared_state.removal import remove_all_deserted
 
             remove_all_deserted(self.registry.root)
         finally:

@@ -1,0 +1,68 @@
+"""The lifecycle lock: held exclusively while somebody creates, joins, leaves or removes a namespace.
+
+Used by `namespace` and `removal`. Lock 1 in the order of `namespace`'s docstring: take none of the others before it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+
+from mpmm.errors import SegmentCorruptError
+from mpmm.shared_state.layout import Header
+from mpmm.shared_state.liveness import has_living_member
+from mpmm.shared_state.lock_file import LockFile
+from mpmm.shared_state.runtime_dir import RuntimeDirectory
+from mpmm.shared_state.segment import Segment
+from mpmm.shared_state.tables import Tables
+from mpmm.shared_state.transaction import TransactionLock
+
+__all__ = ["LIFECYCLE_TIMEOUT_S", "REMOVAL_TIMEOUT_S", "Lifecycle", "close_segment"]
+
+# Joining and leaving take milliseconds, unless the last member is unloading everything on its way out.
+LIFECYCLE_TIMEOUT_S = 60.0
+# A process that cleans up after others does not wait for one that has been stopped in the middle of it.
+REMOVAL_TIMEOUT_S = 5.0
+
+
+class Lifecycle:
+    """`with Lifecycle(runtime) as current:` the lifecycle lock; `current` is False if the directory was replaced.
+
+    Raises FileNotFoundError when the directory vanished, LockTimeoutError.
+    """
+
+    def __init__(self, runtime: RuntimeDirectory, timeout_s: float = LIFECYCLE_TIMEOUT_S) -> None:
+        self._runtime = runtime
+        self._timeout_s = timeout_s
+
+    def __enter__(self) -> bool:
+        self._file = LockFile(self._runtime.file("lifecycle.lock"))
+        try:
+            self._file.exclusive(self._timeout_s)
+        except BaseException:
+            self._file.close()
+            raise
+        return self._file.is_current()
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+
+def close_segment(segment: Segment, runtime: RuntimeDirectory, kinds: tuple[int, ...]) -> bool:
+    """Let nobody join a segment any more; return False, and let them, if a member of one of these kinds lives in it.
+
+    Raises LockTimeoutError.
+    """
+    tables = Tables(segment)
+    try:
+        with contextlib.closing(TransactionLock(segment, REMOVAL_TIMEOUT_S)) as lock, lock() as t:
+            # Under the lock: a newcomer takes its row in a transaction that looks at the mark, so it either has one by
+            # now and is found alive, or will find the mark.
+            if has_living_member(tables, runtime.path, kinds):
+                return False
+            t.set(Header.CLOSED, Header.IS_CLOSED)
+    except SegmentCorruptError:
+        # Nobody can take the lock any more, so nobody can join.
+        return True
+    finally:
+        tables.close()
+    return True
