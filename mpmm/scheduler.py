@@ -191,6 +191,11 @@ class Scheduler:
                 return
             # Nobody in this part of the queue is left, so the rest moves up.
 
+    def needs_nothing(self, ticket: int) -> bool:
+        """Tell whether a waiter would be served now, with nothing evicted for it, and with nobody to wait for."""
+        decisions = make_plan(self.read_view()).decisions
+        return any(one.ticket == ticket and not isinstance(one, Wait | Evict | Refuse) for one in decisions)
+
     def keep(self, t: Transaction, instance: int, used: bool, call_up: bool) -> bool:
         """Take a copy from its holder, but leave it idle for that process, although others wait.
 

@@ -6,7 +6,8 @@
                                         the manager, who may hand it to another process or evict it.
     _RunInferenceDoFn._load_model       An update of a keyed handler with several models reaches the handler, too, where
                                         no copy is loaded. Copies of the version before are the first to be evicted.
-                                        A model whose tag is a uuid gets a name for people.
+                                        A model whose tag is a uuid gets a name for people. Where memory is free for
+                                        it, a model is loaded before its first batch comes, see `load_ahead`.
     _SharedModelWrapper.all_models      Handles become proxies, because such an update calls methods of every copy.
     _SharedModelWrapper.next_model      The demand for the model is reported, if `autoscaling_metric` says so.
     _SharedModelWrapper.release_model   The same. A copy of an updated model goes back under the tag of its acquire.
@@ -18,12 +19,14 @@ from __future__ import annotations
 
 import functools
 import re
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from types import ModuleType
 from typing import Any
 
+from mpmm.beam.load_ahead import load_ahead
 from mpmm.errors import ModelServerError, SharedObjectReleasedError
 from mpmm.fork_hooks import in_forked_child
 from mpmm.memory.beam_metrics import report_demand, reports_demand
@@ -101,6 +104,8 @@ def _updating_keyed_models(plain: Method) -> Method:
         if getattr(self, "use_model_manager", False):
             if _UUID.fullmatch(wrapper.model_tag):
                 set_display_name(wrapper.model_tag, name_of_handler(self._model_handler))
+            if before is None and side_input_model_path is None and not getattr(self, "_load_model_at_runtime", False):
+                _load_ahead(wrapper)
             if before is not None and before.model_tag != wrapper.model_tag:
                 wrapper.models.supersede(before.model_tag, wrapper.model_tag)
             if isinstance(side_input_model_path, list):
@@ -109,6 +114,13 @@ def _updating_keyed_models(plain: Method) -> Method:
         return wrapper
 
     return _load_model
+
+
+def _load_ahead(wrapper: Any) -> None:
+    """Begin to load the model of a transform that is being set up, in the way in which its first batch would."""
+    loader = getattr(sys.modules[type(wrapper).__module__], "_ProxyLoader", None)
+    if loader is not None:
+        load_ahead(wrapper.models, wrapper.model_tag, loader(wrapper.loader_func, wrapper.model_tag))
 
 
 def _update(handler: Any, copies: list[Any], paths: list[Any]) -> None:

@@ -70,6 +70,11 @@ ENVIRONMENT: dict[str, Variable] = {
         "`python` does without the compiled core, which is built where there is a C compiler and makes reuse several "
         "times faster; `compiled` insists on it; `mpmm doctor` shows which one is in use",
     ),
+    "MPMM_LOAD_AHEAD": Variable(
+        "1",
+        "0 or 1",
+        "0 has Beam's models loaded by their first batches, and not, where memory is free, when a worker is set up",
+    ),
     "MPMM_DASHBOARD_TOKEN": Variable("random", "text", "the token of `mpmm dashboard`, if `--token` is not given"),
 }
 #: What a program finds in its environment that `mpmm run` starts.

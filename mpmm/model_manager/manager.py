@@ -70,6 +70,7 @@ from mpmm.model_manager.refusals import expect_mapped, giving_up_in_time, larges
 from mpmm.model_manager.request import (
     ANYWHERE,
     AcquireOptions,
+    NothingFree,
     PlacementRequest,
     check_names,
     encoded_tag,
@@ -813,6 +814,7 @@ class ModelManager(BeamNames):
         *,
         copies: int = 1,
         timeout_seconds: float | None = None,
+        if_free: bool = False,
         **options: Unpack[AcquireOptions],
     ) -> int:
         """See to it that so many copies that this process can use are loaded; return how many it has loaded for that.
@@ -822,6 +824,8 @@ class ModelManager(BeamNames):
         keeps them. Copies that others load meanwhile count, and `max_model_copies` ends it early.
 
         timeout_seconds: for each load; None stands for `wait_timeout_seconds`. Options are those of `acquire_model`.
+        if_free: load only what fits beside everything that is loaded now: nothing is evicted for it, and it does not
+            wait. What does not fit is not loaded, which is no error.
 
         Raises what `acquire_model` does; ModelTooLargeError also when so many copies never fit at once.
         """
@@ -833,6 +837,8 @@ class ModelManager(BeamNames):
         refuse_while_importing_main("preload the model", tag)
         worker = self._connected()
         request = read_options(options, worker.samples)
+        if if_free:
+            request = request._replace(if_free=True)
         operation = worker.begin(sys._getframe())
         try:
             loaded = self._preload(worker, operation, tag, loader_func, copies, patience, request)
@@ -855,7 +861,8 @@ class ModelManager(BeamNames):
         if request.keep_alive:
             self._keep_alive(worker, tag, request.keep_alive)
         for loaded in range(copies):
-            with giving_up_in_time(worker, tag):
+            answer: Copy | _Booking | None = None
+            with suppress(NothingFree), giving_up_in_time(worker, tag):
                 answer = self._queue(worker, operation, tag, time.monotonic() + patience, request, preload=copies)
             if not isinstance(answer, _Booking):
                 return loaded
@@ -1329,7 +1336,12 @@ class ModelManager(BeamNames):
         enter = functools.partial(
             self._enqueue_now, worker, operation, tag, encoded, deadline, preload, request, nested
         )
-        return self._making_room(worker, tag, deadline, enter)
+        if not request.if_free:
+            return self._making_room(worker, tag, deadline, enter)
+        try:
+            return enter()
+        except TableFullError:
+            raise NothingFree from None
 
     def _enqueue_now(
         self,
@@ -1350,6 +1362,9 @@ class ModelManager(BeamNames):
             if request.expect_mb:
                 namespace.transitions.estimates.expect(t, model, request.expect_mb)
             row = self._make_ticket(worker, operation, t, model, deadline, preload, request, nested)
+            if request.if_free and not worker.scheduler.needs_nothing(row):
+                operation.ticket = None
+                raise NothingFree
             worker.scheduler.advance(t, newcomer=row)
             self._expect_place(
                 worker, operation, tag, row, request.max_waiting if preload else self._most(worker, request)

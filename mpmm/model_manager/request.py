@@ -15,7 +15,15 @@ from mpmm.text.arguments import checked_devices, checked_number, checked_whole
 if TYPE_CHECKING:
     from mpmm.memory.samples import SharedSamples
 
-__all__ = ["ANYWHERE", "AcquireOptions", "PlacementRequest", "check_names", "encoded_tag", "read_options"]
+__all__ = [
+    "ANYWHERE",
+    "AcquireOptions",
+    "NothingFree",
+    "PlacementRequest",
+    "check_names",
+    "encoded_tag",
+    "read_options",
+]
 
 
 class AcquireOptions(TypedDict, total=False):
@@ -37,7 +45,7 @@ class PlacementRequest(NamedTuple):
     how many devices a new one is spread. expect_mb: what it takes, as the caller says; 0 if the caller says nothing.
     max_waiting: how many requests may wait for the model, this one among them. keep_alive: the word for
     `Model.KEEP_ALIVE`, 0 to leave it as it is. urgency: see `policy.fairness`. steady: nothing else may be loaded or
-    unloaded on the devices while it loads.
+    unloaded on the devices while it loads. if_free: a preload that is not to wait, nor to have anything evicted.
     """
 
     loadable_on: int = 0
@@ -48,6 +56,11 @@ class PlacementRequest(NamedTuple):
     keep_alive: int = 0
     urgency: int = 0
     steady: bool = False
+    if_free: bool = False
+
+
+class NothingFree(Exception):
+    """Ends the transaction of a preload that would have to wait, or to have something evicted; internal."""
 
 
 # The request of a caller who passes no options; recognized by identity.
