@@ -4,7 +4,7 @@
     app.mount("/metrics", asgi_app())                      # Starlette, FastAPI
     prometheus_client.REGISTRY.register(Exporter())        # beside metrics of your own; the extra `metrics`
 
-or `mpmm metrics --serve 9400`. Nothing of it is needed in the workers: whoever exports reads the shared state from
+or `mpmm metrics --serve 9400`. Nothing of it is needed in the workers: the exporter reads the shared state from
 outside, like `mpmm inspect`. One exporter for a host is enough; of several, each counts its histograms for itself, from
 the ring of events, beginning with what that holds when the exporter begins. `mpmm.observability.histograms` says why.
 """
@@ -170,6 +170,6 @@ def serve(exporter: Exporter, host: str, port: int) -> ThreadingHTTPServer:
             self.wfile.write(body)
 
         def log_message(self, format: str, *args: Any) -> None:
-            """Say nothing: a line for each scrape helps nobody."""
+            """Say nothing: a line for each scrape would be noise."""
 
     return ThreadingHTTPServer((host, port), Handler)

@@ -14,8 +14,8 @@ import numpy as np
 import psutil
 
 
-def arenas() -> int:
-    """Return the number of arenas that this process has mapped."""
+def shared_buffers() -> int:
+    """Return the number of shared buffers that this process has mapped."""
     return Path("/proc/self/maps").read_text().count("memfd:mpmm-arena")
 
 
@@ -43,8 +43,8 @@ class Store:
     def pid(self) -> int:
         return os.getpid()
 
-    def arenas(self) -> int:
-        return arenas()
+    def shared_buffers(self) -> int:
+        return shared_buffers()
 
     def descriptors(self) -> int:
         return int(psutil.Process().num_fds())

@@ -154,7 +154,7 @@ class _Changes:
         self._undo.append(put_back)
 
     def set_attribute(self, owner: Any, name: str, value: Any) -> None:
-        """Set an attribute; whoever overwrites it later keeps what they wrote."""
+        """Set an attribute; code that overwrites it later keeps what it wrote."""
         old = vars(owner).get(name, _ABSENT)
         setattr(owner, name, value)
 

@@ -38,7 +38,7 @@ class ServerLink:
         self.tag = record.tag
         self._methods: frozenset[str] | None = None
         self._channels = threading.local()
-        # Results that stayed in the server and that nobody has any more; the next request says so.
+        # Results that stayed in the server and that no object stands for any more; the next request says so.
         self.unwanted: deque[int] = deque()
         _links.add(self)
 
@@ -124,7 +124,7 @@ class ServerLink:
     def _await_end(self) -> None:
         """Wait a moment for a server whose connection broke to be seen as dead.
 
-        The kernel closes a dying process's descriptors one by one; whoever is told of the death should not find
+        The kernel closes a dying process's descriptors one by one; a caller that is told of the death should not find
         the life lock still held and the server, apparently, well.
         """
         deadline = time.monotonic() + DYING_S

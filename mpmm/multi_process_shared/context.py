@@ -1,7 +1,7 @@
-"""What surrounds a shared object while it is made: whom its server serves, and where it may attach.
+"""What surrounds a shared object while it is made: for which managers, and where it may attach.
 
-Both travel as context variables, because the code between the one who knows (a manager, a
-`MultiProcessShared`) and the one who needs it (a spawn, an object's `__init__`) belongs to other people.
+Both travel as context variables, because the code between the caller that knows (a manager, a
+`MultiProcessShared`) and the one that needs it (a spawn, an object's `__init__`) is not ours.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ _NAMESPACE_LENGTH = 64
 
 @dataclass(frozen=True)
 class ServerContext:
-    """What a new model server should know of one who has it started. Must be picklable.
+    """What a new model server should know of the manager that has it started. Must be picklable.
 
     alive_lock: path of a lock file that each client holds shared; the server lives while anybody holds it.
     environment: put into `os.environ` before anything of the constructor is imported or run.
     on_start: called in the server with the tag, before the constructor; the result is kept while it lives.
     namespace: the name of what the one is a member of, "" for nothing. A server that has one is a handle's: see
         `MultiProcessShared.acquire`.
-    on_last: called in the server before it ends, for whatever reason, if nobody holds `alive_lock` then. Several
+    on_last: called in the server before it ends, for whatever reason, if no process holds `alive_lock` then. Several
         servers may call it, at the same time too, and newcomers may come meanwhile.
     """
 

@@ -1,8 +1,8 @@
-"""The process that has the object: its users, and the threads which answer for it.
+"""The process that has the object: its users, and the threads that answer for it.
 
 A host stands for one tag. It keeps the object while it has users (tokens, one for each acquire) and the
 constructor for when it has users again. `Host.lock` guards object and tokens; calls run outside of it.
-A hard delete ends the host: a spawned server's process goes with it, another process just lets go of the tag.
+A hard delete ends the host: a spawned server's process ends with it, another process just lets go of the tag.
 
 The threads are a pool of leader and follower: the leader waits for the next connection, lets the follower lead, and
 answers the client itself. So no client's first request has to wait until a thread has been started, which is a quarter
@@ -101,7 +101,7 @@ class Host:
             return token
 
     def release(self, token: int) -> None:
-        """Remove a user; the object goes with the last one. Raises SharedObjectReleasedError."""
+        """Remove a user; the object is dropped with the last one. Raises SharedObjectReleasedError."""
         # Bound here so that the object is destroyed after the lock is free: its end may call us again.
         last = None
         with self._lock:
@@ -153,7 +153,7 @@ class Host:
         self._shared = None
 
     def end(self) -> None:
-        """Let go of the tag because this process ends; waits for nobody, not even for a constructor at work."""
+        """Let go of the tag because this process ends; waits for no thread, not even for a constructor at work."""
         if self._ended or self.inherited:
             return
         self._ended = True
@@ -171,7 +171,7 @@ class Host:
             os.unlink(self.registry.path / self.record.socket_name)
 
     def _close(self) -> None:
-        # While the lock is held: nobody else's file can be at this path.
+        # While the lock is held: no other server's file can be at this path.
         if self._life.fd >= 0 and self._life.is_current():
             self._life.path.unlink(missing_ok=True)
         self._life.close()
@@ -218,7 +218,7 @@ class Host:
                 connection = sockets.accept(self._listener)
             except OSError as error:
                 logger.warning("mpmm: pid %d cannot accept a connection for %r: %s", os.getpid(), self.tag, error)
-                # Out of descriptors, most likely: do not spin until somebody closes one.
+                # Out of descriptors, most likely: do not spin until one is closed.
                 wait([self._waker], timeout=0.1)
                 continue
             if connection is not None:
@@ -258,7 +258,7 @@ class Host:
                 self._has_follower = False
 
     def _serve_connection(self, connection: Connection) -> None:
-        """Answer one client thread until it goes."""
+        """Answer one client thread until it hangs up."""
         # What `_close` has to cut: the connection first, then the channel that takes it over.
         line: Connection | Channel = connection
         client: int | None = None

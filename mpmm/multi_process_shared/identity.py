@@ -1,7 +1,7 @@
-"""What a tag stands for, so that nobody takes one thing for another that has the same tag.
+"""What a tag stands for, so that one thing is not taken for another that has the same tag.
 
 Tags are compared by nothing but their text. Two programs, or two namespaces, that both call something `model` would
-share whichever came first. What can be known to be different is an error: two named constructors that are both
+share the one that came first. What can be known to be different is an error: two named constructors that are both
 functions or both classes, or a class and an object of another one. Constructors that have no name of their own are
 taken on trust: a lambda, what a function has defined, an instance, a `partial`. Beam attaches to a tag with
 `lambda: None`.

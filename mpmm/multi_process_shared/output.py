@@ -60,12 +60,12 @@ class Output:
         self._is_log = True
         self._open(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {why}\n")
         for stream in (sys.stdout, sys.stderr):
-            # Nobody looks at the file by waiting for the end of the process.
+            # No program reads the file by waiting for the end of this process.
             with contextlib.suppress(AttributeError, OSError, ValueError):
                 stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # typeshed's TextIO has none
 
     def bound(self) -> None:
-        """Begin a new file if the present one is too long, or somebody else has begun one."""
+        """Begin a new file if the present one is too long, or another server has begun one."""
         if not self._is_log:
             return
         with contextlib.suppress(OSError):
@@ -87,7 +87,7 @@ class Output:
         try:
             fd = os.open(self._path, flags, 0o600)
         except OSError:
-            # The registry is gone, or the disk is full: what is said then is lost, but holds nobody up.
+            # The registry is gone, or the disk is full: what is said then is lost, but holds up no request.
             try:
                 fd = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
             except OSError:

@@ -1,22 +1,22 @@
 """The registry: one folder in which clients and servers of shared objects find each other.
 
-    key             32 random bytes; whoever connects must know them
+    key             32 random bytes, which a process that connects must know
     alive.lock      held shared by every client process as long as it lives
     lifecycle.lock  held shared by a model server that starts another one, exclusively while the registry is removed
-    <tag>.lock      held by whoever looks for the tag's server and starts one if there is none
-    <tag>.life      held by the tag's server as long as it lives; its text says who and where that is
+    <tag>.lock      held by a process that looks for the tag's server and starts one if there is none
+    <tag>.life      held by the tag's server as long as it lives; its text says which process that is
     <tag>-*.sock    the server's socket, a new name for each server
     <tag>.attach    the tag's object is attached in every process, there is no server
     handles/<tag>   the tag is or was a handle: a loader of a manager has made its server; names the namespaces
-    servers.log     what servers say whose starters have ended; see `proxy.output`
-    zygote/         lock, life lock and socket of the process from which servers are forked; see `proxy.zygote`
+    servers.log     what servers say whose starters have ended; see `output`
+    zygote/         lock, life lock and socket of the process from which servers are forked; see `forkserver.zygote`
 
 `<tag>` is a digest of the tag, so that tags may hold any characters and names stay short. Order of locks:
 alive, lifecycle, tag, life.
 
-Registries come and go: when no client holds the alive lock and no server its life lock, the last of them to
-leave removes the folder. It renames the folder first, so that a newcomer who makes the registry again never
-loses files to the one who is still deleting; everybody else notices by `LockFile.is_current`.
+When no client holds the alive lock and no server its life lock, the last of them to leave removes the folder. It
+renames the folder first, so that a process which makes the registry again never loses files to the one that is still
+deleting; all others notice by `LockFile.is_current`.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ SHORT_LOCK_TIMEOUT_S = 10.0
 DYING_TIMEOUT_S = 2.0
 LEAVE_PRIORITY = 10
 HANDLES = "handles"
-# Some kilobytes of names; who still looks for an older one finds out as if it had never been.
+# Some kilobytes of names; a process that looks for an older one finds nothing, as if it had never been.
 MOST_HANDLES = 4096
 
 # What a model server has started is part of it: a worker of a data loader, say, which imports the program, too, and
@@ -198,7 +198,7 @@ class ServerRegistry:
         return f"{digest_of(tag)}-{incarnation[:8]}.sock"
 
     def remember_handle(self, tag: str, namespaces: tuple[str, ...]) -> None:
-        """Note that a server was a handle of these namespaces, for those who look for it when it is gone."""
+        """Note that a server was a handle of these namespaces, for processes that look for it when it is gone."""
         folder = self.path / HANDLES
         with contextlib.suppress(OSError):
             folder.mkdir(mode=0o700, exist_ok=True)
@@ -240,14 +240,14 @@ class ServerRegistry:
             self._alive = self._lock(self.alive_path, lambda lock: lock.shared(ALIVE_LOCK_TIMEOUT_S))
 
     def leave(self) -> None:
-        """Stop being a client, and remove the registry if nobody else uses it."""
+        """Stop being a client, and remove the registry if no other process uses it."""
         with self._mutex:
             alive, self._alive = self._alive, None
         if alive is None:
             return
         try:
             alive.unlock()
-            # Whoever unlocks last finds the lock free here, or held by another who leaves and will do the rest.
+            # The last one to unlock finds the lock free here, or held by another that leaves and will do the rest.
             if alive.is_current() and alive.try_exclusive() and alive.is_current():
                 self.remove_if_unused()
         finally:
@@ -272,7 +272,7 @@ class ServerRegistry:
                 break
             if lock.try_shared():
                 break
-            # Neither: somebody probes, or leaves and may already have seen us alive. Wait for what comes of it.
+            # Neither: a process probes, or leaves and may already have seen us alive. Wait for what comes of it.
             time.sleep(0.000_5)
         lock.close()
         return None
@@ -294,12 +294,12 @@ class ServerRegistry:
                 os.rename(self.path, self.root / f"{REGISTRY_FOLDER}.gone.{os.urandom(8).hex()}")
         finally:
             lifecycle.close()
-        # Also what one who was killed between these two steps has left.
+        # Also what a process that was killed between these two steps has left.
         for gone in list(self.root.glob(f"{REGISTRY_FOLDER}.gone.*")):
             RuntimeDirectory(gone.name, self.root).remove()
 
     def key(self) -> bytes:
-        """Return the registry's key, made by the first who asks. Call after `join`."""
+        """Return the registry's key, made by the first process that asks. Call after `join`."""
         with contextlib.closing(open_lock(self.path / "key")) as lock:
             lock.shared(SHORT_LOCK_TIMEOUT_S)
             key = os.pread(lock.fd, KEY_BYTES + 1, 0)
@@ -352,7 +352,7 @@ class ServerRegistry:
         except FileNotFoundError:
             return None
         try:
-            # Not a mere try: one who asks `is_locked` holds a shared lock for an instant.
+            # Not a mere try: a process that asks `is_locked` holds a shared lock for an instant.
             life.exclusive(1.0)
             if life.is_current():
                 return life
@@ -362,7 +362,7 @@ class ServerRegistry:
         return None
 
     def tidy(self, tag: str) -> None:
-        """Remove the files of a tag whose server is gone, unless somebody is busy with the tag."""
+        """Remove the files of a tag whose server is gone, unless a process is busy with the tag."""
         with contextlib.suppress(FileNotFoundError), contextlib.closing(open_lock(self._tag_lock_path(tag))) as lock:
             if lock.try_exclusive() and lock.is_current() and not is_locked(self.life_path(tag)):
                 self.remove_sockets(tag)
@@ -396,7 +396,7 @@ class ServerRegistry:
 
 
 def write_record(life: LockFile, record: ServerRecord) -> None:
-    """Say in the life file who holds it. Hold its lock."""
+    """Say in the life file which server holds it. Hold its lock."""
     text = json.dumps(asdict(record)).encode()
     # One write at least as long as the old text: a reader sees the old one, the new one, or something that is not JSON.
     text += b" " * max(0, os.fstat(life.fd).st_size - len(text))

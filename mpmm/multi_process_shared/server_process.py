@@ -1,9 +1,9 @@
 """A spawned model server, from its first line to its last.
 
 It imports the main module as every process does that `multiprocessing` spawns, takes the tag's life lock, makes the
-object, answers for it, and ends in one of three ways: a hard delete, a signal, or because nobody is left who holds one
-of its alive locks. Always through `os._exit`: what the object's libraries registered for the end of a process may take
-for ever, and the memory is wanted back now.
+object, answers for it, and ends in one of three ways: a hard delete, a signal, or because no process is left that holds
+one of its alive locks. Always through `os._exit`: what the object's libraries registered for the end of a process may
+take for ever, and the memory is wanted back now.
 
 One thread, which begins before the main module is imported, watches for signals, for the end of the starter, whose
 standard streams are let go of then (`output`), and for the end of the last client.
@@ -239,9 +239,9 @@ class _Server:
         self.exit(0, keep_life=False, registry_is_ours=registry_is_ours)
 
     def exit(self, code: int, *, keep_life: bool = True, registry_is_ours: bool = False) -> NoReturn:
-        """Clean up and end the process at once; the registry goes too if this was the last that used it.
+        """Clean up and end the process at once; the registry is removed too if this was the last that used it.
 
-        keep_life: leave the life lock held to the very end, so that who waits for our memory can see it.
+        keep_life: leave the life lock held to the very end, so that a process which waits for our memory can see it.
         registry_is_ours: the registry's alive lock is held exclusively already.
         """
         # Never released: the first thread that comes here ends the process, others wait for that. A signal handler
@@ -252,7 +252,7 @@ class _Server:
                 if child.daemon:
                     child.terminate()
             if self.life is not None and self.life.fd >= 0 and self.record is not None:
-                # Before the look at the alive lock: clients who leave after it must know not to count on us.
+                # Before the look at the alive lock: clients that leave after it must know not to count on us.
                 write_record(self.life, replace(self.record, ready=False, leaving=True))
                 self.registry.remove_sockets(self.tag)
                 end_all_hosts(but=self.life)
@@ -305,7 +305,7 @@ class _Signals:
         )
 
     def listen(self) -> None:
-        """Take SIGTERM, whoever had it before; for the main thread."""
+        """Take SIGTERM, in place of any handler before; for the main thread."""
         signal.signal(signal.SIGTERM, self._handle)
         signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
@@ -382,7 +382,7 @@ class AliveLock:
         self.path = path
         self.held = False
         self._lock: LockFile | None = None
-        # A missing file is not made anew: its registry or namespace is gone, and with it everybody who held the lock.
+        # A missing file is not made anew: its registry or namespace is gone, and with it all holders of the lock.
         with suppress(FileNotFoundError):
             if os.path.exists(path):
                 self._lock = open_lock(Path(path))
@@ -396,7 +396,7 @@ class AliveLock:
         if self._lock.is_current():
             self.held = True
         else:
-            # Replaced or removed. Whoever holds a newer file does not know of this server.
+            # Replaced or removed. The holders of a newer file do not know of this server.
             self._lock.close()
             self._lock = None
         return True

@@ -87,7 +87,7 @@ class MultiProcessShared(Generic[T]):
         """
         shared = self._acquire(registry_for(self._path))
         if self._spawn_process:
-            # Servers that were deleted are zombies of ours until somebody asks for them.
+            # Servers that were deleted are zombies of this process until it asks for them.
             reap_ended_servers()
         return cast(T, shared)
 
@@ -134,7 +134,7 @@ class MultiProcessShared(Generic[T]):
             # Gone since we last used it; look for another one.
             if link := known_link(registry, self._tag):
                 forget_link(link)
-        # Mostly there is one that answers, and no need to wait for those who just look, too.
+        # Mostly there is one that answers, and no need to wait for others that just look, too.
         lives, record = registry.look(self._tag)
         if lives and record is not None and record.ready:
             with suppress(ModelServerError):
@@ -254,7 +254,7 @@ def server_pid(tag: str, *, path: str | None = None) -> int | None:
 
 
 class _Use:
-    """One acquire: who has the object, our token there, and whether we have released it."""
+    """One acquire: which server has the object, this use's token there, and whether it has been released."""
 
     def __init__(self, registry: ServerRegistry, record: ServerRecord, token: int, methods: frozenset[str]) -> None:
         self.registry = registry
@@ -384,7 +384,7 @@ class SharedProxy:
     that has the object, and without `always_proxy`, all attributes are those of the object itself.
     """
 
-    # The name of what the proxy keeps for itself, chosen to be in nobody's way.
+    # The name of what the proxy keeps for itself, chosen not to hide a method of an object.
     _mpmm_use: _Use
 
     def __init__(self, use: _Use) -> None:
@@ -473,7 +473,7 @@ class _AttachedObjects:
             return True
 
     def drop(self, registry: ServerRegistry, tag: str) -> None:
-        """Forget the tag's object, whoever uses it."""
+        """Forget the tag's object, though it may be in use."""
         with self._mutex:
             self._by_tag.pop((registry, tag), None)
 

@@ -1,4 +1,4 @@
-"""A model server in a process of its own interpreter, where none can be forked: see `forked_server`.
+"""A model server in a process of its own interpreter, where none can be forked: see `forkserver.client`.
 
 `multiprocessing` could spawn one, too. It would import the main module before anything of ours runs, and so before this
 process knows that it is a server, and insists on start methods that only its parent has registered (loky's).
@@ -46,7 +46,7 @@ def preparation_for(name: str, constructor: object) -> dict[str, Any]:
 
 
 def _folder_off_path(constructor: object) -> str | None:
-    """Return the folder from which a constructor's package was imported, if nobody would find it there now."""
+    """Return the folder from which a constructor's package was imported, if no import would find it there now."""
     while isinstance(constructor, functools.partial):
         constructor = constructor.func
     module = getattr(constructor, "__module__", None) or type(constructor).__module__
@@ -110,7 +110,7 @@ class _SpawnedPopen(popen_fork.Popen):
                 os.close(order)
                 os.close(life)
                 self.finalizer = util.Finalize(self, os.close, (self.sentinel,))
-        # One that has died at once is seen by who waits for its report.
+        # A server that has died at once is seen by the process that waits for its report.
         with suppress(BrokenPipeError), open(writer, "wb") as file:
             file.write(process.order)
 

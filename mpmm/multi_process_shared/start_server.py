@@ -35,7 +35,7 @@ _starting = threading.RLock()
 def start_server(registry: ServerRegistry, tag: str, constructor: Any) -> str:
     """Start a process that makes the object and serves it; return READY, ATTACH or OCCUPIED when it says so.
 
-    Hold the tag's lock. The current `server_context` goes with it. Raises ServerStartError with the server's
+    Hold the tag's lock. The current `server_context` is sent along. Raises ServerStartError with the server's
     traceback or exit code; InvalidArgumentError when the constructor cannot be sent.
     """
     contexts = server_context.get()
@@ -76,7 +76,7 @@ def start_server(registry: ServerRegistry, tag: str, constructor: Any) -> str:
         except EOFError:
             outcome, text = None, ""
     if outcome != READY:
-        # It ends right now; whoever looks for a server after us must not find this one.
+        # It ends right now; a process that looks for a server after us must not find this one.
         server.join()
     if outcome is None:
         raise ServerStartError(

@@ -1,4 +1,4 @@
-"""Ending a server, whether it wants to or not."""
+"""Ending a server: it is asked to, and killed if it does not."""
 
 from __future__ import annotations
 
@@ -45,14 +45,14 @@ def end_server(
     if not lives:
         return False
     if record is None:
-        raise ModelServerError(f"the server of {tag!r} does not say who it is", tag=tag, server_pid=None)
+        raise ModelServerError(f"the server of {tag!r} does not say which process it is", tag=tag, server_pid=None)
     if incarnation not in (None, record.incarnation) or pid not in (None, record.pid):
         return False
     if record.ready:
         registry.join()
         # In a thread, because a stopped server accepts the connection and never answers.
         threading.Thread(target=_ask, args=(registry, record, registry.key()), name="mpmm-end", daemon=True).start()
-    # One that is neither ready nor leaving is still making its object, and listens to nobody.
+    # One that is neither ready nor leaving is still making its object, and takes no requests.
     if not ((record.ready or record.leaving) and _wait_until_gone(registry, record, deadline)):
         if not record.spawned:
             raise ModelServerError(
@@ -123,5 +123,5 @@ def _is_gone(registry: ServerRegistry, record: ServerRecord) -> bool:
     lives, now = registry.look(record.tag)
     if lives and (now is None or now.incarnation == record.incarnation):
         return False
-    # The lock goes when the kernel closes descriptors, the memory of an accelerator with a later one of them.
+    # The kernel drops the lock when it closes descriptors; it frees the memory of an accelerator with a later one.
     return not record.spawned or record.has_ended()

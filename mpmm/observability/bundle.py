@@ -1,4 +1,4 @@
-"""A support bundle: all that somebody needs who is asked for help, in one file, and nothing secret.
+"""A support bundle: all that a person who is asked for help needs, in one file, and nothing secret.
 
     doctor.txt                  what `mpmm doctor` says
     NAMESPACE/inspect.json      as `mpmm inspect --json` has it, the last events among it

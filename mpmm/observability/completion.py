@@ -1,6 +1,6 @@
 """`mpmm completion` and `mpmm man`: what shells and `man` want to know of the command line, made of its own parser.
 
-So they cannot say anything else than it does. Names of namespaces and models are asked for when somebody presses Tab.
+So they cannot say anything else than it does. Names of namespaces and models are asked for when the user presses Tab.
 """
 
 from __future__ import annotations

@@ -280,7 +280,7 @@ def _limit(value: int) -> str:
 
 
 def _pid_namespaces() -> int:
-    """Return in how many pid namespaces this process has a pid, 1 where nobody tells."""
+    """Return in how many pid namespaces this process has a pid, 1 where the kernel does not tell."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("NSpid:"):

@@ -1,7 +1,8 @@
 """Following a namespace: its events one after another, none twice, and those that were overwritten unseen counted.
 
-Nobody writes slower for being followed: the ring is read like everything else, from a copy, without the lock. So who
-follows has to come by before the ring has gone round once; the pauses shorten by themselves where much happens.
+No process writes slower for being followed: the ring is read like everything else, from a copy, without the lock. So
+the reader has to look again before the ring has been overwritten once; the pauses shorten by themselves where much
+happens.
 """
 
 from __future__ import annotations

@@ -178,7 +178,7 @@ def pids(snapshot: Snapshot) -> Callable[[int | None], str]:
 
 
 def waiters(snapshot: Snapshot) -> list[TicketInfo]:
-    """Return who waits, first one first."""
+    """Return the waiting tickets, the first one first."""
     return [ticket for ticket in snapshot.tickets if ticket.state == "waiting"]
 
 

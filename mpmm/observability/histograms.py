@@ -1,9 +1,9 @@
 """Histograms of waits, holds and loads, made of events.
 
-Whoever exports metrics counts them, from the ring, for as long as he follows it. They could stand in the segment, and
-be the same for everybody; but then each release would pay for them (a bucket, a sum and a count are three words of the
-undo log, 0.8 µs of a release's 10), or the leader of each namespace would read the whole ring four times a second,
-whether anybody wants to know or not. So who wants to know pays, and a counter says what he has missed.
+The exporter of metrics counts them, from the ring, for as long as it follows it. They could stand in the segment, and
+be the same for every exporter; but then each release would pay for them (a bucket, a sum and a count are three words of
+the undo log, 0.8 µs of a release's 10), or the leader of each namespace would read the whole ring four times a second,
+whether they are exported or not. So the exporter pays, and a counter says how many events it has missed.
 """
 
 from __future__ import annotations
@@ -34,7 +34,10 @@ class Histogram:
 
 
 class Tally:
-    """Histograms by tag. waits: of who had to queue, to the end of the wait, whatever ended it. lost: unseen events."""
+    """Histograms by tag.
+
+    waits: of requests that had to queue, to the end of the wait, whatever ended it. lost: unseen events.
+    """
 
     def __init__(self) -> None:
         self.waits: dict[str, Histogram] = defaultdict(Histogram)

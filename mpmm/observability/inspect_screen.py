@@ -233,7 +233,7 @@ def _can_show(signs: str) -> bool:
 
 
 def waiting(snapshot: Snapshot) -> Section[TicketInfo]:
-    """Return who waits, in the order in which they are served; who has an answer holds or loads a copy."""
+    """Return the waiting requests in the order in which they are served; those with an answer hold or load a copy."""
 
     need_of, expected_s_of = needs(snapshot), expected_waits(snapshot)
 
@@ -331,7 +331,7 @@ def _kept(model: ModelInfo) -> str:
 
 
 def models(snapshot: Snapshot) -> Section[ModelInfo]:
-    """Return the models, those that somebody waits for first."""
+    """Return the models, those that requests wait for first."""
 
     def row(model: ModelInfo) -> Row:
         return (

@@ -2,8 +2,9 @@
 
 Each attached process is a process of the trace, with as many lanes as it does things at a time: waits, loads, holds,
 unloads and leases are spans there. Each device is one, too: what is loaded on it from when to when, and its memory as
-a counter. One more stands for the namespace: who leads, and who runs alone to be measured. Arrows go from a wait to
-what it led to, from a release to the grant that follows from it, and from an unload to the load that it made room for.
+a counter. One more stands for the namespace: which process leads, and which model runs alone to be measured. Arrows
+lead from a wait to what followed, from a release to the grant that follows from it, and from an unload to the load that
+it made room for.
 
 A span is written when it ends, so that its lane is known; those that have not ended are written by `finish`. Times are
 `time.monotonic()` in microseconds. `trace_tracks` writes what is decided here.

@@ -2,7 +2,7 @@
 
 A loader that always fails would have the device flushed at each try, and models that are in demand loaded again in
 between. So the failures of a model in a row are counted, and for 1, 2, 4, … up to `LONGEST_S` seconds after the last
-one, a request for it may use what is free, but evicts nothing, and holds up nobody. It is not refused, and its loader
+one, a request for it may use what is free, but evicts nothing, and holds up no other. It is not refused, and its loader
 is not kept from free memory: only the caller knows whether another try makes sense. One load that comes to an end, or
 `force_reset`, and all is forgotten.
 
@@ -22,7 +22,7 @@ LONGEST_S = 60.0
 
 
 def back_off_s(failures: int) -> float:
-    """Return how long the back-off is after so many failures in a row, in seconds."""
+    """Return how long the back-off is after `failures` failures in a row, in seconds."""
     # The exponent is bounded, because a float is not.
     return min(LONGEST_S, FIRST_S * 2.0 ** min(failures - 1, 16)) if failures > 0 else 0.0
 

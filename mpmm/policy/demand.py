@@ -1,7 +1,7 @@
 """Demand: how often a model is asked for, by a mean that forgets.
 
-What is kept is the mean time between two requests, because it needs no time constant that somebody would have to
-choose: it forgets by requests and not by seconds, so it suits models that are wanted a hundred times a second and those
+What is kept is the mean time between two requests, because it needs no time constant that would have to be
+chosen: it forgets by requests and not by seconds, so it suits models that are wanted a hundred times a second and those
 that are wanted once an hour. Requests are counted anyway, so many can be taken in at once, and a reuse pays nothing.
 """
 
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 __all__ = ["MEMORY", "Demand"]
 
-# So many requests are remembered, and so many of them are held against a silence. In the simulator's traces, one
+# How many requests are remembered, and how many of them are held against a silence. In the simulator's traces, one
 # request at a time, (4, 2) needs 1.25 times the loads of a manager that knows the future on Zipf, and 1.45 on bursts
 # (LRU: 1.61 and 1.48). Longer memories gain 0.02 on Zipf and lose more than LRU on bursts: (8, 8) 1.80. Shorter ones,
 # (2, 1), the other way about: 1.30 and 1.39.
@@ -34,7 +34,7 @@ class Demand:
     counted_s: float = 0.0
 
     def counted(self, requests: int, now_s: float) -> Demand:
-        """Return the demand after so many requests in all; the same one if there was none since."""
+        """Return the demand after `requests` requests in all; the same one if there was none since."""
         new = requests - self.requests
         if new <= 0:
             # A load that has failed is no longer counted.
@@ -49,7 +49,7 @@ class Demand:
         """Return the expected rate of requests; silence since the last one lowers it.
 
         It is the mean of the Gamma distribution that remains of `seen` requests in the time they took and the time
-        since: for a model that falls silent it goes down as 1 / silence, the order of least recent use.
+        since: for a model that falls silent it falls as 1 / silence, the order of least recent use.
         """
         if not self.requests:
             return 0.0

@@ -7,7 +7,7 @@ counts.
 
 Costs are known once loads have been timed. As long as they are not, or all are too small to matter, the order is
 Beam's: the score is ten times the model's waiters plus a tier from 0 to 3 (surplus and cold first, needed and warm
-last), and among equals the instance that has been idle longest goes first.
+last), and among equals the instance that has been idle longest is evicted first.
 
 A model that another one has replaced (an update of it, say) is not expected to be asked for again: its reload cost is
 0, and in Beam's order it comes before all others.
@@ -82,7 +82,7 @@ def combine(plans: Sequence[EvictionPlan]) -> EvictionPlan:
 
 
 def score(view: View, copy: Idle, left: int) -> int:
-    """Return Beam's score of an idle copy when `left` copies of its model are loaded; lowest goes first."""
+    """Return Beam's score of an idle copy when `left` copies of its model are loaded; the lowest is evicted first."""
     rules = view.rules
     cold = view.now_s - copy.idle_since_s >= rules.eviction_cooldown_seconds
     surplus = left > rules.min_model_copies
@@ -241,7 +241,7 @@ def _costs_are_known(view: View, rows: set[int]) -> bool:
 
 
 def _served_in_s(view: View, copy: Busy) -> float:
-    """Return when a copy in use is expected to be idle with nobody waiting for it."""
+    """Return when a copy in use is expected to be idle without a request that waits for it."""
     model = view.models[copy.model]
     return copy.free_in_s + model.hold_s * model.waiting / max(1, model.loaded)
 

@@ -1,41 +1,42 @@
 """Fairness: the order of the queue, and how long its head may be overtaken.
 
-Waiters stand in order of (class, rank). Who comes first is first, but each step of a request's `priority` counts for as
-much as `HEAD_START_S` of waiting. So a request that waits gains on all that come later, and no stream of urgent ones
-starves it: it is overtaken by nobody of its class that comes later than that time for each step between the two, which
-is 200 s at the very most, and 0 s where nobody says how urgent it is.
+Waiters stand in order of (class, rank). The first to come is the first in the queue, but each step of a request's
+`priority` counts for as much as `HEAD_START_S` of waiting. So a request that waits gains on all that come later, and no
+stream of urgent ones starves it: a request of its class that comes later than that time for each step between the two
+does not overtake it. That is 200 s at the very most, and 0 s where no request says how urgent it is.
 
 The class is 0 for unknown models, 1 for known ones, and 2 for preloads. Unknown models come first, but not before a
-known one that has waited for `UNKNOWN_FIRST` times `max_overtake_seconds`: a stream of unknown models starves nobody.
+known one that has waited for `UNKNOWN_FIRST` times `max_overtake_seconds`: a stream of unknown models starves no other.
 
-The first waiter for whom there is no room is *blocked*. For `max_overtake_seconds` from then on, those behind it may
-reuse whatever is idle: so the waiters of one model are served together, before its copy goes. After that the copies
-that are to make room for it are nobody else's any more, and they drain; what is not one of them delays nobody and may
-be reused still. After twice that time nothing is, whatever was expected. What has to run alone is never passed.
+The first waiter for which there is no room is the *head of the line*. For `max_overtake_seconds` from then on, those
+behind it may overtake it by reusing whatever is idle: so the waiters of one model are served together, before its
+instance is evicted. After that overtaking is limited: the instances that are to make room for the head are kept for it,
+and they drain; the others delay it in nothing and may be reused still. After twice that time overtaking is over,
+whatever was expected. A model that has to run alone is never overtaken.
 
-The time begins only when there is somebody who delays it. As long as nothing but the end of a load that has begun can
-make room, none of the waiters that share that load later is in the way; and without that, where a load takes longer
-than the bound, every instance would go as soon as it is loaded, for the sake of the next waiter: four clients that go
-through four models with room for one, one model further each, then need 112 loads of 10 s for 112 requests instead of
-31. No load that begins later, not even a small one, holds the time up.
+The time begins only when there is a waiter that can delay the head. As long as nothing but the end of a load that has
+begun can make room, none of the waiters that share that load later is in the way; and without that, where a load takes
+longer than the bound, every instance would be evicted as soon as it is loaded, for the sake of the next waiter: four
+clients that go through four models with room for one, one model further each, then need 112 loads of 10 s for 112
+requests instead of 31. No load that begins later, not even a small one, holds the time up.
 
-It does not begin when a waiter comes, because in a long queue all have waited for long, and then every copy would
+It does not begin when a waiter comes, because in a long queue all have waited for long, and then every instance would
 be loaded for one waiter alone, which makes the queue longer still: in the simulator, 64 clients and loads of 2 s, that
 is 576 loads for 1 000 requests and a longest wait of 28 s, instead of 71 loads and 8 s.
 
-Leases may be held for ever, so who waits for one to end is not blocked and delays nobody but later leases. Those may be
-given out before it for `max_overtake_seconds` from when it came. After that only those may that do not delay it, which
-is sure where it has room at the end of just the same leases, with the later one and without. So it waits at most for
-the leases that were there when it came, and for those that were given out within the bound.
+Leases may be held for ever, so a waiter for one to end is not the head of the line and delays nothing but later leases.
+Those may be given out before it for `max_overtake_seconds` from when it came. After that only those may that do not
+delay it, which is sure where it has room at the end of just the same leases, with the later one and without. So it
+waits at most for the leases that were there when it came, and for those that were given out within the bound.
 
-Loads begin in the order of the queue, but for this: when there is room for the first waiter, a model that more wait for
-and that fits in the same room is loaded before it, once for each waiter, and not before one whose time is up. The time
-of a waiter that a load was let past begins anew when that load has ended. So such a waiter waits for one load, and the
-bound once more, at most. In the simulator, 64 clients and loads of 0.3 s, that is 1402 loads instead of 1537 in 15
-traces, a shorter median wait, and up to 0.4 s more for the longest (1.9 s); four clients that go through four models,
-with room for one, each in an order of its own, need 1.22 times the loads of somebody who knows all that will be asked
-(12 cases, 1.30 at the most) instead of 1.29 (1.49). Without a limit on how often a waiter is passed it is 1.40, and the
-longest waits are longer by a half.
+Loads begin in the order of the queue, but for this: when there is room for the first waiter, a model that more requests
+wait for and that fits in the same room is loaded before it, once for each waiter, and not before one for which
+overtaking is limited. The time of a waiter that a load was let past begins anew when that load has ended. So such a
+waiter waits for one load, and the bound once more, at most. In the simulator, 64 clients and loads of 0.3 s, that is
+1402 loads instead of 1537 in 15 traces, a shorter median wait, and up to 0.4 s more for the longest (1.9 s); four
+clients that go through four models, with room for one, each in an order of its own, need 1.22 times the loads of a
+planner that knows all requests to come (12 cases, 1.30 at the most) instead of 1.29 (1.49). Without a limit on how
+often a waiter is passed it is 1.40, and the longest waits are longer by a half.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ UNKNOWN_FIRST = 4
 # Of a request: how urgent it may be, from the negative of this on; 0 is usual.
 HIGHEST_URGENCY = 10
 # By so much each step puts a request ahead of those that came as early: more than a load takes mostly, and for the
-# farthest steps less than the usual `wait_timeout_seconds` of those who are overtaken.
+# farthest steps less than the usual `wait_timeout_seconds` of the requests that are overtaken.
 HEAD_START_S = 10.0
 
 
@@ -77,9 +78,9 @@ def urgency_of(enqueued_ns: int, rank: int) -> int:
 
 
 def effective_priority(priority: int, waited_s: float, max_overtake_seconds: float) -> int:
-    """Return the class after a wait: who has waited long enough stands among the first, by rank.
+    """Return the class after a wait: a waiter that has waited long enough stands among the first, by rank.
 
-    A preload (priority 2) does not: nobody waits for what it loads.
+    A preload (priority 2) does not: no request waits for what it loads.
     """
     return 0 if priority == 1 and waited_s >= UNKNOWN_FIRST * max_overtake_seconds else priority
 

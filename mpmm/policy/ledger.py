@@ -17,7 +17,8 @@ L3  A sample moves `external_mb` only as far as it must. An instance that loads 
 L4  Memory of an ended unload counts until a sample that began after it shows that the memory is free; where other
     loads could hide that, for `HIDDEN_NS` more; and where a sample contradicts the books, until
     `memory_return_seconds`, after which it counts as external.
-L5  A source that does not answer holds up nobody: without a later sample, the books are trusted after `TRUST_BOOKS_NS`.
+L5  A source that does not answer holds up no request: without a later sample, the books are trusted after
+    `TRUST_BOOKS_NS`.
 L6  `external_least_mb` never has memory of ours in it. It is known on a device that has nothing of ours, or where each
     instance is measured by itself; otherwise it only ever falls. `external_mb` may contain what instances have grown
     by. So only the former says that a request can never be served by evictions.
@@ -151,7 +152,7 @@ def _still_returning(
     judged = sorted((one for one in ledger.returns if one.ended_ns <= figure.taken_ns), key=lambda one: one.ended_ns)
     if not judged or math.isnan(ledger.external_mb):
         return tuple(later), 0.0
-    # What nobody else can have for certain; of that the awaited memory can be a part, and so can what loads.
+    # What no other program can have for certain; of that the awaited memory can be a part, and so can what loads.
     unexplained = figure.used_mb - ledger.external_mb - least
     awaited = math.fsum(one.mb for one in judged)
     if unexplained <= TOLERANCE * awaited:

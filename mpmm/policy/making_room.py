@@ -101,7 +101,7 @@ def is_delayed_by_loads(state: PlanState, ticket: TicketView, share_mb: float) -
 def wait_for_others(state: PlanState, ticket: TicketView, where: list[DeviceView], share_mb: float) -> Wait | None:
     """Let a waiter wait that leases, external memory or pinned instances leave too little room; None if they do not.
 
-    Nothing that the manager can unload would help it, so nobody has to stand back for it, which could be for hours.
+    Nothing that the manager can unload would help it, so no other waiter stands back for it, perhaps for hours.
     """
     need_mb, free = share_mb * ticket.span, most_free_mb(where, state.slack)
     if state.count_fitting(where, share_mb, external=False) < ticket.span:

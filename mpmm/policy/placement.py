@@ -1,4 +1,4 @@
-"""Placement: on which of several devices a load goes.
+"""Placement: which of several devices a load is given.
 
 Two aims pull apart. Best fit, the device on which least is left free, keeps the large holes for large models; but it
 fills one device before it touches the next, so that while all models fit together half of the devices do nothing. To
@@ -12,7 +12,7 @@ seven GPUs and one that is cut in two, the fullest device is then 4 % fuller tha
 10 % it is 9 %; with best fit alone it is 99 %, before memory runs short. Once everything is full it does not matter any
 more: then room is made where that costs least (`eviction.plan_eviction`).
 
-A copy that spans several devices takes an equal share of each: the first so many devices in the same order.
+A copy that spans several devices takes an equal share of each: the first devices in the same order.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Place(NamedTuple):
 
 
 def best_place(devices: Sequence[DeviceView], share_mb: float, slack_percentage: float, span: int = 1) -> Place | None:
-    """Return the `span` devices that should take `share_mb` each now, None when there are not so many that can."""
+    """Return the `span` devices that should take `share_mb` each now, None when fewer can."""
     fitting = [device for device in devices if free_mb(device, slack_percentage) >= share_mb]
     if len(fitting) < span:
         return None

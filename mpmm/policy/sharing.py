@@ -75,7 +75,7 @@ def remaining_s(mean_s: float, elapsed_s: float) -> float:
 
 
 def served_in_s(first_s: float, hold_s: float, ahead: int, copies: int) -> float:
-    """Return in how many seconds so many copies serve a waiter with `ahead` others before it.
+    """Return in how many seconds `copies` copies serve a waiter with `ahead` others before it.
 
     first_s, hold_s: how long each copy is held still, and by each waiter after that.
     """
@@ -110,7 +110,7 @@ def waiting_is_sooner(
 
 
 def _served_s(model: ModelView, loaded: int, coming: int, ahead: int, seen: Seen) -> float:
-    """Return in how many seconds a waiter has one of so many usable copies, without what is left of their load."""
+    """Return in how many seconds a waiter has a usable copy, without what is left of the copies' load."""
     held_for_s = model.held_for_s if loaded else 0.0
     first_s = hold_s = model.hold_s
     if not hold_s:
@@ -124,8 +124,8 @@ def expected_wait_s(
 ) -> float:
     """Return in how many seconds a waiter is expected to have a copy to use, for people and for Retry-After.
 
-    Judged by how long loads and holds of the model have taken; what others before it will take of the room, nobody can
-    know. ahead: waiters of the same model before this one. reason, seconds: why it waits, and the time of that.
+    Judged by how long loads and holds of the model have taken; what others before it will take of the room cannot be
+    known. ahead: waiters of the same model before this one. reason, seconds: why it waits, and the time of that.
     """
     seen = seen or Seen()
     model = presumed(model, seen)
@@ -136,6 +136,6 @@ def expected_wait_s(
     if coming:
         return served_s + remaining_s(model.load_s, model.loading_for_s)
     room_s = seconds if reason in _UNTIL_ROOM and math.isfinite(seconds) else 0.0
-    # The first who loads uses its copy at once.
+    # The first waiter that loads uses its copy at once.
     hold_s = model.hold_s or seen.hold_s
     return room_s + model.load_s + hold_s * ahead

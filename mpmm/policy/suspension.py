@@ -1,12 +1,12 @@
 """Suspension: whether an evicted copy is better kept in host memory than unloaded, and which ones make way there.
 
-A copy that is suspended comes back in `resume_s` instead of `load_s`, but it takes `suspend_s` to leave, for which
-somebody waits. So it pays where both together are quicker than a load. Each model's times are learnt. Before that they
+A copy that is suspended comes back in `resume_s` instead of `load_s`, but it takes `suspend_s` to leave, for which a
+request waits. So it pays where both together are quicker than a load. Each model's times are learnt. Before that they
 follow from its size and from what the way moves in a second, measured on an H100.
 
 Host memory has a budget. Copies make way there for one that is asked for more: what a copy is *worth*, per second, is
 the time that its users are expected to save by it, the rate at which its model is asked for times what a resume is
-quicker than a load. Where that is not known, the copy that was suspended longest ago goes first.
+quicker than a load. Where that is not known, the copy that was suspended longest ago is dropped first.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ class Reason(IntEnum):
     """Why something was decided. The sentences are in `reasons`; the numbers stand in segments, so they stay."""
 
     # A ticket waits:
-    BEHIND = 0  # somebody before it in the queue must not be overtaken, or an unknown model runs alone
+    BEHIND = 0  # a request before it in the queue must not be overtaken, or an unknown model runs alone
     DRAINING = 1  # its own model is unknown: waits for the others to finish
     MEMORY = 2  # nothing that could be unloaded makes enough room
     UNLOADING = 3  # room is being made
@@ -74,8 +74,8 @@ class Reason(IntEnum):
     FLUSHED = 34  # so that it runs alone
     NO_ROW = 35  # the table of copies, or that of models, is full
     EXCHANGED = 36  # there are as many copies of the model as there may be, and none that the waiter could use
-    ASKED = 37  # somebody has asked for it
-    EXPIRED = 38  # nobody has used it for as long as it is kept
+    ASKED = 37  # a call asks for it
+    EXPIRED = 38  # it has not been used for as long as it is kept
     # It is refused:
     TOO_LARGE = 40
     # A ticket waits:
@@ -119,7 +119,7 @@ class Rules:
 
 @dataclass(frozen=True)
 class ModelView:
-    """One model that somebody waits for or that is loaded.
+    """One model that a request waits for or that is loaded.
 
     need_mb: the estimate, or the default. shared: loaded copies that any member can use. owned: loaded copies
     that only one member can use, by member. loading: copies being loaded, by the member that loads them;
@@ -127,7 +127,7 @@ class ModelView:
     take, 0 unknown. loading_for_s: how long the newest load has been going on. held_for_s: how long the copy that was
     handed out last is held. rate: expected requests a second. lease: it is no model, but a lease. failures: loads that
     failed since the last one that did not, and how long ago the last of them was. leaving: copies in use, or being
-    loaded, that are unloaded when they are given back, so that nobody waits for them; in no other count.
+    loaded, that are unloaded when they are given back, so that no request waits for them; in no other count.
     superseded: another model has taken its place, so it is not expected to be asked for again. suspending: copies that
     are being suspended. resume_s: how long a resume takes, 0 unknown.
     """
@@ -155,7 +155,7 @@ class ModelView:
 
     @property
     def copies(self) -> int:
-        """All copies that are loaded or being loaded, those that nobody else gets among them."""
+        """All copies that are loaded or being loaded, also those that are unloaded when they are given back."""
         return self.loaded + sum(self.loading.values()) + self.leaving
 
     @property
@@ -234,7 +234,7 @@ class Busy(Placed):
 class TicketView:
     """A waiter. `row` identifies it.
 
-    preload: above 0, it does not wait for a copy to use, but for so many to be there that its member can use.
+    preload: above 0, it does not wait for a copy to use, but for `preload` copies that its member can use.
     blocked_since_s: since when it is the first one for whom there is no room, None if it has never been.
     devices: where it may load; tied: on which a copy is of use for it; empty for all. span: how many devices what it
     loads lies on. nested: its thread holds or loads something else, so it would wait for itself if it waited to run

@@ -1,4 +1,4 @@
-"""The requester's side of the zygote: ordering a server, and a process object that stands for it.
+"""The requester's side of the fork server: ordering a server, and a process object that stands for it.
 
 `multiprocessing.active_children()` lists the object as it does children that this process started itself.
 """
@@ -42,7 +42,7 @@ START_TIMEOUT_S = 20.0
 # The zygote says something every second; a template may be busy with one import.
 ANSWER_TIMEOUT_S = 10.0
 EXIT_CODE_TIMEOUT_S = 5.0
-# As in multiprocessing's fork server, whose death also leaves nobody who could know.
+# As in multiprocessing's fork server, after whose death no process knows the exit code either.
 UNKNOWN_EXIT_CODE = 255
 
 # Names of the environment that take effect when an interpreter starts, and never later.
@@ -278,7 +278,7 @@ def _start_zygote(registry: ServerRegistry, life: Path) -> None:
     executable = os.fsdecode(spawn.get_executable())
     flags = util._args_from_interpreter_flags()  # type: ignore[attr-defined]  # not in typeshed
     began = time.monotonic()
-    # What ends here is the process which has forked the zygote, so that this is nobody's child.
+    # The process that ends here has forked the zygote, so that the zygote is a child of no caller.
     done = subprocess.run(
         [executable, *flags, "-c", code, json.dumps([path, [str(registry.root), str(life)]])],
         stdin=subprocess.DEVNULL,

@@ -44,7 +44,7 @@ class ForkParent:
         self.children: set[_Child] = set()
 
     def fork_server(self, order: Order, kind: Kind) -> None:
-        """Fork the server, and tell who wants it."""
+        """Fork the server, and tell the requester its pid."""
         renewal = self.renewal()
         with fork_guard:
             imports, imported = Pipe(duplex=False)
@@ -80,7 +80,7 @@ class ForkParent:
         ]
 
     def look_after_children(self, ready: list[Any]) -> None:
-        """Hear what children have imported, pass on their exit codes, and reap those that no requester asks about."""
+        """Hear what children have imported, pass on their exit codes, and reap those that no requester waits for."""
         for child in list(self.children):
             if child.imports in ready and child.imports is not None:
                 with contextlib.suppress(EOFError, OSError, ValueError):
@@ -88,7 +88,7 @@ class ForkParent:
                 child.imports.close()
                 child.imports = None
             if child.end in ready:
-                # Not reaped yet: its pid must not be given to another process while somebody may use it.
+                # Not reaped yet: its pid must not be given to another process while a requester may use it.
                 ended = os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
                 assert ended is not None
                 child.exit_code = ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status

@@ -1,7 +1,7 @@
 """Orders for servers, and how they go from a requester to the zygote and on to a template.
 
-An order is a pickled `ForkOrder`, followed by three descriptors. Whoever has it keeps the requester's connection, on
-which the pid of the server and its exit code are said.
+An order is a pickled `ForkOrder`, followed by three descriptors. The process that has it keeps the requester's
+connection, on which it says the pid of the server and its exit code.
 """
 
 from __future__ import annotations

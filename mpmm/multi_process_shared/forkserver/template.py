@@ -118,7 +118,7 @@ class Template(ForkParent):
         except BaseException:
             # Then the server will do it by itself, and fail where it can be seen.
             pass
-        # Who ends this process, or a server that has not got so far, means it.
+        # A signal that ends this process, or a server that has not got so far, is meant to.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         # What a hook's own module finds there makes no difference: all of this kind call it, and no others do.
         reads = self.watch.reads(but_by=module if function else "") - {pinned for pinned, _ in self.kind.pinned}
@@ -169,7 +169,7 @@ def _may_fork() -> bool:
 
 
 def _native_threads() -> int:
-    """Count the threads of this process, whoever made them, but for the harmless ones."""
+    """Count the threads of this process, those of libraries too, but for the harmless ones."""
     names = []
     for thread in os.listdir("/proc/self/task"):
         # It may end before we can look.

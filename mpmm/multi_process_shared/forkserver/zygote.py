@@ -84,7 +84,7 @@ PROBE_INTERVAL_S = 1.0
 PRELOAD_HOOK_TIMEOUT_S = 60.0
 MOST_TEMPLATES = 8
 TEMPLATE_USED_S = 60.0
-# A socket takes that much even while nobody reads: the zygote never waits for a template that imports.
+# A socket takes that much even while the other side does not read: the zygote never waits for a template that imports.
 LONGEST_WAITING_BYTES = 65_536
 MOST_FAILURES = 5
 
@@ -131,7 +131,7 @@ class _Zygote(ForkParent):
         self.environments: dict[Kind, dict[str, str]] = {}
 
     def run(self) -> NoReturn:
-        """Take orders until nobody is left who could give one."""
+        """Take orders until no process is left that could give one."""
         next_probe = time.monotonic() + PROBE_INTERVAL_S
         while True:
             links = [template.link for template in self.templates]
@@ -308,7 +308,7 @@ class _Zygote(ForkParent):
                 self.fork_server(order, template.kind)
 
     def keep_alive(self) -> None:
-        """Tell those who wait that they have not been forgotten."""
+        """Tell requesters that wait for a template that their orders have not been forgotten."""
         for template in self.templates:
             for order in template.waiting:
                 with contextlib.suppress(OSError):
@@ -328,8 +328,8 @@ class _Zygote(ForkParent):
                 # One whose imports never end would not see that we are gone.
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(template.pid, signal.SIGKILL)
-            # Workers that crashed without a model server have nobody else to clean up after them. Imported here,
-            # because numpy comes with it, and this process is to stay small.
+            # Workers that crashed without a model server leave no other process that cleans up after them. Imported
+            # here, because numpy comes with it, and this process is to stay small.
             from mpmm.shared_state.removal import remove_all_deserted
 
             remove_all_deserted(self.registry.root)
@@ -340,7 +340,7 @@ class _Zygote(ForkParent):
 def main(root: str, life_path: str) -> None:
     """Be the zygote of the registry below `root`; for a process that has just been started for that.
 
-    Returns, in the process that was started, when a fork of it takes orders, or somebody else does.
+    Returns, in the process that was started, when a fork of it takes orders, or another zygote does.
     """
     try:
         life = open_lock(Path(life_path))
@@ -360,7 +360,7 @@ def main(root: str, life_path: str) -> None:
     if os.fork() != 0:
         # The lock is the child's from now on, so this process must not give it up.
         life.forget_after_fork()
-        # Until the child has written who it is.
+        # Until the child has written its pid and socket into the life file.
         os.close(writer)
         sys.exit(0 if os.read(reader, 1) else 1)
     life.fd = lock_fd

@@ -1,7 +1,7 @@
 """A channel: messages, small or large, over one authenticated connection.
 
 The two sides take turns, as a question and its answer do, so at any moment one of them sends and the other
-receives. A message is a pickle, its head, and the large buffers that pickle has left out of it (`proxy.wire`):
+receives. A message is a pickle, its head, and the large buffers that pickle has left out of it (`rpc.protocol`):
 
     frame   length of the head (4 bytes), number of buffers (4), their sizes (8 each), the head
     bulk    the bytes of the buffers, if there are any
@@ -11,19 +11,19 @@ one system call on each side.
 
 The bulk begins with an agreement on its way, in single bytes:
 
-    receiver  HAVE or LACK      whether it has the arena of this connection (`proxy.arena`)
+    receiver  HAVE or LACK      whether it has the shared buffer of this connection (`rpc.shared_buffer`)
     sender    FILLED            both have it: this was the first slot, see below
               OFFER             with the descriptor of a new one; the receiver says HAVE or LACK once more
-              PLAIN             no arena: the bytes follow as they are
+              PLAIN             no shared buffer: the bytes follow as they are
 
-Through an arena, the bulk is cut into what fits into a slot, and the slots are used in turn. The sender writes to
-a slot and then sends FILLED; the receiver copies the slot's bytes and then sends EMPTIED, unless the sender will
+For a shared buffer, the bulk is cut into pieces that fit into a slot, and the slots are used in turn. The sender writes
+to a slot and then sends FILLED; the receiver copies the slot's bytes and then sends EMPTIED, unless the sender will
 not need that slot again in this message. The sender owns a slot from the beginning of the message to FILLED and from
-EMPTIED on, the receiver in between; before the next message, nobody. Both copy at the same time, each on a
+EMPTIED on, the receiver in between; between two messages, neither does. Both copy at the same time, each on a
 processor of its own.
 
 A side that dies or fails half-way closes the socket, which the other one sees at its next byte; what was in the
-slots is forgotten with the arena. A channel that failed, or was interrupted, must not be used again.
+slots is forgotten with the shared buffer. A channel that failed, or was interrupted, must not be used again.
 """
 
 from __future__ import annotations
@@ -38,8 +38,14 @@ from multiprocessing.connection import Connection
 from typing import NamedTuple
 
 from mpmm.fork_hooks import close_in_children, fork_guard
-from mpmm.multi_process_shared.rpc.receive_buffers import drop_spare_slabs, landing_memory
-from mpmm.multi_process_shared.rpc.shared_buffer import SLOT_BYTES, SLOTS, Arena, create_arena, cut_into_slots
+from mpmm.multi_process_shared.rpc.receive_buffers import drop_spare_slabs, receive_memory
+from mpmm.multi_process_shared.rpc.shared_buffer import (
+    SLOT_BYTES,
+    SLOTS,
+    SharedBuffer,
+    create_shared_buffer,
+    cut_into_slots,
+)
 
 __all__ = ["LARGE_BYTES", "Channel", "Message"]
 
@@ -73,7 +79,7 @@ class Channel:
         with fork_guard, connection:
             self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, fileno=os.dup(connection.fileno()))
             close_in_children(self)
-        self._arena: Arena | None = None
+        self._shared_buffer: SharedBuffer | None = None
         self._refused = False
         # Kept from message to message: small ones cost no allocation.
         self._kept = memoryview(bytearray(_FIRST_KEPT_BYTES))
@@ -83,9 +89,9 @@ class Channel:
         return self._socket.fileno()
 
     def close(self) -> None:
-        """Close the socket and let go of the arena."""
-        self._arena = None
-        # A child that is forked in the middle would keep it open, under a number that nobody knows there any more.
+        """Close the socket and let go of the shared buffer."""
+        self._shared_buffer = None
+        # A child that is forked in the middle would keep it open, under a number that no code knows there any more.
         with fork_guard:
             self._socket.close()
 
@@ -122,32 +128,32 @@ class Channel:
             self._fill(frame, received, end)
         if not count:
             return Message(frame[head_start:end])
-        buffers = landing_memory(struct.unpack_from(f"<{count}Q", frame, _FRAME.size))
+        buffers = receive_memory(struct.unpack_from(f"<{count}Q", frame, _FRAME.size))
         self._receive_bulk(buffers)
         return Message(frame[head_start:end] if head_bytes else buffers.pop(0), buffers)
 
     def give_back_when_idle(self) -> None:
         """Return when there is something to receive; free what is kept for large payloads if that takes long.
 
-        For the side that waits for questions; the arena is freed on both. Costs nothing on a channel without an arena.
+        For the side that waits for questions; the shared buffer is freed on both. Costs nothing without one.
         """
-        if self._arena is not None and not self.is_readable(IDLE_MS):
-            self._arena.give_back()
+        if self._shared_buffer is not None and not self.is_readable(IDLE_MS):
+            self._shared_buffer.give_back()
             drop_spare_slabs()
             # The other side's next bulk hears LACK, and it makes a new one.
-            self._arena = None
+            self._shared_buffer = None
 
     def _send_bulk(self, buffers: Sequence[memoryview]) -> None:
         their_state = self._byte()
-        if self._arena is None or their_state == LACK:
-            self._arena = None
-            if self._refused or not self._offer_arena():
+        if self._shared_buffer is None or their_state == LACK:
+            self._shared_buffer = None
+            if self._refused or not self._offer_shared_buffer():
                 self._socket.sendall(PLAIN)
                 for buffer in buffers:
                     self._socket.sendall(buffer)
                 return
-        assert self._arena is not None
-        slots = self._arena.slots
+        assert self._shared_buffer is not None
+        slots = self._shared_buffer.slots
         free = SLOTS
         for number, pieces in enumerate(cut_into_slots(buffers)):
             if not free:
@@ -161,21 +167,21 @@ class Channel:
 
     def _receive_bulk(self, buffers: Sequence[memoryview]) -> None:
         while True:
-            self._socket.sendall(LACK if self._arena is None else HAVE)
+            self._socket.sendall(LACK if self._shared_buffer is None else HAVE)
             # Looked at first, because a byte that comes with a descriptor has to be taken in a way of its own.
             way = self._socket.recv(1, socket.MSG_PEEK)
             if way != OFFER:
                 break
-            self._arena = None
-            self._take_arena()
+            self._shared_buffer = None
+            self._take_shared_buffer()
         if way == PLAIN:
             self._byte()
             for buffer in buffers:
                 self._fill(buffer, 0, buffer.nbytes)
             return
-        if self._arena is None:
+        if self._shared_buffer is None:
             raise EOFError
-        slots = self._arena.slots
+        slots = self._shared_buffer.slots
         last = -(-sum(buffer.nbytes for buffer in buffers) // SLOT_BYTES) - 1
         filled = 0
         for number, pieces in enumerate(cut_into_slots(buffers)):
@@ -189,13 +195,13 @@ class Channel:
             if number + SLOTS <= last:
                 self._socket.sendall(EMPTIED)
 
-    def _offer_arena(self) -> bool:
-        """Make an arena and hand it over; return whether both sides have it now. A refusal holds for the connection."""
+    def _offer_shared_buffer(self) -> bool:
+        """Make a shared buffer and hand it over; return whether both sides have it. A refusal is for good."""
         # No fork in between: a child would hold the memory as long as it lives. The byte does not block, since the
         # other side has read all that went before it.
         with fork_guard:
             try:
-                arena, fd = create_arena()
+                buffer, fd = create_shared_buffer()
             except OSError:
                 return False
             try:
@@ -204,18 +210,18 @@ class Channel:
                 os.close(fd)
         self._refused = self._byte() != HAVE
         if not self._refused:
-            self._arena = arena
+            self._shared_buffer = buffer
         return not self._refused
 
-    def _take_arena(self) -> None:
-        """Take an arena that is offered, if we may have one; the byte is there already."""
+    def _take_shared_buffer(self) -> None:
+        """Take a shared buffer that is offered, if we may have one; the byte is there already."""
         with fork_guard:
             # None when this process has no descriptor left.
             _, fds, _, _ = socket.recv_fds(self._socket, 1, 1, _RECEIVE_FLAGS)
             for fd in fds:
                 try:
                     with suppress(OSError):
-                        self._arena = Arena(fd)
+                        self._shared_buffer = SharedBuffer(fd)
                 finally:
                     os.close(fd)
 

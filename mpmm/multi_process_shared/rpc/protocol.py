@@ -1,10 +1,10 @@
-"""What goes through a connection: one message per request, one per answer, each one pickle and its large buffers.
+"""What is sent through a connection: one message per request, one per answer, each one pickle and its large buffers.
 
 A request is `(token, name, args, kwargs)`. The token says whose use of the object this is; CONTROL stands for
 the server itself, whose requests are ACQUIRE, RELEASE, HARD_DELETE, SLEEP and WAKE_UP. An answer is
 `(RETURNED, value)` or `(RAISED, (pickled exception or None, one line, traceback))`.
 
-`proxy.pickling` says what is large and travels beside the pickle. On the other side it becomes memory of its own,
+`rpc.pickling` says what is large and travels beside the pickle. On the other side it becomes memory of its own,
 writable if the sender's was.
 """
 

@@ -5,8 +5,8 @@ Fresh memory costs more than the copy into it, because the kernel zeroes it page
 arrive in slabs of huge pages, and slabs are used again. Those of one message that lie beside each other share a
 slab, which lives as long as any of them; SLAB_BYTES bounds what a single survivor keeps alive for the others.
 
-A slab is lent out through a ctypes array, at whose end, seen by a weak reference, nobody can reach its memory any
-more. Then the kernel may take the memory as soon as it is short (MADV_FREE). No more than SPARE_BYTES are kept in
+A slab is lent out through a ctypes array. At the end of that, seen by a weak reference, no object can reach its memory
+any more. Then the kernel may take the memory as soon as it is short (MADV_FREE). No more than SPARE_BYTES are kept in
 slabs, spare or lent; what is lent beyond that is freed when its end comes.
 """
 
@@ -22,7 +22,7 @@ from typing import Any
 
 from mpmm.fork_hooks import in_forked_child
 
-__all__ = ["SLAB_BYTES", "SPARE_BYTES", "drop_spare_slabs", "landing_memory"]
+__all__ = ["SLAB_BYTES", "SPARE_BYTES", "drop_spare_slabs", "receive_memory"]
 
 # Two huge pages: one of them is whole even where the kernel does not align the mapping.
 SLAB_BYTES = 1 << 22
@@ -62,7 +62,7 @@ class _Slab:
             with suppress(OSError):
                 self._mapping.madvise(mmap.MADV_HUGEPAGE)
         try:
-            # Some kernels refuse; better now, while there is nothing to free, than where nobody can be told.
+            # Some kernels refuse; better now, while there is nothing to free, than where no caller can be told.
             if self._at_end is not None:
                 self._at_end(self._mapping)
         except OSError:
@@ -76,15 +76,15 @@ class _Slab:
         return memoryview(array).cast("B")
 
     def is_spare(self) -> bool:
-        """Tell whether nobody can reach the memory."""
+        """Tell whether no object can reach the memory."""
         return self._loan is None or self._loan() is None
 
 
-# Threads and signal handlers share it without a lock: who has removed a slab may use it.
+# Threads and signal handlers share it without a lock: the one that has removed a slab may use it.
 _slabs: list[_Slab] = []
 
 
-def landing_memory(sizes: Sequence[int]) -> list[memoryview]:
+def receive_memory(sizes: Sequence[int]) -> list[memoryview]:
     """Return memory for buffers of these sizes in bytes. Raises MemoryError when there is not enough."""
     memory: list[memoryview] = []
     group: list[int] = []

@@ -1,21 +1,21 @@
-"""Arenas: small pieces of shared memory through which large payloads travel instead of through the socket.
+"""Shared buffers: small pieces of shared memory through which large payloads travel instead of through the socket.
 
-A connection has at most one arena: SLOTS slots of SLOT_BYTES, which both directions use in turn, as a conveyor
-belt and not as a store. The sender fills a slot while the receiver empties an earlier one into memory of its own
-(`proxy.channel` says who may touch which slot when). So an arena is as small for a payload of a gigabyte as for one
-of a megabyte, and what a receiver gets is ordinary memory that nobody else has.
+A connection has at most one: SLOTS slots of SLOT_BYTES, which both directions use in turn, as a conveyor belt and not
+as a store. The sender fills a slot while the receiver empties an earlier one into memory of its own (`rpc.channel` says
+which side may touch which slot when). So a shared buffer is as small for a payload of a gigabyte as for one of a
+megabyte, and what a receiver gets is ordinary memory that is its alone.
 
-The other way, an arena as large as the payload of which the receiver is handed a view, is no faster. For 64 MB one
-way, in ms: 2.9 into slots, which stay in the processors' caches, and 3.5 out of them into used memory
-(`proxy.landing`), both at the same time; 6.6 into a large arena, and 5.3 for a private view of it, 73 if it is written
-to. Only a view that changes with a forked child's costs nothing. And a view keeps its part of the arena busy as long
-as it lives.
+The other way, a shared buffer as large as the payload, of which the receiver is handed a view, is no faster. For 64 MB
+one way, in ms: 2.9 into slots, which stay in the processors' caches, and 3.5 out of them into used memory
+(`rpc.receive_buffers`), both at the same time; 6.6 into a large shared buffer, and 5.3 for a private view of it, 73 if
+it is written to. Only a view that changes with a forked child's costs nothing. And a view keeps its part of the buffer
+busy as long as it lives.
 
-An arena is an unnamed file (`memfd_create`), made by the side that first has something large to send. Its
-descriptor goes through the socket, and both sides close theirs as soon as they have mapped the file: only the
-mappings hold the memory then, and whoever dies, however, the kernel frees it with the last of them. The pages are
-allocated before anybody writes, and the file is sealed against shrinking, so that a lack of memory is an OSError
-here and never a SIGBUS later. Who gets no arena sends through the socket.
+A shared buffer is an unnamed file (`memfd_create`), made by the side that first has something large to send. Its
+descriptor is sent through the socket, and both sides close theirs as soon as they have mapped the file: only the
+mappings hold the memory then, and however the two processes die, the kernel frees it with the last of them. The pages
+are allocated before either side writes, and the file is sealed against shrinking, so that a lack of memory is an
+OSError here and never a SIGBUS later. A side that gets no shared buffer sends through the socket.
 """
 
 from __future__ import annotations
@@ -30,55 +30,63 @@ from contextlib import suppress
 
 import psutil
 
-__all__ = ["ARENA_BYTES", "LIMIT_VARIABLE", "SLOTS", "SLOT_BYTES", "Arena", "create_arena", "cut_into_slots"]
+__all__ = [
+    "LIMIT_VARIABLE",
+    "SHARED_BUFFER_BYTES",
+    "SLOTS",
+    "SLOT_BYTES",
+    "SharedBuffer",
+    "create_shared_buffer",
+    "cut_into_slots",
+]
 
 SLOT_BYTES = 1 << 20
 SLOTS = 4
-ARENA_BYTES = SLOTS * SLOT_BYTES
-# The shared memory that one process holds in arenas at most, in MB; connections beyond that do without. 0: no arenas.
+SHARED_BUFFER_BYTES = SLOTS * SLOT_BYTES
+# How much one process holds in shared buffers at most, in MB; connections beyond that do without. 0: there are none.
 LIMIT_VARIABLE = "MPMM_ARENA_MB"
 DEFAULT_LIMIT_MB = 256.0
 MIB = 1 << 20
-# A host with less free memory than this gets no new arenas.
-LEAST_AVAILABLE_BYTES = 64 * ARENA_BYTES
+# A host with less free memory than this gets no new shared buffers.
+LEAST_AVAILABLE_BYTES = 64 * SHARED_BUFFER_BYTES
 
-_arenas: weakref.WeakSet[Arena] = weakref.WeakSet()
+_shared_buffers: weakref.WeakSet[SharedBuffer] = weakref.WeakSet()
 
 
-class Arena:
-    """One mapped arena. Belongs to one connection, whose protocol says when a slot may be written or read."""
+class SharedBuffer:
+    """One mapped shared buffer. Belongs to one connection, whose protocol says when a slot may be written or read."""
 
     def __init__(self, fd: int) -> None:
-        """Map the arena file `fd`, which stays the caller's. Raises OSError for anything else and beyond the limit."""
+        """Map the file `fd`, which stays the caller's. Raises OSError for any other file and beyond the limit."""
         _check_limit()
         _check_file(fd)
-        self._mapping = mmap.mmap(fd, ARENA_BYTES)
+        self._mapping = mmap.mmap(fd, SHARED_BUFFER_BYTES)
         whole = memoryview(self._mapping)
-        self.slots = [whole[start : start + SLOT_BYTES] for start in range(0, ARENA_BYTES, SLOT_BYTES)]
-        _arenas.add(self)
+        self.slots = [whole[start : start + SLOT_BYTES] for start in range(0, SHARED_BUFFER_BYTES, SLOT_BYTES)]
+        _shared_buffers.add(self)
 
     def give_back(self) -> None:
-        """Free the memory on both sides, while no slot is in use; neither side may write to this arena any more."""
+        """Free the memory on both sides, while no slot is in use; neither side may write to this buffer any more."""
         with suppress(OSError):
             self._mapping.madvise(mmap.MADV_REMOVE)
 
 
-def create_arena() -> tuple[Arena, int]:
-    """Return a new arena and the descriptor of its file, for the other side. Raises OSError where there should be none.
+def create_shared_buffer() -> tuple[SharedBuffer, int]:
+    """Return a new shared buffer and the descriptor of its file, for the other side. Raises OSError where none may be.
 
     The caller closes the descriptor, and lets no fork happen before.
     """
     _check_limit()
     if sys.platform != "linux":
-        raise OSError("arenas need files that can be sealed, which Linux alone has")
+        raise OSError("shared buffers need files that can be sealed, which Linux alone has")
     available = psutil.virtual_memory().available
     if available < LEAST_AVAILABLE_BYTES:
         raise OSError(f"{available / MIB:.0f} MB of memory are available, less than {LEAST_AVAILABLE_BYTES / MIB:.0f}")
     fd = os.memfd_create("mpmm-arena", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
-        os.posix_fallocate(fd, 0, ARENA_BYTES)
+        os.posix_fallocate(fd, 0, SHARED_BUFFER_BYTES)
         fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _seals())
-        return Arena(fd), fd
+        return SharedBuffer(fd), fd
     except BaseException:
         os.close(fd)
         raise
@@ -103,21 +111,21 @@ def cut_into_slots(buffers: Sequence[memoryview]) -> Iterator[list[memoryview]]:
 
 
 def _check_limit() -> None:
-    """Raise OSError if this process holds all the arenas that it may. Two threads may go one beyond."""
+    """Raise OSError if this process holds all the shared buffers that it may. Two threads may go one beyond."""
     try:
         limit_mb = float(os.environ.get(LIMIT_VARIABLE, DEFAULT_LIMIT_MB))
     except ValueError:
         limit_mb = DEFAULT_LIMIT_MB
-    if (len(_arenas) + 1) * ARENA_BYTES > limit_mb * MIB:
-        raise OSError(f"{len(_arenas)} arenas are in use, and {LIMIT_VARIABLE} allows {limit_mb:g} MB")
+    if (len(_shared_buffers) + 1) * SHARED_BUFFER_BYTES > limit_mb * MIB:
+        raise OSError(f"{len(_shared_buffers)} shared buffers are in use, and {LIMIT_VARIABLE} allows {limit_mb:g} MB")
 
 
 def _check_file(fd: int) -> None:
-    """Raise OSError unless the file is as large as an arena and will stay so."""
+    """Raise OSError unless the file is as large as a shared buffer and will stay so."""
     if sys.platform != "linux" or fcntl.fcntl(fd, fcntl.F_GET_SEALS) & _seals() != _seals():
         raise OSError("the file is not sealed")
-    if os.fstat(fd).st_size != ARENA_BYTES:
-        raise OSError(f"the file has {os.fstat(fd).st_size} bytes instead of {ARENA_BYTES}")
+    if os.fstat(fd).st_size != SHARED_BUFFER_BYTES:
+        raise OSError(f"the file has {os.fstat(fd).st_size} bytes instead of {SHARED_BUFFER_BYTES}")
 
 
 def _seals() -> int:

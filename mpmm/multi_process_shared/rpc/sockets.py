@@ -78,7 +78,7 @@ def authenticate_client(connection: Connection, key: bytes) -> None:
     """Make sure, on the server's side, that the peer is of this user and knows `key`.
 
     Raises AuthenticationError; EOFError or OSError when the peer goes away meanwhile, or has not proved anything after
-    HANDSHAKE_TIMEOUT_S: whoever just connects must not hold a thread for as long as he likes.
+    HANDSHAKE_TIMEOUT_S: a process that just connects must not hold a thread for as long as it likes.
     """
     deadline = time.monotonic() + HANDSHAKE_TIMEOUT_S
     uid = _peer_uid(connection.fileno())
