@@ -34,7 +34,7 @@ from collections import Counter
 from functools import partial
 from typing import TYPE_CHECKING
 
-from mpmm.errors import ClosedError
+from mpmm.errors import ClosedError, LockTimeoutError
 from mpmm.memory.beam_metrics import report_estimate
 from mpmm.memory.estimator import smooth
 from mpmm.policy.view import Reason
@@ -182,6 +182,8 @@ class Keeper:
                 if not namespace.is_usable:
                     return
                 self._report_trouble()
+            except LockTimeoutError as error:
+                self._report_crowd(error)
             except Exception:
                 self._report_trouble()
 
@@ -211,6 +213,17 @@ class Keeper:
             )
         self._failing = True
         self._stopping.wait(LONGEST_TICK_S)
+
+    def _report_crowd(self, error: LockTimeoutError) -> None:
+        """Say that the lock was not to be had, which is no fault of this thread: it tries again at once."""
+        if not self._failing:
+            _LOG.warning(
+                "mpmm %s: the background thread of pid %d tries again: %s",
+                self._namespace.name,
+                self._namespace.pid,
+                error,
+            )
+        self._failing = True
 
     def tick(self) -> None:
         """Do what is due now, as leader or in its place."""
