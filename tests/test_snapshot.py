@@ -1,4 +1,4 @@
-"""What a snapshot shows of the words of the segment, and that states mean the same everywhere."""
+"""What a snapshot and typed reads show of the words of the segment, and that states mean the same everywhere."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from mpmm.shared_state.layout import Instance, Member, Model, Pin, Ticket
+from mpmm.shared_state.layout import Device, Header, Instance, Member, Model, Pin, Ticket
+from mpmm.shared_state.rows import DeviceRow, HeaderRow, InstanceRow, MemberRow, ModelRow, Row, TicketRow
 from mpmm.shared_state.snapshot import InstanceInfo, MemberInfo, ModelInfo, PinInfo, TicketInfo
 from mpmm.shared_state.snapshot.kinds import PLACE
 from mpmm.shared_state.states import InstanceState, MemberState, ModelState, TicketState
@@ -57,3 +58,18 @@ def test_every_word_of_a_row_is_shown_or_known_to_be_left_out(row: type[Any], re
 def test_a_state_has_the_number_that_the_layout_gives_its_name(states: type[IntEnum], row: type[Any]) -> None:
     assert {state.name: state.value for state in states} == {state.name: getattr(row, state.name) for state in states}
     assert sorted(states) == list(range(len(states)))
+
+
+@pytest.mark.parametrize(
+    ("reads", "row"),
+    [
+        *((HeaderRow, Header), (MemberRow, Member), (ModelRow, Model)),
+        *((InstanceRow, Instance), (TicketRow, Ticket), (DeviceRow, Device)),
+    ],
+    ids=lambda one: one.__name__,
+)
+def test_a_typed_read_is_of_the_word_that_the_layout_gives_its_name(reads: type[Row], row: type[Any]) -> None:
+    places = {name: field.place for name, field in vars(reads).items() if hasattr(field, "place")}
+    places.pop("device_bits", None)  # the same word as `devices`, not taken apart
+    assert places
+    assert places == {name: getattr(row, name.upper()) for name in places}

@@ -15,6 +15,7 @@ import numpy.typing as npt
 from mpmm.errors import InvalidArgumentError, SegmentCorruptError, TableFullError
 from mpmm.shared_state.durations import to_ns
 from mpmm.shared_state.layout import Instance, Member, Model, Pin, Table, Ticket, device_rows
+from mpmm.shared_state.rows import DeviceRow, HeaderRow, InstanceRow, MemberRow, ModelRow, Rows, TicketRow
 from mpmm.shared_state.segment import Segment
 from mpmm.text.arguments import encoded_text
 
@@ -50,6 +51,13 @@ class Tables:
         self._members, self._models = layout.members, layout.models
         self._instances, self._tickets, self._devices = layout.instances, layout.tickets, layout.devices
         self._pins = layout.pins
+        #: Typed reads, see `rows`.
+        self.header = HeaderRow(segment, 0)
+        self.members = Rows(segment, layout.members, MemberRow)
+        self.models = Rows(segment, layout.models, ModelRow)
+        self.instances = Rows(segment, layout.instances, InstanceRow)
+        self.tickets = Rows(segment, layout.tickets, TicketRow)
+        self.devices = Rows(segment, layout.devices, DeviceRow)
         #: tag -> (row, generation); a hint that model_row() checks against the segment.
         self.rows_of_tags: dict[str, tuple[int, int]] = {}
 

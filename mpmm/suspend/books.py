@@ -13,7 +13,7 @@ from collections.abc import Callable
 from mpmm.policy.suspension import Kept, Movable, Way, make_room, pays
 from mpmm.policy.view import Reason
 from mpmm.shared_state.events import Cause
-from mpmm.shared_state.layout import Header, Instance, Model
+from mpmm.shared_state.layout import Instance
 from mpmm.shared_state.namespace import Namespace
 from mpmm.shared_state.transaction import Transaction
 
@@ -36,12 +36,11 @@ class SuspensionBooks:
     def budget_mb(self) -> float:
         """Host memory that suspended copies may take together."""
         chosen = self._namespace.settings.suspend_budget_mb
-        return chosen if math.isfinite(chosen) else self._segment.floats[Header.HOST_SHARE_MB]
+        return chosen if math.isfinite(chosen) else self._tables.header.host_share_mb
 
     def used_mb(self) -> float:
         """Return the host memory that suspended copies take, or are about to."""
-        floats, tables = self._segment.floats, self._tables
-        return math.fsum(floats[tables.instance(row) + Instance.HOST_MB] for row in self._in_host())
+        return math.fsum(self._tables.instances[row].host_mb for row in self._in_host())
 
     def evict(self, t: Transaction, row: int, unloader: int, cause: Cause) -> None:
         """Have an idle copy suspended by a member (slot) if that pays and the host has room, else unloaded."""
@@ -56,15 +55,15 @@ class SuspensionBooks:
         if not self.can_be_suspended(row):
             return False
         copy = self.movable(row)
-        superseded = self._segment.words[self._tables.model(self._model(row)) + Model.SUPERSEDED]
-        if evicted and (superseded or not pays(copy)):
+        model = self._tables.instances[row].model
+        if evicted and (self._tables.models[model].superseded or not pays(copy)):
             return False
         budget_mb, worth = self.budget_mb, copy.worth if evicted else math.inf
         free_mb = budget_mb - self.used_mb()
         dropped = make_room(self._kept(), copy.mb, free_mb, budget_mb, worth)
         if dropped is None:
             return False
-        suspensions, model = self._namespace.transitions.suspensions, self._model(row)
+        suspensions = self._namespace.transitions.suspensions
         for other in dropped:
             why = Cause(Reason.HOST_FULL, copy.mb, max(0.0, free_mb), other=model + 1)
             suspensions.drop(t, other, suspender, why)
@@ -73,25 +72,25 @@ class SuspensionBooks:
 
     def can_be_suspended(self, row: int) -> bool:
         """Tell whether there is a way to suspend an idle copy: none for one that spans devices, or has twins."""
-        words, at = self._segment.words, self._tables.instance(row)
-        if not words[at + Instance.WAY] or words[at + Instance.DEVICES].bit_count() > 1:
+        instance = self._tables.instances[row]
+        if not instance.way or len(instance.devices) > 1:
             return False
-        if words[self._tables.model(self._model(row)) + Model.UNSUSPENDABLE] or not self.budget_mb:
+        if self._tables.models[instance.model].unsuspendable or not self.budget_mb:
             return False
-        handle = self._tables.text(at + Instance.HANDLE)
+        handle = self._tables.text(instance.at + Instance.HANDLE)
         return not (handle and self._namespace.transitions.twins.of(handle, row))
 
     def movable(self, row: int) -> Movable:
         """Return what is known of the suspension of a copy, by its model."""
-        words, floats, at = self._segment.words, self._segment.floats, self._tables.instance(row)
-        model = self._tables.model(words[at + Instance.MODEL])
+        instance = self._tables.instances[row]
+        model = self._tables.models[instance.model]
         return Movable(
-            floats[at + Instance.DEVICE_MB] or floats[at + Instance.MB],
-            Way(words[at + Instance.WAY]),
-            floats[model + Model.LOAD_S],
-            floats[model + Model.SUSPEND_S],
-            floats[model + Model.RESUME_S],
-            self._rate(self._model(row)),
+            instance.device_mb or instance.mb,
+            Way(instance.way),
+            model.load_s,
+            model.suspend_s,
+            model.resume_s,
+            self._rate(instance.model),
         )
 
     def drop_oldest(self, t: Transaction, unloader: int, cause: Cause) -> bool:
@@ -105,20 +104,13 @@ class SuspensionBooks:
 
     def _kept(self) -> list[Kept]:
         """Return the copies that are suspended, and may be dropped."""
-        words, floats, tables = self._segment.words, self._segment.floats, self._tables
-        found = []
+        tables, found = self._tables, []
         for row in tables.rows_where(self._segment.layout.instances, Instance.STATE, Instance.SUSPENDED):
-            at = tables.instance(row)
-            pinned = bool(words[tables.model(words[at + Instance.MODEL]) + Model.PINS])
-            host_mb, since_s = floats[at + Instance.HOST_MB], words[at + Instance.SINCE] / 1e9
-            found.append(Kept(row, host_mb, since_s, self.movable(row).worth, pinned))
+            instance = tables.instances[row]
+            pinned = bool(tables.models[instance.model].pins)
+            found.append(Kept(row, instance.host_mb, instance.since / 1e9, self.movable(row).worth, pinned))
         return found
 
     def _in_host(self) -> list[int]:
-        words, tables = self._segment.words, self._tables
-        return [
-            row for row in tables.used_rows(self._segment.layout.instances) if words[tables.instance(row)] in _IN_HOST
-        ]
-
-    def _model(self, row: int) -> int:
-        return int(self._segment.words[self._tables.instance(row) + Instance.MODEL])
+        rows = self._tables.used_rows(self._segment.layout.instances)
+        return [row for row in rows if self._tables.instances[row].state in _IN_HOST]

@@ -19,8 +19,9 @@ from mpmm.policy.suspension import Unsuspendable, Way, limit_s
 from mpmm.policy.view import Reason
 from mpmm.scheduler import Scheduler
 from mpmm.shared_state.events import Cause
-from mpmm.shared_state.layout import Header, Instance, Member, Model
+from mpmm.shared_state.layout import Instance
 from mpmm.shared_state.namespace import Namespace
+from mpmm.shared_state.rows import InstanceRow
 from mpmm.shared_state.settings import ALWAYS, NEVER
 from mpmm.shared_state.transaction import Transaction
 from mpmm.sources.host_memory import host_memory_left_mb, host_memory_mb
@@ -90,7 +91,7 @@ class Suspender:
     def _may_checkpoint(self, row: int) -> bool:
         """Tell whether the driver may suspend the server of a copy: not on MIG slices, nor where pids say nothing."""
         choice = self._namespace.settings.suspend_checkpoints
-        if choice == NEVER or not self._namespace.segment.words[Header.PID_NAMESPACE]:
+        if choice == NEVER or not self._namespace.tables.header.pid_namespace:
             return False
         if any(uuid.startswith("MIG-") for uuid in self._samples.placement_of_instance(row).uuids):
             return False
@@ -130,18 +131,12 @@ class Suspender:
     def suspend_idle(self, tag: str) -> int:
         """Have the idle copies of a model suspended, by hand, and return how many; waits until they are."""
         namespace = self._namespace
-        words, tables = namespace.segment.words, namespace.tables
+        suspend, cause = self._scheduler.suspension.suspend, Cause(Reason.BY_HAND)
         chosen = []
         with namespace.transaction() as t:
-            model = tables.model_row(tag)
-            for row in (
-                [] if model is None else tables.rows_where(namespace.segment.layout.instances, Instance.MODEL, model)
-            ):
-                at = tables.instance(row)
-                if words[at] == Instance.IDLE and self._scheduler.suspension.suspend(
-                    t, row, namespace.slot, Cause(Reason.BY_HAND), evicted=False
-                ):
-                    chosen.append((row, words[at + Instance.GENERATION]))
+            for row, instance in self._instances_of(tag):
+                if instance.state == Instance.IDLE and suspend(t, row, namespace.slot, cause, evicted=False):
+                    chosen.append((row, instance.generation))
         self._unload_in_thread()
         self._await(lambda: not any(self._is(*one, Instance.SUSPENDING) for one in chosen), self._limit_of(chosen))
         return sum(self._is(*one, Instance.SUSPENDED) for one in chosen)
@@ -155,14 +150,18 @@ class Suspender:
         return self._count(tag, (Instance.ACTIVE, Instance.IDLE, Instance.LOADING, Instance.RESUMING))
 
     def _count(self, tag: str, states: tuple[int, ...]) -> int:
-        namespace = self._namespace
-        words, tables = namespace.segment.words, namespace.tables
-        with namespace.transaction():
-            model = tables.model_row(tag)
-            rows = [] if model is None else tables.rows_where(namespace.segment.layout.instances, Instance.MODEL, model)
-            starts = map(tables.instance, rows)
-            ours = (0, namespace.reference)
-            return sum(words[at] in states and words[at + Instance.OWNER] in ours for at in starts)
+        ours = (None, self._namespace.slot)
+        with self._namespace.transaction():
+            return sum(found.state in states and found.owner in ours for _, found in self._instances_of(tag))
+
+    def _instances_of(self, tag: str) -> list[tuple[int, InstanceRow]]:
+        """Return the rows of a model's copies; needs the lock."""
+        tables = self._namespace.tables
+        model = tables.model_row(tag)
+        if model is None:
+            return []
+        rows = tables.rows_where(self._namespace.segment.layout.instances, Instance.MODEL, model)
+        return [(row, tables.instances[row]) for row in rows]
 
     # ---- resume --------------------------------------------------------------------------------------------
 
@@ -230,12 +229,11 @@ class Suspender:
 
     def _suspended_twin(self, handle: str) -> tuple[int, int, float] | None:
         """Return row, generation and MB of a suspended copy that a handle stands for; looks without the lock."""
-        words, tables, layout = self._namespace.segment.words, self._namespace.tables, self._namespace.segment.layout
+        tables, layout = self._namespace.tables, self._namespace.segment.layout
         for state in _IN_HOST:
             for row in tables.rows_where(layout.instances, Instance.STATE, state):
-                at = tables.instance(row)
                 if tables.handle_of(row) == handle:
-                    return row, words[at + Instance.GENERATION], self._namespace.segment.floats[at + Instance.DEVICE_MB]
+                    return row, tables.instances[row].generation, tables.instances[row].device_mb
         return None
 
     def prepare_end(self, row: int) -> None:
@@ -243,17 +241,15 @@ class Suspender:
 
         It may not succeed, but then nothing is lost by it.
         """
-        words, tables, at = self._namespace.segment.words, self._namespace.tables, self._namespace.tables.instance(row)
-        server, model = words[at + Instance.SERVER], words[at + Instance.MODEL]
-        if words[at + Instance.WAY] != Way.CHECKPOINT or not words[tables.model(model) + Model.RESUMES] or not server:
+        tables = self._namespace.tables
+        instance = tables.instances[row]
+        server = instance.server
+        if instance.way != Way.CHECKPOINT or not tables.models[instance.model].resumes or server is None:
             return
         if driver_branch() not in HAZARDOUS_BRANCHES:
             return
-        pid, limit = (
-            words[tables.member(server - 1) + Member.PID],
-            limit_s(self._namespace.segment.floats[at + Instance.MB]),
-        )
-        folder, tag = self._namespace.runtime.path, tables.tag_of(model)
+        pid, limit = tables.members[server].pid, limit_s(instance.mb)
+        folder, tag = self._namespace.runtime.path, tables.tag_of(instance.model)
         with contextlib.suppress(SuspendError, OSError, EOFError, TimeoutError):
             answer_within(lambda: ask_helper(folder, "suspend", pid, limit, tag), limit, "mpmm-suspend")
 
@@ -270,13 +266,11 @@ class Suspender:
             self._scheduler.advance(t)
 
     def _overdue(self) -> list[int]:
-        words, floats, tables = self._namespace.segment.words, self._namespace.segment.floats, self._namespace.tables
-        now_ns, found = time.monotonic_ns(), []
+        tables, now_ns, found = self._namespace.tables, time.monotonic_ns(), []
         for state in _MOVING:
             for row in tables.rows_where(self._namespace.segment.layout.instances, Instance.STATE, state):
-                at = tables.instance(row)
-                limit_ns = GRACE * limit_s(floats[at + Instance.DEVICE_MB]) * 1e9
-                if now_ns - words[at + Instance.SINCE] > limit_ns:
+                limit_ns = GRACE * limit_s(tables.instances[row].device_mb) * 1e9
+                if now_ns - tables.instances[row].since > limit_ns:
                     found.append(row)
         return found
 
@@ -336,33 +330,32 @@ class Suspender:
     def _task(self, row: int, generation: int, state: int) -> _Task | None:
         """Return what a row says is to be done; None if this process has not to do it, or no longer."""
         namespace = self._namespace
-        words, tables, at = namespace.segment.words, namespace.tables, namespace.tables.instance(row)
+        tables, instance = namespace.tables, namespace.tables.instances[row]
         with namespace.transaction():
             if not self._is_ours(row, generation, state):
                 return None
-            server = words[at + Instance.SERVER]
+            server = instance.server
             return _Task(
-                tables.tag_of(words[at + Instance.MODEL]),
-                Way(words[at + Instance.WAY]),
-                namespace.segment.floats[at + Instance.DEVICE_MB],
+                tables.tag_of(instance.model),
+                Way(instance.way),
+                instance.device_mb,
                 tables.handle_of(row),
-                server - 1 if server else None,
-                words[tables.member(server - 1) + Member.PID] if server else None,
-                self._value_of(row) if words[at + Instance.OWNER] else None,
+                server,
+                None if server is None else tables.members[server].pid,
+                None if instance.owner is None else self._value_of(row),
             )
 
     def _is(self, row: int, generation: int, state: int) -> bool:
-        words, at = self._namespace.segment.words, self._namespace.tables.instance(row)
-        return bool(words[at] == state and words[at + Instance.GENERATION] == generation)
+        instance = self._namespace.tables.instances[row]
+        return instance.state == state and instance.generation == generation
 
     def _is_ours(self, row: int, generation: int, state: int) -> bool:
-        at = self._namespace.tables.instance(row)
-        holder = self._namespace.segment.words[at + Instance.HOLDER]
-        return self._is(row, generation, state) and holder == self._namespace.reference
+        holder = self._namespace.tables.instances[row].holder
+        return self._is(row, generation, state) and holder == self._namespace.slot
 
     def _limit_of(self, copies: list[tuple[int, int]]) -> float:
-        floats, tables = self._namespace.segment.floats, self._namespace.tables
-        return sum(GRACE * limit_s(floats[tables.instance(row) + Instance.DEVICE_MB]) for row, _ in copies)
+        instances = self._namespace.tables.instances
+        return sum(GRACE * limit_s(instances[row].device_mb) for row, _ in copies)
 
     @staticmethod
     def _await(ended: Callable[[], bool], timeout_s: float) -> None:
