@@ -567,7 +567,7 @@ def test_without_the_extension_python_does_it(
 
 @built
 def test_the_doctor_tells_which(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert core_line() == "the compiled core makes the transactions of the warm path"
+    assert core_line() == "the compiled core runs the transactions of the warm path"
 
 
 def core_line() -> str:

@@ -305,7 +305,7 @@ def test_what_a_server_says_after_its_starters_end_is_in_a_file_of_bounded_lengt
     proxy.say("still here")
     assert "still here\n" in log.read_text()
     assert "still here on stderr\n" in log.read_text()
-    assert f"pid {pid}, which serves 'it', goes on here" in log.read_text()
+    assert f"pid {pid}, which serves 'it', writes its output here" in log.read_text()
     assert log.stat().st_mode & 0o777 == 0o600
     for _ in range(3):
         proxy.say_much(2)

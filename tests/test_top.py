@@ -149,7 +149,7 @@ def test_it_waits_for_the_begin_and_keeps_the_last_picture_at_the_end(namespace:
         with ModelManager(namespace=namespace, memory_source="booked") as manager:
             manager.acquire_model("seen", LoadsObject())
             read_until(ours, "seen")
-        assert "seen" in read_until(ours, "this is the last picture, until the namespace begins anew")[-20000:]
+        assert "seen" in read_until(ours, "this is its last picture; waiting for the namespace to start again")[-20000:]
         with ModelManager(namespace=namespace, memory_source="booked") as manager:
             manager.acquire_model("another", LoadsObject())
             read_until(ours, "another")

@@ -799,7 +799,7 @@ class ModelManager(BeamNames):
             reason, _ = self._leave_queue(worker, operation, row, timed_out=True)
             waited = time.monotonic() - began
             raise AcquireTimeoutError(
-                f"lease {name!r} of {mb:g} MB: not to be had within {waited:.1f} s (last reason: {reason}); "
+                f"lease {name!r} of {mb:g} MB: not available within {waited:.1f} s (last reason: {reason}); "
                 "timeout_seconds sets the limit",
                 tag=name,
                 waited_seconds=waited,

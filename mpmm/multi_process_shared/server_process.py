@@ -219,7 +219,8 @@ class _Server:
             if starter is not None and (starter.fd in ready or starter.has_ended()):
                 starter.close()
                 self.output.turn_to_log(
-                    f"pid {os.getpid()}, which serves {self.tag!r}, goes on here: its starter, pid {starter.pid}, ended"
+                    f"pid {os.getpid()}, which serves {self.tag!r}, writes its output here from now on: its starter, "
+                    f"pid {starter.pid}, has ended"
                 )
                 starter = None
             if time.monotonic() >= next_probe:

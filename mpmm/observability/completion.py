@@ -154,12 +154,12 @@ def man_page(parser: argparse.ArgumentParser, version: str) -> str:
     purposes = _help_of(parser)
     lines = [
         f'.TH MPMM 1 "{time.strftime("%Y-%m-%d")}" "mpmm {version}"',
-        *(".SH NAME", r"mpmm \- look into the multi\-process model manager of this host"),
+        *(".SH NAME", r"mpmm \- look into the model managers of this host, and change them"),
         *(".SH SYNOPSIS", r".B mpmm", r"[\fB\-\-runtime\-root\fR \fIFOLDER\fR] \fICOMMAND\fR ..."),
         *(".SH DESCRIPTION", _troff(parser.description or "")),
         _troff(
-            "Every command takes --help. Those that look take no lock, so they answer while everything else stands, "
-            "and nobody waits for them."
+            "Every command takes --help. Commands that only look take no lock, so they answer even while its holder is "
+            "stopped, and delay no process. mpmm help explains settings, errors, guarantees and more."
         ),
         ".SH OPTIONS",
     ]
@@ -175,12 +175,20 @@ def man_page(parser: argparse.ArgumentParser, version: str) -> str:
             if action.help and action.dest not in ("help", "runtime_root"):
                 lines += _entry(action)
     lines += [
-        *(".SH EXIT STATUS", ".TP", ".B 0", "All is well.", ".TP", ".B 1", "Something is wrong, or was refused."),
-        *(".TP", ".B 2", "There is nothing to look at, or the command line cannot be understood."),
-        _troff("run ends with the exit status of its program, or 125 to 127 if that could not be started."),
+        *(
+            ".SH EXIT STATUS",
+            ".TP",
+            ".B 0",
+            "Success.",
+            ".TP",
+            ".B 1",
+            "A problem was found, or the request was refused.",
+        ),
+        *(".TP", ".B 2", "There is no namespace to look at, or the command line is not valid."),
+        _troff("run ends with the exit status of its program, or with 125 to 127 if it could not be started."),
         ".SH ENVIRONMENT",
         *(".TP", ".B MPMM_RUNTIME_DIR", _troff("Folder of the runtime directories, /tmp/mpmm-<uid> by default.")),
-        *(".TP", ".B NO_COLOR", "If it is set, there are no colours on a terminal."),
+        *(".TP", ".B NO_COLOR", "If set, turns off colours on a terminal."),
     ]
     return "\n".join(lines) + "\n"
 

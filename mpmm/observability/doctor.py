@@ -1,4 +1,4 @@
-"""`mpmm doctor`: what this host offers, what limits it sets, and what is wrong with either, in one text.
+"""`mpmm doctor`: what this host offers, which limits it sets, and which problems there are, in one text.
 
 It changes nothing but for a folder of its own that it makes and removes, to see whether locks work, and takes no lock
 of a namespace. It names no environment variable but those that mpmm and the drivers read, and nothing that is secret.
@@ -63,16 +63,16 @@ FEW_OPEN_FILES = 256
 # Where `flock` may not work, or not between hosts.
 _REMOTE = ("nfs", "nfs4", "lustre", "cifs", "smb3", "9p", "fuse.sshfs")
 _MEASURED = {
-    Measures.NOTHING: "measures nothing, and goes by what was booked",
-    Measures.DEVICES: "measures each device, and no single processes",
-    Measures.PROCESSES: "measures each device, and single processes as far as its driver tells them",
+    Measures.NOTHING: "measures nothing, and uses its own accounting",
+    Measures.DEVICES: "measures each device, but not single processes",
+    Measures.PROCESSES: "measures each device, and single processes if its driver reports them",
 }
 _STYLES = {"ok": "well", "note": "note", "PROBLEM": "urgent"}
 
 
 @dataclass(frozen=True)
 class Check:
-    """One line. state: `ok`, `note` (worth to know), or `PROBLEM` (mpmm does not work, or not well, because of it)."""
+    """One line. state: `ok`, `note` (worth knowing), or `PROBLEM` (mpmm does not work, or not well, because of it)."""
 
     state: str
     text: str
@@ -132,10 +132,10 @@ def _core() -> Check:
     except InvalidArgumentError as error:
         return Check("PROBLEM", str(error))
     if compiled:
-        return Check("ok", "the compiled core makes the transactions of the warm path")
+        return Check("ok", "the compiled core runs the transactions of the warm path")
     chosen = os.environ.get(CORE_VARIABLE) == "python"
     why = f"{CORE_VARIABLE}=python" if chosen else "the compiled core was not built when mpmm was installed"
-    return Check("ok" if chosen else "note", f"Python makes the transactions of the warm path: {why}")
+    return Check("ok" if chosen else "note", f"Python runs the transactions of the warm path: {why}")
 
 
 def _versions() -> Iterator[Check]:
@@ -145,10 +145,12 @@ def _versions() -> Iterator[Check]:
     yield Check("ok", f"Python {platform.python_version()} ({sys.executable}), {platform.platform()}")
     yield _core()
     if sys.platform != "linux":
-        yield Check("note", f"{sys.platform} has no futex: processes that wait look by polling")
+        yield Check("note", f"{sys.platform} has no futex: waiting processes poll")
     for name in REQUIRED:
         version = _version(name)
-        yield Check("ok", f"{name} {version}") if version else Check("PROBLEM", f"{name} is missing, and needed")
+        yield (
+            Check("ok", f"{name} {version}") if version else Check("PROBLEM", f"{name} is required, but not installed")
+        )
     there = {name: _version(name) for name in OPTIONAL}
     yield Check("ok", ", ".join(f"{name} {version}" for name, version in there.items() if version) or "no extras")
     missing = [f"mpmm[{extra}] ({name})" for name, extra in OPTIONAL.items() if extra and not there[name]]
@@ -171,12 +173,12 @@ def _driver() -> Iterator[Check]:
             yield Check("ok", f"{name}: {path.read_text().splitlines()[0].strip()}")
             found = True
     if not found:
-        yield Check("note", f"no driver of a GPU is loaded: {', '.join(map(str, versions.values()))} are not there")
+        yield Check("note", f"no GPU driver is loaded: {', '.join(map(str, versions.values()))} do not exist")
     for device in sorted(Path("/dev").glob("nvidia*")):
         if device.is_char_device() and not os.access(device, os.R_OK | os.W_OK):
-            yield Check("PROBLEM", f"{device} may not be read and written by uid {os.getuid()}")
+            yield Check("PROBLEM", f"uid {os.getuid()} may not read and write {device}")
     program = shutil.which("nvidia-smi")
-    yield Check("ok", f"nvidia-smi is {program}" if program else "there is no nvidia-smi on the PATH")
+    yield Check("ok", f"nvidia-smi is {program}" if program else "nvidia-smi is not on the PATH")
 
 
 def _sources() -> Iterator[Check]:
@@ -185,7 +187,7 @@ def _sources() -> Iterator[Check]:
         try:
             source = choose_source(name)
         except SourceUnavailableError as error:
-            yield Check("ok" if name in GPU_SOURCES else "note", f"{name}: not here: {error.reason}")
+            yield Check("ok" if name in GPU_SOURCES else "note", f"{name}: not available: {error.reason}")
             continue
         try:
             if name in GPU_SOURCES:
@@ -210,7 +212,9 @@ def _source(source: MemorySource) -> Iterator[Check]:
     except TimeoutError as error:
         yield Check("PROBLEM", f"{source.name}: does not answer: {error}")
         return
-    yield Check("ok", f"{source.name}: {_MEASURED.get(what_it_measures(source), 'has not shown yet what it measures')}")
+    yield Check(
+        "ok", f"{source.name}: {_MEASURED.get(what_it_measures(source), 'it is not known yet what it measures')}"
+    )
     figures = {sample.index: sample for sample in samples}
     for device in devices:
         sample = figures.get(device.index)
@@ -245,8 +249,8 @@ def _limits() -> Iterator[Check]:
     if spaces > 1:
         yield Check(
             "note",
-            "this process is in a pid namespace of its own, so drivers name other pids than it sees; --pid=host shares "
-            "the host's",
+            "this process is in a pid namespace of its own, so drivers report other pids than it sees; --pid=host "
+            "avoids that",
         )
 
 
@@ -254,7 +258,7 @@ def _shared_memory() -> Iterator[Check]:
     try:
         found = os.statvfs(SHARED_MEMORY)
     except OSError as error:
-        yield Check("PROBLEM", f"{SHARED_MEMORY}: {error.strerror}; namespaces live there")
+        yield Check("PROBLEM", f"{SHARED_MEMORY}: {error.strerror}; mpmm keeps namespaces there")
         return
     size_mb, free_mb = (blocks * found.f_frsize / MIB for blocks in (found.f_blocks, found.f_bavail))
     need_mb = Layout(Capacities()).size_bytes / MIB
@@ -272,7 +276,7 @@ def _shared_memory() -> Iterator[Check]:
     else:
         yield Check("ok", text)
     if not os.access(SHARED_MEMORY, os.W_OK):
-        yield Check("PROBLEM", f"{SHARED_MEMORY} may not be written by uid {os.getuid()}")
+        yield Check("PROBLEM", f"uid {os.getuid()} may not write to {SHARED_MEMORY}")
 
 
 def _limit(value: int) -> str:
@@ -292,11 +296,11 @@ def _permissions(root: Path) -> Iterator[Check]:
     folder = root
     try:
         check_private_folder(root)
-        yield Check("ok", f"runtime directory {root}: this user's alone")
+        yield Check("ok", f"runtime directory {root}: private to this user")
     except FileNotFoundError:
         # Made at the first use, in the nearest folder that there is.
         folder = next(parent for parent in root.parents if parent.exists())
-        yield Check("ok", f"runtime directory {root}: not there yet, made by the first manager")
+        yield Check("ok", f"runtime directory {root}: not there yet; the first manager will create it")
     except (OSError, MpmmError) as error:
         yield Check("PROBLEM", str(error))
         return

@@ -28,36 +28,36 @@ class Family:
 
 
 _COUNTERS = {
-    "loads": "Loads that have ended well.",
+    "loads": "Loads that succeeded.",
     "hits": "Acquires that were given a loaded copy.",
-    "evictions": "Idle copies that had to go for others.",
-    "failed_loads": "Loads that came to nothing.",
-    "timeouts": "Waits that were given up.",
-    "reaps": "Processes that died, and what they had was taken back.",
-    "rollbacks": "Transactions of processes that died in them, undone.",
-    "leaders": "Changes of the leader, the first one included.",
+    "evictions": "Idle copies that were evicted.",
+    "failed_loads": "Loads that failed.",
+    "timeouts": "Waits that timed out.",
+    "reaps": "Processes that died and were cleaned up.",
+    "rollbacks": "Transactions rolled back because their process died.",
+    "leaders": "Changes of the leader, including the first.",
     "resets": "Resets by force.",
     "out_of_memory": "Loads and uses that ran out of memory.",
     "suspends": "Evicted copies that were suspended in host memory.",
-    "resumes": "Suspended copies that came back to their device.",
-    "suspend_failures": "Suspensions and resumes that cost the copy.",
+    "resumes": "Suspended copies that were resumed.",
+    "suspend_failures": "Suspensions and resumes that failed, so that the copy was unloaded.",
 }
 _DEVICE_GAUGES = {
     "used": ("used_mb", "Memory in use, by the last figure."),
     "peak": ("peak_mb", "Highest figure of memory in use in peak_window_seconds."),
-    "external": ("external_mb", "Memory in use that is no copy's and no lease's: the driver's, and other programs'."),
-    "foreign": ("foreign_mb", "Memory in use that belongs to processes of others, as far as the source knows."),
-    "reserved": ("reserved_mb", "Memory booked by loads and leases that the figure does not show yet."),
-    "returning": ("returning_mb", "Memory unloaded that the figure still shows."),
+    "external": ("external_mb", "Memory in use by the driver and by other programs, not by copies or leases."),
+    "foreign": ("foreign_mb", "Memory in use by processes that are not mpmm's, as far as the source knows."),
+    "reserved": ("reserved_mb", "Memory reserved for loads and leases that the figure does not show yet."),
+    "returning": ("returning_mb", "Unloaded memory that the figure still shows."),
     "limit": ("limit_mb", "Memory that may be filled."),
-    "size": ("total_mb", "Memory that there is."),
+    "size": ("total_mb", "Total memory."),
 }
 _MODEL_COUNTERS = {
     "loads": "Loads of a model.",
     "hits": "Acquires of a model that were given a loaded copy.",
-    "evictions": "Idle copies of a model that had to go for others.",
+    "evictions": "Idle copies of a model that were evicted.",
     "suspends": "Copies of a model that were suspended.",
-    "resumes": "Suspended copies of a model that came back.",
+    "resumes": "Suspended copies of a model that were resumed.",
 }
 _COPY_STATES = ("active", "idle", "loading", "unloading", "suspended")
 
@@ -87,8 +87,8 @@ def families(looked_at: Iterable[tuple[Snapshot, Tally]]) -> list[Family]:
         _devices(into, snapshot, labels)
         _models(into, snapshot, labels)
         for name, histograms, description in (
-            ("wait_seconds", tally.waits, "Time in the queue, of those who had to queue."),
-            ("hold_seconds", tally.holds, "Time between acquire and release."),
+            ("wait_seconds", tally.waits, "Time that requests spent in the queue, if they had to queue."),
+            ("hold_seconds", tally.holds, "Time from acquire to release."),
             ("load_seconds", tally.loads, "Time that loads took."),
             ("suspend_seconds", tally.suspends, "Time that suspensions took."),
             ("resume_seconds", tally.resumes, "Time that resumes took."),
@@ -115,11 +115,11 @@ def _state(into: _Families, snapshot: Snapshot, labels: Mapping[str, str]) -> No
     gauges = (
         ("dead_members", "Processes that are dead and not cleaned up yet.", dead),
         ("waiting", "Waiters in the queue.", snapshot.waiting),
-        ("oldest_wait_seconds", "How long the one who has waited longest has done so.", longest_wait_s(snapshot)),
+        ("oldest_wait_seconds", "How long the oldest waiter has waited.", longest_wait_s(snapshot)),
         ("active", "Copies in use.", snapshot.active),
         ("loading", "Copies being loaded.", snapshot.loading),
-        ("leader_age_seconds", "How long the present leader has led.", snapshot.leader_for_s),
-        ("poll_age_seconds", "Since the leader, or somebody in its place, last polled.", snapshot.polled_ago_s),
+        ("leader_age_seconds", "How long the present leader has been the leader.", snapshot.leader_for_s),
+        ("poll_age_seconds", "Time since the leader, or a process in its place, last polled.", snapshot.polled_ago_s),
         ("host_suspended_bytes", "Host memory of suspended copies.", _host_mb(snapshot) * MIB),
         ("host_budget_bytes", "Host memory that suspended copies may take.", snapshot.suspend_budget_mb * MIB),
         ("lock_holder_stopped", "1 while the process that holds the lock is stopped.", snapshot.lock.holder_stopped),

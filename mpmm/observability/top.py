@@ -96,7 +96,7 @@ class Looks:
                 self.notice = f"waiting for {what} in {self._root or default_root()}"
             else:
                 ago = age(time.monotonic() - self.snapshot.taken_s)
-                self.notice = f"ended {ago} ago; this is the last picture, until the namespace begins anew"
+                self.notice = f"ended {ago} ago; this is its last picture; waiting for the namespace to start again"
         except MpmmError as error:
             if self.snapshot is None:
                 raise

@@ -104,7 +104,7 @@ def _models(snapshot: Snapshot) -> Iterator[str]:
 
 def _lease(model: ModelInfo, instances: list[InstanceInfo], tickets: list[TicketInfo]) -> Iterator[str]:
     if model.estimate_mb is None:
-        yield f"M7 lease {model.tag}: nobody knows for how much it is"
+        yield f"M7 lease {model.tag}: its size is unknown"
     if max(len(instances), len(tickets)) != 1:
         yield f"M7 lease {model.tag} has {len(tickets)} tickets and {len(instances)} instances"
 

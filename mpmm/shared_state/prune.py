@@ -142,7 +142,7 @@ def _why_abandoned(name: str) -> str | None:
     namespace = _NAME.fullmatch(name)["namespace"]  # type: ignore[index]  # it does match
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         if segment_name(root, namespace) != name:
-            return f"the folder {root} was removed, and made anew"
+            return f"the folder {root} was removed and made again"
         return None if (root / namespace).exists() else f"its folder {root / namespace} is gone"
     return f"its folder {root} is gone"
 

@@ -99,7 +99,7 @@ def place_of(root: Path) -> tuple[int, int]:
 def segment_lost(namespace: str, name: str) -> SegmentLostError:
     """Return the error for a namespace whose members live, and whose segment is gone."""
     return SegmentLostError(
-        f"namespace {namespace!r} is in use, but its segment {SHARED_MEMORY}/{name} is gone: somebody has removed it "
+        f"namespace {namespace!r} is in use, but its segment {SHARED_MEMORY}/{name} is gone: something has removed it "
         "under its processes (systemd-logind does when a user logs out, unless logind.conf says RemoveIPC=no, and "
         "so may systemd-tmpfiles or another cleaner); end these processes, the next one makes a new segment",
         name=name,
