@@ -94,9 +94,9 @@ def children() -> set[psutil.Process]:
     return found
 
 
-def _keepers() -> set[str]:
+def _background_threads() -> set[str]:
     """Return the names of the background threads of this process's managers."""
-    return {thread.name for thread in threading.enumerate() if thread.name.startswith("mpmm-keeper")}
+    return {thread.name for thread in threading.enumerate() if thread.name.startswith("mpmm-background")}
 
 
 @pytest.fixture(autouse=True)
@@ -107,7 +107,7 @@ def runtime_root() -> Iterator[Path]:
     # With a file in it, mpmm does not remove the folder, whose identity is part of the names of segments.
     (root / KEEP).touch()
     # What an earlier test has left was told there.
-    before, keepers = children(), _keepers()
+    before, threads = children(), _background_threads()
     # The command line changes it for its process.
     level = logging.getLogger("mpmm").level
     # Of its own, because what a test has patched must be itself again when we look.
@@ -127,7 +127,7 @@ def runtime_root() -> Iterator[Path]:
             left["processes"] = [child.pid for child in children() - before]
             left["segments"] = segments_of(root)
             left["files"] = files_in(root)
-            left["keepers"] = sorted(_keepers() - keepers)
+            left["threads"] = sorted(_background_threads() - threads)
             return not any(left.values())
 
         try:

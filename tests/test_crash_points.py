@@ -1111,7 +1111,8 @@ class Survivor:
 def survivor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Survivor]:
     monkeypatch.setenv("MPMM_RUNTIME_DIR", str(tmp_path / "run"))
     # The children are told apart from the survivor by what they do in the foreground alone.
-    monkeypatch.setattr("mpmm.model_manager.background.Keeper.start", lambda keeper: keeper._lead_if_free(1.0))
+    start = "mpmm.model_manager.background.BackgroundThread.start"
+    monkeypatch.setattr(start, lambda thread: thread._leader.lead_if_free(1.0))
     # These models are in no cycle, and a collection takes 0.1 s in a process that has imported Beam.
     monkeypatch.setattr("mpmm.model_manager.unload.gc.collect", lambda: 0)
     wait = ModelManager._wait

@@ -32,7 +32,7 @@ from processes import (
 from simulated_gpu import GPU_IS_LOST, SimulatedGpus
 
 from mpmm import AcquireTimeoutError, ModelManager
-from mpmm.model_manager.background import POLL_WAIT_S
+from mpmm.model_manager.leader import POLL_WAIT_S
 from mpmm.observability.inspect_screen import render
 from mpmm.shared_state.snapshot import DeviceInfo, read_snapshot
 from mpmm.sources import DeviceSample, SourceUnavailableError
@@ -585,8 +585,7 @@ def test_figures_that_come_when_the_poll_is_over_are_learnt_from(
     manager._estimator.set_initial_estimate("a", 300.0)
     with manager.model("a", LoadsObject("a", device=device, mb=250.0)):
         assert not read_snapshot(namespace).observations
-        keeper = manager._connected().background
-        keeper._poll_due = 0.0
+        manager._connected().leader._poll_due = 0.0
         wait_until(lambda: read_snapshot(namespace).observations, "it is learnt from", 10)
     (observation,) = read_snapshot(namespace).observations
     assert observation.readings_mb[-1] == 250

@@ -165,7 +165,7 @@ def all_is_back(namespace: str) -> bool:
 
 def leads(seat: Seat) -> bool:
     """Tell whether the process takes itself for the leader."""
-    return bool(seat.manager._connected().background.leading)
+    return bool(seat.manager._connected().leader.leading)
 
 
 def transact(seat: Seat, count: int) -> None:

@@ -166,7 +166,7 @@ class KeptEstimates:
         self._saved: dict[str, Estimate] = {}
         self._save_due = 0.0
         self._failed = False
-        # One save at a time: the keeper's, and that of the thread which closes the worker.
+        # One save at a time: the background thread's, and that of the thread which closes the session.
         self._mutex = threading.Lock()
 
     def load(self) -> None:

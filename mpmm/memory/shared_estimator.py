@@ -1,7 +1,7 @@
 """`ResourceEstimator` on shared state: the same methods, for all processes of a namespace.
 
-Estimates live in the model rows, readings in the observation rows. Solving is nobody's duty but the leader's
-(`Keeper`), which calls `solve` between two polls, or of a caller who adds an observation by hand.
+Estimates live in the model rows, readings in the observation rows. Only the leader solves, between two polls
+(`mpmm.model_manager.leader`), and a caller that adds an observation by hand.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from mpmm.memory.samples import SharedSamples
 from mpmm.model_manager.deferred import NOW_S
 from mpmm.shared_state.layout import Device, Header, Instance, Member, device_rows
 from mpmm.shared_state.namespace import Namespace
-from mpmm.sources import MemorySource, process_knowledge
+from mpmm.sources import DeviceInfo, MemorySource, process_knowledge
 
 __all__ = ["FreshFigures", "Growth"]
 
@@ -37,6 +37,10 @@ class FreshFigures:
         self._namespace = namespace
         self._monitor = monitor
         self.samples = samples
+
+    def devices(self) -> tuple[DeviceInfo, ...]:
+        """Return the devices of the source; raises as `GPUMonitor.devices` does."""
+        return self._monitor.devices()
 
     @property
     def source(self) -> MemorySource:

@@ -12,6 +12,7 @@ What it does there is parted among the session's objects, each of which has one 
     reconciler     takes back what calls had in hand that an exception has ended    reconcile.py
     tenures        which instances were handed to it a moment ago                   tenure.py
     suspender      suspends and resumes instances                                   mpmm/suspend/
+    leader         what the elected leader does for everybody                       leader.py
     background     the one thread, which does what nobody waits for                 background.py
 """
 
@@ -29,11 +30,13 @@ from mpmm.memory.estimates_file import KeptEstimates
 from mpmm.memory.monitor import GPUMonitor
 from mpmm.memory.samples import SharedSamples
 from mpmm.memory.shared_estimator import SharedResourceEstimator
-from mpmm.model_manager.background import REPEAT_S, Keeper
+from mpmm.model_manager.background import REPEAT_S, BackgroundThread, Jobs
 from mpmm.model_manager.deferred import DeferredChanges
+from mpmm.model_manager.doorbell import Doorbell
 from mpmm.model_manager.fresh_figures import FreshFigures
 from mpmm.model_manager.held import HeldInstances
 from mpmm.model_manager.late_unloads import LateUnloads
+from mpmm.model_manager.leader import Leader
 from mpmm.model_manager.look_again import LookAgain
 from mpmm.model_manager.operations import Operation, ended_calls
 from mpmm.model_manager.out_of_memory import OutOfMemory
@@ -125,14 +128,19 @@ class Worker:
         self.held = HeldInstances(namespace, scheduler, self.tenures)
         self.thread = ThreadHolds(namespace, self.held, self.operations)
         self.unloads = Unloads(namespace, scheduler, self.figures, self.held, self.waiting)
-        self.late_unloads = LateUnloads(namespace, scheduler, self.unloads)
         self.suspender = self.unloads.suspender
         self.out_of_memory = OutOfMemory(namespace, scheduler, samples, self.unloads)
         self.reconciler = Reconciler(namespace, scheduler, self.held, self.operations)
-        self.background = Keeper(self)
-        self.deferred = DeferredChanges(namespace, scheduler, self.background.wake)
+        doorbell = Doorbell(namespace)
+        self.deferred = DeferredChanges(namespace, scheduler, doorbell.ring)
         scheduler.go_on = self.deferred.defer_plan
-        monitor.bind(samples, self.background.note_sample)
+        self.leader = Leader(
+            *(namespace, scheduler, samples, self.estimator, self.figures),
+            *(LateUnloads(namespace, scheduler, self.unloads), self.suspender, self.keep_estimates, doorbell),
+        )
+        jobs = Jobs(namespace, self.deferred, self.reconciler, self.held, self.unloads, self.leader, self.operations)
+        self.background = BackgroundThread(namespace, doorbell, jobs)
+        monitor.bind(samples, self.leader.note_sample)
         _sessions.add(self)
 
     @property
@@ -164,7 +172,7 @@ class Worker:
             self._closer = call
             self.closing = self.unloads.leaving = True
         self._send_waiters_away()
-        leading = self.background.leading
+        leading = self.leader.leading
         self.background.stop()
         if leading:
             self.keep_estimates(at_last=True)
@@ -280,7 +288,7 @@ class Worker:
 
         The parent's objects stay referenced: what their finalizers let go of, a device's memory say, is the parent's.
         """
-        self.background.forget_after_fork()
+        self.leader.forget_after_fork()
         _inherited.append(self)
 
     def _unload_everything(self) -> None:

@@ -99,8 +99,8 @@ class Unloads:
     def unload_in_thread(self) -> None:
         """Do `unload_assigned` in a thread of its own, if there is anything to do.
 
-        A waiter has to give up in time, and the keeper has other duties, however long an unload takes: a model's own
-        code may hang. Both are told of the same unloads, because either may be stuck elsewhere.
+        A waiter has to give up in time, and the background thread has other jobs, however long an unload takes: a
+        model's own code may hang. Both are told of the same unloads, because either may be stuck elsewhere.
         """
         if self._has_to_unload():
             # Without a thread to be had, the next look at the rows finds what is left, or another process is given it.

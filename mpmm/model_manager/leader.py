@@ -1,0 +1,355 @@
+"""The leader: one process of a namespace, which does what has to be done for everybody.
+
+It polls memory, takes back what dead members had, records observations and solves for the estimates, unloads what
+nobody has used for long, and finds loads and unloads that take too long. The leader lock is a kernel file lock, so a
+dead leader's place is free at once. Nobody else needs to be told: every process has a `Leader`, which tries to take the
+lock whenever it is free.
+
+If the leader lives but its last poll is too long ago (it is stopped, or stuck in a native call), another process polls
+and takes back in its place, unless one has just set out to. It leaves solving to the leader: SciPy takes a second of a
+processor to import, and where processors are so scarce that the leader is late, a crowd that imports it, and is late
+for that, would keep it so. Decisions do without the newest solution, but not without fresh figures.
+
+The leader asks for samples, but another thread takes them (`mpmm.memory.sampler`): a source that hangs must not keep
+the dead from being reaped. What comes after `POLL_WAIT_S` is learnt from when it comes.
+
+The process that can measure most leads: one whose source knows single processes comes before one that sees whole
+devices only, and that one before one that only does accounting. A leader hands over to a better one that joins, and
+leaves a free lead to it for a second. If only processes are left that can measure nothing, one of them takes back what
+the dead had, and the accounts decide; it does not replace the devices while they are in use, whose last figures stand
+and age.
+
+The leader and its deputies, the workers in the lowest slots of those that measure most, look around four times a
+second. Everybody else does so only every four seconds, in case all of those die together; a new leader wakes those that
+are its deputies now. So 32 processes that just wait cost a sixth of what they would cost if all looked as often.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from functools import partial
+
+from mpmm.memory.beam_metrics import report_estimate
+from mpmm.memory.learning import Learning
+from mpmm.memory.samples import SharedSamples
+from mpmm.memory.shared_estimator import SharedResourceEstimator
+from mpmm.model_manager.doorbell import Doorbell
+from mpmm.model_manager.fresh_figures import FreshFigures
+from mpmm.model_manager.late_unloads import LateUnloads
+from mpmm.policy.view import Reason
+from mpmm.scheduler import Scheduler
+from mpmm.shared_state.durations import to_ns
+from mpmm.shared_state.events import Cause
+from mpmm.shared_state.futex import wake_all
+from mpmm.shared_state.layout import Device, Header, Instance, Member, Model
+from mpmm.shared_state.lock_file import LockFile
+from mpmm.shared_state.namespace import Namespace
+from mpmm.shared_state.transaction import Transaction
+from mpmm.sources import Measures, process_knowledge, what_it_measures
+from mpmm.suspend.suspender import Suspender
+from mpmm.text.printable import printable_logger
+
+__all__ = ["FIRST_SAMPLE_WAIT_S", "LONGEST_TICK_S", "POLL_WAIT_S", "Leader"]
+
+_LOG = printable_logger("mpmm")
+# A dead leader is replaced, and a stuck one stood in for, within a second whatever the poll interval is.
+LONGEST_TICK_S = 0.25
+RESERVE_TICK_S = 4.0
+DEPUTIES = 2
+# So long a poll waits for its figures. Those that come later are learnt from when they come: the
+# dead are reaped, and everything else goes on, whatever the source does.
+POLL_WAIT_S = 0.1
+# The process that leads from the start waits somewhat longer, so that devices are known before anybody asks.
+FIRST_SAMPLE_WAIT_S = 1.0
+STALE_AFTER_S = 0.6
+# A process that has set out to poll in the leader's place may be stopped or killed on the way; then it is the next
+# one's turn.
+STANDING_IN_NS = 1_000_000_000
+# A free lead is left to those that can measure more for so long.
+BETTER_LEADS_WITHIN_S = 1.0
+LONGEST_OFFER_PAUSE_S = 60.0
+
+
+class Leader:
+    """One process as the leader, or as one of those that may take its place. leading: it is the leader.
+
+    For the background thread alone, but for `note_sample`.
+    """
+
+    def __init__(
+        self,
+        namespace: Namespace,
+        scheduler: Scheduler,
+        samples: SharedSamples,
+        estimator: SharedResourceEstimator,
+        figures: FreshFigures,
+        late_unloads: LateUnloads,
+        suspender: Suspender,
+        keep_estimates: Callable[[], object],
+        doorbell: Doorbell,
+    ) -> None:
+        """keep_estimates: writes the estimates to their file, if it is time for that. doorbell: of this process."""
+        self._namespace = namespace
+        self._scheduler = scheduler
+        self._samples = samples
+        self._estimator = estimator
+        self._figures = figures
+        self._late_unloads = late_unloads
+        self._suspender = suspender
+        self._keep_estimates = keep_estimates
+        self._doorbell = doorbell
+        self._learning = Learning(namespace)
+        self._lock_file = LockFile(namespace.runtime.file("leader.lock"))
+        self._poll_due = 0.0
+        # How many samples this process has published; and how many it had when a poll did not wait for its own, None if
+        # it did. Counted here, because the thread that takes them counts one as ended only after it has told us.
+        self._published = 0
+        self._late_since: int | None = None
+        # Since when the lead has been seen to be free, while it was left to a process that can measure more.
+        self._free_since: float | None = None
+        # To whom the lead was offered last, when it will be again, and how long after the last time that is.
+        self._offered_to: set[tuple[int, int]] = set()
+        self._offer_due = 0.0
+        self._offer_pause_s = 0.0
+        self.leading = False
+
+    def close(self) -> None:
+        """Give up the leadership, without the lock of the segment, whose holder may be stopped."""
+        self._lock_file.close()
+        self.leading = False
+
+    def forget_after_fork(self) -> None:
+        """In a forked child: the parent keeps the leadership."""
+        self._lock_file.forget_after_fork()
+        self.leading = False
+
+    def look_after_files(self) -> None:
+        """Make the namespace's files anew if somebody has removed them; the leader lock may be another file then."""
+        self.leading = self._namespace.look_after_files(self._lock_file, self.leading)
+
+    def elect(self) -> None:
+        """Lead if nobody does, or hand over to a process that can measure more."""
+        if self.leading:
+            self._hand_over_to_better()
+        else:
+            self.lead_if_free()
+
+    def do_for_everybody(self) -> None:
+        """Do what is due as the leader, or in its place."""
+        if not (self.leading or self._stands_in()):
+            return
+        self._reap()
+        self._expire_returns()
+        self._late_unloads.hand_over()
+        self._suspender.end_overdue()
+        if time.monotonic() >= self._poll_due:
+            self._poll_due = time.monotonic() + self._namespace.settings.poll_interval
+            self._poll()
+            self._suspender.heed_host_memory()
+
+    def _reap(self) -> None:
+        """Take back what dead members had."""
+        if self._namespace.reap_dead_members():
+            with self._namespace.transaction() as t:
+                self._scheduler.advance(t)
+
+    def note_sample(self) -> None:
+        """Have the figures learnt from that a poll did not wait for; called by the thread that has published some."""
+        self._published += 1
+        if self._late_since is not None:
+            self._doorbell.ring()
+
+    def interval(self) -> float:
+        """Return how long to sleep until the next tick."""
+        interval = min(self._namespace.settings.poll_interval, LONGEST_TICK_S)
+        if self.leading:
+            return interval
+        return interval if self._namespace.slot in self._first_in_line() else max(interval, RESERVE_TICK_S)
+
+    def _first_in_line(self) -> list[int]:
+        """Return the slots of the deputies, and one more, because the leader is mostly one of them.
+
+        Those that can measure most come first.
+        """
+        words, tables, layout = self._namespace.segment.words, self._namespace.tables, self._namespace.segment.layout
+        workers = tables.rows_where(layout.members, Member.STATE, Member.WORKER)
+        return sorted(workers, key=lambda slot: (-words[tables.member(slot) + Member.MEASURES], slot))[: DEPUTIES + 1]
+
+    def _better_members(self) -> set[tuple[int, int]]:
+        """Return the living workers that can measure more than this one."""
+        return self._samples.better_members(what_it_measures(self._figures.source))
+
+    def _hand_over_to_better(self) -> None:
+        """Leave the lead to a process that can measure more, and wake it.
+
+        If none takes it, because they are stopped, this one takes it back. It offers it again after 2 s, then 4 s and
+        so on up to a minute, and at once to a newcomer.
+        """
+        better = self._better_members()
+        now = time.monotonic()
+        if not better or (better <= self._offered_to and now < self._offer_due):
+            return
+        self._offer_pause_s = min(2 * self._offer_pause_s, LONGEST_OFFER_PAUSE_S) if better <= self._offered_to else 2.0
+        self._offered_to, self._offer_due = better, now + self._offer_pause_s
+        self._free_since = now
+        self.leading = False
+        self._lock_file.unlock()
+        for slot, _ in better:
+            wake_all(self._namespace.segment.address + 8 * (self._namespace.tables.member(slot) + Member.BELL))
+
+    def _is_left_to_better(self) -> bool:
+        """Tell whether to leave the free lead to a process that can measure more: for a second, as it may be stuck."""
+        if not self._better_members():
+            return False
+        now = time.monotonic()
+        if self._free_since is None:
+            self._free_since = now
+        return now - self._free_since < BETTER_LEADS_WITHIN_S
+
+    def lead_if_free(self, sample_wait_s: float = POLL_WAIT_S) -> None:
+        """Become the leader if nobody is, and wait for a first sample."""
+        # A manager inside a model server does not: its server ends without notice, and may be busy with one long call.
+        if self._namespace.kind == Member.GUEST or not self._lock_file.try_exclusive():
+            self._free_since = None
+            return
+        if self._is_left_to_better():
+            self._lock_file.unlock()
+            return
+        self._free_since = None
+        source = self._figures.source
+        try:
+            self._samples.describe(source, self._figures.devices(), self._first_in_line())
+            self._figures.sample_source(sample_wait_s)
+        except BaseException:
+            self._lock_file.unlock()
+            raise
+        self.leading = True
+        _LOG.info(
+            "mpmm %s: pid %d is the leader, memory source %s", self._namespace.name, self._namespace.pid, source.name
+        )
+
+    def _stands_in(self) -> bool:
+        """Tell whether to poll in the leader's place, and if so, tell the others that this process does.
+
+        That is if the last poll, or the last look at a device that this process sees, is too long ago: nobody else who
+        polls may see it.
+        """
+        words, tables = self._namespace.segment.words, self._namespace.tables
+        places = [(Header.POLLED, Header.POLL_CLAIMED)]
+        # Without a source that measures, a claim on devices would only keep those from it that have one.
+        if not words[Header.SOURCE_BOOKS_ONLY] and what_it_measures(self._figures.source) > Measures.NOTHING:
+            devices = (tables.device(row) for row in self._samples.rows())
+            places += [(at + Device.TRIED, at + Device.CLAIMED) for at in devices]
+        now = time.monotonic_ns()
+        late = now - to_ns(self._namespace.settings.poll_interval + STALE_AFTER_S)
+        if not any(
+            words[tried] < late and not now - STANDING_IN_NS < words[claimed] <= now for tried, claimed in places
+        ):
+            return False
+        for _, claimed in places:
+            words[claimed] = now
+        return True
+
+    def say_what_it_measures(self) -> None:
+        """Tell the others if this process's source has turned out to measure more, or less, than it said."""
+        namespace = self._namespace
+        measures = what_it_measures(self._figures.source)
+        if namespace.segment.words[namespace.tables.member(namespace.slot) + Member.MEASURES] != measures:
+            with namespace.transaction() as t:
+                namespace.transitions.members.note_source(t, namespace.slot, measures)
+
+    def _expire_returns(self) -> None:
+        """Let the books decide about unloaded memory that no sample has told about for a while."""
+        namespace = self._namespace
+        words, tables = namespace.segment.words, namespace.tables
+        rows = tables.used_rows(namespace.segment.layout.devices)
+        if any(words[tables.device(row) + Device.RETURN_COUNT] for row in rows):
+            with namespace.transaction() as t:
+                namespace.transitions.ledgers.expire(t)
+                self._scheduler.advance(t)
+
+    def _poll(self) -> None:
+        source = self._figures.source
+        published = self._published
+        # What a sample in progress has taken so far comes off the wait: a source that hangs is not waited for again.
+        came = self._figures.sample_source(POLL_WAIT_S)
+        self._late_since = None if came else published
+        knowledge = process_knowledge(source) if self.leading else None
+        with self._namespace.transaction() as t:
+            self._namespace.transitions.members.note_poll(t, knowledge)
+            self._give_up_slow_loads(t)
+            self._unload_expired(t)
+            self._scheduler.count_requests(t)
+            # Time alone changes plans, too.
+            self._scheduler.advance(t)
+            estimates = self._learning.learn(t)
+        self._report(estimates)
+
+    def learn_from_late_sample(self) -> None:
+        """Learn from the sample that a poll has asked for, once it is there."""
+        late_since = self._late_since
+        if late_since is None or self._published == late_since:
+            return
+        self._late_since = None
+        with self._namespace.transaction() as t:
+            estimates = self._learning.learn(t)
+        self._report(estimates)
+
+    def _report(self, estimates: dict[str, float]) -> None:
+        for tag, mb in estimates.items():
+            report_estimate(tag, mb)
+        if self.leading:
+            self._samples.forget_stated_devices()
+            self._estimator.solve()
+            self._keep_estimates()
+
+    def _give_up_slow_loads(self, t: Transaction) -> None:
+        namespace = self._namespace
+        limit = namespace.settings.load_timeout_seconds
+        if math.isinf(limit) or not namespace.segment.words[Header.LOADING]:
+            return
+        tables, layout = namespace.tables, namespace.segment.layout
+        for row in tables.rows_where(layout.instances, Instance.STATE, Instance.LOADING):
+            taken = (time.monotonic_ns() - namespace.segment.words[tables.instance(row) + Instance.SINCE]) / 1e9
+            if taken > limit:
+                namespace.transitions.models.note_failure(
+                    t, namespace.segment.words[tables.instance(row) + Instance.MODEL]
+                )
+                namespace.transitions.loads.give_up(t, row)
+                t.after.append(
+                    partial(
+                        _LOG.warning,
+                        "mpmm %s: abandoned a load after %.1f s (load_timeout_seconds)",
+                        namespace.name,
+                        taken,
+                    )
+                )
+
+    def _unload_expired(self, t: Transaction) -> None:
+        """Have copies unloaded that nobody has used for as long as they are kept: by their owner, or by this process.
+
+        That is `keep_alive_seconds` of their model, else `idle_ttl_seconds`.
+        """
+        namespace = self._namespace
+        words, tables, layout = namespace.segment.words, namespace.tables, namespace.segment.layout
+        ttl_s = namespace.settings.idle_ttl_seconds
+        if math.isinf(ttl_s) and not tables.view(layout.models)[:, Model.KEEP_ALIVE].any():
+            return
+        rows = tables.rows_where(layout.instances, Instance.STATE, Instance.IDLE)
+        # These have been idle before; in the host they are kept for as long again.
+        rows += tables.rows_where(layout.instances, Instance.STATE, Instance.SUSPENDED)
+        for row in rows:
+            at = tables.instance(row)
+            model, kept_ns = words[at + Instance.MODEL], tables.kept_ns(words[at + Instance.MODEL], ttl_s)
+            if t.is_long:
+                # The next poll unloads the rest.
+                return
+            if words[tables.model(model) + Model.PINS] or t.now - words[at + Instance.SINCE] <= kept_ns:
+                continue
+            cause = Cause(Reason.EXPIRED, seconds=kept_ns / 1e9)
+            if words[at] == Instance.IDLE:
+                namespace.transitions.unloads.begin(t, row, namespace.slot, evicted=False, cause=cause)
+            else:
+                namespace.transitions.suspensions.drop(t, row, namespace.slot, cause)
