@@ -1,9 +1,9 @@
 """Typed reads of live rows: `tables.instances[row].mb` instead of a word by its number.
 
-For everything outside this package that is not on the warm path: a read takes 0.7 us, or 0.2 if the row is kept, where a
-word by its number takes 0.15. What is read is what stands in the segment at that moment, so values that belong together need the lock. A field
-has the name that `layout` gives its word; `tests/test_snapshot.py` holds the two equal. Nothing here changes a row:
-`transitions` does.
+For everything outside this package that is not on the warm path: a read takes 0.7 us, or 0.2 if the row is kept, where
+a word by its number takes 0.15. What is read is what stands in the segment at that moment, so values that belong
+together need the lock. A field has the name that `layout` gives its word; `tests/test_snapshot.py` holds the two equal.
+Nothing here changes a row: `transitions` does.
 """
 
 from __future__ import annotations
