@@ -139,7 +139,7 @@ class Attachment:
             source=source,
             kind=Member.GUEST if is_server_process() else Member.WORKER,
             made=made,
-            patience_s=min(timeout_s, LIFECYCLE_TIMEOUT_S),
+            timeout_s=min(timeout_s, LIFECYCLE_TIMEOUT_S),
         )
         try:
             path = told.estimates_path or os.environ.get(ESTIMATES_PATH_VARIABLE)

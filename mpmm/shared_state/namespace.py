@@ -131,7 +131,7 @@ class Namespace:
         label: str = "",
         must_exist: bool = False,
         made: list[Any] | None = None,
-        patience_s: float = LIFECYCLE_TIMEOUT_S,
+        timeout_s: float = LIFECYCLE_TIMEOUT_S,
     ) -> Namespace:
         """Attach to the namespace, creating it if need be, and take a row in the members table.
 
@@ -140,7 +140,7 @@ class Namespace:
 
         made: the membership is added to it before it has anything, for a caller that is interrupted before it has it,
             and who then has to `leave` it.
-        patience_s: gives up after so long if others have the locks, for a caller who has to answer in time.
+        timeout_s: gives up after so long if others have the locks, for a caller who has to answer in time.
 
         Raises RuntimeDirectoryError, LayoutMismatchError, SegmentAllocationError, LockTimeoutError,
         TableFullError (members), FileNotFoundError when `must_exist` and there is none, InvalidArgumentError for a
@@ -152,7 +152,7 @@ class Namespace:
         # Before anything is made, because it raises where the environment says what cannot be.
         which()
         began = time.monotonic()
-        deadline = began + patience_s
+        deadline = began + timeout_s
         while True:
             if must_exist and not runtime.path.is_dir():
                 raise FileNotFoundError(f"there is no namespace {name!r} in {runtime.root}")
@@ -280,14 +280,14 @@ class Namespace:
         """The descriptor of the lock that says that this member lives; whoever has a duplicate open keeps it alive."""
         return self._files.life_fd
 
-    def transaction(self, patience_s: float | None = None) -> Transaction:
-        """Return a transaction for `with`, which waits for the lock for `patience_s` at most.
+    def transaction(self, timeout_s: float | None = None) -> Transaction:
+        """Return a transaction for `with`, which waits for the lock for `timeout_s` at most.
 
         Raises ClosedError after leaving, LockTimeoutError.
         """
         if not self._usable:
             raise ClosedError(f"this process has left the namespace {self.name!r}")
-        return self.lock(patience_s)
+        return self.lock(timeout_s)
 
     def member_is_alive(self, slot: int) -> bool:
         """Tell whether the process in a used row still lives; needs no lock and is advice without it."""

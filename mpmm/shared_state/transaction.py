@@ -149,22 +149,22 @@ class TransactionLock:
         #: Makes transactions of the warm path under this lock, where it can; see `core.py`.
         self.core: Core | None = None
 
-    def __call__(self, patience_s: float | None = None) -> Transaction:
+    def __call__(self, timeout_s: float | None = None) -> Transaction:
         """Return the transaction to be entered by `with`.
 
-        patience_s: gives up the lock after so long, if that is less than `timeout_seconds`.
+        timeout_s: gives up the lock after so long, if that is less than `timeout_seconds`.
         """
-        if patience_s is None or patience_s >= self.timeout_seconds:
+        if timeout_s is None or timeout_s >= self.timeout_seconds:
             return self._transaction
-        return Transaction(self, max(0.0, patience_s))
+        return Transaction(self, max(0.0, timeout_s))
 
     def set_timeout(self, timeout_seconds: float) -> None:
-        """Let transactions that name no patience of their own give up the lock after so long."""
-        self.timeout_seconds = self._transaction._patience_s = timeout_seconds
+        """Let transactions that name no time-out of their own give up the lock after so long."""
+        self.timeout_seconds = self._transaction._timeout_s = timeout_seconds
 
     @contextlib.contextmanager
     def patient_here(self) -> Iterator[None]:
-        """Let the calling thread wait for the lock for longer than `timeout_seconds`, where it names no patience.
+        """Let the calling thread wait for the lock for longer than `timeout_seconds`, where it names no time-out.
 
         For threads that mpmm starts to finish what has been decided, as an unload: no caller waits for them, and giving
         up on a crowded host would only leave the work to somebody who begins it again.
@@ -176,11 +176,11 @@ class TransactionLock:
         finally:
             self._patient.discard(ident)
 
-    def _patience(self, patience_s: float) -> float:
-        """Return for how long the calling thread waits that was to wait for `patience_s`."""
-        if patience_s == self.timeout_seconds and threading.get_ident() in self._patient:
-            return max(patience_s, PATIENT_S)
-        return patience_s
+    def _timeout_here(self, timeout_s: float) -> float:
+        """Return for how long the calling thread waits that was to wait for `timeout_s`."""
+        if timeout_s == self.timeout_seconds and threading.get_ident() in self._patient:
+            return max(timeout_s, PATIENT_S)
+        return timeout_s
 
     def held_by_this_thread(self) -> bool:
         """Tell whether the calling thread is inside a transaction."""
@@ -190,7 +190,7 @@ class TransactionLock:
         """Tell whether the calling thread is in the middle of a transaction, and not one that an exception has left."""
         return self.held_by_this_thread() and self._is_at_work(sys._getframe())
 
-    def acquire(self, patience_s: float, frame: FrameType) -> None:
+    def acquire(self, timeout_s: float, frame: FrameType) -> None:
         """Take mutex and file lock; undo what a dead process, or an exception, left.
 
         frame: it runs the `with` of the transaction. Raises LockTimeoutError, ClosedError, ReentrantCallError when this
@@ -201,14 +201,14 @@ class TransactionLock:
         # acquire() without a time-out is the fast case, and by far the most common.
         if mutex._is_owned() or not mutex.acquire(blocking=False):
             began = time.monotonic()
-            self._wait_for_mutex(began, patience_s, frame)
+            self._wait_for_mutex(began, timeout_s, frame)
         try:
             self._frame = frame
             if self._file.fd < 0:
                 raise ClosedError(f"this process has left the namespace of {self.segment.path}")
             if self.segment.words[Header.STARVING] or not self._file.take_quickly():
                 self._crowded_turns = CROWDED_TURNS
-                self._wait_for_file_lock(time.monotonic() if began is None else began, patience_s)
+                self._wait_for_file_lock(time.monotonic() if began is None else began, timeout_s)
             words = self.words
             words[Header.LOCK_HOLDER] = self._pid
             words[Header.LOCK_TAKEN] = time.monotonic_ns()
@@ -319,18 +319,18 @@ class TransactionLock:
             self._suspected = None
             return True
 
-    def _wait_for_mutex(self, began: float, patience_s: float, frame: FrameType) -> None:
+    def _wait_for_mutex(self, began: float, timeout_s: float, frame: FrameType) -> None:
         """Take the mutex. Raises LockTimeoutError, ReentrantCallError."""
-        patience_s = self._patience(patience_s)
+        timeout_s = self._timeout_here(timeout_s)
         while True:
             if self._mutex._is_owned() and self._take_over(frame):
                 return
-            left = began + patience_s - time.monotonic()
+            left = began + timeout_s - time.monotonic()
             # Read anew each time, as it may have been replaced.
             if self._mutex.acquire(timeout=min(max(0.0, left), ABANDONED_LOOK_S)):
                 return
             if left <= 0:
-                raise self._timed_out(self._pid, patience_s)
+                raise self._timed_out(self._pid, timeout_s)
             self.end_abandoned()
 
     def close(self) -> None:
@@ -359,17 +359,17 @@ class TransactionLock:
         if core is not None:
             core.close()
 
-    def _wait_for_file_lock(self, began: float, patience_s: float) -> None:
-        """Take the file lock, `patience_s` after `began` at the latest. Raises LockTimeoutError."""
+    def _wait_for_file_lock(self, began: float, timeout_s: float) -> None:
+        """Take the file lock, `timeout_s` after `began` at the latest. Raises LockTimeoutError."""
         words = self.segment.words
-        patience_s = self._patience(patience_s)
+        timeout_s = self._timeout_here(timeout_s)
         began_ns = int(began * 1e9)
         for _ in range(QUICK_TRIES if not words[Header.STARVING] else 0):
             if self._file.try_exclusive():
                 return
         while True:
             now = time.monotonic()
-            now_ns, left = int(now * 1e9), began + patience_s - now
+            now_ns, left = int(now * 1e9), began + timeout_s - now
             lapses = words[Header.STARVING]
             # A claim that reaches further than any was never written by a claimant.
             claimed = now_ns < lapses <= now_ns + CLAIM_NS
@@ -385,7 +385,7 @@ class TransactionLock:
             if (starves or not claimed or left <= 0) and self._file.try_exclusive():
                 break
             if left <= 0:
-                raise self._timed_out(int(words[Header.LOCK_HOLDER]), patience_s)
+                raise self._timed_out(int(words[Header.LOCK_HOLDER]), timeout_s)
             if starves:
                 self._sleep(Header.STARVING, lapses, min(left, STARVING_SLEEP_S))
             else:
@@ -397,12 +397,12 @@ class TransactionLock:
     def _sleep(self, word: int, seen: int, seconds: float) -> None:
         wait_for_change(lambda: int(self.segment.words[word]), self.segment.address + 8 * word, seen, seconds)
 
-    def _timed_out(self, pid: int, patience_s: float) -> LockTimeoutError:
+    def _timed_out(self, pid: int, timeout_s: float) -> LockTimeoutError:
         return LockTimeoutError(
-            f"the lock {self.segment.path} was not free within {patience_s:g} s; process {pid} holds it "
+            f"the lock {self.segment.path} was not free within {timeout_s:g} s; process {pid} holds it "
             "(is it stopped?); lock_timeout_seconds sets the limit",
             path=str(self.segment.path),
-            timeout_seconds=patience_s,
+            timeout_seconds=timeout_s,
             holder_pid=pid,
         )
 
@@ -416,11 +416,11 @@ class TransactionLock:
 class Transaction:
     """All changes between `with lock() as t:` and its end, or none of them."""
 
-    __slots__ = ("_count", "_lock", "_patience_s", "_undo", "_undo_base", "_undo_capacity", "after", "now", "words")
+    __slots__ = ("_count", "_lock", "_timeout_s", "_undo", "_undo_base", "_undo_capacity", "after", "now", "words")
 
-    def __init__(self, lock: TransactionLock, patience_s: float | None = None) -> None:
+    def __init__(self, lock: TransactionLock, timeout_s: float | None = None) -> None:
         self._lock = lock
-        self._patience_s = lock.timeout_seconds if patience_s is None else patience_s
+        self._timeout_s = lock.timeout_seconds if timeout_s is None else timeout_s
         self._undo = lock.segment.layout.undo
         self._undo_base = self._undo.base
         self._undo_capacity = self._undo.capacity
@@ -431,7 +431,7 @@ class Transaction:
         self.after: list[Callable[[], object]] = []
 
     def __enter__(self) -> Transaction:
-        self._lock.acquire(self._patience_s, sys._getframe(1))
+        self._lock.acquire(self._timeout_s, sys._getframe(1))
         try:
             self._begin()
         except BaseException:

@@ -35,7 +35,7 @@ _COPIES_TRIED = 12
 _LOCK_TIMEOUT_S = 0.5
 # So long a look waits for a process that joins or leaves, which takes milliseconds, before it says that a segment is
 # lost; and so long it sleeps meanwhile.
-LIFECYCLE_PATIENCE_S = 0.5
+LOST_AFTER_S = 0.5
 LIFECYCLE_LOOK_S = 0.005
 
 
@@ -71,7 +71,7 @@ def _is_lost(runtime: RuntimeDirectory, name: str) -> bool:
     The last process to leave is a member still while it removes first the segment and then the folder. So where
     somebody holds the lifecycle lock, the look counts only once that has ended, or takes too long.
     """
-    deadline = time.monotonic() + LIFECYCLE_PATIENCE_S
+    deadline = time.monotonic() + LOST_AFTER_S
     while _has_members(runtime.path):
         if not is_locked(runtime.file("lifecycle.lock")) or time.monotonic() >= deadline:
             # Looked at again, because it may have ended between the two looks.
