@@ -2,7 +2,7 @@
 
 Every process makes a manager of the same namespace and asks it for a model by its tag. It gets a loaded copy: an idle
 one, if there is one, else one that it loads itself as soon as there is memory for it. To make room the manager unloads
-idle copies; requests without room wait in a fair queue.
+idle copies; requests that need memory wait in a fair queue.
 
     from mpmm import ModelManager, MultiProcessShared
 
@@ -20,7 +20,8 @@ idle copies; requests without room wait in a fair queue.
 - `mpmm.beam.install()` makes all of this Apache Beam's model manager; `mpmm.metrics` exports for Prometheus.
 - Errors are children of `MpmmError`, and of the built-in exception that fits.
 
-In a shell `mpmm inspect` shows who holds what, who waits and why; `mpmm --help` lists the other commands.
+In a shell `mpmm inspect` shows which processes hold or wait for which models, and why; `mpmm help` explains settings,
+errors and more, and `mpmm --help` lists the commands.
 
 The public names are those of `__all__`. Most of them are imported at their first use, so that a model server, which
 needs few of them, starts fast.
@@ -131,5 +132,5 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    """Name the API, with what is imported at its first use, and no helper; nothing is imported for that."""
+    """Return the names of the API, also those that are imported at their first use, without importing them."""
     return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})

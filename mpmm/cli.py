@@ -95,7 +95,7 @@ EXIT_NO_LEASE = 125
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; return the exit status: 0, 1 for what is wrong, 2 when there is nothing to look at."""
+    """Run the command line; return the exit status: 0, 1 for a problem, 2 if there is nothing to look at."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     # Everything after `--` belongs to the program to be run, whatever it looks like.
     ours, program = (given[: given.index("--")], given[given.index("--") + 1 :]) if "--" in given else (given, [])

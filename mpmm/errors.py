@@ -246,7 +246,7 @@ class LoadTimeoutError(MpmmError, TimeoutError):
 class SuspendError(MpmmError, RuntimeError):
     """A copy could not be suspended or resumed.
 
-    What to do: nothing, if the model may be loaded anew; the text says what failed.
+    What to do: nothing, if the model may be loaded again; the text says what failed.
     Attributes: `tag`.
     """
 

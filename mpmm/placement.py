@@ -1,8 +1,8 @@
-"""Where what is being loaded goes, for the loader to know: `current_placement()`.
+"""On which devices a loader should load: `current_placement()`.
 
-A model server that a loader starts finds `CUDA_VISIBLE_DEVICES` set to its placement before anything of its constructor
-runs, so `cuda:0` is its first device there; on AMD GPUs it is `HIP_VISIBLE_DEVICES`, see `server_setting`. A loader
-that loads in its own process, where that variable is read long since, asks `current_placement` and uses `cuda:<index>`.
+A model server that a loader starts finds `CUDA_VISIBLE_DEVICES` set to its placement before its constructor runs, so
+`cuda:0` is its first device there; on AMD GPUs it is `HIP_VISIBLE_DEVICES`, see `server_setting`. A loader that loads
+in its own process, where CUDA has read that variable already, asks `current_placement` and uses `cuda:<index>`.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ _current: ContextVar[Placement | None] = ContextVar("mpmm_placement", default=No
 
 
 def current_placement() -> Placement | None:
-    """Return where the copy goes that is being loaded here, None outside of a loader.
+    """Return on which devices the present loader should load its copy; None outside of a loader.
 
-    For a loader of `ModelManager.acquire_model` and the like, in its thread; and for the constructor of a
-    `MultiProcessShared` in the model server that such a loader has started.
+    It works in the thread of a loader that `ModelManager.acquire_model` and the like have called, and in the
+    constructor of a `MultiProcessShared` in the model server that such a loader has started.
     """
     return _current.get()
 

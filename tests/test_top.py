@@ -192,7 +192,7 @@ def test_keys_sort_filter_hold_and_help() -> None:
     for key in "\r ?":
         controls.press(key)
     assert (controls.paused, controls.helping) == (True, True)
-    assert "go on (held)" in controls.footer()
+    assert "continue (held)" in controls.footer()
     assert controls.press("q")
 
 

@@ -1,7 +1,7 @@
 """`mpmm help TOPIC`: pages at length, as plain text for a terminal.
 
 Most pages are the Markdown files in `mpmm/help`. Those of settings and errors are made from the tables and docstrings
-that the code itself goes by, so that they cannot say anything else than it does.
+that the code itself uses, so that the two cannot differ.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ TOPICS: dict[str, tuple[str, Callable[[], str]]] = {
 
 
 def page(topic: str | None, width: int | None = None) -> str:
-    """Return a page as plain text in so many characters a line; of no topic, the list of topics."""
+    """Return a page as plain text in lines of that width; without a topic, the list of topics."""
     width = min(width or LONGEST_LINE, LONGEST_LINE)
     if topic is not None:
         return as_text(TOPICS[topic][1](), width)
@@ -159,5 +159,5 @@ def _wrapped(text: str, width: int, first: str = "", others: str = "") -> list[s
 
 
 def _plain(text: str) -> str:
-    """Return a line without emphasis and links; what is code keeps its marks, or it could be taken for words."""
+    """Return a line without emphasis and links; code keeps its marks, or a reader could mistake it for words."""
     return re.sub(r"\[([^\]]+)\]\(([^)]+)\)", r"\1 (\2)", text.replace("**", "").replace("\\|", "|"))

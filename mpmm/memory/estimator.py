@@ -1,7 +1,7 @@
 """How much memory one copy of a model takes, worked out from readings of the whole device.
 
-A reading says: with these copies loaded, so much was in use. Many of them make a linear system with one
-unknown per model and one for what is always there (the bias), solved with none allowed below zero.
+A reading says how much memory was in use while certain copies were loaded. Many readings make a linear system with one
+unknown per model and one for the memory that is always in use (the bias), solved with none allowed below zero.
 `solve_footprints` and `smooth` are pure; `ResourceEstimator` is Beam's class around them, for use alone
 in a process, and the manager calls the same two with readings from shared memory. All figures are in MB.
 """

@@ -17,18 +17,18 @@ from mpmm.shared_state.snapshot import InstanceInfo, ModelInfo
 __all__ = ["HELP", "SORTS", "Controls", "single_keys"]
 
 HELP = """\
-q, Ctrl-C  end; the last picture stays on the terminal
-h, ?       this help, and back
-space      hold the picture, and go on
+q, Ctrl-C  quit; the last picture stays on the terminal
+h, ?       show or hide this help
+space      hold or continue
 s          sort copies and models by the next of:
            {sorts}
-r          sort the other way round
-/          type a text: rows whose model has it in its tag, or whose
-           process has that pid; Enter ends typing, Esc shows all again
+r          reverse the order
+/          filter: type part of a tag, or a pid; Enter keeps
+           the filter, Esc shows all rows
 
 bar        █ used  ▓ reserved for loads and leases
            ░ on its way back from unloads  · free  │ limit
-below it   memory in use over time, a column for each look"""
+below it   memory in use over time, a column for each update"""
 
 # By copy and by model; `state` is the order in which `mpmm inspect` has them.
 _COPY_KEYS: dict[str, Callable[[InstanceInfo], Any]] = {
@@ -111,9 +111,9 @@ class Controls:
         """Return the line that says what the keys do and what is chosen."""
         if self.typing:
             return f"filter: {self.filter}_   (Enter keeps it, Esc shows all rows)"
-        parts = ["q end", "h help", f"s sort: {self.sort}{', reversed' if self.backwards else ''}"]
+        parts = ["q quit", "h help", f"s sort: {self.sort}{', reversed' if self.backwards else ''}"]
         parts.append(f"/ filter: {self.filter}" if self.filter else "/ filter")
-        return "  ".join([*parts, "space: go on (held)" if self.paused else "space hold"])
+        return "  ".join([*parts, "space: continue (held)" if self.paused else "space hold"])
 
 
 @contextlib.contextmanager

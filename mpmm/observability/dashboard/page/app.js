@@ -44,7 +44,7 @@ async function poll() {
   try {
     const answer = await fetch(`api/state?${query}`, { headers: { Authorization: `Bearer ${TOKEN}` } });
     if (mine !== asked) return;
-    if (answer.status === 401 || answer.status === 403) return notice("The token is not valid any more: open the URL that `mpmm dashboard` has printed last.", true);
+    if (answer.status === 401 || answer.status === 403) return notice("The token is no longer valid: open the URL that `mpmm dashboard` printed last.", true);
     if (!answer.ok) throw new Error(`status ${answer.status}`);
     const said = await answer.json();
     if (mine !== asked) return;
@@ -53,7 +53,7 @@ async function poll() {
   } catch (error) {
     if (mine !== asked) return;
     failures += 1;
-    if (error instanceof TypeError || !known.head) notice("The dashboard's server does not answer: this is the last picture. It goes on by itself.", true);
+    if (error instanceof TypeError || !known.head) notice("The dashboard's server does not answer: this is its last picture. The page continues by itself.", true);
     else notice(`This page failed: ${error.message}`, true);
   }
   polling = setTimeout(poll, Math.min(SLOWEST_POLL_MS, POLL_MS * 1.5 ** Math.min(failures, 8)));
@@ -91,7 +91,7 @@ function chooseFirstWindow() {
 function nothingSaid(said) {
   if (said.problem !== null && !said.problem.startsWith("there is no namespace")) return said.problem;
   const awaited = said.namespace ?? said.only;
-  return `${awaited ? `There is no namespace ${awaited}` : "There are no namespaces"} in ${said.root} yet. This page shows the first one that begins.`;
+  return `${awaited ? `There is no namespace ${awaited}` : "There are no namespaces"} in ${said.root} yet. This page will show the first one that starts.`;
 }
 
 function forget() {
@@ -258,7 +258,7 @@ function showDevices() {
 function showHost() {
   const head = known.head;
   const uses = Boolean(head && (head.suspends || head.host_mb));
-  setText(byId("host-note"), uses ? `Suspended copies take ${memory(head.host_mb)} of host memory, of ${memory(head.host_budget_mb)} that they may` : "");
+  setText(byId("host-note"), uses ? `Suspended copies take ${memory(head.host_mb)} of host memory, of the ${memory(head.host_budget_mb)} allowed` : "");
   for (const key of byId("timeline-legend").querySelectorAll(".suspend, .sleep")) key.hidden = !uses;
 }
 
@@ -444,7 +444,7 @@ function togglePause() {
 
 function setTheme(theme) {
   document.documentElement.dataset.theme = theme;
-  byId("theme").setAttribute("aria-label", `Theme: ${theme === "system" ? "as the system" : theme}`);
+  byId("theme").setAttribute("aria-label", `Theme: ${theme === "system" ? "same as system" : theme}`);
   try {
     localStorage.setItem("mpmm-theme", theme);
   } catch {
