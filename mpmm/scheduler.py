@@ -18,7 +18,8 @@ Q2  A release of a copy whose model nobody waits for needs no plan (`moves_nobod
 Q3  A newcomer for a model whose copies are all in use, and all usable by any process, can only wait for one of them
     (`known_wait`), if there are as many copies as there may be, or if they serve it sooner than a load would. This is
     known where everybody who waits wants this model, the newest of them was told the same, nothing runs alone or waits
-    to, and no load of the model has failed. Nobody else is moved by a newcomer at the end of the queue.
+    to, and no load of the model has failed. Nobody else is moved by a newcomer at the end of the queue. A copy that is
+    idle during another process's tenure (`mpmm.model_manager.tenure`) counts as one in use.
 Q4  A newcomer waits behind the head of the queue (`known_wait`, too) where nothing may be used or loaded beside that:
     something runs alone on every device; or the only device is drained for the head, and there is no copy of the
     newcomer's model; or the head waits for room, and that model has copies that every process can use, none of them
@@ -77,7 +78,7 @@ from mpmm.shared_state.namespace import Namespace
 from mpmm.shared_state.transaction import Transaction
 from mpmm.suspend.books import SuspensionBooks
 
-__all__ = ["Copies", "Scheduler"]
+__all__ = ["CALLED_UP_FOR_NS", "Copies", "Scheduler"]
 
 # Less than this is no news for those who wait; the next poll of the leader has them planned for anyway.
 LEAST_ROOM_MB = 1.0
@@ -88,6 +89,8 @@ FEW_WAITERS = 16
 QUIET_REASONS = frozenset({Reason.LEASED, Reason.FOREIGN, Reason.PINNED, Reason.SHARING, Reason.COPIES})
 # Waits for a copy of the own model.
 SHARED_REASONS = frozenset({Reason.SHARING, Reason.COPIES})
+# So long before its end a tenure was the reason to call a waiter up, see `mpmm.model_manager.tenure`.
+CALLED_UP_FOR_NS = 1_500_000
 # Waits of the head of the queue, for which room is kept.
 HEAD_REASONS = frozenset({Reason.IN_USE, Reason.UNLOADING, Reason.RETURNING})
 # Waits for which nothing is kept, and nobody else stands back.
@@ -455,7 +458,10 @@ class Scheduler:
         words, floats, at = self._segment.words, self._segment.floats, self._tables.model(model)
         waiting, active, loading = (words[at + word] for word in (Model.WAITING, Model.ACTIVE, Model.LOADING))
         hold_s, load_s = floats[at + Model.HOLD_S], floats[at + Model.LOAD_S]
-        if not active or words[at + Model.IDLE] or words[at + Model.FAILURES] or not words[at + Model.SHARES]:
+        idle = words[at + Model.IDLE]
+        if not (active or idle) or words[at + Model.FAILURES] or not words[at + Model.SHARES]:
+            return None
+        if idle and not self._is_left_to_another(model):
             return None
         measured = words[Header.SOURCE_BOOKS_ONLY] or words[Header.SOURCE_MEASURES_PROCESSES]
         if words[Header.WAITING] != waiting or words[Header.ISOLATED] or not (measured or self.is_known(model)):
@@ -465,15 +471,28 @@ class Scheduler:
         copies = map(self._tables.instance, self._tables.rows_where(self._layout.instances, Instance.MODEL, model))
         if any(words[one] and not self._is_for_all(one) for one in copies):
             return None
-        if active + loading >= self._namespace.settings.max_model_copies:
+        copies_coming = active + idle + loading
+        if copies_coming >= self._namespace.settings.max_model_copies:
             return Cause(Reason.COPIES)
-        seconds = served_in_s(hold_s, hold_s, waiting, active + loading)
+        seconds = served_in_s(hold_s, hold_s, waiting, copies_coming)
         return Cause(Reason.SHARING, seconds=seconds) if 0 < seconds < load_s else None
 
+    def _is_left_to_another(self, model: int) -> bool:
+        """Tell whether what is idle of a model is another process's for the rest of its tenure.
+
+        Then a waiter was called up a moment ago, which looks for itself at the end of the tenure, and stands before any
+        newcomer: a plan now would only cut the tenure short.
+        """
+        words, now = self._segment.words, time.monotonic_ns()
+        called_up = (
+            words[self._tables.ticket(one.row) + Ticket.CALLED_UP] for one in self._waiters() if one.model == model
+        )
+        return any(now - CALLED_UP_FOR_NS < at <= now for at in called_up)
+
     def _is_for_all(self, at: int) -> bool:
-        """Tell whether a used row is that of a copy in use, or being loaded, which any process can have after that."""
+        """Tell whether a used row is that of a copy that any process can have, now or after somebody else."""
         words = self._segment.words
-        return words[at] in (Instance.ACTIVE, Instance.LOADING) and not (
+        return words[at] in (Instance.ACTIVE, Instance.IDLE, Instance.LOADING) and not (
             words[at + Instance.OWNER] or words[at + Instance.DOOMED]
         )
 

@@ -1203,8 +1203,9 @@ class ModelManager(BeamNames):
         namespace = worker.namespace
         with suppress(TableFullError), namespace.transaction(max(NOW_S, deadline - time.monotonic())) as t:
             row = worker.held.find_idle(tag)
-            if row is not None:
-                return self._take(worker, operation, t, row, tag)
+            copy = None if row is None else self._take(worker, operation, t, row, tag)
+            if copy is not None:
+                return copy
             model = namespace.tables.model_row(tag)
             cause = None if model is None else worker.scheduler.known_wait(model)
             if model is not None and cause is not None:

@@ -18,13 +18,15 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
+from mpmm.scheduler import CALLED_UP_FOR_NS
+
 __all__ = ["CALLED_UP_FOR_S", "TENURE_S", "Tenure", "Tenures", "looks_in_s"]
 
 # Measured on 2 processors, copies that are held for no time: with 0.5 ms 4 processes make 6 600 pairs a second, with
 # 1 ms 10 200, with 4 ms 14 300; of 16 processes the 99th percentile of an acquire is 14, 18 and 61 ms; without, 37 ms.
 TENURE_S = 0.001
-# A waiter that was called up looks after so long: mostly the tenure has ended with a hand-over by then.
-CALLED_UP_FOR_S = 1.5 * TENURE_S
+# A waiter that was called up looks after so long, one and a half tenures: mostly a hand-over has ended it by then.
+CALLED_UP_FOR_S = CALLED_UP_FOR_NS / 1e9
 # If most of a process's last pauses were longer than this, it leaves the copy to the next one at once, because the copy
 # would be idle for a noticeable part of the tenure. Most, and not their mean: a process that loses its processor now
 # and then pauses for milliseconds.
