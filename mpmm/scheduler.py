@@ -50,21 +50,21 @@ from mpmm.policy.reasons import explain
 from mpmm.policy.sharing import expected_wait_s, remaining_s, seen_so_far, served_in_s
 from mpmm.policy.suspension import resume_s
 from mpmm.policy.view import (
-    Busy,
+    BusyInstance,
     Decision,
     DeviceView,
-    Enough,
     Evict,
     Grant,
-    Idle,
+    IdleInstance,
     Load,
     ModelView,
-    Placed,
+    PlacedInstance,
     Reason,
     Refuse,
     Resume,
     Rules,
-    Suspended,
+    Satisfied,
+    SuspendedInstance,
     TicketView,
     View,
     Wait,
@@ -117,10 +117,10 @@ class Copies:
     copies in mid-unload by device. `booked_mb` is what all but the loading ones take, `reserved_mb` what loads in
     progress and leases may take, or take already where that is more."""
 
-    idle: list[Idle] = field(default_factory=list)
-    busy: list[Busy] = field(default_factory=list)
-    leases: list[Placed] = field(default_factory=list)
-    suspended: list[Suspended] = field(default_factory=list)
+    idle: list[IdleInstance] = field(default_factory=list)
+    busy: list[BusyInstance] = field(default_factory=list)
+    leases: list[PlacedInstance] = field(default_factory=list)
+    suspended: list[SuspendedInstance] = field(default_factory=list)
     suspending: defaultdict[int, int] = field(default_factory=lambda: defaultdict(int))
     shared: defaultdict[int, int] = field(default_factory=lambda: defaultdict(int))
     owned: defaultdict[int, defaultdict[int, int]] = field(default_factory=_counts)
@@ -146,7 +146,7 @@ class _Waiter(NamedTuple):
     deadline: int
     blocked_at: int
     preload: int
-    tied: int
+    usable_on: int
 
 
 _WAITER_FIELDS = (
@@ -291,7 +291,7 @@ class Scheduler:
             self._namespace.transitions.models.note_demand(
                 t,
                 model,
-                after.gap_s,
+                after.mean_interarrival_s,
                 after.requests,
                 t.now if after.requests > before.requests else to_ns(after.counted_s),
             )
@@ -331,13 +331,15 @@ class Scheduler:
             row = words[Header.NEWEST_TICKET]
             at = self._tables.ticket(row)
             if words[at + Ticket.STATE] == Ticket.WAITING:
-                tied = words[at + Ticket.TIED]
+                usable_on = words[at + Ticket.TIED]
                 wants = words[at + Ticket.MODEL] == model and not words[at + Ticket.PRELOAD]
-                wants = wants and not (tied and devices & ~tied)
+                wants = wants and not (usable_on and devices & ~usable_on)
                 return (row, 0) if wants and words[at + Ticket.DEADLINE] > now else None
         waiting = [one for one in self._waiters() if one.deadline > now]
         wanting = [
-            one for one in waiting if one.model == model and not one.preload and not (one.tied and devices & ~one.tied)
+            one
+            for one in waiting
+            if one.model == model and not one.preload and not (one.usable_on and devices & ~one.usable_on)
         ]
         if not wanting or (len(wanting) < len(waiting) and not all(one.priority for one in waiting)):
             return None
@@ -587,19 +589,19 @@ class Scheduler:
             since = words[at + Instance.SINCE]
             pinned = bool(words[tables.model(model) + Model.PINS])
             device = devices.bit_length() - 1
-            beside: tuple[tuple[int, float], ...] = ()
+            other_shares: tuple[tuple[int, float], ...] = ()
             if devices & (devices - 1):
                 (device, mb), *others = tables.shares_of(row)
-                beside = tuple(others)
+                other_shares = tuple(others)
             if words[at + Instance.STEADY]:
                 copies.steady.update(dict.fromkeys(device_rows(devices), model))
             if state == Instance.LEASED:
                 # Not a copy of a model, but a reservation.
-                self._share_out(copies.reserved_mb, device, beside, max(reserved, floats[at + Instance.MB]))
-                self._share_out(copies.leased_mb, device, beside, reserved)
-                share_mb = reserved / (1 + len(beside))
-                shares = tuple((other, share_mb) for other, _ in beside)
-                copies.leases.append(Placed(row, model, device, share_mb, beside=shares))
+                self._share_out(copies.reserved_mb, device, other_shares, max(reserved, floats[at + Instance.MB]))
+                self._share_out(copies.leased_mb, device, other_shares, reserved)
+                share_mb = reserved / (1 + len(other_shares))
+                shares = tuple((other, share_mb) for other, _ in other_shares)
+                copies.leases.append(PlacedInstance(row, model, device, share_mb, other_shares=shares))
                 continue
             leaves = state in (Instance.ACTIVE, Instance.LOADING, Instance.RESUMING) and words[at + Instance.DOOMED]
             copies.leaving[model] += bool(leaves)
@@ -607,20 +609,22 @@ class Scheduler:
                 copies.loading[model][holder] += not leaves
                 copies.newest_load[model] = max(since, copies.newest_load.get(model, 0))
                 free_in_s = self._free_in_s(model, since, now, loading=True)
-                copies.busy.append(Busy(row, model, device, mb, free_in_s, pinned, holder, True, beside=beside))
+                copies.busy.append(
+                    BusyInstance(row, model, device, mb, free_in_s, pinned, holder, True, other_shares=other_shares)
+                )
             else:
                 copies.booked_mb[device] += mb
-                for other, share_mb in beside:
+                for other, share_mb in other_shares:
                     copies.booked_mb[other] += share_mb
             if state == Instance.SUSPENDED:
-                copies.suspended.append(self._suspended(row, model, device, beside, since, owner))
+                copies.suspended.append(self._suspended(row, model, device, other_shares, since, owner))
                 continue
             if state == Instance.SUSPENDING:
                 copies.suspending[model] += 1
             if state in (Instance.UNLOADING, Instance.SUSPENDING):
                 # The memory of an unload that is late is in use, and nobody counts on it.
                 late = words[at + Instance.UNLOAD_LATE]
-                for other, share_mb in () if late else ((device, mb), *beside):
+                for other, share_mb in () if late else ((device, mb), *other_shares):
                     copies.unloading[other] += 1
                     copies.unloading_mb[other] += share_mb
             elif state in (Instance.ACTIVE, Instance.IDLE) and owner:
@@ -628,39 +632,47 @@ class Scheduler:
             elif state in (Instance.ACTIVE, Instance.IDLE):
                 copies.shared[model] += not leaves
             if state == Instance.IDLE:
-                copies.idle.append(Idle(row, model, device, mb, since / 1e9, owner or None, pinned, beside=beside))
+                copies.idle.append(
+                    IdleInstance(row, model, device, mb, since / 1e9, owner or None, pinned, other_shares=other_shares)
+                )
             elif state == Instance.ACTIVE:
                 copies.newest_hold[model] = max(since, copies.newest_hold.get(model, 0))
                 free_in_s = self._free_in_s(model, since, now, loading=False)
-                copies.busy.append(Busy(row, model, device, mb, free_in_s, pinned, owner or None, beside=beside))
+                copies.busy.append(
+                    BusyInstance(row, model, device, mb, free_in_s, pinned, owner or None, other_shares=other_shares)
+                )
             if reserved and server:
-                self._add_load(copies, row, device, beside, reserved)
+                self._add_load(copies, row, device, other_shares, reserved)
             elif reserved:
-                self._share_out(copies.reserved_mb, device, beside, reserved)
+                self._share_out(copies.reserved_mb, device, other_shares, reserved)
         return copies
 
     def _suspended(
-        self, row: int, model: int, device: int, beside: Sequence[tuple[int, float]], since_ns: int, owner: int
-    ) -> Suspended:
-        share_mb = self._segment.floats[self._tables.instance(row) + Instance.DEVICE_MB] / (1 + len(beside))
-        others = tuple((other, share_mb) for other, _ in beside)
+        self, row: int, model: int, device: int, other_shares: Sequence[tuple[int, float]], since_ns: int, owner: int
+    ) -> SuspendedInstance:
+        share_mb = self._segment.floats[self._tables.instance(row) + Instance.DEVICE_MB] / (1 + len(other_shares))
+        others = tuple((other, share_mb) for other, _ in other_shares)
         resumes_in_s = resume_s(self.suspension.movable(row))
-        return Suspended(row, model, device, share_mb, since_ns / 1e9, owner or None, resumes_in_s, beside=others)
+        return SuspendedInstance(
+            row, model, device, share_mb, since_ns / 1e9, owner or None, resumes_in_s, other_shares=others
+        )
 
     @staticmethod
-    def _share_out(figures: dict[int, float], device: int, beside: Sequence[tuple[int, float]], mb: float) -> None:
+    def _share_out(
+        figures: dict[int, float], device: int, other_shares: Sequence[tuple[int, float]], mb: float
+    ) -> None:
         """Add an equal share to the figures of all devices of a copy."""
-        share_mb = mb / (1 + len(beside))
+        share_mb = mb / (1 + len(other_shares))
         figures[device] += share_mb
-        for other, _ in beside:
+        for other, _ in other_shares:
             figures[other] += share_mb
 
     def _add_load(
-        self, copies: Copies, row: int, device: int, beside: Sequence[tuple[int, float]], reserved: float
+        self, copies: Copies, row: int, device: int, other_shares: Sequence[tuple[int, float]], reserved: float
     ) -> None:
         """Add what a load in progress was allowed, or what its server has taken already, where that is more."""
-        share_mb = reserved / (1 + len(beside))
-        for other in (device, *(other for other, _ in beside)):
+        share_mb = reserved / (1 + len(other_shares))
+        for other in (device, *(other for other, _ in other_shares)):
             copies.reserved_mb[other] += max(
                 share_mb, self._namespace.transitions.ledgers.measured_share(row, other) or 0.0
             )
@@ -856,7 +868,7 @@ class Scheduler:
     def _carry_out(self, t: Transaction, decision: Decision, newcomer: int | None) -> None:
         transitions = self._namespace.transitions
         match decision:
-            case Enough(ticket):
+            case Satisfied(ticket):
                 transitions.tickets.answer_enough(t, ticket)
             case Grant(ticket, instance, why):
                 # If not, it has just gone to make room in the table of copies, which the plan does not know of.
@@ -974,7 +986,7 @@ def _ticket_view(
     preload: int,
     blocked_ns: int,
     devices: int,
-    tied: int,
+    usable_on: int,
     span: int,
     nested: int,
     passed: int,
@@ -991,7 +1003,7 @@ def _ticket_view(
         preload,
         blocked_ns / 1e9 if blocked_ns else None,
         tuple(device_rows(devices)) if devices else (),
-        tuple(device_rows(tied)) if tied else (),
+        tuple(device_rows(usable_on)) if usable_on else (),
         span,
         bool(nested),
         bool(passed),

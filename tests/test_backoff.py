@@ -35,7 +35,7 @@ from mpmm.model_manager import ModelManager
 from mpmm.observability.inspect_screen import render
 from mpmm.policy.backoff import back_off_s, left_s
 from mpmm.policy.plan import make_plan
-from mpmm.policy.view import Busy, Decision, Evict, Grant, Load, ModelView, Reason, TicketView, Wait
+from mpmm.policy.view import BusyInstance, Decision, Evict, Grant, Load, ModelView, Reason, TicketView, Wait
 from mpmm.shared_state.snapshot import read_snapshot
 
 NewManager = Callable[..., ModelManager]
@@ -100,7 +100,9 @@ def test_in_its_back_off_it_may_use_free_memory() -> None:
 def test_an_unknown_one_neither_flushes_nor_drains_in_its_back_off() -> None:
     unknown = failing(A, 100, known=False)
     flushes = decisions([unknown, model(B, shared=1)], [ticket(1, A, priority=0)], copies=[idle(5, B)])
-    drains = decisions([unknown, model(B, shared=1)], [ticket(1, A, priority=0)], busy=(Busy(5, B, 0, 100, 9.0),))
+    drains = decisions(
+        [unknown, model(B, shared=1)], [ticket(1, A, priority=0)], busy=(BusyInstance(5, B, 0, 100, 9.0),)
+    )
     for [decision] in (flushes, drains):
         assert isinstance(decision, Wait)
         assert (decision.reason, decision.first) == (Reason.BACKING_OFF, False)
@@ -280,7 +282,7 @@ def test_inspect_says_that_a_model_backs_off_and_for_how_long(
     assert 10 < found.seconds <= 16
     screen = render(read_snapshot(namespace))
     assert "backing_off" in screen
-    assert "nothing is evicted for another try for about 1" in screen
+    assert "nothing is evicted for another attempt for about 1" in screen
     # It holds up nobody: another one gets the idle copy, and one more loads beside it.
     acquire(seat, "good", Loads("good"))
     acquire(seat, "small", Loads("small"))

@@ -29,7 +29,7 @@ from mpmm.cli import main
 from mpmm.errors import InvalidArgumentError, ModelTooLargeError
 from mpmm.model_manager import ModelManager
 from mpmm.policy.plan import make_plan
-from mpmm.policy.view import Load, Placed, Reason, Wait
+from mpmm.policy.view import Load, PlacedInstance, Reason, Wait
 from mpmm.shared_state.snapshot import read_snapshot
 
 NewManager = Callable[..., ModelManager]
@@ -148,7 +148,7 @@ def acquire_sized(seat: Seat, tag: str, mb: float) -> None:
 
 
 def test_an_assumption_is_no_more_than_the_largest_part_that_can_be_free() -> None:
-    held = Placed(7, D, 0, 600)
+    held = PlacedInstance(7, D, 0, 600)
     leased = device(reserved_mb=600, leased_mb=600)
     rules = replace(RULES, isolate_unknown=False)
     unknown = model(A, 4000, known=False)

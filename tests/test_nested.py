@@ -15,7 +15,7 @@ from test_policy import A, B, model, ticket, view
 from mpmm.errors import DeadlockError
 from mpmm.model_manager import ModelManager
 from mpmm.policy.plan import make_plan
-from mpmm.policy.view import Busy, Load
+from mpmm.policy.view import BusyInstance, Load
 from mpmm.shared_state.snapshot import read_snapshot
 
 NewManager = Callable[..., ModelManager]
@@ -24,7 +24,7 @@ NewDevice = Callable[..., SimulatedDevice]
 
 def test_a_nested_ticket_does_not_wait_to_run_alone() -> None:
     nested = replace(ticket(1, A, priority=0), nested=True)
-    state = view([model(A, known=False)], [nested], busy=(Busy(5, B, 0, 100, 9.0),))
+    state = view([model(A, known=False)], [nested], busy=(BusyInstance(5, B, 0, 100, 9.0),))
     [decision] = make_plan(state).decisions
     assert isinstance(decision, Load)
     assert not decision.alone

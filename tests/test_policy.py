@@ -22,18 +22,18 @@ from mpmm.policy.placement import best_place
 from mpmm.policy.plan import make_plan
 from mpmm.policy.sharing import FIRST_LOAD_S, Seen, seen_so_far, waiting_is_sooner
 from mpmm.policy.view import (
-    Busy,
+    BusyInstance,
     DeviceView,
-    Enough,
     Evict,
     Grant,
-    Idle,
+    IdleInstance,
     Load,
     ModelView,
-    Placed,
+    PlacedInstance,
     Reason,
     Refuse,
     Rules,
+    Satisfied,
     TicketView,
     View,
     Wait,
@@ -81,8 +81,8 @@ def idle(
     owner: int | None = None,
     on: int = 0,
     pinned: bool = False,
-) -> Idle:
-    return Idle(row, of, on, mb, NOW - age, owner, pinned)
+) -> IdleInstance:
+    return IdleInstance(row, of, on, mb, NOW - age, owner, pinned)
 
 
 def held_for_long(one: ModelView) -> ModelView:
@@ -103,19 +103,19 @@ def view(
     models: list[ModelView],
     tickets: list[TicketView],
     *,
-    copies: list[Idle] | None = None,
+    copies: list[IdleInstance] | None = None,
     devices: list[DeviceView] | None = None,
     rules: Rules = RULES,
-    busy: tuple[Busy, ...] = (),
+    busy: tuple[BusyInstance, ...] = (),
     in_use: int = 0,
     unloading: int = 0,
     isolated: bool = False,
-    leases: tuple[Placed, ...] = (),
+    leases: tuple[PlacedInstance, ...] = (),
 ) -> View:
     """A state. in_use: copies on the first device that nothing is known of but that they are in use."""
     waiting = Counter(t.model for t in tickets)
     there = [device()] if devices is None else devices
-    nameless = tuple(Busy(1000 + row, models[0].model, 0, 0.0, math.inf, pinned=True) for row in range(in_use))
+    nameless = tuple(BusyInstance(1000 + row, models[0].model, 0, 0.0, math.inf, pinned=True) for row in range(in_use))
     return View(
         now_s=NOW,
         rules=rules,
@@ -224,11 +224,11 @@ CASES: Mapping[str, tuple[View, list[object]]] = {
             copies=[idle(7, A)],
             in_use=1,
         ),
-        [Enough(1)],
+        [Satisfied(1)],
     ),
     "a preload has enough when there may be no more": (
         view([model(A, shared=1)], [ticket(1, A, priority=2, preload=2)], rules=at_most(1)),
-        [Enough(1)],
+        [Satisfied(1)],
     ),
     "others' objects are not enough for a preload": (
         view([model(A, owned={OTHER: 2})], [ticket(1, A, priority=2, preload=1)]),
@@ -269,7 +269,7 @@ CASES: Mapping[str, tuple[View, list[object]]] = {
             [model(A, 850), replace(model(B, 100), lease=True)],
             [ticket(1, A, waited=1.9), ticket(2, B)],
             devices=[device(reserved_mb=600, leased_mb=600)],
-            leases=(Placed(7, D, 0, 600),),
+            leases=(PlacedInstance(7, D, 0, 600),),
         ),
         [Wait(1, Reason.LEASED), Load(2, (0,), 100, False)],
     ),
@@ -278,7 +278,7 @@ CASES: Mapping[str, tuple[View, list[object]]] = {
             [model(A, 850), replace(model(B, 100), lease=True)],
             [ticket(1, A, waited=2.0), ticket(2, B)],
             devices=[device(reserved_mb=600, leased_mb=600)],
-            leases=(Placed(7, D, 0, 600),),
+            leases=(PlacedInstance(7, D, 0, 600),),
         ),
         [Wait(1, Reason.LEASED), Wait(2, Reason.BEHIND)],
     ),
@@ -287,7 +287,7 @@ CASES: Mapping[str, tuple[View, list[object]]] = {
             [model(A, 750), replace(model(B, 100), lease=True), replace(model(C, 100), lease=True)],
             [ticket(1, A, waited=9.0), ticket(2, B), ticket(3, C)],
             devices=[device(reserved_mb=600, leased_mb=600)],
-            leases=(Placed(7, D, 0, 600),),
+            leases=(PlacedInstance(7, D, 0, 600),),
         ),
         [Wait(1, Reason.LEASED), Load(2, (0,), 100, False), Wait(3, Reason.BEHIND)],
     ),
@@ -296,16 +296,16 @@ CASES: Mapping[str, tuple[View, list[object]]] = {
             [model(A, 600), replace(model(B, 100), lease=True)],
             [ticket(1, A, waited=9.0), ticket(2, B)],
             devices=[device(reserved_mb=550, leased_mb=550)],
-            leases=(Placed(7, D, 0, 300), Placed(8, D, 0, 250)),
+            leases=(PlacedInstance(7, D, 0, 300), PlacedInstance(8, D, 0, 250)),
         ),
         [Wait(1, Reason.LEASED), Wait(2, Reason.BEHIND)],
     ),
     "a lease may go where who waits for one to end may not": (
         view(
             [model(A, 850), replace(model(B, 100), lease=True)],
-            [replace(ticket(1, A, waited=9.0), devices=(0,)), ticket(2, B)],
+            [replace(ticket(1, A, waited=9.0), loadable_on=(0,)), ticket(2, B)],
             devices=[device(reserved_mb=600, leased_mb=600), device(1, used=700)],
-            leases=(Placed(7, D, 0, 600),),
+            leases=(PlacedInstance(7, D, 0, 600),),
         ),
         [Wait(1, Reason.LEASED), Load(2, (1,), 100, False)],
     ),
@@ -315,7 +315,7 @@ CASES: Mapping[str, tuple[View, list[object]]] = {
             [ticket(1, A, waited=1.0), ticket(2, B)],
             copies=[idle(6, C, mb=200)],
             devices=[device(used=200, reserved_mb=600, leased_mb=600)],
-            leases=(Placed(7, D, 0, 600),),
+            leases=(PlacedInstance(7, D, 0, 600),),
         ),
         [Wait(1, Reason.LEASED), Wait(2, Reason.BEHIND)],
     ),
@@ -373,14 +373,16 @@ CASES: Mapping[str, tuple[View, list[object]]] = {
     ),
     "who is tied to a device loads there": (
         view(
-            [model(A, 300)], [replace(ticket(1, A), devices=(1,), tied=(1,))], devices=[device(0), device(1, used=500)]
+            [model(A, 300)],
+            [replace(ticket(1, A), loadable_on=(1,), usable_on=(1,))],
+            devices=[device(0), device(1, used=500)],
         ),
         [Load(1, (1,), 300, False)],
     ),
     "who is tied to a device has no use for a copy elsewhere": (
         view(
             [replace(model(A, 300, shared=1), load_s=9.0, hold_s=0.1)],
-            [replace(ticket(1, A), devices=(1,), tied=(1,))],
+            [replace(ticket(1, A), loadable_on=(1,), usable_on=(1,))],
             copies=[idle(7, A, mb=300)],
             devices=[device(0, used=300), device(1)],
         ),
@@ -389,8 +391,8 @@ CASES: Mapping[str, tuple[View, list[object]]] = {
     "another model that is in use where a waiter is tied to is of no use for it": (
         view(
             [replace(model(A, 300), load_s=9.0, hold_s=0.1), model(B, shared=1)],
-            [replace(ticket(1, A), devices=(1,), tied=(1,))],
-            busy=(Busy(5, B, 1, 100, 1.0),),
+            [replace(ticket(1, A), loadable_on=(1,), usable_on=(1,))],
+            busy=(BusyInstance(5, B, 1, 100, 1.0),),
             devices=[device(0), device(1, used=100)],
         ),
         [Load(1, (1,), 300, False)],
@@ -398,8 +400,8 @@ CASES: Mapping[str, tuple[View, list[object]]] = {
     "nor is it enough for a preload there": (
         view(
             [model(A, 300), model(B, shared=1)],
-            [replace(ticket(1, A, priority=2, preload=1), devices=(1,), tied=(1,))],
-            busy=(Busy(5, B, 1, 100, 1.0),),
+            [replace(ticket(1, A, priority=2, preload=1), loadable_on=(1,), usable_on=(1,))],
+            busy=(BusyInstance(5, B, 1, 100, 1.0),),
             devices=[device(0), device(1, used=100)],
         ),
         [Load(1, (1,), 300, False)],
@@ -407,8 +409,8 @@ CASES: Mapping[str, tuple[View, list[object]]] = {
     "one's own object that is in use there counts once": (
         view(
             [model(A, 300, owned={ME: 1})],
-            [replace(ticket(1, A, priority=2, preload=2), devices=(1,), tied=(1,))],
-            busy=(Busy(5, A, 1, 300, 1.0, owner=ME),),
+            [replace(ticket(1, A, priority=2, preload=2), loadable_on=(1,), usable_on=(1,))],
+            busy=(BusyInstance(5, A, 1, 300, 1.0, owner=ME),),
             devices=[device(0), device(1, used=300)],
         ),
         [Load(1, (1,), 300, False)],
@@ -416,24 +418,24 @@ CASES: Mapping[str, tuple[View, list[object]]] = {
     "one that is being loaded there counts, too": (
         view(
             [model(A, 300, owned={ME: 1}, loading={ME: 1})],
-            [replace(ticket(1, A, priority=2, preload=2), devices=(1,), tied=(1,))],
-            busy=(Busy(5, A, 1, 300, 1.0, owner=ME), Busy(6, A, 1, 0, 1.0, owner=ME, loading=True)),
+            [replace(ticket(1, A, priority=2, preload=2), loadable_on=(1,), usable_on=(1,))],
+            busy=(BusyInstance(5, A, 1, 300, 1.0, owner=ME), BusyInstance(6, A, 1, 0, 1.0, owner=ME, loading=True)),
             devices=[device(0), device(1, used=300)],
         ),
-        [Enough(1)],
+        [Satisfied(1)],
     ),
     "as many share an instance as it serves sooner than a load": (
         view(
             [replace(model(A, shared=1), load_s=2.0, hold_s=0.9)],
             [ticket(row, A) for row in (1, 2, 3)],
-            busy=(Busy(5, A, 0, 100, 0.5),),
+            busy=(BusyInstance(5, A, 0, 100, 0.5),),
         ),
         [Wait(1, Reason.SHARING), Wait(2, Reason.SHARING), Load(3, (0,), 100, False)],
     ),
     "who merely cannot load elsewhere has": (
         view(
             [model(A, 300, shared=1)],
-            [replace(ticket(1, A), devices=(1,))],
+            [replace(ticket(1, A), loadable_on=(1,))],
             copies=[idle(7, A, mb=300)],
             devices=[device(0, used=300), device(1)],
         ),
@@ -459,14 +461,14 @@ CASES: Mapping[str, tuple[View, list[object]]] = {
     "a copy that spans devices makes room on each of them": (
         view(
             [model(A, 800), model(B, shared=1)],
-            [replace(ticket(1, A), devices=(1,))],
-            copies=[replace(idle(7, B, mb=600), beside=((1, 500.0),))],
+            [replace(ticket(1, A), loadable_on=(1,))],
+            copies=[replace(idle(7, B, mb=600), other_shares=((1, 500.0),))],
             devices=[device(0, used=600), device(1, used=500)],
         ),
         [Evict(1, (7,))],
     ),
     "what is too large for the devices it may go to is refused": (
-        view([model(A, 2000)], [replace(ticket(1, A), devices=(1,))], devices=[device(0, 4000), device(1)]),
+        view([model(A, 2000)], [replace(ticket(1, A), loadable_on=(1,))], devices=[device(0, 4000), device(1)]),
         [Refuse(1)],
     ),
     "what is too large for two of them as well": (
@@ -486,7 +488,7 @@ CASES: Mapping[str, tuple[View, list[object]]] = {
         view(
             [model(A, known=False), model(B, shared=1), model(C, shared=1)],
             [ticket(1, A, priority=0)],
-            busy=(Busy(5, B, 0, 100, 3.0), Busy(6, C, 1, 100, 0.5)),
+            busy=(BusyInstance(5, B, 0, 100, 3.0), BusyInstance(6, C, 1, 100, 0.5)),
             devices=[device(0, used=100), device(1, used=100)],
         ),
         [Wait(1, Reason.DRAINING)],
@@ -496,7 +498,7 @@ CASES: Mapping[str, tuple[View, list[object]]] = {
             [model(A, known=False), model(B, shared=2), model(C, shared=1), model(D, 500)],
             [ticket(1, A, priority=0), ticket(2, D)],
             copies=[idle(8, C, mb=400, on=1)],
-            busy=(Busy(5, B, 0, 100, 0.5), Busy(6, B, 1, 400, 9.0)),
+            busy=(BusyInstance(5, B, 0, 100, 0.5), BusyInstance(6, B, 1, 400, 9.0)),
             devices=[device(0, used=100), device(1, used=800)],
         ),
         [Wait(1, Reason.DRAINING), Evict(2, (8,))],
@@ -522,7 +524,7 @@ CASES: Mapping[str, tuple[View, list[object]]] = {
     "who waits for room on a device it is tied to keeps nobody from others": (
         view(
             [model(A, 800), model(B, 100)],
-            [replace(ticket(1, A), devices=(0,)), ticket(2, B)],
+            [replace(ticket(1, A), loadable_on=(0,)), ticket(2, B)],
             devices=[device(0, used=800), device(1)],
             in_use=1,
         ),
@@ -888,7 +890,7 @@ def test_no_plan_breaks_the_rules(state: View) -> None:
             left = [replace(one, reserved_mb=one.reserved_mb + planned_mb[one.device]) for one in state.devices]
             # Where one runs alone, or everything drains for one, nobody else goes.
             alone = [other for other in plan.decisions if runs_alone(state, tickets[other.ticket])]
-            closed = {row for other in alone if not isinstance(other, Enough) for row in other.why.devices}
+            closed = {row for other in alone if not isinstance(other, Satisfied) for row in other.why.devices}
             left = [one for one in left if one.device not in closed]
             assert best_place(left, wanted.need_mb, state.rules.slack_percentage) is None, "it would have fitted"
     for load in loads:
@@ -974,7 +976,7 @@ def test_an_idle_copy_is_handed_out_past_one_whose_room_nothing_here_can_make(
 def test_nobody_waits_without_end_while_nothing_is_in_use_and_no_memory_is_expected(state: View) -> None:
     """Somebody gets something, or all wait for what only others can end: external memory, leases, pins."""
     decisions = make_plan(state).decisions
-    if any(isinstance(decision, Grant | Load | Evict | Refuse | Enough) for decision in decisions):
+    if any(isinstance(decision, Grant | Load | Evict | Refuse | Satisfied) for decision in decisions):
         return
     decided = {decision.ticket: decision for decision in decisions}
     for waiter in state.tickets:
@@ -1069,8 +1071,8 @@ def test_where_all_loads_are_quick_the_order_is_beams() -> None:
     assert make_plan(state).decisions == (Evict(1, (8,)),)
 
 
-def in_use(row: int, of: int, mb: float, free_in_s: float) -> Busy:
-    return Busy(row, of, 0, mb, free_in_s)
+def in_use(row: int, of: int, mb: float, free_in_s: float) -> BusyInstance:
+    return BusyInstance(row, of, 0, mb, free_in_s)
 
 
 @pytest.mark.parametrize(("free_in_s", "decision"), [(0.1, Wait(1, Reason.IN_USE)), (60.0, Evict(1, (7,)))])
@@ -1126,7 +1128,7 @@ def test_a_device_is_drained_for_one_that_runs_alone_where_the_last_copy_is_free
     state = view(
         [model(A, known=False), model(B, shared=3)],
         [ticket(1, A, priority=0)],
-        busy=(Busy(5, B, 0, 100, 0.1), Busy(6, B, 0, 100, 9.0), Busy(7, B, 1, 100, 3.0)),
+        busy=(BusyInstance(5, B, 0, 100, 0.1), BusyInstance(6, B, 0, 100, 9.0), BusyInstance(7, B, 1, 100, 3.0)),
         devices=[device(0, used=200), device(1, used=100)],
     )
     (decision,) = make_plan(state).decisions
@@ -1157,11 +1159,13 @@ def test_within_the_bound_every_idle_copy_may_be_reused() -> None:
 @pytest.mark.parametrize(
     ("load", "begins"),
     [
-        pytest.param(Busy(5, B, 0, 900, 9.0, loading=True), False, id="not while only the end of a load makes room"),
-        pytest.param(Busy(5, B, 0, 900, 9.0), True, id="once that is in use"),
+        pytest.param(
+            BusyInstance(5, B, 0, 900, 9.0, loading=True), False, id="not while only the end of a load makes room"
+        ),
+        pytest.param(BusyInstance(5, B, 0, 900, 9.0), True, id="once that is in use"),
     ],
 )
-def test_the_time_of_a_blocked_one_begins_when_somebody_can_delay_it(load: Busy, begins: bool) -> None:
+def test_the_time_of_a_blocked_one_begins_when_somebody_can_delay_it(load: BusyInstance, begins: bool) -> None:
     state = view([model(A, 800), model(B, 900)], [ticket(1, A)], devices=[device(used=900)], busy=(load,))
     (decision,) = make_plan(state).decisions
     assert (decision, isinstance(decision, Wait) and decision.first) == (Wait(1, Reason.IN_USE), begins)
@@ -1178,7 +1182,7 @@ def test_it_begins_during_a_load_if_others_are_idle_that_could_make_room() -> No
         [replace(ticket(1, A))],
         copies=[idle(7, C, mb=400)],
         devices=[device(used=800)],
-        busy=(Busy(5, B, 0, 400, 0.1, loading=True),),
+        busy=(BusyInstance(5, B, 0, 400, 0.1, loading=True),),
     )
     costs = {B: wanted(B, 100, rate=0.1, loading={OTHER: 1}), A: replace(model(A, 400, waiting=1), load_s=2.0)}
     (decision,) = make_plan(replace(state, models={**state.models, **costs})).decisions
@@ -1190,7 +1194,7 @@ def test_it_begins_when_a_small_load_goes_on_beside_it() -> None:
         [model(A, 800), model(B, shared=1), model(C, 50)],
         [ticket(1, A), ticket(2, C)],
         devices=[device(used=300)],
-        busy=(Busy(5, B, 0, 300, 1.0, loading=True),),
+        busy=(BusyInstance(5, B, 0, 300, 1.0, loading=True),),
     )
     wait, load = make_plan(state).decisions
     assert isinstance(load, Load)
@@ -1264,7 +1268,7 @@ def test_a_model_that_more_wait_for_is_loaded_before_that_of_the_first_waiter() 
         pytest.param(two_for_b(ticket(1, A, blocked=2.0)), id="not when its time is up"),
         pytest.param(two_for_b(ticket(1, A), waiting=1), id="not for as many"),
         pytest.param(two_for_b(ticket(1, A), b_mb=900.5), id="not where it does not fit"),
-        pytest.param(two_for_b(replace(ticket(1, A), devices=(0,))), id="not past one that may not go anywhere"),
+        pytest.param(two_for_b(replace(ticket(1, A), loadable_on=(0,))), id="not past one that may not go anywhere"),
         pytest.param(two_for_b(ticket(1, A, priority=0)), id="not past one of the highest priority"),
     ],
 )
@@ -1324,7 +1328,7 @@ def test_requests_that_are_counted_together_weigh_as_much_as_one_by_one() -> Non
     for number in range(2, 12):
         one_by_one = one_by_one.counted(number, number - 1.0)
     together = together.counted(11, 10.0)
-    assert one_by_one.gap_s == pytest.approx(together.gap_s)
+    assert one_by_one.mean_interarrival_s == pytest.approx(together.mean_interarrival_s)
 
 
 def test_without_requests_there_is_no_demand_and_failed_loads_are_no_requests() -> None:
@@ -1456,16 +1460,16 @@ def test_who_shares_a_copy_does_not_block_those_behind() -> None:
 # ---- what only several copies, waiters or devices show -------------------------------------------------------
 
 
-def tied(one: TicketView, on: int) -> TicketView:
+def usable_on(one: TicketView, on: int) -> TicketView:
     """The waiter, to whom only what lies on one device is of use."""
-    return replace(one, devices=(on,), tied=(on,))
+    return replace(one, loadable_on=(on,), usable_on=(on,))
 
 
 def test_a_preload_for_a_device_is_not_enough_because_another_model_is_in_use_there() -> None:
     state = view(
         [model(A), model(B, shared=1)],
-        [tied(ticket(1, A, preload=1), 1)],
-        busy=(Busy(8, B, 1, 100, 5.0),),
+        [usable_on(ticket(1, A, preload=1), 1)],
+        busy=(BusyInstance(8, B, 1, 100, 5.0),),
         devices=[device(0), device(1, used=100)],
     )
     (decision,) = make_plan(state).decisions
@@ -1476,8 +1480,8 @@ def test_a_preload_for_a_device_is_not_enough_because_another_model_is_in_use_th
 def test_a_load_for_a_device_counts_once_for_a_preload_of_two() -> None:
     state = view(
         [model(A, loading={ME: 1})],
-        [tied(ticket(1, A, preload=2), 1)],
-        busy=(Busy(8, A, 1, 100, 5.0, owner=ME, loading=True),),
+        [usable_on(ticket(1, A, preload=2), 1)],
+        busy=(BusyInstance(8, A, 1, 100, 5.0, owner=ME, loading=True),),
         devices=[device(0), device(1, used=100)],
     )
     (decision,) = make_plan(state).decisions
@@ -1497,7 +1501,7 @@ def test_a_device_is_not_emptied_in_vain_where_pinned_copies_leave_no_room() -> 
         [model(A, 700), model(B, shared=1), model(C, shared=2)],
         [ticket(1, A)],
         copies=[idle(7, B, mb=300, pinned=True), idle(8, C, mb=100)],
-        busy=(Busy(9, C, 1, 400, 60.0),),
+        busy=(BusyInstance(9, C, 1, 400, 60.0),),
         devices=[device(0, used=900, **external), device(1, used=900, **external)],
     )
     (decision,) = make_plan(state).decisions

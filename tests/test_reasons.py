@@ -14,7 +14,7 @@ from test_policy import OTHER, A, B, C, at_most, busy, device, held_for_long, id
 from mpmm.model_manager import ModelManager
 from mpmm.policy.plan import make_plan
 from mpmm.policy.reasons import SENTENCES, explain
-from mpmm.policy.view import Busy, Decision, Enough, ModelView, Reason, Suspended, View
+from mpmm.policy.view import BusyInstance, Decision, ModelView, Reason, Satisfied, SuspendedInstance, View
 from mpmm.shared_state.layout import Capacities
 from mpmm.shared_state.snapshot import read_snapshot
 
@@ -28,8 +28,8 @@ def timed(row: int, need: float, **more: object) -> ModelView:
     return replace(model(row, need, shared=1), **{"load_s": 2.0, "hold_s": 0.1, "rate": 1.0, **more})  # type: ignore[arg-type]  # mypy takes all of `**more` for floats
 
 
-def in_use(row: int, of: int, mb: float, free_in_s: float = 0.5) -> Busy:
-    return Busy(row, of, 0, mb, free_in_s)
+def in_use(row: int, of: int, mb: float, free_in_s: float = 0.5) -> BusyInstance:
+    return BusyInstance(row, of, 0, mb, free_in_s)
 
 
 def first(state: View) -> Decision:
@@ -100,7 +100,7 @@ TABLE: dict[Reason, tuple[View, Callable[[View], Decision], str]] = {
     Reason.RESUMES: (
         replace(
             view([replace(model(A), load_s=9.0)], [ticket(1, A)]),
-            suspended=(Suspended(7, A, 0, 100.0, since_s=1.0, resume_s=0.5),),
+            suspended=(SuspendedInstance(7, A, 0, 100.0, since_s=1.0, resume_s=0.5),),
         ),
         first,
         "gets a suspended copy, which takes about 0.50 s to resume: needs 100 MB, 900 free",
@@ -245,7 +245,7 @@ ELSEWHERE = {
 def test_a_decision_has_its_reason_and_the_reason_its_sentence(reason: Reason) -> None:
     state, pick, sentence = TABLE[reason]
     decision = pick(state)
-    assert not isinstance(decision, Enough)
+    assert not isinstance(decision, Satisfied)
     why = decision.why
     assert why.reason == reason
     assert explain(why.reason, why.need_mb, why.free_mb, why.coming_mb, why.seconds, "b", why.devices) == sentence

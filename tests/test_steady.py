@@ -27,7 +27,7 @@ from test_run import start as start  # the fixture
 from mpmm.cli import main
 from mpmm.model_manager import ModelManager
 from mpmm.policy.plan import make_plan
-from mpmm.policy.view import Busy, Load, Reason, Wait
+from mpmm.policy.view import BusyInstance, Load, Reason, Wait
 from mpmm.shared_state.snapshot import read_snapshot
 
 NewManager = Callable[..., ModelManager]
@@ -169,7 +169,7 @@ def test_a_program_starts_quietly_for_as_long_as_it_says(
 
 def test_the_plan_prefers_a_calm_device_and_keeps_others_away() -> None:
     engine = replace(ticket(1, A), steady=True)
-    loading = Busy(5, B, 0, 100.0, 1.0, loading=True)
+    loading = BusyInstance(5, B, 0, 100.0, 1.0, loading=True)
     plan = make_plan(
         view(
             [model(A, 300), model(B, 100)],

@@ -40,13 +40,13 @@ from mpmm.policy.suspension import Kept, Movable, Unsuspendable, Way, limit_s, m
 from mpmm.policy.view import (
     DeviceView,
     Evict,
-    Idle,
+    IdleInstance,
     Load,
     ModelView,
     Reason,
     Resume,
     Rules,
-    Suspended,
+    SuspendedInstance,
     TicketView,
     View,
     Wait,
@@ -113,11 +113,11 @@ def test_where_worth_is_not_known_the_copy_that_was_suspended_first_makes_way() 
 RULES = Rules(0.0, 10.0, 1, 2.0, isolate_unknown=False)
 
 
-def view(free_mb: float, *, suspending: int = 0, idle: tuple[Idle, ...] = (), **tickets: Any) -> View:
+def view(free_mb: float, *, suspending: int = 0, idle: tuple[IdleInstance, ...] = (), **tickets: Any) -> View:
     """Return a view of a device of 1000 MB and of model 0, which needs 400 MB and of which a copy is suspended."""
     model = ModelView(0, True, 400.0, 0, {}, 1, load_s=10.0, suspending=suspending, resume_s=0.5)
     other = ModelView(1, True, 600.0, len(idle), {}, 0, load_s=10.0, hold_s=1.0, rate=0.1)
-    suspended = () if suspending else (Suspended(7, 0, 0, 400.0, since_s=1.0, resume_s=0.5),)
+    suspended = () if suspending else (SuspendedInstance(7, 0, 0, 400.0, since_s=1.0, resume_s=0.5),)
     device = DeviceView(0, 1000.0, 1000.0 - free_mb, 0.0, 0.0, 0.0)
     ticket = TicketView(3, 1, 1, 0, 1, 99.0, **tickets)
     return View(100.0, RULES, {0: model, 1: other}, idle, (ticket,), (device,), suspended=suspended)
@@ -130,7 +130,7 @@ def test_a_suspended_copy_comes_before_a_load() -> None:
 
 
 def test_room_is_made_for_a_suspended_copy_as_for_a_load() -> None:
-    idle = (Idle(4, 1, 0, 600.0, 50.0),)
+    idle = (IdleInstance(4, 1, 0, 600.0, 50.0),)
     (decision,) = make_plan(view(100.0, idle=idle)).decisions
     assert isinstance(decision, Evict) and decision.instances == (4,)
 
@@ -144,8 +144,9 @@ def test_a_suspended_copy_of_another_owner_or_device_is_of_no_use() -> None:
     there = view(1000.0)
     owned = replace(there, suspended=(replace(there.suspended[0], owner=2),))
     assert isinstance(make_plan(owned).decisions[0], Load)
-    tied = replace(view(1000.0, tied=(1,), devices=(1,)), devices=(*there.devices, replace(there.devices[0], device=1)))
-    assert isinstance(make_plan(tied).decisions[0], Load)
+    elsewhere = view(1000.0, usable_on=(1,), loadable_on=(1,))
+    elsewhere = replace(elsewhere, devices=(*there.devices, replace(there.devices[0], device=1)))
+    assert isinstance(make_plan(elsewhere).decisions[0], Load)
 
 
 def test_a_preload_takes_a_suspended_copy_too() -> None:

@@ -18,7 +18,7 @@ from processes import Loads, Seat, acquire, learn, problems, release, wait_until
 
 from mpmm import ModelManager
 from mpmm.policy.plan import Plan, make_plan
-from mpmm.policy.view import Decision, Enough, Grant, Load, Reason, View, Wait
+from mpmm.policy.view import Decision, Grant, Load, Reason, Satisfied, View, Wait
 from mpmm.scheduler import Scheduler
 from mpmm.shared_state.layout import Capacities, Header, Instance, Member, Model, Ticket
 from mpmm.shared_state.namespace import Namespace
@@ -167,7 +167,7 @@ class Host:
     def check_waits(self) -> Counter[int]:
         """Compare Q3 and Q4 with the plan, for each model and member; return how often it held, by reason."""
         held: Counter[int] = Counter()
-        before = {one.ticket: (type(one), one.why.reason) for one in self.decisions() if not isinstance(one, Enough)}
+        before = {one.ticket: (type(one), one.why.reason) for one in self.decisions() if not isinstance(one, Satisfied)}
         for model, member in itertools.product(self.tables.model_rows(), (0, 1)):
             cause = self.scheduler.known_wait(model)
             if cause is None:
@@ -175,7 +175,7 @@ class Host:
             held[cause.reason] += 1
             with self.attempt() as t:
                 ticket = self.wait(t, model, member)
-                after = {one.ticket: one for one in self.decisions() if not isinstance(one, Enough)}
+                after = {one.ticket: one for one in self.decisions() if not isinstance(one, Satisfied)}
                 newcomers = after.pop(ticket, None)
                 if newcomers is None:
                     # Behind: the plan says nothing of it. For a copy that is wanted now, the head waits no more.
@@ -194,7 +194,7 @@ class Host:
     def check_leaves(self) -> Counter[int]:
         """Compare Q5 with the plan, for each waiter; return how often it held, by reason."""
         held: Counter[int] = Counter()
-        decisions = [one for one in self.decisions() if not isinstance(one, Enough)]
+        decisions = [one for one in self.decisions() if not isinstance(one, Satisfied)]
         if not all(isinstance(one, Wait) for one in decisions):
             # The table of copies has no row for a load. Then it makes no difference for whom that would be.
             return held
@@ -205,7 +205,7 @@ class Host:
             with self.attempt() as t:
                 self.namespace.transitions.hand_over.leave_queue(t, ticket)
                 # For what they wait may have another name then; the next poll of the leader tells them.
-                assert all(isinstance(one, Wait | Enough) for one in self.decisions())
+                assert all(isinstance(one, Wait | Satisfied) for one in self.decisions())
         return held
 
 

@@ -22,12 +22,12 @@ from mpmm.policy.fairness import overtaking_over
 from mpmm.policy.plan import Plan, make_plan
 from mpmm.policy.sharing import remaining_s
 from mpmm.policy.view import (
-    Busy,
+    BusyInstance,
     Decision,
     DeviceView,
     Evict,
     Grant,
-    Idle,
+    IdleInstance,
     Load,
     ModelView,
     Reason,
@@ -117,7 +117,7 @@ def lru_plan(view: View) -> Plan:
     return _first_come(view, lambda _: sorted(view.idle, key=lambda copy: copy.idle_since_s), only_first=False)
 
 
-def _first_come(view: View, order: Callable[[TicketView], list[Idle]], only_first: bool) -> Plan:
+def _first_come(view: View, order: Callable[[TicketView], list[IdleInstance]], only_first: bool) -> Plan:
     decisions: list[Decision] = []
     idle = list(view.idle)
     [device] = view.devices
@@ -137,7 +137,7 @@ def _first_come(view: View, order: Callable[[TicketView], list[Idle]], only_firs
     return Plan(tuple(decisions), blocked)
 
 
-def _make_fit(view: View, device: DeviceView, ticket: TicketView, order: list[Idle]) -> Decision:
+def _make_fit(view: View, device: DeviceView, ticket: TicketView, order: list[IdleInstance]) -> Decision:
     need_mb = view.models[ticket.model].need_mb
     free = free_mb(device, view.rules.slack_percentage)
     if free >= need_mb:
@@ -272,7 +272,7 @@ class _Simulation:
         bound_s = self.setting.rules.max_overtake_seconds
         user: _Ticket | None = None
         for ticket in self._tickets.values():
-            since_s = ticket.view.blocked_since_s
+            since_s = ticket.view.head_since_s
             if since_s is not None and self.now_s - since_s >= bound_s:
                 return None
             if user is None and ticket.view.model == model:
@@ -349,13 +349,13 @@ class _Simulation:
         return True
 
     def _block(self, ticket: _Ticket) -> None:
-        if ticket.view.blocked_since_s is None:
-            ticket.view = replace(ticket.view, blocked_since_s=self.now_s)
+        if ticket.view.head_since_s is None:
+            ticket.view = replace(ticket.view, head_since_s=self.now_s)
 
     @staticmethod
     def _let_pass(ticket: _Ticket, passed: bool) -> None:
         if passed:
-            ticket.view = replace(ticket.view, passed=True, blocked_since_s=None)
+            ticket.view = replace(ticket.view, passed=True, head_since_s=None)
 
     def _check_bound(self, ticket: _Ticket, view: View) -> None:
         """Nobody may pass a blocked one for longer than twice the bound; see `fairness`."""
@@ -369,8 +369,8 @@ class _Simulation:
 
     def _view(self) -> View:
         setting, now_s = self.setting, self.now_s
-        idle: list[Idle] = []
-        busy: list[Busy] = []
+        idle: list[IdleInstance] = []
+        busy: list[BusyInstance] = []
         loaded: Counter[int] = Counter()
         loading: Counter[int] = Counter()
         newest_load: dict[int, float] = {}
@@ -384,7 +384,7 @@ class _Simulation:
                 reserved += mb
                 elapsed_s = now_s - copy.since_s
                 free_in_s = remaining_s(self._known_load.get(model, 0.0), elapsed_s) + self._known_hold.get(model, 0.0)
-                busy.append(Busy(copy.row, model, 0, mb, free_in_s, loading=True))
+                busy.append(BusyInstance(copy.row, model, 0, mb, free_in_s, loading=True))
                 continue
             used += mb
             if state == self.UNLOADING:
@@ -392,11 +392,11 @@ class _Simulation:
                 continue
             loaded[model] += 1
             if state == self.IDLE:
-                idle.append(Idle(copy.row, model, 0, mb, copy.since_s))
+                idle.append(IdleInstance(copy.row, model, 0, mb, copy.since_s))
             else:
                 held = now_s - copy.since_s
                 held_for[model] = min(held, held_for.get(model, math.inf))
-                busy.append(Busy(copy.row, model, 0, mb, remaining_s(self._known_hold.get(model, 0.0), held)))
+                busy.append(BusyInstance(copy.row, model, 0, mb, remaining_s(self._known_hold.get(model, 0.0), held)))
         idle.sort(key=lambda copy: -copy.idle_since_s)
         models = {
             model: ModelView(

@@ -27,7 +27,7 @@ def backfill(state: PlanState, ticket: TicketView, model: ModelView) -> Decision
     instance = state.suspended_for(ticket) if state.suspended else None
     if instance is not None:
         mb = math.fsum(instance.mb_on(device) for device in instance.devices)
-        ticket = replace(ticket, devices=instance.devices, span=len(instance.devices))
+        ticket = replace(ticket, loadable_on=instance.devices, span=len(instance.devices))
         model = resized(model, mb)
     share_mb = model.need_mb / ticket.span
     left = _left_mb(state)
@@ -61,7 +61,7 @@ def _beside_head(
         if device.device in left:
             kept_mb = max(0.0, free_mb(device, state.slack) - left[device.device])
             free.append(replace(device, reserved_mb=device.reserved_mb + kept_mb))
-        elif state.eviction_plan or (head.devices and device.device not in head.devices):
+        elif state.eviction_plan or (head.loadable_on and device.device not in head.loadable_on):
             # Where it is not known how to make room for the head, it may need whatever comes free on its devices.
             free.append(device)
     return free

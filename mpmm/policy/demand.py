@@ -25,11 +25,11 @@ SHORTEST_S = 1e-3
 class Demand:
     """What is known of the requests for one model.
 
-    gap_s: decayed mean time between two requests, 0 before the second. requests: how many there were when they were
-    last counted. counted_s: when the count last rose.
+    mean_interarrival_s: decayed mean time between two requests, 0 before the second. requests: how many there were when
+    they were last counted. counted_s: when the count last rose.
     """
 
-    gap_s: float = 0.0
+    mean_interarrival_s: float = 0.0
     requests: int = 0
     counted_s: float = 0.0
 
@@ -38,12 +38,12 @@ class Demand:
         new = requests - self.requests
         if new <= 0:
             # A load that has failed is no longer counted.
-            return self if not new else Demand(self.gap_s, requests, self.counted_s)
+            return self if not new else Demand(self.mean_interarrival_s, requests, self.counted_s)
         if not self.requests:
             return Demand(0.0, requests, now_s)
         mean_s = (now_s - self.counted_s) / new
-        kept = (1.0 - 1.0 / MEMORY) ** new if self.gap_s else 0.0
-        return Demand(kept * self.gap_s + (1.0 - kept) * mean_s, requests, now_s)
+        kept = (1.0 - 1.0 / MEMORY) ** new if self.mean_interarrival_s else 0.0
+        return Demand(kept * self.mean_interarrival_s + (1.0 - kept) * mean_s, requests, now_s)
 
     def per_second(self, now_s: float) -> float:
         """Return the expected rate of requests; silence since the last one lowers it.
@@ -54,4 +54,4 @@ class Demand:
         if not self.requests:
             return 0.0
         seen = min(self.requests, WEIGHT)
-        return seen / max(seen * self.gap_s + now_s - self.counted_s, SHORTEST_S)
+        return seen / max(seen * self.mean_interarrival_s + now_s - self.counted_s, SHORTEST_S)

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from mpmm.policy.admission import free_mb
-from mpmm.policy.view import Busy, DeviceView, Idle, ModelView, TicketView, View
+from mpmm.policy.view import BusyInstance, DeviceView, IdleInstance, ModelView, TicketView, View
 
 __all__ = [
     "Candidate",
@@ -52,8 +52,8 @@ class EvictionPlan:
     """
 
     devices: tuple[DeviceView, ...]
-    victims: tuple[Idle, ...]
-    awaited: tuple[Busy, ...]
+    victims: tuple[IdleInstance, ...]
+    awaited: tuple[BusyInstance, ...]
     reload_cost: float | None
     drain_s: float
     freed_mb: float
@@ -81,7 +81,7 @@ def combine(plans: Sequence[EvictionPlan]) -> EvictionPlan:
     )
 
 
-def score(view: View, copy: Idle, left: int) -> int:
+def score(view: View, copy: IdleInstance, left: int) -> int:
     """Return Beam's score of an idle copy when `left` copies of its model are loaded; the lowest is evicted first."""
     rules = view.rules
     cold = view.now_s - copy.idle_since_s >= rules.eviction_cooldown_seconds
@@ -91,14 +91,14 @@ def score(view: View, copy: Idle, left: int) -> int:
     return 10 * (model.waiting if model else 0) + tier
 
 
-def eviction_order(view: View, copies: Sequence[Idle], ticket: TicketView) -> list[Idle]:
+def eviction_order(view: View, copies: Sequence[IdleInstance], ticket: TicketView) -> list[IdleInstance]:
     """Return the copies that may go for a waiter in Beam's order, first victim first; pinned ones may not.
 
     A waiter whose model has a copy that it could use only displaces models with fewer waiters; one without any
     displaces whatever is idle, so that it does not starve.
     """
     left = Counter({row: model.loaded for row, model in view.models.items()})
-    ranked: list[tuple[bool, int, float, int, Idle]] = []
+    ranked: list[tuple[bool, int, float, int, IdleInstance]] = []
     # Oldest first, so that of several copies of one model the oldest are the surplus ones.
     for copy in sorted(copies, key=lambda copy: copy.idle_since_s):
         if not copy.pinned and _may_displace(view, ticket, copy.model):
@@ -111,8 +111,8 @@ def eviction_order(view: View, copies: Sequence[Idle], ticket: TicketView) -> li
 def plan_eviction(
     view: View,
     device: DeviceView,
-    idle: Sequence[Idle],
-    busy: Sequence[Busy],
+    idle: Sequence[IdleInstance],
+    busy: Sequence[BusyInstance],
     need_mb: float,
     ticket: TicketView,
 ) -> EvictionPlan | None:
@@ -134,11 +134,11 @@ def plan_eviction(
         chosen, reload_cost = [one.copy for one in best], math.fsum(one.reload_cost for one in best)
     else:
         chosen = _in_beams_order(view, device, here, used, missing_mb, ticket)
-    awaited = tuple(one for one in chosen if isinstance(one, Busy))
+    awaited = tuple(one for one in chosen if isinstance(one, BusyInstance))
     freed = math.fsum(one.mb_on(device.device) for one in chosen)
     return EvictionPlan(
         (device,),
-        tuple(one for one in chosen if isinstance(one, Idle)),
+        tuple(one for one in chosen if isinstance(one, IdleInstance)),
         awaited,
         reload_cost,
         max((_served_in_s(view, one) for one in awaited), default=0.0),
@@ -148,11 +148,16 @@ def plan_eviction(
 
 
 def _in_beams_order(
-    view: View, device: DeviceView, idle: Sequence[Idle], busy: Sequence[Busy], missing_mb: float, ticket: TicketView
-) -> list[Idle | Busy]:
+    view: View,
+    device: DeviceView,
+    idle: Sequence[IdleInstance],
+    busy: Sequence[BusyInstance],
+    missing_mb: float,
+    ticket: TicketView,
+) -> list[IdleInstance | BusyInstance]:
     """Return the first in Beam's order that free enough together; those in use come last, the soonest idle first."""
     soonest = sorted(busy, key=lambda one: (one.free_in_s, one.row))
-    order: list[Idle | Busy] = [*eviction_order(view, idle, ticket), *soonest]
+    order: list[IdleInstance | BusyInstance] = [*eviction_order(view, idle, ticket), *soonest]
     before = itertools.accumulate((one.mb_on(device.device) for one in order), initial=0.0)
     return [one for one, before_mb in zip(order, before, strict=False) if before_mb < missing_mb]
 
@@ -175,7 +180,7 @@ class Candidate(NamedTuple):
 
     reload_cost: float
     mb: float
-    copy: Idle | Busy
+    copy: IdleInstance | BusyInstance
 
 
 def cheapest_set(candidates: Sequence[Candidate], missing_mb: float) -> list[Candidate]:
@@ -213,9 +218,11 @@ def _enough(order: Sequence[Candidate], missing_mb: float) -> list[Candidate]:
     return chosen
 
 
-def _candidates(view: View, device: DeviceView, idle: Sequence[Idle], busy: Sequence[Busy]) -> list[Candidate]:
+def _candidates(
+    view: View, device: DeviceView, idle: Sequence[IdleInstance], busy: Sequence[BusyInstance]
+) -> list[Candidate]:
     left = Counter({row: model.loaded for row, model in view.models.items()})
-    copies: list[Idle | Busy] = [*sorted(idle, key=lambda copy: (copy.idle_since_s, copy.row)), *busy]
+    copies: list[IdleInstance | BusyInstance] = [*sorted(idle, key=lambda copy: (copy.idle_since_s, copy.row)), *busy]
     candidates = []
     for copy in copies:
         model = view.models[copy.model]
@@ -240,7 +247,7 @@ def _costs_are_known(view: View, rows: set[int]) -> bool:
     return any(model is not None and model.load_s >= RESOLUTION_S for model in models)
 
 
-def _served_in_s(view: View, copy: Busy) -> float:
+def _served_in_s(view: View, copy: BusyInstance) -> float:
     """Return when a copy in use is expected to be idle without a request that waits for it."""
     model = view.models[copy.model]
     return copy.free_in_s + model.hold_s * model.waiting / max(1, model.loaded)
@@ -251,7 +258,7 @@ def _is_superseded(view: View, row: int) -> bool:
     return model is not None and model.superseded
 
 
-def _may_be_evicted(view: View, device: DeviceView, ticket: TicketView, copy: Idle | Busy) -> bool:
+def _may_be_evicted(view: View, device: DeviceView, ticket: TicketView, copy: IdleInstance | BusyInstance) -> bool:
     return device.device in copy.devices and not copy.pinned and _may_displace(view, ticket, copy.model)
 
 

@@ -100,13 +100,13 @@ def queue_order(view: View) -> list[TicketView]:
 
 def overtaking_limited(view: View, ticket: TicketView) -> bool:
     """Tell whether the head of the line must not be delayed any more: others reuse only what it does not need."""
-    since = ticket.blocked_since_s
+    since = ticket.head_since_s
     return since is not None and view.now_s - since >= view.rules.max_overtake_seconds
 
 
 def overtaking_over(view: View, ticket: TicketView) -> bool:
     """Tell whether nothing at all may overtake the head of the line any more."""
-    since = ticket.blocked_since_s
+    since = ticket.head_since_s
     return since is not None and view.now_s - since >= 2 * view.rules.max_overtake_seconds
 
 
@@ -121,7 +121,7 @@ def may_be_leased_before(
 
     held_mb: the leases that are held on the device.
     """
-    if waiting.devices and device.device not in waiting.devices:
+    if waiting.loadable_on and device.device not in waiting.loadable_on:
         return True
     if view.now_s - waiting.enqueued_s < view.rules.max_overtake_seconds:
         return True

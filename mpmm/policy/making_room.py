@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from mpmm.policy.admission import widened
 from mpmm.policy.eviction import EvictionPlan, combine, plan_eviction, waiting_pays
 from mpmm.policy.plan_state import PlanState, most_free_mb
-from mpmm.policy.view import Busy, DeviceView, ModelView, Reason, TicketView, Wait, Why
+from mpmm.policy.view import BusyInstance, DeviceView, ModelView, Reason, TicketView, Wait, Why
 
 __all__ = [
     "cheapest_room",
@@ -41,7 +41,9 @@ def choose_room(state: PlanState, ticket: TicketView, share_mb: float, due: bool
     return now
 
 
-def cheapest_room(state: PlanState, ticket: TicketView, share_mb: float, busy: Sequence[Busy]) -> EvictionPlan | None:
+def cheapest_room(
+    state: PlanState, ticket: TicketView, share_mb: float, busy: Sequence[BusyInstance]
+) -> EvictionPlan | None:
     """Return the cheapest way to make room with idle instances and those of `busy`; None if all are too little."""
     quiet = state.quiet.keys()
     idle = [one for instances in state.idle.values() for one in instances if not quiet & set(one.devices)]

@@ -22,15 +22,15 @@ from mpmm.policy.plan_state import PlanState, can_use, resized
 from mpmm.policy.sharing import waiting_is_sooner
 from mpmm.policy.view import (
     Decision,
-    Enough,
     Evict,
     Grant,
-    Idle,
+    IdleInstance,
     Load,
     ModelView,
     Reason,
     Refuse,
-    Suspended,
+    Satisfied,
+    SuspendedInstance,
     TicketView,
     View,
     Wait,
@@ -104,7 +104,7 @@ class Planner:
 
     def _is_hopeless(self, ticket: TicketView) -> bool:
         """Tell whether one with the same wish has been found to fit nowhere behind the head of the line."""
-        return ticket.model in self._state.no_backfill and not ticket.preload and not ticket.devices
+        return ticket.model in self._state.no_backfill and not ticket.preload and not ticket.loadable_on
 
     def _name_more_urgent(self, decided: dict[int, Decision | None]) -> None:
         """Tell those that wait behind a head of the line that came later than they did that it is more urgent."""
@@ -151,7 +151,7 @@ class Planner:
                 closed = closed or self._drained_for(ticket, model)
                 if len(closed) == len(state.devices):
                     break
-            elif ticket.blocked_since_s is not None and holds_up_others(state, ticket, model):
+            elif ticket.head_since_s is not None and holds_up_others(state, ticket, model):
                 overtaken = overtaken or ticket
                 reserved = self._reserved_for(ticket, model)
                 if reserved is None:
@@ -159,7 +159,9 @@ class Planner:
                 kept |= reserved
         return granted
 
-    def _take_idle(self, ticket: TicketView, idle: list[Idle], kept: set[int], closed: set[int]) -> Idle | None:
+    def _take_idle(
+        self, ticket: TicketView, idle: list[IdleInstance], kept: set[int], closed: set[int]
+    ) -> IdleInstance | None:
         """Take the first idle instance that a waiter can use, but none that is kept or lies on a closed device."""
         instance = next((one for one in idle if one.row not in kept and can_use(ticket, one, closed)), None)
         if instance is not None:
@@ -190,7 +192,7 @@ class Planner:
         state = self._state
         model = state.models[ticket.model]
         if ticket.preload and self._has_enough(ticket, model):
-            return Enough(ticket.row)
+            return Satisfied(ticket.row)
         if state.head is not None:
             return backfill(state, ticket, model)
         if not self._view.devices:
@@ -214,7 +216,7 @@ class Planner:
         usable = here.usable_by(ticket.member) + here.coming_for(ticket.member)
         return usable >= ticket.preload or self._state.has_most_copies(model)
 
-    def _share(self, ticket: TicketView, model: ModelView, suspended: Suspended | None) -> Wait | None:
+    def _share(self, ticket: TicketView, model: ModelView, suspended: SuspendedInstance | None) -> Wait | None:
         """Let a waiter wait for an instance that is in use, being loaded or being suspended, if a load takes longer."""
         usable = self._state.tied_part(ticket, model)
         if suspended is not None:
@@ -230,13 +232,13 @@ class Planner:
             return Wait(ticket.row, Reason.SUSPENDING, Why(Reason.SUSPENDING, seconds=model.resume_s))
         return None
 
-    def _resume(self, ticket: TicketView, model: ModelView, suspended: Suspended | None) -> Decision | None:
+    def _resume(self, ticket: TicketView, model: ModelView, suspended: SuspendedInstance | None) -> Decision | None:
         """Let a waiter resume an instance, or have room made for that where it lies; None if a load is to be tried."""
         if suspended is None:
             return None
         devices = suspended.devices
         mb = math.fsum(suspended.mb_on(device) for device in devices)
-        there = replace(ticket, devices=devices, span=len(devices))
+        there = replace(ticket, loadable_on=devices, span=len(devices))
         decision = self._load(there, resized(model, mb))
         if isinstance(decision, Load):
             return self._state.resume_instead(decision, suspended)
@@ -275,7 +277,7 @@ class Planner:
         """Repeat the answer to a waiter with the same wish that was told to wait, if nothing has been booked since."""
         # Where any process can use all instances there are, it does not matter whose waiter it is.
         whose = ticket.member if model.owned or model.loading else None
-        wish = (ticket.model, whose, ticket.devices, ticket.tied, ticket.span, ticket.steady)
+        wish = (ticket.model, whose, ticket.loadable_on, ticket.usable_on, ticket.span, ticket.steady)
         repeated = self._state.repeated_waits.get(wish)
         if repeated is not None:
             return replace(repeated, ticket=ticket.row)
@@ -338,7 +340,7 @@ def _is_of_the_many(ticket: TicketView) -> bool:
         ticket.priority == 1
         and not ticket.steady
         and not ticket.preload
-        and not ticket.devices
-        and not ticket.tied
+        and not ticket.loadable_on
+        and not ticket.usable_on
         and ticket.span == 1
     )

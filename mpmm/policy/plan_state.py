@@ -16,16 +16,16 @@ from mpmm.policy.eviction import EvictionPlan
 from mpmm.policy.fairness import may_be_leased_before
 from mpmm.policy.sharing import seen_so_far
 from mpmm.policy.view import (
-    Busy,
+    BusyInstance,
     DeviceView,
     Evict,
-    Idle,
+    IdleInstance,
     Load,
     ModelView,
-    Placed,
+    PlacedInstance,
     Reason,
     Resume,
-    Suspended,
+    SuspendedInstance,
     TicketView,
     View,
     Wait,
@@ -50,7 +50,7 @@ class PlanState:
         self.slack = view.rules.slack_percentage
         # A device on which an instance runs alone, or is to, is left to that one.
         self.devices = {device.device: device for device in view.devices if not device.isolated}
-        self.idle: defaultdict[int, list[Idle]] = defaultdict(list)
+        self.idle: defaultdict[int, list[IdleInstance]] = defaultdict(list)
         for instance in view.idle:
             if all(device in self.devices for device in instance.devices):
                 self.idle[instance.model].append(instance)
@@ -85,24 +85,24 @@ class PlanState:
         return [
             device
             for device in self.devices.values()
-            if device.device not in self.quiet and (not ticket.devices or device.device in ticket.devices)
+            if device.device not in self.quiet and (not ticket.loadable_on or device.device in ticket.loadable_on)
         ]
 
     def allowed_for(self, ticket: TicketView) -> list[DeviceView]:
         """Return the devices on which a waiter may load at all, also those where nothing may begin now."""
-        return [device for device in self.view.devices if not ticket.devices or device.device in ticket.devices]
+        return [device for device in self.view.devices if not ticket.loadable_on or device.device in ticket.loadable_on]
 
     def named(self, devices: Iterable[DeviceView]) -> tuple[int, ...]:
         """Return the devices for a reason; none where there is but one."""
         return tuple(device.device for device in devices) if len(self.view.devices) > 1 else ()
 
-    def idle_on(self, devices: set[int]) -> list[Idle]:
+    def idle_on(self, devices: set[int]) -> list[IdleInstance]:
         """Return the idle instances that lie, at least in part, on some of these devices."""
         return [one for instances in self.idle.values() for one in instances if devices.intersection(one.devices)]
 
     def pinned_mb_on(self, device: int) -> float:
         """Return what pinned instances, idle ones and those in use, take of a device."""
-        instances: list[Idle | Busy] = [*self.view.idle, *self.view.busy]
+        instances: list[IdleInstance | BusyInstance] = [*self.view.idle, *self.view.busy]
         return math.fsum(one.mb_on(device) for one in instances if one.pinned and device in one.devices)
 
     def count_fitting(
@@ -151,12 +151,12 @@ class PlanState:
 
     def tied_part(self, ticket: TicketView, model: ModelView) -> ModelView:
         """Return a model as a waiter that is tied to devices sees it: without the instances elsewhere."""
-        if not ticket.tied:
+        if not ticket.usable_on:
             return model
         view = self.view
-        busy = [one for one in view.busy if one.model == model.model and one.is_within(ticket.tied)]
+        busy = [one for one in view.busy if one.model == model.model and one.is_within(ticket.usable_on)]
         loaded_owners = Counter(one.owner for one in busy if not one.loading)
-        loaded_owners.update(o.owner for o in view.idle if o.model == model.model and o.is_within(ticket.tied))
+        loaded_owners.update(o.owner for o in view.idle if o.model == model.model and o.is_within(ticket.usable_on))
         owned = {owner: count for owner, count in loaded_owners.items() if owner is not None}
         loading = Counter(one.owner for one in busy if one.loading and one.owner is not None)
         return replace(model, shared=loaded_owners[None], owned=owned, loading=loading)
@@ -176,7 +176,7 @@ class PlanState:
         reach = best[-ticket.span] * ticket.span if len(best) >= ticket.span else 0.0
         return min(model.need_mb, reach) if reach > 0 else model.need_mb
 
-    def suspended_for(self, ticket: TicketView) -> Suspended | None:
+    def suspended_for(self, ticket: TicketView) -> SuspendedInstance | None:
         """Return the newest suspended instance that a waiter can use; None if there is none."""
         if ticket.steady:
             return None
@@ -205,23 +205,23 @@ class PlanState:
         model = self.models[ticket.model]
         if model.lease:
             first, *others = [device.device for device in devices]
-            beside = tuple((device, share_mb) for device in others)
-            self.leases.append(Placed(-1, model.model, first, share_mb, beside=beside))
+            other_shares = tuple((device, share_mb) for device in others)
+            self.leases.append(PlacedInstance(-1, model.model, first, share_mb, other_shares=other_shares))
         # Those behind may share this load.
-        if not ticket.tied:
+        if not ticket.usable_on:
             loading = {**model.loading, ticket.member: model.loading.get(ticket.member, 0) + 1}
             self.models[ticket.model] = replace(model, loading=loading, loading_for_s=0.0)
         free = math.fsum(free_mb(device, self.slack) for device in devices)
         why = Why(reason, need_mb, free, other=other, devices=self.named(devices))
         return Load(ticket.row, tuple(device.device for device in devices), need_mb, False, why)
 
-    def resume_instead(self, load: Load, instance: Suspended) -> Resume:
+    def resume_instead(self, load: Load, instance: SuspendedInstance) -> Resume:
         """Turn a load that was allowed into the resume of an instance where it lies."""
         self.suspended.remove(instance)
         why = replace(load.why, reason=Reason.RESUMES, seconds=instance.resume_s, other=None)
         return Resume(load.ticket, instance.row, why)
 
-    def evict_for(self, ticket: TicketView, instances: Sequence[Idle], why: Why) -> Evict:
+    def evict_for(self, ticket: TicketView, instances: Sequence[IdleInstance], why: Why) -> Evict:
         """Evict idle instances for a waiter, which becomes the head of the line."""
         for instance in instances:
             self.idle[instance.model].remove(instance)
@@ -235,9 +235,9 @@ class PlanState:
         return Wait(ticket.row, why.reason, why, first=True)
 
 
-def can_use(ticket: TicketView, instance: Idle, closed: Set[int] = frozenset()) -> bool:
+def can_use(ticket: TicketView, instance: IdleInstance, closed: Set[int] = frozenset()) -> bool:
     """Tell whether a waiter's process can use an idle instance of its model, and it lies where the waiter wants it."""
-    usable = instance.owner in (None, ticket.member) and instance.is_within(ticket.tied)
+    usable = instance.owner in (None, ticket.member) and instance.is_within(ticket.usable_on)
     return usable and not closed & set(instance.devices)
 
 
@@ -251,7 +251,7 @@ def most_free_mb(devices: Iterable[DeviceView], slack_percentage: float) -> floa
     return max((free_mb(device, slack_percentage) for device in devices), default=0.0)
 
 
-def _can_resume(ticket: TicketView, instance: Suspended, closed: Set[int]) -> bool:
+def _can_resume(ticket: TicketView, instance: SuspendedInstance, closed: Set[int]) -> bool:
     """Tell whether a waiter's process can use a suspended instance, and it lies where the waiter may load."""
     usable = instance.model == ticket.model and instance.owner in (None, ticket.member)
-    return usable and instance.is_within(ticket.tied or ticket.devices) and not closed & set(instance.devices)
+    return usable and instance.is_within(ticket.usable_on or ticket.loadable_on) and not closed & set(instance.devices)

@@ -12,21 +12,21 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 
 __all__ = [
-    "Busy",
+    "BusyInstance",
     "Decision",
     "DeviceView",
-    "Enough",
     "Evict",
     "Grant",
-    "Idle",
+    "IdleInstance",
     "Load",
     "ModelView",
-    "Placed",
+    "PlacedInstance",
     "Reason",
     "Refuse",
     "Resume",
     "Rules",
-    "Suspended",
+    "Satisfied",
+    "SuspendedInstance",
     "TicketView",
     "View",
     "Wait",
@@ -173,23 +173,23 @@ class ModelView:
 
 
 @dataclass(frozen=True)
-class Placed:
-    """A copy and where it lies: on one device with `mb`, and perhaps on others, (device, MB) each, besides."""
+class PlacedInstance:
+    """An instance and where it lies: with `mb` on one device, and perhaps on others, (device, MB) each."""
 
     row: int
     model: int
     device: int
     mb: float
-    beside: tuple[tuple[int, float], ...] = field(default=(), kw_only=True)
+    other_shares: tuple[tuple[int, float], ...] = field(default=(), kw_only=True)
 
     @property
     def devices(self) -> tuple[int, ...]:
         """All devices that it lies on."""
-        return (self.device, *(device for device, _ in self.beside))
+        return (self.device, *(device for device, _ in self.other_shares))
 
     def mb_on(self, device: int) -> float:
         """Return what it takes of a device, which must be one of its devices."""
-        return self.mb if device == self.device else dict(self.beside)[device]
+        return self.mb if device == self.device else dict(self.other_shares)[device]
 
     def is_within(self, devices: Collection[int]) -> bool:
         """Tell whether all of it lies on some of these devices; empty stands for all there are."""
@@ -197,8 +197,8 @@ class Placed:
 
 
 @dataclass(frozen=True)
-class Idle(Placed):
-    """An idle copy. `owner` is the only member that can use it, None when anybody can. A pinned one is not evicted."""
+class IdleInstance(PlacedInstance):
+    """An idle instance. owner: the only member that can use it, None when any can. A pinned one is not evicted."""
 
     idle_since_s: float
     owner: int | None = None
@@ -206,8 +206,8 @@ class Idle(Placed):
 
 
 @dataclass(frozen=True)
-class Suspended(Placed):
-    """A copy in host memory, which takes `mb` of its device once it is resumed. `owner` is as with `Idle`.
+class SuspendedInstance(PlacedInstance):
+    """An instance in host memory, which takes `mb` of its device once it is resumed. owner: as with `IdleInstance`.
 
     since_s: when it was suspended. resume_s: how long a resume is expected to take.
     """
@@ -218,10 +218,10 @@ class Suspended(Placed):
 
 
 @dataclass(frozen=True)
-class Busy(Placed):
-    """A copy that is in use or being loaded, and when it is expected to be idle; `inf` if that is not known.
+class BusyInstance(PlacedInstance):
+    """An instance that is in use or being loaded, and when it is expected to be idle; `inf` if that is not known.
 
-    owner: the only member that can use it, or that is loading it; None when anybody can.
+    owner: the only member that can use it, or that is loading it; None when any can.
     """
 
     free_in_s: float
@@ -234,12 +234,12 @@ class Busy(Placed):
 class TicketView:
     """A waiter. `row` identifies it.
 
-    preload: above 0, it does not wait for a copy to use, but for `preload` copies that its member can use.
-    blocked_since_s: since when it is the first one for whom there is no room, None if it has never been.
-    devices: where it may load; tied: on which a copy is of use for it; empty for all. span: how many devices what it
-    loads lies on. nested: its thread holds or loads something else, so it would wait for itself if it waited to run
-    alone. passed: a load was let past it. rank: its place among those of the same `priority`, see `fairness.rank_ns`.
-    steady: nothing else may be loaded or unloaded where it loads.
+    preload: above 0, it does not wait for an instance to use, but for `preload` copies that its member can use.
+    head_since_s: since when it is the head of the line, None if it has never been. loadable_on: the devices where it
+    may load; usable_on: those where an instance is of use for it; empty for all. span: how many devices its load takes.
+    nested: its thread holds or loads something else, so it would wait for itself if it waited to run alone. passed: a
+    load was let past it. rank: its place among those of the same `priority`, see `fairness.rank_ns`. steady: nothing
+    else may be loaded or unloaded where it loads.
     """
 
     row: int
@@ -249,9 +249,9 @@ class TicketView:
     member: int
     enqueued_s: float
     preload: int = 0
-    blocked_since_s: float | None = None
-    devices: tuple[int, ...] = ()
-    tied: tuple[int, ...] = ()
+    head_since_s: float | None = None
+    loadable_on: tuple[int, ...] = ()
+    usable_on: tuple[int, ...] = ()
     span: int = 1
     nested: bool = False
     passed: bool = False
@@ -288,27 +288,27 @@ class DeviceView:
 
 @dataclass(frozen=True)
 class View:
-    """The state that a plan is made from. `idle` lists copies newest first; `busy` those in use or being loaded.
+    """The state that a plan is made from. `idle` lists instances newest first; `busy` those in use or being loaded.
 
     tickets: waiters in any order; at least the first ones of the queue, and for each model with idle copies
         the first ones of that model.
-    leases: those that are held, with what each is for. suspended: copies in host memory, newest first.
+    leases: those that are held, with what each is for. suspended: instances in host memory, newest first.
     """
 
     now_s: float
     rules: Rules
     models: Mapping[int, ModelView]
-    idle: tuple[Idle, ...]
+    idle: tuple[IdleInstance, ...]
     tickets: tuple[TicketView, ...]
     devices: tuple[DeviceView, ...]
-    busy: tuple[Busy, ...] = ()
-    leases: tuple[Placed, ...] = ()
-    suspended: tuple[Suspended, ...] = ()
+    busy: tuple[BusyInstance, ...] = ()
+    leases: tuple[PlacedInstance, ...] = ()
+    suspended: tuple[SuspendedInstance, ...] = ()
 
 
 @dataclass(frozen=True)
 class Grant:
-    """Hand an idle copy to a ticket."""
+    """Hand an idle instance to a ticket."""
 
     ticket: int
     instance: int
@@ -328,7 +328,7 @@ class Load:
 
 @dataclass(frozen=True)
 class Resume:
-    """Let a ticket resume a suspended copy, for which what it had of its devices is reserved."""
+    """Let a ticket resume a suspended instance, for which what it had of its devices is reserved."""
 
     ticket: int
     instance: int
@@ -337,7 +337,7 @@ class Resume:
 
 @dataclass(frozen=True)
 class Evict:
-    """Unload idle copies, in this order, for a ticket that waits meanwhile. `passed`: as in `Wait`."""
+    """Unload idle instances, in this order, for a ticket that waits meanwhile. `passed`: as in `Wait`."""
 
     ticket: int
     instances: tuple[int, ...]
@@ -347,7 +347,7 @@ class Evict:
 
 @dataclass(frozen=True)
 class Wait:
-    """A ticket waits, and why. `first`: it is the first one for whom there is no room. `passed`: a load is let past
+    """A ticket waits, and why. `first`: it is the head of the line. `passed`: a load is let past
     it."""
 
     ticket: int
@@ -366,10 +366,10 @@ class Refuse:
 
 
 @dataclass(frozen=True)
-class Enough:
-    """A preload has nothing to do (any more)."""
+class Satisfied:
+    """A preload has nothing to do, or nothing any more."""
 
     ticket: int
 
 
-Decision = Grant | Resume | Load | Evict | Wait | Refuse | Enough
+Decision = Grant | Resume | Load | Evict | Wait | Refuse | Satisfied
