@@ -23,12 +23,13 @@ from processes import wait_until
 from mpmm import ModelManager
 from mpmm.multi_process_shared import MultiProcessShared
 from mpmm.multi_process_shared.forkserver.leftovers import PER_PROCESS_VARIABLES
-from mpmm.placement import Placement, current_placement, server_setting
+from mpmm.placement import Placement, current_placement
 from mpmm.shared_state.snapshot import read_snapshot
 from mpmm.sources import MemorySource, SourceUnavailableError, choose_source
 from mpmm.sources.amd import AmdGpu, AmdSource, visible_gpus
 from mpmm.sources.booked import BookedSource
 from mpmm.sources.selected import SelectedDevices
+from mpmm.sources.visible_devices import server_setting
 
 STAND_IN = Path(__file__).resolve().parent / "amdsmi_stand_in"
 TESTS = STAND_IN.parent

@@ -128,7 +128,7 @@ class Twins:
         self.manager._attachment = cast(Any, SimpleNamespace(name=lab.namespace.name))
         self.taken = self.released = self.declined = 0
 
-    NOTES = ("_held", "_held_at", "_handles", "_objects", "_rows_of_model", "_taken_grants")
+    NOTES = ("holds", "_held_at", "_handles", "_objects", "_rows_of_model", "_taken_grants")
 
     def notes(self) -> dict[str, Any]:
         return {name: copy(getattr(self.worker.held, name)) for name in self.NOTES}
@@ -195,7 +195,7 @@ def load(twins: Twins, tag: str, handle: bytes) -> None:
     operation = Operation(None)
     held = worker.held.add_loaded(row, tag, handle.decode() if handle else object(), operation)
     assert worker.held.take_off_hold((held, lab.words[lab.tables.instance(row) + Instance.USES]), operation) is False
-    worker.held._held.clear()
+    worker.held.holds.clear()
     worker.held._held_at.clear()
     lab.do(lambda t, tr: tr.holds.release(t, row))
 

@@ -364,7 +364,8 @@ def test_a_source_that_hangs_is_waited_for_no_longer_than_asked_and_its_figure_a
     assert 0.1 <= time.monotonic() - began < 1.0
     assert monitor.get_stats()[0] == 1000.0
     assert monitor.last_sample_age_seconds() >= 0.1
-    assert monitor.sampling_for_s >= 0.1
+    # Its thread may have begun somewhat later than we.
+    assert monitor.sampling_for_s > 0
     began = time.monotonic()
     assert not monitor.refresh(timeout_s=-1.0)
     monitor.request_refresh()

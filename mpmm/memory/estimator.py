@@ -125,17 +125,7 @@ def solve_footprints(
     import numpy as np  # as late as SciPy: a process that never solves need not load it
 
     try:
-        rows = np.array(
-            [
-                [*(o.counts.get(tag, 0) for tag in columns), *(o.device == device for device in devices)]
-                for o in observations
-            ],
-            dtype=float,
-        )
-        means = np.array([o.mean_mb for o in observations])
-        weights = np.sqrt([float(o.readings) for o in observations])
-        if relative:
-            weights /= np.maximum(means, 1.0)
+        rows, means, weights = _weighted_rows(observations, columns, devices, relative)
         # Tests written for Beam put another one where Beam's manager has it.
         there = getattr(sys.modules.get("mpmm.model_manager"), "nnls", _OURS)
         solver = nnls if there is _OURS else there
@@ -148,17 +138,42 @@ def solve_footprints(
     rank = int((singular > singular[0] * max(rows.shape) * np.finfo(float).eps).sum())
     # A model is pinned down when no direction that leaves every row unchanged moves it.
     free = np.abs(basis[rank:]).max(axis=0, initial=0.0) > NULL_TOLERANCE
-    # The textbook's covariance of a weighted solution, with the variance of one reading from all that do not fit.
+    # The variance of one reading comes from all that do not fit.
     misfit = weights**2 * ((rows @ solution - means) ** 2 + np.array([o.spread for o in observations]))
     variance = float(misfit.sum()) / (readings - unknowns) if readings > unknowns else math.inf
-    spread = np.diag(np.linalg.pinv((rows * weights[:, None]).T @ (rows * weights[:, None])))
-    deviations = np.sqrt(variance * np.maximum(spread, 0.0)) if math.isfinite(variance) else np.full(unknowns, np.inf)
+    deviations = _deviations(rows * weights[:, None], variance)
     pinned = [i for i in range(len(columns)) if not free[i]]
     return Footprints(
         {columns[i]: float(solution[i]) for i in pinned},
         float(solution[len(columns) :].sum()),
         {columns[i]: float(deviations[i]) for i in pinned},
     )
+
+
+def _weighted_rows(
+    observations: Sequence[Observation], columns: Sequence[str], devices: Sequence[int], relative: bool
+) -> tuple[Any, Any, Any]:
+    """Return one row for each observation: how many copies of each model, and on which device; its mean and weight."""
+    import numpy as np
+
+    counts = [
+        [*(o.counts.get(tag, 0) for tag in columns), *(o.device == device for device in devices)] for o in observations
+    ]
+    means = np.array([o.mean_mb for o in observations])
+    weights = np.sqrt([float(o.readings) for o in observations])
+    return np.array(counts, dtype=float), means, weights / np.maximum(means, 1.0) if relative else weights
+
+
+def _deviations(weighted: Any, variance: float) -> Any:
+    """Return the standard deviation of each unknown, by the textbook's covariance of a weighted solution.
+
+    variance: of one reading, `inf` if it is not known.
+    """
+    import numpy as np
+
+    if not math.isfinite(variance):
+        return np.full(weighted.shape[1], np.inf)
+    return np.sqrt(variance * np.maximum(np.diag(np.linalg.pinv(weighted.T @ weighted)), 0.0))
 
 
 def reconcile(old: Estimate | None, new: Estimate, smoothing_factor: float) -> Estimate:

@@ -115,7 +115,50 @@ class LocalSamples:
         return (os.getpid(),)
 
 
-class GPUMonitor:
+class _BeamAttributes:
+    """What Beam's monitor keeps in attributes of its own; here it lives in the local samples."""
+
+    _local: LocalSamples
+    _thread: threading.Thread | None
+
+    @property
+    def _lock(self) -> threading.Lock:
+        return self._local.lock
+
+    @property
+    def _current_usage(self) -> float:
+        return self._local.current_mb
+
+    @_current_usage.setter
+    def _current_usage(self, used_mb: float) -> None:
+        self._local.current_mb = used_mb
+
+    @property
+    def _peak_usage(self) -> float:
+        return self._local.peak_mb
+
+    @_peak_usage.setter
+    def _peak_usage(self, used_mb: float) -> None:
+        self._local.peak_mb = used_mb
+
+    @property
+    def _total_memory(self) -> float:
+        return self._local.total_mb
+
+    @_total_memory.setter
+    def _total_memory(self, total_mb: float) -> None:
+        self._local.total_mb = total_mb
+
+    @property
+    def _memory_history(self) -> deque[tuple[float, float]]:
+        return self._local.history
+
+    @property
+    def _running(self) -> bool:
+        return self._thread is not None
+
+
+class GPUMonitor(_BeamAttributes):
     """Current and peak memory use over a sliding window, as in Beam, on any `MemorySource`."""
 
     def __init__(
@@ -172,46 +215,8 @@ class GPUMonitor:
         self._source_lock = threading.Lock()  # guards resolving the source
         self._store_lock = threading.Lock()  # held while the sampling thread asks or tells a store something
         self._control_lock = threading.Lock()  # guards start, stop and bind; taken before the others
-        self._thread: threading.Thread | None = None
+        self._thread = None
         self._stop = threading.Event()
-
-    # What Beam's monitor keeps in attributes of its own lives in the local samples.
-
-    @property
-    def _lock(self) -> threading.Lock:
-        return self._local.lock
-
-    @property
-    def _current_usage(self) -> float:
-        return self._local.current_mb
-
-    @_current_usage.setter
-    def _current_usage(self, used_mb: float) -> None:
-        self._local.current_mb = used_mb
-
-    @property
-    def _peak_usage(self) -> float:
-        return self._local.peak_mb
-
-    @_peak_usage.setter
-    def _peak_usage(self, used_mb: float) -> None:
-        self._local.peak_mb = used_mb
-
-    @property
-    def _total_memory(self) -> float:
-        return self._local.total_mb
-
-    @_total_memory.setter
-    def _total_memory(self, total_mb: float) -> None:
-        self._local.total_mb = total_mb
-
-    @property
-    def _memory_history(self) -> deque[tuple[float, float]]:
-        return self._local.history
-
-    @property
-    def _running(self) -> bool:
-        return self._thread is not None
 
     @property
     def source(self) -> MemorySource:

@@ -83,7 +83,7 @@ class SharedSamples:
             led_by = namespace.tables.text(Header.SOURCE_NAME)
             of_another = led_by not in (b"", name)
             blind = not sees and self._others_measure()
-            # Whoever measures is better than a leader that does not, and is about to take its place.
+            # A process that measures is better than a leader that does not, and is about to take its place.
             outranks = sees and of_another and words[Header.SOURCE_BOOKS_ONLY]
             rows: dict[bytes, int] = {}
             if not blind and (next_in_line is not None or not of_another or outranks):
@@ -92,15 +92,25 @@ class SharedSamples:
             elif not blind:
                 rows = {uuid: row for row, uuid in self._uuids().items()}
             if next_in_line is not None:
-                # What others have seen of the same source still holds for one who has not seen anything yet.
-                knows = process_knowledge(source)
-                if knows is None:
-                    knows = led_by == name and bool(words[Header.SOURCE_MEASURES_PROCESSES])
-                flags = (knows, source.settles_late, not sees)
-                transitions.members.lead(t, namespace.slot, name, flags, counts_named_only(source))
-                for slot in next_in_line:
-                    transitions.members.ring(t, slot)
+                self._lead(t, source, name, led_by == name, next_in_line)
         self._rows = {info.index: rows[uuid] for info, (uuid, *_) in zip(devices, found, strict=True) if uuid in rows}
+
+    def _lead(
+        self, t: Transaction, source: MemorySource, name: bytes, is_same: bool, next_in_line: Sequence[int]
+    ) -> None:
+        """Note that this member polls from now on, with a source of that name, and wake those next in line.
+
+        is_same: the last leader had the same source.
+        """
+        namespace = self._namespace
+        knows = process_knowledge(source)
+        if knows is None:
+            # What others have seen of the same source still holds for a process that has not seen anything yet.
+            knows = is_same and bool(namespace.segment.words[Header.SOURCE_MEASURES_PROCESSES])
+        flags = (knows, source.settles_late, self._blind)
+        namespace.transitions.members.lead(t, namespace.slot, name, flags, counts_named_only(source))
+        for slot in next_in_line:
+            namespace.transitions.members.ring(t, slot)
 
     def _others_measure(self) -> bool:
         """Tell whether there are measured devices that are in use, or that a living process can measure.

@@ -33,7 +33,11 @@ UNLOCKED_TRIES = 16
 
 
 class HeldInstances:
-    """The instances that this process holds, and the objects that it owns. All of its threads share it."""
+    """The instances that this process holds, and the objects that it owns. All of its threads share it.
+
+    holds: what the process holds, by row and generation. Without a mutex: each change is one step of the interpreter,
+    which neither threads nor finalizers can split.
+    """
 
     def __init__(self, namespace: Namespace, scheduler: Scheduler, tenures: Tenures) -> None:
         self._namespace = namespace
@@ -50,9 +54,8 @@ class HeldInstances:
         self._rows_of_model: dict[int, list[int]] = defaultdict(list)
         # Handles that this process has held, by row; the generation tells whether one still stands there.
         self._handles: dict[int, Copy] = {}
-        # What this process holds, by row and generation; and where a value was last seen to be held. Without a mutex:
-        # each change is one step of the interpreter, which neither threads nor finalizers can split.
-        self._held: dict[tuple[int, int], Held] = {}
+        self.holds: dict[tuple[int, int], Held] = {}
+        # Where a value was last seen to be held; without a mutex, too.
         self._held_at: dict[Hashable, tuple[int, int]] = {}
         # Row and number of tickets whose grants this process has acted upon, see `take_granted`.
         self._taken_grants: set[tuple[int, int]] = set()
@@ -109,7 +112,7 @@ class HeldInstances:
             self._handles,
             self._objects,
             self._rows_of_model,
-            self._held,
+            self.holds,
             self._held_at,
             tag,
             operation,
@@ -177,7 +180,7 @@ class HeldInstances:
         uses = self._namespace.segment.words[self._namespace.tables.instance(copy.row) + Instance.USES]
         operation.gives_back = False
         operation.held = held = (copy, uses)
-        self._held[at] = held
+        self.holds[at] = held
         self._held_at[_key(copy.value)] = at
 
     def take_granted(self, row: int, tag: str, operation: Operation) -> Copy | None:
@@ -269,34 +272,34 @@ class HeldInstances:
         copy = held[0]
         at = (copy.row, copy.generation)
         operation.held, operation.gives_back = held, True
-        found = self._held.pop(at, None)
+        found = self.holds.pop(at, None)
         if found is held:
             self._held_at.pop(_key(copy.value), None)
             return True
         operation.held, operation.gives_back = None, False
         if found is not None:
             # Another hold of the same copy, which has begun since.
-            self._held[at] = found
+            self.holds[at] = found
         return False
 
     def _find_held(self, value: Any, tag: str) -> Held | None:
         key = _key(value)
         at = self._held_at.get(key)
-        held = None if at is None else self._held.get(at)
+        held = None if at is None else self.holds.get(at)
         if held is not None and held[0].tag == tag and _key(held[0].value) == key:
             return held
-        found = [held for held in list(self._held.values()) if _key(held[0].value) == key]
+        found = [held for held in list(self.holds.values()) if _key(held[0].value) == key]
         return next((held for held in reversed(found) if held[0].tag == tag), found[-1] if found else None)
 
     def put_back(self, held: Held) -> None:
         """Put back on the list what `take_off` has struck off."""
         copy = held[0]
-        self._held[copy.row, copy.generation] = held
+        self.holds[copy.row, copy.generation] = held
 
     @property
     def has_any(self) -> bool:
         """Tell whether this process holds copies of models; without the lock."""
-        return bool(self._held)
+        return bool(self.holds)
 
     def is_held(self, copy: Copy) -> bool:
         """Tell whether the row still says that this process holds the copy. Needs the lock."""
@@ -353,14 +356,6 @@ class HeldInstances:
     def objects(self) -> list[Copy]:
         """Return what this process has loaded for itself."""
         return list(self._objects.values())
-
-    def hold_at(self, row: int, generation: int) -> Held | None:
-        """Return the hold of an instance that is on the list."""
-        return self._held.get((row, generation))
-
-    def strike_off(self, row: int, generation: int) -> None:
-        """Strike the hold of an instance off the list, whoever has it."""
-        self._held.pop((row, generation), None)
 
 
 def server_pid_of(value: Any) -> int | None:

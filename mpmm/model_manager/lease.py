@@ -10,9 +10,9 @@ import weakref
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from mpmm.placement import visible_devices
 from mpmm.shared_state.layout import Device, Instance, device_rows
 from mpmm.shared_state.transaction import Transaction
+from mpmm.sources.visible_devices import visible_devices
 from mpmm.text.arguments import LARGEST_PID, checked_whole
 
 if TYPE_CHECKING:

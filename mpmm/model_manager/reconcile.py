@@ -84,7 +84,7 @@ class Reconciler:
             return
         at = (copy.row, copy.generation)
         words, row = self._namespace.segment.words, self._namespace.tables.instance(copy.row)
-        if self._held.hold_at(*at) is held:
+        if self._held.holds.get(at) is held:
             ours = True
         else:
             # It was struck off: by this call, to give it back, or because its transaction was undone.
@@ -93,8 +93,8 @@ class Reconciler:
             ours = ours and not any(other.held is held for other in others)
         if ours and self._held.is_held(copy):
             self._scheduler.release(t, copy.row)
-        if self._held.hold_at(*at) is held:
-            self._held.strike_off(*at)
+        if self._held.holds.get(at) is held:
+            self._held.holds.pop(at)
 
     def _is_granted(self, row: int) -> bool:
         """Tell whether a ticket was granted the copy in a row, and its waiter has not taken it for certain."""

@@ -7,11 +7,12 @@ from pathlib import Path
 
 from mpmm.errors import LockTimeoutError, MpmmError, ServerStartError
 from mpmm.multi_process_shared.context import ServerContext
-from mpmm.placement import Placement, place_for_good, server_setting
+from mpmm.placement import Placement, place_for_good
 from mpmm.shared_state.layout import Instance, Member
 from mpmm.shared_state.namespace import Namespace
 from mpmm.shared_state.removal import remove_deserted
 from mpmm.sources import MemorySource
+from mpmm.sources.visible_devices import server_setting
 from mpmm.text.printable import printable_logger
 
 __all__ = ["ServerDuty", "server_context"]

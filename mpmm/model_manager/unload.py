@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from mpmm import multi_process_shared
@@ -47,6 +48,19 @@ SHORTEST_UNLOAD_LIMIT_S = 0.5
 ENDS_WITHIN_S = 10.0
 # A thread that waits for memory looks so often whether there is more.
 UNLOAD_LOOK_S = 0.01
+
+
+@dataclass(frozen=True)
+class _Task:
+    """One unload. model: a row. ends_server: of the handle. server: its slot, if it is a member."""
+
+    model: int
+    tag: str
+    is_object: bool
+    handle: str
+    ends_server: bool
+    server: int | None
+    server_pid: int | None
 
 
 class Unloads:
@@ -235,36 +249,50 @@ class Unloads:
             self._suspender.suspend(row, generation)
             self._settle()
             return
-        with namespace.transaction():
-            if not self._is_unloading(at, generation) or words[at + Instance.HOLDER] != namespace.reference:
-                return
-            model, owned, server = (words[at + word] for word in (Instance.MODEL, Instance.OWNER, Instance.SERVER))
-            tag, handle = tables.tag_of(model), tables.handle_of(row)
-            is_last = namespace.transitions.twins.unloads_handle(row)
-            # A server that has died may have a successor of the same name, which is another copy's.
-            lost = words[at + Instance.HAS_SERVER] and words[at + Instance.DOOMED] == Instance.LOST and not server
-            server_pid = words[tables.member(server - 1) + Member.PID] if server else None
+        task = self._task(row, generation)
+        if task is None:
+            return
         if says_more(_LOG):
-            why, mb = decision(self._namespace, EventKind.UNLOAD_BEGAN, row), namespace.segment.floats[at + Instance.MB]
+            why, mb = decision(namespace, EventKind.UNLOAD_BEGAN, row), namespace.segment.floats[at + Instance.MB]
             text = "mpmm %s: pid %d unloads %s, %.0f MB%s"
-            _LOG.info(text, namespace.name, namespace.pid, tag, mb, f": it {why}" if why else "")
-        if owned:
-            copy = self._held.forget_object(row, generation)
-            if copy is not None:
-                unload_object(copy.value)
-                # Before the garbage is collected, which is not what something still refers to.
-                del copy
-                collect_garbage()
-        elif handle and is_last and not lost:
+            _LOG.info(text, namespace.name, namespace.pid, task.tag, mb, f": it {why}" if why else "")
+        if task.is_object:
+            self._unload_own(row, generation)
+        elif task.ends_server:
             self._suspender.prepare_end(row)
-            self._unload_handle(handle, server - 1 if server else None, server_pid)
+            self._unload_handle(task.handle, task.server, task.server_pid)
         with namespace.transaction() as t:
             if self._is_unloading(at, generation):
                 namespace.transitions.unloads.end(t, row)
-            loaded = words[tables.model(model) + Model.LOADED]
-        _LOG.info("mpmm %s: pid %d unloaded %s", namespace.name, namespace.pid, tag)
-        report_model_count(tag, loaded)
+            loaded = words[tables.model(task.model) + Model.LOADED]
+        _LOG.info("mpmm %s: pid %d unloaded %s", namespace.name, namespace.pid, task.tag)
+        report_model_count(task.tag, loaded)
         self._settle()
+
+    def _task(self, row: int, generation: int) -> _Task | None:
+        """Return what is to be unloaded, None if that is not, or no longer, for this process to do."""
+        namespace = self._namespace
+        words, tables, at = namespace.segment.words, namespace.tables, namespace.tables.instance(row)
+        with namespace.transaction():
+            if not self._is_unloading(at, generation) or words[at + Instance.HOLDER] != namespace.reference:
+                return None
+            model, owned, server = (words[at + word] for word in (Instance.MODEL, Instance.OWNER, Instance.SERVER))
+            handle, is_last = tables.handle_of(row), namespace.transitions.twins.unloads_handle(row)
+            # A server that has died may have a successor of the same name, which is another copy's.
+            lost = words[at + Instance.HAS_SERVER] and words[at + Instance.DOOMED] == Instance.LOST and not server
+            server_pid = words[tables.member(server - 1) + Member.PID] if server else None
+            ends_server = bool(handle and is_last and not lost)
+            slot = server - 1 if server else None
+            return _Task(model, tables.tag_of(model), bool(owned), handle, ends_server, slot, server_pid)
+
+    def _unload_own(self, row: int, generation: int) -> None:
+        """Unload an object of this process."""
+        copy = self._held.forget_object(row, generation)
+        if copy is not None:
+            unload_object(copy.value)
+            # Before the garbage is collected, which is not what something still refers to.
+            del copy
+            collect_garbage()
 
     def _is_unloading(self, at: int, generation: int) -> bool:
         """Tell whether a row (first word) still stands for a copy in mid-unload."""

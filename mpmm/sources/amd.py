@@ -169,7 +169,7 @@ class AmdSource:
         self._withheld = False
         self._shown = False
         self._foreign_pids = False
-        self._strangers: frozenset[int] = frozenset()  # pids in the last sample that do not exist here
+        self._missing: frozenset[int] = frozenset()  # pids in the last sample that do not exist here
         session = _open_session()
         rocr = os.environ.get(ROCR_VARIABLE)
         hip, cuda = os.environ.get(HIP_VARIABLE), os.environ.get(VISIBLE_VARIABLE)
@@ -272,16 +272,16 @@ class AmdSource:
         # 0 is what a process has that has only opened the device, and what is listed where nothing is told.
         if any(figures.get(pid, 0.0) > 0 for pid in ours):
             self._shown, self._withheld = True, False
-            self._strangers, self._foreign_pids = frozenset(), False
+            self._missing, self._foreign_pids = frozenset(), False
             return
         self._withheld = not any(sample.processes_known for sample in read)
-        if not figures and not self._strangers:
+        if not figures and not self._missing:
             return
-        strangers = frozenset(pid for pid in figures if not _exists(pid))
+        missing = frozenset(pid for pid in figures if not _exists(pid))
         # One that does not exist may have just ended, but not twice in a row.
-        if strangers & self._strangers:
+        if missing & self._missing:
             self._foreign_pids, self._shown = True, False
-        self._strangers = strangers
+        self._missing = missing
 
 
 def _exists(pid: int) -> bool:

@@ -20,7 +20,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from types import ModuleType
 from typing import Any
@@ -110,7 +110,7 @@ class NvmlSource:
         self._withheld = False
         self._shown = False
         self._foreign_pids = False
-        self._strangers: frozenset[int] = frozenset()  # pids in the last sample that do not exist here
+        self._missing: frozenset[int] = frozenset()  # pids in the last sample that do not exist here
         session = _open_session()
         self._devices = devices_of(visible_units(session.gpus, os.environ.get(VISIBLE_VARIABLE)))
         self._session: _Session | None = session
@@ -194,23 +194,21 @@ class NvmlSource:
             return
         figures = {pid for listing in listings for pid in listing.figures}
         withheld = {pid for listing in listings for pid in listing.withheld}
-        if any(pid in figures for pid in ours):
+        if not figures.isdisjoint(ours):
             self._shown, self._withheld = True, False
-            self._strangers, self._foreign_pids = frozenset(), False
+            self._missing, self._foreign_pids = frozenset(), False
             return
-        self._withheld = (
-            all(not listing.is_told for listing in listings)
-            or any(pid in withheld for pid in ours)
-            or (bool(withheld) and not figures)
-        )
-        told = figures | withheld
-        if not self._strangers and not self._foreign_pids and not told:
-            return
-        strangers = frozenset(pid for pid in told if not _exists(pid))
-        # One that does not exist may have just ended, but not twice in a row.
-        if strangers & self._strangers:
+        untold = all(not listing.is_told for listing in listings)
+        self._withheld = untold or not withheld.isdisjoint(ours) or (bool(withheld) and not figures)
+        self._look_for_foreign_pids(figures | withheld)
+
+    def _look_for_foreign_pids(self, told: Set[int]) -> None:
+        """Conclude from pids that do not exist here that the driver tells those of another pid namespace."""
+        missing = frozenset(pid for pid in told if not _exists(pid))
+        # A process that does not exist may have just ended, but not twice in a row.
+        if missing & self._missing:
             self._foreign_pids, self._shown = True, False
-        self._strangers = strangers
+        self._missing = missing
 
 
 def _exists(pid: int) -> bool:

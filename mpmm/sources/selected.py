@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from mpmm.errors import InvalidArgumentError
-from mpmm.placement import server_setting
 from mpmm.sources.base import (
     DeviceInfo,
     DeviceSample,
@@ -14,6 +13,7 @@ from mpmm.sources.base import (
     is_books_only,
     process_knowledge,
 )
+from mpmm.sources.visible_devices import server_setting
 
 __all__ = ["SelectedDevices"]
 
@@ -51,7 +51,7 @@ class SelectedDevices:
         return self._devices
 
     def server_setting(self, uuids: Sequence[str]) -> tuple[str, str] | None:
-        """Return what the source says, see `mpmm.placement.server_setting`."""
+        """Return what the source says, see `mpmm.sources.visible_devices.server_setting`."""
         return server_setting(self._source, uuids)
 
     def sample(self, server_pids: Sequence[int]) -> tuple[DeviceSample, ...]:

@@ -1,4 +1,4 @@
-"""Which GPUs a process may use: `CUDA_VISIBLE_DEVICES`, read the way the CUDA runtime reads it."""
+"""`CUDA_VISIBLE_DEVICES`: which GPUs a process may use, read as the CUDA runtime reads it, and written for others."""
 
 from __future__ import annotations
 
@@ -8,13 +8,17 @@ from dataclasses import dataclass
 
 from mpmm.sources.base import DeviceInfo
 
-__all__ = ["VISIBLE_VARIABLE", "Gpu", "Unit", "devices_of", "visible_units"]
+__all__ = ["VISIBLE_VARIABLE", "Gpu", "Unit", "devices_of", "server_setting", "visible_devices", "visible_units"]
 
 VISIBLE_VARIABLE = "CUDA_VISIBLE_DEVICES"
 # CUDA takes the number at the beginning of an entry and ignores what follows.
 _NUMBER = re.compile(r"[+-]?\d+")
 # How slices were named before they had uuids of their own: GPU, GPU instance, compute instance.
 _SLICE_OF_GPU = re.compile(r"MIG-(GPU-[^/]*)/(\d+)/(\d+)")
+
+# What NVIDIA's driver calls GPUs and slices of them; and what a source calls the n-th board whose uuid it cannot read.
+_UUID = re.compile(r"(GPU|MIG)-.+")
+_NUMBERED = re.compile(r"gpu(\d+)")
 
 
 @dataclass(frozen=True)
@@ -97,3 +101,28 @@ def devices_of(units: Sequence[Unit]) -> tuple[DeviceInfo, ...]:
         for index, unit in enumerate(units)
         if unit.total_mb is not None
     )
+
+
+def visible_devices(uuids: Sequence[str]) -> str | None:
+    """Return what to set `CUDA_VISIBLE_DEVICES` to so that CUDA sees these devices; None where they are no GPUs.
+
+    Names are good in every process, however its own `CUDA_VISIBLE_DEVICES` restricts and numbers what it sees.
+    """
+    numbers = [_NUMBERED.fullmatch(uuid) for uuid in uuids]
+    names = [number[1] if number else uuid for number, uuid in zip(numbers, uuids, strict=True)]
+    known = all(number or _UUID.fullmatch(uuid) for number, uuid in zip(numbers, uuids, strict=True))
+    return ",".join(names) if names and known else None
+
+
+def server_setting(source: object, uuids: Sequence[str]) -> tuple[str, str] | None:
+    """Return the variable, and its value, that show a model server these devices alone; None where they are no GPUs.
+
+    source: the memory source that knows the devices. One whose devices are not CUDA's has a method `server_setting` of
+    its own, which gets `uuids` and answers in its place.
+    """
+    own = getattr(source, "server_setting", None)
+    if own is not None:
+        setting: tuple[str, str] | None = own(uuids)
+        return setting
+    visible = visible_devices(uuids)
+    return (VISIBLE_VARIABLE, visible) if visible else None
