@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+from conftest import CHECKOUT
 
 import mpmm
 from mpmm import errors
@@ -83,6 +84,13 @@ def test_without_a_topic_all_are_listed(capsys: pytest.CaptureFixture[str]) -> N
 def test_pages_beside_the_code_are_all_printed() -> None:
     printed = {about() for _, about in TOPICS.values()}
     assert all(path.read_text() in printed for path in (PACKAGE / "help").iterdir())
+
+
+def test_files_that_the_pages_name_are_there() -> None:
+    places = (CHECKOUT, CHECKOUT / "mpmm", CHECKOUT / "tests")
+    for topic, (_, markdown) in TOPICS.items():
+        for name in re.findall(r"`([\w/]+/?\w+\.(?:py|c|md))(?: [^`]*)?`", markdown()):
+            assert any((place / name).exists() for place in places), f"{topic}: {name}"
 
 
 def test_markdown_becomes_text() -> None:
