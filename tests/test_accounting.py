@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from mpmm.memory.samples import SharedSamples
-from mpmm.scheduler import Scheduler
+from mpmm.scheduling import Scheduler
 from mpmm.shared_state.layout import Device, Member
 from mpmm.shared_state.namespace import Namespace
 from mpmm.sources import DeviceInfo, DeviceSample

@@ -13,7 +13,7 @@ from processes import Seat, learn, problems, wait_until, waiting
 
 from mpmm import AcquireTimeoutError, Capacities, LockTimeoutError, ModelManager
 from mpmm.model_manager.deferred import ATTEMPTS, DeferredChanges
-from mpmm.scheduler import Scheduler
+from mpmm.scheduling import Scheduler
 from mpmm.shared_state.layout import Header
 from mpmm.shared_state.namespace import Namespace
 from mpmm.shared_state.settings import Settings

@@ -21,7 +21,7 @@ from mpmm.memory.samples import SharedSamples
 from mpmm.policy.admission import free_mb
 from mpmm.policy.ledger import HIDDEN_NS, TRUST_BOOKS_NS, Entry, Figure, Ledger, Return, expire, settle
 from mpmm.policy.view import DeviceView
-from mpmm.scheduler import Scheduler
+from mpmm.scheduling import Scheduler
 from mpmm.shared_state import transaction as transaction_module
 from mpmm.shared_state.invariants import check_invariants
 from mpmm.shared_state.layout import Capacities, Instance, Member

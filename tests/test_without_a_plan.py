@@ -1,4 +1,4 @@
-"""What the warm path does without a plan is what a plan would have done: Q1 to Q5 of `mpmm.scheduler`."""
+"""What the warm path does without a plan is what a plan would have done: Q1 to Q5 of `mpmm.scheduling.shortcuts`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from processes import Loads, Seat, acquire, learn, problems, release, wait_until
 from mpmm import ModelManager
 from mpmm.policy.plan import Plan, make_plan
 from mpmm.policy.view import Decision, Grant, Load, Reason, Satisfied, View, Wait
-from mpmm.scheduler import Scheduler
+from mpmm.scheduling import Scheduler
 from mpmm.shared_state.layout import Capacities, Header, Instance, Member, Model, Ticket
 from mpmm.shared_state.namespace import Namespace
 from mpmm.shared_state.settings import Settings
@@ -370,7 +370,7 @@ def test_hits_beside_one_that_cannot_be_served_make_no_plan(
         plans.append(view)
         return make_plan(view)
 
-    monkeypatch.setattr("mpmm.scheduler.make_plan", counted)
+    monkeypatch.setattr("mpmm.scheduling.scheduler.make_plan", counted)
     copies = {tag: manager.acquire_model(tag, Loads("not to be called")) for tag in ("a", "b")}
     for tag, copy in copies.items():
         manager.release_model(tag, copy)

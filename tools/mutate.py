@@ -41,7 +41,7 @@ PARTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("test_policy", "test_backoff", "test_suspension", "test_ledger", "test_out_of_memory", "test_fairness"),
     ),
     "scheduler": (
-        ("mpmm/scheduler.py",),
+        ("mpmm/scheduling/*.py",),
         ("test_without_a_plan", "test_hand_overs", "test_copies", "test_fairness", "test_devices", "test_manager"),
     ),
     "shared_state": (

@@ -73,7 +73,7 @@ def add_commands(commands: Any) -> None:
 
 def _unload(options: argparse.Namespace, name: str, root: Path | None) -> int:
     from mpmm.model_manager.administration import unload_model, visit, wait_for_unload
-    from mpmm.scheduler import Scheduler
+    from mpmm.scheduling import Scheduler
 
     wait_s = checked_timeout("--wait", options.wait)
     with visit(name, root) as namespace:
@@ -102,7 +102,7 @@ def _pin(options: argparse.Namespace, name: str, root: Path | None) -> int:
 
 def _unpin(options: argparse.Namespace, name: str, root: Path | None) -> int:
     from mpmm.model_manager.administration import unpin_for_all, visit
-    from mpmm.scheduler import Scheduler
+    from mpmm.scheduling import Scheduler
 
     with visit(name, root) as namespace:
         unpin_for_all(namespace, Scheduler(namespace), options.tag)
@@ -161,7 +161,7 @@ def _load_handle(load: Callable[[], Any], name: str) -> str:
 
 def _settings(options: argparse.Namespace, name: str, root: Path | None) -> int:
     from mpmm.model_manager.administration import change_settings, visit
-    from mpmm.scheduler import Scheduler
+    from mpmm.scheduling import Scheduler
 
     if not options.change:
         _show(read_snapshot(name, root, events=False).settings)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from mpmm.errors import InvalidArgumentError
 from mpmm.placement import Placement
-from mpmm.scheduler import Scheduler
+from mpmm.scheduling import Scheduler
 from mpmm.shared_state.layout import Device, Header, Instance, Member, device_bits, device_rows
 from mpmm.shared_state.namespace import Namespace
 from mpmm.shared_state.tables import fit_text

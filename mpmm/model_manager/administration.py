@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mpmm.errors import ClosedError, NotAcquiredError, UnloadTimeoutError
-from mpmm.scheduler import Scheduler
+from mpmm.scheduling import Scheduler
 from mpmm.shared_state.layout import Header, Instance, Member, Model
 from mpmm.shared_state.namespace import Namespace
 from mpmm.shared_state.settings import Settings

@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable
 
 from mpmm.errors import LockTimeoutError, ReentrantCallError
-from mpmm.scheduler import Scheduler
+from mpmm.scheduling import Scheduler
 from mpmm.shared_state.namespace import Namespace
 from mpmm.shared_state.transaction import Transaction
 from mpmm.text.printable import printable_logger

@@ -17,7 +17,7 @@ from typing import Any
 from mpmm import multi_process_shared
 from mpmm.model_manager.operations import Copy, Held, Operation
 from mpmm.model_manager.tenure import Tenures
-from mpmm.scheduler import Scheduler
+from mpmm.scheduling import Scheduler
 from mpmm.shared_state.layout import Header, Instance, Model, Ticket
 from mpmm.shared_state.namespace import Namespace
 from mpmm.shared_state.transaction import Transaction

@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 
 from mpmm.model_manager.unload import SHORTEST_UNLOAD_LIMIT_S, Unloads
-from mpmm.scheduler import Scheduler
+from mpmm.scheduling import Scheduler
 from mpmm.shared_state.layout import Header, Instance, Member
 from mpmm.shared_state.namespace import Namespace
 from mpmm.text.printable import printable_logger

@@ -39,7 +39,7 @@ from mpmm.model_manager.doorbell import Doorbell
 from mpmm.model_manager.fresh_figures import FreshFigures
 from mpmm.model_manager.late_unloads import LateUnloads
 from mpmm.policy.view import Reason
-from mpmm.scheduler import Scheduler
+from mpmm.scheduling import Scheduler
 from mpmm.shared_state.durations import to_ns
 from mpmm.shared_state.events import Cause
 from mpmm.shared_state.futex import wake_all

@@ -11,7 +11,7 @@ from mpmm.errors import LockTimeoutError
 from mpmm.model_manager.deferred import NOW_S
 from mpmm.model_manager.tenure import looks_in_s
 from mpmm.model_manager.waits import WaitWarning
-from mpmm.scheduler import Scheduler
+from mpmm.scheduling import Scheduler
 from mpmm.shared_state.namespace import Namespace
 
 __all__ = ["LookAgain"]

@@ -17,7 +17,7 @@ from mpmm.memory.samples import SharedSamples
 from mpmm.model_manager.deferred import NOW_S
 from mpmm.model_manager.unload import Unloads
 from mpmm.policy.out_of_memory import bound_mb, raised_estimate_mb
-from mpmm.scheduler import Copies, Scheduler
+from mpmm.scheduling import Copies, Scheduler
 from mpmm.shared_state.layout import Header, Instance, Model, device_rows
 from mpmm.shared_state.namespace import Namespace
 from mpmm.shared_state.transaction import Transaction

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from mpmm.model_manager.held import HeldInstances
 from mpmm.model_manager.operations import Operation, ended_calls
-from mpmm.scheduler import Scheduler
+from mpmm.scheduling import Scheduler
 from mpmm.shared_state.layout import Instance, Ticket
 from mpmm.shared_state.namespace import Namespace
 from mpmm.shared_state.transaction import Transaction

@@ -45,7 +45,7 @@ from mpmm.model_manager.tenure import Tenures
 from mpmm.model_manager.thread_holds import ThreadHolds
 from mpmm.model_manager.unload import UNLOAD_LOOK_S, Unloads, collect_garbage, unload_object
 from mpmm.model_manager.waits import WARN_AFTER_S
-from mpmm.scheduler import Scheduler
+from mpmm.scheduling import Scheduler
 from mpmm.shared_state.futex import wake_all
 from mpmm.shared_state.layout import Header, Ticket
 from mpmm.shared_state.namespace import Namespace

@@ -18,7 +18,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
-from mpmm.scheduler import CALLED_UP_FOR_NS
+from mpmm.scheduling import CALLED_UP_FOR_NS
 
 __all__ = ["CALLED_UP_FOR_S", "TENURE_S", "Tenure", "Tenures", "looks_in_s"]
 

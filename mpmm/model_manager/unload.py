@@ -24,7 +24,7 @@ from mpmm.model_manager.operations import Copy
 from mpmm.model_manager.waits import decision, says_more
 from mpmm.multi_process_shared.stop_server import kill_process
 from mpmm.policy.view import Reason
-from mpmm.scheduler import Scheduler
+from mpmm.scheduling import Scheduler
 from mpmm.shared_state.events import Cause, EventKind
 from mpmm.shared_state.layout import Device, Header, Instance, Member, Model, device_rows
 from mpmm.shared_state.namespace import Namespace

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from mpmm.policy.reasons import explain
 from mpmm.policy.view import Reason
-from mpmm.scheduler import Scheduler
+from mpmm.scheduling import Scheduler
 from mpmm.shared_state.events import EventKind
 from mpmm.shared_state.layout import Event, Header, Instance, Member, Ticket, device_rows
 from mpmm.shared_state.namespace import Namespace

@@ -17,7 +17,7 @@ from mpmm.multi_process_shared.rpc import protocol
 from mpmm.multi_process_shared.sleeping import ask_to, can_sleep, record_of
 from mpmm.policy.suspension import Unsuspendable, Way, limit_s
 from mpmm.policy.view import Reason
-from mpmm.scheduler import Scheduler
+from mpmm.scheduling import Scheduler
 from mpmm.shared_state.events import Cause
 from mpmm.shared_state.layout import Instance
 from mpmm.shared_state.namespace import Namespace
