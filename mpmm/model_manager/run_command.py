@@ -1,7 +1,7 @@
 """`mpmm run`: any program, in any language, on a lease.
 
-The program is a child of this process, in the same process group, with the same standard streams and environment. To
-that is added what share of the memory it has, see `Lease.environment`; an engine that sizes itself is told so:
+The program is a child of this process, in the same process group, with the same standard streams and environment. Its
+environment also says which share of the memory it has, see `Lease.environment`, for engines that size themselves:
 
     mpmm run --mb 20g -- sh -c 'CUDA_VISIBLE_DEVICES=$MPMM_DEVICES exec vllm serve MODEL \
         --gpu-memory-utilization $MPMM_MEMORY_FRACTION'
@@ -11,14 +11,14 @@ This process waits its turn, stays in the namespace as long as the program runs,
 Whichever of the two is killed, the lease stands exactly as long as the program does:
 
 - The program ends or dies: this process gives the lease back and leaves.
-- This process dies, by `kill -9` say: the kernel kills the program as well (Linux: PR_SET_PDEATHSIG), and the lease is
-  taken back by the others once it is gone. Where the kernel does not offer that, or the program takes its time to
-  die, or leaves children behind that have kept the descriptor: the descriptor that they inherited holds the lock by
-  which the others tell that this member lives, so nobody is given memory that is still in use.
+- This process dies, by `kill -9` say: the kernel kills the program as well (Linux: PR_SET_PDEATHSIG), and the other
+  members take the lease back once the program is gone. The kernel may not offer that, the program may take its time to
+  die, or it may leave children behind. All of them have inherited the descriptor that holds the lock by which other
+  members tell that this one lives, so no process is given memory that is still in use.
 
-Signals that are sent to this process are passed on; those for keys, which a terminal sends to the whole group, the
-program gets by itself. While it waits for its turn, a signal ends it as usual, and on a terminal it says what it waits
-for: after a second, and at growing intervals from then on.
+This process passes on signals that are sent to it. Signals of keys, which a terminal sends to the whole group, reach
+the program directly. While this process waits for its turn, a signal ends it as usual. On a terminal it says what it
+waits for: after a second, and then at growing intervals.
 """
 
 from __future__ import annotations
