@@ -330,12 +330,12 @@ def _check(options: argparse.Namespace, root: Path | None) -> int:
 
 
 def _check_health(options: argparse.Namespace, root: Path | None) -> int:
-    from mpmm.observability.findings import what_ails
+    from mpmm.observability.findings import attention_texts
 
     names = find_namespaces(root) if options.namespace is None else [options.namespace]
     problems = 0
     for name in names or [_only_namespace(root)]:
-        found = what_ails(read_snapshot(name, root, events=False))
+        found = attention_texts(read_snapshot(name, root, events=False))
         problems += len(found)
         paint, style = painter(sys.stdout), "urgent" if found else "well"
         for problem in found or ["healthy"]:

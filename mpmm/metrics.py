@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mpmm.errors import MpmmError
-from mpmm.observability.event_reader import LONGEST_PAUSE_S, Follower
-from mpmm.observability.histograms import Tally
+from mpmm.observability.event_reader import LONGEST_PAUSE_S, EventReader
+from mpmm.observability.histograms import Histograms
 from mpmm.observability.prometheus import Family, families, text
 from mpmm.shared_state.snapshot import Snapshot, find_namespaces
 
@@ -55,7 +55,7 @@ class Exporter:
     def _begin(self) -> None:
         self._pid = os.getpid()
         self._mutex = threading.Lock()
-        self._followed: dict[str, tuple[Follower, Tally]] = {}
+        self._followed: dict[str, tuple[EventReader, Histograms]] = {}
         self._thread: threading.Thread | None = None
         self._closing = threading.Event()
 
@@ -95,18 +95,18 @@ class Exporter:
         """Yield nothing, so that registering does not look: names are those that `collect` yields."""
         return iter(())
 
-    def _look(self) -> list[tuple[Snapshot, Tally]]:
+    def _look(self) -> list[tuple[Snapshot, Histograms]]:
         names = find_namespaces(self._root) if self._namespace is None else [self._namespace]
         seen = []
         for name in names:
-            follower, tally = self._followed.setdefault(name, (Follower(name, self._root), Tally()))
+            reader, counted = self._followed.setdefault(name, (EventReader(name, self._root), Histograms()))
             try:
-                step = follower.step()
+                step = reader.step()
             except (FileNotFoundError, MpmmError):
                 # Gone, or of another version: there is nothing to say of it.
                 continue
-            tally.add(step)
-            seen.append((step.snapshot, tally))
+            counted.add(step)
+            seen.append((step.snapshot, counted))
         return seen
 
     def _run(self) -> None:
@@ -114,7 +114,7 @@ class Exporter:
         while not self._closing.wait(pause_s):
             with self._mutex:
                 self._look()
-                pause_s = min((follower.pause_s for follower, _ in self._followed.values()), default=LONGEST_PAUSE_S)
+                pause_s = min((reader.pause_s for reader, _ in self._followed.values()), default=LONGEST_PAUSE_S)
 
 
 def wsgi_app(exporter: Exporter | None = None) -> Callable[[Environ, Callable[..., Any]], Iterable[bytes]]:

@@ -17,7 +17,7 @@ from processes import SimulatedDevice, wait_until
 
 from mpmm.model_manager import ModelManager
 from mpmm.observability.findings import LONG_WAIT_S, STALE_AFTER_S
-from mpmm.observability.histograms import Tally
+from mpmm.observability.histograms import Histograms
 from mpmm.observability.prometheus import families
 from mpmm.shared_state.settings import Settings
 from mpmm.shared_state.snapshot import read_snapshot
@@ -53,12 +53,12 @@ def exported(namespace: str, new_manager: NewManager, tmp_path: Path) -> dict[st
     manager = new_manager(memory_source=SimulatedDevice(tmp_path / "device", 1000.0))
     manager.release_model("a", manager.acquire_model("a", lambda: "handle"))
     wait_until(lambda: read_snapshot(namespace).devices[0].external_mb is not None, "the device is measured")
-    tally = Tally()
-    for histograms in (tally.waits, tally.holds, tally.loads):
+    counted = Histograms()
+    for histograms in (counted.waits, counted.holds, counted.loads):
         histograms["a"].add(1.0)
     return {
         family.name + suffix: {name for name, _ in labels}
-        for family in families([(read_snapshot(namespace), tally)])
+        for family in families([(read_snapshot(namespace), counted)])
         for suffix, labels, _ in family.samples
     }
 

@@ -28,7 +28,7 @@ from mpmm.cli import main
 from mpmm.model_manager import ModelManager
 from mpmm.observability.dashboard.history import FINDINGS_SENT, POINTS_SENT, SAMPLES_KEPT, Recorder
 from mpmm.observability.dashboard.watch import Watcher
-from mpmm.observability.event_reader import Follower, Step
+from mpmm.observability.event_reader import EventReader, Step
 from mpmm.policy.view import Reason
 from mpmm.shared_state.segment import segment_name
 from mpmm.shared_state.snapshot import Snapshot, read_snapshot
@@ -436,14 +436,14 @@ def test_what_was_overwritten_unseen_is_mended(
     manager.release_model("kept", kept)
     manager.acquire_model("kept", Loads())
     manager.acquire_model("new", Loads())
-    step = Follower.step
+    step = EventReader.step
 
-    def unseen(self: Follower) -> Step:
+    def unseen(self: EventReader) -> Step:
         found = step(self)
         return replace(found, events=(), lost=len(found.events))
 
     with monkeypatch.context() as patched:
-        patched.setattr(Follower, "step", unseen)
+        patched.setattr(EventReader, "step", unseen)
         watcher.look()
     lasting = {(one["tag"], one["kind"]) for one in spans(watcher, "stay", "hold") if one["end"] is None}
     assert lasting == {("kept", "stay"), ("kept", "hold"), ("new", "stay"), ("new", "hold")}
@@ -466,13 +466,13 @@ def thousand(snapshot: Snapshot) -> Snapshot:
 @pytest.fixture
 def crowded(lively: ModelManager, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each look finds a thousand copies."""
-    step = Follower.step
+    step = EventReader.step
 
-    def many(self: Follower) -> Step:
+    def many(self: EventReader) -> Step:
         found = step(self)
         return replace(found, snapshot=thousand(found.snapshot), events=())
 
-    monkeypatch.setattr(Follower, "step", many)
+    monkeypatch.setattr(EventReader, "step", many)
 
 
 def test_a_thousand_copies_are_told_once(crowded: None, served: Served) -> None:

@@ -18,7 +18,7 @@ from processes import Loads, LoadsObject, Process, acquire, force_reset, release
 
 from mpmm.cli import main
 from mpmm.model_manager import ModelManager
-from mpmm.observability.event_reader import Follower
+from mpmm.observability.event_reader import EventReader
 from mpmm.observability.plot import histories, read_trace
 from mpmm.observability.trace import Tracer
 from mpmm.observability.trace_tracks import DEVICE_PID, NAMESPACE_PID
@@ -135,21 +135,21 @@ def test_following_gives_the_same_spans_as_looking_once(
     namespace: str, new_manager: NewManager, new_process: NewProcess
 ) -> None:
     manager, process = new_manager(fallback_memory_mb=100), new_process()
-    follower, tracer = Follower(namespace), Tracer()
+    reader, tracer = EventReader(namespace), Tracer()
     events = []
     for tag in ("a", "b", "a"):
         manager.release_model(tag, manager.acquire_model(tag, Loads()))
-        events += tracer.add(follower.step())
+        events += tracer.add(reader.step())
         process.call(acquire, tag)
-        events += tracer.add(follower.step())
+        events += tracer.add(reader.step())
         process.call(release)
     manager.acquire_model("c", LoadsObject())
     process.call(force_reset)
     wait_until(lambda: not read_snapshot(namespace).instances, "all is unloaded")
-    step = follower.step()
+    step = reader.step()
     events += tracer.add(step) + tracer.finish(step.snapshot)
     once = Tracer()
-    whole = once.add(Follower(namespace).step())
+    whole = once.add(EventReader(namespace).step())
     assert broken_rules(events) == []
     assert broken_rules(whole) == []
 
@@ -168,20 +168,20 @@ def test_following_gives_the_same_spans_as_looking_once(
 
 def test_overwritten_events_are_counted_and_said(namespace: str, new_manager: NewManager) -> None:
     manager = new_manager(capacities=Capacities(events=16))
-    follower, tracer = Follower(namespace), Tracer()
+    reader, tracer = EventReader(namespace), Tracer()
     held = manager.acquire_model("held", Loads())
-    events = tracer.add(follower.step())
+    events = tracer.add(reader.step())
     before = read_snapshot(namespace).events_written
     for _ in range(20):
         manager.release_model("a", manager.acquire_model("a", Loads()))
     manager.release_model("held", held)
-    step = follower.step()
+    step = reader.step()
     events += tracer.add(step) + tracer.finish(step.snapshot)
     assert step.lost == step.snapshot.events_written - before - len(step.events) > 0
     assert tracer.lost == step.lost
     assert named(events, f"{step.lost} events were overwritten before they could be read", "i")
     assert broken_rules(events) == []
-    assert follower.step().events == ()
+    assert reader.step().events == ()
 
 
 def test_what_was_there_before_the_first_event_is_in_the_trace(namespace: str, new_manager: NewManager) -> None:
@@ -197,17 +197,17 @@ def test_what_was_there_before_the_first_event_is_in_the_trace(namespace: str, n
 
 
 def test_another_namespace_of_the_same_name_begins_anew(namespace: str, new_manager: NewManager) -> None:
-    follower, tracer = Follower(namespace), Tracer()
+    reader, tracer = EventReader(namespace), Tracer()
     events = []
     for tag in ("a", "b"):
         manager = new_manager()
         manager.acquire_model(tag, Loads())
-        step = follower.step()
+        step = reader.step()
         assert step.fresh
         events += tracer.add(step)
         manager.shutdown()
         with pytest.raises(FileNotFoundError):
-            follower.step()
+            reader.step()
     events += tracer.finish(step.snapshot)
     assert broken_rules(events) == []
     assert len(named(events, "hold a")) == len(named(events, "hold b")) == 1
@@ -215,15 +215,15 @@ def test_another_namespace_of_the_same_name_begins_anew(namespace: str, new_mana
 
 def test_a_busy_ring_is_looked_at_more_often(namespace: str, new_manager: NewManager) -> None:
     manager = new_manager()
-    follower = Follower(namespace)
-    follower.step()
-    longest = follower.pause_s
+    reader = EventReader(namespace)
+    reader.step()
+    longest = reader.pause_s
     for _ in range(1100):
         manager.release_model("a", manager.acquire_model("a", Loads()))
-    follower.step()
-    assert follower.pause_s == longest / 2
-    follower.step()
-    assert follower.pause_s == longest
+    reader.step()
+    assert reader.pause_s == longest / 2
+    reader.step()
+    assert reader.pause_s == longest
 
 
 def test_the_command_follows_a_job_from_its_begin_to_its_end(

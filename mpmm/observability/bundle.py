@@ -23,7 +23,7 @@ from pathlib import Path
 
 from mpmm.errors import InvalidArgumentError, MpmmError
 from mpmm.observability.event_lines import line
-from mpmm.observability.event_reader import Follower
+from mpmm.observability.event_reader import EventReader
 from mpmm.observability.inspect_screen import render
 from mpmm.observability.json_text import snapshot_json
 from mpmm.shared_state.snapshot import find_namespaces
@@ -59,7 +59,7 @@ def write_bundle(path: Path, doctor: str, root: Path | None = None) -> None:
 def _of_namespaces(root: Path | None) -> Iterator[tuple[str, str]]:
     for name in find_namespaces(root):
         try:
-            step = Follower(name, root).step()
+            step = EventReader(name, root).step()
         except (OSError, MpmmError) as error:
             yield f"{name}/error.txt", f"{error}\n"
             continue

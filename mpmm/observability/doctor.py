@@ -24,7 +24,7 @@ from pathlib import Path
 import mpmm
 from mpmm.errors import InvalidArgumentError, MpmmError
 from mpmm.observability.colours import Paint, plain
-from mpmm.observability.findings import what_ails
+from mpmm.observability.findings import attention_texts
 from mpmm.observability.tables import wrapped
 from mpmm.shared_state.core import CORE_VARIABLE, which
 from mpmm.shared_state.layout import LAYOUT_VERSION, Capacities, Layout
@@ -364,7 +364,7 @@ def _namespaces(root: Path | None) -> Iterator[Check]:
         except (OSError, MpmmError) as error:
             yield Check("PROBLEM", f"{name}: {error}")
             continue
-        ails = what_ails(snapshot)
+        ails = attention_texts(snapshot)
         yield from (Check("PROBLEM", f"{name}: {text}") for text in ails)
         since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(snapshot.created_wall_s))
         if not ails:

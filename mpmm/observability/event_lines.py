@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mpmm.observability.colours import painter
-from mpmm.observability.event_reader import Follower, Step, asked_to_end, steps
+from mpmm.observability.event_reader import EventReader, Step, asked_to_end, steps
 from mpmm.observability.formatting import age, mb, named, names_of, why
 from mpmm.shared_state.snapshot import EventInfo, as_json
 from mpmm.text.printable import printable
@@ -82,9 +82,9 @@ def show_events(namespace: str, root: Path | None, choice: Choice, say: Callable
     With `follow` a namespace that is not there yet is waited for. Returns 0. Raises what `read_snapshot` raises,
     FileNotFoundError without `follow` only.
     """
-    follower, paint = Follower(namespace, root), painter(sys.stdout)
+    reader, paint = EventReader(namespace, root), painter(sys.stdout)
     with contextlib.ExitStack() as stack:
-        looks = steps(follower, stack.enter_context(asked_to_end())) if choice.follow else [follower.step()]
+        looks = steps(reader, stack.enter_context(asked_to_end())) if choice.follow else [reader.step()]
         first = True
         for step in looks:
             events = [event for event in step.events if choice.model is None or event.tag == choice.model]

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from mpmm.shared_state.snapshot import EventChoice, EventInfo, Snapshot, read_snapshot
 
-__all__ = ["Follower", "Step", "asked_to_end", "steps"]
+__all__ = ["EventReader", "Step", "asked_to_end", "steps"]
 
 LONGEST_PAUSE_S = 0.25
 SHORTEST_PAUSE_S = 0.02
@@ -37,7 +37,7 @@ class Step:
     fresh: bool
 
 
-class Follower:
+class EventReader:
     """Reads the events of a namespace, of whichever segment has its name at present. Not thread-safe."""
 
     def __init__(self, namespace: str, root: Path | None = None) -> None:
@@ -65,14 +65,14 @@ class Follower:
         return Step(snapshot, events, lost, fresh)
 
 
-def steps(follower: Follower, ending: Callable[[], bool]) -> Iterator[Step]:
+def steps(reader: EventReader, ending: Callable[[], bool]) -> Iterator[Step]:
     """Yield looks at a namespace until it is gone or `ending()`; if there is none yet, wait for it."""
     seen = False
     while True:
         # Asked first, so that what happened until the request is in the trace.
         asked = ending()
         try:
-            yield follower.step()
+            yield reader.step()
             seen = True
         except FileNotFoundError:
             if seen or asked:
@@ -81,7 +81,7 @@ def steps(follower: Follower, ending: Callable[[], bool]) -> Iterator[Step]:
             continue
         if asked:
             return
-        time.sleep(follower.pause_s)
+        time.sleep(reader.pause_s)
 
 
 @contextlib.contextmanager

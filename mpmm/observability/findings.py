@@ -11,7 +11,7 @@ from mpmm.policy.view import Reason
 from mpmm.shared_state.invariants import check_invariants
 from mpmm.shared_state.snapshot import Snapshot, TicketInfo
 
-__all__ = ["Finding", "findings", "longest_wait_s", "oldest_waiter", "what_ails"]
+__all__ = ["Finding", "attention_texts", "findings", "longest_wait_s", "oldest_waiter"]
 
 # A leader polls every `poll_interval`, and others do in its place after 0.6 s more; then comes the poll itself.
 STALE_AFTER_S = 2.0
@@ -46,7 +46,7 @@ def findings(snapshot: Snapshot) -> list[Finding]:
     return sorted(found, key=lambda finding: not finding.urgent)
 
 
-def what_ails(snapshot: Snapshot) -> list[str]:
+def attention_texts(snapshot: Snapshot) -> list[str]:
     """Return what a probe should fail for: urgent findings and broken invariants; empty for a healthy namespace."""
     found = [f"invariant broken: {problem}" for problem in check_invariants(snapshot)]
     if not any(member.alive is not False for member in snapshot.members):

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 from mpmm.observability.event_reader import Step
 
-__all__ = ["BOUNDS_S", "Histogram", "Tally"]
+__all__ = ["BOUNDS_S", "Histogram", "Histograms"]
 
 #: Upper bounds in seconds; one more bucket has what is longer.
 BOUNDS_S = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
@@ -33,7 +33,7 @@ class Histogram:
         self.sum_s += seconds
 
 
-class Tally:
+class Histograms:
     """Histograms by tag.
 
     waits: of requests that had to queue, to the end of the wait, whatever ended it. lost: unseen events.

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from mpmm.observability.findings import longest_wait_s
 from mpmm.observability.formatting import devices_of
-from mpmm.observability.histograms import BOUNDS_S, Histogram, Tally
+from mpmm.observability.histograms import BOUNDS_S, Histogram, Histograms
 from mpmm.shared_state.snapshot import Snapshot
 
 __all__ = ["Family", "families", "text"]
@@ -77,34 +77,34 @@ class _Families:
             family.samples.append((suffix, tuple(labels.items()), float(value)))
 
 
-def families(looked_at: Iterable[tuple[Snapshot, Tally]]) -> list[Family]:
+def families(looked_at: Iterable[tuple[Snapshot, Histograms]]) -> list[Family]:
     """Return the metrics of some namespaces."""
     into = _Families()
-    for snapshot, tally in looked_at:
+    for snapshot, counted in looked_at:
         labels = {"namespace": snapshot.namespace}
-        _totals(into, snapshot, tally, labels)
+        _totals(into, snapshot, counted, labels)
         _state(into, snapshot, labels)
         _devices(into, snapshot, labels)
         _models(into, snapshot, labels)
         for name, histograms, description in (
-            ("wait_seconds", tally.waits, "Time that requests spent in the queue, if they had to queue."),
-            ("hold_seconds", tally.holds, "Time from acquire to release."),
-            ("load_seconds", tally.loads, "Time that loads took."),
-            ("suspend_seconds", tally.suspends, "Time that suspensions took."),
-            ("resume_seconds", tally.resumes, "Time that resumes took."),
+            ("wait_seconds", counted.waits, "Time that requests spent in the queue, if they had to queue."),
+            ("hold_seconds", counted.holds, "Time from acquire to release."),
+            ("load_seconds", counted.loads, "Time that loads took."),
+            ("suspend_seconds", counted.suspends, "Time that suspensions took."),
+            ("resume_seconds", counted.resumes, "Time that resumes took."),
         ):
             _histograms(into, name, description, histograms, labels)
     return list(into.found.values())
 
 
-def _totals(into: _Families, snapshot: Snapshot, tally: Tally, labels: Mapping[str, str]) -> None:
+def _totals(into: _Families, snapshot: Snapshot, counted: Histograms, labels: Mapping[str, str]) -> None:
     for name, description in _COUNTERS.items():
         into.add(name, "counter", description, getattr(snapshot, name), labels, "_total")
     written_off = snapshot.written_off_mb * MIB
     into.add("written_off_bytes", "counter", "Unloaded memory that never came back.", written_off, labels, "_total")
     into.add("events", "counter", "Events written into the ring.", snapshot.events_written, labels, "_total")
     unseen = "Events that were overwritten before the histograms could count them."
-    into.add("events_unseen", "counter", unseen, tally.lost, labels, "_total")
+    into.add("events_unseen", "counter", unseen, counted.lost, labels, "_total")
 
 
 def _state(into: _Families, snapshot: Snapshot, labels: Mapping[str, str]) -> None:

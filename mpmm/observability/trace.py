@@ -58,7 +58,7 @@ _ARROWS_KEPT = 8
 
 
 class Tracer:
-    """Turns steps of a `Follower` into events of a trace."""
+    """Turns steps of a `EventReader` into events of a trace."""
 
     def __init__(self) -> None:
         self.lost = 0

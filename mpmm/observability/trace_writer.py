@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TextIO
 
-from mpmm.observability.event_reader import Follower, asked_to_end, steps
+from mpmm.observability.event_reader import EventReader, asked_to_end, steps
 from mpmm.observability.trace import Tracer
 from mpmm.observability.trace_tracks import TraceEvent
 from mpmm.shared_state.snapshot import Snapshot
@@ -20,7 +20,7 @@ __all__ = ["recent_trace", "record"]
 def recent_trace(namespace: str, root: Path | None = None) -> list[TraceEvent]:
     """Return the trace of what the ring holds. Raises what `read_snapshot` raises."""
     tracer = Tracer()
-    step = Follower(namespace, root).step()
+    step = EventReader(namespace, root).step()
     return tracer.add(step) + tracer.finish(step.snapshot)
 
 
@@ -39,14 +39,14 @@ def record(namespace: str, root: Path | None, output: Path | None, *, follow: bo
 
 
 def _write(namespace: str, root: Path | None, stream: TextIO, follow: bool) -> int:
-    follower, tracer = Follower(namespace, root), Tracer()
+    reader, tracer = EventReader(namespace, root), Tracer()
     last: Snapshot | None = None
     with asked_to_end() as ending:
         # Before the file is begun: without a namespace nothing is to be written.
-        first = None if follow else follower.step()
+        first = None if follow else reader.step()
         trace = TraceFile(stream)
         try:
-            for step in steps(follower, ending) if first is None else (first,):
+            for step in steps(reader, ending) if first is None else (first,):
                 trace.write(tracer.add(step))
                 last = step.snapshot
         finally:

@@ -17,7 +17,7 @@ from typing import Any
 
 from mpmm.observability.dashboard.decisions import CATEGORIES, decision
 from mpmm.observability.dashboard.timeline import Timeline
-from mpmm.observability.event_reader import Follower, Step
+from mpmm.observability.event_reader import EventReader, Step
 from mpmm.observability.findings import findings, longest_wait_s
 from mpmm.observability.formatting import expected_waits, left_s, needs, waiters, why
 from mpmm.policy.view import Reason
@@ -107,7 +107,7 @@ class Recorder:
         self.problem: str | None = None
         self.seen = False
         self.busy = False
-        self._follower = Follower(namespace, root)
+        self._reader = EventReader(namespace, root)
         self._look = 0
         self._begin()
 
@@ -128,7 +128,7 @@ class Recorder:
     def look(self) -> None:
         """Look once. Raises what `read_snapshot` raises; what is known then stays, and `problem` says why."""
         try:
-            step = self._follower.step()
+            step = self._reader.step()
             if step.fresh:
                 self._begin()
             self._look += 1

@@ -86,7 +86,7 @@ class _Copy:
 
 
 class Timeline:
-    """Turns steps of a `Follower` into spans; keeps the newest. Not thread-safe."""
+    """Turns steps of a `EventReader` into spans; keeps the newest. Not thread-safe."""
 
     def __init__(self) -> None:
         # Those that last or may go on, by number, and those that have ended.
