@@ -48,7 +48,7 @@ from mpmm.errors import (
 from mpmm.multi_process_shared import MultiProcessShared, SharedProxy, server_pid, unload
 from mpmm.multi_process_shared.client import ServerLink
 from mpmm.multi_process_shared.context import ServerContext, attach_namespace, namespace_of, serving_for
-from mpmm.multi_process_shared.host import find_host
+from mpmm.multi_process_shared.hosted import find_host
 from mpmm.multi_process_shared.registry import registry_for
 from mpmm.multi_process_shared.rpc import sockets
 from mpmm.shared_state.lock_file import LockFile

@@ -14,7 +14,7 @@ from session_stand_in import Session
 
 from mpmm.errors import ModelServerError, SharedObjectReleasedError
 from mpmm.multi_process_shared import MultiProcessShared, unload
-from mpmm.multi_process_shared.host import find_host
+from mpmm.multi_process_shared.hosted import find_host
 from mpmm.multi_process_shared.references import RemoteObject
 from mpmm.multi_process_shared.registry import registry_for
 

@@ -11,7 +11,7 @@ Which process starts which, and which talks to which; arrows are calls, every fi
 
     shared          MultiProcessShared, its proxies, and the objects that are attached in place
     registry        folder, key, which processes are clients (alive lock), which servers live (life locks)
-    host            the object with its users, and the threads that answer for it
+    host            the object with its users, and the threads that answer for it; `hosted`: those of this process
     server_process  a server's process from its first line to its last; `output` is where it writes to
     start_server    starting one, forked where that is possible and spawned where not; `stop_server` ends one
     spawned_server  a server in an interpreter of its own

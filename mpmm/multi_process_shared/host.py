@@ -23,7 +23,8 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from mpmm.errors import ModelServerError, RemoteCallError, SharedObjectReleasedError
-from mpmm.fork_hooks import call_once_at_exit, close_in_children, fork_guard, in_forked_child
+from mpmm.fork_hooks import call_once_at_exit, close_in_children, fork_guard
+from mpmm.multi_process_shared import hosted
 from mpmm.multi_process_shared.context import attaching_to
 from mpmm.multi_process_shared.references import References
 from mpmm.multi_process_shared.registry import LEAVE_PRIORITY, ServerRecord, ServerRegistry, start_time_of, write_record
@@ -32,7 +33,7 @@ from mpmm.multi_process_shared.rpc.channel import Channel, Message
 from mpmm.shared_state.lock_file import LockFile
 from mpmm.text.printable import printable_logger
 
-__all__ = ["Host", "can_sleep", "find_host", "host_object", "public_methods"]
+__all__ = ["Host", "can_sleep", "host_object", "public_methods"]
 
 logger = printable_logger(__name__)
 # To start a thread while a client asks one thing after another would cost each of these some 50 µs.
@@ -165,8 +166,7 @@ class Host:
         return self._life is life
 
     def _unpublish(self) -> None:
-        with _hosts_mutex:
-            _hosts.pop((self.registry, self.tag), None)
+        hosted.remove(self)
         with suppress(FileNotFoundError):
             os.unlink(self.registry.path / self.record.socket_name)
 
@@ -380,16 +380,6 @@ def can_sleep(shared: object) -> bool:
     return callable(getattr(kind, "sleep", None)) and callable(getattr(kind, "wake_up", None))
 
 
-_hosts: dict[tuple[ServerRegistry, str], Host] = {}
-_inherited_hosts: list[Host] = []
-_hosts_mutex = threading.Lock()
-
-
-def find_host(registry: ServerRegistry, tag: str) -> Host | None:
-    """Return this process's host of the tag, if it is the one."""
-    return _hosts.get((registry, tag))
-
-
 def new_record(registry: ServerRegistry, tag: str, *, spawned: bool, ready: bool) -> ServerRecord:
     """Return the record of a server that this process is about to be."""
     incarnation = os.urandom(16).hex()
@@ -420,8 +410,7 @@ def host_object(
     record = replace(record, sleeps=can_sleep(shared))
     host = Host(registry, record, constructor, shared, life, at_hard_delete)
     call_once_at_exit(end_all_hosts, END_HOSTS_PRIORITY)
-    with _hosts_mutex:
-        _hosts[registry, record.tag] = host
+    hosted.add(host)
     host.start()
     write_record(life, record)
     return host
@@ -429,19 +418,7 @@ def host_object(
 
 def end_all_hosts(but: LockFile | None = None) -> None:
     """End every host of this process but the one which holds the life lock `but`; for the end of the process."""
-    for host in list(_hosts.values()):
+    for host in hosted.every_host():
         if not host.lives_by(but):
             with suppress(OSError):
                 host.end()
-
-
-def _forget_hosts_after_fork() -> None:
-    global _hosts_mutex
-    _hosts_mutex = threading.Lock()
-    for host in _hosts.values():
-        host.forget_after_fork()
-        _inherited_hosts.append(host)
-    _hosts.clear()
-
-
-in_forked_child(_forget_hosts_after_fork)

@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import psutil
 
 from mpmm.errors import SharedObjectReleasedError
+from mpmm.multi_process_shared.hosted import find_host
 from mpmm.multi_process_shared.registry import registry_at, start_time_of
 from mpmm.multi_process_shared.rpc import pickling, protocol
 
@@ -232,7 +233,6 @@ def _arrive(
 ) -> Any:
     """Return what was pickled: in the server the object itself, elsewhere a `RemoteObject`."""
     from mpmm.multi_process_shared.client import link_to
-    from mpmm.multi_process_shared.host import find_host
 
     registry = registry_at(root)
     host = find_host(registry, record.tag)

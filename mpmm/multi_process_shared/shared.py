@@ -27,7 +27,8 @@ from mpmm.errors import InvalidArgumentError, ModelServerError, NotAcquiredError
 from mpmm.fork_hooks import in_forked_child
 from mpmm.multi_process_shared.client import ServerLink, forget_link, known_link, link_to, remember_link
 from mpmm.multi_process_shared.context import attaching_to, served_namespaces
-from mpmm.multi_process_shared.host import Host, find_host, host_object, new_record
+from mpmm.multi_process_shared.host import Host, host_object, new_record
+from mpmm.multi_process_shared.hosted import find_host
 from mpmm.multi_process_shared.identity import check_identity, name_of_constructor, names_of_types
 from mpmm.multi_process_shared.main_import import refuse_while_importing_main
 from mpmm.multi_process_shared.registry import ServerRecord, ServerRegistry, registry_at, registry_for

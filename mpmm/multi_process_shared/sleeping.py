@@ -7,7 +7,8 @@ from multiprocessing import AuthenticationError
 from typing import Any
 
 from mpmm.errors import ModelServerError
-from mpmm.multi_process_shared.host import can_sleep, find_host
+from mpmm.multi_process_shared.host import can_sleep
+from mpmm.multi_process_shared.hosted import find_host
 from mpmm.multi_process_shared.registry import ServerRecord, registry_for
 from mpmm.multi_process_shared.rpc import protocol, sockets
 from mpmm.multi_process_shared.rpc.channel import Channel

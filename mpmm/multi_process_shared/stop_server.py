@@ -11,7 +11,7 @@ from contextlib import closing, suppress
 from multiprocessing import AuthenticationError
 
 from mpmm.errors import ModelServerError
-from mpmm.multi_process_shared.host import find_host
+from mpmm.multi_process_shared.hosted import find_host
 from mpmm.multi_process_shared.registry import ServerRecord, ServerRegistry
 from mpmm.multi_process_shared.rpc import protocol, sockets
 from mpmm.multi_process_shared.rpc.channel import Channel

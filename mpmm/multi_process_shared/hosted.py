@@ -1,0 +1,56 @@
+"""The hosts of this process: which shared objects it serves itself, by registry and tag.
+
+Apart from `host`, so that an object which arrives from a server (`references`) can be looked up without it.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING
+
+from mpmm.fork_hooks import in_forked_child
+
+if TYPE_CHECKING:
+    from mpmm.multi_process_shared.host import Host
+    from mpmm.multi_process_shared.registry import ServerRegistry
+
+__all__ = ["add", "every_host", "find_host", "remove"]
+
+_hosts: dict[tuple[ServerRegistry, str], Host] = {}
+_inherited: list[Host] = []
+_mutex = threading.Lock()
+
+
+def find_host(registry: ServerRegistry, tag: str) -> Host | None:
+    """Return this process's host of the tag, if it is the one."""
+    return _hosts.get((registry, tag))
+
+
+def add(host: Host) -> None:
+    """Note that a host serves its tag from now on."""
+    with _mutex:
+        _hosts[host.registry, host.tag] = host
+
+
+def remove(host: Host) -> None:
+    """Forget a host that serves its tag no more."""
+    with _mutex:
+        _hosts.pop((host.registry, host.tag), None)
+
+
+def every_host() -> list[Host]:
+    """Return the hosts of this process."""
+    return list(_hosts.values())
+
+
+def _start_over_in_child() -> None:
+    """Forget the parent's hosts. The copies stay referenced, because their end would touch what the two share."""
+    global _mutex
+    _mutex = threading.Lock()
+    for host in _hosts.values():
+        host.forget_after_fork()
+        _inherited.append(host)
+    _hosts.clear()
+
+
+in_forked_child(_start_over_in_child)
