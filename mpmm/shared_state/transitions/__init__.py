@@ -108,6 +108,7 @@ class Transitions:
             before = words[Header.NEXT_TICKET], words[Header.NEXT_GENERATION]
         newer_ticket, newer_generation = before
         for row in tables.used_rows(layout.tickets):
+            # Before a row, so that the next call finds whole rows only: each is reset, or as it was.
             if t.is_long:
                 return before
             if words[tables.ticket(row) + Ticket.NUMBER] < newer_ticket:
@@ -128,6 +129,7 @@ class Transitions:
         at, words = self._tables.instance(row), self._tables.segment.words
         if words[at + Instance.STATE] == Instance.ACTIVE:
             # Its holder is told so when it releases: the row is gone by then.
+            # By hand what `holds.release` does, as that would count a hold and write an event for a use that goes on.
             self.isolation.end(t, row)
             self._instances.change_state(t, row, Instance.IDLE)
             t.set(at + Instance.HOLDER, 0)

@@ -70,6 +70,7 @@ class Devices(Part):
                 t.set_float(at + Device.EXTERNAL_LEAST_MB, math.nan)
                 t.set(at + Device.CONFIGURED_AT, t.now)
                 t.set(at + Device.STATE, 1)
+            # Each time, not just for new ones: a partition may have been made larger, or be measured from now on.
             t.set_float(at + Device.TOTAL_MB, total_mb)
             t.set(at + Device.MEASURED, int(measured))
         return [there[uuid] for uuid, _, _ in devices]
@@ -114,6 +115,7 @@ class Devices(Part):
         To be called after `Measurements.measure` for the processes of the same sample.
         done_ns: when the figure was there, 0 for now.
         """
+        # SAMPLED never decreases (D1): an older figure that comes late would show memory as free that is taken by now.
         if not self.is_news(row, taken_ns):
             return False
         floats = self._segment.floats
@@ -121,6 +123,7 @@ class Devices(Part):
         t.set_float(at + Device.USED_MB, used_mb)
         t.set(at + Device.SAMPLED, taken_ns)
         slot = self._segment.words[at + Device.RING_NEXT]
+        # A ring of (time, figure): the newest takes the place of the oldest, and a time of 0 was never written.
         entry = at + Device.RING + 2 * slot
         t.set(entry, taken_ns)
         t.set_float(entry + 1, used_mb)

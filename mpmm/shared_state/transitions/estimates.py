@@ -33,6 +33,7 @@ class Estimates(Part):
         at = self._tables.model(row)
         if forget_bound:
             t.set_float(at + Model.AT_LEAST_MB, 0.0)
+        # Where the model was known before, its tickets have their class and their figure.
         if not self._segment.words[at + Model.KNOWN]:
             self._tell_waiters(t, row, mb)
         t.set_float(at + Model.ESTIMATE_MB, mb)
@@ -59,12 +60,15 @@ class Estimates(Part):
         t.set_float(at + Model.EXPECT_MB, mb)
         if not words[at + Model.KNOWN]:
             self._tell_waiters(t, row, mb)
+        # Where nothing can be measured the latest word of a user is the best there is; a figure that some process was
+        # measured at in an earlier run is better still.
         elif words[Header.SOURCE_BOOKS_ONLY] and not words[at + Model.MEASURED]:
             self.estimate(t, row, mb, measured=False)
 
     def _tell_waiters(self, t: Transaction, row: int, mb: float) -> None:
         """Let a model's waiters know what it takes; they lose the priority of the unknown."""
         for ticket in map(self._tables.ticket, self._tables.rows_where(self._layout.tickets, Ticket.MODEL, row)):
+            # Class 0 only. A preload, class 2, stands behind everybody, whatever is known of its model.
             if not self._segment.words[ticket + Ticket.PRIORITY]:
                 t.set(ticket + Ticket.PRIORITY, 1)
             t.set_float(ticket + Ticket.NEED_MB, mb)
@@ -95,6 +99,8 @@ class Estimates(Part):
         A configuration of more than `Observation.PAIRS_LENGTH` models is not kept. When the table is full the
         configuration that was seen longest ago makes room.
         """
+        # Generations, not rows: a row may be another tag's by the time the readings are solved. Sorted, so that a
+        # configuration has one spelling.
         pairs = sorted(generation << 16 | count for generation, count in copies)
         if not 0 < len(pairs) <= Observation.PAIRS_LENGTH:
             return

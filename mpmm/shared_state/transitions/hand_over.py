@@ -56,6 +56,7 @@ class HandOver(Part):
         """Hand an idle instance to a waiter and wake it."""
         at = self._tables.ticket(row)
         model = self._segment.words[at + Ticket.MODEL]
+        # Raises before anything is stored unless the instance is idle.
         self._holds.activate(t, instance, self._segment.words[at + Ticket.MEMBER])
         t.set(at + Ticket.INSTANCE, instance + 1)
         self._tickets.answer(t, row, Ticket.GRANTED)
@@ -101,6 +102,7 @@ class HandOver(Part):
                 (signal, words[signal] + 1),
             )
         )
+        # The same word as the one that was counted up: a waiter about to sleep compares it and stays awake.
         t.after.append(partial(wake_all, self._segment.address + 8 * signal))
 
     def allow_load(
@@ -121,6 +123,7 @@ class HandOver(Part):
             instance, answer = self._leases.begin(t, model, member, devices, need_mb, cause, number), Ticket.GRANTED
         else:
             instance, answer = self._loads.begin(t, model, member, devices, need_mb, alone, cause, number), Ticket.LOAD
+        # After the row is LOADING or LEASED: every change of state ends what is STEADY.
         if words[at + Ticket.STEADY]:
             self._isolation.begin_steady(t, instance)
         t.set(at + Ticket.INSTANCE, instance + 1)
@@ -131,6 +134,7 @@ class HandOver(Part):
         """Tell a waiter to resume a suspended instance, for which what it had is reserved."""
         at = self._tables.ticket(row)
         words = self._segment.words
+        # The answer is LOAD, as for a load: the waiter tells by the state of the row which of the two it is.
         number, member = words[at + Ticket.NUMBER] + 1, words[at + Ticket.MEMBER] - 1
         self._suspensions.begin_resume(t, instance, member, cause, number)
         t.set(at + Ticket.INSTANCE, instance + 1)
@@ -168,6 +172,7 @@ class HandOver(Part):
         if state == Ticket.WAITING:
             self._tickets.answer(t, row, Ticket.RESET)
         elif state in (Ticket.GRANTED, Ticket.LOAD):
+            # Before the instance goes back, for the same reason as in `leave_queue`.
             t.set(at + Ticket.INSTANCE, 0)
             t.set(at + Ticket.STATE, Ticket.RESET)
             self._wake(t, at + Ticket.SIGNAL)

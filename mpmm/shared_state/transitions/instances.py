@@ -86,6 +86,7 @@ class Instances(Part):
             t.add(_HEADER_COUNTERS[old], -1)
         if state in _HEADER_COUNTERS:
             t.add(_HEADER_COUNTERS[state], 1)
+        # SINCE with every change: how long an instance has been idle, held or stuck is all read from it.
         t.set(at + Instance.STATE, state)
         t.set(at + Instance.SINCE, t.now)
 
@@ -96,6 +97,7 @@ class Instances(Part):
         state = words[at + Instance.STATE]
         if state == Instance.IDLE and not words[at + Instance.OWNER]:
             t.set_all(self.unlinked(at))
+        # What ran alone cannot go on doing so without a row, and the devices would stay closed to everybody.
         self._isolation.end(t, row)
         for ticket in self._tables.rows_where(self._layout.tickets, Ticket.INSTANCE, row + 1):
             # The instance was handed over or promised, and died before its waiter woke: back into the queue.
@@ -123,6 +125,7 @@ class Instances(Part):
         """Return the changes that take a shared instance (first word) out of its model's idle list."""
         words = self._segment.words
         following, previous = words[at + Instance.NEXT], words[at + Instance.PREVIOUS]
+        # The first one has no PREVIOUS; the model's row points at it.
         if previous:
             changes = [(self._tables.instance(previous - 1) + Instance.NEXT, following)]
         else:

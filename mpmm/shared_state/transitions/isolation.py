@@ -36,11 +36,13 @@ class Isolation(Part):
         """Let an instance that is about to load run alone on its devices."""
         at, words = self._tables.instance(row), self._segment.words
         devices = words[at + Instance.DEVICES]
+        # Two that ran alone on one device would each be measured with the other in it.
         if words[Header.ISOLATED] & devices:
             raise self._tables.surprise("the copy to be loaded alone", at)
         t.set(Header.ISOLATED, words[Header.ISOLATED] | devices)
         for device in map(self._tables.device, device_rows(devices)):
             t.set(device + Device.ISOLATED, row + 1)
+            # Unknown until a figure is taken just before the load; what stood there before was another load's.
             t.set_float(device + Device.BASELINE_MB, math.nan)
         t.event(EventKind.ISOLATION_BEGAN, self._model_reference(row), row + 1)
 
@@ -53,6 +55,7 @@ class Isolation(Part):
 
     def end(self, t: Transaction, row: int) -> None:
         """An instance does not run alone any more; nothing if it did not."""
+        # The bits alone do not tell: an idle instance may lie where another one runs alone.
         if not self.runs_alone(row):
             return
         devices = self._segment.words[self._tables.instance(row) + Instance.DEVICES]
@@ -77,6 +80,7 @@ class Isolation(Part):
             return
         devices = words[at + Instance.DEVICES]
         t.set(at + Instance.STEADY, 0)
+        # No other bit is this one's: of those on a device one is STEADY at the most. (I9)
         t.set(Header.STEADY, words[Header.STEADY] & ~devices)
         held_back = (Instance.UNLOADING, Instance.SUSPENDING)
         for held in tables.used_rows(self._layout.instances):

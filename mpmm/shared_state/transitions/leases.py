@@ -52,6 +52,7 @@ class Leases(Part):
         """
         row = self._instances.new_row(t, model, member, devices)
         at = self._tables.instance(row)
+        # Not MB: that is what its program is measured to take, and both are looked at. (I3)
         t.set_float(at + Instance.RESERVED_MB, mb)
         self._instances.change_state(t, row, Instance.LEASED)
         self._isolation.note_change(t, row)
@@ -64,6 +65,7 @@ class Leases(Part):
 
     def measure_program(self, t: Transaction, row: int, mb: float) -> None:
         """Record what the process that uses the memory of a lease takes at present."""
+        # It is in the device's figure, and by this no part of what is external there.
         t.set_float(self._tables.instance(row) + Instance.MB, mb)
 
     def end(self, t: Transaction, row: int) -> None:
@@ -74,6 +76,7 @@ class Leases(Part):
             raise self._tables.surprise("the copy", at)
         model = words[at + Instance.MODEL]
         t.event(EventKind.LEASE_ENDED, model + 1, row + 1, value=(t.now - words[at + Instance.SINCE]) / 1e9)
+        # No memory is expected back: it was never counted as the namespace's own, only held free.
         self._instances.change_state(t, row, Instance.FREE)
         self._isolation.note_change(t, row)
         self.forget_spent(t, model)

@@ -76,6 +76,7 @@ class Ledgers(Part):
         give_up_ns = self._give_up_ns()
         for device in self._tables.used_rows(self._layout.devices):
             at = self._tables.device(device)
+            # Only those that wait for something: reading a ledger makes an object for each entry.
             if words[at + Device.RETURN_COUNT]:
                 ledger = self.read(device)
                 left = expire(ledger, words[at + Device.SAMPLED], t.now, give_up_ns)
@@ -112,6 +113,7 @@ class Ledgers(Part):
     def _entry(self, row: int, device: int, figure: Figure) -> Entry:
         words, floats, at = self._segment.words, self._segment.floats, self._tables.instance(row)
         state, span = words[at + Instance.STATE], words[at + Instance.DEVICES].bit_count()
+        # What belongs to us of the figure, at least and at most: the rest is external, and nobody can unload that.
         if state == Instance.LEASED:
             if words[at + Instance.PROGRAM] and words[Header.SOURCE_MEASURES_PROCESSES]:
                 mb = floats[at + Instance.MB] / span

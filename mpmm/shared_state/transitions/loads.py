@@ -56,6 +56,7 @@ class Loads(Part):
         self._instances.set_mb(t, row, need_mb)
         t.set_float(at + Instance.RESERVED_MB, need_mb)
         self._instances.change_state(t, row, Instance.LOADING)
+        # So that the row of a model that is being loaded for the first time is not the oldest unused one.
         t.set(self._tables.model(model) + Model.USED_AT, t.now)
         if alone:
             self._isolation.begin(t, row)
@@ -93,6 +94,7 @@ class Loads(Part):
         if is_twin:
             # The other one has it in its row. Counted twice, it would take up room that is free. (I7)
             mb, shares_mb = 0.0, ()
+        # This ends what it had STEADY, too, and sets SINCE, from which the hold is measured.
         self._instances.change_state(t, row, Instance.ACTIVE)
         now = words[at + Instance.SINCE]
         t.set(at + Instance.LOADED_AT, now)
@@ -109,6 +111,7 @@ class Loads(Part):
         t.add(Header.LOADS, 1)
         row_of_model = self._tables.model(model)
         t.add(row_of_model + Model.LOADS, 1)
+        # What the last loader returned is what the next one is expected to: by this the policy plans copies.
         t.set(row_of_model + Model.SHARES, int(bool(handle)))
         self._models.forget_failures(t, model)
         t.set(row_of_model + Model.LOAD_S, self._smoothed(row_of_model + Model.LOAD_S, (now - began) / 1e9))
@@ -126,6 +129,7 @@ class Loads(Part):
 
     def give_up(self, t: Transaction, row: int) -> None:
         """End a load that takes too long; this member unloads the server that it may have started."""
+        # It leaves the row free if no server was started, else UNLOADING, with the stuck loader as HOLDER.
         self.abandon(t, row)
         at = self._tables.instance(row)
         if self._segment.words[at + Instance.STATE] == Instance.UNLOADING:

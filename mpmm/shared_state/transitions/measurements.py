@@ -39,6 +39,7 @@ class Measurements(Part):
         shares_mb = [on_devices.get(device, 0.0) for device in devices]
         mb = math.fsum(shares_mb)
         self._update_float(t, at + Member.MEASURED_MB, mb)
+        # Of the process as such, so also while it loads: `inspect` shows it, and the leader learns by it.
         if mb > floats[at + Member.PEAK_MB]:
             t.set_float(at + Member.PEAK_MB, mb)
         if serves:

@@ -64,12 +64,14 @@ class Members(Part):
         t.set(at + Member.STARTED_WALL, started_wall_ns)
         t.set(at + Member.GENERATION, self._next_generation(t))
         t.set(at + Member.ATTACHED, t.now)
+        # The slot's last member may have left anything in these.
         t.set(at + Member.INSTANCE, 0)
         t.set(at + Member.MEASURES, 0)
         # Unknown, which is not 0: what the process takes may be anything until the source has shown it.
         t.set_float(at + Member.MEASURED_MB, math.nan)
         t.set_float(at + Member.PEAK_MB, 0.0)
         t.set_text(at + Member.NAME, name)
+        # Last: a reader without the lock takes the row for used from here on.
         t.set(at + Member.STATE, kind)
         t.event(EventKind.JOINED, value=slot)
 
@@ -99,6 +101,7 @@ class Members(Part):
     def _was_ended(self, slot: int) -> bool:
         """Tell whether a dead member is a model server whose instance was unloaded, or is being unloaded."""
         words, tables = self._segment.words, self._tables
+        # Of a server that was ended on purpose the instance is UNLOADING, or its row is free already.
         served = tables.rows_where(self._layout.instances, Instance.SERVER, slot + 1)
         is_server = words[tables.member(slot) + Member.STATE] == Member.SERVER
         return is_server and all(words[tables.instance(row)] == Instance.UNLOADING for row in served)
@@ -140,6 +143,7 @@ class Members(Part):
             self._ledgers.expect_back(t, row)
             # So that the memory is not expected back once more when the row is freed.
             self._instances.set_mb(t, row, 0.0)
+        # Whoever holds it finds out by using it. It is not to be handed to the next one, nor its handle unloaded.
         t.set(at + Instance.SERVER, 0)
         t.set(at + Instance.DOOMED, Instance.LOST)
 
@@ -193,6 +197,7 @@ class Members(Part):
         ):
             t.set(word, int(flag))
         t.set(Header.SOURCE_COUNTS_NAMED, int(counts_named))
+        # Nobody is going to take the sample by which they would be settled.
         if flags[2]:
             self._ledgers.await_nothing(t)
         t.event(EventKind.LEADER, value=slot)

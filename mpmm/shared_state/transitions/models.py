@@ -29,6 +29,7 @@ class Models(Part):
             # After the name: a search finds rows in this state only, and compares their names.
             t.set(self._tables.model(row) + Model.STATE, Model.MODEL)
         name = display_name(tag).encode()
+        # Written only if it is another one: mostly the tag is claimed again and again under the same name.
         if name and self._tables.text(self._tables.model(row) + Model.NAME) != name:
             t.set_text(self._tables.model(row) + Model.NAME, name)
         return row
@@ -42,6 +43,7 @@ class Models(Part):
             if row < 0:
                 raise
         at = self._tables.model(row)
+        # A row that is taken over still has the counters and means of its last tag, which are nobody's any more.
         for word in range(Model.STATE, Model.TAG):
             t.set(at + word, 0)
         # Processes remember the rows of tags; by the generation they see that this one is another tag's now.

@@ -65,10 +65,13 @@ class Suspensions(Part):
         if words[at] != Instance.IDLE or not words[at + Instance.WAY]:
             raise self._tables.surprise("the copy", at)
         owner, mb = words[at + Instance.OWNER], floats[at + Instance.MB]
+        # Before the state changes: what is not IDLE must not be found in the list of idle ones. (M2)
         if not owner:
             t.set_all(self._instances.unlinked(at))
         self._instances.change_state(t, row, Instance.SUSPENDING)
         t.set(at + Instance.HOLDER, owner or suspender + 1)
+        # What its resume has to reserve, when MB has become 0 and nobody remembers; and what it is about to take of the
+        # host, counted from now on, so that two suspensions do not go for the same room.
         t.set_float(at + Instance.DEVICE_MB, mb)
         t.set_float(at + Instance.HOST_MB, mb)
         if evicted:
@@ -83,6 +86,7 @@ class Suspensions(Part):
         if words[at] != Instance.SUSPENDING:
             raise self._tables.surprise("the copy", at)
         model, taken_s = self._model(row), self._for_s(t, row)
+        # Before MB is set to 0, because that is what is expected back.
         self._ledgers.expect_back(t, row)
         self._instances.set_mb(t, row, 0.0)
         t.set(at + Instance.HOLDER, 0)
@@ -105,6 +109,7 @@ class Suspensions(Part):
         mb = floats[at + Instance.DEVICE_MB]
         self._instances.change_state(t, row, Instance.RESUMING)
         t.set(at + Instance.HOLDER, member + 1)
+        # As a load does: admission counts what is reserved, since no figure shows yet what the resume is going to take.
         self._instances.set_mb(t, row, mb)
         t.set_float(at + Instance.RESERVED_MB, mb)
         t.set(self._model(row) + Model.USED_AT, t.now)
@@ -117,6 +122,7 @@ class Suspensions(Part):
         if words[at] != Instance.RESUMING:
             raise self._tables.surprise("the copy", at)
         model, taken_s = self._model(row), self._for_s(t, row)
+        # All three in one go: of ACTIVE rows every one of them is 0. (I3, I8)
         self._leave_host(t, row)
         self._instances.change_state(t, row, Instance.ACTIVE)
         # Figures from before that show nothing of it.
@@ -134,6 +140,7 @@ class Suspensions(Part):
         if self._segment.words[at] != Instance.RESUMING:
             raise self._tables.surprise("the copy", at)
         t.event(EventKind.RESUME_GIVEN_UP, self._model_reference(row), row + 1, value=self._for_s(t, row))
+        # Nothing has touched the device, so nothing is expected back of what was reserved.
         t.set_float(at + Instance.RESERVED_MB, 0.0)
         self._instances.set_mb(t, row, 0.0)
         t.set(at + Instance.HOLDER, 0)
@@ -146,6 +153,7 @@ class Suspensions(Part):
         if self._segment.words[at] != Instance.RESUMING:
             raise self._tables.surprise("the copy", at)
         t.event(EventKind.RESUME_GIVEN_UP, self._model_reference(row), row + 1, value=self._for_s(t, row))
+        # MB stays: some of the copy may be on the device by now, and the suspension gives back what is.
         t.set_float(at + Instance.RESERVED_MB, 0.0)
         self._instances.change_state(t, row, Instance.SUSPENDING)
         t.set(at + Instance.HOLDER, self._segment.words[at + Instance.OWNER] or suspender)
@@ -174,6 +182,7 @@ class Suspensions(Part):
         kind = EventKind.SUSPEND_FAILED if state == Instance.SUSPENDING else EventKind.RESUME_FAILED
         t.event(kind, self._model_reference(row), row + 1, value=self._for_s(t, row))
         t.add(Header.SUSPEND_FAILURES, 1)
+        # HOST_MB stays until the row is free: ending the process is what gives the host its memory back. (I8)
         t.set_float(at + Instance.DEVICE_MB, 0.0)
         t.set_float(at + Instance.RESERVED_MB, 0.0)
         self._instances.change_state(t, row, Instance.UNLOADING)
@@ -190,6 +199,7 @@ class Suspensions(Part):
         at, words = self._tables.instance(row), self._segment.words
         if words[at] != Instance.SUSPENDED:
             raise self._tables.surprise("the copy", at)
+        # It is not going to come back, so nothing is to be kept for it on the device.
         t.set_float(at + Instance.DEVICE_MB, 0.0)
         self._instances.change_state(t, row, Instance.UNLOADING)
         t.set(at + Instance.HOLDER, words[at + Instance.OWNER] or unloader + 1)

@@ -92,6 +92,7 @@ class Tickets(Part):
 
     def call_up(self, t: Transaction, row: int) -> None:
         """Wake a waiter, which has no answer yet, to look for itself in a moment; see `mpmm.model_manager.tenure`."""
+        # The waiter compares this with what it saw last, and so tells a call from an answer or a chance wake-up.
         t.set(self._tables.ticket(row) + Ticket.CALLED_UP, t.now)
         self._wake(t, self._tables.ticket(row) + Ticket.SIGNAL)
 
@@ -124,11 +125,13 @@ class Tickets(Part):
 
     def block(self, t: Transaction, row: int) -> None:
         """Record that from now on a ticket is the head of the line: the first one for which there is no memory."""
+        # From here on `max_overtake_seconds` counts: who stands behind may overtake it until that is over.
         t.set(self._tables.ticket(row) + Ticket.BLOCKED_AT, t.now)
 
     def let_pass(self, t: Transaction, row: int) -> None:
         """Record that a load has overtaken a ticket, which happens once; it is blocked anew when that has ended."""
         at = self._tables.ticket(row)
+        # With BLOCKED_AT gone its time begins anew, and PASSED says that nothing may be let past it again.
         t.set_all(((at + Ticket.PASSED, 1), (at + Ticket.BLOCKED_AT, 0)))
 
     def refuse(self, t: Transaction, row: int, cause: Cause | None = None) -> None:

@@ -66,7 +66,9 @@ class Twins(Part):
             or not evicted
             or words[tables.model(words[tables.instance(twin) + Instance.MODEL]) + Model.PINS]
         ]
+        # In the order of rows, by which `unloads_handle` decides which of them is the last.
         going = sorted({row, *twins} - set(stays))
+        # One of the rows has the memory, or none if it is not known yet. (I7)
         bears = next((one for one in (row, *twins) if floats[tables.instance(one) + Instance.MB]), row)
         successor = stays[0] if stays else going[-1]
         # Where another instance runs alone, none that is in use may come to lie.

@@ -35,6 +35,7 @@ class Unloads(Part):
         at = self._tables.instance(row)
         handle = b"" if self._segment.words[at + Instance.OWNER] else self._tables.text(at + Instance.HANDLE)
         twins = self._twins.of(handle, row) if handle else []
+        # Without twins, which is nearly always, one row is all.
         if twins:
             for twin in self._twins.part(t, row, twins, evicted):
                 self._begin_one(t, twin, unloader, evicted, cause)
@@ -50,6 +51,7 @@ class Unloads(Part):
         if not owner:
             t.set_all(self._instances.unlinked(at))
         self._instances.change_state(t, row, Instance.UNLOADING)
+        # An object is in the memory of its owner, who alone can let go of it.
         t.set(at + Instance.HOLDER, owner or unloader + 1)
         if evicted:
             t.add(Header.EVICTIONS, 1)
@@ -86,6 +88,7 @@ class Unloads(Part):
         if words[at + Instance.STATE] != Instance.UNLOADING or words[at + Instance.OWNER]:
             raise self._tables.surprise("the copy", at)
         t.set(at + Instance.HOLDER, unloader + 1)
+        # From now on the new HOLDER's time counts; the old one's is over.
         t.set(at + Instance.HANDED_AT, t.now)
         self._ring(t, unloader)
 
@@ -94,6 +97,7 @@ class Unloads(Part):
         at = self._tables.instance(row)
         if self._segment.words[at + Instance.STATE] != Instance.UNLOADING:
             raise self._tables.surprise("the copy", at)
+        # The row stays until somebody ends the unload: until then the memory is in use, and only nobody waits for it.
         t.set(at + Instance.UNLOAD_LATE, 1)
 
     def end(self, t: Transaction, row: int) -> None:
