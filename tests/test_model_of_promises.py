@@ -422,7 +422,7 @@ def test_preloads_that_wait_are_given_no_copy(promises: Promises) -> None:
 def test_an_idle_copy_finds_its_waiter_far_back_in_the_queue(
     promises: Promises, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mpmm.scheduling.view_reader.QUEUE_PART", 2)
+    monkeypatch.setattr("mpmm.scheduling.views.QUEUE_PART", 2)
     promises.ask(0, "a", 0)
     promises.act_on_answers(0)
     promises.finish_a_load(0, handle=True, served=False)

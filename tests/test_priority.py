@@ -72,7 +72,7 @@ def test_a_copy_goes_to_the_most_urgent_and_the_queue_shows_it(
     with worker.namespace.transaction():
         seen = worker.scheduler.read_view()
         by_policy = [ticket.row for ticket in queue_order(seen)]
-        assert by_policy == worker.scheduler._queue_order().tolist()
+        assert by_policy == worker.scheduler.views.queue_order().tolist()
     assert [ticket.ticket_num for ticket in manager.tickets()] == [one.number for one in waiting(namespace)]
     expected = [ticket.expected_wait_seconds or 0.0 for ticket in manager.tickets()]
     assert expected == sorted(expected)

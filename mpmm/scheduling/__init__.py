@@ -1,12 +1,16 @@
-"""The policy applied to the shared state: what waits is looked at, decided upon, and carried out, under the lock.
+"""Policy applied to shared state: read a view of the rows, ask for a plan, write it down, wake up who is served.
 
-view_reader     what the policy may look at, read from the rows
-shortcuts       what is known without a plan, from a few rows (Q1 to Q5)
-scheduler       carries out what the policy decides; wakes those whom it concerns
+scheduler    `Scheduler`: carries out what the policy says, whenever something changes that waiters may wait for
+views        what a plan is made of; with `copies` (all instances in one pass) and `demand` (who is asked for)
+shortcuts    what a plan would decide, where that is known without one
+suspension   whether an evicted copy is suspended or unloaded
+waiters      why a waiter waits, and how long it will
+table_rows   room in the tables themselves
+wakes        having the next user of a copy awake in time
 """
 
+from mpmm.scheduling.copies import Copies
 from mpmm.scheduling.scheduler import Scheduler
 from mpmm.scheduling.shortcuts import CALLED_UP_FOR_NS
-from mpmm.scheduling.view_reader import Copies
 
 __all__ = ["CALLED_UP_FOR_NS", "Copies", "Scheduler"]

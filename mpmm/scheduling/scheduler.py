@@ -1,22 +1,16 @@
 """The bridge between policy and shared state: read a view, ask for a plan, write it down.
 
 Whoever changes something that waiters may be waiting for calls `Scheduler.advance` in the same transaction: a
-release, the end of a load or of an unload, a new sample, a reaped member. There is no scheduling process. Where the
-plan is known beforehand, the warm path does without one: see `shortcuts`.
+release, the end of a load or of an unload, a new sample, a reaped member. There is no scheduling process.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import replace
 
-import numpy as np
-
 from mpmm.errors import TableFullError
 from mpmm.policy.plan import make_plan
-from mpmm.policy.reasons import explain
-from mpmm.policy.sharing import expected_wait_s, seen_so_far
 from mpmm.policy.view import (
     Decision,
     Evict,
@@ -30,11 +24,16 @@ from mpmm.policy.view import (
     Wait,
     Why,
 )
+from mpmm.scheduling.copies import CopiesReader
+from mpmm.scheduling.demand import Demands
 from mpmm.scheduling.shortcuts import Shortcuts
-from mpmm.shared_state.durations import to_ns
+from mpmm.scheduling.suspension import SuspensionDecisions
+from mpmm.scheduling.table_rows import TableRows
+from mpmm.scheduling.views import Views
+from mpmm.scheduling.waiters import Waiters
+from mpmm.scheduling.wakes import Wakes
 from mpmm.shared_state.events import Cause
-from mpmm.shared_state.futex import wake_one, yield_processor
-from mpmm.shared_state.layout import Header, Instance, Model, Ticket, device_bits, device_rows
+from mpmm.shared_state.layout import Header, Instance, Model, Ticket, device_bits
 from mpmm.shared_state.namespace import Namespace
 from mpmm.shared_state.transaction import Transaction
 
@@ -42,22 +41,53 @@ __all__ = ["Scheduler"]
 
 # Waits that only other programs, or who has pinned something, can end.
 OTHERS_END = frozenset({Reason.FOREIGN, Reason.PINNED})
-# Begun in one transaction, whose undo log has an end.
-UNLOADS_AT_ONCE = 64
-# Longer than a release takes, even where everything about it has left the processor's caches.
-ALERT_S = 0.000_3
-# Who makes way for a waiter and comes back later than this has made way for somebody else, too: processors are scarce.
-LONG_WAY_S = 0.000_5
-# Then it does not for so many times as long, which bounds what it may lose.
-REST = 100
 
 
-class Scheduler(Shortcuts):
-    """Plans for one namespace. Methods need the lock, where they do not say otherwise."""
+class Scheduler:
+    """Plans for one namespace. Methods need the lock."""
 
     def __init__(self, namespace: Namespace) -> None:
-        super().__init__(namespace)
-        self._makes_way_from = 0.0
+        self._namespace = namespace
+        self._tables = namespace.tables
+        self._segment = namespace.segment
+        self._layout = namespace.segment.layout
+        self.demand = Demands(namespace)
+        self.suspension = SuspensionDecisions(namespace, self.demand.rate)
+        self.copies = CopiesReader(namespace, self.suspension)
+        self.views = Views(namespace, self.copies, self.demand)
+        self.shortcuts = Shortcuts(namespace, self.views)
+        self.waiters = Waiters(namespace, self.copies, self.views, self.shortcuts)
+        self.table_rows = TableRows(namespace, self.suspension)
+        self.wakes = Wakes(namespace)
+        # Bound here, so that callers know one object, and the warm path pays for no further look-up.
+        self.read_view = self.views.read_view
+        self.device_views = self.views.device_views
+        self.need_mb = self.views.need_mb
+        self.expected_mb = self.views.expected_mb
+        self.is_known = self.views.is_known
+        self.room = self.views.room
+        self.shows_more_room = self.views.shows_more_room
+        self.used_mb = self.views.used_mb
+        self.limit_mb = self.views.limit_mb
+        self.read_copies = self.copies.read_copies
+        self.rate = self.demand.rate
+        self.must_queue = self.shortcuts.must_queue
+        self.may_take = self.shortcuts.may_take
+        self.may_have_to_wait = self.shortcuts.may_have_to_wait
+        self.may_know_the_wait = self.shortcuts.may_know_the_wait
+        self.known_wait = self.shortcuts.known_wait
+        self.holds_up_nobody = self.shortcuts.holds_up_nobody
+        self.beside_isolation = self.shortcuts.beside_isolation
+        self.why = self.waiters.why
+        self.sentence = self.waiters.sentence
+        self.expected_wait_s = self.waiters.expected_wait_s
+        self.backs_off_for_s = self.waiters.backs_off_for_s
+        self.called_up_at = self.waiters.called_up_at
+        self.is_model_idle = self.waiters.is_model_idle
+        self.make_room_for_model = self.table_rows.make_room_for_model
+        self.alert = self.wakes.prewake
+        self.await_alerted = self.wakes.spin_for_answer
+        self.count_requests = self.demand.count_all
         # Called without the lock when `advance` has stopped before its end, to have it called again.
         self.go_on: Callable[[], object] = lambda: None
 
@@ -71,9 +101,9 @@ class Scheduler(Shortcuts):
         """
         words = self._segment.words
         if newcomer is not None:
-            self._count_requests(t, words[self._tables.ticket(newcomer) + Ticket.MODEL])
-        while words[Header.WAITING] and not self._all_isolated():
-            view = self.read_view()
+            self.demand.count(t, words[self._tables.ticket(newcomer) + Ticket.MODEL])
+        while words[Header.WAITING] and not self.shortcuts.all_isolated():
+            view = self.views.read_view()
             plan = make_plan(view)
             for decision in plan.decisions:
                 self._carry_out(t, decision, newcomer)
@@ -82,10 +112,11 @@ class Scheduler(Shortcuts):
                     return
             if plan.blocked or not view.tickets or not self._answered_all(view):
                 return
+            # Nobody in this part of the queue is left, so the rest moves up.
 
     def needs_nothing(self, ticket: int) -> bool:
         """Tell whether a waiter would be served now, with nothing evicted for it, and with nobody to wait for."""
-        decisions = make_plan(self.read_view()).decisions
+        decisions = make_plan(self.views.read_view()).decisions
         return any(one.ticket == ticket and not isinstance(one, Wait | Evict | Refuse) for one in decisions)
 
     def keep(self, t: Transaction, instance: int, used: bool, call_up: bool) -> bool:
@@ -103,7 +134,7 @@ class Scheduler(Shortcuts):
             return False
         if words[at + Instance.DOOMED] or words[at + Instance.OWNER]:
             return False
-        found = self._first_user(words[at + Instance.MODEL], words[at + Instance.DEVICES]) if call_up else None
+        found = self.shortcuts.first_user(words[at + Instance.MODEL], words[at + Instance.DEVICES]) if call_up else None
         if call_up and (found is None or found[1]):
             return False
         transitions.holds.release(t, instance, used)
@@ -119,125 +150,30 @@ class Scheduler(Shortcuts):
         """
         words, transitions = self._segment.words, self._namespace.transitions
         at = self._tables.instance(instance)
-        if words[Header.WAITING] and not self.beside_isolation(instance) and not words[at + Instance.DOOMED]:
-            found = self._first_user(words[at + Instance.MODEL], words[at + Instance.DEVICES])
+        if words[Header.WAITING] and not self.shortcuts.beside_isolation(instance) and not words[at + Instance.DOOMED]:
+            found = self.shortcuts.first_user(words[at + Instance.MODEL], words[at + Instance.DEVICES])
             if found is not None:
                 ticket, passed = found
                 owner = words[at + Instance.OWNER]
                 if not owner or owner == words[self._tables.ticket(ticket) + Ticket.MEMBER]:
                     cause = Cause(Reason.PASSING, other=passed) if passed else Cause(Reason.IDLE_COPY)
                     transitions.hand_over.from_holder(t, ticket, instance, cause, used)
-                    t.after.append(self._make_way)
+                    t.after.append(self.wakes.yield_to_waiter)
                     return
-        moves_somebody = words[Header.WAITING] and not self._moves_nobody(instance)
+        moves_somebody = words[Header.WAITING] and not self.shortcuts.moves_nobody(instance)
         transitions.holds.release(t, instance, used)
         if moves_somebody:
             self.advance(t)
-
-    def _make_way(self) -> None:
-        """Let the waiter that was just woken run on this processor; without the lock.
-
-        There the kernel puts it mostly, even if another one is idle, and then it would wait until this process sleeps.
-        So the waiter has its copy after 100 instead of 150 us, or, when it has slept for 10 ms, 150 instead of 270.
-        """
-        began = time.monotonic()
-        if began >= self._makes_way_from:
-            yield_processor()
-            away_s = time.monotonic() - began
-            if away_s > LONG_WAY_S:
-                self._makes_way_from = began + REST * away_s
-
-    def alert(self, instance: int) -> None:
-        """Wake the newest waiter ahead of a copy's release, if it waits for that model, for `await_alerted`.
-
-        Needs no lock.
-
-        Where it is the only one, it likely waits for just this, and a processor that has gone to sleep with it takes
-        as long to wake as the release itself. Where there are more, they are not all asleep.
-        """
-        words = self._segment.words
-        if words[Header.WAITING]:
-            newest = self._tables.ticket(words[Header.NEWEST_TICKET])
-            if words[newest + Ticket.MODEL] == words[self._tables.instance(instance) + Instance.MODEL]:
-                wake_one(self._segment.address + 8 * (newest + Ticket.SIGNAL))
-
-    def await_alerted(self, ticket: int) -> None:
-        """Stay awake for the answer that `alert` has announced, for a moment; needs no lock."""
-        words, state = self._segment.words, self._tables.ticket(ticket) + Ticket.STATE
-        until = time.monotonic() + ALERT_S
-        while words[state] == Ticket.WAITING and time.monotonic() < until:
-            yield_processor()
-
-    def count_requests(self, t: Transaction) -> None:
-        """Bring the demand of all models up to date; a reuse only counts itself."""
-        for model in self._tables.used_rows(self._layout.models):
-            self._count_requests(t, model)
-
-    def _count_requests(self, t: Transaction, model: int) -> None:
-        before = self._demand(model)
-        after = before.counted(self._requests(model), t.now / 1e9)
-        if after is not before:
-            self._namespace.transitions.models.note_demand(
-                t,
-                model,
-                after.mean_interarrival_s,
-                after.requests,
-                t.now if after.requests > before.requests else to_ns(after.counted_s),
-            )
 
     def _answered_all(self, view: View) -> bool:
         words = self._segment.words
         return all(words[self._tables.ticket(ticket.row)] != Ticket.WAITING for ticket in view.tickets)
 
-    def _make_room_in_table(self, t: Transaction, ticket: int) -> bool:
-        """Have the copy that has been idle longest unloaded for want of a row; return False if none may be."""
-        rows = self._tables.view(self._layout.instances)
-        if np.any((rows[:, Instance.STATE] == Instance.UNLOADING) & (rows[:, Instance.UNLOAD_LATE] == 0)):
-            return True
-        at = self._tables.ticket(ticket)
-        unloader, model = self._segment.words[at + Ticket.MEMBER] - 1, self._segment.words[at + Ticket.MODEL]
-        if self.suspension.drop_oldest(t, unloader, Cause(Reason.NO_ROW, other=model + 1)):
-            return True
-        pinned = self._tables.view(self._layout.models)[:, Model.PINS] > 0
-        idle = np.flatnonzero(rows[:, Instance.STATE] == Instance.IDLE)
-        idle = idle[~pinned[rows[idle, Instance.MODEL]]]
-        if not len(idle):
-            return False
-        oldest = int(idle[np.argmin(rows[idle, Instance.SINCE])])
-        self._namespace.transitions.unloads.begin(t, oldest, unloader, True, Cause(Reason.NO_ROW, other=model + 1))
-        return True
-
-    def make_room_for_model(self, t: Transaction, unloader: int) -> bool:
-        """Have the model whose copies have all been idle for longest unloaded by a member (slot), for want of a row.
-
-        Nothing if the row of another one is about to come free, so that of many newcomers each costs one model.
-        Return False if every row is in use, held, pinned or waited for: then nothing has changed.
-        """
-        models, copies = self._tables.view(self._layout.models), self._tables.view(self._layout.instances)
-        kept = models[:, Model.ACTIVE] + models[:, Model.LOADING] + models[:, Model.WAITING] + models[:, Model.PINS]
-        unwanted = (models[:, Model.STATE] == Model.MODEL) & (kept == 0)
-        # What a stuck process should unload may hold its row for ever.
-        stuck = copies[(copies[:, Instance.STATE] == Instance.UNLOADING) & (copies[:, Instance.UNLOAD_LATE] != 0)]
-        unwanted[stuck[:, Instance.MODEL]] = False
-        suspended = unwanted & (models[:, Model.SUSPENDED] > 0)
-        if np.any(unwanted & (models[:, Model.IDLE] == 0) & ~suspended):
-            return True
-        if np.any(suspended):
-            # What is being suspended can go once that has ended.
-            self.suspension.drop_oldest(t, unloader, Cause(Reason.NO_ROW))
-            return True
-        idle = np.flatnonzero(copies[:, Instance.STATE] == Instance.IDLE)
-        last_used = np.zeros(len(models), dtype=np.uint64)
-        np.maximum.at(last_used, copies[idle, Instance.MODEL].astype(np.intp), copies[idle, Instance.SINCE])
-        candidates = np.flatnonzero(unwanted)
-        if not len(candidates):
-            return False
-        model = int(candidates[np.argmin(last_used[candidates])])
-        for row in idle[copies[idle, Instance.MODEL] == model][:UNLOADS_AT_ONCE].tolist():
-            self._namespace.transitions.unloads.begin(t, row, unloader, True, Cause(Reason.NO_ROW))
-        return True
-
     def _carry_out(self, t: Transaction, decision: Decision, newcomer: int | None) -> None:
+        """Write one decision down.
+
+        The plan was made in this transaction, but the decisions before this one have changed rows it did not know of.
+        """
         transitions = self._namespace.transitions
         match decision:
             case Satisfied(ticket):
@@ -250,29 +186,10 @@ class Scheduler(Shortcuts):
                 # If not, it has just been dropped to make room in the host for another one.
                 if self._segment.words[self._tables.instance(instance)] == Instance.SUSPENDED:
                     transitions.hand_over.allow_resume(t, ticket, instance, _cause(why))
-            case Load(ticket, devices, need_mb, alone, why):
-                try:
-                    transitions.hand_over.allow_load(t, ticket, device_bits(devices), need_mb, alone, _cause(why))
-                except TableFullError as error:
-                    # Found out before anything was written. (A full undo log is no matter of one ticket.)
-                    if error.table != self._layout.instances.name:
-                        raise
-                    if not self._make_room_in_table(t, ticket) and ticket == newcomer:
-                        raise
-                    self._note_wait(t, ticket, replace(why, reason=Reason.TABLE_FULL), first=False)
-            case Evict(ticket, instances, why, passed):
-                at = self._tables.ticket(ticket)
-                unloader, model = self._segment.words[at + Ticket.MEMBER] - 1, self._segment.words[at + Ticket.MODEL]
-                cause = _cause(why)._replace(other=model + 1)
-                for instance in filter(self._is_idle, instances):
-                    if t.is_long:
-                        # Its memory is not on its way, so the next plan evicts the rest.
-                        break
-                    # (A twin has gone with the one before it.)
-                    self.suspension.evict(t, instance, unloader, cause)
-                if passed:
-                    transitions.tickets.let_pass(t, ticket)
-                self._note_wait(t, ticket, replace(why, reason=Reason.UNLOADING), first=True)
+            case Load():
+                self._allow_load(t, decision, newcomer)
+            case Evict():
+                self._evict(t, decision)
             case Refuse(ticket, why):
                 transitions.tickets.refuse(t, ticket, _cause(why))
             case Wait(ticket, _, why, first, passed):
@@ -280,34 +197,34 @@ class Scheduler(Shortcuts):
                     transitions.tickets.let_pass(t, ticket)
                 self._note_wait(t, ticket, why, first)
 
-    def why(self, ticket: int) -> str:
-        """Return why a ticket waits, for people."""
-        reason = Reason(self._segment.words[self._tables.ticket(ticket) + Ticket.REASON])
-        return f"{reason.name.lower()}: {self.sentence(ticket)}"
+    def _allow_load(self, t: Transaction, load: Load, newcomer: int | None) -> None:
+        allow, devices = self._namespace.transitions.hand_over.allow_load, device_bits(load.devices)
+        try:
+            allow(t, load.ticket, devices, load.need_mb, load.alone, _cause(load.why))
+        except TableFullError as error:
+            # Found out before anything was written. (A full undo log is no matter of one ticket.)
+            if error.table != self._layout.instances.name:
+                raise
+            if not self.table_rows.make_room_for_instance(t, load.ticket) and load.ticket == newcomer:
+                raise
+            self._note_wait(t, load.ticket, replace(load.why, reason=Reason.TABLE_FULL), first=False)
 
-    def sentence(self, ticket: int) -> str:
-        """Return why a ticket waits, as a sentence whose subject is its model."""
-        words, floats, at = self._segment.words, self._segment.floats, self._tables.ticket(ticket)
-        other = words[at + Ticket.OTHER]
-        return explain(
-            words[at + Ticket.REASON],
-            floats[at + Ticket.NEED_MB],
-            floats[at + Ticket.FREE_MB],
-            floats[at + Ticket.COMING_MB],
-            floats[at + Ticket.SECONDS],
-            self._tables.tag_of(other - 1) if other else None,
-            device_rows(words[at + Ticket.ON]),
-        )
+    def _evict(self, t: Transaction, evict: Evict) -> None:
+        at = self._tables.ticket(evict.ticket)
+        unloader, model = self._segment.words[at + Ticket.MEMBER] - 1, self._segment.words[at + Ticket.MODEL]
+        cause = _cause(evict.why)._replace(other=model + 1)
+        # One that is not idle any more has gone with its twin, which stood before it.
+        for instance in filter(self._is_idle, evict.instances):
+            if t.is_long:
+                # Its memory is not on its way, so the next plan evicts the rest.
+                break
+            self.suspension.evict(t, instance, unloader, cause)
+        if evict.passed:
+            self._namespace.transitions.tickets.let_pass(t, evict.ticket)
+        self._note_wait(t, evict.ticket, replace(evict.why, reason=Reason.UNLOADING), first=True)
 
-    def expected_wait_s(self, ticket: int) -> float:
-        """Return in how many seconds a waiter is expected to have its copy, see `policy.sharing`."""
-        words, at, now = self._segment.words, self._tables.ticket(ticket), time.monotonic_ns()
-        copies, model = self.read_copies(), words[at + Ticket.MODEL]
-        models = {row: self._model(row, copies, now) for row in {model, *copies.shared, *copies.owned}}
-        rank, seen = words[at + Ticket.RANK], seen_so_far(models.values())
-        ahead = sum(one.model == model and one.rank < rank and not one.preload for one in self._waiters())
-        reason, seconds = words[at + Ticket.REASON], self._segment.floats[at + Ticket.SECONDS]
-        return expected_wait_s(models[model], words[at + Ticket.MEMBER], ahead, reason, seconds, seen)
+    def _is_idle(self, instance: int) -> bool:
+        return bool(self._segment.words[self._tables.instance(instance)] == Instance.IDLE)
 
     def _note_wait(self, t: Transaction, ticket: int, why: Why, first: bool) -> None:
         words, at = self._segment.words, self._tables.ticket(ticket)
@@ -319,7 +236,7 @@ class Scheduler(Shortcuts):
                 cause = cause._replace(other=words[at + Ticket.OTHER])
             self._namespace.transitions.tickets.set_reason(t, ticket, cause)
             if cause.reason in OTHERS_END:
-                self._namespace.transitions.tickets.warn(t, ticket, self.sentence(ticket))
+                self._namespace.transitions.tickets.warn(t, ticket, self.waiters.sentence(ticket))
         if first and not words[at + Ticket.BLOCKED_AT]:
             self._namespace.transitions.tickets.block(t, ticket)
 

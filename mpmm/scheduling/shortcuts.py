@@ -1,4 +1,4 @@
-"""What is known without a plan.
+"""What a plan would decide, where that is known without one.
 
 A plan reads every row, so the warm path does without one where the plan is known beforehand:
 
@@ -27,21 +27,18 @@ Q5  A waiter that leaves moves nobody (`holds_up_nobody`) if it stood behind ano
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from mpmm.policy.backoff import back_off_s
 from mpmm.policy.fairness import rank_ns
 from mpmm.policy.sharing import served_in_s
-from mpmm.policy.view import (
-    Reason,
-)
-from mpmm.scheduling.view_reader import ViewReader
+from mpmm.policy.view import Reason
+from mpmm.scheduling.views import Views
 from mpmm.shared_state.durations import to_ns
 from mpmm.shared_state.events import Cause
 from mpmm.shared_state.layout import Header, Instance, Model, Ticket, device_bits
+from mpmm.shared_state.namespace import Namespace
 
 __all__ = ["CALLED_UP_FOR_NS", "Shortcuts"]
 
@@ -50,12 +47,16 @@ FEW_WAITERS = 16
 QUIET_REASONS = frozenset({Reason.LEASED, Reason.FOREIGN, Reason.PINNED, Reason.SHARING, Reason.COPIES})
 # Waits for a copy of the own model.
 SHARED_REASONS = frozenset({Reason.SHARING, Reason.COPIES})
-# So long before its end a tenure was the reason to call a waiter up, see `mpmm.model_manager.tenure`.
-CALLED_UP_FOR_NS = 1_500_000
 # Waits of the head of the queue, for which room is kept.
 HEAD_REASONS = frozenset({Reason.IN_USE, Reason.UNLOADING, Reason.RETURNING})
 # Waits for which nothing is kept, and nobody else stands back.
 HELD_UP_REASONS = frozenset({Reason.BEHIND, Reason.OUTRANKED, Reason.SHARING, Reason.COPIES})
+# So long before its end a tenure was the reason to call a waiter up, see `mpmm.model_manager.tenure`.
+CALLED_UP_FOR_NS = 1_500_000
+_WAITER_FIELDS = (
+    *(Ticket.RANK, Ticket.PRIORITY, Ticket.MODEL, Ticket.DEADLINE),
+    *(Ticket.BLOCKED_AT, Ticket.PRELOAD, Ticket.TIED),
+)
 
 
 class _Waiter(NamedTuple):
@@ -71,21 +72,22 @@ class _Waiter(NamedTuple):
     usable_on: int
 
 
-_WAITER_FIELDS = (
-    *(Ticket.RANK, Ticket.PRIORITY, Ticket.MODEL, Ticket.DEADLINE),
-    *(Ticket.BLOCKED_AT, Ticket.PRELOAD, Ticket.TIED),
-)
+class Shortcuts:
+    """Answers of a plan without the plan. Methods need the lock, unless they say otherwise."""
 
+    def __init__(self, namespace: Namespace, views: Views) -> None:
+        self._namespace = namespace
+        self._tables = namespace.tables
+        self._segment = namespace.segment
+        self._layout = namespace.segment.layout
+        self._views = views
 
-class Shortcuts(ViewReader):
-    """Tells, from a few rows, what a plan would say. Methods need the lock, where they do not say otherwise."""
-
-    def _all_isolated(self) -> bool:
+    def all_isolated(self) -> bool:
         """Tell whether a copy runs alone on every device."""
         isolated = self._segment.words[Header.ISOLATED]
         return bool(isolated) and isolated == device_bits(self._tables.used_rows(self._layout.devices))
 
-    def _first_user(self, model: int, devices: int) -> tuple[int, int] | None:
+    def first_user(self, model: int, devices: int) -> tuple[int, int] | None:
         """Return the first waiter for a model's copy on devices (bits), and a reference to the model of whom he passes,
         or 0.
 
@@ -104,7 +106,7 @@ class Shortcuts(ViewReader):
                 wants = words[at + Ticket.MODEL] == model and not words[at + Ticket.PRELOAD]
                 wants = wants and not (usable_on and devices & ~usable_on)
                 return (row, 0) if wants and words[at + Ticket.DEADLINE] > now else None
-        waiting = [one for one in self._waiters() if one.deadline > now]
+        waiting = [one for one in self.waiting() if one.deadline > now]
         wanting = [
             one
             for one in waiting
@@ -121,7 +123,7 @@ class Shortcuts(ViewReader):
             return None
         return first.row, min(blocked, key=lambda one: one.rank).model + 1
 
-    def _waiters(self) -> list[_Waiter]:
+    def waiting(self) -> list[_Waiter]:
         """Return the waiters in any order; few ones without NumPy, which takes most of the time of a hand-over then."""
         layout, words = self._layout.tickets, self._segment.words
         rows = self._tables.rows_where(layout, Ticket.STATE, Ticket.WAITING)
@@ -145,8 +147,8 @@ class Shortcuts(ViewReader):
         words = self._segment.words
         if words[self._tables.model(words[self._tables.instance(instance) + Instance.MODEL]) + Model.WAITING]:
             return False
-        waiting = self._waiters()
-        if self._isolation_matters(waiting):
+        waiting = self.waiting()
+        if self.isolation_matters(waiting):
             return False
         oldest_ns = time.monotonic_ns() - self._namespace.settings.max_overtake_seconds * 1e9
         return all(not one.blocked_at or one.blocked_at > oldest_ns for one in waiting)
@@ -180,13 +182,13 @@ class Shortcuts(ViewReader):
     def _waits_behind(self, model: int) -> Cause | None:
         """Return that a newcomer for a model waits behind another one, None if it takes a plan to know; see Q4."""
         words, at = self._segment.words, self._tables.model(model)
-        if self._all_isolated():
+        if self.all_isolated():
             return Cause(Reason.BEHIND)
         # An unknown model would come before known ones.
-        if words[Header.ISOLATED] or words[at + Model.FAILURES] or not self.is_known(model):
+        if words[Header.ISOLATED] or words[at + Model.FAILURES] or not self._views.is_known(model):
             return None
         now = time.monotonic_ns()
-        waiting = self._waiters()
+        waiting = self.waiting()
         ahead = {
             words[self._tables.ticket(one.row) + Ticket.REASON]
             for one in waiting
@@ -195,7 +197,7 @@ class Shortcuts(ViewReader):
         in_use, idle = words[at + Model.ACTIVE], words[at + Model.IDLE]
         if not (in_use or idle or words[at + Model.LOADING]) and len(self._tables.used_rows(self._layout.devices)) == 1:
             return Cause(Reason.BEHIND) if Reason.DRAINING in ahead else None
-        if idle or not in_use or not words[at + Model.SHARES] or self._isolation_matters(waiting):
+        if idle or not in_use or not words[at + Model.SHARES] or self.isolation_matters(waiting):
             return None
         return Cause(Reason.BEHIND) if ahead & HEAD_REASONS else None
 
@@ -215,7 +217,7 @@ class Shortcuts(ViewReader):
         if idle and not self._is_left_to_another(model):
             return None
         measured = words[Header.SOURCE_BOOKS_ONLY] or words[Header.SOURCE_MEASURES_PROCESSES]
-        if words[Header.WAITING] != waiting or words[Header.ISOLATED] or not (measured or self.is_known(model)):
+        if words[Header.WAITING] != waiting or words[Header.ISOLATED] or not (measured or self._views.is_known(model)):
             return None
         if waiting and not self._newest_waits_for_a_copy(model):
             return None
@@ -227,18 +229,6 @@ class Shortcuts(ViewReader):
             return Cause(Reason.COPIES)
         seconds = served_in_s(hold_s, hold_s, waiting, copies_coming)
         return Cause(Reason.SHARING, seconds=seconds) if 0 < seconds < load_s else None
-
-    def _is_left_to_another(self, model: int) -> bool:
-        """Tell whether what is idle of a model is another process's for the rest of its tenure.
-
-        Then a waiter was called up a moment ago, which looks for itself at the end of the tenure, and stands before any
-        newcomer: a plan now would only cut the tenure short.
-        """
-        words, now = self._segment.words, time.monotonic_ns()
-        called_up = (
-            words[self._tables.ticket(one.row) + Ticket.CALLED_UP] for one in self._waiters() if one.model == model
-        )
-        return any(now - CALLED_UP_FOR_NS < at <= now for at in called_up)
 
     def _is_for_all(self, at: int) -> bool:
         """Tell whether a used row is that of a copy that any process can have, now or after somebody else."""
@@ -258,15 +248,27 @@ class Shortcuts(ViewReader):
             and not (words[at + Ticket.PRELOAD] or words[at + Ticket.TIED] or words[at + Ticket.BLOCKED_AT])
         )
 
-    def _moves_nobody(self, instance: int) -> bool:
+    def _is_left_to_another(self, model: int) -> bool:
+        """Tell whether what is idle of a model is another process's for the rest of its tenure.
+
+        Then a waiter was called up a moment ago, which looks for itself at the end of the tenure, and stands before any
+        newcomer: a plan now would only cut the tenure short.
+        """
+        words, now = self._segment.words, time.monotonic_ns()
+        called_up = (
+            words[self._tables.ticket(one.row) + Ticket.CALLED_UP] for one in self.waiting() if one.model == model
+        )
+        return any(now - CALLED_UP_FOR_NS < at <= now for at in called_up)
+
+    def moves_nobody(self, instance: int) -> bool:
         """Tell whether it is known without a plan that the release of a copy serves no waiter; see Q2 above."""
         words = self._segment.words
         at = self._tables.instance(instance)
         model = self._tables.model(words[at + Instance.MODEL])
         if not words[Header.WAITING] or words[model + Model.WAITING] or words[at + Instance.DOOMED]:
             return False
-        waiting = self._waiters()
-        if any(one.blocked_at for one in waiting) or self._isolation_matters(waiting):
+        waiting = self.waiting()
+        if any(one.blocked_at for one in waiting) or self.isolation_matters(waiting):
             return False
         reasons = {one.row: words[self._tables.ticket(one.row) + Ticket.REASON] for one in waiting}
         behind = [one for one in waiting if reasons[one.row] == Reason.BEHIND]
@@ -283,41 +285,17 @@ class Shortcuts(ViewReader):
         first = min(ranks)
         return all(one.rank > first and words[self._tables.model(one.model)] == Model.LEASE for one in behind)
 
-    def _isolation_matters(self, waiting: Sequence[_Waiter]) -> bool:
+    def isolation_matters(self, waiting: Sequence[_Waiter]) -> bool:
         """Tell whether a copy runs alone somewhere, or one of these waits to."""
         words = self._segment.words
         if words[Header.ISOLATED]:
             return True
         if words[Header.SOURCE_BOOKS_ONLY] or words[Header.SOURCE_MEASURES_PROCESSES]:
             return False
-        return any(not self.is_known(one.model) for one in waiting)
+        return any(not self._views.is_known(one.model) for one in waiting)
 
     def beside_isolation(self, instance: int) -> bool:
         """Tell whether a copy lies where another one runs alone, so that it may not be used."""
         words = self._segment.words
         isolated = words[Header.ISOLATED]
         return bool(isolated and isolated & words[self._tables.instance(instance) + Instance.DEVICES])
-
-    def _is_idle(self, instance: int) -> bool:
-        return bool(self._segment.words[self._tables.instance(instance)] == Instance.IDLE)
-
-    def backs_off_for_s(self, ticket: int) -> float:
-        """Return in how many seconds a waiter's back-off ends, `inf` if it waits for something else; without the lock.
-
-        Nothing else may happen then, so it has to see to it that it is looked at.
-        """
-        words, at = self._segment.words, self._tables.ticket(ticket)
-        if words[at + Ticket.REASON] != Reason.BACKING_OFF:
-            return math.inf
-        model = self._tables.model(words[at + Ticket.MODEL])
-        ago_s = (time.monotonic_ns() - words[model + Model.FAILED_AT]) / 1e9
-        return max(0.0, back_off_s(words[model + Model.FAILURES]) - ago_s)
-
-    def called_up_at(self, ticket: int) -> int:
-        """Return when a waiter was called up last (monotonic, ns), 0 if it was not; without the lock."""
-        return int(self._segment.words[self._tables.ticket(ticket) + Ticket.CALLED_UP])
-
-    def is_model_idle(self, ticket: int) -> bool:
-        """Tell whether a copy of the model that a ticket is for is idle; without the lock."""
-        words = self._segment.words
-        return bool(words[self._tables.model(words[self._tables.ticket(ticket) + Ticket.MODEL]) + Model.IDLE])

@@ -1,7 +1,6 @@
 """Suspended instances: neither loaded nor gone, but in host memory, from where a copy is back in a second.
 
-    books.py        which evicted copies are suspended, and which suspended ones are dropped
-    suspender.py    the part of each process: it suspends and resumes the copies that the books name
+    suspender.py    the part of each process: it suspends and resumes the copies that `scheduling.suspension` names
     cooperative.py  by the object's own `sleep()` and `wake_up()`, and an adapter for torch
     helper.py       by the CUDA driver: the process that calls it, and how to ask that process
     driver.py       the driver's calls

@@ -17,12 +17,12 @@ from mpmm.shared_state.layout import Instance
 from mpmm.shared_state.namespace import Namespace
 from mpmm.shared_state.transaction import Transaction
 
-__all__ = ["SuspensionBooks"]
+__all__ = ["SuspensionDecisions"]
 
 _IN_HOST = (Instance.SUSPENDING, Instance.SUSPENDED, Instance.RESUMING)
 
 
-class SuspensionBooks:
+class SuspensionDecisions:
     """The decisions of one namespace about suspension. Methods need the lock."""
 
     def __init__(self, namespace: Namespace, rate: Callable[[int], float]) -> None:
