@@ -20,7 +20,7 @@ class UsesManager:
         self.manager = ModelManager(namespace="test", memory_source="booked")
 
     def attached(self) -> bool:
-        return self.manager._attachment.worker is not None
+        return self.manager._attachment.session is not None
 
     def use(self) -> str:
         with self.manager.model("part", lambda: "a handle") as part:

@@ -83,4 +83,4 @@ def test_a_lease_keeps_the_manager_that_nothing_else_refers_to(namespace: str, n
     with ModelManager(**settings).reserve(800) as lease:  # type: ignore[arg-type]  # values of a dict
         gc.collect()
         assert lease.is_held
-        assert lease._worker.managers == 1
+        assert lease._session.managers == 1

@@ -24,7 +24,7 @@ from copy import copy
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 from processes import CRASH_POINTS, problems, scaled
@@ -33,7 +33,10 @@ from test_crash_points import FROZEN_NS, KILLED, SMALL, Lab, run_in_child, some_
 from mpmm import ModelManager
 from mpmm.errors import InvalidArgumentError
 from mpmm.memory.monitor import GPUMonitor
+from mpmm.model_manager.acquisition import Acquisition
 from mpmm.model_manager.operations import Copy, Operation
+from mpmm.model_manager.release import give_back
+from mpmm.model_manager.request import ANYWHERE
 from mpmm.model_manager.session import Worker
 from mpmm.model_manager.tenure import Tenure
 from mpmm.observability import doctor
@@ -124,8 +127,6 @@ class Twins:
         # It is not started: no thread of it changes anything meanwhile.
         self.worker = Worker(self.lab.namespace, monitor, False)
         self.namespace: Namespace = self.lab.namespace
-        self.manager: Any = ModelManager.__new__(ModelManager)
-        self.manager._attachment = cast(Any, SimpleNamespace(name=lab.namespace.name))
         self.taken = self.released = self.declined = 0
 
     NOTES = ("holds", "_held_at", "_handles", "_objects", "_rows_of_model", "_taken_grants")
@@ -149,7 +150,7 @@ class Twins:
         """Take an idle copy in both ways, and compare."""
         saved, before, notes = self.lab.save(), self.without_lock_words(), self.notes()
         python, compiled = Operation(None), Operation(None)
-        wanted = ModelManager._take_idle(self.manager, self.worker, python, tag, 1.0, 0)
+        wanted = Acquisition(self.worker, python, tag, ANYWHERE, 0.0, 1.0, print).take_idle(1.0)
         words, noted = self.lab.save(), self.notes()
         self.restore(saved, notes)
         got = self.worker.held.take_kept(tag, compiled) or self.worker.held.take_quickly(tag, compiled)
@@ -172,7 +173,7 @@ class Twins:
         saved, before, notes = self.lab.save(), self.without_lock_words(), self.notes()
         tenure = self.worker.tenures.current(copy.tag) or Tenure(0, 0, 0.0)
         was_called_up = tenure.called_up
-        ModelManager._give_back(self.manager, self.worker, copy.tag, copy)
+        give_back(self.worker, copy.tag, copy)
         words, is_called_up = self.lab.save(), tenure.called_up
         self.restore(saved, notes)
         tenure.called_up = was_called_up

@@ -30,6 +30,7 @@ from processes import CRASH_POINTS
 
 import mpmm
 from mpmm import ModelManager
+from mpmm.model_manager import acquire
 from mpmm.model_manager.session import Worker
 from mpmm.policy.suspension import Unsuspendable, Way
 from mpmm.policy.view import Reason
@@ -1115,13 +1116,13 @@ def survivor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Surviv
     monkeypatch.setattr(start, lambda thread: thread._leader.lead_if_free(1.0))
     # These models are in no cycle, and a collection takes 0.1 s in a process that has imported Beam.
     monkeypatch.setattr("mpmm.model_manager.unload.gc.collect", lambda: 0)
-    wait = ModelManager._wait
+    sleep = acquire._sleep
 
-    def unload_and_wait(manager: ModelManager, worker: Worker, row: int, deadline: float) -> int | None:
-        worker.unloads.unload_assigned()
-        return wait(manager, worker, row, deadline)
+    def unload_and_sleep(session: Worker, row: int, deadline: float) -> int | None:
+        session.unloads.unload_assigned()
+        return sleep(session, row, deadline)
 
-    monkeypatch.setattr(ModelManager, "_wait", unload_and_wait)
+    monkeypatch.setattr(acquire, "_sleep", unload_and_sleep)
     survivor = Survivor()
     yield survivor
     survivor.manager.shutdown()

@@ -551,7 +551,7 @@ def test_booking_by_hand(sweep: Callable[..., Sweep]) -> None:
         finally:
             sys.settrace(None)
             # It is the caller's by now, of whom the next acquire loads.
-            if tag in one.manager._bookings_of_thread():
+            if tag in one.manager._attachment.bookings.by_tag:
                 use(tag)
 
     book()

@@ -204,7 +204,7 @@ def test_shutdown_in_the_middle_of_a_transaction_waits_for_its_end(new_manager: 
     assert in_the_middle(manager, manager.shutdown) is None
     wait_until(lambda: not any(t.name == "mpmm-shutdown" for t in threading.enumerate()), "it has left", 5)
     assert time.monotonic() - began < 5
-    assert manager._attachment.worker is None
+    assert manager._attachment.session is None
 
 
 def test_a_call_whose_thread_goes_on_during_the_look_at_it_has_not_ended(monkeypatch: pytest.MonkeyPatch) -> None:

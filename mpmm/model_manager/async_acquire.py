@@ -10,7 +10,7 @@
     at the end of the block: give it back
 
 Transactions take microseconds, but the lock may be held up, so the loop's thread never waits for it for longer than
-`LOOP_PATIENCE_S`; what needs longer goes to a thread. Transactions have threads of their own, and so have loads: in a
+`LOOP_TIMEOUT_S`; what needs longer goes to a thread. Transactions have threads of their own, and so have loads: in a
 pool that others use, those who wait for a model could take all threads from the one who is going to release it.
 """
 
@@ -27,27 +27,33 @@ from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, asynccontextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from mpmm.errors import ClosedError, LockTimeoutError, MpmmError
 from mpmm.fork_hooks import ChildStep, in_forked_child
+from mpmm.model_manager.acquire import load_booked
+from mpmm.model_manager.acquisition import Booking
+from mpmm.model_manager.load import give_up_booking
 from mpmm.model_manager.look_again import LookAgain
-from mpmm.model_manager.manager import AnswerUndone, ModelManager
 from mpmm.model_manager.operations import Copy
-from mpmm.model_manager.refusals import giving_up_in_time, timed_out
-from mpmm.model_manager.request import AcquireOptions, PlacementRequest, read_options
+from mpmm.model_manager.queued_request import GrantRolledBack
+from mpmm.model_manager.refusals import expect_own_time_left
+from mpmm.model_manager.release import discard, release
+from mpmm.model_manager.request import AcquireOptions, PlacementRequest, encoded_tag, read_options
 from mpmm.model_manager.session import Worker
 from mpmm.multi_process_shared.main_import import refuse_while_importing_main
 from mpmm.policy.out_of_memory import is_out_of_memory
 from mpmm.shared_state.futex import WAITED_FOR_AT_MOST, wait_for_any, wake_all
-from mpmm.shared_state.layout import Header, Model, Ticket
-from mpmm.shared_state.tables import encode_text
+from mpmm.shared_state.layout import Header, Ticket
+
+if TYPE_CHECKING:
+    from mpmm.model_manager.attachment import Attachment
 
 __all__ = ["hold_in_loop"]
 
 T = TypeVar("T")
 Outcome = int | BaseException | None
-LOOP_PATIENCE_S = 0.002
+LOOP_TIMEOUT_S = 0.002
 # Memory bounds the loads that are allowed at a time; this, the threads.
 LOADS_AT_A_TIME = 64
 TRANSACTIONS_AT_A_TIME = 2
@@ -57,89 +63,93 @@ LINGER_S = 1.0
 
 @asynccontextmanager
 async def hold_in_loop(
-    manager: ModelManager, tag: str, loader: Callable[[], Any], options: AcquireOptions
+    attachment: Attachment, tag: str, loader: Callable[[], Any], options: AcquireOptions
 ) -> AsyncIterator[Any]:
-    """Hold a copy for the length of an `async with` block; see `ModelManager.model_async`."""
+    """Hold an instance for the length of an `async with` block; see `ModelManager.model_async`."""
     refuse_while_importing_main("acquire the model", tag)
-    worker = manager._connected_in_time(tag)
-    threads = _threads_of(worker)
+    session = attachment.connected_in_time(tag)
+    threads = _threads_of(session)
     # As long as this object is there, somebody answers for what it has in hand: see `mpmm.model_manager.operations`.
-    acquire = _Acquire(manager, worker, threads, tag, read_options(options, worker.samples))
+    acquire = _AsyncAcquire(attachment, session, threads, tag, read_options(options, session.samples))
     instance = await acquire.run(loader)
     try:
         yield instance
     except BaseException as error:
-        if is_out_of_memory(error) and not worker.namespace.is_inherited:
+        if is_out_of_memory(error) and not session.namespace.is_inherited:
             with contextlib.suppress(MpmmError):
-                made = threads.loads.submit(worker.out_of_memory.make_room_after_use, tag)
-                await asyncio.shield(asyncio.wrap_future(made))
+                await asyncio.shield(
+                    asyncio.wrap_future(threads.loads.submit(session.out_of_memory.make_room_after_use, tag))
+                )
         raise
     finally:
-        # A child that was forked inside the block comes by here, too, but the copy is held by its parent.
-        if not worker.namespace.is_inherited:
-            await _release(manager, worker, threads, tag, instance)
+        # A child that was forked inside the block comes by here, too, but the instance is held by its parent.
+        if not session.namespace.is_inherited:
+            await _release(attachment, session, threads, tag, instance)
         acquire.end()
 
 
-async def _release(manager: ModelManager, worker: Worker, threads: _Threads, tag: str, instance: Any) -> None:
-    # Who runs alone is measured at the release, which may take the source of memory figures a while.
-    if worker.namespace.is_usable and not worker.namespace.segment.words[Header.ISOLATED]:
+async def _release(attachment: Attachment, session: Worker, threads: _Threads, tag: str, instance: Any) -> None:
+    # An instance that runs alone is measured at the release, which may take the source of memory figures a while.
+    if session.namespace.is_usable and not session.namespace.segment.words[Header.ISOLATED]:
         with contextlib.suppress(LockTimeoutError):
-            manager._release(tag, instance, LOOP_PATIENCE_S)
+            release(attachment.connected(), tag, instance, LOOP_TIMEOUT_S)
             return
     # Shielded, because a task that is cancelled now must give it back nevertheless.
-    released = threads.transactions.submit(manager.release_model, tag, instance)
+    released = threads.transactions.submit(_release_patiently, attachment, tag, instance)
     await asyncio.shield(asyncio.wrap_future(released))
 
 
-class _Acquire:
-    """One acquire of one task: `ModelManager._get`, with the waiting done by a watcher."""
+def _release_patiently(attachment: Attachment, tag: str, instance: Any) -> None:
+    release(attachment.connected(), tag, instance)
+
+
+class _AsyncAcquire:
+    """One acquire of one task: the way of `acquire.py`, with the waiting done by a watcher."""
 
     def __init__(
-        self, manager: ModelManager, worker: Worker, threads: _Threads, tag: str, request: PlacementRequest
+        self, attachment: Attachment, session: Worker, threads: _Threads, tag: str, request: PlacementRequest
     ) -> None:
-        self._manager = manager
-        self._worker = worker
+        encoded_tag(tag)
+        self._attachment = attachment
+        self._session = session
         self._threads = threads
-        self._tag = tag
-        self._request = request
-        self._encoded = encode_text(tag, Model.TAG_BYTES, "model tag")
-        self._operation = worker.begin_for(self)
+        self._operation = session.begin_for(self)
+        self._acquisition = attachment.acquisition(session, self._operation, tag, request)
 
     def end(self) -> None:
         """Say that nothing is in hand any more."""
-        self._worker.end(self._operation)
+        self._session.end(self._operation)
 
     async def run(self, loader: Callable[[], Any]) -> Any:
-        """Return a copy that this process holds now. Raises what `acquire_model` raises."""
-        manager, worker, tag = self._manager, self._worker, self._tag
-        deadline = time.monotonic() + manager._attachment.settings.wait_timeout_seconds
-        if self._request.keep_alive:
-            keep = functools.partial(manager._keep_alive, worker, tag, self._request.keep_alive)
-            await self._in_thread(self._threads.transactions, keep)
+        """Return an instance that this process holds now. Raises what `acquire_model` raises."""
+        acquisition, session = self._acquisition, self._session
+        if acquisition.request.keep_alive:
+            await self._in_thread(self._threads.transactions, acquisition.set_keep_alive)
         while True:
-            if worker.scheduler.may_have_to_wait(tag):
-                # Also where no copy is kept for this process, so that it learns whether it comes back at once.
-                worker.held.comes_back(tag)
-            got: Any = None if self._request.usable_on else worker.held.take_quickly(tag, self._operation)
-            with contextlib.suppress(LockTimeoutError):
-                got = got or manager._take_idle(worker, self._operation, tag, LOOP_PATIENCE_S, self._request.usable_on)
-            if got is None:
-                got = await self._queue(deadline)
-            if not isinstance(got, Copy):
-                load = functools.partial(
-                    manager._load_somehow, worker, self._operation, tag, got, loader, self._request
-                )
-                give_up = functools.partial(manager._give_up_load, worker, got)
+            found = self._take_at_once() or await self._queue()
+            if not isinstance(found, Copy):
+                load = functools.partial(load_booked, acquisition, found, loader)
+                give_up = functools.partial(give_up_booking, session, found)
                 return await self._in_thread(self._threads.loads, load, self._undo_load, give_up)
-            if worker.held.handle_is_alive(got):
-                return got.value
-            discard = functools.partial(manager._discard, worker, self._operation, got)
-            await self._in_thread(self._threads.transactions, discard)
+            if session.held.handle_is_alive(found):
+                return found.value
+            throw_away = functools.partial(discard, session, self._operation, found)
+            await self._in_thread(self._threads.transactions, throw_away)
 
-    async def _queue(self, deadline: float) -> Any:
-        """Wait in the queue; return a copy that this process holds now, or the permission to load one."""
-        manager, worker, tag = self._manager, self._worker, self._tag
+    def _take_at_once(self) -> Copy | None:
+        """Take an idle instance, in the loop's thread."""
+        acquisition, session, tag = self._acquisition, self._session, self._acquisition.tag
+        if session.scheduler.may_have_to_wait(tag):
+            # Also where no instance is kept for this process, so that it learns whether it comes back at once.
+            session.held.comes_back(tag)
+        quick = None if acquisition.request.usable_on else session.held.take_quickly(tag, self._operation)
+        with contextlib.suppress(LockTimeoutError):
+            return quick or acquisition.take_idle(LOOP_TIMEOUT_S)
+        return None
+
+    async def _queue(self) -> Copy | Booking:
+        """Wait in the queue; return an instance that this process holds now, or the permission to load one."""
+        acquisition, threads = self._acquisition, self._threads
         loop = asyncio.get_running_loop()
         answered = asyncio.Event()
         outcomes: list[Outcome] = []
@@ -151,82 +161,73 @@ class _Acquire:
             with contextlib.suppress(RuntimeError):
                 loop.call_soon_threadsafe(answered.set)
 
-        began = time.monotonic()
-        enter = functools.partial(self._enter, deadline, answer)
-        row = await self._in_thread(self._threads.transactions, enter, self._leave)
-        if isinstance(row, Copy):
-            return row
+        copy = await self._in_thread(threads.transactions, functools.partial(self._enter, answer), self._leave)
+        if copy is not None:
+            return copy
         while True:
             try:
                 await answered.wait()
             except asyncio.CancelledError:
-                self._threads.transactions.submit(self._leave, row)
+                threads.transactions.submit(self._leave)
                 raise
             outcome = outcomes.pop()
             if outcome is None:
-                leave = functools.partial(manager._leave_queue, worker, self._operation, row, timed_out=True)
-                left = await self._in_thread(self._threads.transactions, leave)
-                raise timed_out(tag, time.monotonic() - began, *left)
+                raise await self._in_thread(threads.transactions, acquisition.time_out)
             if isinstance(outcome, BaseException):
                 raise outcome
-            if outcome == Ticket.GRANTED and (copy := worker.held.take_granted(row, tag, self._operation)) is not None:
+            if outcome == Ticket.GRANTED and (copy := acquisition.take_grant()) is not None:
                 return copy
-            act = functools.partial(self._act, row, deadline)
-            leave_again = functools.partial(self._leave, row)
-            undo = functools.partial(self._undo_act, row)
-            got = await self._in_thread(self._threads.transactions, act, undo, leave_again)
-            if got is not None:
-                return got
-            # Whoever had answered was killed before that was certain.
+            found = await self._in_thread(threads.transactions, self._act, self._undo_act, self._leave)
+            if found is not None:
+                return found
+            # The process that had answered was killed before that was certain.
             answered.clear()
-            self._threads.watch(row, deadline, answer)
+            threads.watch(acquisition.row, acquisition.deadline, answer)
 
     # ---- in threads ----------------------------------------------------------------------------------------
 
-    def _enter(self, deadline: float, answer: Callable[[Outcome], None]) -> Any:
-        """Take an idle copy after all, and return it, or queue and have the ticket (row) watched."""
-        manager, worker, tag = self._manager, self._worker, self._tag
-        left = deadline - time.monotonic()
-        # Counted as waiting from before it has a ticket until it is watched, which is counted, too.
-        with giving_up_in_time(worker, tag), worker.waiting():
-            copy = manager._take_idle(worker, self._operation, tag, left, self._request.usable_on)
-            if copy is not None:
+    def _enter(self, answer: Callable[[Outcome], None]) -> Copy | None:
+        """Take an idle instance after all, and return it, or queue and have the ticket watched."""
+        acquisition, session = self._acquisition, self._session
+        try:
+            # Counted as waiting from before it has a ticket until it is watched, which is counted, too.
+            with session.waiting():
+                copy = acquisition.take_idle(acquisition.left_s()) or acquisition.enqueue()
+                if copy is None:
+                    session.unloads.unload_in_thread()
+                    self._threads.watch(acquisition.row, acquisition.deadline, answer)
                 return copy
-            worker.figures.ensure_fresh_to_queue(left)
-            row = manager._enqueue(worker, self._operation, tag, self._encoded, deadline, 0, self._request)
-            worker.unloads.unload_in_thread()
-            self._threads.watch(row, deadline, answer)
-            return row
+        except LockTimeoutError as error:
+            expect_own_time_left(session, acquisition.tag, error)
+            raise
 
-    def _act(self, row: int, deadline: float) -> Any:
-        """Act on a ticket's answer; return None if it has none after all."""
-        manager, worker, tag = self._manager, self._worker, self._tag
-        with contextlib.suppress(AnswerUndone), giving_up_in_time(worker, tag), worker.waiting():
-            return manager._act_on(worker, self._operation, tag, row, deadline, self._request)
+    def _act(self) -> Copy | Booking | None:
+        """Act on the ticket's answer; return None if it has none after all."""
+        try:
+            with contextlib.suppress(GrantRolledBack), self._session.waiting():
+                return self._acquisition.act()
+        except LockTimeoutError as error:
+            expect_own_time_left(self._session, self._acquisition.tag, error)
+            raise
         return None
 
-    def _leave(self, row: Any) -> None:
-        if isinstance(row, Copy):
-            self._undo_answer(row)
+    def _leave(self, copy: Copy | None = None) -> None:
+        """Leave the queue; or give back what was taken instead of queueing."""
+        if copy is not None:
+            self._undo_load(copy.value)
             return
-        self._threads.forget(row)
-        self._manager._leave_queue(self._worker, self._operation, row)
+        self._threads.forget(self._acquisition.row)
+        self._acquisition.leave()
 
-    def _undo_act(self, row: int, got: Any) -> None:
-        if got is None:
-            self._leave(row)
+    def _undo_act(self, found: Copy | Booking | None) -> None:
+        if isinstance(found, Booking):
+            give_up_booking(self._session, found)
         else:
-            self._undo_answer(got)
-
-    def _undo_answer(self, got: Any) -> None:
-        if isinstance(got, Copy):
-            self._undo_load(got.value)
-        else:
-            self._manager._give_up_load(self._worker, got)
+            self._leave(found)
 
     def _undo_load(self, value: Any) -> None:
         with contextlib.suppress(MpmmError):
-            self._manager.release_model(self._tag, value)
+            release(self._attachment.connected(), self._acquisition.tag, value)
 
     async def _in_thread(
         self,

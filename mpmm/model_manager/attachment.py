@@ -11,6 +11,7 @@ import math
 import os
 import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -23,8 +24,12 @@ from mpmm.fork_hooks import ChildStep, in_forked_child
 from mpmm.memory.estimates_file import ESTIMATES_PATH_VARIABLE, KeptEstimates
 from mpmm.memory.monitor import GPUMonitor
 from mpmm.memory.monitor_source import MonitorProtocol, MonitorSource
+from mpmm.model_manager.acquisition import Acquisition
+from mpmm.model_manager.bookings import ThreadBookings
 from mpmm.model_manager.deferred import NOW_S
+from mpmm.model_manager.operations import Operation
 from mpmm.model_manager.refusals import timed_out
+from mpmm.model_manager.request import ANYWHERE, PlacementRequest
 from mpmm.model_manager.session import Worker
 from mpmm.multi_process_shared.registry import is_server_process
 from mpmm.shared_state.layout import Capacities, Header, Member
@@ -63,12 +68,12 @@ class JoinsWith:
 class Attachment:
     """One manager's tie to its namespace. What still needs the manager's session keeps this alive.
 
-    settings: what the manager was made with. Of these, `wait_timeout_seconds` is the manager's own. worker: the session
-    if there is one; `connected` returns it, too, and makes sure that there is one.
+    settings: what the manager was made with, of which `wait_timeout_seconds` is its own. session: None before the first
+    use and after the last; `connected` makes sure that there is one.
     """
 
     # For a finalizer that comes before the end of the constructor.
-    worker: Worker | None = None
+    session: Worker | None = None
     closed = False
 
     def __init__(self, root: Path, name: str, settings: Settings, joins_with: JoinsWith) -> None:
@@ -76,6 +81,9 @@ class Attachment:
         self.name = name
         self.settings = settings
         self.joins_with = joins_with
+        self.bookings = ThreadBookings()
+        # Looked at by every acquire; most programs book nothing by hand.
+        self.bookings_made = False
 
     def connected(self, timeout_s: float | None = None) -> Worker:
         """Return this process's session, joining the namespace first if need be: at the first use, or after a fork.
@@ -85,28 +93,28 @@ class Attachment:
 
         Raises ClosedError, and what `Namespace.join` raises.
         """
-        worker = self.worker
-        if worker is not None and not self.closed and worker.namespace.is_usable and not _is_left_behind(worker):
-            return worker
+        session = self.session
+        if session is not None and not self.closed and session.namespace.is_usable and not _is_left_behind(session):
+            return session
         if self.closed:
             raise ClosedError("the model manager was shut down")
         with _guard:
             key = (self.root, self.name)
             _end_interrupted_join(key)
-            worker = _sessions.get(key)
-            if worker is not None and worker.namespace.is_usable and _is_left_behind(worker):
-                worker.close()
-            if worker is None or not worker.namespace.is_usable:
+            session = _sessions.get(key)
+            if session is not None and session.namespace.is_usable and _is_left_behind(session):
+                session.close()
+            if session is None or not session.namespace.is_usable:
                 made = _joining[key] = []
-                worker = self._join(made, LIFECYCLE_TIMEOUT_S if timeout_s is None else max(NOW_S, timeout_s))
-                _sessions[key] = worker
+                session = self._join(made, LIFECYCLE_TIMEOUT_S if timeout_s is None else max(NOW_S, timeout_s))
+                _sessions[key] = session
                 del _joining[key]
-            self.worker = worker
-            worker.manager_ids.add(id(self))
+            self.session = session
+            session.manager_ids.add(id(self))
         # Those that were changed at run time are nobody's choice at creation.
-        if not worker.namespace.segment.words[Header.SETTINGS_CHANGED]:
-            self._report_differences(worker.namespace.settings)
-        return worker
+        if not session.namespace.segment.words[Header.SETTINGS_CHANGED]:
+            self._report_differences(session.namespace.settings)
+        return session
 
     def connected_in_time(self, tag: str) -> Worker:
         """Do `connected` for a caller who waits for a model: AcquireTimeoutError if that takes all of its time."""
@@ -116,6 +124,21 @@ class Attachment:
             if error.timeout_seconds >= self.settings.lock_timeout_seconds:
                 raise
             raise timed_out(tag, error.timeout_seconds, "lock") from error
+
+    def acquisition(
+        self,
+        session: Worker,
+        operation: Operation,
+        tag: str,
+        request: PlacementRequest = ANYWHERE,
+        began: float | None = None,
+        timeout_s: float | None = None,
+        preload: int = 0,
+    ) -> Acquisition:
+        """Return a request of this manager. began: `time.monotonic()` when the wait began, now by default."""
+        began = time.monotonic() if began is None else began
+        timeout_s = self.settings.wait_timeout_seconds if timeout_s is None else timeout_s
+        return Acquisition(session, operation, tag, request, began, timeout_s, self.log_info, preload)
 
     def log_info(self, message: str, *args: Any) -> None:
         """Log at level INFO if `verbose_logging` is on."""
@@ -144,17 +167,17 @@ class Attachment:
         try:
             path = told.estimates_path or os.environ.get(ESTIMATES_PATH_VARIABLE)
             kept = KeptEstimates(namespace, path) if path else None
-            worker = Worker(namespace, _make_monitor(namespace, told), told.verbose_logging, kept)
+            session = Worker(namespace, _make_monitor(namespace, told), told.verbose_logging, kept)
         except BaseException:
             namespace.leave()
             raise
-        made.append(worker)
+        made.append(session)
         try:
-            worker.start()
+            session.start()
         except BaseException:
-            worker.close()
+            session.close()
             raise
-        return worker
+        return session
 
     def _report_differences(self, chosen: Settings) -> None:
         own: Mapping[str, Any] = {field.name: getattr(self.settings, field.name) for field in fields(Settings)}
@@ -169,23 +192,23 @@ class Attachment:
     def shutdown(self) -> None:
         """Do `ModelManager.shutdown`."""
         self.closed = True
-        worker = self.worker
-        if worker is None or worker.namespace.is_inherited or worker.is_closed:
-            self.worker = None
+        session = self.session
+        if session is None or session.namespace.is_inherited or session.is_closed:
+            self.session = None
             return
-        if worker.is_busy_here():
+        if session.is_busy_here():
             # The session cannot leave under the feet of a call that its own thread is in the middle of.
             _shut_down_in_thread(self.shutdown)
             return
         with _guard:
-            worker.manager_ids.discard(id(self))
-            if worker.managers:
-                self.worker = None
+            session.manager_ids.discard(id(self))
+            if session.managers:
+                self.session = None
                 return
-            if _sessions.get((self.root, self.name)) is worker:
+            if _sessions.get((self.root, self.name)) is session:
                 del _sessions[self.root, self.name]
-        worker.close()
-        self.worker = None
+        session.close()
+        self.session = None
         monitor = self.joins_with.monitor
         if isinstance(monitor, GPUMonitor):
             monitor.stop()
@@ -195,8 +218,8 @@ class Attachment:
     def __del__(self) -> None:
         # Beam's promise. In a thread, because the collector can come by while this one holds a lock that is needed,
         # or is in the middle of a shutdown. At exit `run_at_exit` has left by now, and threads no longer start.
-        worker = self.worker
-        if worker is None or worker.closing or not worker.namespace.is_usable or sys.is_finalizing():
+        session = self.session
+        if session is None or session.closing or not session.namespace.is_usable or sys.is_finalizing():
             return
         _shut_down_in_thread(self._forgotten)
 
@@ -205,10 +228,10 @@ class Attachment:
 
         Another manager of the namespace can give them back; when that one shuts down, this process leaves.
         """
-        worker = self.worker
+        session = self.session
         with _guard:
-            if worker is not None and worker.manager_ids == {id(self)} and worker.held.has_any:
-                worker.manager_ids.clear()
+            if session is not None and session.manager_ids == {id(self)} and session.held.has_any:
+                session.manager_ids.clear()
                 self.closed = True
                 return
         self.shutdown()
@@ -238,9 +261,9 @@ def _make_monitor(namespace: Namespace, told: JoinsWith) -> GPUMonitor:
     return GPUMonitor(settings.fallback_memory_mb, settings.poll_interval, settings.peak_window_seconds, source=source)
 
 
-def _is_left_behind(worker: Worker) -> bool:
+def _is_left_behind(session: Worker) -> bool:
     """Tell whether the last worker has left and removed the namespace of this manager, which is inside a server."""
-    return worker.namespace.kind == Member.GUEST and worker.namespace.is_removed
+    return session.namespace.kind == Member.GUEST and session.namespace.is_removed
 
 
 def _shut_down_in_thread(target: Callable[[], None]) -> None:
@@ -252,12 +275,12 @@ def _shut_down_in_thread(target: Callable[[], None]) -> None:
 
 def _end_interrupted_join(key: _Key) -> None:
     """Leave what a join by this process has come to that an exception has ended. Hold `_guard`."""
-    worker = _sessions.get(key)
+    session = _sessions.get(key)
     for one in reversed(_joining.get(key, ())):
         if isinstance(one, Namespace):
-            if worker is None or one is not worker.namespace:
+            if session is None or one is not session.namespace:
                 one.leave()
-        elif one is not worker:
+        elif one is not session:
             one.close()
     _joining.pop(key, None)
 
@@ -267,9 +290,9 @@ def _close_at_exit(root: Path, name: str) -> None:
         thread.join()
     with _guard:
         _end_interrupted_join((root, name))
-        worker = _sessions.pop((root, name), None)
-    if worker is not None and worker.namespace.is_usable:
-        worker.close()
+        session = _sessions.pop((root, name), None)
+    if session is not None and session.namespace.is_usable:
+        session.close()
 
 
 def _forget_sessions_after_fork() -> None:

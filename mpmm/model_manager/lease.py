@@ -1,4 +1,7 @@
-"""A lease: so much memory of a device for whatever its holder does with it, counted like a model by everybody."""
+"""Leases: memory of a device for whatever its holder does with it, counted like a model by all processes.
+
+`reserve` queues for one like an acquire: with a ticket, and with the policy making room for it.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,15 @@ import math
 import os
 import sys
 import threading
+import time
 import weakref
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from mpmm.errors import AcquireTimeoutError, LeaseTooLargeError, LockTimeoutError
+from mpmm.model_manager.acquire import sleep_until_answered
+from mpmm.model_manager.queued_request import QueuedRequest, making_room
+from mpmm.model_manager.refusals import expect_own_time_left, largest_limit
 from mpmm.shared_state.layout import Device, Instance, device_rows
 from mpmm.shared_state.transaction import Transaction
 from mpmm.sources.visible_devices import visible_devices
@@ -17,9 +25,13 @@ from mpmm.text.arguments import LARGEST_PID, checked_whole
 
 if TYPE_CHECKING:
     from mpmm.model_manager.operations import Operation
+    from mpmm.model_manager.request import PlacementRequest
     from mpmm.model_manager.session import Worker
 
-__all__ = ["Lease"]
+__all__ = ["Lease", "reserve"]
+
+# Known models have this priority in the queue, too.
+PRIORITY = 1
 
 
 class Lease:
@@ -29,16 +41,16 @@ class Lease:
     makes them. name, mb: what it was asked for. placement: where it is, see `mpmm.placement`.
     """
 
-    def __init__(self, worker: Worker, row: int, name: str, mb: float, attachment: object = None) -> None:
+    def __init__(self, session: Worker, row: int, name: str, mb: float, attachment: object = None) -> None:
         """Take possession of a LEASED row. Needs the lock.
 
         attachment: kept alive for as long as the lease is, because one that is collected leaves the namespace.
         """
-        words, at = worker.namespace.segment.words, worker.namespace.tables.instance(row)
+        words, at = session.namespace.segment.words, session.namespace.tables.instance(row)
         self.name = name
         self.mb = mb
-        self.placement = worker.samples.placement_of(words[at + Instance.DEVICES])
-        self._worker = worker
+        self.placement = session.samples.placement_of(words[at + Instance.DEVICES])
+        self._session = session
         self._attachment = attachment
         self._row = row
         self._generation = words[at + Instance.GENERATION]
@@ -50,7 +62,10 @@ class Lease:
         return self._row, self._generation
 
     def answer_for(self, operation: Operation) -> None:
-        """Own what the call that has made this lease has in hand: the keeper ends the lease once it is collected."""
+        """Own what the call that has made this lease has in hand.
+
+        Once this object is collected, the background thread ends the lease.
+        """
         self._operation = operation
         operation.warning = (
             f"lease {self.name!r} of {self.mb:g} MB was collected before it was released, and has ended; keep it for "
@@ -65,27 +80,27 @@ class Lease:
 
         When the lock is not to be had at once, it is given back as soon as it is.
         """
-        worker = self._worker
-        if not worker.namespace.is_usable:
+        session = self._session
+        if not session.namespace.is_usable:
             return
-        operation = self._operation or worker.begin(sys._getframe())
+        operation = self._operation or session.begin(sys._getframe())
         operation.booking = self.reference
         operation.thread = threading.get_ident()
-        # From here on the keeper ends it if this cannot.
+        # From here on the background thread ends it if this cannot.
         operation.frame = sys._getframe()
         self._operation = None
-        # It is given back, so nothing is to be said when this object is collected before the keeper has seen to it.
+        # It is given back: no warning if this object is collected before the background thread has ended the lease.
         operation.warning = ""
         try:
-            worker.deferred.apply_or_defer(self._end)
+            session.deferred.apply_or_defer(self._end)
             operation.booking = operation.ticket = None
         finally:
-            worker.abandon(operation)
+            session.abandon(operation)
 
     def _end(self, t: Transaction) -> bool:
         is_ours = self._is_ours()
         if is_ours:
-            self._worker.namespace.transitions.leases.end(t, self._row)
+            self._session.namespace.transitions.leases.end(t, self._row)
         return is_ours
 
     def used_by(self, pid: int) -> None:
@@ -96,24 +111,24 @@ class Lease:
         servers are told apart.) Raises InvalidArgumentError for an impossible pid.
         """
         pid = checked_whole(f"lease {self.name!r}: pid", pid, 1, LARGEST_PID, "the number of a process")
-        worker = self._worker
-        if not worker.namespace.is_usable:
+        session = self._session
+        if not session.namespace.is_usable:
             return
 
         def link(t: Transaction) -> bool:
             if self._is_ours():
-                worker.namespace.transitions.leases.link_program(t, self._row, pid)
+                session.namespace.transitions.leases.link_program(t, self._row, pid)
             return False
 
-        worker.deferred.apply_or_defer(link)
+        session.deferred.apply_or_defer(link)
 
     @property
     def is_held(self) -> bool:
         """False once it has been given back."""
-        worker = self._worker
-        if not worker.namespace.is_usable:
+        session = self._session
+        if not session.namespace.is_usable:
             return False
-        with worker.namespace.transaction():
+        with session.namespace.transaction():
             return self._is_ours()
 
     def descriptor(self) -> int:
@@ -121,20 +136,20 @@ class Lease:
 
         A lease ends when no process has one open any more, or by `release`. The caller closes it.
         """
-        return os.dup(self._worker.namespace.life_fd)
+        return os.dup(self._session.namespace.life_fd)
 
     def settled(self) -> None:
         """End the quiet of a lease that was asked for with `steady=True`: others load and unload there again.
 
         Again, or without that: nothing. When the lock is not to be had at once, it ends as soon as it is.
         """
-        if self._worker.namespace.is_usable:
-            self._worker.deferred.apply_or_defer(self._settle)
+        if self._session.namespace.is_usable:
+            self._session.deferred.apply_or_defer(self._settle)
 
     def _settle(self, t: Transaction) -> bool:
         is_ours = self._is_ours()
         if is_ours:
-            self._worker.namespace.transitions.isolation.end_steady(t, self._row)
+            self._session.namespace.transitions.isolation.end_steady(t, self._row)
         return is_ours
 
     def environment(self) -> dict[str, str]:
@@ -144,7 +159,7 @@ class Lease:
         MPMM_MEMORY_FRACTION: its share of the memory of each, rounded down, as engines want it that size themselves
         (`gpu_memory_utilization` of vLLM); missing where the total of a device is not known. Raises ClosedError.
         """
-        namespace = self._worker.namespace
+        namespace = self._session.namespace
         words, floats, tables = namespace.segment.words, namespace.segment.floats, namespace.tables
         uuids = self.placement.uuids
         known = {"MPMM_LEASE_MB": str(int(self.mb)), "MPMM_DEVICES": visible_devices(uuids) or ",".join(uuids)}
@@ -158,7 +173,7 @@ class Lease:
 
     def _is_ours(self) -> bool:
         """Tell whether the row still is this lease; the lock must be held."""
-        namespace = self._worker.namespace
+        namespace = self._session.namespace
         words, at = namespace.segment.words, namespace.tables.instance(self._row)
         return bool(words[at] == Instance.LEASED and words[at + Instance.GENERATION] == self._generation)
 
@@ -172,3 +187,100 @@ class Lease:
 
     def __repr__(self) -> str:
         return f"Lease(name={self.name!r}, mb={self.mb:g})"
+
+
+def reserve(
+    attachment: object,
+    session: Worker,
+    name: str,
+    encoded: bytes,
+    mb: float,
+    request: PlacementRequest,
+    timeout_s: float,
+) -> Lease:
+    """Wait for a lease on `mb` MB, and return it; see `ModelManager.reserve`.
+
+    attachment: what keeps the session from leaving; the lease keeps it alive. encoded: the name as the tables hold it.
+    """
+    operation = session.begin(sys._getframe())
+    try:
+        wanted = _LeaseRequest(attachment, session, operation, name, encoded, mb, request, timeout_s)
+        session.figures.ensure_fresh_to_queue(timeout_s)
+        with session.waiting():
+            lease = wanted.wait()
+        lease.answer_for(operation)
+        return lease
+    except BaseException:
+        session.abandon(operation)
+        raise
+
+
+class _LeaseRequest(QueuedRequest[Lease]):
+    """The request of one call of `reserve`."""
+
+    def __init__(
+        self,
+        attachment: object,
+        session: Worker,
+        operation: Operation,
+        name: str,
+        encoded: bytes,
+        mb: float,
+        request: PlacementRequest,
+        timeout_s: float,
+    ) -> None:
+        super().__init__(session, operation, name, request, time.monotonic(), timeout_s)
+        self._attachment = attachment
+        self._encoded = encoded
+        self._mb = mb
+
+    def wait(self) -> Lease:
+        """Queue, and sleep until the lease is granted."""
+        try:
+            making_room(self.session, self.name, self.deadline, self._enqueue)
+            lease = sleep_until_answered(self)
+        except LockTimeoutError as error:
+            expect_own_time_left(self.session, self.name, error)
+            raise
+        assert lease is not None, "only a preload is told that there is enough"
+        return lease
+
+    def _enqueue(self) -> None:
+        session, namespace, request = self.session, self.session.namespace, self.request
+        with namespace.transaction(self.left_s()) as t:
+            model = namespace.transitions.leases.claim(t, self._encoded, self._mb)
+            row = namespace.transitions.tickets.enqueue(
+                *(t, model, namespace.slot, PRIORITY, self._mb, self.deadline_ns(), 0),
+                *(request.loadable_on or session.samples.visible_bits(), request.usable_on, request.span),
+                urgency=request.urgency,
+                steady=request.steady,
+            )
+            self.note_ticket(row)
+            session.scheduler.advance(t, newcomer=row)
+
+    def _take(self, state: int, instance: int) -> Lease:
+        lease = Lease(self.session, instance, self.name, self._mb, self._attachment)
+        self.operation.booking = lease.reference
+        return lease
+
+    def _refused(self, need_mb: float) -> LeaseTooLargeError:
+        limit_mb, device = largest_limit(self.session, self.request)
+        return LeaseTooLargeError(
+            f"lease {self.name!r} of {self._mb:g} MB: the limit of {device!r} is {limit_mb:.0f} MB, so it can never be "
+            "had; slack_percentage, and memory_budget_mb (host) or fallback_memory_mb (booked), set the limit",
+            name=self.name,
+            need_mb=self._mb,
+            limit_mb=limit_mb,
+            device=device,
+        )
+
+    def time_out(self) -> AcquireTimeoutError:
+        reason, _ = self.leave(timed_out=True)
+        waited = time.monotonic() - self.began
+        return AcquireTimeoutError(
+            f"lease {self.name!r} of {self._mb:g} MB: not available within {waited:.1f} s (last reason: {reason}); "
+            "timeout_seconds sets the limit",
+            tag=self.name,
+            waited_seconds=waited,
+            retry_after_seconds=None,
+        )

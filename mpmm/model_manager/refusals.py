@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from mpmm.errors import AcquireTimeoutError, ClosedError, LockTimeoutError, MpmmError, NamespaceResetError
@@ -14,7 +12,7 @@ if TYPE_CHECKING:
     from mpmm.model_manager.request import PlacementRequest
     from mpmm.model_manager.session import Worker
 
-__all__ = ["expect_mapped", "giving_up_in_time", "largest_limit", "taken_away", "timed_out"]
+__all__ = ["expect_mapped", "expect_own_time_left", "largest_limit", "taken_away", "timed_out"]
 
 # What Python says of a memoryview that was released.
 _UNMAPPED = "released memoryview"
@@ -32,14 +30,9 @@ def timed_out(tag: str, waited_s: float, reason: str, expected_s: float | None =
     )
 
 
-@contextmanager
-def giving_up_in_time(session: Worker, tag: str) -> Iterator[None]:
-    """Turn a lock that was not free for as long as the caller would wait at all into the end of that wait."""
-    try:
-        yield
-    except LockTimeoutError as error:
-        if error.timeout_seconds >= session.namespace.settings.lock_timeout_seconds:
-            raise
+def expect_own_time_left(session: Worker, tag: str, error: LockTimeoutError) -> None:
+    """Raise AcquireTimeoutError if the lock was waited for no longer than because the caller would wait no longer."""
+    if error.timeout_seconds < session.namespace.settings.lock_timeout_seconds:
         raise timed_out(tag, error.timeout_seconds, "lock") from error
 
 

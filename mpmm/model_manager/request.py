@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple, TypedDict
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
+from mpmm.errors import InvalidArgumentError
+from mpmm.multi_process_shared.main_import import refuse_while_importing_main
+from mpmm.multi_process_shared.registry import is_server_process
 from mpmm.policy.fairness import HIGHEST_URGENCY
 from mpmm.shared_state.durations import LONGEST_NS, to_ns
 from mpmm.shared_state.layout import MOST_SPANNED, Capacities, Model
@@ -18,9 +21,9 @@ if TYPE_CHECKING:
 __all__ = [
     "ANYWHERE",
     "AcquireOptions",
-    "NothingFree",
     "PlacementRequest",
     "check_names",
+    "check_request",
     "encoded_tag",
     "read_options",
 ]
@@ -57,10 +60,6 @@ class PlacementRequest(NamedTuple):
     urgency: int = 0
     steady: bool = False
     if_free: bool = False
-
-
-class NothingFree(Exception):
-    """Ends the transaction of a preload that would have to wait, or to have something evicted; internal."""
 
 
 # The request of a caller who passes no options; recognized by identity.
@@ -103,6 +102,14 @@ def _keep_alive_word(seconds: object) -> int:
         return LONGEST_NS + 1
     text = "seconds, -1 for ever, or a number"
     return to_ns(checked_number("keep_alive_seconds", seconds, 0.0, math.inf, text)) + 1
+
+
+def check_request(tag: str, loader: Callable[[], Any]) -> None:
+    """Check tag and loader of an acquire. Raises InvalidArgumentError, and ServerStartError while a server starts."""
+    if not isinstance(tag, str) or not callable(loader):
+        raise InvalidArgumentError(f"model {tag!r}, loader {loader!r}: expected a str and a callable")
+    if is_server_process():
+        refuse_while_importing_main("acquire the model", tag)
 
 
 def check_names(options: AcquireOptions) -> None:

@@ -1,0 +1,215 @@
+"""Acquiring an instance of a model: the way through the steps of an `Acquisition`, driven by sleeping.
+
+the call                                        the step                              under the lock
+─────────────────────────────────────────────────────────────────────────────────────────────────────────
+an idle instance, and nobody waits              `take_quickly`, or `take_idle`         grab
+otherwise it queues                             `enqueue`                              enqueue, advance
+… and sleeps until another process answers
+    granted an instance: it returns that        `take_grant`, or `act`                 consume_answer
+    told to load, or to resume: it does so      `act`, then `load.py`                  consume_answer … loads.end
+    told that it can never fit: it raises       `act`                                  consume_answer
+at the deadline it leaves, and raises           `leave`                                leave_queue
+"""
+
+from __future__ import annotations
+
+import time
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from mpmm.errors import ClosedError, LockTimeoutError, MpmmError
+from mpmm.model_manager.acquisition import Acquisition, Booking
+from mpmm.model_manager.load import LoadAttempt, resume
+from mpmm.model_manager.nested import end_isolation, expect_no_deadlock
+from mpmm.model_manager.operations import Copy
+from mpmm.model_manager.queued_request import GrantRolledBack, QueuedRequest
+from mpmm.model_manager.refusals import expect_mapped, expect_own_time_left
+from mpmm.model_manager.release import discard
+from mpmm.model_manager.request import ANYWHERE, AcquireOptions, read_options
+from mpmm.model_manager.session import Worker
+from mpmm.model_manager.unload import collect_garbage
+from mpmm.shared_state.futex import wait_for_change
+from mpmm.shared_state.layout import Ticket
+
+if TYPE_CHECKING:
+    from mpmm.model_manager.attachment import Attachment
+    from mpmm.model_manager.operations import Operation
+
+__all__ = ["acquire", "load_booked", "queue", "sleep_until_answered"]
+
+T = TypeVar("T")
+
+
+def acquire(
+    attachment: Attachment,
+    session: Worker,
+    operation: Operation,
+    tag: str,
+    loader: Callable[[], Any],
+    options: AcquireOptions,
+    began: float,
+) -> Any:
+    """Return an instance, which `operation` has noted as held. began: `time.monotonic()` at the caller's call."""
+    if attachment.bookings_made:
+        booking = attachment.bookings.take(operation, tag)
+        if booking is not None:
+            booked = attachment.acquisition(session, operation, tag, ANYWHERE)
+            return load_booked(booked, booking, loader)
+    request = read_options(options, session.samples) if options else ANYWHERE
+    try:
+        quick = None if request.usable_on or request.keep_alive else session.held.take_quickly(tag, operation)
+        if quick is not None:
+            if session.held.handle_is_alive(quick):
+                return quick.value
+            discard(session, operation, quick)
+        acquisition = attachment.acquisition(session, operation, tag, request, began)
+        found = find(acquisition)
+    except ValueError as error:
+        expect_mapped(session, error)
+        raise
+    return load_booked(acquisition, found, loader) if isinstance(found, Booking) else found.value
+
+
+def find(acquisition: Acquisition) -> Copy | Booking:
+    """Return an instance that lives and that this process holds now, or the permission to load one."""
+    session = acquisition.session
+    try:
+        if acquisition.request.keep_alive:
+            acquisition.set_keep_alive(acquisition.left_s())
+        while True:
+            found = _take_before_queueing(acquisition) or queue(acquisition)
+            if isinstance(found, Booking):
+                return found
+            # None stands for enough instances, which only a preload is told.
+            if found is not None:
+                if session.held.handle_is_alive(found):
+                    return found
+                discard(session, acquisition.operation, found)
+    except LockTimeoutError as error:
+        expect_own_time_left(session, acquisition.tag, error)
+        raise
+
+
+def _take_before_queueing(acquisition: Acquisition) -> Copy | None:
+    """Take an idle instance that nobody waits for, or that is kept for this process a moment longer."""
+    session, tag = acquisition.session, acquisition.tag
+    if session.scheduler.may_have_to_wait(tag) and not session.held.comes_back(tag):
+        return None
+    kept = None if acquisition.request.usable_on else session.held.take_kept(tag, acquisition.operation)
+    return kept or acquisition.take_idle(acquisition.left_s())
+
+
+def queue(acquisition: Acquisition) -> Copy | Booking | None:
+    """Wait in the queue; return an instance that this process holds now, or the permission to load one.
+
+    None stands for enough instances, which only a preload is told.
+    """
+    session = acquisition.session
+    firm, alone = session.thread.rows()
+    acquisition.nested = bool(firm or alone)
+    end_isolation(session, (*firm, *alone))
+    with session.waiting():
+        copy = acquisition.enqueue()
+        if copy is not None:
+            return copy
+        if firm:
+            expect_no_deadlock(acquisition, firm)
+        return sleep_until_answered(acquisition)
+
+
+def sleep_until_answered(request: QueuedRequest[T]) -> T | None:
+    """Wait for the answer to a ticket, and act on it. Raises AcquireTimeoutError at the deadline."""
+    while (state := _answer(request)) is not None:
+        if state == Ticket.GRANTED and (granted := request.take_grant()) is not None:
+            return granted
+        with suppress(GrantRolledBack):
+            return request.act()
+    raise request.time_out()
+
+
+def _answer(request: QueuedRequest[Any]) -> int | None:
+    """Have what has to go for the ticket unloaded, then `_sleep`; an exception takes the ticket out of the queue."""
+    try:
+        request.session.unloads.unload_in_thread()
+        return _sleep(request.session, request.row, request.deadline)
+    except BaseException:
+        request.leave()
+        raise
+
+
+def _sleep(session: Worker, row: int, deadline: float) -> int | None:
+    """Sleep until the ticket (row) has an answer, and return its state; None when the deadline has passed."""
+    namespace = session.namespace
+    words = namespace.segment.words
+    at = namespace.tables.ticket(row)
+    signal = at + Ticket.SIGNAL
+    again = session.look_again(row)
+    while True:
+        seen = words[signal]
+        # This look needs no lock: what is seen here is acted upon only once it is known to be committed.
+        if words[at + Ticket.STATE] != Ticket.WAITING:
+            return int(words[at + Ticket.STATE])
+        if session.closing:
+            raise ClosedError("the manager was shut down while a thread waited for a model")
+        left = deadline - time.monotonic()
+        if left <= 0:
+            return None
+        look_in_s = again.in_s()
+        if look_in_s <= 0:
+            again.look()
+            continue
+        left = min(left, look_in_s)
+        wait_for_change(lambda: int(words[signal]), namespace.segment.address + 8 * signal, seen, left)
+        if words[signal] == seen:
+            session.scheduler.await_alerted(row)
+
+
+# ---- told to load ----------------------------------------------------------------------------------------------
+
+
+def load_booked(acquisition: Acquisition, booking: Booking, loader: Callable[[], Any]) -> Any:
+    """Load, or resume, what was booked, and return it.
+
+    If the loader runs out of memory, room is made, and the request queues for a second turn. There is none for a load
+    that had its devices to itself, with no larger ones to go to, because nothing can be unloaded for it.
+    """
+    try:
+        return _load_booked(acquisition, booking, loader)
+    except ValueError as error:
+        expect_mapped(acquisition.session, error)
+        raise
+
+
+def _load_booked(acquisition: Acquisition, booking: Booking, loader: Callable[[], Any]) -> Any:
+    found: Copy | Booking | None = booking
+    has_run_out = False
+    while isinstance(found, Booking):
+        if found.resumes:
+            found = resume(acquisition, found) or _queue_again(acquisition)
+            continue
+        attempt = LoadAttempt(acquisition, found, loader, last=has_run_out)
+        try:
+            return attempt.run().value
+        except Exception as error:
+            if not attempt.again:
+                raise
+            failure = error
+        # Its frames would keep what was loaded so far, and with it the memory.
+        traceback.clear_frames(failure.__traceback__)
+        collect_garbage()
+        has_run_out, found = True, None
+        with suppress(MpmmError):
+            acquisition.session.out_of_memory.make_room(attempt.devices)
+            acquisition.session.unloads.wait_for_unloads(attempt.devices)
+            found = _queue_again(acquisition)
+        if found is None:
+            raise failure
+        del failure
+    return None if found is None else found.value
+
+
+def _queue_again(acquisition: Acquisition) -> Copy | Booking | None:
+    acquisition.begin_anew()
+    return queue(acquisition) if acquisition.preload else find(acquisition)

@@ -1,0 +1,238 @@
+"""One request for an instance of a model: from the look for an idle one to the answer of the queue.
+
+`acquire.py` draws the way through these steps. Each takes the lock for one transaction, or less.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+from typing import TYPE_CHECKING, NamedTuple
+
+from mpmm.errors import ModelTooLargeError, QueueFullError, TableFullError
+from mpmm.model_manager.operations import Copy
+from mpmm.model_manager.queued_request import QueuedRequest, making_room
+from mpmm.model_manager.refusals import largest_limit
+from mpmm.model_manager.request import ANYWHERE, PlacementRequest, encoded_tag
+from mpmm.model_manager.session import Worker
+from mpmm.shared_state.layout import Header, Instance, Model, Ticket
+
+if TYPE_CHECKING:
+    from mpmm.model_manager.operations import Operation
+    from mpmm.shared_state.events import Cause
+    from mpmm.shared_state.transaction import Transaction
+
+__all__ = ["Acquisition", "Booking", "NothingFree"]
+
+# Tickets with a higher number stand behind: unknown models (0) first, for they are to be measured, then known ones (1).
+PRELOAD_PRIORITY = 2
+
+
+class NothingFree(Exception):
+    """Ends the transaction of a preload that would have to wait, or to have something evicted; internal."""
+
+
+class Booking(NamedTuple):
+    """An instance (row, generation) that this process may load now; memory is reserved for it.
+
+    alone: it has its devices to itself, to be measured. resumes: it is not to be loaded, but to be resumed.
+    """
+
+    row: int
+    generation: int
+    alone: bool
+    resumes: bool = False
+
+
+class Acquisition(QueuedRequest["Copy | Booking"]):
+    """The request of one call of `acquire_model`, `model`, `model_async`, `preload` or `resume`.
+
+    preload: above 0 it asks for a load only, and is told once there are so many instances. nested: its thread holds or
+    loads others. log_info: the manager's, which writes only if `verbose_logging` is on.
+    """
+
+    def __init__(
+        self,
+        session: Worker,
+        operation: Operation,
+        tag: str,
+        request: PlacementRequest,
+        began: float,
+        timeout_s: float,
+        log_info: Callable[..., object],
+        preload: int = 0,
+    ) -> None:
+        super().__init__(session, operation, tag, request, began, timeout_s)
+        self.tag = tag
+        self.log_info = log_info
+        self.preload = preload
+        self.nested = False
+
+    # ---- without a ticket ----------------------------------------------------------------------------------
+
+    def set_keep_alive(self, timeout_s: float | None = None) -> None:
+        """Record how long idle instances are kept, if the model has a row; otherwise the ticket records it."""
+        session, word = self.session, self.request.keep_alive
+        namespace = session.namespace
+        words, tables = namespace.segment.words, namespace.tables
+        (session.unload_on_release.add if word == Model.AT_ONCE else session.unload_on_release.discard)(self.tag)
+        row = tables.model_row(self.tag)
+        if row is None or words[tables.model(row) + Model.KEEP_ALIVE] == word:
+            return
+        with namespace.transaction(timeout_s) as t:
+            row = tables.model_row(self.tag)
+            if row is not None:
+                namespace.transitions.models.keep_alive(t, row, word)
+
+    def take_idle(self, timeout_s: float) -> Copy | None:
+        """Take an idle instance, if waiters do not come first and none runs alone on its devices.
+
+        timeout_s: for the lock; LockTimeoutError after that.
+        """
+        session = self.session
+        with session.namespace.transaction(timeout_s) as t:
+            row = session.held.find_idle(self.tag, self.request.usable_on)
+            return None if row is None else self._take_row(t, row)
+
+    def _take_row(self, t: Transaction, row: int) -> Copy | None:
+        session, namespace, scheduler = self.session, self.session.namespace, self.session.scheduler
+        if namespace.segment.words[Header.ISOLATED] and scheduler.beside_isolation(row):
+            return None
+        if scheduler.must_queue() and not (session.held.has_tenure(self.tag, row) or scheduler.may_take(row)):
+            return None
+        namespace.transitions.holds.take_idle(t, row, namespace.reference)
+        return session.held.add(row, self.tag, self.operation)
+
+    # ---- to the ticket -------------------------------------------------------------------------------------
+
+    def enqueue(self) -> Copy | None:
+        """Join the queue; or return an instance that has become idle meanwhile.
+
+        The policy may answer the ticket within the same transaction.
+
+        Raises QueueFullError, TableFullError, NothingFree, LockTimeoutError.
+        """
+        session, self.row = self.session, -1
+        may_know = self.request is ANYWHERE and not (self.preload or self.nested)
+        if may_know and session.scheduler.may_know_the_wait(self.tag):
+            copy = self._take_or_wait()
+            if copy is not None or self.row >= 0:
+                return copy
+        session.figures.ensure_fresh_to_queue(self.left_s())
+        if self.request.if_free:
+            self._enqueue_if_free()
+        else:
+            making_room(session, self.tag, self.deadline, self._enqueue_with_plan)
+        self._log_queued()
+        return None
+
+    def _take_or_wait(self) -> Copy | None:
+        """Take an idle instance, or queue where it is known without a plan that others have to be waited for.
+
+        If it takes a plan to know, nothing changes: there is no ticket, and None is returned.
+        """
+        session, namespace = self.session, self.session.namespace
+        with suppress(TableFullError), namespace.transaction(self.left_s()) as t:
+            row = session.held.find_idle(self.tag)
+            copy = None if row is None else self._take_row(t, row)
+            if copy is not None:
+                return copy
+            model = namespace.tables.model_row(self.tag)
+            cause = None if model is None else session.scheduler.known_wait(model)
+            if model is not None and cause is not None:
+                self._make_ticket(t, model, cause)
+                self._expect_place()
+                t.after.append(self._log_queued)
+        return None
+
+    def _enqueue_if_free(self) -> None:
+        try:
+            self._enqueue_with_plan()
+        except TableFullError:
+            raise NothingFree from None
+
+    def _enqueue_with_plan(self) -> None:
+        """Queue, and have the policy decide for everybody who waits."""
+        session, namespace = self.session, self.session.namespace
+        encoded = encoded_tag(self.tag)
+        with namespace.transaction(self.left_s()) as t:
+            model = namespace.transitions.models.claim(t, self.tag, encoded)
+            if session.kept_estimates is not None:
+                session.kept_estimates.recall(t, model, self.tag)
+            if self.request.expect_mb:
+                namespace.transitions.estimates.expect(t, model, self.request.expect_mb)
+            self._make_ticket(t, model)
+            if self.request.if_free and not session.scheduler.needs_nothing(self.row):
+                self.operation.ticket = None
+                raise NothingFree
+            session.scheduler.advance(t, newcomer=self.row)
+            self._expect_place()
+
+    def _make_ticket(self, t: Transaction, model: int, cause: Cause | None = None) -> None:
+        """Make the ticket; cause: why it waits, if that is known."""
+        session, namespace, request = self.session, self.session.namespace, self.request
+        if request.keep_alive:
+            namespace.transitions.models.keep_alive(t, model, request.keep_alive)
+        known = session.scheduler.is_known(model) or namespace.segment.words[Header.SOURCE_BOOKS_ONLY]
+        priority = PRELOAD_PRIORITY if self.preload else 1 if known else 0
+        row = namespace.transitions.tickets.enqueue(
+            *(t, model, namespace.slot, priority, session.scheduler.need_mb(model), self.deadline_ns(), self.preload),
+            *(request.loadable_on or session.samples.visible_bits(), request.usable_on, request.span, self.nested),
+            *(cause, request.urgency, request.steady),
+        )
+        self.note_ticket(row)
+
+    def _expect_place(self) -> None:
+        """Refuse a newcomer that has to wait while as many do as may; its transaction is undone for it.
+
+        Raises QueueFullError.
+        """
+        session = self.session
+        words, tables = session.namespace.segment.words, session.namespace.tables
+        at = tables.ticket(self.row)
+        waiting = words[tables.model(words[at + Ticket.MODEL]) + Model.WAITING]
+        most = self.request.max_waiting
+        if not self.preload:
+            most = min(most, session.namespace.settings.max_waiting)
+        if waiting <= most or words[at] != Ticket.WAITING:
+            return
+        expected_s = session.scheduler.expected_wait_s(self.row)
+        self.operation.ticket = None
+        raise QueueFullError(
+            f"model {self.tag!r}: {waiting - 1} requests wait for it already, and max_waiting={most:.0f} allows no "
+            f"other one, which would wait for about {expected_s:.1f} s: try again then, or raise max_waiting",
+            tag=self.tag,
+            waiting=waiting - 1,
+            max_waiting=int(most),
+            retry_after_seconds=expected_s,
+        )
+
+    def _log_queued(self) -> None:
+        self.log_info("Queued for %s: ticket %s", self.tag, self.operation.ticket)
+
+    # ---- from the answer -----------------------------------------------------------------------------------
+
+    def take_grant(self) -> Copy | None:
+        """Take the instance that the ticket was granted, without the lock; None where that takes `act`."""
+        return self.session.held.take_granted(self.row, self.tag, self.operation)
+
+    def _take(self, state: int, instance: int) -> Copy | Booking:
+        session, namespace = self.session, self.session.namespace
+        if state == Ticket.GRANTED:
+            return session.held.add(instance, self.tag, self.operation)
+        words, at = namespace.segment.words, namespace.tables.instance(instance)
+        self.operation.booking = (instance, words[at + Instance.GENERATION])
+        alone, resumes = namespace.transitions.isolation.runs_alone(instance), words[at] == Instance.RESUMING
+        return Booking(*self.operation.booking, alone, resumes)
+
+    def _refused(self, need_mb: float) -> ModelTooLargeError:
+        limit_mb, device = largest_limit(self.session, self.request)
+        return ModelTooLargeError(
+            f"model {self.tag!r} needs {need_mb:.0f} MB, and the limit of {device!r} is {limit_mb:.0f} MB: it can "
+            "never be loaded; slack_percentage, and memory_budget_mb (host) or fallback_memory_mb (booked), set the "
+            "limit",
+            tag=self.tag,
+            need_mb=need_mb,
+            limit_mb=limit_mb,
+            device=device,
+        )

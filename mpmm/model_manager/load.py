@@ -1,0 +1,331 @@
+"""Making an instance of what the queue has booked: one run of a loader, or one resume of a suspended instance.
+
+No lock is held while the loader runs. Only its outcome is written down: how large the instance is, or that it failed.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from mpmm.errors import (
+    ClosedError,
+    InvalidArgumentError,
+    LoadTimeoutError,
+    LockTimeoutError,
+    NamespaceResetError,
+)
+from mpmm.memory.beam_metrics import report_estimate, report_model_count
+from mpmm.memory.estimator import GROWTH_SD, Estimate
+from mpmm.model_manager.acquisition import Acquisition, Booking
+from mpmm.model_manager.fresh_figures import Growth
+from mpmm.model_manager.held import server_pid_of
+from mpmm.model_manager.operations import Copy
+from mpmm.model_manager.out_of_memory import FreeMemory
+from mpmm.model_manager.refusals import taken_away
+from mpmm.model_manager.server_duty import server_context
+from mpmm.model_manager.session import Worker
+from mpmm.model_manager.unload import collect_garbage, unload_made
+from mpmm.model_manager.waits import decision, says_more, where
+from mpmm.multi_process_shared.context import serving_for
+from mpmm.placement import placed
+from mpmm.policy.out_of_memory import is_out_of_memory
+from mpmm.shared_state.events import EventKind
+from mpmm.shared_state.layout import Header, Instance, Model, device_rows
+from mpmm.shared_state.tables import encode_text
+from mpmm.shared_state.transaction import Transaction
+from mpmm.text.arguments import checked_number
+from mpmm.text.printable import printable_logger
+
+__all__ = ["LoadAttempt", "give_up_booking", "resume"]
+
+_LOG = printable_logger("mpmm")
+# What ends a load without being a failure of its loader.
+_NOT_THE_LOADERS = (ClosedError, LockTimeoutError, NamespaceResetError)
+
+
+class _Size(NamedTuple):
+    """What an instance is taken for, in MB.
+
+    shares_mb: of each device, if measured. learnt: what that says of the model.
+    """
+
+    mb: float
+    shares_mb: tuple[float, ...] = ()
+    learnt: Estimate | None = None
+
+
+class LoadAttempt:
+    """One run of a loader. last: there is no other one behind it.
+
+    devices: bits of those on which it loads; places: of those on which it might. again: it has run out of memory, and
+    may find more in another turn.
+    """
+
+    def __init__(self, acquisition: Acquisition, booking: Booking, loader: Callable[[], Any], last: bool) -> None:
+        session = acquisition.session
+        self.devices = session.namespace.segment.words[
+            session.namespace.tables.instance(booking.row) + Instance.DEVICES
+        ]
+        self.places = acquisition.request.loadable_on or session.samples.visible_bits()
+        self.again = False
+        self._session = session
+        self._operation = acquisition.operation
+        self._tag = acquisition.tag
+        self._booking = booking
+        self._loader = loader
+        self._last = last
+        # What the devices had for it when it began.
+        self._free: FreeMemory | None = None
+
+    def run(self) -> Copy:
+        """Run the loader, and return the instance that it has made, which this process holds.
+
+        Raises what the loader raises, LoadTimeoutError, NamespaceResetError, ClosedError, LockTimeoutError.
+        """
+        session, booking = self._session, self._booking
+        began, resets = time.monotonic(), session.namespace.segment.words[Header.RESETS]
+        value: Any = None
+        try:
+            growth = self._begin()
+            session.thread.loads.append((booking.row, booking.generation))
+            try:
+                placement = session.samples.placement_of_instance(booking.row)
+                context = server_context(session.namespace, session.source, placement, booking.row)
+                with serving_for(context), placed(placement):
+                    value = self._loader()
+            finally:
+                session.thread.loads.remove((booking.row, booking.generation))
+            if isinstance(value, str):
+                session.suspender.wake(value, self._tag)
+            copy = self._book_in(value, growth)
+        except BaseException as error:
+            in_time = self._give_up(error)
+            unload_made(value)
+            value = None
+            collect_garbage()
+            text, seconds = "mpmm %s: pid %d failed to load %s after %.1f s: %s", time.monotonic() - began
+            name, pid = session.namespace.name, session.namespace.pid
+            _LOG.info(text, name, pid, self._tag, seconds, type(error).__name__)
+            if not in_time:
+                self._expect_not_given_up(resets, error)
+            raise
+        self._log_loaded(copy, time.monotonic() - began)
+        return copy
+
+    # ---- before the loader runs ----------------------------------------------------------------------------
+
+    def _begin(self) -> Growth:
+        """Take the figures that the load is going to be measured against."""
+        session, booking = self._session, self._booking
+        if inspect.iscoroutinefunction(self._loader):
+            raise InvalidArgumentError(
+                f"loader {self._loader!r} of {self._tag!r}: expected a callable that is no coroutine"
+            )
+        self._log_begin()
+        if booking.alone:
+            # What it adds is measured against this figure, so it must be one from now, whatever that takes.
+            session.figures.sample()
+            session.figures.reset_peak()
+            with session.namespace.transaction() as t:
+                session.namespace.transitions.isolation.set_baseline(t, booking.row)
+        growth = session.figures.measuring_growth()
+        self._free = session.out_of_memory.free_for_load(booking.row)
+        if booking.alone:
+            session.thread.alone = booking.row, booking.generation
+        return growth
+
+    def _log_begin(self) -> None:
+        """Say that a load begins, for how much, where and why."""
+        if says_more(_LOG):
+            namespace, row = self._session.namespace, self._booking.row
+            mb = namespace.segment.floats[namespace.tables.instance(row) + Instance.RESERVED_MB]
+            why = decision(namespace, EventKind.LOAD_BEGAN, row)
+            text = "mpmm %s: pid %d begins to load %s, %.0f MB reserved on %s%s"
+            place = where(namespace, row)
+            _LOG.info(text, namespace.name, namespace.pid, self._tag, mb, place, f": it {why}" if why else "")
+
+    # ---- after it has returned -----------------------------------------------------------------------------
+
+    def _book_in(self, value: Any, growth: Growth) -> Copy:
+        """Write down what the loader has made, and how large it is; this process holds it from then on."""
+        session, namespace, row, tag = self._session, self._session.namespace, self._booking.row, self._tag
+        words, tables = namespace.segment.words, namespace.tables
+        handle = encode_text(value, Instance.HANDLE_BYTES, f"handle of {tag!r}") if isinstance(value, str) else b""
+        server_pid = server_pid_of(value)
+        seen = session.figures.sample_after_load(row)
+        grown_mb = growth.mb() if seen and not isinstance(value, str) else 0.0
+        way = session.suspender.way_of(value, row)
+        with namespace.transaction() as t:
+            at = tables.instance(row)
+            if not _is_ours(session, self._booking):
+                raise taken_away(session, f"ended the load of {tag!r}", tag)
+            model = words[at + Instance.MODEL]
+            server = words[at + Instance.SERVER] or (namespace.reference if server_pid == namespace.pid else 0)
+            size = self._size_of(t, value, server, grown_mb)
+            has_server = server_pid is not None
+            is_twin = namespace.transitions.loads.end(t, row, handle, size.mb, server, has_server, size.shares_mb)
+            if way:
+                namespace.transitions.suspensions.note_way(t, row, way)
+            if is_twin:
+                session.held.warn_of_twins(t, tag, value)
+            learnt_mb = self._learn(t, size)
+            if words[Header.SOURCE_MEASURES_PROCESSES] and words[tables.model(model) + Model.KNOWN]:
+                # It was loaded alone because nobody knew whether the source knows processes; now it is measured.
+                namespace.transitions.isolation.end(t, row)
+            loaded = words[tables.model(model) + Model.LOADED]
+            copy = session.held.add_loaded(row, tag, value, self._operation)
+            session.scheduler.advance(t)
+        report_model_count(tag, loaded)
+        if learnt_mb is not None:
+            report_estimate(tag, learnt_mb)
+        return copy
+
+    def _size_of(self, t: Transaction, value: Any, server: int, grown_mb: float) -> _Size:
+        """Return what the instance takes: as its server was measured, or this process has grown, or by what is known.
+
+        server: a reference, 0 if it has none. Needs the lock.
+        """
+        session, namespace = self._session, self._session.namespace
+        at = namespace.tables.instance(self._booking.row)
+        shares_mb = session.figures.measured_shares(self._booking.row, server)
+        if math.fsum(shares_mb) > 0:
+            return _Size(math.fsum(shares_mb), shares_mb, Estimate(max(shares_mb) * len(shares_mb), 0.0))
+        if grown_mb > 0:
+            return _Size(grown_mb, (), Estimate(grown_mb, GROWTH_SD * grown_mb))
+        model, own_mb = namespace.segment.words[at + Instance.MODEL], _own_word(value)
+        if own_mb is not None:
+            namespace.transitions.estimates.expect(t, model, own_mb)
+            return _Size(session.scheduler.expected_mb(model), shares_mb)
+        # No more than the policy has found room for: the default is cut where a device is smaller.
+        reserved_mb = namespace.segment.floats[at + Instance.RESERVED_MB]
+        return _Size(min(session.scheduler.expected_mb(model), reserved_mb), shares_mb)
+
+    def _learn(self, t: Transaction, size: _Size) -> float | None:
+        """Record what the model takes, if it is not known yet; return it in MB if it was recorded."""
+        session, namespace = self._session, self._session.namespace
+        words, tables = namespace.segment.words, namespace.tables
+        at = tables.instance(self._booking.row)
+        model = words[at + Instance.MODEL]
+        if words[tables.model(model) + Model.KNOWN]:
+            return None
+        if size.learnt is not None:
+            namespace.transitions.estimates.estimate(t, model, size.learnt.mb, measured=True, sd_mb=size.learnt.sd_mb)
+            return size.learnt.mb
+        if not words[Header.SOURCE_BOOKS_ONLY]:
+            return None
+        # With nothing to measure with, the assumption; whatever leases have left of the device this time.
+        devices = device_rows(words[at + Instance.DEVICES])
+        most_mb = min(map(session.scheduler.limit_mb, devices)) * len(devices)
+        mb = min(session.scheduler.expected_mb(model), max(size.mb, most_mb))
+        namespace.transitions.estimates.estimate(t, model, mb, measured=False)
+        return mb
+
+    def _log_loaded(self, copy: Copy, seconds: float) -> None:
+        if says_more(_LOG):
+            namespace = self._session.namespace
+            mb = namespace.segment.floats[namespace.tables.instance(copy.row) + Instance.MB]
+            text = "mpmm %s: pid %d loaded %s in %.1f s: %.0f MB on %s"
+            _LOG.info(text, namespace.name, namespace.pid, self._tag, seconds, mb, where(namespace, copy.row))
+
+    # ---- after it has failed -------------------------------------------------------------------------------
+
+    def _give_up(self, error: BaseException) -> bool:
+        """Free the row, and learn from the failure; return False if others have freed it already.
+
+        A failure of the loader itself is remembered, unless there is another turn; see `policy.backoff`.
+        """
+        session, row = self._session, self._booking.row
+        ran_out = is_out_of_memory(error)
+        failed = isinstance(error, Exception) and not isinstance(error, _NOT_THE_LOADERS)
+        self.again = ran_out and not self._last
+
+        def learn(t: Transaction) -> None:
+            if ran_out:
+                more = session.out_of_memory.could_gain(row, self._free, self.places)
+                self.again = self.again and more
+                session.out_of_memory.learn_from_load(t, row, self._free, self.places, not self._last)
+            if failed and not self.again:
+                namespace = session.namespace
+                model = namespace.segment.words[namespace.tables.instance(row) + Instance.MODEL]
+                namespace.transitions.models.note_failure(t, model)
+
+        in_time = give_up_booking(session, self._booking, learn)
+        self._operation.booking = None
+        return in_time
+
+    def _expect_not_given_up(self, resets: int, error: BaseException) -> None:
+        """Raise LoadTimeoutError if the row was taken away, and not by a reset: nothing else takes it.
+
+        resets: how many there had been when the load began.
+        """
+        namespace = self._session.namespace
+        # It counts from when the load was allowed, not from when the loader was called.
+        limit_s = namespace.settings.load_timeout_seconds
+        if limit_s < math.inf and namespace.is_usable and namespace.segment.words[Header.RESETS] == resets:
+            raise LoadTimeoutError(
+                f"the load of {self._tag!r} took longer than {limit_s:g} s and was given up; load_timeout_seconds sets "
+                "the limit",
+                tag=self._tag,
+                timeout_seconds=limit_s,
+            ) from error
+
+
+def resume(acquisition: Acquisition, booking: Booking) -> Copy | None:
+    """Resume a suspended instance, and return it; None if that fails, and it is unloaded."""
+    session, operation = acquisition.session, acquisition.operation
+    resumed = session.suspender.resume(booking.row, booking.generation)
+    with session.namespace.transaction() as t:
+        if resumed and session.suspender.end_resume(t, booking.row, booking.generation):
+            copy = session.held.add(booking.row, acquisition.tag, operation)
+            operation.booking = None
+            session.scheduler.advance(t)
+            return copy
+    operation.booking = None
+    return None
+
+
+def give_up_booking(session: Worker, booking: Booking, learn: Callable[[Transaction], object] = lambda t: None) -> bool:
+    """Free the row of a load that came to nothing, or suspend again what was to be resumed.
+
+    Return False if others have done so already. learn: called in the same transaction, while the row still stands;
+    that is at once, or as soon as the lock is free.
+    """
+    namespace = session.namespace
+    if not namespace.is_usable:
+        return False
+
+    def give_up(t: Transaction) -> bool:
+        if not _is_ours(session, booking):
+            return False
+        learn(t)
+        if booking.resumes:
+            namespace.transitions.suspensions.turn_back(t, booking.row, namespace.reference)
+        else:
+            # Not merely `fail_load`: the loader may have started a model server before it failed.
+            namespace.transitions.loads.give_up(t, booking.row)
+        return True
+
+    return session.deferred.apply_or_defer(give_up) is not False
+
+
+def _is_ours(session: Worker, booking: Booking) -> bool:
+    """Tell whether a booked row still is this process's to load, or to resume. Needs the lock."""
+    words, at = session.namespace.segment.words, session.namespace.tables.instance(booking.row)
+    return bool(
+        words[at + Instance.STATE] == (Instance.RESUMING if booking.resumes else Instance.LOADING)
+        and words[at + Instance.GENERATION] == booking.generation
+        and words[at + Instance.HOLDER] == session.namespace.reference
+    )
+
+
+def _own_word(value: Any) -> float | None:
+    """Return what an object says that it takes, in its attribute `expect_mb`, None if it says nothing of use."""
+    mb = None if isinstance(value, str) else getattr(value, "expect_mb", None)
+    try:
+        return checked_number("expect_mb", mb, 0.0, math.inf, "MB", above=True, finite=True)
+    except InvalidArgumentError:
+        return None

@@ -1,0 +1,108 @@
+"""Instances ahead of use, or without a use: preloads, resumes, and loads that are booked by hand.
+
+They queue like an acquire, and what they have made is idle afterwards.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+from mpmm.errors import AcquireTimeoutError, LockTimeoutError
+from mpmm.model_manager.acquire import load_booked, queue
+from mpmm.model_manager.acquisition import Acquisition, Booking, NothingFree
+from mpmm.model_manager.load import give_up_booking
+from mpmm.model_manager.operations import Copy
+from mpmm.model_manager.refusals import expect_own_time_left
+from mpmm.model_manager.release import give_back, give_back_held
+
+if TYPE_CHECKING:
+    from mpmm.model_manager.attachment import Attachment
+
+__all__ = ["book", "preload", "resume_all"]
+
+
+def preload(acquisition: Acquisition, loader: Callable[[], Any]) -> int:
+    """Load until there are `acquisition.preload` instances that this process can use; return how many it has loaded."""
+    session, operation, tag = acquisition.session, acquisition.operation, acquisition.tag
+    if acquisition.request.keep_alive:
+        acquisition.set_keep_alive()
+    for loaded in range(acquisition.preload):
+        answer = None
+        with suppress(NothingFree):
+            answer = _queue_in_time(acquisition)
+        if not isinstance(answer, Booking):
+            return loaded
+        load_booked(acquisition, answer, loader)
+        if operation.held is not None and session.held.take_off_hold(operation.held, operation):
+            give_back(session, tag, operation.held[0], used=False)
+        operation.held = None
+    return acquisition.preload
+
+
+def resume_all(acquisition: Acquisition) -> int:
+    """Resume the suspended instances of a model that this process can use; return how many."""
+    session, operation, tag = acquisition.session, acquisition.operation, acquisition.tag
+    resumed = 0
+    while session.suspender.suspended_of(tag):
+        acquisition.preload = session.suspender.loaded_of(tag) + 1
+        answer = _queue_in_time(acquisition)
+        if not isinstance(answer, Booking):
+            break
+        if not answer.resumes:
+            # Another process was quicker, and a load is not what was asked for.
+            give_up_booking(session, answer)
+            operation.booking = None
+            break
+        if not session.suspender.resume(answer.row, answer.generation):
+            operation.booking = None
+            continue
+        with session.namespace.transaction() as t:
+            if session.suspender.end_resume(t, answer.row, answer.generation):
+                session.scheduler.release(t, answer.row, used=False)
+                resumed += 1
+        operation.booking = None
+    return resumed
+
+
+def book(attachment: Attachment, tag: str, alone: bool) -> bool:
+    """Book a load for the calling thread, waiting up to `lock_timeout_seconds`; return whether it has one.
+
+    alone: the load is to have its devices to itself. An answer of the other kind, or an idle instance, is given back.
+    """
+    session, bookings = attachment.connected(), attachment.bookings
+    operation = session.begin(sys._getframe())
+    booked = False
+    try:
+        acquisition = attachment.acquisition(
+            session, operation, tag, timeout_s=attachment.settings.lock_timeout_seconds
+        )
+        answer = queue(acquisition)
+        booked = isinstance(answer, Booking) and answer.alone == alone
+        if isinstance(answer, Booking) and booked:
+            bookings.by_tag[tag] = answer
+            attachment.bookings_made = True
+        elif isinstance(answer, Booking):
+            give_up_booking(session, answer)
+        elif operation.held is not None and session.held.take_off_hold(operation.held, operation):
+            give_back_held(session, operation, tag)
+        session.end(operation)
+    except AcquireTimeoutError:
+        session.end(operation)
+    except BaseException:
+        bookings.by_tag.pop(tag, None)
+        session.abandon(operation)
+        raise
+    return booked
+
+
+def _queue_in_time(acquisition: Acquisition) -> Copy | Booking | None:
+    """Queue with the whole time for it, and have the end of that be the end of the wait for the lock, too."""
+    acquisition.begin_anew()
+    try:
+        return queue(acquisition)
+    except LockTimeoutError as error:
+        expect_own_time_left(acquisition.session, acquisition.tag, error)
+        raise

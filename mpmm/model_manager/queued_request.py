@@ -1,0 +1,189 @@
+"""A request that waits in the queue of the namespace: its ticket, the answer to it, and leaving.
+
+What is asked for, and what is made of the answer, are a subclass's: an instance of a model (`acquisition.py`) or a
+lease on memory (`lease.py`). No method here sleeps. `acquire.py` does between them, and `async_acquire.py` awaits.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+from mpmm.errors import LockTimeoutError, MpmmError, TableFullError
+from mpmm.model_manager.deferred import NOW_S
+from mpmm.model_manager.reconcile import leave_if_there
+from mpmm.model_manager.refusals import taken_away, timed_out
+from mpmm.model_manager.session import Worker
+from mpmm.model_manager.unload import UNLOAD_LOOK_S
+from mpmm.model_manager.waits import held_by, wanted_by
+from mpmm.shared_state.durations import to_ns
+from mpmm.shared_state.layout import Header, Ticket
+
+if TYPE_CHECKING:
+    from mpmm.model_manager.operations import Operation
+    from mpmm.model_manager.request import PlacementRequest
+    from mpmm.shared_state.transaction import Transaction
+
+__all__ = ["GrantRolledBack", "QueuedRequest", "making_room"]
+
+T = TypeVar("T")
+
+
+class GrantRolledBack(Exception):
+    """A ticket waits on: the process that answered it was killed before its transaction was committed.
+
+    The waiter had seen the answer already, because it looks without the lock.
+    """
+
+
+class QueuedRequest(Generic[T]):
+    """One request of one call. T is what `act` returns for an answer that gives something.
+
+    operation: notes what the request has in hand, for the case that an exception ends the call between two bytecodes.
+    name: of the model or lease. deadline: on `time.monotonic()`. row: of its ticket, once it has one.
+    """
+
+    def __init__(
+        self,
+        session: Worker,
+        operation: Operation,
+        name: str,
+        request: PlacementRequest,
+        began: float,
+        timeout_s: float,
+    ) -> None:
+        self.session = session
+        self.operation = operation
+        self.name = name
+        self.request = request
+        self.timeout_s = timeout_s
+        self.began = began
+        self.deadline = began + timeout_s
+        self.row = -1
+
+    def begin_anew(self) -> None:
+        """Let the time for the wait begin now: the request queues once more."""
+        self.began = time.monotonic()
+        self.deadline = self.began + self.timeout_s
+
+    def left_s(self) -> float:
+        """Return how long a transaction of this request may wait for the lock; never less than `NOW_S`."""
+        return max(NOW_S, self.deadline - time.monotonic())
+
+    def deadline_ns(self) -> int:
+        """Return the deadline for the ticket.
+
+        A request that does not wait is given what is free now. Tickets whose time is over are given nothing.
+        """
+        return to_ns(max(self.deadline, time.monotonic() + NOW_S))
+
+    def note_ticket(self, row: int) -> None:
+        """Note the ticket that was made in the transaction in progress."""
+        words, tables = self.session.namespace.segment.words, self.session.namespace.tables
+        self.operation.ticket = (row, words[tables.ticket(row) + Ticket.NUMBER])
+        self.row = row
+
+    def take_grant(self) -> T | None:
+        """Take what the ticket was granted, without the lock; None where that takes `act`."""
+        return None
+
+    def act(self) -> T | None:
+        """Act on the ticket's answer, in a transaction that frees the ticket.
+
+        Return what was given, which the operation has noted; None if there is nothing to be given any more, which only
+        a preload is told. Raises GrantRolledBack if the ticket waits after all, and what the answer says otherwise.
+        """
+        namespace = self.session.namespace
+        words = namespace.segment.words
+        try:
+            with namespace.transaction(self.left_s()) as t:
+                at = namespace.tables.ticket(self.row)
+                state, instance = words[at + Ticket.STATE], words[at + Ticket.INSTANCE] - 1
+                if state == Ticket.WAITING:
+                    raise GrantRolledBack
+                need_mb = namespace.segment.floats[at + Ticket.NEED_MB]
+                namespace.transitions.hand_over.consume_answer(t, self.row)
+                if state in (Ticket.GRANTED, Ticket.LOAD):
+                    return self._take(state, instance)
+        except LockTimeoutError:
+            # Otherwise what was granted would stay ours for ever, unknown to everybody here.
+            self.session.deferred.defer(functools.partial(leave_if_there, namespace, self.operation.ticket))
+            raise
+        if state == Ticket.ENOUGH:
+            return None
+        if state == Ticket.REFUSED:
+            raise self._refused(need_mb)
+        raise taken_away(self.session, f"ended the wait for {self.name!r}", self.name)
+
+    def _take(self, state: int, instance: int) -> T:
+        """Note what the answer gives, an instance row, and return it. Needs the lock."""
+        raise NotImplementedError
+
+    def _refused(self, need_mb: float) -> MpmmError:
+        """Return the error for what can never be given."""
+        raise NotImplementedError
+
+    def leave(self, timed_out: bool = False) -> tuple[str, float | None]:
+        """Leave the queue, and give up what the ticket may have been given.
+
+        Return why it waited, and if it has timed out, for how many seconds more it would.
+        """
+        session, row, ticket = self.session, self.row, self.operation.ticket
+        if not session.namespace.is_usable:
+            return "shut down", None
+        wanted = wanted_by(session.namespace, row) if timed_out else None
+        left: tuple[str, float | None] = ("lock", None)
+        is_asked = True
+
+        def leave(t: Transaction) -> bool:
+            nonlocal left
+            if is_asked:
+                left = session.scheduler.why(row), session.scheduler.expected_wait_s(row) if timed_out else None
+            moves_somebody = not session.scheduler.holds_up_nobody(row)
+            if not leave_if_there(session.namespace, ticket, t):
+                return False
+            if timed_out:
+                t.add(Header.TIMEOUTS, 1)
+            return moves_somebody
+
+        session.deferred.apply_or_defer(leave)
+        # If the change was deferred, nobody waits for the reason, and to expect a wait takes a look at all instances.
+        is_asked = False
+        self.operation.ticket = None
+        held = "" if wanted is None or left[0] == "lock" else held_by(session.namespace, wanted)
+        return (f"{left[0]}; {held}", left[1]) if held else left
+
+    def time_out(self) -> MpmmError:
+        """Leave the queue at the deadline, and return the error to raise."""
+        return timed_out(self.name, time.monotonic() - self.began, *self.leave(timed_out=True))
+
+
+def making_room(session: Worker, name: str, deadline: float, enter: Callable[[], T]) -> T:
+    """Return what `enter` returns, a transaction that needs a row; free one, or wait for one, if all are in use.
+
+    Raises TableFullError when every row is in use, held or waited for, AcquireTimeoutError when none has come free in
+    time.
+    """
+    began = time.monotonic()
+    while True:
+        try:
+            return enter()
+        except TableFullError as error:
+            left_s = max(NOW_S, deadline - time.monotonic())
+            if error.table == "tickets" and session.held.has_taken_tickets:
+                # Grants that this process has acted upon, and whose rows nobody needs any more.
+                with session.namespace.transaction(left_s) as t:
+                    session.held.free_taken_tickets(t)
+                continue
+            if error.table != "models":
+                raise
+            # Models whose instances are all idle make room for a new one.
+            with session.namespace.transaction(left_s) as t:
+                if not session.scheduler.make_room_for_model(t, session.namespace.slot):
+                    raise
+        if time.monotonic() >= deadline:
+            raise timed_out(name, time.monotonic() - began, "no row in the table of models")
+        session.unloads.unload_in_thread()
+        time.sleep(UNLOAD_LOOK_S)

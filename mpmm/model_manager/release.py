@@ -1,0 +1,144 @@
+"""Giving an instance back: its row becomes idle, is handed over to a waiter, or is unloaded, as the policy decides.
+
+An instance that has run alone is measured first. Most releases are made by the compiled core, without any of that.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+from mpmm.errors import LockTimeoutError, MpmmError, NotAcquiredError, ReentrantCallError
+from mpmm.memory.beam_metrics import report_estimate
+from mpmm.model_manager.nested import learn_alone
+from mpmm.model_manager.refusals import expect_mapped, taken_away
+from mpmm.shared_state.layout import Header
+from mpmm.text.printable import printable_logger
+
+if TYPE_CHECKING:
+    from mpmm.model_manager.operations import Copy, Operation
+    from mpmm.model_manager.session import Worker
+    from mpmm.shared_state.transaction import Transaction
+
+__all__ = ["discard", "give_back", "give_back_held", "not_acquired", "release"]
+
+_LOG = printable_logger("mpmm")
+
+
+def release(session: Worker, tag: str, instance: Any, timeout_s: float | None = None) -> None:
+    """Give back what `acquire_model` returned; see `ModelManager.release_model`.
+
+    timeout_s: for the lock; with LockTimeoutError nothing has changed.
+    """
+    operation = session.begin(sys._getframe())
+    try:
+        if session.held.take_off(instance, tag, operation) is None:
+            raise not_acquired(tag, instance)
+        give_back_held(session, operation, tag, timeout_s)
+    except BaseException:
+        session.abandon(operation)
+        raise
+    session.end(operation)
+
+
+def not_acquired(tag: str, instance: Any) -> NotAcquiredError:
+    """Return the error for the release of what this process does not hold."""
+    what = repr(instance) if isinstance(instance, str) else f"this {type(instance).__name__}"
+    return NotAcquiredError(
+        f"release of {tag!r}: this process does not hold {what}; it was never acquired here, or is released already",
+        tag=tag,
+    )
+
+
+def give_back_held(session: Worker, operation: Operation, tag: str, timeout_s: float | None = None) -> None:
+    """Give back what an operation has struck off the list of what this process holds.
+
+    In a finalizer or signal handler that comes in a transaction of its own thread, the background thread does so. With
+    LockTimeoutError it is held as before.
+    """
+    held = operation.held
+    if held is None:
+        return
+    if held[0].tag == tag and tag not in session.unload_on_release and session.held.give_back_quickly(held[0]):
+        operation.held = None
+        return
+    if session.scheduler.must_queue() and not session.held.has_tenure(held[0].tag, held[0].row):
+        session.scheduler.alert(held[0].row)
+    try:
+        give_back(session, tag, held[0], timeout_s=timeout_s)
+    except ReentrantCallError:
+        session.abandon(operation)
+    except LockTimeoutError:
+        # Nothing has changed, and the caller may try again.
+        session.held.put_back(held)
+        operation.held = None
+        raise
+    except MpmmError:
+        operation.held = None
+        raise
+    except ValueError as error:
+        operation.held = None
+        expect_mapped(session, error)
+        raise
+    else:
+        operation.held = None
+
+
+def give_back(session: Worker, tag: str, copy: Copy, used: bool = True, timeout_s: float | None = None) -> None:
+    """Give an instance back in a transaction, and measure it if it has run alone.
+
+    used: somebody has used it since it was loaded. Raises NamespaceResetError if a reset has taken it away meanwhile,
+    ClosedError, LockTimeoutError.
+    """
+    namespace, here = session.namespace, session.held
+    words = namespace.segment.words
+    cost_mb = None
+    alone = words[Header.ISOLATED] and namespace.transitions.isolation.runs_alone(copy.row)
+    # What a twin adds to the memory in use says nothing about its model.
+    if alone and not here.is_twin(copy):
+        cost_mb = _added_alone_mb(session, copy)
+    with namespace.transaction(timeout_s) as t:
+        here.free_taken_tickets(t)
+        if not here.is_held(copy):
+            raise taken_away(session, f"took {tag!r} away", tag)
+        if cost_mb is not None and namespace.transitions.isolation.runs_alone(copy.row):
+            learn_alone(session, t, copy.row, cost_mb)
+        else:
+            cost_mb = None
+        contended = words[Header.WAITING]
+        if not (contended and here.keeps(t, copy, used)):
+            if contended:
+                session.tenures.end(copy.tag)
+            session.scheduler.release(t, copy.row, used)
+        if session.unload_on_release:
+            session.unloads.unload_if_not_kept(t, copy)
+    if contended:
+        # Not before the waiter was let run on this processor.
+        session.tenures.leave(copy.tag)
+    if copy.tag != tag:
+        _LOG.warning("mpmm %s: a copy of %r was released as %r", namespace.name, copy.tag, tag)
+    if cost_mb is not None:
+        report_estimate(copy.tag, cost_mb)
+
+
+def _added_alone_mb(session: Worker, copy: Copy) -> float | None:
+    """Return what an instance that runs alone has added to the memory in use, at its peak; None if unknown."""
+    session.figures.sample()
+    added = session.figures.added_mb(copy.row)
+    return None if added is None else max(added) * len(added)
+
+
+def discard(session: Worker, operation: Operation, copy: Copy) -> None:
+    """Free the row of an instance that an operation holds, and whose server turned out to be dead."""
+    if operation.held is not None:
+        session.held.take_off_hold(operation.held, operation)
+
+    def discard(t: Transaction) -> bool:
+        session.held.free_taken_tickets(t)
+        if not session.held.is_held(copy):
+            return False
+        session.namespace.transitions.holds.discard(t, copy.row)
+        return True
+
+    session.deferred.apply_or_defer(discard)
+    operation.held = None
