@@ -87,7 +87,7 @@ SETTING: dict[str, tuple[Any, ...]] = {
     "runtime_root": NO_PATH,
 }
 # What is used as true or false.
-FLAGS = {"verbose_logging", "always_proxy", "spawn_process", "for_all", "steady"}
+FLAGS = {"verbose_logging", "always_proxy", "spawn_process", "for_all", "if_free", "steady"}
 
 Call = Callable[[ModelManager, Any], Any]
 REQUEST: dict[str, tuple[Any, ...]] = {
