@@ -453,6 +453,23 @@ def test_a_client_with_another_key_is_refused(path: str) -> None:
     assert proxy.increment() == 1
 
 
+@pytest.mark.parametrize("client", [0, 2, 65535])
+def test_a_client_of_another_version_is_told_both_versions(
+    path: str, monkeypatch: pytest.MonkeyPatch, client: int
+) -> None:
+    ours = sockets.PROTOCOL_VERSION
+    started: Any = shared(path, always_proxy=True, spawn_process=True).acquire()
+    assert started.increment() == 1
+    registry = registry_for(path)
+    _, record = registry.look("it")
+    assert record is not None
+    monkeypatch.setattr(sockets, "PROTOCOL_VERSION", client)
+    with pytest.raises(AuthenticationError, match=f"server speaks version {ours} .* this process version {client}"):
+        sockets.dial(registry.path, record.socket_name, registry.key())
+    monkeypatch.undo()
+    assert started.increment() == 2
+
+
 def test_the_default_path_is_the_users_runtime_directory(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MPMM_RUNTIME_DIR", f"{path}/chosen")
     handle: Any = MultiProcessShared(Counter, "it")

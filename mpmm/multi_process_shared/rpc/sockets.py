@@ -3,8 +3,9 @@
 Three things keep others out: the folder is 0700, the kernel names the peer's user, and both sides prove
 that they know the registry's key. A process of the same user that looks at the wrong registry fails at the third.
 
-The proof is a mutual challenge after ISO/IEC 9798-4 (three passes). N are NONCE_BYTES random bytes, MAC is keyed
-BLAKE2b (RFC 7693), which a new process has at hand, where the first HMAC of OpenSSL costs it half a millisecond:
+The proof is a mutual challenge after ISO/IEC 9798-4 (three passes). N are NONCE_BYTES bytes, the protocol's version and
+then random ones, so that processes of two versions that meet both know it and say so; MAC is keyed BLAKE2b
+(RFC 7693), which a new process has at hand, where the first HMAC of OpenSSL costs it half a millisecond:
 
     client   Nc
     server   Ns, MAC(key, "server" Nc Ns)
@@ -41,6 +42,9 @@ __all__ = ["accept", "authenticate_client", "dial", "listen", "peer_pid", "set_t
 LONGEST_ADDRESS_BYTES = 100
 BACKLOG = 128
 NONCE_BYTES = 32
+#: Of what processes say behind the handshake. It rises with every change that an older peer would misread.
+PROTOCOL_VERSION = 1
+_VERSION = struct.Struct(">H")
 PROOF_BYTES = 32
 # A client proves what it knows in a millisecond, unless it is stopped, or the machine has no processor for it.
 HANDSHAKE_TIMEOUT_S = 30.0
@@ -86,8 +90,10 @@ def authenticate_client(connection: Connection, key: bytes) -> None:
         raise AuthenticationError(f"a process of uid {uid} tried to connect")
     with duplicate(connection.fileno()) as peer:
         client_nonce = _receive(peer, NONCE_BYTES, deadline)
-        server_nonce = os.urandom(NONCE_BYTES)
+        server_nonce = _nonce()
         peer.sendall(server_nonce + _proof(key, b"server", client_nonce, server_nonce))
+        # Behind our own nonce, so that the client knows it as well.
+        _expect_version("client", client_nonce)
         proof = _receive(peer, PROOF_BYTES, deadline)
         if not hmac.compare_digest(proof, _proof(key, b"client", client_nonce, server_nonce)):
             raise AuthenticationError("the client does not know the key")
@@ -121,13 +127,29 @@ def dial(folder: Path, name: str, key: bytes, timeout_seconds: float | None = No
 
 def _prove_to_server(connection: Connection, key: bytes) -> None:
     with duplicate(connection.fileno()) as server:
-        client_nonce = os.urandom(NONCE_BYTES)
+        client_nonce = _nonce()
         server.sendall(client_nonce)
         answer = _receive(server, NONCE_BYTES + PROOF_BYTES)
         server_nonce, proof = answer[:NONCE_BYTES], answer[NONCE_BYTES:]
+        _expect_version("server", server_nonce)
         if not hmac.compare_digest(proof, _proof(key, b"server", client_nonce, server_nonce)):
             raise AuthenticationError("the server does not know the key")
         server.sendall(_proof(key, b"client", client_nonce, server_nonce))
+
+
+def _nonce() -> bytes:
+    """Return bytes that no handshake had before, with the version of the protocol in front."""
+    return _VERSION.pack(PROTOCOL_VERSION) + os.urandom(NONCE_BYTES - _VERSION.size)
+
+
+def _expect_version(whose: str, nonce: bytes) -> None:
+    """Raise AuthenticationError if the peer, the server or the client, speaks another version of the protocol."""
+    (found,) = _VERSION.unpack_from(nonce)
+    if found != PROTOCOL_VERSION:
+        raise AuthenticationError(
+            f"the {whose} speaks version {found} of the protocol, this process version {PROTOCOL_VERSION}: they run "
+            "different versions of mpmm; end the processes of one of them, or choose another runtime directory"
+        )
 
 
 def _proof(key: bytes, role: bytes, client_nonce: bytes, server_nonce: bytes) -> bytes:
