@@ -93,9 +93,9 @@ def _closed_by_shutdown(method: Method) -> Method:
 class QueueTicket:
     """One place in the queue, as in Beam: ordered by priority, then number.
 
-    `wake_event` is part of Beam's interface. Nobody sets it here: waiters sleep on a word of the segment.
-    `expected_wait_seconds`: when it is expected to have its copy, as far as loads and holds so far tell, None if that
-    was not looked at.
+    `wake_event` is part of Beam's interface. mpmm never sets it: waiters sleep on a word of the segment.
+    `expected_wait_seconds`: the expected time until the request gets its copy, judging by the loads and holds so far;
+    None if it was not estimated.
     """
 
     def __init__(self, priority: int, ticket_num: int, tag: str, expected_wait_seconds: float | None = None) -> None:
@@ -113,12 +113,12 @@ class QueueTicket:
 
 
 class ModelManager(BeamNames):
-    """Manages the life of models: reuse, admission, eviction, profiling of unknown ones. Thread-safe.
+    """Manages the life of models: reuse, admission, eviction, profiling of unknown models. Thread-safe.
 
-    `with manager.model(tag, loader) as model:` is the form to write; `acquire_model` and `release_model` are
-    Beam's. A loader that returns a `str` has made a *handle* (the tag of a `MultiProcessShared`, say), which any
-    process can use and unload; any other object belongs to the process that loaded it: only that process reuses
-    it, but everybody accounts for its memory and may have it evicted.
+    Prefer `with manager.model(tag, loader) as model:`; `acquire_model` and `release_model` are Beam's names. If a
+    loader returns a `str`, that is a *handle* (the tag of a `MultiProcessShared`, say), which any process can use and
+    unload. Any other object belongs to the process that loaded it: only that process reuses it, but all processes
+    account for its memory and may have it evicted.
 
     A manager may be pickled and may cross a fork: the copy is a manager on the same state.
     """
@@ -289,10 +289,10 @@ class ModelManager(BeamNames):
 
     @_closed_by_shutdown
     def all_models(self, tag: str | None = None) -> Any:
-        """Return the loaded copies of a tag as a list: handles, this process's objects, None for others' objects.
+        """Return the loaded copies of a tag as a list: handles, this process's objects, None for those of others.
 
-        Without a tag, a dict of such lists by tag, which answers `[]` for a tag without copies: Beam looks up a model
-        that may have been evicted.
+        Without a tag, return a dict of such lists by tag, which answers `[]` for a tag without copies: Beam looks up a
+        model that may have been evicted.
         """
         if tag is not None:
             encoded_tag(tag)
@@ -311,29 +311,30 @@ class ModelManager(BeamNames):
         """Return a copy of the model, to be given back with `release_model`.
 
         tag: names the model; the same tag means the same model in every process.
-        loader_func: makes a copy; called in this process and thread, with no lock held, if there is none to reuse.
-            If it runs out of memory, room is made and it is called once more, see `mpmm.policy.out_of_memory`; the
-            local variables in the traceback of its first exception are gone then. `mpmm.current_placement()` tells it
-            on which devices; a model server that it starts sees only those.
+        loader_func: makes a copy; the calling thread runs it, with no lock held, if there is no copy to reuse. If it
+            runs out of memory, mpmm makes room and calls it once more, see `mpmm.policy.out_of_memory`; the local
+            variables in the traceback of its first exception are gone then. `mpmm.current_placement()` tells it on
+            which devices to load; a model server that it starts sees only those.
 
         Options:
 
-        devices: indices or uuids of the devices on which the copy has to be, all that this process sees by default.
-        span: how many devices a copy takes an equal share of, if one has to be loaded.
-        expect_mb: what a copy takes, as far as the caller knows; all its devices together. It counts until the model is
-            measured, instead of `default_estimate_mb`, and spares the model being loaded alone for that. Where nothing
-            can be measured it is what counts; the last one who says something is right. Of an object that is loaded its
-            own attribute of this name says the same.
-        max_waiting: how many requests may wait for the model, this one among them; None for any number, 0 for one that
-            is not to wait. The setting of this name holds besides, for all but preloads.
-        keep_alive_seconds: for how long idle copies of the model are kept from now on, in all processes: -1 for ever, 0
-            to unload them as soon as nobody uses or waits for one; None leaves it at what the last request said, or at
-            `idle_ttl_seconds`. Who needs the room has them evicted nevertheless; `pin` keeps them from that, too.
-        priority: how urgent the request is, from -10 to 10, 0 by default. In the queue each step counts for as much as
-            10 s of waiting, so nothing starves; see `mpmm.policy.fairness`.
-        steady: while it loads nothing else is loaded or unloaded on its devices, for engines that size themselves by
-            what is free. Copies there are used meanwhile, and what has begun there is waited for; what is to be
-            unloaded has to wait.
+        devices: indices or uuids of the devices on which the copy has to be; by default all that this process sees.
+        span: the number of devices of which a copy takes an equal share, if one has to be loaded.
+        expect_mb: the memory that a copy takes, on all its devices together, as far as the caller knows. It replaces
+            `default_estimate_mb` until the model is measured, and saves the model from being loaded alone for that.
+            Where nothing can be measured it is used for good, and the latest value counts. An attribute of this name on
+            a loaded object means the same.
+        max_waiting: how many requests may wait for the model, this one included; None allows any number, and with 0
+            this request does not wait. The setting of this name applies as well, except to preloads.
+        keep_alive_seconds: how long idle copies of the model are kept from now on, in all processes: -1 for ever, 0 to
+            unload them as soon as no process uses or waits for one; None keeps what the last request said, else
+            `idle_ttl_seconds`. A request that needs their memory has them evicted nevertheless; `pin` prevents that,
+            too.
+        priority: how urgent the request is, from -10 to 10, 0 by default. In the queue each step counts like 10 s of
+            waiting, so no request starves; see `mpmm.policy.fairness`.
+        steady: while it loads, nothing else is loaded or unloaded on its devices, for engines that size themselves by
+            the free memory. Copies there may be used meanwhile. The load waits for loads and unloads that have begun
+            there, and further unloads wait for it.
 
         Raises AcquireTimeoutError, QueueFullError, LoadTimeoutError, ModelTooLargeError, NamespaceResetError,
         TableFullError, DeadlockError (see `model`), InvalidArgumentError, ClosedError, LockTimeoutError, and what the
@@ -355,15 +356,15 @@ class ModelManager(BeamNames):
     def release_model(self, tag: str, instance: Any) -> None:
         """Give back what `acquire_model` returned.
 
-        A wrong tag with the right instance is put up with, and logged. Raises NotAcquiredError when this process
-        does not hold the instance, NamespaceResetError when a reset took it away meanwhile.
+        A wrong tag with the right instance is accepted, and logged. Raises NotAcquiredError if this process does not
+        hold the instance, NamespaceResetError if a reset took it away meanwhile.
         """
         release(self._connected(), tag, instance)
 
     def try_enter_isolation_mode(self, tag: str, ticket_num: int) -> bool:
         """Try to get the devices for an unknown model alone, waiting up to `lock_timeout_seconds`.
 
-        True: everything idle was unloaded, nobody else gets anything, and the next `acquire_model(tag, …)` of this
+        True: all idle copies were unloaded, no other request is served, and the next `acquire_model(tag, …)` of this
         thread loads. `ticket_num` is for the log. `acquire_model` does all this by itself.
         """
         return self._book(tag, ticket_num, alone=True)
@@ -371,8 +372,8 @@ class ModelManager(BeamNames):
     def should_spawn_model(self, tag: str, ticket_num: int) -> bool:
         """Try to reserve memory for another copy, waiting up to `lock_timeout_seconds` and evicting if need be.
 
-        True: the next `acquire_model(tag, …)` of this thread loads. False also when an idle copy needs no other one
-        beside it. `ticket_num` is for the log. `acquire_model` does all this by itself.
+        True: the next `acquire_model(tag, …)` of this thread loads. False also if an idle copy makes another one
+        unnecessary. `ticket_num` is for the log. `acquire_model` does all this by itself.
         """
         return self._book(tag, ticket_num, alone=False)
 
@@ -383,18 +384,18 @@ class ModelManager(BeamNames):
         return book(self._attachment, tag, alone)
 
     def shutdown(self) -> None:
-        """Let go of what this process has; the last process to do so unloads everything. Twice is fine.
+        """Release all that this process has; the last process to leave unloads everything. A second call is harmless.
 
-        In a signal handler or finalizer that comes in the middle of a call of the same thread, a thread does that once
-        the call has ended; the end of the process waits for it.
+        In a signal handler or finalizer that interrupts a call of the same thread, a thread shuts down once the call
+        has ended; the end of the process waits for it.
         """
         self._attachment.shutdown()
 
     @_closed_by_shutdown
     def force_reset(self) -> None:
-        """Unload everything of every process of the namespace, and send all waiters away. Estimates stay.
+        """Unload everything of every process of the namespace, and cancel all waiting requests. Estimates stay.
 
-        Whoever holds a copy gets NamespaceResetError when it releases it; waiters get it at once.
+        A process that holds a copy gets NamespaceResetError when it releases the copy; waiters get it at once.
         """
         session = self._connected()
         session.namespace.reset()
@@ -409,13 +410,14 @@ class ModelManager(BeamNames):
         """Acquire a copy for the length of a `with` block; see `acquire_model`, for the options too.
 
         An exception that leaves the block passes unchanged. If it says that memory has run out, the next load of the
-        model waits for more room than this copy had, and what is idle on the copy's device is unloaded, so that another
+        model waits for more room than this copy had, and idle copies on its device are unloaded, so that another
         attempt finds more.
 
         Blocks may be nested, and loaders may use other models. A copy that runs alone to be measured does so until its
-        thread asks for another one, which is then not measured alone. Raises DeadlockError where a thread would wait
-        for nothing but what it holds in blocks or loads itself: another copy of its model while `max_model_copies` are
-        its own, its own tag in a loader, or room that its own copies take. Tasks (`model_async`) are not looked at.
+        thread asks for another copy, which is then not measured alone. Raises DeadlockError if the thread would wait
+        for something that only it can release, because it holds it in blocks or loads it: another copy of its model
+        while all `max_model_copies` are its own, its own tag in a loader, or memory that its own copies take. Tasks
+        (`model_async`) are not checked for that.
         """
         check_names(options)
         return Block(self._attachment, tag, loader_func, options)
@@ -425,9 +427,9 @@ class ModelManager(BeamNames):
     ) -> AbstractAsyncContextManager[Any]:
         """Acquire a copy for the length of an `async with` block, without a thread for each task that waits.
 
-        Else like `model`: the same queue, the same errors. The loader is no coroutine, and runs in a thread. A task
-        that is cancelled while it waits leaves the queue; one that is cancelled while it loads leaves the load to end,
-        and the copy idle. See `mpmm.model_manager.async_acquire`.
+        Otherwise it is like `model`: the same queue, the same errors. The loader is no coroutine, and runs in a thread.
+        A task that is cancelled while it waits leaves the queue. If it is cancelled while it loads, the load goes on,
+        and the copy is idle afterwards. See `mpmm.model_manager.async_acquire`.
         """
         if not isinstance(tag, str) or not callable(loader_func) or inspect.iscoroutinefunction(loader_func):
             raise InvalidArgumentError(
@@ -447,18 +449,18 @@ class ModelManager(BeamNames):
         argument: str = "model",
         **options: Unpack[AcquireOptions],
     ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-        """Return a decorator: the function is called with a copy of a model that is held for the length of the call.
+        """Return a decorator: the function is called with a copy of a model, held for the length of the call.
 
             @manager.uses("detector", load)
             def detect(image, *, model): ...
 
             detect(image)
 
-        A coroutine function waits for the copy as `model_async` does. argument: name of the parameter by which the
-        copy is given; it is missing from the decorated function's signature, so that web frameworks do not ask for it.
-        Options are those of `acquire_model`.
+        A coroutine function waits for the copy as `model_async` does. argument: the parameter that receives the copy;
+        the decorated function's signature lacks it, so that web frameworks do not ask for it. Options are those of
+        `acquire_model`.
 
-        Raises InvalidArgumentError, at once, when the function has no such parameter.
+        Raises InvalidArgumentError, at once, if the function has no such parameter.
         """
 
         encoded_tag(tag)
@@ -503,19 +505,19 @@ class ModelManager(BeamNames):
         priority: int = 0,
         steady: bool = False,
     ) -> Lease:
-        """Wait for a lease on `mb` MB, for memory that is no model's, and return it.
+        """Wait for a lease on `mb` MB, for memory of something that is no model, and return it.
 
-        It is admitted like a load: it waits its turn, idle copies are evicted for it, and what it is for counts as
-        used until it is given back, by `release` or the end of a `with` block, or until this process ends. Keep the
-        lease: one that nothing refers to any more ends, with a warning.
+        It is admitted like a load: it waits its turn, idle copies are evicted for it, and its memory counts as used
+        until it is given back, by `release` or the end of a `with` block, or until this process ends. Keep the lease:
+        one that nothing refers to any more ends, with a warning.
 
-        mb: all that is going to be used. name: for people; several leases may have the same one.
+        mb: the most memory that will be used. name: for people; several leases may have the same one.
         timeout_seconds: None stands for `wait_timeout_seconds`; `math.inf` waits for as long as it takes, and 0 takes
-            what is free now.
+            only memory that is free now.
         devices, span, priority: as for `acquire_model`; of several devices each gives an equal share.
         steady: until its `settled` is called, nothing else is loaded or unloaded on its devices, see `acquire_model`.
 
-        Raises LeaseTooLargeError when no device is large enough, AcquireTimeoutError, NamespaceResetError,
+        Raises LeaseTooLargeError if no device is large enough, AcquireTimeoutError, NamespaceResetError,
         TableFullError, InvalidArgumentError, ClosedError, LockTimeoutError.
         """
         encoded = encode_text(name, Model.TAG_BYTES, "name of a lease")
@@ -538,17 +540,18 @@ class ModelManager(BeamNames):
         if_free: bool = False,
         **options: Unpack[AcquireOptions],
     ) -> int:
-        """See to it that so many copies that this process can use are loaded; return how many it has loaded for that.
+        """Load copies until this process can use `copies` of them; return how many this call has loaded.
 
-        They are loaded one after another in the calling thread, behind everybody who waits for a model to use, with
-        what is idle evicted if need be, and are not held: they are idle afterwards, and may go like any other; `pin`
-        keeps them. Copies that others load meanwhile count, and `max_model_copies` ends it early.
+        They are loaded one after another in the calling thread, behind all requests that wait for a model to use; idle
+        copies are evicted for them if need be. The loaded copies are not held: they are idle afterwards, and may be
+        evicted like any other; `pin` keeps them. Copies that other processes load meanwhile count, and
+        `max_model_copies` ends it early.
 
         timeout_seconds: for each load; None stands for `wait_timeout_seconds`. Options are those of `acquire_model`.
         if_free: load only what fits beside everything that is loaded now: nothing is evicted for it, and it does not
             wait. What does not fit is not loaded, which is no error.
 
-        Raises what `acquire_model` does; ModelTooLargeError also when so many copies never fit at once.
+        Raises what `acquire_model` does; ModelTooLargeError also if so many copies can never be loaded at once.
         """
         if not isinstance(tag, str) or not callable(loader_func):
             raise InvalidArgumentError(f"model {tag!r}, loader {loader_func!r}: expected a str and a callable")
@@ -574,13 +577,13 @@ class ModelManager(BeamNames):
 
     @_closed_by_shutdown
     def pin(self, tag: str, *, for_all: bool = False) -> None:
-        """Keep the idle copies of a model, those there are and those to come, from eviction and `idle_ttl_seconds`.
+        """Keep all idle copies of a model, present and future ones, from eviction and `idle_ttl_seconds`.
 
-        The pin is this process's, whichever of its threads or managers asks, and lasts until `unpin`, or until the
-        process leaves or dies: nobody else could tell whether a dead process would still want it. Pinning twice is
-        the same as once. Only `unload` and `force_reset` unload what is pinned.
+        The pin belongs to this process, whichever of its threads or managers asks. It lasts until `unpin`, or until the
+        process leaves or dies: no other process could tell whether a dead one would still want it. A second pin changes
+        nothing. Only `unload` and `force_reset` unload pinned copies.
 
-        for_all: the pin is the namespace's instead, and lasts until any process, or `mpmm unpin`, ends it.
+        for_all: the pin belongs to the namespace instead, and lasts until any process, or `mpmm unpin`, ends it.
 
         Raises TableFullError, InvalidArgumentError, ClosedError, LockTimeoutError.
         """
@@ -596,7 +599,7 @@ class ModelManager(BeamNames):
     def unpin(self, tag: str, *, for_all: bool = False) -> None:
         """End this process's pin on a model, or that of the namespace if `for_all`.
 
-        Raises NotAcquiredError when there is none, ClosedError, LockTimeoutError.
+        Raises NotAcquiredError if there is none, ClosedError, LockTimeoutError.
         """
         encoded_tag(tag)
         session = self._connected()
@@ -611,15 +614,15 @@ class ModelManager(BeamNames):
 
     @_closed_by_shutdown
     def unload(self, tag: str, *, timeout_seconds: float | None = None) -> int:
-        """Have all copies of a model unloaded, in whatever process they are; return how many there are.
+        """Unload all copies of a model, in all processes; return how many there are.
 
-        Idle copies are unloaded at once, pinned ones too. Those in use, or being loaded, nobody else gets any more, and
-        they are unloaded when they are given back. A later request loads a new copy.
+        Idle copies are unloaded at once, even pinned ones. Copies in use, or being loaded, are given to no other
+        request, and are unloaded when they are released. A later request loads a new copy.
 
         timeout_seconds: how long to wait until they are gone; None stands for `wait_timeout_seconds`, and 0 does not
             wait.
 
-        Raises UnloadTimeoutError when some are still there then; DeadlockError, with nothing changed, when the calling
+        Raises UnloadTimeoutError if some are still there then; DeadlockError, with nothing changed, if the calling
         thread would wait for a copy that it holds in a block or loads itself; InvalidArgumentError, ClosedError,
         LockTimeoutError.
         """
@@ -649,14 +652,15 @@ class ModelManager(BeamNames):
 
     @_closed_by_shutdown
     def update_settings(self, **changes: float | None) -> None:
-        """Change parameters of the namespace, under their names in `ModelManager(…)`, for all its processes.
+        """Change settings of the namespace, under their names in `ModelManager(…)`, for all its processes.
 
-        They are checked as at creation, and all of them change, or none; None is no limit. Every process goes by them
-        from its next transaction on. What waits is decided about anew at once; nothing that is loaded is unloaded for
-        it, but for copies beyond a lower `max_model_copies`: idle ones at once, others when they are given back.
+        They are checked as at creation, and either all of them change or none; None means no limit. Every process
+        follows them from its next transaction on. The policy decides at once again for all waiting requests. Nothing
+        loaded is unloaded for a change, except copies beyond a lower `max_model_copies`: idle ones at once, others when
+        they are released.
 
-        Raises InvalidArgumentError, also for `wait_timeout_seconds`, which is each manager's own, and for what the
-        source of memory figures is made with; ClosedError, LockTimeoutError.
+        Raises InvalidArgumentError, also for `wait_timeout_seconds`, which is each manager's own, and for settings that
+        the memory source was made with; ClosedError, LockTimeoutError.
         """
         session = self._connected()
         operation = session.begin(sys._getframe())
@@ -668,10 +672,10 @@ class ModelManager(BeamNames):
 
     @_closed_by_shutdown
     def suspend(self, tag: str) -> int:
-        """Suspend the idle copies of a model, as far as they can be; return how many are. See `mpmm.suspend`.
+        """Suspend the idle copies of a model, if they can be suspended; return how many are. See `mpmm.suspend`.
 
-        Whoever asks for the model has one resumed, and so does `resume`. Copies in use stay as they are; so do those
-        for which the host has no room, unless others that were suspended before can be dropped for them.
+        The next request for the model resumes one, and so does `resume`. Copies in use stay as they are; so do those
+        for which the host has no room, unless other suspended copies can be dropped for them.
 
         Raises InvalidArgumentError, ClosedError, LockTimeoutError.
         """
@@ -682,8 +686,8 @@ class ModelManager(BeamNames):
     def resume(self, tag: str, *, timeout_seconds: float | None = None) -> int:
         """Resume the suspended copies of a model that this process can use; return how many are, and idle now.
 
-        They wait their turn like a preload, and room is made for them. timeout_seconds: for each of them; None stands
-        for `wait_timeout_seconds`.
+        They wait their turn like a preload, and idle copies are evicted for them. timeout_seconds: for each of them;
+        None stands for `wait_timeout_seconds`.
 
         Raises AcquireTimeoutError, NamespaceResetError, TableFullError, InvalidArgumentError, ClosedError,
         LockTimeoutError.
@@ -707,7 +711,7 @@ class ModelManager(BeamNames):
 
     @_closed_by_shutdown
     def tickets(self) -> list[QueueTicket]:
-        """Return everybody who waits now, first one first."""
+        """Return the tickets of all requests that wait now, first one first."""
         session = self._connected()
         words, tables = session.namespace.segment.words, session.namespace.tables
         with session.namespace.transaction():
