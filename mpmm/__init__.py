@@ -63,10 +63,10 @@ from mpmm.errors import (
 if TYPE_CHECKING:
     from mpmm.memory.estimator import ResourceEstimator
     from mpmm.memory.monitor import GPUMonitor
+    from mpmm.memory.placement import Placement, current_placement
     from mpmm.model_manager import ModelManager, QueueTicket
     from mpmm.model_manager.lease import Lease
     from mpmm.multi_process_shared import MultiProcessShared
-    from mpmm.placement import Placement, current_placement
     from mpmm.shared_state.layout import Capacities
 
 # Here alone; setup.cfg reads it without importing anything.
@@ -116,10 +116,10 @@ _HOMES = {
     "Lease": "mpmm.model_manager.lease",
     "ModelManager": "mpmm.model_manager.manager",
     "MultiProcessShared": "mpmm.multi_process_shared",
-    "Placement": "mpmm.placement",
+    "Placement": "mpmm.memory.placement",
     "QueueTicket": "mpmm.model_manager.manager",
     "ResourceEstimator": "mpmm.memory.estimator",
-    "current_placement": "mpmm.placement",
+    "current_placement": "mpmm.memory.placement",
 }
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from process_state import lives
 
-from mpmm.placement import Placement, current_placement
+from mpmm.memory.placement import Placement, current_placement
 
 if TYPE_CHECKING:
     from simulated_gpu import SimulatedGpus

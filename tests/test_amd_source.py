@@ -21,9 +21,9 @@ from amdsmi_stand_in.amdsmi import FOLDER_VARIABLE, MIB, AmdGpus, gpu
 from processes import wait_until
 
 from mpmm import ModelManager
+from mpmm.memory.placement import Placement, current_placement
 from mpmm.multi_process_shared import MultiProcessShared
 from mpmm.multi_process_shared.forkserver.leftovers import PER_PROCESS_VARIABLES
-from mpmm.placement import Placement, current_placement
 from mpmm.shared_state.snapshot import read_snapshot
 from mpmm.sources import MemorySource, SourceUnavailableError, choose_source
 from mpmm.sources.amd import AmdGpu, AmdSource, visible_gpus

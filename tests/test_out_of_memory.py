@@ -33,8 +33,8 @@ from processes import (
 )
 
 from mpmm.errors import ModelTooLargeError, RemoteCallError, SegmentAllocationError, ServerStartError
+from mpmm.memory.placement import current_placement
 from mpmm.model_manager import ModelManager
-from mpmm.placement import current_placement
 from mpmm.policy.out_of_memory import bound_mb, is_out_of_memory, raised_estimate_mb
 from mpmm.shared_state.snapshot import read_snapshot
 

@@ -7,6 +7,7 @@
     estimator.py         ResourceEstimator: from readings of whole devices to the memory of each model
     shared_estimator.py  the same on shared memory, for all processes of a namespace
     estimates_file.py    the file that keeps estimates from run to run
+    placement.py         on which devices a loader should load, for the loader to know
 
 `mpmm.sources`, below this package, measures. `mpmm.model_manager`, above it, decides when figures are needed; there the
 elected leader samples for everybody, and solves for the estimates.

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 
 from mpmm.errors import InvalidArgumentError
-from mpmm.placement import Placement
+from mpmm.memory.placement import Placement
 from mpmm.scheduling import Scheduler
 from mpmm.shared_state.layout import Device, Header, Instance, Member, device_bits, device_rows
 from mpmm.shared_state.namespace import Namespace

@@ -38,7 +38,7 @@ class Lease:
     """Memory that this process has been given, until `release`, the end of a `with` block, or its own end.
 
     A lease that nothing refers to any more ends, too, with a warning: nobody could release it. `ModelManager.reserve`
-    makes them. name, mb: what it was asked for. placement: where it is, see `mpmm.placement`.
+    makes them. name, mb: what it was asked for. placement: where it is, see `mpmm.memory.placement`.
     """
 
     def __init__(self, session: Worker, row: int, name: str, mb: float, attachment: object = None) -> None:

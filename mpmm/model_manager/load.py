@@ -20,6 +20,7 @@ from mpmm.errors import (
 )
 from mpmm.memory.beam_metrics import report_estimate, report_model_count
 from mpmm.memory.estimator import GROWTH_SD, Estimate
+from mpmm.memory.placement import placed
 from mpmm.model_manager.acquisition import Acquisition, Booking
 from mpmm.model_manager.fresh_figures import Growth
 from mpmm.model_manager.held import server_pid_of
@@ -31,7 +32,6 @@ from mpmm.model_manager.session import Worker
 from mpmm.model_manager.unload import collect_garbage, unload_made
 from mpmm.model_manager.waits import decision, says_more, where
 from mpmm.multi_process_shared.context import serving_for
-from mpmm.placement import placed
 from mpmm.policy.out_of_memory import is_out_of_memory
 from mpmm.shared_state.events import EventKind
 from mpmm.shared_state.layout import Header, Instance, Model, device_rows

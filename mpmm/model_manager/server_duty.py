@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mpmm.errors import LockTimeoutError, MpmmError, ServerStartError
+from mpmm.memory.placement import Placement, place_for_good
 from mpmm.multi_process_shared.context import ServerContext
-from mpmm.placement import Placement, place_for_good
 from mpmm.shared_state.layout import Instance, Member
 from mpmm.shared_state.namespace import Namespace
 from mpmm.shared_state.removal import remove_deserted

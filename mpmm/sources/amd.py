@@ -204,7 +204,7 @@ class AmdSource:
         return True if self._shown else None
 
     def server_setting(self, uuids: Sequence[str]) -> tuple[str, str] | None:
-        """Return the variable, and its value, that show a model server these devices alone, see `mpmm.placement`."""
+        """Return the variable, and its value, that show a model server these devices alone."""
         numbers = [self._numbers.get(uuid) for uuid in uuids]
         if not numbers or None in numbers:
             return None
