@@ -1,0 +1,81 @@
+"""Imports run downwards only: which part of the package imports which; and no modules import each other."""
+
+from __future__ import annotations
+
+import ast
+import graphlib
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+from conftest import CHECKOUT
+
+# What each part imports, inside of functions and for type checkers, too; from the doors down to the ground. The package
+# itself does not count, whose names are imported at their first use, and which all may ask for its version.
+PARTS = {
+    "__main__": "cli",
+    "cli": "commands metrics observability model_manager shared_state ground",
+    "beam": "multi_process_shared memory shared_state ground",
+    "commands": "model_manager scheduling shared_state ground",
+    "metrics": "observability shared_state ground",
+    "observability": "shared_state sources policy ground",
+    "model_manager": "suspend multi_process_shared memory scheduling shared_state sources policy ground",
+    "suspend": "multi_process_shared rpc memory scheduling shared_state sources policy ground",
+    "multi_process_shared": "rpc shared_state ground",
+    "rpc": "ground",
+    "memory": "scheduling shared_state sources ground",
+    "scheduling": "shared_state policy ground",
+    "shared_state": "sources policy ground",
+    "sources": "ground",
+    "policy": "ground",
+    "ground": "",
+}
+GROUND = ("errors", "fork_hooks", "text")
+MODULES = {
+    ".".join(path.relative_to(CHECKOUT).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in (CHECKOUT / "mpmm").rglob("*.py")
+}
+
+
+def imports_of(path: Path, for_types: bool) -> Iterator[str]:
+    """Yield the modules of mpmm that a file imports; `for_types`: also those that only type checkers see."""
+    nodes: list[ast.AST] = [ast.parse(path.read_text())]
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING" and not for_types:
+            continue
+        nodes += ast.iter_child_nodes(node)
+        if isinstance(node, ast.Import):
+            yield from (name.name for name in node.names if name.name in MODULES)
+        elif isinstance(node, ast.ImportFrom) and node.module in MODULES:
+            inner = [f"{node.module}.{name.name}" for name in node.names]
+            yield from (name if name in MODULES else node.module for name in inner)
+
+
+def part_of(module: str) -> str:
+    names = module.split(".")[1:]
+    part = "rpc" if names[1:2] == ["rpc"] else names[0] if names else "mpmm"
+    return "ground" if part in GROUND else part
+
+
+def test_each_part_imports_what_the_table_says() -> None:
+    found: defaultdict[str, set[str]] = defaultdict(set)
+    for module, path in MODULES.items():
+        found[part_of(module)].update(part_of(imported) for imported in imports_of(path, for_types=True))
+    found.pop("mpmm")
+    assert {part: sorted(seen - {part, "mpmm"}) for part, seen in found.items()} == {
+        part: sorted(below.split()) for part, below in PARTS.items()
+    }
+
+
+def test_the_table_runs_downwards() -> None:
+    order = list(PARTS)
+    upwards = [
+        (part, other) for part in order for other in PARTS[part].split() if order.index(other) <= order.index(part)
+    ]
+    assert not upwards
+
+
+def test_no_modules_import_each_other() -> None:
+    graph = {module: set(imports_of(path, for_types=False)) - {module, "mpmm"} for module, path in MODULES.items()}
+    graphlib.TopologicalSorter(graph).prepare()
