@@ -29,7 +29,7 @@ from typing import Any
 
 from mpmm.errors import LockTimeoutError
 from mpmm.memory.estimator import ALONE_SD
-from mpmm.shared_state.layout import Device, Model
+from mpmm.shared_state.layout import Device
 from mpmm.shared_state.lock_file import LockFile
 from mpmm.shared_state.namespace import Namespace
 from mpmm.shared_state.transaction import Transaction
@@ -180,12 +180,12 @@ class KeptEstimates:
     def recall(self, t: Transaction, model: int, tag: str) -> None:
         """Take the estimate of a model (row) from the file if there is none yet. Needs the lock."""
         remembered = self._remembered.get(tag)
-        at = self._namespace.tables.model(model)
-        if remembered is not None and not self._namespace.segment.words[at + Model.SUSPENDS]:
+        row = self._namespace.tables.models[model]
+        if remembered is not None and not row.suspends:
             self._namespace.transitions.suspensions.expect(t, model, remembered.suspend_s, remembered.resume_s)
-        if remembered is None or self._namespace.segment.words[at + Model.KNOWN]:
+        if remembered is None or row.known:
             return
-        if remembered.mb <= self._namespace.segment.floats[at + Model.AT_LEAST_MB]:
+        if remembered.mb <= row.at_least_mb:
             # It has run out of memory with more than that free.
             return
         # What was inferred goes on to yield to better figures.
@@ -216,18 +216,16 @@ class KeptEstimates:
 
     def _changed(self) -> dict[str, Estimate]:
         """Return the estimates that differ from what is in the file. Looks without the lock, at what is whole."""
-        tables, words, floats = self._namespace.tables, self._namespace.segment.words, self._namespace.segment.floats
-        now = time.time()
+        tables, now = self._namespace.tables, time.time()
         changed = {}
         for row in tables.model_rows():
-            at = tables.model(row)
-            generation = words[at + Model.GENERATION]
-            known, measured = words[at + Model.KNOWN], bool(words[at + Model.MEASURED])
-            mb, tag = floats[at + Model.ESTIMATE_MB], tables.tag_of(row)
-            if not known or not math.isfinite(mb) or words[at + Model.GENERATION] != generation:
+            model = tables.models[row]
+            generation, known, measured, mb = model.generation, model.known, model.measured, model.estimate_mb
+            tag = tables.tag_of(row)
+            if not known or not math.isfinite(mb) or model.generation != generation:
                 continue
             saved = self._saved.get(tag)
-            found = Estimate(mb, measured, now, floats[at + Model.SUSPEND_S], floats[at + Model.RESUME_S])
+            found = Estimate(mb, measured, now, model.suspend_s, model.resume_s)
             if saved is None or found.differs_from(saved):
                 changed[tag] = found
         return changed

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 
 from mpmm.memory.estimator import smooth
-from mpmm.shared_state.layout import Device, Header, Instance, Member, Model
+from mpmm.shared_state.layout import Instance, Member
 from mpmm.shared_state.namespace import Namespace
 from mpmm.shared_state.transaction import Transaction
 from mpmm.shared_state.transitions.estimates import ESTIMATE_TOLERANCE
@@ -30,46 +30,42 @@ class Learning:
     def learn(self, t: Transaction) -> dict[str, float]:
         """Take the figures of the last sample into the estimates, or into the observations for NNLS."""
         namespace = self._namespace
-        words = namespace.segment.words
-        if words[Header.SOURCE_BOOKS_ONLY]:
+        header = namespace.tables.header
+        if header.source_books_only:
             return {}
         for device in namespace.tables.used_rows(namespace.segment.layout.devices):
             self._observe(t, device)
-        return self._take_over_measurements(t) if words[Header.SOURCE_MEASURES_PROCESSES] else {}
+        return self._take_over_measurements(t) if header.source_measures_processes else {}
 
     def _observe(self, t: Transaction, device: int) -> None:
         """Record the peak of a configuration that nothing has changed since before the last sample of a device.
 
         What is measured by itself is no riddle: it comes off the reading, and what remains is that of the other copies.
         """
-        namespace = self._namespace
-        words, floats, tables = namespace.segment.words, namespace.segment.floats, namespace.tables
-        at = tables.device(device)
-        if words[at + Device.SAMPLED] < words[at + Device.CONFIGURED_AT] or words[at + Device.ISOLATED]:
+        namespace, tables = self._namespace, self._namespace.tables
+        here = tables.devices[device]
+        if here.sampled < here.configured_at or here.isolated is not None:
             return
         copies: Counter[int] = Counter()
-        measured_mb, uses = floats[at + Device.FOREIGN_MB], 0
+        measured_mb, uses = here.foreign_mb, 0
         for row in tables.on_device(device):
-            copy = tables.instance(row)
-            if words[copy] not in (Instance.ACTIVE, Instance.IDLE) or words[copy + Instance.DEVICES] != 1 << device:
+            copy = tables.instances[row]
+            if copy.state not in (Instance.ACTIVE, Instance.IDLE) or copy.devices != [device]:
                 # What loads or unloads, and what a lease's program takes, goes up and down; and of a copy that spans
                 # several devices nobody knows how much is here.
                 return
-            uses += words[copy + Instance.USES]
-            if words[copy + Instance.SERVER] and words[Header.SOURCE_MEASURES_PROCESSES]:
-                measured_mb += floats[copy + Instance.MB]
+            uses += copy.uses
+            if copy.server is not None and tables.header.source_measures_processes:
+                measured_mb += copy.mb
             else:
-                copies[words[tables.model(words[copy + Instance.MODEL]) + Model.GENERATION]] += 1
-        seen = (words[at + Device.CONFIGURED_AT], uses)
+                copies[tables.models[copy.model].generation] += 1
+        seen = (here.configured_at, uses)
         if not copies or self._seen.get(device) == seen:
             return
         self._seen[device] = seen
         # The figures of single processes are those of the last sample, not those of the peak.
-        whole_mb = (
-            floats[at + Device.USED_MB]
-            if measured_mb
-            else namespace.transitions.devices.peak_since(device, words[at + Device.CONFIGURED_AT])
-        )
+        peak_since = namespace.transitions.devices.peak_since
+        whole_mb = here.used_mb if measured_mb else peak_since(device, here.configured_at)
         namespace.transitions.estimates.observe(t, list(copies.items()), max(0.0, whole_mb - measured_mb), device)
 
     def _take_over_measurements(self, t: Transaction) -> dict[str, float]:
@@ -78,31 +74,34 @@ class Learning:
         Up at once, because the next copy will take as much (`Measurements.measure` does so with each sample); down
         slowly, because a copy that has not worked yet takes less than one that has.
         """
-        namespace = self._namespace
-        words, floats, tables = namespace.segment.words, namespace.segment.floats, namespace.tables
-        highest: dict[int, float] = {}
-        for slot in tables.rows_where(namespace.segment.layout.members, Member.STATE, Member.SERVER):
-            at = tables.member(slot)
-            row = words[at + Member.INSTANCE]
-            if not row or words[tables.instance(row - 1) + Instance.SERVER] != slot + 1:
-                continue
-            copy = tables.instance(row - 1)
-            if words[copy] in (Instance.ACTIVE, Instance.IDLE) and floats[at + Member.PEAK_MB] > 0:
-                # Of what spans several devices each has to have room for the largest share.
-                span = words[copy + Instance.DEVICES].bit_count()
-                largest_mb = max(floats[at + Member.SHARES : at + Member.SHARES + span]) if span > 1 else 0.0
-                model = words[copy + Instance.MODEL]
-                highest[model] = max(highest.get(model, 0.0), floats[at + Member.PEAK_MB], largest_mb * span)
+        namespace, tables = self._namespace, self._namespace.tables
         changed = {}
-        for model, mb in highest.items():
-            at = tables.model(model)
-            if not words[at + Model.KNOWN]:
+        for row, mb in self._highest().items():
+            model = tables.models[row]
+            if not model.known:
                 continue
-            old = floats[at + Model.ESTIMATE_MB]
+            old = model.estimate_mb
             new = mb if mb > old else smooth(old, mb, namespace.settings.smoothing_factor)
-            if abs(new - old) > ESTIMATE_TOLERANCE * old or floats[at + Model.SD_MB]:
-                namespace.transitions.estimates.estimate(t, model, new, measured=True)
-            tag, mb = tables.tag_of(model), floats[at + Model.ESTIMATE_MB]
+            if abs(new - old) > ESTIMATE_TOLERANCE * old or model.sd_mb:
+                namespace.transitions.estimates.estimate(t, row, new, measured=True)
+            tag, mb = tables.tag_of(row), model.estimate_mb
             if abs(mb - self._reported.get(tag, 0.0)) > ESTIMATE_TOLERANCE * mb:
                 self._reported[tag] = changed[tag] = mb
         return changed
+
+    def _highest(self) -> dict[int, float]:
+        """Return the most that a server of each model (row) was seen to take, in MB."""
+        tables = self._namespace.tables
+        highest: dict[int, float] = {}
+        for slot in tables.rows_where(self._namespace.segment.layout.members, Member.STATE, Member.SERVER):
+            server = tables.members[slot]
+            row = server.instance
+            if row is None or tables.instances[row].server != slot:
+                continue
+            copy = tables.instances[row]
+            if copy.state in (Instance.ACTIVE, Instance.IDLE) and server.peak_mb > 0:
+                # Of what spans several devices each has to have room for the largest share.
+                span = len(copy.devices)
+                largest_mb = max(tables.server_shares_mb(slot, span)) if span > 1 else 0.0
+                highest[copy.model] = max(highest.get(copy.model, 0.0), server.peak_mb, largest_mb * span)
+        return highest

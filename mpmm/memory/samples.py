@@ -69,7 +69,7 @@ class SharedSamples:
         """
         namespace = self._namespace
         self._source = source
-        words, transitions = namespace.segment.words, namespace.transitions
+        transitions = namespace.transitions
         found = [
             (fit_text(info.uuid, Device.UUID_BYTES), fit_text(info.name, Device.NAME_BYTES), info.total_mb)
             for info in devices
@@ -84,7 +84,7 @@ class SharedSamples:
             of_another = led_by not in (b"", name)
             blind = not sees and self._others_measure()
             # A process that measures is better than a leader that does not, and is about to take its place.
-            outranks = sees and of_another and words[Header.SOURCE_BOOKS_ONLY]
+            outranks = sees and of_another and namespace.tables.header.source_books_only
             rows: dict[bytes, int] = {}
             if not blind and (next_in_line is not None or not of_another or outranks):
                 found_rows = transitions.devices.describe(t, found, replace=of_another, measured=sees)
@@ -106,7 +106,7 @@ class SharedSamples:
         knows = process_knowledge(source)
         if knows is None:
             # What others have seen of the same source still holds for a process that has not seen anything yet.
-            knows = is_same and bool(namespace.segment.words[Header.SOURCE_MEASURES_PROCESSES])
+            knows = is_same and namespace.tables.header.source_measures_processes
         flags = (knows, source.settles_late, self._blind)
         namespace.transitions.members.lead(t, namespace.slot, name, flags, counts_named_only(source))
         for slot in next_in_line:
@@ -117,31 +117,31 @@ class SharedSamples:
 
         Needs the lock.
         """
-        words, tables = self._namespace.segment.words, self._namespace.tables
+        tables = self._namespace.tables
         rows = tables.used_rows(self._namespace.segment.layout.devices)
-        measured = [row for row in rows if words[tables.device(row) + Device.MEASURED]]
+        measured = [row for row in rows if tables.devices[row].measured]
         in_use = any(tables.on_device(row) for row in measured)
         return bool(measured) and (in_use or bool(self.better_members(Measures.NOTHING)))
 
     def better_members(self, measures: int) -> set[tuple[int, int]]:
         """Return slot and generation of the living workers that can measure more than `measures`; without the lock."""
         namespace = self._namespace
-        words, tables = namespace.segment.words, namespace.tables
+        tables = namespace.tables
         workers = tables.rows_where(namespace.segment.layout.members, Member.STATE, Member.WORKER)
         return {
-            (slot, words[tables.member(slot) + Member.GENERATION])
+            (slot, tables.members[slot].generation)
             for slot in workers
-            if words[tables.member(slot) + Member.MEASURES] > measures and namespace.member_is_alive(slot)
+            if tables.members[slot].measures > measures and namespace.member_is_alive(slot)
         }
 
     def forget_stated_devices(self) -> None:
         """Free the rows of devices that were only stated, and gave way to measured ones, once nothing lies there."""
         namespace = self._namespace
-        words, floats, tables = namespace.segment.words, namespace.segment.floats, namespace.tables
+        tables = namespace.tables
         rows = [
             row
             for row in tables.used_rows(namespace.segment.layout.devices)
-            if not words[tables.device(row) + Device.MEASURED] and floats[tables.device(row) + Device.TOTAL_MB] == 0
+            if not tables.devices[row].measured and tables.devices[row].total_mb == 0
         ]
         if rows and not all(tables.on_device(row) for row in rows):
             with namespace.transaction() as t:
@@ -160,8 +160,8 @@ class SharedSamples:
         """
         used = self._namespace.tables.used_rows(self._namespace.segment.layout.devices)
         if self._blind:
-            words, tables = self._namespace.segment.words, self._namespace.tables
-            measured = [row for row in used if words[tables.device(row) + Device.MEASURED]]
+            tables = self._namespace.tables
+            measured = [row for row in used if tables.devices[row].measured]
             if measured:
                 self._rows = {}
                 return measured
@@ -200,8 +200,8 @@ class SharedSamples:
 
     def placement_of_instance(self, row: int) -> Placement:
         """Return where an instance (row) lies. Without the lock."""
-        words, tables = self._namespace.segment.words, self._namespace.tables
-        return self.placement_of(words[tables.instance(row) + Instance.DEVICES])
+        tables = self._namespace.tables
+        return self.placement_of(tables.instances[row].device_bits)
 
     def publish(self, samples: Sequence[DeviceSample], timeout_s: float | None = None) -> None:
         """Record figures that could be read, and let waiters profit if they show more room than there was.
@@ -268,45 +268,44 @@ class SharedSamples:
 
     def _end_isolations(self, t: Transaction) -> None:
         """Let others load beside what runs alone: it will be measured by its process, as its source has just shown."""
-        words, tables = self._namespace.segment.words, self._namespace.tables
+        tables = self._namespace.tables
         for row in tables.used_rows(self._namespace.segment.layout.devices):
-            instance = words[tables.device(row) + Device.ISOLATED]
-            if instance:
-                self._namespace.transitions.isolation.end(t, instance - 1)
+            instance = tables.devices[row].isolated
+            if instance is not None:
+                self._namespace.transitions.isolation.end(t, instance)
 
     def _shows_ours(self, parts: Mapping[int, float]) -> bool:
         """Tell whether a sample shows what a member takes, and so that the source knows processes; without the lock."""
-        words, tables = self._namespace.segment.words, self._namespace.tables
-        if not parts or words[Header.SOURCE_MEASURES_PROCESSES]:
+        tables = self._namespace.tables
+        if not parts or tables.header.source_measures_processes:
             return False
         if self._source is None or process_knowledge(self._source) is False:
             return False
         if tables.text(Header.SOURCE_NAME) != fit_text(self._source.name, Header.SOURCE_NAME_BYTES):
             return False
-        return any(words[tables.member(slot) + Member.PID] in parts for slot in tables.used_members())
+        return any(tables.members[slot].pid in parts for slot in tables.used_members())
 
     def _measure_members(self, t: Transaction, news: _News, taken_ns: int) -> None:
         """Record what each member takes. One that had memory, and is on no list of its devices any more, has none."""
-        words, floats, tables = self._namespace.segment.words, self._namespace.segment.floats, self._namespace.tables
+        tables = self._namespace.tables
         for slot in tables.used_members():
-            at = tables.member(slot)
-            pid, instance = words[at + Member.PID], words[at + Member.INSTANCE]
-            devices = words[tables.instance(instance - 1) + Instance.DEVICES] if instance else 0
+            member = tables.members[slot]
+            pid, instance = member.pid, member.instance
+            devices = 0 if instance is None else tables.instances[instance].device_bits
             if pid in news.measured and not devices & ~news.fresh_rows:
                 self._namespace.transitions.measurements.measure(t, slot, news.measured[pid], taken_ns)
-            elif pid not in news.measured and floats[at + Member.MEASURED_MB] > 0 and not devices & ~news.complete_rows:
+            elif pid not in news.measured and member.measured_mb > 0 and not devices & ~news.complete_rows:
                 self._namespace.transitions.measurements.measure(t, slot, {}, taken_ns)
 
     def stats(self) -> tuple[float, float, float]:
         """Return (current, peak, total) in MB, summed over the devices that this process sees."""
         namespace = self._namespace
-        floats = namespace.segment.floats
         with namespace.transaction():
             rows = self.rows()
             copies = self._scheduler.read_copies()
             used = [self._scheduler.used_mb(row, copies) for row in rows]
-            peaks = [floats[namespace.tables.device(row) + Device.PEAK_MB] for row in rows]
-            total = sum(floats[namespace.tables.device(row) + Device.TOTAL_MB] for row in rows)
+            peaks = [namespace.tables.devices[row].peak_mb for row in rows]
+            total = sum(namespace.tables.devices[row].total_mb for row in rows)
         return sum(used), sum(map(max, used, peaks)), total
 
     def reset_peak(self) -> None:
@@ -320,10 +319,10 @@ class SharedSamples:
         Looks without the lock. What a worker has started, and no lease is for, is nothing that could be unloaded.
         """
         namespace = self._namespace
-        words, tables = namespace.segment.words, namespace.tables
-        members = {words[tables.member(slot) + Member.PID] for slot in tables.used_members()}
+        tables = namespace.tables
+        members = {tables.members[slot].pid for slot in tables.used_members()}
         ours = members | {pid for tree in self._programs().values() for pid in tree}
-        servers = {words[tables.member(slot) + Member.PID] for slot in self._servers()}
+        servers = {tables.members[slot].pid for slot in self._servers()}
         return unrelated_to(set(measured) - ours, servers)
 
     def server_pids(self) -> Sequence[int]:
@@ -332,7 +331,7 @@ class SharedSamples:
         Read without the lock, as a process may end any time.
         """
         namespace = self._namespace
-        servers = [namespace.segment.words[namespace.tables.member(slot) + Member.PID] for slot in self._servers()]
+        servers = [namespace.tables.members[slot].pid for slot in self._servers()]
         return servers + [pid for tree in self._programs().values() for pid in tree]
 
     def _servers(self) -> list[int]:
@@ -341,9 +340,9 @@ class SharedSamples:
 
     def _leases(self) -> dict[int, int]:
         """Return the rows of leases whose program is known, and its pid."""
-        words, tables = self._namespace.segment.words, self._namespace.tables
+        tables = self._namespace.tables
         leases = tables.rows_where(self._namespace.segment.layout.instances, Instance.STATE, Instance.LEASED)
-        programs = {row: words[tables.instance(row) + Instance.PROGRAM] for row in leases}
+        programs = {row: tables.instances[row].program for row in leases}
         return {row: pid for row, pid in programs.items() if pid}
 
     def _programs(self) -> dict[int, list[int]]:
@@ -355,7 +354,7 @@ class SharedSamples:
         programs = set(self._leases().values())
         if not programs:
             return {}
-        servers = {namespace.segment.words[namespace.tables.member(slot) + Member.PID] for slot in self._servers()}
+        servers = {namespace.tables.members[slot].pid for slot in self._servers()}
         return {pid: process_tree(pid, servers | programs) for pid in programs}
 
     def _taken_by_programs(self, measured: Mapping[int, float]) -> dict[int, float]:
@@ -367,7 +366,7 @@ class SharedSamples:
         """Record with each lease what its program takes; of several leases for one program, one after the other."""
         for row, pid in self._leases().items() if taken else ():
             if pid in taken:
-                reserved = self._namespace.segment.floats[self._namespace.tables.instance(row) + Instance.RESERVED_MB]
+                reserved = self._namespace.tables.instances[row].reserved_mb
                 mb = min(taken[pid], reserved)
                 taken[pid] -= mb
                 self._namespace.transitions.leases.measure_program(t, row, mb)

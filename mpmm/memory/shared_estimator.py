@@ -21,7 +21,7 @@ from mpmm.memory.estimator import (
     reconcile,
     solve_footprints,
 )
-from mpmm.shared_state.layout import Header, Model
+from mpmm.shared_state.layout import Model
 from mpmm.shared_state.layout import Observation as ObservationRow
 from mpmm.shared_state.namespace import Namespace
 from mpmm.shared_state.tables import encode_text
@@ -64,9 +64,9 @@ class SharedResourceEstimator:
         namespace = self._namespace
         with namespace.transaction():
             row = namespace.tables.model_row(model_tag)
-            if row is None or not namespace.segment.words[namespace.tables.model(row) + Model.KNOWN]:
+            if row is None or not namespace.tables.models[row].known:
                 return default_mb
-            return namespace.segment.floats[namespace.tables.model(row) + Model.ESTIMATE_MB]
+            return namespace.tables.models[row].estimate_mb
 
     def set_initial_estimate(self, model_tag: str, cost: float) -> None:
         """Set the estimate of a tag to `cost` MB, as measured with the model alone on a device.
@@ -98,7 +98,7 @@ class SharedResourceEstimator:
             copies = []
             for tag, count in counts.items():
                 row = namespace.transitions.models.claim(t, tag, encoded[tag])
-                copies.append((namespace.segment.words[namespace.tables.model(row) + Model.GENERATION], count))
+                copies.append((namespace.tables.models[row].generation, count))
             namespace.transitions.estimates.observe(t, copies, peak_memory)
         self.solve()
 
@@ -106,12 +106,12 @@ class SharedResourceEstimator:
     def estimates(self) -> dict[str, float]:
         """All estimates by tag, in MB."""
         namespace = self._namespace
-        words, floats, tables = namespace.segment.words, namespace.segment.floats, namespace.tables
+        tables = namespace.tables
         with namespace.transaction():
             return {
-                tables.tag_of(row): floats[tables.model(row) + Model.ESTIMATE_MB]
+                tables.tag_of(row): tables.models[row].estimate_mb
                 for row in tables.model_rows()
-                if words[tables.model(row) + Model.KNOWN]
+                if tables.models[row].known
             }
 
     @property
@@ -136,7 +136,7 @@ class SharedResourceEstimator:
         readings_of: list[list[float]] = []
         with namespace.transaction():
             tags = {
-                words[namespace.tables.model(row) + Model.GENERATION]: namespace.tables.tag_of(row)
+                namespace.tables.models[row].generation: namespace.tables.tag_of(row)
                 for row in namespace.tables.model_rows()
             }
             for row in namespace.tables.used_rows(layout.observations):
@@ -161,8 +161,8 @@ class SharedResourceEstimator:
         How much a solution counts, see `reconcile`: what was read from processes is exact already and stays.
         """
         namespace = self._namespace
-        made = namespace.segment.words[Header.OBSERVATIONS_MADE]
-        if made == namespace.segment.words[Header.SOLVED_AT]:
+        made = namespace.tables.header.observations_made
+        if made == namespace.tables.header.solved_at:
             return
         observations, _ = self.observations()
         models = sorted({tag for observation in observations for tag in observation.counts})
@@ -172,24 +172,23 @@ class SharedResourceEstimator:
             _LOG.error("Estimates are unchanged: %s", error)
             footprints = None
         changed: dict[str, float] = {}
-        words, floats = namespace.segment.words, namespace.segment.floats
         with namespace.transaction() as t:
             namespace.transitions.estimates.note_solution(t, made)
             for tag, mb in footprints.model_mb.items() if footprints else ():
                 row = namespace.tables.model_row(tag)
                 if row is None:
                     continue
-                at = namespace.tables.model(row)
-                known, measured = words[at + Model.KNOWN], bool(words[at + Model.MEASURED])
-                if not known and mb <= floats[at + Model.AT_LEAST_MB]:
+                model = namespace.tables.models[row]
+                known, measured = model.known, model.measured
+                if not known and mb <= model.at_least_mb:
                     # The readings are from before it ran out of memory with more than that free.
                     continue
-                old = Estimate(floats[at + Model.ESTIMATE_MB], floats[at + Model.SD_MB]) if known else None
+                old = Estimate(model.estimate_mb, model.sd_mb) if known else None
                 new = reconcile(old, Estimate(mb, footprints.sd_mb[tag] if footprints else 0.0), self.smoothing_factor)
                 if new != old:
                     changed[tag] = new.mb
                     namespace.transitions.estimates.estimate(
-                        t, row, new.mb, measured=measured and bool(known), sd_mb=new.sd_mb
+                        t, row, new.mb, measured=measured and known, sd_mb=new.sd_mb
                     )
         for tag, mb in changed.items():
             report_estimate(tag, mb)

@@ -13,7 +13,7 @@ from mpmm.memory.monitor import GPUMonitor
 from mpmm.memory.monitor_source import MonitorSource
 from mpmm.memory.samples import SharedSamples
 from mpmm.model_manager.deferred import NOW_S
-from mpmm.shared_state.layout import Device, Header, Instance, Member, device_rows
+from mpmm.shared_state.layout import Instance
 from mpmm.shared_state.namespace import Namespace
 from mpmm.sources import DeviceInfo, MemorySource, process_knowledge
 
@@ -67,12 +67,12 @@ class FreshFigures:
 
         One that is asked for and has not begun serves for this call, too.
         """
-        if not self._namespace.segment.words[Header.SOURCE_BOOKS_ONLY]:
+        if not self._namespace.tables.header.source_books_only:
             self._monitor.request_refresh()
 
     def ensure_fresh_to_queue(self, timeout_s: float) -> None:
         """Like `ensure_fresh`, for one who is about to queue."""
-        waiting = self._namespace.segment.words[Header.WAITING]
+        waiting = self._namespace.tables.header.waiting
         self.ensure_fresh(timeout_s, FRESH_BEHIND_OTHERS_NS if waiting else FRESH_NS)
 
     def ensure_fresh(self, timeout_s: float | None = None, age_ns: int = FRESH_NS) -> None:
@@ -87,10 +87,9 @@ class FreshFigures:
             self.sample(ENSURE_FRESH_TIMEOUT_S if timeout_s is None else min(timeout_s, ENSURE_FRESH_TIMEOUT_S))
 
     def _are_fresh(self, age_ns: int = FRESH_NS) -> bool:
-        words, tables = self._namespace.segment.words, self._namespace.tables
-        oldest = time.monotonic_ns() - age_ns
-        devices = (tables.device(row) for row in self.samples.rows())
-        return all(words[at + Device.SAMPLED] >= max(oldest, words[at + Device.CONFIGURED_AT]) for at in devices)
+        oldest, tables = time.monotonic_ns() - age_ns, self._namespace.tables
+        devices = (tables.devices[row] for row in self.samples.rows())
+        return all(device.sampled >= max(oldest, device.configured_at) for device in devices)
 
     def sample_after_load(self, row: int) -> bool:
         """Take a sample after a load if that is quick or knows processes.
@@ -101,13 +100,12 @@ class FreshFigures:
             return False
         loaded = time.monotonic_ns()
         self.sample()
-        words, tables = self._namespace.segment.words, self._namespace.tables
-        rows = device_rows(words[tables.instance(row) + Instance.DEVICES])
-        return all(words[tables.device(device) + Device.SAMPLED] >= loaded for device in rows)
+        tables = self._namespace.tables
+        return all(tables.devices[device].sampled >= loaded for device in tables.instances[row].devices)
 
     def sample(self, timeout_s: float | None = None) -> None:
         """Wait for a new sample, unless there is nothing to measure; see `sample_source`."""
-        if not self._namespace.segment.words[Header.SOURCE_BOOKS_ONLY]:
+        if not self._namespace.tables.header.source_books_only:
             self.sample_source(timeout_s)
 
     def reset_peak(self) -> None:
@@ -121,18 +119,15 @@ class FreshFigures:
 
         None if that is not known, as one of them could not be read before or since the load.
         """
-        words, floats, tables = self._namespace.segment.words, self._namespace.segment.floats, self._namespace.tables
-        given = self.given_source
+        tables, given = self._namespace.tables, self.given_source
         seen_mb = 0.0 if given is None else given.peak_mb
-        at = tables.instance(row)
         added = []
         with self._namespace.transaction():
-            for device in map(tables.device, device_rows(words[at + Instance.DEVICES])):
-                peak_mb = max(floats[device + Device.USED_MB], floats[device + Device.PEAK_MB], seen_mb)
-                baseline_mb = floats[device + Device.BASELINE_MB]
-                if math.isnan(baseline_mb) or words[device + Device.SAMPLED] < words[at + Instance.LOADED_AT]:
+            copy = tables.instances[row]
+            for device in (tables.devices[device] for device in copy.devices):
+                if math.isnan(device.baseline_mb) or device.sampled < copy.loaded_at:
                     return None
-                added.append(max(0.0, peak_mb - baseline_mb))
+                added.append(max(0.0, max(device.used_mb, device.peak_mb, seen_mb) - device.baseline_mb))
         return tuple(added)
 
     def measuring_growth(self) -> Growth:
@@ -147,19 +142,16 @@ class FreshFigures:
 
         Needs the lock.
         """
-        words, floats, tables = self._namespace.segment.words, self._namespace.segment.floats, self._namespace.tables
+        tables = self._namespace.tables
         if not server or server == self._namespace.reference:
             return ()
-        at, span = tables.member(server - 1), words[tables.instance(row) + Instance.DEVICES].bit_count()
-        measured = floats[at + Member.MEASURED_MB]
-        if math.isnan(measured):
+        if math.isnan(tables.members[server - 1].measured_mb):
             return ()
-        return tuple(floats[at + Member.SHARES : at + Member.SHARES + span]) if span > 1 else (measured,)
+        return tables.server_shares_mb(server - 1, len(tables.instances[row].devices))
 
     def own_mb(self) -> float:
         """Return the device memory of this process in the last sample, 0 where it was not seen to have any."""
-        at = self._namespace.tables.member(self._namespace.slot)
-        mb = self._namespace.segment.floats[at + Member.MEASURED_MB]
+        mb = self._namespace.tables.members[self._namespace.slot].measured_mb
         return 0.0 if math.isnan(mb) else mb
 
     def stats(self) -> tuple[float, float, float]:
@@ -187,7 +179,7 @@ class Growth:
 
         A source that shows this process now, and did not before, has shown that it had nothing then.
         """
-        knows = self._namespace.segment.words[Header.SOURCE_MEASURES_PROCESSES]
+        knows = self._namespace.tables.header.source_measures_processes
         if not self._measures or not knows or self._state() != self._before:
             return 0.0
         return max(0.0, self._figures.own_mb() - self._before_mb)
@@ -198,9 +190,9 @@ class Growth:
         Without the lock, for which a load shall not wait: that these rows come and go is this process's own doing.
         """
         namespace = self._namespace
-        words, tables, layout = namespace.segment.words, namespace.tables, namespace.segment.layout
+        tables, layout = namespace.tables, namespace.segment.layout
         rows = tables.rows_where(layout.instances, Instance.OWNER, namespace.reference)
         rows += tables.rows_where(layout.instances, Instance.HOLDER, namespace.reference)
-        loading = [row for row in rows if words[tables.instance(row)] != Instance.ACTIVE]
-        owned = [row for row in rows if words[tables.instance(row) + Instance.OWNER]]
-        return sorted({(row, words[tables.instance(row) + Instance.GENERATION]) for row in (*loading, *owned)})
+        loading = [row for row in rows if tables.instances[row].state != Instance.ACTIVE]
+        owned = [row for row in rows if tables.instances[row].owner is not None]
+        return sorted({(row, tables.instances[row].generation) for row in (*loading, *owned)})

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from mpmm.model_manager.unload import SHORTEST_UNLOAD_LIMIT_S, Unloads
 from mpmm.scheduling import Scheduler
-from mpmm.shared_state.layout import Header, Instance, Member
+from mpmm.shared_state.layout import Instance, Member
 from mpmm.shared_state.namespace import Namespace
 from mpmm.text.printable import printable_logger
 
@@ -36,20 +36,21 @@ class LateUnloads:
         if not any(self._overdue(time.monotonic_ns())):
             return
         namespace = self._namespace
-        words, tables = namespace.segment.words, namespace.tables
+        tables = namespace.tables
         said: dict[tuple[int, int], list[str]] = defaultdict(list)
         with namespace.transaction() as t:
             for row, late in list(self._overdue(t.now)):
-                at = tables.instance(row)
-                holder, tag = words[at + Instance.HOLDER] - 1, tables.tag_of(words[at + Instance.MODEL])
-                if late and not words[at + Instance.UNLOAD_LATE]:
+                instance = tables.instances[row]
+                # An instance in mid-unload has a holder.
+                holder, tag = instance.holder or 0, tables.tag_of(instance.model)
+                if late and not instance.unload_late:
                     namespace.transitions.unloads.note_late(t, row)
                     said[holder, -1].append(tag)
-                successor = None if words[at + Instance.OWNER] else self._successor_of(row, holder)
+                successor = self._successor_of(row, holder) if instance.owner is None else None
                 if successor is not None:
                     namespace.transitions.unloads.hand_over(t, row, successor)
                     said[holder, successor].append(tag)
-            pids = {slot: words[tables.member(slot) + Member.PID] for ends in said for slot in ends if slot >= 0}
+            pids = {slot: tables.members[slot].pid for ends in said for slot in ends if slot >= 0}
             self._scheduler.advance(t)
         for (holder, successor), tags in said.items():
             which = f"{tags[0]} and {len(tags) - 1} more" if len(tags) > 1 else tags[0]
@@ -59,17 +60,17 @@ class LateUnloads:
     def _overdue(self, now_ns: int) -> Iterator[tuple[int, bool]]:
         """Find the rows whose HOLDER has not unloaded them in time, and tell whether nobody should count on them."""
         namespace = self._namespace
-        words, tables = namespace.segment.words, namespace.tables
+        tables = namespace.tables
         limit_ns = max(namespace.settings.memory_return_seconds, SHORTEST_UNLOAD_LIMIT_S) * 1e9
         for row in tables.rows_where(namespace.segment.layout.instances, Instance.STATE, Instance.UNLOADING):
-            at = tables.instance(row)
-            if words[at + Instance.DEVICES] & words[Header.STEADY]:
+            instance = tables.instances[row]
+            if instance.device_bits & tables.header.steady:
                 # It has to wait.
                 continue
-            since, owned = words[at + Instance.SINCE], words[at + Instance.OWNER]
-            told = max(since, words[at + Instance.HANDED_AT])
-            late = now_ns - since > limit_ns * (1 if owned else 2)
-            if now_ns - told > limit_ns and not (owned and words[at + Instance.UNLOAD_LATE]):
+            since, is_object = instance.since, instance.owner is not None
+            told = max(since, instance.handed_at)
+            late = now_ns - since > limit_ns * (1 if is_object else 2)
+            if now_ns - told > limit_ns and not (is_object and instance.unload_late):
                 yield row, late
 
     def _successor_of(self, row: int, holder: int) -> int | None:

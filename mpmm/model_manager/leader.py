@@ -173,9 +173,9 @@ class Leader:
 
         Those that can measure most come first.
         """
-        words, tables, layout = self._namespace.segment.words, self._namespace.tables, self._namespace.segment.layout
+        tables, layout = self._namespace.tables, self._namespace.segment.layout
         workers = tables.rows_where(layout.members, Member.STATE, Member.WORKER)
-        return sorted(workers, key=lambda slot: (-words[tables.member(slot) + Member.MEASURES], slot))[: DEPUTIES + 1]
+        return sorted(workers, key=lambda slot: (-tables.members[slot].measures, slot))[: DEPUTIES + 1]
 
     def _better_members(self) -> set[tuple[int, int]]:
         """Return the living workers that can measure more than this one."""
@@ -239,7 +239,7 @@ class Leader:
         words, tables = self._namespace.segment.words, self._namespace.tables
         places = [(Header.POLLED, Header.POLL_CLAIMED)]
         # Without a source that measures, a claim on devices would only keep those from it that have one.
-        if not words[Header.SOURCE_BOOKS_ONLY] and what_it_measures(self._figures.source) > Measures.NOTHING:
+        if not tables.header.source_books_only and what_it_measures(self._figures.source) > Measures.NOTHING:
             devices = (tables.device(row) for row in self._samples.rows())
             places += [(at + Device.TRIED, at + Device.CLAIMED) for at in devices]
         now = time.monotonic_ns()
@@ -256,16 +256,16 @@ class Leader:
         """Tell the others if this process's source has turned out to measure more, or less, than it said."""
         namespace = self._namespace
         measures = what_it_measures(self._figures.source)
-        if namespace.segment.words[namespace.tables.member(namespace.slot) + Member.MEASURES] != measures:
+        if namespace.tables.members[namespace.slot].measures != measures:
             with namespace.transaction() as t:
                 namespace.transitions.members.note_source(t, namespace.slot, measures)
 
     def _expire_returns(self) -> None:
         """Let the books decide about unloaded memory that no sample has told about for a while."""
         namespace = self._namespace
-        words, tables = namespace.segment.words, namespace.tables
+        tables = namespace.tables
         rows = tables.used_rows(namespace.segment.layout.devices)
-        if any(words[tables.device(row) + Device.RETURN_COUNT] for row in rows):
+        if any(tables.devices[row].return_count for row in rows):
             with namespace.transaction() as t:
                 namespace.transitions.ledgers.expire(t)
                 self._scheduler.advance(t)
@@ -308,24 +308,16 @@ class Leader:
     def _give_up_slow_loads(self, t: Transaction) -> None:
         namespace = self._namespace
         limit = namespace.settings.load_timeout_seconds
-        if math.isinf(limit) or not namespace.segment.words[Header.LOADING]:
+        if math.isinf(limit) or not namespace.tables.header.loading:
             return
         tables, layout = namespace.tables, namespace.segment.layout
         for row in tables.rows_where(layout.instances, Instance.STATE, Instance.LOADING):
-            taken = (time.monotonic_ns() - namespace.segment.words[tables.instance(row) + Instance.SINCE]) / 1e9
+            taken = (time.monotonic_ns() - tables.instances[row].since) / 1e9
             if taken > limit:
-                namespace.transitions.models.note_failure(
-                    t, namespace.segment.words[tables.instance(row) + Instance.MODEL]
-                )
+                namespace.transitions.models.note_failure(t, tables.instances[row].model)
                 namespace.transitions.loads.give_up(t, row)
-                t.after.append(
-                    partial(
-                        _LOG.warning,
-                        "mpmm %s: abandoned a load after %.1f s (load_timeout_seconds)",
-                        namespace.name,
-                        taken,
-                    )
-                )
+                text = "mpmm %s: abandoned a load after %.1f s (load_timeout_seconds)"
+                t.after.append(partial(_LOG.warning, text, namespace.name, taken))
 
     def _unload_expired(self, t: Transaction) -> None:
         """Have copies unloaded that nobody has used for as long as they are kept: by their owner, or by this process.
@@ -333,7 +325,7 @@ class Leader:
         That is `keep_alive_seconds` of their model, else `idle_ttl_seconds`.
         """
         namespace = self._namespace
-        words, tables, layout = namespace.segment.words, namespace.tables, namespace.segment.layout
+        tables, layout = namespace.tables, namespace.segment.layout
         ttl_s = namespace.settings.idle_ttl_seconds
         if math.isinf(ttl_s) and not tables.view(layout.models)[:, Model.KEEP_ALIVE].any():
             return
@@ -341,15 +333,15 @@ class Leader:
         # These have been idle before; in the host they are kept for as long again.
         rows += tables.rows_where(layout.instances, Instance.STATE, Instance.SUSPENDED)
         for row in rows:
-            at = tables.instance(row)
-            model, kept_ns = words[at + Instance.MODEL], tables.kept_ns(words[at + Instance.MODEL], ttl_s)
+            copy = tables.instances[row]
+            kept_ns = tables.kept_ns(copy.model, ttl_s)
             if t.is_long:
                 # The next poll unloads the rest.
                 return
-            if words[tables.model(model) + Model.PINS] or t.now - words[at + Instance.SINCE] <= kept_ns:
+            if tables.models[copy.model].pins or t.now - copy.since <= kept_ns:
                 continue
             cause = Cause(Reason.EXPIRED, seconds=kept_ns / 1e9)
-            if words[at] == Instance.IDLE:
+            if copy.state == Instance.IDLE:
                 namespace.transitions.unloads.begin(t, row, namespace.slot, evicted=False, cause=cause)
             else:
                 namespace.transitions.suspensions.drop(t, row, namespace.slot, cause)

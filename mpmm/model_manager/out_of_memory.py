@@ -18,7 +18,7 @@ from mpmm.model_manager.deferred import NOW_S
 from mpmm.model_manager.unload import Unloads
 from mpmm.policy.out_of_memory import bound_mb, raised_estimate_mb
 from mpmm.scheduling import Copies, Scheduler
-from mpmm.shared_state.layout import Header, Instance, Model, device_rows
+from mpmm.shared_state.layout import Instance, device_rows
 from mpmm.shared_state.namespace import Namespace
 from mpmm.shared_state.transaction import Transaction
 from mpmm.text.printable import printable_logger
@@ -54,14 +54,14 @@ class OutOfMemory:
     def devices_in_use(self, tag: str) -> int:
         """Return the bits of the devices on which this process holds copies of a model."""
         namespace = self._namespace
-        tables, words = namespace.tables, namespace.segment.words
+        tables = namespace.tables
         with namespace.transaction():
             model = tables.model_row(tag)
             rows = tables.rows_where(namespace.segment.layout.instances, Instance.HOLDER, namespace.reference)
             bits = 0
-            for at in map(tables.instance, rows):
-                if words[at] == Instance.ACTIVE and words[at + Instance.MODEL] == model:
-                    bits |= words[at + Instance.DEVICES]
+            for instance in (tables.instances[row] for row in rows):
+                if instance.state == Instance.ACTIVE and instance.model == model:
+                    bits |= instance.device_bits
             return bits
 
     def free_for_load(self, row: int) -> FreeMemory | None:
@@ -70,13 +70,12 @@ class OutOfMemory:
         None as well if the lock is not free at once: a load does not wait for it.
         """
         namespace = self._namespace
-        words, floats, tables = namespace.segment.words, namespace.segment.floats, namespace.tables
-        if words[Header.SOURCE_BOOKS_ONLY]:
+        tables = namespace.tables
+        if tables.header.source_books_only:
             return None
-        at = tables.instance(row)
         with contextlib.suppress(LockTimeoutError), namespace.transaction(NOW_S):
-            devices = device_rows(words[at + Instance.DEVICES])
-            own_mb = floats[at + Instance.RESERVED_MB] / len(devices)
+            devices = tables.instances[row].devices
+            own_mb = tables.instances[row].reserved_mb / len(devices)
             copies = self._scheduler.read_copies()
             views = [view for view in self._scheduler.device_views(copies) if view.device in devices]
             free_mb = min(view.total_mb - view.used_mb - max(0.0, view.reserved_mb - own_mb) for view in views)
@@ -92,18 +91,18 @@ class OutOfMemory:
         """
         if free is None or not free.alone or self._neighbours(row):
             return True
-        here = self._namespace.segment.words[self._namespace.tables.instance(row) + Instance.DEVICES]
+        here = self._namespace.tables.instances[row].device_bits
         return self._roomiest_mb(places, here.bit_count(), here, free.mb) > free.mb
 
     def _neighbours(self, row: int) -> list[int]:
         """Return the instances beside a copy that could make room for it: all but the idle ones of pinned models."""
-        words, tables = self._namespace.segment.words, self._namespace.tables
+        tables = self._namespace.tables
         others = []
-        for device in device_rows(words[tables.instance(row) + Instance.DEVICES]):
+        for device in tables.instances[row].devices:
             for other in tables.on_device(device):
-                at = tables.instance(other)
-                pinned = words[tables.model(words[at + Instance.MODEL]) + Model.PINS]
-                if other != row and words[at] != Instance.SUSPENDED and not (pinned and words[at] == Instance.IDLE):
+                state = tables.instances[other].state
+                pinned = tables.models[tables.instances[other].model].pins
+                if other != row and state != Instance.SUSPENDED and not (pinned and state == Instance.IDLE):
                     others.append(other)
         return others
 
@@ -131,19 +130,18 @@ class OutOfMemory:
         for a quarter more in that; else for more than was free, less what others have begun to take since.
         """
         namespace = self._namespace
-        words, floats, tables = namespace.segment.words, namespace.segment.floats, namespace.tables
-        at = tables.instance(row)
-        model, here = words[at + Instance.MODEL], words[at + Instance.DEVICES]
+        tables = namespace.tables
+        instance = tables.instances[row]
+        model, here = instance.model, instance.device_bits
         span = here.bit_count()
         at_least_mb = 0.0
         if free is not None:
-            generation = words[at + Instance.GENERATION]
-            later = [tables.instance(other) for other in self._neighbours(row)]
-            came_mb = math.fsum(floats[o + Instance.MB] for o in later if words[o + Instance.GENERATION] > generation)
+            others = [tables.instances[other] for other in self._neighbours(row)]
+            came_mb = math.fsum(other.mb for other in others if other.generation > instance.generation)
             room_mb = self._roomiest_mb(places, span, here, free.room_mb)
             at_least_mb = bound_mb(free.mb - came_mb * span, room_mb)
         namespace.transitions.estimates.record_out_of_memory(t, model, at_least_mb, loading=True)
-        if free is None and first and words[Header.SOURCE_BOOKS_ONLY]:
+        if free is None and first and tables.header.source_books_only:
             self._raise_by_a_quarter(t, model, here)
         self._say_ran_out(t, model)
 
@@ -152,22 +150,17 @@ class OutOfMemory:
         need_mb = self._scheduler.need_mb(model)
         limit_mb = max(map(self._scheduler.limit_mb, device_rows(devices)), default=need_mb)
         raised_mb = raised_estimate_mb(need_mb, limit_mb)
-        measured = bool(self._namespace.segment.words[self._namespace.tables.model(model) + Model.MEASURED])
+        measured = self._namespace.tables.models[model].measured
         self._namespace.transitions.estimates.estimate(t, model, raised_mb, measured)
         t.after.append(partial(report_estimate, self._namespace.tables.tag_of(model), raised_mb))
 
     def _say_ran_out(self, t: Transaction, model: int) -> None:
         namespace = self._namespace
-        tag, mb = (
-            namespace.tables.tag_of(model),
-            namespace.segment.floats[namespace.tables.model(model) + Model.AT_LEAST_MB],
-        )
+        tag, mb = namespace.tables.tag_of(model), namespace.tables.models[model].at_least_mb
         text = "mpmm %s: pid %d ran out of memory with %s, which needs more than %.0f MB"
         if not mb:
-            text, mb = (
-                "mpmm %s: pid %d ran out of memory with %s, assumed to need %.0f MB",
-                self._scheduler.need_mb(model),
-            )
+            text = "mpmm %s: pid %d ran out of memory with %s, assumed to need %.0f MB"
+            mb = self._scheduler.need_mb(model)
         t.after.append(partial(_LOG.warning, text, namespace.name, namespace.pid, tag, mb))
 
     def make_room_after_use(self, tag: str) -> None:
@@ -178,20 +171,20 @@ class OutOfMemory:
         takes, whatever it was asked to do.
         """
         namespace = self._namespace
-        words, floats, tables = namespace.segment.words, namespace.segment.floats, namespace.tables
+        tables = namespace.tables
         devices = self.devices_in_use(tag)
         with namespace.transaction() as t:
             model = tables.model_row(tag)
             if model is None:
                 return
-            if words[Header.SOURCE_BOOKS_ONLY] or not devices:
+            if tables.header.source_books_only or not devices:
                 namespace.transitions.estimates.record_out_of_memory(t, model)
                 self._raise_by_a_quarter(t, model, devices)
             else:
                 rows = tables.rows_where(namespace.segment.layout.instances, Instance.HOLDER, namespace.reference)
-                ours = [at for at in map(tables.instance, rows) if words[at + Instance.MODEL] == model]
-                span = max((words[at + Instance.DEVICES].bit_count() for at in ours), default=1)
-                own_mb = max((floats[at + Instance.MB] for at in ours), default=0.0)
+                ours = [tables.instances[row] for row in rows if tables.instances[row].model == model]
+                span = max((len(instance.devices) for instance in ours), default=1)
+                own_mb = max((instance.mb for instance in ours), default=0.0)
                 views = self._scheduler.device_views(self._scheduler.read_copies())
                 free = [v.total_mb - v.used_mb - v.reserved_mb for v in views if devices >> v.device & 1]
                 limit_mb = self._roomiest_mb(devices, span)
@@ -204,12 +197,12 @@ class OutOfMemory:
     def make_room(self, devices: int) -> None:
         """Take back what admission believed: unload what is idle on these devices (bits), pinned models aside."""
         namespace = self._namespace
-        words, tables = namespace.segment.words, namespace.tables
+        tables = namespace.tables
         with namespace.transaction() as t:
             for row in tables.rows_where(namespace.segment.layout.instances, Instance.STATE, Instance.IDLE):
-                at = tables.instance(row)
-                pinned = words[tables.model(words[at + Instance.MODEL]) + Model.PINS]
+                instance = tables.instances[row]
+                pinned = tables.models[instance.model].pins
                 # A twin has gone with the one before it.
-                if words[at] == Instance.IDLE and words[at + Instance.DEVICES] & devices and not pinned:
+                if instance.state == Instance.IDLE and instance.device_bits & devices and not pinned:
                     namespace.transitions.unloads.begin(t, row, namespace.slot, evicted=True)
         self._unloads.unload_assigned()

@@ -56,21 +56,20 @@ class Reconciler:
 
     def _leave_abandoned(self, t: Transaction, operation: Operation) -> None:
         """Give up ticket and load of a call, if the books still know of them."""
-        words, tables, transitions = self._namespace.segment.words, self._namespace.tables, self._namespace.transitions
-        reference = self._namespace.reference
+        namespace, transitions = self._namespace, self._namespace.transitions
         others = [other.ticket for other in list(self._operations) if other is not operation]
         # Where the transaction that queued it was undone, the next one was given the same number.
         if operation.ticket not in others:
-            leave_if_there(self._namespace, operation.ticket, t)
+            leave_if_there(namespace, operation.ticket, t)
         if operation.booking is not None:
             row, generation = operation.booking
-            at = tables.instance(row)
-            if (words[at + Instance.GENERATION], words[at + Instance.HOLDER]) == (generation, reference):
-                if words[at] == Instance.LOADING:
+            instance = namespace.tables.instances[row]
+            if (instance.generation, instance.holder) == (generation, namespace.slot):
+                if instance.state == Instance.LOADING:
                     transitions.loads.give_up(t, row)
-                elif words[at] == Instance.RESUMING:
-                    transitions.suspensions.turn_back(t, row, reference)
-                elif words[at] == Instance.LEASED:
+                elif instance.state == Instance.RESUMING:
+                    transitions.suspensions.turn_back(t, row, namespace.reference)
+                elif instance.state == Instance.LEASED:
                     transitions.leases.end(t, row)
 
     def _release_abandoned(self, t: Transaction, operation: Operation) -> None:
@@ -83,13 +82,12 @@ class Reconciler:
             # Another waiter's by now, who may be about to put it on the list, without the lock.
             return
         at = (copy.row, copy.generation)
-        words, row = self._namespace.segment.words, self._namespace.tables.instance(copy.row)
         if self._held.holds.get(at) is held:
             ours = True
         else:
             # It was struck off: by this call, to give it back, or because its transaction was undone.
             others = [other for other in list(self._operations) if other is not operation and other.gives_back]
-            ours = operation.gives_back and words[row + Instance.USES] == use
+            ours = operation.gives_back and self._namespace.tables.instances[copy.row].uses == use
             ours = ours and not any(other.held is held for other in others)
         if ours and self._held.is_held(copy):
             self._scheduler.release(t, copy.row)
@@ -98,19 +96,17 @@ class Reconciler:
 
     def _is_granted(self, row: int) -> bool:
         """Tell whether a ticket was granted the copy in a row, and its waiter has not taken it for certain."""
-        words, tables, layout = self._namespace.segment.words, self._namespace.tables, self._namespace.segment.layout
-        tickets = map(tables.ticket, tables.rows_where(layout.tickets, Ticket.INSTANCE, row + 1))
-        return any(words[at] == Ticket.GRANTED for at in tickets)
+        tables, layout = self._namespace.tables, self._namespace.segment.layout
+        tickets = tables.rows_where(layout.tickets, Ticket.INSTANCE, row + 1)
+        return any(tables.tickets[ticket].state == Ticket.GRANTED for ticket in tickets)
 
 
 def leave_if_there(namespace: Namespace, ticket: tuple[int, int] | None, t: Transaction) -> bool:
     """Take a ticket (row and number) out of the queue; return False if that has been done already."""
     if ticket is None:
         return False
-    words, at = namespace.segment.words, namespace.tables.ticket(ticket[0])
-    if words[at] == Ticket.FREE or words[at + Ticket.NUMBER] != ticket[1]:
-        return False
-    if words[at + Ticket.MEMBER] != namespace.reference:
+    waiter = namespace.tables.tickets[ticket[0]]
+    if waiter.state == Ticket.FREE or waiter.number != ticket[1] or waiter.member != namespace.slot:
         return False
     namespace.transitions.hand_over.leave_queue(t, ticket[0])
     return True

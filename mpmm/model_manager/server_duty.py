@@ -72,7 +72,7 @@ class _Farewell:
 def server_context(namespace: Namespace, source: MemorySource, placement: Placement, row: int) -> ServerContext:
     """Return what a model server should know that the loader of `row` starts."""
     place = (str(namespace.runtime.root), namespace.name)
-    generation = namespace.segment.words[namespace.tables.instance(row) + Instance.GENERATION]
+    generation = namespace.tables.instances[row].generation
     uuids = placement.uuids
     setting = server_setting(source, uuids)
     # In the server they are all that there is, so CUDA and HIP count them from 0.

@@ -47,7 +47,7 @@ from mpmm.model_manager.unload import UNLOAD_LOOK_S, Unloads, collect_garbage, u
 from mpmm.model_manager.waits import WARN_AFTER_S
 from mpmm.scheduling import Scheduler
 from mpmm.shared_state.futex import wake_all
-from mpmm.shared_state.layout import Header, Ticket
+from mpmm.shared_state.layout import Ticket
 from mpmm.shared_state.namespace import Namespace
 from mpmm.sources import MemorySource
 
@@ -197,7 +197,7 @@ class Worker:
 
         at_last: not only when it is time again.
         """
-        if self.kept_estimates is None or self.namespace.segment.words[Header.SOURCE_BOOKS_ONLY]:
+        if self.kept_estimates is None or self.namespace.tables.header.source_books_only:
             return
         if at_last:
             self.kept_estimates.save()

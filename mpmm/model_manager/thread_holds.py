@@ -36,21 +36,19 @@ class ThreadHolds(threading.local):
         Only its `with` blocks and its loaders are sure to end in this very thread: what it has acquired otherwise,
         another one may release. Without the lock, as all of these are this process's own.
         """
-        words, tables = self._namespace.segment.words, self._namespace.tables
+        instances = self._namespace.tables.instances
         firm = [
             row
             for row, generation in self.loads
-            if words[tables.instance(row)] == Instance.LOADING
-            and words[tables.instance(row) + Instance.GENERATION] == generation
+            if instances[row].state == Instance.LOADING and instances[row].generation == generation
         ]
         copies = [block.held[0] for block in self.blocks if block.held is not None and block in self._operations]
         firm += [copy.row for copy in copies if self._held.is_held(copy)]
         alone = []
         if self.alone is not None:
             row, generation = self.alone
-            if words[
-                tables.instance(row) + Instance.GENERATION
-            ] == generation and self._namespace.transitions.isolation.runs_alone(row):
+            runs_alone = self._namespace.transitions.isolation.runs_alone
+            if instances[row].generation == generation and runs_alone(row):
                 alone.append(row)
         return firm, alone
 
@@ -60,24 +58,24 @@ class ThreadHolds(threading.local):
         It waits for a copy of its model and has all there are; or for one to be loaded, by a loader that asks for it;
         or for copies in use to be idle, so that there is room, and all that are in use anywhere are its own.
         """
-        words, tables, layout = self._namespace.segment.words, self._namespace.tables, self._namespace.segment.layout
-        at = tables.ticket(ticket)
-        if words[at] != Ticket.WAITING:
+        tables, layout = self._namespace.tables, self._namespace.segment.layout
+        waiter = tables.tickets[ticket]
+        if waiter.state != Ticket.WAITING:
             return False
         ours = set(firm)
         rows = [
             row
-            for row in tables.rows_where(layout.instances, Instance.MODEL, words[at + Ticket.MODEL])
-            if words[tables.instance(row)] not in (Instance.SUSPENDING, Instance.SUSPENDED)
+            for row in tables.rows_where(layout.instances, Instance.MODEL, waiter.model)
+            if tables.instances[row].state not in (Instance.SUSPENDING, Instance.SUSPENDED)
         ]
-        reason = words[at + Ticket.REASON]
+        reason = waiter.reason
         if reason == Reason.COPIES:
             return ours.issuperset(rows)
         if reason == Reason.SHARING:
-            return ours.issuperset(rows) and all(words[tables.instance(row)] == Instance.LOADING for row in rows)
+            return ours.issuperset(rows) and all(tables.instances[row].state == Instance.LOADING for row in rows)
         states = (
             *(Instance.ACTIVE, Instance.LOADING, Instance.LEASED, Instance.UNLOADING),
             *(Instance.SUSPENDING, Instance.RESUMING),
         )
-        in_use = [row for row in tables.used_rows(layout.instances) if words[tables.instance(row)] in states]
+        in_use = [row for row in tables.used_rows(layout.instances) if tables.instances[row].state in states]
         return reason == Reason.IN_USE and ours.issuperset(in_use)

@@ -26,7 +26,7 @@ from mpmm.multi_process_shared.stop_server import kill_process
 from mpmm.policy.view import Reason
 from mpmm.scheduling import Scheduler
 from mpmm.shared_state.events import Cause, EventKind
-from mpmm.shared_state.layout import Device, Header, Instance, Member, Model, device_rows
+from mpmm.shared_state.layout import Header, Instance, Member, Model, device_rows
 from mpmm.shared_state.namespace import Namespace
 from mpmm.shared_state.transaction import Transaction
 from mpmm.suspend.suspender import Suspender
@@ -174,11 +174,11 @@ class Unloads:
         Handles are unloaded several at a time, so that one server that does not end holds up no other; objects one
         after another, because their unload methods may not be made for threads.
         """
-        words, tables = self._namespace.segment.words, self._namespace.tables
+        tables = self._namespace.tables
         while self._has_to_unload():
             with self._namespace.transaction():
                 found = [one for one in self._assigned() if one[0] not in self.in_progress]
-                handles = [one for one in found if not words[tables.instance(one[0]) + Instance.OWNER]]
+                handles = [one for one in found if tables.instances[one[0]].owner is None]
                 objects = [one for one in found if one not in handles]
                 mine = [*handles[: UNLOADS_AT_A_TIME - 1], *objects[:1]] or handles[:1]
                 # The mutex of the lock guards the set, too: several threads unload at the same time.
@@ -223,16 +223,16 @@ class Unloads:
         No longer than `memory_return_seconds` and the time for which such figures count: somebody may be stuck.
         """
         namespace = self._namespace
-        words, floats, tables = namespace.segment.words, namespace.segment.floats, namespace.tables
+        tables = namespace.tables
         deadline = time.monotonic() + namespace.settings.memory_return_seconds + namespace.settings.poll_interval
         while time.monotonic() < deadline:
             with namespace.transaction():
                 unloading = any(
-                    words[tables.instance(row) + Instance.DEVICES] & devices
+                    tables.instances[row].device_bits & devices
                     for row in tables.rows_where(namespace.segment.layout.instances, Instance.STATE, Instance.UNLOADING)
                 )
                 rows = device_rows(devices)
-                returning = any(floats[tables.device(device) + Device.RETURNING_MB] > 0 for device in rows)
+                returning = any(tables.devices[device].returning_mb > 0 for device in rows)
             if not unloading and not returning:
                 return
             time.sleep(UNLOAD_LOOK_S)
@@ -243,9 +243,8 @@ class Unloads:
         One that is to be suspended is.
         """
         namespace = self._namespace
-        words, tables = namespace.segment.words, namespace.tables
-        at = tables.instance(row)
-        if words[at] == Instance.SUSPENDING:
+        instance = namespace.tables.instances[row]
+        if instance.state == Instance.SUSPENDING:
             self._suspender.suspend(row, generation)
             self._settle()
             return
@@ -253,37 +252,36 @@ class Unloads:
         if task is None:
             return
         if says_more(_LOG):
-            why, mb = decision(namespace, EventKind.UNLOAD_BEGAN, row), namespace.segment.floats[at + Instance.MB]
+            why = decision(namespace, EventKind.UNLOAD_BEGAN, row)
             text = "mpmm %s: pid %d unloads %s, %.0f MB%s"
-            _LOG.info(text, namespace.name, namespace.pid, task.tag, mb, f": it {why}" if why else "")
+            _LOG.info(text, namespace.name, namespace.pid, task.tag, instance.mb, f": it {why}" if why else "")
         if task.is_object:
             self._unload_own(row, generation)
         elif task.ends_server:
             self._suspender.prepare_end(row)
             self._unload_handle(task.handle, task.server, task.server_pid)
         with namespace.transaction() as t:
-            if self._is_unloading(at, generation):
+            if self._is_unloading(row, generation):
                 namespace.transitions.unloads.end(t, row)
-            loaded = words[tables.model(task.model) + Model.LOADED]
+            loaded = namespace.tables.models[task.model].loaded
         _LOG.info("mpmm %s: pid %d unloaded %s", namespace.name, namespace.pid, task.tag)
         report_model_count(task.tag, loaded)
         self._settle()
 
     def _task(self, row: int, generation: int) -> _Task | None:
         """Return what is to be unloaded, None if that is not, or no longer, for this process to do."""
-        namespace = self._namespace
-        words, tables, at = namespace.segment.words, namespace.tables, namespace.tables.instance(row)
+        namespace, tables = self._namespace, self._namespace.tables
         with namespace.transaction():
-            if not self._is_unloading(at, generation) or words[at + Instance.HOLDER] != namespace.reference:
+            instance = tables.instances[row]
+            if not self._is_unloading(row, generation) or instance.holder != namespace.slot:
                 return None
-            model, owned, server = (words[at + word] for word in (Instance.MODEL, Instance.OWNER, Instance.SERVER))
-            handle, is_last = tables.handle_of(row), namespace.transitions.twins.unloads_handle(row)
+            model, server, handle = instance.model, instance.server, tables.handle_of(row)
             # A server that has died may have a successor of the same name, which is another copy's.
-            lost = words[at + Instance.HAS_SERVER] and words[at + Instance.DOOMED] == Instance.LOST and not server
-            server_pid = words[tables.member(server - 1) + Member.PID] if server else None
-            ends_server = bool(handle and is_last and not lost)
-            slot = server - 1 if server else None
-            return _Task(model, tables.tag_of(model), bool(owned), handle, ends_server, slot, server_pid)
+            lost = instance.has_server and instance.doomed == Instance.LOST and server is None
+            ends_server = bool(handle) and namespace.transitions.twins.unloads_handle(row) and not lost
+            server_pid = None if server is None else tables.members[server].pid
+            is_object = instance.owner is not None
+            return _Task(model, tables.tag_of(model), is_object, handle, ends_server, server, server_pid)
 
     def _unload_own(self, row: int, generation: int) -> None:
         """Unload an object of this process."""
@@ -294,10 +292,10 @@ class Unloads:
             del copy
             collect_garbage()
 
-    def _is_unloading(self, at: int, generation: int) -> bool:
-        """Tell whether a row (first word) still stands for a copy in mid-unload."""
-        words = self._namespace.segment.words
-        return bool(words[at + Instance.STATE] == Instance.UNLOADING and words[at + Instance.GENERATION] == generation)
+    def _is_unloading(self, row: int, generation: int) -> bool:
+        """Tell whether a row still stands for a copy in mid-unload."""
+        instance = self._namespace.tables.instances[row]
+        return instance.state == Instance.UNLOADING and instance.generation == generation
 
     def _unload_handle(self, handle: str, slot: int | None, server_pid: int | None) -> None:
         """End the server of a handle, for certain; one of another pid than `server_pid` is another copy's by now.
@@ -315,9 +313,8 @@ class Unloads:
 
     def _serves(self, slot: int, pid: int) -> bool:
         """Tell whether a model server is a living member in this slot; without the lock."""
-        words, at = self._namespace.segment.words, self._namespace.tables.member(slot)
-        is_it = words[at] == Member.SERVER and words[at + Member.PID] == pid
-        return is_it and self._namespace.member_is_alive(slot)
+        member = self._namespace.tables.members[slot]
+        return member.state == Member.SERVER and member.pid == pid and self._namespace.member_is_alive(slot)
 
     def _settle(self) -> None:
         """Let waiters profit from freed memory: a new sample has to show it."""

@@ -109,6 +109,7 @@ class HeaderRow(Row):
     solved_at = Word(Header.SOLVED_AT)
     pid_namespace = Word(Header.PID_NAMESPACE)
     host_share_mb = Number(Header.HOST_SHARE_MB)
+    steady = Word(Header.STEADY)
     source_measures_processes = Flag(Header.SOURCE_MEASURES_PROCESSES)
     source_books_only = Flag(Header.SOURCE_BOOKS_ONLY)
 
@@ -182,7 +183,7 @@ class InstanceRow(Row):
     reserved_mb = Number(Instance.RESERVED_MB)
     since = Word(Instance.SINCE)
     loaded_at = Word(Instance.LOADED_AT)
-    doomed = Flag(Instance.DOOMED)
+    doomed = Word(Instance.DOOMED)
     has_server = Flag(Instance.HAS_SERVER)
     uses = Word(Instance.USES)
     program = Word(Instance.PROGRAM)

@@ -114,6 +114,13 @@ class Tables:
             return [(rows[0], floats[at + Instance.MB])]
         return [(device, floats[at + Instance.SHARES + number]) for number, device in enumerate(rows)]
 
+    def server_shares_mb(self, slot: int, span: int) -> tuple[float, ...]:
+        """Return what MB a server (slot) takes of each of the `span` devices of its instance, lowest device first."""
+        floats, at = self.segment.floats, self.member(slot)
+        if span == 1:
+            return (floats[at + Member.MEASURED_MB],)
+        return tuple(floats[at + Member.SHARES : at + Member.SHARES + span])
+
     def view(self, table: Table) -> npt.NDArray[np.uint64]:
         """Return the live rows of a table that may be in use, see `Segment.view`."""
         rows = self.segment.view(table)
