@@ -33,7 +33,7 @@ from processes import (
 from sleepers import LoadsSleeper, MakesSleeper, pretend_load_s, steps
 
 from mpmm import ModelManager, cli
-from mpmm.errors import AcquireTimeoutError, MpmmError
+from mpmm.errors import AcquireTimeoutError, InvalidArgumentError, MpmmError
 from mpmm.observability.findings import findings
 from mpmm.policy.plan import make_plan
 from mpmm.policy.suspension import Kept, Movable, Unsuspendable, Way, limit_s, make_room, pays, resume_s, suspend_s
@@ -251,6 +251,19 @@ def test_by_hand_a_copy_is_suspended_and_resumed(manager: ModelManager, tmp_path
     assert states(manager.namespace, "a") == ["idle"]
     assert manager.resume("a") == 0
     assert manager.suspend("nothing") == manager.resume("nothing") == 0
+    assert problems(manager.namespace) == []
+
+
+def test_a_preload_can_leave_copies_suspended(manager: ModelManager, tmp_path: Path) -> None:
+    assert manager.preload("a", MakesSleeper(tmp_path), state="suspended") == 1
+    assert states(manager.namespace, "a") == ["suspended"]
+    assert manager.preload("a", Loads("not to be called"), state="suspended") == 0
+    with manager.model("a", Loads("not to be called")):
+        assert states(manager.namespace, "a") == ["active"]
+    assert manager.preload("b", Loads(), state="suspended") == 1
+    assert states(manager.namespace, "b") == ["idle"]
+    with pytest.raises(InvalidArgumentError, match="'asleep'"):
+        manager.preload("c", Loads("not to be called"), state="asleep")
     assert problems(manager.namespace) == []
 
 

@@ -50,6 +50,9 @@ def add_commands(commands: Any) -> None:
         metavar="NUMBER",
         help="how many copies are to be loaded in the end (default: 1)",
     )
+    preload.add_argument(
+        "--suspend", action="store_true", help="then suspend the copies in host memory, like `mpmm suspend`"
+    )
     preload.add_argument("--pin", action="store_true", help="also pin the model, like `mpmm pin`")
     preload.add_argument(
         "--wait", type=float, default=math.inf, metavar="SECONDS", help="wait this long for memory (default: for ever)"
@@ -123,6 +126,7 @@ def _preload(options: argparse.Namespace, name: str, root: Path | None) -> int:
             load,
             copies=options.copies,
             timeout_seconds=options.wait,
+            state="suspended" if options.suspend else "idle",
             keep_alive_seconds=options.keep_alive,
         )
         if options.pin:

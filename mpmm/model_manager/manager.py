@@ -69,6 +69,7 @@ __all__ = ["ModelManager", "QueueTicket"]
 T = TypeVar("T")
 Method = TypeVar("Method", bound=Callable[..., Any])
 
+PRELOAD_STATES = ("idle", "suspended")
 _LOG = printable_logger("mpmm")
 
 
@@ -538,6 +539,7 @@ class ModelManager(BeamNames):
         copies: int = 1,
         timeout_seconds: float | None = None,
         if_free: bool = False,
+        state: str = "idle",
         **options: Unpack[AcquireOptions],
     ) -> int:
         """Load copies until this process can use `copies` of them; return how many this call has loaded.
@@ -550,6 +552,9 @@ class ModelManager(BeamNames):
         timeout_seconds: for each load; None stands for `wait_timeout_seconds`. Options are those of `acquire_model`.
         if_free: load only what fits beside everything that is loaded now: nothing is evicted for it, and it does not
             wait. What does not fit is not loaded, which is no error.
+        state: `idle`, or `suspended` to have the idle copies of the model suspended once all are loaded, as `suspend`
+            does: they take memory of the host, and are resumed when somebody asks for the model. Suspended copies count
+            then. What cannot be suspended stays idle.
 
         Raises what `acquire_model` does; ModelTooLargeError also if so many copies can never be loaded at once.
         """
@@ -557,9 +562,15 @@ class ModelManager(BeamNames):
             raise InvalidArgumentError(f"model {tag!r}, loader {loader_func!r}: expected a str and a callable")
         encoded_tag(tag)
         copies = checked_whole(f"preload of {tag!r}: copies", copies, 1, Capacities().instances, "a count")
+        if state not in PRELOAD_STATES:
+            raise InvalidArgumentError(f"preload of {tag!r}: state={in_brief(state)}: expected idle or suspended")
         timeout_s = self._timeout_s(timeout_seconds)
         refuse_while_importing_main("preload the model", tag)
         session = self._connected()
+        suspender = session.suspender
+        if state == "suspended" and suspender.suspended_of(tag) + suspender.loaded_of(tag) >= copies:
+            suspender.suspend_idle(tag)
+            return 0
         request = read_options(options, session.samples)
         if if_free:
             request = request._replace(if_free=True)
@@ -573,6 +584,8 @@ class ModelManager(BeamNames):
             session.abandon(operation)
             raise
         session.end(operation)
+        if state == "suspended":
+            suspender.suspend_idle(tag)
         return loaded
 
     @_closed_by_shutdown
