@@ -18,7 +18,7 @@ from processes import Loads, Seat, acquire, learn, problems, release, wait_until
 
 from mpmm import ModelManager
 from mpmm.policy.plan import Plan, make_plan
-from mpmm.policy.view import Decision, Grant, Load, Reason, Satisfied, View, Wait
+from mpmm.policy.view import Decision, Grant, Reason, Satisfied, View, Wait
 from mpmm.scheduling import Scheduler
 from mpmm.shared_state.layout import Capacities, Header, Instance, Member, Model, Ticket
 from mpmm.shared_state.namespace import Namespace
@@ -152,13 +152,11 @@ class Host:
                 continue
             held += 1
             with self.attempt() as t:
-                self.namespace.transitions.holds.release(t, row)
+                # Not as used: a hold teaches how long one of which nothing is known may take, and so which wait for a
+                # copy (SHARING) is too long. The leader plans for that.
+                self.namespace.transitions.holds.release(t, row, used=False)
                 for one in self.decisions():
                     at = self.tables.ticket(one.ticket)
-                    if isinstance(one, Load) and one.why.reason == Reason.ANOTHER_COPY:
-                        # The hold that has ended teaches how long one of which nothing is known may take.
-                        assert self.words[at + Ticket.REASON] == Reason.SHARING
-                        continue
                     assert isinstance(one, Wait)
                     assert not one.first
                     # Of what is pinned and what is leased, either may be named as what leaves too little room.
