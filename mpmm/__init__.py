@@ -23,6 +23,18 @@ idle copies; requests that need memory wait in a fair queue.
 In a shell `mpmm inspect` shows which processes hold or wait for which models, and why; `mpmm help` explains settings,
 errors and more, and `mpmm --help` lists the commands.
 
+Where things are, from the doors to the ground:
+
+    cli  commands  beam  metrics   doors: people, pipelines, Prometheus
+    observability                  inspect, events, trace, plot, metrics, dashboard
+    model_manager                  one process's acquire, load, release, unload
+    multi_process_shared           one object, one process, many users: model servers and their clients
+    suspend                        copies in host memory
+    memory  sources                how much memory is in use, and how much a model takes
+    scheduling  policy             policy applied to shared state; pure decisions
+    shared_state                   the only place that touches the shared bytes
+    errors  fork_hooks  text       ground
+
 The public names are those of `__all__`. Most of them are imported at their first use, so that a model server, which
 needs few of them, starts fast.
 """
