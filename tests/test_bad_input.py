@@ -114,7 +114,12 @@ METHODS: dict[str, dict[str, tuple[Any, ...]]] = {
         "span": (*NO_COUNT, 0, 2),
         "priority": (-11, 11, 0.5, None, "5", True),
     },
-    "preload": {**REQUEST, "copies": (*NO_COUNT, 0, 10**9), "timeout_seconds": NO_TIME},
+    "preload": {
+        **REQUEST,
+        "copies": (*NO_COUNT, 0, 10**9),
+        "timeout_seconds": NO_TIME,
+        "state": (None, 5, "", "active", ["idle"]),
+    },
     "unload": {"tag": NO_TAG, "timeout_seconds": NO_TIME},
     "suspend": {"tag": NO_TAG},
     "resume": {"tag": NO_TAG, "timeout_seconds": NO_TIME},
