@@ -16,8 +16,6 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-from mpmm.shared_state.layout import Header, Model
-
 __all__ = ["LOAD_AHEAD_VARIABLE", "load_ahead"]
 
 #: Set to 0, models are loaded by their first batches.
@@ -42,16 +40,17 @@ def _load(manager: Any, tag: str, loader: Callable[[], Any]) -> None:
     with suppress(Exception):
         namespace = manager._connected().namespace
         while not _is_under_way(namespace, tag) and time.monotonic() < deadline:
-            if not namespace.segment.words[Header.ISOLATED]:
+            if not namespace.tables.header.isolated:
                 manager.preload(tag, loader, if_free=True)
-                if not namespace.segment.words[Header.ISOLATED]:
+                if not namespace.tables.header.isolated:
                     return
             time.sleep(LOOK_S)
 
 
 def _is_under_way(namespace: Any, tag: str) -> bool:
     """Tell whether there is a copy of a model, or somebody waits for one; without the lock."""
-    words, tables = namespace.segment.words, namespace.tables
-    row = tables.model_row(tag)
-    counts = (Model.ACTIVE, Model.IDLE, Model.LOADING, Model.WAITING)
-    return row is not None and any(words[tables.model(row) + count] for count in counts)
+    row = namespace.tables.model_row(tag)
+    if row is None:
+        return False
+    model = namespace.tables.models[row]
+    return any((model.active, model.idle, model.loading, model.waiting))

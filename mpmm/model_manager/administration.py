@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from mpmm.errors import ClosedError, NotAcquiredError, UnloadTimeoutError
 from mpmm.scheduling import Scheduler
-from mpmm.shared_state.layout import Header, Instance, Member, Model
+from mpmm.shared_state.layout import Instance, Member, Model
 from mpmm.shared_state.namespace import Namespace
 from mpmm.shared_state.settings import Settings
 from mpmm.shared_state.tables import encode_text
@@ -61,7 +61,7 @@ def unload_model(namespace: Namespace, scheduler: Scheduler, tag: str) -> Unload
     while not done:
         with namespace.transaction() as t:
             if before is None:
-                before = namespace.segment.words[Header.NEXT_GENERATION]
+                before = namespace.tables.header.next_generation
             model = namespace.tables.model_row(tag)
             rows = [] if model is None else _staying(namespace, model, before, _STAYING)
             unloaded = _unload(namespace, t, rows)
@@ -73,16 +73,11 @@ def unload_model(namespace: Namespace, scheduler: Scheduler, tag: str) -> Unload
 
 def _staying(namespace: Namespace, model: int, before: int, states: tuple[int, ...]) -> list[int]:
     """Return the copies of a model in some states, older than a generation and not told to go, in that order."""
-    words, tables = namespace.segment.words, namespace.tables
-    starts = [
-        (row, tables.instance(row))
-        for row in tables.rows_where(namespace.segment.layout.instances, Instance.MODEL, model)
-    ]
-    found = [
-        (states.index(words[at]), words[at + Instance.SINCE], row)
-        for row, at in starts
-        if words[at] in states and not words[at + Instance.DOOMED] and words[at + Instance.GENERATION] < before
-    ]
+    tables, found = namespace.tables, []
+    for row in tables.rows_where(namespace.segment.layout.instances, Instance.MODEL, model):
+        instance = tables.instances[row]
+        if instance.state in states and not instance.doomed and instance.generation < before:
+            found.append((states.index(instance.state), instance.since, row))
     return [row for _, _, row in sorted(found)]
 
 
@@ -98,9 +93,9 @@ def _unload(namespace: Namespace, t: Transaction, rows: list[int]) -> int:
 
 def _unloader(namespace: Namespace) -> int:
     """Return the slot of the worker that unloads what anybody can: this process, or for a guest the leader."""
-    words, tables = namespace.segment.words, namespace.tables
+    tables = namespace.tables
     workers = tables.rows_where(namespace.segment.layout.members, Member.STATE, Member.WORKER)
-    for slot in (namespace.slot, words[Header.LEADER] - 1):
+    for slot in (namespace.slot, tables.header.leader):
         if slot in workers:
             return slot
     return workers[0] if workers else namespace.slot
@@ -128,10 +123,10 @@ def wait_for_unload(
 
 def _left(namespace: Namespace, asked: Unload) -> int:
     """Return how many of the copies are still there; without the lock."""
-    words, tables = namespace.segment.words, namespace.tables
+    tables = namespace.tables
     model = tables.model_row(asked.tag)
     rows = [] if model is None else tables.rows_where(namespace.segment.layout.instances, Instance.MODEL, model)
-    return sum(words[tables.instance(row) + Instance.GENERATION] < asked.generation for row in rows)
+    return sum(tables.instances[row].generation < asked.generation for row in rows)
 
 
 def change_settings(namespace: Namespace, scheduler: Scheduler, changes: Mapping[str, object]) -> Settings:
@@ -154,7 +149,8 @@ def change_settings(namespace: Namespace, scheduler: Scheduler, changes: Mapping
 def _surplus(namespace: Namespace, most: float) -> list[int]:
     """Return the copies of all models that are more than there may be of each."""
     models = namespace.tables.model_rows()
-    staying = (_staying(namespace, model, namespace.segment.words[Header.NEXT_GENERATION], _LOADED) for model in models)
+    before = namespace.tables.header.next_generation
+    staying = (_staying(namespace, model, before, _LOADED) for model in models)
     return [row for rows in staying for row in rows[: max(0, len(rows) - int(min(most, len(rows))))]]
 
 

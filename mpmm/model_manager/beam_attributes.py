@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, MutableMapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
-from mpmm.shared_state.layout import Device, Header, Instance, Model, device_rows
+from mpmm.shared_state.layout import Header, Instance, Model
 from mpmm.shared_state.tables import encode_text
 
 if TYPE_CHECKING:
@@ -151,8 +151,8 @@ class BeamNames:
         row = namespace.tables.model_row(tag)
         if row is None:
             return 0
-        words, at = namespace.segment.words, namespace.tables.model(row)
-        return int(words[at + Model.ACTIVE] + words[at + Model.LOADING] + words[at + Model.WAITING])
+        model = namespace.tables.models[row]
+        return model.active + model.loading + model.waiting
 
     @property
     def _wait_queue(self) -> list[Any]:
@@ -169,15 +169,14 @@ class BeamNames:
     @property
     def _active_counts(self) -> Counter[str]:
         worker = self._connected()
-        words, tables = worker.namespace.segment.words, worker.namespace.tables
+        tables = worker.namespace.tables
         with worker.namespace.transaction():
-            rows = tables.model_rows()
-            return Counter({tables.tag_of(row): words[tables.model(row) + Model.ACTIVE] for row in rows})
+            return Counter({tables.tag_of(row): tables.models[row].active for row in tables.model_rows()})
 
     @property
     def _total_active_jobs(self) -> int:
-        words = self._connected().namespace.segment.words
-        return int(words[Header.ACTIVE] + words[Header.LOADING])
+        header = self._connected().namespace.tables.header
+        return header.active + header.loading
 
     @property
     def _pending_reservations(self) -> float:
@@ -187,15 +186,14 @@ class BeamNames:
 
     @property
     def _isolation_mode(self) -> bool:
-        return bool(self._connected().namespace.segment.words[Header.ISOLATED])
+        return bool(self._connected().namespace.tables.header.isolated)
 
     @property
     def _isolation_baseline(self) -> float:
         worker = self._connected()
-        segment, tables = worker.namespace.segment, worker.namespace.tables
+        tables = worker.namespace.tables
         with worker.namespace.transaction():
-            isolated = [tables.device(row) for row in device_rows(segment.words[Header.ISOLATED])]
-            baselines = [segment.floats[device + Device.BASELINE_MB] for device in isolated]
+            baselines = [tables.devices[row].baseline_mb for row in tables.header.isolated]
         return next((float(mb) for mb in baselines if not math.isnan(mb)), 0.0)
 
 
@@ -214,16 +212,16 @@ class _IdleCopies(MutableMapping[int, tuple[str, Any, float]]):
 
     def _rows(self) -> dict[int, tuple[str, Any, float]]:
         worker = self._worker
-        words, tables = worker.namespace.segment.words, worker.namespace.tables
+        tables = worker.namespace.tables
         now, wall = time.monotonic_ns(), time.time()
         with worker.namespace.transaction():
             rows = tables.rows_where(worker.namespace.segment.layout.instances, Instance.STATE, Instance.IDLE)
-            rows.sort(key=lambda row: words[tables.instance(row) + Instance.SINCE])
+            rows.sort(key=lambda row: tables.instances[row].since)
             return {
                 row: (
-                    tables.tag_of(words[tables.instance(row) + Instance.MODEL]),
+                    tables.tag_of(tables.instances[row].model),
                     worker.held.value_of(row),
-                    wall - (now - words[tables.instance(row) + Instance.SINCE]) / 1e9,
+                    wall - (now - tables.instances[row].since) / 1e9,
                 )
                 for row in rows
             }
@@ -243,7 +241,7 @@ class _IdleCopies(MutableMapping[int, tuple[str, Any, float]]):
         since = time.monotonic_ns() - int((time.time() - entry[2]) * 1e9)
         at = worker.namespace.tables.instance(row)
         with worker.namespace.transaction() as t:
-            if worker.namespace.segment.words[at + Instance.STATE] != Instance.IDLE:
+            if worker.namespace.tables.instances[row].state != Instance.IDLE:
                 raise KeyError(row)
             t.set(at + Instance.SINCE, max(0, since))
 

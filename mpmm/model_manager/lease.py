@@ -18,7 +18,7 @@ from mpmm.errors import AcquireTimeoutError, LeaseTooLargeError, LockTimeoutErro
 from mpmm.model_manager.acquire import sleep_until_answered
 from mpmm.model_manager.queued_request import QueuedRequest, making_room
 from mpmm.model_manager.refusals import expect_own_time_left, largest_limit
-from mpmm.shared_state.layout import Device, Instance, device_rows
+from mpmm.shared_state.layout import Instance
 from mpmm.shared_state.transaction import Transaction
 from mpmm.sources.visible_devices import visible_devices
 from mpmm.text.arguments import LARGEST_PID, checked_whole
@@ -46,14 +46,14 @@ class Lease:
 
         attachment: kept alive for as long as the lease is, because one that is collected leaves the namespace.
         """
-        words, at = session.namespace.segment.words, session.namespace.tables.instance(row)
+        instance = session.namespace.tables.instances[row]
         self.name = name
         self.mb = mb
-        self.placement = session.samples.placement_of(words[at + Instance.DEVICES])
+        self.placement = session.samples.placement_of(instance.device_bits)
         self._session = session
         self._attachment = attachment
         self._row = row
-        self._generation = words[at + Instance.GENERATION]
+        self._generation = instance.generation
         self._operation: Operation | None = None
 
     @property
@@ -160,12 +160,12 @@ class Lease:
         (`gpu_memory_utilization` of vLLM); missing where the total of a device is not known. Raises ClosedError.
         """
         namespace = self._session.namespace
-        words, floats, tables = namespace.segment.words, namespace.segment.floats, namespace.tables
+        tables = namespace.tables
         uuids = self.placement.uuids
         known = {"MPMM_LEASE_MB": str(int(self.mb)), "MPMM_DEVICES": visible_devices(uuids) or ",".join(uuids)}
         with namespace.transaction():
-            devices = device_rows(words[tables.instance(self._row) + Instance.DEVICES]) if self._is_ours() else []
-            total_mb = min((floats[tables.device(device) + Device.TOTAL_MB] for device in devices), default=0.0)
+            devices = tables.instances[self._row].devices if self._is_ours() else []
+            total_mb = min((tables.devices[device].total_mb for device in devices), default=0.0)
         if total_mb > 0:
             fraction = min(self.mb / len(devices) / total_mb, 1.0)
             known["MPMM_MEMORY_FRACTION"] = f"{math.floor(fraction * 1000) / 1000:.3f}"
@@ -174,8 +174,8 @@ class Lease:
     def _is_ours(self) -> bool:
         """Tell whether the row still is this lease; the lock must be held."""
         namespace = self._session.namespace
-        words, at = namespace.segment.words, namespace.tables.instance(self._row)
-        return bool(words[at] == Instance.LEASED and words[at + Instance.GENERATION] == self._generation)
+        instance = namespace.tables.instances[self._row]
+        return instance.state == Instance.LEASED and instance.generation == self._generation
 
     def __enter__(self) -> Lease:
         return self

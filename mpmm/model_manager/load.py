@@ -34,7 +34,7 @@ from mpmm.model_manager.waits import decision, says_more, where
 from mpmm.multi_process_shared.context import serving_for
 from mpmm.policy.out_of_memory import is_out_of_memory
 from mpmm.shared_state.events import EventKind
-from mpmm.shared_state.layout import Header, Instance, Model, device_rows
+from mpmm.shared_state.layout import Instance
 from mpmm.shared_state.tables import encode_text
 from mpmm.shared_state.transaction import Transaction
 from mpmm.text.arguments import checked_number
@@ -67,9 +67,7 @@ class LoadAttempt:
 
     def __init__(self, acquisition: Acquisition, booking: Booking, loader: Callable[[], Any], last: bool) -> None:
         session = acquisition.session
-        self.devices = session.namespace.segment.words[
-            session.namespace.tables.instance(booking.row) + Instance.DEVICES
-        ]
+        self.devices = session.namespace.tables.instances[booking.row].device_bits
         self.places = acquisition.request.loadable_on or session.samples.visible_bits()
         self.again = False
         self._session = session
@@ -87,7 +85,7 @@ class LoadAttempt:
         Raises what the loader raises, LoadTimeoutError, NamespaceResetError, ClosedError, LockTimeoutError.
         """
         session, booking = self._session, self._booking
-        began, resets = time.monotonic(), session.namespace.segment.words[Header.RESETS]
+        began, resets = time.monotonic(), session.namespace.tables.header.resets
         value: Any = None
         try:
             growth = self._begin()
@@ -142,7 +140,7 @@ class LoadAttempt:
         """Say that a load begins, for how much, where and why."""
         if says_more(_LOG):
             namespace, row = self._session.namespace, self._booking.row
-            mb = namespace.segment.floats[namespace.tables.instance(row) + Instance.RESERVED_MB]
+            mb = namespace.tables.instances[row].reserved_mb
             why = decision(namespace, EventKind.LOAD_BEGAN, row)
             text = "mpmm %s: pid %d begins to load %s, %.0f MB reserved on %s%s"
             place = where(namespace, row)
@@ -153,18 +151,19 @@ class LoadAttempt:
     def _book_in(self, value: Any, growth: Growth) -> Copy:
         """Write down what the loader has made, and how large it is; this process holds it from then on."""
         session, namespace, row, tag = self._session, self._session.namespace, self._booking.row, self._tag
-        words, tables = namespace.segment.words, namespace.tables
+        tables = namespace.tables
         handle = encode_text(value, Instance.HANDLE_BYTES, f"handle of {tag!r}") if isinstance(value, str) else b""
         server_pid = server_pid_of(value)
         seen = session.figures.sample_after_load(row)
         grown_mb = growth.mb() if seen and not isinstance(value, str) else 0.0
         way = session.suspender.way_of(value, row)
         with namespace.transaction() as t:
-            at = tables.instance(row)
             if not _is_ours(session, self._booking):
                 raise taken_away(session, f"ended the load of {tag!r}", tag)
-            model = words[at + Instance.MODEL]
-            server = words[at + Instance.SERVER] or (namespace.reference if server_pid == namespace.pid else 0)
+            instance = tables.instances[row]
+            model, server = instance.model, 0 if instance.server is None else instance.server + 1
+            if not server and server_pid == namespace.pid:
+                server = namespace.reference
             size = self._size_of(t, value, server, grown_mb)
             has_server = server_pid is not None
             is_twin = namespace.transitions.loads.end(t, row, handle, size.mb, server, has_server, size.shares_mb)
@@ -173,10 +172,10 @@ class LoadAttempt:
             if is_twin:
                 session.held.warn_of_twins(t, tag, value)
             learnt_mb = self._learn(t, size)
-            if words[Header.SOURCE_MEASURES_PROCESSES] and words[tables.model(model) + Model.KNOWN]:
+            if tables.header.source_measures_processes and tables.models[model].known:
                 # It was loaded alone because nobody knew whether the source knows processes; now it is measured.
                 namespace.transitions.isolation.end(t, row)
-            loaded = words[tables.model(model) + Model.LOADED]
+            loaded = tables.models[model].loaded
             copy = session.held.add_loaded(row, tag, value, self._operation)
             session.scheduler.advance(t)
         report_model_count(tag, loaded)
@@ -190,35 +189,33 @@ class LoadAttempt:
         server: a reference, 0 if it has none. Needs the lock.
         """
         session, namespace = self._session, self._session.namespace
-        at = namespace.tables.instance(self._booking.row)
+        instance = namespace.tables.instances[self._booking.row]
         shares_mb = session.figures.measured_shares(self._booking.row, server)
         if math.fsum(shares_mb) > 0:
             return _Size(math.fsum(shares_mb), shares_mb, Estimate(max(shares_mb) * len(shares_mb), 0.0))
         if grown_mb > 0:
             return _Size(grown_mb, (), Estimate(grown_mb, GROWTH_SD * grown_mb))
-        model, own_mb = namespace.segment.words[at + Instance.MODEL], _own_word(value)
+        model, own_mb = instance.model, _own_word(value)
         if own_mb is not None:
             namespace.transitions.estimates.expect(t, model, own_mb)
             return _Size(session.scheduler.expected_mb(model), shares_mb)
         # No more than the policy has found room for: the default is cut where a device is smaller.
-        reserved_mb = namespace.segment.floats[at + Instance.RESERVED_MB]
-        return _Size(min(session.scheduler.expected_mb(model), reserved_mb), shares_mb)
+        return _Size(min(session.scheduler.expected_mb(model), instance.reserved_mb), shares_mb)
 
     def _learn(self, t: Transaction, size: _Size) -> float | None:
         """Record what the model takes, if it is not known yet; return it in MB if it was recorded."""
         session, namespace = self._session, self._session.namespace
-        words, tables = namespace.segment.words, namespace.tables
-        at = tables.instance(self._booking.row)
-        model = words[at + Instance.MODEL]
-        if words[tables.model(model) + Model.KNOWN]:
+        instance = namespace.tables.instances[self._booking.row]
+        model = instance.model
+        if namespace.tables.models[model].known:
             return None
         if size.learnt is not None:
             namespace.transitions.estimates.estimate(t, model, size.learnt.mb, measured=True, sd_mb=size.learnt.sd_mb)
             return size.learnt.mb
-        if not words[Header.SOURCE_BOOKS_ONLY]:
+        if not namespace.tables.header.source_books_only:
             return None
         # With nothing to measure with, the assumption; whatever leases have left of the device this time.
-        devices = device_rows(words[at + Instance.DEVICES])
+        devices = instance.devices
         most_mb = min(map(session.scheduler.limit_mb, devices)) * len(devices)
         mb = min(session.scheduler.expected_mb(model), max(size.mb, most_mb))
         namespace.transitions.estimates.estimate(t, model, mb, measured=False)
@@ -227,7 +224,7 @@ class LoadAttempt:
     def _log_loaded(self, copy: Copy, seconds: float) -> None:
         if says_more(_LOG):
             namespace = self._session.namespace
-            mb = namespace.segment.floats[namespace.tables.instance(copy.row) + Instance.MB]
+            mb = namespace.tables.instances[copy.row].mb
             text = "mpmm %s: pid %d loaded %s in %.1f s: %.0f MB on %s"
             _LOG.info(text, namespace.name, namespace.pid, self._tag, seconds, mb, where(namespace, copy.row))
 
@@ -250,7 +247,7 @@ class LoadAttempt:
                 session.out_of_memory.learn_from_load(t, row, self._free, self.places, not self._last)
             if failed and not self.again:
                 namespace = session.namespace
-                model = namespace.segment.words[namespace.tables.instance(row) + Instance.MODEL]
+                model = namespace.tables.instances[row].model
                 namespace.transitions.models.note_failure(t, model)
 
         in_time = give_up_booking(session, self._booking, learn)
@@ -265,7 +262,7 @@ class LoadAttempt:
         namespace = self._session.namespace
         # It counts from when the load was allowed, not from when the loader was called.
         limit_s = namespace.settings.load_timeout_seconds
-        if limit_s < math.inf and namespace.is_usable and namespace.segment.words[Header.RESETS] == resets:
+        if limit_s < math.inf and namespace.is_usable and namespace.tables.header.resets == resets:
             raise LoadTimeoutError(
                 f"the load of {self._tag!r} took longer than {limit_s:g} s and was given up; load_timeout_seconds sets "
                 "the limit",
@@ -314,11 +311,11 @@ def give_up_booking(session: Worker, booking: Booking, learn: Callable[[Transact
 
 def _is_ours(session: Worker, booking: Booking) -> bool:
     """Tell whether a booked row still is this process's to load, or to resume. Needs the lock."""
-    words, at = session.namespace.segment.words, session.namespace.tables.instance(booking.row)
-    return bool(
-        words[at + Instance.STATE] == (Instance.RESUMING if booking.resumes else Instance.LOADING)
-        and words[at + Instance.GENERATION] == booking.generation
-        and words[at + Instance.HOLDER] == session.namespace.reference
+    instance = session.namespace.tables.instances[booking.row]
+    return (
+        instance.state == (Instance.RESUMING if booking.resumes else Instance.LOADING)
+        and instance.generation == booking.generation
+        and instance.holder == session.namespace.slot
     )
 
 

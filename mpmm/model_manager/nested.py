@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from mpmm.errors import DeadlockError
 from mpmm.memory.estimator import ALONE_SD
-from mpmm.shared_state.layout import Header, Instance
+from mpmm.shared_state.layout import Instance
 
 if TYPE_CHECKING:
     from mpmm.model_manager.acquisition import Acquisition
@@ -24,11 +24,11 @@ def end_isolation(session: Worker, rows: Sequence[int]) -> None:
     """End the isolation of what the calling thread holds or loads, as it asks for something else; measure it first."""
     namespace = session.namespace
     for row in rows:
-        if not (namespace.segment.words[Header.ISOLATED] and namespace.transitions.isolation.runs_alone(row)):
+        if not (namespace.tables.header.isolated and namespace.transitions.isolation.runs_alone(row)):
             continue
-        at = namespace.tables.instance(row)
         session.figures.sample()
-        added = session.figures.added_mb(row) if namespace.segment.words[at] == Instance.ACTIVE else None
+        in_use = namespace.tables.instances[row].state == Instance.ACTIVE
+        added = session.figures.added_mb(row) if in_use else None
         with namespace.transaction() as t:
             if namespace.transitions.isolation.runs_alone(row):
                 if added is not None:
@@ -40,7 +40,7 @@ def end_isolation(session: Worker, rows: Sequence[int]) -> None:
 def learn_alone(session: Worker, t: Transaction, row: int, cost_mb: float) -> None:
     """Record what the instance that runs alone has added to the memory in use, all its devices together."""
     namespace = session.namespace
-    model = namespace.segment.words[namespace.tables.instance(row) + Instance.MODEL]
+    model = namespace.tables.instances[row].model
     namespace.transitions.estimates.estimate(t, model, cost_mb, measured=False, sd_mb=ALONE_SD * cost_mb)
     namespace.transitions.measurements.set_measured_mb(t, row, cost_mb)
 
@@ -48,11 +48,11 @@ def learn_alone(session: Worker, t: Transaction, row: int, cost_mb: float) -> No
 def expect_no_deadlock(acquisition: Acquisition, held_rows: Sequence[int]) -> None:
     """Take a request out of the queue that waits for its own thread, which holds `held_rows`. Raises DeadlockError."""
     session, namespace, tag = acquisition.session, acquisition.session.namespace, acquisition.tag
-    tables, words = namespace.tables, namespace.segment.words
+    tables = namespace.tables
     with namespace.transaction() as t:
         if not session.thread.waits_for_itself(acquisition.row, list(held_rows)):
             return
-        held = tuple(tables.tag_of(words[tables.instance(one) + Instance.MODEL]) for one in held_rows)
+        held = tuple(tables.tag_of(tables.instances[one].model) for one in held_rows)
         reason = session.scheduler.why(acquisition.row)
         namespace.transitions.hand_over.leave_queue(t, acquisition.row)
         session.scheduler.advance(t)
@@ -67,9 +67,9 @@ def expect_no_deadlock(acquisition: Acquisition, held_rows: Sequence[int]) -> No
 
 def expect_not_held(session: Worker, tag: str) -> None:
     """Raise DeadlockError if the calling thread holds, or loads, an instance of a model that it is to see unloaded."""
-    tables, words = session.namespace.tables, session.namespace.segment.words
+    tables = session.namespace.tables
     held_rows, _ = session.thread.rows()
-    if any(words[tables.instance(row) + Instance.MODEL] == tables.model_row(tag) for row in held_rows):
+    if any(tables.instances[row].model == tables.model_row(tag) for row in held_rows):
         raise DeadlockError(
             f"unload of {tag!r}: this thread itself holds, or is loading, a copy, which is unloaded when it is "
             "given back; pass timeout_seconds=0 not to wait for that",

@@ -17,7 +17,7 @@ from mpmm.policy.reasons import explain
 from mpmm.policy.view import Reason
 from mpmm.scheduling import Scheduler
 from mpmm.shared_state.events import EventKind
-from mpmm.shared_state.layout import Event, Header, Instance, Member, Ticket, device_rows
+from mpmm.shared_state.layout import Event, Header, Instance, device_rows
 from mpmm.shared_state.namespace import Namespace
 from mpmm.text.printable import printable_logger
 
@@ -60,9 +60,8 @@ class _Held(NamedTuple):
 
 def wanted_by(namespace: Namespace, ticket: int) -> Wanted:
     """Return what a ticket (row) waits for at present."""
-    words, at = namespace.segment.words, namespace.tables.ticket(ticket)
-    model = words[at + Ticket.MODEL] if words[at + Ticket.REASON] in _OF_THE_MODEL else None
-    return Wanted(model, words[at + Ticket.DEVICES])
+    found = namespace.tables.tickets[ticket]
+    return Wanted(found.model if found.reason in _OF_THE_MODEL else None, found.devices)
 
 
 def held_by(namespace: Namespace, wanted: Wanted) -> str:
@@ -86,22 +85,20 @@ def held_by(namespace: Namespace, wanted: Wanted) -> str:
 
 
 def _holds(namespace: Namespace, wanted: Wanted) -> list[_Held]:
-    words, tables = namespace.segment.words, namespace.tables
-    now_ns, found = time.monotonic_ns(), []
+    tables, now_ns, found = namespace.tables, time.monotonic_ns(), []
     for row in tables.used_rows(namespace.segment.layout.instances):
-        at = tables.instance(row)
-        state, holder, model = words[at + Instance.STATE], words[at + Instance.HOLDER], words[at + Instance.MODEL]
-        if state in _NOT_HELD or not holder:
+        instance = tables.instances[row]
+        # Read once each: without the lock they may change in between.
+        state, holder, model = instance.state, instance.holder, instance.model
+        if state in _NOT_HELD or holder is None:
             continue
         if wanted.model is not None and model != wanted.model:
             continue
-        if wanted.devices and not words[at + Instance.DEVICES] & wanted.devices:
+        if wanted.devices and not instance.device_bits & wanted.devices:
             continue
-        what = _VERBS.get(state, "has {tag}").format(
-            tag=tables.tag_of(model), mb=namespace.segment.floats[at + Instance.RESERVED_MB]
-        )
-        seconds = max(0.0, (now_ns - words[at + Instance.SINCE]) / 1e9)
-        found.append(_Held(words[tables.member(holder - 1) + Member.PID], what, seconds))
+        what = _VERBS.get(state, "has {tag}").format(tag=tables.tag_of(model), mb=instance.reserved_mb)
+        seconds = max(0.0, (now_ns - instance.since) / 1e9)
+        found.append(_Held(tables.members[holder].pid, what, seconds))
     return found
 
 
@@ -138,7 +135,7 @@ def decision(namespace: Namespace, kind: EventKind, row: int) -> str:
 
 def where(namespace: Namespace, row: int) -> str:
     """Return on which devices an instance (row) lies, as the log says it."""
-    devices = device_rows(namespace.segment.words[namespace.tables.instance(row) + Instance.DEVICES])
+    devices = namespace.tables.instances[row].devices
     return f"device{'s' if len(devices) > 1 else ''} {' and '.join(map(str, devices))}"
 
 
@@ -149,11 +146,11 @@ class WaitWarning:
         self._namespace = namespace
         self._scheduler = scheduler
         self._ticket = ticket
-        words, at = namespace.segment.words, namespace.tables.ticket(ticket)
-        self._since_s = words[at + Ticket.ENQUEUED] / 1e9
+        found = namespace.tables.tickets[ticket]
+        self._since_s = found.enqueued / 1e9
         waited_s = time.monotonic() - self._since_s
         # A preload stands behind everybody, and nobody waits for it.
-        thresholds = () if words[at + Ticket.PRELOAD] else warn_after_s
+        thresholds = () if found.preload else warn_after_s
         self._left = [seconds for seconds in thresholds if seconds > waited_s]
 
     def in_s(self) -> float:
@@ -165,7 +162,7 @@ class WaitWarning:
         waited_s = time.monotonic() - self._since_s
         self._left = [seconds for seconds in self._left if seconds > waited_s]
         namespace = self._namespace
-        model = namespace.segment.words[namespace.tables.ticket(self._ticket) + Ticket.MODEL]
+        model = namespace.tables.tickets[self._ticket].model
         held = held_by(namespace, wanted_by(namespace, self._ticket))
         _LOG.warning(
             "mpmm %s: pid %d has waited %.0f s for %s, which %s%s",

@@ -98,6 +98,7 @@ class HeaderRow(Row):
 
     change = Word(Header.CHANGE)
     next_generation = Word(Header.NEXT_GENERATION)
+    resets = Word(Header.RESETS)
     active = Word(Header.ACTIVE)
     loading = Word(Header.LOADING)
     waiting = Word(Header.WAITING)
