@@ -23,7 +23,7 @@ idle copies; requests that need memory wait in a fair queue.
 In a shell `mpmm inspect` shows which processes hold or wait for which models, and why; `mpmm help` explains settings,
 errors and more, and `mpmm --help` lists the commands.
 
-Where things are, from the doors to the ground:
+Where things are, from the doors to the ground; imports run down only (`tests/test_imports.py`):
 
     cli  commands  beam  metrics   doors: people, pipelines, Prometheus
     observability                  inspect, events, trace, plot, metrics, dashboard

@@ -358,7 +358,7 @@ class _Simulation:
             ticket.view = replace(ticket.view, passed=True, head_since_s=None)
 
     def _check_bound(self, ticket: _Ticket, view: View) -> None:
-        """Nobody may pass a blocked one for longer than twice the bound; see `fairness`."""
+        """No waiter may overtake the head of the line for longer than twice the bound; see `fairness`."""
         self.outcome.broken_bounds += any(
             other.row < ticket.view.row and other.row in self._tickets and overtaking_over(view, other)
             for other in view.tickets

@@ -3,7 +3,7 @@
 `mpmm.beam.install` puts these in place of Beam's methods, and `uninstall` takes them away again:
 
     _RunInferenceDoFn._run_inference    A result that is computed while it is read is read before the copy goes back to
-                                        the manager, who may hand it to another process or evict it.
+                                        the manager, which may hand it to another process or evict it.
     _RunInferenceDoFn._load_model       An update of a keyed handler with several models reaches the handler, too, where
                                         no copy is loaded. Copies of the version before are the first to be evicted.
                                         A model whose tag is a uuid gets a name for people. Where memory is free for

@@ -117,7 +117,7 @@ class Planner:
                 decided[ticket.row] = Wait(ticket.row, why.reason, why)
 
     def _stop_clock(self, decided: dict[int, Decision | None]) -> None:
-        """Do not limit overtaking yet as long as nobody who overtakes delays the head of the line, see `fairness`."""
+        """Do not limit overtaking yet as long as no waiter that overtakes delays the head of the line."""
         state = self._state
         wait = decided.get(state.head.row) if state.head is not None else None
         if state.overtaking_is_free and isinstance(wait, Wait):
@@ -135,7 +135,7 @@ class Planner:
         overtaken: TicketView | None = None
         for ticket in order:
             if ticket.preload:
-                # It takes no instance, and holds up nobody who reuses one.
+                # It takes no instance, and holds up no waiter that reuses one.
                 continue
             idle = state.idle.get(ticket.model)
             instance = self._take_idle(ticket, idle, kept, closed) if idle else None
@@ -177,7 +177,7 @@ class Planner:
         return {device.device for device in place}
 
     def _reserved_for(self, ticket: TicketView, model: ModelView) -> set[int] | None:
-        """Return the instances that nobody reuses past the head of the line; None if nothing may pass it any more."""
+        """Return the instances that are kept for the head of the line; None if nothing may overtake it any more."""
         if overtaking_over(self._view, ticket):
             return None
         if not overtaking_limited(self._view, ticket):

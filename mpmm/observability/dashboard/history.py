@@ -48,7 +48,7 @@ class Table:
     def __init__(self) -> None:
         self._rows: dict[str, tuple[int, Row]] = {}
         self._gone: deque[tuple[int, str]] = deque(maxlen=GONE_KEPT)
-        #: To a page that has seen no later look than this, nobody can say any more which rows have gone.
+        #: To a page that has seen no later look than this, it can no longer be said which rows have gone.
         self.forgotten = 0
 
     def put(self, look: int, rows: Mapping[str, Row]) -> None:
