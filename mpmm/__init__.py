@@ -129,7 +129,7 @@ _HOMES = {
     "ModelManager": "mpmm.model_manager.manager",
     "MultiProcessShared": "mpmm.multi_process_shared",
     "Placement": "mpmm.memory.placement",
-    "QueueTicket": "mpmm.model_manager.manager",
+    "QueueTicket": "mpmm.model_manager.queue_ticket",
     "ResourceEstimator": "mpmm.memory.estimator",
     "current_placement": "mpmm.memory.placement",
 }

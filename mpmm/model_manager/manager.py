@@ -1,21 +1,8 @@
 """ModelManager: loaded models for many processes that share the memory of one host's devices.
 
-The four names are those of `apache_beam.ml.inference.model_manager`, with its signatures and defaults. Where
-Beam has one manager in one process that the others call, every process here runs this code on the state in
-shared memory:
-
-    acquire_model                                   what the process does           under the lock
-    ─────────────────────────────────────────────────────────────────────────────────────────────────────
-    an idle copy and nobody waits                   returns it                      grab
-    otherwise: queue                                                                enqueue, advance
-        granted an idle or released copy            returns it                      take_answer
-        told to load                                runs the loader, samples        take_answer … end_load
-        told that it can never fit                  raises ModelTooLargeError       take_answer
-    reserve: queue, as above                        returns the lease               claim_lease … take_answer
-    release_model                                   measures if it ran alone        release: pass_on or advance
-
-`advance` (see `scheduler.py`) is where the policy decides for everybody who waits; whoever changes something
-runs it, so that a release hands the copy straight to the ticket that should have it.
+Beam has one manager in one process that the others call. Here every process runs this code on the state in shared
+memory, with Beam's names, signatures and defaults. The class checks what callers pass in, and documents it; the modules
+beside this one do the work, see `mpmm.model_manager`.
 """
 
 from __future__ import annotations
@@ -24,93 +11,48 @@ import functools
 import inspect
 import math
 import os
-import secrets
 import sys
-import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager, AbstractContextManager
-from dataclasses import fields
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from mpmm.errors import InvalidArgumentError
 from mpmm.memory.beam_metrics import choose_autoscaling_metric
 from mpmm.memory.monitor import GPUMonitor
-from mpmm.memory.monitor_source import MONITOR_METHODS, MonitorProtocol
+from mpmm.memory.monitor_source import MonitorProtocol
 from mpmm.model_manager.acquire import acquire
 from mpmm.model_manager.administration import change_settings, unload_model, unpin_for_all, wait_for_unload
-from mpmm.model_manager.attachment import Attachment, JoinsWith
+from mpmm.model_manager.attachment import Attachment, JoinsWith, closed_by_shutdown, root_and_name
 from mpmm.model_manager.beam_attributes import BeamNames, CopiesByTag
 from mpmm.model_manager.block import Block
 from mpmm.model_manager.lease import Lease, reserve
 from mpmm.model_manager.nested import expect_not_held
 from mpmm.model_manager.pins import pin, unpin
 from mpmm.model_manager.preload import book, preload, resume_all
-from mpmm.model_manager.refusals import expect_mapped
+from mpmm.model_manager.queue_ticket import QueueTicket, waiting_tickets
 from mpmm.model_manager.release import release
 from mpmm.model_manager.request import AcquireOptions, check_names, check_request, encoded_tag, read_options
-from mpmm.multi_process_shared.context import attach_namespace
+from mpmm.model_manager.uses import given_instance
 from mpmm.multi_process_shared.main_import import refuse_while_importing_main
 from mpmm.multi_process_shared.registry import is_server_process
-from mpmm.shared_state.layout import Capacities, Instance, Model, Ticket
-from mpmm.shared_state.runtime_dir import RuntimeDirectory
-from mpmm.shared_state.settings import CHANGEABLE, CHECKPOINTS, Settings, checkpoints_by_name
+from mpmm.shared_state.layout import Capacities, Instance, Model
+from mpmm.shared_state.settings import CHANGEABLE, Settings, checkpoints_by_name
 from mpmm.shared_state.tables import encode_text
 from mpmm.sources import MemorySource
-from mpmm.text.arguments import checked_devices, checked_number, checked_path, checked_timeout, checked_whole, in_brief
+from mpmm.text.arguments import checked_number, checked_timeout, checked_whole, in_brief
 from mpmm.text.printable import printable_logger
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-__all__ = ["ModelManager", "QueueTicket"]
+__all__ = ["ModelManager"]
 
 T = TypeVar("T")
-Method = TypeVar("Method", bound=Callable[..., Any])
 
 PRELOAD_STATES = ("idle", "suspended")
 _LOG = printable_logger("mpmm")
-
-
-def _closed_by_shutdown(method: Method) -> Method:
-    """Have a method raise ClosedError when another thread shuts the manager down under it.
-
-    It reads the segment without the lock, too, and finds it unmapped then. For what is called rarely: the detour costs
-    0.1 µs, see `_expect_mapped`.
-    """
-
-    @functools.wraps(method)
-    def call(self: ModelManager, *args: Any, **kwargs: Any) -> Any:
-        try:
-            return method(self, *args, **kwargs)
-        except ValueError as error:
-            expect_mapped(self._attachment.session, error)
-            raise
-
-    return cast(Method, call)
-
-
-class QueueTicket:
-    """One place in the queue, as in Beam: ordered by priority, then number.
-
-    `wake_event` is part of Beam's interface. mpmm never sets it: waiters sleep on a word of the segment.
-    `expected_wait_seconds`: the expected time until the request gets its copy, judging by the loads and holds so far;
-    None if it was not estimated.
-    """
-
-    def __init__(self, priority: int, ticket_num: int, tag: str, expected_wait_seconds: float | None = None) -> None:
-        self.priority = priority
-        self.ticket_num = ticket_num
-        self.tag = tag
-        self.expected_wait_seconds = expected_wait_seconds
-        self.wake_event = threading.Event()
-
-    def __lt__(self, other: QueueTicket) -> bool:
-        return (self.priority, self.ticket_num) < (other.priority, other.ticket_num)
-
-    def __repr__(self) -> str:
-        return f"QueueTicket(priority={self.priority}, ticket_num={self.ticket_num}, tag={self.tag!r})"
 
 
 class ModelManager(BeamNames):
@@ -242,42 +184,16 @@ class ModelManager(BeamNames):
             suspend_budget_mb=math.inf if suspend_budget_mb is None else suspend_budget_mb,
             suspend_checkpoints=checkpoints_by_name(suspend),
         )
-        if monitor is not None and (
-            isinstance(monitor, type) or not all(callable(getattr(monitor, name, None)) for name in MONITOR_METHODS)
-        ):
-            raise InvalidArgumentError(
-                f"monitor={in_brief(monitor)}: expected an object with methods {', '.join(MONITOR_METHODS)}"
-            )
-        if not isinstance(memory_source, str | MemorySource):
-            raise InvalidArgumentError(f"memory_source={in_brief(memory_source)}: expected a name or a MemorySource")
-        if not isinstance(capacities, Capacities | None):
-            raise InvalidArgumentError(f"capacities={in_brief(capacities)}: expected mpmm.Capacities, or None")
-        joins_with = JoinsWith(
-            monitor,
-            memory_source,
-            checked_devices(devices),
-            None if estimates_path is None else str(checked_path("estimates_path", estimates_path, "a file")),
-            capacities,
-            verbose_logging,
+        joins_with = JoinsWith.checked(
+            monitor, memory_source, devices, estimates_path, capacities, verbose_logging=verbose_logging
         )
         self._autoscaling_metric = autoscaling_metric
         if autoscaling_metric is not None:
             choose_autoscaling_metric(autoscaling_metric)
-        root = None if runtime_root is None else checked_path("runtime_root", runtime_root, "a folder")
-        given = attach_namespace.get()
-        if namespace is None and given is not None:
-            name, root = given
-        else:
-            name = f"private-{os.getpid()}-{secrets.token_hex(4)}" if namespace is None else namespace
-            # It checks the name, which is all that is wanted of it here.
-            checked = RuntimeDirectory(name, root)
-            name, root = checked.name, checked.root
-        self._attachment = Attachment(root, name, settings, joins_with)
+        self._attachment = Attachment(*root_and_name(namespace, runtime_root), settings, joins_with)
         # Bound here, so that a call takes no longer than one of a method of this class.
         self._connected = self._attachment.connected
         self._connected_in_time = self._attachment.connected_in_time
-        self._bookings = threading.local()
-        self._bookings_made = False
         # A model server imports the program, and so makes its managers, too. Mostly nobody uses them there.
         if not is_server_process():
             self._connected()
@@ -288,7 +204,7 @@ class ModelManager(BeamNames):
         """Log at level INFO if `verbose_logging` is on."""
         self._attachment.log_info(message, *args)
 
-    @_closed_by_shutdown
+    @closed_by_shutdown
     def all_models(self, tag: str | None = None) -> Any:
         """Return the loaded copies of a tag as a list: handles, this process's objects, None for those of others.
 
@@ -378,7 +294,7 @@ class ModelManager(BeamNames):
         """
         return self._book(tag, ticket_num, alone=False)
 
-    @_closed_by_shutdown
+    @closed_by_shutdown
     def _book(self, tag: str, ticket_num: int, alone: bool) -> bool:
         encoded_tag(tag)
         self.logging_info("Booking for %s, ticket %s", tag, ticket_num)
@@ -392,7 +308,7 @@ class ModelManager(BeamNames):
         """
         self._attachment.shutdown()
 
-    @_closed_by_shutdown
+    @closed_by_shutdown
     def force_reset(self) -> None:
         """Unload everything of every process of the namespace, and cancel all waiting requests. Estimates stay.
 
@@ -463,38 +379,15 @@ class ModelManager(BeamNames):
 
         Raises InvalidArgumentError, at once, if the function has no such parameter.
         """
-
         encoded_tag(tag)
         if not callable(loader_func):
             raise InvalidArgumentError(f"model {tag!r}, loader {in_brief(loader_func)}: expected a callable")
         check_names(options)
+        hold = functools.partial(self.model, tag, loader_func, **options)
+        hold_async = functools.partial(self.model_async, tag, loader_func, **options)
+        return lambda function: given_instance(function, tag, argument, hold, hold_async)
 
-        def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
-            try:
-                signature = inspect.signature(function)
-            except (TypeError, ValueError) as error:
-                raise InvalidArgumentError(f"{in_brief(function)} cannot get {tag!r}: {error}") from error
-            if not isinstance(argument, str) or argument not in signature.parameters:
-                raise InvalidArgumentError(f"{function!r} has no parameter {argument!r}, through which to get {tag!r}")
-
-            @functools.wraps(function)
-            def call(*args: Any, **kwargs: Any) -> Any:
-                with self.model(tag, loader_func, **options) as copy:
-                    return function(*args, **kwargs, **{argument: copy})
-
-            @functools.wraps(function)
-            async def call_async(*args: Any, **kwargs: Any) -> Any:
-                async with self.model_async(tag, loader_func, **options) as copy:
-                    return await function(*args, **kwargs, **{argument: copy})
-
-            made: Any = call_async if inspect.iscoroutinefunction(function) else call
-            others = [parameter for name, parameter in signature.parameters.items() if name != argument]
-            made.__signature__ = signature.replace(parameters=others)
-            return cast("Callable[..., Any]", made)
-
-        return decorate
-
-    @_closed_by_shutdown
+    @closed_by_shutdown
     def reserve(
         self,
         mb: float,
@@ -530,7 +423,7 @@ class ModelManager(BeamNames):
         request = read_options(options, session.samples)
         return reserve(self._attachment, session, name, encoded, float(mb), request, timeout_s)
 
-    @_closed_by_shutdown
+    @closed_by_shutdown
     def preload(
         self,
         tag: str,
@@ -588,7 +481,7 @@ class ModelManager(BeamNames):
             suspender.suspend_idle(tag)
         return loaded
 
-    @_closed_by_shutdown
+    @closed_by_shutdown
     def pin(self, tag: str, *, for_all: bool = False) -> None:
         """Keep all idle copies of a model, present and future ones, from eviction and `idle_ttl_seconds`.
 
@@ -608,7 +501,7 @@ class ModelManager(BeamNames):
         finally:
             session.end(operation)
 
-    @_closed_by_shutdown
+    @closed_by_shutdown
     def unpin(self, tag: str, *, for_all: bool = False) -> None:
         """End this process's pin on a model, or that of the namespace if `for_all`.
 
@@ -625,7 +518,7 @@ class ModelManager(BeamNames):
         finally:
             session.end(operation)
 
-    @_closed_by_shutdown
+    @closed_by_shutdown
     def unload(self, tag: str, *, timeout_seconds: float | None = None) -> int:
         """Unload all copies of a model, in all processes; return how many there are.
 
@@ -655,7 +548,7 @@ class ModelManager(BeamNames):
         return asked.copies
 
     @property
-    @_closed_by_shutdown
+    @closed_by_shutdown
     def settings(self) -> dict[str, float | None]:
         """The parameters of the namespace that `update_settings` changes, as they are now; None is no limit."""
         namespace = self._connected().namespace
@@ -663,7 +556,7 @@ class ModelManager(BeamNames):
             values = {name: getattr(namespace.settings, name) for name in CHANGEABLE}
         return {name: None if math.isinf(value) else value for name, value in values.items()}
 
-    @_closed_by_shutdown
+    @closed_by_shutdown
     def update_settings(self, **changes: float | None) -> None:
         """Change settings of the namespace, under their names in `ModelManager(…)`, for all its processes.
 
@@ -683,7 +576,7 @@ class ModelManager(BeamNames):
         finally:
             session.end(operation)
 
-    @_closed_by_shutdown
+    @closed_by_shutdown
     def suspend(self, tag: str) -> int:
         """Suspend the idle copies of a model, if they can be suspended; return how many are. See `mpmm.suspend`.
 
@@ -695,7 +588,7 @@ class ModelManager(BeamNames):
         encoded_tag(tag)
         return self._connected().suspender.suspend_idle(tag)
 
-    @_closed_by_shutdown
+    @closed_by_shutdown
     def resume(self, tag: str, *, timeout_seconds: float | None = None) -> int:
         """Resume the suspended copies of a model that this process can use; return how many are, and idle now.
 
@@ -722,23 +615,10 @@ class ModelManager(BeamNames):
         """Name of the namespace."""
         return self._attachment.name
 
-    @_closed_by_shutdown
+    @closed_by_shutdown
     def tickets(self) -> list[QueueTicket]:
         """Return the tickets of all requests that wait now, first one first."""
-        session = self._connected()
-        words, tables = session.namespace.segment.words, session.namespace.tables
-        with session.namespace.transaction():
-            rows = tables.rows_where(session.namespace.segment.layout.tickets, Ticket.STATE, Ticket.WAITING)
-            order = (Ticket.PRIORITY, Ticket.RANK, Ticket.NUMBER)
-            return [
-                QueueTicket(
-                    words[tables.ticket(row) + Ticket.PRIORITY],
-                    words[tables.ticket(row) + Ticket.NUMBER],
-                    tables.tag_of(words[tables.ticket(row) + Ticket.MODEL]),
-                    session.scheduler.expected_wait_s(row),
-                )
-                for row in sorted(rows, key=lambda row: tuple(words[tables.ticket(row) + word] for word in order))
-            ]
+        return waiting_tickets(self._connected())
 
     def __enter__(self) -> ModelManager:
         return self
@@ -749,24 +629,7 @@ class ModelManager(BeamNames):
         self.shutdown()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        values = {field.name: getattr(self._attachment.settings, field.name) for field in fields(Settings)}
-        for name in ("memory_budget_mb", "max_model_copies", "idle_ttl_seconds", "max_waiting", "suspend_budget_mb"):
-            values[name] = None if math.isinf(values[name]) else values[name]
-        values["suspend"] = CHECKPOINTS[int(values.pop("suspend_checkpoints"))]
-        for name in ("min_data_points", "min_model_copies"):
-            values[name] = int(values[name])
-        told = self._attachment.joins_with
-        values.update(
-            monitor=told.monitor,
-            verbose_logging=told.verbose_logging,
-            namespace=self._attachment.name,
-            memory_source=told.memory_source,
-            devices=told.devices,
-            estimates_path=told.estimates_path,
-            autoscaling_metric=self._autoscaling_metric,
-            capacities=told.capacities,
-            runtime_root=str(self._attachment.root),
-        )
+        values = {**self._attachment.arguments(), "autoscaling_metric": self._autoscaling_metric}
         return functools.partial(type(self), **values), ()
 
     def _timeout_s(self, timeout_seconds: float | None) -> float:
@@ -776,6 +639,5 @@ class ModelManager(BeamNames):
         return checked_timeout("timeout_seconds", timeout_seconds)
 
 
-# Where users import them from, which pickles, tracebacks and documentation are to name.
-for _public in (ModelManager, QueueTicket):
-    _public.__module__ = "mpmm.model_manager"
+# Where users import it from, which pickles, tracebacks and documentation are to name.
+ModelManager.__module__ = "mpmm.model_manager"
