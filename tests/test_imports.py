@@ -21,6 +21,8 @@ PARTS = {
     "observability": "shared_state sources policy ground",
     "model_manager": "suspend multi_process_shared memory scheduling shared_state sources policy ground",
     "suspend": "multi_process_shared rpc memory scheduling shared_state sources policy ground",
+    # The old place of the next one.
+    "proxy": "multi_process_shared",
     "multi_process_shared": "rpc shared_state ground",
     "rpc": "ground",
     "memory": "scheduling shared_state sources ground",
