@@ -241,7 +241,7 @@ class Promises(RuleBasedStateMachine):
         process = self._pick(who)
         words, tables = process.namespace.segment.words, process.namespace.tables
         for row in process.held:
-            if words[tables.instance(row) + Instance.DOOMED]:
+            if words[tables.instance(row) + Instance.UNLOAD_ON_RELEASE]:
                 process.held.remove(row)
                 with process.namespace.transaction() as t:
                     process.namespace.transitions.holds.discard(t, row)

@@ -26,7 +26,7 @@ NOT_SHOWN = {
     Member: {"BELL", "LOCK"},
     Model: {"SUPERSEDED"},
     Instance: {"LOADED_AT", "HAS_SERVER"},
-    Ticket: {"SIGNAL", "NESTED", "PASSED", "WARNED", "STEADY"},
+    Ticket: {"SIGNAL", "NESTED", "OVERTAKEN", "WARNED", "STEADY"},
     Pin: {"STATE"},
 }
 

@@ -31,7 +31,7 @@ class Learning:
         """Take the figures of the last sample into the estimates, or into the observations for NNLS."""
         namespace = self._namespace
         header = namespace.tables.header
-        if header.source_books_only:
+        if header.source_accounting_only:
             return {}
         for device in namespace.tables.used_rows(namespace.segment.layout.devices):
             self._observe(t, device)
@@ -47,7 +47,7 @@ class Learning:
         if here.sampled < here.configured_at or here.isolated is not None:
             return
         copies: Counter[int] = Counter()
-        measured_mb, uses = here.foreign_mb, 0
+        measured_mb, uses = here.unrelated_mb, 0
         for row in tables.on_device(device):
             copy = tables.instances[row]
             if copy.state not in (Instance.ACTIVE, Instance.IDLE) or copy.devices != [device]:

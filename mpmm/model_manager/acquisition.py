@@ -173,7 +173,7 @@ class Acquisition(QueuedRequest["Copy | Booking"]):
         session, namespace, request = self.session, self.session.namespace, self.request
         if request.keep_alive:
             namespace.transitions.models.keep_alive(t, model, request.keep_alive)
-        known = session.scheduler.is_known(model) or namespace.segment.words[Header.SOURCE_BOOKS_ONLY]
+        known = session.scheduler.is_known(model) or namespace.segment.words[Header.SOURCE_ACCOUNTING_ONLY]
         priority = PRELOAD_PRIORITY if self.preload else 1 if known else 0
         row = namespace.transitions.tickets.enqueue(
             *(t, model, namespace.slot, priority, session.scheduler.need_mb(model), self.deadline_ns(), self.preload),

@@ -76,7 +76,7 @@ def _staying(namespace: Namespace, model: int, before: int, states: tuple[int, .
     tables, found = namespace.tables, []
     for row in tables.rows_where(namespace.segment.layout.instances, Instance.MODEL, model):
         instance = tables.instances[row]
-        if instance.state in states and not instance.doomed and instance.generation < before:
+        if instance.state in states and not instance.unload_on_release and instance.generation < before:
             found.append((states.index(instance.state), instance.since, row))
     return [row for _, _, row in sorted(found)]
 

@@ -67,7 +67,7 @@ class FreshFigures:
 
         One that is asked for and has not begun serves for this call, too.
         """
-        if not self._namespace.tables.header.source_books_only:
+        if not self._namespace.tables.header.source_accounting_only:
             self._monitor.request_refresh()
 
     def ensure_fresh_to_queue(self, timeout_s: float) -> None:
@@ -105,7 +105,7 @@ class FreshFigures:
 
     def sample(self, timeout_s: float | None = None) -> None:
         """Wait for a new sample, unless there is nothing to measure; see `sample_source`."""
-        if not self._namespace.tables.header.source_books_only:
+        if not self._namespace.tables.header.source_accounting_only:
             self.sample_source(timeout_s)
 
     def reset_peak(self) -> None:

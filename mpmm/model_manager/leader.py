@@ -239,7 +239,7 @@ class Leader:
         words, tables = self._namespace.segment.words, self._namespace.tables
         places = [(Header.POLLED, Header.POLL_CLAIMED)]
         # Without a source that measures, a claim on devices would only keep those from it that have one.
-        if not tables.header.source_books_only and what_it_measures(self._figures.source) > Measures.NOTHING:
+        if not tables.header.source_accounting_only and what_it_measures(self._figures.source) > Measures.NOTHING:
             devices = (tables.device(row) for row in self._samples.rows())
             places += [(at + Device.TRIED, at + Device.CLAIMED) for at in devices]
         now = time.monotonic_ns()

@@ -212,7 +212,7 @@ class LoadAttempt:
         if size.learnt is not None:
             namespace.transitions.estimates.estimate(t, model, size.learnt.mb, measured=True, sd_mb=size.learnt.sd_mb)
             return size.learnt.mb
-        if not namespace.tables.header.source_books_only:
+        if not namespace.tables.header.source_accounting_only:
             return None
         # With nothing to measure with, the assumption; whatever leases have left of the device this time.
         devices = instance.devices

@@ -71,7 +71,7 @@ class OutOfMemory:
         """
         namespace = self._namespace
         tables = namespace.tables
-        if tables.header.source_books_only:
+        if tables.header.source_accounting_only:
             return None
         with contextlib.suppress(LockTimeoutError), namespace.transaction(NOW_S):
             devices = tables.instances[row].devices
@@ -141,7 +141,7 @@ class OutOfMemory:
             room_mb = self._roomiest_mb(places, span, here, free.room_mb)
             at_least_mb = bound_mb(free.mb - came_mb * span, room_mb)
         namespace.transitions.estimates.record_out_of_memory(t, model, at_least_mb, loading=True)
-        if free is None and first and tables.header.source_books_only:
+        if free is None and first and tables.header.source_accounting_only:
             self._raise_by_a_quarter(t, model, here)
         self._say_ran_out(t, model)
 
@@ -177,7 +177,7 @@ class OutOfMemory:
             model = tables.model_row(tag)
             if model is None:
                 return
-            if tables.header.source_books_only or not devices:
+            if tables.header.source_accounting_only or not devices:
                 namespace.transitions.estimates.record_out_of_memory(t, model)
                 self._raise_by_a_quarter(t, model, devices)
             else:

@@ -197,7 +197,7 @@ class Worker:
 
         at_last: not only when it is time again.
         """
-        if self.kept_estimates is None or self.namespace.tables.header.source_books_only:
+        if self.kept_estimates is None or self.namespace.tables.header.source_accounting_only:
             return
         if at_last:
             self.kept_estimates.save()

@@ -277,7 +277,7 @@ class Unloads:
                 return None
             model, server, handle = instance.model, instance.server, tables.handle_of(row)
             # A server that has died may have a successor of the same name, which is another copy's.
-            lost = instance.has_server and instance.doomed == Instance.LOST and server is None
+            lost = instance.has_server and instance.unload_on_release == Instance.LOST and server is None
             ends_server = bool(handle) and namespace.transitions.twins.unloads_handle(row) and not lost
             server_pid = None if server is None else tables.members[server].pid
             is_object = instance.owner is not None

@@ -61,7 +61,7 @@ class _Held(NamedTuple):
 def wanted_by(namespace: Namespace, ticket: int) -> Wanted:
     """Return what a ticket (row) waits for at present."""
     found = namespace.tables.tickets[ticket]
-    return Wanted(found.model if found.reason in _OF_THE_MODEL else None, found.devices)
+    return Wanted(found.model if found.reason in _OF_THE_MODEL else None, found.loadable_on)
 
 
 def held_by(namespace: Namespace, wanted: Wanted) -> str:

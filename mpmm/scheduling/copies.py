@@ -84,8 +84,9 @@ class CopiesReader:
                 # Not a copy of a model, but a reservation.
                 self._add_lease(copies, row, device, other_shares)
                 continue
-            leaves = state in (Instance.ACTIVE, Instance.LOADING, Instance.RESUMING) and words[at + Instance.DOOMED]
-            copies.leaving[model] += bool(leaves)
+            is_to_go = bool(words[at + Instance.UNLOAD_ON_RELEASE])
+            leaves = is_to_go and state in (Instance.ACTIVE, Instance.LOADING, Instance.RESUMING)
+            copies.leaving[model] += leaves
             if state in (Instance.LOADING, Instance.RESUMING):
                 copies.loading[model][holder] += not leaves
                 copies.newest_load[model] = max(since, copies.newest_load.get(model, 0))

@@ -50,7 +50,7 @@ class Demands:
     def of(self, model: int) -> Demand:
         """Return the demand for a model (row) as it was counted last."""
         found = self._tables.models[model]
-        return Demand(found.gap_s, found.requests, found.requested_at / 1e9)
+        return Demand(found.mean_interarrival_s, found.requests, found.requested_at / 1e9)
 
     def rate(self, model: int) -> float:
         """Return how often a model (row) is asked for, per second."""

@@ -132,7 +132,7 @@ class Scheduler:
         waiting = words[self._tables.model(words[at + Instance.MODEL]) + Model.WAITING]
         if words[Header.WAITING] != waiting or words[Header.ISOLATED]:
             return False
-        if words[at + Instance.DOOMED] or words[at + Instance.OWNER]:
+        if words[at + Instance.UNLOAD_ON_RELEASE] or words[at + Instance.OWNER]:
             return False
         found = self.shortcuts.first_user(words[at + Instance.MODEL], words[at + Instance.DEVICES]) if call_up else None
         if call_up and (found is None or found[1]):
@@ -150,7 +150,8 @@ class Scheduler:
         """
         words, transitions = self._segment.words, self._namespace.transitions
         at = self._tables.instance(instance)
-        if words[Header.WAITING] and not self.shortcuts.beside_isolation(instance) and not words[at + Instance.DOOMED]:
+        to_be_unloaded = words[at + Instance.UNLOAD_ON_RELEASE]
+        if words[Header.WAITING] and not self.shortcuts.beside_isolation(instance) and not to_be_unloaded:
             found = self.shortcuts.first_user(words[at + Instance.MODEL], words[at + Instance.DEVICES])
             if found is not None:
                 ticket, passed = found
@@ -237,7 +238,7 @@ class Scheduler:
             self._namespace.transitions.tickets.set_reason(t, ticket, cause)
             if cause.reason in OTHERS_END:
                 self._namespace.transitions.tickets.warn(t, ticket, self.waiters.sentence(ticket))
-        if first and not words[at + Ticket.BLOCKED_AT]:
+        if first and not words[at + Ticket.HEAD_OF_LINE_AT]:
             self._namespace.transitions.tickets.block(t, ticket)
 
 

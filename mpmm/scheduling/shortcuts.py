@@ -55,7 +55,7 @@ HELD_UP_REASONS = frozenset({Reason.BEHIND, Reason.OUTRANKED, Reason.SHARING, Re
 CALLED_UP_FOR_NS = 1_500_000
 _WAITER_FIELDS = (
     *(Ticket.RANK, Ticket.PRIORITY, Ticket.MODEL, Ticket.DEADLINE),
-    *(Ticket.BLOCKED_AT, Ticket.PRELOAD, Ticket.TIED),
+    *(Ticket.HEAD_OF_LINE_AT, Ticket.PRELOAD, Ticket.USABLE_ON),
 )
 
 
@@ -102,7 +102,7 @@ class Shortcuts:
             row = words[Header.NEWEST_TICKET]
             at = self._tables.ticket(row)
             if words[at + Ticket.STATE] == Ticket.WAITING:
-                usable_on = words[at + Ticket.TIED]
+                usable_on = words[at + Ticket.USABLE_ON]
                 wants = words[at + Ticket.MODEL] == model and not words[at + Ticket.PRELOAD]
                 wants = wants and not (usable_on and devices & ~usable_on)
                 return (row, 0) if wants and words[at + Ticket.DEADLINE] > now else None
@@ -216,7 +216,7 @@ class Shortcuts:
             return None
         if idle and not self._is_left_to_another(model):
             return None
-        measured = words[Header.SOURCE_BOOKS_ONLY] or words[Header.SOURCE_MEASURES_PROCESSES]
+        measured = words[Header.SOURCE_ACCOUNTING_ONLY] or words[Header.SOURCE_MEASURES_PROCESSES]
         if words[Header.WAITING] != waiting or words[Header.ISOLATED] or not (measured or self._views.is_known(model)):
             return None
         if waiting and not self._newest_waits_for_a_copy(model):
@@ -234,7 +234,7 @@ class Shortcuts:
         """Tell whether a used row is that of a copy that any process can have, now or after somebody else."""
         words = self._segment.words
         return words[at] in (Instance.ACTIVE, Instance.IDLE, Instance.LOADING) and not (
-            words[at + Instance.OWNER] or words[at + Instance.DOOMED]
+            words[at + Instance.OWNER] or words[at + Instance.UNLOAD_ON_RELEASE]
         )
 
     def _newest_waits_for_a_copy(self, model: int) -> bool:
@@ -245,7 +245,7 @@ class Shortcuts:
             words[at] == Ticket.WAITING
             and words[at + Ticket.MODEL] == model
             and words[at + Ticket.REASON] in SHARED_REASONS
-            and not (words[at + Ticket.PRELOAD] or words[at + Ticket.TIED] or words[at + Ticket.BLOCKED_AT])
+            and not (words[at + Ticket.PRELOAD] or words[at + Ticket.USABLE_ON] or words[at + Ticket.HEAD_OF_LINE_AT])
         )
 
     def _is_left_to_another(self, model: int) -> bool:
@@ -265,7 +265,7 @@ class Shortcuts:
         words = self._segment.words
         at = self._tables.instance(instance)
         model = self._tables.model(words[at + Instance.MODEL])
-        if not words[Header.WAITING] or words[model + Model.WAITING] or words[at + Instance.DOOMED]:
+        if not words[Header.WAITING] or words[model + Model.WAITING] or words[at + Instance.UNLOAD_ON_RELEASE]:
             return False
         waiting = self.waiting()
         if any(one.blocked_at for one in waiting) or self.isolation_matters(waiting):
@@ -290,7 +290,7 @@ class Shortcuts:
         words = self._segment.words
         if words[Header.ISOLATED]:
             return True
-        if words[Header.SOURCE_BOOKS_ONLY] or words[Header.SOURCE_MEASURES_PROCESSES]:
+        if words[Header.SOURCE_ACCOUNTING_ONLY] or words[Header.SOURCE_MEASURES_PROCESSES]:
             return False
         return any(not self._views.is_known(one.model) for one in waiting)
 

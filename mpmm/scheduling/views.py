@@ -61,7 +61,7 @@ class Views:
                 min_model_copies=int(settings.min_model_copies),
                 max_overtake_seconds=settings.max_overtake_seconds,
                 # Alone on the device is the way to measure where only the whole device is measured.
-                isolate_unknown=not words[Header.SOURCE_BOOKS_ONLY] and not words[Header.SOURCE_MEASURES_PROCESSES],
+                isolate_unknown=not (words[Header.SOURCE_ACCOUNTING_ONLY] or words[Header.SOURCE_MEASURES_PROCESSES]),
                 max_model_copies=settings.max_model_copies,
             ),
             models={model: self.model_view(model, copies, now) for model in wanted},
@@ -76,7 +76,7 @@ class Views:
     def device_views(self, copies: Copies) -> tuple[DeviceView, ...]:
         """Return what the ledgers of all devices say."""
         words, floats, tables = self._segment.words, self._segment.floats, self._tables
-        late = words[Header.SOURCE_SETTLES_LATE]
+        late = words[Header.SOURCE_FREES_LATE]
         views = []
         for row in tables.used_rows(self._layout.devices):
             at = tables.device(row)
@@ -151,12 +151,12 @@ class Views:
         fields = [
             *(Ticket.NUMBER, Ticket.PRIORITY, Ticket.MODEL, Ticket.MEMBER, Ticket.ENQUEUED, Ticket.PRELOAD),
             *(
-                Ticket.BLOCKED_AT,
-                Ticket.DEVICES,
-                Ticket.TIED,
+                Ticket.HEAD_OF_LINE_AT,
+                Ticket.LOADABLE_ON,
+                Ticket.USABLE_ON,
                 Ticket.SPAN,
                 Ticket.NESTED,
-                Ticket.PASSED,
+                Ticket.OVERTAKEN,
                 Ticket.RANK,
                 Ticket.STEADY,
             ),
@@ -213,7 +213,7 @@ class Views:
 
     def used_mb(self, device: int, copies: Copies) -> float:
         """Return the memory in use: the last figure, or the books where nothing can be measured."""
-        if self._segment.words[Header.SOURCE_BOOKS_ONLY]:
+        if self._segment.words[Header.SOURCE_ACCOUNTING_ONLY]:
             return copies.booked_mb[device]
         return self._segment.floats[self._tables.device(device) + Device.USED_MB]
 

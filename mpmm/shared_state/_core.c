@@ -74,7 +74,7 @@
     X(since, "Instance.SINCE")                                                                                         \
     X(next, "Instance.NEXT")                                                                                           \
     X(previous, "Instance.PREVIOUS")                                                                                   \
-    X(doomed, "Instance.DOOMED")                                                                                       \
+    X(doomed, "Instance.UNLOAD_ON_RELEASE")                                                                                       \
     X(uses, "Instance.USES")                                                                                           \
     X(is_active, "Instance.ACTIVE")                                                                                    \
     X(is_idle, "Instance.IDLE")                                                                                        \

@@ -35,12 +35,14 @@ _FAMILIAR: dict[type[Model | Instance], tuple[str, ...]] = {
     Model: (
         *("STATE", "GENERATION", "ESTIMATE_MB", "KNOWN", "LOADED", "ACTIVE", "IDLE", "LOADING", "UNLOADING", "WAITING"),
         *("IDLE_HEAD", "USED_AT", "LOADS", "HITS", "EVICTIONS", "MEASURED", "SHARES", "LOAD_S", "HOLD_S", "PINS"),
-        *("GAP_S", "REQUESTS", "REQUESTED_AT", "SD_MB", "AT_LEAST_MB", "FAILURES", "FAILED_AT", "EXPECT_MB"),
+        *("MEAN_INTERARRIVAL_S", "REQUESTS", "REQUESTED_AT"),
+        *("SD_MB", "AT_LEAST_MB", "FAILURES", "FAILED_AT", "EXPECT_MB"),
         *("SUPERSEDED", "SUSPENDED", "SUSPENDS", "RESUMES", "SUSPEND_S", "RESUME_S", "UNSUSPENDABLE", "KEEP_ALIVE"),
     ),
     Instance: (
         *("STATE", "MODEL", "GENERATION", "HOLDER", "OWNER", "SERVER", "DEVICES", "MB", "RESERVED_MB", "SINCE"),
-        *("LOADED_AT", "NEXT", "PREVIOUS", "DOOMED", "HAS_SERVER", "USES", "PROGRAM", "UNLOAD_LATE", "HANDED_AT"),
+        *("LOADED_AT", "NEXT", "PREVIOUS", "UNLOAD_ON_RELEASE", "HAS_SERVER", "USES", "PROGRAM"),
+        *("UNLOAD_LATE", "HANDED_AT"),
         *("WAY", "DEVICE_MB", "HOST_MB"),
     ),
 }

@@ -135,8 +135,8 @@ class Header:
     # sample shows it.
     SOURCE_COUNTS_NAMED = 47  # 1: its figure holds nothing but the processes that it is asked about
     SOURCE_MEASURES_PROCESSES = 48  # 1 once it has shown what a process of ours takes, until it shows that it does not
-    SOURCE_SETTLES_LATE = 49
-    SOURCE_BOOKS_ONLY = 50
+    SOURCE_FREES_LATE = 49
+    SOURCE_ACCOUNTING_ONLY = 50
     SOURCE_NAME = 51  # text: the source that the leader reads
     SOURCE_ASKED = 56  # text: the one that the creator asked for
     SOURCE_NAME_BYTES = 31
@@ -209,10 +209,11 @@ class Model:
         LOADING or RESUMING, SUSPENDED those in state SUSPENDING or SUSPENDED.
     M4  no two rows in state MODEL have the same TAG.
     M5  PINS equals the pin rows of this model.
-    M6  no model has more ACTIVE, IDLE and LOADING copies together than `max_model_copies`; DOOMED ones do not count.
+    M6  no model has more ACTIVE, IDLE and LOADING copies together than `max_model_copies`; those with UNLOAD_ON_RELEASE
+        do not count.
     M7  a row in state LEASE is KNOWN, and is that of one ticket, or of one LEASED instance, or of both.
-    M8  LOAD_S, HOLD_S, GAP_S, SUSPEND_S and RESUME_S are finite and not below 0; so are AT_LEAST_MB, EXPECT_MB and,
-        where KNOWN, SD_MB.
+    M8  LOAD_S, HOLD_S, MEAN_INTERARRIVAL_S, SUSPEND_S and RESUME_S are finite and not below 0; so are AT_LEAST_MB,
+        EXPECT_MB and, where KNOWN, SD_MB.
     M9  FAILED_AT is 0 exactly where FAILURES is 0.
     """
 
@@ -236,7 +237,7 @@ class Model:
     LOAD_S = 17  # float: smoothed duration of a load, 0 unknown
     HOLD_S = 18  # float: smoothed time between acquire and release, 0 unknown
     PINS = 19  # derived: members that want its idle copies kept
-    GAP_S = 20  # float: decayed mean time between two requests, 0 unknown; see `policy.demand`
+    MEAN_INTERARRIVAL_S = 20  # float: decayed mean time between two requests, 0 unknown; see `policy.demand`
     REQUESTS = 21  # HITS + LOADS + LOADING + WAITING when they were last counted
     REQUESTED_AT = 22  # when that count last rose
     SD_MB = 23  # float: standard deviation of the estimate; 0: taken for exact
@@ -308,7 +309,7 @@ class Instance:
     PREVIOUS = 12  # }
     # To be unloaded as soon as its holder lets go. LOST: its server died, so nothing is left to unload. ASKED: somebody
     # asks for it, see `Unloads.ask`.
-    DOOMED = 13
+    UNLOAD_ON_RELEASE = 13
     HAS_SERVER = 14  # 1: the handle named a live shared object when the load ended
     USES = 15
     PROGRAM = 16  # LEASED: pid of the process that uses the memory, 0 if that is not known
@@ -333,7 +334,7 @@ class Instance:
     SUSPENDED = 7
     RESUMING = 8  # it moves back
 
-    # Values of DOOMED.
+    # Values of UNLOAD_ON_RELEASE.
     LOST = 1
     ASKED = 2
 
@@ -344,7 +345,7 @@ class Ticket:
     T1  NUMBERs are unique; MODEL and MEMBER refer to used rows.
     T2  INSTANCE is set exactly in states GRANTED (an ACTIVE row, or a LEASED one) and LOAD (a LOADING row, or a
         RESUMING one), whose HOLDER is MEMBER.
-    T3  BLOCKED_AT and CALLED_UP are 0 or not before ENQUEUED.
+    T3  HEAD_OF_LINE_AT and CALLED_UP are 0 or not before ENQUEUED.
     T4  RANK is ENQUEUED and a head start, of one of the steps that there are.
     """
 
@@ -360,17 +361,17 @@ class Ticket:
     REASON = 9  # why it waits, see policy.view.Reason
     NEED_MB = 10  # float
     PRELOAD = 11  # copies that a preload wants MEMBER to have at its disposal; 0 for who wants one to use
-    BLOCKED_AT = 12  # when it became the first one for whom there is no room; 0: it never was, or not since PASSED
+    HEAD_OF_LINE_AT = 12  # when it became the first one without room; 0: it never was, or not since OVERTAKEN
     FREE_MB = 13  # float } figures of REASON, as they were when
     COMING_MB = 14  # float } it became the reason
     SECONDS = 15  # float }
     OTHER = 16  # reference to the model that REASON is about besides its own, or 0
     ON = 17  # bits of the devices that REASON is about, or 0
-    DEVICES = 18  # bits of the devices where it may load, 0 for all
-    TIED = 19  # bits of the devices on which a copy must lie to be of use for it, 0 for all
+    LOADABLE_ON = 18  # bits of the devices where it may load, 0 for all
+    USABLE_ON = 19  # bits of the devices on which a copy must lie to be of use for it, 0 for all
     SPAN = 20  # how many devices what it loads lies on
     NESTED = 21  # 1: its thread holds or loads something else, so it cannot wait to run alone, though it be unknown
-    PASSED = 22  # 1 once a load that more waiters share was let past it
+    OVERTAKEN = 22  # 1 once a load that more waiters share was let past it
     WARNED = 23  # 1 once the log has said that nothing which can be unloaded would serve it
     CALLED_UP = 24  # when it was told to look for itself once another process's tenure is over; 0: it was not
     RANK = 25  # its place among those of the same PRIORITY, lowest first, see `policy.fairness.rank_ns`
@@ -405,7 +406,7 @@ class Device:
     """One accelerator, or the host's memory.
 
     D1  SAMPLED never decreases.
-    D2  FOREIGN_MB and every amount in RETURNS are >= 0; RETURNING_MB is the sum of the latter.
+    D2  UNRELATED_MB and every amount in RETURNS are >= 0; RETURNING_MB is the sum of the latter.
     D3  ISOLATED refers to a LOADING or ACTIVE instance on the device, and then no other instance on it is either.
     """
 
@@ -424,7 +425,7 @@ class Device:
     ISOLATED = 12  # reference to the instance that runs alone, 0 outside isolation
     BASELINE_MB = 13  # float: memory in use when that began to load
     CONFIGURED_AT = 14  # when the set of copies loaded on it changed last
-    FOREIGN_MB = 15  # float: of processes that are not the namespace's, as far as the source knows
+    UNRELATED_MB = 15  # float: of processes that are not the namespace's, as far as the source knows
     TRIED = 16  # when somebody last tried to take a figure
     CLAIMED = 17  # raw, also without the lock: when somebody last set out to poll it in the leader's place
     MEASURED = 18  # 1 when a source that can measure has described it

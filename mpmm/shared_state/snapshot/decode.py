@@ -299,7 +299,7 @@ class _Decoder:
 
     def _used_mb(self, device: int, at: int, instances: list[InstanceInfo]) -> float | None:
         """Return the last figure, or where nothing is measured what is accounted for; None before the first figure."""
-        if self._words[Header.SOURCE_BOOKS_ONLY]:
+        if self._words[Header.SOURCE_ACCOUNTING_ONLY]:
             here = (one for one in instances if device in one.shares_mb and one.state not in _BOOKED_BY_RESERVATION)
             return math.fsum(one.shares_mb[device] for one in here)
         return self._floats[at + Device.USED_MB] if self._words[at + Device.SAMPLED] else None
@@ -307,7 +307,7 @@ class _Decoder:
     def _committed_mb(self, device: int, at: int, instances: list[InstanceInfo]) -> float:
         """Return what admission counts as taken of a device, see `policy.ledger`."""
         here = [one for one in instances if device in one.shares_mb]
-        returning = self._floats[at + Device.RETURNING_MB] if self._words[Header.SOURCE_SETTLES_LATE] else 0.0
+        returning = self._floats[at + Device.RETURNING_MB] if self._words[Header.SOURCE_FREES_LATE] else 0.0
         committed = math.fsum(self._committed(one, device) for one in here) + returning
         external = self._floats[at + Device.EXTERNAL_MB]
         return committed + (0.0 if math.isnan(external) else external)

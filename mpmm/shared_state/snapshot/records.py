@@ -93,7 +93,7 @@ class ModelInfo:
     unused_for_s: float
     load_s: float = field(metadata=kinds.number(Model.LOAD_S))
     hold_s: float = field(metadata=kinds.number(Model.HOLD_S))
-    gap_s: float = field(metadata=kinds.number(Model.GAP_S))
+    gap_s: float = field(metadata=kinds.number(Model.MEAN_INTERARRIVAL_S))
     requests: int = field(metadata=kinds.word(Model.REQUESTS))
     requested_ago_s: float = field(metadata=kinds.age(Model.REQUESTED_AT))
     idle_head: int | None = field(metadata=kinds.reference(Model.IDLE_HEAD))
@@ -141,7 +141,7 @@ class InstanceInfo:
     handle: str | None = field(metadata=kinds.text_or_none(Instance.HANDLE))
     program: int | None = field(metadata=kinds.word_or_none(Instance.PROGRAM))
     steady: bool = field(metadata=kinds.flag(Instance.STEADY))
-    doomed: bool = field(metadata=kinds.flag(Instance.DOOMED))
+    doomed: bool = field(metadata=kinds.flag(Instance.UNLOAD_ON_RELEASE))
     unload_late: bool = field(metadata=kinds.flag(Instance.UNLOAD_LATE))
     handed_over_s: float | None = field(metadata=kinds.age_or_none(Instance.HANDED_AT))
     way: int = field(metadata=kinds.word(Instance.WAY))
@@ -181,11 +181,11 @@ class TicketInfo:
     seconds: float = field(metadata=kinds.number(Ticket.SECONDS))
     other: str | None = field(metadata=kinds.tag_of_reference(Ticket.OTHER))
     on: tuple[int, ...] = field(metadata=kinds.devices(Ticket.ON))
-    devices: tuple[int, ...] = field(metadata=kinds.devices(Ticket.DEVICES))
-    tied: tuple[int, ...] = field(metadata=kinds.devices(Ticket.TIED))
+    devices: tuple[int, ...] = field(metadata=kinds.devices(Ticket.LOADABLE_ON))
+    tied: tuple[int, ...] = field(metadata=kinds.devices(Ticket.USABLE_ON))
     span: int = field(metadata=kinds.word(Ticket.SPAN))
     waited_s: float = field(metadata=kinds.age(Ticket.ENQUEUED))
-    blocked_for_s: float | None = field(metadata=kinds.age_or_none(Ticket.BLOCKED_AT))
+    blocked_for_s: float | None = field(metadata=kinds.age_or_none(Ticket.HEAD_OF_LINE_AT))
     called_up_ago_s: float | None = field(metadata=kinds.age_or_none(Ticket.CALLED_UP))
     time_left_s: float
     preload: int = field(metadata=kinds.word(Ticket.PRELOAD))
@@ -228,7 +228,7 @@ class DeviceInfo:
     returning_mb: float = field(metadata=kinds.number(Device.RETURNING_MB))
     returns_mb: tuple[float, ...]
     external_mb: float | None = field(metadata=kinds.number_or_none(Device.EXTERNAL_MB))
-    foreign_mb: float = field(metadata=kinds.number(Device.FOREIGN_MB))
+    foreign_mb: float = field(metadata=kinds.number(Device.UNRELATED_MB))
     measured: bool = field(metadata=kinds.flag(Device.MEASURED))
     isolated: int | None = field(metadata=kinds.reference(Device.ISOLATED))
     sample_age_s: float | None = field(metadata=kinds.age_or_none(Device.SAMPLED))
@@ -306,7 +306,7 @@ class Snapshot:
     lock: LockInfo
     source: str = field(metadata=kinds.text(Header.SOURCE_NAME))
     source_asked: str = field(metadata=kinds.text(Header.SOURCE_ASKED))
-    books_only: bool = field(metadata=kinds.flag(Header.SOURCE_BOOKS_ONLY))
+    books_only: bool = field(metadata=kinds.flag(Header.SOURCE_ACCOUNTING_ONLY))
     measures_processes: bool = field(metadata=kinds.flag(Header.SOURCE_MEASURES_PROCESSES))
     leader: int | None = field(metadata=kinds.reference(Header.LEADER))
     leader_for_s: float | None

@@ -103,7 +103,7 @@ class Devices(Part):
 
     def note_unrelated(self, t: Transaction, row: int, mb: float) -> None:
         """Record what processes that are not the namespace's take of a device; to be called before `sample`."""
-        t.set_float(self._tables.device(row) + Device.FOREIGN_MB, mb)
+        t.set_float(self._tables.device(row) + Device.UNRELATED_MB, mb)
 
     def is_news(self, row: int, taken_ns: int) -> bool:
         """Tell whether a sample that was begun at `taken_ns` is later than what is known of a device."""
@@ -132,7 +132,7 @@ class Devices(Part):
         t.set_float(at + Device.PEAK_MB, self.peak_since(row, self._segment.words[at + Device.PEAK_RESET]))
         if used_mb > floats[at + Device.HIGHEST_MB]:
             t.set_float(at + Device.HIGHEST_MB, used_mb)
-        self._ledgers.settle(t, row, Figure(used_mb, taken_ns, done_ns or t.now, floats[at + Device.FOREIGN_MB]))
+        self._ledgers.settle(t, row, Figure(used_mb, taken_ns, done_ns or t.now, floats[at + Device.UNRELATED_MB]))
         return True
 
     def reset_peaks(self, t: Transaction, devices: int | None = None) -> None:

@@ -62,7 +62,7 @@ class Estimates(Part):
             self._tell_waiters(t, row, mb)
         # Where nothing can be measured the latest word of a user is the best there is; a figure that some process was
         # measured at in an earlier run is better still.
-        elif words[Header.SOURCE_BOOKS_ONLY] and not words[at + Model.MEASURED]:
+        elif words[Header.SOURCE_ACCOUNTING_ONLY] and not words[at + Model.MEASURED]:
             self.estimate(t, row, mb, measured=False)
 
     def _tell_waiters(self, t: Transaction, row: int, mb: float) -> None:

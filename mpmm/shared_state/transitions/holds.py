@@ -79,7 +79,7 @@ class Holds(Part):
             self._isolation.end(t, row)
         held = (t.now - words[at + Instance.SINCE]) / 1e9
         event = t.next_event(EventKind.RELEASED, words[at + Instance.MODEL] + 1, row + 1, value=held)
-        unload_on_release, holder = words[at + Instance.DOOMED], words[at + Instance.HOLDER]
+        unload_on_release, holder = words[at + Instance.UNLOAD_ON_RELEASE], words[at + Instance.HOLDER]
         if unload_on_release == Instance.LOST:
             t.set_all((event,))
             self._end_lost(t, row, holder)

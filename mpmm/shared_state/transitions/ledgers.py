@@ -54,7 +54,7 @@ class Ledgers(Part):
         Without that, the next load would be admitted into memory that the driver has not given back yet.
         """
         words, floats = self._segment.words, self._segment.floats
-        if words[Header.SOURCE_BOOKS_ONLY]:
+        if words[Header.SOURCE_ACCOUNTING_ONLY]:
             # No sample would ever show it: what is accounted for is all that is known.
             return
         for number, mb in self._tables.shares_of(row):
@@ -86,7 +86,7 @@ class Ledgers(Part):
     def settle(self, t: Transaction, device: int, figure: Figure) -> None:
         """Let a sample correct a device's ledger."""
         before = self.read(device)
-        late = bool(self._segment.words[Header.SOURCE_SETTLES_LATE])
+        late = bool(self._segment.words[Header.SOURCE_FREES_LATE])
         after = settle(before, figure, self._entries(device, figure), t.now, self._give_up_ns(), late)
         self._write(t, device, after)
         if after.written_off_mb:

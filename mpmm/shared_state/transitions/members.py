@@ -145,7 +145,7 @@ class Members(Part):
             self._instances.set_mb(t, row, 0.0)
         # Whoever holds it finds out by using it. It is not to be handed to the next one, nor its handle unloaded.
         t.set(at + Instance.SERVER, 0)
-        t.set(at + Instance.DOOMED, Instance.LOST)
+        t.set(at + Instance.UNLOAD_ON_RELEASE, Instance.LOST)
 
     def _end_use(self, t: Transaction, row: int) -> None:
         """Take an instance or lease from a member that holds it no longer."""
@@ -192,9 +192,8 @@ class Members(Part):
         t.set(Header.POLLED, t.now)
         t.add(Header.LEADERS, 1)
         t.set_text(Header.SOURCE_NAME, source)
-        for word, flag in zip(
-            (Header.SOURCE_MEASURES_PROCESSES, Header.SOURCE_SETTLES_LATE, Header.SOURCE_BOOKS_ONLY), flags, strict=True
-        ):
+        words = (Header.SOURCE_MEASURES_PROCESSES, Header.SOURCE_FREES_LATE, Header.SOURCE_ACCOUNTING_ONLY)
+        for word, flag in zip(words, flags, strict=True):
             t.set(word, int(flag))
         t.set(Header.SOURCE_COUNTS_NAMED, int(counts_named))
         # Nobody is going to take the sample by which they would be settled.

@@ -89,7 +89,7 @@ class Models(Part):
         at = self._tables.model(row)
         t.set_all(
             (
-                (at + Model.GAP_S, float_bits(gap_s)),
+                (at + Model.MEAN_INTERARRIVAL_S, float_bits(gap_s)),
                 (at + Model.REQUESTS, requests),
                 (at + Model.REQUESTED_AT, counted_ns),
             )

@@ -208,7 +208,7 @@ class Suspensions(Part):
         self._ring(t, words[at + Instance.HOLDER] - 1)
 
     def _drop_if_asked(self, t: Transaction, row: int) -> None:
-        if self._segment.words[self._tables.instance(row) + Instance.DOOMED]:
+        if self._segment.words[self._tables.instance(row) + Instance.UNLOAD_ON_RELEASE]:
             self.drop(t, row, self._actor.slot, Cause(Reason.ASKED))
 
     def _leave_host(self, t: Transaction, row: int) -> None:

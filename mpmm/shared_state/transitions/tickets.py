@@ -28,8 +28,8 @@ class Tickets(Part):
         need_mb: float,
         deadline_ns: int,
         preload: int = 0,
-        devices: int = 0,
-        tied: int = 0,
+        loadable_on: int = 0,
+        usable_on: int = 0,
         span: int = 1,
         nested: bool = False,
         cause: Cause | None = None,
@@ -39,7 +39,7 @@ class Tickets(Part):
         """Let a member (slot) wait for a model; return the ticket's row. Raises TableFullError.
 
         preload: above 0, it waits for a load that brings the copies it can use to that number, not for one to use.
-        devices, tied: bits of the devices where it may load, and on which a copy is of use; 0 for all.
+        loadable_on, usable_on: bits of the devices where it may load, and on which a copy is of use; 0 for all.
         span: how many devices what it loads lies on. nested: it is not to run alone, as its thread holds another.
         cause: why it waits, where that is known without a plan. urgency: see `policy.fairness`.
         steady: nothing else is to be loaded or unloaded where it loads.
@@ -65,17 +65,17 @@ class Tickets(Part):
                 (at + Ticket.REASON, why.reason),
                 (at + Ticket.NEED_MB, float_bits(need_mb)),
                 (at + Ticket.PRELOAD, preload),
-                (at + Ticket.BLOCKED_AT, 0),
+                (at + Ticket.HEAD_OF_LINE_AT, 0),
                 (at + Ticket.FREE_MB, float_bits(why.free_mb)),
                 (at + Ticket.COMING_MB, float_bits(why.coming_mb)),
                 (at + Ticket.SECONDS, float_bits(why.seconds)),
                 (at + Ticket.OTHER, why.other),
                 (at + Ticket.ON, why.on),
-                (at + Ticket.DEVICES, devices),
-                (at + Ticket.TIED, tied),
+                (at + Ticket.LOADABLE_ON, loadable_on),
+                (at + Ticket.USABLE_ON, usable_on),
                 (at + Ticket.SPAN, span),
                 (at + Ticket.NESTED, int(nested)),
-                (at + Ticket.PASSED, 0),
+                (at + Ticket.OVERTAKEN, 0),
                 (at + Ticket.WARNED, 0),
                 (at + Ticket.CALLED_UP, 0),
                 (at + Ticket.RANK, rank_ns(t.now, urgency)),
@@ -126,13 +126,13 @@ class Tickets(Part):
     def block(self, t: Transaction, row: int) -> None:
         """Record that from now on a ticket is the head of the line: the first one for which there is no memory."""
         # From here on `max_overtake_seconds` counts: who stands behind may overtake it until that is over.
-        t.set(self._tables.ticket(row) + Ticket.BLOCKED_AT, t.now)
+        t.set(self._tables.ticket(row) + Ticket.HEAD_OF_LINE_AT, t.now)
 
     def let_pass(self, t: Transaction, row: int) -> None:
         """Record that a load has overtaken a ticket, which happens once; it is blocked anew when that has ended."""
         at = self._tables.ticket(row)
-        # With BLOCKED_AT gone its time begins anew, and PASSED says that nothing may be let past it again.
-        t.set_all(((at + Ticket.PASSED, 1), (at + Ticket.BLOCKED_AT, 0)))
+        # With HEAD_OF_LINE_AT gone its time begins anew, and OVERTAKEN says that nothing may be let past it again.
+        t.set_all(((at + Ticket.OVERTAKEN, 1), (at + Ticket.HEAD_OF_LINE_AT, 0)))
 
     def refuse(self, t: Transaction, row: int, cause: Cause | None = None) -> None:
         """Tell a waiter that its model can never fit."""

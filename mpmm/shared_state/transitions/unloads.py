@@ -71,8 +71,8 @@ class Unloads(Part):
         elif self._segment.words[at + Instance.STATE] == Instance.SUSPENDED:
             self._suspensions.drop(t, row, unloader, Cause(Reason.ASKED))
         # LOST is not to become ASKED: what has lost its server must not be handed to the next one.
-        elif not self._segment.words[at + Instance.DOOMED]:
-            t.set(at + Instance.DOOMED, Instance.ASKED)
+        elif not self._segment.words[at + Instance.UNLOAD_ON_RELEASE]:
+            t.set(at + Instance.UNLOAD_ON_RELEASE, Instance.ASKED)
             mb = self._segment.floats[at + Instance.MB]
             t.event(EventKind.DOOMED, self._model_reference(row), row + 1, value=mb, cause=Cause(Reason.ASKED))
 
