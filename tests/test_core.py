@@ -37,7 +37,7 @@ from mpmm.model_manager.acquisition import Acquisition
 from mpmm.model_manager.operations import Copy, Operation
 from mpmm.model_manager.release import give_back
 from mpmm.model_manager.request import ANYWHERE
-from mpmm.model_manager.session import Worker
+from mpmm.model_manager.session import Session
 from mpmm.model_manager.tenure import Tenure
 from mpmm.observability import doctor
 from mpmm.shared_state import core as core_module
@@ -125,7 +125,7 @@ class Twins:
         self.lab = lab
         monitor = GPUMonitor(1000.0, 0.5, 30.0, source=choose_source("booked", fallback_memory_mb=1000.0))
         # It is not started: no thread of it changes anything meanwhile.
-        self.worker = Worker(self.lab.namespace, monitor, False)
+        self.worker = Session(self.lab.namespace, monitor, False)
         self.namespace: Namespace = self.lab.namespace
         self.taken = self.released = self.declined = 0
 

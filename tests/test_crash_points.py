@@ -31,7 +31,7 @@ from processes import CRASH_POINTS
 import mpmm
 from mpmm import ModelManager
 from mpmm.model_manager import acquire
-from mpmm.model_manager.session import Worker
+from mpmm.model_manager.session import Session
 from mpmm.policy.suspension import Unsuspendable, Way
 from mpmm.policy.view import Reason
 from mpmm.shared_state.core import CORE_VARIABLE
@@ -1118,7 +1118,7 @@ def survivor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Surviv
     monkeypatch.setattr("mpmm.model_manager.unload.gc.collect", lambda: 0)
     sleep = acquire._sleep
 
-    def unload_and_sleep(session: Worker, row: int, deadline: float) -> int | None:
+    def unload_and_sleep(session: Session, row: int, deadline: float) -> int | None:
         session.unloads.unload_assigned()
         return sleep(session, row, deadline)
 

@@ -28,7 +28,7 @@ from mpmm.model_manager.queued_request import GrantRolledBack, QueuedRequest
 from mpmm.model_manager.refusals import expect_mapped, expect_own_time_left
 from mpmm.model_manager.release import discard
 from mpmm.model_manager.request import ANYWHERE, AcquireOptions, read_options
-from mpmm.model_manager.session import Worker
+from mpmm.model_manager.session import Session
 from mpmm.model_manager.unload import collect_garbage
 from mpmm.shared_state.futex import wait_for_change
 from mpmm.shared_state.layout import Ticket
@@ -44,7 +44,7 @@ T = TypeVar("T")
 
 def acquire(
     attachment: Attachment,
-    session: Worker,
+    session: Session,
     operation: Operation,
     tag: str,
     loader: Callable[[], Any],
@@ -139,7 +139,7 @@ def _answer(request: QueuedRequest[Any]) -> int | None:
         raise
 
 
-def _sleep(session: Worker, row: int, deadline: float) -> int | None:
+def _sleep(session: Session, row: int, deadline: float) -> int | None:
     """Sleep until the ticket (row) has an answer, and return its state; None when the deadline has passed."""
     namespace = session.namespace
     words = namespace.segment.words

@@ -14,7 +14,7 @@ from mpmm.model_manager.operations import Copy
 from mpmm.model_manager.queued_request import QueuedRequest, making_room
 from mpmm.model_manager.refusals import largest_limit
 from mpmm.model_manager.request import ANYWHERE, PlacementRequest, encoded_tag
-from mpmm.model_manager.session import Worker
+from mpmm.model_manager.session import Session
 from mpmm.shared_state.layout import Header, Instance, Model, Ticket
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ class Acquisition(QueuedRequest["Copy | Booking"]):
 
     def __init__(
         self,
-        session: Worker,
+        session: Session,
         operation: Operation,
         tag: str,
         request: PlacementRequest,

@@ -40,7 +40,7 @@ from mpmm.model_manager.queued_request import GrantRolledBack
 from mpmm.model_manager.refusals import expect_own_time_left
 from mpmm.model_manager.release import discard, release
 from mpmm.model_manager.request import AcquireOptions, PlacementRequest, encoded_tag, read_options
-from mpmm.model_manager.session import Worker
+from mpmm.model_manager.session import Session
 from mpmm.multi_process_shared.main_import import refuse_while_importing_main
 from mpmm.policy.out_of_memory import is_out_of_memory
 from mpmm.shared_state.futex import WAITED_FOR_AT_MOST, wait_for_any, wake_all
@@ -88,7 +88,7 @@ async def hold_in_loop(
         acquire.end()
 
 
-async def _release(attachment: Attachment, session: Worker, threads: _Threads, tag: str, instance: Any) -> None:
+async def _release(attachment: Attachment, session: Session, threads: _Threads, tag: str, instance: Any) -> None:
     # An instance that runs alone is measured at the release, which may take the source of memory figures a while.
     if session.namespace.is_usable and not session.namespace.segment.words[Header.ISOLATED]:
         with contextlib.suppress(LockTimeoutError):
@@ -107,7 +107,7 @@ class _AsyncAcquire:
     """One acquire of one task: the way of `acquire.py`, with the waiting done by a watcher."""
 
     def __init__(
-        self, attachment: Attachment, session: Worker, threads: _Threads, tag: str, request: PlacementRequest
+        self, attachment: Attachment, session: Session, threads: _Threads, tag: str, request: PlacementRequest
     ) -> None:
         encoded_tag(tag)
         self._attachment = attachment
@@ -259,9 +259,9 @@ def _undo_result(undo: Callable[[T], object], future: Future[T]) -> None:
 class _Threads:
     """The threads of one worker."""
 
-    def __init__(self, worker: Worker) -> None:
+    def __init__(self, session: Session) -> None:
         # The worker keeps none of this, and this must not keep the worker.
-        self._worker = weakref.ref(worker)
+        self._session = weakref.ref(session)
         self._mutex = threading.Lock()
         self._watchers: list[Watcher] = []
         self.transactions = ThreadPoolExecutor(TRANSACTIONS_AT_A_TIME, "mpmm-transaction")
@@ -269,14 +269,14 @@ class _Threads:
 
     def watch(self, row: int, deadline: float, answer: Callable[[Outcome], None]) -> None:
         """Have a ticket watched by the first watcher that has room."""
-        worker = self._worker()
-        if worker is None:
+        session = self._session()
+        if session is None:
             raise ClosedError("the manager was shut down while a task waited for a model")
         with self._mutex:
-            if any(watcher.watch(worker, row, deadline, answer) for watcher in self._watchers):
+            if any(watcher.watch(session, row, deadline, answer) for watcher in self._watchers):
                 return
             self._watchers.append(Watcher())
-            self._watchers[-1].watch(worker, row, deadline, answer)
+            self._watchers[-1].watch(session, row, deadline, answer)
 
     def forget(self, row: int) -> None:
         """Have a ticket watched no more."""
@@ -285,7 +285,7 @@ class _Threads:
                 watcher.forget(row)
 
 
-_threads: weakref.WeakKeyDictionary[Worker, _Threads] = weakref.WeakKeyDictionary()
+_threads: weakref.WeakKeyDictionary[Session, _Threads] = weakref.WeakKeyDictionary()
 # An RLock, because a signal handler may come by while its own thread has it.
 _threads_guard = threading.RLock()
 
@@ -300,11 +300,11 @@ def _renew_guard_after_fork() -> None:
 in_forked_child(_renew_guard_after_fork, ChildStep.LOOP)
 
 
-def _threads_of(worker: Worker) -> _Threads:
+def _threads_of(session: Session) -> _Threads:
     with _threads_guard:
-        found = _threads.get(worker)
+        found = _threads.get(session)
         if found is None:
-            found = _threads[worker] = _Threads(worker)
+            found = _threads[session] = _Threads(session)
         return found
 
 
@@ -312,7 +312,7 @@ def _threads_of(worker: Worker) -> _Threads:
 class _Watched:
     """A ticket whose state is looked at when its signal changes. counted: tells the worker that somebody waits."""
 
-    worker: Worker
+    session: Session
     state: int
     signal: int
     deadline: float
@@ -331,18 +331,18 @@ class Watcher:
         # A futex word of this process alone: the set of tickets has changed.
         self._bell = ctypes.c_uint64(0)
 
-    def watch(self, worker: Worker, row: int, deadline: float, answer: Callable[[Outcome], None]) -> bool:
+    def watch(self, session: Session, row: int, deadline: float, answer: Callable[[Outcome], None]) -> bool:
         """Call `answer`, in the thread, with the ticket's state once it has one; with None at the deadline, with an
         exception when the worker leaves the namespace. Return False if there is no room."""
-        at = worker.namespace.tables.ticket(row)
+        at = session.namespace.tables.ticket(row)
         with self._mutex:
             if len(self._watched) >= WAITED_FOR_AT_MOST - 1:
                 return False
-            counted = worker.waiting(in_block=False)
+            counted = session.waiting(in_block=False)
             counted.__enter__()
             signal = at + Ticket.SIGNAL
             self._watched[row] = _Watched(
-                worker, at + Ticket.STATE, signal, deadline, answer, counted, worker.look_again(row)
+                session, at + Ticket.STATE, signal, deadline, answer, counted, session.look_again(row)
             )
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="mpmm-watcher", daemon=True)
@@ -417,9 +417,9 @@ def _look_in_s(watched: _Watched) -> float:
 
 def _state(watched: _Watched, now: float) -> tuple[Outcome, tuple[int, int] | None]:
     """Return the outcome of a ticket, or where to wait for it, and what stands there."""
-    worker = watched.worker
+    session = watched.session
     try:
-        segment = worker.namespace.segment
+        segment = session.namespace.segment
         # Read before the state: what changes afterwards ends the sleep at once.
         seen = segment.words[watched.signal]
         state = int(segment.words[watched.state])
@@ -428,7 +428,7 @@ def _state(watched: _Watched, now: float) -> tuple[Outcome, tuple[int, int] | No
         return ClosedError("the manager was shut down while a task waited for a model"), None
     if state != Ticket.WAITING:
         return state, None
-    if worker.closing:
+    if session.closing:
         return ClosedError("the manager was shut down while a task waited for a model"), None
     if now >= watched.deadline:
         return None, None

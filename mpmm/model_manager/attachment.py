@@ -1,6 +1,6 @@
 """How a manager is attached to its namespace: joining at the first use, sharing, leaving, starting over after a fork.
 
-All managers of one process on one namespace share one session, a `Worker`; the first of them makes it, and with the
+All managers of one process on one namespace share one session, a `Session`; the first of them makes it, and with the
 last one that shuts down, or at the end of the process, it leaves.
 """
 
@@ -31,7 +31,7 @@ from mpmm.model_manager.deferred import NOW_S
 from mpmm.model_manager.operations import Operation
 from mpmm.model_manager.refusals import expect_mapped, timed_out
 from mpmm.model_manager.request import ANYWHERE, PlacementRequest
-from mpmm.model_manager.session import Worker
+from mpmm.model_manager.session import Session
 from mpmm.multi_process_shared.context import attach_namespace
 from mpmm.multi_process_shared.registry import is_server_process
 from mpmm.shared_state.layout import Capacities, Header, Member
@@ -48,11 +48,11 @@ __all__ = ["Attachment", "JoinsWith", "closed_by_shutdown", "root_and_name"]
 _LOG = printable_logger("mpmm")
 _Key = tuple[Path, str]
 Method = TypeVar("Method", bound=Callable[..., Any])
-_sessions: dict[_Key, Worker] = {}
+_sessions: dict[_Key, Session] = {}
 # An RLock, because a finalizer or signal handler may come by while its own thread has it.
 _guard = threading.RLock()
 # What a join has made so far, if an exception from a signal handler has ended it: nobody else knows of it.
-_joining: dict[_Key, list[Namespace | Worker]] = {}
+_joining: dict[_Key, list[Namespace | Session]] = {}
 _leaves_at_exit: set[_Key] = set()
 # Threads that shut forgotten managers down; the last few, because the end of the process has to wait for them.
 _shutting_down: deque[threading.Thread] = deque(maxlen=64)
@@ -125,7 +125,7 @@ class Attachment:
     """
 
     # For a finalizer that comes before the end of the constructor.
-    session: Worker | None = None
+    session: Session | None = None
     closed = False
 
     def __init__(self, root: Path, name: str, settings: Settings, joins_with: JoinsWith) -> None:
@@ -137,7 +137,7 @@ class Attachment:
         # Looked at by every acquire; most programs book nothing by hand.
         self.bookings_made = False
 
-    def connected(self, timeout_s: float | None = None) -> Worker:
+    def connected(self, timeout_s: float | None = None) -> Session:
         """Return this process's session, joining the namespace first if need be: at the first use, or after a fork.
 
         timeout_s: to join raises LockTimeoutError after this time if others have the locks; None for as long as that
@@ -168,7 +168,7 @@ class Attachment:
             self._report_differences(session.namespace.settings)
         return session
 
-    def connected_in_time(self, tag: str) -> Worker:
+    def connected_in_time(self, tag: str) -> Session:
         """Do `connected` for a caller who waits for a model: AcquireTimeoutError if that takes all of its time."""
         try:
             return self.connected(self.settings.wait_timeout_seconds)
@@ -179,7 +179,7 @@ class Attachment:
 
     def acquisition(
         self,
-        session: Worker,
+        session: Session,
         operation: Operation,
         tag: str,
         request: PlacementRequest = ANYWHERE,
@@ -210,7 +210,7 @@ class Attachment:
 
     # ---- joining -------------------------------------------------------------------------------------------
 
-    def _join(self, made: list[Namespace | Worker], timeout_s: float) -> Worker:
+    def _join(self, made: list[Namespace | Session], timeout_s: float) -> Session:
         """Return a new session. made: what there is to be closed if this is interrupted."""
         if (self.root, self.name) not in _leaves_at_exit:
             run_at_exit(functools.partial(_close_at_exit, self.root, self.name))
@@ -230,7 +230,7 @@ class Attachment:
         try:
             path = told.estimates_path or os.environ.get(ESTIMATES_PATH_VARIABLE)
             kept = KeptEstimates(namespace, path) if path else None
-            session = Worker(namespace, _make_monitor(namespace, told), told.verbose_logging, kept)
+            session = Session(namespace, _make_monitor(namespace, told), told.verbose_logging, kept)
         except BaseException:
             namespace.leave()
             raise
@@ -342,7 +342,7 @@ def _make_monitor(namespace: Namespace, told: JoinsWith) -> GPUMonitor:
     return GPUMonitor(settings.fallback_memory_mb, settings.poll_interval, settings.peak_window_seconds, source=source)
 
 
-def _is_left_behind(session: Worker) -> bool:
+def _is_left_behind(session: Session) -> bool:
     """Tell whether the last worker has left and removed the namespace of this manager, which is inside a server."""
     return session.namespace.kind == Member.GUEST and session.namespace.is_removed
 

@@ -21,7 +21,7 @@ from mpmm.shared_state.tables import encode_text
 if TYPE_CHECKING:
     from mpmm.memory.shared_estimator import SharedResourceEstimator
     from mpmm.model_manager.attachment import Attachment
-    from mpmm.model_manager.session import Worker
+    from mpmm.model_manager.session import Session
     from mpmm.shared_state.transaction import TransactionLock
 
 __all__ = ["BeamNames", "Condition", "CopiesByTag"]
@@ -77,7 +77,7 @@ class BeamNames:
     """Beam's attributes of a `ModelManager`, for a class that has the methods and attributes below."""
 
     _attachment: Attachment
-    _connected: Callable[[], Worker]
+    _connected: Callable[[], Session]
     _condition: Condition | None = None
 
     _slack_percentage = _Parameter("slack_percentage")
@@ -168,9 +168,9 @@ class BeamNames:
 
     @property
     def _active_counts(self) -> Counter[str]:
-        worker = self._connected()
-        tables = worker.namespace.tables
-        with worker.namespace.transaction():
+        session = self._connected()
+        tables = session.namespace.tables
+        with session.namespace.transaction():
             return Counter({tables.tag_of(row): tables.models[row].active for row in tables.model_rows()})
 
     @property
@@ -180,9 +180,9 @@ class BeamNames:
 
     @property
     def _pending_reservations(self) -> float:
-        worker = self._connected()
-        with worker.namespace.transaction():
-            return sum(worker.scheduler.read_copies().reserved_mb.values())
+        session = self._connected()
+        with session.namespace.transaction():
+            return sum(session.scheduler.read_copies().reserved_mb.values())
 
     @property
     def _isolation_mode(self) -> bool:
@@ -190,9 +190,9 @@ class BeamNames:
 
     @property
     def _isolation_baseline(self) -> float:
-        worker = self._connected()
-        tables = worker.namespace.tables
-        with worker.namespace.transaction():
+        session = self._connected()
+        tables = session.namespace.tables
+        with session.namespace.transaction():
             baselines = [tables.devices[row].baseline_mb for row in tables.header.isolated]
         return next((float(mb) for mb in baselines if not math.isnan(mb)), 0.0)
 
@@ -207,20 +207,20 @@ class CopiesByTag(dict[str, list[Any]]):
 class _IdleCopies(MutableMapping[int, tuple[str, Any, float]]):
     """Idle copies, the one that has been idle longest first: row -> (tag, instance, `time.time()` of its release)."""
 
-    def __init__(self, worker: Worker) -> None:
-        self._worker = worker
+    def __init__(self, session: Session) -> None:
+        self._session = session
 
     def _rows(self) -> dict[int, tuple[str, Any, float]]:
-        worker = self._worker
-        tables = worker.namespace.tables
+        session = self._session
+        tables = session.namespace.tables
         now, wall = time.monotonic_ns(), time.time()
-        with worker.namespace.transaction():
-            rows = tables.rows_where(worker.namespace.segment.layout.instances, Instance.STATE, Instance.IDLE)
+        with session.namespace.transaction():
+            rows = tables.rows_where(session.namespace.segment.layout.instances, Instance.STATE, Instance.IDLE)
             rows.sort(key=lambda row: tables.instances[row].since)
             return {
                 row: (
                     tables.tag_of(tables.instances[row].model),
-                    worker.held.value_of(row),
+                    session.held.value_of(row),
                     wall - (now - tables.instances[row].since) / 1e9,
                 )
                 for row in rows
@@ -237,11 +237,11 @@ class _IdleCopies(MutableMapping[int, tuple[str, Any, float]]):
 
     def __setitem__(self, row: int, entry: tuple[str, Any, float]) -> None:
         """Change since when an idle copy is idle. Raises KeyError when the row is not idle."""
-        worker = self._worker
+        session = self._session
         since = time.monotonic_ns() - int((time.time() - entry[2]) * 1e9)
-        at = worker.namespace.tables.instance(row)
-        with worker.namespace.transaction() as t:
-            if worker.namespace.tables.instances[row].state != Instance.IDLE:
+        at = session.namespace.tables.instance(row)
+        with session.namespace.transaction() as t:
+            if session.namespace.tables.instances[row].state != Instance.IDLE:
                 raise KeyError(row)
             t.set(at + Instance.SINCE, max(0, since))
 

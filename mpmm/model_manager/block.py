@@ -20,7 +20,7 @@ from mpmm.policy.out_of_memory import is_out_of_memory
 if TYPE_CHECKING:
     from mpmm.model_manager.attachment import Attachment
     from mpmm.model_manager.operations import Operation
-    from mpmm.model_manager.session import Worker
+    from mpmm.model_manager.session import Session
 
 __all__ = ["Block"]
 
@@ -37,7 +37,7 @@ class Block(AbstractContextManager[Any]):
         self._tag = tag
         self._loader = loader
         self._options = options
-        self._session: Worker | None = None
+        self._session: Session | None = None
         self._operation: Operation | None = None
 
     def __enter__(self) -> Any:
@@ -76,7 +76,7 @@ class Block(AbstractContextManager[Any]):
             raise
         session.end(operation)
 
-    def _leave(self, session: Worker, operation: Operation, error: BaseException | None) -> None:
+    def _leave(self, session: Session, operation: Operation, error: BaseException | None) -> None:
         tag, held, here = self._tag, operation.held, session.held
         # A block may be ended by another thread.
         with suppress(ValueError):

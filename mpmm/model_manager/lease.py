@@ -26,7 +26,7 @@ from mpmm.text.arguments import LARGEST_PID, checked_whole
 if TYPE_CHECKING:
     from mpmm.model_manager.operations import Operation
     from mpmm.model_manager.request import PlacementRequest
-    from mpmm.model_manager.session import Worker
+    from mpmm.model_manager.session import Session
 
 __all__ = ["Lease", "reserve"]
 
@@ -41,7 +41,7 @@ class Lease:
     makes them. name, mb: what it was asked for. placement: where it is, see `mpmm.memory.placement`.
     """
 
-    def __init__(self, session: Worker, row: int, name: str, mb: float, attachment: object = None) -> None:
+    def __init__(self, session: Session, row: int, name: str, mb: float, attachment: object = None) -> None:
         """Take possession of a LEASED row. Needs the lock.
 
         attachment: kept alive for as long as the lease is, because one that is collected leaves the namespace.
@@ -191,7 +191,7 @@ class Lease:
 
 def reserve(
     attachment: object,
-    session: Worker,
+    session: Session,
     name: str,
     encoded: bytes,
     mb: float,
@@ -221,7 +221,7 @@ class _LeaseRequest(QueuedRequest[Lease]):
     def __init__(
         self,
         attachment: object,
-        session: Worker,
+        session: Session,
         operation: Operation,
         name: str,
         encoded: bytes,

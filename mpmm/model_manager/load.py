@@ -28,7 +28,7 @@ from mpmm.model_manager.operations import Copy
 from mpmm.model_manager.out_of_memory import FreeMemory
 from mpmm.model_manager.refusals import taken_away
 from mpmm.model_manager.server_duty import server_context
-from mpmm.model_manager.session import Worker
+from mpmm.model_manager.session import Session
 from mpmm.model_manager.unload import collect_garbage, unload_made
 from mpmm.model_manager.waits import decision, says_more, where
 from mpmm.multi_process_shared.context import serving_for
@@ -285,7 +285,9 @@ def resume(acquisition: Acquisition, booking: Booking) -> Copy | None:
     return None
 
 
-def give_up_booking(session: Worker, booking: Booking, learn: Callable[[Transaction], object] = lambda t: None) -> bool:
+def give_up_booking(
+    session: Session, booking: Booking, learn: Callable[[Transaction], object] = lambda t: None
+) -> bool:
     """Free the row of a load that came to nothing, or suspend again what was to be resumed.
 
     Return False if others have done so already. learn: called in the same transaction, while the row still stands;
@@ -309,7 +311,7 @@ def give_up_booking(session: Worker, booking: Booking, learn: Callable[[Transact
     return session.deferred.apply_or_defer(give_up) is not False
 
 
-def _is_ours(session: Worker, booking: Booking) -> bool:
+def _is_ours(session: Session, booking: Booking) -> bool:
     """Tell whether a booked row still is this process's to load, or to resume. Needs the lock."""
     instance = session.namespace.tables.instances[booking.row]
     return (

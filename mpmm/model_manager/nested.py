@@ -14,13 +14,13 @@ from mpmm.shared_state.layout import Instance
 
 if TYPE_CHECKING:
     from mpmm.model_manager.acquisition import Acquisition
-    from mpmm.model_manager.session import Worker
+    from mpmm.model_manager.session import Session
     from mpmm.shared_state.transaction import Transaction
 
 __all__ = ["end_isolation", "expect_no_deadlock", "expect_not_held", "learn_alone"]
 
 
-def end_isolation(session: Worker, rows: Sequence[int]) -> None:
+def end_isolation(session: Session, rows: Sequence[int]) -> None:
     """End the isolation of what the calling thread holds or loads, as it asks for something else; measure it first."""
     namespace = session.namespace
     for row in rows:
@@ -37,7 +37,7 @@ def end_isolation(session: Worker, rows: Sequence[int]) -> None:
                 session.scheduler.advance(t)
 
 
-def learn_alone(session: Worker, t: Transaction, row: int, cost_mb: float) -> None:
+def learn_alone(session: Session, t: Transaction, row: int, cost_mb: float) -> None:
     """Record what the instance that runs alone has added to the memory in use, all its devices together."""
     namespace = session.namespace
     model = namespace.tables.instances[row].model
@@ -65,7 +65,7 @@ def expect_no_deadlock(acquisition: Acquisition, held_rows: Sequence[int]) -> No
     )
 
 
-def expect_not_held(session: Worker, tag: str) -> None:
+def expect_not_held(session: Session, tag: str) -> None:
     """Raise DeadlockError if the calling thread holds, or loads, an instance of a model that it is to see unloaded."""
     tables = session.namespace.tables
     held_rows, _ = session.thread.rows()

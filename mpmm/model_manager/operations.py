@@ -1,11 +1,11 @@
 """What a public call has in hand while it runs, so that an exception from a signal handler leaves nothing behind.
 
 Such an exception may come between any two bytecodes: after a copy was taken in the books, say, and before the caller
-has it. So each call that takes or gives back something has an `Operation` in its worker's `operations` for as long as
+has it. So each call that takes or gives back something has an `Operation` in its session's `operations` for as long as
 it runs, and notes there what it is about to have before it has it. The background thread looks at them a few times a
-second: a frame that is no longer on its thread's stack cannot go on, and what its operation has in hand goes back
-(`Worker.reconcile`). What is noted but was never had, because the transaction was undone, does not stand in the books,
-and nothing is done.
+second: a frame that is no longer on its thread's stack cannot go on, and the background thread gives back what its
+operation has in hand (`Reconciler.reconcile`). What is noted but was never had, because the transaction was undone,
+does not stand in the rows, and nothing is done.
 
 At its end a call takes its operation off. What a `with` block or a lease holds stays noted without a frame: its object
 is the owner, and it goes back when that is collected without having come to its end. (No finalizer does that: an

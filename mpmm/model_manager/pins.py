@@ -10,13 +10,13 @@ from mpmm.model_manager.queued_request import making_room
 from mpmm.model_manager.request import encoded_tag
 
 if TYPE_CHECKING:
-    from mpmm.model_manager.session import Worker
+    from mpmm.model_manager.session import Session
     from mpmm.shared_state.transaction import Transaction
 
 __all__ = ["pin", "unpin"]
 
 
-def pin(session: Worker, tag: str, for_all: bool, deadline: float) -> None:
+def pin(session: Session, tag: str, for_all: bool, deadline: float) -> None:
     """Pin a model for this process, or for the namespace; nothing if it is pinned so already.
 
     deadline: on `time.monotonic()`, for a row in the table of models to come free. Raises TableFullError,
@@ -41,14 +41,14 @@ def pin(session: Worker, tag: str, for_all: bool, deadline: float) -> None:
         making_room(session, tag, deadline, pin_for_process)
 
 
-def _is_pinned(session: Worker, tag: str) -> bool:
+def _is_pinned(session: Session, tag: str) -> bool:
     namespace = session.namespace
     with namespace.transaction():
         model = namespace.tables.model_row(tag)
         return model is not None and namespace.tables.pin_row(model, namespace.reference) is not None
 
 
-def unpin(session: Worker, tag: str) -> None:
+def unpin(session: Session, tag: str) -> None:
     """End this process's pin on a model. Raises NotAcquiredError when there is none, LockTimeoutError."""
     namespace = session.namespace
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from mpmm.shared_state.layout import Ticket
 
 if TYPE_CHECKING:
-    from mpmm.model_manager.session import Worker
+    from mpmm.model_manager.session import Session
 
 __all__ = ["QueueTicket", "waiting_tickets"]
 
@@ -39,7 +39,7 @@ class QueueTicket:
 QueueTicket.__module__ = "mpmm.model_manager"
 
 
-def waiting_tickets(session: Worker) -> list[QueueTicket]:
+def waiting_tickets(session: Session) -> list[QueueTicket]:
     """Return all requests that wait now, in the order of the queue."""
     words, tables = session.namespace.segment.words, session.namespace.tables
     with session.namespace.transaction():

@@ -15,7 +15,7 @@ from mpmm.errors import LockTimeoutError, MpmmError, TableFullError
 from mpmm.model_manager.deferred import NOW_S
 from mpmm.model_manager.reconcile import leave_if_there
 from mpmm.model_manager.refusals import taken_away, timed_out
-from mpmm.model_manager.session import Worker
+from mpmm.model_manager.session import Session
 from mpmm.model_manager.unload import UNLOAD_LOOK_S
 from mpmm.model_manager.waits import held_by, wanted_by
 from mpmm.shared_state.durations import to_ns
@@ -47,7 +47,7 @@ class QueuedRequest(Generic[T]):
 
     def __init__(
         self,
-        session: Worker,
+        session: Session,
         operation: Operation,
         name: str,
         request: PlacementRequest,
@@ -160,7 +160,7 @@ class QueuedRequest(Generic[T]):
         return timed_out(self.name, time.monotonic() - self.began, *self.leave(timed_out=True))
 
 
-def making_room(session: Worker, name: str, deadline: float, enter: Callable[[], T]) -> T:
+def making_room(session: Session, name: str, deadline: float, enter: Callable[[], T]) -> T:
     """Return what `enter` returns, a transaction that needs a row; free one, or wait for one, if all are in use.
 
     Raises TableFullError when every row is in use, held or waited for, AcquireTimeoutError when none has come free in

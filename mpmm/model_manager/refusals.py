@@ -10,7 +10,7 @@ from mpmm.text.printable import printable
 
 if TYPE_CHECKING:
     from mpmm.model_manager.request import PlacementRequest
-    from mpmm.model_manager.session import Worker
+    from mpmm.model_manager.session import Session
 
 __all__ = ["expect_mapped", "expect_own_time_left", "largest_limit", "taken_away", "timed_out"]
 
@@ -30,20 +30,20 @@ def timed_out(tag: str, waited_s: float, reason: str, expected_s: float | None =
     )
 
 
-def expect_own_time_left(session: Worker, tag: str, error: LockTimeoutError) -> None:
+def expect_own_time_left(session: Session, tag: str, error: LockTimeoutError) -> None:
     """Raise AcquireTimeoutError if the lock was waited for no longer than because the caller would wait no longer."""
     if error.timeout_seconds < session.namespace.settings.lock_timeout_seconds:
         raise timed_out(tag, error.timeout_seconds, "lock") from error
 
 
-def taken_away(session: Worker, what: str, tag: str) -> MpmmError:
+def taken_away(session: Session, what: str, tag: str) -> MpmmError:
     """Return the error for what a reset has taken away, whether others asked for it or this process's shutdown did."""
     if session.closing:
         return ClosedError(f"the model manager was shut down, which {what}")
     return NamespaceResetError(f"a reset of namespace {session.namespace.name!r} {what}", tag=tag)
 
 
-def largest_limit(session: Worker, request: PlacementRequest) -> tuple[float, str]:
+def largest_limit(session: Session, request: PlacementRequest) -> tuple[float, str]:
     """Return what the roomiest devices that an instance may span take together in MB, and their names."""
     namespace, limit_mb = session.namespace, session.scheduler.limit_mb
     with namespace.transaction():
@@ -53,7 +53,7 @@ def largest_limit(session: Worker, request: PlacementRequest) -> tuple[float, st
         return min(map(limit_mb, roomiest)) * request.span, ", ".join(names)
 
 
-def expect_mapped(session: Worker | None, error: ValueError) -> None:
+def expect_mapped(session: Session | None, error: ValueError) -> None:
     """Raise ClosedError if this is what Python says of a segment that another thread has unmapped."""
     if _UNMAPPED in str(error) and (session is None or session.closing or not session.namespace.is_usable):
         raise ClosedError("the model manager was shut down by another thread") from None

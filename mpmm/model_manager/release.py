@@ -17,7 +17,7 @@ from mpmm.text.printable import printable_logger
 
 if TYPE_CHECKING:
     from mpmm.model_manager.operations import Copy, Operation
-    from mpmm.model_manager.session import Worker
+    from mpmm.model_manager.session import Session
     from mpmm.shared_state.transaction import Transaction
 
 __all__ = ["discard", "give_back", "give_back_held", "not_acquired", "release"]
@@ -25,7 +25,7 @@ __all__ = ["discard", "give_back", "give_back_held", "not_acquired", "release"]
 _LOG = printable_logger("mpmm")
 
 
-def release(session: Worker, tag: str, instance: Any, timeout_s: float | None = None) -> None:
+def release(session: Session, tag: str, instance: Any, timeout_s: float | None = None) -> None:
     """Give back what `acquire_model` returned; see `ModelManager.release_model`.
 
     timeout_s: for the lock; with LockTimeoutError nothing has changed.
@@ -50,7 +50,7 @@ def not_acquired(tag: str, instance: Any) -> NotAcquiredError:
     )
 
 
-def give_back_held(session: Worker, operation: Operation, tag: str, timeout_s: float | None = None) -> None:
+def give_back_held(session: Session, operation: Operation, tag: str, timeout_s: float | None = None) -> None:
     """Give back what an operation has struck off the list of what this process holds.
 
     In a finalizer or signal handler that comes in a transaction of its own thread, the background thread does so. With
@@ -84,7 +84,7 @@ def give_back_held(session: Worker, operation: Operation, tag: str, timeout_s: f
         operation.held = None
 
 
-def give_back(session: Worker, tag: str, copy: Copy, used: bool = True, timeout_s: float | None = None) -> None:
+def give_back(session: Session, tag: str, copy: Copy, used: bool = True, timeout_s: float | None = None) -> None:
     """Give an instance back in a transaction, and measure it if it has run alone.
 
     used: somebody has used it since it was loaded. Raises NamespaceResetError if a reset has taken it away meanwhile,
@@ -121,14 +121,14 @@ def give_back(session: Worker, tag: str, copy: Copy, used: bool = True, timeout_
         report_estimate(copy.tag, cost_mb)
 
 
-def _added_alone_mb(session: Worker, copy: Copy) -> float | None:
+def _added_alone_mb(session: Session, copy: Copy) -> float | None:
     """Return what an instance that runs alone has added to the memory in use, at its peak; None if unknown."""
     session.figures.sample()
     added = session.figures.added_mb(copy.row)
     return None if added is None else max(added) * len(added)
 
 
-def discard(session: Worker, operation: Operation, copy: Copy) -> None:
+def discard(session: Session, operation: Operation, copy: Copy) -> None:
     """Free the row of an instance that an operation holds, and whose server turned out to be dead."""
     if operation.held is not None:
         session.held.take_off_hold(operation.held, operation)

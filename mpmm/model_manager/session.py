@@ -51,14 +51,14 @@ from mpmm.shared_state.layout import Ticket
 from mpmm.shared_state.namespace import Namespace
 from mpmm.sources import MemorySource
 
-__all__ = ["Worker"]
+__all__ = ["Session"]
 
 # A waiter that is sent away needs the lock once, to leave the queue.
 WAITERS_LEAVE_TIMEOUT_S = 5.0
 # Calls in progress in other threads, which take microseconds where they do not load.
 CALLS_END_TIMEOUT_S = 0.5
-_sessions: weakref.WeakSet[Worker] = weakref.WeakSet()
-_inherited: list[Worker] = []
+_sessions: weakref.WeakSet[Session] = weakref.WeakSet()
+_inherited: list[Session] = []
 
 
 class _Waiting(contextlib.AbstractContextManager[None]):
@@ -88,7 +88,7 @@ class _Waiting(contextlib.AbstractContextManager[None]):
             self._left.notify_all()
 
 
-class Worker:
+class Session:
     """One process in one namespace. Threads share it.
 
     unload_on_release: tags whose instances this process was last told to unload as soon as they are idle.

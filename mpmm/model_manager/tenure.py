@@ -53,7 +53,7 @@ class Tenure:
 
 
 class Tenures:
-    """The copies that this process was handed a moment ago, one for each model. One a `Worker`.
+    """The copies that this process was handed a moment ago, one for each model. One a `Session`.
 
     Threads that interfere can make a tenure shorter, or have the first waiter called up twice.
     """
