@@ -131,27 +131,20 @@ class SharedResourceEstimator:
     def observations(self) -> tuple[list[Observation], list[list[float]]]:
         """Return the configurations whose tags all still exist, and the readings of each."""
         namespace = self._namespace
-        words, floats, layout = namespace.segment.words, namespace.segment.floats, namespace.segment.layout
+        tables, layout = namespace.tables, namespace.segment.layout
         found: list[Observation] = []
         readings_of: list[list[float]] = []
         with namespace.transaction():
-            tags = {
-                namespace.tables.models[row].generation: namespace.tables.tag_of(row)
-                for row in namespace.tables.model_rows()
-            }
-            for row in namespace.tables.used_rows(layout.observations):
-                at = layout.observations.base + row * ObservationRow.WORDS
-                first = at + ObservationRow.PAIRS
-                pairs = words[first : first + words[at + ObservationRow.PAIRS_USED]].tolist()
-                if not all(pair >> 16 in tags for pair in pairs):
+            tags = {tables.models[row].generation: tables.tag_of(row) for row in tables.model_rows()}
+            for row in tables.used_rows(layout.observations):
+                observed = tables.observations[row]
+                pairs, readings = observed.pairs, observed.readings
+                if not all(generation in tags for generation, _ in pairs):
                     continue
-                start = at + ObservationRow.READINGS
-                readings = [float(mb) for mb in floats[start : start + words[at + ObservationRow.COUNT]]]
-                counts = {tags[pair >> 16]: pair & 0xFFFF for pair in pairs}
+                counts = {tags[generation]: copies for generation, copies in pairs}
                 mean = sum(readings) / len(readings)
                 spread = sum((mb - mean) ** 2 for mb in readings) / len(readings)
-                device = words[at + ObservationRow.DEVICE]
-                found.append(Observation(counts, mean, len(readings), spread, device))
+                found.append(Observation(counts, mean, len(readings), spread, observed.device))
                 readings_of.append(readings)
         return found, readings_of
 

@@ -43,11 +43,9 @@ class ServerDuty:
         except (FileNotFoundError, MpmmError) as error:
             _LOG.warning("mpmm: the server of %s cannot join its namespace: %s", tag, error)
             return None
-        words, at = namespace.segment.words, namespace.tables.instance(self.row)
+        instance = namespace.tables.instances[self.row]
         with namespace.transaction() as t:
-            wanted = (
-                words[at + Instance.STATE] == Instance.LOADING and words[at + Instance.GENERATION] == self.generation
-            )
+            wanted = instance.state == Instance.LOADING and instance.generation == self.generation
             if wanted:
                 namespace.transitions.loads.link_server(t, self.row, namespace.slot)
         if not wanted:

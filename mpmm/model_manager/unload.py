@@ -26,7 +26,7 @@ from mpmm.multi_process_shared.stop_server import kill_process
 from mpmm.policy.view import Reason
 from mpmm.scheduling import Scheduler
 from mpmm.shared_state.events import Cause, EventKind
-from mpmm.shared_state.layout import Header, Instance, Member, Model, device_rows
+from mpmm.shared_state.layout import Instance, Member, Model, device_rows
 from mpmm.shared_state.namespace import Namespace
 from mpmm.shared_state.transaction import Transaction
 from mpmm.suspend.suspender import Suspender
@@ -146,15 +146,14 @@ class Unloads:
 
         Where something starts quietly, see `Instance.STEADY`, that has to wait; but not for a process that leaves.
         """
-        words, tables = self._namespace.segment.words, self._namespace.tables
-        steady = 0 if self.leaving else words[Header.STEADY]
+        tables = self._namespace.tables
+        steady = 0 if self.leaving else tables.header.steady
         ours = tables.rows_where(self._namespace.segment.layout.instances, Instance.HOLDER, self._namespace.reference)
-        starts = [(row, tables.instance(row)) for row in ours]
+        found = [(row, tables.instances[row]) for row in ours]
         return [
-            (row, words[at + Instance.GENERATION])
-            for row, at in starts
-            if words[at + Instance.STATE] in (Instance.UNLOADING, Instance.SUSPENDING)
-            and not words[at + Instance.DEVICES] & steady
+            (row, instance.generation)
+            for row, instance in found
+            if instance.state in (Instance.UNLOADING, Instance.SUSPENDING) and not instance.device_bits & steady
         ]
 
     def unload_assigned(self) -> None:

@@ -17,7 +17,7 @@ from mpmm.policy.reasons import explain
 from mpmm.policy.view import Reason
 from mpmm.scheduling import Scheduler
 from mpmm.shared_state.events import EventKind
-from mpmm.shared_state.layout import Event, Header, Instance, device_rows
+from mpmm.shared_state.layout import Instance, device_rows
 from mpmm.shared_state.namespace import Namespace
 from mpmm.text.printable import printable_logger
 
@@ -109,27 +109,18 @@ def says_more(logger: logging.Logger) -> bool:
 
 def decision(namespace: Namespace, kind: EventKind, row: int) -> str:
     """Return why the last event of a kind that is about an instance (row) was decided; empty if that is not known."""
-    segment, tables = namespace.segment, namespace.tables
-    words, floats, ring = segment.words, segment.floats, segment.layout.events
-    newest = words[Header.EVENTS]
-    for sequence in range(newest, max(0, newest - min(EVENTS_LOOKED_AT, ring.capacity)), -1):
-        at = ring.base + (sequence - 1) % ring.capacity * Event.WORDS
-        kind_and_reason = words[at + Event.KIND]
-        if words[at + Event.INSTANCE] != row + 1 or kind_and_reason & 0xFF != kind:
+    tables, capacity = namespace.tables, namespace.segment.layout.events.capacity
+    newest = tables.header.events
+    for sequence in range(newest, max(0, newest - min(EVENTS_LOOKED_AT, capacity)), -1):
+        event = tables.events[(sequence - 1) % capacity]
+        if event.instance != row or event.kind != kind:
             continue
-        reason = (kind_and_reason >> 8 & 0xFF) - 1
-        if reason < 0:
+        cause = event.cause
+        if cause is None:
             return ""
-        other = words[at + Event.OTHER]
-        return explain(
-            reason,
-            floats[at + Event.NEED_MB],
-            floats[at + Event.FREE_MB],
-            floats[at + Event.COMING_MB],
-            floats[at + Event.SECONDS],
-            tables.tag_of(other - 1) if other else None,
-            device_rows(words[at + Event.ON]),
-        )
+        other = tables.tag_of(cause.other - 1) if cause.other else None
+        figures = (cause.need_mb, cause.free_mb, cause.coming_mb, cause.seconds)
+        return explain(cause.reason, *figures, other, device_rows(cause.on))
     return ""
 
 

@@ -10,15 +10,29 @@ from __future__ import annotations
 
 from typing import Generic, TypeVar, overload
 
-from mpmm.shared_state.layout import Device, Header, Instance, Member, Model, Table, Ticket, device_rows
+from mpmm.shared_state.events import Cause
+from mpmm.shared_state.layout import (
+    Device,
+    Event,
+    Header,
+    Instance,
+    Member,
+    Model,
+    Observation,
+    Table,
+    Ticket,
+    device_rows,
+)
 from mpmm.shared_state.segment import Segment
 
 __all__ = [
     "DeviceRow",
+    "EventRow",
     "HeaderRow",
     "InstanceRow",
     "MemberRow",
     "ModelRow",
+    "ObservationRow",
     "Row",
     "Rows",
     "TicketRow",
@@ -244,6 +258,61 @@ class DeviceRow(Row):
     unrelated_mb = Number(Device.UNRELATED_MB)
     tried = Word(Device.TRIED)
     measured = Flag(Device.MEASURED)
+
+
+class ObservationRow(Row):
+    """Readings of one configuration on one device."""
+
+    __slots__ = ()
+
+    #: Reference to the device, 0 for readings that a caller has made.
+    device = Word(Observation.DEVICE)
+
+    @property
+    def pairs(self) -> list[tuple[int, int]]:
+        """Which models (generations) were loaded, and how many copies of each."""
+        first, words = self.at + Observation.PAIRS, self.segment.words
+        packed = words[first : first + words[self.at + Observation.PAIRS_USED]].tolist()
+        return [(pair >> 16, pair & 0xFFFF) for pair in packed]
+
+    @property
+    def readings(self) -> list[float]:
+        """What memory they took together, in MB, each time; in no order."""
+        first = self.at + Observation.READINGS
+        return [
+            float(mb) for mb in self.segment.floats[first : first + self.segment.words[self.at + Observation.COUNT]]
+        ]
+
+
+class EventRow(Row):
+    """One entry of the event ring. Without the lock it may be overwritten at any moment."""
+
+    __slots__ = ()
+
+    sequence = Word(Event.SEQUENCE)
+    instance = Reference(Event.INSTANCE)
+
+    @property
+    def kind(self) -> int:
+        """A number of `EventKind`."""
+        return self.segment.words[self.at + Event.KIND] & 0xFF
+
+    @property
+    def cause(self) -> Cause | None:
+        """The reason and its figures, None where the policy has not decided it."""
+        words, floats, at = self.segment.words, self.segment.floats, self.at
+        reason = words[at + Event.KIND] >> 8 & 0xFF
+        if not reason:
+            return None
+        return Cause(
+            reason - 1,
+            floats[at + Event.NEED_MB],
+            floats[at + Event.FREE_MB],
+            floats[at + Event.COMING_MB],
+            floats[at + Event.SECONDS],
+            words[at + Event.OTHER],
+            words[at + Event.ON],
+        )
 
 
 AnyRow = TypeVar("AnyRow", bound=Row)

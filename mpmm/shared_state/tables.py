@@ -15,7 +15,17 @@ import numpy.typing as npt
 from mpmm.errors import InvalidArgumentError, SegmentCorruptError, TableFullError
 from mpmm.shared_state.durations import to_ns
 from mpmm.shared_state.layout import Instance, Member, Model, Pin, Table, Ticket, device_rows
-from mpmm.shared_state.rows import DeviceRow, HeaderRow, InstanceRow, MemberRow, ModelRow, Rows, TicketRow
+from mpmm.shared_state.rows import (
+    DeviceRow,
+    EventRow,
+    HeaderRow,
+    InstanceRow,
+    MemberRow,
+    ModelRow,
+    ObservationRow,
+    Rows,
+    TicketRow,
+)
 from mpmm.shared_state.segment import Segment
 from mpmm.text.arguments import encoded_text
 
@@ -58,6 +68,8 @@ class Tables:
         self.instances = Rows(segment, layout.instances, InstanceRow)
         self.tickets = Rows(segment, layout.tickets, TicketRow)
         self.devices = Rows(segment, layout.devices, DeviceRow)
+        self.observations = Rows(segment, layout.observations, ObservationRow)
+        self.events = Rows(segment, layout.events, EventRow)
         #: tag -> (row, generation); a hint that model_row() checks against the segment.
         self.rows_of_tags: dict[str, tuple[int, int]] = {}
 
