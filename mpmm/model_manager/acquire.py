@@ -1,14 +1,17 @@
 """Acquiring an instance of a model: the way through the steps of an `Acquisition`, driven by sleeping.
 
-the call                                        the step                              under the lock
-─────────────────────────────────────────────────────────────────────────────────────────────────────────
-an idle instance, and nobody waits              `take_quickly`, or `take_idle`         grab
-otherwise it queues                             `enqueue`                              enqueue, advance
-… and sleeps until another process answers
-    granted an instance: it returns that        `take_grant`, or `act`                 consume_answer
-    told to load, or to resume: it does so      `act`, then `load.py`                  consume_answer … loads.end
-    told that it can never fit: it raises       `act`                                  consume_answer
-at the deadline it leaves, and raises           `leave`                                leave_queue
+    the call                                        the step                              under the lock
+    ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+    an idle instance, and no request waits          `take_quickly`, or `take_idle`         holds.take_idle
+    otherwise it queues                             `enqueue`                              enqueue, advance
+    … and sleeps until another process answers
+        granted an instance: it returns that        `take_grant`, or `act`                 consume_answer
+        told to load, or to resume: it does so      `act`, then `load.py`                  consume_answer … loads.end
+        told that it can never fit: it raises       `act`                                  consume_answer
+    at the deadline it leaves, and raises           `leave`                                leave_queue
+
+In `advance` (`mpmm.scheduling`) the policy decides for all requests that wait. Each process that changes something runs
+it, so that a release hands the instance straight to the ticket that is to have it.
 """
 
 from __future__ import annotations
@@ -93,7 +96,7 @@ def find(acquisition: Acquisition) -> Copy | Booking:
 
 
 def _take_before_queueing(acquisition: Acquisition) -> Copy | None:
-    """Take an idle instance that nobody waits for, or that is kept for this process a moment longer."""
+    """Take an idle instance if no request waits for one, or if it is kept for this process a moment longer."""
     session, tag = acquisition.session, acquisition.tag
     if session.scheduler.may_have_to_wait(tag) and not session.held.comes_back(tag):
         return None
@@ -130,7 +133,7 @@ def sleep_until_answered(request: QueuedRequest[T]) -> T | None:
 
 
 def _answer(request: QueuedRequest[Any]) -> int | None:
-    """Have what has to go for the ticket unloaded, then `_sleep`; an exception takes the ticket out of the queue."""
+    """Have unloaded what is evicted for the ticket, then `_sleep`; an exception takes the ticket out of the queue."""
     try:
         request.session.unloads.unload_in_thread()
         return _sleep(request.session, request.row, request.deadline)
@@ -148,7 +151,7 @@ def _sleep(session: Session, row: int, deadline: float) -> int | None:
     again = session.look_again(row)
     while True:
         seen = words[signal]
-        # This look needs no lock: what is seen here is acted upon only once it is known to be committed.
+        # This look needs no lock: `take_grant` and `act` make sure that what it sees was committed.
         if words[at + Ticket.STATE] != Ticket.WAITING:
             return int(words[at + Ticket.STATE])
         if session.closing:

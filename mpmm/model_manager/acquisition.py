@@ -47,8 +47,8 @@ class Booking(NamedTuple):
 class Acquisition(QueuedRequest["Copy | Booking"]):
     """The request of one call of `acquire_model`, `model`, `model_async`, `preload` or `resume`.
 
-    preload: above 0 it asks for a load only, and is told once there are so many instances. nested: its thread holds or
-    loads others. log_info: the manager's, which writes only if `verbose_logging` is on.
+    preload: above 0, it asks for a load only, and is told once there is this number of instances. nested: its thread
+    holds or loads others. log_info: the manager's, which writes only if `verbose_logging` is on.
     """
 
     def __init__(
@@ -152,7 +152,7 @@ class Acquisition(QueuedRequest["Copy | Booking"]):
             raise NothingFree from None
 
     def _enqueue_with_plan(self) -> None:
-        """Queue, and have the policy decide for everybody who waits."""
+        """Queue, and have the policy decide for all requests that wait."""
         session, namespace = self.session, self.session.namespace
         encoded = encoded_tag(self.tag)
         with namespace.transaction(self.left_s()) as t:
@@ -183,7 +183,9 @@ class Acquisition(QueuedRequest["Copy | Booking"]):
         self.note_ticket(row)
 
     def _expect_place(self) -> None:
-        """Refuse a newcomer that has to wait while as many do as may; its transaction is undone for it.
+        """Refuse a newcomer that would have to wait behind as many requests as `max_waiting` allows.
+
+        The exception undoes its transaction.
 
         Raises QueueFullError.
         """

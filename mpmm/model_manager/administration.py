@@ -1,7 +1,7 @@
-"""What somebody asks for by hand: to unload a model, to pin it for all, to change the settings.
+"""What people ask for by hand: to unload a model, to pin it for all processes, to change the settings.
 
-A manager asks for it, or somebody at a prompt: `visit` joins a namespace as a guest, without a manager, that neither
-leads nor measures, and so within a moment. What has to be unloaded is unloaded by the processes that are there.
+A manager does these, and so does the command line: `visit` joins a namespace as a guest, which neither leads nor
+measures, and so takes a moment only. The processes of the namespace carry out the unloads.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from mpmm.text.printable import printable
 
 __all__ = ["Unload", "change_settings", "pin_for_all", "unload_model", "unpin_for_all", "visit", "wait_for_unload"]
 
-# How often one who waits looks whether the copies are gone.
+# How often `wait_for_unload` looks whether the copies are gone.
 LOOK_S = 0.01
-# What goes first stands first.
+# In the order in which copies are unloaded.
 _LOADED = (Instance.IDLE, Instance.ACTIVE, Instance.LOADING, Instance.RESUMING)
 _STAYING = (Instance.SUSPENDED, Instance.SUSPENDING, *_LOADED)
 
 
 class Unload(NamedTuple):
-    """What a call has asked for: so many copies of a tag, all that are older than a generation."""
+    """What a call has asked for: to unload `copies` copies of a tag, all that are older than a generation."""
 
     tag: str
     copies: int
@@ -54,7 +54,7 @@ def visit(name: str, root: Path | None = None) -> Iterator[Namespace]:
 def unload_model(namespace: Namespace, scheduler: Scheduler, tag: str) -> Unload:
     """Have all copies of a model unloaded: idle ones at once, the others when they are given back.
 
-    Of copies that are loaded later nothing is said. Raises LockTimeoutError, ClosedError.
+    Copies that are loaded later stay. Raises LockTimeoutError, ClosedError.
     """
     before: int | None = None
     copies, done = 0, False
@@ -92,7 +92,7 @@ def _unload(namespace: Namespace, t: Transaction, rows: list[int]) -> int:
 
 
 def _unloader(namespace: Namespace) -> int:
-    """Return the slot of the worker that unloads what anybody can: this process, or for a guest the leader."""
+    """Return the slot of the process that unloads what any process can: this one, or for a guest the leader."""
     tables = namespace.tables
     workers = tables.rows_where(namespace.segment.layout.members, Member.STATE, Member.WORKER)
     for slot in (namespace.slot, tables.header.leader):

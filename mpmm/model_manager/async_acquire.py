@@ -2,16 +2,17 @@
 
     in the loop's thread                     in threads of this module
     ─────────────────────────────────────────────────────────────────────────────────
-    an idle copy and nobody waits: take it
-    else                                     queue (transactions)
+    an idle instance and no request waits: take it
+    otherwise                                queue (transactions)
     the task sleeps                          one thread sleeps on the tickets of 127 tasks (`Watcher`)
                                              act on the answer (transactions)
     told to load                             run the loader (loads)
     at the end of the block: give it back
 
-Transactions take microseconds, but the lock may be held up, so the loop's thread never waits for it for longer than
-`LOOP_TIMEOUT_S`; what needs longer goes to a thread. Transactions have threads of their own, and so have loads: in a
-pool that others use, those who wait for a model could take all threads from the one who is going to release it.
+Transactions take microseconds, but another process may be stopped while it has the lock. So the loop's thread never
+waits for the lock for longer than `LOOP_TIMEOUT_S`, and leaves what takes longer to a thread. Transactions have threads
+of their own, and so have loads: in a pool that is used for anything else, tasks that wait for a model could take all
+threads, and the task that is about to release it would find none.
 """
 
 from __future__ import annotations
@@ -54,10 +55,10 @@ __all__ = ["hold_in_loop"]
 T = TypeVar("T")
 Outcome = int | BaseException | None
 LOOP_TIMEOUT_S = 0.002
-# Memory bounds the loads that are allowed at a time; this, the threads.
+# Memory limits how many loads the policy allows at a time; this limits the threads.
 LOADS_AT_A_TIME = 64
 TRANSACTIONS_AT_A_TIME = 2
-# A watcher's thread that has nothing to watch stays for so long.
+# How long a watcher's thread stays when it has nothing to watch.
 LINGER_S = 1.0
 
 
@@ -156,8 +157,8 @@ class _AsyncAcquire:
 
         def answer(outcome: Outcome) -> None:
             outcomes.append(outcome)
-            # A loop that is closed has nobody who waits any more. No function of ours is called back, because a loop
-            # goes on after an exception in a callback, and with that the answer would be lost.
+            # If the loop is closed, no task waits any more. No function of this module is called back, because a loop
+            # goes on after an exception in a callback, and the answer would be lost.
             with contextlib.suppress(RuntimeError):
                 loop.call_soon_threadsafe(answered.set)
 
@@ -257,10 +258,10 @@ def _undo_result(undo: Callable[[T], object], future: Future[T]) -> None:
 
 
 class _Threads:
-    """The threads of one worker."""
+    """The threads of one session."""
 
     def __init__(self, session: Session) -> None:
-        # The worker keeps none of this, and this must not keep the worker.
+        # The session keeps none of this alive, and this must not keep the session alive.
         self._session = weakref.ref(session)
         self._mutex = threading.Lock()
         self._watchers: list[Watcher] = []
@@ -310,7 +311,7 @@ def _threads_of(session: Session) -> _Threads:
 
 @dataclass(frozen=True)
 class _Watched:
-    """A ticket whose state is looked at when its signal changes. counted: tells the worker that somebody waits."""
+    """A ticket whose state is looked at when its signal changes. counted: tells the session that a task waits."""
 
     session: Session
     state: int
@@ -333,7 +334,7 @@ class Watcher:
 
     def watch(self, session: Session, row: int, deadline: float, answer: Callable[[Outcome], None]) -> bool:
         """Call `answer`, in the thread, with the ticket's state once it has one; with None at the deadline, with an
-        exception when the worker leaves the namespace. Return False if there is no room."""
+        exception when the session leaves the namespace. Return False if there is no room."""
         at = session.namespace.tables.ticket(row)
         with self._mutex:
             if len(self._watched) >= WAITED_FOR_AT_MOST - 1:
@@ -371,7 +372,7 @@ class Watcher:
             for watched, outcome in answers:
                 watched.answer(outcome)
             for again in look_again:
-                # Counted as waiting, so the worker is there; if it has no patience, it is unmapped.
+                # It counts as waiting, so the segment is mapped, unless the session did not wait for it any longer.
                 with contextlib.suppress(ClosedError, ValueError):
                     again.look()
             if not answers and not look_again:
@@ -395,7 +396,7 @@ class Watcher:
             outcome, signal = _state(watched, now)
             if signal is None:
                 del self._watched[row]
-                # The segment is not touched for it any more, so the worker may leave.
+                # The segment is not touched for it any more, so the session may leave.
                 watched.counted.__exit__(None, None, None)
                 answers.append((watched, outcome))
             else:
@@ -424,7 +425,7 @@ def _state(watched: _Watched, now: float) -> tuple[Outcome, tuple[int, int] | No
         seen = segment.words[watched.signal]
         state = int(segment.words[watched.state])
     except ValueError:
-        # Unmapped, as its process had not the patience to wait for us.
+        # Unmapped: the session did not wait any longer for this thread.
         return ClosedError("the manager was shut down while a task waited for a model"), None
     if state != Ticket.WAITING:
         return state, None

@@ -51,7 +51,7 @@ Method = TypeVar("Method", bound=Callable[..., Any])
 _sessions: dict[_Key, Session] = {}
 # An RLock, because a finalizer or signal handler may come by while its own thread has it.
 _guard = threading.RLock()
-# What a join has made so far, if an exception from a signal handler has ended it: nobody else knows of it.
+# What a join has made so far, for the case that an exception from a signal handler ends it: only this knows of it.
 _joining: dict[_Key, list[Namespace | Session]] = {}
 _leaves_at_exit: set[_Key] = set()
 # Threads that shut forgotten managers down; the last few, because the end of the process has to wait for them.
@@ -163,13 +163,13 @@ class Attachment:
                 del _joining[key]
             self.session = session
             session.manager_ids.add(id(self))
-        # Those that were changed at run time are nobody's choice at creation.
+        # Settings that were changed at run time are not what the creator chose.
         if not session.namespace.segment.words[Header.SETTINGS_CHANGED]:
             self._report_differences(session.namespace.settings)
         return session
 
     def connected_in_time(self, tag: str) -> Session:
-        """Do `connected` for a caller who waits for a model: AcquireTimeoutError if that takes all of its time."""
+        """Do `connected` for a request: AcquireTimeoutError if that takes all of the time that it may wait."""
         try:
             return self.connected(self.settings.wait_timeout_seconds)
         except LockTimeoutError as error:

@@ -28,8 +28,8 @@ __all__ = ["Block"]
 class Block(AbstractContextManager[Any]):
     """What `ModelManager.model` returns.
 
-    It is no generator, because the interpreter runs the `__enter__` of one in several steps, and nobody would answer
-    for an instance that was acquired if an exception from a signal handler came between them.
+    It is a class and no generator: the interpreter runs a generator's `__enter__` in several steps, and if an exception
+    from a signal handler came between them, an acquired instance would be lost.
     """
 
     def __init__(self, attachment: Attachment, tag: str, loader: Callable[[], Any], options: AcquireOptions) -> None:
@@ -85,14 +85,14 @@ class Block(AbstractContextManager[Any]):
         if held is None or session.namespace.is_inherited:
             return
         if not session.namespace.is_usable:
-            # Given back by leaving. What is on its way out, SystemExit say, is not to be hidden.
+            # The session gave it back when it left. An exception on its way out, SystemExit say, is not to be hidden.
             if error is None:
                 self._attachment.connected()
             return
         if error is not None and is_out_of_memory(error):
             with suppress(MpmmError):
                 session.out_of_memory.make_room_after_use(tag)
-        # If that fails, it was given back inside the block; perhaps to be acquired once more.
+        # If that fails, the block itself has given it back; perhaps it has also acquired it once more.
         if not here.take_off_hold(held, operation) and here.take_off(held[0].value, tag, operation) is None:
             raise not_acquired(tag, held[0].value)
         give_back_held(session, operation, tag)

@@ -35,10 +35,10 @@ PRIORITY = 1
 
 
 class Lease:
-    """Memory that this process has been given, until `release`, the end of a `with` block, or its own end.
+    """Memory that this process has been given, until `release`, the end of a `with` block, or the end of the process.
 
-    A lease that nothing refers to any more ends, too, with a warning: nobody could release it. `ModelManager.reserve`
-    makes them. name, mb: what it was asked for. placement: where it is, see `mpmm.memory.placement`.
+    A lease that is garbage-collected ends, too, with a warning, because it could not be released any more.
+    `ModelManager.reserve` makes leases. name, mb: as asked for. placement: where it is, see `mpmm.memory.placement`.
     """
 
     def __init__(self, session: Session, row: int, name: str, mb: float, attachment: object = None) -> None:

@@ -173,7 +173,7 @@ class LoadAttempt:
                 session.held.warn_of_twins(t, tag, value)
             learnt_mb = self._learn(t, size)
             if tables.header.source_measures_processes and tables.models[model].known:
-                # It was loaded alone because nobody knew whether the source knows processes; now it is measured.
+                # It was loaded alone only to find out whether the source measures processes; now it is measured.
                 namespace.transitions.isolation.end(t, row)
             loaded = tables.models[model].loaded
             copy = session.held.add_loaded(row, tag, value, self._operation)
@@ -214,7 +214,7 @@ class LoadAttempt:
             return size.learnt.mb
         if not namespace.tables.header.source_accounting_only:
             return None
-        # With nothing to measure with, the assumption; whatever leases have left of the device this time.
+        # Without a measurement, what is assumed of a model counts, whatever leases have left of the device this time.
         devices = instance.devices
         most_mb = min(map(session.scheduler.limit_mb, devices)) * len(devices)
         mb = min(session.scheduler.expected_mb(model), max(size.mb, most_mb))

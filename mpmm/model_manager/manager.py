@@ -194,7 +194,7 @@ class ModelManager(BeamNames):
         # Bound here, so that a call takes no longer than one of a method of this class.
         self._connected = self._attachment.connected
         self._connected_in_time = self._attachment.connected_in_time
-        # A model server imports the program, and so makes its managers, too. Mostly nobody uses them there.
+        # A model server imports the program, and so makes its managers, too. Mostly they are not used there.
         if not is_server_process():
             self._connected()
 
@@ -263,7 +263,7 @@ class ModelManager(BeamNames):
         operation = session.begin(sys._getframe())
         try:
             value = acquire(self._attachment, session, operation, tag, loader_func, options, began)
-            # Not behind this statement: an exception after it would find nobody who knows of the instance.
+            # Inside of the `try`: after an exception behind it, nothing would know of the instance any more.
             session.end(operation)
             return value
         except BaseException:

@@ -108,7 +108,7 @@ class QueuedRequest(Generic[T]):
                 if state in (Ticket.GRANTED, Ticket.LOAD):
                     return self._take(state, instance)
         except LockTimeoutError:
-            # Otherwise what was granted would stay ours for ever, unknown to everybody here.
+            # Otherwise this process would hold what was granted until it ends, without knowing of it.
             self.session.deferred.defer(functools.partial(leave_if_there, namespace, self.operation.ticket))
             raise
         if state == Ticket.ENOUGH:
@@ -149,7 +149,7 @@ class QueuedRequest(Generic[T]):
             return moves_somebody
 
         session.deferred.apply_or_defer(leave)
-        # If the change was deferred, nobody waits for the reason, and to expect a wait takes a look at all instances.
+        # A change that was deferred need not find the reason any more: to expect a wait takes a look at all instances.
         is_asked = False
         self.operation.ticket = None
         held = "" if wanted is None or left[0] == "lock" else held_by(session.namespace, wanted)
@@ -173,7 +173,7 @@ def making_room(session: Session, name: str, deadline: float, enter: Callable[[]
         except TableFullError as error:
             left_s = max(NOW_S, deadline - time.monotonic())
             if error.table == "tickets" and session.held.has_taken_tickets:
-                # Grants that this process has acted upon, and whose rows nobody needs any more.
+                # The rows of grants that this process has acted upon are not needed any more.
                 with session.namespace.transaction(left_s) as t:
                     session.held.free_taken_tickets(t)
                 continue

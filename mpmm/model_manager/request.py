@@ -62,7 +62,7 @@ class PlacementRequest(NamedTuple):
     if_free: bool = False
 
 
-# The request of a caller who passes no options; recognized by identity.
+# The request of a call without options; compared by identity.
 ANYWHERE = PlacementRequest()
 
 

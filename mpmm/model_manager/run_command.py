@@ -64,7 +64,7 @@ def run_on_lease(
     priority: int = 0,
     steady_seconds: float = 0.0,
 ) -> int:
-    """Run a program on a lease of `mb` MB, for which it waits so many seconds at most; return the exit status.
+    """Run a program on a lease of `mb` MB; return the exit status. wait_seconds: the longest wait for the lease.
 
     steady_seconds: for so long from its start on nothing else is loaded or unloaded on its devices.
 
@@ -114,7 +114,7 @@ def _quiet_for(lease: Lease, seconds: float) -> Iterator[None]:
 def _run(command: Sequence[str], lease: Lease, mask: Collection[int]) -> int:
     life = lease.descriptor()
     try:
-        # Safe beside the keeper's thread: in the child, mpmm starts over and holds no lock.
+        # Safe beside the background thread: in the child, mpmm starts over and holds no lock.
         program = subprocess.Popen(
             command,
             env={**os.environ, **lease.environment()},

@@ -32,7 +32,7 @@ CALLED_UP_FOR_S = CALLED_UP_FOR_NS / 1e9
 # and then pauses for milliseconds.
 COMES_BACK_WITHIN_S = 0.000_1
 PAUSES_KEPT = 8
-# Of so many models at most the pauses are known; a model that is forgotten counts as new.
+# For how many models pauses are remembered; a model that is forgotten counts as new.
 MODELS_KEPT = 1024
 _ALL_SHORT = (1 << PAUSES_KEPT) - 1
 
@@ -77,7 +77,7 @@ class Tenures:
         return tenure
 
     def end(self, tag: str) -> None:
-        """Note that this process does not come first any more: it leaves the copy of a model to those who wait."""
+        """Note that this process does not come first any more: it leaves the copy of a model to the waiters."""
         self._by_tag.pop(tag, None)
 
     def leave(self, tag: str) -> None:

@@ -32,7 +32,7 @@ PROCESSES_NAMED = 5
 COPIES_NAMED = 3
 # A decision is carried out at once, so it is among the last events, unless very much happens.
 EVENTS_LOOKED_AT = 512
-# Nobody waits for these to end: they make room as soon as that is wanted.
+# These are not waited for: they make room as soon as a request wants it.
 _NOT_HELD = frozenset({Instance.FREE, Instance.IDLE, Instance.SUSPENDED})
 _VERBS = {
     Instance.LOADING: "loads {tag}",
@@ -140,7 +140,7 @@ class WaitWarning:
         found = namespace.tables.tickets[ticket]
         self._since_s = found.enqueued / 1e9
         waited_s = time.monotonic() - self._since_s
-        # A preload stands behind everybody, and nobody waits for it.
+        # A preload stands behind all requests for use, and its caller expects it to wait.
         thresholds = () if found.preload else warn_after_s
         self._left = [seconds for seconds in thresholds if seconds > waited_s]
 
