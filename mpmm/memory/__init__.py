@@ -2,7 +2,7 @@
 
     monitor.py           GPUMonitor: when to measure, and what was measured last
     monitor_source.py    a monitor of the caller's own, in its place
-    sampler.py           the thread that measures, so that a source which hangs holds up nobody else
+    sampler.py           the thread that measures, so that a source which hangs holds up no other one
     samples.py           where the samples of all processes of a namespace are kept: in shared memory
     estimator.py         ResourceEstimator: from readings of whole devices to the memory of each model
     shared_estimator.py  the same on shared memory, for all processes of a namespace

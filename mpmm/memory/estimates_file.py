@@ -116,7 +116,7 @@ class EstimatesFile:
             kind: {tag: vars(estimate) for tag, estimate in of_kind.items()} for kind, of_kind in estimates.items()
         }
         text = json.dumps({"format": FORMAT, "version": VERSION, "devices": devices}, indent=1)
-        # Whoever is killed here leaves it to the next, who has the lock, too.
+        # If this process is killed here, the next writer, which needs the lock, too, replaces the file.
         new = self.path.with_name(f"{self.path.name}.new")
         with open(new, "w", encoding="utf-8") as file:
             file.write(text)

@@ -52,7 +52,7 @@ class Learning:
             copy = tables.instances[row]
             if copy.state not in (Instance.ACTIVE, Instance.IDLE) or copy.devices != [device]:
                 # What loads or unloads, and what a lease's program takes, goes up and down; and of a copy that spans
-                # several devices nobody knows how much is here.
+                # several devices it is not known how much is here.
                 return
             uses += copy.uses
             if copy.server is not None and tables.header.source_measures_processes:

@@ -209,7 +209,7 @@ class GPUMonitor(_BeamAttributes):
 
     def _renew_threading(self) -> None:
         """Set up locks and thread as new: at the start, and in a forked child, which has no thread and may
-        have inherited locks that nobody will ever let go."""
+        have inherited locks that no thread will ever release."""
         self._local.lock = threading.Lock()
         self._sampler.renew()
         self._source_lock = threading.Lock()  # guards resolving the source

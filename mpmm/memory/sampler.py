@@ -1,16 +1,16 @@
-"""A thread that takes samples, so that a source which hangs in its driver holds up nobody but this thread.
+"""A thread that takes samples, so that a source which hangs in its driver holds up this thread alone.
 
     a caller                       Sampler                               its thread
     request()                  ->  asked += 1, unless one is asked for
                                                                      ->  begun = asked, take the sample
     refresh(timeout_s)         <-  waits until ended >= asked        <-  ended = begun
 
-Callers share: a sample that is asked for and has not begun serves everybody who asks until it begins. So there is at
+Callers share: a sample that was asked for and has not begun serves all calls until it begins. So there is at
 most one in progress, and the figures that a caller has waited for are never older than its call. The hand-over costs
 40 µs (the median on two processors, both busy; 0.14 ms in the 99th percentile).
 
-The thread starts at the first request and ends after `IDLE_S` without one, so that a monitor which nobody stops leaves
-nothing behind. A forked child has none, and starts its own.
+The thread starts at the first request and ends after `IDLE_S` without one, so that a monitor which is never stopped
+leaves nothing behind. A forked child has none, and starts its own.
 """
 
 from __future__ import annotations
@@ -160,7 +160,7 @@ class Sampler:
         try:
             work()
         except BaseException:
-            # A thread that ended here would leave everybody who asks without figures.
+            # If the thread ended here, all callers would be left without figures.
             if not self._failing:
                 _LOG.exception("mpmm: the thread %s goes on after an error", self._name)
             self._failing = True

@@ -29,7 +29,7 @@ __all__ = ["SharedSamples"]
 
 @dataclass
 class _News:
-    """What samples say that nobody has published before.
+    """What samples say that no process has published before.
 
     measured: MB by pid, then by device row. fresh_rows, complete_rows: bits of the device rows that were read, and of
     those whose list of processes is complete. figures: row, MB in use, and the sample that says so.
@@ -63,7 +63,7 @@ class SharedSamples:
         """Give the devices that a source reports rows; the devices of another source go when its process leads.
 
         A source that can measure nothing describes no device beside measured ones that are in use, or that others can
-        measure: its process uses those, and goes by the figures of the others, or by the books.
+        measure: its process uses those, and relies on the figures of the others, or on accounting.
 
         next_in_line: if given, this member polls from now on, and those in these slots are woken, to watch it.
         """
@@ -206,12 +206,12 @@ class SharedSamples:
     def publish(self, samples: Sequence[DeviceSample], timeout_s: float | None = None) -> None:
         """Record figures that could be read, and let waiters profit if they show more room than there was.
 
-        If they do not, whoever waits goes on waiting: what only time has changed is for the leader's next poll. A plan
+        If they do not, all waiters go on waiting: what only time has changed is for the leader's next poll. A plan
         after every sample of every process would hold the lock for longer than all the rest.
 
         timeout_s: the longest wait for the lock.
         """
-        # Who belongs to whom is looked up before the lock is taken.
+        # Which process has started which is looked up before the lock is taken.
         listed: dict[int, float] = {}
         for sample in samples:
             for pid, mb in sample.process_mb.items():
@@ -316,7 +316,7 @@ class SharedSamples:
     def _unrelated_pids(self, measured: Mapping[int, float]) -> set[int]:
         """Return which of these processes are neither members, nor programs of leases, nor a server's children.
 
-        Looks without the lock. What a worker has started, and no lease is for, is nothing that could be unloaded.
+        Looks without the lock. Processes that a worker has started without a lease hold nothing that could be unloaded.
         """
         namespace = self._namespace
         tables = namespace.tables
@@ -348,7 +348,7 @@ class SharedSamples:
     def _programs(self) -> dict[int, list[int]]:
         """Return the programs of leases, by pid: the pids of each, and of what it has started.
 
-        What has a place of its own in the books is not the program's: a model server, the program of another lease.
+        What is counted by itself is not the program's: a model server, the program of another lease.
         """
         namespace = self._namespace
         programs = set(self._leases().values())

@@ -181,7 +181,7 @@ class BackgroundThread:
             self._jobs.look_around()
             due = time.monotonic() + self._leader.interval()
         self._leader.learn_from_late_sample()
-        # Nobody wakes us any more for what was left to us during these jobs.
+        # What was left to this thread during these jobs wakes it no more.
         if not self._jobs.has_deferred:
             self._sleep(rung, due)
             # If we were woken, this process may have become a deputy, or be offered the lead.

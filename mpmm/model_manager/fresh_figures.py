@@ -57,7 +57,7 @@ class FreshFigures:
         """Wait for a sample that begins after this call, and for its publication; return whether that has happened.
 
         timeout_s: the longest wait; None stands for `SAMPLE_TIMEOUT_S`, which no wait exceeds. What the sample in
-            progress has taken already comes off, so that nobody waits for a source that hangs once that is known.
+            progress has taken already comes off, so that no caller waits for a source that is known to hang.
         """
         limit_s = SAMPLE_TIMEOUT_S if timeout_s is None else min(timeout_s, SAMPLE_TIMEOUT_S)
         return self._monitor.refresh(timeout_s=limit_s - self._monitor.sampling_for_s)
@@ -71,15 +71,15 @@ class FreshFigures:
             self._monitor.request_refresh()
 
     def ensure_fresh_to_queue(self, timeout_s: float) -> None:
-        """Like `ensure_fresh`, for one who is about to queue."""
+        """Like `ensure_fresh`, for a request that is about to queue."""
         waiting = self._namespace.tables.header.waiting
         self.ensure_fresh(timeout_s, FRESH_BEHIND_OTHERS_NS if waiting else FRESH_NS)
 
     def ensure_fresh(self, timeout_s: float | None = None, age_ns: int = FRESH_NS) -> None:
         """Make sure that decisions rest on fresh figures, as far as that takes no noticeable time.
 
-        Many who ask at the same moment share one sample; but a monitor of the caller's own is always asked. If it does
-        not come within `timeout_s`, or `ENSURE_FRESH_TIMEOUT_S`, the old figures have to do.
+        Processes that ask at the same moment share one sample; but a monitor of the caller's own is always asked. If
+        the sample does not come within `timeout_s`, or `ENSURE_FRESH_TIMEOUT_S`, the old figures have to do.
 
         age_ns: figures of this age are fresh.
         """

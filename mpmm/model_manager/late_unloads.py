@@ -29,9 +29,9 @@ class LateUnloads:
     def hand_over(self) -> None:
         """Find unloads that take longer than `memory_return_seconds`; have others do them, or count on them no more.
 
-        Any process can unload a handle: the next one is told to, this one if it has not tried yet. An object only its
-        owner can unload. What has been late for so long that a whole further turn would have been enough counts as
-        memory in use, so that other copies are evicted instead.
+        Any process can unload a handle, so the leader tells the next one to: itself, if it has not tried yet. Only its
+        owner can unload an object. What has been late for so long that another process would have unloaded it meanwhile
+        counts as memory in use, so that other copies are evicted instead.
         """
         if not any(self._overdue(time.monotonic_ns())):
             return
@@ -58,7 +58,7 @@ class LateUnloads:
             _LOG.warning("mpmm %s: pid %d has not unloaded %s in time; %s", namespace.name, pids[holder], which, then)
 
     def _overdue(self, now_ns: int) -> Iterator[tuple[int, bool]]:
-        """Find the rows whose HOLDER has not unloaded them in time, and tell whether nobody should count on them."""
+        """Find the rows whose HOLDER has not unloaded them in time; tell whether their memory counts as in use."""
         namespace = self._namespace
         tables = namespace.tables
         limit_ns = max(namespace.settings.memory_return_seconds, SHORTEST_UNLOAD_LIMIT_S) * 1e9
@@ -74,7 +74,7 @@ class LateUnloads:
                 yield row, late
 
     def _successor_of(self, row: int, holder: int) -> int | None:
-        """Return the worker (slot) that takes an unload over from `holder` (slot): this one, unless it is at it itself.
+        """Return the worker (slot) that takes an unload over from `holder` (slot): this one, unless it is unloading it.
 
         Then the next in the table, so that each has its turn; None if there is none. Needs the lock.
         """

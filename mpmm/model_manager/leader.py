@@ -2,8 +2,8 @@
 
 It polls memory, takes back what dead members had, records observations and solves for the estimates, unloads what
 nobody has used for long, and finds loads and unloads that take too long. The leader lock is a kernel file lock, so a
-dead leader's place is free at once. Nobody else needs to be told: every process has a `Leader`, which tries to take the
-lock whenever it is free.
+dead leader's place is free at once. No process has to announce that: each has a `Leader`, which tries to take the lock
+whenever it is free.
 
 If the leader lives but its last poll is too long ago (it is stopped, or stuck in a native call), another process polls
 and takes back in its place, unless one has just set out to. It leaves solving to the leader: SciPy takes a second of a
@@ -109,7 +109,7 @@ class Leader:
         self._late_since: int | None = None
         # Since when the lead has been seen to be free, while it was left to a process that can measure more.
         self._free_since: float | None = None
-        # To whom the lead was offered last, when it will be again, and how long after the last time that is.
+        # The processes to which this one has offered the lead last, when it offers it again, and the pause until then.
         self._offered_to: set[tuple[int, int]] = set()
         self._offer_due = 0.0
         self._offer_pause_s = 0.0
@@ -233,8 +233,8 @@ class Leader:
     def _stands_in(self) -> bool:
         """Tell whether to poll in the leader's place, and if so, tell the others that this process does.
 
-        That is if the last poll, or the last look at a device that this process sees, is too long ago: nobody else who
-        polls may see it.
+        That is if the last poll is too long ago, or the last look at a device that this process sees: those that poll
+        may not see it.
         """
         words, tables = self._namespace.segment.words, self._namespace.tables
         places = [(Header.POLLED, Header.POLL_CLAIMED)]
@@ -261,7 +261,7 @@ class Leader:
                 namespace.transitions.members.note_source(t, namespace.slot, measures)
 
     def _expire_returns(self) -> None:
-        """Let the books decide about unloaded memory that no sample has told about for a while."""
+        """Count unloaded memory as free that no sample has told about for a while."""
         namespace = self._namespace
         tables = namespace.tables
         rows = tables.used_rows(namespace.segment.layout.devices)

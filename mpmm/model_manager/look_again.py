@@ -22,7 +22,7 @@ LONGEST_LOOK_AGAIN_S = 30.0
 
 
 class LookAgain:
-    """Has a waiter looked at for which nobody else needs to come by: its model backs off, or it was called up.
+    """Looks at a waiter that no other process may come to look at: its model backs off, or it was called up.
 
     That is, when the back-off ends, or the tenure of who has called it up; see `mpmm.model_manager.tenure`. And
     when the log is to say that it has waited for long.

@@ -146,7 +146,7 @@ class OutOfMemory:
         self._say_ran_out(t, model)
 
     def _raise_by_a_quarter(self, t: Transaction, model: int, devices: int) -> None:
-        """Take a model for more, with nothing to go by but the books."""
+        """Raise a model's estimate by a quarter, where no source measures."""
         need_mb = self._scheduler.need_mb(model)
         limit_mb = max(map(self._scheduler.limit_mb, device_rows(devices)), default=need_mb)
         raised_mb = raised_estimate_mb(need_mb, limit_mb)

@@ -55,7 +55,7 @@ class Reconciler:
         operation.frame = None
 
     def _leave_abandoned(self, t: Transaction, operation: Operation) -> None:
-        """Give up ticket and load of a call, if the books still know of them."""
+        """Give up ticket and load of a call, if the rows still have them."""
         namespace, transitions = self._namespace, self._namespace.transitions
         others = [other.ticket for other in list(self._operations) if other is not operation]
         # Where the transaction that queued it was undone, the next one was given the same number.
@@ -79,7 +79,7 @@ class Reconciler:
             return
         copy, use = held
         if self._is_granted(copy.row):
-            # Another waiter's by now, who may be about to put it on the list, without the lock.
+            # It is another waiter's by now, which may be about to put it on the list, without the lock.
             return
         at = (copy.row, copy.generation)
         if self._held.holds.get(at) is held:

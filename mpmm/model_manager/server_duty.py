@@ -33,7 +33,7 @@ class ServerDuty:
     def __call__(self, tag: str) -> Namespace | None:
         """Return the server's membership, or None when the namespace is gone already.
 
-        Raises ServerStartError when the load is: the server ends then, as there is nobody to serve.
+        Raises ServerStartError when the load is over: then no process would use the server.
         """
         try:
             namespace = Namespace.join(self.name, root=Path(self.root), kind=Member.SERVER, label=tag, must_exist=True)
@@ -49,7 +49,7 @@ class ServerDuty:
             if wanted:
                 namespace.transitions.loads.link_server(t, self.row, namespace.slot)
         if not wanted:
-            # Its loader died or was reset before we came up. No row would ever name us, so nobody would unload us.
+            # Its loader died or was reset meanwhile. No row would ever name this server, so it would live for ever.
             namespace.leave()
             raise ServerStartError(f"the load for which the server of {tag!r} was started is over", tag=tag)
         place_for_good(self.placement)

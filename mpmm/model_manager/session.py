@@ -184,7 +184,7 @@ class Session:
             del copy
             objects.clear()
             collect_garbage()
-        # From here on nobody publishes samples to memory that is about to go, not even a sample in progress.
+        # From here on no sample, not even the one in progress, is published to memory that is about to be unmapped.
         self.monitor.bind(None)
         self.namespace.leave(self._unload_everything)
         self.monitor.close_source()

@@ -1,8 +1,9 @@
 """Unloads: a process ends the servers, and gives up the objects, of the instances that it was told to unload.
 
-Whoever decides on an unload writes into the instance's row which process has to do it: the owner of an object, and for
-a server the waiter that needs the room, or any other worker. That process finds the row here, unloads without the lock,
-and frees the row. If it is not done in time, the leader hands it to another one (`mpmm.model_manager.late_unloads`).
+The process that decides on an unload writes into the instance's row which process has to do it: the owner of an object,
+and for a server the waiter that needs the room, or any other worker. That process finds the row here, unloads without
+the lock, and frees the row. If it is not done in time, the leader hands it to another one
+(`mpmm.model_manager.late_unloads`).
 """
 
 from __future__ import annotations
@@ -96,9 +97,9 @@ class Unloads:
         return self._suspender
 
     def unload_if_not_kept(self, t: Transaction, copy: Copy) -> None:
-        """Have a copy that was just given back unloaded, if it is kept for no time at all, and nobody waits for it.
+        """Have a copy that was just given back unloaded, if its model is kept for no time at all and has no waiter.
 
-        What others give back whom nobody has told so, the next poll finds.
+        Other processes may not know that it is not kept; what they give back, the next poll finds.
         """
         words, tables = self._namespace.segment.words, self._namespace.tables
         at = tables.instance(copy.row)
@@ -345,7 +346,7 @@ def unload_object(value: Any) -> None:
             try:
                 method()
             except Exception:
-                # It is the model's own code. The memory is gone from the books either way.
+                # It is the model's own code. Its memory counts as free either way.
                 _LOG.exception("mpmm: %s of a %s failed", name, type(value).__name__)
             return
 

@@ -1,4 +1,4 @@
-"""No measurement at all: a total that somebody stated. The manager then goes by its own books."""
+"""No measurement at all, only a stated total: the manager then relies on its own accounting."""
 
 from __future__ import annotations
 

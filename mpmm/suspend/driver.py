@@ -43,7 +43,7 @@ _VERSION_FILE = Path("/proc/driver/nvidia/version")
 # A process that initialises CUDA at the same moment makes a lock fail.
 LOCK_TRIES = 5
 RETRY_S = 0.05
-# How long submitted work may take at most. It is that of a copy which nobody uses.
+# How long submitted work may take at most; the copy is not in use.
 LOCK_TIMEOUT_MS = 5000
 
 

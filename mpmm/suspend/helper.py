@@ -3,9 +3,9 @@
 `cuInit` must be called neither in workers, which fork, nor in a model server, whose own threads a lock stops. The
 helper holds the lock `suspend.lock`, by which the kernel elects it, and answers at a socket beside it. It moves each
 process in a thread of its own, and ends once no worker is left, nobody has asked for anything for `IDLE_S`, or a
-call of the driver hangs: that one's process is ended by whoever has asked, and the next helper serves the others.
+call of the driver hangs: the process that asked ends the one that hangs, and the next helper serves the others.
 
-Its death costs the operation, not the process that is moved: whoever has asked asks the next helper, which goes on
+Its death costs the operation, not the process that is moved: the process that asked asks the next helper, which goes on
 from the state in which the driver has left it.
 """
 
@@ -42,7 +42,7 @@ HUNG = 2.0
 _started: list[subprocess.Popen[bytes]] = []
 
 
-# ---- who asks ----------------------------------------------------------------------------------------------------
+# ---- the process that asks -------------------------------------------------------------------------------------------
 
 
 def ask_helper(folder: Path, what: str, pid: int, limit_s: float, tag: str) -> None:

@@ -1,4 +1,4 @@
-"""A process's part in suspension: it does what the books tell it to, with no lock held, within a time limit."""
+"""A process's part in suspension: it does what the rows tell it to, without the lock, within a time limit."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ __all__ = ["Suspender"]
 _LOG = printable_logger("mpmm")
 _IN_HOST = (Instance.SUSPENDING, Instance.SUSPENDED, Instance.RESUMING)
 _MOVING = (Instance.SUSPENDING, Instance.RESUMING)
-# How often one who waits for another process's suspension or resume looks whether it has ended.
+# How often a thread that waits for another process's suspension or resume looks whether it has ended.
 LOOK_S = 0.01
 # Whose own limit has passed has so much longer to say so, before the leader does.
 GRACE = 1.5
@@ -275,7 +275,7 @@ class Suspender:
         return found
 
     def heed_host_memory(self) -> None:
-        """Drop the copy that was suspended longest ago if the host has hardly any memory left, whoever took it.
+        """Drop the copy that was suspended longest ago if the host has hardly any memory left, whatever took it.
 
         One at a time: at the next poll what it had is free.
         """
