@@ -97,8 +97,8 @@ def test_three_models_run_on_the_local_multi_process_runner(surroundings: dict[s
     for model in run["models"]:
         assert model["exactly_once"] and model["accuracy"] > 0.9
         assert model["loads"] >= 1
-        # Batches of 8, five for each of the workers, and every acquire either loads or reuses.
-        assert model["loads"] + model["reuses"] == 5 * WORKERS
+        # Batches of 8, five for each of the workers, and every acquire either loads or reuses; and a load ahead.
+        assert 5 * WORKERS <= model["loads"] + model["reuses"] <= 5 * WORKERS + 1
     assert sum(model["evictions"] for model in run["models"]) >= 1
     assert 0 < run["peak_held_mb"] <= run["budget_mb"]
     assert not list((tmp_path / "runs").iterdir())
@@ -200,8 +200,8 @@ def test_two_pipelines_on_the_worker_pool_share_one_state(surroundings: dict[str
     assert first["label"] == second["label"] == 8
     assert first["pid"] != second["pid"]
     assert {first["pid"], second["pid"]} <= set(seen["members"])
-    # The first worker had the model loaded, the second one found it.
-    assert seen["models"] == [["near", 1, 1]]
+    # The first worker had the model loaded, maybe ahead of its batch, and the second one found it.
+    assert seen["models"] in ([["near", 1, 1]], [["near", 1, 2]])
 
 
 @contextlib.contextmanager

@@ -27,10 +27,10 @@ NewGate = Callable[[], Gate]
 
 
 def comparable(namespace: str) -> Any:
-    """Return what a refused request must not change."""
+    """Return what a refused request must not change; not how often a model was asked for, which the leader counts."""
     snapshot = read_snapshot(namespace)
     rows = (snapshot.models, snapshot.instances, snapshot.tickets)
-    keys = ("tag", "state", "waiting", "loading", "idle", "active", "requests", "number", "holder")
+    keys = ("tag", "state", "waiting", "loading", "idle", "active", "number", "holder")
     return [[{key: getattr(row, key, None) for key in keys} for row in table] for table in rows]
 
 
