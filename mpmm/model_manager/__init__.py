@@ -11,20 +11,22 @@ One acquire, `manager.acquire_model(tag, loader)` or `with manager.model(tag, lo
       held.py              takes an idle instance by the compiled core; most acquires end here
       acquisition.py       takes one with the policy's consent (`take_idle`), or joins the queue (`enqueue`)
       queued_request.py    acts on the answer (`act`): an instance, or a booking; or leaves the queue (`leave`)
-      load.py              runs the loader for a booking, measures what it has made, and writes that down
+      load.py              runs the loader for a booking, measures what it has made, and writes that down; or resumes a
+                           suspended instance. A model server that the loader starts joins by server_duty.py
     release.py           gives the instance back, when the caller or the end of the block (block.py) says so
 
 The same steps serve the other calls: `async_acquire.py` awaits where `acquire.py` sleeps, `lease.py` queues for memory
-without a model, `preload.py` for instances ahead of use. `nested.py` knows what the calling thread holds itself
-(thread_holds.py), `refusals.py` words the errors, `waits.py` says who has what a request waits for.
+without a model, `preload.py` for instances ahead of use, and for loads that are booked by hand (bookings.py), and
+`uses.py` is the decorator. `nested.py` knows what the calling thread holds itself (thread_holds.py), `refusals.py`
+words the errors, `waits.py` says who has what a request waits for.
 
-Beside the calls: `background.py` is the process's one thread. It makes the changes that had to wait for the lock
-(deferred.py), takes back what interrupted calls had in hand (reconcile.py), unloads (unload.py, late_unloads.py), and
-does the duties of the namespace while the process is its leader (leader.py). `fresh_figures.py` has memory figures
-taken when a decision needs them, `out_of_memory.py` learns from loads that found too little, `tenure.py` and
-`look_again.py` say who comes first, and when a waiter looks for itself. `administration.py` and `pins.py` are what
-people ask for by hand, `run_command.py` is `mpmm run`. `beam_attributes.py` and `queue_ticket.py` are names of Beam's
-manager.
+Beside the calls: `background.py` is the process's one thread, which sleeps on doorbell.py. It makes the changes that
+had to wait for the lock (deferred.py), takes back what interrupted calls had in hand (reconcile.py), unloads
+(unload.py, late_unloads.py), and does the duties of the namespace while the process is its leader (leader.py).
+`fresh_figures.py` has memory figures taken when a decision needs them, `out_of_memory.py` learns from loads that found
+too little, `tenure.py` and `look_again.py` say who comes first, and when a waiter looks for itself. `administration.py`
+and `pins.py` are what people ask for by hand, `run_command.py` is `mpmm run`. `beam_attributes.py` and
+`queue_ticket.py` are names of Beam's manager.
 
 The public names are those of `apache_beam.ml.inference.model_manager`. They are imported at their first use: a model
 server needs a few modules of this package, and starts without the others.
