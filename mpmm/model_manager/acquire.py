@@ -166,7 +166,7 @@ def _sleep(session: Session, row: int, deadline: float) -> int | None:
         left = min(left, look_in_s)
         wait_for_change(lambda: int(words[signal]), namespace.segment.address + 8 * signal, seen, left)
         if words[signal] == seen:
-            session.scheduler.await_alerted(row)
+            session.scheduler.spin_for_answer(row)
 
 
 # ---- told to load ----------------------------------------------------------------------------------------------

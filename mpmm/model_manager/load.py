@@ -304,7 +304,7 @@ def give_up_booking(
         if booking.resumes:
             namespace.transitions.suspensions.turn_back(t, booking.row, namespace.reference)
         else:
-            # Not merely `fail_load`: the loader may have started a model server before it failed.
+            # Not merely `loads.fail`: the loader may have started a model server before it failed.
             namespace.transitions.loads.give_up(t, booking.row)
         return True
 

@@ -63,7 +63,7 @@ def give_back_held(session: Session, operation: Operation, tag: str, timeout_s: 
         operation.held = None
         return
     if session.scheduler.must_queue() and not session.held.has_tenure(held[0].tag, held[0].row):
-        session.scheduler.alert(held[0].row)
+        session.scheduler.prewake(held[0].row)
     try:
         give_back(session, tag, held[0], timeout_s=timeout_s)
     except ReentrantCallError:

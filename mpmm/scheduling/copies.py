@@ -66,6 +66,7 @@ class CopiesReader:
         words, floats, tables = self._segment.words, self._segment.floats, self._tables
         now = time.monotonic_ns()
         copies = Copies()
+        # By words, not by `tables.instances`: each plan comes by here with the lock held, and a typed row costs 2 us.
         for row in tables.used_rows(self._layout.instances):
             at = tables.instance(row)
             # One slice for seven words: a plan reads every row, and this takes half the time of single reads.
@@ -75,6 +76,7 @@ class CopiesReader:
             pinned = bool(words[tables.model(model) + Model.PINS])
             device = devices.bit_length() - 1
             other_shares: tuple[tuple[int, float], ...] = ()
+            # More than one bit: what it has on each is in its SHARES, and MB is their sum.
             if devices & (devices - 1):
                 (device, mb), *others = tables.shares_of(row)
                 other_shares = tuple(others)
@@ -85,6 +87,7 @@ class CopiesReader:
                 self._add_lease(copies, row, device, other_shares)
                 continue
             is_to_go = bool(words[at + Instance.UNLOAD_ON_RELEASE])
+            # It is no copy that a newcomer could count on, nor one of those that `max_model_copies` limits.
             leaves = is_to_go and state in (Instance.ACTIVE, Instance.LOADING, Instance.RESUMING)
             copies.leaving[model] += leaves
             if state in (Instance.LOADING, Instance.RESUMING):
@@ -98,6 +101,7 @@ class CopiesReader:
                 copies.booked_mb[device] += mb
                 for other, share_mb in other_shares:
                     copies.booked_mb[other] += share_mb
+            # It has given its memory up but for what its process keeps, and stands for no loaded copy.
             if state == Instance.SUSPENDED:
                 copies.suspended.append(self._suspended(row, model, device, other_shares, since, owner))
                 continue
@@ -105,10 +109,8 @@ class CopiesReader:
                 copies.suspending[model] += 1
             if state in (Instance.UNLOADING, Instance.SUSPENDING):
                 # The memory of an unload that is late is in use, and nobody counts on it.
-                late = words[at + Instance.UNLOAD_LATE]
-                for other, share_mb in () if late else ((device, mb), *other_shares):
-                    copies.unloading[other] += 1
-                    copies.unloading_mb[other] += share_mb
+                if not words[at + Instance.UNLOAD_LATE]:
+                    self._add_unload(copies, ((device, mb), *other_shares))
             elif state in (Instance.ACTIVE, Instance.IDLE) and owner:
                 copies.owned[model][owner] += not leaves
             elif state in (Instance.ACTIVE, Instance.IDLE):
@@ -123,11 +125,15 @@ class CopiesReader:
                 copies.busy.append(
                     BusyInstance(row, model, device, mb, free_in_s, pinned, owner or None, other_shares=other_shares)
                 )
-            if reserved and server:
-                self._add_load(copies, row, device, other_shares, reserved)
-            elif reserved:
-                self._share_out(copies.reserved_mb, device, other_shares, reserved)
+            if reserved:
+                self._add_load(copies, row, device, other_shares, reserved, bool(server))
         return copies
+
+    @staticmethod
+    def _add_unload(copies: Copies, shares: Sequence[tuple[int, float]]) -> None:
+        for device, share_mb in shares:
+            copies.unloading[device] += 1
+            copies.unloading_mb[device] += share_mb
 
     def _add_lease(self, copies: Copies, row: int, device: int, other_shares: Sequence[tuple[int, float]]) -> None:
         at, floats = self._tables.instance(row), self._segment.floats
@@ -160,9 +166,21 @@ class CopiesReader:
             figures[other] += share_mb
 
     def _add_load(
-        self, copies: Copies, row: int, device: int, other_shares: Sequence[tuple[int, float]], reserved: float
+        self,
+        copies: Copies,
+        row: int,
+        device: int,
+        other_shares: Sequence[tuple[int, float]],
+        reserved: float,
+        measured: bool,
     ) -> None:
-        """Add what a load in progress was allowed, or what its server has taken already, where that is more."""
+        """Add what a load in progress was allowed, or what its server has taken already, where that is more.
+
+        measured: it has a server, whose process the source may measure.
+        """
+        if not measured:
+            self._share_out(copies.reserved_mb, device, other_shares, reserved)
+            return
         share_mb = reserved / (1 + len(other_shares))
         for other in (device, *(other for other, _ in other_shares)):
             copies.reserved_mb[other] += max(

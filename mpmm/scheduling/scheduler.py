@@ -85,8 +85,8 @@ class Scheduler:
         self.called_up_at = self.waiters.called_up_at
         self.is_model_idle = self.waiters.is_model_idle
         self.make_room_for_model = self.table_rows.make_room_for_model
-        self.alert = self.wakes.prewake
-        self.await_alerted = self.wakes.spin_for_answer
+        self.prewake = self.wakes.prewake
+        self.spin_for_answer = self.wakes.spin_for_answer
         self.count_requests = self.demand.count_all
         # Called without the lock when `advance` has stopped before its end, to have it called again.
         self.go_on: Callable[[], object] = lambda: None
@@ -134,6 +134,7 @@ class Scheduler:
             return False
         if words[at + Instance.UNLOAD_ON_RELEASE] or words[at + Instance.OWNER]:
             return False
+        # Asked before the release: then the copy is not idle yet, and nothing has to be taken back.
         found = self.shortcuts.first_user(words[at + Instance.MODEL], words[at + Instance.DEVICES]) if call_up else None
         if call_up and (found is None or found[1]):
             return False
@@ -156,11 +157,13 @@ class Scheduler:
             if found is not None:
                 ticket, passed = found
                 owner = words[at + Instance.OWNER]
+                # An object is of no use to another process than its owner.
                 if not owner or owner == words[self._tables.ticket(ticket) + Ticket.MEMBER]:
                     cause = Cause(Reason.PASSING, other=passed) if passed else Cause(Reason.IDLE_COPY)
                     transitions.hand_over.from_holder(t, ticket, instance, cause, used)
                     t.after.append(self.wakes.yield_to_waiter)
                     return
+        # Before the release, too, which changes what this is told by.
         moves_somebody = words[Header.WAITING] and not self.shortcuts.moves_nobody(instance)
         transitions.holds.release(t, instance, used)
         if moves_somebody:

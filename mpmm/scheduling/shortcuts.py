@@ -4,8 +4,8 @@ A plan reads every row, so the warm path does without one where the plan is know
 
 Q1  An idle copy may be taken at once although others wait (`may_take`) if nobody waits for its model, nothing runs
     alone or waits to, and the time for which each blocked waiter may be overtaken is not over. The plan would grant the
-    copy to a newcomer: no waiter ahead can use it, and `_hand_out` stops, or keeps copies back, only for a waiter that
-    isolates or is due. It moves nobody else: what is idle only becomes less by it.
+    copy to a newcomer: no waiter ahead can use it, and `_grant_idle` stops, or keeps copies back, only for a waiter
+    that isolates or is due. It moves nobody else: what is idle only becomes less by it.
 Q2  A release of a copy whose model nobody waits for needs no plan (`moves_nobody`) if no waiter is blocked, nothing
     runs alone or waits to, and every waiter waits for what an idle copy of another model does not change: for leases
     or other programs to leave room (LEASED and FOREIGN: too little even if all copies went), for a copy of its own
@@ -42,6 +42,7 @@ from mpmm.shared_state.namespace import Namespace
 
 __all__ = ["CALLED_UP_FOR_NS", "Shortcuts"]
 
+# Above that NumPy reads the rows of waiters in less time than single words take.
 FEW_WAITERS = 16
 # Waits that no copy of another model ends by becoming idle.
 QUIET_REASONS = frozenset({Reason.LEASED, Reason.FOREIGN, Reason.PINNED, Reason.SHARING, Reason.COPIES})
@@ -101,6 +102,7 @@ class Shortcuts:
             # Mostly it is the newest, and then nobody else has to be looked for.
             row = words[Header.NEWEST_TICKET]
             at = self._tables.ticket(row)
+            # NEWEST_TICKET may name a row that is free by now, or answered, while an older ticket waits.
             if words[at + Ticket.STATE] == Ticket.WAITING:
                 usable_on = words[at + Ticket.USABLE_ON]
                 wants = words[at + Ticket.MODEL] == model and not words[at + Ticket.PRELOAD]
@@ -112,6 +114,7 @@ class Shortcuts:
             for one in waiting
             if one.model == model and not one.preload and not (one.usable_on and devices & ~one.usable_on)
         ]
+        # One of class 0, of an unknown model, goes first, whatever its rank: only a plan says what that means for this.
         if not wanting or (len(wanting) < len(waiting) and not all(one.priority for one in waiting)):
             return None
         first = min(wanting, key=lambda one: one.rank)
@@ -119,6 +122,7 @@ class Shortcuts:
         if not blocked or first.rank <= min(one.rank for one in blocked):
             return first.row, 0
         bound_ns = to_ns(self._namespace.settings.max_overtake_seconds)
+        # Its time is over: what comes free is kept for the head of the line from here on.
         if now - min(one.blocked_at for one in blocked) >= bound_ns:
             return None
         return first.row, min(blocked, key=lambda one: one.rank).model + 1

@@ -173,6 +173,7 @@ class Views:
         priorities = rows[waiting, Ticket.PRIORITY]
         # The rule of `policy.fairness.effective_priority`, for all at once.
         bound_ns = to_ns(UNKNOWN_FIRST * self._namespace.settings.max_overtake_seconds)
+        # So that known models are not overtaken by ever new unknown ones.
         promoted = (priorities == 1) & (rows[waiting, Ticket.ENQUEUED] + np.uint64(bound_ns) <= now)
         priorities = np.where(promoted, 0, priorities)
         ordered: npt.NDArray[np.intp] = waiting[

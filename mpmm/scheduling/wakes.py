@@ -11,7 +11,7 @@ from mpmm.shared_state.namespace import Namespace
 __all__ = ["Wakes"]
 
 # Longer than a release takes, even where everything about it has left the processor's caches.
-ALERT_S = 0.000_3
+SPIN_S = 0.000_3
 # Who makes way for a waiter and comes back later than this has made way for somebody else, too: processors are scarce.
 LONG_WAY_S = 0.000_5
 # Then it does not for so many times as long, which bounds what it may lose.
@@ -42,7 +42,7 @@ class Wakes:
                 self._makes_way_from = began + REST * away_s
 
     def prewake(self, instance: int) -> None:
-        """Wake the newest waiter ahead of a copy's release, if it waits for that model, for `await_alerted`.
+        """Wake the newest waiter ahead of a copy's release, if it waits for that model, for `spin_for_answer`.
 
         Needs no lock.
 
@@ -56,8 +56,8 @@ class Wakes:
                 wake_one(self._segment.address + 8 * (newest + Ticket.SIGNAL))
 
     def spin_for_answer(self, ticket: int) -> None:
-        """Stay awake for the answer that `alert` has announced, for a moment; needs no lock."""
+        """Stay awake for the answer that `prewake` has announced, for a moment; needs no lock."""
         words, state = self._segment.words, self._tables.ticket(ticket) + Ticket.STATE
-        until = time.monotonic() + ALERT_S
+        until = time.monotonic() + SPIN_S
         while words[state] == Ticket.WAITING and time.monotonic() < until:
             yield_processor()
