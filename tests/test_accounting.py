@@ -37,7 +37,7 @@ class MeasuringSource:
 
 @pytest.fixture
 def samples(namespace: str) -> Iterator[SharedSamples]:
-    """The samples of a namespace with one model server, and no keeper that would find out that it does not live."""
+    """The samples of a namespace with one model server, and no leader that would find out that it does not live."""
     joined = Namespace.join(namespace)
     samples = SharedSamples(joined, Scheduler(joined))
     source = MeasuringSource()

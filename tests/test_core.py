@@ -488,7 +488,7 @@ def test_the_manager_uses_it(namespace: str, new_manager: NewManager, model: str
         done = core.done
         for _ in range(20):
             use()
-        # The keeper may have the lock for a moment.
+        # The background thread may have the lock for a moment.
         assert core.done >= done + 30, use
     assert problems(namespace) == []
 

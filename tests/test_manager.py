@@ -319,7 +319,7 @@ def test_an_object_is_evicted_through_its_idle_owner_when_another_process_needs_
     owner.call(acquire, "big", LoadsObject("big", device=device, mb=700))
     owner.call(release)
     assert device.used_mb() == 700
-    # The owner does nothing but wait for our next word; its keeper unloads.
+    # The owner does nothing but wait for our next word; its background thread unloads.
     needy.call(acquire, "other", LoadsObject("other", device=device, mb=600))
     assert device.used_mb() == 600
     assert copies_of(namespace, "big") == []

@@ -50,7 +50,7 @@ def poll(task: Task) -> Measured:
         crew.hear_all()
         source = NvmlSource()
         sampled = cpu_seconds_per_device(lambda: source.sample(()))
-        # The keeper would poll, too.
+        # The background thread would poll, too.
         manager = ModelManager(namespace=NAMESPACE, memory_source="nvml", poll_interval=3600.0)
         worker: Any = manager._connected()
         published = cpu_seconds_per_device(worker.figures.sample_source)

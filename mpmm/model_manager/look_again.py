@@ -24,8 +24,8 @@ LONGEST_LOOK_AGAIN_S = 30.0
 class LookAgain:
     """Looks at a waiter that no other process may come to look at: its model backs off, or it was called up.
 
-    That is, when the back-off ends, or the tenure of who has called it up; see `mpmm.model_manager.tenure`. And
-    when the log is to say that it has waited for long.
+    It is looked at when the back-off ends, or the tenure of the process that has called it up
+    (`mpmm.model_manager.tenure`), and when the log is to say that it has waited for long.
     """
 
     def __init__(self, namespace: Namespace, scheduler: Scheduler, warn_after_s: Sequence[float], ticket: int) -> None:

@@ -79,7 +79,7 @@ class Reconciler:
             return
         copy, use = held
         if self._is_granted(copy.row):
-            # It is another waiter's by now, which may be about to put it on the list, without the lock.
+            # Another waiter has it by now, and may be about to put it on the list, without the lock.
             return
         at = (copy.row, copy.generation)
         if self._held.holds.get(at) is held:
