@@ -215,13 +215,12 @@ class ModelManager(BeamNames):
             encoded_tag(tag)
         session = self._connected()
         tables, layout = session.namespace.tables, session.namespace.segment.layout
-        words = session.namespace.segment.words
         found = CopiesByTag()
         with session.namespace.transaction():
             for row in tables.used_rows(layout.instances):
-                at = tables.instance(row)
-                if words[at + Instance.STATE] in (Instance.ACTIVE, Instance.IDLE):
-                    found.setdefault(tables.tag_of(words[at + Instance.MODEL]), []).append(session.held.value_of(row))
+                instance = tables.instances[row]
+                if instance.state in (Instance.ACTIVE, Instance.IDLE):
+                    found.setdefault(tables.tag_of(instance.model), []).append(session.held.value_of(row))
         return found if tag is None else found.get(tag, [])
 
     def acquire_model(self, tag: str, loader_func: Callable[[], Any], **options: Unpack[AcquireOptions]) -> Any:

@@ -41,16 +41,14 @@ QueueTicket.__module__ = "mpmm.model_manager"
 
 def waiting_tickets(session: Session) -> list[QueueTicket]:
     """Return all requests that wait now, in the order of the queue."""
-    words, tables = session.namespace.segment.words, session.namespace.tables
+    tables = session.namespace.tables
     with session.namespace.transaction():
         rows = tables.rows_where(session.namespace.segment.layout.tickets, Ticket.STATE, Ticket.WAITING)
-        order = (Ticket.PRIORITY, Ticket.RANK, Ticket.NUMBER)
+        found = [(row, tables.tickets[row]) for row in rows]
+        found.sort(key=lambda one: (one[1].priority, one[1].rank, one[1].number))
         return [
             QueueTicket(
-                words[tables.ticket(row) + Ticket.PRIORITY],
-                words[tables.ticket(row) + Ticket.NUMBER],
-                tables.tag_of(words[tables.ticket(row) + Ticket.MODEL]),
-                session.scheduler.expected_wait_s(row),
+                ticket.priority, ticket.number, tables.tag_of(ticket.model), session.scheduler.expected_wait_s(row)
             )
-            for row in sorted(rows, key=lambda row: tuple(words[tables.ticket(row) + word] for word in order))
+            for row, ticket in found
         ]
