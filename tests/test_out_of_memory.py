@@ -30,6 +30,7 @@ from processes import (
     problems,
     release,
     wait_until,
+    waiting,
 )
 
 from mpmm.errors import ModelTooLargeError, RemoteCallError, SegmentAllocationError, ServerStartError
@@ -380,6 +381,7 @@ def test_what_ran_out_of_memory_on_a_small_device_gets_its_second_turn_on_a_larg
         places_tried = Thread(target=lambda: manager.release_model("big", manager.acquire_model("big", load)))
         places_tried.start()
         wait_until(lambda: read_snapshot(namespace).out_of_memory == 1, "it has run out on the small one")
+        wait_until(lambda: waiting(namespace, "big"), "its second turn waits for the lease")
         lease.release()
         places_tried.join(20)
     assert places == [0, 1]

@@ -15,8 +15,12 @@ __all__ = ["devices_to_drain", "is_kept_out_by_leases", "isolate"]
 
 def devices_to_drain(state: PlanState, ticket: TicketView) -> tuple[DeviceView, ...]:
     """Return the devices that are drained for a waiter that has to run alone; too few if there are too few."""
-    need_mb = state.view.models[ticket.model].need_mb / ticket.span
+    model = state.view.models[ticket.model]
+    need_mb, bound_mb = model.need_mb / ticket.span, model.bound_mb / ticket.span
     where = state.open_to(ticket)
+    # Where it has run out of memory although it had everything, it would do so again.
+    large = [device for device in where if limit_mb(device, state.slack) > bound_mb]
+    where = large if len(large) >= ticket.span else where
     roomy = [device for device in where if limit_mb(device, state.slack) - device.leased_mb >= need_mb]
     costs = []
     for device in roomy if len(roomy) >= ticket.span else where:

@@ -127,6 +127,7 @@ class Views:
             superseded=bool(words[at + Model.SUPERSEDED]),
             suspending=copies.suspending[model],
             resume_s=floats[at + Model.RESUME_S],
+            bound_mb=floats[at + Model.AT_LEAST_MB],
         )
 
     def _tickets(self, idle_of_model: Mapping[int, int]) -> tuple[TicketView, ...]:
