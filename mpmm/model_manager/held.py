@@ -62,10 +62,10 @@ class HeldInstances:
         # Tags whose loaders were seen to return handles of others.
         self._twins_of_tags: set[str] = set()
 
-    def find_idle(self, tag: str, tied: int = 0) -> int | None:
+    def find_idle(self, tag: str, usable_on: int = 0) -> int | None:
         """Return the row of an idle copy that this process can use, or None. Needs the lock.
 
-        tied: bits of the devices on which it must lie, 0 for all.
+        usable_on: bits of the devices on which it must lie, 0 for all.
         """
         tables, words = self._namespace.tables, self._namespace.segment.words
         model = tables.model_row(tag)
@@ -74,14 +74,14 @@ class HeldInstances:
         head = words[tables.model(model) + Model.IDLE_HEAD]
         while head:
             at = tables.instance(head - 1)
-            if not tied or not words[at + Instance.DEVICES] & ~tied:
+            if not usable_on or not words[at + Instance.DEVICES] & ~usable_on:
                 return int(head) - 1
             head = words[at + Instance.NEXT]
         for row in reversed(self._rows_of_model.get(model, ())):
             at = tables.instance(row)
             owned = self._objects[row]
             there = words[at + Instance.GENERATION] == owned.generation and not (
-                tied and words[at + Instance.DEVICES] & ~tied
+                usable_on and words[at + Instance.DEVICES] & ~usable_on
             )
             if there and words[at + Instance.STATE] == Instance.IDLE:
                 return row

@@ -320,17 +320,17 @@ class ServerRegistry:
 
         Raises LockTimeoutError.
         """
-        keeper: LockFile | None = None
+        folder_lock: LockFile | None = None
         lock: LockFile | None = None
         try:
             self.join()
             if _server_lives_by is not None:
                 # No client of the registry, so nothing else keeps the registry while the new server comes up.
-                keeper = self._lock(self.path / "lifecycle.lock", lambda lock: lock.shared(ALIVE_LOCK_TIMEOUT_S))
+                folder_lock = self._lock(self.path / "lifecycle.lock", lambda lock: lock.shared(ALIVE_LOCK_TIMEOUT_S))
             lock = self._lock(self._tag_lock_path(tag), lambda lock: lock.exclusive(timeout_seconds))
             yield
         finally:
-            for held in (lock, keeper):
+            for held in (lock, folder_lock):
                 if held is not None:
                     held.close()
 

@@ -227,7 +227,7 @@ class _Server:
                 if all(lock.is_free() for lock in locks):
                     break
                 for lock in locks:
-                    lock.let_go()
+                    lock.give_up()
                 self.output.bound()
                 next_probe = time.monotonic() + PROBE_INTERVAL_S
         if self.life is None:
@@ -236,7 +236,7 @@ class _Server:
         registry_is_ours = any(lock.held and lock.path == str(self.registry.alive_path) for lock in locks)
         for lock in locks:
             if lock.path != str(self.registry.alive_path):
-                lock.let_go()
+                lock.give_up()
         self.exit(0, keep_life=False, registry_is_ours=registry_is_ours)
 
     def exit(self, code: int, *, keep_life: bool = True, registry_is_ours: bool = False) -> NoReturn:
@@ -276,7 +276,7 @@ class _Server:
                 continue
             lock = AliveLock(context.alive_lock)
             free = lock.is_free() and lock.held
-            lock.let_go()
+            lock.give_up()
             if free:
                 try:
                     context.on_last()
@@ -402,7 +402,7 @@ class AliveLock:
             self._lock = None
         return True
 
-    def let_go(self) -> None:
+    def give_up(self) -> None:
         """Let clients come and go until the next look."""
         if self.held and self._lock is not None:
             self._lock.unlock()

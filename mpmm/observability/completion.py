@@ -134,14 +134,14 @@ def _fish_option(action: argparse.Action) -> str:
     words = [f"-l {word[2:]}" if word.startswith("--") else f"-s {word[1:]}" for word in action.option_strings]
     if action.nargs != 0:
         words.append("-r" if _metavar(action) in _FILES else "-x")
-    return " ".join([*words, f"-d {_quoted(_told(action))}"])
+    return " ".join([*words, f"-d {_quoted(_argument_help(action))}"])
 
 
 def _quoted(text: str) -> str:
     return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
 
 
-def _told(action: argparse.Action) -> str:
+def _argument_help(action: argparse.Action) -> str:
     return (action.help or "").replace("%%", "%").replace("%(prog)s", "mpmm")
 
 
@@ -199,7 +199,7 @@ def _entry(action: argparse.Action) -> list[str]:
         head = ", ".join(rf"\fB{_troff(word)}\fR" for word in action.option_strings) + value
     else:
         head = rf"\fI{_troff(_metavar(action))}\fR"
-    return [".TP", head, _troff(_told(action))]
+    return [".TP", head, _troff(_argument_help(action))]
 
 
 def _troff(text: str) -> str:

@@ -105,8 +105,8 @@ def _leader(snapshot: Snapshot) -> Iterator[Finding]:
 
 
 def _samples(snapshot: Snapshot) -> Iterator[Finding]:
-    patience_s = snapshot.settings.poll_interval + STALE_AFTER_S
-    if snapshot.leader is not None and snapshot.polled_ago_s > patience_s:
+    stale_after_s = snapshot.settings.poll_interval + STALE_AFTER_S
+    if snapshot.leader is not None and snapshot.polled_ago_s > stale_after_s:
         yield Finding(
             True,
             f"memory has not been polled for {age(snapshot.polled_ago_s)}, poll_interval is "
@@ -123,7 +123,7 @@ def _samples(snapshot: Snapshot) -> Iterator[Finding]:
         if device.sample_age_s is None:
             if not snapshot.books_only:
                 yield Finding(True, f"device {device.row} ({device.name}) has not been measured yet")
-        elif device.sample_age_s > patience_s:
+        elif device.sample_age_s > stale_after_s:
             yield Finding(
                 True,
                 f"the last sample of device {device.row} ({device.name}) is {age(device.sample_age_s)} old, "
