@@ -138,7 +138,7 @@ def test_a_request_that_only_others_could_serve_holds_up_nobody_and_is_served_wh
     assert ticket.reason == Reason.FOREIGN
     small.call(acquire, "small", server(gpus, "small", 200))
     said = [finding.text for finding in findings(read_snapshot(namespace)) if finding.urgent]
-    assert any("nothing that mpmm can unload would serve" in text and "400 MB" in text for text in said), said
+    assert any("mpmm can unload nothing that would help" in text and "400 MB" in text for text in said), said
     gpus.pretend(1, 0, 0)
     large.result()
     assert problems(namespace) == []
