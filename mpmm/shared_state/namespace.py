@@ -321,19 +321,21 @@ class Namespace:
                     # Looked at again under the lock: the row may have been reaped, and its slot taken by a newcomer.
                     if not self.tables.member_in_use(slot) or self.member_is_alive(slot):
                         break
-                    pid = int(self.segment.words[self.tables.member(slot) + Member.PID])
+                    at = self.tables.member(slot)
+                    state, pid = (int(self.segment.words[at + word]) for word in (Member.STATE, Member.PID))
                     done = self.transitions.members.reap(t, slot)
                     if done:
-                        t.after.append(
-                            partial(
-                                _LOG.info,
-                                "mpmm %s: pid %d has died; its holds, loads and places in the queue are free again",
-                                self.name,
-                                pid,
-                            )
-                        )
+                        t.after.append(partial(self._log_death, state, pid))
                         reaped += 1
         return reaped
+
+    def _log_death(self, state: int, pid: int) -> None:
+        if state == Member.SERVER:
+            # Mostly it was told to end, because its model is unloaded.
+            _LOG.debug("mpmm %s: model server pid %d has ended", self.name, pid)
+            return
+        text = "mpmm %s: pid %d has died; its holds, loads and places in the queue are free again"
+        _LOG.info(text, self.name, pid)
 
     def reset(self) -> None:
         """Do `Transitions.reset`, in as many transactions as it takes. Raises ClosedError, LockTimeoutError."""
