@@ -1,4 +1,4 @@
-"""Tenure: a process that was handed a copy, and comes back for it at once, has it for a millisecond before others.
+"""Tenure: a process that was handed a copy, and comes back for it at once, has it for a moment before others.
 
 If every release handed the copy to the first waiter, each process of a crowd would use it once and then sleep, while
 the others run: with caches full of their code, a use costs a millisecond of processor time instead of 40 us. So a
@@ -22,9 +22,11 @@ from mpmm.scheduling import CALLED_UP_FOR_NS
 
 __all__ = ["CALLED_UP_FOR_S", "TENURE_S", "Tenure", "Tenures", "looks_in_s"]
 
-# Measured on 2 processors, copies that are held for no time: with 0.5 ms 4 processes make 6 600 pairs a second, with
-# 1 ms 10 200, with 4 ms 14 300; of 16 processes the 99th percentile of an acquire is 14, 18 and 61 ms; without, 37 ms.
-TENURE_S = 0.001
+# Measured on 2 processors, copies that are held for no time: with 1 ms 4 processes make 6 500 pairs a second and 16
+# make 6 800; with 2 ms 11 000 and 10 500; with 4 ms 20 000 and 15 000, because a turn costs 3 ms besides, for the
+# wake-up and for code that has left the caches. The 99th percentile of an acquire is 11 and 41 ms with 1 ms, and below
+# 1 and 15 ms with 4 ms: fewer calls wait, though those of 16 processes for up to 100 ms instead of 50.
+TENURE_S = 0.004
 # A waiter that was called up looks after so long, one and a half tenures: mostly a hand-over has ended it by then.
 CALLED_UP_FOR_S = CALLED_UP_FOR_NS / 1e9
 # If most of a process's last pauses were longer than this, it leaves the copy to the next one at once, because the copy
