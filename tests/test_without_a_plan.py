@@ -380,3 +380,27 @@ def test_hits_beside_one_that_cannot_be_served_make_no_plan(
     thread.join()
     assert plans
     assert problems(namespace) == []
+
+
+@pytest.mark.parametrize("leaver", [0, 1])
+def test_who_is_called_up_and_leaves_has_the_next_one_called_up(leaver: int) -> None:
+    host = Host(60.0, 1.0, (False, False, True))
+    try:
+        for _ in range(4):
+            host.ask(0, 0)
+            host.settle()
+        tickets, transitions = host.tables.tickets, host.namespace.transitions
+        in_order = sorted(
+            host.tables.rows_where(host.layout.tickets, Ticket.STATE, Ticket.WAITING),
+            key=lambda row: host.words[host.tables.ticket(row) + Ticket.NUMBER],
+        )
+        assert len(in_order) == 3
+        with host.namespace.transaction() as t:
+            transitions.tickets.call_up(t, in_order[leaver])
+        with host.namespace.transaction() as t:
+            assert host.scheduler.holds_up_nobody(in_order[leaver])
+            transitions.hand_over.leave_queue(t, in_order[leaver])
+        left = [row for row in in_order if row != in_order[leaver]]
+        assert [bool(tickets[row].called_up) for row in left] == [True, False]
+    finally:
+        host.namespace.leave()

@@ -163,7 +163,24 @@ class HandOver(Part):
         # Free before the instance goes back: else freeing that would put this ticket back into the queue.
         t.set(at + Ticket.STATE, Ticket.FREE)
         self.take_back(t, state, given)
+        if state == Ticket.WAITING and words[at + Ticket.CALLED_UP]:
+            self._call_up_next(t, words[at + Ticket.MODEL])
         self._leases.forget_spent(t, words[at + Ticket.MODEL])
+
+    def _call_up_next(self, t: Transaction, model: int) -> None:
+        """Call up the first waiter that is left for a model, because the one that was to look has gone.
+
+        Else nobody would look at the end of the tenure, see `mpmm.model_manager.tenure`, and an instance would stay
+        idle beside those who wait for it until the leader's next poll.
+        """
+        words, tables = self._segment.words, self._tables
+        waiting = tables.rows_where(self._segment.layout.tickets, Ticket.STATE, Ticket.WAITING)
+        starts = {row: tables.ticket(row) for row in waiting}
+        wanting = [
+            row for row, at in starts.items() if words[at + Ticket.MODEL] == model and not words[at + Ticket.PRELOAD]
+        ]
+        if wanting:
+            self._tickets.call_up(t, min(wanting, key=lambda row: words[starts[row] + Ticket.RANK]))
 
     def reset(self, t: Transaction, row: int) -> None:
         """Tell a waiter that the queue was emptied; what it was given, and has not acted upon yet, goes back."""
