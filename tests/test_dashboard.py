@@ -340,7 +340,10 @@ def test_nonsense_is_refused(served: Served) -> None:
 
 
 def test_to_look_changes_nothing(lively: ModelManager, served: Served, namespace: str) -> None:
-    wait_until(lambda: (s := read_snapshot(namespace)).waiting == 1 and s.torn_words == 0, "it is quiet")
+    # At first the waiter expects the held copy soon; once it has been held for longer than a load takes, it wants room
+    # for a copy of its own, of which there is none. After that nothing changes by itself.
+    wait_until(lambda: [one.reason for one in waiting(namespace)] == [Reason.MEMORY], "the waiter wants room")
+    wait_until(lambda: read_snapshot(namespace).torn_words == 0, "nobody writes")
     before = read_snapshot(namespace)
     for _ in range(3):
         served.state()
