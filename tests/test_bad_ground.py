@@ -24,9 +24,10 @@ from mpmm.cli import main
 from mpmm.errors import AcquireTimeoutError, LayoutMismatchError, MpmmError
 from mpmm.multi_process_shared import server_pid
 from mpmm.multi_process_shared.host import new_record
-from mpmm.multi_process_shared.registry import registry_for, write_record
+from mpmm.multi_process_shared.registry import ServerRegistry, registry_for, start_time_of, write_record
 from mpmm.shared_state.invariants import check_invariants
 from mpmm.shared_state.layout import Capacities, Header
+from mpmm.shared_state.lock_file import LockFile
 from mpmm.shared_state.namespace import Namespace
 from mpmm.shared_state.runtime_dir import default_root
 from mpmm.shared_state.segment import segment_name
@@ -308,6 +309,41 @@ def test_a_clock_that_jumps_changes_no_wait(
     snapshot = read_snapshot(namespace)
     assert 0 <= snapshot.members[0].attached_for_s < 60
     assert problems(namespace) == []
+
+
+def test_a_killed_server_that_is_still_being_torn_down_keeps_no_registry(runtime_root: Path) -> None:
+    registry = registry_for(None)
+    registry.join()
+    large = "import sys; kept = bytearray(400 << 20); print(flush=True); sys.stdin.read()"
+    server = subprocess.Popen([sys.executable, "-c", large], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert server.stdout is not None
+    server.stdout.readline()
+    record = new_record(registry, "killed", spawned=True, ready=True)
+    record = replace(record, pid=server.pid, start_time=start_time_of(server.pid) or 0.0)
+    assert record.is_running()
+    server.kill()
+    assert not record.is_running()
+    server.communicate()
+
+
+def test_a_client_that_leaves_while_another_process_probes_leaves_no_registry_behind(
+    runtime_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client, prober = ServerRegistry(runtime_root), ServerRegistry(runtime_root)
+    client.join()
+    try_shared = LockFile.try_shared
+
+    def probe_while_the_client_leaves(lock: LockFile) -> bool:
+        shared = try_shared(lock)
+        client.leave()
+        return shared
+
+    monkeypatch.setattr(LockFile, "try_shared", probe_while_the_client_leaves)
+    claim = prober.claim_if_abandoned()
+    assert claim is not None
+    prober.remove_if_unused()
+    claim.close()
+    assert not prober.path.exists()
 
 
 def test_a_pid_that_was_given_to_another_process_is_not_taken_for_the_server(runtime_root: Path) -> None:

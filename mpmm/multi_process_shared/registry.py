@@ -27,6 +27,7 @@ import json
 import math
 import os
 import select
+import signal
 import tempfile
 import threading
 import time
@@ -59,6 +60,8 @@ SHORT_LOCK_TIMEOUT_S = 10.0
 # Between a server's last line and the kernel's closing of its locks.
 DYING_TIMEOUT_S = 2.0
 LEAVE_PRIORITY = 10
+# The kernel's mark of a task that is being torn down, in the flags of /proc/<pid>/stat.
+PF_EXITING = 0x4
 HANDLES = "handles"
 # Some kilobytes of names; a process that looks for an older one finds nothing, as if it had never been.
 MOST_HANDLES = 4096
@@ -109,7 +112,7 @@ class ServerRecord:
             return False
         except psutil.Error:
             return True
-        return start_time_of(self.pid) == self.start_time
+        return start_time_of(self.pid) == self.start_time and not _is_dying(self.pid)
 
     def has_ended(self) -> bool:
         """Tell whether the process has given back all that it had.
@@ -165,6 +168,17 @@ def start_time_of(pid: int) -> float | None:
         return float(psutil.Process(pid).create_time())
     except psutil.Error:
         return None
+
+
+def _is_dying(pid: int) -> bool:
+    """Tell whether a process has been killed and is not gone yet, which takes it a while for each gigabyte it has."""
+    try:
+        flags = int(Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[6])
+        status = Path(f"/proc/{pid}/status").read_text(errors="replace")
+    except (OSError, ValueError, IndexError):
+        return False
+    pending = [int(line.split()[1], 16) for line in status.splitlines() if line.startswith(("SigPnd:", "ShdPnd:"))]
+    return bool(flags & PF_EXITING) or any(bits >> (signal.SIGKILL - 1) & 1 for bits in pending)
 
 
 class ServerRegistry:
@@ -271,6 +285,11 @@ class ServerRegistry:
                     return lock
                 break
             if lock.try_shared():
+                # A client, or a process that probes as we do. To a client that has left just now our own probe looked
+                # like that, so who gives up the lock looks once more: the last one to do so finds it free.
+                lock.unlock()
+                if lock.try_exclusive() and lock.is_current():
+                    return lock
                 break
             # Neither: a process probes, or leaves and may already have seen us alive. Wait for what comes of it.
             time.sleep(0.000_5)

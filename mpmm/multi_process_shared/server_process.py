@@ -260,7 +260,9 @@ class _Server:
                 if not keep_life and self.life.is_current():
                     self.life.path.unlink(missing_ok=True)
                 self.clean_up_after_clients()
-                if registry_is_ours or self.registry.claim_if_abandoned() is not None:
+                # Kept in a variable, since a lock that nothing refers to is given up.
+                claim = None if registry_is_ours else self.registry.claim_if_abandoned()
+                if registry_is_ours or claim is not None:
                     self.registry.remove_if_unused(but=self.life)
             for stream in (sys.stdout, sys.stderr):
                 stream.flush()
