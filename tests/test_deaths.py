@@ -504,6 +504,24 @@ def test_a_release_that_cannot_get_the_lock_can_be_repeated(namespace: str, new_
     assert model_of(namespace, "a").idle == 1
 
 
+def test_a_load_that_ends_while_the_locks_holder_is_stopped_is_not_lost(
+    namespace: str, new_process: NewProcess, new_gate: NewGate
+) -> None:
+    sleeper, other = new_process(lock_timeout_seconds=0.3), new_process()
+    began, go = new_gate(), new_gate()
+    other.send(acquire, "a", Loads("a", began, go))
+    began.wait()
+    sleeper.send(stop_in_transaction)
+    sleeper.wait_until_stopped()
+    go.open()
+    time.sleep(0.6)
+    assert not other.has_result(), "it waits for the lock for longer than others do"
+    sleeper.resume()
+    sleeper.result()
+    assert other.result()
+    assert (read_snapshot(namespace).loads, model_of(namespace, "a").active) == (1, 1)
+
+
 def test_a_process_can_leave_while_the_locks_holder_is_stopped(namespace: str, new_process: NewProcess) -> None:
     sleeper, other = new_process(lock_timeout_seconds=0.3, fallback_memory_mb=100), new_process()
     other.call(acquire, "a")

@@ -99,7 +99,9 @@ class LoadAttempt:
                 session.thread.loads.remove((booking.row, booking.generation))
             if isinstance(value, str):
                 session.suspender.wake(value, self._tag)
-            copy = self._book_in(value, growth)
+            # The load has taken seconds, which would be lost if a crowded lock were given up after one.
+            with session.namespace.lock.patient_here():
+                copy = self._book_in(value, growth)
         except BaseException as error:
             in_time = self._give_up(error)
             unload_made(value)

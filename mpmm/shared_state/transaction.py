@@ -139,7 +139,7 @@ class TransactionLock:
         # Calls to make after transactions, by the identity of their lists, until they were made; and those seen before.
         self._calls: dict[int, list[Callable[[], object]]] = {}
         self._calls_seen: set[int] = set()
-        # Threads of mpmm's own in which nobody waits for an answer: see `patient_here`.
+        # Threads that finish what would have to be done again: see `patient_here`.
         self._patient: set[int] = set()
         # For so many turns others are expected at the lock, and so many transactions of this one are over.
         self._crowded_turns = 0
@@ -166,8 +166,8 @@ class TransactionLock:
     def patient_here(self) -> Iterator[None]:
         """Let the calling thread wait for the lock for longer than `timeout_seconds`, where it names no time-out.
 
-        For threads that mpmm starts to finish what has been decided, as an unload: no caller waits for them, and giving
-        up on a crowded host would only leave the work to somebody who begins it again.
+        For what has been decided or done already, as an unload, or a load that has succeeded: giving up on a crowded
+        host would only leave the work to a process that begins it again.
         """
         ident = threading.get_ident()
         self._patient.add(ident)
