@@ -18,6 +18,7 @@ from typing import Any
 
 import psutil
 import pytest
+from devices.simulated_gpu import Build, SimulatedGpus, build
 from filelock import FileLock
 from processes import (
     CRASH_POINTS,
@@ -33,7 +34,6 @@ from processes import (
     segments_of,
     wait_until,
 )
-from simulated_gpu import Build, SimulatedGpus, build
 
 from mpmm.model_manager import ModelManager
 from mpmm.multi_process_shared.registry import leave_all_registries, registry_for

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from process_state import lives
+from devices.process_state import lives
 
 from mpmm.memory.placement import Placement, current_placement
 
 if TYPE_CHECKING:
-    from simulated_gpu import SimulatedGpus
+    from devices.simulated_gpu import SimulatedGpus
 
     from mpmm.sources import DeviceInfo, DeviceSample
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
+from devices.simulated_gpu import SimulatedGpus
 from processes import (
     Loads,
     LoadsObject,
@@ -24,7 +25,6 @@ from processes import (
     release,
     wait_until,
 )
-from simulated_gpu import SimulatedGpus
 
 from mpmm import InvalidArgumentError, ModelManager
 from mpmm.policy.view import Reason

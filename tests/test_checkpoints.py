@@ -13,6 +13,7 @@ from typing import Any
 
 import psutil
 import pytest
+from devices.simulated_gpu import CHECKPOINTED, FAILED, LOCKED, RUNNING, Build, SimulatedGpus
 from processes import (
     Loads,
     LoadsServer,
@@ -29,7 +30,6 @@ from processes import (
     shut_down,
     wait_until,
 )
-from simulated_gpu import CHECKPOINTED, FAILED, LOCKED, RUNNING, Build, SimulatedGpus
 from sleepers import pretend_load_s
 
 from mpmm.policy.suspension import Unsuspendable
@@ -45,7 +45,7 @@ LONG_S = 60.0
 HOLDER = """
 import sys
 from pathlib import Path
-from simulated_gpu import SimulatedGpus
+from devices.simulated_gpu import SimulatedGpus
 SimulatedGpus(Path(sys.argv[1])).allocate(float(sys.argv[2]), 0)
 print("taken", flush=True)
 sys.stdin.read()

@@ -10,8 +10,9 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from devices.many_gpus_crew import Setting, measure
+from devices.simulated_gpu import SimulatedGpus
 from many_gpus import LAYOUTS
-from many_gpus_crew import Setting, measure
 from processes import (
     Gate,
     Loads,
@@ -31,7 +32,6 @@ from processes import (
     wait_until,
     waiting,
 )
-from simulated_gpu import SimulatedGpus
 
 import mpmm
 from mpmm import InvalidArgumentError, ModelManager, ModelTooLargeError, Placement

@@ -211,4 +211,4 @@ def test_what_the_tree_and_the_links_name_is_there() -> None:
     for path in re.findall(r"\]\((?!https:)([^)]+)\)", README):
         assert (CHECKOUT / path).is_file(), path
     for path in re.findall(r"tools/[\w/]+(?:\.py)?", README):
-        assert (CHECKOUT / path).exists() or path == "tools/demo_memory", path
+        assert (CHECKOUT / path).exists() or path == "tools/demo/memory", path

@@ -13,8 +13,9 @@ from typing import Any
 
 import pynvml
 import pytest
+from conftest import CHECKOUT
+from devices.simulated_gpu import GPU_IS_LOST, NO_PERMISSION, Build, SimulatedGpus
 from processes import wait_until
-from simulated_gpu import GPU_IS_LOST, NO_PERMISSION, Build, SimulatedGpus
 
 from mpmm import GPUMonitor
 
@@ -52,7 +53,7 @@ def query(fields: str) -> list[str]:
 HOLDER = """
 import sys
 from pathlib import Path
-from simulated_gpu import SimulatedGpus
+from devices.simulated_gpu import SimulatedGpus
 SimulatedGpus(Path(sys.argv[1])).allocate(float(sys.argv[2]), int(sys.argv[3]))
 print("taken", flush=True)
 sys.stdin.read()
@@ -65,13 +66,13 @@ def new_holder() -> Iterator[Callable[..., subprocess.Popen[str]]]:
     made: list[subprocess.Popen[str]] = []
 
     def make(gpus: SimulatedGpus, mb: float, device: int = 0) -> subprocess.Popen[str]:
-        folder = os.path.dirname(sys.modules[SimulatedGpus.__module__].__file__ or "")
+        tools = str(CHECKOUT / "tools")
         holder = subprocess.Popen(
             [sys.executable, "-c", HOLDER, str(gpus.folder), str(mb), str(device)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env={**os.environ, "PYTHONPATH": folder},
+            env={**os.environ, "PYTHONPATH": tools},
         )
         made.append(holder)
         assert holder.stdout is not None

@@ -11,10 +11,7 @@ from typing import Any
 
 import pytest
 from processes import scaled
-
-sys.path.append(str(Path(__file__).resolve().parent.parent / "tools"))
-
-from simulation import POLICIES, Setting, closed_loads, simulate_clients
+from simulation.manager import POLICIES, Setting, closed_loads, simulate_clients
 
 TOOL = Path(__file__).resolve().parent.parent / "tools" / "simulate.py"
 

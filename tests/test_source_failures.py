@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
+from devices.simulated_gpu import GPU_IS_LOST, SimulatedGpus
 from processes import (
     Loads,
     LoadsObject,
@@ -29,7 +30,6 @@ from processes import (
     shut_down,
     wait_until,
 )
-from simulated_gpu import GPU_IS_LOST, SimulatedGpus
 
 from mpmm import AcquireTimeoutError, ModelManager
 from mpmm.model_manager.leader import POLL_WAIT_S

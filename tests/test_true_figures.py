@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import pytest
+from devices.simulated_gpu import SimulatedGpus
 from processes import (
     LoadsServer,
     MakesServed,
@@ -24,7 +25,6 @@ from processes import (
     wait_until,
     waiting,
 )
-from simulated_gpu import SimulatedGpus
 
 import mpmm
 from mpmm import ModelManager

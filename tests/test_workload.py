@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from workload_models import cycle_requests
+from simulation.traces import cycle_requests
 
 TOOL = Path(__file__).resolve().parent.parent / "tools" / "workload.py"
 SHORT = ("--clients", "4", "--requests", "24", "--load-seconds", "0.02", "--inference-seconds", "0.001")

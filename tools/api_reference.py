@@ -10,7 +10,6 @@ import argparse
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
 MODULES = ("mpmm", "mpmm.beam", "mpmm.metrics", "mpmm.sources")
 
 
@@ -27,7 +26,6 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Write the API reference as HTML files.")
     parser.add_argument("folder", type=Path, help="made if it is not there")
     options = parser.parse_args()
-    sys.path.insert(0, str(ROOT))
     try:
         build(options.folder)
     except ImportError as error:

@@ -6,7 +6,7 @@
     python tools/beam_demo.py --small      three small models, 200 elements, three workers
 
 The first run trains the models (scikit-learn, on data sets that come with it) into a cache folder. Then
-a second process runs the pipeline (demo_pipeline.py) and this one watches it: it shows the progress,
+a second process runs the pipeline (demo/pipeline.py) and this one watches it: it shows the progress,
 measures the memory of the model servers, and checks at the end that every element was predicted exactly
 once by each model, that the memory budget was kept, and that nothing was left behind. The exit code is 0
 only if all of this is so.
@@ -28,9 +28,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
-from demo_models import MODELS, SMALL_MODELS, DemoModel, train_missing
-from demo_plan import RECORD, RECORDS_SUFFIX, Plan, load_halves
-from demo_watch import MIB, RunReport, Watcher, say
+from demo.models import MODELS, SMALL_MODELS, DemoModel, train_missing
+from demo.plan import RECORD, RECORDS_SUFFIX, Plan, load_halves
+from demo.watch import MIB, RunReport, Watcher, say
 
 # What a model server holds before its model: Python, Beam and scikit-learn. Measured; only for the default budget.
 SERVER_BASE_MB = 150

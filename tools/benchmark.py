@@ -34,20 +34,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
-
-# So that it also works where mpmm is not installed.
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-import benchmark_contended
-import benchmark_cpu
-import benchmark_devices
-import benchmark_manager
-import benchmark_pipeline
-import benchmark_scaling
-import benchmark_seen
-import benchmark_shared
-from benchmark_report import as_json, header, machine, plot, row_lines
-from benchmark_rows import IMPLEMENTATIONS, Measured, Row, Summary, Task, summarise
+from benchmarking import contended, cpu, devices, manager, pipeline, scaling, seen, shared
+from benchmarking.report import as_json, header, machine, plot, row_lines
+from benchmarking.rows import IMPLEMENTATIONS, Measured, Row, Summary, Task, summarise
 
 from mpmm.shared_state.removal import remove_deserted
 from mpmm.shared_state.runtime_dir import RUNTIME_DIR_VARIABLE, root_below
@@ -56,14 +45,14 @@ from mpmm.shared_state.segment import segment_name
 ROWS = {
     row.name: row
     for module in (
-        benchmark_manager,
-        benchmark_contended,
-        benchmark_shared,
-        benchmark_pipeline,
-        benchmark_cpu,
-        benchmark_devices,
-        benchmark_scaling,
-        benchmark_seen,
+        manager,
+        contended,
+        shared,
+        pipeline,
+        cpu,
+        devices,
+        scaling,
+        seen,
     )
     for row in module.ROWS
 }

@@ -1,7 +1,8 @@
 """Does mpmm do on a real GPU what it should? `python tools/gpu_check.py [--minutes 5] [--device 0] [--json]`
 
-Needs torch with CUDA; with `--simulated` it runs on a simulated GPU, to test this tool. Models of 1 to 8 GB, tensors of
-CUDA in a module, are loaded by several processes into model servers, through mpmm, and one table says
+Needs mpmm, installed or on PYTHONPATH, and torch with CUDA; with `--simulated` it runs on a simulated GPU, to test this
+tool. Several processes load models of 1 to 8 GB, tensors of CUDA in a module, into model servers, through mpmm, and one
+table says
 
     figures      what NVML says of a process beside what torch says, and of the device beside all of its processes
     attribution  what mpmm has booked for a copy, and estimates after one load, beside NVML's figure of its process
@@ -54,17 +55,15 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
+from devices.gpu_check_models import Loader
+from devices.simulated_gpu import DIRECTORY_VARIABLE, SimulatedGpus, build
 
-from gpu_check_models import Loader  # noqa: E402  # needs sys.path
-from simulated_gpu import DIRECTORY_VARIABLE, SimulatedGpus, build  # noqa: E402  # needs sys.path
-
-from mpmm import ModelManager  # noqa: E402  # needs sys.path
-from mpmm.policy.out_of_memory import is_out_of_memory  # noqa: E402  # needs sys.path
-from mpmm.shared_state.runtime_dir import RUNTIME_DIR_VARIABLE  # noqa: E402  # needs sys.path
-from mpmm.shared_state.snapshot import read_snapshot  # noqa: E402  # needs sys.path
-from mpmm.sources import DeviceInfo, DeviceSample  # noqa: E402  # needs sys.path
-from mpmm.sources.nvml import NvmlSource  # noqa: E402  # needs sys.path
+from mpmm import ModelManager
+from mpmm.policy.out_of_memory import is_out_of_memory
+from mpmm.shared_state.runtime_dir import RUNTIME_DIR_VARIABLE
+from mpmm.shared_state.snapshot import read_snapshot
+from mpmm.sources import DeviceInfo, DeviceSample
+from mpmm.sources.nvml import NvmlSource
 
 _CONTEXT = multiprocessing.get_context("spawn")
 SIMULATED_MB, SIMULATED_RESERVED_MB, SIMULATED_LINGER_S = 24576.0, 400.0, 0.2
@@ -354,7 +353,7 @@ def check_pipeline(check: Check) -> None:
     if importlib.util.find_spec("apache_beam") is None:
         check.say("pipeline", "with Beam", "not possible: apache-beam is not installed")
         return
-    from gpu_check_pipeline import LOADED, PREDICTED, RAN_OUT, PipelinePlan
+    from devices.gpu_check_pipeline import LOADED, PREDICTED, RAN_OUT, PipelinePlan
 
     models, workers, elements = PIPELINE_QUICK if check.options.quick else PIPELINE
     sizes_mb = sorted(check.sizes_mb())[:models]
@@ -362,10 +361,9 @@ def check_pipeline(check: Check) -> None:
         record = Path(folder) / "record"
         gpus = None if check.gpus is None else str(check.gpus.folder)
         plan = PipelinePlan(sizes_mb, workers, elements, str(record), gpus)
-        paths = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
         done = subprocess.run(
-            [sys.executable, "-c", "from gpu_check_pipeline import main; main()", plan.as_json()],
-            env={**os.environ, "PYTHONPATH": os.pathsep.join([*paths, *filter(None, sys.path)])},
+            [sys.executable, "-c", "from devices.gpu_check_pipeline import main; main()", plan.as_json()],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
             capture_output=True,
             text=True,
             timeout=PIPELINE_TIMEOUT_S,

@@ -32,8 +32,8 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=30.0)
     options = parser.parse_args()
     # Not at the top: every model server imports this module once more, as its `__main__`.
-    from many_gpus_crew import Setting, measure
-    from simulated_gpu import SimulatedGpus, build
+    from devices.many_gpus_crew import Setting, measure
+    from devices.simulated_gpu import SimulatedGpus, build
 
     setting = Setting(options.models, options.processes, options.seconds)
     failed = False

@@ -7,12 +7,12 @@
 
 Every process acquires, uses and releases models of three kinds on a simulated device that is too small for all
 of them: handles of real model servers, handles without a server, and objects that belong to their process. The
-conductor (stress_conductor.py) kills and stops them, at times in the middle of a transaction; workers
-(stress_worker.py) fork children in the midst of it all. If asked to, the conductor sends signals whose handlers raise
-an exception in the middle of a call, and removes lock files, or the folder that they are in, as cleaners do.
+conductor (stressing/conductor.py) kills and stops them, at times in the middle of a transaction; workers
+(stressing/worker.py) fork children in the midst of it all. If asked to, the conductor sends signals whose handlers
+raise an exception in the middle of a call, and removes lock files, or the folder that they are in, as cleaners do.
 
 Double use of a copy is noticed in two ways that know nothing of each other: in the state and its events
-(stress_checks.py), and by a lock on a file of each copy that its user takes (stress_models.py).
+(stressing/checks.py), and by a lock on a file of each copy that its user takes (stressing/models.py).
 
 The exit code is 1 if anything was wrong or left behind. A run can be replayed approximately: everything
 random comes from the seed, but not the scheduling of processes.
@@ -29,12 +29,9 @@ import random
 import statistics
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from stress_conductor import NAMESPACE, Result, conduct
-from stress_models import SOURCES, Plan
+from stressing.conductor import NAMESPACE, Result, conduct
+from stressing.models import SOURCES, Plan
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

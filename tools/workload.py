@@ -51,19 +51,9 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-
-sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
-
-from simulated_gpu import SimulatedGpus, build  # noqa: E402  # needs sys.path
-from workload_models import (  # noqa: E402  # needs sys.path
-    SIZES_MB,
-    CountingDevice,
-    DeclaredDevice,
-    DeclaredGpu,
-    Loader,
-    cycle_requests,
-    draw_requests,
-)
+from devices.declared import CountingDevice, DeclaredDevice, DeclaredGpu, Loader
+from devices.simulated_gpu import SimulatedGpus, build
+from simulation.traces import SIZES_MB, cycle_requests, draw_requests
 
 IMPLEMENTATIONS = ("mpmm", "beam")
 SOURCES = ("processes", "whole-device", "nvml", "nvidia-smi", "booked")

@@ -24,7 +24,11 @@ from collections.abc import Callable, Iterator
 from multiprocessing import util
 from typing import Any, NoReturn
 
-from stress_models import (
+from mpmm.errors import AcquireTimeoutError, LockTimeoutError, ModelServerError, NotAcquiredError, ServerStartError
+from mpmm.model_manager import ModelManager
+from mpmm.multi_process_shared import MultiProcessShared, server_pid
+from mpmm.shared_state.layout import Capacities
+from stressing.models import (
     Allocation,
     DoubleUseError,
     OutOfMemoryError,
@@ -34,11 +38,6 @@ from stress_models import (
     size_mb,
     using,
 )
-
-from mpmm.errors import AcquireTimeoutError, LockTimeoutError, ModelServerError, NotAcquiredError, ServerStartError
-from mpmm.model_manager import ModelManager
-from mpmm.multi_process_shared import MultiProcessShared, server_pid
-from mpmm.shared_state.layout import Capacities
 
 # Phases of a run. Work begins when everybody is there: starting is what takes the processors.
 START, RUN, QUIET, LEAVE = range(4)

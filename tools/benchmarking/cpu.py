@@ -8,10 +8,11 @@ from collections.abc import Iterable
 from multiprocessing.connection import Connection
 
 import psutil
-from benchmark_crew import Crew
-from benchmark_rows import MPMM, Figure, Measured, Row, Task
-from benchmark_shared import acquire_echo
-from benchmark_stage import Stage, attach, make_handle, modules, set_up
+
+from benchmarking.crew import Crew
+from benchmarking.rows import MPMM, Figure, Measured, Row, Task
+from benchmarking.shared import acquire_echo
+from benchmarking.stage import Stage, attach, make_handle, modules, set_up
 
 __all__ = ["ROWS"]
 

@@ -23,33 +23,13 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
 
-from process_state import lives
-from simulated_gpu import SimulatedGpus
-
+from devices.process_state import lives
+from devices.simulated_gpu import SimulatedGpus
 from mpmm.sources import DeviceInfo, DeviceSample
 
-__all__ = ["SIZES_MB", "CountingDevice", "DeclaredDevice", "DeclaredGpu", "Loader", "cycle_requests", "draw_requests"]
+__all__ = ["CountingDevice", "DeclaredDevice", "DeclaredGpu", "Loader"]
 
-# Twelve models of 1.2 to 5 GB, 36.9 GB in all; the most wanted one first, and size has nothing to do with demand.
-SIZES_MB = (3100, 1200, 4800, 2500, 3900, 1600, 4400, 2200, 5000, 1900, 3500, 2800)
 _numbers = itertools.count()
-
-
-def draw_requests(count: int, models: int, exponent: float, seed: int) -> list[int]:
-    """Return the model of each request, by a Zipf distribution over the models."""
-    import numpy as np
-
-    weights = 1.0 / np.arange(1, models + 1) ** exponent
-    drawn: list[int] = np.random.default_rng(seed).choice(models, size=count, p=weights / weights.sum()).tolist()
-    return drawn
-
-
-def cycle_requests(count: int, models: int, clients: int) -> list[int]:
-    """Return the model of each request when request r is client r % clients's: each goes through the models in order.
-
-    Clients begin at different models, evenly spread.
-    """
-    return [(number // clients + number % clients) % models for number in range(count)]
 
 
 class CountingDevice(Protocol):

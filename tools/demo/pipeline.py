@@ -1,6 +1,6 @@
 """The demo's pipeline: one RunInference per model, as a user would write it. Started by beam_demo.py.
 
-    python demo_pipeline.py PLAN.json
+    PYTHONPATH=tools python tools/demo/pipeline.py PLAN.json
 
 What makes it run on mpmm is `mpmm.beam.install()` and, in `model_manager_args`, where memory is counted
 and how much there is. On Beam's own manager it runs without both.
@@ -24,7 +24,8 @@ from typing import Any
 
 import apache_beam as beam
 import numpy as np
-from demo_plan import RECORD, RECORDS_SUFFIX, Plan, load_halves
+
+from demo.plan import RECORD, RECORDS_SUFFIX, Plan, load_halves
 
 
 class Record(beam.DoFn):

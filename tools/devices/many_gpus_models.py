@@ -5,8 +5,7 @@ from __future__ import annotations
 import uuid
 from dataclasses import dataclass
 
-from simulated_gpu import SimulatedGpus
-
+from devices.simulated_gpu import SimulatedGpus
 from mpmm import MultiProcessShared
 
 __all__ = ["LARGEST_MB", "Loads", "size_mb"]

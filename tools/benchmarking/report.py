@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from benchmark_rows import BEAM, IMPLEMENTATIONS, MPMM, Figure, Row, Summary, ratio, stands
+
+from benchmarking.rows import BEAM, IMPLEMENTATIONS, MPMM, Figure, Row, Summary, ratio, stands
 
 __all__ = ["as_json", "header", "machine", "plot", "row_lines"]
 

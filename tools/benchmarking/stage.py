@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
-from benchmark_rows import MPMM, Task
+from benchmarking.rows import MPMM, Task
 
 __all__ = ["Stage", "SteadyMonitor", "attach", "make_handle", "modules", "set_up", "timed", "warm_pair_seconds"]
 

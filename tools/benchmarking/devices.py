@@ -9,10 +9,10 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from benchmark_crew import Crew
-from benchmark_rows import MPMM, Figure, Measured, Row, Task
-from simulated_gpu import DIRECTORY_VARIABLE, SimulatedGpus, build
+from devices.simulated_gpu import DIRECTORY_VARIABLE, SimulatedGpus, build
 
+from benchmarking.crew import Crew
+from benchmarking.rows import MPMM, Figure, Measured, Row, Task
 from mpmm import ModelManager
 from mpmm.shared_state.snapshot import read_snapshot
 from mpmm.sources.nvml import NvmlSource

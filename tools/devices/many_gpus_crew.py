@@ -10,9 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from many_gpus_models import LARGEST_MB, Loads
-from simulated_gpu import SimulatedGpus
-
+from devices.many_gpus_models import LARGEST_MB, Loads
+from devices.simulated_gpu import SimulatedGpus
 from mpmm import ModelManager
 from mpmm.policy.view import Reason
 from mpmm.shared_state.invariants import check_invariants

@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from demo_plan import RECORD, RECORDS_SUFFIX, Plan
 
-TOOLS = Path(__file__).resolve().parent
+from demo.plan import RECORD, RECORDS_SUFFIX, Plan
+
+TOOLS = Path(__file__).resolve().parent.parent
 MARK = "MPMM_DEMO_RUN"
 MIB = 2**20
 SHARED_MEMORY = Path("/dev/shm")
@@ -121,7 +122,7 @@ class Watcher:
             self._view.join()
         try:
             with open(self._folder / "log", "w", encoding="utf-8") as log:
-                command = [sys.executable, str(TOOLS / "demo_pipeline.py"), str(self._folder / "plan.json")]
+                command = [sys.executable, str(TOOLS / "demo" / "pipeline.py"), str(self._folder / "plan.json")]
                 # The working directory comes first on the workers' import path: an empty one hides nothing.
                 child = subprocess.Popen(
                     command, env=self._environment, cwd=self._folder / "tmp", stdout=log, stderr=subprocess.STDOUT
@@ -258,7 +259,7 @@ class Processes:
 
     def model_servers(self) -> list[psutil.Process]:
         """Return those that are neither a worker of Beam, nor the program that runs the pipeline, nor a helper."""
-        others = ("sdk_worker_main", "demo_pipeline.py", "resource_tracker")
+        others = ("sdk_worker_main", "demo/pipeline.py", "resource_tracker")
         servers = []
         for process in self.alive():
             with contextlib.suppress(psutil.Error):

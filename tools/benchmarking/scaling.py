@@ -18,9 +18,9 @@ import time
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 
-from benchmark_crew import Crew
-from benchmark_rows import MPMM, Figure, Measured, Row, Task
-from benchmark_stage import Stage, attach, make_handle, modules, set_up, warm_pair_seconds
+from benchmarking.crew import Crew
+from benchmarking.rows import MPMM, Figure, Measured, Row, Task
+from benchmarking.stage import Stage, attach, make_handle, modules, set_up, warm_pair_seconds
 
 __all__ = ["ROWS"]
 

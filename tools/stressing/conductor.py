@@ -28,9 +28,6 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from stress_checks import ClaimJudge, History, SnapshotChecks, Stop, Violations, fit_slope
-from stress_models import ON_GPU, Plan, is_dying, is_locked, is_stopped
-from stress_worker import LEAVE, QUIET, RUN, be_worker
 
 from mpmm.errors import LayoutMismatchError
 from mpmm.shared_state.layout import Header, Member
@@ -38,6 +35,9 @@ from mpmm.shared_state.runtime_dir import RUNTIME_DIR_VARIABLE
 from mpmm.shared_state.segment import Segment, SegmentProblem, segment_name
 from mpmm.shared_state.snapshot import Snapshot, read_snapshot
 from mpmm.sources.visible_devices import VISIBLE_VARIABLE
+from stressing.checks import ClaimJudge, History, SnapshotChecks, Stop, Violations, fit_slope
+from stressing.models import ON_GPU, Plan, is_dying, is_locked, is_stopped
+from stressing.worker import LEAVE, QUIET, RUN, be_worker
 
 NAMESPACE = "stress"
 TICK_S = 0.005

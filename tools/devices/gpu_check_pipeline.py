@@ -1,6 +1,6 @@
 """The pipeline of `gpu_check.py`: models on a GPU behind RunInference, with mpmm for Beam's model manager.
 
-    python -c 'from gpu_check_pipeline import main; main()' PLAN
+    python -c 'from devices.gpu_check_pipeline import main; main()' PLAN
 
 PLAN is a `PipelinePlan` as JSON. What is loaded, and what runs out of memory at that, is written to a file of the
 plan's, one line each, because the namespace is gone when the pipeline has ended.
@@ -23,10 +23,10 @@ import apache_beam as beam
 from apache_beam.ml.inference.base import ModelHandler, PredictionResult, RunInference
 from apache_beam.options.pipeline_options import PipelineOptions
 from apache_beam.runners.portability.fn_api_runner import FnApiRunner
-from gpu_check_models import CheckedModel, Loader
-from simulated_gpu import SimulatedGpus
 
 import mpmm.beam
+from devices.gpu_check_models import CheckedModel, Loader
+from devices.simulated_gpu import SimulatedGpus
 from mpmm.policy.out_of_memory import is_out_of_memory
 
 __all__ = ["BATCH", "LOADED", "PREDICTED", "RAN_OUT", "CheckedHandler", "PipelinePlan", "main"]

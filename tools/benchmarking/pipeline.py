@@ -10,8 +10,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmark_rows import Figure, Measured, Row, Task
-from benchmark_stage import modules, timed
+from benchmarking.rows import Figure, Measured, Row, Task
+from benchmarking.stage import modules, timed
 
 __all__ = ["ROWS"]
 
@@ -37,7 +37,8 @@ def run_inference_batch(task: Task) -> Measured:
 
 def _batch_seconds(managed: bool, count: int) -> list[float]:
     from apache_beam.ml.inference.base import _RunInferenceDoFn
-    from benchmark_handler import TrivialHandler
+
+    from benchmarking.handler import TrivialHandler
 
     inference: Any = _RunInferenceDoFn(
         TrivialHandler(), clock=time, metrics_namespace="benchmark", model_tag="trivial", use_model_manager=managed
@@ -51,7 +52,7 @@ def _batch_seconds(managed: bool, count: int) -> list[float]:
 
 def pipeline(task: Task) -> Measured:
     """Run the demo's small pipeline: 3 models, 200 elements each, 3 workers. Raises RuntimeError when it fails."""
-    demo = Path(__file__).with_name("beam_demo.py")
+    demo = Path(__file__).resolve().parent.parent / "beam_demo.py"
     command = [sys.executable, str(demo), "--small", "--json", "--cache", str(task.folder / "cache")]
     if not task.is_mpmm:
         command.append("--stock")

@@ -12,11 +12,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from stress_models import size_mb
-
 from mpmm.policy.view import Reason
 from mpmm.shared_state.invariants import check_invariants
 from mpmm.shared_state.snapshot import InstanceInfo, Snapshot
+from stressing.models import size_mb
 
 # A ticket may outlive its deadline, and a copy its unloading, for so long and no longer.
 OVERDUE_S = 3.0

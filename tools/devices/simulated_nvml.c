@@ -1,7 +1,7 @@
 /* A stand-in for libnvidia-ml.so.1: NVML's functions over a directory of small files, for machines without a GPU.
  *
  * Implemented is what nvidia-ml-py calls for memory, processes, names and MIG slices. The directory is named by
- * $SIMULATED_GPU_DIR and written by tools/simulated_gpu.py, which says what each file means. Memory is read anew at
+ * $SIMULATED_GPU_DIR and written by tools/devices/simulated_gpu.py, which says what each file means. Memory is read anew at
  * every call; the devices, their names and sizes are read by nvmlInit.
  *
  * As with the real library, handles are good until nvmlShutdown, and in the process that called nvmlInit only; and

@@ -16,8 +16,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from benchmark_rows import MPMM, Figure, Measured, Row, Task
-from benchmark_stage import Stage, make_handle, set_up
+from benchmarking.rows import MPMM, Figure, Measured, Row, Task
+from benchmarking.stage import Stage, make_handle, set_up
 
 __all__ = ["ROWS"]
 

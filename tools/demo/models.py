@@ -17,7 +17,6 @@ from typing import Any
 import joblib
 import numpy as np
 import sklearn
-from demo_plan import load_halves
 from sklearn.ensemble import ExtraTreesClassifier
 from sklearn.linear_model import LogisticRegression, RidgeClassifier
 from sklearn.naive_bayes import GaussianNB
@@ -25,6 +24,8 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import PolynomialFeatures, StandardScaler
 from sklearn.svm import SVC
+
+from demo.plan import load_halves
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,10 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 import numpy as np
-from benchmark_crew import Crew
-from benchmark_rows import Figure, Measured, Row, Task
-from benchmark_stage import modules, timed
+
+from benchmarking.crew import Crew
+from benchmarking.rows import Figure, Measured, Row, Task
+from benchmarking.stage import modules, timed
 
 __all__ = ["ROWS"]
 

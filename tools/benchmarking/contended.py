@@ -14,9 +14,9 @@ import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 
-from benchmark_crew import Crew, sleep_until
-from benchmark_rows import MPMM, Figure, Measured, Row, Task, percentile
-from benchmark_stage import Stage, attach, make_handle, modules, set_up, warm_pair_seconds
+from benchmarking.crew import Crew, sleep_until
+from benchmarking.rows import MPMM, Figure, Measured, Row, Task, percentile
+from benchmarking.stage import Stage, attach, make_handle, modules, set_up, warm_pair_seconds
 
 __all__ = ["ROWS"]
 

@@ -10,9 +10,9 @@ import statistics
 import time
 from multiprocessing.connection import Connection
 
-from benchmark_crew import Crew, sleep_until
-from benchmark_rows import Figure, Measured, Row, Task, percentile
-from benchmark_stage import Stage, attach, make_handle, modules, set_up, warm_pair_seconds
+from benchmarking.crew import Crew, sleep_until
+from benchmarking.rows import Figure, Measured, Row, Task, percentile
+from benchmarking.stage import Stage, attach, make_handle, modules, set_up, warm_pair_seconds
 
 __all__ = ["ROWS"]
 

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from simulated_gpu import SimulatedGpus, build
+from devices.simulated_gpu import SimulatedGpus, build
 
 from mpmm.sources import DeviceInfo, DeviceSample
 

@@ -12,8 +12,7 @@ import uuid
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from simulated_gpu import SimulatedGpus
-
+from devices.simulated_gpu import SimulatedGpus
 from mpmm import MultiProcessShared
 
 __all__ = ["CheckedModel", "Figures", "Loader"]

@@ -1,0 +1,1 @@
+"""Simulated devices, and the models that take memory of them: see `simulated_gpu` and `declared`."""

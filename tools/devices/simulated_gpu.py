@@ -1,0 +1,470 @@
+"""Up to eight simulated NVIDIA GPUs in a directory of small files, for machines without one.
+
+    SimulatedGpus (Python)  ->  directory  <-  libnvidia-ml.so.1   simulated_nvml.c: nvidia-ml-py, and so mpmm
+    writes, allocates                      <-  nvidia-smi          simulated_nvidia_smi.c: Beam's GPUMonitor, and mpmm
+                                           <-  libcuda.so.1        simulated_cuda.c: the driver's checkpoint calls
+
+Both programs are built with gcc (`build`) and find the directory by $SIMULATED_GPU_DIR; `SimulatedGpus.environment`
+is what a child process needs. Memory is declared, not taken: a process has a file on each device, which counts for
+as long as the process lives.
+
+    in the directory:  init        error that nvmlInit returns
+                       calls       log of who asks, if it exists
+                       pid_offset  added to every pid that is told
+                       mps_daemon  pid that NVML names as the one that computes, in place of all processes; those
+                                   are in the list of MPS clients then
+                       inforom     if it exists, nvidia-smi says that the infoROM is corrupted, and ends with 14
+                       nvml_hang   seconds that a figure takes
+                       smi_hang    seconds that nvidia-smi takes
+                       lock        held by who allocates
+                       cuda_rates  '<call> <MB/s>' for each of checkpoint and restore; at once without
+                       cuda_error  '<call> <error>' for each call that fails: cuInit, state, lock, checkpoint, …
+                       cuda_hang   '<call> <seconds>' for each call that begins late
+                       cuda_busy   'lock <seconds>' that submitted work still takes
+                       cuda_die    '<call> <bytes> <state>': the caller is killed before it has moved so much, and the
+                                   process is left in that state
+    in host:           state_<pid>_<start time>      1 locked, 2 checkpointed, 3 failed; running without
+                       gpu<n>_<pid>_<start time>     bytes of a process that are in the host's memory
+    in gpu0, …, and in about       uuid, name, total and reserved (bytes), linger_ms, mig
+    their slices       lost        if it exists, the GPU fell off the bus
+    gpu0/mig0, …:      refused     '<what> <error>' for each question that is refused; what is memory, processes,
+                                   mps_processes, process_memory, name, uuid or mig; 'unlisted <any>' lets the list of
+                                   processes be empty, as in some containers
+                       memory/of_<pid>_<start time>  bytes that a process has, as long as it lives
+                       highest     bytes that were in use at most
+                       memory/kept_<pid>             the same, whether it lives or not
+                       memory/late_…                 bytes freed, that come back late
+
+Run by hand, it makes such a directory and prints the environment:  simulated_gpu.py /tmp/gpus 16384 16384
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import fcntl
+import itertools
+import os
+import shlex
+import subprocess
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+__all__ = [
+    *("CHECKPOINTED", "DIRECTORY_VARIABLE", "DRIVER_NOT_LOADED", "FAILED", "GPU_IS_LOST", "LOCKED", "NOT_SUPPORTED"),
+    *("RUNNING", "Build", "SimulatedGpus", "build"),
+]
+
+DIRECTORY_VARIABLE = "SIMULATED_GPU_DIR"
+MIB = 2**20
+MAX_GPUS = 8
+MAX_SLICES = 7
+# NVML's errors, as nvidia-ml-py has them.
+NOT_SUPPORTED = 3
+NO_PERMISSION = 4
+DRIVER_NOT_LOADED = 9
+GPU_IS_LOST = 15
+# States of a process for the driver's checkpoint calls.
+RUNNING, LOCKED, CHECKPOINTED, FAILED = range(4)
+# How often a process looks whether it is locked no more.
+LOOK_S = 0.005
+_SOURCES = Path(__file__).resolve().parent
+# A GPU's number, the number of one and of its slice, or a uuid.
+Device = int | tuple[int, int] | str
+_numbers = itertools.count(1)
+
+
+@dataclass(frozen=True)
+class Build:
+    """Where the programs are: the libraries' folders go to LD_LIBRARY_PATH, the other to PATH."""
+
+    library: Path
+    program: Path
+    cuda: Path
+
+    def load(self) -> None:
+        """Load the library into this process, so that nvidia-ml-py finds it; before it has looked for another.
+
+        It stays loaded, and without $SIMULATED_GPU_DIR says that there is no driver.
+        """
+        ctypes.CDLL(str(self.library), mode=ctypes.RTLD_GLOBAL)
+
+
+def build(folder: Path) -> Build:
+    """Build the library and the program in `folder`, in half a second. Raises CalledProcessError, with gcc's words."""
+    # The checkpoint calls lie by themselves: a library that finds a libcuda.so.1 takes it for a whole one.
+    cuda = folder / "cuda" / "libcuda.so.1"
+    built = Build(folder / "lib" / "libnvidia-ml.so.1", folder / "bin" / "nvidia-smi", cuda)
+    for path in (built.library, built.program, built.cuda):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    gcc = ["gcc", "-O2", "-Wall", "-Wextra", "-Werror"]
+    nvml = str(_SOURCES / "simulated_nvml.c")
+    shared = [*gcc, "-shared", "-fPIC", "-Wl,-soname,libnvidia-ml.so.1", "-o", str(built.library), nvml]
+    program = [*gcc, "-o", str(built.program), str(_SOURCES / "simulated_nvidia_smi.c"), nvml]
+    checkpoints = [*gcc, "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-o", str(built.cuda)]
+    for command in (shared, program, [*checkpoints, str(_SOURCES / "simulated_cuda.c")]):
+        subprocess.run(command, check=True)
+    return built
+
+
+class SimulatedGpus:
+    """The GPUs in a directory; every process can make one of these for the same directory. Can be pickled.
+
+    A device is named by its number, by `(number, slice)`, or by its uuid.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Use the directory as it is; see `create`."""
+        self.folder = folder
+
+    @classmethod
+    def create(
+        cls,
+        folder: Path,
+        *totals_mb: float,
+        slices_mb: Mapping[int, Sequence[float]] | None = None,
+        reserved_mb: float = 0.0,
+        linger_s: float = 0.0,
+    ) -> SimulatedGpus:
+        """Make a directory with a GPU of each size.
+
+        slices_mb: the MIG slices of the GPUs with these numbers, which are in MIG mode then, even without any.
+        reserved_mb: what the driver keeps of each GPU for itself.
+        linger_s: how much later freed memory comes back; for a dead process, after it was first seen to be dead.
+        """
+        if len(totals_mb) > MAX_GPUS or any(len(sizes) > MAX_SLICES for sizes in (slices_mb or {}).values()):
+            raise ValueError(f"more than {MAX_GPUS} GPUs, or {MAX_SLICES} slices of one")
+        gpus = cls(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "lock").touch()
+        for number, total_mb in enumerate(totals_mb):
+            sizes = (slices_mb or {}).get(number)
+            uuid = f"GPU-{number:08x}-5157-0000-0000-000000000000"
+            name = f"Simulated {total_mb / 1024:.0f}GB"
+            gpus._describe(folder / f"gpu{number}", uuid, name, total_mb, reserved_mb, linger_s, sizes is not None)
+            for place, size in enumerate(sizes or ()):
+                uuid = f"MIG-{number:04x}{place:04x}-5157-0000-0000-000000000000"
+                name = f"{place + 1}g.{size / 1024:.0f}gb"
+                gpus._describe(folder / f"gpu{number}" / f"mig{place}", uuid, name, size, 0.0, linger_s, False)
+        return gpus
+
+    def environment(
+        self, built: Build, base: Mapping[str, str] | None = None, checkpoints: bool = False
+    ) -> dict[str, str]:
+        """Return `base` (the process's own) with what a child process needs to find these GPUs.
+
+        checkpoints: the driver's checkpoint calls, too.
+        """
+        found = dict(os.environ if base is None else base)
+        found[DIRECTORY_VARIABLE] = str(self.folder)
+        places = [("LD_LIBRARY_PATH", built.library), ("PATH", built.program)]
+        if checkpoints:
+            places.append(("LD_LIBRARY_PATH", built.cuda))
+        for variable, path in places:
+            found[variable] = os.pathsep.join(filter(None, [str(path.parent), found.get(variable)]))
+        return found
+
+    # ---- what is there ------------------------------------------------------------------------------------
+
+    def count(self) -> int:
+        """Return the number of GPUs."""
+        return sum((self.folder / f"gpu{number}").is_dir() for number in range(MAX_GPUS))
+
+    def units(self) -> list[str]:
+        """Return the uuids of everything that models can be placed on: GPUs, or their slices."""
+        found = []
+        for number in range(self.count()):
+            board = self.folder / f"gpu{number}"
+            slices = sorted(board.glob("mig*"))
+            found += [_about(unit)["uuid"] for unit in ([board] if _about(board)["mig"] != "1" else slices)]
+        return found
+
+    def uuid(self, device: Device) -> str:
+        """Return a device's uuid."""
+        return _about(self._place(device))["uuid"]
+
+    def total_mb(self, device: Device) -> float:
+        """Return a device's size."""
+        return int(_about(self._place(device))["total"]) / MIB
+
+    def used_mb(self, device: Device) -> float:
+        """Return what is used on a device, with what the driver keeps; of a GPU in MIG mode, in all of its slices."""
+        place = self._place(device)
+        reserved = int(_about(place)["reserved"])
+        return (reserved + sum(_used(unit) for unit in (place, *place.glob("mig*")))) / MIB
+
+    def highest_mb(self, device: Device) -> float:
+        """Return the most that was in use after any `allocate`, 0 before the first."""
+        return _read_bytes(self._place(device) / "highest") / MIB
+
+    def process_mb(self, device: Device) -> dict[int, float]:
+        """Return the memory of each living process on a device."""
+        memory = self._place(device) / "memory"
+        found: dict[int, float] = {}
+        for name in os.listdir(memory):
+            kind, pid, *rest = name.split("_")
+            if kind == "kept" or (kind == "of" and _start_of(int(pid)) == rest[0]):
+                found[int(pid)] = found.get(int(pid), 0.0) + _read_bytes(memory / name) / MIB
+        return found
+
+    def current_device(self) -> str:
+        """Return the uuid of this process's `cuda:0`, by the first entry of CUDA_VISIBLE_DEVICES.
+
+        Raises LookupError when there is none.
+        """
+        entry = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0].strip()
+        if entry.isdecimal():
+            board = self.folder / f"gpu{entry}"
+            fitting = [_about(next(iter(sorted(board.glob("mig*"))), board))["uuid"]] if board.is_dir() else []
+        else:
+            fitting = [uuid for uuid in self.units() if entry and uuid.startswith(entry)]
+        if len(fitting) != 1:
+            raise LookupError(f"CUDA_VISIBLE_DEVICES begins with {entry!r}: that is not one simulated device")
+        return fitting[0]
+
+    # ---- memory -------------------------------------------------------------------------------------------
+
+    def allocate(self, mb: float, device: Device | None = None) -> None:
+        """Take memory for this process, for as long as it lives; on `current_device()` unless told.
+
+        Raises MemoryError, and takes nothing, when there is less free.
+        """
+        wanted = self.current_device() if device is None else device
+        self._await_unlock()
+        with self._alone():
+            free_mb = self.total_mb(wanted) - self.used_mb(wanted)
+            if mb > free_mb:
+                raise MemoryError(f"{mb:g} MiB asked for on {self.uuid(wanted)}, {free_mb:g} MiB free")
+            self._change(self._own_file(wanted), mb)
+            if self.used_mb(wanted) > self.highest_mb(wanted):
+                _write(self._place(wanted) / "highest", str(round(self.used_mb(wanted) * MIB)))
+
+    def free(self, mb: float, device: Device | None = None) -> None:
+        """Give memory of this process back; it comes free after `linger_s`. Raises ValueError for more than it has."""
+        wanted = self.current_device() if device is None else device
+        own = self._own_file(wanted)
+        self._await_unlock()
+        with self._alone():
+            if mb * MIB > _read_bytes(own) + 1:
+                raise ValueError(f"{mb:g} MiB to free, {_read_bytes(own) / MIB:g} MiB taken")
+            if _linger_s(own.parent.parent):
+                _write(own.with_name(f"late_{os.getpid()}_{next(_numbers)}"), str(round(mb * MIB)))
+            self._change(own, -mb)
+
+    def pretend(self, pid: int, mb: float, device: Device) -> None:
+        """Give a process memory, whether it lives or not, until `pretend(pid, 0, device)`: somebody else's, say."""
+        path = self._place(device) / "memory" / f"kept_{pid}"
+        if mb:
+            _write(path, str(round(mb * MIB)))
+        else:
+            path.unlink()
+
+    # ---- checkpoints ---------------------------------------------------------------------------------------
+
+    def set_rates(self, checkpoint_mb_s: float, restore_mb_s: float) -> None:
+        """Let checkpoints and restores move so much in a second; 0: all of it at once."""
+        _write(self.folder / "cuda_rates", f"checkpoint {checkpoint_mb_s}\nrestore {restore_mb_s}\n")
+
+    def fail_call(self, call: str, error: int) -> None:
+        """Let a call of the driver (`cuInit`, `state`, `lock`, `checkpoint`, `restore`, `unlock`) fail; 0 ends it."""
+        _write(self.folder / "cuda_error", f"{call} {error}\n" if error else "")
+
+    def hang_call(self, call: str, seconds: float) -> None:
+        """Let a call of the driver begin so much later."""
+        _write(self.folder / "cuda_hang", f"{call} {seconds}\n")
+
+    def keep_busy(self, seconds: float) -> None:
+        """Let every process have submitted work of so many seconds, for which a lock waits."""
+        _write(self.folder / "cuda_busy", f"lock {seconds}\n")
+
+    def kill_caller(self, call: str, after_mb: float, leaves: int) -> None:
+        """Let the next caller of `checkpoint` or `restore` be killed before it has moved so much; below 0 ends it.
+
+        leaves: the state in which the process is then.
+        """
+        _write(self.folder / "cuda_die", f"{call} {round(after_mb * MIB)} {leaves}\n" if after_mb >= 0 else "")
+
+    def state_of(self, pid: int) -> int:
+        """Return the state of a process: RUNNING, LOCKED, CHECKPOINTED or FAILED."""
+        return _read_bytes(self.folder / "host" / f"state_{pid}_{_start_of(pid)}")
+
+    def host_mb(self) -> float:
+        """Return what living processes have in the host's memory instead of on their devices."""
+        found = 0
+        for path in (self.folder / "host").glob("gpu*_*_*"):
+            _, pid, started = path.name.split("_")
+            if _start_of(int(pid)) == started:
+                found += _read_bytes(path)
+        return found / MIB
+
+    def _await_unlock(self) -> None:
+        """Block as a CUDA call does while the process is locked or checkpointed."""
+        while self.state_of(os.getpid()) != RUNNING:
+            time.sleep(LOOK_S)
+
+    # ---- failures -----------------------------------------------------------------------------------------
+
+    def fail_init(self, error: int = DRIVER_NOT_LOADED) -> None:
+        """Let nvmlInit fail, and nvidia-smi with it; 0 ends it."""
+        _write(self.folder / "init", str(error))
+
+    def lose(self, device: int) -> None:
+        """Let a GPU fall off the bus: nvidia-smi fails as a whole then, NVML for this GPU until initialised anew."""
+        (self._place(device) / "lost").touch()
+
+    def find(self, device: int) -> None:
+        """Put a GPU back that was lost."""
+        (self._place(device) / "lost").unlink()
+
+    def refuse(self, device: Device, what: str, error: int = NOT_SUPPORTED) -> None:
+        """Let a device refuse questions about `what`, see the list in the module's text; with error 0, answer again."""
+        path = self._place(device) / "refused"
+        lines = dict(line.split() for line in path.read_text().splitlines()) if path.exists() else {}
+        lines[what] = str(error)
+        _write(path, "".join(f"{key} {value}\n" for key, value in lines.items()))
+
+    def hang(self, nvidia_smi_s: float = 0.0, nvml_s: float = 0.0) -> None:
+        """Let nvidia-smi, and figures of NVML, take so long from now on."""
+        _write(self.folder / "smi_hang", str(nvidia_smi_s))
+        _write(self.folder / "nvml_hang", str(nvml_s))
+
+    def shift_pids(self, by: int) -> None:
+        """Tell pids as from another pid namespace: so much higher."""
+        _write(self.folder / "pid_offset", str(by))
+
+    def share_context(self, daemon: int) -> None:
+        """Tell processes as under MPS: a daemon computes for all, who are in a list of their own; 0 ends it."""
+        _write(self.folder / "mps_daemon", str(daemon))
+
+    def corrupt_inforom(self, corrupted: bool = True) -> None:
+        """Let nvidia-smi complain about an infoROM between its lines, and end with status 14."""
+        if corrupted:
+            (self.folder / "inforom").touch()
+        else:
+            (self.folder / "inforom").unlink()
+
+    # ---- who asks -----------------------------------------------------------------------------------------
+
+    def record_calls(self) -> None:
+        """Log who initialises NVML and who asks for figures, from now on."""
+        _write(self.folder / "calls", "")
+
+    def calls(self) -> list[tuple[int, str, str]]:
+        """Return the log: pid, `init` or `memory`, and the uuid, or `-`."""
+        found = []
+        for line in (self.folder / "calls").read_text().splitlines():
+            pid, what, about = line.split()
+            found.append((int(pid), what, about))
+        return found
+
+    # ---- files --------------------------------------------------------------------------------------------
+
+    def _describe(
+        self, place: Path, uuid: str, name: str, total_mb: float, reserved_mb: float, linger_s: float, mig: bool
+    ) -> None:
+        (place / "memory").mkdir(parents=True, exist_ok=True)
+        about = {
+            "uuid": uuid,
+            "name": name,
+            "total": round(total_mb * MIB),
+            "reserved": round(reserved_mb * MIB),
+            "linger_ms": round(linger_s * 1000),
+            "mig": 1 if mig else -1,
+        }
+        _write(place / "about", "".join(f"{key} {value}\n" for key, value in about.items()))
+
+    def _place(self, device: Device) -> Path:
+        if isinstance(device, int):
+            return self.folder / f"gpu{device}"
+        if isinstance(device, tuple):
+            return self.folder / f"gpu{device[0]}" / f"mig{device[1]}"
+        for place in (*self.folder.glob("gpu*"), *self.folder.glob("gpu*/mig*")):
+            if _about(place)["uuid"] == device:
+                return place
+        raise LookupError(f"no simulated device {device!r}")
+
+    def _own_file(self, device: Device) -> Path:
+        return self._place(device) / "memory" / f"of_{os.getpid()}_{_start_of(os.getpid())}"
+
+    @staticmethod
+    def _change(path: Path, by_mb: float) -> None:
+        there = _read_bytes(path) + round(by_mb * MIB)
+        if there > 0:
+            _write(path, str(there))
+        else:
+            path.unlink(missing_ok=True)
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        with open(self.folder / "lock", "rb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+
+
+def _about(place: Path) -> dict[str, str]:
+    return dict(line.split(" ", 1) for line in (place / "about").read_text().splitlines())
+
+
+def _linger_s(place: Path) -> float:
+    return int(_about(place)["linger_ms"]) / 1000
+
+
+def _write(path: Path, text: str) -> None:
+    """Replace a file as a whole. Its name until then is not one that the library counts."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}.{next(_numbers)}")
+    aside.write_text(text)
+    aside.replace(path)
+
+
+def _read_bytes(path: Path) -> int:
+    try:
+        return int(path.read_text())
+    except FileNotFoundError:
+        return 0
+
+
+def _start_of(pid: int) -> str | None:
+    """Return when a process was started, in the kernel's count; None when it is gone, or a zombie."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] in "ZX" else fields[19]
+
+
+def _used(place: Path) -> int:
+    """Return the bytes in use, as the library counts them, except that it changes nothing."""
+    linger_s = _linger_s(place)
+    used = 0
+    for path in (place / "memory").iterdir():
+        kind, *rest = path.name.split("_")
+        try:
+            if kind == "of" and _start_of(int(rest[0])) != rest[1] and not linger_s:
+                continue
+            if kind == "late" and time.time() - path.stat().st_mtime >= linger_s:
+                continue
+        except FileNotFoundError:
+            continue
+        if kind in ("of", "kept", "late"):
+            used += _read_bytes(path)
+    return used
+
+
+def main() -> None:
+    """Make a directory with GPUs of the sizes that are asked for, and print how a shell uses them."""
+    parser = argparse.ArgumentParser(description="Make simulated GPUs, and print the environment that finds them.")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("total_mb", type=float, nargs="+")
+    parser.add_argument("--linger", type=float, default=0.0, metavar="SECONDS", help="freed memory comes back so late")
+    options = parser.parse_args()
+    gpus = SimulatedGpus.create(options.folder, *options.total_mb, linger_s=options.linger)
+    for variable, value in gpus.environment(build(options.folder / "build")).items():
+        if variable in (DIRECTORY_VARIABLE, "LD_LIBRARY_PATH", "PATH"):
+            print(f"export {variable}={shlex.quote(value)}")
+
+
+if __name__ == "__main__":
+    main()
