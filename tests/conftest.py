@@ -18,22 +18,24 @@ from typing import Any
 
 import psutil
 import pytest
+from device import SimulatedDevice
 from devices.simulated_gpu import Build, SimulatedGpus, build
 from filelock import FileLock
-from processes import (
+from harness import (
+    CHECKOUT,
     CRASH_POINTS,
     FORK_POINTS,
     KEEP,
     LEFT_OVER,
     OWN_LEFT_OVER,
-    Gate,
+    SMALL,
     Process,
-    SimulatedDevice,
     attach,
     files_in,
     segments_of,
     wait_until,
 )
+from loaders import Gate
 
 from mpmm.model_manager import ModelManager
 from mpmm.multi_process_shared.registry import leave_all_registries, registry_for
@@ -44,18 +46,6 @@ from mpmm.shared_state.runtime_dir import RUNTIME_DIR_VARIABLE
 LEAVE_TIMEOUT_S = 10.0
 # Helpers of the interpreter that tests start on purpose; they end with the test process.
 HELPERS = ("multiprocessing.resource_tracker", "multiprocessing.forkserver")
-
-# What most managers in tests have: one device that goes by the books and takes ten models of the default size.
-SMALL: dict[str, Any] = {
-    "memory_source": "booked",
-    "fallback_memory_mb": 1000.0,
-    "slack_percentage": 0.0,
-    "default_estimate_mb": 100.0,
-    "wait_timeout_seconds": 15.0,
-    "lock_timeout_seconds": 10.0,
-}
-
-CHECKOUT = Path(__file__).resolve().parent.parent
 
 
 def pytest_configure(config: pytest.Config) -> None:

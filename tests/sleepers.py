@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from served import Gate, SimulatedDevice
+from device import SimulatedDevice
+from loaders import Gate
 
 from mpmm.multi_process_shared import MultiProcessShared
 

@@ -7,23 +7,21 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from processes import (
-    Gate,
-    Loads,
-    LoadsObject,
-    LoadsServer,
+from harness import (
+    NewGate,
+    NewManager,
+    NewProcess,
     Process,
     Seat,
-    Weights,
     acquire,
     copies_of,
     learn,
     problems,
     release,
-    served,
     wait_until,
     waiting,
 )
+from loaders import Loads, LoadsObject, LoadsServer, Weights, served
 
 from mpmm.cli import main
 from mpmm.errors import DeadlockError, InvalidArgumentError, NotAcquiredError, UnloadTimeoutError
@@ -32,9 +30,6 @@ from mpmm.policy.view import Reason
 from mpmm.shared_state.settings import CHANGEABLE
 from mpmm.shared_state.snapshot import read_snapshot
 
-NewManager = Callable[..., ModelManager]
-NewProcess = Callable[..., Process]
-NewGate = Callable[[], Gate]
 Capture = pytest.CaptureFixture[str]
 
 

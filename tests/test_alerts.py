@@ -7,15 +7,15 @@ import json
 import re
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from processes import SimulatedDevice, wait_until
+from device import SimulatedDevice
+from harness import NewManager, wait_until
 
-from mpmm.model_manager import ModelManager
 from mpmm.observability.findings import LONG_WAIT_S, STALE_AFTER_S
 from mpmm.observability.histograms import Histograms
 from mpmm.observability.prometheus import families
@@ -29,7 +29,6 @@ ALERTS: dict[str, dict[str, Any]] = {rule["alert"]: rule for rule in RULES}
 BOARD = json.loads((FILES / "mpmm-dashboard.json").read_text())
 # What Prometheus adds to each sample of a target.
 ADDED = {"instance", "job"}
-NewManager = Callable[..., ModelManager]
 
 
 def board_queries() -> Iterator[tuple[str, str]]:

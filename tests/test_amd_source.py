@@ -18,7 +18,7 @@ from typing import Any
 import psutil
 import pytest
 from amdsmi_stand_in.amdsmi import FOLDER_VARIABLE, MIB, AmdGpus, gpu
-from processes import wait_until
+from harness import wait_until
 
 from mpmm import ModelManager
 from mpmm.memory.placement import Placement, current_placement

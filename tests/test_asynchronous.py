@@ -11,13 +11,10 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from processes import (
-    Gate,
-    LoadFails,
-    Loads,
-    LoadsObject,
-    Process,
-    Weights,
+from harness import (
+    NewGate,
+    NewManager,
+    NewProcess,
     acquire,
     force_reset,
     problems,
@@ -25,6 +22,7 @@ from processes import (
     wait_until,
     waiting,
 )
+from loaders import LoadFails, Loads, LoadsObject, Weights
 
 from mpmm.errors import (
     AcquireTimeoutError,
@@ -36,10 +34,6 @@ from mpmm.errors import (
 from mpmm.model_manager import ModelManager
 from mpmm.shared_state import futex
 from mpmm.shared_state.snapshot import Snapshot, read_snapshot
-
-NewManager = Callable[..., ModelManager]
-NewProcess = Callable[..., Process]
-NewGate = Callable[[], Gate]
 
 
 def run(coroutine: Any) -> Any:

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 from devices.simulated_gpu import SimulatedGpus
-from processes import (
-    Loads,
-    LoadsObject,
-    LoadsServer,
-    MakesServed,
-    Process,
+from harness import (
+    NewDevice,
+    NewGpus,
+    NewManager,
+    NewProcess,
     Seat,
-    SimulatedDevice,
-    Weights,
     acquire,
     copies_of,
     learn,
@@ -25,15 +21,11 @@ from processes import (
     release,
     wait_until,
 )
+from loaders import Loads, LoadsObject, LoadsServer, MakesServed, Weights
 
-from mpmm import InvalidArgumentError, ModelManager
+from mpmm import InvalidArgumentError
 from mpmm.policy.view import Reason
 from mpmm.shared_state.snapshot import read_snapshot
-
-NewManager = Callable[..., ModelManager]
-NewProcess = Callable[..., Process]
-NewDevice = Callable[..., SimulatedDevice]
-NewGpus = Callable[..., SimulatedGpus]
 
 
 @dataclass(frozen=True)

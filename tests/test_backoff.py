@@ -6,19 +6,16 @@ import asyncio
 import contextlib
 import math
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
-from processes import (
-    Gate,
-    LoadFails,
-    Loads,
-    LoadsObject,
-    Process,
+from harness import (
+    NewDevice,
+    NewGate,
+    NewManager,
+    NewProcess,
     Seat,
-    SimulatedDevice,
     acquire,
     copies_of,
     learn,
@@ -27,21 +24,16 @@ from processes import (
     release,
     wait_until,
 )
-from processes import waiting as waiting_for
+from harness import waiting as waiting_for
+from loaders import LoadFails, Loads, LoadsObject
 from test_policy import A, B, C, device, idle, model, ticket, view
 
 from mpmm.errors import LoadTimeoutError
-from mpmm.model_manager import ModelManager
 from mpmm.observability.inspect_screen import render
 from mpmm.policy.backoff import back_off_s, left_s
 from mpmm.policy.plan import make_plan
 from mpmm.policy.view import BusyInstance, Decision, Evict, Grant, Load, ModelView, Reason, TicketView, Wait
 from mpmm.shared_state.snapshot import read_snapshot
-
-NewManager = Callable[..., ModelManager]
-NewProcess = Callable[..., Process]
-NewGate = Callable[[], Gate]
-NewDevice = Callable[..., SimulatedDevice]
 
 
 def failing(row: int, need: float, failures: int = 1, ago_s: float = 0.1, known: bool = True) -> ModelView:

@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from processes import Process, acquire, problems, release, scaled, wait_until
+from harness import NewManager, NewProcess, acquire, import_path, problems, release, scaled, wait_until
 
 from mpmm import ModelManager, MultiProcessShared, SegmentCorruptError
 from mpmm.cli import main
@@ -32,9 +32,6 @@ from mpmm.shared_state.namespace import Namespace
 from mpmm.shared_state.runtime_dir import default_root
 from mpmm.shared_state.segment import segment_name
 from mpmm.shared_state.snapshot import Snapshot, decode, read_snapshot
-
-NewManager = Callable[..., ModelManager]
-NewProcess = Callable[..., Process]
 
 SMALL = Capacities(members=8, models=8, instances=8, tickets=8, devices=2, observations=4, events=64, undo=512)
 DECODED_CASES = scaled(2000)
@@ -226,7 +223,7 @@ def run_unshared(options: Sequence[str], script: str) -> str:
         capture_output=True,
         text=True,
         timeout=60,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)},
+        env={**os.environ, "PYTHONPATH": import_path()},
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()

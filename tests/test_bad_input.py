@@ -16,8 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import SMALL
-from processes import problems
+from harness import SMALL, NewManager, problems
 
 from mpmm import beam
 from mpmm.cli import main
@@ -32,8 +31,6 @@ from mpmm.multi_process_shared import MultiProcessShared, server_pid, unload
 from mpmm.shared_state.layout import Capacities
 from mpmm.shared_state.snapshot import as_json, find_namespaces, read_snapshot
 from mpmm.sources.host_memory import HostMemorySource
-
-NewManager = Callable[..., ModelManager]
 
 LONE = "\ud800"
 # Nothing that is no number, and no number that is none.

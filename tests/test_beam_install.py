@@ -15,6 +15,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
+from harness import import_path
 
 from mpmm.beam import _is_worker_that_asks_for_us
 
@@ -27,7 +28,7 @@ def run_python(code: str, *arguments: str, **environment: str) -> str:
     """Run code in a new interpreter; its text on stdout. Fails the test, with its stderr, if it raises."""
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code), *arguments],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path), **environment},
+        env={**os.environ, "PYTHONPATH": import_path(), **environment},
         capture_output=True,
         text=True,
         timeout=TIMEOUT_S,

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from harness import import_path
 
 from mpmm.shared_state.segment import segment_name
 
@@ -47,7 +48,7 @@ def surroundings() -> Iterator[dict[str, str]]:
         **os.environ,
         MARK: mark,
         "MPMM_RUNTIME_DIR": os.fspath(runtime),
-        "PYTHONPATH": os.pathsep.join([os.fspath(ROOT), *(path or os.getcwd() for path in sys.path)]),
+        "PYTHONPATH": import_path(ROOT),
         # Beam's worker pool starts its workers as `python`.
         "PATH": os.pathsep.join([python, os.environ.get("PATH", "")]),
     }

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from harness import import_path
 
 pytestmark = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in ("apache_beam", "pandas", "sklearn")),
@@ -87,7 +88,7 @@ def predictions() -> Iterator[dict[str, list[Any]]]:
     environment = {
         **os.environ,
         "MPMM_RUNTIME_DIR": str(folder / "run"),
-        "PYTHONPATH": os.pathsep.join([str(ONNX), *(path or os.getcwd() for path in sys.path)]),
+        "PYTHONPATH": import_path(ONNX),
     }
     try:
         done = subprocess.run(

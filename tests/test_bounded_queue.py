@@ -6,24 +6,29 @@ import asyncio
 import json
 import math
 import pickle
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import pytest
-from processes import Gate, Loads, LoadsObject, Process, Seat, acquire, learn, problems, release, wait_until, waiting
+from harness import (
+    NewManager,
+    NewProcess,
+    Seat,
+    acquire,
+    learn,
+    problems,
+    release,
+    wait_until,
+    waiting,
+)
+from loaders import Loads, LoadsObject
 from test_policy import ME, OTHER, A, model
 
 from mpmm.cli import main
 from mpmm.errors import AcquireTimeoutError, InvalidArgumentError, QueueFullError
-from mpmm.model_manager import ModelManager
 from mpmm.policy.sharing import FIRST_LOAD_S, Seen, expected_wait_s
 from mpmm.policy.view import ModelView, Reason
 from mpmm.shared_state.snapshot import read_snapshot
-
-NewManager = Callable[..., ModelManager]
-NewProcess = Callable[..., Process]
-NewGate = Callable[[], Gate]
 
 
 def comparable(namespace: str) -> Any:

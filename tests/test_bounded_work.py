@@ -5,17 +5,14 @@ from __future__ import annotations
 import asyncio
 import gc
 import os
-from collections.abc import Callable
 
 import pytest
-from processes import Process, Seat, problems, wait_until
+from harness import NewManager, NewProcess, Seat, problems, wait_until
 
 from mpmm import Capacities, InvalidArgumentError, ModelManager
 from mpmm.shared_state.layout import STEP_WORDS
 from mpmm.shared_state.snapshot import read_snapshot
 
-NewManager = Callable[..., ModelManager]
-NewProcess = Callable[..., Process]
 # The smallest log in which every single step of these tests fits, and by far not all of them together.
 SHORT = Capacities(undo=2048)
 MANY = 120

@@ -7,17 +7,16 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 from devices.simulated_gpu import CHECKPOINTED, FAILED, LOCKED, RUNNING, Build, SimulatedGpus
-from processes import (
-    Loads,
-    LoadsServer,
-    MakesServed,
+from harness import (
+    NewGpus,
+    NewProcess,
     Process,
     Seat,
     acquire,
@@ -26,10 +25,10 @@ from processes import (
     model_of,
     problems,
     release,
-    served,
     shut_down,
     wait_until,
 )
+from loaders import Loads, LoadsServer, MakesServed, served
 from sleepers import pretend_load_s
 
 from mpmm.policy.suspension import Unsuspendable
@@ -37,8 +36,6 @@ from mpmm.shared_state.snapshot import read_snapshot
 from mpmm.suspend.driver import CheckpointDriver, DriverError, State, driver_branch
 from mpmm.suspend.helper import LOCK
 
-NewGpus = Callable[..., SimulatedGpus]
-NewProcess = Callable[..., Process]
 NOT_SUPPORTED = 801
 LONG_S = 60.0
 

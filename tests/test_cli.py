@@ -11,12 +11,12 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
-from processes import Loads, LoadsObject, Process, acquire, wait_until, waiting
+from harness import NewManager, NewProcess, acquire, import_path, wait_until, waiting
+from loaders import Loads, LoadsObject
 
 import mpmm.cli
 from mpmm.cli import main
@@ -34,8 +34,6 @@ from mpmm.shared_state.segment import segment_name
 from mpmm.shared_state.snapshot import EventChoice, Snapshot, read_snapshot
 from mpmm.text.arguments import checked_size_mb
 
-NewManager = Callable[..., ModelManager]
-NewProcess = Callable[..., Process]
 Capture = pytest.CaptureFixture[str]
 
 
@@ -530,7 +528,7 @@ def test_the_version_is_the_packages() -> None:
 
 def run_python(*arguments: str) -> subprocess.CompletedProcess[str]:
     """Run the interpreter on this checkout; it must succeed."""
-    path = os.pathsep.join(path or os.getcwd() for path in sys.path)
+    path = import_path()
     return subprocess.run(
         [sys.executable, *arguments],
         capture_output=True,

@@ -6,18 +6,16 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from processes import LoadsObject
+from harness import NewManager, import_path
+from loaders import LoadsObject
 
 from mpmm.cli import main
 from mpmm.commands.parser import make_parser
-from mpmm.model_manager import ModelManager
 from mpmm.observability.completion import SHELLS, completion, man_page
 
-NewManager = Callable[..., ModelManager]
 # What bash does when somebody presses Tab, with the words of the command line as arguments.
 PRESS_TAB = 'COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); _mpmm; printf "%s\\n" "${COMPREPLY[@]}"'
 
@@ -30,7 +28,7 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     script.write_text(f'#!/bin/sh\nexec {sys.executable} -m mpmm "$@"\n')
     script.chmod(0o700)
     monkeypatch.setenv("PATH", f"{script.parent}:{os.environ['PATH']}")
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path or os.getcwd() for path in sys.path))
+    monkeypatch.setenv("PYTHONPATH", import_path())
     return script
 
 

@@ -11,14 +11,12 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from processes import (
-    Gate,
-    LoadFails,
-    Loads,
-    LoadsObject,
-    Process,
+from harness import (
+    NewDevice,
+    NewGate,
+    NewManager,
+    NewProcess,
     Seat,
-    SimulatedDevice,
     acquire,
     copies_of,
     learn,
@@ -29,16 +27,12 @@ from processes import (
     wait_until,
     waiting,
 )
+from loaders import LoadFails, Loads, LoadsObject
 
 from mpmm.errors import AcquireTimeoutError, InvalidArgumentError, ModelTooLargeError, NotAcquiredError, TableFullError
 from mpmm.model_manager import ModelManager
 from mpmm.shared_state.layout import Capacities
 from mpmm.shared_state.snapshot import read_snapshot
-
-NewManager = Callable[..., ModelManager]
-NewProcess = Callable[..., Process]
-NewGate = Callable[[], Gate]
-NewDevice = Callable[..., SimulatedDevice]
 
 SOON_S = 1.5
 HANDLES = Loads()

@@ -27,7 +27,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from processes import CRASH_POINTS, problems, scaled
+from harness import CRASH_POINTS, NewManager, problems, scaled
 from test_crash_points import FROZEN_NS, KILLED, SMALL, Lab, run_in_child, some_of
 
 from mpmm import ModelManager
@@ -50,7 +50,6 @@ from mpmm.shared_state.transitions import SMOOTHING
 from mpmm.sources import choose_source
 
 SOURCE = Path(core_module.__file__).with_name("_core.c")
-NewManager = Callable[..., ModelManager]
 
 
 def is_built() -> bool:

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from processes import CRASH_POINTS
+from harness import CRASH_POINTS
 
 import mpmm
 from mpmm import ModelManager

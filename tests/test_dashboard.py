@@ -13,7 +13,7 @@ import threading
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,7 +21,8 @@ from typing import Any
 
 import pytest
 from browser import CHROMIUM, Browser
-from processes import Loads, Process, acquire, release, wait_until, waiting
+from harness import NewManager, NewProcess, acquire, release, wait_until, waiting
+from loaders import Loads
 from sleepers import MakesSleeper, pretend_load_s
 
 from mpmm.cli import main
@@ -36,8 +37,6 @@ from mpmm.shared_state.snapshot import Snapshot, read_snapshot
 uvicorn = pytest.importorskip("uvicorn", reason="needs the extra web")
 from mpmm.observability.dashboard import server  # noqa: E402  # needs the library
 
-NewManager = Callable[..., ModelManager]
-NewProcess = Callable[..., Process]
 Capture = pytest.CaptureFixture[str]
 TOKEN = "a-token.of_the~tests"
 PAGE = Path(server.__file__).parent / "page"

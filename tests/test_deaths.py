@@ -19,16 +19,13 @@ from typing import Any
 
 import psutil
 import pytest
-from processes import (
-    Gate,
-    LoadFails,
-    Loads,
-    LoadsObject,
-    LoadsServer,
-    MakesServed,
+from device import SimulatedDevice
+from harness import (
+    NewDevice,
+    NewGate,
+    NewProcess,
     Process,
     Seat,
-    SimulatedDevice,
     acquire,
     copies_of,
     files_in,
@@ -39,26 +36,20 @@ from processes import (
     problems,
     release,
     segments_of,
-    served,
     shut_down,
     wait_until,
     waiting,
 )
+from loaders import Gate, LoadFails, Loads, LoadsObject, LoadsServer, MakesServed, served
 
 from mpmm import cli
 from mpmm.errors import AcquireTimeoutError, ClosedError, LoadTimeoutError, LockTimeoutError, ModelServerError
-from mpmm.model_manager import ModelManager
 from mpmm.shared_state.layout import Header
 from mpmm.shared_state.lock_file import LockFile
 from mpmm.shared_state.runtime_dir import default_root
 from mpmm.shared_state.segment import segment_name
 from mpmm.shared_state.snapshot import read_snapshot
 from mpmm.sources import DeviceSample
-
-NewManager = Callable[..., ModelManager]
-NewProcess = Callable[..., Process]
-NewGate = Callable[[], Gate]
-NewDevice = Callable[..., SimulatedDevice]
 
 SOON_S = 2.0
 

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import pytest
-from processes import (
-    Loads,
-    LoadsObject,
-    Process,
+from harness import (
+    NewDevice,
+    NewManager,
+    NewProcess,
     Seat,
-    SimulatedDevice,
-    Weights,
     acquire,
     copies_of,
     model_of,
@@ -23,18 +20,14 @@ from processes import (
     wait_until,
     waiting,
 )
+from loaders import Loads, LoadsObject, Weights
 from test_policy import RULES, A, B, D, device, model, ticket, view
 
 from mpmm.cli import main
 from mpmm.errors import InvalidArgumentError, ModelTooLargeError
-from mpmm.model_manager import ModelManager
 from mpmm.policy.plan import make_plan
 from mpmm.policy.view import Load, PlacedInstance, Reason, Wait
 from mpmm.shared_state.snapshot import read_snapshot
-
-NewManager = Callable[..., ModelManager]
-NewProcess = Callable[..., Process]
-NewDevice = Callable[..., SimulatedDevice]
 
 
 class Says:

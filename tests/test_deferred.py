@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from unittest import mock
 
 import pytest
-from processes import Seat, learn, problems, wait_until, waiting
+from harness import Seat, learn, problems, wait_until, waiting
 
 from mpmm import AcquireTimeoutError, Capacities, LockTimeoutError, ModelManager
 from mpmm.model_manager.deferred import ATTEMPTS, DeferredChanges

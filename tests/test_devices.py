@@ -6,32 +6,28 @@ import asyncio
 import os
 import random
 from collections import Counter
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 from devices.many_gpus_crew import Setting, measure
-from devices.simulated_gpu import SimulatedGpus
-from many_gpus import LAYOUTS
-from processes import (
-    Gate,
-    Loads,
-    LoadsObject,
-    LoadsServer,
-    MakesServed,
-    Process,
+from harness import (
+    NewDevice,
+    NewGate,
+    NewGpus,
+    NewManager,
+    NewProcess,
     Seat,
-    SimulatedDevice,
     acquire,
     copies_of,
     learn,
     model_of,
     problems,
     release,
-    served,
     wait_until,
     waiting,
 )
+from loaders import Loads, LoadsObject, LoadsServer, MakesServed, served
+from many_gpus import LAYOUTS
 
 import mpmm
 from mpmm import InvalidArgumentError, ModelManager, ModelTooLargeError, Placement
@@ -39,11 +35,6 @@ from mpmm.memory.estimator import ALONE_SD, Estimate, Observation, reconcile, so
 from mpmm.observability.inspect_screen import render
 from mpmm.shared_state.snapshot import DeviceInfo, read_snapshot
 
-NewGpus = Callable[..., SimulatedGpus]
-NewManager = Callable[..., ModelManager]
-NewProcess = Callable[..., Process]
-NewGate = Callable[[], Gate]
-NewDevice = Callable[..., SimulatedDevice]
 # In use on a device whatever is loaded.
 ALWAYS_MB = 400.0
 

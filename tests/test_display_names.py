@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from processes import Loads
+from loaders import Loads
 
 from mpmm.beam.run_inference import name_of_handler
 from mpmm.cli import main

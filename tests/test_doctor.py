@@ -9,21 +9,18 @@ import stat
 import tarfile
 import time
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from processes import LoadsObject, MakesServed, Process, acquire, files_in
+from harness import NewManager, NewProcess, acquire, files_in
+from loaders import LoadsObject, MakesServed
 
 from mpmm.cli import main
-from mpmm.model_manager import ModelManager
 from mpmm.multi_process_shared import MultiProcessShared
 from mpmm.observability import doctor
 from mpmm.observability.doctor import Check, Group, examine, report
 from mpmm.sources import booked
 
-NewManager = Callable[..., ModelManager]
-NewProcess = Callable[..., Process]
 Capture = pytest.CaptureFixture[str]
 
 

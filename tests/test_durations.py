@@ -6,22 +6,30 @@ import asyncio
 import contextlib
 import math
 import time
-from collections.abc import Callable
 from typing import Any
 
 import pytest
-from processes import Loads, Process, Seat, SimulatedDevice, acquire, copies_of, learn, problems, release, wait_until
-from processes import waiting as waiting_for
+from harness import (
+    NewDevice,
+    NewManager,
+    NewProcess,
+    Process,
+    Seat,
+    acquire,
+    copies_of,
+    learn,
+    problems,
+    release,
+    wait_until,
+)
+from harness import waiting as waiting_for
+from loaders import Loads
 
 from mpmm.errors import AcquireTimeoutError
 from mpmm.model_manager import ModelManager
 from mpmm.shared_state.durations import LONGEST_NS, to_ns
 from mpmm.shared_state.settings import SETTINGS
 from mpmm.shared_state.snapshot import read_snapshot
-
-NewManager = Callable[..., ModelManager]
-NewProcess = Callable[..., Process]
-NewDevice = Callable[..., SimulatedDevice]
 
 SECONDS = sorted(name for name, setting in SETTINGS.items() if setting.unit == "seconds")
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from processes import wait_until
+from harness import wait_until
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "tools" / "examples"
 TIMEOUT_S = 100.0

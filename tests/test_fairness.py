@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
 
-from processes import (
-    Gate,
-    Loads,
-    LoadsServer,
-    Process,
+from harness import (
+    NewDevice,
+    NewGate,
+    NewManager,
+    NewProcess,
     Seat,
-    SimulatedDevice,
     acquire,
     force_reset,
     learn,
@@ -22,15 +20,10 @@ from processes import (
     wait_until,
     waiting,
 )
+from loaders import Gate, Loads, LoadsServer
 
-from mpmm.model_manager import ModelManager
 from mpmm.policy.view import Reason
 from mpmm.shared_state.snapshot import read_snapshot
-
-NewManager = Callable[..., ModelManager]
-NewProcess = Callable[..., Process]
-NewGate = Callable[[], Gate]
-NewDevice = Callable[..., SimulatedDevice]
 
 HOLD_S = 0.2
 LOAD_S = 0.3

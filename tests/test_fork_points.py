@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from processes import DEADLINE_S, FORK_POINTS, Loads, Process, files_in
+from harness import FORK_POINTS, NewProcess, files_in
+from loaders import DEADLINE_S, Loads
 
 from mpmm import fork_hooks
 from mpmm.model_manager import ModelManager
@@ -33,7 +34,6 @@ from mpmm.shared_state.namespace import Namespace
 from mpmm.shared_state.removal import remove_deserted
 from mpmm.shared_state.snapshot import read_snapshot
 
-NewProcess = Callable[..., Process]
 # Whose functions may open, lock, map or close something.
 KERNEL = ("posix", "fcntl", "mmap", "_posixshmem", "_posixsubprocess", "_socket", "socket", "_io", "select")
 # A fork waits for what is in the middle of these, by hooks of their own.

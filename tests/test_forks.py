@@ -15,15 +15,14 @@ from pathlib import Path
 
 import psutil
 import pytest
-from processes import DEADLINE_S, Loads, Process
+from harness import NewManager, NewProcess
+from loaders import DEADLINE_S, Loads
 
 from mpmm.errors import NotAcquiredError
 from mpmm.model_manager import ModelManager, async_acquire
 from mpmm.shared_state.lock_file import LockFile, is_locked
 from mpmm.shared_state.snapshot import read_snapshot
 
-NewManager = Callable[..., ModelManager]
-NewProcess = Callable[..., Process]
 # How long a thread stays where it is to be forked, if the fork waits for it to go on.
 MOMENT_S = 0.3
 

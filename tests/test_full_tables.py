@@ -6,11 +6,10 @@ import time
 from collections.abc import Callable
 
 import pytest
-from processes import (
-    Gate,
-    Loads,
-    LoadsObject,
-    Process,
+from harness import (
+    NewGate,
+    NewManager,
+    NewProcess,
     Seat,
     acquire,
     copies_of,
@@ -20,14 +19,11 @@ from processes import (
     wait_until,
     waiting,
 )
+from loaders import Loads, LoadsObject
 
 from mpmm import AcquireTimeoutError, ModelManager, TableFullError
 from mpmm.shared_state.layout import Capacities
 from mpmm.shared_state.snapshot import read_snapshot
-
-NewManager = Callable[..., ModelManager]
-NewProcess = Callable[..., Process]
-NewGate = Callable[[], Gate]
 
 
 def tags(namespace: str) -> set[str]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from processes import SCALE
+from harness import SCALE
 
 TOOL = Path(__file__).resolve().parent.parent / "tools" / "gpu_check.py"
 LEARNING = "learning"

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from unittest.mock import patch
 
 import pytest
-from processes import wait_until
+from harness import wait_until
 
 from mpmm.errors import InvalidArgumentError
 from mpmm.memory.monitor import GPUMonitor, LocalSamples

@@ -10,15 +10,13 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from processes import Process, Seat, acquire, copies_of, force_reset, problems, release, wait_until, waiting
+from harness import NewProcess, Seat, acquire, copies_of, force_reset, problems, release, wait_until, waiting
 
 from mpmm.errors import NamespaceResetError
 from mpmm.model_manager import ModelManager
 from mpmm.shared_state.futex import wake_all
 from mpmm.shared_state.layout import Ticket
 from mpmm.shared_state.snapshot import read_snapshot
-
-NewProcess = Callable[..., Process]
 
 PROCESSES, THREADS = 4, 4
 # 100 000 take a minute or two; the default suite has less time.

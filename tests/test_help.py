@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
-from conftest import CHECKOUT
+from harness import CHECKOUT
 
 import mpmm
 from mpmm import errors

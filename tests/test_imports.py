@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
-from conftest import CHECKOUT
+from harness import CHECKOUT
 
 # What each part may import, inside of functions and for type checkers, too; from the doors down to the ground. The
 # package itself does not count: its names are imported at their first use, and all parts may ask for its version.

@@ -33,9 +33,8 @@ from types import CodeType, FrameType
 from typing import Any
 
 import pytest
-from conftest import SMALL
+from harness import SMALL, Seat, files_in, segments_of, wait_until
 from payload_store import Store
-from processes import Seat, files_in, segments_of, wait_until
 
 import mpmm
 from mpmm import AcquireTimeoutError, ModelServerError, NotAcquiredError, RemoteCallError

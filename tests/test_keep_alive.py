@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Callable
 
 import pytest
-from processes import (
-    Loads,
-    LoadsObject,
-    Process,
+from harness import (
+    NewManager,
+    NewProcess,
     Seat,
-    Weights,
     acquire,
     copies_of,
     model_of,
@@ -21,14 +18,11 @@ from processes import (
     wait_until,
     waiting,
 )
+from loaders import Loads, LoadsObject, Weights
 
 from mpmm.cli import main
-from mpmm.model_manager import ModelManager
 from mpmm.policy.view import Reason
 from mpmm.shared_state.snapshot import read_snapshot
-
-NewManager = Callable[..., ModelManager]
-NewProcess = Callable[..., Process]
 
 
 def expired(namespace: str) -> list[tuple[str | None, float | None]]:

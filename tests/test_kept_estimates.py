@@ -7,21 +7,18 @@ import json
 import logging
 import os
 import signal
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from processes import LoadsObject, Process, Seat, SimulatedDevice, acquire, model_of, release, shut_down, wait_until
+from device import SimulatedDevice
+from harness import NewDevice, NewManager, NewProcess, Seat, acquire, model_of, release, shut_down, wait_until
+from loaders import LoadsObject
 
 from mpmm.errors import LockTimeoutError
 from mpmm.memory.estimates_file import ESTIMATES_PATH_VARIABLE, TAGS_KEPT, Estimate, EstimatesFile
 from mpmm.model_manager import ModelManager
 from mpmm.policy.view import Reason
 from mpmm.shared_state.snapshot import read_snapshot
-
-NewManager = Callable[..., ModelManager]
-NewProcess = Callable[..., Process]
-NewDevice = Callable[..., SimulatedDevice]
 
 SIZES_MB = {"a": 100.0, "b": 200.0, "c": 150.0}
 WRITES = 40

@@ -6,18 +6,17 @@ import json
 import math
 import os
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-from processes import (
-    Gate,
-    Loads,
-    LoadsObject,
-    Process,
+from device import SimulatedDevice
+from harness import (
+    NewDevice,
+    NewManager,
+    NewProcess,
     Seat,
-    SimulatedDevice,
     acquire,
     copies_of,
     force_reset,
@@ -29,6 +28,7 @@ from processes import (
     wait_until,
     waiting,
 )
+from loaders import Loads, LoadsObject
 
 from mpmm.cli import main
 from mpmm.errors import (
@@ -38,15 +38,10 @@ from mpmm.errors import (
     NamespaceResetError,
     TableFullError,
 )
-from mpmm.model_manager import ModelManager
 from mpmm.shared_state.layout import Capacities
 from mpmm.shared_state.snapshot import InstanceInfo, read_snapshot
 from mpmm.sources import DeviceSample
 
-NewManager = Callable[..., ModelManager]
-NewProcess = Callable[..., Process]
-NewGate = Callable[[], Gate]
-NewDevice = Callable[..., SimulatedDevice]
 Capture = pytest.CaptureFixture[str]
 
 SOON_S = 1.5

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
 
 import pytest
-from processes import Loads, Seat, learn, problems, wait_until
+from harness import NewManager, Seat, learn, problems, wait_until
+from loaders import Loads
 
 from mpmm import ModelManager
 from mpmm.beam.load_ahead import LOAD_AHEAD_VARIABLE, load_ahead
 from mpmm.shared_state.snapshot import Snapshot, read_snapshot
-
-NewManager = Callable[..., ModelManager]
 
 
 def copies(snapshot: Snapshot) -> dict[str, int]:

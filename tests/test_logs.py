@@ -12,15 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from processes import Loads, LoadsObject, Process, acquire, attach, learn, release, wait_until
+from harness import NewManager, NewProcess, acquire, attach, learn, release, wait_until
+from loaders import Loads, LoadsObject
 
 from mpmm import AcquireTimeoutError, sources
-from mpmm.model_manager import ModelManager
 from mpmm.model_manager.waits import WARN_AFTER_S
 from mpmm.sources.base import unavailable
 
-NewManager = Callable[..., ModelManager]
-NewProcess = Callable[..., Process]
 Log = pytest.LogCaptureFixture
 
 

@@ -13,15 +13,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
-from processes import (
-    Gate,
-    LoadFails,
-    Loads,
-    LoadsObject,
-    Process,
+from harness import (
+    NewDevice,
+    NewGate,
+    NewManager,
+    NewProcess,
     Seat,
-    SimulatedDevice,
-    Weights,
     acquire,
     attach,
     copies_of,
@@ -33,6 +30,7 @@ from processes import (
     wait_until,
     waiting,
 )
+from loaders import Gate, LoadFails, Loads, LoadsObject, Weights
 
 from mpmm.errors import (
     AcquireTimeoutError,
@@ -47,11 +45,6 @@ from mpmm.model_manager import ModelManager
 from mpmm.observability.inspect_screen import render
 from mpmm.shared_state.layout import Capacities, Model
 from mpmm.shared_state.snapshot import find_namespaces, read_snapshot
-
-NewManager = Callable[..., ModelManager]
-NewProcess = Callable[..., Process]
-NewGate = Callable[[], Gate]
-NewDevice = Callable[..., SimulatedDevice]
 
 
 def know(manager: ModelManager, **estimates_mb: float) -> None:

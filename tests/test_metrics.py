@@ -14,7 +14,8 @@ from contextlib import closing
 from typing import Any
 
 import pytest
-from processes import Loads, Process, acquire, release, wait_until, waiting
+from harness import NewManager, NewProcess, acquire, release, wait_until, waiting
+from loaders import Loads
 
 from mpmm.cli import main
 from mpmm.metrics import Exporter, asgi_app, wsgi_app
@@ -30,8 +31,6 @@ from prometheus_client.openmetrics import parser as openmetrics_parser  # noqa: 
 parse_classic: Callable[[str], Any] = parser.text_string_to_metric_families
 parse_openmetrics: Callable[[str], Any] = openmetrics_parser.text_string_to_metric_families
 
-NewManager = Callable[..., ModelManager]
-NewProcess = Callable[..., Process]
 Capture = pytest.CaptureFixture[str]
 Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
 ODD = 'odd "tag"\nof two\\lines'

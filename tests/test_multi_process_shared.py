@@ -36,6 +36,7 @@ from counters import (
     fork_sleeper,
     remember_tag,
 )
+from harness import import_path
 
 from mpmm.errors import (
     InvalidArgumentError,
@@ -567,7 +568,7 @@ def test_classes_of_a_main_that_cannot_be_imported_go_through_cloudpickle(path: 
         capture_output=True,
         text=True,
         timeout=DEADLINE_S,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        env={**os.environ, "PYTHONPATH": import_path()},
     )
     assert (done.stdout, done.stderr) == ("42\n", "")
 
@@ -677,7 +678,7 @@ def test_a_worker_of_loky_starts_a_server(path: str, tmp_path: Path) -> None:
         capture_output=True,
         text=True,
         timeout=2 * DEADLINE_S,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        env={**os.environ, "PYTHONPATH": import_path()},
     )
     assert done.stdout == "[42, 42]\n", done.stderr
 

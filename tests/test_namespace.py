@@ -8,14 +8,26 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
-from processes import DEADLINE_S, Loads, Process, Seat, acquire, attach, problems, release, segments_of, wait_until
+from harness import (
+    NewManager,
+    NewProcess,
+    Seat,
+    acquire,
+    attach,
+    import_path,
+    problems,
+    release,
+    segments_of,
+    wait_until,
+)
+from loaders import DEADLINE_S, Loads
 
 from mpmm.errors import (
     InvalidArgumentError,
@@ -32,9 +44,6 @@ from mpmm.shared_state.removal import remove_all_deserted, remove_deserted
 from mpmm.shared_state.segment import segment_name
 from mpmm.shared_state.snapshot import find_namespaces, read_snapshot
 from mpmm.shared_state.transaction import CLAIM_NS
-
-NewManager = Callable[..., ModelManager]
-NewProcess = Callable[..., Process]
 
 BOOKED: dict[str, Any] = {"memory_source": "booked"}
 
@@ -286,7 +295,7 @@ def test_a_visitor_leaves_no_trace_and_starts_no_tracker(
         text=True,
         timeout=60,
         check=False,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)},
+        env={**os.environ, "PYTHONPATH": import_path()},
     )
     assert visitor.returncode == (3 if how == "raise" else 0), visitor.stderr
     # What it has to say about other parameters than ours goes to the log, so to stderr; nothing else may.

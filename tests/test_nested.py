@@ -4,22 +4,18 @@ from __future__ import annotations
 
 import pickle
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import pytest
-from processes import Loads, LoadsObject, Seat, SimulatedDevice, learn, model_of, problems
+from harness import NewDevice, NewManager, Seat, learn, model_of, problems
+from loaders import Loads, LoadsObject
 from test_policy import A, B, model, ticket, view
 
 from mpmm.errors import DeadlockError
-from mpmm.model_manager import ModelManager
 from mpmm.policy.plan import make_plan
 from mpmm.policy.view import BusyInstance, Load
 from mpmm.shared_state.snapshot import read_snapshot
-
-NewManager = Callable[..., ModelManager]
-NewDevice = Callable[..., SimulatedDevice]
 
 
 def test_a_nested_ticket_does_not_wait_to_run_alone() -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import CHECKOUT
+from harness import CHECKOUT
 
 from mpmm import SegmentCorruptError
 from mpmm.model_manager import ModelManager

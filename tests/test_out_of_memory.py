@@ -14,15 +14,13 @@ from threading import Thread
 from typing import Any
 
 import pytest
-from processes import (
-    Gate,
-    LoadsObject,
-    LoadsServer,
-    MakesServed,
-    Process,
+from device import SimulatedDevice
+from harness import (
+    NewDevice,
+    NewGate,
+    NewManager,
+    NewProcess,
     Seat,
-    SimulatedDevice,
-    Weights,
     acquire,
     copies_of,
     learn,
@@ -32,17 +30,13 @@ from processes import (
     wait_until,
     waiting,
 )
+from loaders import Gate, LoadsObject, LoadsServer, MakesServed, Weights
 
 from mpmm.errors import ModelTooLargeError, RemoteCallError, SegmentAllocationError, ServerStartError
 from mpmm.memory.placement import current_placement
 from mpmm.model_manager import ModelManager
 from mpmm.policy.out_of_memory import bound_mb, is_out_of_memory, raised_estimate_mb
 from mpmm.shared_state.snapshot import read_snapshot
-
-NewManager = Callable[..., ModelManager]
-NewProcess = Callable[..., Process]
-NewGate = Callable[[], Gate]
-NewDevice = Callable[..., SimulatedDevice]
 
 
 def of_library(module: str, name: str, text: str, *bases: type[BaseException]) -> BaseException:

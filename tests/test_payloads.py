@@ -21,8 +21,9 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+from harness import Process, Seat, wait_until
+from loaders import DEADLINE_S
 from payload_store import CallsWhenUnpickled, CarriesArray, HasBuffer, Registered, Store, Subclass, shared_buffers
-from processes import DEADLINE_S, Process, Seat, wait_until
 
 from mpmm.errors import ModelServerError
 from mpmm.multi_process_shared import MultiProcessShared, unload

@@ -10,9 +10,9 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from harness import scaled
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from processes import scaled
 
 from mpmm.policy.admission import free_mb, limit_mb
 from mpmm.policy.demand import Demand

@@ -6,20 +6,18 @@ import json
 import logging
 import pickle
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from harness import NewManager
 
 from mpmm.cli import main
 from mpmm.errors import AcquireTimeoutError, MpmmError, NotAcquiredError
-from mpmm.model_manager import ModelManager
 from mpmm.observability.inspect_screen import overview, render
 from mpmm.observability.top import History, screen
 from mpmm.shared_state.snapshot import read_snapshot
 from mpmm.text.printable import printable, printable_lines
-
-NewManager = Callable[..., ModelManager]
 
 # Clears the screen, retitles the window, forges a line, turns letters around, and is half a character.
 EVIL = "a\x1b[2J\x1b]0;owned\x07\r\nforged: line\u202eb\x9b1m\udce9"

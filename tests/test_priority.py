@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
+from harness import NewManager, NewProcess, Seat, acquire, learn, problems, release, wait_until, waiting
 from hypothesis import given
 from hypothesis import strategies as st
-from processes import Loads, Process, Seat, acquire, learn, problems, release, wait_until, waiting
+from loaders import Loads
 from test_policy import NOW, A, model, ticket, view
 
 from mpmm.cli import main
-from mpmm.model_manager import ModelManager
 from mpmm.policy.fairness import HEAD_START_S, HIGHEST_URGENCY, queue_order, rank_ns, urgency_of
 from mpmm.policy.view import Reason, TicketView
 from mpmm.shared_state.snapshot import read_snapshot
-
-NewManager = Callable[..., ModelManager]
-NewProcess = Callable[..., Process]
 
 steps = st.integers(-HIGHEST_URGENCY, HIGHEST_URGENCY)
 

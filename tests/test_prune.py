@@ -12,18 +12,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from processes import OWN_LEFT_OVER, Process, files_in, segments_of
+from harness import OWN_LEFT_OVER, NewManager, NewProcess, Process, files_in, segments_of
 
 from mpmm.cli import main
-from mpmm.model_manager import ModelManager
 from mpmm.shared_state import prune
 from mpmm.shared_state.layout import Header
 from mpmm.shared_state.prune import find_orphans
 from mpmm.shared_state.runtime_dir import RuntimeDirectory
 from mpmm.shared_state.segment import Segment, segment_name
 
-NewManager = Callable[..., ModelManager]
-NewProcess = Callable[..., Process]
 NAMESPACE = OWN_LEFT_OVER
 
 

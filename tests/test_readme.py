@@ -13,12 +13,11 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import CHECKOUT
-from processes import LoadsObject
+from harness import CHECKOUT, NewManager
+from loaders import LoadsObject
 
 from mpmm.cli import main
 from mpmm.commands.parser import make_parser
@@ -27,7 +26,6 @@ from mpmm.model_manager.request import AcquireOptions
 from mpmm.observability.inspect_screen import sections
 from mpmm.shared_state.snapshot import read_snapshot
 
-NewManager = Callable[..., ModelManager]
 README = (CHECKOUT / "README.md").read_text(encoding="utf-8")
 #: The code blocks, in order, with their language.
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)

@@ -8,18 +8,15 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
-from processes import LoadsObject, Process, acquire, learn, release, wait_until, waiting
+from harness import NewManager, NewProcess, acquire, learn, release, wait_until, waiting
+from loaders import LoadsObject
 from test_policy import OTHER, A, B, C, at_most, busy, device, held_for_long, idle, model, ticket, view
 
-from mpmm.model_manager import ModelManager
 from mpmm.policy.plan import make_plan
 from mpmm.policy.reasons import SENTENCES, explain
 from mpmm.policy.view import BusyInstance, Decision, ModelView, Reason, Satisfied, SuspendedInstance, View
 from mpmm.shared_state.layout import Capacities
 from mpmm.shared_state.snapshot import read_snapshot
-
-NewManager = Callable[..., ModelManager]
-NewProcess = Callable[..., Process]
 
 
 def timed(row: int, need: float, **more: object) -> ModelView:

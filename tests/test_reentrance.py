@@ -17,7 +17,7 @@ from types import FrameType
 from typing import Any
 
 import pytest
-from processes import files_in, segments_of, wait_until
+from harness import files_in, segments_of, wait_until
 
 from mpmm import ReentrantCallError
 from mpmm.model_manager import ModelManager

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from processes import Process, Seat, wait_until
+from harness import Process, Seat, wait_until
 from session_stand_in import Session
 
 from mpmm.errors import ModelServerError, SharedObjectReleasedError

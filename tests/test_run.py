@@ -17,27 +17,14 @@ from typing import Any
 
 import psutil
 import pytest
-from processes import (
-    DEADLINE_S,
-    Gate,
-    Loads,
-    Process,
-    acquire,
-    learn,
-    problems,
-    release,
-    wait_until,
-    waiting,
-)
+from harness import NewGate, NewManager, NewProcess, acquire, import_path, learn, problems, release, wait_until, waiting
+from loaders import DEADLINE_S, Gate, Loads
 
 from mpmm.cli import main
 from mpmm.errors import ClosedError
 from mpmm.model_manager import ModelManager
 from mpmm.shared_state.snapshot import InstanceInfo, find_namespaces, read_snapshot
 
-NewManager = Callable[..., ModelManager]
-NewProcess = Callable[..., Process]
-NewGate = Callable[[], Gate]
 Start = Callable[..., subprocess.Popen[str]]
 
 SOON_S = 1.5
@@ -48,7 +35,7 @@ SIXTEEN_GB: dict[str, Any] = {"memory_source": "booked", "fallback_memory_mb": 1
 @pytest.fixture
 def start(namespace: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
     """Starts `mpmm run` in the namespace; what is still there in the end is killed."""
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path or os.getcwd() for path in sys.path))
+    monkeypatch.setenv("PYTHONPATH", import_path())
     started: list[subprocess.Popen[str]] = []
 
     def begin(mb: float, *program: object, options: tuple[str, ...] = (), **arguments: Any) -> subprocess.Popen[str]:

@@ -16,6 +16,8 @@ from typing import Any
 
 import psutil
 import pytest
+from harness import files_in, import_path, wait_until
+from loaders import DEADLINE_S
 from pets import (
     Cats,
     Dogs,
@@ -29,7 +31,6 @@ from pets import (
     make_cats,
     make_dogs,
 )
-from processes import DEADLINE_S, files_in, wait_until
 
 from mpmm import cli
 from mpmm.errors import InvalidArgumentError, ModelServerError, ServerStartError
@@ -69,7 +70,7 @@ def run_script(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]
             capture_output=True,
             text=True,
             timeout=deadline_s,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+            env={**os.environ, "PYTHONPATH": import_path()},
         )
 
     return run

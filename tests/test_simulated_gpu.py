@@ -13,14 +13,12 @@ from typing import Any
 
 import pynvml
 import pytest
-from conftest import CHECKOUT
 from devices.simulated_gpu import GPU_IS_LOST, NO_PERMISSION, Build, SimulatedGpus
-from processes import wait_until
+from harness import CHECKOUT, NewGpus, wait_until
 
 from mpmm import GPUMonitor
 
 MIB = 2**20
-NewGpus = Callable[..., SimulatedGpus]
 
 
 @pytest.fixture

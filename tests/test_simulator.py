@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from processes import scaled
+from harness import OncePerRun, scaled
 from simulation.manager import POLICIES, Setting, closed_loads, simulate_clients
 
 TOOL = Path(__file__).resolve().parent.parent / "tools" / "simulate.py"
@@ -23,7 +22,6 @@ def simulated(*arguments: str) -> dict[str, dict[str, Any]]:
     return found
 
 
-OncePerRun = Callable[[str, Callable[[], Any]], Any]
 Found = dict[str, dict[str, Any]]
 # So many requests with one client, and with 64: enough for queues of all of them.
 ALONE, CROWDED = scaled(1000), scaled(400)

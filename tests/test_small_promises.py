@@ -13,15 +13,12 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import pytest
-from processes import Process, Seat, learn, problems, wait_until
+from harness import NewManager, NewProcess, Seat, learn, problems, wait_until
 
 from mpmm.errors import AcquireTimeoutError, ClosedError, NotAcquiredError
 from mpmm.model_manager import ModelManager
 from mpmm.multi_process_shared import MultiProcessShared
 from mpmm.shared_state.snapshot import find_namespaces, read_snapshot
-
-NewManager = Callable[..., ModelManager]
-NewProcess = Callable[..., Process]
 
 
 class Thing:

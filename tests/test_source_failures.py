@@ -12,14 +12,13 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
+from device import SimulatedDevice
 from devices.simulated_gpu import GPU_IS_LOST, SimulatedGpus
-from processes import (
-    Loads,
-    LoadsObject,
-    LoadsServer,
-    MakesServed,
+from harness import (
+    NewGpus,
+    NewManager,
+    NewProcess,
     Process,
-    SimulatedDevice,
     acquire,
     copies_of,
     force_reset,
@@ -30,6 +29,7 @@ from processes import (
     shut_down,
     wait_until,
 )
+from loaders import Loads, LoadsObject, LoadsServer, MakesServed
 
 from mpmm import AcquireTimeoutError, ModelManager
 from mpmm.model_manager.leader import POLL_WAIT_S
@@ -40,9 +40,6 @@ from mpmm.sources.host_memory import host_memory_left_mb, host_memory_mb
 from mpmm.sources.nvidia_smi import NvidiaSmiSource
 from mpmm.sources.nvml import NvmlSource
 
-NewGpus = Callable[..., SimulatedGpus]
-NewManager = Callable[..., ModelManager]
-NewProcess = Callable[..., Process]
 # What of an acquire may be noticed; the failures here last for seconds.
 AT_ONCE_S = 1.0
 

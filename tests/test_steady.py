@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from processes import (
-    DEADLINE_S,
-    Gate,
-    Loads,
-    LoadsObject,
+from device import SimulatedDevice
+from harness import (
+    NewGate,
+    NewManager,
+    NewProcess,
     Process,
     Seat,
-    SimulatedDevice,
     acquire,
     copies_of,
     problems,
@@ -20,19 +19,15 @@ from processes import (
     wait_until,
     waiting,
 )
+from loaders import DEADLINE_S, Gate, Loads, LoadsObject
 from test_policy import A, B, device, model, ticket, view
 from test_run import Start
 from test_run import start as start  # the fixture
 
 from mpmm.cli import main
-from mpmm.model_manager import ModelManager
 from mpmm.policy.plan import make_plan
 from mpmm.policy.view import BusyInstance, Load, Reason, Wait
 from mpmm.shared_state.snapshot import read_snapshot
-
-NewManager = Callable[..., ModelManager]
-NewProcess = Callable[..., Process]
-NewGate = Callable[[], Gate]
 
 
 def acquire_steadily(seat: Seat, tag: str, loader: Callable[[], object]) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from processes import scaled
+from harness import scaled
 
 ROOT = Path(__file__).resolve().parent.parent
 STRESS = ROOT / "tools" / "stress.py"

@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from processes import (
-    Gate,
-    Loads,
+from harness import (
+    NewGate,
+    NewManager,
+    NewProcess,
     Process,
     Seat,
     acquire,
@@ -30,6 +31,7 @@ from processes import (
     scaled,
     wait_until,
 )
+from loaders import Loads
 from sleepers import LoadsSleeper, MakesSleeper, pretend_load_s, steps
 
 from mpmm import ModelManager, cli
@@ -54,9 +56,6 @@ from mpmm.policy.view import (
 from mpmm.shared_state.snapshot import Snapshot, read_snapshot
 from mpmm.sources import DeviceInfo, DeviceSample
 
-NewManager = Callable[..., ModelManager]
-NewProcess = Callable[..., Process]
-NewGate = Callable[[], Gate]
 # By the books: a load of it is worth a suspension of 600 MB.
 LONG_S = 20.0
 

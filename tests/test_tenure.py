@@ -7,17 +7,14 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import pytest
-from processes import Process, Seat, acquire, problems, release, wait_until, waiting
+from harness import NewProcess, Process, Seat, acquire, problems, release, wait_until, waiting
 
 from mpmm.model_manager import tenure
 from mpmm.shared_state.snapshot import read_snapshot
-
-NewProcess = Callable[..., Process]
 
 # The leader, who plans at each poll, would end a tenure.
 ONE_COPY: dict[str, Any] = {"fallback_memory_mb": 1000, "max_model_copies": 1, "poll_interval": 30.0}

@@ -15,14 +15,15 @@ import subprocess
 import sys
 import termios
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from processes import Loads, LoadsObject, Process, acquire, wait_until, waiting
+from harness import NewManager, NewProcess, acquire, wait_until, waiting
+from loaders import Loads, LoadsObject
 
 from mpmm.cli import main
 from mpmm.model_manager import ModelManager
@@ -33,8 +34,6 @@ from mpmm.shared_state.snapshot import Snapshot, read_snapshot
 rich_console = pytest.importorskip("rich.console", reason="needs the extra cli")
 from mpmm.observability.top import History, screen  # noqa: E402  # needs rich
 
-NewManager = Callable[..., ModelManager]
-NewProcess = Callable[..., Process]
 _ESCAPES = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]")
 # What a terminal is sent when a program gives up the screen that it had to itself.
 LEFT = "\x1b[?1049l"

@@ -9,12 +9,13 @@ import signal
 import subprocess
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from processes import Loads, LoadsObject, Process, acquire, force_reset, release, shut_down, wait_until, waiting
+from harness import NewManager, NewProcess, Process, acquire, force_reset, release, shut_down, wait_until, waiting
+from loaders import Loads, LoadsObject
 
 from mpmm.cli import main
 from mpmm.model_manager import ModelManager
@@ -26,8 +27,6 @@ from mpmm.observability.trace_writer import recent_trace
 from mpmm.shared_state.layout import Capacities
 from mpmm.shared_state.snapshot import read_snapshot
 
-NewManager = Callable[..., ModelManager]
-NewProcess = Callable[..., Process]
 Capture = pytest.CaptureFixture[str]
 Events = Iterable[dict[str, Any]]
 

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
 import pytest
 from devices.simulated_gpu import SimulatedGpus
-from processes import (
-    LoadsServer,
-    MakesServed,
-    Process,
+from harness import (
+    NewGpus,
+    NewManager,
+    NewProcess,
     Seat,
-    Served,
-    Weights,
     acquire,
     copies_of,
     learn,
@@ -25,16 +22,13 @@ from processes import (
     wait_until,
     waiting,
 )
+from loaders import LoadsServer, MakesServed, Served, Weights
 
 import mpmm
 from mpmm import ModelManager
 from mpmm.observability.findings import findings
 from mpmm.policy.view import Reason
 from mpmm.shared_state.snapshot import read_snapshot
-
-NewManager = Callable[..., ModelManager]
-NewProcess = Callable[..., Process]
-NewGpus = Callable[..., SimulatedGpus]
 
 
 @dataclass(frozen=True)

@@ -7,25 +7,11 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from processes import (
-    LoadsServer,
-    MakesServed,
-    Process,
-    Seat,
-    acquire,
-    copies_of,
-    learn,
-    problems,
-    release,
-    served,
-    wait_until,
-)
+from harness import NewManager, NewProcess, Seat, acquire, copies_of, learn, problems, release, wait_until
+from loaders import LoadsServer, MakesServed, served
 
 from mpmm.model_manager import ModelManager
 from mpmm.shared_state.snapshot import read_snapshot
-
-NewManager = Callable[..., ModelManager]
-NewProcess = Callable[..., Process]
 
 
 def sizes(namespace: str, tag: str) -> list[float]:

@@ -12,31 +12,24 @@ from typing import Any
 
 import psutil
 import pytest
-from processes import (
-    DEADLINE_S,
-    Gate,
-    Loads,
-    LoadsObject,
-    LoadsServer,
+from harness import (
+    NewGate,
+    NewProcess,
     Process,
     Seat,
-    Weights,
     acquire,
     copies_of,
     learn,
     problems,
     release,
-    served,
     wait_until,
     waiting,
 )
+from loaders import DEADLINE_S, Gate, Loads, LoadsObject, LoadsServer, Weights, served
 
 from mpmm import cli, multi_process_shared
 from mpmm.multi_process_shared import MultiProcessShared
 from mpmm.shared_state.snapshot import read_snapshot
-
-NewProcess = Callable[..., Process]
-NewGate = Callable[[], Gate]
 
 LIMIT_S = 0.6
 SOON_S = 2.0

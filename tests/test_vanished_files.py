@@ -16,10 +16,9 @@ from pathlib import Path
 
 import psutil
 import pytest
-from processes import (
-    Loads,
-    LoadsServer,
-    Process,
+from harness import (
+    NewManager,
+    NewProcess,
     Seat,
     acquire,
     attach,
@@ -30,6 +29,7 @@ from processes import (
     shut_down,
     wait_until,
 )
+from loaders import Loads, LoadsServer
 
 from mpmm.cli import main
 from mpmm.errors import RuntimeDirectoryError, SegmentLostError
@@ -46,8 +46,6 @@ from mpmm.shared_state.snapshot import find_lost_namespaces, read_snapshot
 
 # Looked for among all segments of this machine, where other test processes have theirs.
 VANISHING = f"vanishing-{os.getpid()}"
-NewManager = Callable[..., ModelManager]
-NewProcess = Callable[..., Process]
 
 
 def reap(seat: Seat) -> int:

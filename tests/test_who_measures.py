@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from processes import (
-    Loads,
-    LoadsObject,
+from device import SimulatedDevice
+from harness import (
+    NewDevice,
+    NewProcess,
     Process,
     Seat,
-    SimulatedDevice,
     acquire,
     copies_of,
     leader_pid,
@@ -22,14 +21,12 @@ from processes import (
     wait_until,
     waiting,
 )
+from loaders import Loads, LoadsObject
 
 from mpmm import cli
 from mpmm.shared_state.snapshot import read_snapshot
 from mpmm.sources import Measures, MemorySource, what_it_measures
 from mpmm.sources.booked import BookedSource
-
-NewProcess = Callable[..., Process]
-NewDevice = Callable[..., SimulatedDevice]
 
 TOTAL_MB = 16000.0
 # A source of the caller's own, because a namespace that was made for the source `booked` has that alone.

@@ -7,16 +7,16 @@ import itertools
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
 import pytest
+from harness import NewManager, Seat, acquire, learn, problems, release, wait_until, waiting
 from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
-from processes import Loads, Seat, acquire, learn, problems, release, wait_until, waiting
+from loaders import Loads
 
-from mpmm import ModelManager
 from mpmm.policy.plan import Plan, make_plan
 from mpmm.policy.view import Decision, Grant, Reason, Satisfied, View, Wait
 from mpmm.scheduling import Scheduler
@@ -25,8 +25,6 @@ from mpmm.shared_state.namespace import Namespace
 from mpmm.shared_state.settings import Settings
 from mpmm.shared_state.snapshot import read_snapshot
 from mpmm.shared_state.transaction import Transaction
-
-NewManager = Callable[..., ModelManager]
 
 SMALL = Capacities(
     members=4, models=24, instances=5, tickets=24, pins=8, devices=2, observations=2, events=64, undo=8192

@@ -22,7 +22,7 @@ import psutil
 import pytest
 import test_multi_process_shared as shared_tests
 from counters import Counter, Importing, Imports, Surroundings, die_in_constructor, fail_to_construct
-from processes import SCALE
+from harness import SCALE, import_path
 from test_multi_process_shared import DEADLINE_S, LAST_CLIENT_S, Worker, acquire, is_running, wait_until
 
 from mpmm.errors import ServerStartError
@@ -197,7 +197,7 @@ def test_a_constructor_of_a_script_works_without_cloudpickle(path: str, tmp_path
         capture_output=True,
         text=True,
         timeout=DEADLINE_S,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        env={**os.environ, "PYTHONPATH": import_path()},
     )
     assert (done.stdout, done.stderr) == ("(42, '__mp_main__') mpmm-server\n" * 2, "")
 
@@ -215,7 +215,7 @@ def test_a_script_without_a_main_guard_fails_as_with_spawn(path: str, tmp_path: 
         capture_output=True,
         text=True,
         timeout=DEADLINE_S,
-        env={**os.environ, "MPMM_ZYGOTE": switch, "PYTHONPATH": os.pathsep.join(sys.path)},
+        env={**os.environ, "MPMM_ZYGOTE": switch, "PYTHONPATH": import_path()},
     )
     assert "bootstrapping phase" in done.stderr
     assert "mpmm.errors.ServerStartError" in done.stderr
@@ -575,7 +575,7 @@ def test_a_server_whose_main_module_never_ends_does_not_outlive_its_starter(path
         "    signal.pause()\n"
         "MultiProcessShared(dict, 'it', path=sys.argv[1], spawn_process=True).acquire()\n"
     )
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "ARRIVED": str(arrived)}
+    environment = {**os.environ, "PYTHONPATH": import_path(), "ARRIVED": str(arrived)}
     with subprocess.Popen([sys.executable, str(script), path], env=environment) as starter:
         wait_until(lambda: arrived.exists() and bool(arrived.read_text()), DEADLINE_S, lambda: "no server began")
         starter.kill()

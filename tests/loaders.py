@@ -1,28 +1,24 @@
-"""What tests have model servers make and serve: in a module of its own that imports little, as each server does."""
+"""What tests load: handles, objects, and what model servers serve; in a module that imports little, as servers do."""
 
 from __future__ import annotations
 
-import itertools
 import os
 import select
-import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+import signal
+import uuid
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from devices.process_state import lives
+from device import SimulatedDevice
 
 from mpmm.memory.placement import Placement, current_placement
 
 if TYPE_CHECKING:
     from devices.simulated_gpu import SimulatedGpus
 
-    from mpmm.sources import DeviceInfo, DeviceSample
-
 # Guards against a hang; measures nothing.
 DEADLINE_S = 20.0
-_numbers = itertools.count(1)
 
 
 class Gate:
@@ -63,77 +59,6 @@ class Gate:
 
     def __setstate__(self, state: tuple[Path]) -> None:
         (self._path,), self._fd = state, -1
-
-
-class SimulatedDevice:
-    """A memory source: folders, one a device, in which every living process's allocations are files. Can be pickled.
-
-    What a process has allocated is free once it is dead, as on a real device. `linger_s`: memory that a living
-    process frees shows up only so much later.
-    """
-
-    name = "simulated"
-    measures_processes = False
-    cheap = True
-
-    def __init__(self, folder: Path, *totals_mb: float, linger_s: float = 0.0) -> None:
-        self.totals_mb = totals_mb
-        self._folder = folder
-        self._linger_s = linger_s
-        self.settles_late = linger_s > 0
-        for index in range(len(totals_mb)):
-            (folder / str(index)).mkdir(parents=True, exist_ok=True)
-
-    def devices(self) -> tuple[DeviceInfo, ...]:
-        """Return the devices."""
-        from mpmm.sources import DeviceInfo
-
-        return tuple(DeviceInfo(i, f"sim-{i}", f"device {i}", mb) for i, mb in enumerate(self.totals_mb))
-
-    def sample(self, server_pids: Sequence[int]) -> tuple[DeviceSample, ...]:
-        """Measure."""
-        from mpmm.sources import DeviceSample
-
-        taken = time.monotonic_ns()
-        dark = (self._folder / "dark").exists()
-        return tuple(DeviceSample(i, None if dark else self.used_mb(i), taken) for i in range(len(self.totals_mb)))
-
-    def go_dark(self) -> None:
-        """Let nobody read a figure until `come_back`."""
-        (self._folder / "dark").touch()
-
-    def come_back(self) -> None:
-        """Let figures be read again."""
-        (self._folder / "dark").unlink()
-
-    def close(self) -> None:
-        """Nothing is open."""
-
-    def used_mb(self, index: int = 0) -> float:
-        """Return the memory in use, in MB."""
-        used = 0.0
-        for name in os.listdir(self._folder / str(index)):
-            kind, mark, mb, _ = name.split("_")
-            if lives(int(mark)) if kind == "of" else time.monotonic() < float(mark) + self._linger_s:
-                used += float(mb)
-        return used
-
-    def allocate(self, mb: float, index: int = 0) -> Path:
-        """Take memory for this process. Raises MemoryError when there is not enough, as a real device does."""
-        free = self.totals_mb[index] - self.used_mb(index)
-        if mb > free:
-            raise MemoryError(f"{mb:g} MB asked for on device {index}, {free:g} MB free")
-        path = self._folder / str(index) / f"of_{os.getpid()}_{mb}_{next(_numbers)}"
-        path.touch()
-        return path
-
-    def free(self, allocation: Path) -> None:
-        """Give memory back."""
-        _, _, mb, number = allocation.name.split("_")
-        if self._linger_s:
-            allocation.rename(allocation.with_name(f"freed_{time.monotonic()}_{mb}_{os.getpid()}-{number}"))
-        else:
-            allocation.unlink()
 
 
 class Served:
@@ -183,3 +108,107 @@ class MakesServed:
         if self.go is not None:
             self.go.wait()
         return Served(self.device, self.mb)
+
+
+class Weights:
+    """A model that is an object, so only the process that loaded it can use it. Takes memory on a device, if given."""
+
+    def __init__(
+        self,
+        name: str = "",
+        device: SimulatedDevice | None = None,
+        mb: float = 0.0,
+        index: int = 0,
+        unloading: Gate | None = None,
+    ) -> None:
+        self.name = name
+        self.unloaded = False
+        self._unloading = unloading
+        self._device = device
+        self._allocation = device.allocate(mb, index) if device is not None else None
+
+    def unload_model(self) -> None:
+        """Give the memory back; with a gate, open it and hang."""
+        self.unloaded = True
+        if self._unloading is not None:
+            self._unloading.open()
+            signal.pause()
+        if self._device is not None and self._allocation is not None:
+            self._device.free(self._allocation)
+
+
+@dataclass(frozen=True)
+class Loads:
+    """A loader of handles without a server, every one different: any process can use and unload them, at no cost.
+
+    began, go: opened when the loader runs, and waited for before it returns.
+    """
+
+    name: str = "handle"
+    began: Gate | None = None
+    go: Gate | None = None
+
+    def __call__(self) -> Any:
+        """Run the loader."""
+        if self.began is not None:
+            self.began.open()
+        if self.go is not None:
+            self.go.wait()
+        return self.load()
+
+    def load(self) -> Any:
+        """Return what is loaded."""
+        return f"{self.name}-{uuid.uuid4().hex[:8]}"
+
+
+@dataclass(frozen=True)
+class LoadsObject(Loads):
+    """A loader of objects."""
+
+    device: SimulatedDevice | None = None
+    mb: float = 0.0
+    index: int = 0
+    unloading: Gate | None = None
+
+    def load(self) -> Any:
+        """Return a new object."""
+        return Weights(self.name, self.device, self.mb, self.index, self.unloading)
+
+
+@dataclass(frozen=True)
+class LoadsServer:
+    """A loader that starts a model server and returns the handle, a tag of `MultiProcessShared`."""
+
+    tag: str
+    makes: MakesServed = field(default_factory=MakesServed)
+
+    def __call__(self) -> str:
+        """Start the server; it lives on after this process has let go of its proxy."""
+        from mpmm.multi_process_shared import MultiProcessShared
+
+        MultiProcessShared(self.makes, tag=self.tag, always_proxy=True, spawn_process=True).acquire()
+        return self.tag
+
+
+def served(handle: str) -> Any:
+    """Return a proxy of the object behind a handle."""
+    from mpmm.multi_process_shared import MultiProcessShared
+
+    return MultiProcessShared(MakesServed(), tag=handle, always_proxy=True, spawn_process=True).acquire()
+
+
+@dataclass(frozen=True)
+class LoadFails:
+    """A loader that raises."""
+
+    text: str = "no such file"
+    began: Gate | None = None
+    go: Gate | None = None
+
+    def __call__(self) -> Any:
+        """Raise."""
+        if self.began is not None:
+            self.began.open()
+        if self.go is not None:
+            self.go.wait()
+        raise OSError(self.text)

@@ -1,4 +1,4 @@
-"""Real processes for tests, driven by pipes, and what they load: handles, objects, a simulated device.
+"""Real processes for tests, driven by pipes, and what tests share; what they load is in `loaders` and `device`.
 
 A `Process` is forked from the test's process. It runs functions that the test sends it, one after another in its
 main thread; a function gets the process's `Seat` as first argument and whatever else the test adds. So the order
@@ -13,8 +13,8 @@ import gc
 import multiprocessing
 import os
 import signal
+import sys
 import time
-import uuid
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -23,18 +23,25 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from served import DEADLINE_S as DEADLINE_S
-from served import Gate as Gate
-from served import MakesServed as MakesServed
-from served import Served as Served
-from served import SimulatedDevice as SimulatedDevice
+from device import SimulatedDevice
+from devices.simulated_gpu import SimulatedGpus
+from loaders import DEADLINE_S, Gate, Loads
 
 from mpmm.model_manager import ModelManager
-from mpmm.multi_process_shared import MultiProcessShared
 from mpmm.shared_state.invariants import check_invariants
 from mpmm.shared_state.segment import segment_name
 from mpmm.shared_state.snapshot import InstanceInfo, ModelInfo, Snapshot, TicketInfo, read_snapshot
 
+CHECKOUT = Path(__file__).resolve().parent.parent
+# What most managers in tests have: one device that goes by the books and takes ten models of the default size.
+SMALL: dict[str, Any] = {
+    "memory_source": "booked",
+    "fallback_memory_mb": 1000.0,
+    "slack_percentage": 0.0,
+    "default_estimate_mb": 100.0,
+    "wait_timeout_seconds": 15.0,
+    "lock_timeout_seconds": 10.0,
+}
 # With this file in it, mpmm does not remove a test's runtime root, whose identity is part of the names of segments.
 KEEP = ".keep"
 # The property in which a test reports at how many stores it has killed or interrupted an operation.
@@ -46,6 +53,8 @@ FORK_POINTS = "fork points"
 # What tests leave behind on purpose: a name of each test process's own, which those of others leave alone.
 LEFT_OVER = "left-over-"
 OWN_LEFT_OVER = f"{LEFT_OVER}{os.getpid()}"
+# The loader where a test does not care.
+LOADS = Loads()
 _PAUSE_S = 0.002
 _CONTEXT = multiprocessing.get_context("fork")
 _conversations: weakref.WeakSet[Connection] = weakref.WeakSet()
@@ -54,6 +63,11 @@ _conversations: weakref.WeakSet[Connection] = weakref.WeakSet()
 def scaled(count: int) -> int:
     """Return a test's count times MPMM_TEST_SCALE, at least 1."""
     return max(1, round(count * SCALE))
+
+
+def import_path(*first: Path) -> str:
+    """Return the PYTHONPATH with which a program imports what this process can; `first` come before that."""
+    return os.pathsep.join([*map(str, first), *(path or os.getcwd() for path in sys.path)])
 
 
 def wait_until(condition: Callable[[], object], what: str, deadline_s: float = DEADLINE_S) -> float:
@@ -108,109 +122,6 @@ def leader_pid(snapshot: Snapshot) -> int | None:
     return next((member.pid for member in snapshot.members if member.slot == snapshot.leader), None)
 
 
-# ---- what processes wait for and load ----------------------------------------------------------------------
-
-
-class Weights:
-    """A model that is an object, so only the process that loaded it can use it. Takes memory on a device, if given."""
-
-    def __init__(
-        self,
-        name: str = "",
-        device: SimulatedDevice | None = None,
-        mb: float = 0.0,
-        index: int = 0,
-        unloading: Gate | None = None,
-    ) -> None:
-        self.name = name
-        self.unloaded = False
-        self._unloading = unloading
-        self._device = device
-        self._allocation = device.allocate(mb, index) if device is not None else None
-
-    def unload_model(self) -> None:
-        """Give the memory back; with a gate, open it and hang."""
-        self.unloaded = True
-        if self._unloading is not None:
-            self._unloading.open()
-            signal.pause()
-        if self._device is not None and self._allocation is not None:
-            self._device.free(self._allocation)
-
-
-@dataclass(frozen=True)
-class Loads:
-    """A loader of handles without a server, every one different: any process can use and unload them, at no cost.
-
-    began, go: opened when the loader runs, and waited for before it returns.
-    """
-
-    name: str = "handle"
-    began: Gate | None = None
-    go: Gate | None = None
-
-    def __call__(self) -> Any:
-        """Run the loader."""
-        if self.began is not None:
-            self.began.open()
-        if self.go is not None:
-            self.go.wait()
-        return self.load()
-
-    def load(self) -> Any:
-        """Return what is loaded."""
-        return f"{self.name}-{uuid.uuid4().hex[:8]}"
-
-
-@dataclass(frozen=True)
-class LoadsObject(Loads):
-    """A loader of objects."""
-
-    device: SimulatedDevice | None = None
-    mb: float = 0.0
-    index: int = 0
-    unloading: Gate | None = None
-
-    def load(self) -> Any:
-        """Return a new object."""
-        return Weights(self.name, self.device, self.mb, self.index, self.unloading)
-
-
-@dataclass(frozen=True)
-class LoadsServer:
-    """A loader that starts a model server and returns the handle, a tag of `MultiProcessShared`."""
-
-    tag: str
-    makes: MakesServed = field(default_factory=MakesServed)
-
-    def __call__(self) -> str:
-        """Start the server; it lives on after this process has let go of its proxy."""
-        MultiProcessShared(self.makes, tag=self.tag, always_proxy=True, spawn_process=True).acquire()
-        return self.tag
-
-
-def served(handle: str) -> Any:
-    """Return a proxy of the object behind a handle."""
-    return MultiProcessShared(MakesServed(), tag=handle, always_proxy=True, spawn_process=True).acquire()
-
-
-@dataclass(frozen=True)
-class LoadFails:
-    """A loader that raises."""
-
-    text: str = "no such file"
-    began: Gate | None = None
-    go: Gate | None = None
-
-    def __call__(self) -> Any:
-        """Raise."""
-        if self.began is not None:
-            self.began.open()
-        if self.go is not None:
-            self.go.wait()
-        raise OSError(self.text)
-
-
 # ---- processes ---------------------------------------------------------------------------------------------
 
 
@@ -228,7 +139,7 @@ def attach(seat: Seat, **arguments: Any) -> int:
     return os.getpid()
 
 
-def acquire(seat: Seat, tag: str, loader: Callable[[], Any] = Loads()) -> str:
+def acquire(seat: Seat, tag: str, loader: Callable[[], Any] = LOADS) -> str:
     """Acquire and keep a copy; return it, if it is a handle, else its class's name."""
     copy = seat.manager.acquire_model(tag, loader)
     seat.held.append((tag, copy))
@@ -359,3 +270,12 @@ def _serve(theirs: Connection) -> None:
         with contextlib.suppress(BrokenPipeError, KeyboardInterrupt):
             theirs.send(outcome)
         del outcome
+
+
+# The fixtures that make what a test needs; see `conftest`.
+NewManager = Callable[..., ModelManager]
+NewProcess = Callable[..., Process]
+NewGate = Callable[[], Gate]
+NewDevice = Callable[..., SimulatedDevice]
+NewGpus = Callable[..., SimulatedGpus]
+OncePerRun = Callable[[str, Callable[[], Any]], Any]
