@@ -14,6 +14,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
 import weakref
 from collections.abc import Callable
@@ -78,6 +79,26 @@ def wait_until(condition: Callable[[], object], what: str, deadline_s: float = D
         assert waited < deadline_s, f"after {deadline_s} s still not: {what}"
         time.sleep(_PAUSE_S)
     return time.monotonic() - began
+
+
+def know(manager: ModelManager, **estimates_mb: float) -> None:
+    """Tell the estimator what models take."""
+    learn(Seat(manager), **estimates_mb)
+
+
+def in_thread(call: Callable[[], Any]) -> tuple[threading.Thread, list[Any]]:
+    """Run a call in a thread; its outcome, or exception, appears in the list."""
+    outcome: list[Any] = []
+
+    def run() -> None:
+        try:
+            outcome.append(call())
+        except Exception as error:
+            outcome.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    return thread, outcome
 
 
 # ---- looking at a namespace --------------------------------------------------------------------------------

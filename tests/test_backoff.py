@@ -26,7 +26,7 @@ from harness import (
 )
 from harness import waiting as waiting_for
 from loaders import LoadFails, Loads, LoadsObject
-from test_policy import A, B, C, device, idle, model, ticket, view
+from policy_views import A, B, C, device, idle, model, ticket, view
 
 from mpmm.errors import LoadTimeoutError
 from mpmm.observability.inspect_screen import render

@@ -22,7 +22,7 @@ from harness import (
     waiting,
 )
 from loaders import Loads, LoadsObject
-from test_policy import ME, OTHER, A, model
+from policy_views import ME, OTHER, A, model
 
 from mpmm.cli import main
 from mpmm.errors import AcquireTimeoutError, InvalidArgumentError, QueueFullError

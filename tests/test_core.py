@@ -27,8 +27,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from crash_lab import FROZEN_NS, KILLED, SMALL, Lab, run_in_child, some_of
 from harness import CRASH_POINTS, NewManager, problems, scaled
-from test_crash_points import FROZEN_NS, KILLED, SMALL, Lab, run_in_child, some_of
 
 from mpmm import ModelManager
 from mpmm.errors import InvalidArgumentError

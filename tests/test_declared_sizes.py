@@ -21,7 +21,7 @@ from harness import (
     waiting,
 )
 from loaders import Loads, LoadsObject, Weights
-from test_policy import RULES, A, B, D, device, model, ticket, view
+from policy_views import RULES, A, B, D, device, model, ticket, view
 
 from mpmm.cli import main
 from mpmm.errors import InvalidArgumentError, ModelTooLargeError

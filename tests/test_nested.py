@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from harness import NewDevice, NewManager, Seat, learn, model_of, problems
 from loaders import Loads, LoadsObject
-from test_policy import A, B, model, ticket, view
+from policy_views import A, B, model, ticket, view
 
 from mpmm.errors import DeadlockError
 from mpmm.policy.plan import make_plan

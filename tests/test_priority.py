@@ -8,7 +8,7 @@ from harness import NewManager, NewProcess, Seat, acquire, learn, problems, rele
 from hypothesis import given
 from hypothesis import strategies as st
 from loaders import Loads
-from test_policy import NOW, A, model, ticket, view
+from policy_views import NOW, A, model, ticket, view
 
 from mpmm.cli import main
 from mpmm.policy.fairness import HEAD_START_S, HIGHEST_URGENCY, queue_order, rank_ns, urgency_of

@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 from harness import NewManager, NewProcess, acquire, learn, release, wait_until, waiting
 from loaders import LoadsObject
-from test_policy import OTHER, A, B, C, at_most, busy, device, held_for_long, idle, model, ticket, view
+from policy_views import OTHER, A, B, C, at_most, busy, device, held_for_long, idle, model, ticket, view
 
 from mpmm.policy.plan import make_plan
 from mpmm.policy.reasons import SENTENCES, explain

@@ -20,7 +20,7 @@ from harness import (
     waiting,
 )
 from loaders import DEADLINE_S, Gate, Loads, LoadsObject
-from test_policy import A, B, device, model, ticket, view
+from policy_views import A, B, device, model, ticket, view
 from test_run import Start
 from test_run import start as start  # the fixture
 

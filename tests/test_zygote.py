@@ -20,10 +20,10 @@ from typing import Any
 
 import psutil
 import pytest
-import test_multi_process_shared as shared_tests
+import shared_workers
 from counters import Counter, Importing, Imports, Surroundings, die_in_constructor, fail_to_construct
 from harness import SCALE, import_path
-from test_multi_process_shared import DEADLINE_S, LAST_CLIENT_S, Worker, acquire, is_running, wait_until
+from shared_workers import DEADLINE_S, LAST_CLIENT_S, Worker, acquire, is_running, wait_until
 
 from mpmm.errors import ServerStartError
 from mpmm.multi_process_shared import MultiProcessShared, server_pid, unload
@@ -34,8 +34,8 @@ from mpmm.multi_process_shared.forkserver.zygote import PROCESS_NAME
 from mpmm.multi_process_shared.registry import registry_for
 
 pytestmark = pytest.mark.skipif(not forkserver_client._has_pidfd(), reason="needs descriptors of processes")
-path = shared_tests.path
-new_worker = shared_tests.new_worker
+path = shared_workers.path
+new_worker = shared_workers.new_worker
 
 # How long a template may take for modules that import nothing themselves.
 LEARN_TIMEOUT_S = 20.0

@@ -38,22 +38,32 @@ COPIED = ("mpmm", "tests", "tools", "setup.cfg")
 PARTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "policy": (
         ("mpmm/policy/*.py",),
-        ("test_policy", "test_backoff", "test_suspension", "test_ledger", "test_out_of_memory", "test_fairness"),
+        (
+            *("test_policy", "test_policy_costs", "test_policy_queue", "test_policy_sharing", "test_policy_properties"),
+            *("test_backoff", "test_suspension", "test_ledger", "test_out_of_memory", "test_fairness"),
+        ),
     ),
     "scheduler": (
         ("mpmm/scheduling/*.py",),
-        ("test_without_a_plan", "test_hand_overs", "test_copies", "test_fairness", "test_devices", "test_manager"),
+        (
+            *("test_without_a_plan", "test_hand_overs", "test_copies", "test_fairness", "test_devices", "test_manager"),
+            "test_manager_errors",
+        ),
     ),
     "shared_state": (
         ("mpmm/shared_state/*.py", "mpmm/shared_state/*/*.py"),
         (
             *("test_durations", "test_namespace", "test_accounting", "test_full_tables", "test_bounded_work"),
-            *("test_copies", "test_leases", "test_model_of_promises", "test_deaths", "test_crash_points"),
+            *("test_copies", "test_leases", "test_model_of_promises", "test_deaths", "test_stopped_processes"),
+            *("test_crash_points", "test_call_crash_points"),
         ),
     ),
     "sources": (
         ("mpmm/sources/*.py", "mpmm/memory/monitor*.py", "mpmm/memory/sample*.py"),
-        ("test_gpu_monitor", "test_sources", "test_amd_source", "test_source_failures", "test_attribution"),
+        (
+            *("test_gpu_monitor", "test_sources", "test_source_choice", "test_host_memory", "test_amd_source"),
+            *("test_source_failures", "test_attribution"),
+        ),
     ),
     "multi_process_shared": (
         (
@@ -61,7 +71,10 @@ PARTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
             "mpmm/multi_process_shared/rpc/*.py",
             "mpmm/multi_process_shared/forkserver/*.py",
         ),
-        ("test_payloads", "test_multi_process_shared", "test_zygote", "test_servers"),
+        (
+            *("test_payloads", "test_shared_calls", "test_shared_unloads", "test_multi_process_shared", "test_zygote"),
+            "test_servers",
+        ),
     ),
     "estimator": (
         ("mpmm/memory/estimator.py", "mpmm/memory/shared_estimator.py", "mpmm/memory/estimates_file.py"),

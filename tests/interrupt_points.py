@@ -1,0 +1,239 @@
+"""Exceptions at chosen bytecodes of the package, and what must hold after each: see `test_interrupt_points`."""
+
+from __future__ import annotations
+
+import dis
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from types import CodeType, FrameType
+from typing import Any
+
+import pytest
+from harness import Seat
+
+import mpmm
+from mpmm import RemoteCallError
+from mpmm.model_manager import ModelManager
+from mpmm.shared_state.invariants import check_invariants
+from mpmm.shared_state.layout import Capacities
+from mpmm.shared_state.snapshot import Snapshot, read_snapshot
+
+PACKAGE = str(Path(mpmm.__file__).parent)
+
+
+STEP = int(os.environ.get("MPMM_INTERRUPT_STEP", "0"))
+
+
+OFFSET = int(os.environ.get("MPMM_INTERRUPT_OFFSET", str(int(time.time() // 86400))))
+
+
+RETURNS = {code for name, code in dis.opmap.items() if name.startswith("RETURN_")}
+
+
+KW_NAMES = dis.opmap.get("KW_NAMES", -1)
+
+
+HEALS_WITHIN_S = 1.0
+
+
+SMALL_TABLES = Capacities(members=8, models=16, instances=16, tickets=8, events=16)
+
+
+# A test that fails needs not say so a thousand times, a second each.
+ENOUGH_FAILURES = 20
+
+
+class Interrupted(Exception):
+    """What a handler of a soft time limit raises."""
+
+
+@cache
+def ways_out(code: CodeType) -> frozenset[int]:
+    """Return the offsets of the instructions with which `with` blocks that end normally call `__exit__`.
+
+    And of those that do nothing, like `try`: they, too, may be outside of the block that they stand in.
+    """
+    instructions = list(dis.get_instructions(code))
+    offsets = {instruction.offset for instruction in instructions if instruction.opname == "NOP"}
+    for place, first in enumerate(instructions[:-4]):
+        if first.opname == "LOAD_CONST" and first.argval is None:
+            # Python 3.10 says the second and third None otherwise.
+            nones = [i.opname == "DUP_TOP" or i.argval is None for i in instructions[place + 1 : place + 3]]
+            calls = [i.opname in ("PRECALL", "CALL", "CALL_FUNCTION") for i in instructions[place + 3 : place + 5]]
+            if all(nones) and calls[0]:
+                begin = place - (place > 0 and instructions[place - 1].opname in ("SWAP", "ROT_TWO"))
+                offsets.update(i.offset for i in instructions[begin : place + 3 + sum(calls)])
+    return frozenset(offsets)
+
+
+class Interruption:
+    """Raises an exception before the n-th bytecode that the calling thread runs inside of the package."""
+
+    def __init__(self, at: int, error: BaseException) -> None:
+        self.at = at
+        self.error = error
+        self.count = 0
+        self.where = ""
+
+    def __enter__(self) -> Interruption:
+        sys.settrace(self._enter)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        sys.settrace(None)
+
+    def _enter(self, frame: FrameType, event: str, argument: Any) -> Any:
+        if not frame.f_code.co_filename.startswith(PACKAGE):
+            return None
+        frame.f_trace_opcodes, frame.f_trace_lines = True, False
+        return self._step
+
+    def _step(self, frame: FrameType, event: str, argument: Any) -> Any:
+        if (
+            event == "opcode"
+            and not self._is_last(frame)
+            and not self._has_names(frame)
+            and frame.f_lasti not in ways_out(frame.f_code)
+        ):
+            self.count += 1
+            if self.count == self.at:
+                file = Path(frame.f_code.co_filename).stem
+                self.where = f"{file}.{frame.f_code.co_name}:{frame.f_lineno}+{frame.f_lasti}"
+                raise self.error
+        return self._step
+
+    @staticmethod
+    def _has_names(frame: FrameType) -> bool:
+        # Between KW_NAMES and CALL there is PRECALL with its cache in Python 3.11, and nothing later.
+        code, at = frame.f_code.co_code, frame.f_lasti
+        return KW_NAMES >= 0 and any(at >= back and code[at - back] == KW_NAMES for back in (2, 6))
+
+    @staticmethod
+    def _is_last(frame: FrameType) -> bool:
+        caller = frame.f_back
+        outermost = caller is None or not caller.f_code.co_filename.startswith(PACKAGE)
+        return outermost and frame.f_code.co_code[frame.f_lasti] in RETURNS
+
+
+def use_copy(seat: Seat, tag: str) -> None:
+    """In another process: acquire and release."""
+    with seat.manager.model(tag, lambda: tag):
+        pass
+
+
+class Points:
+    """Runs an operation with an exception at one point after another, and looks whether all is well after each."""
+
+    def __init__(self, step: int) -> None:
+        self.step = STEP or step
+        self.points = 0
+        self.failures: list[str] = []
+
+    def go_on(self) -> None:
+        """Do what the same thread must be able to do after each point."""
+        raise NotImplementedError
+
+    def left(self) -> list[str]:
+        """Return what is wrong after a point, and must be right within a second."""
+        raise NotImplementedError
+
+    def __call__(self, operation: Callable[[], None], prepare: Callable[[], None] = lambda: None) -> None:
+        """Try the points of an operation. prepare: called before each, to bring about the branch that is meant."""
+        at = 1 + OFFSET % self.step
+        while len(self.failures) < ENOUGH_FAILURES:
+            prepare()
+            error: BaseException = KeyboardInterrupt() if at % 2 else Interrupted()
+            interruption = Interruption(at, error)
+            escaped = ""
+            try:
+                with interruption:
+                    operation()
+            except (KeyboardInterrupt, Interrupted):
+                pass
+            except RemoteCallError as other:
+                # What ends an unpickling is an error of that.
+                escaped = "" if isinstance(other.__cause__, Interrupted) else f"RemoteCallError: {other}"
+                other.__cause__ = None
+            except Exception as other:
+                escaped = f"{type(other).__name__}: {other}"
+            # The frames of the traceback would keep what they have in hand.
+            error.__traceback__ = None
+            del error
+            if not interruption.where:
+                assert not escaped, escaped
+                return
+            interruption.error = KeyboardInterrupt()
+            self.points += 1
+            self._check(f"{interruption.at} ({interruption.where})", escaped)
+            at += self.step
+
+    def _check(self, where: str, escaped: str) -> None:
+        began = time.monotonic()
+        wrong = [f"raised {escaped}"] if escaped else []
+        try:
+            self.go_on()
+        except (Exception, AssertionError) as error:
+            wrong.append(f"the same thread cannot go on: {type(error).__name__}: {error}")
+        while (left := self.left()) and time.monotonic() - began < HEALS_WITHIN_S:
+            time.sleep(0.001)
+        wrong += left
+        if wrong:
+            self.failures.append(f"{where}: {wrong}")
+            print(self.failures[-1], flush=True)
+
+    def conclude(self) -> None:
+        """Say how many points there were, and fail if there was a failure."""
+        print(f"{self.points} points, {len(self.failures)} failures")
+        found = "\n".join(self.failures[:40])
+        assert not self.failures, f"{len(self.failures)} of {self.points} points failed:\n{found}"
+
+
+class Sweep(Points):
+    """The points of operations of a manager."""
+
+    def __init__(self, manager: ModelManager, step: int) -> None:
+        super().__init__(step)
+        self.manager = manager
+        self._segment = manager._connected().namespace.segment
+
+    def go_on(self) -> None:
+        """Use another model."""
+        with self.manager.model("other", lambda: "other"):
+            pass
+
+    def left(self) -> list[str]:
+        """Return what is in use, or waits, and should not, and what the books have wrong."""
+        snapshot = self.snapshot()
+        rows = [f"{i.tag} is {i.state}" for i in snapshot.instances if i.state in ("active", "loading", "leased")]
+        tickets = [f"a ticket for {ticket.tag} is {ticket.state}" for ticket in snapshot.tickets]
+        lock = self._segment.lock_file()
+        is_free = lock.try_exclusive()
+        lock.close()
+        return [*rows, *tickets, *check_invariants(snapshot), *([] if is_free else ["the lock is taken"])]
+
+    def snapshot(self) -> Snapshot:
+        """Return the state of the manager's namespace."""
+        return read_snapshot(self.manager.namespace)
+
+
+@pytest.fixture
+def sweep(
+    new_manager: Callable[..., ModelManager], new_process: Any, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[..., Sweep]]:
+    """Makes a sweep over a manager; in the end there must not have been a failure, and another process can go on."""
+    monkeypatch.setattr("mpmm.model_manager.background.RECONCILE_S", 0.002)
+    made: list[Sweep] = []
+
+    def make(step: int, **arguments: Any) -> Sweep:
+        # Small tables, because each look decodes all of them.
+        made.append(Sweep(new_manager(capacities=SMALL_TABLES, **arguments), step))
+        return made[-1]
+
+    yield make
+    for one in made:
+        new_process().call(use_copy, "from elsewhere")
+        one.conclude()

@@ -1,0 +1,234 @@
+"""Processes that use shared objects when a test says so, and what they share."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import multiprocessing
+import os
+import pickle
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, ClassVar
+
+import psutil
+import pytest
+from counters import (
+    Counter,
+    SlowToConstruct,
+)
+
+from mpmm.multi_process_shared import MultiProcessShared
+from mpmm.multi_process_shared.context import attach_namespace
+from mpmm.multi_process_shared.hosted import find_host
+from mpmm.multi_process_shared.registry import registry_for
+from mpmm.shared_state.lock_file import LockFile
+
+DEADLINE_S = 30.0
+
+
+# The time after its last client in which a server has to be gone: a probe a second, and a loaded machine.
+LAST_CLIENT_S = 10.0
+
+
+class Attachable:
+    """Shared state by itself, as a model manager is."""
+
+    attach_in_place = True
+    made: ClassVar[int] = 0
+    resets: ClassVar[int] = 0
+
+    def __init__(self) -> None:
+        type(self).made += 1
+        self.namespace = attach_namespace.get()
+
+    def force_reset(self) -> None:
+        type(self).resets += 1
+
+
+class NotesThatNobodyIsLeft:
+    """Note in a file that it was called, and whether the lock is free for whoever cleans up."""
+
+    def __init__(self, lock: Path, note: Path) -> None:
+        self.lock = lock
+        self.note = note
+
+    def __call__(self) -> None:
+        self.note.write_text(f"free={LockFile(self.lock).try_exclusive()}")
+
+
+# What workers do; the first argument is the worker's memory.
+
+
+def acquire(memory: dict[str, Any], tag: str, path: str, spawn: bool = True) -> int:
+    memory[tag] = MultiProcessShared(Counter, tag, path=path, always_proxy=True, spawn_process=spawn).acquire()
+    return int(memory[tag].pid())
+
+
+def increment(memory: dict[str, Any], tag: str) -> int:
+    return int(memory[tag].increment())
+
+
+def acquire_slow(memory: dict[str, Any], constructor: SlowToConstruct, tag: str, path: str) -> int:
+    return int(MultiProcessShared(constructor, tag, path=path, spawn_process=True).acquire().increment())
+
+
+def attach(memory: dict[str, Any], tag: str, path: str) -> tuple[int, bool]:
+    handle = MultiProcessShared(Attachable, tag, path=path, always_proxy=True)
+    first, second = handle.acquire(), handle.acquire()
+    return Attachable.made, first is second
+
+
+def call_pickled(memory: dict[str, Any], pickled: bytes) -> int:
+    return int(pickle.loads(pickled).increment())
+
+
+def descriptors_left_by_a_host(memory: dict[str, Any], path: str) -> int:
+    """Host an object for several threads, delete it, see its threads end, and count the descriptors that stay."""
+
+    def threads() -> list[str]:
+        return [thread.name for thread in threading.enumerate() if thread.name.startswith("mpmm-host-")]
+
+    def use(proxy: Any) -> None:
+        proxy.increment()
+        gate.wait(DEADLINE_S)
+        # Long enough for another thread to be made ready for the next client.
+        time.sleep(0.05)
+
+    # What a process needs once.
+    shared(path, tag="another", always_proxy=True).acquire().unsafe_hard_delete()
+    wait_until(lambda: not threads(), DEADLINE_S, lambda: str(threads()))
+    before = len(os.listdir("/proc/self/fd"))
+    proxy = shared(path, always_proxy=True).acquire()
+    gate = threading.Barrier(6)
+    clients = [threading.Thread(target=use, args=(proxy,)) for _ in range(gate.parties)]
+    for client in clients:
+        client.start()
+    for client in clients:
+        client.join(DEADLINE_S)
+    assert proxy.increment() == 7
+    proxy.unsafe_hard_delete()
+    wait_until(lambda: not threads(), DEADLINE_S, lambda: str(threads()))
+    del proxy
+    gc.collect()
+    return len(os.listdir("/proc/self/fd")) - before
+
+
+def run_forked_starter(memory: dict[str, Any], tag: str, path: str) -> int | None:
+    """Have a child that multiprocessing forked start a server and leave; return its exit code."""
+    child = multiprocessing.get_context("fork").Process(target=acquire, args=({}, tag, path))
+    child.start()
+    child.join(DEADLINE_S)
+    return child.exitcode
+
+
+class Worker:
+    """A process that does what it is told, until it is told to leave or is killed."""
+
+    def __init__(self) -> None:
+        spawn = multiprocessing.get_context("spawn")
+        self.ours, theirs = spawn.Pipe()
+        self.process = spawn.Process(target=_obey, args=(theirs,))
+        self.process.start()
+        theirs.close()
+
+    def begin(self, function: Callable[..., Any], *args: Any) -> None:
+        self.ours.send((function, args))
+
+    def answer(self) -> Any:
+        assert self.ours.poll(DEADLINE_S), "the worker does not answer"
+        failed, value = self.ours.recv()
+        assert not failed, value
+        return value
+
+    def do(self, function: Callable[..., Any], *args: Any) -> Any:
+        self.begin(function, *args)
+        return self.answer()
+
+    def leave(self) -> int | None:
+        self.ours.send(None)
+        self.process.join(DEADLINE_S)
+        return self.process.exitcode
+
+    def kill(self) -> None:
+        self.process.kill()
+        # Not `join`: a child that the worker forked keeps open the pipe whose end `join` waits for.
+        wait_until(lambda: not self.process.is_alive(), DEADLINE_S, lambda: "the worker survives SIGKILL")
+
+
+def _obey(theirs: Connection) -> None:
+    memory: dict[str, Any] = {}
+    while (order := theirs.recv()) is not None:
+        function, args = order
+        try:
+            theirs.send((False, function(memory, *args)))
+        except Exception:
+            theirs.send((True, traceback.format_exc()))
+
+
+@pytest.fixture
+def new_worker() -> Iterator[Callable[[], Worker]]:
+    workers: list[Worker] = []
+
+    def make() -> Worker:
+        workers.append(Worker())
+        return workers[-1]
+
+    yield make
+    for worker in workers:
+        worker.kill()
+        worker.ours.close()
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Iterator[str]:
+    """A folder for one room, which has to be gone in the end once this process has left it too."""
+    folder = tmp_path / "p"
+    folder.mkdir()
+    yield str(folder)
+    registry = registry_for(str(folder))
+    # What this process itself would serve to its end; spawned servers have to go by themselves.
+    if (host := find_host(registry, "it")) is not None:
+        host.hard_delete()
+    registry.leave()
+    wait_until(lambda: not any(folder.iterdir()), LAST_CLIENT_S, lambda: f"left behind: {sorted(folder.rglob('*'))}")
+
+
+def wait_until(condition: Callable[[], bool], deadline_s: float, what: Callable[[], str] = lambda: "") -> None:
+    deadline = time.monotonic() + deadline_s
+    while not condition():
+        assert time.monotonic() < deadline, what()
+        time.sleep(0.01)
+
+
+def holds_for(duration_s: float, condition: Callable[[], bool]) -> bool:
+    """Tell whether the condition stays true; the clock is what is tested here."""
+    end = time.monotonic() + duration_s
+    while condition():
+        if time.monotonic() >= end:
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def is_running(pid: int) -> bool:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        # An orphan's zombie stays where no init reaps it.
+        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
+    return False
+
+
+def shared(path: str, tag: str = "it", constructor: Callable[[], Any] = Counter, **options: Any) -> Any:
+    return MultiProcessShared(constructor, tag, path=path, **options)
+
+
+# Calls.
+
+
+@pytest.fixture(params=[False, True], ids=["hosted", "spawned"])
+def proxy(request: pytest.FixtureRequest, path: str) -> Any:
+    return shared(path, always_proxy=True, spawn_process=request.param).acquire()

@@ -1,0 +1,264 @@
+"""The manager: pickled, forked, several of one process; reset and shutdown."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import pickle
+from typing import Any
+
+import pytest
+from harness import (
+    NewGate,
+    NewManager,
+    NewProcess,
+    Seat,
+    acquire,
+    in_thread,
+    know,
+    learn,
+    model_of,
+    problems,
+    release,
+    shut_down,
+    wait_until,
+    waiting,
+)
+from loaders import LoadFails, Loads, LoadsObject, Weights
+
+from mpmm.errors import (
+    ClosedError,
+    InvalidArgumentError,
+    NamespaceResetError,
+    NotAcquiredError,
+)
+from mpmm.model_manager import ModelManager
+from mpmm.shared_state.snapshot import find_namespaces, read_snapshot
+
+# ---- copies of the manager: pickled, forked, several ---------------------------------------------------------
+
+
+def test_a_pickled_manager_is_a_manager_on_the_same_state(
+    namespace: str, new_manager: NewManager, new_process: NewProcess
+) -> None:
+    manager, other = new_manager(), new_process(attached=False)
+    copy = manager.acquire_model("a", Loads())
+    with pickle.loads(pickle.dumps(manager)) as twin:
+        assert twin.namespace == namespace
+        twin.release_model("a", copy)
+    assert other.call(take_over, manager, "a") == copy
+    assert model_of(namespace, "a").active == 1
+    other.call(release)
+    # The twin has left, and this one has not.
+    with manager.model("a", LoadFails("not to be called")):
+        pass
+
+
+def take_over(seat: Seat, manager: ModelManager, tag: str) -> Any:
+    """Go on with a manager that came by pickle."""
+    seat.manager = manager
+    return acquire(seat, tag, LoadFails("not to be called"))
+
+
+def test_a_private_namespace_goes_along_with_the_pickled_manager(new_process: NewProcess, runtime_root: Any) -> None:
+    with ModelManager(memory_source="booked") as manager:
+        manager.release_model("a", manager.acquire_model("a", Loads()))
+        other = new_process(attached=False)
+        assert other.call(take_over, manager, "a") in manager.all_models("a")
+        other.call(release)
+        other.call(shut_down)
+
+
+def test_private_namespaces_are_separate() -> None:
+    with ModelManager(memory_source="booked") as one, ModelManager(memory_source="booked") as two:
+        assert one.namespace != two.namespace
+        one.acquire_model("a", Loads())
+        assert (len(one.all_models("a")), two.all_models("a")) == (1, [])
+
+
+def test_a_forked_child_uses_the_manager_but_has_no_claim_on_what_its_parent_holds(
+    namespace: str, new_manager: NewManager, new_process: NewProcess
+) -> None:
+    manager = new_manager()
+    handle = manager.acquire_model("handle", Loads("h"))
+    thing = manager.acquire_model("object", LoadsObject("o"))
+    manager.release_model("object", thing)
+    _inherited.update(manager=manager, handle=handle, thing=thing)
+    try:
+        child = new_process(attached=False)
+    finally:
+        _inherited.clear()
+    with pytest.raises(NotAcquiredError):
+        child.call(release_inherited, "handle", "handle")
+    with pytest.raises(NotAcquiredError):
+        child.call(release_inherited, "object", "thing")
+    # The parent's object is idle, but it is the parent's.
+    assert child.call(acquire_inherited, "object") is False
+    assert model_of(namespace, "object").loaded == 2
+    assert len(read_snapshot(namespace).members) == 2
+    manager.release_model("handle", handle)
+    assert child.call(acquire, "handle", LoadFails("not to be called")) == handle
+    assert manager.acquire_model("object", LoadFails("not to be called")) is thing
+    child.call(shut_down)
+    assert (model_of(namespace, "handle").idle, model_of(namespace, "object").active) == (1, 1)
+    manager.release_model("object", thing)
+    assert problems(namespace) == []
+
+
+_inherited: dict[str, Any] = {}
+
+
+def release_inherited(seat: Seat, tag: str, what: str) -> None:
+    """Try to release what the parent holds."""
+    seat.manager = _inherited["manager"]
+    seat.manager.release_model(tag, _inherited[what])
+
+
+def acquire_inherited(seat: Seat, tag: str) -> bool:
+    """Acquire an object, and return whether it is the parent's."""
+    with seat.manager.model(tag, LoadsObject("child's")) as thing:
+        return thing is _inherited["thing"]
+
+
+def test_other_values_than_the_creators_are_reported_and_have_no_effect(
+    new_manager: NewManager, caplog: pytest.LogCaptureFixture
+) -> None:
+    new_manager(slack_percentage=0.25)
+    with caplog.at_level(logging.WARNING, "mpmm"):
+        new_manager(slack_percentage=0.25, wait_timeout_seconds=1.0)
+        assert caplog.text == ""
+        later = new_manager(slack_percentage=0.5)
+    assert "slack_percentage stays 0.25, chosen by the creator of the namespace; ignoring 0.5" in caplog.text
+    know(later, a=750)
+    with later.model("a", Loads()):
+        pass
+
+
+def test_all_models_shows_handles_own_objects_and_none_for_those_of_others(
+    new_manager: NewManager, new_process: NewProcess
+) -> None:
+    manager, other = new_manager(), new_process()
+    handle = other.call(acquire, "handle")
+    other.call(acquire, "object", LoadsObject())
+    thing = manager.acquire_model("object", LoadsObject())
+    assert manager.all_models("handle") == [handle]
+    assert {type(copy) for copy in manager.all_models("object")} == {type(None), Weights}
+    assert thing in manager.all_models()["object"]
+    assert manager.all_models("nothing") == []
+    assert manager.all_models()["nothing"] == [], "Beam asks for a model that was evicted"
+    manager.release_model("object", thing)
+
+
+def test_an_old_version_makes_room_first_and_the_current_one_again_does_not(
+    namespace: str, new_manager: NewManager
+) -> None:
+    manager = new_manager(fallback_memory_mb=300.0)
+    for tag in ("other", "v1", "v2"):
+        manager.release_model(tag, manager.acquire_model(tag, LoadsObject()))
+    manager.supersede("v1", "v2")
+    manager.release_model("new", manager.acquire_model("new", LoadsObject()))
+    assert set(manager.all_models()) == {"other", "v2", "new"}, "`other` has been idle for longer"
+    manager.supersede("v2", "v1")
+    manager.supersede("v1", "v2")
+    manager.release_model("more", manager.acquire_model("more", LoadsObject()))
+    assert set(manager.all_models()) == {"v2", "new", "more"}, "back at its place"
+    with pytest.raises(InvalidArgumentError):
+        manager.supersede("v1", "x" * 600)
+
+
+# ---- reset and shutdown ------------------------------------------------------------------------------------
+
+
+def test_a_reset_from_another_process_tells_everybody(
+    namespace: str, new_process: NewProcess, new_gate: NewGate
+) -> None:
+    holder, waiter, loading, other = (new_process(fallback_memory_mb=300) for _ in range(4))
+    other.call(learn, big=300, known=150)
+    holder.call(acquire, "held")
+    began, go = new_gate(), new_gate()
+    loading.send(acquire, "loading", Loads("l", began, go))
+    began.wait()
+    waiter.send(acquire, "big")
+    wait_until(lambda: waiting(namespace, "big"), "somebody waits")
+    other.call(reset)
+    with pytest.raises(NamespaceResetError, match="ended the wait for 'big'"):
+        waiter.result()
+    with pytest.raises(NamespaceResetError, match="took 'held' away"):
+        holder.call(release)
+    go.open()
+    with pytest.raises(NamespaceResetError, match="ended the load of 'loading'"):
+        loading.result()
+    snapshot = read_snapshot(namespace)
+    assert (snapshot.instances, snapshot.tickets, snapshot.resets) == ((), (), 1)
+    assert model_of(namespace, "known").estimate_mb == 150, "estimates stay"
+    for process in (holder, waiter, loading):
+        assert process.call(acquire, "again")
+        process.call(release)
+    assert problems(namespace) == []
+
+
+def reset(seat: Seat) -> None:
+    """Reset the namespace."""
+    seat.manager.force_reset()
+
+
+def test_shutdown_unloads_what_is_ours_and_the_last_one_everything(
+    namespace: str, new_manager: NewManager, new_process: NewProcess
+) -> None:
+    manager, other = new_manager(), new_process()
+    thing = manager.acquire_model("object", LoadsObject())
+    manager.release_model("object", thing)
+    handle = manager.acquire_model("handle", Loads())
+    manager.shutdown()
+    manager.shutdown()
+    assert thing.unloaded
+    with pytest.raises(ClosedError):
+        manager.acquire_model("handle", Loads())
+    assert {copy.tag: copy.state for copy in read_snapshot(namespace).instances} == {"handle": "idle"}
+    assert other.call(acquire, "handle", LoadFails("not to be called")) == handle
+    assert problems(namespace) == []
+    other.call(shut_down)
+    with pytest.raises(FileNotFoundError):
+        read_snapshot(namespace)
+
+
+def test_two_managers_of_one_process_are_one_member_that_leaves_with_the_second(
+    namespace: str, new_manager: NewManager
+) -> None:
+    one, two = new_manager(), new_manager()
+    copy = one.acquire_model("a", Loads())
+    one.shutdown()
+    assert len(read_snapshot(namespace).members) == 1
+    two.release_model("a", copy)
+    two.shutdown()
+    with pytest.raises(FileNotFoundError):
+        read_snapshot(namespace)
+
+
+def test_a_thread_that_waits_is_sent_away_by_its_own_processs_shutdown(
+    namespace: str, new_manager: NewManager, new_process: NewProcess
+) -> None:
+    holder, manager = new_process(fallback_memory_mb=100), new_manager()
+    holder.call(acquire, "a")
+    thread, outcome = in_thread(lambda: manager.acquire_model("b", Loads()))
+    wait_until(lambda: waiting(namespace, "b"), "the thread waits")
+    manager.shutdown()
+    thread.join(5)
+    assert [type(error) for error in outcome] == [ClosedError]
+    assert waiting(namespace) == []
+
+
+def test_a_forgotten_manager_leaves_by_itself_also_when_an_unload_collects_it(
+    namespace: str, new_manager: NewManager
+) -> None:
+    forgotten = ModelManager(memory_source="booked")
+    private = forgotten.namespace
+    # In a cycle, so that only the collector finds it: that of the unload of an object, in the middle of leaving.
+    cycle: list[Any] = [forgotten]
+    cycle.append(cycle)
+    manager = new_manager()
+    manager.release_model("a", manager.acquire_model("a", LoadsObject()))
+    del forgotten, cycle
+    manager.shutdown()
+    gc.collect()
+    wait_until(lambda: private not in find_namespaces(), "it has left")

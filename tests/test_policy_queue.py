@@ -1,0 +1,208 @@
+"""The policy: who stands before whom, who may overtake, and which load is first."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from policy_views import OTHER, A, B, C, device, held_for_long, idle, in_use, model, ticket, view, wanted
+
+from mpmm.policy.admission import free_mb, limit_mb
+from mpmm.policy.fairness import overtaking_limited, overtaking_over, queue_order
+from mpmm.policy.plan import make_plan
+from mpmm.policy.view import (
+    BusyInstance,
+    Evict,
+    Grant,
+    Load,
+    Reason,
+    TicketView,
+    View,
+    Wait,
+)
+
+
+def test_waiters_stand_in_order_of_priority_then_number() -> None:
+    tickets = [ticket(3, A), ticket(1, A), ticket(9, B, priority=0), ticket(2, C)]
+    assert [t.row for t in queue_order(view([], tickets))] == [9, 1, 2, 3]
+
+
+def test_overtaking_ends_exactly_at_the_bound() -> None:
+    state = view([], [])
+    assert not overtaking_limited(state, ticket(1, A, waited=9.0))
+    assert not overtaking_limited(state, ticket(1, A, waited=9.0, blocked=1.999))
+    assert overtaking_limited(state, ticket(1, A, waited=9.0, blocked=2.0))
+    assert not overtaking_over(state, ticket(1, A, waited=9.0, blocked=3.999))
+    assert overtaking_over(state, ticket(1, A, waited=9.0, blocked=4.0))
+
+
+def test_a_known_model_that_has_waited_long_enough_stands_among_the_unknown() -> None:
+    tickets = [ticket(1, A, waited=7.9), ticket(2, B, waited=8.0), ticket(3, C, priority=0)]
+    assert [t.row for t in queue_order(view([], tickets))] == [2, 3, 1]
+
+
+def test_free_memory_is_the_limit_less_what_is_used_and_reserved() -> None:
+    one = device(used=200, reserved_mb=300)
+    assert (limit_mb(one, 0.1), free_mb(one, 0.1)) == (900, 400)
+
+
+def test_a_model_that_takes_nothing_goes_to_a_device_whose_total_is_known() -> None:
+    state = view([model(A, 0.0)], [ticket(1, A)], devices=[device(0, 0.0), device(1, 1000.0, 900.0)])
+    (decision,) = make_plan(state).decisions
+    assert isinstance(decision, Load)
+    assert decision.devices == (1,)
+
+
+# ---- passing one that waits for room -----------------------------------------------------------------------
+
+
+def blocked_by_c(blocked_s: float, *behind: TicketView) -> View:
+    """A needs 800 MB: one copy of C is idle, the other in use, with 400 MB each; an idle copy of B is small."""
+    return view(
+        [model(A, 800), model(B, shared=1), model(C, shared=2)],
+        [ticket(1, A, blocked=blocked_s), *behind],
+        copies=[idle(7, B, mb=10, age=1), idle(9, C, mb=400)],
+        devices=[device(used=900)],
+        busy=(in_use(8, C, 400, 0.5),),
+    )
+
+
+def test_within_the_bound_every_idle_copy_may_be_reused() -> None:
+    decisions = make_plan(blocked_by_c(1.9, ticket(2, C), ticket(3, B))).decisions
+    assert decisions[1:] == (Grant(2, 9), Grant(3, 7))
+
+
+@pytest.mark.parametrize(
+    ("load", "begins"),
+    [
+        pytest.param(
+            BusyInstance(5, B, 0, 900, 9.0, loading=True), False, id="not while only the end of a load makes room"
+        ),
+        pytest.param(BusyInstance(5, B, 0, 900, 9.0), True, id="once that is in use"),
+    ],
+)
+def test_the_time_of_a_blocked_one_begins_when_somebody_can_delay_it(load: BusyInstance, begins: bool) -> None:
+    state = view([model(A, 800), model(B, 900)], [ticket(1, A)], devices=[device(used=900)], busy=(load,))
+    (decision,) = make_plan(state).decisions
+    assert (decision, isinstance(decision, Wait) and decision.first) == (Wait(1, Reason.IN_USE), begins)
+
+
+def test_it_does_not_while_a_load_of_the_same_plan_takes_the_room() -> None:
+    decisions = make_plan(view([model(A, 800), model(B, 800)], [ticket(1, A), ticket(2, B)])).decisions
+    assert [isinstance(decision, Wait) and decision.first for decision in decisions] == [False, False]
+
+
+def test_it_begins_during_a_load_if_others_are_idle_that_could_make_room() -> None:
+    state = view(
+        [model(A, 400), model(B, 100), wanted(C, 400, rate=50.0)],
+        [replace(ticket(1, A))],
+        copies=[idle(7, C, mb=400)],
+        devices=[device(used=800)],
+        busy=(BusyInstance(5, B, 0, 400, 0.1, loading=True),),
+    )
+    costs = {B: wanted(B, 100, rate=0.1, loading={OTHER: 1}), A: replace(model(A, 400, waiting=1), load_s=2.0)}
+    (decision,) = make_plan(replace(state, models={**state.models, **costs})).decisions
+    assert (decision, isinstance(decision, Wait) and decision.first) == (Wait(1, Reason.IN_USE), True)
+
+
+def test_it_begins_when_a_small_load_goes_on_beside_it() -> None:
+    state = view(
+        [model(A, 800), model(B, shared=1), model(C, 50)],
+        [ticket(1, A), ticket(2, C)],
+        devices=[device(used=300)],
+        busy=(BusyInstance(5, B, 0, 300, 1.0, loading=True),),
+    )
+    wait, load = make_plan(state).decisions
+    assert isinstance(load, Load)
+    assert isinstance(wait, Wait)
+    assert wait.first
+
+
+def test_after_it_only_what_is_not_to_make_room() -> None:
+    # Wanted costs make the choice plain: C goes, and B, which is small and wanted, is none of it.
+    state = blocked_by_c(2.0, ticket(2, C), ticket(3, B))
+    costs = {B: wanted(B, 10, rate=50.0), C: replace(wanted(C, 400, rate=0.1), shared=2, waiting=1)}
+    decisions = make_plan(replace(state, models={**state.models, **costs})).decisions
+    assert decisions == (Evict(1, (9,)), Grant(3, 7))
+
+
+def test_after_twice_the_bound_nothing_at_all() -> None:
+    decisions = make_plan(blocked_by_c(4.0, ticket(2, C), ticket(3, B))).decisions
+    assert not any(isinstance(decision, Grant) for decision in decisions)
+
+
+def test_nothing_passes_a_model_that_has_to_run_alone() -> None:
+    state = view(
+        [model(A, known=False), held_for_long(model(B, shared=1))],
+        [ticket(1, A, priority=0), ticket(2, B)],
+        copies=[idle(7, B)],
+        in_use=1,
+    )
+    assert make_plan(state).decisions == (Wait(1, Reason.DRAINING),)
+
+
+@pytest.mark.parametrize(("need_mb", "loads"), [(50.0, True), (150.0, False)])
+def test_a_small_load_goes_on_if_it_leaves_the_room_of_the_blocked_one(need_mb: float, loads: bool) -> None:
+    # Of 900 MB 600 are free and 300 will be: A takes 800 of them.
+    state = view(
+        [model(A, 800), model(B, shared=1), model(C, need_mb)],
+        [ticket(1, A), ticket(2, C)],
+        devices=[device(used=300)],
+        busy=(in_use(5, B, 300, 1.0),),
+    )
+    expected = (Load(2, (0,), need_mb, alone=False),) if loads else ()
+    assert make_plan(state).decisions == (Wait(1, Reason.IN_USE), *expected)
+
+
+def test_of_two_who_wait_for_one_model_one_loads_and_the_other_shares() -> None:
+    handle = replace(model(A, 100), shares=True, load_s=2.0, hold_s=0.1)
+    state = view([handle], [ticket(1, A), ticket(2, A, member=OTHER)])
+    assert make_plan(state).decisions == (Load(1, (0,), 100.0, alone=False), Wait(2, Reason.SHARING))
+
+
+# ---- which load is first -----------------------------------------------------------------------------------
+
+
+def two_for_b(head: TicketView, b_mb: float = 800.0, waiting: int = 2, **more: Any) -> tuple[object, ...]:
+    """One waits for A, which needs 800 of 900 MB, and behind it some wait for B."""
+    behind = [ticket(row, B) for row in range(2, 2 + waiting)]
+    return make_plan(view([model(A, 800), model(B, b_mb)], [head, *behind], **more)).decisions
+
+
+def test_a_model_that_more_wait_for_is_loaded_before_that_of_the_first_waiter() -> None:
+    wait, load = two_for_b(ticket(1, A))
+    assert (wait, load) == (Wait(1, Reason.MEMORY), Load(2, (0,), 800, False))
+    assert isinstance(wait, Wait)
+    assert wait.passed
+    assert not wait.first, "its time begins when that load has ended"
+
+
+@pytest.mark.parametrize(
+    "found",
+    [
+        pytest.param(two_for_b(replace(ticket(1, A), passed=True)), id="only once"),
+        pytest.param(two_for_b(ticket(1, A, blocked=2.0)), id="not when its time is up"),
+        pytest.param(two_for_b(ticket(1, A), waiting=1), id="not for as many"),
+        pytest.param(two_for_b(ticket(1, A), b_mb=900.5), id="not where it does not fit"),
+        pytest.param(two_for_b(replace(ticket(1, A), loadable_on=(0,))), id="not past one that may not go anywhere"),
+        pytest.param(two_for_b(ticket(1, A, priority=0)), id="not past one of the highest priority"),
+    ],
+)
+def test_but_that_has_limits(found: tuple[object, ...]) -> None:
+    assert found[0] == Load(1, (0,), 800, False)
+
+
+def test_where_both_fit_neither_is_passed() -> None:
+    decisions = two_for_b(ticket(1, A), devices=[device(total=4000)])
+    assert decisions == (Load(1, (0,), 800, False), Load(2, (0,), 800, False), Wait(3, Reason.SHARING))
+
+
+def test_a_waiter_that_was_passed_and_has_others_evicted_is_passed_no_more() -> None:
+    models = [model(A, 800), model(B, 100), model(C, shared=1)]
+    waiters = [ticket(1, A), ticket(2, B), ticket(3, B)]
+    state = view(models, waiters, copies=[idle(7, C, mb=50)], devices=[device(used=50)])
+    evict, load = make_plan(state).decisions
+    assert (evict, load) == (Evict(1, (7,)), Load(2, (0,), 100, False))
+    assert isinstance(evict, Evict)
+    assert evict.passed

@@ -1,0 +1,251 @@
+"""Processes that are stopped or stuck, not dead: the others name them, and stand in for them."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import itertools
+import os
+import signal
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from device import SimulatedDevice
+from harness import (
+    NewDevice,
+    NewGate,
+    NewProcess,
+    Process,
+    Seat,
+    acquire,
+    leader_pid,
+    model_of,
+    problems,
+    shut_down,
+    wait_until,
+    waiting,
+)
+from loaders import LoadFails, Loads
+
+from mpmm import cli
+from mpmm.errors import ClosedError, LockTimeoutError
+from mpmm.shared_state.layout import Header
+from mpmm.shared_state.snapshot import read_snapshot
+from mpmm.sources import DeviceSample
+
+# ---- stopped, not dead -------------------------------------------------------------------------------------
+
+
+def stop_in_transaction(seat: Seat) -> None:
+    """Be stopped while holding the lock, in the middle of a change."""
+    namespace = seat.manager._connected().namespace
+    with namespace.transaction() as t:
+        t.set(Header.LOADS, 12345)
+        os.kill(os.getpid(), signal.SIGSTOP)
+        t.set(Header.LOADS, 0)
+
+
+def test_a_stopped_holder_of_the_lock_is_named_and_everything_goes_on_after_it(
+    namespace: str, new_process: NewProcess, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sleeper, other = new_process(lock_timeout_seconds=0.3), new_process()
+    sleeper.send(stop_in_transaction)
+    sleeper.wait_until_stopped()
+    began = time.monotonic()
+    with pytest.raises(LockTimeoutError, match=f"process {sleeper.pid} holds it") as caught:
+        other.call(acquire, "a")
+    assert time.monotonic() - began < 2
+    assert (caught.value.holder_pid, caught.value.timeout_seconds) == (sleeper.pid, 0.3)
+    snapshot = read_snapshot(namespace)
+    lock = snapshot.lock
+    assert (lock.held, lock.holder_stopped, lock.last_holder_pid) == (True, True, sleeper.pid)
+    # Shown is the state before the open transaction.
+    assert (snapshot.loads, snapshot.torn_words) == (0, 1)
+    assert cli.main(["inspect", namespace]) == 0
+    assert f"process {sleeper.pid} is stopped and has held the lock" in capsys.readouterr().out
+    sleeper.resume()
+    sleeper.result()
+    assert other.call(acquire, "a")
+    assert not read_snapshot(namespace).lock.holder_stopped
+    assert problems(namespace) == []
+
+
+def test_a_killed_holder_of_the_lock_leaves_the_state_as_it_was_before(namespace: str, new_process: NewProcess) -> None:
+    victim, other = new_process(), new_process()
+    victim.send(stop_in_transaction)
+    victim.wait_until_stopped()
+    victim.kill()
+    assert other.call(acquire, "a")
+    snapshot = read_snapshot(namespace)
+    assert (snapshot.loads, snapshot.rollbacks) == (1, 1)
+    assert problems(namespace) == []
+
+
+def test_a_release_that_cannot_get_the_lock_can_be_repeated(namespace: str, new_process: NewProcess) -> None:
+    sleeper, other = new_process(lock_timeout_seconds=0.3), new_process()
+    copy = other.call(acquire, "a")
+    sleeper.send(stop_in_transaction)
+    sleeper.wait_until_stopped()
+    with pytest.raises(LockTimeoutError):
+        other.call(release_value, "a", copy)
+    sleeper.resume()
+    sleeper.result()
+    other.call(release_value, "a", copy)
+    assert model_of(namespace, "a").idle == 1
+
+
+def test_a_load_that_ends_while_the_locks_holder_is_stopped_is_not_lost(
+    namespace: str, new_process: NewProcess, new_gate: NewGate
+) -> None:
+    sleeper, other = new_process(lock_timeout_seconds=0.3), new_process()
+    began, go = new_gate(), new_gate()
+    other.send(acquire, "a", Loads("a", began, go))
+    began.wait()
+    sleeper.send(stop_in_transaction)
+    sleeper.wait_until_stopped()
+    go.open()
+    time.sleep(0.6)
+    assert not other.has_result(), "it waits for the lock for longer than others do"
+    sleeper.resume()
+    sleeper.result()
+    assert other.result()
+    assert (read_snapshot(namespace).loads, model_of(namespace, "a").active) == (1, 1)
+
+
+def test_a_process_can_leave_while_the_locks_holder_is_stopped(namespace: str, new_process: NewProcess) -> None:
+    sleeper, other = new_process(lock_timeout_seconds=0.3, fallback_memory_mb=100), new_process()
+    other.call(acquire, "a")
+    other.call(wait_in_a_thread, "b")
+    wait_until(lambda: waiting(namespace, "b"), "a thread waits")
+    sleeper.send(stop_in_transaction)
+    sleeper.wait_until_stopped()
+    other.call(shut_down)
+    sleeper.resume()
+    sleeper.result()
+    wait_until(lambda: [m.pid for m in read_snapshot(namespace).members] == [sleeper.pid], "the other one is gone")
+    assert waiting(namespace) == []
+    assert problems(namespace) == []
+
+
+def wait_in_a_thread(seat: Seat, tag: str) -> None:
+    """Begin to wait for a model; the shutdown ends it."""
+
+    def wait() -> None:
+        with contextlib.suppress(ClosedError):
+            seat.manager.acquire_model(tag, LoadFails("not to be called"))
+
+    threading.Thread(target=wait).start()
+
+
+def release_value(seat: Seat, tag: str, copy: Any) -> None:
+    """Release, without forgetting it first."""
+    seat.manager.release_model(tag, copy)
+    seat.held.clear()
+
+
+def stop_outside_of_transactions(process: Process, namespace: str) -> None:
+    """Stop a process at a moment when it does not hold the lock."""
+    while True:
+        process.stop()
+        if not read_snapshot(namespace).lock.held:
+            return
+        process.resume()
+
+
+def test_the_dead_are_buried_while_the_leader_is_stopped(namespace: str, new_process: NewProcess) -> None:
+    leader = new_process(fallback_memory_mb=100)
+    victim, other = new_process(), new_process()
+    victim.call(acquire, "a")
+    other.send(acquire, "b")
+    wait_until(lambda: waiting(namespace, "b"), "the other one waits")
+    stop_outside_of_transactions(leader, namespace)
+    victim.kill()
+    killed = time.monotonic()
+    assert other.result()
+    print(f"the memory of the dead was free after {time.monotonic() - killed:.2f} s")
+    assert time.monotonic() - killed < 3
+    leader.resume()
+    assert problems(namespace) == []
+
+
+def be_stuck(seat: Seat, seconds: float) -> None:
+    """Hold the interpreter lock in a native call, so that no other thread of this process runs."""
+    # With the mutex, so that no other thread is in the middle of a transaction: then others could not do anything.
+    with seat.manager._connected().namespace.lock._mutex:
+        ctypes.PyDLL(None).usleep(int(seconds * 1e6))
+
+
+@pytest.mark.parametrize("how", ["stopped", "in a native call"])
+def test_a_stuck_leader_is_stood_in_for(
+    namespace: str, new_process: NewProcess, new_device: NewDevice, how: str
+) -> None:
+    device = new_device(1000)
+    device.cheap = False
+    leader, _ = new_process(memory_source=device, poll_interval=0.1), new_process(memory_source=device)
+    if how == "stopped":
+        stop_outside_of_transactions(leader, namespace)
+    else:
+        leader.send(be_stuck, 6.0)
+    stopped = time.monotonic()
+
+    def sampled_since() -> float:
+        age = read_snapshot(namespace).devices[0].sample_age_s
+        assert age is not None
+        return time.monotonic() - age - stopped
+
+    wait_until(lambda: sampled_since() > 0.2, "somebody else takes samples", 5)
+    print(f"first sample without the leader after {sampled_since():.2f} s")
+    assert sampled_since() < 3
+    allocation = device.allocate(300)
+    wait_until(lambda: read_snapshot(namespace).devices[0].used_mb == 300, "its samples are fresh", 5)
+    assert leader_pid(read_snapshot(namespace)) == leader.pid
+    device.free(allocation)
+    leader.resume()
+    if how != "stopped":
+        leader.result()
+    wait_until(lambda: read_snapshot(namespace).devices[0].used_mb == 0, "all go on", 5)
+    assert problems(namespace) == []
+
+
+class LoggingDevice(SimulatedDevice):
+    """Takes a while for each sample, and writes down when that began and ended."""
+
+    cheap = False
+
+    def sample(self, server_pids: Sequence[int]) -> tuple[DeviceSample, ...]:
+        """Measure."""
+        began = time.monotonic()
+        samples = super().sample(server_pids)
+        time.sleep(SAMPLE_S)
+        with (self._folder / "log").open("a", encoding="ascii") as log:
+            log.write(f"{began} {time.monotonic()} {os.getpid()}\n")
+        return samples
+
+    def log(self) -> list[tuple[float, float, int]]:
+        """Return begin, end and pid of each sample, in the order of their begins."""
+        lines = (self._folder / "log").read_text(encoding="ascii").splitlines()
+        return sorted((float(began), float(ended), int(pid)) for began, ended, pid in map(str.split, lines))
+
+
+SAMPLE_S = 0.5
+
+
+def test_one_at_a_time_stands_in_for_a_stuck_leader(namespace: str, new_process: NewProcess, tmp_path: Path) -> None:
+    device = LoggingDevice(tmp_path / "device", 1000)
+    leader, *others = (new_process(memory_source=device, poll_interval=0.1) for _ in range(4))
+    stop_outside_of_transactions(leader, namespace)
+    stopped = time.monotonic()
+
+    def in_its_place() -> list[tuple[float, float, int]]:
+        return [entry for entry in device.log() if entry[0] > stopped]
+
+    wait_until(lambda: len(in_its_place()) >= 3, "others take samples")
+    for (_, ended, pid), (began, _, next_pid) in itertools.pairwise(in_its_place()):
+        assert ended <= began, f"{pid} and {next_pid} polled at once"
+    leader.resume()
+    assert {pid for *_, pid in in_its_place()} <= {other.pid for other in others}
+    assert problems(namespace) == []
