@@ -33,6 +33,8 @@ PARTS = {
     "ground": "",
 }
 GROUND = ("errors", "fork_hooks", "text")
+# The tables of `shared_state.layout`, whose fields are numbers of words.
+ROWS = ("Header", "Member", "Model", "Instance", "Ticket", "Pin", "Device", "Observation", "Event", "Undo")
 MODULES = {
     ".".join(path.relative_to(CHECKOUT).with_suffix("").parts).removesuffix(".__init__"): path
     for path in (CHECKOUT / "mpmm").rglob("*.py")
@@ -81,3 +83,26 @@ def test_the_table_runs_downwards() -> None:
 def test_no_modules_import_each_other() -> None:
     graph = {module: set(imports_of(path, for_types=False)) - {module, "mpmm"} for module, path in MODULES.items()}
     graphlib.TopologicalSorter(graph).prepare()
+
+
+def raw_accesses(path: Path) -> Iterator[str]:
+    """Yield where a file reads or writes words of the segment by their numbers, or reckons with those."""
+
+    def is_field(node: ast.expr) -> bool:
+        return isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in ROWS
+
+    for node in ast.walk(ast.parse(path.read_text())):
+        found = False
+        if isinstance(node, ast.Subscript):
+            columns = node.slice.elts if isinstance(node.slice, ast.Tuple) else []
+            found = ast.unparse(node.value).endswith(("words", "floats")) or any(map(is_field, columns))
+        elif isinstance(node, ast.BinOp):
+            found = is_field(node.left) or is_field(node.right)
+        if found:
+            yield f"{path.relative_to(CHECKOUT)}:{ast.unparse(node)}"
+
+
+def test_shared_state_is_the_only_part_that_touches_words() -> None:
+    outside = [path for module, path in MODULES.items() if part_of(module) != "shared_state"]
+    found = [access for path in outside for access in raw_accesses(path)]
+    assert len(found) < 40, "\n".join(found)

@@ -146,7 +146,7 @@ class Host:
         """Compare Q2 with the plan, for each copy in use; return how often it held."""
         held = 0
         for row in self.in_state(Instance.ACTIVE):
-            if not self.scheduler.shortcuts.moves_nobody(row):
+            if not self.scheduler.shortcuts.moves_nobody(self.namespace.reads.instances.held(row)):
                 continue
             held += 1
             with self.attempt() as t:

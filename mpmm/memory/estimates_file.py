@@ -29,7 +29,6 @@ from typing import Any
 
 from mpmm.errors import LockTimeoutError
 from mpmm.memory.estimator import ALONE_SD
-from mpmm.shared_state.layout import Device
 from mpmm.shared_state.lock_file import LockFile
 from mpmm.shared_state.namespace import Namespace
 from mpmm.shared_state.transaction import Transaction
@@ -173,7 +172,7 @@ class KeptEstimates:
         """Read the file, without the lock; the devices are known by now."""
         tables = self._namespace.tables
         rows = tables.used_rows(self._namespace.segment.layout.devices)
-        self._kind = " + ".join(sorted({tables.string(tables.device(row) + Device.NAME) for row in rows}))
+        self._kind = " + ".join(sorted({tables.device_name(row) for row in rows}))
         self._remembered = self._file.read(self._kind)
         self._saved = dict(self._remembered)
 

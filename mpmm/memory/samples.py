@@ -151,7 +151,7 @@ class SharedSamples:
     def _uuids(self) -> dict[int, bytes]:
         tables = self._namespace.tables
         rows = tables.used_rows(self._namespace.segment.layout.devices)
-        return {row: tables.text(tables.device(row) + Device.UUID) for row in rows}
+        return {row: tables.device_uuid(row) for row in rows}
 
     def rows(self) -> list[int]:
         """Return the rows of the devices that this process sees; all if it sees none of them. Without the lock.

@@ -33,7 +33,6 @@ from mpmm.model_manager.release import discard
 from mpmm.model_manager.request import ANYWHERE, AcquireOptions, read_options
 from mpmm.model_manager.session import Session
 from mpmm.model_manager.unload import collect_garbage
-from mpmm.shared_state.futex import wait_for_change
 from mpmm.shared_state.layout import Ticket
 
 if TYPE_CHECKING:
@@ -144,16 +143,14 @@ def _answer(request: QueuedRequest[Any]) -> int | None:
 
 def _sleep(session: Session, row: int, deadline: float) -> int | None:
     """Sleep until the ticket (row) has an answer, and return its state; None when the deadline has passed."""
-    namespace = session.namespace
-    words = namespace.segment.words
-    at = namespace.tables.ticket(row)
-    signal = at + Ticket.SIGNAL
+    queue = session.namespace.reads.queue
+    signal = queue.signal(row)
     again = session.look_again(row)
     while True:
-        seen = words[signal]
+        seen = signal.seen()
         # This look needs no lock: `take_grant` and `act` make sure that what it sees was committed.
-        if words[at + Ticket.STATE] != Ticket.WAITING:
-            return int(words[at + Ticket.STATE])
+        if (state := queue.state(row)) != Ticket.WAITING:
+            return state
         if session.closing:
             raise ClosedError("the manager was shut down while a thread waited for a model")
         left = deadline - time.monotonic()
@@ -164,8 +161,8 @@ def _sleep(session: Session, row: int, deadline: float) -> int | None:
             again.look()
             continue
         left = min(left, look_in_s)
-        wait_for_change(lambda: int(words[signal]), namespace.segment.address + 8 * signal, seen, left)
-        if words[signal] == seen:
+        signal.wait(seen, left)
+        if signal.seen() == seen:
             session.scheduler.spin_for_answer(row)
 
 

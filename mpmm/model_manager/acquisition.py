@@ -15,7 +15,7 @@ from mpmm.model_manager.queued_request import QueuedRequest, making_room
 from mpmm.model_manager.refusals import largest_limit
 from mpmm.model_manager.request import ANYWHERE, PlacementRequest, encoded_tag
 from mpmm.model_manager.session import Session
-from mpmm.shared_state.layout import Header, Instance, Model, Ticket
+from mpmm.shared_state.layout import Instance, Model, Ticket
 
 if TYPE_CHECKING:
     from mpmm.model_manager.operations import Operation
@@ -73,11 +73,10 @@ class Acquisition(QueuedRequest["Copy | Booking"]):
     def set_keep_alive(self, timeout_s: float | None = None) -> None:
         """Record how long idle instances are kept, if the model has a row; otherwise the ticket records it."""
         session, word = self.session, self.request.keep_alive
-        namespace = session.namespace
-        words, tables = namespace.segment.words, namespace.tables
+        namespace, tables = session.namespace, session.namespace.tables
         (session.unload_on_release.add if word == Model.AT_ONCE else session.unload_on_release.discard)(self.tag)
         row = tables.model_row(self.tag)
-        if row is None or words[tables.model(row) + Model.KEEP_ALIVE] == word:
+        if row is None or tables.models[row].keep_alive == word:
             return
         with namespace.transaction(timeout_s) as t:
             row = tables.model_row(self.tag)
@@ -96,7 +95,7 @@ class Acquisition(QueuedRequest["Copy | Booking"]):
 
     def _take_row(self, t: Transaction, row: int) -> Copy | None:
         session, namespace, scheduler = self.session, self.session.namespace, self.session.scheduler
-        if namespace.segment.words[Header.ISOLATED] and scheduler.beside_isolation(row):
+        if scheduler.beside_isolation(row):
             return None
         if scheduler.must_queue() and not (session.held.has_tenure(self.tag, row) or scheduler.may_take(row)):
             return None
@@ -141,7 +140,7 @@ class Acquisition(QueuedRequest["Copy | Booking"]):
             cause = None if model is None else session.scheduler.known_wait(model)
             if model is not None and cause is not None:
                 self._make_ticket(t, model, cause)
-                self._expect_place()
+                self._expect_place(model)
                 t.after.append(self._log_queued)
         return None
 
@@ -166,14 +165,14 @@ class Acquisition(QueuedRequest["Copy | Booking"]):
                 self.operation.ticket = None
                 raise NothingFree
             session.scheduler.advance(t, newcomer=self.row)
-            self._expect_place()
+            self._expect_place(model)
 
     def _make_ticket(self, t: Transaction, model: int, cause: Cause | None = None) -> None:
         """Make the ticket; cause: why it waits, if that is known."""
         session, namespace, request = self.session, self.session.namespace, self.request
         if request.keep_alive:
             namespace.transitions.models.keep_alive(t, model, request.keep_alive)
-        known = session.scheduler.is_known(model) or namespace.segment.words[Header.SOURCE_ACCOUNTING_ONLY]
+        known = session.scheduler.is_known(model) or namespace.tables.header.source_accounting_only
         priority = PRELOAD_PRIORITY if self.preload else 1 if known else 0
         row = namespace.transitions.tickets.enqueue(
             *(t, model, namespace.slot, priority, session.scheduler.need_mb(model), self.deadline_ns(), self.preload),
@@ -182,21 +181,19 @@ class Acquisition(QueuedRequest["Copy | Booking"]):
         )
         self.note_ticket(row)
 
-    def _expect_place(self) -> None:
+    def _expect_place(self, model: int) -> None:
         """Refuse a newcomer that would have to wait behind as many requests as `max_waiting` allows.
 
         The exception undoes its transaction.
 
         Raises QueueFullError.
         """
-        session = self.session
-        words, tables = session.namespace.segment.words, session.namespace.tables
-        at = tables.ticket(self.row)
-        waiting = words[tables.model(words[at + Ticket.MODEL]) + Model.WAITING]
+        session, queue = self.session, self.session.namespace.reads.queue
+        waiting = queue.waits_for(model)
         most = self.request.max_waiting
         if not self.preload:
             most = min(most, session.namespace.settings.max_waiting)
-        if waiting <= most or words[at] != Ticket.WAITING:
+        if waiting <= most or not queue.is_waiting(self.row):
             return
         expected_s = session.scheduler.expected_wait_s(self.row)
         self.operation.ticket = None
@@ -222,9 +219,9 @@ class Acquisition(QueuedRequest["Copy | Booking"]):
         session, namespace = self.session, self.session.namespace
         if state == Ticket.GRANTED:
             return session.held.add(instance, self.tag, self.operation)
-        words, at = namespace.segment.words, namespace.tables.instance(instance)
-        self.operation.booking = (instance, words[at + Instance.GENERATION])
-        alone, resumes = namespace.transitions.isolation.runs_alone(instance), words[at] == Instance.RESUMING
+        copy = namespace.tables.instances[instance]
+        self.operation.booking = (instance, copy.generation)
+        alone, resumes = namespace.transitions.isolation.runs_alone(instance), copy.state == Instance.RESUMING
         return Booking(*self.operation.booking, alone, resumes)
 
     def _refused(self, need_mb: float) -> ModelTooLargeError:

@@ -45,7 +45,8 @@ from mpmm.model_manager.session import Session
 from mpmm.multi_process_shared.main_import import refuse_while_importing_main
 from mpmm.policy.out_of_memory import is_out_of_memory
 from mpmm.shared_state.futex import WAITED_FOR_AT_MOST, wait_for_any, wake_all
-from mpmm.shared_state.layout import Header, Ticket
+from mpmm.shared_state.layout import Ticket
+from mpmm.shared_state.signal_words import Signal
 
 if TYPE_CHECKING:
     from mpmm.model_manager.attachment import Attachment
@@ -91,7 +92,7 @@ async def hold_in_loop(
 
 async def _release(attachment: Attachment, session: Session, threads: _Threads, tag: str, instance: Any) -> None:
     # An instance that runs alone is measured at the release, which may take the source of memory figures a while.
-    if session.namespace.is_usable and not session.namespace.segment.words[Header.ISOLATED]:
+    if session.namespace.is_usable and not session.namespace.reads.devices.anything_runs_alone():
         with contextlib.suppress(LockTimeoutError):
             release(attachment.connected(), tag, instance, LOOP_TIMEOUT_S)
             return
@@ -314,8 +315,8 @@ class _Watched:
     """A ticket whose state is looked at when its signal changes. counted: tells the session that a task waits."""
 
     session: Session
-    state: int
-    signal: int
+    row: int
+    signal: Signal
     deadline: float
     answer: Callable[[Outcome], None]
     counted: AbstractContextManager[None]
@@ -335,16 +336,13 @@ class Watcher:
     def watch(self, session: Session, row: int, deadline: float, answer: Callable[[Outcome], None]) -> bool:
         """Call `answer`, in the thread, with the ticket's state once it has one; with None at the deadline, with an
         exception when the session leaves the namespace. Return False if there is no room."""
-        at = session.namespace.tables.ticket(row)
         with self._mutex:
             if len(self._watched) >= WAITED_FOR_AT_MOST - 1:
                 return False
             counted = session.waiting(in_block=False)
             counted.__enter__()
-            signal = at + Ticket.SIGNAL
-            self._watched[row] = _Watched(
-                session, at + Ticket.STATE, signal, deadline, answer, counted, session.look_again(row)
-            )
+            signal = session.namespace.reads.queue.signal(row)
+            self._watched[row] = _Watched(session, row, signal, deadline, answer, counted, session.look_again(row))
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="mpmm-watcher", daemon=True)
                 self._thread.start()
@@ -420,10 +418,9 @@ def _state(watched: _Watched, now: float) -> tuple[Outcome, tuple[int, int] | No
     """Return the outcome of a ticket, or where to wait for it, and what stands there."""
     session = watched.session
     try:
-        segment = session.namespace.segment
         # Read before the state: what changes afterwards ends the sleep at once.
-        seen = segment.words[watched.signal]
-        state = int(segment.words[watched.state])
+        seen = watched.signal.seen()
+        state = session.namespace.reads.queue.state(watched.row)
     except ValueError:
         # Unmapped: the session did not wait any longer for this thread.
         return ClosedError("the manager was shut down while a task waited for a model"), None
@@ -433,4 +430,4 @@ def _state(watched: _Watched, now: float) -> tuple[Outcome, tuple[int, int] | No
         return ClosedError("the manager was shut down while a task waited for a model"), None
     if now >= watched.deadline:
         return None, None
-    return None, (segment.address + 8 * watched.signal, seen)
+    return None, (watched.signal.address, seen)

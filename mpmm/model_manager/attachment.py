@@ -164,7 +164,7 @@ class Attachment:
             self.session = session
             session.manager_ids.add(id(self))
         # Settings that were changed at run time are not what the creator chose.
-        if not session.namespace.segment.words[Header.SETTINGS_CHANGED]:
+        if not session.namespace.tables.header.settings_changed:
             self._report_differences(session.namespace.settings)
         return session
 

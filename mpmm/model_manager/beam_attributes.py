@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, MutableMapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
-from mpmm.shared_state.layout import Header, Instance, Model
+from mpmm.shared_state.layout import Instance, Model
 from mpmm.shared_state.tables import encode_text
 
 if TYPE_CHECKING:
@@ -64,11 +64,10 @@ class Condition(threading.Condition):
 
     def wait(self, timeout: float | None = None) -> bool:
         """Wait until any process has changed anything, or somebody in this one has notified; False at the time-out."""
-        words = self.segment_lock.words
-        before = words[Header.CHANGE]
+        before = self.segment_lock.changes
         deadline = math.inf if timeout is None else time.monotonic() + timeout
         while (left := deadline - time.monotonic()) > 0:
-            if super().wait(min(left, LOOK_S)) or words[Header.CHANGE] != before:
+            if super().wait(min(left, LOOK_S)) or self.segment_lock.changes != before:
                 return True
         return False
 

@@ -7,7 +7,6 @@ which object a row stands for, only the process itself knows: here. An acquire a
 
 from __future__ import annotations
 
-import platform
 import threading
 from collections import defaultdict
 from collections.abc import Hashable, Sequence
@@ -18,7 +17,7 @@ from mpmm import multi_process_shared
 from mpmm.model_manager.operations import Copy, Held, Operation
 from mpmm.model_manager.tenure import Tenures
 from mpmm.scheduling import Scheduler
-from mpmm.shared_state.layout import Header, Instance, Model, Ticket
+from mpmm.shared_state.layout import Ticket
 from mpmm.shared_state.namespace import Namespace
 from mpmm.shared_state.transaction import Transaction
 from mpmm.text.printable import printable_logger
@@ -26,10 +25,6 @@ from mpmm.text.printable import printable_logger
 __all__ = ["HeldInstances", "server_pid_of"]
 
 _LOG = printable_logger("mpmm")
-# Elsewhere a processor may reorder the reads of `HeldInstances.take_granted`, and Python has no means to forbid it.
-CAN_READ_UNLOCKED = platform.machine() in ("x86_64", "AMD64")
-# Between two transactions of many busy processes there is hardly ever time to read; then the lock has to do.
-UNLOCKED_TRIES = 16
 
 
 class HeldInstances:
@@ -47,6 +42,8 @@ class HeldInstances:
         self._lock = namespace.lock
         self._reference = namespace.reference
         self._rows_of_tags = namespace.tables.rows_of_tags
+        self._queue = namespace.reads.queue
+        self._instances = namespace.reads.instances
         # An RLock, because a finalizer or signal handler may come by while its own thread has it.
         self._mutex = threading.RLock()
         # Objects loaded here, by row: nobody else can use them.
@@ -67,30 +64,22 @@ class HeldInstances:
 
         usable_on: bits of the devices on which it must lie, 0 for all.
         """
-        tables, words = self._namespace.tables, self._namespace.segment.words
-        model = tables.model_row(tag)
+        model = self._namespace.tables.model_row(tag)
         if model is None:
             return None
-        head = words[tables.model(model) + Model.IDLE_HEAD]
-        while head:
-            at = tables.instance(head - 1)
-            if not usable_on or not words[at + Instance.DEVICES] & ~usable_on:
-                return int(head) - 1
-            head = words[at + Instance.NEXT]
+        shared = self._instances.first_idle(model, usable_on)
+        if shared is not None:
+            return shared
         for row in reversed(self._rows_of_model.get(model, ())):
-            at = tables.instance(row)
-            owned = self._objects[row]
-            there = words[at + Instance.GENERATION] == owned.generation and not (
-                usable_on and words[at + Instance.DEVICES] & ~usable_on
-            )
-            if there and words[at + Instance.STATE] == Instance.IDLE:
+            if self._instances.is_idle(row, self._objects[row].generation, usable_on):
                 return row
         return None
 
     def add(self, row: int, tag: str, operation: Operation) -> Copy:
         """Note that this process holds the copy of `tag` in an ACTIVE row, and return it. Needs the lock."""
-        copy = self._copy_in(row, tag)
-        self._note_held(copy, operation)
+        generation, uses = self._instances.use(row)
+        copy = self._copy_in(row, generation, tag)
+        self._note_held(copy, uses, operation)
         return copy
 
     def take_quickly(self, tag: str, operation: Operation, kept: int = 0) -> Copy | None:
@@ -151,17 +140,12 @@ class HeldInstances:
         """Note that this process asks for a model that others wait for; tell whether a copy is kept for it."""
         self._tenures.come_back(tag)
         tenure = self._tenures.current(tag)
-        return tenure is not None and self._namespace.segment.words[self._namespace.tables.instance(tenure.row)] == (
-            Instance.IDLE
-        )
+        return tenure is not None and self._instances.is_idle(tenure.row, tenure.generation)
 
     def has_tenure(self, tag: str, row: int) -> bool:
         """Tell whether a copy was handed to this process a moment ago, so that it comes before others."""
         tenure = self._tenures.current(tag)
-        if tenure is None or tenure.row != row:
-            return False
-        generation = self._namespace.segment.words[self._namespace.tables.instance(row) + Instance.GENERATION]
-        return bool(tenure.generation == generation)
+        return tenure is not None and tenure.row == row and self._instances.is_still(row, tenure.generation)
 
     def keeps(self, t: Transaction, copy: Copy, used: bool) -> bool:
         """Give a copy back, but leave it idle for this process if it may keep it; else return False."""
@@ -175,9 +159,8 @@ class HeldInstances:
         tenure.called_up = True
         return True
 
-    def _note_held(self, copy: Copy, operation: Operation) -> None:
+    def _note_held(self, copy: Copy, uses: int, operation: Operation) -> None:
         at = (copy.row, copy.generation)
-        uses = self._namespace.segment.words[self._namespace.tables.instance(copy.row) + Instance.USES]
         operation.gives_back = False
         operation.held = held = (copy, uses)
         self.holds[at] = held
@@ -190,22 +173,23 @@ class HeldInstances:
         The ticket is freed later, by `free_taken_tickets`: a transaction of its own would double the waiter's part of a
         hand-over.
         """
-        if not CAN_READ_UNLOCKED:
+
+        def granted() -> tuple[int, int, Copy] | None:
+            answer = self._queue.answer(row)
+            if answer.state != Ticket.GRANTED:
+                return None
+            generation, uses = self._instances.use(answer.instance)
+            return answer.number, uses, self._copy_in(answer.instance, generation, tag)
+
+        found = self._queue.unlocked(granted)
+        if found is None:
             return None
-        words, at = self._namespace.segment.words, self._namespace.tables.ticket(row)
-        for _ in range(UNLOCKED_TRIES):
-            change = words[Header.CHANGE]
-            if not change & 1 and words[at + Ticket.STATE] == Ticket.GRANTED:
-                copy = self._copy_in(words[at + Ticket.INSTANCE] - 1, tag)
-                grant = (row, words[at + Ticket.NUMBER])
-                # No transaction was open, so the grant is not one that may yet be rolled back.
-                if words[Header.CHANGE] == change:
-                    # First the hold, so that no transaction finds a copy in use that nobody in this process has.
-                    self._note_held(copy, operation)
-                    self._taken_grants.add(grant)
-                    self._tenures.begin(tag, copy.row, copy.generation)
-                    return copy
-        return None
+        number, uses, copy = found
+        # First the hold, so that no transaction finds a copy in use that nobody in this process has.
+        self._note_held(copy, uses, operation)
+        self._taken_grants.add((row, number))
+        self._tenures.begin(tag, copy.row, copy.generation)
+        return copy
 
     def free_taken_tickets(self, t: Transaction) -> None:
         """Free the tickets whose grants were acted upon without the lock.
@@ -214,21 +198,17 @@ class HeldInstances:
         """
         if not self._taken_grants:
             return
-        words, tables = self._namespace.segment.words, self._namespace.tables
         grants = tuple(self._taken_grants)
         for row, number in grants:
-            at = tables.ticket(row)
             # If not, another thread has just done so, and is about to take it off the list.
-            if words[at] != Ticket.FREE and words[at + Ticket.NUMBER] == number:
+            if self._queue.is_still(row, number):
                 self._namespace.transitions.hand_over.consume_answer(t, row)
         t.after.append(partial(self._forget_freed, grants))
 
     def _forget_freed(self, grants: Sequence[tuple[int, int]]) -> None:
         """Strike tickets off that are free. Looks, as calls after a transaction that was undone may be made, too."""
-        words, tables = self._namespace.segment.words, self._namespace.tables
         for grant in grants:
-            at = tables.ticket(grant[0])
-            if words[at] == Ticket.FREE or words[at + Ticket.NUMBER] != grant[1]:
+            if not self._queue.is_still(*grant):
                 self._taken_grants.discard(grant)
 
     @property
@@ -236,9 +216,8 @@ class HeldInstances:
         """Tell whether there is something to settle."""
         return bool(self._taken_grants)
 
-    def _copy_in(self, row: int, tag: str) -> Copy:
-        """Return what this process knows, or can read, of the copy in a row."""
-        generation = self._namespace.segment.words[self._namespace.tables.instance(row) + Instance.GENERATION]
+    def _copy_in(self, row: int, generation: int, tag: str) -> Copy:
+        """Return what this process knows, or can read, of the copy of this generation in a row."""
         copy = self._objects.get(row) or self._handles.get(row)
         if copy is None or copy.generation != generation:
             copy = self._handles[row] = Copy(row, generation, tag, self._namespace.tables.handle_of(row))
@@ -246,13 +225,13 @@ class HeldInstances:
 
     def add_loaded(self, row: int, tag: str, value: Any, operation: Operation) -> Copy:
         """Note a copy that this process has just loaded and holds; an object is its own from now on."""
-        words, tables = self._namespace.segment.words, self._namespace.tables
-        copy = Copy(row, words[tables.instance(row) + Instance.GENERATION], tag, value)
+        generation, uses = self._instances.use(row)
+        copy = Copy(row, generation, tag, value)
         with self._mutex:
             if not isinstance(value, str):
                 self._objects[row] = copy
-                self._rows_of_model[words[tables.instance(row) + Instance.MODEL]].append(row)
-        self._note_held(copy, operation)
+                self._rows_of_model[self._instances.held(row).model].append(row)
+        self._note_held(copy, uses, operation)
         return copy
 
     def take_off(self, value: Any, tag: str, operation: Operation) -> Copy | None:
@@ -303,12 +282,7 @@ class HeldInstances:
 
     def is_held(self, copy: Copy) -> bool:
         """Tell whether the row still says that this process holds the copy. Needs the lock."""
-        words, at = self._namespace.segment.words, self._namespace.tables.instance(copy.row)
-        return bool(
-            words[at + Instance.STATE] == Instance.ACTIVE
-            and words[at + Instance.GENERATION] == copy.generation
-            and words[at + Instance.HOLDER] == self._namespace.reference
-        )
+        return self._instances.is_held(copy.row, copy.generation, self._namespace.reference)
 
     def value_of(self, row: int) -> Any:
         """Return the object or handle of a row as far as this process can know it, else None."""
@@ -317,8 +291,7 @@ class HeldInstances:
 
     def is_twin(self, copy: Copy) -> bool:
         """Tell whether others stand for the same handle as a copy. Looks without the lock, which a holder may do."""
-        handle = copy.value.encode("utf-8", "surrogateescape") if isinstance(copy.value, str) else b""
-        return bool(handle) and bool(self._namespace.transitions.twins.of(handle, copy.row))
+        return self._namespace.transitions.twins.any_of(copy.row)
 
     def warn_of_twins(self, t: Transaction, tag: str, handle: str) -> None:
         """Say, once a tag, that a loader has returned a handle that another one has returned before."""
@@ -333,12 +306,11 @@ class HeldInstances:
 
     def handle_is_alive(self, copy: Copy) -> bool:
         """Tell whether what a handle stands for still lives; a handle that never named a server is taken on trust."""
-        words, at = self._namespace.segment.words, self._namespace.tables.instance(copy.row)
-        if not words[at + Instance.HAS_SERVER]:
+        has_server, server = self._instances.server(copy.row)
+        if not has_server:
             return True
-        server = words[at + Instance.SERVER]
-        if server:
-            return self._namespace.member_is_alive(server - 1)
+        if server is not None:
+            return self._namespace.member_is_alive(server)
         return multi_process_shared.server_pid(copy.value) is not None
 
     def forget_object(self, row: int, generation: int) -> Copy | None:

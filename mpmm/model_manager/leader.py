@@ -42,10 +42,10 @@ from mpmm.policy.view import Reason
 from mpmm.scheduling import Scheduler
 from mpmm.shared_state.durations import to_ns
 from mpmm.shared_state.events import Cause
-from mpmm.shared_state.futex import wake_all
-from mpmm.shared_state.layout import Device, Header, Instance, Member, Model
+from mpmm.shared_state.layout import Instance, Member
 from mpmm.shared_state.lock_file import LockFile
 from mpmm.shared_state.namespace import Namespace
+from mpmm.shared_state.poll_claims import claim_late_polls
 from mpmm.shared_state.transaction import Transaction
 from mpmm.sources import Measures, process_knowledge, what_it_measures
 from mpmm.suspend.suspender import Suspender
@@ -197,7 +197,7 @@ class Leader:
         self.leading = False
         self._lock_file.unlock()
         for slot, _ in better:
-            wake_all(self._namespace.segment.address + 8 * (self._namespace.tables.member(slot) + Member.BELL))
+            self._namespace.tables.bell(slot).wake()
 
     def _is_left_to_better(self) -> bool:
         """Tell whether to leave the free lead to a process that can measure more: for a second, as it may be stuck."""
@@ -236,21 +236,11 @@ class Leader:
         That is if the last poll is too long ago, or the last look at a device that this process sees: those that poll
         may not see it.
         """
-        words, tables = self._namespace.segment.words, self._namespace.tables
-        places = [(Header.POLLED, Header.POLL_CLAIMED)]
+        tables = self._namespace.tables
         # Without a source that measures, a claim on devices would only keep those from it that have one.
-        if not tables.header.source_accounting_only and what_it_measures(self._figures.source) > Measures.NOTHING:
-            devices = (tables.device(row) for row in self._samples.rows())
-            places += [(at + Device.TRIED, at + Device.CLAIMED) for at in devices]
-        now = time.monotonic_ns()
-        late = now - to_ns(self._namespace.settings.poll_interval + STALE_AFTER_S)
-        if not any(
-            words[tried] < late and not now - STANDING_IN_NS < words[claimed] <= now for tried, claimed in places
-        ):
-            return False
-        for _, claimed in places:
-            words[claimed] = now
-        return True
+        sees = not tables.header.source_accounting_only and what_it_measures(self._figures.source) > Measures.NOTHING
+        late_ns = to_ns(self._namespace.settings.poll_interval + STALE_AFTER_S)
+        return claim_late_polls(tables, self._samples.rows() if sees else (), late_ns, STANDING_IN_NS)
 
     def say_what_it_measures(self) -> None:
         """Tell the others if this process's source has turned out to measure more, or less, than it said."""
@@ -327,7 +317,7 @@ class Leader:
         namespace = self._namespace
         tables, layout = namespace.tables, namespace.segment.layout
         ttl_s = namespace.settings.idle_ttl_seconds
-        if math.isinf(ttl_s) and not tables.view(layout.models)[:, Model.KEEP_ALIVE].any():
+        if math.isinf(ttl_s) and not tables.model_columns().keep_alive.any():
             return
         rows = tables.rows_where(layout.instances, Instance.STATE, Instance.IDLE)
         # These have been idle before; in the host they are kept for as long again.

@@ -81,8 +81,7 @@ class QueuedRequest(Generic[T]):
 
     def note_ticket(self, row: int) -> None:
         """Note the ticket that was made in the transaction in progress."""
-        words, tables = self.session.namespace.segment.words, self.session.namespace.tables
-        self.operation.ticket = (row, words[tables.ticket(row) + Ticket.NUMBER])
+        self.operation.ticket = (row, self.session.namespace.reads.queue.number(row))
         self.row = row
 
     def take_grant(self) -> T | None:
@@ -96,14 +95,11 @@ class QueuedRequest(Generic[T]):
         a preload is told. Raises GrantRolledBack if the ticket waits after all, and what the answer says otherwise.
         """
         namespace = self.session.namespace
-        words = namespace.segment.words
         try:
             with namespace.transaction(self.left_s()) as t:
-                at = namespace.tables.ticket(self.row)
-                state, instance = words[at + Ticket.STATE], words[at + Ticket.INSTANCE] - 1
+                _, state, instance, need_mb = namespace.reads.queue.answer(self.row)
                 if state == Ticket.WAITING:
                     raise GrantRolledBack
-                need_mb = namespace.segment.floats[at + Ticket.NEED_MB]
                 namespace.transitions.hand_over.consume_answer(t, self.row)
                 if state in (Ticket.GRANTED, Ticket.LOAD):
                     return self._take(state, instance)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from mpmm.errors import AcquireTimeoutError, ClosedError, LockTimeoutError, MpmmError, NamespaceResetError
-from mpmm.shared_state.layout import Device, device_rows
+from mpmm.shared_state.layout import device_rows
 from mpmm.text.printable import printable
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def largest_limit(session: Session, request: PlacementRequest) -> tuple[float, s
     with namespace.transaction():
         rows = device_rows(request.loadable_on) or session.samples.rows()
         roomiest = sorted(rows, key=limit_mb)[-request.span :]
-        names = [namespace.tables.string(namespace.tables.device(row) + Device.NAME) for row in roomiest]
+        names = [namespace.tables.device_name(row) for row in roomiest]
         return min(map(limit_mb, roomiest)) * request.span, ", ".join(names)
 
 

@@ -12,7 +12,6 @@ from mpmm.errors import LockTimeoutError, MpmmError, NotAcquiredError, Reentrant
 from mpmm.memory.beam_metrics import report_estimate
 from mpmm.model_manager.nested import learn_alone
 from mpmm.model_manager.refusals import expect_mapped, taken_away
-from mpmm.shared_state.layout import Header
 from mpmm.text.printable import printable_logger
 
 if TYPE_CHECKING:
@@ -91,9 +90,8 @@ def give_back(session: Session, tag: str, copy: Copy, used: bool = True, timeout
     ClosedError, LockTimeoutError.
     """
     namespace, here = session.namespace, session.held
-    words = namespace.segment.words
     cost_mb = None
-    alone = words[Header.ISOLATED] and namespace.transitions.isolation.runs_alone(copy.row)
+    alone = namespace.reads.devices.anything_runs_alone() and namespace.transitions.isolation.runs_alone(copy.row)
     # What a twin adds to the memory in use says nothing about its model.
     if alone and not here.is_twin(copy):
         cost_mb = _added_alone_mb(session, copy)
@@ -105,7 +103,7 @@ def give_back(session: Session, tag: str, copy: Copy, used: bool = True, timeout
             learn_alone(session, t, copy.row, cost_mb)
         else:
             cost_mb = None
-        contended = words[Header.WAITING]
+        contended = session.scheduler.must_queue()
         if not (contended and here.keeps(t, copy, used)):
             if contended:
                 session.tenures.end(copy.tag)

@@ -46,7 +46,6 @@ from mpmm.model_manager.thread_holds import ThreadHolds
 from mpmm.model_manager.unload import UNLOAD_LOOK_S, Unloads, collect_garbage, unload_object
 from mpmm.model_manager.waits import WARN_AFTER_S
 from mpmm.scheduling import Scheduler
-from mpmm.shared_state.futex import wake_all
 from mpmm.shared_state.layout import Ticket
 from mpmm.shared_state.namespace import Namespace
 from mpmm.sources import MemorySource
@@ -270,11 +269,11 @@ class Session:
     def _send_waiters_away(self) -> None:
         """Have the threads that wait find out that they are to go; without the lock, whose holder may be stopped."""
         namespace = self.namespace
-        tables, address = namespace.tables, namespace.segment.address
+        tables = namespace.tables
         deadline = time.monotonic() + WAITERS_LEAVE_TIMEOUT_S
         while self._waits(self._waiting) and time.monotonic() < deadline:
             for row in tables.rows_where(namespace.segment.layout.tickets, Ticket.MEMBER, namespace.reference):
-                wake_all(address + 8 * (tables.ticket(row) + Ticket.SIGNAL))
+                namespace.reads.queue.signal(row).wake()
             with self._mutex:
                 # Again and again, because one that does not sleep yet misses it.
                 self._thread_left.wait(REPEAT_S)

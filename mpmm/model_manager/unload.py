@@ -101,13 +101,11 @@ class Unloads:
 
         Other processes may not know that it is not kept; what they give back, the next poll finds.
         """
-        words, tables = self._namespace.segment.words, self._namespace.tables
-        at = tables.instance(copy.row)
-        model = tables.model(words[at + Instance.MODEL])
-        unwanted = words[at] == Instance.IDLE and words[at + Instance.GENERATION] == copy.generation
-        if not unwanted or words[model + Model.WAITING] or words[model + Model.PINS]:
+        if not self._namespace.reads.instances.is_idle(copy.row, copy.generation):
             return
-        if words[model + Model.KEEP_ALIVE] == Model.AT_ONCE:
+        tables = self._namespace.tables
+        model = tables.models[tables.instances[copy.row].model]
+        if model.keep_alive == Model.AT_ONCE and not model.waiting and not model.pins:
             cause = Cause(Reason.EXPIRED)
             self._namespace.transitions.unloads.begin(t, copy.row, self._namespace.slot, evicted=False, cause=cause)
 

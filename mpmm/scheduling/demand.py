@@ -6,7 +6,6 @@ import time
 
 from mpmm.policy.demand import Demand
 from mpmm.shared_state.durations import to_ns
-from mpmm.shared_state.layout import Model
 from mpmm.shared_state.namespace import Namespace
 from mpmm.shared_state.transaction import Transaction
 
@@ -19,8 +18,9 @@ class Demands:
     def __init__(self, namespace: Namespace) -> None:
         self._namespace = namespace
         self._tables = namespace.tables
-        self._segment = namespace.segment
         self._layout = namespace.segment.layout
+        # Return how often a model (row) was asked for, ever.
+        self.requests = namespace.reads.models.requests
 
     def count_all(self, t: Transaction) -> None:
         """Bring the demand of all models up to date; a reuse only counts itself."""
@@ -40,12 +40,6 @@ class Demands:
                 # The very word of the transaction where it is now: through seconds it would lose some ns each time.
                 t.now if after.requests > before.requests else to_ns(after.counted_s),
             )
-
-    def requests(self, model: int) -> int:
-        """Return how often a model (row) was asked for, ever: the sum of counters that never goes down."""
-        words, at = self._segment.words, self._tables.model(model)
-        counts = (Model.HITS, Model.LOADS, Model.RESUMES, Model.LOADING, Model.WAITING)
-        return sum(words[at + count] for count in counts)
 
     def of(self, model: int) -> Demand:
         """Return the demand for a model (row) as it was counted last."""

@@ -33,7 +33,7 @@ from mpmm.scheduling.views import Views
 from mpmm.scheduling.waiters import Waiters
 from mpmm.scheduling.wakes import Wakes
 from mpmm.shared_state.events import Cause
-from mpmm.shared_state.layout import Header, Instance, Model, Ticket, device_bits
+from mpmm.shared_state.layout import device_bits
 from mpmm.shared_state.namespace import Namespace
 from mpmm.shared_state.transaction import Transaction
 
@@ -49,8 +49,9 @@ class Scheduler:
     def __init__(self, namespace: Namespace) -> None:
         self._namespace = namespace
         self._tables = namespace.tables
-        self._segment = namespace.segment
         self._layout = namespace.segment.layout
+        self._queue = namespace.reads.queue
+        self._instances = namespace.reads.instances
         self.demand = Demands(namespace)
         self.suspension = SuspensionDecisions(namespace, self.demand.rate)
         self.copies = CopiesReader(namespace, self.suspension)
@@ -99,10 +100,9 @@ class Scheduler:
 
         It stops when the transaction has become long; `go_on` has the rest done in another one.
         """
-        words = self._segment.words
         if newcomer is not None:
-            self.demand.count(t, words[self._tables.ticket(newcomer) + Ticket.MODEL])
-        while words[Header.WAITING] and not self.shortcuts.all_isolated():
+            self.demand.count(t, self._tables.tickets[newcomer].model)
+        while self._queue.anybody_waits() and not self.shortcuts.all_isolated():
             view = self.views.read_view()
             plan = make_plan(view)
             for decision in plan.decisions:
@@ -127,15 +127,13 @@ class Scheduler:
         call_up: have the first waiter look for itself when the tenure is over. Return False, and change nothing, if
         others than those who want this copy wait, or it is not to be used any more.
         """
-        words, transitions = self._segment.words, self._namespace.transitions
-        at = self._tables.instance(instance)
-        waiting = words[self._tables.model(words[at + Instance.MODEL]) + Model.WAITING]
-        if words[Header.WAITING] != waiting or words[Header.ISOLATED]:
+        transitions, copy = self._namespace.transitions, self._instances.held(instance)
+        if self._queue.waits_for_others_than(copy.model) or self._namespace.reads.devices.anything_runs_alone():
             return False
-        if words[at + Instance.UNLOAD_ON_RELEASE] or words[at + Instance.OWNER]:
+        if copy.unload_on_release or copy.owner:
             return False
         # Asked before the release: then the copy is not idle yet, and nothing has to be taken back.
-        found = self.shortcuts.first_user(words[at + Instance.MODEL], words[at + Instance.DEVICES]) if call_up else None
+        found = self.shortcuts.first_user(copy.model, copy.devices) if call_up else None
         if call_up and (found is None or found[1]):
             return False
         transitions.holds.release(t, instance, used)
@@ -149,29 +147,29 @@ class Scheduler:
         If the first waiter waits for just this copy, or may be passed by one who does, the plan is to give it to him,
         and nothing else has changed for the others. That is found out in a tenth of the time of a plan.
         """
-        words, transitions = self._segment.words, self._namespace.transitions
-        at = self._tables.instance(instance)
-        to_be_unloaded = words[at + Instance.UNLOAD_ON_RELEASE]
-        if words[Header.WAITING] and not self.shortcuts.beside_isolation(instance) and not to_be_unloaded:
-            found = self.shortcuts.first_user(words[at + Instance.MODEL], words[at + Instance.DEVICES])
+        transitions = self._namespace.transitions
+        if not self._queue.anybody_waits():
+            transitions.holds.release(t, instance, used)
+            return
+        copy = self._instances.held(instance)
+        if not copy.unload_on_release and not self.shortcuts.beside_isolation(instance):
+            found = self.shortcuts.first_user(copy.model, copy.devices)
             if found is not None:
                 ticket, passed = found
-                owner = words[at + Instance.OWNER]
                 # An object is of no use to another process than its owner.
-                if not owner or owner == words[self._tables.ticket(ticket) + Ticket.MEMBER]:
+                if not copy.owner or copy.owner - 1 == self._queue.asker(ticket)[0]:
                     cause = Cause(Reason.PASSING, other=passed) if passed else Cause(Reason.IDLE_COPY)
                     transitions.hand_over.from_holder(t, ticket, instance, cause, used)
                     t.after.append(self.wakes.yield_to_waiter)
                     return
         # Before the release, too, which changes what this is told by.
-        moves_somebody = words[Header.WAITING] and not self.shortcuts.moves_nobody(instance)
+        moves_somebody = not self.shortcuts.moves_nobody(copy)
         transitions.holds.release(t, instance, used)
         if moves_somebody:
             self.advance(t)
 
     def _answered_all(self, view: View) -> bool:
-        words = self._segment.words
-        return all(words[self._tables.ticket(ticket.row)] != Ticket.WAITING for ticket in view.tickets)
+        return not any(self._queue.is_waiting(ticket.row) for ticket in view.tickets)
 
     def _carry_out(self, t: Transaction, decision: Decision, newcomer: int | None) -> None:
         """Write one decision down.
@@ -184,11 +182,11 @@ class Scheduler:
                 transitions.tickets.answer_enough(t, ticket)
             case Grant(ticket, instance, why):
                 # If not, it has just gone to make room in the table of copies, which the plan does not know of.
-                if self._is_idle(instance):
+                if self._instances.is_idle(instance):
                     transitions.hand_over.grant(t, ticket, instance, _cause(why))
             case Resume(ticket, instance, why):
                 # If not, it has just been dropped to make room in the host for another one.
-                if self._segment.words[self._tables.instance(instance)] == Instance.SUSPENDED:
+                if self._instances.is_suspended(instance):
                     transitions.hand_over.allow_resume(t, ticket, instance, _cause(why))
             case Load():
                 self._allow_load(t, decision, newcomer)
@@ -214,11 +212,10 @@ class Scheduler:
             self._note_wait(t, load.ticket, replace(load.why, reason=Reason.TABLE_FULL), first=False)
 
     def _evict(self, t: Transaction, evict: Evict) -> None:
-        at = self._tables.ticket(evict.ticket)
-        unloader, model = self._segment.words[at + Ticket.MEMBER] - 1, self._segment.words[at + Ticket.MODEL]
+        unloader, model = self._queue.asker(evict.ticket)
         cause = _cause(evict.why)._replace(other=model + 1)
         # One that is not idle any more has gone with its twin, which stood before it.
-        for instance in filter(self._is_idle, evict.instances):
+        for instance in filter(self._instances.is_idle, evict.instances):
             if t.is_long:
                 # Its memory is not on its way, so the next plan evicts the rest.
                 break
@@ -227,21 +224,18 @@ class Scheduler:
             self._namespace.transitions.tickets.let_pass(t, evict.ticket)
         self._note_wait(t, evict.ticket, replace(evict.why, reason=Reason.UNLOADING), first=True)
 
-    def _is_idle(self, instance: int) -> bool:
-        return bool(self._segment.words[self._tables.instance(instance)] == Instance.IDLE)
-
     def _note_wait(self, t: Transaction, ticket: int, why: Why, first: bool) -> None:
-        words, at = self._segment.words, self._tables.ticket(ticket)
+        told = self._queue.told(ticket)
         # Mostly nothing has changed, and there are many.
-        if words[at + Ticket.REASON] != why.reason or words[at + Ticket.ON] != device_bits(why.devices):
+        if told.reason != why.reason or told.on != device_bits(why.devices):
             cause = _cause(why)
-            if cause.reason == Reason.RETURNING and words[at + Ticket.REASON] == Reason.UNLOADING:
+            if cause.reason == Reason.RETURNING and told.reason == Reason.UNLOADING:
                 # It is the memory of the same copies.
-                cause = cause._replace(other=words[at + Ticket.OTHER])
+                cause = cause._replace(other=told.other)
             self._namespace.transitions.tickets.set_reason(t, ticket, cause)
             if cause.reason in OTHERS_END:
                 self._namespace.transitions.tickets.warn(t, ticket, self.waiters.sentence(ticket))
-        if first and not words[at + Ticket.HEAD_OF_LINE_AT]:
+        if first and not told.head_of_line:
             self._namespace.transitions.tickets.block(t, ticket)
 
 

@@ -77,8 +77,7 @@ class SuspensionDecisions:
             return False
         if self._tables.models[instance.model].unsuspendable or not self.budget_mb:
             return False
-        handle = self._tables.text(instance.at + Instance.HANDLE)
-        return not (handle and self._namespace.transitions.twins.of(handle, row))
+        return not self._namespace.transitions.twins.any_of(row)
 
     def movable(self, row: int) -> Movable:
         """Return what is known of the suspension of a copy, by its model."""

@@ -7,7 +7,7 @@ import numpy as np
 from mpmm.policy.view import Reason
 from mpmm.scheduling.suspension import SuspensionDecisions
 from mpmm.shared_state.events import Cause
-from mpmm.shared_state.layout import Instance, Model, Ticket
+from mpmm.shared_state.layout import Instance, Model
 from mpmm.shared_state.namespace import Namespace
 from mpmm.shared_state.transaction import Transaction
 
@@ -23,26 +23,24 @@ class TableRows:
     def __init__(self, namespace: Namespace, suspension: SuspensionDecisions) -> None:
         self._namespace = namespace
         self._tables = namespace.tables
-        self._segment = namespace.segment
-        self._layout = namespace.segment.layout
         self._suspension = suspension
 
     def make_room_for_instance(self, t: Transaction, ticket: int) -> bool:
         """Have the copy that has been idle longest unloaded for want of a row; return False if none may be."""
-        rows = self._tables.view(self._layout.instances)
-        if np.any((rows[:, Instance.STATE] == Instance.UNLOADING) & (rows[:, Instance.UNLOAD_LATE] == 0)):
+        copies = self._tables.instance_columns()
+        if np.any((copies.state == Instance.UNLOADING) & (copies.unload_late == 0)):
             return True
-        at = self._tables.ticket(ticket)
-        unloader, model = self._segment.words[at + Ticket.MEMBER] - 1, self._segment.words[at + Ticket.MODEL]
-        if self._suspension.drop_oldest(t, unloader, Cause(Reason.NO_ROW, other=model + 1)):
+        unloader, model = self._namespace.reads.queue.asker(ticket)
+        cause = Cause(Reason.NO_ROW, other=model + 1)
+        if self._suspension.drop_oldest(t, unloader, cause):
             return True
-        pinned = self._tables.view(self._layout.models)[:, Model.PINS] > 0
-        idle = np.flatnonzero(rows[:, Instance.STATE] == Instance.IDLE)
-        idle = idle[~pinned[rows[idle, Instance.MODEL]]]
+        pinned = self._tables.model_columns().pins > 0
+        idle = np.flatnonzero(copies.state == Instance.IDLE)
+        idle = idle[~pinned[copies.model[idle]]]
         if not len(idle):
             return False
-        oldest = int(idle[np.argmin(rows[idle, Instance.SINCE])])
-        self._namespace.transitions.unloads.begin(t, oldest, unloader, True, Cause(Reason.NO_ROW, other=model + 1))
+        oldest = int(idle[np.argmin(copies.since[idle])])
+        self._namespace.transitions.unloads.begin(t, oldest, unloader, True, cause)
         return True
 
     def make_room_for_model(self, t: Transaction, unloader: int) -> bool:
@@ -51,26 +49,25 @@ class TableRows:
         Nothing if the row of another one is about to come free, so that of many newcomers each costs one model.
         Return False if every row is in use, held, pinned or waited for: then nothing has changed.
         """
-        models, copies = self._tables.view(self._layout.models), self._tables.view(self._layout.instances)
-        kept = models[:, Model.ACTIVE] + models[:, Model.LOADING] + models[:, Model.WAITING] + models[:, Model.PINS]
-        unwanted = (models[:, Model.STATE] == Model.MODEL) & (kept == 0)
+        models, copies = self._tables.model_columns(), self._tables.instance_columns()
+        kept = models.active + models.loading + models.waiting + models.pins
+        unwanted = (models.state == Model.MODEL) & (kept == 0)
         # What a stuck process should unload may hold its row for ever.
-        stuck = copies[(copies[:, Instance.STATE] == Instance.UNLOADING) & (copies[:, Instance.UNLOAD_LATE] != 0)]
-        unwanted[stuck[:, Instance.MODEL]] = False
-        suspended = unwanted & (models[:, Model.SUSPENDED] > 0)
-        if np.any(unwanted & (models[:, Model.IDLE] == 0) & ~suspended):
+        unwanted[copies.model[(copies.state == Instance.UNLOADING) & (copies.unload_late != 0)]] = False
+        suspended = unwanted & (models.suspended > 0)
+        if np.any(unwanted & (models.idle == 0) & ~suspended):
             return True
         if np.any(suspended):
             # What is being suspended can go once that has ended.
             self._suspension.drop_oldest(t, unloader, Cause(Reason.NO_ROW))
             return True
-        idle = np.flatnonzero(copies[:, Instance.STATE] == Instance.IDLE)
-        last_used = np.zeros(len(models), dtype=np.uint64)
-        np.maximum.at(last_used, copies[idle, Instance.MODEL].astype(np.intp), copies[idle, Instance.SINCE])
+        idle = np.flatnonzero(copies.state == Instance.IDLE)
+        last_used = np.zeros(len(unwanted), dtype=np.uint64)
+        np.maximum.at(last_used, copies.model[idle].astype(np.intp), copies.since[idle])
         candidates = np.flatnonzero(unwanted)
         if not len(candidates):
             return False
         model = int(candidates[np.argmin(last_used[candidates])])
-        for row in idle[copies[idle, Instance.MODEL] == model][:UNLOADS_AT_ONCE].tolist():
+        for row in idle[copies.model[idle] == model][:UNLOADS_AT_ONCE].tolist():
             self._namespace.transitions.unloads.begin(t, row, unloader, True, Cause(Reason.NO_ROW))
         return True

@@ -12,18 +12,13 @@ import numpy.typing as npt
 
 from mpmm.policy.fairness import UNKNOWN_FIRST
 from mpmm.policy.out_of_memory import MORE_MB
-from mpmm.policy.view import (
-    DeviceView,
-    ModelView,
-    Rules,
-    TicketView,
-    View,
-)
+from mpmm.policy.view import DeviceView, ModelView, Rules, TicketView, View
 from mpmm.scheduling.copies import Copies, CopiesReader
 from mpmm.scheduling.demand import Demands
 from mpmm.shared_state.durations import to_ns
-from mpmm.shared_state.layout import Device, Header, Instance, Model, Ticket, device_rows
+from mpmm.shared_state.layout import Ticket
 from mpmm.shared_state.namespace import Namespace
+from mpmm.shared_state.reads.models import ModelSize
 
 __all__ = ["Views"]
 
@@ -31,7 +26,6 @@ __all__ = ["Views"]
 QUEUE_PART = 32
 # Less than this is no news for those who wait; the next poll of the leader has them planned for anyway.
 LEAST_ROOM_MB = 1.0
-_ROOM_FIELDS = [Device.EXTERNAL_MB, Device.EXTERNAL_LEAST_MB, Device.RETURNING_MB]
 
 
 class Views:
@@ -40,14 +34,14 @@ class Views:
     def __init__(self, namespace: Namespace, copies: CopiesReader, demand: Demands) -> None:
         self._namespace = namespace
         self._tables = namespace.tables
-        self._segment = namespace.segment
+        self._reads = namespace.reads
         self._layout = namespace.segment.layout
         self._copies = copies
         self._demand = demand
 
     def read_view(self) -> View:
         """Return what the policy may look at."""
-        words, settings = self._segment.words, self._namespace.settings
+        settings = self._namespace.settings
         copies = self._copies.read_copies()
         now = time.monotonic_ns()
         tickets = self._tickets(Counter(copy.model for copy in copies.idle))
@@ -61,7 +55,7 @@ class Views:
                 min_model_copies=int(settings.min_model_copies),
                 max_overtake_seconds=settings.max_overtake_seconds,
                 # Alone on the device is the way to measure where only the whole device is measured.
-                isolate_unknown=not (words[Header.SOURCE_ACCOUNTING_ONLY] or words[Header.SOURCE_MEASURES_PROCESSES]),
+                isolate_unknown=self._reads.devices.only_whole_devices_are_measured(),
                 max_model_copies=settings.max_model_copies,
             ),
             models={model: self.model_view(model, copies, now) for model in wanted},
@@ -75,20 +69,20 @@ class Views:
 
     def device_views(self, copies: Copies) -> tuple[DeviceView, ...]:
         """Return what the ledgers of all devices say."""
-        words, floats, tables = self._segment.words, self._segment.floats, self._tables
-        late = words[Header.SOURCE_FREES_LATE]
+        tables = self._tables
+        frees_late, isolated = tables.header.source_frees_late, tables.header.isolated
         views = []
         for row in tables.used_rows(self._layout.devices):
-            at = tables.device(row)
-            external, least = floats[at + Device.EXTERNAL_MB], floats[at + Device.EXTERNAL_LEAST_MB]
+            device = tables.devices[row]
+            external, least = device.external_mb, device.external_least_mb
             if math.isnan(external):
                 # It has never been measured. (Where nobody measures it any more, the last figure still counts.)
                 external = least = 0.0
-            returning = floats[at + Device.RETURNING_MB] if late else 0.0
+            returning = device.returning_mb if frees_late else 0.0
             views.append(
                 DeviceView(
                     device=row,
-                    total_mb=floats[at + Device.TOTAL_MB],
+                    total_mb=device.total_mb,
                     used_mb=external + copies.booked_mb[row] + returning,
                     reserved_mb=copies.reserved_mb[row],
                     unloading_mb=copies.unloading_mb[row],
@@ -96,7 +90,7 @@ class Views:
                     leased_mb=copies.leased_mb[row],
                     external_mb=external,
                     external_least_mb=least,
-                    isolated=bool(words[Header.ISOLATED] >> row & 1),
+                    isolated=row in isolated,
                     unloading=copies.unloading[row],
                     steady=copies.steady.get(row),
                 )
@@ -104,30 +98,30 @@ class Views:
         return tuple(views)
 
     def model_view(self, model: int, copies: Copies, now_ns: int) -> ModelView:
-        at = self._tables.model(model)
-        words, floats = self._segment.words, self._segment.floats
+        figures = self._reads.models.figures(model)
+        size = self._reads.models.size(model)
         return ModelView(
             model=model,
-            known=self.is_known(model),
-            need_mb=self.need_mb(model),
+            known=size.known or size.expect_mb != 0,
+            need_mb=self._need_mb(size),
             shared=copies.shared[model],
             owned=copies.owned[model],
-            waiting=words[at + Model.WAITING],
+            waiting=figures.waiting,
             loading=copies.loading[model],
-            shares=bool(words[at + Model.SHARES]),
-            load_s=floats[at + Model.LOAD_S],
-            hold_s=floats[at + Model.HOLD_S],
+            shares=figures.shares,
+            load_s=figures.load_s,
+            hold_s=figures.hold_s,
             loading_for_s=(now_ns - copies.newest_load.get(model, now_ns)) / 1e9,
             held_for_s=(now_ns - copies.newest_hold.get(model, now_ns)) / 1e9,
             rate=self._demand.of(model).counted(self._demand.requests(model), now_ns / 1e9).per_second(now_ns / 1e9),
-            lease=words[at] == Model.LEASE,
-            failures=words[at + Model.FAILURES],
-            failed_ago_s=(now_ns - words[at + Model.FAILED_AT]) / 1e9,
+            lease=figures.lease,
+            failures=figures.failures,
+            failed_ago_s=(now_ns - figures.failed_at) / 1e9,
             leaving=copies.leaving[model],
-            superseded=bool(words[at + Model.SUPERSEDED]),
+            superseded=figures.superseded,
             suspending=copies.suspending[model],
-            resume_s=floats[at + Model.RESUME_S],
-            bound_mb=floats[at + Model.AT_LEAST_MB],
+            resume_s=figures.resume_s,
+            bound_mb=size.at_least_mb,
         )
 
     def _tickets(self, idle_of_model: Mapping[int, int]) -> tuple[TicketView, ...]:
@@ -135,79 +129,65 @@ class Views:
 
         Others can get nothing before these have got something, so a thousand waiters cost no more than thirty.
         """
-        rows = self._tables.view(self._layout.tickets)
         order = self.queue_order()
         chosen = order[:QUEUE_PART].tolist()
         if len(order) > QUEUE_PART:
             # Those whose loads fail hold up nobody, however many they are.
-            failing = self._tables.view(self._layout.models)[:, Model.FAILURES] > 0
+            failing = self._tables.model_columns().failures > 0
+            models = self._tables.ticket_columns().model
             if failing.any():
-                order = order[np.argsort(failing[rows[order, Ticket.MODEL]], kind="stable")]
+                order = order[np.argsort(failing[models[order]], kind="stable")]
                 chosen = order[:QUEUE_PART].tolist()
             rest = order[QUEUE_PART:]
-            models = rows[rest, Ticket.MODEL]
             for model, idle in idle_of_model.items():
                 # Twice as many as there are copies: a copy may be of no use to its first waiter's process.
-                chosen += rest[models == model][: 2 * idle].tolist()
-        fields = [
-            *(Ticket.NUMBER, Ticket.PRIORITY, Ticket.MODEL, Ticket.MEMBER, Ticket.ENQUEUED, Ticket.PRELOAD),
-            *(
-                Ticket.HEAD_OF_LINE_AT,
-                Ticket.LOADABLE_ON,
-                Ticket.USABLE_ON,
-                Ticket.SPAN,
-                Ticket.NESTED,
-                Ticket.OVERTAKEN,
-                Ticket.RANK,
-                Ticket.STEADY,
-            ),
-        ]
-        found = zip(chosen, rows[chosen][:, fields].tolist(), strict=True)
-        return tuple(_ticket_view(row, *values) for row, values in found)
+                chosen += rest[models[rest] == model][: 2 * idle].tolist()
+        return self._reads.queue.views(chosen)
 
     def queue_order(self) -> npt.NDArray[np.intp]:
         """Return the rows of waiters in the queue's order. Those whose deadline has passed are about to leave."""
-        rows = self._tables.view(self._layout.tickets)
+        tickets = self._tables.ticket_columns()
         now = time.monotonic_ns()
-        waiting = np.flatnonzero(rows[:, Ticket.STATE] == Ticket.WAITING)
-        waiting = waiting[rows[waiting, Ticket.DEADLINE] > now]
-        priorities = rows[waiting, Ticket.PRIORITY]
+        waiting = np.flatnonzero(tickets.state == Ticket.WAITING)
+        waiting = waiting[tickets.deadline[waiting] > now]
+        priorities = tickets.priority[waiting]
         # The rule of `policy.fairness.effective_priority`, for all at once.
         bound_ns = to_ns(UNKNOWN_FIRST * self._namespace.settings.max_overtake_seconds)
         # So that known models are not overtaken by ever new unknown ones.
-        promoted = (priorities == 1) & (rows[waiting, Ticket.ENQUEUED] + np.uint64(bound_ns) <= now)
+        promoted = (priorities == 1) & (tickets.enqueued[waiting] + np.uint64(bound_ns) <= now)
         priorities = np.where(promoted, 0, priorities)
         ordered: npt.NDArray[np.intp] = waiting[
-            np.lexsort((rows[waiting, Ticket.NUMBER], rows[waiting, Ticket.RANK], priorities))
+            np.lexsort((tickets.number[waiting], tickets.rank[waiting], priorities))
         ]
         return ordered
 
     def need_mb(self, model: int) -> float:
         """Return what has to be free for a copy of a model: what it is expected to take, but above its bound."""
-        bound_mb = self._segment.floats[self._tables.model(model) + Model.AT_LEAST_MB]
-        expected_mb = self.expected_mb(model)
-        return max(expected_mb, bound_mb + MORE_MB) if bound_mb else expected_mb
+        return self._need_mb(self._reads.models.size(model))
+
+    def _need_mb(self, size: ModelSize) -> float:
+        expected_mb = self._expected_mb(size)
+        return max(expected_mb, size.at_least_mb + MORE_MB) if size.at_least_mb else expected_mb
 
     def expected_mb(self, model: int) -> float:
         """Return what a copy of a model takes once it is loaded, as far as known.
 
         That is its estimate, else what its users say, else the default.
         """
-        floats, at = self._segment.floats, self._tables.model(model)
-        if self._segment.words[at + Model.KNOWN]:
-            return floats[at + Model.ESTIMATE_MB]
-        return floats[at + Model.EXPECT_MB] or self._namespace.settings.default_estimate_mb
+        return self._expected_mb(self._reads.models.size(model))
+
+    def _expected_mb(self, size: ModelSize) -> float:
+        return size.estimate_mb if size.known else size.expect_mb or self._namespace.settings.default_estimate_mb
 
     def is_known(self, model: int) -> bool:
         """Tell whether there is an estimate of a model, or a user's word, so that it need not be measured alone."""
-        at = self._tables.model(model)
-        return bool(self._segment.words[at + Model.KNOWN] or self._segment.floats[at + Model.EXPECT_MB])
+        return self._reads.models.is_sized(model)
 
     def room(self) -> list[float]:
         """Return the figures, in MB, of which a smaller one means more room: for each device, and of all copies."""
-        devices = self._tables.view(self._layout.devices).view(np.float64)[:, _ROOM_FIELDS]
-        copies = self._tables.view(self._layout.instances).view(np.float64)[:, Instance.MB]
-        return [*devices.ravel().tolist(), float(copies.sum())]
+        devices, copies = self._tables.device_columns(), self._tables.instance_columns()
+        columns = (devices.external_mb, devices.external_least_mb, devices.returning_mb)
+        return [*(mb for column in columns for mb in column.tolist()), float(copies.mb.sum())]
 
     def shows_more_room(self, before: list[float]) -> bool:
         """Tell whether there is more room than when `room` said `before`, or its figures cannot be compared."""
@@ -215,47 +195,10 @@ class Views:
 
     def used_mb(self, device: int, copies: Copies) -> float:
         """Return the memory in use: the last figure, or the books where nothing can be measured."""
-        if self._segment.words[Header.SOURCE_ACCOUNTING_ONLY]:
+        if self._tables.header.source_accounting_only:
             return copies.booked_mb[device]
-        return self._segment.floats[self._tables.device(device) + Device.USED_MB]
+        return self._tables.devices[device].used_mb
 
     def limit_mb(self, device: int) -> float:
         """Return how much of a device may be in use."""
-        total = self._segment.floats[self._tables.device(device) + Device.TOTAL_MB]
-        return total * (1.0 - self._namespace.settings.slack_percentage)
-
-
-def _ticket_view(
-    row: int,
-    number: int,
-    priority: int,
-    model: int,
-    member: int,
-    enqueued_ns: int,
-    preload: int,
-    blocked_ns: int,
-    devices: int,
-    usable_on: int,
-    span: int,
-    nested: int,
-    passed: int,
-    rank: int,
-    steady: int,
-) -> TicketView:
-    return TicketView(
-        row,
-        number,
-        priority,
-        model,
-        member,
-        enqueued_ns / 1e9,
-        preload,
-        blocked_ns / 1e9 if blocked_ns else None,
-        tuple(device_rows(devices)) if devices else (),
-        tuple(device_rows(usable_on)) if usable_on else (),
-        span,
-        bool(nested),
-        bool(passed),
-        rank,
-        bool(steady),
-    )
+        return self._tables.devices[device].total_mb * (1.0 - self._namespace.settings.slack_percentage)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import time
 
-from mpmm.shared_state.futex import wake_one, yield_processor
-from mpmm.shared_state.layout import Header, Instance, Ticket
+from mpmm.shared_state.futex import yield_processor
 from mpmm.shared_state.namespace import Namespace
 
 __all__ = ["Wakes"]
@@ -23,9 +22,7 @@ class Wakes:
 
     def __init__(self, namespace: Namespace) -> None:
         self._namespace = namespace
-        self._tables = namespace.tables
-        self._segment = namespace.segment
-        self._layout = namespace.segment.layout
+        self._queue = namespace.reads.queue
         self._makes_way_from = 0.0
 
     def yield_to_waiter(self) -> None:
@@ -49,15 +46,11 @@ class Wakes:
         Where it is the only one, it likely waits for just this, and a processor that has gone to sleep with it takes
         as long to wake as the release itself. Where there are more, they are not all asleep.
         """
-        words = self._segment.words
-        if words[Header.WAITING]:
-            newest = self._tables.ticket(words[Header.NEWEST_TICKET])
-            if words[newest + Ticket.MODEL] == words[self._tables.instance(instance) + Instance.MODEL]:
-                wake_one(self._segment.address + 8 * (newest + Ticket.SIGNAL))
+        if self._queue.anybody_waits() and (newest := self._queue.newest_wants(instance)) is not None:
+            self._queue.signal(newest).wake()
 
     def spin_for_answer(self, ticket: int) -> None:
         """Stay awake for the answer that `prewake` has announced, for a moment; needs no lock."""
-        words, state = self._segment.words, self._tables.ticket(ticket) + Ticket.STATE
         until = time.monotonic() + SPIN_S
-        while words[state] == Ticket.WAITING and time.monotonic() < until:
+        while self._queue.is_waiting(ticket) and time.monotonic() < until:
             yield_processor()

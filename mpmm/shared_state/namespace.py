@@ -63,6 +63,7 @@ from mpmm.shared_state.lifecycle import LIFECYCLE_TIMEOUT_S, Lifecycle
 from mpmm.shared_state.liveness import member_of_row_lives, pid_namespace
 from mpmm.shared_state.lock_file import LockFile
 from mpmm.shared_state.member_files import MemberFiles
+from mpmm.shared_state.reads import Reads
 from mpmm.shared_state.runtime_dir import REGISTRY_FOLDER, RuntimeDirectory
 from mpmm.shared_state.segment import Segment
 from mpmm.shared_state.settings import Settings
@@ -110,6 +111,7 @@ class Namespace:
         self.lock = TransactionLock(segment, settings.lock_timeout_seconds)
         self.lock.core = make_core(segment, self.pid, SMOOTHING, TURN)
         self.tables = Tables(segment)
+        self.reads = Reads(self.tables)
         self._folder = str(runtime.path)
         self._files = MemberFiles(runtime, segment, self.tables, self.lock, alive)
         self._usable = True

@@ -13,8 +13,9 @@ import numpy as np
 import numpy.typing as npt
 
 from mpmm.errors import InvalidArgumentError, SegmentCorruptError, TableFullError
+from mpmm.shared_state.columns import DeviceColumns, InstanceColumns, ModelColumns, TicketColumns
 from mpmm.shared_state.durations import to_ns
-from mpmm.shared_state.layout import Instance, Member, Model, Pin, Table, Ticket, device_rows
+from mpmm.shared_state.layout import Device, Instance, Member, Model, Pin, Table, Ticket, device_rows
 from mpmm.shared_state.rows import (
     DeviceRow,
     EventRow,
@@ -27,6 +28,7 @@ from mpmm.shared_state.rows import (
     TicketRow,
 )
 from mpmm.shared_state.segment import Segment
+from mpmm.shared_state.signal_words import Signal
 from mpmm.text.arguments import encoded_text
 
 __all__ = ["Tables", "encode_text", "fit_text"]
@@ -138,6 +140,22 @@ class Tables:
         rows = self.segment.view(table)
         return rows[: self.segment.words[table.end_word]] if table.end_word else rows
 
+    def model_columns(self) -> ModelColumns:
+        """Return the models' table by columns."""
+        return ModelColumns(self.view(self._models))
+
+    def instance_columns(self) -> InstanceColumns:
+        """Return the instances' table by columns."""
+        return InstanceColumns(self.view(self._instances))
+
+    def ticket_columns(self) -> TicketColumns:
+        """Return the tickets' table by columns."""
+        return TicketColumns(self.view(self._tickets))
+
+    def device_columns(self) -> DeviceColumns:
+        """Return the devices' table by columns."""
+        return DeviceColumns(self.view(self._devices))
+
     def text(self, word: int) -> bytes:
         """Return the bytes of the text field that begins at `word`."""
         words = self.segment.words
@@ -155,6 +173,18 @@ class Tables:
     def handle_of(self, row: int) -> str:
         """Return the handle of an instance row, empty for an object."""
         return self.string(self.instance(row) + Instance.HANDLE)
+
+    def device_name(self, row: int) -> str:
+        """Return the name of a device, for people."""
+        return self.string(self.device(row) + Device.NAME)
+
+    def device_uuid(self, row: int) -> bytes:
+        """Return what tells a device from all others."""
+        return self.text(self.device(row) + Device.UUID)
+
+    def bell(self, slot: int) -> Signal:
+        """Return the bell of a member."""
+        return Signal(self.segment, self.member(slot) + Member.BELL)
 
     def model_row(self, tag: str) -> int | None:
         """Return the row of a tag, or None."""

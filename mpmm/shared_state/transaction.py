@@ -158,6 +158,11 @@ class TransactionLock:
             return self._transaction
         return Transaction(self, max(0.0, timeout_s))
 
+    @property
+    def changes(self) -> int:
+        """A number that is another one after each transaction, of whatever process; without the lock."""
+        return int(self.words[Header.CHANGE])
+
     def set_timeout(self, timeout_seconds: float) -> None:
         """Let transactions that name no time-out of their own give up the lock after so long."""
         self.timeout_seconds = self._transaction._timeout_s = timeout_seconds

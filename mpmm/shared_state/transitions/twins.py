@@ -38,6 +38,11 @@ class Twins(Part):
             and tables.text(tables.instance(other) + Instance.HANDLE) == handle
         ]
 
+    def any_of(self, row: int) -> bool:
+        """Tell whether others stand for the same handle as a row does; for its holder without the lock."""
+        handle = self._tables.text(self._tables.instance(row) + Instance.HANDLE)
+        return bool(handle) and bool(self.of(handle, row))
+
     def unloads_handle(self, row: int) -> bool:
         """Tell whether the unload of this row is the one that unloads its handle: no twin is left.
 

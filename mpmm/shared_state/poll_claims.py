@@ -1,0 +1,35 @@
+"""Claims to poll in the leader's place, so that one process does it while the others see that it is being done.
+
+Raw words, which are written without the lock: whoever looks is about to find out whether the leader is stuck, and the
+leader may have the lock. Two that claim at the same time poll twice, and no harm is done.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+
+from mpmm.shared_state.layout import Device, Header
+from mpmm.shared_state.tables import Tables
+
+__all__ = ["claim_late_polls"]
+
+
+def claim_late_polls(tables: Tables, devices: Iterable[int], late_ns: int, claim_lasts_ns: int) -> bool:
+    """Claim the poll if the last one, or the last look at one of these devices (rows), is too long ago; else return
+    False.
+
+    late_ns: what is too long. claim_lasts_ns: for so long another one's claim counts; then it may have died.
+    """
+    words = tables.segment.words
+    places = [(Header.POLLED, Header.POLL_CLAIMED)]
+    starts = (tables.device(row) for row in devices)
+    places += [(at + Device.TRIED, at + Device.CLAIMED) for at in starts]
+    now = time.monotonic_ns()
+    late = now - late_ns
+    # A claim from the future was not written by a claimant, and keeps nobody from it.
+    if not any(words[tried] < late and not now - claim_lasts_ns < words[claimed] <= now for tried, claimed in places):
+        return False
+    for _, claimed in places:
+        words[claimed] = now
+    return True

@@ -1,0 +1,267 @@
+"""The queue: who waits, for what, and what became of it."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, TypeVar
+
+from mpmm.policy.view import TicketView
+from mpmm.shared_state.layout import Header, Instance, Model, Ticket, device_rows
+from mpmm.shared_state.signal_words import Signal
+from mpmm.shared_state.tables import Tables
+
+__all__ = ["Answer", "QueueReads", "Told", "Waiter"]
+
+Value = TypeVar("Value")
+
+# Above that NumPy reads the rows of waiters in less time than single words take.
+FEW_WAITERS = 16
+# Elsewhere a processor may reorder the reads of `QueueReads.unlocked`, and Python has no means to forbid it.
+CAN_READ_UNLOCKED = platform.machine() in ("x86_64", "AMD64")
+# Between two transactions of many busy processes there is hardly ever time to read; then the lock has to do.
+UNLOCKED_TRIES = 16
+_WAITER_FIELDS = [
+    *(Ticket.RANK, Ticket.PRIORITY, Ticket.MODEL, Ticket.DEADLINE, Ticket.HEAD_OF_LINE_AT, Ticket.PRELOAD),
+    *(Ticket.USABLE_ON, Ticket.REASON, Ticket.CALLED_UP),
+]
+_VIEW_FIELDS = [
+    *(Ticket.NUMBER, Ticket.PRIORITY, Ticket.MODEL, Ticket.MEMBER, Ticket.ENQUEUED, Ticket.PRELOAD),
+    *(Ticket.HEAD_OF_LINE_AT, Ticket.LOADABLE_ON, Ticket.USABLE_ON, Ticket.SPAN, Ticket.NESTED, Ticket.OVERTAKEN),
+    *(Ticket.RANK, Ticket.STEADY),
+]
+
+
+@dataclass(slots=True)
+class Waiter:
+    """A ticket that waits, as the shortcuts look at it. Times are in ns; head_of_line_at and called_up 0 for never.
+
+    usable_on: bits of the devices on which a copy must lie, 0 for all. reason: why it waits, see `policy.view.Reason`.
+    """
+
+    row: int
+    rank: int
+    priority: int
+    model: int
+    deadline: int
+    head_of_line_at: int
+    preload: int
+    usable_on: int
+    reason: int
+    called_up: int
+
+    def can_use(self, model: int, devices: int) -> bool:
+        """Tell whether it waits for a copy of a model to use, and one on these devices (bits) will do."""
+        return self.model == model and not self.preload and not (self.usable_on and devices & ~self.usable_on)
+
+
+class Told(NamedTuple):
+    """What a waiter was told last. on: bits of devices; other: reference to a model; head_of_line: it is, or was."""
+
+    reason: int
+    on: int
+    other: int
+    head_of_line: bool
+
+
+class Answer(NamedTuple):
+    """What a ticket's row says of its answer: its state, and the instance that it gives, if it does.
+
+    number: which tells it from others that the row has had.
+    """
+
+    number: int
+    state: int
+    instance: int
+    need_mb: float
+
+
+class QueueReads:
+    """Reads about tickets (rows). Methods need the lock, unless they say otherwise."""
+
+    def __init__(self, tables: Tables) -> None:
+        self._tables = tables
+        self._words = tables.segment.words
+        self._floats = tables.segment.floats
+        self._tickets = tables.segment.layout.tickets
+
+    def anybody_waits(self) -> bool:
+        """Tell whether there are waiters; without the lock."""
+        return self._words[Header.WAITING] != 0
+
+    def waits_for(self, model: int) -> int:
+        """Return how many wait for a model (row), preloads among them."""
+        return self._words[self._tables.model(model) + Model.WAITING]
+
+    def waits_for_tag(self, tag: str) -> bool:
+        """Tell whether there are waiters for a tag, as far as this process has seen it; without the lock."""
+        if not self._words[Header.WAITING]:
+            return False
+        row = self._tables.model_row(tag)
+        return row is not None and self._words[self._tables.model(row) + Model.WAITING] != 0
+
+    def waits_for_others_than(self, model: int) -> bool:
+        """Tell whether somebody waits for something else than a model (row)."""
+        return self._words[Header.WAITING] != self._words[self._tables.model(model) + Model.WAITING]
+
+    def waiting(self) -> list[Waiter]:
+        """Return the waiters in any order; few ones without NumPy, which takes most of the time of a hand-over then."""
+        rows = self._tables.rows_where(self._tickets, Ticket.STATE, Ticket.WAITING)
+        if len(rows) > FEW_WAITERS:
+            fields = self._tables.view(self._tickets)[rows][:, _WAITER_FIELDS].tolist()
+            return [Waiter(row, *values) for row, values in zip(rows, fields, strict=True)]
+        return list(map(self._waiter, rows))
+
+    def newest(self) -> Waiter | None:
+        """Return the ticket that was taken last; None if it does not wait any more, or its row is free by now."""
+        row = self._words[Header.NEWEST_TICKET]
+        return self._waiter(row) if self._words[self._tables.ticket(row)] == Ticket.WAITING else None
+
+    def only_one(self) -> int | None:
+        """Return the only waiter; None if there are more, or it takes a search.
+
+        Mostly it is the newest. NEWEST_TICKET may name a row that is free by now, or answered, while an older one
+        waits.
+        """
+        words = self._words
+        if words[Header.WAITING] != 1:
+            return None
+        row = words[Header.NEWEST_TICKET]
+        return row if words[self._tables.ticket(row)] == Ticket.WAITING else None
+
+    def can_use(self, ticket: int, model: int, devices: int) -> bool:
+        """Tell whether a ticket is for a copy of a model to use, one on these devices (bits) will do, and its deadline
+        has not passed."""
+        words, at = self._words, self._tables.ticket(ticket)
+        usable_on = words[at + Ticket.USABLE_ON]
+        return (
+            words[at + Ticket.MODEL] == model
+            and not words[at + Ticket.PRELOAD]
+            and not (usable_on and devices & ~usable_on)
+            and words[at + Ticket.DEADLINE] > time.monotonic_ns()
+        )
+
+    def _waiter(self, row: int) -> Waiter:
+        words, at = self._words, self._tables.ticket(row)
+        return Waiter(
+            row,
+            words[at + Ticket.RANK],
+            words[at + Ticket.PRIORITY],
+            words[at + Ticket.MODEL],
+            words[at + Ticket.DEADLINE],
+            words[at + Ticket.HEAD_OF_LINE_AT],
+            words[at + Ticket.PRELOAD],
+            words[at + Ticket.USABLE_ON],
+            words[at + Ticket.REASON],
+            words[at + Ticket.CALLED_UP],
+        )
+
+    def views(self, rows: Sequence[int]) -> tuple[TicketView, ...]:
+        """Return tickets as the policy sees them."""
+        found = self._tables.view(self._tickets)[rows][:, _VIEW_FIELDS].tolist()
+        return tuple(_view(row, *values) for row, values in zip(rows, found, strict=True))
+
+    def is_waiting(self, ticket: int) -> bool:
+        """Tell whether a ticket has no answer yet; what its waiter sees without the lock need not be committed."""
+        return self._words[self._tables.ticket(ticket)] == Ticket.WAITING
+
+    def asker(self, ticket: int) -> tuple[int, int]:
+        """Return whose a ticket is (slot), and for which model."""
+        words, at = self._words, self._tables.ticket(ticket)
+        return words[at + Ticket.MEMBER] - 1, words[at + Ticket.MODEL]
+
+    def told(self, ticket: int) -> Told:
+        """Return what a waiter was told last."""
+        words, at = self._words, self._tables.ticket(ticket)
+        return Told(
+            words[at + Ticket.REASON],
+            words[at + Ticket.ON],
+            words[at + Ticket.OTHER],
+            words[at + Ticket.HEAD_OF_LINE_AT] != 0,
+        )
+
+    def answer(self, ticket: int) -> Answer:
+        """Return what became of a ticket; without the lock by way of `unlocked`."""
+        words, at = self._words, self._tables.ticket(ticket)
+        return Answer(
+            words[at + Ticket.NUMBER],
+            words[at],
+            words[at + Ticket.INSTANCE] - 1,
+            self._floats[at + Ticket.NEED_MB],
+        )
+
+    def number(self, ticket: int) -> int:
+        """Return the number of a ticket, which tells it from all others that its row has had, or will have."""
+        return self._words[self._tables.ticket(ticket) + Ticket.NUMBER]
+
+    def is_still(self, ticket: int, number: int) -> bool:
+        """Tell whether a row is still that of the ticket with this number, which the caller has made."""
+        words, at = self._words, self._tables.ticket(ticket)
+        return words[at] != Ticket.FREE and words[at + Ticket.NUMBER] == number
+
+    def newest_wants(self, instance: int) -> int | None:
+        """Return the ticket that was taken last if it is for the model of a copy, waiting or not; without the lock."""
+        words, row = self._words, self._words[Header.NEWEST_TICKET]
+        wanted = words[self._tables.ticket(row) + Ticket.MODEL]
+        return row if wanted == words[self._tables.instance(instance) + Instance.MODEL] else None
+
+    def state(self, ticket: int) -> int:
+        """Return the state of a ticket; what its waiter sees without the lock need not be committed."""
+        return self._words[self._tables.ticket(ticket)]
+
+    def signal(self, ticket: int) -> Signal:
+        """Return what changes, and is woken, when a ticket has its answer."""
+        return Signal(self._tables.segment, self._tables.ticket(ticket) + Ticket.SIGNAL)
+
+    def unlocked(self, read: Callable[[], Value | None]) -> Value | None:
+        """Return what `read` has read without the lock, if it was committed and nothing changed meanwhile; else None.
+
+        None also if `read` says so, if transactions come too fast, or this machine's processors may reorder reads.
+        """
+        if not CAN_READ_UNLOCKED:
+            return None
+        words = self._words
+        for _ in range(UNLOCKED_TRIES):
+            change = words[Header.CHANGE]
+            # Odd: a transaction is open, which may yet be rolled back, and with it what is read.
+            if not change & 1 and (found := read()) is not None and words[Header.CHANGE] == change:
+                return found
+        return None
+
+
+def _view(
+    row: int,
+    number: int,
+    priority: int,
+    model: int,
+    member: int,
+    enqueued_ns: int,
+    preload: int,
+    head_since_ns: int,
+    loadable_on: int,
+    usable_on: int,
+    span: int,
+    nested: int,
+    overtaken: int,
+    rank: int,
+    steady: int,
+) -> TicketView:
+    return TicketView(
+        row,
+        number,
+        priority,
+        model,
+        member,
+        enqueued_ns / 1e9,
+        preload,
+        head_since_ns / 1e9 if head_since_ns else None,
+        tuple(device_rows(loadable_on)) if loadable_on else (),
+        tuple(device_rows(usable_on)) if usable_on else (),
+        span,
+        bool(nested),
+        bool(overtaken),
+        rank,
+        bool(steady),
+    )
