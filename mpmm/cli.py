@@ -43,14 +43,14 @@ Commands that only look take no lock, so they answer even while the holder of th
 
 A SIZE is a number of MB, or one with a unit: `5g`, `5GiB`, `800m`; all of them are powers of 1024.
 
-JSON schema, version 1: an object with `schema` (1), and every field of `mpmm.shared_state.snapshot.Snapshot` under
+JSON schema, version 2: an object with `schema` (2), and every field of `mpmm.shared_state.snapshot.Snapshot` under
 its name, its rows as arrays of objects with the fields of `MemberInfo`, `ModelInfo` and so on. Memory is in MB
 (MiB), durations in seconds, `*_wall_s` are Unix times; what is unknown or infinite is null. A lease that is held is
 among `instances`, with state `leased`, and every lease is among `models`, with kind `lease`. Tickets, and events that
 the policy has decided, also have `why`, the sentence that `mpmm inspect` shows. Tickets have `expected_s`, the expected
 time until they are served, judging by the loads and holds so far. `findings` are the sentences at the top of that
 screen, as objects with `urgent` and `text`. Fields may be added; if one is removed or changes its meaning, the version
-rises.
+rises. Version 1 had other names for a few fields; `mpmm help changes` has the table.
 
 On a terminal, columns that do not fit are left out (`inspect --all` and a pipe show them all), and there are colours
 unless NO_COLOR is set.

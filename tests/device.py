@@ -32,7 +32,7 @@ class SimulatedDevice:
         self.totals_mb = totals_mb
         self._folder = folder
         self._linger_s = linger_s
-        self.settles_late = linger_s > 0
+        self.frees_late = linger_s > 0
         for index in range(len(totals_mb)):
             (folder / str(index)).mkdir(parents=True, exist_ok=True)
 

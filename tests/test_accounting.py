@@ -22,7 +22,7 @@ class MeasuringSource:
 
     name = "made up"
     measures_processes = True
-    settles_late = False
+    frees_late = False
     cheap = True
 
     def devices(self) -> tuple[DeviceInfo, ...]:

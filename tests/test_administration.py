@@ -72,13 +72,13 @@ def test_a_copy_in_use_stays_with_its_holder_and_nobody_else_gets_it(
     assert manager.unload("a", timeout_seconds=0) == 1
     assert manager.unload("a", timeout_seconds=0) == 0
     (copy,) = copies_of(namespace, "a")
-    assert (copy.state, copy.doomed) == ("active", True)
-    assert [e.reason for e in read_snapshot(namespace).events if e.kind == "doomed"] == [Reason.ASKED]
+    assert (copy.state, copy.unload_on_release) == ("active", True)
+    assert [e.reason for e in read_snapshot(namespace).events if e.kind == "unload_on_release"] == [Reason.ASKED]
     # There is room for another one, for which nobody waits for the first.
     waiter.call(acquire, "a", Loads("second"))
-    assert [copy.doomed for copy in copies_of(namespace, "a")] == [True, False]
+    assert [copy.unload_on_release for copy in copies_of(namespace, "a")] == [True, False]
     holder.call(release)
-    wait_until(lambda: [copy.doomed for copy in copies_of(namespace, "a")] == [False], "it is unloaded")
+    wait_until(lambda: [copy.unload_on_release for copy in copies_of(namespace, "a")] == [False], "it is unloaded")
     assert problems(namespace) == []
 
 
@@ -93,7 +93,7 @@ def test_unload_waits_for_those_in_use_and_says_how_many_are_left(
     with manager.model("b", LoadsObject()):
         with pytest.raises(DeadlockError, match="this thread itself holds"):
             manager.unload("b")
-        assert not copies_of(namespace, "b")[0].doomed
+        assert not copies_of(namespace, "b")[0].unload_on_release
         assert manager.unload("b", timeout_seconds=0) == 1
     wait_until(lambda: not copies_of(namespace, "b"), "it is unloaded when the block ends")
     assert problems(namespace) == []
@@ -109,7 +109,7 @@ def test_a_copy_that_is_being_loaded_serves_its_loader_once(
     assert manager.unload("a", timeout_seconds=0) == 1
     go.open()
     loader.result()
-    assert [(copy.state, copy.doomed) for copy in copies_of(namespace, "a")] == [("active", True)]
+    assert [(copy.state, copy.unload_on_release) for copy in copies_of(namespace, "a")] == [("active", True)]
     loader.call(release)
     wait_until(lambda: not copies_of(namespace, "a"), "it is unloaded")
     assert problems(namespace) == []
@@ -248,7 +248,7 @@ def test_fewer_copies_are_allowed_than_there_are(
     manager.update_settings(max_model_copies=2)
     assert problems(namespace) == []
     wait_until(lambda: len(copies_of(namespace, "a")) == 3, "the idle one is unloaded")
-    assert sum(copy.doomed for copy in copies_of(namespace, "a")) == 1
+    assert sum(copy.unload_on_release for copy in copies_of(namespace, "a")) == 1
     manager.release_model("a", second)
     manager.release_model("a", third)
     wait_until(lambda: len(copies_of(namespace, "a")) == 2, "one of those in use is unloaded")

@@ -99,7 +99,7 @@ def test_it_measures_processes_once_it_has_shown_one_of_ours(amd: AmdGpus) -> No
     assert source.measures_processes
     assert first.process_mb == {BUSY: 700, os.getpid(): 1000} and first.processes_known
     assert second.process_mb == {} and second.processes_known
-    assert first.foreign_mb((os.getpid(),)) == 1212
+    assert first.unrelated_mb((os.getpid(),)) == 1212
 
 
 def test_pids_of_another_namespace_are_not_taken_for_ours(amd: AmdGpus) -> None:
@@ -124,7 +124,7 @@ def test_what_the_library_withholds_is_unknown_and_not_zero(amd: AmdGpus, proces
     source = AmdSource()
     for sample in source.sample((BUSY,)):
         assert sample.process_mb == {} and not sample.processes_known
-        assert sample.foreign_mb((BUSY,)) is None
+        assert sample.unrelated_mb((BUSY,)) is None
     assert source.process_knowledge is False and not source.measures_processes
 
 

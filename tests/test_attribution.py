@@ -80,7 +80,7 @@ def test_what_is_measured_by_itself_is_no_part_of_readings_of_the_rest(
     process.call(acquire, "object", LoadsHere(gpus, 310))
 
     def observed() -> list[tuple[dict[str, int], set[float]]]:
-        return [(one.copies, set(one.readings_mb)) for one in read_snapshot(namespace).observations]
+        return [(one.instances, set(one.readings_mb)) for one in read_snapshot(namespace).observations]
 
     wait_until(lambda: observed() == [({"object": 1}, {360.0})], "what the driver keeps and the object are left")
 

@@ -214,8 +214,12 @@ def test_inspect_as_json_has_every_field_of_the_snapshot(busy: ModelManager, nam
     assert main(["inspect", "--json", namespace]) == 0
     [line] = capsys.readouterr().out.splitlines()
     found = json.loads(line)
-    assert found["schema"] == 1
+    assert found["schema"] == 2
     assert set(found) == {"schema", "findings", *(field.name for field in fields(Snapshot))}
+    assert found["accounting_only"] is True
+    assert {"loadable_on", "usable_on", "head_of_line_for_s"} <= found["tickets"][0].keys()
+    assert "mean_interarrival_s" in found["models"][0] and "unrelated_mb" in found["devices"][0]
+    assert "unload_on_release" in found["instances"][0]
     assert found["namespace"] == namespace
     assert found["settings"]["fallback_memory_mb"] == 250
     assert found["members"][0]["pid"] == os.getpid()

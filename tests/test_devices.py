@@ -180,7 +180,7 @@ def test_a_waiter_that_is_tied_is_not_handed_a_copy_elsewhere(
     other.send(tied_to, "a", 1)
     wait_until(lambda: waiting(namespace, "a"), "it waits")
     manager.release_model("a", first)
-    assert [ticket.tied for ticket in waiting(namespace, "a")] == [(1,)]
+    assert [ticket.usable_on for ticket in waiting(namespace, "a")] == [(1,)]
     manager.release_model("a", second)
     other.result()
     assert [(copy.state, copy.device) for copy in copies_of(namespace, "a")] == [("idle", 0), ("active", 1)]
@@ -271,7 +271,7 @@ def test_observations_are_of_one_device(namespace: str, new_manager: NewManager,
 
     def observed() -> set[tuple[int | None, str, float]]:
         found = read_snapshot(namespace).observations
-        return {(one.device, "+".join(one.copies), max(one.readings_mb)) for one in found}
+        return {(one.device, "+".join(one.instances), max(one.readings_mb)) for one in found}
 
     wait_until(lambda: observed() == {(0, "a", 111), (1, "b", 222)}, "each device tells of its own")
 
@@ -287,13 +287,13 @@ def test_memory_of_others_is_told_apart_and_is_not_to_be_had(
     manager = new_manager(memory_source="nvml", poll_interval=0.05)
     know(manager, a=400)
     with manager.model("a", LoadsServer("beside", MakesServed(gpus, 400))):
-        assert [(one.used_mb, one.foreign_mb) for one in read_snapshot(namespace).devices] == [(700, 700), (400, 0)]
+        assert [(one.used_mb, one.unrelated_mb) for one in read_snapshot(namespace).devices] == [(700, 700), (400, 0)]
         with pytest.raises(mpmm.AcquireTimeoutError, match="the driver and other programs take 700 MB, which leaves"):
             manager.reserve(400, devices=[0], timeout_seconds=0.2)
     assert "external" in render(read_snapshot(namespace))
     gpus.pretend(1, 0, 0)
     manager.reserve(400, devices=[0]).release()
-    assert device(namespace).foreign_mb == 0
+    assert device(namespace).unrelated_mb == 0
 
 
 def test_a_server_is_measured_while_it_is_used(namespace: str, new_manager: NewManager, new_gpus: NewGpus) -> None:

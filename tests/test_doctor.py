@@ -158,7 +158,7 @@ def test_a_bundle_has_everything_in_one_file_and_no_secrets(
         "doctor.txt",
         *(f"{namespace}/{part}" for part in ("inspect.json", "inspect.txt", "events.txt")),
     }
-    assert json.loads(files[f"{namespace}/inspect.json"])["schema"] == 1
+    assert json.loads(files[f"{namespace}/inspect.json"])["schema"] == 2
     assert "load begins on device 0" in files[f"{namespace}/events.txt"]
     assert files["doctor.txt"].startswith("versions:\n")
     everything = "\n".join(files.values())

@@ -174,7 +174,7 @@ def test_the_waiters_of_a_model_are_served_together_before_it_goes(namespace: st
         process.result()
     snapshot = read_snapshot(namespace)
     assert (snapshot.loads, snapshot.evictions) == (2, 1)
-    passing = [event for event in snapshot.events if event.reason == Reason.PASSING]
+    passing = [event for event in snapshot.events if event.reason == Reason.OVERTAKES]
     assert [(event.tag, event.other) for event in passing] == [("a", "b")] * 2
 
 
@@ -225,7 +225,7 @@ def test_a_small_load_goes_on_beside_the_room_of_a_big_one(namespace: str, new_p
     big.send(acquire, "big")
     wait_until(lambda: model_of(namespace, "big").waiting, "the big one waits for room")
     small.call(acquire, "small")
-    assert [event.tag for event in read_snapshot(namespace).events if event.reason == Reason.BESIDE] == ["small"]
+    assert [event.tag for event in read_snapshot(namespace).events if event.reason == Reason.BACKFILL] == ["small"]
     holder.call(release)
     big.result()
     assert problems(namespace) == []

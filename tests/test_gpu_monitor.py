@@ -27,7 +27,7 @@ class FakeSource:
 
     name = "fake"
     measures_processes = False
-    settles_late = False
+    frees_late = False
     cheap = True
 
     def __init__(self, *used_mb: float | None) -> None:

@@ -115,7 +115,7 @@ class TestHostMemory:
         monkeypatch.setattr("mpmm.sources.host_memory.cgroup_limits", lambda: limits)
         (sample,) = HostMemorySource().sample((child.pid,))
         assert sample.used_mb == 3000
-        assert sample.foreign_mb((child.pid,)) == 3000 - sample.process_mb[child.pid] < 3000 - BALLAST_MB
+        assert sample.unrelated_mb((child.pid,)) == 3000 - sample.process_mb[child.pid] < 3000 - BALLAST_MB
         # A group with a limit, 500 MB of which are left; and its parent, whose use cannot be seen.
         limits += [(2000 * MIB, 1500 * MIB), (4000 * MIB, None)]
         source = HostMemorySource()

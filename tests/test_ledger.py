@@ -160,7 +160,7 @@ class Source:
     """One device; the machine makes up its figures."""
 
     name = "made up"
-    settles_late = True
+    frees_late = True
     cheap = True
 
     def __init__(self, measures_processes: bool) -> None:

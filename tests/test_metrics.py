@@ -94,6 +94,7 @@ def test_parsers_accept_the_text(
     assert value(found, "mpmm_members", kind="worker") == 2
     assert value(found, "mpmm_device_used_bytes", device="0") == 200 * 2**20
     assert value(found, "mpmm_device_limit_bytes", name="booked") == 200 * 2**20
+    assert value(found, "mpmm_device_unrelated_bytes") == value(found, "mpmm_device_foreign_bytes") == 0
     assert value(found, "mpmm_model_bytes", model=ODD) == 100 * 2**20
     assert value(found, "mpmm_model_copies", model="held", state="active") == 1
     assert value(found, "mpmm_model_evictions_total", model="a") == 1

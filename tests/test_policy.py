@@ -430,7 +430,7 @@ CASES: Mapping[str, tuple[View, list[object]]] = {
             [ticket(1, A), ticket(2, B)],
             devices=[device(used=300, external_mb=300, external_least_mb=300)],
         ),
-        [Wait(1, Reason.FOREIGN), Load(2, (0,), 100, False)],
+        [Wait(1, Reason.EXTERNAL), Load(2, (0,), 100, False)],
     ),
     "no device is known yet": (view([model(A)], [ticket(1, A)], devices=[]), [Wait(1, Reason.NO_DEVICE)]),
     "room is made": (

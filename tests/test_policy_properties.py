@@ -288,7 +288,7 @@ def test_nobody_waits_without_end_while_nothing_is_in_use_and_no_memory_is_expec
     for waiter in state.tickets:
         decision = decided.get(waiter.row)
         assert isinstance(decision, Wait), f"ticket {waiter.row} waits behind others"
-        assert decision.reason in (Reason.FOREIGN, Reason.LEASED, Reason.PINNED, Reason.COPIES)
+        assert decision.reason in (Reason.EXTERNAL, Reason.LEASED, Reason.PINNED, Reason.COPIES)
         assert not decision.first, "it holds up others"
         if decision.reason == Reason.COPIES:
             assert all(copy.pinned for copy in state.idle if copy.model == waiter.model)

@@ -78,7 +78,7 @@ TABLE: dict[Reason, tuple[View, Callable[[View], Decision], str]] = {
         first,
         "gets an idle copy",
     ),
-    Reason.PASSING: (
+    Reason.OVERTAKES: (
         view(
             [model(A, 800), model(B, shared=1), model(C, shared=1)],
             [PASSED, ticket(2, C)],
@@ -108,7 +108,7 @@ TABLE: dict[Reason, tuple[View, Callable[[View], Decision], str]] = {
         first,
         "loads alone to be measured: assumed to need 100 MB, 900 free",
     ),
-    Reason.BESIDE: (
+    Reason.BACKFILL: (
         view(
             [model(A, 800), model(B, shared=1), model(C, 50)],
             [ticket(1, A), ticket(2, C)],
@@ -128,7 +128,7 @@ TABLE: dict[Reason, tuple[View, Callable[[View], Decision], str]] = {
         first,
         "is evicted for b, which needs 800 MB, 0 free: lowest score, frees 900 MB",
     ),
-    Reason.SMALLEST_HARM: (
+    Reason.CHEAPEST_RELOAD: (
         view([model(A, 800), timed(B, 900)], [ticket(1, A)], copies=[idle(7, B, mb=900)], devices=[FULL]),
         first,
         "is evicted for b, which needs 800 MB, 0 free: cheapest to reload (2.000 s of loading per second), frees "
@@ -159,7 +159,7 @@ TABLE: dict[Reason, tuple[View, Callable[[View], Decision], str]] = {
         first,
         "waits: needs 800 MB, 400 free, and the leases that are held leave too little room",
     ),
-    Reason.FOREIGN: (
+    Reason.EXTERNAL: (
         view([model(A, 800)], [ticket(1, A)], devices=[device(used=300, external_mb=300, external_least_mb=300)]),
         first,
         "waits: needs 800 MB, 600 free; the driver and other programs take 300 MB, which leaves too little room",
@@ -327,7 +327,7 @@ def test_a_ticket_keeps_the_figures_of_its_reason(namespace: str, new_process: N
         80,
         "a",
     )
-    assert found.blocked_for_s is not None
+    assert found.head_of_line_for_s is not None
     holder.call(release)
     waiter.result()
 

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any
 
 import psutil
 import pytest
@@ -19,7 +20,14 @@ from fake_drivers import smi as smi  # the fixture
 from mpmm.errors import InvalidArgumentError
 from mpmm.memory.monitor import GPUMonitor
 from mpmm.memory.monitor_source import MonitorSource
-from mpmm.sources import MemorySource, SourceUnavailableError, choose_source, counts_named_only, is_books_only
+from mpmm.sources import (
+    MemorySource,
+    SourceUnavailableError,
+    choose_source,
+    counts_named_only,
+    frees_late,
+    is_accounting_only,
+)
 from mpmm.sources.base import MIB
 from mpmm.sources.booked import BookedSource
 from mpmm.sources.host_memory import HostMemorySource
@@ -45,7 +53,7 @@ class TestChoice:
         smi.answers.clear()
         with caplog.at_level(logging.WARNING):
             source = choose_source(fallback_memory_mb=12000.0)
-        assert is_books_only(source)
+        assert is_accounting_only(source)
         assert [d.total_mb for d in source.devices()] == [12000.0]
         assert used(source) == [None]
         (record,) = caplog.records
@@ -106,6 +114,13 @@ class TestChoice:
         with pytest.raises(InvalidArgumentError, match="MemorySource"):
             choose_source(object())  # type: ignore[arg-type]  # wrong on purpose
 
+    @pytest.mark.parametrize(("old", "asks"), [("settles_late", frees_late), ("books_only", is_accounting_only)])
+    def test_an_attribute_of_before_counts_and_is_warned_of(self, old: str, asks: Callable[[Any], bool]) -> None:
+        source: Any = SimpleNamespace(name="mine", **{old: True})
+        with pytest.warns(DeprecationWarning, match=f"'mine': its attribute {old} is called"):
+            assert asks(source)
+        assert not asks(SimpleNamespace(name="mine"))
+
     def test_books_need_a_size(self) -> None:
         with pytest.raises(InvalidArgumentError):
             BookedSource(0.0)
@@ -138,7 +153,7 @@ class TestUnifiedMemory:
         assert [(d.uuid, d.total_mb) for d in source.devices()] == [("GPU-aaaa", 120000)]
         (sample,) = source.sample((7,))
         assert (source.name, sample.used_mb, sample.process_mb) == ("nvml", 20000, {7: 300})
-        assert source.measures_processes and sample.foreign_mb((7,)) == 19700
+        assert source.measures_processes and sample.unrelated_mb((7,)) == 19700
         host.append((50000 * MIB, 10000 * MIB))
         source = choose_source(name)
         assert [d.total_mb for d in source.devices()] == [50000]
@@ -211,7 +226,7 @@ class TestSilence:
         (sample,) = source.sample((7, 8))
         assert source.measures_processes
         # What the daemon has for its clients is not counted twice.
-        assert sample.process_mb == {1: 100, 7: 300, 8: 200} and sample.foreign_mb((7, 8)) == 100
+        assert sample.process_mb == {1: 100, 7: 300, 8: 200} and sample.unrelated_mb((7, 8)) == 100
 
     def test_a_list_that_the_driver_does_not_have_is_asked_for_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
         gpu, _ = two_gpus()

@@ -200,14 +200,14 @@ def test_pids_of_another_namespace_are_not_taken_for_processes_without_memory(
     (sample,) = source.sample((os.getpid(),))
     wait_until(lambda: "source nvml (knows processes)," in render(read_snapshot(namespace)), "it was seen")
     assert sample.process_mb == {os.getpid(): 200}
-    assert sample.foreign_mb((os.getpid(),)) == 0
-    assert sample.foreign_mb(()) == 200
+    assert sample.unrelated_mb((os.getpid(),)) == 0
+    assert sample.unrelated_mb(()) == 200
     gpus.shift_pids(10_000_000)
     for _ in range(2):
         (sample,) = source.sample((os.getpid(),))
     assert not source.measures_processes
     assert sample.used_mb == 200 and sample.process_mb == {} and not sample.processes_known
-    assert sample.foreign_mb((os.getpid(),)) is None
+    assert sample.unrelated_mb((os.getpid(),)) is None
     wait_until(lambda: not read_snapshot(namespace).measures_processes, "the leader says so")
     assert "source nvml," in render(read_snapshot(namespace))
     assert any("cannot measure single processes" in record.getMessage() for record in caplog.records)
@@ -507,7 +507,7 @@ def test_unknown_models_are_measured_alone_where_the_driver_does_not_tell_proces
     # What is ours is not taken for somebody else's, so that it goes when something else needs the room.
     first = processes[0]
     first.call(learn, large=9000.0)
-    assert [device.foreign_mb for device in devices(namespace)] == [0]
+    assert [device.unrelated_mb for device in devices(namespace)] == [0]
     first.call(acquire, "large", LoadsServer("large", MakesServed(cast(Any, gpus), 9000.0)))
     first.call(release)
     assert read_snapshot(namespace).out_of_memory == 0

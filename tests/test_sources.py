@@ -67,10 +67,10 @@ class TestNvml:
         install(monkeypatch, gpu)
         (sample,) = NvmlSource().sample((7,))
         assert sample.process_mb == {7: 300.0, 9: 50.0, 10: 20.0}
-        assert not sample.processes_known and sample.foreign_mb((7,)) is None
+        assert not sample.processes_known and sample.unrelated_mb((7,)) is None
         gpu.compute.pop(1)
         (sample,) = NvmlSource().sample((7,))
-        assert sample.foreign_mb((7, 9)) == 650.0
+        assert sample.unrelated_mb((7, 9)) == 650.0
 
     def test_mig_slices_are_devices_and_their_board_is_not(self, monkeypatch: pytest.MonkeyPatch) -> None:
         slices = [FakeDevice("MIG-1", 5000, 100), FakeDevice("MIG-2", 10000, 200)]

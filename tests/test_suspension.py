@@ -369,7 +369,7 @@ def test_a_suspended_copy_whose_server_dies_is_gone_from_the_host(
     namespace: str, new_process: NewProcess, tmp_path: Path
 ) -> None:
     process = new_process(suspend_budget_mb=2000.0)
-    process.call(acquire, "a", LoadsSleeper("doomed", MakesSleeper(tmp_path), spawn=True))
+    process.call(acquire, "a", LoadsSleeper("unload_on_release", MakesSleeper(tmp_path), spawn=True))
     process.call(release)
     assert process.call(suspend, "a") == 1
     server = next(member for member in read_snapshot(namespace).members if member.kind == "server")
@@ -537,7 +537,7 @@ class SteadySource:
 
     name = "steady"
     measures_processes = False
-    settles_late = False
+    frees_late = False
     cheap = True
 
     def devices(self) -> tuple[DeviceInfo, ...]:

@@ -129,7 +129,7 @@ def test_a_request_that_only_others_could_serve_holds_up_nobody_and_is_served_wh
     large.send(acquire, "large", server(gpus, "large", 700))
     wait_until(lambda: waiting(namespace, "large"), "the large one waits")
     [ticket] = [ticket for ticket in read_snapshot(namespace).tickets if ticket.tag == "large"]
-    assert ticket.reason == Reason.FOREIGN
+    assert ticket.reason == Reason.EXTERNAL
     small.call(acquire, "small", server(gpus, "small", 200))
     said = [finding.text for finding in findings(read_snapshot(namespace)) if finding.urgent]
     assert any("mpmm can unload nothing that would help" in text and "400 MB" in text for text in said), said

@@ -258,7 +258,7 @@ def test_a_copy_that_is_doomed_is_unloaded_by_its_holder_as_soon_as_that_release
     began, go = new_gate(), new_gate()
     worker.send(acquire, "a", LosesItsServer(began, go))
     began.wait()
-    wait_until(lambda: copies_of(namespace, "a")[0].doomed, "the server's death is noticed")
+    wait_until(lambda: copies_of(namespace, "a")[0].unload_on_release, "the server's death is noticed")
     go.open()
     worker.result()
     worker.call(release)

@@ -117,7 +117,7 @@ def test_where_only_the_blind_are_left_one_leads_by_the_books_and_the_last_figur
     # One that comes later has devices to describe, and takes the lead.
     newcomer = new_process(memory_source=device)
     wait_until(lambda: leads(namespace, newcomer), "the newcomer leads", 5)
-    wait_until(lambda: not read_snapshot(namespace).books_only, "its figures count")
+    wait_until(lambda: not read_snapshot(namespace).accounting_only, "its figures count")
     assert device_names(namespace) == ["sim-0"]
     assert problems(namespace) == []
 

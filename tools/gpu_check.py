@@ -134,7 +134,7 @@ class WholeDevice:
 
     name = "nvml, whole devices only"
     measures_processes = False
-    settles_late = True
+    frees_late = True
     cheap = True
 
     def __init__(self) -> None:

@@ -27,7 +27,7 @@ from typing import Protocol
 from mpmm.errors import ClosedError, InvalidArgumentError, LockTimeoutError
 from mpmm.fork_hooks import ChildStep, in_forked_child
 from mpmm.memory.sampler import Sampler
-from mpmm.sources import DeviceInfo, DeviceSample, MemorySource, choose_source, is_books_only, process_knowledge
+from mpmm.sources import DeviceInfo, DeviceSample, MemorySource, choose_source, is_accounting_only, process_knowledge
 from mpmm.sources.base import START_TIMEOUT_S, unavailable
 from mpmm.sources.timeouts import answer_within
 from mpmm.text.arguments import checked_number, in_brief
@@ -248,7 +248,7 @@ class GPUMonitor(_BeamAttributes):
             except TimeoutError as error:
                 raise unavailable(source.name, f"its devices: {error}") from error
             self._devices = devices
-            self._gpu_available = not is_books_only(source)
+            self._gpu_available = not is_accounting_only(source)
         with self._local.lock:
             self._local.total_mb = sum(device.total_mb for device in devices)
         return source, devices
@@ -274,7 +274,7 @@ class GPUMonitor(_BeamAttributes):
         """
         with self._control_lock:
             source = self.source
-            if self._store is not self._local or self._thread is not None or is_books_only(source):
+            if self._store is not self._local or self._thread is not None or is_accounting_only(source):
                 return
             self.refresh(timeout_s=REFRESH_TIMEOUT_S)
             self._stop = threading.Event()
@@ -387,7 +387,7 @@ class GPUMonitor(_BeamAttributes):
         self._read_ns = self._read_ns | {
             sample.index: sample.taken_ns for sample in samples if sample.used_mb is not None
         }
-        if not is_books_only(source):
+        if not is_accounting_only(source):
             failing = frozenset(sample.index for sample in samples if sample.used_mb is None)
             self._log_change(failing, source, reason or "no figure")
         return samples

@@ -49,7 +49,7 @@ class MonitorSource:
 
     name = "monitor"
     measures_processes = False
-    settles_late = False
+    frees_late = False
     cheap = True
 
     def __init__(self, monitor: MonitorProtocol) -> None:

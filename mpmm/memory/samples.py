@@ -19,6 +19,7 @@ from mpmm.sources import (
     Measures,
     MemorySource,
     counts_named_only,
+    frees_late,
     process_knowledge,
     what_it_measures,
 )
@@ -107,7 +108,7 @@ class SharedSamples:
         if knows is None:
             # What others have seen of the same source still holds for a process that has not seen anything yet.
             knows = is_same and namespace.tables.header.source_measures_processes
-        flags = (knows, source.settles_late, self._blind)
+        flags = (knows, frees_late(source), self._blind)
         namespace.transitions.members.lead(t, namespace.slot, name, flags, counts_named_only(source))
         for slot in next_in_line:
             namespace.transitions.members.ring(t, slot)

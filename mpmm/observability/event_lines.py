@@ -48,7 +48,7 @@ _TEXTS = {
     "unpinned": "unpinned",
     "out_of_memory": "out of memory; estimate until now {mb} MB",
     "waits": "has waited for {s}",
-    "doomed": "will be unloaded once it is given back, {mb} MB come free then",
+    "unload_on_release": "will be unloaded once it is given back, {mb} MB come free then",
     "settings": "settings changed",
     "suspend_began": "suspension begins, {mb} MB expected back",
     "suspend_ended": "suspended after {s}",

@@ -112,7 +112,7 @@ def _samples(snapshot: Snapshot) -> Iterator[Finding]:
             f"memory has not been polled for {age(snapshot.polled_ago_s)}, poll_interval is "
             f"{snapshot.settings.poll_interval:g} s: are the leader and all other processes stopped?",
         )
-    if snapshot.books_only and any(device.measured for device in snapshot.devices):
+    if snapshot.accounting_only and any(device.measured for device in snapshot.devices):
         pid = next((str(member.pid) for member in snapshot.members if member.slot == snapshot.leader), "?")
         yield Finding(
             True,
@@ -121,7 +121,7 @@ def _samples(snapshot: Snapshot) -> Iterator[Finding]:
         )
     for device in snapshot.devices:
         if device.sample_age_s is None:
-            if not snapshot.books_only:
+            if not snapshot.accounting_only:
                 yield Finding(True, f"device {device.row} ({device.name}) has not been measured yet")
         elif device.sample_age_s > stale_after_s:
             yield Finding(
@@ -141,7 +141,7 @@ def _dead(snapshot: Snapshot) -> Iterator[Finding]:
 
 def _waits(snapshot: Snapshot) -> Iterator[Finding]:
     for ticket in waiters(snapshot):
-        if ticket.reason in (Reason.FOREIGN, Reason.PINNED):
+        if ticket.reason in (Reason.EXTERNAL, Reason.PINNED):
             said = why(ticket, needs(snapshot)(ticket))
             yield Finding(True, f"mpmm can unload nothing that would help pid {ticket.pid}: {ticket.tag} {said}")
     oldest = oldest_waiter(snapshot)

@@ -152,7 +152,7 @@ def expected_waits(snapshot: Snapshot) -> Callable[[TicketInfo], float]:
 
 def _view(model: ModelInfo, copies: list[InstanceInfo]) -> ModelView:
     """Return a model as the policy sees it, as far as times are concerned."""
-    staying = [copy for copy in copies if not copy.doomed]
+    staying = [copy for copy in copies if not copy.unload_on_release]
     held = [copy for copy in staying if copy.state in ("active", "idle")]
     loading = [copy for copy in staying if copy.state == "loading"]
     return ModelView(

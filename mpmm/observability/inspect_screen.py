@@ -208,7 +208,7 @@ def devices(snapshot: Snapshot, bar_width: int) -> Section[DeviceInfo]:
             bar(device, bar_width, signs),
             *(mb(value) for value in (device.used_mb, device.external_mb, device.reserved_mb, device.returning_mb)),
             *(mb(value) for value in (device.limit_mb, device.total_mb, device.peak_since_start_mb)),
-            "books" if snapshot.books_only else _ago(device.sample_age_s),
+            "books" if snapshot.accounting_only else _ago(device.sample_age_s),
             device.name,
         )
 
@@ -270,7 +270,9 @@ def copies(snapshot: Snapshot) -> Section[InstanceInfo]:
         return (
             str(copy.row),
             copy.tag,
-            copy.state + (", steady" if copy.steady else "") + (", doomed" if copy.doomed else ""),
+            copy.state
+            + (", steady" if copy.steady else "")
+            + (", unloads on release" if copy.unload_on_release else ""),
             age(copy.for_s),
             mb(copy.mb),
             places(copy),
@@ -342,7 +344,7 @@ def models(snapshot: Snapshot) -> Section[ModelInfo]:
             *(str(count) for count in (model.waiting, model.loads, model.hits, model.evictions, model.pins)),
             f"{model.load_s:.3f}",
             f"{model.hold_s:.3f}",
-            f"{Demand(model.gap_s, model.requests).per_second(model.requested_ago_s):.3g}",
+            f"{Demand(model.mean_interarrival_s, model.requests).per_second(model.requested_ago_s):.3g}",
             age(model.unused_for_s),
             _kept(model),
         )

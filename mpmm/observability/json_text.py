@@ -11,7 +11,7 @@ from mpmm.shared_state.snapshot import Snapshot, as_json
 
 __all__ = ["SCHEMA_VERSION", "snapshot_json"]
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 def snapshot_json(snapshot: Snapshot) -> str:

@@ -36,7 +36,7 @@ _MARKS = {
     "pinned": "pinned",
     "unpinned": "unpinned",
     "out_of_memory": "out of memory",
-    "doomed": "to be unloaded when given back",
+    "unload_on_release": "to be unloaded when given back",
     "settings": "settings changed",
 }
 # What a copy was when the first event that is known of it is of such a kind; idle before any other.

@@ -120,7 +120,7 @@ class Tracks:
         for device in snapshot.devices:
             pid = DEVICE_PID + device.row
             figures = [((snapshot.taken_s - ago) * 1e6, mb) for ago, mb in device.samples]
-            if snapshot.books_only and device.used_mb is not None:
+            if snapshot.accounting_only and device.used_mb is not None:
                 figures = [(now, device.used_mb)]
             for ts, mb in figures:
                 if ts > self._sampled.get(device.row, -1.0):

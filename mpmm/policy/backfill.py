@@ -42,7 +42,7 @@ def backfill(state: PlanState, ticket: TicketView, model: ModelView) -> Decision
     # As they are without the room that is kept for the head of the line.
     devices = tuple(state.devices[device.device] for device in place.devices)
     state.overtaking_is_free = False
-    load = state.load_on(ticket, devices, model.need_mb, Reason.BESIDE, head.model)
+    load = state.load_on(ticket, devices, model.need_mb, Reason.BACKFILL, head.model)
     return load if instance is None else state.resume_instead(load, instance)
 
 

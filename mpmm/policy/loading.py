@@ -166,7 +166,7 @@ def _carry_out(attempt: _Attempt, plan: EvictionPlan, due: bool) -> Decision:
     free = math.fsum(free_mb(device, state.slack) for device in plan.devices)
     on = state.named(plan.devices)
     if plan.victims and (due or not plan.awaited):
-        reason = Reason.LOWEST_SCORE if plan.reload_cost is None else Reason.SMALLEST_HARM
+        reason = Reason.LOWEST_SCORE if plan.reload_cost is None else Reason.CHEAPEST_RELOAD
         coming_mb = math.fsum(one.mb for one in plan.victims)
         why = Why(reason, need_mb, free, coming_mb, plan.reload_cost or 0.0, plan.victims[0].model, on)
         return state.evict_for(ticket, plan.victims, why)

@@ -111,7 +111,7 @@ def wait_for_others(state: PlanState, ticket: TicketView, where: list[DeviceView
         return Wait(ticket.row, Reason.LEASED, Why(Reason.LEASED, need_mb, free))
     if state.count_fitting(where, share_mb) < ticket.span:
         external_mb = math.fsum(device.external_least_mb for device in where)
-        return Wait(ticket.row, Reason.FOREIGN, Why(Reason.FOREIGN, need_mb, free, external_mb))
+        return Wait(ticket.row, Reason.EXTERNAL, Why(Reason.EXTERNAL, need_mb, free, external_mb))
     if state.count_fitting(where, share_mb, pinned=True) < ticket.span:
         return Wait(ticket.row, Reason.PINNED, Why(Reason.PINNED, need_mb, free))
     return None
@@ -130,7 +130,7 @@ def wait_without_room(state: PlanState, ticket: TicketView, where: list[DeviceVi
     if any(state.pinned_mb_on(row) for row in rows):
         return Wait(ticket.row, Reason.PINNED, Why(Reason.PINNED, need_mb, free))
     external_mb = math.fsum(device.external_mb for device in where)
-    return Wait(ticket.row, Reason.FOREIGN, Why(Reason.FOREIGN, need_mb, free, external_mb))
+    return Wait(ticket.row, Reason.EXTERNAL, Why(Reason.EXTERNAL, need_mb, free, external_mb))
 
 
 def _cheapest_of(plans: list[EvictionPlan], span: int) -> EvictionPlan | None:

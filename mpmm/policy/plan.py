@@ -41,7 +41,7 @@ __all__ = ["Plan", "Planner", "make_plan"]
 
 
 # Why a device has no room: there may be some on another one.
-_ELSEWHERE = (Reason.LEASED, Reason.FOREIGN, Reason.PINNED, Reason.QUIET)
+_ELSEWHERE = (Reason.LEASED, Reason.EXTERNAL, Reason.PINNED, Reason.QUIET)
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ class Planner:
             idle = state.idle.get(ticket.model)
             instance = self._take_idle(ticket, idle, kept, closed) if idle else None
             if instance is not None:
-                why = Why(Reason.PASSING, other=overtaken.model) if overtaken else Why(Reason.IDLE_COPY)
+                why = Why(Reason.OVERTAKES, other=overtaken.model) if overtaken else Why(Reason.IDLE_COPY)
                 granted[ticket.row] = Grant(ticket.row, instance.row, why)
                 continue
             model = models[ticket.model]

@@ -25,7 +25,7 @@ SENTENCES: dict[Reason, str] = {
     Reason.COPIES: "waits for a copy that is in use: max_model_copies allows no more of them",
     Reason.LEASED: "waits: needs {need:.0f} MB{on}, {free:.0f} free, and the leases that are held leave too little "
     "room",
-    Reason.FOREIGN: "waits: needs {need:.0f} MB{on}, {free:.0f} free; the driver and other programs take "
+    Reason.EXTERNAL: "waits: needs {need:.0f} MB{on}, {free:.0f} free; the driver and other programs take "
     "{coming:.0f} MB, which leaves too little room",
     Reason.IN_USE: "waits: needs {need:.0f} MB{on}, {free:.0f} free, {coming:.0f} kept for it where {other} is in use, "
     "for {time}",
@@ -37,10 +37,10 @@ SENTENCES: dict[Reason, str] = {
     Reason.SUSPENDING: "waits for its copy to be suspended and then resumed: {time}, sooner than another load",
     Reason.RESUMES: "gets a suspended copy{on}, which takes {time} to resume: needs {need:.0f} MB, {free:.0f} free",
     Reason.IDLE_COPY: "gets an idle copy",
-    Reason.PASSING: "gets an idle copy ahead of {other}, which waits for memory and is not delayed by that",
+    Reason.OVERTAKES: "gets an idle copy ahead of {other}, which waits for memory and is not delayed by that",
     Reason.FITS: "loads{on}: needs {need:.0f} MB, {free:.0f} free",
     Reason.ALONE: "loads alone{on} to be measured: assumed to need {need:.0f} MB, {free:.0f} free",
-    Reason.BESIDE: "loads{on} beside the room reserved for {other}: needs {need:.0f} MB, {free:.0f} free",
+    Reason.BACKFILL: "loads{on} beside the room reserved for {other}: needs {need:.0f} MB, {free:.0f} free",
     Reason.ANOTHER_COPY: "loads another copy{on}, which is quicker than waiting for one in use: needs {need:.0f} MB, "
     "{free:.0f} free",
     Reason.LEAST_FULL: "loads{on}, the least full with enough room: needs {need:.0f} MB, {free:.0f} free",
@@ -48,8 +48,8 @@ SENTENCES: dict[Reason, str] = {
     Reason.ONLY_ONE: "loads{on}, the only place with enough room: needs {need:.0f} MB, {free:.0f} free",
     Reason.LOWEST_SCORE: "is evicted for {other}, which needs {need:.0f} MB{on}, {free:.0f} free: lowest score, frees "
     "{coming:.0f} MB",
-    Reason.SMALLEST_HARM: "is evicted for {other}, which needs {need:.0f} MB{on}, {free:.0f} free: cheapest to reload "
-    "({seconds:.3f} s of loading per second), frees {coming:.0f} MB",
+    Reason.CHEAPEST_RELOAD: "is evicted for {other}, which needs {need:.0f} MB{on}, {free:.0f} free: cheapest to "
+    "reload ({seconds:.3f} s of loading per second), frees {coming:.0f} MB",
     Reason.FLUSHED: "is evicted so that {other} can run alone{on} and be measured",
     Reason.NO_ROW: "is evicted for {other}, because the table of copies, or of models, is full",
     Reason.EXCHANGED: "is evicted for another copy of its model: max_model_copies allows no more of them",

@@ -49,20 +49,20 @@ class Reason(IntEnum):
     COPIES = 8  # there are as many copies of its model as there may be
     LEASED = 9  # leases that are held leave too little room, even if everything else went
     IN_USE = 10  # room is reserved for it where copies are still in use
-    FOREIGN = 11  # as LEASED, with external memory as well: the driver's, and that of other programs
+    EXTERNAL = 11  # as LEASED, with external memory as well: the driver's, and that of other programs
     TABLE_FULL = 12  # it could load, but the table of copies has no row for it
     OUTRANKED = 13  # one that came later, and is more urgent, waits for room before it
     BACKING_OFF = 14  # its loads fail, so nothing is evicted for it for a while
     SUSPENDING = 15  # a copy of its model is being suspended, and is resumed then
     # It gets an idle copy:
     IDLE_COPY = 16
-    PASSING = 17  # past one that waits for room, which this does not delay
+    OVERTAKES = 17  # past one that waits for room, which this does not delay
     # It gets a suspended copy:
     RESUMES = 20
     # It may load:
     FITS = 24
     ALONE = 25  # to be measured
-    BESIDE = 26  # beside the room that is reserved for one before it
+    BACKFILL = 26  # beside the room that is reserved for one before it
     ANOTHER_COPY = 27  # sooner than a copy that is in use could be had
     # Where several devices could take it, see `placement`:
     LEAST_FULL = 28
@@ -70,7 +70,7 @@ class Reason(IntEnum):
     ONLY_ONE = 30  # that has room
     # Copies are unloaded for it:
     LOWEST_SCORE = 32  # in Beam's order, as long as the costs are not known
-    SMALLEST_HARM = 33
+    CHEAPEST_RELOAD = 33
     FLUSHED = 34  # so that it runs alone
     NO_ROW = 35  # the table of copies, or that of models, is full
     EXCHANGED = 36  # there are as many copies of the model as there may be, and none that the waiter could use

@@ -40,7 +40,7 @@ from mpmm.shared_state.transaction import Transaction
 __all__ = ["Scheduler"]
 
 # Waits that only other programs, or who has pinned something, can end.
-OTHERS_END = frozenset({Reason.FOREIGN, Reason.PINNED})
+OTHERS_END = frozenset({Reason.EXTERNAL, Reason.PINNED})
 
 
 class Scheduler:
@@ -158,7 +158,7 @@ class Scheduler:
                 ticket, passed = found
                 # An object is of no use to another process than its owner.
                 if not copy.owner or copy.owner - 1 == self._queue.asker(ticket)[0]:
-                    cause = Cause(Reason.PASSING, other=passed) if passed else Cause(Reason.IDLE_COPY)
+                    cause = Cause(Reason.OVERTAKES, other=passed) if passed else Cause(Reason.IDLE_COPY)
                     transitions.hand_over.from_holder(t, ticket, instance, cause, used)
                     t.after.append(self.wakes.yield_to_waiter)
                     return

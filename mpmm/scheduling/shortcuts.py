@@ -8,7 +8,7 @@ Q1  An idle copy may be taken at once although others wait (`may_take`) if nobod
     that isolates or is due. It moves nobody else: what is idle only becomes less by it.
 Q2  A release of a copy whose model nobody waits for needs no plan (`moves_nobody`) if no waiter is blocked, nothing
     runs alone or waits to, and every waiter waits for what an idle copy of another model does not change: for leases
-    or other programs to leave room (LEASED and FOREIGN: too little even if all copies went), for a copy of its own
+    or other programs to leave room (LEASED and EXTERNAL: too little even if all copies went), for a copy of its own
     model (SHARING, COPIES), or, as a lease, behind one that waits for leases. PINNED belongs to these if the model
     is pinned: its copy makes no room then. Time changes such waits, too, and so does each hold that is measured, from
     which it is guessed how long others may take (SHARING); for that the leader plans at each poll.
@@ -45,7 +45,7 @@ from mpmm.shared_state.reads.queue import Waiter
 __all__ = ["CALLED_UP_FOR_NS", "Shortcuts"]
 
 # Waits that no copy of another model ends by becoming idle.
-QUIET_REASONS = frozenset({Reason.LEASED, Reason.FOREIGN, Reason.PINNED, Reason.SHARING, Reason.COPIES})
+QUIET_REASONS = frozenset({Reason.LEASED, Reason.EXTERNAL, Reason.PINNED, Reason.SHARING, Reason.COPIES})
 # Waits for a copy of the own model.
 SHARED_REASONS = frozenset({Reason.SHARING, Reason.COPIES})
 # Waits of the head of the queue, for which room is kept.

@@ -74,7 +74,7 @@
     X(since, "Instance.SINCE")                                                                                         \
     X(next, "Instance.NEXT")                                                                                           \
     X(previous, "Instance.PREVIOUS")                                                                                   \
-    X(doomed, "Instance.UNLOAD_ON_RELEASE")                                                                                       \
+    X(unload_on_release, "Instance.UNLOAD_ON_RELEASE")                                                                                       \
     X(uses, "Instance.USES")                                                                                           \
     X(is_active, "Instance.ACTIVE")                                                                                    \
     X(is_idle, "Instance.IDLE")                                                                                        \
@@ -366,7 +366,7 @@ static bool is_plain(Core *core, uint64_t row, uint64_t state, uint64_t generati
     *copy = at->instances + row * at->instance_words;
     uint64_t model_row = load(core, *copy + at->model);
     if (load(core, *copy + at->state) != state || load(core, *copy + at->generation) != generation ||
-        load(core, *copy + at->doomed) || model_row >= at->model_rows) {
+        load(core, *copy + at->unload_on_release) || model_row >= at->model_rows) {
         return false;
     }
     *model = at->models + model_row * at->model_words;
@@ -739,7 +739,7 @@ static bool is_sound(const Core *core) {
     const uint64_t model[] = {at->model_state, at->model_generation, at->active,   at->idle,
                               at->hits,        at->hold_s,           at->idle_head, at->keep_alive, at->model_waiting};
     const uint64_t instance[] = {at->state, at->model, at->generation, at->holder, at->owner,
-                                 at->since, at->next,  at->previous,   at->doomed, at->uses};
+                                 at->since, at->next,  at->previous,   at->unload_on_release, at->uses};
     const uint64_t event[] = {at->event_sequence, at->event_time,     at->event_kind,   at->event_pid,
                               at->event_model,    at->event_instance, at->event_ticket, at->event_value};
     bool sound = at->header_words <= core->count && fits(core, at->models, at->model_words, at->model_rows) &&

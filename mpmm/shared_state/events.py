@@ -38,7 +38,7 @@ class EventKind(IntEnum):
     UNPINNED = 25  # slot of the member
     OUT_OF_MEMORY = 26  # MB: the estimate until now, nan if there was none
     WAITS = 27  # seconds waited so far
-    DOOMED = 28  # MB that come free once the copy is given back
+    UNLOAD_ON_RELEASE = 28  # MB that come free once the copy is given back
     SETTINGS = 29  # 0: they were changed
     SUSPEND_BEGAN = 40  # MB expected back
     SUSPEND_ENDED = 41  # seconds taken

@@ -78,7 +78,9 @@ def _models(snapshot: Snapshot) -> Iterator[str]:
             yield f"M4 {model.tag} has {tags[model.tag]} rows"
         if model.pins != pins[model.row]:
             yield f"M5 {model.tag}: pins is {model.pins}, the rows say {pins[model.row]}"
-        going = sum(copy.doomed for copy in instances[model.row] if copy.state in ("active", "loading", "resuming"))
+        going = sum(
+            copy.unload_on_release for copy in instances[model.row] if copy.state in ("active", "loading", "resuming")
+        )
         if model.loaded + model.loading - going > snapshot.settings.max_model_copies:
             yield f"M6 {model.tag}: {model.loaded} loaded and {model.loading} loading are more than max_model_copies"
         if model.kind == "lease":
@@ -86,7 +88,7 @@ def _models(snapshot: Snapshot) -> Iterator[str]:
         for name in (
             "load_s",
             "hold_s",
-            "gap_s",
+            "mean_interarrival_s",
             "suspend_s",
             "resume_s",
             *(("sd_mb",) if model.estimate_mb is not None else ()),
@@ -201,8 +203,8 @@ def _tickets(snapshot: Snapshot) -> Iterator[str]:
             yield f"T1 {what}: {ticket.member} is no member"
         if ticket.model not in models:
             yield f"T1 {what}: no model row {ticket.model}"
-        if ticket.blocked_for_s is not None and ticket.blocked_for_s > ticket.waited_s:
-            yield f"T3 {what}: blocked for {ticket.blocked_for_s} s, though it waits for {ticket.waited_s} s"
+        if ticket.head_of_line_for_s is not None and ticket.head_of_line_for_s > ticket.waited_s:
+            yield f"T3 {what}: blocked for {ticket.head_of_line_for_s} s, though it waits for {ticket.waited_s} s"
         if ticket.called_up_ago_s is not None and ticket.called_up_ago_s > ticket.waited_s:
             yield f"T3 {what}: called up {ticket.called_up_ago_s} s ago, though it waits for {ticket.waited_s} s"
         if abs(ticket.urgency) > HIGHEST_URGENCY:
@@ -229,8 +231,8 @@ def _devices(snapshot: Snapshot) -> Iterator[str]:
     for device in snapshot.devices:
         if not device.returning_mb >= 0 or not math.isclose(device.returning_mb, math.fsum(device.returns_mb)):
             yield f"D2 {device.name}: {device.returning_mb} MB returning, the returns are {device.returns_mb}"
-        if not device.foreign_mb >= 0:
-            yield f"D2 {device.name}: {device.foreign_mb} MB of others"
+        if not device.unrelated_mb >= 0:
+            yield f"D2 {device.name}: {device.unrelated_mb} MB of others"
         if device.isolated is not None:
             here = [copy for copy in snapshot.instances if device.row in copy.shares_mb]
             alone = [copy.row for copy in here if copy.state in ("active", "loading", "resuming")]

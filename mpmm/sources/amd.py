@@ -156,7 +156,7 @@ class AmdSource:
     """
 
     name = "amdsmi"
-    settles_late = True
+    frees_late = True
     cheap = False
 
     def __init__(self, retry_s: float = RETRY_S) -> None:

@@ -6,6 +6,7 @@ be read is None, never 0: 0 would say that the device is empty and let everythin
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -21,7 +22,8 @@ __all__ = [
     "MemorySource",
     "SourceUnavailableError",
     "counts_named_only",
-    "is_books_only",
+    "frees_late",
+    "is_accounting_only",
     "process_knowledge",
     "what_it_measures",
 ]
@@ -81,7 +83,7 @@ class DeviceSample:
     trouble: str | None = None
     done_ns: int = 0
 
-    def foreign_mb(self, ours: Collection[int]) -> float | None:
+    def unrelated_mb(self, ours: Collection[int]) -> float | None:
         """Return what is used by others than the processes `ours`, the driver itself included.
 
         ours: processes that were named to `sample`. None where the figure, or their parts in it, are not known.
@@ -99,19 +101,18 @@ class MemorySource(Protocol):
     measures_processes: `DeviceSample.process_mb` tells what the processes named to `sample` take. That can change, and
         silence is no measurement: a source that depends on what a driver tells is True once it has shown a figure for
         one of those, or for the process it is in, and not before; see `process_knowledge`.
-    settles_late: freed memory may show up seconds after an unload.
     cheap: a sample costs well under 5 ms, so anybody may take one where they stand.
 
     A source may have these, too, which count as False where they are missing:
 
-    books_only: it knows totals alone; see `is_books_only`.
+    frees_late: freed memory may show up seconds after an unload; see `frees_late`.
+    accounting_only: it knows totals alone; see `is_accounting_only`.
     counts_named_only: its figure holds nothing but the processes named to `sample`; see `counts_named_only`.
     process_knowledge: `measures_processes` with a third value, None, for a source that may yet show; see
         `process_knowledge`. Without it, a source is taken at its word: its `measures_processes` is all there is.
     """
 
     name: str
-    settles_late: bool
     cheap: bool
 
     @property
@@ -134,9 +135,23 @@ class MemorySource(Protocol):
         ...
 
 
-def is_books_only(source: MemorySource) -> bool:
+def frees_late(source: MemorySource) -> bool:
+    """Return whether memory that an unload has freed may show up in the figures of `source` only seconds later."""
+    return _flag(source, "frees_late", "settles_late")
+
+
+def is_accounting_only(source: MemorySource) -> bool:
     """Return whether `source` knows totals alone, so that its samples are always None."""
-    return bool(getattr(source, "books_only", False))
+    return _flag(source, "accounting_only", "books_only")
+
+
+def _flag(source: MemorySource, name: str, old_name: str) -> bool:
+    """Return an attribute of `source`, False if it is missing. The old name counts until the next minor version."""
+    if hasattr(source, name) or not hasattr(source, old_name):
+        return bool(getattr(source, name, False))
+    text = f"memory source {source.name!r}: its attribute {old_name} is called {name} now"
+    warnings.warn(text, DeprecationWarning, stacklevel=3)
+    return bool(getattr(source, old_name))
 
 
 def counts_named_only(source: MemorySource) -> bool:
@@ -169,6 +184,6 @@ class Measures(IntEnum):
 
 def what_it_measures(source: MemorySource) -> Measures:
     """Return how much a source can measure at present; one that has not shown yet whether it tells processes may."""
-    if is_books_only(source):
+    if is_accounting_only(source):
         return Measures.NOTHING
     return Measures.DEVICES if process_knowledge(source) is False else Measures.PROCESSES

@@ -17,9 +17,9 @@ class BookedSource:
 
     name = "booked"
     measures_processes = False
-    settles_late = False
+    frees_late = False
     cheap = True
-    books_only = True
+    accounting_only = True
 
     def __init__(self, total_mb: float) -> None:
         """Describe a device of `total_mb`. Raises InvalidArgumentError unless it is a positive number."""

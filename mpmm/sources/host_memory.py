@@ -42,7 +42,7 @@ class HostMemorySource:
 
     name = "host"
     measures_processes = True
-    settles_late = False
+    frees_late = False
     cheap = False
 
     def __init__(self, budget_mb: float | None = None) -> None:

@@ -75,7 +75,7 @@ class NvidiaSmiSource:
 
     name = "nvidia-smi"
     measures_processes = False
-    settles_late = True
+    frees_late = True
     cheap = False
 
     def __init__(self, timeout_s: float = TIMEOUT_S) -> None:

@@ -97,7 +97,7 @@ class NvmlSource:
     """
 
     name = "nvml"
-    settles_late = True
+    frees_late = True
     cheap = True
 
     def __init__(self, retry_s: float = RETRY_S) -> None:

@@ -10,7 +10,8 @@ from mpmm.sources.base import (
     DeviceSample,
     MemorySource,
     counts_named_only,
-    is_books_only,
+    frees_late,
+    is_accounting_only,
     process_knowledge,
 )
 from mpmm.sources.visible_devices import server_setting
@@ -25,9 +26,9 @@ class SelectedDevices:
         """chosen: indices or uuids. Raises InvalidArgumentError for one that the source does not have."""
         self._source = source
         self.name = source.name
-        self.settles_late = source.settles_late
+        self.frees_late = frees_late(source)
         self.cheap = source.cheap
-        self.books_only = is_books_only(source)
+        self.accounting_only = is_accounting_only(source)
         self.counts_named_only = counts_named_only(source)
         there = source.devices()
         for wanted in chosen:

@@ -86,7 +86,7 @@ class DeclaredDevice:
     def __init__(self, folder: Path, total_mb: float, measures_processes: bool = True, answer_s: float = 0.0) -> None:
         self.total_mb = total_mb
         self.measures_processes = measures_processes
-        self.settles_late = answer_s > 0
+        self.frees_late = answer_s > 0
         self.cheap = answer_s < 0.005
         self._answer_s = answer_s
         self._allocations = folder / "allocations"

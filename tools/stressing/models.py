@@ -270,9 +270,9 @@ class SimulatedDevice:
     def __init__(self, folder: str, total_mb: int, per_process: bool) -> None:
         self.folder = folder
         self.measures_processes = per_process
-        self.settles_late = not per_process
+        self.frees_late = not per_process
         self.total_mb = total_mb
-        if self.settles_late:
+        if self.frees_late:
             self.patience_s = 0.0
 
     def devices(self) -> tuple[DeviceInfo, ...]:

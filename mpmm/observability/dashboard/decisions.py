@@ -18,7 +18,7 @@ CATEGORIES = {
     "load_failed": "problem",
     "unload_began": "unload",
     "unload_ended": "unload",
-    "doomed": "unload",
+    "unload_on_release": "unload",
     "suspend_began": "suspend",
     "suspend_ended": "suspend",
     "suspend_failed": "problem",

@@ -37,7 +37,7 @@ GONE_KEPT = 20_000
 # Each waiter may be a problem of its own.
 FINDINGS_SENT = 20
 # Waits that only other programs, or those who have pinned something, can end: loads and holds do not tell when.
-_OTHERS_END = (Reason.FOREIGN, Reason.PINNED)
+_OTHERS_END = (Reason.EXTERNAL, Reason.PINNED)
 Row = dict[str, Any]
 Point = tuple[float, ...]
 
@@ -163,11 +163,11 @@ class Recorder:
     def _sample(self, device: DeviceInfo, snapshot: Snapshot, fresh: bool) -> None:
         samples = self._memory.setdefault(device.row, Samples())
         taken_s = snapshot.taken_s
-        if fresh and not snapshot.books_only:
+        if fresh and not snapshot.accounting_only:
             for ago_s, used_mb in device.samples[:-1]:
                 samples.add(self._look, (taken_s - ago_s, used_mb, 0.0))
         # Peaks between two looks are what a chart must not lose.
-        recent = [] if snapshot.books_only else [mb for ago_s, mb in device.samples if ago_s <= 1.0]
+        recent = [] if snapshot.accounting_only else [mb for ago_s, mb in device.samples if ago_s <= 1.0]
         used_mb = max([device.used_mb or 0.0, *recent])
         samples.add(self._look, (taken_s, used_mb, device.committed_mb))
 
@@ -223,7 +223,7 @@ def _head(snapshot: Snapshot) -> Row:
         "wall": round(snapshot.taken_wall_s, 3),
         "up": round(snapshot.taken_wall_s - snapshot.created_wall_s, 1),
         "source": printable(snapshot.source),
-        "books_only": snapshot.books_only,
+        "accounting_only": snapshot.accounting_only,
         "leader": leader,
         "polled_ago": round(snapshot.polled_ago_s, 1),
         "waiting": snapshot.waiting,
@@ -286,7 +286,7 @@ def _copy(copy: InstanceInfo, taken_s: float, pids: Mapping[int, int], pinned: b
     holder = copy.program if copy.state == "leased" and copy.program else None
     if holder is None and copy.holder is not None:
         holder = pids.get(copy.holder)
-    marks = (("pinned", pinned), ("doomed", copy.doomed), ("unload late", copy.unload_late))
+    marks = (("pinned", pinned), ("unloads on release", copy.unload_on_release), ("unload late", copy.unload_late))
     return {
         "tag": printable(copy.tag),
         "state": copy.state,

@@ -57,11 +57,10 @@ class ModelInfo:
     measured: the estimate was read from processes; sd_mb: its standard deviation. at_least_mb: the model ran out of
     memory with that much free, so it needs more, 0 if it never has. expect_mb: what its users say, which counts as long
     as there is no estimate (None: nothing). keep_alive_s: how long its users want idle copies kept (None: as the
-    settings say). failures: loads in a row that failed, the last
-    one failed_ago_s ago (None: none).
-    unused_for_s: since its last use, 0 while it is in use. load_s, hold_s, gap_s: decayed means of the time of a load,
-    of a hold and between two requests, 0 unknown. requests: how many the last of these has seen, and requested_ago_s:
-    when.
+    settings say). failures: loads in a row that failed, the last one failed_ago_s ago (None: none).
+    unused_for_s: since its last use, 0 while it is in use. load_s, hold_s, mean_interarrival_s: decayed means of the
+    time of a load, of a hold and between two requests, 0 unknown. requests: how many the last of these has seen, and
+    requested_ago_s: when.
     suspended: copies that are suspended, or being so; suspends, resumes: how many have ended; suspend_s, resume_s:
     decayed means of how long they take, 0 unknown. unsuspendable: why it is not suspended any more, a number of
     `policy.suspension.Unsuspendable`, or 0.
@@ -93,7 +92,7 @@ class ModelInfo:
     unused_for_s: float
     load_s: float = field(metadata=kinds.number(Model.LOAD_S))
     hold_s: float = field(metadata=kinds.number(Model.HOLD_S))
-    gap_s: float = field(metadata=kinds.number(Model.MEAN_INTERARRIVAL_S))
+    mean_interarrival_s: float = field(metadata=kinds.number(Model.MEAN_INTERARRIVAL_S))
     requests: int = field(metadata=kinds.word(Model.REQUESTS))
     requested_ago_s: float = field(metadata=kinds.age(Model.REQUESTED_AT))
     idle_head: int | None = field(metadata=kinds.reference(Model.IDLE_HEAD))
@@ -141,7 +140,7 @@ class InstanceInfo:
     handle: str | None = field(metadata=kinds.text_or_none(Instance.HANDLE))
     program: int | None = field(metadata=kinds.word_or_none(Instance.PROGRAM))
     steady: bool = field(metadata=kinds.flag(Instance.STEADY))
-    doomed: bool = field(metadata=kinds.flag(Instance.UNLOAD_ON_RELEASE))
+    unload_on_release: bool = field(metadata=kinds.flag(Instance.UNLOAD_ON_RELEASE))
     unload_late: bool = field(metadata=kinds.flag(Instance.UNLOAD_LATE))
     handed_over_s: float | None = field(metadata=kinds.age_or_none(Instance.HANDED_AT))
     way: int = field(metadata=kinds.word(Instance.WAY))
@@ -159,9 +158,10 @@ class TicketInfo:
     priority: its class, see `policy.fairness`; urgency: the `priority` of the request.
     preload: how many copies a preload wants, 0 for other waiters.
     reason: a number of `policy.view.Reason`; free_mb, coming_mb, seconds, other (a tag) and on (rows of devices) are
-    its figures. devices, tied: rows of the devices where it may load, and on which a copy is of use; empty for all.
+    its figures. loadable_on, usable_on: rows of the devices where it may load, and on which a copy is of use; empty
+    for all.
     span: how many devices what it loads lies on.
-    blocked_for_s: since when it is the first one for whom there is no room, None if it has never been.
+    head_of_line_for_s: since when it is the first one for whom there is no room, None if it has never been.
     called_up_ago_s: when it was told to look for itself, see `mpmm.model_manager.tenure`; None if it was not.
     """
 
@@ -181,11 +181,11 @@ class TicketInfo:
     seconds: float = field(metadata=kinds.number(Ticket.SECONDS))
     other: str | None = field(metadata=kinds.tag_of_reference(Ticket.OTHER))
     on: tuple[int, ...] = field(metadata=kinds.devices(Ticket.ON))
-    devices: tuple[int, ...] = field(metadata=kinds.devices(Ticket.LOADABLE_ON))
-    tied: tuple[int, ...] = field(metadata=kinds.devices(Ticket.USABLE_ON))
+    loadable_on: tuple[int, ...] = field(metadata=kinds.devices(Ticket.LOADABLE_ON))
+    usable_on: tuple[int, ...] = field(metadata=kinds.devices(Ticket.USABLE_ON))
     span: int = field(metadata=kinds.word(Ticket.SPAN))
     waited_s: float = field(metadata=kinds.age(Ticket.ENQUEUED))
-    blocked_for_s: float | None = field(metadata=kinds.age_or_none(Ticket.HEAD_OF_LINE_AT))
+    head_of_line_for_s: float | None = field(metadata=kinds.age_or_none(Ticket.HEAD_OF_LINE_AT))
     called_up_ago_s: float | None = field(metadata=kinds.age_or_none(Ticket.CALLED_UP))
     time_left_s: float
     preload: int = field(metadata=kinds.word(Ticket.PRELOAD))
@@ -210,7 +210,7 @@ class DeviceInfo:
     committed_mb: what admission counts as taken, see `policy.ledger`. reserved_mb: what of that the figure does not
     show yet. returning_mb, returns_mb: what is awaited from unloads, and from each of them. external_mb: what is in use
     and not the namespace's, None before the first figure; below 0 where instances take less than they are taken for.
-    foreign_mb: what processes take that are not the namespace's, as far as the source lists them. measured: a source
+    unrelated_mb: what processes take that are not the namespace's, as far as the source lists them. measured: a source
     that can measure it has described it. isolated: the copy that runs alone on it. samples: the last figures, oldest
     first, each as (seconds ago, MB).
     """
@@ -228,7 +228,7 @@ class DeviceInfo:
     returning_mb: float = field(metadata=kinds.number(Device.RETURNING_MB))
     returns_mb: tuple[float, ...]
     external_mb: float | None = field(metadata=kinds.number_or_none(Device.EXTERNAL_MB))
-    foreign_mb: float = field(metadata=kinds.number(Device.UNRELATED_MB))
+    unrelated_mb: float = field(metadata=kinds.number(Device.UNRELATED_MB))
     measured: bool = field(metadata=kinds.flag(Device.MEASURED))
     isolated: int | None = field(metadata=kinds.reference(Device.ISOLATED))
     sample_age_s: float | None = field(metadata=kinds.age_or_none(Device.SAMPLED))
@@ -239,7 +239,7 @@ class DeviceInfo:
 class ObservationInfo:
     """Readings in MB of one configuration (tag -> copies) on a device; None for readings that a caller has made."""
 
-    copies: dict[str, int]
+    instances: dict[str, int]
     readings_mb: tuple[float, ...]
     device: int | None = None
 
@@ -306,7 +306,7 @@ class Snapshot:
     lock: LockInfo
     source: str = field(metadata=kinds.text(Header.SOURCE_NAME))
     source_asked: str = field(metadata=kinds.text(Header.SOURCE_ASKED))
-    books_only: bool = field(metadata=kinds.flag(Header.SOURCE_ACCOUNTING_ONLY))
+    accounting_only: bool = field(metadata=kinds.flag(Header.SOURCE_ACCOUNTING_ONLY))
     measures_processes: bool = field(metadata=kinds.flag(Header.SOURCE_MEASURES_PROCESSES))
     leader: int | None = field(metadata=kinds.reference(Header.LEADER))
     leader_for_s: float | None

@@ -84,12 +84,12 @@ class Models(Part):
         if bool(self._segment.words[self._tables.model(row) + Model.SUPERSEDED]) != superseded:
             t.set(self._tables.model(row) + Model.SUPERSEDED, int(superseded))
 
-    def note_demand(self, t: Transaction, row: int, gap_s: float, requests: int, counted_ns: int) -> None:
+    def note_demand(self, t: Transaction, row: int, mean_interarrival_s: float, requests: int, counted_ns: int) -> None:
         """Record how often a model is asked for, as counted up to now."""
         at = self._tables.model(row)
         t.set_all(
             (
-                (at + Model.MEAN_INTERARRIVAL_S, float_bits(gap_s)),
+                (at + Model.MEAN_INTERARRIVAL_S, float_bits(mean_interarrival_s)),
                 (at + Model.REQUESTS, requests),
                 (at + Model.REQUESTED_AT, counted_ns),
             )

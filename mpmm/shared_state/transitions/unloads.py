@@ -74,7 +74,9 @@ class Unloads(Part):
         elif not self._segment.words[at + Instance.UNLOAD_ON_RELEASE]:
             t.set(at + Instance.UNLOAD_ON_RELEASE, Instance.ASKED)
             mb = self._segment.floats[at + Instance.MB]
-            t.event(EventKind.DOOMED, self._model_reference(row), row + 1, value=mb, cause=Cause(Reason.ASKED))
+            t.event(
+                EventKind.UNLOAD_ON_RELEASE, self._model_reference(row), row + 1, value=mb, cause=Cause(Reason.ASKED)
+            )
 
     def hand_over(self, t: Transaction, row: int, unloader: int) -> None:
         """Have another member (slot) unload a handle, because its HOLDER is dead or has not done so in time.

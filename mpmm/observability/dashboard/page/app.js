@@ -303,7 +303,7 @@ function showFoot() {
   const head = known.head;
   if (!head) return setText(byId("foot"), "");
   const leader = head.leader === null ? "no leader" : `leader pid ${head.leader}`;
-  const source = head.books_only ? "memory by the books" : `memory by ${head.source}, ${duration(head.polled_ago)} ago`;
+  const source = head.accounting_only ? "memory by the books" : `memory by ${head.source}, ${duration(head.polled_ago)} ago`;
   const lost = known.lost ? `, ${plural(known.lost, "event")} overwritten unseen` : "";
   setText(byId("foot"), `${head.namespace}: up for ${duration(head.up)}, ${plural(head.members.worker ?? 0, "worker")}, ${plural(head.members.server ?? 0, "model server")}, ${leader}, ${source}${lost}`);
 }
