@@ -348,9 +348,9 @@ def _reset(options: argparse.Namespace, root: Path | None) -> int:
 
     snapshot = read_snapshot(options.namespace, root, events=False)
     if not options.yes and sys.stdin.isatty():
-        in_use = sum(model.active for model in snapshot.models)
+        in_use = sum(copy.state == "active" for copy in snapshot.copies)
         print(
-            f"This unloads {len(snapshot.instances)} copies of {options.namespace}, {in_use} of them in use, and "
+            f"This unloads {len(snapshot.copies)} copies of {options.namespace}, {in_use} of them in use, and "
             f"cancels {snapshot.waiting} waiting requests. Go on? [y/N] ",
             end="",
             flush=True,

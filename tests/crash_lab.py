@@ -7,6 +7,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -181,6 +182,22 @@ class Lab:
         """Make an instance that the victim resumes."""
         row = self.suspended(tag, server)
         self.do(lambda t, tr: tr.suspensions.begin_resume(t, row, self.victim))
+        return row
+
+    def _take(self, row: int, t: Transaction, tr: Transitions) -> None:
+        tr.holds.take_idle(t, row, self.victim + 1)
+
+    def for_three(self, tag: str = "a") -> None:
+        """Let three use a copy of a model at a time that is loaded from now on."""
+        model = self.model(tag)
+        self.do(lambda t, tr: tr.models.set_users(t, model, 3))
+
+    def shared(self, used: int = 1, **options: Any) -> int:
+        """Make a copy that three may use; the victim does so in so many of its seats, and not in its own row."""
+        self.for_three()
+        row = self.idle(**options)
+        for seat in self.tables.seats_of(row)[:used]:
+            self.do(partial(self._take, seat))
         return row
 
     def ticket(self, tag: str = "a", known: bool = True) -> int:

@@ -272,6 +272,37 @@ def scenarios() -> dict[str, Callable[[Lab], Operation]]:
 
         return scenario
 
+    def loading_for_three(lab: Lab) -> int:
+        lab.for_three()
+        return lab.loading()
+
+    def resuming_for_three(lab: Lab) -> int:
+        lab.for_three()
+        return lab.resuming()
+
+    def last_user(lab: Lab) -> int:
+        """Make a copy that is to be unloaded as soon as a seat is given back; return that."""
+        copy = lab.shared()
+        lab.do(lambda t, tr: tr.unloads.ask(t, copy, lab.victim))
+        (seat,) = lab.tables.seats_of(copy)
+        return seat
+
+    def used_in_all_rows(lab: Lab) -> int:
+        copy = lab.shared(used=2, server=True)
+        lab.do(lambda t, tr: tr.holds.take_idle(t, copy, lab.victim + 1))
+        return copy
+
+    def shared_sleeper(lab: Lab) -> int:
+        copy = lab.shared(used=0)
+        lab.do(lambda t, tr: tr.suspensions.note_way(t, copy, Way.COOPERATIVE))
+        return copy
+
+    def shared_twin(lab: Lab) -> int:
+        """Make a copy whose memory goes over to a twin that several use."""
+        copy = lab.idle("b", server=True)
+        lab.shared()
+        return copy
+
     def told_to_resume(lab: Lab) -> int:
         copy, ticket = lab.suspended("a"), lab.ticket("a")
         lab.do(lambda t, tr: tr.hand_over.allow_resume(t, ticket, copy))
@@ -484,6 +515,34 @@ def scenarios() -> dict[str, Callable[[Lab], Operation]]:
         "members.reap/server suspended": server_reaped(Lab.suspended),
         "members.reap/server resuming": server_reaped(Lab.resuming),
         "measurements.measure/suspended": measured_suspended,
+        "models.set_users": on(Lab.model, lambda t, tr, row: tr.models.set_users(t, row, 3)),
+        "loads.end/for three": on(
+            loading_for_three, lambda t, tr, row: tr.loads.end(t, row, b"handle", 80.0, 0, False)
+        ),
+        "suspensions.end_resume/for three": on(
+            resuming_for_three, lambda t, tr, row: tr.suspensions.end_resume(t, row)
+        ),
+        "suspensions.begin/seats": on(shared_sleeper, lambda t, tr, row: tr.suspensions.begin(t, row, 1, True)),
+        "seats.free": on(
+            lambda lab: lab.tables.seats_of(lab.shared(used=0))[0], lambda t, tr, row: tr.seats.free(t, row)
+        ),
+        "holds.release/last user": on(last_user, lambda t, tr, seat: tr.holds.release(t, seat)),
+        "unloads.begin/seats": on(
+            lambda lab: lab.shared(used=0), lambda t, tr, row: tr.unloads.begin(t, row, Lab.victim, evicted=True)
+        ),
+        "unloads.ask/seat in use": on(Lab.shared, lambda t, tr, row: tr.unloads.ask(t, row, Lab.victim)),
+        "unloads.begin/twin with seats": on(
+            shared_twin, lambda t, tr, row: tr.unloads.begin(t, row, Lab.victim, evicted=True)
+        ),
+        "holds.discard/seats": on(used_in_all_rows, lambda t, tr, row: tr.holds.discard(t, row)),
+        "members.reap/server of seats": on(
+            lambda lab: lab.shared(server=True), lambda t, tr, _: tr.members.reap(t, Lab.server)
+        ),
+        "members.reap/owner of seats": on(
+            lambda lab: lab.shared(handle=b""), lambda t, tr, _: tr.members.reap(t, Lab.victim)
+        ),
+        "members.reap/last user": on(last_user, lambda t, tr, _: tr.members.reap(t, Lab.victim)),
+        "reset/seats": on(Lab.shared, lambda t, tr, _: tr.reset(t)),
     }
 
 
@@ -502,6 +561,10 @@ STEPS = {
     "isolation.begin_steady",
     "isolation.note_change",
     "twins.part",
+    "seats.add",
+    "seats.close",
+    "seats.free_all",
+    "seats.move",
     "loads.abandon",
     "leases.forget_spent",
     "hand_over.reset",

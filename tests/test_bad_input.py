@@ -96,6 +96,7 @@ REQUEST: dict[str, tuple[Any, ...]] = {
     "max_waiting": (-1, 1.5, math.inf, "5", True),
     "priority": (-11, 11, 0.5, None, "5", True),
     "keep_alive_seconds": (-2, -0.5, math.nan, "5", True),
+    "users": (0, -1, 129, 1.5, math.inf, "5", True),
 }
 # Method: what is bad for each parameter.
 METHODS: dict[str, dict[str, tuple[Any, ...]]] = {
@@ -123,6 +124,7 @@ METHODS: dict[str, dict[str, tuple[Any, ...]]] = {
     "pin": {"tag": NO_TAG},
     "unpin": {"tag": NO_TAG},
     "supersede": {"old": NO_TAG, "new": NO_TAG},
+    "expect_users": {"tag": NO_TAG, "users": (0, -1, 129, 1.5, math.inf, "5", True, None)},
     "all_models": {"tag": tuple(tag for tag in NO_TAG if tag is not None)},
     "try_enter_isolation_mode": {"tag": NO_TAG},
     "should_spawn_model": {"tag": NO_TAG},
@@ -137,6 +139,7 @@ GOOD: dict[str, Any] = {
     "instance": None,
     "old": "a",
     "new": "b",
+    "users": 2,
 }
 
 

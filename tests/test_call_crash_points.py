@@ -63,6 +63,10 @@ def call_acquire_object(manager: ModelManager) -> None:
     manager.acquire_model("cold", object)
 
 
+def call_acquire_and_load_for_three(manager: ModelManager) -> None:
+    manager.release_model("cold", manager.acquire_model("cold", lambda: "cold handle", users=3))
+
+
 def call_acquire_evicting(manager: ModelManager) -> None:
     manager.acquire_model("big", lambda: "big handle")
 

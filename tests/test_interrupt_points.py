@@ -87,6 +87,20 @@ def test_acquire_and_release_of_idle_copy(sweep: Callable[..., Sweep]) -> None:
     one(pair)
 
 
+def test_seat_of_copy_in_use(sweep: Callable[..., Sweep]) -> None:
+    one = sweep(397)
+    with one.manager.model("a", lambda: "handle", users=2):
+        pass
+
+    def pair() -> None:
+        with one.manager.model("a", lambda: "handle", users=2), one.manager.model("a", lambda: "never"):
+            pass
+
+    one(pair)
+    (copy,) = one.snapshot().copies[:1]
+    assert (copy.tag, copy.state, copy.held, copy.seats) == ("a", "idle", 0, 1)
+
+
 class Plain:
     """A model that is an object of its process."""
 

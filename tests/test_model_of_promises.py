@@ -21,6 +21,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from mpmm.model_manager.administration import unload_model
 from mpmm.scheduling import Scheduler
 from mpmm.shared_state.invariants import check_invariants
 from mpmm.shared_state.layout import Capacities, Instance, Member, Ticket
@@ -29,6 +30,8 @@ from mpmm.shared_state.settings import Settings
 from mpmm.shared_state.snapshot import read_snapshot
 
 TAGS = {"a": 300.0, "b": 400.0, "c": 900.0, "d": 100.0}
+# So many may use a copy at a time.
+USERS = {"b": 2, "d": 3}
 TOTAL_MB = 1000.0
 MOST_PROCESSES = 4
 MOST_COPIES = 2
@@ -68,6 +71,8 @@ class Promises(RuleBasedStateMachine):
             for tag, mb in TAGS.items():
                 row = namespace.transitions.models.claim(t, tag, tag.encode())
                 namespace.transitions.estimates.estimate(t, row, mb, measured=False)
+                if tag in USERS:
+                    namespace.transitions.models.set_users(t, row, USERS[tag])
 
     def teardown(self) -> None:
         for server in self.servers:
@@ -133,6 +138,11 @@ class Promises(RuleBasedStateMachine):
             with process.namespace.transaction() as t:
                 process.namespace.transitions.leases.end(t, process.leased.pop(0))
                 process.scheduler.advance(t)
+
+    @rule(who=st.integers(0, 99), tag=st.sampled_from(sorted(USERS)))
+    def ask_for_an_unload(self, who: int, tag: str) -> None:
+        process = self._pick(who)
+        unload_model(process.namespace, process.scheduler, tag)
 
     @rule(who=st.integers(0, 99), tag=st.sampled_from(sorted(TAGS)))
     def pin_or_unpin(self, who: int, tag: str) -> None:
@@ -297,7 +307,11 @@ class Promises(RuleBasedStateMachine):
         namespace = process.namespace
         words, tables = namespace.segment.words, namespace.tables
         rows = tables.rows_where(namespace.segment.layout.instances, Instance.HOLDER, namespace.reference)
-        return [row for row in rows if words[tables.instance(row)] == Instance.UNLOADING]
+        return [
+            row
+            for row in rows
+            if words[tables.instance(row)] == Instance.UNLOADING and not words[tables.instance(row) + Instance.SEATS]
+        ]
 
     @invariant()
     def the_books_are_right(self) -> None:
@@ -309,6 +323,9 @@ class Promises(RuleBasedStateMachine):
             if copy.state in ("active", "loading", "leased") and copy.row not in promised:
                 assert copy.holder is not None
                 assert copy.row in by_slot[copy.holder].owned_rows
+        for copy in snapshot.instances:
+            seats = [seat for seat in snapshot.instances if seat.seat_of == copy.row]
+            assert len(seats) < USERS.get(copy.tag, 1)
         told = [row for process in self.processes for row in process.owned_rows]
         assert len(told) == len(set(told))
         booked = sum(copy.reserved_mb if copy.state == "leased" else copy.mb for copy in snapshot.instances)

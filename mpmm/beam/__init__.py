@@ -22,6 +22,9 @@ Workers are other processes, and they learn of the installation in one of two wa
 
 Without either, importing this module changes nothing of Beam.
 
+A handler whose model may be called from several threads at a time says so by an attribute, `mpmm_users = 4`: so many
+workers then use one copy at a time, see `users=` of `ModelManager.acquire_model`.
+
 From one host to many
     mpmm shares models between the processes of one host. Every host has its own namespace, with its own memory, queue
     and copies; nothing of mpmm passes between hosts. The runner spreads the work, and mpmm makes the best of each host:

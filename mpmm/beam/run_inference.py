@@ -7,7 +7,8 @@
     _RunInferenceDoFn._load_model       An update of a keyed handler with several models reaches the handler, too, where
                                         no copy is loaded. Copies of the version before are the first to be evicted.
                                         A model whose tag is a uuid gets a name for people. Where memory is free for
-                                        it, a model is loaded before its first batch comes, see `load_ahead`.
+                                        it, a model is loaded before its first batch comes, see `load_ahead`. A handler
+                                        with an attribute `mpmm_users = 4` lets four workers use a copy at a time.
     _SharedModelWrapper.all_models      Handles become proxies, because such an update calls methods of every copy.
     _SharedModelWrapper.next_model      The demand for the model is reported, if `autoscaling_metric` says so.
     _SharedModelWrapper.release_model   The same. A copy of an updated model goes back under the tag of its acquire.
@@ -33,7 +34,7 @@ from mpmm.memory.beam_metrics import report_demand, reports_demand
 from mpmm.multi_process_shared import MultiProcessShared, SharedProxy
 from mpmm.text.display_names import set_display_name
 
-__all__ = ["name_of_handler", "replacements"]
+__all__ = ["name_of_handler", "replacements", "users_of_handler"]
 
 Method = Callable[..., Any]
 
@@ -104,6 +105,9 @@ def _updating_keyed_models(plain: Method) -> Method:
         if getattr(self, "use_model_manager", False):
             if _UUID.fullmatch(wrapper.model_tag):
                 set_display_name(wrapper.model_tag, name_of_handler(self._model_handler))
+            users = users_of_handler(self._model_handler)
+            if users is not None:
+                wrapper.models.expect_users(wrapper.model_tag, users)
             if before is None and side_input_model_path is None and not getattr(self, "_load_model_at_runtime", False):
                 _load_ahead(wrapper)
             if before is not None and before.model_tag != wrapper.model_tag:
@@ -144,6 +148,20 @@ def name_of_handler(handler: Any) -> str:
     if len(path) > PATH_SHOWN:
         path = f"…{path[1 - PATH_SHOWN :]}"
     return f"{type(handler).__name__} {path}".strip()
+
+
+def users_of_handler(handler: Any) -> Any:
+    """Return how many workers may use a copy of a handler's model at a time, as it says itself; None if it does not.
+
+    The attribute is `mpmm_users`, of the handler or of one that it wraps: its model has to be made for calls from
+    several threads at a time.
+    """
+    while handler is not None:
+        users = getattr(handler, "mpmm_users", None)
+        if users is not None:
+            return users
+        handler = getattr(handler, "_base", None) or getattr(handler, "_unkeyed", None)
+    return None
 
 
 def _keyed(handler: Any) -> Any:

@@ -66,6 +66,12 @@ def add_commands(commands: Any) -> None:
         metavar="SECONDS",
         help="keep idle copies this long, -1 for ever (default: the namespace's idle_ttl_seconds)",
     )
+    preload.add_argument(
+        "--users",
+        type=int,
+        metavar="N",
+        help="let so many use a copy at a time (default: what the last request said, else 1)",
+    )
     settings = commands.add_parser("settings", help="show the settings, or change one for all processes")
     settings.add_argument(
         "change", nargs="*", metavar="set NAME VALUE", help="without it: show the settings; VALUE `none`: no limit"
@@ -128,6 +134,7 @@ def _preload(options: argparse.Namespace, name: str, root: Path | None) -> int:
             timeout_seconds=options.wait,
             state="suspended" if options.suspend else "idle",
             keep_alive_seconds=options.keep_alive,
+            users=options.users,
         )
         if options.pin:
             manager.pin(options.tag, for_all=True)

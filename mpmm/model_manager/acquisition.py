@@ -13,7 +13,7 @@ from mpmm.errors import ModelTooLargeError, QueueFullError, TableFullError
 from mpmm.model_manager.operations import Copy
 from mpmm.model_manager.queued_request import QueuedRequest, making_room
 from mpmm.model_manager.refusals import largest_limit
-from mpmm.model_manager.request import ANYWHERE, PlacementRequest, encoded_tag
+from mpmm.model_manager.request import PlacementRequest, encoded_tag
 from mpmm.model_manager.session import Session
 from mpmm.shared_state.layout import Instance, Model, Ticket
 
@@ -112,7 +112,7 @@ class Acquisition(QueuedRequest["Copy | Booking"]):
         Raises QueueFullError, TableFullError, NothingFree, LockTimeoutError.
         """
         session, self.row = self.session, -1
-        may_know = self.request is ANYWHERE and not (self.preload or self.nested)
+        may_know = self.request.is_plain and not (self.preload or self.nested)
         if may_know and session.scheduler.may_know_the_wait(self.tag):
             copy = self._take_or_wait()
             if copy is not None or self.row >= 0:
@@ -172,6 +172,9 @@ class Acquisition(QueuedRequest["Copy | Booking"]):
         session, namespace, request = self.session, self.session.namespace, self.request
         if request.keep_alive:
             namespace.transitions.models.keep_alive(t, model, request.keep_alive)
+        users = request.users or session.users_of_tags.get(self.tag, 0)
+        if users:
+            namespace.transitions.models.set_users(t, model, users)
         known = session.scheduler.is_known(model) or namespace.tables.header.source_accounting_only
         priority = PRELOAD_PRIORITY if self.preload else 1 if known else 0
         row = namespace.transitions.tickets.enqueue(

@@ -76,8 +76,11 @@ def _staying(namespace: Namespace, model: int, before: int, states: tuple[int, .
     tables, found = namespace.tables, []
     for row in tables.rows_where(namespace.segment.layout.instances, Instance.MODEL, model):
         instance = tables.instances[row]
-        if instance.state in states and not instance.unload_on_release and instance.generation < before:
-            found.append((states.index(instance.state), instance.since, row))
+        # A seat goes with its copy.
+        staying = instance.state in states and not instance.unload_on_release and instance.seat_of is None
+        if staying and instance.generation < before:
+            state = Instance.ACTIVE if tables.is_in_use(row) else instance.state
+            found.append((states.index(state), instance.since, row))
     return [row for _, _, row in sorted(found)]
 
 
@@ -126,7 +129,8 @@ def _left(namespace: Namespace, asked: Unload) -> int:
     tables = namespace.tables
     model = tables.model_row(asked.tag)
     rows = [] if model is None else tables.rows_where(namespace.segment.layout.instances, Instance.MODEL, model)
-    return sum(tables.instances[row].generation < asked.generation for row in rows)
+    copies = (instance for instance in (tables.instances[row] for row in rows) if instance.seat_of is None)
+    return sum(instance.generation < asked.generation for instance in copies)
 
 
 def change_settings(namespace: Namespace, scheduler: Scheduler, changes: Mapping[str, object]) -> Settings:

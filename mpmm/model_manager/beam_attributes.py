@@ -15,8 +15,9 @@ from collections.abc import Callable, Iterator, MutableMapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
-from mpmm.shared_state.layout import Instance, Model
+from mpmm.shared_state.layout import MOST_USERS, Instance, Model
 from mpmm.shared_state.tables import encode_text
+from mpmm.text.arguments import checked_whole
 
 if TYPE_CHECKING:
     from mpmm.memory.shared_estimator import SharedResourceEstimator
@@ -98,6 +99,14 @@ class BeamNames:
                 row = namespace.tables.model_row(tag)
                 if row is not None:
                     namespace.transitions.models.supersede(t, row, superseded)
+
+    def expect_users(self, tag: str, users: int) -> None:
+        """Let so many use a copy of a model at a time where this process's requests do not say it by `users=`.
+
+        That is for callers whose requests are made by others: by Beam, say. Raises InvalidArgumentError, ClosedError.
+        """
+        encode_text(tag, Model.TAG_BYTES, "model tag")
+        self._connected().users_of_tags[tag] = checked_whole("users", users, 1, MOST_USERS, "a count")
 
     def all_models(self, tag: str | None = None) -> Any:
         """See `ModelManager.all_models`."""
@@ -214,8 +223,7 @@ class _IdleCopies(MutableMapping[int, tuple[str, Any, float]]):
         tables = session.namespace.tables
         now, wall = time.monotonic_ns(), time.time()
         with session.namespace.transaction():
-            rows = tables.rows_where(session.namespace.segment.layout.instances, Instance.STATE, Instance.IDLE)
-            rows.sort(key=lambda row: tables.instances[row].since)
+            rows = sorted(tables.idle_copies(), key=lambda row: tables.instances[row].since)
             return {
                 row: (
                     tables.tag_of(tables.instances[row].model),

@@ -49,6 +49,8 @@ class HeldInstances:
         # Objects loaded here, by row: nobody else can use them.
         self._objects: dict[int, Copy] = {}
         self._rows_of_model: dict[int, list[int]] = defaultdict(list)
+        # Of the objects' rows those that are seats.
+        self._seats: set[int] = set()
         # Handles that this process has held, by row; the generation tells whether one still stands there.
         self._handles: dict[int, Copy] = {}
         self.holds: dict[tuple[int, int], Held] = {}
@@ -227,12 +229,39 @@ class HeldInstances:
         """Note a copy that this process has just loaded and holds; an object is its own from now on."""
         generation, uses = self._instances.use(row)
         copy = Copy(row, generation, tag, value)
-        with self._mutex:
-            if not isinstance(value, str):
-                self._objects[row] = copy
-                self._rows_of_model[self._instances.held(row).model].append(row)
+        if not isinstance(value, str):
+            self._own(copy, self._instances.held(row).model)
+            self.add_seats(row)
         self._note_held(copy, uses, operation)
         return copy
+
+    def add_seats(self, row: int) -> None:
+        """Note the seats of a copy in a row that has just become ACTIVE, if it is an object of this process.
+
+        Needs the lock.
+        """
+        copy, tables = self._objects.get(row), self._namespace.tables
+        if copy is None:
+            return
+        for seat in tables.seats_of(row):
+            instance = tables.instances[seat]
+            self._own(Copy(seat, instance.generation, copy.tag, copy.value), instance.model)
+            self._seats.add(seat)
+
+    def _own(self, copy: Copy, model: int) -> None:
+        """Note that an object of this process stands in a row, for a model (row)."""
+        with self._mutex:
+            # A seat leaves its row without a word, and another model may have that row by now.
+            self._strike_off(copy.row)
+            self._objects[copy.row] = copy
+            self._rows_of_model[model].append(copy.row)
+
+    def _strike_off(self, row: int) -> None:
+        for rows in self._rows_of_model.values():
+            if row in rows:
+                rows.remove(row)
+        self._objects.pop(row, None)
+        self._seats.discard(row)
 
     def take_off(self, value: Any, tag: str, operation: Operation) -> Copy | None:
         """Strike a held copy off the list and return it; None when this process holds no such thing.
@@ -287,7 +316,9 @@ class HeldInstances:
     def value_of(self, row: int) -> Any:
         """Return the object or handle of a row as far as this process can know it, else None."""
         owned = self._objects.get(row)
-        return owned.value if owned else (self._namespace.tables.handle_of(row) or None)
+        # A seat's row may be another copy's by now.
+        is_ours = owned is not None and self._instances.is_still(row, owned.generation)
+        return owned.value if owned is not None and is_ours else (self._namespace.tables.handle_of(row) or None)
 
     def is_twin(self, copy: Copy) -> bool:
         """Tell whether others stand for the same handle as a copy. Looks without the lock, which a holder may do."""
@@ -319,15 +350,17 @@ class HeldInstances:
             copy = self._objects.get(row)
             if copy is None or copy.generation != generation:
                 return None
-            del self._objects[row]
-            for rows in self._rows_of_model.values():
-                if row in rows:
-                    rows.remove(row)
+            self._strike_off(row)
+            # Those of its seats, which are free rows by now or somebody else's.
+            for other in [other for other in self._objects.values() if other.value is copy.value]:
+                instance = self._namespace.tables.instances[other.row]
+                if not instance.state or instance.generation != other.generation:
+                    self._strike_off(other.row)
             return copy
 
     def objects(self) -> list[Copy]:
         """Return what this process has loaded for itself."""
-        return list(self._objects.values())
+        return [copy for row, copy in list(self._objects.items()) if row not in self._seats]
 
 
 def server_pid_of(value: Any) -> int | None:

@@ -64,7 +64,7 @@ class LateUnloads:
         limit_ns = max(namespace.settings.memory_return_seconds, SHORTEST_UNLOAD_LIMIT_S) * 1e9
         for row in tables.rows_where(namespace.segment.layout.instances, Instance.STATE, Instance.UNLOADING):
             instance = tables.instances[row]
-            if instance.device_bits & tables.header.steady:
+            if instance.device_bits & tables.header.steady or instance.seats:
                 # It has to wait.
                 continue
             since, is_object = instance.since, instance.owner is not None

@@ -319,7 +319,7 @@ class Leader:
         ttl_s = namespace.settings.idle_ttl_seconds
         if math.isinf(ttl_s) and not tables.model_columns().keep_alive.any():
             return
-        rows = tables.rows_where(layout.instances, Instance.STATE, Instance.IDLE)
+        rows = tables.idle_copies()
         # These have been idle before; in the host they are kept for as long again.
         rows += tables.rows_where(layout.instances, Instance.STATE, Instance.SUSPENDED)
         for row in rows:
@@ -328,7 +328,7 @@ class Leader:
             if t.is_long:
                 # The next poll unloads the rest.
                 return
-            if tables.models[copy.model].pins or t.now - copy.since <= kept_ns:
+            if tables.models[copy.model].pins or t.now - tables.idle_since(row) <= kept_ns:
                 continue
             cause = Cause(Reason.EXPIRED, seconds=kept_ns / 1e9)
             if copy.state == Instance.IDLE:

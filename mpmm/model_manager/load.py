@@ -177,7 +177,7 @@ class LoadAttempt:
             if tables.header.source_measures_processes and tables.models[model].known:
                 # It was loaded alone only to find out whether the source measures processes; now it is measured.
                 namespace.transitions.isolation.end(t, row)
-            loaded = tables.models[model].loaded
+            loaded = tables.models[model].copies
             copy = session.held.add_loaded(row, tag, value, self._operation)
             session.scheduler.advance(t)
         report_model_count(tag, loaded)
@@ -280,6 +280,7 @@ def resume(acquisition: Acquisition, booking: Booking) -> Copy | None:
     with session.namespace.transaction() as t:
         if resumed and session.suspender.end_resume(t, booking.row, booking.generation):
             copy = session.held.add(booking.row, acquisition.tag, operation)
+            session.held.add_seats(booking.row)
             operation.booking = None
             session.scheduler.advance(t)
             return copy

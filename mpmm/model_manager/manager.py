@@ -219,7 +219,7 @@ class ModelManager(BeamNames):
         with session.namespace.transaction():
             for row in tables.used_rows(layout.instances):
                 instance = tables.instances[row]
-                if instance.state in (Instance.ACTIVE, Instance.IDLE):
+                if instance.state in (Instance.ACTIVE, Instance.IDLE) and instance.seat_of is None:
                     found.setdefault(tables.tag_of(instance.model), []).append(session.held.value_of(row))
         return found if tag is None else found.get(tag, [])
 
@@ -251,6 +251,10 @@ class ModelManager(BeamNames):
         steady: while it loads, nothing else is loaded or unloaded on its devices, for engines that size themselves by
             the free memory. Copies there may be used meanwhile. The load waits for loads and unloads that have begun
             there, and further unloads wait for it.
+        users: how many may use a copy at a time, from 1 to 128: for objects that take calls from several threads at a
+            time, thread-safe servers and engines that batch. Their memory counts once, and a copy is evicted, or
+            unloaded, only once none of its users is left. It counts for copies that are loaded, or resumed, from now
+            on; of requests that had to load or to wait the last one's word counts, None keeps it, and at first it is 1.
 
         Raises AcquireTimeoutError, QueueFullError, LoadTimeoutError, ModelTooLargeError, NamespaceResetError,
         TableFullError, DeadlockError (see `model`), InvalidArgumentError, ClosedError, LockTimeoutError, and what the

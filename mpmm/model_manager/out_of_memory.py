@@ -182,7 +182,7 @@ class OutOfMemory:
                 self._raise_by_a_quarter(t, model, devices)
             else:
                 rows = tables.rows_where(namespace.segment.layout.instances, Instance.HOLDER, namespace.reference)
-                ours = [tables.instances[row] for row in rows if tables.instances[row].model == model]
+                ours = [tables.instances[tables.copy_of(row)] for row in rows if tables.instances[row].model == model]
                 span = max((len(instance.devices) for instance in ours), default=1)
                 own_mb = max((instance.mb for instance in ours), default=0.0)
                 views = self._scheduler.device_views(self._scheduler.read_copies())
@@ -199,7 +199,7 @@ class OutOfMemory:
         namespace = self._namespace
         tables = namespace.tables
         with namespace.transaction() as t:
-            for row in tables.rows_where(namespace.segment.layout.instances, Instance.STATE, Instance.IDLE):
+            for row in tables.idle_copies():
                 instance = tables.instances[row]
                 pinned = tables.models[instance.model].pins
                 # A twin has gone with the one before it.

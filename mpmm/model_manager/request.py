@@ -11,7 +11,7 @@ from mpmm.multi_process_shared.main_import import refuse_while_importing_main
 from mpmm.multi_process_shared.registry import is_server_process
 from mpmm.policy.fairness import HIGHEST_URGENCY
 from mpmm.shared_state.durations import LONGEST_NS, to_ns
-from mpmm.shared_state.layout import MOST_SPANNED, Capacities, Model
+from mpmm.shared_state.layout import MOST_SPANNED, MOST_USERS, Capacities, Model
 from mpmm.shared_state.tables import encode_text
 from mpmm.text.arguments import checked_devices, checked_number, checked_whole
 
@@ -39,6 +39,7 @@ class AcquireOptions(TypedDict, total=False):
     keep_alive_seconds: float | None
     priority: int
     steady: bool
+    users: int | None
 
 
 class PlacementRequest(NamedTuple):
@@ -48,7 +49,8 @@ class PlacementRequest(NamedTuple):
     how many devices a new one is spread. expect_mb: what it takes, as the caller says; 0 if the caller says nothing.
     max_waiting: how many requests may wait for the model, this one among them. keep_alive: the word for
     `Model.KEEP_ALIVE`, 0 to leave it as it is. urgency: see `policy.fairness`. steady: nothing else may be loaded or
-    unloaded on the devices while it loads. if_free: a preload that is not to wait, nor to have anything evicted.
+    unloaded on the devices while it loads. users: how many may use a copy at a time that is loaded from now on, 0 to
+    leave that as it is. if_free: a preload that is not to wait, nor to have anything evicted.
     """
 
     loadable_on: int = 0
@@ -59,7 +61,13 @@ class PlacementRequest(NamedTuple):
     keep_alive: int = 0
     urgency: int = 0
     steady: bool = False
+    users: int = 0
     if_free: bool = False
+
+    @property
+    def is_plain(self) -> bool:
+        """Tell whether any copy anywhere will do, loaded or waited for in the usual way."""
+        return self is ANYWHERE or self._replace(users=0) == ANYWHERE
 
 
 # The request of a call without options; compared by identity.
@@ -80,7 +88,7 @@ def read_options(options: AcquireOptions, board: SharedSamples) -> PlacementRequ
     if expect_mb is not None:
         expect_mb = checked_number("expect_mb", expect_mb, 0.0, math.inf, "a number of MB", above=True, finite=True)
     loadable_on = 0 if chosen is None and span == 1 else usable_on or board.visible_bits()
-    most = options.get("max_waiting")
+    most, users = options.get("max_waiting"), options.get("users")
     request = PlacementRequest(
         loadable_on,
         usable_on,
@@ -90,6 +98,7 @@ def read_options(options: AcquireOptions, board: SharedSamples) -> PlacementRequ
         _keep_alive_word(options.get("keep_alive_seconds")),
         checked_whole("priority", options.get("priority", 0), -HIGHEST_URGENCY, HIGHEST_URGENCY),
         bool(options.get("steady")),
+        0 if users is None else checked_whole("users", users, 1, MOST_USERS, "a count"),
     )
     return ANYWHERE if request == ANYWHERE else request
 

@@ -91,6 +91,7 @@ class Session:
     """One process in one namespace. Threads share it.
 
     unload_on_release: tags whose instances this process was last told to unload as soon as they are idle.
+    users_of_tags: how many may use a copy at a time where a request does not say it.
     warn_after_s: when the log says that somebody waits.
     """
 
@@ -119,6 +120,7 @@ class Session:
         # The calls that have something in hand, see `mpmm.model_manager.operations`.
         self.operations: set[Operation] = set()
         self.unload_on_release: set[str] = set()
+        self.users_of_tags: dict[str, int] = {}
         self.scheduler = scheduler = Scheduler(namespace)
         self.samples = samples = SharedSamples(namespace, scheduler)
         self.estimator = SharedResourceEstimator(namespace, verbose_logging)

@@ -104,10 +104,11 @@ class Unloads:
         if not self._namespace.reads.instances.is_idle(copy.row, copy.generation):
             return
         tables = self._namespace.tables
-        model = tables.models[tables.instances[copy.row].model]
-        if model.keep_alive == Model.AT_ONCE and not model.waiting and not model.pins:
+        row, model = tables.copy_of(copy.row), tables.models[tables.instances[copy.row].model]
+        unwanted = model.keep_alive == Model.AT_ONCE and not model.waiting and not model.pins
+        if unwanted and not tables.is_in_use(row):
             cause = Cause(Reason.EXPIRED)
-            self._namespace.transitions.unloads.begin(t, copy.row, self._namespace.slot, evicted=False, cause=cause)
+            self._namespace.transitions.unloads.begin(t, row, self._namespace.slot, evicted=False, cause=cause)
 
     def unload_in_thread(self) -> None:
         """Do `unload_assigned` in a thread of its own, if there is anything to do.
@@ -143,7 +144,8 @@ class Unloads:
     def _assigned(self) -> list[tuple[int, int]]:
         """Return row and generation of the copies that this process has to unload, or to suspend, now.
 
-        Where something starts quietly, see `Instance.STEADY`, that has to wait; but not for a process that leaves.
+        Where something starts quietly, see `Instance.STEADY`, that has to wait; but not for a process that leaves. What
+        is in use in its seats has to wait in any case.
         """
         tables = self._namespace.tables
         steady = 0 if self.leaving else tables.header.steady
@@ -152,7 +154,8 @@ class Unloads:
         return [
             (row, instance.generation)
             for row, instance in found
-            if instance.state in (Instance.UNLOADING, Instance.SUSPENDING) and not instance.device_bits & steady
+            if instance.state in (Instance.UNLOADING, Instance.SUSPENDING)
+            and not (instance.device_bits & steady or instance.seats)
         ]
 
     def unload_assigned(self) -> None:
@@ -226,7 +229,7 @@ class Unloads:
         while time.monotonic() < deadline:
             with namespace.transaction():
                 unloading = any(
-                    tables.instances[row].device_bits & devices
+                    tables.instances[row].device_bits & devices and not tables.instances[row].seats
                     for row in tables.rows_where(namespace.segment.layout.instances, Instance.STATE, Instance.UNLOADING)
                 )
                 rows = device_rows(devices)
@@ -261,7 +264,7 @@ class Unloads:
         with namespace.transaction() as t:
             if self._is_unloading(row, generation):
                 namespace.transitions.unloads.end(t, row)
-            loaded = namespace.tables.models[task.model].loaded
+            loaded = namespace.tables.models[task.model].copies
         _LOG.info("mpmm %s: pid %d unloaded %s", namespace.name, namespace.pid, task.tag)
         report_model_count(task.tag, loaded)
         self._settle()
@@ -271,7 +274,7 @@ class Unloads:
         namespace, tables = self._namespace, self._namespace.tables
         with namespace.transaction():
             instance = tables.instances[row]
-            if not self._is_unloading(row, generation) or instance.holder != namespace.slot:
+            if not self._is_unloading(row, generation) or instance.holder != namespace.slot or instance.seats:
                 return None
             model, server, handle = instance.model, instance.server, tables.handle_of(row)
             # A server that has died may have a successor of the same name, which is another copy's.

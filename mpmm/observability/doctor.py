@@ -370,7 +370,7 @@ def _namespaces(root: Path | None) -> Iterator[Check]:
         if not ails:
             yield Check(
                 "ok",
-                f"{name}: healthy, since {since}; {len(snapshot.members)} processes, {len(snapshot.instances)} copies, "
+                f"{name}: healthy, since {since}; {len(snapshot.members)} processes, {len(snapshot.copies)} copies, "
                 f"{snapshot.waiting} waiting, source {snapshot.source or 'not chosen yet'}",
             )
     for name in find_lost_namespaces(root):

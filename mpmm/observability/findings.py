@@ -156,7 +156,7 @@ def _holds(snapshot: Snapshot) -> Iterator[Finding]:
         return
     pids = {member.slot: member.pid for member in snapshot.members}
     wanted = {ticket.model for ticket in queue}
-    held = [copy for copy in snapshot.instances if copy.state == "active" and copy.for_s > LONG_HOLD_S]
+    held = [copy for copy in snapshot.copies if copy.state == "active" and copy.for_s > LONG_HOLD_S]
     longest = max(held, key=lambda copy: (copy.model in wanted, copy.for_s), default=None)
     if longest is not None:
         pid = "?" if longest.holder is None else pids.get(longest.holder, "?")
@@ -171,7 +171,7 @@ def _holds(snapshot: Snapshot) -> Iterator[Finding]:
 def _loads(snapshot: Snapshot) -> Iterator[Finding]:
     usual = {model.row: model.load_s for model in snapshot.models}
     pids = {member.slot: member.pid for member in snapshot.members}
-    for copy in snapshot.instances:
+    for copy in snapshot.copies:
         expected = usual.get(copy.model, 0.0)
         if copy.state == "loading" and copy.for_s > max(LONG_LOAD_S, SLOW_LOAD * expected):
             compared = f", usually {age(expected)}" if expected else ""
@@ -181,7 +181,7 @@ def _loads(snapshot: Snapshot) -> Iterator[Finding]:
 
 def _unloads(snapshot: Snapshot) -> Iterator[Finding]:
     pids = {member.slot: member.pid for member in snapshot.members}
-    for copy in snapshot.instances:
+    for copy in snapshot.copies:
         if copy.state == "unloading" and copy.unload_late:
             pid = "?" if copy.holder is None else pids.get(copy.holder, "?")
             rest = (
@@ -197,7 +197,7 @@ def _unloads(snapshot: Snapshot) -> Iterator[Finding]:
 
 def _suspensions(snapshot: Snapshot) -> Iterator[Finding]:
     pids = {member.slot: member.pid for member in snapshot.members}
-    for copy in snapshot.instances:
+    for copy in snapshot.copies:
         if copy.state in ("suspending", "resuming") and copy.for_s > limit_s(copy.device_mb):
             pid = "?" if copy.holder is None else pids.get(copy.holder, "?")
             yield Finding(

@@ -20,6 +20,7 @@ from mpmm.text.printable import printable
 __all__ = [
     "age",
     "bar",
+    "copies_counter",
     "devices_of",
     "expected_waits",
     "for_people",
@@ -30,6 +31,7 @@ __all__ = [
     "needs",
     "pids",
     "places",
+    "shared_by",
     "waiters",
     "why",
     "with_names",
@@ -154,13 +156,15 @@ def _view(model: ModelInfo, copies: list[InstanceInfo]) -> ModelView:
     """Return a model as the policy sees it, as far as times are concerned."""
     staying = [copy for copy in copies if not copy.unload_on_release]
     held = [copy for copy in staying if copy.state in ("active", "idle")]
+    whole = [copy for copy in held if copy.seat_of is None]
     loading = [copy for copy in staying if copy.state == "loading"]
     return ModelView(
         model=model.row,
         known=model.estimate_mb is not None,
         need_mb=model.estimate_mb or 0.0,
-        shared=sum(copy.owner is None for copy in held),
-        owned=Counter(copy.owner + 1 for copy in held if copy.owner is not None),
+        shared=sum(copy.owner is None for copy in whole),
+        owned=Counter(copy.owner + 1 for copy in whole if copy.owner is not None),
+        users=len(held) / len(whole) if whole else model.users or 1,
         waiting=model.waiting,
         loading=Counter(copy.holder + 1 for copy in loading if copy.holder is not None),
         shares=model.shares,
@@ -169,6 +173,24 @@ def _view(model: ModelInfo, copies: list[InstanceInfo]) -> ModelView:
         loading_for_s=min((copy.for_s for copy in loading), default=0.0),
         held_for_s=min((copy.for_s for copy in held if copy.state == "active"), default=0.0),
     )
+
+
+def copies_counter(snapshot: Snapshot) -> Callable[[ModelInfo, str], int]:
+    """Return what tells how many copies of a model are in a state, one that several use counting once."""
+    found = Counter((copy.model, copy.state) for copy in snapshot.copies)
+
+    def count(model: ModelInfo, state: str) -> int:
+        # In these two alone there are seats; the other counters of a model have states together.
+        if state == "loaded":
+            return model.copies
+        return found[model.row, state] if state in ("active", "idle") else int(getattr(model, state))
+
+    return count
+
+
+def shared_by(copy: InstanceInfo) -> list[str]:
+    """Return how many use a copy of those that may at a time, as text; nothing for one that only one may use."""
+    return [f"{copy.held} of {copy.seats + 1} users"] if copy.seats else []
 
 
 def pids(snapshot: Snapshot) -> Callable[[int | None], str]:

@@ -16,6 +16,7 @@ from mpmm.observability.formatting import (
     PLAIN_SIGNS,
     age,
     bar,
+    copies_counter,
     expected_waits,
     for_people,
     left_s,
@@ -23,6 +24,7 @@ from mpmm.observability.formatting import (
     needs,
     pids,
     places,
+    shared_by,
     waiters,
     why,
 )
@@ -128,7 +130,7 @@ def headline(snapshot: Snapshot) -> list[str]:
         f"time-outs {snapshot.timeouts}, reaped {snapshot.reaps}, rolled back {snapshot.rollbacks}",
     ]
     if snapshot.suspends:
-        taken = sum(copy.host_mb for copy in snapshot.instances)
+        taken = sum(copy.host_mb for copy in snapshot.copies)
         lines.append(
             f"suspended {snapshot.suspends}, resumed {snapshot.resumes}, failed {snapshot.suspend_failures}, "
             f"host memory {mb(taken)} of {mb(snapshot.suspend_budget_mb)} MB"
@@ -136,8 +138,8 @@ def headline(snapshot: Snapshot) -> list[str]:
     queue = waiters(snapshot)
     if queue:
         lines.append(f"waiting: {len(queue)}, the longest for {age(longest_wait_s(snapshot))}")
-    tags = {copy.row: copy.tag for copy in snapshot.instances}
-    for copy in snapshot.instances:
+    tags = {copy.row: copy.tag for copy in snapshot.copies}
+    for copy in snapshot.copies:
         if copy.steady:
             lines.append(f"quiet: {copy.tag} starts on {places(copy)}, nothing else is loaded or unloaded there")
     for device in snapshot.devices:
@@ -169,7 +171,7 @@ def overview(snapshots: Sequence[Snapshot], width: int | None = None, paint: Pai
             (
                 snapshot.namespace,
                 str(len(snapshot.members)),
-                str(sum(model.loaded for model in snapshot.models)),
+                str(sum(model.copies for model in snapshot.models)),
                 str(snapshot.active),
                 str(snapshot.waiting),
                 age(longest_wait_s(snapshot)),
@@ -185,7 +187,7 @@ def overview(snapshots: Sequence[Snapshot], width: int | None = None, paint: Pai
 
 def sections(snapshot: Snapshot) -> list[Section[Any]]:
     """Return everything there is in tables, what matters most first."""
-    leases = [_leases(snapshot)] if any(copy.state == "leased" for copy in snapshot.instances) else []
+    leases = [_leases(snapshot)] if any(copy.state == "leased" for copy in snapshot.copies) else []
     return [
         devices(snapshot, BAR_WIDTH),
         waiting(snapshot),
@@ -270,7 +272,7 @@ def copies(snapshot: Snapshot) -> Section[InstanceInfo]:
         return (
             str(copy.row),
             copy.tag,
-            copy.state
+            ", ".join([copy.state, *shared_by(copy)])
             + (", steady" if copy.steady else "")
             + (", unloads on release" if copy.unload_on_release else ""),
             age(copy.for_s),
@@ -285,7 +287,7 @@ def copies(snapshot: Snapshot) -> Section[InstanceInfo]:
         )
 
     items = sorted(
-        (copy for copy in snapshot.instances if copy.state != "leased"),
+        (copy for copy in snapshot.copies if copy.state != "leased"),
         key=lambda copy: (order.get(copy.state, 0), -copy.for_s),
     )
     head = (
@@ -311,7 +313,7 @@ def _leases(snapshot: Snapshot) -> Section[InstanceInfo]:
             "?" if lease.program is None else str(lease.program),
         )
 
-    items = [lease for lease in snapshot.instances if lease.state == "leased"]
+    items = [lease for lease in snapshot.copies if lease.state == "leased"]
     head = ("lease", "name", "MB", "taken MB", "for", "on", "holder pid", "program pid")
     return Section("leases", head, items, row, 6, ("lease", "taken MB", "on", "program pid"))
 
@@ -334,12 +336,13 @@ def _kept(model: ModelInfo) -> str:
 
 def models(snapshot: Snapshot) -> Section[ModelInfo]:
     """Return the models, those that requests wait for first."""
+    count = copies_counter(snapshot)
 
     def row(model: ModelInfo) -> Row:
         return (
             model.tag,
             _size(model),
-            *(str(count) for count in (model.loaded, model.active, model.idle, model.loading, model.unloading)),
+            *(str(count(model, state)) for state in ("loaded", "active", "idle", "loading", "unloading")),
             str(model.suspended),
             *(str(count) for count in (model.waiting, model.loads, model.hits, model.evictions, model.pins)),
             f"{model.load_s:.3f}",
@@ -351,7 +354,7 @@ def models(snapshot: Snapshot) -> Section[ModelInfo]:
 
     items = sorted(
         (model for model in snapshot.models if model.kind == "model"),
-        key=lambda model: (-model.waiting, -model.active - model.loading, -model.loaded, model.tag),
+        key=lambda model: (-model.waiting, -model.active - model.loading, -model.copies, model.tag),
     )
     head = (
         *("model", "MB", "loaded", "active", "idle", "loading", "unloading", "suspended", "waiting", "loads"),

@@ -30,7 +30,8 @@ class Copy:
     copy: its row, which `mpmm inspect` shows, too. kind: `model` or `lease`. state: `loading`, `active`,
     `idle` and so on, or `lost` where the process that holds or keeps it is dead. mb: memory that it takes. devices:
     rows. pid, holder: the process that holds it, None while it is idle. kept_by: pid of the process that has the
-    memory. seconds: for how long it has been in this state. handle: None for an object of the process `kept_by`.
+    memory. held: how many use it, of `users` that may at a time. seconds: for how long it has been in this state.
+    handle: None for an object of the process `kept_by`.
     """
 
     namespace: str
@@ -47,6 +48,8 @@ class Copy:
     kept_by: int | None
     seconds: float
     uses: int
+    held: int
+    users: int
     handle: str | None
 
 
@@ -75,10 +78,12 @@ def copies_of(snapshot: Snapshot) -> list[Copy]:
             kept_by=copy.program if leased else keeper.pid if keeper else None,
             seconds=copy.for_s,
             uses=copy.uses,
+            held=copy.held,
+            users=copy.seats + 1,
             handle=copy.handle,
         )
 
-    return sorted(map(described, snapshot.instances), key=lambda copy: (copy.tag, copy.copy))
+    return sorted(map(described, snapshot.copies), key=lambda copy: (copy.tag, copy.copy))
 
 
 def as_table(copies: Sequence[Copy], width: int | None) -> list[str]:
@@ -88,8 +93,9 @@ def as_table(copies: Sequence[Copy], width: int | None) -> list[str]:
 
     def row(copy: Copy) -> tuple[str, ...]:
         shown = for_people(copy)
+        state = f"{shown.state}, {shown.held} of {shown.users} users" if shown.users > 1 else shown.state
         cells = (
-            *(shown_tag(shown.tag, shown.name), str(shown.copy), shown.state, age(shown.seconds), mb(shown.mb)),
+            *(shown_tag(shown.tag, shown.name), str(shown.copy), state, age(shown.seconds), mb(shown.mb)),
             *(", ".join(map(str, shown.devices)), _or_dash(shown.pid), _or_dash(shown.kept_by), str(shown.uses)),
         )
         return (shown.namespace, *cells) if several else cells

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from mpmm.observability.findings import longest_wait_s
-from mpmm.observability.formatting import devices_of
+from mpmm.observability.formatting import copies_counter, devices_of
 from mpmm.observability.histograms import BOUNDS_S, Histogram, Histograms
 from mpmm.shared_state.snapshot import Snapshot
 
@@ -130,12 +130,12 @@ def _state(into: _Families, snapshot: Snapshot, labels: Mapping[str, str]) -> No
 
 
 def _host_mb(snapshot: Snapshot) -> float:
-    return sum(copy.host_mb for copy in snapshot.instances)
+    return sum(copy.host_mb for copy in snapshot.copies)
 
 
 def _devices(into: _Families, snapshot: Snapshot, labels: Mapping[str, str]) -> None:
     leased: dict[int, float] = defaultdict(float)
-    for copy in snapshot.instances:
+    for copy in snapshot.copies:
         if copy.state == "leased":
             for row in devices_of(copy):
                 leased[row] += copy.reserved_mb / len(copy.shares_mb)
@@ -150,7 +150,8 @@ def _devices(into: _Families, snapshot: Snapshot, labels: Mapping[str, str]) -> 
 
 def _models(into: _Families, snapshot: Snapshot, labels: Mapping[str, str]) -> None:
     held: dict[int, float] = defaultdict(float)
-    for copy in snapshot.instances:
+    count = copies_counter(snapshot)
+    for copy in snapshot.copies:
         held[copy.model] += copy.mb
     for model in snapshot.models:
         if model.kind != "model":
@@ -159,7 +160,7 @@ def _models(into: _Families, snapshot: Snapshot, labels: Mapping[str, str]) -> N
         for name, description in _MODEL_COUNTERS.items():
             into.add(f"model_{name}", "counter", description, getattr(model, name), mine, "_total")
         for state in _COPY_STATES:
-            into.add("model_copies", "gauge", "Copies of a model.", getattr(model, state), {**mine, "state": state})
+            into.add("model_copies", "gauge", "Copies of a model.", count(model, state), {**mine, "state": state})
         into.add("model_waiting", "gauge", "Waiters for a model.", model.waiting, mine)
         into.add("model_bytes", "gauge", "Memory of all copies of a model.", held[model.row] * MIB, mine)
         estimate = None if model.estimate_mb is None else model.estimate_mb * MIB

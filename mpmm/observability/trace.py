@@ -163,23 +163,25 @@ class Tracer:
             if earliest is None:
                 assert copy is not None, "it is in one of the two"
                 pid = None if copy.holder is None else pids.get(copy.holder)
-                self._open_copy(row, copy.tag, copy.state, pid, devices, begin)
+                self._open_copy(row, copy.tag, copy.state, pid, devices, begin, copy.seat_of is None)
             elif earliest.kind not in begun:
                 state = _STATE_BEFORE.get(earliest.kind, "idle")
                 pid = None if state in ("idle", "suspended") else earliest.pid
-                self._open_copy(row, earliest.tag or "?", state, pid, devices, begin)
+                lies = copy is None or copy.seat_of is None
+                self._open_copy(row, earliest.tag or "?", state, pid, devices, begin, lies)
         for ticket in snapshot.tickets:
             if ticket.state == "waiting" and ticket.number not in queued:
                 self._waits[ticket.number] = Span(f"wait {ticket.tag}", "wait", begin, ticket.pid)
 
     def _open_copy(
-        self, row: int, tag: str, state: str, pid: int | None, devices: tuple[int, ...], begin: float
+        self, row: int, tag: str, state: str, pid: int | None, devices: tuple[int, ...], begin: float, lies: bool
     ) -> None:
+        """Open the spans of a copy; lies: it has memory, and is not merely a seat of another one."""
         kinds = {"loading": "load", "active": "hold", "unloading": "unload", "leased": "lease"}
         kinds |= {"suspending": "suspend", "resuming": "resume"}
         if state in kinds:
             self._uses[row] = Span(f"{kinds[state]} {tag}", kinds[state], begin, pid, devices=devices)
-        if state in ("active", "idle"):
+        if lies and state in ("active", "idle"):
             self._lie(row, tag, devices, begin)
 
     def _lie(self, row: int, tag: str, devices: tuple[int, ...], ts: float) -> None:

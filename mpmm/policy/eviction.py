@@ -234,7 +234,7 @@ def _candidates(
         cost = rate * model.load_s
         if left[copy.model] > max(1, view.rules.min_model_copies):
             # The others are all in use so much of the time.
-            cost *= min(1.0, rate * model.hold_s / (left[copy.model] - 1))
+            cost *= min(1.0, rate * model.hold_s / ((left[copy.model] - 1) * model.users))
         left[copy.model] -= 1
         candidates.append(Candidate(cost, copy.mb_on(device.device), copy))
     return candidates
@@ -250,7 +250,7 @@ def _costs_are_known(view: View, rows: set[int]) -> bool:
 def _served_in_s(view: View, copy: BusyInstance) -> float:
     """Return when a copy in use is expected to be idle without a request that waits for it."""
     model = view.models[copy.model]
-    return copy.free_in_s + model.hold_s * model.waiting / max(1, model.loaded)
+    return copy.free_in_s + model.hold_s * model.waiting / (max(1, model.loaded) * model.users)
 
 
 def _is_superseded(view: View, row: int) -> bool:

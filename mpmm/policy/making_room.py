@@ -46,7 +46,7 @@ def cheapest_room(
 ) -> EvictionPlan | None:
     """Return the cheapest way to make room with idle instances and those of `busy`; None if all are too little."""
     quiet = state.quiet.keys()
-    idle = [one for instances in state.idle.values() for one in instances if not quiet & set(one.devices)]
+    idle = [one for one in state.unused() if not quiet & set(one.devices)]
     where = (widened(device, share_mb, state.slack) for device in state.open_to(ticket))
     plans = [plan for device in where if (plan := plan_eviction(state.view, device, idle, busy, share_mb, ticket))]
     return _cheapest_of(plans, ticket.span)

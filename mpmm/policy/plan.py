@@ -163,10 +163,11 @@ class Planner:
         self, ticket: TicketView, idle: list[IdleInstance], kept: set[int], closed: set[int]
     ) -> IdleInstance | None:
         """Take the first idle instance that a waiter can use, but none that is kept or lies on a closed device."""
-        instance = next((one for one in idle if one.row not in kept and can_use(ticket, one, closed)), None)
+        # With a place in an instance, that is what is kept.
+        free = (one for one in idle if (one.row if one.place_in is None else one.place_in) not in kept)
+        instance = next((one for one in free if can_use(ticket, one, closed)), None)
         if instance is not None:
-            idle.remove(instance)
-            self._state.busy.update(instance.devices)
+            self._state.take_idle(instance)
         return instance
 
     def _drained_for(self, ticket: TicketView, model: ModelView) -> set[int]:
@@ -327,7 +328,8 @@ class Planner:
             others = [
                 one
                 for one in state.idle[ticket.model]
-                if not (one.pinned or can_use(ticket, one) or state.quiet.keys() & set(one.devices))
+                if one.place_in is None
+                and not (one.pinned or can_use(ticket, one) or state.quiet.keys() & set(one.devices))
             ]
             if others:
                 return state.evict_for(ticket, others[-1:], Why(Reason.EXCHANGED, model.need_mb))

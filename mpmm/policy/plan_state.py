@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence, Set
+from collections.abc import Iterable, Iterator, Sequence, Set
 from dataclasses import replace
 
 from mpmm.policy.admission import free_mb, limit_mb
@@ -38,11 +38,11 @@ __all__ = ["PlanState", "can_use", "most_free_mb", "resized"]
 class PlanState:
     """What is left of a view for the decisions to come. Room only shrinks: no decision gives anything back.
 
-    devices: those where something may begin, by row. idle: idle instances by model; suspended: those in host memory.
-    models: with the loads that this plan allows. busy: instances in use or being loaded by device, with those that this
-    plan adds. leases: those that are held, with those of this plan. head: the head of the line, the first waiter
-    without room, for which `eviction_plan` says where room is made, as far as that is known. overtaking_is_free: the
-    time in which others may overtake it does not begin yet, see `fairness`.
+    devices: those where something may begin, by row. idle: idle instances, and places in some, by model; suspended:
+    instances in host memory. models: with the loads that this plan allows. busy: instances in use or being loaded by
+    device, with those that this plan adds. leases: those that are held, with those of this plan. head: the head of the
+    line, the first waiter without room, for which `eviction_plan` says where room is made, as far as that is known.
+    overtaking_is_free: the time in which others may overtake it does not begin yet, see `fairness`.
     """
 
     def __init__(self, view: View) -> None:
@@ -97,8 +97,21 @@ class PlanState:
         return tuple(device.device for device in devices) if len(self.view.devices) > 1 else ()
 
     def idle_on(self, devices: set[int]) -> list[IdleInstance]:
-        """Return the idle instances that lie, at least in part, on some of these devices."""
-        return [one for instances in self.idle.values() for one in instances if devices.intersection(one.devices)]
+        """Return the instances nobody uses that lie, at least in part, on some of these devices."""
+        return [one for one in self.unused() if devices.intersection(one.devices)]
+
+    def unused(self) -> Iterator[IdleInstance]:
+        """Find the instances that nobody uses: those that may be unloaded."""
+        return (one for instances in self.idle.values() for one in instances if one.place_in is None)
+
+    def take_idle(self, instance: IdleInstance) -> None:
+        """Give an idle instance, or a place in one, to a waiter."""
+        idle = self.idle[instance.model]
+        idle.remove(instance)
+        self.busy.update(instance.devices)
+        if instance.place_in is not None:
+            # What it is a place in is used from now on, so that its own row is one more place.
+            idle[:] = [replace(one, mb=0.0, place_in=one.row) if one.row == instance.place_in else one for one in idle]
 
     def pinned_mb_on(self, device: int) -> float:
         """Return what pinned instances, idle ones and those in use, take of a device."""
@@ -156,7 +169,8 @@ class PlanState:
         view = self.view
         busy = [one for one in view.busy if one.model == model.model and one.is_within(ticket.usable_on)]
         loaded_owners = Counter(one.owner for one in busy if not one.loading)
-        loaded_owners.update(o.owner for o in view.idle if o.model == model.model and o.is_within(ticket.usable_on))
+        idle = (one for one in view.idle if one.model == model.model and one.place_in is None)
+        loaded_owners.update(one.owner for one in idle if one.is_within(ticket.usable_on))
         owned = {owner: count for owner, count in loaded_owners.items() if owner is not None}
         loading = Counter(one.owner for one in busy if one.loading and one.owner is not None)
         return replace(model, shared=loaded_owners[None], owned=owned, loading=loading)

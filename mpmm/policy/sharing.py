@@ -74,12 +74,13 @@ def remaining_s(mean_s: float, elapsed_s: float) -> float:
     return abs(mean_s - elapsed_s)
 
 
-def served_in_s(first_s: float, hold_s: float, ahead: int, copies: int) -> float:
-    """Return in how many seconds `copies` copies serve a waiter with `ahead` others before it.
+def served_in_s(first_s: float, hold_s: float, ahead: int, places: float) -> float:
+    """Return in how many seconds a waiter is served with `ahead` others before it.
 
-    first_s, hold_s: how long each copy is held still, and by each waiter after that.
+    places: how many can use the copies at a time. first_s, hold_s: how long each of these is held still, and by each
+    waiter after that.
     """
-    return (first_s + hold_s * ahead) / copies
+    return (first_s + hold_s * ahead) / places
 
 
 def waiting_is_sooner(
@@ -89,7 +90,8 @@ def waiting_is_sooner(
 
     ahead: waiters of the same model before this one that wait for the same instances.
 
-    With c usable instances, each held for h on average, the (n+1)-th waiter gets one after about (n+1) h / c. That is
+    With c usable instances, each held for h on average, the (n+1)-th waiter gets one after about (n+1) h / c, where c
+    counts one that several may use at a time as so many. That is
     compared with the time of a load. What is left of a load that has begun adds to the wait but not to the comparison:
     else a waiter that comes just after it began would begin another one, to have it a hold sooner. By how much the
     load is late does count. Where all instances are held for longer than a load takes, and the waiter has waited that
@@ -116,7 +118,7 @@ def _served_s(model: ModelView, loaded: int, coming: int, ahead: int, seen: Seen
     if not hold_s:
         first_s = max(held_for_s, seen.hold_s - held_for_s)
         hold_s = held_for_s + first_s
-    return served_in_s(first_s, hold_s, ahead, max(1, loaded + coming))
+    return served_in_s(first_s, hold_s, ahead, max(1, loaded + coming) * model.users)
 
 
 def expected_wait_s(

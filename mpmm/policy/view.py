@@ -130,7 +130,7 @@ class ModelView:
     loaded, that are unloaded when they are given back, so that no request waits for them; in no other count.
     superseded: another model has taken its place, so it is not expected to be asked for again. suspending: copies that
     are being suspended. resume_s: how long a resume takes, 0 unknown. bound_mb: with so much free a load has run out of
-    memory, 0 if none has.
+    memory, 0 if none has. users: how many may use a copy at a time, the mean of those that are loaded.
     """
 
     model: int
@@ -154,6 +154,7 @@ class ModelView:
     suspending: int = 0
     resume_s: float = 0.0
     bound_mb: float = 0.0
+    users: float = 1.0
 
     @property
     def copies(self) -> int:
@@ -200,11 +201,16 @@ class PlacedInstance:
 
 @dataclass(frozen=True)
 class IdleInstance(PlacedInstance):
-    """An idle instance. owner: the only member that can use it, None when any can. A pinned one is not evicted."""
+    """An idle instance. owner: the only member that can use it, None when any can. A pinned one is not evicted.
+
+    place_in: of an instance that several may use at a time, the row of that: this is a place for one more user, has no
+    memory of its own, and is not evicted by itself. None for a whole instance, which nobody uses.
+    """
 
     idle_since_s: float
     owner: int | None = None
     pinned: bool = False
+    place_in: int | None = None
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from mpmm.policy.sharing import remaining_s
@@ -28,9 +29,9 @@ def _counts() -> defaultdict[int, defaultdict[int, int]]:
 
 @dataclass
 class Copies:
-    """What the instance rows say: copies by model (loaded ones shared, or owned by member; loading by member), MB and
-    copies in mid-unload by device. `booked_mb` is what all but the loading ones take, `reserved_mb` what loads in
-    progress and leases may take, or take already where that is more."""
+    """What the instance rows say: copies by model (loaded ones shared, or owned by member; loading by member) and their
+    seats, MB and copies in mid-unload by device. `booked_mb` is what all but the loading ones take, `reserved_mb` what
+    loads in progress and leases may take, or take already where that is more."""
 
     idle: list[IdleInstance] = field(default_factory=list)
     busy: list[BusyInstance] = field(default_factory=list)
@@ -40,6 +41,7 @@ class Copies:
     shared: defaultdict[int, int] = field(default_factory=lambda: defaultdict(int))
     owned: defaultdict[int, defaultdict[int, int]] = field(default_factory=_counts)
     loading: defaultdict[int, defaultdict[int, int]] = field(default_factory=_counts)
+    seats: defaultdict[int, int] = field(default_factory=lambda: defaultdict(int))
     leaving: defaultdict[int, int] = field(default_factory=lambda: defaultdict(int))
     newest_load: dict[int, int] = field(default_factory=dict)
     newest_hold: dict[int, int] = field(default_factory=dict)
@@ -64,7 +66,11 @@ class CopiesReader:
         """Return what the instance rows say, in one pass over those in use."""
         now = time.monotonic_ns()
         copies = Copies()
+        several: dict[int, list[UsedInstance]] = {}
         for one in self._reads.instances.in_use():
+            if one.seats or one.seat_of is not None:
+                several.setdefault(one.row if one.seat_of is None else one.seat_of, []).append(one)
+                continue
             if one.steady:
                 copies.steady.update(dict.fromkeys(device_rows(one.device_bits), one.model))
             if one.state == Instance.LEASED:
@@ -85,7 +91,47 @@ class CopiesReader:
                 self._add_suspended(copies, one)
             else:
                 self._add_unload(copies, one)
+        for row, places in several.items():
+            self._add_several(copies, row, places, now)
         return copies
+
+    def _add_several(self, copies: Copies, row: int, places: Sequence[UsedInstance], now_ns: int) -> None:
+        """Add a copy that several may use at a time. places: its own row, and those of its seats."""
+        copy = next(one for one in places if one.row == row)
+        for device, mb in ((copy.device, copy.mb), *copy.other_shares):
+            copies.booked_mb[device] += mb
+        # Where its own row was given back it is UNLOADING, which begins once the last seat is given back, too.
+        if copy.state == Instance.UNLOADING or copy.to_go:
+            copies.leaving[copy.model] += 1
+        else:
+            if copy.owner:
+                copies.owned[copy.model][copy.owner] += 1
+            else:
+                copies.shared[copy.model] += 1
+            copies.seats[copy.model] += len(places) - 1
+        used = [one for one in places if one.state == Instance.ACTIVE]
+        if used:
+            newest = max(one.since_ns for one in used)
+            copies.newest_hold[copy.model] = max(newest, copies.newest_hold.get(copy.model, 0))
+            free_in_s = max(self._free_in_s(one, now_ns, loading=False) for one in used)
+            copies.busy.append(
+                BusyInstance(
+                    *(row, copy.model, copy.device, copy.mb, free_in_s, copy.pinned, copy.owner or None),
+                    other_shares=copy.other_shares,
+                )
+            )
+        for one in places:
+            if one.state != Instance.IDLE:
+                continue
+            # The memory is that of the copy: once, and as long as nobody uses it.
+            whole = one is copy and not used
+            copies.idle.append(
+                IdleInstance(
+                    *(one.row, one.model, one.device, one.mb if whole else 0.0, one.since_ns / 1e9),
+                    *(one.owner or None, one.pinned, None if whole else row),
+                    other_shares=one.other_shares if whole else tuple((device, 0.0) for device, _ in one.other_shares),
+                )
+            )
 
     @staticmethod
     def _add_idle(copies: Copies, one: UsedInstance) -> None:

@@ -202,9 +202,14 @@ class Scheduler:
     def _allow_load(self, t: Transaction, load: Load, newcomer: int | None) -> None:
         allow, devices = self._namespace.transitions.hand_over.allow_load, device_bits(load.devices)
         try:
-            allow(t, load.ticket, devices, load.need_mb, load.alone, _cause(load.why))
+            try:
+                allow(t, load.ticket, devices, load.need_mb, load.alone, _cause(load.why))
+            except TableFullError as error:
+                # Found out before anything was written. (A full undo log is no matter of one ticket.)
+                if error.table != self._layout.instances.name or not self.table_rows.free_seat(t):
+                    raise
+                allow(t, load.ticket, devices, load.need_mb, load.alone, _cause(load.why))
         except TableFullError as error:
-            # Found out before anything was written. (A full undo log is no matter of one ticket.)
             if error.table != self._layout.instances.name:
                 raise
             if not self.table_rows.make_room_for_instance(t, load.ticket) and load.ticket == newcomer:
@@ -215,7 +220,7 @@ class Scheduler:
         unloader, model = self._queue.asker(evict.ticket)
         cause = _cause(evict.why)._replace(other=model + 1)
         # One that is not idle any more has gone with its twin, which stood before it.
-        for instance in filter(self._instances.is_idle, evict.instances):
+        for instance in filter(self._instances.is_unused, evict.instances):
             if t.is_long:
                 # Its memory is not on its way, so the next plan evicts the rest.
                 break

@@ -172,10 +172,12 @@ class Shortcuts:
             return None
         if not self._models.copies_serve_everybody(model):
             return None
-        copies_coming = figures.active + figures.idle + figures.loading
+        places = figures.active + figures.idle
+        copies = places - figures.seats
+        copies_coming = copies + figures.loading
         if copies_coming >= self._namespace.settings.max_model_copies:
             return Cause(Reason.COPIES)
-        seconds = served_in_s(figures.hold_s, figures.hold_s, figures.waiting, copies_coming)
+        seconds = served_in_s(figures.hold_s, figures.hold_s, figures.waiting, copies_coming * places / copies)
         return Cause(Reason.SHARING, seconds=seconds) if 0 < seconds < figures.load_s else None
 
     def _newest_waits_for_a_copy(self, model: int) -> bool:

@@ -73,7 +73,7 @@ class SuspensionDecisions:
     def can_be_suspended(self, row: int) -> bool:
         """Tell whether there is a way to suspend an idle copy: none for one that spans devices, or has twins."""
         instance = self._tables.instances[row]
-        if not instance.way or len(instance.devices) > 1:
+        if not instance.way or len(instance.devices) > 1 or self._tables.is_in_use(row):
             return False
         if self._tables.models[instance.model].unsuspendable or not self.budget_mb:
             return False

@@ -25,17 +25,27 @@ class TableRows:
         self._tables = namespace.tables
         self._suspension = suspension
 
+    def free_seat(self, t: Transaction) -> bool:
+        """Take a seat that nobody uses from its copy for want of a row; return False if there is none."""
+        rows = self._tables.instance_columns()
+        seats = np.flatnonzero((rows.state == Instance.IDLE) & (rows.seat_of != 0))
+        if not len(seats):
+            return False
+        self._namespace.transitions.seats.free(t, int(seats[np.argmin(rows.since[seats])]))
+        return True
+
     def make_room_for_instance(self, t: Transaction, ticket: int) -> bool:
         """Have the copy that has been idle longest unloaded for want of a row; return False if none may be."""
         copies = self._tables.instance_columns()
-        if np.any((copies.state == Instance.UNLOADING) & (copies.unload_late == 0)):
+        # One whose seats are in use has to wait for them.
+        if np.any((copies.state == Instance.UNLOADING) & (copies.unload_late == 0) & (copies.seats == 0)):
             return True
         unloader, model = self._namespace.reads.queue.asker(ticket)
         cause = Cause(Reason.NO_ROW, other=model + 1)
         if self._suspension.drop_oldest(t, unloader, cause):
             return True
         pinned = self._tables.model_columns().pins > 0
-        idle = np.flatnonzero(copies.state == Instance.IDLE)
+        idle = np.array(self._tables.idle_copies(), dtype=np.intp)
         idle = idle[~pinned[copies.model[idle]]]
         if not len(idle):
             return False
@@ -61,7 +71,7 @@ class TableRows:
             # What is being suspended can go once that has ended.
             self._suspension.drop_oldest(t, unloader, Cause(Reason.NO_ROW))
             return True
-        idle = np.flatnonzero(copies.state == Instance.IDLE)
+        idle = np.array(self._tables.idle_copies(), dtype=np.intp)
         last_used = np.zeros(len(unwanted), dtype=np.uint64)
         np.maximum.at(last_used, copies.model[idle].astype(np.intp), copies.since[idle])
         candidates = np.flatnonzero(unwanted)

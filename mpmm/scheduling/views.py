@@ -122,7 +122,14 @@ class Views:
             suspending=copies.suspending[model],
             resume_s=figures.resume_s,
             bound_mb=size.at_least_mb,
+            users=self._users(model, copies, figures.users),
         )
+
+    @staticmethod
+    def _users(model: int, copies: Copies, next_users: int) -> float:
+        """Return how many may use a copy of a model at a time: of those there are, or else of the next one."""
+        loaded = copies.shared[model] + sum(copies.owned[model].values())
+        return 1.0 + copies.seats[model] / loaded if loaded else float(next_users or 1)
 
     def _tickets(self, idle_of_model: Mapping[int, int]) -> tuple[TicketView, ...]:
         """Return the first waiters of the queue, and the first ones of every model that has idle copies.

@@ -81,6 +81,8 @@ class InstanceColumns(Columns):
     mb = _numbers(Instance.MB)
     since = _words(Instance.SINCE)
     unload_late = _words(Instance.UNLOAD_LATE)
+    seat_of = _words(Instance.SEAT_OF)
+    seats = _words(Instance.SEATS)
 
 
 class TicketColumns(Columns):

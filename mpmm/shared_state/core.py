@@ -38,9 +38,11 @@ _FAMILIAR: dict[type[Model | Instance], tuple[str, ...]] = {
         *("MEAN_INTERARRIVAL_S", "REQUESTS", "REQUESTED_AT"),
         *("SD_MB", "AT_LEAST_MB", "FAILURES", "FAILED_AT", "EXPECT_MB"),
         *("SUPERSEDED", "SUSPENDED", "SUSPENDS", "RESUMES", "SUSPEND_S", "RESUME_S", "UNSUSPENDABLE", "KEEP_ALIVE"),
+        *("USERS", "SEATS"),
     ),
     Instance: (
         *("STATE", "MODEL", "GENERATION", "HOLDER", "OWNER", "SERVER", "DEVICES", "MB", "RESERVED_MB", "SINCE"),
+        *("SEAT_OF", "SEATS"),
         *("LOADED_AT", "NEXT", "PREVIOUS", "UNLOAD_ON_RELEASE", "HAS_SERVER", "USES", "PROGRAM"),
         *("UNLOAD_LATE", "HANDED_AT"),
         *("WAY", "DEVICE_MB", "HOST_MB"),

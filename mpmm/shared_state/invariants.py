@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from mpmm.policy.fairness import HIGHEST_URGENCY
+from mpmm.shared_state.layout import MOST_USERS
 from mpmm.shared_state.snapshot import InstanceInfo, ModelInfo, Snapshot, TicketInfo
 
 __all__ = ["check_invariants"]
@@ -79,10 +80,15 @@ def _models(snapshot: Snapshot) -> Iterator[str]:
         if model.pins != pins[model.row]:
             yield f"M5 {model.tag}: pins is {model.pins}, the rows say {pins[model.row]}"
         going = sum(
-            copy.unload_on_release for copy in instances[model.row] if copy.state in ("active", "loading", "resuming")
+            copy.unload_on_release and copy.seat_of is None
+            for copy in instances[model.row]
+            if copy.state in ("active", "loading", "resuming")
         )
-        if model.loaded + model.loading - going > snapshot.settings.max_model_copies:
+        seats = sum(copy.seat_of is not None for copy in instances[model.row])
+        if model.loaded - seats + model.loading - going > snapshot.settings.max_model_copies:
             yield f"M6 {model.tag}: {model.loaded} loaded and {model.loading} loading are more than max_model_copies"
+        if model.seats != seats or model.users > MOST_USERS:
+            yield f"M10 {model.tag}: seats is {model.seats}, the rows say {seats}; {model.users} users at a time"
         if model.kind == "lease":
             yield from _lease(model, instances[model.row], [t for t in snapshot.tickets if t.model == model.row])
         for name in (
@@ -133,6 +139,8 @@ def _instances(snapshot: Snapshot) -> Iterator[str]:
     models = {model.row: model.kind for model in snapshot.models}
     members = {member.slot for member in snapshot.members}
     devices = {device.row for device in snapshot.devices}
+    by_row = {instance.row: instance for instance in snapshot.instances}
+    seats = Counter(instance.seat_of for instance in snapshot.instances)
     for instance in snapshot.instances:
         what = f"instance {instance.row} ({instance.tag}, {instance.state})"
         if (instance.holder is None) != (instance.state in ("idle", "suspended")):
@@ -157,6 +165,9 @@ def _instances(snapshot: Snapshot) -> Iterator[str]:
         if not shares or not set(shares) <= devices or not math.isclose(math.fsum(shares.values()), instance.mb):
             yield f"I5 {what}: {instance.mb} MB, by device {shares}; devices are {sorted(devices)}"
         yield from _suspended(instance, what)
+        yield from _seat(instance, what, by_row)
+        if instance.seats != seats[instance.row]:
+            yield f"I10 {what}: seats is {instance.seats}, the rows say {seats[instance.row]}"
         if (instance.state == "leased") != (models.get(instance.model) == "lease"):
             yield f"I6 {what}: its model row {instance.model} is a {models.get(instance.model)}"
         if instance.state == "leased" and (instance.owner, instance.server) != (None, None):
@@ -178,6 +189,23 @@ def _instances(snapshot: Snapshot) -> Iterator[str]:
     for generation, count in generations.items():
         if count > 1:
             yield f"I4 {count} instances have generation {generation}"
+
+
+def _seat(seat: InstanceInfo, what: str, by_row: Mapping[int, InstanceInfo]) -> Iterator[str]:
+    if seat.seat_of is None:
+        return
+    if seat.state not in ("active", "idle") or seat.mb or seat.reserved_mb or seat.server is not None or seat.way:
+        yield f"I10 {what}: a seat that has {seat.mb} MB, server {seat.server}, way {seat.way}"
+    copy = by_row.get(seat.seat_of)
+    if copy is None or copy.seat_of is not None or copy.state not in ("active", "idle", "unloading"):
+        yield f"I10 {what}: it is a seat of {copy}"
+        return
+    if (copy.model, copy.owner, *copy.shares_mb) != (seat.model, seat.owner, *seat.shares_mb):
+        yield f"I10 {what}: it is a seat of {copy}, which differs"
+    goes = copy.unload_on_release or copy.state == "unloading"
+    if seat.unload_on_release != goes or (goes and seat.state != "active"):
+        said = f"unload_on_release is {seat.unload_on_release}, and {copy.unload_on_release} of its copy"
+        yield f"I10 {what}: {said}, which is {copy.state}"
 
 
 def _suspended(instance: InstanceInfo, what: str) -> Iterator[str]:

@@ -25,6 +25,7 @@ __all__ = [
     "MAGIC",
     "MOST_DEVICES",
     "MOST_SPANNED",
+    "MOST_USERS",
     "STEP_WORDS",
     "Capacities",
     "Device",
@@ -45,7 +46,7 @@ __all__ = [
 ]
 
 MAGIC = int.from_bytes(b"mpmm-seg", "little")
-LAYOUT_VERSION = 9
+LAYOUT_VERSION = 10
 WORD = 8
 # So many of the tables, the first ones, say in `Header.ENDS` how far they have grown.
 GROWING = 5
@@ -56,6 +57,8 @@ MOST_UNDO = 1 << 28
 MOST_DEVICES = 64
 # Devices that one copy can span.
 MOST_SPANNED = 8
+# Users that one copy can have at a time: the seats of so many are made in one transaction, in less than STEP_WORDS.
+MOST_USERS = 128
 
 
 def text_words(max_bytes: int) -> int:
@@ -210,11 +213,12 @@ class Model:
     M4  no two rows in state MODEL have the same TAG.
     M5  PINS equals the pin rows of this model.
     M6  no model has more ACTIVE, IDLE and LOADING copies together than `max_model_copies`; those with UNLOAD_ON_RELEASE
-        do not count.
+        do not count, nor do seats.
     M7  a row in state LEASE is KNOWN, and is that of one ticket, or of one LEASED instance, or of both.
     M8  LOAD_S, HOLD_S, MEAN_INTERARRIVAL_S, SUSPEND_S and RESUME_S are finite and not below 0; so are AT_LEAST_MB,
         EXPECT_MB and, where KNOWN, SD_MB.
     M9  FAILED_AT is 0 exactly where FAILURES is 0.
+    M10 SEATS equals the instance rows of this model that are seats; USERS is at most `MOST_USERS`.
     """
 
     STATE = 0  # FREE, MODEL or LEASE
@@ -255,7 +259,9 @@ class Model:
     UNSUSPENDABLE = 34
     # How long its idle copies are kept, in ns plus one, as its users say; 0: as `idle_ttl_seconds` says.
     KEEP_ALIVE = 35
-    TAG = 36  # text
+    USERS = 36  # how many may use a copy at a time that is loaded from now on, as its users say; 0: one
+    SEATS = 37  # derived: rows among LOADED that are seats, and no copies of their own
+    TAG = 38  # text
     TAG_BYTES = 511
     NAME = TAG + text_words(TAG_BYTES)  # text: what people call it, see `mpmm.text.display_names`; empty: nothing else
     NAME_BYTES = 127
@@ -280,6 +286,12 @@ class Instance:
 
     A copy can span several devices. What it reserves it reserves in equal shares; what it takes of each, SHARES says.
 
+    A copy that several may use at a time has a *seat* for each user beyond the first: a row that is taken and given
+    back like a copy, with a holder of its own, but has no memory and refers to the row of its copy. So a copy is in use
+    as long as its own row or one of its seats is ACTIVE. Seats are made when the copy becomes ACTIVE, and an idle one
+    goes with its copy; of a copy that is to be unloaded, the seats that are in use stay until they are given back, and
+    its own row may be UNLOADING meanwhile: nobody begins with that before the last of them is.
+
     I1  a LOADING, ACTIVE or LEASED row has a HOLDER, and IDLE and SUSPENDED have none; the HOLDER of an UNLOADING,
         SUSPENDING or RESUMING row is the one that does that. UNLOAD_LATE and HANDED_AT are 0 in every state but
         UNLOADING.
@@ -292,6 +304,9 @@ class Instance:
     I9  only a LOADING or LEASED row is STEADY, and of those on one device one at the most.
     I8  SUSPENDING, SUSPENDED and RESUMING rows have a WAY; DEVICE_MB is 0 in every other state, and HOST_MB in every
         other one but UNLOADING.
+    I10 a seat is ACTIVE or IDLE, without MB, RESERVED_MB, SERVER and WAY. Its copy is no seat, has the same MODEL,
+        OWNER and DEVICES, and is ACTIVE or IDLE, or UNLOADING. Seats of a copy that is UNLOADING, or has
+        UNLOAD_ON_RELEASE, are ACTIVE and have that, too; those of others have not. SEATS equals the rows of its seats.
     """
 
     STATE = 0
@@ -301,25 +316,27 @@ class Instance:
     OWNER = 4  # reference to the only member that can use the object; 0 for a handle
     SERVER = 5  # reference to the member that keeps the memory of a handle, 0 if not known
     DEVICES = 6  # a bit for each device row that it lies on
-    MB = 7  # float: what the copy takes, by measurement or else by estimate; for a lease what was measured, or 0
-    RESERVED_MB = 8  # float: what a load or a lease may take, of all its devices together
-    SINCE = 9  # when STATE changed last
-    LOADED_AT = 10
-    NEXT = 11  # } IDLE_HEAD list
-    PREVIOUS = 12  # }
+    SEAT_OF = 7  # reference to the row of the copy that this is a seat of; 0 for a copy
+    SEATS = 8  # derived: seats of this copy
+    MB = 9  # float: what the copy takes, by measurement or else by estimate; for a lease what was measured, or 0
+    RESERVED_MB = 10  # float: what a load or a lease may take, of all its devices together
+    SINCE = 11  # when STATE changed last
+    LOADED_AT = 12
+    NEXT = 13  # } IDLE_HEAD list
+    PREVIOUS = 14  # }
     # To be unloaded as soon as its holder lets go. LOST: its server died, so nothing is left to unload. ASKED: somebody
     # asks for it, see `Unloads.ask`.
-    UNLOAD_ON_RELEASE = 13
-    HAS_SERVER = 14  # 1: the handle named a live shared object when the load ended
-    USES = 15
-    PROGRAM = 16  # LEASED: pid of the process that uses the memory, 0 if that is not known
-    UNLOAD_LATE = 17  # UNLOADING: 1 once it has taken too long to count on its memory
-    HANDED_AT = 18  # UNLOADING: when another member was made its HOLDER last, 0 never
-    WAY = 19  # how it can be suspended, 0 not at all; see `mpmm.policy.suspension.Way`
-    DEVICE_MB = 20  # float: what it took of its device when it was suspended, and what its resume reserves
-    HOST_MB = 21  # float: what it takes of host memory while it is suspended
-    STEADY = 22  # LOADING, LEASED: 1 while nothing else is to be loaded on, or unloaded from, its devices
-    SHARES = 23  # floats: where it spans several devices, what MB is on each, lowest device first
+    UNLOAD_ON_RELEASE = 15
+    HAS_SERVER = 16  # 1: the handle named a live shared object when the load ended
+    USES = 17
+    PROGRAM = 18  # LEASED: pid of the process that uses the memory, 0 if that is not known
+    UNLOAD_LATE = 19  # UNLOADING: 1 once it has taken too long to count on its memory
+    HANDED_AT = 20  # UNLOADING: when another member was made its HOLDER last, 0 never
+    WAY = 21  # how it can be suspended, 0 not at all; see `mpmm.policy.suspension.Way`
+    DEVICE_MB = 22  # float: what it took of its device when it was suspended, and what its resume reserves
+    HOST_MB = 23  # float: what it takes of host memory while it is suspended
+    STEADY = 24  # LOADING, LEASED: 1 while nothing else is to be loaded on, or unloaded from, its devices
+    SHARES = 25  # floats: where it spans several devices, what MB is on each, lowest device first
     HANDLE = SHARES + MOST_SPANNED  # text, empty for an object
     HANDLE_BYTES = 631
     WORDS = HANDLE + text_words(HANDLE_BYTES)

@@ -182,6 +182,13 @@ class ModelRow(Row):
     resume_s = Number(Model.RESUME_S)
     unsuspendable = Word(Model.UNSUSPENDABLE)
     keep_alive = Word(Model.KEEP_ALIVE)
+    users = Word(Model.USERS)
+    seats = Word(Model.SEATS)
+
+    @property
+    def copies(self) -> int:
+        """How many copies are loaded; a seat is none."""
+        return self.loaded - self.seats
 
 
 class InstanceRow(Row):
@@ -197,6 +204,8 @@ class InstanceRow(Row):
     server = Reference(Instance.SERVER)
     devices = Devices(Instance.DEVICES)
     device_bits = Word(Instance.DEVICES)
+    seat_of = Reference(Instance.SEAT_OF)
+    seats = Word(Instance.SEATS)
     mb = Number(Instance.MB)
     reserved_mb = Number(Instance.RESERVED_MB)
     since = Word(Instance.SINCE)

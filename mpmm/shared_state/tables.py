@@ -114,11 +114,36 @@ class Tables:
         return self._devices.base + row * self._devices.words
 
     def on_device(self, row: int) -> list[int]:
-        """Return the instance rows, in whatever state, that lie on a device."""
+        """Return the instance rows, in whatever state, that lie on a device; seats lie nowhere but in their copies."""
         rows = self.view(self._instances)
-        bit = np.uint64(1 << row)
-        found: list[int] = np.flatnonzero((rows[:, Instance.DEVICES] & bit != 0) & (rows[:, 0] != 0)).tolist()
+        here = (rows[:, Instance.DEVICES] & np.uint64(1 << row) != 0) & (rows[:, Instance.SEAT_OF] == 0)
+        found: list[int] = np.flatnonzero(here & (rows[:, 0] != 0)).tolist()
         return found
+
+    def seats_of(self, row: int) -> list[int]:
+        """Return the rows of the seats of a copy (row)."""
+        if not self.segment.words[self.instance(row) + Instance.SEATS]:
+            return []
+        return self.rows_where(self._instances, Instance.SEAT_OF, row + 1)
+
+    def copy_of(self, row: int) -> int:
+        """Return the row of the copy that a row stands for: its own, unless it is a seat."""
+        return (self.segment.words[self.instance(row) + Instance.SEAT_OF] or row + 1) - 1
+
+    def is_in_use(self, row: int) -> bool:
+        """Tell whether somebody uses a copy (row), in its own row or in one of its seats."""
+        words = self.segment.words
+        return any(words[self.instance(one)] == Instance.ACTIVE for one in (row, *self.seats_of(row)))
+
+    def idle_copies(self) -> list[int]:
+        """Return the rows of copies that nobody uses, in none of their seats."""
+        idle = self.rows_where(self._instances, Instance.STATE, Instance.IDLE)
+        return [row for row in idle if self.copy_of(row) == row and not self.is_in_use(row)]
+
+    def idle_since(self, row: int) -> int:
+        """Return since when nobody uses a copy (row) that is idle."""
+        words = self.segment.words
+        return max(words[self.instance(one) + Instance.SINCE] for one in (row, *self.seats_of(row)))
 
     def shares_of(self, row: int) -> list[tuple[int, float]]:
         """Return the devices that an instance lies on, and what MB of it is on each."""

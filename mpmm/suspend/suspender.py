@@ -152,7 +152,8 @@ class Suspender:
     def _count(self, tag: str, states: tuple[int, ...]) -> int:
         ours = (None, self._namespace.slot)
         with self._namespace.transaction():
-            return sum(found.state in states and found.owner in ours for _, found in self._instances_of(tag))
+            copies = (found for _, found in self._instances_of(tag) if found.seat_of is None)
+            return sum(found.state in states and found.owner in ours for found in copies)
 
     def _instances_of(self, tag: str) -> list[tuple[int, InstanceRow]]:
         """Return the rows of a model's copies; needs the lock."""

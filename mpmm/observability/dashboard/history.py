@@ -19,7 +19,7 @@ from mpmm.observability.dashboard.decisions import CATEGORIES, decision
 from mpmm.observability.dashboard.timeline import Timeline
 from mpmm.observability.event_reader import EventReader, Step
 from mpmm.observability.findings import findings, longest_wait_s
-from mpmm.observability.formatting import expected_waits, left_s, needs, waiters, why
+from mpmm.observability.formatting import copies_counter, expected_waits, left_s, needs, shared_by, waiters, why
 from mpmm.policy.view import Reason
 from mpmm.shared_state.snapshot import DeviceInfo, InstanceInfo, Snapshot, TicketInfo
 from mpmm.text.printable import printable
@@ -148,7 +148,7 @@ class Recorder:
                 self._decisions.append((look, decision(event, snapshot.taken_s)))
         for device in snapshot.devices:
             self._sample(device, snapshot, step.fresh)
-        loaded = sum(copy.state in ("active", "idle") for copy in snapshot.instances)
+        loaded = sum(copy.state in ("active", "idle") for copy in snapshot.copies)
         self._load.add(look, (snapshot.taken_s, snapshot.waiting, snapshot.active, snapshot.loading, loaded))
         self._head = _head(snapshot)
         self._devices = [_device(device, snapshot) for device in snapshot.devices]
@@ -227,10 +227,10 @@ def _head(snapshot: Snapshot) -> Row:
         "leader": leader,
         "polled_ago": round(snapshot.polled_ago_s, 1),
         "waiting": snapshot.waiting,
-        "host_mb": round(sum(copy.host_mb for copy in snapshot.instances), 1),
+        "host_mb": round(sum(copy.host_mb for copy in snapshot.copies), 1),
         "host_budget_mb": _rounded(snapshot.suspend_budget_mb),
         "longest_wait": round(longest_wait_s(snapshot), 1),
-        "states": Counter(copy.state for copy in snapshot.instances),
+        "states": Counter(copy.state for copy in snapshot.copies),
         "members": Counter(member.kind for member in snapshot.members),
         **{
             name: getattr(snapshot, name)
@@ -241,8 +241,8 @@ def _head(snapshot: Snapshot) -> Row:
 
 def _device(device: DeviceInfo, snapshot: Snapshot) -> Row:
     figures = ("total_mb", "limit_mb", "used_mb", "committed_mb", "reserved_mb", "returning_mb", "external_mb")
-    here = [copy for copy in snapshot.instances if device.row in copy.shares_mb]
-    tags = {copy.row: copy.tag for copy in snapshot.instances}
+    here = [copy for copy in snapshot.copies if device.row in copy.shares_mb]
+    tags = {copy.row: copy.tag for copy in snapshot.copies}
     return {
         "row": device.row,
         "name": printable(device.name),
@@ -279,7 +279,7 @@ def _waiter(ticket: TicketInfo, snapshot: Snapshot, need_mb: float, expected_s: 
 def _copies(snapshot: Snapshot) -> dict[str, Row]:
     pids = {member.slot: member.pid for member in snapshot.members}
     pinned = {pin.model for pin in snapshot.pins}
-    return {str(copy.row): _copy(copy, snapshot.taken_s, pids, copy.model in pinned) for copy in snapshot.instances}
+    return {str(copy.row): _copy(copy, snapshot.taken_s, pids, copy.model in pinned) for copy in snapshot.copies}
 
 
 def _copy(copy: InstanceInfo, taken_s: float, pids: Mapping[int, int], pinned: bool) -> Row:
@@ -297,7 +297,7 @@ def _copy(copy: InstanceInfo, taken_s: float, pids: Mapping[int, int], pinned: b
         "devices": list(copy.shares_mb),
         "home": next((pids.get(slot) for slot in (copy.server, copy.owner) if slot is not None), None),
         "served": copy.server is not None,
-        "marks": [name for name, holds in marks if holds],
+        "marks": [*shared_by(copy), *(name for name, holds in marks if holds)],
     }
 
 
@@ -322,11 +322,12 @@ def _models(snapshot: Snapshot) -> dict[str, Row]:
         "failures",
         "pins",
     )
+    count = copies_counter(snapshot)
     return {
         str(model.row): {
             "tag": printable(model.tag),
             "kind": model.kind,
-            **{name: getattr(model, name) for name in counts},
+            **{name: count(model, name) for name in counts},
             "estimate": _rounded(model.estimate_mb),
             "measured": model.measured,
             "load_s": _rounded(model.load_s, 2),
@@ -342,7 +343,7 @@ def _members(snapshot: Snapshot) -> dict[str, Row]:
         copy.holder for copy in snapshot.instances if copy.state in ("active", "leased")
     )
     waits = Counter(ticket.member for ticket in waiters(snapshot))
-    serves = {copy.server: copy.tag for copy in snapshot.instances if copy.server is not None}
+    serves = {copy.server: copy.tag for copy in snapshot.copies if copy.server is not None}
     return {
         f"{member.slot}.{member.generation}": {
             "pid": member.pid,

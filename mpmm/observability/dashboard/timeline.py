@@ -1,5 +1,7 @@
 """What each copy did and when, as spans on lanes: loads, holds, idle times, unloads and leases.
 
+A seat, with which several use one copy at a time, is shown like a copy.
+
 A copy lies on a lane, named by its tag and a number: the lowest that no other copy of the tag has at the time. So a
 model that is evicted and loaded again comes back to its lane, and the page shows one line for it.
 

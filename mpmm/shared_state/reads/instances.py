@@ -30,7 +30,7 @@ class UsedInstance:
 
     holder, owner: references to members. device: one of its devices, of which it takes `mb`; other_shares: the others,
     and what it takes of each. since_ns: when its state changed last. to_go: it is in use, or about to be, and unloaded
-    when it is released.
+    when it is released. seat_of: the row of the copy that it is a seat of; seats: how many this copy has.
     """
 
     row: int
@@ -49,6 +49,8 @@ class UsedInstance:
     to_go: bool
     unload_late: bool
     steady: bool
+    seat_of: int | None
+    seats: int
 
 
 class InstanceReads:
@@ -83,6 +85,10 @@ class InstanceReads:
             and (not generation or words[at + Instance.GENERATION] == generation)
             and not (usable_on and words[at + Instance.DEVICES] & ~usable_on)
         )
+
+    def is_unused(self, row: int) -> bool:
+        """Tell whether a row is that of an idle copy of which no seat is in use."""
+        return self.is_idle(row) and not self._tables.is_in_use(row)
 
     def is_suspended(self, row: int) -> bool:
         """Tell whether a row is that of a suspended copy."""
@@ -131,8 +137,8 @@ class InstanceReads:
         # By words, not by `tables.instances`: each plan comes by here with the lock held, and a typed row costs 2 us.
         for row in tables.used_rows(self._instances):
             at = tables.instance(row)
-            # One slice for seven words: it takes half the time of single reads.
-            state, model, _, holder, owner, server, bits = words[at : at + Instance.MB]
+            # One slice for nine words: it takes half the time of single reads.
+            state, model, _, holder, owner, server, bits, seat_of, seats = words[at : at + Instance.MB]
             mb = floats[at + Instance.MB]
             other_shares: tuple[tuple[int, float], ...] = ()
             device = bits.bit_length() - 1
@@ -157,4 +163,6 @@ class InstanceReads:
                 state in _RELEASED and words[at + Instance.UNLOAD_ON_RELEASE] != 0,
                 state == Instance.UNLOADING and words[at + Instance.UNLOAD_LATE] != 0,
                 words[at + Instance.STEADY] != 0,
+                seat_of - 1 if seat_of else None,
+                seats,
             )

@@ -27,7 +27,10 @@ class ModelSize:
 
 @dataclass(slots=True)
 class ModelFigures:
-    """What a model's row says of its copies and its past. Times are in ns, durations in seconds, 0 for unknown."""
+    """What a model's row says of its copies and its past. Times are in ns, durations in seconds, 0 for unknown.
+
+    active, idle: copies and seats; seats: how many of these. users: how many may use the next copy at a time, 0 one.
+    """
 
     lease: bool
     waiting: int
@@ -41,6 +44,8 @@ class ModelFigures:
     failures: int
     failed_at: int
     superseded: bool
+    users: int
+    seats: int
 
 
 class ModelReads:
@@ -68,6 +73,8 @@ class ModelReads:
             words[at + Model.FAILURES],
             words[at + Model.FAILED_AT],
             words[at + Model.SUPERSEDED] != 0,
+            words[at + Model.USERS],
+            words[at + Model.SEATS],
         )
 
     def durations_s(self, model: int) -> tuple[float, float]:

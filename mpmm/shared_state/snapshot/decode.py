@@ -239,7 +239,18 @@ class _Decoder:
             device=[devices[0] if devices else 0 for devices in lie_on],
             shares_mb=[self._shares(start, devices) for start, devices in zip(rows.starts, lie_on, strict=True)],
             peak_mb=[self._server_peak(word) for word in rows.words_at(Instance.SERVER)],
+            held=self._users(rows),
         )
+
+    def _users(self, rows: Rows) -> list[int]:
+        """Return how many use each copy, its seats included, or each seat."""
+        numbers = _used(self._words, self._layout.instances)
+        users = {row: int(state == Instance.ACTIVE) for row, state in zip(numbers, rows.words_at(0), strict=True)}
+        found = dict(users)
+        for row, copy in zip(numbers, rows.words_at(Instance.SEAT_OF), strict=True):
+            if copy:
+                found[copy - 1] = found.get(copy - 1, 0) + users[row]
+        return [found[row] for row in numbers]
 
     def _shares(self, at: int, devices: list[int]) -> dict[int, float]:
         # As `Tables.shares_of`: of a single device MB is all there is.

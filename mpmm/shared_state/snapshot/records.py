@@ -7,7 +7,7 @@ same name: `mpmm.cli` documents the schema. A field without a kind is computed, 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from mpmm.shared_state.layout import Device, Event, Header, Instance, Member, Model, Pin, Ticket
@@ -64,6 +64,8 @@ class ModelInfo:
     suspended: copies that are suspended, or being so; suspends, resumes: how many have ended; suspend_s, resume_s:
     decayed means of how long they take, 0 unknown. unsuspendable: why it is not suspended any more, a number of
     `policy.suspension.Unsuspendable`, or 0.
+    users: how many may use a copy at a time that is loaded from now on, 0 one. seats: of `loaded`, so many rows are
+    seats, and no copies of their own.
     """
 
     row: int
@@ -102,7 +104,14 @@ class ModelInfo:
     suspend_s: float = field(metadata=kinds.number(Model.SUSPEND_S))
     resume_s: float = field(metadata=kinds.number(Model.RESUME_S))
     unsuspendable: int = field(metadata=kinds.word(Model.UNSUSPENDABLE))
+    users: int = field(metadata=kinds.word(Model.USERS))
+    seats: int = field(metadata=kinds.word(Model.SEATS))
     generation: int = field(metadata=kinds.word(Model.GENERATION))
+
+    @property
+    def copies(self) -> int:
+        """How many copies are loaded."""
+        return self.loaded - self.seats
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,6 +120,10 @@ class InstanceInfo:
 
     device: row of the (first) device it lies on; shares_mb: what MB is on each of its devices, by row. peak_mb: the
     most that the process of its server was measured to take.
+
+    Where several may use a copy at a time, each but the first has a row, too: seat_of is the row of the copy that this
+    is a seat of, seats how many this copy has, held how many use it (a seat: 0 or 1). `Snapshot.copies` has them
+    together.
 
     A lease that is held is one in state `leased`: `reserved_mb` is what it is for, `mb` what its program, of pid
     `program` if that is known, was measured to take.
@@ -130,6 +143,9 @@ class InstanceInfo:
     holder: int | None = field(metadata=kinds.reference(Instance.HOLDER))
     owner: int | None = field(metadata=kinds.reference(Instance.OWNER))
     server: int | None = field(metadata=kinds.reference(Instance.SERVER))
+    seat_of: int | None = field(metadata=kinds.reference(Instance.SEAT_OF))
+    seats: int = field(metadata=kinds.word(Instance.SEATS))
+    held: int
     device: int
     shares_mb: dict[int, float]
     mb: float = field(metadata=kinds.number(Instance.MB))
@@ -346,6 +362,28 @@ class Snapshot:
     observations: tuple[ObservationInfo, ...]
     events: tuple[EventInfo, ...]
     missing_files: tuple[str, ...] = ()
+
+    @property
+    def copies(self) -> tuple[InstanceInfo, ...]:
+        """The copies and leases, each with its seats in one: in use as long as one of these is, by the first user."""
+        if not any(copy.seats for copy in self.instances):
+            return self.instances
+        seats: dict[int | None, list[InstanceInfo]] = {}
+        for one in self.instances:
+            seats.setdefault(one.seat_of, []).append(one)
+        return tuple(_with_seats(copy, seats[copy.row]) if copy.seats else copy for copy in seats.get(None, ()))
+
+
+def _with_seats(copy: InstanceInfo, seats: list[InstanceInfo]) -> InstanceInfo:
+    places = [copy, *seats]
+    used = [one for one in places if one.state == "active"]
+    uses = sum(one.uses for one in places)
+    if copy.state == "idle" and not used:
+        return replace(copy, uses=uses, for_s=min(one.for_s for one in places))
+    if copy.state not in ("idle", "active"):
+        return replace(copy, uses=uses)
+    first = max(used, key=lambda one: one.for_s, default=copy)
+    return replace(copy, state="active", uses=uses, for_s=first.for_s, holder=first.holder)
 
 
 def as_json(row: Snapshot | EventInfo) -> dict[str, Any]:

@@ -19,7 +19,7 @@ modules from the ground up; each imports only what stands before it:
     part                                     what they have in common; `Actor`, the member that makes transitions
     tickets models pins estimates            rows that know of no instance
     ledgers devices isolation                what is known of each device, and who has it to itself
-    instances twins measurements             instance rows as such
+    instances seats twins measurements       instance rows as such
     suspensions unloads holds loads leases   what happens to instances
     hand_over                                where a ticket meets an instance
     members                                  processes come and go, and one leads
@@ -47,6 +47,7 @@ from mpmm.shared_state.transitions.members import Members
 from mpmm.shared_state.transitions.models import Models
 from mpmm.shared_state.transitions.part import SMOOTHING, Actor
 from mpmm.shared_state.transitions.pins import Pins
+from mpmm.shared_state.transitions.seats import Seats
 from mpmm.shared_state.transitions.suspensions import Suspensions
 from mpmm.shared_state.transitions.tickets import Tickets
 from mpmm.shared_state.transitions.twins import Twins
@@ -69,12 +70,13 @@ class Transitions:
         self.devices = Devices(tables, actor, self.ledgers)
         self.isolation = Isolation(tables, actor, self.devices)
         self._instances = Instances(tables, actor, self.tickets, self.ledgers, self.isolation)
-        self.twins = Twins(tables, actor, self.isolation, self._instances)
+        self.seats = Seats(tables, actor, self._instances)
+        self.twins = Twins(tables, actor, self.isolation, self._instances, self.seats)
         self.measurements = Measurements(tables, actor, self._instances, self.estimates)
-        self.suspensions = Suspensions(tables, actor, self.ledgers, self.isolation, self._instances)
-        self.unloads = Unloads(tables, actor, self._instances, self.twins, self.suspensions)
+        self.suspensions = Suspensions(tables, actor, self.ledgers, self.isolation, self._instances, self.seats)
+        self.unloads = Unloads(tables, actor, self._instances, self.twins, self.seats, self.suspensions)
         self.holds = Holds(tables, actor, self.isolation, self._instances, self.unloads)
-        self.loads = Loads(tables, actor, self.models, self.isolation, self._instances, self.twins)
+        self.loads = Loads(tables, actor, self.models, self.isolation, self._instances, self.twins, self.seats)
         self.leases = Leases(tables, actor, self.models, self.isolation, self._instances)
         self.hand_over = HandOver(
             tables, actor, self.tickets, self.isolation, self.holds, self.loads, self.leases, self.suspensions
@@ -116,7 +118,10 @@ class Transitions:
         for row in tables.used_rows(layout.instances):
             if t.is_long:
                 return before
-            if words[tables.instance(row) + Instance.GENERATION] < newer_generation:
+            at = tables.instance(row)
+            # A seat goes with its copy, which may have come before it.
+            is_copy = words[at] and not words[at + Instance.SEAT_OF]
+            if is_copy and words[at + Instance.GENERATION] < newer_generation:
                 self._reset_instance(t, row)
         for row in np.flatnonzero(tables.view(layout.models)[:, Model.FAILURES]).tolist():
             self.models.forget_failures(t, row)
@@ -127,6 +132,7 @@ class Transitions:
     def _reset_instance(self, t: Transaction, row: int) -> None:
         """Have an instance unloaded, whatever is done with it; a lease stays."""
         at, words = self._tables.instance(row), self._tables.segment.words
+        self.seats.free_all(t, row)
         if words[at + Instance.STATE] == Instance.ACTIVE:
             # Its holder is told so when it releases: the row is gone by then.
             # By hand what `holds.release` does, as that would count a hold and write an event for a use that goes on.

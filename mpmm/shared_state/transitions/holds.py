@@ -98,7 +98,9 @@ class Holds(Part):
         if not words[at + Instance.OWNER]:
             changes += self._pushed(at, row)
         t.set_all(changes)
-        if unload_on_release:
+        if unload_on_release and words[at + Instance.SEAT_OF]:
+            self._instances.free_row(t, row)
+        elif unload_on_release:
             self._unloads.begin(t, row, holder - 1, evicted=False, cause=Cause(Reason.ASKED))
 
     def _end_lost(self, t: Transaction, row: int, holder: int) -> None:

@@ -91,10 +91,18 @@ class Instances(Part):
         t.set(at + Instance.SINCE, t.now)
 
     def free_row(self, t: Transaction, row: int) -> None:
-        """Free a row in whatever state it is; the instance's memory, if it had any, is on its way back."""
+        """Free a row in whatever state it is; the instance's memory, if it had any, is on its way back.
+
+        Seats that are in use are on their own from then on, see `orphan_seats`.
+        """
         at = self._tables.instance(row)
         words = self._segment.words
         state = words[at + Instance.STATE]
+        if words[at + Instance.SEATS]:
+            self.orphan_seats(t, row)
+        is_seat = bool(words[at + Instance.SEAT_OF])
+        if is_seat:
+            self._count_seat_out(t, row)
         if state == Instance.IDLE and not words[at + Instance.OWNER]:
             t.set_all(self.unlinked(at))
         # What ran alone cannot go on doing so without a row, and the devices would stay closed to everybody.
@@ -106,8 +114,32 @@ class Instances(Part):
         if state not in (Instance.LOADING, Instance.RESUMING):
             self._ledgers.expect_back(t, row)
         self.change_state(t, row, Instance.FREE)
-        self._isolation.note_change(t, row)
+        if not is_seat:
+            self._isolation.note_change(t, row)
         t.set(self._tables.model(words[at + Instance.MODEL]) + Model.USED_AT, t.now)
+
+    def orphan_seats(self, t: Transaction, row: int) -> None:
+        """The memory of a copy is gone: free its idle seats, and let those in use go when they are given back."""
+        for seat in self._tables.seats_of(row):
+            at = self._tables.instance(seat)
+            if self._segment.words[at] == Instance.IDLE:
+                self.free_row(t, seat)
+            else:
+                # A row of its own, as that of a copy is whose server has died under its holder.
+                self._count_seat_out(t, seat)
+                t.set(at + Instance.UNLOAD_ON_RELEASE, Instance.LOST)
+
+    def _count_seat_out(self, t: Transaction, seat: int) -> None:
+        """Let a row be no seat any more."""
+        at, words = self._tables.instance(seat), self._segment.words
+        copy = self._tables.instance(words[at + Instance.SEAT_OF] - 1)
+        t.add(copy + Instance.SEATS, -1)
+        t.add(self._tables.model(words[at + Instance.MODEL]) + Model.SEATS, -1)
+        t.set(at + Instance.SEAT_OF, 0)
+        if words[copy] == Instance.UNLOADING and not words[copy + Instance.SEATS]:
+            # Its unload has waited for this, so its time begins only now.
+            t.set(copy + Instance.SINCE, t.now)
+            self._ring(t, words[copy + Instance.HOLDER] - 1)
 
     def pushed(self, at: int, row: int) -> list[tuple[int, int]]:
         """Return the changes that put a shared instance (first word, row) at the head of its model's idle list.

@@ -133,7 +133,8 @@ class Ledgers(Part):
         # A figure is no moment but a span: an instance was certainly in it only if it had loaded before the source was
         # asked, and has not begun to leave before the answer was there.
         loaded = 0 < words[at + Instance.LOADED_AT] <= figure.taken_ns
-        going = state in (Instance.UNLOADING, Instance.SUSPENDING)
+        # One whose seats are in use has not begun.
+        going = state in (Instance.UNLOADING, Instance.SUSPENDING) and not words[at + Instance.SEATS]
         leaves = going and words[at + Instance.SINCE] <= figure.done_ns
         return Entry(mb if loaded and not leaves else 0.0, mb)
 

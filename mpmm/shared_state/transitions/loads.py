@@ -12,6 +12,7 @@ from mpmm.shared_state.transitions.instances import Instances
 from mpmm.shared_state.transitions.isolation import Isolation
 from mpmm.shared_state.transitions.models import Models
 from mpmm.shared_state.transitions.part import Actor, Part
+from mpmm.shared_state.transitions.seats import Seats
 from mpmm.shared_state.transitions.twins import Twins
 
 __all__ = ["Loads"]
@@ -28,12 +29,14 @@ class Loads(Part):
         isolation: Isolation,
         instances: Instances,
         twins: Twins,
+        seats: Seats,
     ) -> None:
         super().__init__(tables, actor)
         self._models = models
         self._isolation = isolation
         self._instances = instances
         self._twins = twins
+        self._seats = seats
 
     def begin(
         self,
@@ -117,6 +120,7 @@ class Loads(Part):
         t.set(row_of_model + Model.LOAD_S, self._smoothed(row_of_model + Model.LOAD_S, (now - began) / 1e9))
         self._isolation.note_change(t, row)
         t.event(EventKind.LOAD_ENDED, model + 1, row + 1, value=(now - began) / 1e9)
+        self._seats.add(t, row)
         return is_twin
 
     def fail(self, t: Transaction, row: int) -> None:

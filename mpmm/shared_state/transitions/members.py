@@ -126,7 +126,9 @@ class Members(Part):
         )
         for table, field, take_back in steps:
             for row in tables.rows_where(table, field, reference):
-                take_back(t, row)
+                # It may have gone with another one before it, as a seat goes with its copy.
+                if self._segment.words[table.base + row * table.words]:
+                    take_back(t, row)
                 if t.is_long:
                     return False
         return True
@@ -136,6 +138,7 @@ class Members(Part):
         at = self._tables.instance(row)
         state = self._segment.words[at + Instance.STATE]
         t.event(EventKind.LOST, self._model_reference(row), row + 1, value=self._segment.floats[at + Instance.MB])
+        self._instances.orphan_seats(t, row)
         if state in _GO_WITH_SERVER:
             self._instances.free_row(t, row)
             return

@@ -66,6 +66,11 @@ class Models(Part):
         """Keep the idle copies of a model for so long from now on, see `Model.KEEP_ALIVE`."""
         t.set(self._tables.model(row) + Model.KEEP_ALIVE, word)
 
+    def set_users(self, t: Transaction, row: int, users: int) -> None:
+        """Let so many use a copy of a model at a time, if it is loaded or resumed from now on."""
+        if self._segment.words[self._tables.model(row) + Model.USERS] != users:
+            t.set(self._tables.model(row) + Model.USERS, users)
+
     def note_failure(self, t: Transaction, row: int) -> None:
         """Record that a load of the model has failed by its own fault."""
         at = self._tables.model(row)

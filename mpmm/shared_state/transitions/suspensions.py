@@ -30,6 +30,7 @@ from mpmm.shared_state.transitions.instances import Instances
 from mpmm.shared_state.transitions.isolation import Isolation
 from mpmm.shared_state.transitions.ledgers import Ledgers
 from mpmm.shared_state.transitions.part import Actor, Part
+from mpmm.shared_state.transitions.seats import Seats
 from mpmm.text.printable import printable_logger
 
 __all__ = ["Suspensions"]
@@ -41,12 +42,19 @@ class Suspensions(Part):
     """The transitions of instances that are suspended and resumed."""
 
     def __init__(
-        self, tables: Tables, actor: Actor, ledgers: Ledgers, isolation: Isolation, instances: Instances
+        self,
+        tables: Tables,
+        actor: Actor,
+        ledgers: Ledgers,
+        isolation: Isolation,
+        instances: Instances,
+        seats: Seats,
     ) -> None:
         super().__init__(tables, actor)
         self._ledgers = ledgers
         self._isolation = isolation
         self._instances = instances
+        self._seats = seats
 
     def note_way(self, t: Transaction, row: int, way: int) -> None:
         """Record how a copy that has just been loaded can be suspended."""
@@ -60,10 +68,14 @@ class Suspensions(Part):
                 t.set_float(word, seconds)
 
     def begin(self, t: Transaction, row: int, suspender: int, evicted: bool, cause: Cause | None = None) -> None:
-        """Take an idle copy out of use; a member (slot) suspends it, its owner if it has one. It has no twins."""
+        """Take an idle copy out of use; a member (slot) suspends it, its owner if it has one. It has no twins.
+
+        Nobody uses a seat of it; it has new ones once it is resumed.
+        """
         at, words, floats = self._tables.instance(row), self._segment.words, self._segment.floats
-        if words[at] != Instance.IDLE or not words[at + Instance.WAY]:
+        if words[at] != Instance.IDLE or not words[at + Instance.WAY] or self._tables.is_in_use(row):
             raise self._tables.surprise("the copy", at)
+        self._seats.close(t, row)
         owner, mb = words[at + Instance.OWNER], floats[at + Instance.MB]
         # Before the state changes: what is not IDLE must not be found in the list of idle ones. (M2)
         if not owner:
@@ -133,6 +145,7 @@ class Suspensions(Part):
         t.add(model + Model.RESUMES, 1)
         t.set(model + Model.RESUME_S, self._smoothed(model + Model.RESUME_S, taken_s))
         t.event(EventKind.RESUME_ENDED, self._model_reference(row), row + 1, value=taken_s)
+        self._seats.add(t, row)
 
     def cancel(self, t: Transaction, row: int) -> None:
         """A resume that was allowed is not going to begin."""

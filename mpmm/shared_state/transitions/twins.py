@@ -10,6 +10,7 @@ from mpmm.shared_state.transaction import Transaction
 from mpmm.shared_state.transitions.instances import Instances
 from mpmm.shared_state.transitions.isolation import Isolation
 from mpmm.shared_state.transitions.part import Actor, Part
+from mpmm.shared_state.transitions.seats import Seats
 
 __all__ = ["Twins"]
 
@@ -17,10 +18,11 @@ __all__ = ["Twins"]
 class Twins(Part):
     """The transitions of twins, and how they are found."""
 
-    def __init__(self, tables: Tables, actor: Actor, isolation: Isolation, instances: Instances) -> None:
+    def __init__(self, tables: Tables, actor: Actor, isolation: Isolation, instances: Instances, seats: Seats) -> None:
         super().__init__(tables, actor)
         self._isolation = isolation
         self._instances = instances
+        self._seats = seats
 
     def of(self, handle: bytes, row: int) -> list[int]:
         """Return the other instances, in use or idle, that stand for the same handle as a row does, or is to."""
@@ -30,6 +32,8 @@ class Twins(Part):
         last = -(-len(handle) // 8)
         last_word = int.from_bytes(handle[8 * (last - 1) :], "little")
         alike = (rows[:, Instance.HANDLE] == len(handle)) & (rows[:, Instance.HANDLE + last] == np.uint64(last_word))
+        # A seat is no twin: it goes with its copy, and what is in use of that keeps the memory.
+        alike &= rows[:, Instance.SEAT_OF] == 0
         return [
             other
             for other in np.flatnonzero(alike).tolist()
@@ -53,7 +57,10 @@ class Twins(Part):
         going = (
             other
             for other in tables.rows_where(self._layout.instances, Instance.STATE, Instance.UNLOADING)
-            if other > row and tables.text(tables.instance(other) + Instance.HANDLE) == handle
+            # One whose seats are in use is unloaded after them, and so the last.
+            if (other > row or tables.instances[other].seats)
+            and other != row
+            and tables.text(tables.instance(other) + Instance.HANDLE) == handle
         )
         return bool(handle) and not self.of(handle, row) and next(going, None) is None
 
@@ -67,7 +74,7 @@ class Twins(Part):
         stays = [
             twin
             for twin in twins
-            if words[tables.instance(twin)] == Instance.ACTIVE
+            if tables.is_in_use(twin)
             or not evicted
             or words[tables.model(words[tables.instance(twin) + Instance.MODEL]) + Model.PINS]
         ]
@@ -89,6 +96,7 @@ class Twins(Part):
         at, successor = self._tables.instance(row), self._tables.instance(to)
         # The devices first: how the memory is shared out goes by how many there are.
         t.set(successor + Instance.DEVICES, words[at + Instance.DEVICES])
+        self._seats.move(t, to)
         self._instances.set_mb(t, to, floats[at + Instance.MB], [mb for _, mb in self._tables.shares_of(row)])
         t.set(successor + Instance.LOADED_AT, words[at + Instance.LOADED_AT])
         server = words[at + Instance.SERVER]

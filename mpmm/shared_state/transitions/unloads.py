@@ -9,6 +9,7 @@ from mpmm.shared_state.tables import Tables
 from mpmm.shared_state.transaction import Transaction
 from mpmm.shared_state.transitions.instances import Instances
 from mpmm.shared_state.transitions.part import Actor, Part
+from mpmm.shared_state.transitions.seats import Seats
 from mpmm.shared_state.transitions.suspensions import Suspensions
 from mpmm.shared_state.transitions.twins import Twins
 
@@ -19,15 +20,18 @@ class Unloads(Part):
     """The transitions of instances that are unloaded."""
 
     def __init__(
-        self, tables: Tables, actor: Actor, instances: Instances, twins: Twins, suspensions: Suspensions
+        self, tables: Tables, actor: Actor, instances: Instances, twins: Twins, seats: Seats, suspensions: Suspensions
     ) -> None:
         super().__init__(tables, actor)
         self._instances = instances
         self._twins = twins
+        self._seats = seats
         self._suspensions = suspensions
 
     def begin(self, t: Transaction, row: int, unloader: int, evicted: bool, cause: Cause | None = None) -> None:
         """Take an idle instance out of use; a member (slot) unloads it, its owner if it has one.
+
+        Where seats of it are in use, that is done once they are given back: see `layout.Instance`.
 
         Of several that stand for one handle, the memory comes back with the last. So when one is evicted, those that
         are idle and not pinned go with it, and with the others its memory stays.
@@ -44,8 +48,9 @@ class Unloads(Part):
     def _begin_one(self, t: Transaction, row: int, unloader: int, evicted: bool, cause: Cause | None) -> None:
         at = self._tables.instance(row)
         words = self._segment.words
-        if words[at + Instance.STATE] != Instance.IDLE:
+        if words[at + Instance.STATE] != Instance.IDLE or words[at + Instance.SEAT_OF]:
             raise self._tables.surprise("the copy", at)
+        self._seats.close(t, row)
         owner = words[at + Instance.OWNER]
         # An object is in no list of idle instances (M2), because only its owner can use it.
         if not owner:
@@ -73,6 +78,7 @@ class Unloads(Part):
         # LOST is not to become ASKED: what has lost its server must not be handed to the next one.
         elif not self._segment.words[at + Instance.UNLOAD_ON_RELEASE]:
             t.set(at + Instance.UNLOAD_ON_RELEASE, Instance.ASKED)
+            self._seats.close(t, row)
             mb = self._segment.floats[at + Instance.MB]
             t.event(
                 EventKind.UNLOAD_ON_RELEASE, self._model_reference(row), row + 1, value=mb, cause=Cause(Reason.ASKED)
