@@ -3,6 +3,8 @@
 A `Simulation` does what `ModelManager` and `Scheduler` do with the segment: it counts requests, keeps the queue and the
 copies, makes views, and carries out what a policy says about them. So a day is replayed in seconds, and every policy
 sees the same requests. Copies are handles (any client can use any), and loads, holds and unloads take a fixed time.
+With a budget of host memory evicted copies are suspended there, as `mpmm.scheduling.suspension` decides it; to suspend
+and to resume one takes time by its size.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from mpmm.policy.eviction import eviction_order
 from mpmm.policy.fairness import overtaking_over
 from mpmm.policy.plan import Plan, make_plan
 from mpmm.policy.sharing import remaining_s
+from mpmm.policy.suspension import Kept, Movable, Way, make_room, pays, resume_s
 from mpmm.policy.view import (
     BusyInstance,
     Decision,
@@ -32,7 +35,9 @@ from mpmm.policy.view import (
     ModelView,
     Reason,
     Refuse,
+    Resume,
     Rules,
+    SuspendedInstance,
     TicketView,
     View,
     Wait,
@@ -49,18 +54,26 @@ __all__ = [
     "simulate_clients",
 ]
 
-ARRIVE, LOADED, RELEASE, UNLOADED = range(4)
+ARRIVE, LOADED, RELEASE, UNLOADED, SUSPENDED = range(5)
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What is simulated: models' sizes in MB, times in seconds, one device."""
+    """What is simulated: models' sizes in MB, times in seconds, one device.
+
+    suspend_budget_mb: host memory for suspended copies, 0 for none. suspend_mb_s, resume_mb_s: what moves in a second,
+    `moving_s` besides.
+    """
 
     sizes_mb: Sequence[float]
     total_mb: float = 16000.0
     load_s: float = 0.3
     hold_s: float = 0.01
     unload_s: float = 0.02
+    suspend_budget_mb: float = 0.0
+    suspend_mb_s: float = 2300.0
+    resume_mb_s: float = 6000.0
+    moving_s: float = 0.05
     rules: Rules = field(
         default=Rules(
             slack_percentage=0.1,
@@ -96,6 +109,8 @@ class Outcome:
 
     loads: int = 0
     evictions: int = 0
+    suspends: int = 0
+    resumes: int = 0
     refused: int = 0
     broken_bounds: int = 0
     endless_waits: int = 0
@@ -183,9 +198,10 @@ class _Ticket:
 
 
 class _Simulation:
-    LOADING, ACTIVE, IDLE, UNLOADING = range(4)
+    LOADING, ACTIVE, IDLE, UNLOADING, SUSPENDING, SUSPENDED, RESUMING = range(7)
 
     def __init__(self, setting: Setting, policy: Policy) -> None:
+        self._IN_HOST = (self.SUSPENDING, self.SUSPENDED, self.RESUMING)
         self.setting, self.policy = setting, policy
         self.now_s = 0.0
         self.outcome = Outcome()
@@ -198,6 +214,8 @@ class _Simulation:
         self._demand: defaultdict[int, Demand] = defaultdict(Demand)
         self._known_load: dict[int, float] = {}
         self._known_hold: dict[int, float] = {}
+        self._known_suspend: dict[int, float] = {}
+        self._known_resume: dict[int, float] = {}
         self._arrived: list[float] = []
         self._models: list[int] = []
         self._frozen_until_s = 0.0
@@ -217,7 +235,8 @@ class _Simulation:
 
     def run(self) -> Outcome:
         """Let everything happen."""
-        handlers = (self._arrive, self._loaded, self._release, self._unloaded)
+        handlers = (self._arrive, self._loaded, self._release, self._unloaded, self._suspended)
+        at_rest = (self.IDLE, self.SUSPENDED)
         while self._events:
             at_s, _, kind, what = heapq.heappop(self._events)
             if at_s < self._frozen_until_s:
@@ -225,7 +244,7 @@ class _Simulation:
                 continue
             self.now_s = at_s
             handlers[kind](what)
-            if self._tickets and not any(copy.state != self.IDLE for copy in self._copies.values()):
+            if self._tickets and not any(copy.state not in at_rest for copy in self._copies.values()):
                 self.outcome.endless_waits += 1
         self.outcome.finished_s = self.now_s
         return self.outcome
@@ -246,7 +265,10 @@ class _Simulation:
 
     def _loaded(self, row: int) -> None:
         copy = self._copies[row]
-        self._known_load[copy.model] = self.setting.load_s
+        if copy.state == self.RESUMING:
+            self._known_resume[copy.model] = self._moving_s(copy, self.setting.resume_mb_s)
+        else:
+            self._known_load[copy.model] = self.setting.load_s
         self._serve(copy, copy.request)
         self._advance()
 
@@ -278,6 +300,13 @@ class _Simulation:
             if user is None and ticket.view.model == model:
                 user = ticket
         return user
+
+    def _suspended(self, row: int) -> None:
+        copy = self._copies[row]
+        self._known_suspend[copy.model] = self._moving_s(copy, self.setting.suspend_mb_s)
+        copy.state, copy.since_s = self.SUSPENDED, self.now_s
+        self._take_mb(-self.setting.sizes_mb[copy.model])
+        self._advance()
 
     def _unloaded(self, row: int) -> None:
         self._take_mb(-self.setting.sizes_mb[self._copies.pop(row).model])
@@ -332,9 +361,19 @@ class _Simulation:
                 self._let_pass(ticket, passed)
                 self._block(ticket)
                 for row in rows:
-                    self._copies[row].state = self.UNLOADING
                     self.outcome.evictions += 1
-                    self.post(self.now_s + self.setting.unload_s, UNLOADED, row)
+                    self._evict(self._copies[row])
+            case Resume(_, row):
+                resumed = self._copies.get(row)
+                if resumed is None:
+                    # Dropped, to make room in the host for another one.
+                    return False
+                self._check_bound(ticket, view)
+                self._leave(ticket)
+                resumed.state, resumed.since_s, resumed.request = self.RESUMING, self.now_s, ticket.request
+                self._take_mb(self.setting.sizes_mb[resumed.model])
+                self.outcome.resumes += 1
+                self.post(self.now_s + self._moving_s(resumed, self.setting.resume_mb_s), LOADED, row)
             case Wait(first=first, passed=passed):
                 self._let_pass(ticket, passed)
                 if first:
@@ -347,6 +386,41 @@ class _Simulation:
             case _:
                 return False
         return True
+
+    def _evict(self, copy: _Copy) -> None:
+        """Suspend a copy if that pays and the host has room for it, or unload it."""
+        moved = self._movable(copy)
+        if self.setting.suspend_budget_mb and pays(moved):
+            kept = [
+                Kept(one.row, self.setting.sizes_mb[one.model], one.since_s, self._movable(one).worth)
+                for one in self._of(self.SUSPENDED)
+            ]
+            in_host = (one for one in self._copies.values() if one.state in self._IN_HOST)
+            free = self.setting.suspend_budget_mb - math.fsum(self.setting.sizes_mb[one.model] for one in in_host)
+            dropped = make_room(kept, moved.mb, free, self.setting.suspend_budget_mb, moved.worth)
+            if dropped is not None:
+                for row in dropped:
+                    del self._copies[row]
+                copy.state = self.SUSPENDING
+                self.outcome.suspends += 1
+                self.post(self.now_s + self._moving_s(copy, self.setting.suspend_mb_s), SUSPENDED, copy.row)
+                return
+        copy.state = self.UNLOADING
+        self.post(self.now_s + self.setting.unload_s, UNLOADED, copy.row)
+
+    def _movable(self, copy: _Copy) -> Movable:
+        model = copy.model
+        return Movable(
+            self.setting.sizes_mb[model],
+            Way.CHECKPOINT,
+            self._known_load.get(model, 0.0),
+            self._known_suspend.get(model, 0.0),
+            self._known_resume.get(model, 0.0),
+            self._demand[model].per_second(self.now_s),
+        )
+
+    def _moving_s(self, copy: _Copy, mb_s: float) -> float:
+        return self.setting.moving_s + self.setting.sizes_mb[copy.model] / mb_s
 
     def _block(self, ticket: _Ticket) -> None:
         if ticket.view.head_since_s is None:
@@ -371,6 +445,8 @@ class _Simulation:
         setting, now_s = self.setting, self.now_s
         idle: list[IdleInstance] = []
         busy: list[BusyInstance] = []
+        suspended: list[SuspendedInstance] = []
+        suspending: Counter[int] = Counter()
         loaded: Counter[int] = Counter()
         loading: Counter[int] = Counter()
         newest_load: dict[int, float] = {}
@@ -378,17 +454,23 @@ class _Simulation:
         used = reserved = unloading_mb = 0.0
         for copy in self._copies.values():
             mb, state, model = setting.sizes_mb[copy.model], copy.state, copy.model
-            if state == self.LOADING:
+            if state == self.SUSPENDED:
+                needed_s = resume_s(self._movable(copy))
+                suspended.append(SuspendedInstance(copy.row, model, 0, mb, copy.since_s, resume_s=needed_s))
+                continue
+            if state in (self.LOADING, self.RESUMING):
                 loading[model] += 1
                 newest_load[model] = max(copy.since_s, newest_load.get(model, 0.0))
                 reserved += mb
                 elapsed_s = now_s - copy.since_s
-                free_in_s = remaining_s(self._known_load.get(model, 0.0), elapsed_s) + self._known_hold.get(model, 0.0)
+                known = self._known_load if state == self.LOADING else self._known_resume
+                free_in_s = remaining_s(known.get(model, 0.0), elapsed_s) + self._known_hold.get(model, 0.0)
                 busy.append(BusyInstance(copy.row, model, 0, mb, free_in_s, loading=True))
                 continue
             used += mb
-            if state == self.UNLOADING:
+            if state in (self.UNLOADING, self.SUSPENDING):
                 unloading_mb += mb
+                suspending[model] += state == self.SUSPENDING
                 continue
             loaded[model] += 1
             if state == self.IDLE:
@@ -413,8 +495,10 @@ class _Simulation:
                 loading_for_s=now_s - newest_load.get(model, now_s),
                 held_for_s=held_for.get(model, 0.0),
                 rate=self._demand[model].per_second(now_s),
+                suspending=suspending[model],
+                resume_s=self._known_resume.get(model, 0.0),
             )
-            for model in {*loaded, *loading, *(ticket.view.model for ticket in self._tickets.values())}
+            for model in {*loaded, *loading, *(one.model for one in suspended), *(ticket.view.model for ticket in self._tickets.values())}
         }
         return View(
             now_s,
@@ -424,6 +508,7 @@ class _Simulation:
             tuple(ticket.view for ticket in self._tickets.values()),
             (DeviceView(0, setting.total_mb, used, reserved, unloading_mb, 0.0),),
             tuple(busy),
+            suspended=tuple(sorted(suspended, key=lambda copy: -copy.since_s)),
         )
 
 
