@@ -38,7 +38,7 @@ from mpmm import ModelManager, cli
 from mpmm.errors import AcquireTimeoutError, InvalidArgumentError, MpmmError
 from mpmm.observability.findings import findings
 from mpmm.policy.plan import make_plan
-from mpmm.policy.suspension import Kept, Movable, Unsuspendable, Way, limit_s, make_room, pays, resume_s, suspend_s
+from mpmm.policy.suspension import HostRoom, Kept, Movable, Unsuspendable, Way, limit_s, pays, resume_s, suspend_s
 from mpmm.policy.view import (
     DeviceView,
     Evict,
@@ -71,14 +71,15 @@ COPY = Movable(mb=8000.0, way=Way.COOPERATIVE, load_s=10.0, suspend_s=0.0, resum
         (COPY, True),
         (replace(COPY, way=Way.NONE), False),
         (replace(COPY, load_s=2.0), False),
-        (replace(COPY, load_s=2.0, suspend_s=0.5, resume_s=0.5), True),
-        (replace(COPY, suspend_s=6.0, resume_s=5.0), False),
-        (replace(COPY, way=Way.CHECKPOINT), True),
+        (replace(COPY, load_s=2.2, suspend_s=0.5, resume_s=0.5), True),
+        (replace(COPY, load_s=1.8, suspend_s=0.5, resume_s=0.5), False),
+        (replace(COPY, suspend_s=4.0, resume_s=2.0), False),
+        (replace(COPY, way=Way.CHECKPOINT, load_s=14.0), True),
         (replace(COPY, way=Way.CHECKPOINT, load_s=5.0), False),
         (replace(COPY, load_s=0.0), False),
     ],
 )
-def test_a_suspension_pays_where_both_directions_are_quicker_than_a_load(copy: Movable, expected: bool) -> None:
+def test_a_suspension_pays_where_both_directions_take_less_than_half_of_a_load(copy: Movable, expected: bool) -> None:
     assert pays(copy) is expected
 
 
@@ -95,18 +96,18 @@ def test_a_limit_grows_with_the_size_and_is_never_short() -> None:
 
 def test_copies_that_are_worth_less_make_way_in_the_host_and_others_do_not() -> None:
     low, high = Kept(1, 500.0, 2.0, worth=1.0), Kept(2, 500.0, 1.0, worth=9.0)
-    assert make_room([low, high], 300.0, 400.0, 1000.0, 5.0) == []
-    assert make_room([low, high], 500.0, 0.0, 1000.0, 5.0) == [1]
-    assert make_room([low, high], 1000.0, 0.0, 1000.0, 5.0) is None
-    assert make_room([low, high], 1000.0, 0.0, 1000.0, math.inf) == [1, 2]
-    assert make_room([low, high], 1001.0, 0.0, 1000.0, math.inf) is None
-    assert make_room([replace(low, pinned=True), high], 500.0, 0.0, 1000.0, 5.0) is None
+    assert HostRoom([low, high], 400.0, 1000.0).dropped_for(300.0, 5.0) == []
+    assert HostRoom([low, high], 0.0, 1000.0).dropped_for(500.0, 5.0) == [1]
+    assert HostRoom([low, high], 0.0, 1000.0).dropped_for(1000.0, 5.0) is None
+    assert HostRoom([low, high], 0.0, 1000.0).dropped_for(1000.0, math.inf) == [1, 2]
+    assert HostRoom([low, high], 0.0, 1000.0).dropped_for(1001.0, math.inf) is None
+    assert HostRoom([replace(low, pinned=True), high], 0.0, 1000.0).dropped_for(500.0, 5.0) is None
 
 
 def test_where_worth_is_not_known_the_copy_that_was_suspended_first_makes_way() -> None:
     early, late = Kept(1, 500.0, 1.0, worth=9.0), Kept(2, 500.0, 2.0, worth=None)
-    assert make_room([late, early], 500.0, 0.0, 1000.0, 1.0) == [1]
-    assert make_room([replace(early, worth=None), late], 500.0, 0.0, 1000.0, None) == [1]
+    assert HostRoom([late, early], 0.0, 1000.0).dropped_for(500.0, 1.0) == [1]
+    assert HostRoom([replace(early, worth=None), late], 0.0, 1000.0).dropped_for(500.0, None) == [1]
 
 
 RULES = Rules(0.0, 10.0, 1, 2.0, isolate_unknown=False)
@@ -132,6 +133,15 @@ def test_room_is_made_for_a_suspended_copy_as_for_a_load() -> None:
     idle = (IdleInstance(4, 1, 0, 600.0, 50.0),)
     (decision,) = make_plan(view(100.0, idle=idle)).decisions
     assert isinstance(decision, Evict) and decision.instances == (4,)
+
+
+@pytest.mark.parametrize("kept", [1, 2])
+def test_of_two_models_the_one_whose_copy_would_be_suspended_makes_room(kept: int) -> None:
+    idle = tuple(IdleInstance(3 + model, model, 0, 450.0, 50.0, suspendable=model == kept) for model in (1, 2))
+    there = view(100.0, idle=idle)
+    models = {0: there.models[0], **{model: replace(there.models[1], model=model, shared=1) for model in (1, 2)}}
+    (decision,) = make_plan(replace(there, models=models)).decisions
+    assert isinstance(decision, Evict) and decision.instances == (3 + kept,)
 
 
 def test_a_copy_that_is_being_suspended_is_waited_for() -> None:
@@ -213,6 +223,27 @@ def test_where_a_load_is_as_quick_a_copy_is_unloaded(manager: ModelManager, tmp_
     use(manager, "a", MakesSleeper(tmp_path), load_s=0.1)
     use(manager, "b", MakesSleeper(tmp_path))
     assert states(manager.namespace, "a") == [] and steps(tmp_path, "sleep") == 0
+
+
+def test_the_policy_is_told_which_copies_would_be_suspended(new_manager: NewManager, tmp_path: Path) -> None:
+    manager = new_manager(suspend_budget_mb=1000.0, fallback_memory_mb=3000, default_estimate_mb=600.0)
+    use(manager, "slow", MakesSleeper(tmp_path))
+    use(manager, "quick", MakesSleeper(tmp_path), load_s=0.1)
+    use(manager, "unable", Loads())
+    session = manager._connected()
+
+    def told() -> list[str]:
+        with session.namespace.transaction():
+            view = session.scheduler.read_view()
+            return [session.namespace.tables.tag_of(one.model) for one in view.idle if one.suspendable]
+
+    assert told() == ["slow"]
+    # A copy in the host that is worth as much is not dropped for it.
+    assert manager.suspend("quick") == 1
+    manager.update_settings(suspend_budget_mb=700.0)
+    assert told() == ["slow"], "the other one is worth nothing"
+    manager.update_settings(suspend_budget_mb=500.0)
+    assert told() == []
 
 
 def test_a_budget_of_nothing_turns_it_off(new_manager: NewManager, tmp_path: Path) -> None:

@@ -2,7 +2,8 @@
 
 TRACE is one of the made traces (zipf, bursts, cycles, drift, cold) or a CSV file of `time,model` lines, seconds and
 names. Each is replayed for Beam's rules, for LRU, and for mpmm; and one request at a time by a manager that knows the
-future. Models have the sizes of `tools/workload.py`, unless `--sizes-mb` says otherwise.
+future. Models have the sizes of `tools/workload.py`, unless `--sizes-mb` says otherwise. With `--suspend-budget-mb`
+evicted models are suspended in host memory where that pays, at the speeds of an H100.
 
 With `--cycling` each client goes through all models again and again instead, as the workers of a Beam pipeline do, and
 asks for the next one only when it has been served; the bound is then that of such clients:
@@ -18,6 +19,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,8 @@ def figures(outcome: Outcome, seconds: float) -> dict[str, Any]:
         "served": len(waits),
         "loads": outcome.loads,
         "evictions": outcome.evictions,
+        "suspends": outcome.suspends,
+        "resumes": outcome.resumes,
         "wait_p50_s": _quantile(waits, 0.5),
         "wait_p99_s": _quantile(waits, 0.99),
         "wait_max_s": _quantile(waits, 1.0),
@@ -91,14 +95,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--device-mb", type=float, default=16000.0)
     parser.add_argument("--load-seconds", type=float, default=0.3)
     parser.add_argument("--hold-seconds", type=float, default=0.01)
+    parser.add_argument("--suspend-budget-mb", type=float, default=0.0, help="host memory for suspended copies")
     parser.add_argument("--plot", action="store_true", help="draw the memory in use")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args(arguments)
-    setting = Setting(options.sizes_mb, options.device_mb, options.load_seconds, options.hold_seconds)
+    setting = Setting(
+        options.sizes_mb,
+        options.device_mb,
+        options.load_seconds,
+        options.hold_seconds,
+        suspend_budget_mb=options.suspend_budget_mb,
+    )
     found: dict[str, Any] = {}
     if not options.json:
         waits = " ".join(f"{name:>7}" for name in ("p50 s", "p99 s", "max s"))
-        print(f"{'trace':12} {'policy':8} {'loads':>7} {'evicted':>7} {waits} {'MB':>6} {'took s':>6}")
+        counts = " ".join(f"{name:>7}" for name in ("loads", "evicted", "resumed"))
+        print(f"{'trace':12} {'policy':8} {counts} {waits} {'MB':>6} {'wall s':>7} {'took s':>6}")
     for kind in options.cycling or ():
         for seed in options.seeds:
             found[f"{kind}-{seed}"] = _replay_clients(kind, seed, setting, options)
@@ -113,7 +125,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _line(trace: str, policy: str, one: dict[str, Any]) -> str:
     waits = " ".join(f"{one[name]:7.2f}" for name in ("wait_p50_s", "wait_p99_s", "wait_max_s"))
-    line = f"{trace:12} {policy:8} {one['loads']:7} {one['evictions']:7} {waits} {one['used_mean_mb']:6.0f}"
+    line = f"{trace:12} {policy:8} {one['loads']:7} {one['evictions']:7} {one['resumes']:7} {waits}"
+    line += f" {one['used_mean_mb']:6.0f} {one['virtual_s']:7.1f}"
     line += f" {one['took_s']:6.1f}"
     if policy == "mpmm" and one["broken_bounds"]:
         line += f"  the bound on overtaking was broken {one['broken_bounds']} times"
@@ -149,7 +162,7 @@ def _replay(name: str, seed: int, trace: str, setting: Setting, options: argpars
         numbers = {model: number for number, model in enumerate(dict.fromkeys(names))}
         models = [numbers[model] for model in names]
         sizes = [setting.sizes_mb[number % len(setting.sizes_mb)] for number in range(len(numbers))]
-        setting = Setting(sizes, setting.total_mb, setting.load_s, setting.hold_s)
+        setting = replace(setting, sizes_mb=sizes)
     outcomes, found = {}, {}
     for policy in options.policies:
         began = time.perf_counter()

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from mpmm.policy.admission import free_mb
+from mpmm.policy.suspension import KEPT_COST
 from mpmm.policy.view import BusyInstance, DeviceView, IdleInstance, ModelView, TicketView, View
 
 __all__ = [
@@ -235,6 +236,8 @@ def _candidates(
         if left[copy.model] > max(1, view.rules.min_model_copies):
             # The others are all in use so much of the time.
             cost *= min(1.0, rate * model.hold_s / ((left[copy.model] - 1) * model.users))
+        if isinstance(copy, IdleInstance) and copy.suspendable:
+            cost *= KEPT_COST
         left[copy.model] -= 1
         candidates.append(Candidate(cost, copy.mb_on(device.device), copy))
     return candidates

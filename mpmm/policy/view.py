@@ -205,12 +205,14 @@ class IdleInstance(PlacedInstance):
 
     place_in: of an instance that several may use at a time, the row of that: this is a place for one more user, has no
     memory of its own, and is not evicted by itself. None for a whole instance, which nobody uses.
+    suspendable: if it were evicted it would be suspended in host memory instead of unloaded.
     """
 
     idle_since_s: float
     owner: int | None = None
     pinned: bool = False
     place_in: int | None = None
+    suspendable: bool = False
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,7 @@ class Scheduler:
         self.demand = Demands(namespace)
         self.suspension = SuspensionDecisions(namespace, self.demand.rate)
         self.copies = CopiesReader(namespace, self.suspension)
-        self.views = Views(namespace, self.copies, self.demand)
+        self.views = Views(namespace, self.copies, self.demand, self.suspension)
         self.shortcuts = Shortcuts(namespace, self.views)
         self.waiters = Waiters(namespace, self.copies, self.views, self.shortcuts)
         self.table_rows = TableRows(namespace, self.suspension)

@@ -8,9 +8,9 @@ room seconds.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
-from mpmm.policy.suspension import Kept, Movable, Way, make_room, pays
+from mpmm.policy.suspension import HostRoom, Kept, Movable, Way, pays
 from mpmm.policy.view import Reason
 from mpmm.shared_state.events import Cause
 from mpmm.shared_state.layout import Instance
@@ -58,17 +58,33 @@ class SuspensionDecisions:
         model = self._tables.instances[row].model
         if evicted and (self._tables.models[model].superseded or not pays(copy)):
             return False
-        budget_mb, worth = self.budget_mb, copy.worth if evicted else math.inf
-        free_mb = budget_mb - self.used_mb()
-        dropped = make_room(self._kept(), copy.mb, free_mb, budget_mb, worth)
+        room = self._room()
+        dropped = room.dropped_for(copy.mb, copy.worth if evicted else math.inf)
         if dropped is None:
             return False
         suspensions = self._namespace.transitions.suspensions
         for other in dropped:
-            why = Cause(Reason.HOST_FULL, copy.mb, max(0.0, free_mb), other=model + 1)
+            why = Cause(Reason.HOST_FULL, copy.mb, max(0.0, room.free_mb), other=model + 1)
             suspensions.drop(t, other, suspender, why)
         suspensions.begin(t, row, suspender, evicted, cause)
         return True
+
+    def kept_of(self, rows: Iterable[int]) -> set[int]:
+        """Return those of some idle copies that would be suspended if they were evicted now, each for itself."""
+        if not self.budget_mb:
+            return set()
+        room: HostRoom | None = None
+        found = set()
+        for row in rows:
+            if not self.can_be_suspended(row):
+                continue
+            copy = self.movable(row)
+            if not pays(copy) or self._tables.models[self._tables.instances[row].model].superseded:
+                continue
+            room = room or self._room()
+            if room.dropped_for(copy.mb, copy.worth) is not None:
+                found.add(row)
+        return found
 
     def can_be_suspended(self, row: int) -> bool:
         """Tell whether there is a way to suspend an idle copy: none for one that spans devices, or has twins."""
@@ -100,6 +116,10 @@ class SuspensionDecisions:
         oldest = min(kept, key=lambda one: one.since_s)
         self._namespace.transitions.suspensions.drop(t, oldest.row, unloader, cause)
         return True
+
+    def _room(self) -> HostRoom:
+        budget_mb = self.budget_mb
+        return HostRoom(self._kept(), budget_mb - self.used_mb(), budget_mb)
 
     def _kept(self) -> list[Kept]:
         """Return the copies that are suspended, and may be dropped."""

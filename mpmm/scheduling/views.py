@@ -5,16 +5,18 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
 
 from mpmm.policy.fairness import UNKNOWN_FIRST
 from mpmm.policy.out_of_memory import MORE_MB
-from mpmm.policy.view import DeviceView, ModelView, Rules, TicketView, View
+from mpmm.policy.view import DeviceView, IdleInstance, ModelView, Rules, TicketView, View
 from mpmm.scheduling.copies import Copies, CopiesReader
 from mpmm.scheduling.demand import Demands
+from mpmm.scheduling.suspension import SuspensionDecisions
 from mpmm.shared_state.durations import to_ns
 from mpmm.shared_state.layout import Ticket
 from mpmm.shared_state.namespace import Namespace
@@ -31,13 +33,16 @@ LEAST_ROOM_MB = 1.0
 class Views:
     """Reads what a plan is made of. Methods need the lock."""
 
-    def __init__(self, namespace: Namespace, copies: CopiesReader, demand: Demands) -> None:
+    def __init__(
+        self, namespace: Namespace, copies: CopiesReader, demand: Demands, suspension: SuspensionDecisions
+    ) -> None:
         self._namespace = namespace
         self._tables = namespace.tables
         self._reads = namespace.reads
         self._layout = namespace.segment.layout
         self._copies = copies
         self._demand = demand
+        self._suspension = suspension
 
     def read_view(self) -> View:
         """Return what the policy may look at."""
@@ -59,13 +64,18 @@ class Views:
                 max_model_copies=settings.max_model_copies,
             ),
             models={model: self.model_view(model, copies, now) for model in wanted},
-            idle=tuple(sorted(copies.idle, key=lambda copy: -copy.idle_since_s)),
+            idle=tuple(sorted(self._with_suspendable(copies.idle), key=lambda copy: -copy.idle_since_s)),
             tickets=tickets,
             devices=self.device_views(copies),
             busy=tuple(copies.busy),
             leases=tuple(copies.leases),
             suspended=tuple(sorted(copies.suspended, key=lambda copy: -copy.since_s)),
         )
+
+    def _with_suspendable(self, idle: Sequence[IdleInstance]) -> Iterable[IdleInstance]:
+        """Mark the idle copies that would be suspended if they were evicted."""
+        kept = self._suspension.kept_of(copy.row for copy in idle)
+        return (replace(copy, suspendable=True) if copy.row in kept else copy for copy in idle) if kept else idle
 
     def device_views(self, copies: Copies) -> tuple[DeviceView, ...]:
         """Return what the ledgers of all devices say."""

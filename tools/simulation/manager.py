@@ -23,7 +23,7 @@ from mpmm.policy.eviction import eviction_order
 from mpmm.policy.fairness import overtaking_over
 from mpmm.policy.plan import Plan, make_plan
 from mpmm.policy.sharing import remaining_s
-from mpmm.policy.suspension import Kept, Movable, Way, make_room, pays, resume_s
+from mpmm.policy.suspension import HostRoom, Kept, Movable, Way, pays, resume_s
 from mpmm.policy.view import (
     BusyInstance,
     Decision,
@@ -390,23 +390,33 @@ class _Simulation:
     def _evict(self, copy: _Copy) -> None:
         """Suspend a copy if that pays and the host has room for it, or unload it."""
         moved = self._movable(copy)
-        if self.setting.suspend_budget_mb and pays(moved):
-            kept = [
-                Kept(one.row, self.setting.sizes_mb[one.model], one.since_s, self._movable(one).worth)
-                for one in self._of(self.SUSPENDED)
-            ]
-            in_host = (one for one in self._copies.values() if one.state in self._IN_HOST)
-            free = self.setting.suspend_budget_mb - math.fsum(self.setting.sizes_mb[one.model] for one in in_host)
-            dropped = make_room(kept, moved.mb, free, self.setting.suspend_budget_mb, moved.worth)
-            if dropped is not None:
-                for row in dropped:
-                    del self._copies[row]
-                copy.state = self.SUSPENDING
-                self.outcome.suspends += 1
-                self.post(self.now_s + self._moving_s(copy, self.setting.suspend_mb_s), SUSPENDED, copy.row)
-                return
+        dropped = self._host_room().dropped_for(moved.mb, moved.worth) if self._can_suspend(moved) else None
+        if dropped is not None:
+            for row in dropped:
+                del self._copies[row]
+            copy.state = self.SUSPENDING
+            self.outcome.suspends += 1
+            self.post(self.now_s + self._moving_s(copy, self.setting.suspend_mb_s), SUSPENDED, copy.row)
+            return
         copy.state = self.UNLOADING
         self.post(self.now_s + self.setting.unload_s, UNLOADED, copy.row)
+
+    def _can_suspend(self, moved: Movable) -> bool:
+        return self.setting.suspend_budget_mb > 0 and pays(moved)
+
+    def _host_room(self) -> HostRoom:
+        setting = self.setting
+        kept = [
+            Kept(one.row, setting.sizes_mb[one.model], one.since_s, self._movable(one).worth)
+            for one in self._of(self.SUSPENDED)
+        ]
+        in_host = (one for one in self._copies.values() if one.state in self._IN_HOST)
+        used_mb = math.fsum(setting.sizes_mb[one.model] for one in in_host)
+        return HostRoom(kept, setting.suspend_budget_mb - used_mb, setting.suspend_budget_mb)
+
+    def _is_kept(self, copy: _Copy) -> bool:
+        moved = self._movable(copy)
+        return self._can_suspend(moved) and self._host_room().dropped_for(moved.mb, moved.worth) is not None
 
     def _movable(self, copy: _Copy) -> Movable:
         model = copy.model
@@ -474,7 +484,7 @@ class _Simulation:
                 continue
             loaded[model] += 1
             if state == self.IDLE:
-                idle.append(IdleInstance(copy.row, model, 0, mb, copy.since_s))
+                idle.append(IdleInstance(copy.row, model, 0, mb, copy.since_s, suspendable=self._is_kept(copy)))
             else:
                 held = now_s - copy.since_s
                 held_for[model] = min(held, held_for.get(model, math.inf))
@@ -498,7 +508,12 @@ class _Simulation:
                 suspending=suspending[model],
                 resume_s=self._known_resume.get(model, 0.0),
             )
-            for model in {*loaded, *loading, *(one.model for one in suspended), *(ticket.view.model for ticket in self._tickets.values())}
+            for model in {
+                *loaded,
+                *loading,
+                *(one.model for one in suspended),
+                *(ticket.view.model for ticket in self._tickets.values()),
+            }
         }
         return View(
             now_s,
