@@ -149,6 +149,16 @@ def test_a_copy_that_is_being_suspended_is_waited_for() -> None:
     assert isinstance(decision, Wait) and decision.reason == Reason.SUSPENDING
 
 
+def test_whoever_shares_a_resume_is_told_how_long_that_takes() -> None:
+    there = view(1000.0, suspending=1)
+    model = replace(there.models[0], suspending=0, loading={1: 1}, shares=True, hold_s=0.1, loading_for_s=0.2)
+    for coming_s, expected_s in ((0.5, 0.1 + 0.3), (0.0, 0.1 + 9.8)):
+        coming = replace(there, models={0: replace(model, coming_s=coming_s)})
+        (decision,) = make_plan(coming).decisions
+        assert isinstance(decision, Wait) and decision.reason == Reason.SHARING
+        assert decision.why.seconds == pytest.approx(expected_s)
+
+
 def test_a_suspended_copy_of_another_owner_or_device_is_of_no_use() -> None:
     there = view(1000.0)
     owned = replace(there, suspended=(replace(there.suspended[0], owner=2),))

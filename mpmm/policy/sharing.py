@@ -105,10 +105,11 @@ def waiting_is_sooner(
     if loaded and model.hold_s and min(model.held_for_s, now_s - ticket.enqueued_s) >= model.load_s:
         return None
     served_s = _served_s(model, loaded, coming, ahead, seen)
-    late_s = 0.0 if loaded else max(0.0, model.loading_for_s - model.load_s)
+    coming_s = model.coming_s or model.load_s
+    late_s = 0.0 if loaded else max(0.0, model.loading_for_s - coming_s)
     if served_s + late_s >= model.load_s:
         return None
-    return served_s if loaded else served_s + remaining_s(model.load_s, model.loading_for_s)
+    return served_s if loaded else served_s + remaining_s(coming_s, model.loading_for_s)
 
 
 def _served_s(model: ModelView, loaded: int, coming: int, ahead: int, seen: Seen) -> float:
@@ -136,7 +137,7 @@ def expected_wait_s(
     if loaded:
         return served_s
     if coming:
-        return served_s + remaining_s(model.load_s, model.loading_for_s)
+        return served_s + remaining_s(model.coming_s or model.load_s, model.loading_for_s)
     room_s = seconds if reason in _UNTIL_ROOM and math.isfinite(seconds) else 0.0
     # The first waiter that loads uses its copy at once.
     hold_s = model.hold_s or seen.hold_s

@@ -129,7 +129,8 @@ class ModelView:
     failed since the last one that did not, and how long ago the last of them was. leaving: copies in use, or being
     loaded, that are unloaded when they are given back, so that no request waits for them; in no other count.
     superseded: another model has taken its place, so it is not expected to be asked for again. suspending: copies that
-    are being suspended. resume_s: how long a resume takes, 0 unknown. bound_mb: with so much free a load has run out of
+    are being suspended. resume_s: how long a resume takes, 0 unknown. coming_s: how long the newest load takes in all
+    if it is the resume of a suspended copy; 0 where it is a load. bound_mb: with so much free a load has run out of
     memory, 0 if none has. users: how many may use a copy at a time, the mean of those that are loaded.
     """
 
@@ -153,6 +154,7 @@ class ModelView:
     superseded: bool = False
     suspending: int = 0
     resume_s: float = 0.0
+    coming_s: float = 0.0
     bound_mb: float = 0.0
     users: float = 1.0
 

@@ -44,6 +44,8 @@ class Copies:
     seats: defaultdict[int, int] = field(default_factory=lambda: defaultdict(int))
     leaving: defaultdict[int, int] = field(default_factory=lambda: defaultdict(int))
     newest_load: dict[int, int] = field(default_factory=dict)
+    # How long the newest one takes in all if it is a resume, else 0.
+    coming_s: dict[int, float] = field(default_factory=dict)
     newest_hold: dict[int, int] = field(default_factory=dict)
     unloading: defaultdict[int, int] = field(default_factory=lambda: defaultdict(int))
     booked_mb: defaultdict[int, float] = field(default_factory=lambda: defaultdict(float))
@@ -166,7 +168,10 @@ class CopiesReader:
         # As in `_add_active`.
         copies.leaving[one.model] += one.to_go
         copies.loading[one.model][one.holder] += not one.to_go
-        copies.newest_load[one.model] = max(one.since_ns, copies.newest_load.get(one.model, 0))
+        resumes = one.state == Instance.RESUMING
+        if one.since_ns > copies.newest_load.get(one.model, 0):
+            copies.newest_load[one.model] = one.since_ns
+            copies.coming_s[one.model] = resume_s(self._suspension.movable(one.row)) if resumes else 0.0
         free_in_s = self._free_in_s(one, now_ns, loading=True)
         copies.busy.append(
             BusyInstance(
@@ -231,5 +236,7 @@ class CopiesReader:
         """Return when an instance that is held, or being loaded, is expected to be idle, judged by how long that takes
         on average and how long it has taken already."""
         hold_s, load_s = self._reads.models.durations_s(one.model)
+        if one.state == Instance.RESUMING:
+            load_s = resume_s(self._suspension.movable(one.row))
         elapsed_s = (now_ns - one.since_ns) / 1e9
         return hold_s + remaining_s(load_s, elapsed_s) if loading else remaining_s(hold_s, elapsed_s)

@@ -131,6 +131,7 @@ class Views:
             superseded=figures.superseded,
             suspending=copies.suspending[model],
             resume_s=figures.resume_s,
+            coming_s=copies.coming_s.get(model, 0.0),
             bound_mb=size.at_least_mb,
             users=self._users(model, copies, figures.users),
         )

@@ -460,6 +460,7 @@ class _Simulation:
         loaded: Counter[int] = Counter()
         loading: Counter[int] = Counter()
         newest_load: dict[int, float] = {}
+        coming_s: dict[int, float] = {}
         held_for: dict[int, float] = {}
         used = reserved = unloading_mb = 0.0
         for copy in self._copies.values():
@@ -470,7 +471,9 @@ class _Simulation:
                 continue
             if state in (self.LOADING, self.RESUMING):
                 loading[model] += 1
-                newest_load[model] = max(copy.since_s, newest_load.get(model, 0.0))
+                if copy.since_s >= newest_load.get(model, 0.0):
+                    newest_load[model] = copy.since_s
+                    coming_s[model] = resume_s(self._movable(copy)) if state == self.RESUMING else 0.0
                 reserved += mb
                 elapsed_s = now_s - copy.since_s
                 known = self._known_load if state == self.LOADING else self._known_resume
@@ -507,6 +510,7 @@ class _Simulation:
                 rate=self._demand[model].per_second(now_s),
                 suspending=suspending[model],
                 resume_s=self._known_resume.get(model, 0.0),
+                coming_s=coming_s.get(model, 0.0),
             )
             for model in {
                 *loaded,
