@@ -82,6 +82,7 @@ class CopiesReader:
             if one.state in (Instance.LOADING, Instance.RESUMING):
                 self._add_load(copies, one, now)
                 continue
+            # What loads counts by its reservation instead, see `_add_reservation`: both together would count it twice.
             copies.booked_mb[one.device] += one.mb
             for device, mb in one.other_shares:
                 copies.booked_mb[device] += mb
@@ -185,6 +186,7 @@ class CopiesReader:
         """Add one that has given its memory up but for what its process keeps, and stands for no loaded copy."""
         share_mb = self._tables.instances[one.row].device_mb / (1 + len(one.other_shares))
         others = tuple((device, share_mb) for device, _ in one.other_shares)
+        # By what it had on the device, as its MB is what it has kept there.
         resumes_in_s = resume_s(self._suspension.movable(one.row))
         copies.suspended.append(
             SuspendedInstance(

@@ -102,12 +102,17 @@ class Scheduler:
         """
         if newcomer is not None:
             self.demand.count(t, self._tables.tickets[newcomer].model)
+        # Where something runs alone on every device nothing can be granted or loaded, and what ends that comes by here.
         while self._queue.anybody_waits() and not self.shortcuts.all_isolated():
+            # Anew in each round: the last round's decisions are in the rows now, and the view before knows nothing of
+            # them.
             view = self.views.read_view()
             plan = make_plan(view)
             for decision in plan.decisions:
                 self._carry_out(t, decision, newcomer)
                 if t.is_long:
+                    # What is written so far is whole: each decision keeps the invariants, and the next plan starts from
+                    # the rows as they are then.
                     t.after.append(self.go_on)
                     return
             if plan.blocked or not view.tickets or not self._answered_all(view):
@@ -151,6 +156,7 @@ class Scheduler:
         if not self._queue.anybody_waits():
             transitions.holds.release(t, instance, used)
             return
+        # Read before the release: afterwards the row may have gone, or be a waiter's.
         copy = self._instances.held(instance)
         if not copy.unload_on_release and not self.shortcuts.beside_isolation(instance):
             found = self.shortcuts.first_user(copy.model, copy.devices)
@@ -160,6 +166,7 @@ class Scheduler:
                 if not copy.owner or copy.owner - 1 == self._queue.asker(ticket)[0]:
                     cause = Cause(Reason.OVERTAKES, other=passed) if passed else Cause(Reason.IDLE_COPY)
                     transitions.hand_over.from_holder(t, ticket, instance, cause, used)
+                    # After the wake-up, which the hand-over has put on the list: before it there is nobody to yield to.
                     t.after.append(self.wakes.yield_to_waiter)
                     return
         # Before the release, too, which changes what this is told by.
@@ -212,12 +219,16 @@ class Scheduler:
         except TableFullError as error:
             if error.table != self._layout.instances.name:
                 raise
+            # Only the newcomer's caller is there to be told, and its ticket goes with the transaction that the error
+            # undoes. Others wait for the row.
             if not self.table_rows.make_room_for_instance(t, load.ticket) and load.ticket == newcomer:
                 raise
             self._note_wait(t, load.ticket, replace(load.why, reason=Reason.TABLE_FULL), first=False)
 
     def _evict(self, t: Transaction, evict: Evict) -> None:
+        # The process that waits for the memory unloads for it: it is there, and no other one gains by it.
         unloader, model = self._queue.asker(evict.ticket)
+        # The event is about the copy that goes, so it names the model for which it does.
         cause = _cause(evict.why)._replace(other=model + 1)
         # One that is not idle any more has gone with its twin, which stood before it.
         for instance in filter(self._instances.is_unused, evict.instances):
@@ -245,5 +256,6 @@ class Scheduler:
 
 
 def _cause(why: Why) -> Cause:
+    # References, as they are stored: 0 is a row, so it cannot mean none.
     other = 0 if why.other is None else why.other + 1
     return Cause(why.reason, why.need_mb, why.free_mb, why.coming_mb, why.seconds, other, device_bits(why.devices))

@@ -162,6 +162,7 @@ class Shortcuts:
         """Return that a newcomer for a model waits for one of its copies, None if it takes a plan to know; see Q3."""
         if not (figures.active or figures.idle) or figures.failures or not figures.shares:
             return None
+        # An idle copy that nobody's tenure keeps goes to the first waiter: that is for a plan to find.
         if figures.idle and not self._is_left_to_another(model):
             return None
         if self._queue.waits_for_others_than(model) or self._devices.anything_runs_alone():

@@ -110,24 +110,33 @@ class HeaderRow(Row):
 
     __slots__ = ()
 
+    # Odd while a transaction is open, also one that a dead process has left.
     change = Word(Header.CHANGE)
     next_generation = Word(Header.NEXT_GENERATION)
+    # Who remembers this number sees that somebody has emptied queue and memory since.
     resets = Word(Header.RESETS)
     active = Word(Header.ACTIVE)
     loading = Word(Header.LOADING)
     waiting = Word(Header.WAITING)
+    # Also in the devices' rows (H3): here it is one read for all of them.
     isolated = Devices(Header.ISOLATED)
     leader = Reference(Header.LEADER)
+    # How fresh the lead is, not the figures: a source that hangs does not stop the polls.
     polled = Word(Header.POLLED)
     events = Word(Header.EVENTS)
     observations_made = Word(Header.OBSERVATIONS_MADE)
+    # Equal to the one before where the solver has nothing new to learn.
     solved_at = Word(Header.SOLVED_AT)
+    # 0 where pids say nothing about who lives, so that none is looked up.
     pid_namespace = Word(Header.PID_NAMESPACE)
     host_share_mb = Number(Header.HOST_SHARE_MB)
+    # Bits, unlike `isolated`: it is only ever compared with those of a row.
     steady = Word(Header.STEADY)
+    # What the leader's source has shown, and not what this process's own can do.
     source_measures_processes = Flag(Header.SOURCE_MEASURES_PROCESSES)
     source_accounting_only = Flag(Header.SOURCE_ACCOUNTING_ONLY)
     source_frees_late = Flag(Header.SOURCE_FREES_LATE)
+    # 0 as long as they are those that the creator chose.
     settings_changed = Word(Header.SETTINGS_CHANGED)
 
 
@@ -141,6 +150,7 @@ class MemberRow(Row):
     generation = Word(Member.GENERATION)
     instance = Reference(Member.INSTANCE)
     measures = Word(Member.MEASURES)
+    # nan where no sample has shown the process, which is not 0 MB.
     measured_mb = Number(Member.MEASURED_MB)
     peak_mb = Number(Member.PEAK_MB)
 
@@ -154,10 +164,12 @@ class ModelRow(Row):
     generation = Word(Model.GENERATION)
     known = Flag(Model.KNOWN)
     measured = Flag(Model.MEASURED)
+    # nan unless `known`, which neither compares nor adds up to anything.
     estimate_mb = Number(Model.ESTIMATE_MB)
     sd_mb = Number(Model.SD_MB)
     at_least_mb = Number(Model.AT_LEAST_MB)
     expect_mb = Number(Model.EXPECT_MB)
+    # These are sums of rows, and agree with them only as long as the lock is held. (M1, M3)
     loaded = Word(Model.LOADED)
     active = Word(Model.ACTIVE)
     idle = Word(Model.IDLE)
@@ -168,9 +180,11 @@ class ModelRow(Row):
     hits = Word(Model.HITS)
     pins = Word(Model.PINS)
     shares = Flag(Model.SHARES)
+    # Means of durations are 0 until there was one.
     load_s = Number(Model.LOAD_S)
     hold_s = Number(Model.HOLD_S)
     mean_interarrival_s = Number(Model.MEAN_INTERARRIVAL_S)
+    # As of the last count; `ModelReads.requests` says how many there are by now.
     requests = Word(Model.REQUESTS)
     requested_at = Word(Model.REQUESTED_AT)
     failures = Word(Model.FAILURES)
@@ -198,14 +212,17 @@ class InstanceRow(Row):
 
     state = Word(Instance.STATE)
     model = Word(Instance.MODEL)
+    # Rows are taken anew: whoever keeps a row's index keeps this beside it, and compares.
     generation = Word(Instance.GENERATION)
     holder = Reference(Instance.HOLDER)
     owner = Reference(Instance.OWNER)
     server = Reference(Instance.SERVER)
     devices = Devices(Instance.DEVICES)
+    # The same word for comparisons, which need no list.
     device_bits = Word(Instance.DEVICES)
     seat_of = Reference(Instance.SEAT_OF)
     seats = Word(Instance.SEATS)
+    # What it takes. What admission counts while it loads is `reserved_mb`. (I3)
     mb = Number(Instance.MB)
     reserved_mb = Number(Instance.RESERVED_MB)
     since = Word(Instance.SINCE)
@@ -228,6 +245,7 @@ class TicketRow(Row):
     __slots__ = ()
 
     state = Word(Ticket.STATE)
+    # Tells a ticket from those that had its row before.
     number = Word(Ticket.NUMBER)
     priority = Word(Ticket.PRIORITY)
     model = Word(Ticket.MODEL)
@@ -235,6 +253,7 @@ class TicketRow(Row):
     instance = Reference(Ticket.INSTANCE)
     enqueued = Word(Ticket.ENQUEUED)
     deadline = Word(Ticket.DEADLINE)
+    # The figures below are those of the moment when this became the reason; they do not follow later changes.
     reason = Word(Ticket.REASON)
     need_mb = Number(Ticket.NEED_MB)
     preload = Word(Ticket.PRELOAD)
@@ -259,14 +278,17 @@ class DeviceRow(Row):
 
     state = Word(Device.STATE)
     total_mb = Number(Device.TOTAL_MB)
+    # The last figure, however old; 0 before the first one, so look at `sampled`.
     used_mb = Number(Device.USED_MB)
     sampled = Word(Device.SAMPLED)
     peak_mb = Number(Device.PEAK_MB)
     return_count = Word(Device.RETURN_COUNT)
     returning_mb = Number(Device.RETURNING_MB)
+    # Both are nan until the device has been measured once.
     external_mb = Number(Device.EXTERNAL_MB)
     external_least_mb = Number(Device.EXTERNAL_LEAST_MB)
     isolated = Reference(Device.ISOLATED)
+    # Counts only while `isolated`, and not before the load has begun: nan until then.
     baseline_mb = Number(Device.BASELINE_MB)
     configured_at = Word(Device.CONFIGURED_AT)
     unrelated_mb = Number(Device.UNRELATED_MB)

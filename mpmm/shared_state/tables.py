@@ -117,6 +117,7 @@ class Tables:
         """Return the instance rows, in whatever state, that lie on a device; seats lie nowhere but in their copies."""
         rows = self.view(self._instances)
         here = (rows[:, Instance.DEVICES] & np.uint64(1 << row) != 0) & (rows[:, Instance.SEAT_OF] == 0)
+        # A free row keeps the devices of its last copy, so the state has to be asked, too.
         found: list[int] = np.flatnonzero(here & (rows[:, 0] != 0)).tolist()
         return found
 
@@ -149,6 +150,7 @@ class Tables:
         """Return the devices that an instance lies on, and what MB of it is on each."""
         words, floats, at = self.segment.words, self.segment.floats, self.instance(row)
         rows = device_rows(words[at + Instance.DEVICES])
+        # SHARES is not written for a single device, and may be left over from another copy of this row.
         if len(rows) == 1:
             return [(rows[0], floats[at + Instance.MB])]
         return [(device, floats[at + Instance.SHARES + number]) for number, device in enumerate(rows)]
@@ -163,6 +165,7 @@ class Tables:
     def view(self, table: Table) -> npt.NDArray[np.uint64]:
         """Return the live rows of a table that may be in use, see `Segment.view`."""
         rows = self.segment.view(table)
+        # Rows are taken lowest first, so behind that none was ever in use. (H5)
         return rows[: self.segment.words[table.end_word]] if table.end_word else rows
 
     def model_columns(self) -> ModelColumns:
@@ -184,6 +187,7 @@ class Tables:
     def text(self, word: int) -> bytes:
         """Return the bytes of the text field that begins at `word`."""
         words = self.segment.words
+        # Read once: without the lock it may change, and the slice and the cut have to go by the same length.
         length = words[word]
         return words[word + 1 : word + 1 + (length + 7) // 8].tobytes()[:length]
 
@@ -218,8 +222,10 @@ class Tables:
         if hint is not None:
             row, generation = hint
             at = self._models.base + row * Model.WORDS
+            # STATE as well: a row that was freed keeps its generation until it is taken again.
             if words[at + Model.GENERATION] == generation and words[at + Model.STATE]:
                 return row
+            # Its row was given up and is another tag's, or free; the tag may have a new one.
             del self.rows_of_tags[tag]
         try:
             wanted = tag.encode("utf-8", "surrogateescape")
@@ -227,9 +233,13 @@ class Tables:
             # No model can have such a tag, see `encode_text`.
             return None
         models = self.view(self._models)
+        # By length first: it is one word, and most tags are told apart by it before any text is read. Leases are no
+        # tags, whatever their names.
         candidates = np.flatnonzero((models[:, Model.STATE] == Model.MODEL) & (models[:, Model.TAG] == len(wanted)))
         for row in candidates.tolist():
             if self.text(self.model(row) + Model.TAG) == wanted:
+                # Tags that are made anew for each run, as Beam's are, would fill the memory of a process that lives
+                # long.
                 if len(self.rows_of_tags) > 4 * self._models.capacity:
                     self.rows_of_tags.clear()
                 self.rows_of_tags[tag] = (row, words[self.model(row) + Model.GENERATION])
@@ -238,11 +248,13 @@ class Tables:
 
     def pin_row(self, model: int, member: int) -> int | None:
         """Return the row of a member's (reference) pin on a model, or None."""
+        # By member first, of which a process has few pins, while a model may have one of each.
         pins = self.rows_where(self._pins, Pin.MEMBER, member)
         return next((row for row in pins if self.segment.words[self.pin(row) + Pin.MODEL] == model), None)
 
     def kept_ns(self, model: int, idle_ttl_seconds: float) -> int:
         """Return for how long an idle copy of a model is kept, `LONGEST_NS` for ever; pins aside."""
+        # Plus one in the segment, because 0 ns is a wish, too: to be unloaded at once.
         word = self.segment.words[self.model(model) + Model.KEEP_ALIVE]
         return int(word) - 1 if word else to_ns(idle_ttl_seconds)
 
@@ -261,6 +273,8 @@ class Tables:
     def free_row(self, table: Table) -> int:
         """Return a row whose first word is 0. Raises TableFullError."""
         states = self.view(table)[:, 0]
+        # The lowest one, so that the part of the table that is searched stays as short as it can. FREE is 0, the least
+        # of all states.
         row = int(np.argmin(states)) if len(states) else 0
         if not len(states) or states[row]:
             row = len(states)
@@ -281,6 +295,7 @@ class Tables:
     def free_members(self) -> Iterator[int]:
         """Return the free slots, lowest first."""
         states = self.view(self._members)[:, 0]
+        # Several, because a free row's lock file may be held by a process that is about to take the row.
         return itertools.chain(np.flatnonzero(states == 0).tolist(), range(len(states), self._members.capacity))
 
     def member_in_use(self, slot: int) -> bool:
@@ -292,6 +307,7 @@ class Tables:
         column = self._short_column(table, field)
         if column is not None:
             words, base = self.segment.words, table.base
+            # The state is asked last, and only of those that match: mostly there are few.
             return [row for row, found in enumerate(column) if found == value and words[base + row * table.words]]
         rows = self.view(table)
         found: list[int] = np.flatnonzero((rows[:, field] == value) & (rows[:, 0] != 0)).tolist()
@@ -303,6 +319,7 @@ class Tables:
         For 16 rows this takes 0.7 us instead of NumPy's 3.3, and 10 us less where the caches have gone cold, as in a
         process that has just been woken.
         """
+        # A strided slice copies one word of each row in a single step.
         count = self.segment.words[table.end_word] if table.end_word else table.capacity
         if count > FEW_ROWS:
             return None

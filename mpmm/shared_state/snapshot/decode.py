@@ -88,6 +88,8 @@ def decode(
     Raises SegmentCorruptError when rows hold what mpmm never writes.
     """
     words = memoryview(copied).cast("Q")
+    # The copy may be of the middle of a transaction, whose writer was killed or stopped. Its log is in the copy, too,
+    # and leads back to the state before it.
     torn = roll_back(words, layout.undo)
     # Thousands of new objects, none of them garbage, would have the collector come by several times.
     collects = gc.isenabled()
@@ -95,6 +97,7 @@ def decode(
     try:
         wanted = choice if with_events else None
         return _Decoder(copied, layout).snapshot(namespace, segment, torn, held, alive or {}, wanted)
+    # Whatever has written into the segment: junk is refused here, once, and need not be expected where a field is read.
     except (IndexError, ValueError, OverflowError) as error:
         raise SegmentCorruptError(
             f"segment {segment} of namespace {namespace!r} holds what mpmm never writes ({error}); "
@@ -149,6 +152,7 @@ class _Decoder:
         choice: EventChoice | None,
     ) -> Snapshot:
         words, header = self._words, self._rows_at([0])
+        # Whatever those of this process are: rows were written by these.
         settings = Settings(*self._floats[Header.SETTINGS : Header.SETTINGS + len(fields(Settings))].tolist())
         instances = self._instances()
         devices = self._devices(settings, instances)
@@ -160,7 +164,9 @@ class _Decoder:
             "taken_wall_s": time.time(),
             "torn_words": torn,
             "lock": self._lock(header, held),
+            # LEADER_SINCE keeps the time of the last one when there is no leader.
             "leader_for_s": header.age(words[Header.LEADER_SINCE]) if words[Header.LEADER] else None,
+            # Not from the header's bits, which `check` compares with this. (H3)
             "isolated": min((device.isolated for device in devices if device.isolated is not None), default=None),
             "suspend_budget_mb": self._suspend_budget_mb(settings),
             "settings": settings,
@@ -168,6 +174,8 @@ class _Decoder:
             "members": tuple(self._members(alive)),
             "models": tuple(self._model_infos(instances)),
             "instances": tuple(instances),
+            # In the order in which they are served, as far as that is known without a plan: rows are taken in any
+            # order.
             "tickets": tuple(sorted(self._tickets(), key=_place_in_queue)),
             "pins": tuple(self._pins()),
             "devices": tuple(devices),
@@ -191,11 +199,13 @@ class _Decoder:
     def _lock(self, header: Rows, held: bool | None) -> LockInfo:
         stopped = False
         if held:
+            # Only where the lock is held: the import takes longer than the rest of a snapshot.
             import psutil
 
             try:
                 status = psutil.Process(self._words[Header.LOCK_HOLDER]).status()
                 stopped = status in (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)
+            # It may have ended since, be another pid namespace's, or the word may be junk: then nothing is known of it.
             except (psutil.Error, ValueError, OverflowError):
                 stopped = False
         return _records(LockInfo, header, held=(held,), holder_stopped=(stopped,))[0]
@@ -203,6 +213,7 @@ class _Decoder:
     def _members(self, alive: dict[int, bool]) -> list[MemberInfo]:
         table = self._layout.members
         slots, rows = _used(self._words, table), self._rows(table)
+        # Whatever is in STATE, the row is used, and not to be left out.
         kinds = [_MEMBER_KINDS.get(found, "worker") for found in rows.words_at(Member.STATE)]
         peaks = rows.floats_at(Member.PEAK_MB)
         return _records(
@@ -211,6 +222,7 @@ class _Decoder:
             slot=slots,
             kind=kinds,
             alive=[alive.get(slot) for slot in slots],
+            # Only servers are measured. The 0 of others would look like a figure.
             peak_mb=[peak if kind == "server" else None for kind, peak in zip(kinds, peaks, strict=True)],
         )
 
@@ -222,8 +234,11 @@ class _Decoder:
             ModelInfo,
             rows,
             row=self._models,
+            # ESTIMATE_MB means nothing unless KNOWN.
             estimate_mb=[mb if known else None for known, mb in estimates],
             keep_alive_s=[_kept_s(word) for word in rows.words_at(Model.KEEP_ALIVE)],
+            # USED_AT is written when a copy begins to load or goes, because a word for each use would be one more on
+            # the warm path. What copies are there say it better.
             unused_for_s=[used[row] if row in used else rows.age(then) for row, then in used_at],
         )
 
@@ -262,6 +277,7 @@ class _Decoder:
     def _server_peak(self, server: int) -> float | None:
         if not server:
             return None
+        # Computed, not `Tables`: that reads the live segment, and this is a copy.
         return self._floats[self._layout.members.base + (server - 1) * Member.WORDS + Member.PEAK_MB] or None
 
     def _tickets(self) -> list[TicketInfo]:
@@ -277,6 +293,7 @@ class _Decoder:
             member=members,
             pid=[self._pid_of(member) for member in members],
             time_left_s=[
+                # For a wait without an end the word is not a time.
                 -rows.age(deadline) if deadline < LONGEST_NS else math.inf
                 for deadline in rows.words_at(Ticket.DEADLINE)
             ],
@@ -284,6 +301,7 @@ class _Decoder:
 
     def _pid_of(self, slot: int) -> int:
         table = self._layout.members
+        # MEMBER may be junk, too, and the checks are to say so instead of this failing.
         return int(self._words[table.base + slot * table.words + Member.PID]) if 0 <= slot < table.capacity else 0
 
     def _pins(self) -> list[PinInfo]:
@@ -292,6 +310,7 @@ class _Decoder:
     def _devices(self, settings: Settings, instances: list[InstanceInfo]) -> list[DeviceInfo]:
         table = self._layout.devices
         numbers, rows = _used(self._words, table), self._rows(table)
+        # Both as the scheduler counts them, so that what people see explains its decisions.
         used = [self._used_mb(row, at, instances) for row, at in zip(numbers, rows.starts, strict=True)]
         committed = [self._committed_mb(row, at, instances) for row, at in zip(numbers, rows.starts, strict=True)]
         sampled = rows.words_at(Device.SAMPLED)
@@ -301,8 +320,10 @@ class _Decoder:
             row=numbers,
             limit_mb=[total * (1 - settings.slack_percentage) for total in rows.floats_at(Device.TOTAL_MB)],
             used_mb=used,
+            # Before the first sample there is a 0, which was never measured.
             peak_mb=[mb if then else None for then, mb in zip(sampled, rows.floats_at(Device.PEAK_MB), strict=True)],
             committed_mb=committed,
+            # Never below 0: where the figure is higher than what is accounted for, nothing of it is reserved.
             reserved_mb=[max(0.0, mb - (shown or 0.0)) for mb, shown in zip(committed, used, strict=True)],
             returns_mb=[self._returns(at) for at in rows.starts],
             samples=[self._samples(at + Device.RING) for at in rows.starts],
@@ -317,9 +338,11 @@ class _Decoder:
 
     def _committed_mb(self, device: int, at: int, instances: list[InstanceInfo]) -> float:
         """Return what admission counts as taken of a device, see `policy.ledger`."""
+        # A device's own row does not say it: admission adds the rows up each time, and so does this.
         here = [one for one in instances if device in one.shares_mb]
         returning = self._floats[at + Device.RETURNING_MB] if self._words[Header.SOURCE_FREES_LATE] else 0.0
         committed = math.fsum(self._committed(one, device) for one in here) + returning
+        # nan before the first sample, and the sum of anything with that.
         external = self._floats[at + Device.EXTERNAL_MB]
         return committed + (0.0 if math.isnan(external) else external)
 
@@ -335,10 +358,12 @@ class _Decoder:
             return share_mb
         at = self._layout.members.base + instance.server * Member.WORDS
         word = Member.MEASURED_MB if span == 1 else Member.SHARES + list(instance.shares_mb).index(device)
+        # It may have taken more by now than it was allowed, as in `CopiesReader`.
         measured = self._floats[at + word]
         return share_mb if math.isnan(measured) else max(share_mb, measured)
 
     def _returns(self, at: int) -> tuple[float, ...]:
+        # At most as many as there are words for, whatever junk says.
         awaited = min(self._words[at + Device.RETURN_COUNT], Device.RETURNS_LENGTH)
         return tuple(self._floats[at + Device.RETURNS + Device.RETURN_WORDS * n + 1] for n in range(awaited))
 
@@ -346,6 +371,7 @@ class _Decoder:
         end = ring + 2 * Device.RING_LENGTH
         times = self._words[ring:end:2].tolist()
         figures = self._floats[ring + 1 : end : 2].tolist()
+        # By time, since the ring begins anywhere; 0 is a place that was never written.
         taken = sorted((then, mb) for then, mb in zip(times, figures, strict=True) if then and math.isfinite(mb))
         return tuple(((self._now - then) / 1e9, mb) for then, mb in taken)
 
@@ -370,10 +396,12 @@ class _Decoder:
         table, written = self._layout.events, self._words[Header.EVENTS]
         # The two rows behind the newest may be half written. (E1)
         first = max(1, written - table.capacity + 2, choice.after + 1)
+        # Numbers and not rows, so that what a place holds can be compared with what it should hold.
         sequences: Iterable[int] = range(first, written + 1)
         if choice.newest_of_each is not None:
             sequences = self._newest(first, written, choice.newest_of_each)
         places = ((sequence, table.base + (sequence - 1) % table.capacity * table.words) for sequence in sequences)
+        # One that was overwritten during the copy, or rolled back, has another number, and is left out.
         rows = self._rows_at([at for sequence, at in places if self._words[at + Event.SEQUENCE] == sequence])
         placed, kinds, reasons = [], [], []
         for word in rows.words_at(Event.KIND):
@@ -411,7 +439,8 @@ class _Decoder:
         seen: Counter[int] = Counter()
         found = []
         for sequence in range(last, first - 1, -1):
-            kind = kinds[(sequence - 1) % table.capacity]
+            # Without the bits of the devices, which would make a kind of its own of each place.
+            kind = kinds[(sequence - 1) % table.capacity] % 2**32
             if seen[kind] < count:
                 seen[kind] += 1
                 found.append(sequence)
@@ -422,14 +451,18 @@ def _last_used(instances: list[InstanceInfo]) -> dict[int, float]:
     """Return how long ago a copy of each model that has any was used last, by the model's row."""
     used: dict[int, float] = {}
     for copy in instances:
+        # What is in use is used now, however long ago its use began.
         for_s = 0.0 if copy.state == "active" else copy.for_s
         used[copy.model] = min(for_s, used.get(copy.model, for_s))
     return used
 
 
 def _kept_s(word: int) -> float | None:
+    # Plus one in the segment, where 0 is for a model whose users have not said.
     return None if not word else math.inf if word > LONGEST_NS else (word - 1) / 1e9
 
 
 def _place_in_queue(ticket: TicketInfo) -> tuple[int, float, int]:
+    # The order of `Views.queue_order` but for promotions, in seconds: by class, then by rank, which is the time of
+    # queueing less the head start.
     return ticket.priority, -ticket.waited_s - HEAD_START_S * ticket.urgency, ticket.number

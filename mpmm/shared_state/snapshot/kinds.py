@@ -71,11 +71,13 @@ class Rows:
 
     def age(self, then_ns: int) -> float:
         """Return how many seconds before the copy something was, below 0 for what is still to come."""
+        # To one moment for all, so that times within a snapshot can be compared.
         return (self.now_ns - then_ns) / 1e9
 
     def text_at(self, word: int) -> str:
         """Return the text that begins at a word of the segment."""
         length = min(self.words[word], _MOST_TEXT_BYTES)
+        # surrogateescape: tags come from anywhere, and what is no UTF-8 must come back as the same bytes.
         return bytes(self.data[8 * (word + 1) : 8 * (word + 1) + length]).decode("utf-8", "surrogateescape")
 
 
@@ -109,6 +111,7 @@ def reference(place: int) -> Metadata:
 def state(place: int, states: type[IntEnum]) -> Metadata:
     """Declare a state by its name; a number that is none of them is shown as it is."""
     names = {one.value: one.name.lower() for one in states}
+    # Not an error: to look at what is wrong is what a snapshot is for.
     return _kind(place, lambda rows: [names.get(found) or f"state {found}" for found in rows.words_at(place)])
 
 
@@ -119,6 +122,7 @@ def devices(place: int) -> Metadata:
 
 def tag(place: int) -> Metadata:
     """Declare the tag of the model whose row a word holds, empty if that row is free."""
+    # A row that names a free one breaks an invariant, and `check` says so; here it has no tag.
     return _kind(place, lambda rows: [rows.tags.get(found, "") for found in rows.words_at(place)])
 
 
@@ -139,6 +143,7 @@ def age_or_none(place: int) -> Metadata:
 
 def wall(place: int) -> Metadata:
     """Declare a moment as Unix time."""
+    # Not as an age: wall clocks are set, so it is only for people.
     return _kind(place, lambda rows: [found / 1e9 for found in rows.words_at(place)])
 
 
@@ -149,6 +154,7 @@ def number(place: int) -> Metadata:
 
 def number_or_none(place: int) -> Metadata:
     """Declare a float that is None where the segment has nan: it is not known."""
+    # JSON has no nan, and a program would take 0 for a figure.
     return _kind(place, lambda rows: [None if math.isnan(found) else found for found in rows.floats_at(place)])
 
 

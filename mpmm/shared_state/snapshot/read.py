@@ -121,14 +121,17 @@ def read_snapshot(
         layout = segment.layout
     finally:
         segment.close()
+    # After the copy, and so maybe another holder than the copy's. It only says whether somebody is stuck.
     held = is_locked(segment.path)
     folder, missing = str(runtime.path), []
     alive = {}
     for slot, pid, attached, inode, pids_of in used_members(copied, layout):
         path = f"{folder}/m{slot}.lock"
         alive[slot] = member_lives(path, inode, pid, attached, pids_of)
+        # Another file under its name is as good as none: it is not the one whose lock the member holds.
         if alive[slot] and (identity_of(path) or (0, 0))[1] != inode:
             missing.append(f"m{slot}.lock")
+    # Without a member the folder is about to be removed, and files are missing for good reason.
     if alive:
         missing += [name for name in ("alive.lock", "token") if not os.path.lexists(f"{folder}/{name}")]
     decoded = decode(copied, layout, namespace, name, held=held, alive=alive, with_events=events, choice=choice)
@@ -140,8 +143,11 @@ def _consistent_copy(segment: Segment, events: bool) -> bytearray:
     words = segment.words
     last = bytearray()
     for attempt in range(_COPIES_TRIED):
+        # Before the copy and after it: the same even number means that no transaction was open at any time in between.
         before = words[Header.CHANGE]
         copied = segment.copy_in_use(events=events)
+        # Odd both times: one transaction was open all the while. Two copies that are equal say that its writer is
+        # stopped, or dead, and that no store fell into them.
         if words[Header.CHANGE] == before and (before % 2 == 0 or copied == last):
             return copied
         last = copied
@@ -156,6 +162,7 @@ def _consistent_copy(segment: Segment, events: bool) -> bytearray:
     try:
         with contextlib.suppress(LockTimeoutError):
             lock.exclusive(_LOCK_TIMEOUT_S)
+        # With the lock held, or its holder stopped: either way nobody writes.
         return segment.copy_in_use(events=events, into=last)
     finally:
         lock.close()

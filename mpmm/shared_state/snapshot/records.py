@@ -38,6 +38,7 @@ class MemberInfo:
     kind: str
     pid: int = field(metadata=kinds.word(Member.PID))
     name: str = field(metadata=kinds.text(Member.NAME))
+    # Computed, like all fields without a kind: only the kernel knows it, see `liveness`.
     alive: bool | None
     started_wall_s: float = field(metadata=kinds.wall(Member.STARTED_WALL))
     attached_for_s: float = field(metadata=kinds.age(Member.ATTACHED))
@@ -147,6 +148,7 @@ class InstanceInfo:
     seats: int = field(metadata=kinds.word(Instance.SEATS))
     held: int
     device: int
+    # By device, because a number in a list would say nothing once other devices are listed.
     shares_mb: dict[int, float]
     mb: float = field(metadata=kinds.number(Instance.MB))
     peak_mb: float | None
@@ -203,6 +205,7 @@ class TicketInfo:
     waited_s: float = field(metadata=kinds.age(Ticket.ENQUEUED))
     head_of_line_for_s: float | None = field(metadata=kinds.age_or_none(Ticket.HEAD_OF_LINE_AT))
     called_up_ago_s: float | None = field(metadata=kinds.age_or_none(Ticket.CALLED_UP))
+    # Below 0 once its deadline has passed and it has not left yet.
     time_left_s: float
     preload: int = field(metadata=kinds.word(Ticket.PRELOAD))
     instance: int | None = field(metadata=kinds.reference(Ticket.INSTANCE))
@@ -248,6 +251,7 @@ class DeviceInfo:
     measured: bool = field(metadata=kinds.flag(Device.MEASURED))
     isolated: int | None = field(metadata=kinds.reference(Device.ISOLATED))
     sample_age_s: float | None = field(metadata=kinds.age_or_none(Device.SAMPLED))
+    # As ages, like most times here: a monotonic clock means nothing to who reads this elsewhere.
     samples: tuple[tuple[float, float], ...]
 
 
@@ -277,6 +281,7 @@ class EventInfo:
     instance: int | None = field(metadata=kinds.reference(Event.INSTANCE))
     ticket: int | None = field(metadata=kinds.reference(Event.TICKET))
     value: float | None = field(metadata=kinds.number_or_none(Event.VALUE))
+    # The ring keeps older figures where there is no reason, so these are left out by hand.
     reason: int | None = None
     need_mb: float | None = None
     free_mb: float | None = None
@@ -294,6 +299,7 @@ class LockInfo:
     held: bool | None
     last_holder_pid: int = field(metadata=kinds.word(Header.LOCK_HOLDER))
     taken_ago_s: float = field(metadata=kinds.age(Header.LOCK_TAKEN))
+    # Only looked up where the lock is held. A stopped holder is why nothing goes on.
     holder_stopped: bool
 
 
@@ -318,6 +324,7 @@ class Snapshot:
     taken_wall_s: float
     created_wall_s: float = field(metadata=kinds.wall(Header.CREATED_WALL))
     change: int = field(metadata=kinds.word(Header.CHANGE))
+    # Above 0 where the copy fell into a transaction that it had to undo.
     torn_words: int
     lock: LockInfo
     source: str = field(metadata=kinds.text(Header.SOURCE_NAME))
@@ -332,6 +339,7 @@ class Snapshot:
     active: int = field(metadata=kinds.word(Header.ACTIVE))
     loading: int = field(metadata=kinds.word(Header.LOADING))
     isolated: int | None
+    # These bits are counted by hand in transitions, so both are here for `check` to compare. (H3)
     isolated_devices: tuple[int, ...] = field(metadata=kinds.devices(Header.ISOLATED))
     steady_devices: tuple[int, ...] = field(metadata=kinds.devices(Header.STEADY))
     events_written: int = field(metadata=kinds.word(Header.EVENTS))
@@ -361,6 +369,7 @@ class Snapshot:
     devices: tuple[DeviceInfo, ...]
     observations: tuple[ObservationInfo, ...]
     events: tuple[EventInfo, ...]
+    # Seen in the folder and not in the copy, so it is filled in by `read`.
     missing_files: tuple[str, ...] = ()
 
     @property
@@ -395,6 +404,7 @@ def as_json(row: Snapshot | EventInfo) -> dict[str, Any]:
 
 
 def _jsonable(value: Any) -> Any:
+    # Not isinstance: it is called for each value of thousands of rows.
     kind = value.__class__
     if kind in _PLAIN:
         return value

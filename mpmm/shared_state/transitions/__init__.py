@@ -125,6 +125,7 @@ class Transitions:
                 self._reset_instance(t, row)
         for row in np.flatnonzero(tables.view(layout.models)[:, Model.FAILURES]).tolist():
             self.models.forget_failures(t, row)
+        # In the last step alone: a reset that takes several transactions is still one.
         t.add(Header.RESETS, 1)
         t.event(EventKind.RESET)
         return None
@@ -148,5 +149,6 @@ class Transitions:
             self.loads.give_up(t, row)
         elif state == Instance.SUSPENDED:
             self.suspensions.drop(t, row, slot)
+        # An UNLOADING row stays as it is: whoever is at work on it goes on, and frees it.
         elif state in (Instance.SUSPENDING, Instance.RESUMING):
             self.suspensions.fail(t, row, None, slot + 1)

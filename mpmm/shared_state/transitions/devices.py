@@ -64,6 +64,7 @@ class Devices(Part):
             if uuid in new:
                 t.set_all([(at + word, 0) for word in range(Device.STATE, Device.UUID)])
                 t.set_text(at + Device.UUID, uuid)
+                # Both texts, since only the words before them are cleared: the row may have been another device's.
                 t.set_text(at + Device.NAME, name)
                 # Unknown, which is not 0: nobody may load into memory that no figure has shown to be free.
                 t.set_float(at + Device.EXTERNAL_MB, math.nan)
@@ -99,6 +100,8 @@ class Devices(Part):
 
     def note_try(self, t: Transaction, row: int, taken_ns: int) -> None:
         """Record that somebody has tried to take a figure of a device."""
+        # Also if no figure came of it: processes that would stand in go by this, and not each of them is to try a
+        # source that hangs.
         t.set(self._tables.device(row) + Device.TRIED, taken_ns)
 
     def note_unrelated(self, t: Transaction, row: int, mb: float) -> None:
@@ -120,6 +123,8 @@ class Devices(Part):
             return False
         floats = self._segment.floats
         at = self._tables.device(row)
+        # `Ledgers.expect_back` notes this figure with each unload from here on: how far the next one is below it is
+        # what came back.
         t.set_float(at + Device.USED_MB, used_mb)
         t.set(at + Device.SAMPLED, taken_ns)
         slot = self._segment.words[at + Device.RING_NEXT]
@@ -130,6 +135,7 @@ class Devices(Part):
         t.set(at + Device.RING_NEXT, (slot + 1) % Device.RING_LENGTH)
         # After the ring has the figure, because the peak is looked up there.
         t.set_float(at + Device.PEAK_MB, self.peak_since(row, self._segment.words[at + Device.PEAK_RESET]))
+        # It outlives both the ring, which is short, and `reset_peaks`.
         if used_mb > floats[at + Device.HIGHEST_MB]:
             t.set_float(at + Device.HIGHEST_MB, used_mb)
         self._ledgers.settle(t, row, Figure(used_mb, taken_ns, done_ns or t.now, floats[at + Device.UNRELATED_MB]))
@@ -141,6 +147,8 @@ class Devices(Part):
         for row in self._tables.used_rows(self._layout.devices) if devices is None else device_rows(devices):
             at = self._tables.device(row)
             t.set(at + Device.PEAK_RESET, now)
+            # Not 0, although the peak begins anew: what is in use now is part of it, and the next sample may be a while
+            # away.
             t.set_float(at + Device.PEAK_MB, self._segment.floats[at + Device.USED_MB])
 
     def peak_since(self, row: int, since_ns: int) -> float:

@@ -32,6 +32,7 @@ class Estimates(Part):
         """
         at = self._tables.model(row)
         if forget_bound:
+            # Else what has to be free for a copy would go on being above the bound, however small the new estimate is.
             t.set_float(at + Model.AT_LEAST_MB, 0.0)
         # Where the model was known before, its tickets have their class and their figure.
         if not self._segment.words[at + Model.KNOWN]:
@@ -132,6 +133,8 @@ class Estimates(Part):
         rows = self._tables.view(self._layout.observations)
         row = int(np.argmin(np.where(rows[:, Observation.STATE] == 0, 0, rows[:, Observation.UPDATED])))
         at = self._layout.observations.base + row * Observation.WORDS
+        # The row may have been another configuration's: with COUNT and NEXT at 0 its readings count no more, and are
+        # overwritten one by one.
         t.set(at + Observation.COUNT, 0)
         t.set(at + Observation.NEXT, 0)
         t.set(at + Observation.PAIRS_USED, len(pairs))
@@ -143,4 +146,6 @@ class Estimates(Part):
 
     def note_solution(self, t: Transaction, observations_made: int) -> None:
         """Record which observations the last solution has seen."""
+        # The number from before the solver read them, not the one of now: what came while it worked is still to be
+        # solved.
         t.set(Header.SOLVED_AT, observations_made)

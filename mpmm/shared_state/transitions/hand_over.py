@@ -93,11 +93,14 @@ class HandOver(Part):
                 (at + Instance.HOLDER, words[ticket + Ticket.MEMBER]),
                 (at + Instance.USES, words[at + Instance.USES] + 1),
                 (model + Model.HITS, words[model + Model.HITS] + 1),
+                # What `Tickets.stop_waiting` counts down, see there.
                 (model + Model.WAITING, words[model + Model.WAITING] - 1),
                 (model + Model.HOLD_S, self._holds.hold_mean(model, held, used)),
                 (Header.HITS, words[Header.HITS] + 1),
                 (Header.WAITING, words[Header.WAITING] - 1),
                 (ticket + Ticket.INSTANCE, instance + 1),
+                # STATE before SIGNAL. A waiter looks without the lock, at SIGNAL first: were it to find the new SIGNAL
+                # and no answer, it would sleep on that, and through its answer if this process died before the wake-up.
                 (ticket + Ticket.STATE, Ticket.GRANTED),
                 (signal, words[signal] + 1),
             )
@@ -149,6 +152,7 @@ class HandOver(Part):
         if self._segment.words[at] in (Ticket.FREE, Ticket.WAITING):
             raise self._tables.surprise("the ticket", at)
         t.set(at + Ticket.STATE, Ticket.FREE)
+        # Not before the ticket is free: as long as it is used, it keeps the lease's row.
         self._leases.forget_spent(t, self._segment.words[at + Ticket.MODEL])
 
     def leave_queue(self, t: Transaction, row: int) -> None:
@@ -199,6 +203,8 @@ class HandOver(Part):
         """Take back an instance (reference) that was given with an answer, a state; nothing for other answers."""
         instance = given - 1
         if state == Ticket.GRANTED:
+            # GRANTED is the answer for copies and leases, and LOAD for loads and resumes; only the instance's row tells
+            # which. (T2)
             if self._segment.words[self._tables.instance(instance)] == Instance.LEASED:
                 self._leases.end(t, instance)
             else:

@@ -75,12 +75,15 @@ class Holds(Part):
         words = self._segment.words
         if words[at + Instance.STATE] != Instance.ACTIVE:
             raise self._tables.surprise("the copy", at)
+        # One word instead of a search, because mostly nothing runs alone. What did must not once it is IDLE (D3): its
+        # devices would stay closed to everybody.
         if words[Header.ISOLATED]:
             self._isolation.end(t, row)
         held = (t.now - words[at + Instance.SINCE]) / 1e9
         event = t.next_event(EventKind.RELEASED, words[at + Instance.MODEL] + 1, row + 1, value=held)
         unload_on_release, holder = words[at + Instance.UNLOAD_ON_RELEASE], words[at + Instance.HOLDER]
         if unload_on_release == Instance.LOST:
+            # The row does not become IDLE on the way, so nobody finds it in the list. (M2)
             t.set_all((event,))
             self._end_lost(t, row, holder)
             return
@@ -101,6 +104,8 @@ class Holds(Part):
         if unload_on_release and words[at + Instance.SEAT_OF]:
             self._instances.free_row(t, row)
         elif unload_on_release:
+            # By way of IDLE, where every unload begins: that takes it off the list again, and sees to its twins. The
+            # lock is held all the while, so no waiter takes it in between.
             self._unloads.begin(t, row, holder - 1, evicted=False, cause=Cause(Reason.ASKED))
 
     def _end_lost(self, t: Transaction, row: int, holder: int) -> None:

@@ -61,6 +61,7 @@ class Instances(Part):
     def set_mb(self, t: Transaction, row: int, mb: float, shares_mb: Sequence[float] = ()) -> None:
         """Set what an instance takes; of each device as much as of the others, where `shares_mb` does not say."""
         at = self._tables.instance(row)
+        # The sum along with the parts (I5), or plans and ledgers would count different memory.
         self._update_float(t, at + Instance.MB, mb)
         span = self._segment.words[at + Instance.DEVICES].bit_count()
         # One that lies on a single device has no shares: MB is all there is, and `shares_of` goes by the same rule.
@@ -148,6 +149,7 @@ class Instances(Part):
         """
         head_word = self._tables.model(self._segment.words[at + Instance.MODEL]) + Model.IDLE_HEAD
         head = self._segment.words[head_word]
+        # Both words of the row, although it was in no list: it has kept those of the last one.
         changes = [(at + Instance.NEXT, head), (at + Instance.PREVIOUS, 0), (head_word, row + 1)]
         if head:
             changes.append((self._tables.instance(head - 1) + Instance.PREVIOUS, row + 1))

@@ -76,6 +76,7 @@ class Isolation(Part):
         Instances that are to be unloaded there have had to wait for that: their time begins now, and all workers look.
         """
         words, tables, at = self._segment.words, self._tables, self._tables.instance(row)
+        # By the row, not by the header's bits, which another instance on the device may have set.
         if not words[at + Instance.STEADY]:
             return
         devices = words[at + Instance.DEVICES]

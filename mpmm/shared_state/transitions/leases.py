@@ -33,6 +33,7 @@ class Leases(Part):
         at = self._tables.model(row)
         t.set_float(at + Model.ESTIMATE_MB, mb)
         t.set(at + Model.KNOWN, 1)
+        # Not MODEL, by which tags are searched: a lease may be named like a model, or like another lease.
         t.set(at + Model.STATE, Model.LEASE)
         return row
 
@@ -88,5 +89,6 @@ class Leases(Part):
         # A ticket with an answer refers to the row as well, until its waiter has read that.
         waiting = self._tables.rows_where(self._layout.tickets, Ticket.MODEL, model)
         held = self._tables.rows_where(self._layout.instances, Instance.MODEL, model)
+        # Sooner, and another tag could take the row while a ticket or an instance still names it. (T1, I2)
         if not waiting and not held:
             t.set(self._tables.model(model) + Model.STATE, Model.FREE)

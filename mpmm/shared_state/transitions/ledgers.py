@@ -44,6 +44,7 @@ class Ledgers(Part):
         ]
         entry = at + Device.RETURNS
         for one in ledger.returns:
+            # What lies behind RETURN_COUNT stays, as nobody reads it: a store less for each.
             changes += [(entry, one.ended_ns), (entry + 1, float_bits(one.mb)), (entry + 2, float_bits(one.before_mb))]
             entry += Device.RETURN_WORDS
         t.set_all(changes)
@@ -60,6 +61,8 @@ class Ledgers(Part):
         for number, mb in self._tables.shares_of(row):
             if mb > 0:
                 device = self._tables.device(number)
+                # What stood there when it was unloaded. nan if nothing ever did: then no fall of the figure can show
+                # it.
                 before_mb = floats[device + Device.USED_MB] if words[device + Device.SAMPLED] else math.nan
                 ledger = self.read(number)
                 self._write(t, number, ledger.awaiting(Return(t.now, mb, before_mb), Device.RETURNS_LENGTH))
@@ -90,6 +93,7 @@ class Ledgers(Part):
         after = settle(before, figure, self._entries(device, figure), t.now, self._give_up_ns(), late)
         self._write(t, device, after)
         if after.written_off_mb:
+            # It counts as external from here on: the books cannot tell who has it, and must not promise it to anybody.
             t.add_float(Header.WRITTEN_OFF, after.written_off_mb)
             t.event(EventKind.WRITTEN_OFF, value=after.written_off_mb)
             t.after.append(
@@ -127,6 +131,8 @@ class Ledgers(Part):
             # It is in memory, but in none of the processes that the figure is about.
             return Entry(0.0, 0.0, True)
         if state in (Instance.LOADING, Instance.RESUMING):
+            # What began after the figure is not in it. Of other loads nobody knows how far they have come, so anything
+            # up to all.
             began_later = words[at + Instance.SINCE] > figure.done_ns
             return Entry(0.0, 0.0 if began_later else floats[at + Instance.RESERVED_MB] / span)
         mb = dict(self._tables.shares_of(row))[device]

@@ -56,6 +56,7 @@ class Loads(Part):
         """
         row = self._instances.new_row(t, model, member, devices)
         at = self._tables.instance(row)
+        # For people, and for the figure that `end` corrects; while it is LOADING, admission counts RESERVED_MB.
         self._instances.set_mb(t, row, need_mb)
         t.set_float(at + Instance.RESERVED_MB, need_mb)
         self._instances.change_state(t, row, Instance.LOADING)
@@ -110,6 +111,7 @@ class Loads(Part):
         if handle:
             t.set_text(at + Instance.HANDLE, handle)
         else:
+            # An object exists in its loader's memory alone, so from here on nobody else is given it. (M2)
             t.set(at + Instance.OWNER, words[at + Instance.HOLDER])
         t.add(Header.LOADS, 1)
         row_of_model = self._tables.model(model)
@@ -126,6 +128,7 @@ class Loads(Part):
     def fail(self, t: Transaction, row: int) -> None:
         """A load came to nothing: free the row and its reservation."""
         at = self._tables.instance(row)
+        # Before the row is free, which sets SINCE anew.
         taken = (t.now - self._segment.words[at + Instance.SINCE]) / 1e9
         t.event(EventKind.LOAD_FAILED, self._model_reference(row), row + 1, value=taken)
         t.add(Header.FAILED_LOADS, 1)
@@ -152,6 +155,7 @@ class Loads(Part):
             return
         t.add(Header.FAILED_LOADS, 1)
         t.event(EventKind.LOAD_FAILED, self._model_reference(row), row + 1)
+        # UNLOADING it may not run alone any more (D3), and others may wait for its devices.
         self._isolation.end(t, row)
         # The loader would have written the handle at the end. Without it nobody could reach the server to end it.
         t.set_text(at + Instance.HANDLE, self._tables.text(self._tables.member(server - 1) + Member.NAME))

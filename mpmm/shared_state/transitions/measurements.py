@@ -33,6 +33,7 @@ class Measurements(Part):
         at = self._tables.member(slot)
         row = words[at + Member.INSTANCE]
         instance = self._tables.instance(row - 1) if row else 0
+        # Both ways: a row that was freed and taken again is another copy's, and the server's row names it still.
         serves = instance and words[instance + Instance.SERVER] == slot + 1
         # What a model server has elsewhere than where it was sent is in no reservation.
         devices = device_rows(words[instance + Instance.DEVICES]) if serves else list(on_devices)
@@ -57,6 +58,8 @@ class Measurements(Part):
         if state == Instance.SUSPENDED and not _is_from_before(taken_ns, words[at + Instance.SINCE]):
             # What it keeps there, its context say.
             self._instances.set_mb(t, row, mb, shares_mb)
+        # A resume sets LOADED_AT anew. A figure from before it shows what the copy kept while it was suspended, and
+        # admission would take the rest for free.
         if words[at + Instance.WAY] and _is_from_before(taken_ns, words[at + Instance.LOADED_AT]):
             return
         # While it loads or unloads the figure shows half a model, and an estimate by that would let too much in.

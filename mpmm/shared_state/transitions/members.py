@@ -94,6 +94,7 @@ class Members(Part):
         if not self._take_back(t, slot):
             return False
         t.set(self._tables.member(slot) + Member.STATE, Member.FREE)
+        # Counted where the row is freed, so once, however many transactions it takes.
         t.add(Header.REAPS, 1)
         t.event(EventKind.REAPED, value=slot)
         return True
@@ -113,6 +114,7 @@ class Members(Part):
         """
         tables, layout, reference = self._tables, self._layout, slot + 1
         if self._segment.words[Header.LEADER] == reference:
+            # By reference, so a later member in this slot would be taken for the leader.
             t.set(Header.LEADER, 0)
         # The tickets first, because freeing an instance puts the ticket that it was given to back into the queue. The
         # last step is for what the member was unloading or suspending, and for what the steps before have made so.
@@ -137,6 +139,7 @@ class Members(Part):
         """The process behind a handle is gone, and its memory with it."""
         at = self._tables.instance(row)
         state = self._segment.words[at + Instance.STATE]
+        # Before MB is set to 0, which the event is to show.
         t.event(EventKind.LOST, self._model_reference(row), row + 1, value=self._segment.floats[at + Instance.MB])
         self._instances.orphan_seats(t, row)
         if state in _GO_WITH_SERVER:
@@ -173,10 +176,13 @@ class Members(Part):
         elif words[at + Instance.STATE] == Instance.SUSPENDING:
             self._suspensions.hand_over(t, row, successor - 1)
         else:
+            # Nobody knows how far the dead one has come, so all of it is done again.
             self._unloads.hand_over(t, row, successor - 1)
 
     def _successor(self, reference: int) -> int:
         """Return a worker that takes over the duties of the member `reference`: this process, if it stays; 0: none."""
+        # 0 before the actor has a row of its own: a newcomer that takes over what a crowd of dead ones has left. What
+        # it would have to unload goes to a worker, if one lives.
         mine = self._actor.slot + 1
         if mine not in (0, reference):
             return mine
@@ -191,6 +197,8 @@ class Members(Part):
         counts_named: the source's figure holds nothing but the processes that it is asked about.
         """
         t.set(Header.LEADER, slot + 1)
+        # POLLED along with the lead: else the last leader's silence would be held against the new one, and others would
+        # poll in its place at once.
         t.set(Header.LEADER_SINCE, t.now)
         t.set(Header.POLLED, t.now)
         t.add(Header.LEADERS, 1)

@@ -39,6 +39,7 @@ class Models(Part):
         try:
             row = self._take_row(t, self._layout.models)
         except TableFullError:
+            # A tag whose copies are gone keeps its row for its estimate, which is what is lost here.
             row = self._oldest_unused()
             if row < 0:
                 raise
@@ -51,6 +52,7 @@ class Models(Part):
         t.set_float(at + Model.ESTIMATE_MB, math.nan)
         t.set(at + Model.USED_AT, t.now)
         t.set_text(at + Model.TAG, encoded)
+        # The last tag's name would be shown for this one.
         t.set_text(at + Model.NAME, b"")
         return row
 
@@ -82,6 +84,7 @@ class Models(Part):
         at = self._tables.model(row)
         if self._segment.words[at + Model.FAILURES]:
             t.set(at + Model.FAILURES, 0)
+            # Both or none (M9): the back-off is reckoned from the two.
             t.set(at + Model.FAILED_AT, 0)
 
     def supersede(self, t: Transaction, row: int, superseded: bool) -> None:
@@ -96,6 +99,8 @@ class Models(Part):
             (
                 (at + Model.MEAN_INTERARRIVAL_S, float_bits(mean_interarrival_s)),
                 (at + Model.REQUESTS, requests),
+                # All three belong to one count: the mean decays from this moment on, and what has come since is the
+                # difference to REQUESTS.
                 (at + Model.REQUESTED_AT, counted_ns),
             )
         )

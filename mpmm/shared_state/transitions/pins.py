@@ -24,6 +24,7 @@ class Pins(Part):
         t.set(at + Pin.MEMBER, member + 1)
         t.set(at + Pin.SINCE, t.now)
         t.set(at + Pin.STATE, 1)
+        # A sum of the rows (M5), so that a plan, and the search for a model to give up, need not look at pins.
         t.add(self._tables.model(model) + Model.PINS, 1)
         t.event(EventKind.PINNED, model + 1, value=member)
         return row
@@ -32,6 +33,7 @@ class Pins(Part):
         """End a pin."""
         at = self._tables.pin(row)
         model = self._segment.words[at + Pin.MODEL]
+        # The model's row is certainly still this one's: a model with PINS is never given up. (P1)
         t.set(at + Pin.STATE, 0)
         t.add(self._tables.model(model) + Model.PINS, -1)
         # Else the tag would be the first to lose its row, although somebody has just cared about it.

@@ -124,6 +124,7 @@ class Suspensions(Part):
         # As a load does: admission counts what is reserved, since no figure shows yet what the resume is going to take.
         self._instances.set_mb(t, row, mb)
         t.set_float(at + Instance.RESERVED_MB, mb)
+        # A model that is about to be used again is not the first one whose row is given up.
         t.set(self._model(row) + Model.USED_AT, t.now)
         kind = placed(EventKind.RESUME_BEGAN, self._segment.words[at + Instance.DEVICES])
         t.event(kind, self._model_reference(row), row + 1, ticket, mb, cause)
@@ -192,6 +193,7 @@ class Suspensions(Part):
         state = words[at]
         if state not in (Instance.SUSPENDING, Instance.RESUMING):
             raise self._tables.surprise("the copy", at)
+        # Told by the state from before it becomes UNLOADING.
         kind = EventKind.SUSPEND_FAILED if state == Instance.SUSPENDING else EventKind.RESUME_FAILED
         t.event(kind, self._model_reference(row), row + 1, value=self._for_s(t, row))
         t.add(Header.SUSPEND_FAILURES, 1)
@@ -203,6 +205,7 @@ class Suspensions(Part):
         if why is not None:
             t.set(self._model(row) + Model.UNSUSPENDABLE, why)
             tag = self._tables.tag_of(words[at + Instance.MODEL])
+            # Read now: after the transaction the row may be another tag's.
             reason = why.name.lower().replace("_", " ")
             t.after.append(partial(_LOG.warning, "mpmm: %s is not suspended any more: %s", tag, reason))
         self._ring(t, words[at + Instance.HOLDER] - 1)

@@ -54,6 +54,8 @@ class Tickets(Part):
         t.set_all(
             (
                 (Header.NEXT_TICKET, number + 1),
+                # A hint for releases where one waits, and for a wake-up ahead of them. It may outlive its ticket, so
+                # who reads it looks at the row's STATE or is content with a guess.
                 (Header.NEWEST_TICKET, row),
                 (at + Ticket.NUMBER, number),
                 (at + Ticket.PRIORITY, priority),
@@ -118,6 +120,7 @@ class Tickets(Part):
         """Say in the log, once for each ticket, that nothing which the manager can unload would serve it."""
         at = self._tables.ticket(row)
         if not self._segment.words[at + Ticket.WARNED]:
+            # In the transaction of the wait: a plan that is undone takes it back, and with `t.after` the log line.
             t.set(at + Ticket.WARNED, 1)
             pid = self._segment.words[self._tables.member(self._segment.words[at + Ticket.MEMBER] - 1) + Member.PID]
             tag = self._tables.tag_of(self._segment.words[at + Ticket.MODEL])
@@ -155,6 +158,7 @@ class Tickets(Part):
         """Give a waiting ticket its answer, a state, and wake the waiter."""
         self.stop_waiting(t, row)
         at = self._tables.ticket(row)
+        # STATE before SIGNAL, see `HandOver.from_holder`.
         t.set(at + Ticket.STATE, state)
         self._wake(t, at + Ticket.SIGNAL)
 
@@ -173,6 +177,7 @@ class Tickets(Part):
         """
         at = self._tables.ticket(row)
         t.set(at + Ticket.INSTANCE, 0)
+        # The counters with it (H2, M3), as `stop_waiting` has taken it off both when it got its answer.
         t.set(at + Ticket.STATE, Ticket.WAITING)
         t.add(self._tables.model(self._segment.words[at + Ticket.MODEL]) + Model.WAITING, 1)
         t.add(Header.WAITING, 1)

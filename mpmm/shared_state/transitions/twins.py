@@ -91,6 +91,7 @@ class Twins(Part):
 
     def _leave_memory(self, t: Transaction, row: int, to: int) -> None:
         """Let a twin that stays stand for the memory of one that goes, and for its server."""
+        # Before its DEVICES change, by which the devices' rows are found that name it. (D3)
         self._isolation.end(t, to)
         words, floats = self._segment.words, self._segment.floats
         at, successor = self._tables.instance(row), self._tables.instance(to)
@@ -105,4 +106,6 @@ class Twins(Part):
             t.set(successor + Instance.SERVER, server)
             t.set(self._tables.member(server - 1) + Member.INSTANCE, to + 1)
             t.set(at + Instance.SERVER, 0)
+        # Only one of them may have it (I7), and this row is about to go: what it had by then would be awaited as coming
+        # back.
         self._instances.set_mb(t, row, 0.0)

@@ -116,4 +116,5 @@ class Unloads(Part):
         t.event(
             EventKind.UNLOAD_ENDED, self._model_reference(row), row + 1, value=self._segment.floats[at + Instance.MB]
         )
+        # This awaits what MB says, until a figure shows that it is free: the driver may take a while.
         self._instances.free_row(t, row)
