@@ -105,7 +105,7 @@ def test_the_extras_exist() -> None:
     assert re.fullmatch(r"pip install 'mpmm\[beam\]'", SHELL[INSTALL])
     paragraph = README[README.index("Extras: ") :].partition(". A C compiler")[0]
     named = set(re.findall(r"`(\w+)`", paragraph))
-    assert named == extras() - {"demo", "dev", "docs", "examples"}
+    assert named == extras() - {"demo", "dev", "docs", "examples", "hosts", "large"}
 
 
 def test_the_first_example(tmp_path: Path) -> None:

@@ -1,0 +1,111 @@
+"""Beam's DaskRunner on many hosts: the workers of each share one copy of a model there. Needs Beam and distributed.
+
+    dask scheduler                            # on one host, and on each, as often as it has processes for the work:
+    dask worker tcp://SCHEDULER:8786 --nthreads 1
+    python tools/examples/dask_hosts.py tcp://SCHEDULER:8786
+    python tools/examples/dask_hosts.py       # without one: a cluster of two times two workers on this machine
+
+Dask gives a bundle to a worker on any host; mpmm decides there, by the memory of that host, and nothing of it passes
+between hosts. Two hosts on one machine have a runtime directory each, so that they have as little in common as two
+hosts; on real hosts there is nothing to do for that.
+"""
+
+# Beam is typed in part, and Dask's scheduler not at all.
+# mypy: disable-error-code="no-untyped-call,attr-defined,misc,type-arg"
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import apache_beam as beam
+from apache_beam.ml.inference.base import ModelHandler, RunInference
+from apache_beam.options.pipeline_options import PipelineOptions
+from apache_beam.runners.dask.dask_runner import DaskRunner
+from distributed import Nanny, Scheduler, SpecCluster
+
+import mpmm.beam
+
+WORKERS_ON_A_HOST = 2
+
+
+class Doubler:
+    """Stands for a model: it takes memory, and a while to load."""
+
+    def predict(self, numbers: Sequence[int]) -> list[tuple[int, int]]:
+        """Return the doubles of numbers, each with the process that has made it."""
+        return [(2 * number, os.getpid()) for number in numbers]
+
+
+class DoublerHandler(ModelHandler):
+    """Tells Beam how to load and use the model."""
+
+    def load_model(self) -> Doubler:
+        """Load it."""
+        return Doubler()
+
+    def run_inference(self, batch: Sequence[int], model: Doubler, inference_args: Any = None) -> list[Any]:
+        """Use it for a batch; say which host has done that."""
+        host = Path(os.environ.get("MPMM_RUNTIME_DIR", "/" + socket.gethostname())).name
+        return [(host, one) for one in model.predict(list(batch))]
+
+
+def report(host: str, doubled: Iterable[tuple[int, int]]) -> None:
+    """Print what one host has done; a worker does this, so that it stands in the worker's output."""
+    numbers, servers = zip(*doubled, strict=True)
+    print(f"host {host}: the sum of {len(numbers)} numbers is {sum(numbers)}, by {len(set(servers))} copy", flush=True)
+
+
+@contextlib.contextmanager
+def two_hosts(folder: Path) -> Iterator[str]:
+    """Run a cluster on this machine whose workers see one of two runtime directories; yield its address."""
+    workers = {}
+    for host in ("one", "two"):
+        (folder / host).mkdir(mode=0o700, exist_ok=True)
+        for number in range(WORKERS_ON_A_HOST):
+            options = {
+                "nthreads": 1,
+                "env": {"MPMM_RUNTIME_DIR": str(folder / host)},
+                "local_directory": tempfile.gettempdir(),
+            }
+            workers[f"{host}-{number}"] = {"cls": Nanny, "options": options}
+    with SpecCluster(workers, {"cls": Scheduler, "options": {"dashboard": False}}) as cluster:
+        yield cluster.scheduler_address
+
+
+def main(address: str) -> None:
+    """Double some numbers, wherever Dask has it done."""
+    mpmm.beam.install()
+    manager_args = {"memory_source": "booked", "fallback_memory_mb": 8000, "max_model_copies": 1}
+    options = PipelineOptions([f"--dask_client_address={address}", "--dask_npartitions=8"])
+    with beam.Pipeline(DaskRunner(), options) as pipeline:
+        _ = (
+            pipeline
+            | beam.Create(range(40))
+            | RunInference(
+                # Beam 2.77's DaskRunner loses the last batch of each partition, unless batches have one element each.
+                DoublerHandler(max_batch_size=1),
+                model_identifier="doubler",
+                use_model_manager=True,
+                model_manager_args=manager_args,
+            )
+            | beam.GroupByKey()
+            | beam.MapTuple(report)
+        )
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 1:
+        main(sys.argv[1])
+    else:
+        with (
+            tempfile.TemporaryDirectory(prefix="mpmm-", ignore_cleanup_errors=True) as temporary,
+            two_hosts(Path(os.environ.get("MPMM_RUNTIME_DIR", temporary))) as scheduler,
+        ):
+            main(scheduler)

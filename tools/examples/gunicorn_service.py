@@ -1,0 +1,52 @@
+"""gunicorn with `--preload`: one copy is loaded before the workers are forked, and all of them use it. Needs gunicorn.
+
+    gunicorn --preload --workers 4 --chdir tools/examples gunicorn_service:app
+    curl 'localhost:8000/?text=to+be+or+not+to+be'
+
+A manager may cross a fork: each worker becomes a member of its own. Without `--preload` the same program works, too;
+the first worker then loads the copy.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable
+from typing import Any
+from urllib.parse import parse_qs
+
+from mpmm import ModelManager, MultiProcessShared
+
+
+class Reverser:
+    """Stands for a model: it takes memory, and a while to load."""
+
+    def predict(self, text: str) -> tuple[str, int]:
+        """Return the text backwards, and which process has done it."""
+        return text[::-1], os.getpid()
+
+
+def load() -> str:
+    """Start a server for the model; its tag is a handle that works in every process."""
+    shared("reverser").acquire()
+    return "reverser"
+
+
+def shared(handle: str) -> MultiProcessShared[Reverser]:
+    """Return what leads to the model of a handle."""
+    return MultiProcessShared(Reverser, tag=handle, always_proxy=True, spawn_process=True)
+
+
+def make_app() -> Callable[..., Iterable[bytes]]:
+    """Load the model, and return the WSGI application: gunicorn calls this once, not the model's server."""
+    manager = ModelManager(namespace="gunicorn", memory_source="booked", max_model_copies=1)
+    manager.preload("reverser", load)
+
+    def app(environ: dict[str, Any], start_response: Callable[..., object]) -> Iterable[bytes]:
+        text = parse_qs(environ["QUERY_STRING"])["text"][0]
+        with manager.model("reverser", load) as handle:
+            answer, server = shared(handle).acquire().predict(text)
+        start_response("200 OK", [("Content-Type", "application/json")])
+        return [json.dumps({"answer": answer, "worker": os.getpid(), "server": server}).encode()]
+
+    return app
