@@ -28,6 +28,10 @@ from typing import Any
 
 import psutil
 import pytest
+from harness import KEEP, files_in, segments_of, wait_until
+
+from mpmm.model_manager import ModelManager
+from mpmm.shared_state.snapshot import read_snapshot
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "tools" / "examples"
 TIMEOUT_S = 100.0

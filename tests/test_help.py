@@ -87,7 +87,7 @@ def test_pages_beside_the_code_are_all_printed() -> None:
 
 
 def test_files_that_the_pages_name_are_there() -> None:
-    places = (CHECKOUT, CHECKOUT / "mpmm", CHECKOUT / "tests")
+    places = (CHECKOUT, CHECKOUT / "mpmm", CHECKOUT / "tests", CHECKOUT / "tools" / "examples")
     for topic, (_, markdown) in TOPICS.items():
         for name in re.findall(r"`([\w/]+/?\w+\.(?:py|c|md))(?: [^`]*)?`", markdown()):
             assert any((place / name).exists() for place in places), f"{topic}: {name}"

@@ -31,20 +31,14 @@ From one host to many
 
     Flink, Spark    Start Beam's worker pool on each host (environment `EXTERNAL`, address `localhost:50000`), with mpmm
                     installed there. Its workers share one namespace. Task slots of a host may outnumber its copies.
-    Dask            Every worker process of Beam's `DaskRunner` is a member; those of one host share.
+    Dask            Every worker process of Beam's `DaskRunner` is a member; those of one host share. See
+                    `tools/examples/dask_hosts.py`.
     Dataflow        Put mpmm into the workers' container, or into their requirements, and start with
                     `--beam_plugins=mpmm.beam`.
-    Ray             Actors make a `ModelManager` of the same namespace, see `tools/examples/ray_actors.py`. Give each a
-                    fraction of a GPU, so that all actors of a host see the device that they share.
-
-    Processes share where they see the same /dev/shm and the same runtime directory (`MPMM_RUNTIME_DIR`): in one
-    container, or in containers of one host that have both in common (`--ipc=host`, and a folder mounted in each). In
-    separate ones each has a namespace of its own, which knows of the others' memory only what the device shows.
+    Ray             Actors make a `ModelManager` of the same namespace, see `tools/examples/ray_hosts.py`.
 
     What mpmm does not do: send requests or models to another host, choose a request's host, start or stop workers.
-    A runner that scales by metrics learns from `num_loaded_models_<tag>` how many copies a model has, or could use
-    (`autoscaling_metric="demand"`). A file of kept estimates (`estimates_path`) may be copied to other hosts with the
-    same devices, so that they need not learn again.
+    `mpmm help hosts` says more: what makes a host, and how a runner that scales by metrics learns of demand.
 """
 
 from __future__ import annotations

@@ -72,6 +72,7 @@ TOPICS: dict[str, tuple[str, Callable[[], str]]] = {
     "memory": ("where memory figures come from, and what happens when they fail", _file("help/memory.md")),
     "costs": ("measured times and sizes, beside those of Beam's manager", _file("help/costs.md")),
     "internals": ("the shared segment, transactions, the leader, model servers", _file("help/internals.md")),
+    "hosts": ("from one host to many: Ray, Dask, Flink, Dataflow", _file("help/hosts.md")),
     "operating": ("containers, Kubernetes, systemd, security, versions", _file("OPERATING.md")),
     "changes": ("what changed in which version", _file("CHANGELOG.md")),
 }
