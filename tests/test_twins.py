@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import signal
 from collections.abc import Callable
 from typing import Any
 
@@ -119,3 +121,36 @@ def test_the_server_of_twins_lives_until_the_last_of_them_is_unloaded(
     snapshot = read_snapshot(namespace)
     assert (copies_of(namespace, "a"), snapshot.out_of_memory, snapshot.written_off_mb) == ([], 0, 0)
     assert problems(namespace) == []
+
+
+@pytest.mark.parametrize("users", [1, 3])
+def test_who_still_holds_what_was_lost_is_no_twin_of_the_next_copy(
+    users: int, namespace: str, new_process: NewProcess
+) -> None:
+    first, second = new_process(), new_process()
+    first.call(learn, a=400)
+    loader = LoadsServer(f"{namespace}-same")
+    handle = first.call(acquire_for, "a", loader, users)
+    (server,) = (member.pid for member in read_snapshot(namespace).members if member.kind == "server")
+    os.kill(server, signal.SIGKILL)
+    wait_until(lambda: [copy.mb for copy in copies_of(namespace, "a")] == [0], "the death is noticed")
+    assert second.call(acquire_for, "a", loader, users) == handle
+    assert sum(sizes(namespace, "a")) == 400, "it is in memory, and nothing else is"
+    second.call(release)
+    second.call(unload, "a")
+    wait_until(lambda: len(copies_of(namespace, "a")) == 1, "the new one is unloaded, although the lost one is held")
+    wait_until(lambda: all(one.kind != "server" for one in read_snapshot(namespace).members), "so has its server ended")
+    first.call(release)
+    wait_until(lambda: not copies_of(namespace, "a"), "nothing is left")
+    assert problems(namespace) == []
+
+
+def acquire_for(seat: Seat, tag: str, loader: Callable[[], Any], users: int) -> Any:
+    """Acquire and keep a copy that so many may use at a time."""
+    seat.held.append((tag, seat.manager.acquire_model(tag, loader, users=users)))
+    return seat.held[-1][1]
+
+
+def unload(seat: Seat, tag: str) -> int:
+    """Ask for an unload, and do not wait for it."""
+    return int(seat.manager.unload(tag, timeout_seconds=0))

@@ -39,6 +39,8 @@ class Twins(Part):
             for other in np.flatnonzero(alike).tolist()
             if other != row
             and words[tables.instance(other)] in (Instance.ACTIVE, Instance.IDLE)
+            # What that stood for is gone: a new server of the same name is another copy's.
+            and words[tables.instance(other) + Instance.UNLOAD_ON_RELEASE] != Instance.LOST
             and tables.text(tables.instance(other) + Instance.HANDLE) == handle
         ]
 
