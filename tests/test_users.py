@@ -9,7 +9,9 @@ import signal
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -33,10 +35,11 @@ from loaders import Loads, LoadsObject, LoadsServer, MakesServed, served
 from sleepers import LoadsSleeper, MakesSleeper
 
 from mpmm import AcquireTimeoutError, InvalidArgumentError, NamespaceResetError, NotAcquiredError
-from mpmm.beam.run_inference import users_of_handler
+from mpmm.beam.run_inference import replacements, users_of_handler
 from mpmm.cli import main
 from mpmm.observability.listing import copies_of as listed
 from mpmm.policy.plan import make_plan
+from mpmm.policy.sharing import expected_wait_s, waiting_is_sooner
 from mpmm.policy.view import (
     BusyInstance,
     DeviceView,
@@ -256,6 +259,14 @@ def view(idle: tuple[IdleInstance, ...], busy: tuple[BusyInstance, ...], *ticket
     }
     device = DeviceView(0, 1000.0, 600.0, 0.0, 0.0, 0.0)
     return View(100.0, SMALL, models, idle, tickets, (device,), busy=busy)
+
+
+def test_a_wait_for_copies_that_several_use_is_as_much_shorter() -> None:
+    ticket = TicketView(1, 1, 1, 1, 2, 99.0)
+    model = ModelView(1, True, 600.0, 1, {}, 1, shares=True, load_s=2.0, hold_s=1.0)
+    assert waiting_is_sooner(model, ticket, 3, 100.0) is None, "four holds take longer than a load"
+    assert waiting_is_sooner(replace(model, users=4.0), ticket, 3, 100.0) == 1.0
+    assert expected_wait_s(replace(model, users=4.0), 2, 3, Reason.SHARING, 0.0) == 1.0
 
 
 def test_a_plan_that_gives_a_seat_away_does_not_evict_the_copy() -> None:
@@ -478,6 +489,16 @@ class Handler:
     mpmm_users = 3
 
 
+class WithRunInference:
+    """Beam's module, as far as that matters here."""
+
+    made: SimpleNamespace
+
+    class _RunInferenceDoFn:
+        def _load_model(self, side_input_model_path: Any = None) -> Any:
+            return WithRunInference.made
+
+
 class Wrapping:
     """A handler around another one."""
 
@@ -489,7 +510,12 @@ def test_a_handler_says_how_many_use_its_model_at_a_time(namespace: str, new_man
     assert users_of_handler(Wrapping(Wrapping(Handler()))) == 3
     assert users_of_handler(Wrapping(object())) is None
     manager = new_manager()
-    manager.expect_users("a", 3)
+    transform = SimpleNamespace(
+        _model=None, _model_handler=Wrapping(Handler()), _load_model_at_runtime=True, use_model_manager=True
+    )
+    replaced = {name: new for _, name, new in replacements(WithRunInference)}  # type: ignore[arg-type]  # as a module is
+    WithRunInference.made = SimpleNamespace(models=manager, model_tag="a")
+    assert replaced["_load_model"](transform) is WithRunInference.made
     # As Beam asks for it.
     handle = manager.acquire_model("a", Loads())
     assert manager.acquire_model("a", Loads()) == handle
