@@ -245,7 +245,8 @@ class Lab:
         """Return the state without what is written raw or outside of what an operation promises."""
         copied = bytearray(self.segment.copy())
         words = memoryview(copied).cast("Q")
-        for word in (Header.CHANGE, Header.LOCK_HOLDER, Header.LOCK_TAKEN, Header.ROLLBACKS):
+        raw = (Header.CHANGE, Header.LOCK_HOLDER, Header.LOCK_TAKEN, Header.ROLLBACKS, Header.NEXT_GENERATION)
+        for word in raw:
             words[word] = 0
         for table in (self.layout.undo, self.layout.events):
             copied[8 * table.base : 8 * table.end] = bytes(8 * (table.end - table.base))

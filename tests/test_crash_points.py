@@ -24,7 +24,7 @@ from harness import CRASH_POINTS
 import mpmm
 from mpmm.shared_state.layout import Event
 from mpmm.shared_state.snapshot import read_snapshot
-from mpmm.shared_state.transaction import TransactionLock
+from mpmm.shared_state.transaction import Transaction, TransactionLock
 from mpmm.shared_state.transitions import Transitions
 
 
@@ -180,3 +180,19 @@ def test_events_of_a_rolled_back_transaction_are_not_shown(lab: Lab, tmp_path: P
     lab.restore(ended)
     table = lab.layout.events
     assert lab.words[table.base + Event.SEQUENCE] != 0
+
+
+def test_a_row_of_an_undone_transaction_is_not_taken_for_the_next_one_there(lab: Lab) -> None:
+    def claim(tag: str) -> Operation:
+        return lambda t, tr: tr.models.claim(t, tag, tag.encode())
+
+    def claim_and_raise(t: Transaction, tr: Transitions) -> None:
+        claim("a")(t, tr)
+        # As another thread may without the lock, or another process.
+        assert lab.tables.model_row("a") is not None
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        lab.do(claim_and_raise)
+    row = lab.do(claim("b"))
+    assert (lab.tables.model_row("a"), lab.tables.model_row("b")) == (None, row)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from collections.abc import Callable
@@ -41,6 +42,7 @@ from mpmm.shared_state.lock_file import LockFile
 from mpmm.shared_state.runtime_dir import default_root
 from mpmm.shared_state.segment import segment_name
 from mpmm.shared_state.snapshot import read_snapshot
+from mpmm.shared_state.transitions import hand_over
 
 SOON_S = 2.0
 
@@ -131,6 +133,27 @@ def test_leaders_that_die_one_after_another_are_each_replaced_soon(namespace: st
         # The wake-up of the next in line is lost if a leader dies in the microseconds before it: then they sleep on.
         waited = wait_until(partial(leads_another, namespace, gone), "another one leads", 3 * SOON_S)
         print(f"a new leader after {waited:.2f} s")
+    assert problems(namespace) == []
+
+
+def die_before_the_wake_up(seat: Seat) -> None:
+    """Hand the copy over, and die once that is committed, before the waiter is woken."""
+    seat.manager._connected().scheduler.prewake = lambda instance: None
+    vars(hand_over)["wake_all"] = lambda address: os.kill(os.getpid(), signal.SIGKILL)
+    release(seat)
+
+
+def test_a_waiter_whose_wake_up_died_with_its_sender_is_woken_all_the_same(
+    namespace: str, new_process: NewProcess
+) -> None:
+    victim, other = new_process(max_model_copies=1), new_process(max_model_copies=1)
+    copy = victim.call(acquire, "a")
+    other.send(acquire, "a", LoadFails("not to be called"))
+    wait_until(lambda: waiting(namespace, "a"), "the other one waits")
+    began = time.monotonic()
+    victim.send(die_before_the_wake_up)
+    assert soon(other, "the waiter is woken", began) == copy
+    other.call(release)
     assert problems(namespace) == []
 
 

@@ -110,7 +110,7 @@ class Header:
     STARVING = 25  # raw, also without the lock; futex word: until when the lock is left to the one that starves
     LEADER = 26  # reference to the member that polls
     LEADER_SINCE = 27
-    NEXT_GENERATION = 28
+    NEXT_GENERATION = 28  # raw: never decreases, whatever is undone
     EVENTS = 29  # events written so far; the ring holds the last ones
     STARVING_SINCE = 30  # raw, also without the lock: since when that one waits
     OBSERVATIONS_MADE = 31

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import astuple
+from functools import partial
 
 from mpmm.shared_state.events import EventKind
+from mpmm.shared_state.futex import wake_all
 from mpmm.shared_state.layout import Header, Instance, Member, Pin, Ticket
 from mpmm.shared_state.settings import Settings
 from mpmm.shared_state.tables import Tables
@@ -88,6 +90,7 @@ class Members(Part):
 
     def reap(self, t: Transaction, slot: int) -> bool:
         """Take back all that a dead member had, and free its row; return False if there is more to do, see `leave`."""
+        self._wake_again(t)
         if self._was_ended(slot):
             # No more is to be counted than for one that leaves by itself.
             return self.leave(t, slot)
@@ -98,6 +101,16 @@ class Members(Part):
         t.add(Header.REAPS, 1)
         t.event(EventKind.REAPED, value=slot)
         return True
+
+    def _wake_again(self, t: Transaction) -> None:
+        """Wake the waiters that have an answer, or were called up, which the dead member may have left asleep."""
+        words = self._segment.words
+        for row in self._tables.used_rows(self._layout.tickets):
+            at = self._tables.ticket(row)
+            if words[at] != Ticket.WAITING or words[at + Ticket.CALLED_UP]:
+                # Its last transaction may be committed, and the wake-up that was to follow not made. SIGNAL has
+                # changed by then, so to wake is all there is to do.
+                t.after.append(partial(wake_all, self._segment.address + 8 * (at + Ticket.SIGNAL)))
 
     def _was_ended(self, slot: int) -> bool:
         """Tell whether a dead member is a model server whose instance was unloaded, or is being unloaded."""

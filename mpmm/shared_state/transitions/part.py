@@ -64,8 +64,9 @@ class Part:
     def _next_generation(self, t: Transaction) -> int:
         """Return a number that no row has had: whoever remembers a row tells by it whether it is still the same."""
         generation = int(self._segment.words[Header.NEXT_GENERATION])
-        # Never taken back but by a rollback, and then with the row that has it. (B1, I4)
-        t.set(Header.NEXT_GENERATION, generation + 1)
+        # Raw, so that no rollback takes it back. Who looks without the lock may have seen the number in a row of a
+        # transaction that comes to nothing, and would take the next row that has it for the same one.
+        t.words[Header.NEXT_GENERATION] = generation + 1
         return generation
 
     def _wake(self, t: Transaction, word: int) -> None:
