@@ -476,8 +476,8 @@ def main(folder: str) -> None:
     mpmm.beam.install()
     from apache_beam.runners.portability.fn_api_runner import FnApiRunner
 
-    for name, converse in _talks.items():
-        _collected[name] = converse()
+    for name, talk in _talks.items():
+        _collected[name] = talk()
     with beam.Pipeline(runner=FnApiRunner()) as pipeline:
         for name, build in _shapes.items():
             _ = pipeline | name >> _Shape(build) | f"collect {name}" >> beam.Map(collect, name)

@@ -204,7 +204,7 @@ class Imported:
             "signals": {
                 int(number): str(signal.getsignal(number)).partition(" at ")[0] for number in signal.valid_signals()
             },
-            "blocked": sorted(map(int, signal.pthread_sigmask(signal.SIG_BLOCK, ()))),
+            "masked signals": sorted(map(int, signal.pthread_sigmask(signal.SIG_BLOCK, ()))),
             "path": sys.path,
             "umask": _umask(),
             "children": [child.name() for child in psutil.Process().children()],

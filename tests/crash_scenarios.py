@@ -99,7 +99,7 @@ def scenarios() -> dict[str, Callable[[Lab], Operation]]:
         copy = lab.active("a", alone=True)
         return lambda t, tr: tr.holds.release(t, copy)
 
-    def released_doomed(lab: Lab) -> Operation:
+    def released_and_unloaded(lab: Lab) -> Operation:
         copy = lab.active("a", server=True)
         lab.do(lambda t, tr: tr.members.reap(t, lab.server))
         return lambda t, tr: tr.holds.release(t, copy)
@@ -245,7 +245,7 @@ def scenarios() -> dict[str, Callable[[Lab], Operation]]:
         copy = lab.loading()
         return lambda t, tr: tr.loads.end(t, copy, b"handle", 80.0, 0, False)
 
-    def led_by_the_books(lab: Lab) -> Operation:
+    def led_by_accounting(lab: Lab) -> Operation:
         returning(lab)
         return lambda t, tr: tr.members.lead(t, Lab.victim, b"booked", (False, False, True))
 
@@ -313,7 +313,7 @@ def scenarios() -> dict[str, Callable[[Lab], Operation]]:
         lab.do(lambda t, tr: tr.suspensions.drop(t, copy, Lab.victim))
         return copy
 
-    def doomed(lab: Lab) -> int:
+    def unloads_on_release(lab: Lab) -> int:
         copy = lab.suspending("a")
         lab.do(lambda t, tr: tr.unloads.ask(t, copy, Lab.victim))
         return copy
@@ -351,7 +351,7 @@ def scenarios() -> dict[str, Callable[[Lab], Operation]]:
         "members.reap/leases": reaped_with_leases,
         "members.reap/pins": reaped_with_pins,
         "members.lead": lambda lab: lambda t, tr: tr.members.lead(t, Lab.victim, b"nvml", (True, True, False)),
-        "members.lead/by the books": led_by_the_books,
+        "members.lead/accounting only": led_by_accounting,
         "members.note_source": lambda lab: lambda t, tr: tr.members.note_source(t, Lab.victim, 2),
         "members.note_poll": lambda lab: lambda t, tr: tr.members.note_poll(t, False),
         "members.note_processes": lambda lab: lambda t, tr: tr.members.note_processes(t, False),
@@ -442,7 +442,7 @@ def scenarios() -> dict[str, Callable[[Lab], Operation]]:
         "holds.release": released_between_idle,
         "holds.release/not used": on(Lab.active, lambda t, tr, row: tr.holds.release(t, row, used=False)),
         "holds.release/alone": released_alone,
-        "holds.release/doomed": released_doomed,
+        "holds.release/unload on release": released_and_unloaded,
         "isolation.end": on(lambda lab: lab.active(alone=True), lambda t, tr, row: tr.isolation.end(t, row)),
         "unloads.begin": on(Lab.idle, lambda t, tr, row: tr.unloads.begin(t, row, Lab.victim, evicted=True)),
         "unloads.ask": on(Lab.idle, lambda t, tr, row: tr.unloads.ask(t, row, Lab.victim)),
@@ -503,7 +503,7 @@ def scenarios() -> dict[str, Callable[[Lab], Operation]]:
         "suspensions.hand_over": on(Lab.suspending, lambda t, tr, row: tr.suspensions.hand_over(t, row, 0)),
         "suspensions.drop": on(Lab.suspended, lambda t, tr, row: tr.suspensions.drop(t, row, Lab.victim)),
         "unloads.end/suspended before": on(dropped, lambda t, tr, row: tr.unloads.end(t, row)),
-        "suspensions.end/doomed": on(doomed, lambda t, tr, row: tr.suspensions.end(t, row)),
+        "suspensions.end/unload on release": on(unloads_on_release, lambda t, tr, row: tr.suspensions.end(t, row)),
         "unloads.ask/suspended": on(Lab.suspended, lambda t, tr, row: tr.unloads.ask(t, row, Lab.victim)),
         "hand_over.leave_queue/told to resume": on(told_to_resume, lambda t, tr, row: tr.hand_over.leave_queue(t, row)),
         "reset/suspended": reset_suspended,

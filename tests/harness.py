@@ -34,7 +34,7 @@ from mpmm.shared_state.segment import segment_name
 from mpmm.shared_state.snapshot import InstanceInfo, ModelInfo, Snapshot, TicketInfo, read_snapshot
 
 CHECKOUT = Path(__file__).resolve().parent.parent
-# What most managers in tests have: one device that goes by the books and takes ten models of the default size.
+# What most managers in tests have: one device that goes by accounting and takes ten models of the default size.
 SMALL: dict[str, Any] = {
     "memory_source": "booked",
     "fallback_memory_mb": 1000.0,

@@ -206,7 +206,7 @@ class Sweep(Points):
             pass
 
     def left(self) -> list[str]:
-        """Return what is in use, or waits, and should not, and what the books have wrong."""
+        """Return what is in use, or waits, and should not, and what is accounted for wrongly."""
         snapshot = self.snapshot()
         rows = [f"{i.tag} is {i.state}" for i in snapshot.instances if i.state in ("active", "loading", "leased")]
         tickets = [f"a ticket for {ticket.tag} is {ticket.state}" for ticket in snapshot.tickets]

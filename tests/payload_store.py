@@ -16,7 +16,7 @@ import psutil
 
 def shared_buffers() -> int:
     """Return the number of shared buffers that this process has mapped."""
-    return Path("/proc/self/maps").read_text().count("memfd:mpmm-arena")
+    return Path("/proc/self/maps").read_text().count("memfd:mpmm-buffer")
 
 
 class Store:

@@ -51,9 +51,9 @@ def ticket(
     member: int = ME,
     waited: float = 0.0,
     preload: int = 0,
-    blocked: float | None = None,
+    head_for: float | None = None,
 ) -> TicketView:
-    since = None if blocked is None else NOW - blocked
+    since = None if head_for is None else NOW - head_for
     return TicketView(row, row, priority, wants, member, NOW - waited, preload, since)
 
 

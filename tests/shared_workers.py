@@ -126,7 +126,7 @@ def run_forked_starter(memory: dict[str, Any], tag: str, path: str) -> int | Non
     return child.exitcode
 
 
-class Worker:
+class Client:
     """A process that does what it is told, until it is told to leave or is killed."""
 
     def __init__(self) -> None:
@@ -171,11 +171,11 @@ def _obey(theirs: Connection) -> None:
 
 
 @pytest.fixture
-def new_worker() -> Iterator[Callable[[], Worker]]:
-    workers: list[Worker] = []
+def new_worker() -> Iterator[Callable[[], Client]]:
+    workers: list[Client] = []
 
-    def make() -> Worker:
-        workers.append(Worker())
+    def make() -> Client:
+        workers.append(Client())
         return workers[-1]
 
     yield make
@@ -186,7 +186,7 @@ def new_worker() -> Iterator[Callable[[], Worker]]:
 
 @pytest.fixture
 def path(tmp_path: Path) -> Iterator[str]:
-    """A folder for one room, which has to be gone in the end once this process has left it too."""
+    """A folder for one registry, which has to be gone in the end once this process has left it too."""
     folder = tmp_path / "p"
     folder.mkdir()
     yield str(folder)

@@ -91,7 +91,7 @@ def steps(folder: Path, what: str) -> int:
 
 
 def pretend_load_s(manager: ModelManager, tag: str, seconds: float) -> None:
-    """Let loads of a model take so long by the books, so that no test has to."""
+    """Let loads of a model take so long by accounting, so that no test has to."""
     from mpmm.shared_state.layout import Model
 
     namespace = manager._connected().namespace

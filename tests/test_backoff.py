@@ -107,7 +107,7 @@ def test_while_an_unknown_one_backs_off_idle_copies_are_handed_out_behind_it() -
     unknown = failing(A, 100, known=False)
     waits, granted = decisions(
         [unknown, model(B, shared=1)],
-        [ticket(1, A, priority=0, waited=9.0, blocked=9.0), ticket(2, B)],
+        [ticket(1, A, priority=0, waited=9.0, head_for=9.0), ticket(2, B)],
         copies=[idle(5, B)],
     )
     assert isinstance(waits, Wait)

@@ -173,7 +173,7 @@ def test_a_manager_refuses_settings_that_are_none(new_manager: NewManager, names
             tried += 1
     assert tried > 250
     assert find_namespaces() == [namespace]
-    assert _books(before) == _books(as_json(read_snapshot(namespace)))
+    assert _accounts(before) == _accounts(as_json(read_snapshot(namespace)))
 
 
 def test_a_manager_refuses_requests_that_are_none(new_manager: NewManager, namespace: str) -> None:
@@ -192,10 +192,10 @@ def test_a_manager_refuses_requests_that_are_none(new_manager: NewManager, names
                 tried += 1
     assert tried > 300
     assert problems(namespace) == []
-    assert _books(before) == _books(as_json(read_snapshot(namespace)))
+    assert _accounts(before) == _accounts(as_json(read_snapshot(namespace)))
 
 
-def _books(found: dict[str, Any]) -> Any:
+def _accounts(found: dict[str, Any]) -> Any:
     """Return what a call that is refused may not change; the events since, because they tell of any change."""
     kept = ("members", "models", "instances", "tickets", "pins", "devices", "active", "waiting", "loads", "events")
     moving = ("_s", "samples", "alive")
@@ -358,7 +358,7 @@ def test_the_command_line_refuses_what_it_cannot_use(
     arguments: tuple[str, ...], new_manager: NewManager, namespace: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     new_manager()
-    before = _books(as_json(read_snapshot(namespace)))
+    before = _accounts(as_json(read_snapshot(namespace)))
     try:
         status: object = main(arguments)
     except SystemExit as end:
@@ -369,7 +369,7 @@ def test_the_command_line_refuses_what_it_cannot_use(
     assert said.err.startswith(("mpmm: ", "usage: mpmm "))
     assert said.out == ""
     assert find_namespaces() == [namespace]
-    assert _books(as_json(read_snapshot(namespace))) == before
+    assert _accounts(as_json(read_snapshot(namespace))) == before
 
 
 def test_every_parameter_is_in_a_table() -> None:

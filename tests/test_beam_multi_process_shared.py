@@ -19,7 +19,7 @@ globals().update(names_of(beam_tests))
 
 @pytest.fixture(scope="module", autouse=True)
 def own_runtime_directory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Keep what the tests share per class, before Beam's own fixture gives each test a path, out of the user's room."""
+    """Keep what tests share per class out of the user's registry, until Beam's own fixture gives each test a path."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MPMM_RUNTIME_DIR", str(tmp_path_factory.mktemp("runtime")))
         yield

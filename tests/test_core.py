@@ -34,7 +34,7 @@ from mpmm import ModelManager
 from mpmm.errors import InvalidArgumentError
 from mpmm.memory.monitor import GPUMonitor
 from mpmm.model_manager.acquisition import Acquisition
-from mpmm.model_manager.operations import Copy, Operation
+from mpmm.model_manager.operations import LoadedInstance, Operation
 from mpmm.model_manager.release import give_back
 from mpmm.model_manager.request import ANYWHERE
 from mpmm.model_manager.session import Session
@@ -91,10 +91,10 @@ class Caller:
         self.row, self.generation = row, words[at + Instance.GENERATION]
         model = words[at + Instance.MODEL]
         self.hints = {lab.tables.tag_of(model): (model, words[lab.tables.model(model) + Model.GENERATION])}
-        self.handles = {row: Copy(row, self.generation, "a", "h")}
+        self.handles = {row: LoadedInstance(row, self.generation, "a", "h")}
         self.held: dict[tuple[int, int], Any] = {}
         self.held_at: dict[Any, tuple[int, int]] = {}
-        self.receipts: set[tuple[int, int]] = set()
+        self.taken_grants: set[tuple[int, int]] = set()
         self.operation = Operation(None)
 
     def take(self, place: Any, core: Any, reference: int = Lab.victim + 1) -> Any:
@@ -103,7 +103,7 @@ class Caller:
         )
 
     def release(self, place: Any, core: Any, reference: int = Lab.victim + 1) -> bool:
-        return bool(core.release(place, reference, self.receipts, self.row, self.generation, False))
+        return bool(core.release(place, reference, self.taken_grants, self.row, self.generation, False))
 
 
 def place_of(segment: Segment, pid: int = 0) -> tuple[Any, Any]:
@@ -145,7 +145,7 @@ class Twins:
         words[Header.LOCK_HOLDER] = words[Header.LOCK_TAKEN] = 0
         return bytes(copied)
 
-    def take(self, tag: str) -> Copy | None:
+    def take(self, tag: str) -> LoadedInstance | None:
         """Take an idle copy in both ways, and compare."""
         saved, before, notes = self.lab.save(), self.without_lock_words(), self.notes()
         python, compiled = Operation(None), Operation(None)
@@ -166,7 +166,7 @@ class Twins:
         assert (got, compiled.held, compiled.gives_back) == (wanted, python.held, False)
         return got
 
-    def release(self, copy: Copy) -> None:
+    def release(self, copy: LoadedInstance) -> None:
         """Give a copy back in both ways, and compare."""
         assert self.worker.held.take_off(copy.value, copy.tag, Operation(None)) == copy
         saved, before, notes = self.lab.save(), self.without_lock_words(), self.notes()
@@ -229,7 +229,7 @@ def test_it_stores_the_words_that_python_stores(lab: Lab, seed: int, monkeypatch
     twins = Twins(lab)
     chance = random.Random(seed)
     now = FROZEN_NS
-    held: list[Copy] = []
+    held: list[LoadedInstance] = []
     try:
         for number, tag in enumerate(chance.choices("ab", k=chance.randrange(2, SMALL.instances))):
             load(twins, tag, b"" if chance.random() < 0.3 else b"handle %d" % number)
@@ -357,10 +357,10 @@ def test_it_does_not_wait_for_the_lock_nor_undo_what_others_left(lab: Lab) -> No
     place._usable = False
     assert declines()
     place._usable = True
-    assert caller.take(place, core) == Copy(caller.row, caller.generation, "a", "h")
-    caller.receipts.add((0, 1))
+    assert caller.take(place, core) == LoadedInstance(caller.row, caller.generation, "a", "h")
+    caller.taken_grants.add((0, 1))
     assert not caller.release(place, core)
-    caller.receipts.clear()
+    caller.taken_grants.clear()
     assert not caller.release(place, core, reference=Lab.server + 1)
     assert caller.release(place, core)
     place.lock.close()
@@ -420,7 +420,7 @@ def test_a_broken_segment_cannot_harm_it(lab: Lab) -> None:
                 lab.words[word] = chance.choice((*ODD_WORDS, chance.getrandbits(64), chance.randrange(16)))
             caller.row = chance.choice((0, 1, 2, chance.choice(ODD_WORDS)))
             caller.generation = chance.choice((*range(12), 2**64 - 1))
-            caller.handles[0] = Copy(0, caller.generation, "a", "h")
+            caller.handles[0] = LoadedInstance(0, caller.generation, "a", "h")
             taken = caller.take(place, core)
             assert (taken is None) == (operation.held is None)
             caller.release(place, core, reference=chance.choice((1, 2, 2**64 - 1)))

@@ -336,7 +336,7 @@ def test_after_the_death_of_the_only_worker_nothing_stays(
     worker.kill()
     wait_until(lambda: not (runtime_root / namespace).exists(), "the namespace is removed")
     wait_until(lambda: not segments_of(runtime_root), "the segment is removed")
-    wait_until(lambda: files_in(runtime_root) == [], "the room is removed")
+    wait_until(lambda: files_in(runtime_root) == [], "the registry is removed")
 
 
 def test_a_load_past_its_time_limit_is_given_up_and_its_server_killed(

@@ -149,7 +149,7 @@ def test_a_change_that_works_later_is_made_later(bench: Bench) -> None:
 
 def test_changes_outlast_a_lock_that_is_not_free(bench: Bench) -> None:
     bench.defer("one")
-    taken, let_go = threading.Event(), threading.Event()
+    taken, may_end = threading.Event(), threading.Event()
 
     def change(t: Transaction) -> bool:
         t.add(Header.TIMEOUTS, 1)
@@ -158,7 +158,7 @@ def test_changes_outlast_a_lock_that_is_not_free(bench: Bench) -> None:
     def hold() -> None:
         with bench.namespace.transaction():
             taken.set()
-            let_go.wait(30)
+            may_end.wait(30)
 
     holder = threading.Thread(target=hold)
     holder.start()
@@ -168,7 +168,7 @@ def test_changes_outlast_a_lock_that_is_not_free(bench: Bench) -> None:
         with pytest.raises(LockTimeoutError):
             bench.changes.run()
     finally:
-        let_go.set()
+        may_end.set()
         holder.join()
     assert bench.changes
     assert bench.run() == 1

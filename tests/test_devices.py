@@ -136,7 +136,7 @@ def test_a_loader_in_its_own_process_is_told_where_it_loads(new_manager: NewMana
     assert mpmm.current_placement() is None
 
 
-# ---- tied to devices, and on several -----------------------------------------------------------------------
+# ---- bound to devices, and on several ----------------------------------------------------------------------
 
 
 def test_who_is_tied_to_devices_gets_no_copy_elsewhere(

@@ -113,7 +113,7 @@ def test_every_time_out_of_a_call_can_be_lived_with(seconds: float, namespace: s
 
 
 @pytest.mark.parametrize("seconds", [1e308, math.inf])
-def test_a_release_past_one_who_may_be_overtaken_for_ever_keeps_the_books_right(
+def test_a_release_past_one_who_may_be_overtaken_for_ever_keeps_the_accounts_right(
     seconds: float, namespace: str, new_manager: NewManager, new_process: NewProcess
 ) -> None:
     manager = new_manager(max_overtake_seconds=seconds)

@@ -139,15 +139,15 @@ def test_a_stream_of_unknown_models_does_not_starve_a_known_one(
     namespace: str, new_process: NewProcess, new_device: NewDevice
 ) -> None:
     arguments = {"memory_source": new_device(1000), "poll_interval": 0.05, "max_overtake_seconds": 0.3}
-    strangers = [new_process(**arguments) for _ in range(2)]
+    newcomers = [new_process(**arguments) for _ in range(2)]
     known = new_process(**arguments)
     known.call(learn, known=900)
-    for number, process in enumerate(strangers):
+    for number, process in enumerate(newcomers):
         process.send(acquire_strangers, number, 12)
-    wait_until(lambda: read_snapshot(namespace).loads >= 2, "strangers come in")
+    wait_until(lambda: read_snapshot(namespace).loads >= 2, "newcomers come in")
     known.call(timed_acquire, "known")
     served_before = read_snapshot(namespace).loads
-    for process in strangers:
+    for process in newcomers:
         process.result()
     assert served_before < 24, "the known model came last"
     assert problems(namespace) == []
@@ -174,8 +174,8 @@ def test_the_waiters_of_a_model_are_served_together_before_it_goes(namespace: st
         process.result()
     snapshot = read_snapshot(namespace)
     assert (snapshot.loads, snapshot.evictions) == (2, 1)
-    passing = [event for event in snapshot.events if event.reason == Reason.OVERTAKES]
-    assert [(event.tag, event.other) for event in passing] == [("a", "b")] * 2
+    overtaking = [event for event in snapshot.events if event.reason == Reason.OVERTAKES]
+    assert [(event.tag, event.other) for event in overtaking] == [("a", "b")] * 2
 
 
 def test_at_a_cold_start_nobody_loads_what_another_process_loads_or_holds(

@@ -67,7 +67,7 @@ class FakeStore:
         self.published: list[Sequence[DeviceSample]] = []
         self.resets = 0
 
-    def publish(self, samples: Sequence[DeviceSample], patience_s: float | None = None) -> None:
+    def publish(self, samples: Sequence[DeviceSample], timeout_s: float | None = None) -> None:
         self.published.append(samples)
 
     def stats(self) -> tuple[float, float, float]:

@@ -23,7 +23,7 @@ PROCESSES, THREADS = 4, 4
 HAND_OVERS = int(os.environ.get("MPMM_TEST_HAND_OVERS", "4000"))
 
 
-def pass_on(seat: Seat, rounds: int) -> float:
+def hand_round(seat: Seat, rounds: int) -> float:
     """Acquire and release in several threads; return the longest wait in seconds."""
     waits: list[float] = []
 
@@ -49,7 +49,7 @@ def test_no_hand_over_takes_a_second_for_want_of_a_wake_up(namespace: str, new_p
     players = [new_process(fallback_memory_mb=100, wait_timeout_seconds=30.0) for _ in range(PROCESSES)]
     rounds = HAND_OVERS // (PROCESSES * THREADS)
     for player in players:
-        player.send(pass_on, rounds)
+        player.send(hand_round, rounds)
     longest = [player.result(timeout_seconds=600.0) for player in players]
     snapshot = read_snapshot(namespace, events=False)
     assert snapshot.hits + snapshot.loads == rounds * PROCESSES * THREADS

@@ -19,7 +19,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from mpmm.memory.samples import SharedSamples
 from mpmm.policy.admission import free_mb
-from mpmm.policy.ledger import HIDDEN_NS, TRUST_BOOKS_NS, Entry, Figure, Ledger, Return, expire, settle
+from mpmm.policy.ledger import HIDDEN_NS, TRUST_ACCOUNTS_NS, Entry, Figure, Ledger, Return, expire, settle
 from mpmm.policy.view import DeviceView
 from mpmm.scheduling import Scheduler
 from mpmm.shared_state import transaction as transaction_module
@@ -135,10 +135,12 @@ def test_memory_that_never_comes_back_is_written_off_and_counts_as_external() ->
 
 def test_a_source_that_does_not_answer_holds_up_nobody() -> None:
     waits = awaited(Return(2000 * MS, 3000.0))
-    soon, later = 2000 * MS + TRUST_BOOKS_NS - 1, 2000 * MS + TRUST_BOOKS_NS
+    soon, later = 2000 * MS + TRUST_ACCOUNTS_NS - 1, 2000 * MS + TRUST_ACCOUNTS_NS
     assert expire(waits, 1999 * MS, soon, GIVE_UP_NS) is waits
     assert expire(waits, 1999 * MS, later, GIVE_UP_NS).returning_mb == 0.0
-    assert expire(waits, 2001 * MS, later, GIVE_UP_NS) is waits, "a sample from after the unload contradicts the books"
+    assert expire(waits, 2001 * MS, later, GIVE_UP_NS) is waits, (
+        "a sample from after the unload contradicts the accounts"
+    )
 
 
 def test_returns_beyond_the_table_are_awaited_together() -> None:
@@ -147,7 +149,7 @@ def test_returns_beyond_the_table_are_awaited_together() -> None:
 
 
 @dataclass
-class Copy:
+class Loaded:
     """The truth about one instance: its row, what it will take, what it has, and its server where there is one."""
 
     row: int
@@ -193,9 +195,9 @@ class DeviceAndBooks(RuleBasedStateMachine):
         source = Source(self.measures_processes)
         self.samples.describe(source, source.devices(), ())
         self.external_mb = self.least_external_mb = 500.0
-        self.loading: list[Copy] = []
-        self.idle: list[Copy] = []
-        self.unloading: list[Copy] = []
+        self.loading: list[Loaded] = []
+        self.idle: list[Loaded] = []
+        self.unloading: list[Loaded] = []
         self.lingering: list[tuple[int, float]] = []  # (until when, MB)
         self.begun: int | None = None  # when the sample in progress was
         self.read: tuple[float, dict[int, float], int] | None = None  # its figures, and when they were read
@@ -249,7 +251,7 @@ class DeviceAndBooks(RuleBasedStateMachine):
             model = transitions.models.claim(t, f"m{mb:.0f}", b"m%d" % mb)
             if not self.namespace.segment.words[self.namespace.tables.model(model) + 3]:
                 transitions.estimates.estimate(t, model, mb, measured=False)
-            copy = Copy(transitions.loads.begin(t, model, self.namespace.slot, 1, mb, alone=False), mb)
+            copy = Loaded(transitions.loads.begin(t, model, self.namespace.slot, 1, mb, alone=False), mb)
             if self.measures_processes:
                 copy.slot = next(iter(self.namespace.tables.free_members()))
                 transitions.members.join(t, copy.slot, Member.SERVER, 100_000 + copy.slot, 1, b"server")
@@ -298,7 +300,7 @@ class DeviceAndBooks(RuleBasedStateMachine):
             self.namespace.transitions.unloads.end(t, copy.row)
             self._end_server(t, copy)
 
-    def _end_server(self, t: transaction_module.Transaction, copy: Copy) -> None:
+    def _end_server(self, t: transaction_module.Transaction, copy: Loaded) -> None:
         if copy.slot is not None:
             self.namespace.transitions.members.leave(t, copy.slot)
 
@@ -331,8 +333,8 @@ class DeviceAndBooks(RuleBasedStateMachine):
     @rule()
     @precondition(lambda self: not self.loading and not self.unloading)
     def rest(self) -> None:
-        """A second after the last change, and after a sample, the books say what is true."""
-        self.now += TRUST_BOOKS_NS
+        """A second after the last change, and after a sample, the accounts say what is true."""
+        self.now += TRUST_ACCOUNTS_NS
         if self.read is not None:
             self.publish()
         self.begun = self.read = None
@@ -346,8 +348,8 @@ class DeviceAndBooks(RuleBasedStateMachine):
 
     @rule()
     def source_hangs(self) -> None:
-        """Without a sample the books still come to rest."""
-        self.now += TRUST_BOOKS_NS
+        """Without a sample the accounts still come to rest."""
+        self.now += TRUST_ACCOUNTS_NS
         with self.namespace.transaction() as t:
             self.namespace.transitions.ledgers.expire(t)
 

@@ -189,7 +189,7 @@ def test_the_load_after_an_eviction_is_counted_like_any_other(namespace: str, ne
     assert problems(namespace) == []
 
 
-def test_books_after_five_hundred_random_rounds_of_eight_processes_equal_a_recount(
+def test_accounts_after_five_hundred_random_rounds_of_eight_processes_equal_a_recount(
     namespace: str, new_process: NewProcess
 ) -> None:
     workers = [new_process(fallback_memory_mb=400, poll_interval=0.1) for _ in range(8)]

@@ -87,7 +87,7 @@ def test_two_gpus_in_the_answer_of_nvidia_smi_are_two_devices(
         assert {copy.tag: copy.device for copy in read_snapshot(namespace).instances} == {"big": 1, "small": 0}
 
 
-def test_without_a_gpu_the_books_are_the_figures(new_manager: NewManager) -> None:
+def test_without_a_gpu_the_accounts_are_the_figures(new_manager: NewManager) -> None:
     manager = new_manager()
     assert manager._monitor.get_stats() == (0, 0, 1000)
     with manager.model("a", Loads()), manager.model("b", Loads()):

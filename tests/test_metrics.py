@@ -139,12 +139,12 @@ def test_a_thread_sees_what_happens_between_two_readings(namespace: str, new_man
     with closing(Exporter(namespace)) as exporter:
         exporter.text()
         written = read_snapshot(namespace).events_written
-        follower, tally = exporter._followed[namespace]
+        follower, histograms = exporter._followed[namespace]
         for _ in range(3):
             for _ in range(20):
                 manager.release_model("a", manager.acquire_model("a", Loads()))
             wait_until(lambda: follower._seen == read_snapshot(namespace).events_written, "all is seen")
-        assert tally.lost == 0
+        assert histograms.lost == 0
         assert read_snapshot(namespace).events_written - written > 64
         assert "mpmm-metrics" in [thread.name for thread in threading.enumerate()]
     assert "mpmm-metrics" not in [thread.name for thread in threading.enumerate()]

@@ -328,8 +328,8 @@ class Promises(RuleBasedStateMachine):
             assert len(seats) < USERS.get(copy.tag, 1)
         told = [row for process in self.processes for row in process.owned_rows]
         assert len(told) == len(set(told))
-        booked = sum(copy.reserved_mb if copy.state == "leased" else copy.mb for copy in snapshot.instances)
-        assert booked <= TOTAL_MB, "more is booked than there is"
+        accounted = sum(copy.reserved_mb if copy.state == "leased" else copy.mb for copy in snapshot.instances)
+        assert accounted <= TOTAL_MB, "more is accounted for than there is"
 
     @invariant()
     def somebody_can_always_go_on(self) -> None:
@@ -392,7 +392,7 @@ def test_an_idle_copy_goes_with_its_server(promises: Promises) -> None:
     assert len(promises.keep.loading) == 1
 
 
-def test_a_copy_of_a_dead_server_that_a_waiter_was_just_given_is_doomed(promises: Promises) -> None:
+def test_a_copy_of_a_dead_server_that_a_waiter_was_just_given_is_unloaded_on_release(promises: Promises) -> None:
     promises.ask(0, "c", 0)
     promises.act_on_answers(0)
     promises.finish_a_load(0, handle=True, served=True)

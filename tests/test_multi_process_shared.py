@@ -28,7 +28,7 @@ from counters import (
 from shared_workers import (
     DEADLINE_S,
     LAST_CLIENT_S,
-    Worker,
+    Client,
     acquire,
     acquire_slow,
     increment,
@@ -55,7 +55,7 @@ from mpmm.multi_process_shared.rpc import sockets
 
 
 def test_a_server_outlives_its_starter_and_ends_soon_after_the_last_client_is_killed(
-    path: str, new_worker: Callable[[], Worker]
+    path: str, new_worker: Callable[[], Client]
 ) -> None:
     starter, other = new_worker(), new_worker()
     pid = starter.do(acquire, "it", path)
@@ -65,11 +65,11 @@ def test_a_server_outlives_its_starter_and_ends_soon_after_the_last_client_is_ki
     assert is_running(pid)
     other.kill()
     wait_until(lambda: not is_running(pid), LAST_CLIENT_S, lambda: "the server still runs")
-    wait_until(lambda: not any(Path(path).iterdir()), 1.0, lambda: "the room is still there")
+    wait_until(lambda: not any(Path(path).iterdir()), 1.0, lambda: "the registry is still there")
 
 
 def test_a_starter_that_leaves_neither_waits_for_its_server_nor_ends_it(
-    path: str, new_worker: Callable[[], Worker]
+    path: str, new_worker: Callable[[], Client]
 ) -> None:
     starter, other = new_worker(), new_worker()
     pid = starter.do(acquire, "it", path)
@@ -80,7 +80,9 @@ def test_a_starter_that_leaves_neither_waits_for_its_server_nor_ends_it(
     wait_until(lambda: not is_running(pid), LAST_CLIENT_S, lambda: "the server still runs")
 
 
-def test_the_last_client_to_leave_removes_a_room_without_servers(path: str, new_worker: Callable[[], Worker]) -> None:
+def test_the_last_client_to_leave_removes_a_registry_without_servers(
+    path: str, new_worker: Callable[[], Client]
+) -> None:
     serving, other = new_worker(), new_worker()
     serving.do(acquire, "it", path, False)
     other.do(acquire, "it", path, False)
@@ -114,14 +116,14 @@ def test_a_server_killed_between_calls_is_replaced_silently(path: str) -> None:
 
 
 def test_a_server_whose_starter_died_meanwhile_is_used_by_the_next(
-    path: str, tmp_path: Path, new_worker: Callable[[], Worker]
+    path: str, tmp_path: Path, new_worker: Callable[[], Client]
 ) -> None:
     constructor = SlowToConstruct(tmp_path)
     starter, other = new_worker(), new_worker()
     starter.begin(acquire_slow, constructor, "it", path)
     pid = int((tmp_path / "began").read_text())
     assert server_pid("it", path=path) == pid
-    other.do(acquire, "keeps the room", path)
+    other.do(acquire, "keeps the registry", path)
     starter.kill()
     other.begin(acquire, "it", path)
     (tmp_path / "go").write_text("")
@@ -130,7 +132,7 @@ def test_a_server_whose_starter_died_meanwhile_is_used_by_the_next(
 
 
 def test_a_server_that_a_server_started_goes_with_the_clients_of_the_first(
-    path: str, new_worker: Callable[[], Worker]
+    path: str, new_worker: Callable[[], Client]
 ) -> None:
     client = new_worker()
     outer = client.do(acquire, "it", path)
@@ -156,7 +158,7 @@ def test_sigterm_ends_a_server_and_its_socket(path: str) -> None:
 # Fork.
 
 
-def test_a_forked_child_does_not_keep_a_server_alive(path: str, new_worker: Callable[[], Worker]) -> None:
+def test_a_forked_child_does_not_keep_a_server_alive(path: str, new_worker: Callable[[], Client]) -> None:
     client = new_worker()
     pid = client.do(acquire, "it", path)
     sleeper = client.do(fork_sleeper)
@@ -180,7 +182,7 @@ def test_a_child_of_the_server_does_not_hide_the_servers_death(path: str) -> Non
 
 
 def test_a_child_that_multiprocessing_forked_leaves_without_waiting_for_the_server_it_started(
-    path: str, new_worker: Callable[[], Worker]
+    path: str, new_worker: Callable[[], Client]
 ) -> None:
     assert new_worker().do(run_forked_starter, "it", path) == 0
 
@@ -208,7 +210,7 @@ def test_a_forked_child_uses_its_parents_object_through_proxies_of_before(path: 
 # Rooms, names, keys.
 
 
-def test_the_room_is_private(path: str) -> None:
+def test_the_registry_is_private(path: str) -> None:
     proxy = shared(path, always_proxy=True).acquire()
     registry = registry_for(path)
     assert proxy.increment() == 1
@@ -230,7 +232,7 @@ def test_a_path_too_long_for_a_socket_address_works(path: str, monkeypatch: pyte
         folder.rmdir()
 
 
-def test_tags_may_hold_anything_and_stay_in_the_room(path: str) -> None:
+def test_tags_may_hold_anything_and_stay_in_the_registry(path: str) -> None:
     tags = ["a/../../b", "a_.._.._b", "", "\N{SNOWMAN}", "nul\0", "x" * 1000, "\udce9"]
     handles = [shared(path, tag, functools.partial(Counter, len(tag)), always_proxy=True) for tag in tags]
     proxies = [handle.acquire() for handle in handles]
@@ -282,7 +284,7 @@ def test_the_default_path_is_the_users_runtime_directory(path: str, monkeypatch:
     registry_for(None).leave()
 
 
-def test_a_room_that_somebody_removed_is_made_again(path: str) -> None:
+def test_a_registry_that_somebody_removed_is_made_again(path: str) -> None:
     handle = shared(path, always_proxy=True)
     handle.acquire()
     handle.unsafe_hard_delete()
@@ -293,7 +295,7 @@ def test_a_room_that_somebody_removed_is_made_again(path: str) -> None:
 # Starting.
 
 
-def test_of_many_that_come_at_once_one_starts_the_server(path: str, new_worker: Callable[[], Worker]) -> None:
+def test_of_many_that_come_at_once_one_starts_the_server(path: str, new_worker: Callable[[], Client]) -> None:
     workers = [new_worker() for _ in range(4)]
     for worker in workers:
         worker.begin(acquire, "it", path)

@@ -71,7 +71,7 @@ def test_survivors_are_told_with_their_diffs(
     (tmp_path / file).parent.mkdir(parents=True)
     (tmp_path / file).write_text("def first(x):\n    if x > 1:\n        return None\n    return x\n")
     monkeypatch.setattr(mutate, "ROOT", tmp_path)
-    monkeypatch.setattr(mutate, "Copy", FakeTree)
+    monkeypatch.setattr(mutate, "TreeCopy", FakeTree)
     arguments = ["policy", "--tests", "test_first", "test_second"]
     assert mutate.main(arguments) == 0
     said = capsys.readouterr().out

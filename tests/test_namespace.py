@@ -429,14 +429,14 @@ def test_waiting_for_threads_of_the_same_process_counts_against_the_time_out(nam
     assert elsewhere.try_exclusive()
     took: list[float] = []
 
-    def wait(patience_s: float) -> None:
+    def wait(timeout_s: float) -> None:
         began = time.monotonic()
-        with pytest.raises(LockTimeoutError), joined.transaction(patience_s):
+        with pytest.raises(LockTimeoutError), joined.transaction(timeout_s):
             pass
         took.append(time.monotonic() - began)
 
     # The second gets to wait for the file, 0.4 s late, when the first gives up.
-    threads = [threading.Thread(target=wait, args=(patience_s,)) for patience_s in (0.4, 0.6)]
+    threads = [threading.Thread(target=wait, args=(timeout_s,)) for timeout_s in (0.4, 0.6)]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -1,4 +1,4 @@
-"""What `python -O` leaves out guards nothing: a change that the books do not allow is an error, and changes nothing."""
+"""What `python -O` leaves out guards nothing: a change that the state forbids is an error, and changes nothing."""
 
 from __future__ import annotations
 

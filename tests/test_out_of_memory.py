@@ -225,7 +225,7 @@ def test_when_there_is_no_second_turn_the_first_exception_arrives(
     holder.call(learn, held=1000)
     holder.call(acquire, "held")
     loader = Stubborn(failures=9)
-    # The books have room for 100 MB, and not for 125.
+    # The accounts have room for 100 MB, and not for 125.
     with pytest.raises(MemoryError, match="attempt 1") as caught:
         manager.acquire_model("a", loader)
     assert (caught.value is loader.errors[0], loader.calls) == (True, 1)

@@ -46,7 +46,7 @@ def resident_shared_kb() -> int:
     for line in Path("/proc/self/smaps").read_text().splitlines():
         name, _, value = line.partition(" ")
         if not name.endswith(":"):
-            inside = "memfd:mpmm-arena" in line
+            inside = "memfd:mpmm-buffer" in line
         elif inside and name == "Rss:":
             resident += int(value.split()[0])
     return resident
@@ -420,7 +420,7 @@ def test_a_file_that_may_shrink_is_not_taken_for_an_arena(
     ours, theirs = pair
 
     def create() -> tuple[Any, int]:
-        fd = os.memfd_create("mpmm-arena", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        fd = os.memfd_create("mpmm-buffer", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         os.truncate(fd, SHARED_BUFFER_BYTES if offered == "unsealed" else SHARED_BUFFER_BYTES // 2)
         if offered == "short":
             fcntl.fcntl(fd, fcntl.F_ADD_SEALS, shared_buffer._seals())

@@ -265,7 +265,7 @@ CASES: Mapping[str, tuple[View, list[object]]] = {
         view([model(A, 300), model(B, 300)], [ticket(1, A), ticket(2, B)], devices=[device(0), device(1)]),
         [Load(1, (0,), 300, False), Load(2, (1,), 300, False)],
     ),
-    "who is tied to a device loads there": (
+    "who is bound to a device loads there": (
         view(
             [model(A, 300)],
             [replace(ticket(1, A), loadable_on=(1,), usable_on=(1,))],
@@ -273,7 +273,7 @@ CASES: Mapping[str, tuple[View, list[object]]] = {
         ),
         [Load(1, (1,), 300, False)],
     ),
-    "who is tied to a device has no use for a copy elsewhere": (
+    "who is bound to a device has no use for a copy elsewhere": (
         view(
             [replace(model(A, 300, shared=1), load_s=9.0, hold_s=0.1)],
             [replace(ticket(1, A), loadable_on=(1,), usable_on=(1,))],
@@ -282,7 +282,7 @@ CASES: Mapping[str, tuple[View, list[object]]] = {
         ),
         [Load(1, (1,), 300, False)],
     ),
-    "another model that is in use where a waiter is tied to is of no use for it": (
+    "another model that is in use where a waiter is bound to is of no use for it": (
         view(
             [replace(model(A, 300), load_s=9.0, hold_s=0.1), model(B, shared=1)],
             [replace(ticket(1, A), loadable_on=(1,), usable_on=(1,))],
@@ -415,7 +415,7 @@ CASES: Mapping[str, tuple[View, list[object]]] = {
         ),
         [Wait(1, Reason.COPIES), Grant(2, 8), Load(3, (1,), 100, False)],
     ),
-    "who waits for room on a device it is tied to keeps nobody from others": (
+    "who waits for room on a device it is bound to keeps nobody from others": (
         view(
             [model(A, 800), model(B, 100)],
             [replace(ticket(1, A), loadable_on=(0,)), ticket(2, B)],
@@ -531,14 +531,14 @@ CASES: Mapping[str, tuple[View, list[object]]] = {
         ),
         [Evict(1, (7,))],
     ),
-    "a blocked head stops later loads": (
+    "a head of the line that may not be delayed stops later loads": (
         view([model(A, 800), model(B)], [ticket(1, A), ticket(2, B)], devices=[device(used=200)], in_use=1),
         [Wait(1, Reason.MEMORY)],
     ),
     "but not at once those who reuse": (
         view(
             [model(A, 800), model(B, shared=1)],
-            [ticket(1, A, waited=9.0, blocked=1.9), ticket(2, B)],
+            [ticket(1, A, waited=9.0, head_for=1.9), ticket(2, B)],
             copies=[idle(7, B, mb=10)],
             devices=[device(used=200)],
             in_use=1,
@@ -548,7 +548,7 @@ CASES: Mapping[str, tuple[View, list[object]]] = {
     "later those, too": (
         view(
             [model(A, 800), model(B, shared=1)],
-            [ticket(1, A, waited=9.0, blocked=2.0), ticket(2, B)],
+            [ticket(1, A, waited=9.0, head_for=2.0), ticket(2, B)],
             copies=[idle(7, B, mb=10)],
             devices=[device(used=200)],
             in_use=1,
@@ -613,6 +613,6 @@ def test_what_is_decided_when(case: str) -> None:
 
 
 def test_the_plan_says_whether_the_rest_of_the_queue_can_still_get_something() -> None:
-    assert make_plan(CASES["a blocked head stops later loads"][0]).blocked
-    assert make_plan(CASES["during isolation everybody waits"][0]).blocked
-    assert not make_plan(CASES["what fits is loaded"][0]).blocked
+    assert make_plan(CASES["a head of the line that may not be delayed stops later loads"][0]).queue_held_up
+    assert make_plan(CASES["during isolation everybody waits"][0]).queue_held_up
+    assert not make_plan(CASES["what fits is loaded"][0]).queue_held_up

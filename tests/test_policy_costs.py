@@ -80,7 +80,7 @@ def test_a_slow_load_outweighs_a_higher_rate() -> None:
 
 
 def test_a_whole_set_is_chosen_and_not_more_than_that() -> None:
-    # Two small ones harm less than one large, or than a small and a large.
+    # Two small ones cost less than one large, or than a small and a large.
     state = view(
         [model(A, 400), wanted(B, 200, rate=0.2), wanted(C, 200, rate=0.3), wanted(D, 500, rate=0.9)],
         [ticket(1, A)],

@@ -209,7 +209,7 @@ def test_every_plan_has_the_ten_properties(state: View) -> None:
 
 @st.composite
 def states_at_rest(draw: st.DrawFn) -> View:
-    """A state in which nothing is in use, loads or unloads, and no memory is expected. The books are right."""
+    """A state in which nothing is in use, loads or unloads, and no memory is expected. The accounts are right."""
     count = draw(st.integers(1, 2))
     totals = [draw(st.sampled_from([600.0, 1000.0])) for _ in range(count)]
     copies = []
@@ -243,7 +243,7 @@ def states_at_rest(draw: st.DrawFn) -> View:
             draw(st.integers(0, 3)),
             member=draw(st.integers(1, 3)),
             preload=draw(st.sampled_from([0, 0, 0, 1, 2])),
-            blocked=draw(st.sampled_from([None, 1.0, 3.0, 5.0])),
+            head_for=draw(st.sampled_from([None, 1.0, 3.0, 5.0])),
             waited=6.0,
         )
         for row in range(draw(st.integers(1, 5)))
@@ -265,7 +265,7 @@ def test_an_idle_copy_is_handed_out_past_one_whose_room_nothing_here_can_make(
     first: ModelView, where: DeviceView, others: bool
 ) -> None:
     rules = Rules(0.1, 10.0, 1, 2.0, isolate_unknown=True, max_model_copies=1)
-    waits = ticket(0, A, waited=6.0, blocked=3.0 if others else None)
+    waits = ticket(0, A, waited=6.0, head_for=3.0 if others else None)
     state = view(
         [first, model(B, 50, shared=1)],
         [waits, ticket(1, B, waited=6.0)],
@@ -324,7 +324,7 @@ def test_a_lease_that_goes_before_who_has_waited_for_long_does_not_delay_it(
 @settings(max_examples=scaled(100))
 @given(st.lists(st.tuples(st.integers(0, 9), st.integers(1, 400)), max_size=6), st.integers(1, 900))
 def test_victims_free_enough_and_none_of_them_goes_for_nothing(sizes: list[tuple[int, int]], missing_mb: int) -> None:
-    candidates = [Candidate(harm, mb, idle(row, A, mb=mb)) for row, (harm, mb) in enumerate(sizes)]
+    candidates = [Candidate(cost, mb, idle(row, A, mb=mb)) for row, (cost, mb) in enumerate(sizes)]
     chosen = cheapest_set(candidates, missing_mb)
     freed_mb = sum(one.mb for one in chosen)
     if sum(one.mb for one in candidates) < missing_mb:

@@ -31,10 +31,10 @@ def test_waiters_stand_in_order_of_priority_then_number() -> None:
 def test_overtaking_ends_exactly_at_the_bound() -> None:
     state = view([], [])
     assert not overtaking_limited(state, ticket(1, A, waited=9.0))
-    assert not overtaking_limited(state, ticket(1, A, waited=9.0, blocked=1.999))
-    assert overtaking_limited(state, ticket(1, A, waited=9.0, blocked=2.0))
-    assert not overtaking_over(state, ticket(1, A, waited=9.0, blocked=3.999))
-    assert overtaking_over(state, ticket(1, A, waited=9.0, blocked=4.0))
+    assert not overtaking_limited(state, ticket(1, A, waited=9.0, head_for=1.999))
+    assert overtaking_limited(state, ticket(1, A, waited=9.0, head_for=2.0))
+    assert not overtaking_over(state, ticket(1, A, waited=9.0, head_for=3.999))
+    assert overtaking_over(state, ticket(1, A, waited=9.0, head_for=4.0))
 
 
 def test_a_known_model_that_has_waited_long_enough_stands_among_the_unknown() -> None:
@@ -54,14 +54,14 @@ def test_a_model_that_takes_nothing_goes_to_a_device_whose_total_is_known() -> N
     assert decision.devices == (1,)
 
 
-# ---- passing one that waits for room -----------------------------------------------------------------------
+# ---- overtaking one that waits for room ---------------------------------------------------------------------
 
 
-def blocked_by_c(blocked_s: float, *behind: TicketView) -> View:
+def blocked_by_c(head_for_s: float, *behind: TicketView) -> View:
     """A needs 800 MB: one copy of C is idle, the other in use, with 400 MB each; an idle copy of B is small."""
     return view(
         [model(A, 800), model(B, shared=1), model(C, shared=2)],
-        [ticket(1, A, blocked=blocked_s), *behind],
+        [ticket(1, A, head_for=head_for_s), *behind],
         copies=[idle(7, B, mb=10, age=1), idle(9, C, mb=400)],
         devices=[device(used=900)],
         busy=(in_use(8, C, 400, 0.5),),
@@ -182,7 +182,7 @@ def test_a_model_that_more_wait_for_is_loaded_before_that_of_the_first_waiter() 
     "found",
     [
         pytest.param(two_for_b(replace(ticket(1, A), passed=True)), id="only once"),
-        pytest.param(two_for_b(ticket(1, A, blocked=2.0)), id="not when its time is up"),
+        pytest.param(two_for_b(ticket(1, A, head_for=2.0)), id="not when its time is up"),
         pytest.param(two_for_b(ticket(1, A), waiting=1), id="not for as many"),
         pytest.param(two_for_b(ticket(1, A), b_mb=900.5), id="not where it does not fit"),
         pytest.param(two_for_b(replace(ticket(1, A), loadable_on=(0,))), id="not past one that may not go anywhere"),

@@ -147,8 +147,8 @@ def test_processes_of_which_nothing_can_be_told_are_alive(elsewhere: Path, new_p
     pids_of = int.from_bytes(segment.read_bytes()[8 * Header.PID_NAMESPACE :][:8], "little")
     shutil.rmtree(elsewhere)
     # Its members were in another container, or in several.
-    for foreign in (0, 1):
-        change_header(segment, Header.PID_NAMESPACE, foreign)
+    for pid_namespace in (0, 1):
+        change_header(segment, Header.PID_NAMESPACE, pid_namespace)
         assert find_orphans() == []
     change_header(segment, Header.PID_NAMESPACE, pids_of)
     assert len(prune.sweep_orphans()) == 1

@@ -37,7 +37,7 @@ def last(state: View) -> Decision:
     return make_plan(state).decisions[-1]
 
 
-PASSED = ticket(1, A, waited=1.0, blocked=1.0)
+PASSED = ticket(1, A, waited=1.0, head_for=1.0)
 FULL = device(used=900)
 
 #: reason: (a state, the decision in its plan that has the reason, and what that says)
@@ -116,7 +116,7 @@ TABLE: dict[Reason, tuple[View, Callable[[View], Decision], str]] = {
             busy=(in_use(5, B, 300),),
         ),
         last,
-        "loads beside the room reserved for b: needs 50 MB, 600 free",
+        "loads in addition to what is reserved for b: needs 50 MB, 600 free",
     ),
     Reason.ANOTHER_COPY: (
         view([held_for_long(model(A, shared=1))], [ticket(1, A)]),
@@ -259,16 +259,16 @@ def test_no_reason_is_left_out() -> None:
 
 def test_where_there_are_several_devices_a_decision_names_those_it_is_about() -> None:
     state = view([model(A, 1000)], [replace(ticket(1, A), span=2)], devices=[device(0), device(1), device(2, used=900)])
-    why = make_plan(state).decisions[0].why  # type: ignore[union-attr]  # all but Enough have one
+    why = make_plan(state).decisions[0].why  # type: ignore[union-attr]  # all but Satisfied have one
     sentence = explain(why.reason, why.need_mb, why.free_mb, devices=why.devices)
     assert sentence == "loads on devices 0 and 1, the only place with enough room: needs 1000 MB, 1800 free"
-    room = view(
+    spans_two = view(
         [model(A, 800), model(B, shared=1)],
         [ticket(1, A)],
         copies=[idle(7, B, mb=900, on=1)],
         devices=[device(0, used=900), device(1, used=900)],
     )
-    why = make_plan(room).decisions[0].why  # type: ignore[union-attr]  # all but Enough have one
+    why = make_plan(spans_two).decisions[0].why  # type: ignore[union-attr]  # all but Satisfied have one
     assert explain(why.reason, why.need_mb, 0.0, 900.0, other="b", devices=why.devices) == (
         "is evicted for b, which needs 800 MB on device 1, 0 free: lowest score, frees 900 MB"
     )

@@ -28,7 +28,7 @@ from mpmm.shared_state.snapshot import InstanceInfo, find_namespaces, read_snaps
 Start = Callable[..., subprocess.Popen[str]]
 
 SOON_S = 1.5
-# What the issue asks for: one device of 16 GB, by the books.
+# What the issue asks for: one device of 16 GB, by accounting.
 SIXTEEN_GB: dict[str, Any] = {"memory_source": "booked", "fallback_memory_mb": 16000.0, "slack_percentage": 0.1}
 
 

@@ -251,7 +251,7 @@ def test_a_main_module_that_fails_in_the_server_says_so_to_the_starter(
 
 @pytest.fixture
 def client() -> Iterator[Any]:
-    """Keeps the room, and with it the servers in it, while a program comes and goes."""
+    """Keeps the registry, and with it the servers in it, while a program comes and goes."""
     registry = registry_for(None)
     registry.join()
     yield registry

@@ -26,8 +26,8 @@ from harness import import_path
 from shared_workers import (
     DEADLINE_S,
     LAST_CLIENT_S,
+    Client,
     NotesThatNobodyIsLeft,
-    Worker,
     call_pickled,
     descriptors_left_by_a_host,
     holds_for,
@@ -75,7 +75,7 @@ def test_classes_of_a_main_that_cannot_be_imported_go_through_cloudpickle(path: 
 
 
 def test_a_server_context_reaches_the_server_and_its_lock_keeps_it_alive(
-    path: str, tmp_path: Path, new_worker: Callable[[], Worker]
+    path: str, tmp_path: Path, new_worker: Callable[[], Client]
 ) -> None:
     lock_path, note = tmp_path / "members.lock", tmp_path / "note"
     member = LockFile(lock_path)
@@ -92,7 +92,7 @@ def test_a_server_context_reaches_the_server_and_its_lock_keeps_it_alive(
     assert proxy.environment("MPMM_TEST_CONTEXT") == "yes"
     assert proxy.environment("STARTED_FOR") == "it"
     registry_for(path).leave()
-    # The room is free, but the further lock is not: the server goes on through more than one of its looks.
+    # The place is free, but the further lock is not: the server goes on through more than one of its looks.
     assert holds_for(2.2, lambda: is_running(pid))
     assert not note.exists()
     member.close()
@@ -135,17 +135,17 @@ def test_whoever_connects_and_proves_nothing_holds_no_thread(path: str, monkeypa
     host = find_host(registry_for(path), "it")
     assert host is not None
     before = len(host._connections)
-    strangers = []
+    unproven = []
     for said in (b"", b"half a nonce"):
-        stranger = socket.socket(socket.AF_UNIX)
+        peer = socket.socket(socket.AF_UNIX)
         with sockets._short_address(registry_for(path).path, host.record.socket_name) as address:
-            stranger.connect(address)
-        stranger.sendall(said)
-        strangers.append(stranger)
-    for stranger in strangers:
-        stranger.settimeout(DEADLINE_S)
-        assert stranger.recv(1) == b""
-        stranger.close()
+            peer.connect(address)
+        peer.sendall(said)
+        unproven.append(peer)
+    for peer in unproven:
+        peer.settimeout(DEADLINE_S)
+        assert peer.recv(1) == b""
+        peer.close()
     wait_until(lambda: len(host._connections) == before, DEADLINE_S, lambda: "a connection was left open")
     assert proxy.increment() == 1
 
@@ -243,13 +243,13 @@ def test_a_threads_connection_ends_with_the_thread(path: str) -> None:
     wait_until(lambda: len(host._connections) == before, DEADLINE_S, lambda: "a connection was left open")
 
 
-def test_a_host_leaves_no_thread_and_no_descriptor(path: str, new_worker: Callable[[], Worker]) -> None:
+def test_a_host_leaves_no_thread_and_no_descriptor(path: str, new_worker: Callable[[], Client]) -> None:
     worker = new_worker()
     assert worker.do(descriptors_left_by_a_host, path) == 0
     assert worker.leave() == 0
 
 
-def test_a_pickled_proxy_connects_from_another_process(proxy: Any, new_worker: Callable[[], Worker]) -> None:
+def test_a_pickled_proxy_connects_from_another_process(proxy: Any, new_worker: Callable[[], Client]) -> None:
     assert new_worker().do(call_pickled, pickle.dumps(proxy)) == 1
     assert proxy.increment() == 2
 

@@ -56,9 +56,9 @@ class SharedPoints(Points):
 
     def left(self) -> list[str]:
         """Return what keeps others from the tag."""
-        room = registry_for(None)
+        registry = registry_for(None)
         try:
-            with room.tag_lock("store", 0.0):
+            with registry.tag_lock("store", 0.0):
                 pass
         except TimeoutError as error:
             return [str(error)]

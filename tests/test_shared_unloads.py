@@ -13,7 +13,7 @@ import pytest
 from counters import (
     SlowToConstruct,
 )
-from shared_workers import DEADLINE_S, Attachable, Worker, acquire, acquire_slow, attach, is_running, shared
+from shared_workers import DEADLINE_S, Attachable, Client, acquire, acquire_slow, attach, is_running, shared
 from shared_workers import new_worker as new_worker  # the fixture
 from shared_workers import path as path  # the fixture
 from shared_workers import proxy as proxy  # the fixture
@@ -92,7 +92,7 @@ def test_unload_returns_when_the_server_is_gone(proxy: Any, path: str) -> None:
         proxy.increment()
 
 
-def test_unload_reaches_an_object_that_another_process_serves(path: str, new_worker: Callable[[], Worker]) -> None:
+def test_unload_reaches_an_object_that_another_process_serves(path: str, new_worker: Callable[[], Client]) -> None:
     worker = new_worker()
     assert worker.do(acquire, "it", path, False) == server_pid("it", path=path)
     assert unload("it", path=path)
@@ -108,7 +108,7 @@ def test_unload_kills_a_server_that_does_not_answer(path: str) -> None:
 
 
 def test_unload_does_not_kill_a_worker_that_serves_beside_other_work(
-    path: str, new_worker: Callable[[], Worker]
+    path: str, new_worker: Callable[[], Client]
 ) -> None:
     worker = new_worker()
     pid = worker.do(acquire, "it", path, False)
@@ -121,7 +121,7 @@ def test_unload_does_not_kill_a_worker_that_serves_beside_other_work(
 
 
 def test_unload_kills_a_server_that_is_still_starting(
-    path: str, tmp_path: Path, new_worker: Callable[[], Worker]
+    path: str, tmp_path: Path, new_worker: Callable[[], Client]
 ) -> None:
     starter = new_worker()
     starter.begin(acquire_slow, SlowToConstruct(tmp_path), "it", path)
@@ -137,7 +137,7 @@ def test_unload_kills_a_server_that_is_still_starting(
 
 
 def test_an_object_that_attaches_is_made_once_in_each_process_and_served_by_none(
-    path: str, new_worker: Callable[[], Worker]
+    path: str, new_worker: Callable[[], Client]
 ) -> None:
     made = Attachable.made
     handle = shared(path, "model/manager", Attachable, always_proxy=True)

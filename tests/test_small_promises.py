@@ -325,8 +325,8 @@ def test_nothing_keeps_what_variables_referred_to(new_manager: NewManager) -> No
     kept: list[weakref.ref[Thing]] = []
 
     def load() -> Thing:
-        beside = Thing()
-        kept.append(weakref.ref(beside))
+        unrelated = Thing()
+        kept.append(weakref.ref(unrelated))
         # The background thread, which looks at where all threads are.
         looking = threading.Thread(target=manager._connected().reconciler.reconcile)
         looking.start()

@@ -49,7 +49,7 @@ class TestChoice:
         monkeypatch.setitem(sys.modules, "pynvml", None)
         assert choose_source().name == "nvidia-smi"
 
-    def test_auto_ends_with_the_books_and_one_warning(self, smi: FakeSmi, caplog: pytest.LogCaptureFixture) -> None:
+    def test_auto_ends_with_the_accounts_and_one_warning(self, smi: FakeSmi, caplog: pytest.LogCaptureFixture) -> None:
         smi.answers.clear()
         with caplog.at_level(logging.WARNING):
             source = choose_source(fallback_memory_mb=12000.0)
@@ -121,7 +121,7 @@ class TestChoice:
             assert asks(source)
         assert not asks(SimpleNamespace(name="mine"))
 
-    def test_books_need_a_size(self) -> None:
+    def test_accounts_need_a_size(self) -> None:
         with pytest.raises(InvalidArgumentError):
             BookedSource(0.0)
 

@@ -64,7 +64,7 @@ def acquire_and_release(manager: ModelManager, tag: str, loader: Callable[[], An
     manager.release_model(tag, manager.acquire_model(tag, loader or Loads()))
 
 
-def test_a_driver_that_does_not_start_leaves_the_books_or_an_error(
+def test_a_driver_that_does_not_start_leaves_the_accounts_or_an_error(
     new_gpus: NewGpus, new_manager: NewManager, caplog: pytest.LogCaptureFixture, namespace: str
 ) -> None:
     gpus = new_gpus(1000)
@@ -496,7 +496,7 @@ def test_unknown_models_are_measured_alone_where_the_driver_does_not_tell_proces
     ]
     for number, process in enumerate(processes):
         makes = MakesServed(cast(Any, gpus), 5000.0)
-        process.send(acquire_and_let_go, f"m{number}", LoadsServer(f"server {number}", makes))
+        process.send(use_once, f"m{number}", LoadsServer(f"server {number}", makes))
     for process in processes:
         process.result(60)
     snapshot = read_snapshot(namespace)
@@ -514,7 +514,7 @@ def test_unknown_models_are_measured_alone_where_the_driver_does_not_tell_proces
     assert problems(namespace) == []
 
 
-def acquire_and_let_go(seat: Any, tag: str, loader: Callable[[], Any]) -> None:
+def use_once(seat: Any, tag: str, loader: Callable[[], Any]) -> None:
     """Acquire a copy, and release it."""
     with seat.manager.model(tag, loader):
         pass
@@ -545,7 +545,7 @@ def test_what_one_process_was_shown_holds_for_a_leader_that_was_shown_nothing(
 ) -> None:
     gpus = new_gpus(16000)
     first, second = (new_process(memory_source="nvml", poll_interval=0.1) for _ in range(2))
-    second.call(acquire_and_let_go, "a", LoadsServer("a", MakesServed(cast(Any, gpus), 500.0)))
+    second.call(use_once, "a", LoadsServer("a", MakesServed(cast(Any, gpus), 500.0)))
     assert read_snapshot(namespace).measures_processes
     second.call(force_reset)
     wait_until(lambda: not gpus.process_mb(0), "nobody has memory")

@@ -56,7 +56,7 @@ from mpmm.policy.view import (
 from mpmm.shared_state.snapshot import Snapshot, read_snapshot
 from mpmm.sources import DeviceInfo, DeviceSample
 
-# By the books: a load of it is worth a suspension of 600 MB.
+# As accounted: a load of it is worth a suspension of 600 MB.
 LONG_S = 20.0
 
 COPY = Movable(mb=8000.0, way=Way.COOPERATIVE, load_s=10.0, suspend_s=0.0, resume_s=0.0, rate=1.0)
@@ -176,7 +176,7 @@ def test_a_preload_takes_a_suspended_copy_too() -> None:
 
 
 def use(manager: ModelManager, tag: str, loader: Callable[[], Any], load_s: float = LONG_S) -> Any:
-    """Have a copy loaded, or whatever, and given back; its loads take long by the books."""
+    """Have a copy loaded, or whatever, and given back; its loads take long by accounting."""
     with manager.model(tag, loader) as copy:
         pass
     pretend_load_s(manager, tag, load_s)
@@ -410,7 +410,7 @@ def test_a_suspended_copy_whose_server_dies_is_gone_from_the_host(
     namespace: str, new_process: NewProcess, tmp_path: Path
 ) -> None:
     process = new_process(suspend_budget_mb=2000.0)
-    process.call(acquire, "a", LoadsSleeper("unload_on_release", MakesSleeper(tmp_path), spawn=True))
+    process.call(acquire, "a", LoadsSleeper("lost", MakesSleeper(tmp_path), spawn=True))
     process.call(release)
     assert process.call(suspend, "a") == 1
     server = next(member for member in read_snapshot(namespace).members if member.kind == "server")
@@ -432,11 +432,11 @@ def test_who_dies_in_the_middle_leaves_a_copy_that_the_heir_suspends(
     namespace: str, new_process: NewProcess, tmp_path: Path, new_gate: NewGate, step: str
 ) -> None:
     hang = new_gate()
-    heir, victim = new_process(suspend_budget_mb=2000.0), new_process(suspend_budget_mb=2000.0)
-    heir.call(acquire, "a", LoadsSleeper("kept", MakesSleeper(tmp_path, hang=hang), spawn=True))
-    heir.call(release)
+    successor, victim = new_process(suspend_budget_mb=2000.0), new_process(suspend_budget_mb=2000.0)
+    successor.call(acquire, "a", LoadsSleeper("kept", MakesSleeper(tmp_path, hang=hang), spawn=True))
+    successor.call(release)
     if step == "wake":
-        assert heir.call(suspend, "a") == 1
+        assert successor.call(suspend, "a") == 1
     (tmp_path / f"hang_{step}").touch()
     victim.send(suspend if step == "sleep" else resume, "a")
     moving = "suspending" if step == "sleep" else "resuming"
@@ -446,7 +446,7 @@ def test_who_dies_in_the_middle_leaves_a_copy_that_the_heir_suspends(
     hang.open()
     await_states(namespace, "a", "suspended")
     assert problems(namespace) == []
-    assert heir.call(acquire, "a", Loads()) == "kept"
+    assert successor.call(acquire, "a", Loads()) == "kept"
 
 
 def test_who_is_stopped_in_the_middle_is_waited_for_only_so_long(

@@ -1,4 +1,4 @@
-"""Loads that return the same handle: one memory in the books, unloaded with the last of the instances."""
+"""Loads that return the same handle: one memory in the accounts, unloaded with the last of the instances."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from mpmm.shared_state.snapshot import read_snapshot
 
 
 def sizes(namespace: str, tag: str) -> list[float]:
-    """Return what the instances of a tag are booked with, smallest first."""
+    """Return what the instances of a tag are accounted with, smallest first."""
     return sorted(copy.mb for copy in copies_of(namespace, tag))
 
 
 def used_mb(manager: ModelManager) -> float:
-    """Return the memory in use by the books."""
+    """Return the memory in use by accounting."""
     return float(manager._connected().figures.stats()[0])
 
 

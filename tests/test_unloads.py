@@ -1,4 +1,4 @@
-"""An unload that does not end has a deadline and an heir: handles are taken over, objects are done without."""
+"""An unload that does not end has a deadline and a successor: handles are taken over, objects are done without."""
 
 from __future__ import annotations
 
@@ -251,7 +251,7 @@ class LosesItsServer:
         return Weights("after all")
 
 
-def test_a_copy_that_is_doomed_is_unloaded_by_its_holder_as_soon_as_that_releases_it(
+def test_a_copy_to_be_unloaded_on_release_is_unloaded_by_its_holder_as_soon_as_that_releases_it(
     namespace: str, new_process: NewProcess, new_gate: NewGate
 ) -> None:
     worker = new_process(fallback_memory_mb=100, poll_interval=30.0, memory_return_seconds=60.0)

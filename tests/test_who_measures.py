@@ -93,7 +93,7 @@ def test_the_lead_goes_to_the_process_that_can_measure(
     assert problems(namespace) == []
 
 
-def test_where_only_the_blind_are_left_one_leads_by_the_books_and_the_last_figures_stand(
+def test_where_only_the_blind_are_left_one_leads_by_the_accounts_and_the_last_figures_stand(
     namespace: str, new_process: NewProcess, new_device: NewDevice, capsys: pytest.CaptureFixture[str]
 ) -> None:
     device = new_device(TOTAL_MB)
@@ -122,7 +122,7 @@ def test_where_only_the_blind_are_left_one_leads_by_the_books_and_the_last_figur
     assert problems(namespace) == []
 
 
-@pytest.mark.parametrize("used", [False, True], ids=["nothing loaded", "a copy loaded by the books"])
+@pytest.mark.parametrize("used", [False, True], ids=["nothing loaded", "a copy loaded by accounting"])
 def test_a_process_that_can_measure_takes_the_lead_from_one_that_cannot(
     namespace: str, new_process: NewProcess, new_device: NewDevice, used: bool
 ) -> None:

@@ -23,7 +23,7 @@ import pytest
 import shared_workers
 from counters import Counter, Importing, Imports, Surroundings, die_in_constructor, fail_to_construct
 from harness import SCALE, import_path
-from shared_workers import DEADLINE_S, LAST_CLIENT_S, Worker, acquire, is_running, wait_until
+from shared_workers import DEADLINE_S, LAST_CLIENT_S, Client, acquire, is_running, wait_until
 
 from mpmm.errors import ServerStartError
 from mpmm.multi_process_shared import MultiProcessShared, server_pid, unload
@@ -101,7 +101,7 @@ def wait_for_template_with(path: str, modules: Any, name: str, timeout_s: float 
 # Forking.
 
 
-def test_servers_are_forks_of_one_zygote_which_two_clients_share(path: str, new_worker: Callable[[], Worker]) -> None:
+def test_servers_are_forks_of_one_zygote_which_two_clients_share(path: str, new_worker: Callable[[], Client]) -> None:
     mine = shared(path, "mine").pid()
     zygotes = {zygote_of(path), *templates_of(path)}
     assert parent_of(mine) in zygotes
@@ -128,7 +128,7 @@ def test_a_forked_server_is_a_child_in_the_eyes_of_multiprocessing(path: str) ->
     assert child not in multiprocessing.active_children()
 
 
-def test_a_dead_server_is_reaped_when_its_starter_asks_or_is_gone(path: str, new_worker: Callable[[], Worker]) -> None:
+def test_a_dead_server_is_reaped_when_its_starter_asks_or_is_gone(path: str, new_worker: Callable[[], Client]) -> None:
     worker = new_worker()
     theirs = worker.do(acquire, "theirs", path)
     mine = shared(path, "mine").pid()
@@ -551,7 +551,7 @@ def test_a_forked_server_is_like_a_spawned_one_for_popular_modules(
 
 
 def test_the_zygote_ends_soon_after_its_last_client_was_killed_and_leaves_nothing(
-    path: str, modules: Any, new_worker: Callable[[], Worker]
+    path: str, modules: Any, new_worker: Callable[[], Client]
 ) -> None:
     workers = [new_worker(), new_worker()]
     for worker in workers:
@@ -562,7 +562,7 @@ def test_the_zygote_ends_soon_after_its_last_client_was_killed_and_leaves_nothin
     for worker in workers:
         worker.kill()
     wait_until(lambda: not any(map(is_running, pids)), LAST_CLIENT_S, lambda: "the zygote still runs")
-    wait_until(lambda: not any(Path(path).iterdir()), LAST_CLIENT_S, lambda: "the room is still there")
+    wait_until(lambda: not any(Path(path).iterdir()), LAST_CLIENT_S, lambda: "the registry is still there")
 
 
 def test_a_server_whose_main_module_never_ends_does_not_outlive_its_starter(path: str, tmp_path: Path) -> None:
@@ -581,10 +581,10 @@ def test_a_server_whose_main_module_never_ends_does_not_outlive_its_starter(path
         starter.kill()
     pid = int(arrived.read_text())
     wait_until(lambda: not is_running(pid), LAST_CLIENT_S, lambda: "the server still runs")
-    wait_until(lambda: not any(Path(path).iterdir()), LAST_CLIENT_S, lambda: "the room is still there")
+    wait_until(lambda: not any(Path(path).iterdir()), LAST_CLIENT_S, lambda: "the registry is still there")
 
 
-def test_the_zygote_ends_when_its_last_client_leaves(path: str, new_worker: Callable[[], Worker]) -> None:
+def test_the_zygote_ends_when_its_last_client_leaves(path: str, new_worker: Callable[[], Client]) -> None:
     worker = new_worker()
     worker.do(acquire, "it", path)
     pid = zygote_of(path)

@@ -5,7 +5,7 @@ tool. Several processes load models of 1 to 8 GB, tensors of CUDA in a module, i
 table says
 
     figures      what NVML says of a process beside what torch says, and of the device beside all of its processes
-    attribution  what mpmm has booked for a copy, and estimates after one load, beside NVML's figure of its process
+    attribution  what mpmm accounts for a copy, and estimates after one load, beside NVML's figure of its process
     learning     what it believes of a model that ran out of memory at its first load and was loaded at its second
     isolation    what it estimates where it sees the whole device alone, as without NVML
     recovery     how long after an unload the device's memory is back
@@ -22,7 +22,7 @@ One minute of turns on an NVIDIA H100 80GB HBM3 (driver 580.159.04, NVML, 16 pro
 
     process, NVML less torch     610 to 610 MB
     device less processes        +50 MB
-    booked, estimated            0.00 % off
+    accounted, estimated         0.00 % off
     estimate, alone              +0.5 %
     3072 MB back                 0.07 s after an unload
     turns                        27 models of 120832 MB, 6 processes, 60 s: 912 uses, 211 loads, 196 evictions
@@ -156,7 +156,7 @@ class WholeDevice:
 def check_figures_and_attribution(check: Check) -> None:
     """Load a model of each size, one beside the other as long as they fit; compare what everybody says of them."""
     empty_mb = check.used_mb()
-    overheads, differences, booked, estimated = [], [], [], []
+    overheads, differences, accounted, estimated = [], [], [], []
     tensors_mb = total_mb = 0.0
     with ModelManager(namespace="figures", memory_source="nvml") as manager:
         for number, mb in enumerate(sorted(check.sizes_mb())):
@@ -177,7 +177,7 @@ def check_figures_and_attribution(check: Check) -> None:
                 snapshot = read_snapshot("figures")
                 copy = next(copy for copy in snapshot.instances if copy.handle == handle)
                 model = next(model for model in snapshot.models if model.tag == tag)
-                booked.append(abs(copy.mb / process_mb - 1))
+                accounted.append(abs(copy.mb / process_mb - 1))
                 estimated.append(abs((model.estimate_mb or 0.0) / process_mb - 1))
         grown_mb = check.used_mb() - empty_mb
     worst = max(differences, key=abs)
@@ -193,7 +193,9 @@ def check_figures_and_attribution(check: Check) -> None:
     rest = grown_mb - total_mb
     check.say("figures", "device less processes", f"{rest:+.0f} MB", "±300 MB", abs(rest) <= 300)
     check.say("figures", "tensors", f"{tensors_mb:.0f} MB in {len(overheads)} models")
-    check.say("attribution", "booked for a copy", f"{max(booked):.2%} off at most", "≤ 2 %", max(booked) <= 0.02)
+    check.say(
+        "attribution", "accounted for a copy", f"{max(accounted):.2%} off at most", "≤ 2 %", max(accounted) <= 0.02
+    )
     check.say("attribution", "estimate, one load", f"{max(estimated):.2%} off at most", "≤ 2 %", max(estimated) <= 0.02)
 
 

@@ -78,7 +78,7 @@ PARTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     ),
     "estimator": (
         ("mpmm/memory/estimator.py", "mpmm/memory/shared_estimator.py", "mpmm/memory/estimates_file.py"),
-        ("test_resource_estimator", "test_kept_estimates", "test_accounting"),
+        ("test_resource_estimator", "test_estimates_file", "test_accounting"),
     ),
     "observability": (
         ("mpmm/observability/*.py", "mpmm/text/printable.py"),
@@ -238,7 +238,7 @@ def _is_none(node: ast.expr) -> bool:
     return isinstance(node, ast.Constant) and node.value is None
 
 
-class Copy:
+class TreeCopy:
     """A copy of the tree in which tests run. `with` removes it, and what the tests have left in shared memory."""
 
     def __init__(self) -> None:
@@ -304,7 +304,7 @@ class Copy:
             else:
                 root.unlink()
 
-    def __enter__(self) -> Copy:
+    def __enter__(self) -> TreeCopy:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -336,7 +336,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for number, change in numbered:
             print(f"\n{number}: {change.what}\n{change.diff()}")
         return 0
-    with Copy() as tree:
+    with TreeCopy() as tree:
         return _try_all(tree, numbered, tests_of, options.at_least, time.monotonic() + options.seconds)
 
 
@@ -362,13 +362,13 @@ def _chosen(
 
 
 def _try_all(
-    tree: Copy,
+    tree: TreeCopy,
     numbered: Sequence[tuple[int, Change]],
     tests_of: dict[str, tuple[str, ...]],
     at_least: float,
     until: float,
 ) -> int:
-    patience_s: dict[str, float] = {}
+    timeout_s: dict[str, float] = {}
     for test in dict.fromkeys(test for _, change in numbered for test in tests_of[change.file]):
         began = time.monotonic()
         failure = tree.fails(test, 3600.0)
@@ -376,7 +376,7 @@ def _try_all(
             print(f"{test} fails without any change: {failure}")
             return 2
         took_s = time.monotonic() - began
-        patience_s[test] = max(LEAST_PATIENCE_S, PATIENCE * took_s)
+        timeout_s[test] = max(LEAST_PATIENCE_S, PATIENCE * took_s)
         print(f"{test}: {took_s:.0f} s", flush=True)
     survivors = []
     tried = 0
@@ -384,7 +384,7 @@ def _try_all(
         if time.monotonic() > until:
             break
         tried += 1
-        noticed = _who_notices(tree, change, tests_of[change.file], patience_s)
+        noticed = _who_notices(tree, change, tests_of[change.file], timeout_s)
         print(f"{number}: {change.file}:{change.line}, {change.what}: {noticed or 'SURVIVES'}", flush=True)
         if noticed is None:
             survivors.append((number, change))
@@ -395,7 +395,7 @@ def _try_all(
     return 0 if share >= at_least else 1
 
 
-def _who_notices(tree: Copy, change: Change, tests: Sequence[str], patience_s: dict[str, float]) -> str | None:
+def _who_notices(tree: TreeCopy, change: Change, tests: Sequence[str], timeout_s: dict[str, float]) -> str | None:
     original = (ROOT / change.file).read_bytes()
     changed = change.applied_to(original)
     try:
@@ -405,7 +405,7 @@ def _who_notices(tree: Copy, change: Change, tests: Sequence[str], patience_s: d
     tree.put(change.file, changed)
     try:
         for test in tests:
-            failure = tree.fails(test, patience_s[test])
+            failure = tree.fails(test, timeout_s[test])
             if failure is not None:
                 return f"{test}: {failure}"
         return None

@@ -82,7 +82,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--source",
         choices=SOURCES,
         default="simulated",
-        help="where figures come from: the simulated device itself, the books, a simulated GPU through NVML or "
+        help="where figures come from: the simulated device itself, accounting alone, a simulated GPU through NVML or "
         "nvidia-smi, or the memory of the host (default: simulated)",
     )
     parser.add_argument(
@@ -157,7 +157,7 @@ def print_table(result: Result) -> None:
         (
             "snapshots",
             f"{result.snapshots} ({len(result.unconfirmed)} lines not confirmed); "
-            f"at most {result.most_booked_mb:.0f} MB booked",
+            f"at most {result.most_booked_mb:.0f} MB accounted for",
         ),
         ("seen waiting, by reason", _listed(result.reasons)),
         ("written off", f"{result.written_off_mb:.0f} MB"),

@@ -13,7 +13,7 @@ goes through the models in order, again and again.
     whole-device  what is used in all, from the device itself
     nvml          a simulated GPU through NVML, which knows processes
     nvidia-smi    a simulated GPU through the program, which knows whole devices
-    booked        nothing: mpmm goes by its own books
+    booked        nothing: mpmm goes by its own accounts
 
 With `--suspend-budget-mb` the simulated driver has checkpoints: evicted models are suspended in so much host memory,
 and come back without a load. `--suspend-mb-s` and `--resume-mb-s` say how fast; the defaults are an H100's. It takes a
@@ -283,9 +283,9 @@ class Crowd:
         """Tell whether a client still runs."""
         return self._processes[client].is_alive()
 
-    def end(self, patience_s: float) -> int:
+    def end(self, timeout_s: float) -> int:
         """Wait for all, and kill who does not end; return how many those were."""
-        deadline = time.monotonic() + patience_s
+        deadline = time.monotonic() + timeout_s
         stuck = 0
         for process in self._processes.values():
             process.join(max(0.0, deadline - time.monotonic()))
@@ -351,7 +351,7 @@ def run(workload: Workload, kill: bool, timeout_s: float) -> dict[str, Any]:
                 killed += 1
             time.sleep(_PAUSE_S)
         wall_s = time.monotonic() - began
-        stuck = crowd.end(patience_s=30.0 if done == total else 0.0)
+        stuck = crowd.end(timeout_s=30.0 if done == total else 0.0)
         loads, too_much = workload.device.counts()
         still_loaded = len(workload.device.by_process())
         invariants = _broken_invariants() if workload.implementation == "mpmm" else []

@@ -34,7 +34,7 @@ from mpmm.shared_state.namespace import Namespace
 from mpmm.shared_state.transaction import Transaction
 from mpmm.text.printable import printable_logger
 
-__all__ = ["ESTIMATES_PATH_VARIABLE", "Estimate", "EstimatesFile", "KeptEstimates"]
+__all__ = ["ESTIMATES_PATH_VARIABLE", "Estimate", "EstimatesFile", "NamespaceEstimates"]
 
 _LOG = printable_logger("mpmm")
 
@@ -153,7 +153,7 @@ def _parsed(content: Any) -> dict[str, dict[str, Estimate]]:
     return found
 
 
-class KeptEstimates:
+class NamespaceEstimates:
     """A namespace's estimates and their file, as one of its processes sees them."""
 
     def __init__(self, namespace: Namespace, path: str | os.PathLike[str]) -> None:

@@ -321,7 +321,7 @@ class GPUMonitor(_BeamAttributes):
         not answered, but its figures are published when it does. Raises as `source` does.
         """
         self._resolve()
-        return self._sampler.refresh(timeout_s)
+        return self._sampler.sample(timeout_s)
 
     def request_refresh(self) -> None:
         """Ask for a sample as soon as possible, and do not wait for it.

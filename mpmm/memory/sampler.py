@@ -3,7 +3,7 @@
     a caller                       Sampler                               its thread
     request()                  ->  asked += 1, unless one is asked for
                                                                      ->  begun = asked, take the sample
-    refresh(timeout_s)         <-  waits until ended >= asked        <-  ended = begun
+    sample(timeout_s)          <-  waits until ended >= asked        <-  ended = begun
 
 Callers share: a sample that was asked for and has not begun serves all calls until it begins. So there is at
 most one in progress, and the figures that a caller has waited for are never older than its call. The hand-over costs
@@ -67,7 +67,7 @@ class Sampler:
         """Ask for a sample as soon as possible, and do not wait. Return False where no thread can be had for it."""
         return self._request() > 0
 
-    def refresh(self, timeout_s: float) -> bool:
+    def sample(self, timeout_s: float) -> bool:
         """Wait, for `timeout_s` at most, for a sample that begins after this call; return whether it has ended."""
         number = self._request()
         if not number:

@@ -16,7 +16,7 @@ One acquire, `manager.acquire_model(tag, loader)` or `with manager.model(tag, lo
     release.py           gives the instance back, when the caller or the end of the block (block.py) says so
 
 The same steps serve the other calls: `async_acquire.py` awaits where `acquire.py` sleeps, `lease.py` queues for memory
-without a model, `preload.py` for instances ahead of use, and for loads that are booked by hand (bookings.py), and
+without a model, `preload.py` for instances ahead of use, and for loads that are reserved by hand (bookings.py), and
 `uses.py` is the decorator. `nested.py` knows what the calling thread holds itself (thread_holds.py), `refusals.py`
 words the errors, `waits.py` says who has what a request waits for.
 

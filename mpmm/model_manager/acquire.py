@@ -26,7 +26,7 @@ from mpmm.errors import ClosedError, LockTimeoutError, MpmmError
 from mpmm.model_manager.acquisition import Acquisition, Booking
 from mpmm.model_manager.load import LoadAttempt, resume
 from mpmm.model_manager.nested import end_isolation, expect_no_deadlock
-from mpmm.model_manager.operations import Copy
+from mpmm.model_manager.operations import LoadedInstance
 from mpmm.model_manager.queued_request import GrantRolledBack, QueuedRequest
 from mpmm.model_manager.refusals import expect_mapped, expect_own_time_left
 from mpmm.model_manager.release import discard
@@ -57,8 +57,8 @@ def acquire(
     if attachment.bookings_made:
         booking = attachment.bookings.take(operation, tag)
         if booking is not None:
-            booked = attachment.acquisition(session, operation, tag, ANYWHERE)
-            return load_booked(booked, booking, loader)
+            acquisition = attachment.acquisition(session, operation, tag, ANYWHERE)
+            return load_booked(acquisition, booking, loader)
     request = read_options(options, session.samples) if options else ANYWHERE
     try:
         quick = None if request.usable_on or request.keep_alive else session.held.take_quickly(tag, operation)
@@ -74,7 +74,7 @@ def acquire(
     return load_booked(acquisition, found, loader) if isinstance(found, Booking) else found.value
 
 
-def find(acquisition: Acquisition) -> Copy | Booking:
+def find(acquisition: Acquisition) -> LoadedInstance | Booking:
     """Return an instance that lives and that this process holds now, or the permission to load one."""
     session = acquisition.session
     try:
@@ -94,7 +94,7 @@ def find(acquisition: Acquisition) -> Copy | Booking:
         raise
 
 
-def _take_before_queueing(acquisition: Acquisition) -> Copy | None:
+def _take_before_queueing(acquisition: Acquisition) -> LoadedInstance | None:
     """Take an idle instance if no request waits for one, or if it is kept for this process a moment longer."""
     session, tag = acquisition.session, acquisition.tag
     if session.scheduler.may_have_to_wait(tag) and not session.held.comes_back(tag):
@@ -103,7 +103,7 @@ def _take_before_queueing(acquisition: Acquisition) -> Copy | None:
     return kept or acquisition.take_idle(acquisition.left_s())
 
 
-def queue(acquisition: Acquisition) -> Copy | Booking | None:
+def queue(acquisition: Acquisition) -> LoadedInstance | Booking | None:
     """Wait in the queue; return an instance that this process holds now, or the permission to load one.
 
     None stands for enough instances, which only a preload is told.
@@ -170,7 +170,7 @@ def _sleep(session: Session, row: int, deadline: float) -> int | None:
 
 
 def load_booked(acquisition: Acquisition, booking: Booking, loader: Callable[[], Any]) -> Any:
-    """Load, or resume, what was booked, and return it.
+    """Load, or resume, what `booking` stands for, and return it.
 
     If the loader runs out of memory, room is made, and the request queues for a second turn. There is none for a load
     that had its devices to itself, with no larger ones to go to, because nothing can be unloaded for it.
@@ -183,7 +183,7 @@ def load_booked(acquisition: Acquisition, booking: Booking, loader: Callable[[],
 
 
 def _load_booked(acquisition: Acquisition, booking: Booking, loader: Callable[[], Any]) -> Any:
-    found: Copy | Booking | None = booking
+    found: LoadedInstance | Booking | None = booking
     has_run_out = False
     while isinstance(found, Booking):
         if found.resumes:
@@ -210,6 +210,6 @@ def _load_booked(acquisition: Acquisition, booking: Booking, loader: Callable[[]
     return None if found is None else found.value
 
 
-def _queue_again(acquisition: Acquisition) -> Copy | Booking | None:
+def _queue_again(acquisition: Acquisition) -> LoadedInstance | Booking | None:
     acquisition.begin_anew()
     return queue(acquisition) if acquisition.preload else find(acquisition)

@@ -10,7 +10,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, NamedTuple
 
 from mpmm.errors import ModelTooLargeError, QueueFullError, TableFullError
-from mpmm.model_manager.operations import Copy
+from mpmm.model_manager.operations import LoadedInstance
 from mpmm.model_manager.queued_request import QueuedRequest, making_room
 from mpmm.model_manager.refusals import largest_limit
 from mpmm.model_manager.request import PlacementRequest, encoded_tag
@@ -44,7 +44,7 @@ class Booking(NamedTuple):
     resumes: bool = False
 
 
-class Acquisition(QueuedRequest["Copy | Booking"]):
+class Acquisition(QueuedRequest["LoadedInstance | Booking"]):
     """The request of one call of `acquire_model`, `model`, `model_async`, `preload` or `resume`.
 
     preload: above 0, it asks for a load only, and is told once there is this number of instances. nested: its thread
@@ -83,7 +83,7 @@ class Acquisition(QueuedRequest["Copy | Booking"]):
             if row is not None:
                 namespace.transitions.models.keep_alive(t, row, word)
 
-    def take_idle(self, timeout_s: float) -> Copy | None:
+    def take_idle(self, timeout_s: float) -> LoadedInstance | None:
         """Take an idle instance, if waiters do not come first and none runs alone on its devices.
 
         timeout_s: for the lock; LockTimeoutError after that.
@@ -93,7 +93,7 @@ class Acquisition(QueuedRequest["Copy | Booking"]):
             row = session.held.find_idle(self.tag, self.request.usable_on)
             return None if row is None else self._take_row(t, row)
 
-    def _take_row(self, t: Transaction, row: int) -> Copy | None:
+    def _take_row(self, t: Transaction, row: int) -> LoadedInstance | None:
         session, namespace, scheduler = self.session, self.session.namespace, self.session.scheduler
         if scheduler.beside_isolation(row):
             return None
@@ -104,7 +104,7 @@ class Acquisition(QueuedRequest["Copy | Booking"]):
 
     # ---- to the ticket -------------------------------------------------------------------------------------
 
-    def enqueue(self) -> Copy | None:
+    def enqueue(self) -> LoadedInstance | None:
         """Join the queue; or return an instance that has become idle meanwhile.
 
         The policy may answer the ticket within the same transaction.
@@ -125,7 +125,7 @@ class Acquisition(QueuedRequest["Copy | Booking"]):
         self._log_queued()
         return None
 
-    def _take_or_wait(self) -> Copy | None:
+    def _take_or_wait(self) -> LoadedInstance | None:
         """Take an idle instance, or queue where it is known without a plan that others have to be waited for.
 
         If it takes a plan to know, nothing changes: there is no ticket, and None is returned.
@@ -156,8 +156,8 @@ class Acquisition(QueuedRequest["Copy | Booking"]):
         encoded = encoded_tag(self.tag)
         with namespace.transaction(self.left_s()) as t:
             model = namespace.transitions.models.claim(t, self.tag, encoded)
-            if session.kept_estimates is not None:
-                session.kept_estimates.recall(t, model, self.tag)
+            if session.estimates_file is not None:
+                session.estimates_file.recall(t, model, self.tag)
             if self.request.expect_mb:
                 namespace.transitions.estimates.expect(t, model, self.request.expect_mb)
             self._make_ticket(t, model)
@@ -214,11 +214,11 @@ class Acquisition(QueuedRequest["Copy | Booking"]):
 
     # ---- from the answer -----------------------------------------------------------------------------------
 
-    def take_grant(self) -> Copy | None:
+    def take_grant(self) -> LoadedInstance | None:
         """Take the instance that the ticket was granted, without the lock; None where that takes `act`."""
         return self.session.held.take_granted(self.row, self.tag, self.operation)
 
-    def _take(self, state: int, instance: int) -> Copy | Booking:
+    def _take(self, state: int, instance: int) -> LoadedInstance | Booking:
         session, namespace = self.session, self.session.namespace
         if state == Ticket.GRANTED:
             return session.held.add(instance, self.tag, self.operation)

@@ -36,7 +36,7 @@ from mpmm.model_manager.acquire import load_booked
 from mpmm.model_manager.acquisition import Booking
 from mpmm.model_manager.load import give_up_booking
 from mpmm.model_manager.look_again import LookAgain
-from mpmm.model_manager.operations import Copy
+from mpmm.model_manager.operations import LoadedInstance
 from mpmm.model_manager.queued_request import GrantRolledBack
 from mpmm.model_manager.refusals import expect_own_time_left
 from mpmm.model_manager.release import discard, release
@@ -129,7 +129,7 @@ class _AsyncAcquire:
             await self._in_thread(self._threads.transactions, acquisition.set_keep_alive)
         while True:
             found = self._take_at_once() or await self._queue()
-            if not isinstance(found, Copy):
+            if not isinstance(found, LoadedInstance):
                 load = functools.partial(load_booked, acquisition, found, loader)
                 give_up = functools.partial(give_up_booking, session, found)
                 return await self._in_thread(self._threads.loads, load, self._undo_load, give_up)
@@ -138,7 +138,7 @@ class _AsyncAcquire:
             throw_away = functools.partial(discard, session, self._operation, found)
             await self._in_thread(self._threads.transactions, throw_away)
 
-    def _take_at_once(self) -> Copy | None:
+    def _take_at_once(self) -> LoadedInstance | None:
         """Take an idle instance, in the loop's thread."""
         acquisition, session, tag = self._acquisition, self._session, self._acquisition.tag
         if session.scheduler.may_have_to_wait(tag):
@@ -149,7 +149,7 @@ class _AsyncAcquire:
             return quick or acquisition.take_idle(LOOP_TIMEOUT_S)
         return None
 
-    async def _queue(self) -> Copy | Booking:
+    async def _queue(self) -> LoadedInstance | Booking:
         """Wait in the queue; return an instance that this process holds now, or the permission to load one."""
         acquisition, threads = self._acquisition, self._threads
         loop = asyncio.get_running_loop()
@@ -188,7 +188,7 @@ class _AsyncAcquire:
 
     # ---- in threads ----------------------------------------------------------------------------------------
 
-    def _enter(self, answer: Callable[[Outcome], None]) -> Copy | None:
+    def _enter(self, answer: Callable[[Outcome], None]) -> LoadedInstance | None:
         """Take an idle instance after all, and return it, or queue and have the ticket watched."""
         acquisition, session = self._acquisition, self._session
         try:
@@ -203,7 +203,7 @@ class _AsyncAcquire:
             expect_own_time_left(session, acquisition.tag, error)
             raise
 
-    def _act(self) -> Copy | Booking | None:
+    def _act(self) -> LoadedInstance | Booking | None:
         """Act on the ticket's answer; return None if it has none after all."""
         try:
             with contextlib.suppress(GrantRolledBack), self._session.waiting():
@@ -213,7 +213,7 @@ class _AsyncAcquire:
             raise
         return None
 
-    def _leave(self, copy: Copy | None = None) -> None:
+    def _leave(self, copy: LoadedInstance | None = None) -> None:
         """Leave the queue; or give back what was taken instead of queueing."""
         if copy is not None:
             self._undo_load(copy.value)
@@ -221,7 +221,7 @@ class _AsyncAcquire:
         self._threads.forget(self._acquisition.row)
         self._acquisition.leave()
 
-    def _undo_act(self, found: Copy | Booking | None) -> None:
+    def _undo_act(self, found: LoadedInstance | Booking | None) -> None:
         if isinstance(found, Booking):
             give_up_booking(self._session, found)
         else:

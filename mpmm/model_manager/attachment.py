@@ -22,7 +22,7 @@ from typing import Any, TypeVar, cast
 
 from mpmm.errors import ClosedError, InvalidArgumentError, LockTimeoutError
 from mpmm.fork_hooks import ChildStep, in_forked_child
-from mpmm.memory.estimates_file import ESTIMATES_PATH_VARIABLE, KeptEstimates
+from mpmm.memory.estimates_file import ESTIMATES_PATH_VARIABLE, NamespaceEstimates
 from mpmm.memory.monitor import GPUMonitor
 from mpmm.memory.monitor_source import MONITOR_METHODS, MonitorProtocol, MonitorSource
 from mpmm.model_manager.acquisition import Acquisition
@@ -229,7 +229,7 @@ class Attachment:
         )
         try:
             path = told.estimates_path or os.environ.get(ESTIMATES_PATH_VARIABLE)
-            kept = KeptEstimates(namespace, path) if path else None
+            kept = NamespaceEstimates(namespace, path) if path else None
             session = Session(namespace, _make_monitor(namespace, told), told.verbose_logging, kept)
         except BaseException:
             namespace.leave()

@@ -253,4 +253,4 @@ class _IdleCopies(MutableMapping[int, tuple[str, Any, float]]):
             t.set(at + Instance.SINCE, max(0, since))
 
     def __delitem__(self, row: int) -> None:
-        raise TypeError("copies leave the books by being unloaded")
+        raise TypeError("copies leave this table by being unloaded")

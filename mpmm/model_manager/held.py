@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any
 
 from mpmm import multi_process_shared
-from mpmm.model_manager.operations import Copy, Held, Operation
+from mpmm.model_manager.operations import Held, LoadedInstance, Operation
 from mpmm.model_manager.tenure import Tenures
 from mpmm.scheduling import Scheduler
 from mpmm.shared_state.layout import Ticket
@@ -47,12 +47,12 @@ class HeldInstances:
         # An RLock, because a finalizer or signal handler may come by while its own thread has it.
         self._mutex = threading.RLock()
         # Objects loaded here, by row: nobody else can use them.
-        self._objects: dict[int, Copy] = {}
+        self._objects: dict[int, LoadedInstance] = {}
         self._rows_of_model: dict[int, list[int]] = defaultdict(list)
         # Of the objects' rows those that are seats.
         self._seats: set[int] = set()
         # Handles that this process has held, by row; the generation tells whether one still stands there.
-        self._handles: dict[int, Copy] = {}
+        self._handles: dict[int, LoadedInstance] = {}
         self.holds: dict[tuple[int, int], Held] = {}
         # Where a value was last seen to be held; without a mutex, too.
         self._held_at: dict[Hashable, tuple[int, int]] = {}
@@ -77,14 +77,14 @@ class HeldInstances:
                 return row
         return None
 
-    def add(self, row: int, tag: str, operation: Operation) -> Copy:
+    def add(self, row: int, tag: str, operation: Operation) -> LoadedInstance:
         """Note that this process holds the copy of `tag` in an ACTIVE row, and return it. Needs the lock."""
         generation, uses = self._instances.use(row)
         copy = self._copy_in(row, generation, tag)
         self._note_held(copy, uses, operation)
         return copy
 
-    def take_quickly(self, tag: str, operation: Operation, kept: int = 0) -> Copy | None:
+    def take_quickly(self, tag: str, operation: Operation, kept: int = 0) -> LoadedInstance | None:
         """Take an idle copy that this process can use, note that it holds it, and return it, by the compiled core.
 
         None, with nothing changed, where there is no core, or if it takes Python: somebody waits, a copy runs alone,
@@ -96,7 +96,7 @@ class HeldInstances:
         core = self._lock.core
         if core is None:
             return None
-        copy: Copy | None = core.take_idle(
+        copy: LoadedInstance | None = core.take_idle(
             self._namespace,
             self._reference,
             self._rows_of_tags,
@@ -111,12 +111,12 @@ class HeldInstances:
         )
         return copy
 
-    def take_kept(self, tag: str, operation: Operation) -> Copy | None:
+    def take_kept(self, tag: str, operation: Operation) -> LoadedInstance | None:
         """Take the copy that is in this process's tenure like `take_quickly`; None also if there is none."""
         tenure = self._tenures.current(tag)
         return None if tenure is None else self.take_quickly(tag, operation, tenure.generation)
 
-    def give_back_quickly(self, copy: Copy) -> bool:
+    def give_back_quickly(self, copy: LoadedInstance) -> bool:
         """Give a copy back, that `take_off` has struck off, by the compiled core; False where it takes Python.
 
         Then nothing has changed. Takes the lock itself.
@@ -131,7 +131,7 @@ class HeldInstances:
             self._tenures.leave(copy.tag)
         return True
 
-    def _stays_kept(self, copy: Copy) -> bool:
+    def _stays_kept(self, copy: LoadedInstance) -> bool:
         """Tell whether `keeps` leaves a copy idle for this process, and has called the first waiter up already."""
         tenure = self._tenures.current(copy.tag)
         if tenure is None or not tenure.called_up or tenure.generation != copy.generation:
@@ -149,7 +149,7 @@ class HeldInstances:
         tenure = self._tenures.current(tag)
         return tenure is not None and tenure.row == row and self._instances.is_still(row, tenure.generation)
 
-    def keeps(self, t: Transaction, copy: Copy, used: bool) -> bool:
+    def keeps(self, t: Transaction, copy: LoadedInstance, used: bool) -> bool:
         """Give a copy back, but leave it idle for this process if it may keep it; else return False."""
         tenure = self._tenures.current(copy.tag)
         if tenure is None or (tenure.row, tenure.generation) != (copy.row, copy.generation):
@@ -161,14 +161,14 @@ class HeldInstances:
         tenure.called_up = True
         return True
 
-    def _note_held(self, copy: Copy, uses: int, operation: Operation) -> None:
+    def _note_held(self, copy: LoadedInstance, uses: int, operation: Operation) -> None:
         at = (copy.row, copy.generation)
         operation.gives_back = False
         operation.held = held = (copy, uses)
         self.holds[at] = held
         self._held_at[_key(copy.value)] = at
 
-    def take_granted(self, row: int, tag: str, operation: Operation) -> Copy | None:
+    def take_granted(self, row: int, tag: str, operation: Operation) -> LoadedInstance | None:
         """Note that this process holds what its ticket `row` was granted, and return it; without the lock.
 
         None if that cannot be told, because transactions come too fast or this machine's processors may reorder reads.
@@ -176,7 +176,7 @@ class HeldInstances:
         hand-over.
         """
 
-        def granted() -> tuple[int, int, Copy] | None:
+        def granted() -> tuple[int, int, LoadedInstance] | None:
             answer = self._queue.answer(row)
             if answer.state != Ticket.GRANTED:
                 return None
@@ -218,17 +218,17 @@ class HeldInstances:
         """Tell whether there is something to settle."""
         return bool(self._taken_grants)
 
-    def _copy_in(self, row: int, generation: int, tag: str) -> Copy:
+    def _copy_in(self, row: int, generation: int, tag: str) -> LoadedInstance:
         """Return what this process knows, or can read, of the copy of this generation in a row."""
         copy = self._objects.get(row) or self._handles.get(row)
         if copy is None or copy.generation != generation:
-            copy = self._handles[row] = Copy(row, generation, tag, self._namespace.tables.handle_of(row))
+            copy = self._handles[row] = LoadedInstance(row, generation, tag, self._namespace.tables.handle_of(row))
         return copy
 
-    def add_loaded(self, row: int, tag: str, value: Any, operation: Operation) -> Copy:
+    def add_loaded(self, row: int, tag: str, value: Any, operation: Operation) -> LoadedInstance:
         """Note a copy that this process has just loaded and holds; an object is its own from now on."""
         generation, uses = self._instances.use(row)
-        copy = Copy(row, generation, tag, value)
+        copy = LoadedInstance(row, generation, tag, value)
         if not isinstance(value, str):
             self._own(copy, self._instances.held(row).model)
             self.add_seats(row)
@@ -245,10 +245,10 @@ class HeldInstances:
             return
         for seat in tables.seats_of(row):
             instance = tables.instances[seat]
-            self._own(Copy(seat, instance.generation, copy.tag, copy.value), instance.model)
+            self._own(LoadedInstance(seat, instance.generation, copy.tag, copy.value), instance.model)
             self._seats.add(seat)
 
-    def _own(self, copy: Copy, model: int) -> None:
+    def _own(self, copy: LoadedInstance, model: int) -> None:
         """Note that an object of this process stands in a row, for a model (row)."""
         with self._mutex:
             # A seat leaves its row without a word, and another model may have that row by now.
@@ -263,7 +263,7 @@ class HeldInstances:
         self._objects.pop(row, None)
         self._seats.discard(row)
 
-    def take_off(self, value: Any, tag: str, operation: Operation) -> Copy | None:
+    def take_off(self, value: Any, tag: str, operation: Operation) -> LoadedInstance | None:
         """Strike a held copy off the list and return it; None when this process holds no such thing.
 
         Several copies can have equal handles, or be the same object: one of `tag` is preferred.
@@ -309,7 +309,7 @@ class HeldInstances:
         """Tell whether this process holds copies of models; without the lock."""
         return bool(self.holds)
 
-    def is_held(self, copy: Copy) -> bool:
+    def is_held(self, copy: LoadedInstance) -> bool:
         """Tell whether the row still says that this process holds the copy. Needs the lock."""
         return self._instances.is_held(copy.row, copy.generation, self._namespace.reference)
 
@@ -320,7 +320,7 @@ class HeldInstances:
         is_ours = owned is not None and self._instances.is_still(row, owned.generation)
         return owned.value if owned is not None and is_ours else (self._namespace.tables.handle_of(row) or None)
 
-    def is_twin(self, copy: Copy) -> bool:
+    def is_twin(self, copy: LoadedInstance) -> bool:
         """Tell whether others stand for the same handle as a copy. Looks without the lock, which a holder may do."""
         return self._namespace.transitions.twins.any_of(copy.row)
 
@@ -335,7 +335,7 @@ class HeldInstances:
             )
             t.after.append(partial(_LOG.warning, text, self._namespace.name, self._namespace.pid, tag, handle))
 
-    def handle_is_alive(self, copy: Copy) -> bool:
+    def handle_is_alive(self, copy: LoadedInstance) -> bool:
         """Tell whether what a handle stands for still lives; a handle that never named a server is taken on trust."""
         has_server, server = self._instances.server(copy.row)
         if not has_server:
@@ -344,7 +344,7 @@ class HeldInstances:
             return self._namespace.member_is_alive(server)
         return multi_process_shared.server_pid(copy.value) is not None
 
-    def forget_object(self, row: int, generation: int) -> Copy | None:
+    def forget_object(self, row: int, generation: int) -> LoadedInstance | None:
         """Strike an object off the list and return it; None if the row is no longer that copy's."""
         with self._mutex:
             copy = self._objects.get(row)
@@ -358,7 +358,7 @@ class HeldInstances:
                     self._strike_off(other.row)
             return copy
 
-    def objects(self) -> list[Copy]:
+    def objects(self) -> list[LoadedInstance]:
         """Return what this process has loaded for itself."""
         return [copy for row, copy in list(self._objects.items()) if row not in self._seats]
 

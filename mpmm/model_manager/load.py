@@ -1,4 +1,4 @@
-"""Making an instance of what the queue has booked: one run of a loader, or one resume of a suspended instance.
+"""Making an instance of what the queue has granted: one run of a loader, or one resume of a suspended instance.
 
 No lock is held while the loader runs. Only its outcome is written down: how large the instance is, or that it failed.
 """
@@ -24,7 +24,7 @@ from mpmm.memory.placement import placed
 from mpmm.model_manager.acquisition import Acquisition, Booking
 from mpmm.model_manager.fresh_figures import Growth
 from mpmm.model_manager.held import server_pid_of
-from mpmm.model_manager.operations import Copy
+from mpmm.model_manager.operations import LoadedInstance
 from mpmm.model_manager.out_of_memory import FreeMemory
 from mpmm.model_manager.refusals import taken_away
 from mpmm.model_manager.server_duty import server_context
@@ -79,7 +79,7 @@ class LoadAttempt:
         # What the devices had for it when it began.
         self._free: FreeMemory | None = None
 
-    def run(self) -> Copy:
+    def run(self) -> LoadedInstance:
         """Run the loader, and return the instance that it has made, which this process holds.
 
         Raises what the loader raises, LoadTimeoutError, NamespaceResetError, ClosedError, LockTimeoutError.
@@ -150,7 +150,7 @@ class LoadAttempt:
 
     # ---- after it has returned -----------------------------------------------------------------------------
 
-    def _book_in(self, value: Any, growth: Growth) -> Copy:
+    def _book_in(self, value: Any, growth: Growth) -> LoadedInstance:
         """Write down what the loader has made, and how large it is; this process holds it from then on."""
         session, namespace, row, tag = self._session, self._session.namespace, self._booking.row, self._tag
         tables = namespace.tables
@@ -223,7 +223,7 @@ class LoadAttempt:
         namespace.transitions.estimates.estimate(t, model, mb, measured=False)
         return mb
 
-    def _log_loaded(self, copy: Copy, seconds: float) -> None:
+    def _log_loaded(self, copy: LoadedInstance, seconds: float) -> None:
         if says_more(_LOG):
             namespace = self._session.namespace
             mb = namespace.tables.instances[copy.row].mb
@@ -273,7 +273,7 @@ class LoadAttempt:
             ) from error
 
 
-def resume(acquisition: Acquisition, booking: Booking) -> Copy | None:
+def resume(acquisition: Acquisition, booking: Booking) -> LoadedInstance | None:
     """Resume a suspended instance, and return it; None if that fails, and it is unloaded."""
     session, operation = acquisition.session, acquisition.operation
     resumed = session.suspender.resume(booking.row, booking.generation)
@@ -315,7 +315,7 @@ def give_up_booking(
 
 
 def _is_ours(session: Session, booking: Booking) -> bool:
-    """Tell whether a booked row still is this process's to load, or to resume. Needs the lock."""
+    """Tell whether the row of a booking still is this process's to load, or to resume. Needs the lock."""
     instance = session.namespace.tables.instances[booking.row]
     return (
         instance.state == (Instance.RESUMING if booking.resumes else Instance.LOADING)

@@ -1,6 +1,6 @@
 """What a public call has in hand while it runs, so that an exception from a signal handler leaves nothing behind.
 
-Such an exception may come between any two bytecodes: after a copy was taken in the books, say, and before the caller
+Such an exception may come between any two bytecodes: after a copy was taken in shared state, say, and before the caller
 has it. So each call that takes or gives back something has an `Operation` in its session's `operations` for as long as
 it runs, and notes there what it is about to have before it has it. The background thread looks at them a few times a
 second: a frame that is no longer on its thread's stack cannot go on, and the background thread gives back what its
@@ -21,11 +21,11 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
-__all__ = ["Copy", "Held", "Operation", "ended_calls"]
+__all__ = ["Held", "LoadedInstance", "Operation", "ended_calls"]
 
 
 @dataclass(frozen=True)
-class Copy:
+class LoadedInstance:
     """A copy of a model as this process knows it: its row, and the row's generation to tell it from later ones."""
 
     row: int
@@ -35,7 +35,7 @@ class Copy:
 
 
 # One hold of a copy, and which use of the copy it is; told by identity from earlier and later holds of the same copy.
-Held = tuple[Copy, int]
+Held = tuple[LoadedInstance, int]
 
 
 class Operation:

@@ -1,4 +1,4 @@
-"""Instances ahead of use, or without a use: preloads, resumes, and loads that are booked by hand.
+"""Instances ahead of use, or without a use: preloads, resumes, and loads that are reserved by hand.
 
 They queue like an acquire, and what they have made is idle afterwards.
 """
@@ -14,7 +14,7 @@ from mpmm.errors import AcquireTimeoutError, LockTimeoutError
 from mpmm.model_manager.acquire import load_booked, queue
 from mpmm.model_manager.acquisition import Acquisition, Booking, NothingFree
 from mpmm.model_manager.load import give_up_booking
-from mpmm.model_manager.operations import Copy
+from mpmm.model_manager.operations import LoadedInstance
 from mpmm.model_manager.refusals import expect_own_time_left
 from mpmm.model_manager.release import give_back, give_back_held
 
@@ -75,14 +75,14 @@ def book(attachment: Attachment, tag: str, alone: bool) -> bool:
     """
     session, bookings = attachment.connected(), attachment.bookings
     operation = session.begin(sys._getframe())
-    booked = False
+    granted = False
     try:
         acquisition = attachment.acquisition(
             session, operation, tag, timeout_s=attachment.settings.lock_timeout_seconds
         )
         answer = queue(acquisition)
-        booked = isinstance(answer, Booking) and answer.alone == alone
-        if isinstance(answer, Booking) and booked:
+        granted = isinstance(answer, Booking) and answer.alone == alone
+        if isinstance(answer, Booking) and granted:
             bookings.by_tag[tag] = answer
             attachment.bookings_made = True
         elif isinstance(answer, Booking):
@@ -96,10 +96,10 @@ def book(attachment: Attachment, tag: str, alone: bool) -> bool:
         bookings.by_tag.pop(tag, None)
         session.abandon(operation)
         raise
-    return booked
+    return granted
 
 
-def _queue_in_time(acquisition: Acquisition) -> Copy | Booking | None:
+def _queue_in_time(acquisition: Acquisition) -> LoadedInstance | Booking | None:
     """Queue with the whole time for it, and have the end of that be the end of the wait for the lock, too."""
     acquisition.begin_anew()
     try:

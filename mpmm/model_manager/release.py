@@ -15,7 +15,7 @@ from mpmm.model_manager.refusals import expect_mapped, taken_away
 from mpmm.text.printable import printable_logger
 
 if TYPE_CHECKING:
-    from mpmm.model_manager.operations import Copy, Operation
+    from mpmm.model_manager.operations import LoadedInstance, Operation
     from mpmm.model_manager.session import Session
     from mpmm.shared_state.transaction import Transaction
 
@@ -83,7 +83,9 @@ def give_back_held(session: Session, operation: Operation, tag: str, timeout_s: 
         operation.held = None
 
 
-def give_back(session: Session, tag: str, copy: Copy, used: bool = True, timeout_s: float | None = None) -> None:
+def give_back(
+    session: Session, tag: str, copy: LoadedInstance, used: bool = True, timeout_s: float | None = None
+) -> None:
     """Give an instance back in a transaction, and measure it if it has run alone.
 
     used: somebody has used it since it was loaded. Raises NamespaceResetError if a reset has taken it away meanwhile,
@@ -119,14 +121,14 @@ def give_back(session: Session, tag: str, copy: Copy, used: bool = True, timeout
         report_estimate(copy.tag, cost_mb)
 
 
-def _added_alone_mb(session: Session, copy: Copy) -> float | None:
+def _added_alone_mb(session: Session, copy: LoadedInstance) -> float | None:
     """Return what an instance that runs alone has added to the memory in use, at its peak; None if unknown."""
     session.figures.sample()
     added = session.figures.added_mb(copy.row)
     return None if added is None else max(added) * len(added)
 
 
-def discard(session: Session, operation: Operation, copy: Copy) -> None:
+def discard(session: Session, operation: Operation, copy: LoadedInstance) -> None:
     """Free the row of an instance that an operation holds, and whose server turned out to be dead."""
     if operation.held is not None:
         session.held.take_off_hold(operation.held, operation)

@@ -74,20 +74,20 @@ class PlacementRequest(NamedTuple):
 ANYWHERE = PlacementRequest()
 
 
-def read_options(options: AcquireOptions, board: SharedSamples) -> PlacementRequest:
+def read_options(options: AcquireOptions, samples: SharedSamples) -> PlacementRequest:
     """Check a caller's options and return the request; `ANYWHERE` itself if they ask for nothing.
 
     Raises InvalidArgumentError, TypeError.
     """
     check_names(options)
     chosen = checked_devices(options.get("devices"))
-    usable_on = 0 if chosen is None else board.bits_of(chosen)
-    there = usable_on.bit_count() or len(board.rows())
+    usable_on = 0 if chosen is None else samples.bits_of(chosen)
+    there = usable_on.bit_count() or len(samples.rows())
     span = checked_whole("span", options.get("span", 1), 1, min(there, MOST_SPANNED), "a number of devices")
     expect_mb = options.get("expect_mb")
     if expect_mb is not None:
         expect_mb = checked_number("expect_mb", expect_mb, 0.0, math.inf, "a number of MB", above=True, finite=True)
-    loadable_on = 0 if chosen is None and span == 1 else usable_on or board.visible_bits()
+    loadable_on = 0 if chosen is None and span == 1 else usable_on or samples.visible_bits()
     most, users = options.get("max_waiting"), options.get("users")
     request = PlacementRequest(
         loadable_on,

@@ -26,7 +26,7 @@ import weakref
 from types import FrameType
 
 from mpmm.fork_hooks import ChildStep, in_forked_child
-from mpmm.memory.estimates_file import KeptEstimates
+from mpmm.memory.estimates_file import NamespaceEstimates
 from mpmm.memory.monitor import GPUMonitor
 from mpmm.memory.samples import SharedSamples
 from mpmm.memory.shared_estimator import SharedResourceEstimator
@@ -100,10 +100,10 @@ class Session:
         namespace: Namespace,
         monitor: GPUMonitor,
         verbose_logging: bool,
-        kept_estimates: KeptEstimates | None = None,
+        estimates_file: NamespaceEstimates | None = None,
     ) -> None:
         self.namespace = namespace
-        self.kept_estimates = kept_estimates
+        self.estimates_file = estimates_file
         self.monitor = monitor
         self.warn_after_s: tuple[float, ...] = WARN_AFTER_S
         # By identity: a manager that an exception kept from being taken off is taken off once all the same.
@@ -157,8 +157,8 @@ class Session:
     def start(self) -> None:
         """Begin to work: take part in the leadership, unload on demand."""
         self.samples.describe(self.source, self.monitor.devices())
-        if self.kept_estimates is not None:
-            self.kept_estimates.load()
+        if self.estimates_file is not None:
+            self.estimates_file.load()
         self.background.start()
 
     def close(self) -> None:
@@ -198,12 +198,12 @@ class Session:
 
         at_last: not only when it is time again.
         """
-        if self.kept_estimates is None or self.namespace.tables.header.source_accounting_only:
+        if self.estimates_file is None or self.namespace.tables.header.source_accounting_only:
             return
         if at_last:
-            self.kept_estimates.save()
+            self.estimates_file.save()
         else:
-            self.kept_estimates.save_if_due()
+            self.estimates_file.save_if_due()
 
     def begin(self, frame: FrameType | None) -> Operation:
         """Note that a call begins, which runs in `frame`, and return what it has in hand.

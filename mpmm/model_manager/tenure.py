@@ -9,7 +9,7 @@ The fairness rule: a waiter waits at most (waiters before it) * (one hold + `CAL
 release of a tenure calls the first waiter up, which looks for itself when the tenure is over: if the process has not
 come back by then, or has died, the waiter takes the idle copy.
 
-The tenure is known to its process alone. The shared books have an idle copy, which any plan may give to the first
+The tenure is known to its process alone. Shared state has an idle copy, which any plan may give to the first
 waiter sooner.
 """
 

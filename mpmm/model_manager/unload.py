@@ -21,7 +21,7 @@ from mpmm import multi_process_shared
 from mpmm.memory.beam_metrics import report_model_count
 from mpmm.model_manager.fresh_figures import FreshFigures
 from mpmm.model_manager.held import HeldInstances
-from mpmm.model_manager.operations import Copy
+from mpmm.model_manager.operations import LoadedInstance
 from mpmm.model_manager.waits import decision, says_more
 from mpmm.multi_process_shared.stop_server import kill_process
 from mpmm.policy.view import Reason
@@ -96,7 +96,7 @@ class Unloads:
         """Suspends what is to be suspended instead."""
         return self._suspender
 
-    def unload_if_not_kept(self, t: Transaction, copy: Copy) -> None:
+    def unload_if_not_kept(self, t: Transaction, copy: LoadedInstance) -> None:
         """Have a copy that was just given back unloaded, if its model is kept for no time at all and has no waiter.
 
         Other processes may not know that it is not kept; what they give back, the next poll finds.

@@ -35,7 +35,7 @@ Which process starts which, and which talks to which; arrows are calls, every fi
       orders          what an order is, and how it goes from process to process
       zygote          the process that takes orders; it forks templates and servers
       template        a fork of the zygote that imports what servers of one kind need
-      fork_parent     what these two have in common: forking servers, passing on their exit codes
+      fork_parent     what these two have in common: forking servers, reporting their exit codes
       leftovers       what an import leaves in a process besides code, and what becomes of it in forked servers
 """
 

@@ -86,7 +86,7 @@ def steps(reader: EventReader, ending: Callable[[], bool]) -> Iterator[Step]:
 
 @contextlib.contextmanager
 def asked_to_end() -> Iterator[Callable[[], bool]]:
-    """Take SIGINT and SIGTERM for the wish to end in good order; yield what tells whether one has come."""
+    """Take SIGINT and SIGTERM for a request to end in good order; yield what tells whether one has come."""
     asked: list[int] = []
 
     def ask(number: int, frame: object) -> None:

@@ -210,7 +210,7 @@ def devices(snapshot: Snapshot, bar_width: int) -> Section[DeviceInfo]:
             bar(device, bar_width, signs),
             *(mb(value) for value in (device.used_mb, device.external_mb, device.reserved_mb, device.returning_mb)),
             *(mb(value) for value in (device.limit_mb, device.total_mb, device.peak_since_start_mb)),
-            "books" if snapshot.accounting_only else _ago(device.sample_age_s),
+            "accounting" if snapshot.accounting_only else _ago(device.sample_age_s),
             device.name,
         )
 

@@ -14,7 +14,7 @@ from mpmm.observability.tables import table
 from mpmm.shared_state.snapshot import InstanceInfo, Snapshot
 from mpmm.text.display_names import shown_tag
 
-__all__ = ["JSON_FORMAT", "Copy", "as_table", "copies_of", "formatted"]
+__all__ = ["JSON_FORMAT", "ListedInstance", "as_table", "copies_of", "formatted"]
 
 #: What `--format` takes instead of a format string, to print JSON lines.
 JSON_FORMAT = "json"
@@ -23,7 +23,7 @@ _ESCAPES = {"\\t": "\t", "\\n": "\n"}
 
 
 @dataclass(frozen=True)
-class Copy:
+class ListedInstance:
     """What `--format` and JSON have of one copy or lease; None where it is unknown or there is none.
 
     name: what people call the model, empty for nothing but the tag.
@@ -53,17 +53,17 @@ class Copy:
     handle: str | None
 
 
-def copies_of(snapshot: Snapshot) -> list[Copy]:
+def copies_of(snapshot: Snapshot) -> list[ListedInstance]:
     """Return the copies and leases of a namespace, those of one model together."""
     members = {member.slot: member for member in snapshot.members}
     names = {model.tag: model.name for model in snapshot.models}
 
-    def described(copy: InstanceInfo) -> Copy:
+    def described(copy: InstanceInfo) -> ListedInstance:
         leased = copy.state == "leased"
         slot = copy.owner if copy.server is None else copy.server
         holder, keeper = (None if one is None else members.get(one) for one in (copy.holder, slot))
         lost = any(one is not None and one.alive is False for one in (holder, keeper))
-        return Copy(
+        return ListedInstance(
             namespace=snapshot.namespace,
             tag=copy.tag,
             name=names.get(copy.tag, ""),
@@ -86,12 +86,12 @@ def copies_of(snapshot: Snapshot) -> list[Copy]:
     return sorted(map(described, snapshot.copies), key=lambda copy: (copy.tag, copy.copy))
 
 
-def as_table(copies: Sequence[Copy], width: int | None) -> list[str]:
+def as_table(copies: Sequence[ListedInstance], width: int | None) -> list[str]:
     """Return the copies below a head, with a column for the namespace if there are several."""
     several = len({copy.namespace for copy in copies}) > 1
     head = ("model", "copy", "state", "for", "MB", "on", "holder pid", "kept by pid", "uses")
 
-    def row(copy: Copy) -> tuple[str, ...]:
+    def row(copy: ListedInstance) -> tuple[str, ...]:
         shown = for_people(copy)
         state = f"{shown.state}, {shown.held} of {shown.users} users" if shown.users > 1 else shown.state
         cells = (
@@ -104,7 +104,7 @@ def as_table(copies: Sequence[Copy], width: int | None) -> list[str]:
     return table(("namespace", *head) if several else head, [row(copy) for copy in copies], width, least=least)
 
 
-def formatted(copy: Copy, template: str) -> str:
+def formatted(copy: ListedInstance, template: str) -> str:
     """Return a copy as a format string has it, or as JSON. Raises InvalidArgumentError for a string that cannot be."""
     values = {field.name: getattr(copy, field.name) for field in fields(copy)}
     if template == JSON_FORMAT:

@@ -54,7 +54,7 @@ def read_trace(path: Path) -> list[TraceEvent]:
 def histories(events: Iterable[TraceEvent]) -> dict[int, DeviceHistory]:
     """Return what a trace says of its devices, by the devices' rows."""
     found: dict[int, DeviceHistory] = defaultdict(DeviceHistory)
-    booked: dict[int, list[tuple[float, float]]] = defaultdict(list)
+    accounted: dict[int, list[tuple[float, float]]] = defaultdict(list)
     for event in events:
         device = event.get("pid", 0) - DEVICE_PID
         if device < 0:
@@ -67,13 +67,13 @@ def histories(events: Iterable[TraceEvent]) -> dict[int, DeviceHistory]:
         elif event["ph"] == "C" and event["name"] == _LIMIT:
             history.limit.append((event["ts"], event["args"]["limit"]))
         elif event["ph"] == "C" and event["name"] == _BOOKS:
-            booked[device].append((event["ts"], event["args"]["loaded"]))
+            accounted[device].append((event["ts"], event["args"]["loaded"]))
         elif event["ph"] == "X" and event.get("cat") == "loaded":
             evicted = bool(event["args"].get("evicted"))
             history.loaded.append((event["ts"], event["ts"] + event["dur"], event["name"], evicted))
     for device, history in found.items():
-        # One point says how much there is now, not how it came to that: the books know.
-        history.used = sorted(history.used if len(history.used) > 1 else booked[device] + history.used)
+        # One point says how much there is now, not how it came to that: the accounts do.
+        history.used = sorted(history.used if len(history.used) > 1 else accounted[device] + history.used)
         history.loaded.sort()
     return dict(found)
 

@@ -137,7 +137,7 @@ class Tracer:
         return self._tracks.take()
 
     def _lies(self, devices: Iterable[int], ts: float) -> None:
-        """Write how much the models on some devices take by the books."""
+        """Write how much the models on some devices take by the accounts."""
         for device in devices:
             mb = sum(span.args.get("MB") or 0.0 for span in self._lying.values() if device in span.devices)
             self._tracks.counter(DEVICE_PID + device, ts, "models MB", {"loaded": round(mb, 1)})

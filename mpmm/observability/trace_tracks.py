@@ -115,7 +115,7 @@ class Tracks:
         self._out.append({**mark, "args": args})
 
     def count(self, snapshot: Snapshot) -> None:
-        """Write the counters: new samples of each device, and what the books say now."""
+        """Write the counters: new samples of each device, and what the accounts say now."""
         now = snapshot.taken_s * 1e6
         for device in snapshot.devices:
             pid = DEVICE_PID + device.row

@@ -2,23 +2,25 @@
 
 A source tells how much of a device is in use, now and then, and late. What the manager has decided since, it knows
 by itself. So the ledger keeps the one part that it cannot know, `external_mb`: what is in use and belongs to no
-instance and to no lease (the driver, other programs, the contexts of worker processes). Everything else is booked:
+instance and to no lease (the driver, other programs, the contexts of worker processes). Everything else is accounted
+for:
 
     committed = external + instances in memory + loads in progress + leases + memory that is coming back
 
 Rules:
 
 L1  A load or a lease is admitted only where `committed` stays within the limit.
-L2  The end of a load changes `committed` only by what measuring the instance has taught, because the load was booked
-    from its beginning. So nothing has to wait for a sample that has seen the load, and nothing counts twice.
+L2  The end of a load changes `committed` only by what measuring the instance has taught, because the load was
+    accounted for from its beginning. So nothing has to wait for a sample that has seen the load, and nothing counts
+    twice.
 L3  A sample moves `external_mb` only as far as it must. An instance that loads or unloads while the sample is taken
     may have had any part of its memory, a lease's program any part of the lease; so each has a least and a most that
     it had in the sample, and `external_mb` stays where it is if the figure can be explained like that.
 L4  Memory of an ended unload counts until a sample that began after it shows that the memory is free; where other
-    loads could hide that, for `HIDDEN_NS` more; and where a sample contradicts the books, until
+    loads could hide that, for `HIDDEN_NS` more; and where a sample contradicts the accounts, until
     `memory_return_seconds`, after which it counts as external.
-L5  A source that does not answer holds up no request: without a later sample, the books are trusted after
-    `TRUST_BOOKS_NS`.
+L5  A source that does not answer holds up no request: without a later sample, the accounts are trusted after
+    `TRUST_ACCOUNTS_NS`.
 L6  `external_least_mb` never has memory of ours in it. It is known on a device that has nothing of ours, or where each
     instance is measured by itself; otherwise it only ever falls. `external_mb` may contain what instances have grown
     by. So only the former says that a request can never be served by evictions.
@@ -32,10 +34,10 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-__all__ = ["HIDDEN_NS", "TRUST_BOOKS_NS", "Entry", "Figure", "Ledger", "Return", "expire", "settle"]
+__all__ = ["HIDDEN_NS", "TRUST_ACCOUNTS_NS", "Entry", "Figure", "Ledger", "Return", "expire", "settle"]
 
 # nvidia-smi answers within half a second on any host in good order. What takes longer than this is a source that hangs.
-TRUST_BOOKS_NS = 1_000_000_000
+TRUST_ACCOUNTS_NS = 1_000_000_000
 # Freed memory is back after 0.07 s on an H100 (driver 580). Where nvidia-smi takes 0.3 s, and something always loads
 # meanwhile, each eviction costs this time: with a second, eight clients took 3.3 times as long as with NVML.
 HIDDEN_NS = 500_000_000
@@ -135,11 +137,11 @@ def settle(
 
 
 def expire(ledger: Ledger, sampled_ns: int, now_ns: int, give_up_ns: int) -> Ledger:
-    """Return the ledger once time has passed: without a later sample, the books are trusted after a moment.
+    """Return the ledger once time has passed: without a later sample, the accounts are trusted after a moment.
 
     sampled_ns: when the last sample was begun.
     """
-    patience_ns = min(TRUST_BOOKS_NS, give_up_ns)
+    patience_ns = min(TRUST_ACCOUNTS_NS, give_up_ns)
     kept = tuple(one for one in ledger.returns if sampled_ns >= one.ended_ns or now_ns - one.ended_ns < patience_ns)
     return ledger if len(kept) == len(ledger.returns) else replace(ledger, returns=kept, written_off_mb=0.0)
 

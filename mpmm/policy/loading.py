@@ -83,7 +83,7 @@ def _refuse(attempt: _Attempt) -> Decision | None:
     state, ticket, model, need_mb = attempt.state, attempt.ticket, attempt.model, attempt.need_mb
     largest = largest_limit_mb(state.allowed_for(ticket), state.slack, ticket.span) * ticket.span
     if need_mb > largest:
-        if state.tied_part(ticket, model).usable_by(ticket.member) and not ticket.preload:
+        if state.usable_part(ticket, model).usable_by(ticket.member) and not ticket.preload:
             # Too large for a second copy, but there is one to wait for.
             return Wait(ticket.row, Reason.MEMORY, Why(Reason.MEMORY, need_mb, largest))
         return Refuse(ticket.row, Why(Reason.TOO_LARGE, need_mb, largest))
@@ -119,7 +119,7 @@ def _fits(attempt: _Attempt) -> Decision | None:
         attempt.look_for_place()
     if attempt.place is None:
         return None
-    another = attempt.state.tied_part(attempt.ticket, attempt.model).usable_by(attempt.ticket.member)
+    another = attempt.state.usable_part(attempt.ticket, attempt.model).usable_by(attempt.ticket.member)
     reason = Reason.ANOTHER_COPY if another else attempt.place.reason
     return attempt.state.load_on(attempt.ticket, attempt.place.devices, attempt.need_mb, reason)
 

@@ -48,11 +48,11 @@ _ELSEWHERE = (Reason.LEASED, Reason.EXTERNAL, Reason.PINNED, Reason.QUIET)
 class Plan:
     """Decisions in the order of the queue.
 
-    blocked: a waiter holds up others, so tickets that are not in the view could get little but idle instances.
+    queue_held_up: a waiter holds up others, so tickets that are not in the view could get little but idle instances.
     """
 
     decisions: tuple[Decision, ...]
-    blocked: bool
+    queue_held_up: bool
 
 
 def make_plan(view: View) -> Plan:
@@ -85,7 +85,7 @@ class Planner:
         """Return the plan; to be called once."""
         state = self._state
         if self._view.devices and not state.devices:
-            return Plan((), blocked=True)
+            return Plan((), queue_held_up=True)
         order = queue_order(self._view)
         decided: dict[int, Decision | None] = dict(self._grant_idle(order))
         self._order = [ticket for ticket in order if ticket.row not in decided]
@@ -99,11 +99,11 @@ class Planner:
         if isinstance(passed, Wait | Evict):
             decided[passed.ticket] = replace(passed, passed=True)
         decisions = (decided.get(ticket.row) for ticket in order)
-        blocked = state.head is not None or not state.devices
-        return Plan(tuple(decision for decision in decisions if decision is not None), blocked)
+        queue_held_up = state.head is not None or not state.devices
+        return Plan(tuple(decision for decision in decisions if decision is not None), queue_held_up)
 
     def _is_hopeless(self, ticket: TicketView) -> bool:
-        """Tell whether one with the same wish has been found to fit nowhere behind the head of the line."""
+        """Tell whether one with the same request has been found to fit nowhere behind the head of the line."""
         return ticket.model in self._state.no_backfill and not ticket.preload and not ticket.loadable_on
 
     def _name_more_urgent(self, decided: dict[int, Decision | None]) -> None:
@@ -213,13 +213,13 @@ class Planner:
 
     def _has_enough(self, ticket: TicketView, model: ModelView) -> bool:
         """Tell whether a preload's member can use as many copies as it wants, or there are as many as there may be."""
-        here = self._state.tied_part(ticket, model)
+        here = self._state.usable_part(ticket, model)
         usable = here.usable_by(ticket.member) + here.coming_for(ticket.member)
         return usable >= ticket.preload or self._state.has_most_copies(model)
 
     def _share(self, ticket: TicketView, model: ModelView, suspended: SuspendedInstance | None) -> Wait | None:
         """Let a waiter wait for an instance that is in use, being loaded or being suspended, if a load takes longer."""
-        usable = self._state.tied_part(ticket, model)
+        usable = self._state.usable_part(ticket, model)
         if suspended is not None:
             # That is what another copy costs.
             usable = replace(usable, load_s=suspended.resume_s)
@@ -256,7 +256,7 @@ class Planner:
         if seconds <= 0:
             return None
         if self._state.has_most_copies(model):
-            here = self._state.tied_part(ticket, model)
+            here = self._state.usable_part(ticket, model)
             if here.usable_by(ticket.member) or here.coming_for(ticket.member):
                 # It waits for one of these, and not for a load.
                 return None
@@ -275,16 +275,16 @@ class Planner:
         return empty and not any(device.unloading or device.returning_mb > 0 for device in place)
 
     def _load_alike(self, ticket: TicketView, model: ModelView) -> Decision | None:
-        """Repeat the answer to a waiter with the same wish that was told to wait, if nothing has been booked since."""
+        """Repeat the answer to a waiter with the same request that was told to wait, if nothing was planned since."""
         # Where any process can use all instances there are, it does not matter whose waiter it is.
         whose = ticket.member if model.owned or model.loading else None
-        wish = (ticket.model, whose, ticket.loadable_on, ticket.usable_on, ticket.span, ticket.steady)
-        repeated = self._state.repeated_waits.get(wish)
+        alike = (ticket.model, whose, ticket.loadable_on, ticket.usable_on, ticket.span, ticket.steady)
+        repeated = self._state.repeated_waits.get(alike)
         if repeated is not None:
             return replace(repeated, ticket=ticket.row)
         decision = self._load(ticket, model)
         if isinstance(decision, Wait) and not decision.first:
-            self._state.repeated_waits[wish] = decision
+            self._state.repeated_waits[alike] = decision
         return decision
 
     def _load(self, ticket: TicketView, model: ModelView) -> Decision | None:
@@ -323,7 +323,7 @@ class Planner:
         Only if none is of use to it, nor will be, the oldest idle one makes way for another.
         """
         state = self._state
-        here = state.tied_part(ticket, model)
+        here = state.usable_part(ticket, model)
         if not here.usable_by(ticket.member) and not here.coming_for(ticket.member):
             others = [
                 one

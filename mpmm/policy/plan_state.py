@@ -71,7 +71,7 @@ class PlanState:
         # The devices where this plan has let something come or go, and whether that was a load.
         self.begun: set[int] = set()
         self.loads_begun = False
-        # The answers that later waiters with the same wish get too; forgotten as soon as something else is booked.
+        # The answers that later waiters with the same request get too; forgotten as soon as something else is planned.
         self.repeated_waits: dict[tuple[object, ...], Wait] = {}
         # Somebody waits for a lease to end, so not every further lease is given out: which waiters, and what each
         # needs on each of its devices.
@@ -162,8 +162,8 @@ class PlanState:
         """Tell whether there are as many copies of a model as there may be."""
         return model.copies >= self.view.rules.max_model_copies
 
-    def tied_part(self, ticket: TicketView, model: ModelView) -> ModelView:
-        """Return a model as a waiter that is tied to devices sees it: without the instances elsewhere."""
+    def usable_part(self, ticket: TicketView, model: ModelView) -> ModelView:
+        """Return a model as a waiter that can use only some devices sees it: without the instances elsewhere."""
         if not ticket.usable_on:
             return model
         view = self.view

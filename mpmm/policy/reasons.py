@@ -40,7 +40,7 @@ SENTENCES: dict[Reason, str] = {
     Reason.OVERTAKES: "gets an idle copy ahead of {other}, which waits for memory and is not delayed by that",
     Reason.FITS: "loads{on}: needs {need:.0f} MB, {free:.0f} free",
     Reason.ALONE: "loads alone{on} to be measured: assumed to need {need:.0f} MB, {free:.0f} free",
-    Reason.BACKFILL: "loads{on} beside the room reserved for {other}: needs {need:.0f} MB, {free:.0f} free",
+    Reason.BACKFILL: "loads{on} in addition to what is reserved for {other}: needs {need:.0f} MB, {free:.0f} free",
     Reason.ANOTHER_COPY: "loads another copy{on}, which is quicker than waiting for one in use: needs {need:.0f} MB, "
     "{free:.0f} free",
     Reason.LEAST_FULL: "loads{on}, the least full with enough room: needs {need:.0f} MB, {free:.0f} free",

@@ -62,7 +62,7 @@ class Reason(IntEnum):
     # It may load:
     FITS = 24
     ALONE = 25  # to be measured
-    BACKFILL = 26  # beside the room that is reserved for one before it
+    BACKFILL = 26  # where that leaves what is reserved for one before it
     ANOTHER_COPY = 27  # sooner than a copy that is in use could be had
     # Where several devices could take it, see `placement`:
     LEAST_FULL = 28

@@ -115,7 +115,7 @@ class Scheduler:
                     # the rows as they are then.
                     t.after.append(self.go_on)
                     return
-            if plan.blocked or not view.tickets or not self._answered_all(view):
+            if plan.queue_held_up or not view.tickets or not self._answered_all(view):
                 return
             # Nobody in this part of the queue is left, so the rest moves up.
 

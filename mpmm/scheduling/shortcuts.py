@@ -3,15 +3,15 @@
 A plan reads every row, so the warm path does without one where the plan is known beforehand:
 
 Q1  An idle copy may be taken at once although others wait (`may_take`) if nobody waits for its model, nothing runs
-    alone or waits to, and the time for which each blocked waiter may be overtaken is not over. The plan would grant the
-    copy to a newcomer: no waiter ahead can use it, and `_grant_idle` stops, or keeps copies back, only for a waiter
-    that isolates or is due. It moves nobody else: what is idle only becomes less by it.
-Q2  A release of a copy whose model nobody waits for needs no plan (`moves_nobody`) if no waiter is blocked, nothing
-    runs alone or waits to, and every waiter waits for what an idle copy of another model does not change: for leases
-    or other programs to leave room (LEASED and EXTERNAL: too little even if all copies went), for a copy of its own
-    model (SHARING, COPIES), or, as a lease, behind one that waits for leases. PINNED belongs to these if the model
-    is pinned: its copy makes no room then. Time changes such waits, too, and so does each hold that is measured, from
-    which it is guessed how long others may take (SHARING); for that the leader plans at each poll.
+    alone or waits to, and the time for which a waiter that waits for memory may be overtaken is not over. The plan
+    would grant the copy to a newcomer: no waiter ahead can use it, and `_grant_idle` stops, or keeps copies back, only
+    for a waiter that isolates or is due. It moves nobody else: what is idle only becomes less by it.
+Q2  A release of a copy whose model nobody waits for needs no plan (`moves_nobody`) if no waiter is the head of the
+    line, nothing runs alone or waits to, and every waiter waits for what an idle copy of another model does not
+    change: for leases or other programs to leave room (LEASED and EXTERNAL: too little even if all copies went), for a
+    copy of its own model (SHARING, COPIES), or, as a lease, behind one that waits for leases. PINNED belongs to these
+    if the model is pinned: its copy makes no room then. Time changes such waits, too, and so does each hold that is
+    measured, from which it is guessed how long others may take (SHARING); for that the leader plans at each poll.
 Q3  A newcomer for a model whose copies are all in use, and all usable by any process, can only wait for one of them
     (`known_wait`), if there are as many copies as there may be, or if they serve it sooner than a load would. This is
     known where everybody who waits wants this model, the newest of them was told the same, nothing runs alone or waits

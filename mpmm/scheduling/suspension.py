@@ -1,4 +1,4 @@
-"""What the books say about suspension: the host's ledger, and whether an evicted copy is suspended or unloaded.
+"""What is accounted for suspended copies: the host's ledger, and whether an evicted copy is suspended or unloaded.
 
 The host's ledger is the sum of what suspended copies take, by row, see `Instance.HOST_MB`; those that are being
 unloaded are on their way out and leave their room to others: ending a process takes milliseconds, and filling its

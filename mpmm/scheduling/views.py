@@ -212,7 +212,7 @@ class Views:
         return not all(now > was - LEAST_ROOM_MB for now, was in zip(self.room(), before, strict=True))
 
     def used_mb(self, device: int, copies: Copies) -> float:
-        """Return the memory in use: the last figure, or the books where nothing can be measured."""
+        """Return the memory in use: the last figure, or what is accounted for where nothing can be measured."""
         if self._tables.header.source_accounting_only:
             return copies.booked_mb[device]
         return self._tables.devices[device].used_mb

@@ -1,6 +1,6 @@
 /* The warm path in C: an idle copy is taken, or given back, while nobody waits, or by a process whose tenure it is.
  *
- * Python is the definition (`Transitions.grab` and `release`, `transaction.py`), and this is the same transaction: the
+ * Python is the definition (`transitions.holds`: `take_idle` and `release`, `transaction.py`), and this is the same transaction: the
  * same lock, the same words in the same order, each logged before it is overwritten. So a process that is killed at any
  * store is rolled back by the next one, whichever of the two that uses. Every function answers None or False, with
  * nothing changed, as soon as there is anything out of the ordinary: then Python decides. In particular nothing is
@@ -350,7 +350,7 @@ static bool are_zero(Core *core, uint64_t row, const uint64_t *fields, Py_ssize_
     return true;
 }
 
-/* Whether nothing about the namespace is out of the ordinary; a look without the lock tells where to spare taking it. */
+/* Whether nothing about the namespace is out of the ordinary; a look without the lock tells where it need not be taken. */
 static bool is_calm(Core *core, bool kept) {
     return (kept || !load(core, core->at.waiting)) && !load(core, core->at.isolated);
 }
@@ -379,9 +379,9 @@ static bool is_plain(Core *core, uint64_t row, uint64_t state, uint64_t generati
 /* Whether a counter can be counted up. */
 static bool can_rise(Core *core, uint64_t index) { return load(core, index) != UINT64_MAX; }
 
-/* Take the idle copy (row) for a member (reference): `Transitions.grab`. False, and nothing changed, if Python decides.
+/* Take the idle copy (row) for a member (reference): `Holds.take_idle`. False, and nothing changed, if Python decides.
  * Needs the lock. */
-static bool grab(Core *core, uint64_t row, uint64_t generation, bool kept, uint64_t uses, uint64_t reference,
+static bool take_row(Core *core, uint64_t row, uint64_t generation, bool kept, uint64_t uses, uint64_t reference,
                  uint64_t now) {
     const Offsets *at = &core->at;
     uint64_t copy, model, following = 0;
@@ -503,7 +503,7 @@ static PyObject *at_number(PyObject *dict, uint64_t number) {
     return found;
 }
 
-/* Whether a `Copy` is that of a generation of its row. */
+/* Whether a `LoadedInstance` is that of a generation of its row. */
 static bool has_generation(Core *core, PyObject *copy, uint64_t generation) {
     uint64_t own = 0;
     PyObject *found = copy == NULL ? NULL : PyObject_GetAttr(copy, core->generation);
@@ -517,7 +517,7 @@ static uint64_t generation_of(Core *core, uint64_t row) {
     return load(core, core->at.instances + row * core->at.instance_words + core->at.generation);
 }
 
-/* Find the idle copy that `Worker.find_idle` finds, as a look without the lock tells: its row, and what this process
+/* Find the idle copy that `HeldInstances.find_idle` finds, as a look without the lock tells: its row, and what this process
  * knows of it (borrowed), or NULL. */
 static PyObject *find_idle(Core *core, PyObject *hints, PyObject *handles, PyObject *objects, PyObject *owned,
                            PyObject *tag, uint64_t *row) {
@@ -577,7 +577,7 @@ PyDoc_STRVAR(take_idle_doc,
              "take_idle(namespace, reference, hints, handles, objects, owned, held, held_at, tag, operation,\n"
              "          kept)\n\n"
              "Take an idle copy for a member, note that the process holds it, and return it; None, with nothing\n"
-             "changed, if Python decides. See `Worker.take_quickly`.");
+             "changed, if Python decides. See `HeldInstances.take_quickly`.");
 
 static PyObject *take_idle(PyObject *self, PyObject *const *args, Py_ssize_t count) {
     Core *core = (Core *)self;
@@ -626,7 +626,7 @@ static PyObject *take_idle(PyObject *self, PyObject *const *args, Py_ssize_t cou
         if (now) {
             /* Noted first, as Python does in its transaction: what is noted and was not taken is struck off again. */
             if (PyDict_SetItem(held_by_row, place, held) == 0 && PyDict_SetItem(held_at, key, place) == 0) {
-                taken = grab(core, row, generation, kept, uses, reference, now);
+                taken = take_row(core, row, generation, kept, uses, reference, now);
             }
             PyErr_Clear();
             leave(core, fd);
@@ -664,9 +664,9 @@ static PyObject *take_idle(PyObject *self, PyObject *const *args, Py_ssize_t cou
     Py_RETURN_NONE;
 }
 
-PyDoc_STRVAR(release_doc, "release(namespace, reference, receipts, row, generation, kept)\n\n"
+PyDoc_STRVAR(release_doc, "release(namespace, reference, taken_grants, row, generation, kept)\n\n"
                           "Give a copy of a member back, and return True; False, with nothing changed, if Python\n"
-                          "decides. See `Worker.give_back_quickly`.");
+                          "decides. See `HeldInstances.give_back_quickly`.");
 
 static PyObject *release(PyObject *self, PyObject *const *args, Py_ssize_t count) {
     Core *core = (Core *)self;

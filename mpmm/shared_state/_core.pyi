@@ -35,7 +35,14 @@ class Core:
         /,
     ) -> Any: ...
     def release(
-        self, namespace: Any, reference: int, receipts: set[tuple[int, int]], row: int, generation: int, kept: bool, /
+        self,
+        namespace: Any,
+        reference: int,
+        taken_grants: set[tuple[int, int]],
+        row: int,
+        generation: int,
+        kept: bool,
+        /,
     ) -> bool: ...
     def close(self) -> None: ...
 

@@ -90,7 +90,7 @@ def open_or_replace(
         segment.close()
         segment = None
     if segment is None and not deserted:
-        # A new one beside it would be a second set of books.
+        # A new one in addition would be a second set of accounts.
         raise segment_lost(runtime.name, name)
     if segment is None and must_exist:
         raise NoNamespaceError(f"there is no namespace {runtime.name!r} in {runtime.root}")

@@ -232,7 +232,7 @@ def _tickets(snapshot: Snapshot) -> Iterator[str]:
         if ticket.model not in models:
             yield f"T1 {what}: no model row {ticket.model}"
         if ticket.head_of_line_for_s is not None and ticket.head_of_line_for_s > ticket.waited_s:
-            yield f"T3 {what}: blocked for {ticket.head_of_line_for_s} s, though it waits for {ticket.waited_s} s"
+            yield f"T3 {what}: first for {ticket.head_of_line_for_s} s, though it waits for {ticket.waited_s} s"
         if ticket.called_up_ago_s is not None and ticket.called_up_ago_s > ticket.waited_s:
             yield f"T3 {what}: called up {ticket.called_up_ago_s} s ago, though it waits for {ticket.waited_s} s"
         if abs(ticket.urgency) > HIGHEST_URGENCY:

@@ -405,7 +405,7 @@ class Ticket:
 
 
 class Pin:
-    """One member's wish that idle copies of a model are not evicted. It goes with the member.
+    """One member's request that idle copies of a model are not evicted. It goes with the member.
 
     One without a member is the namespace's, and stands until somebody ends it.
 

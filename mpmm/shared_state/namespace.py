@@ -19,7 +19,7 @@ The kernel drops all of them when a process dies. What it leaves in the tables i
 So no path is taken for what was opened there once:
 
 - the segment is guarded by a lock on its own file: one segment cannot come under two locks;
-- who removes a namespace marks it `CLOSED` in a transaction in which no other living worker is in the books, and who
+- who removes a namespace marks it `CLOSED` in a transaction in which no other living worker has a row, and who
   joins looks at the mark in the transaction that gives it a row. So nobody joins what is being removed, even if the
   two of them hold different `lifecycle.lock`s;
 - a newcomer that finds no segment looks for one of the same place under another name, which it has if somebody has made
@@ -222,17 +222,17 @@ class Namespace:
             namespace._take_over(estimates)
             namespace.lock.set_timeout(chosen.lock_timeout_seconds)
         except (MpmmError, OSError, StartAgain):
-            namespace._let_go()
+            namespace._detach()
             raise
         except (IndexError, KeyError, ValueError, OverflowError) as error:
-            namespace._let_go()
+            namespace._detach()
             raise SegmentCorruptError(
                 f"segment {segment.name} of namespace {runtime.name!r} holds what mpmm never writes ({error!r}); "
                 "end its processes, the next one makes a new segment",
                 name=segment.name,
             ) from error
         except BaseException:
-            namespace._let_go()
+            namespace._detach()
             raise
         _attached.add(namespace)
         return namespace
@@ -356,7 +356,7 @@ class Namespace:
         if not self.is_usable or self.slot < 0:
             # Nothing is left to do, unless an exception from a signal handler has ended the first call, or the join.
             if not self.is_inherited:
-                self._let_go()
+                self._detach()
             return
         # So that the last one finds what it is to remove.
         self._files.put_back()
@@ -393,7 +393,7 @@ class Namespace:
                 self.runtime.remove(self._files.folder_identity)
         finally:
             # Whatever is left undone others do, as for a process that has died.
-            self._let_go()
+            self._detach()
 
     def _leave_row(self, close: bool = False) -> bool:
         """Give up the row in the members table; if asked to, and no other worker lives, let nobody join any more.
@@ -420,7 +420,7 @@ class Namespace:
         return False
 
     def _others_work(self) -> bool:
-        """Tell whether the books know of another living worker, whose lock on a removed file says nothing."""
+        """Tell whether another living worker has a row, whose lock on a removed file says nothing."""
         workers = self.tables.rows_where(self.segment.layout.members, Member.STATE, Member.WORKER)
         return any(slot != self.slot and self.member_is_alive(slot) for slot in workers)
 
@@ -474,7 +474,7 @@ class Namespace:
                     row = self.transitions.models.claim(t, model.tag, encoded)
                     self.transitions.estimates.estimate(t, row, model.estimate_mb, model.measured, model.sd_mb)
 
-    def _let_go(self) -> None:
+    def _detach(self) -> None:
         self._usable = False
         self._files.close()
         self.lock.close()

@@ -1,7 +1,7 @@
 """Claims to poll in the leader's place, so that one process does it while the others see that it is being done.
 
 Raw words, which are written without the lock: whoever looks is about to find out whether the leader is stuck, and the
-leader may have the lock. Two that claim at the same time poll twice, and no harm is done.
+leader may have the lock. Two that claim at the same time poll twice, which costs only time.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ set. Both levels have mode 0700 and belong to the user; anything else there is r
 can write the directory can take the locks and impersonate the model servers.
 
 The default is not `$XDG_RUNTIME_DIR`, though that is what it is for. All processes of a user have to come to the same
-folder, whatever their environment is, or they keep two sets of books on one device and tell nobody. Cron jobs,
+folder, whatever their environment is, or they keep two sets of accounts of one device and tell nobody. Cron jobs,
 `docker exec`, `sudo` and services have no such variable; and `/run/user/<uid>`, to which it leads, comes with the first
 login and is removed with the last, under whatever `nohup` has left running. To look into both places does not help: the
 folder may come or go between two looks. `/tmp` is there for everybody, and what is removed there are files that nobody

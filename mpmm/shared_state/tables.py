@@ -254,7 +254,7 @@ class Tables:
 
     def kept_ns(self, model: int, idle_ttl_seconds: float) -> int:
         """Return for how long an idle copy of a model is kept, `LONGEST_NS` for ever; pins aside."""
-        # Plus one in the segment, because 0 ns is a wish, too: to be unloaded at once.
+        # Plus one in the segment, because 0 ns can be asked for, too: to be unloaded at once.
         word = self.segment.words[self.model(model) + Model.KEEP_ALIVE]
         return int(word) - 1 if word else to_ns(idle_ttl_seconds)
 

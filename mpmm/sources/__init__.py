@@ -58,8 +58,9 @@ def choose_source(
 ) -> MemorySource:
     """Return the source called `name`, ready to measure.
 
-    name: `nvml`, `nvidia-smi`, `amdsmi`, `host`, `booked`, or `auto` for the first of NVML, nvidia-smi, amdsmi and
-        booked that works. `$MPMM_MEMORY_SOURCE` stands in for `auto`, and for nothing else. A source passes through.
+    name: `nvml`, `nvidia-smi`, `amdsmi`, `host`, `booked`, or `auto` for the first of `nvml`, `nvidia-smi`,
+        `amdsmi` and `booked` that works. `$MPMM_MEMORY_SOURCE` stands in for `auto`, and for nothing else. A
+        source passes through.
     fallback_memory_mb: the total of `booked`.
     budget_mb: the total of `host`; the other sources measure theirs.
     logger: gets one warning when `auto` ends at `booked`, unless `warn` is off.

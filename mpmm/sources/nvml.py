@@ -311,8 +311,8 @@ def _read(
     if handle is None:
         trouble = "not found"
         return DeviceSample(device.index, None, taken_ns, trouble=trouble, done_ns=time.monotonic_ns()), None
-    # The parts before the whole: what a process takes in between is then in the whole for certain, and what is booked
-    # for it still stands; the other way round, it would be in neither.
+    # The parts before the whole: what a process takes in between is then in the whole for certain, and what is
+    # accounted for it still stands; the other way round, it would be in neither.
     listing, sharing = _processes(door, handle)
     if device.uuid == unified:
         used_mb: float | None = unified_used_mb()

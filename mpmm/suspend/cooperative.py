@@ -35,7 +35,7 @@ class TorchModule:
         self._torch = torch
         self._device = torch.device(device)
         self._module = module.to(self._device)
-        # By the tensor's identity: one that is tied to several names is copied once.
+        # By the tensor's identity: one that has several names is copied once.
         self._kept: dict[int, Any] = {}
         self._asleep = False
 

@@ -106,7 +106,7 @@ def main(folder: Path) -> int:
             if wait([listener], LOOK_S):
                 connection = sockets.accept(listener)
                 if connection is not None:
-                    threading.Thread(target=helper.converse, args=(connection,), daemon=True).start()
+                    threading.Thread(target=helper.serve_connection, args=(connection,), daemon=True).start()
     with suppress(OSError):
         (folder / SOCKET).unlink(missing_ok=True)
     return 0
@@ -135,7 +135,7 @@ class _Helper:
         now, hung_at = time.monotonic(), list(self._hung_at.values())
         return min(hung_at, default=now) < now or (not hung_at and now - self._last_asked > IDLE_S)
 
-    def converse(self, connection: Connection) -> None:
+    def serve_connection(self, connection: Connection) -> None:
         """Answer one request."""
         with closing(connection), suppress(EOFError, OSError, AuthenticationError):
             sockets.authenticate_client(connection, self._key)

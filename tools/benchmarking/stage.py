@@ -1,7 +1,7 @@
 """The ground that rows stand on: an implementation's modules, a manager as a worker gets it, models that take nothing.
 
 Beam's manager is reached as its workers reach it, through a `MultiProcessShared` proxy; mpmm's attaches in place
-under the same call. Neither looks at a real device: mpmm goes by its books, Beam by a monitor whose figures stand
+under the same call. Neither looks at a real device: mpmm goes by its accounts, Beam by a monitor whose figures stand
 still, as they do for Beam on a machine without a GPU.
 """
 

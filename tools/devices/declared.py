@@ -47,23 +47,23 @@ class CountingDevice(Protocol):
         """Return the declared memory of each living process, in MB."""
 
 
-class _Tally:
+class _AllocationCount:
     """One character for each allocation, in a file whose lock makes one wait for another. Can be pickled."""
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self._path = folder / "tally"
+        self._path = folder / "allocations.count"
         self._path.touch()
 
     @contextmanager
     def alone(self) -> Iterator[Callable[[bool], None]]:
         """Hold the lock; the block gets a function that notes an allocation, and whether there was enough memory."""
-        tally = os.open(self._path, os.O_WRONLY | os.O_APPEND)
+        counts_fd = os.open(self._path, os.O_WRONLY | os.O_APPEND)
         try:
-            fcntl.flock(tally, fcntl.LOCK_EX)
-            yield partial(_note, tally)
+            fcntl.flock(counts_fd, fcntl.LOCK_EX)
+            yield partial(_note, counts_fd)
         finally:
-            os.close(tally)
+            os.close(counts_fd)
 
     def counts(self) -> tuple[int, int]:
         """Return how many allocations were noted, and for how many of them there was not enough."""
@@ -71,8 +71,8 @@ class _Tally:
         return len(noted), noted.count(b"!")
 
 
-def _note(tally: int, enough: bool) -> None:
-    os.write(tally, b"." if enough else b"!")
+def _note(counts_fd: int, enough: bool) -> None:
+    os.write(counts_fd, b"." if enough else b"!")
 
 
 class DeclaredDevice:
@@ -91,17 +91,17 @@ class DeclaredDevice:
         self._answer_s = answer_s
         self._allocations = folder / "allocations"
         self._allocations.mkdir(parents=True, exist_ok=True)
-        self._tally = _Tally(folder)
+        self._count = _AllocationCount(folder)
 
     def allocate(self, mb: float) -> None:
         """Declare memory of this process, for as long as it lives; note whether that was more than there is."""
-        with self._tally.alone() as note:
+        with self._count.alone() as note:
             (self._allocations / f"{os.getpid()}_{mb}_{next(_numbers)}").touch()
             note(sum(self.by_process().values()) <= self.total_mb)
 
     def counts(self) -> tuple[int, int]:
         """Return how many allocations there were, and at how many of them the device was too small."""
-        return self._tally.counts()
+        return self._count.counts()
 
     def by_process(self) -> dict[int, float]:
         """Return the declared memory of each living process, in MB."""
@@ -133,11 +133,11 @@ class DeclaredGpu:
     def __init__(self, folder: Path, gpus: SimulatedGpus) -> None:
         self.total_mb = gpus.total_mb(0)
         self._gpus = gpus
-        self._tally = _Tally(folder)
+        self._count = _AllocationCount(folder)
 
     def allocate(self, mb: float) -> None:
         """See `CountingDevice`. Raises MemoryError when there is less free."""
-        with self._tally.alone() as note:
+        with self._count.alone() as note:
             try:
                 self._gpus.allocate(mb)
             except MemoryError:
@@ -147,7 +147,7 @@ class DeclaredGpu:
 
     def counts(self) -> tuple[int, int]:
         """See `CountingDevice`; allocations that failed are counted, too."""
-        return self._tally.counts()
+        return self._count.counts()
 
     def by_process(self) -> dict[int, float]:
         """See `CountingDevice`."""

@@ -136,20 +136,20 @@ def _first_come(view: View, order: Callable[[TicketView], list[IdleInstance]], o
     decisions: list[Decision] = []
     idle = list(view.idle)
     [device] = view.devices
-    blocked = False
+    held_up = False
     for ticket in sorted(view.tickets, key=lambda ticket: ticket.number):
         copy = next((copy for copy in idle if copy.model == ticket.model), None)
-        if copy is not None and not (blocked and only_first):
+        if copy is not None and not (held_up and only_first):
             idle.remove(copy)
             decisions.append(Grant(ticket.row, copy.row))
-        elif not blocked:
+        elif not held_up:
             decision = _make_fit(view, device, ticket, [copy for copy in order(ticket) if copy in idle])
             decisions.append(decision)
             if isinstance(decision, Evict):
                 idle = [copy for copy in idle if copy.row not in decision.instances]
             # A plan is made anew after each change.
-            blocked = True
-    return Plan(tuple(decisions), blocked)
+            held_up = True
+    return Plan(tuple(decisions), held_up)
 
 
 def _make_fit(view: View, device: DeviceView, ticket: TicketView, order: list[IdleInstance]) -> Decision:

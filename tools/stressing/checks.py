@@ -191,7 +191,7 @@ class SnapshotChecks:
             self.most_booked_mb = max(self.most_booked_mb, booked_mb)
             if booked_mb > device.limit_mb * ADMISSION_TOLERANCE:
                 rows = [(copy.tag, copy.state, round(copy.mb), round(copy.reserved_mb)) for copy in here]
-                yield f"A1 {booked_mb:.0f} MB are booked, the limit is {device.limit_mb:.0f} MB: {rows}"
+                yield f"A1 {booked_mb:.0f} MB are accounted for, the limit is {device.limit_mb:.0f} MB: {rows}"
 
     def _rows(self, snapshot: Snapshot) -> Iterator[str]:
         """Yield what no sequence of transitions can do to an instance row between two looks."""

@@ -54,7 +54,7 @@ _PR_SET_CHILD_SUBREAPER = 36
 
 
 @dataclass
-class Worker:
+class RunningWorker:
     """A worker process as the conductor knows it. `protected` ones are killed only as leaders."""
 
     index: int
@@ -113,7 +113,7 @@ class Conductor:
         self.violations = Violations()
         self.judge = ClaimJudge(self.history, self.violations)
         self.checks = SnapshotChecks(self.history, self.violations)
-        self.workers: dict[int, Worker] = {}
+        self.workers: dict[int, RunningWorker] = {}
         self.children: set[int] = set()
         self.due: list[tuple[float, Callable[[], None]]] = []
         self.recoveries: list[Recovery] = []
@@ -132,7 +132,7 @@ class Conductor:
         self.stopping = False
         self.reader, self.writer = os.pipe()
         os.set_blocking(self.reader, False)
-        self.board = memoryview(mmap.mmap(-1, mmap.PAGESIZE))
+        self.phases = memoryview(mmap.mmap(-1, mmap.PAGESIZE))
         self.device = plan.device()
         self._unread = b""
         self.began = time.monotonic()
@@ -153,7 +153,7 @@ class Conductor:
             while not self._all_attached() and time.monotonic() < ready and not self.stopping:
                 self._turn()
             self.began = self.history.began = time.monotonic()
-            self.board[0] = RUN
+            self.phases[0] = RUN
             self._plan_events()
             while time.monotonic() < self.began + self.plan.seconds and not self.stopping:
                 self._turn()
@@ -244,9 +244,9 @@ class Conductor:
         pid = os.fork()
         if not pid:
             os.close(self.reader)
-            be_worker(self.plan, index, incarnation, self.writer, self.board)
+            be_worker(self.plan, index, incarnation, self.writer, self.phases)
         protected = index < max(1, self.plan.processes // 4)
-        self.workers[index] = Worker(index, pid, incarnation, protected)
+        self.workers[index] = RunningWorker(index, pid, incarnation, protected)
 
     def _reap(self) -> None:
         with contextlib.suppress(ChildProcessError):
@@ -259,18 +259,18 @@ class Conductor:
                 if worker is None:
                     continue
                 code = os.waitstatus_to_exitcode(status)
-                if self.board[0] < LEAVE and pid not in self.history.killed and code != 4:
+                if self.phases[0] < LEAVE and pid not in self.history.killed and code != 4:
                     self.violations.add("died", f"worker {worker.index} (pid {pid}) ended by itself: {code}")
-                elif code and self.board[0] >= LEAVE and pid not in self.history.killed:
+                elif code and self.phases[0] >= LEAVE and pid not in self.history.killed:
                     self.violations.add("died", f"worker {worker.index} (pid {pid}) left with exit code {code}")
                 del self.workers[worker.index]
-                if self.board[0] <= RUN:
+                if self.phases[0] <= RUN:
                     # Not at once: a newcomer takes back what the dead had, and would flatter the recovery times.
                     start = time.monotonic() + self.rng.uniform(0.0, 2.0)
                     self.due.append((start, partial(self._restart, worker.index)))
 
     def _restart(self, index: int) -> None:
-        if self.board[0] <= RUN:
+        if self.phases[0] <= RUN:
             self._start(index)
 
     def _read_messages(self, timeout_s: float) -> None:
@@ -420,7 +420,7 @@ class Conductor:
 
     def _fork_somebody(self) -> None:
         if self.workers:
-            self.board[1 + self.rng.choice(sorted(self.workers))] = 1
+            self.phases[1 + self.rng.choice(sorted(self.workers))] = 1
 
     def _interrupt_somebody(self) -> None:
         """Have a worker's main thread raise an exception, if it is in the middle of a call."""
@@ -524,10 +524,10 @@ class Conductor:
                     worker.rss_mb.append((now, psutil.Process(worker.pid).memory_info().rss / MIB))
         self.due.append((time.monotonic() + SAMPLE_INTERVAL_S, self._sample))
 
-    def _survivors(self) -> list[Worker]:
+    def _survivors(self) -> list[RunningWorker]:
         return self._last_workers
 
-    _last_workers: list[Worker] = []
+    _last_workers: list[RunningWorker] = []
 
     def _drifts(self) -> dict[str, tuple[float, float, float, float]]:
         """Return for fds and rss_mb: means over the survivors' first, middle and last part, and slope a minute.
@@ -575,7 +575,7 @@ class Conductor:
             if stop.ended == math.inf:
                 self._continue(stop)
         self.due.clear()
-        self.board[0] = QUIET
+        self.phases[0] = QUIET
         self._turn_until(self._all_quiet, QUIET_TIMEOUT_S)
         for pid in self.children:
             self.violations.add("hung", f"forked child {pid} does not come to an end")
@@ -586,7 +586,7 @@ class Conductor:
         for what in self._busy():
             self.violations.add("leak", what)
         self._close_segment()
-        self.board[0] = LEAVE
+        self.phases[0] = LEAVE
         self._turn_until(lambda: not self.workers, LEAVE_TIMEOUT_S)
         for worker in self.workers.values():
             self.violations.add("hung", f"worker {worker.index} (pid {worker.pid}) does not leave")

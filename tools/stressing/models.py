@@ -265,7 +265,7 @@ class SimulatedDevice:
     name = "simulated"
     cheap = True
     # While memory may be on its way back, an allocation is tried for so long.
-    patience_s = PATIENCE_S
+    timeout_s = PATIENCE_S
 
     def __init__(self, folder: str, total_mb: int, per_process: bool) -> None:
         self.folder = folder
@@ -273,7 +273,7 @@ class SimulatedDevice:
         self.frees_late = not per_process
         self.total_mb = total_mb
         if self.frees_late:
-            self.patience_s = 0.0
+            self.timeout_s = 0.0
 
     def devices(self) -> tuple[DeviceInfo, ...]:
         """Return the one device."""
@@ -303,7 +303,7 @@ class SimulatedDevice:
         name = f"{kind}-{mb}-{os.getpid()}-{next(_numbers)}"
         path = os.path.join(self.folder, name)
         draft = os.path.join(self.folder, f".{name}")
-        deadline = time.monotonic() + self.patience_s
+        deadline = time.monotonic() + self.timeout_s
         while True:
             # One allocation at a time, so that two of them cannot overlook each other.
             with self._turn():
@@ -339,9 +339,9 @@ class SimulatedDevice:
 
 
 class BookedDevice(SimulatedDevice):
-    """The device of a manager that goes by its own books."""
+    """The device of a manager that goes by its own accounts."""
 
-    patience_s = BOOKED_PATIENCE_S
+    timeout_s = BOOKED_PATIENCE_S
 
     def __init__(self, folder: str, total_mb: int) -> None:
         super().__init__(folder, total_mb, per_process=True)
@@ -403,7 +403,7 @@ _own_mb: dict[int, int] = {}
 class TouchedDevice(SimulatedDevice):
     """The device as host memory: each process touches what it has, but for what stands by itself."""
 
-    patience_s = BOOKED_PATIENCE_S
+    timeout_s = BOOKED_PATIENCE_S
 
     def __init__(self, folder: str, total_mb: int) -> None:
         super().__init__(folder, total_mb, per_process=True)

@@ -155,7 +155,7 @@ class Loader:
         return OwnedModel(self.memory) if self.kind == "object" else self.memory.name
 
     def done(self) -> None:
-        """Let go of what is in the books now, or was never taken over."""
+        """Let go of what is accounted for now, or was never taken over."""
         if self.memory is not None and self.kind == "file":
             self.memory.disown()
 
@@ -218,12 +218,12 @@ class _LogWatch(logging.Handler):
 class WorkerProcess:
     """One process with its threads; also the short life of a child that it forks."""
 
-    def __init__(self, plan: Plan, index: int, incarnation: str, report_fd: int, board: memoryview) -> None:
-        """board: byte 0 is the phase of the run, byte 1 + index a request to fork."""
+    def __init__(self, plan: Plan, index: int, incarnation: str, report_fd: int, phases: memoryview) -> None:
+        """phases: byte 0 is the phase of the run, byte 1 + index a request to fork."""
         self.plan = plan
         self.index = index
         self.incarnation = incarnation
-        self.board = board
+        self.phases = phases
         self.report = Reporter(report_fd, index)
         self.heart = Heart()
         # Whether a signal raises: only in the middle of a call of the main thread.
@@ -257,7 +257,7 @@ class WorkerProcess:
             thread.join()
         self.report.flush()
         self.report.send("quiet")
-        while self.board[0] != LEAVE:
+        while self.phases[0] != LEAVE:
             time.sleep(0.02)
         if self.index % 2:
             for manager in self.managers:
@@ -265,12 +265,12 @@ class WorkerProcess:
 
     def _work(self, name: str) -> None:
         rng = random.Random(f"{self.plan.seed}.{name}")
-        while self.board[0] == START:
+        while self.phases[0] == START:
             time.sleep(0.02)
         try:
-            while self.board[0] == RUN:
-                if self.board[1 + self.index]:
-                    self.board[1 + self.index] = 0
+            while self.phases[0] == RUN:
+                if self.phases[1 + self.index]:
+                    self.phases[1 + self.index] = 0
                     self._fork(rng)
                 rng.choices((self.use_one, self.lease_one, self.preload_one, self.pin_one), (90, 5, 3, 2))[0](rng)
                 time.sleep(rng.expovariate(self.plan.pace / (self.plan.processes * self.plan.threads)))
@@ -282,9 +282,9 @@ class WorkerProcess:
     def _be_interrupted(self, rng: random.Random) -> None:
         """Call the manager again and again in the main thread, where signal handlers run, until the run is over."""
         signal.signal(signal.SIGUSR1, self._on_interrupt)
-        while self.board[0] == START:
+        while self.phases[0] == START:
             time.sleep(0.02)
-        while self.board[0] == RUN:
+        while self.phases[0] == RUN:
             tag = f"file-{rng.randrange(4)}"
             loader = Loader(self.plan, "file", size_mb(tag), rng, self.heart)
             began = time.monotonic()
@@ -506,7 +506,7 @@ class WorkerProcess:
         try:
             for _ in range(rng.randrange(1, 6)):
                 self.use_one(rng)
-            if rng.random() < 0.3 and self.board[0] == RUN:
+            if rng.random() < 0.3 and self.phases[0] == RUN:
                 loader = Loader(self.plan, "object", size_mb("object-0"), rng, self.heart)
                 self.managers[0].acquire_model("object-0", loader)
                 self.report.flush()
@@ -538,7 +538,7 @@ def leave_process(code: int) -> NoReturn:
         os._exit(code)
 
 
-def be_worker(plan: Plan, index: int, incarnation: str, report_fd: int, board: memoryview) -> NoReturn:
+def be_worker(plan: Plan, index: int, incarnation: str, report_fd: int, phases: memoryview) -> NoReturn:
     """Be a worker: what a process does that the conductor has forked."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if sys.platform == "linux":
@@ -550,7 +550,7 @@ def be_worker(plan: Plan, index: int, incarnation: str, report_fd: int, board: m
     code = 0
     began = time.monotonic()
     try:
-        WorkerProcess(plan, index, incarnation, report_fd, board).run()
+        WorkerProcess(plan, index, incarnation, report_fd, phases).run()
     except LockTimeoutError as error:
         reporter.claim("lock_timeout", began, 0.0, traceback.format_exc(), holder=error.holder_pid)
         code = 4

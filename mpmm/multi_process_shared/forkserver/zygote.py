@@ -18,8 +18,8 @@ No process forks while another of its threads runs, or in the middle of an impor
 and do one thing at a time. A module whose import leaves a thread behind, opens an accelerator, or leaves anything else
 that servers cannot have in common (see `leftovers`) makes the template that imported it *unforkable*: another one is
 made which does without. What can be made anew in each server is: random generators, above all. Threads that their
-library ends before every fork, as OpenBLAS does with its own, do no harm. Importing torch, TensorFlow or JAX is fine by
-the same rule: what must not happen before a fork is the first use of the device.
+library ends before every fork, as OpenBLAS does with its own, are allowed. Importing torch, TensorFlow or JAX is fine
+by the same rule: what must not happen before a fork is the first use of the device.
 
 A dead server stays a zombie until the process that ordered it has asked for its exit code, or is gone: the connection
 of the order stays open for that. When zygote or template die, servers live on; their exit codes are lost.

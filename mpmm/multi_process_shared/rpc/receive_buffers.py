@@ -7,7 +7,7 @@ slab, which lives as long as any of them; SLAB_BYTES bounds what a single surviv
 
 A slab is lent out through a ctypes array. At the end of that, seen by a weak reference, no object can reach its memory
 any more. Then the kernel may take the memory as soon as it is short (MADV_FREE). No more than SPARE_BYTES are kept in
-slabs, spare or lent; what is lent beyond that is freed when its end comes.
+slabs, free or lent; what is lent beyond that is freed when its end comes.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class _Slab:
             self._at_end = None
 
     def lend(self) -> memoryview:
-        """Return the memory; once all views of it are gone, the slab is spare."""
+        """Return the memory; once all views of it are gone, the slab is free."""
         array = self._array_type.from_buffer(self._mapping)
         self._loan = _Loan(array, self._at_end)
         self._loan.madvise = self._mapping.madvise
@@ -149,5 +149,5 @@ def _rounded(size: int, unit: int) -> int:
     return -(-size // unit) * unit
 
 
-# The child's copies of spare slabs would only make it copy pages.
+# The child's copies of free slabs would only make it copy pages.
 in_forked_child(_slabs.clear)

@@ -82,7 +82,7 @@ def create_shared_buffer() -> tuple[SharedBuffer, int]:
     available = psutil.virtual_memory().available
     if available < LEAST_AVAILABLE_BYTES:
         raise OSError(f"{available / MIB:.0f} MB of memory are available, less than {LEAST_AVAILABLE_BYTES / MIB:.0f}")
-    fd = os.memfd_create("mpmm-arena", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    fd = os.memfd_create("mpmm-buffer", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
         os.posix_fallocate(fd, 0, SHARED_BUFFER_BYTES)
         fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _seals())

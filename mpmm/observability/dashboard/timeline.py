@@ -76,7 +76,7 @@ class Span:
 
 
 @dataclass
-class _Copy:
+class _Instance:
     """A copy that lives. doing: its open load, hold, unload or lease. last: its last hold, which may go on."""
 
     tag: str
@@ -94,7 +94,7 @@ class Timeline:
         # Those that last or may go on, by number, and those that have ended.
         self._lasting: dict[int, Span] = {}
         self._ended: deque[Span] = deque(maxlen=SPANS_KEPT)
-        self._copies: dict[int, _Copy] = {}
+        self._copies: dict[int, _Instance] = {}
         self._numbers = 0
         self._look = 0
         # Pids of those who queued, by ticket: the event that ends a wait has the pid of the process that served it.
@@ -149,7 +149,7 @@ class Timeline:
 
     # ---- spans ---------------------------------------------------------------------------------------------
 
-    def _open(self, copy: _Copy, kind: str, begin_s: float, pid: int | None, note: str = "") -> Span:
+    def _open(self, copy: _Instance, kind: str, begin_s: float, pid: int | None, note: str = "") -> Span:
         self._numbers += 1
         devices = copy.devices
         span = Span(self._numbers, copy.tag, copy.lane, kind, begin_s, pid, devices, note, self._look)
@@ -170,15 +170,15 @@ class Timeline:
             self._close(copy.doing, end_s, note)
             self._close(copy.stay, end_s, note)
 
-    def _new(self, row: int, tag: str | None, devices: tuple[int, ...], begin_s: float) -> _Copy:
+    def _new(self, row: int, tag: str | None, devices: tuple[int, ...], begin_s: float) -> _Instance:
         self._finish(row, begin_s)
         tag = tag or FORGOTTEN
         taken = {copy.lane for copy in self._copies.values() if copy.tag == tag}
         lane = next(number for number in range(1, len(taken) + 2) if number not in taken)
-        self._copies[row] = copy = _Copy(tag, lane, devices)
+        self._copies[row] = copy = _Instance(tag, lane, devices)
         return copy
 
-    def _known(self, event: EventInfo, at_s: float) -> _Copy:
+    def _known(self, event: EventInfo, at_s: float) -> _Instance:
         """Return the copy that an event is about; one that nothing was known of was there, idle."""
         assert event.instance is not None, "`add` has looked"
         copy = self._copies.get(event.instance)
@@ -189,7 +189,7 @@ class Timeline:
     def _pid(self, event: EventInfo) -> int:
         return event.pid if event.ticket is None else self._queued.pop(event.ticket, event.pid)
 
-    def _hold(self, copy: _Copy, begin_s: float, pid: int | None) -> None:
+    def _hold(self, copy: _Instance, begin_s: float, pid: int | None) -> None:
         self._close(copy.doing, begin_s)
         if copy.stay is None:
             copy.stay = self._open(copy, "stay", begin_s, None)
@@ -281,7 +281,7 @@ class Timeline:
             copy.devices = tuple(found.shares_mb)
             self._agree(copy, found, None if found.holder is None else pids.get(found.holder), since_s)
 
-    def _agree(self, copy: _Copy, found: InstanceInfo, pid: int | None, since_s: float) -> None:
+    def _agree(self, copy: _Instance, found: InstanceInfo, pid: int | None, since_s: float) -> None:
         """Let the open spans of a copy be those of its state."""
         kind = _KINDS.get(found.state)
         if copy.doing is not None and copy.doing.kind != kind:

@@ -308,7 +308,7 @@ class Snapshot:
     """Everything. Times are relative to the moment of the copy; `torn_words` were undone in the copy.
 
     taken_s: that moment, as `time.monotonic()`; taken_wall_s: as Unix time.
-    polled_ago_s: since the leader, or somebody in its place, last did its duty.
+    polled_ago_s: since the leader, or somebody in its place, last did the periodic work.
     isolated: the copy that runs alone; of several, on devices of their own, the first.
     suspend_budget_mb: host memory that suspended copies may take together; suspend_failures: suspensions and resumes
     that cost the copy.

@@ -87,13 +87,13 @@ class Ledgers(Part):
                     self._write(t, device, left)
 
     def settle(self, t: Transaction, device: int, figure: Figure) -> None:
-        """Let a sample correct a device's ledger."""
+        """Adjust a device's ledger to a sample."""
         before = self.read(device)
         late = bool(self._segment.words[Header.SOURCE_FREES_LATE])
         after = settle(before, figure, self._entries(device, figure), t.now, self._give_up_ns(), late)
         self._write(t, device, after)
         if after.written_off_mb:
-            # It counts as external from here on: the books cannot tell who has it, and must not promise it to anybody.
+            # It counts as external from here on: the accounts cannot tell who has it, and must promise it to nobody.
             t.add_float(Header.WRITTEN_OFF, after.written_off_mb)
             t.event(EventKind.WRITTEN_OFF, value=after.written_off_mb)
             t.after.append(

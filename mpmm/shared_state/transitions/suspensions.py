@@ -10,7 +10,8 @@
 
 While it is SUSPENDING a copy has its memory on the device, and what it is going to take counts in the host's ledger.
 While it is SUSPENDED its device memory is on its way back until a figure shows that it is, as after an unload; what its
-server was measured to keep there stays its MB. A RESUMING one is booked as a load is: it has reserved what it had.
+server was measured to keep there stays its MB. A RESUMING one is accounted for as a load is: it has reserved what it
+had.
 
 The death of a HOLDER costs the operation, not the copy: its successor does it over from wherever it stands, towards
 SUSPENDED. Both ways (`mpmm.suspend`) can be asked for what is done already.

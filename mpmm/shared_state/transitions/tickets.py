@@ -132,7 +132,10 @@ class Tickets(Part):
         t.set(self._tables.ticket(row) + Ticket.HEAD_OF_LINE_AT, t.now)
 
     def let_pass(self, t: Transaction, row: int) -> None:
-        """Record that a load has overtaken a ticket, which happens once; it is blocked anew when that has ended."""
+        """Record that a load has overtaken a ticket, which happens once.
+
+        Its time as head of the line begins anew when that load has ended.
+        """
         at = self._tables.ticket(row)
         # With HEAD_OF_LINE_AT gone its time begins anew, and OVERTAKEN says that nothing may be let past it again.
         t.set_all(((at + Ticket.OVERTAKEN, 1), (at + Ticket.HEAD_OF_LINE_AT, 0)))

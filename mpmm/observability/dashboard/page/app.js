@@ -204,7 +204,7 @@ function showTiles() {
   say("loaded", count(loaded), `${count(of("idle"))} idle${suspended ? `, ${count(suspended)} suspended` : ""}`);
   say("loading", count(of("loading")), of("unloading") ? `${count(of("unloading"))} unloading` : `${plural(head?.loads ?? 0, "load")} so far`);
   say("waiting", count(head?.waiting ?? 0), head?.waiting ? `longest ${duration(head.longest_wait)}` : "nobody");
-  byId("tile-waiting").parentElement.classList.toggle("alert", Boolean(head?.waiting));
+  byId("tile-waiting").parentElement.classList.toggle("waiting", Boolean(head?.waiting));
   const uses = head ? head.hits + head.loads : 0;
   say("reuse", uses ? `${((head.hits / uses) * 100).toFixed(head.hits / uses > 0.995 ? 1 : 0)} %` : "–", `${count(head?.hits ?? 0)} of ${count(uses)} uses`);
   const bad = [[head?.failed_loads, "failed load"], [head?.out_of_memory, "out of memory", "out of memory"], [head?.timeouts, "time-out"]].filter(([number]) => number);
@@ -295,15 +295,15 @@ function showLists() {
 
 function showTable() {
   const items = known[table.which];
-  const passing = table.show(items, serverNow());
-  setText(byId("table-note"), passing === items.size ? count(items.size) : `${count(passing)} of ${count(items.size)}`);
+  const matching = table.show(items, serverNow());
+  setText(byId("table-note"), matching === items.size ? count(items.size) : `${count(matching)} of ${count(items.size)}`);
 }
 
 function showFoot() {
   const head = known.head;
   if (!head) return setText(byId("foot"), "");
   const leader = head.leader === null ? "no leader" : `leader pid ${head.leader}`;
-  const source = head.accounting_only ? "memory by the books" : `memory by ${head.source}, ${duration(head.polled_ago)} ago`;
+  const source = head.accounting_only ? "memory by accounting" : `memory by ${head.source}, ${duration(head.polled_ago)} ago`;
   const lost = known.lost ? `, ${plural(known.lost, "event")} overwritten unseen` : "";
   setText(byId("foot"), `${head.namespace}: up for ${duration(head.up)}, ${plural(head.members.worker ?? 0, "worker")}, ${plural(head.members.server ?? 0, "model server")}, ${leader}, ${source}${lost}`);
 }

@@ -96,13 +96,13 @@ function drawSteps(context, points, x, y, bottom, now) {
     points.forEach((point, index) => context[index ? "lineTo" : "moveTo"](x(point[0]), y(figure(point))));
     context.lineTo(x(now), y(figure(points[points.length - 1])));
   };
-  const booked = (point) => Math.max(point[1], point[2]);
+  const accounted = (point) => Math.max(point[1], point[2]);
   const close = () => {
     context.lineTo(x(now), bottom);
     context.lineTo(x(points[0][0]), bottom);
     context.closePath();
   };
-  line(booked);
+  line(accounted);
   close();
   context.globalAlpha = 0.22;
   context.fillStyle = colours.load;

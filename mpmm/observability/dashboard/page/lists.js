@@ -65,17 +65,17 @@ function fillDecision(element, decision, now) {
 }
 
 function showWaiters(list, waiters, total, now) {
-  const passing = waiters.filter((waiter) => passes(waiter.tag, waiter.pid, waiter.why));
-  const shown = passing.slice(0, WAITERS_SHOWN);
-  const left = (filter.words.length ? passing.length : total) - shown.length;
+  const matching = waiters.filter((waiter) => passes(waiter.tag, waiter.pid, waiter.why));
+  const shown = matching.slice(0, WAITERS_SHOWN);
+  const left = (filter.words.length ? matching.length : total) - shown.length;
   const empty = total ? "No waiter passes the filter." : "Nothing waits.";
   fillList(list, shown, (one) => one.number, (element, one) => fillWaiter(element, one, now), empty, left > 0 ? `and ${plural(left, "more", "more")}` : "");
 }
 
 function showDecisions(list, decisions, category, now) {
-  const passing = decisions.filter((one) => (!category || one.category === category) && passes(one.tag ?? "", one.pid, one.text));
-  const shown = passing.slice(-DECISIONS_SHOWN).reverse();
-  const left = passing.length - shown.length;
+  const matching = decisions.filter((one) => (!category || one.category === category) && passes(one.tag ?? "", one.pid, one.text));
+  const shown = matching.slice(-DECISIONS_SHOWN).reverse();
+  const left = matching.length - shown.length;
   fillList(list, shown, (one) => one.number, (element, one) => fillDecision(element, one, now), "No decisions.", left > 0 ? `and ${plural(left, "earlier one")}` : "");
 }
 
