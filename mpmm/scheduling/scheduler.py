@@ -39,7 +39,7 @@ from mpmm.shared_state.transaction import Transaction
 
 __all__ = ["Scheduler"]
 
-# Waits that only other programs, or who has pinned something, can end.
+# Waits that only other programs, or the users of a pinned model, can end.
 OTHERS_END = frozenset({Reason.EXTERNAL, Reason.PINNED})
 
 
@@ -149,8 +149,8 @@ class Scheduler:
     def release(self, t: Transaction, instance: int, used: bool = True) -> None:
         """Take a copy from its holder, and carry out the policy for those who wait; `used` as in the transition.
 
-        If the first waiter waits for just this copy, or may be passed by one who does, the plan is to give it to him,
-        and nothing else has changed for the others. That is found out in a tenth of the time of a plan.
+        If the first waiter waits for just this copy, or a waiter that may overtake it does, a plan would hand the copy
+        over and change nothing for the others. `first_user` finds that out in a tenth of the time of a plan.
         """
         transitions = self._namespace.transitions
         if not self._queue.anybody_waits():
@@ -161,10 +161,10 @@ class Scheduler:
         if not copy.unload_on_release and not self.shortcuts.beside_isolation(instance):
             found = self.shortcuts.first_user(copy.model, copy.devices)
             if found is not None:
-                ticket, passed = found
+                ticket, overtaken = found
                 # An object is of no use to another process than its owner.
                 if not copy.owner or copy.owner - 1 == self._queue.asker(ticket)[0]:
-                    cause = Cause(Reason.OVERTAKES, other=passed) if passed else Cause(Reason.IDLE_COPY)
+                    cause = Cause(Reason.OVERTAKES, other=overtaken) if overtaken else Cause(Reason.IDLE_COPY)
                     transitions.hand_over.from_holder(t, ticket, instance, cause, used)
                     # After the wake-up, which the hand-over has put on the list: before it there is nobody to yield to.
                     t.after.append(self.wakes.yield_to_waiter)
@@ -201,8 +201,8 @@ class Scheduler:
                 self._evict(t, decision)
             case Refuse(ticket, why):
                 transitions.tickets.refuse(t, ticket, _cause(why))
-            case Wait(ticket, _, why, first, passed):
-                if passed:
+            case Wait(ticket, _, why, first, overtaken):
+                if overtaken:
                     transitions.tickets.let_pass(t, ticket)
                 self._note_wait(t, ticket, why, first)
 

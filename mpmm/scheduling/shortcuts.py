@@ -2,27 +2,28 @@
 
 A plan reads every row, so the warm path does without one where the plan is known beforehand:
 
-Q1  An idle copy may be taken at once although others wait (`may_take`) if nobody waits for its model, nothing runs
-    alone or waits to, and the time for which a waiter that waits for memory may be overtaken is not over. The plan
-    would grant the copy to a newcomer: no waiter ahead can use it, and `_grant_idle` stops, or keeps copies back, only
-    for a waiter that isolates or is due. It moves nobody else: what is idle only becomes less by it.
-Q2  A release of a copy whose model nobody waits for needs no plan (`moves_nobody`) if no waiter is the head of the
-    line, nothing runs alone or waits to, and every waiter waits for what an idle copy of another model does not
-    change: for leases or other programs to leave room (LEASED and EXTERNAL: too little even if all copies went), for a
-    copy of its own model (SHARING, COPIES), or, as a lease, behind one that waits for leases. PINNED belongs to these
-    if the model is pinned: its copy makes no room then. Time changes such waits, too, and so does each hold that is
-    measured, from which it is guessed how long others may take (SHARING); for that the leader plans at each poll.
-Q3  A newcomer for a model whose copies are all in use, and all usable by any process, can only wait for one of them
-    (`known_wait`), if there are as many copies as there may be, or if they serve it sooner than a load would. This is
-    known where everybody who waits wants this model, the newest of them was told the same, nothing runs alone or waits
-    to, and no load of the model has failed. Nobody else is moved by a newcomer at the end of the queue. A copy that is
+Q1  A newcomer may take an idle copy at once although others wait (`may_take`) if no request waits for its model, no
+    copy runs alone or is about to, and every head of the line may still be overtaken. The plan would grant it the copy:
+    no waiter ahead can use it, and `_grant_idle` keeps copies back only for a waiter that is to run alone, or that may
+    not be overtaken any more. Other decisions stay as they are, because less is idle than before.
+Q2  The release of a copy whose model no request waits for needs no plan (`moves_nobody`) if no waiter is the head of
+    the line, no copy runs alone or is about to, and an idle copy of another model changes nothing for any waiter. It
+    does not for those that wait until leases or other programs give memory back (LEASED and EXTERNAL: too little is
+    free even if all copies were unloaded), for a copy of their own model (SHARING, COPIES), or, as a lease, behind one
+    that waits for leases; nor for PINNED, if the released copy's model is pinned, because it is not unloaded for them.
+    Such waits also change with time, and with each hold that is measured, from which a plan guesses how long others may
+    take (SHARING): the leader plans for that at each poll.
+Q3  A newcomer for a model whose copies are all in use, and usable by every process, can only wait for one of them
+    (`known_wait`) if there are as many copies as there may be, or if they serve it sooner than a load would. This is
+    known if all that wait want this model, the newest of them was told the same, no copy runs alone or is about to, and
+    no load of the model has failed. A newcomer at the end of the queue changes nothing for the others. A copy that is
     idle during another process's tenure (`mpmm.model_manager.tenure`) counts as one in use.
-Q4  A newcomer waits behind the head of the queue (`known_wait`, too) where nothing may be used or loaded beside that:
-    something runs alone on every device; or the only device is drained for the head, and there is no copy of the
-    newcomer's model; or the head waits for room, and that model has copies that every process can use, none of them
-    idle, so that another one would not be loaded beside the room that is kept for the head.
-Q5  A waiter that leaves moves nobody (`holds_up_nobody`) if it stood behind another one, or waited for a copy of its
-    own model: it kept no room, and those behind it only move up.
+Q4  A newcomer waits behind the head of the queue (`known_wait`, too) if no copy may be used or loaded beside that: a
+    copy runs alone on every device; or the only device is drained for the head, and the newcomer's model has no copy;
+    or the head waits for memory, and the newcomer's model has copies that every process can use, none of them idle, so
+    that no other one would be loaded beside the memory that is kept for the head.
+Q5  A waiter that leaves changes nothing for the others (`holds_up_nobody`) if it stood behind another one, or waited
+    for a copy of its own model: no memory was kept for it, and those behind it only move up.
 """
 
 from __future__ import annotations
@@ -77,10 +78,10 @@ class Shortcuts:
         self.beside_isolation = self._devices.isolated_under
 
     def first_user(self, model: int, devices: int) -> tuple[int, int] | None:
-        """Return the first waiter for a model's copy on devices (bits), and a reference to the model of whom he passes,
-        or 0.
+        """Return the first waiter for a model's copy on devices (bits), and a reference to the model of the waiter that
+        it overtakes, or 0.
 
-        None if there is no such waiter, or if it takes a plan to find out whether he may pass.
+        None if there is no such waiter, or if it takes a plan to find out whether it may overtake.
         """
         if not self._queue.waits_for(model):
             return None

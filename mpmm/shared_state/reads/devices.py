@@ -28,6 +28,7 @@ class DeviceReads:
     def isolated_under(self, instance: int) -> bool:
         """Tell whether something runs alone on a device that a copy (row) lies on: the copy itself, or another one."""
         isolated = self._words[Header.ISOLATED]
+        # The header's word alone, mostly: as long as it is 0 the copy's row need not be read.
         return isolated != 0 and isolated & self._words[self._tables.instance(instance) + Instance.DEVICES] != 0
 
     def only_whole_devices_are_measured(self) -> bool:

@@ -68,6 +68,7 @@ class InstanceReads:
         usable_on: bits of the devices on which it must lie, 0 for all.
         """
         words, tables = self._words, self._tables
+        # The list is of shared copies, newest first (M2), so without `usable_on` its head is the answer.
         head = words[tables.model(model) + Model.IDLE_HEAD]
         while head:
             at = tables.instance(head - 1)
@@ -128,6 +129,7 @@ class InstanceReads:
         """Return whether a copy's handle named a server when it was loaded, and the slot of the member that still is
         it, if that is known; for its holder without the lock."""
         words, at = self._words, self._tables.instance(row)
+        # Read once: the server's death sets it to 0 at any moment, also while a holder looks without the lock.
         server = words[at + Instance.SERVER]
         return words[at + Instance.HAS_SERVER] != 0, server - 1 if server else None
 

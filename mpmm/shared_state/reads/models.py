@@ -115,6 +115,7 @@ class ModelReads:
         words, tables = self._words, self._tables
         for row in tables.rows_where(self._instances, Instance.MODEL, model):
             at = tables.instance(row)
+            # UNLOADING and SUSPENDED ones are not coming back for a waiter without a plan.
             if words[at] not in _CAN_BE_SHARED or words[at + Instance.OWNER] or words[at + Instance.UNLOAD_ON_RELEASE]:
                 return False
         return True

@@ -160,6 +160,7 @@ class QueueReads:
 
     def views(self, rows: Sequence[int]) -> tuple[TicketView, ...]:
         """Return tickets as the policy sees them."""
+        # One copy by NumPy: a plan looks at up to 32 tickets and more, of 14 words each.
         found = self._tables.view(self._tickets)[rows][:, _VIEW_FIELDS].tolist()
         return tuple(_view(row, *values) for row, values in zip(rows, found, strict=True))
 
@@ -204,6 +205,7 @@ class QueueReads:
     def newest_wants(self, instance: int) -> int | None:
         """Return the ticket that was taken last if it is for the model of a copy, waiting or not; without the lock."""
         words, row = self._words, self._words[Header.NEWEST_TICKET]
+        # A guess, whose worst case is a wake-up for nothing: the row may be another ticket's already.
         wanted = words[self._tables.ticket(row) + Ticket.MODEL]
         return row if wanted == words[self._tables.instance(instance) + Instance.MODEL] else None
 
