@@ -18,6 +18,7 @@ was just told the names of its arguments, which Python 3.11 would take for those
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import random
 import signal
@@ -140,6 +141,9 @@ def in_loop(one: Sweep, tag: str, model: Any) -> Callable[[], None]:
                 loop.run_until_complete(asyncio.wait_for(task, 5))
             loop.run_until_complete(loop.shutdown_asyncgens())
             loop.close()
+            # From Python 3.13 on, what has ended the task is part of a cycle with its frames, and with what they hold.
+            if sys.version_info >= (3, 13):
+                gc.collect()
 
     return run
 
