@@ -21,13 +21,13 @@ them before they wait for their own children.
 from __future__ import annotations
 
 import os
-import threading
 import weakref
 from collections.abc import Callable
 from enum import IntEnum
 from typing import Any, TypeVar
 
 from mpmm.text.printable import printable_logger
+from mpmm.thread_locks import new_rlock
 
 __all__ = ["ChildStep", "call_once_at_exit", "close_in_children", "fork_guard", "in_forked_child"]
 
@@ -35,7 +35,7 @@ T = TypeVar("T")
 _LOG = printable_logger("mpmm")
 
 # Hold it only for what cannot block: every fork in this process waits for it.
-fork_guard = threading.RLock()
+fork_guard = new_rlock()
 _descriptors: weakref.WeakSet[Any] = weakref.WeakSet()
 _child_hooks: list[tuple[int, Callable[[], None]]] = []
 _exit_hooks: set[Callable[[], None]] = set()

@@ -23,6 +23,7 @@ from mpmm.observability.event_reader import LONGEST_PAUSE_S, EventReader
 from mpmm.observability.histograms import Histograms
 from mpmm.observability.prometheus import Family, families, text
 from mpmm.shared_state.snapshot import Snapshot, find_namespaces
+from mpmm.thread_locks import new_lock
 
 if TYPE_CHECKING:
     from prometheus_client.core import Metric
@@ -54,7 +55,7 @@ class Exporter:
 
     def _begin(self) -> None:
         self._pid = os.getpid()
-        self._mutex = threading.Lock()
+        self._mutex = new_lock()
         self._followed: dict[str, tuple[EventReader, Histograms]] = {}
         self._thread: threading.Thread | None = None
         self._closing = threading.Event()

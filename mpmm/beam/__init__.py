@@ -52,7 +52,6 @@ import logging
 import os
 import re
 import sys
-import threading
 import warnings
 from collections.abc import Callable, Mapping
 from types import ModuleType
@@ -60,6 +59,7 @@ from typing import Any
 
 from mpmm.beam.run_inference import replacements
 from mpmm.multi_process_shared.forkserver.client import add_preload_hook, remove_preload_hook
+from mpmm.thread_locks import new_rlock
 
 __all__ = ["install", "is_installed", "uninstall"]
 
@@ -78,7 +78,7 @@ _CARRIERS = ("_RunInferenceDoFn", "OOMProtectedFn")
 _PRELOAD_HOOK = "mpmm.beam:install"
 
 _ABSENT = object()
-_lock = threading.RLock()
+_lock = new_rlock()
 _changes: _Changes | None = None
 
 

@@ -33,6 +33,7 @@ from mpmm.fork_hooks import in_forked_child
 from mpmm.memory.beam_metrics import report_demand, reports_demand
 from mpmm.multi_process_shared import MultiProcessShared, SharedProxy
 from mpmm.text.display_names import set_display_name
+from mpmm.thread_locks import new_lock
 
 __all__ = ["name_of_handler", "replacements", "users_of_handler"]
 
@@ -221,7 +222,7 @@ class _Proxies:
     """Proxies of the copies that updates have reached, one for each; kept, because each batch brings the update."""
 
     def __init__(self) -> None:
-        self._mutex = threading.Lock()
+        self._mutex = new_lock()
         self._by_tag: dict[str, dict[str, SharedProxy]] = {}
 
     def of(self, tag: str, copies: list[Any]) -> list[Any]:

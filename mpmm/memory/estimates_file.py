@@ -19,7 +19,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import threading
 import time
 from collections.abc import Mapping
 from contextlib import closing
@@ -33,6 +32,7 @@ from mpmm.shared_state.lock_file import LockFile
 from mpmm.shared_state.namespace import Namespace
 from mpmm.shared_state.transaction import Transaction
 from mpmm.text.printable import printable_logger
+from mpmm.thread_locks import new_lock
 
 __all__ = ["ESTIMATES_PATH_VARIABLE", "Estimate", "EstimatesFile", "NamespaceEstimates"]
 
@@ -166,7 +166,7 @@ class NamespaceEstimates:
         self._save_due = 0.0
         self._failed = False
         # One save at a time: the background thread's, and that of the thread which closes the session.
-        self._mutex = threading.Lock()
+        self._mutex = new_lock()
 
     def load(self) -> None:
         """Read the file, without the lock; the devices are known by now."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 import sys
-import threading
 from collections import OrderedDict, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from mpmm.errors import InvalidArgumentError
 from mpmm.memory.beam_metrics import report_estimate
 from mpmm.text.arguments import checked_number, checked_whole, in_brief
 from mpmm.text.printable import printable_logger
+from mpmm.thread_locks import new_lock
 
 __all__ = [
     "ALONE_SD",
@@ -217,8 +217,8 @@ class ResourceEstimator:
         # Configuration as sorted (tag, copies) pairs: its last readings. Ordered by latest reading, oldest first.
         self.history: OrderedDict[tuple[tuple[str, int], ...], deque[float]] = OrderedDict()
         self.known_models: set[str] = set()
-        self._lock = threading.Lock()  # guards the fields above; never held while solving
-        self._solve_lock = threading.Lock()  # one solution after the other; taken before _lock
+        self._lock = new_lock()  # guards the fields above; never held while solving
+        self._solve_lock = new_lock()  # one solution after the other; taken before _lock
 
     def logging_info(self, message: str, *args: Any) -> None:
         """Log at level INFO if `verbose_logging` is on."""

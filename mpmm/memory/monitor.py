@@ -32,6 +32,7 @@ from mpmm.sources.base import START_TIMEOUT_S, unavailable
 from mpmm.sources.timeouts import answer_within
 from mpmm.text.arguments import checked_number, in_brief
 from mpmm.text.printable import printable_logger
+from mpmm.thread_locks import new_lock
 
 __all__ = ["GPUMonitor", "LocalSamples", "SampleStore"]
 
@@ -72,7 +73,7 @@ class LocalSamples:
 
     def __init__(self, total_mb: float, peak_window_seconds: float) -> None:
         """Start with nothing known: `current_mb` is 0 until the first figure arrives."""
-        self.lock = threading.Lock()
+        self.lock = new_lock()
         self.current_mb = 0.0
         self.peak_mb = 0.0
         self.total_mb = total_mb
@@ -210,11 +211,11 @@ class GPUMonitor(_BeamAttributes):
     def _renew_threading(self) -> None:
         """Set up locks and thread as new: at the start, and in a forked child, which has no thread and may
         have inherited locks that no thread will ever release."""
-        self._local.lock = threading.Lock()
+        self._local.lock = new_lock()
         self._sampler.renew()
-        self._source_lock = threading.Lock()  # guards resolving the source
-        self._store_lock = threading.Lock()  # held while the sampling thread asks or tells a store something
-        self._control_lock = threading.Lock()  # guards start, stop and bind; taken before the others
+        self._source_lock = new_lock()  # guards resolving the source
+        self._store_lock = new_lock()  # held while the sampling thread asks or tells a store something
+        self._control_lock = new_lock()  # guards start, stop and bind; taken before the others
         self._thread = None
         self._stop = threading.Event()
 

@@ -21,6 +21,7 @@ from collections import deque
 from collections.abc import Callable
 
 from mpmm.text.printable import printable_logger
+from mpmm.thread_locks import new_rlock
 
 __all__ = ["Sampler"]
 
@@ -44,7 +45,7 @@ class Sampler:
     def renew(self) -> None:
         """Begin anew: at the start, and in a forked child, where the thread is missing and the lock may be held."""
         # Reentrant, because a signal handler may ask for a sample while the thread that it interrupts is asking.
-        self._changed = threading.Condition(threading.RLock())
+        self._changed = threading.Condition(new_rlock())
         self._thread: threading.Thread | None = None
         self._jobs: deque[Callable[[], object]] = deque()
         self._asked = self._begun = self._ended = 0

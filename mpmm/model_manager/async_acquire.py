@@ -47,6 +47,7 @@ from mpmm.policy.out_of_memory import is_out_of_memory
 from mpmm.shared_state.futex import WAITED_FOR_AT_MOST, wait_for_any, wake_all
 from mpmm.shared_state.layout import Ticket
 from mpmm.shared_state.signal_words import Signal
+from mpmm.thread_locks import new_lock, new_rlock
 
 if TYPE_CHECKING:
     from mpmm.model_manager.attachment import Attachment
@@ -264,7 +265,7 @@ class _Threads:
     def __init__(self, session: Session) -> None:
         # The session keeps none of this alive, and this must not keep the session alive.
         self._session = weakref.ref(session)
-        self._mutex = threading.Lock()
+        self._mutex = new_lock()
         self._watchers: list[Watcher] = []
         self.transactions = ThreadPoolExecutor(TRANSACTIONS_AT_A_TIME, "mpmm-transaction")
         self.loads = ThreadPoolExecutor(LOADS_AT_A_TIME, "mpmm-load")
@@ -289,13 +290,13 @@ class _Threads:
 
 _threads: weakref.WeakKeyDictionary[Session, _Threads] = weakref.WeakKeyDictionary()
 # An RLock, because a signal handler may come by while its own thread has it.
-_threads_guard = threading.RLock()
+_threads_guard = new_rlock()
 
 
 def _renew_guard_after_fork() -> None:
     """Give the child a lock that no vanished thread of the parent holds; the parent's threads are not the child's."""
     global _threads_guard
-    _threads_guard = threading.RLock()
+    _threads_guard = new_rlock()
     _threads.clear()
 
 
@@ -327,7 +328,7 @@ class Watcher:
     """A thread that sleeps until one of many tickets has its answer. The thread exists while there are any."""
 
     def __init__(self) -> None:
-        self._mutex = threading.Lock()
+        self._mutex = new_lock()
         self._watched: dict[int, _Watched] = {}
         self._thread: threading.Thread | None = None
         # A futex word of this process alone: the set of tickets has changed.

@@ -42,6 +42,7 @@ from mpmm.sources import MemorySource, choose_source
 from mpmm.sources.selected import SelectedDevices
 from mpmm.text.arguments import checked_devices, checked_path, in_brief
 from mpmm.text.printable import printable_logger
+from mpmm.thread_locks import new_rlock
 
 __all__ = ["Attachment", "JoinsWith", "closed_by_shutdown", "root_and_name"]
 
@@ -50,7 +51,7 @@ _Key = tuple[Path, str]
 Method = TypeVar("Method", bound=Callable[..., Any])
 _sessions: dict[_Key, Session] = {}
 # An RLock, because a finalizer or signal handler may come by while its own thread has it.
-_guard = threading.RLock()
+_guard = new_rlock()
 # What a join has made so far, for the case that an exception from a signal handler ends it: only this knows of it.
 _joining: dict[_Key, list[Namespace | Session]] = {}
 _leaves_at_exit: set[_Key] = set()
@@ -378,7 +379,7 @@ def _close_at_exit(root: Path, name: str) -> None:
 
 def _forget_sessions_after_fork() -> None:
     global _guard
-    _guard = threading.RLock()
+    _guard = new_rlock()
     _sessions.clear()
     _joining.clear()
     _leaves_at_exit.clear()

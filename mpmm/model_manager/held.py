@@ -7,7 +7,6 @@ which object a row stands for, only the process itself knows: here. An acquire a
 
 from __future__ import annotations
 
-import threading
 from collections import defaultdict
 from collections.abc import Hashable, Sequence
 from functools import partial
@@ -21,6 +20,7 @@ from mpmm.shared_state.layout import Ticket
 from mpmm.shared_state.namespace import Namespace
 from mpmm.shared_state.transaction import Transaction
 from mpmm.text.printable import printable_logger
+from mpmm.thread_locks import new_rlock
 
 __all__ = ["HeldInstances", "server_pid_of"]
 
@@ -45,7 +45,7 @@ class HeldInstances:
         self._queue = namespace.reads.queue
         self._instances = namespace.reads.instances
         # An RLock, because a finalizer or signal handler may come by while its own thread has it.
-        self._mutex = threading.RLock()
+        self._mutex = new_rlock()
         # Objects loaded here, by row: nobody else can use them.
         self._objects: dict[int, LoadedInstance] = {}
         self._rows_of_model: dict[int, list[int]] = defaultdict(list)

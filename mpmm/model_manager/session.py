@@ -49,6 +49,7 @@ from mpmm.scheduling import Scheduler
 from mpmm.shared_state.layout import Ticket
 from mpmm.shared_state.namespace import Namespace
 from mpmm.sources import MemorySource
+from mpmm.thread_locks import new_rlock
 
 __all__ = ["Session"]
 
@@ -109,7 +110,7 @@ class Session:
         # By identity: a manager that an exception kept from being taken off is taken off once all the same.
         self.manager_ids: set[int] = set()
         # An RLock, because a finalizer or signal handler may come by while its own thread has it.
-        self._mutex = threading.RLock()
+        self._mutex = new_rlock()
         # Threads in the queue; `close` sends them away before the segment is unmapped under them.
         self._waiting: set[Operation] = set()
         self._thread_left = threading.Condition(self._mutex)

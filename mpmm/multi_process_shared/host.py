@@ -32,6 +32,7 @@ from mpmm.multi_process_shared.rpc import pickling, protocol, sockets
 from mpmm.multi_process_shared.rpc.channel import Channel, Message
 from mpmm.shared_state.lock_file import LockFile
 from mpmm.text.printable import printable_logger
+from mpmm.thread_locks import new_lock
 
 __all__ = ["Host", "can_sleep", "host_object", "public_methods"]
 
@@ -63,19 +64,19 @@ class Host:
         self._constructor = constructor
         self._life = life
         self._at_hard_delete = at_hard_delete
-        self._lock = threading.Lock()
+        self._lock = new_lock()
         self._shared: Any = shared
         self._has_object = True
-        self._sleep_lock = threading.Lock()
+        self._sleep_lock = new_lock()
         self._asleep = False
         self._users: dict[int, Any] = {}
         self._tokens = itertools.count(1)
         self._ended = False
         self._connections: set[Connection | Channel] = set()
-        self._connections_lock = threading.Lock()
+        self._connections_lock = new_lock()
         self._leads_next = threading.Semaphore(0)
         self._has_follower = False
-        self._follower_lock = threading.Lock()
+        self._follower_lock = new_lock()
         self._listener = sockets.listen(registry.path, record.socket_name)
         with fork_guard:
             self._waker, self._wakes = map(close_in_children, socket.socketpair())
@@ -345,9 +346,9 @@ class Host:
         The copy of the object stays referenced: its end belongs to the parent, and may touch what the two share.
         """
         self.inherited = True
-        self._lock = threading.Lock()
-        self._sleep_lock = threading.Lock()
-        self._connections_lock = threading.Lock()
+        self._lock = new_lock()
+        self._sleep_lock = new_lock()
+        self._connections_lock = new_lock()
         self._connections = set()
 
 

@@ -5,10 +5,10 @@ Apart from `host`, so that an object which arrives from a server (`references`) 
 
 from __future__ import annotations
 
-import threading
 from typing import TYPE_CHECKING
 
 from mpmm.fork_hooks import in_forked_child
+from mpmm.thread_locks import new_lock
 
 if TYPE_CHECKING:
     from mpmm.multi_process_shared.host import Host
@@ -18,7 +18,7 @@ __all__ = ["add", "every_host", "find_host", "remove"]
 
 _hosts: dict[tuple[ServerRegistry, str], Host] = {}
 _inherited: list[Host] = []
-_mutex = threading.Lock()
+_mutex = new_lock()
 
 
 def find_host(registry: ServerRegistry, tag: str) -> Host | None:
@@ -46,7 +46,7 @@ def every_host() -> list[Host]:
 def _start_over_in_child() -> None:
     """Forget the parent's hosts. The copies stay referenced, because their end would touch what the two share."""
     global _mutex
-    _mutex = threading.Lock()
+    _mutex = new_lock()
     for host in _hosts.values():
         host.forget_after_fork()
         _inherited.append(host)

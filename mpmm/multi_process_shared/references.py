@@ -18,7 +18,6 @@ from __future__ import annotations
 import functools
 import itertools
 import os
-import threading
 import time
 import weakref
 from collections.abc import Callable, Collection
@@ -32,6 +31,7 @@ from mpmm.errors import SharedObjectReleasedError
 from mpmm.multi_process_shared.hosted import find_host
 from mpmm.multi_process_shared.registry import registry_at, start_time_of
 from mpmm.multi_process_shared.rpc import pickling, protocol
+from mpmm.thread_locks import new_lock
 
 if TYPE_CHECKING:
     from mpmm.multi_process_shared.client import ServerLink
@@ -64,7 +64,7 @@ class References:
 
     def __init__(self, root: Path, record: ServerRecord) -> None:
         self._place = root, record
-        self._mutex = threading.Lock()
+        self._mutex = new_lock()
         self._lent: dict[int, _Lent] = {}
         self._numbers = itertools.count(1)
 

@@ -29,7 +29,6 @@ import os
 import select
 import signal
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -50,6 +49,7 @@ from mpmm.shared_state.runtime_dir import (
     root_below,
 )
 from mpmm.text.arguments import checked_path, in_brief
+from mpmm.thread_locks import new_lock
 
 __all__ = ["ServerRecord", "ServerRegistry", "registry_at", "registry_for", "start_time_of"]
 
@@ -188,7 +188,7 @@ class ServerRegistry:
         self.root = root
         self.directory = RuntimeDirectory(REGISTRY_FOLDER, root)
         self.path = self.directory.path
-        self._mutex = threading.Lock()
+        self._mutex = new_lock()
         self._alive: LockFile | None = None
 
     def __repr__(self) -> str:
@@ -269,7 +269,7 @@ class ServerRegistry:
 
     def forget_after_fork(self) -> None:
         """Start without a claim in a forked child; the inherited descriptor has been closed."""
-        self._mutex = threading.Lock()
+        self._mutex = new_lock()
         self._alive = None
 
     def claim_if_abandoned(self) -> LockFile | None:
@@ -458,7 +458,7 @@ def digest_of(tag: str) -> str:
 
 
 _registries: dict[Path, ServerRegistry] = {}
-_registries_mutex = threading.Lock()
+_registries_mutex = new_lock()
 # What `registry_for` found, by its argument and the setting: taking paths apart would cost more than a call.
 _registries_by_argument: dict[tuple[str | None, str | None], ServerRegistry] = {}
 
@@ -500,7 +500,7 @@ def leave_all_registries() -> None:
 
 def _forget_registries_after_fork() -> None:
     global _registries_mutex
-    _registries_mutex = threading.Lock()
+    _registries_mutex = new_lock()
     for registry in _registries.values():
         registry.forget_after_fork()
 

@@ -45,6 +45,7 @@ from mpmm.multi_process_shared.registry import (
 )
 from mpmm.shared_state.lock_file import LockFile
 from mpmm.text.printable import printable_logger
+from mpmm.thread_locks import new_rlock
 
 __all__ = [
     "ATTACH",
@@ -113,7 +114,7 @@ class _Server:
         self.record: ServerRecord | None = None
         self.contexts: tuple[ServerContext, ...] = ()
         self.kept: list[object] = []
-        self.exiting = threading.RLock()
+        self.exiting = new_rlock()
         self.serving = False
         self.output = Output(self.registry.path)
         self.signals = _Signals(self.on_signal)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import itertools
 import tempfile
-import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -36,6 +35,7 @@ from mpmm.multi_process_shared.server_process import ATTACH, wants_to_attach
 from mpmm.multi_process_shared.start_server import reap_ended_servers, start_server
 from mpmm.multi_process_shared.stop_server import end_server
 from mpmm.text.arguments import LARGEST_PID, checked_timeout, checked_whole, encoded_text, in_brief
+from mpmm.thread_locks import new_lock
 
 __all__ = ["MultiProcessShared", "SharedProxy", "server_pid", "unload"]
 
@@ -444,7 +444,7 @@ class _AttachedObjects:
     """The attached objects of this process, by registry and tag. Thread-safe."""
 
     def __init__(self) -> None:
-        self._mutex = threading.Lock()
+        self._mutex = new_lock()
         self._by_tag: dict[tuple[ServerRegistry, str], _Attached] = {}
         self._inherited: list[_Attached] = []
 
@@ -480,7 +480,7 @@ class _AttachedObjects:
 
     def start_over_in_child(self) -> None:
         """Forget all; the copies stay referenced, because ending them here would end what the parent uses."""
-        self._mutex = threading.Lock()
+        self._mutex = new_lock()
         self._inherited.extend(self._by_tag.values())
         self._by_tag.clear()
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
-import threading
 from collections.abc import Iterator
 from multiprocessing import process as mp_process
 from multiprocessing.connection import wait
@@ -20,6 +19,7 @@ from mpmm.multi_process_shared.registry import LEAVE_PRIORITY, ServerRegistry, s
 from mpmm.multi_process_shared.rpc.protocol import dump_for_server
 from mpmm.multi_process_shared.server_process import CRASHED, READY, ServerPlan
 from mpmm.multi_process_shared.spawned_server import SpawnedServer, preparation_for
+from mpmm.thread_locks import new_rlock
 
 __all__ = ["reap_ended_servers", "start_server"]
 
@@ -29,7 +29,7 @@ DISOWN_PRIORITY = LEAVE_PRIORITY + 20
 LOOK_INTERVAL_S = 1.0
 
 _started: set[mp_process.BaseProcess] = set()
-_starting = threading.RLock()
+_starting = new_rlock()
 
 
 def start_server(registry: ServerRegistry, tag: str, constructor: Any) -> str:
@@ -118,7 +118,7 @@ def disown_servers() -> None:
 
 def _disown_in_child() -> None:
     global _starting
-    _starting = threading.RLock()
+    _starting = new_rlock()
     disown_servers()
 
 

@@ -23,7 +23,6 @@ import mmap
 import os
 import stat
 import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,6 +30,7 @@ from typing import TYPE_CHECKING
 from mpmm.errors import SegmentAllocationError, SegmentLostError
 from mpmm.shared_state.layout import LAYOUT_VERSION, MAGIC, Capacities, Header, Layout, Table
 from mpmm.shared_state.lock_file import LockFile, identity_of
+from mpmm.thread_locks import new_lock
 
 if TYPE_CHECKING:
     from multiprocessing.shared_memory import SharedMemory
@@ -55,7 +55,7 @@ __all__ = [
 SHARED_MEMORY = "/dev/shm"
 # A segment's name while it is removed; see `prune.py` for those of processes that died then.
 GONE = ".gone."
-_tracker_patch = threading.Lock()
+_tracker_patch = new_lock()
 
 
 class SegmentProblem(Exception):
@@ -437,4 +437,4 @@ else:
 def reset_after_fork() -> None:
     """Give the child a lock that no vanished thread of the parent holds."""
     global _tracker_patch
-    _tracker_patch = threading.Lock()
+    _tracker_patch = new_lock()

@@ -60,6 +60,7 @@ from mpmm.shared_state.events import Cause
 from mpmm.shared_state.futex import wait_for_change, wake_one
 from mpmm.shared_state.layout import STEP_WORDS, Event, Header, Table
 from mpmm.shared_state.segment import Segment
+from mpmm.thread_locks import new_rlock
 
 if TYPE_CHECKING:
     from mpmm.shared_state._core import Core
@@ -129,12 +130,12 @@ class TransactionLock:
         self._pid = os.getpid()
         self._file = segment.lock_file()
         # An RLock, because it knows its owner; it is taken once at a time nevertheless.
-        self._mutex: Any = threading.RLock()
+        self._mutex: Any = new_rlock()
         # The frame that runs the `with` of the transaction that is open.
         self._frame: FrameType | None = None
         # Who decides that a mutex was abandoned, and what was seen at the last look. An RLock, because a signal handler
         # may come by while its own thread decides.
-        self._healing = threading.RLock()
+        self._healing = new_rlock()
         self._suspected: tuple[int, ...] | None = None
         # Calls to make after transactions, by the identity of their lists, until they were made; and those seen before.
         self._calls: dict[int, list[Callable[[], object]]] = {}
@@ -263,7 +264,7 @@ class TransactionLock:
                 self._suspected = None
                 self._frame = None
                 # The old one can be given up by its owner alone, which does not know of it any more.
-                self._mutex = threading.RLock()
+                self._mutex = new_rlock()
 
     def finish_calls(self) -> None:
         """Make the calls after transactions that an exception has kept from being made, if any since the last call.
@@ -349,8 +350,8 @@ class TransactionLock:
         self._give_core_up()
         self._file.forget_after_fork()
         self._pid = os.getpid()
-        self._mutex = threading.RLock()
-        self._healing = threading.RLock()
+        self._mutex = new_rlock()
+        self._healing = new_rlock()
         self._frame = None
 
     def intercept_stores(self, wrap: Callable[[Any], Any]) -> None:

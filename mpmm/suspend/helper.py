@@ -26,6 +26,7 @@ from mpmm.errors import SuspendError
 from mpmm.multi_process_shared.rpc import sockets
 from mpmm.shared_state.lock_file import LockFile, is_locked
 from mpmm.suspend.driver import CheckpointDriver, DriverError
+from mpmm.thread_locks import new_lock
 
 __all__ = ["ask_helper", "main"]
 
@@ -124,7 +125,7 @@ def _is_deserted(alive: Path) -> bool:
 class _Helper:
     def __init__(self, key: bytes) -> None:
         self._key = key
-        self._mutex = threading.Lock()
+        self._mutex = new_lock()
         self._driver: CheckpointDriver | None = None
         self._last_asked = time.monotonic()
         # By thread: when a request counts as hung.

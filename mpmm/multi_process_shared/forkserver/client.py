@@ -16,7 +16,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from multiprocessing import AuthenticationError, spawn, util
 from multiprocessing import process as mp_process
@@ -31,6 +30,7 @@ from mpmm.multi_process_shared.rpc import sockets
 from mpmm.multi_process_shared.server_process import ServerPlan
 from mpmm.shared_state.lock_file import is_locked
 from mpmm.text.printable import printable_logger
+from mpmm.thread_locks import new_lock
 
 __all__ = ["ForkedServer", "add_preload_hook", "order_server", "remove_preload_hook"]
 
@@ -124,7 +124,7 @@ class _ForkedPopen:
         self.returncode: int | None = None
         self.sentinel = -1
         self._connection = connection
-        self._lock = threading.Lock()
+        self._lock = new_lock()
         try:
             self.sentinel = os.pidfd_open(pid)
             self.finalizer = util.Finalize(self, os.close, (self.sentinel,))

@@ -12,6 +12,7 @@ from mpmm.observability.dashboard.history import Recorder
 from mpmm.shared_state.runtime_dir import default_root
 from mpmm.shared_state.snapshot import find_lost_namespaces, find_namespaces
 from mpmm.text.printable import printable_logger
+from mpmm.thread_locks import new_lock
 
 __all__ = ["Watcher"]
 
@@ -34,7 +35,7 @@ class Watcher:
     def __init__(self, root: Path | None = None, namespace: str | None = None) -> None:
         self._root = root
         self._only = namespace
-        self._mutex = threading.Lock()
+        self._mutex = new_lock()
         self._recorders: dict[str, Recorder] = {}
         self._ended: dict[str, float] = {}
         self._closing = threading.Event()
