@@ -22,8 +22,10 @@ from typing import Any
 
 import pytest
 
-pytestmark = pytest.mark.large
-TIMEOUT_S = 280.0
+from mpmm.suspend import TorchModule
+
+TIMEOUT_S = 900.0
+pytestmark = [pytest.mark.large, pytest.mark.timeout(TIMEOUT_S + 60)]
 
 #: What each shape needs.
 SHAPES = {
@@ -75,3 +77,24 @@ def test_a_large_library_predicts_what_plain_python_computes(request: pytest.Fix
     assert expected
     # The order of a collection means nothing.
     assert sorted(map(str, found)) == sorted(map(str, expected))
+
+
+def test_a_torch_module_sleeps_and_computes_the_same_when_it_wakes() -> None:
+    torch = pytest.importorskip("torch")
+    layers = torch.nn.Linear(3, 3), torch.nn.BatchNorm1d(3), torch.nn.Linear(3, 3)
+    layers[2].weight = layers[0].weight  # tied
+    module, example = TorchModule(torch.nn.Sequential(*layers).eval(), "cpu"), torch.ones(2, 3)
+    before = module(example)
+    for _ in range(2):
+        module.sleep()
+        with pytest.raises(RuntimeError, match="asleep"):
+            module(example)
+        module.wake_up()
+        assert torch.equal(module(example), before)
+    with torch.no_grad():
+        layers[0].weight += 1
+    changed = module(example)
+    module.sleep()
+    module.wake_up()
+    assert layers[2].weight is layers[0].weight
+    assert torch.equal(module(example), changed) and not torch.equal(changed, before)
