@@ -287,6 +287,13 @@ def scenarios() -> dict[str, Callable[[Lab], Operation]]:
         (seat,) = lab.tables.seats_of(copy)
         return seat
 
+    def before_last_user(lab: Lab) -> int:
+        """Make a twin in mid-unload that has the memory, of a copy that is unloaded after it; return the twin."""
+        copy, twin = lab.shared(server=True), lab.idle("b")
+        lab.do(lambda t, tr: tr.unloads.ask(t, copy, lab.victim))
+        lab.do(lambda t, tr: tr.unloads.ask(t, twin, lab.victim))
+        return twin
+
     def used_in_all_rows(lab: Lab) -> int:
         copy = lab.shared(used=2, server=True)
         lab.do(lambda t, tr: tr.holds.take_idle(t, copy, lab.victim + 1))
@@ -534,6 +541,7 @@ def scenarios() -> dict[str, Callable[[Lab], Operation]]:
         "unloads.begin/twin with seats": on(
             shared_twin, lambda t, tr, row: tr.unloads.begin(t, row, Lab.victim, evicted=True)
         ),
+        "unloads.end/twin with a seat in use": on(before_last_user, lambda t, tr, row: tr.unloads.end(t, row)),
         "holds.discard/seats": on(used_in_all_rows, lambda t, tr, row: tr.holds.discard(t, row)),
         "members.reap/server of seats": on(
             lambda lab: lab.shared(server=True), lambda t, tr, _: tr.members.reap(t, Lab.server)
@@ -561,6 +569,7 @@ STEPS = {
     "isolation.begin_steady",
     "isolation.note_change",
     "twins.part",
+    "twins.leave_to_last",
     "seats.add",
     "seats.close",
     "seats.free_all",

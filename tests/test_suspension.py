@@ -256,6 +256,31 @@ def test_the_policy_is_told_which_copies_would_be_suspended(new_manager: NewMana
     assert told() == []
 
 
+def test_the_policy_is_told_of_many_copies_without_a_search_for_twins_of_each(
+    new_manager: NewManager, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manager = new_manager(suspend_budget_mb=1000.0)
+    for tag in "abc":
+        use(manager, tag, MakesSleeper(tmp_path))
+        use(manager, f"server of {tag}", LoadsSleeper(f"{manager.namespace}-{tag}", MakesSleeper(tmp_path)))
+    twins = LoadsSleeper(f"{manager.namespace}-twin", MakesSleeper(tmp_path))
+    use(manager, "one", twins)
+    use(manager, "other", twins)
+    session, searched = manager._connected(), list[int]()
+    suspension, of_one = session.scheduler.suspension, session.namespace.transitions.twins.any_of
+
+    def any_of(row: int) -> bool:
+        searched.append(row)
+        return of_one(row)
+
+    with session.namespace.transaction():
+        rows = session.namespace.tables.idle_copies()
+        monkeypatch.setattr(session.namespace.transitions.twins, "any_of", any_of)
+        kept = suspension.kept_of(rows)
+        assert sorted(searched) == sorted(set(rows) - kept) and len(searched) == 2, "the twins"
+        assert kept == {row for row in rows if suspension.can_be_suspended(row)} and len(kept) == 6
+
+
 def test_a_budget_of_nothing_turns_it_off(new_manager: NewManager, tmp_path: Path) -> None:
     manager = new_manager(suspend_budget_mb=0.0, default_estimate_mb=600.0)
     use(manager, "a", MakesSleeper(tmp_path))

@@ -270,9 +270,12 @@ class Unloads:
         self._settle()
 
     def _task(self, row: int, generation: int) -> _Task | None:
-        """Return what is to be unloaded, None if that is not, or no longer, for this process to do."""
+        """Return what is to be unloaded, None if that is not, or no longer, for this process to do.
+
+        Where a twin's unload ends the server, or it has ended by itself, the row is free then.
+        """
         namespace, tables = self._namespace, self._namespace.tables
-        with namespace.transaction():
+        with namespace.transaction() as t:
             instance = tables.instances[row]
             if not self._is_unloading(row, generation) or instance.holder != namespace.slot or instance.seats:
                 return None
@@ -282,6 +285,9 @@ class Unloads:
             ends_server = bool(handle) and namespace.transitions.twins.unloads_handle(row) and not lost
             server_pid = None if server is None else tables.members[server].pid
             is_object = instance.owner is not None
+            if not (is_object or ends_server):
+                # Now, as long as the twin has not been told that it is not the last one.
+                namespace.transitions.unloads.end(t, row)
             return _Task(model, tables.tag_of(model), is_object, handle, ends_server, server, server_pid)
 
     def _unload_own(self, row: int, generation: int) -> None:

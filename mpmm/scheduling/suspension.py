@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from dataclasses import replace
+
+import numpy as np
 
 from mpmm.policy.suspension import HostRoom, Kept, Movable, Way, pays
 from mpmm.policy.view import Reason
@@ -70,19 +73,43 @@ class SuspensionDecisions:
         return True
 
     def kept_of(self, rows: Iterable[int]) -> set[int]:
-        """Return those of some idle copies that would be suspended if they were evicted now, each for itself."""
-        if not self.budget_mb:
+        """Return those of some copies that would be suspended if they were evicted now, each for itself.
+
+        rows: of idle copies, none of which has a seat in use. Every plan asks this of all of them, so what does not
+        depend on the single copy is found out once.
+        """
+        copies, tables = self._tables.instance_columns(), self._tables
+        chosen = np.fromiter(rows, np.intp)
+        chosen = chosen[copies.way[chosen] != 0]
+        # Mostly none has a way, and one that spans devices cannot be suspended.
+        devices = copies.devices[chosen]
+        chosen = chosen[devices & (devices - np.uint64(1)) == 0]
+        if not len(chosen) or not self.budget_mb:
             return set()
+        twins = self._namespace.transitions.twins.any_of_all()
         room: HostRoom | None = None
+        # Copies of a model that take as much, in the same way, differ in nothing that counts here.
+        alike: dict[tuple[int, int, float], bool] = {}
+        of_model: dict[int, Movable | None] = {}
         found = set()
-        for row in rows:
-            if not self.can_be_suspended(row):
+        columns = (chosen, copies.model[chosen], copies.way[chosen], copies.mb[chosen])
+        for row, model, way, mb in zip(*(column.tolist() for column in columns), strict=True):
+            if row in twins:
                 continue
-            copy = self.movable(row)
-            if not pays(copy) or self._tables.models[self._tables.instances[row].model].superseded:
-                continue
-            room = room or self._room()
-            if room.dropped_for(copy.mb, copy.worth) is not None:
+            kind = (model, way, mb)
+            if kind not in alike:
+                if model not in of_model:
+                    figures = tables.models[model]
+                    barred = figures.unsuspendable or figures.superseded or not figures.load_s
+                    of_model[model] = None if barred else self.movable(row)
+                known = of_model[model]
+                copy = None if known is None else replace(known, mb=mb, way=Way(way))
+                if copy is not None and pays(copy):
+                    room = room or self._room()
+                    alike[kind] = room.dropped_for(mb, copy.worth) is not None
+                else:
+                    alike[kind] = False
+            if alike[kind]:
                 found.add(row)
         return found
 

@@ -74,7 +74,7 @@ class Views:
 
     def _with_suspendable(self, idle: Sequence[IdleInstance]) -> Iterable[IdleInstance]:
         """Mark the idle copies that would be suspended if they were evicted."""
-        kept = self._suspension.kept_of(copy.row for copy in idle)
+        kept = self._suspension.kept_of(copy.row for copy in idle if copy.place_in is None)
         return (replace(copy, suspendable=True) if copy.row in kept else copy for copy in idle) if kept else idle
 
     def device_views(self, copies: Copies) -> tuple[DeviceView, ...]:

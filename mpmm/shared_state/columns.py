@@ -83,6 +83,8 @@ class InstanceColumns(Columns):
     unload_late = _words(Instance.UNLOAD_LATE)
     seat_of = _words(Instance.SEAT_OF)
     seats = _words(Instance.SEATS)
+    devices = _words(Instance.DEVICES)
+    way = _words(Instance.WAY)
 
 
 class TicketColumns(Columns):

@@ -57,7 +57,8 @@ MOST_UNDO = 1 << 28
 MOST_DEVICES = 64
 # Devices that one copy can span.
 MOST_SPANNED = 8
-# Users that one copy can have at a time: the seats of so many are made in one transaction, in less than STEP_WORDS.
+# Users that one copy can have at a time: the seats of so many are made in one transaction, in 2 * STEP_WORDS
+# where the handle is as long as it can be.
 MOST_USERS = 128
 
 

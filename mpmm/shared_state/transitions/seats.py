@@ -36,7 +36,10 @@ class Seats(Part):
         for _ in range(users - 1):
             try:
                 self._add_one(t, row, handle)
-            except TableFullError:
+            except TableFullError as error:
+                if error.table != self._layout.instances.name:
+                    # Found out in the middle of a row, which must not stay.
+                    raise
                 # It serves fewer at a time then, which is better than no copy.
                 return
 

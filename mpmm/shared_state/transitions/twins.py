@@ -49,22 +49,56 @@ class Twins(Part):
         handle = self._tables.text(self._tables.instance(row) + Instance.HANDLE)
         return bool(handle) and bool(self.of(handle, row))
 
+    def any_of_all(self) -> set[int]:
+        """Return the instances, in use or idle, for which `any_of` is true.
+
+        With a thousand instances it takes 0.1 ms, where a call for each takes 10.
+        """
+        tables = self._tables
+        rows = tables.view(self._layout.instances)
+        state, lengths = rows[:, Instance.STATE], rows[:, Instance.HANDLE].astype(np.intp)
+        there = ((state == Instance.ACTIVE) | (state == Instance.IDLE)) & (lengths > 0)
+        # As in `of`.
+        there &= (rows[:, Instance.SEAT_OF] == 0) & (rows[:, Instance.UNLOAD_ON_RELEASE] != Instance.LOST)
+        chosen = np.flatnonzero(there)
+        if len(chosen) < 2:
+            return set()
+        ends = rows[chosen, Instance.HANDLE + (lengths[chosen] + 7) // 8]
+        order = np.lexsort((ends, lengths[chosen]))
+        same = (np.diff(ends[order]) == 0) & (np.diff(lengths[chosen][order]) == 0)
+        alike = np.append(same, False) | np.append(False, same)
+        return {row for row in chosen[order[alike]].tolist() if self.any_of(row)}
+
     def unloads_handle(self, row: int) -> bool:
         """Tell whether the unload of this row is the one that unloads its handle: no twin is left.
 
-        Of twins that are unloaded at the same time it is the last one in the table.
+        Of twins that are unloaded at the same time it is the last one in the table. Where it is not this one, the row
+        has to be freed in the transaction that has asked: what another one is told goes by the rows as they are then.
         """
-        at, tables = self._tables.instance(row), self._tables
-        handle = tables.text(at + Instance.HANDLE)
-        going = (
-            other
-            for other in tables.rows_where(self._layout.instances, Instance.STATE, Instance.UNLOADING)
+        handle = self._tables.text(self._tables.instance(row) + Instance.HANDLE)
+        return bool(handle) and not self.of(handle, row) and self._unloaded_after(row, handle) is None
+
+    def _unloaded_after(self, row: int, handle: bytes) -> int | None:
+        """Return a twin in mid-unload whose unload comes after that of a row, None if there is none."""
+        words, tables = self._segment.words, self._tables
+        for other in tables.rows_where(self._layout.instances, Instance.STATE, Instance.UNLOADING):
+            at = tables.instance(other)
             # One whose seats are in use is unloaded after them, and so the last.
-            if (other > row or tables.instances[other].seats)
-            and other != row
-            and tables.text(tables.instance(other) + Instance.HANDLE) == handle
-        )
-        return bool(handle) and not self.of(handle, row) and next(going, None) is None
+            is_later = other != row and (other > row or words[at + Instance.SEATS])
+            # What has lost its server does not end that of its successor, see `of`.
+            is_later = is_later and words[at + Instance.UNLOAD_ON_RELEASE] != Instance.LOST
+            if is_later and tables.text(at + Instance.HANDLE) == handle:
+                return other
+        return None
+
+    def leave_to_last(self, t: Transaction, row: int) -> None:
+        """Before a row in mid-unload is freed, leave its memory to the twin whose unload ends the server, if any."""
+        words, at = self._segment.words, self._tables.instance(row)
+        handle = self._tables.text(at + Instance.HANDLE)
+        last = self._unloaded_after(row, handle) if handle and self._segment.floats[at + Instance.MB] else None
+        # As in `part`: its seats may be in use.
+        if last is not None and not words[Header.ISOLATED] & words[at + Instance.DEVICES]:
+            self._leave_memory(t, row, last)
 
     def part(self, t: Transaction, row: int, twins: list[int], evicted: bool) -> list[int]:
         """Before an instance with twins is unloaded, settle which of these go with it, and which one has the memory.

@@ -109,10 +109,11 @@ class Unloads(Part):
         t.set(at + Instance.UNLOAD_LATE, 1)
 
     def end(self, t: Transaction, row: int) -> None:
-        """An unload is done: free the row, and expect its memory back."""
+        """An unload is done: free the row, and expect its memory back, unless a twin keeps that for longer."""
         at = self._tables.instance(row)
         if self._segment.words[at + Instance.STATE] != Instance.UNLOADING:
             raise self._tables.surprise("the copy", at)
+        self._twins.leave_to_last(t, row)
         t.event(
             EventKind.UNLOAD_ENDED, self._model_reference(row), row + 1, value=self._segment.floats[at + Instance.MB]
         )
