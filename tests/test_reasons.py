@@ -287,19 +287,24 @@ def test_the_ring_of_events_tells_the_whole_story(namespace: str, new_process: N
     wait_until(lambda: waiting(namespace, "b"), "b waits for room")
     holder.call(release)
     waiter.result()
+    events = read_snapshot(namespace).events
+    events = read_snapshot(namespace).events
     told = [
         (
             event.kind,
             event.tag,
             explain(event.reason, event.need_mb or 0, event.free_mb or 0, event.coming_mb or 0, math.inf, event.other),
         )
-        for event in read_snapshot(namespace).events
+        for event in events
         if event.reason is not None
     ]
+    # On a busy machine a load takes longer than 0.05 s, and then it has a cost.
+    chosen_by = next(event.reason for event in events if event.kind == "unload_began")
+    assert chosen_by in (Reason.LOWEST_SCORE, Reason.CHEAPEST_RELOAD)
     assert told == [
         ("load_began", "a", "loads: needs 80 MB, 100 free"),
         ("waits", "b", "waits: needs 60 MB, 20 free, 80 kept for it where a is in use, for an unknown time"),
-        ("unload_began", "a", "is evicted for b, which needs 60 MB, 20 free: lowest score, frees 80 MB"),
+        ("unload_began", "a", explain(chosen_by, 60, 20, 80, math.inf, "b")),
         ("waits", "b", "waits: needs 60 MB, 20 free, 80 coming from the unload of a"),
         ("load_began", "b", "loads: needs 60 MB, 100 free"),
     ]
