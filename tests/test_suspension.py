@@ -74,7 +74,7 @@ COPY = Movable(mb=8000.0, way=Way.COOPERATIVE, load_s=10.0, suspend_s=0.0, resum
         (replace(COPY, load_s=2.2, suspend_s=0.5, resume_s=0.5), True),
         (replace(COPY, load_s=1.8, suspend_s=0.5, resume_s=0.5), False),
         (replace(COPY, suspend_s=4.0, resume_s=2.0), False),
-        (replace(COPY, way=Way.CHECKPOINT, load_s=14.0), True),
+        (replace(COPY, way=Way.CHECKPOINT), True),
         (replace(COPY, way=Way.CHECKPOINT, load_s=5.0), False),
         (replace(COPY, load_s=0.0), False),
     ],

@@ -121,8 +121,13 @@ def limit_s(mb: float) -> float:
 
 
 def pays(copy: Movable) -> bool:
-    """Tell whether to suspend a copy is so much quicker than to load it again that its room may come free later."""
-    return bool(copy.way) and GAIN * (suspend_s(copy) + resume_s(copy)) < copy.load_s
+    """Tell whether to suspend a copy is so much quicker than to load it again that its room may come free later.
+
+    As long as a model's times are not measured, it need only be quicker: else a host that is faster than the one of
+    `RATES` would never find that out.
+    """
+    gain = GAIN if copy.suspend_s and copy.resume_s else 1.0
+    return bool(copy.way) and gain * (suspend_s(copy) + resume_s(copy)) < copy.load_s
 
 
 class HostRoom:
