@@ -11,11 +11,11 @@ import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 from device import SimulatedDevice
 from harness import (
+    Gate,
     NewDevice,
     NewGate,
     NewProcess,
@@ -32,7 +32,7 @@ from harness import (
 from loaders import LoadFails, Loads
 
 from mpmm import cli
-from mpmm.errors import ClosedError, LockTimeoutError
+from mpmm.errors import ClosedError, LockTimeoutError, NotAcquiredError
 from mpmm.shared_state.layout import Header
 from mpmm.shared_state.snapshot import read_snapshot
 from mpmm.sources import DeviceSample
@@ -85,17 +85,41 @@ def test_a_killed_holder_of_the_lock_leaves_the_state_as_it_was_before(namespace
     assert problems(namespace) == []
 
 
-def test_a_release_that_cannot_get_the_lock_can_be_repeated(namespace: str, new_process: NewProcess) -> None:
+@pytest.mark.parametrize("hold", ["acquired", "in a block"])
+def test_a_release_that_cannot_get_the_lock_is_made_as_soon_as_it_is_free(
+    hold: str, namespace: str, new_process: NewProcess, new_gate: NewGate
+) -> None:
     sleeper, other = new_process(lock_timeout_seconds=0.3), new_process()
-    copy = other.call(acquire, "a")
+    began, go = new_gate(), new_gate()
+    other.send(acquire_and_release_at if hold == "acquired" else use_in_block, "a", began, go)
+    began.wait()
     sleeper.send(stop_in_transaction)
     sleeper.wait_until_stopped()
-    with pytest.raises(LockTimeoutError):
-        other.call(release_value, "a", copy)
+    go.open()
+    # It raises nothing, since the caller could do no more about it.
+    other.result()
     sleeper.resume()
     sleeper.result()
-    other.call(release_value, "a", copy)
-    assert model_of(namespace, "a").idle == 1
+    wait_until(lambda: model_of(namespace, "a").idle == 1, "it is given back")
+    assert other.call(acquire, "a")
+    assert problems(namespace) == []
+
+
+def acquire_and_release_at(seat: Seat, tag: str, began: Gate, go: Gate) -> None:
+    """Hold a copy until the gate opens."""
+    copy = seat.manager.acquire_model(tag, Loads())
+    began.open()
+    go.wait()
+    seat.manager.release_model(tag, copy)
+    with pytest.raises(NotAcquiredError):
+        seat.manager.release_model(tag, copy)
+
+
+def use_in_block(seat: Seat, tag: str, began: Gate, go: Gate) -> None:
+    """Hold a copy in a block until the gate opens."""
+    with seat.manager.model(tag, Loads()):
+        began.open()
+        go.wait()
 
 
 def test_a_load_that_ends_while_the_locks_holder_is_stopped_is_not_lost(
@@ -139,12 +163,6 @@ def wait_in_a_thread(seat: Seat, tag: str) -> None:
             seat.manager.acquire_model(tag, LoadFails("not to be called"))
 
     threading.Thread(target=wait).start()
-
-
-def release_value(seat: Seat, tag: str, copy: Any) -> None:
-    """Release, without forgetting it first."""
-    seat.manager.release_model(tag, copy)
-    seat.held.clear()
 
 
 def stop_outside_of_transactions(process: Process, namespace: str) -> None:

@@ -27,7 +27,7 @@ _LOG = printable_logger("mpmm")
 def release(session: Session, tag: str, instance: Any, timeout_s: float | None = None) -> None:
     """Give back what `acquire_model` returned; see `ModelManager.release_model`.
 
-    timeout_s: for the lock; with LockTimeoutError nothing has changed.
+    timeout_s: as in `give_back_held`.
     """
     operation = session.begin(sys._getframe())
     try:
@@ -52,8 +52,11 @@ def not_acquired(tag: str, instance: Any) -> NotAcquiredError:
 def give_back_held(session: Session, operation: Operation, tag: str, timeout_s: float | None = None) -> None:
     """Give back what an operation has struck off the list of what this process holds.
 
-    In a finalizer or signal handler that comes in a transaction of its own thread, the background thread does so. With
-    LockTimeoutError it is held as before.
+    If the lock is not to be had, or this is a finalizer or signal handler that comes in a transaction of its thread,
+    the background thread does so as soon as it can. The end of a block comes once, and most callers would not try
+    again: the instance would be lost to all as long as this process lives.
+
+    timeout_s: to wait for the lock for so long only, and raise LockTimeoutError then; the instance is held as before.
     """
     held = operation.held
     if held is None:
@@ -67,11 +70,14 @@ def give_back_held(session: Session, operation: Operation, tag: str, timeout_s: 
         give_back(session, tag, held[0], timeout_s=timeout_s)
     except ReentrantCallError:
         session.abandon(operation)
-    except LockTimeoutError:
-        # Nothing has changed, and the caller may try again.
-        session.held.put_back(held)
-        operation.held = None
-        raise
+    except LockTimeoutError as error:
+        if timeout_s is not None:
+            session.held.put_back(held)
+            operation.held = None
+            raise
+        session.abandon(operation)
+        text = "mpmm %s: pid %d gives %r back as soon as the lock is free: %s"
+        _LOG.warning(text, session.namespace.name, session.namespace.pid, tag, error)
     except MpmmError:
         operation.held = None
         raise
