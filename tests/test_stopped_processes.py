@@ -15,7 +15,6 @@ from pathlib import Path
 import pytest
 from device import SimulatedDevice
 from harness import (
-    Gate,
     NewDevice,
     NewGate,
     NewProcess,
@@ -29,7 +28,7 @@ from harness import (
     wait_until,
     waiting,
 )
-from loaders import LoadFails, Loads
+from loaders import Gate, LoadFails, Loads
 
 from mpmm import cli
 from mpmm.errors import ClosedError, LockTimeoutError, NotAcquiredError
