@@ -220,3 +220,14 @@ def test_most_of_the_last_pauses_decide(monkeypatch: pytest.MonkeyPatch) -> None
     for number in range(tenure.MODELS_KEPT + 2):
         tenures.leave(f"m{number}")
     assert tenures.comes_back_at_once("a"), "it is forgotten"
+
+
+def test_who_comes_back_only_when_nobody_waits_any_more_is_not_taken_to_come_back_at_once() -> None:
+    tenures = tenure.Tenures()
+    for _ in range(tenure.PAUSES_KEPT):
+        assert tenures.comes_back_at_once("a")
+        # Others wait, and the next acquire, which is not told of here, finds that they have been served.
+        tenures.leave("a")
+        if not tenures.comes_back_at_once("a"):
+            break
+    assert not tenures.comes_back_at_once("a")

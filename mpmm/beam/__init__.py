@@ -185,6 +185,8 @@ def _replace_modules(changes: _Changes) -> None:
         stock, ours = sys.modules.get(name), importlib.import_module(_OURS[name])
         if stock is not None and stock is not ours:
             swaps += _counterparts(stock, ours)
+        # At once, and not at its first use: else every worker that is forked would import that for itself.
+        _ = ours.ModelManager if name == _MODEL_MANAGER else ours.MultiProcessShared
         changes.set_module(name, ours)
     # Beam's packages are imported only now: whatever they import finds our modules, and where torch is installed it
     # is not loaded into every worker just because Beam's own model manager imports it.

@@ -88,14 +88,19 @@ class Tenures:
             # Tags that are made anew for each run, as Beam's are, would fill the memory of a process that lives long.
             self._left_at.clear()
             self._short.clear()
+        if tag in self._left_at:
+            # It has come back since, but not while others waited: they had been served before.
+            self._learn(tag, False)
         self._left_at[tag] = time.monotonic()
 
     def come_back(self, tag: str) -> None:
-        """Note that it asks for the model again, and learn from how long that took."""
+        """Note that it asks for the model again while others wait, and learn from how long that took."""
         left_at = self._left_at.pop(tag, None)
         if left_at is not None:
-            short = time.monotonic() - left_at <= COMES_BACK_WITHIN_S
-            self._short[tag] = (self._short.get(tag, _ALL_SHORT) << 1 | short) & _ALL_SHORT
+            self._learn(tag, time.monotonic() - left_at <= COMES_BACK_WITHIN_S)
+
+    def _learn(self, tag: str, short: bool) -> None:
+        self._short[tag] = (self._short.get(tag, _ALL_SHORT) << 1 | short) & _ALL_SHORT
 
     def comes_back_at_once(self, tag: str) -> bool:
         """Tell whether this process mostly comes back for a model at once; it is taken to as long as it is new."""

@@ -31,7 +31,10 @@ def modules(implementation: str) -> tuple[Any, Any]:
     Beam's manager imports torch, of which it uses one function; where torch is missing a stand-in takes its place.
     """
     if implementation == MPMM:
-        return import_module("mpmm.model_manager"), import_module("mpmm.multi_process_shared")
+        manager, shared = import_module("mpmm.model_manager"), import_module("mpmm.multi_process_shared")
+        # Imported at their first use, else; a program would have imported them by name.
+        _ = manager.ModelManager, shared.MultiProcessShared
+        return manager, shared
     if "torch" not in sys.modules and importlib.util.find_spec("torch") is None:
         stand_in: Any = types.ModuleType("torch")
         stand_in.cuda = types.SimpleNamespace(empty_cache=lambda: None)
