@@ -10,14 +10,15 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
-from harness import OWN_LEFT_OVER, NewManager, NewProcess, Process, files_in, segments_of
+from harness import OWN_LEFT_OVER, NewManager, NewProcess, Process, files_in, segments_of, wait_until
 
 from mpmm.cli import main
 from mpmm.shared_state import prune
 from mpmm.shared_state.layout import Header
-from mpmm.shared_state.prune import find_orphans
+from mpmm.shared_state.prune import Orphan, find_orphans
 from mpmm.shared_state.runtime_dir import RuntimeDirectory
 from mpmm.shared_state.segment import Segment, segment_name
 
@@ -74,6 +75,57 @@ def elsewhere(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     assert not [name for name in set(os.listdir("/dev/shm")) - before if NAMESPACE in name]
 
 
+GUARD = """
+import mmap, sys
+with open(sys.argv[1], "r+b") as file:
+    mapped = mmap.mmap(file.fileno(), 0)
+print(flush=True)
+sys.stdin.read()
+"""
+_guards: list[subprocess.Popen[bytes]] = []
+
+
+@pytest.fixture(autouse=True)
+def guards(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Hide the processes that `guard` starts from this one, and end them."""
+
+    class Os:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(os, name)
+
+        def listdir(self, path: str) -> list[str]:
+            hidden = {str(one.pid) for one in _guards} if path == "/proc" else set()
+            return [name for name in os.listdir(path) if name not in hidden]
+
+    monkeypatch.setattr(prune, "os", Os())
+    yield
+    while _guards:
+        one = _guards.pop()
+        one.kill()
+        one.communicate()
+
+
+def guard(segment: Path) -> Path:
+    """Keep a segment from the processes of other tests, which sweep as well when they make a namespace."""
+    one = subprocess.Popen([sys.executable, "-c", GUARD, segment], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    _guards.append(one)
+    assert one.stdout is not None
+    one.stdout.readline()
+    return segment
+
+
+def found(look: Callable[[], list[Orphan]]) -> list[Orphan]:
+    """Return what a look or sweep finds, which is nothing while a process of another test looks at the segment, too."""
+    orphans: list[Orphan] = []
+
+    def finds() -> bool:
+        orphans[:] = look()
+        return bool(orphans)
+
+    wait_until(finds, "there is an orphan")
+    return orphans
+
+
 @pytest.mark.parametrize("method", ["spawn", "fork"])
 def test_children_of_multiprocessing_leave_nothing_however_they_end(
     tmp_path: Path, runtime_root: Path, method: str
@@ -90,7 +142,7 @@ def test_children_of_multiprocessing_leave_nothing_however_they_end(
 def leave_segment(new_process: NewProcess, root: Path, end: Callable[[Process], None] = Process.kill) -> Path:
     """Have a process make a namespace below `root`, and die there; return the path of the segment."""
     process = new_process(namespace=NAMESPACE, runtime_root=root)
-    segment = Path("/dev/shm", segment_name(root, NAMESPACE))
+    segment = guard(Path("/dev/shm", segment_name(root, NAMESPACE)))
     end(process)
     return segment
 
@@ -114,20 +166,25 @@ def test_who_makes_a_namespace_sweeps_segments_whose_root_and_members_are_gone(
     new_manager(namespace="first", memory_source="booked")
     assert segment.exists(), "somebody may come to it"
     shutil.rmtree(elsewhere)
-    new_manager(namespace="second")
+    # While a process of another test looks at it, it is not swept.
+    for name in ("second", "third", "fourth"):
+        new_manager(namespace=name)
+        if not segment.exists():
+            break
     assert not segment.exists()
 
 
 def test_the_segment_of_a_living_process_is_never_an_orphan(elsewhere: Path, new_process: NewProcess) -> None:
     process = new_process(namespace=NAMESPACE, runtime_root=elsewhere)
+    guard(Path("/dev/shm", segment_name(elsewhere, NAMESPACE)))
     stop(process)
     shutil.rmtree(elsewhere)
     assert find_orphans(of_other_versions=True) == []
     process.kill()
-    (orphan,) = find_orphans()
+    (orphan,) = found(find_orphans)
     assert str(elsewhere) in orphan.why
     assert orphan.size_mb > 1
-    assert [orphan.name for orphan in prune.sweep_orphans()] == [orphan.name]
+    assert [orphan.name for orphan in found(prune.sweep_orphans)] == [orphan.name]
 
 
 def test_what_a_process_has_mapped_is_no_orphan_though_it_is_no_member(
@@ -139,7 +196,7 @@ def test_what_a_process_has_mapped_is_no_orphan_though_it_is_no_member(
     assert mapped is not None
     assert find_orphans() == []
     mapped.close()
-    assert [orphan.name for orphan in prune.sweep_orphans()] == [name]
+    assert [orphan.name for orphan in found(prune.sweep_orphans)] == [name]
 
 
 def test_processes_of_which_nothing_can_be_told_are_alive(elsewhere: Path, new_process: NewProcess) -> None:
@@ -151,7 +208,7 @@ def test_processes_of_which_nothing_can_be_told_are_alive(elsewhere: Path, new_p
         change_header(segment, Header.PID_NAMESPACE, pid_namespace)
         assert find_orphans() == []
     change_header(segment, Header.PID_NAMESPACE, pids_of)
-    assert len(prune.sweep_orphans()) == 1
+    assert len(found(prune.sweep_orphans)) == 1
 
 
 def test_the_segment_of_another_version_is_pruned_if_no_process_has_it_and_no_root_is_its(
@@ -161,7 +218,7 @@ def test_the_segment_of_another_version_is_pruned_if_no_process_has_it_and_no_ro
     change_header(segment, Header.VERSION, 7)
     assert find_orphans() == []
     assert find_orphans(of_other_versions=True, roots=(elsewhere,)) == []
-    assert [orphan.name for orphan in find_orphans(of_other_versions=True)] == [segment.name]
+    assert [orphan.name for orphan in found(lambda: find_orphans(of_other_versions=True))] == [segment.name]
     segment.unlink()
 
 
@@ -173,6 +230,7 @@ def test_prune_says_what_it_removes_and_a_dry_run_removes_nothing(
     orphan = leave_segment(new_process, elsewhere).name
     shutil.rmtree(elsewhere)
     capsys.readouterr()
+    found(find_orphans)
     assert main(["prune", "--dry-run"]) == 0
     shown = capsys.readouterr().out
     assert orphan in shown
@@ -211,6 +269,6 @@ def test_what_a_process_died_over_while_it_removed_it_is_swept_later(
     assert folder.exists()
     monkeypatch.setattr(prune, "REMOVAL_S", 0.0)
     monkeypatch.setattr("mpmm.shared_state.runtime_dir.REMOVAL_S", 0.0)
-    assert [orphan.name for orphan in prune.sweep_orphans()] == [gone.name]
+    assert [orphan.name for orphan in found(prune.sweep_orphans)] == [gone.name]
     RuntimeDirectory("other", elsewhere).sweep()
     assert not folder.exists()
