@@ -80,7 +80,7 @@ def test_a_large_library_predicts_what_plain_python_computes(request: pytest.Fix
 
 
 def test_a_torch_module_sleeps_and_computes_the_same_when_it_wakes() -> None:
-    torch = pytest.importorskip("torch")
+    torch = pytest.importorskip("torch", reason="needs the extra large")
     layers = torch.nn.Linear(3, 3), torch.nn.BatchNorm1d(3), torch.nn.Linear(3, 3)
     layers[2].weight = layers[0].weight  # one tensor
     module, example = TorchModule(torch.nn.Sequential(*layers).eval(), "cpu"), torch.ones(2, 3)
