@@ -112,10 +112,16 @@ class ForksAtEveryCall:
         if "mpmm" not in callers or any(other in callers for other in FORK_WAITS_FOR):
             return
         place = (frame.f_code.co_filename, frame.f_lineno, event, name)
+        is_guarded = fork_hooks.fork_guard._is_owned()  # type: ignore[attr-defined]  # typeshed leaves it out
+        is_registered = any(thing is frame.f_locals.get("self") for thing in list(fork_hooks._descriptors))
+        if event == "c_call" and name == "close" and is_registered and not is_guarded:
+            # In the middle of the call a socket has forgotten its number already, and the kernel has not; a connection
+            # still has it when it may be somebody else's.
+            self.found.append(f"{place[0]}:{place[1]} closes without the guard")
         if self._forks_at.setdefault(place, 0) >= FORKS_AT_A_LINE:
             return
         self._forks_at[place] += 1
-        if fork_hooks.fork_guard._is_owned():  # type: ignore[attr-defined]  # typeshed leaves it out
+        if is_guarded:
             self.guarded += 1
             return
         self._where = f"{event} of {module}.{name} in {os.path.basename(place[0])}:{place[1]}"

@@ -23,7 +23,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from mpmm.errors import ModelServerError, RemoteCallError, SharedObjectReleasedError
-from mpmm.fork_hooks import call_once_at_exit, close_in_children, fork_guard
+from mpmm.fork_hooks import call_once_at_exit
 from mpmm.multi_process_shared import hosted
 from mpmm.multi_process_shared.context import attaching_to
 from mpmm.multi_process_shared.references import References
@@ -78,8 +78,7 @@ class Host:
         self._has_follower = False
         self._follower_lock = new_lock()
         self._listener = sockets.listen(registry.path, record.socket_name)
-        with fork_guard:
-            self._waker, self._wakes = map(close_in_children, socket.socketpair())
+        self._waker, self._wakes = sockets.pair()
 
     def start(self) -> None:
         """Begin to answer, in daemon threads."""

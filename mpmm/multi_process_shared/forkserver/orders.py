@@ -73,9 +73,10 @@ class Descriptor:
         return self.fd
 
     def close(self) -> None:
-        fd, self.fd = self.fd, -1
-        if fd >= 0:
-            os.close(fd)
+        with fork_guard:
+            fd, self.fd = self.fd, -1
+            if fd >= 0:
+                os.close(fd)
 
 
 @dataclass
@@ -136,7 +137,7 @@ def take_over(link: Connection, message: bytes) -> Order:
     """Receive the rest of an order that is given away. Raises EOFError, OSError."""
     with fork_guard:
         first, *descriptors = receive_descriptors(link, 4)
-        requester = close_in_children(Connection(os.dup(first.fd)))
+        requester = close_in_children(sockets.ForkSafeConnection(os.dup(first.fd)))
         first.close()
     return Order(message, requester, descriptors)
 

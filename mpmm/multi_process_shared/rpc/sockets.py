@@ -51,10 +51,28 @@ HANDSHAKE_TIMEOUT_S = 30.0
 _HAS_PROC = sys.platform == "linux"
 
 
+class ForkSafeSocket(socket.socket):
+    """A socket that no fork meets half closed. Without the guard a child would keep what its object has forgotten."""
+
+    def close(self) -> None:
+        """Close the socket under the guard."""
+        with fork_guard:
+            super().close()
+
+
+class ForkSafeConnection(Connection):
+    """A connection that no fork meets half closed. Without the guard a child would close a number that is another's."""
+
+    def close(self) -> None:
+        """Close the connection under the guard."""
+        with fork_guard:
+            super().close()
+
+
 def listen(folder: Path, name: str) -> socket.socket:
     """Return a non-blocking listening socket at `folder/name`, closed in forked children."""
     with fork_guard:
-        listener = close_in_children(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
+        listener = close_in_children(ForkSafeSocket(socket.AF_UNIX, socket.SOCK_STREAM))
     try:
         with _short_address(folder, name) as address:
             listener.bind(address)
@@ -66,6 +84,16 @@ def listen(folder: Path, name: str) -> socket.socket:
     return listener
 
 
+def pair() -> tuple[socket.socket, socket.socket]:
+    """Return two connected sockets, closed in forked children."""
+    with fork_guard:
+        one, other = socket.socketpair()
+        return (
+            close_in_children(ForkSafeSocket(fileno=one.detach())),
+            close_in_children(ForkSafeSocket(fileno=other.detach())),
+        )
+
+
 def accept(listener: socket.socket) -> Connection | None:
     """Return the next connection, or None when the peer has gone again. Not authenticated yet."""
     # Non-blocking, so that the guard, and with it every fork of this process, is held for microseconds.
@@ -75,7 +103,7 @@ def accept(listener: socket.socket) -> Connection | None:
         except (BlockingIOError, ConnectionError):
             return None
         peer.setblocking(True)
-        return close_in_children(Connection(peer.detach()))
+        return close_in_children(ForkSafeConnection(peer.detach()))
 
 
 def authenticate_client(connection: Connection, key: bytes) -> None:
@@ -106,12 +134,12 @@ def dial(folder: Path, name: str, key: bytes, timeout_seconds: float | None = No
     Raises AuthenticationError when the server has another key, OSError or EOFError when it is not there.
     """
     with fork_guard:
-        ours = close_in_children(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
+        ours = close_in_children(ForkSafeSocket(socket.AF_UNIX, socket.SOCK_STREAM))
     try:
         with _short_address(folder, name) as address:
             ours.connect(address)
         with fork_guard:
-            connection = close_in_children(Connection(ours.detach()))
+            connection = close_in_children(ForkSafeConnection(ours.detach()))
     except BaseException:
         ours.close()
         raise
@@ -159,7 +187,7 @@ def _proof(key: bytes, role: bytes, client_nonce: bytes, server_nonce: bytes) ->
 def duplicate(fd: int) -> socket.socket:
     """Return a socket object of its own for an open socket, to be closed by the caller, and in forked children."""
     with fork_guard:
-        return close_in_children(socket.socket(fileno=os.dup(fd)))
+        return close_in_children(ForkSafeSocket(fileno=os.dup(fd)))
 
 
 def _receive(peer: socket.socket, count: int, deadline: float = math.inf) -> bytes:
