@@ -16,10 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from patience import DEADLINE_S
 
 from mpmm.multi_process_shared import MultiProcessShared
-
-DEADLINE_S = 30.0
 
 
 class Counter:

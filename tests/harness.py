@@ -26,7 +26,8 @@ from typing import Any
 import psutil
 from device import SimulatedDevice
 from devices.simulated_gpu import SimulatedGpus
-from loaders import DEADLINE_S, Gate, Loads
+from loaders import Gate, Loads
+from patience import DEADLINE_S, Stopwatch
 
 from mpmm.model_manager import ModelManager
 from mpmm.shared_state.invariants import check_invariants
@@ -40,8 +41,8 @@ SMALL: dict[str, Any] = {
     "fallback_memory_mb": 1000.0,
     "slack_percentage": 0.0,
     "default_estimate_mb": 100.0,
-    "wait_timeout_seconds": 15.0,
-    "lock_timeout_seconds": 10.0,
+    "wait_timeout_seconds": 60.0,
+    "lock_timeout_seconds": 60.0,
 }
 # With this file in it, mpmm does not remove a test's runtime root, whose identity is part of the names of segments.
 KEEP = ".keep"
@@ -72,13 +73,15 @@ def import_path(*first: Path) -> str:
 
 
 def wait_until(condition: Callable[[], object], what: str, deadline_s: float = DEADLINE_S) -> float:
-    """Return the seconds until `condition()` was true; an AssertionError that names `what` after the deadline."""
-    began = time.monotonic()
+    """Return the seconds until `condition()` was true; an AssertionError that names `what` after the deadline.
+
+    Both are those of a `Stopwatch`, in which time that the machine was busy counts less.
+    """
+    watch = Stopwatch()
     while not condition():
-        waited = time.monotonic() - began
-        assert waited < deadline_s, f"after {deadline_s} s still not: {what}"
+        assert watch.s() < deadline_s or watch.calm_s() < deadline_s, f"after {deadline_s} s still not: {what}"
         time.sleep(_PAUSE_S)
-    return time.monotonic() - began
+    return watch.calm_s()
 
 
 def know(manager: ModelManager, **estimates_mb: float) -> None:
@@ -210,8 +213,10 @@ class Process:
         self._ours.send((function, args, kwargs))
 
     def result(self, timeout_seconds: float = DEADLINE_S) -> Any:
-        """Return what the function returned, or raise what it raised."""
-        assert self._ours.poll(timeout_seconds), f"pid {self.pid} did not answer within {timeout_seconds} s"
+        """Return what the function returned, or raise what it raised; see `wait_until` for the time limit."""
+        watch = Stopwatch()
+        while not self._ours.poll(left_s := watch.left_s(timeout_seconds)):
+            assert left_s, f"pid {self.pid} did not answer within {timeout_seconds} s"
         returned, outcome = self._ours.recv()
         self._busy = False
         if not returned:
@@ -258,7 +263,7 @@ class Process:
                 # The test has failed, or does not care any more.
                 self.signal(signal.SIGINT)
         self._ours.close()
-        self._process.join(DEADLINE_S / 2)
+        self._process.join(DEADLINE_S)
         if self._process.is_alive():
             # It says on stderr where its threads are.
             self.signal(signal.SIGUSR1)

@@ -11,14 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from device import SimulatedDevice
+from patience import DEADLINE_S, Stopwatch
 
 from mpmm.memory.placement import Placement, current_placement
 
 if TYPE_CHECKING:
     from devices.simulated_gpu import SimulatedGpus
-
-# Guards against a hang; measures nothing.
-DEADLINE_S = 20.0
 
 
 class Gate:
@@ -40,7 +38,12 @@ class Gate:
 
     def is_open(self, timeout_seconds: float = 0.0) -> bool:
         """Tell whether somebody has opened the gate, waiting for it if asked to."""
-        return bool(select.select([self._descriptor()], [], [], timeout_seconds)[0])
+        watch, left_s = Stopwatch(), timeout_seconds
+        while not select.select([self._descriptor()], [], [], left_s)[0]:
+            left_s = watch.left_s(timeout_seconds) if timeout_seconds else 0.0
+            if not left_s:
+                return False
+        return True
 
     def close(self) -> None:
         """Close this process's descriptor; the gate of the others stays as it is."""

@@ -8,7 +8,7 @@ import sys
 import time
 from pathlib import Path
 
-from loaders import DEADLINE_S
+from patience import DEADLINE_S
 
 
 class UsesManager:

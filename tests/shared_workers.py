@@ -21,6 +21,7 @@ from counters import (
     Counter,
     SlowToConstruct,
 )
+from patience import DEADLINE_S, Stopwatch
 
 from mpmm.multi_process_shared import MultiProcessShared
 from mpmm.multi_process_shared.context import attach_namespace
@@ -28,10 +29,7 @@ from mpmm.multi_process_shared.hosted import find_host
 from mpmm.multi_process_shared.registry import registry_for
 from mpmm.shared_state.lock_file import LockFile
 
-DEADLINE_S = 30.0
-
-
-# The time after its last client in which a server has to be gone: a probe a second, and a loaded machine.
+# The time after its last client in which a server has to be gone: a probe a second.
 LAST_CLIENT_S = 10.0
 
 
@@ -140,7 +138,9 @@ class Client:
         self.ours.send((function, args))
 
     def answer(self) -> Any:
-        assert self.ours.poll(DEADLINE_S), "the worker does not answer"
+        watch = Stopwatch()
+        while not self.ours.poll(left_s := watch.left_s(DEADLINE_S)):
+            assert left_s, "the worker does not answer"
         failed, value = self.ours.recv()
         assert not failed, value
         return value
@@ -199,9 +199,9 @@ def path(tmp_path: Path) -> Iterator[str]:
 
 
 def wait_until(condition: Callable[[], bool], deadline_s: float, what: Callable[[], str] = lambda: "") -> None:
-    deadline = time.monotonic() + deadline_s
+    watch = Stopwatch()
     while not condition():
-        assert time.monotonic() < deadline, what()
+        assert watch.s() < deadline_s or watch.calm_s() < deadline_s, what()
         time.sleep(0.01)
 
 

@@ -224,12 +224,11 @@ def test_a_load_goes_on_when_its_task_is_cancelled(namespace: str, new_manager: 
 
 
 def test_errors_arrive_as_from_acquire_model(namespace: str, new_manager: NewManager, new_process: NewProcess) -> None:
-    # Long enough for the eviction of what is idle, which one of the waits below needs.
-    manager = new_manager(fallback_memory_mb=100, wait_timeout_seconds=3.0)
+    manager, impatient = new_manager(fallback_memory_mb=100), new_manager(wait_timeout_seconds=0.2)
     manager._estimator.set_initial_estimate("huge", 500)
 
-    async def use(tag: str, loader: Callable[[], Any]) -> None:
-        async with manager.model_async(tag, loader):
+    async def use(tag: str, loader: Callable[[], Any], by: ModelManager = manager) -> None:
+        async with by.model_async(tag, loader):
             pytest.fail("there is nothing to be had")
 
     with pytest.raises(OSError, match="no such file"):
@@ -237,7 +236,7 @@ def test_errors_arrive_as_from_acquire_model(namespace: str, new_manager: NewMan
     with pytest.raises(ModelTooLargeError, match="'huge' needs 500 MB"):
         run(use("huge", Loads()))
     with manager.model("held", Loads()), pytest.raises(AcquireTimeoutError, match="wait_timeout_seconds"):
-        run(use("a", Loads()))
+        run(use("a", Loads(), impatient))
     with pytest.raises(InvalidArgumentError, match="no coroutine function"):
         run(use("a", _fails_inside))  # type: ignore[arg-type]  # returns nothing
     with pytest.raises(InvalidArgumentError, match="no coroutine"), manager.model("another", _coroutine):

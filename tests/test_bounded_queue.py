@@ -165,7 +165,7 @@ def test_what_was_never_loaded_is_expected_to_load_as_others_do() -> None:
 def test_tickets_errors_and_inspect_say_the_expected_wait(
     namespace: str, new_manager: NewManager, new_process: NewProcess, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    manager, waiter = new_manager(max_model_copies=1, wait_timeout_seconds=0.3), new_process()
+    manager, waiter = new_manager(max_model_copies=1), new_process()
     with manager.model("a", Loads()):
         waiter.send(acquire, "a")
         wait_until(lambda: waiting(namespace, "a"), "one waits")

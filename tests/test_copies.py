@@ -111,9 +111,9 @@ def acquire_in_a_thread(manager: ModelManager, tag: str) -> object:
 
 
 def test_the_reason_of_who_waits_for_one_of_as_many_copies_as_there_may_be_is_said(new_manager: NewManager) -> None:
-    manager = new_manager(max_model_copies=1, wait_timeout_seconds=0.1)
+    manager, impatient = new_manager(max_model_copies=1), new_manager(wait_timeout_seconds=0.1)
     with manager.model("a", Loads()), pytest.raises(AcquireTimeoutError, match="last reason: copies"):
-        acquire_in_a_thread(manager, "a")
+        acquire_in_a_thread(impatient, "a")
 
 
 @pytest.mark.parametrize("value", [0, -1, "two"])
@@ -159,11 +159,11 @@ def test_who_needs_the_room_of_a_pinned_model_waits_until_it_is_unpinned(
 
 
 def test_with_everything_pinned_or_in_use_the_wait_ends_with_an_error_that_says_so(new_manager: NewManager) -> None:
-    manager = new_manager(fallback_memory_mb=200, wait_timeout_seconds=0.1)
+    manager, impatient = new_manager(fallback_memory_mb=200), new_manager(wait_timeout_seconds=0.1)
     manager.pin("a")
     use(manager, "a")
     with manager.model("b", Loads()), pytest.raises(AcquireTimeoutError, match="kept for it where b is in use"):
-        acquire_in_a_thread(manager, "c")
+        acquire_in_a_thread(impatient, "c")
 
 
 def test_a_pin_goes_with_its_process_and_not_with_another_that_has_one_too(
@@ -323,7 +323,7 @@ def test_a_preload_is_given_no_copy_that_comes_free(count: int, namespace: str, 
 
 
 def test_a_preload_teaches_nothing_about_how_long_copies_are_held(namespace: str, new_manager: NewManager) -> None:
-    manager = new_manager(wait_timeout_seconds=5)
+    manager = new_manager()
     manager.preload("a", Loads())
     # Were a hold taken for short, the second caller would wait for the first one's copy.
     with manager.model("a", Loads()), manager.model("a", Loads()):

@@ -24,7 +24,8 @@ from typing import Any
 
 import pytest
 from harness import FORK_POINTS, NewProcess, files_in
-from loaders import DEADLINE_S, Loads
+from loaders import Loads
+from patience import DEADLINE_S
 
 from mpmm import fork_hooks
 from mpmm.model_manager import ModelManager

@@ -16,7 +16,8 @@ from pathlib import Path
 import psutil
 import pytest
 from harness import NewManager, NewProcess
-from loaders import DEADLINE_S, Loads
+from loaders import Loads
+from patience import DEADLINE_S
 
 from mpmm.errors import NotAcquiredError
 from mpmm.model_manager import ModelManager, async_acquire

@@ -13,13 +13,12 @@ from unittest.mock import patch
 
 import pytest
 from harness import wait_until
+from patience import DEADLINE_S
 
 from mpmm.errors import InvalidArgumentError
 from mpmm.memory.monitor import GPUMonitor, LocalSamples
 from mpmm.sources import DeviceInfo, DeviceSample
 from mpmm.sources.booked import BookedSource
-
-DEADLINE_S = 20.0
 
 
 class FakeSource:

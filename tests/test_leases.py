@@ -109,14 +109,14 @@ class MeasuringDevice(SimulatedDevice):
 
 
 def test_a_lease_counts_as_used_until_it_is_released(namespace: str, new_manager: NewManager) -> None:
-    manager = new_manager(wait_timeout_seconds=0.2)
+    manager, impatient = new_manager(), new_manager(wait_timeout_seconds=0.2)
     learn(Seat(manager), a=100)
     lease = manager.reserve(950, name="training")
     assert lease.is_held
     [device] = read_snapshot(namespace).devices
     assert (device.used_mb, device.reserved_mb) == (0, 950)
     with pytest.raises(AcquireTimeoutError, match="last reason: leased"):
-        manager.acquire_model("a", Loads())
+        impatient.acquire_model("a", Loads())
     assert problems(namespace) == []
     lease.release()
     assert not lease.is_held

@@ -117,11 +117,11 @@ def test_a_task_that_waits_long_is_said_too(
 def test_a_preload_that_waits_is_no_trouble(
     namespace: str, new_manager: NewManager, new_process: NewProcess, caplog: Log
 ) -> None:
-    manager, holder = new_manager(fallback_memory_mb=100.0, wait_timeout_seconds=0.3), new_process()
+    manager, holder = new_manager(fallback_memory_mb=100.0), new_process()
     holder.call(acquire, "held", Loads("held"))
     manager._connected().warn_after_s = (0.05,)
     with caplog.at_level(logging.WARNING, "mpmm"), pytest.raises(AcquireTimeoutError):
-        manager.preload("b", LoadsObject())
+        manager.preload("b", LoadsObject(), timeout_seconds=0.3)
     assert said(caplog) == []
 
 
@@ -139,12 +139,12 @@ def test_the_error_of_a_time_out_names_the_holders(namespace: str, new_process: 
 
 
 def test_who_waits_for_itself_is_told_so(new_manager: NewManager) -> None:
-    manager = new_manager(fallback_memory_mb=250.0, wait_timeout_seconds=0.1)
+    manager = new_manager(fallback_memory_mb=250.0)
     manager.acquire_model("a", LoadsObject())
 
     def another_thread() -> None:
         with pytest.raises(AcquireTimeoutError) as caught:
-            manager.reserve(200)
+            manager.reserve(200, timeout_seconds=0.1)
         errors.append(str(caught.value))
 
     errors: list[str] = []

@@ -123,19 +123,20 @@ def test_a_reservation_stands_until_a_sample_has_seen_the_load(
     namespace: str, new_manager: NewManager, new_device: NewDevice
 ) -> None:
     device = new_device(1000)
-    manager = new_manager(memory_source=device, poll_interval=0.05, wait_timeout_seconds=0.3)
+    manager = new_manager(memory_source=device, poll_interval=0.05)
+    impatient = new_manager(memory_source=device, poll_interval=0.05, wait_timeout_seconds=0.3)
     know(manager, a=400, b=400, c=300, d=200)
     device.go_dark()
     held = [(tag, manager.acquire_model(tag, LoadsObject(tag, device=device, mb=400))) for tag in "ab"]
     [info] = read_snapshot(namespace).devices
     assert (info.used_mb, info.reserved_mb) == (0, 800)
     with pytest.raises(AcquireTimeoutError, match="last reason: in_use: waits: needs 300 MB, 200 free"):
-        manager.acquire_model("c", LoadsObject("c", device=device, mb=300))
+        impatient.acquire_model("c", LoadsObject("c", device=device, mb=300))
     device.come_back()
     wait_until(lambda: read_snapshot(namespace).devices[0].reserved_mb == 0, "the sample settles the reservations")
     assert read_snapshot(namespace).devices[0].used_mb == 800
     with pytest.raises(AcquireTimeoutError):
-        manager.acquire_model("c", LoadsObject("c", device=device, mb=300))
+        impatient.acquire_model("c", LoadsObject("c", device=device, mb=300))
     # Seen by the sample and no longer reserved: counted once, so this one fits.
     held.append(("d", manager.acquire_model("d", LoadsObject("d", device=device, mb=200))))
     assert problems(namespace) == []

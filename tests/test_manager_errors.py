@@ -99,12 +99,12 @@ def test_without_a_gpu_the_accounts_are_the_figures(new_manager: NewManager) -> 
 
 
 def test_a_wait_ends_at_the_time_out_and_says_what_it_waited_for(namespace: str, new_manager: NewManager) -> None:
-    manager = new_manager(fallback_memory_mb=100, wait_timeout_seconds=0.2)
+    manager, impatient = new_manager(fallback_memory_mb=100), new_manager(wait_timeout_seconds=0.2)
     held = manager.acquire_model("a", Loads())
     with pytest.raises(
         AcquireTimeoutError, match=r"waiting to acquire model: b .*last reason: in_use: waits: needs 100 MB, 0 free"
     ) as caught:
-        manager.acquire_model("b", Loads())
+        impatient.acquire_model("b", Loads())
     assert caught.value.tag == "b"
     assert isinstance(caught.value, RuntimeError)
     assert waiting(namespace) == []

@@ -25,8 +25,8 @@ from counters import (
     fail_to_construct,
     fork_sleeper,
 )
+from patience import DEADLINE_S
 from shared_workers import (
-    DEADLINE_S,
     LAST_CLIENT_S,
     Client,
     acquire,

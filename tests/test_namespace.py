@@ -28,7 +28,8 @@ from harness import (
     segments_of,
     wait_until,
 )
-from loaders import DEADLINE_S, Loads
+from loaders import Loads
+from patience import DEADLINE_S
 
 from mpmm.errors import (
     InvalidArgumentError,

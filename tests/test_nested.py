@@ -117,10 +117,10 @@ def test_room_that_only_its_own_copy_takes_is_told_at_once(namespace: str, new_m
 
 
 def test_what_another_thread_holds_is_waited_for(namespace: str, new_manager: NewManager) -> None:
-    manager = new_manager(max_model_copies=1, wait_timeout_seconds=0.5)
+    manager, impatient = new_manager(max_model_copies=1), new_manager(wait_timeout_seconds=0.5)
     one = manager.acquire_model("a", Loads("a"))
     # Acquired without a block, it may be released by any thread.
     with pytest.raises(TimeoutError):
-        manager.acquire_model("a", Loads("a"))
+        impatient.acquire_model("a", Loads("a"))
     manager.release_model("a", one)
     assert problems(namespace) == []

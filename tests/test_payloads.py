@@ -22,7 +22,7 @@ import numpy as np
 import psutil
 import pytest
 from harness import Process, Seat, wait_until
-from loaders import DEADLINE_S
+from patience import DEADLINE_S
 from payload_store import CallsWhenUnpickled, CarriesArray, HasBuffer, Registered, Store, Subclass, shared_buffers
 
 from mpmm.errors import ModelServerError

@@ -18,7 +18,8 @@ from typing import Any
 import psutil
 import pytest
 from harness import NewGate, NewManager, NewProcess, acquire, import_path, learn, problems, release, wait_until, waiting
-from loaders import DEADLINE_S, Gate, Loads
+from loaders import Gate, Loads
+from patience import DEADLINE_S
 
 from mpmm.cli import main
 from mpmm.errors import ClosedError

@@ -17,7 +17,7 @@ from typing import Any
 import psutil
 import pytest
 from harness import files_in, import_path, wait_until
-from loaders import DEADLINE_S
+from patience import DEADLINE_S
 from pets import (
     Cats,
     Dogs,

@@ -23,8 +23,8 @@ from counters import (
     remember_tag,
 )
 from harness import import_path
+from patience import DEADLINE_S
 from shared_workers import (
-    DEADLINE_S,
     LAST_CLIENT_S,
     Client,
     NotesThatNobodyIsLeft,

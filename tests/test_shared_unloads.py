@@ -13,7 +13,8 @@ import pytest
 from counters import (
     SlowToConstruct,
 )
-from shared_workers import DEADLINE_S, Attachable, Client, acquire, acquire_slow, attach, is_running, shared
+from patience import DEADLINE_S
+from shared_workers import Attachable, Client, acquire, acquire_slow, attach, is_running, shared
 from shared_workers import new_worker as new_worker  # the fixture
 from shared_workers import path as path  # the fixture
 from shared_workers import proxy as proxy  # the fixture

@@ -19,7 +19,8 @@ from harness import (
     wait_until,
     waiting,
 )
-from loaders import DEADLINE_S, Gate, Loads, LoadsObject
+from loaders import Gate, Loads, LoadsObject
+from patience import DEADLINE_S
 from policy_views import A, B, device, model, ticket, view
 from test_run import Start
 from test_run import start as start  # the fixture

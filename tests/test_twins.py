@@ -91,14 +91,14 @@ def test_an_idle_one_that_expires_leaves_its_memory_to_its_twin(namespace: str, 
 
 
 def test_a_pinned_model_keeps_what_another_tag_shares_with_it(namespace: str, new_manager: NewManager) -> None:
-    manager = new_manager(wait_timeout_seconds=0.5)
+    manager, impatient = new_manager(), new_manager(wait_timeout_seconds=0.5)
     manager.pin("b")
     learn(Seat(manager), a=400, b=300, big=700)
     seat = two_held(manager, "a", "b")
     release(seat)
     release(seat)
     with pytest.raises(TimeoutError):
-        acquire(seat, "big", lambda: "big handle")
+        impatient.acquire_model("big", lambda: "big handle")
     wait_until(lambda: not copies_of(namespace, "a"), "the one that is not pinned is gone")
     assert sizes(namespace, "b") == [400], "what is in memory is what was loaded first"
     assert problems(namespace) == []

@@ -25,7 +25,8 @@ from harness import (
     wait_until,
     waiting,
 )
-from loaders import DEADLINE_S, Gate, Loads, LoadsObject, LoadsServer, Weights, served
+from loaders import Gate, Loads, LoadsObject, LoadsServer, Weights, served
+from patience import DEADLINE_S
 
 from mpmm import cli, multi_process_shared
 from mpmm.multi_process_shared import MultiProcessShared

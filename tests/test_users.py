@@ -32,6 +32,7 @@ from harness import (
     waiting,
 )
 from loaders import Loads, LoadsObject, LoadsServer, served
+from patience import DEADLINE_S
 from sleepers import LoadsSleeper, MakesSleeper
 
 import mpmm.model_manager.unload as unload_module
@@ -149,14 +150,14 @@ def test_a_copy_has_one_user_if_nobody_says_otherwise_and_the_last_word_counts_f
 def test_two_threads_hold_one_copy_at_a_time_and_a_third_waits(
     makes: Callable[..., Loads], namespace: str, new_manager: NewManager
 ) -> None:
-    manager = new_manager(max_model_copies=1, wait_timeout_seconds=0.2)
+    manager, impatient = new_manager(max_model_copies=1), new_manager(wait_timeout_seconds=0.2)
     together = threading.Barrier(2)
 
     def hold() -> Any:
         with manager.model("a", makes(), users=2) as found:
-            together.wait(10)
+            together.wait(DEADLINE_S)
             assert uses(namespace) == ("active", 2, 2)
-            together.wait(10)
+            together.wait(DEADLINE_S)
             return found
 
     with ThreadPoolExecutor(2) as pool:
@@ -165,7 +166,7 @@ def test_two_threads_hold_one_copy_at_a_time_and_a_third_waits(
     first = manager.acquire_model("a", makes())
     assert manager.acquire_model("a", makes()) == first
     with pytest.raises(AcquireTimeoutError):
-        manager.acquire_model("a", makes())
+        impatient.acquire_model("a", makes())
     manager.release_model("a", first)
     manager.release_model("a", first)
     with pytest.raises(NotAcquiredError):

@@ -23,7 +23,8 @@ import pytest
 import shared_workers
 from counters import Counter, Importing, Imports, Surroundings, die_in_constructor, fail_to_construct
 from harness import SCALE, import_path
-from shared_workers import DEADLINE_S, LAST_CLIENT_S, Client, acquire, is_running, wait_until
+from patience import DEADLINE_S
+from shared_workers import LAST_CLIENT_S, Client, acquire, is_running, wait_until
 
 from mpmm.errors import ServerStartError
 from mpmm.multi_process_shared import MultiProcessShared, server_pid, unload
