@@ -11,6 +11,8 @@ returns what it predicts and what plain Python computes with the same model: a c
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import json
 import os
 import sys
@@ -232,6 +234,9 @@ class _Shape(beam.PTransform):
 
 def main(folder: Path, names: Iterable[str]) -> None:
     """Run shapes in one pipeline; write down what came out, and what should have."""
+    # Before TensorFlow, see `test_large_shapes`.
+    with contextlib.suppress(ImportError):
+        importlib.import_module("triton")
     import mpmm.beam
 
     mpmm.beam.install()

@@ -23,11 +23,12 @@ from mpmm.cli import main
 from mpmm.errors import InvalidArgumentError, NamespaceResetError
 from mpmm.model_manager import ModelManager
 from mpmm.observability.colours import painter
-from mpmm.observability.event_lines import _TEXTS
+from mpmm.observability.event_lines import _TEXTS, said
 from mpmm.observability.findings import findings
 from mpmm.observability.formatting import age, bar
 from mpmm.observability.inspect_screen import render
 from mpmm.observability.tables import table
+from mpmm.policy.view import Reason
 from mpmm.shared_state.events import EventKind
 from mpmm.shared_state.layout import Header
 from mpmm.shared_state.segment import segment_name
@@ -368,6 +369,44 @@ def test_events_are_lines_for_people_or_json(busy: ModelManager, namespace: str,
     assert main(["events", "--last", "2"]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 2
     assert main(["events", "--last", "-1"]) == 2
+
+
+def test_an_event_names_the_process_that_died_and_not_the_one_that_saw_it(
+    namespace: str, new_manager: NewManager, new_process: NewProcess, capsys: Capture
+) -> None:
+    new_manager(fallback_memory_mb=100)
+    dead = new_process()
+    dead.call(acquire, "held")
+    dead.kill()
+    wait_until(lambda: read_snapshot(namespace).reaps, "it is taken care of")
+    assert main(["events", namespace]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    [found] = [line for line in lines if line.endswith(f"finds pid {dead.pid} dead, and takes back what it had")]
+    assert found.split()[1] != str(dead.pid)
+    [by_another] = [event for event in read_snapshot(namespace).events if event.kind == "reaped"]
+    assert said(replace(by_another, kind="left")) == f"sees that pid {dead.pid} has ended"
+    assert said(replace(by_another, kind="left", pid=dead.pid)) == "left"
+
+
+def test_a_time_that_has_passed_is_not_shown_as_if_it_were_still_to_come(busy: ModelManager, namespace: str) -> None:
+    snapshot = read_snapshot(namespace)
+    [ticket] = snapshot.tickets
+    waits = replace(ticket, reason=Reason.IN_USE, seconds=2.0)
+    [*_, told] = [event for event in snapshot.events if event.kind == "waits"]
+
+    def shown(ago_s: float) -> str:
+        return render(replace(snapshot, tickets=(waits,), events=(replace(told, age_s=ago_s),)))
+
+    assert "is in use, for about 2.00 s" in shown(1.9)
+    assert "is in use, for an unknown time" in shown(2.1)
+
+
+def test_times_that_nothing_is_known_of_are_not_shown_as_none(busy: ModelManager, namespace: str) -> None:
+    snapshot = read_snapshot(namespace)
+    models = tuple(replace(model, load_s=0.0, hold_s=1.5) for model in snapshot.models)
+    head, *rows = render(replace(snapshot, models=models)).split("\nmodels:\n")[1].split("\n\n")[0].splitlines()
+    at = head.index("hold s") + len("hold s")
+    assert [row[:at].split()[-2:] for row in rows] == [["-", "1.500"]] * len(models)
 
 
 def test_words_are_for_events_that_there_are() -> None:

@@ -17,6 +17,7 @@ from mpmm.cli import main
 from mpmm.commands.help_pages import TOPICS, as_text, errors_page, page
 from mpmm.commands.settings_page import ENVIRONMENT, OWN_PARAMETERS, entry, settings_page
 from mpmm.model_manager import ModelManager
+from mpmm.policy.reasons import SENTENCES
 from mpmm.shared_state.settings import SETTINGS, Settings
 
 PACKAGE = Path(mpmm.__file__).parent
@@ -84,6 +85,13 @@ def test_without_a_topic_all_are_listed(capsys: pytest.CaptureFixture[str]) -> N
 def test_pages_beside_the_code_are_all_printed() -> None:
     printed = {about() for _, about in TOPICS.values()}
     assert all(path.read_text() in printed for path in (PACKAGE / "help").iterdir())
+
+
+def test_the_page_about_waiting_explains_every_reason_to_wait() -> None:
+    explained = re.findall(r"^   - `(\w+)`: ", TOPICS["stall"][1](), re.MULTILINE)
+    assert sorted(explained) == sorted(
+        reason.name.lower() for reason, sentence in SENTENCES.items() if sentence.startswith("waits")
+    )
 
 
 def test_files_that_the_pages_name_are_there() -> None:

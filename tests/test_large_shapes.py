@@ -4,6 +4,8 @@ The libraries take gigabytes, so this is left out by default:
 
     pip install -e '.[dev,large]' && python -m pytest -m large
 
+With the CPU build of torch, which its own index has, that is 4 GB; with PyPI's build, which holds CUDA, 8 GB.
+
 Models are made on the spot, of random weights; nothing is downloaded. All shapes run once, in one program
 (`large_shapes.py`).
 """
@@ -56,6 +58,8 @@ def results() -> Iterator[dict[str, list[Any]]]:
             "MPMM_RUNTIME_DIR": f"{folder}/run",
             "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),
             "HF_HUB_OFFLINE": "1",
+            # A CUDA build of torch brings triton, whose import ends the process where TensorFlow was imported before.
+            "MPMM_PRELOAD": "triton" if importlib.util.find_spec("triton") else "",
         }
         names = [name for name in SHAPES if not missing(name)]
         done = subprocess.run(

@@ -279,6 +279,10 @@ def test_a_reason_of_a_later_version_and_an_unknown_time_are_said_to_be_so() -> 
     assert "for an unknown time" in explain(Reason.DRAINING, seconds=math.inf)
 
 
+def test_what_is_promised_beyond_what_there_is_is_not_shown_as_free() -> None:
+    assert "needs 10 MB, 0 free" in explain(Reason.IN_USE, need_mb=10.0, free_mb=-2291.0)
+
+
 def test_the_ring_of_events_tells_the_whole_story(namespace: str, new_process: NewProcess) -> None:
     holder, waiter = new_process(fallback_memory_mb=100), new_process(fallback_memory_mb=100)
     holder.call(learn, a=80, b=60)

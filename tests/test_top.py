@@ -32,7 +32,7 @@ from mpmm.observability.inspect_screen import Section
 from mpmm.shared_state.snapshot import Snapshot, read_snapshot
 
 rich_console = pytest.importorskip("rich.console", reason="needs the extra cli")
-from mpmm.observability.top import History, screen  # noqa: E402  # needs rich
+from mpmm.observability.top import History, Looks, screen  # noqa: E402  # needs rich
 
 _ESCAPES = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]")
 # What a terminal is sent when a program gives up the screen that it had to itself.
@@ -101,6 +101,24 @@ def test_the_history_is_a_line_of_blocks(busy: ModelManager, namespace: str) -> 
     assert before.line(device, 3) == "█ █"
 
 
+def test_each_look_adds_to_the_history(busy: ModelManager, namespace: str) -> None:
+    looks = Looks(namespace, None)
+    for _ in range(3):
+        looks.look()
+    assert looks.snapshot is not None
+    [device] = looks.snapshot.devices
+    known = len(device.samples)
+    assert looks.history.line(device, known + 4) == " " + "█" * (known + 3)
+
+
+def test_sentences_go_on_where_there_is_room(busy: ModelManager, namespace: str) -> None:
+    snapshot = read_snapshot(namespace)
+    [low] = [line for line in drawn(snapshot, 80, 20) if "wanted" in line and "waits: " in line]
+    assert low.rstrip().endswith("…")
+    high = "\n".join(drawn(snapshot, 80, 50))
+    assert "waits: needs 100 MB, 0 free, 100 kept for it where held is in use" in re.sub(r"\n +", " ", high)
+
+
 @contextlib.contextmanager
 def top_in_a_terminal(*arguments: str) -> Iterator[tuple[int, int, subprocess.Popen[bytes]]]:
     """Start `mpmm top` in a terminal of 24 lines; give our end of that, its own, and the process. It is as it was."""
@@ -129,7 +147,9 @@ def test_it_runs_in_a_terminal_and_ends_with_q(busy: ModelManager, namespace: st
     with top_in_a_terminal(namespace) as (ours, theirs, _):
         read_until(ours, "wanted")
         fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 50, 160, 0, 0))
-        read_until(ours, "is in use, for about")
+        # A column for which 100 are too few.
+        assert "priority" not in "".join(drawn(read_snapshot(namespace), 100, 24))
+        read_until(ours, "priority")
         os.write(ours, b"h")
         read_until(ours, "the last picture stays on the terminal")
         os.write(ours, b"h/nothing-like-it")

@@ -141,7 +141,7 @@ def _add_run(commands: Commands) -> None:
     run = commands.add_parser(
         "run",
         help="run a program on a lease of memory, once that much is free",
-        usage="%(prog)s --mb SIZE [--namespace NAMESPACE] [--name NAME] [--wait SECONDS] -- PROGRAM [ARGUMENT ...]",
+        usage="%(prog)s --mb SIZE [OPTION ...] -- PROGRAM [ARGUMENT ...]",
     )
     run.add_argument(
         "--mb",

@@ -19,11 +19,13 @@ from mpmm.text.printable import printable
 
 __all__ = ["Choice", "line", "said", "show_events"]
 
-# {mb} and {s} are the event's value, {on} the devices where it is about some.
+# What is said instead where another process than the one that has left writes the event.
+_SEEN_TO_HAVE_LEFT = "sees that pid {pid} has ended"
+# {mb}, {s} and {pid} are the event's value, {on} the devices where it is about some.
 _TEXTS = {
     "joined": "joined",
     "left": "left",
-    "reaped": "found dead; what it had was taken back",
+    "reaped": "finds pid {pid} dead, and takes back what it had",
     "leader": "leads: polls memory and cleans up after dead processes",
     "queued": "queues, needs {mb} MB",
     "hit": "takes an idle copy",
@@ -116,9 +118,10 @@ def said(event: EventInfo) -> str:
     """Return what an event says happened, without the model and the reason."""
     on = f" on device{'s' if len(event.devices) > 1 else ''} {' and '.join(map(str, event.devices))}"
     template = _TEXTS.get(event.kind, f"{event.kind.replace('_', ' ')} {{value}}")
-    return template.format(
-        mb=mb(event.value), s=_seconds(event.value), value=event.value, on=on if event.devices else ""
-    )
+    if event.kind == "left" and event.value != event.pid:
+        template = _SEEN_TO_HAVE_LEFT
+    figures = {"mb": mb(event.value), "pid": mb(event.value), "s": _seconds(event.value), "value": event.value}
+    return template.format(**figures, on=on if event.devices else "")
 
 
 def _seconds(value: float | None) -> str:

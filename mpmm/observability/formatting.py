@@ -24,7 +24,6 @@ __all__ = [
     "devices_of",
     "expected_waits",
     "for_people",
-    "left_s",
     "mb",
     "named",
     "names_of",
@@ -32,6 +31,7 @@ __all__ = [
     "pids",
     "places",
     "shared_by",
+    "times_left",
     "waiters",
     "why",
     "with_names",
@@ -40,6 +40,8 @@ __all__ = [
 #: Parts of a bar: used, reserved, on its way back, free, and where the limit is.
 BAR_SIGNS = "█▓░·│"
 PLAIN_SIGNS = "#+-.|"
+# Reasons whose time says when copies in use are expected to be released.
+_UNTIL_RELEASED = (Reason.DRAINING, Reason.IN_USE)
 Row = TypeVar("Row", bound=Any)
 
 
@@ -105,18 +107,31 @@ def age(seconds: float | None) -> str:
     return f"{seconds / 86400:.0f} d"
 
 
-def left_s(snapshot: Snapshot, ticket: TicketInfo) -> float:
-    """Return a waiter's time: what is left of a back-off by now, else as it was when it became the reason."""
-    model = next((model for model in snapshot.models if model.row == ticket.model), None)
-    if ticket.reason != Reason.BACKING_OFF or model is None or model.failed_ago_s is None:
+def times_left(snapshot: Snapshot) -> Callable[[TicketInfo], float]:
+    """Return what tells the time in a waiter's reason as it is by now.
+
+    That is what is left of a back-off. Where copies that are in use should have been released within a time that has
+    passed, it is not known any more, `inf`. Else it is as it was when that became the reason.
+    """
+    models = {model.row: model for model in snapshot.models}
+    decided = {event.ticket: event for event in snapshot.events if event.kind == "waits"}
+
+    def left_s(ticket: TicketInfo) -> float:
+        model = models.get(ticket.model)
+        if ticket.reason == Reason.BACKING_OFF and model is not None and model.failed_ago_s is not None:
+            return max(0.0, back_off_s(model.failures) - model.failed_ago_s)
+        event = decided.get(ticket.number)
+        if ticket.reason in _UNTIL_RELEASED and event is not None and event.age_s > ticket.seconds:
+            return math.inf
         return ticket.seconds
-    return max(0.0, back_off_s(model.failures) - model.failed_ago_s)
+
+    return left_s
 
 
 def why(row: TicketInfo | EventInfo, need_mb: float | None = None, seconds: float | None = None) -> str:
     """Return the sentence for a decision, empty where the policy has decided nothing.
 
-    need_mb: what is needed, if the row does not say it, see `needs`. seconds: its time, where it goes on (`left_s`).
+    need_mb: what is needed, if the row does not say it, see `needs`. seconds: its time as it is by now (`times_left`).
     """
     if row.reason is None:
         return ""

@@ -19,12 +19,12 @@ from mpmm.observability.formatting import (
     copies_counter,
     expected_waits,
     for_people,
-    left_s,
     mb,
     needs,
     pids,
     places,
     shared_by,
+    times_left,
     waiters,
     why,
 )
@@ -237,7 +237,7 @@ def _can_show(signs: str) -> bool:
 def waiting(snapshot: Snapshot) -> Section[TicketInfo]:
     """Return the waiting requests in the order in which they are served; those with an answer hold or load a copy."""
 
-    need_of, expected_s_of = needs(snapshot), expected_waits(snapshot)
+    need_of, expected_s_of, left_s_of = needs(snapshot), expected_waits(snapshot), times_left(snapshot)
 
     def row(ticket: TicketInfo) -> Row:
         return (
@@ -250,7 +250,7 @@ def waiting(snapshot: Snapshot) -> Section[TicketInfo]:
             f"{ticket.urgency:+d}" if ticket.urgency else "0",
             mb(need_of(ticket)),
             _reason(ticket.reason),
-            why(ticket, need_of(ticket), left_s(snapshot, ticket)),
+            why(ticket, need_of(ticket), left_s_of(ticket)),
         )
 
     head = ("ticket", "for", "pid", "waited", "expected", "left", "priority", "needs MB", "reason", "why")
@@ -345,8 +345,7 @@ def models(snapshot: Snapshot) -> Section[ModelInfo]:
             *(str(count(model, state)) for state in ("loaded", "active", "idle", "loading", "unloading")),
             str(model.suspended),
             *(str(count) for count in (model.waiting, model.loads, model.hits, model.evictions, model.pins)),
-            f"{model.load_s:.3f}",
-            f"{model.hold_s:.3f}",
+            *(f"{seconds:.3f}" if seconds else "-" for seconds in (model.load_s, model.hold_s)),
             f"{Demand(model.mean_interarrival_s, model.requests).per_second(model.requested_ago_s):.3g}",
             age(model.unused_for_s),
             _kept(model),

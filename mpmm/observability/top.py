@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import defaultdict, deque
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,7 @@ class Looks:
             self.snapshot = read_snapshot(
                 self._namespace, self._root, choice=EventChoice(newest_of_each=EVENTS_OF_EACH)
             )
+            self.history.add(self.snapshot)
             self.notice = ""
         except FileNotFoundError:
             if self.snapshot is None:
@@ -173,8 +175,9 @@ def screen(
         room = max(1, left // (len(tables) - place) - HEAD_LINES)
         rows = min(room, max(1, len(section.items)))
         if rows + HEAD_LINES <= left:
-            shown += _table(section, rows, width)
-            left -= rows + HEAD_LINES
+            drawn = _table(section, rows, room, width)
+            shown += drawn
+            left -= len(drawn)
     return Group(*head, Panel(Group(*device_lines), title="memory", title_align="left"), *shown)
 
 
@@ -195,13 +198,17 @@ def _devices(snapshot: Snapshot, history: History, width: int) -> list[Text]:
     return lines
 
 
-def _table(section: Section[Any], rows: int, width: int) -> list[Text]:
+def _table(section: Section[Any], rows: int, room: int, width: int) -> list[Text]:
+    """Return a table of so many rows; sentences go on in further lines where that takes no more than `room`."""
     rest = len(section.items) - rows
     title = section.title + (f" (… and {rest} more)" if rest > 0 else "")
     if not section.items:
         return [Text(title, style="bold"), Text("  none", style="dim")]
     shown = [section.row(item) for item in section.items[:rows]]
-    head, *lines = table(section.head, shown, width, least=section.least, prose=section.prose, wrap=False)
+    draw = partial(table, section.head, shown, width, least=section.least, prose=section.prose)
+    head, *lines = draw()
+    if len(lines) > room:
+        head, *lines = draw(wrap=False)
     styled = [Text(title, style="bold"), Text(head, style="dim"), *map(Text, lines)]
     for line in styled:
         line.no_wrap, line.overflow = True, "crop"

@@ -74,7 +74,8 @@ def explain(
 ) -> str:
     """Return the sentence for a reason; memory in MB. A number that only a later version knows is shown as a number.
 
-    devices: rows of the devices that the decision is about, empty if there is only one device.
+    devices: rows of the devices that the decision is about, empty if there is only one device. What is free is below 0
+    where more is promised than there is: for people that is nothing.
     """
     try:
         sentence = SENTENCES[Reason(reason)]
@@ -83,5 +84,11 @@ def explain(
     time = f"about {seconds:.2f} s" if math.isfinite(seconds) else "an unknown time"
     on = f" on device{'s' if len(devices) > 1 else ''} {' and '.join(map(str, devices))}" if devices else ""
     return sentence.format(
-        need=need_mb, free=free_mb, coming=coming_mb, seconds=seconds, time=time, other=other or "others", on=on
+        need=need_mb,
+        free=max(0.0, free_mb),
+        coming=coming_mb,
+        seconds=seconds,
+        time=time,
+        other=other or "others",
+        on=on,
     )

@@ -12,8 +12,8 @@ class EventKind(IntEnum):
     """What happened; the comment says what the event's `value` is."""
 
     JOINED = 1  # slot of the member
-    LEFT = 2  # slot of the member
-    REAPED = 3  # slot of the member
+    LEFT = 2  # pid of the member; the event's own pid may be that of another process, which has found it ended
+    REAPED = 3  # pid of the member that died; the event's own pid is that of the process that found it
     LEADER = 4  # slot of the member
     QUEUED = 5  # MB needed, nan if unknown
     HIT = 6  # 0

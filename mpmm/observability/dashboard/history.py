@@ -19,7 +19,7 @@ from mpmm.observability.dashboard.decisions import CATEGORIES, decision
 from mpmm.observability.dashboard.timeline import Timeline
 from mpmm.observability.event_reader import EventReader, Step
 from mpmm.observability.findings import findings, longest_wait_s
-from mpmm.observability.formatting import copies_counter, expected_waits, left_s, needs, shared_by, waiters, why
+from mpmm.observability.formatting import copies_counter, expected_waits, needs, shared_by, times_left, waiters, why
 from mpmm.policy.view import Reason
 from mpmm.shared_state.snapshot import DeviceInfo, InstanceInfo, Snapshot, TicketInfo
 from mpmm.text.printable import printable
@@ -258,21 +258,24 @@ def _device(device: DeviceInfo, snapshot: Snapshot) -> Row:
 
 
 def _waiters(snapshot: Snapshot) -> list[Row]:
-    need_of, expected_of = needs(snapshot), expected_waits(snapshot)
+    need_of, expected_of, left_of = needs(snapshot), expected_waits(snapshot), times_left(snapshot)
     first = waiters(snapshot)[:WAITERS_SENT]
-    return [_waiter(ticket, snapshot, need_of(ticket), expected_of(ticket)) for ticket in first]
+    return [
+        _waiter(ticket, snapshot.taken_s, expected_of(ticket), why(ticket, need_of(ticket), left_of(ticket)))
+        for ticket in first
+    ]
 
 
-def _waiter(ticket: TicketInfo, snapshot: Snapshot, need_mb: float, expected_s: float) -> Row:
+def _waiter(ticket: TicketInfo, taken_s: float, expected_s: float, why: str) -> Row:
     return {
         "number": ticket.number,
         "tag": printable(ticket.tag),
         "pid": ticket.pid,
         "urgency": ticket.urgency,
-        "since": round(snapshot.taken_s - ticket.waited_s, 2),
+        "since": round(taken_s - ticket.waited_s, 2),
         "expected": None if ticket.reason in _OTHERS_END else _rounded(expected_s, 2),
         "gives_up_in": _rounded(ticket.time_left_s),
-        "why": printable(why(ticket, need_mb, left_s(snapshot, ticket))),
+        "why": printable(why),
     }
 
 

@@ -85,7 +85,7 @@ class Members(Part):
         if not self._take_back(t, slot):
             return False
         t.set(self._tables.member(slot) + Member.STATE, Member.FREE)
-        t.event(EventKind.LEFT, value=slot)
+        t.event(EventKind.LEFT, value=self._pid(slot))
         return True
 
     def reap(self, t: Transaction, slot: int) -> bool:
@@ -99,8 +99,11 @@ class Members(Part):
         t.set(self._tables.member(slot) + Member.STATE, Member.FREE)
         # Counted where the row is freed, so once, however many transactions it takes.
         t.add(Header.REAPS, 1)
-        t.event(EventKind.REAPED, value=slot)
+        t.event(EventKind.REAPED, value=self._pid(slot))
         return True
+
+    def _pid(self, slot: int) -> int:
+        return int(self._segment.words[self._tables.member(slot) + Member.PID])
 
     def _wake_again(self, t: Transaction) -> None:
         """Wake the waiters that have an answer, or were called up, which the dead member may have left asleep."""
