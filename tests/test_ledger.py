@@ -7,6 +7,7 @@ import math
 import os
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -148,14 +149,27 @@ def test_returns_beyond_the_table_are_awaited_together() -> None:
     assert full.returns == (Return(1, 10.0, 100.0), Return(3, 50.0, 100.0))
 
 
+def test_what_goes_takes_along_what_the_figure_was_short_of() -> None:
+    short = after(awaited(external_mb=300.0), 4300.0, resident(4000.0), resident(3900.0))
+    assert short.external_mb == -3600.0, "one of the two is gone, and nobody has said so"
+    gone = short.awaiting(Return(900 * MS, 3900.0), 8)
+    assert (gone.external_mb, gone.returning_mb) == (0.0, 3900.0)
+    assert short.awaiting(Return(900 * MS, 1000.0), 8).external_mb == -2600.0
+    assert awaited(external_mb=300.0).awaiting(Return(900 * MS, 3900.0), 8).external_mb == 300.0
+
+
 @dataclass
 class Loaded:
-    """The truth about one instance: its row, what it will take, what it has, and its server where there is one."""
+    """The truth about one instance: its row, what it will take, what it has, and its server where there is one.
+
+    died: the server has, and whoever may know that has not looked yet.
+    """
 
     row: int
     mb: float
     has_mb: float = 0.0
     slot: int | None = None
+    died: bool = False
 
 
 class Source:
@@ -181,7 +195,9 @@ class Source:
 class DeviceAndBooks(RuleBasedStateMachine):
     """Loads, unloads, others' memory and samples in any order; freed memory lingers, and samples take their time."""
 
+    has_servers: ClassVar[bool]
     measures_processes: ClassVar[bool]
+    lists_all: ClassVar[bool]
 
     def __init__(self) -> None:
         super().__init__()
@@ -194,6 +210,8 @@ class DeviceAndBooks(RuleBasedStateMachine):
         self.samples = SharedSamples(self.namespace, Scheduler(self.namespace))
         source = Source(self.measures_processes)
         self.samples.describe(source, source.devices(), ())
+        # There are no lock files: the machine says who lives.
+        vars(self.namespace)["member_is_alive"] = self.lives
         self.external_mb = self.least_external_mb = 500.0
         self.loading: list[Loaded] = []
         self.idle: list[Loaded] = []
@@ -231,6 +249,11 @@ class DeviceAndBooks(RuleBasedStateMachine):
         with self.namespace.transaction():
             return scheduler.device_views(scheduler.read_copies())[0]
 
+    def lives(self, slot: int) -> bool:
+        """Tell what a look at a member's lock file would."""
+        copies = (*self.loading, *self.idle, *self.unloading)
+        return not any(copy.died and copy.slot == slot for copy in copies)
+
     # ---- what happens ----
 
     @rule(ms=st.integers(1, 400))
@@ -242,7 +265,7 @@ class DeviceAndBooks(RuleBasedStateMachine):
         """Begin to load if admission allows it. That it does must be safe, whatever happens then."""
         if free_mb(self.view(), SLACK) < mb:
             return
-        full_mb = sum(copy.mb for copy in (*self.loading, *self.idle, *self.unloading))
+        full_mb = sum(copy.mb for copy in (*self.loading, *self.idle, *self.unloading) if not copy.died)
         will_be = full_mb + self.lingering_mb + mb + self.least_external_mb
         # The slack is there for what is not exact: a tenth of the memory that is awaited may be missing.
         assert will_be <= TOTAL_MB, "the manager has given away more than there is"
@@ -252,7 +275,7 @@ class DeviceAndBooks(RuleBasedStateMachine):
             if not self.namespace.segment.words[self.namespace.tables.model(model) + 3]:
                 transitions.estimates.estimate(t, model, mb, measured=False)
             copy = Loaded(transitions.loads.begin(t, model, self.namespace.slot, 1, mb, alone=False), mb)
-            if self.measures_processes:
+            if self.has_servers:
                 copy.slot = next(iter(self.namespace.tables.free_members()))
                 transitions.members.join(t, copy.slot, Member.SERVER, 100_000 + copy.slot, 1, b"server")
                 transitions.loads.link_server(t, copy.row, copy.slot)
@@ -262,12 +285,17 @@ class DeviceAndBooks(RuleBasedStateMachine):
     @precondition(lambda self: self.loading)
     def allocate(self, which: int, part: float) -> None:
         copy = self.loading[which % len(self.loading)]
-        copy.has_mb = max(copy.has_mb, part * copy.mb)
+        if not copy.died:
+            copy.has_mb = max(copy.has_mb, part * copy.mb)
 
     @rule(which=st.integers(0, 9))
     @precondition(lambda self: self.loading)
     def end_load(self, which: int) -> None:
-        copy = self.loading.pop(which % len(self.loading))
+        copy = self.loading[which % len(self.loading)]
+        if copy.died:
+            # Its loader is told, and lets the load fail.
+            return
+        self.loading.remove(copy)
         copy.has_mb = copy.mb
         with self.namespace.transaction() as t:
             server = 0 if copy.slot is None else copy.slot + 1
@@ -301,8 +329,33 @@ class DeviceAndBooks(RuleBasedStateMachine):
             self._end_server(t, copy)
 
     def _end_server(self, t: transaction_module.Transaction, copy: Loaded) -> None:
-        if copy.slot is not None:
+        if copy.slot is not None and self.namespace.tables.member_in_use(copy.slot):
             self.namespace.transitions.members.leave(t, copy.slot)
+
+    @rule(which=st.integers(0, 9), lingers_ms=st.integers(0, 100))
+    @precondition(lambda self: self.has_servers and (self.loading or self.idle or self.unloading))
+    def server_dies(self, which: int, lingers_ms: int) -> None:
+        """A server dies by itself, or is told to, before anybody notes that."""
+        copies = (*self.loading, *self.idle, *self.unloading)
+        copy = copies[which % len(copies)]
+        if not copy.died:
+            self.lingering.append((self.now + lingers_ms * MS, copy.has_mb))
+            copy.died, copy.has_mb = True, 0.0
+
+    @rule()
+    @precondition(lambda self: self.has_servers)
+    def reap(self) -> None:
+        """The leader looks who is there."""
+        self.namespace.reap_dead_members()
+        self._see_who_was_reaped()
+
+    def _see_who_was_reaped(self) -> None:
+        tables = self.namespace.tables
+        self.idle = [one for one in self.idle if not one.died or one.slot is None or tables.member_in_use(one.slot)]
+        for copy in (*self.loading, *self.unloading):
+            if copy.died and copy.slot is not None and not tables.member_in_use(copy.slot):
+                # Another server may have the slot from here on.
+                copy.slot = None
 
     @rule(mb=st.floats(0, 3000))
     def others_change(self, mb: float) -> None:
@@ -327,13 +380,17 @@ class DeviceAndBooks(RuleBasedStateMachine):
         assert self.read is not None and self.begun is not None
         used_mb, listed, done = self.read
         self.now += 1
-        self.samples.publish([DeviceSample(0, used_mb, self.begun, listed, self.measures_processes, done_ns=done + 1)])
+        if not self.measures_processes:
+            listed = {}
+        self.samples.publish([DeviceSample(0, used_mb, self.begun, listed, self.lists_all, done_ns=done + 1)])
+        self._see_who_was_reaped()
         self.begun = self.read = None
 
     @rule()
     @precondition(lambda self: not self.loading and not self.unloading)
     def rest(self) -> None:
         """A second after the last change, and after a sample, the accounts say what is true."""
+        self.reap()
         self.now += TRUST_ACCOUNTS_NS
         if self.read is not None:
             self.publish()
@@ -367,16 +424,81 @@ class DeviceAndBooks(RuleBasedStateMachine):
         assert not any(words[self.namespace.tables.instance(copy.row)] != Instance.LOADING for copy in self.loading)
 
 
+@pytest.fixture
+def machine(request: pytest.FixtureRequest) -> Iterator[DeviceAndBooks]:
+    """A device and its ledger, with servers that a source lists all, in part, or not (the parameter)."""
+
+    class Machine(DeviceAndBooks):
+        has_servers, measures_processes, lists_all = True, request.param != "none", request.param == "all"
+
+    machine = Machine()
+    yield machine
+    machine.teardown()
+
+
+@pytest.mark.parametrize("machine", ["none", "some", "all"], indirect=True)
+def test_memory_of_a_server_that_is_gone_before_its_copy_is_given_away_once(machine: DeviceAndBooks) -> None:
+    def sample() -> None:
+        machine.time_passes(1)
+        machine.begin_sample()
+        machine.read_figures()
+        machine.publish()
+
+    for mb in (2600.0, 1500.0):
+        machine.load(mb)
+        machine.time_passes(1)
+        machine.end_load(0)
+    sample()
+    machine.begin_unload(0)
+    machine.server_dies(1, 0)
+    assert machine.unloading[0].died
+    # A load that could explain any figure from here on.
+    machine.load(2600.0)
+    sample()
+    machine.end_unload(0, 0)
+    # After that the load is believed to be all there is to see.
+    machine.time_passes(1 + HIDDEN_NS // MS)
+    sample()
+    in_sum_mb = machine.view().used_mb + machine.view().reserved_mb
+    assert in_sum_mb >= machine.external_mb + 1500.0 + 2600.0, "the end of the unload has given it back once more"
+
+
+@pytest.mark.parametrize("machine", ["none", "some", "all"], indirect=True)
+def test_a_server_that_is_killed_is_reaped_before_a_figure_is_read_that_lacks_it(
+    machine: DeviceAndBooks,
+) -> None:
+    machine.load(2600.0)
+    machine.time_passes(1)
+    machine.end_load(0)
+    machine.rest()
+    machine.load(1500.0)
+    machine.server_dies(1, 0)
+    assert machine.idle[0].died
+    machine.time_passes(1)
+    machine.begin_sample()
+    machine.read_figures()
+    machine.publish()
+    # A list of all processes says already that it has nothing.
+    assert machine.idle == [] or machine.lists_all, "nobody has looked whether it lives"
+    assert machine.view().used_mb + machine.view().reserved_mb >= machine.external_mb + 1500.0
+
+
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("measures_processes", [False, True], ids=["whole device", "processes"])
-def test_random_work_agrees_with_a_device_whose_truth_is_known(measures_processes: bool) -> None:
+@pytest.mark.parametrize(
+    ("has_servers", "measures_processes", "lists_all"),
+    [(False, False, False), (True, False, False), (True, True, True), (True, True, False)],
+    ids=["objects, whole device", "servers, whole device", "processes", "some processes"],
+)
+def test_random_work_agrees_with_a_device_whose_truth_is_known(
+    has_servers: bool, measures_processes: bool, lists_all: bool
+) -> None:
     steps = int(os.environ.get("MPMM_TEST_STEPS", "50"))
     examples = int(os.environ.get("MPMM_TEST_EXAMPLES", "30"))
 
     class Machine(DeviceAndBooks):
         pass
 
-    Machine.measures_processes = measures_processes
+    Machine.has_servers, Machine.measures_processes, Machine.lists_all = has_servers, measures_processes, lists_all
     Machine.TestCase.settings = settings(
         max_examples=examples, stateful_step_count=steps, deadline=None, suppress_health_check=list(HealthCheck)
     )

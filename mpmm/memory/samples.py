@@ -234,9 +234,26 @@ class SharedSamples:
                 self._measure_members(t, news, min(sample.taken_ns for sample in samples))
                 self._share_out(t, taken)
             for row, used_mb, sample in news.figures:
+                self._reap_what_was_freed(t, row, used_mb, sample)
                 self._namespace.transitions.devices.sample(t, row, used_mb, sample.taken_ns, sample.done_ns)
             if proven or self._scheduler.shows_more_room(before):
                 self._scheduler.advance(t)
+
+    def _reap_what_was_freed(self, t: Transaction, row: int, used_mb: float, sample: DeviceSample) -> None:
+        """Reap dead servers where a figure is less than what the instances on a device had for sure.
+
+        The ledger would take what the dead had for memory that nobody uses. Who lives after a sample was taken has
+        lived all the time.
+        """
+        namespace = self._namespace
+        ledgers = namespace.transitions.ledgers
+        if not ledgers.is_contradicted(row, used_mb, sample.taken_ns, sample.done_ns or t.now):
+            return
+        for instance in namespace.tables.on_device(row):
+            server = namespace.tables.instances[instance].server
+            if server is not None and not namespace.reap_if_dead(t, server):
+                # The leader goes on, in transactions of its own.
+                return
 
     def _take_in(self, t: Transaction, samples: Sequence[DeviceSample], unrelated: Set[int]) -> _News | None:
         """Record that the devices were looked at, and return what is new.
@@ -295,8 +312,11 @@ class SharedSamples:
             devices = 0 if instance is None else tables.instances[instance].device_bits
             if pid in news.measured and not devices & ~news.fresh_rows:
                 self._namespace.transitions.measurements.measure(t, slot, news.measured[pid], taken_ns)
-            elif pid not in news.measured and member.measured_mb > 0 and not devices & ~news.complete_rows:
-                self._namespace.transitions.measurements.measure(t, slot, {}, taken_ns)
+            elif pid not in news.measured and member.measured_mb > 0 and not devices & ~news.fresh_rows:
+                if devices & ~news.complete_rows:
+                    self._namespace.transitions.measurements.forget(t, slot)
+                else:
+                    self._namespace.transitions.measurements.measure(t, slot, {}, taken_ns)
 
     def stats(self) -> tuple[float, float, float]:
         """Return (current, peak, total) in MB, summed over the devices that this process sees."""

@@ -21,7 +21,10 @@ L4  Memory of an ended unload counts until a sample that began after it shows th
     `memory_return_seconds`, after which it counts as external.
 L5  A source that does not answer holds up no request: without a later sample, the accounts are trusted after
     `TRUST_ACCOUNTS_NS`.
-L6  `external_least_mb` never has memory of ours in it. It is known on a device that has nothing of ours, or where each
+L6  `external_mb` falls below 0 where what instances are taken for is more than the figure: they take less, or one of
+    them is gone already, and nobody has said so. So with each that goes it rises, to 0 at most, or the memory that
+    comes back would be given away a second time for as long as loads in progress could explain the next figures.
+L7  `external_least_mb` never has memory of ours in it. It is known on a device that has nothing of ours, or where each
     instance is measured by itself; otherwise it only ever falls. `external_mb` may contain what instances have grown
     by. So only the former says that a request can never be served by evictions.
 
@@ -98,12 +101,13 @@ class Ledger:
 
     def awaiting(self, one: Return, most: int) -> Ledger:
         """Return the ledger once an instance is gone; beyond `most` returns, the last two are awaited as one."""
+        external_mb = min(0.0, self.external_mb + one.mb) if self.external_mb < 0 else self.external_mb
         returns = (*self.returns, one)
         if len(returns) > most:
             last = returns[-2]
             before_mb = one.before_mb if math.isnan(last.before_mb) else last.before_mb
             returns = (*returns[:-2], Return(one.ended_ns, last.mb + one.mb, before_mb))
-        return replace(self, returns=returns, written_off_mb=0.0)
+        return replace(self, external_mb=external_mb, returns=returns, written_off_mb=0.0)
 
 
 def settle(

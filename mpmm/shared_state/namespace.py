@@ -321,15 +321,26 @@ class Namespace:
             while not done:
                 with self.transaction() as t:
                     # Looked at again under the lock: the row may have been reaped, and its slot taken by a newcomer.
-                    if not self.tables.member_in_use(slot) or self.member_is_alive(slot):
+                    if not self._is_dead(slot):
                         break
-                    at = self.tables.member(slot)
-                    state, pid = (int(self.segment.words[at + word]) for word in (Member.STATE, Member.PID))
-                    done = self.transitions.members.reap(t, slot)
-                    if done:
-                        t.after.append(partial(self._log_death, state, pid))
-                        reaped += 1
+                    done = self._reap(t, slot)
+            reaped += done
         return reaped
+
+    def reap_if_dead(self, t: Transaction, slot: int) -> bool:
+        """Take back what a member has if it is dead; return False if there is more to do in another transaction."""
+        return not self._is_dead(slot) or self._reap(t, slot)
+
+    def _is_dead(self, slot: int) -> bool:
+        return self.tables.member_in_use(slot) and not self.member_is_alive(slot)
+
+    def _reap(self, t: Transaction, slot: int) -> bool:
+        at = self.tables.member(slot)
+        state, pid = (int(self.segment.words[at + word]) for word in (Member.STATE, Member.PID))
+        done = self.transitions.members.reap(t, slot)
+        if done:
+            t.after.append(partial(self._log_death, state, pid))
+        return done
 
     def _log_death(self, state: int, pid: int) -> None:
         if state == Member.SERVER:

@@ -107,6 +107,12 @@ class Ledgers(Part):
                 )
             )
 
+    def is_contradicted(self, device: int, used_mb: float, taken_ns: int, done_ns: int) -> bool:
+        """Tell whether less is in use than the instances for sure had, and others by the last figure."""
+        figure = Figure(used_mb, taken_ns, done_ns)
+        least_mb = math.fsum(entry.least_mb for entry in self._entries(device, figure))
+        return figure.used_mb - least_mb < self._segment.floats[self._tables.device(device) + Device.EXTERNAL_MB]
+
     def _give_up_ns(self) -> int:
         return to_ns(self._actor.settings.memory_return_seconds)
 
@@ -138,7 +144,7 @@ class Ledgers(Part):
         mb = dict(self._tables.shares_of(row))[device]
         # A figure is no moment but a span: an instance was certainly in it only if it had loaded before the source was
         # asked, and has not begun to leave before the answer was there.
-        loaded = 0 < words[at + Instance.LOADED_AT] <= figure.taken_ns
+        loaded = 0 < words[at + Instance.LOADED_AT] < figure.taken_ns
         # One whose seats are in use has not begun.
         going = state in (Instance.UNLOADING, Instance.SUSPENDING) and not words[at + Instance.SEATS]
         leaves = going and words[at + Instance.SINCE] <= figure.done_ns

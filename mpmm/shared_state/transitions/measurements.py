@@ -68,6 +68,13 @@ class Measurements(Part):
             # Of what spans several devices each has to have room for the largest share.
             self._estimates.raise_to(t, words[at + Instance.MODEL], max(shares_mb) * len(shares_mb))
 
+    def forget(self, t: Transaction, slot: int) -> None:
+        """Record that it is unknown what a process takes, where a sample that may not list all does not list it.
+
+        Its last figure may be that of a model server which has ended since.
+        """
+        self._update_float(t, self._tables.member(slot) + Member.MEASURED_MB, math.nan)
+
     def set_measured_mb(self, t: Transaction, row: int, mb: float) -> None:
         """Record what an instance takes by a measurement of the whole device."""
         self._instances.set_mb(t, row, mb)
