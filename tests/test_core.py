@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import fcntl
-import os
 import random
 import shutil
 import subprocess
@@ -20,14 +19,15 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from copy import copy
+from copy import copy, deepcopy
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from core_calls import DEADLINE_NS, Caller, CoreCall, built, place_of, pretend
 from crash_lab import FROZEN_NS, KILLED, SMALL, Lab, run_in_child, some_of
+from crash_lab import Operation as LabOperation
 from harness import CRASH_POINTS, NewManager, problems, scaled
 
 from mpmm import ModelManager
@@ -38,31 +38,23 @@ from mpmm.model_manager.operations import LoadedInstance, Operation
 from mpmm.model_manager.release import give_back
 from mpmm.model_manager.request import ANYWHERE
 from mpmm.model_manager.session import Session
-from mpmm.model_manager.tenure import Tenure
 from mpmm.observability import doctor
+from mpmm.policy.view import Reason
 from mpmm.shared_state import core as core_module
-from mpmm.shared_state.core import CORE_VARIABLE, make_core, which
+from mpmm.shared_state.core import (
+    CORE_VARIABLE,
+    KEEP_AND_CALL_UP,
+    which,
+)
+from mpmm.shared_state.events import Cause
 from mpmm.shared_state.layout import Header, Instance, Model, Ticket
 from mpmm.shared_state.namespace import Namespace
-from mpmm.shared_state.segment import Segment
-from mpmm.shared_state.transaction import TURN, TransactionLock
-from mpmm.shared_state.transitions import SMOOTHING
+from mpmm.shared_state.settings import SETTINGS
+from mpmm.shared_state.transaction import CROWDED_TURNS, TURN, Transaction
+from mpmm.shared_state.transitions import SMOOTHING, Transitions
 from mpmm.sources import choose_source
 
 SOURCE = Path(core_module.__file__).with_name("_core.c")
-
-
-def is_built() -> bool:
-    """Tell whether the core could be compiled where the package was installed."""
-    try:
-        import mpmm.shared_state._core  # noqa: F401 (only whether it is there counts)
-    except ImportError:
-        return False
-    return True
-
-
-# `pip install -e .` builds it where there is a compiler; a checkout that is merely on the path has none.
-built = pytest.mark.skipif(not is_built(), reason="the core is not built: python setup.py build_ext --inplace")
 
 
 @pytest.fixture
@@ -70,48 +62,6 @@ def lab() -> Iterator[Lab]:
     lab = Lab("lab")
     yield lab
     lab.namespace.leave()
-
-
-def pretend(now_ns: int, dies_at: int = 0, killed: bool = False) -> None:
-    """Let it be that time for the core, 0 for the true one; and have it make no store from one on, 0 for none.
-
-    killed: kill the process there.
-    """
-    from mpmm.shared_state._core import rehearse
-
-    rehearse(dies_at, killed, now_ns)
-
-
-class Caller:
-    """What calls the core in a lab: a process's notes, by themselves."""
-
-    def __init__(self, lab: Lab, row: int) -> None:
-        words, at = lab.words, lab.tables.instance(row)
-        self.lab = lab
-        self.row, self.generation = row, words[at + Instance.GENERATION]
-        model = words[at + Instance.MODEL]
-        self.hints = {lab.tables.tag_of(model): (model, words[lab.tables.model(model) + Model.GENERATION])}
-        self.handles = {row: LoadedInstance(row, self.generation, "a", "h")}
-        self.held: dict[tuple[int, int], Any] = {}
-        self.held_at: dict[Any, tuple[int, int]] = {}
-        self.taken_grants: set[tuple[int, int]] = set()
-        self.operation = Operation(None)
-
-    def take(self, place: Any, core: Any, reference: int = Lab.victim + 1) -> Any:
-        return core.take_idle(
-            *(place, reference, self.hints, self.handles, {}, {}, self.held, self.held_at, "a", self.operation, 0)
-        )
-
-    def release(self, place: Any, core: Any, reference: int = Lab.victim + 1) -> bool:
-        return bool(core.release(place, reference, self.taken_grants, self.row, self.generation, False))
-
-
-def place_of(segment: Segment, pid: int = 0) -> tuple[Any, Any]:
-    """Return a stand-in for a namespace with a lock of its own on the segment, and the core for it."""
-    lock = TransactionLock(segment, 5.0)
-    core = lock.core = make_core(segment, pid or os.getpid(), SMOOTHING, TURN)
-    assert core is not None
-    return SimpleNamespace(_usable=True, lock=lock), core
 
 
 # ---- the same words as Python's ---------------------------------------------------------------------------------
@@ -126,7 +76,10 @@ class Twins:
         # It is not started: no thread of it changes anything meanwhile.
         self.worker = Session(self.lab.namespace, monitor, False)
         self.namespace: Namespace = self.lab.namespace
-        self.taken = self.released = self.declined = 0
+        self.taken = self.released = self.queued = self.declined = 0
+
+    def restore_tenures(self, saved: dict[str, Any]) -> None:
+        vars(self.worker.tenures).update(deepcopy(saved))
 
     NOTES = ("holds", "_held_at", "_handles", "_objects", "_rows_of_model", "_taken_grants")
 
@@ -170,20 +123,42 @@ class Twins:
         """Give a copy back in both ways, and compare."""
         assert self.worker.held.take_off(copy.value, copy.tag, Operation(None)) == copy
         saved, before, notes = self.lab.save(), self.without_lock_words(), self.notes()
-        tenure = self.worker.tenures.current(copy.tag) or Tenure(0, 0, 0.0)
-        was_called_up = tenure.called_up
+        tenures = deepcopy(vars(self.worker.tenures))
         give_back(self.worker, copy.tag, copy)
-        words, is_called_up = self.lab.save(), tenure.called_up
+        words, noted, after = self.lab.save(), self.notes(), deepcopy(vars(self.worker.tenures))
         self.restore(saved, notes)
-        tenure.called_up = was_called_up
+        self.restore_tenures(tenures)
         if self.worker.held.give_back_quickly(copy):
             self.released += 1
             assert self.lab.save() == words
+            assert self.notes() == noted
+            assert vars(self.worker.tenures).keys() == after.keys()
+            assert self.worker.tenures._by_tag == after["_by_tag"]
         else:
             self.declined += 1
             assert self.without_lock_words() == before
-            self.restore(words, notes)
-            tenure.called_up = is_called_up
+            self.restore(words, noted)
+            self.restore_tenures(after)
+
+    def queue(self, tag: str) -> int:
+        """Join the queue in both ways where others have to be waited for, and compare; return the row, or -1."""
+        saved, before = self.lab.save(), self.without_lock_words()
+        python, compiled = Operation(None), Operation(None)
+        by_python = Acquisition(self.worker, python, tag, ANYWHERE, 0.0, 1e9, print)
+        by_core = Acquisition(self.worker, compiled, tag, ANYWHERE, 0.0, 1e9, print)
+        assert by_python._take_or_wait() is None
+        words = self.lab.save()
+        self.restore(saved, self.notes())
+        if by_core._queue_quickly():
+            self.queued += 1
+            assert self.lab.save() == words
+            assert (by_core.row, compiled.ticket) == (by_python.row, python.ticket)
+        else:
+            self.declined += 1
+            assert self.without_lock_words() == before
+            assert compiled.ticket is None
+            self.restore(words, self.notes())
+        return by_python.row
 
 
 def load(twins: Twins, tag: str, handle: bytes) -> None:
@@ -198,6 +173,11 @@ def load(twins: Twins, tag: str, handle: bytes) -> None:
     worker.held.holds.clear()
     worker.held._held_at.clear()
     lab.do(lambda t, tr: tr.holds.release(t, row))
+
+
+def leave_queue(ticket: int, t: Transaction, tr: Transitions) -> None:
+    """Let a waiter leave."""
+    tr.hand_over.leave_queue(t, ticket)
 
 
 def disturb(twins: Twins, chance: random.Random) -> None:
@@ -230,21 +210,30 @@ def test_it_stores_the_words_that_python_stores(lab: Lab, seed: int, monkeypatch
     chance = random.Random(seed)
     now = FROZEN_NS
     held: list[LoadedInstance] = []
+    # With the true time, how long loads and holds take would decide who queues.
+    monkeypatch.setattr(time, "monotonic_ns", lambda: FROZEN_NS)
+    lab.segment.floats[Header.SETTINGS + list(SETTINGS).index("max_model_copies")] = 1.0
+    lab.words[Header.SETTINGS_CHANGED] = 1
     try:
         for number, tag in enumerate(chance.choices("ab", k=chance.randrange(2, SMALL.instances))):
             load(twins, tag, b"" if chance.random() < 0.3 else b"handle %d" % number)
-        for _ in range(60):
+        for _ in range(90):
             now += chance.choice((1, 1000, 10**6, 10**12))
             clock = now - chance.choice((0, 0, 0, 2000))
             monkeypatch.setattr(time, "monotonic_ns", lambda clock=clock: clock)
             pretend(clock)
             if chance.random() < 0.08:
                 disturb(twins, chance)
+            elif lab.words[Header.WAITING] and chance.random() < 0.4:
+                ticket = lab.tables.rows_where(lab.layout.tickets, Ticket.STATE, Ticket.WAITING)[0]
+                lab.do(partial(leave_queue, ticket))
+            elif chance.random() < 0.2 and twins.worker.held.find_idle("a") is None:
+                twins.queue("a")
             elif held and chance.random() < 0.5:
                 twins.release(held.pop(chance.randrange(len(held))))
             elif (got := twins.take(chance.choice("abc"))) is not None:
                 held.append(got)
-        assert twins.taken > 3 and twins.released > 3
+        assert twins.taken > 3 and twins.released > 2
     finally:
         pretend(0)
 
@@ -264,19 +253,41 @@ def test_within_a_tenure_it_stores_the_words_that_python_stores(lab: Lab, monkey
     tenure = twins.worker.tenures.current("a")
     assert tenure is not None
     try:
-        # The first use of the copy here is Python's, and so is the first release, which calls the waiter up.
-        for declined, released, taken in ((2, 0, 1), (2, 1, 2), (2, 2, 3)):
+        # The first use of the copy here is Python's. The first release calls the waiter up.
+        for declined, released, taken in ((1, 1, 1), (1, 2, 2), (1, 3, 3)):
             twins.release(got)
             assert tenure.called_up
             got = twins.take("a")
             assert got is not None
             assert (twins.declined, twins.released, twins.taken) == (declined, released, taken)
-        # Somebody who waits for another model may have to have this copy evicted.
+        assert lab.words[lab.tables.ticket(ticket) + Ticket.CALLED_UP] == FROZEN_NS
+        # Somebody who waits for another model may have to have this copy evicted, so it is handed over.
         lab.ticket("b")
         twins.release(got)
-        assert twins.declined == 3
+        assert (twins.declined, twins.released) == (1, 4)
         assert lab.words[lab.tables.ticket(ticket)] == Ticket.GRANTED
         assert lab.problems() == []
+    finally:
+        pretend(0)
+
+
+@built
+def test_where_a_wait_is_sooner_than_a_load_it_stores_the_words_that_python_stores(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(time, "monotonic_ns", lambda: FROZEN_NS)
+    pretend(FROZEN_NS)
+    try:
+        lab.active("a", b"h")
+        model = lab.tables.model(lab.model("a"))
+        lab.segment.floats[model + Model.HOLD_S] = 0.3
+        lab.segment.floats[model + Model.LOAD_S] = 1.0
+        twins = Twins(lab)
+        assert [twins.queue("a") for _ in range(4)] == [0, 1, 2, -1], "the fourth would have to wait for 1.2 s"
+        assert (twins.queued, twins.declined) == (3, 1)
+        ticket = lab.tables.tickets[2]
+        assert ticket.reason == Reason.SHARING
+        assert ticket.seconds == pytest.approx(0.9)
     finally:
         pretend(0)
 
@@ -284,31 +295,81 @@ def test_within_a_tenure_it_stores_the_words_that_python_stores(lab: Lab, monkey
 # ---- deaths ------------------------------------------------------------------------------------------------------
 
 
+def take(caller: Caller, lab: Lab) -> tuple[LabOperation, CoreCall]:
+    """Take the idle copy."""
+    return (lambda t, tr: tr.holds.take_idle(t, caller.row, Lab.victim + 1)), caller.take
+
+
+def release(caller: Caller, lab: Lab) -> tuple[LabOperation, CoreCall]:
+    """Give the copy back while nobody waits."""
+    return (lambda t, tr: tr.holds.release(t, caller.row)), caller.release
+
+
+def hand_over(caller: Caller, lab: Lab) -> tuple[LabOperation, CoreCall]:
+    """Hand the copy to the first of two waiters, and free the ticket by which it was had."""
+    grant, first = lab.ticket("a"), lab.ticket("a")
+    lab.ticket("a")
+    lab.do(lambda t, tr: tr.hand_over.from_holder(t, grant, caller.row, Cause(Reason.IDLE_COPY)))
+    number = lab.words[lab.tables.ticket(grant) + Ticket.NUMBER]
+
+    def by_python(t: Transaction, tr: Transitions) -> None:
+        tr.hand_over.consume_answer(t, grant)
+        tr.hand_over.from_holder(t, first, caller.row, Cause(Reason.IDLE_COPY))
+
+    def by_core(place: Any, core: Any) -> int:
+        caller.taken_grants = {(grant, number)}
+        return caller.release(place, core)
+
+    return by_python, by_core
+
+
+def keep(caller: Caller, lab: Lab) -> tuple[LabOperation, CoreCall]:
+    """Keep the copy, and call the first waiter up."""
+    first = lab.ticket("a")
+
+    def by_python(t: Transaction, tr: Transitions) -> None:
+        tr.holds.release(t, caller.row)
+        tr.tickets.call_up(t, first)
+
+    return by_python, partial(caller.release, way=KEEP_AND_CALL_UP)
+
+
+def join_queue(caller: Caller, lab: Lab) -> tuple[LabOperation, CoreCall]:
+    """Wait for a copy that another process has, in a row of the table that was never in use."""
+    model = lab.model("a")
+    lab.do(lambda t, tr: t.set_float(Header.SETTINGS + list(SETTINGS).index("max_model_copies"), 2.0))
+
+    def by_python(t: Transaction, tr: Transitions) -> None:
+        need_mb = lab.segment.floats[lab.tables.model(model) + Model.ESTIMATE_MB]
+        tr.tickets.enqueue(t, model, Lab.victim, 1, need_mb, DEADLINE_NS, cause=Cause(Reason.COPIES))
+
+    return by_python, lambda place, core: caller.queue(place, core) + 1
+
+
 @built
-@pytest.mark.parametrize("what", ["take", "release"])
+@pytest.mark.parametrize("what", [take, release, hand_over, keep, join_queue])
 def test_death_at_any_store_leaves_what_python_leaves(
-    lab: Lab, what: str, tmp_path: Path, record_property: Callable[[str, object], None]
+    lab: Lab,
+    what: Callable[[Caller, Lab], tuple[LabOperation, CoreCall]],
+    tmp_path: Path,
+    record_property: Callable[[str, object], None],
 ) -> None:
-    lab.idle("a", b"first")
-    row = lab.idle("a", b"h") if what == "take" else lab.active("a", b"h")
+    (lab.active if what is join_queue else lab.idle)("a", b"first")
+    row = lab.idle("a", b"h") if what is take else lab.active("a", b"h")
     caller = Caller(lab, row)
+    by_python, by_core = what(caller, lab)
 
     def compiled(store: int, killed: bool = False) -> None:
         place, core = place_of(lab.segment)
         try:
             pretend(FROZEN_NS, store, killed)
-            assert getattr(caller, what)(place, core)
+            assert by_core(place, core)
         finally:
             pretend(0)
             place.lock.close()
 
     saved, before = lab.save(), lab.comparable()
-    images = lab.images(
-        (lambda t, tr: tr.holds.take_idle(t, row, Lab.victim + 1))
-        if what == "take"
-        else lambda t, tr: tr.holds.release(t, row),
-        tmp_path / "images",
-    )
+    images = lab.images(by_python, tmp_path / "images")
     after = lab.comparable()
     for store, image in enumerate(images, 1):
         lab.restore(saved)
@@ -331,12 +392,14 @@ def test_death_at_any_store_leaves_what_python_leaves(
 
 
 @built
-def test_it_does_not_wait_for_the_lock_nor_undo_what_others_left(lab: Lab) -> None:
+def test_it_does_not_wait_for_long_nor_undo_what_others_left(lab: Lab) -> None:
     caller = Caller(lab, lab.idle("a", b"h"))
     place, core = place_of(lab.segment)
 
     def declines() -> bool:
         before, taken = lab.comparable(), caller.take(place, core)
+        # As Python does: so that whoever lets go of the lock wakes one of those who may sleep.
+        lab.words[Header.CONTENDED] = 0
         return taken is None and lab.comparable() == before and not caller.held and caller.operation.held is None
 
     with ExitStack() as stack:
@@ -353,12 +416,12 @@ def test_it_does_not_wait_for_the_lock_nor_undo_what_others_left(lab: Lab) -> No
     # In the middle of a transaction of this very lock, be it this thread's or another one's.
     with place.lock():
         assert declines()
-        assert caller.release(place, core) is False
+        assert caller.release(place, core) == 0
     place._usable = False
     assert declines()
     place._usable = True
     assert caller.take(place, core) == LoadedInstance(caller.row, caller.generation, "a", "h")
-    caller.taken_grants.add((0, 1))
+    caller.taken_grants = {(0, number) for number in range(9)}
     assert not caller.release(place, core)
     caller.taken_grants.clear()
     assert not caller.release(place, core, reference=Lab.server + 1)
@@ -400,20 +463,31 @@ ODD_WORDS = (0, 1, 2, 3, 5, 6, 7, 4096, 2**31, 2**32 + 1, 2**62, 2**63, 2**64 - 
 def test_a_broken_segment_cannot_harm_it(lab: Lab) -> None:
     lab.idle("a", b"first")
     caller = Caller(lab, lab.idle("a", b"h"))
-    lab.active("a", b"other")
+    other = lab.active("a", b"other")
+    lab.segment.floats[Header.SETTINGS + list(SETTINGS).index("max_model_copies")] = 3.0
     chance = random.Random(11)
-    saved = lab.save()
-    ends = lab.layout.instances.end
+    saved = [lab.save()]
+    granted = lab.ticket("a")
+    lab.do(lambda t, tr: tr.hand_over.from_holder(t, granted, other, Cause(Reason.IDLE_COPY)))
+    for row in (0, 1):
+        lab.do(partial(lab._take, row))
+    saved.append(lab.save())
+    for _ in range(3):
+        lab.do(lambda t, tr: tr.tickets.enqueue(t, 0, 1, 1, 1.0, DEADLINE_NS, cause=Cause(Reason.COPIES)))
+    saved.append(lab.save())
+    ends = lab.layout.tickets.end
     within = [*range(Header.WORDS), *range(lab.layout.models.base, ends)] * 2 + list(range(lab.layout.words))
     # Those on which the way depends come up more often.
     model, instance = lab.tables.model(0), lab.tables.instance(caller.row)
     often = [*range(model, model + Model.TAG), *range(instance, instance + Instance.SHARES), Header.EVENTS]
+    often += [Header.WAITING, Header.NEWEST_TICKET, *range(lab.layout.tickets.base, ends)]
 
     def fuzz() -> None:
         place, core = place_of(lab.segment)
         operation = caller.operation
+        queued = granted_to = 0
         for _ in range(scaled(6000)):
-            lab.restore(saved)
+            lab.restore(chance.choice(saved))
             operation.held = None
             for _ in range(chance.choice((1, 1, 2, 5, 40))):
                 word = chance.choice(within if chance.random() < 0.5 else often)
@@ -423,9 +497,14 @@ def test_a_broken_segment_cannot_harm_it(lab: Lab) -> None:
             caller.handles[0] = LoadedInstance(0, caller.generation, "a", "h")
             taken = caller.take(place, core)
             assert (taken is None) == (operation.held is None)
-            caller.release(place, core, reference=chance.choice((1, 2, 2**64 - 1)))
+            grants = ((chance.choice((granted, *ODD_WORDS)), chance.randrange(8)) for _ in range(2))
+            caller.taken_grants = set(grants) if chance.random() < 0.3 else set()
+            caller.release(place, core, chance.choice((1, 2, 2**64 - 1)), chance.randrange(KEEP_AND_CALL_UP + 2))
+            queued += caller.queue(place, core) >= 0
+            granted_to += caller.take_granted(core, granted) is not None
+            core.await_answer(granted, 1, 0, 1, 0)
             caller.held.clear()
-        assert core.done > 100
+        assert core.done > 100 and queued > 100 and granted_to > 0, (core.done, queued, granted_to)
 
     assert run_in_child(fuzz) == 0
 
@@ -439,12 +518,12 @@ def test_a_layout_that_leads_outside_is_refused(lab: Lab) -> None:
 
     def made(changed: dict[str, int], words: int = count, strange: tuple[int, ...] = ()) -> Any:
         values = tuple(changed.get(name, value) for name, value in zip(OFFSETS, offsets, strict=True))
-        return Core(memory, words, values, strange, (), 1, SMOOTHING, TURN)
+        return Core(memory, words, values, strange, (), 1, SMOOTHING, TURN, CROWDED_TURNS)
 
     made({}).close()
     for name in OFFSETS:
         # Not the constants, which are compared and lead nowhere.
-        if name.split(".")[0] in ("Header", "Event", "Undo", "models", "instances", "events", "undo"):
+        if name.split(".")[0] in ("Header", "Event", "Undo", "models", "instances", "tickets", "events", "undo"):
             with pytest.raises(ValueError):
                 made({name: 2**40})
     with pytest.raises(ValueError, match="layout version"):
@@ -454,9 +533,10 @@ def test_a_layout_that_leads_outside_is_refused(lab: Lab) -> None:
     with pytest.raises(ValueError, match="outside of its row"):
         made({}, strange=(10**6,))
     with pytest.raises(ValueError):
-        Core(memory, count, offsets[1:], (), (), 1, SMOOTHING, TURN)
-    with pytest.raises(TypeError):
-        made({}).take_idle(1)
+        Core(memory, count, offsets[1:], (), (), 1, SMOOTHING, TURN, CROWDED_TURNS)
+    for name in ("take_idle", "release", "queue", "await_answer", "take_granted"):
+        with pytest.raises(TypeError):
+            getattr(made({}), name)(1)
 
 
 # ---- who uses it -------------------------------------------------------------------------------------------------

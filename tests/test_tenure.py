@@ -231,3 +231,18 @@ def test_who_comes_back_only_when_nobody_waits_any_more_is_not_taken_to_come_bac
         if not tenures.comes_back_at_once("a"):
             break
     assert not tenures.comes_back_at_once("a")
+
+
+def test_what_was_kept_at_the_end_of_a_tenure_may_still_be_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    now_s = 100.0
+    monkeypatch.setattr("mpmm.model_manager.tenure.time.monotonic", lambda: now_s)
+    tenures = tenure.Tenures()
+    tenures.begin("a", 0, 1)
+    now_s = 100.0 + 0.99 * tenure.TENURE_S
+    assert tenures.current("a") is not None
+    # Not kept any more, but what was kept just before would lie idle else, until the waiter that was called up looks.
+    now_s = 100.0 + 1.01 * tenure.TENURE_S
+    assert tenures.current("a") is None
+    assert tenures.kept("a") is not None
+    now_s = 100.0 + 1.01 * tenure.CALLED_UP_FOR_S
+    assert tenures.kept("a") is None

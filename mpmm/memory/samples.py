@@ -170,9 +170,12 @@ class SharedSamples:
 
     def visible_bits(self) -> int:
         """Return the bits of the devices that this process sees, 0 if those are all. Without the lock."""
+        used = self._namespace.tables.used_rows(self._namespace.segment.layout.devices)
+        # Mostly there is one, and who sees none of several sees them all.
+        if len(used) < 2:
+            return 0
         bits = device_bits(self.rows())
-        everywhere = device_bits(self._namespace.tables.used_rows(self._namespace.segment.layout.devices))
-        return 0 if bits == everywhere else bits
+        return 0 if bits == device_bits(used) else bits
 
     def bits_of(self, chosen: Sequence[int | str]) -> int:
         """Return the bits of the devices with these indices or uuids. Without the lock. Raises InvalidArgumentError."""

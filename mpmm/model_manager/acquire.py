@@ -2,7 +2,7 @@
 
     the call                                        the step                              under the lock
     ─────────────────────────────────────────────────────────────────────────────────────────────────────────
-    an idle instance, and no request waits          `take_quickly`, or `take_idle`         holds.take_idle
+    an idle instance, and no request waits          `take_at_once`, or `take_idle`         holds.take_idle
     otherwise it queues                             `enqueue`                              enqueue, advance
     … and sleeps until another process answers
         granted an instance: it returns that        `take_grant`, or `act`                 consume_answer
@@ -32,7 +32,10 @@ from mpmm.model_manager.refusals import expect_mapped, expect_own_time_left
 from mpmm.model_manager.release import discard
 from mpmm.model_manager.request import ANYWHERE, AcquireOptions, read_options
 from mpmm.model_manager.session import Session
+from mpmm.model_manager.tenure import called_up_for_ns
 from mpmm.model_manager.unload import collect_garbage
+from mpmm.scheduling import SPIN_S
+from mpmm.shared_state.durations import to_ns
 from mpmm.shared_state.layout import Ticket
 
 if TYPE_CHECKING:
@@ -42,6 +45,10 @@ if TYPE_CHECKING:
 __all__ = ["acquire", "load_booked", "queue", "sleep_until_answered"]
 
 T = TypeVar("T")
+
+# Before the first of the thresholds in `mpmm.model_manager.waits`.
+FIRST_SLEEP_S = 1.0
+SPIN_NS = int(SPIN_S * 1e9)
 
 
 def acquire(
@@ -61,7 +68,7 @@ def acquire(
             return load_booked(acquisition, booking, loader)
     request = read_options(options, session.samples) if options else ANYWHERE
     try:
-        quick = None if request.usable_on or request.keep_alive else session.held.take_quickly(tag, operation)
+        quick = None if request.usable_on or request.keep_alive else session.held.take_at_once(tag, operation)
         if quick is not None:
             if session.held.handle_is_alive(quick):
                 return quick.value
@@ -134,11 +141,26 @@ def sleep_until_answered(request: QueuedRequest[T]) -> T | None:
 def _answer(request: QueuedRequest[Any]) -> int | None:
     """Have unloaded what is evicted for the ticket, then `_sleep`; an exception takes the ticket out of the queue."""
     try:
-        request.session.unloads.unload_in_thread()
+        if request.planned:
+            request.session.unloads.unload_in_thread()
+        elif (state := _sleep_first(request.session, request.row, request.deadline)) != Ticket.WAITING:
+            return state
         return _sleep(request.session, request.row, request.deadline)
     except BaseException:
         request.leave()
         raise
+
+
+def _sleep_first(session: Session, row: int, deadline: float) -> int:
+    """Sleep for a moment, and return the state of a ticket (row) that was made without a plan.
+
+    Mostly the answer comes soon, and what `_sleep` looks at besides need not be made ready.
+    """
+    core = session.namespace.lock.core
+    if core is None:
+        return Ticket.WAITING
+    until_ns = to_ns(min(deadline, time.monotonic() + FIRST_SLEEP_S))
+    return core.await_answer(row, until_ns, 0, called_up_for_ns(), SPIN_NS)
 
 
 def _sleep(session: Session, row: int, deadline: float) -> int | None:
@@ -161,6 +183,10 @@ def _sleep(session: Session, row: int, deadline: float) -> int | None:
             again.look()
             continue
         left = min(left, look_in_s)
+        if (core := session.namespace.lock.core) is not None:
+            until_ns = to_ns(time.monotonic() + left)
+            core.await_answer(row, until_ns, again.called_up, called_up_for_ns(), SPIN_NS)
+            continue
         signal.wait(seen, left)
         if signal.seen() == seen:
             session.scheduler.spin_for_answer(row)

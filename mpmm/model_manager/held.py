@@ -14,8 +14,9 @@ from typing import Any
 
 from mpmm import multi_process_shared
 from mpmm.model_manager.operations import Held, LoadedInstance, Operation
-from mpmm.model_manager.tenure import Tenures
+from mpmm.model_manager.tenure import Tenure, Tenures
 from mpmm.scheduling import Scheduler
+from mpmm.shared_state.core import HANDED_OVER, KEEP, KEEP_AND_CALL_UP, KEPT, TO_NEXT
 from mpmm.shared_state.layout import Ticket
 from mpmm.shared_state.namespace import Namespace
 from mpmm.shared_state.transaction import Transaction
@@ -111,52 +112,61 @@ class HeldInstances:
         )
         return copy
 
+    def take_at_once(self, tag: str, operation: Operation) -> LoadedInstance | None:
+        """Take a copy like `take_quickly`, or where others wait for the model, like `take_kept`."""
+        if not self._scheduler.may_have_to_wait(tag):
+            return self.take_quickly(tag, operation)
+        return self.take_kept(tag, operation) if self.comes_back(tag) else None
+
     def take_kept(self, tag: str, operation: Operation) -> LoadedInstance | None:
         """Take the copy that is in this process's tenure like `take_quickly`; None also if there is none."""
-        tenure = self._tenures.current(tag)
+        tenure = self._tenures.kept(tag)
         return None if tenure is None else self.take_quickly(tag, operation, tenure.generation)
 
     def give_back_quickly(self, copy: LoadedInstance) -> bool:
         """Give a copy back, that `take_off` has struck off, by the compiled core; False where it takes Python.
 
-        Then nothing has changed. Takes the lock itself.
+        It becomes idle, stays with this process for the rest of its tenure, or is handed to the first waiter. Where
+        False is returned, nothing has changed. Takes the lock itself.
         """
         core = self._lock.core
         if core is None:
             return False
-        kept = self._scheduler.must_queue() and self._stays_kept(copy)
-        if not core.release(self._namespace, self._reference, self._taken_grants, copy.row, copy.generation, kept):
-            return False
-        if kept:
+        tenure = self._keeping(copy) if self._scheduler.must_queue() else None
+        way = TO_NEXT if tenure is None else KEEP if tenure.called_up else KEEP_AND_CALL_UP
+        done = core.release(self._namespace, self._reference, self._taken_grants, copy.row, copy.generation, way)
+        if done == HANDED_OVER:
+            self._tenures.end(copy.tag)
+            self._scheduler.wakes.yield_to_waiter()
+            # Not before the waiter was let run on this processor.
             self._tenures.leave(copy.tag)
-        return True
+        elif done == KEPT and tenure is not None:
+            tenure.called_up = True
+            self._tenures.leave(copy.tag)
+        return done != 0
 
-    def _stays_kept(self, copy: LoadedInstance) -> bool:
-        """Tell whether `keeps` leaves a copy idle for this process, and has called the first waiter up already."""
+    def _keeping(self, copy: LoadedInstance) -> Tenure | None:
+        """Return this process's tenure of a copy if it mostly comes back at once; else None."""
         tenure = self._tenures.current(copy.tag)
-        if tenure is None or not tenure.called_up or tenure.generation != copy.generation:
-            return False
-        return self._tenures.comes_back_at_once(copy.tag)
+        if tenure is None or (tenure.row, tenure.generation) != (copy.row, copy.generation):
+            return None
+        return tenure if self._tenures.comes_back_at_once(copy.tag) else None
 
     def comes_back(self, tag: str) -> bool:
         """Note that this process asks for a model that others wait for; tell whether a copy is kept for it."""
         self._tenures.come_back(tag)
-        tenure = self._tenures.current(tag)
+        tenure = self._tenures.kept(tag)
         return tenure is not None and self._instances.is_idle(tenure.row, tenure.generation)
 
     def has_tenure(self, tag: str, row: int) -> bool:
         """Tell whether a copy was handed to this process a moment ago, so that it comes before others."""
-        tenure = self._tenures.current(tag)
+        tenure = self._tenures.kept(tag)
         return tenure is not None and tenure.row == row and self._instances.is_still(row, tenure.generation)
 
     def keeps(self, t: Transaction, copy: LoadedInstance, used: bool) -> bool:
         """Give a copy back, but leave it idle for this process if it may keep it; else return False."""
-        tenure = self._tenures.current(copy.tag)
-        if tenure is None or (tenure.row, tenure.generation) != (copy.row, copy.generation):
-            return False
-        if not self._tenures.comes_back_at_once(copy.tag):
-            return False
-        if not self._scheduler.keep(t, copy.row, used, call_up=not tenure.called_up):
+        tenure = self._keeping(copy)
+        if tenure is None or not self._scheduler.keep(t, copy.row, used, call_up=not tenure.called_up):
             return False
         tenure.called_up = True
         return True
@@ -176,6 +186,11 @@ class HeldInstances:
         hand-over.
         """
 
+        copy = self._take_granted_quickly(row, operation)
+        if copy is not None:
+            self._tenures.begin(tag, copy.row, copy.generation)
+            return copy
+
         def granted() -> tuple[int, int, LoadedInstance] | None:
             answer = self._queue.answer(row)
             if answer.state != Ticket.GRANTED:
@@ -191,6 +206,15 @@ class HeldInstances:
         self._note_held(copy, uses, operation)
         self._taken_grants.add((row, number))
         self._tenures.begin(tag, copy.row, copy.generation)
+        return copy
+
+    def _take_granted_quickly(self, row: int, operation: Operation) -> LoadedInstance | None:
+        """Do what `take_granted` does by the compiled core; None where it takes Python."""
+        core = self._lock.core
+        if core is None:
+            return None
+        notes = (self._handles, self._objects, self.holds, self._held_at, self._taken_grants)
+        copy: LoadedInstance | None = core.take_granted(row, *notes, operation)
         return copy
 
     def free_taken_tickets(self, t: Transaction) -> None:

@@ -38,6 +38,11 @@ class LookAgain:
         self._pause_s = FIRST_LOOK_AGAIN_S
         self._warning = WaitWarning(namespace, scheduler, warn_after_s, ticket)
 
+    @property
+    def called_up(self) -> int:
+        """When it was called up, the last time that it has looked for that; 0 if it never has."""
+        return self._called_up
+
     def in_s(self) -> float:
         """Return in how many seconds to look; `inf` if it neither backs off nor was called up, and all was said."""
         left_s = self._scheduler.backs_off_for_s(self._ticket)

@@ -62,6 +62,8 @@ class QueuedRequest(Generic[T]):
         self.began = began
         self.deadline = began + timeout_s
         self.row = -1
+        #: Whether a plan was made for its ticket, in which something may have been evicted, or its model back off.
+        self.planned = True
 
     def begin_anew(self) -> None:
         """Let the time for the wait begin now: the request queues once more."""

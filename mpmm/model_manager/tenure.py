@@ -3,7 +3,8 @@
 If every release handed the copy to the first waiter, each process of a crowd would use it once and then sleep, while
 the others run: with caches full of their code, a use costs a millisecond of processor time instead of 40 us. So a
 release leaves the copy idle for the process that was handed it, if that was less than `TENURE_S` ago, and most of its
-last pauses between a release and the next acquire were short. Only this process takes it then; everybody else queues.
+last pauses between a release and the next acquire were short. Only this process takes it then, until
+`CALLED_UP_FOR_S` after it was handed the copy; everybody else queues.
 
 The fairness rule: a waiter waits at most (waiters before it) * (one hold + `CALLED_UP_FOR_S`). For that, the first
 release of a tenure calls the first waiter up, which looks for itself when the tenure is over: if the process has not
@@ -20,14 +21,15 @@ from dataclasses import dataclass
 
 from mpmm.scheduling import CALLED_UP_FOR_NS
 
-__all__ = ["CALLED_UP_FOR_S", "TENURE_S", "Tenure", "Tenures", "looks_in_s"]
+__all__ = ["CALLED_UP_FOR_S", "TENURE_S", "Tenure", "Tenures", "called_up_for_ns", "looks_in_s"]
 
-# Measured on 2 processors, copies that are held for no time: with 1 ms 4 processes make 6 500 pairs a second and 16
-# make 6 800; with 2 ms 11 000 and 10 500; with 4 ms 20 000 and 15 000, because a turn costs 3 ms besides, for the
-# wake-up and for code that has left the caches. The 99th percentile of an acquire is 11 and 41 ms with 1 ms, and below
-# 1 and 15 ms with 4 ms: fewer calls wait, though those of 16 processes for up to 100 ms instead of 50.
-TENURE_S = 0.004
-# A waiter that was called up looks after so long, one and a half tenures: mostly a hand-over has ended it by then.
+# Measured on 2 processors that others used, too, with the compiled core and copies that are held for no time: pairs per
+# second of 4 and 16 processes, and the 99th percentile of an acquire. 4 ms: 20 000 to 30 000 and 11 000 to 17 000, 0.3
+# and 85 ms. 2 ms: 28 000 and 15 000 to 25 000, 5 and 32 to 45 ms. 1 ms: 25 000 to 42 000 and 17 000 to 23 000, 4 and 18
+# to 25 ms. 0.5 ms: 24 000 to 27 000 and 11 000 to 13 000, 2 and 12 to 17 ms. A turn costs half a millisecond besides,
+# for the wake-up and for code that has left the caches.
+TENURE_S = 0.000_5
+# A waiter that was called up looks after so long, three tenures: mostly a hand-over has ended it by then.
 CALLED_UP_FOR_S = CALLED_UP_FOR_NS / 1e9
 # If most of a process's last pauses were longer than this, it leaves the copy to the next one at once, because the copy
 # would be idle for a noticeable part of the tenure. Most, and not their mean: a process that loses its processor now
@@ -42,6 +44,11 @@ _ALL_SHORT = (1 << PAUSES_KEPT) - 1
 def looks_in_s(called_up_ns: int) -> float:
     """Return in how many seconds a waiter looks that was called up at a time (monotonic, ns)."""
     return called_up_ns / 1e9 + CALLED_UP_FOR_S - time.monotonic()
+
+
+def called_up_for_ns() -> int:
+    """Return after how many ns a waiter looks that was called up."""
+    return int(CALLED_UP_FOR_S * 1e9)
 
 
 @dataclass
@@ -71,9 +78,18 @@ class Tenures:
         self._by_tag[tag] = Tenure(row, generation, time.monotonic() + TENURE_S)
 
     def current(self, tag: str) -> Tenure | None:
-        """Return the tenure of a model's copy, if it is not over: this process may take the copy before others."""
+        """Return the tenure of a model's copy, if it is not over: a release may keep the copy for this process."""
         tenure = self._by_tag.get(tag)
-        if tenure is not None and time.monotonic() >= tenure.until:
+        return tenure if tenure is not None and time.monotonic() < tenure.until else None
+
+    def kept(self, tag: str) -> Tenure | None:
+        """Return the tenure in which this process may have kept a model's copy: it may take that before others.
+
+        It may for a moment longer than it may keep it. Were both over at once, a copy that was kept just before would
+        lie idle until the waiter that was called up looks.
+        """
+        tenure = self._by_tag.get(tag)
+        if tenure is not None and time.monotonic() >= tenure.until + max(0.0, CALLED_UP_FOR_S - TENURE_S):
             self._by_tag.pop(tag, None)
             return None
         return tenure

@@ -36,6 +36,8 @@ class ThreadHolds(threading.local):
         Only its `with` blocks and its loaders are sure to end in this very thread: what it has acquired otherwise,
         another one may release. Without the lock, as all of these are this process's own.
         """
+        if not (self.loads or self.blocks or self.alone):
+            return [], []
         instances = self._namespace.tables.instances
         firm = [
             row

@@ -12,5 +12,6 @@ wakes        having the next user of a copy awake in time
 from mpmm.scheduling.copies import Copies
 from mpmm.scheduling.scheduler import Scheduler
 from mpmm.scheduling.shortcuts import CALLED_UP_FOR_NS
+from mpmm.scheduling.wakes import SPIN_S
 
-__all__ = ["CALLED_UP_FOR_NS", "Copies", "Scheduler"]
+__all__ = ["CALLED_UP_FOR_NS", "SPIN_S", "Copies", "Scheduler"]

@@ -54,7 +54,7 @@ HEAD_REASONS = frozenset({Reason.IN_USE, Reason.UNLOADING, Reason.RETURNING})
 # Waits for which nothing is kept, and nobody else stands back.
 HELD_UP_REASONS = frozenset({Reason.BEHIND, Reason.OUTRANKED, Reason.SHARING, Reason.COPIES})
 # So long before its end a tenure was the reason to call a waiter up, see `mpmm.model_manager.tenure`.
-CALLED_UP_FOR_NS = 6_000_000
+CALLED_UP_FOR_NS = 1_500_000
 _RANK = attrgetter("rank")
 
 

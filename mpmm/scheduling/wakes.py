@@ -7,7 +7,7 @@ import time
 from mpmm.shared_state.futex import yield_processor
 from mpmm.shared_state.namespace import Namespace
 
-__all__ = ["Wakes"]
+__all__ = ["SPIN_S", "Wakes"]
 
 # Longer than a release takes, even where everything about it has left the processor's caches.
 SPIN_S = 0.000_3

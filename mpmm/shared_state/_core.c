@@ -1,17 +1,19 @@
-/* The warm path in C: an idle copy is taken, or given back, while nobody waits, or by a process whose tenure it is.
+/* The warm path in C: an idle copy is taken, or given back; where others wait for it, it is kept for its user's tenure
+ * or handed over; a newcomer queues where the wait is known, sleeps there, and takes what it was granted.
  *
- * Python is the definition (`transitions.holds`: `take_idle` and `release`, `transaction.py`), and this is the same transaction: the
- * same lock, the same words in the same order, each logged before it is overwritten. So a process that is killed at any
- * store is rolled back by the next one, whichever of the two that uses. Every function answers None or False, with
- * nothing changed, as soon as there is anything out of the ordinary: then Python decides. In particular nothing is
- * waited for, and nothing is undone here.
+ * Python is the definition (`transitions.holds`, `hand_over` and `tickets`, `scheduling.shortcuts`, `transaction.py`),
+ * and these are the same transactions: the same lock, the same words in the same order, each logged before it is
+ * overwritten. So a process that is killed at any store is rolled back by the next one, whichever of the two that uses.
+ * Every function says so, with nothing changed, as soon as there is anything out of the ordinary: then Python decides.
+ * In particular the lock is waited for only for a moment, and nothing is undone here.
  *
  * Where a word lies, `layout.py` alone knows: `core.py` looks the names of OFFSETS up there and passes the values. All
  * that is read from the segment, and serves as an index, is compared with the tables' capacities before it is used, so
  * that a broken segment cannot lead outside of it.
  *
- * The GIL is held throughout, so of all threads of this process one is in here, and no signal handler or finalizer runs
- * between the first store and the last. A thread whose Python transaction is open has noted its frame in the lock.
+ * The GIL is held but for the sleeps, before which nothing is stored and after which everything is looked at anew. So of
+ * all threads of this process one is in a transaction here, and no signal handler or finalizer runs between its first
+ * store and its last. A thread whose Python transaction is open has noted its frame in the lock.
  * Whatever may allocate, and so run the garbage collector, comes before the file lock is taken. */
 
 #define PY_SSIZE_T_CLEAN
@@ -60,6 +62,25 @@
     X(active, "Model.ACTIVE")                                                                                          \
     X(idle, "Model.IDLE")                                                                                              \
     X(model_waiting, "Model.WAITING")                                                                                  \
+    X(next_ticket, "Header.NEXT_TICKET")                                                                               \
+    X(newest_ticket, "Header.NEWEST_TICKET")                                                                           \
+    X(measures_processes, "Header.SOURCE_MEASURES_PROCESSES")                                                          \
+    X(accounting_only, "Header.SOURCE_ACCOUNTING_ONLY")                                                                \
+    X(most_copies, "Settings.max_model_copies")                                                                        \
+    X(most_waiting, "Settings.max_waiting")                                                                            \
+    X(default_mb, "Settings.default_estimate_mb")                                                                      \
+    X(tickets_end, "tickets.end_word")                                                                                 \
+    X(instances_end, "instances.end_word")                                                                             \
+    X(usual_rank, "Derived.USUAL_RANK_NS")                                                                             \
+    X(loading, "Model.LOADING")                                                                                        \
+    X(shares, "Model.SHARES")                                                                                          \
+    X(load_s, "Model.LOAD_S")                                                                                          \
+    X(failures, "Model.FAILURES")                                                                                      \
+    X(seats, "Model.SEATS")                                                                                            \
+    X(known, "Model.KNOWN")                                                                                            \
+    X(estimate_mb, "Model.ESTIMATE_MB")                                                                                \
+    X(expect_mb, "Model.EXPECT_MB")                                                                                    \
+    X(at_least_mb, "Model.AT_LEAST_MB")                                                                                \
     X(hits, "Model.HITS")                                                                                              \
     X(hold_s, "Model.HOLD_S")                                                                                          \
     X(idle_head, "Model.IDLE_HEAD")                                                                                    \
@@ -76,8 +97,42 @@
     X(previous, "Instance.PREVIOUS")                                                                                   \
     X(unload_on_release, "Instance.UNLOAD_ON_RELEASE")                                                                                       \
     X(uses, "Instance.USES")                                                                                           \
+    X(devices, "Instance.DEVICES")                                                                                     \
+    X(is_loading, "Instance.LOADING")                                                                                  \
     X(is_active, "Instance.ACTIVE")                                                                                    \
     X(is_idle, "Instance.IDLE")                                                                                        \
+    X(ticket_state, "Ticket.STATE")                                                                                    \
+    X(ticket_number, "Ticket.NUMBER")                                                                                  \
+    X(ticket_priority, "Ticket.PRIORITY")                                                                              \
+    X(ticket_model, "Ticket.MODEL")                                                                                    \
+    X(ticket_member, "Ticket.MEMBER")                                                                                  \
+    X(ticket_instance, "Ticket.INSTANCE")                                                                              \
+    X(ticket_enqueued, "Ticket.ENQUEUED")                                                                              \
+    X(ticket_deadline, "Ticket.DEADLINE")                                                                              \
+    X(ticket_signal, "Ticket.SIGNAL")                                                                                  \
+    X(ticket_reason, "Ticket.REASON")                                                                                  \
+    X(ticket_need_mb, "Ticket.NEED_MB")                                                                                \
+    X(ticket_preload, "Ticket.PRELOAD")                                                                                \
+    X(ticket_head_of_line_at, "Ticket.HEAD_OF_LINE_AT")                                                                \
+    X(ticket_free_mb, "Ticket.FREE_MB")                                                                                \
+    X(ticket_coming_mb, "Ticket.COMING_MB")                                                                            \
+    X(ticket_seconds, "Ticket.SECONDS")                                                                                \
+    X(ticket_other, "Ticket.OTHER")                                                                                    \
+    X(ticket_on, "Ticket.ON")                                                                                          \
+    X(ticket_loadable_on, "Ticket.LOADABLE_ON")                                                                        \
+    X(ticket_usable_on, "Ticket.USABLE_ON")                                                                            \
+    X(ticket_span, "Ticket.SPAN")                                                                                      \
+    X(ticket_nested, "Ticket.NESTED")                                                                                  \
+    X(ticket_overtaken, "Ticket.OVERTAKEN")                                                                            \
+    X(ticket_warned, "Ticket.WARNED")                                                                                  \
+    X(ticket_called_up, "Ticket.CALLED_UP")                                                                            \
+    X(ticket_rank, "Ticket.RANK")                                                                                      \
+    X(ticket_steady, "Ticket.STEADY")                                                                                  \
+    X(is_waiting, "Ticket.WAITING")                                                                                    \
+    X(is_granted, "Ticket.GRANTED")                                                                                    \
+    X(for_sharing, "Reason.SHARING")                                                                                   \
+    X(for_copies, "Reason.COPIES")                                                                                     \
+    X(for_idle_copy, "Reason.IDLE_COPY")                                                                               \
     X(event_sequence, "Event.SEQUENCE")                                                                                \
     X(event_time, "Event.TIME")                                                                                        \
     X(event_kind, "Event.KIND")                                                                                        \
@@ -86,6 +141,15 @@
     X(event_instance, "Event.INSTANCE")                                                                                \
     X(event_ticket, "Event.TICKET")                                                                                    \
     X(event_value, "Event.VALUE")                                                                                      \
+    X(event_need_mb, "Event.NEED_MB")                                                                                  \
+    X(event_free_mb, "Event.FREE_MB")                                                                                  \
+    X(event_coming_mb, "Event.COMING_MB")                                                                              \
+    X(event_seconds, "Event.SECONDS")                                                                                  \
+    X(event_other, "Event.OTHER")                                                                                      \
+    X(event_on, "Event.ON")                                                                                            \
+    X(granted, "EventKind.GRANTED")                                                                                    \
+    X(queued, "EventKind.QUEUED")                                                                                      \
+    X(waits, "EventKind.WAITS")                                                                                        \
     X(hit, "EventKind.HIT")                                                                                            \
     X(released, "EventKind.RELEASED")                                                                                  \
     X(undo_index, "Undo.INDEX")                                                                                        \
@@ -96,6 +160,9 @@
     X(instances, "instances.base")                                                                                     \
     X(instance_words, "instances.words")                                                                               \
     X(instance_rows, "instances.capacity")                                                                             \
+    X(tickets, "tickets.base")                                                                                         \
+    X(ticket_words, "tickets.words")                                                                                   \
+    X(ticket_rows, "tickets.capacity")                                                                                 \
     X(event_rows, "events.capacity")                                                                                   \
     X(event_words, "events.words")                                                                                     \
     X(event_table, "events.base")                                                                                      \
@@ -117,14 +184,22 @@ static const char *const offset_names[] = {
 #define OFFSETS_COUNT (sizeof offset_names / sizeof offset_names[0])
 
 /* A transaction of the warm path overwrites at most so many words. */
-#define MOST_CHANGES 12
+#define MOST_CHANGES 40
+/* So many tickets whose grants were acted upon are freed by the way. */
+#define MOST_GRANTS 4
+/* Who finds the lock taken tries so often, and then sleeps so often, before Python decides: see `transaction.py`. */
+#define QUICK_TRIES 8
+#define MOST_SLEEPS 10
+#define LONGEST_SLEEP_NS 10000000
+/* So often what is read without the lock is read again. */
+#define UNLOCKED_TRIES 16
 /* So many words of a row may have to be 0 because nothing is known here of what they mean. */
 #define MOST_STRANGE 64
 
 /* Attributes of the objects that are passed. */
 #define ATTRIBUTES(X)                                                                                                  \
     X(_usable) X(lock) X(_mutex) X(_is_owned) X(acquire) X(release) X(_frame) X(_file) X(fd) X(_crowded_turns)         \
-    X(_turn) X(held) X(gives_back) X(value) X(generation)
+    X(_turn) X(held) X(gives_back) X(value) X(generation) X(ticket)
 
 typedef struct {
     PyObject_HEAD
@@ -137,6 +212,8 @@ typedef struct {
     uint64_t pid;
     double smoothing;
     int64_t turn;           /* transactions after which a process that meets others offers its processor */
+    int64_t crowded;        /* for so many turns it expects others */
+    uint64_t logged;        /* entries in the undo log of the open transaction */
     unsigned long long done; /* transactions made here */
 #define MEMBER(name) PyObject *name;
     ATTRIBUTES(MEMBER)
@@ -241,8 +318,21 @@ static bool is_free(Core *core, PyObject *namespace, PyObject **lock, int *fd) {
     return found;
 }
 
-static void wake_one(Core *core, uint64_t index) {
-    syscall(SYS_futex, (void *)&core->words[index], FUTEX_WAKE, 1, NULL, NULL, 0);
+static void wake(Core *core, uint64_t index, int sleepers) {
+    syscall(SYS_futex, (void *)&core->words[index], FUTEX_WAKE, sleepers, NULL, NULL, 0);
+}
+
+/* Sleep until a word is no longer `seen`, a wake-up, a signal, or some time has passed; false after a signal, or if
+ * another thread has closed the core meanwhile. Without the GIL; the kernel alone looks at the word, so that it does
+ * not matter if it is unmapped by then. */
+static bool sleep_on(Core *core, uint64_t index, uint64_t seen, uint64_t ns) {
+    void *address = (void *)&core->words[index];
+    struct timespec left = {.tv_sec = (time_t)(ns / 1000000000u), .tv_nsec = (long)(ns % 1000000000u)};
+    bool interrupted;
+    Py_BEGIN_ALLOW_THREADS
+    interrupted = syscall(SYS_futex, address, FUTEX_WAIT, (uint32_t)seen, &left, NULL, 0) == -1 && errno == EINTR;
+    Py_END_ALLOW_THREADS
+    return !interrupted && core->words != NULL;
 }
 
 /* Do what `TransactionLock.release` does. */
@@ -254,17 +344,25 @@ static void leave(Core *core, int fd) {
     }
     flock(fd, LOCK_UN);
     if (starving) {
-        wake_one(core, at->starving);
+        wake(core, at->starving, 1);
     } else if (contended) {
-        wake_one(core, at->contended);
+        wake(core, at->contended, 1);
     }
 }
 
-/* Take the file lock and return the time; 0 if it is not free, starved for, or has something to recover. */
-static uint64_t enter(Core *core, int fd) {
+/* Take the file lock and return the time; 0 if it is not free, which sets `busy`, starved for, or has something to
+ * recover. */
+static uint64_t enter(Core *core, int fd, bool *busy) {
     const Offsets *at = &core->at;
-    if (load(core, at->starving) || flock(fd, LOCK_EX | LOCK_NB)) {
+    *busy = false;
+    if (load(core, at->starving)) {
         return 0;
+    }
+    for (int tries = 0; flock(fd, LOCK_EX | LOCK_NB); tries++) {
+        if (tries == QUICK_TRIES || errno != EWOULDBLOCK) {
+            *busy = errno == EWOULDBLOCK;
+            return 0;
+        }
     }
     uint64_t now = now_ns();
     store(core, at->lock_holder, core->pid);
@@ -274,6 +372,25 @@ static uint64_t enter(Core *core, int fd) {
         return 0;
     }
     return now;
+}
+
+/* Sleep until the lock may be free, which somebody else had at the last look; false if Python is to wait for it.
+ * Nothing that was seen before is sure to hold afterwards. As in `TransactionLock`, CONTENDED is set before the last
+ * attempt, so that whoever lets go of the lock after that wakes this process. */
+static bool sleep_for_lock(Core *core, PyObject *lock, int fd) {
+    const Offsets *at = &core->at;
+    PyObject *turns = PyLong_FromLongLong(core->crowded);
+    if (turns != NULL) {
+        PyObject_SetAttr(lock, core->_crowded_turns, turns);
+        Py_DECREF(turns);
+    }
+    PyErr_Clear();
+    atomic_store_explicit(&core->words[at->contended], 1, memory_order_seq_cst);
+    if (!flock(fd, LOCK_EX | LOCK_NB)) {
+        flock(fd, LOCK_UN);
+        return true;
+    }
+    return errno == EWOULDBLOCK && sleep_on(core, at->contended, 1, LONGEST_SLEEP_NS);
 }
 
 /* Offer the processor after every few transactions if others were met at the lock, as `TransactionLock.release` does. */
@@ -304,20 +421,28 @@ typedef struct {
     uint64_t index, value;
 } Change;
 
-/* Open a transaction, store all changes, and commit them: `Transaction._begin`, `set_all` and `_end`. */
-static void begin(Core *core) { store(core, core->at.change, load(core, core->at.change) + 1); }
+/* Open a transaction: `Transaction._begin`. */
+static void begin(Core *core) {
+    store(core, core->at.change, load(core, core->at.change) + 1);
+    core->logged = 0;
+}
 
+/* Store several words, no word twice, their old values logged: `Transaction.set_all`. */
 static void set_all(Core *core, const Change *changes, uint64_t count) {
     const Offsets *at = &core->at;
     for (uint64_t i = 0; i < count; i++) {
-        store(core, at->undo + at->undo_words * i + at->undo_index, changes[i].index);
-        store(core, at->undo + at->undo_words * i + at->undo_old, load(core, changes[i].index));
+        uint64_t entry = at->undo + at->undo_words * (core->logged + i);
+        store(core, entry + at->undo_index, changes[i].index);
+        store(core, entry + at->undo_old, load(core, changes[i].index));
     }
-    store(core, at->undo_count, count);
+    core->logged += count;
+    store(core, at->undo_count, core->logged);
     for (uint64_t i = 0; i < count; i++) {
         store(core, changes[i].index, changes[i].value);
     }
 }
+
+static void set(Core *core, uint64_t index, uint64_t value) { set_all(core, &(Change){index, value}, 1); }
 
 static void commit(Core *core) {
     store(core, core->at.undo_count, 0);
@@ -325,19 +450,44 @@ static void commit(Core *core) {
     core->done++;
 }
 
-/* Write the next row of the event ring; return the change that makes it an event: `Transaction.next_event`. */
-static Change next_event(Core *core, uint64_t now, uint64_t kind, uint64_t model, uint64_t instance, double value) {
+/* Why something was decided, as far as the warm path knows reasons: the other figures of an event's cause are 0. */
+typedef struct {
+    uint64_t reason;
+    double seconds;
+} Cause;
+
+/* What an event is about. `model` and `instance` are references, `ticket` is a number plus one. */
+typedef struct {
+    uint64_t kind, model, instance, ticket;
+    double value;
+    const Cause *cause;
+} Event;
+
+static uint64_t float_word(double value) { return value != 0.0 ? as_bits(value) : 0; }
+
+/* Write the next row of the event ring, or that `ahead` rows behind it; return the change that makes it an event:
+ * `Transaction.next_event`. */
+static Change next_event(Core *core, uint64_t now, Event event, uint64_t ahead) {
     const Offsets *at = &core->at;
-    uint64_t sequence = load(core, at->events) + 1;
+    uint64_t sequence = load(core, at->events) + 1 + ahead;
     uint64_t row = at->event_table + (sequence - 1) % at->event_rows * at->event_words;
     store(core, row + at->event_sequence, sequence);
     store(core, row + at->event_time, now);
-    store(core, row + at->event_kind, kind);
+    store(core, row + at->event_kind, event.kind);
     store(core, row + at->event_pid, load(core, at->lock_holder));
-    store(core, row + at->event_model, model);
-    store(core, row + at->event_instance, instance);
-    store(core, row + at->event_ticket, 0);
-    store(core, row + at->event_value, value != 0.0 ? as_bits(value) : 0);
+    store(core, row + at->event_model, event.model);
+    store(core, row + at->event_instance, event.instance);
+    store(core, row + at->event_ticket, event.ticket);
+    store(core, row + at->event_value, float_word(event.value));
+    if (event.cause != NULL) {
+        store(core, row + at->event_kind, event.kind | (event.cause->reason + 1) << 8);
+        store(core, row + at->event_need_mb, 0);
+        store(core, row + at->event_free_mb, 0);
+        store(core, row + at->event_coming_mb, 0);
+        store(core, row + at->event_seconds, as_bits(event.cause->seconds));
+        store(core, row + at->event_other, 0);
+        store(core, row + at->event_on, 0);
+    }
     return (Change){at->events, sequence};
 }
 
@@ -350,17 +500,29 @@ static bool are_zero(Core *core, uint64_t row, const uint64_t *fields, Py_ssize_
     return true;
 }
 
+/* Whose waiting leaves a copy to the warm path. */
+typedef enum { NOBODYS, THOSE_FOR_ITS_MODEL, ANYBODYS } Waiting;
+
 /* Whether nothing about the namespace is out of the ordinary; a look without the lock tells where it need not be taken. */
-static bool is_calm(Core *core, bool kept) {
-    return (kept || !load(core, core->at.waiting)) && !load(core, core->at.isolated);
+static bool is_calm(Core *core, Waiting waiting) {
+    return (waiting != NOBODYS || !load(core, core->at.waiting)) && !load(core, core->at.isolated);
 }
 
+/* Whether a model's row (first word) is one, and has nothing of which nothing is known here. */
+static bool is_plain_model(Core *core, uint64_t model) {
+    return load(core, model + core->at.model_state) == core->at.is_model &&
+           are_zero(core, model, core->strange_model, core->strange_models);
+}
+
+/* Whether so many events can be counted. */
+static bool has_events_left(Core *core, uint64_t count) { return load(core, core->at.events) <= UINT64_MAX - count; }
+
 /* Whether nothing about a copy (row), and about the namespace, is out of the ordinary. Sets the first words of the
- * copy's row and of its model's. kept: it is this process's tenure, so that others may wait, if all wait for it. */
-static bool is_plain(Core *core, uint64_t row, uint64_t state, uint64_t generation, bool kept, uint64_t *copy,
+ * copy's row and of its model's. waiting: who may wait. */
+static bool is_plain(Core *core, uint64_t row, uint64_t state, uint64_t generation, Waiting waiting, uint64_t *copy,
                      uint64_t *model) {
     const Offsets *at = &core->at;
-    if (!is_calm(core, kept) || load(core, at->events) == UINT64_MAX || row >= at->instance_rows) {
+    if (!is_calm(core, waiting) || !has_events_left(core, 2) || row >= at->instance_rows) {
         return false;
     }
     *copy = at->instances + row * at->instance_words;
@@ -370,10 +532,9 @@ static bool is_plain(Core *core, uint64_t row, uint64_t state, uint64_t generati
         return false;
     }
     *model = at->models + model_row * at->model_words;
-    return load(core, *model + at->model_state) == at->is_model &&
-           load(core, *model + at->model_waiting) == load(core, at->waiting) &&
-           are_zero(core, *copy, core->strange_instance, core->strange_instances) &&
-           are_zero(core, *model, core->strange_model, core->strange_models);
+    return is_plain_model(core, *model) &&
+           (waiting == ANYBODYS || load(core, *model + at->model_waiting) == load(core, at->waiting)) &&
+           are_zero(core, *copy, core->strange_instance, core->strange_instances);
 }
 
 /* Whether a counter can be counted up. */
@@ -385,7 +546,7 @@ static bool take_row(Core *core, uint64_t row, uint64_t generation, bool kept, u
                  uint64_t now) {
     const Offsets *at = &core->at;
     uint64_t copy, model, following = 0;
-    if (!is_plain(core, row, at->is_idle, generation, kept, &copy, &model)) {
+    if (!is_plain(core, row, at->is_idle, generation, kept ? THOSE_FOR_ITS_MODEL : NOBODYS, &copy, &model)) {
         return false;
     }
     uint64_t owner = load(core, copy + at->owner);
@@ -402,8 +563,9 @@ static bool take_row(Core *core, uint64_t row, uint64_t generation, bool kept, u
         }
     }
     begin(core);
-    Change event = next_event(core, now, at->hit, load(core, copy + at->model) + 1, row + 1, 0.0);
-    Change changes[MOST_CHANGES] = {
+    Event hit = {at->hit, load(core, copy + at->model) + 1, row + 1, 0, 0.0, NULL};
+    Change event = next_event(core, now, hit, 0);
+    Change changes[] = {
         {copy + at->state, at->is_active},
         {copy + at->since, now},
         {copy + at->holder, reference},
@@ -414,6 +576,8 @@ static bool take_row(Core *core, uint64_t row, uint64_t generation, bool kept, u
         {at->all_active, load(core, at->all_active) + 1},
         {at->all_hits, load(core, at->all_hits) + 1},
         event,
+        {0, 0},
+        {0, 0},
     };
     uint64_t count = 10;
     if (!owner) {
@@ -428,44 +592,151 @@ static bool take_row(Core *core, uint64_t row, uint64_t generation, bool kept, u
     return true;
 }
 
-/* Give the copy (row) of a member (reference) back: `Transitions.release`. False, and nothing changed, if Python
- * decides. Needs the lock. */
-static bool give_back(Core *core, uint64_t row, uint64_t generation, bool kept, uint64_t reference, uint64_t now) {
+/* ---- the queue --------------------------------------------------------------------------------------------------- */
+
+static uint64_t ticket_at(const Core *core, uint64_t row) { return core->at.tickets + row * core->at.ticket_words; }
+
+/* How many rows of a table may be in use, by the word that says so. */
+static uint64_t rows_used(Core *core, uint64_t end_word, uint64_t rows) {
+    uint64_t end = load(core, end_word);
+    return end < rows ? end : rows;
+}
+
+/* Whether a ticket (first word) is for a copy of a model to use, and one on these devices (bits) will do. */
+static bool can_use(Core *core, uint64_t ticket, uint64_t model_row, uint64_t devices) {
     const Offsets *at = &core->at;
-    uint64_t copy, model, head = 0;
-    if (!is_plain(core, row, at->is_active, generation, kept, &copy, &model) ||
-        load(core, copy + at->holder) != reference) {
-        return false;
+    uint64_t usable_on = load(core, ticket + at->ticket_usable_on);
+    return load(core, ticket + at->ticket_model) == model_row && !load(core, ticket + at->ticket_preload) &&
+           !(usable_on && devices & ~usable_on);
+}
+
+/* Find the first waiter for a model's copy on devices (bits): `Shortcuts.first_user`. False if there is none, or if it
+ * overtakes another one, or if Python is to find out. */
+static bool first_user(Core *core, uint64_t model_row, uint64_t devices, uint64_t now, uint64_t *row) {
+    const Offsets *at = &core->at;
+    uint64_t left = load(core, at->waiting), newest = load(core, at->newest_ticket);
+    if (left == 1 && newest < at->ticket_rows &&
+        load(core, ticket_at(core, newest) + at->ticket_state) == at->is_waiting) {
+        uint64_t only = ticket_at(core, newest);
+        *row = newest;
+        return can_use(core, only, model_row, devices) && load(core, only + at->ticket_deadline) > now;
     }
-    uint64_t owner = load(core, copy + at->owner);
-    double mean = as_double(load(core, model + at->hold_s));
-    if ((owner && owner != reference) || !(isfinite(mean) && mean >= 0.0) || !load(core, model + at->active) ||
-        !load(core, at->all_active) || !can_rise(core, model + at->idle) ||
-        load(core, model + at->keep_alive) == at->at_once || (kept && owner)) {
-        return false;
-    }
-    if (!owner) {
-        head = load(core, model + at->idle_head);
-        if (head > at->instance_rows) {
-            return false;
+    uint64_t first = UINT64_MAX, head = UINT64_MAX, end = rows_used(core, at->tickets_end, at->ticket_rows);
+    bool found = false, others = false, first_class = false;
+    for (uint64_t i = 0; i < end && left; i++) {
+        uint64_t ticket = ticket_at(core, i);
+        if (load(core, ticket + at->ticket_state) != at->is_waiting) {
+            continue;
+        }
+        left--;
+        if (load(core, ticket + at->ticket_deadline) <= now) {
+            continue;
+        }
+        uint64_t rank = load(core, ticket + at->ticket_rank);
+        first_class = first_class || !load(core, ticket + at->ticket_priority);
+        if (load(core, ticket + at->ticket_head_of_line_at) && rank < head) {
+            head = rank;
+        }
+        if (!can_use(core, ticket, model_row, devices)) {
+            others = true;
+        } else if (!found || rank < first) {
+            found = true;
+            first = rank;
+            *row = i;
         }
     }
-    begin(core);
+    return found && first <= head && !(others && first_class);
+}
+
+/* Tickets whose grants this process has acted upon: their rows and numbers. */
+typedef struct {
+    uint64_t rows[MOST_GRANTS], numbers[MOST_GRANTS];
+    Py_ssize_t count;
+} Grants;
+
+/* Whether a row is still that of the ticket with this number: `QueueReads.is_still`. */
+static bool is_still(Core *core, uint64_t row, uint64_t number) {
+    uint64_t ticket = ticket_at(core, row);
+    return load(core, ticket + core->at.ticket_state) && load(core, ticket + core->at.ticket_number) == number;
+}
+
+/* Whether nothing but their own rows changes when these are freed. */
+static bool can_be_freed(Core *core, const Grants *grants) {
+    const Offsets *at = &core->at;
+    for (Py_ssize_t i = 0; i < grants->count; i++) {
+        if (grants->rows[i] >= at->ticket_rows) {
+            return false;
+        }
+        if (is_still(core, grants->rows[i], grants->numbers[i])) {
+            uint64_t ticket = ticket_at(core, grants->rows[i]), model_row = load(core, ticket + at->ticket_model);
+            if (load(core, ticket + at->ticket_state) == at->is_waiting || model_row >= at->model_rows ||
+                load(core, at->models + model_row * at->model_words + at->model_state) != at->is_model) {
+                return false;
+            }
+        }
+    }
+    return true;
+}
+
+/* `HeldInstances.free_taken_tickets`. */
+static void free_taken(Core *core, const Grants *grants) {
+    for (Py_ssize_t i = 0; i < grants->count; i++) {
+        if (is_still(core, grants->rows[i], grants->numbers[i])) {
+            set(core, ticket_at(core, grants->rows[i]) + core->at.ticket_state, 0);
+        }
+    }
+}
+
+/* The word for the mean time that copies of a model are held, one hold more: `Holds.hold_mean`. */
+static uint64_t hold_mean(const Core *core, double mean, double held) {
+    return as_bits(mean != 0.0 ? mean + core->smoothing * (held - mean) : (held < 1e-9 ? 1e-9 : held));
+}
+
+/* Hand an active copy from its holder to a waiter (first words): `HandOver.from_holder`. */
+static void hand_over(Core *core, uint64_t copy, uint64_t row, uint64_t model, uint64_t ticket, uint64_t now) {
+    const Offsets *at = &core->at;
+    const Cause cause = {at->for_idle_copy, 0.0};
+    uint64_t reference = load(core, copy + at->model) + 1;
     double held = seconds_between(load(core, copy + at->since), now);
-    Change event = next_event(core, now, at->released, load(core, copy + at->model) + 1, row + 1, held);
-    mean = mean != 0.0 ? mean + core->smoothing * (held - mean) : (held < 1e-9 ? 1e-9 : held);
-    Change changes[MOST_CHANGES] = {
-        event,
+    double waited = seconds_between(load(core, ticket + at->ticket_enqueued), now);
+    Event released = {at->released, reference, row + 1, 0, held, NULL};
+    Event granted = {at->granted, reference, row + 1, load(core, ticket + at->ticket_number) + 1, waited, &cause};
+    next_event(core, now, released, 0);
+    const Change changes[] = {
+        next_event(core, now, granted, 1),
+        {copy + at->since, now},
+        {copy + at->holder, load(core, ticket + at->ticket_member)},
+        {copy + at->uses, load(core, copy + at->uses) + 1},
+        {model + at->hits, load(core, model + at->hits) + 1},
+        {model + at->model_waiting, load(core, model + at->model_waiting) - 1},
+        {model + at->hold_s, hold_mean(core, as_double(load(core, model + at->hold_s)), held)},
+        {at->all_hits, load(core, at->all_hits) + 1},
+        {at->waiting, load(core, at->waiting) - 1},
+        {ticket + at->ticket_instance, row + 1},
+        {ticket + at->ticket_state, at->is_granted},
+        {ticket + at->ticket_signal, load(core, ticket + at->ticket_signal) + 1},
+    };
+    set_all(core, changes, sizeof changes / sizeof changes[0]);
+}
+
+/* Make an active copy idle: `Holds.release`. */
+static void make_idle(Core *core, uint64_t copy, uint64_t row, uint64_t model, uint64_t now) {
+    const Offsets *at = &core->at;
+    double held = seconds_between(load(core, copy + at->since), now);
+    Event released = {at->released, load(core, copy + at->model) + 1, row + 1, 0, held, NULL};
+    uint64_t head = load(core, model + at->idle_head);
+    Change changes[12] = {
+        next_event(core, now, released, 0),
         {copy + at->state, at->is_idle},
         {copy + at->since, now},
         {copy + at->holder, 0},
         {model + at->active, load(core, model + at->active) - 1},
         {model + at->idle, load(core, model + at->idle) + 1},
-        {model + at->hold_s, as_bits(mean)},
+        {model + at->hold_s, hold_mean(core, as_double(load(core, model + at->hold_s)), held)},
         {at->all_active, load(core, at->all_active) - 1},
     };
     uint64_t count = 8;
-    if (!owner) {
+    if (!load(core, copy + at->owner)) {
         changes[count++] = (Change){copy + at->next, head};
         changes[count++] = (Change){copy + at->previous, 0};
         changes[count++] = (Change){model + at->idle_head, row + 1};
@@ -475,6 +746,222 @@ static bool give_back(Core *core, uint64_t row, uint64_t generation, bool kept, 
         }
     }
     set_all(core, changes, count);
+}
+
+/* What became of a copy that was given back; 0 if Python decides. */
+enum { DECLINED = 0, IDLE = 1, KEPT = 2, HANDED_OVER = 3 };
+/* How it is to be given back while others wait for it: to the first of them, or left idle for this process for the rest
+ * of its tenure, without or with a call to the first waiter to look when that is over. */
+enum { TO_NEXT = 0, KEEP = 1, KEEP_AND_CALL_UP = 2, WAYS };
+
+/* Give the copy (row) of a member (reference) back, as `give_back` in `mpmm.model_manager.release` does, and free what
+ * `free_taken_tickets` frees. DECLINED, and nothing changed, if Python decides. `signal` is the word of the waiter to
+ * wake once the lock is free, 0 if there is none. Needs the lock. */
+static int give_back(Core *core, uint64_t row, uint64_t generation, uint64_t way, uint64_t reference,
+                     const Grants *grants, uint64_t now, uint64_t *signal) {
+    const Offsets *at = &core->at;
+    uint64_t copy, model, next = 0, waiting = load(core, at->waiting);
+    if (!is_plain(core, row, at->is_active, generation, ANYBODYS, &copy, &model) ||
+        load(core, copy + at->holder) != reference) {
+        return DECLINED;
+    }
+    uint64_t owner = load(core, copy + at->owner), for_it = load(core, model + at->model_waiting);
+    double mean = as_double(load(core, model + at->hold_s));
+    if ((owner && owner != reference) || !(isfinite(mean) && mean >= 0.0) || !load(core, model + at->active) ||
+        !load(core, at->all_active) || !can_rise(core, model + at->idle) || for_it > waiting ||
+        load(core, model + at->keep_alive) == at->at_once || load(core, model + at->idle_head) > at->instance_rows ||
+        !can_be_freed(core, grants)) {
+        return DECLINED;
+    }
+    int done = IDLE;
+    if (waiting) {
+        done = way != TO_NEXT && for_it == waiting ? KEPT : HANDED_OVER;
+        /* What else would move others by being idle, a plan finds out. */
+        if (owner || !for_it) {
+            return DECLINED;
+        }
+        if (done == HANDED_OVER || way == KEEP_AND_CALL_UP) {
+            if (!first_user(core, load(core, copy + at->model), load(core, copy + at->devices), now, &next)) {
+                return DECLINED;
+            }
+            next = ticket_at(core, next);
+            *signal = next + at->ticket_signal;
+            if (!can_rise(core, *signal) || !can_rise(core, copy + at->uses) || !can_rise(core, model + at->hits) ||
+                !can_rise(core, at->all_hits) || !can_rise(core, next + at->ticket_number)) {
+                return DECLINED;
+            }
+        }
+    }
+    begin(core);
+    free_taken(core, grants);
+    if (done == HANDED_OVER) {
+        hand_over(core, copy, row, model, next, now);
+    } else {
+        make_idle(core, copy, row, model, now);
+        if (done == KEPT && way == KEEP_AND_CALL_UP) {
+            set(core, next + at->ticket_called_up, now);
+            set(core, *signal, load(core, *signal) + 1);
+        }
+    }
+    commit(core);
+    return done;
+}
+
+/* Whether the ticket that was taken last waits for a copy that others of this model have. */
+static bool newest_waits_for_a_copy(Core *core, uint64_t model_row) {
+    const Offsets *at = &core->at;
+    uint64_t newest = load(core, at->newest_ticket);
+    if (newest >= at->ticket_rows) {
+        return false;
+    }
+    uint64_t ticket = ticket_at(core, newest), reason = load(core, ticket + at->ticket_reason);
+    return load(core, ticket + at->ticket_state) == at->is_waiting &&
+           load(core, ticket + at->ticket_model) == model_row &&
+           (reason == at->for_sharing || reason == at->for_copies) && !load(core, ticket + at->ticket_preload) &&
+           !load(core, ticket + at->ticket_usable_on) && !load(core, ticket + at->ticket_head_of_line_at);
+}
+
+/* Whether what is idle of a model is another process's for the rest of its tenure. */
+static bool is_left_to_another(Core *core, uint64_t model_row, uint64_t called_up_for, uint64_t now) {
+    const Offsets *at = &core->at;
+    uint64_t end = rows_used(core, at->tickets_end, at->ticket_rows);
+    for (uint64_t i = 0; i < end; i++) {
+        uint64_t ticket = ticket_at(core, i);
+        if (load(core, ticket + at->ticket_state) == at->is_waiting &&
+            load(core, ticket + at->ticket_model) == model_row) {
+            uint64_t called_up = load(core, ticket + at->ticket_called_up);
+            if (called_up <= now && now - called_up < called_up_for) {
+                return true;
+            }
+        }
+    }
+    return false;
+}
+
+/* Whether every process can have each copy of a model, now or after somebody else. */
+static bool copies_serve_everybody(Core *core, uint64_t model_row) {
+    const Offsets *at = &core->at;
+    uint64_t end = rows_used(core, at->instances_end, at->instance_rows);
+    for (uint64_t i = 0; i < end; i++) {
+        uint64_t copy = at->instances + i * at->instance_words, state = load(core, copy + at->state);
+        if (state && load(core, copy + at->model) == model_row &&
+            ((state != at->is_active && state != at->is_idle && state != at->is_loading) ||
+             load(core, copy + at->owner) || load(core, copy + at->unload_on_release))) {
+            return false;
+        }
+    }
+    return true;
+}
+
+/* Whether a newcomer for a model waits for one of its copies, and why: `Shortcuts._waits_for_a_copy`. */
+static bool waits_for_a_copy(Core *core, uint64_t model_row, uint64_t called_up_for, uint64_t now, Cause *cause) {
+    const Offsets *at = &core->at;
+    uint64_t model = at->models + model_row * at->model_words;
+    uint64_t active = load(core, model + at->active), idle = load(core, model + at->idle);
+    uint64_t loading = load(core, model + at->loading), seats = load(core, model + at->seats);
+    uint64_t waiting = load(core, model + at->model_waiting), known = load(core, model + at->known);
+    const uint64_t most = at->instance_rows;
+    if (!(active || idle) || active > most || idle > most || loading > most || seats >= active + idle ||
+        waiting > at->ticket_rows || load(core, model + at->failures) || !load(core, model + at->shares)) {
+        return false;
+    }
+    if ((idle && !is_left_to_another(core, model_row, called_up_for, now)) || waiting != load(core, at->waiting) ||
+        load(core, at->isolated) ||
+        (!load(core, at->accounting_only) && !load(core, at->measures_processes) && !known &&
+         !load(core, model + at->expect_mb)) ||
+        (waiting && !newest_waits_for_a_copy(core, model_row)) || !copies_serve_everybody(core, model_row)) {
+        return false;
+    }
+    uint64_t places = active + idle, copies = places - seats, coming = copies + loading;
+    if ((double)coming >= as_double(load(core, at->most_copies))) {
+        *cause = (Cause){at->for_copies, 0.0};
+        return true;
+    }
+    double hold_s = as_double(load(core, model + at->hold_s));
+    double seconds = (hold_s + hold_s * (double)waiting) / ((double)(coming * places) / (double)copies);
+    *cause = (Cause){at->for_sharing, seconds};
+    return 0 < seconds && seconds < as_double(load(core, model + at->load_s));
+}
+
+/* The row that the next ticket takes; the table's capacity if it is full. */
+static uint64_t free_ticket(Core *core) {
+    const Offsets *at = &core->at;
+    uint64_t row = 0, end = rows_used(core, at->tickets_end, at->ticket_rows);
+    while (row < end && load(core, ticket_at(core, row) + at->ticket_state)) {
+        row++;
+    }
+    return row;
+}
+
+/* What a newcomer asks for. model: its row, and the generation of that. row, number: of the ticket to be made.
+ * called_up_for: see `mpmm.scheduling.shortcuts`. */
+typedef struct {
+    uint64_t model_row, generation, reference, deadline, loadable_on, row, number, called_up_for;
+} Newcomer;
+
+/* Make a ticket where it is known without a plan that the newcomer waits for a copy that others have:
+ * `Acquisition._take_or_wait`. False, and nothing changed, if Python decides. Needs the lock. */
+static bool join_queue(Core *core, const Newcomer *one, uint64_t now) {
+    const Offsets *at = &core->at;
+    uint64_t model = at->models + one->model_row * at->model_words, ticket = ticket_at(core, one->row);
+    Cause cause;
+    if (!is_plain_model(core, model) || load(core, model + at->model_generation) != one->generation ||
+        !has_events_left(core, 2) || !can_rise(core, at->next_ticket) || one->number >= UINT64_MAX - 1 ||
+        load(core, model + at->at_least_mb) || load(core, at->tickets_end) > at->ticket_rows ||
+        !waits_for_a_copy(core, one->model_row, one->called_up_for, now, &cause) ||
+        (double)(load(core, model + at->model_waiting) + 1) > as_double(load(core, at->most_waiting))) {
+        return false;
+    }
+    bool is_measured = load(core, model + at->known);
+    double expect_mb = as_double(load(core, model + at->expect_mb));
+    double need_mb = is_measured ? as_double(load(core, model + at->estimate_mb)) : expect_mb;
+    if (!is_measured && expect_mb == 0.0) {
+        need_mb = as_double(load(core, at->default_mb));
+    }
+    bool is_known = is_measured || load(core, model + at->expect_mb) || load(core, at->accounting_only);
+    begin(core);
+    if (one->row >= load(core, at->tickets_end)) {
+        set(core, at->tickets_end, one->row + 1);
+    }
+    const Change changes[] = {
+        {at->next_ticket, one->number + 1},
+        {at->newest_ticket, one->row},
+        {ticket + at->ticket_number, one->number},
+        {ticket + at->ticket_priority, is_known},
+        {ticket + at->ticket_model, one->model_row},
+        {ticket + at->ticket_member, one->reference},
+        {ticket + at->ticket_instance, 0},
+        {ticket + at->ticket_enqueued, now},
+        {ticket + at->ticket_deadline, one->deadline},
+        {ticket + at->ticket_reason, cause.reason},
+        {ticket + at->ticket_need_mb, as_bits(need_mb)},
+        {ticket + at->ticket_preload, 0},
+        {ticket + at->ticket_head_of_line_at, 0},
+        {ticket + at->ticket_free_mb, 0},
+        {ticket + at->ticket_coming_mb, 0},
+        {ticket + at->ticket_seconds, as_bits(cause.seconds)},
+        {ticket + at->ticket_other, 0},
+        {ticket + at->ticket_on, 0},
+        {ticket + at->ticket_loadable_on, one->loadable_on},
+        {ticket + at->ticket_usable_on, 0},
+        {ticket + at->ticket_span, 1},
+        {ticket + at->ticket_nested, 0},
+        {ticket + at->ticket_overtaken, 0},
+        {ticket + at->ticket_warned, 0},
+        {ticket + at->ticket_called_up, 0},
+        {ticket + at->ticket_rank, now + at->usual_rank},
+        {ticket + at->ticket_steady, 0},
+        {ticket + at->ticket_state, at->is_waiting},
+        {model + at->model_waiting, load(core, model + at->model_waiting) + 1},
+        {at->waiting, load(core, at->waiting) + 1},
+    };
+    set_all(core, changes, sizeof changes / sizeof changes[0]);
+    Event queued = {at->queued, one->model_row + 1, 0, one->number + 1, need_mb, NULL};
+    Event waits = {at->waits, one->model_row + 1, 0, one->number + 1, 0.0, &cause};
+    Change event = next_event(core, now, queued, 0);
+    set_all(core, &event, 1);
+    event = next_event(core, now, waits, 0);
+    set_all(core, &event, 1);
     commit(core);
     return true;
 }
@@ -573,38 +1060,32 @@ static PyObject *key_of(PyObject *value) {
     return PyUnicode_Check(value) ? NULL : PyLong_FromVoidPtr(value);
 }
 
-PyDoc_STRVAR(take_idle_doc,
-             "take_idle(namespace, reference, hints, handles, objects, owned, held, held_at, tag, operation,\n"
-             "          kept)\n\n"
-             "Take an idle copy for a member, note that the process holds it, and return it; None, with nothing\n"
-             "changed, if Python decides. See `HeldInstances.take_quickly`.");
+/* Whether a dict's or an object's entry was put back to what it was before; what was not there is taken away. */
+static void restore(PyObject *dict, PyObject *key, PyObject *old) {
+    if (old == NULL ? PyDict_DelItem(dict, key) : PyDict_SetItem(dict, key, old)) {
+        PyErr_Clear();
+    }
+}
 
-static PyObject *take_idle(PyObject *self, PyObject *const *args, Py_ssize_t count) {
-    Core *core = (Core *)self;
-    if (count != 11) {
-        PyErr_SetString(PyExc_TypeError, "take_idle: expected 11 arguments");
+/* The arguments of `take_idle`, in their order; and those that name the notes of what a process holds. */
+enum { NAMESPACE, REFERENCE, HINTS, HANDLES, OBJECTS, OWNED, HELD, HELD_AT, TAG, OPERATION, GENERATION_KEPT, TAKE_COUNT };
+
+/* One attempt of `take_idle`; sets `lock`, a new reference, and `fd` if the lock was busy. */
+static PyObject *try_to_take(Core *core, PyObject *const *args, uint64_t reference, uint64_t kept, PyObject **busy_lock,
+                             int *fd) {
+    PyObject *held_by_row = args[HELD], *held_at = args[HELD_AT], *operation = args[OPERATION];
+    uint64_t row = 0;
+    if (!is_calm(core, kept ? THOSE_FOR_ITS_MODEL : NOBODYS)) {
         return NULL;
     }
-    PyObject *namespace = args[0], *held_by_row = args[6], *held_at = args[7], *tag = args[8], *operation = args[9];
-    for (int i = 2; i < 8; i++) {
-        if (!PyDict_Check(args[i])) {
-            PyErr_SetString(PyExc_TypeError, "take_idle: expected dicts");
-            return NULL;
-        }
-    }
-    uint64_t reference, kept, row = 0;
-    if (core->words == NULL || !as_word(args[1], &reference) || !reference || !PyUnicode_CheckExact(tag) ||
-        !as_word(args[10], &kept) || !is_calm(core, kept)) {
-        Py_RETURN_NONE;
-    }
-    PyObject *copy = find_idle(core, args[2], args[3], args[4], args[5], tag, &row);
+    PyObject *copy = find_idle(core, args[HINTS], args[HANDLES], args[OBJECTS], args[OWNED], args[TAG], &row);
     uint64_t generation = copy == NULL ? 0 : generation_of(core, row);
     if (copy == NULL || (kept && kept != generation)) {
-        Py_RETURN_NONE;
+        return NULL;
     }
     Py_INCREF(copy);
     uint64_t uses = load(core, core->at.instances + row * core->at.instance_words + core->at.uses);
-    bool taken = false;
+    bool taken = false, busy = false;
     PyObject *lock = NULL, *held = NULL, *place = NULL;
     PyObject *value = PyObject_GetAttr(copy, core->value), *key = key_of(value);
     PyObject *number = PyLong_FromUnsignedLongLong(row), *stamp = PyLong_FromUnsignedLongLong(generation);
@@ -618,26 +1099,20 @@ static PyObject *take_idle(PyObject *self, PyObject *const *args, Py_ssize_t cou
     PyObject *old_place = place == NULL ? NULL : PyDict_GetItemWithError(held_at, key);
     Py_XINCREF(old_held);
     Py_XINCREF(old_place);
-    int fd = -1;
     if (held != NULL && place != NULL && !PyErr_Occurred() &&
         PyObject_SetAttr(operation, core->gives_back, Py_False) == 0 &&
-        PyObject_SetAttr(operation, core->held, held) == 0 && is_free(core, namespace, &lock, &fd)) {
-        uint64_t now = enter(core, fd);
+        PyObject_SetAttr(operation, core->held, held) == 0 && is_free(core, args[NAMESPACE], &lock, fd)) {
+        uint64_t now = enter(core, *fd, &busy);
         if (now) {
             /* Noted first, as Python does in its transaction: what is noted and was not taken is struck off again. */
             if (PyDict_SetItem(held_by_row, place, held) == 0 && PyDict_SetItem(held_at, key, place) == 0) {
                 taken = take_row(core, row, generation, kept, uses, reference, now);
             }
             PyErr_Clear();
-            leave(core, fd);
+            leave(core, *fd);
             if (!taken) {
-                /* As it was before. What was not there stays away; a place that leads nowhere is looked over. */
-                if (old_held == NULL ? PyDict_DelItem(held_by_row, place) : PyDict_SetItem(held_by_row, place, old_held)) {
-                    PyErr_Clear();
-                }
-                if (old_place == NULL ? PyDict_DelItem(held_at, key) : PyDict_SetItem(held_at, key, old_place)) {
-                    PyErr_Clear();
-                }
+                restore(held_by_row, place, old_held);
+                restore(held_at, key, old_place);
             }
             end_turn(core, lock);
         }
@@ -647,9 +1122,13 @@ static PyObject *take_idle(PyObject *self, PyObject *const *args, Py_ssize_t cou
         PyObject_SetAttr(operation, core->held, Py_None);
     }
     PyErr_Clear();
+    if (busy) {
+        *busy_lock = lock;
+    } else {
+        Py_XDECREF(lock);
+    }
     Py_XDECREF(old_held);
     Py_XDECREF(old_place);
-    Py_XDECREF(lock);
     Py_XDECREF(held);
     Py_XDECREF(place);
     Py_XDECREF(use);
@@ -657,16 +1136,116 @@ static PyObject *take_idle(PyObject *self, PyObject *const *args, Py_ssize_t cou
     Py_XDECREF(number);
     Py_XDECREF(key);
     Py_XDECREF(value);
-    if (taken) {
-        return copy;
+    if (!taken) {
+        Py_CLEAR(copy);
     }
-    Py_DECREF(copy);
+    return copy;
+}
+
+PyDoc_STRVAR(take_idle_doc,
+             "take_idle(namespace, reference, hints, handles, objects, owned, held, held_at, tag, operation,\n"
+             "          kept)\n\n"
+             "Take an idle copy for a member, note that the process holds it, and return it; None, with nothing\n"
+             "changed, if Python decides. See `HeldInstances.take_quickly`.");
+
+static PyObject *take_idle(PyObject *self, PyObject *const *args, Py_ssize_t count) {
+    Core *core = (Core *)self;
+    if (count != TAKE_COUNT) {
+        PyErr_SetString(PyExc_TypeError, "take_idle: expected 11 arguments");
+        return NULL;
+    }
+    for (int i = HINTS; i <= HELD_AT; i++) {
+        if (!PyDict_Check(args[i])) {
+            PyErr_SetString(PyExc_TypeError, "take_idle: expected dicts");
+            return NULL;
+        }
+    }
+    uint64_t reference, kept;
+    if (!as_word(args[REFERENCE], &reference) || !reference || !PyUnicode_CheckExact(args[TAG]) ||
+        !as_word(args[GENERATION_KEPT], &kept)) {
+        Py_RETURN_NONE;
+    }
+    for (int sleeps = 0; core->words != NULL && sleeps < MOST_SLEEPS; sleeps++) {
+        int fd = -1;
+        PyObject *lock = NULL, *copy = try_to_take(core, args, reference, kept, &lock, &fd);
+        if (copy != NULL) {
+            return copy;
+        }
+        bool again = lock != NULL && sleep_for_lock(core, lock, fd);
+        Py_XDECREF(lock);
+        if (!again) {
+            break;
+        }
+    }
     Py_RETURN_NONE;
 }
 
-PyDoc_STRVAR(release_doc, "release(namespace, reference, taken_grants, row, generation, kept)\n\n"
-                          "Give a copy of a member back, and return True; False, with nothing changed, if Python\n"
-                          "decides. See `HeldInstances.give_back_quickly`.");
+/* Read the tickets of a set of pairs (row, number), and keep the pairs; false, with no exception set, if they are too
+ * many or something else. */
+static bool read_grants(PyObject *taken, Grants *grants, PyObject **pairs) {
+    grants->count = 0;
+    if (!PySet_GET_SIZE(taken)) {
+        return true;
+    }
+    PyObject *iterator = PySet_GET_SIZE(taken) > MOST_GRANTS ? NULL : PyObject_GetIter(taken), *pair;
+    bool sound = iterator != NULL;
+    while (sound && (pair = PyIter_Next(iterator)) != NULL) {
+        Py_ssize_t i = grants->count;
+        sound = i < MOST_GRANTS && PyTuple_CheckExact(pair) && PyTuple_GET_SIZE(pair) == 2 &&
+                as_word(PyTuple_GET_ITEM(pair, 0), &grants->rows[i]) &&
+                as_word(PyTuple_GET_ITEM(pair, 1), &grants->numbers[i]);
+        if (sound) {
+            pairs[i] = pair;
+            grants->count++;
+        } else {
+            Py_DECREF(pair);
+        }
+    }
+    sound = sound && !PyErr_Occurred();
+    Py_XDECREF(iterator);
+    PyErr_Clear();
+    return sound;
+}
+
+/* One attempt of `release`. */
+static int try_to_release(Core *core, PyObject *namespace, PyObject *taken, uint64_t reference, uint64_t row,
+                          uint64_t generation, uint64_t way, PyObject **busy_lock, int *fd) {
+    PyObject *lock = NULL, *pairs[MOST_GRANTS];
+    Grants grants = {.count = 0};
+    int done = DECLINED;
+    bool busy = false;
+    if (!load(core, core->at.isolated) && read_grants(taken, &grants, pairs) && is_free(core, namespace, &lock, fd)) {
+        uint64_t signal = 0, now = enter(core, *fd, &busy);
+        if (now) {
+            done = give_back(core, row, generation, way, reference, &grants, now, &signal);
+            leave(core, *fd);
+            if (done && signal) {
+                wake(core, signal, INT32_MAX);
+            }
+            for (Py_ssize_t i = 0; done && i < grants.count; i++) {
+                if (PySet_Discard(taken, pairs[i]) < 0) {
+                    PyErr_Clear();
+                }
+            }
+            end_turn(core, lock);
+        }
+    }
+    for (Py_ssize_t i = 0; i < grants.count; i++) {
+        Py_DECREF(pairs[i]);
+    }
+    if (busy) {
+        *busy_lock = lock;
+    } else {
+        Py_XDECREF(lock);
+    }
+    return done;
+}
+
+PyDoc_STRVAR(release_doc,
+             "release(namespace, reference, taken_grants, row, generation, way)\n\n"
+             "Give a copy of a member back. Return what became of it: 1 idle, 2 idle and left to this process, 3 handed\n"
+             "over; 0, with nothing changed, if Python decides. way: while others wait for it, 0 hand it over, 1 keep\n"
+             "it, 2 keep it and call the first of them up. See `HeldInstances.give_back_quickly`.");
 
 static PyObject *release(PyObject *self, PyObject *const *args, Py_ssize_t count) {
     Core *core = (Core *)self;
@@ -674,26 +1253,225 @@ static PyObject *release(PyObject *self, PyObject *const *args, Py_ssize_t count
         PyErr_SetString(PyExc_TypeError, "release: expected 6 arguments, the third one a set");
         return NULL;
     }
-    bool kept = args[5] == Py_True;
-    uint64_t reference, row, generation;
-    if (core->words == NULL || !as_word(args[1], &reference) || !reference || PySet_GET_SIZE(args[2]) ||
-        !as_word(args[3], &row) || !as_word(args[4], &generation) || !is_calm(core, kept)) {
-        Py_RETURN_FALSE;
+    uint64_t reference, row, generation, way;
+    int done = DECLINED;
+    if (!as_word(args[1], &reference) || !reference || !as_word(args[3], &row) || !as_word(args[4], &generation) ||
+        !as_word(args[5], &way) || way >= WAYS) {
+        return PyLong_FromLong(DECLINED);
     }
-    PyObject *lock;
-    int fd;
-    if (!is_free(core, args[0], &lock, &fd)) {
-        Py_RETURN_FALSE;
+    for (int sleeps = 0; core->words != NULL && !done && sleeps < MOST_SLEEPS; sleeps++) {
+        int fd = -1;
+        PyObject *lock = NULL;
+        done = try_to_release(core, args[0], args[2], reference, row, generation, way, &lock, &fd);
+        bool again = lock != NULL && sleep_for_lock(core, lock, fd);
+        Py_XDECREF(lock);
+        if (!again) {
+            break;
+        }
     }
-    bool released = false;
-    uint64_t now = enter(core, fd);
-    if (now) {
-        released = give_back(core, row, generation, kept, reference, now);
-        leave(core, fd);
-        end_turn(core, lock);
+    return PyLong_FromLong(done);
+}
+
+/* Find the model of a tag by what this process remembers of it. */
+static bool find_model(Core *core, PyObject *hints, PyObject *tag, uint64_t *row, uint64_t *generation) {
+    PyObject *hint = PyDict_GetItemWithError(hints, tag);
+    bool found = hint != NULL && PyTuple_CheckExact(hint) && PyTuple_GET_SIZE(hint) == 2 &&
+                 as_word(PyTuple_GET_ITEM(hint, 0), row) && as_word(PyTuple_GET_ITEM(hint, 1), generation) &&
+                 *row < core->at.model_rows;
+    PyErr_Clear();
+    return found;
+}
+
+/* One attempt of `queue`; `again` if another ticket was made meanwhile. */
+static bool try_to_queue(Core *core, PyObject *namespace, PyObject *operation, Newcomer *one, PyObject **busy_lock,
+                         int *fd, bool *again) {
+    bool queued = false, busy = false;
+    PyObject *lock = NULL, *place = NULL;
+    one->row = free_ticket(core);
+    one->number = load(core, core->at.next_ticket);
+    if (load(core, core->at.isolated) || one->row >= core->at.ticket_rows) {
+        return false;
     }
-    Py_DECREF(lock);
-    return PyBool_FromLong(released);
+    PyObject *row = PyLong_FromUnsignedLongLong(one->row), *number = PyLong_FromUnsignedLongLong(one->number);
+    if (row != NULL && number != NULL) {
+        place = PyTuple_Pack(2, row, number);
+    }
+    /* Noted first, see `take_idle`. */
+    if (place != NULL && PyObject_SetAttr(operation, core->ticket, place) == 0 &&
+        is_free(core, namespace, &lock, fd)) {
+        uint64_t now = enter(core, *fd, &busy);
+        if (now) {
+            *again = one->row != free_ticket(core) || one->number != load(core, core->at.next_ticket);
+            queued = !*again && join_queue(core, one, now);
+            leave(core, *fd);
+            end_turn(core, lock);
+        }
+    }
+    PyErr_Clear();
+    if (!queued && place != NULL) {
+        PyObject_SetAttr(operation, core->ticket, Py_None);
+        PyErr_Clear();
+    }
+    Py_XDECREF(place);
+    Py_XDECREF(number);
+    Py_XDECREF(row);
+    if (busy) {
+        *busy_lock = lock;
+    } else {
+        Py_XDECREF(lock);
+    }
+    return queued;
+}
+
+PyDoc_STRVAR(queue_doc,
+             "queue(namespace, reference, hints, tag, operation, deadline, loadable_on, called_up_for)\n\n"
+             "Make a ticket for a member that waits for a copy which others have, and return its row; -1, with nothing\n"
+             "changed, if Python decides. See `Acquisition.queue_quickly`.");
+
+static PyObject *queue(PyObject *self, PyObject *const *args, Py_ssize_t count) {
+    Core *core = (Core *)self;
+    if (count != 8 || !PyDict_Check(args[2])) {
+        PyErr_SetString(PyExc_TypeError, "queue: expected 8 arguments, the third one a dict");
+        return NULL;
+    }
+    Newcomer one;
+    if (!as_word(args[1], &one.reference) || !one.reference || !PyUnicode_CheckExact(args[3]) ||
+        !as_word(args[5], &one.deadline) || !as_word(args[6], &one.loadable_on) ||
+        !as_word(args[7], &one.called_up_for)) {
+        return PyLong_FromLong(-1);
+    }
+    for (int sleeps = 0; core->words != NULL && sleeps < MOST_SLEEPS; sleeps++) {
+        if (!find_model(core, args[2], args[3], &one.model_row, &one.generation)) {
+            break;
+        }
+        int fd = -1;
+        bool again = false;
+        PyObject *lock = NULL;
+        if (try_to_queue(core, args[0], args[4], &one, &lock, &fd, &again)) {
+            return PyLong_FromUnsignedLongLong(one.row);
+        }
+        again = again || (lock != NULL && sleep_for_lock(core, lock, fd));
+        Py_XDECREF(lock);
+        if (!again) {
+            break;
+        }
+    }
+    return PyLong_FromLong(-1);
+}
+
+PyDoc_STRVAR(await_answer_doc,
+             "await_answer(row, until, looked_for, called_up_for, spin)\n\n"
+             "Sleep until a ticket has an answer, and return its state. It still waits if Python is to look: it is that\n"
+             "time (monotonic, ns), it was called up so long ago, somebody has woken it, or there was a signal.\n"
+             "looked_for: the call for which it has looked already. spin: stay awake for so many ns after a wake-up\n"
+             "without an answer. Without the lock.");
+
+static PyObject *await_answer(PyObject *self, PyObject *const *args, Py_ssize_t count) {
+    Core *core = (Core *)self;
+    const Offsets *at = &core->at;
+    uint64_t row, until, looked_for, called_up_for, spin;
+    if (count != 5 || !as_word(args[0], &row) || !as_word(args[1], &until) || !as_word(args[2], &looked_for) ||
+        !as_word(args[3], &called_up_for) || !as_word(args[4], &spin) || row >= at->ticket_rows) {
+        PyErr_SetString(PyExc_TypeError, "await_answer: expected a ticket's row and four times");
+        return NULL;
+    }
+    uint64_t ticket = ticket_at(core, row), state = at->is_waiting;
+    while (core->words != NULL) {
+        /* The signal before the state: whoever answers stores them in the other order. */
+        uint64_t seen = load(core, ticket + at->ticket_signal);
+        state = load(core, ticket + at->ticket_state);
+        if (state != at->is_waiting) {
+            break;
+        }
+        uint64_t now = now_ns(), called_up = load(core, ticket + at->ticket_called_up), end = until;
+        if (called_up != looked_for && called_up <= now && called_up_for < UINT64_MAX - called_up &&
+            called_up + called_up_for < end) {
+            end = called_up + called_up_for;
+        }
+        if (now >= end || !sleep_on(core, ticket + at->ticket_signal, seen, end - now)) {
+            break;
+        }
+        uint64_t woken = now_ns();
+        while (core->words != NULL && load(core, ticket + at->ticket_signal) == seen && now_ns() - woken < spin) {
+            Py_BEGIN_ALLOW_THREADS
+            sched_yield();
+            Py_END_ALLOW_THREADS
+        }
+        if (core->words == NULL) {
+            break;
+        }
+        if (load(core, ticket + at->ticket_signal) == seen) {
+            state = load(core, ticket + at->ticket_state);
+            break;
+        }
+    }
+    return PyLong_FromUnsignedLongLong(state);
+}
+
+PyDoc_STRVAR(take_granted_doc,
+             "take_granted(row, handles, objects, held, held_at, taken_grants, operation)\n\n"
+             "Note that the process holds the copy that its ticket was granted, and return it; None, with nothing\n"
+             "noted, if Python decides. Without the lock. See `HeldInstances.take_granted`.");
+
+static PyObject *take_granted(PyObject *self, PyObject *const *args, Py_ssize_t count) {
+    Core *core = (Core *)self;
+    const Offsets *at = &core->at;
+    if (count != 7 || !PyDict_Check(args[1]) || !PyDict_Check(args[2]) || !PyDict_Check(args[3]) ||
+        !PyDict_Check(args[4]) || !PyAnySet_Check(args[5])) {
+        PyErr_SetString(PyExc_TypeError, "take_granted: expected 7 arguments, dicts from the second one on, and a set");
+        return NULL;
+    }
+    PyObject *operation = args[6];
+    uint64_t row, number = 0, instance = 0, generation = 0, uses = 0;
+    bool found = false;
+    if (!as_word(args[0], &row) || row >= at->ticket_rows) {
+        Py_RETURN_NONE;
+    }
+    for (int tries = 0; core->words != NULL && !found && tries < UNLOCKED_TRIES; tries++) {
+        uint64_t change = load(core, at->change), ticket = ticket_at(core, row);
+        if (change & 1 || load(core, ticket + at->ticket_state) != at->is_granted) {
+            continue;
+        }
+        number = load(core, ticket + at->ticket_number);
+        instance = load(core, ticket + at->ticket_instance) - 1;
+        if (instance >= at->instance_rows) {
+            continue;
+        }
+        uint64_t copy = at->instances + instance * at->instance_words;
+        generation = load(core, copy + at->generation);
+        uses = load(core, copy + at->uses);
+        atomic_thread_fence(memory_order_acquire);
+        found = load(core, at->change) == change;
+    }
+    PyObject *copy = found ? at_number(args[2], instance) : NULL;
+    if (found && copy == NULL) {
+        copy = at_number(args[1], instance);
+    }
+    if (!has_generation(core, copy, generation)) {
+        Py_RETURN_NONE;
+    }
+    Py_INCREF(copy);
+    PyObject *value = PyObject_GetAttr(copy, core->value), *key = key_of(value);
+    PyObject *held = Py_BuildValue("(OK)", copy, (unsigned long long)uses);
+    PyObject *place = Py_BuildValue("(KK)", (unsigned long long)instance, (unsigned long long)generation);
+    PyObject *taken = Py_BuildValue("(KK)", (unsigned long long)row, (unsigned long long)number);
+    /* First the hold, so that no transaction finds a copy in use that nobody in this process has. */
+    bool noted = key != NULL && held != NULL && place != NULL && taken != NULL &&
+                 PyObject_SetAttr(operation, core->gives_back, Py_False) == 0 &&
+                 PyObject_SetAttr(operation, core->held, held) == 0 && PyDict_SetItem(args[3], place, held) == 0 &&
+                 PyDict_SetItem(args[4], key, place) == 0 && PySet_Add(args[5], taken) == 0;
+    Py_XDECREF(taken);
+    Py_XDECREF(place);
+    Py_XDECREF(held);
+    Py_XDECREF(key);
+    Py_XDECREF(value);
+    if (noted) {
+        return copy;
+    }
+    /* Python notes the same once more. */
+    PyErr_Clear();
+    Py_DECREF(copy);
+    Py_RETURN_NONE;
 }
 
 PyDoc_STRVAR(close_doc, "close()\n\nLet go of the segment; from now on Python decides.");
@@ -735,15 +1513,23 @@ static bool is_sound(const Core *core) {
     const Offsets *at = &core->at;
     const uint64_t header[] = {at->header_version, at->change,   at->undo_count, at->lock_holder, at->lock_taken,
                                at->contended,      at->starving, at->waiting,    at->all_active,  at->isolated,
-                               at->all_hits,       at->events};
+                               at->all_hits,       at->events,   at->next_ticket, at->newest_ticket,
+                               at->measures_processes, at->accounting_only, at->most_copies, at->most_waiting,
+                               at->default_mb, at->tickets_end, at->instances_end};
     const uint64_t model[] = {at->model_state, at->model_generation, at->active,   at->idle,
-                              at->hits,        at->hold_s,           at->idle_head, at->keep_alive, at->model_waiting};
+                              at->hits,        at->hold_s,           at->idle_head, at->keep_alive, at->model_waiting,
+                              at->loading,     at->shares,           at->load_s,    at->failures,   at->seats,
+                              at->known,       at->estimate_mb,      at->expect_mb, at->at_least_mb};
     const uint64_t instance[] = {at->state, at->model, at->generation, at->holder, at->owner,
-                                 at->since, at->next,  at->previous,   at->unload_on_release, at->uses};
+                                 at->since, at->next,  at->previous,   at->unload_on_release, at->uses, at->devices};
+    const uint64_t ticket[] = {at->ticket_state, at->ticket_number, at->ticket_priority, at->ticket_model, at->ticket_member, at->ticket_instance, at->ticket_enqueued, at->ticket_deadline, at->ticket_signal, at->ticket_reason, at->ticket_need_mb, at->ticket_preload, at->ticket_head_of_line_at, at->ticket_free_mb, at->ticket_coming_mb, at->ticket_seconds, at->ticket_other, at->ticket_on, at->ticket_loadable_on, at->ticket_usable_on, at->ticket_span, at->ticket_nested, at->ticket_overtaken, at->ticket_warned, at->ticket_called_up, at->ticket_rank, at->ticket_steady};
     const uint64_t event[] = {at->event_sequence, at->event_time,     at->event_kind,   at->event_pid,
-                              at->event_model,    at->event_instance, at->event_ticket, at->event_value};
+                              at->event_model,    at->event_instance, at->event_ticket, at->event_value,
+                              at->event_need_mb,  at->event_free_mb,  at->event_coming_mb, at->event_seconds,
+                              at->event_other,    at->event_on};
     bool sound = at->header_words <= core->count && fits(core, at->models, at->model_words, at->model_rows) &&
                  fits(core, at->instances, at->instance_words, at->instance_rows) &&
+                 fits(core, at->tickets, at->ticket_words, at->ticket_rows) &&
                  fits(core, at->event_table, at->event_words, at->event_rows) &&
                  fits(core, at->undo, at->undo_words, at->undo_rows) && at->undo_rows >= MOST_CHANGES &&
                  at->undo_index < at->undo_words && at->undo_old < at->undo_words;
@@ -754,6 +1540,7 @@ static bool is_sound(const Core *core) {
     ALL_BELOW(header, at->header_words)
     ALL_BELOW(model, at->model_words)
     ALL_BELOW(instance, at->instance_words)
+    ALL_BELOW(ticket, at->ticket_words)
     ALL_BELOW(event, at->event_words)
 #undef ALL_BELOW
     return sound;
@@ -763,13 +1550,13 @@ static PyObject *core_new(PyTypeObject *type, PyObject *args, PyObject *kwargs) 
     PyObject *memory, *offsets, *models, *instances;
     unsigned long long count, pid;
     double smoothing;
-    long long turn;
+    long long turn, crowded;
     if (kwargs != NULL && PyDict_GET_SIZE(kwargs)) {
         PyErr_SetString(PyExc_TypeError, "Core: expected no keywords");
         return NULL;
     }
-    if (!PyArg_ParseTuple(args, "OKO!O!O!KdL", &memory, &count, &PyTuple_Type, &offsets, &PyTuple_Type, &models,
-                          &PyTuple_Type, &instances, &pid, &smoothing, &turn)) {
+    if (!PyArg_ParseTuple(args, "OKO!O!O!KdLL", &memory, &count, &PyTuple_Type, &offsets, &PyTuple_Type, &models,
+                          &PyTuple_Type, &instances, &pid, &smoothing, &turn, &crowded)) {
         return NULL;
     }
     if (PyTuple_GET_SIZE(offsets) != (Py_ssize_t)OFFSETS_COUNT) {
@@ -789,6 +1576,7 @@ static PyObject *core_new(PyTypeObject *type, PyObject *args, PyObject *kwargs) 
     core->pid = pid;
     core->smoothing = smoothing;
     core->turn = turn;
+    core->crowded = crowded;
     if (count > (uint64_t)core->view.len / 8 || (uintptr_t)core->view.buf % 8) {
         PyErr_SetString(PyExc_ValueError, "Core: the memory is too small, or does not begin at a word");
         goto failed;
@@ -847,6 +1635,9 @@ static PyObject *core_done(PyObject *self, void *Py_UNUSED(unused)) {
 static PyMethodDef core_methods[] = {
     {"take_idle", (PyCFunction)(void (*)(void))take_idle, METH_FASTCALL, take_idle_doc},
     {"release", (PyCFunction)(void (*)(void))release, METH_FASTCALL, release_doc},
+    {"queue", (PyCFunction)(void (*)(void))queue, METH_FASTCALL, queue_doc},
+    {"await_answer", (PyCFunction)(void (*)(void))await_answer, METH_FASTCALL, await_answer_doc},
+    {"take_granted", (PyCFunction)(void (*)(void))take_granted, METH_FASTCALL, take_granted_doc},
     {"close", core_close, METH_NOARGS, close_doc},
     {NULL, NULL, 0, NULL},
 };
@@ -856,7 +1647,8 @@ static PyGetSetDef core_attributes[] = {
     {NULL, NULL, NULL, NULL, NULL},
 };
 
-PyDoc_STRVAR(core_doc, "Core(memory, words, offsets, strange_models, strange_instances, pid, smoothing, turn)\n\n"
+PyDoc_STRVAR(core_doc, "Core(memory, words, offsets, strange_models, strange_instances, pid, smoothing, turn,\n"
+                       "     crowded)\n\n"
                        "The warm path of one segment, of so many words; see `mpmm.shared_state.core`.");
 
 static PyType_Slot core_slots[] = {

@@ -15,6 +15,7 @@ class Core:
         pid: int,
         smoothing: float,
         turn: int,
+        crowded_turns: int,
         /,
     ) -> Core: ...
     @property
@@ -41,9 +42,33 @@ class Core:
         taken_grants: set[tuple[int, int]],
         row: int,
         generation: int,
-        kept: bool,
+        way: int,
         /,
-    ) -> bool: ...
+    ) -> int: ...
+    def queue(
+        self,
+        namespace: Any,
+        reference: int,
+        hints: dict[str, tuple[int, int]],
+        tag: str,
+        operation: Any,
+        deadline: int,
+        loadable_on: int,
+        called_up_for: int,
+        /,
+    ) -> int: ...
+    def await_answer(self, row: int, until: int, looked_for: int, called_up_for: int, spin: int, /) -> int: ...
+    def take_granted(
+        self,
+        row: int,
+        handles: dict[int, Any],
+        objects: dict[int, Any],
+        held: dict[tuple[int, int], Any],
+        held_at: dict[Any, tuple[int, int]],
+        taken_grants: set[tuple[int, int]],
+        operation: Any,
+        /,
+    ) -> Any: ...
     def close(self) -> None: ...
 
 def rehearse(store: int, killed: bool, now_ns: int, /) -> None: ...

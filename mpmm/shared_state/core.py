@@ -1,7 +1,8 @@
-"""The compiled core of the warm path, where there is one: `_core.c` makes the two commonest transactions.
+"""The compiled core of the warm path, where there is one: `_core.c` makes the commonest transactions.
 
-It takes an idle copy, and gives one back, while nobody waits, or only those who wait for a copy in this process's
-tenure, and nothing else is out of the ordinary. In every other case it says so, with nothing changed. Python is the
+It takes an idle copy, and gives one back: so that it is idle, or kept in this process's tenure, or handed to the first
+waiter. It queues where a newcomer is known to wait for a copy that others have, sleeps until there is an answer, and
+takes what that gives. In every case that is out of the ordinary it says so, with nothing changed. Python is the
 definition, and does what the core does not: without a compiler all of it. `MPMM_CORE=python` has Python do everything,
 too; `MPMM_CORE=compiled` refuses to do without.
 
@@ -14,21 +15,32 @@ from __future__ import annotations
 
 import functools
 import os
+from dataclasses import fields
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 from mpmm.errors import InvalidArgumentError
+from mpmm.policy.fairness import rank_ns
+from mpmm.policy.view import Reason
 from mpmm.shared_state import layout as layout_module
 from mpmm.shared_state.events import EventKind
-from mpmm.shared_state.layout import Capacities, Instance, Layout, Model
+from mpmm.shared_state.layout import Capacities, Header, Instance, Layout, Model
+from mpmm.shared_state.settings import Settings
 
 if TYPE_CHECKING:
     from mpmm.shared_state._core import Core
     from mpmm.shared_state.segment import Segment
 
-__all__ = ["CORE_VARIABLE", "make_core", "which"]
+__all__ = ["CORE_VARIABLE", "HANDED_OVER", "KEEP", "KEEP_AND_CALL_UP", "KEPT", "TO_NEXT", "make_core", "which"]
 
 CORE_VARIABLE = "MPMM_CORE"
 _CHOICES = ("python", "compiled")
+
+# What `Core.release` is told to do with a copy for which others wait: hand it to the first of them, or leave it idle
+# for this process, which has called the first of them up, or is to.
+TO_NEXT, KEEP, KEEP_AND_CALL_UP = range(3)
+# What has become of it; 0 if Python decides, 1 if it is idle because nobody waits.
+KEPT, HANDED_OVER = 2, 3
 
 # What a copy's reuse leaves as it is, or changes as the core does.
 _FAMILIAR: dict[type[Model | Instance], tuple[str, ...]] = {
@@ -48,6 +60,10 @@ _FAMILIAR: dict[type[Model | Instance], tuple[str, ...]] = {
         *("WAY", "DEVICE_MB", "HOST_MB"),
     ),
 }
+# Words that are not looked up by their names in `layout.py`: where each setting lies, and what a request without
+# urgency adds to the time when it came.
+_SETTINGS = SimpleNamespace(**{field.name: Header.SETTINGS + row for row, field in enumerate(fields(Settings))})
+_DERIVED = SimpleNamespace(USUAL_RANK_NS=rank_ns(0, 0))
 # From these fields on, to the end of the row.
 _TEXTS: dict[type[Model | Instance], int] = {Model: Model.TAG, Instance: Instance.SHARES}
 
@@ -57,11 +73,11 @@ def which() -> str:
     return "python" if _core_class() is None else "compiled"
 
 
-def make_core(segment: Segment, pid: int, smoothing: float, turn: int) -> Core | None:
+def make_core(segment: Segment, pid: int, smoothing: float, turn: int, crowded_turns: int) -> Core | None:
     """Return the core for a segment and the process that uses it; None if Python is to do it all.
 
     smoothing: weight of the newest hold in the mean. turn: transactions after which a process that meets others at
-    the lock offers its processor. Raises InvalidArgumentError.
+    the lock offers its processor. crowded_turns: for so many of these it expects others. Raises InvalidArgumentError.
     """
     core = _core_class()
     if core is None:
@@ -69,7 +85,7 @@ def make_core(segment: Segment, pid: int, smoothing: float, turn: int) -> Core |
     layout = segment.layout
     strange = _strange(Model), _strange(Instance)
     memory = segment.words.obj
-    return core(memory, layout.words, _offsets(layout.capacities), *strange, pid, smoothing, turn)
+    return core(memory, layout.words, _offsets(layout.capacities), *strange, pid, smoothing, turn, crowded_turns)
 
 
 def _core_class() -> type[Core] | None:
@@ -95,7 +111,7 @@ def _offsets(capacities: Capacities) -> tuple[int, ...]:
     from mpmm.shared_state._core import OFFSETS
 
     owners: dict[str, object] = {table.name: table for table in Layout(capacities).tables}
-    owners |= {"": layout_module, "EventKind": EventKind}
+    owners |= {"": layout_module, "EventKind": EventKind, "Reason": Reason, "Settings": _SETTINGS, "Derived": _DERIVED}
     values = []
     for name in OFFSETS:
         owner, _, field = name.rpartition(".")

@@ -65,7 +65,7 @@ from mpmm.thread_locks import new_rlock
 if TYPE_CHECKING:
     from mpmm.shared_state._core import Core
 
-__all__ = ["TURN", "Transaction", "TransactionLock", "float_bits", "roll_back"]
+__all__ = ["CROWDED_TURNS", "TURN", "Transaction", "TransactionLock", "float_bits", "roll_back"]
 
 # Measured with 16 processes on 2 processors that do nothing else: without the quick tries a third of the throughput is
 # lost to sleeping and waking; without the turns the 99th percentile of an acquire and release is 12 ms instead of 3.
