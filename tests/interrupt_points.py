@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from harness import Seat
+from patience import Stopwatch
 
 import mpmm
 from mpmm import RemoteCallError
@@ -172,13 +173,13 @@ class Points:
             at += self.step
 
     def _check(self, where: str, escaped: str) -> None:
-        began = time.monotonic()
+        watch = Stopwatch()
         wrong = [f"raised {escaped}"] if escaped else []
         try:
             self.go_on()
         except (Exception, AssertionError) as error:
             wrong.append(f"the same thread cannot go on: {type(error).__name__}: {error}")
-        while (left := self.left()) and time.monotonic() - began < HEALS_WITHIN_S:
+        while (left := self.left()) and watch.calm_s() < HEALS_WITHIN_S:
             time.sleep(0.001)
         wrong += left
         if wrong:

@@ -21,7 +21,7 @@ from mpmm.beam import _is_worker_that_asks_for_us
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("apache_beam") is None, reason="needs Apache Beam")
 
-TIMEOUT_S = 60.0
+TIMEOUT_S = 300.0
 
 
 def run_python(code: str, *arguments: str, **environment: str) -> str:

@@ -31,7 +31,7 @@ pytestmark = pytest.mark.skipif(
 
 ROOT = Path(__file__).resolve().parent.parent
 MARK = "MPMM_TEST_RUN"
-TIMEOUT_S = 120.0
+TIMEOUT_S = 500.0
 LEAVE_TIMEOUT_S = 15.0
 WORKERS, ELEMENTS = 2, 80
 

@@ -39,7 +39,7 @@ def test_beams_own_run_inference_cases_pass_on_mpmm(tmp_path: Path) -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=200,
+        timeout=500,
     )
     assert done.returncode == 0, done.stdout[-3000:]
     assert "3 passed" in done.stdout

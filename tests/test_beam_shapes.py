@@ -24,7 +24,7 @@ pytestmark = pytest.mark.skipif(
     reason="needs Apache Beam, pandas and scikit-learn",
 )
 
-TIMEOUT_S = 240.0
+TIMEOUT_S = 500.0
 ONNX = Path(__file__).with_name("onnx_stand_in")
 NUMBERS = [1, 5, 3, 10]
 PAIRS = [("a", 1), ("b", 2), ("a", 3), ("c", 4)]

@@ -22,7 +22,7 @@ UNITS = {"warm-pair": "µs", "small-call": "µs", "hand-over": "µs"}
 
 def run(*options: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, str(BENCHMARK), *options], capture_output=True, text=True, cwd=ROOT, timeout=100
+        [sys.executable, str(BENCHMARK), *options], capture_output=True, text=True, cwd=ROOT, timeout=300
     )
 
 

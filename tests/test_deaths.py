@@ -1,6 +1,6 @@
 """What dies costs what it was doing and nothing else: real processes, real signals.
 
-`SOON_S` is the promise of a second, with another one for a busy machine; the figures are printed.
+`SOON_S` is the promise of a second, and a second more; the figures are printed.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from harness import (
     waiting,
 )
 from loaders import Gate, LoadFails, Loads, LoadsObject, LoadsServer, MakesServed, served
+from patience import Stopwatch
 
 from mpmm.errors import AcquireTimeoutError, LoadTimeoutError, ModelServerError
 from mpmm.shared_state.lock_file import LockFile
@@ -100,10 +101,8 @@ def test_the_creators_death_disturbs_nobody(
     creator.kill()
     killed = time.monotonic()
     wait_until(lambda: leader_pid(read_snapshot(namespace)) in [p.pid for p in others], "somebody else leads", SOON_S)
-    age = read_snapshot(namespace).devices[0].sample_age_s
-    assert age is not None
-    assert age < SOON_S
-    print(f"a new leader after {time.monotonic() - killed:.2f} s, its last sample is {age:.2f} s old")
+    print(f"a new leader after {time.monotonic() - killed:.2f} s")
+    wait_until(lambda: (read_snapshot(namespace).devices[0].sample_age_s or SOON_S) < SOON_S, "it samples", SOON_S)
     hits = read_snapshot(namespace).hits
     wait_until(lambda: read_snapshot(namespace).hits > hits + 50, "the others go on")
     stop.open()
@@ -339,18 +338,24 @@ def test_after_the_death_of_the_only_worker_nothing_stays(
     wait_until(lambda: files_in(runtime_root) == [], "the registry is removed")
 
 
+def update_settings(seat: Seat, **changes: float) -> None:
+    """Change parameters of the namespace."""
+    seat.manager.update_settings(**changes)
+
+
 def test_a_load_past_its_time_limit_is_given_up_and_its_server_killed(
     namespace: str, new_process: NewProcess, new_gate: NewGate
 ) -> None:
     limits = {"fallback_memory_mb": 100, "poll_interval": 0.1}
-    # (The first server of a process takes a second to start where processors are scarce.)
-    slow, other = new_process(load_timeout_seconds=3.0, **limits), new_process(**limits)
+    slow, other = new_process(**limits), new_process(**limits)
     began = new_gate()
     slow.send(acquire, "a", LoadsServer("a", MakesServed(began=began, go=new_gate())))
     began.wait()
     server = server_of(namespace, "a")
     assert server is not None
     process = psutil.Process(server)
+    # Only now, as the first server of a process takes a while to start.
+    other.call(update_settings, load_timeout_seconds=0.5)
     other.send(acquire, "b")
     with pytest.raises(LoadTimeoutError, match="load_timeout_seconds"):
         slow.result()
@@ -454,13 +459,13 @@ def call_served(_: Seat, handle: str, began: Gate, go: Gate) -> None:
 # ---- giving up ---------------------------------------------------------------------------------------------
 
 
-def timed_acquire(seat: Seat, tag: str) -> float:
-    """Return after how many seconds an acquire gave up."""
-    began = time.monotonic()
+def timed_acquire(seat: Seat, tag: str) -> tuple[float, float]:
+    """Return after how many seconds an acquire gave up, all of them and those of a machine that is not busy."""
+    watch = Stopwatch()
     try:
         seat.manager.acquire_model(tag, LoadFails("not to be called"))
     except AcquireTimeoutError:
-        return time.monotonic() - began
+        return watch.s(), watch.calm_s()
     raise AssertionError(f"{tag} was to be had")
 
 
@@ -471,9 +476,9 @@ def test_a_waiter_gives_up_on_time_whatever_the_time_out_of_the_lock_is(
     waiter = new_process(wait_timeout_seconds=0.5, lock_timeout_seconds=60.0)
     holder.call(acquire, "a")
     waited = [waiter.call(timed_acquire, tag) for tag in "bab"]
-    assert all(seconds >= 0.5 for seconds in waited)
-    assert min(waited) < 0.6
-    assert max(waited) < 1.0, "a busy machine"
+    assert all(seconds >= 0.5 for seconds, _ in waited)
+    assert min(calm_s for _, calm_s in waited) < 0.6
+    assert max(calm_s for _, calm_s in waited) < 1.0
     assert read_snapshot(namespace).tickets == ()
 
 
@@ -486,7 +491,9 @@ def test_waiting_for_the_lock_is_part_of_the_wait(namespace: str, new_process: N
     waiter.send(timed_acquire, "b")
     time.sleep(0.7)
     elsewhere.close()
-    assert 1.0 <= waiter.result() < 1.5
+    seconds, calm_s = waiter.result()
+    assert seconds >= 1.0
+    assert calm_s < 1.5
 
 
 def test_an_interrupted_waiter_leaves_the_queue_at_once_and_the_next_one_proceeds(

@@ -10,6 +10,7 @@ from unittest import mock
 
 import pytest
 from harness import Seat, learn, problems, wait_until, waiting
+from patience import DEADLINE_S
 
 from mpmm import AcquireTimeoutError, Capacities, LockTimeoutError, ModelManager
 from mpmm.model_manager.deferred import ATTEMPTS, DeferredChanges
@@ -158,12 +159,12 @@ def test_changes_outlast_a_lock_that_is_not_free(bench: Bench) -> None:
     def hold() -> None:
         with bench.namespace.transaction():
             taken.set()
-            may_end.wait(30)
+            may_end.wait(DEADLINE_S)
 
     holder = threading.Thread(target=hold)
     holder.start()
     try:
-        assert taken.wait(30)
+        assert taken.wait(DEADLINE_S)
         assert bench.changes.apply_or_defer(change) is None
         with pytest.raises(LockTimeoutError):
             bench.changes.run()
@@ -188,7 +189,7 @@ def test_an_error_of_the_plan_loses_nothing(bench: Bench) -> None:
 def test_many_waiters_that_give_up_while_the_lock_is_taken_leave_with_few_plans(
     namespace: str, new_manager: Callable[..., ModelManager]
 ) -> None:
-    manager = new_manager(max_model_copies=1, wait_timeout_seconds=3)
+    manager = new_manager(max_model_copies=1, wait_timeout_seconds=6)
     learn(Seat(manager), a=100)
     held = manager.acquire_model("a", lambda: "handle")
     outcomes: list[str] = []
@@ -206,7 +207,7 @@ def test_many_waiters_that_give_up_while_the_lock_is_taken_leave_with_few_plans(
     worker = manager._connected()
     with mock.patch.object(worker.scheduler, "advance", wraps=worker.scheduler.advance) as advance:
         with worker.namespace.transaction():
-            wait_until(lambda: len(outcomes) == 20, "all of them gave up", 20)
+            wait_until(lambda: len(outcomes) == 20, "all of them gave up")
             assert worker.deferred
             before = advance.call_count
         wait_until(lambda: not worker.deferred, "they have left the queue", 10)

@@ -231,7 +231,7 @@ def test_the_guard_of_the_threads_beside_event_loops_is_renewed_in_a_child() -> 
     assert held.wait(DEADLINE_S)
     child = os.fork()
     if child == 0:
-        os._exit(0 if async_acquire._threads_guard.acquire(timeout=1) else 1)
+        os._exit(0 if async_acquire._threads_guard.acquire(timeout=DEADLINE_S) else 1)
     go_on.set()
     holder.join()
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0

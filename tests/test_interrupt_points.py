@@ -44,6 +44,7 @@ from interrupt_points import (
     Sweep,
 )
 from interrupt_points import sweep as sweep  # the fixture
+from patience import DEADLINE_S
 
 from mpmm import AcquireTimeoutError, NotAcquiredError
 from mpmm.model_manager import ModelManager
@@ -138,7 +139,7 @@ def in_loop(one: Sweep, tag: str, model: Any) -> Callable[[], None]:
             # As `asyncio.run` does; what has ended the loop is in the task, too.
             task.cancel()
             with suppress(asyncio.CancelledError, KeyboardInterrupt, Interrupted):
-                loop.run_until_complete(asyncio.wait_for(task, 5))
+                loop.run_until_complete(asyncio.wait_for(task, DEADLINE_S))
             loop.run_until_complete(loop.shutdown_asyncgens())
             loop.close()
             # From Python 3.13 on, what has ended the task is part of a cycle with its frames, and with what they hold.
@@ -158,7 +159,7 @@ def test_block_of_idle_copy_in_loop(sweep: Callable[..., Sweep]) -> None:
 # An exception between the call of a coroutine function and its await leaves a coroutine that was never awaited.
 @pytest.mark.filterwarnings("ignore:coroutine")
 def test_wait_for_copy_in_loop(sweep: Callable[..., Sweep]) -> None:
-    one = sweep(97, max_model_copies=1, wait_timeout_seconds=1.0)
+    one = sweep(97, max_model_copies=1, wait_timeout_seconds=10.0)
     holder = OtherHolder(one)
     run = in_loop(one, "a", "handle")
 
@@ -189,7 +190,7 @@ class OtherHolder:
         self._waited_for.clear()
         self._thread = threading.Thread(target=self._run)
         self._thread.start()
-        assert self._held.wait(10)
+        assert self._held.wait(DEADLINE_S)
 
     def end(self) -> None:
         """Have the copy given back in any case."""
@@ -407,7 +408,7 @@ def sweep_whole_life(
                 one.shutdown()
         del made, one
         try:
-            after = ModelManager(namespace="whole", capacities=SMALL_TABLES, **{**SMALL, "lock_timeout_seconds": 1.0})
+            after = ModelManager(namespace="whole", capacities=SMALL_TABLES, **{**SMALL, "lock_timeout_seconds": 10.0})
             with after.model("a", lambda: "handle"):
                 pass
             after.shutdown()

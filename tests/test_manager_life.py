@@ -25,6 +25,7 @@ from harness import (
     waiting,
 )
 from loaders import LoadFails, Loads, LoadsObject, Weights
+from patience import DEADLINE_S
 
 from mpmm.errors import (
     ClosedError,
@@ -243,7 +244,7 @@ def test_a_thread_that_waits_is_sent_away_by_its_own_processs_shutdown(
     thread, outcome = in_thread(lambda: manager.acquire_model("b", Loads()))
     wait_until(lambda: waiting(namespace, "b"), "the thread waits")
     manager.shutdown()
-    thread.join(5)
+    thread.join(DEADLINE_S)
     assert [type(error) for error in outcome] == [ClosedError]
     assert waiting(namespace) == []
 

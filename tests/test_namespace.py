@@ -29,7 +29,7 @@ from harness import (
     wait_until,
 )
 from loaders import Loads
-from patience import DEADLINE_S
+from patience import DEADLINE_S, Stopwatch
 
 from mpmm.errors import (
     InvalidArgumentError,
@@ -389,7 +389,7 @@ def fork_while_busy(seat: Seat, forks: int) -> int:
                 status = 1
             finally:
                 os._exit(status)
-        deadline = time.monotonic() + 15
+        deadline = time.monotonic() + DEADLINE_S
         done = 0
         while not done and time.monotonic() < deadline:
             done, status = os.waitpid(child, os.WNOHANG)
@@ -414,13 +414,17 @@ def test_newcomers_leave_the_lock_to_who_starves_while_the_claim_holds(namespace
         words[Header.STARVING] = until = time.monotonic_ns() + nanoseconds
         return until
 
+    def takes_it_at_once() -> bool:
+        until = claim(CLAIM_NS)
+        with joined.transaction(0.0):
+            return time.monotonic_ns() < until
+
     until = claim(CLAIM_NS)
     with joined.transaction():
         assert time.monotonic_ns() >= until
     assert words[Header.STARVING] == 0, "a claim that nobody repeats is forgotten"
-    until = claim(CLAIM_NS)
-    with joined.transaction(0.0):
-        assert time.monotonic_ns() < until, "who has no time to wait takes what is free"
+    # More than once, as a busy machine may need longer for it than a claim holds.
+    wait_until(takes_it_at_once, "who has no time to wait takes what is free")
     until = claim(10**12)
     with joined.transaction():
         assert time.monotonic_ns() < until, "nobody can have meant that"
@@ -431,13 +435,13 @@ def test_waiting_for_threads_of_the_same_process_counts_against_the_time_out(nam
     joined = Namespace.join(namespace)
     elsewhere = joined.segment.lock_file()
     assert elsewhere.try_exclusive()
-    took: list[float] = []
+    took: list[tuple[float, float]] = []
 
     def wait(timeout_s: float) -> None:
-        began = time.monotonic()
+        watch = Stopwatch()
         with pytest.raises(LockTimeoutError), joined.transaction(timeout_s):
             pass
-        took.append(time.monotonic() - began)
+        took.append((watch.s(), watch.calm_s()))
 
     # The second gets to wait for the file, 0.4 s late, when the first gives up.
     threads = [threading.Thread(target=wait, args=(timeout_s,)) for timeout_s in (0.4, 0.6)]
@@ -445,7 +449,8 @@ def test_waiting_for_threads_of_the_same_process_counts_against_the_time_out(nam
         thread.start()
     for thread in threads:
         thread.join()
-    assert 0.6 <= max(took) < 0.9
+    assert max(seconds for seconds, _ in took) >= 0.6
+    assert max(calm_s for _, calm_s in took) < 0.9
     elsewhere.close()
     joined.leave()
 
@@ -455,9 +460,9 @@ def contend(seat: Seat, count: int) -> float:
     namespace = seat.manager._connected().namespace
     longest = 0.0
     for _ in range(count):
-        began = time.monotonic()
+        watch = Stopwatch()
         with namespace.transaction():
-            longest = max(longest, time.monotonic() - began)
+            longest = max(longest, watch.calm_s())
             until = time.monotonic() + 0.002
             while time.monotonic() < until:
                 pass
@@ -473,7 +478,7 @@ def test_nobody_waits_for_the_lock_for_long_among_many_who_want_it(new_process: 
 
 
 def test_a_fork_in_the_middle_of_a_transaction_does_not_share_the_lock(namespace: str, new_process: NewProcess) -> None:
-    process = new_process(lock_timeout_seconds=0.5)
+    process = new_process(lock_timeout_seconds=5.0)
     assert process.call(fork_in_transaction) == 0
     assert process.call(acquire, "a")
     assert problems(namespace) == []
@@ -488,12 +493,12 @@ def fork_in_transaction(seat: Seat) -> int:
         with manager._connected().namespace.transaction() as t:
             t.set(Header.HITS, 999)
             inside.set()
-            done.wait(10)
+            done.wait(DEADLINE_S)
             t.set(Header.HITS, 0)
 
     thread = threading.Thread(target=hold)
     thread.start()
-    inside.wait(10)
+    inside.wait(DEADLINE_S)
     child = os.fork()
     if child == 0:
         status = 1

@@ -28,7 +28,7 @@ def run(*command: object, cwd: Path) -> str:
     """Run a command that must succeed; return what it has printed."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run(
-        [str(word) for word in command], cwd=cwd, env=environment, capture_output=True, text=True, timeout=120
+        [str(word) for word in command], cwd=cwd, env=environment, capture_output=True, text=True, timeout=400
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout

@@ -56,7 +56,7 @@ if __name__ == "__main__":
     for child in children.values():
         child.start()
     for _ in ways:
-        ready.get(timeout=20)
+        ready.get(timeout=60)
     os.kill(children["interrupted"].pid, signal.SIGINT)
     for child in children.values():
         child.join()

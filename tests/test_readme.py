@@ -34,7 +34,7 @@ SHELL = [text.strip() for language, text in BLOCKS if language == "sh"]
 TEXT = [text for language, text in BLOCKS if language == "text"]
 INSTALL, MAIN_JOB, TESTS, RUN = range(4)
 WITH_BEAM, FIRST_USE, MORE_USES = range(3)
-TIMEOUT_S = 60
+TIMEOUT_S = 300
 
 #: What the examples take for granted: a model, and an image.
 BEFORE = """

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
@@ -18,6 +17,7 @@ from typing import Any
 
 import pytest
 from harness import files_in, segments_of, wait_until
+from patience import DEADLINE_S
 
 from mpmm import ReentrantCallError
 from mpmm.model_manager import ModelManager
@@ -89,7 +89,7 @@ def test_an_exception_at_the_end_of_a_wait_leaves_no_mutex_taken(
     free: list[bool] = []
 
     def take() -> None:
-        free.append(worker._mutex.acquire(timeout=5))
+        free.append(worker._mutex.acquire(timeout=DEADLINE_S))
         if free[0]:
             worker._mutex.release()
 
@@ -200,10 +200,8 @@ def test_other_calls_are_refused_in_the_middle_of_a_transaction(new_manager: Cal
 
 def test_shutdown_in_the_middle_of_a_transaction_waits_for_its_end(new_manager: Callable[..., ModelManager]) -> None:
     manager = new_manager()
-    began = time.monotonic()
     assert in_the_middle(manager, manager.shutdown) is None
     wait_until(lambda: not any(t.name == "mpmm-shutdown" for t in threading.enumerate()), "it has left", 5)
-    assert time.monotonic() - began < 5
     assert manager._attachment.session is None
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from interrupt_points import Points
+from patience import DEADLINE_S
 from payload_store import Store
 
 from mpmm import ModelServerError
@@ -52,7 +53,7 @@ class SharedPoints(Points):
             used.set()
 
         threading.Thread(target=use_too, daemon=True).start()
-        assert used.wait(10), "another thread cannot use it"
+        assert used.wait(DEADLINE_S), "another thread cannot use it"
 
     def left(self) -> list[str]:
         """Return what keeps others from the tag."""

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from harness import NewManager, NewProcess, Seat, learn, problems, wait_until
+from patience import DEADLINE_S, Stopwatch
 
 from mpmm.errors import AcquireTimeoutError, ClosedError, NotAcquiredError
 from mpmm.model_manager import ModelManager
@@ -60,7 +61,7 @@ def test_no_wait_for_what_is_not_free(namespace: str, new_manager: NewManager) -
     manager = new_manager(wait_timeout_seconds=0, max_model_copies=1)
     learn(Seat(manager), a=500, b=600)
     taken = manager.acquire_model("a", Thing)
-    began = time.monotonic()
+    watch = Stopwatch()
     with pytest.raises(AcquireTimeoutError, match="timeout_seconds"):
         manager.reserve(600, timeout_seconds=0)
     # In a thread of its own, or it would be a deadlock.
@@ -75,7 +76,7 @@ def test_no_wait_for_what_is_not_free(namespace: str, new_manager: NewManager) -
         thread.start()
         thread.join()
     assert outcomes == [AcquireTimeoutError] * 4
-    assert time.monotonic() - began < 2
+    assert watch.calm_s() < 2
     snapshot = read_snapshot(namespace)
     assert snapshot.waiting == 0
     assert [copy.state for copy in snapshot.instances] == ["active"]
@@ -105,7 +106,7 @@ def test_a_load_that_a_shutdown_overtakes_is_a_closed_error(new_manager: NewMana
 
     def load() -> Thing:
         loading.set()
-        assert go_on.wait(20)
+        assert go_on.wait(DEADLINE_S)
         return Thing()
 
     async def in_loop() -> None:
@@ -120,10 +121,10 @@ def test_a_load_that_a_shutdown_overtakes_is_a_closed_error(new_manager: NewMana
     }
     thread = threading.Thread(target=_note_outcome, args=(calls[way], outcomes))
     thread.start()
-    assert loading.wait(20)
+    assert loading.wait(DEADLINE_S)
     manager.shutdown()
     go_on.set()
-    thread.join(20)
+    thread.join(DEADLINE_S)
     assert outcomes == [ClosedError]
     # What the loader has made is nobody's, so it goes.
     assert Thing.unloaded == 1
@@ -150,7 +151,7 @@ def test_whatever_threads_do_at_a_shutdown_ends_with_a_closed_error(new_manager:
         time.sleep(0.004 * (turn % 6))
         manager.shutdown()
         for thread in threads:
-            thread.join(20)
+            thread.join(DEADLINE_S)
             assert not thread.is_alive()
     assert set(seen) <= {"ClosedError"}, seen
 
@@ -289,7 +290,7 @@ def _hold_and_forget(seat: Seat) -> None:
 
 def _collect(seat: Seat) -> None:
     gc.collect()
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + DEADLINE_S
     while any(thread.name == "mpmm-shutdown" for thread in threading.enumerate()) and time.monotonic() < deadline:
         time.sleep(0.01)
 

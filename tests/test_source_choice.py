@@ -16,6 +16,7 @@ import pytest
 from fake_drivers import BUDGET_MB, FakeDevice, FakeSmi, NVMLError, install, process, two_gpus, used
 from fake_drivers import plain_environment as plain_environment  # the fixture
 from fake_drivers import smi as smi  # the fixture
+from patience import DEADLINE_S
 
 from mpmm.errors import InvalidArgumentError
 from mpmm.memory.monitor import GPUMonitor
@@ -86,7 +87,7 @@ class TestChoice:
 
         def hang() -> None:
             inits.append(threading.current_thread())
-            answer.wait(20)
+            answer.wait(DEADLINE_S)
             init()
             answered.set()
 
@@ -97,7 +98,7 @@ class TestChoice:
             choose_source("nvml")
         answer.set()
         (thread,) = inits
-        thread.join(20)
+        thread.join(DEADLINE_S)
         assert answered.is_set()
         assert choose_source("nvml").name == "nvml"
 

@@ -29,6 +29,7 @@ from harness import (
     waiting,
 )
 from loaders import Gate, LoadFails, Loads
+from patience import Stopwatch
 
 from mpmm import cli
 from mpmm.errors import ClosedError, LockTimeoutError, NotAcquiredError
@@ -51,14 +52,14 @@ def stop_in_transaction(seat: Seat) -> None:
 def test_a_stopped_holder_of_the_lock_is_named_and_everything_goes_on_after_it(
     namespace: str, new_process: NewProcess, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    sleeper, other = new_process(lock_timeout_seconds=0.3), new_process()
+    sleeper, other = new_process(lock_timeout_seconds=1.0), new_process()
     sleeper.send(stop_in_transaction)
     sleeper.wait_until_stopped()
-    began = time.monotonic()
+    watch = Stopwatch()
     with pytest.raises(LockTimeoutError, match=f"process {sleeper.pid} holds it") as caught:
         other.call(acquire, "a")
-    assert time.monotonic() - began < 2
-    assert (caught.value.holder_pid, caught.value.timeout_seconds) == (sleeper.pid, 0.3)
+    assert watch.calm_s() < 3
+    assert (caught.value.holder_pid, caught.value.timeout_seconds) == (sleeper.pid, 1.0)
     snapshot = read_snapshot(namespace)
     lock = snapshot.lock
     assert (lock.held, lock.holder_stopped, lock.last_holder_pid) == (True, True, sleeper.pid)
@@ -88,7 +89,7 @@ def test_a_killed_holder_of_the_lock_leaves_the_state_as_it_was_before(namespace
 def test_a_release_that_cannot_get_the_lock_is_made_as_soon_as_it_is_free(
     hold: str, namespace: str, new_process: NewProcess, new_gate: NewGate
 ) -> None:
-    sleeper, other = new_process(lock_timeout_seconds=0.3), new_process()
+    sleeper, other = new_process(lock_timeout_seconds=1.0), new_process()
     began, go = new_gate(), new_gate()
     other.send(acquire_and_release_at if hold == "acquired" else use_in_block, "a", began, go)
     began.wait()
@@ -124,14 +125,14 @@ def use_in_block(seat: Seat, tag: str, began: Gate, go: Gate) -> None:
 def test_a_load_that_ends_while_the_locks_holder_is_stopped_is_not_lost(
     namespace: str, new_process: NewProcess, new_gate: NewGate
 ) -> None:
-    sleeper, other = new_process(lock_timeout_seconds=0.3), new_process()
+    sleeper, other = new_process(lock_timeout_seconds=1.0), new_process()
     began, go = new_gate(), new_gate()
     other.send(acquire, "a", Loads("a", began, go))
     began.wait()
     sleeper.send(stop_in_transaction)
     sleeper.wait_until_stopped()
     go.open()
-    time.sleep(0.6)
+    time.sleep(1.3)
     assert not other.has_result(), "it waits for the lock for longer than others do"
     sleeper.resume()
     sleeper.result()
@@ -140,7 +141,7 @@ def test_a_load_that_ends_while_the_locks_holder_is_stopped_is_not_lost(
 
 
 def test_a_process_can_leave_while_the_locks_holder_is_stopped(namespace: str, new_process: NewProcess) -> None:
-    sleeper, other = new_process(lock_timeout_seconds=0.3, fallback_memory_mb=100), new_process()
+    sleeper, other = new_process(lock_timeout_seconds=1.0, fallback_memory_mb=100), new_process()
     other.call(acquire, "a")
     other.call(wait_in_a_thread, "b")
     wait_until(lambda: waiting(namespace, "b"), "a thread waits")
@@ -181,10 +182,10 @@ def test_the_dead_are_buried_while_the_leader_is_stopped(namespace: str, new_pro
     wait_until(lambda: waiting(namespace, "b"), "the other one waits")
     stop_outside_of_transactions(leader, namespace)
     victim.kill()
-    killed = time.monotonic()
+    watch = Stopwatch()
     assert other.result()
-    print(f"the memory of the dead was free after {time.monotonic() - killed:.2f} s")
-    assert time.monotonic() - killed < 3
+    print(f"the memory of the dead was free after {watch.s():.2f} s")
+    assert watch.calm_s() < 3
     leader.resume()
     assert problems(namespace) == []
 
@@ -214,9 +215,8 @@ def test_a_stuck_leader_is_stood_in_for(
         assert age is not None
         return time.monotonic() - age - stopped
 
-    wait_until(lambda: sampled_since() > 0.2, "somebody else takes samples", 5)
+    wait_until(lambda: sampled_since() > 0.2, "somebody else takes samples", 3)
     print(f"first sample without the leader after {sampled_since():.2f} s")
-    assert sampled_since() < 3
     allocation = device.allocate(300)
     wait_until(lambda: read_snapshot(namespace).devices[0].used_mb == 300, "its samples are fresh", 5)
     assert leader_pid(read_snapshot(namespace)) == leader.pid

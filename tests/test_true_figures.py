@@ -23,6 +23,7 @@ from harness import (
     waiting,
 )
 from loaders import LoadsServer, MakesServed, Served, Weights
+from patience import Stopwatch
 
 import mpmm
 from mpmm import ModelManager
@@ -79,9 +80,9 @@ def test_memory_of_an_unload_is_seen_to_be_back_although_another_load_fills_it(
     learn(Seat(manager), a=600, b=700, c=800)
     with caplog.at_level(logging.WARNING, "mpmm"):
         for tag, mb in {"a": 600.0, "b": 700.0, "c": 800.0}.items():
-            began = time.monotonic()
+            watch = Stopwatch()
             use(manager, gpus, tag, mb)
-            assert time.monotonic() - began < 30
+            assert watch.calm_s() < 30
     assert read_snapshot(namespace).written_off_mb == 0
     assert "did not come back" not in caplog.text
     assert evicted(namespace) == 2
@@ -91,13 +92,13 @@ def test_a_source_that_hangs_does_not_hold_back_what_an_unload_has_freed(
     namespace: str, new_manager: NewManager, new_gpus: NewGpus
 ) -> None:
     gpus = new_gpus(1000)
-    manager = new_manager(memory_source="nvidia-smi", poll_interval=0.2, wait_timeout_seconds=30.0)
+    manager = new_manager(memory_source="nvidia-smi", poll_interval=0.2, wait_timeout_seconds=60.0)
     learn(Seat(manager), a=700, b=800)
     use(manager, gpus, "a", 700)
     gpus.hang(nvidia_smi_s=60.0)
-    began = time.monotonic()
+    watch = Stopwatch()
     use(manager, gpus, "b", 800)
-    assert time.monotonic() - began < 15, "nobody waits for the program"
+    assert watch.calm_s() < 15, "nobody waits for the program"
     assert [len(copies_of(namespace, tag)) for tag in "ab"] == [0, 1]
 
 
@@ -105,7 +106,7 @@ def test_a_model_that_fits_beside_the_drivers_memory_only_without_slack_is_loade
     namespace: str, new_manager: NewManager, new_gpus: NewGpus
 ) -> None:
     gpus = new_gpus(1000, reserved_mb=50)
-    manager = new_manager(memory_source="nvml", slack_percentage=0.1, wait_timeout_seconds=30.0)
+    manager = new_manager(memory_source="nvml", slack_percentage=0.1, wait_timeout_seconds=60.0)
     use(manager, gpus, "small", 100)
     for _ in range(2):
         for tag in ("a", "b"):

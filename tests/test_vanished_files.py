@@ -30,6 +30,7 @@ from harness import (
     wait_until,
 )
 from loaders import Loads, LoadsServer
+from patience import DEADLINE_S
 
 from mpmm.cli import main
 from mpmm.errors import RuntimeDirectoryError, SegmentLostError
@@ -542,7 +543,7 @@ def test_a_segment_that_the_last_one_removes_as_it_leaves_is_not_lost(
         reader = threading.Thread(target=look)
         reader.start()
         # It has found no segment, and a member that lives: the one that leaves.
-        assert looks.wait(10.0)
+        assert looks.wait(DEADLINE_S)
         remove(runtime, identity)
         reader.join()
 

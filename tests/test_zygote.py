@@ -23,7 +23,7 @@ import pytest
 import shared_workers
 from counters import Counter, Importing, Imports, Surroundings, die_in_constructor, fail_to_construct
 from harness import SCALE, import_path
-from patience import DEADLINE_S
+from patience import DEADLINE_S, Stopwatch
 from shared_workers import LAST_CLIENT_S, Client, acquire, is_running, wait_until
 
 from mpmm.errors import ServerStartError
@@ -320,14 +320,14 @@ def servers_of_template(path: str, modules: Any, name: str, timeout_s: float = L
     first = shared(path, "first", Imports(name))
     template = wait_for_template_with(path, modules, name, timeout_s)
     found = [first]
-    end = time.monotonic() + timeout_s
+    watch = Stopwatch()
     for number in itertools.count():
         proxy = shared(path, f"from template {number}", Imports(name))
         if proxy.parent() == template:
             found.append(proxy)
             if len(found) == 3:
                 return found
-        assert time.monotonic() < end, "the template forks nothing"
+        assert watch.calm_s() < timeout_s, "the template forks nothing"
         time.sleep(0.02)
     raise AssertionError("unreachable")
 
