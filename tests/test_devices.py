@@ -19,6 +19,7 @@ from harness import (
     Seat,
     acquire,
     copies_of,
+    in_thread,
     learn,
     model_of,
     problems,
@@ -28,6 +29,7 @@ from harness import (
 )
 from loaders import Loads, LoadsObject, LoadsServer, MakesServed, served
 from many_gpus import LAYOUTS
+from patience import DEADLINE_S
 
 import mpmm
 from mpmm import InvalidArgumentError, ModelManager, ModelTooLargeError, Placement
@@ -294,6 +296,31 @@ def test_memory_of_others_is_told_apart_and_is_not_to_be_had(
     gpus.pretend(1, 0, 0)
     manager.reserve(400, devices=[0]).release()
     assert device(namespace).unrelated_mb == 0
+
+
+def test_what_a_server_has_that_the_driver_still_tears_down_is_no_other_programs(
+    namespace: str, new_manager: NewManager, new_gpus: NewGpus
+) -> None:
+    gpus = new_gpus(1000)
+    manager = new_manager(
+        memory_source="nvml", poll_interval=0.05, memory_return_seconds=60.0, default_estimate_mb=600.0
+    )
+    with manager.model("a", LoadsServer("torn down")) as handle:
+        pid = served(handle).pid()
+        # The driver goes on to list it when it is gone.
+        gpus.pretend(pid, 600, 0)
+        wait_until(lambda: device(namespace).used_mb == 600, "it is measured")
+    # Were that memory somebody else's, an unknown model would be loaded into what is left.
+    loaded, outcome = in_thread(lambda: manager.preload("b", LoadsServer("after it", MakesServed(gpus, 600))))
+    wait_until(lambda: not copies_of(namespace, "a"), "its server is gone")
+    polled = device(namespace).samples[-1]
+    wait_until(lambda: polled not in device(namespace).samples[-2:] and device(namespace).used_mb == 600, "it is seen")
+    assert (device(namespace).unrelated_mb, [one.tag for one in waiting(namespace)]) == (0, ["b"])
+    gpus.pretend(pid, 0, 0)
+    loaded.join(DEADLINE_S)
+    assert outcome == [1]
+    assert read_snapshot(namespace).out_of_memory == 0
+    assert problems(namespace) == []
 
 
 def test_a_server_is_measured_while_it_is_used(namespace: str, new_manager: NewManager, new_gpus: NewGpus) -> None:

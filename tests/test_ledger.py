@@ -14,6 +14,7 @@ from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
+from crash_lab import Lab
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
@@ -142,6 +143,29 @@ def test_a_source_that_does_not_answer_holds_up_nobody() -> None:
     assert expire(waits, 2001 * MS, later, GIVE_UP_NS) is waits, (
         "a sample from after the unload contradicts the accounts"
     )
+
+
+def test_what_is_on_no_list_any_more_may_still_be_there_until_its_unload_has_ended() -> None:
+    lab = Lab("ledger")
+    # It lists processes, and freed memory shows up late.
+    lab.do(lambda t, tr: tr.members.lead(t, 0, b"test", (True, True, False)))
+    copy = lab.idle("a", server=True)
+
+    def sample(used_mb: float, *listed_mb: float) -> float:
+        """Note a sample with what it lists of the server, if that; return what is free then."""
+        lab.do(lambda t, tr: tr.measurements.measure(t, lab.server, dict(enumerate(listed_mb))))
+        lab.do(lambda t, tr: tr.devices.sample(t, 0, used_mb, time.monotonic_ns()))
+        snapshot = read_snapshot("ledger")
+        return snapshot.devices[0].limit_mb - snapshot.devices[0].committed_mb
+
+    assert sample(600.0, 600.0) == 300.0
+    lab.do(lambda t, tr: tr.unloads.begin(t, copy, lab.victim, evicted=True))
+    assert sample(600.0) == 300.0
+    assert read_snapshot("ledger").devices[0].external_mb == 0.0
+    lab.do(lambda t, tr: tr.unloads.end(t, copy))
+    assert sample(0.0) == 900.0
+    assert lab.problems() == []
+    lab.namespace.leave()
 
 
 def test_returns_beyond_the_table_are_awaited_together() -> None:

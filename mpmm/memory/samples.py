@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
@@ -9,6 +10,7 @@ from dataclasses import dataclass, field
 from mpmm.errors import InvalidArgumentError
 from mpmm.memory.placement import Placement
 from mpmm.scheduling import Scheduler
+from mpmm.shared_state.durations import to_ns
 from mpmm.shared_state.layout import Device, Header, Instance, Member, device_bits, device_rows
 from mpmm.shared_state.namespace import Namespace
 from mpmm.shared_state.tables import fit_text
@@ -23,7 +25,7 @@ from mpmm.sources import (
     process_knowledge,
     what_it_measures,
 )
-from mpmm.sources.process_tree import process_tree, unrelated_to
+from mpmm.sources.process_tree import is_ending, process_tree, unrelated_to
 
 __all__ = ["SharedSamples"]
 
@@ -57,6 +59,8 @@ class SharedSamples:
         self._source: MemorySource | None = None
         # Whether the source can measure nothing.
         self._blind = False
+        # When this process has last seen each of the model servers.
+        self._servers_at_ns: dict[int, int] = {}
 
     def describe(
         self, source: MemorySource, devices: Sequence[DeviceInfo], next_in_line: Sequence[int] | None = None
@@ -341,13 +345,16 @@ class SharedSamples:
         """Return which of these processes are neither members, nor programs of leases, nor a server's children.
 
         Looks without the lock. Processes that a worker has started without a lease hold nothing that could be unloaded.
+        A server that ends is no member any more while the driver still lists it with all of its memory: that is
+        coming back, and nobody else's.
         """
         namespace = self._namespace
         tables = namespace.tables
         members = {tables.members[slot].pid for slot in tables.used_members()}
         ours = members | {pid for tree in self._programs().values() for pid in tree}
         servers = {tables.members[slot].pid for slot in self._servers()}
-        return unrelated_to(set(measured) - ours, servers)
+        unrelated = unrelated_to(set(measured) - ours - self._servers_at_ns.keys(), servers)
+        return {pid for pid in unrelated if not is_ending(pid)}
 
     def server_pids(self) -> Sequence[int]:
         """Return the pids of the namespace's model servers, and of programs that have leases.
@@ -356,6 +363,11 @@ class SharedSamples:
         """
         namespace = self._namespace
         servers = [namespace.tables.members[slot].pid for slot in self._servers()]
+        now_ns = time.monotonic_ns()
+        # For as long as memory may take to come back; then it is written off.
+        lately_ns = now_ns - to_ns(namespace.settings.memory_return_seconds)
+        lately = {pid: at_ns for pid, at_ns in self._servers_at_ns.items() if at_ns >= lately_ns}
+        self._servers_at_ns = {**lately, **dict.fromkeys(servers, now_ns)}
         return servers + [pid for tree in self._programs().values() for pid in tree]
 
     def _servers(self) -> list[int]:

@@ -8,7 +8,10 @@ from pathlib import Path
 
 import psutil
 
-__all__ = ["process_tree", "unrelated_to"]
+__all__ = ["is_ending", "process_tree", "unrelated_to"]
+
+# Of the flags in /proc/PID/stat: the process is on its way out, which takes a while where it has mapped much.
+_PF_EXITING = 0x4
 
 
 def process_tree(pid: int, without: Collection[int] = ()) -> list[int]:
@@ -45,6 +48,18 @@ def unrelated_to(pids: Iterable[int], roots: Collection[int]) -> set[int]:
         if not belongs[pid]:
             found.add(pid)
     return found
+
+
+def is_ending(pid: int) -> bool:
+    """Tell whether a process is being torn down by the kernel, or has only not been reaped; False if nobody can tell.
+
+    Its locks are free by then, and its memory need not be.
+    """
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
+    except OSError:
+        return False
+    return bool(fields) and (fields[0] in (b"Z", b"X") or bool(int(fields[6]) & _PF_EXITING))
 
 
 def _parent_of(pid: int) -> int | None:

@@ -130,8 +130,14 @@ class Ledgers(Part):
                 return Entry(mb, mb, True)
             # What a lease's program takes may come and go at any time.
             return Entry(0.0, floats[at + Instance.RESERVED_MB] / span)
+        mb = dict(self._tables.shares_of(row))[device]
+        # One whose seats are in use has not begun.
+        going = state in (Instance.UNLOADING, Instance.SUSPENDING) and not words[at + Instance.SEATS]
         measured_mb = self.measured_share(row, device)
         if measured_mb is not None:
+            if going and words[Header.SOURCE_FREES_LATE]:
+                # A process that ends is on no list any more while the driver still tears its memory down.
+                return Entry(measured_mb, max(measured_mb, mb))
             return Entry(measured_mb, measured_mb, True)
         if words[Header.SOURCE_COUNTS_NAMED]:
             # It is in memory, but in none of the processes that the figure is about.
@@ -141,12 +147,9 @@ class Ledgers(Part):
             # up to all.
             began_later = words[at + Instance.SINCE] > figure.done_ns
             return Entry(0.0, 0.0 if began_later else floats[at + Instance.RESERVED_MB] / span)
-        mb = dict(self._tables.shares_of(row))[device]
         # A figure is no moment but a span: an instance was certainly in it only if it had loaded before the source was
         # asked, and has not begun to leave before the answer was there.
         loaded = 0 < words[at + Instance.LOADED_AT] < figure.taken_ns
-        # One whose seats are in use has not begun.
-        going = state in (Instance.UNLOADING, Instance.SUSPENDING) and not words[at + Instance.SEATS]
         leaves = going and words[at + Instance.SINCE] <= figure.done_ns
         return Entry(mb if loaded and not leaves else 0.0, mb)
 
