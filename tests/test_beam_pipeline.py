@@ -205,6 +205,82 @@ def test_two_pipelines_on_the_worker_pool_share_one_state(surroundings: dict[str
     assert seen["models"] in ([["near", 1, 1]], [["near", 1, 2]])
 
 
+# Two workers of one pipeline. Each stays in its first batch until both are in one, and have looked at the state.
+SHARED_COPY = """
+    import json, sys, time
+    from pathlib import Path
+
+    import mpmm.beam
+    mpmm.beam.install()
+    import apache_beam as beam
+    from apache_beam.ml.inference.base import KeyedModelHandler, ModelHandler, RunInference
+    from apache_beam.options.pipeline_options import PipelineOptions
+    from apache_beam.runners.portability.fn_api_runner import FnApiRunner
+
+    class Doubles(ModelHandler):
+        mpmm_users = 2
+
+        def __init__(self, folder):
+            super().__init__(max_batch_size=1)
+            self._folder = folder
+
+        def load_model(self):
+            return len
+
+        def run_inference(self, batch, model, inference_args=None):
+            self.meet("inside")
+            from mpmm.shared_state.snapshot import read_snapshot
+            copies = [[copy.state, copy.held] for copy in read_snapshot("mps.model_manager").copies]
+            self.meet("looked", json.dumps(copies))
+            return [model(text) for text in batch]
+
+        def meet(self, what, text=""):
+            import os
+            mine, deadline = Path(self._folder, f"{what}-{os.getpid()}"), time.monotonic() + 60
+            if not mine.exists():
+                mine.write_text(text)
+            while len(list(Path(self._folder).glob(f"{what}-*"))) < 2:
+                assert time.monotonic() < deadline, what
+                time.sleep(0.02)
+
+    def main(folder):
+        options = PipelineOptions(direct_running_mode="multi_processing", direct_num_workers=2)
+        arguments = {"memory_source": "booked", "fallback_memory_mb": 1000.0, "default_estimate_mb": 900.0}
+        with beam.Pipeline(runner=FnApiRunner(), options=options) as pipeline:
+            _ = (
+                pipeline
+                | beam.Create([(number, "x" * number) for number in range(40)], reshuffle=False)
+                | beam.Reshuffle()
+                | RunInference(
+                    KeyedModelHandler(Doubles(folder)), use_model_manager=True, model_manager_args=arguments
+                )
+                | beam.Map(lambda pair: Path(folder, f"found-{pair[0]}").write_text(str(pair[1])))
+            )
+
+    if __name__ == "__main__":
+        import shared_copy
+        shared_copy.main(sys.argv[1])
+"""
+
+
+def test_two_workers_of_a_pipeline_use_one_copy_at_a_time(surroundings: dict[str, str], tmp_path: Path) -> None:
+    program = tmp_path / "shared_copy.py"
+    program.write_text(textwrap.dedent(SHARED_COPY))
+    done = subprocess.run(
+        [sys.executable, os.fspath(program), os.fspath(tmp_path)],
+        env={**surroundings, "PYTHONPATH": os.pathsep.join([os.fspath(tmp_path), surroundings["PYTHONPATH"]])},
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    # There is room for one copy, which both workers had while they looked.
+    assert [json.loads(path.read_text()) for path in tmp_path.glob("looked-*")] == [[["active", 2]]] * 2
+    found = {int(path.name.removeprefix("found-")): int(path.read_text()) for path in tmp_path.glob("found-*")}
+    assert found == {number: number for number in range(40)}
+
+
 @contextlib.contextmanager
 def worker_pool(environment: dict[str, str], log: Path) -> Iterator[str]:
     """Beam's worker pool with worker processes; yields its address."""
