@@ -100,6 +100,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Everything after `--` belongs to the program to be run, whatever it looks like.
     ours, program = (given[: given.index("--")], given[given.index("--") + 1 :]) if "--" in given else (given, [])
     parser = make_parser()
+    if not ours:
+        # Who types `mpmm` alone wants to know what there is.
+        parser.print_help(sys.stderr)
+        return EXIT_USAGE
     options, unknown = parser.parse_known_args(ours)
     if unknown:
         hint = "; write the program and its arguments after `--`" if options.command == "run" else ""
@@ -370,7 +374,7 @@ def _move(options: argparse.Namespace, root: Path | None) -> int:
 
     from mpmm.model_manager import ModelManager
 
-    namespace = _namespace(options, root)
+    namespace = options.named or _namespace(options, root)
     read_snapshot(namespace, root, events=False)
     # No report that our defaults differ from the settings of the namespace.
     logging.getLogger("mpmm").setLevel(logging.ERROR)
@@ -379,6 +383,12 @@ def _move(options: argparse.Namespace, root: Path | None) -> int:
         moved = manager.suspend(options.tag) if suspends else manager.resume(options.tag)
     done = "suspended" if suspends else "resumed"
     print(f"{namespace}: {moved} cop{'y' if moved == 1 else 'ies'} of {printable(options.tag)} {done}")
+    if suspends and not moved:
+        print(
+            "mpmm: a copy can be suspended if it is idle, and its object has sleep() and wake_up(), or the CUDA driver "
+            "can do it; `mpmm help behaviour` says more",
+            file=sys.stderr,
+        )
     return 0 if moved else EXIT_PROBLEM
 
 

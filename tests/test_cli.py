@@ -558,6 +558,27 @@ def test_help_teaches() -> None:
         assert wanted in text
 
 
+def test_without_a_command_all_are_shown(capsys: Capture) -> None:
+    assert main([]) == 2
+    assert "inspect             one screen" in capsys.readouterr().err
+
+
+def test_what_there_is_one_of_is_not_said_in_the_plural(new_manager: NewManager, namespace: str) -> None:
+    new_manager()
+    assert f"namespace {namespace}, 1 worker and 0 model servers, up for" in render(read_snapshot(namespace))
+
+
+def test_that_nothing_was_suspended_is_said_with_what_can_be(
+    new_manager: NewManager, namespace: str, capsys: Capture
+) -> None:
+    manager = new_manager()
+    manager.release_model("plain", manager.acquire_model("plain", LoadsObject()))
+    assert main(["suspend", "plain", "--namespace", namespace]) == 1
+    shown = capsys.readouterr()
+    assert shown.out == f"{namespace}: 0 copies of plain suspended\n"
+    assert "a copy can be suspended if it is idle, and" in shown.err
+
+
 def test_it_runs_as_a_module(busy: ModelManager, namespace: str) -> None:
     done = run_python("-W", "error", "-m", "mpmm", "inspect", "--json", namespace)
     assert json.loads(done.stdout)["namespace"] == namespace

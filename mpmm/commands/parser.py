@@ -128,6 +128,8 @@ def _add_changing(commands: Commands) -> None:
         command = commands.add_parser(name, help=what)
         command.add_argument("tag")
         _add_namespace(command)
+        # As with the other commands about a model.
+        command.add_argument("--namespace", dest="named", metavar="NAMESPACE", help="the same, by an option")
     prune = commands.add_parser("prune", help="remove segments and folders that crashed processes left behind")
     prune.add_argument("--dry-run", action="store_true", help="only list what would be removed")
     doctor = commands.add_parser(

@@ -120,7 +120,8 @@ def headline(snapshot: Snapshot) -> list[str]:
     leader = next((member for member in snapshot.members if member.slot == snapshot.leader), None)
     kinds = Counter(member.kind for member in snapshot.members)
     lines = [
-        f"namespace {snapshot.namespace}, {kinds['worker']} workers and {kinds['server']} model servers, "
+        f"namespace {snapshot.namespace}, {_counted(kinds['worker'], 'worker')} and "
+        f"{_counted(kinds['server'], 'model server')}, "
         f"up for {age(snapshot.taken_wall_s - snapshot.created_wall_s)}",
         f"leader: {f'pid {leader.pid} for {age(snapshot.leader_for_s)}' if leader else 'none'}, "
         f"polled {age(snapshot.polled_ago_s)} ago, source {_source(snapshot)}, "
@@ -148,6 +149,10 @@ def headline(snapshot: Snapshot) -> list[str]:
                 f"isolation: {tags.get(device.isolated, '?')} runs alone on device {device.row}, to be measured"
             )
     return lines
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def _source(snapshot: Snapshot) -> str:

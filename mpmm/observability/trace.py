@@ -121,6 +121,7 @@ class Tracer:
             )
         if step.fresh or step.lost:
             self._find_what_was_there(snapshot, step.events, begin)
+            self._count_lying((device.row for device in snapshot.devices), begin)
         for event in step.events:
             ts = (snapshot.taken_s - event.age_s) * 1e6
             handler = self._handlers.get(event.kind)
@@ -136,7 +137,7 @@ class Tracer:
         self._close_all(snapshot.taken_s * 1e6)
         return self._tracks.take()
 
-    def _lies(self, devices: Iterable[int], ts: float) -> None:
+    def _count_lying(self, devices: Iterable[int], ts: float) -> None:
         """Write how much the models on some devices take by the accounts."""
         for device in devices:
             mb = sum(span.args.get("MB") or 0.0 for span in self._lying.values() if device in span.devices)
@@ -186,14 +187,17 @@ class Tracer:
 
     def _lie(self, row: int, tag: str, devices: tuple[int, ...], ts: float) -> None:
         self._lying[row] = Span(tag, "loaded", ts, args={"MB": self._estimates.get(tag, 0.0)}, devices=devices)
-        self._lies(devices, ts)
+        self._count_lying(devices, ts)
 
     def _lies_no_more(self, row: int | None, ts: float) -> None:
         span = self._lying.pop(row, None) if row is not None else None
         if span is not None:
-            for device in span.devices:
-                self._tracks.span(span, ts, DEVICE_PID + device)
-            self._lies(span.devices, ts)
+            self._write_lying(span, ts)
+            self._count_lying(span.devices, ts)
+
+    def _write_lying(self, span: Span, ts: float) -> None:
+        for device in span.devices:
+            self._tracks.span(span, ts, DEVICE_PID + device)
 
     def _close_all(self, ts: float) -> None:
         spans = [*self._waits.values(), *self._uses.values()]
@@ -201,9 +205,11 @@ class Tracer:
         for span in spans:
             span.args["unfinished"] = True
             self._tracks.span(span, ts)
-        for row in list(self._lying):
-            self._lying[row].args["unfinished"] = True
-            self._lies_no_more(row, ts)
+        # No counter falls: what is at the end of the trace goes on after it.
+        for span in self._lying.values():
+            span.args["unfinished"] = True
+            self._write_lying(span, ts)
+        self._lying.clear()
         self._waits.clear()
         self._uses.clear()
         self._released.clear()

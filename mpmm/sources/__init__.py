@@ -90,7 +90,7 @@ def choose_source(
             reasons.append(f"{candidate}: {error.reason}")
     if warn:
         (logger or printable_logger(__name__)).warning(
-            "No GPU memory to measure (%s). Using accounting alone, with a total of %s MB: models are admitted by "
+            "No GPU memory to measure (%s). Using accounting alone, with a total of %.0f MB: models are admitted by "
             "their estimates. With a GPU, make sure that its driver is loaded and visible here (in a container: "
             "--gpus all); `mpmm doctor` says what is missing. Without one, memory_source='host' measures the host's "
             "memory, and 'booked' does without this warning",
