@@ -112,6 +112,7 @@ class HeaderRow(Row):
 
     # Odd while a transaction is open, also one that a dead process has left.
     change = Word(Header.CHANGE)
+    # Written outside every transaction's log: a number that was given once must not come back with a rollback.
     next_generation = Word(Header.NEXT_GENERATION)
     # Who remembers this number sees that somebody has emptied queue and memory since.
     resets = Word(Header.RESETS)

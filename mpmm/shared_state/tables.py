@@ -123,6 +123,7 @@ class Tables:
 
     def seats_of(self, row: int) -> list[int]:
         """Return the rows of the seats of a copy (row)."""
+        # Mostly there are none, and a look at the whole table costs more than all the rest.
         if not self.segment.words[self.instance(row) + Instance.SEATS]:
             return []
         return self.rows_where(self._instances, Instance.SEAT_OF, row + 1)

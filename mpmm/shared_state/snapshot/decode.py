@@ -188,6 +188,7 @@ class _Decoder:
 
     def _suspend_budget_mb(self, settings: Settings) -> float:
         chosen = settings.suspend_budget_mb
+        # nan, until somebody has chosen: then it is the share of the host that the namespace's maker has found.
         return chosen if math.isfinite(chosen) else self._floats[Header.HOST_SHARE_MB]
 
     def _rows(self, table: Table) -> Rows:
@@ -264,6 +265,8 @@ class _Decoder:
         found = dict(users)
         for row, copy in zip(numbers, rows.words_at(Instance.SEAT_OF), strict=True):
             if copy:
+                # A copy's own row is a place like each of its seats, so theirs come on top of its own. `get`, because
+                # junk may name a row that is free.
                 found[copy - 1] = found.get(copy - 1, 0) + users[row]
         return [found[row] for row in numbers]
 
@@ -350,6 +353,7 @@ class _Decoder:
         """What a copy or a lease counts for on a device, see `policy.ledger` and `Scheduler.read_copies`."""
         span = len(instance.shares_mb)
         if instance.state == "leased":
+            # What its program takes beyond the lease is taken, too; what it leaves of it nobody else may take.
             return max(instance.reserved_mb, instance.mb) / span
         if instance.state not in ("loading", "resuming"):
             return instance.shares_mb[device]
@@ -387,6 +391,7 @@ class _Decoder:
             start = at + Observation.READINGS
             device = words[at + Observation.DEVICE]
             yield ObservationInfo(
+                # A pair is a generation and a number of copies, in one word.
                 {by_generation.get(pair >> 16, "(recycled)"): pair & 0xFFFF for pair in pairs},
                 tuple(floats[start : start + count].tolist()),
                 device - 1 if device else None,
@@ -405,6 +410,7 @@ class _Decoder:
         rows = self._rows_at([at for sequence, at in places if self._words[at + Event.SEQUENCE] == sequence])
         placed, kinds, reasons = [], [], []
         for word in rows.words_at(Event.KIND):
+            # Three things in one word, so that an event is as few stores as possible: devices, reason plus one, kind.
             devices, decided = divmod(word, 2**32)
             reason, kind = divmod(decided, 256)
             placed.append(tuple(device_rows(devices)))
@@ -438,6 +444,7 @@ class _Decoder:
         kinds = self._words[table.base + Event.KIND : table.end : table.words].tolist()
         seen: Counter[int] = Counter()
         found = []
+        # From the newest back, or the oldest of each kind would be all there is.
         for sequence in range(last, first - 1, -1):
             # Without the bits of the devices, which would make a kind of its own of each place.
             kind = kinds[(sequence - 1) % table.capacity] % 2**32

@@ -100,11 +100,13 @@ def word_or_none(place: int) -> Metadata:
 
 def flag(place: int) -> Metadata:
     """Declare a bool: a word that is not 0."""
+    # Not `== 1`: some flags are numbers that say more, as UNLOAD_ON_RELEASE does.
     return _kind(place, lambda rows: [found != 0 for found in rows.words_at(place)])
 
 
 def reference(place: int) -> Metadata:
     """Declare the row that a word refers to: it holds that plus one, 0 for none."""
+    # Plus one, because a segment begins as zeros: a word that was never written must not refer to row 0.
     return _kind(place, lambda rows: [found - 1 if found else None for found in rows.words_at(place)])
 
 

@@ -98,6 +98,7 @@ def read_snapshot(
     for an impossible name.
     """
     runtime = RuntimeDirectory(namespace, root)
+    # The folder first: where there is none, nobody has made a namespace of this name, and none is lost.
     if not runtime.path.is_dir():
         raise FileNotFoundError(f"there is no namespace {namespace!r} in {runtime.root}")
     name = segment_name(runtime.root, namespace)
@@ -120,6 +121,7 @@ def read_snapshot(
         copied = _consistent_copy(segment, events)
         layout = segment.layout
     finally:
+        # The copy is all that is looked at, and a mapping that stays would keep the memory of a removed segment.
         segment.close()
     # After the copy, and so maybe another holder than the copy's. It only says whether somebody is stuck.
     held = is_locked(segment.path)

@@ -74,6 +74,7 @@ class ModelInfo:
     tag: str = field(metadata=kinds.text(Model.TAG))
     name: str = field(metadata=kinds.text(Model.NAME))
     shares: bool = field(metadata=kinds.flag(Model.SHARES))
+    # The word says nothing where KNOWN is 0.
     estimate_mb: float | None
     measured: bool = field(metadata=kinds.flag(Model.MEASURED))
     sd_mb: float = field(metadata=kinds.number(Model.SD_MB))
@@ -92,6 +93,7 @@ class ModelInfo:
     hits: int = field(metadata=kinds.word(Model.HITS))
     evictions: int = field(metadata=kinds.word(Model.EVICTIONS))
     pins: int = field(metadata=kinds.word(Model.PINS))
+    # From its copies where it has any: a use writes nothing into the model's row.
     unused_for_s: float
     load_s: float = field(metadata=kinds.number(Model.LOAD_S))
     hold_s: float = field(metadata=kinds.number(Model.HOLD_S))
@@ -146,6 +148,7 @@ class InstanceInfo:
     server: int | None = field(metadata=kinds.reference(Instance.SERVER))
     seat_of: int | None = field(metadata=kinds.reference(Instance.SEAT_OF))
     seats: int = field(metadata=kinds.word(Instance.SEATS))
+    # Counted, because a copy's row says of itself alone whether it is in use.
     held: int
     device: int
     # By device, because a number in a list would say nothing once other devices are listed.
@@ -189,6 +192,7 @@ class TicketInfo:
     urgency: int
     tag: str = field(metadata=kinds.tag(Ticket.MODEL))
     model: int = field(metadata=kinds.word(Ticket.MODEL))
+    # Looked up: a ticket's row has its member's slot alone.
     member: int
     pid: int
     state: str = field(metadata=kinds.state(Ticket.STATE, TicketState))
