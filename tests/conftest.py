@@ -44,6 +44,21 @@ from mpmm.shared_state.runtime_dir import RUNTIME_DIR_VARIABLE
 
 # Model servers notice within two seconds that nobody is left.
 LEAVE_TIMEOUT_S = 10.0
+# Of tests in real pipelines, at every store, and of whole tools; the longest first.
+TAKE_LONGEST = (
+    "test_beam_pipeline",
+    "test_workload",
+    "test_simulator",
+    "test_crash_points",
+    "test_bad_ground",
+    "test_gpu_check",
+    "test_beam_shapes",
+    "test_call_crash_points",
+    "test_fork_points",
+    "test_beam_run_inference",
+    "test_zygote",
+    "test_source_failures",
+)
 # Helpers of the interpreter that tests start on purpose; they end with the test process.
 HELPERS = ("multiprocessing.resource_tracker", "multiprocessing.forkserver")
 
@@ -60,6 +75,30 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
         for folder in ("mpmm", "tests", "tools"):
             compileall.compile_dir(CHECKOUT / folder, quiet=2)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Where several processes share the tests, have the files that take longest begin first, dealt out evenly.
+
+    Each process is given a contiguous part of the tests, and takes from the end of another's part when it has none
+    left. The last to end should be a short one.
+    """
+    if not hasattr(config, "workerinput"):
+        return
+    count = int(config.workerinput["workercount"])
+    parts: list[list[pytest.Item]] = [[] for _ in range(count)]
+    for number, name in enumerate(TAKE_LONGEST):
+        parts[number % count] += [item for item in items if item.path.stem == name]
+    rest = [item for item in items if item.path.stem not in TAKE_LONGEST]
+    total = len(items)
+    for number, part in enumerate(parts):
+        # As xdist deals them out.
+        wanted = max(0, total // (count - number) - len(part))
+        part += rest[:wanted]
+        del rest[:wanted]
+        total -= len(part)
+    items[:] = [*(item for part in parts for item in part), *rest]
 
 
 def pytest_collection_finish() -> None:

@@ -12,12 +12,11 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import import_path
+from harness import OncePerRun, import_path
 
 pytestmark = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in ("apache_beam", "pandas", "sklearn")),
@@ -80,8 +79,14 @@ SHAPES: dict[str, list[Any]] = {
 
 
 @pytest.fixture(scope="module")
-def predictions() -> Iterator[dict[str, list[Any]]]:
+def predictions(once_per_run: OncePerRun) -> dict[str, list[Any]]:
     """Predictions of all shapes, by name."""
+    found: dict[str, list[Any]] = once_per_run("beam_shapes", predict)
+    return found
+
+
+def predict() -> Any:
+    """Run the program; return what it predicts."""
     # Not pytest's folder: the names of sockets may have no more than 107 characters.
     folder = Path(tempfile.mkdtemp(prefix="mpmm-t"))
     (folder / "run").mkdir(mode=0o700)
@@ -101,7 +106,7 @@ def predictions() -> Iterator[dict[str, list[Any]]]:
         )
         assert done.returncode == 0, done.stderr[-4000:]
         assert "was released as" not in done.stderr, "a copy went back under another tag than it was acquired by"
-        yield json.loads((folder / "results.json").read_text())
+        return json.loads((folder / "results.json").read_text())
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

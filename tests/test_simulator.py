@@ -81,14 +81,14 @@ def test_the_bound_on_overtaking_is_never_broken(crowded: Found, cycling: Found)
 
 
 @pytest.fixture(scope="module", params=[1.0, 10.0], ids=lambda load_s: f"loads of {load_s:.0f} s")
-def cycling(request: pytest.FixtureRequest) -> Found:
+def cycling(request: pytest.FixtureRequest, once_per_run: OncePerRun) -> Found:
     """Four closed clients that cycle through four models with room for one, whose loads take less and more than the
     bound on overtaking."""
     room = ("--sizes-mb", *["4000"] * 4, "--device-mb", "4500", "--load-seconds", str(request.param))
     kinds = ("--cycling", "together", "apart", "own", "random")
-    return simulated(
-        *kinds, "--clients", "4", "--requests", "96", "--seeds", "0", "1", "2", "--policies", "mpmm", *room
-    )
+    setting = (*kinds, "--clients", "4", "--requests", "96", "--seeds", "0", "1", "2", "--policies", "mpmm", *room)
+    found: Found = once_per_run(f"cycling-{request.param:.0f}", lambda: simulated(*setting))
+    return found
 
 
 def test_closed_clients_that_cycle_share_their_loads(cycling: Found) -> None:
