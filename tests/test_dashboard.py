@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import signal
@@ -30,6 +31,7 @@ from mpmm.model_manager import ModelManager
 from mpmm.observability.dashboard.history import FINDINGS_SENT, POINTS_SENT, SAMPLES_KEPT, Recorder
 from mpmm.observability.dashboard.watch import Watcher
 from mpmm.observability.event_reader import EventReader, Step
+from mpmm.observability.formatting import times_left
 from mpmm.policy.view import Reason
 from mpmm.shared_state.segment import segment_name
 from mpmm.shared_state.snapshot import Snapshot, read_snapshot
@@ -224,6 +226,11 @@ def test_it_tells_who_waits_and_why(lively: ModelManager, served: Served, namesp
     assert waiter["urgency"] == 0
     assert state["head"]["waiting"] == 1
     assert waiter["since"] <= state["head"]["now"]
+    # Nobody knows any better how long the copy is held, once it has been held for longer than that.
+    ticket = replace(ticket, reason=Reason.IN_USE, seconds=2.0)
+    snapshot = read_snapshot(namespace)
+    left_s = [times_left(snapshot, {ticket.number: snapshot.taken_s - ago_s})(ticket) for ago_s in (1.0, 3.0)]
+    assert left_s == [2.0, math.inf]
 
 
 def test_it_tells_the_last_decisions(lively: ModelManager, served: Served) -> None:

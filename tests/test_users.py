@@ -40,6 +40,7 @@ from mpmm import AcquireTimeoutError, InvalidArgumentError, NamespaceResetError,
 from mpmm.beam.run_inference import replacements, users_of_handler
 from mpmm.cli import main
 from mpmm.model_manager.unload import Unloads
+from mpmm.observability.dashboard.history import Recorder
 from mpmm.observability.listing import copies_of as listed
 from mpmm.policy.plan import make_plan
 from mpmm.policy.sharing import expected_wait_s, waiting_is_sooner
@@ -536,6 +537,24 @@ def as_json_text(capsys: pytest.CaptureFixture[str], namespace: str) -> str:
     """Return what `mpmm inspect --json` says."""
     assert main(["inspect", namespace, "--json"]) == 0
     return capsys.readouterr().out
+
+
+def test_the_timeline_has_a_lane_for_each_user_and_none_for_seats_that_are_free(
+    new_manager: NewManager, namespace: str
+) -> None:
+    manager, recorder = new_manager(), Recorder(namespace, None)
+
+    def shown(*kinds: str) -> list[tuple[int, str, bool]]:
+        recorder.look()
+        # Number, tag, lane, kind, begin and end.
+        spans = [span for span in recorder.state("", 0, 60.0)["spans"] if span[3] in kinds]
+        return sorted((span[2], span[3], span[5] is None) for span in spans)
+
+    first, second = (manager.acquire_model("a", Loads("handle"), users=8) for _ in range(2))
+    assert shown("hold", "stay") == [(1, "hold", True), (1, "stay", True), (2, "hold", True), (2, "stay", True)]
+    manager.release_model("a", second)
+    manager.release_model("a", first)
+    assert shown("stay") == [(1, "stay", True), (2, "stay", False)]
 
 
 # ---- by others' requests -----------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields, is_dataclass, replace
 from typing import Any, TypeVar, cast
 
@@ -21,6 +21,7 @@ __all__ = [
     "age",
     "bar",
     "copies_counter",
+    "decided_at",
     "devices_of",
     "expected_waits",
     "for_people",
@@ -107,21 +108,29 @@ def age(seconds: float | None) -> str:
     return f"{seconds / 86400:.0f} d"
 
 
-def times_left(snapshot: Snapshot) -> Callable[[TicketInfo], float]:
+def decided_at(events: Iterable[EventInfo], taken_s: float) -> dict[int, float]:
+    """Return when waiters were told why they wait, by ticket, as far as events tell; taken_s: when those were read."""
+    waits = (event for event in events if event.kind == "waits" and event.ticket is not None)
+    return {cast(int, event.ticket): taken_s - event.age_s for event in waits}
+
+
+def times_left(snapshot: Snapshot, decided: Mapping[int, float] | None = None) -> Callable[[TicketInfo], float]:
     """Return what tells the time in a waiter's reason as it is by now.
 
     That is what is left of a back-off. Where copies that are in use should have been released within a time that has
     passed, it is not known any more, `inf`. Else it is as it was when that became the reason.
+
+    decided: see `decided_at`; None takes what the snapshot's events tell.
     """
     models = {model.row: model for model in snapshot.models}
-    decided = {event.ticket: event for event in snapshot.events if event.kind == "waits"}
+    told = decided_at(snapshot.events, snapshot.taken_s) if decided is None else decided
 
     def left_s(ticket: TicketInfo) -> float:
         model = models.get(ticket.model)
         if ticket.reason == Reason.BACKING_OFF and model is not None and model.failed_ago_s is not None:
             return max(0.0, back_off_s(model.failures) - model.failed_ago_s)
-        event = decided.get(ticket.number)
-        if ticket.reason in _UNTIL_RELEASED and event is not None and event.age_s > ticket.seconds:
+        at = told.get(ticket.number)
+        if ticket.reason in _UNTIL_RELEASED and at is not None and snapshot.taken_s - at > ticket.seconds:
             return math.inf
         return ticket.seconds
 

@@ -96,8 +96,12 @@ def draw(events: Iterable[TraceEvent], path: Path) -> None:
     tags = sorted({tag for history in devices.values() for _, _, tag, _ in history.loaded})
     colours = {tag: _COLOURS[number % len(_COLOURS)] for number, tag in enumerate(tags)}
     start = min(float(entry[0]) for history in devices.values() for entry in (*history.used, *history.loaded))
+    first: Any = None
     for place, history in enumerate(devices.values()):
-        _draw_device(figure.add_subplot(len(devices), 1, place + 1), history, start, colours)
+        # One time for all, so that what stands below each other happened at the same moment.
+        axes = figure.add_subplot(len(devices), 1, place + 1, sharex=first)
+        first = first or axes
+        _draw_device(axes, history, start, colours)
     figure.savefig(path, dpi=100)
 
 

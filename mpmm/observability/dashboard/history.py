@@ -19,7 +19,16 @@ from mpmm.observability.dashboard.decisions import CATEGORIES, decision
 from mpmm.observability.dashboard.timeline import Timeline
 from mpmm.observability.event_reader import EventReader, Step
 from mpmm.observability.findings import findings, longest_wait_s
-from mpmm.observability.formatting import copies_counter, expected_waits, needs, shared_by, times_left, waiters, why
+from mpmm.observability.formatting import (
+    copies_counter,
+    decided_at,
+    expected_waits,
+    needs,
+    shared_by,
+    times_left,
+    waiters,
+    why,
+)
 from mpmm.policy.view import Reason
 from mpmm.shared_state.snapshot import DeviceInfo, InstanceInfo, Snapshot, TicketInfo
 from mpmm.text.printable import printable
@@ -123,6 +132,7 @@ class Recorder:
         self._load = Samples()
         self._timeline = Timeline()
         self._decisions: deque[tuple[int, Row]] = deque(maxlen=DECISIONS_KEPT)
+        self._decided: dict[int, float] = {}
         self._lost = 0
 
     def look(self) -> None:
@@ -155,7 +165,9 @@ class Recorder:
         found = findings(snapshot)
         self._urgent = sum(one.urgent for one in found)
         self._findings = [{"urgent": one.urgent, "text": printable(one.text)} for one in found[:FINDINGS_SENT]]
-        self._waiters = _waiters(snapshot)
+        told = self._decided | decided_at(step.events, snapshot.taken_s)
+        self._decided = {one.number: told[one.number] for one in snapshot.tickets if one.number in told}
+        self._waiters = _waiters(snapshot, self._decided)
         self._copies.put(look, _copies(snapshot))
         self._models.put(look, _models(snapshot))
         self._members.put(look, _members(snapshot))
@@ -257,8 +269,8 @@ def _device(device: DeviceInfo, snapshot: Snapshot) -> Row:
     }
 
 
-def _waiters(snapshot: Snapshot) -> list[Row]:
-    need_of, expected_of, left_of = needs(snapshot), expected_waits(snapshot), times_left(snapshot)
+def _waiters(snapshot: Snapshot, decided: Mapping[int, float]) -> list[Row]:
+    need_of, expected_of, left_of = needs(snapshot), expected_waits(snapshot), times_left(snapshot, decided)
     first = waiters(snapshot)[:WAITERS_SENT]
     return [
         _waiter(ticket, snapshot.taken_s, expected_of(ticket), why(ticket, need_of(ticket), left_of(ticket)))

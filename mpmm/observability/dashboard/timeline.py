@@ -1,6 +1,6 @@
 """What each copy did and when, as spans on lanes: loads, holds, idle times, unloads and leases.
 
-A seat, with which several use one copy at a time, is shown like a copy.
+A seat, with which several use one copy at a time, is shown like a copy while it is used, and not while it is idle.
 
 A copy lies on a lane, named by its tag and a number: the lowest that no other copy of the tag has at the time. So a
 model that is evicted and loaded again comes back to its lane, and the page shows one line for it.
@@ -275,6 +275,8 @@ class Timeline:
             self._finish(row, taken_s)
         for row, found in there.items():
             copy = self._copies.get(row)
+            if copy is None and found.seat_of is not None and found.state == "idle":
+                continue
             since_s = max(0.0, taken_s - found.for_s)
             if copy is None or copy.tag != found.tag:
                 copy = self._new(row, found.tag, tuple(found.shares_mb), since_s)
@@ -287,9 +289,10 @@ class Timeline:
         if copy.doing is not None and copy.doing.kind != kind:
             self._close(copy.doing, since_s)
             copy.doing = None
-        if kind in (None, "hold") and copy.stay is None:
+        stays = kind == "hold" or (kind is None and found.seat_of is None)
+        if stays and copy.stay is None:
             copy.stay = self._open(copy, "stay", since_s, None)
-        elif kind not in (None, "hold"):
+        elif not stays:
             self._close(copy.stay, since_s)
             copy.stay = None
         if kind == "hold" and copy.doing is None:
