@@ -136,6 +136,15 @@ def one_server(found: list[dict[str, Any]], asked: int, workers: int) -> int:
     return int(server)
 
 
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
+def test_the_commands_of_an_example_name_what_there_is(path: Path) -> None:
+    text = path.read_text()
+    commands = re.findall(r"^    (?:\w.*)$", text.split('"""')[1], re.MULTILINE)
+    assert any(path.stem in command for command in commands) or path.stem in text.split('"""')[1]
+    for name in re.findall(rf"{path.stem}:(\w+)", "\n".join(commands)):
+        assert re.search(rf"^(def {name}\(|{name}\b.* = )", text, re.MULTILINE), name
+
+
 @needs("starlette", "uvicorn")
 def test_an_http_service() -> None:
     command = ["-m", "uvicorn", "http_service:app", "--workers", "2", "--port", "0"]

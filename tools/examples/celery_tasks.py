@@ -1,6 +1,7 @@
 """A Celery worker whose prefork processes share one copy of a model. Needs celery, and a broker.
 
-    celery --workdir tools/examples --app celery_tasks worker --concurrency 4
+    cd tools/examples
+    celery --app celery_tasks worker --concurrency 4
     python -c 'from celery_tasks import reverse; print(reverse.delay("to be or not to be").get(timeout=30))'
 
 `BROKER_FOLDER` stands for the broker here: a folder in which both commands exchange messages, by default ./broker.

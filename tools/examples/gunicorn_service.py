@@ -1,6 +1,6 @@
 """gunicorn with `--preload`: one copy is loaded before the workers are forked, and all of them use it. Needs gunicorn.
 
-    gunicorn --preload --workers 4 --chdir tools/examples gunicorn_service:app
+    gunicorn --preload --workers 4 --chdir tools/examples 'gunicorn_service:make_app()'
     curl 'localhost:8000/?text=to+be+or+not+to+be'
 
 A manager may cross a fork: each worker becomes a member of its own. Without `--preload` the same program works, too;
