@@ -15,7 +15,7 @@ from mpmm.scheduling import CALLED_UP_FOR_NS
 from mpmm.shared_state.core import TO_NEXT, make_core
 from mpmm.shared_state.layout import Instance, Model
 from mpmm.shared_state.segment import Segment
-from mpmm.shared_state.transaction import CROWDED_TURNS, TURN, TransactionLock
+from mpmm.shared_state.transaction import CORE_TURN, CROWDED_TURNS, TransactionLock
 from mpmm.shared_state.transitions import SMOOTHING
 
 CoreCall = Callable[[Any, Any], object]
@@ -80,6 +80,6 @@ class Caller:
 def place_of(segment: Segment, pid: int = 0) -> tuple[Any, Any]:
     """Return a stand-in for a namespace with a lock of its own on the segment, and the core for it."""
     lock = TransactionLock(segment, 5.0)
-    core = lock.core = make_core(segment, pid or os.getpid(), SMOOTHING, TURN, CROWDED_TURNS)
+    core = lock.core = make_core(segment, pid or os.getpid(), SMOOTHING, CORE_TURN, CROWDED_TURNS)
     assert core is not None
     return SimpleNamespace(_usable=True, lock=lock), core

@@ -50,7 +50,7 @@ from mpmm.shared_state.events import Cause
 from mpmm.shared_state.layout import Header, Instance, Model, Ticket
 from mpmm.shared_state.namespace import Namespace
 from mpmm.shared_state.settings import SETTINGS
-from mpmm.shared_state.transaction import CROWDED_TURNS, TURN, Transaction
+from mpmm.shared_state.transaction import CORE_TURN, CROWDED_TURNS, Transaction
 from mpmm.shared_state.transitions import SMOOTHING, Transitions
 from mpmm.sources import choose_source
 
@@ -518,7 +518,7 @@ def test_a_layout_that_leads_outside_is_refused(lab: Lab) -> None:
 
     def made(changed: dict[str, int], words: int = count, strange: tuple[int, ...] = ()) -> Any:
         values = tuple(changed.get(name, value) for name, value in zip(OFFSETS, offsets, strict=True))
-        return Core(memory, words, values, strange, (), 1, SMOOTHING, TURN, CROWDED_TURNS)
+        return Core(memory, words, values, strange, (), 1, SMOOTHING, CORE_TURN, CROWDED_TURNS)
 
     made({}).close()
     for name in OFFSETS:
@@ -533,7 +533,7 @@ def test_a_layout_that_leads_outside_is_refused(lab: Lab) -> None:
     with pytest.raises(ValueError, match="outside of its row"):
         made({}, strange=(10**6,))
     with pytest.raises(ValueError):
-        Core(memory, count, offsets[1:], (), (), 1, SMOOTHING, TURN, CROWDED_TURNS)
+        Core(memory, count, offsets[1:], (), (), 1, SMOOTHING, CORE_TURN, CROWDED_TURNS)
     for name in ("take_idle", "release", "queue", "await_answer", "take_granted"):
         with pytest.raises(TypeError):
             getattr(made({}), name)(1)

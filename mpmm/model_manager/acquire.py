@@ -23,7 +23,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from mpmm.errors import ClosedError, LockTimeoutError, MpmmError
-from mpmm.model_manager.acquisition import Acquisition, Booking
+from mpmm.model_manager.acquisition import SPIN_NS, Acquisition, Booking
 from mpmm.model_manager.load import LoadAttempt, resume
 from mpmm.model_manager.nested import end_isolation, expect_no_deadlock
 from mpmm.model_manager.operations import LoadedInstance
@@ -34,7 +34,6 @@ from mpmm.model_manager.request import ANYWHERE, AcquireOptions, read_options
 from mpmm.model_manager.session import Session
 from mpmm.model_manager.tenure import called_up_for_ns
 from mpmm.model_manager.unload import collect_garbage
-from mpmm.scheduling import SPIN_S
 from mpmm.shared_state.durations import to_ns
 from mpmm.shared_state.layout import Ticket
 
@@ -45,10 +44,6 @@ if TYPE_CHECKING:
 __all__ = ["acquire", "load_booked", "queue", "sleep_until_answered"]
 
 T = TypeVar("T")
-
-# Before the first of the thresholds in `mpmm.model_manager.waits`.
-FIRST_SLEEP_S = 1.0
-SPIN_NS = int(SPIN_S * 1e9)
 
 
 def acquire(
@@ -106,6 +101,8 @@ def _take_before_queueing(acquisition: Acquisition) -> LoadedInstance | None:
     session, tag = acquisition.session, acquisition.tag
     if session.scheduler.may_have_to_wait(tag) and not session.held.comes_back(tag):
         return None
+    if acquisition.request is ANYWHERE and not session.held.may_find_idle(tag):
+        return None
     kept = None if acquisition.request.usable_on else session.held.take_kept(tag, acquisition.operation)
     return kept or acquisition.take_idle(acquisition.left_s())
 
@@ -130,6 +127,8 @@ def queue(acquisition: Acquisition) -> LoadedInstance | Booking | None:
 
 def sleep_until_answered(request: QueuedRequest[T]) -> T | None:
     """Wait for the answer to a ticket, and act on it. Raises AcquireTimeoutError at the deadline."""
+    if not request.planned and (granted := _await_grant(request)) is not None:
+        return granted
     while (state := _answer(request)) is not None:
         if state == Ticket.GRANTED and (granted := request.take_grant()) is not None:
             return granted
@@ -138,29 +137,24 @@ def sleep_until_answered(request: QueuedRequest[T]) -> T | None:
     raise request.time_out()
 
 
-def _answer(request: QueuedRequest[Any]) -> int | None:
-    """Have unloaded what is evicted for the ticket, then `_sleep`; an exception takes the ticket out of the queue."""
+def _await_grant(request: QueuedRequest[T]) -> T | None:
+    """Do `await_grant`; an exception takes the ticket out of the queue."""
     try:
-        if request.planned:
-            request.session.unloads.unload_in_thread()
-        elif (state := _sleep_first(request.session, request.row, request.deadline)) != Ticket.WAITING:
-            return state
-        return _sleep(request.session, request.row, request.deadline)
+        return request.await_grant()
     except BaseException:
         request.leave()
         raise
 
 
-def _sleep_first(session: Session, row: int, deadline: float) -> int:
-    """Sleep for a moment, and return the state of a ticket (row) that was made without a plan.
-
-    Mostly the answer comes soon, and what `_sleep` looks at besides need not be made ready.
-    """
-    core = session.namespace.lock.core
-    if core is None:
-        return Ticket.WAITING
-    until_ns = to_ns(min(deadline, time.monotonic() + FIRST_SLEEP_S))
-    return core.await_answer(row, until_ns, 0, called_up_for_ns(), SPIN_NS)
+def _answer(request: QueuedRequest[Any]) -> int | None:
+    """Have unloaded what is evicted for the ticket, then `_sleep`; an exception takes the ticket out of the queue."""
+    try:
+        if request.planned:
+            request.session.unloads.unload_in_thread()
+        return _sleep(request.session, request.row, request.deadline)
+    except BaseException:
+        request.leave()
+        raise
 
 
 def _sleep(session: Session, row: int, deadline: float) -> int | None:

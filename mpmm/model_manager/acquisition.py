@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, NamedTuple
@@ -15,7 +16,9 @@ from mpmm.model_manager.queued_request import QueuedRequest, making_room
 from mpmm.model_manager.refusals import largest_limit
 from mpmm.model_manager.request import ANYWHERE, PlacementRequest, encoded_tag
 from mpmm.model_manager.session import Session
-from mpmm.scheduling import CALLED_UP_FOR_NS
+from mpmm.model_manager.tenure import called_up_for_ns
+from mpmm.scheduling import CALLED_UP_FOR_NS, SPIN_S
+from mpmm.shared_state.durations import to_ns
 from mpmm.shared_state.layout import Instance, Model, Ticket
 
 if TYPE_CHECKING:
@@ -23,10 +26,13 @@ if TYPE_CHECKING:
     from mpmm.shared_state.events import Cause
     from mpmm.shared_state.transaction import Transaction
 
-__all__ = ["Acquisition", "Booking", "NothingFree"]
+__all__ = ["SPIN_NS", "Acquisition", "Booking", "NothingFree"]
 
 # Tickets with a higher number stand behind: unknown models (0) first, for they are to be measured, then known ones (1).
 PRELOAD_PRIORITY = 2
+# Before the first of the thresholds in `mpmm.model_manager.waits`.
+FIRST_SLEEP_S = 1.0
+SPIN_NS = int(SPIN_S * 1e9)
 
 
 class NothingFree(Exception):
@@ -237,6 +243,20 @@ class Acquisition(QueuedRequest["LoadedInstance | Booking"]):
         self.log_info("Queued for %s: ticket %s", self.tag, self.operation.ticket)
 
     # ---- from the answer -----------------------------------------------------------------------------------
+
+    def await_grant(self) -> LoadedInstance | None:
+        """Sleep in the compiled core for a moment at most, and take the instance that the ticket was granted.
+
+        Mostly it comes soon, and what `acquire.py` looks at in a longer sleep need not be made ready. None for a longer
+        sleep, or another answer.
+        """
+        core = self.session.namespace.lock.core
+        if core is None:
+            return None
+        until_ns = to_ns(min(self.deadline, time.monotonic() + FIRST_SLEEP_S))
+        if core.await_answer(self.row, until_ns, 0, called_up_for_ns(), SPIN_NS) != Ticket.GRANTED:
+            return None
+        return self.take_grant()
 
     def take_grant(self) -> LoadedInstance | None:
         """Take the instance that the ticket was granted, without the lock; None where that takes `act`."""

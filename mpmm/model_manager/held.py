@@ -112,6 +112,11 @@ class HeldInstances:
         )
         return copy
 
+    def may_find_idle(self, tag: str) -> bool:
+        """Tell whether `find_idle` may find a copy; without the lock. False: none is idle, unless in a moment."""
+        model = self._namespace.tables.model_row(tag)
+        return model is None or self._namespace.tables.models[model].idle > 0
+
     def take_at_once(self, tag: str, operation: Operation) -> LoadedInstance | None:
         """Take a copy like `take_quickly`, or where others wait for the model, like `take_kept`."""
         if not self._scheduler.may_have_to_wait(tag):

@@ -86,6 +86,10 @@ class QueuedRequest(Generic[T]):
         self.operation.ticket = (row, self.session.namespace.reads.queue.number(row))
         self.row = row
 
+    def await_grant(self) -> T | None:
+        """Sleep for a moment at most, and take what the ticket was granted, without the lock; else None."""
+        return None
+
     def take_grant(self) -> T | None:
         """Take what the ticket was granted, without the lock; None where that takes `act`."""
         return None

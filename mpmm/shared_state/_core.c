@@ -187,8 +187,10 @@ static const char *const offset_names[] = {
 #define MOST_CHANGES 40
 /* So many tickets whose grants were acted upon are freed by the way. */
 #define MOST_GRANTS 4
-/* Who finds the lock taken tries so often, and then sleeps so often, before Python decides: see `transaction.py`. */
-#define QUICK_TRIES 8
+/* Who finds the lock taken tries so often, and then sleeps so often, before Python decides: see `transaction.py`. A
+ * transaction here takes a microsecond, or a few tries; with 8 of them, as there, 16 processes with a copy each sleep
+ * more often, and make a tenth less. */
+#define QUICK_TRIES 32
 #define MOST_SLEEPS 10
 #define LONGEST_SLEEP_NS 10000000
 /* So often what is read without the lock is read again. */

@@ -69,7 +69,7 @@ from mpmm.shared_state.segment import Segment
 from mpmm.shared_state.settings import Settings
 from mpmm.shared_state.snapshot import ModelInfo
 from mpmm.shared_state.tables import Tables, encode_text, fit_text
-from mpmm.shared_state.transaction import CROWDED_TURNS, TURN, Transaction, TransactionLock
+from mpmm.shared_state.transaction import CORE_TURN, CROWDED_TURNS, Transaction, TransactionLock
 from mpmm.shared_state.transitions import SMOOTHING, Transitions
 from mpmm.text.printable import printable_logger
 
@@ -109,7 +109,7 @@ class Namespace:
         self.pid = os.getpid()
         self.slot = -1
         self.lock = TransactionLock(segment, settings.lock_timeout_seconds)
-        self.lock.core = make_core(segment, self.pid, SMOOTHING, TURN, CROWDED_TURNS)
+        self.lock.core = make_core(segment, self.pid, SMOOTHING, CORE_TURN, CROWDED_TURNS)
         self.tables = Tables(segment)
         self.reads = Reads(self.tables)
         self._folder = str(runtime.path)
