@@ -159,8 +159,8 @@ def test_without_descriptors_joining_fails_with_the_systems_error_and_succeeds_l
 
 
 def test_a_thousand_waiting_threads_of_one_process_are_all_served(namespace: str, new_manager: NewManager) -> None:
-    # On a loaded machine a thread may be one of a thousand who want the lock for longer than 10 s.
-    manager = new_manager(wait_timeout_seconds=60.0, lock_timeout_seconds=60.0)
+    # On a loaded machine a thread may be one of a thousand who want the lock for a minute.
+    manager = new_manager(wait_timeout_seconds=300.0, lock_timeout_seconds=300.0)
     manager._estimator.set_initial_estimate("a", 900.0)
     served = []
 
@@ -173,7 +173,7 @@ def test_a_thousand_waiting_threads_of_one_process_are_all_served(namespace: str
         for thread in threads:
             thread.start()
     for thread in threads:
-        thread.join(2 * DEADLINE_S)
+        thread.join(4 * DEADLINE_S)
     assert len(served) == 1000
     assert read_snapshot(namespace).loads == 1
 
