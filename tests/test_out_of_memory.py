@@ -233,6 +233,23 @@ def test_when_there_is_no_second_turn_the_first_exception_arrives(
     assert (len(read_snapshot(namespace).instances), read_snapshot(namespace).tickets) == (1, ())
 
 
+def test_what_a_signal_handler_raises_while_the_load_is_given_up_ends_the_call(
+    namespace: str, new_manager: NewManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manager = new_manager()
+
+    def is_interrupted(*arguments: Any) -> None:
+        monkeypatch.undo()
+        raise ZeroDivisionError("as the handler of a soft time limit does")
+
+    monkeypatch.setattr(manager._connected().out_of_memory, "learn_from_load", is_interrupted)
+    with pytest.raises(ZeroDivisionError):
+        manager.acquire_model("a", Stubborn(failures=1))
+    wait_until(lambda: not copies_of(namespace, "a"), "the load is taken back", 2)
+    with manager.model("a", Stubborn(failures=0)):
+        assert problems(namespace) == []
+
+
 def test_another_exception_is_not_a_reason_to_try_again(namespace: str, new_manager: NewManager) -> None:
     manager = new_manager()
     calls = []

@@ -70,6 +70,7 @@ class LoadAttempt:
         self.devices = session.namespace.tables.instances[booking.row].device_bits
         self.places = acquisition.request.loadable_on or session.samples.visible_bits()
         self.again = False
+        self._could_gain = False
         self._session = session
         self._operation = acquisition.operation
         self._tag = acquisition.tag
@@ -112,6 +113,8 @@ class LoadAttempt:
             _LOG.info(text, name, pid, self._tag, seconds, type(error).__name__)
             if not in_time:
                 self._expect_not_given_up(resets, error)
+            # Only now: what a signal handler raises meanwhile ends the call, and is no reason for another turn.
+            self.again = self._could_gain
             raise
         self._log_loaded(copy, time.monotonic() - began)
         return copy
@@ -240,14 +243,14 @@ class LoadAttempt:
         session, row = self._session, self._booking.row
         ran_out = is_out_of_memory(error)
         failed = isinstance(error, Exception) and not isinstance(error, _NOT_THE_LOADERS)
-        self.again = ran_out and not self._last
+        self._could_gain = ran_out and not self._last
 
         def learn(t: Transaction) -> None:
             if ran_out:
                 more = session.out_of_memory.could_gain(row, self._free, self.places)
-                self.again = self.again and more
+                self._could_gain = self._could_gain and more
                 session.out_of_memory.learn_from_load(t, row, self._free, self.places, not self._last)
-            if failed and not self.again:
+            if failed and not self._could_gain:
                 namespace = session.namespace
                 model = namespace.tables.instances[row].model
                 namespace.transitions.models.note_failure(t, model)
