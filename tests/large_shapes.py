@@ -11,8 +11,6 @@ returns what it predicts and what plain Python computes with the same model: a c
 
 from __future__ import annotations
 
-import contextlib
-import importlib
 import json
 import os
 import sys
@@ -24,7 +22,13 @@ from typing import Any
 
 import apache_beam as beam
 import numpy as np
-from apache_beam.ml.inference.base import KeyedModelHandler, KeyModelMapping, PredictionResult, RunInference
+from apache_beam.ml.inference.base import (
+    KeyedModelHandler,
+    KeyModelMapping,
+    ModelMetadata,
+    PredictionResult,
+    RunInference,
+)
 
 MANAGED = {"memory_source": "booked", "fallback_memory_mb": 100_000.0, "default_estimate_mb": 10.0}
 EXAMPLES = np.random.default_rng(1).normal(size=(12, 3)).astype(np.float32)
@@ -49,9 +53,9 @@ def collect(prediction: Any, name: str) -> None:
         _collected[name].append(prediction)
 
 
-def infer(handler: Any) -> Any:
+def infer(handler: Any, **options: Any) -> Any:
     """Return RunInference on the manager."""
-    return RunInference(handler, use_model_manager=True, model_manager_args=MANAGED)
+    return RunInference(handler, use_model_manager=True, model_manager_args=MANAGED, **options)
 
 
 def plain(found: Any) -> Any:
@@ -115,7 +119,29 @@ def torch_keyed_tensor(pipeline: Any, folder: Path) -> Outcome:
 
 
 @shape
+def torch_updated(pipeline: Any, folder: Path) -> Outcome:
+    import torch
+    from apache_beam.ml.inference.pytorch_inference import PytorchModelHandlerTensor
+
+    (_, described), (newer, its) = linear(folder, 6), linear(folder, 7)
+    tensors = [torch.from_numpy(example) for example in EXAMPLES]
+    update = pipeline | "path" >> beam.Create([ModelMetadata(its["state_dict_path"], "newer")])
+    step = infer(PytorchModelHandlerTensor(**described), model_metadata_pcoll=update)
+    return pipeline | beam.Create(tensors) | step | beam.Map(plain), [plain(newer(tensor)) for tensor in tensors]
+
+
+@shape
 def torch_by_key(pipeline: Any, folder: Path) -> Outcome:
+    return by_key(pipeline, folder)
+
+
+@shape
+def torch_by_key_with_one_model_at_a_time(pipeline: Any, folder: Path) -> Outcome:
+    return by_key(pipeline, folder, max_models_per_worker_hint=1)
+
+
+def by_key(pipeline: Any, folder: Path, **hints: Any) -> Outcome:
+    """Predict by two models, each for the examples of its key."""
     import torch
     from apache_beam.ml.inference.pytorch_inference import PytorchModelHandlerTensor
 
@@ -124,7 +150,7 @@ def torch_by_key(pipeline: Any, folder: Path) -> Outcome:
         KeyModelMapping([key], PytorchModelHandlerTensor(**described)) for key, (_, described) in models.items()
     ]
     pairs = [("ab"[number % 2], torch.from_numpy(example)) for number, example in enumerate(EXAMPLES)]
-    found = predicted(pipeline | beam.Create(pairs), KeyedModelHandler(mappings))
+    found = predicted(pipeline | beam.Create(pairs), KeyedModelHandler(mappings, **hints))
     return found, [[key, plain(models[key][0](tensor))] for key, tensor in pairs]
 
 
@@ -181,14 +207,34 @@ def hugging_face_keyed_tensor(pipeline: Any, folder: Path) -> Outcome:
 # ---- others ------------------------------------------------------------------------------------------------
 
 
+def trees(folder: Path) -> tuple[Any, str]:
+    """Fit a model; return it, and the file that has it."""
+    import xgboost
+
+    model = xgboost.XGBRegressor(n_estimators=5, max_depth=2).fit(EXAMPLES, EXAMPLES.sum(axis=1))
+    path = str(folder / "trees.json")
+    model.save_model(path)
+    return model, path
+
+
+@shape
+def xgboost_pandas(pipeline: Any, folder: Path) -> Outcome:
+    import pandas  # type: ignore[import-untyped, unused-ignore]  # has stubs of its own in some environments
+    import xgboost
+    from apache_beam.ml.inference.xgboost_inference import XGBoostModelHandlerPandas
+
+    model, path = trees(folder)
+    handler = XGBoostModelHandlerPandas(xgboost.XGBRegressor, path, max_batch_size=1)
+    frames = [pandas.DataFrame(example.reshape(1, -1)) for example in EXAMPLES]
+    return predicted(pipeline | beam.Create(frames), handler), [plain(model.predict(frame)) for frame in frames]
+
+
 @shape
 def xgboost_numpy(pipeline: Any, folder: Path) -> Outcome:
     import xgboost
     from apache_beam.ml.inference.xgboost_inference import XGBoostModelHandlerNumpy
 
-    model = xgboost.XGBRegressor(n_estimators=5, max_depth=2).fit(EXAMPLES, EXAMPLES.sum(axis=1))
-    path = str(folder / "trees.json")
-    model.save_model(path)
+    model, path = trees(folder)
     handler = XGBoostModelHandlerNumpy(xgboost.XGBRegressor, path, max_batch_size=1)
     batches = [example.reshape(1, -1) for example in EXAMPLES]
     return predicted(pipeline | beam.Create(batches), handler), [plain(model.predict(batch)) for batch in batches]
@@ -196,6 +242,20 @@ def xgboost_numpy(pipeline: Any, folder: Path) -> Outcome:
 
 @shape
 def onnx_numpy(pipeline: Any, folder: Path) -> Outcome:
+    handler, weights = product(folder)
+    return predicted(pipeline | beam.Create(list(EXAMPLES)), handler), [plain(one @ weights) for one in EXAMPLES]
+
+
+@shape
+def onnx_keyed(pipeline: Any, folder: Path) -> Outcome:
+    handler, weights = product(folder)
+    pairs = [(str(number), example) for number, example in enumerate(EXAMPLES)]
+    found = predicted(pipeline | beam.Create(pairs), KeyedModelHandler(handler))
+    return found, [[key, plain(example @ weights)] for key, example in pairs]
+
+
+def product(folder: Path) -> tuple[Any, Any]:
+    """Make a model that multiplies by weights; return Beam's handler of it, and them."""
     import onnx
     from apache_beam.ml.inference.onnx_inference import OnnxModelHandlerNumpy
     from onnx import TensorProto, helper
@@ -211,8 +271,7 @@ def onnx_numpy(pipeline: Any, folder: Path) -> Outcome:
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
     path = str(folder / "product.onnx")
     onnx.save(model, path)
-    handler = OnnxModelHandlerNumpy(path, providers=["CPUExecutionProvider"])
-    return predicted(pipeline | beam.Create(list(EXAMPLES)), handler), [plain(one @ weights) for one in EXAMPLES]
+    return OnnxModelHandlerNumpy(path, providers=["CPUExecutionProvider"]), weights
 
 
 # ---- the run -----------------------------------------------------------------------------------------------
@@ -234,9 +293,6 @@ class _Shape(beam.PTransform):
 
 def main(folder: Path, names: Iterable[str]) -> None:
     """Run shapes in one pipeline; write down what came out, and what should have."""
-    # Before TensorFlow, see `test_large_shapes`.
-    with contextlib.suppress(ImportError):
-        importlib.import_module("triton")
     import mpmm.beam
 
     mpmm.beam.install()

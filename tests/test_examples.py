@@ -8,7 +8,9 @@ Those that need libraries which are not in the extra `dev` have a mark, and run 
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import importlib
 import importlib.util
 import json
 import os
@@ -24,11 +26,12 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
 import pytest
-from harness import KEEP, files_in, segments_of, wait_until
+from harness import KEEP, NewManager, NewProcess, acquire, files_in, segments_of, wait_until
 
 from mpmm.model_manager import ModelManager
 from mpmm.shared_state.snapshot import read_snapshot
@@ -154,6 +157,21 @@ def test_an_http_service() -> None:
         assert Counter(one["answer"] for one in found) == {"cba": 40}
         metrics = ask(f"{address}/metrics/")
     assert 'mpmm_model_hits_total{namespace="service",model="reverser"}' in metrics
+
+
+@needs("starlette")
+def test_an_http_service_that_cannot_serve_in_time_says_when_to_try_again(
+    new_manager: NewManager, new_process: NewProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(EXAMPLES)
+    service = importlib.import_module("http_service")
+    new_process(fallback_memory_mb=100).call(acquire, "in the way")
+    manager = new_manager(fallback_memory_mb=100, wait_timeout_seconds=0.1)
+    app = SimpleNamespace(state=SimpleNamespace(manager=manager))
+    answer = asyncio.run(service.predict(SimpleNamespace(app=app, query_params={"text": "abc"})))
+    assert answer.status_code == 503
+    assert int(answer.headers["Retry-After"]) >= 1
+    assert "in the way" in json.loads(answer.body)["error"]
 
 
 @needs("gunicorn")
