@@ -335,6 +335,11 @@ def scenarios() -> dict[str, Callable[[Lab], Operation]]:
         lab.resuming("c")
         return lambda t, tr: tr.reset(t)
 
+    def measured_no_more(lab: Lab) -> Operation:
+        lab.idle("a", server=True)
+        lab.do(lambda t, tr: tr.measurements.measure(t, lab.server, {0: 77.0}))
+        return lambda t, tr: tr.measurements.forget(t, lab.server)
+
     def measured_suspended(lab: Lab) -> Operation:
         lab.suspended("a", server=True)
         return lambda t, tr: tr.measurements.measure(t, lab.server, {0: 5.0})
@@ -490,6 +495,7 @@ def scenarios() -> dict[str, Callable[[Lab], Operation]]:
         "devices.sample/written off": returned_late,
         "ledgers.expire": not_sampled_since,
         "measurements.measure": measured,
+        "measurements.forget": measured_no_more,
         "devices.reset_peaks": lambda lab: lambda t, tr: tr.devices.reset_peaks(t),
         "estimates.observe": observed_again,
         "estimates.observe/recycling": observed_when_full,
