@@ -1328,7 +1328,7 @@ static bool try_to_queue(Core *core, PyObject *namespace, PyObject *operation, N
 PyDoc_STRVAR(queue_doc,
              "queue(namespace, reference, hints, tag, operation, deadline, loadable_on, called_up_for)\n\n"
              "Make a ticket for a member that waits for a copy which others have, and return its row; -1, with nothing\n"
-             "changed, if Python decides. See `Acquisition.queue_quickly`.");
+             "changed, if Python decides. See `Acquisition._queue_quickly`.");
 
 static PyObject *queue(PyObject *self, PyObject *const *args, Py_ssize_t count) {
     Core *core = (Core *)self;
