@@ -21,15 +21,17 @@ them before they wait for their own children.
 from __future__ import annotations
 
 import os
+import sys
 import weakref
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from enum import IntEnum
 from typing import Any, TypeVar
 
 from mpmm.text.printable import printable_logger
 from mpmm.thread_locks import new_rlock
 
-__all__ = ["ChildStep", "call_once_at_exit", "close_in_children", "fork_guard", "in_forked_child"]
+__all__ = ["ChildStep", "call_once_at_exit", "close_in_children", "closing_guard", "fork_guard", "in_forked_child"]
 
 T = TypeVar("T")
 _LOG = printable_logger("mpmm")
@@ -57,6 +59,14 @@ def close_in_children(thing: T) -> T:
     with fork_guard:
         _descriptors.add(thing)
     return thing
+
+
+def closing_guard() -> AbstractContextManager[object]:
+    """Return the guard for who closes a descriptor, as finalizers do; once the interpreter finalizes, one of nothing.
+
+    From there on daemon threads end where they stand: one that had the guard has it for ever, and none can fork.
+    """
+    return nullcontext() if sys.is_finalizing() else fork_guard
 
 
 def in_forked_child(hook: Callable[[], None], step: ChildStep = ChildStep.SERVERS) -> None:

@@ -237,6 +237,31 @@ def test_the_guard_of_the_threads_beside_event_loops_is_renewed_in_a_child() -> 
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
+def test_a_thread_that_the_end_of_the_process_finds_with_the_guard_does_not_hold_up_the_end(tmp_path: Path) -> None:
+    script = (
+        "import pathlib, sys, threading\n"
+        "from mpmm.fork_hooks import fork_guard\n"
+        "from mpmm.multi_process_shared.rpc import sockets\n"
+        "from mpmm.multi_process_shared.rpc.channel import Channel\n"
+        "from mpmm.shared_state.lock_file import LockFile\n"
+        "class Late:\n"
+        "    def __init__(self, *things): self.things = things\n"
+        "    def __del__(self): [thing.close() for thing in self.things]\n"
+        "one, other = sockets.pair()\n"
+        "connection = sockets.ForkSafeConnection(other.detach())\n"
+        "sys.kept = [Channel(connection), LockFile(pathlib.Path(sys.argv[1])), Late(one, *sockets.pair())]\n"
+        "taken = threading.Event()\n"
+        "def keep():\n"
+        "    with fork_guard:\n"
+        "        taken.set(); threading.Event().wait()\n"
+        "threading.Thread(target=keep, daemon=True).start()\n"
+        "taken.wait()\n"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path / "lock")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE_S)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_hooks_run_in_their_order_and_none_keeps_another_from_running() -> None:
     code = """
 import os

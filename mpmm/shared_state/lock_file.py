@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from mpmm.errors import LockTimeoutError, RuntimeDirectoryError
-from mpmm.fork_hooks import close_in_children, fork_guard
+from mpmm.fork_hooks import close_in_children, closing_guard, fork_guard
 
 __all__ = ["LockFile", "identity_of", "is_locked", "is_locked_as", "write_once"]
 
@@ -180,7 +180,7 @@ class LockFile:
     def forget_after_fork(self) -> None:
         """Close the descriptor alone: in a child it is a second handle on the parent's lock, which stays."""
         # Under the guard, because a child forked in between would close a number that is somebody else's by then.
-        with fork_guard:
+        with closing_guard():
             if self.fd >= 0:
                 fd, self.fd = self.fd, -1
                 os.close(fd)

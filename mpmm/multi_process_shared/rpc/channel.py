@@ -37,7 +37,7 @@ from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import NamedTuple
 
-from mpmm.fork_hooks import close_in_children, fork_guard
+from mpmm.fork_hooks import close_in_children, closing_guard, fork_guard
 from mpmm.multi_process_shared.rpc.receive_buffers import drop_spare_slabs, receive_memory
 from mpmm.multi_process_shared.rpc.shared_buffer import (
     SLOT_BYTES,
@@ -92,7 +92,7 @@ class Channel:
         """Close the socket and let go of the shared buffer."""
         self._shared_buffer = None
         # A child that is forked in the middle would keep it open, under a number that no code knows there any more.
-        with fork_guard:
+        with closing_guard():
             self._socket.close()
 
     def __del__(self) -> None:

@@ -34,7 +34,7 @@ from multiprocessing import AuthenticationError
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
-from mpmm.fork_hooks import close_in_children, fork_guard
+from mpmm.fork_hooks import close_in_children, closing_guard, fork_guard
 
 __all__ = ["accept", "authenticate_client", "dial", "listen", "peer_pid", "set_timeouts"]
 
@@ -56,7 +56,7 @@ class ForkSafeSocket(socket.socket):
 
     def close(self) -> None:
         """Close the socket under the guard."""
-        with fork_guard:
+        with closing_guard():
             super().close()
 
 
@@ -65,7 +65,7 @@ class ForkSafeConnection(Connection):
 
     def close(self) -> None:
         """Close the connection under the guard."""
-        with fork_guard:
+        with closing_guard():
             super().close()
 
 
