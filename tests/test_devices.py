@@ -371,12 +371,11 @@ def test_no_device_is_ever_above_its_limit_and_all_are_used_alike(
     """The short form of `tools/many_gpus.py`; in so short a time only few devices are filled to the brim."""
     count, slices = LAYOUTS[layout]
     gpus = new_gpus(*[2500.0] * count, slices_mb={0: [2500.0] * len(slices)} if slices else None)
-    # In half the time, on a busy machine, the filling of the first device makes up too much of the mean.
     report = measure(gpus, Setting(12, 4, 6.0, 0.02), namespace, runtime_root)
     assert max(report.highest) <= 1
     assert min(report.loads) > 0
-    # Within 0.1 of each other in the long form; so few loads in so short a time do not even out as well.
-    assert slices or report.spread <= 0.25
+    # Eight devices are not filled in so short a time.
+    assert slices or report.spread <= 0.1
     assert report.problems == ()
     assert {"least_full", "tightest", "only_one"} & set(report.reasons)
     assert os.environ.get("CUDA_VISIBLE_DEVICES") is None

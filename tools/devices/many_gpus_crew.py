@@ -6,7 +6,6 @@ import multiprocessing
 import random
 import time
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,7 +34,11 @@ class Setting:
 
 @dataclass(frozen=True)
 class Report:
-    """What was found. highest, mean: in shares of a device's limit, by device. reasons: of placements."""
+    """What was found, by device. reasons: of placements.
+
+    highest: the most that was in use, by the device's own record; mean: what copies on it and loads in progress are
+    booked with. Both in shares of its limit.
+    """
 
     highest: tuple[float, ...]
     mean: tuple[float, ...]
@@ -46,7 +49,7 @@ class Report:
 
     @property
     def spread(self) -> float:
-        """How much fuller the fullest device was than the emptiest, in the mean."""
+        """By how much more the fullest device was booked than the emptiest, in the mean."""
         return max(self.mean) - min(self.mean)
 
 
@@ -94,7 +97,7 @@ def measure(gpus: SimulatedGpus, setting: Setting, namespace: str, root: Path) -
     units = gpus.units()
     limits = [gpus.total_mb(unit) * (1 - SLACK) for unit in units]
     began.wait()
-    looks = _look(gpus, units, setting.seconds)
+    looks = _look(namespace, root, setting.seconds)
     done.wait()
     snapshot = read_snapshot(namespace, root)
     problems = tuple(check_invariants(snapshot))
@@ -109,7 +112,10 @@ def measure(gpus: SimulatedGpus, setting: Setting, namespace: str, root: Path) -
     reasons = Counter(event.reason for event in loads if event.reason is not None)
     return Report(
         tuple(gpus.highest_mb(unit) / limit for unit, limit in zip(units, limits, strict=True)),
-        tuple(sum(look[at] for look in looks) / len(looks) / limit for at, limit in enumerate(limits)),
+        tuple(
+            sum(look[row_of[unit]] for look in looks) / len(looks) / limit
+            for unit, limit in zip(units, limits, strict=True)
+        ),
         tuple(by_row[row_of[unit]] for unit in units),
         {_name(reason): count for reason, count in sorted(reasons.items())},
         acquires.value,
@@ -121,13 +127,19 @@ def _name(reason: int) -> str:
     return Reason(reason).name.lower()
 
 
-def _look(gpus: SimulatedGpus, units: Sequence[str], seconds: float) -> list[list[float]]:
-    """Return the MB in use on each device, again and again; not of the first half, in which they fill."""
+def _look(namespace: str, root: Path, seconds: float) -> list[Counter[int]]:
+    """Return the MB booked on each device, by row, again and again; not of the first half, in which they fill.
+
+    Not what is in use: a load that a busy machine draws out would make its device look empty.
+    """
     looks = []
     begin = time.monotonic() + seconds / 2
     until = time.monotonic() + seconds
     while time.monotonic() < until:
         if time.monotonic() > begin:
-            looks.append([gpus.used_mb(unit) for unit in units])
+            booked: Counter[int] = Counter()
+            for copy in read_snapshot(namespace, root).copies:
+                booked.update(copy.shares_mb)
+            looks.append(booked)
         time.sleep(LOOK_S)
     return looks
