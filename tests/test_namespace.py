@@ -455,6 +455,32 @@ def test_waiting_for_threads_of_the_same_process_counts_against_the_time_out(nam
     joined.leave()
 
 
+def test_a_newcomer_that_reaps_the_dead_waits_for_the_lock_no_longer_than_it_may_in_all(
+    namespace: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = Namespace.join(namespace)
+    elsewhere = first.segment.lock_file()
+    reap, reaped = Namespace.reap_dead_members, threading.Event()
+
+    def reap_until_there_is_no_time_left(self: Namespace) -> int:
+        found = reap(self)
+        time.sleep(0.5)
+        assert elsewhere.try_exclusive()
+        reaped.set()
+        return found
+
+    monkeypatch.setattr(Namespace, "find_dead_members", lambda _: [first.slot])
+    monkeypatch.setattr(Namespace, "reap_dead_members", reap_until_there_is_no_time_left)
+    with pytest.raises(LockTimeoutError) as caught:
+        Namespace.join(namespace, timeout_s=0.5)
+    elsewhere.close()
+    assert reaped.is_set()
+    assert caught.value.timeout_seconds == 0, "no time was left"
+    monkeypatch.undo()
+    Namespace.join(namespace, timeout_s=0.5).leave()
+    first.leave()
+
+
 def contend(seat: Seat, count: int) -> float:
     """Take the lock again and again, for 2 ms each; return the longest time that took."""
     namespace = seat.manager._connected().namespace

@@ -176,7 +176,8 @@ class Attachment:
         except LockTimeoutError as error:
             if error.timeout_seconds >= self.settings.lock_timeout_seconds:
                 raise
-            raise timed_out(tag, error.timeout_seconds, "lock") from error
+            # The error names the time that the last of several waits had left.
+            raise timed_out(tag, self.settings.wait_timeout_seconds, "lock") from error
 
     def acquisition(
         self,

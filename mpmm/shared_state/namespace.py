@@ -206,7 +206,7 @@ class Namespace:
             chosen = read_settings(segment)
             if kind == Member.WORKER:
                 # From exclusive to shared is no atomic step, but the lifecycle lock keeps others away meanwhile.
-                alive.shared(LIFECYCLE_TIMEOUT_S)
+                alive.shared(max(0.0, deadline - time.monotonic()))
             else:
                 alive.close()
             namespace = cls(runtime, segment, chosen, alive if kind == Member.WORKER else None, kind, made)
@@ -214,13 +214,13 @@ class Namespace:
             alive.close()
             raise
         try:
-            namespace.lock.set_timeout(min(chosen.lock_timeout_seconds, max(0.0, deadline - time.monotonic())))
-            namespace._enter(kind, label or Path(sys.argv[0] or "python").name)
-            if not namespace._files.is_in_place():
-                namespace._leave_row()
-                raise StartAgain
-            namespace._take_over(estimates)
-            namespace.lock.set_timeout(chosen.lock_timeout_seconds)
+            # All waits together: the dead that are reaped first cost one each.
+            with namespace.lock.give_up_at(deadline):
+                namespace._enter(kind, label or Path(sys.argv[0] or "python").name)
+                if not namespace._files.is_in_place():
+                    namespace._leave_row()
+                    raise StartAgain
+                namespace._take_over(estimates)
         except (MpmmError, OSError, StartAgain):
             namespace._detach()
             raise

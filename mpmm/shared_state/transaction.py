@@ -45,6 +45,7 @@ the stores and kills the process at the n-th (`TransactionLock.intercept_stores`
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import re
 import struct
@@ -146,6 +147,7 @@ class TransactionLock:
         self._calls_seen: set[int] = set()
         # Threads that finish what would have to be done again: see `patient_here`.
         self._patient: set[int] = set()
+        self._deadline = math.inf
         # For so many turns others are expected at the lock, and so many transactions of this one are over.
         self._crowded_turns = 0
         self._turn = 0
@@ -186,11 +188,23 @@ class TransactionLock:
         finally:
             self._patient.discard(ident)
 
-    def _timeout_here(self, timeout_s: float) -> float:
-        """Return for how long the calling thread waits that was to wait for `timeout_s`."""
+    @contextlib.contextmanager
+    def give_up_at(self, deadline: float) -> Iterator[None]:
+        """Let no transaction wait for the lock beyond `deadline` (`time.monotonic()`), however many there are.
+
+        For who has to answer in time, as long as no other thread has this lock.
+        """
+        self._deadline = deadline
+        try:
+            yield
+        finally:
+            self._deadline = math.inf
+
+    def _timeout_here(self, began: float, timeout_s: float) -> float:
+        """Return for how long the calling thread waits that was to wait for `timeout_s` from `began` on."""
         if timeout_s == self.timeout_seconds and threading.get_ident() in self._patient:
-            return max(timeout_s, PATIENT_S)
-        return timeout_s
+            timeout_s = max(timeout_s, PATIENT_S)
+        return min(timeout_s, max(0.0, self._deadline - began))
 
     def held_by_this_thread(self) -> bool:
         """Tell whether the calling thread is inside a transaction."""
@@ -331,7 +345,7 @@ class TransactionLock:
 
     def _wait_for_mutex(self, began: float, timeout_s: float, frame: FrameType) -> None:
         """Take the mutex. Raises LockTimeoutError, ReentrantCallError."""
-        timeout_s = self._timeout_here(timeout_s)
+        timeout_s = self._timeout_here(began, timeout_s)
         while True:
             if self._mutex._is_owned() and self._take_over(frame):
                 return
@@ -372,7 +386,7 @@ class TransactionLock:
     def _wait_for_file_lock(self, began: float, timeout_s: float) -> None:
         """Take the file lock, `timeout_s` after `began` at the latest. Raises LockTimeoutError."""
         words = self.segment.words
-        timeout_s = self._timeout_here(timeout_s)
+        timeout_s = self._timeout_here(began, timeout_s)
         began_ns = int(began * 1e9)
         for _ in range(QUICK_TRIES if not words[Header.STARVING] else 0):
             if self._file.try_exclusive():
