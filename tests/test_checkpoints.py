@@ -280,6 +280,56 @@ def test_the_death_of_the_helper_costs_the_operation_and_the_next_one_goes_on(
     assert problems(namespace) == []
 
 
+def await_middle(gpus: SimulatedGpus) -> None:
+    wait_until(lambda: 0.0 < gpus.host_mb() < 600.0, "part of it has moved")
+
+
+def test_a_server_whose_resume_has_lost_its_requester_is_suspended_as_a_whole(
+    namespace: str, gpus: SimulatedGpus, two: tuple[Process, Process]
+) -> None:
+    first, second = two
+    pid = load(first, gpus, "a")
+    assert first.call(suspend, "a") == 1
+    gpus.set_rates(0.0, 600.0)
+    second.send(acquire, "a", loads(gpus, "a"))
+    await_middle(gpus)
+    second.kill()
+    await_states(namespace, "a", "suspended")
+    assert (gpus.state_of(pid), gpus.used_mb(0), gpus.host_mb()) == (CHECKPOINTED, 0.0, 600.0)
+    assert first.call(acquire, "a", loads(gpus, "a")) == "a"
+    assert (served("a").pid(), gpus.used_mb(0), gpus.host_mb()) == (pid, 600.0, 0.0)
+    assert problems(namespace) == []
+
+
+def test_a_server_that_was_half_resumed_when_helper_and_requester_died_is_suspended_as_a_whole(
+    namespace: str, gpus: SimulatedGpus, two: tuple[Process, Process], runtime_root: Path
+) -> None:
+    first, second = two
+    pid = load(first, gpus, "a")
+    assert first.call(suspend, "a") == 1
+    gpus.set_rates(0.0, 600.0)
+    helper = helper_pid(namespace, runtime_root)
+    assert helper is not None
+    second.send(acquire, "a", loads(gpus, "a"))
+    await_middle(gpus)
+    second.stop()
+    os.kill(helper, signal.SIGKILL)
+    second.kill()
+    await_states(namespace, "a", "suspended")
+    assert (gpus.state_of(pid), gpus.used_mb(0), gpus.host_mb()) == (CHECKPOINTED, 0.0, 600.0)
+    assert first.call(acquire, "a", loads(gpus, "a")) == "a"
+    assert (served("a").pid(), gpus.used_mb(0), gpus.host_mb()) == (pid, 600.0, 0.0)
+    assert problems(namespace) == []
+
+
+def test_a_helper_of_a_folder_that_is_gone_ends_without_a_word(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    command = [sys.executable, "-m", "mpmm.suspend.helper", str(tmp_path / "gone")]
+    assert subprocess.run(command, check=False).returncode == 0
+    assert capfd.readouterr() == ("", "")
+
+
 def test_a_driver_call_that_hangs_ends_the_server_and_holds_up_nobody_else(
     namespace: str, gpus: SimulatedGpus, new_process: NewProcess, monkeypatch: pytest.MonkeyPatch
 ) -> None:

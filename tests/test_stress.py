@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import scaled
+from harness import SCALE, scaled
 
 ROOT = Path(__file__).resolve().parent.parent
 STRESS = ROOT / "tools" / "stress.py"
@@ -93,6 +93,16 @@ def test_short_run_with_interrupted_calls_or_vanishing_files_is_clean(options: t
     assert result["violations"] == 0, output
     assert result["left_behind"] == 0, output
     assert result["counts"].get("removals" if "--remove-rate" in options else "interrupted", 0) > 0, output
+
+
+def test_short_run_with_kills_at_steps_of_suspending_and_resuming_is_clean() -> None:
+    run = stress("--suspensions", str(scaled(24)), "--namespaces", "1", "--seed", "15")
+    output, result = outcome(run, 100 * max(1.0, SCALE))
+    assert result["violations"] == 0, output
+    assert result["left_behind"] == [], output
+    assert run.returncode == 0, output
+    assert result["kills"] == scaled(24)
+    assert {role for role, _, _ in result["kills_by_step"]} == {"helper", "target", "requester", "leader"}, output
 
 
 def test_interrupted_run_ends_cleanly_and_removes_its_folder(monkeypatch: pytest.MonkeyPatch) -> None:

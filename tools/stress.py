@@ -4,6 +4,7 @@
     python tools/stress.py --processes 8 --seconds 20 --seed 5      a short run, the same again with the same seed
     python tools/stress.py --source nvml                            on a simulated GPU, measured through NVML
     python tools/stress.py --interrupt-rate 20 --remove-rate 1      exceptions from signal handlers, and a cleaner
+    python tools/stress.py --suspensions 10000                      kills at each step of suspending and resuming
 
 Every process acquires, uses and releases models of three kinds on a simulated device that is too small for all
 of them: handles of real model servers, handles without a server, and objects that belong to their process. The
@@ -13,6 +14,9 @@ raise an exception in the middle of a call, and removes lock files, or the folde
 
 Double use of a copy is noticed in two ways that know nothing of each other: in the state and its events
 (stressing/checks.py), and by a lock on a file of each copy that its user takes (stressing/models.py).
+
+With `--suspensions` there is another crew: it suspends and resumes copies on a simulated GPU, and dies of that
+(stressing/suspension_run.py).
 
 The exit code is 1 if anything was wrong or left behind. A run can be replayed approximately: everything
 random comes from the seed, but not the scheduling of processes.
@@ -32,6 +36,8 @@ from collections.abc import Sequence
 
 from stressing.conductor import NAMESPACE, Result, conduct
 from stressing.models import SOURCES, Plan
+from stressing.suspension_run import AT_REST, ROLES, STEPS, SuspensionResult
+from stressing.suspension_run import run as run_suspensions
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -39,6 +45,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     if options.optimized and not sys.flags.optimize:
         os.execv(sys.executable, [sys.executable, "-O", __file__, *(sys.argv[1:] if arguments is None else arguments)])
+    if options.suspensions:
+        say(f"seed {options.seed}: {options.suspensions} kills in {options.namespaces} namespaces")
+        moved = run_suspensions(options.suspensions, options.namespaces, options.seed, say)
+        print_suspensions(moved)
+        if options.json:
+            say(json.dumps(moved.as_json()))
+        return 1 if moved.violations.total or moved.left_behind else 0
     say(f"seed {options.seed}: {options.processes} processes, {options.seconds:g} s, source {options.source}")
     result = conduct(lambda folder: make_plan(options, folder), say)
     print_table(result)
@@ -98,6 +111,14 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="seconds (default 1; 3 with --interrupt-rate, as what an exception leaves heals within one)",
     )
     parser.add_argument("--poll-interval", type=float, default=0.5, help="seconds (default 0.5)")
+    parser.add_argument(
+        "--suspensions",
+        type=int,
+        default=0,
+        metavar="KILLS",
+        help="kill so many processes that suspend and resume; only --seed, --namespaces and --json count with it",
+    )
+    parser.add_argument("--namespaces", type=int, default=2, help="side by side, with --suspensions (default 2)")
     parser.add_argument("--json", action="store_true", help="the last line of output is one JSON object")
     options = parser.parse_args(arguments)
     if not 1 <= options.processes <= 400:
@@ -177,6 +198,30 @@ def print_table(result: Result) -> None:
         say(f"{name:38}  {text}")
     for text in result.unconfirmed[:5]:
         say(f"\n? seen once: {text}")
+    for text in result.violations.texts + result.left_behind[:20]:
+        say(f"\n! {text}")
+
+
+def print_suspensions(result: SuspensionResult) -> None:
+    """Say what a run with suspensions has come to: how often each role was killed at each step, and what was wrong."""
+    steps = [*STEPS, AT_REST, *sorted({step for _, step in result.kills} - {*STEPS, AT_REST})]
+    say("")
+    say(f"{'killed while a copy was':38}" + "".join(f"{role:>12}" for role in ROLES))
+    for step in steps:
+        say(f"{step:38}" + "".join(f"{result.kills[role, step]:12}" for role in ROLES))
+    rows = [
+        ("kills", f"{sum(result.kills.values())} in {result.seconds:.0f} s"),
+        ("calls", _listed(result.counts)),
+        ("accounts exact after the last call", _percentiles(result.exact_s)),
+        ("excused claims", _listed(result.excused)),
+        ("violations", _listed(result.violations.counts)),
+        ("left behind", str(len(result.left_behind))),
+        ("machine", f"{os.cpu_count()} processors, Python {platform.python_version()}"),
+        ("seed", str(result.seed)),
+    ]
+    say("")
+    for name, text in rows:
+        say(f"{name:38}  {text}")
     for text in result.violations.texts + result.left_behind[:20]:
         say(f"\n! {text}")
 

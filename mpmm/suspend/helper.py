@@ -6,16 +6,23 @@ process in a thread of its own, and ends once no worker is left, nobody has aske
 call of the driver hangs: the process that asked ends the one that hangs, and the next helper serves the others.
 
 Its death costs the operation, not the process that is moved: the process that asked asks the next helper, which goes on
-from the state in which the driver has left it.
+from the state in which the driver has left it. The state does not tell a process that is suspended from one that was
+about to be restored, part of whose memory is on the device again. So the helper notes in its lock file which processes
+it is resuming, and the next one resumes those before it suspends them.
+
+The process that asked may die, too, and another one ask for the same process to be suspended that is still being
+resumed. It has its turn after that: operations on one process never overlap.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import threading
 import time
+import weakref
 from contextlib import closing, suppress
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Connection, wait
@@ -40,6 +47,8 @@ START_LOOK_S = 0.02
 TRIES = 3
 # A call that has hung for so many times its limit is not going to come back.
 HUNG = 2.0
+# More pids than a host resumes at a time.
+NOTED_BYTES = 4096
 _started: list[subprocess.Popen[bytes]] = []
 
 
@@ -96,12 +105,16 @@ def _start(folder: Path) -> subprocess.Popen[bytes]:
 
 def main(folder: Path) -> int:
     """Serve the workers of a namespace's folder, and return once nobody needs that; at once if another one does."""
-    lock = LockFile(folder / LOCK)
+    try:
+        lock = LockFile(folder / LOCK)
+        key = (folder / "token").read_bytes()
+    except FileNotFoundError:
+        # The last worker has left meanwhile, and with it the folder.
+        return 0
     if not lock.try_exclusive() or not lock.is_current():
         return 0
-    key = (folder / "token").read_bytes()
     (folder / SOCKET).unlink(missing_ok=True)
-    helper = _Helper(key)
+    helper = _Helper(key, _Unfinished(lock.fd))
     with sockets.listen(folder, SOCKET) as listener:
         while lock.is_current() and not _is_deserted(folder / ALIVE) and not helper.is_through():
             if wait([listener], LOOK_S):
@@ -122,9 +135,42 @@ def _is_deserted(alive: Path) -> bool:
         return True
 
 
+class _Unfinished:
+    """The processes that are being resumed, by this helper or one that has died of it: their pids, in the lock file.
+
+    A pid that is another process's by now does no harm: to resume what runs changes nothing.
+    """
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        noted = os.pread(fd, NOTED_BYTES, 0).partition(b"\n")[0].split()
+        self._pids = {int(pid) for pid in noted if Path(f"/proc/{int(pid)}").exists()}
+
+    def __contains__(self, pid: int) -> bool:
+        return pid in self._pids
+
+    def add(self, pid: int) -> None:
+        """Note a process."""
+        self._pids.add(pid)
+        self._write()
+
+    def discard(self, pid: int) -> None:
+        """Forget a process."""
+        if pid in self._pids:
+            self._pids.discard(pid)
+            self._write()
+
+    def _write(self) -> None:
+        # In one go; what an older, longer line has left behind the end of this one is not read.
+        os.pwrite(self._fd, " ".join(map(str, sorted(self._pids))).encode() + b"\n", 0)
+
+
 class _Helper:
-    def __init__(self, key: bytes) -> None:
+    def __init__(self, key: bytes, unfinished: _Unfinished) -> None:
         self._key = key
+        self._unfinished = unfinished
+        # By pid: held by the thread whose turn it is with a process.
+        self._turns: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
         self._mutex = new_lock()
         self._driver: CheckpointDriver | None = None
         self._last_asked = time.monotonic()
@@ -152,17 +198,36 @@ class _Helper:
 
     def _do(self, request: dict[str, Any]) -> str | None:
         """Do what is asked; return what went wrong."""
-        deadline = time.monotonic() + request["limit_s"]
+        pid, limit_s = request["pid"], request["limit_s"]
+        with self._mutex:
+            turn = self._turns.setdefault(pid, new_lock())
+        if not turn.acquire(timeout=limit_s):
+            return f"process {pid} is still being suspended or resumed for another request"
         try:
-            with self._mutex:
-                driver = self._driver = self._driver or CheckpointDriver()
-            if request["what"] == "suspend":
-                driver.suspend(request["pid"], deadline)
-            else:
-                driver.resume(request["pid"], deadline)
+            # Its own time begins now.
+            self._hung_at[threading.get_ident()] = time.monotonic() + HUNG * limit_s
+            self._move(request["what"], pid, time.monotonic() + limit_s)
         except DriverError as error:
             return str(error)
+        finally:
+            turn.release()
         return None
+
+    def _move(self, what: str, pid: int, deadline: float) -> None:
+        with self._mutex:
+            driver = self._driver = self._driver or CheckpointDriver()
+            resumes = what == "resume" or pid in self._unfinished
+            if resumes:
+                self._unfinished.add(pid)
+        try:
+            if resumes:
+                driver.resume(pid, deadline)
+        finally:
+            # Where that has failed, the driver has left the process suspended as a whole.
+            with self._mutex:
+                self._unfinished.discard(pid)
+        if what == "suspend":
+            driver.suspend(pid, deadline)
 
 
 if __name__ == "__main__":

@@ -72,15 +72,21 @@ static long long read_number(const char *path) {
 }
 
 /* Replace a file as a whole; its name until then is not one that anybody counts. */
-static void write_number(const char *path, long long number) {
-    char aside[PATH_MAX + 32], text[32];
+static void write_text(const char *path, const char *text) {
+    char aside[PATH_MAX + 32];
     const char *name = strrchr(path, '/') + 1;
     snprintf(aside, sizeof aside, "%.*s.%s.%d", (int)(name - path), path, name, gettid());
     int fd = open(aside, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0600);
-    int length = snprintf(text, sizeof text, "%lld", number);
+    ssize_t length = (ssize_t)strlen(text);
     if (fd < 0 || write(fd, text, (size_t)length) != length) perror("simulated_cuda: write");
     if (fd >= 0) close(fd);
     rename(aside, path);
+}
+
+static void write_number(const char *path, long long number) {
+    char text[32];
+    snprintf(text, sizeof text, "%lld", number);
+    write_text(path, text);
 }
 
 /* Return what a line '<call> <number> <number>' of the file `name` says about a call, in the two numbers. */
@@ -129,6 +135,59 @@ static void set_state(int pid, int state) {
     write_number(path, state);
 }
 
+/* ---- memory ----------------------------------------------------------------------------------------------- */
+
+static void device_path(char *to, int gpu, int pid) {
+    path_to(to, "gpu%d/memory/of_%d_%llu", gpu, pid, start_of(pid));
+}
+
+static void host_path(char *to, int gpu, int pid) {
+    path_to(to, "host/gpu%d_%d_%llu", gpu, pid, start_of(pid));
+}
+
+static void redo_path(char *to, int pid) {
+    path_to(to, "host/redo_%d_%llu", pid, start_of(pid));
+}
+
+/* Hold the directory's lock, as whoever allocates does. */
+static int hold(void) {
+    char path[PATH_MAX];
+    path_to(path, "lock");
+    int fd = open(path, O_RDONLY | O_CLOEXEC);
+    if (fd >= 0) flock(fd, LOCK_EX);
+    return fd;
+}
+
+static void set_bytes(const char *path, long long bytes) {
+    if (bytes > 0)
+        write_number(path, bytes);
+    else
+        unlink(path);
+}
+
+/* Make the two files of a process say what the file `redo` does, if there is one. */
+static void redo(int pid) {
+    char path[PATH_MAX], text[128], of[PATH_MAX];
+    int gpu;
+    long long on_device, in_host;
+    redo_path(path, pid);
+    if (!read_text(path, text, sizeof text) || sscanf(text, "%d %lld %lld", &gpu, &on_device, &in_host) != 3) return;
+    device_path(of, gpu, pid);
+    set_bytes(of, on_device);
+    host_path(of, gpu, pid);
+    set_bytes(of, in_host);
+    unlink(path);
+}
+
+/* Write down what both files are to say, so that a caller that is killed between them has moved all of it, or none. */
+static void set_both(int pid, int gpu, long long on_device, long long in_host) {
+    char path[PATH_MAX], text[128];
+    redo_path(path, pid);
+    snprintf(text, sizeof text, "%d %lld %lld", gpu, on_device, in_host);
+    write_text(path, text);
+    redo(pid);
+}
+
 /* Do what every call begins with; return an error that is to be returned. */
 static int begin(const char *call, int pid) {
     double error, seconds;
@@ -140,18 +199,13 @@ static int begin(const char *call, int pid) {
     log_call(call, pid);
     if (told("cuda_hang", call, &seconds, &error)) sleep_for(seconds);
     if (!start_of(pid)) return INVALID_VALUE;
+    int held = hold();
+    redo(pid);
+    if (held >= 0) close(held);
     return told("cuda_error", call, &error, &seconds) ? (int)error : SUCCESS;
 }
 
-/* ---- memory ----------------------------------------------------------------------------------------------- */
-
-static void device_path(char *to, int gpu, int pid) {
-    path_to(to, "gpu%d/memory/of_%d_%llu", gpu, pid, start_of(pid));
-}
-
-static void host_path(char *to, int gpu, int pid) {
-    path_to(to, "host/gpu%d_%d_%llu", gpu, pid, start_of(pid));
-}
+/* ---- devices ---------------------------------------------------------------------------------------------- */
 
 static int has_gpu(int gpu) {
     char path[PATH_MAX];
@@ -170,23 +224,6 @@ static int is_unsupported(int pid) {
             if (!access(path, F_OK)) return 1;
         }
     return 0;
-}
-
-/* Hold the directory's lock, as whoever allocates does. */
-static int hold(void) {
-    char path[PATH_MAX];
-    path_to(path, "lock");
-    int fd = open(path, O_RDONLY | O_CLOEXEC);
-    if (fd >= 0) flock(fd, LOCK_EX);
-    return fd;
-}
-
-static void add(const char *path, long long bytes) {
-    long long there = read_number(path) + bytes;
-    if (there > 0)
-        write_number(path, there);
-    else
-        unlink(path);
 }
 
 static long long total_of(int gpu, const char *key) {
@@ -216,16 +253,17 @@ static long long used_of(int gpu) {
     return used;
 }
 
-/* Move what a process has, part by part, from where `from` says to where `to` says, at so many MB/s; 0 for at once. */
-static int move(const char *call, int pid, void (*from)(char *, int, int), void (*to)(char *, int, int), int restore) {
+/* Move what a process has, part by part, from the device to the host or back, at so many MB/s; 0 for at once. */
+static int move(const char *call, int pid, int restore) {
     double mb_s = 0, unused, die_after = -1, left_in = 0;
-    char source[PATH_MAX], target[PATH_MAX];
+    char on_device[PATH_MAX], in_host[PATH_MAX];
+    const char *source = restore ? in_host : on_device;
     long long moved = 0;
     told("cuda_rates", call, &mb_s, &unused);
     if (!told("cuda_die", call, &die_after, &left_in)) die_after = -1;
     for (int gpu = 0; gpu < MAX_GPUS && has_gpu(gpu); gpu++) {
-        from(source, gpu, pid);
-        to(target, gpu, pid);
+        device_path(on_device, gpu, pid);
+        host_path(in_host, gpu, pid);
         int held = restore ? hold() : -1;
         int fits = !restore || read_number(source) + used_of(gpu) <= total_of(gpu, "total");
         if (held >= 0) close(held);
@@ -238,8 +276,8 @@ static int move(const char *call, int pid, void (*from)(char *, int, int), void 
             }
             if (mb_s > 0) sleep_for((double)part / (mb_s * 1048576.0));
             held = hold();
-            add(source, -part);
-            add(target, part);
+            long long change = restore ? part : -part;
+            set_both(pid, gpu, read_number(on_device) + change, read_number(in_host) - change);
             if (held >= 0) close(held);
             moved += part;
             if (!start_of(pid)) return INVALID_VALUE;
@@ -293,7 +331,7 @@ int cuCheckpointProcessCheckpoint(int pid, void *args) {
     int error = begin("checkpoint", pid);
     if (error) return error;
     if (state_of(pid) != LOCKED) return ILLEGAL_STATE;
-    error = move("checkpoint", pid, device_path, host_path, 0);
+    error = move("checkpoint", pid, 0);
     if (!error) set_state(pid, CHECKPOINTED);
     return error;
 }
@@ -303,7 +341,7 @@ int cuCheckpointProcessRestore(int pid, void *args) {
     int error = begin("restore", pid);
     if (error) return error;
     if (state_of(pid) != CHECKPOINTED) return ILLEGAL_STATE;
-    error = move("restore", pid, host_path, device_path, 1);
+    error = move("restore", pid, 1);
     if (!error) set_state(pid, LOCKED);
     return error;
 }

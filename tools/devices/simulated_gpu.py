@@ -25,6 +25,7 @@ as long as the process lives.
                                    process is left in that state
     in host:           state_<pid>_<start time>      1 locked, 2 checkpointed, 3 failed; running without
                        gpu<n>_<pid>_<start time>     bytes of a process that are in the host's memory
+                  redo_<pid>_<start time>       what both of its files are about to say, whose writer may have died
     in gpu0, …, and in about       uuid, name, total and reserved (bytes), linger_ms, mig
     their slices       lost        if it exists, the GPU fell off the bus
     gpu0/mig0, …:      refused     '<what> <error>' for each question that is refused; what is memory, processes,
@@ -274,7 +275,11 @@ class SimulatedGpus:
 
     def hang_call(self, call: str, seconds: float) -> None:
         """Let a call of the driver begin so much later."""
-        _write(self.folder / "cuda_hang", f"{call} {seconds}\n")
+        self.delay_calls(**{call: seconds})
+
+    def delay_calls(self, **seconds: float) -> None:
+        """Let each of these calls of the driver begin so much later; the others begin at once."""
+        _write(self.folder / "cuda_hang", "".join(f"{call} {late}\n" for call, late in seconds.items()))
 
     def keep_busy(self, seconds: float) -> None:
         """Let every process have submitted work of so many seconds, for which a lock waits."""
@@ -293,12 +298,26 @@ class SimulatedGpus:
 
     def host_mb(self) -> float:
         """Return what living processes have in the host's memory instead of on their devices."""
-        found = 0
+        return sum(self.host_process_mb().values())
+
+    def host_process_mb(self) -> dict[int, float]:
+        """Return that for each process."""
+        found: dict[int, float] = {}
         for path in (self.folder / "host").glob("gpu*_*_*"):
             _, pid, started = path.name.split("_")
             if _start_of(int(pid)) == started:
-                found += _read_bytes(path)
-        return found / MIB
+                found[int(pid)] = found.get(int(pid), 0.0) + _read_bytes(path) / MIB
+        return found
+
+    def device_mb_of(self, pid: int, device: Device) -> float:
+        """Return what a living process has on a device; its answer takes no look at the others."""
+        return _read_bytes(self._place(device) / "memory" / f"of_{pid}_{_start_of(pid)}") / MIB
+
+    def host_mb_of(self, pid: int) -> float:
+        """Return what a living process has in the host's memory instead of on its devices."""
+        started = _start_of(pid)
+        places = (self.folder / "host" / f"gpu{number}_{pid}_{started}" for number in range(MAX_GPUS))
+        return sum(map(_read_bytes, places)) / MIB
 
     def _await_unlock(self) -> None:
         """Block as a CUDA call does while the process is locked or checkpointed."""
