@@ -2,7 +2,7 @@
 
 Processes acquire models of 150 to 750 MB at random, popular ones more often, each in a model server that takes its
 memory where `CUDA_VISIBLE_DEVICES` sends it. Told for each device: the most that was ever in use, by the device's own
-record, the mean share of its limit that was booked, and the loads; and how far apart the devices are.
+record, the mean share of its limit that was accounted for, and the loads; and how far apart the devices are.
 
     tools/many_gpus.py              24 models, 32 processes; 1, 2 and 8 GPUs, one of which is cut into two slices
 """
@@ -47,7 +47,7 @@ def main() -> int:
             report = measure(gpus, setting, f"many{number}", Path(folder) / "run")
             print(f"{layout}: {report.acquires} acquires, {report.reasons}")
             for unit, highest, mean, loads in zip(gpus.units(), report.highest, report.mean, report.loads, strict=True):
-                print(f"  {unit:42} at most {highest:6.1%} of its limit, {mean:6.1%} booked in the mean, {loads} loads")
+                print(f"  {unit:42} at most {highest:6.1%} of its limit, {mean:6.1%} in the mean, {loads} loads")
             print(f"  furthest apart in the mean: {report.spread:.1%}; broken invariants: {len(report.problems)}")
             failed |= bool(report.problems) or max(report.highest) > 1 or report.spread > 0.1
     return int(failed)

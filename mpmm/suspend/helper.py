@@ -138,7 +138,7 @@ def _is_deserted(alive: Path) -> bool:
 class _Unfinished:
     """The processes that are being resumed, by this helper or one that has died of it: their pids, in the lock file.
 
-    A pid that is another process's by now does no harm: to resume what runs changes nothing.
+    Nothing happens to a process that has such a pid by now: to resume what runs changes nothing.
     """
 
     def __init__(self, fd: int) -> None:

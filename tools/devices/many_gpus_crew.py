@@ -37,7 +37,7 @@ class Report:
     """What was found, by device. reasons: of placements.
 
     highest: the most that was in use, by the device's own record; mean: what copies on it and loads in progress are
-    booked with. Both in shares of its limit.
+    accounted for with. Both in shares of its limit.
     """
 
     highest: tuple[float, ...]
@@ -49,7 +49,7 @@ class Report:
 
     @property
     def spread(self) -> float:
-        """By how much more the fullest device was booked than the emptiest, in the mean."""
+        """By how much more the fullest device was accounted for than the emptiest, in the mean."""
         return max(self.mean) - min(self.mean)
 
 
@@ -128,7 +128,7 @@ def _name(reason: int) -> str:
 
 
 def _look(namespace: str, root: Path, seconds: float) -> list[Counter[int]]:
-    """Return the MB booked on each device, by row, again and again; not of the first half, in which they fill.
+    """Return the MB accounted for on each device, by row, again and again; not of the first half, in which they fill.
 
     Not what is in use: a load that a busy machine draws out would make its device look empty.
     """
@@ -137,9 +137,9 @@ def _look(namespace: str, root: Path, seconds: float) -> list[Counter[int]]:
     until = time.monotonic() + seconds
     while time.monotonic() < until:
         if time.monotonic() > begin:
-            booked: Counter[int] = Counter()
+            accounted: Counter[int] = Counter()
             for copy in read_snapshot(namespace, root).copies:
-                booked.update(copy.shares_mb)
-            looks.append(booked)
+                accounted.update(copy.shares_mb)
+            looks.append(accounted)
         time.sleep(LOOK_S)
     return looks
