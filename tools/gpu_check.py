@@ -1,4 +1,4 @@
-"""Does mpmm do on a real GPU what it should? `python tools/gpu_check.py [--minutes 5] [--device 0] [--json]`
+"""Does mpmm do on a real GPU what it should? `python tools/gpu_check.py [--only CHECK,…] [--minutes 5] [--device 0]`
 
 Needs mpmm, installed or on PYTHONPATH, and torch with CUDA; with `--simulated` it runs on a simulated GPU, to test this
 tool. Several processes load models of 1 to 8 GB, tensors of CUDA in a module, into model servers, through mpmm, and one
@@ -10,6 +10,8 @@ table says
     isolation    what it estimates where it sees the whole device alone, as without NVML
     recovery     how long after an unload the device's memory is back
     turns        some minutes of loads and evictions in turn, by several processes, with more models than memory
+    suspend      the driver's checkpoints: how long models take to host memory and back, what is accounted for them,
+                 models that are suspended for each other in turn, and what the helper process leaves behind if killed
     pipeline     models behind Beam's RunInference, where Apache Beam is installed
 
 with what is expected of each. The exit code is 0 when all of it is met.
@@ -30,7 +32,7 @@ One minute of turns on an NVIDIA H100 80GB HBM3 (driver 580.159.04, NVML, 16 pro
     out of memory                0
     highest use                  99.8 % of the limit
 
-The checks `learning` and `pipeline` are newer than that run.
+The checks `learning`, `suspend` and `pipeline` are newer than that run.
 """
 
 from __future__ import annotations
@@ -48,15 +50,16 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
 
 from devices.gpu_check_models import Loader
-from devices.simulated_gpu import DIRECTORY_VARIABLE, SimulatedGpus, build
+from devices.gpu_check_suspend import check_suspend
+from devices.gpu_check_table import CONTEXT_AT_MOST_MB, PATIENCE_S, PAUSE_S, Check, ending, settled_mb
+from devices.simulated_gpu import DIRECTORY_VARIABLE, Build, SimulatedGpus, build
 
 from mpmm import ModelManager
 from mpmm.policy.out_of_memory import is_out_of_memory
@@ -67,66 +70,12 @@ from mpmm.sources.nvml import NvmlSource
 
 _CONTEXT = multiprocessing.get_context("spawn")
 SIMULATED_MB, SIMULATED_RESERVED_MB, SIMULATED_LINGER_S = 24576.0, 400.0, 0.2
-SIZES_MB = tuple(1024.0 * gigabytes for gigabytes in (3, 1, 6, 2, 8, 4, 5, 7))
 # Together the models of the turns take so much more than may be used.
 CROWDING = 1.6
 RECOVERIES = 5
-# What a process takes of the device beside what torch knows of.
-CONTEXT_AT_MOST_MB = 1500.0
-PAUSE_S = 0.005
-PATIENCE_S = 30.0
 # Models, workers, elements.
 PIPELINE, PIPELINE_QUICK = (3, 2, 48), (2, 1, 16)
 PIPELINE_TIMEOUT_S = 300.0
-
-
-@dataclass(frozen=True)
-class Row:
-    """A line of the table. `met` is None where nothing was expected, or nothing could be measured."""
-
-    check: str
-    figure: str
-    value: str
-    expected: str = ""
-    met: bool | None = None
-
-
-@dataclass
-class Check:
-    """What the checks share: the device, where figures come from, models of which sizes, and the lines so far."""
-
-    source: NvmlSource
-    device: DeviceInfo
-    gpus: SimulatedGpus | None
-    options: argparse.Namespace
-    rows: list[Row] = field(default_factory=list)
-
-    def sample(self, pids: Sequence[int] = ()) -> DeviceSample:
-        """Measure the device. Raises RuntimeError when it cannot be read."""
-        (sample,) = self.source.sample(pids)
-        if sample.used_mb is None:
-            raise RuntimeError(f"the device cannot be read: {sample.trouble}")
-        return sample
-
-    def used_mb(self) -> float:
-        """Return what is used on the device."""
-        used_mb = self.sample().used_mb
-        assert used_mb is not None
-        return used_mb
-
-    def loader(self, mb: float) -> Loader:
-        """Return a loader of a model of a size."""
-        return Loader(mb, self.gpus)
-
-    def sizes_mb(self) -> list[float]:
-        """Return sizes of models of which each fits three times."""
-        return [mb for mb in SIZES_MB if 3 * mb < 0.85 * self.device.total_mb] or [self.device.total_mb / 8]
-
-    def say(self, check: str, figure: str, value: str, expected: str = "", met: bool | None = None) -> None:
-        """Add a line."""
-        self.rows.append(Row(check, figure, value, expected, met))
-        if not self.options.json:
-            print(as_line(self.rows[-1]), flush=True)
 
 
 class WholeDevice:
@@ -262,18 +211,6 @@ def check_recovery(check: Check) -> None:
     check.say("recovery", f"{mb:.0f} MB back after an unload", text, "≤ 5 s", max(seconds) <= 5.0)
 
 
-def settled_mb(check: Check) -> float:
-    """Wait until the device's figure stands still; return it."""
-    figures = [check.used_mb()]
-    deadline = time.monotonic() + PATIENCE_S
-    still = 0
-    while still < 20 and time.monotonic() < deadline:
-        time.sleep(0.02)
-        figures.append(check.used_mb())
-        still = still + 1 if abs(figures[-1] - figures[-2]) < 1.0 else 0
-    return figures[-1]
-
-
 @dataclass
 class Turns:
     """What one process of the turns has done. `waits_s` of acquires; `errors` in words."""
@@ -392,37 +329,46 @@ def crowd(check: Check) -> list[float]:
     return sizes_mb
 
 
-@contextmanager
-def ending(processes: Sequence[tuple[Any, Connection]]) -> Iterator[None]:
-    """See to it that processes have ended, whatever happens."""
-    try:
-        yield
-    finally:
-        for process, connection in processes:
-            connection.close()
-            process.join(PATIENCE_S)
-            if process.is_alive():
-                process.kill()
-                process.join()
+# In the order in which they run.
+CHECKS: dict[str, Callable[[Check], None]] = {
+    "figures": check_figures_and_attribution,
+    "attribution": check_figures_and_attribution,
+    "learning": check_learning,
+    "isolation": check_isolation,
+    "recovery": check_recovery,
+    "turns": check_turns,
+    "suspend": check_suspend,
+    "pipeline": check_pipeline,
+}
 
 
-def as_line(row: Row) -> str:
-    """Return a line of the table."""
-    verdict = "" if row.met is None else "met" if row.met else "NOT MET"
-    return f"{row.check:12}{row.figure:34}{row.value:48}{row.expected:16}{verdict}"
+def chosen_checks(text: str) -> list[Callable[[Check], None]]:
+    """Return the checks of a list of names, in their order. Raises ArgumentTypeError for a name that there is not."""
+    names = [name.strip() for name in text.split(",")]
+    unknown = [name for name in names if name not in CHECKS]
+    if unknown:
+        raise argparse.ArgumentTypeError(f"there is no check {unknown[0]!r}; there are {', '.join(CHECKS)}")
+    return list(dict.fromkeys(check for name, check in CHECKS.items() if name in names))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return 1 when something expected was not met, 2 where the checks cannot run."""
     parser = argparse.ArgumentParser(description="Check mpmm on a real GPU, with torch.")
+    parser.add_argument(
+        "--only", type=chosen_checks, metavar="CHECK[,CHECK]", help=f"of {', '.join(CHECKS)} (default: all)"
+    )
     parser.add_argument("--minutes", type=float, default=5.0, help="how long models are loaded in turn (default: 5)")
     parser.add_argument("--processes", type=int, default=6, help="that use them (default: 6)")
+    parser.add_argument(
+        "--suspend-minutes", type=float, default=2.0, help="how long models are suspended in turn at most (default: 2)"
+    )
+    parser.add_argument("--suspend-turns", type=int, default=200, help="and how often at most (default: 200)")
     parser.add_argument("--device", default="0", help="its number, or the uuid of it or of a slice (default: 0)")
     parser.add_argument("--seed", type=int, default=1, help="for who wants which model when (default: 1)")
     parser.add_argument("--json", action="store_true", help="print the table as JSON instead")
     parser.add_argument("--simulated", action="store_true", help="run on a simulated GPU, to test this tool")
     parser.add_argument(
-        "--quick", action="store_true", help="fewer recoveries and a smaller pipeline, to test this tool"
+        "--quick", action="store_true", help="fewer and smaller steps of everything but turns, to test this tool"
     )
     options = parser.parse_args(arguments)
     # The table is what is to be seen.
@@ -430,9 +376,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mpmm-g", ignore_cleanup_errors=True)))
         os.environ[RUNTIME_DIR_VARIABLE] = str(folder / "run")
-        gpus = None
+        gpus, built = None, None
         if options.simulated:
-            gpus = simulate(folder)
+            gpus, built = simulate(folder)
         elif importlib.util.find_spec("torch") is None:
             print("gpu_check needs torch with CUDA; --simulated does without", file=sys.stderr)
             return 2
@@ -444,7 +390,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"gpu_check: {error}", file=sys.stderr)
             return 2
         stack.callback(source.close)
-        check = Check(source, source.devices()[0], gpus, options)
+        check = Check(source, source.devices()[0], gpus, built, options)
         run(check)
     failed = [row for row in check.rows if row.met is False]
     if options.json:
@@ -452,7 +398,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 1 if failed else 0
 
 
-def simulate(folder: Path) -> SimulatedGpus:
+def simulate(folder: Path) -> tuple[SimulatedGpus, Build]:
     """Make a simulated GPU that this process and its children find."""
     built = build(folder / "driver")
     built.load()
@@ -461,7 +407,7 @@ def simulate(folder: Path) -> SimulatedGpus:
     )
     os.environ.update(gpus.environment(built))
     assert os.environ[DIRECTORY_VARIABLE]
-    return gpus
+    return gpus, built
 
 
 def run(check: Check) -> None:
@@ -469,14 +415,7 @@ def run(check: Check) -> None:
     device = check.device
     check.say("device", "name", f"{device.name}, {device.total_mb:.0f} MB")
     check.say("device", "used by others", f"{check.used_mb():.0f} MB")
-    for inspect in (
-        check_figures_and_attribution,
-        check_learning,
-        check_isolation,
-        check_recovery,
-        check_turns,
-        check_pipeline,
-    ):
+    for inspect in check.options.only or dict.fromkeys(CHECKS.values()):
         try:
             inspect(check)
         except Exception as error:

@@ -2,6 +2,9 @@
 
 With torch a model is a module with blocks of CUDA memory as its parameters. On a simulated GPU it declares its memory,
 and some more for what a CUDA context takes, as a real process would have it.
+
+A model with a seed has weights of which every strip differs from the others, and each use compares all of them with
+what was written there.
 """
 
 from __future__ import annotations
@@ -9,19 +12,23 @@ from __future__ import annotations
 import os
 import time
 import uuid
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from devices.simulated_gpu import SimulatedGpus
 from mpmm import MultiProcessShared
 
-__all__ = ["CheckedModel", "Figures", "Loader"]
+__all__ = ["CONTEXT_MB", "CheckedModel", "Figures", "Loader", "WrongWeightsError"]
 
 MIB = 2**20
 # Parameters are cut into blocks, as those of real models are.
 BLOCK_MB = 256
 # On a simulated GPU: what a process takes beside its tensors, and how long work takes.
 CONTEXT_MB = 300.0
+# Of a model with a seed: numbers that are written, and compared, at a time. 16 MB.
+STRIP = 2**23
+GRAPH_SIDE = 64
 LOAD_S, INFERENCE_S = 0.05, 0.003
 
 
@@ -39,16 +46,26 @@ class CheckedModel(Protocol):
     """A model in its server."""
 
     def infer(self) -> int:
-        """Work on all of the weights for a moment; return the pid."""
+        """Work on all of the weights for a moment; return the pid. Raises WrongWeightsError for wrong ones."""
 
     def figures(self) -> Figures:
         """Return the process's own figures."""
 
+    def capture(self) -> None:
+        """Capture a CUDA graph that reads some weights; of a model with a seed."""
+
+    def replay(self) -> bool:
+        """Tell whether the graph still yields what it did at first."""
+
+
+class WrongWeightsError(Exception):
+    """Weights are not what was written there."""
+
 
 class TorchModel:
-    """Weights of a given size on `cuda:0`."""
+    """Weights of a given size on `cuda:0`: all of them 1, or by a seed."""
 
-    def __init__(self, mb: float) -> None:
+    def __init__(self, mb: float, seed: int | None = None) -> None:
         import torch
 
         self._torch = torch
@@ -58,15 +75,62 @@ class TorchModel:
             block = torch.ones(min(left, BLOCK_MB) * MIB // 2, dtype=torch.float16, device="cuda")
             self._module.register_parameter(f"block{left}", torch.nn.Parameter(block, requires_grad=False))
             left -= BLOCK_MB
+        self._pattern: Any = None
+        if seed is not None:
+            random = torch.Generator("cuda").manual_seed(seed)
+            self._pattern = torch.randint(-30000, 30000, (STRIP,), generator=random, dtype=torch.int16, device="cuda")
+            for number, strip in enumerate(self._strips()):
+                strip.copy_(self._pattern[: len(strip)]).add_(number)
+            # So that a later use takes no more memory.
+            self.infer()
         torch.cuda.synchronize()
 
+    def _strips(self) -> Iterator[Any]:
+        """Yield the weights in parts, as whole numbers: as floats some of them would not equal themselves."""
+        for block in self._module.parameters():
+            yield from block.data.view(self._torch.int16).split(STRIP)
+
     def infer(self) -> int:
-        """Read a part of every block, and see that it is what was written there."""
+        """Read a part of every block, with a seed all of it, and see that it is what was written there."""
+        if self._pattern is not None:
+            wrong = self._torch.zeros((), dtype=self._torch.int64, device="cuda")
+            for number, strip in enumerate(self._strips()):
+                wrong += (strip != self._pattern[: len(strip)] + number).any()
+            if int(wrong):
+                raise WrongWeightsError(f"{int(wrong)} parts of the weights are not what was written there")
+            return os.getpid()
         for block in self._module.parameters():
             found = float(block[:: max(1, len(block) // 1000)].float().mean())
             if found != 1.0:
-                raise ValueError(f"weights are {found}, not 1")
+                raise WrongWeightsError(f"weights are {found}, not 1")
         return os.getpid()
+
+    def capture(self) -> None:
+        """See `CheckedModel`. All numbers are whole and below 2**24, so every order of sums yields the same."""
+        torch = self._torch
+        strip = next(self._strips())
+        self._input = torch.full((GRAPH_SIDE, GRAPH_SIDE), 3.0, device="cuda")
+
+        def work() -> Any:
+            return strip[: GRAPH_SIDE**2].view(GRAPH_SIDE, GRAPH_SIDE).float() @ self._input
+
+        self._expected = work().cpu()
+        # What a library sets up at its first call must not happen while a graph is captured.
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):
+            work()
+        torch.cuda.current_stream().wait_stream(aside)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            self._output = work()
+
+    def replay(self) -> bool:
+        """See `CheckedModel`."""
+        self._output.zero_()
+        self._graph.replay()
+        self._torch.cuda.synchronize()
+        return bool(self._torch.equal(self._output.cpu(), self._expected))
 
     def figures(self) -> Figures:
         """See `CheckedModel`."""
@@ -80,16 +144,30 @@ class TorchModel:
 class SimulatedModel:
     """The same, declared on a simulated GPU."""
 
-    def __init__(self, gpus: SimulatedGpus, mb: float) -> None:
+    def __init__(self, gpus: SimulatedGpus, mb: float, seed: int | None = None) -> None:
         self._gpus = gpus
         self._mb = mb
+        self._seed = seed
         gpus.allocate(mb + CONTEXT_MB)
         time.sleep(LOAD_S)
 
     def infer(self) -> int:
-        """Take a moment."""
+        """Take a moment; with a seed, see that all memory is on the device."""
         time.sleep(INFERENCE_S)
+        if self._seed is not None:
+            self._gpus.await_running()
+            there_mb = self._gpus.device_mb_of(os.getpid(), self._gpus.current_device())
+            if abs(there_mb - self._mb - CONTEXT_MB) > 0.01:
+                raise WrongWeightsError(f"{there_mb:g} of {self._mb + CONTEXT_MB:g} MB are on the device")
         return os.getpid()
+
+    def capture(self) -> None:
+        """Nothing to capture."""
+
+    def replay(self) -> bool:
+        """See `CheckedModel`; a graph is launched by a call that a locked process does not make."""
+        self._gpus.await_running()
+        return True
 
     def figures(self) -> Figures:
         """See `CheckedModel`."""
@@ -99,10 +177,15 @@ class SimulatedModel:
 
 @dataclass(frozen=True)
 class Loader:
-    """A loader of a model of `mb`, with torch or on simulated GPUs; a call starts a server and returns its handle."""
+    """A loader of a model of `mb`, with torch or on simulated GPUs; a call starts a server and returns its handle.
+
+    load_s: what a load takes at least, as if the weights were read from somewhere.
+    """
 
     mb: float
     gpus: SimulatedGpus | None
+    seed: int | None = None
+    load_s: float = 0.0
 
     def __call__(self) -> str:
         """Load."""
@@ -118,4 +201,8 @@ class Loader:
 
     def make(self) -> CheckedModel:
         """Load the model into this process."""
-        return TorchModel(self.mb) if self.gpus is None else SimulatedModel(self.gpus, self.mb)
+        ends = time.monotonic() + self.load_s
+        model: CheckedModel
+        model = TorchModel(self.mb, self.seed) if self.gpus is None else SimulatedModel(self.gpus, self.mb, self.seed)
+        time.sleep(max(0.0, ends - time.monotonic()))
+        return model

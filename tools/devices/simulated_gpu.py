@@ -234,7 +234,7 @@ class SimulatedGpus:
         Raises MemoryError, and takes nothing, when there is less free.
         """
         wanted = self.current_device() if device is None else device
-        self._await_unlock()
+        self.await_running()
         with self._alone():
             free_mb = self.total_mb(wanted) - self.used_mb(wanted)
             if mb > free_mb:
@@ -247,7 +247,7 @@ class SimulatedGpus:
         """Give memory of this process back; it comes free after `linger_s`. Raises ValueError for more than it has."""
         wanted = self.current_device() if device is None else device
         own = self._own_file(wanted)
-        self._await_unlock()
+        self.await_running()
         with self._alone():
             if mb * MIB > _read_bytes(own) + 1:
                 raise ValueError(f"{mb:g} MiB to free, {_read_bytes(own) / MIB:g} MiB taken")
@@ -319,7 +319,7 @@ class SimulatedGpus:
         places = (self.folder / "host" / f"gpu{number}_{pid}_{started}" for number in range(MAX_GPUS))
         return sum(map(_read_bytes, places)) / MIB
 
-    def _await_unlock(self) -> None:
+    def await_running(self) -> None:
         """Block as a CUDA call does while the process is locked or checkpointed."""
         while self.state_of(os.getpid()) != RUNNING:
             time.sleep(LOOK_S)
