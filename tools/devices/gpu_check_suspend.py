@@ -53,10 +53,12 @@ BOOKS_S = 3.0
 CROWD, FITTING = 6, 3.5
 CROWD_QUICK, FITTING_QUICK, TURNS_QUICK, USERS, USERS_QUICK = 4, 2.5, 8, 4, 2
 TURN_MB, TURN_QUICK_MB = 512.0, 256.0
-# Loads that take long, as those of real weights do: else it does not pay to suspend.
+# Loads that take long, as those of real weights do, and so many times as long as a suspension and a resume, as far as
+# those are known: else it does not pay to suspend.
+TURN_LOADS = 6.0
 TURN_LOAD_S, TURN_LOAD_QUICK_S = 6.0, 1.5
 # Of the copies that were evicted, so many are to be suspended.
-SUSPENDED_SHARE = 0.9
+SUSPENDED_SHARE = 0.8
 # Of the helper, in each direction, and how often it is tried at most.
 KILLS, KILLS_QUICK, KILL_TRIES = 3, 1, 3
 KILL_MB, KILL_QUICK_MB = 3072.0, 256.0
@@ -72,8 +74,8 @@ def check_suspend(check: Check) -> None:
     empty_mb = settled_mb(check)
     with checkpoints(check):
         set_rates(check, rates)
-        context_mb = check_rounds(check, empty_mb)
-        check_turns(check, awaited_mb(check, empty_mb), context_mb)
+        context_mb, moved_s = check_rounds(check, empty_mb)
+        check_turns(check, awaited_mb(check, empty_mb), context_mb, moved_s)
         set_rates(check, RATES_KILL_MB_S)
         check_kills(check, awaited_mb(check, empty_mb))
 
@@ -162,25 +164,28 @@ class Rounds:
     suspended_mb: float = 0.0
 
 
-def check_rounds(check: Check, empty_mb: float) -> float:
+def check_rounds(check: Check, empty_mb: float) -> tuple[float, float]:
     """Suspend and resume a model of each size by hand; compare what everybody says of it.
 
-    Return what a process takes of the device beside its weights.
+    Return what a process takes of the device beside its weights, and the seconds that a small one takes to host memory
+    and back, as far as they are known.
     """
     sizes_mb = SIZES_MB if check.gpus is None else SIZES_QUICK_MB if check.options.quick else SIZES_SIMULATED_MB
-    contexts_mb = []
+    contexts_mb, moved_s = [], []
     for mb in sizes_mb:
         if not fits(check, mb):
             check.say("suspend", f"{mb:.0f} MB", "does not fit here")
             continue
         with new_manager("suspend", max(host_budget_mb(), 2 * mb)) as manager:
-            contexts_mb.append(report_rounds(check, manager, mb, empty_mb))
+            context_mb, there_and_back_s = report_rounds(check, manager, mb, empty_mb)
+            contexts_mb.append(context_mb)
+            moved_s.append(there_and_back_s)
         awaited_mb(check, empty_mb)
-    return min(contexts_mb, default=whole_mb(check, 0.0))
+    return min(contexts_mb, default=whole_mb(check, 0.0)), min(moved_s, default=0.0)
 
 
-def report_rounds(check: Check, manager: ModelManager, mb: float, empty_mb: float) -> float:
-    """Do the rounds of one size, and say what came of them; return what the process takes beside its weights."""
+def report_rounds(check: Check, manager: ModelManager, mb: float, empty_mb: float) -> tuple[float, float]:
+    """Do the rounds of one size, and say what came of them; return what `check_rounds` does, of this one."""
     tag, loader = "model", Loader(mb, check.gpus, seed=round(mb))
     handle = manager.acquire_model(tag, loader, expect_mb=whole_mb(check, mb))
     model = loader.served(handle)
@@ -196,6 +201,7 @@ def report_rounds(check: Check, manager: ModelManager, mb: float, empty_mb: floa
     for _ in range(ROUNDS):
         if not one_round(check, manager, loader, model, pid, empty_mb, found):
             break
+    moved_s = sum(statistics.median(seconds) for seconds in (found.suspends_s, found.resumes_s) if seconds)
     what = f"{mb:.0f} MB"
     for name, seconds in (("suspended", found.suspends_s), ("resumed", found.resumes_s)):
         check.say("suspend", f"{what} {name}", as_seconds(seconds))
@@ -204,7 +210,7 @@ def report_rounds(check: Check, manager: ModelManager, mb: float, empty_mb: floa
     rounds = f"{done} of {ROUNDS} rounds" + "".join(f"; {wrong}" for wrong in found.wrong[:3])
     check.say("suspend", f"{what} intact, same process", rounds, "all", done == ROUNDS and not found.wrong)
     if not found.rest_mb or done != ROUNDS:
-        return context_mb
+        return context_mb, moved_s
     rest_mb = max(found.rest_mb)
     listed = f"{rest_mb:+.0f} MB, in {found.listed} rounds listed"
     is_empty = rest_mb <= NEAR_MB and not found.listed
@@ -217,7 +223,7 @@ def report_rounds(check: Check, manager: ModelManager, mb: float, empty_mb: floa
     near_mb = HOST_NEAR_MB + HOST_NEAR * found.booked_host_mb
     check.say("suspend", f"{what} accounted, host", text, f"±{near_mb:.0f} MB", abs(difference) <= near_mb)
     report_device_books(check, what, before, device_books(check, tag, pid), found.suspended_mb)
-    return context_mb
+    return context_mb, moved_s
 
 
 def one_round(
@@ -357,11 +363,12 @@ def use_in_turn(connection: Connection, crowd: Crowd, seed: int) -> None:
         connection.recv()
 
 
-def crowd_of(check: Check, empty_mb: float, context_mb: float) -> Crowd:
+def crowd_of(check: Check, empty_mb: float, context_mb: float, moved_s: float) -> Crowd:
     """Return models of which some fit into what the namespace may use of the device, and all into the host."""
     quick = check.options.quick
     mb, load_s = (TURN_QUICK_MB, TURN_LOAD_QUICK_S) if quick else (TURN_MB, TURN_LOAD_S)
     models, fitting = (CROWD_QUICK, FITTING_QUICK) if quick else (CROWD, FITTING)
+    load_s = max(load_s, TURN_LOADS * moved_s)
     taken_mb = mb + context_mb
     limit_mb = empty_mb + fitting * taken_mb
     slack = min(0.99, max(1.0 - limit_mb / check.device.total_mb, 1.0 - DEVICE_SHARE))
@@ -371,9 +378,9 @@ def crowd_of(check: Check, empty_mb: float, context_mb: float) -> Crowd:
     return Crowd(models, mb, taken_mb, load_s, budget_mb, slack, check.gpus)
 
 
-def check_turns(check: Check, empty_mb: float, context_mb: float) -> None:
+def check_turns(check: Check, empty_mb: float, context_mb: float, moved_s: float) -> None:
     """Let several processes use models in turn that are suspended for each other."""
-    options, crowd = check.options, crowd_of(check, empty_mb, context_mb)
+    options, crowd = check.options, crowd_of(check, empty_mb, context_mb, moved_s)
     if crowd.budget_mb < crowd.models * crowd.whole_mb:
         check.say("suspend", "in turn", "not possible: too little host memory")
         return
