@@ -35,6 +35,7 @@ from mpmm.policy.suspension import Unsuspendable
 from mpmm.shared_state.snapshot import read_snapshot
 from mpmm.suspend.driver import CheckpointDriver, DriverError, State, driver_branch
 from mpmm.suspend.helper import LOCK
+from mpmm.suspend.suspender import DYING_S
 
 NOT_SUPPORTED = 801
 LONG_S = 60.0
@@ -358,6 +359,23 @@ def test_a_suspended_server_that_is_killed_leaves_nothing(
     await_states(namespace, "a")
     assert (gpus.host_mb(), gpus.used_mb(0)) == (0.0, 0.0)
     assert sum(copy.host_mb for copy in read_snapshot(namespace).instances) == 0.0
+
+
+def test_a_server_that_is_killed_in_mid_resume_and_takes_long_to_die_is_no_fault_of_its_model(
+    namespace: str, gpus: SimulatedGpus, two: tuple[Process, Process]
+) -> None:
+    first, second = two
+    pid = load(first, gpus, "a")
+    served("a").outlive_by(2 * DYING_S)
+    assert first.call(suspend, "a") == 1
+    gpus.set_rates(0.0, 600.0)
+    second.send(acquire, "a", loads(gpus, "a"))
+    await_middle(gpus)
+    os.kill(pid, signal.SIGKILL)
+    assert second.result() == "a"
+    assert served("a").pid() != pid
+    assert model_of(namespace, "a").unsuspendable == 0
+    assert problems(namespace) == []
 
 
 def suspend_resume_and_unload(seat: Seat, tag: str, branch: int) -> None:

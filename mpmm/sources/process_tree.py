@@ -53,7 +53,7 @@ def unrelated_to(pids: Iterable[int], roots: Collection[int]) -> set[int]:
 def is_ending(pid: int) -> bool:
     """Tell whether a process is being torn down by the kernel, or has only not been reaped; False if nobody can tell.
 
-    Its locks are free by then, and its memory need not be.
+    Its memory is on its way back then, and its locks are given up after that.
     """
     try:
         fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()

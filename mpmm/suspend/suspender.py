@@ -25,6 +25,7 @@ from mpmm.shared_state.rows import InstanceRow
 from mpmm.shared_state.settings import ALWAYS, NEVER
 from mpmm.shared_state.transaction import Transaction
 from mpmm.sources.host_memory import host_memory_left_mb, host_memory_mb
+from mpmm.sources.process_tree import is_ending
 from mpmm.sources.timeouts import answer_within
 from mpmm.suspend.driver import GOOD_BRANCHES, HAZARDOUS_BRANCHES, driver_branch
 from mpmm.suspend.helper import ask_helper
@@ -41,7 +42,7 @@ LOOK_S = 0.01
 GRACE = 1.5
 # Below this share of its memory the host begins to swap, or to kill.
 HOST_RESERVE = 0.05
-# A killed process is gone within so long.
+# A killed process is seen to end within so long.
 DYING_S = 0.5
 
 
@@ -309,19 +310,27 @@ class Suspender:
         except Exception as error:
             # It is the model's own code, which may raise anything.
             self._say(logging.WARNING, task, request, error)
-            if self._is_dying(task.server):
+            if self._is_dying(task):
                 # It has been killed meanwhile, whatever the driver says of that.
                 return False, None
             failed = Unsuspendable.SUSPEND_FAILED if request == protocol.SLEEP else Unsuspendable.RESUME_FAILED
             return False, failed
         return True, None
 
-    def _is_dying(self, server: int | None) -> bool:
-        """Tell whether a model server (slot) is dead, or is so within a moment: its lock goes last."""
-        if server is None:
+    def _is_dying(self, task: _Task) -> bool:
+        """Tell whether the model server is dead, or is so within a moment.
+
+        Its lock goes last: the kernel takes the process's memory back before that, and takes seconds for tens of GB.
+        """
+        server, pid = task.server, task.server_pid
+        if server is None or pid is None:
             return False
-        self._await(lambda: not self._namespace.member_is_alive(server), DYING_S)
-        return not self._namespace.member_is_alive(server)
+
+        def goes() -> bool:
+            return is_ending(pid) or not self._namespace.member_is_alive(server)
+
+        self._await(goes, DYING_S)
+        return goes()
 
     def _say(self, level: int, task: _Task, request: str, error: Exception) -> None:
         text = "mpmm %s: pid %d could not have %s %s, so it is unloaded instead: %s: %s"

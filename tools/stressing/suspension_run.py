@@ -7,10 +7,10 @@ Each namespace has a GPU, a crew of workers and a conductor of its own. The cond
     requester   the worker that has asked for it
     leader      the worker that takes back what the dead had
 
-half of the time at random moments, and half of the time as soon as a copy comes to a step, which is what the row says
-and how far the driver has come, at which one of them was killed less often than at others. After every `BATCH` kills
-the workers finish their calls. Within a second then, every row is at rest, the invariants hold, and the accounts of
-host and device are what the simulated driver's files say.
+half of the time at random moments, mostly while a copy moves, and half of the time as soon as a copy comes to a step,
+which is what the row says and how far the driver has come, at which one of them was killed less often than at others.
+After every `BATCH` kills the workers finish their calls. Within a second then, every row is at rest, the invariants
+hold, and the accounts of host and device are what the simulated driver's files say.
 """
 
 from __future__ import annotations
@@ -71,8 +71,10 @@ DEVICE_MB = 450.0
 WORKERS = 5
 BATCH = 12
 # MB/s, and seconds by which each call of the driver is late, so that there is a step before and after each.
-RATES = (2000.0, 3000.0)
-DELAYS = {"state": 0.012, "checkpoint": 0.01, "restore": 0.01, "unlock": 0.012}
+RATES = (1500.0, 2000.0)
+DELAYS = {"state": 0.03, "checkpoint": 0.02, "restore": 0.02, "unlock": 0.04}
+# About as long as all of that takes for one copy.
+MOVE_S = 0.25
 PAUSE_S = 0.05
 STEER_S = 1.0
 LOOK_S = 0.002
@@ -188,7 +190,13 @@ class _Conductor:
         self._strikes: collections.deque[str] = collections.deque(maxlen=BATCH)
         self._unread = b""
 
+        self._stopping = False
+
     # ---- the run -------------------------------------------------------------------------------------------
+
+    def stop(self, *_: object) -> None:
+        """Come to an end after this batch; a signal handler."""
+        self._stopping = True
 
     def run(self) -> SuspensionResult:
         """Do it all."""
@@ -197,7 +205,7 @@ class _Conductor:
         try:
             for index in range(WORKERS):
                 self._start(index)
-            while self._count() < self._wanted and not self.result.violations.counts["hung"]:
+            while self._count() < self._wanted and not (self._stopping or self.result.violations.counts["hung"]):
                 self._phases[0] = RUN
                 for _ in range(min(BATCH, self._wanted - self._count())):
                     self._turn_for(self._rng.expovariate(1.0 / PAUSE_S))
@@ -294,6 +302,12 @@ class _Conductor:
                 if any(self._strike(role, move) for role, move in self._neglected()):
                     return
                 self._turn(LOOK_S)
+        elif self._rng.random() < 0.8:
+            # A moment at which nothing moves says little: the moment is random within a move.
+            until = time.monotonic() + STEER_S
+            while not self._moves() and time.monotonic() < until:
+                self._turn(LOOK_S)
+            self._turn_for(self._rng.uniform(0.0, MOVE_S))
         # The killed one may not exist now, or not be one of those that may be killed.
         while not self._strike(self._rng.choice(ROLES), next(iter(self._shuffled(self._moves())), None)):
             self._find_helper()
@@ -559,8 +573,10 @@ def _command_of(process: psutil.Process) -> str:
 def run(kills: int, namespaces: int, seed: int, say: Callable[[str], None]) -> SuspensionResult:
     """Kill so many processes, in several namespaces side by side; return what that has come to.
 
-    Socket paths must be short, so everything is in a folder of its own, which goes in the end.
+    Socket paths must be short, so everything is in a folder of its own, which goes in the end. An interrupt ends it
+    early, with what it has come to.
     """
+    before = signal.signal(signal.SIGINT, lambda *_: None)
     folder = Path(tempfile.mkdtemp(prefix="mpmm-s"))
     result = SuspensionResult(seed)
     began = time.monotonic()
@@ -581,6 +597,7 @@ def run(kills: int, namespaces: int, seed: int, say: Callable[[str], None]) -> S
                 result.violations.add("conductor", "a namespace's conductor has failed")
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+        signal.signal(signal.SIGINT, before)
     result.seconds = time.monotonic() - began
     return result
 
@@ -609,9 +626,10 @@ def _be_conductor(
         os.environ.update(gpus.environment(built, checkpoints=True), **{RUNTIME_DIR_VARIABLE: str(root)})
         os.environ.pop("CUDA_VISIBLE_DEVICES", None)
         built.load()
-        result = _Conductor(root, gpus, kills, seed, lambda text: say(f"{folder.name}: {text}")).run()
+        conductor = _Conductor(root, gpus, kills, seed, lambda text: say(f"{folder.name}: {text}"))
+        signal.signal(signal.SIGINT, conductor.stop)
         with open(writer, "w") as answer:
-            answer.write(json.dumps(result.as_json()))
+            answer.write(json.dumps(conductor.run().as_json()))
         code = 0
     except BaseException:
         traceback.print_exc()
