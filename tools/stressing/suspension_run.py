@@ -86,9 +86,6 @@ PATIENCE_S = 10.0
 LEAVE_S = 30.0
 # More deaths of helpers than mpmm tries for one copy would be the copy's fault by its rules: see `helper.TRIES`.
 HELPERS_A_MOVE = 2
-# While processes stand in line for a processor, so many seconds count as one.
-BUSY_S = 5.0
-_PRESSURE = Path("/proc/pressure/cpu")
 _PR_SET_CHILD_SUBREAPER = 36
 
 
@@ -145,24 +142,29 @@ class _Move:
 
 
 class _Watch:
-    """Seconds, of which those in which processes stood in line for a processor count a fifth."""
+    """A clock that goes slower while more processes want to run than there are processors: what each has had of them.
+
+    Looked at again and again; what was so at a look counts since the one before. In a test suite, or beside other
+    work, a limit of a second would else tell how busy the machine is.
+    """
 
     def __init__(self) -> None:
-        self._began, self._in_line_s = time.monotonic(), _in_line_s()
+        self._looked_at, self._s = time.monotonic(), 0.0
 
     def s(self) -> float:
-        """Return how many have passed."""
-        passed, now = time.monotonic() - self._began, _in_line_s()
-        if now is None or self._in_line_s is None:
-            return passed
-        return passed - min(passed, now - self._in_line_s) * (1.0 - 1.0 / BUSY_S)
+        """Return the seconds on this clock."""
+        now = time.monotonic()
+        self._s += (now - self._looked_at) / max(1.0, _running() / (os.cpu_count() or 1))
+        self._looked_at = now
+        return self._s
 
 
-def _in_line_s() -> float | None:
+def _running() -> int:
+    """Return how many threads of the machine run or want to; 0 if it does not tell."""
     try:
-        return int(_PRESSURE.read_text().partition("\n")[0].rpartition("total=")[2]) / 1e6
-    except (OSError, ValueError):
-        return None
+        return int(Path("/proc/loadavg").read_text().split()[3].partition("/")[0])
+    except (OSError, ValueError, IndexError):
+        return 0
 
 
 class _Conductor:
