@@ -510,8 +510,10 @@ def kill_helper(
     began = time.monotonic()
     time.sleep(killed_at_s)
     helper = helper_pid()
-    if helper is not None and state_of(tag) == state:
-        os.kill(helper, signal.SIGKILL)
+    killed = helper is not None and state_of(tag) == state
+    if helper is not None and killed:
+        with suppress(ProcessLookupError):
+            os.kill(helper, signal.SIGKILL)
         found.kills += 1
     worker.join(3 * limit_s(loader.mb) + PATIENCE_S)
     found.longest_s = max(found.longest_s, time.monotonic() - began)
@@ -523,8 +525,8 @@ def kill_helper(
     except Exception as error:
         found.wrong.append(f"{what}: " + "".join(traceback.format_exception_only(error)).strip())
         return
-    found.same += now == pid
-    found.anew += now != pid
+    found.same += killed and now == pid
+    found.anew += killed and now != pid
     if now != pid and psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
         found.wrong.append(f"{what}: the server from before still runs")
 
