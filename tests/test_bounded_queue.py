@@ -26,6 +26,7 @@ from policy_views import ME, OTHER, A, model
 
 from mpmm.cli import main
 from mpmm.errors import AcquireTimeoutError, InvalidArgumentError, QueueFullError
+from mpmm.observability.formatting import expected_waits
 from mpmm.policy.sharing import FIRST_LOAD_S, Seen, expected_wait_s
 from mpmm.policy.view import ModelView, Reason
 from mpmm.shared_state.snapshot import read_snapshot
@@ -135,6 +136,7 @@ def test_bounds_that_cannot_be_change_nothing(namespace: str, new_manager: NewMa
 # ---- the expected wait ------------------------------------------------------------------------------------------
 
 TIMED = replace(model(A), load_s=4.0, hold_s=0.5)
+LONG_S = 1.0
 SHARED = replace(TIMED, shared=2)
 LOADING = replace(TIMED, loading={OTHER: 1}, shares=True, loading_for_s=1.0)
 
@@ -156,6 +158,69 @@ def test_the_expected_wait_follows_from_loads_and_holds(
     of: ModelView, ahead: int, reason: Reason, seconds: float, expected: float
 ) -> None:
     assert expected_wait_s(of, ME, ahead, reason, seconds) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("of", "ahead", "expected"),
+    [
+        pytest.param(replace(SHARED, shared=1, held_for_s=0.4), 0, 0.5, id="a hold is expected to last for the mean"),
+        pytest.param(replace(SHARED, shared=1, held_for_s=60.0), 0, 60.0, id="or, if late, for as long again"),
+        pytest.param(replace(SHARED, shared=1, held_for_s=60.0), 2, 61.0, id="but those that follow for the mean"),
+        pytest.param(replace(SHARED, held_for_s=60.0), 0, 30.0, id="two that are late serve twice as soon"),
+        pytest.param(
+            replace(TIMED, owned={OTHER: 1}, held_for_s=60.0), 0, 4.0, id="another's object is not waited for"
+        ),
+    ],
+)
+def test_what_has_been_held_for_longer_than_usual_is_expected_to_be_held_for_as_long_again(
+    of: ModelView, ahead: int, expected: float
+) -> None:
+    assert expected_wait_s(of, ME, ahead, Reason.COPIES, 0.0) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("reason", "seconds", "waited_s", "expected"),
+    [
+        (Reason.IN_USE, 2.0, 1.9, 2.0 + 4.0),
+        (Reason.IN_USE, 2.0, 30.0, 30.0 + 4.0),
+        (Reason.DRAINING, 2.0, 30.0, 30.0 + 4.0),
+        (Reason.BACKING_OFF, 2.0, 30.0, 2.0 + 4.0),
+        (Reason.MEMORY, 2.0, 30.0, 4.0),
+    ],
+)
+def test_room_that_should_have_come_already_is_expected_to_take_as_long_again(
+    reason: Reason, seconds: float, waited_s: float, expected: float
+) -> None:
+    assert expected_wait_s(TIMED, ME, 0, reason, seconds, waited_s=waited_s) == pytest.approx(expected)
+
+
+def test_a_copy_that_is_held_for_far_longer_than_usual_is_not_promised_at_once(
+    namespace: str, new_manager: NewManager, new_process: NewProcess
+) -> None:
+    manager, waiter = new_manager(max_model_copies=1), new_process()
+    for _ in range(20):
+        with manager.model("a", Loads()):
+            pass
+    (shown,) = read_snapshot(namespace).models
+    assert 0 < shown.hold_s < LONG_S / 10, "holds were short so far"
+    with manager.model("a", Loads()):
+        wait_until(lambda: held_for_s(namespace) > LONG_S, "it is held for long")
+        waiter.send(acquire, "a")
+        wait_until(lambda: waiting(namespace, "a"), "one waits")
+        (ticket,) = manager.tickets()
+        assert ticket.expected_wait_seconds is not None
+        assert ticket.expected_wait_seconds > LONG_S
+        snapshot = read_snapshot(namespace)
+        assert expected_waits(snapshot)(snapshot.tickets[0]) > LONG_S
+        with pytest.raises(AcquireTimeoutError) as caught:
+            new_process(wait_timeout_seconds=0.05).call(acquire, "a")
+        assert caught.value.retry_after_seconds is not None
+        assert caught.value.retry_after_seconds > LONG_S
+    waiter.result()
+
+
+def held_for_s(namespace: str) -> float:
+    return max(copy.for_s for copy in read_snapshot(namespace).instances if copy.state == "active")
 
 
 def test_what_was_never_loaded_is_expected_to_load_as_others_do() -> None:

@@ -126,15 +126,22 @@ def times_left(snapshot: Snapshot, decided: Mapping[int, float] | None = None) -
     told = decided_at(snapshot.events, snapshot.taken_s) if decided is None else decided
 
     def left_s(ticket: TicketInfo) -> float:
-        model = models.get(ticket.model)
-        if ticket.reason == Reason.BACKING_OFF and model is not None and model.failed_ago_s is not None:
-            return max(0.0, back_off_s(model.failures) - model.failed_ago_s)
+        back_off_left_s = _back_off_left_s(ticket, models.get(ticket.model))
+        if back_off_left_s is not None:
+            return back_off_left_s
         at = told.get(ticket.number)
         if ticket.reason in _UNTIL_RELEASED and at is not None and snapshot.taken_s - at > ticket.seconds:
             return math.inf
         return ticket.seconds
 
     return left_s
+
+
+def _back_off_left_s(ticket: TicketInfo, model: ModelInfo | None) -> float | None:
+    """Return what is left of the back-off that a ticket waits for, None if it waits for something else."""
+    if ticket.reason != Reason.BACKING_OFF or model is None or model.failed_ago_s is None:
+        return None
+    return max(0.0, back_off_s(model.failures) - model.failed_ago_s)
 
 
 def why(row: TicketInfo | EventInfo, need_mb: float | None = None, seconds: float | None = None) -> str:
@@ -163,6 +170,7 @@ def expected_waits(snapshot: Snapshot) -> Callable[[TicketInfo], float]:
     for copy in snapshot.instances:
         copies.setdefault(copy.model, []).append(copy)
     views = {model.row: _view(model, copies.get(model.row, [])) for model in snapshot.models if model.kind == "model"}
+    models = {model.row: model for model in snapshot.models}
     seen = seen_so_far(views.values())
     queue = [ticket for ticket in waiters(snapshot) if not ticket.preload]
 
@@ -171,7 +179,9 @@ def expected_waits(snapshot: Snapshot) -> Callable[[TicketInfo], float]:
             return math.nan
         ahead = sum(one.model == ticket.model for one in itertools.takewhile(lambda one: one is not ticket, queue))
         member = ticket.member + 1
-        return expected_wait_s(views[ticket.model], member, ahead, ticket.reason, ticket.seconds, seen)
+        back_off_left_s = _back_off_left_s(ticket, models[ticket.model])
+        seconds = ticket.seconds if back_off_left_s is None else back_off_left_s
+        return expected_wait_s(views[ticket.model], member, ahead, ticket.reason, seconds, seen, ticket.waited_s)
 
     return expected_s
 

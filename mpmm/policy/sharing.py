@@ -30,7 +30,8 @@ __all__ = [
 # through Beam, 4 to 12 s. It only decides when to stop waiting for the very first load of all.
 FIRST_LOAD_S = 25.0
 # Their time is that until there may be room.
-_UNTIL_ROOM = frozenset({Reason.IN_USE, Reason.DRAINING, Reason.BACKING_OFF})
+_UNTIL_RELEASED = frozenset({Reason.IN_USE, Reason.DRAINING})
+_UNTIL_ROOM = _UNTIL_RELEASED | {Reason.BACKING_OFF}
 
 
 @dataclass(frozen=True)
@@ -112,33 +113,53 @@ def waiting_is_sooner(
     return served_s if loaded else served_s + remaining_s(coming_s, model.loading_for_s)
 
 
-def _served_s(model: ModelView, loaded: int, coming: int, ahead: int, seen: Seen) -> float:
-    """Return in how many seconds a waiter has a usable copy, without what is left of the copies' load."""
+def _served_s(model: ModelView, loaded: int, coming: int, ahead: int, seen: Seen, least_first_s: float = 0.0) -> float:
+    """Return in how many seconds a waiter has a usable copy, without what is left of the copies' load.
+
+    least_first_s: for how long, at least, those that hold copies now are expected to hold them still.
+    """
     held_for_s = model.held_for_s if loaded else 0.0
     first_s = hold_s = model.hold_s
     if not hold_s:
         first_s = max(held_for_s, seen.hold_s - held_for_s)
         hold_s = held_for_s + first_s
-    return served_in_s(first_s, hold_s, ahead, max(1, loaded + coming) * model.users)
+    return served_in_s(max(first_s, least_first_s), hold_s, ahead, max(1, loaded + coming) * model.users)
 
 
 def expected_wait_s(
-    model: ModelView, member: int, ahead: int, reason: int, seconds: float, seen: Seen | None = None
+    model: ModelView,
+    member: int,
+    ahead: int,
+    reason: int,
+    seconds: float,
+    seen: Seen | None = None,
+    waited_s: float = 0.0,
 ) -> float:
     """Return in how many seconds a waiter is expected to have a copy to use, for people and for Retry-After.
 
     Judged by how long loads and holds of the model have taken; what others before it will take of the room cannot be
-    known. ahead: waiters of the same model before this one. reason, seconds: why it waits, and the time of that.
+    known. ahead: waiters of the same model before this one. reason, seconds: why it waits, and the time of that as it
+    was when that became the reason; of a back-off, what is left of it. waited_s: how long it has waited.
+
+    A hold that has gone on for less than the mean is expected to last for the mean still, as if it had no memory. One
+    that has gone on for longer is expected to last for as long again as it has been held: the conditional expectation
+    of a Pareto distribution with alpha = 2, by which the tail of jobs' durations is described better than by an
+    exponential one (Harchol-Balter and Downey, "Exploiting process lifetime distributions for dynamic load balancing",
+    ACM TOCS 15(3), 1997: half of the processes that have run for t run for another t). Otherwise a copy that is held
+    for a minute, of a model whose holds take a millisecond, would be promised within the millisecond all the time. For
+    the same reason, room that should have come while the waiter has waited is expected to take as long again.
     """
     seen = seen or Seen()
     model = presumed(model, seen)
     loaded, coming = model.usable_by(member), model.coming_for(member)
-    served_s = _served_s(model, loaded, coming, ahead, seen)
+    served_s = _served_s(model, loaded, coming, ahead, seen, model.held_for_s if loaded else 0.0)
     if loaded:
         return served_s
     if coming:
         return served_s + remaining_s(model.coming_s or model.load_s, model.loading_for_s)
     room_s = seconds if reason in _UNTIL_ROOM and math.isfinite(seconds) else 0.0
+    if reason in _UNTIL_RELEASED and waited_s > room_s:
+        room_s = waited_s
     # The first waiter that loads uses its copy at once.
     hold_s = model.hold_s or seen.hold_s
     return room_s + model.load_s + hold_s * ahead

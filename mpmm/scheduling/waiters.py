@@ -43,7 +43,9 @@ class Waiters:
         models = {row: self._views.model_view(row, copies, now) for row in {model, *copies.shared, *copies.owned}}
         ahead = sum(one.model == model and one.rank < rank and not one.preload for one in self._shortcuts.waiting())
         seen = seen_so_far(models.values())
-        return expected_wait_s(models[model], member, ahead, found.reason, found.seconds, seen)
+        seconds = self.backs_off_for_s(ticket) if found.reason == Reason.BACKING_OFF else found.seconds
+        waited_s = (now - found.enqueued) / 1e9
+        return expected_wait_s(models[model], member, ahead, found.reason, seconds, seen, waited_s)
 
     def backs_off_for_s(self, ticket: int) -> float:
         """Return in how many seconds a waiter's back-off ends, `inf` if it waits for something else; without the lock.
