@@ -188,6 +188,7 @@ def _run(options: argparse.Namespace, program: Sequence[str], root: Path | None)
     import logging
 
     from mpmm.model_manager.run_command import run_on_lease
+    from mpmm.observability.terminal_log import terminal_handler
 
     # The standard streams are the program's, and nobody needs a report that our defaults differ from the settings.
     logging.getLogger("mpmm").setLevel(logging.ERROR)
@@ -205,6 +206,7 @@ def _run(options: argparse.Namespace, program: Sequence[str], root: Path | None)
             wait_seconds=options.wait,
             priority=options.priority,
             steady_seconds=checked_timeout("--steady", options.steady),
+            says=terminal_handler(sys.stderr),
         )
     except (FileNotFoundError, MpmmError) as error:
         print(f"mpmm: {printable_lines(str(error))}", file=sys.stderr)

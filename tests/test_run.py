@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import io
 import os
 import pty
+import re
 import select
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -247,14 +251,27 @@ def test_a_key_that_interrupts_reaches_the_program_once(namespace: str, new_mana
 
 
 @pytest.mark.usefixtures("start")
-def test_on_a_terminal_it_says_what_it_waits_for(namespace: str, new_manager: NewManager) -> None:
+@pytest.mark.parametrize("columns", [60, 200])
+@pytest.mark.parametrize("coloured", [True, False])
+def test_on_a_terminal_it_says_what_it_waits_for(
+    namespace: str, new_manager: NewManager, monkeypatch: pytest.MonkeyPatch, columns: int, coloured: bool
+) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("NO_COLOR", "" if coloured else "1")
     manager = new_manager()
-    with (
-        manager.reserve(900, name="first"),
-        at_terminal(["run", "--mb", "200", "--namespace", namespace, "--name", "mine", "--", "true"]) as (_, terminal),
-    ):
-        shown = read_until(terminal, f"(pid {os.getpid()} leases 900 MB as first for ".encode())
-        assert b"s for mine, which waits: needs 200 MB, 100 free, and the leases" in shown
+    command = ["run", "--mb", "200", "--namespace", namespace, "--name", "mine", "--", "true"]
+    with manager.reserve(900, name="first"), at_terminal(command, columns) as (pid, terminal):
+        text = read_until(terminal, b" s)", b"\r\n").decode()
+    assert text.count("\x1b[33m") == text.count("\x1b[0m") == (text.count("\r\n") if coloured else 0)
+    lines = re.sub("\x1b\\[[0-9;]*m", "", text).splitlines()
+    assert max(map(len, lines)) <= columns
+    assert (len(lines) > 1, all(line.startswith("  ") for line in lines[1:])) == (columns == 60, True)
+    said = " ".join(line.strip() for line in lines)
+    assert re.fullmatch(
+        rf"mpmm {namespace}: pid {pid} has waited 1 s for mine, which waits: needs 200 MB, 100 free, and the leases "
+        rf"that are held leave too little room \(pid {os.getpid()} leases 900 MB as first for \d+ s\)",
+        said,
+    )
 
 
 @pytest.mark.usefixtures("start")
@@ -268,10 +285,11 @@ def test_a_terminal_that_is_lost_ends_the_program(namespace: str, new_manager: N
 
 
 @contextlib.contextmanager
-def at_terminal(command: list[str]) -> Iterator[tuple[int, io.FileIO]]:
+def at_terminal(command: list[str], columns: int = 80) -> Iterator[tuple[int, io.FileIO]]:
     """Start a command in a terminal of its own; give its pid, which is to be waited for, and the terminal's end."""
     pid, terminal = pty.fork()
     if pid == 0:
+        fcntl.ioctl(0, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
         os.execv(sys.executable, [sys.executable, "-m", "mpmm.cli", *command])
     with io.FileIO(terminal, "r+") as opened:
         try:
@@ -284,10 +302,12 @@ def at_terminal(command: list[str]) -> Iterator[tuple[int, io.FileIO]]:
                     os.waitpid(pid, 0)
 
 
-def read_until(terminal: io.FileIO, wanted: bytes) -> bytes:
-    """Return what a terminal shows, up to and including something."""
-    shown = b""
-    while wanted not in shown:
-        assert select.select([terminal], [], [], DEADLINE_S)[0], f"{wanted!r} did not appear after {shown!r}"
-        shown += terminal.read(1) or b""
+def read_until(terminal: io.FileIO, *wanted: bytes) -> bytes:
+    """Return what a terminal shows, up to and including one thing after the other."""
+    shown, begin = b"", 0
+    for one in wanted:
+        while (at := shown.find(one, begin)) < 0:
+            assert select.select([terminal], [], [], DEADLINE_S)[0], f"{one!r} did not appear after {shown!r}"
+            shown += terminal.read(1) or b""
+        begin = at + len(one)
     return shown

@@ -63,10 +63,12 @@ def run_on_lease(
     wait_seconds: float,
     priority: int = 0,
     steady_seconds: float = 0.0,
+    says: logging.Handler | None = None,
 ) -> int:
     """Run a program on a lease of `mb` MB; return the exit status. wait_seconds: the longest wait for the lease.
 
-    steady_seconds: for so long from its start on nothing else is loaded or unloaded on its devices.
+    steady_seconds: for so long from its start on nothing else is loaded or unloaded on its devices. says: is given what
+    the lease waits for; None where nobody sits there who wants to know.
 
     To be called in the main thread of a process that has no other one. Raises what `ModelManager.reserve` does, and
     SystemExit when a signal ends the wait.
@@ -75,8 +77,8 @@ def run_on_lease(
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, _WATCHED)
     try:
         with ModelManager(namespace=namespace, runtime_root=root) as manager:
-            if sys.stderr.isatty():
-                _say_what_is_waited_for(manager)
+            if says is not None:
+                _say_what_is_waited_for(manager, says)
             with _ended_by_signals(mask):
                 lease = manager.reserve(
                     mb, name=name, timeout_seconds=wait_seconds, priority=priority, steady=steady_seconds > 0
@@ -87,13 +89,13 @@ def run_on_lease(
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
-def _say_what_is_waited_for(manager: ModelManager) -> None:
+def _say_what_is_waited_for(manager: ModelManager, says: logging.Handler) -> None:
     """Show this process's own warnings of long waits; they come sooner than in a log, as somebody sits there."""
     manager._connected().warn_after_s = SAY_AFTER_S
     logger = logging.getLogger("mpmm.waits")
     logger.setLevel(logging.WARNING)
     logger.propagate = False
-    logger.addHandler(logging.StreamHandler(sys.stderr))
+    logger.addHandler(says)
 
 
 @contextlib.contextmanager

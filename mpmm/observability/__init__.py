@@ -7,6 +7,7 @@ Everything here works on the plain values of `mpmm.shared_state.snapshot`, and k
     event_lines     events as lines, for `mpmm events`        tables        columns of text in a given width
     colours         on a terminal only                        formatting    figures as text
     controls        what the keys of `mpmm top` do            json_text     a snapshot as JSON
+    terminal_log    what `mpmm run` says on a terminal
     doctor          what the host offers and limits           bundle        that and all namespaces in one file
     completion      the command line for shells and `man`     trace_writer  the trace of a namespace, written
     event_reader    the events one after another, none twice, lost ones counted
