@@ -160,18 +160,19 @@ def test_an_http_service() -> None:
 
 
 @needs("starlette")
+@pytest.mark.parametrize("bound", [{"wait_timeout_seconds": 0.1}, {"max_waiting": 0}], ids=["too late", "too many"])
 def test_an_http_service_that_cannot_serve_in_time_says_when_to_try_again(
-    new_manager: NewManager, new_process: NewProcess, monkeypatch: pytest.MonkeyPatch
+    new_manager: NewManager, new_process: NewProcess, monkeypatch: pytest.MonkeyPatch, bound: dict[str, float]
 ) -> None:
     monkeypatch.syspath_prepend(EXAMPLES)
     service = importlib.import_module("http_service")
-    new_process(fallback_memory_mb=100).call(acquire, "in the way")
-    manager = new_manager(fallback_memory_mb=100, wait_timeout_seconds=0.1)
+    manager = new_manager(fallback_memory_mb=100, **bound)
+    new_process().call(acquire, "in the way")
     app = SimpleNamespace(state=SimpleNamespace(manager=manager))
     answer = asyncio.run(service.predict(SimpleNamespace(app=app, query_params={"text": "abc"})))
     assert answer.status_code == 503
     assert int(answer.headers["Retry-After"]) >= 1
-    assert "in the way" in json.loads(answer.body)["error"]
+    assert ("max_waiting=0" if "max_waiting" in bound else "in the way") in json.loads(answer.body)["error"]
 
 
 @needs("gunicorn")

@@ -13,6 +13,7 @@ Models are made on the spot, of random weights; nothing is downloaded. All shape
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import os
@@ -28,7 +29,7 @@ import pytest
 from mpmm.suspend import TorchModule
 
 TIMEOUT_S = 900.0
-pytestmark = [pytest.mark.large, pytest.mark.timeout(TIMEOUT_S + 60)]
+large = pytest.mark.large
 
 #: What each shape needs.
 SHAPES = {
@@ -79,6 +80,8 @@ def results() -> Iterator[dict[str, list[Any]]]:
         yield json.loads((Path(folder) / "results.json").read_text())
 
 
+@large
+@pytest.mark.timeout(TIMEOUT_S + 60)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_large_library_predicts_what_plain_python_computes(request: pytest.FixtureRequest, shape: str) -> None:
     if lacks := missing(shape):
@@ -89,6 +92,24 @@ def test_a_large_library_predicts_what_plain_python_computes(request: pytest.Fix
     assert sorted(map(str, found)) == sorted(map(str, expected))
 
 
+@pytest.mark.parametrize("brought", [(), ("triton",)], ids=["without triton", "with triton"])
+def test_what_crashes_beside_tensorflow_is_left_out_and_the_reason_given(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, brought: tuple[str, ...]
+) -> None:
+    for name in ("apache_beam", "torch", "transformers", "tensorflow", *brought):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text("raise AssertionError('it is only looked for')")
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    for name in ("apache_beam", "torch", "transformers", "tensorflow", "triton"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    importlib.invalidate_caches()
+    assert missing("torch_tensor") == []
+    assert missing("xgboost_numpy") == ["xgboost", "datatable"]
+    reason = ["a build of torch without triton"] if brought else []
+    assert missing("hugging_face_pipeline") == missing("hugging_face_keyed_tensor") == reason
+
+
+@large
 def test_a_torch_module_sleeps_and_computes_the_same_when_it_wakes() -> None:
     torch = pytest.importorskip("torch", reason="needs the extra large")
     layers = torch.nn.Linear(3, 3), torch.nn.BatchNorm1d(3), torch.nn.Linear(3, 3)
