@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
+from containers import can_unshare
+from device import SimulatedDevice
+from devices.process_state import lives
 from devices.simulated_gpu import SimulatedGpus
 from harness import (
     NewDevice,
@@ -15,17 +25,22 @@ from harness import (
     Seat,
     acquire,
     copies_of,
+    import_path,
     learn,
     model_of,
     problems,
     release,
     wait_until,
+    waiting,
 )
 from loaders import Loads, LoadsObject, LoadsServer, MakesServed, Weights
 
 from mpmm import InvalidArgumentError
 from mpmm.policy.view import Reason
+from mpmm.shared_state.layout import Header
+from mpmm.shared_state.liveness import is_member_here
 from mpmm.shared_state.snapshot import read_snapshot
+from mpmm.sources import DeviceSample
 
 
 @dataclass(frozen=True)
@@ -122,3 +137,131 @@ def test_a_manager_that_selects_devices_uses_no_others(
     assert [one.uuid for one in read_snapshot(namespace).devices] == ["sim-1", "sim-2"]
     with pytest.raises(InvalidArgumentError, match="0 is not among the devices"):
         manager.acquire_model("a", Loads(), devices=[0])
+
+
+# ---- containers that share one state -----------------------------------------------------------------------------
+
+
+class OneContainer(SimulatedDevice):
+    """A device as it is seen in a container: what is in use as a whole, and of processes those that are in it."""
+
+    name = "by process"
+    measures_processes = True
+
+    def __init__(self, folder: Path, mb: float, container: str) -> None:
+        super().__init__(folder, mb)
+        self._container = folder / container
+        self._container.mkdir(exist_ok=True)
+
+    def allocate(self, mb: float, index: int = 0) -> Path:
+        """Take memory for this process, which so is in the container."""
+        (self._container / str(os.getpid())).touch()
+        return super().allocate(mb, index)
+
+    def sample(self, server_pids: Sequence[int]) -> tuple[DeviceSample, ...]:
+        """Measure; the list of processes claims to be complete."""
+        taken, mine = time.monotonic_ns(), dict[int, float]()
+        for name in os.listdir(self._folder / "0"):
+            kind, pid, mb, _ = name.split("_")
+            if kind == "of" and lives(int(pid)) and (self._container / pid).exists():
+                mine[int(pid)] = mine.get(int(pid), 0.0) + float(mb)
+        return (DeviceSample(0, self.used_mb(), taken, mine, done_ns=time.monotonic_ns()),)
+
+
+def refresh(seat: Seat) -> None:
+    """Have a process take a sample."""
+    assert seat.manager._monitor.refresh()
+
+
+def set_apart(seat: Seat) -> None:
+    """Note in the namespace that there are members in several containers."""
+    namespace = seat.manager._connected().namespace
+    with namespace.transaction() as t:
+        t.set(Header.PID_NAMESPACE, 0)
+    assert all(is_member_here(namespace.tables, slot) for slot in namespace.tables.used_members())
+
+
+def test_two_containers_that_see_their_own_processes_only_give_nothing_away_twice(
+    namespace: str, new_process: NewProcess, tmp_path: Path
+) -> None:
+    sources = [OneContainer(tmp_path / "device", 1000, name) for name in ("one", "two")]
+    one, two = (new_process(memory_source=source, poll_interval=3600) for source in sources)
+    one.call(set_apart)
+    one.call(learn, a=300, b=300, c=500, d=350)
+    for process, source, tag in ((one, sources[0], "a"), (two, sources[1], "b")):
+        process.call(acquire, tag, LoadsServer(tag, MakesServed(source, 300)))
+    for process, tag in ((one, "a"), (two, "b")) * 3:
+        process.call(refresh)
+        snapshot = read_snapshot(namespace)
+        servers = {member.slot: member.measured_mb for member in snapshot.members if member.kind == "server"}
+        # Unknown, and not 0.
+        measured = {copy.tag: servers[copy.server] for copy in snapshot.instances if copy.server is not None}
+        assert measured == {other: 300 if other == tag else None for other in "ab"}
+        assert [(copy.tag, copy.mb) for copy in snapshot.instances] == [("a", 300), ("b", 300)]
+        [device] = snapshot.devices
+        assert (device.used_mb, device.committed_mb, device.external_mb) == (600, 600, 0)
+    two.send(acquire, "c", LoadsServer("c", MakesServed(sources[1], 500)))
+    wait_until(lambda: waiting(namespace, "c"), "there is no room beside both")
+    for process in (one, one):
+        process.call(refresh)
+        assert waiting(namespace, "c")
+    # An idle copy of the other container frees what it takes.
+    one.call(release)
+    two.result()
+    assert sorted(copy.tag for copy in read_snapshot(namespace).instances) == ["b", "c"]
+    assert sources[0].used_mb() == 800
+    assert problems(namespace) == []
+
+
+IN_A_CONTAINER = """
+    import os, sys
+    from mpmm import ModelManager
+
+    manager = ModelManager(namespace=sys.argv[1], memory_source="booked")
+    manager.acquire_model("inner", lambda: "handle")
+    print(os.getpid(), flush=True)
+    sys.stdin.read()
+    manager.shutdown()
+"""
+
+
+class ListsInit(SimulatedDevice):
+    """A device on which the process with number 1, out here, has memory."""
+
+    name = "by process"
+    measures_processes = True
+
+    def sample(self, server_pids: Sequence[int]) -> tuple[DeviceSample, ...]:
+        """Measure."""
+        taken = time.monotonic_ns()
+        return (DeviceSample(0, 600.0, taken, {1: 600.0, os.getpid(): 0.0}, done_ns=time.monotonic_ns()),)
+
+
+@can_unshare
+def test_the_memory_of_a_process_is_not_taken_for_that_of_one_with_its_number_in_a_container(
+    namespace: str, new_manager: NewManager, tmp_path: Path
+) -> None:
+    manager = new_manager(memory_source=ListsInit(tmp_path / "device", 1000), poll_interval=3600)
+    script = ["-c", textwrap.dedent(IN_A_CONTAINER), namespace]
+    inner = subprocess.Popen(
+        ["unshare", "--pid", "--fork", "--mount-proc", sys.executable, *script],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": import_path()},
+    )
+    try:
+        assert inner.stdout is not None
+        assert inner.stdout.readline() == "1\n", "as the first process in there it has the number of ours out here"
+        assert manager._monitor.refresh()
+        session = manager._connected()
+        seen = {member.pid: member.measured_mb for member in read_snapshot(namespace).members}
+        assert seen[1] is None and seen[os.getpid()] == 0
+        tables = session.namespace.tables
+        here = {tables.members[slot].pid for slot in tables.used_members() if is_member_here(tables, slot)}
+        assert here == {os.getpid()}
+        # The other one is a program of somebody else's.
+        assert read_snapshot(namespace).devices[0].unrelated_mb == 600
+    finally:
+        inner.communicate(timeout=60)
+    assert problems(namespace) == []

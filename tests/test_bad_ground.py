@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import random
 import resource
-import shutil
 import socket
 import subprocess
 import sys
@@ -17,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from containers import can_unshare
 from harness import NewManager, NewProcess, acquire, import_path, problems, release, scaled, wait_until
 from patience import DEADLINE_S, Stopwatch
 
@@ -212,9 +212,6 @@ def test_many_forks_of_a_busy_process_neither_block_nor_claim_anything(namespace
 # ---- surroundings that differ or change --------------------------------------------------------------------------
 
 TMPFS_BYTES = 8 << 20
-can_unshare = pytest.mark.skipif(
-    os.getuid() != 0 or shutil.which("unshare") is None, reason="needs root and unshare(1) for namespaces of the kernel"
-)
 
 
 def run_unshared(options: Sequence[str], script: str) -> str:

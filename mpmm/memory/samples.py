@@ -12,6 +12,7 @@ from mpmm.memory.placement import Placement
 from mpmm.scheduling import Scheduler
 from mpmm.shared_state.durations import to_ns
 from mpmm.shared_state.layout import Device, Header, Instance, Member, device_bits, device_rows
+from mpmm.shared_state.liveness import is_member_here, pid_namespace
 from mpmm.shared_state.namespace import Namespace
 from mpmm.shared_state.tables import fit_text
 from mpmm.shared_state.transaction import Transaction
@@ -61,6 +62,8 @@ class SharedSamples:
         self._blind = False
         # When this process has last seen each of the model servers.
         self._servers_at_ns: dict[int, int] = {}
+        # Generations of the members, by slot, whose pids are those of the same processes here.
+        self._here: dict[int, int] = {}
 
     def describe(
         self, source: MemorySource, devices: Sequence[DeviceInfo], next_in_line: Sequence[int] | None = None
@@ -229,6 +232,8 @@ class SharedSamples:
         knows = self._source is None or process_knowledge(self._source)
         unrelated = self._unrelated_pids(listed) if listed and knows else set()
         proven = self._shows_ours(listed)
+        members = self._namespace.tables.used_members() if listed else ()
+        here = {slot for slot in members if self._is_listed_here(slot, listed)}
         with self._namespace.transaction(timeout_s) as t:
             before = self._scheduler.room()
             news = self._take_in(t, samples, unrelated)
@@ -238,7 +243,7 @@ class SharedSamples:
                 self._namespace.transitions.members.note_processes(t, True)
                 self._end_isolations(t)
             if news.measured or news.complete_rows:
-                self._measure_members(t, news, min(sample.taken_ns for sample in samples))
+                self._measure_members(t, news, here, min(sample.taken_ns for sample in samples))
                 self._share_out(t, taken)
             for row, used_mb, sample in news.figures:
                 self._reap_what_was_freed(t, row, used_mb, sample)
@@ -308,19 +313,49 @@ class SharedSamples:
             return False
         if tables.text(Header.SOURCE_NAME) != fit_text(self._source.name, Header.SOURCE_NAME_BYTES):
             return False
-        return any(tables.members[slot].pid in parts for slot in tables.used_members())
+        return any(self._is_listed_here(slot, parts) for slot in tables.used_members())
 
-    def _measure_members(self, t: Transaction, news: _News, taken_ns: int) -> None:
-        """Record what each member takes. One that had memory, and is on no list of its devices any more, has none."""
+    def _is_listed_here(self, slot: int, listed: Mapping[int, float]) -> bool:
+        """Tell whether one of the listed pids is a member's. Without the lock."""
+        return self._namespace.tables.members[slot].pid in listed and self._is_here(slot)
+
+    def _is_here(self, slot: int) -> bool:
+        """Tell whether this process and its source can know a member by its pid. Without the lock.
+
+        A process of another container may have the pid of one in this one, and containers count from 1.
+        """
         tables = self._namespace.tables
+        if not self._are_apart():
+            return True
+        generation = tables.members[slot].generation
+        if self._here.get(slot) == generation:
+            return True
+        # That it is not is looked up again each time: its row may be half written.
+        found = is_member_here(tables, slot)
+        if found:
+            self._here[slot] = generation
+        return found
+
+    def _are_apart(self) -> bool:
+        """Tell whether there are, or were, members in another container than this process, whose pids differ."""
+        return pid_namespace() not in (0, self._namespace.tables.header.pid_namespace)
+
+    def _measure_members(self, t: Transaction, news: _News, here: Set[int], taken_ns: int) -> None:
+        """Record what each member takes; here: the slots of those that were listed.
+
+        One that had memory, and is on no list of its devices any more, has none. But no list has the processes of
+        another container for certain, so of what lies there it is unknown.
+        """
+        tables, apart = self._namespace.tables, self._are_apart()
         for slot in tables.used_members():
             member = tables.members[slot]
             pid, instance = member.pid, member.instance
             devices = 0 if instance is None else tables.instances[instance].device_bits
-            if pid in news.measured and not devices & ~news.fresh_rows:
+            listed = slot in here and pid in news.measured
+            if listed and not devices & ~news.fresh_rows:
                 self._namespace.transitions.measurements.measure(t, slot, news.measured[pid], taken_ns)
-            elif pid not in news.measured and member.measured_mb > 0 and not devices & ~news.fresh_rows:
-                if devices & ~news.complete_rows:
+            elif not listed and member.measured_mb > 0 and not devices & ~news.fresh_rows:
+                if apart or devices & ~news.complete_rows:
                     self._namespace.transitions.measurements.forget(t, slot)
                 else:
                     self._namespace.transitions.measurements.measure(t, slot, {}, taken_ns)
@@ -350,9 +385,9 @@ class SharedSamples:
         """
         namespace = self._namespace
         tables = namespace.tables
-        members = {tables.members[slot].pid for slot in tables.used_members()}
+        members = {tables.members[slot].pid for slot in tables.used_members() if self._is_here(slot)}
         ours = members | {pid for tree in self._programs().values() for pid in tree}
-        servers = {tables.members[slot].pid for slot in self._servers()}
+        servers = {tables.members[slot].pid for slot in self._servers() if self._is_here(slot)}
         unrelated = unrelated_to(set(measured) - ours - self._servers_at_ns.keys(), servers)
         return {pid for pid in unrelated if not is_ending(pid)}
 
@@ -362,7 +397,7 @@ class SharedSamples:
         Read without the lock, as a process may end any time.
         """
         namespace = self._namespace
-        servers = [namespace.tables.members[slot].pid for slot in self._servers()]
+        servers = [namespace.tables.members[slot].pid for slot in self._servers() if self._is_here(slot)]
         now_ns = time.monotonic_ns()
         # For as long as memory may take to come back; then it is written off.
         lately_ns = now_ns - to_ns(namespace.settings.memory_return_seconds)
@@ -375,11 +410,14 @@ class SharedSamples:
         return namespace.tables.rows_where(namespace.segment.layout.members, Member.STATE, Member.SERVER)
 
     def _leases(self) -> dict[int, int]:
-        """Return the rows of leases whose program is known, and its pid."""
+        """Return the rows of leases whose program is known, and its pid here."""
         tables = self._namespace.tables
         leases = tables.rows_where(self._namespace.segment.layout.instances, Instance.STATE, Instance.LEASED)
-        programs = {row: tables.instances[row].program for row in leases}
-        return {row: pid for row, pid in programs.items() if pid}
+        programs = {row: (tables.instances[row].program, tables.instances[row].holder) for row in leases}
+        return {row: pid for row, (pid, holder) in programs.items() if pid and self._is_program_here(holder)}
+
+    def _is_program_here(self, holder: int | None) -> bool:
+        return self._is_here(holder) if holder is not None else not self._are_apart()
 
     def _programs(self) -> dict[int, list[int]]:
         """Return the programs of leases, by pid: the pids of each, and of what it has started.
@@ -390,7 +428,7 @@ class SharedSamples:
         programs = set(self._leases().values())
         if not programs:
             return {}
-        servers = {namespace.tables.members[slot].pid for slot in self._servers()}
+        servers = {namespace.tables.members[slot].pid for slot in self._servers() if self._is_here(slot)}
         return {pid: process_tree(pid, servers | programs) for pid in programs}
 
     def _taken_by_programs(self, measured: Mapping[int, float]) -> dict[int, float]:

@@ -19,7 +19,14 @@ from mpmm.shared_state.lock_file import is_locked_as
 if TYPE_CHECKING:
     from mpmm.shared_state.tables import Tables
 
-__all__ = ["has_living_member", "lives_by_pid", "member_lives", "member_of_row_lives", "pid_namespace"]
+__all__ = [
+    "has_living_member",
+    "is_member_here",
+    "lives_by_pid",
+    "member_lives",
+    "member_of_row_lives",
+    "pid_namespace",
+]
 
 # A process is younger than its first tick says by so much at most.
 TICK_S = 0.05
@@ -71,6 +78,25 @@ def pid_namespace() -> int:
         return os.stat("/proc/self/ns/pid").st_ino
     except OSError:
         return 0
+
+
+def is_member_here(tables: Tables, slot: int) -> bool:
+    """Tell whether the process that has a member's pid here is that member, and not one of another container.
+
+    Where there are members in several containers, it is if it has the member's lock file open. False if that cannot be
+    told.
+    """
+    member = tables.members[slot]
+    if pid_namespace() in (0, tables.header.pid_namespace):
+        return True
+    try:
+        for entry in os.scandir(f"/proc/{member.pid}/fd"):
+            # Numbers of files are used once on each file system only.
+            if os.readlink(entry.path).endswith(f"/m{slot}.lock") and os.stat(entry.path).st_ino == member.lock:
+                return True
+    except OSError:
+        pass
+    return False
 
 
 def lives_by_pid(pid: int, attached_ns: int) -> bool:

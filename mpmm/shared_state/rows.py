@@ -148,6 +148,7 @@ class MemberRow(Row):
 
     state = Word(Member.STATE)
     pid = Word(Member.PID)
+    lock = Word(Member.LOCK)
     generation = Word(Member.GENERATION)
     instance = Reference(Member.INSTANCE)
     measures = Word(Member.MEASURES)
