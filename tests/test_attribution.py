@@ -165,7 +165,7 @@ class OneContainer(SimulatedDevice):
             kind, pid, mb, _ = name.split("_")
             if kind == "of" and lives(int(pid)) and (self._container / pid).exists():
                 mine[int(pid)] = mine.get(int(pid), 0.0) + float(mb)
-        return (DeviceSample(0, self.used_mb(), taken, mine, done_ns=time.monotonic_ns()),)
+        return (DeviceSample(0, self.used_mb(), taken, mine, processes_known=True, done_ns=time.monotonic_ns()),)
 
 
 def refresh(seat: Seat) -> None:

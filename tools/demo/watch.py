@@ -174,7 +174,9 @@ class Watcher:
         files = list(self._folder.glob(f"*{RECORDS_SUFFIX}"))
         done = sum(file.stat().st_size for file in files) // RECORD.itemsize
         total = sum(self._plan.elements[data_set] for _, data_set, _ in self._plan.models)
-        return f"{done}/{total} predictions by {len(files)} workers"
+        if not files:
+            return "Beam starts its workers"
+        return f"{done}/{total} predictions by {len(files)} workers{', Beam ends them' if done == total else ''}"
 
 
 class SharedStateView:
