@@ -1,10 +1,11 @@
-"""Everything is declared in setup.cfg, but for the compiled core, and what a source distribution has beside us.
+"""Everything is declared in setup.cfg, but for the compiled core, the description, and what an sdist has beside us.
 
 Without the core, where there is no C compiler, everything works, too.
 """
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -34,4 +35,11 @@ class SourceDistribution(sdist):
         super().make_distribution()
 
 
-setup(cmdclass={"sdist": SourceDistribution}, ext_modules=[CORE])
+def for_an_index(readme: str) -> str:
+    """Return README.md for a package index, which has none of our files: without the picture, links to them as text."""
+    without_picture = re.sub(r"!\[[^\]]*\]\([^)]*\)\n\n|The picture is [^.]*\. ", "", readme)
+    return re.sub(r"\[([^\]]*)\]\((?!https:)[^)]*\)", r"\1", without_picture)
+
+
+README = (Path(__file__).resolve().parent / "README.md").read_text(encoding="utf-8")
+setup(long_description=for_an_index(README), cmdclass={"sdist": SourceDistribution}, ext_modules=[CORE])

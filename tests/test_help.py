@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import configparser
 import inspect
 import math
 import re
@@ -9,7 +10,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
-from harness import CHECKOUT
+import yaml
+from harness import CHECKOUT, NewManager, wait_until
 
 import mpmm
 from mpmm import errors
@@ -17,6 +19,7 @@ from mpmm.cli import main
 from mpmm.commands.help_pages import TOPICS, as_text, errors_page, page
 from mpmm.commands.settings_page import ENVIRONMENT, OWN_PARAMETERS, entry, settings_page
 from mpmm.model_manager import ModelManager
+from mpmm.observability.doctor import Check, examine
 from mpmm.policy.reasons import SENTENCES
 from mpmm.shared_state.settings import SETTINGS, Settings
 
@@ -99,6 +102,40 @@ def test_files_that_the_pages_name_are_there() -> None:
     for topic, (_, markdown) in TOPICS.items():
         for name in re.findall(r"`([\w/]+/?\w+\.(?:py|c|md))(?: [^`]*)?`", markdown()):
             assert any((place / name).exists() for place in places), f"{topic}: {name}"
+
+
+def test_the_page_on_operating_has_manifests_that_work(
+    new_manager: NewManager, namespace: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    markdown = TOPICS["operating"][1]()
+    titles = {"Containers", "Kubernetes", "systemd", "Where to make a manager", "Naming tags", "Security", "Versions"}
+    assert titles <= set(re.findall(r"^## (.*)$", markdown, re.MULTILINE))
+    blocks = dict(re.findall(r"^```(yaml|ini)\n(.*?)^```$", markdown, re.MULTILINE | re.DOTALL))
+    pod = yaml.safe_load(blocks["yaml"])
+    [worker] = pod["containers"]
+    mounts = {mount["mountPath"]: mount["name"] for mount in worker["volumeMounts"]}
+    volumes = {volume["name"]: volume["emptyDir"] for volume in pod["volumes"]}
+    assert volumes[mounts["/dev/shm"]]["medium"] == "Memory"
+    [folder] = [Path(variable["value"]) for variable in worker["env"] if variable["name"] == "MPMM_RUNTIME_DIR"]
+    assert volumes[mounts[str(folder.parent)]] == {}, "a folder below the mount, which is not of mode 0700"
+    new_manager()
+    program, *probe = worker["readinessProbe"]["exec"]["command"]
+    assert program == "mpmm"
+    wait_until(lambda: main([word.replace("NAMESPACE", namespace) for word in probe]) == 0, "the probe succeeds")
+    # A folder of the mode that systemd gives it is taken, and no other.
+    unit = configparser.ConfigParser(interpolation=None)
+    unit.read_string(blocks["ini"])
+    assert unit["Service"]["Environment"] == f"MPMM_RUNTIME_DIR=%t/{unit['Service']['RuntimeDirectory']}"
+    for mode, status in ((int(unit["Service"]["RuntimeDirectoryMode"], 8), 0), (0o755, 1)):
+        tmp_path.chmod(mode)
+        assert any(check.state == "PROBLEM" for check in permissions(tmp_path)) == bool(status)
+    capsys.readouterr()
+
+
+def permissions(root: Path) -> list[Check]:
+    """Return what `mpmm doctor` says of a runtime directory."""
+    [group] = [group for group in examine(root) if group.title == "permissions"]
+    return list(group.checks)
 
 
 def test_markdown_becomes_text() -> None:

@@ -92,6 +92,7 @@ def expect_sound(metadata: email.message.Message) -> None:
     classifiers = metadata.get_all("Classifier") or []
     assert not any(classifier.startswith("License ::") for classifier in classifiers)
     assert any(classifier.startswith("Development Status ::") for classifier in classifiers)
+    assert str(metadata.get_payload()).startswith("# mpmm")
     assert metadata["Keywords"] and metadata["Description-Content-Type"] == "text/markdown"
     extras = metadata.get_all("Provides-Extra") or []
     assert {"all", "beam", "cli", "metrics", "plot", "web"} <= set(extras)

@@ -80,6 +80,18 @@ def subcommands() -> dict[str, argparse.ArgumentParser]:
     return dict(action.choices)
 
 
+def test_an_index_shows_nothing_of_it_that_is_not_there() -> None:
+    done = subprocess.run(
+        [sys.executable, "setup.py", "--long-description"], cwd=CHECKOUT, capture_output=True, text=True, check=True
+    )
+    assert "tools/demo/memory.png" in README and "The picture" in README
+    assert "![" not in done.stdout and "The picture" not in done.stdout
+    assert {link.partition(":")[0] for link in re.findall(r"\]\(([^)]*)\)", done.stdout)} == {"https"}
+    # Nothing else is missing.
+    texts = re.sub(r"!\[.*\n|\[([^\]]*)\]\(mpmm/.*?\)|The picture is .*?\. ", r"\1", README).split()
+    assert texts == done.stdout.split()
+
+
 def test_no_block_is_left_out() -> None:
     assert (len(PYTHON), len(SHELL), len(TEXT)) == (3, 4, 2) and len(BLOCKS) == 9
     assert README.count("```") == 2 * len(BLOCKS)
