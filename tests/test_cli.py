@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 from harness import NewManager, NewProcess, acquire, import_path, wait_until, waiting
 from loaders import Loads, LoadsObject
+from test_run import at_terminal, read_all
 
 import mpmm.cli
 from mpmm.cli import main
@@ -159,6 +160,25 @@ def test_colours_are_for_terminals_without_no_color(monkeypatch: pytest.MonkeyPa
     monkeypatch.delenv("NO_COLOR")
     monkeypatch.setenv("TERM", "dumb")
     assert painter(Terminal())("urgent", "text") == "text"
+
+
+@pytest.mark.parametrize("coloured", [True, False], ids=["coloured", "NO_COLOR"])
+@pytest.mark.parametrize("columns", [70, 200])
+@pytest.mark.parametrize("command", ["inspect", "ps", "check --health", "doctor"])
+def test_what_commands_show_in_a_terminal_fits_and_has_colours_unless_no_color_is_set(
+    busy: ModelManager, monkeypatch: pytest.MonkeyPatch, command: str, columns: int, coloured: bool
+) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("NO_COLOR", "" if coloured else "1")
+    for name in ("COLUMNS", "LINES"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PYTHONPATH", import_path())
+    with at_terminal(command.split(), columns) as (_, terminal):
+        shown = read_all(terminal)
+    plain = re.sub("\x1b\\[[0-9;]*m", "", shown)
+    assert "Traceback" not in plain and plain.strip()
+    assert (plain != shown, "\x1b" in plain) == (coloured, False)
+    assert max(map(len, plain.splitlines())) <= columns
 
 
 def test_colours_change_nothing_else(busy: ModelManager, namespace: str) -> None:

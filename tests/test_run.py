@@ -290,7 +290,8 @@ def at_terminal(command: list[str], columns: int = 80) -> Iterator[tuple[int, io
     pid, terminal = pty.fork()
     if pid == 0:
         fcntl.ioctl(0, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
-        os.execv(sys.executable, [sys.executable, "-m", "mpmm.cli", *command])
+        # Without the width that readline, which pytest imports, has put into the environment behind Python's back.
+        os.execve(sys.executable, [sys.executable, "-m", "mpmm.cli", *command], dict(os.environ))
     with io.FileIO(terminal, "r+") as opened:
         try:
             yield pid, opened
@@ -300,6 +301,16 @@ def at_terminal(command: list[str], columns: int = 80) -> Iterator[tuple[int, io
                 if os.waitpid(pid, os.WNOHANG) == (0, 0):
                     os.kill(pid, signal.SIGKILL)
                     os.waitpid(pid, 0)
+
+
+def read_all(terminal: io.FileIO) -> str:
+    """Return what a terminal shows until its command has ended."""
+    shown = b""
+    # Linux ends a terminal by an error.
+    with contextlib.suppress(OSError):
+        while select.select([terminal], [], [], DEADLINE_S)[0] and (part := terminal.read(4096)):
+            shown += part
+    return shown.decode()
 
 
 def read_until(terminal: io.FileIO, *wanted: bytes) -> bytes:
