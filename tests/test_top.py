@@ -78,6 +78,19 @@ def test_a_large_screen_has_everything(busy: ModelManager, namespace: str) -> No
     assert "all well" in text
 
 
+@pytest.mark.parametrize(("width", "height"), [(80, 24), (200, 60)])
+def test_leases_are_on_the_screen(width: int, height: int, new_manager: NewManager, namespace: str) -> None:
+    manager = new_manager()
+    assert "leases" not in "\n".join(drawn(read_snapshot(namespace), width, height))
+    with manager.reserve(300, name="training"):
+        manager.acquire_model("held", Loads())
+        lines = drawn(read_snapshot(namespace), width, height)
+    at = next(number for number, line in enumerate(lines) if line.strip() == "leases")
+    assert lines[at + 1].split()[:3] == ["lease", "name", "MB"]
+    assert lines[at + 2].split()[1:3] == ["training", "300"]
+    assert len(lines) <= height
+
+
 def test_rows_that_do_not_fit_are_counted(busy: ModelManager, namespace: str) -> None:
     snapshot = read_snapshot(namespace)
     many = replace(snapshot, tickets=snapshot.tickets * 50)

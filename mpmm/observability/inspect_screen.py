@@ -48,6 +48,7 @@ __all__ = [
     "devices",
     "evictions",
     "headline",
+    "leases",
     "models",
     "overview",
     "render",
@@ -192,12 +193,11 @@ def overview(snapshots: Sequence[Snapshot], width: int | None = None, paint: Pai
 
 def sections(snapshot: Snapshot) -> list[Section[Any]]:
     """Return everything there is in tables, what matters most first."""
-    leases = [_leases(snapshot)] if any(copy.state == "leased" for copy in snapshot.copies) else []
     return [
         devices(snapshot, BAR_WIDTH),
         waiting(snapshot),
         copies(snapshot),
-        *leases,
+        *leases(snapshot),
         models(snapshot),
         evictions(snapshot),
         _decisions(snapshot),
@@ -303,7 +303,8 @@ def copies(snapshot: Snapshot) -> Section[InstanceInfo]:
     return Section("copies", head, items, row, 10, least)
 
 
-def _leases(snapshot: Snapshot) -> Section[InstanceInfo]:
+def leases(snapshot: Snapshot) -> list[Section[InstanceInfo]]:
+    """Return the leases that are held, nothing if there are none."""
     pid_of = pids(snapshot)
 
     def row(lease: InstanceInfo) -> Row:
@@ -320,7 +321,7 @@ def _leases(snapshot: Snapshot) -> Section[InstanceInfo]:
 
     items = [lease for lease in snapshot.copies if lease.state == "leased"]
     head = ("lease", "name", "MB", "taken MB", "for", "on", "holder pid", "program pid")
-    return Section("leases", head, items, row, 6, ("lease", "taken MB", "on", "program pid"))
+    return [Section("leases", head, items, row, 6, ("lease", "taken MB", "on", "program pid"))] if items else []
 
 
 def _size(model: ModelInfo) -> str:

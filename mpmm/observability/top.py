@@ -18,7 +18,16 @@ from mpmm.errors import MpmmError
 from mpmm.observability.controls import HELP, SORTS, Controls, single_keys
 from mpmm.observability.findings import findings
 from mpmm.observability.formatting import age, bar, for_people, mb
-from mpmm.observability.inspect_screen import EVENTS_OF_EACH, Section, copies, evictions, headline, models, waiting
+from mpmm.observability.inspect_screen import (
+    EVENTS_OF_EACH,
+    Section,
+    copies,
+    evictions,
+    headline,
+    leases,
+    models,
+    waiting,
+)
 from mpmm.observability.tables import table, wrapped
 from mpmm.shared_state.runtime_dir import default_root
 from mpmm.shared_state.snapshot import DeviceInfo, EventChoice, Snapshot, find_namespaces, read_snapshot
@@ -167,7 +176,13 @@ def screen(
         lines = wrapped(lead + finding.text, width) if finding.urgent else [lead + finding.text]
         head += [Text(line, style=style, no_wrap=True, overflow="ellipsis") for line in lines]
     device_lines = _devices(snapshot, history, width - 4)
-    tables: list[Section[Any]] = [waiting(snapshot), copies(snapshot), models(snapshot), evictions(snapshot)]
+    tables: list[Section[Any]] = [
+        waiting(snapshot),
+        copies(snapshot),
+        *leases(snapshot),
+        models(snapshot),
+        evictions(snapshot),
+    ]
     left = height - len(head) - len(device_lines) - 2
     shown: list[RenderableType] = []
     for place, section in enumerate(map(controls.arranged, tables)):
