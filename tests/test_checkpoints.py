@@ -31,10 +31,11 @@ from harness import (
 from loaders import Loads, LoadsServer, MakesServed, served
 from sleepers import pretend_load_s
 
+from mpmm.multi_process_shared.rpc import sockets
 from mpmm.policy.suspension import Unsuspendable
 from mpmm.shared_state.snapshot import read_snapshot
 from mpmm.suspend.driver import CheckpointDriver, DriverError, State, driver_branch
-from mpmm.suspend.helper import LOCK
+from mpmm.suspend.helper import LOCK, TRIES
 from mpmm.suspend.suspender import DYING_S
 
 NOT_SUPPORTED = 801
@@ -359,6 +360,27 @@ def test_a_suspended_server_that_is_killed_leaves_nothing(
     await_states(namespace, "a")
     assert (gpus.host_mb(), gpus.used_mb(0)) == (0.0, 0.0)
     assert sum(copy.host_mb for copy in read_snapshot(namespace).instances) == 0.0
+
+
+def suspend_beside_a_dying_helper(seat: Seat, tag: str) -> int:
+    """Suspend a model while a helper that was killed still takes connections, and resets them."""
+    dial, resets = sockets.dial, iter(range(TRIES))
+
+    def dial_later(*where: Any) -> Any:
+        for _ in resets:
+            raise ConnectionResetError
+        return dial(*where)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(sockets, "dial", dial_later)
+        return suspend(seat, tag)
+
+
+def test_a_helper_that_dies_before_it_is_asked_is_not_counted_among_those_that_died_of_a_model(
+    gpus: SimulatedGpus, two: tuple[Process, Process]
+) -> None:
+    load(two[0], gpus, "a")
+    assert two[0].call(suspend_beside_a_dying_helper, "a") == 1
 
 
 def test_a_server_that_is_killed_in_mid_resume_and_takes_long_to_die_is_no_fault_of_its_model(

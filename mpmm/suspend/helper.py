@@ -83,7 +83,8 @@ def _connected(folder: Path, key: bytes) -> Connection:
     while True:
         try:
             return sockets.dial(folder, SOCKET, key)
-        except (FileNotFoundError, ConnectionRefusedError, EOFError, AuthenticationError):
+        except (FileNotFoundError, ConnectionError, EOFError, AuthenticationError):
+            # A helper that was killed still takes connections for a moment, and resets them. It has not been asked.
             if time.monotonic() > deadline:
                 raise
         # Ours may have come too late, or may have been killed.
