@@ -107,6 +107,12 @@ static void sleep_for(double seconds) {
     while (nanosleep(&left, &left)) continue;
 }
 
+static double now_s(void) {
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (double)now.tv_sec + (double)now.tv_nsec / 1e9;
+}
+
 static void log_call(const char *what, int pid) {
     char path[PATH_MAX], line[96];
     path_to(path, "calls");
@@ -253,9 +259,10 @@ static long long used_of(int gpu) {
     return used;
 }
 
-/* Move what a process has, part by part, from the device to the host or back, at so many MB/s; 0 for at once. */
+/* Move what a process has, part by part, from the device to the host or back, at so many MB/s; 0 for at once.
+ * Each part is due at its time since the beginning: on a busy host, sleeps that are late would add up to another rate. */
 static int move(const char *call, int pid, int restore) {
-    double mb_s = 0, unused, die_after = -1, left_in = 0;
+    double mb_s = 0, unused, die_after = -1, left_in = 0, began_s = now_s();
     char on_device[PATH_MAX], in_host[PATH_MAX];
     const char *source = restore ? in_host : on_device;
     long long moved = 0;
@@ -274,7 +281,7 @@ static int move(const char *call, int pid, int restore) {
                 set_state(pid, (int)left_in);
                 kill(getpid(), SIGKILL);
             }
-            if (mb_s > 0) sleep_for((double)part / (mb_s * 1048576.0));
+            if (mb_s > 0) sleep_for(began_s + (double)(moved + part) / (mb_s * 1048576.0) - now_s());
             held = hold();
             long long change = restore ? part : -part;
             set_both(pid, gpu, read_number(on_device) + change, read_number(in_host) - change);
