@@ -159,6 +159,65 @@ def test_whoever_shares_a_resume_is_told_how_long_that_takes() -> None:
         assert decision.why.seconds == pytest.approx(expected_s)
 
 
+def full_view(suspendable: bool = True, host_free_mb: float = 1000.0, *, leaving: tuple[int, ...] = ()) -> View:
+    """Return a view of a full device: models 2 and 3 are idle, or `leaving`, for 0 and 1, for which requests wait."""
+    models = {
+        row: ModelView(row, True, 500.0, int(row > 1), {}, int(row < 2), load_s=10.0, rate=0.1) for row in range(4)
+    }
+    idle = tuple(
+        IdleInstance(10 + model, model, 0, 500.0, 50.0 + model, suspendable=suspendable)
+        for model in (2, 3)
+        if model not in leaving
+    )
+    for model in leaving:
+        models[model] = replace(models[model], shared=0, suspending=1)
+    device = DeviceView(
+        0, 1000.0, 1000.0, 0.0, 500.0 * len(leaving), 0.0, unloading=len(leaving), suspending=len(leaving)
+    )
+    tickets = tuple(TicketView(20 + model, 1 + model, 1, model, 1, 99.0) for model in (0, 1))
+    return View(100.0, RULES, models, idle, tickets, (device,), host_free_mb=host_free_mb)
+
+
+def test_copies_are_suspended_for_several_waiters_at_a_time() -> None:
+    assert make_plan(full_view()).decisions == (Evict(20, (12,)), Evict(21, (13,)))
+    assert [one.first for one in make_plan(full_view()).decisions if isinstance(one, Evict)] == [True, False]
+
+
+def test_a_waiter_whose_room_is_on_its_way_evicts_nothing_more() -> None:
+    first, second = make_plan(full_view(leaving=(2,))).decisions
+    assert isinstance(first, Wait) and first.first and second == Evict(21, (13,))
+    first, second = make_plan(full_view(leaving=(2, 3))).decisions
+    assert isinstance(first, Wait) and isinstance(second, Wait)
+    assert second.reason == Reason.UNLOADING and first.first and not second.first
+
+
+def test_room_that_is_made_for_the_first_two_is_left_to_them_by_a_third() -> None:
+    there = full_view(leaving=(2, 3))
+    models = {**there.models, 4: ModelView(4, True, 100.0, 0, {}, 1, load_s=10.0, rate=0.1)}
+    third = TicketView(24, 5, 1, 4, 1, 99.0)
+    # 100 MB are free already, all of which the first two need.
+    device = replace(there.devices[0], used_mb=900.0, unloading_mb=900.0)
+    there = replace(there, models=models, tickets=(*there.tickets, third), devices=(device,))
+    assert not any(isinstance(one, Load) for one in make_plan(there).decisions)
+
+
+def test_nothing_is_evicted_past_a_waiter_that_may_not_be_overtaken_any_more() -> None:
+    there = full_view()
+    first, second = there.tickets
+    late = replace(there, tickets=(replace(first, head_since_s=90.0), second))
+    assert make_plan(late).decisions == (Evict(20, (12,)),)
+
+
+def test_copies_that_would_be_unloaded_wait_for_their_turn() -> None:
+    (decision,) = make_plan(full_view(suspendable=False)).decisions
+    assert isinstance(decision, Evict) and decision.ticket == 20
+
+
+def test_where_the_host_could_not_take_all_copies_one_waiter_is_served_after_the_other() -> None:
+    (decision,) = make_plan(full_view(host_free_mb=999.0)).decisions
+    assert isinstance(decision, Evict) and decision.ticket == 20
+
+
 def test_a_suspended_copy_of_another_owner_or_device_is_of_no_use() -> None:
     there = view(1000.0)
     owned = replace(there, suspended=(replace(there.suspended[0], owner=2),))

@@ -169,6 +169,7 @@ def _carry_out(attempt: _Attempt, plan: EvictionPlan, due: bool) -> Decision:
         reason = Reason.LOWEST_SCORE if plan.reload_cost is None else Reason.CHEAPEST_RELOAD
         coming_mb = math.fsum(one.mb for one in plan.victims)
         why = Why(reason, need_mb, free, coming_mb, plan.reload_cost or 0.0, plan.victims[0].model, on)
+        state.room_is_coming = not plan.awaited and any(one.suspendable for one in plan.victims)
         return state.evict_for(ticket, plan.victims, why)
     if plan.awaited:
         coming_mb = math.fsum(one.mb for one in plan.awaited)
@@ -176,6 +177,7 @@ def _carry_out(attempt: _Attempt, plan: EvictionPlan, due: bool) -> Decision:
         return state.wait_at_head(ticket, why)
     unloading_mb = math.fsum(device.unloading_mb for device in plan.devices)
     if unloading_mb > 0:
+        state.room_is_coming = any(device.suspending for device in plan.devices)
         return state.wait_at_head(ticket, Why(Reason.UNLOADING, need_mb, free, unloading_mb, devices=on))
     returning_mb = math.fsum(device.returning_mb for device in plan.devices)
     return state.wait_at_head(ticket, Why(Reason.RETURNING, need_mb, free, returning_mb, devices=on))

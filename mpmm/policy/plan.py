@@ -1,8 +1,8 @@
 """The plan: walk the queue and say for every waiter what happens now.
 
 `Planner` decides in which order, and which kind of answer, a waiter gets. What an answer is made of is decided in
-`isolation` (unknown models), `loading` (known ones) and `backfill` (those behind the head of the line); `plan_state` is
-what they share.
+`isolation` (unknown models), `loading` (known ones), `backfill` and `room_ahead` (those behind the head of the line);
+`plan_state` is what they share.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from mpmm.policy.loading import load, needs_only_free_memory
 from mpmm.policy.making_room import choose_room, holds_up_others
 from mpmm.policy.placement import best_place
 from mpmm.policy.plan_state import PlanState, can_use, resized
+from mpmm.policy.room_ahead import make_room_ahead
 from mpmm.policy.sharing import waiting_is_sooner
 from mpmm.policy.view import (
     Decision,
@@ -195,7 +196,7 @@ class Planner:
         if ticket.preload and self._has_enough(ticket, model):
             return Satisfied(ticket.row)
         if state.head is not None:
-            return backfill(state, ticket, model)
+            return backfill(state, ticket, model) or make_room_ahead(state, ticket, model)
         if not self._view.devices:
             return state.wait_at_head(ticket, Why(Reason.NO_DEVICE))
         backs_off = self._back_off(ticket, model)

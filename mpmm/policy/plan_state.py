@@ -63,6 +63,9 @@ class PlanState:
         self.head: TicketView | None = None
         self.eviction_plan: EvictionPlan | None = None
         self.overtaking_is_free = False
+        # The room for the head of the line is on its way, and so is that for those behind it that have been looked at;
+        # see `room_ahead`.
+        self.room_is_coming = False
         # Models that cannot be loaded beside what the head of the line is to get. Each is looked at once, because room
         # only shrinks and most of those that wait behind want the same few.
         self.no_backfill: set[int] = set()
@@ -221,13 +224,17 @@ class PlanState:
             first, *others = [device.device for device in devices]
             other_shares = tuple((device, share_mb) for device in others)
             self.leases.append(PlacedInstance(-1, model.model, first, share_mb, other_shares=other_shares))
-        # Those behind may share this load.
-        if not ticket.usable_on:
-            loading = {**model.loading, ticket.member: model.loading.get(ticket.member, 0) + 1}
-            self.models[ticket.model] = replace(model, loading=loading, loading_for_s=0.0)
+        self._count_load(ticket)
         free = math.fsum(free_mb(device, self.slack) for device in devices)
         why = Why(reason, need_mb, free, other=other, devices=self.named(devices))
         return Load(ticket.row, tuple(device.device for device in devices), need_mb, False, why)
+
+    def _count_load(self, ticket: TicketView) -> None:
+        """Let those behind a waiter share its load."""
+        if not ticket.usable_on:
+            model = self.models[ticket.model]
+            loading = {**model.loading, ticket.member: model.loading.get(ticket.member, 0) + 1}
+            self.models[ticket.model] = replace(model, loading=loading, loading_for_s=0.0)
 
     def resume_instead(self, load: Load, instance: SuspendedInstance) -> Resume:
         """Turn a load that was allowed into the resume of an instance where it lies."""
@@ -235,13 +242,25 @@ class PlanState:
         why = replace(load.why, reason=Reason.RESUMES, seconds=instance.resume_s, other=None)
         return Resume(load.ticket, instance.row, why)
 
-    def evict_for(self, ticket: TicketView, instances: Sequence[IdleInstance], why: Why) -> Evict:
-        """Evict idle instances for a waiter, which becomes the head of the line."""
+    def evict_for(self, ticket: TicketView, instances: Sequence[IdleInstance], why: Why, first: bool = True) -> Evict:
+        """Evict idle instances for a waiter, which becomes the head of the line if it is the `first`."""
         for instance in instances:
             self.idle[instance.model].remove(instance)
             self.begun.update(instance.devices)
-        self.head = ticket
-        return Evict(ticket.row, tuple(instance.row for instance in instances), why)
+        if first:
+            self.head = ticket
+        return Evict(ticket.row, tuple(instance.row for instance in instances), why, first)
+
+    def keep_room_ahead(self, ticket: TicketView, device: int, left_mb: float) -> None:
+        """Keep room on a device for a waiter behind the head of the line too, so that `left_mb` is left for others."""
+        head_plan = self.eviction_plan
+        if head_plan is None:
+            return
+        left = {one.device: mb for one, mb in zip(head_plan.devices, head_plan.left_mb, strict=True)}
+        left[device] = left_mb
+        where = tuple(self.devices[row] for row in left)
+        self.eviction_plan = replace(head_plan, devices=where, left_mb=tuple(left.values()))
+        self._count_load(ticket)
 
     def wait_at_head(self, ticket: TicketView, why: Why) -> Wait:
         """Let a waiter wait as the head of the line: those behind it get only what does not delay it."""

@@ -280,7 +280,8 @@ class DeviceView:
     are part of `used_mb`. leased_mb: what leases are for, part of `reserved_mb`. external_mb: what is not ours, part
     of `used_mb`; external_least_mb: so much of that is certain. extra_mb: by how much the limit is raised for one that
     has the device to itself, see `admission.widened`. isolated: a copy runs alone on it. unloading: copies in
-    mid-unload. steady: the model of what starts on it and must not be disturbed.
+    mid-unload; suspending: those of them that are being suspended. steady: the model of what starts on it and must not
+    be disturbed.
     """
 
     device: int
@@ -295,6 +296,7 @@ class DeviceView:
     extra_mb: float = 0.0
     isolated: bool = False
     unloading: int = 0
+    suspending: int = 0
     steady: int | None = None
 
 
@@ -305,6 +307,7 @@ class View:
     tickets: waiters in any order; at least the first ones of the queue, and for each model with idle copies
         the first ones of that model.
     leases: those that are held, with what each is for. suspended: instances in host memory, newest first.
+    host_free_mb: what is left of the host's memory for further ones; 0 also where no idle instance would be suspended.
     """
 
     now_s: float
@@ -316,6 +319,7 @@ class View:
     busy: tuple[BusyInstance, ...] = ()
     leases: tuple[PlacedInstance, ...] = ()
     suspended: tuple[SuspendedInstance, ...] = ()
+    host_free_mb: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -349,11 +353,12 @@ class Resume:
 
 @dataclass(frozen=True)
 class Evict:
-    """Unload idle instances, in this order, for a ticket that waits meanwhile. `passed`: as in `Wait`."""
+    """Unload idle instances, in this order, for a ticket that waits meanwhile. `first`, `passed`: as in `Wait`."""
 
     ticket: int
     instances: tuple[int, ...]
     why: Why = field(default=Why(Reason.LOWEST_SCORE), compare=False)
+    first: bool = field(default=True, compare=False)
     passed: bool = field(default=False, compare=False)
 
 

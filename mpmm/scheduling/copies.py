@@ -50,6 +50,7 @@ class Copies:
     unloading: defaultdict[int, int] = field(default_factory=lambda: defaultdict(int))
     booked_mb: defaultdict[int, float] = field(default_factory=lambda: defaultdict(float))
     reserved_mb: defaultdict[int, float] = field(default_factory=lambda: defaultdict(float))
+    suspending_on: defaultdict[int, int] = field(default_factory=lambda: defaultdict(int))
     unloading_mb: defaultdict[int, float] = field(default_factory=lambda: defaultdict(float))
     leased_mb: defaultdict[int, float] = field(default_factory=lambda: defaultdict(float))
     steady: dict[int, int] = field(default_factory=dict)
@@ -204,6 +205,7 @@ class CopiesReader:
         if not one.unload_late:
             for device, mb in ((one.device, one.mb), *one.other_shares):
                 copies.unloading[device] += 1
+                copies.suspending_on[device] += one.state == Instance.SUSPENDING
                 copies.unloading_mb[device] += mb
 
     def _add_lease(self, copies: Copies, one: UsedInstance) -> None:

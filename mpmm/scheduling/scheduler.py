@@ -238,7 +238,7 @@ class Scheduler:
             self.suspension.evict(t, instance, unloader, cause)
         if evict.passed:
             self._namespace.transitions.tickets.let_pass(t, evict.ticket)
-        self._note_wait(t, evict.ticket, replace(evict.why, reason=Reason.UNLOADING), first=True)
+        self._note_wait(t, evict.ticket, replace(evict.why, reason=Reason.UNLOADING), evict.first)
 
     def _note_wait(self, t: Transaction, ticket: int, why: Why, first: bool) -> None:
         told = self._queue.told(ticket)

@@ -41,6 +41,11 @@ class SuspensionDecisions:
         chosen = self._namespace.settings.suspend_budget_mb
         return chosen if math.isfinite(chosen) else self._tables.header.host_share_mb
 
+    @property
+    def free_mb(self) -> float:
+        """What is left of that."""
+        return self.budget_mb - self.used_mb()
+
     def used_mb(self) -> float:
         """Return the host memory that suspended copies take, or are about to."""
         return math.fsum(self._tables.instances[row].host_mb for row in self._in_host())
@@ -145,8 +150,7 @@ class SuspensionDecisions:
         return True
 
     def _room(self) -> HostRoom:
-        budget_mb = self.budget_mb
-        return HostRoom(self._kept(), budget_mb - self.used_mb(), budget_mb)
+        return HostRoom(self._kept(), self.free_mb, self.budget_mb)
 
     def _kept(self) -> list[Kept]:
         """Return the copies that are suspended, and may be dropped."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -50,6 +50,7 @@ class Views:
         copies = self._copies.read_copies()
         now = time.monotonic_ns()
         tickets = self._tickets(Counter(copy.model for copy in copies.idle))
+        idle = self._with_suspendable(copies.idle)
         wanted = {ticket.model for ticket in tickets} | {copy.model for copy in copies.busy}
         wanted |= set(copies.shared) | set(copies.owned) | {copy.model for copy in copies.suspended}
         return View(
@@ -64,18 +65,19 @@ class Views:
                 max_model_copies=settings.max_model_copies,
             ),
             models={model: self.model_view(model, copies, now) for model in wanted},
-            idle=tuple(sorted(self._with_suspendable(copies.idle), key=lambda copy: -copy.idle_since_s)),
+            idle=tuple(sorted(idle, key=lambda copy: -copy.idle_since_s)),
             tickets=tickets,
             devices=self.device_views(copies),
             busy=tuple(copies.busy),
             leases=tuple(copies.leases),
             suspended=tuple(sorted(copies.suspended, key=lambda copy: -copy.since_s)),
+            host_free_mb=self._suspension.free_mb if any(copy.suspendable for copy in idle) else 0.0,
         )
 
-    def _with_suspendable(self, idle: Sequence[IdleInstance]) -> Iterable[IdleInstance]:
+    def _with_suspendable(self, idle: Sequence[IdleInstance]) -> Sequence[IdleInstance]:
         """Mark the idle copies that would be suspended if they were evicted."""
         kept = self._suspension.kept_of(copy.row for copy in idle if copy.place_in is None)
-        return (replace(copy, suspendable=True) if copy.row in kept else copy for copy in idle) if kept else idle
+        return [replace(copy, suspendable=True) if copy.row in kept else copy for copy in idle] if kept else idle
 
     def device_views(self, copies: Copies) -> tuple[DeviceView, ...]:
         """Return what the ledgers of all devices say."""
@@ -102,6 +104,7 @@ class Views:
                     external_least_mb=least,
                     isolated=row in isolated,
                     unloading=copies.unloading[row],
+                    suspending=copies.suspending_on[row],
                     steady=copies.steady.get(row),
                 )
             )

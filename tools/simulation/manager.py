@@ -356,10 +356,11 @@ class _Simulation:
                 self.post(self.now_s + self.setting.load_s, LOADED, self._made)
                 if self.policy.blocks:
                     self._frozen_until_s = self.now_s + self.setting.load_s
-            case Evict(_, rows, passed=passed):
+            case Evict(_, rows, first=first, passed=passed):
                 self._check_bound(ticket, view)
                 self._let_pass(ticket, passed)
-                self._block(ticket)
+                if first:
+                    self._block(ticket)
                 for row in rows:
                     self.outcome.evictions += 1
                     self._evict(self._copies[row])
@@ -525,9 +526,10 @@ class _Simulation:
             models,
             tuple(idle),
             tuple(ticket.view for ticket in self._tickets.values()),
-            (DeviceView(0, setting.total_mb, used, reserved, unloading_mb, 0.0),),
+            (DeviceView(0, setting.total_mb, used, reserved, unloading_mb, 0.0, suspending=suspending.total()),),
             tuple(busy),
             suspended=tuple(sorted(suspended, key=lambda copy: -copy.since_s)),
+            host_free_mb=self._host_room().free_mb if setting.suspend_budget_mb else 0.0,
         )
 
 
