@@ -139,6 +139,28 @@ def test_a_manager_that_selects_devices_uses_no_others(
         manager.acquire_model("a", Loads(), devices=[0])
 
 
+def test_a_source_that_has_shown_no_process_yet_does_not_vouch_for_memory_that_goes(
+    namespace: str, new_manager: NewManager, new_device: NewDevice
+) -> None:
+    device = new_device(1000)
+    manager = new_manager(memory_source=device, poll_interval=3600)
+    loader = LoadsServer("a", MakesServed(device, 300))
+    manager.release_model("a", manager.acquire_model("a", loader))
+    session = manager._connected()
+    state, [copy] = session.namespace, read_snapshot(namespace).instances
+    # The server has given its memory back, and this process has not noted that yet.
+    session.unloads.in_progress.add(copy.row)
+    with state.transaction() as t:
+        state.transitions.unloads.begin(t, copy.row, state.slot, evicted=True)
+    now = time.monotonic_ns()
+    session.samples.publish([DeviceSample(0, 0.0, now, {}, processes_known=False, done_ns=now)])
+    [found] = read_snapshot(namespace).devices
+    assert (found.used_mb, found.external_mb) == (0, 0), "what is below 0 would be given away a second time"
+    session.unloads.in_progress.discard(copy.row)
+    session.unloads.unload_assigned()
+    assert problems(namespace) == []
+
+
 # ---- containers that share one state -----------------------------------------------------------------------------
 
 

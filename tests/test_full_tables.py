@@ -39,7 +39,9 @@ def use(manager: ModelManager, tag: str, loader: Callable[[], object] | None = N
 def test_a_table_full_of_idle_models_makes_room_with_the_one_used_least_recently(
     namespace: str, new_manager: NewManager, loader: Loads
 ) -> None:
-    manager = new_manager(capacities=Capacities(models=3))
+    # To collect the garbage of a process with so many objects takes seconds on a busy machine, and late unloads are not
+    # waited for.
+    manager = new_manager(capacities=Capacities(models=3), memory_return_seconds=60)
     for tag in ("a", "b", "c", "a"):
         use(manager, tag, loader)
     began = time.monotonic()

@@ -6,7 +6,9 @@ import logging
 import os
 import subprocess
 import time
+from collections.abc import Iterator
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from fake_drivers import FakeDevice, FakeSmi, install, process, two_gpus, used
@@ -14,6 +16,7 @@ from fake_drivers import plain_environment as plain_environment  # the fixture
 from fake_drivers import smi as smi  # the fixture
 
 from mpmm.sources import SourceUnavailableError
+from mpmm.sources.base import MIB
 from mpmm.sources.nvidia_smi import NvidiaSmiSource
 from mpmm.sources.nvml import NvmlSource
 
@@ -39,7 +42,9 @@ class TestNvml:
 
         monkeypatch.setattr(fake, "nvmlDeviceGetMemoryInfo", measure, raising=False)
         samples = source.sample(())
-        assert all(sample.taken_ns <= at for sample, at in zip(samples, measured_ns, strict=True))
+        # Each device is measured before and after its processes.
+        assert all(sample.taken_ns <= at for sample, at in zip(samples, measured_ns[::2], strict=True))
+        assert all(at <= sample.done_ns for sample, at in zip(samples, measured_ns[1::2], strict=True))
 
     def test_a_failing_device_has_no_figure_and_the_others_have_theirs(self, monkeypatch: pytest.MonkeyPatch) -> None:
         first, second = two_gpus()
@@ -276,3 +281,25 @@ class TestNvidiaSmi:
         smi.answers["uuid_free"] = subprocess.TimeoutExpired("nvidia-smi", 5.0)
         with pytest.raises(subprocess.TimeoutExpired):
             source.sample(())
+
+
+@pytest.mark.parametrize("change_mb", [-900, 900], ids=["given back", "taken"])
+def test_what_a_process_gives_back_or_takes_while_it_is_listed_is_in_the_whole(
+    monkeypatch: pytest.MonkeyPatch, change_mb: int
+) -> None:
+    gpu = FakeDevice("GPU-aaaa", 16000, 1000)
+    install(monkeypatch, gpu)
+    source = NvmlSource()
+
+    class Listing(list[Any]):
+        """Changes what is in use as soon as it was read."""
+
+        def __iter__(self) -> Iterator[Any]:
+            found = list(super().__iter__())
+            gpu.used += change_mb * MIB
+            return iter(found)
+
+    gpu.compute = Listing([process(os.getpid(), 1000)])
+    [sample] = source.sample(())
+    assert sample.used_mb == max(1000, 1000 + change_mb)
+    assert sample.process_mb == {os.getpid(): 1000}

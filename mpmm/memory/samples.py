@@ -242,7 +242,7 @@ class SharedSamples:
             if proven:
                 self._namespace.transitions.members.note_processes(t, True)
                 self._end_isolations(t)
-            if news.measured or news.complete_rows:
+            if news.measured or news.complete_rows or news.figures:
                 self._measure_members(t, news, here, min(sample.taken_ns for sample in samples))
                 self._share_out(t, taken)
             for row, used_mb, sample in news.figures:

@@ -24,7 +24,7 @@ from dataclasses import dataclass, field, replace
 from types import ModuleType
 from typing import Any
 
-from mpmm.sources.base import MIB, DeviceInfo, DeviceSample, SourceUnavailableError, unavailable
+from mpmm.sources.base import MIB, DeviceInfo, DeviceSample, SourceUnavailableError, larger_whole, unavailable
 from mpmm.sources.visible_devices import VISIBLE_VARIABLE
 
 __all__ = ["HIP_VARIABLE", "ROCR_VARIABLE", "AmdGpu", "AmdSource", "rocr_visible", "visible_gpus"]
@@ -350,9 +350,9 @@ def _read(session: _Session, device: DeviceInfo) -> DeviceSample:
     door, handle = session.door, session.handles.get(device.uuid)
     if handle is None:
         return DeviceSample(device.index, None, taken_ns, trouble="not found", done_ns=time.monotonic_ns())
-    # The parts before the whole: what a process takes in between is then in the whole for certain.
+    before = door.ask("amdsmi_get_gpu_memory_usage", handle, door.device_memory)
     process_mb, known = _processes(door, handle)
-    used = door.ask("amdsmi_get_gpu_memory_usage", handle, door.device_memory)
+    used = larger_whole(before, door.ask("amdsmi_get_gpu_memory_usage", handle, door.device_memory))
     done_ns = time.monotonic_ns()
     if used is None:
         return DeviceSample(device.index, None, taken_ns, trouble=door.error, done_ns=done_ns)

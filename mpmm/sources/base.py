@@ -24,6 +24,7 @@ __all__ = [
     "counts_named_only",
     "frees_late",
     "is_accounting_only",
+    "larger_whole",
     "process_knowledge",
     "what_it_measures",
 ]
@@ -171,6 +172,16 @@ def process_knowledge(source: MemorySource) -> bool | None:
     """
     knowledge: bool | None = getattr(source, "process_knowledge", source.measures_processes)
     return knowledge
+
+
+def larger_whole(before: float | None, after: float | None) -> float | None:
+    """Return what a device had in use, read before and after what each process takes; None if it cannot be read.
+
+    The larger of the two, so that the parts are in the whole whichever way they change in between. Were they not, the
+    whole would seem to have room that is not there: with the whole read first for what a process takes then, with the
+    whole read last for what one gives back.
+    """
+    return after if before is None or after is None else max(before, after)
 
 
 class Measures(IntEnum):

@@ -25,7 +25,7 @@ from dataclasses import dataclass, field, replace
 from types import ModuleType
 from typing import Any
 
-from mpmm.sources.base import MIB, DeviceInfo, DeviceSample, SourceUnavailableError, unavailable
+from mpmm.sources.base import MIB, DeviceInfo, DeviceSample, SourceUnavailableError, larger_whole, unavailable
 from mpmm.sources.unified_memory import counts_page_cache, is_not_told, unified_total_mb, unified_used_mb
 from mpmm.sources.visible_devices import VISIBLE_VARIABLE, Gpu, Unit, devices_of, visible_units
 
@@ -311,14 +311,16 @@ def _read(
     if handle is None:
         trouble = "not found"
         return DeviceSample(device.index, None, taken_ns, trouble=trouble, done_ns=time.monotonic_ns()), None
-    # The parts before the whole: what a process takes in between is then in the whole for certain, and what is
-    # accounted for it still stands; the other way round, it would be in neither.
-    listing, sharing = _processes(door, handle)
-    if device.uuid == unified:
-        used_mb: float | None = unified_used_mb()
-    else:
+
+    def whole_mb() -> float | None:
+        if device.uuid == unified:
+            return unified_used_mb()
         memory = door.ask("nvmlDeviceGetMemoryInfo", handle)
-        used_mb = None if memory is None else memory.used / MIB
+        return None if memory is None else memory.used / MIB
+
+    before_mb = whole_mb()
+    listing, sharing = _processes(door, handle)
+    used_mb = larger_whole(before_mb, whole_mb())
     done_ns = time.monotonic_ns()
     if used_mb is None:
         return DeviceSample(device.index, None, taken_ns, trouble=door.error, done_ns=done_ns), None

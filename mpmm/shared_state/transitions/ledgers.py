@@ -135,6 +135,9 @@ class Ledgers(Part):
         going = state in (Instance.UNLOADING, Instance.SUSPENDING) and not words[at + Instance.SEATS]
         measured_mb = self.measured_share(row, device)
         if measured_mb is not None:
+            if state == Instance.SUSPENDED and words[at + Instance.SINCE] > figure.taken_ns:
+                # Its memory may have gone while the sample was taken, and is awaited.
+                return Entry(0.0, measured_mb)
             if going and words[Header.SOURCE_FREES_LATE]:
                 # A process that ends is on no list any more while the driver still tears its memory down.
                 return Entry(measured_mb, max(measured_mb, mb))
