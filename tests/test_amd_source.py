@@ -84,6 +84,26 @@ def test_totals_use_and_names_are_the_librarys(amd: AmdGpus) -> None:
     assert users() == 0
 
 
+@pytest.mark.parametrize("change_mb", [-900, 900], ids=["given back", "taken"])
+def test_what_a_process_gives_back_or_takes_while_it_is_listed_is_in_the_whole(
+    amd: AmdGpus, monkeypatch: pytest.MonkeyPatch, change_mb: int
+) -> None:
+    source = AmdSource()
+    change(amd, 0, processes={os.getpid(): 1000}, used_mb=1000)
+    library = importlib.import_module("amdsmi")
+    read = library.amdsmi_get_gpu_process_list
+
+    def read_and_change(handle: Any) -> Any:
+        found = read(handle)
+        change(amd, 0, used_mb=1000 + change_mb)
+        return found
+
+    monkeypatch.setattr(library, "amdsmi_get_gpu_process_list", read_and_change)
+    (sample, _) = source.sample((os.getpid(),))
+    assert sample.used_mb == max(1000, 1000 + change_mb)
+    assert sample.process_mb == {os.getpid(): 1000}
+
+
 def test_it_measures_processes_once_it_has_shown_one_of_ours(amd: AmdGpus) -> None:
     source = AmdSource()
     # A process of somebody else's, which exists.

@@ -36,6 +36,7 @@ from harness import (
 from loaders import Loads, LoadsObject, LoadsServer, MakesServed, Weights
 
 from mpmm import InvalidArgumentError
+from mpmm.policy.suspension import Way
 from mpmm.policy.view import Reason
 from mpmm.shared_state.layout import Header
 from mpmm.shared_state.liveness import is_member_here
@@ -139,28 +140,6 @@ def test_a_manager_that_selects_devices_uses_no_others(
         manager.acquire_model("a", Loads(), devices=[0])
 
 
-def test_a_source_that_has_shown_no_process_yet_does_not_vouch_for_memory_that_goes(
-    namespace: str, new_manager: NewManager, new_device: NewDevice
-) -> None:
-    device = new_device(1000)
-    manager = new_manager(memory_source=device, poll_interval=3600)
-    loader = LoadsServer("a", MakesServed(device, 300))
-    manager.release_model("a", manager.acquire_model("a", loader))
-    session = manager._connected()
-    state, [copy] = session.namespace, read_snapshot(namespace).instances
-    # The server has given its memory back, and this process has not noted that yet.
-    session.unloads.in_progress.add(copy.row)
-    with state.transaction() as t:
-        state.transitions.unloads.begin(t, copy.row, state.slot, evicted=True)
-    now = time.monotonic_ns()
-    session.samples.publish([DeviceSample(0, 0.0, now, {}, processes_known=False, done_ns=now)])
-    [found] = read_snapshot(namespace).devices
-    assert (found.used_mb, found.external_mb) == (0, 0), "what is below 0 would be given away a second time"
-    session.unloads.in_progress.discard(copy.row)
-    session.unloads.unload_assigned()
-    assert problems(namespace) == []
-
-
 # ---- containers that share one state -----------------------------------------------------------------------------
 
 
@@ -232,6 +211,52 @@ def test_two_containers_that_see_their_own_processes_only_give_nothing_away_twic
     two.result()
     assert sorted(copy.tag for copy in read_snapshot(namespace).instances) == ["b", "c"]
     assert sources[0].used_mb() == 800
+    assert problems(namespace) == []
+
+
+def test_a_source_that_has_shown_no_process_yet_does_not_vouch_for_memory_that_goes(
+    namespace: str, new_manager: NewManager, tmp_path: Path
+) -> None:
+    device = OneContainer(tmp_path / "device", 1000, "one")
+    manager = new_manager(memory_source=device, poll_interval=3600)
+    loader = LoadsServer("a", MakesServed(device, 300))
+    manager.release_model("a", manager.acquire_model("a", loader))
+    session = manager._connected()
+    state, [copy] = session.namespace, read_snapshot(namespace).instances
+    assert [member.measured_mb for member in read_snapshot(namespace).members if member.kind == "server"] == [300]
+    # The server has given its memory back, and this process has not noted that yet.
+    session.unloads.in_progress.add(copy.row)
+    with state.transaction() as t:
+        state.transitions.unloads.begin(t, copy.row, state.slot, evicted=True)
+    now = time.monotonic_ns()
+    session.samples.publish([DeviceSample(0, 0.0, now, {}, processes_known=False, done_ns=now)])
+    [found] = read_snapshot(namespace).devices
+    assert (found.used_mb, found.external_mb) == (0, 0), "what is below 0 would be given away a second time"
+    session.unloads.in_progress.discard(copy.row)
+    session.unloads.unload_assigned()
+    assert problems(namespace) == []
+
+
+def test_a_copy_that_was_suspended_while_a_sample_was_taken_has_nothing_for_certain(
+    namespace: str, new_manager: NewManager, tmp_path: Path
+) -> None:
+    device = OneContainer(tmp_path / "device", 1000, "one")
+    manager = new_manager(memory_source=device, poll_interval=3600)
+    manager.release_model("a", manager.acquire_model("a", LoadsServer("a", MakesServed(device, 300))))
+    session = manager._connected()
+    state, [copy] = session.namespace, read_snapshot(namespace).instances
+    [pid] = [member.pid for member in read_snapshot(namespace).members if member.kind == "server"]
+    began = time.monotonic_ns()
+    with state.transaction() as t:
+        state.transitions.suspensions.note_way(t, copy.row, Way.CHECKPOINT)
+        state.transitions.suspensions.begin(t, copy.row, state.slot, evicted=True)
+        state.transitions.suspensions.end(t, copy.row)
+    session.samples.publish([DeviceSample(0, 0.0, began, {pid: 300.0}, True, done_ns=time.monotonic_ns())])
+    [found] = read_snapshot(namespace).devices
+    assert (found.used_mb, found.external_mb) == (0, 0), "what is below 0 would be given away a second time"
+    with state.transaction() as t:
+        state.transitions.suspensions.drop(t, copy.row, state.slot)
+    session.unloads.unload_assigned()
     assert problems(namespace) == []
 
 
