@@ -20,6 +20,7 @@ import time
 from dataclasses import dataclass
 
 from mpmm.scheduling import CALLED_UP_FOR_NS
+from mpmm.shared_state.core import is_compiled
 
 __all__ = ["CALLED_UP_FOR_S", "TENURE_S", "Tenure", "Tenures", "called_up_for_ns", "looks_in_s"]
 
@@ -27,9 +28,10 @@ __all__ = ["CALLED_UP_FOR_S", "TENURE_S", "Tenure", "Tenures", "called_up_for_ns
 # second of 4 and 16 processes, and the 99th percentile of an acquire. 4 ms: 20 000 to 30 000 and 11 000 to 17 000, 0.3
 # and 85 ms. 2 ms: 28 000 and 15 000 to 25 000, 5 and 32 to 45 ms. 1 ms: 25 000 to 42 000 and 17 000 to 23 000, 4 and 18
 # to 25 ms. 0.5 ms: 24 000 to 27 000 and 11 000 to 13 000, 2 and 12 to 17 ms. A turn costs half a millisecond besides,
-# for the wake-up and for code that has left the caches.
-TENURE_S = 0.000_5
-# A waiter that was called up looks after so long, three tenures: mostly a hand-over has ended it by then.
+# for the wake-up and for code that has left the caches. In Python a turn costs ten times as much. On 2 processors that
+# others hardly used, 4 and 16 processes make 2 000 and 375 pairs with 0.5 ms, and 5 100 and 2 200 with 4 ms.
+TENURE_S = 0.000_5 if is_compiled() else 0.004
+# A waiter that was called up looks after so long, when the tenure is over: mostly a hand-over has ended it by then.
 CALLED_UP_FOR_S = CALLED_UP_FOR_NS / 1e9
 # If most of a process's last pauses were longer than this, it leaves the copy to the next one at once, because the copy
 # would be idle for a noticeable part of the tenure. Most, and not their mean: a process that loses its processor now

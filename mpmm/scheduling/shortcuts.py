@@ -36,6 +36,7 @@ from mpmm.policy.fairness import rank_ns
 from mpmm.policy.sharing import served_in_s
 from mpmm.policy.view import Reason
 from mpmm.scheduling.views import Views
+from mpmm.shared_state.core import is_compiled
 from mpmm.shared_state.durations import to_ns
 from mpmm.shared_state.events import Cause
 from mpmm.shared_state.namespace import Namespace
@@ -54,7 +55,7 @@ HEAD_REASONS = frozenset({Reason.IN_USE, Reason.UNLOADING, Reason.RETURNING})
 # Waits for which nothing is kept, and nobody else stands back.
 HELD_UP_REASONS = frozenset({Reason.BEHIND, Reason.OUTRANKED, Reason.SHARING, Reason.COPIES})
 # So long before its end a tenure was the reason to call a waiter up, see `mpmm.model_manager.tenure`.
-CALLED_UP_FOR_NS = 1_500_000
+CALLED_UP_FOR_NS = 1_500_000 if is_compiled() else 6_000_000
 _RANK = attrgetter("rank")
 
 

@@ -31,7 +31,17 @@ if TYPE_CHECKING:
     from mpmm.shared_state._core import Core
     from mpmm.shared_state.segment import Segment
 
-__all__ = ["CORE_VARIABLE", "HANDED_OVER", "KEEP", "KEEP_AND_CALL_UP", "KEPT", "TO_NEXT", "make_core", "which"]
+__all__ = [
+    "CORE_VARIABLE",
+    "HANDED_OVER",
+    "KEEP",
+    "KEEP_AND_CALL_UP",
+    "KEPT",
+    "TO_NEXT",
+    "is_compiled",
+    "make_core",
+    "which",
+]
 
 CORE_VARIABLE = "MPMM_CORE"
 _CHOICES = ("python", "compiled")
@@ -71,6 +81,14 @@ _TEXTS: dict[type[Model | Instance], int] = {Model: Model.TAG, Instance: Instanc
 def which() -> str:
     """Return `compiled` or `python`, whichever makes the transactions of the warm path. Raises InvalidArgumentError."""
     return "python" if _core_class() is None else "compiled"
+
+
+def is_compiled() -> bool:
+    """Tell whether `which` returns `compiled`, for who chooses a figure by it; False where that raises."""
+    try:
+        return which() == "compiled"
+    except InvalidArgumentError:
+        return False
 
 
 def make_core(segment: Segment, pid: int, smoothing: float, turn: int, crowded_turns: int) -> Core | None:
