@@ -163,6 +163,21 @@ def test_admission_waits_for_unloaded_memory_instead_of_evicting_more(
     assert snapshot.written_off_mb == 0
 
 
+def test_memory_that_comes_back_a_moment_after_the_unload_is_noticed_before_the_next_poll(
+    namespace: str, new_manager: NewManager, new_device: NewDevice
+) -> None:
+    device = new_device(1000, linger_s=0.3)
+    manager = new_manager(memory_source=device, poll_interval=3600)
+    know(manager, a=600, b=600)
+    with manager.model("a", LoadsObject("a", device=device, mb=600)):
+        pass
+    manager.unload("a")
+    wait_until(lambda: not read_snapshot(namespace).devices[0].returning_mb, "a sample shows that the memory is back")
+    assert device.used_mb() == 0
+    with manager.model("b", LoadsObject("b", device=device, mb=600)):
+        pass
+
+
 def test_memory_that_does_not_come_back_is_written_off_after_a_while_and_that_is_logged_and_shown(
     namespace: str, new_manager: NewManager, new_device: NewDevice, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -172,7 +172,8 @@ class Session:
             if self.is_closed or (self.closing and self._closer not in ended_calls({self._closer})):
                 return
             self._closer = call
-            self.closing = self.unloads.leaving = True
+            self.closing = True
+            self.unloads.leave()
         self._send_waiters_away()
         leading = self.leader.leading
         self.background.stop()

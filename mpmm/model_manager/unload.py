@@ -22,6 +22,7 @@ from mpmm.memory.beam_metrics import report_model_count
 from mpmm.model_manager.fresh_figures import FreshFigures
 from mpmm.model_manager.held import HeldInstances
 from mpmm.model_manager.operations import LoadedInstance
+from mpmm.model_manager.returns import ReturnWatch
 from mpmm.model_manager.waits import decision, says_more
 from mpmm.multi_process_shared.stop_server import kill_process
 from mpmm.policy.view import Reason
@@ -87,6 +88,7 @@ class Unloads:
         self._held = held
         self._waiting = waiting
         self._suspender = Suspender(namespace, scheduler, figures.samples, held.value_of, self.unload_in_thread)
+        self._returns = ReturnWatch(namespace, figures, waiting)
         self.in_progress: set[int] = set()
         self.has_failed = False
         self.leaving = False
@@ -334,6 +336,13 @@ class Unloads:
             self._figures.samples.reset_peak()
         with self._namespace.transaction() as t:
             self._scheduler.advance(t)
+        if not self.leaving:
+            self._returns.begin()
+
+    def leave(self) -> None:
+        """Note that the process leaves the namespace."""
+        self.leaving = True
+        self._returns.ended.set()
 
 
 def unload_made(value: Any) -> None:
