@@ -24,9 +24,9 @@ Beside the calls: `background.py` is the process's one thread, which sleeps on d
 had to wait for the lock (deferred.py), takes back what interrupted calls had in hand (reconcile.py), unloads
 (unload.py, late_unloads.py), and does the duties of the namespace while the process is its leader (leader.py).
 `fresh_figures.py` has memory figures taken when a decision needs them, `returns.py` until they show what was unloaded,
-`out_of_memory.py` learns from loads that found too little, `tenure.py` and `look_again.py` say who comes first, and when
-a waiter looks for itself. `administration.py` and `pins.py` are what people ask for by hand, `run_command.py` is `mpmm
-run`. `beam_attributes.py` and `queue_ticket.py` are names of Beam's manager.
+`out_of_memory.py` learns from loads that found too little, `tenure.py` and `look_again.py` say who comes first, and
+when a waiter looks for itself. `administration.py` and `pins.py` are what people ask for by hand, `run_command.py` is
+`mpmm run`. `beam_attributes.py` and `queue_ticket.py` are names of Beam's manager.
 
 The public names are those of `apache_beam.ml.inference.model_manager`. They are imported at their first use: a model
 server needs a few modules of this package, and starts without the others.
