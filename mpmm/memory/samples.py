@@ -242,7 +242,9 @@ class SharedSamples:
             if proven:
                 self._namespace.transitions.members.note_processes(t, True)
                 self._end_isolations(t)
-            if news.measured or news.complete_rows or news.figures:
+            # What a source does not list, though it may once have been, is unknown by now.
+            knew = self._namespace.tables.header.source_measures_processes and news.figures
+            if news.measured or news.complete_rows or knew:
                 self._measure_members(t, news, here, min(sample.taken_ns for sample in samples))
                 self._share_out(t, taken)
             for row, used_mb, sample in news.figures:

@@ -42,7 +42,10 @@ class ReturnWatch:
         self.ended = threading.Event()
 
     def begin(self) -> None:
-        """Watch from now on, if there is anything to watch for. Takes no lock, and does not wait."""
+        """Watch from now on, if there is anything to watch for. Takes no lock, and does not wait.
+
+        A thread that is just ending may miss it; then the leader's next poll has to do.
+        """
         if not self._awaits_memory() or self._namespace.tables.header.source_accounting_only:
             return
         self._until = time.monotonic() + WATCHED_FOR_S
