@@ -56,8 +56,14 @@ TAKE_LONGEST = (
     "test_call_crash_points",
     "test_fork_points",
     "test_beam_run_inference",
+    "test_model_of_promises",
+    "test_stress",
+    "test_ledger",
+    "test_beam_install",
+    "test_packaging",
     "test_zygote",
     "test_source_failures",
+    "test_examples",
 )
 # Helpers of the interpreter that tests start on purpose; they end with the test process.
 HELPERS = ("multiprocessing.resource_tracker", "multiprocessing.forkserver")
