@@ -35,7 +35,8 @@ from harness import (
 )
 from loaders import Loads, LoadsObject, LoadsServer, MakesServed, Weights
 
-from mpmm import InvalidArgumentError
+from mpmm import InvalidArgumentError, ModelManager
+from mpmm.model_manager.session import Session
 from mpmm.policy.suspension import Way
 from mpmm.policy.view import Reason
 from mpmm.shared_state.layout import Header
@@ -214,25 +215,35 @@ def test_two_containers_that_see_their_own_processes_only_give_nothing_away_twic
     assert problems(namespace) == []
 
 
+def load_idle(manager: ModelManager, device: SimulatedDevice) -> tuple[Session, int, int]:
+    """Load a model of 300 MB into a server and release it; return session, row, and the server's pid."""
+    manager.release_model("a", manager.acquire_model("a", LoadsServer("a", MakesServed(device, 300))))
+    session = manager._connected()
+    snapshot = read_snapshot(manager.namespace)
+    [copy], [server] = snapshot.instances, [member for member in snapshot.members if member.kind == "server"]
+    assert server.measured_mb == 300
+    return session, copy.row, server.pid
+
+
+def expect_nothing_given_away_twice(namespace: str) -> None:
+    [device] = read_snapshot(namespace).devices
+    assert (device.used_mb, device.external_mb) == (0, 0), "what is below 0 would be given away a second time"
+
+
 def test_a_source_that_has_shown_no_process_yet_does_not_vouch_for_memory_that_goes(
     namespace: str, new_manager: NewManager, tmp_path: Path
 ) -> None:
-    device = OneContainer(tmp_path / "device", 1000, "one")
-    manager = new_manager(memory_source=device, poll_interval=3600)
-    loader = LoadsServer("a", MakesServed(device, 300))
-    manager.release_model("a", manager.acquire_model("a", loader))
-    session = manager._connected()
-    state, [copy] = session.namespace, read_snapshot(namespace).instances
-    assert [member.measured_mb for member in read_snapshot(namespace).members if member.kind == "server"] == [300]
+    source = OneContainer(tmp_path / "device", 1000, "one")
+    session, row, _ = load_idle(new_manager(memory_source=source, poll_interval=3600), source)
+    state = session.namespace
     # The server has given its memory back, and this process has not noted that yet.
-    session.unloads.in_progress.add(copy.row)
+    session.unloads.in_progress.add(row)
     with state.transaction() as t:
-        state.transitions.unloads.begin(t, copy.row, state.slot, evicted=True)
+        state.transitions.unloads.begin(t, row, state.slot, evicted=True)
     now = time.monotonic_ns()
     session.samples.publish([DeviceSample(0, 0.0, now, {}, processes_known=False, done_ns=now)])
-    [found] = read_snapshot(namespace).devices
-    assert (found.used_mb, found.external_mb) == (0, 0), "what is below 0 would be given away a second time"
-    session.unloads.in_progress.discard(copy.row)
+    expect_nothing_given_away_twice(namespace)
+    session.unloads.in_progress.discard(row)
     session.unloads.unload_assigned()
     assert problems(namespace) == []
 
@@ -240,22 +251,17 @@ def test_a_source_that_has_shown_no_process_yet_does_not_vouch_for_memory_that_g
 def test_a_copy_that_was_suspended_while_a_sample_was_taken_has_nothing_for_certain(
     namespace: str, new_manager: NewManager, tmp_path: Path
 ) -> None:
-    device = OneContainer(tmp_path / "device", 1000, "one")
-    manager = new_manager(memory_source=device, poll_interval=3600)
-    manager.release_model("a", manager.acquire_model("a", LoadsServer("a", MakesServed(device, 300))))
-    session = manager._connected()
-    state, [copy] = session.namespace, read_snapshot(namespace).instances
-    [pid] = [member.pid for member in read_snapshot(namespace).members if member.kind == "server"]
-    began = time.monotonic_ns()
+    source = OneContainer(tmp_path / "device", 1000, "one")
+    session, row, pid = load_idle(new_manager(memory_source=source, poll_interval=3600), source)
+    state, began = session.namespace, time.monotonic_ns()
     with state.transaction() as t:
-        state.transitions.suspensions.note_way(t, copy.row, Way.CHECKPOINT)
-        state.transitions.suspensions.begin(t, copy.row, state.slot, evicted=True)
-        state.transitions.suspensions.end(t, copy.row)
+        state.transitions.suspensions.note_way(t, row, Way.CHECKPOINT)
+        state.transitions.suspensions.begin(t, row, state.slot, evicted=True)
+        state.transitions.suspensions.end(t, row)
     session.samples.publish([DeviceSample(0, 0.0, began, {pid: 300.0}, True, done_ns=time.monotonic_ns())])
-    [found] = read_snapshot(namespace).devices
-    assert (found.used_mb, found.external_mb) == (0, 0), "what is below 0 would be given away a second time"
+    expect_nothing_given_away_twice(namespace)
     with state.transaction() as t:
-        state.transitions.suspensions.drop(t, copy.row, state.slot)
+        state.transitions.suspensions.drop(t, row, state.slot)
     session.unloads.unload_assigned()
     assert problems(namespace) == []
 

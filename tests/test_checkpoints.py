@@ -286,42 +286,44 @@ def await_middle(gpus: SimulatedGpus) -> None:
     wait_until(lambda: 0.0 < gpus.host_mb() < 600.0, "part of it has moved")
 
 
+def begin_to_resume(gpus: SimulatedGpus, suspends: Process, resumes: Process) -> int:
+    """Have one process load and suspend a model, and another one begin to resume it; return the server's pid."""
+    pid = load(suspends, gpus, "a")
+    assert suspends.call(suspend, "a") == 1
+    gpus.set_rates(0.0, 600.0)
+    resumes.send(acquire, "a", loads(gpus, "a"))
+    await_middle(gpus)
+    return pid
+
+
+def expect_suspended_as_a_whole(namespace: str, gpus: SimulatedGpus, survivor: Process, pid: int) -> None:
+    await_states(namespace, "a", "suspended")
+    assert (gpus.state_of(pid), gpus.used_mb(0), gpus.host_mb()) == (CHECKPOINTED, 0.0, 600.0)
+    assert survivor.call(acquire, "a", loads(gpus, "a")) == "a"
+    assert (served("a").pid(), gpus.used_mb(0), gpus.host_mb()) == (pid, 600.0, 0.0)
+    assert problems(namespace) == []
+
+
 def test_a_server_whose_resume_has_lost_its_requester_is_suspended_as_a_whole(
     namespace: str, gpus: SimulatedGpus, two: tuple[Process, Process]
 ) -> None:
     first, second = two
-    pid = load(first, gpus, "a")
-    assert first.call(suspend, "a") == 1
-    gpus.set_rates(0.0, 600.0)
-    second.send(acquire, "a", loads(gpus, "a"))
-    await_middle(gpus)
+    pid = begin_to_resume(gpus, suspends=first, resumes=second)
     second.kill()
-    await_states(namespace, "a", "suspended")
-    assert (gpus.state_of(pid), gpus.used_mb(0), gpus.host_mb()) == (CHECKPOINTED, 0.0, 600.0)
-    assert first.call(acquire, "a", loads(gpus, "a")) == "a"
-    assert (served("a").pid(), gpus.used_mb(0), gpus.host_mb()) == (pid, 600.0, 0.0)
-    assert problems(namespace) == []
+    expect_suspended_as_a_whole(namespace, gpus, first, pid)
 
 
 def test_a_server_that_was_half_resumed_when_helper_and_requester_died_is_suspended_as_a_whole(
     namespace: str, gpus: SimulatedGpus, two: tuple[Process, Process], runtime_root: Path
 ) -> None:
     first, second = two
-    pid = load(first, gpus, "a")
-    assert first.call(suspend, "a") == 1
-    gpus.set_rates(0.0, 600.0)
+    pid = begin_to_resume(gpus, suspends=first, resumes=second)
     helper = helper_pid(namespace, runtime_root)
     assert helper is not None
-    second.send(acquire, "a", loads(gpus, "a"))
-    await_middle(gpus)
     second.stop()
     os.kill(helper, signal.SIGKILL)
     second.kill()
-    await_states(namespace, "a", "suspended")
-    assert (gpus.state_of(pid), gpus.used_mb(0), gpus.host_mb()) == (CHECKPOINTED, 0.0, 600.0)
-    assert first.call(acquire, "a", loads(gpus, "a")) == "a"
-    assert (served("a").pid(), gpus.used_mb(0), gpus.host_mb()) == (pid, 600.0, 0.0)
-    assert problems(namespace) == []
+    expect_suspended_as_a_whole(namespace, gpus, first, pid)
 
 
 def test_a_helper_of_a_folder_that_is_gone_ends_without_a_word(

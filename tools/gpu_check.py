@@ -54,7 +54,6 @@ import argparse
 import importlib.util
 import json
 import logging
-import multiprocessing
 import os
 import random
 import statistics
@@ -71,7 +70,7 @@ from pathlib import Path
 
 from devices.gpu_check_models import Loader
 from devices.gpu_check_suspend import check_suspend
-from devices.gpu_check_table import CONTEXT_AT_MOST_MB, PATIENCE_S, PAUSE_S, Check, ending, settled_mb
+from devices.gpu_check_table import CONTEXT_AT_MOST_MB, PATIENCE_S, PAUSE_S, Check, at_work, settled_mb
 from devices.simulated_gpu import DIRECTORY_VARIABLE, Build, SimulatedGpus, build
 
 from mpmm import ModelManager
@@ -81,7 +80,6 @@ from mpmm.shared_state.snapshot import read_snapshot
 from mpmm.sources import DeviceInfo, DeviceSample
 from mpmm.sources.nvml import NvmlSource
 
-_CONTEXT = multiprocessing.get_context("spawn")
 SIMULATED_MB, SIMULATED_RESERVED_MB, SIMULATED_LINGER_S = 24576.0, 400.0, 0.2
 # Together the models of the turns take so much more than may be used.
 CROWDING = 1.6
@@ -263,23 +261,15 @@ def check_turns(check: Check) -> None:
     """Let several processes load and evict in turn, and watch the device meanwhile."""
     sizes_mb = crowd(check)
     options = check.options
-    processes = []
-    for number in range(options.processes):
-        ours, theirs = _CONTEXT.Pipe()
-        arguments = (theirs, sizes_mb, check.gpus, options.seed + number)
-        process = _CONTEXT.Process(target=take_turns, args=arguments)
-        process.start()
-        processes.append((process, ours))
-    with ending(processes):
-        for _, connection in processes:
-            connection.recv()
+    arguments = [(sizes_mb, check.gpus, options.seed + number) for number in range(options.processes)]
+    with at_work(take_turns, *arguments) as connections:
         highest_mb, began = 0.0, time.monotonic()
         while time.monotonic() - began < 60 * options.minutes:
             highest_mb = max(highest_mb, check.used_mb())
             time.sleep(PAUSE_S)
-        for _, connection in processes:
+        for connection in connections:
             connection.send("stop")
-        done: list[Turns] = [connection.recv() for _, connection in processes]
+        done: list[Turns] = [connection.recv() for connection in connections]
         took_s = time.monotonic() - began
         snapshot = read_snapshot("turns")
     waits_s = sorted(wait for turns in done for wait in turns.waits_s)

@@ -187,19 +187,8 @@ def print_table(result: Result) -> None:
     for name, (first, middle, last, slope) in result.drifts.items():
         text = f"{first:.1f}, {middle:.1f}, {last:.1f}; {slope:+.2f} a minute at last ({result.survivors} survivors)"
         rows.append((f"{name} at start, middle, end", text))
-    rows += [
-        ("violations", _listed(result.violations.counts)),
-        ("left behind", str(len(result.left_behind))),
-        ("machine", f"{os.cpu_count()} processors, Python {platform.python_version()}"),
-        ("seed", str(result.seed)),
-    ]
-    say("")
-    for name, text in rows:
-        say(f"{name:38}  {text}")
-    for text in result.unconfirmed[:5]:
-        say(f"\n? seen once: {text}")
-    for text in result.violations.texts + result.left_behind[:20]:
-        say(f"\n! {text}")
+    rows += _verdict(result)
+    _say_rows(rows, result, [f"? seen once: {text}" for text in result.unconfirmed[:5]])
 
 
 def print_suspensions(result: SuspensionResult) -> None:
@@ -214,16 +203,28 @@ def print_suspensions(result: SuspensionResult) -> None:
         ("calls", _listed(result.counts)),
         ("accounts exact after the last call", _percentiles(result.exact_s)),
         ("excused claims", _listed(result.excused)),
+        *_verdict(result),
+    ]
+    _say_rows(rows, result)
+
+
+def _verdict(result: Result | SuspensionResult) -> list[tuple[str, str]]:
+    """Return the last rows of each kind of run."""
+    return [
         ("violations", _listed(result.violations.counts)),
         ("left behind", str(len(result.left_behind))),
         ("machine", f"{os.cpu_count()} processors, Python {platform.python_version()}"),
         ("seed", str(result.seed)),
     ]
+
+
+def _say_rows(rows: Sequence[tuple[str, str]], result: Result | SuspensionResult, remarks: Sequence[str] = ()) -> None:
+    """Say a table, and after it at length what deserves it."""
     say("")
     for name, text in rows:
         say(f"{name:38}  {text}")
-    for text in result.violations.texts + result.left_behind[:20]:
-        say(f"\n! {text}")
+    for text in [*remarks, *(f"! {text}" for text in result.violations.texts + result.left_behind[:20])]:
+        say(f"\n{text}")
 
 
 def as_json(result: Result, source: str) -> dict[str, object]:

@@ -209,8 +209,9 @@ class SharedStateView:
         loaded = [model.loaded for model in snapshot.models if model.loaded]
         held = sum(device.used_mb or 0.0 for device in snapshot.devices)
         total = sum(device.total_mb for device in snapshot.devices)
+        copies = f"{sum(loaded)} {'copy' if sum(loaded) == 1 else 'copies'}"
         return (
-            f"{held:.0f} of {total:.0f} MB held · {len(loaded)} models loaded ({sum(loaded)} copies), "
+            f"{held:.0f} of {total:.0f} MB held · {len(loaded)} model{'s' * (len(loaded) != 1)} loaded ({copies}), "
             f"{snapshot.loading} loading, {snapshot.waiting} waiting, {snapshot.evictions} evicted"
         )
 

@@ -6,7 +6,6 @@ that was resumed, nothing of this is done, since a process may end by itself.
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import random
 import signal
@@ -23,7 +22,7 @@ from pathlib import Path
 import psutil
 
 from devices.gpu_check_models import CONTEXT_MB, CheckedModel, Loader, WrongWeightsError
-from devices.gpu_check_table import CONTEXT_AT_MOST_MB, PATIENCE_S, PAUSE_S, Check, ending, settled_mb
+from devices.gpu_check_table import CONTEXT_AT_MOST_MB, PATIENCE_S, PAUSE_S, Check, at_work, settled_mb
 from devices.simulated_gpu import SimulatedGpus
 from mpmm import ModelManager
 from mpmm.policy.out_of_memory import is_out_of_memory
@@ -35,7 +34,6 @@ from mpmm.suspend.driver import HAZARDOUS_BRANCHES, driver_branch
 
 __all__ = ["check_suspend"]
 
-_CONTEXT = multiprocessing.get_context("spawn")
 MIB = 2**20
 # Of the device, and of the host memory that is free.
 DEVICE_SHARE, HOST_SHARE = 0.8, 0.8
@@ -385,24 +383,17 @@ def check_turns(check: Check, empty_mb: float, context_mb: float, moved_s: float
         check.say("suspend", "in turn", "not possible: too little host memory")
         return
     turns = min(options.suspend_turns, TURNS_QUICK) if options.quick else options.suspend_turns
-    processes = []
-    for number in range(USERS_QUICK if options.quick else USERS):
-        ours, theirs = _CONTEXT.Pipe()
-        process = _CONTEXT.Process(target=use_in_turn, args=(theirs, crowd, options.seed + number))
-        process.start()
-        processes.append((process, ours))
-    with ending(processes):
-        for _, connection in processes:
-            connection.recv()
+    arguments = [(crowd, options.seed + number) for number in range(USERS_QUICK if options.quick else USERS)]
+    with at_work(use_in_turn, *arguments) as connections:
         highest_mb, began = 0.0, time.monotonic()
         while time.monotonic() - began < 60 * options.suspend_minutes:
             highest_mb = max(highest_mb, check.used_mb())
             if read_snapshot("suspend-turns").resumes >= turns:
                 break
             time.sleep(10 * PAUSE_S)
-        for _, connection in processes:
+        for connection in connections:
             connection.send("stop")
-        done: list[Uses] = [connection.recv() for _, connection in processes]
+        done: list[Uses] = [connection.recv() for connection in connections]
         took_s = time.monotonic() - began
         snapshot = read_snapshot("suspend-turns")
     waits_s = sorted(wait for uses in done for wait in uses.waits_s)

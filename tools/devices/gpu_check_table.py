@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
@@ -15,7 +16,9 @@ from devices.simulated_gpu import Build, SimulatedGpus
 from mpmm.sources import DeviceInfo, DeviceSample
 from mpmm.sources.nvml import NvmlSource
 
-__all__ = ["CONTEXT_AT_MOST_MB", "PATIENCE_S", "PAUSE_S", "Check", "Row", "as_line", "ending", "settled_mb"]
+__all__ = ["CONTEXT_AT_MOST_MB", "PATIENCE_S", "PAUSE_S", "Check", "Row", "as_line", "at_work", "settled_mb"]
+
+_CONTEXT = multiprocessing.get_context("spawn")
 
 SIZES_MB = tuple(1024.0 * gigabytes for gigabytes in (3, 1, 6, 2, 8, 4, 5, 7))
 # What a process takes of the device beside what torch knows of.
@@ -96,10 +99,23 @@ def settled_mb(check: Check) -> float:
 
 
 @contextmanager
-def ending(processes: Sequence[tuple[Any, Connection]]) -> Iterator[None]:
-    """See to it that processes have ended, whatever happens."""
+def at_work(work: Callable[..., None], *arguments: Sequence[Any]) -> Iterator[list[Connection]]:
+    """Have a process of its own for each of `arguments` call `work`; yield once they have said that they are there.
+
+    What `work` is given first is its end of a connection, the other of which is yielded. At the end of the block the
+    processes are waited for, and ended if that takes too long.
+    """
+    processes: list[tuple[Any, Connection]] = []
     try:
-        yield
+        for one in arguments:
+            ours, theirs = _CONTEXT.Pipe()
+            process = _CONTEXT.Process(target=work, args=(theirs, *one))
+            process.start()
+            processes.append((process, ours))
+        connections = [connection for _, connection in processes]
+        for connection in connections:
+            connection.recv()
+        yield connections
     finally:
         for process, connection in processes:
             connection.close()

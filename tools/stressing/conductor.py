@@ -9,7 +9,6 @@ from __future__ import annotations
 import collections
 import contextlib
 import ctypes
-import json
 import math
 import mmap
 import os
@@ -36,6 +35,7 @@ from mpmm.shared_state.segment import Segment, SegmentProblem, segment_name
 from mpmm.shared_state.snapshot import Snapshot, read_snapshot
 from mpmm.sources.visible_devices import VISIBLE_VARIABLE
 from stressing.checks import ClaimJudge, History, SnapshotChecks, Stop, Violations, fit_slope
+from stressing.mailbox import Mailbox
 from stressing.models import ON_GPU, Plan, is_dying, is_locked, is_stopped
 from stressing.worker import LEAVE, QUIET, RUN, be_worker
 
@@ -130,11 +130,9 @@ class Conductor:
         self.snapshot: Snapshot | None = None
         self.starts = 0
         self.stopping = False
-        self.reader, self.writer = os.pipe()
-        os.set_blocking(self.reader, False)
+        self.mailbox = Mailbox()
         self.phases = memoryview(mmap.mmap(-1, mmap.PAGESIZE))
         self.device = plan.device()
-        self._unread = b""
         self.began = time.monotonic()
 
     # ---- the run -------------------------------------------------------------------------------------------
@@ -243,8 +241,8 @@ class Conductor:
         sys.stderr.flush()
         pid = os.fork()
         if not pid:
-            os.close(self.reader)
-            be_worker(self.plan, index, incarnation, self.writer, self.phases)
+            os.close(self.mailbox.reader)
+            be_worker(self.plan, index, incarnation, self.mailbox.writer, self.phases)
         protected = index < max(1, self.plan.processes // 4)
         self.workers[index] = RunningWorker(index, pid, incarnation, protected)
 
@@ -274,14 +272,8 @@ class Conductor:
             self._start(index)
 
     def _read_messages(self, timeout_s: float) -> None:
-        if not select.select([self.reader], [], [], timeout_s)[0]:
-            return
-        with contextlib.suppress(BlockingIOError):
-            while True:
-                self._unread += os.read(self.reader, 1 << 16)
-                *lines, self._unread = self._unread.split(b"\n")
-                for line in lines:
-                    self._take_message(json.loads(line))
+        for message in self.mailbox.messages(timeout_s):
+            self._take_message(message)
 
     def _take_message(self, message: dict[str, Any]) -> None:
         what = message["what"]

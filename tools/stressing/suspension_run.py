@@ -22,7 +22,6 @@ import json
 import mmap
 import os
 import random
-import select
 import shutil
 import signal
 import sys
@@ -45,6 +44,7 @@ from mpmm.shared_state.segment import Segment, SegmentProblem, segment_name
 from mpmm.shared_state.snapshot import InstanceInfo, Snapshot, read_snapshot
 from mpmm.shared_state.tables import Tables
 from stressing.checks import Violations
+from stressing.mailbox import Mailbox
 from stressing.models import is_dying
 from stressing.suspended import mb_of
 from stressing.suspension_worker import BUDGET_MB, NAMESPACE, Crew, be_worker
@@ -174,10 +174,9 @@ class _Conductor:
         self._root, self._gpus, self._wanted, self._say = root, gpus, kills, say
         self._rng = random.Random(seed)
         self.result = SuspensionResult(seed)
-        self._reader, writer = os.pipe()
-        os.set_blocking(self._reader, False)
+        self._mailbox = Mailbox()
         self._phases = memoryview(mmap.mmap(-1, mmap.PAGESIZE))
-        self._crew = Crew(seed, str(gpus.folder), writer, self._phases)
+        self._crew = Crew(seed, str(gpus.folder), self._mailbox.writer, self._phases)
         self._workers: dict[int, int] = {}
         self._starts = 0
         self._killed: set[int] = set()
@@ -190,8 +189,6 @@ class _Conductor:
         # Since the last rest: what it takes to understand a violation.
         self._warnings: collections.deque[str] = collections.deque(maxlen=12)
         self._strikes: collections.deque[str] = collections.deque(maxlen=BATCH)
-        self._unread = b""
-
         self._stopping = False
 
     # ---- the run -------------------------------------------------------------------------------------------
@@ -228,8 +225,8 @@ class _Conductor:
             self._turn(min(left, 0.01))
 
     def _turn(self, seconds: float) -> None:
-        select.select([self._reader], [], [], seconds)
-        self._read_messages()
+        for message in self._mailbox.messages(seconds):
+            self._take_message(message)
         self._reap()
 
     def _start(self, index: int) -> None:
@@ -238,7 +235,7 @@ class _Conductor:
         sys.stdout.flush()
         pid = os.fork()
         if not pid:
-            os.close(self._reader)
+            os.close(self._mailbox.reader)
             be_worker(self._crew, index, self._starts)
         self._workers[pid] = index
 
@@ -259,14 +256,6 @@ class _Conductor:
                     self._start(index)
 
     # ---- what workers say ----------------------------------------------------------------------------------
-
-    def _read_messages(self) -> None:
-        with contextlib.suppress(BlockingIOError):
-            while True:
-                self._unread += os.read(self._reader, 1 << 16)
-                *lines, self._unread = self._unread.split(b"\n")
-                for line in lines:
-                    self._take_message(json.loads(line))
 
     def _take_message(self, message: dict[str, Any]) -> None:
         what = message["what"]

@@ -5,7 +5,6 @@ What may be a violation it sends to the conductor as a claim, because only that 
 
 from __future__ import annotations
 
-import ctypes
 import faulthandler
 import functools
 import gc
@@ -23,7 +22,7 @@ from mpmm.model_manager import ModelManager
 from mpmm.multi_process_shared import MultiProcessShared, server_pid
 from mpmm.shared_state.layout import Capacities, Model
 from stressing.suspended import SuspendedModel, mb_of, tags
-from stressing.worker import LEAVE, RUN, Reporter, ServerGoneError, leave_process, no_server, watch_log
+from stressing.worker import LEAVE, RUN, Reporter, ServerGoneError, die_with_parent, leave_process, no_server, watch_log
 
 __all__ = ["NAMESPACE", "Crew", "be_worker"]
 
@@ -37,7 +36,6 @@ RUNNING = 0
 CAPACITIES = Capacities(
     members=256, models=32, instances=64, tickets=128, devices=2, observations=64, events=1024, undo=8192
 )
-_PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True)
@@ -181,7 +179,7 @@ def be_worker(crew: Crew, index: int, incarnation: int) -> NoReturn:
     """Be a worker: what a process does that the conductor has forked."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     faulthandler.register(signal.SIGUSR2)
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    die_with_parent()
     gc.freeze()
     reporter = Reporter(crew.report_fd, index)
     watch_log(reporter)

@@ -538,11 +538,16 @@ def leave_process(code: int) -> NoReturn:
         os._exit(code)
 
 
+def die_with_parent() -> None:
+    """Have the kernel kill this process when its parent ends, where it does such a thing."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def be_worker(plan: Plan, index: int, incarnation: str, report_fd: int, phases: memoryview) -> NoReturn:
     """Be a worker: what a process does that the conductor has forked."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    die_with_parent()
     # What was imported is no garbage: each unload of an object would look through it.
     gc.freeze()
     reporter = Reporter(report_fd, index)
