@@ -9,6 +9,7 @@ import pytest
 from device import SimulatedDevice
 from harness import (
     NewDevice,
+    NewManager,
     NewProcess,
     Process,
     Seat,
@@ -24,6 +25,7 @@ from harness import (
 from loaders import Loads, LoadsObject
 
 from mpmm import cli
+from mpmm.shared_state.poll_claims import claim_late_looks
 from mpmm.shared_state.snapshot import read_snapshot
 from mpmm.sources import Measures, MemorySource, what_it_measures
 from mpmm.sources.booked import BookedSource
@@ -182,3 +184,13 @@ def test_a_process_that_cannot_describe_its_devices_does_not_keep_the_lead_from_
     leader.kill()
     wait_until(lambda: leads(namespace, works), "the one that can leads", 5)
     assert problems(namespace) == []
+
+
+def test_one_process_at_a_time_looks_at_a_device(namespace: str, new_manager: NewManager) -> None:
+    tables = new_manager(poll_interval=3600)._connected().namespace.tables
+    [row] = [device.row for device in read_snapshot(namespace).devices]
+    hour_ns, moment_ns = 3600 * 10**9, 10**7
+    assert not claim_late_looks(tables, [row], hour_ns, hour_ns), "somebody has just looked"
+    wait_until(lambda: claim_late_looks(tables, [row], 0, hour_ns), "the last look is too long ago")
+    assert not claim_late_looks(tables, [row], 0, hour_ns), "somebody is about to look"
+    wait_until(lambda: claim_late_looks(tables, [row], 0, moment_ns), "who was about to look may have died")

@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager
 
 from mpmm.model_manager.fresh_figures import FreshFigures
 from mpmm.shared_state.namespace import Namespace
+from mpmm.shared_state.poll_claims import claim_late_looks
 from mpmm.text.printable import printable_logger
 
 __all__ = ["ReturnWatch"]
@@ -24,6 +25,9 @@ FIRST_PAUSE_S = 0.03
 LONGEST_PAUSE_S = 0.25
 # What has not come back by then, the leader's polls will find.
 WATCHED_FOR_S = 1.0
+# Of many processes that watch one looks at a time: a crowd that unloads would be busy with nothing but looks.
+LATE_NS = int(FIRST_PAUSE_S * 1e9)
+CLAIM_LASTS_NS = 500_000_000
 
 
 class ReturnWatch:
@@ -46,7 +50,7 @@ class ReturnWatch:
 
         A thread that is just ending may miss it; then the leader's next poll has to do.
         """
-        if not self._awaits_memory() or self._namespace.tables.header.source_accounting_only:
+        if not self._awaiting() or self._namespace.tables.header.source_accounting_only:
             return
         self._until = time.monotonic() + WATCHED_FOR_S
         if self._thread is None or not self._thread.is_alive():
@@ -62,16 +66,20 @@ class ReturnWatch:
         try:
             with self._waiting():
                 pause = FIRST_PAUSE_S
-                while not self.ended.wait(pause) and self._awaits_memory() and time.monotonic() < self._until:
-                    self._figures.sample()
+                while not self.ended.wait(pause) and time.monotonic() < self._until:
+                    awaiting = self._awaiting()
+                    if not awaiting:
+                        return
+                    if claim_late_looks(self._namespace.tables, awaiting, LATE_NS, CLAIM_LASTS_NS):
+                        self._figures.sample()
                     pause = min(2 * pause, LONGEST_PAUSE_S)
         except Exception:
             # Otherwise the process has left meanwhile, and nobody in it waits for memory any more.
             if self._namespace.is_usable:
                 _LOG.exception("mpmm %s: pid %d watches for no memory", self._namespace.name, self._namespace.pid)
 
-    def _awaits_memory(self) -> bool:
-        """Tell whether a device waits for memory to come back. Without the lock."""
+    def _awaiting(self) -> list[int]:
+        """Return the devices (rows) that wait for memory to come back. Without the lock."""
         tables = self._namespace.tables
         rows = tables.used_rows(self._namespace.segment.layout.devices)
-        return any(tables.devices[row].return_count for row in rows)
+        return [row for row in rows if tables.devices[row].return_count]

@@ -1,4 +1,4 @@
-"""Claims to poll in the leader's place, so that one process does it while the others see that it is being done.
+"""Claims to poll in the leader's place, or to look at a device, so that one process does it and the others see that.
 
 Raw words, which are written without the lock: whoever looks is about to find out whether the leader is stuck, and the
 leader may have the lock. Two that claim at the same time poll twice, which costs only time.
@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from mpmm.shared_state.layout import Device, Header
 from mpmm.shared_state.tables import Tables
 
-__all__ = ["claim_late_polls"]
+__all__ = ["claim_late_looks", "claim_late_polls"]
 
 
 def claim_late_polls(tables: Tables, devices: Iterable[int], late_ns: int, claim_lasts_ns: int) -> bool:
@@ -21,11 +21,26 @@ def claim_late_polls(tables: Tables, devices: Iterable[int], late_ns: int, claim
 
     late_ns: what is too long. claim_lasts_ns: for so long another one's claim counts; then it may have died.
     """
-    words = tables.segment.words
-    places = [(Header.POLLED, Header.POLL_CLAIMED)]
+    places = [(Header.POLLED, Header.POLL_CLAIMED), *_places(tables, devices)]
+    return _claim(tables, places, late_ns, claim_lasts_ns)
+
+
+def claim_late_looks(tables: Tables, devices: Iterable[int], late_ns: int, claim_lasts_ns: int) -> bool:
+    """Claim the look at these devices (rows) if the last one at any is too long ago; else return False.
+
+    late_ns, claim_lasts_ns: as above.
+    """
+    return _claim(tables, _places(tables, devices), late_ns, claim_lasts_ns)
+
+
+def _places(tables: Tables, devices: Iterable[int]) -> list[tuple[int, int]]:
+    """Return for each device where it stands when somebody last looked, and when somebody last claimed to."""
     starts = (tables.device(row) for row in devices)
-    places += [(at + Device.TRIED, at + Device.CLAIMED) for at in starts]
-    now = time.monotonic_ns()
+    return [(at + Device.TRIED, at + Device.CLAIMED) for at in starts]
+
+
+def _claim(tables: Tables, places: list[tuple[int, int]], late_ns: int, claim_lasts_ns: int) -> bool:
+    words, now = tables.segment.words, time.monotonic_ns()
     late = now - late_ns
     # A claim from the future was not written by a claimant, and keeps nobody from it.
     if not any(words[tried] < late and not now - claim_lasts_ns < words[claimed] <= now for tried, claimed in places):
