@@ -19,6 +19,7 @@ from device import SimulatedDevice
 from harness import (
     NewDevice,
     NewGate,
+    NewManager,
     NewProcess,
     Process,
     Seat,
@@ -40,6 +41,7 @@ from patience import Stopwatch
 
 from mpmm.errors import AcquireTimeoutError, LoadTimeoutError, ModelServerError
 from mpmm.shared_state.lock_file import LockFile
+from mpmm.shared_state.namespace import Namespace
 from mpmm.shared_state.runtime_dir import default_root
 from mpmm.shared_state.segment import segment_name
 from mpmm.shared_state.snapshot import read_snapshot
@@ -494,6 +496,35 @@ def test_waiting_for_the_lock_is_part_of_the_wait(namespace: str, new_process: N
     seconds, calm_s = waiter.result()
     assert seconds >= 1.0
     assert calm_s < 1.5
+
+
+def test_a_newcomer_gives_up_on_time_where_the_lock_is_taken_when_it_has_just_joined(
+    namespace: str, new_process: NewProcess, new_manager: NewManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = new_process(lock_timeout_seconds=60.0)
+    elsewhere = LockFile(Path("/dev/shm", segment_name(default_root(), namespace)))
+    join = Namespace.join
+
+    def join_and_lose_the_lock(*arguments: Any, **options: Any) -> Namespace:
+        joined = join(*arguments, **options)
+        elsewhere.exclusive(10.0)
+        return joined
+
+    manager = new_manager(lock_timeout_seconds=60.0, wait_timeout_seconds=0.5)
+    # As in a forked child, the next call joins.
+    manager._connected().close()
+    monkeypatch.setattr(Namespace, "join", join_and_lose_the_lock)
+    watch = Stopwatch()
+    with pytest.raises(AcquireTimeoutError):
+        manager.acquire_model("a", Loads("a"))
+    assert watch.calm_s() < 5.0
+    elsewhere.close()
+    # What it has left behind is in nobody's way.
+    first.call(acquire, "a")
+    first.call(release)
+    monkeypatch.undo()
+    manager.release_model("a", manager.acquire_model("a", Loads("a")))
+    assert problems(namespace) == []
 
 
 def test_an_interrupted_waiter_leaves_the_queue_at_once_and_the_next_one_proceeds(

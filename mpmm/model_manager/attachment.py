@@ -217,7 +217,7 @@ class Attachment:
         if (self.root, self.name) not in _leaves_at_exit:
             run_at_exit(functools.partial(_close_at_exit, self.root, self.name))
             _leaves_at_exit.add((self.root, self.name))
-        told = self.joins_with
+        told, deadline = self.joins_with, time.monotonic() + min(timeout_s, LIFECYCLE_TIMEOUT_S)
         source = "custom" if told.monitor or not isinstance(told.memory_source, str) else told.memory_source
         namespace = Namespace.join(
             self.name,
@@ -227,7 +227,7 @@ class Attachment:
             source=source,
             kind=Member.GUEST if is_server_process() else Member.WORKER,
             made=made,
-            timeout_s=min(timeout_s, LIFECYCLE_TIMEOUT_S),
+            timeout_s=deadline - time.monotonic(),
         )
         try:
             path = told.estimates_path or os.environ.get(ESTIMATES_PATH_VARIABLE)
@@ -237,11 +237,12 @@ class Attachment:
             namespace.leave()
             raise
         made.append(session)
-        try:
-            session.start()
-        except BaseException:
-            session.close()
-            raise
+        with namespace.lock.give_up_at(deadline):
+            try:
+                session.start()
+            except BaseException:
+                session.close()
+                raise
         return session
 
     def _report_differences(self, chosen: Settings) -> None:

@@ -11,6 +11,7 @@ It sleeps on the process's doorbell, and does what nobody waits for:
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Set
@@ -132,7 +133,9 @@ class BackgroundThread:
 
     def start(self) -> None:
         """Lead if nobody does, so that devices are known before anybody asks; then go on in the background."""
-        self._leader.lead_if_free(FIRST_SAMPLE_WAIT_S)
+        # Where the lock is not to be had in time, the thread goes on with it.
+        with contextlib.suppress(LockTimeoutError):
+            self._leader.lead_if_free(FIRST_SAMPLE_WAIT_S)
         name = f"mpmm-background-{self._namespace.name}"
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
