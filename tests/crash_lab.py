@@ -110,6 +110,11 @@ class Lab:
         self.words = self.segment.words
         self.layout = self.segment.layout
         self.tables = self.namespace.tables
+        tickets, members = self.layout.tickets, self.layout.members
+        self.wake_words = [
+            *range(tickets.base + Ticket.SIGNAL, tickets.end, Ticket.WORDS),
+            *range(members.base + Member.BELL, members.end, Member.WORDS),
+        ]
         self.do(self._populate)
 
     def _populate(self, t: Transaction, tr: Transitions) -> None:
@@ -246,12 +251,16 @@ class Lab:
         copied = bytearray(self.segment.copy())
         words = memoryview(copied).cast("Q")
         raw = (Header.CHANGE, Header.LOCK_HOLDER, Header.LOCK_TAKEN, Header.ROLLBACKS, Header.NEXT_GENERATION)
-        for word in raw:
+        for word in (*raw, *self.wake_words):
             words[word] = 0
         for table in (self.layout.undo, self.layout.events):
             copied[8 * table.base : 8 * table.end] = bytes(8 * (table.end - table.base))
         # A rolled-back event may stand in the ring, but the number of events does not count it.
         return bytes(copied)
+
+    def seen_by_sleepers(self) -> list[int]:
+        """Return the words on which somebody sleeps."""
+        return [self.words[word] for word in self.wake_words]
 
     def images(self, operation: Operation | None, path: Path) -> list[bytes]:
         """Run an operation (None: only the recovery) in a child; return an image of the time before each store."""

@@ -119,9 +119,11 @@ class Unloads:
         model's own code may hang. Both are told of the same unloads, because either may be stuck elsewhere.
         """
         if self._has_to_unload():
-            # Without a thread to be had, the next look at the rows finds what is left, or another process is given it.
-            with contextlib.suppress(RuntimeError):
+            try:
                 threading.Thread(target=self._unload_here, name="mpmm-unload", daemon=True).start()
+            except RuntimeError:
+                # There is no thread to be had: the background thread tries again.
+                self.has_failed = True
 
     def _unload_here(self) -> None:
         with self._reporting_trouble(), self._waiting():

@@ -184,7 +184,7 @@ class Member:
     STARTED_WALL = 2  # wall, ns: with the pid it identifies the process to people
     GENERATION = 3
     ATTACHED = 4
-    BELL = 5  # futex word: rung when this process has something to do
+    BELL = 5  # futex word, never rolled back: rung when this process has something to do
     INSTANCE = 6  # SERVER: reference to the instance that this process holds the memory of
     MEASURED_MB = 7  # float: device memory of the process in the last sample, nan if the source does not know
     PEAK_MB = 8  # float: its highest figure
@@ -375,7 +375,7 @@ class Ticket:
     INSTANCE = 5
     ENQUEUED = 6
     DEADLINE = 7  # `durations.LONGEST_NS`: none
-    SIGNAL = 8  # futex word
+    SIGNAL = 8  # futex word, never rolled back
     REASON = 9  # why it waits, see policy.view.Reason
     NEED_MB = 10  # float
     PRELOAD = 11  # copies that a preload wants MEMBER to have at its disposal; 0 for who wants one to use

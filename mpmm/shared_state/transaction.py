@@ -539,6 +539,13 @@ class Transaction:
         """Add to a word. Raises ValueError when that would make it negative."""
         self.set(index, self.words[index] + amount)
 
+    def count_up(self, index: int) -> None:
+        """Add 1 to a word for good: a rollback leaves it, so that the word never has one value twice.
+
+        For words that others compare without the lock with what they saw last.
+        """
+        self.words[index] = self.words[index] + 1
+
     def set_float(self, index: int, value: float) -> None:
         """Store a float in a word."""
         self.set(index, float_bits(value))

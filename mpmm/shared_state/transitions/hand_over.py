@@ -12,10 +12,7 @@ the waiter dead finds in its ticket what it was given.
 
 from __future__ import annotations
 
-from functools import partial
-
 from mpmm.shared_state.events import Cause, EventKind
-from mpmm.shared_state.futex import wake_all
 from mpmm.shared_state.layout import Header, Instance, Model, Ticket
 from mpmm.shared_state.tables import Tables
 from mpmm.shared_state.transaction import Transaction
@@ -84,7 +81,6 @@ class HandOver(Part):
         # Two rows of the ring, counted by one change: the second one's.
         t.next_event(EventKind.RELEASED, model_row + 1, instance + 1, value=held)
         granted = t.next_event(EventKind.GRANTED, model_row + 1, instance + 1, number + 1, waited, cause, ahead=1)
-        signal = ticket + Ticket.SIGNAL
         # It stays ACTIVE and out of the idle list, so neither the counters of its state nor the list change.
         t.set_all(
             (
@@ -102,11 +98,9 @@ class HandOver(Part):
                 # STATE before SIGNAL. A waiter looks without the lock, at SIGNAL first: were it to find the new SIGNAL
                 # and no answer, it would sleep on that, and through its answer if this process died before the wake-up.
                 (ticket + Ticket.STATE, Ticket.GRANTED),
-                (signal, words[signal] + 1),
             )
         )
-        # The same word as the one that was counted up: a waiter about to sleep compares it and stays awake.
-        t.after.append(partial(wake_all, self._segment.address + 8 * signal))
+        self._wake(t, ticket + Ticket.SIGNAL)
 
     def allow_load(
         self, t: Transaction, row: int, devices: int, need_mb: float, alone: bool, cause: Cause | None = None

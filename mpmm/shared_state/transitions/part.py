@@ -64,15 +64,17 @@ class Part:
     def _next_generation(self, t: Transaction) -> int:
         """Return a number that no row has had: whoever remembers a row tells by it whether it is still the same."""
         generation = int(self._segment.words[Header.NEXT_GENERATION])
-        # Raw, so that no rollback takes it back. Who looks without the lock may have seen the number in a row of a
-        # transaction that comes to nothing, and would take the next row that has it for the same one.
-        t.words[Header.NEXT_GENERATION] = generation + 1
+        # For good. Who looks without the lock may have seen the number in a row of a transaction that comes to nothing,
+        # and would take the next row that has it for the same one.
+        t.count_up(Header.NEXT_GENERATION)
         return generation
 
     def _wake(self, t: Transaction, word: int) -> None:
         # The word first, the call only after the commit: a waiter that is woken in between would look, find nothing
         # new, and sleep on. The word has changed by then, so one that goes to sleep only now does not sleep at all.
-        t.add(word, 1)
+        # For good. Who has seen the word of a transaction that comes to nothing would take that of the next one for
+        # the same news, and sleep through it.
+        t.count_up(word)
         t.after.append(partial(wake_all, self._segment.address + 8 * word))
 
     def _ring(self, t: Transaction, slot: int) -> None:
