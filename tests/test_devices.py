@@ -371,7 +371,7 @@ def test_no_device_is_ever_above_its_limit_and_all_are_used_alike(
     """The short form of `tools/many_gpus.py`; in so short a time only few devices are filled to the brim."""
     count, slices = LAYOUTS[layout]
     gpus = new_gpus(*[2500.0] * count, slices_mb={0: [2500.0] * len(slices)} if slices else None)
-    report = measure(gpus, Setting(12, 4, 6.0, 0.02), namespace, runtime_root)
+    report = measure(gpus, Setting(12, 4, 6.0, 0.02, acquires=500), namespace, runtime_root)
     assert max(report.highest) <= 1
     assert min(report.loads) > 0
     # Eight devices are not filled in so short a time.

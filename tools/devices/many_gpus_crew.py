@@ -6,6 +6,7 @@ import multiprocessing
 import random
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,12 +25,16 @@ LOOK_S = 0.1
 
 @dataclass(frozen=True)
 class Setting:
-    """How many, and for how long; hold_s: mean time for which a copy is held."""
+    """How many, and for how long; hold_s: mean time for which a copy is held.
+
+    acquires: so many are made at least, however long a busy machine takes.
+    """
 
     models: int = 24
     processes: int = 32
     seconds: float = 30.0
     hold_s: float = 0.4
+    acquires: int = 0
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,13 @@ def measure(gpus: SimulatedGpus, setting: Setting, namespace: str, root: Path) -
     fork = multiprocessing.get_context("fork")
     began, done = fork.Barrier(setting.processes + 1), fork.Barrier(setting.processes + 1)
     acquires = fork.Value("q", 0)
+    started_s = fork.Value("d", 0.0)
+
+    def progress() -> float:
+        """Return the share of the run that is over, by the clock and by what was done."""
+        by_clock: float = (time.monotonic() - started_s.value) / setting.seconds
+        by_work: float = acquires.value / setting.acquires if setting.acquires else by_clock
+        return min(by_clock, by_work)
 
     def new_manager() -> ModelManager:
         return ModelManager(
@@ -81,8 +93,7 @@ def measure(gpus: SimulatedGpus, setting: Setting, namespace: str, root: Path) -
             chance = random.Random(number)
             weights = [1 / (1 + place) ** 0.5 for place in range(setting.models)]
             began.wait()
-            until = time.monotonic() + setting.seconds
-            while time.monotonic() < until:
+            while progress() < 1:
                 model = chance.choices(range(setting.models), weights)[0]
                 with manager.model(f"model{model}", Loads(gpus, model)):
                     time.sleep(chance.expovariate(1 / setting.hold_s))
@@ -96,8 +107,10 @@ def measure(gpus: SimulatedGpus, setting: Setting, namespace: str, root: Path) -
         worker.start()
     units = gpus.units()
     limits = [gpus.total_mb(unit) * (1 - SLACK) for unit in units]
+    # Nobody passes the barrier before this process does.
+    started_s.value = time.monotonic()
     began.wait()
-    looks = _look(namespace, root, setting.seconds)
+    looks = _look(namespace, root, progress)
     done.wait()
     snapshot = read_snapshot(namespace, root)
     problems = tuple(check_invariants(snapshot))
@@ -127,16 +140,14 @@ def _name(reason: int) -> str:
     return Reason(reason).name.lower()
 
 
-def _look(namespace: str, root: Path, seconds: float) -> list[Counter[int]]:
+def _look(namespace: str, root: Path, progress: Callable[[], float]) -> list[Counter[int]]:
     """Return the MB accounted for on each device, by row, again and again; not of the first half, in which they fill.
 
     Not what is in use: a load that a busy machine draws out would make its device look empty.
     """
     looks = []
-    begin = time.monotonic() + seconds / 2
-    until = time.monotonic() + seconds
-    while time.monotonic() < until:
-        if time.monotonic() > begin:
+    while (over := progress()) < 1:
+        if over > 0.5:
             accounted: Counter[int] = Counter()
             for copy in read_snapshot(namespace, root).copies:
                 accounted.update(copy.shares_mb)
