@@ -13,6 +13,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -299,6 +300,27 @@ def test_newcomers_come_to_the_one_segment_whatever_was_removed(
     members[0].call(release)
     for process in everybody:
         process.call(shut_down)
+
+
+def test_a_newcomer_puts_back_what_is_removed_while_it_joins(
+    namespace: str, runtime_root: Path, new_manager: NewManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    join = Namespace.join
+
+    def join_before_a_cleaner_comes(*args: Any, **kwargs: Any) -> Namespace:
+        joined = join(*args, **kwargs)
+        shutil.rmtree(runtime_root / namespace)
+        return joined
+
+    monkeypatch.setattr(Namespace, "join", join_before_a_cleaner_comes)
+    manager = new_manager()
+    with manager.model("a", Loads()):
+        assert (runtime_root / namespace / "leader.lock").exists()
+    monkeypatch.undo()
+    with new_manager().model("a", Loads()):
+        pass
+    assert len(read_snapshot(namespace).members) == 1
+    assert problems(namespace) == []
 
 
 def test_the_last_leaver_removes_what_has_moved(root_in_folder: Path, new_process: NewProcess) -> None:

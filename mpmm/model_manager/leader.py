@@ -43,7 +43,6 @@ from mpmm.scheduling import Scheduler
 from mpmm.shared_state.durations import to_ns
 from mpmm.shared_state.events import Cause
 from mpmm.shared_state.layout import Instance, Member
-from mpmm.shared_state.lock_file import LockFile
 from mpmm.shared_state.namespace import Namespace
 from mpmm.shared_state.poll_claims import claim_late_polls
 from mpmm.shared_state.transaction import Transaction
@@ -101,7 +100,7 @@ class Leader:
         self._keep_estimates = keep_estimates
         self._doorbell = doorbell
         self._learning = Learning(namespace)
-        self._lock_file = LockFile(namespace.runtime.file("leader.lock"))
+        self._lock_file = namespace.open_lock_file("leader.lock")
         self._poll_due = 0.0
         # How many samples this process has published; and how many it had when a poll did not wait for its own, None if
         # it did. Counted here, because the thread that takes them counts one as ended only after it has told us.

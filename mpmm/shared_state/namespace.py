@@ -82,6 +82,8 @@ __all__ = [
 _LOG = printable_logger("mpmm")
 # Before another attempt to join what was removed meanwhile.
 AGAIN_S = 0.005
+# A cleaner may come by while a file is opened, but hardly each time.
+PUT_BACK_TRIES = 5
 _attached: weakref.WeakSet[Namespace] = weakref.WeakSet()
 
 
@@ -465,6 +467,18 @@ class Namespace:
             t.set(self.tables.member(slot) + Member.LOCK, lock.identity[1])
             if self.segment.words[Header.PID_NAMESPACE] not in (0, pid_namespace()):
                 t.set(Header.PID_NAMESPACE, 0)
+
+    def open_lock_file(self, name: str) -> LockFile:
+        """Open, and make if need be, a file for locking; the folder is put back if somebody has just removed it.
+
+        Raises FileNotFoundError if it is removed again and again.
+        """
+        path = self.runtime.file(name)
+        for _ in range(PUT_BACK_TRIES):
+            with contextlib.suppress(FileNotFoundError):
+                return LockFile(path)
+            self._files.put_back()
+        return LockFile(path)
 
     def look_after_files(self, lead: LockFile, leading: bool) -> bool:
         """Look, once a second at most, whether our files are where they were; put back what is not, and say so.

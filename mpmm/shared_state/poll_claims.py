@@ -41,9 +41,10 @@ def _places(tables: Tables, devices: Iterable[int]) -> list[tuple[int, int]]:
 
 def _claim(tables: Tables, places: list[tuple[int, int]], late_ns: int, claim_lasts_ns: int) -> bool:
     words, now = tables.segment.words, time.monotonic_ns()
-    late = now - late_ns
+    # 0 is no claim, on a machine that has just started either.
+    late, lapsed = now - late_ns, max(0, now - claim_lasts_ns)
     # A claim from the future was not written by a claimant, and keeps nobody from it.
-    if not any(words[tried] < late and not now - claim_lasts_ns < words[claimed] <= now for tried, claimed in places):
+    if not any(words[tried] < late and not lapsed < words[claimed] <= now for tried, claimed in places):
         return False
     for _, claimed in places:
         words[claimed] = now
