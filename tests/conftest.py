@@ -64,6 +64,7 @@ TAKE_LONGEST = (
     "test_zygote",
     "test_source_failures",
     "test_examples",
+    "test_lint",
 )
 # Helpers of the interpreter that tests start on purpose; they end with the test process.
 HELPERS = ("multiprocessing.resource_tracker", "multiprocessing.forkserver")

@@ -69,9 +69,10 @@ class Span:
 
     def row(self) -> list[object]:
         """Return the span as the page reads it."""
-        times = (self.begin_s, self.end_s, self.busy_s, self.resumed_s)
-        begin, end, busy, resumed = (None if time_s is None else round(time_s, 3) for time_s in times)
-        what = [self.number, printable(self.tag), self.lane, self.kind, begin, end, busy, resumed]
+        times = (self.begin_s, self.end_s, self.resumed_s)
+        begin, end, resumed = (None if time_s is None else round(time_s, 3) for time_s in times)
+        # To the microsecond, because a use may take a few.
+        what = [self.number, printable(self.tag), self.lane, self.kind, begin, end, round(self.busy_s, 6), resumed]
         return [*what, self.uses, self.pid, self.devices, self.note]
 
 
