@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import pickle
+import threading
 import time
 import weakref
 from collections.abc import Callable
@@ -184,6 +185,26 @@ def test_a_pin_goes_with_its_process_and_not_with_another_that_has_one_too(
     other.result()
     assert read_snapshot(namespace).pins == ()
     assert problems(namespace) == []
+
+
+def test_threads_that_pin_a_model_at_the_same_time_have_one_pin(namespace: str, new_manager: NewManager) -> None:
+    manager, begin = new_manager(), threading.Barrier(4)
+
+    def pin_all() -> None:
+        for number in range(100):
+            begin.wait()
+            manager.pin(f"m{number}")
+
+    threads = [threading.Thread(target=pin_all) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert problems(namespace) == []
+    assert len(read_snapshot(namespace).pins) == 100
+    manager.unpin("m0")
+    with pytest.raises(NotAcquiredError):
+        manager.unpin("m0")
 
 
 def test_unpinning_what_is_not_pinned_here_is_an_error(namespace: str, new_process: NewProcess) -> None:

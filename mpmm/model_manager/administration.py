@@ -21,7 +21,10 @@ from mpmm.shared_state.tables import encode_text
 from mpmm.shared_state.transaction import Transaction
 from mpmm.text.printable import printable
 
-__all__ = ["Unload", "change_settings", "pin_for_all", "unload_model", "unpin_for_all", "visit", "wait_for_unload"]
+__all__ = [
+    *("Unload", "change_settings", "pin_for_all", "pin_once", "unload_model", "unpin_for_all"),
+    *("visit", "wait_for_unload"),
+]
 
 # How often `wait_for_unload` looks whether the copies are gone.
 LOOK_S = 0.01
@@ -163,12 +166,22 @@ def pin_for_all(namespace: Namespace, tag: str) -> None:
 
     Raises TableFullError, InvalidArgumentError, LockTimeoutError, ClosedError.
     """
+    pin_once(namespace, tag, -1)
+
+
+def pin_once(namespace: Namespace, tag: str, member: int) -> None:
+    """Pin a model for a member (slot), or for the namespace (-1), unless it is pinned so already.
+
+    Raises TableFullError, InvalidArgumentError, LockTimeoutError, ClosedError.
+    """
     encoded = encode_text(tag, Model.TAG_BYTES, "model tag")
+    # In one transaction, because another thread of the process may be about to do the same.
     with namespace.transaction() as t:
         found = namespace.tables.model_row(tag)
-        if found is None or namespace.tables.pin_row(found, 0) is None:
+        if found is None or namespace.tables.pin_row(found, member + 1) is None:
+            # Looked for before any model is removed to make room for one whose pin finds none.
             namespace.tables.free_row(namespace.segment.layout.pins)
-            namespace.transitions.pins.pin(t, namespace.transitions.models.claim(t, tag, encoded), -1)
+            namespace.transitions.pins.pin(t, namespace.transitions.models.claim(t, tag, encoded), member)
 
 
 def unpin_for_all(namespace: Namespace, scheduler: Scheduler, tag: str) -> None:

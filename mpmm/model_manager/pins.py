@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 from mpmm.errors import NotAcquiredError, ReentrantCallError
-from mpmm.model_manager.administration import pin_for_all
+from mpmm.model_manager.administration import pin_once
 from mpmm.model_manager.queued_request import making_room
-from mpmm.model_manager.request import encoded_tag
 
 if TYPE_CHECKING:
     from mpmm.model_manager.session import Session
@@ -22,30 +22,8 @@ def pin(session: Session, tag: str, for_all: bool, deadline: float) -> None:
     deadline: on `time.monotonic()`, for a row in the table of models to come free. Raises TableFullError,
     AcquireTimeoutError, InvalidArgumentError, LockTimeoutError.
     """
-    namespace = session.namespace
-    encoded = encoded_tag(tag)
-
-    def pin_for_process() -> None:
-        with namespace.transaction() as t:
-            # Looked for before any model is removed to make room for one whose pin finds none.
-            namespace.tables.free_row(namespace.segment.layout.pins)
-            model = namespace.transitions.models.claim(t, tag, encoded)
-            namespace.transitions.pins.pin(t, model, namespace.slot)
-
-    def pin_for_namespace() -> None:
-        pin_for_all(namespace, tag)
-
-    if for_all:
-        making_room(session, tag, deadline, pin_for_namespace)
-    elif not _is_pinned(session, tag):
-        making_room(session, tag, deadline, pin_for_process)
-
-
-def _is_pinned(session: Session, tag: str) -> bool:
-    namespace = session.namespace
-    with namespace.transaction():
-        model = namespace.tables.model_row(tag)
-        return model is not None and namespace.tables.pin_row(model, namespace.reference) is not None
+    member = -1 if for_all else session.namespace.slot
+    making_room(session, tag, deadline, partial(pin_once, session.namespace, tag, member))
 
 
 def unpin(session: Session, tag: str) -> None:
