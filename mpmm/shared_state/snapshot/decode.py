@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
+from itertools import compress
 from typing import TypeVar
 
 from mpmm.errors import SegmentCorruptError
@@ -119,8 +120,7 @@ def used_members(copied: bytearray, layout: Layout) -> list[tuple[int, int, int,
 
 def _used(words: memoryview, table: Table) -> list[int]:
     # The whole table, not just the part below its end word: what lies above that breaks H5, and a check has to see it.
-    states = words[table.base : table.end : table.words].tolist()
-    return [row for row, state in enumerate(states) if state]
+    return list(compress(range(table.capacity), words[table.base : table.end : table.words].tolist()))
 
 
 def _records(record: type[Record], rows: Rows, **computed: Iterable[object]) -> list[Record]:
