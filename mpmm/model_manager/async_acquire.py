@@ -47,6 +47,7 @@ from mpmm.policy.out_of_memory import is_out_of_memory
 from mpmm.shared_state.futex import WAITED_FOR_AT_MOST, wait_for_any, wake_all
 from mpmm.shared_state.layout import Ticket
 from mpmm.shared_state.signal_words import Signal
+from mpmm.text.printable import printable_logger
 from mpmm.thread_locks import new_lock, new_rlock
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
 
 __all__ = ["hold_in_loop"]
 
+_LOG = printable_logger("mpmm")
 T = TypeVar("T")
 Outcome = int | BaseException | None
 LOOP_TIMEOUT_S = 0.002
@@ -74,7 +76,12 @@ async def hold_in_loop(
     threads = _threads_of(session)
     # As long as this object is there, somebody answers for what it has in hand: see `mpmm.model_manager.operations`.
     acquire = _AsyncAcquire(attachment, session, threads, tag, read_options(options, session.samples))
-    instance = await acquire.run(loader)
+    try:
+        instance = await acquire.run(loader)
+    except BaseException:
+        # Now, because the traceback may keep the object for as long as somebody keeps the exception.
+        acquire.abandon()
+        raise
     try:
         yield instance
     except BaseException as error:
@@ -122,6 +129,10 @@ class _AsyncAcquire:
     def end(self) -> None:
         """Say that nothing is in hand any more."""
         self._session.end(self._operation)
+
+    def abandon(self) -> None:
+        """Leave to the background thread what is in hand, as nothing goes on."""
+        self._session.abandon(self._operation)
 
     async def run(self, loader: Callable[[], Any]) -> Any:
         """Return an instance that this process holds now. Raises what `acquire_model` raises."""
@@ -340,13 +351,15 @@ class Watcher:
         with self._mutex:
             if len(self._watched) >= WAITED_FOR_AT_MOST - 1:
                 return False
+            if self._thread is None or not self._thread.is_alive():
+                # It waits for the mutex. Where there is no thread to be had, nothing has been noted yet.
+                thread = threading.Thread(target=self._run, name="mpmm-watcher", daemon=True)
+                thread.start()
+                self._thread = thread
             counted = session.waiting(in_block=False)
             counted.__enter__()
             signal = session.namespace.reads.queue.signal(row)
             self._watched[row] = _Watched(session, row, signal, deadline, answer, counted, session.look_again(row))
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="mpmm-watcher", daemon=True)
-                self._thread.start()
             self._ring()
         return True
 
@@ -371,9 +384,7 @@ class Watcher:
             for watched, outcome in answers:
                 watched.answer(outcome)
             for again in look_again:
-                # It counts as waiting, so the segment is mapped, unless the session did not wait for it any longer.
-                with contextlib.suppress(ClosedError, ValueError):
-                    again.look()
+                _look_again(again)
             if not answers and not look_again:
                 wait_for_any(seen, timeout_s)
             with self._mutex:
@@ -405,6 +416,18 @@ class Watcher:
                     look_again.append(watched.again)
                 timeout_s = min(timeout_s, watched.deadline - now, look_in_s)
         return timeout_s, answers, look_again
+
+
+def _look_again(again: LookAgain) -> None:
+    try:
+        again.look()
+    except (ClosedError, ValueError):
+        # It counts as waiting, so the segment is mapped, unless the session did not wait for it any longer.
+        pass
+    except Exception:
+        # One ticket's trouble must not end the thread for all others.
+        with contextlib.suppress(Exception):
+            _LOG.exception("mpmm: a look at a waiting task's ticket failed")
 
 
 def _look_in_s(watched: _Watched) -> float:

@@ -14,7 +14,8 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Set
+from collections.abc import Callable, Set
+from functools import partial
 
 from mpmm.errors import ClosedError, LockTimeoutError
 from mpmm.model_manager.deferred import DeferredChanges
@@ -78,7 +79,8 @@ class Jobs:
         """Do what is done at intervals."""
         self.leader.look_after_files()
         self._free_taken_tickets()
-        self._retry_unloads()
+        # Whoever was to ring may be stopped, an unload may have failed, and a thread may not have been there to be had.
+        self._unloads.unload_in_thread()
         self.leader.say_what_it_measures()
         self.leader.elect()
         self.leader.do_for_everybody()
@@ -108,11 +110,6 @@ class Jobs:
         if self._held.has_taken_tickets:
             with self._namespace.transaction() as t:
                 self._held.free_taken_tickets(t)
-
-    def _retry_unloads(self) -> None:
-        if self._unloads.has_failed:
-            self._unloads.has_failed = False
-            self._unloads.unload_in_thread()
 
 
 class BackgroundThread:
@@ -203,15 +200,18 @@ class BackgroundThread:
 
     def _report_crowd(self, error: LockTimeoutError) -> None:
         """Say that the lock was not to be had, which is no fault of this thread: it tries again at once."""
-        if not self._failing:
-            text = "mpmm %s: the background thread of pid %d tries again: %s"
-            _LOG.warning(text, self._namespace.name, self._namespace.pid, error)
-        self._failing = True
+        text = "mpmm %s: the background thread of pid %d tries again: %s"
+        self._report(partial(_LOG.warning, text, self._namespace.name, self._namespace.pid, error))
 
     def _report_trouble(self) -> None:
-        # Whatever went wrong must neither end the thread nor fill the log twice a second.
-        if not self._failing:
-            text = "mpmm %s: the background thread of pid %d goes on after an error"
-            _LOG.exception(text, self._namespace.name, self._namespace.pid)
-        self._failing = True
+        text = "mpmm %s: the background thread of pid %d goes on after an error"
+        self._report(partial(_LOG.exception, text, self._namespace.name, self._namespace.pid))
         self._stopping.wait(LONGEST_TICK_S)
+
+    def _report(self, log: Callable[[], object]) -> None:
+        """Log an error, but not twice a second."""
+        # Whatever went wrong must not end the thread, nor must a program's own log handler that raises.
+        with contextlib.suppress(Exception):
+            if not self._failing:
+                log()
+        self._failing = True

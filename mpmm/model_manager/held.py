@@ -201,12 +201,14 @@ class HeldInstances:
             if answer.state != Ticket.GRANTED:
                 return None
             generation, uses = self._instances.use(answer.instance)
-            return answer.number, uses, self._copy_in(answer.instance, generation, tag)
+            # Noted only once it is certain, as the row may be another copy's by now.
+            return answer.number, uses, self._seen_in(answer.instance, generation, tag)
 
         found = self._queue.unlocked(granted)
         if found is None:
             return None
         number, uses, copy = found
+        self._note_handle(copy)
         # First the hold, so that no transaction finds a copy in use that nobody in this process has.
         self._note_held(copy, uses, operation)
         self._taken_grants.add((row, number))
@@ -248,11 +250,20 @@ class HeldInstances:
         return bool(self._taken_grants)
 
     def _copy_in(self, row: int, generation: int, tag: str) -> LoadedInstance:
-        """Return what this process knows, or can read, of the copy of this generation in a row."""
+        """Return what this process knows, or can read, of the copy of this generation in a row; note it."""
+        copy = self._seen_in(row, generation, tag)
+        self._note_handle(copy)
+        return copy
+
+    def _seen_in(self, row: int, generation: int, tag: str) -> LoadedInstance:
         copy = self._objects.get(row) or self._handles.get(row)
         if copy is None or copy.generation != generation:
-            copy = self._handles[row] = LoadedInstance(row, generation, tag, self._namespace.tables.handle_of(row))
+            copy = LoadedInstance(row, generation, tag, self._namespace.tables.handle_of(row))
         return copy
+
+    def _note_handle(self, copy: LoadedInstance) -> None:
+        if self._objects.get(copy.row) is not copy:
+            self._handles[copy.row] = copy
 
     def add_loaded(self, row: int, tag: str, value: Any, operation: Operation) -> LoadedInstance:
         """Note a copy that this process has just loaded and holds; an object is its own from now on."""

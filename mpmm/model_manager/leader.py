@@ -42,7 +42,7 @@ from mpmm.policy.view import Reason
 from mpmm.scheduling import Scheduler
 from mpmm.shared_state.durations import to_ns
 from mpmm.shared_state.events import Cause
-from mpmm.shared_state.layout import Instance, Member
+from mpmm.shared_state.layout import Header, Instance, Member
 from mpmm.shared_state.namespace import Namespace
 from mpmm.shared_state.poll_claims import claim_late_polls
 from mpmm.shared_state.transaction import Transaction
@@ -102,6 +102,8 @@ class Leader:
         self._learning = Learning(namespace)
         self._lock_file = namespace.open_lock_file("leader.lock")
         self._poll_due = 0.0
+        # How many dead members' belongings a plan of this process has seen come free.
+        self._reaps_seen = -1
         # How many samples this process has published; and how many it had when a poll did not wait for its own, None if
         # it did. Counted here, because the thread that takes them counts one as ended only after it has told us.
         self._published = 0
@@ -146,13 +148,18 @@ class Leader:
         if time.monotonic() >= self._poll_due:
             self._poll_due = time.monotonic() + self._namespace.settings.poll_interval
             self._poll()
+            self._namespace.tables.wake_all_with_news()
             self._suspender.heed_host_memory()
 
     def _reap(self) -> None:
-        """Take back what dead members had."""
-        if self._namespace.reap_dead_members():
-            with self._namespace.transaction() as t:
+        """Take back what dead members had, and decide what becomes of it."""
+        namespace = self._namespace
+        reaps = namespace.segment.words[Header.REAPS]
+        # A newcomer takes it back, too, but decides nothing.
+        if namespace.reap_dead_members() or reaps != self._reaps_seen:
+            with namespace.transaction() as t:
                 self._scheduler.advance(t)
+            self._reaps_seen = reaps
 
     def note_sample(self) -> None:
         """Have the figures learnt from that a poll did not wait for; called by the thread that has published some."""

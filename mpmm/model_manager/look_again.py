@@ -64,11 +64,15 @@ class LookAgain:
             return
         called_up = self._called_up_in_s() <= 0
         # Where the copy is in use, its release will see to this waiter.
-        if not called_up or self._scheduler.is_model_idle(self._ticket):
+        decided = called_up and not self._scheduler.is_model_idle(self._ticket)
+        if not decided:
             with contextlib.suppress(LockTimeoutError), self._namespace.transaction(NOW_S) as t:
                 self._scheduler.advance(t)
+                decided = True
         if called_up:
-            self._called_up = self._scheduler.called_up_at(self._ticket)
+            # If the lock was not to be had, it looks for that call again.
+            if decided:
+                self._called_up = self._scheduler.called_up_at(self._ticket)
             return
         self._not_before = time.monotonic() + self._pause_s
         self._pause_s = min(2 * self._pause_s, LONGEST_LOOK_AGAIN_S)

@@ -68,9 +68,8 @@ class _Task:
 class Unloads:
     """What one process has to unload. Its threads share it.
 
-    in_progress: rows of what its threads are unloading now. has_failed: an unload ended in an exception, so its row may
-    still be there; the background thread looks. leaving: the process leaves the namespace, and unloads even where
-    something starts that should not be disturbed.
+    in_progress: rows of what its threads are unloading now. leaving: the process leaves the namespace, and unloads even
+    where something starts that should not be disturbed.
     """
 
     def __init__(
@@ -90,7 +89,6 @@ class Unloads:
         self._suspender = Suspender(namespace, scheduler, figures.samples, held.value_of, self.unload_in_thread)
         self._returns = ReturnWatch(namespace, figures, waiting)
         self.in_progress: set[int] = set()
-        self.has_failed = False
         self.leaving = False
 
     @property
@@ -119,11 +117,9 @@ class Unloads:
         model's own code may hang. Both are told of the same unloads, because either may be stuck elsewhere.
         """
         if self._has_to_unload():
-            try:
+            # Without a thread to be had, the background thread's next look at the rows finds what is left.
+            with contextlib.suppress(RuntimeError):
                 threading.Thread(target=self._unload_here, name="mpmm-unload", daemon=True).start()
-            except RuntimeError:
-                # There is no thread to be had: the background thread tries again.
-                self.has_failed = True
 
     def _unload_here(self) -> None:
         with self._reporting_trouble(), self._waiting():
@@ -131,14 +127,14 @@ class Unloads:
 
     @contextlib.contextmanager
     def _reporting_trouble(self) -> Iterator[None]:
-        """Log what goes wrong in a thread that unloads."""
+        """Log what goes wrong in a thread that unloads; the background thread looks again what is left."""
         try:
             with self._namespace.lock.patient_here():
                 yield
-        except Exception:
+        # All of them, because a model's own code may raise SystemExit, say, which would end the thread without a word.
+        except BaseException:
             # Otherwise the process has left meanwhile, and another one has been given the rest to do.
             if self._namespace.is_usable:
-                self.has_failed = True
                 _LOG.exception("mpmm %s: pid %d failed to unload a copy", self._namespace.name, self._namespace.pid)
 
     def _has_to_unload(self) -> bool:

@@ -791,6 +791,10 @@ static int give_back(Core *core, uint64_t row, uint64_t generation, uint64_t way
             }
             next = ticket_at(core, next);
             *signal = next + at->ticket_signal;
+            /* Another copy that is kept for somebody would have nobody who looks at the end of that. */
+            if (done == HANDED_OVER && load(core, next + at->ticket_called_up) && load(core, model + at->idle)) {
+                return DECLINED;
+            }
             if (!can_rise(core, *signal) || !can_rise(core, copy + at->uses) || !can_rise(core, model + at->hits) ||
                 !can_rise(core, at->all_hits) || !can_rise(core, next + at->ticket_number)) {
                 return DECLINED;

@@ -216,6 +216,24 @@ class Tables:
         """Return the bell of a member."""
         return Signal(self.segment, self.member(slot) + Member.BELL)
 
+    def wake_all_with_news(self) -> None:
+        """Wake the waiters that have an answer or were called up, and who has to unload or suspend something.
+
+        For those that another process was to wake, and that is stopped, or has gone, since it has changed their words:
+        to wake them is all there is to do. Without the lock.
+        """
+        words, layout = self.segment.words, self.segment.layout
+        for row in self.used_rows(layout.tickets):
+            at = self.ticket(row)
+            if words[at] != Ticket.WAITING or words[at + Ticket.CALLED_UP]:
+                Signal(self.segment, at + Ticket.SIGNAL).wake()
+        for state in (Instance.UNLOADING, Instance.SUSPENDING):
+            for row in self.rows_where(layout.instances, Instance.STATE, state):
+                holder = words[self.instance(row) + Instance.HOLDER]
+                # Read without the lock, so it may be anything.
+                if 0 < holder <= layout.members.capacity:
+                    self.bell(holder - 1).wake()
+
     def model_row(self, tag: str) -> int | None:
         """Return the row of a tag, or None."""
         words = self.segment.words

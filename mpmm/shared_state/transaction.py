@@ -52,7 +52,7 @@ import struct
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -293,8 +293,7 @@ class TransactionLock:
         if self._calls or self._calls_seen:
             left = set(self._calls)
             for key in left & self._calls_seen:
-                for call in self._calls.pop(key, ()):
-                    call()
+                _call_all(self._calls.pop(key, ()))
             self._calls_seen = left
 
     @property
@@ -475,8 +474,7 @@ class Transaction:
         finally:
             lock.release()
         if after and kind is None:
-            for call in after:
-                call()
+            _call_all(after)
             lock._calls.pop(id(after), None)
 
     def _begin(self) -> None:
@@ -608,6 +606,19 @@ class Transaction:
             words[at + Event.OTHER] = cause.other
             words[at + Event.ON] = cause.on
         return Header.EVENTS, sequence
+
+
+def _call_all(calls: Iterable[Callable[[], object]]) -> None:
+    """Make the calls that follow a transaction. Raises the first exception, but not before all of them were made."""
+    failed: Exception | None = None
+    for call in calls:
+        try:
+            call()
+        except Exception as error:
+            # A program's own log handler, say. The wake-ups behind it are to be made nevertheless.
+            failed = failed or error
+    if failed is not None:
+        raise failed
 
 
 _AT_WORK = frozenset(

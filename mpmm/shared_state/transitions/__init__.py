@@ -133,6 +133,11 @@ class Transitions:
     def _reset_instance(self, t: Transaction, row: int) -> None:
         """Have an instance unloaded, whatever is done with it; a lease stays."""
         at, words = self._tables.instance(row), self._tables.segment.words
+        # A waiter that is newer than the reset may have been given it between two transactions, and may have acted upon
+        # that without the lock: put back into the queue it would be given something that nobody takes.
+        for one in (row, *self._tables.seats_of(row)):
+            for ticket in self._tables.rows_where(self._tables.segment.layout.tickets, Ticket.INSTANCE, one + 1):
+                self.hand_over.reset(t, ticket)
         self.seats.free_all(t, row)
         if words[at + Instance.STATE] == Instance.ACTIVE:
             # Its holder is told so when it releases: the row is gone by then.

@@ -57,6 +57,7 @@ class HandOver(Part):
         self._holds.activate(t, instance, self._segment.words[at + Ticket.MEMBER])
         t.set(at + Ticket.INSTANCE, instance + 1)
         self._tickets.answer(t, row, Ticket.GRANTED)
+        self._call_up_successor(t, row)
         waited = (t.now - self._segment.words[at + Ticket.ENQUEUED]) / 1e9
         t.event(EventKind.GRANTED, model + 1, instance + 1, self._segment.words[at + Ticket.NUMBER] + 1, waited, cause)
 
@@ -101,6 +102,7 @@ class HandOver(Part):
             )
         )
         self._wake(t, ticket + Ticket.SIGNAL)
+        self._call_up_successor(t, row)
 
     def allow_load(
         self, t: Transaction, row: int, devices: int, need_mb: float, alone: bool, cause: Cause | None = None
@@ -125,6 +127,7 @@ class HandOver(Part):
             self._isolation.begin_steady(t, instance)
         t.set(at + Ticket.INSTANCE, instance + 1)
         self._tickets.answer(t, row, answer)
+        self._call_up_successor(t, row)
         return instance
 
     def allow_resume(self, t: Transaction, row: int, instance: int, cause: Cause | None = None) -> None:
@@ -136,6 +139,7 @@ class HandOver(Part):
         self._suspensions.begin_resume(t, instance, member, cause, number)
         t.set(at + Ticket.INSTANCE, instance + 1)
         self._tickets.answer(t, row, Ticket.LOAD)
+        self._call_up_successor(t, row)
 
     def consume_answer(self, t: Transaction, row: int) -> None:
         """Free the row of a ticket whose answer its waiter has read and now acts upon.
@@ -161,17 +165,21 @@ class HandOver(Part):
         # Free before the instance goes back: else freeing that would put this ticket back into the queue.
         t.set(at + Ticket.STATE, Ticket.FREE)
         self.take_back(t, state, given)
-        if state == Ticket.WAITING and words[at + Ticket.CALLED_UP]:
-            self._call_up_next(t, words[at + Ticket.MODEL])
+        if state == Ticket.WAITING:
+            self._call_up_successor(t, row)
         self._leases.forget_spent(t, words[at + Ticket.MODEL])
 
-    def _call_up_next(self, t: Transaction, model: int) -> None:
-        """Call up the first waiter that is left for a model, because the one that was to look has gone.
+    def _call_up_successor(self, t: Transaction, row: int) -> None:
+        """Where a ticket that was called up waits no more, call up the first one that is left, if a copy is idle.
 
         Else nobody would look at the end of the tenure, see `mpmm.model_manager.tenure`, and an instance would stay
         idle beside those who wait for it until the leader's next poll.
         """
         words, tables = self._segment.words, self._tables
+        at = tables.ticket(row)
+        model = words[at + Ticket.MODEL]
+        if not words[at + Ticket.CALLED_UP] or not words[tables.model(model) + Model.IDLE]:
+            return
         waiting = tables.rows_where(self._segment.layout.tickets, Ticket.STATE, Ticket.WAITING)
         starts = {row: tables.ticket(row) for row in waiting}
         wanting = [

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 
 from mpmm.shared_state.events import EventKind
-from mpmm.shared_state.layout import Device, Header, Instance, Member, device_rows
+from mpmm.shared_state.layout import Device, Header, Instance, device_rows
 from mpmm.shared_state.tables import Tables
 from mpmm.shared_state.transaction import Transaction
 from mpmm.shared_state.transitions.devices import Devices
@@ -73,7 +73,7 @@ class Isolation(Part):
     def end_steady(self, t: Transaction, row: int) -> None:
         """Let loads and unloads go on where an instance or lease had it quiet; nothing if it had not.
 
-        Instances that are to be unloaded there have had to wait for that: their time begins now, and all workers look.
+        Instances that are to be unloaded there have had to wait for that: their time begins now, and all members look.
         """
         words, tables, at = self._segment.words, self._tables, self._tables.instance(row)
         # By the row, not by the header's bits, which another instance on the device may have set.
@@ -87,8 +87,7 @@ class Isolation(Part):
         for held in tables.used_rows(self._layout.instances):
             if words[tables.instance(held)] in held_back and words[tables.instance(held) + Instance.DEVICES] & devices:
                 t.set(tables.instance(held) + Instance.SINCE, t.now)
-        for slot in tables.rows_where(self._layout.members, Member.STATE, Member.WORKER):
-            self._ring(t, slot)
+        self._ring_all(t)
 
     def note_change(self, t: Transaction, row: int) -> None:
         """Record on an instance's devices that from now on other instances are loaded there.

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import astuple
-from functools import partial
 
 from mpmm.shared_state.events import EventKind
-from mpmm.shared_state.futex import wake_all
 from mpmm.shared_state.layout import Header, Instance, Member, Pin, Ticket
 from mpmm.shared_state.settings import Settings
 from mpmm.shared_state.tables import Tables
@@ -82,6 +80,8 @@ class Members(Part):
 
         Return False if the transaction has become long first: another call in a new transaction goes on.
         """
+        # An exception may have kept it, too, from what was to follow its last transaction.
+        self._wake_again(t)
         if not self._take_back(t, slot):
             return False
         t.set(self._tables.member(slot) + Member.STATE, Member.FREE)
@@ -90,10 +90,10 @@ class Members(Part):
 
     def reap(self, t: Transaction, slot: int) -> bool:
         """Take back all that a dead member had, and free its row; return False if there is more to do, see `leave`."""
-        self._wake_again(t)
         if self._was_ended(slot):
             # No more is to be counted than for one that leaves by itself.
             return self.leave(t, slot)
+        self._wake_again(t)
         if not self._take_back(t, slot):
             return False
         t.set(self._tables.member(slot) + Member.STATE, Member.FREE)
@@ -106,14 +106,11 @@ class Members(Part):
         return int(self._segment.words[self._tables.member(slot) + Member.PID])
 
     def _wake_again(self, t: Transaction) -> None:
-        """Wake the waiters that have an answer, or were called up, which the dead member may have left asleep."""
-        words = self._segment.words
-        for row in self._tables.used_rows(self._layout.tickets):
-            at = self._tables.ticket(row)
-            if words[at] != Ticket.WAITING or words[at + Ticket.CALLED_UP]:
-                # Its last transaction may be committed, and the wake-up that was to follow not made. SIGNAL has
-                # changed by then, so to wake is all there is to do.
-                t.after.append(partial(wake_all, self._segment.address + 8 * (at + Ticket.SIGNAL)))
+        """Wake those whom a member that goes may have left asleep.
+
+        Its last transaction may be committed, and the wake-ups that were to follow not made.
+        """
+        t.after.append(self._tables.wake_all_with_news)
 
     def _was_ended(self, slot: int) -> bool:
         """Tell whether a dead member is a model server whose instance was unloaded, or is being unloaded."""
@@ -253,7 +250,7 @@ class Members(Part):
         self._ring(t, slot)
 
     def set_settings(self, t: Transaction, settings: Settings) -> None:
-        """Change the parameters of the namespace, and wake all workers, which follow.
+        """Change the parameters of the namespace, and wake all members, which follow.
 
         The caller sees to it that M6 holds with the new `max_model_copies`.
         """
@@ -261,5 +258,4 @@ class Members(Part):
         # The last store, so that nobody takes half of them for all.
         t.set_all([*words, (Header.SETTINGS_CHANGED, t.now)])
         t.event(EventKind.SETTINGS)
-        for slot in self._tables.rows_where(self._layout.members, Member.STATE, Member.WORKER):
-            self._ring(t, slot)
+        self._ring_all(t)

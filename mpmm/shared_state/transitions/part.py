@@ -81,6 +81,13 @@ class Part:
         """Wake the background thread of a member: it has something to unload, or should look around."""
         self._wake(t, self._tables.member(slot) + Member.BELL)
 
+    def _ring_all(self, t: Transaction) -> None:
+        """Wake the background threads of all members that have one."""
+        words = self._segment.words
+        for slot in self._tables.used_members():
+            if words[self._tables.member(slot) + Member.STATE] in (Member.WORKER, Member.GUEST):
+                self._ring(t, slot)
+
     def _model_reference(self, row: int) -> int:
         """Return how an event refers to the model of an instance row."""
         return int(self._segment.words[self._tables.instance(row) + Instance.MODEL]) + 1

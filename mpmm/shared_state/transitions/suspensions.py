@@ -24,7 +24,7 @@ from functools import partial
 from mpmm.policy.suspension import Unsuspendable
 from mpmm.policy.view import Reason
 from mpmm.shared_state.events import Cause, EventKind, placed
-from mpmm.shared_state.layout import Header, Instance, Model
+from mpmm.shared_state.layout import Header, Instance, Member, Model
 from mpmm.shared_state.tables import Tables
 from mpmm.shared_state.transaction import Transaction
 from mpmm.shared_state.transitions.instances import Instances
@@ -225,8 +225,18 @@ class Suspensions(Part):
         self._ring(t, words[at + Instance.HOLDER] - 1)
 
     def _drop_if_asked(self, t: Transaction, row: int) -> None:
-        if self._segment.words[self._tables.instance(row) + Instance.UNLOAD_ON_RELEASE]:
-            self.drop(t, row, self._actor.slot, Cause(Reason.ASKED))
+        if not self._segment.words[self._tables.instance(row) + Instance.UNLOAD_ON_RELEASE]:
+            return
+        unloader = self._actor.slot
+        if unloader < 0:
+            # A newcomer that reaps has no row of its own yet. A worker that is dead, too, has a successor when its turn
+            # comes.
+            unloader = next(iter(self._tables.rows_where(self._layout.members, Member.STATE, Member.WORKER)), -1)
+        if unloader < 0:
+            # Nobody is left who could unload it. With the last process its memory goes as well.
+            self._instances.free_row(t, row)
+        else:
+            self.drop(t, row, unloader, Cause(Reason.ASKED))
 
     def _leave_host(self, t: Transaction, row: int) -> None:
         at = self._tables.instance(row)

@@ -1,0 +1,369 @@
+"""Nobody is left asleep, or with what nobody takes, by a wake-up that was not made or by a job that was not done."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from crash_lab import Lab, _Actor
+from crash_lab import lab as lab  # the fixture
+from harness import (
+    NewManager,
+    NewProcess,
+    Seat,
+    acquire,
+    attach,
+    copies_of,
+    problems,
+    release,
+    wait_until,
+    waiting,
+)
+from loaders import Loads, LoadsObject, Weights
+from patience import DEADLINE_S, Stopwatch
+
+from mpmm.errors import AcquireTimeoutError, NamespaceResetError
+from mpmm.model_manager import attachment
+from mpmm.policy.view import Reason
+from mpmm.shared_state import transaction
+from mpmm.shared_state.events import Cause
+from mpmm.shared_state.futex import wake_all
+from mpmm.shared_state.layout import Instance, Member, Ticket
+from mpmm.shared_state.namespace import Namespace
+from mpmm.shared_state.snapshot import read_snapshot
+from mpmm.shared_state.transitions import Transitions, part
+
+# What heals by itself at the next poll is no mend.
+SOON_S = 8.0
+RARE_POLLS: dict[str, Any] = {"poll_interval": 30.0}
+
+
+def wake_no_more(seat: Seat, instead: Callable[[], object]) -> None:
+    """Do something else, once, where the main thread is about to wake somebody after a transaction."""
+    seat.manager._connected().namespace.lock._give_core_up()
+    left = [instead]
+
+    def wake(address: int) -> None:
+        if left and threading.current_thread() is threading.main_thread():
+            left.pop()()
+        wake_all(address)
+
+    vars(part)["wake_all"] = wake
+
+
+def stop_here() -> None:
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def exit_here() -> None:
+    raise SystemExit
+
+
+def release_and_leave(seat: Seat) -> None:
+    """Release, and leave as a process does that a signal handler has ended by SystemExit."""
+    try:
+        release(seat)
+    except SystemExit:
+        seat.manager.shutdown()
+
+
+@pytest.mark.parametrize("instead", [stop_here, exit_here])
+def test_a_waiter_whose_releaser_did_not_come_to_wake_it_is_woken(
+    namespace: str, new_manager: NewManager, new_process: NewProcess, instead: Callable[[], object]
+) -> None:
+    new_manager(max_model_copies=1)
+    holder, first, second = new_process(), new_process(), new_process()
+    holder.call(acquire, "a")
+    # The one who has come last is woken ahead of its turn.
+    for waiter in (first, second):
+        others = len(waiting(namespace, "a"))
+        waiter.call(warn_never)
+        waiter.send(acquire, "a")
+        wait_until(lambda: len(waiting(namespace, "a")) > others, "it waits")  # noqa: B023  # which runs at once
+    # Past the first sleep, which is short.
+    time.sleep(1.2)
+    holder.call(wake_no_more, instead)
+    holder.send(release_and_leave)
+    watch = Stopwatch()
+    first.result()
+    assert watch.calm_s() < SOON_S
+    if instead is stop_here:
+        holder.resume()
+    holder.result()
+    first.call(release)
+    second.result()
+    second.call(release)
+    assert problems(namespace) == []
+
+
+def warn_never(seat: Seat) -> None:
+    """Take from this process's waiters the looks that they have for the sake of the log."""
+    seat.manager._connected().warn_after_s = ()
+
+
+def test_an_object_inside_a_model_server_is_unloaded_once_nothing_starts_quietly_any_more(
+    namespace: str, new_manager: NewManager, new_process: NewProcess
+) -> None:
+    manager = new_manager(**RARE_POLLS)
+    server = new_process(attached=False)
+    server.call(attach_as_in_server, namespace=namespace, memory_source="booked")
+    server.call(acquire, "a", LoadsObject())
+    server.call(release)
+    with manager.reserve(100, name="quiet", steady=True) as lease:
+        manager.unload("a", timeout_seconds=0)
+        assert [copy.state for copy in copies_of(namespace, "a")] == ["unloading"]
+        bell = manager._connected().namespace.tables.bell(1)
+        rung = bell.seen()
+        lease.settled()
+        assert bell.seen() != rung
+        wait_until(lambda: not copies_of(namespace, "a"), "it is unloaded")
+
+
+def attach_as_in_server(seat: Seat, **arguments: Any) -> None:
+    """Make a manager as a model server's code does, which is a guest in the namespace."""
+    vars(attachment)["is_server_process"] = lambda: True
+    attach(seat, **arguments)
+
+
+def test_a_waiter_that_is_given_something_between_two_steps_of_a_reset_is_told_of_it(
+    namespace: str, new_manager: NewManager, new_process: NewProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manager, holder, newcomer = new_manager(max_model_copies=1), new_process(), new_process()
+    holder.call(acquire, "b")
+    holder.call(release)
+    holder.call(acquire, "a")
+    shared = manager._connected().namespace
+    with monkeypatch.context() as patched:
+        # As for a reset of hundreds of copies.
+        patched.setattr(transaction, "STEP_WORDS", 1)
+        with shared.transaction() as t:
+            before = shared.transitions.reset(t)
+    assert before is not None
+    newcomer.send(acquire, "a")
+    wait_until(lambda: waiting(namespace, "a"), "it waits")
+    holder.call(release)
+    newcomer.result()
+    while before is not None:
+        with shared.transaction() as t:
+            before = shared.transitions.reset(t, before)
+    manager._connected().unloads.unload_assigned()
+    with pytest.raises(NamespaceResetError):
+        newcomer.call(release)
+    # Nothing is booked that nobody loads.
+    wait_until(lambda: not read_snapshot(namespace).tickets, "its ticket is gone")
+    assert [copy.state for copy in read_snapshot(namespace).instances] == []
+    holder.call(acquire, "a")
+    holder.call(release)
+    newcomer.call(acquire, "a")
+    newcomer.call(release)
+    assert problems(namespace) == []
+
+
+class EndsItsThread(Weights):
+    """A model whose unload method raises what no handler of exceptions catches, when two have looked at it."""
+
+    def unload_model(self) -> None:
+        """Raise it."""
+        time.sleep(0.3)
+        raise asyncio.CancelledError
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_an_unload_method_that_raises_anything_leaves_nothing_booked(namespace: str, new_manager: NewManager) -> None:
+    manager = new_manager(default_estimate_mb=1000.0, **RARE_POLLS)
+    manager.release_model("a", manager.acquire_model("a", EndsItsThread))
+    with manager.model("b", Loads()):
+        assert [copy.tag for copy in read_snapshot(namespace).instances] == ["b"]
+    assert problems(namespace) == []
+
+
+class Raises(logging.Handler):
+    """A program's own log handler, whose server is away."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Raise."""
+        raise OSError("the log's server is away")
+
+
+def log_nowhere(seat: Seat) -> None:
+    """Let every log line of this process raise."""
+    logging.getLogger("mpmm").addHandler(Raises())
+
+
+def test_a_log_handler_that_raises_ends_no_background_thread(
+    namespace: str, new_manager: NewManager, new_process: NewProcess
+) -> None:
+    manager = new_manager(lock_timeout_seconds=0.2, default_estimate_mb=600.0, memory_return_seconds=1.0)
+    owner = new_process(lock_timeout_seconds=0.2, default_estimate_mb=600.0, memory_return_seconds=1.0)
+    owner.call(acquire, "a", LoadsObject())
+    owner.call(release)
+    owner.call(log_nowhere)
+    with manager._connected().namespace.transaction():
+        # Its background thread gives up waiting for the lock meanwhile, and says so.
+        owner.call(wait_for_the_lock)
+    with manager.model("b", Loads()):
+        pass
+
+
+def wait_for_the_lock(seat: Seat) -> None:
+    """Have the background thread ask for the lock, and return once it has given up."""
+    session = seat.manager._connected()
+    session.deferred.defer(lambda t: False)
+    wait_until(lambda: session.background._failing, "it has given up")
+
+
+def test_wake_ups_behind_a_log_line_that_raises_are_made(lab: Lab) -> None:
+    made: list[str] = []
+
+    def complain() -> None:
+        raise OSError("the log's server is away")
+
+    with pytest.raises(OSError, match="away"), lab.namespace.transaction() as t:
+        t.after += [complain, lambda: made.append("wake-up")]
+    assert made == ["wake-up"]
+
+
+def test_what_a_newcomer_takes_back_of_the_dead_is_given_to_a_waiter(
+    namespace: str, new_manager: NewManager, new_process: NewProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leader = new_manager(max_model_copies=1, **RARE_POLLS)._connected().leader
+    holder, waiter = new_process(), new_process()
+    holder.call(acquire, "a")
+    waiter.call(warn_never)
+    waiter.send(acquire, "a")
+    wait_until(lambda: waiting(namespace, "a"), "it waits")
+    with monkeypatch.context() as patched:
+        # The leader looks a moment later.
+        patched.setattr(leader, "_reap", lambda: None)
+        holder.kill()
+        visitor = Namespace.join(namespace, kind=Member.GUEST, must_exist=True)
+        visitor.leave()
+    watch = Stopwatch()
+    waiter.result()
+    assert watch.calm_s() < SOON_S
+    waiter.call(release)
+
+
+def test_a_newcomer_that_reaps_gives_what_is_to_be_unloaded_to_a_worker(lab: Lab) -> None:
+    copy, ticket = lab.suspended("a"), lab.ticket("a")
+    lab.do(lambda t, tr: tr.hand_over.allow_resume(t, ticket, copy))
+    lab.do(lambda t, tr: tr.unloads.ask(t, copy, 0))
+    newcomer = Transitions(lab.tables, _Actor(-1, lab.namespace.settings))
+    with lab.namespace.transaction() as t:
+        assert newcomer.members.reap(t, lab.victim)
+    assert lab.problems() == []
+    assert lab.tables.instances[copy].state == Instance.UNLOADING
+
+
+@pytest.mark.parametrize("answered_by", ["from_holder", "grant"])
+def test_a_copy_that_is_kept_has_somebody_to_look_at_it_when_the_one_that_was_called_up_has_another(
+    lab: Lab, answered_by: str
+) -> None:
+    lab.idle("a", b"kept")
+    other = lab.active("a", b"other")
+    if answered_by == "grant":
+        lab.do(lambda t, tr: tr.holds.release(t, other))
+    first, second = lab.ticket("a"), lab.ticket("a")
+    lab.do(lambda t, tr: tr.tickets.call_up(t, first))
+    if answered_by == "grant":
+        lab.do(lambda t, tr: tr.hand_over.grant(t, first, other))
+    else:
+        lab.do(lambda t, tr: tr.hand_over.from_holder(t, first, other, Cause(Reason.IDLE_COPY)))
+    assert lab.words[lab.tables.ticket(second) + Ticket.CALLED_UP]
+    assert lab.problems() == []
+
+
+def test_a_waiter_that_could_not_look_looks_again(namespace: str, new_manager: NewManager) -> None:
+    manager = new_manager(max_model_copies=1, wait_timeout_seconds=2.0, **RARE_POLLS)
+    session = manager._connected()
+    held = manager.acquire_model("a", Loads())
+    failed: list[BaseException] = []
+
+    def wait() -> None:
+        try:
+            manager.acquire_model("a", Loads())
+        except AcquireTimeoutError as error:
+            failed.append(error)
+
+    waiter = threading.Thread(target=wait)
+    waiter.start()
+    wait_until(lambda: waiting(namespace, "a"), "it waits")
+    [ticket] = session.namespace.tables.used_rows(session.namespace.segment.layout.tickets)
+    with session.namespace.transaction() as t:
+        session.namespace.transitions.tickets.call_up(t, ticket)
+    again = session.look_again(ticket)
+    # The copy is idle for the look, which it is not in truth: nothing is decided.
+    session.scheduler.is_model_idle = lambda ticket: True
+    wait_until(lambda: again.in_s() <= 0, "it is to look")
+    with OtherThreadInTransaction(session.namespace):
+        again.look()
+        assert again.in_s() <= 0
+    again.look()
+    assert again.in_s() > 0
+    waiter.join()
+    assert failed
+    manager.release_model("a", held)
+
+
+class OtherThreadInTransaction:
+    """`with`: another thread is inside a transaction."""
+
+    def __init__(self, shared: Namespace) -> None:
+        self._shared = shared
+        self._inside, self._done = threading.Event(), threading.Event()
+        self._thread = threading.Thread(target=self._stay)
+
+    def _stay(self) -> None:
+        with self._shared.transaction():
+            self._inside.set()
+            self._done.wait(DEADLINE_S)
+
+    def __enter__(self) -> None:
+        self._thread.start()
+        self._inside.wait(DEADLINE_S)
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join()
+
+
+def test_tasks_wait_no_longer_than_their_time_out_after_a_thread_was_not_to_be_had(
+    namespace: str, new_manager: NewManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manager = new_manager(max_model_copies=1, wait_timeout_seconds=1.0)
+    held = manager.acquire_model("a", Loads())
+    start, refused = threading.Thread.start, [True]
+
+    def start_or_refuse(thread: threading.Thread) -> None:
+        if thread.name == "mpmm-watcher" and refused:
+            refused.pop()
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start_or_refuse)
+    kept: list[BaseException] = []
+
+    async def wait() -> None:
+        async with manager.model_async("a", Loads()):
+            pass
+
+    async def wait_twice() -> None:
+        with pytest.raises(RuntimeError, match="can't start new thread") as caught:
+            await wait()
+        # Its traceback refers to all that the call had.
+        kept.append(caught.value)
+        with pytest.raises(AcquireTimeoutError):
+            await asyncio.wait_for(wait(), DEADLINE_S)
+
+    asyncio.run(wait_twice())
+    wait_until(lambda: not waiting(namespace, "a"), "the task that failed waits no more")
+    manager.release_model("a", held)
+    kept.clear()
+    assert problems(namespace) == []
