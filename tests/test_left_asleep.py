@@ -156,7 +156,7 @@ def test_a_waiter_that_is_given_something_between_two_steps_of_a_reset_is_told_o
     manager._connected().unloads.unload_assigned()
     with pytest.raises(NamespaceResetError):
         newcomer.call(release)
-    # Nothing is booked that nobody loads.
+    # Nothing is reserved that nobody loads.
     wait_until(lambda: not read_snapshot(namespace).tickets, "its ticket is gone")
     assert [copy.state for copy in read_snapshot(namespace).instances] == []
     holder.call(acquire, "a")

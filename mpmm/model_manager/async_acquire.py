@@ -78,8 +78,9 @@ async def hold_in_loop(
     acquire = _AsyncAcquire(attachment, session, threads, tag, read_options(options, session.samples))
     try:
         instance = await acquire.run(loader)
-    except BaseException:
-        # Now, because the traceback may keep the object for as long as somebody keeps the exception.
+    except Exception:
+        # Now, because the traceback may keep the object for as long as somebody keeps the exception. (A task that is
+        # cancelled gives back by itself what it has in hand.)
         acquire.abandon()
         raise
     try:

@@ -129,8 +129,9 @@ class Scheduler:
 
         See `mpmm.model_manager.tenure`.
 
-        call_up: have the first waiter look for itself when the tenure is over. Return False, and change nothing, if
-        others than those who want this copy wait, or it is not to be used any more.
+        call_up: have the first waiter look for itself when the tenure is over; False: only if it was not called up yet,
+        as the one that was may have been served meanwhile. Return False, and change nothing, if others than those who
+        want this copy wait, or it is not to be used any more.
         """
         transitions, copy = self._namespace.transitions, self._instances.held(instance)
         if self._queue.waits_for_others_than(copy.model) or self._namespace.reads.devices.anything_runs_alone():
@@ -138,12 +139,12 @@ class Scheduler:
         if copy.unload_on_release or copy.owner:
             return False
         # Asked before the release: then the copy is not idle yet, and nothing has to be taken back.
-        found = self.shortcuts.first_user(copy.model, copy.devices) if call_up else None
-        if call_up and (found is None or found[1]):
+        ticket, overtaken = self.shortcuts.first_user(copy.model, copy.devices) or (None, 0)
+        if call_up and (ticket is None or overtaken):
             return False
         transitions.holds.release(t, instance, used)
-        if found is not None:
-            transitions.tickets.call_up(t, found[0])
+        if ticket is not None and not overtaken and (call_up or not self.called_up_at(ticket)):
+            transitions.tickets.call_up(t, ticket)
         return True
 
     def release(self, t: Transaction, instance: int, used: bool = True) -> None:

@@ -756,7 +756,7 @@ static void make_idle(Core *core, uint64_t copy, uint64_t row, uint64_t model, u
 /* What became of a copy that was given back; 0 if Python decides. */
 enum { DECLINED = 0, IDLE = 1, KEPT = 2, HANDED_OVER = 3 };
 /* How it is to be given back while others wait for it: to the first of them, or left idle for this process for the rest
- * of its tenure, without or with a call to the first waiter to look when that is over. */
+ * of its tenure; then the first waiter is called to look when that is over, for KEEP only if it has not been yet. */
 enum { TO_NEXT = 0, KEEP = 1, KEEP_AND_CALL_UP = 2, WAYS };
 
 /* Give the copy (row) of a member (reference) back, as `give_back` in `mpmm.model_manager.release` does, and free what
@@ -779,17 +779,20 @@ static int give_back(Core *core, uint64_t row, uint64_t generation, uint64_t way
         return DECLINED;
     }
     int done = IDLE;
+    bool calls_up = false;
     if (waiting) {
         done = way != TO_NEXT && for_it == waiting ? KEPT : HANDED_OVER;
         /* What else would move others by being idle, a plan finds out. */
         if (owner || !for_it) {
             return DECLINED;
         }
-        if (done == HANDED_OVER || way == KEEP_AND_CALL_UP) {
-            if (!first_user(core, load(core, copy + at->model), load(core, copy + at->devices), now, &next)) {
-                return DECLINED;
-            }
-            next = ticket_at(core, next);
+        bool found = first_user(core, load(core, copy + at->model), load(core, copy + at->devices), now, &next);
+        if (!found && (done == HANDED_OVER || way == KEEP_AND_CALL_UP)) {
+            return DECLINED;
+        }
+        next = found ? ticket_at(core, next) : 0;
+        calls_up = done == KEPT && found && (way == KEEP_AND_CALL_UP || !load(core, next + at->ticket_called_up));
+        if (done == HANDED_OVER || calls_up) {
             *signal = next + at->ticket_signal;
             /* Another copy that is kept for somebody would have nobody who looks at the end of that. */
             if (done == HANDED_OVER && load(core, next + at->ticket_called_up) && load(core, model + at->idle)) {
@@ -807,7 +810,7 @@ static int give_back(Core *core, uint64_t row, uint64_t generation, uint64_t way
         hand_over(core, copy, row, model, next, now);
     } else {
         make_idle(core, copy, row, model, now);
-        if (done == KEPT && way == KEEP_AND_CALL_UP) {
+        if (calls_up) {
             set(core, next + at->ticket_called_up, now);
             count_up(core, *signal);
         }

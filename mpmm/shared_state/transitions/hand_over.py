@@ -165,21 +165,25 @@ class HandOver(Part):
         # Free before the instance goes back: else freeing that would put this ticket back into the queue.
         t.set(at + Ticket.STATE, Ticket.FREE)
         self.take_back(t, state, given)
-        if state == Ticket.WAITING:
-            self._call_up_successor(t, row)
+        if state == Ticket.WAITING and words[at + Ticket.CALLED_UP]:
+            self._call_up_next(t, words[at + Ticket.MODEL])
         self._leases.forget_spent(t, words[at + Ticket.MODEL])
 
     def _call_up_successor(self, t: Transaction, row: int) -> None:
-        """Where a ticket that was called up waits no more, call up the first one that is left, if a copy is idle.
+        """Where a ticket that was called up has been answered, and a copy is idle, have the next one look at that."""
+        words = self._segment.words
+        at = self._tables.ticket(row)
+        model = words[at + Ticket.MODEL]
+        if words[at + Ticket.CALLED_UP] and words[self._tables.model(model) + Model.IDLE]:
+            self._call_up_next(t, model)
+
+    def _call_up_next(self, t: Transaction, model: int) -> None:
+        """Call up the first waiter that is left for a model, because the one that was to look waits no more.
 
         Else nobody would look at the end of the tenure, see `mpmm.model_manager.tenure`, and an instance would stay
         idle beside those who wait for it until the leader's next poll.
         """
         words, tables = self._segment.words, self._tables
-        at = tables.ticket(row)
-        model = words[at + Ticket.MODEL]
-        if not words[at + Ticket.CALLED_UP] or not words[tables.model(model) + Model.IDLE]:
-            return
         waiting = tables.rows_where(self._segment.layout.tickets, Ticket.STATE, Ticket.WAITING)
         starts = {row: tables.ticket(row) for row in waiting}
         wanting = [
