@@ -43,6 +43,7 @@ from mpmm.policy.view import Reason
 from mpmm.shared_state import core as core_module
 from mpmm.shared_state.core import (
     CORE_VARIABLE,
+    KEEP,
     KEEP_AND_CALL_UP,
     which,
 )
@@ -334,6 +335,19 @@ def keep(caller: Caller, lab: Lab) -> tuple[LabOperation, CoreCall]:
     return by_python, partial(caller.release, way=KEEP_AND_CALL_UP)
 
 
+def keep_again(caller: Caller, lab: Lab) -> tuple[LabOperation, CoreCall]:
+    """Keep the copy; the first waiter was called up before."""
+    first = lab.ticket("a")
+    lab.do(lambda t, tr: tr.tickets.call_up(t, first))
+    return (lambda t, tr: tr.holds.release(t, caller.row)), partial(caller.release, way=KEEP)
+
+
+def keep_for_the_next(caller: Caller, lab: Lab) -> tuple[LabOperation, CoreCall]:
+    """Keep the copy; whoever was called up before has been served meanwhile, so that the first waiter is now."""
+    by_python, _ = keep(caller, lab)
+    return by_python, partial(caller.release, way=KEEP)
+
+
 def join_queue(caller: Caller, lab: Lab) -> tuple[LabOperation, CoreCall]:
     """Wait for a copy that another process has, in a row of the table that was never in use."""
     model = lab.model("a")
@@ -347,7 +361,7 @@ def join_queue(caller: Caller, lab: Lab) -> tuple[LabOperation, CoreCall]:
 
 
 @built
-@pytest.mark.parametrize("what", [take, release, hand_over, keep, join_queue])
+@pytest.mark.parametrize("what", [take, release, hand_over, keep, keep_again, keep_for_the_next, join_queue])
 def test_death_at_any_store_leaves_what_python_leaves(
     lab: Lab,
     what: Callable[[Caller, Lab], tuple[LabOperation, CoreCall]],

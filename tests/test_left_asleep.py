@@ -32,6 +32,7 @@ from patience import DEADLINE_S, Stopwatch
 from mpmm.errors import AcquireTimeoutError, NamespaceResetError
 from mpmm.model_manager import attachment
 from mpmm.policy.view import Reason
+from mpmm.scheduling import Scheduler
 from mpmm.shared_state import transaction
 from mpmm.shared_state.events import Cause
 from mpmm.shared_state.futex import wake_all
@@ -278,6 +279,23 @@ def test_a_copy_that_is_kept_has_somebody_to_look_at_it_when_the_one_that_was_ca
         lab.do(lambda t, tr: tr.hand_over.from_holder(t, first, other, Cause(Reason.IDLE_COPY)))
     assert lab.words[lab.tables.ticket(second) + Ticket.CALLED_UP]
     assert lab.problems() == []
+
+
+@pytest.mark.parametrize("served", [False, True])
+def test_a_copy_that_is_kept_again_calls_up_who_has_become_first(lab: Lab, served: bool) -> None:
+    kept, other = lab.active("a", b"kept"), lab.active("a", b"other")
+    first, second = lab.ticket("a"), lab.ticket("a")
+    scheduler = Scheduler(lab.namespace)
+    lab.do(lambda t, tr: scheduler.keep(t, kept, True, call_up=True))
+    lab.do(lambda t, tr: tr.holds.take_idle(t, kept, lab.victim + 1))
+    called_up = [lab.words[lab.tables.ticket(row) + Ticket.CALLED_UP] for row in (first, second)]
+    assert called_up[0]
+    assert not called_up[1]
+    if served:
+        lab.do(lambda t, tr: tr.hand_over.from_holder(t, first, other, Cause(Reason.IDLE_COPY)))
+    lab.do(lambda t, tr: scheduler.keep(t, kept, True, call_up=False))
+    assert lab.words[lab.tables.ticket(first) + Ticket.CALLED_UP] == called_up[0]
+    assert bool(lab.words[lab.tables.ticket(second) + Ticket.CALLED_UP]) == served
 
 
 def test_a_waiter_that_could_not_look_looks_again(namespace: str, new_manager: NewManager) -> None:
