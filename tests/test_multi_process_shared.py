@@ -257,7 +257,7 @@ def test_a_client_with_another_key_is_refused(path: str) -> None:
     assert proxy.increment() == 1
 
 
-@pytest.mark.parametrize("client", [0, 2, 65535])
+@pytest.mark.parametrize("client", [0, sockets.PROTOCOL_VERSION + 1, 65535])
 def test_a_client_of_another_version_is_told_both_versions(
     path: str, monkeypatch: pytest.MonkeyPatch, client: int
 ) -> None:

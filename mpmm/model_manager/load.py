@@ -105,7 +105,8 @@ class LoadAttempt:
                 copy = self._book_in(value, growth)
         except BaseException as error:
             in_time = self._give_up(error)
-            unload_made(value)
+            if not self._others_have(value):
+                unload_made(value)
             value = None
             collect_garbage()
             text, seconds = "mpmm %s: pid %d failed to load %s after %.1f s: %s", time.monotonic() - began
@@ -258,6 +259,21 @@ class LoadAttempt:
         in_time = give_up_booking(session, self._booking, learn)
         self._operation.booking = None
         return in_time
+
+    def _others_have(self, value: Any) -> bool:
+        """Tell whether another instance stands for the handle that the loader has returned; looks without the lock.
+
+        A loader may return the handle of a server that is there already, which others use.
+        """
+        namespace = self._session.namespace
+        if not isinstance(value, str) or not namespace.is_usable:
+            return False
+        try:
+            handle = encode_text(value, Instance.HANDLE_BYTES, "handle")
+        except InvalidArgumentError:
+            # No row can have it.
+            return False
+        return bool(namespace.transitions.twins.of(handle, self._booking.row))
 
     def _expect_not_given_up(self, resets: int, error: BaseException) -> None:
         """Raise LoadTimeoutError if the row was taken away, and not by a reset: nothing else takes it.

@@ -110,6 +110,8 @@ class Host:
             del self._users[token]
             if not self._users:
                 last, self._shared, self._has_object = self._shared, None, False
+                # The next object is awake.
+                self._asleep = False
         del last
 
     def object_for(self, token: int) -> Any:
@@ -146,10 +148,13 @@ class Host:
             self._ended = True
             self._users.clear()
             self._has_object = False
-        self._unpublish()
-        if self._at_hard_delete is not None:
-            self._at_hard_delete()
-        self._close()
+        try:
+            self._unpublish()
+            if self._at_hard_delete is not None:
+                self._at_hard_delete()
+        finally:
+            # Even after an exception from a signal handler: the tag would be locked for as long as this process lives.
+            self._close()
         # Last, because the object's own end may take long or fail.
         self._shared = None
 
@@ -158,8 +163,10 @@ class Host:
         if self._ended or self.inherited:
             return
         self._ended = True
-        self._unpublish()
-        self._close()
+        try:
+            self._unpublish()
+        finally:
+            self._close()
 
     def lives_by(self, life: LockFile | None) -> bool:
         """Tell whether `life` is the lock of this host."""
@@ -217,7 +224,7 @@ class Host:
             try:
                 connection = sockets.accept(self._listener)
             except OSError as error:
-                logger.warning("mpmm: pid %d cannot accept a connection for %r: %s", os.getpid(), self.tag, error)
+                self._complain("mpmm: pid %d cannot accept a connection for %r: %s", error)
                 # Out of descriptors, most likely: do not spin until one is closed.
                 wait([self._waker], timeout=0.1)
                 continue
@@ -237,9 +244,14 @@ class Host:
         try:
             self._start_thread(leads=True)
         except RuntimeError as error:
-            logger.warning("mpmm: pid %d has no thread to serve %r: %s", os.getpid(), self.tag, error)
+            self._complain("mpmm: pid %d has no thread to serve %r: %s", error)
             return False
         return True
+
+    def _complain(self, text: str, error: Exception) -> None:
+        # A program's own log handler that raises must not end the thread that leads.
+        with suppress(Exception):
+            logger.warning(text, os.getpid(), self.tag, error)
 
     def _follow_from_now(self) -> bool:
         """Make a thread the follower if there is none; return whether it is."""
@@ -411,8 +423,13 @@ def host_object(
     host = Host(registry, record, constructor, shared, life, at_hard_delete)
     call_once_at_exit(end_all_hosts, END_HOSTS_PRIORITY)
     hosted.add(host)
-    host.start()
-    write_record(life, record)
+    try:
+        host.start()
+        write_record(life, record)
+    except BaseException:
+        # Else this process would go on with an object that others do not know of.
+        host.end()
+        raise
     return host
 
 

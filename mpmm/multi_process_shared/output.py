@@ -39,7 +39,11 @@ class Starter:
 
     def has_ended(self) -> bool:
         """Tell whether the process is gone. A zombie's descriptor is readable, but its pid and start time stay."""
-        return start_time_of(self.pid) != self._start_time
+        try:
+            return start_time_of(self.pid) != self._start_time
+        except OSError:
+            # No descriptor is to be had for the look, say: that cannot be told now.
+            return False
 
     def close(self) -> None:
         """Watch it no more."""

@@ -209,6 +209,17 @@ class _Server:
 
     def watch(self) -> None:
         """Heed signals, the end of the starter, and that of the last client; runs in a thread of its own."""
+        while True:
+            try:
+                self._watch()
+            except Exception:
+                # Too few descriptors for a moment, say. Without this thread the server would outlive all its clients.
+                with suppress(Exception):
+                    text = "mpmm: pid %d, which serves %r, looks again for its clients"
+                    logger.exception(text, os.getpid(), self.tag)
+                time.sleep(PROBE_INTERVAL_S)
+
+    def _watch(self) -> NoReturn:
         locks = [AliveLock(path) for path in dict.fromkeys(self.plan.alive_locks)]
         starter: Starter | None = Starter(*self.plan.starter)
         next_probe = time.monotonic() + PROBE_INTERVAL_S

@@ -7,7 +7,7 @@ import multiprocessing
 import os
 from collections.abc import Iterator
 from multiprocessing import process as mp_process
-from multiprocessing.connection import wait
+from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from mpmm.errors import ServerStartError
@@ -58,16 +58,8 @@ def start_server(registry: ServerRegistry, tag: str, constructor: Any) -> str:
     if is_importing_main():
         raise not_while_importing_main(f"start a model server for {tag!r}", tag)
     preparation = preparation_for(name, constructor)
-    reader, writer = multiprocessing.get_context("spawn").Pipe(duplex=False)
+    server, reader = _begin(registry, plan, preparation, name)
     with reader:
-        with writer:
-            server: mp_process.BaseProcess = order_server(registry, plan, preparation, writer, name) or SpawnedServer(
-                name, plan, preparation, writer
-            )
-            call_once_at_exit(disown_servers, DISOWN_PRIORITY)
-            with _starting, _allowed_to_have_children():
-                server.start()
-                _started.add(server)
         while not wait([reader, server.sentinel], LOOK_INTERVAL_S) and server.is_alive():
             pass
         try:
@@ -85,6 +77,35 @@ def start_server(registry: ServerRegistry, tag: str, constructor: Any) -> str:
     if outcome == CRASHED:
         raise ServerStartError(text, tag=tag)
     return str(outcome)
+
+
+def _begin(
+    registry: ServerRegistry, plan: ServerPlan, preparation: dict[str, Any], name: str
+) -> tuple[mp_process.BaseProcess, Connection]:
+    """Start the process, forked where that can be had, and return it, and the end of a pipe on which it reports."""
+    call_once_at_exit(disown_servers, DISOWN_PRIORITY)
+    for begin in (order_server, _spawned):
+        # One for each attempt: a server that is forked although the order was given up would report to the other one's.
+        reader, writer = multiprocessing.get_context("spawn").Pipe(duplex=False)
+        try:
+            with writer:
+                server = begin(registry, plan, preparation, writer, name)
+                if server is not None:
+                    with _starting, _allowed_to_have_children():
+                        server.start()
+                        _started.add(server)
+                    return server, reader
+            reader.close()
+        except BaseException:
+            reader.close()
+            raise
+    raise AssertionError("a spawn is always possible")
+
+
+def _spawned(
+    registry: ServerRegistry, plan: ServerPlan, preparation: dict[str, Any], report: Connection, name: str
+) -> mp_process.BaseProcess:
+    return SpawnedServer(name, plan, preparation, report)
 
 
 @contextlib.contextmanager

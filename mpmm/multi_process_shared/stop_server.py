@@ -48,12 +48,16 @@ def end_server(
         raise ModelServerError(f"the server of {tag!r} does not say which process it is", tag=tag, server_pid=None)
     if incarnation not in (None, record.incarnation) or pid not in (None, record.pid):
         return False
+    asked = False
     if record.ready:
         registry.join()
-        # In a thread, because a stopped server accepts the connection and never answers.
-        threading.Thread(target=_ask, args=(registry, record, registry.key()), name="mpmm-end", daemon=True).start()
+        # In a thread, because a stopped server accepts the connection and never answers. Where there is none to be had,
+        # it is not asked.
+        with suppress(RuntimeError):
+            threading.Thread(target=_ask, args=(registry, record, registry.key()), name="mpmm-end", daemon=True).start()
+            asked = True
     # One that is neither ready nor leaving is still making its object, and takes no requests.
-    if not ((record.ready or record.leaving) and _wait_until_gone(registry, record, deadline)):
+    if not ((asked or record.leaving) and _wait_until_gone(registry, record, deadline)):
         if not record.spawned:
             raise ModelServerError(
                 f"pid {record.pid}, which serves the shared object {tag!r} among its other work, "

@@ -18,9 +18,9 @@ The bulk begins with an agreement on its way, in single bytes:
 
 For a shared buffer, the bulk is cut into pieces that fit into a slot, and the slots are used in turn. The sender writes
 to a slot and then sends FILLED; the receiver copies the slot's bytes and then sends EMPTIED, unless the sender will
-not need that slot again in this message. The sender owns a slot from the beginning of the message to FILLED and from
-EMPTIED on, the receiver in between; between two messages, neither does. Both copy at the same time, each on a
-processor of its own.
+not need that slot again in this message, and READ once it has copied all of them. The sender owns a slot from the
+beginning of the message to FILLED and from EMPTIED on, the receiver in between and until READ. Both copy at the same
+time, each on a processor of its own.
 
 A side that dies or fails half-way closes the socket, which the other one sees at its next byte; what was in the
 slots is forgotten with the shared buffer. A channel that failed, or was interrupted, must not be used again.
@@ -60,7 +60,7 @@ _SIZE_BYTES = 8
 # Memory for frames: at first what small messages take, later what the largest one without a bulk has taken.
 _FIRST_KEPT_BYTES = 4096
 _MOST_KEPT_BYTES = LARGE_BYTES + _FRAME.size
-HAVE, LACK, OFFER, PLAIN, FILLED, EMPTIED = b"h", b"l", b"o", b"p", b"f", b"e"
+HAVE, LACK, OFFER, PLAIN, FILLED, EMPTIED, READ = b"h", b"l", b"o", b"p", b"f", b"e", b"r"
 _RECEIVE_FLAGS = getattr(socket, "MSG_CMSG_CLOEXEC", 0)
 
 
@@ -81,6 +81,8 @@ class Channel:
             close_in_children(self)
         self._shared_buffer: SharedBuffer | None = None
         self._refused = False
+        # READ is to come: the other side may still copy what was sent to it by the shared buffer.
+        self._being_read = False
         # Kept from message to message: small ones cost no allocation.
         self._kept = memoryview(bytearray(_FIRST_KEPT_BYTES))
 
@@ -115,6 +117,7 @@ class Channel:
     def receive(self) -> Message:
         """Return the next message, whose head is good until the one after it. Raises EOFError, OSError."""
         frame = self._kept
+        self._take_read()
         received = self._fill(frame, 0, _FRAME.size)
         head_bytes, count = _FRAME.unpack_from(frame)
         head_start = _FRAME.size + _SIZE_BYTES * count
@@ -135,9 +138,10 @@ class Channel:
     def give_back_when_idle(self) -> None:
         """Return when there is something to receive; free what is kept for large payloads if that takes long.
 
-        For the side that waits for questions; the shared buffer is freed on both. Costs nothing without one.
+        For the side that waits for questions; the shared buffer is freed on both. Costs nothing without one. It stays
+        where the other side has been stopped in the middle of its copy, the rest of which would be zeros.
         """
-        if self._shared_buffer is not None and not self.is_readable(IDLE_MS):
+        if self._shared_buffer is not None and not self.is_readable(IDLE_MS) and not self._being_read:
             self._shared_buffer.give_back()
             drop_spare_slabs()
             # The other side's next bulk hears LACK, and it makes a new one.
@@ -154,6 +158,7 @@ class Channel:
                 return
         assert self._shared_buffer is not None
         slots = self._shared_buffer.slots
+        self._being_read = True
         free = SLOTS
         for number, pieces in enumerate(cut_into_slots(buffers)):
             if not free:
@@ -194,6 +199,7 @@ class Channel:
             filled -= 1
             if number + SLOTS <= last:
                 self._socket.sendall(EMPTIED)
+        self._socket.sendall(READ)
 
     def _offer_shared_buffer(self) -> bool:
         """Make a shared buffer and hand it over; return whether both sides have it. A refusal is for good."""
@@ -248,7 +254,17 @@ class Channel:
         return len(marks)
 
     def is_readable(self, timeout_ms: int) -> bool:
-        """Wait for something to receive, or the end of the connection; return False if neither comes in time."""
+        """Wait for a message, or the end of the connection; return False if neither comes in time. Raises EOFError."""
         poll = select.poll()
         poll.register(self._socket, select.POLLIN)
+        if self._being_read:
+            if not poll.poll(timeout_ms):
+                return False
+            self._take_read()
         return bool(poll.poll(timeout_ms))
+
+    def _take_read(self) -> None:
+        """Wait until the other side has copied what was sent by the shared buffer."""
+        if self._being_read:
+            self._byte()
+            self._being_read = False

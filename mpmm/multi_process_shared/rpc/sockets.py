@@ -43,7 +43,7 @@ LONGEST_ADDRESS_BYTES = 100
 BACKLOG = 128
 NONCE_BYTES = 32
 #: Of what processes say behind the handshake. It rises with every change that an older peer would misread.
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 _VERSION = struct.Struct(">H")
 PROOF_BYTES = 32
 # A client proves what it knows in a millisecond, unless it is stopped, or the machine has no processor for it.
@@ -136,6 +136,9 @@ def dial(folder: Path, name: str, key: bytes, timeout_seconds: float | None = No
     with fork_guard:
         ours = close_in_children(ForkSafeSocket(socket.AF_UNIX, socket.SOCK_STREAM))
     try:
+        if timeout_seconds is not None:
+            # Before, because a server that is stopped leaves no room in its queue some day.
+            set_timeouts(ours, timeout_seconds)
         with _short_address(folder, name) as address:
             ours.connect(address)
         with fork_guard:
@@ -144,8 +147,6 @@ def dial(folder: Path, name: str, key: bytes, timeout_seconds: float | None = No
         ours.close()
         raise
     try:
-        if timeout_seconds is not None:
-            set_timeouts(connection, timeout_seconds)
         _prove_to_server(connection, key)
     except BaseException:
         connection.close()
@@ -203,7 +204,7 @@ def _receive(peer: socket.socket, count: int, deadline: float = math.inf) -> byt
     return received
 
 
-def set_timeouts(connection: Connection, timeout_seconds: float) -> None:
+def set_timeouts(connection: Connection | socket.socket, timeout_seconds: float) -> None:
     """Have reading and writing fail with OSError where the other side is stopped or stuck."""
     timeval = struct.pack("@ll", int(timeout_seconds), int(timeout_seconds % 1 * 1_000_000))
     with duplicate(connection.fileno()) as ours:

@@ -1,0 +1,251 @@
+"""What goes wrong beside a model server, for a moment, costs nobody the server, nor a right answer."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import resource
+import signal
+import subprocess
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+from harness import NewManager, NewProcess, Seat, acquire, in_thread, release, wait_until
+from loaders import LoadsServer, served
+from patience import DEADLINE_S, Stopwatch
+
+from mpmm.model_manager.load import LoadAttempt
+from mpmm.multi_process_shared import MultiProcessShared, host, server_pid, start_server, unload
+from mpmm.multi_process_shared.host import Host
+from mpmm.multi_process_shared.hosted import find_host
+from mpmm.multi_process_shared.registry import registry_for
+from mpmm.multi_process_shared.rpc import channel, sockets
+from mpmm.multi_process_shared.rpc.shared_buffer import cut_into_slots
+
+
+class Sevens:
+    """Returns a large array, and is short of descriptors when it is told to."""
+
+    def __init__(self) -> None:
+        self._kept: list[int] = []
+
+    def pid(self) -> int:
+        return os.getpid()
+
+    def idle_ms(self, milliseconds: int) -> None:
+        channel.IDLE_MS = milliseconds
+
+    def sevens(self) -> Any:
+        return np.full(4 << 20, 7, np.uint8)
+
+    def take_descriptors(self) -> None:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (64, 4096))
+        try:
+            while True:
+                self._kept.append(os.open("/dev/null", os.O_RDONLY))
+        except OSError:
+            pass
+
+    def give_descriptors(self) -> None:
+        while self._kept:
+            os.close(self._kept.pop())
+
+
+def refuse_threads(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
+    """Let threads whose name begins like one of these not be had."""
+    start = threading.Thread.start
+
+    def start_or_refuse(thread: threading.Thread) -> None:
+        if thread.name.startswith(names):
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start_or_refuse)
+
+
+def test_a_client_that_is_stopped_in_the_middle_of_its_copy_gets_all_of_the_answer(
+    runtime_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    proxy = MultiProcessShared(Sevens, tag="sevens", spawn_process=True).acquire()
+    proxy.idle_ms(50)
+    proxy.sevens()
+    copying = [True]
+
+    def cut_and_stop(buffers: Any) -> Any:
+        for number, pieces in enumerate(cut_into_slots(buffers)):
+            if copying and number == 1:
+                copying.clear()
+                subprocess.Popen(["sh", "-c", f"sleep 1; kill -CONT {os.getpid()}"])
+                os.kill(os.getpid(), signal.SIGSTOP)
+            yield pieces
+
+    monkeypatch.setattr(channel, "cut_into_slots", cut_and_stop)
+    assert np.count_nonzero(proxy.sevens() != 7) == 0
+    assert not copying
+    os.wait()
+
+
+def test_a_server_that_was_short_of_descriptors_ends_with_its_last_client(new_process: NewProcess) -> None:
+    client = new_process(attached=False)
+    pid = client.call(take_descriptors)
+    client.kill()
+    wait_until(lambda: not psutil.pid_exists(pid), "the server is gone")
+
+
+def take_descriptors(seat: Seat) -> int:
+    """Have a server short of descriptors for long enough that it notices; return its pid."""
+    seat.held.append(("short", proxy := MultiProcessShared(Sevens, tag="short", spawn_process=True).acquire()))
+    proxy.take_descriptors()
+    time.sleep(1.6)
+    proxy.give_descriptors()
+    return int(proxy.pid())
+
+
+class Raises(logging.Handler):
+    """A program's own log handler, whose server is away."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Raise."""
+        raise OSError("the log's server is away")
+
+
+def test_a_log_handler_that_raises_keeps_no_client_from_its_object(
+    runtime_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    MultiProcessShared(Sevens, tag="here").acquire()
+    accept, failed = sockets.accept, [True]
+
+    def fail_once(listener: Any) -> Any:
+        if failed:
+            failed.clear()
+            raise OSError(errno.EMFILE, "Too many open files")
+        return accept(listener)
+
+    monkeypatch.setattr(sockets, "accept", fail_once)
+    handler = Raises()
+    host.logger.addHandler(handler)
+    try:
+        pids: list[int] = []
+        for _ in range(2):
+            thread, outcome = in_thread(
+                lambda: MultiProcessShared(Sevens, tag="here", always_proxy=True).acquire().pid()
+            )
+            thread.join(DEADLINE_S)
+            pids += outcome
+        assert pids == [os.getpid()] * 2
+    finally:
+        host.logger.removeHandler(handler)
+        unload("here")
+
+
+def test_a_load_that_fails_ends_no_server_that_others_use(
+    new_manager: NewManager, new_process: NewProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manager, other = new_manager(), new_process()
+    loader = LoadsServer("fixed")
+    other.call(acquire, "model", loader)
+    pid = server_pid("fixed")
+    assert pid is not None
+
+    def interrupted(attempt: Any, value: Any, growth: Any) -> Any:
+        raise SystemExit(143)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(LoadAttempt, "_book_in", interrupted)
+        with pytest.raises(SystemExit):
+            manager.acquire_model("model", loader)
+    assert server_pid("fixed") == pid
+    assert served("fixed") is not None
+    other.call(release)
+
+
+@pytest.mark.parametrize("why", ["thread", "disk"])
+def test_a_host_that_could_not_be_started_is_no_second_object_later(
+    runtime_root: Path, new_process: NewProcess, monkeypatch: pytest.MonkeyPatch, why: str
+) -> None:
+    shared = MultiProcessShared(Sevens, tag="one")
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        if why == "thread":
+            refuse_threads(patched, "mpmm-host")
+        else:
+            patched.setattr(host, "write_record", full)
+        with pytest.raises((RuntimeError, OSError)):
+            shared.acquire()
+    assert shared.acquire().pid() == os.getpid()
+    assert new_process(attached=False).call(pid_behind, "one") == os.getpid()
+    unload("one")
+
+
+def pid_behind(seat: Seat, tag: str) -> int:
+    """Return the pid of the process that serves a tag to this one."""
+    return int(MultiProcessShared(Sevens, tag=tag, always_proxy=True).acquire().pid())
+
+
+def test_a_hard_delete_that_is_interrupted_leaves_the_tag_to_the_next(
+    runtime_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shared = MultiProcessShared(Sevens, tag="deleted")
+    shared.acquire()
+    unpublish = Host._unpublish
+
+    def interrupted(one: Host) -> None:
+        unpublish(one)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Host, "_unpublish", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            shared.unsafe_hard_delete()
+    watch = Stopwatch()
+    assert MultiProcessShared(Sevens, tag="deleted").acquire().pid() == os.getpid()
+    assert watch.calm_s() < 1.5
+    unload("deleted")
+
+
+def test_a_stopped_listener_whose_queue_is_full_is_waited_for_no_longer_than_asked(tmp_path: Path) -> None:
+    listener = sockets.listen(tmp_path, "s")
+    try:
+        for _ in range(sockets.BACKLOG + 5):
+            thread, outcome = in_thread(lambda: sockets.dial(tmp_path, "s", b"k" * 32, 0.02))
+            thread.join(DEADLINE_S)
+            assert isinstance(outcome[0], OSError)
+    finally:
+        listener.close()
+
+
+def test_a_server_is_ended_where_no_thread_is_to_be_had(runtime_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    MultiProcessShared(Sevens, tag="ended", spawn_process=True).acquire()
+    with monkeypatch.context() as patched:
+        refuse_threads(patched, "mpmm-end")
+        assert unload("ended", timeout_seconds=1)
+    assert server_pid("ended") is None
+
+
+def test_a_server_that_is_forked_after_its_order_was_given_up_reports_to_nobody(
+    runtime_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reports: list[Any] = []
+
+    def give_up(registry: Any, plan: Any, preparation: Any, report: Any, name: str) -> None:
+        reports.append(os.dup(report.fileno()))
+
+    monkeypatch.setattr(start_server, "order_server", give_up)
+    thread, outcome = in_thread(lambda: MultiProcessShared(Sevens, tag="late", spawn_process=True).acquire().pid())
+    wait_until(lambda: reports, "the order is given up")
+    # As the one says that is forked later, while the other one is still being made.
+    with pytest.raises(BrokenPipeError):
+        os.write(reports[0], b"x")
+    os.close(reports[0])
+    thread.join(DEADLINE_S)
+    assert outcome == [server_pid("late")]
+    assert find_host(registry_for(None), "late") is None
