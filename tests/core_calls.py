@@ -25,7 +25,7 @@ DEADLINE_NS = 2**62
 def is_built() -> bool:
     """Tell whether the core could be compiled where the package was installed."""
     try:
-        import mpmm.shared_state._core  # noqa: F401 (only whether it is there counts)
+        import mpmm.shared_state._core  # noqa: F401  # only whether it is there counts
     except ImportError:
         return False
     return True

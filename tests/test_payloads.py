@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from array import array as number_array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -447,6 +447,30 @@ def test_an_idle_arena_is_freed_on_both_sides_and_replaced_when_needed(
         wait_until(lambda: resident_shared_kb() == 0, "the shared buffer's memory is free")
         assert shared_buffers() == 1
         assert proxy.echo(3) == 3
+
+
+def test_a_payload_is_whole_although_its_sender_goes_before_it_was_copied(
+    pair: tuple[Channel, Channel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours, theirs = pair
+    gone = threading.Event()
+
+    def send_and_go() -> None:
+        ours.send(Message(NUMBERS.tobytes()))
+        ours.close()
+        gone.set()
+
+    def cut_late(buffers: Sequence[memoryview]) -> Iterator[list[memoryview]]:
+        yield from cut_into_slots(buffers)
+        if threading.current_thread() is not sender:
+            assert gone.wait(DEADLINE_S)
+
+    monkeypatch.setattr(channel, "cut_into_slots", cut_late)
+    sender = threading.Thread(target=send_and_go)
+    sender.start()
+    head, _ = theirs.receive()
+    assert bytes(head) == NUMBERS.tobytes()
+    sender.join(DEADLINE_S)
 
 
 def test_a_payload_is_cut_into_full_slots() -> None:

@@ -147,16 +147,18 @@ class Leader:
         self._suspender.end_overdue()
         if time.monotonic() >= self._poll_due:
             self._poll_due = time.monotonic() + self._namespace.settings.poll_interval
-            self._poll()
+            # Before the poll, which may have to wait for the lock.
             self._namespace.tables.wake_all_with_news()
+            self._poll()
             self._suspender.heed_host_memory()
 
     def _reap(self) -> None:
         """Take back what dead members had, and decide what becomes of it."""
         namespace = self._namespace
+        reaped = namespace.reap_dead_members()
         reaps = namespace.segment.words[Header.REAPS]
         # A newcomer takes it back, too, but decides nothing.
-        if namespace.reap_dead_members() or reaps != self._reaps_seen:
+        if reaped or reaps != self._reaps_seen:
             with namespace.transaction() as t:
                 self._scheduler.advance(t)
             self._reaps_seen = reaps

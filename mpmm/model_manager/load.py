@@ -9,6 +9,7 @@ import inspect
 import math
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 from mpmm.errors import (
@@ -268,12 +269,11 @@ class LoadAttempt:
         namespace = self._session.namespace
         if not isinstance(value, str) or not namespace.is_usable:
             return False
-        try:
+        # No row can have what is no text for it, and another thread may leave the namespace meanwhile.
+        with suppress(InvalidArgumentError, ValueError):
             handle = encode_text(value, Instance.HANDLE_BYTES, "handle")
-        except InvalidArgumentError:
-            # No row can have it.
-            return False
-        return bool(namespace.transitions.twins.of(handle, self._booking.row))
+            return bool(namespace.transitions.twins.of(handle, self._booking.row))
+        return False
 
     def _expect_not_given_up(self, resets: int, error: BaseException) -> None:
         """Raise LoadTimeoutError if the row was taken away, and not by a reset: nothing else takes it.

@@ -209,9 +209,19 @@ class _Server:
 
     def watch(self) -> None:
         """Heed signals, the end of the starter, and that of the last client; runs in a thread of its own."""
+        locks: list[AliveLock] = []
+        starter: Starter | None = None
+        next_probe = 0.0
         while True:
             try:
-                self._watch()
+                if not locks:
+                    starter = Starter(*self.plan.starter)
+                    locks = [AliveLock(path) for path in dict.fromkeys(self.plan.alive_locks)]
+                    next_probe = time.monotonic() + PROBE_INTERVAL_S
+                starter = self._heed(starter, next_probe)
+                if time.monotonic() >= next_probe:
+                    next_probe = time.monotonic() + PROBE_INTERVAL_S
+                    self._probe(locks)
             except Exception:
                 # Too few descriptors for a moment, say. Without this thread the server would outlive all its clients.
                 with suppress(Exception):
@@ -219,29 +229,28 @@ class _Server:
                     logger.exception(text, os.getpid(), self.tag)
                 time.sleep(PROBE_INTERVAL_S)
 
-    def _watch(self) -> NoReturn:
-        locks = [AliveLock(path) for path in dict.fromkeys(self.plan.alive_locks)]
-        starter: Starter | None = Starter(*self.plan.starter)
-        next_probe = time.monotonic() + PROBE_INTERVAL_S
-        while True:
-            waited_for = [self.signals.fd] if starter is None or starter.fd is None else [self.signals.fd, starter.fd]
-            ready = wait(waited_for, max(0.0, next_probe - time.monotonic()))
-            if self.signals.fd in ready:
-                self.signals.heed()
-            if starter is not None and (starter.fd in ready or starter.has_ended()):
-                starter.close()
-                self.output.turn_to_log(
-                    f"pid {os.getpid()}, which serves {self.tag!r}, writes its output here from now on: its starter, "
-                    f"pid {starter.pid}, has ended"
-                )
-                starter = None
-            if time.monotonic() >= next_probe:
-                if all(lock.is_free() for lock in locks):
-                    break
-                for lock in locks:
-                    lock.give_up()
-                self.output.bound()
-                next_probe = time.monotonic() + PROBE_INTERVAL_S
+    def _heed(self, starter: Starter | None, until: float) -> Starter | None:
+        """Heed signals and the end of the starter, which come before `until`; return the starter while it lives."""
+        waited_for = [self.signals.fd] if starter is None or starter.fd is None else [self.signals.fd, starter.fd]
+        ready = wait(waited_for, max(0.0, until - time.monotonic()))
+        if self.signals.fd in ready:
+            self.signals.heed()
+        if starter is None or not (starter.fd in ready or starter.has_ended()):
+            return starter
+        starter.close()
+        self.output.turn_to_log(
+            f"pid {os.getpid()}, which serves {self.tag!r}, writes its output here from now on: its starter, "
+            f"pid {starter.pid}, has ended"
+        )
+        return None
+
+    def _probe(self, locks: list[AliveLock]) -> None:
+        """End the process if no client is left."""
+        if not all(lock.is_free() for lock in locks):
+            for lock in locks:
+                lock.give_up()
+            self.output.bound()
+            return
         if self.life is None:
             # Code of the user's, his main module, may never come to an end.
             os._exit(1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import multiprocessing
 import os
 from collections.abc import Iterator
@@ -83,29 +84,22 @@ def _begin(
     registry: ServerRegistry, plan: ServerPlan, preparation: dict[str, Any], name: str
 ) -> tuple[mp_process.BaseProcess, Connection]:
     """Start the process, forked where that can be had, and return it, and the end of a pipe on which it reports."""
+    pipe = functools.partial(multiprocessing.get_context("spawn").Pipe, duplex=False)
     call_once_at_exit(disown_servers, DISOWN_PRIORITY)
-    for begin in (order_server, _spawned):
-        # One for each attempt: a server that is forked although the order was given up would report to the other one's.
-        reader, writer = multiprocessing.get_context("spawn").Pipe(duplex=False)
-        try:
-            with writer:
-                server = begin(registry, plan, preparation, writer, name)
-                if server is not None:
-                    with _starting, _allowed_to_have_children():
-                        server.start()
-                        _started.add(server)
-                    return server, reader
-            reader.close()
-        except BaseException:
-            reader.close()
-            raise
-    raise AssertionError("a spawn is always possible")
-
-
-def _spawned(
-    registry: ServerRegistry, plan: ServerPlan, preparation: dict[str, Any], report: Connection, name: str
-) -> mp_process.BaseProcess:
-    return SpawnedServer(name, plan, preparation, report)
+    with contextlib.ExitStack() as ends:
+        reader, writer = map(ends.enter_context, pipe())
+        server: mp_process.BaseProcess | None = order_server(registry, plan, preparation, writer, name)
+        if server is None:
+            # With a pipe of its own: one that is forked although the order was given up would report to the other's.
+            ends.close()
+            reader, writer = map(ends.enter_context, pipe())
+            server = SpawnedServer(name, plan, preparation, writer)
+        with _starting, _allowed_to_have_children():
+            server.start()
+            _started.add(server)
+        ends.pop_all()
+        writer.close()
+    return server, reader
 
 
 @contextlib.contextmanager

@@ -199,7 +199,9 @@ class Channel:
             filled -= 1
             if number + SLOTS <= last:
                 self._socket.sendall(EMPTIED)
-        self._socket.sendall(READ)
+        # All is here, also from a side that has gone since; the next message finds that out.
+        with suppress(OSError):
+            self._socket.sendall(READ)
 
     def _offer_shared_buffer(self) -> bool:
         """Make a shared buffer and hand it over; return whether both sides have it. A refusal is for good."""
