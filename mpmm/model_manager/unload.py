@@ -127,7 +127,7 @@ class Unloads:
 
     @contextlib.contextmanager
     def _reporting_trouble(self) -> Iterator[None]:
-        """Log what goes wrong in a thread that unloads; the background thread looks again what is left."""
+        """Log what goes wrong in a thread that unloads; the background thread looks again at what is left."""
         try:
             with self._namespace.lock.patient_here():
                 yield
