@@ -16,17 +16,22 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
-from harness import NewManager, NewProcess, Seat, acquire, in_thread, release, wait_until
+from harness import NewManager, NewProcess, Seat, acquire, copies_of, in_thread, release, wait_until
 from loaders import LoadsServer, served
 from patience import DEADLINE_S, Stopwatch
 
+from mpmm.errors import ServerStartError
 from mpmm.model_manager.load import LoadAttempt
 from mpmm.multi_process_shared import MultiProcessShared, host, server_pid, start_server, unload
+from mpmm.multi_process_shared.context import server_context
 from mpmm.multi_process_shared.host import Host
 from mpmm.multi_process_shared.hosted import find_host
 from mpmm.multi_process_shared.registry import registry_for
 from mpmm.multi_process_shared.rpc import channel, sockets
 from mpmm.multi_process_shared.rpc.shared_buffer import cut_into_slots
+from mpmm.shared_state import transaction
+from mpmm.shared_state.layout import Header
+from mpmm.shared_state.namespace import Namespace
 
 
 class Sevens:
@@ -166,6 +171,48 @@ def test_a_load_that_fails_ends_no_server_that_others_use(
 
 
 @pytest.mark.parametrize("why", ["thread", "disk"])
+def hold_the_lock(seat: Seat, seconds: float) -> None:
+    """Be inside a transaction for so long, as a process is that is stopped there."""
+    with seat.manager._connected().namespace.transaction():
+        time.sleep(seconds)
+
+
+@pytest.mark.parametrize("ends", [False, True])
+def test_a_server_that_finds_the_lock_taken_after_it_has_joined_waits_for_it_or_leaves(
+    namespace: str, new_manager: NewManager, new_process: NewProcess, monkeypatch: pytest.MonkeyPatch, ends: bool
+) -> None:
+    manager, other = new_manager(lock_timeout_seconds=0.2), new_process(lock_timeout_seconds=0.2)
+    join, members = Namespace.join, []
+    if not ends:
+        monkeypatch.setattr(transaction, "PATIENT_S", 0.3)
+
+    def join_before_the_lock_is_taken(*args: Any, **kwargs: Any) -> Namespace:
+        members.append(join(*args, **kwargs))
+        other.send(hold_the_lock, 1.0)
+        words = members[0].segment.words
+        wait_until(lambda: words[Header.LOCK_HOLDER] == other.pid and words[Header.CHANGE] % 2, "the lock is taken")
+        return members[0]
+
+    def load() -> str:
+        duty = server_context.get()[-1].on_start
+        assert duty is not None
+        with monkeypatch.context() as patched:
+            patched.setattr(Namespace, "join", join_before_the_lock_is_taken)
+            duty("a server")
+        return "handle"
+
+    if ends:
+        with manager.model("a", load):
+            [copy] = copies_of(namespace, "a")
+            assert copy.server == members[0].slot
+        members[0].leave()
+    else:
+        with pytest.raises(ServerStartError, match="cannot join its namespace: the lock"):
+            manager.acquire_model("a", load)
+        assert not members[0].is_usable
+    other.result()
+
+
 def test_a_host_that_could_not_be_started_is_no_second_object_later(
     runtime_root: Path, new_process: NewProcess, monkeypatch: pytest.MonkeyPatch, why: str
 ) -> None:

@@ -36,24 +36,38 @@ class ServerDuty:
         Raises ServerStartError when the load is over: then no process would use the server.
         """
         try:
-            namespace = Namespace.join(self.name, root=Path(self.root), kind=Member.SERVER, label=tag, must_exist=True)
+            namespace = self._join(tag)
+            if namespace is not None:
+                self._link(namespace, tag)
+                place_for_good(self.placement)
         except LockTimeoutError as error:
             # Unknown to the namespace, it would live on if its loader died now.
             raise ServerStartError(f"the server of {tag!r} cannot join its namespace: {error}", tag=tag) from error
+        return namespace
+
+    def _join(self, tag: str) -> Namespace | None:
+        try:
+            return Namespace.join(self.name, root=Path(self.root), kind=Member.SERVER, label=tag, must_exist=True)
+        except LockTimeoutError:
+            raise
         except (FileNotFoundError, MpmmError) as error:
             _LOG.warning("mpmm: the server of %s cannot join its namespace: %s", tag, error)
             return None
+
+    def _link(self, namespace: Namespace, tag: str) -> None:
+        """Tie this process to the copy, or leave. Raises ServerStartError if nobody loads it any more."""
         instance = namespace.tables.instances[self.row]
-        with namespace.transaction() as t:
-            wanted = instance.state == Instance.LOADING and instance.generation == self.generation
-            if wanted:
+        try:
+            # The load was decided, and has a process by now: a lock that is taken for seconds is no reason to give up.
+            with namespace.lock.patient_here(), namespace.transaction() as t:
+                if instance.state != Instance.LOADING or instance.generation != self.generation:
+                    # Its loader died or was reset meanwhile. No row would ever name this server, so it would live for
+                    # ever.
+                    raise ServerStartError(f"the load for which the server of {tag!r} was started is over", tag=tag)
                 namespace.transitions.loads.link_server(t, self.row, namespace.slot)
-        if not wanted:
-            # Its loader died or was reset meanwhile. No row would ever name this server, so it would live for ever.
+        except BaseException:
             namespace.leave()
-            raise ServerStartError(f"the load for which the server of {tag!r} was started is over", tag=tag)
-        place_for_good(self.placement)
-        return namespace
+            raise
 
 
 @dataclass(frozen=True)
