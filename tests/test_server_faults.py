@@ -170,7 +170,6 @@ def test_a_load_that_fails_ends_no_server_that_others_use(
     other.call(release)
 
 
-@pytest.mark.parametrize("why", ["thread", "disk"])
 def hold_the_lock(seat: Seat, seconds: float) -> None:
     """Be inside a transaction for so long, as a process is that is stopped there."""
     with seat.manager._connected().namespace.transaction():
@@ -194,11 +193,11 @@ def test_a_server_that_finds_the_lock_taken_after_it_has_joined_waits_for_it_or_
         return members[0]
 
     def load() -> str:
-        duty = server_context.get()[-1].on_start
-        assert duty is not None
+        on_start = server_context.get()[-1].on_start
+        assert on_start is not None
         with monkeypatch.context() as patched:
             patched.setattr(Namespace, "join", join_before_the_lock_is_taken)
-            duty("a server")
+            on_start("a server")
         return "handle"
 
     if ends:
@@ -213,6 +212,7 @@ def test_a_server_that_finds_the_lock_taken_after_it_has_joined_waits_for_it_or_
     other.result()
 
 
+@pytest.mark.parametrize("why", ["thread", "disk"])
 def test_a_host_that_could_not_be_started_is_no_second_object_later(
     runtime_root: Path, new_process: NewProcess, monkeypatch: pytest.MonkeyPatch, why: str
 ) -> None:
