@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -29,6 +30,7 @@ from harness import (
     waiting,
 )
 from loaders import Loads, LoadsObject
+from patience import Stopwatch
 
 from mpmm.cli import main
 from mpmm.errors import (
@@ -238,13 +240,17 @@ def test_a_stream_of_small_leases_does_not_starve_a_large_one(namespace: str, ne
     large.send(reserve, 800, "large")
     wait_until(lambda: waiting(namespace, "large"), "the large lease waits")
     holder, other = first, second
-    for number in range(50):
+    watch = Stopwatch()
+    for number in itertools.count():
         other.send(reserve, 450, f"small-{number}")
         wait_until(lambda: other.has_result() or waiting(namespace, f"small-{number}"), "it is decided")  # noqa: B023  # used at once
         holder.call(give_back)
         wait_until(lambda: other.has_result() or large.has_result(), "one of them goes on")  # noqa: B023  # used at once
         if large.has_result():
             break
+        assert watch.left_s(5.0), (
+            f"{number} small leases went before the large one, which has waited for 0.2 s long since"
+        )
         other.result()
         holder, other = other, holder
     large.result()

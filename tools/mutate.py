@@ -47,7 +47,7 @@ PARTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("mpmm/scheduling/*.py",),
         (
             *("test_without_a_plan", "test_hand_overs", "test_copies", "test_fairness", "test_devices", "test_manager"),
-            "test_manager_errors",
+            *("test_manager_errors", "test_left_asleep", "test_load_ahead", "test_users", "test_priority"),
         ),
     ),
     "shared_state": (
@@ -55,7 +55,7 @@ PARTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         (
             *("test_durations", "test_namespace", "test_accounting", "test_full_tables", "test_bounded_work"),
             *("test_copies", "test_leases", "test_model_of_promises", "test_deaths", "test_stopped_processes"),
-            *("test_crash_points", "test_call_crash_points"),
+            *("test_left_asleep", "test_crash_points", "test_call_crash_points"),
         ),
     ),
     "sources": (
@@ -73,7 +73,7 @@ PARTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ),
         (
             *("test_payloads", "test_shared_calls", "test_shared_unloads", "test_multi_process_shared", "test_zygote"),
-            "test_servers",
+            *("test_servers", "test_server_faults"),
         ),
     ),
     "estimator": (

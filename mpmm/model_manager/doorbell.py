@@ -20,6 +20,11 @@ class Doorbell:
         """Return a number that changes when others ring."""
         return self._bell.seen()
 
+    @property
+    def word(self) -> int:
+        """Return the index of the word in the segment."""
+        return self._bell.word
+
     def wait(self, seen: int, timeout_s: float) -> None:
         """Sleep until somebody rings, or `ring` is called; not at all if `rung` is no longer what was seen."""
         self._bell.wait(seen, timeout_s)

@@ -217,6 +217,8 @@ typedef struct {
     int64_t crowded;        /* for so many turns it expects others */
     uint64_t logged;        /* entries in the undo log of the open transaction */
     unsigned long long done; /* transactions made here */
+    uint64_t asleep, sleeps; /* threads that are in `await_answer` now; how often one has come there */
+    uint64_t bell;           /* word whose sleeper is woken once one of them leaves it; 0 for none */
 #define MEMBER(name) PyObject *name;
     ATTRIBUTES(MEMBER)
 #undef MEMBER
@@ -1388,6 +1390,8 @@ static PyObject *await_answer(PyObject *self, PyObject *const *args, Py_ssize_t 
         return NULL;
     }
     uint64_t ticket = ticket_at(core, row), state = at->is_waiting;
+    core->asleep++;
+    core->sleeps++;
     while (core->words != NULL) {
         /* The signal before the state: whoever answers stores them in the other order. */
         uint64_t seen = load(core, ticket + at->ticket_signal);
@@ -1417,7 +1421,91 @@ static PyObject *await_answer(PyObject *self, PyObject *const *args, Py_ssize_t 
             break;
         }
     }
+    core->asleep--;
+    if (core->bell && core->words != NULL) {
+        wake(core, core->bell, 1);
+    }
+    core->bell = 0;
     return PyLong_FromUnsignedLongLong(state);
+}
+
+PyDoc_STRVAR(wake_after_sleep_doc,
+             "wake_after_sleep(bell, calls, sleeps)\n\n"
+             "Have the sleeper of a word woken as soon as a thread leaves `await_answer`, in whichever way, before it\n"
+             "runs Python again. False, with nothing changed, if fewer than so many threads are there, or if one has\n"
+             "come there since there had been so many `sleeps`.");
+
+static PyObject *wake_after_sleep(PyObject *self, PyObject *const *args, Py_ssize_t count) {
+    Core *core = (Core *)self;
+    uint64_t bell, calls, sleeps;
+    if (count != 3 || !as_word(args[0], &bell) || !as_word(args[1], &calls) || !as_word(args[2], &sleeps) ||
+        bell >= core->count) {
+        PyErr_SetString(PyExc_TypeError, "wake_after_sleep: expected a word of the segment and two numbers");
+        return NULL;
+    }
+    if (core->asleep < calls || core->sleeps != sleeps) {
+        Py_RETURN_FALSE;
+    }
+    core->bell = bell;
+    Py_RETURN_TRUE;
+}
+
+PyDoc_STRVAR(doze_doc,
+             "doze(bell, seen, until, tick, fd, late, times)\n\n"
+             "Sleep until a word is no longer `seen`, somebody wakes its sleepers, or that time (monotonic, ns). Every\n"
+             "`tick` ns look whether the lock of an open file is free, or one of the words that are `times` is over\n"
+             "`late` ns old: then return True, else False. Without the lock. A look takes so much less than Python's\n"
+             "that a process which looks for the leader's death can afford to do so.");
+
+#define MOST_TIMES 64
+
+static bool is_amiss(Core *core, int fd, uint64_t now, uint64_t late, const uint64_t *times, Py_ssize_t count) {
+    for (Py_ssize_t i = 0; i < count; i++) {
+        uint64_t time = load(core, times[i]);
+        if (time < now && now - time > late) {
+            return true;
+        }
+    }
+    if (flock(fd, LOCK_EX | LOCK_NB)) {
+        return errno != EWOULDBLOCK;
+    }
+    /* Python takes it, and is told then what there is to say against it. */
+    flock(fd, LOCK_UN);
+    return true;
+}
+
+static PyObject *doze(PyObject *self, PyObject *const *args, Py_ssize_t count) {
+    Core *core = (Core *)self;
+    uint64_t bell, seen, until, tick, fd, late, times[MOST_TIMES];
+    if (count != 7 || !as_word(args[0], &bell) || !as_word(args[1], &seen) || !as_word(args[2], &until) ||
+        !as_word(args[3], &tick) || !as_word(args[4], &fd) || !as_word(args[5], &late) || bell >= core->count ||
+        fd > INT32_MAX || !tick || !PyTuple_CheckExact(args[6]) || PyTuple_GET_SIZE(args[6]) > MOST_TIMES) {
+        PyErr_SetString(PyExc_TypeError, "doze: expected a word of the segment, five numbers and a tuple of words");
+        return NULL;
+    }
+    Py_ssize_t watched = PyTuple_GET_SIZE(args[6]);
+    for (Py_ssize_t i = 0; i < watched; i++) {
+        if (!as_word(PyTuple_GET_ITEM(args[6], i), &times[i]) || times[i] >= core->count) {
+            PyErr_SetString(PyExc_TypeError, "doze: expected words of the segment");
+            return NULL;
+        }
+    }
+    uint64_t now = now_ns(), next = tick < UINT64_MAX - now ? now + tick : UINT64_MAX;
+    while (core->words != NULL && load(core, bell) == seen && now < until) {
+        uint64_t end = until < next ? until : next;
+        bool goes_on = sleep_on(core, bell, seen, end - now);
+        now = now_ns();
+        if (!goes_on || now < end) {
+            break;
+        }
+        if (now >= next) {
+            if (is_amiss(core, (int)fd, now, late, times, watched)) {
+                Py_RETURN_TRUE;
+            }
+            next = now + tick;
+        }
+    }
+    Py_RETURN_FALSE;
 }
 
 PyDoc_STRVAR(take_granted_doc,
@@ -1644,11 +1732,17 @@ static PyObject *core_done(PyObject *self, void *Py_UNUSED(unused)) {
     return PyLong_FromUnsignedLongLong(((Core *)self)->done);
 }
 
+static PyObject *core_sleeps(PyObject *self, void *Py_UNUSED(unused)) {
+    return PyLong_FromUnsignedLongLong(((Core *)self)->sleeps);
+}
+
 static PyMethodDef core_methods[] = {
     {"take_idle", (PyCFunction)(void (*)(void))take_idle, METH_FASTCALL, take_idle_doc},
     {"release", (PyCFunction)(void (*)(void))release, METH_FASTCALL, release_doc},
     {"queue", (PyCFunction)(void (*)(void))queue, METH_FASTCALL, queue_doc},
     {"await_answer", (PyCFunction)(void (*)(void))await_answer, METH_FASTCALL, await_answer_doc},
+    {"wake_after_sleep", (PyCFunction)(void (*)(void))wake_after_sleep, METH_FASTCALL, wake_after_sleep_doc},
+    {"doze", (PyCFunction)(void (*)(void))doze, METH_FASTCALL, doze_doc},
     {"take_granted", (PyCFunction)(void (*)(void))take_granted, METH_FASTCALL, take_granted_doc},
     {"close", core_close, METH_NOARGS, close_doc},
     {NULL, NULL, 0, NULL},
@@ -1656,6 +1750,7 @@ static PyMethodDef core_methods[] = {
 
 static PyGetSetDef core_attributes[] = {
     {"done", core_done, NULL, "How many transactions were made here, and not by Python.", NULL},
+    {"sleeps", core_sleeps, NULL, "How often a thread has come to sleep in `await_answer`.", NULL},
     {NULL, NULL, NULL, NULL, NULL},
 };
 

@@ -12,7 +12,12 @@ from collections.abc import Iterable
 from mpmm.shared_state.layout import Device, Header
 from mpmm.shared_state.tables import Tables
 
-__all__ = ["claim_late_looks", "claim_late_polls"]
+__all__ = ["claim_late_looks", "claim_late_polls", "times_of_polls"]
+
+
+def times_of_polls(tables: Tables, devices: Iterable[int]) -> tuple[int, ...]:
+    """Return the words in which it stands when the last poll was, and the last look at each of these devices (rows)."""
+    return tuple(tried for tried, _ in _poll_places(tables, devices))
 
 
 def claim_late_polls(tables: Tables, devices: Iterable[int], late_ns: int, claim_lasts_ns: int) -> bool:
@@ -21,8 +26,7 @@ def claim_late_polls(tables: Tables, devices: Iterable[int], late_ns: int, claim
 
     late_ns: what is too long. claim_lasts_ns: for so long another one's claim counts; then it may have died.
     """
-    places = [(Header.POLLED, Header.POLL_CLAIMED), *_places(tables, devices)]
-    return _claim(tables, places, late_ns, claim_lasts_ns)
+    return _claim(tables, _poll_places(tables, devices), late_ns, claim_lasts_ns)
 
 
 def claim_late_looks(tables: Tables, devices: Iterable[int], late_ns: int, claim_lasts_ns: int) -> bool:
@@ -31,6 +35,10 @@ def claim_late_looks(tables: Tables, devices: Iterable[int], late_ns: int, claim
     late_ns, claim_lasts_ns: as above.
     """
     return _claim(tables, _places(tables, devices), late_ns, claim_lasts_ns)
+
+
+def _poll_places(tables: Tables, devices: Iterable[int]) -> list[tuple[int, int]]:
+    return [(Header.POLLED, Header.POLL_CLAIMED), *_places(tables, devices)]
 
 
 def _places(tables: Tables, devices: Iterable[int]) -> list[tuple[int, int]]:

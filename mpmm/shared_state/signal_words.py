@@ -9,18 +9,21 @@ __all__ = ["Signal"]
 
 
 class Signal:
-    """One such word. Who has news changes it in a transaction, and wakes the sleeper once that is committed."""
+    """One such word. Who has news changes it in a transaction, and wakes the sleeper once that is committed.
 
-    __slots__ = ("_word", "_words", "address")
+    word: its index in the segment. address: where it is mapped.
+    """
+
+    __slots__ = ("_words", "address", "word")
 
     def __init__(self, segment: Segment, word: int) -> None:
         self._words = segment.words
-        self._word = word
+        self.word = word
         self.address = segment.address + 8 * word
 
     def seen(self) -> int:
         """Return a number that changes with each news; without the lock. Raises ValueError if it is unmapped."""
-        return self._words[self._word]
+        return self._words[self.word]
 
     def wait(self, seen: int, timeout_s: float) -> None:
         """Sleep until there are news, or `wake` is called; not at all if `seen` is not what stands there any more."""
