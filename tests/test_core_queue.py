@@ -7,20 +7,24 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 from core_calls import DEADLINE_NS, Caller, built, place_of
 from crash_lab import Lab
 from harness import wait_until
+from patience import DEADLINE_S
 
 from mpmm.model_manager.operations import Operation
 from mpmm.policy.view import Reason
 from mpmm.scheduling import CALLED_UP_FOR_NS
 from mpmm.shared_state.core import HANDED_OVER
 from mpmm.shared_state.events import Cause
+from mpmm.shared_state.futex import _SYSCALL as FUTEX_CALL
 from mpmm.shared_state.futex import wake_one
 from mpmm.shared_state.layout import Header, Instance, Model, Ticket
+from mpmm.shared_state.lock_file import LockFile
 from mpmm.shared_state.settings import SETTINGS
 from mpmm.shared_state.transaction import CROWDED_TURNS, float_bits
 
@@ -187,4 +191,103 @@ def test_it_sleeps_until_the_lock_is_free(lab: Lab) -> None:
         thread.join()
     # It expects others from now on.
     assert place.lock._crowded_turns == CROWDED_TURNS
+    place.lock.close()
+
+
+class Dozer(threading.Thread):
+    """Sleeps in the core on a word, and looks after the lock of a file and the words that are times."""
+
+    def __init__(
+        self, core: Any, word: int, seen: int, fd: int, times: tuple[int, ...] = (), late_s: float = 60
+    ) -> None:
+        super().__init__()
+        self.result: bool | None = None
+        self._arguments = (word, seen, DEADLINE_NS, 10**6, fd, int(late_s * 1e9), times)
+        self._core = core
+        self.start()
+
+    def run(self) -> None:
+        self.result = self._core.doze(*self._arguments)
+
+
+@pytest.fixture
+def lead(tmp_path: Path) -> Iterator[tuple[LockFile, LockFile]]:
+    """The lock of a leader, who has it, and the file as a deputy has opened it."""
+    leader, deputy = LockFile(tmp_path / "leader.lock"), LockFile(tmp_path / "leader.lock")
+    assert leader.try_exclusive()
+    yield leader, deputy
+    leader.close()
+    deputy.close()
+
+
+@built
+@pytest.mark.parametrize("what", ["the leader ends", "a poll is late", "a ring", "a wake-up", "closed"])
+def test_a_background_thread_dozes_until_there_is_something_to_do(
+    lab: Lab, lead: tuple[LockFile, LockFile], what: str
+) -> None:
+    place, core = place_of(lab.segment)
+    bell, now = lab.namespace.tables.bell(lab.namespace.slot), time.monotonic_ns()
+    lab.words[Header.POLLED] = now + (0 if what == "a poll is late" else 10**15)
+    dozer = Dozer(core, bell.word, bell.seen(), lead[1].fd, (Header.POLLED,), late_s=0.05)
+    dozer.join(0.02)
+    assert dozer.is_alive(), "there is a leader, and its poll is not late"
+    if what == "the leader ends":
+        lead[0].close()
+    elif what == "a ring":
+        lab.words[bell.word] += 1
+    elif what == "closed":
+        core.close()
+    while dozer.is_alive():
+        if what in ("a ring", "a wake-up", "closed"):
+            # Again and again, because one that does not sleep yet misses it.
+            bell.wake()
+        dozer.join(0.01)
+    assert dozer.result is (what in ("the leader ends", "a poll is late"))
+    if what == "the leader ends":
+        assert lead[0].fd < 0
+        assert LockFile(lead[1].path).try_exclusive(), "it has only looked"
+    place.lock.close()
+
+
+@built
+def test_whoever_leaves_its_sleep_wakes_the_thread_that_rests_meanwhile(
+    lab: Lab, lead: tuple[LockFile, LockFile]
+) -> None:
+    caller = Caller(lab, lab.active("a", b"h"))
+    place, core = place_of(lab.segment)
+    bell = lab.namespace.tables.bell(lab.namespace.slot)
+    assert not core.wake_after_sleep(bell.word, 1, core.sleeps), "nobody sleeps"
+    before, ticket = core.sleeps, lab.ticket("a")
+    sleeper = Sleeper(core, ticket)
+    wait_until(lambda: core.sleeps > before, "it sleeps")
+    assert not core.wake_after_sleep(bell.word, 1, before), "it has come since"
+    assert not core.wake_after_sleep(bell.word, 2, core.sleeps), "another call is awake"
+    assert core.wake_after_sleep(bell.word, 1, core.sleeps)
+    dozer = Dozer(core, bell.word, bell.seen(), lead[1].fd)
+    wait_until(lambda: sleeps_on_a_futex(dozer), "it dozes")
+    assert caller.release(place, core) == HANDED_OVER
+    sleeper.join()
+    dozer.join(DEADLINE_S)
+    assert dozer.result is False
+    place.lock.close()
+
+
+def sleeps_on_a_futex(thread: threading.Thread) -> bool:
+    """Tell whether a thread is in the system call of that name."""
+    number = Path(f"/proc/self/task/{thread.native_id}/syscall").read_text().split()[0]
+    return number == str(FUTEX_CALL)
+
+
+@built
+def test_what_leads_out_of_the_segment_is_refused(lab: Lab, lead: tuple[LockFile, LockFile]) -> None:
+    place, core = place_of(lab.segment)
+    words, fd = lab.segment.layout.words, lead[1].fd
+    good = [0, lab.words[0], time.monotonic_ns() + 10**6, 10**6, fd, 10**9, (0,)]
+    assert core.doze(*good) is False
+    for at, value in ((0, words), (0, -1), (3, 0), (4, 2**31), (6, (words,)), (6, [0]), (6, (0,) * 65), (6, ("",))):
+        with pytest.raises(TypeError, match="doze: expected"):
+            core.doze(*good[:at], value, *good[at + 1 :])
+    for arguments in ((words, 0, 0), (-1, 0, 0), (0, 0)):
+        with pytest.raises(TypeError, match="wake_after_sleep: expected"):
+            core.wake_after_sleep(*arguments)
     place.lock.close()
