@@ -147,7 +147,9 @@ class Attachment:
         Raises ClosedError, and what `Namespace.join` raises.
         """
         session = self.session
-        if session is not None and not self.closed and session.namespace.is_usable and not _is_left_behind(session):
+        is_open = session is not None and not self.closed and session.namespace.is_usable
+        # First `is_guest`, because `is_left_behind` is a call, which every acquire and release would pay for.
+        if session is not None and is_open and (not session.is_guest or not session.is_left_behind):
             return session
         if self.closed:
             raise ClosedError("the model manager was shut down")
@@ -155,7 +157,7 @@ class Attachment:
             key = (self.root, self.name)
             _end_interrupted_join(key)
             session = _sessions.get(key)
-            if session is not None and session.namespace.is_usable and _is_left_behind(session):
+            if session is not None and session.namespace.is_usable and session.is_left_behind:
                 session.close()
             if session is None or not session.namespace.is_usable:
                 made = _joining[key] = []
@@ -343,11 +345,6 @@ def _make_monitor(namespace: Namespace, told: JoinsWith) -> GPUMonitor:
         if told.devices is not None:
             source = SelectedDevices(source, told.devices)
     return GPUMonitor(settings.fallback_memory_mb, settings.poll_interval, settings.peak_window_seconds, source=source)
-
-
-def _is_left_behind(session: Session) -> bool:
-    """Tell whether the last worker has left and removed the namespace of this manager, which is inside a server."""
-    return session.namespace.kind == Member.GUEST and session.namespace.is_removed
 
 
 def _shut_down_in_thread(target: Callable[[], None]) -> None:

@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any
 
 from mpmm import multi_process_shared
-from mpmm.model_manager.operations import Held, LoadedInstance, Operation
+from mpmm.model_manager.operations import Held, LoadedInstance, Operation, key_of
 from mpmm.model_manager.tenure import Tenure, Tenures
 from mpmm.scheduling import Scheduler
 from mpmm.shared_state.core import HANDED_OVER, KEEP, KEEP_AND_CALL_UP, KEPT, TO_NEXT
@@ -181,7 +181,7 @@ class HeldInstances:
         operation.gives_back = False
         operation.held = held = (copy, uses)
         self.holds[at] = held
-        self._held_at[_key(copy.value)] = at
+        self._held_at[copy.key] = at
 
     def take_granted(self, row: int, tag: str, operation: Operation) -> LoadedInstance | None:
         """Note that this process holds what its ticket `row` was granted, and return it; without the lock.
@@ -322,7 +322,7 @@ class HeldInstances:
         operation.held, operation.gives_back = held, True
         found = self.holds.pop(at, None)
         if found is held:
-            self._held_at.pop(_key(copy.value), None)
+            self._held_at.pop(copy.key, None)
             return True
         operation.held, operation.gives_back = None, False
         if found is not None:
@@ -331,12 +331,12 @@ class HeldInstances:
         return False
 
     def _find_held(self, value: Any, tag: str) -> Held | None:
-        key = _key(value)
+        key = key_of(value)
         at = self._held_at.get(key)
         held = None if at is None else self.holds.get(at)
-        if held is not None and held[0].tag == tag and _key(held[0].value) == key:
+        if held is not None and held[0].tag == tag and held[0].key == key:
             return held
-        found = [held for held in list(self.holds.values()) if _key(held[0].value) == key]
+        found = [held for held in list(self.holds.values()) if held[0].key == key]
         return next((held for held in reversed(found) if held[0].tag == tag), found[-1] if found else None)
 
     def put_back(self, held: Held) -> None:
@@ -406,9 +406,3 @@ class HeldInstances:
 def server_pid_of(value: Any) -> int | None:
     """Return the pid of the process behind a handle; None for an object, or a handle without a server."""
     return multi_process_shared.server_pid(value) if isinstance(value, str) else None
-
-
-def _key(value: Any) -> Hashable:
-    # The text of a handle of a class of its own, so that no code of such a class runs where keys are compared: the
-    # compiled core does that with the lock held.
-    return str.__str__(value) if isinstance(value, str) else id(value)

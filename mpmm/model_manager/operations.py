@@ -17,21 +17,36 @@ from __future__ import annotations
 import sys
 import threading
 import weakref
-from dataclasses import dataclass
+from collections.abc import Hashable
+from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
 
-__all__ = ["Held", "LoadedInstance", "Operation", "ended_calls"]
+__all__ = ["Held", "LoadedInstance", "Operation", "ended_calls", "key_of"]
 
 
 @dataclass(frozen=True)
 class LoadedInstance:
-    """A copy of a model as this process knows it: its row, and the row's generation to tell it from later ones."""
+    """A copy of a model as this process knows it: its row, and the row's generation to tell it from later ones.
+
+    key: by what its value is told from others, see `key_of`.
+    """
 
     row: int
     generation: int
     tag: str
     value: Any
+    key: Hashable = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "key", key_of(self.value))
+
+
+def key_of(value: Any) -> Hashable:
+    """Return by what a copy is told from others: by the text of its handle, and an object by its identity."""
+    # The text of a handle of a class of its own, so that no code of such a class runs where keys are compared: the
+    # compiled core does that with the lock held.
+    return str.__str__(value) if isinstance(value, str) else id(value)
 
 
 # One hold of a copy, and which use of the copy it is; told by identity from earlier and later holds of the same copy.

@@ -46,7 +46,7 @@ from mpmm.model_manager.thread_holds import ThreadHolds
 from mpmm.model_manager.unload import UNLOAD_LOOK_S, Unloads, collect_garbage, unload_object
 from mpmm.model_manager.waits import WARN_AFTER_S
 from mpmm.scheduling import Scheduler
-from mpmm.shared_state.layout import Ticket
+from mpmm.shared_state.layout import Member, Ticket
 from mpmm.shared_state.namespace import Namespace
 from mpmm.sources import MemorySource
 from mpmm.thread_locks import new_rlock
@@ -104,6 +104,8 @@ class Session:
         estimates_file: NamespaceEstimates | None = None,
     ) -> None:
         self.namespace = namespace
+        # A manager inside a model server.
+        self.is_guest = namespace.kind == Member.GUEST
         self.estimates_file = estimates_file
         self.monitor = monitor
         self.warn_after_s: tuple[float, ...] = WARN_AFTER_S
@@ -149,6 +151,11 @@ class Session:
     def managers(self) -> int:
         """How many managers share this."""
         return len(self.manager_ids)
+
+    @property
+    def is_left_behind(self) -> bool:
+        """Tell whether the last worker has left and removed the namespace of this manager, which is inside a server."""
+        return self.is_guest and self.namespace.is_removed
 
     @property
     def source(self) -> MemorySource:
