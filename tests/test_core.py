@@ -293,6 +293,58 @@ def test_where_a_wait_is_sooner_than_a_load_it_stores_the_words_that_python_stor
         pretend(0)
 
 
+@built
+@pytest.mark.parametrize("reason", [Reason.MEMORY, Reason.IN_USE, Reason.UNLOADING, Reason.RETURNING, Reason.LEASED])
+@pytest.mark.parametrize("others", [False, True])
+def test_behind_one_that_waits_for_memory_it_stores_the_words_that_python_stores(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch, reason: Reason, others: bool
+) -> None:
+    monkeypatch.setattr(time, "monotonic_ns", lambda: FROZEN_NS)
+    pretend(FROZEN_NS)
+    try:
+        row = lab.active("a", b"h")
+        head = lab.tables.ticket(lab.ticket("a"))
+        if others:
+            lab.ticket("b")
+        twins = Twins(lab)
+
+        def queues() -> bool:
+            """Tell whether it queues as Python does; take it out of the queue again."""
+            before = twins.queued
+            ticket = twins.queue("a")
+            if ticket >= 0:
+                assert lab.tables.tickets[ticket].reason == Reason.BEHIND
+                lab.do(partial(leave_queue, ticket))
+            return twins.queued > before
+
+        lab.words[head + Ticket.REASON] = reason
+        assert not queues(), "it is not the head"
+        lab.words[head + Ticket.HEAD_OF_LINE_AT] = FROZEN_NS
+        known = reason != Reason.LEASED and not (others and reason == Reason.MEMORY)
+        assert queues() == known
+        model = lab.tables.model(lab.model("a"))
+        for at, value in (
+            (head + Ticket.PRIORITY, 2),
+            (head + Ticket.DEADLINE, FROZEN_NS),
+            (head + Ticket.RANK, FROZEN_NS + 10**12),
+            (model + Model.SHARES, 0),
+            (model + Model.FAILURES, 1),
+            (model + Model.KNOWN, 0),
+            (Header.ISOLATED, 1),
+        ):
+            usual, lab.words[at] = lab.words[at], value
+            assert not queues(), at
+            lab.words[at] = usual
+        assert queues() == known
+        # An idle copy is for a plan to give away, unless it is kept in somebody's tenure.
+        lab.do(lambda t, tr: tr.holds.release(t, row))
+        assert not queues()
+        lab.words[head + Ticket.CALLED_UP] = FROZEN_NS - 1
+        assert queues() == known
+    finally:
+        pretend(0)
+
+
 # ---- deaths ------------------------------------------------------------------------------------------------------
 
 

@@ -20,8 +20,9 @@ Q3  A newcomer for a model whose copies are all in use, and usable by every proc
     idle during another process's tenure (`mpmm.model_manager.tenure`) counts as one in use.
 Q4  A newcomer waits behind the head of the queue (`known_wait`, too) if no copy may be used or loaded beside that: a
     copy runs alone on every device; or the only device is drained for the head, and the newcomer's model has no copy;
-    or the head waits for memory, and the newcomer's model has copies that every process can use, none of them idle, so
-    that no other one would be loaded beside the memory that is kept for the head.
+    or the head waits for memory, and the newcomer's model has copies that every process can use, none of them idle but
+    in a tenure, so that no other one would be loaded beside the memory that is kept for the head. Where none is kept
+    yet, because nothing could be unloaded for it, this is known only if all that wait want the newcomer's model.
 Q5  A waiter that leaves changes nothing for the others (`holds_up_nobody`) if it stood behind another one, or waited
     for a copy of its own model: no memory was kept for it, and those behind it only move up.
 """
@@ -152,9 +153,12 @@ class Shortcuts:
         has_copies = figures.active or figures.idle or figures.loading
         if not has_copies and len(self._tables.used_rows(self._layout.devices)) == 1:
             return Cause(Reason.BEHIND) if Reason.DRAINING in ahead else None
-        if figures.idle or not figures.active or not figures.shares or self.isolation_matters(waiting):
+        if not (figures.active or figures.idle) or not figures.shares or self.isolation_matters(waiting):
             return None
-        return Cause(Reason.BEHIND) if ahead & HEAD_REASONS else None
+        if figures.idle and not self._is_left_to_another(model):
+            return None
+        may_wait_for_memory = Reason.MEMORY in ahead and not self._queue.waits_for_others_than(model)
+        return Cause(Reason.BEHIND) if ahead & HEAD_REASONS or may_wait_for_memory else None
 
     def holds_up_nobody(self, ticket: int) -> bool:
         """Tell whether it is known without a plan that nobody is moved if a waiter leaves; see Q5 above."""

@@ -133,6 +133,11 @@
     X(for_sharing, "Reason.SHARING")                                                                                   \
     X(for_copies, "Reason.COPIES")                                                                                     \
     X(for_idle_copy, "Reason.IDLE_COPY")                                                                               \
+    X(for_behind, "Reason.BEHIND")                                                                                     \
+    X(for_memory, "Reason.MEMORY")                                                                                     \
+    X(for_in_use, "Reason.IN_USE")                                                                                     \
+    X(for_unloading, "Reason.UNLOADING")                                                                               \
+    X(for_returning, "Reason.RETURNING")                                                                               \
     X(event_sequence, "Event.SEQUENCE")                                                                                \
     X(event_time, "Event.TIME")                                                                                        \
     X(event_kind, "Event.KIND")                                                                                        \
@@ -913,8 +918,39 @@ typedef struct {
     uint64_t model_row, generation, reference, deadline, loadable_on, row, number, called_up_for;
 } Newcomer;
 
-/* Make a ticket where it is known without a plan that the newcomer waits for a copy that others have:
- * `Acquisition._take_or_wait`. False, and nothing changed, if Python decides. Needs the lock. */
+/* Whether a newcomer for a model waits behind the head of the queue, which waits for memory: the last case of
+ * `Shortcuts._waits_behind`. Where waiters of other models might have to run alone, Python decides. */
+static bool waits_behind(Core *core, uint64_t model_row, uint64_t called_up_for, uint64_t now, Cause *cause) {
+    const Offsets *at = &core->at;
+    uint64_t model = at->models + model_row * at->model_words;
+    bool is_known = load(core, model + at->known) || load(core, model + at->expect_mb);
+    bool only_whole_devices = !load(core, at->accounting_only) && !load(core, at->measures_processes);
+    bool all_want_it = load(core, model + at->model_waiting) == load(core, at->waiting);
+    if (load(core, at->isolated) || load(core, model + at->failures) || !load(core, model + at->shares) ||
+        !is_known ||
+        (only_whole_devices && !all_want_it) ||
+        !(load(core, model + at->active) || load(core, model + at->idle)) ||
+        (load(core, model + at->idle) && !is_left_to_another(core, model_row, called_up_for, now))) {
+        return false;
+    }
+    uint64_t end = rows_used(core, at->tickets_end, at->ticket_rows);
+    for (uint64_t i = 0; i < end; i++) {
+        uint64_t ticket = ticket_at(core, i), reason = load(core, ticket + at->ticket_reason);
+        if (load(core, ticket + at->ticket_state) == at->is_waiting &&
+            load(core, ticket + at->ticket_head_of_line_at) && load(core, ticket + at->ticket_priority) <= 1 &&
+            load(core, ticket + at->ticket_rank) <= now + at->usual_rank &&
+            load(core, ticket + at->ticket_deadline) > now &&
+            ((reason == at->for_memory && all_want_it) || reason == at->for_in_use || reason == at->for_unloading ||
+             reason == at->for_returning)) {
+            *cause = (Cause){at->for_behind, 0.0};
+            return true;
+        }
+    }
+    return false;
+}
+
+/* Make a ticket where it is known without a plan that the newcomer waits for a copy that others have, or
+ * behind the head of the queue: `Acquisition._take_or_wait`. False, and nothing changed, if Python decides. Needs the lock. */
 static bool join_queue(Core *core, const Newcomer *one, uint64_t now) {
     const Offsets *at = &core->at;
     uint64_t model = at->models + one->model_row * at->model_words, ticket = ticket_at(core, one->row);
@@ -922,7 +958,8 @@ static bool join_queue(Core *core, const Newcomer *one, uint64_t now) {
     if (!is_plain_model(core, model) || load(core, model + at->model_generation) != one->generation ||
         !has_events_left(core, 2) || !can_rise(core, at->next_ticket) || one->number >= UINT64_MAX - 1 ||
         load(core, model + at->at_least_mb) || load(core, at->tickets_end) > at->ticket_rows ||
-        !waits_for_a_copy(core, one->model_row, one->called_up_for, now, &cause) ||
+        !(waits_for_a_copy(core, one->model_row, one->called_up_for, now, &cause) ||
+          waits_behind(core, one->model_row, one->called_up_for, now, &cause)) ||
         (double)(load(core, model + at->model_waiting) + 1) > as_double(load(core, at->most_waiting))) {
         return false;
     }
