@@ -25,7 +25,7 @@ import sys
 import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from enum import IntEnum
+from enum import IntEnum, unique
 from typing import Any, TypeVar
 
 from mpmm.text.printable import printable_logger
@@ -43,6 +43,7 @@ _child_hooks: list[tuple[int, Callable[[], None]]] = []
 _exit_hooks: set[Callable[[], None]] = set()
 
 
+@unique
 class ChildStep(IntEnum):
     """When a hook runs in a forked child: what is below, first, so that a hook finds what it builds on renewed."""
 

@@ -77,6 +77,18 @@ def test_no_more_copies_are_loaded_than_there_may_be(namespace: str, new_process
     assert model_of(namespace, "a").loads == 2
 
 
+def test_one_that_wants_many_copies_for_itself_does_not_wait_for_each(namespace: str, new_manager: NewManager) -> None:
+    # No hold ends, and how long one takes is not known before.
+    manager = new_manager(poll_interval=0.1, fallback_memory_mb=10_000, wait_timeout_seconds=10)
+    held = [manager.acquire_model("a", HANDLES) for _ in range(25)]
+    snapshot = read_snapshot(namespace)
+    assert [model.loaded for model in snapshot.models] == [25]
+    # Before the first poll it may wait for the only copy, and not much longer than a load takes later.
+    assert sum(event.kind == "waits" for event in snapshot.events) <= 5
+    for handle in held:
+        manager.release_model("a", handle)
+
+
 def test_who_waits_for_a_model_that_is_being_loaded_takes_what_is_loaded(
     namespace: str, new_process: NewProcess, new_gate: NewGate
 ) -> None:

@@ -78,6 +78,18 @@ def test_without_requests_there_is_no_demand_and_failed_loads_are_no_requests() 
         pytest.param(busy(hold_s=0.0, held_for_s=0.3), 2, 1.5, id="and so is each hold before one's own"),
         pytest.param(busy(hold_s=0.0, held_for_s=0.3), 3, None, id="until a load is sooner"),
         pytest.param(busy(hold_s=0.0, held_for_s=2.0), 0, None, id="which it is when a first hold outlasts a load"),
+        pytest.param(
+            busy(hold_s=0.0, shared=4, held_for_s=0.1, held_in_all_s=7.9),
+            0,
+            1.975,
+            id="of several first holds all count",
+        ),
+        pytest.param(
+            busy(hold_s=0.0, shared=4, held_for_s=0.1, held_in_all_s=8.0),
+            0,
+            None,
+            id="so that a copy which was handed out just now does not make them look short",
+        ),
         pytest.param(busy(shared=0), 0, None, id="without a copy there is nothing to share"),
         pytest.param(busy(shared=0, owned={OTHER: 1}), 0, None, id="another process's object is no use"),
         pytest.param(busy(shared=0, owned={ME: 1}), 0, 0.1, id="an object of one's own is"),

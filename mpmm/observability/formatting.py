@@ -206,6 +206,7 @@ def _view(model: ModelInfo, copies: list[InstanceInfo]) -> ModelView:
         hold_s=model.hold_s,
         loading_for_s=min((copy.for_s for copy in loading), default=0.0),
         held_for_s=min((copy.for_s for copy in held if copy.state == "active"), default=0.0),
+        held_in_all_s=sum(copy.for_s for copy in held if copy.state == "active"),
     )
 
 

@@ -118,11 +118,14 @@ def _served_s(model: ModelView, loaded: int, coming: int, ahead: int, seen: Seen
 
     least_first_s: for how long, at least, those that hold copies now are expected to hold them still.
     """
-    held_for_s = model.held_for_s if loaded else 0.0
     first_s = hold_s = model.hold_s
     if not hold_s:
-        first_s = max(held_for_s, seen.hold_s - held_for_s)
-        hold_s = held_for_s + first_s
+        # No hold has ended yet. Of several copies the one that was handed out last tells nothing: a process that wants
+        # a hundred for itself would wait a moment for each. Held for so long in all without an end, they are expected
+        # to end as rarely.
+        held_s = max(model.held_for_s, model.held_in_all_s) if loaded else 0.0
+        first_s = max(held_s, seen.hold_s - held_s)
+        hold_s = held_s + first_s
     return served_in_s(max(first_s, least_first_s), hold_s, ahead, max(1, loaded + coming) * model.users)
 
 

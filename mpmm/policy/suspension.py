@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import IntEnum
+from enum import IntEnum, unique
 
 __all__ = [
     "KEPT_COST",
@@ -35,6 +35,7 @@ __all__ = [
 ]
 
 
+@unique
 class Way(IntEnum):
     """How a copy can be suspended. The numbers stand in segments, so they stay."""
 
@@ -43,6 +44,7 @@ class Way(IntEnum):
     CHECKPOINT = 2  # by the driver, without the object's doing
 
 
+@unique
 class Unsuspendable(IntEnum):
     """Why a model's copies are not suspended any more. The numbers stand in segments, so they stay."""
 

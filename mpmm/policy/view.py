@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from enum import IntEnum
+from enum import IntEnum, unique
 
 __all__ = [
     "BusyInstance",
@@ -34,6 +34,7 @@ __all__ = [
 ]
 
 
+@unique
 class Reason(IntEnum):
     """Why something was decided. The sentences are in `reasons`; the numbers stand in segments, so they stay."""
 
@@ -121,17 +122,18 @@ class Rules:
 class ModelView:
     """One model that a request waits for or that is loaded.
 
-    need_mb: the estimate, or the default. shared: loaded copies that any member can use. owned: loaded copies
-    that only one member can use, by member. loading: copies being loaded, by the member that loads them;
-    shares: what is being loaded will be a handle, as far as known. load_s, hold_s: how long a load and a hold
-    take, 0 unknown. loading_for_s: how long the newest load has been going on. held_for_s: how long the copy that was
-    handed out last is held. rate: expected requests a second. lease: it is no model, but a lease. failures: loads that
-    failed since the last one that did not, and how long ago the last of them was. leaving: copies in use, or being
-    loaded, that are unloaded when they are given back, so that no request waits for them; in no other count.
-    superseded: another model has taken its place, so it is not expected to be asked for again. suspending: copies that
-    are being suspended. resume_s: how long a resume takes, 0 unknown. coming_s: how long the newest load takes in all
-    if it is the resume of a suspended copy; 0 where it is a load. bound_mb: with so much free a load has run out of
-    memory, 0 if none has. users: how many may use a copy at a time, the mean of those that are loaded.
+    need_mb: the estimate, or the default. shared: loaded copies that any member can use. owned: loaded copies that only
+    one member can use, by member. loading: copies being loaded, by the member that loads them; shares: what is being
+    loaded will be a handle, as far as known. load_s, hold_s: how long a load and a hold take, 0 unknown. loading_for_s:
+    how long the newest load has been going on. held_for_s: how long the copy that was handed out last is held;
+    held_in_all_s: how long those in use have been held, all together. rate: expected requests a second. lease: it is no
+    model, but a lease. failures: loads that failed since the last one that did not, and how long ago the last of them
+    was. leaving: copies in use, or being loaded, that are unloaded when they are given back, so that no request waits
+    for them; in no other count. superseded: another model has taken its place, so it is not expected to be asked for
+    again. suspending: copies that are being suspended. resume_s: how long a resume takes, 0 unknown. coming_s: how long
+    the newest load takes in all if it is the resume of a suspended copy; 0 where it is a load. bound_mb: with so much
+    free a load has run out of memory, 0 if none has. users: how many may use a copy at a time, the mean of those that
+    are loaded.
     """
 
     model: int
@@ -146,6 +148,7 @@ class ModelView:
     hold_s: float = 0.0
     loading_for_s: float = 0.0
     held_for_s: float = 0.0
+    held_in_all_s: float = 0.0
     rate: float = 0.0
     lease: bool = False
     failures: int = 0

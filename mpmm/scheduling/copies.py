@@ -47,6 +47,8 @@ class Copies:
     # How long the newest one takes in all if it is a resume, else 0.
     coming_s: dict[int, float] = field(default_factory=dict)
     newest_hold: dict[int, int] = field(default_factory=dict)
+    # For how long, in ns, the holds that go on have gone on, all together.
+    held_ns: defaultdict[int, int] = field(default_factory=lambda: defaultdict(int))
     unloading: defaultdict[int, int] = field(default_factory=lambda: defaultdict(int))
     booked_mb: defaultdict[int, float] = field(default_factory=lambda: defaultdict(float))
     reserved_mb: defaultdict[int, float] = field(default_factory=lambda: defaultdict(float))
@@ -117,6 +119,7 @@ class CopiesReader:
         if used:
             newest = max(one.since_ns for one in used)
             copies.newest_hold[copy.model] = max(newest, copies.newest_hold.get(copy.model, 0))
+            copies.held_ns[copy.model] += sum(now_ns - one.since_ns for one in used)
             free_in_s = max(self._free_in_s(one, now_ns, loading=False) for one in used)
             copies.busy.append(
                 BusyInstance(
@@ -158,6 +161,7 @@ class CopiesReader:
         else:
             copies.shared[one.model] += not one.to_go
         copies.newest_hold[one.model] = max(one.since_ns, copies.newest_hold.get(one.model, 0))
+        copies.held_ns[one.model] += now_ns - one.since_ns
         free_in_s = self._free_in_s(one, now_ns, loading=False)
         copies.busy.append(
             BusyInstance(

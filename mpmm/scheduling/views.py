@@ -126,6 +126,7 @@ class Views:
             hold_s=figures.hold_s,
             loading_for_s=(now_ns - copies.newest_load.get(model, now_ns)) / 1e9,
             held_for_s=(now_ns - copies.newest_hold.get(model, now_ns)) / 1e9,
+            held_in_all_s=copies.held_ns[model] / 1e9,
             rate=self._demand.of(model).counted(self._demand.requests(model), now_ns / 1e9).per_second(now_ns / 1e9),
             lease=figures.lease,
             failures=figures.failures,

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from enum import IntEnum
+from enum import IntEnum, unique
 from typing import NamedTuple
 
 __all__ = ["Cause", "EventKind", "placed"]
 
 
+@unique
 class EventKind(IntEnum):
     """What happened; the comment says what the event's `value` is."""
 

@@ -7,13 +7,14 @@
 
 from __future__ import annotations
 
-from enum import IntEnum
+from enum import IntEnum, unique
 
 from mpmm.shared_state.layout import Instance, Member, Model, Ticket
 
 __all__ = ["InstanceState", "MemberState", "ModelState", "TicketState"]
 
 
+@unique
 class MemberState(IntEnum):
     """What a row of the members table holds."""
 
@@ -23,6 +24,7 @@ class MemberState(IntEnum):
     GUEST = Member.GUEST
 
 
+@unique
 class ModelState(IntEnum):
     """What a row of the models table stands for."""
 
@@ -31,6 +33,7 @@ class ModelState(IntEnum):
     LEASE = Model.LEASE
 
 
+@unique
 class InstanceState(IntEnum):
     """What is done with an instance at present."""
 
@@ -45,6 +48,7 @@ class InstanceState(IntEnum):
     RESUMING = Instance.RESUMING
 
 
+@unique
 class TicketState(IntEnum):
     """What a waiter has been told."""
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from enum import IntEnum
+from enum import IntEnum, unique
 from typing import Protocol, runtime_checkable
 
 from mpmm.errors import InvalidArgumentError
@@ -184,6 +184,7 @@ def larger_whole(before: float | None, after: float | None) -> float | None:
     return after if before is None or after is None else max(before, after)
 
 
+@unique
 class Measures(IntEnum):
     """How much a process can measure with its source. The numbers stand in segments, so they stay."""
 

@@ -15,7 +15,7 @@ import ctypes
 import re
 import time
 from collections.abc import Callable
-from enum import IntEnum
+from enum import IntEnum, unique
 from pathlib import Path
 
 __all__ = ["GOOD_BRANCHES", "HAZARDOUS_BRANCHES", "CheckpointDriver", "DriverError", "State", "driver_branch"]
@@ -56,6 +56,7 @@ def driver_branch(version_file: Path = _VERSION_FILE) -> int | None:
     return int(found[1]) if found else None
 
 
+@unique
 class State(IntEnum):
     """What `GetState` says; the last two from driver 13.4 on."""
 

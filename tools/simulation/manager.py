@@ -463,6 +463,7 @@ class _Simulation:
         newest_load: dict[int, float] = {}
         coming_s: dict[int, float] = {}
         held_for: dict[int, float] = {}
+        held_in_all: dict[int, float] = {}
         used = reserved = unloading_mb = 0.0
         for copy in self._copies.values():
             mb, state, model = setting.sizes_mb[copy.model], copy.state, copy.model
@@ -492,6 +493,7 @@ class _Simulation:
             else:
                 held = now_s - copy.since_s
                 held_for[model] = min(held, held_for.get(model, math.inf))
+                held_in_all[model] = held_in_all.get(model, 0.0) + held
                 busy.append(BusyInstance(copy.row, model, 0, mb, remaining_s(self._known_hold.get(model, 0.0), held)))
         idle.sort(key=lambda copy: -copy.idle_since_s)
         models = {
@@ -508,6 +510,7 @@ class _Simulation:
                 hold_s=self._known_hold.get(model, 0.0),
                 loading_for_s=now_s - newest_load.get(model, now_s),
                 held_for_s=held_for.get(model, 0.0),
+                held_in_all_s=held_in_all.get(model, 0.0),
                 rate=self._demand[model].per_second(now_s),
                 suspending=suspending[model],
                 resume_s=self._known_resume.get(model, 0.0),
