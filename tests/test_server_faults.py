@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import errno
+import gc
 import logging
 import os
+import pickle
 import resource
 import signal
 import subprocess
 import threading
 import time
+from contextlib import suppress
+from multiprocessing import Pipe, util
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +26,11 @@ from patience import DEADLINE_S, Stopwatch
 
 from mpmm.errors import ServerStartError
 from mpmm.model_manager.load import LoadAttempt
-from mpmm.multi_process_shared import MultiProcessShared, host, server_pid, start_server, unload
+from mpmm.multi_process_shared import MultiProcessShared, host, server_pid, spawned_server, start_server, unload
 from mpmm.multi_process_shared.context import server_context
+from mpmm.multi_process_shared.forkserver import fork_parent
+from mpmm.multi_process_shared.forkserver.fork_parent import ForkParent
+from mpmm.multi_process_shared.forkserver.orders import Descriptor, ForkOrder, Kind, Order
 from mpmm.multi_process_shared.host import Host
 from mpmm.multi_process_shared.hosted import find_host
 from mpmm.multi_process_shared.registry import registry_for
@@ -110,6 +117,57 @@ def take_descriptors(seat: Seat) -> int:
     time.sleep(1.6)
     proxy.give_descriptors()
     return int(proxy.pid())
+
+
+def no_more(*_: object) -> Any:
+    """Be a system call for which there is nothing left."""
+    raise OSError(errno.EMFILE, "Too many open files")
+
+
+def open_descriptors() -> set[str]:
+    """Return the descriptors that this process has open, and what they are."""
+    gc.collect()
+    found = set()
+    for number in os.listdir("/proc/self/fd"):
+        with suppress(FileNotFoundError):
+            found.add(f"{number} {os.readlink(f'/proc/self/fd/{number}')}")
+    return found
+
+
+@pytest.mark.parametrize("call", ["pipe", "dup", "fork", "pidfd_open"])
+def test_a_server_that_cannot_be_forked_leaves_no_descriptor_open(monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+    before, children = open_descriptors(), psutil.Process().children()
+    ours, theirs = Pipe()
+    given = [Descriptor(os.open(os.devnull, os.O_RDWR)) for _ in range(3)]
+    nothing: Any = None
+    order = Order(pickle.dumps(ForkOrder(nothing, {}, dict(os.environ), ())), theirs, given)
+    parent = ForkParent()
+    with monkeypatch.context() as patched:
+        if call == "pipe":
+            patched.setattr(fork_parent, "Pipe", lambda duplex: no_more())
+        else:
+            patched.setattr(os, call, no_more)
+        parent.fork_server(order, Kind((), (), (), "/", ()))
+    with pytest.raises(EOFError):
+        ours.recv_bytes()
+    ours.close()
+    assert parent.children == set()
+    assert open_descriptors() == before
+    assert psutil.Process().children() == children
+
+
+def test_a_server_that_cannot_be_spawned_leaves_no_descriptor_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = open_descriptors()
+    report, reported = Pipe(duplex=False)
+    nothing: Any = None
+    server = spawned_server.SpawnedServer("server", nothing, {}, reported)
+    monkeypatch.setattr(util, "spawnv_passfds", no_more)
+    with pytest.raises(OSError, match="Too many open files"):
+        server.start()
+    report.close()
+    reported.close()
+    del server
+    assert open_descriptors() == before
 
 
 class Raises(logging.Handler):

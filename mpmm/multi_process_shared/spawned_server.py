@@ -98,18 +98,20 @@ class _SpawnedPopen(popen_fork.Popen):
         with fork_guard:
             # No fork can come in between and keep the server's end of the second pipe, which tells of its end.
             order, writer = os.pipe()
-            self.sentinel, life = os.pipe()
             try:
-                arguments = json.dumps([path, order, process.report_fd])
-                self.pid = util.spawnv_passfds(
-                    os.fsencode(executable),
-                    [executable, *flags, "-c", code, arguments],
-                    (order, process.report_fd, life),
-                )
-            finally:
-                os.close(order)
-                os.close(life)
-                self.finalizer = util.Finalize(self, os.close, (self.sentinel,))
+                with open(order, "rb"):
+                    self.sentinel, life = os.pipe()
+                    self.finalizer = util.Finalize(self, os.close, (self.sentinel,))
+                    with open(life, "wb"):
+                        arguments = json.dumps([path, order, process.report_fd])
+                        self.pid = util.spawnv_passfds(
+                            os.fsencode(executable),
+                            [executable, *flags, "-c", code, arguments],
+                            (order, process.report_fd, life),
+                        )
+            except BaseException:
+                os.close(writer)
+                raise
         # A server that has died at once is seen by the process that waits for its report.
         with suppress(BrokenPipeError), open(writer, "wb") as file:
             file.write(process.order)

@@ -45,30 +45,45 @@ class ForkParent:
 
     def fork_server(self, order: Order, kind: Kind) -> None:
         """Fork the server, and tell the requester its pid."""
-        renewal = self.renewal()
-        with fork_guard:
-            imports, imported = Pipe(duplex=False)
-            close_in_children(imports)
-        # Copies for the child: the originals are closed in it, as are those of all other orders.
-        kept = [os.dup(descriptor.fd) for descriptor in order.descriptors]
         try:
-            pid = os.fork()
-            if pid == 0:
-                _become_server(order.order, kept, imported, renewal)
+            child = self._forked(order, kind)
         except OSError:
-            # Too many processes, say: let the requester find that out by itself.
-            order.requester.close()
-            imports.close()
+            # Too many processes or descriptors, say: let the requester find that out by itself.
+            order.close()
             return
-        finally:
-            for fd in kept:
-                os.close(fd)
-            imported.close()
-            for descriptor in order.descriptors:
-                descriptor.close()
-        self.children.add(_Child(pid, kind, Descriptor(os.pidfd_open(pid)), order.requester, imports))
+        self.children.add(child)
         with contextlib.suppress(OSError):
-            send(order.requester, BORN, pid)
+            send(order.requester, BORN, child.pid)
+
+    def _forked(self, order: Order, kind: Kind) -> _Child:
+        """Fork the server. Raises OSError, and leaves nothing then but the order."""
+        renewal = self.renewal()
+        with contextlib.ExitStack() as on_failure:
+            with contextlib.ExitStack() as for_child:
+                with fork_guard:
+                    imports, imported = Pipe(duplex=False)
+                    close_in_children(imports)
+                on_failure.callback(imports.close)
+                for_child.callback(imported.close)
+                # Copies for the child: the originals are closed in it, as are those of all other orders.
+                kept: list[int] = []
+                for descriptor in order.descriptors:
+                    kept.append(os.dup(descriptor.fd))
+                    for_child.callback(os.close, kept[-1])
+                pid = os.fork()
+                if pid == 0:
+                    _become_server(order.order, kept, imported, renewal)
+            try:
+                end = Descriptor(os.pidfd_open(pid))
+            except OSError:
+                # Nobody would hear of its end.
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
+                raise
+            on_failure.pop_all()
+        for descriptor in order.descriptors:
+            descriptor.close()
+        return _Child(pid, kind, end, order.requester, imports)
 
     def watched(self) -> list[Any]:
         """Return what to wait for."""

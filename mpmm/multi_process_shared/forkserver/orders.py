@@ -147,5 +147,7 @@ def receive_descriptors(connection: Connection, count: int) -> list[Descriptor]:
         _, fds, _, _ = socket.recv_fds(ours, 1, count)
         descriptors = [Descriptor(fd) for fd in fds]
     if len(descriptors) != count:
+        for descriptor in descriptors:
+            descriptor.close()
         raise EOFError
     return descriptors

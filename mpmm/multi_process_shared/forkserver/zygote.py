@@ -60,6 +60,7 @@ from mpmm.multi_process_shared.forkserver.orders import (
     RETIRE,
     UNFORKABLE,
     WAIT,
+    Descriptor,
     Kind,
     Order,
     hand_over,
@@ -152,14 +153,17 @@ class _Zygote(ForkParent):
         requester = sockets.accept(self.listener)
         if requester is None:
             return
+        descriptors: list[Descriptor] = []
         try:
             sockets.set_timeouts(requester, CONVERSATION_TIMEOUT_S)
             sockets.authenticate_client(requester, self.registry.key())
             message = requester.recv_bytes()
-            order = Order(message, requester, receive_descriptors(requester, 3))
-            self.place(order)
+            descriptors = receive_descriptors(requester, 3)
+            self.place(Order(message, requester, descriptors))
         except (EOFError, OSError, AuthenticationError, ValueError, pickle.UnpicklingError):
             requester.close()
+            for descriptor in descriptors:
+                descriptor.close()
 
     def place(self, order: Order) -> None:
         """Give the order to a template, or fork the server here."""
