@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -197,12 +198,11 @@ def test_it_sleeps_until_the_lock_is_free(lab: Lab) -> None:
 class Dozer(threading.Thread):
     """Sleeps in the core on a word, and looks after the lock of a file and the words that are times."""
 
-    def __init__(
-        self, core: Any, word: int, seen: int, fd: int, times: tuple[int, ...] = (), late_s: float = 60
-    ) -> None:
-        super().__init__()
+    def __init__(self, core: Any, word: int, seen: int, fd: int, times: Any = (), calls: Any = None, lock: Any = None):
+        super().__init__(daemon=True)
         self.result: bool | None = None
-        self._arguments = (word, seen, DEADLINE_NS, 10**6, fd, int(late_s * 1e9), times)
+        late_ns = 50_000_000
+        self._arguments = (word, seen, DEADLINE_NS, 10**6, fd, late_ns, times, calls, lock)
         self._core = core
         self.start()
 
@@ -228,7 +228,7 @@ def test_a_background_thread_dozes_until_there_is_something_to_do(
     place, core = place_of(lab.segment)
     bell, now = lab.namespace.tables.bell(lab.namespace.slot), time.monotonic_ns()
     lab.words[Header.POLLED] = now + (0 if what == "a poll is late" else 10**15)
-    dozer = Dozer(core, bell.word, bell.seen(), lead[1].fd, (Header.POLLED,), late_s=0.05)
+    dozer = Dozer(core, bell.word, bell.seen(), lead[1].fd, (Header.POLLED,))
     dozer.join(0.02)
     assert dozer.is_alive(), "there is a leader, and its poll is not late"
     if what == "the leader ends":
@@ -272,6 +272,30 @@ def test_whoever_leaves_its_sleep_wakes_the_thread_that_rests_meanwhile(
     place.lock.close()
 
 
+@built
+@pytest.mark.parametrize("what", ["a call begins", "a transaction is left", "its calls are left", "a mutex is left"])
+def test_a_wake_up_that_came_too_early_is_made_good(lab: Lab, lead: tuple[LockFile, LockFile], what: str) -> None:
+    place, core = place_of(lab.segment)
+    bell, calls, lock = lab.namespace.tables.bell(lab.namespace.slot), set[Operation](), lab.namespace.lock
+    dozer = Dozer(core, bell.word, bell.seen(), lead[1].fd, (), calls, lock)
+    wait_until(lambda: sleeps_on_a_futex(dozer), "it dozes")
+    if what == "a call begins":
+        calls.add(Operation(None))
+    elif what == "a transaction is left":
+        lock._frame = sys._getframe()
+    elif what == "its calls are left":
+        lock._calls[0] = []
+    else:
+        lock._mutex.acquire()
+    dozer.join(DEADLINE_S)
+    assert dozer.result is False
+    lock._frame = None
+    lock._calls.clear()
+    if what == "a mutex is left":
+        lock._mutex.release()
+    place.lock.close()
+
+
 def sleeps_on_a_futex(thread: threading.Thread) -> bool:
     """Tell whether a thread is in the system call of that name."""
     number = Path(f"/proc/self/task/{thread.native_id}/syscall").read_text().split()[0]
@@ -282,9 +306,10 @@ def sleeps_on_a_futex(thread: threading.Thread) -> bool:
 def test_what_leads_out_of_the_segment_is_refused(lab: Lab, lead: tuple[LockFile, LockFile]) -> None:
     place, core = place_of(lab.segment)
     words, fd = lab.segment.layout.words, lead[1].fd
-    good = [0, lab.words[0], time.monotonic_ns() + 10**6, 10**6, fd, 10**9, (0,)]
+    good = [0, lab.words[0], time.monotonic_ns() + 10**6, 10**6, fd, 10**9, (0,), None, None]
     assert core.doze(*good) is False
-    for at, value in ((0, words), (0, -1), (3, 0), (4, 2**31), (6, (words,)), (6, [0]), (6, (0,) * 65), (6, ("",))):
+    wrong: Any = ((0, words), (0, -1), (3, 0), (4, 2**31), (6, (words,)), (6, [0]), (6, (0,) * 65), (6, ("",)), (7, []))
+    for at, value in wrong:
         with pytest.raises(TypeError, match="doze: expected"):
             core.doze(*good[:at], value, *good[at + 1 :])
     for arguments in ((words, 0, 0), (-1, 0, 0), (0, 0)):

@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Set
+from collections.abc import Callable
 from functools import partial
 
 from mpmm.errors import ClosedError, LockTimeoutError
@@ -41,7 +41,8 @@ REPEAT_S = 0.01
 class Jobs:
     """What there is to do in one process. A job returns at once if it has nothing to do.
 
-    reconcile_due: when to look for calls that an exception has ended, while there are calls to watch.
+    reconcile_due: when to look for calls that an exception has ended, while there are calls to watch. operations: the
+    calls in progress that have something in hand.
     """
 
     def __init__(
@@ -52,15 +53,14 @@ class Jobs:
         held: HeldInstances,
         unloads: Unloads,
         leader: Leader,
-        operations: Set[Operation],
+        operations: set[Operation],
     ) -> None:
-        """operations: the calls in progress that have something in hand."""
         self._namespace = namespace
         self._deferred = deferred
         self._reconciler = reconciler
         self._held = held
         self._unloads = unloads
-        self._operations = operations
+        self.operations = operations
         self.reconcile_due = 0.0
         # How often a thread had gone to sleep in the compiled core at the last look for ended calls.
         self._sleeps_seen = 0
@@ -95,7 +95,7 @@ class Jobs:
     @property
     def has_calls_to_watch(self) -> bool:
         """Tell whether calls are in progress that an exception may end."""
-        return bool(self._operations) or self._namespace.lock.may_be_abandoned
+        return bool(self.operations) or self._namespace.lock.may_be_abandoned
 
     def is_woken_by_calls(self, bell: int) -> bool:
         """Have the calls in progress ring the bell (word), if all have slept in the compiled core since the last look.
@@ -107,7 +107,7 @@ class Jobs:
         core = self._namespace.lock.core
         if core is None or self._namespace.lock.may_be_abandoned:
             return False
-        return core.wake_after_sleep(bell, len(self._operations), self._sleeps_seen)
+        return core.wake_after_sleep(bell, len(self.operations), self._sleeps_seen)
 
     def _reconcile(self) -> None:
         if self._reconciler.has_abandoned or time.monotonic() >= self.reconcile_due:
@@ -214,7 +214,7 @@ class BackgroundThread:
         if self._jobs.has_calls_to_watch and not self._jobs.is_woken_by_calls(self._doorbell.word):
             self.dozing = False
             until = min(due, self._jobs.reconcile_due)
-        look_around = self._leader.doze(rung, until)
+        look_around = self._leader.doze(rung, until, self._jobs.operations if self.dozing else None)
         self.dozing = False
         return look_around
 

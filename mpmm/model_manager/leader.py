@@ -41,6 +41,7 @@ from mpmm.memory.shared_estimator import SharedResourceEstimator
 from mpmm.model_manager.doorbell import Doorbell
 from mpmm.model_manager.fresh_figures import FreshFigures
 from mpmm.model_manager.late_unloads import LateUnloads
+from mpmm.model_manager.operations import Operation
 from mpmm.policy.view import Reason
 from mpmm.scheduling import Scheduler
 from mpmm.shared_state.durations import to_ns
@@ -192,10 +193,11 @@ class Leader:
         """Return how often one that does not lead looks for the leader."""
         return DEPUTY_TICK_S if self._is_deputy() else RESERVE_TICK_S
 
-    def doze(self, rung: int, until: float) -> bool:
+    def doze(self, rung: int, until: float, operations: set[Operation] | None) -> bool:
         """Sleep on the doorbell until a time (monotonic, s); return whether this process is to look around at once.
 
-        rung: see `Doorbell.wait`.
+        rung: see `Doorbell.wait`. operations: the calls in progress, if it is to end the sleep where not all of them
+        sleep in the compiled core, or one has left a transaction; else None.
         """
         core = self._namespace.lock.core
         if self.leading or core is None:
@@ -203,7 +205,10 @@ class Leader:
             return False
         times = times_of_polls(self._namespace.tables, self._devices_to_poll())
         spans = to_ns(until), to_ns(self._tick_s())
-        return core.doze(self._doorbell.word, rung, *spans, self._lock_file.fd, self._late_ns(), times)
+        late = self._late_ns(), times
+        return core.doze(
+            *(self._doorbell.word, rung, *spans, self._lock_file.fd, *late, operations, self._namespace.lock)
+        )
 
     def _first_in_line(self) -> list[int]:
         """Return the slots of the deputies, and one more, because the leader is mostly one of them.

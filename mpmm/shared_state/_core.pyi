@@ -62,7 +62,17 @@ class Core:
     def await_answer(self, row: int, until: int, looked_for: int, called_up_for: int, spin: int, /) -> int: ...
     def wake_after_sleep(self, bell: int, calls: int, sleeps: int, /) -> bool: ...
     def doze(
-        self, bell: int, seen: int, until: int, tick: int, fd: int, late: int, times: tuple[int, ...], /
+        self,
+        bell: int,
+        seen: int,
+        until: int,
+        tick: int,
+        fd: int,
+        late: int,
+        times: tuple[int, ...],
+        operations: set[Any] | None,
+        lock: Any,
+        /,
     ) -> bool: ...
     def take_granted(
         self,
