@@ -331,6 +331,10 @@ def test_behind_one_that_waits_for_memory_it_stores_the_words_that_python_stores
             (model + Model.FAILURES, 1),
             (model + Model.KNOWN, 0),
             (Header.ISOLATED, 1),
+            # No process that comes later has this copy, so another one may be loaded for it.
+            (lab.tables.instance(row) + Instance.OWNER, Lab.victim + 1),
+            (lab.tables.instance(row) + Instance.UNLOAD_ON_RELEASE, Instance.ASKED),
+            (lab.tables.instance(row) + Instance.STATE, Instance.SUSPENDED),
         ):
             usual, lab.words[at] = lab.words[at], value
             assert not queues(), at

@@ -24,7 +24,7 @@ from mpmm.shared_state.core import HANDED_OVER
 from mpmm.shared_state.events import Cause
 from mpmm.shared_state.futex import _SYSCALL as FUTEX_CALL
 from mpmm.shared_state.futex import wake_one
-from mpmm.shared_state.layout import Header, Instance, Model, Ticket
+from mpmm.shared_state.layout import MOST_DEVICES, Header, Instance, Model, Ticket
 from mpmm.shared_state.lock_file import LockFile
 from mpmm.shared_state.settings import SETTINGS
 from mpmm.shared_state.transaction import CROWDED_TURNS, float_bits
@@ -308,7 +308,19 @@ def test_what_leads_out_of_the_segment_is_refused(lab: Lab, lead: tuple[LockFile
     words, fd = lab.segment.layout.words, lead[1].fd
     good = [0, lab.words[0], time.monotonic_ns() + 10**6, 10**6, fd, 10**9, (0,), None, None]
     assert core.doze(*good) is False
-    wrong: Any = ((0, words), (0, -1), (3, 0), (4, 2**31), (6, (words,)), (6, [0]), (6, (0,) * 65), (6, ("",)), (7, []))
+    # A poll, and each device that there may be.
+    assert core.doze(*good[:6], (0,) * (MOST_DEVICES + 1), *good[7:]) is False
+    wrong: Any = (
+        (0, words),
+        (0, -1),
+        (3, 0),
+        (4, 2**31),
+        (6, (words,)),
+        (6, [0]),
+        (6, (0,) * (MOST_DEVICES + 2)),
+        (6, ("",)),
+        (7, []),
+    )
     for at, value in wrong:
         with pytest.raises(TypeError, match="doze: expected"):
             core.doze(*good[:at], value, *good[at + 1 :])

@@ -144,6 +144,25 @@ def die_before_the_wake_up(seat: Seat) -> None:
     release(seat)
 
 
+@polls
+def test_where_the_deputies_have_died_others_look_for_the_leaders_death(
+    namespace: str, new_process: NewProcess, poll_interval: float
+) -> None:
+    leader, first, second, *_, waiter = (new_process(poll_interval=poll_interval) for _ in range(6))
+    leader.call(learn, a=800.0)
+    leader.call(acquire, "a")
+    waiter.send(acquire, "a")
+    wait_until(lambda: waiting(namespace, "a"), "it waits")
+    for deputy in (first, second):
+        deputy.kill()
+    wait_until(lambda: len(read_snapshot(namespace).members) == 4, "the leader has taken back what they had")
+    # It tells the next ones in the same look.
+    time.sleep(0.3)
+    killed_at = time.monotonic()
+    leader.kill()
+    assert soon(waiter, "served", killed_at)
+
+
 def test_a_waiter_whose_wake_up_died_with_its_sender_is_woken_all_the_same(
     namespace: str, new_process: NewProcess
 ) -> None:

@@ -124,6 +124,8 @@ class Leader:
         self._offer_due = 0.0
         self._offer_pause_s = 0.0
         self.leading = False
+        # The slots of those that were the deputies at this leader's last look.
+        self._deputies: set[int] = set()
 
     def close(self) -> None:
         """Give up the leadership, without the lock of the segment, whose holder may be stopped."""
@@ -152,6 +154,8 @@ class Leader:
             return
         self._reap()
         self._expire_returns()
+        if self.leading:
+            self._tell_deputies()
         self._late_unloads.hand_over()
         self._suspender.end_overdue()
         if time.monotonic() >= self._poll_due:
@@ -160,6 +164,13 @@ class Leader:
             self._namespace.tables.wake_all_with_news()
             self._poll()
             self._suspender.heed_host_memory()
+
+    def _tell_deputies(self) -> None:
+        """Wake those that are the deputies now, because others have died, left or come: they look more often then."""
+        deputies = set(self._first_in_line())
+        for slot in deputies - self._deputies:
+            self._namespace.tables.bell(slot).wake()
+        self._deputies = deputies
 
     def _reap(self) -> None:
         """Take back what dead members had, and decide what becomes of it."""

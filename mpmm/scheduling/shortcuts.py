@@ -155,7 +155,7 @@ class Shortcuts:
             return Cause(Reason.BEHIND) if Reason.DRAINING in ahead else None
         if not (figures.active or figures.idle) or not figures.shares or self.isolation_matters(waiting):
             return None
-        if figures.idle and not self._is_left_to_another(model):
+        if (figures.idle and not self._is_left_to_another(model)) or not self._models.copies_serve_everybody(model):
             return None
         may_wait_for_memory = Reason.MEMORY in ahead and not self._queue.waits_for_others_than(model)
         return Cause(Reason.BEHIND) if ahead & HEAD_REASONS or may_wait_for_memory else None

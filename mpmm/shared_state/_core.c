@@ -927,7 +927,7 @@ static bool waits_behind(Core *core, uint64_t model_row, uint64_t called_up_for,
     bool only_whole_devices = !load(core, at->accounting_only) && !load(core, at->measures_processes);
     bool all_want_it = load(core, model + at->model_waiting) == load(core, at->waiting);
     if (load(core, at->isolated) || load(core, model + at->failures) || !load(core, model + at->shares) ||
-        !is_known ||
+        !is_known || !copies_serve_everybody(core, model_row) ||
         (only_whole_devices && !all_want_it) ||
         !(load(core, model + at->active) || load(core, model + at->idle)) ||
         (load(core, model + at->idle) && !is_left_to_another(core, model_row, called_up_for, now))) {
@@ -1496,7 +1496,8 @@ PyDoc_STRVAR(doze_doc,
              "operations, lock: the calls in progress, and the segment's lock, if the sleep is to end where not all of\n"
              "these are in `await_answer`, or a transaction was left; else None.");
 
-#define MOST_TIMES 64
+/* Of a poll, and of each device that there may be (`layout.MOST_DEVICES`). */
+#define MOST_TIMES 65
 /* Whoever begins a call, or leaves `await_answer`, wakes the sleeper. That comes too early for one that is just about
  * to sleep, so they are looked for again after so long; and for a transaction without one. */
 #define LONGEST_REST_NS 500000000u
