@@ -176,6 +176,23 @@ def transact(seat: Seat, count: int) -> None:
             pass
 
 
+def test_nobody_leads_by_a_lock_file_that_another_one_has_replaced(
+    namespace: str, runtime_root: Path, new_manager: NewManager
+) -> None:
+    leader = new_manager()._connected().leader
+    path = runtime_root / namespace / "leader.lock"
+    path.unlink()
+    # Somebody else leads by the new file, and nobody by the old one.
+    other = LockFile(path)
+    assert other.try_exclusive()
+    leader.leading = False
+    leader._lock_file.unlock()
+    leader.lead_if_free()
+    assert not leader.leading
+    other.close()
+    wait_until(lambda: leader.leading, "it leads by the new file")
+
+
 @pytest.mark.parametrize("name", ["alive.lock", "m0.lock", "token", "leader.lock"])
 def test_members_put_back_what_was_removed_of_the_folder(
     namespace: str, runtime_root: Path, new_process: NewProcess, name: str

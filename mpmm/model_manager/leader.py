@@ -267,6 +267,11 @@ class Leader:
         if self._namespace.kind == Member.GUEST or not self._lock_file.try_exclusive():
             self._free_since = None
             return
+        if self._lock_file.is_replaced():
+            # The leader has put it back after somebody had removed it, and has given up this one. `look_after_files`
+            # opens the new one.
+            self._lock_file.unlock()
+            return
         if self._is_left_to_better():
             self._lock_file.unlock()
             return

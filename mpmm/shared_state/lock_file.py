@@ -130,6 +130,10 @@ class LockFile:
         """Tell whether the path still leads to the open file, and not to nothing or to a newer one."""
         return identity_of(self.path) == self.identity
 
+    def is_replaced(self) -> bool:
+        """Tell whether the path leads to another file; False also where nothing is there."""
+        return identity_of(self.path) not in (None, self.identity)
+
     def put_back(self, *, shared: bool = False, replace: bool = False) -> LockFile | None:
         """Return a new file at the path, locked like this one, whose file was removed; this one stays as it is.
 
