@@ -27,6 +27,7 @@ from mpmm.shared_state.futex import wake_one
 from mpmm.shared_state.layout import MOST_DEVICES, Header, Instance, Model, Ticket
 from mpmm.shared_state.lock_file import LockFile
 from mpmm.shared_state.settings import SETTINGS
+from mpmm.shared_state.signal_words import Signal
 from mpmm.shared_state.transaction import CROWDED_TURNS, float_bits
 
 
@@ -201,8 +202,9 @@ class Dozer(threading.Thread):
     def __init__(self, core: Any, word: int, seen: int, fd: int, times: Any = (), calls: Any = None, lock: Any = None):
         super().__init__(daemon=True)
         self.result: bool | None = None
-        late_ns = 50_000_000
-        self._arguments = (word, seen, DEADLINE_NS, 10**6, fd, late_ns, times, calls, lock)
+        # It looks every millisecond if there is something to look at; in between a bare wake-up would be lost.
+        tick_ns, late_ns = 10**6 if times else 10**13, 50_000_000
+        self._arguments = (word, seen, DEADLINE_NS, tick_ns, fd, late_ns, times, calls, lock)
         self._core = core
         self.start()
 
@@ -264,7 +266,7 @@ def test_whoever_leaves_its_sleep_wakes_the_thread_that_rests_meanwhile(
     assert not core.wake_after_sleep(bell.word, 2, core.sleeps), "another call is awake"
     assert core.wake_after_sleep(bell.word, 1, core.sleeps)
     dozer = Dozer(core, bell.word, bell.seen(), lead[1].fd)
-    wait_until(lambda: sleeps_on_a_futex(dozer), "it dozes")
+    wait_until(lambda: sleeps_on(bell, dozer), "it dozes")
     assert caller.release(place, core) == HANDED_OVER
     sleeper.join()
     dozer.join(DEADLINE_S)
@@ -278,7 +280,7 @@ def test_a_wake_up_that_came_too_early_is_made_good(lab: Lab, lead: tuple[LockFi
     place, core = place_of(lab.segment)
     bell, calls, lock = lab.namespace.tables.bell(lab.namespace.slot), set[Operation](), lab.namespace.lock
     dozer = Dozer(core, bell.word, bell.seen(), lead[1].fd, (), calls, lock)
-    wait_until(lambda: sleeps_on_a_futex(dozer), "it dozes")
+    wait_until(lambda: sleeps_on(bell, dozer), "it dozes")
     if what == "a call begins":
         calls.add(Operation(None))
     elif what == "a transaction is left":
@@ -296,10 +298,10 @@ def test_a_wake_up_that_came_too_early_is_made_good(lab: Lab, lead: tuple[LockFi
     place.lock.close()
 
 
-def sleeps_on_a_futex(thread: threading.Thread) -> bool:
-    """Tell whether a thread is in the system call of that name."""
-    number = Path(f"/proc/self/task/{thread.native_id}/syscall").read_text().split()[0]
-    return number == str(FUTEX_CALL)
+def sleeps_on(bell: Signal, thread: threading.Thread) -> bool:
+    """Tell whether a thread sleeps on a word; and not, say, until it may run Python."""
+    call = Path(f"/proc/self/task/{thread.native_id}/syscall").read_text().split()
+    return call[:2] == [str(FUTEX_CALL), hex(bell.address)]
 
 
 @built

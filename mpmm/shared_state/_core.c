@@ -332,16 +332,17 @@ static void wake(Core *core, uint64_t index, int sleepers) {
 }
 
 /* Sleep until a word is no longer `seen`, a wake-up, a signal, or some time has passed; false after a signal, or if
- * another thread has closed the core meanwhile. Without the GIL; the kernel alone looks at the word, so that it does
+ * another thread has closed the core meanwhile. timed_out: that was the time, and no wake-up. Without the GIL; the kernel alone looks at the word, so that it does
  * not matter if it is unmapped by then. */
-static bool sleep_on(Core *core, uint64_t index, uint64_t seen, uint64_t ns) {
+static bool sleep_on(Core *core, uint64_t index, uint64_t seen, uint64_t ns, bool *timed_out) {
     void *address = (void *)&core->words[index];
     struct timespec left = {.tv_sec = (time_t)(ns / 1000000000u), .tv_nsec = (long)(ns % 1000000000u)};
-    bool interrupted;
+    int error;
     Py_BEGIN_ALLOW_THREADS
-    interrupted = syscall(SYS_futex, address, FUTEX_WAIT, (uint32_t)seen, &left, NULL, 0) == -1 && errno == EINTR;
+    error = syscall(SYS_futex, address, FUTEX_WAIT, (uint32_t)seen, &left, NULL, 0) == -1 ? errno : 0;
     Py_END_ALLOW_THREADS
-    return !interrupted && core->words != NULL;
+    *timed_out = error == ETIMEDOUT;
+    return error != EINTR && core->words != NULL;
 }
 
 /* Do what `TransactionLock.release` does. */
@@ -399,7 +400,8 @@ static bool sleep_for_lock(Core *core, PyObject *lock, int fd) {
         flock(fd, LOCK_UN);
         return true;
     }
-    return errno == EWOULDBLOCK && sleep_on(core, at->contended, 1, LONGEST_SLEEP_NS);
+    bool timed_out;
+    return errno == EWOULDBLOCK && sleep_on(core, at->contended, 1, LONGEST_SLEEP_NS, &timed_out);
 }
 
 /* Offer the processor after every few transactions if others were met at the lock, as `TransactionLock.release` does. */
@@ -1441,7 +1443,8 @@ static PyObject *await_answer(PyObject *self, PyObject *const *args, Py_ssize_t 
             called_up + called_up_for < end) {
             end = called_up + called_up_for;
         }
-        if (now >= end || !sleep_on(core, ticket + at->ticket_signal, seen, end - now)) {
+        bool timed_out;
+        if (now >= end || !sleep_on(core, ticket + at->ticket_signal, seen, end - now, &timed_out)) {
             break;
         }
         uint64_t woken = now_ns();
@@ -1554,11 +1557,12 @@ static PyObject *doze(PyObject *self, PyObject *const *args, Py_ssize_t count) {
             }
             end = end - now > LONGEST_REST_NS ? now + LONGEST_REST_NS : end;
         }
-        bool goes_on = sleep_on(core, bell, seen, end - now);
-        now = now_ns();
-        if (!goes_on || now < end) {
+        bool timed_out;
+        if (!sleep_on(core, bell, seen, end - now, &timed_out) || !timed_out) {
+            /* By the kernel's word: a wake-up may come when it is time for the next look, too. */
             break;
         }
+        now = now_ns();
         if (now >= next) {
             if (is_amiss(core, (int)fd, now, late, times, watched)) {
                 Py_RETURN_TRUE;
