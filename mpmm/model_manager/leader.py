@@ -61,9 +61,9 @@ _LOG = printable_logger("mpmm")
 LONGEST_TICK_S = 0.25
 # With STALE_AFTER_S a second: so late a poll is at the latest if the leader is stuck. A dead one is replaced earlier.
 DEPUTY_TICK_S = 0.4
-# So often a deputy does the rest, where the compiled core looks for the leader. Everybody else does it every
-# RESERVE_TICK_S: what was left to a thread that was just about to sleep waits for that.
+# So often those that do not lead do the rest, where the compiled core looks for the leader.
 DEPUTY_REST_S = 1.0
+RESERVE_REST_S = 12.0
 RESERVE_TICK_S = 4.0
 DEPUTIES = 2
 # So long a poll waits for its figures. Those that come later are learnt from when they come: the
@@ -195,7 +195,7 @@ class Leader:
             return min(self._namespace.settings.poll_interval, LONGEST_TICK_S)
         if self._namespace.lock.core is None:
             return self._tick_s()
-        return DEPUTY_REST_S if self._is_deputy() else RESERVE_TICK_S
+        return DEPUTY_REST_S if self._is_deputy() else RESERVE_REST_S
 
     def _is_deputy(self) -> bool:
         return self._namespace.slot in self._first_in_line()
