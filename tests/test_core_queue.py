@@ -7,6 +7,7 @@ import signal
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -199,12 +200,12 @@ def test_it_sleeps_until_the_lock_is_free(lab: Lab) -> None:
 class Dozer(threading.Thread):
     """Sleeps in the core on a word, and looks after the lock of a file and the words that are times."""
 
-    def __init__(self, core: Any, word: int, seen: int, fd: int, times: Any = (), calls: Any = None, lock: Any = None):
+    def __init__(self, core: Any, word: int, seen: int, fd: int, times: Any = (), rest: Any = (None, None, None)):
         super().__init__(daemon=True)
         self.result: bool | None = None
         # It looks every millisecond if there is something to look at; in between a bare wake-up would be lost.
         tick_ns, late_ns = 10**6 if times else 10**13, 50_000_000
-        self._arguments = (word, seen, DEADLINE_NS, tick_ns, fd, late_ns, times, calls, lock)
+        self._arguments = (word, seen, DEADLINE_NS, tick_ns, fd, late_ns, times, *rest)
         self._core = core
         self.start()
 
@@ -275,11 +276,15 @@ def test_whoever_leaves_its_sleep_wakes_the_thread_that_rests_meanwhile(
 
 
 @built
-@pytest.mark.parametrize("what", ["a call begins", "a transaction is left", "its calls are left", "a mutex is left"])
+@pytest.mark.parametrize(
+    "what",
+    ["a call begins", "a transaction is left", "its calls are left", "a mutex is left", "a change is deferred"],
+)
 def test_a_wake_up_that_came_too_early_is_made_good(lab: Lab, lead: tuple[LockFile, LockFile], what: str) -> None:
     place, core = place_of(lab.segment)
     bell, calls, lock = lab.namespace.tables.bell(lab.namespace.slot), set[Operation](), lab.namespace.lock
-    dozer = Dozer(core, bell.word, bell.seen(), lead[1].fd, (), calls, lock)
+    deferred = deque[object]()
+    dozer = Dozer(core, bell.word, bell.seen(), lead[1].fd, (), (calls, lock, deferred))
     wait_until(lambda: sleeps_on(bell, dozer), "it dozes")
     if what == "a call begins":
         calls.add(Operation(None))
@@ -287,6 +292,8 @@ def test_a_wake_up_that_came_too_early_is_made_good(lab: Lab, lead: tuple[LockFi
         lock._frame = sys._getframe()
     elif what == "its calls are left":
         lock._calls[0] = []
+    elif what == "a change is deferred":
+        deferred.append(None)
     else:
         lock._mutex.acquire()
     dozer.join(DEADLINE_S)
@@ -308,7 +315,7 @@ def sleeps_on(bell: Signal, thread: threading.Thread) -> bool:
 def test_what_leads_out_of_the_segment_is_refused(lab: Lab, lead: tuple[LockFile, LockFile]) -> None:
     place, core = place_of(lab.segment)
     words, fd = lab.segment.layout.words, lead[1].fd
-    good = [0, lab.words[0], time.monotonic_ns() + 10**6, 10**6, fd, 10**9, (0,), None, None]
+    good = [0, lab.words[0], time.monotonic_ns() + 10**6, 10**6, fd, 10**9, (0,), None, None, None]
     assert core.doze(*good) is False
     # A poll, and each device that there may be.
     assert core.doze(*good[:6], (0,) * (MOST_DEVICES + 1), *good[7:]) is False

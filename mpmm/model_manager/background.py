@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sized
 from functools import partial
 
 from mpmm.errors import ClosedError, LockTimeoutError
@@ -91,6 +91,11 @@ class Jobs:
     def has_deferred(self) -> bool:
         """Tell whether there are changes that were left to this thread."""
         return bool(self._deferred)
+
+    @property
+    def unrest(self) -> tuple[set[Operation], Sized]:
+        """Return what ends a long sleep: the calls in progress, and the changes that were left to this thread."""
+        return self.operations, self._deferred.changes
 
     @property
     def has_calls_to_watch(self) -> bool:
@@ -214,7 +219,7 @@ class BackgroundThread:
         if self._jobs.has_calls_to_watch and not self._jobs.is_woken_by_calls(self._doorbell.word):
             self.dozing = False
             until = min(due, self._jobs.reconcile_due)
-        look_around = self._leader.doze(rung, until, self._jobs.operations if self.dozing else None)
+        look_around = self._leader.doze(rung, until, self._jobs.unrest if self.dozing else None)
         self.dozing = False
         return look_around
 

@@ -48,6 +48,8 @@ class DeferredChanges:
     A change may be made twice, if an exception from a signal handler or finalizer comes right after the commit. So it
     looks whether there is anything left to do. It returns whether somebody who waits may profit, and does not call
     `Scheduler.advance` itself: that is done here, once for all changes of a transaction.
+
+    changes: what is to be made, to be looked at by others.
     """
 
     def __init__(self, namespace: Namespace, scheduler: Scheduler, wake: Callable[[], object]) -> None:
@@ -55,13 +57,13 @@ class DeferredChanges:
         self._namespace = namespace
         self._scheduler = scheduler
         self._wake = wake
-        self._changes: deque[_Deferred] = deque()
+        self.changes: deque[_Deferred] = deque()
         # At most so many together the next time, because the one behind them has failed; 0 for all.
         self._at_most = 0
 
     def __bool__(self) -> bool:
         """Tell whether there are any."""
-        return bool(self._changes)
+        return bool(self.changes)
 
     def apply_or_defer(self, change: Change) -> bool | None:
         """Make a change that must not be left out, and return what it returns.
@@ -82,7 +84,7 @@ class DeferredChanges:
 
     def defer(self, change: Change) -> None:
         """Leave a change to the background thread."""
-        self._changes.append(_Deferred(change))
+        self.changes.append(_Deferred(change))
         self._wake()
 
     def defer_plan(self) -> None:
@@ -95,12 +97,12 @@ class DeferredChanges:
         Raises LockTimeoutError, and what a change raises; then everything that was not made is still here. A change
         that has failed comes last the next time, and is dropped, with a line in the log, after `ATTEMPTS`.
         """
-        while self._changes:
+        while self.changes:
             self._run_some()
 
     def _run_some(self) -> None:
         """Make as many changes as fit into one transaction, and let the policy decide."""
-        changes = self._changes
+        changes = self.changes
         together = self._at_most or len(changes)
         made, in_change, may_serve = 0, False, False
         try:
@@ -132,12 +134,12 @@ class DeferredChanges:
 
         Called while its error is handled.
         """
-        change = self._changes[0]
+        change = self.changes[0]
         change.attempts += 1
         if change.attempts < ATTEMPTS:
-            self._changes.rotate(-1)
+            self.changes.rotate(-1)
             return True
-        self._changes.popleft()
+        self.changes.popleft()
         _LOG.exception(
             "mpmm %s: pid %d gives up a change that was to be made later, after %d attempts",
             *(self._namespace.name, self._namespace.pid, ATTEMPTS),

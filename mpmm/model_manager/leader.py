@@ -31,7 +31,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Sized
 from functools import partial
 
 from mpmm.memory.beam_metrics import report_estimate
@@ -204,11 +204,11 @@ class Leader:
         """Return how often one that does not lead looks for the leader."""
         return DEPUTY_TICK_S if self._is_deputy() else RESERVE_TICK_S
 
-    def doze(self, rung: int, until: float, operations: set[Operation] | None) -> bool:
+    def doze(self, rung: int, until: float, unrest: tuple[set[Operation], Sized] | None) -> bool:
         """Sleep on the doorbell until a time (monotonic, s); return whether this process is to look around at once.
 
-        rung: see `Doorbell.wait`. operations: the calls in progress, if it is to end the sleep where not all of them
-        sleep in the compiled core, or one has left a transaction; else None.
+        rung: see `Doorbell.wait`. unrest: the calls in progress and the changes to be made later, if the sleep is to
+        end where not all calls sleep in the compiled core, one has left a transaction, or there is a change.
         """
         core = self._namespace.lock.core
         if self.leading or core is None:
@@ -216,9 +216,10 @@ class Leader:
             return False
         times = times_of_polls(self._namespace.tables, self._devices_to_poll())
         spans = to_ns(until), to_ns(self._tick_s())
-        late = self._late_ns(), times
+        operations, deferred = unrest or (None, None)
         return core.doze(
-            *(self._doorbell.word, rung, *spans, self._lock_file.fd, *late, operations, self._namespace.lock)
+            *(self._doorbell.word, rung, *spans, self._lock_file.fd, self._late_ns(), times),
+            *(operations, self._namespace.lock, deferred),
         )
 
     def _first_in_line(self) -> list[int]:

@@ -1491,18 +1491,19 @@ static PyObject *wake_after_sleep(PyObject *self, PyObject *const *args, Py_ssiz
 }
 
 PyDoc_STRVAR(doze_doc,
-             "doze(bell, seen, until, tick, fd, late, times, operations, lock)\n\n"
+             "doze(bell, seen, until, tick, fd, late, times, operations, lock, deferred)\n\n"
              "Sleep until a word is no longer `seen`, somebody wakes its sleepers, or that time (monotonic, ns). Every\n"
              "`tick` ns look whether the lock of an open file is free, or one of the words that are `times` is over\n"
              "`late` ns old: then return True, else False. Without the lock. A look takes so much less than Python's\n"
              "that a process which looks for the leader's death can afford to do so.\n"
-             "operations, lock: the calls in progress, and the segment's lock, if the sleep is to end where not all of\n"
-             "these are in `await_answer`, or a transaction was left; else None.");
+             "operations, lock, deferred: the calls in progress, the segment's lock and the changes to be made later, if\n"
+             "the sleep is to end where not all calls are in `await_answer`, a transaction was left, or there is such a\n"
+             "change; else None.");
 
 /* Of a poll, and of each device that there may be (`layout.MOST_DEVICES`). */
 #define MOST_TIMES 65
-/* Whoever begins a call, or leaves `await_answer`, wakes the sleeper. That comes too early for one that is just about
- * to sleep, so they are looked for again after so long; and for a transaction without one. */
+/* Whoever begins a call, leaves `await_answer` or defers a change wakes the sleeper. That comes too early for one that
+ * is just about to sleep, so they are looked for again after so long; and for a transaction without one. */
 #define LONGEST_REST_NS 500000000u
 
 static bool is_amiss(Core *core, int fd, uint64_t now, uint64_t late, const uint64_t *times, Py_ssize_t count) {
@@ -1520,11 +1521,13 @@ static bool is_amiss(Core *core, int fd, uint64_t now, uint64_t late, const uint
     return true;
 }
 
-/* Whether no thread of this process is in a transaction, nor has left one or the calls after it to be ended. */
-static bool is_at_rest(Core *core, PyObject *lock) {
+/* Whether no thread of this process is in a transaction, nor has left one, the calls after it, or a change, to others.
+ */
+static bool is_at_rest(Core *core, PyObject *lock, PyObject *deferred) {
     PyObject *frame = PyObject_GetAttr(lock, core->_frame);
     PyObject *calls = frame != Py_None ? NULL : PyObject_GetAttr(lock, core->_calls);
-    bool found = calls != NULL && PyObject_Not(calls) == 1 && has_free_mutex(core, lock);
+    bool found =
+        calls != NULL && PyObject_Not(calls) == 1 && PyObject_Size(deferred) == 0 && has_free_mutex(core, lock);
     Py_XDECREF(frame);
     Py_XDECREF(calls);
     PyErr_Clear();
@@ -1534,7 +1537,7 @@ static bool is_at_rest(Core *core, PyObject *lock) {
 static PyObject *doze(PyObject *self, PyObject *const *args, Py_ssize_t count) {
     Core *core = (Core *)self;
     uint64_t bell, seen, until, tick, fd, late, times[MOST_TIMES];
-    if (count != 9 || !as_word(args[0], &bell) || !as_word(args[1], &seen) || !as_word(args[2], &until) ||
+    if (count != 10 || !as_word(args[0], &bell) || !as_word(args[1], &seen) || !as_word(args[2], &until) ||
         !as_word(args[3], &tick) || !as_word(args[4], &fd) || !as_word(args[5], &late) || bell >= core->count ||
         fd > INT32_MAX || !tick || !PyTuple_CheckExact(args[6]) || PyTuple_GET_SIZE(args[6]) > MOST_TIMES ||
         (args[7] != Py_None && !PyAnySet_Check(args[7]))) {
@@ -1552,7 +1555,8 @@ static PyObject *doze(PyObject *self, PyObject *const *args, Py_ssize_t count) {
     while (core->words != NULL && load(core, bell) == seen && now < until) {
         uint64_t end = until < next ? until : next;
         if (args[7] != Py_None) {
-            if ((uint64_t)PySet_GET_SIZE(args[7]) > core->asleep || !is_at_rest(core, args[8])) {
+            if ((uint64_t)PySet_GET_SIZE(args[7]) > core->asleep ||
+                !is_at_rest(core, args[8], args[9])) {
                 break;
             }
             end = end - now > LONGEST_REST_NS ? now + LONGEST_REST_NS : end;

@@ -1,5 +1,6 @@
 """What `_core.c` has; there where it could be compiled."""
 
+from collections.abc import Sized
 from typing import Any
 
 OFFSETS: tuple[str, ...]
@@ -72,6 +73,7 @@ class Core:
         times: tuple[int, ...],
         operations: set[Any] | None,
         lock: Any,
+        deferred: Sized | None,
         /,
     ) -> bool: ...
     def take_granted(
