@@ -157,7 +157,8 @@ class Survivor:
         self.use()
         self._segment = self.worker.namespace.segment
         # What it knows of its copies when the children's images are made.
-        self._own = {name: copy(getattr(self.worker.held, name)) for name in ("_objects", "_rows_of_model", "_handles")}
+        owned, held = self.worker.owned, self.worker.held
+        self._known: Any = [(notes, copy(notes)) for notes in (owned.in_rows, owned.rows_of_model, held._handles)]
         self._image = self._segment.copy()
 
     def use(self) -> None:
@@ -168,8 +169,9 @@ class Survivor:
         """Go back to the beginning, or to what a child has left."""
         self._segment.words[:] = memoryview(image or self._image).cast("Q")
         self.worker.namespace.tables.close()
-        for name, known in self._own.items():
-            setattr(self.worker.held, name, copy(known))
+        for notes, known in self._known:
+            notes.clear()
+            notes.update(known)
 
     def child(self, call: Callable[[ModelManager], None], wrap: Callable[[Any], Any]) -> int:
         """Make a call in a child whose stores go through `wrap(words)`."""

@@ -82,15 +82,19 @@ class Twins:
     def restore_tenures(self, saved: dict[str, Any]) -> None:
         vars(self.worker.tenures).update(deepcopy(saved))
 
-    NOTES = ("holds", "_held_at", "_handles", "_objects", "_rows_of_model", "_taken_grants")
+    def _noted_in(self) -> tuple[Any, ...]:
+        held, owned = self.worker.held, self.worker.owned
+        of_held = (held.holds, held._held_at, held._handles, held._taken_grants)
+        return (*of_held, owned.in_rows, owned.rows_of_model)
 
-    def notes(self) -> dict[str, Any]:
-        return {name: copy(getattr(self.worker.held, name)) for name in self.NOTES}
+    def notes(self) -> list[Any]:
+        return [copy(noted) for noted in self._noted_in()]
 
-    def restore(self, saved: bytes, notes: dict[str, Any]) -> None:
+    def restore(self, saved: bytes, notes: list[Any]) -> None:
         self.lab.restore(saved)
-        for name, value in notes.items():
-            setattr(self.worker.held, name, copy(value))
+        for noted, value in zip(self._noted_in(), notes, strict=True):
+            noted.clear()
+            noted.update(value)
 
     def without_lock_words(self) -> bytes:
         """Return the segment without what tells who had the lock last."""

@@ -4,6 +4,7 @@
     monitor_source.py    a monitor of the caller's own, in its place
     sampler.py           the thread that measures, so that a source which hangs holds up no other one
     samples.py           where the samples of all processes of a namespace are kept: in shared memory
+    listed_pids.py       whose the processes are that a source lists
     estimator.py         ResourceEstimator: from readings of whole devices to the memory of each model
     shared_estimator.py  the same on shared memory, for all processes of a namespace
     estimates_file.py    the file that keeps estimates from run to run

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 
 from mpmm.errors import InvalidArgumentError
+from mpmm.memory.listed_pids import ListedPids
 from mpmm.memory.placement import Placement
 from mpmm.scheduling import Scheduler
-from mpmm.shared_state.durations import to_ns
-from mpmm.shared_state.layout import Device, Header, Instance, Member, device_bits, device_rows
-from mpmm.shared_state.liveness import is_member_here, pid_namespace
+from mpmm.shared_state.layout import Device, Header, Member, device_bits, device_rows
 from mpmm.shared_state.namespace import Namespace
 from mpmm.shared_state.tables import fit_text
 from mpmm.shared_state.transaction import Transaction
@@ -26,7 +24,6 @@ from mpmm.sources import (
     process_knowledge,
     what_it_measures,
 )
-from mpmm.sources.process_tree import is_ending, process_tree, unrelated_to
 
 __all__ = ["SharedSamples"]
 
@@ -60,10 +57,7 @@ class SharedSamples:
         self._source: MemorySource | None = None
         # Whether the source can measure nothing.
         self._blind = False
-        # When this process has last seen each of the model servers.
-        self._servers_at_ns: dict[int, int] = {}
-        # Generations of the members, by slot, whose pids are those of the same processes here.
-        self._here: dict[int, int] = {}
+        self._pids = ListedPids(namespace)
 
     def describe(
         self, source: MemorySource, devices: Sequence[DeviceInfo], next_in_line: Sequence[int] | None = None
@@ -227,13 +221,12 @@ class SharedSamples:
         for sample in samples:
             for pid, mb in sample.process_mb.items():
                 listed[pid] = listed.get(pid, 0.0) + mb
-        taken = self._taken_by_programs(listed) if listed else {}
+        taken = self._pids.taken_by_programs(listed) if listed else {}
         # As long as the source has shown none of ours, what it lists may be our own processes under other numbers.
         knows = self._source is None or process_knowledge(self._source)
-        unrelated = self._unrelated_pids(listed) if listed and knows else set()
+        unrelated = self._pids.unrelated(listed) if listed and knows else set()
         proven = self._shows_ours(listed)
-        members = self._namespace.tables.used_members() if listed else ()
-        here = {slot for slot in members if self._is_listed_here(slot, listed)}
+        here = self._pids.members_among(listed) if listed else set()
         with self._namespace.transaction(timeout_s) as t:
             before = self._scheduler.room()
             news = self._take_in(t, samples, unrelated)
@@ -315,32 +308,7 @@ class SharedSamples:
             return False
         if tables.text(Header.SOURCE_NAME) != fit_text(self._source.name, Header.SOURCE_NAME_BYTES):
             return False
-        return any(self._is_listed_here(slot, parts) for slot in tables.used_members())
-
-    def _is_listed_here(self, slot: int, listed: Mapping[int, float]) -> bool:
-        """Tell whether one of the listed pids is a member's. Without the lock."""
-        return self._namespace.tables.members[slot].pid in listed and self._is_here(slot)
-
-    def _is_here(self, slot: int) -> bool:
-        """Tell whether this process and its source can know a member by its pid. Without the lock.
-
-        A process of another container may have the pid of one in this one, and containers count from 1.
-        """
-        tables = self._namespace.tables
-        if not self._are_apart():
-            return True
-        generation = tables.members[slot].generation
-        if self._here.get(slot) == generation:
-            return True
-        # That it is not is looked up again each time: its row may be half written.
-        found = is_member_here(tables, slot)
-        if found:
-            self._here[slot] = generation
-        return found
-
-    def _are_apart(self) -> bool:
-        """Tell whether there are, or were, members in another container than this process, whose pids differ."""
-        return pid_namespace() not in (0, self._namespace.tables.header.pid_namespace)
+        return bool(self._pids.members_among(parts))
 
     def _measure_members(self, t: Transaction, news: _News, here: Set[int], taken_ns: int) -> None:
         """Record what each member takes; here: the slots of those that were listed.
@@ -348,7 +316,7 @@ class SharedSamples:
         One that had memory, and is on no list of its devices any more, has none. But no list has the processes of
         another container for certain, so of what lies there it is unknown.
         """
-        tables, apart = self._namespace.tables, self._are_apart()
+        tables, apart = self._namespace.tables, self._pids.are_apart()
         for slot in tables.used_members():
             member = tables.members[slot]
             pid, instance = member.pid, member.instance
@@ -378,69 +346,13 @@ class SharedSamples:
         with self._namespace.transaction() as t:
             self._namespace.transitions.devices.reset_peaks(t)
 
-    def _unrelated_pids(self, measured: Mapping[int, float]) -> set[int]:
-        """Return which of these processes are neither members, nor programs of leases, nor a server's children.
-
-        Looks without the lock. Processes that a worker has started without a lease hold nothing that could be unloaded.
-        A server that ends is no member any more while the driver still lists it with all of its memory: that is
-        coming back, and nobody else's.
-        """
-        namespace = self._namespace
-        tables = namespace.tables
-        members = {tables.members[slot].pid for slot in tables.used_members() if self._is_here(slot)}
-        ours = members | {pid for tree in self._programs().values() for pid in tree}
-        servers = {tables.members[slot].pid for slot in self._servers() if self._is_here(slot)}
-        unrelated = unrelated_to(set(measured) - ours - self._servers_at_ns.keys(), servers)
-        return {pid for pid in unrelated if not is_ending(pid)}
-
     def server_pids(self) -> Sequence[int]:
-        """Return the pids of the namespace's model servers, and of programs that have leases.
-
-        Read without the lock, as a process may end any time.
-        """
-        namespace = self._namespace
-        servers = [namespace.tables.members[slot].pid for slot in self._servers() if self._is_here(slot)]
-        now_ns = time.monotonic_ns()
-        # For as long as memory may take to come back; then it is written off.
-        lately_ns = now_ns - to_ns(namespace.settings.memory_return_seconds)
-        lately = {pid: at_ns for pid, at_ns in self._servers_at_ns.items() if at_ns >= lately_ns}
-        self._servers_at_ns = {**lately, **dict.fromkeys(servers, now_ns)}
-        return servers + [pid for tree in self._programs().values() for pid in tree]
-
-    def _servers(self) -> list[int]:
-        namespace = self._namespace
-        return namespace.tables.rows_where(namespace.segment.layout.members, Member.STATE, Member.SERVER)
-
-    def _leases(self) -> dict[int, int]:
-        """Return the rows of leases whose program is known, and its pid here."""
-        tables = self._namespace.tables
-        leases = tables.rows_where(self._namespace.segment.layout.instances, Instance.STATE, Instance.LEASED)
-        programs = {row: (tables.instances[row].program, tables.instances[row].holder) for row in leases}
-        return {row: pid for row, (pid, holder) in programs.items() if pid and self._is_program_here(holder)}
-
-    def _is_program_here(self, holder: int | None) -> bool:
-        return self._is_here(holder) if holder is not None else not self._are_apart()
-
-    def _programs(self) -> dict[int, list[int]]:
-        """Return the programs of leases, by pid: the pids of each, and of what it has started.
-
-        What is counted by itself is not the program's: a model server, the program of another lease.
-        """
-        namespace = self._namespace
-        programs = set(self._leases().values())
-        if not programs:
-            return {}
-        servers = {namespace.tables.members[slot].pid for slot in self._servers() if self._is_here(slot)}
-        return {pid: process_tree(pid, servers | programs) for pid in programs}
-
-    def _taken_by_programs(self, measured: Mapping[int, float]) -> dict[int, float]:
-        """Return what the programs of leases take, by pid, as far as it was measured; looks without the lock."""
-        figures = {pid: [measured[part] for part in tree if part in measured] for pid, tree in self._programs().items()}
-        return {pid: sum(mb) for pid, mb in figures.items() if mb}
+        """Return the pids of the namespace's model servers, and of programs that have leases. Without the lock."""
+        return self._pids.to_measure()
 
     def _share_out(self, t: Transaction, taken: dict[int, float]) -> None:
         """Record with each lease what its program takes; of several leases for one program, one after the other."""
-        for row, pid in self._leases().items() if taken else ():
+        for row, pid in self._pids.leases().items() if taken else ():
             if pid in taken:
                 reserved = self._namespace.tables.instances[row].reserved_mb
                 mb = min(taken[pid], reserved)

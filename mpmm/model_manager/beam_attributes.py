@@ -227,7 +227,7 @@ class _IdleCopies(MutableMapping[int, tuple[str, Any, float]]):
             return {
                 row: (
                     tables.tag_of(tables.instances[row].model),
-                    session.held.value_of(row),
+                    session.owned.value_of(row),
                     wall - (now - tables.instances[row].since) / 1e9,
                 )
                 for row in rows

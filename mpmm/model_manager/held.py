@@ -1,41 +1,37 @@
-"""Which instances this process and its threads hold, and which objects it has loaded.
+"""Which instances this process and its threads hold.
 
-The members table knows the process as one member, and an instance row names its holder. Which thread holds what, and
-which object a row stands for, only the process itself knows: here. An acquire and a release pass through
-`HeldInstances`, by the compiled core where that will do (see `shared_state/core.py`).
+The members table knows the process as one member, and an instance row names its holder. Which thread holds what, only
+the process itself knows: here. An acquire and a release pass through `HeldInstances`, by the compiled core where that
+will do (see `shared_state/core.py`).
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Hashable, Sequence
 from functools import partial
 from typing import Any
 
 from mpmm import multi_process_shared
 from mpmm.model_manager.operations import Held, LoadedInstance, Operation, key_of
+from mpmm.model_manager.owned import OwnedObjects
 from mpmm.model_manager.tenure import Tenure, Tenures
 from mpmm.scheduling import Scheduler
 from mpmm.shared_state.core import HANDED_OVER, KEEP, KEEP_AND_CALL_UP, KEPT, TO_NEXT
 from mpmm.shared_state.layout import Ticket
 from mpmm.shared_state.namespace import Namespace
 from mpmm.shared_state.transaction import Transaction
-from mpmm.text.printable import printable_logger
-from mpmm.thread_locks import new_rlock
 
-__all__ = ["HeldInstances", "server_pid_of"]
-
-_LOG = printable_logger("mpmm")
+__all__ = ["HeldInstances"]
 
 
 class HeldInstances:
-    """The instances that this process holds, and the objects that it owns. All of its threads share it.
+    """The instances that this process holds. All of its threads share it.
 
     holds: what the process holds, by row and generation. Without a mutex: each change is one step of the interpreter,
     which neither threads nor finalizers can split.
     """
 
-    def __init__(self, namespace: Namespace, scheduler: Scheduler, tenures: Tenures) -> None:
+    def __init__(self, namespace: Namespace, scheduler: Scheduler, tenures: Tenures, owned: OwnedObjects) -> None:
         self._namespace = namespace
         self._scheduler = scheduler
         self._tenures = tenures
@@ -45,13 +41,9 @@ class HeldInstances:
         self._rows_of_tags = namespace.tables.rows_of_tags
         self._queue = namespace.reads.queue
         self._instances = namespace.reads.instances
-        # An RLock, because a finalizer or signal handler may come by while its own thread has it.
-        self._mutex = new_rlock()
-        # Objects loaded here, by row: nobody else can use them.
-        self._objects: dict[int, LoadedInstance] = {}
-        self._rows_of_model: dict[int, list[int]] = defaultdict(list)
-        # Of the objects' rows those that are seats.
-        self._seats: set[int] = set()
+        self._owned = owned
+        self._objects = owned.in_rows
+        self._rows_of_model = owned.rows_of_model
         # Handles that this process has held, by row; the generation tells whether one still stands there.
         self._handles: dict[int, LoadedInstance] = {}
         self.holds: dict[tuple[int, int], Held] = {}
@@ -59,8 +51,6 @@ class HeldInstances:
         self._held_at: dict[Hashable, tuple[int, int]] = {}
         # Row and number of tickets whose grants this process has acted upon, see `take_granted`.
         self._taken_grants: set[tuple[int, int]] = set()
-        # Tags whose loaders were seen to return handles of others.
-        self._twins_of_tags: set[str] = set()
 
     def find_idle(self, tag: str, usable_on: int = 0) -> int | None:
         """Return the row of an idle copy that this process can use, or None. Needs the lock.
@@ -71,12 +61,7 @@ class HeldInstances:
         if model is None:
             return None
         shared = self._instances.first_idle(model, usable_on)
-        if shared is not None:
-            return shared
-        for row in reversed(self._rows_of_model.get(model, ())):
-            if self._instances.is_idle(row, self._objects[row].generation, usable_on):
-                return row
-        return None
+        return self._owned.find_idle(model, usable_on) if shared is None else shared
 
     def add(self, row: int, tag: str, operation: Operation) -> LoadedInstance:
         """Note that this process holds the copy of `tag` in an ACTIVE row, and return it. Needs the lock."""
@@ -270,38 +255,9 @@ class HeldInstances:
         generation, uses = self._instances.use(row)
         copy = LoadedInstance(row, generation, tag, value)
         if not isinstance(value, str):
-            self._own(copy, self._instances.held(row).model)
-            self.add_seats(row)
+            self._owned.add(copy)
         self._note_held(copy, uses, operation)
         return copy
-
-    def add_seats(self, row: int) -> None:
-        """Note the seats of a copy in a row that has just become ACTIVE, if it is an object of this process.
-
-        Needs the lock.
-        """
-        copy, tables = self._objects.get(row), self._namespace.tables
-        if copy is None:
-            return
-        for seat in tables.seats_of(row):
-            instance = tables.instances[seat]
-            self._own(LoadedInstance(seat, instance.generation, copy.tag, copy.value), instance.model)
-            self._seats.add(seat)
-
-    def _own(self, copy: LoadedInstance, model: int) -> None:
-        """Note that an object of this process stands in a row, for a model (row)."""
-        with self._mutex:
-            # A seat leaves its row without a word, and another model may have that row by now.
-            self._strike_off(copy.row)
-            self._objects[copy.row] = copy
-            self._rows_of_model[model].append(copy.row)
-
-    def _strike_off(self, row: int) -> None:
-        for rows in self._rows_of_model.values():
-            if row in rows:
-                rows.remove(row)
-        self._objects.pop(row, None)
-        self._seats.discard(row)
 
     def take_off(self, value: Any, tag: str, operation: Operation) -> LoadedInstance | None:
         """Strike a held copy off the list and return it; None when this process holds no such thing.
@@ -353,28 +309,6 @@ class HeldInstances:
         """Tell whether the row still says that this process holds the copy. Needs the lock."""
         return self._instances.is_held(copy.row, copy.generation, self._namespace.reference)
 
-    def value_of(self, row: int) -> Any:
-        """Return the object or handle of a row as far as this process can know it, else None."""
-        owned = self._objects.get(row)
-        # A seat's row may be another copy's by now.
-        is_ours = owned is not None and self._instances.is_still(row, owned.generation)
-        return owned.value if owned is not None and is_ours else (self._namespace.tables.handle_of(row) or None)
-
-    def is_twin(self, copy: LoadedInstance) -> bool:
-        """Tell whether others stand for the same handle as a copy. Looks without the lock, which a holder may do."""
-        return self._namespace.transitions.twins.any_of(copy.row)
-
-    def warn_of_twins(self, t: Transaction, tag: str, handle: str) -> None:
-        """Say, once a tag, that a loader has returned a handle that another one has returned before."""
-        if tag not in self._twins_of_tags:
-            self._twins_of_tags.add(tag)
-            text = (
-                "mpmm %s: pid %d: the loader of %s has returned the handle %r, whose object is "
-                "loaded already: it is counted once, and unloaded with the last copy; let the loader return a new "
-                "handle each time, or set max_model_copies=1"
-            )
-            t.after.append(partial(_LOG.warning, text, self._namespace.name, self._namespace.pid, tag, handle))
-
     def handle_is_alive(self, copy: LoadedInstance) -> bool:
         """Tell whether what a handle stands for still lives; a handle that never named a server is taken on trust."""
         has_server, server = self._instances.server(copy.row)
@@ -383,26 +317,3 @@ class HeldInstances:
         if server is not None:
             return self._namespace.member_is_alive(server)
         return multi_process_shared.server_pid(copy.value) is not None
-
-    def forget_object(self, row: int, generation: int) -> LoadedInstance | None:
-        """Strike an object off the list and return it; None if the row is no longer that copy's."""
-        with self._mutex:
-            copy = self._objects.get(row)
-            if copy is None or copy.generation != generation:
-                return None
-            self._strike_off(row)
-            # Those of its seats, which are free rows by now or somebody else's.
-            for other in [other for other in self._objects.values() if other.value is copy.value]:
-                instance = self._namespace.tables.instances[other.row]
-                if not instance.state or instance.generation != other.generation:
-                    self._strike_off(other.row)
-            return copy
-
-    def objects(self) -> list[LoadedInstance]:
-        """Return what this process has loaded for itself."""
-        return [copy for row, copy in list(self._objects.items()) if row not in self._seats]
-
-
-def server_pid_of(value: Any) -> int | None:
-    """Return the pid of the process behind a handle; None for an object, or a handle without a server."""
-    return multi_process_shared.server_pid(value) if isinstance(value, str) else None

@@ -10,8 +10,10 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from typing import Any, NamedTuple
 
+from mpmm import multi_process_shared
 from mpmm.errors import (
     ClosedError,
     InvalidArgumentError,
@@ -24,7 +26,6 @@ from mpmm.memory.estimator import GROWTH_SD, Estimate
 from mpmm.memory.placement import placed
 from mpmm.model_manager.acquisition import Acquisition, Booking
 from mpmm.model_manager.fresh_figures import Growth
-from mpmm.model_manager.held import server_pid_of
 from mpmm.model_manager.operations import LoadedInstance
 from mpmm.model_manager.out_of_memory import FreeMemory
 from mpmm.model_manager.refusals import taken_away
@@ -160,7 +161,8 @@ class LoadAttempt:
         session, namespace, row, tag = self._session, self._session.namespace, self._booking.row, self._tag
         tables = namespace.tables
         handle = encode_text(value, Instance.HANDLE_BYTES, f"handle of {tag!r}") if isinstance(value, str) else b""
-        server_pid = server_pid_of(value)
+        # None for an object, too, or a handle without a server.
+        server_pid = multi_process_shared.server_pid(value) if isinstance(value, str) else None
         seen = session.figures.sample_after_load(row)
         grown_mb = growth.mb() if seen and not isinstance(value, str) else 0.0
         way = session.suspender.way_of(value, row)
@@ -177,7 +179,7 @@ class LoadAttempt:
             if way:
                 namespace.transitions.suspensions.note_way(t, row, way)
             if is_twin:
-                session.held.warn_of_twins(t, tag, value)
+                self._warn_of_twins(t, value)
             learnt_mb = self._learn(t, size)
             if tables.header.source_measures_processes and tables.models[model].known:
                 # It was loaded alone only to find out whether the source measures processes; now it is measured.
@@ -208,6 +210,18 @@ class LoadAttempt:
             return _Size(session.scheduler.expected_mb(model), shares_mb)
         # No more than the policy has found room for: the default is cut where a device is smaller.
         return _Size(min(session.scheduler.expected_mb(model), instance.reserved_mb), shares_mb)
+
+    def _warn_of_twins(self, t: Transaction, handle: str) -> None:
+        """Say, once a tag, that a loader has returned a handle that another one has returned before."""
+        session, tag = self._session, self._tag
+        if tag not in session.tags_with_twins:
+            session.tags_with_twins.add(tag)
+            text = (
+                "mpmm %s: pid %d: the loader of %s has returned the handle %r, whose object is "
+                "loaded already: it is counted once, and unloaded with the last copy; let the loader return a new "
+                "handle each time, or set max_model_copies=1"
+            )
+            t.after.append(partial(_LOG.warning, text, session.namespace.name, session.namespace.pid, tag, handle))
 
     def _learn(self, t: Transaction, size: _Size) -> float | None:
         """Record what the model takes, if it is not known yet; return it in MB if it was recorded."""
@@ -299,7 +313,7 @@ def resume(acquisition: Acquisition, booking: Booking) -> LoadedInstance | None:
     with session.namespace.transaction() as t:
         if resumed and session.suspender.end_resume(t, booking.row, booking.generation):
             copy = session.held.add(booking.row, acquisition.tag, operation)
-            session.held.add_seats(booking.row)
+            session.owned.add_seats(booking.row)
             operation.booking = None
             session.scheduler.advance(t)
             return copy

@@ -220,7 +220,7 @@ class ModelManager(BeamNames):
             for row in tables.used_rows(layout.instances):
                 instance = tables.instances[row]
                 if instance.state in (Instance.ACTIVE, Instance.IDLE) and instance.seat_of is None:
-                    found.setdefault(tables.tag_of(instance.model), []).append(session.held.value_of(row))
+                    found.setdefault(tables.tag_of(instance.model), []).append(session.owned.value_of(row))
         return found if tag is None else found.get(tag, [])
 
     def acquire_model(self, tag: str, loader_func: Callable[[], Any], **options: Unpack[AcquireOptions]) -> Any:

@@ -61,7 +61,7 @@ def resume_all(acquisition: Acquisition) -> int:
             continue
         with session.namespace.transaction() as t:
             if session.suspender.end_resume(t, answer.row, answer.generation):
-                session.held.add_seats(answer.row)
+                session.owned.add_seats(answer.row)
                 session.scheduler.release(t, answer.row, used=False)
                 resumed += 1
         operation.booking = None

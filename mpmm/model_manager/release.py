@@ -100,8 +100,8 @@ def give_back(
     namespace, here = session.namespace, session.held
     cost_mb = None
     alone = namespace.reads.devices.anything_runs_alone() and namespace.transitions.isolation.runs_alone(copy.row)
-    # What a twin adds to the memory in use says nothing about its model.
-    if alone and not here.is_twin(copy):
+    # What a twin adds to the memory in use says nothing about its model. A holder may look for twins without the lock.
+    if alone and not namespace.transitions.twins.any_of(copy.row):
         cost_mb = _added_alone_mb(session, copy)
     with namespace.transaction(timeout_s) as t:
         here.free_taken_tickets(t)

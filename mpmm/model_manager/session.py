@@ -40,6 +40,7 @@ from mpmm.model_manager.leader import Leader
 from mpmm.model_manager.look_again import LookAgain
 from mpmm.model_manager.operations import Operation, ended_calls
 from mpmm.model_manager.out_of_memory import OutOfMemory
+from mpmm.model_manager.owned import OwnedObjects
 from mpmm.model_manager.reconcile import Reconciler
 from mpmm.model_manager.tenure import Tenures
 from mpmm.model_manager.thread_holds import ThreadHolds
@@ -93,6 +94,7 @@ class Session:
 
     unload_on_release: tags whose instances this process was last told to unload as soon as they are idle.
     users_of_tags: how many may use a copy at a time where a request does not say it.
+    tags_with_twins: those whose loaders were seen to return handles of others.
     warn_after_s: when the log says that somebody waits.
     """
 
@@ -124,14 +126,16 @@ class Session:
         self.operations: set[Operation] = set()
         self.unload_on_release: set[str] = set()
         self.users_of_tags: dict[str, int] = {}
+        self.tags_with_twins: set[str] = set()
         self.scheduler = scheduler = Scheduler(namespace)
         self.samples = samples = SharedSamples(namespace, scheduler)
         self.estimator = SharedResourceEstimator(namespace, verbose_logging)
         self.figures = FreshFigures(namespace, monitor, samples)
         self.tenures = Tenures()
-        self.held = HeldInstances(namespace, scheduler, self.tenures)
+        self.owned = OwnedObjects(namespace)
+        self.held = HeldInstances(namespace, scheduler, self.tenures, self.owned)
         self.thread = ThreadHolds(namespace, self.held, self.operations)
-        self.unloads = Unloads(namespace, scheduler, self.figures, self.held, self.waiting)
+        self.unloads = Unloads(namespace, scheduler, self.figures, self.owned, self.waiting)
         self.suspender = self.unloads.suspender
         self.out_of_memory = OutOfMemory(namespace, scheduler, samples, self.unloads)
         self.reconciler = Reconciler(namespace, scheduler, self.held, self.operations)
@@ -186,9 +190,9 @@ class Session:
         self.background.stop()
         if leading:
             self.keep_estimates(at_last=True)
-        objects = self.held.objects()
+        objects = self.owned.all()
         for copy in objects:
-            self.held.forget_object(copy.row, copy.generation)
+            self.owned.forget(copy.row, copy.generation)
             unload_object(copy.value)
         if objects:
             del copy

@@ -20,8 +20,8 @@ from typing import Any
 from mpmm import multi_process_shared
 from mpmm.memory.beam_metrics import report_model_count
 from mpmm.model_manager.fresh_figures import FreshFigures
-from mpmm.model_manager.held import HeldInstances
 from mpmm.model_manager.operations import LoadedInstance
+from mpmm.model_manager.owned import OwnedObjects
 from mpmm.model_manager.returns import ReturnWatch
 from mpmm.model_manager.waits import decision, says_more
 from mpmm.multi_process_shared.stop_server import kill_process
@@ -77,16 +77,16 @@ class Unloads:
         namespace: Namespace,
         scheduler: Scheduler,
         figures: FreshFigures,
-        held: HeldInstances,
+        owned: OwnedObjects,
         waiting: Callable[[], contextlib.AbstractContextManager[None]],
     ) -> None:
         """waiting: counts the calling thread among those that wait, for the length of a `with` block."""
         self._namespace = namespace
         self._scheduler = scheduler
         self._figures = figures
-        self._held = held
+        self._owned = owned
         self._waiting = waiting
-        self._suspender = Suspender(namespace, scheduler, figures.samples, held.value_of, self.unload_in_thread)
+        self._suspender = Suspender(namespace, scheduler, figures.samples, owned.value_of, self.unload_in_thread)
         self._returns = ReturnWatch(namespace, figures, waiting)
         self.in_progress: set[int] = set()
         self.leaving = False
@@ -292,7 +292,7 @@ class Unloads:
 
     def _unload_own(self, row: int, generation: int) -> None:
         """Unload an object of this process."""
-        copy = self._held.forget_object(row, generation)
+        copy = self._owned.forget(row, generation)
         if copy is not None:
             unload_object(copy.value)
             # Before the garbage is collected, which is not what something still refers to.

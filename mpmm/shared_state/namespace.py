@@ -222,7 +222,7 @@ class Namespace:
                 if not namespace._files.is_in_place():
                     namespace._leave_row()
                     raise StartAgain
-                namespace._take_over(estimates)
+                _take_estimates_over(namespace, estimates)
         except (MpmmError, OSError, StartAgain):
             namespace._detach()
             raise
@@ -341,16 +341,8 @@ class Namespace:
         state, pid = (int(self.segment.words[at + word]) for word in (Member.STATE, Member.PID))
         done = self.transitions.members.reap(t, slot)
         if done:
-            t.after.append(partial(self._log_death, state, pid))
+            t.after.append(partial(_log_death, self.name, state, pid))
         return done
-
-    def _log_death(self, state: int, pid: int) -> None:
-        if state == Member.SERVER:
-            # Mostly it was told to end, because its model is unloaded.
-            _LOG.debug("mpmm %s: model server pid %d has ended", self.name, pid)
-            return
-        text = "mpmm %s: pid %d has died; its holds, loads and places in the queue are free again"
-        _LOG.info(text, self.name, pid)
 
     def reset(self) -> None:
         """Do `Transitions.reset`, in as many transactions as it takes. Raises ClosedError, LockTimeoutError."""
@@ -488,17 +480,6 @@ class Namespace:
         """
         return self._files.look_after(lead, leading)
 
-    def _take_over(self, models: tuple[ModelInfo, ...]) -> None:
-        """Give the models of a deserted namespace their estimates back, as far as there are rows for them."""
-        with contextlib.suppress(TableFullError, InvalidArgumentError):
-            for model in models:
-                if model.estimate_mb is None:
-                    continue
-                encoded = encode_text(model.tag, Model.TAG_BYTES, "model tag")
-                with self.transaction() as t:
-                    row = self.transitions.models.claim(t, model.tag, encoded)
-                    self.transitions.estimates.estimate(t, row, model.estimate_mb, model.measured, model.sd_mb)
-
     def _detach(self) -> None:
         self._usable = False
         self._files.close()
@@ -511,6 +492,28 @@ class Namespace:
         self._usable = False
         self._files.forget_after_fork()
         self.lock.forget_after_fork()
+
+
+def _take_estimates_over(namespace: Namespace, models: tuple[ModelInfo, ...]) -> None:
+    """Give the models of a deserted namespace their estimates back, as far as there are rows for them."""
+    transitions = namespace.transitions
+    with contextlib.suppress(TableFullError, InvalidArgumentError):
+        for model in models:
+            if model.estimate_mb is None:
+                continue
+            encoded = encode_text(model.tag, Model.TAG_BYTES, "model tag")
+            with namespace.transaction() as t:
+                row = transitions.models.claim(t, model.tag, encoded)
+                transitions.estimates.estimate(t, row, model.estimate_mb, model.measured, model.sd_mb)
+
+
+def _log_death(name: str, state: int, pid: int) -> None:
+    if state == Member.SERVER:
+        # Mostly it was told to end, because its model is unloaded.
+        _LOG.debug("mpmm %s: model server pid %d has ended", name, pid)
+        return
+    text = "mpmm %s: pid %d has died; its holds, loads and places in the queue are free again"
+    _LOG.info(text, name, pid)
 
 
 def _forget_all_after_fork() -> None:

@@ -1,0 +1,109 @@
+"""Whose the pids are that a source lists: members', model servers', programs' of leases, or nobody's here.
+
+Everything is looked up without the lock: a process may end any time, with the lock or without it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+
+from mpmm.shared_state.durations import to_ns
+from mpmm.shared_state.layout import Instance, Member
+from mpmm.shared_state.liveness import is_member_here, pid_namespace
+from mpmm.shared_state.namespace import Namespace
+from mpmm.sources.process_tree import is_ending, process_tree, unrelated_to
+
+__all__ = ["ListedPids"]
+
+
+class ListedPids:
+    """What this process can tell of the pids in its samples."""
+
+    def __init__(self, namespace: Namespace) -> None:
+        self._namespace = namespace
+        # When this process has last seen each of the model servers.
+        self._servers_at_ns: dict[int, int] = {}
+        # Generations of the members, by slot, whose pids are those of the same processes here.
+        self._here: dict[int, int] = {}
+
+    def members_among(self, listed: Mapping[int, float]) -> set[int]:
+        """Return the slots of the members whose pids are listed."""
+        tables = self._namespace.tables
+        return {slot for slot in tables.used_members() if tables.members[slot].pid in listed and self._is_here(slot)}
+
+    def are_apart(self) -> bool:
+        """Tell whether there are, or were, members in another container than this process, whose pids differ."""
+        return pid_namespace() not in (0, self._namespace.tables.header.pid_namespace)
+
+    def unrelated(self, listed: Mapping[int, float]) -> set[int]:
+        """Return which of these processes are neither members, nor programs of leases, nor a server's children.
+
+        Processes that a worker has started without a lease hold nothing that could be unloaded. A server that ends is
+        no member any more while the driver still lists it with all of its memory: that is coming back, and nobody
+        else's.
+        """
+        tables = self._namespace.tables
+        members = {tables.members[slot].pid for slot in tables.used_members() if self._is_here(slot)}
+        ours = members | {pid for tree in self._programs().values() for pid in tree}
+        unrelated = unrelated_to(set(listed) - ours - self._servers_at_ns.keys(), self._servers())
+        return {pid for pid in unrelated if not is_ending(pid)}
+
+    def to_measure(self) -> Sequence[int]:
+        """Return the pids of the namespace's model servers, and of programs that have leases."""
+        servers = self._servers()
+        now_ns = time.monotonic_ns()
+        # For as long as memory may take to come back; then it is written off.
+        lately_ns = now_ns - to_ns(self._namespace.settings.memory_return_seconds)
+        lately = {pid: at_ns for pid, at_ns in self._servers_at_ns.items() if at_ns >= lately_ns}
+        self._servers_at_ns = {**lately, **dict.fromkeys(servers, now_ns)}
+        return [*servers, *(pid for tree in self._programs().values() for pid in tree)]
+
+    def leases(self) -> dict[int, int]:
+        """Return the rows of leases whose program is known, and its pid here."""
+        tables = self._namespace.tables
+        leases = tables.rows_where(self._namespace.segment.layout.instances, Instance.STATE, Instance.LEASED)
+        programs = {row: (tables.instances[row].program, tables.instances[row].holder) for row in leases}
+        return {row: pid for row, (pid, holder) in programs.items() if pid and self._is_program_here(holder)}
+
+    def taken_by_programs(self, listed: Mapping[int, float]) -> dict[int, float]:
+        """Return what the programs of leases take, by pid, as far as it was measured."""
+        figures = {pid: [listed[part] for part in tree if part in listed] for pid, tree in self._programs().items()}
+        return {pid: sum(mb) for pid, mb in figures.items() if mb}
+
+    def _is_here(self, slot: int) -> bool:
+        """Tell whether this process and its source can know a member by its pid.
+
+        A process of another container may have the pid of one in this one, and containers count from 1.
+        """
+        tables = self._namespace.tables
+        if not self.are_apart():
+            return True
+        generation = tables.members[slot].generation
+        if self._here.get(slot) == generation:
+            return True
+        # That it is not is looked up again each time: its row may be half written.
+        found = is_member_here(tables, slot)
+        if found:
+            self._here[slot] = generation
+        return found
+
+    def _servers(self) -> set[int]:
+        """Return the pids of the namespace's model servers, as far as they are known here."""
+        tables, layout = self._namespace.tables, self._namespace.segment.layout
+        slots = tables.rows_where(layout.members, Member.STATE, Member.SERVER)
+        return {tables.members[slot].pid for slot in slots if self._is_here(slot)}
+
+    def _is_program_here(self, holder: int | None) -> bool:
+        return self._is_here(holder) if holder is not None else not self.are_apart()
+
+    def _programs(self) -> dict[int, list[int]]:
+        """Return the programs of leases, by pid: the pids of each, and of what it has started.
+
+        What is counted by itself is not the program's: a model server, the program of another lease.
+        """
+        programs = set(self.leases().values())
+        if not programs:
+            return {}
+        apart = self._servers() | programs
+        return {pid: process_tree(pid, apart) for pid in programs}

@@ -1,0 +1,101 @@
+"""The objects that this process has loaded for itself, and which rows stand for them.
+
+A handle can be used by every process; an object only by the one that has it. The instances table knows a copy of the
+latter kind, and whose it is, but not the object.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+from mpmm.model_manager.operations import LoadedInstance
+from mpmm.shared_state.namespace import Namespace
+from mpmm.thread_locks import new_rlock
+
+__all__ = ["OwnedObjects"]
+
+
+class OwnedObjects:
+    """The objects of this process. All of its threads share it.
+
+    in_rows: what stands in a row, seats, too. rows_of_model: those rows by the model's row. Both for the compiled core
+    to look at; to be changed here alone.
+    """
+
+    def __init__(self, namespace: Namespace) -> None:
+        self._namespace = namespace
+        self._instances = namespace.reads.instances
+        # An RLock, because a finalizer or signal handler may come by while its own thread has it.
+        self._mutex = new_rlock()
+        self.in_rows: dict[int, LoadedInstance] = {}
+        self.rows_of_model: dict[int, list[int]] = defaultdict(list)
+        # Of the rows those that are seats.
+        self._seats: set[int] = set()
+
+    def find_idle(self, model: int, usable_on: int = 0) -> int | None:
+        """Return the row of an idle copy of a model (row), or None. Needs the lock.
+
+        usable_on: see `HeldInstances.find_idle`.
+        """
+        for row in reversed(self.rows_of_model.get(model, ())):
+            if self._instances.is_idle(row, self.in_rows[row].generation, usable_on):
+                return row
+        return None
+
+    def add(self, copy: LoadedInstance) -> None:
+        """Note an object that this process has just loaded, with its seats. Needs the lock."""
+        self._put(copy, self._instances.held(copy.row).model)
+        self.add_seats(copy.row)
+
+    def add_seats(self, row: int) -> None:
+        """Note the seats of a copy in a row that has just become ACTIVE, if it is an object of this process.
+
+        Needs the lock.
+        """
+        copy, tables = self.in_rows.get(row), self._namespace.tables
+        if copy is None:
+            return
+        for seat in tables.seats_of(row):
+            instance = tables.instances[seat]
+            self._put(LoadedInstance(seat, instance.generation, copy.tag, copy.value), instance.model)
+            self._seats.add(seat)
+
+    def forget(self, row: int, generation: int) -> LoadedInstance | None:
+        """Strike an object off the list and return it; None if the row is no longer that copy's."""
+        with self._mutex:
+            copy = self.in_rows.get(row)
+            if copy is None or copy.generation != generation:
+                return None
+            self._strike_off(row)
+            # Those of its seats, which are free rows by now or somebody else's.
+            for other in [other for other in self.in_rows.values() if other.value is copy.value]:
+                instance = self._namespace.tables.instances[other.row]
+                if not instance.state or instance.generation != other.generation:
+                    self._strike_off(other.row)
+            return copy
+
+    def all(self) -> list[LoadedInstance]:
+        """Return what this process has loaded, each object once."""
+        return [copy for row, copy in list(self.in_rows.items()) if row not in self._seats]
+
+    def value_of(self, row: int) -> Any:
+        """Return the object or handle of a row as far as this process can know it, else None."""
+        owned = self.in_rows.get(row)
+        # A seat's row may be another copy's by now.
+        is_ours = owned is not None and self._instances.is_still(row, owned.generation)
+        return owned.value if owned is not None and is_ours else (self._namespace.tables.handle_of(row) or None)
+
+    def _put(self, copy: LoadedInstance, model: int) -> None:
+        with self._mutex:
+            # A seat leaves its row without a word, and another model may have that row by now.
+            self._strike_off(copy.row)
+            self.in_rows[copy.row] = copy
+            self.rows_of_model[model].append(copy.row)
+
+    def _strike_off(self, row: int) -> None:
+        for rows in self.rows_of_model.values():
+            if row in rows:
+                rows.remove(row)
+        self.in_rows.pop(row, None)
+        self._seats.discard(row)
