@@ -73,9 +73,11 @@ class CopiesReader:
         copies = Copies()
         several: dict[int, list[UsedInstance]] = {}
         for one in self._reads.instances.in_use():
+            # All rows of one copy together: its memory counts once, and it is in use while any of them is.
             if one.seats or one.seat_of is not None:
                 several.setdefault(one.row if one.seat_of is None else one.seat_of, []).append(one)
                 continue
+            # Noted before the states are told apart: what starts quietly may be a load or a lease.
             if one.steady:
                 copies.steady.update(dict.fromkeys(device_rows(one.device_bits), one.model))
             if one.state == Instance.LEASED:
@@ -103,6 +105,7 @@ class CopiesReader:
 
     def _add_several(self, copies: Copies, row: int, places: Sequence[UsedInstance], now_ns: int) -> None:
         """Add a copy that several may use at a time. places: its own row, and those of its seats."""
+        # Its own row goes last, so it is there.
         copy = next(one for one in places if one.row == row)
         for device, mb in ((copy.device, copy.mb), *copy.other_shares):
             copies.booked_mb[device] += mb
@@ -114,12 +117,14 @@ class CopiesReader:
                 copies.owned[copy.model][copy.owner] += 1
             else:
                 copies.shared[copy.model] += 1
+            # Seats are no copies, or `max_model_copies` would bound users instead.
             copies.seats[copy.model] += len(places) - 1
         used = [one for one in places if one.state == Instance.ACTIVE]
         if used:
             newest = max(one.since_ns for one in used)
             copies.newest_hold[copy.model] = max(newest, copies.newest_hold.get(copy.model, 0))
             copies.held_ns[copy.model] += sum(now_ns - one.since_ns for one in used)
+            # Its memory can be had when the last of its users has given it back.
             free_in_s = max(self._free_in_s(one, now_ns, loading=False) for one in used)
             copies.busy.append(
                 BusyInstance(
@@ -176,6 +181,7 @@ class CopiesReader:
         copies.loading[one.model][one.holder] += not one.to_go
         resumes = one.state == Instance.RESUMING
         if one.since_ns > copies.newest_load.get(one.model, 0):
+            # Of several the newest says when all of them will be there.
             copies.newest_load[one.model] = one.since_ns
             copies.coming_s[one.model] = resume_s(self._suspension.movable(one.row)) if resumes else 0.0
         free_in_s = self._free_in_s(one, now_ns, loading=True)
@@ -189,6 +195,7 @@ class CopiesReader:
 
     def _add_suspended(self, copies: Copies, one: UsedInstance) -> None:
         """Add one that has given its memory up but for what its process keeps, and stands for no loaded copy."""
+        # What a resume needs again, and not `mb`, which would let it in where there is no room for it.
         share_mb = self._tables.instances[one.row].device_mb / (1 + len(one.other_shares))
         others = tuple((device, share_mb) for device, _ in one.other_shares)
         # By what it had on the device, as its MB is what it has kept there.
@@ -208,6 +215,7 @@ class CopiesReader:
         # The memory of an unload that is late is in use, and nobody counts on it.
         if not one.unload_late:
             for device, mb in ((one.device, one.mb), *one.other_shares):
+                # Counted, too, as one whose size nobody knows adds no MB and is worth waiting for all the same.
                 copies.unloading[device] += 1
                 copies.suspending_on[device] += one.state == Instance.SUSPENDING
                 copies.unloading_mb[device] += mb
@@ -215,6 +223,7 @@ class CopiesReader:
     def _add_lease(self, copies: Copies, one: UsedInstance) -> None:
         # What its program takes beyond the lease is taken, too; what it leaves of it nobody else may take.
         self._share_out(copies.reserved_mb, one, max(one.reserved_mb, self._tables.instances[one.row].mb))
+        # What a waiter may hope to have back when leases end: no more than they were for.
         self._share_out(copies.leased_mb, one, one.reserved_mb)
         share_mb = one.reserved_mb / (1 + len(one.other_shares))
         shares = tuple((device, share_mb) for device, _ in one.other_shares)
@@ -245,6 +254,7 @@ class CopiesReader:
         on average and how long it has taken already."""
         hold_s, load_s = self._reads.models.durations_s(one.model)
         if one.state == Instance.RESUMING:
+            # A resume takes a fraction of a load; by the load's time others would load beside it.
             load_s = resume_s(self._suspension.movable(one.row))
         elapsed_s = (now_ns - one.since_ns) / 1e9
         return hold_s + remaining_s(load_s, elapsed_s) if loading else remaining_s(hold_s, elapsed_s)

@@ -31,6 +31,7 @@ class Demands:
         """Bring the demand of a model (row) up to date."""
         before = self.of(model)
         after = before.counted(self.requests(model), t.now / 1e9)
+        # `count_all` comes by at all models, most of which nobody has asked for since.
         if after is not before:
             self._namespace.transitions.models.note_demand(
                 t,

@@ -100,6 +100,7 @@ class Scheduler:
 
         It stops when the transaction has become long; `go_on` has the rest done in another one.
         """
+        # Before the plan, which weighs the model by its demand, this request included.
         if newcomer is not None:
             self.demand.count(t, self._tables.tickets[newcomer].model)
         # Where something runs alone on every device nothing can be granted or loaded, and what ends that comes by here.
@@ -136,10 +137,12 @@ class Scheduler:
         transitions, copy = self._namespace.transitions, self._instances.held(instance)
         if self._queue.waits_for_others_than(copy.model) or self._namespace.reads.devices.anything_runs_alone():
             return False
+        # An object is in no tenure: no other process could take it afterwards.
         if copy.unload_on_release or copy.owner:
             return False
         # Asked before the release: then the copy is not idle yet, and nothing has to be taken back.
         ticket, overtaken = self.shortcuts.first_user(copy.model, copy.devices) or (None, 0)
+        # With nobody called up, the copy would lie idle until somebody happened to look.
         if call_up and (ticket is None or overtaken):
             return False
         transitions.holds.release(t, instance, used)
@@ -203,6 +206,7 @@ class Scheduler:
             case Refuse(ticket, why):
                 transitions.tickets.refuse(t, ticket, _cause(why))
             case Wait(ticket, _, why, first, overtaken):
+                # Counted from here: a waiter may be overtaken for so long only.
                 if overtaken:
                     transitions.tickets.let_pass(t, ticket)
                 self._note_wait(t, ticket, why, first)
@@ -237,6 +241,7 @@ class Scheduler:
                 # Its memory is not on its way, so the next plan evicts the rest.
                 break
             self.suspension.evict(t, instance, unloader, cause)
+        # As in `_carry_out`.
         if evict.passed:
             self._namespace.transitions.tickets.let_pass(t, evict.ticket)
         self._note_wait(t, evict.ticket, replace(evict.why, reason=Reason.UNLOADING), evict.first)
@@ -250,8 +255,10 @@ class Scheduler:
                 # It is the memory of the same copies.
                 cause = cause._replace(other=told.other)
             self._namespace.transitions.tickets.set_reason(t, ticket, cause)
+            # mpmm can do nothing about these waits, so people have to be told.
             if cause.reason in OTHERS_END:
                 self._namespace.transitions.tickets.warn(t, ticket, self.waiters.sentence(ticket))
+        # From now on nothing may overtake it for longer than `max_overtake_seconds`. Only once: it would begin anew.
         if first and not told.head_of_line:
             self._namespace.transitions.tickets.block(t, ticket)
 

@@ -92,6 +92,7 @@ class Shortcuts:
         if only is not None:
             return (only, 0) if self._queue.can_use(only, model, devices) else None
         now = time.monotonic_ns()
+        # The others are about to leave, see `Views.queue_order`.
         waiting = [one for one in self.waiting() if one.deadline > now]
         wanting = [one for one in waiting if one.can_use(model, devices)]
         # One of class 0, of an unknown model, goes first, whatever its rank: only a plan says what that means for this.
@@ -99,6 +100,7 @@ class Shortcuts:
             return None
         first = min(wanting, key=_RANK)
         heads = [one for one in waiting if one.head_of_line_at]
+        # Nobody is overtaken, so there is nothing to bound.
         if not heads or first.rank <= min(one.rank for one in heads):
             return first.row, 0
         bound_ns = to_ns(self._namespace.settings.max_overtake_seconds)
@@ -126,6 +128,7 @@ class Shortcuts:
         A guess, which needs no lock.
         """
         row = self._tables.model_row(tag)
+        # If wrong, it costs a transaction that finds nothing, or a plan: no answer depends on it.
         return row is not None and (self._queue.anybody_waits() or self._models.in_use(row))
 
     def known_wait(self, model: int) -> Cause | None:
@@ -150,11 +153,13 @@ class Shortcuts:
             for one in waiting
             if one.head_of_line_at and one.priority <= 1 and one.rank <= rank_ns(now, 0) and one.deadline > now
         }
+        # Without any, a plan could only load one; with them, it might hand one over.
         has_copies = figures.active or figures.idle or figures.loading
         if not has_copies and len(self._tables.used_rows(self._layout.devices)) == 1:
             return Cause(Reason.BEHIND) if Reason.DRAINING in ahead else None
         if not (figures.active or figures.idle) or not figures.shares or self.isolation_matters(waiting):
             return None
+        # A process that cannot use the copies might be allowed one of its own.
         if (figures.idle and not self._is_left_to_another(model)) or not self._models.copies_serve_everybody(model):
             return None
         may_wait_for_memory = Reason.MEMORY in ahead and not self._queue.waits_for_others_than(model)
@@ -173,6 +178,7 @@ class Shortcuts:
             return None
         if self._queue.waits_for_others_than(model) or self._devices.anything_runs_alone():
             return None
+        # It would have to run alone, which drains a device for it.
         if self._devices.only_whole_devices_are_measured() and not self._views.is_known(model):
             return None
         if figures.waiting and not self._newest_waits_for_a_copy(model):
@@ -181,6 +187,7 @@ class Shortcuts:
             return None
         places = figures.active + figures.idle
         copies = places - figures.seats
+        # Places grow with the copies that are being loaded, in the proportion of those that are there.
         copies_coming = copies + figures.loading
         if copies_coming >= self._namespace.settings.max_model_copies:
             return Cause(Reason.COPIES)
@@ -194,6 +201,7 @@ class Shortcuts:
             newest is not None
             and newest.model == model
             and newest.reason in SHARED_REASONS
+            # What one was told who wants something special, or for whom room is kept, holds for no newcomer.
             and not (newest.preload or newest.usable_on or newest.head_of_line_at)
         )
 
@@ -220,6 +228,7 @@ class Shortcuts:
 
     def _are_behind_a_lease(self, behind: list[Waiter], for_leases: list[Waiter]) -> bool:
         """Tell whether these are leases, behind one that waits for leases to end."""
+        # Then they stand behind a waiter that an idle copy may serve, and move up with it.
         if not for_leases:
             return False
         first = min(one.rank for one in for_leases)

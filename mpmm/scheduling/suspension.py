@@ -64,12 +64,14 @@ class SuspensionDecisions:
             return False
         copy = self.movable(row)
         model = self._tables.instances[row].model
+        # Nobody asks for the old version of an updated model again.
         if evicted and (self._tables.models[model].superseded or not pays(copy)):
             return False
         room = self._room()
         dropped = room.dropped_for(copy.mb, copy.worth if evicted else math.inf)
         if dropped is None:
             return False
+        # Dropped first, or the host's ledger would exceed its budget for as long as the transaction lasts.
         suspensions = self._namespace.transitions.suspensions
         for other in dropped:
             why = Cause(Reason.HOST_FULL, copy.mb, max(0.0, room.free_mb), other=model + 1)
@@ -125,6 +127,7 @@ class SuspensionDecisions:
             return False
         if self._tables.models[instance.model].unsuspendable or not self.budget_mb:
             return False
+        # The other rows would go on granting what is asleep.
         return not self._namespace.transitions.twins.any_of(row)
 
     def movable(self, row: int) -> Movable:
@@ -142,6 +145,7 @@ class SuspensionDecisions:
 
     def drop_oldest(self, t: Transaction, unloader: int, cause: Cause) -> bool:
         """Have the copy that was suspended longest ago unloaded by a member (slot); return False if there is none."""
+        # A pin is a promise that the model stays, on the device or in the host.
         kept = [one for one in self._kept() if not one.pinned]
         if not kept:
             return False

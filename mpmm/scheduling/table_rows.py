@@ -31,6 +31,7 @@ class TableRows:
         seats = np.flatnonzero((rows.state == Instance.IDLE) & (rows.seat_of != 0))
         if not len(seats):
             return False
+        # The one that has been free longest: the next user of the copy takes another.
         self._namespace.transitions.seats.free(t, int(seats[np.argmin(rows.since[seats])]))
         return True
 
@@ -42,10 +43,12 @@ class TableRows:
             return True
         unloader, model = self._namespace.reads.queue.asker(ticket)
         cause = Cause(Reason.NO_ROW, other=model + 1)
+        # Before a loaded one, which is worth more to its next user.
         if self._suspension.drop_oldest(t, unloader, cause):
             return True
         pinned = self._tables.model_columns().pins > 0
         idle = np.array(self._tables.idle_copies(), dtype=np.intp)
+        # By model, as rows of instances know nothing of pins.
         idle = idle[~pinned[copies.model[idle]]]
         if not len(idle):
             return False
@@ -60,11 +63,13 @@ class TableRows:
         Return False if every row is in use, held, pinned or waited for: then nothing has changed.
         """
         models, copies = self._tables.model_columns(), self._tables.instance_columns()
+        # Any of them would be left with a row number that means another model.
         kept = models.active + models.loading + models.waiting + models.pins
         unwanted = (models.state == Model.MODEL) & (kept == 0)
         # What a stuck process should unload may hold its row for ever.
         unwanted[copies.model[(copies.state == Instance.UNLOADING) & (copies.unload_late != 0)]] = False
         suspended = unwanted & (models.suspended > 0)
+        # Its last copies are being unloaded, or it has none: its row comes free without this.
         if np.any(unwanted & (models.idle == 0) & ~suspended):
             return True
         if np.any(suspended):
@@ -73,10 +78,12 @@ class TableRows:
             return True
         idle = np.array(self._tables.idle_copies(), dtype=np.intp)
         last_used = np.zeros(len(unwanted), dtype=np.uint64)
+        # Not by `last_used[...] = `, which keeps an arbitrary one where a model has several copies.
         np.maximum.at(last_used, copies.model[idle].astype(np.intp), copies.since[idle])
         candidates = np.flatnonzero(unwanted)
         if not len(candidates):
             return False
+        # A candidate without an idle copy cannot be here: the look at rows about to come free has found it.
         model = int(candidates[np.argmin(last_used[candidates])])
         for row in idle[copies.model[idle] == model][:UNLOADS_AT_ONCE].tolist():
             self._namespace.transitions.unloads.begin(t, row, unloader, True, Cause(Reason.NO_ROW))

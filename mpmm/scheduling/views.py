@@ -50,8 +50,10 @@ class Views:
         copies = self._copies.read_copies()
         now = time.monotonic_ns()
         tickets = self._tickets(Counter(copy.model for copy in copies.idle))
+        # After the tickets, which are chosen by what is idle and not by what becomes of it.
         idle = self._with_suspendable(copies.idle)
         wanted = {ticket.model for ticket in tickets} | {copy.model for copy in copies.busy}
+        # Every model that an instance of the view names: the rules look each of them up.
         wanted |= set(copies.shared) | set(copies.owned) | {copy.model for copy in copies.suspended}
         return View(
             now_s=now / 1e9,
@@ -65,12 +67,14 @@ class Views:
                 max_model_copies=settings.max_model_copies,
             ),
             models={model: self.model_view(model, copies, now) for model in wanted},
+            # The one that was used last comes first: of equal copies it is granted, and the others grow old.
             idle=tuple(sorted(idle, key=lambda copy: -copy.idle_since_s)),
             tickets=tickets,
             devices=self.device_views(copies),
             busy=tuple(copies.busy),
             leases=tuple(copies.leases),
             suspended=tuple(sorted(copies.suspended, key=lambda copy: -copy.since_s)),
+            # Adding the host's ledger up takes a pass over the rows, for nothing where nothing would go there.
             host_free_mb=self._suspension.free_mb if any(copy.suspendable for copy in idle) else 0.0,
         )
 
@@ -90,12 +94,14 @@ class Views:
             if math.isnan(external):
                 # It has never been measured. (Where nobody measures it any more, the last figure still counts.)
                 external = least = 0.0
+            # Elsewhere a figure without the unloaded copy says by itself that its memory is back.
             returning = device.returning_mb if frees_late else 0.0
             views.append(
                 DeviceView(
                     device=row,
                     total_mb=device.total_mb,
                     used_mb=external + copies.booked_mb[row] + returning,
+                    # Apart from what is in use: a load that fails gives it back without a word from the device.
                     reserved_mb=copies.reserved_mb[row],
                     unloading_mb=copies.unloading_mb[row],
                     returning_mb=returning,
@@ -124,6 +130,7 @@ class Views:
             shares=figures.shares,
             load_s=figures.load_s,
             hold_s=figures.hold_s,
+            # 0 where nothing is loading or held.
             loading_for_s=(now_ns - copies.newest_load.get(model, now_ns)) / 1e9,
             held_for_s=(now_ns - copies.newest_hold.get(model, now_ns)) / 1e9,
             held_in_all_s=copies.held_ns[model] / 1e9,
@@ -152,6 +159,7 @@ class Views:
         Others can get nothing before these have got something, so a thousand waiters cost no more than thirty.
         """
         order = self.queue_order()
+        # In the queue's order, which the plan takes for granted.
         chosen = order[:QUEUE_PART].tolist()
         if len(order) > QUEUE_PART:
             # Those whose loads fail hold up nobody, however many they are.
@@ -171,6 +179,7 @@ class Views:
         tickets = self._tables.ticket_columns()
         now = time.monotonic_ns()
         waiting = np.flatnonzero(tickets.state == Ticket.WAITING)
+        # A copy granted to one of these would lie there until it has noticed that it got one.
         waiting = waiting[tickets.deadline[waiting] > now]
         priorities = tickets.priority[waiting]
         # The rule of `policy.fairness.effective_priority`, for all at once.
@@ -179,6 +188,7 @@ class Views:
         promoted = (priorities == 1) & (tickets.enqueued[waiting] + np.uint64(bound_ns) <= now)
         priorities = np.where(promoted, 0, priorities)
         ordered: npt.NDArray[np.intp] = waiting[
+            # The last key counts most. Ranks may be equal, numbers are not.
             np.lexsort((tickets.number[waiting], tickets.rank[waiting], priorities))
         ]
         return ordered
@@ -189,6 +199,7 @@ class Views:
 
     def _need_mb(self, size: ModelSize) -> float:
         expected_mb = self._expected_mb(size)
+        # With as much as has not been enough, the load would only run out of memory again.
         return max(expected_mb, size.at_least_mb + MORE_MB) if size.at_least_mb else expected_mb
 
     def expected_mb(self, model: int) -> float:
@@ -213,6 +224,7 @@ class Views:
 
     def shows_more_room(self, before: list[float]) -> bool:
         """Tell whether there is more room than when `room` said `before`, or its figures cannot be compared."""
+        # `not all`, because a figure that was not a number before compares as false, and is news.
         return not all(now > was - LEAST_ROOM_MB for now, was in zip(self.room(), before, strict=True))
 
     def used_mb(self, device: int, copies: Copies) -> float:

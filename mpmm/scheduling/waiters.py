@@ -40,9 +40,11 @@ class Waiters:
         """Return in how many seconds a waiter is expected to have its copy, see `policy.sharing`."""
         found, copies, now = self._tables.tickets[ticket], self._copies.read_copies(), time.monotonic_ns()
         model, rank, member = found.model, found.rank, (found.member or 0) + 1
+        # All that are loaded: where this model was never held, the mean of the others stands in.
         models = {row: self._views.model_view(row, copies, now) for row in {model, *copies.shared, *copies.owned}}
         ahead = sum(one.model == model and one.rank < rank and not one.preload for one in self._shortcuts.waiting())
         seen = seen_so_far(models.values())
+        # The row says how long it was when the plan was made; the back-off has gone on since.
         seconds = self.backs_off_for_s(ticket) if found.reason == Reason.BACKING_OFF else found.seconds
         waited_s = (now - found.enqueued) / 1e9
         return expected_wait_s(models[model], member, ahead, found.reason, seconds, seen, waited_s)

@@ -32,6 +32,7 @@ class Wakes:
         So the waiter has its copy after 100 instead of 150 us, or, when it has slept for 10 ms, 150 instead of 270.
         """
         began = time.monotonic()
+        # Where many wait for a processor, a yield can cost a whole time slice each time.
         if began >= self._makes_way_from:
             yield_processor()
             away_s = time.monotonic() - began

@@ -150,6 +150,7 @@ class MemberRow(Row):
     pid = Word(Member.PID)
     lock = Word(Member.LOCK)
     generation = Word(Member.GENERATION)
+    # Set for servers alone: a worker may have any number, and those name it as their holder or owner.
     instance = Reference(Member.INSTANCE)
     measures = Word(Member.MEASURES)
     # nan where no sample has shown the process, which is not 0 MB.
@@ -170,6 +171,7 @@ class ModelRow(Row):
     estimate_mb = Number(Model.ESTIMATE_MB)
     sd_mb = Number(Model.SD_MB)
     at_least_mb = Number(Model.AT_LEAST_MB)
+    # A user's word, 0 for none; the estimate takes its place as soon as there is one.
     expect_mb = Number(Model.EXPECT_MB)
     # These are sums of rows, and agree with them only as long as the lock is held. (M1, M3)
     loaded = Word(Model.LOADED)
@@ -232,6 +234,7 @@ class InstanceRow(Row):
     unload_on_release = Word(Instance.UNLOAD_ON_RELEASE)
     has_server = Flag(Instance.HAS_SERVER)
     uses = Word(Instance.USES)
+    # A pid of the holder's pid namespace, 0 for none.
     program = Word(Instance.PROGRAM)
     unload_late = Flag(Instance.UNLOAD_LATE)
     handed_at = Word(Instance.HANDED_AT)
@@ -254,6 +257,7 @@ class TicketRow(Row):
     member = Reference(Ticket.MEMBER)
     instance = Reference(Ticket.INSTANCE)
     enqueued = Word(Ticket.ENQUEUED)
+    # Others pass it over from then on; its own process takes it away.
     deadline = Word(Ticket.DEADLINE)
     # The figures below are those of the moment when this became the reason; they do not follow later changes.
     reason = Word(Ticket.REASON)
@@ -310,6 +314,7 @@ class ObservationRow(Row):
     def pairs(self) -> list[tuple[int, int]]:
         """Which models (generations) were loaded, and how many copies of each."""
         first, words = self.at + Observation.PAIRS, self.segment.words
+        # One slice: without the lock, a row that is taken anew meanwhile is less likely to be half of two.
         packed = words[first : first + words[self.at + Observation.PAIRS_USED]].tolist()
         return [(pair >> 16, pair & 0xFFFF) for pair in packed]
 

@@ -103,10 +103,12 @@ class TableRows:
         words = self.segment.words
         # Read once: without the lock it may change, and the slice and the cut have to go by the same length.
         length = words[word]
+        # Whole words, and what is left of an older, longer text in the last one cut off.
         return words[word + 1 : word + 1 + (length + 7) // 8].tobytes()[:length]
 
     def string(self, word: int) -> str:
         """Return a text field as str."""
+        # Tags come from anywhere: what is no UTF-8 must be the same bytes again when it is looked up.
         return self.text(word).decode("utf-8", "surrogateescape")
 
     def used_rows(self, table: Table) -> list[int]:
@@ -114,6 +116,7 @@ class TableRows:
         column = self._short_column(table, 0)
         if column is not None:
             return [row for row, state in enumerate(column) if state]
+        # The first word of every kind of row is its state, and FREE is 0.
         rows: list[int] = np.flatnonzero(self.view(table)[:, 0]).tolist()
         return rows
 
@@ -123,6 +126,7 @@ class TableRows:
         # The lowest one, so that the part of the table that is searched stays as short as it can. FREE is 0, the least
         # of all states.
         row = int(np.argmin(states)) if len(states) else 0
+        # None below the end word is free: the table grows by one, which the caller writes down.
         if not len(states) or states[row]:
             row = len(states)
         if row == table.capacity:
@@ -156,6 +160,7 @@ class TableRows:
             words, base = self.segment.words, table.base
             # The state is asked last, and only of those that match: mostly there are few.
             return [row for row, found in enumerate(column) if found == value and words[base + row * table.words]]
+        # Of free rows, too, there are fields left, which nobody clears.
         rows = self.view(table)
         found: list[int] = np.flatnonzero((rows[:, field] == value) & (rows[:, 0] != 0)).tolist()
         return found

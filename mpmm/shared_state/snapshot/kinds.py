@@ -130,6 +130,7 @@ def tag(place: int) -> Metadata:
 
 def tag_of_reference(place: int) -> Metadata:
     """Declare the tag of the model that a word refers to, None for none."""
+    # 0 less 1 is no row of the table, so none has no tag either.
     return _kind(place, lambda rows: [rows.tags.get(found - 1) for found in rows.words_at(place)])
 
 
@@ -140,6 +141,7 @@ def age(place: int) -> Metadata:
 
 def age_or_none(place: int) -> Metadata:
     """Declare how many seconds ago something was, None if it never was."""
+    # Or what never was would have been when the machine was started.
     return _kind(place, lambda rows: [rows.age(found) if found else None for found in rows.words_at(place)])
 
 

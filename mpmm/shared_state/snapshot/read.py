@@ -59,6 +59,7 @@ def _folders_below(root: Path | None) -> list[tuple[str, str]]:
     try:
         prefix = segment_name(folder, "")
         with os.scandir(folder) as entries:
+            # A name with a dot in front is not a namespace's: `RuntimeDirectory` refuses it.
             names = [entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
     except (FileNotFoundError, NotADirectoryError):
         return []

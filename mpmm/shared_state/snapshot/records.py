@@ -379,6 +379,7 @@ class Snapshot:
     @property
     def copies(self) -> tuple[InstanceInfo, ...]:
         """The copies and leases, each with its seats in one: in use as long as one of these is, by the first user."""
+        # Seats are rare, and this is asked for several times by each screen.
         if not any(copy.seats for copy in self.instances):
             return self.instances
         seats: dict[int | None, list[InstanceInfo]] = {}
@@ -391,10 +392,12 @@ def _with_seats(copy: InstanceInfo, seats: list[InstanceInfo]) -> InstanceInfo:
     places = [copy, *seats]
     used = [one for one in places if one.state == "active"]
     uses = sum(one.uses for one in places)
+    # Idle only since the last of its places was given back.
     if copy.state == "idle" and not used:
         return replace(copy, uses=uses, for_s=min(one.for_s for one in places))
     if copy.state not in ("idle", "active"):
         return replace(copy, uses=uses)
+    # Who has had it longest is whom somebody who waits would ask about.
     first = max(used, key=lambda one: one.for_s, default=copy)
     return replace(copy, state="active", uses=uses, for_s=first.for_s, holder=first.holder)
 
