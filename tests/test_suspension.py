@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 import random
 import signal
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,199 +35,13 @@ from sleepers import LoadsSleeper, MakesSleeper, pretend_load_s, steps
 from mpmm import ModelManager, cli
 from mpmm.errors import AcquireTimeoutError, InvalidArgumentError, MpmmError
 from mpmm.observability.findings import findings
-from mpmm.policy.plan import make_plan
-from mpmm.policy.suspension import HostRoom, Kept, Movable, Unsuspendable, Way, limit_s, pays, resume_s, suspend_s
-from mpmm.policy.view import (
-    DeviceView,
-    Evict,
-    IdleInstance,
-    Load,
-    ModelView,
-    Reason,
-    Resume,
-    Rules,
-    SuspendedInstance,
-    TicketView,
-    View,
-    Wait,
-)
+from mpmm.policy.suspension import Unsuspendable
+from mpmm.policy.view import Reason
 from mpmm.shared_state.snapshot import Snapshot, read_snapshot
 from mpmm.sources import DeviceInfo, DeviceSample
 
 # As accounted: a load of it is worth a suspension of 600 MB.
 LONG_S = 20.0
-
-COPY = Movable(mb=8000.0, way=Way.COOPERATIVE, load_s=10.0, suspend_s=0.0, resume_s=0.0, rate=1.0)
-
-
-# ---- the policy ------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("copy", "expected"),
-    [
-        (COPY, True),
-        (replace(COPY, way=Way.NONE), False),
-        (replace(COPY, load_s=2.0), False),
-        (replace(COPY, load_s=2.2, suspend_s=0.5, resume_s=0.5), True),
-        (replace(COPY, load_s=1.8, suspend_s=0.5, resume_s=0.5), False),
-        (replace(COPY, suspend_s=4.0, resume_s=2.0), False),
-        (replace(COPY, way=Way.CHECKPOINT), True),
-        (replace(COPY, way=Way.CHECKPOINT, load_s=5.0), False),
-        (replace(COPY, load_s=0.0), False),
-    ],
-)
-def test_a_suspension_pays_where_both_directions_take_less_than_half_of_a_load(copy: Movable, expected: bool) -> None:
-    assert pays(copy) is expected
-
-
-def test_what_has_been_measured_of_a_model_counts_for_more_than_its_size() -> None:
-    assert suspend_s(COPY) > 1.0 and resume_s(COPY) > 1.0
-    measured = replace(COPY, suspend_s=0.2, resume_s=0.1)
-    assert (suspend_s(measured), resume_s(measured)) == (0.2, 0.1)
-
-
-def test_a_limit_grows_with_the_size_and_is_never_short() -> None:
-    assert limit_s(1.0) == 10.0
-    assert limit_s(32000.0) > 5 * 15.8
-
-
-def test_copies_that_are_worth_less_make_way_in_the_host_and_others_do_not() -> None:
-    low, high = Kept(1, 500.0, 2.0, worth=1.0), Kept(2, 500.0, 1.0, worth=9.0)
-    assert HostRoom([low, high], 400.0, 1000.0).dropped_for(300.0, 5.0) == []
-    assert HostRoom([low, high], 0.0, 1000.0).dropped_for(500.0, 5.0) == [1]
-    assert HostRoom([low, high], 0.0, 1000.0).dropped_for(1000.0, 5.0) is None
-    assert HostRoom([low, high], 0.0, 1000.0).dropped_for(1000.0, math.inf) == [1, 2]
-    assert HostRoom([low, high], 0.0, 1000.0).dropped_for(1001.0, math.inf) is None
-    assert HostRoom([replace(low, pinned=True), high], 0.0, 1000.0).dropped_for(500.0, 5.0) is None
-
-
-def test_where_worth_is_not_known_the_copy_that_was_suspended_first_makes_way() -> None:
-    early, late = Kept(1, 500.0, 1.0, worth=9.0), Kept(2, 500.0, 2.0, worth=None)
-    assert HostRoom([late, early], 0.0, 1000.0).dropped_for(500.0, 1.0) == [1]
-    assert HostRoom([replace(early, worth=None), late], 0.0, 1000.0).dropped_for(500.0, None) == [1]
-
-
-RULES = Rules(0.0, 10.0, 1, 2.0, isolate_unknown=False)
-
-
-def view(free_mb: float, *, suspending: int = 0, idle: tuple[IdleInstance, ...] = (), **tickets: Any) -> View:
-    """Return a view of a device of 1000 MB and of model 0, which needs 400 MB and of which a copy is suspended."""
-    model = ModelView(0, True, 400.0, 0, {}, 1, load_s=10.0, suspending=suspending, resume_s=0.5)
-    other = ModelView(1, True, 600.0, len(idle), {}, 0, load_s=10.0, hold_s=1.0, rate=0.1)
-    suspended = () if suspending else (SuspendedInstance(7, 0, 0, 400.0, since_s=1.0, resume_s=0.5),)
-    device = DeviceView(0, 1000.0, 1000.0 - free_mb, 0.0, 0.0, 0.0)
-    ticket = TicketView(3, 1, 1, 0, 1, 99.0, **tickets)
-    return View(100.0, RULES, {0: model, 1: other}, idle, (ticket,), (device,), suspended=suspended)
-
-
-def test_a_suspended_copy_comes_before_a_load() -> None:
-    (decision,) = make_plan(view(1000.0)).decisions
-    assert decision == Resume(3, 7)
-    assert isinstance(decision, Resume) and decision.why.reason == Reason.RESUMES and decision.why.seconds == 0.5
-
-
-def test_room_is_made_for_a_suspended_copy_as_for_a_load() -> None:
-    idle = (IdleInstance(4, 1, 0, 600.0, 50.0),)
-    (decision,) = make_plan(view(100.0, idle=idle)).decisions
-    assert isinstance(decision, Evict) and decision.instances == (4,)
-
-
-@pytest.mark.parametrize("kept", [1, 2])
-def test_of_two_models_the_one_whose_copy_would_be_suspended_makes_room(kept: int) -> None:
-    idle = tuple(IdleInstance(3 + model, model, 0, 450.0, 50.0, suspendable=model == kept) for model in (1, 2))
-    there = view(100.0, idle=idle)
-    models = {0: there.models[0], **{model: replace(there.models[1], model=model, shared=1) for model in (1, 2)}}
-    (decision,) = make_plan(replace(there, models=models)).decisions
-    assert isinstance(decision, Evict) and decision.instances == (3 + kept,)
-
-
-def test_a_copy_that_is_being_suspended_is_waited_for() -> None:
-    (decision,) = make_plan(view(1000.0, suspending=1)).decisions
-    assert isinstance(decision, Wait) and decision.reason == Reason.SUSPENDING
-
-
-def test_whoever_shares_a_resume_is_told_how_long_that_takes() -> None:
-    there = view(1000.0, suspending=1)
-    model = replace(there.models[0], suspending=0, loading={1: 1}, shares=True, hold_s=0.1, loading_for_s=0.2)
-    for coming_s, expected_s in ((0.5, 0.1 + 0.3), (0.0, 0.1 + 9.8)):
-        coming = replace(there, models={0: replace(model, coming_s=coming_s)})
-        (decision,) = make_plan(coming).decisions
-        assert isinstance(decision, Wait) and decision.reason == Reason.SHARING
-        assert decision.why.seconds == pytest.approx(expected_s)
-
-
-def full_view(suspendable: bool = True, host_free_mb: float = 1000.0, *, leaving: tuple[int, ...] = ()) -> View:
-    """Return a view of a full device: models 2 and 3 are idle, or `leaving`, for 0 and 1, for which requests wait."""
-    models = {
-        row: ModelView(row, True, 500.0, int(row > 1), {}, int(row < 2), load_s=10.0, rate=0.1) for row in range(4)
-    }
-    idle = tuple(
-        IdleInstance(10 + model, model, 0, 500.0, 50.0 + model, suspendable=suspendable)
-        for model in (2, 3)
-        if model not in leaving
-    )
-    for model in leaving:
-        models[model] = replace(models[model], shared=0, suspending=1)
-    device = DeviceView(
-        0, 1000.0, 1000.0, 0.0, 500.0 * len(leaving), 0.0, unloading=len(leaving), suspending=len(leaving)
-    )
-    tickets = tuple(TicketView(20 + model, 1 + model, 1, model, 1, 99.0) for model in (0, 1))
-    return View(100.0, RULES, models, idle, tickets, (device,), host_free_mb=host_free_mb)
-
-
-def test_copies_are_suspended_for_several_waiters_at_a_time() -> None:
-    assert make_plan(full_view()).decisions == (Evict(20, (12,)), Evict(21, (13,)))
-    assert [one.first for one in make_plan(full_view()).decisions if isinstance(one, Evict)] == [True, False]
-
-
-def test_a_waiter_whose_room_is_on_its_way_evicts_nothing_more() -> None:
-    first, second = make_plan(full_view(leaving=(2,))).decisions
-    assert isinstance(first, Wait) and first.first and second == Evict(21, (13,))
-    first, second = make_plan(full_view(leaving=(2, 3))).decisions
-    assert isinstance(first, Wait) and isinstance(second, Wait)
-    assert second.reason == Reason.UNLOADING and first.first and not second.first
-
-
-def test_room_that_is_made_for_the_first_two_is_left_to_them_by_a_third() -> None:
-    there = full_view(leaving=(2, 3))
-    models = {**there.models, 4: ModelView(4, True, 100.0, 0, {}, 1, load_s=10.0, rate=0.1)}
-    third = TicketView(24, 5, 1, 4, 1, 99.0)
-    # 100 MB are free already, all of which the first two need.
-    device = replace(there.devices[0], used_mb=900.0, unloading_mb=900.0)
-    there = replace(there, models=models, tickets=(*there.tickets, third), devices=(device,))
-    assert not any(isinstance(one, Load) for one in make_plan(there).decisions)
-
-
-def test_nothing_is_evicted_past_a_waiter_that_may_not_be_overtaken_any_more() -> None:
-    there = full_view()
-    first, second = there.tickets
-    late = replace(there, tickets=(replace(first, head_since_s=90.0), second))
-    assert make_plan(late).decisions == (Evict(20, (12,)),)
-
-
-def test_copies_that_would_be_unloaded_wait_for_their_turn() -> None:
-    (decision,) = make_plan(full_view(suspendable=False)).decisions
-    assert isinstance(decision, Evict) and decision.ticket == 20
-
-
-def test_where_the_host_could_not_take_all_copies_one_waiter_is_served_after_the_other() -> None:
-    (decision,) = make_plan(full_view(host_free_mb=999.0)).decisions
-    assert isinstance(decision, Evict) and decision.ticket == 20
-
-
-def test_a_suspended_copy_of_another_owner_or_device_is_of_no_use() -> None:
-    there = view(1000.0)
-    owned = replace(there, suspended=(replace(there.suspended[0], owner=2),))
-    assert isinstance(make_plan(owned).decisions[0], Load)
-    elsewhere = view(1000.0, usable_on=(1,), loadable_on=(1,))
-    elsewhere = replace(elsewhere, devices=(*there.devices, replace(there.devices[0], device=1)))
-    assert isinstance(make_plan(elsewhere).decisions[0], Load)
-
-
-def test_a_preload_takes_a_suspended_copy_too() -> None:
-    assert make_plan(view(1000.0, preload=1)).decisions == (Resume(3, 7),)
-
 
 # ---- a process and its objects ---------------------------------------------------------------------------------
 

@@ -40,7 +40,8 @@ PARTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("mpmm/policy/*.py",),
         (
             *("test_policy", "test_policy_costs", "test_policy_queue", "test_policy_sharing", "test_policy_properties"),
-            *("test_backoff", "test_suspension", "test_ledger", "test_out_of_memory", "test_fairness"),
+            *("test_backoff", "test_suspension_policy", "test_policy_parts"),
+            *("test_suspension", "test_ledger", "test_out_of_memory", "test_fairness"),
         ),
     ),
     "scheduler": (
