@@ -8,7 +8,7 @@ room seconds.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import replace
 
 import numpy as np
@@ -143,10 +143,15 @@ class SuspensionDecisions:
             self._rate(instance.model),
         )
 
-    def drop_oldest(self, t: Transaction, unloader: int, cause: Cause) -> bool:
-        """Have the copy that was suspended longest ago unloaded by a member (slot); return False if there is none."""
+    def drop_oldest(self, t: Transaction, unloader: int, cause: Cause, among: Collection[int] | None = None) -> bool:
+        """Have the copy that was suspended longest ago unloaded by a member (slot); return False if there is none.
+
+        among: the models (rows) of which it may be, None for all.
+        """
         # A pin is a promise that the model stays, on the device or in the host.
         kept = [one for one in self._kept() if not one.pinned]
+        if among is not None:
+            kept = [one for one in kept if self._tables.instances[one.row].model in among]
         if not kept:
             return False
         oldest = min(kept, key=lambda one: one.since_s)

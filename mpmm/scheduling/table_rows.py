@@ -73,8 +73,10 @@ class TableRows:
         if np.any(unwanted & (models.idle == 0) & ~suspended):
             return True
         if np.any(suspended):
-            # What is being suspended can go once that has ended.
-            self._suspension.drop_oldest(t, unloader, Cause(Reason.NO_ROW))
+            # What is being suspended can go once that has ended. A copy of a model that is wanted would be unloaded for
+            # nothing: its row stays.
+            among = set(np.flatnonzero(suspended).tolist())
+            self._suspension.drop_oldest(t, unloader, Cause(Reason.NO_ROW), among)
             return True
         idle = np.array(self._tables.idle_copies(), dtype=np.intp)
         last_used = np.zeros(len(unwanted), dtype=np.uint64)

@@ -66,8 +66,9 @@ class Leases(Part):
 
     def measure_program(self, t: Transaction, row: int, mb: float) -> None:
         """Record what the process that uses the memory of a lease takes at present."""
-        # It is in the device's figure, and by this no part of what is external there.
-        t.set_float(self._tables.instance(row) + Instance.MB, mb)
+        # It is in the devices' figures, and by this no part of what is external there. (Which device has how much of
+        # it, nobody tells.)
+        self._instances.set_mb(t, row, mb)
 
     def end(self, t: Transaction, row: int) -> None:
         """The memory of a lease is free for others; its name is forgotten."""

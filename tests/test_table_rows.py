@@ -1,0 +1,115 @@
+"""What is unloaded for want of a row in a table of the segment: compared with a statement of the rule, at random."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import closing
+from functools import partial
+from unittest import mock
+
+import pytest
+from harness import scaled
+from random_books import RandomBooks
+from reference_view import Reference
+
+from mpmm.scheduling import Scheduler
+from mpmm.scheduling.table_rows import TableRows
+from mpmm.shared_state.layout import Instance, Model, Ticket
+from mpmm.shared_state.transaction import Transaction
+
+STEPS = 60
+
+
+class _Undo(Exception):
+    """Ends a transaction that was only an attempt."""
+
+
+def changed_by(books: RandomBooks, action: Callable[[Transaction], bool]) -> tuple[bool, set[int]]:
+    """Return what an action returns, and which rows of instances it changes the state of; undo it."""
+    before = Reference(books.namespace, books.now)
+    states = {row: one.state for row, one in before.rows.items()}
+    found, changed = False, set()
+    try:
+        with books.namespace.transaction() as t:
+            found = action(t)
+            changed = {row for row, state in states.items() if books.tables.instances[row].state != state}
+            raise _Undo
+    except _Undo:
+        return found, changed
+
+
+def oldest(reference: Reference, rows: list[int]) -> list[int]:
+    """Return the row of which the state changed longest ago, alone."""
+    return [min(rows, key=lambda row: reference.rows[row].since)] if rows else []
+
+
+def unused(reference: Reference) -> list[int]:
+    """Return the idle copies that nobody uses."""
+    return [row for row, one in reference.copies.items() if one.state == Instance.IDLE and not reference.users(row)]
+
+
+def suspended(reference: Reference) -> list[int]:
+    """Return the suspended copies that may be dropped."""
+    copies = reference.copies.items()
+    return [row for row, one in copies if one.state == Instance.SUSPENDED and not reference.pinned(row)]
+
+
+def goes_for_an_instance(reference: Reference) -> tuple[bool, set[int]]:
+    """Say what goes for want of a row for a copy."""
+    going = [one for one in reference.copies.values() if one.state == Instance.UNLOADING]
+    if any(not one.unload_late and not one.seats for one in going):
+        return True, set()
+    may_go = [row for row in unused(reference) if not reference.pinned(row)]
+    victims = oldest(reference, suspended(reference)) or oldest(reference, may_go)
+    return bool(victims), set(victims)
+
+
+def goes_for_a_model(reference: Reference) -> tuple[bool, set[int]]:
+    """Say what goes for want of a row for a model."""
+    tables = reference.tables
+    models = {row: tables.models[row] for row in tables.used_rows(reference.layout.models)}
+    late = {one.model for one in reference.copies.values() if one.state == Instance.UNLOADING and one.unload_late}
+    unwanted = {
+        row
+        for row, one in models.items()
+        if one.state == Model.MODEL and not (one.active or one.loading or one.waiting or one.pins or row in late)
+    }
+    in_host = {
+        one.model
+        for one in reference.copies.values()
+        if one.state in (Instance.SUSPENDING, Instance.SUSPENDED) and one.model in unwanted
+    }
+    if any(not models[row].idle for row in unwanted - in_host):
+        return True, set()
+    if in_host:
+        return True, set(
+            oldest(reference, [row for row in suspended(reference) if reference.rows[row].model in in_host])
+        )
+    if not unwanted:
+        return False, set()
+    idle = {row: [copy for copy in unused(reference) if reference.rows[copy].model == row] for row in unwanted}
+    model = min(unwanted, key=lambda row: max(reference.rows[copy].since for copy in idle[row]))
+    return True, set(idle[model])
+
+
+def _make_room(rows: TableRows, ticket: int, t: Transaction) -> bool:
+    return rows.make_room_for_instance(t, ticket)
+
+
+@pytest.mark.parametrize("seed", range(scaled(20)))
+def test_for_want_of_a_row_goes_what_is_wanted_least(seed: int) -> None:
+    books = RandomBooks(seed)
+    with closing(books), mock.patch("time.monotonic_ns", side_effect=lambda: books.now):
+        rows = Scheduler(books.namespace).table_rows
+        for _ in range(STEPS):
+            books.step()
+            reference = Reference(books.namespace, books.now)
+            idle = [row for row, one in reference.rows.items() if one.state == Instance.IDLE]
+            free = oldest(reference, [row for row in idle if reference.rows[row].seat_of is not None])
+            assert changed_by(books, rows.free_seat) == (bool(free), set(free))
+            assert changed_by(books, lambda t: rows.make_room_for_model(t, 1)) == goes_for_a_model(reference)
+            waiting = books.tables.rows_where(books.layout.tickets, Ticket.STATE, Ticket.WAITING)
+            if waiting:
+                ticket = waiting[0]
+                expected = goes_for_an_instance(reference)
+                assert changed_by(books, partial(_make_room, rows, ticket)) == expected

@@ -1,0 +1,91 @@
+"""What a plan is made from is what the rows say: as in `reference_view`, after each of many random operations."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from contextlib import closing
+from typing import Any
+from unittest import mock
+
+import pytest
+from harness import scaled
+from random_books import RandomBooks
+from reference_view import QUEUE_PART, Reference
+
+from mpmm.policy.view import TicketView, View
+from mpmm.scheduling import Scheduler
+from mpmm.shared_state.invariants import check_invariants
+from mpmm.shared_state.snapshot import read_snapshot
+
+STEPS = 80
+
+
+def assert_equal(found: Any, expected: Any) -> None:
+    """Compare two records field by field, floats but for rounding."""
+    for one in dataclasses.fields(expected):
+        got, wanted = getattr(found, one.name), getattr(expected, one.name)
+        if isinstance(wanted, float | tuple):
+            wanted = pytest.approx(wanted)
+        assert got == wanted, f"{one.name} of {expected}"
+
+
+def assert_same_rows(found: Iterable[Any], expected: Iterable[Any]) -> None:
+    """Compare records by their rows, which may come in any order."""
+    by_row = {one.row: one for one in expected}
+    rows = [one.row for one in found]
+    assert sorted(rows) == sorted(by_row)
+    for one in found:
+        shares = dataclasses.replace(one, other_shares=()), dataclasses.replace(by_row[one.row], other_shares=())
+        assert_equal(*shares)
+        assert dict(one.other_shares) == pytest.approx(dict(by_row[one.row].other_shares))
+
+
+def check_view(view: View, expected: Reference) -> None:
+    """Compare a view with the reference."""
+    assert_same_rows(view.busy, expected.busy())
+    assert_same_rows(view.idle, expected.idle())
+    assert_same_rows(view.leases, expected.leases())
+    assert_same_rows(view.suspended, expected.suspended())
+    for newest_first in ([one.idle_since_s for one in view.idle], [one.since_s for one in view.suspended]):
+        assert newest_first == sorted(newest_first, reverse=True)
+    for device, wanted in zip(view.devices, expected.devices(), strict=True):
+        assert_equal(device, wanted)
+    # Behind the first ones, those of a model keep their order.
+    chosen = expected.tickets(expected.chosen())
+    assert list(view.tickets[:QUEUE_PART]) == chosen[:QUEUE_PART]
+    assert sorted(view.tickets[QUEUE_PART:], key=_model_of) == sorted(chosen[QUEUE_PART:], key=_model_of)
+    named = {one.model for part in (view.busy, view.idle, view.suspended, view.tickets) for one in part}
+    assert named <= set(view.models)
+    for row, model in view.models.items():
+        wanted_model = expected.model(row)
+        assert_equal(dataclasses.replace(model, owned={}, loading={}), _without_members(wanted_model))
+        # A member without copies may be named, too.
+        assert {member: count for member, count in model.owned.items() if count} == wanted_model.owned
+        assert {member: count for member, count in model.loading.items() if count} == wanted_model.loading
+    any_suspendable = any(one.suspendable for one in view.idle)
+    assert view.host_free_mb == pytest.approx(expected.host_free_mb() if any_suspendable else 0.0)
+    rules, settings = view.rules, expected.settings
+    assert (view.now_s, rules.isolate_unknown) == (expected.now / 1e9, expected.isolates_unknown())
+    for name in ("slack_percentage", "eviction_cooldown_seconds", "min_model_copies", "max_overtake_seconds"):
+        assert getattr(rules, name) == getattr(settings, name)
+
+
+def _model_of(ticket: TicketView) -> int:
+    return ticket.model
+
+
+def _without_members(model: Any) -> Any:
+    return dataclasses.replace(model, owned={}, loading={})
+
+
+@pytest.mark.parametrize("seed", range(scaled(30)))
+def test_a_view_says_what_the_rows_say(seed: int) -> None:
+    books = RandomBooks(seed)
+    with closing(books), mock.patch("time.monotonic_ns", side_effect=lambda: books.now):
+        scheduler = Scheduler(books.namespace)
+        for _ in range(STEPS):
+            books.step()
+            with books.namespace.transaction():
+                check_view(scheduler.read_view(), Reference(books.namespace, books.now))
+            assert check_invariants(read_snapshot(books.namespace.name)) == []
