@@ -9,7 +9,7 @@ from unittest import mock
 
 import pytest
 from harness import scaled
-from random_books import RandomBooks
+from random_tables import RandomTables
 from reference_view import Reference
 
 from mpmm.scheduling import Scheduler
@@ -24,15 +24,15 @@ class _Undo(Exception):
     """Ends a transaction that was only an attempt."""
 
 
-def changed_by(books: RandomBooks, action: Callable[[Transaction], bool]) -> tuple[bool, set[int]]:
+def changed_by(made: RandomTables, action: Callable[[Transaction], bool]) -> tuple[bool, set[int]]:
     """Return what an action returns, and which rows of instances it changes the state of; undo it."""
-    before = Reference(books.namespace, books.now)
+    before = Reference(made.namespace, made.now)
     states = {row: one.state for row, one in before.rows.items()}
     found, changed = False, set()
     try:
-        with books.namespace.transaction() as t:
+        with made.namespace.transaction() as t:
             found = action(t)
-            changed = {row for row, state in states.items() if books.tables.instances[row].state != state}
+            changed = {row for row, state in states.items() if made.tables.instances[row].state != state}
             raise _Undo
     except _Undo:
         return found, changed
@@ -54,6 +54,11 @@ def suspended(reference: Reference) -> list[int]:
     return [row for row, one in copies if one.state == Instance.SUSPENDED and not reference.pinned(row)]
 
 
+def with_seats(reference: Reference, rows: list[int]) -> set[int]:
+    """Return copies and their seats, which go with them."""
+    return {place for row in rows for place in reference.places[row]}
+
+
 def goes_for_an_instance(reference: Reference) -> tuple[bool, set[int]]:
     """Say what goes for want of a row for a copy."""
     going = [one for one in reference.copies.values() if one.state == Instance.UNLOADING]
@@ -61,7 +66,7 @@ def goes_for_an_instance(reference: Reference) -> tuple[bool, set[int]]:
         return True, set()
     may_go = [row for row in unused(reference) if not reference.pinned(row)]
     victims = oldest(reference, suspended(reference)) or oldest(reference, may_go)
-    return bool(victims), set(victims)
+    return bool(victims), with_seats(reference, victims)
 
 
 def goes_for_a_model(reference: Reference) -> tuple[bool, set[int]]:
@@ -89,7 +94,7 @@ def goes_for_a_model(reference: Reference) -> tuple[bool, set[int]]:
         return False, set()
     idle = {row: [copy for copy in unused(reference) if reference.rows[copy].model == row] for row in unwanted}
     model = min(unwanted, key=lambda row: max(reference.rows[copy].since for copy in idle[row]))
-    return True, set(idle[model])
+    return True, with_seats(reference, idle[model])
 
 
 def _make_room(rows: TableRows, ticket: int, t: Transaction) -> bool:
@@ -98,18 +103,18 @@ def _make_room(rows: TableRows, ticket: int, t: Transaction) -> bool:
 
 @pytest.mark.parametrize("seed", range(scaled(20)))
 def test_for_want_of_a_row_goes_what_is_wanted_least(seed: int) -> None:
-    books = RandomBooks(seed)
-    with closing(books), mock.patch("time.monotonic_ns", side_effect=lambda: books.now):
-        rows = Scheduler(books.namespace).table_rows
+    made = RandomTables(seed)
+    with closing(made), mock.patch("time.monotonic_ns", side_effect=lambda: made.now):
+        rows = Scheduler(made.namespace).table_rows
         for _ in range(STEPS):
-            books.step()
-            reference = Reference(books.namespace, books.now)
+            made.step()
+            reference = Reference(made.namespace, made.now)
             idle = [row for row, one in reference.rows.items() if one.state == Instance.IDLE]
             free = oldest(reference, [row for row in idle if reference.rows[row].seat_of is not None])
-            assert changed_by(books, rows.free_seat) == (bool(free), set(free))
-            assert changed_by(books, lambda t: rows.make_room_for_model(t, 1)) == goes_for_a_model(reference)
-            waiting = books.tables.rows_where(books.layout.tickets, Ticket.STATE, Ticket.WAITING)
+            assert changed_by(made, rows.free_seat) == (bool(free), set(free))
+            assert changed_by(made, lambda t: rows.make_room_for_model(t, 1)) == goes_for_a_model(reference)
+            waiting = made.tables.rows_where(made.layout.tickets, Ticket.STATE, Ticket.WAITING)
             if waiting:
                 ticket = waiting[0]
                 expected = goes_for_an_instance(reference)
-                assert changed_by(books, partial(_make_room, rows, ticket)) == expected
+                assert changed_by(made, partial(_make_room, rows, ticket)) == expected

@@ -10,7 +10,7 @@ from unittest import mock
 
 import pytest
 from harness import scaled
-from random_books import RandomBooks
+from random_tables import RandomTables
 from reference_view import QUEUE_PART, Reference
 
 from mpmm.policy.view import TicketView, View
@@ -81,11 +81,11 @@ def _without_members(model: Any) -> Any:
 
 @pytest.mark.parametrize("seed", range(scaled(30)))
 def test_a_view_says_what_the_rows_say(seed: int) -> None:
-    books = RandomBooks(seed)
-    with closing(books), mock.patch("time.monotonic_ns", side_effect=lambda: books.now):
-        scheduler = Scheduler(books.namespace)
+    made = RandomTables(seed)
+    with closing(made), mock.patch("time.monotonic_ns", side_effect=lambda: made.now):
+        scheduler = Scheduler(made.namespace)
         for _ in range(STEPS):
-            books.step()
-            with books.namespace.transaction():
-                check_view(scheduler.read_view(), Reference(books.namespace, books.now))
-            assert check_invariants(read_snapshot(books.namespace.name)) == []
+            made.step()
+            with made.namespace.transaction():
+                check_view(scheduler.read_view(), Reference(made.namespace, made.now))
+            assert check_invariants(read_snapshot(made.namespace.name)) == []

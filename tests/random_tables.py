@@ -35,7 +35,7 @@ SECOND_NS = 10**9
 _names = itertools.count()
 
 
-class RandomBooks:
+class RandomTables:
     """A namespace with three devices, three workers and three model servers, and a clock that `step` moves."""
 
     def __init__(self, seed: int) -> None:
@@ -45,29 +45,34 @@ class RandomBooks:
             suspend_budget_mb=self.chance.choice([0.0, 500.0, 1e5]),
             max_overtake_seconds=self.chance.choice([0.5, 60.0]),
         )
-        self.namespace = Namespace.join(f"books{next(_names)}", capacities=ROOMY, settings=chosen)
+        self.namespace = Namespace.join(f"random{next(_names)}", capacities=ROOMY, settings=chosen)
         self.tables, self.layout = self.namespace.tables, self.namespace.segment.layout
         self.transitions = self.namespace.transitions
         self.handles = itertools.count()
         flags = self.chance.choice(FLAGS)
+        self.models = self.chance.choice([1, 2, 6])
         with self.namespace.transaction() as t:
             self.transitions.devices.describe(t, DEVICES)
             self.transitions.members.lead(t, 0, b"made up", flags)
+            for number in range(self.models):
+                tag = f"m{number}"
+                row = self.transitions.models.claim(t, tag, tag.encode())
+                self.transitions.models.set_users(t, row, self.chance.choice([1, 1, 2, 3]))
         for slot in (*WORKERS[1:], *SERVERS):
             kind = Member.WORKER if slot in WORKERS else Member.SERVER
             self.do(partial(self._join, slot, kind))
         self.operations: list[tuple[int, Callable[[Transaction], object]]] = [
             (3, self._name_model),
-            (8, self._begin_load),
-            (9, self._end_load),
+            (10, self._begin_load),
+            (12, self._end_load),
             (2, self._fail_load),
-            (8, self._take),
-            (8, self._release),
+            (5, self._take),
+            (12, self._release),
             (1, self._ask_unload),
             (2, self._begin_unload),
             (1, self._note_late),
             (2, self._end_unload),
-            (4, self._suspend),
+            (3, self._suspend),
             (3, self._end_suspension),
             (1, self._fail_suspension),
             (3, self._resume),
@@ -128,7 +133,7 @@ class RandomBooks:
         return self.chance.choice(found) if found else None
 
     def _model(self, t: Transaction) -> int:
-        tag = f"m{self.chance.randrange(6)}"
+        tag = f"m{self.chance.randrange(self.models)}"
         return self.transitions.models.claim(t, tag, tag.encode())
 
     def _some_devices(self) -> int:
