@@ -41,19 +41,22 @@ class SharedPoints(Points):
 
     def go_on(self) -> None:
         """Use it, and so does another thread."""
-        try:
-            self.use()
-        except ModelServerError:
-            # It had been told to end.
-            self.use()
+        self._use_for_certain()
         used = threading.Event()
 
         def use_too() -> None:
-            self.use()
+            self._use_for_certain()
             used.set()
 
         threading.Thread(target=use_too, daemon=True).start()
         assert used.wait(DEADLINE_S), "another thread cannot use it"
+
+    def _use_for_certain(self) -> None:
+        try:
+            self.use()
+        except ModelServerError:
+            # It had been told to end, which it may do at the first use as well as a moment later.
+            self.use()
 
     def left(self) -> list[str]:
         """Return what keeps others from the tag."""

@@ -5,6 +5,7 @@
     python tools/stress.py --source nvml                            on a simulated GPU, measured through NVML
     python tools/stress.py --interrupt-rate 20 --remove-rate 1      exceptions from signal handlers, and a cleaner
     python tools/stress.py --suspensions 10000                      kills at each step of suspending and resuming
+    python tools/stress.py --interrupt-points 1                     an exception at every single bytecode of each call
 
 Every process acquires, uses and releases models of three kinds on a simulated device that is too small for all
 of them: handles of real model servers, handles without a server, and objects that belong to their process. The
@@ -16,7 +17,8 @@ Double use of a copy is noticed in two ways that know nothing of each other: in 
 (stressing/checks.py), and by a lock on a file of each copy that its user takes (stressing/models.py).
 
 With `--suspensions` there is another crew: it suspends and resumes copies on a simulated GPU, and dies of that
-(stressing/suspension_run.py).
+(stressing/suspension_run.py). With `--interrupt-points` no process dies: the tests of interrupt points run, which by
+default try a few of a call's bytecodes, with as many as is said.
 
 The exit code is 1 if anything was wrong or left behind. A run can be replayed approximately: everything
 random comes from the seed, but not the scheduling of processes.
@@ -31,13 +33,18 @@ import os
 import platform
 import random
 import statistics
+import subprocess
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from stressing.conductor import NAMESPACE, Result, conduct
 from stressing.models import SOURCES, Plan
 from stressing.suspension_run import AT_REST, ROLES, STEPS, SuspensionResult
 from stressing.suspension_run import run as run_suspensions
+
+TESTS = Path(__file__).resolve().parent.parent / "tests"
+INTERRUPT_TESTS = (TESTS / "test_interrupt_points.py", TESTS / "test_shared_interrupt_points.py")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -45,6 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     if options.optimized and not sys.flags.optimize:
         os.execv(sys.executable, [sys.executable, "-O", __file__, *(sys.argv[1:] if arguments is None else arguments)])
+    if options.interrupt_points:
+        return try_interrupt_points(options.interrupt_points)
     if options.suspensions:
         say(f"seed {options.seed}: {options.suspensions} kills in {options.namespaces} namespaces")
         moved = run_suspensions(options.suspensions, options.namespaces, options.seed, say)
@@ -119,6 +128,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="kill so many processes that suspend and resume; only --seed, --namespaces and --json count with it",
     )
     parser.add_argument("--namespaces", type=int, default=2, help="side by side, with --suspensions (default 2)")
+    parser.add_argument(
+        "--interrupt-points",
+        type=int,
+        default=0,
+        metavar="STEP",
+        help="try an exception at every STEP-th bytecode of each call, 1 for all; no other option counts with it",
+    )
     parser.add_argument("--json", action="store_true", help="the last line of output is one JSON object")
     options = parser.parse_args(arguments)
     if not 1 <= options.processes <= 400:
@@ -189,6 +205,12 @@ def print_table(result: Result) -> None:
         rows.append((f"{name} at start, middle, end", text))
     rows += _verdict(result)
     _say_rows(rows, result, [f"? seen once: {text}" for text in result.unconfirmed[:5]])
+
+
+def try_interrupt_points(step: int) -> int:
+    """Run the tests of interrupt points with every step-th bytecode; return pytest's exit code."""
+    command = [sys.executable, "-m", "pytest", "-q", "-s", *map(str, INTERRUPT_TESTS)]
+    return subprocess.run(command, env={**os.environ, "MPMM_INTERRUPT_STEP": str(step)}, check=False).returncode
 
 
 def print_suspensions(result: SuspensionResult) -> None:

@@ -23,7 +23,8 @@ words the errors, `waits.py` says who has what a request waits for.
 Beside the calls: `background.py` is the process's one thread, which sleeps on doorbell.py. It makes the changes that
 had to wait for the lock (deferred.py), takes back what interrupted calls had in hand (reconcile.py), unloads
 (unload.py, late_unloads.py), and does the duties of the namespace while the process is its leader (leader.py).
-`fresh_figures.py` has memory figures taken when a decision needs them, `returns.py` until they show what was unloaded,
+`owned.py` knows the objects that this process has loaded for itself, and which rows stand for them. `fresh_figures.py`
+has memory figures taken when a decision needs them, `returns.py` until they show what was unloaded,
 `out_of_memory.py` learns from loads that found too little, `tenure.py` and `look_again.py` say who comes first, and
 when a waiter looks for itself. `administration.py` and `pins.py` are what people ask for by hand, `run_command.py` is
 `mpmm run`. `beam_attributes.py` and `queue_ticket.py` are names of Beam's manager.
