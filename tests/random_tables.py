@@ -107,6 +107,21 @@ class RandomTables:
         weights = [weight for weight, _ in self.operations]
         self.do(self.chance.choices(self.operations, weights)[0][1])
 
+    def come_to_rest(self) -> None:
+        """Let nobody wait for, load or hold a copy any more, nor want one kept; what unloads or suspends goes on."""
+        transitions, instances = self.transitions, self.layout.instances
+        with self.namespace.transaction() as t:
+            for ticket in self.tables.used_rows(self.layout.tickets):
+                transitions.hand_over.leave_queue(t, ticket)
+            for pin in self.tables.used_rows(self.layout.pins):
+                transitions.pins.unpin(t, pin)
+            for row in self.tables.rows_where(instances, Instance.STATE, Instance.LOADING):
+                transitions.loads.fail(t, row)
+            for row in self.tables.rows_where(instances, Instance.STATE, Instance.RESUMING):
+                transitions.suspensions.end_resume(t, row)
+            for row in self.tables.rows_where(instances, Instance.STATE, Instance.ACTIVE):
+                transitions.holds.release(t, row)
+
     def close(self) -> None:
         """Leave the namespace."""
         self.namespace.leave()
@@ -344,7 +359,7 @@ class RandomTables:
             tickets.set_reason(t, row, Cause(self.chance.choice(list(Reason)), 1.0, 2.0, 3.0, 4.0))
 
     def _leave(self, t: Transaction) -> None:
-        for _ in range(self.chance.choice([1, 1, 8])):
+        for _ in range(self.chance.choice([1, 1, 8, 8])):
             row = self._of_ours((Ticket.WAITING,))
             if row is not None:
                 self.transitions.hand_over.leave_queue(t, row)

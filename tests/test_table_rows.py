@@ -108,6 +108,8 @@ def test_for_want_of_a_row_goes_what_is_wanted_least(seed: int) -> None:
         rows = Scheduler(made.namespace).table_rows
         for _ in range(STEPS):
             made.step()
+            if made.chance.random() < 0.1:
+                made.come_to_rest()
             reference = Reference(made.namespace, made.now)
             idle = [row for row, one in reference.rows.items() if one.state == Instance.IDLE]
             free = oldest(reference, [row for row in idle if reference.rows[row].seat_of is not None])
