@@ -6,9 +6,10 @@ forbid for want of memory is allowed: nothing here decides.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 
 from mpmm.errors import TableFullError
@@ -16,7 +17,7 @@ from mpmm.policy.suspension import Unsuspendable, Way
 from mpmm.policy.view import Reason
 from mpmm.shared_state.durations import LONGEST_NS
 from mpmm.shared_state.events import Cause
-from mpmm.shared_state.layout import Capacities, Instance, Member, Ticket, device_rows
+from mpmm.shared_state.layout import Capacities, Header, Instance, Member, Ticket, device_rows
 from mpmm.shared_state.namespace import Namespace
 from mpmm.shared_state.settings import Settings
 from mpmm.shared_state.transaction import Transaction
@@ -29,21 +30,38 @@ DEVICES = [(b"uuid-0", b"gpu 0", 8000.0), (b"uuid-1", b"gpu 1", 8000.0), (b"uuid
 FLAGS = [(True, False, False), (True, True, False), (False, True, False), (False, False, True)]
 # Whether the source measures processes, frees late, and only accounts for what is loaded.
 FLAGS = [(True, False, False), (True, True, False), (False, True, False), (False, False, True)]
+# What waiters may be told in one namespace.
+REASONS = [
+    (Reason.SHARING, Reason.COPIES),
+    (Reason.LEASED, Reason.EXTERNAL, Reason.SHARING, Reason.BEHIND),
+    (Reason.IN_USE, Reason.UNLOADING, Reason.MEMORY, Reason.DRAINING),
+]
 WORKERS = (0, 1, 2)
 SERVERS = (3, 4, 5)
 SECOND_NS = 10**9
 _names = itertools.count()
 
 
+class _Undo(Exception):
+    """Ends a transaction that was only an attempt."""
+
+
 class RandomTables:
-    """A namespace with three devices, three workers and three model servers, and a clock that `step` moves."""
+    """A namespace with up to three devices, three workers and three model servers, and a clock that `step` moves.
+
+    plain: all models are known, all copies are handles, of which none is suspended, no load fails, and most who wait
+    want one model, and no more than a copy of it. Of every other seed: there the scheduler's shortcuts often know what
+    to do.
+    """
 
     def __init__(self, seed: int) -> None:
         self.chance = random.Random(seed)
         self.now = 10**15
+        self.most_copies = self.chance.choice([2, 100])
         chosen = Settings(
             suspend_budget_mb=self.chance.choice([0.0, 500.0, 1e5]),
             max_overtake_seconds=self.chance.choice([0.5, 60.0]),
+            max_model_copies=self.most_copies,
         )
         self.namespace = Namespace.join(f"random{next(_names)}", capacities=ROOMY, settings=chosen)
         self.tables, self.layout = self.namespace.tables, self.namespace.segment.layout
@@ -51,13 +69,19 @@ class RandomTables:
         self.handles = itertools.count()
         flags = self.chance.choice(FLAGS)
         self.models = self.chance.choice([1, 2, 6])
+        self.plain = seed % 2 == 0
+        self.reasons = self.chance.choice([*REASONS, tuple(Reason)])
+        devices = DEVICES[: self.chance.choice([1, 3])]
+        self.places = [1, 2, 4, 1, 2, 4, 3, 6, 7] if len(devices) == 3 else [1]
         with self.namespace.transaction() as t:
-            self.transitions.devices.describe(t, DEVICES)
+            self.transitions.devices.describe(t, devices)
             self.transitions.members.lead(t, 0, b"made up", flags)
             for number in range(self.models):
                 tag = f"m{number}"
                 row = self.transitions.models.claim(t, tag, tag.encode())
                 self.transitions.models.set_users(t, row, self.chance.choice([1, 1, 2, 3]))
+                if self.plain:
+                    self.transitions.estimates.estimate(t, row, 100.0, measured=True)
         for slot in (*WORKERS[1:], *SERVERS):
             kind = Member.WORKER if slot in WORKERS else Member.SERVER
             self.do(partial(self._join, slot, kind))
@@ -66,7 +90,7 @@ class RandomTables:
             (10, self._begin_load),
             (12, self._end_load),
             (2, self._fail_load),
-            (5, self._take),
+            (8, self._take),
             (12, self._release),
             (1, self._ask_unload),
             (2, self._begin_unload),
@@ -83,11 +107,11 @@ class RandomTables:
             (3, self._measure),
             (3, self._sample),
             (9, self._ask),
-            (4, self._tell),
+            (6, self._tell),
             (4, self._leave),
             (1, self._begin_steady),
             (1, self._end_steady),
-            (1, self._run_alone),
+            (2, self._run_alone),
         ]
 
     def _join(self, slot: int, kind: int, t: Transaction) -> None:
@@ -100,6 +124,13 @@ class RandomTables:
                 operation(t)
         except TableFullError:
             pass
+
+    @contextlib.contextmanager
+    def attempt(self) -> Iterator[Transaction]:
+        """A transaction that is rolled back."""
+        with contextlib.suppress(_Undo), self.namespace.transaction() as t:
+            yield t
+            raise _Undo
 
     def step(self) -> None:
         """Let some time pass, and make one operation, if it is possible."""
@@ -153,7 +184,7 @@ class RandomTables:
 
     def _some_devices(self) -> int:
         """Return the bits of devices on which something may be placed, 0 if the choice falls on one that is taken."""
-        bits = self.chance.choice([1, 2, 4, 1, 2, 4, 3, 6, 7])
+        bits = self.chance.choice(self.places)
         return 0 if any(self.tables.devices[device].isolated is not None for device in device_rows(bits)) else bits
 
     def _of_ours(self, tickets: tuple[int, ...]) -> int | None:
@@ -190,12 +221,16 @@ class RandomTables:
     def _begin_load(self, t: Transaction) -> None:
         mb = self.chance.choice([100.0, 300.0])
         model, member, devices = self._model(t), self.chance.choice(WORKERS), self._some_devices()
-        if not devices:
+        if not devices or self._has_enough(model):
             return
         row = self.transitions.loads.begin(t, model, member, devices, mb, alone=False)
         free = [slot for slot in SERVERS if self.tables.members[slot].instance is None]
         if free and self.chance.random() < 0.5:
             self.transitions.loads.link_server(t, row, self.chance.choice(free))
+
+    def _has_enough(self, model: int) -> bool:
+        figures = self.tables.models[model]
+        return figures.copies + figures.loading >= self.most_copies
 
     def _end_load(self, t: Transaction) -> None:
         row = self._some(Instance.LOADING)
@@ -204,7 +239,7 @@ class RandomTables:
         one, transitions = self.tables.instances[row], self.transitions
         mb = self.chance.choice([80.0, 250.0])
         server = 0 if one.server is None else one.server + 1
-        handle = b"h%d" % next(self.handles) if server or self.chance.random() < 0.6 else b""
+        handle = b"h%d" % next(self.handles) if server or self.plain or self.chance.random() < 0.6 else b""
         shares = (
             tuple(mb * share for share in (0.5, 0.3, 0.2)[: len(one.devices)]) if self.chance.random() < 0.5 else ()
         )
@@ -218,7 +253,7 @@ class RandomTables:
             return
         model = self.tables.instances[row].model
         self.transitions.loads.fail(t, row)
-        if self.chance.random() < 0.5:
+        if not self.plain and self.chance.random() < 0.5:
             self.transitions.models.note_failure(t, model)
 
     def _take(self, t: Transaction) -> None:
@@ -264,7 +299,7 @@ class RandomTables:
         if row is None:
             return
         one = self.tables.instances[row]
-        if one.way and len(one.devices) == 1 and not self.transitions.twins.any_of(row):
+        if not self.plain and one.way and len(one.devices) == 1 and not self.transitions.twins.any_of(row):
             self.transitions.suspensions.begin(t, row, self.chance.choice(WORKERS), evicted=True)
 
     def _end_suspension(self, t: Transaction) -> None:
@@ -280,7 +315,7 @@ class RandomTables:
 
     def _resume(self, t: Transaction) -> None:
         row = self._some(Instance.SUSPENDED)
-        if row is not None:
+        if row is not None and not self._has_enough(self.tables.instances[row].model):
             owner = self.tables.instances[row].owner
             self.transitions.suspensions.begin_resume(t, row, self.chance.choice(WORKERS) if owner is None else owner)
 
@@ -319,21 +354,30 @@ class RandomTables:
             self.transitions.measurements.measure(t, slot, figures, self.now)
 
     def _sample(self, t: Transaction) -> None:
-        device = self.chance.randrange(3)
+        device = self.chance.choice(self.tables.used_rows(self.layout.devices))
         self.transitions.devices.note_unrelated(t, device, self.chance.choice([0.0, 0.0, 200.0]))
         self.transitions.devices.sample(t, device, self.chance.choice([0.0, 500.0, 2500.0]), self.now, self.now)
 
     # ---- the queue -------------------------------------------------------------------------------------------
 
     def _ask(self, t: Transaction) -> None:
-        chance = self.chance
+        chance, enqueue = self.chance, self.transitions.tickets.enqueue
+        if chance.random() < 0.1:
+            lease = self.transitions.leases.claim(t, b"lease", 90.0)
+            enqueue(t, lease, chance.choice(WORKERS), 1, 90.0, LONGEST_NS)
+            return
         for _ in range(chance.choice([1, 1, 1, 12])):
+            if self.plain:
+                model = self._model(t) if chance.random() < 0.1 else self.transitions.models.claim(t, "m0", b"m0")
+                told = Cause(chance.choice(self.reasons), 1.0, 2.0, 3.0, 4.0)
+                enqueue(t, model, chance.choice(WORKERS), 1, 100.0, LONGEST_NS, cause=told)
+                continue
             model = self._model(t)
             deadline_ns = chance.choice([LONGEST_NS, self.now + 2 * SECOND_NS])
             sized = self.tables.models[model].known
             preload = chance.choice([0, 0, 0, 2])
             span = chance.choice([1, 1, 2])
-            self.transitions.tickets.enqueue(
+            enqueue(
                 *(t, model, chance.choice(WORKERS), 2 if preload else int(sized), 100.0, deadline_ns, preload),
                 loadable_on=chance.choice([0, 0, 1, 6]),
                 usable_on=chance.choice([0, 0, 3]),
@@ -347,8 +391,11 @@ class RandomTables:
         row = self._of_ours((Ticket.WAITING,))
         if row is None:
             return
+        newest = self.namespace.segment.words[Header.NEWEST_TICKET]
+        if self.plain and self.tables.tickets[newest].state == Ticket.WAITING:
+            row = newest
         tickets = self.transitions.tickets
-        what = self.chance.randrange(4)
+        what = self.chance.choice([0, 0, 1, 2, 3, 3])
         if what == 0:
             tickets.block(t, row)
         elif what == 1:
@@ -356,7 +403,7 @@ class RandomTables:
         elif what == 2:
             tickets.call_up(t, row)
         else:
-            tickets.set_reason(t, row, Cause(self.chance.choice(list(Reason)), 1.0, 2.0, 3.0, 4.0))
+            tickets.set_reason(t, row, Cause(self.chance.choice(self.reasons), 1.0, 2.0, 3.0, 4.0))
 
     def _leave(self, t: Transaction) -> None:
         for _ in range(self.chance.choice([1, 1, 8, 8])):
@@ -382,7 +429,9 @@ class RandomTables:
 
     def _run_alone(self, t: Transaction) -> None:
         row = self._some(Instance.LOADING)
-        if row is None or any(self.tables.devices[device].isolated is not None for device in range(3)):
+        if row is None or any(
+            self.tables.devices[device].isolated is not None for device in self.tables.used_rows(self.layout.devices)
+        ):
             return
         one = self.tables.instances[row]
         if len(one.devices) == 1 and self.tables.on_device(one.devices[0]) == [row]:

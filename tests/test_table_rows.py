@@ -20,22 +20,14 @@ from mpmm.shared_state.transaction import Transaction
 STEPS = 60
 
 
-class _Undo(Exception):
-    """Ends a transaction that was only an attempt."""
-
-
 def changed_by(made: RandomTables, action: Callable[[Transaction], bool]) -> tuple[bool, set[int]]:
     """Return what an action returns, and which rows of instances it changes the state of; undo it."""
     before = Reference(made.namespace, made.now)
     states = {row: one.state for row, one in before.rows.items()}
-    found, changed = False, set()
-    try:
-        with made.namespace.transaction() as t:
-            found = action(t)
-            changed = {row for row, state in states.items() if made.tables.instances[row].state != state}
-            raise _Undo
-    except _Undo:
-        return found, changed
+    with made.attempt() as t:
+        found = action(t)
+        changed = {row for row, state in states.items() if made.tables.instances[row].state != state}
+    return found, changed
 
 
 def oldest(reference: Reference, rows: list[int]) -> list[int]:

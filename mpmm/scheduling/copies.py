@@ -195,15 +195,12 @@ class CopiesReader:
 
     def _add_suspended(self, copies: Copies, one: UsedInstance) -> None:
         """Add one that has given its memory up but for what its process keeps, and stands for no loaded copy."""
-        # What a resume needs again, and not `mb`, which would let it in where there is no room for it.
-        share_mb = self._tables.instances[one.row].device_mb / (1 + len(one.other_shares))
-        others = tuple((device, share_mb) for device, _ in one.other_shares)
-        # By what it had on the device, as its MB is what it has kept there.
-        resumes_in_s = resume_s(self._suspension.movable(one.row))
+        # It lies on one device: one that spans several cannot be suspended. A resume needs again what it had there; by
+        # `mb`, which is less, it would be let in where there is no room.
+        had_mb, resumes_in_s = self._tables.instances[one.row].device_mb, resume_s(self._suspension.movable(one.row))
         copies.suspended.append(
             SuspendedInstance(
-                *(one.row, one.model, one.device, share_mb, one.since_ns / 1e9, one.owner or None, resumes_in_s),
-                other_shares=others,
+                *(one.row, one.model, one.device, had_mb, one.since_ns / 1e9, one.owner or None, resumes_in_s)
             )
         )
 
