@@ -36,6 +36,7 @@ REASONS = [
     (Reason.LEASED, Reason.EXTERNAL, Reason.SHARING, Reason.BEHIND),
     (Reason.IN_USE, Reason.UNLOADING, Reason.MEMORY, Reason.DRAINING),
 ]
+OF_LEASES = (Reason.LEASED, Reason.BEHIND)
 WORKERS = (0, 1, 2)
 SERVERS = (3, 4, 5)
 SECOND_NS = 10**9
@@ -54,7 +55,8 @@ class RandomTables:
     to do.
     """
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, devices: int | None = None) -> None:
+        """devices: how many, else as the seed says."""
         self.chance = random.Random(seed)
         self.now = 10**15
         self.most_copies = self.chance.choice([2, 100])
@@ -71,10 +73,10 @@ class RandomTables:
         self.models = self.chance.choice([1, 2, 6])
         self.plain = seed % 2 == 0
         self.reasons = self.chance.choice([*REASONS, tuple(Reason)])
-        devices = DEVICES[: self.chance.choice([1, 3])]
-        self.places = [1, 2, 4, 1, 2, 4, 3, 6, 7] if len(devices) == 3 else [1]
+        used = DEVICES[: devices or self.chance.choice([1, 3])]
+        self.places = [1, 2, 4, 1, 2, 4, 3, 6, 7] if len(used) == 3 else [1]
         with self.namespace.transaction() as t:
-            self.transitions.devices.describe(t, devices)
+            self.transitions.devices.describe(t, used)
             self.transitions.members.lead(t, 0, b"made up", flags)
             for number in range(self.models):
                 tag = f"m{number}"
@@ -96,9 +98,9 @@ class RandomTables:
             (2, self._begin_unload),
             (1, self._note_late),
             (2, self._end_unload),
-            (3, self._suspend),
-            (3, self._end_suspension),
-            (1, self._fail_suspension),
+            (6, self._suspend),
+            (4, self._end_suspension),
+            (3, self._fail_suspension),
             (3, self._resume),
             (2, self._end_resume),
             (2, self._lease),
@@ -220,7 +222,9 @@ class RandomTables:
 
     def _begin_load(self, t: Transaction) -> None:
         mb = self.chance.choice([100.0, 300.0])
-        model, member, devices = self._model(t), self.chance.choice(WORKERS), self._some_devices()
+        # Of some models there is no copy for longer where everything is plain.
+        model = self.transitions.models.claim(t, "m0", b"m0") if self.plain else self._model(t)
+        member, devices = self.chance.choice(WORKERS), self._some_devices()
         if not devices or self._has_enough(model):
             return
         row = self.transitions.loads.begin(t, model, member, devices, mb, alone=False)
@@ -310,7 +314,7 @@ class RandomTables:
     def _fail_suspension(self, t: Transaction) -> None:
         row = self._some(Instance.SUSPENDING, Instance.RESUMING)
         if row is not None:
-            why = self.chance.choice([None, Unsuspendable.SUSPEND_FAILED])
+            why = self.chance.choice([None, *Unsuspendable])
             self.transitions.suspensions.fail(t, row, why, self.chance.choice(WORKERS))
 
     def _resume(self, t: Transaction) -> None:
@@ -362,18 +366,20 @@ class RandomTables:
 
     def _ask(self, t: Transaction) -> None:
         chance, enqueue = self.chance, self.transitions.tickets.enqueue
-        if chance.random() < 0.1:
+        if chance.random() < (0.5 if Reason.LEASED in self.reasons else 0.1):
             lease = self.transitions.leases.claim(t, b"lease", 90.0)
-            enqueue(t, lease, chance.choice(WORKERS), 1, 90.0, LONGEST_NS)
+            cause, urgency = Cause(chance.choice(OF_LEASES)), chance.choice([0, 1])
+            enqueue(t, lease, chance.choice(WORKERS), 1, 90.0, LONGEST_NS, cause=cause, urgency=urgency)
             return
         for _ in range(chance.choice([1, 1, 1, 12])):
+            deadline_ns = chance.choice([LONGEST_NS, LONGEST_NS, self.now + 2 * SECOND_NS])
+            urgency = chance.choice([0, 0, 1, -1])
             if self.plain:
                 model = self._model(t) if chance.random() < 0.1 else self.transitions.models.claim(t, "m0", b"m0")
-                told = Cause(chance.choice(self.reasons), 1.0, 2.0, 3.0, 4.0)
-                enqueue(t, model, chance.choice(WORKERS), 1, 100.0, LONGEST_NS, cause=told)
+                cause = Cause(chance.choice(self.reasons), 1.0, 2.0, 3.0, 4.0)
+                enqueue(t, model, chance.choice(WORKERS), 1, 100.0, deadline_ns, cause=cause, urgency=urgency)
                 continue
             model = self._model(t)
-            deadline_ns = chance.choice([LONGEST_NS, self.now + 2 * SECOND_NS])
             sized = self.tables.models[model].known
             preload = chance.choice([0, 0, 0, 2])
             span = chance.choice([1, 1, 2])
@@ -383,7 +389,7 @@ class RandomTables:
                 usable_on=chance.choice([0, 0, 3]),
                 span=span,
                 nested=chance.random() < 0.2,
-                urgency=chance.choice([0, 0, 1, -1]),
+                urgency=urgency,
                 steady=chance.random() < 0.1,
             )
 

@@ -7,6 +7,7 @@ the rules as statements about the rows, after each of many random operations.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from contextlib import closing
 from unittest import mock
 
@@ -16,10 +17,14 @@ from random_tables import SECOND_NS, RandomTables
 from reference_view import Reference
 
 from mpmm.policy.fairness import rank_ns
+from mpmm.policy.plan import make_plan
 from mpmm.policy.view import Reason
 from mpmm.scheduling import CALLED_UP_FOR_NS, Scheduler
+from mpmm.shared_state.durations import LONGEST_NS
+from mpmm.shared_state.events import Cause
 from mpmm.shared_state.layout import Header, Instance, Model, Ticket
 from mpmm.shared_state.rows import TicketRow
+from mpmm.shared_state.transaction import Transaction
 
 STEPS = 80
 FOR_A_COPY = {Reason.SHARING, Reason.COPIES}
@@ -120,6 +125,14 @@ class Rules(Reference):
         """When each waiter was called up."""
         return {self.row_of(one): one.called_up for one in self.all_waiting()}
 
+    def goes_to_first_user(self, row: int) -> bool:
+        """Whether the release of a copy hands it to the first waiter whom it serves."""
+        one, isolated = self.rows[row], [number for number, alone in enumerate(self.isolated()) if alone]
+        if one.unload_on_release or set(one.devices) & set(isolated):
+            return False
+        first = self.first_user(one.model, one.device_bits)
+        return first is not None and one.owner in (None, self.tables.tickets[first[0]].member)
+
     def serves_everybody(self, model: int) -> bool:
         """Whether every process can have each of a model's rows of instances."""
         rows = [one for one in self.rows.values() if one.model == model]
@@ -171,41 +184,126 @@ class Rules(Reference):
         return (Reason.SHARING, seconds) if 0 < seconds < model.load_s else None
 
 
-@pytest.mark.parametrize("seed", range(scaled(120)))
+def check(made: RandomTables, scheduler: Scheduler) -> None:
+    """Compare all that is known without a plan, about each row, with the rules."""
+    check_answers(made, scheduler)
+    # So that a call shows which comes now.
+    made.now += 1
+    rules = Rules(made.namespace, made.now)
+    for row, call_up in itertools.product(rules.held(), (False, True)):
+        expected = rules.keeps(row, call_up)
+        with made.attempt() as t:
+            kept = scheduler.keep(t, row, True, call_up)
+            called = {ticket for ticket, at in rules.called_up().items() if at == made.now}
+            assert (kept, called) == expected
+            assert (made.tables.instances[row].state == Instance.IDLE) == kept
+        without_plan = rules.goes_to_first_user(row) or rules.moves_nobody(row)
+        with made.attempt() as t, mock.patch("mpmm.scheduling.scheduler.make_plan", wraps=make_plan) as planned:
+            scheduler.release(t, row)
+            assert not (without_plan and planned.called)
+
+
+def check_answers(made: RandomTables, scheduler: Scheduler) -> None:
+    """Compare what needs no change of the rows."""
+    shortcuts, tables = scheduler.shortcuts, made.tables
+    with made.namespace.transaction():
+        rules = Rules(made.namespace, made.now)
+        for row, one in rules.rows.items():
+            if one.state == Instance.IDLE:
+                assert shortcuts.may_take(row) == rules.may_take(row)
+            elif one.state == Instance.ACTIVE:
+                assert shortcuts.moves_nobody(made.namespace.reads.instances.held(row)) == rules.moves_nobody(row)
+                first = shortcuts.first_user(one.model, one.device_bits)
+                assert first == rules.first_user(one.model, one.device_bits)
+        for model in tables.model_rows():
+            cause, known = shortcuts.known_wait(model), rules.known_wait(model)
+            assert (cause and cause.reason) == (known and known[0])
+            if cause is not None and known is not None:
+                assert cause.seconds == pytest.approx(known[1])
+        for ticket in rules.all_waiting():
+            moves_up = ticket.reason in {Reason.BEHIND, Reason.OUTRANKED, *FOR_A_COPY}
+            assert shortcuts.holds_up_nobody(rules.row_of(ticket)) == moves_up
+
+
+@pytest.mark.parametrize("seed", range(scaled(80)))
 def test_what_the_rules_name_is_known_without_a_plan(seed: int) -> None:
     made = RandomTables(seed)
     with closing(made), mock.patch("time.monotonic_ns", side_effect=lambda: made.now):
         scheduler = Scheduler(made.namespace)
-        shortcuts = scheduler.shortcuts
         for _ in range(STEPS):
             made.step()
-            with made.namespace.transaction():
-                rules = Rules(made.namespace, made.now)
-                for row, one in rules.rows.items():
-                    if one.state == Instance.IDLE:
-                        assert shortcuts.may_take(row) == rules.may_take(row)
-                    elif one.state == Instance.ACTIVE:
-                        copy = made.namespace.reads.instances.held(row)
-                        assert shortcuts.moves_nobody(copy) == rules.moves_nobody(row)
-                        assert shortcuts.first_user(one.model, one.device_bits) == rules.first_user(
-                            one.model, one.device_bits
-                        )
-                for model in made.tables.used_rows(made.layout.models):
-                    if made.tables.models[model].state == Model.MODEL:
-                        cause, known = shortcuts.known_wait(model), rules.known_wait(model)
-                        assert (cause and cause.reason) == (known and known[0])
-                        if cause is not None and known is not None:
-                            assert cause.seconds == pytest.approx(known[1])
-                for ticket in rules.all_waiting():
-                    moves_up = ticket.reason in {Reason.BEHIND, Reason.OUTRANKED, *FOR_A_COPY}
-                    assert shortcuts.holds_up_nobody(rules.row_of(ticket)) == moves_up
-            # So that a call shows which comes now.
-            made.now += 1
-            rules = Rules(made.namespace, made.now)
-            for row, call_up in itertools.product(rules.held(), (False, True)):
-                expected = rules.keeps(row, call_up)
-                with made.attempt() as t:
-                    kept = scheduler.keep(t, row, True, call_up)
-                    called = {ticket for ticket, at in rules.called_up().items() if at == made.now}
-                    assert (kept, called) == expected
-                    assert (made.tables.instances[row].state == Instance.IDLE) == kept
+            check(made, scheduler)
+
+
+def lease_before_another(made: RandomTables, t: Transaction, model: int) -> None:
+    """A lease that is behind nobody stands before the one that waits for leases, and a copy is in use."""
+    hold(made, t, model)
+    for reason in (Reason.BEHIND, Reason.LEASED):
+        made.now += SECOND_NS
+        lease = made.transitions.leases.claim(t, b"lease", 90.0)
+        made.transitions.tickets.enqueue(t, lease, 0, 1, 90.0, LONGEST_NS, cause=Cause(reason))
+
+
+def lease_behind_another(made: RandomTables, t: Transaction, model: int) -> None:
+    """The same the other way about."""
+    hold(made, t, model)
+    for reason in (Reason.LEASED, Reason.BEHIND):
+        made.now += SECOND_NS
+        lease = made.transitions.leases.claim(t, b"lease", 90.0)
+        made.transitions.tickets.enqueue(t, lease, 0, 1, 90.0, LONGEST_NS, cause=Cause(reason))
+
+
+def head_without_hurry(made: RandomTables, t: Transaction, model: int) -> None:
+    """The head of the queue is less urgent than a newcomer, who comes before it."""
+    hold(made, t, model)
+    block(made, t, Reason.IN_USE, urgency=-1)
+
+
+def head_in_a_hurry(made: RandomTables, t: Transaction, model: int) -> None:
+    """The head of the queue comes before a newcomer."""
+    hold(made, t, model)
+    block(made, t, Reason.IN_USE, urgency=0)
+
+
+def drained_device(made: RandomTables, t: Transaction, model: int) -> None:
+    """The device is drained, and the model has no copy."""
+    block(made, t, Reason.DRAINING, urgency=0)
+
+
+def drained_device_beside_a_load(made: RandomTables, t: Transaction, model: int) -> None:
+    """The device is drained, and the model's first copy is being loaded."""
+    made.transitions.loads.begin(t, model, 1, 1, 100.0, alone=False)
+    block(made, t, Reason.DRAINING, urgency=0)
+
+
+def hold(made: RandomTables, t: Transaction, model: int) -> None:
+    """Let a worker hold a copy of a model, which nobody else can use meanwhile."""
+    made.transitions.models.set_users(t, model, 1)
+    row = made.transitions.loads.begin(t, model, 1, 1, 100.0, alone=False)
+    made.transitions.loads.end(t, row, b"a handle", 100.0, 0, False)
+
+
+def block(made: RandomTables, t: Transaction, reason: Reason, urgency: int) -> None:
+    """Let somebody wait at the head of the queue, for another model."""
+    other = made.transitions.models.claim(t, "other", b"other")
+    made.transitions.estimates.estimate(t, other, 100.0, measured=True)
+    cause = Cause(reason)
+    ticket = made.transitions.tickets.enqueue(t, other, 2, 1, 100.0, LONGEST_NS, cause=cause, urgency=urgency)
+    made.transitions.tickets.block(t, ticket)
+
+
+@pytest.mark.parametrize(
+    "arrange",
+    [
+        *(lease_before_another, lease_behind_another, head_without_hurry, head_in_a_hurry),
+        *(drained_device, drained_device_beside_a_load),
+    ],
+)
+def test_what_the_rules_name_is_known_in_cases_that_chance_hardly_finds(
+    arrange: Callable[[RandomTables, Transaction, int], None],
+) -> None:
+    made = RandomTables(0, devices=1)
+    with closing(made), mock.patch("time.monotonic_ns", side_effect=lambda: made.now):
+        with made.namespace.transaction() as t:
+            arrange(made, t, made.transitions.models.claim(t, "m0", b"m0"))
+        check(made, Scheduler(made.namespace))

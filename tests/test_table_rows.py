@@ -93,7 +93,7 @@ def _make_room(rows: TableRows, ticket: int, t: Transaction) -> bool:
     return rows.make_room_for_instance(t, ticket)
 
 
-@pytest.mark.parametrize("seed", range(scaled(20)))
+@pytest.mark.parametrize("seed", range(scaled(60)))
 def test_for_want_of_a_row_goes_what_is_wanted_least(seed: int) -> None:
     made = RandomTables(seed)
     with closing(made), mock.patch("time.monotonic_ns", side_effect=lambda: made.now):

@@ -309,23 +309,29 @@ class TreeCopy:
         """Remove what tests have left: runtime directories of those that were killed, and what runs tell each other."""
         # Hypothesis keeps the examples that have failed, of which the next change is to know nothing.
         shutil.rmtree(self.path / ".hypothesis", ignore_errors=True)
-        for root in self._temporary.iterdir():
-            place = root.stat()
-            identity = f"{os.path.realpath(root)}:{place.st_dev}:{place.st_ino}"
-            prefix = f"mpmm-{os.getuid()}-{hashlib.sha256(os.fsencode(identity)).hexdigest()[:12]}-"
-            for name in os.listdir("/dev/shm"):
-                if name.startswith(prefix):
-                    os.unlink(f"/dev/shm/{name}")
-            if root.is_dir():
-                shutil.rmtree(root, ignore_errors=True)
+        # A root's name in shared memory is made of its inode, which a folder of the next run may have.
+        prefixes = tuple(map(_prefix_of, (folder for folder, _, _ in os.walk(self._temporary))))
+        for name in os.listdir("/dev/shm"):
+            if name.startswith(prefixes):
+                os.unlink(f"/dev/shm/{name}")
+        for left in self._temporary.iterdir():
+            if left.is_dir():
+                shutil.rmtree(left, ignore_errors=True)
             else:
-                root.unlink()
+                left.unlink()
 
     def __enter__(self) -> TreeCopy:
         return self
 
     def __exit__(self, *_: object) -> None:
         shutil.rmtree(self.path, ignore_errors=True)
+
+
+def _prefix_of(root: str) -> str:
+    """Return how the names of all segments begin whose runtime root this folder is, if it is one."""
+    place = os.stat(root)
+    identity = f"{os.path.realpath(root)}:{place.st_dev}:{place.st_ino}"
+    return f"mpmm-{os.getuid()}-{hashlib.sha256(os.fsencode(identity)).hexdigest()[:12]}-"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
