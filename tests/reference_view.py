@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from mpmm.policy.backoff import back_off_s
 from mpmm.policy.demand import Demand
 from mpmm.policy.suspension import HostRoom, Kept, Movable, Way, pays, resume_s
 from mpmm.policy.view import (
@@ -16,6 +17,7 @@ from mpmm.policy.view import (
     IdleInstance,
     ModelView,
     PlacedInstance,
+    Reason,
     SuspendedInstance,
     TicketView,
 )
@@ -343,6 +345,20 @@ class Reference:
             one.rank,
             one.steady,
         )
+
+    def expected_wait(self, row: int) -> tuple[int, int, int, float, float]:
+        """By what the wait of a ticket is foretold: member, those of its model before it, reason, seconds, wait so far.
+
+        Those who preload want no copy to use. A back-off has gone on since the reason was written down.
+        """
+        one, model = self.tables.tickets[row], self.tables.models[self.tables.tickets[row].model]
+        others = [self.tables.tickets[other] for other in self._used(self.layout.tickets)]
+        wanting = [other for other in others if (other.state, other.model) == (Ticket.WAITING, one.model)]
+        before = [other for other in wanting if other.rank < one.rank and not other.preload]
+        seconds = one.seconds
+        if one.reason == Reason.BACKING_OFF:
+            seconds = max(0.0, back_off_s(model.failures) - (self.now - model.failed_at) / 1e9)
+        return (one.member or 0) + 1, len(before), one.reason, seconds, (self.now - one.enqueued) / 1e9
 
     def isolates_unknown(self) -> bool:
         """Whether a model is to be measured by running alone."""

@@ -71,6 +71,16 @@ def check_view(view: View, expected: Reference) -> None:
         assert getattr(rules, name) == getattr(settings, name)
 
 
+def check_expected_waits(scheduler: Scheduler, expected: Reference) -> None:
+    """Compare by what waits are foretold; what is foretold by it, `test_policy_sharing` says."""
+    for row in expected.queue():
+        with mock.patch("mpmm.scheduling.waiters.expected_wait_s") as foretold:
+            scheduler.expected_wait_s(row)
+        model, member, ahead, reason, seconds, _, waited_s = foretold.call_args.args
+        assert model.model == expected.tables.tickets[row].model
+        assert (member, ahead, reason, seconds, waited_s) == pytest.approx(expected.expected_wait(row))
+
+
 def _model_of(ticket: TicketView) -> int:
     return ticket.model
 
@@ -87,5 +97,7 @@ def test_a_view_says_what_the_rows_say(seed: int) -> None:
         for _ in range(STEPS):
             made.step()
             with made.namespace.transaction():
-                check_view(scheduler.read_view(), Reference(made.namespace, made.now))
+                expected = Reference(made.namespace, made.now)
+                check_view(scheduler.read_view(), expected)
+                check_expected_waits(scheduler, expected)
             assert check_invariants(read_snapshot(made.namespace.name)) == []

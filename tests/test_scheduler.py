@@ -1,0 +1,67 @@
+"""How the scheduler writes a plan down, where the rows that a plan leads to do not show it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from unittest import mock
+
+import pytest
+from random_tables import RandomTables
+
+from mpmm.policy.plan import Plan
+from mpmm.policy.view import Decision, Reason, Wait, Why
+from mpmm.scheduling import Scheduler
+from mpmm.shared_state.durations import LONGEST_NS
+from mpmm.shared_state.signal_words import Signal
+
+
+@pytest.fixture
+def made() -> Iterator[RandomTables]:
+    made = RandomTables(0, devices=1)
+    yield made
+    made.close()
+
+
+def enqueue(made: RandomTables, tag: str) -> int:
+    """Let a worker wait for a model; return the ticket's row."""
+    with made.namespace.transaction() as t:
+        model = made.transitions.models.claim(t, tag, tag.encode())
+        return made.transitions.tickets.enqueue(t, model, 1, 1, 100.0, LONGEST_NS)
+
+
+def carry_out(made: RandomTables, *decisions: Decision) -> None:
+    """Write decisions down."""
+    plan = mock.patch("mpmm.scheduling.scheduler.make_plan", return_value=Plan(decisions, queue_held_up=True))
+    with plan, made.namespace.transaction() as t:
+        Scheduler(made.namespace).advance(t)
+
+
+@pytest.mark.parametrize(
+    ("before", "expected"), [(Reason.UNLOADING, 4), (Reason.IN_USE, None)], ids=["the same memory", "other memory"]
+)
+def test_memory_that_comes_back_is_still_that_of_the_model_that_was_unloaded(
+    made: RandomTables, before: Reason, expected: int | None
+) -> None:
+    ticket = enqueue(made, "a")
+    carry_out(made, Wait(ticket, before, Why(before, other=4)))
+    assert made.tables.tickets[ticket].other == 4
+    carry_out(made, Wait(ticket, Reason.RETURNING, Why(Reason.RETURNING)))
+    assert (made.tables.tickets[ticket].reason, made.tables.tickets[ticket].other) == (Reason.RETURNING, expected)
+
+
+@pytest.mark.parametrize(("tag", "wakes"), [("a", 1), ("b", 0)])
+def test_the_newest_waiter_is_woken_ahead_of_a_release_if_it_wants_that_model(
+    made: RandomTables, tag: str, wakes: int
+) -> None:
+    with made.namespace.transaction() as t:
+        model = made.transitions.models.claim(t, "a", b"a")
+        copy = made.transitions.loads.begin(t, model, 2, 1, 100.0, alone=False)
+        made.transitions.loads.end(t, copy, b"a handle", 100.0, 0, False)
+    wakes_up = Scheduler(made.namespace).wakes
+    with mock.patch.object(Signal, "wake") as wake:
+        wakes_up.prewake(copy)
+        assert not wake.called, "nobody waits"
+        enqueue(made, tag)
+        wake.reset_mock()
+        wakes_up.prewake(copy)
+        assert wake.call_count == wakes
