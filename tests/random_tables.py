@@ -28,8 +28,6 @@ ROOMY = Capacities(
 DEVICES = [(b"uuid-0", b"gpu 0", 8000.0), (b"uuid-1", b"gpu 1", 8000.0), (b"uuid-2", b"gpu 2", 4000.0)]
 # Whether the source measures processes, frees late, and only accounts for what is loaded.
 FLAGS = [(True, False, False), (True, True, False), (False, True, False), (False, False, True)]
-# Whether the source measures processes, frees late, and only accounts for what is loaded.
-FLAGS = [(True, False, False), (True, True, False), (False, True, False), (False, False, True)]
 # What waiters may be told in one namespace.
 REASONS = [
     (Reason.SHARING, Reason.COPIES),

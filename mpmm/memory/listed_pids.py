@@ -1,6 +1,6 @@
 """Whose the pids are that a source lists: members', model servers', programs' of leases, or nobody's here.
 
-Everything is looked up without the lock: a process may end any time, with the lock or without it.
+Nothing here needs the lock, nor would be safer with it: a process may end at any time.
 """
 
 from __future__ import annotations
@@ -105,5 +105,5 @@ class ListedPids:
         programs = set(self.leases().values())
         if not programs:
             return {}
-        apart = self._servers() | programs
-        return {pid: process_tree(pid, apart) for pid in programs}
+        counted_alone = self._servers() | programs
+        return {pid: process_tree(pid, counted_alone) for pid in programs}

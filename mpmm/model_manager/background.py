@@ -41,8 +41,7 @@ REPEAT_S = 0.01
 class Jobs:
     """What there is to do in one process. A job returns at once if it has nothing to do.
 
-    reconcile_due: when to look for calls that an exception has ended, while there are calls to watch. operations: the
-    calls in progress that have something in hand.
+    reconcile_due: when to look for calls that an exception has ended, while there are calls to watch.
     """
 
     def __init__(
@@ -55,12 +54,13 @@ class Jobs:
         leader: Leader,
         operations: set[Operation],
     ) -> None:
+        """operations: the calls in progress that have something in hand."""
         self._namespace = namespace
         self._deferred = deferred
         self._reconciler = reconciler
         self._held = held
         self._unloads = unloads
-        self.operations = operations
+        self._operations = operations
         self.reconcile_due = 0.0
         # How often a thread had gone to sleep in the compiled core at the last look for ended calls.
         self._sleeps_seen = 0
@@ -95,12 +95,12 @@ class Jobs:
     @property
     def unrest(self) -> tuple[set[Operation], Sized]:
         """Return what ends a long sleep: the calls in progress, and the changes that were left to this thread."""
-        return self.operations, self._deferred.changes
+        return self._operations, self._deferred.changes
 
     @property
     def has_calls_to_watch(self) -> bool:
         """Tell whether calls are in progress that an exception may end."""
-        return bool(self.operations) or self._namespace.lock.may_be_abandoned
+        return bool(self._operations) or self._namespace.lock.may_be_abandoned
 
     def is_woken_by_calls(self, bell: int) -> bool:
         """Have the calls in progress ring the bell (word), if all have slept in the compiled core since the last look.
@@ -112,7 +112,7 @@ class Jobs:
         core = self._namespace.lock.core
         if core is None or self._namespace.lock.may_be_abandoned:
             return False
-        return core.wake_after_sleep(bell, len(self.operations), self._sleeps_seen)
+        return core.wake_after_sleep(bell, len(self._operations), self._sleeps_seen)
 
     def _reconcile(self) -> None:
         if self._reconciler.has_abandoned or time.monotonic() >= self.reconcile_due:

@@ -49,7 +49,7 @@ class DeferredChanges:
     looks whether there is anything left to do. It returns whether somebody who waits may profit, and does not call
     `Scheduler.advance` itself: that is done here, once for all changes of a transaction.
 
-    changes: what is to be made, to be looked at by others.
+    changes: what is still to be made; the background thread does not sleep for long while there is any.
     """
 
     def __init__(self, namespace: Namespace, scheduler: Scheduler, wake: Callable[[], object]) -> None:

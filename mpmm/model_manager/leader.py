@@ -208,7 +208,8 @@ class Leader:
         """Sleep on the doorbell until a time (monotonic, s); return whether this process is to look around at once.
 
         rung: see `Doorbell.wait`. unrest: the calls in progress and the changes to be made later, if the sleep is to
-        end where not all calls sleep in the compiled core, one has left a transaction, or there is a change.
+        end where not all calls sleep in the compiled core, one has left a transaction, or there is a change; else
+        None.
         """
         core = self._namespace.lock.core
         if self.leading or core is None:

@@ -19,8 +19,8 @@ __all__ = ["OwnedObjects"]
 class OwnedObjects:
     """The objects of this process. All of its threads share it.
 
-    in_rows: what stands in a row, seats, too. rows_of_model: those rows by the model's row. Both for the compiled core
-    to look at; to be changed here alone.
+    in_rows: what stands in a row, seats, too. rows_of_model: those rows by the model's row. `HeldInstances` and
+    the compiled core look into both; only this class changes them.
     """
 
     def __init__(self, namespace: Namespace) -> None:

@@ -205,9 +205,9 @@ class Scheduler:
                 self._evict(t, decision)
             case Refuse(ticket, why):
                 transitions.tickets.refuse(t, ticket, _cause(why))
-            case Wait(ticket, _, why, first, overtaken):
-                # Counted from here: a waiter may be overtaken for so long only.
-                if overtaken:
+            case Wait(ticket, _, why, first, passed):
+                # That happens to a waiter once, and its time as the head of the line begins anew.
+                if passed:
                     transitions.tickets.let_pass(t, ticket)
                 self._note_wait(t, ticket, why, first)
 
@@ -241,7 +241,6 @@ class Scheduler:
                 # Its memory is not on its way, so the next plan evicts the rest.
                 break
             self.suspension.evict(t, instance, unloader, cause)
-        # As in `_carry_out`.
         if evict.passed:
             self._namespace.transitions.tickets.let_pass(t, evict.ticket)
         self._note_wait(t, evict.ticket, replace(evict.why, reason=Reason.UNLOADING), evict.first)
@@ -258,7 +257,7 @@ class Scheduler:
             # mpmm can do nothing about these waits, so people have to be told.
             if cause.reason in OTHERS_END:
                 self._namespace.transitions.tickets.warn(t, ticket, self.waiters.sentence(ticket))
-        # From now on nothing may overtake it for longer than `max_overtake_seconds`. Only once: it would begin anew.
+        # Others may delay it for `max_overtake_seconds` from now on. Only once, or each plan would let that begin anew.
         if first and not told.head_of_line:
             self._namespace.transitions.tickets.block(t, ticket)
 

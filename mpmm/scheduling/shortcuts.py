@@ -187,10 +187,10 @@ class Shortcuts:
             return None
         places = figures.active + figures.idle
         copies = places - figures.seats
-        # Places grow with the copies that are being loaded, in the proportion of those that are there.
         copies_coming = copies + figures.loading
         if copies_coming >= self._namespace.settings.max_model_copies:
             return Cause(Reason.COPIES)
+        # The copies that are being loaded bring as many places each as those that are there.
         seconds = served_in_s(figures.hold_s, figures.hold_s, figures.waiting, copies_coming * places / copies)
         return Cause(Reason.SHARING, seconds=seconds) if 0 < seconds < figures.load_s else None
 

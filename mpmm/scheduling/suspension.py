@@ -71,7 +71,7 @@ class SuspensionDecisions:
         dropped = room.dropped_for(copy.mb, copy.worth if evicted else math.inf)
         if dropped is None:
             return False
-        # Dropped first, or the host's ledger would exceed its budget for as long as the transaction lasts.
+        # Dropped first, so that the host's ledger exceeds its budget at no moment.
         suspensions = self._namespace.transitions.suspensions
         for other in dropped:
             why = Cause(Reason.HOST_FULL, copy.mb, max(0.0, room.free_mb), other=model + 1)

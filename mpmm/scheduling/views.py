@@ -50,10 +50,9 @@ class Views:
         copies = self._copies.read_copies()
         now = time.monotonic_ns()
         tickets = self._tickets(Counter(copy.model for copy in copies.idle))
-        # After the tickets, which are chosen by what is idle and not by what becomes of it.
         idle = self._with_suspendable(copies.idle)
         wanted = {ticket.model for ticket in tickets} | {copy.model for copy in copies.busy}
-        # Every model that an instance of the view names: the rules look each of them up.
+        # Of each copy in the view: the rules look its model up. (Leases have none that matters.)
         wanted |= set(copies.shared) | set(copies.owned) | {copy.model for copy in copies.suspended}
         return View(
             now_s=now / 1e9,
@@ -159,7 +158,7 @@ class Views:
         Others can get nothing before these have got something, so a thousand waiters cost no more than thirty.
         """
         order = self.queue_order()
-        # In the queue's order, which the plan takes for granted.
+        # Those whose turn comes first; the plan sorts them itself.
         chosen = order[:QUEUE_PART].tolist()
         if len(order) > QUEUE_PART:
             # Those whose loads fail hold up nobody, however many they are.
@@ -179,7 +178,7 @@ class Views:
         tickets = self._tables.ticket_columns()
         now = time.monotonic_ns()
         waiting = np.flatnonzero(tickets.state == Ticket.WAITING)
-        # A copy granted to one of these would lie there until it has noticed that it got one.
+        # Left out, as a copy granted to one that gives up would lie idle until it notices.
         waiting = waiting[tickets.deadline[waiting] > now]
         priorities = tickets.priority[waiting]
         # The rule of `policy.fairness.effective_priority`, for all at once.

@@ -1521,8 +1521,8 @@ static bool is_amiss(Core *core, int fd, uint64_t now, uint64_t late, const uint
     return true;
 }
 
-/* Whether no thread of this process is in a transaction, nor has left one, the calls after it, or a change, to others.
- */
+/* Whether no thread of this process is in a transaction, none was left unfinished or without the calls after it, and no
+ * change is deferred. */
 static bool is_at_rest(Core *core, PyObject *lock, PyObject *deferred) {
     PyObject *frame = PyObject_GetAttr(lock, core->_frame);
     PyObject *calls = frame != Py_None ? NULL : PyObject_GetAttr(lock, core->_calls);
@@ -1555,8 +1555,7 @@ static PyObject *doze(PyObject *self, PyObject *const *args, Py_ssize_t count) {
     while (core->words != NULL && load(core, bell) == seen && now < until) {
         uint64_t end = until < next ? until : next;
         if (args[7] != Py_None) {
-            if ((uint64_t)PySet_GET_SIZE(args[7]) > core->asleep ||
-                !is_at_rest(core, args[8], args[9])) {
+            if ((uint64_t)PySet_GET_SIZE(args[7]) > core->asleep || !is_at_rest(core, args[8], args[9])) {
                 break;
             }
             end = end - now > LONGEST_REST_NS ? now + LONGEST_REST_NS : end;

@@ -141,7 +141,7 @@ def age(place: int) -> Metadata:
 
 def age_or_none(place: int) -> Metadata:
     """Declare how many seconds ago something was, None if it never was."""
-    # Or what never was would have been when the machine was started.
+    # 0 stands for never; as a time it would be the start of the machine's clock.
     return _kind(place, lambda rows: [rows.age(found) if found else None for found in rows.words_at(place)])
 
 
