@@ -73,6 +73,11 @@ class History:
         """Tell whether a stopped process had the segment's lock at some time in between."""
         return any(stop.held_lock and stop.began < ended and stop.ended > began for stop in self.stops)
 
+    def lock_stopped_s(self, began: float, ended: float) -> float:
+        """Return for how long stopped processes had the segment's lock in between; one at a time can have it."""
+        spans = ((max(stop.began, began), min(stop.ended, ended)) for stop in self.stops if stop.held_lock)
+        return sum(max(0.0, last - first) for first, last in spans)
+
 
 class ClaimJudge:
     """Decides which claims of workers are violations."""
@@ -233,8 +238,11 @@ class SnapshotChecks:
                 present.add(f"server {member.pid} of {member.name} has no copy")
         self._suspected_at = {what: self._suspected_at.get(what, now) for what in present}
         for what, since in self._suspected_at.items():
-            if now - since > ORPHAN_S:
-                self._violations.add("orphan", what)
+            # A new server is a member first, and waits for the lock then to be tied to its copy.
+            stopped_s = self._history.lock_stopped_s(since, now)
+            if now - since - stopped_s > ORPHAN_S:
+                for_s = f"for {now - since:.1f} s, in {stopped_s:.1f} s of which the lock's holder was stopped"
+                self._violations.add("orphan", f"{what} {for_s}; first seen {since - self._history.began:.1f} s in")
                 self._suspected_at[what] = float("inf")
 
 
