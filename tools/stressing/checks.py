@@ -238,7 +238,7 @@ class SnapshotChecks:
                 present.add(f"server {member.pid} of {member.name} has no copy")
         self._suspected_at = {what: self._suspected_at.get(what, now) for what in present}
         for what, since in self._suspected_at.items():
-            # A new server is a member first, and waits for the lock then to be tied to its copy.
+            # A new server is a member first, and then waits for the lock to have its copy name it.
             stopped_s = self._history.lock_stopped_s(since, now)
             if now - since - stopped_s > ORPHAN_S:
                 for_s = f"for {now - since:.1f} s, in {stopped_s:.1f} s of which the lock's holder was stopped"
