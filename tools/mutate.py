@@ -47,30 +47,16 @@ PARTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "scheduler": (
         ("mpmm/scheduling/*.py",),
         (
-            *(
-                "test_views",
-                "test_table_rows",
-                "test_without_a_plan",
-                "test_hand_overs",
-                "test_copies",
-                "test_fairness",
-                "test_devices",
-                "test_manager",
-            ),
+            *("test_scheduler", "test_table_rows", "test_views", "test_shortcut_rules"),
+            *("test_without_a_plan", "test_hand_overs", "test_copies", "test_fairness", "test_devices", "test_manager"),
             *("test_manager_errors", "test_left_asleep", "test_load_ahead", "test_users", "test_priority"),
         ),
     ),
     "shared_state": (
         ("mpmm/shared_state/*.py", "mpmm/shared_state/*/*.py"),
         (
-            *(
-                "test_views",
-                "test_durations",
-                "test_namespace",
-                "test_accounting",
-                "test_full_tables",
-                "test_bounded_work",
-            ),
+            *("test_invariants", "test_table_rows", "test_views"),
+            *("test_durations", "test_namespace", "test_accounting", "test_full_tables", "test_bounded_work"),
             *("test_copies", "test_leases", "test_model_of_promises", "test_deaths", "test_stopped_processes"),
             *("test_left_asleep", "test_crash_points", "test_call_crash_points"),
         ),
