@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -83,3 +83,10 @@ def place_of(segment: Segment, pid: int = 0) -> tuple[Any, Any]:
     core = lock.core = make_core(segment, pid or os.getpid(), SMOOTHING, CORE_TURN, CROWDED_TURNS)
     assert core is not None
     return SimpleNamespace(_usable=True, lock=lock), core
+
+
+@pytest.fixture
+def lab() -> Iterator[Lab]:
+    lab = Lab("lab")
+    yield lab
+    lab.namespace.leave()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import fcntl
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
 from copy import copy, deepcopy
 from functools import partial
@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 from core_calls import DEADLINE_NS, Caller, CoreCall, built, place_of, pretend
+from core_calls import lab as lab  # the fixture
 from crash_lab import FROZEN_NS, KILLED, SMALL, Lab, run_in_child, some_of
 from crash_lab import Operation as LabOperation
 from harness import CRASH_POINTS, scaled
@@ -39,14 +40,6 @@ from mpmm.shared_state.settings import SETTINGS
 from mpmm.shared_state.transaction import CORE_TURN, CROWDED_TURNS, Transaction
 from mpmm.shared_state.transitions import SMOOTHING, Transitions
 from mpmm.sources import choose_source
-
-
-@pytest.fixture
-def lab() -> Iterator[Lab]:
-    lab = Lab("lab")
-    yield lab
-    lab.namespace.leave()
-
 
 # ---- the same words as Python's ---------------------------------------------------------------------------------
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from core_calls import DEADLINE_NS, Caller, built, place_of
+from core_calls import lab as lab  # the fixture
 from crash_lab import Lab
 from harness import wait_until
 from patience import DEADLINE_S
@@ -30,13 +31,6 @@ from mpmm.shared_state.lock_file import LockFile
 from mpmm.shared_state.settings import SETTINGS
 from mpmm.shared_state.signal_words import Signal
 from mpmm.shared_state.transaction import CROWDED_TURNS, float_bits
-
-
-@pytest.fixture
-def lab() -> Iterator[Lab]:
-    lab = Lab("lab")
-    yield lab
-    lab.namespace.leave()
 
 
 @built

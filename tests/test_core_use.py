@@ -9,11 +9,11 @@ import sys
 import sysconfig
 import threading
 import uuid
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from core_calls import Caller, built, place_of
+from core_calls import lab as lab  # the fixture
 from crash_lab import Lab
 from harness import NewManager, problems
 
@@ -27,13 +27,6 @@ from mpmm.shared_state.core import (
 )
 
 SOURCE = Path(core_module.__file__).with_name("_core.c")
-
-
-@pytest.fixture
-def lab() -> Iterator[Lab]:
-    lab = Lab("lab")
-    yield lab
-    lab.namespace.leave()
 
 
 @built

@@ -238,19 +238,13 @@ def test_what_the_rules_name_is_known_without_a_plan(seed: int) -> None:
 def lease_before_another(made: RandomTables, t: Transaction, model: int) -> None:
     """A lease that is behind nobody stands before the one that waits for leases, and a copy is in use."""
     hold(made, t, model)
-    for reason in (Reason.BEHIND, Reason.LEASED):
-        made.now += SECOND_NS
-        lease = made.transitions.leases.claim(t, b"lease", 90.0)
-        made.transitions.tickets.enqueue(t, lease, 0, 1, 90.0, LONGEST_NS, cause=Cause(reason))
+    wait_for_leases(made, t, Reason.BEHIND, Reason.LEASED)
 
 
 def lease_behind_another(made: RandomTables, t: Transaction, model: int) -> None:
     """The same the other way about."""
     hold(made, t, model)
-    for reason in (Reason.LEASED, Reason.BEHIND):
-        made.now += SECOND_NS
-        lease = made.transitions.leases.claim(t, b"lease", 90.0)
-        made.transitions.tickets.enqueue(t, lease, 0, 1, 90.0, LONGEST_NS, cause=Cause(reason))
+    wait_for_leases(made, t, Reason.LEASED, Reason.BEHIND)
 
 
 def head_without_hurry(made: RandomTables, t: Transaction, model: int) -> None:
@@ -281,6 +275,14 @@ def hold(made: RandomTables, t: Transaction, model: int) -> None:
     made.transitions.models.set_users(t, model, 1)
     row = made.transitions.loads.begin(t, model, 1, 1, 100.0, alone=False)
     made.transitions.loads.end(t, row, b"a handle", 100.0, 0, False)
+
+
+def wait_for_leases(made: RandomTables, t: Transaction, *reasons: Reason) -> None:
+    """Let a worker wait for one lease after the other, for these reasons."""
+    for reason in reasons:
+        made.now += SECOND_NS
+        lease = made.transitions.leases.claim(t, b"lease", 90.0)
+        made.transitions.tickets.enqueue(t, lease, 0, 1, 90.0, LONGEST_NS, cause=Cause(reason))
 
 
 def block(made: RandomTables, t: Transaction, reason: Reason, urgency: int) -> None:
