@@ -24,6 +24,7 @@ from mpmm.model_manager import ModelManager
 from mpmm.model_manager.operations import Operation, ended_calls
 from mpmm.shared_state.invariants import check_invariants
 from mpmm.shared_state.snapshot import read_snapshot
+from mpmm.shared_state.thread_frames import current_frames
 
 # Prints how each child ended that was sent a signal at some moment of its loop.
 SHUTS_DOWN_ON_SIGTERM = """
@@ -221,10 +222,10 @@ def test_a_call_whose_thread_goes_on_during_the_look_at_it_has_not_ended(monkeyp
     thread.start()
     entered.wait()
     (operation,) = calls
-    real, stale = sys._current_frames, frame_that_has_returned()
+    stale = frame_that_has_returned()
     looks = iter([{operation.thread: stale}])
     # A function that the thread was in when its stack was taken, and has left since: nothing leads on from there.
-    monkeypatch.setattr("mpmm.model_manager.operations.sys._current_frames", lambda: next(looks, None) or real())
+    monkeypatch.setattr("mpmm.model_manager.operations.current_frames", lambda: next(looks, None) or current_frames())
     try:
         assert ended_calls(calls) == []
     finally:

@@ -210,7 +210,18 @@ def print_table(result: Result) -> None:
 def try_interrupt_points(step: int) -> int:
     """Run the tests of interrupt points with every step-th bytecode; return pytest's exit code."""
     # Some calls have 30 000 points: no time-out fits.
-    command = [sys.executable, "-m", "pytest", "-q", "-s", "-o", "timeout=0", *map(str, INTERRUPT_TESTS)]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-s",
+        "-o",
+        "timeout=0",
+        "-o",
+        "faulthandler_timeout=0",
+        *map(str, INTERRUPT_TESTS),
+    ]
     return subprocess.run(command, env={**os.environ, "MPMM_INTERRUPT_STEP": str(step)}, check=False).returncode
 
 

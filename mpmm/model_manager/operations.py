@@ -14,13 +14,14 @@ exception that a signal handler raises in one is lost to the program.)
 
 from __future__ import annotations
 
-import sys
 import threading
 import weakref
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
+
+from mpmm.shared_state.thread_frames import current_frames
 
 __all__ = ["Held", "LoadedInstance", "Operation", "ended_calls", "key_of"]
 
@@ -87,7 +88,7 @@ class Operation:
 def ended_calls(operations: set[Operation]) -> list[Operation]:
     """Return the calls that cannot go on, by what all threads are at."""
     running = [(operation, operation.frame) for operation in list(operations)]
-    tops = sys._current_frames() if running else {}
+    tops = current_frames() if running else {}
     try:
         return [
             operation
@@ -112,7 +113,7 @@ def _has_ended(operation: Operation, frame: FrameType | None, tops: dict[int, Fr
     if operation.thread == threading.get_ident():
         return True
     # A frame that has returned leads nowhere, so the look counts only if the other thread has not gone on during it.
-    return sys._current_frames().get(operation.thread) is top and (top is None or top.f_lasti == at)
+    return current_frames().get(operation.thread) is top and (top is None or top.f_lasti == at)
 
 
 def _is_on_stack(frame: FrameType, top: FrameType | None) -> bool:

@@ -61,6 +61,7 @@ from mpmm.shared_state.events import Cause
 from mpmm.shared_state.futex import wait_for_change, wake_one
 from mpmm.shared_state.layout import STEP_WORDS, Event, Header, Table
 from mpmm.shared_state.segment import Segment
+from mpmm.shared_state.thread_frames import current_frames
 from mpmm.thread_locks import new_rlock
 
 if TYPE_CHECKING:
@@ -306,7 +307,7 @@ class TransactionLock:
         seen = self._seen()
         if seen is None or seen[0] == threading.get_ident():
             return None
-        frame = sys._current_frames().get(seen[0])
+        frame = current_frames().get(seen[0])
         if self._is_at_work(frame) or self._seen() != seen:
             return None
         return seen

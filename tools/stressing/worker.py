@@ -28,6 +28,7 @@ from mpmm.errors import AcquireTimeoutError, LockTimeoutError, ModelServerError,
 from mpmm.model_manager import ModelManager
 from mpmm.multi_process_shared import MultiProcessShared, server_pid
 from mpmm.shared_state.layout import Capacities
+from mpmm.shared_state.thread_frames import current_frames
 from stressing.models import (
     Allocation,
     DoubleUseError,
@@ -88,7 +89,7 @@ class Heart:
                 self._gaps.append((self._last_beat, now))
             self._last_beat = now
             for thread, deadline in list(self._deadlines.items()):
-                frame = sys._current_frames().get(thread)
+                frame = current_frames().get(thread)
                 if now > deadline and thread not in self._stacks and frame is not None:
                     self._stacks[thread] = "".join(traceback.format_stack(frame)[-7:])
 

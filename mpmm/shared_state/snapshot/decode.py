@@ -94,8 +94,8 @@ def decode(
     torn = roll_back(words, layout.undo)
     # Thousands of new objects, none of them garbage, would have the collector come by several times.
     collects = gc.isenabled()
-    gc.disable()
     try:
+        gc.disable()
         wanted = choice if with_events else None
         return _Decoder(copied, layout).snapshot(namespace, segment, torn, held, alive or {}, wanted)
     # Whatever has written into the segment: junk is refused here, once, and need not be expected where a field is read.

@@ -1,0 +1,47 @@
+"""Where each thread of this process is, asked for so that Python 3.11 cannot lock itself out.
+
+The interpreter walks its list of threads under a lock of its own. Python 3.11 makes objects meanwhile, and each may
+have the garbage collector come by. If that frees a `threading.local`, or runs a finalizer that starts a thread, it asks
+for the same lock again and waits for ever, with the GIL: no thread of the process runs any more, and no time-out or
+signal handler ends the wait (CPython's issue 106883). 3.11.9 mended it, 3.10 makes no such objects, and from 3.12 on an
+allocation does not collect.
+"""
+
+from __future__ import annotations
+
+import gc
+import operator
+import sys
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+__all__ = ["current_frames"]
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+if sys.version_info >= (3, 11) and sys.version_info < (3, 11, 9):
+
+    def current_frames() -> dict[int, FrameType]:
+        """Return the innermost frame of each thread, by the thread's identifier, as `sys._current_frames` does."""
+        if gc.isenabled():
+            try:
+                return _without_a_break(gc.disable, sys._current_frames, gc.enable)[1]
+            except MemoryError:
+                gc.enable()
+                raise
+        # Another thread may have had it collect again since the last line.
+        collects, _, frames = _without_a_break(gc.isenabled, gc.disable, sys._current_frames)
+        if collects:
+            gc.enable()
+        return frames
+
+    def _without_a_break(*functions: Callable[[], object]) -> tuple[Any, ...]:
+        """Call functions of C one after the other, with no other thread and no signal handler between them.
+
+        Those get their turns between the steps of Python code, of which there are none in here. So no thread can switch
+        the collector on again, and no handler's exception can leave it off.
+        """
+        return tuple(map(operator.call, functions))
+else:
+    current_frames = sys._current_frames
