@@ -33,7 +33,7 @@ Where things are, from the doors to the ground; imports run down only (`tests/te
     memory  sources                how much memory is in use, and how much a model takes
     scheduling  policy             policy applied to shared state; pure decisions
     shared_state                   the only place that touches the shared bytes
-    errors  fork_hooks  text  thread_locks   ground
+    errors  interpreter  text      ground: errors, forks and threads, text for people
 
 The public names are those of `__all__`. Most of them are imported at their first use, so that a model server, which
 needs few of them, starts fast.

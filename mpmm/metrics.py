@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mpmm.errors import MpmmError
+from mpmm.interpreter.thread_locks import new_lock
 from mpmm.observability.event_reader import LONGEST_PAUSE_S, EventReader
 from mpmm.observability.histograms import Histograms
 from mpmm.observability.prometheus import Family, families, text
 from mpmm.shared_state.snapshot import Snapshot, find_namespaces
-from mpmm.thread_locks import new_lock
 
 if TYPE_CHECKING:
     from prometheus_client.core import Metric

@@ -27,7 +27,7 @@ from harness import FORK_POINTS, NewProcess, files_in
 from loaders import Loads
 from patience import DEADLINE_S
 
-from mpmm import fork_hooks
+from mpmm.interpreter import fork_hooks
 from mpmm.model_manager import ModelManager
 from mpmm.multi_process_shared import MultiProcessShared
 from mpmm.shared_state.lock_file import is_locked

@@ -243,7 +243,7 @@ def test_the_guard_of_the_threads_beside_event_loops_is_renewed_in_a_child() -> 
 def test_a_thread_that_the_end_of_the_process_finds_with_the_guard_does_not_hold_up_the_end(tmp_path: Path) -> None:
     script = (
         "import pathlib, sys, threading\n"
-        "from mpmm.fork_hooks import fork_guard\n"
+        "from mpmm.interpreter.fork_hooks import fork_guard\n"
         "from mpmm.multi_process_shared.rpc import sockets\n"
         "from mpmm.multi_process_shared.rpc.channel import Channel\n"
         "from mpmm.shared_state.lock_file import LockFile\n"
@@ -268,7 +268,7 @@ def test_a_thread_that_the_end_of_the_process_finds_with_the_guard_does_not_hold
 def test_hooks_run_in_their_order_and_none_keeps_another_from_running() -> None:
     code = """
 import os
-from mpmm.fork_hooks import ChildStep, in_forked_child
+from mpmm.interpreter.fork_hooks import ChildStep, in_forked_child
 ran = []
 def fails():
     ran.append("fails")

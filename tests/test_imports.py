@@ -32,7 +32,7 @@ PARTS = {
     "policy": "ground",
     "ground": "",
 }
-GROUND = ("errors", "fork_hooks", "text", "thread_locks")
+GROUND = ("errors", "interpreter", "text")
 # The tables of `shared_state.layout`, whose fields are numbers of words.
 ROWS = ("Header", "Member", "Model", "Instance", "Ticket", "Pin", "Device", "Observation", "Event", "Undo")
 MODULES = {

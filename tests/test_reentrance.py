@@ -20,11 +20,11 @@ from harness import files_in, segments_of, wait_until
 from patience import DEADLINE_S
 
 from mpmm import ReentrantCallError
+from mpmm.interpreter.thread_frames import current_frames
 from mpmm.model_manager import ModelManager
 from mpmm.model_manager.operations import Operation, ended_calls
 from mpmm.shared_state.invariants import check_invariants
 from mpmm.shared_state.snapshot import read_snapshot
-from mpmm.shared_state.thread_frames import current_frames
 
 # Prints how each child ended that was sent a signal at some moment of its loop.
 SHUTS_DOWN_ON_SIGTERM = """

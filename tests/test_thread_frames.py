@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from patience import DEADLINE_S
 
-from mpmm.shared_state.thread_frames import current_frames
+from mpmm.interpreter.thread_frames import current_frames
 
 ROOT = Path(__file__).parent.parent
 
@@ -20,7 +20,7 @@ ROOT = Path(__file__).parent.parent
 # frame that nobody has looked at yet is a new object.
 COLLECTED_MEANWHILE = """
 import gc, threading
-from mpmm.shared_state.thread_frames import current_frames
+from mpmm.interpreter.thread_frames import current_frames
 
 THREADS = 200
 leave = threading.Event()

@@ -1,4 +1,4 @@
-"""A lock of `mpmm.thread_locks` is free after its `with` block, whenever a signal handler raises."""
+"""A lock of `mpmm.interpreter.thread_locks` is free after its `with` block, whenever a signal handler raises."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from mpmm.thread_locks import new_lock, new_rlock
+from mpmm.interpreter.thread_locks import new_lock, new_rlock
 
 INTERRUPTIONS = 300
 

@@ -58,8 +58,8 @@ from types import ModuleType
 from typing import Any
 
 from mpmm.beam.run_inference import replacements
+from mpmm.interpreter.thread_locks import new_rlock
 from mpmm.multi_process_shared.forkserver.client import add_preload_hook, remove_preload_hook
-from mpmm.thread_locks import new_rlock
 
 __all__ = ["install", "is_installed", "uninstall"]
 

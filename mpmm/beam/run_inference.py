@@ -29,11 +29,11 @@ from typing import Any
 
 from mpmm.beam.load_ahead import load_ahead
 from mpmm.errors import ModelServerError, SharedObjectReleasedError
-from mpmm.fork_hooks import in_forked_child
+from mpmm.interpreter.fork_hooks import in_forked_child
+from mpmm.interpreter.thread_locks import new_lock
 from mpmm.memory.beam_metrics import report_demand, reports_demand
 from mpmm.multi_process_shared import MultiProcessShared, SharedProxy
 from mpmm.text.display_names import set_display_name
-from mpmm.thread_locks import new_lock
 
 __all__ = ["name_of_handler", "replacements", "users_of_handler"]
 

@@ -27,12 +27,12 @@ from pathlib import Path
 from typing import Any
 
 from mpmm.errors import LockTimeoutError
+from mpmm.interpreter.thread_locks import new_lock
 from mpmm.memory.estimator import ALONE_SD
 from mpmm.shared_state.lock_file import LockFile
 from mpmm.shared_state.namespace import Namespace
 from mpmm.shared_state.transaction import Transaction
 from mpmm.text.printable import printable_logger
-from mpmm.thread_locks import new_lock
 
 __all__ = ["ESTIMATES_PATH_VARIABLE", "Estimate", "EstimatesFile", "NamespaceEstimates"]
 

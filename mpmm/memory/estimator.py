@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from mpmm.errors import InvalidArgumentError
+from mpmm.interpreter.thread_locks import new_lock
 from mpmm.memory.beam_metrics import report_estimate
 from mpmm.text.arguments import checked_number, checked_whole, in_brief
 from mpmm.text.printable import printable_logger
-from mpmm.thread_locks import new_lock
 
 __all__ = [
     "ALONE_SD",

@@ -25,14 +25,14 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from mpmm.errors import ClosedError, InvalidArgumentError, LockTimeoutError
-from mpmm.fork_hooks import ChildStep, in_forked_child
+from mpmm.interpreter.fork_hooks import ChildStep, in_forked_child
+from mpmm.interpreter.thread_locks import new_lock
 from mpmm.memory.sampler import Sampler
 from mpmm.sources import DeviceInfo, DeviceSample, MemorySource, choose_source, is_accounting_only, process_knowledge
 from mpmm.sources.base import START_TIMEOUT_S, unavailable
 from mpmm.sources.timeouts import answer_within
 from mpmm.text.arguments import checked_number, in_brief
 from mpmm.text.printable import printable_logger
-from mpmm.thread_locks import new_lock
 
 __all__ = ["GPUMonitor", "LocalSamples", "SampleStore"]
 

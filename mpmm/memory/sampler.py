@@ -20,8 +20,8 @@ import time
 from collections import deque
 from collections.abc import Callable
 
+from mpmm.interpreter.thread_locks import new_rlock
 from mpmm.text.printable import printable_logger
-from mpmm.thread_locks import new_rlock
 
 __all__ = ["Sampler"]
 

@@ -31,7 +31,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from mpmm.errors import ClosedError, LockTimeoutError, MpmmError
-from mpmm.fork_hooks import ChildStep, in_forked_child
+from mpmm.interpreter.fork_hooks import ChildStep, in_forked_child
+from mpmm.interpreter.thread_locks import new_lock, new_rlock
 from mpmm.model_manager.acquire import load_booked
 from mpmm.model_manager.acquisition import Booking
 from mpmm.model_manager.load import give_up_booking
@@ -48,7 +49,6 @@ from mpmm.shared_state.futex import WAITED_FOR_AT_MOST, wait_for_any, wake_all
 from mpmm.shared_state.layout import Ticket
 from mpmm.shared_state.signal_words import Signal
 from mpmm.text.printable import printable_logger
-from mpmm.thread_locks import new_lock, new_rlock
 
 if TYPE_CHECKING:
     from mpmm.model_manager.attachment import Attachment

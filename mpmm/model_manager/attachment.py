@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from mpmm.errors import ClosedError, InvalidArgumentError, LockTimeoutError
-from mpmm.fork_hooks import ChildStep, in_forked_child
+from mpmm.interpreter.fork_hooks import ChildStep, in_forked_child
+from mpmm.interpreter.thread_locks import new_rlock
 from mpmm.memory.estimates_file import ESTIMATES_PATH_VARIABLE, NamespaceEstimates
 from mpmm.memory.monitor import GPUMonitor
 from mpmm.memory.monitor_source import MONITOR_METHODS, MonitorProtocol, MonitorSource
@@ -42,7 +43,6 @@ from mpmm.sources import MemorySource, choose_source
 from mpmm.sources.selected import SelectedDevices
 from mpmm.text.arguments import checked_devices, checked_path, in_brief
 from mpmm.text.printable import printable_logger
-from mpmm.thread_locks import new_rlock
 
 __all__ = ["Attachment", "JoinsWith", "closed_by_shutdown", "root_and_name"]
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
 
-from mpmm.shared_state.thread_frames import current_frames
+from mpmm.interpreter.thread_frames import current_frames
 
 __all__ = ["Held", "LoadedInstance", "Operation", "ended_calls", "key_of"]
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import Any
 
+from mpmm.interpreter.thread_locks import new_rlock
 from mpmm.model_manager.operations import LoadedInstance
 from mpmm.shared_state.namespace import Namespace
-from mpmm.thread_locks import new_rlock
 
 __all__ = ["OwnedObjects"]
 

@@ -25,7 +25,8 @@ import time
 import weakref
 from types import FrameType
 
-from mpmm.fork_hooks import ChildStep, in_forked_child
+from mpmm.interpreter.fork_hooks import ChildStep, in_forked_child
+from mpmm.interpreter.thread_locks import new_rlock
 from mpmm.memory.estimates_file import NamespaceEstimates
 from mpmm.memory.monitor import GPUMonitor
 from mpmm.memory.samples import SharedSamples
@@ -50,7 +51,6 @@ from mpmm.scheduling import Scheduler
 from mpmm.shared_state.layout import Member, Ticket
 from mpmm.shared_state.namespace import Namespace
 from mpmm.sources import MemorySource
-from mpmm.thread_locks import new_rlock
 
 __all__ = ["Session"]
 

@@ -17,7 +17,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from mpmm.errors import ModelServerError
-from mpmm.fork_hooks import in_forked_child
+from mpmm.interpreter.fork_hooks import in_forked_child
 from mpmm.multi_process_shared.registry import ServerRecord, ServerRegistry
 from mpmm.multi_process_shared.rpc import protocol, sockets
 from mpmm.multi_process_shared.rpc.channel import Channel

@@ -23,7 +23,8 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from mpmm.errors import ModelServerError, RemoteCallError, SharedObjectReleasedError
-from mpmm.fork_hooks import call_once_at_exit
+from mpmm.interpreter.fork_hooks import call_once_at_exit
+from mpmm.interpreter.thread_locks import new_lock
 from mpmm.multi_process_shared import hosted
 from mpmm.multi_process_shared.context import attaching_to
 from mpmm.multi_process_shared.references import References
@@ -32,7 +33,6 @@ from mpmm.multi_process_shared.rpc import pickling, protocol, sockets
 from mpmm.multi_process_shared.rpc.channel import Channel, Message
 from mpmm.shared_state.lock_file import LockFile
 from mpmm.text.printable import printable_logger
-from mpmm.thread_locks import new_lock
 
 __all__ = ["Host", "can_sleep", "host_object", "public_methods"]
 

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from mpmm.fork_hooks import in_forked_child
-from mpmm.thread_locks import new_lock
+from mpmm.interpreter.fork_hooks import in_forked_child
+from mpmm.interpreter.thread_locks import new_lock
 
 if TYPE_CHECKING:
     from mpmm.multi_process_shared.host import Host

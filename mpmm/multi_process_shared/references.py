@@ -28,10 +28,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import psutil
 
 from mpmm.errors import SharedObjectReleasedError
+from mpmm.interpreter.thread_locks import new_lock
 from mpmm.multi_process_shared.hosted import find_host
 from mpmm.multi_process_shared.registry import registry_at, start_time_of
 from mpmm.multi_process_shared.rpc import pickling, protocol
-from mpmm.thread_locks import new_lock
 
 if TYPE_CHECKING:
     from mpmm.multi_process_shared.client import ServerLink

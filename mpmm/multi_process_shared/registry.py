@@ -39,7 +39,8 @@ from typing import Any
 import psutil
 
 from mpmm.errors import InvalidArgumentError
-from mpmm.fork_hooks import call_once_at_exit, in_forked_child
+from mpmm.interpreter.fork_hooks import call_once_at_exit, in_forked_child
+from mpmm.interpreter.thread_locks import new_lock
 from mpmm.shared_state.lock_file import LockFile, is_locked
 from mpmm.shared_state.runtime_dir import (
     REGISTRY_FOLDER,
@@ -49,7 +50,6 @@ from mpmm.shared_state.runtime_dir import (
     root_below,
 )
 from mpmm.text.arguments import checked_path, in_brief
-from mpmm.thread_locks import new_lock
 
 __all__ = ["ServerRecord", "ServerRegistry", "registry_at", "registry_for", "start_time_of"]
 

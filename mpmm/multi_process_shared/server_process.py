@@ -31,6 +31,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from mpmm.errors import ServerStartError
+from mpmm.interpreter.thread_locks import new_rlock
 from mpmm.multi_process_shared.context import ServerContext, attaching_to
 from mpmm.multi_process_shared.host import end_all_hosts, host_object, new_record
 from mpmm.multi_process_shared.identity import name_of_constructor, names_of_types
@@ -45,7 +46,6 @@ from mpmm.multi_process_shared.registry import (
 )
 from mpmm.shared_state.lock_file import LockFile
 from mpmm.text.printable import printable_logger
-from mpmm.thread_locks import new_rlock
 
 __all__ = [
     "ATTACH",

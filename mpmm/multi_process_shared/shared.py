@@ -23,7 +23,8 @@ from typing import Any, Generic, TypeVar, cast
 import filelock  # noqa: F401  # `LockFile` needs it; its 10 ms are better spent at import than in the first acquire
 
 from mpmm.errors import InvalidArgumentError, ModelServerError, NotAcquiredError, SharedObjectReleasedError
-from mpmm.fork_hooks import in_forked_child
+from mpmm.interpreter.fork_hooks import in_forked_child
+from mpmm.interpreter.thread_locks import new_lock
 from mpmm.multi_process_shared.client import ServerLink, forget_link, known_link, link_to, remember_link
 from mpmm.multi_process_shared.context import attaching_to, served_namespaces
 from mpmm.multi_process_shared.host import Host, host_object, new_record
@@ -35,7 +36,6 @@ from mpmm.multi_process_shared.server_process import ATTACH, wants_to_attach
 from mpmm.multi_process_shared.start_server import reap_ended_servers, start_server
 from mpmm.multi_process_shared.stop_server import end_server
 from mpmm.text.arguments import LARGEST_PID, checked_timeout, checked_whole, encoded_text, in_brief
-from mpmm.thread_locks import new_lock
 
 __all__ = ["MultiProcessShared", "SharedProxy", "server_pid", "unload"]
 

@@ -17,7 +17,7 @@ from multiprocessing import process as mp_process
 from multiprocessing.connection import Connection
 from typing import Any
 
-from mpmm.fork_hooks import fork_guard
+from mpmm.interpreter.fork_hooks import fork_guard
 from mpmm.multi_process_shared.server_process import ServerPlan, run_server
 
 __all__ = ["SpawnedServer", "call_this_process", "main", "preparation_for"]

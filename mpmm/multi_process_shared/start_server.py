@@ -12,7 +12,8 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from mpmm.errors import ServerStartError
-from mpmm.fork_hooks import call_once_at_exit, in_forked_child
+from mpmm.interpreter.fork_hooks import call_once_at_exit, in_forked_child
+from mpmm.interpreter.thread_locks import new_rlock
 from mpmm.multi_process_shared.context import server_context
 from mpmm.multi_process_shared.forkserver.client import order_server
 from mpmm.multi_process_shared.main_import import is_importing_main, not_while_importing_main
@@ -20,7 +21,6 @@ from mpmm.multi_process_shared.registry import LEAVE_PRIORITY, ServerRegistry, s
 from mpmm.multi_process_shared.rpc.protocol import dump_for_server
 from mpmm.multi_process_shared.server_process import CRASHED, READY, ServerPlan
 from mpmm.multi_process_shared.spawned_server import SpawnedServer, preparation_for
-from mpmm.thread_locks import new_rlock
 
 __all__ = ["reap_ended_servers", "start_server"]
 

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from mpmm.errors import LockTimeoutError, RuntimeDirectoryError
-from mpmm.fork_hooks import close_in_children, closing_guard, fork_guard
+from mpmm.interpreter.fork_hooks import close_in_children, closing_guard, fork_guard
 
 __all__ = ["LockFile", "identity_of", "is_locked", "is_locked_as", "write_once"]
 

@@ -54,7 +54,7 @@ from mpmm.errors import (
     SegmentCorruptError,
     TableFullError,
 )
-from mpmm.fork_hooks import ChildStep, in_forked_child
+from mpmm.interpreter.fork_hooks import ChildStep, in_forked_child
 from mpmm.shared_state import segment as segment_module
 from mpmm.shared_state.core import make_core, which
 from mpmm.shared_state.creation import NoNamespaceError, StartAgain, create, open_or_replace, read_settings

@@ -28,9 +28,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mpmm.errors import SegmentAllocationError, SegmentLostError
+from mpmm.interpreter.thread_locks import new_lock
 from mpmm.shared_state.layout import LAYOUT_VERSION, MAGIC, Capacities, Header, Layout, Table
 from mpmm.shared_state.lock_file import LockFile, identity_of
-from mpmm.thread_locks import new_lock
 
 if TYPE_CHECKING:
     from multiprocessing.shared_memory import SharedMemory

@@ -57,12 +57,12 @@ from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any
 
 from mpmm.errors import ClosedError, LockTimeoutError, ReentrantCallError, SegmentCorruptError, TableFullError
+from mpmm.interpreter.thread_frames import current_frames
+from mpmm.interpreter.thread_locks import new_rlock
 from mpmm.shared_state.events import Cause
 from mpmm.shared_state.futex import wait_for_change, wake_one
 from mpmm.shared_state.layout import STEP_WORDS, Event, Header, Table
 from mpmm.shared_state.segment import Segment
-from mpmm.shared_state.thread_frames import current_frames
-from mpmm.thread_locks import new_rlock
 
 if TYPE_CHECKING:
     from mpmm.shared_state._core import Core

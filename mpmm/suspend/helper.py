@@ -30,10 +30,10 @@ from pathlib import Path
 from typing import Any
 
 from mpmm.errors import SuspendError
+from mpmm.interpreter.thread_locks import new_lock
 from mpmm.multi_process_shared.rpc import sockets
 from mpmm.shared_state.lock_file import LockFile, is_locked
 from mpmm.suspend.driver import CheckpointDriver, DriverError
-from mpmm.thread_locks import new_lock
 
 __all__ = ["ask_helper", "main"]
 

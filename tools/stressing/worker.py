@@ -25,10 +25,10 @@ from multiprocessing import util
 from typing import Any, NoReturn
 
 from mpmm.errors import AcquireTimeoutError, LockTimeoutError, ModelServerError, NotAcquiredError, ServerStartError
+from mpmm.interpreter.thread_frames import current_frames
 from mpmm.model_manager import ModelManager
 from mpmm.multi_process_shared import MultiProcessShared, server_pid
 from mpmm.shared_state.layout import Capacities
-from mpmm.shared_state.thread_frames import current_frames
 from stressing.models import (
     Allocation,
     DoubleUseError,

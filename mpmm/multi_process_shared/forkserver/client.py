@@ -25,12 +25,12 @@ from typing import Any
 
 import mpmm
 from mpmm.errors import LockTimeoutError
+from mpmm.interpreter.thread_locks import new_lock
 from mpmm.multi_process_shared.registry import LIVES_BY_VARIABLE, ServerRegistry, open_lock
 from mpmm.multi_process_shared.rpc import sockets
 from mpmm.multi_process_shared.server_process import ServerPlan
 from mpmm.shared_state.lock_file import is_locked
 from mpmm.text.printable import printable_logger
-from mpmm.thread_locks import new_lock
 
 __all__ = ["ForkedServer", "add_preload_hook", "order_server", "remove_preload_hook"]
 

@@ -17,7 +17,7 @@ from multiprocessing import process as mp_process
 from multiprocessing.connection import Connection
 from typing import Any, NoReturn
 
-from mpmm.fork_hooks import close_in_children, fork_guard
+from mpmm.interpreter.fork_hooks import close_in_children, fork_guard
 from mpmm.multi_process_shared.forkserver.orders import BORN, ENDED, Descriptor, ForkOrder, Kind, Order, send
 from mpmm.multi_process_shared.server_process import run_server
 from mpmm.multi_process_shared.spawned_server import call_this_process

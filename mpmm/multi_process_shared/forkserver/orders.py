@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from typing import Any
 
-from mpmm.fork_hooks import close_in_children, fork_guard
+from mpmm.interpreter.fork_hooks import close_in_children, fork_guard
 from mpmm.multi_process_shared.forkserver.leftovers import PER_PROCESS_VARIABLES
 from mpmm.multi_process_shared.rpc import sockets
 from mpmm.multi_process_shared.server_process import ServerPlan

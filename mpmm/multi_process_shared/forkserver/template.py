@@ -15,7 +15,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, NoReturn
 
-from mpmm.fork_hooks import close_in_children
+from mpmm.interpreter.fork_hooks import close_in_children
 from mpmm.multi_process_shared.forkserver.fork_parent import ForkParent
 from mpmm.multi_process_shared.forkserver.leftovers import FIRST, Watch
 from mpmm.multi_process_shared.forkserver.orders import (

@@ -46,7 +46,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import NoReturn
 
-from mpmm.fork_hooks import close_in_children, fork_guard
+from mpmm.interpreter.fork_hooks import close_in_children, fork_guard
 from mpmm.multi_process_shared.forkserver.fork_parent import ForkParent
 from mpmm.multi_process_shared.forkserver.orders import (
     BACK,

@@ -37,7 +37,7 @@ from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import NamedTuple
 
-from mpmm.fork_hooks import close_in_children, closing_guard, fork_guard
+from mpmm.interpreter.fork_hooks import close_in_children, closing_guard, fork_guard
 from mpmm.multi_process_shared.rpc.receive_buffers import drop_spare_slabs, receive_memory
 from mpmm.multi_process_shared.rpc.shared_buffer import (
     SLOT_BYTES,

@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
-from mpmm.fork_hooks import in_forked_child
+from mpmm.interpreter.fork_hooks import in_forked_child
 
 __all__ = ["SLAB_BYTES", "SPARE_BYTES", "drop_spare_slabs", "receive_memory"]
 

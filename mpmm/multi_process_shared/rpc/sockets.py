@@ -34,7 +34,7 @@ from multiprocessing import AuthenticationError
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
-from mpmm.fork_hooks import close_in_children, closing_guard, fork_guard
+from mpmm.interpreter.fork_hooks import close_in_children, closing_guard, fork_guard
 
 __all__ = ["accept", "authenticate_client", "dial", "listen", "peer_pid", "set_timeouts"]
 

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from mpmm.errors import MpmmError
+from mpmm.interpreter.thread_locks import new_lock
 from mpmm.observability.dashboard.history import Recorder
 from mpmm.shared_state.runtime_dir import default_root
 from mpmm.shared_state.snapshot import find_lost_namespaces, find_namespaces
 from mpmm.text.printable import printable_logger
-from mpmm.thread_locks import new_lock
 
 __all__ = ["Watcher"]
 

@@ -28,8 +28,8 @@ from contextlib import AbstractContextManager, nullcontext
 from enum import IntEnum, unique
 from typing import Any, TypeVar
 
+from mpmm.interpreter.thread_locks import new_rlock
 from mpmm.text.printable import printable_logger
-from mpmm.thread_locks import new_rlock
 
 __all__ = ["ChildStep", "call_once_at_exit", "close_in_children", "closing_guard", "fork_guard", "in_forked_child"]
 
