@@ -7,6 +7,28 @@ from pathlib import Path
 
 import mutate
 import pytest
+from mutating import changes, covering
+from mutating.covering import Covering
+from mutating.tree_copy import TreeCopy
+
+FIRST, SECOND = "tests/test_a.py::test_first", "tests/test_a.py::test_second[x]"
+TWO_TESTS = """
+import os
+import pytest
+from mpmm.shared_state import durations
+
+def test_nothing():
+    pass
+
+class TestIn:
+    @pytest.mark.parametrize("seconds", [1])
+    def test_child(self, seconds):
+        child = os.fork()
+        if not child:
+            durations.to_ns(seconds)
+            os._exit(0)
+        assert os.waitpid(child, 0) == (child, 0)
+"""
 
 
 class FakeTree:
@@ -18,9 +40,9 @@ class FakeTree:
     def put(self, file: str, content: bytes) -> None:
         self.files[file] = content
 
-    def fails(self, test: str, timeout_s: float) -> str | None:
+    def fails(self, tests: list[str], timeout_s: float) -> str | None:
         changed = any(content.count(b"return None") > 1 for content in self.files.values())
-        return "test_it" if changed and test == "test_second" else None
+        return "test_it" if changed and SECOND in tests else None
 
     def __enter__(self) -> FakeTree:
         return self
@@ -31,21 +53,21 @@ class FakeTree:
 
 def test_each_change_is_code_that_does_something_else() -> None:
     for part, (patterns, tests) in mutate.PARTS.items():
-        assert all((mutate.ROOT / "tests" / f"{test}.py").is_file() for test in tests), part
-        assert all(list(mutate.ROOT.glob(pattern)) for pattern in patterns), part
+        assert all((changes.ROOT / "tests" / f"{test}.py").is_file() for test in tests), part
+        assert all(list(changes.ROOT.glob(pattern)) for pattern in patterns), part
     for file in ("mpmm/policy/fairness.py", "mpmm/shared_state/durations.py", "mpmm/text/arguments.py"):
-        source = (mutate.ROOT / file).read_bytes()
+        source = (changes.ROOT / file).read_bytes()
         original = ast.dump(ast.parse(source))
-        changes = mutate.Changes(file).all()
-        assert len(changes) == len(set(changes)) > 5
-        for change in changes:
+        found = changes.Changes(file).all()
+        assert len(found) == len(set(found)) > 5
+        for change in found:
             assert ast.dump(ast.parse(change.applied_to(source))) != original, change
             assert change.diff().count("\n@@") == 1
 
 
 def test_words_for_people_are_not_changed() -> None:
-    changed = {change.line for change in mutate.Changes("mpmm/errors.py").all()}
-    lines = (mutate.ROOT / "mpmm/errors.py").read_text().splitlines()
+    changed = {change.line for change in changes.Changes("mpmm/errors.py").all()}
+    lines = (changes.ROOT / "mpmm/errors.py").read_text().splitlines()
     assert all(
         "return" in lines[line - 1] or "self." in lines[line - 1] or "super" in lines[line - 1] for line in changed
     )
@@ -70,13 +92,57 @@ def test_survivors_are_told_with_their_diffs(
     file = "mpmm/policy/one.py"
     (tmp_path / file).parent.mkdir(parents=True)
     (tmp_path / file).write_text("def first(x):\n    if x > 1:\n        return None\n    return x\n")
-    monkeypatch.setattr(mutate, "ROOT", tmp_path)
+    for module in (mutate, changes, covering):
+        monkeypatch.setattr(module, "ROOT", tmp_path)
     monkeypatch.setattr(mutate, "TreeCopy", FakeTree)
-    arguments = ["policy", "--tests", "test_first", "test_second"]
+    kept = tmp_path / "map.json"
+    Covering({FIRST: 0.1, SECOND: 0.2}, {file: {2: [FIRST], 4: [SECOND]}}).save(kept)
+    arguments = ["policy", "--map", str(kept)]
     assert mutate.main(arguments) == 0
     said = capsys.readouterr().out
-    assert f"{file}:4, nothing returned: test_second: test_it" in said
+    assert f"{file}:4, nothing returned: test_it" in said
     assert f"{file}:2, another comparison: SURVIVES" in said
     assert "-    if x > 1:\n+    if (x >= 1):" in said
     assert "3 changes, 1 noticed (33 %), 2 survive" in said
     assert mutate.main([*arguments, "--at-least", "95"]) == 1
+    (tmp_path / file).write_text("def first(x):\n    return x\n")
+    with pytest.raises(SystemExit, match=r"was measured with another mpmm/policy/one\.py"):
+        mutate.main(arguments)
+
+
+def test_those_are_asked_that_run_what_was_changed_the_quick_ones_first(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    file = "mpmm/policy/one.py"
+    (tmp_path / file).parent.mkdir(parents=True)
+    (tmp_path / file).write_text("LIMIT = 1\ndef first(x):\n    if x > LIMIT:\n        return None\n    return x\n")
+    for module in (changes, covering):
+        monkeypatch.setattr(module, "ROOT", tmp_path)
+    slow, other = "tests/test_a.py::test_slow", "tests/test_b.py::test_slow"
+    seconds = {slow: 9.0, FIRST: 0.5, SECOND: 0.1, other: 8.0}
+    lines = {file: {3: [slow, FIRST, other], 4: [SECOND], 5: [FIRST]}}
+    found = {(change.line, change.what): change for change in changes.Changes(file).all()}
+    asked = Covering(seconds, lines)
+    # One of each file, however long it takes.
+    assert asked.witnesses(found[3, "another comparison"], 1.0) == [FIRST, other]
+    assert asked.witnesses(found[3, "another comparison"], 20.0) == [FIRST, other, slow]
+    # What runs at the import may be noticed by whoever runs anything of the file.
+    assert asked.witnesses(found[1, "another number"], 20.0) == [SECOND, FIRST, other, slow]
+    assert Covering(seconds, {file: {3: [slow]}}).witnesses(found[5, "nothing returned"], 20.0) == []
+
+
+def test_coverage_knows_which_tests_run_which_lines(tmp_path: Path) -> None:
+    with TreeCopy() as tree:
+        (tree.path / "tests" / "test_two.py").write_text(TWO_TESTS)
+        found = Covering.measured(tree, ["test_two"], 2)
+        file = "mpmm/shared_state/durations.py"
+        to_ns = [change for change in changes.Changes(file).all() if "to_ns" in _function_of(file, change.line)]
+        witnesses = {tuple(found.witnesses(change, 60.0)) for change in to_ns}
+        assert witnesses == {("tests/test_two.py::TestIn::test_child[1]",)}
+    assert not tree.path.exists()
+
+
+def _function_of(file: str, line: int) -> str:
+    tree = ast.parse((changes.ROOT / file).read_text())
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+    return next((node.name for node in functions if node.lineno <= line <= (node.end_lineno or 0)), "")

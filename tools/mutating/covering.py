@@ -1,0 +1,132 @@
+"""Which tests run which lines, and how long each takes: those that may notice a change there, the quick ones first."""
+
+from __future__ import annotations
+
+import ast
+import json
+import xml.etree.ElementTree as ET
+import zlib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import coverage
+
+from mutating.changes import ROOT, Change
+from mutating.tree_copy import TreeCopy
+
+# Processes that were started or forked count with the test that started them.
+CONFIGURATION = "[run]\nparallel = true\npatch = _exit, subprocess\n"
+MEASURED_WITHIN_S = 3600.0
+# What a test takes that fails or is skipped does not count.
+LEAST_S = 0.001
+
+
+class Covering:
+    """Tests by the lines that they run: `lines` by file, line and then the numbers of `tests`."""
+
+    def __init__(self, tests: dict[str, float], lines: dict[str, dict[int, list[str]]]) -> None:
+        self._seconds = tests
+        self._lines = lines
+
+    @classmethod
+    def measured(cls, tree: TreeCopy, tests: Iterable[str], processes: int) -> Covering:
+        """Run test files under coverage, without any change; tests that fail are taken for no witnesses."""
+        (tree.path / ".coveragerc").write_text(CONFIGURATION)
+        report, data = tree.path / "report.xml", tree.path / ".coverage"
+        arguments = ["--cov=mpmm", "--cov-config=.coveragerc", "--cov-context=test", "--cov-report=", "-n"]
+        files = [f"tests/{test}.py" for test in tests]
+        code, output = tree.run([*arguments, str(processes), f"--junitxml={report}", *files], MEASURED_WITHIN_S)
+        if not report.exists():
+            raise SystemExit(f"the tests did not run (status {code}): {output[-2000:]}")
+        return cls.read(tree.path, data, report)
+
+    @classmethod
+    def read(cls, root: Path, data: Path, report: Path) -> Covering:
+        """Read what coverage and pytest have written about tests that ran in a tree."""
+        seconds = {}
+        for case in ET.parse(report).iter("testcase"):
+            if case.find("failure") is None and case.find("error") is None and case.find("skipped") is None:
+                seconds[_node_id(root, case.attrib["classname"], case.attrib["name"])] = float(case.attrib["time"])
+        recorded = coverage.CoverageData(str(data))
+        recorded.read()
+        lines = {}
+        for file in recorded.measured_files():
+            name = str(Path(file).resolve().relative_to(root.resolve()))
+            lines[name] = {
+                line: sorted({context.rpartition("|")[0] for context in contexts} & seconds.keys())
+                for line, contexts in recorded.contexts_by_lineno(file).items()
+            }
+        return cls(seconds, lines)
+
+    @classmethod
+    def loaded(cls, path: Path) -> Covering:
+        """Read what `save` has written. Raises SystemExit if the code is another one by now."""
+        content = json.loads(path.read_text())
+        stale = [file for file, size in content["code"].items() if _stamp(file) != size]
+        if stale:
+            raise SystemExit(f"{path} was measured with another {stale[0]}: remove it, and it is measured again")
+        tests = list(content["tests"])
+        lines = {
+            file: {int(line): [tests[number] for number in numbers] for line, numbers in of_file.items()}
+            for file, of_file in content["lines"].items()
+        }
+        return cls(content["tests"], lines)
+
+    def save(self, path: Path) -> None:
+        """Write it to a file."""
+        number = {test: place for place, test in enumerate(self._seconds)}
+        lines = {
+            file: {line: [number[test] for test in tests] for line, tests in of_file.items()}
+            for file, of_file in self._lines.items()
+        }
+        code = {file: _stamp(file) for file in self._lines}
+        path.write_text(json.dumps({"code": code, "tests": self._seconds, "lines": lines}))
+
+    def witnesses(self, change: Change, most_s: float) -> list[str]:
+        """Return the tests that run what was changed, the quick ones first, as many as take so long together.
+
+        The quickest one of each test file is among them in any case. What runs at the import of the file, before any
+        test, may be noticed by each test that runs anything of the file.
+        """
+        of_file = self._lines.get(change.file, {})
+        found = {test for line in range(change.line, change.last_line + 1) for test in of_file.get(line, [])}
+        if not found and not _is_in_function(change):
+            found = {test for tests in of_file.values() for test in tests}
+        by_time = sorted(found, key=lambda test: self._seconds[test])
+        chosen, spent, seen = [], 0.0, set()
+        for test in by_time:
+            file = test.partition("::")[0]
+            took = max(LEAST_S, self._seconds[test])
+            if spent + took <= most_s or file not in seen:
+                chosen.append(test)
+                spent += took
+            seen.add(file)
+        return chosen
+
+    def seconds(self, tests: Sequence[str]) -> float:
+        """Return how long tests took when nothing was changed."""
+        return sum(self._seconds[test] for test in tests)
+
+
+def _node_id(root: Path, class_name: str, name: str) -> str:
+    """Turn the names of a JUnit report into pytest's name of the test."""
+    parts = class_name.split(".")
+    for end in range(len(parts), 0, -1):
+        file = Path(*parts[:end]).with_suffix(".py")
+        if (root / file).is_file():
+            return "::".join([file.as_posix(), *parts[end:], name])
+    return f"{class_name}::{name}"
+
+
+def _stamp(file: str) -> int:
+    path = ROOT / file
+    return zlib.crc32(path.read_bytes()) if path.exists() else 0
+
+
+def _is_in_function(change: Change) -> bool:
+    tree = ast.parse((ROOT / change.file).read_bytes())
+    return any(
+        isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        and node.body[0].lineno <= change.line <= (node.end_lineno or 0)
+        for node in ast.walk(tree)
+    )

@@ -1,0 +1,103 @@
+"""Copies of the tree in which tests run against changed code."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from mutating.changes import ROOT
+
+COPIED = ("mpmm", "tests", "tools", "setup.cfg", "README.md")
+LONGEST_REASON = 160
+
+
+class TreeCopy:
+    """A copy of the tree in which tests run. `with` removes it, and what the tests have left in shared memory."""
+
+    def __init__(self) -> None:
+        # A short name: there are sockets below it, whose names may not be long.
+        self.path = Path(tempfile.mkdtemp(prefix="mut-", dir="/tmp"))
+        self._temporary = self.path / "t"
+        self._temporary.mkdir()
+        for name in COPIED:
+            target = self.path / name
+            if (ROOT / name).is_dir():
+                shutil.copytree(ROOT / name, target, ignore=shutil.ignore_patterns("__pycache__"))
+            else:
+                shutil.copy2(ROOT / name, target)
+
+    def put(self, file: str, content: bytes) -> None:
+        """Write a file."""
+        (self.path / file).write_bytes(content)
+
+    def fails(self, tests: Sequence[str], timeout_s: float) -> str | None:
+        """Run tests, given as pytest takes them, until one fails; return how it does, or None."""
+        code, output = self.run(["-x", "--tb=no", *tests], timeout_s)
+        if code == 0:
+            return None
+        failed = [line for line in output.splitlines() if line.startswith(("FAILED", "ERROR"))]
+        # With the reason: a failure that has nothing to do with the change is one of the machine, or of the test.
+        reason = failed[0].removeprefix("FAILED ").removeprefix("ERROR ").removeprefix("tests/") if failed else ""
+        return reason[:LONGEST_REASON] or ("too long" if code is None else f"status {code}")
+
+    def run(self, arguments: Sequence[str], timeout_s: float) -> tuple[int | None, str]:
+        """Run pytest in the copy; return its exit code, None after the time-out, and what it printed."""
+        environment = {**os.environ, "PYTHONPATH": str(self.path), "TMPDIR": str(self._temporary)}
+        environment["PYTHONDONTWRITEBYTECODE"] = "1"
+        process = subprocess.Popen(
+            [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--no-header", *arguments],
+            cwd=self.path,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        try:
+            output, _ = process.communicate(timeout=timeout_s)
+        except subprocess.TimeoutExpired:
+            return None, ""
+        finally:
+            # Whatever the tests have started in their session; servers have their own, and end with their clients.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            self._sweep()
+        return process.returncode, output
+
+    def _sweep(self) -> None:
+        """Remove what tests have left: runtime directories of those that were killed, and what runs tell each other."""
+        # Hypothesis keeps the examples that have failed, of which the next change is to know nothing.
+        shutil.rmtree(self.path / ".hypothesis", ignore_errors=True)
+        # A root's name in shared memory is made of its inode, which a folder of the next run may have.
+        prefixes = tuple(map(_prefix_of, (folder for folder, _, _ in os.walk(self._temporary))))
+        for name in os.listdir("/dev/shm"):
+            if name.startswith(prefixes):
+                os.unlink(f"/dev/shm/{name}")
+        for left in self._temporary.iterdir():
+            if left.is_dir():
+                shutil.rmtree(left, ignore_errors=True)
+            else:
+                left.unlink()
+
+    def __enter__(self) -> TreeCopy:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        shutil.rmtree(self.path, ignore_errors=True)
+
+
+def _prefix_of(root: str) -> str:
+    """Return how the names of all segments begin whose runtime root this folder is, if it is one."""
+    place = os.stat(root)
+    identity = f"{os.path.realpath(root)}:{place.st_dev}:{place.st_ino}"
+    return f"mpmm-{os.getuid()}-{hashlib.sha256(os.fsencode(identity)).hexdigest()[:12]}-"
