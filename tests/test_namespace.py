@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import psutil
@@ -38,7 +39,9 @@ from mpmm.errors import (
     RuntimeDirectoryError,
     SegmentAllocationError,
 )
+from mpmm.interpreter.thread_frames import current_frames
 from mpmm.model_manager import ModelManager
+from mpmm.shared_state import transaction
 from mpmm.shared_state.layout import LAYOUT_VERSION, Capacities, Header
 from mpmm.shared_state.lock_file import LockFile
 from mpmm.shared_state.namespace import Namespace
@@ -452,6 +455,41 @@ def test_waiting_for_threads_of_the_same_process_counts_against_the_time_out(nam
     assert max(seconds for seconds, _ in took) >= 0.6
     assert max(calm_s for _, calm_s in took) < 0.9
     elsewhere.close()
+    joined.leave()
+
+
+def test_one_of_many_waiting_threads_at_a_time_looks_whether_the_lock_was_abandoned(
+    namespace: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    joined = Namespace.join(namespace)
+    taken, give_back, looks = threading.Event(), threading.Event(), []
+
+    def look() -> dict[int, FrameType]:
+        looks.append(time.monotonic())
+        return current_frames()
+
+    monkeypatch.setattr(transaction, "current_frames", look)
+
+    def hold() -> None:
+        with joined.transaction():
+            taken.set()
+            assert give_back.wait(DEADLINE_S)
+
+    def wait() -> None:
+        with joined.transaction():
+            pass
+
+    threads = [threading.Thread(target=target) for target in (hold, *[wait] * 40)]
+    threads[0].start()
+    assert taken.wait(DEADLINE_S)
+    for thread in threads[1:]:
+        thread.start()
+    wait_until(lambda: len(looks) > 10, "they look", DEADLINE_S)
+    give_back.set()
+    for thread in threads:
+        thread.join()
+    # If each of them looked, there would be forty in that time; two may come to look at the same time.
+    assert looks[10] - looks[0] > 5 * transaction.ABANDONED_LOOK_S
     joined.leave()
 
 

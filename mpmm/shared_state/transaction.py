@@ -91,7 +91,8 @@ CLAIM_NS = 5_000_000
 # With 64 processes on 2 processors, each with several threads at work, one thread may have to wait for longer than the
 # second or two that a caller grants; for longer than this only behind a process that is stopped.
 PATIENT_S = 30.0
-# A thread that waits for another one of its process looks so often whether that has been left by an exception.
+# While threads wait for another one of their process, one of them looks so often whether that has been left by an
+# exception. Each look goes through all threads: if a thousand took a look each, nothing else would be done.
 ABANDONED_LOOK_S = 0.05
 # What `repr` says of a mutex that is taken; there is no other way to learn whose it is.
 _OWNER = re.compile(r"^<locked .* owner=(\d+) ")
@@ -143,6 +144,7 @@ class TransactionLock:
         # may come by while its own thread decides.
         self._healing = new_rlock()
         self._suspected: tuple[int, ...] | None = None
+        self._next_look = 0.0
         # Calls to make after transactions, by the identity of their lists, until they were made; and those seen before.
         self._calls: dict[int, list[Callable[[], object]]] = {}
         self._calls_seen: set[int] = set()
@@ -355,7 +357,9 @@ class TransactionLock:
                 return
             if left <= 0:
                 raise self._timed_out(self._pid, timeout_s)
-            self.end_abandoned()
+            if time.monotonic() >= self._next_look:
+                self._next_look = time.monotonic() + ABANDONED_LOOK_S
+                self.end_abandoned()
 
     def close(self) -> None:
         """Close the descriptor; later transactions raise ClosedError. Not inside a transaction."""
