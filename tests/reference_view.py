@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from mpmm.policy.backoff import back_off_s
 from mpmm.policy.demand import Demand
+from mpmm.policy.sharing import room_in_s
 from mpmm.policy.suspension import HostRoom, Kept, Movable, Way, pays, resume_s
 from mpmm.policy.view import (
     BusyInstance,
@@ -346,10 +347,12 @@ class Reference:
             one.steady,
         )
 
-    def expected_wait(self, row: int) -> tuple[int, int, int, float, float]:
-        """By what the wait of a ticket is foretold: member, those of its model before it, reason, seconds, wait so far.
+    def expected_wait(self, row: int) -> tuple[int, int, int, float, float, float]:
+        """By what the wait of a ticket is foretold.
 
-        Those who preload want no copy to use. A back-off has gone on since the reason was written down.
+        That is its member, those of its model before it, its reason, the seconds of that, its wait so far, and, for one
+        that stands behind others, in how many seconds they have room. Those who preload want no copy to use. A back-off
+        has gone on since the reason was written down.
         """
         one, model = self.tables.tickets[row], self.tables.models[self.tables.tickets[row].model]
         others = [self.tables.tickets[other] for other in self._used(self.layout.tickets)]
@@ -358,7 +361,14 @@ class Reference:
         seconds = one.seconds
         if one.reason == Reason.BACKING_OFF:
             seconds = max(0.0, back_off_s(model.failures) - (self.now - model.failed_at) / 1e9)
-        return (one.member or 0) + 1, len(before), one.reason, seconds, (self.now - one.enqueued) / 1e9
+        room_ahead_s = 0.0
+        if one.reason == Reason.BEHIND:
+            for other in others:
+                if other.state == Ticket.WAITING and other.rank < one.rank:
+                    waited_s = (self.now - other.enqueued) / 1e9
+                    room_ahead_s = max(room_ahead_s, room_in_s(other.reason, other.seconds, waited_s))
+        waited_s = (self.now - one.enqueued) / 1e9
+        return (one.member or 0) + 1, len(before), one.reason, seconds, waited_s, room_ahead_s
 
     def isolates_unknown(self) -> bool:
         """Whether a model is to be measured by running alone."""

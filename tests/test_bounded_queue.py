@@ -194,6 +194,35 @@ def test_room_that_should_have_come_already_is_expected_to_take_as_long_again(
     assert expected_wait_s(TIMED, ME, 0, reason, seconds, waited_s=waited_s) == pytest.approx(expected)
 
 
+def test_who_stands_behind_others_is_expected_to_have_room_no_sooner_than_they() -> None:
+    behind = expected_wait_s(TIMED, ME, 1, Reason.BEHIND, 0.0, room_ahead_s=30.0)
+    assert behind == pytest.approx(30.0 + 4.0 + 0.5)
+    assert expected_wait_s(TIMED, ME, 1, Reason.IN_USE, 2.0, room_ahead_s=30.0) == pytest.approx(2.0 + 4.0 + 0.5)
+    assert expected_wait_s(SHARED, ME, 0, Reason.BEHIND, 0.0, room_ahead_s=30.0) == pytest.approx(0.25)
+
+
+def test_nobody_is_promised_a_copy_before_those_that_he_waits_behind(
+    namespace: str, new_manager: NewManager, new_process: NewProcess
+) -> None:
+    manager, waiter, later = new_manager(fallback_memory_mb=100.0), new_process(), new_process()
+    learn(Seat(manager), a=80.0, b=80.0, c=80.0)
+    with manager.model("a", Loads()):
+        waiter.send(acquire, "b")
+        wait_until(lambda: any(ticket.waited_s > LONG_S for ticket in read_snapshot(namespace).tickets), "one waits")
+        later.send(acquire, "c")
+        wait_until(lambda: waiting(namespace, "c"), "another one waits behind it")
+        snapshot = read_snapshot(namespace)
+        first, second = sorted(snapshot.tickets, key=lambda ticket: ticket.number)
+        assert [first.reason, second.reason] == [Reason.IN_USE, Reason.BEHIND]
+        expected = expected_waits(snapshot)
+        assert expected(second) >= expected(first) > LONG_S
+        promised = [ticket.expected_wait_seconds for ticket in manager.tickets()]
+        assert all(seconds is not None and seconds > LONG_S for seconds in promised)
+    waiter.result()
+    waiter.call(release)
+    later.result()
+
+
 def test_a_copy_that_is_held_for_far_longer_than_usual_is_not_promised_at_once(
     namespace: str, new_manager: NewManager, new_process: NewProcess
 ) -> None:

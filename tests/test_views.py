@@ -77,9 +77,10 @@ def check_expected_waits(scheduler: Scheduler, expected: Reference) -> None:
     for row in expected.queue()[:: max(1, len(expected.queue()) - 1)]:
         with mock.patch("mpmm.scheduling.waiters.expected_wait_s") as foretold:
             scheduler.expected_wait_s(row)
-        model, member, ahead, reason, seconds, _, waited_s = foretold.call_args.args
+        model, member, ahead, reason, seconds, _, waited_s, room_ahead_s = foretold.call_args.args
         assert model.model == expected.tables.tickets[row].model
-        assert (member, ahead, reason, seconds, waited_s) == pytest.approx(expected.expected_wait(row))
+        wanted = expected.expected_wait(row)
+        assert (member, ahead, reason, seconds, waited_s, room_ahead_s) == pytest.approx(wanted)
 
 
 def _model_of(ticket: TicketView) -> int:

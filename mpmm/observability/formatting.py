@@ -11,7 +11,7 @@ from typing import Any, TypeVar, cast
 
 from mpmm.policy.backoff import back_off_s
 from mpmm.policy.reasons import explain
-from mpmm.policy.sharing import expected_wait_s, seen_so_far
+from mpmm.policy.sharing import expected_wait_s, room_in_s, seen_so_far
 from mpmm.policy.view import ModelView, Reason
 from mpmm.shared_state.snapshot import DeviceInfo, EventInfo, InstanceInfo, ModelInfo, Snapshot, TicketInfo
 from mpmm.text.display_names import shown_tag
@@ -172,16 +172,19 @@ def expected_waits(snapshot: Snapshot) -> Callable[[TicketInfo], float]:
     views = {model.row: _view(model, copies.get(model.row, [])) for model in snapshot.models if model.kind == "model"}
     models = {model.row: model for model in snapshot.models}
     seen = seen_so_far(views.values())
-    queue = [ticket for ticket in waiters(snapshot) if not ticket.preload]
+    queue = waiters(snapshot)
 
     def expected_s(ticket: TicketInfo) -> float:
         if ticket.model not in views:
             return math.nan
-        ahead = sum(one.model == ticket.model for one in itertools.takewhile(lambda one: one is not ticket, queue))
+        before = list(itertools.takewhile(lambda one: one is not ticket, queue))
+        ahead = sum(one.model == ticket.model and not one.preload for one in before)
+        room_ahead_s = max((room_in_s(one.reason, one.seconds, one.waited_s) for one in before), default=0.0)
         member = ticket.member + 1
         back_off_left_s = _back_off_left_s(ticket, models[ticket.model])
         seconds = ticket.seconds if back_off_left_s is None else back_off_left_s
-        return expected_wait_s(views[ticket.model], member, ahead, ticket.reason, seconds, seen, ticket.waited_s)
+        waited_s = ticket.waited_s
+        return expected_wait_s(views[ticket.model], member, ahead, ticket.reason, seconds, seen, waited_s, room_ahead_s)
 
     return expected_s
 

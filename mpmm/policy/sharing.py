@@ -21,6 +21,7 @@ __all__ = [
     "expected_wait_s",
     "presumed",
     "remaining_s",
+    "room_in_s",
     "seen_so_far",
     "served_in_s",
     "waiting_is_sooner",
@@ -137,20 +138,21 @@ def expected_wait_s(
     seconds: float,
     seen: Seen | None = None,
     waited_s: float = 0.0,
+    room_ahead_s: float = 0.0,
 ) -> float:
     """Return in how many seconds a waiter is expected to have a copy to use, for people and for Retry-After.
 
-    Judged by how long loads and holds of the model have taken; what others before it will take of the room cannot be
-    known. ahead: waiters of the same model before this one. reason, seconds: why it waits, and the time of that as it
-    was when that became the reason; of a back-off, what is left of it. waited_s: how long it has waited.
+    Judged by how long loads and holds of the model have taken. How much of the room others before it will take cannot
+    be known, but they have it first: room_ahead_s is the longest `room_in_s` of theirs. ahead: waiters of the same
+    model before this one. reason, seconds: why it waits, and the time of that as it was when that became the reason; of
+    a back-off, what is left of it. waited_s: how long it has waited.
 
     A hold that has gone on for less than the mean is expected to last for the mean still, as if it had no memory. One
     that has gone on for longer is expected to last for as long again as it has been held: the conditional expectation
     of a Pareto distribution with alpha = 2, by which the tail of jobs' durations is described better than by an
     exponential one (Harchol-Balter and Downey, "Exploiting process lifetime distributions for dynamic load balancing",
     ACM TOCS 15(3), 1997: half of the processes that have run for t run for another t). Otherwise a copy that is held
-    for a minute, of a model whose holds take a millisecond, would be promised within the millisecond all the time. For
-    the same reason, room that should have come while the waiter has waited is expected to take as long again.
+    for a minute, of a model whose holds take a millisecond, would be promised within the millisecond all the time.
     """
     seen = seen or Seen()
     model = presumed(model, seen)
@@ -160,9 +162,16 @@ def expected_wait_s(
         return served_s
     if coming:
         return served_s + remaining_s(model.coming_s or model.load_s, model.loading_for_s)
-    room_s = seconds if reason in _UNTIL_ROOM and math.isfinite(seconds) else 0.0
-    if reason in _UNTIL_RELEASED and waited_s > room_s:
-        room_s = waited_s
+    room_s = room_ahead_s if reason == Reason.BEHIND else room_in_s(reason, seconds, waited_s)
     # The first waiter that loads uses its copy at once.
     hold_s = model.hold_s or seen.hold_s
     return room_s + model.load_s + hold_s * ahead
+
+
+def room_in_s(reason: int, seconds: float, waited_s: float) -> float:
+    """Return in how many seconds a waiter is expected to have the room to load in; the parameters are as above.
+
+    Room that should have come while it has waited is expected to take as long again, as a hold that goes on is.
+    """
+    room_s = seconds if reason in _UNTIL_ROOM and math.isfinite(seconds) else 0.0
+    return max(room_s, waited_s) if reason in _UNTIL_RELEASED else room_s

@@ -7,7 +7,7 @@ import time
 
 from mpmm.policy.backoff import back_off_s
 from mpmm.policy.reasons import explain
-from mpmm.policy.sharing import expected_wait_s, seen_so_far
+from mpmm.policy.sharing import expected_wait_s, room_in_s, seen_so_far
 from mpmm.policy.view import Reason
 from mpmm.scheduling.copies import CopiesReader
 from mpmm.scheduling.shortcuts import Shortcuts
@@ -42,12 +42,19 @@ class Waiters:
         model, rank, member = found.model, found.rank, (found.member or 0) + 1
         # All that are loaded: where this model was never held, the mean of the others stands in.
         models = {row: self._views.model_view(row, copies, now) for row in {model, *copies.shared, *copies.owned}}
-        ahead = sum(one.model == model and one.rank < rank and not one.preload for one in self._shortcuts.waiting())
+        before = [one for one in self._shortcuts.waiting() if one.rank < rank]
+        ahead = sum(one.model == model and not one.preload for one in before)
+        rooms_s = [self._room_in_s(one.row, now) for one in before] if found.reason == Reason.BEHIND else []
         seen = seen_so_far(models.values())
         # The row says how long it was when the plan was made; the back-off has gone on since.
         seconds = self.backs_off_for_s(ticket) if found.reason == Reason.BACKING_OFF else found.seconds
         waited_s = (now - found.enqueued) / 1e9
-        return expected_wait_s(models[model], member, ahead, found.reason, seconds, seen, waited_s)
+        room_ahead_s = max(rooms_s, default=0.0)
+        return expected_wait_s(models[model], member, ahead, found.reason, seconds, seen, waited_s, room_ahead_s)
+
+    def _room_in_s(self, ticket: int, now: int) -> float:
+        found = self._tables.tickets[ticket]
+        return room_in_s(found.reason, found.seconds, (now - found.enqueued) / 1e9)
 
     def backs_off_for_s(self, ticket: int) -> float:
         """Return in how many seconds a waiter's back-off ends, `inf` if it waits for something else; without the lock.
