@@ -350,8 +350,8 @@ class Reference:
     def expected_wait(self, row: int) -> tuple[int, int, int, float, float, float]:
         """By what the wait of a ticket is foretold.
 
-        That is its member, those of its model before it, its reason, the seconds of that, its wait so far, and, for one
-        that stands behind others, in how many seconds they have room. Those who preload want no copy to use. A back-off
+        That is its member, those of its model before it, its reason, the seconds of that, its wait so far, and in how
+        many seconds those before it have room. Those who preload want no copy to use. A back-off
         has gone on since the reason was written down.
         """
         one, model = self.tables.tickets[row], self.tables.models[self.tables.tickets[row].model]
@@ -361,13 +361,12 @@ class Reference:
         seconds = one.seconds
         if one.reason == Reason.BACKING_OFF:
             seconds = max(0.0, back_off_s(model.failures) - (self.now - model.failed_at) / 1e9)
-        room_ahead_s = 0.0
-        if one.reason == Reason.BEHIND:
-            for other in others:
-                if other.state == Ticket.WAITING and other.rank < one.rank:
-                    waited_s = (self.now - other.enqueued) / 1e9
-                    room_ahead_s = max(room_ahead_s, room_in_s(other.reason, other.seconds, waited_s))
         waited_s = (self.now - one.enqueued) / 1e9
+        in_front = [other for other in others if other.state == Ticket.WAITING and other.rank < one.rank]
+        room_ahead_s = 0.0 if in_front else waited_s
+        for other in in_front:
+            other_s = room_in_s(other.reason, other.seconds, (self.now - other.enqueued) / 1e9)
+            room_ahead_s = max(room_ahead_s, other_s)
         return (one.member or 0) + 1, len(before), one.reason, seconds, waited_s, room_ahead_s
 
     def isolates_unknown(self) -> bool:

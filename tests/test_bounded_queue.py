@@ -185,7 +185,8 @@ def test_what_has_been_held_for_longer_than_usual_is_expected_to_be_held_for_as_
         (Reason.IN_USE, 2.0, 30.0, 30.0 + 4.0),
         (Reason.DRAINING, 2.0, 30.0, 30.0 + 4.0),
         (Reason.BACKING_OFF, 2.0, 30.0, 2.0 + 4.0),
-        (Reason.MEMORY, 2.0, 30.0, 4.0),
+        *((reason, 2.0, 30.0, 30.0 + 4.0) for reason in (Reason.MEMORY, Reason.PINNED, Reason.LEASED, Reason.EXTERNAL)),
+        *((reason, 2.0, 30.0, 4.0) for reason in (Reason.UNLOADING, Reason.RETURNING, Reason.SUSPENDING)),
     ],
 )
 def test_room_that_should_have_come_already_is_expected_to_take_as_long_again(

@@ -44,11 +44,10 @@ def waiting_tickets(session: Session) -> list[QueueTicket]:
     tables = session.namespace.tables
     with session.namespace.transaction():
         rows = tables.rows_where(session.namespace.segment.layout.tickets, Ticket.STATE, Ticket.WAITING)
-        found = [(row, tables.tickets[row]) for row in rows]
-        found.sort(key=lambda one: (one[1].priority, one[1].rank, one[1].number))
+        expected_s = session.scheduler.expected_waits_s(rows)
+        found = [(tables.tickets[row], expected_s[row]) for row in rows]
+        found.sort(key=lambda one: (one[0].priority, one[0].rank, one[0].number))
         return [
-            QueueTicket(
-                ticket.priority, ticket.number, tables.tag_of(ticket.model), session.scheduler.expected_wait_s(row)
-            )
-            for row, ticket in found
+            QueueTicket(ticket.priority, ticket.number, tables.tag_of(ticket.model), seconds)
+            for ticket, seconds in found
         ]

@@ -179,7 +179,8 @@ def expected_waits(snapshot: Snapshot) -> Callable[[TicketInfo], float]:
             return math.nan
         before = list(itertools.takewhile(lambda one: one is not ticket, queue))
         ahead = sum(one.model == ticket.model and not one.preload for one in before)
-        room_ahead_s = max((room_in_s(one.reason, one.seconds, one.waited_s) for one in before), default=0.0)
+        rooms_s = (room_in_s(one.reason, one.seconds, one.waited_s) for one in before)
+        room_ahead_s = max(rooms_s, default=ticket.waited_s)
         member = ticket.member + 1
         back_off_left_s = _back_off_left_s(ticket, models[ticket.model])
         seconds = ticket.seconds if back_off_left_s is None else back_off_left_s

@@ -33,6 +33,13 @@ FIRST_LOAD_S = 25.0
 # Their time is that until there may be room.
 _UNTIL_RELEASED = frozenset({Reason.IN_USE, Reason.DRAINING})
 _UNTIL_ROOM = _UNTIL_RELEASED | {Reason.BACKING_OFF}
+# Nobody can say when they end.
+_UNTIL_OTHERS_ACT = frozenset(
+    {
+        *(Reason.MEMORY, Reason.PINNED, Reason.LEASED, Reason.EXTERNAL, Reason.COPIES, Reason.TABLE_FULL),
+        *(Reason.NO_DEVICE, Reason.OUTRANKED, Reason.QUIET, Reason.RESTLESS),
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -143,8 +150,9 @@ def expected_wait_s(
     """Return in how many seconds a waiter is expected to have a copy to use, for people and for Retry-After.
 
     Judged by how long loads and holds of the model have taken. How much of the room others before it will take cannot
-    be known, but they have it first: room_ahead_s is the longest `room_in_s` of theirs. ahead: waiters of the same
-    model before this one. reason, seconds: why it waits, and the time of that as it was when that became the reason; of
+    be known, but they have it first: room_ahead_s is the longest `room_in_s` of theirs, and how long the waiter has
+    waited if there are none, because then an unknown model runs alone. ahead: waiters of the same model before this
+    one. reason, seconds: why it waits, and the time of that as it was when that became the reason; of
     a back-off, what is left of it. waited_s: how long it has waited.
 
     A hold that has gone on for less than the mean is expected to last for the mean still, as if it had no memory. One
@@ -171,7 +179,8 @@ def expected_wait_s(
 def room_in_s(reason: int, seconds: float, waited_s: float) -> float:
     """Return in how many seconds a waiter is expected to have the room to load in; the parameters are as above.
 
-    Room that should have come while it has waited is expected to take as long again, as a hold that goes on is.
+    Room that should have come while it has waited is expected to take as long again, as a hold that goes on is; and so
+    is that of which nobody can say when it comes.
     """
     room_s = seconds if reason in _UNTIL_ROOM and math.isfinite(seconds) else 0.0
-    return max(room_s, waited_s) if reason in _UNTIL_RELEASED else room_s
+    return max(room_s, waited_s) if reason in _UNTIL_RELEASED | _UNTIL_OTHERS_ACT else room_s

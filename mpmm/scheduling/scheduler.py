@@ -82,6 +82,7 @@ class Scheduler:
         self.why = self.waiters.why
         self.sentence = self.waiters.sentence
         self.expected_wait_s = self.waiters.expected_wait_s
+        self.expected_waits_s = self.waiters.expected_waits_s
         self.backs_off_for_s = self.waiters.backs_off_for_s
         self.called_up_at = self.waiters.called_up_at
         self.is_model_idle = self.waiters.is_model_idle

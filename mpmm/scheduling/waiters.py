@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
+from collections.abc import Iterable
 
 from mpmm.policy.backoff import back_off_s
 from mpmm.policy.reasons import explain
@@ -38,19 +40,33 @@ class Waiters:
 
     def expected_wait_s(self, ticket: int) -> float:
         """Return in how many seconds a waiter is expected to have its copy, see `policy.sharing`."""
-        found, copies, now = self._tables.tickets[ticket], self._copies.read_copies(), time.monotonic_ns()
-        model, rank, member = found.model, found.rank, (found.member or 0) + 1
-        # All that are loaded: where this model was never held, the mean of the others stands in.
-        models = {row: self._views.model_view(row, copies, now) for row in {model, *copies.shared, *copies.owned}}
-        before = [one for one in self._shortcuts.waiting() if one.rank < rank]
-        ahead = sum(one.model == model and not one.preload for one in before)
-        rooms_s = [self._room_in_s(one.row, now) for one in before] if found.reason == Reason.BEHIND else []
+        return self.expected_waits_s([ticket])[ticket]
+
+    def expected_waits_s(self, tickets: Iterable[int]) -> dict[int, float]:
+        """Do `expected_wait_s` for several, in one pass over the queue."""
+        found = {row: self._tables.tickets[row] for row in tickets}
+        copies, now = self._copies.read_copies(), time.monotonic_ns()
+        # All that are loaded: where a model was never held, the mean of the others stands in.
+        rows = {*(ticket.model for ticket in found.values()), *copies.shared, *copies.owned}
+        models = {row: self._views.model_view(row, copies, now) for row in rows}
         seen = seen_so_far(models.values())
-        # The row says how long it was when the plan was made; the back-off has gone on since.
-        seconds = self.backs_off_for_s(ticket) if found.reason == Reason.BACKING_OFF else found.seconds
-        waited_s = (now - found.enqueued) / 1e9
-        room_ahead_s = max(rooms_s, default=0.0)
-        return expected_wait_s(models[model], member, ahead, found.reason, seconds, seen, waited_s, room_ahead_s)
+        queue = sorted(self._shortcuts.waiting(), key=lambda waiter: waiter.rank)
+        expected: dict[int, float] = {}
+        before, ahead, room_ahead_s = 0, Counter[int](), 0.0
+        for row, ticket in sorted(found.items(), key=lambda one: one[1].rank):
+            while before < len(queue) and queue[before].rank < ticket.rank:
+                waiter = queue[before]
+                before += 1
+                ahead[waiter.model] += not waiter.preload
+                # Mostly all but the first wait behind it, which tells nothing.
+                if waiter.reason != Reason.BEHIND:
+                    room_ahead_s = max(room_ahead_s, self._room_in_s(waiter.row, now))
+            # The row says how long it was when the plan was made; the back-off has gone on since.
+            seconds = self.backs_off_for_s(row) if ticket.reason == Reason.BACKING_OFF else ticket.seconds
+            waited_s = (now - ticket.enqueued) / 1e9
+            others = (ahead[ticket.model], ticket.reason, seconds, seen, waited_s, room_ahead_s if before else waited_s)
+            expected[row] = expected_wait_s(models[ticket.model], (ticket.member or 0) + 1, *others)
+        return expected
 
     def _room_in_s(self, ticket: int, now: int) -> float:
         found = self._tables.tickets[ticket]
