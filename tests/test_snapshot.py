@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import fields
 from enum import IntEnum
 from typing import Any
 
 import pytest
+from harness import NewManager
 
 from mpmm.shared_state.layout import Device, Header, Instance, Member, Model, Pin, Ticket
 from mpmm.shared_state.rows import DeviceRow, HeaderRow, InstanceRow, MemberRow, ModelRow, Row, TicketRow
-from mpmm.shared_state.snapshot import InstanceInfo, MemberInfo, ModelInfo, PinInfo, TicketInfo
+from mpmm.shared_state.snapshot import InstanceInfo, MemberInfo, ModelInfo, PinInfo, TicketInfo, read_snapshot
+from mpmm.shared_state.snapshot.decode import _Decoder
 from mpmm.shared_state.snapshot.kinds import PLACE
 from mpmm.shared_state.states import InstanceState, MemberState, ModelState, TicketState
 
@@ -73,3 +76,22 @@ def test_a_typed_read_is_of_the_word_that_the_layout_gives_its_name(reads: type[
     places.pop("device_bits", None)  # the same word as `devices`, not taken apart
     assert places
     assert places == {name: getattr(row, name.upper()) for name in places}
+
+
+def test_both_clocks_of_a_look_are_read_at_its_beginning(
+    namespace: str, new_manager: NewManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    new_manager()
+    offset_s = time.time() - time.monotonic()
+    real, late_s = _Decoder._devices, 60.0
+
+    def devices(*arguments: Any) -> Any:
+        found = real(*arguments)
+        # The rest of the look takes place a minute later.
+        later = time.time() + late_s
+        monkeypatch.setattr(time, "time", lambda: later)
+        return found
+
+    monkeypatch.setattr(_Decoder, "_devices", devices)
+    snapshot = read_snapshot(namespace)
+    assert snapshot.taken_wall_s - snapshot.taken_s == pytest.approx(offset_s, abs=late_s / 2)

@@ -135,7 +135,8 @@ class _Decoder:
         self._layout = layout
         self._words = memoryview(copied).cast("Q")
         self._floats = memoryview(copied).cast("B").cast("d")
-        self._now = time.monotonic_ns()
+        # Together: the times of events are told by the difference.
+        self._now, self._wall_s = time.monotonic_ns(), time.time()
         self._tags: dict[int, str] = {}
         # Before any other row is read, because those name their models by it.
         self._models = _used(self._words, layout.models)
@@ -161,7 +162,7 @@ class _Decoder:
             "segment": segment,
             "layout_version": LAYOUT_VERSION,
             "taken_s": self._now / 1e9,
-            "taken_wall_s": time.time(),
+            "taken_wall_s": self._wall_s,
             "torn_words": torn,
             "lock": self._lock(header, held),
             # LEADER_SINCE keeps the time of the last one when there is no leader.
