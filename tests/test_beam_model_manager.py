@@ -11,6 +11,7 @@ import pytest
 from beam_wheel import load_beam_tests, names_of
 
 from mpmm.model_manager import ModelManager
+from mpmm.policy import eviction
 
 beam_tests = load_beam_tests(
     "ml/inference/model_manager_test.py",
@@ -28,6 +29,8 @@ def own_surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Keep the tests out of the user's namespaces, and let a patched nvidia-smi be the only GPU there is."""
     monkeypatch.setenv("MPMM_RUNTIME_DIR", str(tmp_path / "run"))
     monkeypatch.setitem(sys.modules, "pynvml", None)
+    # Their loads take no time, so that Beam's order decides; on a busy machine one may take as long as if it did.
+    monkeypatch.setattr(eviction, "RESOLUTION_S", 5.0)
 
 
 def test_names_that_other_projects_tests_use_show_the_shared_state() -> None:

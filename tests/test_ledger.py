@@ -327,13 +327,17 @@ class DeviceAndBooks(RuleBasedStateMachine):
             self.namespace.transitions.holds.release(t, copy.row)
         self.idle.append(copy)
 
-    @rule(which=st.integers(0, 9))
+    @rule(which=st.integers(0, 9), lingers_ms=st.integers(0, 900))
     @precondition(lambda self: self.loading)
-    def fail_load(self, which: int) -> None:
+    def fail_load(self, which: int, lingers_ms: int) -> None:
+        """A load fails; what it has loaded by then is with its server, which is to be ended, or lingers."""
         copy = self.loading.pop(which % len(self.loading))
         with self.namespace.transaction() as t:
-            self.namespace.transitions.loads.fail(t, copy.row)
-            self._end_server(t, copy)
+            self.namespace.transitions.loads.give_up(t, copy.row)
+        if self.namespace.tables.instances[copy.row].state == Instance.UNLOADING:
+            self.unloading.append(copy)
+        else:
+            self.lingering.append((self.now + lingers_ms * MS, copy.has_mb))
 
     @rule(which=st.integers(0, 9))
     @precondition(lambda self: self.idle)
@@ -505,6 +509,43 @@ def test_a_server_that_is_killed_is_reaped_before_a_figure_is_read_that_lacks_it
     # A list of all processes says already that it has nothing.
     assert machine.idle == [] or machine.lists_all, "nobody has looked whether it lives"
     assert machine.view().used_mb + machine.view().reserved_mb >= machine.external_mb + 1500.0
+
+
+@pytest.mark.parametrize("machine", ["none", "some", "all"], indirect=True)
+@pytest.mark.parametrize("noticed", [False, True], ids=["", "reaped"])
+def test_what_a_load_has_taken_that_failed_is_given_away_once_it_is_free(
+    machine: DeviceAndBooks, noticed: bool
+) -> None:
+    machine.load(4100.0)
+    machine.allocate(0, 0.8)
+    machine.server_dies(0, 400)
+    if noticed:
+        machine.reap()
+    machine.fail_load(0, 0)
+    if machine.unloading:
+        machine.end_unload(0, 0)
+    assert machine.lingering_mb > 3000.0
+    assert free_mb(machine.view(), SLACK) <= LIMIT_MB - machine.used_mb
+    machine.time_passes(401)
+    machine.rest()
+    assert free_mb(machine.view(), SLACK) == pytest.approx(LIMIT_MB - machine.external_mb)
+
+
+def test_what_an_object_has_loaded_whose_load_failed_is_given_away_once_it_is_free() -> None:
+    class Machine(DeviceAndBooks):
+        has_servers, measures_processes, lists_all = False, False, False
+
+    machine = Machine()
+    try:
+        machine.load(4100.0)
+        machine.allocate(0, 0.8)
+        machine.fail_load(0, 400)
+        assert free_mb(machine.view(), SLACK) <= LIMIT_MB - machine.used_mb
+        machine.time_passes(401)
+        machine.rest()
+        assert free_mb(machine.view(), SLACK) == pytest.approx(LIMIT_MB - machine.external_mb)
+    finally:
+        machine.teardown()
 
 
 @pytest.mark.timeout(600)

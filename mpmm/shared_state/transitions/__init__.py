@@ -76,7 +76,9 @@ class Transitions:
         self.suspensions = Suspensions(tables, actor, self.ledgers, self.isolation, self._instances, self.seats)
         self.unloads = Unloads(tables, actor, self._instances, self.twins, self.seats, self.suspensions)
         self.holds = Holds(tables, actor, self.isolation, self._instances, self.unloads)
-        self.loads = Loads(tables, actor, self.models, self.isolation, self._instances, self.twins, self.seats)
+        self.loads = Loads(
+            tables, actor, self.models, self.isolation, self._instances, self.twins, self.seats, self.ledgers
+        )
         self.leases = Leases(tables, actor, self.models, self.isolation, self._instances)
         self.hand_over = HandOver(
             tables, actor, self.tickets, self.isolation, self.holds, self.loads, self.leases, self.suspensions

@@ -10,6 +10,7 @@ from mpmm.shared_state.tables import Tables
 from mpmm.shared_state.transaction import Transaction
 from mpmm.shared_state.transitions.instances import Instances
 from mpmm.shared_state.transitions.isolation import Isolation
+from mpmm.shared_state.transitions.ledgers import Ledgers
 from mpmm.shared_state.transitions.models import Models
 from mpmm.shared_state.transitions.part import Actor, Part
 from mpmm.shared_state.transitions.seats import Seats
@@ -30,6 +31,7 @@ class Loads(Part):
         instances: Instances,
         twins: Twins,
         seats: Seats,
+        ledgers: Ledgers,
     ) -> None:
         super().__init__(tables, actor)
         self._models = models
@@ -37,6 +39,7 @@ class Loads(Part):
         self._instances = instances
         self._twins = twins
         self._seats = seats
+        self._ledgers = ledgers
 
     def begin(
         self,
@@ -126,7 +129,7 @@ class Loads(Part):
         return is_twin
 
     def fail(self, t: Transaction, row: int) -> None:
-        """A load came to nothing: free the row and its reservation."""
+        """A load came to nothing that has taken no memory, or whose memory is expected back: free the row."""
         at = self._tables.instance(row)
         # Before the row is free, which sets SINCE anew.
         taken = (t.now - self._segment.words[at + Instance.SINCE]) / 1e9
@@ -151,6 +154,9 @@ class Loads(Part):
         at = self._tables.instance(row)
         server = self._segment.words[at + Instance.SERVER]
         if not server:
+            # What it has loaded goes with what is left of it, an exception or a server that is dying: soon, but not at
+            # once, and it may have been all that was reserved.
+            self._ledgers.expect_back(t, row)
             self.fail(t, row)
             return
         t.add(Header.FAILED_LOADS, 1)
