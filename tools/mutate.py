@@ -2,9 +2,10 @@
 
 PART is one of the parts below, or a file of `mpmm/`; all parts by default. The tests of the parts run once under
 coverage, without any change; `--map FILE` keeps what that finds for the next run. Then each change is made in a copy of
-the tree, against which those tests run that run the changed lines, the quick ones first, until one fails. What none
-notices is printed as a diff: either a test is missing, or the change makes no difference, which is for the reader to
-say. The same seed makes the same changes of the same code; `--only N` makes the Nth of them again.
+the tree, against which those tests run that run the changed lines, the quick ones first, until one fails; where none is
+known to run them, all tests of the part. What none notices is printed as a diff: either a test is missing, or the
+change makes no difference, which is for the reader to say. The same seed makes the same changes of the same code;
+`--only N` makes the Nth of them again.
 
     python tools/mutate.py policy scheduler --changes 30 --seed 1
     python tools/mutate.py mpmm/policy/eviction.py --seed 1 --only 7
@@ -122,7 +123,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     until = time.monotonic() + options.seconds
     tests = list(dict.fromkeys(test for of_file in tests_of.values() for test in of_file))
     covering = _covering(options.map, tests, options.jobs)
-    survivors, tried = _try_all(numbered, covering, options.test_seconds, options.jobs, until)
+    survivors, tried = _try_all(numbered, tests_of, covering, options.test_seconds, options.jobs, until)
     for number, change in survivors:
         print(f"\n{number}: {change.what}\n{change.diff()}")
     share = 100.0 * (tried - len(survivors)) / tried if tried else 100.0
@@ -164,7 +165,12 @@ def _covering(kept: Path | None, tests: Sequence[str], processes: int) -> Coveri
 
 
 def _try_all(
-    numbered: Sequence[tuple[int, Change]], covering: Covering, most_s: float, jobs: int, until: float
+    numbered: Sequence[tuple[int, Change]],
+    tests_of: dict[str, tuple[str, ...]],
+    covering: Covering,
+    most_s: float,
+    jobs: int,
+    until: float,
 ) -> tuple[list[tuple[int, Change]], int]:
     """Try changes, several at a time; return those that nothing notices, and how many were tried."""
     survivors: list[tuple[int, Change]] = []
@@ -177,7 +183,9 @@ def _try_all(
             return
         tree = trees.get()
         try:
-            noticed = _who_notices(tree, change, covering, most_s)
+            # Processes that are killed in the end leave no trace of what they have run.
+            witnesses = covering.witnesses(change, most_s) or covering.all_of(tests_of[change.file])
+            noticed = _who_notices(tree, change, witnesses, covering.seconds(witnesses))
         finally:
             trees.put(tree)
         with saying:
@@ -196,19 +204,18 @@ def _try_all(
     return sorted(survivors, key=lambda survivor: survivor[0]), tried
 
 
-def _who_notices(tree: TreeCopy, change: Change, covering: Covering, most_s: float) -> str | None:
+def _who_notices(tree: TreeCopy, change: Change, witnesses: Sequence[str], seconds: float) -> str | None:
     original = (ROOT / change.file).read_bytes()
     changed = change.applied_to(original)
     try:
         compile(changed, change.file, "exec")
     except SyntaxError as error:
         return f"no code ({error.msg})"
-    witnesses = covering.witnesses(change, most_s)
     if not witnesses:
         return None
     tree.put(change.file, changed)
     try:
-        return tree.fails(witnesses, LEAST_PATIENCE_S + PATIENCE * covering.seconds(witnesses))
+        return tree.fails(witnesses, LEAST_PATIENCE_S + PATIENCE * seconds)
     finally:
         tree.put(change.file, original)
 
