@@ -13,7 +13,8 @@ from typing import Any
 
 import psutil
 import pytest
-from devices.simulated_gpu import CHECKPOINTED, FAILED, LOCKED, RUNNING, Build, SimulatedGpus
+from devices.simulated_checkpoints import CHECKPOINTED, FAILED, LOCKED, RUNNING
+from devices.simulated_gpu import Build, SimulatedGpus
 from harness import (
     NewGpus,
     NewProcess,
@@ -78,13 +79,13 @@ def soon() -> float:
 
 
 def test_memory_leaves_the_device_and_comes_back(gpus: SimulatedGpus, target: int) -> None:
-    driver = CheckpointDriver()
+    driver, moved = CheckpointDriver(), gpus.checkpoints
     driver.suspend(target, soon())
-    assert (gpus.used_mb(0), gpus.host_mb(), gpus.state_of(target)) == (0.0, 400.0, CHECKPOINTED)
+    assert (gpus.used_mb(0), moved.host_mb(), moved.state_of(target)) == (0.0, 400.0, CHECKPOINTED)
     assert driver.state(target) == State.CHECKPOINTED
     driver.suspend(target, soon())
     driver.resume(target, soon())
-    assert (gpus.used_mb(0), gpus.host_mb(), gpus.state_of(target)) == (400.0, 0.0, RUNNING)
+    assert (gpus.used_mb(0), moved.host_mb(), moved.state_of(target)) == (400.0, 0.0, RUNNING)
     driver.resume(target, soon())
 
 
@@ -104,12 +105,12 @@ def test_what_the_driver_says_is_an_error_with_its_reason_and_the_process_runs_o
     gpus: SimulatedGpus, target: int, call: str, error: int, reason: str, left: int
 ) -> None:
     driver = CheckpointDriver()
-    gpus.fail_call(call, error)
+    gpus.checkpoints.fail_call(call, error)
     with pytest.raises(DriverError, match=reason) as caught:
         driver.suspend(target, soon())
     assert caught.value.code == error
-    gpus.fail_call(call, 0)
-    assert (gpus.state_of(target), gpus.used_mb(0)) == (left, 400.0)
+    gpus.checkpoints.fail_call(call, 0)
+    assert (gpus.checkpoints.state_of(target), gpus.used_mb(0)) == (left, 400.0)
 
 
 def test_a_restore_without_room_leaves_the_process_in_the_host(gpus: SimulatedGpus, target: int) -> None:
@@ -118,17 +119,17 @@ def test_a_restore_without_room_leaves_the_process_in_the_host(gpus: SimulatedGp
     gpus.pretend(1, 700.0, 0)
     with pytest.raises(DriverError, match="too little memory"):
         driver.resume(target, soon())
-    assert (gpus.state_of(target), gpus.host_mb()) == (CHECKPOINTED, 400.0)
+    assert (gpus.checkpoints.state_of(target), gpus.checkpoints.host_mb()) == (CHECKPOINTED, 400.0)
     gpus.pretend(1, 0.0, 0)
     driver.resume(target, soon())
-    assert gpus.state_of(target) == RUNNING
+    assert gpus.checkpoints.state_of(target) == RUNNING
 
 
 def test_a_process_that_failed_is_lost(gpus: SimulatedGpus, target: int) -> None:
     driver = CheckpointDriver()
-    gpus.kill_caller("checkpoint", 0.0, FAILED)
+    gpus.checkpoints.kill_caller("checkpoint", 0.0, FAILED)
     assert run_in_helper(target, "suspend") == -signal.SIGKILL
-    gpus.kill_caller("checkpoint", -1.0, 0)
+    gpus.checkpoints.kill_caller("checkpoint", -1.0, 0)
     with pytest.raises(DriverError, match="is lost"):
         driver.suspend(target, soon())
 
@@ -143,11 +144,11 @@ def run_in_helper(target: int, what: str) -> int:
 
 @pytest.mark.parametrize("left", [LOCKED, RUNNING])
 def test_where_a_caller_died_the_next_one_goes_on(gpus: SimulatedGpus, target: int, left: int) -> None:
-    gpus.kill_caller("checkpoint", 0.0, left)
+    gpus.checkpoints.kill_caller("checkpoint", 0.0, left)
     assert run_in_helper(target, "suspend") == -signal.SIGKILL
-    gpus.kill_caller("checkpoint", -1.0, 0)
+    gpus.checkpoints.kill_caller("checkpoint", -1.0, 0)
     CheckpointDriver().suspend(target, soon())
-    assert (gpus.state_of(target), gpus.used_mb(0)) == (CHECKPOINTED, 0.0)
+    assert (gpus.checkpoints.state_of(target), gpus.used_mb(0)) == (CHECKPOINTED, 0.0)
 
 
 def test_a_library_without_the_calls_is_an_error_that_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -217,7 +218,7 @@ def test_a_server_is_suspended_for_another_model_and_is_the_same_one_when_it_is_
     first, second = two
     pid = load(first, gpus, "a")
     second.call(acquire, "b", loads(gpus, "b"))
-    assert states(namespace, "a") == ["suspended"] and gpus.state_of(pid) == CHECKPOINTED
+    assert states(namespace, "a") == ["suspended"] and gpus.checkpoints.state_of(pid) == CHECKPOINTED
     snapshot = read_snapshot(namespace)
     (copy,) = (copy for copy in snapshot.instances if copy.tag == "a")
     assert (copy.mb, copy.device_mb, copy.host_mb) == (0.0, 600.0, 600.0)
@@ -225,9 +226,9 @@ def test_a_server_is_suspended_for_another_model_and_is_the_same_one_when_it_is_
     second.call(release)
     second.call(let_loads_take_long, "b")
     assert first.call(acquire, "a", loads(gpus, "a")) == "a"
-    assert (gpus.state_of(pid), served("a").pid()) == (RUNNING, pid)
+    assert (gpus.checkpoints.state_of(pid), served("a").pid()) == (RUNNING, pid)
     assert states(namespace, "b") == ["suspended"]
-    assert gpus.highest_mb(0) <= 600.0 and gpus.host_mb() == 600.0
+    assert gpus.highest_mb(0) <= 600.0 and gpus.checkpoints.host_mb() == 600.0
     snapshot = read_snapshot(namespace)
     assert (snapshot.loads, snapshot.suspends, snapshot.resumes, snapshot.written_off_mb) == (2, 2, 1, 0.0)
     assert problems(namespace) == []
@@ -238,13 +239,13 @@ def test_what_the_driver_does_not_support_is_unloaded_and_not_tried_again(
     namespace: str, gpus: SimulatedGpus, two: tuple[Process, Process], call: str
 ) -> None:
     first, second = two
-    gpus.fail_call(call, NOT_SUPPORTED)
+    gpus.checkpoints.fail_call(call, NOT_SUPPORTED)
     load(first, gpus, "a")
     second.call(acquire, "b", loads(gpus, "b"))
     assert states(namespace, "a") == []
     assert model_of(namespace, "a").unsuspendable == Unsuspendable.SUSPEND_FAILED
     assert read_snapshot(namespace).suspend_failures == 1
-    assert gpus.host_mb() == 0.0 and problems(namespace) == []
+    assert gpus.checkpoints.host_mb() == 0.0 and problems(namespace) == []
 
 
 def test_a_failed_restore_costs_the_copy_and_the_model_is_loaded_anew(
@@ -253,11 +254,11 @@ def test_a_failed_restore_costs_the_copy_and_the_model_is_loaded_anew(
     first, second = two
     pid = load(first, gpus, "a")
     assert first.call(suspend, "a") == 1
-    gpus.fail_call("restore", NOT_SUPPORTED)
+    gpus.checkpoints.fail_call("restore", NOT_SUPPORTED)
     assert second.call(acquire, "a", loads(gpus, "a")) == "a"
     assert served("a").pid() != pid
     assert model_of(namespace, "a").unsuspendable == Unsuspendable.RESUME_FAILED
-    assert gpus.host_mb() == 0.0 and problems(namespace) == []
+    assert gpus.checkpoints.host_mb() == 0.0 and problems(namespace) == []
 
 
 @pytest.mark.parametrize("call", ["checkpoint", "restore"])
@@ -266,31 +267,31 @@ def test_the_death_of_the_helper_costs_the_operation_and_the_next_one_goes_on(
 ) -> None:
     first, _ = two
     pid = load(first, gpus, "a")
-    gpus.set_rates(600.0, 600.0)
+    gpus.checkpoints.set_rates(600.0, 600.0)
     if call == "restore":
         assert first.call(suspend, "a") == 1
     first.send(suspend if call == "checkpoint" else acquire, "a")
     moving = "suspending" if call == "checkpoint" else "resuming"
     await_states(namespace, "a", moving)
-    wait_until(lambda: 0.0 < gpus.host_mb() < 600.0, "part of it has moved")
+    wait_until(lambda: 0.0 < gpus.checkpoints.host_mb() < 600.0, "part of it has moved")
     helper = helper_pid(namespace, runtime_root)
     assert helper is not None
     os.kill(helper, signal.SIGKILL)
     assert first.result() == (1 if call == "checkpoint" else "a")
-    assert gpus.state_of(pid) == (CHECKPOINTED if call == "checkpoint" else RUNNING)
+    assert gpus.checkpoints.state_of(pid) == (CHECKPOINTED if call == "checkpoint" else RUNNING)
     assert helper_pid(namespace, runtime_root) not in (None, helper)
     assert problems(namespace) == []
 
 
 def await_middle(gpus: SimulatedGpus) -> None:
-    wait_until(lambda: 0.0 < gpus.host_mb() < 600.0, "part of it has moved")
+    wait_until(lambda: 0.0 < gpus.checkpoints.host_mb() < 600.0, "part of it has moved")
 
 
 def begin_to_resume(gpus: SimulatedGpus, suspends: Process, resumes: Process) -> int:
     """Have one process load and suspend a model, and another one begin to resume it; return the server's pid."""
     pid = load(suspends, gpus, "a")
     assert suspends.call(suspend, "a") == 1
-    gpus.set_rates(0.0, 600.0)
+    gpus.checkpoints.set_rates(0.0, 600.0)
     resumes.send(acquire, "a", loads(gpus, "a"))
     await_middle(gpus)
     return pid
@@ -298,9 +299,9 @@ def begin_to_resume(gpus: SimulatedGpus, suspends: Process, resumes: Process) ->
 
 def expect_suspended_as_a_whole(namespace: str, gpus: SimulatedGpus, survivor: Process, pid: int) -> None:
     await_states(namespace, "a", "suspended")
-    assert (gpus.state_of(pid), gpus.used_mb(0), gpus.host_mb()) == (CHECKPOINTED, 0.0, 600.0)
+    assert (gpus.checkpoints.state_of(pid), gpus.used_mb(0), gpus.checkpoints.host_mb()) == (CHECKPOINTED, 0.0, 600.0)
     assert survivor.call(acquire, "a", loads(gpus, "a")) == "a"
-    assert (served("a").pid(), gpus.used_mb(0), gpus.host_mb()) == (pid, 600.0, 0.0)
+    assert (served("a").pid(), gpus.used_mb(0), gpus.checkpoints.host_mb()) == (pid, 600.0, 0.0)
     assert problems(namespace) == []
 
 
@@ -342,7 +343,7 @@ def test_a_driver_call_that_hangs_ends_the_server_and_holds_up_nobody_else(
     first, second = new_process(**chosen), new_process(**chosen)
     first.call(learn, a=600.0, small=100.0)
     load(first, gpus, "a")
-    gpus.hang_call("checkpoint", 20.0)
+    gpus.checkpoints.hang_call("checkpoint", 20.0)
     first.send(suspend, "a")
     await_states(namespace, "a", "suspending")
     second.call(acquire, "small", Loads())
@@ -360,7 +361,7 @@ def test_a_suspended_server_that_is_killed_leaves_nothing(
     assert first.call(suspend, "a") == 1
     os.kill(pid, signal.SIGKILL)
     await_states(namespace, "a")
-    assert (gpus.host_mb(), gpus.used_mb(0)) == (0.0, 0.0)
+    assert (gpus.checkpoints.host_mb(), gpus.used_mb(0)) == (0.0, 0.0)
     assert sum(copy.host_mb for copy in read_snapshot(namespace).instances) == 0.0
 
 
@@ -392,7 +393,7 @@ def test_a_server_that_is_killed_in_mid_resume_and_takes_long_to_die_is_no_fault
     pid = load(first, gpus, "a")
     served("a").outlive_by(2 * DYING_S)
     assert first.call(suspend, "a") == 1
-    gpus.set_rates(0.0, 600.0)
+    gpus.checkpoints.set_rates(0.0, 600.0)
     second.send(acquire, "a", loads(gpus, "a"))
     await_middle(gpus)
     os.kill(pid, signal.SIGKILL)
@@ -417,7 +418,7 @@ def test_where_the_driver_asks_for_it_a_server_that_was_resumed_is_suspended_bef
     gpus.record_calls()
     two[0].call(suspend_resume_and_unload, "a", branch)
     assert [about for _, what, about in gpus.calls() if what == "checkpoint"] == [str(pid)] * checkpoints
-    assert (gpus.used_mb(0), gpus.host_mb()) == (0.0, 0.0)
+    assert (gpus.used_mb(0), gpus.checkpoints.host_mb()) == (0.0, 0.0)
 
 
 def test_the_helper_ends_with_the_last_worker(

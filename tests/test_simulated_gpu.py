@@ -13,7 +13,8 @@ from typing import Any
 
 import pynvml
 import pytest
-from devices.simulated_gpu import GPU_IS_LOST, NO_PERMISSION, Build, SimulatedGpus
+from devices.simulated_faults import GPU_IS_LOST, NO_PERMISSION
+from devices.simulated_gpu import Build, SimulatedGpus
 from harness import CHECKOUT, NewGpus, wait_until
 
 from mpmm import GPUMonitor
@@ -189,14 +190,14 @@ def test_a_lost_gpu_stays_lost_until_nvml_is_initialised_again(new_gpus: NewGpus
     gpus = new_gpus(1000, 1000)
     nvml.nvmlInit()
     first, second = (nvml.nvmlDeviceGetHandleByIndex(number) for number in range(2))
-    gpus.lose(0)
+    gpus.faults.lose(0)
     with pytest.raises(nvml.NVMLError, match="GPU is lost"):
         nvml.nvmlDeviceGetMemoryInfo(first)
     assert nvml.nvmlDeviceGetMemoryInfo(second).total == 1000 * MIB
     with pytest.raises(subprocess.CalledProcessError) as caught:
         query("memory.free")
     assert caught.value.returncode == GPU_IS_LOST
-    gpus.find(0)
+    gpus.faults.find(0)
     with pytest.raises(nvml.NVMLError, match="GPU is lost"):
         nvml.nvmlDeviceGetMemoryInfo(first)
     nvml.nvmlShutdown()
@@ -208,29 +209,29 @@ def test_a_lost_gpu_stays_lost_until_nvml_is_initialised_again(new_gpus: NewGpus
 
 def test_failures_on_demand(new_gpus: NewGpus, nvml: Any) -> None:
     gpus = new_gpus(1000, 1000)
-    gpus.fail_init()
+    gpus.faults.fail_init()
     with pytest.raises(nvml.NVMLError, match="Driver Not Loaded"):
         nvml.nvmlInit()
     with pytest.raises(subprocess.CalledProcessError, match="status 9"):
         query("memory.free")
-    gpus.fail_init(0)
+    gpus.faults.fail_init(0)
     nvml.nvmlInit()
     handle = nvml.nvmlDeviceGetHandleByIndex(0)
-    gpus.refuse(0, "memory")
-    gpus.refuse(0, "name", NO_PERMISSION)
+    gpus.faults.refuse(0, "memory")
+    gpus.faults.refuse(0, "name", NO_PERMISSION)
     with pytest.raises(nvml.NVMLError, match="Not Supported"):
         nvml.nvmlDeviceGetMemoryInfo(handle)
     assert query("name,memory.free") == ["[Insufficient Permissions], [N/A]", "Simulated 1GB, 1000"]
     gpus.allocate(10, 0)
-    gpus.refuse(0, "process_memory")
-    gpus.shift_pids(100000)
+    gpus.faults.refuse(0, "process_memory")
+    gpus.faults.shift_pids(100000)
     (process,) = nvml.nvmlDeviceGetComputeRunningProcesses(handle)
     assert (process.pid, process.usedGpuMemory) == (os.getpid() + 100000, None)
     assert "[N/A]" in smi("--query-compute-apps=used_memory", "--format=csv,noheader")
-    gpus.refuse(0, "process_memory", 0)
+    gpus.faults.refuse(0, "process_memory", 0)
     (process,) = nvml.nvmlDeviceGetComputeRunningProcesses(handle)
     assert process.usedGpuMemory == 10 * MIB
-    gpus.hang(nvidia_smi_s=30)
+    gpus.faults.hang(nvidia_smi_s=30)
     with pytest.raises(subprocess.TimeoutExpired):
         subprocess.run(["nvidia-smi", "-L"], check=True, timeout=0.1)
 
@@ -248,24 +249,24 @@ def test_processes_of_a_shared_context_are_told_in_a_list_of_their_own(new_gpus:
 
     ours = {os.getpid(): 300, 4711: 200}
     assert (told(""), told("MPS")) == (ours, {})
-    gpus.share_context(77)
+    gpus.faults.share_context(77)
     assert (told(""), told("MPS")) == ({77: 500}, ours)
-    gpus.refuse(0, "mps_processes")
+    gpus.faults.refuse(0, "mps_processes")
     with pytest.raises(nvml.NVMLError, match="Not Supported"):
         told("MPS")
-    gpus.share_context(0)
-    gpus.refuse(0, "unlisted", 1)
+    gpus.faults.share_context(0)
+    gpus.faults.refuse(0, "unlisted", 1)
     assert told("") == {}
 
 
 def test_the_program_warns_of_a_corrupted_inforom_and_answers(new_gpus: NewGpus) -> None:
     gpus = new_gpus(1000)
-    gpus.corrupt_inforom()
+    gpus.faults.corrupt_inforom()
     with pytest.raises(subprocess.CalledProcessError) as caught:
         query("memory.free")
     assert caught.value.returncode == 14
     assert caught.value.stdout == "1000\nWARNING: infoROM is corrupted at gpu 0000:01:00.0\n"
-    gpus.corrupt_inforom(False)
+    gpus.faults.corrupt_inforom(False)
     assert query("memory.free") == ["1000"]
 
 

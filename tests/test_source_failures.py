@@ -13,7 +13,8 @@ from typing import Any, cast
 
 import pytest
 from device import SimulatedDevice
-from devices.simulated_gpu import GPU_IS_LOST, SimulatedGpus
+from devices.simulated_faults import GPU_IS_LOST
+from devices.simulated_gpu import SimulatedGpus
 from harness import (
     NewGpus,
     NewManager,
@@ -69,7 +70,7 @@ def test_a_driver_that_does_not_start_leaves_the_accounts_or_an_error(
     new_gpus: NewGpus, new_manager: NewManager, caplog: pytest.LogCaptureFixture, namespace: str
 ) -> None:
     gpus = new_gpus(1000)
-    gpus.fail_init()
+    gpus.faults.fail_init()
     with pytest.raises(SourceUnavailableError, match="Driver Not Loaded"):
         new_manager(memory_source="nvml", namespace="other").acquire_model("a", Loads())
     with caplog.at_level(logging.WARNING):
@@ -92,7 +93,7 @@ def test_a_gpu_that_falls_off_the_bus_keeps_its_last_figure_which_ages_and_comes
     copy = manager.acquire_model("a", Loads())
     assert [device.used_mb for device in devices(namespace)] == [300, 0]
     with caplog.at_level(logging.INFO, "mpmm"):
-        gpus.lose(0)
+        gpus.faults.lose(0)
         wait_until(lambda: age_s(namespace, 0) > 0.5 > age_s(namespace, 1), "the figure of the lost GPU ages alone")
         gpus.allocate(200, 1)
         wait_until(lambda: devices(namespace)[1].used_mb == 200, "the other GPU is measured")
@@ -101,7 +102,7 @@ def test_a_gpu_that_falls_off_the_bus_keeps_its_last_figure_which_ages_and_comes
         assert takes_s(lambda: manager.release_model("a", copy)) < AT_ONCE_S
         for tag in ("a", "b"):
             assert takes_s(partial(acquire_and_release, manager, tag)) < AT_ONCE_S
-        gpus.find(0)
+        gpus.faults.find(0)
         gpus.free(300, 0)
         # NVML must be initialised anew for that.
         wait_until(lambda: devices(namespace)[0].used_mb == 0, "the GPU is measured again")
@@ -116,19 +117,19 @@ def test_nvml_is_initialised_again_when_all_is_lost_but_not_at_every_poll(new_gp
     gpus = new_gpus(1000)
     source = NvmlSource(retry_s=60)
     gpus.record_calls()
-    gpus.lose(0)
-    gpus.fail_init()
+    gpus.faults.lose(0)
+    gpus.faults.fail_init()
     for _ in range(5):
         (sample,) = source.sample(())
         assert sample.used_mb is None
     assert sample.trouble == "Driver Not Loaded"
     assert [what for _, what, _ in gpus.calls()].count("init") == 1
-    gpus.fail_init(0)
-    gpus.find(0)
+    gpus.faults.fail_init(0)
+    gpus.faults.find(0)
     source = NvmlSource(retry_s=0)
-    gpus.lose(0)
+    gpus.faults.lose(0)
     assert source.sample(())[0].trouble == "GPU is lost"
-    gpus.find(0)
+    gpus.faults.find(0)
     gpus.allocate(200, 0)
     (sample,) = source.sample(())
     assert sample.used_mb == 200 and sample.processes_known
@@ -141,17 +142,17 @@ def test_fields_that_are_not_available_are_unknown_and_not_zero(
     gpus = new_gpus(1000, 1000, 1000)
     for device in range(3):
         gpus.allocate(400, device)
-    gpus.refuse(2, "memory")
+    gpus.faults.refuse(2, "memory")
     manager = new_manager(memory_source="nvidia-smi", poll_interval=0.05)
     acquire_and_release(manager, "a")
     # One without a total cannot be used at all.
     wait_until(lambda: [device.used_mb for device in devices(namespace)] == [400, 400], "there are figures")
-    gpus.refuse(1, "memory", GPU_IS_LOST)
+    gpus.faults.refuse(1, "memory", GPU_IS_LOST)
     wait_until(lambda: age_s(namespace, 1) > 0.5 > age_s(namespace, 0), "the figure ages, and the other does not")
     assert devices(namespace)[1].used_mb == 400
     # One that is lost makes the program fail as a whole; the others are asked for one by one.
-    gpus.refuse(1, "memory", 0)
-    gpus.lose(2)
+    gpus.faults.refuse(1, "memory", 0)
+    gpus.faults.lose(2)
     gpus.free(100, 0)
     wait_until(lambda: [device.used_mb for device in devices(namespace)] == [300, 400], "the others are read")
 
@@ -162,7 +163,7 @@ def test_an_nvidia_smi_that_hangs_holds_up_nobody(new_gpus: NewGpus, new_process
     first, second = (new_process(**options) for _ in range(2))
     first.call(learn, a=100.0, b=100.0)
     first.call(acquire, "a")
-    gpus.hang(nvidia_smi_s=10)
+    gpus.faults.hang(nvidia_smi_s=10)
     wait_until(lambda: age_s(namespace, 0) > 0.6, "the program hangs")
     assert takes_s(lambda: second.call(acquire, "b")) < AT_ONCE_S  # a load
     second.call(release)
@@ -178,7 +179,7 @@ def test_an_nvidia_smi_that_hangs_holds_up_nobody(new_gpus: NewGpus, new_process
     freed_s = wait_until(lambda: copies_of(namespace, "b")[0].state == "idle", "what the dead one held is free")
     assert freed_s < 1.5
     gpus.allocate(250, 0)
-    gpus.hang(nvidia_smi_s=0)
+    gpus.faults.hang(nvidia_smi_s=0)
     wait_until(lambda: devices(namespace)[0].used_mb == 250, "the program is killed, and the next one answers")
     first.call(release)
     assert problems(namespace) == []
@@ -201,7 +202,7 @@ def test_pids_of_another_namespace_are_not_taken_for_processes_without_memory(
     assert sample.process_mb == {os.getpid(): 200}
     assert sample.unrelated_mb((os.getpid(),)) == 0
     assert sample.unrelated_mb(()) == 200
-    gpus.shift_pids(10_000_000)
+    gpus.faults.shift_pids(10_000_000)
     for _ in range(2):
         (sample,) = source.sample((os.getpid(),))
     assert not source.measures_processes
@@ -210,15 +211,15 @@ def test_pids_of_another_namespace_are_not_taken_for_processes_without_memory(
     wait_until(lambda: not read_snapshot(namespace).measures_processes, "the leader says so")
     assert "source nvml," in render(read_snapshot(namespace))
     assert any("cannot measure single processes" in record.getMessage() for record in caplog.records)
-    gpus.shift_pids(0)
+    gpus.faults.shift_pids(0)
     (sample,) = source.sample((os.getpid(),))
     assert source.measures_processes and sample.process_mb == {os.getpid(): 200}
     # A driver that gives no lists, or keeps the figures to itself, cannot either.
     for what in ("processes", "process_memory"):
-        gpus.refuse(0, what)
+        gpus.faults.refuse(0, what)
         (sample,) = source.sample((os.getpid(),))
         assert not source.measures_processes and not sample.processes_known and sample.used_mb == 200
-        gpus.refuse(0, what, 0)
+        gpus.faults.refuse(0, what, 0)
     source.close()
 
 
@@ -299,7 +300,7 @@ def test_objects_in_a_process_are_loaded_while_figures_are_missing(new_gpus: New
     gpus = new_gpus(1000)
     manager = new_manager(memory_source="nvml", poll_interval=0.05)
     acquire_and_release(manager, "a", LoadsObject())
-    gpus.lose(0)
+    gpus.faults.lose(0)
     acquire_and_release(manager, "b", LoadsObject())
 
 
@@ -308,7 +309,7 @@ def test_a_corrupted_inforom_hides_no_figure(
 ) -> None:
     gpus = new_gpus(1000, 1000)
     gpus.allocate(300, 1)
-    gpus.corrupt_inforom()
+    gpus.faults.corrupt_inforom()
     with caplog.at_level(logging.WARNING):
         manager = new_manager(memory_source="nvidia-smi", poll_interval=0.05)
         acquire_and_release(manager, "a")
@@ -324,7 +325,7 @@ def test_models_are_placed_in_the_memory_that_a_gpu_shares_with_its_host(
     name: str, new_gpus: NewGpus, new_manager: NewManager, namespace: str
 ) -> None:
     gpus = new_gpus(1000)
-    gpus.refuse(0, "memory")
+    gpus.faults.refuse(0, "memory")
     manager = new_manager(memory_source=name, poll_interval=0.05, slack_percentage=0.0)
     acquire_and_release(manager, "a")
     (device,) = devices(namespace)
@@ -366,7 +367,7 @@ def test_a_driver_that_hangs_lengthens_no_wait_and_the_dead_are_reaped(
     first.call(learn, a=900.0, b=100.0, c=50.0)
     first.call(acquire, "a")
     third.call(acquire, "b")
-    gpus.hang(nvml_s=8)
+    gpus.faults.hang(nvml_s=8)
     wait_until(lambda: age_s(namespace, 0) > 0.7, "NVML hangs")
     # One that has to wait for memory does so for its time-out. One that loads is at most held up to be measured.
     outcome, took_s = second.call(try_to_acquire, "d")
@@ -382,7 +383,7 @@ def test_a_driver_that_hangs_lengthens_no_wait_and_the_dead_are_reaped(
     assert leader_pid(snapshot) == second.pid
     # It leads, and says so, while the figures age.
     wait_until(lambda: read_snapshot(namespace).polled_ago_s < 1.0 < age_s(namespace, 0), "it polls in vain")
-    gpus.hang(nvml_s=0)
+    gpus.faults.hang(nvml_s=0)
     wait_until(lambda: age_s(namespace, 0) < 0.5, "figures come again")
     assert problems(namespace) == []
 
@@ -446,10 +447,10 @@ def test_a_process_that_ends_does_not_wait_for_a_driver_that_hangs(
     process = new_process(memory_source="nvml", poll_interval=0.1)
     process.call(acquire, "a")
     process.call(release)
-    gpus.hang(nvml_s=8)
+    gpus.faults.hang(nvml_s=8)
     wait_until(lambda: age_s(namespace, 0) > 0.5, "NVML hangs")
     assert takes_s(lambda: process.call(shut_down)) < 4.0
-    gpus.hang(nvml_s=0)
+    gpus.faults.hang(nvml_s=0)
 
 
 def test_a_sample_that_is_asked_for_is_published_and_nobody_waits(
@@ -460,7 +461,7 @@ def test_a_sample_that_is_asked_for_is_published_and_nobody_waits(
     manager = new_manager(memory_source="nvidia-smi", poll_interval=60.0)
     acquire_and_release(manager, "a")
     gpus.allocate(300, 0)
-    gpus.hang(nvidia_smi_s=1.0)
+    gpus.faults.hang(nvidia_smi_s=1.0)
     assert takes_s(manager._connected().figures.request_sample) < 0.3
     wait_until(lambda: devices(namespace)[0].used_mb == 300, "the figure is there")
 
@@ -470,16 +471,16 @@ def test_a_sample_that_is_asked_for_is_published_and_nobody_waits(
 
 def name_the_daemon_alone(gpus: SimulatedGpus) -> None:
     """Do as a driver under MPS does that has no list of clients."""
-    gpus.share_context(1)
-    gpus.refuse(0, "mps_processes")
+    gpus.faults.share_context(1)
+    gpus.faults.refuse(0, "mps_processes")
 
 
 MAKE_SILENT: dict[str, Callable[[SimulatedGpus], None]] = {
-    "pids of another namespace": lambda gpus: gpus.shift_pids(10_000_000),
-    "an empty list": lambda gpus: gpus.refuse(0, "unlisted", 1),
-    "no list": lambda gpus: gpus.refuse(0, "processes"),
+    "pids of another namespace": lambda gpus: gpus.faults.shift_pids(10_000_000),
+    "an empty list": lambda gpus: gpus.faults.refuse(0, "unlisted", 1),
+    "no list": lambda gpus: gpus.faults.refuse(0, "processes"),
     "the daemon of MPS alone": name_the_daemon_alone,
-    "no memory of processes": lambda gpus: gpus.refuse(0, "process_memory"),
+    "no memory of processes": lambda gpus: gpus.faults.refuse(0, "process_memory"),
 }
 
 
@@ -525,7 +526,7 @@ def test_the_first_model_is_alone_until_its_load_has_shown_that_the_driver_tells
 ) -> None:
     gpus = new_gpus(16000)
     if shared:
-        gpus.share_context(1)
+        gpus.faults.share_context(1)
     manager = new_manager(memory_source="nvml", poll_interval=60.0)
     with manager.model("a", LoadsServer("a", MakesServed(cast(Any, gpus), 500.0))):
         snapshot = read_snapshot(namespace)
@@ -556,7 +557,7 @@ def test_what_one_process_was_shown_holds_for_a_leader_that_was_shown_nothing(
     wait_until(lambda: age_s(namespace, 0) < 0.1, "it polls")
     assert read_snapshot(namespace).measures_processes
     # Until it is shown that the driver does not tell after all.
-    gpus.refuse(0, "processes")
+    gpus.faults.refuse(0, "processes")
     wait_until(lambda: not read_snapshot(namespace).measures_processes, "it says so")
 
 

@@ -95,7 +95,7 @@ def test_a_source_that_hangs_does_not_hold_back_what_an_unload_has_freed(
     manager = new_manager(memory_source="nvidia-smi", poll_interval=0.2, wait_timeout_seconds=60.0)
     learn(Seat(manager), a=700, b=800)
     use(manager, gpus, "a", 700)
-    gpus.hang(nvidia_smi_s=60.0)
+    gpus.faults.hang(nvidia_smi_s=60.0)
     watch = Stopwatch()
     use(manager, gpus, "b", 800)
     assert watch.calm_s() < 15, "nobody waits for the program"

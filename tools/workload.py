@@ -317,8 +317,8 @@ def simulate_gpu(workload: Workload) -> None:
     built.load()
     gpus = SimulatedGpus.create(folder / "gpus", workload.device_mb)
     answer_s = workload.answer_s
-    gpus.hang(**{"nvml_s" if workload.source == "nvml" else "nvidia_smi_s": answer_s})
-    gpus.set_rates(workload.suspend_mb_s, workload.resume_mb_s)
+    gpus.faults.hang(**{"nvml_s" if workload.source == "nvml" else "nvidia_smi_s": answer_s})
+    gpus.checkpoints.set_rates(workload.suspend_mb_s, workload.resume_mb_s)
     os.environ.update(gpus.environment(built, checkpoints=True))
     os.environ.pop("CUDA_VISIBLE_DEVICES", None)
 

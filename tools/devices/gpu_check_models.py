@@ -155,7 +155,7 @@ class SimulatedModel:
         """Take a moment; with a seed, see that all memory is on the device."""
         time.sleep(INFERENCE_S)
         if self._seed is not None:
-            self._gpus.await_running()
+            self._gpus.checkpoints.await_running()
             there_mb = self._gpus.device_mb_of(os.getpid(), self._gpus.current_device())
             if abs(there_mb - self._mb - CONTEXT_MB) > 0.01:
                 raise WrongWeightsError(f"{there_mb:g} of {self._mb + CONTEXT_MB:g} MB are on the device")
@@ -166,7 +166,7 @@ class SimulatedModel:
 
     def replay(self) -> bool:
         """See `CheckedModel`; a graph is launched by a call that a locked process does not make."""
-        self._gpus.await_running()
+        self._gpus.checkpoints.await_running()
         return True
 
     def figures(self) -> Figures:

@@ -81,7 +81,7 @@ def check_suspend(check: Check) -> None:
 def set_rates(check: Check, rates_mb_s: tuple[float, float]) -> None:
     """Let the simulated driver move so much in a second."""
     if check.gpus is not None:
-        check.gpus.set_rates(*rates_mb_s)
+        check.gpus.checkpoints.set_rates(*rates_mb_s)
 
 
 @contextmanager
@@ -139,7 +139,7 @@ def copy_of(namespace: str, tag: str) -> InstanceInfo:
 
 def host_mb_of(check: Check, pid: int) -> float:
     """Return the host memory of a process; on a simulated GPU with all that it has moved there."""
-    moved_mb = 0.0 if check.gpus is None else check.gpus.host_mb_of(pid)
+    moved_mb = 0.0 if check.gpus is None else check.gpus.checkpoints.host_mb_of(pid)
     return float(psutil.Process(pid).memory_info().rss) / MIB + moved_mb
 
 
@@ -538,7 +538,7 @@ def kill_suspended(check: Check, manager: ModelManager, tag: str, loader: Loader
     text = f"{device_mb:+.0f} MB on the device, {booked_mb:.0f} accounted"
     gone = state_of(tag) is None and device_mb <= NEAR_MB and booked_mb == 0.0
     check.say("suspend", "killed while suspended", text, f"≤ {NEAR_MB:.0f} MB, 0", gone)
-    left_mb = before_mb - host_memory_left_mb() if check.gpus is None else check.gpus.host_mb()
+    left_mb = before_mb - host_memory_left_mb() if check.gpus is None else check.gpus.checkpoints.host_mb()
     near_mb = loader.mb / 4
     check.say("suspend", "host memory not given back", f"{left_mb:+.0f} MB", f"≤ {near_mb:.0f} MB", left_mb <= near_mb)
     now = use(check, manager, tag, loader)

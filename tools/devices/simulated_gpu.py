@@ -44,7 +44,6 @@ from __future__ import annotations
 import argparse
 import ctypes
 import fcntl
-import itertools
 import os
 import shlex
 import subprocess
@@ -54,28 +53,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = [
-    *("CHECKPOINTED", "DIRECTORY_VARIABLE", "DRIVER_NOT_LOADED", "FAILED", "GPU_IS_LOST", "LOCKED", "NOT_SUPPORTED"),
-    *("RUNNING", "Build", "SimulatedGpus", "build"),
-]
+from devices.simulated_checkpoints import SimulatedCheckpoints
+from devices.simulated_faults import SimulatedFaults
+from devices.simulated_files import MAX_GPUS, MIB, Device, new_number, place_of, read_about, read_bytes, start_of, write
+
+__all__ = ["DIRECTORY_VARIABLE", "Build", "SimulatedGpus", "build"]
 
 DIRECTORY_VARIABLE = "SIMULATED_GPU_DIR"
-MIB = 2**20
-MAX_GPUS = 8
 MAX_SLICES = 7
-# NVML's errors, as nvidia-ml-py has them.
-NOT_SUPPORTED = 3
-NO_PERMISSION = 4
-DRIVER_NOT_LOADED = 9
-GPU_IS_LOST = 15
-# States of a process for the driver's checkpoint calls.
-RUNNING, LOCKED, CHECKPOINTED, FAILED = range(4)
-# How often a process looks whether it is locked no more.
-LOOK_S = 0.005
 _SOURCES = Path(__file__).resolve().parent
-# A GPU's number, the number of one and of its slice, or a uuid.
-Device = int | tuple[int, int] | str
-_numbers = itertools.count(1)
 
 
 @dataclass(frozen=True)
@@ -114,12 +100,16 @@ def build(folder: Path) -> Build:
 class SimulatedGpus:
     """The GPUs in a directory; every process can make one of these for the same directory. Can be pickled.
 
-    A device is named by its number, by `(number, slice)`, or by its uuid.
+    A device is named by its number, by `(number, slice)`, or by its uuid. Of the directory, this class has the devices,
+    the memory that processes have on them, and the log of who asks; `checkpoints` has the driver's checkpoint calls,
+    and `faults` what goes wrong for NVML and nvidia-smi.
     """
 
     def __init__(self, folder: Path) -> None:
         """Use the directory as it is; see `create`."""
         self.folder = folder
+        self.checkpoints = SimulatedCheckpoints(folder)
+        self.faults = SimulatedFaults(folder)
 
     @classmethod
     def create(
@@ -180,26 +170,26 @@ class SimulatedGpus:
         for number in range(self.count()):
             board = self.folder / f"gpu{number}"
             slices = sorted(board.glob("mig*"))
-            found += [_about(unit)["uuid"] for unit in ([board] if _about(board)["mig"] != "1" else slices)]
+            found += [read_about(unit)["uuid"] for unit in ([board] if read_about(board)["mig"] != "1" else slices)]
         return found
 
     def uuid(self, device: Device) -> str:
         """Return a device's uuid."""
-        return _about(self._place(device))["uuid"]
+        return read_about(self._place(device))["uuid"]
 
     def total_mb(self, device: Device) -> float:
         """Return a device's size."""
-        return int(_about(self._place(device))["total"]) / MIB
+        return int(read_about(self._place(device))["total"]) / MIB
 
     def used_mb(self, device: Device) -> float:
         """Return what is used on a device, with what the driver keeps; of a GPU in MIG mode, in all of its slices."""
         place = self._place(device)
-        reserved = int(_about(place)["reserved"])
+        reserved = int(read_about(place)["reserved"])
         return (reserved + sum(_used(unit) for unit in (place, *place.glob("mig*")))) / MIB
 
     def highest_mb(self, device: Device) -> float:
         """Return the most that was in use after any `allocate`, 0 before the first."""
-        return _read_bytes(self._place(device) / "highest") / MIB
+        return read_bytes(self._place(device) / "highest") / MIB
 
     def process_mb(self, device: Device) -> dict[int, float]:
         """Return the memory of each living process on a device."""
@@ -207,9 +197,13 @@ class SimulatedGpus:
         found: dict[int, float] = {}
         for name in os.listdir(memory):
             kind, pid, *rest = name.split("_")
-            if kind == "kept" or (kind == "of" and _start_of(int(pid)) == rest[0]):
-                found[int(pid)] = found.get(int(pid), 0.0) + _read_bytes(memory / name) / MIB
+            if kind == "kept" or (kind == "of" and start_of(int(pid)) == rest[0]):
+                found[int(pid)] = found.get(int(pid), 0.0) + read_bytes(memory / name) / MIB
         return found
+
+    def device_mb_of(self, pid: int, device: Device) -> float:
+        """Return what a living process has on a device; its answer takes no look at the others."""
+        return read_bytes(self._place(device) / "memory" / f"of_{pid}_{start_of(pid)}") / MIB
 
     def current_device(self) -> str:
         """Return the uuid of this process's `cuda:0`, by the first entry of CUDA_VISIBLE_DEVICES.
@@ -219,7 +213,7 @@ class SimulatedGpus:
         entry = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0].strip()
         if entry.isdecimal():
             board = self.folder / f"gpu{entry}"
-            fitting = [_about(next(iter(sorted(board.glob("mig*"))), board))["uuid"]] if board.is_dir() else []
+            fitting = [read_about(next(iter(sorted(board.glob("mig*"))), board))["uuid"]] if board.is_dir() else []
         else:
             fitting = [uuid for uuid in self.units() if entry and uuid.startswith(entry)]
         if len(fitting) != 1:
@@ -234,142 +228,40 @@ class SimulatedGpus:
         Raises MemoryError, and takes nothing, when there is less free.
         """
         wanted = self.current_device() if device is None else device
-        self.await_running()
+        self.checkpoints.await_running()
         with self._alone():
             free_mb = self.total_mb(wanted) - self.used_mb(wanted)
             if mb > free_mb:
                 raise MemoryError(f"{mb:g} MiB asked for on {self.uuid(wanted)}, {free_mb:g} MiB free")
             self._change(self._own_file(wanted), mb)
             if self.used_mb(wanted) > self.highest_mb(wanted):
-                _write(self._place(wanted) / "highest", str(round(self.used_mb(wanted) * MIB)))
+                write(self._place(wanted) / "highest", str(round(self.used_mb(wanted) * MIB)))
 
     def free(self, mb: float, device: Device | None = None) -> None:
         """Give memory of this process back; it comes free after `linger_s`. Raises ValueError for more than it has."""
         wanted = self.current_device() if device is None else device
         own = self._own_file(wanted)
-        self.await_running()
+        self.checkpoints.await_running()
         with self._alone():
-            if mb * MIB > _read_bytes(own) + 1:
-                raise ValueError(f"{mb:g} MiB to free, {_read_bytes(own) / MIB:g} MiB taken")
+            if mb * MIB > read_bytes(own) + 1:
+                raise ValueError(f"{mb:g} MiB to free, {read_bytes(own) / MIB:g} MiB taken")
             if _linger_s(own.parent.parent):
-                _write(own.with_name(f"late_{os.getpid()}_{next(_numbers)}"), str(round(mb * MIB)))
+                write(own.with_name(f"late_{os.getpid()}_{new_number()}"), str(round(mb * MIB)))
             self._change(own, -mb)
 
     def pretend(self, pid: int, mb: float, device: Device) -> None:
         """Give a process memory, whether it lives or not, until `pretend(pid, 0, device)`: somebody else's, say."""
         path = self._place(device) / "memory" / f"kept_{pid}"
         if mb:
-            _write(path, str(round(mb * MIB)))
+            write(path, str(round(mb * MIB)))
         else:
             path.unlink()
-
-    # ---- checkpoints ---------------------------------------------------------------------------------------
-
-    def set_rates(self, checkpoint_mb_s: float, restore_mb_s: float) -> None:
-        """Let checkpoints and restores move so much in a second; 0: all of it at once."""
-        _write(self.folder / "cuda_rates", f"checkpoint {checkpoint_mb_s}\nrestore {restore_mb_s}\n")
-
-    def fail_call(self, call: str, error: int) -> None:
-        """Let a call of the driver (`cuInit`, `state`, `lock`, `checkpoint`, `restore`, `unlock`) fail; 0 ends it."""
-        _write(self.folder / "cuda_error", f"{call} {error}\n" if error else "")
-
-    def hang_call(self, call: str, seconds: float) -> None:
-        """Let a call of the driver begin so much later."""
-        self.delay_calls(**{call: seconds})
-
-    def delay_calls(self, **seconds: float) -> None:
-        """Let each of these calls of the driver begin so much later; the others begin at once."""
-        _write(self.folder / "cuda_hang", "".join(f"{call} {late}\n" for call, late in seconds.items()))
-
-    def keep_busy(self, seconds: float) -> None:
-        """Let every process have submitted work of so many seconds, for which a lock waits."""
-        _write(self.folder / "cuda_busy", f"lock {seconds}\n")
-
-    def kill_caller(self, call: str, after_mb: float, leaves: int) -> None:
-        """Let the next caller of `checkpoint` or `restore` be killed before it has moved so much; below 0 ends it.
-
-        leaves: the state in which the process is then.
-        """
-        _write(self.folder / "cuda_die", f"{call} {round(after_mb * MIB)} {leaves}\n" if after_mb >= 0 else "")
-
-    def state_of(self, pid: int) -> int:
-        """Return the state of a process: RUNNING, LOCKED, CHECKPOINTED or FAILED."""
-        return _read_bytes(self.folder / "host" / f"state_{pid}_{_start_of(pid)}")
-
-    def host_mb(self) -> float:
-        """Return what living processes have in the host's memory instead of on their devices."""
-        return sum(self.host_process_mb().values())
-
-    def host_process_mb(self) -> dict[int, float]:
-        """Return that for each process."""
-        found: dict[int, float] = {}
-        for path in (self.folder / "host").glob("gpu*_*_*"):
-            _, pid, started = path.name.split("_")
-            if _start_of(int(pid)) == started:
-                found[int(pid)] = found.get(int(pid), 0.0) + _read_bytes(path) / MIB
-        return found
-
-    def device_mb_of(self, pid: int, device: Device) -> float:
-        """Return what a living process has on a device; its answer takes no look at the others."""
-        return _read_bytes(self._place(device) / "memory" / f"of_{pid}_{_start_of(pid)}") / MIB
-
-    def host_mb_of(self, pid: int) -> float:
-        """Return what a living process has in the host's memory instead of on its devices."""
-        started = _start_of(pid)
-        places = (self.folder / "host" / f"gpu{number}_{pid}_{started}" for number in range(MAX_GPUS))
-        return sum(map(_read_bytes, places)) / MIB
-
-    def await_running(self) -> None:
-        """Block as a CUDA call does while the process is locked or checkpointed."""
-        while self.state_of(os.getpid()) != RUNNING:
-            time.sleep(LOOK_S)
-
-    # ---- failures -----------------------------------------------------------------------------------------
-
-    def fail_init(self, error: int = DRIVER_NOT_LOADED) -> None:
-        """Let nvmlInit fail, and nvidia-smi with it; 0 ends it."""
-        _write(self.folder / "init", str(error))
-
-    def lose(self, device: int) -> None:
-        """Let a GPU fall off the bus: nvidia-smi fails as a whole then, NVML for this GPU until initialised anew."""
-        (self._place(device) / "lost").touch()
-
-    def find(self, device: int) -> None:
-        """Put a GPU back that was lost."""
-        (self._place(device) / "lost").unlink()
-
-    def refuse(self, device: Device, what: str, error: int = NOT_SUPPORTED) -> None:
-        """Let a device refuse questions about `what`, see the list in the module's text; with error 0, answer again."""
-        path = self._place(device) / "refused"
-        lines = dict(line.split() for line in path.read_text().splitlines()) if path.exists() else {}
-        lines[what] = str(error)
-        _write(path, "".join(f"{key} {value}\n" for key, value in lines.items()))
-
-    def hang(self, nvidia_smi_s: float = 0.0, nvml_s: float = 0.0) -> None:
-        """Let nvidia-smi, and figures of NVML, take so long from now on."""
-        _write(self.folder / "smi_hang", str(nvidia_smi_s))
-        _write(self.folder / "nvml_hang", str(nvml_s))
-
-    def shift_pids(self, by: int) -> None:
-        """Tell pids as from another pid namespace: so much higher."""
-        _write(self.folder / "pid_offset", str(by))
-
-    def share_context(self, daemon: int) -> None:
-        """Tell processes as under MPS: a daemon computes for all, who are in a list of their own; 0 ends it."""
-        _write(self.folder / "mps_daemon", str(daemon))
-
-    def corrupt_inforom(self, corrupted: bool = True) -> None:
-        """Let nvidia-smi complain about an infoROM between its lines, and end with status 14."""
-        if corrupted:
-            (self.folder / "inforom").touch()
-        else:
-            (self.folder / "inforom").unlink()
 
     # ---- who asks -----------------------------------------------------------------------------------------
 
     def record_calls(self) -> None:
         """Log who initialises NVML and who asks for figures, from now on."""
-        _write(self.folder / "calls", "")
+        write(self.folder / "calls", "")
 
     def calls(self) -> list[tuple[int, str, str]]:
         """Return the log: pid, `init` or `memory`, and the uuid, or `-`."""
@@ -393,26 +285,19 @@ class SimulatedGpus:
             "linger_ms": round(linger_s * 1000),
             "mig": 1 if mig else -1,
         }
-        _write(place / "about", "".join(f"{key} {value}\n" for key, value in about.items()))
+        write(place / "about", "".join(f"{key} {value}\n" for key, value in about.items()))
 
     def _place(self, device: Device) -> Path:
-        if isinstance(device, int):
-            return self.folder / f"gpu{device}"
-        if isinstance(device, tuple):
-            return self.folder / f"gpu{device[0]}" / f"mig{device[1]}"
-        for place in (*self.folder.glob("gpu*"), *self.folder.glob("gpu*/mig*")):
-            if _about(place)["uuid"] == device:
-                return place
-        raise LookupError(f"no simulated device {device!r}")
+        return place_of(self.folder, device)
 
     def _own_file(self, device: Device) -> Path:
-        return self._place(device) / "memory" / f"of_{os.getpid()}_{_start_of(os.getpid())}"
+        return self._place(device) / "memory" / f"of_{os.getpid()}_{start_of(os.getpid())}"
 
     @staticmethod
     def _change(path: Path, by_mb: float) -> None:
-        there = _read_bytes(path) + round(by_mb * MIB)
+        there = read_bytes(path) + round(by_mb * MIB)
         if there > 0:
-            _write(path, str(there))
+            write(path, str(there))
         else:
             path.unlink(missing_ok=True)
 
@@ -423,35 +308,8 @@ class SimulatedGpus:
             yield
 
 
-def _about(place: Path) -> dict[str, str]:
-    return dict(line.split(" ", 1) for line in (place / "about").read_text().splitlines())
-
-
 def _linger_s(place: Path) -> float:
-    return int(_about(place)["linger_ms"]) / 1000
-
-
-def _write(path: Path, text: str) -> None:
-    """Replace a file as a whole. Its name until then is not one that the library counts."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}.{next(_numbers)}")
-    aside.write_text(text)
-    aside.replace(path)
-
-
-def _read_bytes(path: Path) -> int:
-    try:
-        return int(path.read_text())
-    except FileNotFoundError:
-        return 0
-
-
-def _start_of(pid: int) -> str | None:
-    """Return when a process was started, in the kernel's count; None when it is gone, or a zombie."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
-    except OSError:
-        return None
-    return None if fields[0] in "ZX" else fields[19]
+    return int(read_about(place)["linger_ms"]) / 1000
 
 
 def _used(place: Path) -> int:
@@ -461,14 +319,14 @@ def _used(place: Path) -> int:
     for path in (place / "memory").iterdir():
         kind, *rest = path.name.split("_")
         try:
-            if kind == "of" and _start_of(int(rest[0])) != rest[1] and not linger_s:
+            if kind == "of" and start_of(int(rest[0])) != rest[1] and not linger_s:
                 continue
             if kind == "late" and time.time() - path.stat().st_mtime >= linger_s:
                 continue
         except FileNotFoundError:
             continue
         if kind in ("of", "kept", "late"):
-            used += _read_bytes(path)
+            used += read_bytes(path)
     return used
 
 

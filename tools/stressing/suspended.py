@@ -36,4 +36,4 @@ class SuspendedModel:
         A copy that is in use has all of its memory, and is running.
         """
         pid = os.getpid()
-        return pid, self._gpus.process_mb(0).get(pid, 0.0), self._gpus.state_of(pid)
+        return pid, self._gpus.process_mb(0).get(pid, 0.0), self._gpus.checkpoints.state_of(pid)

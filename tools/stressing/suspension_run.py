@@ -34,7 +34,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import psutil
-from devices.simulated_gpu import CHECKPOINTED, LOCKED, RUNNING, Build, SimulatedGpus, build
+from devices.simulated_checkpoints import CHECKPOINTED, LOCKED, RUNNING
+from devices.simulated_gpu import Build, SimulatedGpus, build
 
 from mpmm.errors import LayoutMismatchError
 from mpmm.shared_state.invariants import check_invariants
@@ -375,8 +376,8 @@ class _Conductor:
         return found
 
     def _driver_step(self, pid: int) -> str:
-        state = self._gpus.state_of(pid)
-        split = self._gpus.host_mb_of(pid) > 0 and self._gpus.device_mb_of(pid, 0) > 0
+        state = self._gpus.checkpoints.state_of(pid)
+        split = self._gpus.checkpoints.host_mb_of(pid) > 0 and self._gpus.device_mb_of(pid, 0) > 0
         return _DRIVER.get(state, "failed") + (", part moved" if split else "")
 
     def _find_helper(self) -> None:
@@ -445,8 +446,8 @@ class _Conductor:
             pid = None if server is None else server.pid
             wrong += [f"{copy.handle or copy.tag}: {text}" for text in self._wrong_of(copy, pid)]
         host_mb = sum(copy.host_mb for copy in snapshot.instances)
-        if host_mb != self._gpus.host_mb() or host_mb > snapshot.suspend_budget_mb or host_mb > BUDGET_MB:
-            wrong.append(f"{host_mb:g} MB of the host accounted for, {self._gpus.host_mb():g} MB taken")
+        if host_mb != self._gpus.checkpoints.host_mb() or host_mb > snapshot.suspend_budget_mb or host_mb > BUDGET_MB:
+            wrong.append(f"{host_mb:g} MB of the host accounted for, {self._gpus.checkpoints.host_mb():g} MB taken")
         (device,) = snapshot.devices or (None,)
         mb = sum(copy.mb for copy in snapshot.instances)
         if device is None or mb != self._gpus.used_mb(0) or device.returning_mb or device.used_mb != mb:
@@ -460,7 +461,8 @@ class _Conductor:
         if pid is None:
             return ["it has no server"]
         size = float(mb_of(copy.tag))
-        truth = (self._gpus.device_mb_of(pid, 0), self._gpus.host_mb_of(pid), self._gpus.state_of(pid))
+        moved = self._gpus.checkpoints
+        truth = (self._gpus.device_mb_of(pid, 0), moved.host_mb_of(pid), moved.state_of(pid))
         expected = (size, 0.0, RUNNING) if copy.state == "idle" else (0.0, size, CHECKPOINTED)
         if truth != expected or (copy.mb, copy.host_mb) != expected[:2]:
             return [f"it is {copy.state} with {copy.mb:g} and {copy.host_mb:g} MB; device, host, driver say {truth}"]
@@ -612,8 +614,8 @@ def _be_conductor(
         root = folder / "r"
         root.mkdir(parents=True, mode=0o700)
         gpus = SimulatedGpus.create(folder / "gpus", DEVICE_MB)
-        gpus.set_rates(*RATES)
-        gpus.delay_calls(**DELAYS)
+        gpus.checkpoints.set_rates(*RATES)
+        gpus.checkpoints.delay_calls(**DELAYS)
         os.environ.update(gpus.environment(built, checkpoints=True), **{RUNTIME_DIR_VARIABLE: str(root)})
         os.environ.pop("CUDA_VISIBLE_DEVICES", None)
         built.load()
