@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 from harness import OncePerRun, scaled
-from simulation.manager import POLICIES, Setting, closed_loads, simulate_clients
+from simulation.bounds import closed_loads
+from simulation.manager import Setting, simulate_clients
+from simulation.policies import POLICIES
 
 TOOL = Path(__file__).resolve().parent.parent / "tools" / "simulate.py"
 

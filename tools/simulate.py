@@ -25,7 +25,9 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from simulation.manager import POLICIES, Outcome, Setting, closed_loads, offline_loads, simulate, simulate_clients
+from simulation.bounds import closed_loads, offline_loads
+from simulation.manager import Outcome, Setting, simulate, simulate_clients
+from simulation.policies import POLICIES
 from simulation.traces import CYCLING, SIZES_MB, TRACES, cycling, read_csv
 
 

@@ -10,18 +10,14 @@ and to resume one takes time by its size.
 from __future__ import annotations
 
 import heapq
-import itertools
 import math
-import operator
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
-from mpmm.policy.admission import free_mb
 from mpmm.policy.demand import Demand
-from mpmm.policy.eviction import eviction_order
 from mpmm.policy.fairness import overtaking_over
-from mpmm.policy.plan import Plan, make_plan
+from mpmm.policy.plan import make_plan
 from mpmm.policy.sharing import remaining_s
 from mpmm.policy.suspension import HostRoom, Kept, Movable, Way, pays, resume_s
 from mpmm.policy.view import (
@@ -33,7 +29,6 @@ from mpmm.policy.view import (
     IdleInstance,
     Load,
     ModelView,
-    Reason,
     Refuse,
     Resume,
     Rules,
@@ -42,17 +37,9 @@ from mpmm.policy.view import (
     View,
     Wait,
 )
+from simulation.policies import Policy
 
-__all__ = [
-    "POLICIES",
-    "Outcome",
-    "Policy",
-    "Setting",
-    "closed_loads",
-    "offline_loads",
-    "simulate",
-    "simulate_clients",
-]
+__all__ = ["Outcome", "Setting", "simulate", "simulate_clients"]
 
 ARRIVE, LOADED, RELEASE, UNLOADED, SUSPENDED = range(5)
 
@@ -85,19 +72,6 @@ class Setting:
     )
 
 
-@dataclass(frozen=True)
-class Policy:
-    """How decisions are made.
-
-    barges: a newcomer takes an idle copy whoever waits. blocks: a load holds up everybody, as under Beam's lock.
-    """
-
-    name: str
-    plan: Callable[[View], Plan]
-    barges: bool = False
-    blocks: bool = False
-
-
 @dataclass
 class Outcome:
     """What came of a simulation; waits in seconds, by model. used_mb: (time, MB) at every change.
@@ -117,69 +91,6 @@ class Outcome:
     finished_s: float = 0.0
     waits: defaultdict[int, list[float]] = field(default_factory=lambda: defaultdict(list))
     used_mb: list[tuple[float, float]] = field(default_factory=list)
-
-
-# ---- policies to compare with ------------------------------------------------------------------------------
-
-
-def beam_plan(view: View) -> Plan:
-    """Beam's rules: first come first served, and only the first; Beam's score; what it needs goes at once."""
-    return _first_come(view, lambda ticket: eviction_order(view, view.idle, ticket), only_first=True)
-
-
-def lru_plan(view: View) -> Plan:
-    """First come first served for loads, reuse for everybody, the copy that has been idle longest goes first."""
-    return _first_come(view, lambda _: sorted(view.idle, key=lambda copy: copy.idle_since_s), only_first=False)
-
-
-def _first_come(view: View, order: Callable[[TicketView], list[IdleInstance]], only_first: bool) -> Plan:
-    decisions: list[Decision] = []
-    idle = list(view.idle)
-    [device] = view.devices
-    held_up = False
-    for ticket in sorted(view.tickets, key=lambda ticket: ticket.number):
-        copy = next((copy for copy in idle if copy.model == ticket.model), None)
-        if copy is not None and not (held_up and only_first):
-            idle.remove(copy)
-            decisions.append(Grant(ticket.row, copy.row))
-        elif not held_up:
-            decision = _make_fit(view, device, ticket, [copy for copy in order(ticket) if copy in idle])
-            decisions.append(decision)
-            if isinstance(decision, Evict):
-                idle = [copy for copy in idle if copy.row not in decision.instances]
-            # A plan is made anew after each change.
-            held_up = True
-    return Plan(tuple(decisions), held_up)
-
-
-def _make_fit(view: View, device: DeviceView, ticket: TicketView, order: list[IdleInstance]) -> Decision:
-    need_mb = view.models[ticket.model].need_mb
-    free = free_mb(device, view.rules.slack_percentage)
-    if free >= need_mb:
-        return Load(ticket.row, (device.device,), need_mb, alone=False)
-    missing = need_mb - free - device.unloading_mb
-    victims = []
-    for copy in order:
-        if missing <= 0:
-            break
-        victims.append(copy.row)
-        missing -= copy.mb
-    if missing <= 0 and victims:
-        return Evict(ticket.row, tuple(victims))
-    return Wait(ticket.row, Reason.MEMORY)
-
-
-POLICIES = {
-    policy.name: policy
-    for policy in (
-        Policy("mpmm", make_plan),
-        Policy("lru", lru_plan),
-        Policy("beam", beam_plan, barges=True, blocks=True),
-    )
-}
-
-
-# ---- the simulation ----------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -575,92 +486,3 @@ def simulate_clients(
     for client in range(len(sequences)):
         next_request(client, 0.0)
     return simulation.run()
-
-
-def closed_loads(sequences: Sequence[Sequence[int]], room: int = 1) -> int:
-    """Return the fewest loads with which closed clients can be served, where `room` models are loaded at a time.
-
-    A closed client asks for a model only after it has been served the one before. So a load can serve, of each client,
-    only the requests that are next in turn; with room for one model that is the length of the shortest common
-    supersequence of what the clients want, repeats left out. Found by going through all that can have been served after
-    so many loads, without what is behind something else there.
-    """
-
-    def served(at: tuple[int, ...], loaded: frozenset[int]) -> tuple[int, ...]:
-        ahead = []
-        for one, sequence in zip(at, sequences, strict=True):
-            while one < len(sequence) and sequence[one] in loaded:
-                one += 1
-            ahead.append(one)
-        return tuple(ahead)
-
-    ends = tuple(len(sequence) for sequence in sequences)
-    reached = {(frozenset[int](), (0,) * len(sequences))}
-    for loads in itertools.count():
-        if any(at == ends for _, at in reached):
-            return loads
-        further: defaultdict[frozenset[int], set[tuple[int, ...]]] = defaultdict(set)
-        for loaded, at in reached:
-            for model in {sequence[one] for one, sequence in zip(at, sequences, strict=True) if one < len(sequence)}:
-                kept = itertools.combinations(loaded, room - 1) if len(loaded) == room else [tuple(loaded)]
-                for others in kept:
-                    after = frozenset((*others, model))
-                    further[after].add(served(at, after))
-        reached = {(loaded, at) for loaded, found in further.items() for at in _foremost(found)}
-    raise AssertionError("not reached")
-
-
-def _foremost(found: Iterable[tuple[int, ...]]) -> list[tuple[int, ...]]:
-    """Return the positions that no other one is ahead of for every client."""
-    foremost: list[tuple[int, ...]] = []
-    for at in sorted(found, key=sum, reverse=True):
-        if not any(all(map(operator.le, at, other)) for other in foremost):
-            foremost.append(at)
-    return foremost
-
-
-def offline_loads(setting: Setting, models: Sequence[int]) -> int:
-    """Return the loads of a manager that knows the future, one request at a time.
-
-    Belady's rule for weighted items, the better of two: the copy that is wanted last goes first, or the one for which
-    memory times that distance is largest; what turns out not to be needed stays.
-    """
-    limit_mb = setting.total_mb * (1 - setting.rules.slack_percentage)
-    following = [len(models)] * len(models)
-    seen: dict[int, int] = {}
-    for at in range(len(models) - 1, -1, -1):
-        following[at] = seen.get(models[at], 2 * len(models))
-        seen[models[at]] = at
-    return min(_belady(setting.sizes_mb, limit_mb, models, following, by_mb) for by_mb in (False, True))
-
-
-def _belady(
-    sizes_mb: Sequence[float], limit_mb: float, models: Sequence[int], following: Sequence[int], by_mb: bool
-) -> int:
-    wanted_at: dict[int, int] = {}
-    used = 0.0
-    loads = 0
-    for at, model in enumerate(models):
-        if model not in wanted_at:
-            loads += 1
-            missing = used + sizes_mb[model] - limit_mb
-            order = sorted(
-                wanted_at,
-                key=lambda one: -(wanted_at[one] - at) * (sizes_mb[one] if by_mb else 1.0),
-            )
-            victims: list[int] = []
-            for victim in order:
-                if missing <= 0:
-                    break
-                victims.append(victim)
-                missing -= sizes_mb[victim]
-            for victim in reversed(victims[:-1]):
-                if missing + sizes_mb[victim] <= 0:
-                    victims.remove(victim)
-                    missing += sizes_mb[victim]
-            for victim in victims:
-                used -= sizes_mb[victim]
-                del wanted_at[victim]
-            used += sizes_mb[model]
-        wanted_at[model] = following[at]
-    return loads
