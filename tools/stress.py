@@ -9,9 +9,10 @@
 
 Every process acquires, uses and releases models of three kinds on a simulated device that is too small for all
 of them: handles of real model servers, handles without a server, and objects that belong to their process. The
-conductor (stressing/conductor.py) kills and stops them, at times in the middle of a transaction; workers
-(stressing/worker.py) fork children in the midst of it all. If asked to, the conductor sends signals whose handlers
-raise an exception in the middle of a call, and removes lock files, or the folder that they are in, as cleaners do.
+conductor (stressing/conductor.py) starts them, and kills and stops them (stressing/disturbances.py), at times in the
+middle of a transaction; workers (stressing/worker.py) fork children in the midst of it all. If asked to, the conductor
+sends signals whose handlers raise an exception in the middle of a call, and removes lock files, or the folder that they
+are in, as cleaners do.
 
 Double use of a copy is noticed in two ways that know nothing of each other: in the state and its events
 (stressing/checks.py), and by a lock on a file of each copy that its user takes (stressing/models.py).
@@ -38,12 +39,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from stressing.conductor import NAMESPACE, Result, conduct
+from stressing.conductor import Result, conduct
 from stressing.models import SOURCES, Plan
-from stressing.suspension_run import AT_REST, ROLES, STEPS, SuspensionResult
+from stressing.suspension_run import SuspensionResult
 from stressing.suspension_run import run as run_suspensions
+from stressing.suspension_victims import AT_REST, ROLES, STEPS
 
 TESTS = Path(__file__).resolve().parent.parent / "tests"
+NAMESPACE = "stress"
 INTERRUPT_TESTS = (TESTS / "test_interrupt_points.py", TESTS / "test_shared_interrupt_points.py")
 
 

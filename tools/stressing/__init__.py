@@ -1,1 +1,1 @@
-"""The stress test's processes: the conductor, its workers, what they load, and the checks of what was seen."""
+"""The stress test's processes: the conductors and what they do, their workers, what these load, and the checks."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import collections
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -282,13 +282,3 @@ class EventChecks:
                 self._taken_by[event.instance] = text
             elif event.kind in _FREED:
                 self._taken_by.pop(event.instance, None)
-
-
-def fit_slope(points: Sequence[tuple[float, float]]) -> float:
-    """Return the least-squares slope of (time, value) points; 0 for fewer than three."""
-    if len(points) < 3:
-        return 0.0
-    mean_t = sum(t for t, _ in points) / len(points)
-    mean_v = sum(v for _, v in points) / len(points)
-    spread = sum((t - mean_t) ** 2 for t, _ in points)
-    return sum((t - mean_t) * (v - mean_v) for t, v in points) / spread if spread else 0.0

@@ -1,0 +1,36 @@
+"""The processes that descend from a conductor, whoever has started them."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import sys
+
+import psutil
+
+__all__ = ["become_subreaper", "descendants", "descendants_left"]
+
+_PR_SET_CHILD_SUBREAPER = 36
+
+
+def become_subreaper() -> None:
+    """Have orphans become children of this process, so that it sees the end of every process of the run."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)
+
+
+def descendants() -> list[psutil.Process]:
+    """Return all of them."""
+    found: list[psutil.Process] = psutil.Process().children(recursive=True)
+    return found
+
+
+def descendants_left() -> list[str]:
+    """Name all of them, for a report of what a run has left."""
+    return [f"process {process.pid}: {_command_of(process)}" for process in descendants()]
+
+
+def _command_of(process: psutil.Process) -> str:
+    with contextlib.suppress(psutil.Error):
+        return " ".join(process.cmdline())[:200] or str(process.status())
+    return "gone"
