@@ -13,6 +13,7 @@ from unittest import mock
 
 import pytest
 from harness import scaled
+from random_operations import step
 from random_tables import SECOND_NS, RandomTables
 from reference_view import Reference
 
@@ -231,7 +232,7 @@ def test_what_the_rules_name_is_known_without_a_plan(seed: int) -> None:
     with closing(made), mock.patch("time.monotonic_ns", side_effect=lambda: made.now):
         scheduler = Scheduler(made.namespace)
         for _ in range(STEPS):
-            made.step()
+            step(made)
             check(made, scheduler)
 
 

@@ -9,6 +9,7 @@ from unittest import mock
 
 import pytest
 from harness import scaled
+from random_operations import step
 from random_tables import RandomTables
 from reference_view import Reference
 
@@ -99,7 +100,7 @@ def test_for_want_of_a_row_goes_what_is_wanted_least(seed: int) -> None:
     with closing(made), mock.patch("time.monotonic_ns", side_effect=lambda: made.now):
         rows = Scheduler(made.namespace).table_rows
         for _ in range(STEPS):
-            made.step()
+            step(made)
             if made.chance.random() < 0.1:
                 made.come_to_rest()
             reference = Reference(made.namespace, made.now)

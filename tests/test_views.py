@@ -10,6 +10,7 @@ from unittest import mock
 
 import pytest
 from harness import scaled
+from random_operations import step
 from random_tables import RandomTables
 from reference_view import QUEUE_PART, Reference
 
@@ -97,7 +98,7 @@ def test_a_view_says_what_the_rows_say(seed: int) -> None:
     with closing(made), mock.patch("time.monotonic_ns", side_effect=lambda: made.now):
         scheduler = Scheduler(made.namespace)
         for _ in range(STEPS):
-            made.step()
+            step(made)
             with made.namespace.transaction():
                 expected = Reference(made.namespace, made.now)
                 check_view(scheduler.read_view(), expected)
