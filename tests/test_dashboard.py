@@ -1,4 +1,4 @@
-"""The dashboard: who is let in, what is answered, what the page does with it in a real browser."""
+"""The dashboard: who is let in, what is answered, and the command that starts it."""
 
 from __future__ import annotations
 
@@ -10,115 +10,34 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
-import urllib.error
 import urllib.parse
-import urllib.request
-from collections.abc import Iterator
-from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import dashboards
 import pytest
-from browser import CHROMIUM, Browser
+from dashboards import TOKEN, Served, ask
 from harness import NewManager, NewProcess, acquire, release, wait_until, waiting
 from loaders import Loads
 from sleepers import MakesSleeper, pretend_load_s
 
 from mpmm.cli import main
 from mpmm.model_manager import ModelManager
+from mpmm.observability.dashboard import server
 from mpmm.observability.dashboard.history import FINDINGS_SENT, POINTS_SENT, SAMPLES_KEPT, Recorder
 from mpmm.observability.dashboard.watch import Watcher
 from mpmm.observability.event_reader import EventReader, Step
 from mpmm.observability.formatting import times_left
 from mpmm.policy.view import Reason
 from mpmm.shared_state.segment import segment_name
-from mpmm.shared_state.snapshot import Snapshot, read_snapshot
-
-uvicorn = pytest.importorskip("uvicorn", reason="needs the extra web")
-from mpmm.observability.dashboard import server  # noqa: E402  # needs the library
+from mpmm.shared_state.snapshot import read_snapshot
 
 Capture = pytest.CaptureFixture[str]
-TOKEN = "a-token.of_the~tests"
 PAGE = Path(server.__file__).parent / "page"
-
-
-@dataclass
-class Answer:
-    """What was answered to a request."""
-
-    status: int
-    headers: dict[str, str]
-    body: bytes
-
-    @property
-    def json(self) -> Any:
-        """The body's JSON."""
-        return json.loads(self.body)
-
-
-def ask(url: str, token: str | None = TOKEN, method: str = "GET", **headers: str) -> Answer:
-    """Make a request."""
-    if token is not None:
-        headers["Authorization"] = f"Bearer {token}"
-    try:
-        with urllib.request.urlopen(urllib.request.Request(url, headers=headers, method=method), timeout=20) as answer:
-            return Answer(answer.status, {k.lower(): v for k, v in answer.headers.items()}, answer.read())
-    except urllib.error.HTTPError as error:
-        with error:
-            return Answer(error.code, {k.lower(): v for k, v in error.headers.items()}, error.read())
-
-
-class Served:
-    """A dashboard in this process, in a thread. Its watcher looks when it is told to."""
-
-    def __init__(self, watcher: Watcher) -> None:
-        self.watcher = watcher
-        config = uvicorn.Config(
-            server.create_app(watcher, TOKEN), log_level="warning", access_log=False, lifespan="off", ws="none"
-        )
-        self._server = uvicorn.Server(config)
-        self._listening = socket.create_server(("127.0.0.1", 0))
-        self.url = f"http://127.0.0.1:{self._listening.getsockname()[1]}"
-        self._thread = threading.Thread(target=self._server.run, kwargs={"sockets": [self._listening]})
-        self._thread.start()
-        wait_until(lambda: self._server.started, "the server runs")
-
-    def close(self) -> None:
-        """End it."""
-        self._server.should_exit = True
-        self._thread.join()
-        self._listening.close()
-
-    def state(self, **query: object) -> Any:
-        """Look, and return the answer about a namespace."""
-        self.watcher.look()
-        asked = "&".join(f"{name}={value}" for name, value in query.items())
-        answer = ask(f"{self.url}/api/state?{asked}")
-        assert answer.status == 200, answer.body
-        return answer.json
-
-
-@pytest.fixture
-def served() -> Iterator[Served]:
-    """A dashboard of all namespaces."""
-    with closing(Served(Watcher())) as made:
-        yield made
-
-
-@pytest.fixture
-def lively(namespace: str, new_manager: NewManager, new_process: NewProcess) -> ModelManager:
-    """A namespace with 200 MB, where a copy was evicted, one is idle, one is held, and somebody waits for that."""
-    manager, other = new_manager(fallback_memory_mb=200), new_process()
-    manager.release_model("evicted", manager.acquire_model("evicted", Loads()))
-    manager.acquire_model("held", Loads())
-    other.call(acquire, "<b>idle</b>")
-    other.call(release)
-    manager.pin("<b>idle</b>")
-    other.send(acquire, "held")
-    wait_until(lambda: waiting(namespace, "held"), "the other one waits")
-    return manager
+served = dashboards.served
+lively = dashboards.lively
+crowded = dashboards.crowded
 
 
 # ---- who is let in -----------------------------------------------------------------------------------------
@@ -462,28 +381,6 @@ def test_what_was_overwritten_unseen_is_mended(
 # ---- much of it --------------------------------------------------------------------------------------------
 
 
-def thousand(snapshot: Snapshot) -> Snapshot:
-    """Return a snapshot with a thousand copies and as many waiters, made of one that has some."""
-    copies, tickets = snapshot.instances, snapshot.tickets
-    many = [replace(copies[n % len(copies)], row=n, tag=f"model-{n:04}", for_s=float(n)) for n in range(1000)]
-    queue = [
-        replace(tickets[0], row=n, number=1000 + n, tag=f"model-{n:04}", reason=Reason.PINNED) for n in range(1000)
-    ]
-    return replace(snapshot, instances=tuple(many), tickets=tuple(queue), waiting=1000)
-
-
-@pytest.fixture
-def crowded(lively: ModelManager, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each look finds a thousand copies."""
-    step = EventReader.step
-
-    def many(self: EventReader) -> Step:
-        found = step(self)
-        return replace(found, snapshot=thousand(found.snapshot), events=())
-
-    monkeypatch.setattr(EventReader, "step", many)
-
-
 def test_a_thousand_copies_are_told_once(crowded: None, served: Served) -> None:
     first = served.state()["state"]
     assert len(first["copies"]["set"]) == 1000
@@ -558,127 +455,3 @@ def test_without_the_libraries_it_says_what_to_install(capsys: Capture, monkeypa
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     assert main(["dashboard"]) == 2
     assert "this needs starlette and uvicorn; pip install 'mpmm[web]' brings it" in capsys.readouterr().err
-
-
-# ---- in a browser ------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    """A browser for all tests: its start takes most of their time."""
-    if not CHROMIUM.exists():
-        pytest.skip(f"there is no {CHROMIUM}; Debian's package chromium brings it")
-    with closing(Browser(tmp_path_factory.mktemp("browser"))) as made:
-        yield made
-
-
-@pytest.fixture
-def browser(chromium: Browser) -> Iterator[Browser]:
-    """The browser, which shows nothing before and after."""
-    chromium.problems.clear()
-    yield chromium
-    chromium.open("about:blank")
-
-
-def test_the_page_in_a_browser(lively: ModelManager, served: Served, browser: Browser, namespace: str) -> None:
-    served.watcher.start()
-    with closing(served.watcher):
-        browser.resize(1440, 900)
-        browser.prefer("light")
-        browser.open(f"{served.url}/?token={TOKEN}")
-        browser.wait_until("known.head && byId('waiters').textContent.includes('pid')")
-        shown = browser.evaluate("document.body.innerText")
-        for text in ("held", "<b>idle</b>", f"pid {os.getpid()}", "Timeline", "100 MiB", "is evicted for"):
-            assert text in shown
-        assert browser.evaluate("[...timeline.chosen].map((name) => name.split('\\n')[0])") == [
-            *("<b>idle</b>", "evicted", "held")
-        ]
-        # It is live.
-        lively.release_model("held", next(c.handle for c in read_snapshot(namespace).instances if c.tag == "held"))
-        browser.wait_until("byId('waiters').textContent === 'Nothing waits.'")
-        check_themes(browser)
-        check_keys(browser)
-        check_widths(browser)
-        lively.shutdown()
-    assert browser.problems == []
-
-
-def check_themes(browser: Browser) -> None:
-    """The page follows the system, and the switch overrides that."""
-    ground = "getComputedStyle(document.body).backgroundColor"
-    light = browser.evaluate(ground)
-    browser.prefer("dark")
-    browser.wait_until(f"{ground} !== '{light}'")
-    browser.press("t")
-    assert browser.evaluate(f"{ground} + byId('theme').getAttribute('aria-label')") == f"{light}Theme: light"
-    browser.press("t")
-    browser.press("t")
-    assert browser.evaluate("document.documentElement.dataset.theme") == "system"
-
-
-def check_keys(browser: Browser) -> None:
-    """All can be reached and done by keyboard, and the focus can be seen."""
-    browser.evaluate("document.activeElement.blur()")
-    reached = []
-    for _ in range(30):
-        browser.press("Tab")
-        reached.append(browser.evaluate("document.activeElement.id || document.activeElement.textContent"))
-        seen = "document.activeElement === document.body || getComputedStyle(document.activeElement).outlineStyle"
-        assert browser.evaluate(seen) not in ("none", ""), reached
-    wanted = ["filter", "2 min", "pause", "theme", "help-button", "timeline", "waiters", "category", "decisions"]
-    wanted += ["tab-copies", "Model", "table"]
-    places = [next((n for n, name in enumerate(reached) if name == one), one) for one in wanted]
-    assert all(isinstance(place, int) for place in places), (places, reached)
-    browser.press("?")
-    assert browser.evaluate("byId('help').open")
-    browser.press("Escape")
-    assert not browser.evaluate("byId('help').open")
-    browser.press("1")
-    assert browser.evaluate("view.window_s") == 120
-    assert "window=120" in browser.evaluate("location.search")
-    browser.wait_until("known.epoch")
-    browser.press("/")
-    assert browser.evaluate("document.activeElement.id") == "filter"
-    for key in "idle":
-        browser.press(key)
-    assert browser.evaluate("byId('table-note').textContent") == "1 of 2"
-    browser.press("Escape")
-    assert browser.evaluate("byId('filter').value + byId('table-note').textContent") == "2"
-    browser.press("p")
-    assert browser.evaluate("byId('health').textContent") == "paused"
-    browser.press("p")
-    browser.evaluate("byId('timeline').focus()")
-    browser.press("ArrowLeft")
-    assert "ago" in browser.evaluate("byId('tip').hidden ? '' : byId('tip').textContent")
-    browser.press("Escape")
-    browser.evaluate("byId('tab-copies').focus()")
-    browser.press("ArrowRight")
-    assert browser.evaluate("document.activeElement.id + table.which") == "tab-modelsmodels"
-
-
-def check_widths(browser: Browser) -> None:
-    """Nothing sticks out, down to a small phone."""
-    for width in (1440, 800, 375, 320):
-        browser.resize(width, 800)
-        browser.wait_until(f"innerWidth === {width} && document.documentElement.scrollWidth <= {width}")
-
-
-def test_a_thousand_copies_in_a_browser(crowded: None, served: Served, browser: Browser) -> None:
-    served.watcher.look()
-    browser.resize(1440, 900)
-    browser.open(f"{served.url}/?token={TOKEN}")
-    browser.wait_until("known.copies.size === 1000")
-    rows = "document.querySelectorAll('#table tbody tr:not(.spacer)').length"
-    assert 10 < browser.evaluate(rows) < 60
-    assert browser.evaluate("document.querySelector('table').getAttribute('aria-rowcount')") == "1001"
-    assert browser.evaluate("document.querySelectorAll('#waiters li').length") <= 41
-    assert "960 more" in browser.evaluate("byId('waiters').textContent")
-    assert browser.evaluate("byId('timeline-note').textContent").startswith("24 of 1\u202f000 copies")
-    browser.evaluate("table.box.scrollTop = 1e6")
-    browser.wait_until("byId('table').textContent.includes(table.rows[999].tag)")
-    assert browser.evaluate(rows) < 60
-    # A look takes a few ms here; the bound says that nothing is made anew for each copy.
-    browser.evaluate("globalThis.began = performance.now(); for (let n = 0; n < 5; n++) show()")
-    took_ms = "performance.now() - began"
-    assert browser.evaluate(took_ms) / 5 < 150
-    assert browser.problems == []
