@@ -61,8 +61,9 @@ TAKE_LONGEST = (
     "test_ledger",
     "test_beam_install",
     "test_packaging",
-    "test_zygote",
+    "test_templates",
     "test_source_failures",
+    "test_zygote",
     "test_examples",
     "test_lint",
 )
