@@ -36,7 +36,7 @@ as long as the process lives.
                        memory/kept_<pid>             the same, whether it lives or not
                        memory/late_…                 bytes freed, that come back late
 
-Run by hand, it makes such a directory and prints the environment:  simulated_gpu.py /tmp/gpus 16384 16384
+Run by hand, `tools/simulated_gpu.py /tmp/gpus 16384 16384` makes such a directory and prints the environment.
 """
 
 from __future__ import annotations
@@ -341,7 +341,3 @@ def main() -> None:
     for variable, value in gpus.environment(build(options.folder / "build")).items():
         if variable in (DIRECTORY_VARIABLE, "LD_LIBRARY_PATH", "PATH"):
             print(f"export {variable}={shlex.quote(value)}")
-
-
-if __name__ == "__main__":
-    main()
