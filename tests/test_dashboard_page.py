@@ -49,6 +49,11 @@ def test_the_page_in_a_browser(lively: ModelManager, served: Served, browser: Br
         assert browser.evaluate("[...timeline.chosen].map((name) => name.split('\\n')[0])") == [
             *("<b>idle</b>", "evicted", "held")
         ]
+        browser.evaluate("tagNames.set('held', 'Sorter models/sort.joblib [held]'); show()")
+        assert "Sorter models/sort.joblib" in browser.evaluate(
+            "byId('waiters').textContent + byId('table').textContent"
+        )
+        assert browser.evaluate("byId('waiters').querySelector('b').title") == "Sorter models/sort.joblib [held]\nheld"
         # It is live.
         lively.release_model("held", next(c.handle for c in read_snapshot(namespace).instances if c.tag == "held"))
         browser.wait_until("byId('waiters').textContent === 'Nothing waits.'")

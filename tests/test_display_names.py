@@ -4,22 +4,47 @@ from __future__ import annotations
 
 import json
 import logging
+import threading
 from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from harness import NewManager, NewProcess, Seat, acquire, release, wait_until, waiting
 from loaders import Loads
+from patience import DEADLINE_S
 
+from mpmm import AcquireTimeoutError, QueueFullError, UnloadTimeoutError
 from mpmm.beam.run_inference import name_of_handler
 from mpmm.cli import main
 from mpmm.model_manager import ModelManager
+from mpmm.observability.dashboard.history import Recorder
+from mpmm.observability.findings import attention_texts
+from mpmm.observability.json_text import snapshot_json
+from mpmm.policy.view import Reason
+from mpmm.shared_state.events import Cause
 from mpmm.shared_state.snapshot import read_snapshot
-from mpmm.text.display_names import MOST_BYTES, MOST_NAMES, display_name, set_display_name, shown_tag
+from mpmm.text.display_names import MOST_BYTES, MOST_NAMES, display_name, set_display_name, shown_tag, shown_tags
 
 TAG = "0123456789abcdef0123456789abcdef"
 NAME = "SklearnModelHandlerNumpy models/digits.joblib"
 SHOWN = f"{NAME} [01234567…]"
+
+
+def acquire_named(seat: Seat, tag: str, name: str) -> None:
+    """Acquire and keep a copy of a model that this process, other than those that wait for it, has a name for."""
+    set_display_name(tag, name)
+    acquire(seat, tag)
+
+
+def sentences(path: str, found: Any) -> list[str]:
+    """Return all texts in JSON but those that stand for a tag, with where they stand."""
+    if isinstance(found, dict):
+        return [text for key, value in found.items() if key != "tag" for text in sentences(f"{path}.{key}", value)]
+    if isinstance(found, list | tuple):
+        return [text for one in found for text in sentences(path, one)]
+    return [f"{path}: {found}"] if isinstance(found, str) else []
 
 
 @pytest.fixture(autouse=True)
@@ -50,6 +75,120 @@ def test_people_see_the_name_and_programs_the_tag(
     assert TAG in said("metrics")
     assert TAG in said("events", "--json", "--model", TAG)
     assert TAG in said("inspect", "--json")
+
+
+def test_those_who_wait_are_told_names_in_logs_and_errors(
+    namespace: str, new_manager: NewManager, new_process: NewProcess, caplog: pytest.LogCaptureFixture
+) -> None:
+    manager, holder = new_manager(fallback_memory_mb=100.0, wait_timeout_seconds=0.3), new_process()
+    # The other process knows the name, and this one has to take it from the segment.
+    holder.call(acquire_named, TAG, NAME)
+    assert display_name(TAG) == ""
+    manager._connected().warn_after_s = (0.05,)
+    with caplog.at_level(logging.WARNING, "mpmm"), pytest.raises(AcquireTimeoutError) as timed_out:
+        manager.acquire_model("b", Loads())
+    [line] = [line for line in caplog.messages if "has waited" in line]
+    for text in (line, str(timed_out.value)):
+        assert f"pid {holder.pid} holds {SHOWN} for " in text
+        assert TAG not in text
+    with pytest.raises(AcquireTimeoutError, match=NAME) as late:
+        manager.acquire_model(TAG, Loads())
+    assert late.value.tag == TAG
+    assert TAG not in str(late.value)
+    with pytest.raises(QueueFullError, match=NAME) as full:
+        manager.acquire_model(TAG, Loads(), max_waiting=0)
+    assert (full.value.tag, TAG in str(full.value)) == (TAG, False)
+    with pytest.raises(UnloadTimeoutError, match=NAME) as left:
+        manager.unload(TAG, timeout_seconds=0.01)
+    assert (left.value.tag, TAG in str(left.value)) == (TAG, False)
+    holder.call(release)
+
+
+def test_reasons_made_in_the_process_have_names(
+    namespace: str, new_manager: NewManager, new_process: NewProcess
+) -> None:
+    manager, holder = new_manager(fallback_memory_mb=100.0), new_process()
+    holder.call(acquire_named, TAG, NAME)
+    waiter = threading.Thread(target=lambda: manager.release_model("b", manager.acquire_model("b", Loads())))
+    waiter.start()
+    wait_until(lambda: waiting(namespace, "b"), "it waits")
+    try:
+        session = manager._connected()
+        with session.namespace.transaction() as t:
+            tables = session.namespace.tables
+            [row] = tables.used_rows(session.namespace.segment.layout.tickets)
+            other = tables.model_row(TAG)
+            assert other is not None
+            for reason in (Reason.IN_USE, Reason.QUIET, Reason.OUTRANKED):
+                cause = Cause(reason, 100.0, 0.0, 100.0, 1.0, other + 1)
+                session.namespace.transitions.tickets.set_reason(t, row, cause)
+                assert SHOWN in session.scheduler.sentence(row)
+                assert TAG not in session.scheduler.sentence(row)
+    finally:
+        holder.call(release)
+        waiter.join(DEADLINE_S)
+
+
+def test_the_dashboard_has_names_and_goes_by_tags(
+    namespace: str, new_manager: NewManager, new_process: NewProcess
+) -> None:
+    manager, waiter = new_manager(fallback_memory_mb=100.0), new_process()
+    set_display_name(TAG, NAME)
+    manager.release_model(TAG, manager.acquire_model(TAG, Loads()))
+    handle = manager.acquire_model("plain", Loads())
+    manager.release_model("plain", handle)
+    handle = manager.acquire_model(TAG, Loads())
+    waiter.send(acquire, "plain")
+    wait_until(lambda: waiting(namespace, "plain"), "the other one waits")
+    recorder = Recorder(namespace, None)
+    recorder.look()
+    state = recorder.state("", 0, 600.0)
+    assert state["names"] == {TAG: SHOWN}
+    assert TAG in {copy["tag"] for copy in state["copies"]["set"].values()}
+    assert TAG in {model["tag"] for model in state["models"]["set"].values()}
+    assert any(SHOWN in one["text"] for one in state["decisions"])
+    # Spans go by tags in their second place.
+    texts = sentences("", {**state, "names": {}, "spans": [span[3:] for span in state["spans"]]})
+    assert [text for text in texts if TAG in text] == []
+    # What it knows by now it is not told again.
+    recorder.look()
+    assert recorder.state(state["epoch"], state["look"], 600.0)["names"] == {}
+    manager.release_model(TAG, handle)
+    waiter.result()
+    waiter.call(release)
+
+
+def test_sentences_in_json_and_of_probes_have_names(
+    namespace: str, new_manager: NewManager, new_process: NewProcess
+) -> None:
+    manager, waiter = new_manager(fallback_memory_mb=100.0), new_process()
+    set_display_name(TAG, NAME)
+    handle = manager.acquire_model(TAG, Loads())
+    manager.pin(TAG)
+    manager.release_model(TAG, handle)
+    waiter.send(acquire, "plain")
+    wait_until(lambda: waiting(namespace, "plain"), "the other one waits")
+    wait_until(lambda: attention_texts(read_snapshot(namespace)), "it cannot be helped")
+    snapshot = read_snapshot(namespace)
+    # Whatever the sentence, the model is named in it.
+    pinned = replace(snapshot, tickets=tuple(replace(one, tag=TAG) for one in snapshot.tickets))
+    [text] = attention_texts(pinned)
+    assert SHOWN in text
+    found = json.loads(snapshot_json(pinned))
+    assert found["tickets"][0]["tag"] == TAG
+    assert any(SHOWN in one["text"] for one in found["findings"])
+    manager.unpin(TAG)
+    waiter.result()
+    waiter.call(release)
+
+
+def test_no_two_models_are_shown_alike() -> None:
+    names = {TAG: NAME, f"{TAG}_reload_0": NAME, "01234567x" * 4: "another", "plain": ""}
+    assert shown_tags(names) == {
+        TAG: f"{NAME} [{TAG}]",
+        f"{TAG}_reload_0": f"{NAME} [{TAG}_reload_0]",
+        "01234567x" * 4: "another [01234567…]",
+    }
 
 
 def test_a_name_that_comes_later_takes_the_place_of_another(

@@ -231,8 +231,9 @@ class Acquisition(QueuedRequest["LoadedInstance | Booking"]):
         expected_s = session.scheduler.expected_wait_s(self.row)
         self.operation.ticket = None
         raise QueueFullError(
-            f"model {self.tag!r}: {waiting - 1} requests wait for it already, and max_waiting={most:.0f} allows no "
-            f"other one, which would wait for about {expected_s:.1f} s: try again then, or raise max_waiting",
+            f"model {session.namespace.tables.called(self.tag)}: {waiting - 1} requests wait for it already, and "
+            f"max_waiting={most:.0f} allows no other one, which would wait for about {expected_s:.1f} s: try again "
+            "then, or raise max_waiting",
             tag=self.tag,
             waiting=waiting - 1,
             max_waiting=int(most),
@@ -274,9 +275,9 @@ class Acquisition(QueuedRequest["LoadedInstance | Booking"]):
     def _refused(self, need_mb: float) -> ModelTooLargeError:
         limit_mb, device = largest_limit(self.session, self.request)
         return ModelTooLargeError(
-            f"model {self.tag!r} needs {need_mb:.0f} MB, and the limit of {device!r} is {limit_mb:.0f} MB: it can "
-            "never be loaded; slack_percentage, and memory_budget_mb (host) or fallback_memory_mb (booked), set the "
-            "limit",
+            f"model {self.session.namespace.tables.called(self.tag)} needs {need_mb:.0f} MB, and the limit of "
+            f"{device!r} is {limit_mb:.0f} MB: it can never be loaded; slack_percentage, and memory_budget_mb (host) "
+            "or fallback_memory_mb (booked), set the limit",
             tag=self.tag,
             need_mb=need_mb,
             limit_mb=limit_mb,

@@ -115,8 +115,9 @@ def wait_for_unload(
     while left := _left(namespace, asked):
         waited = time.monotonic() - began
         if waited >= timeout_s:
+            shown = printable(namespace.tables.shown_for(asked.tag))
             raise UnloadTimeoutError(
-                f"model {printable(asked.tag)}: after {waited:.1f} s, {left} of {asked.copies} copies are still there; "
+                f"model {shown}: after {waited:.1f} s, {left} of {asked.copies} copies are still there; "
                 "those in use are unloaded when they are given back (`mpmm inspect` shows by whom they are held)",
                 tag=asked.tag,
                 left=left,
@@ -124,7 +125,8 @@ def wait_for_unload(
             )
         time.sleep(LOOK_S)
         if is_closing():
-            raise ClosedError(f"the model manager was shut down while a thread waited for {asked.tag!r} to be unloaded")
+            called = namespace.tables.called(asked.tag)
+            raise ClosedError(f"the model manager was shut down while a thread waited for {called} to be unloaded")
 
 
 def _left(namespace: Namespace, asked: Unload) -> int:
@@ -190,6 +192,7 @@ def unpin_for_all(namespace: Namespace, scheduler: Scheduler, tag: str) -> None:
         model = namespace.tables.model_row(tag)
         row = None if model is None else namespace.tables.pin_row(model, 0)
         if row is None:
-            raise NotAcquiredError(f"unpin of {tag!r}: namespace {namespace.name!r} has no pin on it", tag=tag)
+            called = namespace.tables.called(tag)
+            raise NotAcquiredError(f"unpin of {called}: namespace {namespace.name!r} has no pin on it", tag=tag)
         namespace.transitions.pins.unpin(t, row)
         scheduler.advance(t)

@@ -94,5 +94,5 @@ class Block(AbstractContextManager[Any]):
                 session.out_of_memory.make_room_after_use(tag)
         # If that fails, the block itself has given it back; perhaps it has also acquired it once more.
         if not here.take_off_hold(held, operation) and here.take_off(held[0].value, tag, operation) is None:
-            raise not_acquired(tag, held[0].value)
+            raise not_acquired(session, tag, held[0].value)
         give_back_held(session, operation, tag)

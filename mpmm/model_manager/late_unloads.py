@@ -42,18 +42,18 @@ class LateUnloads:
             for row, late in list(self._overdue(t.now)):
                 instance = tables.instances[row]
                 # An instance in mid-unload has a holder.
-                holder, tag = instance.holder or 0, tables.tag_of(instance.model)
+                holder, shown = instance.holder or 0, tables.shown(instance.model)
                 if late and not instance.unload_late:
                     namespace.transitions.unloads.note_late(t, row)
-                    said[holder, -1].append(tag)
+                    said[holder, -1].append(shown)
                 successor = self._successor_of(row, holder) if instance.owner is None else None
                 if successor is not None:
                     namespace.transitions.unloads.hand_over(t, row, successor)
-                    said[holder, successor].append(tag)
+                    said[holder, successor].append(shown)
             pids = {slot: tables.members[slot].pid for ends in said for slot in ends if slot >= 0}
             self._scheduler.advance(t)
-        for (holder, successor), tags in said.items():
-            which = f"{tags[0]} and {len(tags) - 1} more" if len(tags) > 1 else tags[0]
+        for (holder, successor), models in said.items():
+            which = f"{models[0]} and {len(models) - 1} more" if len(models) > 1 else models[0]
             then = f"pid {pids[successor]} does it instead" if successor >= 0 else "other copies are evicted instead"
             _LOG.warning("mpmm %s: pid %d has not unloaded %s in time; %s", namespace.name, pids[holder], which, then)
 

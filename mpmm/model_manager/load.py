@@ -168,7 +168,7 @@ class LoadAttempt:
         way = session.suspender.way_of(value, row)
         with namespace.transaction() as t:
             if not _is_ours(session, self._booking):
-                raise taken_away(session, f"ended the load of {tag!r}", tag)
+                raise taken_away(session, f"ended the load of {tables.called(tag)}", tag)
             instance = tables.instances[row]
             model, server = instance.model, 0 if instance.server is None else instance.server + 1
             if not server and server_pid == namespace.pid:
@@ -299,8 +299,8 @@ class LoadAttempt:
         limit_s = namespace.settings.load_timeout_seconds
         if limit_s < math.inf and namespace.is_usable and namespace.tables.header.resets == resets:
             raise LoadTimeoutError(
-                f"the load of {self._tag!r} took longer than {limit_s:g} s and was given up; load_timeout_seconds sets "
-                "the limit",
+                f"the load of {namespace.tables.called(self._tag)} took longer than {limit_s:g} s and was given up; "
+                "load_timeout_seconds sets the limit",
                 tag=self._tag,
                 timeout_seconds=limit_s,
             ) from error

@@ -53,12 +53,13 @@ def expect_no_deadlock(acquisition: Acquisition, held_rows: Sequence[int]) -> No
         if not session.thread.waits_for_itself(acquisition.row, list(held_rows)):
             return
         held = tuple(tables.tag_of(tables.instances[one].model) for one in held_rows)
+        model, *holds = map(tables.called, (tag, *held))
         reason = session.scheduler.why(acquisition.row)
         namespace.transitions.hand_over.leave_queue(t, acquisition.row)
         session.scheduler.advance(t)
     raise DeadlockError(
-        f"model {tag!r} {reason.partition(': ')[2]}; but this thread itself holds, or is loading, "
-        f"{', '.join(map(repr, held))}: release that first, hold one copy for both uses, or make sure that both "
+        f"model {model} {reason.partition(': ')[2]}; but this thread itself holds, or is loading, "
+        f"{', '.join(holds)}: release that first, hold one copy for both uses, or make sure that both "
         "fit (max_model_copies, memory)",
         tag=tag,
         held=held,
@@ -71,8 +72,8 @@ def expect_not_held(session: Session, tag: str) -> None:
     held_rows, _ = session.thread.rows()
     if any(tables.instances[row].model == tables.model_row(tag) for row in held_rows):
         raise DeadlockError(
-            f"unload of {tag!r}: this thread itself holds, or is loading, a copy, which is unloaded when it is "
-            "given back; pass timeout_seconds=0 not to wait for that",
+            f"unload of {tables.called(tag)}: this thread itself holds, or is loading, a copy, which is unloaded when "
+            "it is given back; pass timeout_seconds=0 not to wait for that",
             tag=tag,
             held=(tag,),
         )

@@ -156,12 +156,12 @@ class OutOfMemory:
 
     def _say_ran_out(self, t: Transaction, model: int) -> None:
         namespace = self._namespace
-        tag, mb = namespace.tables.tag_of(model), namespace.tables.models[model].at_least_mb
+        shown, mb = namespace.tables.shown(model), namespace.tables.models[model].at_least_mb
         text = "mpmm %s: pid %d ran out of memory with %s, which needs more than %.0f MB"
         if not mb:
             text = "mpmm %s: pid %d ran out of memory with %s, assumed to need %.0f MB"
             mb = self._scheduler.need_mb(model)
-        t.after.append(partial(_LOG.warning, text, namespace.name, namespace.pid, tag, mb))
+        t.after.append(partial(_LOG.warning, text, namespace.name, namespace.pid, shown, mb))
 
     def make_room_after_use(self, tag: str) -> None:
         """Learn from a use of a model that has run out of memory, and unload what is idle on its devices.

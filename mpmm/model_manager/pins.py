@@ -47,4 +47,4 @@ def unpin(session: Session, tag: str) -> None:
         session.deferred.defer(unpin)
         found = True
     if not found:
-        raise NotAcquiredError(f"unpin of {tag!r}: this process has no pin on it", tag=tag)
+        raise NotAcquiredError(f"unpin of {namespace.tables.called(tag)}: this process has no pin on it", tag=tag)

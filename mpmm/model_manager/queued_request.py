@@ -117,7 +117,9 @@ class QueuedRequest(Generic[T]):
             return None
         if state == Ticket.REFUSED:
             raise self._refused(need_mb)
-        raise taken_away(self.session, f"ended the wait for {self.name!r}", self.name)
+        raise taken_away(
+            self.session, f"ended the wait for {self.session.namespace.tables.called(self.name)}", self.name
+        )
 
     def _take(self, state: int, instance: int) -> T:
         """Note what the answer gives, an instance row, and return it. Needs the lock."""
@@ -159,7 +161,8 @@ class QueuedRequest(Generic[T]):
 
     def time_out(self) -> MpmmError:
         """Leave the queue at the deadline, and return the error to raise."""
-        return timed_out(self.name, time.monotonic() - self.began, *self.leave(timed_out=True))
+        shown = self.session.namespace.tables.shown_for(self.name)
+        return timed_out(self.name, time.monotonic() - self.began, *self.leave(timed_out=True), shown=shown)
 
 
 def making_room(session: Session, name: str, deadline: float, enter: Callable[[], T]) -> T:

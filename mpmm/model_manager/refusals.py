@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from mpmm.errors import AcquireTimeoutError, ClosedError, LockTimeoutError, MpmmError, NamespaceResetError
 from mpmm.shared_state.layout import device_rows
+from mpmm.text.display_names import display_name, shown_tag
 from mpmm.text.printable import printable
 
 if TYPE_CHECKING:
@@ -18,11 +19,17 @@ __all__ = ["expect_mapped", "expect_own_time_left", "largest_limit", "taken_away
 _UNMAPPED = "released memoryview"
 
 
-def timed_out(tag: str, waited_s: float, reason: str, expected_s: float | None = None) -> AcquireTimeoutError:
-    """Return the error for a request that has waited as long as it may; reason: what it last waited for."""
+def timed_out(
+    tag: str, waited_s: float, reason: str, expected_s: float | None = None, *, shown: str | None = None
+) -> AcquireTimeoutError:
+    """Return the error for a request that has waited as long as it may.
+
+    reason: what it last waited for. shown: what people are shown for the tag; None for what this process knows.
+    """
+    shown = shown_tag(tag, display_name(tag)) if shown is None else shown
     more = "" if expected_s is None else f"; about {expected_s:.1f} s more are expected"
     return AcquireTimeoutError(
-        f"Timeout waiting to acquire model: {printable(tag)} after {waited_s:.1f} seconds (last reason: {reason}"
+        f"Timeout waiting to acquire model: {printable(shown)} after {waited_s:.1f} seconds (last reason: {reason}"
         f"{more}); wait_timeout_seconds sets the limit",
         tag=tag,
         waited_seconds=waited_s,
@@ -33,7 +40,8 @@ def timed_out(tag: str, waited_s: float, reason: str, expected_s: float | None =
 def expect_own_time_left(session: Session, tag: str, error: LockTimeoutError) -> None:
     """Raise AcquireTimeoutError if the lock was waited for no longer than because the caller would wait no longer."""
     if error.timeout_seconds < session.namespace.settings.lock_timeout_seconds:
-        raise timed_out(tag, error.timeout_seconds, "lock") from error
+        shown = session.namespace.tables.shown_for(tag)
+        raise timed_out(tag, error.timeout_seconds, "lock", shown=shown) from error
 
 
 def taken_away(session: Session, what: str, tag: str) -> MpmmError:

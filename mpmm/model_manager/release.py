@@ -32,7 +32,7 @@ def release(session: Session, tag: str, instance: Any, timeout_s: float | None =
     operation = session.begin(sys._getframe())
     try:
         if session.held.take_off(instance, tag, operation) is None:
-            raise not_acquired(tag, instance)
+            raise not_acquired(session, tag, instance)
         give_back_held(session, operation, tag, timeout_s)
     except BaseException:
         session.abandon(operation)
@@ -40,11 +40,12 @@ def release(session: Session, tag: str, instance: Any, timeout_s: float | None =
     session.end(operation)
 
 
-def not_acquired(tag: str, instance: Any) -> NotAcquiredError:
+def not_acquired(session: Session, tag: str, instance: Any) -> NotAcquiredError:
     """Return the error for the release of what this process does not hold."""
     what = repr(instance) if isinstance(instance, str) else f"this {type(instance).__name__}"
     return NotAcquiredError(
-        f"release of {tag!r}: this process does not hold {what}; it was never acquired here, or is released already",
+        f"release of {session.namespace.tables.called(tag)}: this process does not hold {what}; it was never acquired "
+        "here, or is released already",
         tag=tag,
     )
 
@@ -106,7 +107,7 @@ def give_back(
     with namespace.transaction(timeout_s) as t:
         here.free_taken_tickets(t)
         if not here.is_held(copy):
-            raise taken_away(session, f"took {tag!r} away", tag)
+            raise taken_away(session, f"took {namespace.tables.called(tag)} away", tag)
         if cost_mb is not None and namespace.transitions.isolation.runs_alone(copy.row):
             learn_alone(session, t, copy.row, cost_mb)
         else:

@@ -252,10 +252,12 @@ class Unloads:
         task = self._task(row, generation)
         if task is None:
             return
+        shown = task.tag
         if says_more(_LOG):
+            shown = namespace.tables.shown_for(task.tag)
             why = decision(namespace, EventKind.UNLOAD_BEGAN, row)
             text = "mpmm %s: pid %d unloads %s, %.0f MB%s"
-            _LOG.info(text, namespace.name, namespace.pid, task.tag, instance.mb, f": it {why}" if why else "")
+            _LOG.info(text, namespace.name, namespace.pid, shown, instance.mb, f": it {why}" if why else "")
         if task.is_object:
             self._unload_own(row, generation)
         elif task.ends_server:
@@ -265,7 +267,7 @@ class Unloads:
             if self._is_unloading(row, generation):
                 namespace.transitions.unloads.end(t, row)
             loaded = namespace.tables.models[task.model].copies
-        _LOG.info("mpmm %s: pid %d unloaded %s", namespace.name, namespace.pid, task.tag)
+        _LOG.info("mpmm %s: pid %d unloaded %s", namespace.name, namespace.pid, shown)
         report_model_count(task.tag, loaded)
         self._settle()
 

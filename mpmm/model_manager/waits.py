@@ -96,7 +96,7 @@ def _holds(namespace: Namespace, wanted: Wanted) -> list[_Held]:
             continue
         if wanted.devices and not instance.device_bits & wanted.devices:
             continue
-        what = _VERBS.get(state, "has {tag}").format(tag=tables.tag_of(model), mb=instance.reserved_mb)
+        what = _VERBS.get(state, "has {tag}").format(tag=tables.shown(model), mb=instance.reserved_mb)
         seconds = max(0.0, (now_ns - instance.since) / 1e9)
         found.append(_Held(tables.members[holder].pid, what, seconds))
     return found
@@ -118,7 +118,7 @@ def decision(namespace: Namespace, kind: EventKind, row: int) -> str:
         cause = event.cause
         if cause is None:
             return ""
-        other = tables.tag_of(cause.other - 1) if cause.other else None
+        other = tables.shown(cause.other - 1) if cause.other else None
         figures = (cause.need_mb, cause.free_mb, cause.coming_mb, cause.seconds)
         return explain(cause.reason, *figures, other, device_rows(cause.on))
     return ""
@@ -160,7 +160,7 @@ class WaitWarning:
             namespace.name,
             namespace.pid,
             waited_s,
-            namespace.tables.tag_of(model),
+            namespace.tables.shown(model),
             self._scheduler.sentence(self._ticket),
             f" ({held})" if held else "",
         )

@@ -97,7 +97,8 @@ def show_events(namespace: str, root: Path | None, choice: Choice, say: Callable
                 print(f"mpmm: {step.lost} events were overwritten before they could be read", file=sys.stderr)
             names = names_of(step.snapshot)
             for event in events:
-                text = _json(step, event) if choice.as_json else line(step, named(event, names))
+                for_people = named(event, names)
+                text = _json(step, event, why(for_people)) if choice.as_json else line(step, for_people)
                 say(paint("urgent", text) if event.kind in _TROUBLE and not choice.as_json else text)
             # A pipe is to have it now.
             sys.stdout.flush()
@@ -128,9 +129,9 @@ def _seconds(value: float | None) -> str:
     return f"{value:.3f} s" if value is not None and value < 1 else age(value)
 
 
-def _json(step: Step, event: EventInfo) -> str:
+def _json(step: Step, event: EventInfo, reason: str) -> str:
     found = as_json(event)
     # An age would say something else with every look.
     del found["age_s"]
     at = step.snapshot.taken_wall_s - event.age_s
-    return json.dumps({"namespace": step.snapshot.namespace, "wall_s": at, **found, "why": why(event)})
+    return json.dumps({"namespace": step.snapshot.namespace, "wall_s": at, **found, "why": reason})

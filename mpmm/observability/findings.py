@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from mpmm.observability.formatting import age, needs, waiters, why
+from mpmm.observability.formatting import age, needs, waiters, why, with_names
 from mpmm.policy.suspension import Unsuspendable, limit_s
 from mpmm.policy.view import Reason
 from mpmm.shared_state.invariants import check_invariants
@@ -56,7 +56,8 @@ def attention_texts(snapshot: Snapshot) -> list[str]:
             f"dead: none of its {len(snapshot.members)} processes is alive; the next process to attach starts afresh, "
             "and `mpmm prune` removes what they left",
         ]
-    return found + [f"ATTENTION: {finding.text}" for finding in findings(snapshot) if finding.urgent]
+    said = findings(with_names(snapshot))
+    return found + [f"ATTENTION: {finding.text}" for finding in said if finding.urgent]
 
 
 def oldest_waiter(snapshot: Snapshot) -> TicketInfo | None:

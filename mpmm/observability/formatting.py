@@ -14,7 +14,7 @@ from mpmm.policy.reasons import explain
 from mpmm.policy.sharing import expected_wait_s, room_in_s, seen_so_far
 from mpmm.policy.view import ModelView, Reason
 from mpmm.shared_state.snapshot import DeviceInfo, EventInfo, InstanceInfo, ModelInfo, Snapshot, TicketInfo
-from mpmm.text.display_names import shown_tag
+from mpmm.text.display_names import shown_tags
 from mpmm.text.printable import printable
 
 __all__ = [
@@ -48,7 +48,7 @@ Row = TypeVar("Row", bound=Any)
 
 def names_of(snapshot: Snapshot) -> dict[str, str]:
     """Return what people are shown instead of tags, where models have names."""
-    return {model.tag: shown_tag(model.tag, model.name) for model in snapshot.models if model.name}
+    return shown_tags({model.tag: model.name for model in snapshot.models})
 
 
 def named(row: Row, names: Mapping[str, str]) -> Row:

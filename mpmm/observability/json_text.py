@@ -6,7 +6,7 @@ import json
 import math
 
 from mpmm.observability.findings import findings
-from mpmm.observability.formatting import expected_waits, needs, why
+from mpmm.observability.formatting import expected_waits, needs, why, with_names
 from mpmm.shared_state.snapshot import Snapshot, as_json
 
 __all__ = ["SCHEMA_VERSION", "snapshot_json"]
@@ -18,11 +18,13 @@ def snapshot_json(snapshot: Snapshot) -> str:
     """Return every field of a snapshot, with the sentences that people are shown, as one line of JSON."""
     found = as_json(snapshot)
     need_of, expected_s_of = needs(snapshot), expected_waits(snapshot)
-    for ticket, shown in zip(snapshot.tickets, found["tickets"], strict=True):
+    # Fields have tags, and sentences are for people.
+    named = with_names(snapshot)
+    for ticket, shown in zip(named.tickets, found["tickets"], strict=True):
         shown["why"] = why(ticket, need_of(ticket))
         expected_s = expected_s_of(ticket)
         shown["expected_s"] = expected_s if math.isfinite(expected_s) else None
-    for event, shown in zip(snapshot.events, found["events"], strict=True):
+    for event, shown in zip(named.events, found["events"], strict=True):
         shown["why"] = why(event)
-    found["findings"] = [{"urgent": finding.urgent, "text": finding.text} for finding in findings(snapshot)]
+    found["findings"] = [{"urgent": finding.urgent, "text": finding.text} for finding in findings(named)]
     return json.dumps({"schema": SCHEMA_VERSION, **found})

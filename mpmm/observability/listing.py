@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import string
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -12,7 +13,8 @@ from mpmm.errors import InvalidArgumentError
 from mpmm.observability.formatting import age, for_people, mb
 from mpmm.observability.tables import table
 from mpmm.shared_state.snapshot import InstanceInfo, Snapshot
-from mpmm.text.display_names import shown_tag
+from mpmm.text.display_names import shown_tags
+from mpmm.text.printable import printable
 
 __all__ = ["JSON_FORMAT", "ListedInstance", "as_table", "copies_of", "formatted"]
 
@@ -90,12 +92,17 @@ def as_table(copies: Sequence[ListedInstance], width: int | None) -> list[str]:
     """Return the copies below a head, with a column for the namespace if there are several."""
     several = len({copy.namespace for copy in copies}) > 1
     head = ("model", "copy", "state", "for", "MB", "on", "holder pid", "kept by pid", "uses")
+    named: defaultdict[str, dict[str, str]] = defaultdict(dict)
+    for copy in copies:
+        named[copy.namespace][copy.tag] = copy.name
+    names = {namespace: shown_tags(tags) for namespace, tags in named.items()}
 
     def row(copy: ListedInstance) -> tuple[str, ...]:
         shown = for_people(copy)
+        model = printable(names[copy.namespace].get(copy.tag, copy.tag))
         state = f"{shown.state}, {shown.held} of {shown.users} users" if shown.users > 1 else shown.state
         cells = (
-            *(shown_tag(shown.tag, shown.name), str(shown.copy), state, age(shown.seconds), mb(shown.mb)),
+            *(model, str(shown.copy), state, age(shown.seconds), mb(shown.mb)),
             *(", ".join(map(str, shown.devices)), _or_dash(shown.pid), _or_dash(shown.kept_by), str(shown.uses)),
         )
         return (shown.namespace, *cells) if several else cells

@@ -35,7 +35,7 @@ class Waiters:
     def sentence(self, ticket: int) -> str:
         """Return why a ticket waits, as a sentence whose subject is its model."""
         found = self._tables.tickets[ticket]
-        other = None if found.other is None else self._tables.tag_of(found.other)
+        other = None if found.other is None else self._tables.shown(found.other)
         return explain(found.reason, found.need_mb, found.free_mb, found.coming_mb, found.seconds, other, found.on)
 
     def expected_wait_s(self, ticket: int) -> float:

@@ -11,6 +11,7 @@ from mpmm.shared_state.segment import Segment
 from mpmm.shared_state.signal_words import Signal
 from mpmm.shared_state.table_rows import TableRows
 from mpmm.text.arguments import encoded_text
+from mpmm.text.display_names import display_name, shown_tag
 
 __all__ = ["Tables", "encode_text", "fit_text"]
 
@@ -108,6 +109,27 @@ class Tables(TableRows):
     def tag_of(self, row: int) -> str:
         """Return the tag of a model row."""
         return self.string(self.model(row) + Model.TAG)
+
+    def shown(self, row: int) -> str:
+        """Return what people are shown for a model row: its tag, and its name if it has one."""
+        tag = self.tag_of(row)
+        # The name in the row first, as `mpmm inspect` shows that; a process may know one that is not there yet.
+        return shown_tag(tag, self.string(self.model(row) + Model.NAME) or display_name(tag))
+
+    def shown_for(self, tag: str) -> str:
+        """Return what people are shown for a tag, whether it has a row or not. Without the lock."""
+        try:
+            row = self.model_row(tag)
+            return shown_tag(tag, display_name(tag)) if row is None else self.shown(row)
+        except ValueError:
+            # Another thread has left the namespace; the error that the caller is about to raise is of more use.
+            return shown_tag(tag, display_name(tag))
+
+    def called(self, tag: str) -> str:
+        """Return a tag as errors name it: in quotes, or as people are shown it where it has a name."""
+        # A caller may be told that what it has passed in is no tag at all.
+        shown = self.shown_for(tag) if isinstance(tag, str) else tag
+        return repr(tag) if shown == tag else shown
 
     def handle_of(self, row: int) -> str:
         """Return the handle of an instance row, empty for an object."""

@@ -55,11 +55,13 @@ _started: list[subprocess.Popen[bytes]] = []
 # ---- the process that asks -------------------------------------------------------------------------------------------
 
 
-def ask_helper(folder: Path, what: str, pid: int, limit_s: float, tag: str) -> None:
+def ask_helper(folder: Path, what: str, pid: int, limit_s: float, tag: str, shown: str | None = None) -> None:
     """Have the helper of a namespace's folder `suspend` or `resume` a process, starting one if there is none.
 
-    Raises SuspendError with what the driver says, and what `sockets.dial` raises for a folder that is gone.
+    shown: what people are shown for the tag. Raises SuspendError with what the driver says, and what `sockets.dial`
+    raises for a folder that is gone.
     """
+    subject = f"{what} {shown if shown and shown != tag else repr(tag)} (pid {pid})"
     key = (folder / "token").read_bytes()
     request = json.dumps({"what": what, "pid": pid, "limit_s": limit_s}).encode()
     for tried in range(1, TRIES + 1):
@@ -69,10 +71,10 @@ def ask_helper(folder: Path, what: str, pid: int, limit_s: float, tag: str) -> N
                 answer = json.loads(connection.recv_bytes())
         except (EOFError, ConnectionError) as error:
             if tried == TRIES:
-                raise SuspendError(f"{what} {tag!r} (pid {pid}): {TRIES} helpers have died of it", tag=tag) from error
+                raise SuspendError(f"{subject}: {TRIES} helpers have died of it", tag=tag) from error
             continue
         if answer["error"] is not None:
-            raise SuspendError(f"{what} {tag!r} (pid {pid}): {answer['error']}", tag=tag)
+            raise SuspendError(f"{subject}: {answer['error']}", tag=tag)
         return
 
 

@@ -48,9 +48,13 @@ DYING_S = 0.5
 
 @dataclass(frozen=True)
 class _Task:
-    """What is to be suspended or resumed. server: slot of the model server. value: the object, None for a handle."""
+    """What is to be suspended or resumed.
+
+    shown: what people are shown for the tag. server: slot of the model server. value: the object, None for a handle.
+    """
 
     tag: str
+    shown: str
     way: Way
     mb: float
     handle: str
@@ -127,7 +131,7 @@ class Suspender:
                     self._namespace.transitions.suspensions.fail(t, row, why)
                 self._scheduler.advance(t)
         if done:
-            _LOG.info("mpmm %s: pid %d suspended %s", self._namespace.name, self._namespace.pid, task.tag)
+            _LOG.info("mpmm %s: pid %d suspended %s", self._namespace.name, self._namespace.pid, task.shown)
 
     def suspend_idle(self, tag: str) -> int:
         """Have the idle copies of a model suspended, by hand, and return how many; waits until they are."""
@@ -209,8 +213,9 @@ class Suspender:
                 self._wake_twin(row, generation, handle, tag)
             elif time.monotonic() > began + GRACE * limit_s(mb):
                 raise SuspendError(
-                    f"the loader of {tag!r} returned the handle {handle!r}, whose copy is being suspended or resumed "
-                    "and does not come to an end; let the loader return a new handle each time",
+                    f"the loader of {self._namespace.tables.called(tag)} returned the handle {handle!r}, whose copy is "
+                    "being suspended or resumed and does not come to an end; let the loader return a new handle each "
+                    "time",
                     tag=tag,
                 )
             else:
@@ -224,8 +229,8 @@ class Suspender:
                 self._scheduler.release(t, row, used=False)
         if not resumed:
             raise SuspendError(
-                f"the loader of {tag!r} returned the handle {handle!r}, whose suspended copy cannot be resumed; let "
-                "the loader return a new handle each time",
+                f"the loader of {self._namespace.tables.called(tag)} returned the handle {handle!r}, whose suspended "
+                "copy cannot be resumed; let the loader return a new handle each time",
                 tag=tag,
             )
 
@@ -335,7 +340,7 @@ class Suspender:
     def _say(self, level: int, task: _Task, request: str, error: Exception) -> None:
         text = "mpmm %s: pid %d could not have %s %s, so it is unloaded instead: %s: %s"
         kind = type(error).__name__
-        _LOG.log(level, text, self._namespace.name, self._namespace.pid, task.tag, request, kind, error)
+        _LOG.log(level, text, self._namespace.name, self._namespace.pid, task.shown, request, kind, error)
 
     def _task(self, row: int, generation: int, state: int) -> _Task | None:
         """Return what a row says is to be done; None if this process has not to do it, or no longer."""
@@ -347,6 +352,7 @@ class Suspender:
             server = instance.server
             return _Task(
                 tables.tag_of(instance.model),
+                tables.shown(instance.model),
                 Way(instance.way),
                 instance.device_mb,
                 tables.handle_of(row),
@@ -379,7 +385,7 @@ def _ask(task: _Task, request: str, folder: Path) -> None:
         if task.server_pid is None:
             raise ModelServerError(f"the server of {task.handle!r} is gone", tag=task.handle, server_pid=None)
         what = "suspend" if request == protocol.SLEEP else "resume"
-        ask_helper(folder, what, task.server_pid, limit_s(task.mb), task.tag)
+        ask_helper(folder, what, task.server_pid, limit_s(task.mb), task.tag, task.shown)
     elif task.value is None:
         ask_to(request, task.handle, task.server_pid)
     elif request == protocol.SLEEP:

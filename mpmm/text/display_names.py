@@ -2,12 +2,15 @@
 
 A process that knows such a name sets it here. The model's row in the segment gets it when this process asks for the
 model the next time and has to queue, and from then on everybody is shown it beside the tag; log lines of this process
-have it at once. Programs (JSON, metrics, `--model`) go by tags alone.
+have it at once. Programs (JSON, metrics, attributes of errors) go by tags alone.
 """
 
 from __future__ import annotations
 
-__all__ = ["MOST_BYTES", "display_name", "set_display_name", "shown_tag"]
+from collections import Counter
+from collections.abc import Mapping
+
+__all__ = ["MOST_BYTES", "display_name", "set_display_name", "shown_tag", "shown_tags"]
 
 MOST_BYTES = 127
 # A worker of Beam that lives for months sets up pipeline after pipeline.
@@ -38,3 +41,14 @@ def shown_tag(tag: str, name: str) -> str:
     if not name:
         return tag
     return f"{name} [{tag if len(tag) <= TAG_SHOWN else tag[: TAG_SHOWN - 4] + '…'}]"
+
+
+def shown_tags(names: Mapping[str, str]) -> dict[str, str]:
+    """Return what people are shown for each of several tags that have names, no two of them the same.
+
+    names: by tag. Where name and beginning are the same, the whole tag is shown: Beam loads a model anew under a tag
+    that only ends in another way.
+    """
+    shown = {tag: shown_tag(tag, name) for tag, name in names.items() if name}
+    times = Counter(shown.values())
+    return {tag: text if times[text] == 1 else f"{names[tag]} [{tag}]" for tag, text in shown.items()}

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from mpmm.observability.event_lines import said
-from mpmm.observability.formatting import why
+from mpmm.observability.formatting import named, why
 from mpmm.shared_state.snapshot import EventInfo
 from mpmm.text.printable import printable
 
@@ -48,8 +49,12 @@ CATEGORIES = {
 }
 
 
-def decision(event: EventInfo, taken_s: float) -> dict[str, Any]:
-    """Return an event as the page shows it; taken_s: the moment of the snapshot it is from, by `time.monotonic()`."""
+def decision(event: EventInfo, taken_s: float, names: Mapping[str, str]) -> dict[str, Any]:
+    """Return an event as the page shows it.
+
+    taken_s: the moment of the snapshot it is from, by `time.monotonic()`. names: what people are shown for tags.
+    """
+    for_people = named(event, names)
     return {
         "number": event.sequence,
         "at": round(taken_s - event.age_s, 2),
@@ -57,5 +62,5 @@ def decision(event: EventInfo, taken_s: float) -> dict[str, Any]:
         "category": CATEGORIES[event.kind],
         "pid": event.pid,
         "tag": None if event.tag is None else printable(event.tag),
-        "text": printable(why(event) or said(event)),
+        "text": printable(why(for_people) or said(event)),
     }

@@ -2,7 +2,8 @@
 
 Each look at the namespace has a number. Whatever is kept (a sample, a span, an event, a row of a table) knows the look
 at which it changed last, so a page that names the last look it has seen is told the rest, and no more. A thousand idle
-copies cost nothing after the first answer. An answer of which the page has missed too much, or that is about another
+copies cost nothing after the first answer. Everything goes by tags; what people are shown for them is said once each
+(`names`), and sentences have it already. An answer of which the page has missed too much, or that is about another
 incarnation of the namespace, is complete, and says so (`complete`).
 """
 
@@ -23,11 +24,14 @@ from mpmm.observability.formatting import (
     copies_counter,
     decided_at,
     expected_waits,
+    named,
+    names_of,
     needs,
     shared_by,
     times_left,
     waiters,
     why,
+    with_names,
 )
 from mpmm.policy.view import Reason
 from mpmm.shared_state.snapshot import DeviceInfo, InstanceInfo, Snapshot, TicketInfo
@@ -43,6 +47,8 @@ POINTS_SENT = 720
 DECISIONS_KEPT = 300
 WAITERS_SENT = 300
 GONE_KEPT = 20_000
+# Spans and decisions outlive their models, whose names they need.
+NAMES_KEPT = 4096
 # Each waiter may be a problem of its own.
 FINDINGS_SENT = 20
 # Waits that only other programs, or those who have pinned something, can end: loads and holds do not tell when.
@@ -131,6 +137,7 @@ class Recorder:
         self._memory: dict[int, Samples] = {}
         self._load = Samples()
         self._timeline = Timeline()
+        self._names: dict[str, tuple[int, str]] = {}
         self._decisions: deque[tuple[int, Row]] = deque(maxlen=DECISIONS_KEPT)
         self._decided: dict[int, float] = {}
         self._lost = 0
@@ -153,24 +160,36 @@ class Recorder:
         self._lost += 0 if step.fresh else step.lost
         self.busy = bool(step.lost and not step.fresh) or len(step.events) > 2000
         self._timeline.add(step, look)
+        names, shown = names_of(snapshot), with_names(snapshot)
+        self._name(names)
         for event in step.events:
             if event.kind in CATEGORIES:
-                self._decisions.append((look, decision(event, snapshot.taken_s)))
+                self._decisions.append((look, decision(event, snapshot.taken_s, names)))
         for device in snapshot.devices:
             self._sample(device, snapshot, step.fresh)
         loaded = sum(copy.state in ("active", "idle") for copy in snapshot.copies)
         self._load.add(look, (snapshot.taken_s, snapshot.waiting, snapshot.active, snapshot.loading, loaded))
         self._head = _head(snapshot)
-        self._devices = [_device(device, snapshot) for device in snapshot.devices]
-        found = findings(snapshot)
+        self._devices = [_device(device, shown) for device in snapshot.devices]
+        found = findings(shown)
         self._urgent = sum(one.urgent for one in found)
         self._findings = [{"urgent": one.urgent, "text": printable(one.text)} for one in found[:FINDINGS_SENT]]
         told = self._decided | decided_at(step.events, snapshot.taken_s)
         self._decided = {one.number: told[one.number] for one in snapshot.tickets if one.number in told}
-        self._waiters = _waiters(snapshot, self._decided)
+        self._waiters = _waiters(snapshot, self._decided, names)
         self._copies.put(look, _copies(snapshot))
         self._models.put(look, _models(snapshot))
         self._members.put(look, _members(snapshot))
+
+    def _name(self, names: Mapping[str, str]) -> None:
+        """Note what people are shown for tags, so that a page is told what it does not know yet."""
+        for tag, shown in names.items():
+            known = self._names.get(printable(tag))
+            if known is None or known[1] != printable(shown):
+                self._names.pop(printable(tag), None)
+                self._names[printable(tag)] = (self._look, printable(shown))
+        for tag in list(self._names)[: max(0, len(self._names) - NAMES_KEPT)]:
+            del self._names[tag]
 
     def _sample(self, device: DeviceInfo, snapshot: Snapshot, fresh: bool) -> None:
         samples = self._memory.setdefault(device.row, Samples())
@@ -219,6 +238,7 @@ class Recorder:
             "spans": self._timeline.since(since, from_s),
             "decisions": [row for at, row in self._decisions if at > since],
             "lost": self._lost,
+            "names": {tag: shown for tag, (at, shown) in self._names.items() if at > since},
             **{name: table.since(since) for name, table in tables.items()},
         }
 
@@ -269,11 +289,14 @@ def _device(device: DeviceInfo, snapshot: Snapshot) -> Row:
     }
 
 
-def _waiters(snapshot: Snapshot, decided: Mapping[int, float]) -> list[Row]:
+def _waiters(snapshot: Snapshot, decided: Mapping[int, float], names: Mapping[str, str]) -> list[Row]:
     need_of, expected_of, left_of = needs(snapshot), expected_waits(snapshot), times_left(snapshot, decided)
     first = waiters(snapshot)[:WAITERS_SENT]
     return [
-        _waiter(ticket, snapshot.taken_s, expected_of(ticket), why(ticket, need_of(ticket), left_of(ticket)))
+        _waiter(
+            *(ticket, snapshot.taken_s, expected_of(ticket)),
+            why(named(ticket, names), need_of(ticket), left_of(ticket)),
+        )
         for ticket in first
     ]
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from itertools import chain
 
 from mpmm.observability.event_reader import Step
-from mpmm.observability.formatting import why
+from mpmm.observability.formatting import named, names_of, why
 from mpmm.shared_state.snapshot import EventInfo, InstanceInfo
 from mpmm.text.printable import printable
 
@@ -100,6 +100,8 @@ class Timeline:
         self._look = 0
         # Pids of those who queued, by ticket: the event that ends a wait has the pid of the process that served it.
         self._queued: dict[int, int] = {}
+        # What people are shown for tags, in notes; spans go by tags.
+        self._names: dict[str, str] = {}
         self._handlers: dict[str, Callable[[EventInfo, float], None]] = {
             "load_began": self._load_began,
             "load_ended": self._load_ended,
@@ -124,6 +126,7 @@ class Timeline:
     def add(self, step: Step, look: int) -> None:
         """Add what a step tells; look: its number, which rises from step to step."""
         self._look = look
+        self._names = names_of(step.snapshot)
         taken_s = step.snapshot.taken_s
         for event in step.events:
             handler = self._handlers.get(event.kind)
@@ -187,6 +190,9 @@ class Timeline:
             copy = self._new(event.instance, event.tag, (), at_s)
         return copy
 
+    def _why(self, event: EventInfo) -> str:
+        return printable(why(named(event, self._names)))
+
     def _pid(self, event: EventInfo) -> int:
         return event.pid if event.ticket is None else self._queued.pop(event.ticket, event.pid)
 
@@ -212,7 +218,7 @@ class Timeline:
     def _load_began(self, event: EventInfo, at_s: float) -> None:
         if event.instance is not None:
             copy = self._new(event.instance, event.tag, event.devices, at_s)
-            copy.doing = self._open(copy, "load", at_s, self._pid(event), printable(why(event)))
+            copy.doing = self._open(copy, "load", at_s, self._pid(event), self._why(event))
 
     def _load_ended(self, event: EventInfo, at_s: float) -> None:
         self._hold(self._known(event, at_s), at_s, event.pid)
@@ -250,7 +256,7 @@ class Timeline:
         self._close(copy.doing, at_s)
         self._close(copy.stay, at_s)
         copy.stay = copy.last = None
-        copy.doing = self._open(copy, kind, at_s, pid, printable(why(event)))
+        copy.doing = self._open(copy, kind, at_s, pid, self._why(event))
 
     def _gone(self, event: EventInfo, at_s: float) -> None:
         if event.instance is not None:
@@ -259,7 +265,7 @@ class Timeline:
     def _leased(self, event: EventInfo, at_s: float) -> None:
         if event.instance is not None:
             copy = self._new(event.instance, event.tag, event.devices, at_s)
-            copy.doing = self._open(copy, "lease", at_s, self._pid(event), printable(why(event)))
+            copy.doing = self._open(copy, "lease", at_s, self._pid(event), self._why(event))
 
     def _lost(self, event: EventInfo, at_s: float) -> None:
         if event.instance is not None:

@@ -205,10 +205,10 @@ class Suspensions(Part):
         t.set(at + Instance.HOLDER, words[at + Instance.OWNER] or unloader or words[at + Instance.HOLDER])
         if why is not None:
             t.set(self._model(row) + Model.UNSUSPENDABLE, why)
-            tag = self._tables.tag_of(words[at + Instance.MODEL])
+            shown = self._tables.shown(words[at + Instance.MODEL])
             # Read now: after the transaction the row may be another tag's.
             reason = why.name.lower().replace("_", " ")
-            t.after.append(partial(_LOG.warning, "mpmm: %s is not suspended any more: %s", tag, reason))
+            t.after.append(partial(_LOG.warning, "mpmm: %s is not suspended any more: %s", shown, reason))
         self._ring(t, words[at + Instance.HOLDER] - 1)
 
     def drop(self, t: Transaction, row: int, unloader: int, cause: Cause | None = None) -> None:

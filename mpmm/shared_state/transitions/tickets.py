@@ -123,8 +123,8 @@ class Tickets(Part):
             # In the transaction of the wait: a plan that is undone takes it back, and with `t.after` the log line.
             t.set(at + Ticket.WARNED, 1)
             pid = self._segment.words[self._tables.member(self._segment.words[at + Ticket.MEMBER] - 1) + Member.PID]
-            tag = self._tables.tag_of(self._segment.words[at + Ticket.MODEL])
-            t.after.append(partial(_LOG.warning, "mpmm %s: %s of pid %d %s", self._actor.name, tag, pid, why))
+            shown = self._tables.shown(self._segment.words[at + Ticket.MODEL])
+            t.after.append(partial(_LOG.warning, "mpmm %s: %s of pid %d %s", self._actor.name, shown, pid, why))
 
     def block(self, t: Transaction, row: int) -> None:
         """Record that from now on a ticket is the head of the line: the first one for which there is no memory."""

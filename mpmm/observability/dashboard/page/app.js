@@ -97,12 +97,14 @@ function nothingSaid(said) {
 function forget() {
   Object.assign(known, { epoch: "", look: 0, devices: [], findings: [], urgent: 0, waiters: [], load: [], decisions: [], lost: 0 });
   for (const part of ["memory", "copies", "models", "members"]) known[part].clear();
+  tagNames.clear();
   timeline.clear();
 }
 
 function merge(state) {
   const { epoch, look, head, devices, findings, urgent, waiters, lost } = state;
   Object.assign(known, { epoch, look, head, devices, findings, urgent, waiters, lost, heardAt: performance.now() });
+  for (const [tag, name] of Object.entries(state.names)) tagNames.set(tag, name);
   const from_s = head.now - view.window_s;
   for (const [row, points] of Object.entries(state.memory)) {
     const all = [...(known.memory.get(row) ?? []), ...points];
@@ -382,7 +384,9 @@ function showTip(canvas, x, y) {
   } else {
     const name = timeline.chosen[cursor.lane];
     if (name !== undefined) {
-      lines[0] = `${name.split("\n")[0]} · ${lines[0]}`;
+      const tag = tagOf(name);
+      lines[0] = `${shownTag(tag)} · ${lines[0]}`;
+      if (tagNames.has(tag)) lines.push(tag);
       const slack_s = view.window_s / 600;
       const spans = timeline.at(cursor.lane, time_s, now, slack_s).slice(0, 3);
       lines.push(...(spans.length ? spans.map((span) => spanSaid(span, now)) : ["not loaded"]));

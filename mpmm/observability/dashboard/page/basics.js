@@ -57,6 +57,23 @@ function plural(number, one, many = `${one}s`) {
   return `${count(number)} ${number === 1 ? one : many}`;
 }
 
+/* ---- names: everything goes by tags, and people are shown more where a model has a name ---- */
+
+const tagNames = new Map();
+
+function shownTag(tag) {
+  return tagNames.get(tag) ?? tag;
+}
+
+/** What a title says: the whole tag, too. */
+function fullTag(tag) {
+  return tagNames.has(tag) ? `${tagNames.get(tag)}\n${tag}` : tag;
+}
+
+function setTitle(element, text) {
+  if (element.title !== text) element.title = text;
+}
+
 /* ---- the filter, which all parts of the page share ---- */
 
 const filter = { words: [] };

@@ -155,6 +155,9 @@ const SPAN = { number: 0, tag: 1, lane: 2, kind: 3, begin: 4, end: 5, busy: 6, r
 const LAYERS = ["stay", "sleep", "load", "suspend", "resume", "unload", "lease", "hold"];
 const COLOUR_OF = { stay: "stay", sleep: "sleep", load: "load", suspend: "move", resume: "move", unload: "unload", lease: "lease", hold: "hold" };
 
+/** The tag that a lane belongs to. */
+const tagOf = (lane) => lane.split("\n")[0];
+
 const timeline = {
   lanes: new Map(), // "tag lane" -> Map of spans by number
   chosen: [],
@@ -187,13 +190,14 @@ const timeline = {
   choose(now, anew) {
     if (!anew && now - this.chosenAt < LANES_CHOSEN_FOR_S && this.chosen.every((name) => this.lanes.has(name)) && this.chosen.length >= Math.min(this.most, this.total)) return;
     this.chosenAt = now;
-    const names = [...this.lanes.keys()].filter((name) => passes(name, ...this.pids(name)));
+    const names = [...this.lanes.keys()].filter((name) => passes(name, shownTag(tagOf(name)), ...this.pids(name)));
     this.total = names.length;
     if (names.length > this.most) {
       const last = new Map(names.map((name) => [name, this.lastDone(name)]));
       names.sort((one, other) => last.get(other) - last.get(one));
     }
-    this.chosen = names.slice(0, this.most).sort();
+    const key = (name) => `${shownTag(tagOf(name))}\n${name}`;
+    this.chosen = names.slice(0, this.most).sort((one, other) => (key(one) < key(other) ? -1 : 1));
   },
 
   total: 0,
@@ -238,7 +242,7 @@ const timeline = {
     const lone = new Set();
     const seen = new Set();
     for (const name of this.lanes.keys()) {
-      const tag = name.split("\n")[0];
+      const tag = tagOf(name);
       (seen.has(tag) ? lone.delete(tag) : lone.add(tag), seen.add(tag));
     }
     this.chosen.forEach((name, row) => {
@@ -247,7 +251,7 @@ const timeline = {
       context.fillStyle = cursor.lane === row && cursor.on === "timeline" ? colours.text : colours.muted;
       const suffix = lone.has(tag) ? "" : ` ${Number(number)}`;
       const room = left - 10 - context.measureText(suffix).width;
-      context.fillText(fitted(context, tag, room) + suffix, narrow ? 0 : 2, middle);
+      context.fillText(fitted(context, shownTag(tag), room) + suffix, narrow ? 0 : 2, middle);
       context.strokeStyle = colours.faint;
       context.beginPath();
       context.moveTo(0, Math.round((row + 1) * lane) + 0.5);

@@ -45,7 +45,8 @@ function fillWaiter(element, waiter, now) {
     element.parts = { tag, who, when, why, expected };
   }
   const { tag, who, when, why, expected } = element.parts;
-  setText(tag, waiter.tag);
+  setText(tag, shownTag(waiter.tag));
+  setTitle(tag, fullTag(waiter.tag));
   setText(who, `pid ${waiter.pid}${waiter.urgency ? `, priority ${waiter.urgency}` : ""}`);
   setText(when, `for ${duration(now - waiter.since)}`);
   setText(expected, waiter.expected === null ? "" : ` about ${duration(waiter.expected)} more`);
@@ -55,17 +56,20 @@ function fillWaiter(element, waiter, now) {
 function fillDecision(element, decision, now) {
   if (!element.parts) {
     const what = make("div", { class: "what" }, make("span", { class: `kind ${decision.category}` }));
-    if (decision.tag === null) what.append(make("b", {}, `pid ${decision.pid}`), `: ${decision.text}`);
-    else what.append(make("b", {}, decision.tag), ` ${decision.text} `, make("span", { class: "muted" }, `pid ${decision.pid}`));
+    const subject = make("b");
+    if (decision.tag === null) what.append(subject, `: ${decision.text}`);
+    else what.append(subject, ` ${decision.text} `, make("span", { class: "muted" }, `pid ${decision.pid}`));
     const when = make("div", { class: "when" });
     element.append(what, when);
-    element.parts = { when };
+    element.parts = { subject, when };
   }
+  setText(element.parts.subject, decision.tag === null ? `pid ${decision.pid}` : shownTag(decision.tag));
+  setTitle(element.parts.subject, decision.tag === null ? "" : fullTag(decision.tag));
   setText(element.parts.when, ago(now - decision.at));
 }
 
 function showWaiters(list, waiters, total, now) {
-  const matching = waiters.filter((waiter) => passes(waiter.tag, waiter.pid, waiter.why));
+  const matching = waiters.filter((waiter) => passes(waiter.tag, shownTag(waiter.tag), waiter.pid, waiter.why));
   const shown = matching.slice(0, WAITERS_SHOWN);
   const left = (filter.words.length ? matching.length : total) - shown.length;
   const empty = total ? "No waiter passes the filter." : "Nothing waits.";
@@ -73,7 +77,7 @@ function showWaiters(list, waiters, total, now) {
 }
 
 function showDecisions(list, decisions, category, now) {
-  const matching = decisions.filter((one) => (!category || one.category === category) && passes(one.tag ?? "", one.pid, one.text));
+  const matching = decisions.filter((one) => (!category || one.category === category) && passes(one.tag ?? "", shownTag(one.tag ?? ""), one.pid, one.text));
   const shown = matching.slice(-DECISIONS_SHOWN).reverse();
   const left = matching.length - shown.length;
   fillList(list, shown, (one) => one.number, (element, one) => fillDecision(element, one, now), "No decisions.", left > 0 ? `and ${plural(left, "earlier one")}` : "");
@@ -85,10 +89,10 @@ const STATE_CLASS = { active: "hold", idle: "idle", loading: "load", unloading: 
 const STATE_WORD = { active: "in use", idle: "idle", loading: "loading", unloading: "unloading", leased: "lease", suspending: "suspending", suspended: "suspended", resuming: "resuming" };
 const STATE_ORDER = { unloading: 0, suspending: 1, resuming: 2, loading: 3, active: 4, leased: 5, idle: 6, suspended: 7 };
 
-/* A column: title, value to sort by, text to show, and how. first: the direction of the first click. */
+/* A column: title, value to sort by, text to show, and how. full: what its title says. first: the direction of the first click. */
 const COLUMNS = {
   copies: [
-    { title: "Model", value: (copy) => copy.tag, text: (copy) => copy.tag, name: true, width: 30 },
+    { title: "Model", value: (copy) => shownTag(copy.tag), text: (copy) => shownTag(copy.tag), full: (copy) => fullTag(copy.tag), name: true, width: 30 },
     { title: "State", value: (copy) => STATE_ORDER[copy.state] ?? 9, text: (copy) => [STATE_WORD[copy.state] ?? copy.state, ...copy.marks].join(", "), state: (copy) => copy.state, width: 15 },
     { title: "Held by", value: (copy) => copy.pid ?? -1, text: (copy) => (copy.pid === null ? "" : `pid ${copy.pid}`), width: 11 },
     { title: "For", value: (copy) => -copy.since, text: (copy, now) => duration(now - copy.since), number: true, width: 9, first: -1 },
@@ -98,7 +102,7 @@ const COLUMNS = {
     { title: "Lives in", value: (copy) => copy.home ?? -1, text: (copy) => (copy.home === null ? "" : `${copy.served ? "server" : "worker"} ${copy.home}`), width: 14, wide: true, narrow: false },
   ],
   models: [
-    { title: "Model", value: (model) => model.tag, text: (model) => model.tag, name: true, width: 28 },
+    { title: "Model", value: (model) => shownTag(model.tag), text: (model) => shownTag(model.tag), full: (model) => fullTag(model.tag), name: true, width: 28 },
     { title: "Copies", value: (model) => model.loaded, text: (model) => `${model.active} of ${model.loaded} in use${model.suspended ? `, ${model.suspended} suspended` : ""}`, width: 14, first: -1 },
     { title: "Waiting", value: (model) => model.waiting, text: (model) => (model.waiting ? count(model.waiting) : ""), short: (text) => (text ? `${text} waiting` : ""), number: true, width: 8, first: -1 },
     { title: "Size", value: (model) => model.estimate ?? -1, text: (model) => (model.estimate === null ? "unknown" : memory(model.estimate)), number: true, width: 10, first: -1 },
@@ -115,7 +119,7 @@ const COLUMNS = {
     { title: "Role", value: (member) => member.kind, text: (member) => [member.kind, ...(member.leads ? ["leads"] : []), ...(member.alive ? [] : ["dead"])].join(", "), width: 14 },
     { title: "Holds", value: (member) => member.holds, text: (member) => (member.holds ? count(member.holds) : ""), short: (text) => (text ? `holds ${text}` : ""), number: true, width: 8, first: -1 },
     { title: "Waits for", value: (member) => member.waits, text: (member) => (member.waits ? count(member.waits) : ""), short: (text) => (text ? `waits for ${text}` : ""), number: true, width: 9, first: -1 },
-    { title: "Serves", value: (member) => member.serves, text: (member) => member.serves, width: 22 },
+    { title: "Serves", value: (member) => shownTag(member.serves), text: (member) => shownTag(member.serves), full: (member) => fullTag(member.serves), width: 22 },
     { title: "Measured", value: (member) => member.mb ?? -1, text: (member) => (member.mb === null ? "" : memory(member.mb)), number: true, width: 10, first: -1, wide: true, narrow: false },
     { title: "Attached", value: (member) => -member.since, text: (member, now) => duration(now - member.since), number: true, width: 9, first: -1, wide: true, narrow: false },
   ],
@@ -182,7 +186,7 @@ const table = {
     const columns = COLUMNS[this.which];
     const [index, direction] = this.sorting[this.which];
     const value = columns[index].value;
-    const rows = [...items.values()].filter((item) => passes(item.tag ?? item.name, item.serves ?? "", item.state ? STATE_WORD[item.state] : item.kind, item.pid ?? "", item.home ?? ""));
+    const rows = [...items.values()].filter((item) => passes(item.tag ?? item.name, shownTag(item.tag ?? ""), item.serves ?? "", shownTag(item.serves ?? ""), item.state ? STATE_WORD[item.state] : item.kind, item.pid ?? "", item.home ?? ""));
     const named = columns[0].value;
     const compare = (one, other) => (one < other ? -1 : one > other ? 1 : 0);
     rows.sort((one, other) => direction * compare(value(one), value(other)) || compare(named(one), named(other)) || compare(one.since ?? 0, other.since ?? 0));
@@ -232,7 +236,7 @@ const table = {
       const target = column.state ? cell.firstChild : cell;
       setText(target, text);
       if (column.state) setClass(target, `state ${STATE_CLASS[column.state(item)] ?? ""}`);
-      if (column.name && cell.title !== text) cell.title = text;
+      if (column.full || column.name) setTitle(cell, column.full ? column.full(item) : text);
     });
   },
 };
