@@ -41,6 +41,12 @@ with 2 if there is no namespace to look at.
 
 Commands that only look take no lock, so they answer even while the holder of the lock is stopped, and report that.
 
+A TAG is the tag of a model, or else the beginning of one if no other begins so, its name, or what a screen shows of
+these: `01234567`, `01234567…` or `SklearnModelHandlerNumpy models/digits.joblib` for a model that `mpmm ps` shows as
+`SklearnModelHandlerNumpy models/digits.joblib [01234567…]`. Where several models fit, the command names them, changes
+nothing and ends with 2. `pin` and `preload` take the beginning of a tag only of models with a name, as the tag may be
+that of a model to come.
+
 A SIZE is a number of MB, or one with a unit: `5g`, `5GiB`, `800m`; all of them are powers of 1024.
 
 JSON schema, version 2: an object with `schema` (2), and every field of `mpmm.shared_state.snapshot.Snapshot` under
@@ -71,6 +77,7 @@ from pathlib import Path
 
 from mpmm import __version__
 from mpmm.commands import changes
+from mpmm.commands.models import asked_model
 from mpmm.commands.parser import DEFAULT_NAMESPACE, make_parser
 from mpmm.errors import InvalidArgumentError, MpmmError
 from mpmm.observability.colours import painter
@@ -377,14 +384,14 @@ def _move(options: argparse.Namespace, root: Path | None) -> int:
     from mpmm.model_manager import ModelManager
 
     namespace = options.named or _namespace(options, root)
-    read_snapshot(namespace, root, events=False)
+    model = asked_model(options.tag, namespace, root)
     # No report that our defaults differ from the settings of the namespace.
     logging.getLogger("mpmm").setLevel(logging.ERROR)
     with ModelManager(namespace=namespace, runtime_root=root) as manager:
         suspends = options.command == "suspend"
-        moved = manager.suspend(options.tag) if suspends else manager.resume(options.tag)
+        moved = manager.suspend(model.tag) if suspends else manager.resume(model.tag)
     done = "suspended" if suspends else "resumed"
-    print(f"{namespace}: {moved} cop{'y' if moved == 1 else 'ies'} of {printable(options.tag)} {done}")
+    print(f"{namespace}: {moved} cop{'y' if moved == 1 else 'ies'} of {model.shown} {done}")
     if suspends and not moved:
         print(
             "mpmm: a copy can be suspended if it is idle, and its object has sleep() and wake_up(), or the CUDA driver "

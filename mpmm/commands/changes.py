@@ -14,11 +14,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from mpmm.commands.models import HELP, HELP_IF_NEW, asked_model
 from mpmm.errors import InvalidArgumentError, UnloadTimeoutError
 from mpmm.shared_state.settings import CHANGEABLE, Settings
 from mpmm.shared_state.snapshot import read_snapshot
 from mpmm.text.arguments import checked_size_mb, checked_timeout, in_brief
-from mpmm.text.printable import printable
 
 __all__ = ["COMMANDS", "add_commands"]
 
@@ -42,7 +42,7 @@ def add_commands(commands: Any) -> None:
     unpin = commands.add_parser("unpin", help="undo `mpmm pin`; pins that processes set themselves stay")
     preload = commands.add_parser("preload", help="load a model in a server process, for all processes of a namespace")
     for command in (unload, pin, unpin, preload):
-        command.add_argument("tag", metavar="TAG")
+        command.add_argument("tag", metavar="TAG", help=HELP_IF_NEW if command in (pin, preload) else HELP)
     preload.add_argument(
         "--copies",
         type=int,
@@ -85,27 +85,25 @@ def _unload(options: argparse.Namespace, name: str, root: Path | None) -> int:
     from mpmm.scheduling import Scheduler
 
     wait_s = checked_timeout("--wait", options.wait)
+    model = asked_model(options.tag, name, root)
     with visit(name, root) as namespace:
-        asked = unload_model(namespace, Scheduler(namespace), options.tag)
+        asked = unload_model(namespace, Scheduler(namespace), model.tag)
         try:
             wait_for_unload(namespace, asked, wait_s)
         except UnloadTimeoutError as error:
             print(f"mpmm: {error}", file=sys.stderr)
             return EXIT_PROBLEM
-    print(f"{printable(options.tag)}: {asked.copies} unloaded" if asked.copies else _nothing(options.tag))
+    print(f"{model.shown}: {f'{asked.copies} unloaded' if asked.copies else 'no copy is loaded'}")
     return 0 if asked.copies else EXIT_PROBLEM
-
-
-def _nothing(tag: str) -> str:
-    return f"{printable(tag)}: no copy is loaded"
 
 
 def _pin(options: argparse.Namespace, name: str, root: Path | None) -> int:
     from mpmm.model_manager.administration import pin_for_all, visit
 
+    model = asked_model(options.tag, name, root, may_be_new=True)
     with visit(name, root) as namespace:
-        pin_for_all(namespace, options.tag)
-    print(f"{printable(options.tag)}: pinned for all")
+        pin_for_all(namespace, model.tag)
+    print(f"{model.shown}: pinned for all")
     return 0
 
 
@@ -113,9 +111,10 @@ def _unpin(options: argparse.Namespace, name: str, root: Path | None) -> int:
     from mpmm.model_manager.administration import unpin_for_all, visit
     from mpmm.scheduling import Scheduler
 
+    model = asked_model(options.tag, name, root)
     with visit(name, root) as namespace:
-        unpin_for_all(namespace, Scheduler(namespace), options.tag)
-    print(f"{printable(options.tag)}: no longer pinned for all")
+        unpin_for_all(namespace, Scheduler(namespace), model.tag)
+    print(f"{model.shown}: no longer pinned for all")
     return 0
 
 
@@ -124,11 +123,11 @@ def _preload(options: argparse.Namespace, name: str, root: Path | None) -> int:
 
     # No report that our defaults differ from the settings of the namespace.
     logging.getLogger("mpmm").setLevel(logging.ERROR)
-    read_snapshot(name, root, events=False)
+    model = asked_model(options.tag, name, root, may_be_new=True)
     load = functools.partial(_load_handle, _function(options.loader), options.loader)
     with ModelManager(namespace=name, runtime_root=root) as manager:
         loaded = manager.preload(
-            options.tag,
+            model.tag,
             load,
             copies=options.copies,
             timeout_seconds=options.wait,
@@ -137,8 +136,8 @@ def _preload(options: argparse.Namespace, name: str, root: Path | None) -> int:
             users=options.users,
         )
         if options.pin:
-            manager.pin(options.tag, for_all=True)
-    print(f"{printable(options.tag)}: {loaded} loaded{', pinned for all' if options.pin else ''}")
+            manager.pin(model.tag, for_all=True)
+    print(f"{model.shown}: {loaded} loaded{', pinned for all' if options.pin else ''}")
     return 0
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from mpmm import __version__
 from mpmm.commands import changes
 from mpmm.commands.help_pages import TOPICS
+from mpmm.commands.models import HELP
 from mpmm.errors import InvalidArgumentError
 from mpmm.text.arguments import checked_size_mb
 
@@ -71,7 +72,7 @@ def _add_looking(commands: Commands) -> None:
     events.add_argument(
         "-f", "--follow", action="store_true", help="print new events until the namespace ends, or Ctrl-C"
     )
-    events.add_argument("--model", metavar="TAG", help="only events of this model")
+    events.add_argument("--model", metavar="TAG", help="only events of this model: its tag, or as for `mpmm unload`")
     events.add_argument("--json", action="store_true", help="one JSON object for each event")
     events.add_argument(
         "-n", "--last", type=int, metavar="COUNT", help="only the last COUNT past events (default: all that are kept)"
@@ -126,7 +127,7 @@ def _add_changing(commands: Commands) -> None:
         ("resume", "move a model's suspended copies back to their devices"),
     ):
         command = commands.add_parser(name, help=what)
-        command.add_argument("tag")
+        command.add_argument("tag", metavar="TAG", help=HELP)
         _add_namespace(command)
         # As with the other commands about a model.
         command.add_argument("--namespace", dest="named", metavar="NAMESPACE", help="the same, by an option")

@@ -90,9 +90,12 @@ class Controls:
         elif key.isprintable():
             self.filter += key
 
-    def arranged(self, section: Section[Any]) -> Section[Any]:
-        """Return a section with the rows that are wanted, in the order that is wanted."""
-        items = [item for item in section.items if self._wants(item)]
+    def arranged(self, section: Section[Any], tags: Mapping[str, str] | None = None) -> Section[Any]:
+        """Return a section with the rows that are wanted, in the order that is wanted.
+
+        tags: whole tags, by what the rows have instead.
+        """
+        items = [item for item in section.items if self._wants(item, tags or {})]
         keys = _KEYS.get(section.title, {})
         if self.sort in keys:
             items.sort(key=keys[self.sort])
@@ -103,9 +106,10 @@ class Controls:
             title += f" with {self.filter!r}: {len(items)} of {len(section.items)}"
         return replace(section, items=items, title=title)
 
-    def _wants(self, item: Any) -> bool:
-        wanted = self.filter.casefold()
-        return not wanted or wanted in (item.tag or "").casefold() or wanted == str(getattr(item, "pid", ""))
+    def _wants(self, item: Any, tags: Mapping[str, str]) -> bool:
+        wanted, shown = self.filter.casefold(), item.tag or ""
+        texts = (shown, tags.get(shown, ""))
+        return not wanted or any(wanted in text.casefold() for text in texts) or wanted == str(getattr(item, "pid", ""))
 
     def footer(self) -> str:
         """Return the line that says what the keys do and what is chosen."""

@@ -15,6 +15,7 @@ from mpmm.observability.colours import painter
 from mpmm.observability.event_reader import EventReader, Step, asked_to_end, steps
 from mpmm.observability.formatting import age, mb, named, names_of, why
 from mpmm.shared_state.snapshot import EventInfo, as_json
+from mpmm.text.model_names import meant_tag
 from mpmm.text.printable import printable
 
 __all__ = ["Choice", "line", "said", "show_events"]
@@ -70,7 +71,10 @@ _TROUBLE = frozenset({"reaped", "load_failed", "refused", "lost", "written_off",
 
 @dataclass(frozen=True)
 class Choice:
-    """Which events are shown, and how. model: of this tag only. last: so many of the past, None for all there are."""
+    """Which events are shown, and how.
+
+    model: of this one only, as people name it, see `meant_tag`. last: so many of the past, None for all there are.
+    """
 
     model: str | None = None
     last: int | None = None
@@ -82,14 +86,17 @@ def show_events(namespace: str, root: Path | None, choice: Choice, say: Callable
     """Print events until there are no more: until now, or with `follow` until the namespace ends, or an interrupt.
 
     With `follow` a namespace that is not there yet is waited for. Returns 0. Raises what `read_snapshot` raises,
-    FileNotFoundError without `follow` only.
+    FileNotFoundError without `follow` only; InvalidArgumentError where several models fit.
     """
     reader, paint = EventReader(namespace, root), painter(sys.stdout)
     with contextlib.ExitStack() as stack:
         looks = steps(reader, stack.enter_context(asked_to_end())) if choice.follow else [reader.step()]
-        first = True
+        first, tag = True, None
         for step in looks:
-            events = [event for event in step.events if choice.model is None or event.tag == choice.model]
+            # Once it is found it stays that one, whichever models come later.
+            tag = _tag_meant(choice.model, step) if tag is None else tag
+            wanted = choice.model if tag is None else tag
+            events = [event for event in step.events if wanted is None or event.tag == wanted]
             if first and choice.last is not None:
                 events = list(deque(events, choice.last))
             elif step.lost and not first:
@@ -104,6 +111,15 @@ def show_events(namespace: str, root: Path | None, choice: Choice, say: Callable
             sys.stdout.flush()
             first = False
     return 0
+
+
+def _tag_meant(model: str | None, step: Step) -> str | None:
+    """Return the tag of the model that is asked for, None as long as there is none."""
+    if model is None:
+        return None
+    names = {event.tag: "" for event in step.events if event.tag is not None}
+    names |= {one.tag: one.name for one in step.snapshot.models}
+    return meant_tag(model, names)
 
 
 def line(step: Step, event: EventInfo) -> str:

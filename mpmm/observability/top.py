@@ -17,7 +17,7 @@ from rich.text import Text
 from mpmm.errors import MpmmError
 from mpmm.observability.controls import HELP, SORTS, Controls, single_keys
 from mpmm.observability.findings import findings
-from mpmm.observability.formatting import age, bar, for_people, mb
+from mpmm.observability.formatting import age, bar, for_people, mb, names_of
 from mpmm.observability.inspect_screen import (
     EVENTS_OF_EACH,
     Section,
@@ -166,6 +166,7 @@ def screen(
 ) -> RenderableType:
     """Return what fills a terminal of so many columns and lines; the tables share what the rest leaves."""
     controls = controls or Controls()
+    tags = {printable(shown): tag for tag, shown in names_of(snapshot).items()}
     snapshot = for_people(snapshot)
     said = findings(snapshot)
     head = [Text(line, no_wrap=True, overflow="ellipsis") for line in headline(snapshot)]
@@ -185,7 +186,7 @@ def screen(
     ]
     left = height - len(head) - len(device_lines) - 2
     shown: list[RenderableType] = []
-    for place, section in enumerate(map(controls.arranged, tables)):
+    for place, section in enumerate(controls.arranged(one, tags) for one in tables):
         # What one table leaves of its share the next ones have.
         room = max(1, left // (len(tables) - place) - HEAD_LINES)
         rows = min(room, max(1, len(section.items)))

@@ -1,0 +1,74 @@
+"""Which model people mean: by its tag, the beginning of its tag, its name, or any of these as a screen shows it.
+
+Screens shorten long tags and names, and what they show has to be of use at the prompt. `…` stands for what a screen has
+left out, wherever that is.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator, Mapping
+
+from mpmm.errors import InvalidArgumentError
+from mpmm.text.arguments import in_brief
+from mpmm.text.display_names import shown_tag, shown_tags
+from mpmm.text.printable import printable
+
+__all__ = ["ELLIPSIS", "meant_tag"]
+
+ELLIPSIS = "…"
+# An error names no more models than fit on a screen.
+MODELS_NAMED = 10
+
+
+def meant_tag(
+    wanted: str, names: Mapping[str, str], *, first: Collection[str] = (), may_be_new: bool = False
+) -> str | None:
+    """Return the tag of the model that somebody means, None if there is none.
+
+    names: of all models by tag, "" for no name. first: the tags that are meant rather than others where several fit.
+    may_be_new: the text may be the tag of a model to come, so the beginning of a tag counts only where the model has a
+    name, and the tag says nothing to people.
+
+    An exact tag comes first, then an exact name, then a text with `…`, then the beginning of a tag. Raises
+    InvalidArgumentError where several models fit.
+    """
+    if wanted in names:
+        return wanted
+    if not wanted.strip(ELLIPSIS):
+        return None
+    for fitting in _fitting(wanted, names, may_be_new):
+        if fitting:
+            found = [tag for tag in fitting if tag in first] or fitting
+            if len(found) > 1:
+                raise _several(wanted, found, names)
+            return found[0]
+    return None
+
+
+def _fitting(wanted: str, names: Mapping[str, str], may_be_new: bool) -> Iterator[list[str]]:
+    """Yield the tags that fit in each of the ways, the most certain one first."""
+    distinct = shown_tags(names)
+    texts = {
+        tag: {printable(text) for text in (tag, name or tag, shown_tag(tag, name), distinct.get(tag, tag))}
+        for tag, name in names.items()
+    }
+    yield [tag for tag, shown in texts.items() if wanted in shown]
+    if ELLIPSIS in wanted:
+        pattern = re.compile(".*".join(map(re.escape, wanted.split(ELLIPSIS))), re.DOTALL)
+        yield [tag for tag, shown in texts.items() if any(map(pattern.fullmatch, shown))]
+    yield [
+        tag
+        for tag, name in names.items()
+        if (tag.startswith(wanted) or printable(tag).startswith(wanted)) and (name or not may_be_new)
+    ]
+
+
+def _several(wanted: str, found: list[str], names: Mapping[str, str]) -> InvalidArgumentError:
+    distinct = shown_tags({tag: names[tag] for tag in found})
+    texts = sorted(distinct.get(tag, tag) for tag in found)
+    more = f" and {len(texts) - MODELS_NAMED} more" if len(texts) > MODELS_NAMED else ""
+    return InvalidArgumentError(
+        f"model {in_brief(wanted)}: {len(found)} models fit: {', '.join(texts[:MODELS_NAMED])}{more}; expected the tag "
+        "of one, or as much of its beginning as no other has"
+    )
