@@ -138,7 +138,7 @@ def test_a_table_that_has_nothing_to_leave_out_shortens_its_longest_name() -> No
     rows = [("m" * 90, "idle", "12"), ("n", "active", "4000")]
     assert table(("model", "state", "MB"), rows, 40) == [
         "  model                     state     MB",
-        f"  {'m' * 23}…  idle      12",
+        f"  {'m' * 5}…{'m' * 18}  idle      12",
         "  n                         active  4000",
     ]
     assert table(("model", "state", "MB"), rows, 110)[1] == f"  {'m' * 90}  idle      12"

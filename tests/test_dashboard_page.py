@@ -54,6 +54,12 @@ def test_the_page_in_a_browser(lively: ModelManager, served: Served, browser: Br
             "byId('waiters').textContent + byId('table').textContent"
         )
         assert browser.evaluate("byId('waiters').querySelector('b').title") == "Sorter models/sort.joblib [held]\nheld"
+        # Of a name that is too long the end can be seen, too.
+        long = f"SklearnModelHandlerNumpy gs://my-company/models/{'production/' * 9}fraud-v1/model.joblib [held]"
+        browser.evaluate(f"tagNames.set('held', {long!r}); show()")
+        assert browser.evaluate("document.querySelector('td.name').textContent") == long
+        seen = "(([head, tail]) => head.scrollWidth > head.clientWidth && tail.scrollWidth <= tail.clientWidth)"
+        assert browser.evaluate(f"{seen}(document.querySelector('td.name').firstChild.children)")
         # It is live.
         lively.release_model("held", next(c.handle for c in read_snapshot(namespace).instances if c.tag == "held"))
         browser.wait_until("byId('waiters').textContent === 'Nothing waits.'")

@@ -22,10 +22,12 @@ from mpmm.model_manager import ModelManager
 from mpmm.observability.dashboard.history import Recorder
 from mpmm.observability.findings import attention_texts
 from mpmm.observability.json_text import snapshot_json
+from mpmm.observability.tables import shortened, shortened_apart
 from mpmm.policy.view import Reason
 from mpmm.shared_state.events import Cause
 from mpmm.shared_state.snapshot import read_snapshot
 from mpmm.text.display_names import MOST_BYTES, MOST_NAMES, display_name, set_display_name, shown_tag, shown_tags
+from mpmm.text.model_names import meant_tag
 
 TAG = "0123456789abcdef0123456789abcdef"
 NAME = "SklearnModelHandlerNumpy models/digits.joblib"
@@ -229,6 +231,51 @@ def test_names_are_cut_where_a_character_ends_and_old_ones_are_forgotten() -> No
         set_display_name(str(number), "name")
     assert (display_name("0"), display_name("1")) == ("", "name")
     assert (shown_tag("short", "name"), shown_tag("short", "")) == ("name [short]", "short")
+
+
+def test_of_a_long_name_the_end_is_kept_and_no_two_read_the_same() -> None:
+    assert shortened("gs://my-company/models/production/fraud-v1/model.joblib", 40) == (
+        "gs://my-c…oduction/fraud-v1/model.joblib"
+    )
+    assert shortened("short", 5) == "short"
+    alike = [f"gs://my-company/{version}/{'a/long/path/' * 5}model.joblib" for version in ("v1", "v2", "v2b")]
+    tails = [f"{one}/{'b' * 40}{two}" for one in alike for two in "xy"]
+    for width in (40, 24, 12):
+        for texts in (alike, tails, [f"{'a' * 50}{middle * 30}{'z' * 50}" for middle in "bcdefgh"]):
+            short = shortened_apart(texts, width)
+            assert list(short) == texts
+            assert len({*short.values()}) == len(texts)
+            assert max(map(len, short.values())) <= width
+    assert "/v1/" in shortened_apart(alike, 40)[alike[0]]
+
+
+def test_at_80_columns_different_models_read_differently(
+    namespace: str, new_manager: NewManager, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manager = new_manager()
+    tags = [f"0123{number}" + "456789abcdef" * 2 for number in range(4)]
+    for tag, version in zip(tags, ("v1", "v2", "v1", "v2"), strict=True):
+        path = f"gs://my-company/models/production/fraud-{version}/model.joblib"
+        # Two have their path for a tag.
+        named = tag in tags[:2]
+        set_display_name(tag, f"SklearnModelHandlerNumpy {path}" if named else "")
+        manager.release_model(tag if named else path, manager.acquire_model(tag if named else path, Loads(tag)))
+    monkeypatch.setattr("mpmm.cli._width", lambda: 80)
+    for command in ("ps", "inspect"):
+        assert main([command, namespace]) == 0
+        tables = capsys.readouterr().out.split("\n\n")
+        for title in ("copies:", "models:") if command == "inspect" else ("  model",):
+            [found] = [part.splitlines() for part in tables if part.startswith(title)]
+            names = [line[2:].split("  ")[0] for line in found if "…" in line]
+            assert len({*names}) == len(names) == 4, found
+            assert max(map(len, found)) <= 80
+            ends = ("[01230456…]", "[01231456…]", "v1/model.joblib", "v2/model.joblib")
+            assert all(name.endswith(end) for name, end in zip(sorted(names), ends, strict=True))
+            # What is shown can be typed.
+            meant = {
+                meant_tag(name, {model.tag: model.name for model in read_snapshot(namespace).models}) for name in names
+            }
+            assert len(meant - {None}) == 4
 
 
 def _handler(kind: str, **attributes: Any) -> Any:

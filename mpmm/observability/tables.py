@@ -1,20 +1,27 @@
 """Tables of text in a given width: columns that do not fit are left out whole, prose is wrapped, nothing is cut first.
 
-Every table says which of its columns matter least, in the order in which they may go.
+Every table says which of its columns matter least, in the order in which they may go. A name that has to be cut all the
+same loses its middle, because the end of a path says more than its beginning; and no two names of a column are cut so
+that they read the same.
 """
 
 from __future__ import annotations
 
+import itertools
 import textwrap
-from collections.abc import Collection, Sequence
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Sequence
 
-__all__ = ["cut", "table", "wrapped"]
+__all__ = ["cut", "shortened", "shortened_apart", "table", "wrapped"]
 
 LONGEST_CELL = 40
 # A name that is cut keeps so many characters, whatever else has to be cut then.
 SHORTEST_NAME = 12
 # Prose is given so many characters before a column beside it is spared.
 PROSE_WIDTH = 36
+# The share of a cut name that is its beginning.
+HEAD_SHARE = 0.25
+ROUNDS = 4
 GAP = 2
 
 
@@ -40,8 +47,7 @@ def table(
     # Prose counts with what it needs to be read.
     last = min(widths[-1], PROSE_WIDTH) if prose else widths[-1]
     if _total([*widths[:-1], last], columns) > width:
-        rows = [[*(cut(cell, LONGEST_CELL) for cell in row[:-1]), row[-1]] for row in rows]
-        widths = _widths(head, rows)
+        widths = [*(min(size, LONGEST_CELL) for size in widths[:-1]), widths[-1]]
     wanted = [*widths[:-1], last]
     for name in least:
         if _total(wanted, columns) <= width:
@@ -69,6 +75,48 @@ def cut(line: str, width: int | None) -> str:
     return line if width is None or len(line) <= width else line[: max(1, width - 1)] + "…"
 
 
+def shortened(text: str, width: int) -> str:
+    """Return a text of at most `width` characters, without its middle if it is longer."""
+    if len(text) <= width:
+        return text
+    kept = max(1, width - 1)
+    head = int(kept * HEAD_SHARE)
+    return f"{text[:head]}…{text[len(text) - (kept - head) :]}"
+
+
+def shortened_apart(texts: Iterable[str], width: int) -> dict[str, str]:
+    """Return texts of at most `width` characters, by what they are short for, no two of them the same.
+
+    Those that have the same beginning and end show where they begin to differ, and if that is not enough, a number.
+    """
+    found = {text: shortened(text, width) for text in texts}
+    # Each round divides the groups further; more than a few are for texts that have been made to look alike.
+    for _ in range(ROUNDS):
+        for alike in _alike(found):
+            first = next((place for place, signs in enumerate(zip(*alike, strict=False)) if len({*signs}) > 1), width)
+            found |= {text: _around(text, first, width) for text in alike}
+    left = itertools.chain.from_iterable(_alike(found))
+    marked = [(text, f"~{number}") for number, text in enumerate(left, start=1)]
+    return found | {text: shortened(text, width - len(mark)) + mark for text, mark in marked}
+
+
+def _alike(found: dict[str, str]) -> list[list[str]]:
+    """Return the groups of texts that read the same."""
+    groups: defaultdict[str, list[str]] = defaultdict(list)
+    for text, short in sorted(found.items()):
+        groups[short].append(text)
+    return [group for group in groups.values() if len(group) > 1]
+
+
+def _around(text: str, place: int, width: int) -> str:
+    """Return the beginning of a text and what it has around a place."""
+    head = int(width * HEAD_SHARE)
+    room = max(1, width - head - 2)
+    begin = max(head, place - room // 3)
+    shown = text[begin : begin + room]
+    return f"{text[:head]}…{shown}{'…' if begin + room < len(text) else ''}"
+
+
 def _widths(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[int]:
     return [max(len(row[column]) for row in (head, *rows)) for column in range(len(head))]
 
@@ -89,10 +137,13 @@ def _lines(
 ) -> list[str]:
     numeric = {column for column in columns if _is_numeric(rows, column)}
     *front, last = columns
+    # A column without a head is a picture, not a name.
+    long = [column for column in columns if head[column] and any(len(row[column]) > widths[column] for row in rows)]
+    short = {column: shortened_apart((row[column] for row in rows), widths[column]) for column in long}
 
     def cell(row: Sequence[str], column: int) -> str:
         size = widths[column]
-        text = cut(row[column], size)
+        text = cut(row[column], size) if row is head or column not in short else short[column][row[column]]
         return " " * GAP + (text.rjust(size) if column in numeric else text.ljust(size))
 
     lines = []

@@ -19,6 +19,20 @@ function setText(element, text) {
   if (element.textContent !== text) element.textContent = text;
 }
 
+/* Of a name that has to be cut, so many last characters stay. */
+const TAIL = 24;
+
+/** Make an element for a text that loses its middle where it is too long; `setEnds` sets it. */
+function makeEnds() {
+  return make("div", { class: "ends" }, make("span"), make("span"));
+}
+
+function setEnds(element, text) {
+  const head = text.length > 2 * TAIL ? text.length - TAIL : text.length;
+  setText(element.firstChild, text.slice(0, head));
+  setText(element.lastChild, text.slice(head));
+}
+
 function setClass(element, name) {
   if (element.className !== name) element.className = name;
 }

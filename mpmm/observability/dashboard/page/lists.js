@@ -219,6 +219,7 @@ const table = {
     COLUMNS[this.which].forEach((column, index) => {
       const cell = make("td", { class: this.cellClass(column) });
       if (column.state) cell.append(make("span", { class: "state" }));
+      if (column.name) cell.append(makeEnds());
       row.append(cell);
       // On a narrow screen a row has two lines.
       if (index === 1) row.append(make("td", { class: "break", "aria-hidden": "true" }));
@@ -234,7 +235,8 @@ const table = {
       let text = column.text(item, this.now);
       if (narrow && column.short) text = text && column.short(text);
       const target = column.state ? cell.firstChild : cell;
-      setText(target, text);
+      if (column.name) setEnds(cell.firstChild, text);
+      else setText(target, text);
       if (column.state) setClass(target, `state ${STATE_CLASS[column.state(item)] ?? ""}`);
       if (column.full || column.name) setTitle(cell, column.full ? column.full(item) : text);
     });
