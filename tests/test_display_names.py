@@ -222,6 +222,20 @@ def test_log_lines_have_the_name(caplog: pytest.LogCaptureFixture) -> None:
     assert logging.getLogger("mpmm").name == "mpmm"
 
 
+def test_log_lines_have_the_names_that_other_processes_know(
+    new_manager: NewManager, new_process: NewProcess, caplog: pytest.LogCaptureFixture
+) -> None:
+    manager, other = new_manager(), new_process()
+    other.call(acquire_named, TAG, NAME)
+    with caplog.at_level(logging.INFO, "mpmm"):
+        manager.release_model(TAG, manager.acquire_model(TAG, Loads("second")))
+        other.call(release)
+        manager.unload(TAG)
+    for said in ("begins to load", "loaded", "unloads", "unloaded"):
+        assert any(f"{said} {SHOWN}" in line for line in caplog.messages), said
+    assert [line for line in caplog.messages if TAG in line] == []
+
+
 def test_names_are_cut_where_a_character_ends_and_old_ones_are_forgotten() -> None:
     set_display_name("tag", "ü" * MOST_BYTES)
     assert display_name("tag") == "ü" * (MOST_BYTES // 2)

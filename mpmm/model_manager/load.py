@@ -113,7 +113,8 @@ class LoadAttempt:
             collect_garbage()
             text, seconds = "mpmm %s: pid %d failed to load %s after %.1f s: %s", time.monotonic() - began
             name, pid = session.namespace.name, session.namespace.pid
-            _LOG.info(text, name, pid, self._tag, seconds, type(error).__name__)
+            shown = session.namespace.tables.shown_for(self._tag) if says_more(_LOG) else self._tag
+            _LOG.info(text, name, pid, shown, seconds, type(error).__name__)
             if not in_time:
                 self._expect_not_given_up(resets, error)
             # Only now: what a signal handler raises meanwhile ends the call, and is no reason for another turn.
@@ -151,8 +152,8 @@ class LoadAttempt:
             mb = namespace.tables.instances[row].reserved_mb
             why = decision(namespace, EventKind.LOAD_BEGAN, row)
             text = "mpmm %s: pid %d begins to load %s, %.0f MB reserved on %s%s"
-            place = where(namespace, row)
-            _LOG.info(text, namespace.name, namespace.pid, self._tag, mb, place, f": it {why}" if why else "")
+            shown, place = namespace.tables.shown_for(self._tag), where(namespace, row)
+            _LOG.info(text, namespace.name, namespace.pid, shown, mb, place, f": it {why}" if why else "")
 
     # ---- after it has returned -----------------------------------------------------------------------------
 
@@ -221,7 +222,8 @@ class LoadAttempt:
                 "loaded already: it is counted once, and unloaded with the last copy; let the loader return a new "
                 "handle each time, or set max_model_copies=1"
             )
-            t.after.append(partial(_LOG.warning, text, session.namespace.name, session.namespace.pid, tag, handle))
+            shown = session.namespace.tables.shown_for(tag)
+            t.after.append(partial(_LOG.warning, text, session.namespace.name, session.namespace.pid, shown, handle))
 
     def _learn(self, t: Transaction, size: _Size) -> float | None:
         """Record what the model takes, if it is not known yet; return it in MB if it was recorded."""
@@ -247,7 +249,8 @@ class LoadAttempt:
             namespace = self._session.namespace
             mb = namespace.tables.instances[copy.row].mb
             text = "mpmm %s: pid %d loaded %s in %.1f s: %.0f MB on %s"
-            _LOG.info(text, namespace.name, namespace.pid, self._tag, seconds, mb, where(namespace, copy.row))
+            shown, place = namespace.tables.shown_for(self._tag), where(namespace, copy.row)
+            _LOG.info(text, namespace.name, namespace.pid, shown, seconds, mb, place)
 
     # ---- after it has failed -------------------------------------------------------------------------------
 

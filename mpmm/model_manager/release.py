@@ -77,8 +77,9 @@ def give_back_held(session: Session, operation: Operation, tag: str, timeout_s: 
             operation.held = None
             raise
         session.abandon(operation)
-        text = "mpmm %s: pid %d gives %r back as soon as the lock is free: %s"
-        _LOG.warning(text, session.namespace.name, session.namespace.pid, tag, error)
+        text = "mpmm %s: pid %d gives %s back as soon as the lock is free: %s"
+        called = session.namespace.tables.called(tag)
+        _LOG.warning(text, session.namespace.name, session.namespace.pid, called, error)
     except MpmmError:
         operation.held = None
         raise
@@ -123,7 +124,8 @@ def give_back(
         # Not before the waiter was let run on this processor.
         session.tenures.leave(copy.tag)
     if copy.tag != tag:
-        _LOG.warning("mpmm %s: a copy of %r was released as %r", namespace.name, copy.tag, tag)
+        copy_of, released_as = map(namespace.tables.called, (copy.tag, tag))
+        _LOG.warning("mpmm %s: a copy of %s was released as %s", namespace.name, copy_of, released_as)
     if cost_mb is not None:
         report_estimate(copy.tag, cost_mb)
 
