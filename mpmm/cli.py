@@ -53,10 +53,11 @@ JSON schema, version 2: an object with `schema` (2), and every field of `mpmm.sh
 its name, its rows as arrays of objects with the fields of `MemberInfo`, `ModelInfo` and so on. Memory is in MB
 (MiB), durations in seconds, `*_wall_s` are Unix times; what is unknown or infinite is null. A lease that is held is
 among `instances`, with state `leased`, and every lease is among `models`, with kind `lease`. Tickets, and events that
-the policy has decided, also have `why`, the sentence that `mpmm inspect` shows. Tickets have `expected_s`, the expected
-time until they are served, judging by the loads and holds so far. `findings` are the sentences at the top of that
-screen, as objects with `urgent` and `text`. Fields may be added; if one is removed or changes its meaning, the version
-rises. Version 1 had other names for a few fields; `mpmm help changes` has the table.
+the policy has decided, also have `why`, the sentence that `mpmm inspect` shows. Tickets have `seconds_left`, what is
+left by now of the reason's time `seconds`, null once that has passed and for reasons that have none, and `expected_s`,
+the expected time until they are served, judging by the loads and holds so far. `findings` are the sentences at the top
+of that screen, as objects with `urgent` and `text`. Fields may be added; if one is removed or changes its meaning, the
+version rises. Version 1 had other names for a few fields; `mpmm help changes` has the table.
 
 On a terminal, columns that do not fit are left out (`inspect --all` and a pipe show them all), and there are colours
 unless NO_COLOR is set.
@@ -348,7 +349,7 @@ def _check_health(options: argparse.Namespace, root: Path | None) -> int:
     names = find_namespaces(root) if options.namespace is None else [options.namespace]
     problems = 0
     for name in names or [_only_namespace(root)]:
-        found = attention_texts(read_snapshot(name, root, events=False))
+        found = attention_texts(read_snapshot(name, root, choice=EventChoice(newest_of_each=0)))
         problems += len(found)
         paint, style = painter(sys.stdout), "urgent" if found else "well"
         for problem in found or ["healthy"]:

@@ -417,7 +417,7 @@ def test_a_time_that_has_passed_is_not_shown_as_if_it_were_still_to_come(busy: M
     def shown(ago_s: float) -> str:
         return render(replace(snapshot, tickets=(waits,), events=(replace(told, age_s=ago_s),)))
 
-    assert "is in use, for about 2.00 s" in shown(1.9)
+    assert "is in use, for about 0.50 s" in shown(1.5)
     assert "is in use, for an unknown time" in shown(2.1)
 
 

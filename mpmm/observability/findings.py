@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from mpmm.observability.formatting import age, needs, waiters, why, with_names
+from mpmm.observability.formatting import age, waiters, whys, with_names
 from mpmm.policy.suspension import Unsuspendable, limit_s
 from mpmm.policy.view import Reason
 from mpmm.shared_state.invariants import check_invariants
@@ -39,10 +39,17 @@ class Finding:
     text: str
 
 
-def findings(snapshot: Snapshot) -> list[Finding]:
-    """Return the findings about a namespace, the urgent ones first."""
-    checks = (_lock, _files, _leader, _samples, _dead, _waits, _holds, _loads, _unloads, _suspensions, _past)
-    found = [finding for check in checks for finding in check(snapshot)]
+def findings(snapshot: Snapshot, decided: Mapping[int, float] | None = None) -> list[Finding]:
+    """Return the findings about a namespace, the urgent ones first.
+
+    decided: when waiters were told why they wait, see `formatting.decided_at`; None takes what the snapshot's events
+    tell.
+    """
+    before = (_lock, _files, _leader, _samples, _dead)
+    after = (_holds, _loads, _unloads, _suspensions, _past)
+    found = [finding for check in before for finding in check(snapshot)]
+    found += _waits(snapshot, decided)
+    found += [finding for check in after for finding in check(snapshot)]
     return sorted(found, key=lambda finding: not finding.urgent)
 
 
@@ -140,15 +147,18 @@ def _dead(snapshot: Snapshot) -> Iterator[Finding]:
         yield Finding(True, f"dead, but not cleaned up yet: pid {', '.join(dead[:PIDS_NAMED])}{rest}")
 
 
-def _waits(snapshot: Snapshot) -> Iterator[Finding]:
+def _waits(snapshot: Snapshot, decided: Mapping[int, float] | None) -> Iterator[Finding]:
+    said_of = whys(snapshot, decided)
     for ticket in waiters(snapshot):
         if ticket.reason in (Reason.EXTERNAL, Reason.PINNED):
-            said = why(ticket, needs(snapshot)(ticket))
-            yield Finding(True, f"mpmm can unload nothing that would help pid {ticket.pid}: {ticket.tag} {said}")
+            yield Finding(
+                True, f"mpmm can unload nothing that would help pid {ticket.pid}: {ticket.tag} {said_of(ticket)}"
+            )
     oldest = oldest_waiter(snapshot)
     if oldest is not None and oldest.waited_s > LONG_WAIT_S:
-        said = why(oldest, needs(snapshot)(oldest))
-        yield Finding(True, f"pid {oldest.pid} has waited for {oldest.tag} for {age(oldest.waited_s)}: {said}")
+        yield Finding(
+            True, f"pid {oldest.pid} has waited for {oldest.tag} for {age(oldest.waited_s)}: {said_of(oldest)}"
+        )
 
 
 def _holds(snapshot: Snapshot) -> Iterator[Finding]:

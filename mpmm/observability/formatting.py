@@ -10,7 +10,8 @@ from dataclasses import fields, is_dataclass, replace
 from typing import Any, TypeVar, cast
 
 from mpmm.policy.backoff import back_off_s
-from mpmm.policy.reasons import explain
+from mpmm.policy.behind import Before, in_the_way, obstacle
+from mpmm.policy.reasons import explain, explain_behind, time_left_s
 from mpmm.policy.sharing import expected_wait_s, room_in_s, seen_so_far
 from mpmm.policy.view import ModelView, Reason
 from mpmm.shared_state.snapshot import DeviceInfo, EventInfo, InstanceInfo, ModelInfo, Snapshot, TicketInfo
@@ -35,14 +36,13 @@ __all__ = [
     "times_left",
     "waiters",
     "why",
+    "whys",
     "with_names",
 ]
 
 #: Parts of a bar: used, reserved, on its way back, free, and where the limit is.
 BAR_SIGNS = "█▓░·│"
 PLAIN_SIGNS = "#+-.|"
-# Reasons whose time says when copies in use are expected to be released.
-_UNTIL_RELEASED = (Reason.DRAINING, Reason.IN_USE)
 Row = TypeVar("Row", bound=Any)
 
 
@@ -115,12 +115,10 @@ def decided_at(events: Iterable[EventInfo], taken_s: float) -> dict[int, float]:
 
 
 def times_left(snapshot: Snapshot, decided: Mapping[int, float] | None = None) -> Callable[[TicketInfo], float]:
-    """Return what tells the time in a waiter's reason as it is by now.
+    """Return what tells how much is left of the time in a waiter's reason by now; `inf`, unknown, once it has passed.
 
-    That is what is left of a back-off. Where copies that are in use should have been released within a time that has
-    passed, it is not known any more, `inf`. Else it is as it was when that became the reason.
-
-    decided: see `decided_at`; None takes what the snapshot's events tell.
+    decided: see `decided_at`; None takes what the snapshot's events tell. A waiter of which these tell nothing may have
+    been told from the first.
     """
     models = {model.row: model for model in snapshot.models}
     told = decided_at(snapshot.events, snapshot.taken_s) if decided is None else decided
@@ -130,11 +128,31 @@ def times_left(snapshot: Snapshot, decided: Mapping[int, float] | None = None) -
         if back_off_left_s is not None:
             return back_off_left_s
         at = told.get(ticket.number)
-        if ticket.reason in _UNTIL_RELEASED and at is not None and snapshot.taken_s - at > ticket.seconds:
-            return math.inf
-        return ticket.seconds
+        return time_left_s(ticket.reason, ticket.seconds, ticket.waited_s if at is None else snapshot.taken_s - at)
 
     return left_s
+
+
+def whys(snapshot: Snapshot, decided: Mapping[int, float] | None = None) -> Callable[[TicketInfo], str]:
+    """Return what tells in a sentence why a waiter waits by now; `decided` as for `times_left`."""
+    need_of, left_s_of = needs(snapshot), times_left(snapshot, decided)
+    leases = {model.row for model in snapshot.models if model.kind == "lease"}
+    devices = [device.row for device in snapshot.devices]
+    tags = {copy.row: copy.tag for copy in snapshot.instances}
+    isolated = {device.row: tags.get(device.isolated) for device in snapshot.devices if device.isolated is not None}
+    alone = {row: tag for row, tag in isolated.items() if tag is not None}
+    queue = waiters(snapshot)
+    places = {ticket.number: place for place, ticket in enumerate(queue)}
+    obstacles = in_the_way(queue, lambda one: one.reason)
+
+    def said(ticket: TicketInfo) -> str:
+        if ticket.reason != Reason.BEHIND:
+            return why(ticket, need_of(ticket), left_s_of(ticket))
+        place = places.get(ticket.number, 0)
+        before = (Before(one.tag, one.reason, one.on) for at, one in obstacles if at < place)
+        return explain_behind(obstacle(devices, ticket.loadable_on, ticket.span, ticket.model in leases, alone, before))
+
+    return said
 
 
 def _back_off_left_s(ticket: TicketInfo, model: ModelInfo | None) -> float | None:

@@ -24,9 +24,9 @@ from mpmm.observability.formatting import (
     pids,
     places,
     shared_by,
-    times_left,
     waiters,
     why,
+    whys,
 )
 from mpmm.observability.tables import table, wrapped
 from mpmm.policy.demand import Demand
@@ -242,7 +242,7 @@ def _can_show(signs: str) -> bool:
 def waiting(snapshot: Snapshot) -> Section[TicketInfo]:
     """Return the waiting requests in the order in which they are served; those with an answer hold or load a copy."""
 
-    need_of, expected_s_of, left_s_of = needs(snapshot), expected_waits(snapshot), times_left(snapshot)
+    need_of, expected_s_of, why_of = needs(snapshot), expected_waits(snapshot), whys(snapshot)
 
     def row(ticket: TicketInfo) -> Row:
         return (
@@ -255,7 +255,7 @@ def waiting(snapshot: Snapshot) -> Section[TicketInfo]:
             f"{ticket.urgency:+d}" if ticket.urgency else "0",
             mb(need_of(ticket)),
             _reason(ticket.reason),
-            why(ticket, need_of(ticket), left_s_of(ticket)),
+            why_of(ticket),
         )
 
     head = ("ticket", "for", "pid", "waited", "expected", "left", "priority", "needs MB", "reason", "why")

@@ -5,9 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from mpmm.policy.behind import Behind, Obstacle
 from mpmm.policy.view import Reason
 
-__all__ = ["SENTENCES", "explain"]
+__all__ = ["SENTENCES", "explain", "explain_behind", "time_left_s"]
+
+# Reasons whose time is that until the wait is expected to end, as it was when that became the reason. (What is left of
+# a back-off stands in the model's row.)
+_UNTIL_SERVED = frozenset({Reason.DRAINING, Reason.IN_USE, Reason.SHARING, Reason.SUSPENDING})
 
 #: The subject of each is a model: that of the ticket, or of the copy, that was decided about.
 SENTENCES: dict[Reason, str] = {
@@ -61,6 +66,30 @@ SENTENCES: dict[Reason, str] = {
     Reason.EXPIRED: "is unloaded: it has not been used for {seconds:g} s, as long as idle copies of its model are kept",
     Reason.TOO_LARGE: "is refused: needs {need:.0f} MB, but the largest device takes only {free:.0f}",
 }
+#: Of waits that should have ended by now, where the sentence above would still promise them.
+_OVERDUE: dict[Reason, str] = {
+    Reason.SHARING: "waits for a copy that is in use or being loaded, for an unknown time: it should have been free by "
+    "now, sooner than another load",
+    Reason.SUSPENDING: "waits for its copy to be suspended and then resumed, for an unknown time: it should have been "
+    "by now",
+}
+#: Instead of the sentence of `Reason.BEHIND`, where it is known what the waiter stands behind.
+_BEHIND: dict[Behind, str] = {
+    Behind.RUNS_ALONE: "waits: {other} runs alone{on} until it has been measured",
+    Behind.IS_TO_RUN_ALONE: "waits behind {other}, which is to run alone{on} and be measured",
+    Behind.LEASE: "waits behind {other}, which waits for leases to end",
+    Behind.HEAD: "waits behind {other}, which waits for memory and must not be delayed",
+    Behind.QUEUE: "waits behind {other}, which is first in the queue",
+}
+
+
+def time_left_s(reason: int, seconds: float, for_s: float) -> float:
+    """Return what is left of the time in a reason that a waiter was told `for_s` ago.
+
+    `inf`, unknown, once that has passed, and for a reason that has no such time.
+    """
+    left_s = seconds - for_s
+    return left_s if reason in _UNTIL_SERVED and left_s > 0 else math.inf
 
 
 def explain(
@@ -78,11 +107,13 @@ def explain(
     where more is promised than there is: for people that is nothing.
     """
     try:
-        sentence = SENTENCES[Reason(reason)]
+        known = Reason(reason)
+        sentence = SENTENCES[known]
     except (KeyError, ValueError):
         return f"reason {reason}"
-    time = f"about {seconds:.2f} s" if math.isfinite(seconds) else "an unknown time"
-    on = f" on device{'s' if len(devices) > 1 else ''} {' and '.join(map(str, devices))}" if devices else ""
+    time = f"about {seconds:.2f} s"
+    if not math.isfinite(seconds):
+        sentence, time = _OVERDUE.get(known, sentence), "an unknown time"
     return sentence.format(
         need=need_mb,
         free=max(0.0, free_mb),
@@ -90,5 +121,16 @@ def explain(
         seconds=seconds,
         time=time,
         other=other or "others",
-        on=on,
+        on=_on(devices),
     )
+
+
+def explain_behind(found: Obstacle | None) -> str:
+    """Return the sentence for `Reason.BEHIND`, as far as it is known behind what a waiter stands."""
+    if found is None:
+        return SENTENCES[Reason.BEHIND]
+    return _BEHIND[found.what].format(other=found.tag, on=_on(found.on))
+
+
+def _on(devices: Sequence[int]) -> str:
+    return f" on device{'s' if len(devices) > 1 else ''} {' and '.join(map(str, devices))}" if devices else ""

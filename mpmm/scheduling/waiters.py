@@ -8,12 +8,14 @@ from collections import Counter
 from collections.abc import Iterable
 
 from mpmm.policy.backoff import back_off_s
-from mpmm.policy.reasons import explain
+from mpmm.policy.behind import Before, Obstacle, in_the_way, obstacle
+from mpmm.policy.reasons import explain, explain_behind, time_left_s
 from mpmm.policy.sharing import expected_wait_s, room_in_s, seen_so_far
 from mpmm.policy.view import Reason
 from mpmm.scheduling.copies import CopiesReader
 from mpmm.scheduling.shortcuts import Shortcuts
 from mpmm.scheduling.views import Views
+from mpmm.shared_state.layout import device_rows
 from mpmm.shared_state.namespace import Namespace
 
 __all__ = ["Waiters"]
@@ -24,6 +26,9 @@ class Waiters:
 
     def __init__(self, namespace: Namespace, copies: CopiesReader, views: Views, shortcuts: Shortcuts) -> None:
         self._tables = namespace.tables
+        self._devices = namespace.segment.layout.devices
+        self._queue = namespace.reads.queue
+        self._models = namespace.reads.models
         self._copies = copies
         self._views = views
         self._shortcuts = shortcuts
@@ -33,10 +38,43 @@ class Waiters:
         return f"{Reason(self._tables.tickets[ticket].reason).name.lower()}: {self.sentence(ticket)}"
 
     def sentence(self, ticket: int) -> str:
-        """Return why a ticket waits, as a sentence whose subject is its model."""
+        """Return why a ticket waits by now, as a sentence whose subject is its model."""
         found = self._tables.tickets[ticket]
+        if found.reason == Reason.BEHIND:
+            return explain_behind(self._obstacle(ticket))
         other = None if found.other is None else self._tables.shown(found.other)
-        return explain(found.reason, found.need_mb, found.free_mb, found.coming_mb, found.seconds, other, found.on)
+        seconds = self._time_left_s(ticket)
+        return explain(found.reason, found.need_mb, found.free_mb, found.coming_mb, seconds, other, found.on)
+
+    def _time_left_s(self, ticket: int) -> float:
+        """Return what is left of the time in a ticket's reason, `inf` once it has passed."""
+        found = self._tables.tickets[ticket]
+        if found.reason == Reason.BACKING_OFF:
+            return self.backs_off_for_s(ticket)
+        told_s = (time.monotonic_ns() - self._queue.told_at(ticket)) / 1e9
+        return time_left_s(found.reason, found.seconds, told_s)
+
+    def _obstacle(self, ticket: int) -> Obstacle | None:
+        """Return what keeps a ticket back that was told to wait behind others."""
+        tables, found = self._tables, self._tables.tickets[ticket]
+        place = (found.priority, found.rank)
+        before = sorted(
+            (one for one in self._shortcuts.waiting() if (one.priority, one.rank) < place),
+            key=lambda one: (one.priority, one.rank),
+        )
+        devices = tables.used_rows(self._devices)
+        alone = {row: copy for row in devices if (copy := tables.devices[row].isolated) is not None}
+        return obstacle(
+            devices,
+            device_rows(found.loadable_on),
+            found.span,
+            self._models.is_lease(found.model),
+            {row: tables.shown(tables.instances[copy].model) for row, copy in alone.items()},
+            (
+                Before(tables.shown(one.model), one.reason, tuple(tables.tickets[one.row].on))
+                for _, one in in_the_way(before, lambda one: one.reason)
+            ),
+        )
 
     def expected_wait_s(self, ticket: int) -> float:
         """Return in how many seconds a waiter is expected to have its copy, see `policy.sharing`."""

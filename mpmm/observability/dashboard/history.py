@@ -24,13 +24,10 @@ from mpmm.observability.formatting import (
     copies_counter,
     decided_at,
     expected_waits,
-    named,
     names_of,
-    needs,
     shared_by,
-    times_left,
     waiters,
-    why,
+    whys,
     with_names,
 )
 from mpmm.policy.view import Reason
@@ -171,12 +168,12 @@ class Recorder:
         self._load.add(look, (snapshot.taken_s, snapshot.waiting, snapshot.active, snapshot.loading, loaded))
         self._head = _head(snapshot)
         self._devices = [_device(device, shown) for device in snapshot.devices]
-        found = findings(shown)
-        self._urgent = sum(one.urgent for one in found)
-        self._findings = [{"urgent": one.urgent, "text": printable(one.text)} for one in found[:FINDINGS_SENT]]
         told = self._decided | decided_at(step.events, snapshot.taken_s)
         self._decided = {one.number: told[one.number] for one in snapshot.tickets if one.number in told}
-        self._waiters = _waiters(snapshot, self._decided, names)
+        found = findings(shown, self._decided)
+        self._urgent = sum(one.urgent for one in found)
+        self._findings = [{"urgent": one.urgent, "text": printable(one.text)} for one in found[:FINDINGS_SENT]]
+        self._waiters = _waiters(snapshot, shown, self._decided)
         self._copies.put(look, _copies(snapshot))
         self._models.put(look, _models(snapshot))
         self._members.put(look, _members(snapshot))
@@ -289,16 +286,12 @@ def _device(device: DeviceInfo, snapshot: Snapshot) -> Row:
     }
 
 
-def _waiters(snapshot: Snapshot, decided: Mapping[int, float], names: Mapping[str, str]) -> list[Row]:
-    need_of, expected_of, left_of = needs(snapshot), expected_waits(snapshot), times_left(snapshot, decided)
+def _waiters(snapshot: Snapshot, shown: Snapshot, decided: Mapping[int, float]) -> list[Row]:
+    """Return rows of waiters, by tags; shown: the same snapshot with names, for the sentences."""
+    expected_of, why_of = expected_waits(snapshot), whys(shown, decided)
+    named = {ticket.number: ticket for ticket in shown.tickets}
     first = waiters(snapshot)[:WAITERS_SENT]
-    return [
-        _waiter(
-            *(ticket, snapshot.taken_s, expected_of(ticket)),
-            why(named(ticket, names), need_of(ticket), left_of(ticket)),
-        )
-        for ticket in first
-    ]
+    return [_waiter(one, snapshot.taken_s, expected_of(one), why_of(named[one.number])) for one in first]
 
 
 def _waiter(ticket: TicketInfo, taken_s: float, expected_s: float, why: str) -> Row:

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
 from mpmm.policy.view import TicketView
-from mpmm.shared_state.layout import Header, Instance, Model, Ticket, device_rows
+from mpmm.shared_state.events import EventKind
+from mpmm.shared_state.layout import Event, Header, Instance, Model, Ticket, device_rows
 from mpmm.shared_state.signal_words import Signal
 from mpmm.shared_state.tables import Tables
 
@@ -23,6 +24,7 @@ FEW_WAITERS = 16
 CAN_READ_UNLOCKED = platform.machine() in ("x86_64", "AMD64")
 # Between two transactions of many busy processes there is hardly ever time to read; then the lock has to do.
 UNLOCKED_TRIES = 16
+_WAITS = int(EventKind.WAITS)
 _WAITER_FIELDS = [
     *(Ticket.RANK, Ticket.PRIORITY, Ticket.MODEL, Ticket.DEADLINE, Ticket.HEAD_OF_LINE_AT, Ticket.PRELOAD),
     *(Ticket.USABLE_ON, Ticket.REASON, Ticket.CALLED_UP),
@@ -86,6 +88,7 @@ class QueueReads:
         self._words = tables.segment.words
         self._floats = tables.segment.floats
         self._tickets = tables.segment.layout.tickets
+        self._events = tables.segment.layout.events
 
     def anybody_waits(self) -> bool:
         """Tell whether there are waiters; without the lock."""
@@ -182,6 +185,16 @@ class QueueReads:
             words[at + Ticket.OTHER],
             words[at + Ticket.HEAD_OF_LINE_AT] != 0,
         )
+
+    def told_at(self, ticket: int) -> int:
+        """Return when a waiter was told why it waits (monotonic, ns).
+
+        Its row does not say that, but the event does. Where that has been overwritten, the waiter may have been told
+        from the first, and so nobody promises it a time that has passed.
+        """
+        words, at, events = self._words, self._tables.ticket(ticket), self._tables.view(self._events)
+        told = (events[:, Event.TICKET] == words[at + Ticket.NUMBER] + 1) & (events[:, Event.KIND] & 0xFF == _WAITS)
+        return int(events[told, Event.TIME].max(initial=words[at + Ticket.ENQUEUED]))
 
     def answer(self, ticket: int) -> Answer:
         """Return what became of a ticket; without the lock by way of `unlocked`."""

@@ -63,7 +63,8 @@ _BOOKED_BY_RESERVATION = ("loading", "resuming", "leased")
 class EventChoice:
     """Which events of the ring a snapshot is to have.
 
-    after: those with a higher sequence number only. newest_of_each: at most so many of each kind and reason.
+    after: those with a higher sequence number only. newest_of_each: at most so many of each kind and reason, and the
+    last one that says of a present waiter why it waits, by which `observability.formatting` tells for how long it has.
     """
 
     after: int = 0
@@ -440,16 +441,24 @@ class _Decoder:
         )
 
     def _newest(self, first: int, last: int, count: int) -> list[int]:
-        """Return the sequence numbers of so many newest events of each kind and reason, in order."""
+        """Return the sequence numbers of the events that `EventChoice.newest_of_each` is about, in order."""
         table = self._layout.events
         kinds = self._words[table.base + Event.KIND : table.end : table.words].tolist()
+        tickets = self._words[table.base + Event.TICKET : table.end : table.words].tolist()
+        rows = self._rows(self._layout.tickets)
+        # Events have them plus one.
+        waiters = {number + 1 for number in rows.words_at(Ticket.NUMBER)}
         seen: Counter[int] = Counter()
         found = []
         # From the newest back, or the oldest of each kind would be all there is.
         for sequence in range(last, first - 1, -1):
             # Without the bits of the devices, which would make a kind of its own of each place.
-            kind = kinds[(sequence - 1) % table.capacity] % 2**32
-            if seen[kind] < count:
+            place = (sequence - 1) % table.capacity
+            kind, ticket = kinds[place] % 2**32, tickets[place]
+            is_of_waiter = kind % 256 == EventKind.WAITS and ticket in waiters
+            if is_of_waiter:
+                waiters.discard(ticket)
+            if is_of_waiter or seen[kind] < count:
                 seen[kind] += 1
                 found.append(sequence)
         return found[::-1]
