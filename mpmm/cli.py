@@ -339,7 +339,10 @@ def _check(options: argparse.Namespace, root: Path | None) -> int:
     problems = check_invariants(snapshot)
     for problem in problems:
         print(printable(problem))
-    print(f"{snapshot.namespace}: {len(problems)} invariants broken" if problems else f"{snapshot.namespace}: all well")
+    if problems:
+        print(f"{snapshot.namespace}: {len(problems)} invariants broken")
+    else:
+        print(f"{snapshot.namespace}: all invariants hold; `mpmm check --health` also says what needs attention")
     return EXIT_PROBLEM if problems else 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import inspect
 import io
 import json
 import os
@@ -25,7 +26,7 @@ from mpmm.errors import InvalidArgumentError, NamespaceResetError
 from mpmm.model_manager import ModelManager
 from mpmm.observability.colours import painter
 from mpmm.observability.event_lines import _TEXTS, said
-from mpmm.observability.findings import findings
+from mpmm.observability.findings import attention_texts, findings
 from mpmm.observability.formatting import age, bar
 from mpmm.observability.inspect_screen import render
 from mpmm.observability.tables import table
@@ -287,7 +288,34 @@ def test_list_without_any(capsys: Capture) -> None:
 
 def test_check_is_content_with_a_sound_state(busy: ModelManager, namespace: str, capsys: Capture) -> None:
     assert main(["check", namespace]) == 0
-    assert capsys.readouterr().out == f"{namespace}: all well\n"
+    # What needs attention is not looked at, so nothing is said that would contradict that.
+    said = capsys.readouterr().out
+    assert said == f"{namespace}: all invariants hold; `mpmm check --health` also says what needs attention\n"
+
+
+def test_inspect_says_of_a_namespace_without_a_living_process_what_a_probe_says(
+    busy: ModelManager, namespace: str
+) -> None:
+    snapshot = read_snapshot(namespace)
+    dead = replace(snapshot, members=tuple(replace(member, alive=False) for member in snapshot.members))
+    [urgent] = [finding.text for finding in findings(dead) if finding.urgent]
+    assert attention_texts(dead) == [urgent]
+    assert urgent.startswith("dead: none of its 2 processes is alive")
+    assert "`mpmm prune` removes" in urgent
+    assert f"ATTENTION: {urgent}" in render(dead)
+    assert "has taken over yet" not in render(dead)
+
+
+def test_settings_are_shown_under_the_names_of_the_parameters(
+    new_manager: NewManager, namespace: str, capsys: Capture
+) -> None:
+    new_manager(suspend="checkpoint")
+    assert main(["settings"]) == 0
+    shown = dict(line.split()[:2] for line in capsys.readouterr().out.splitlines())
+    assert shown["suspend"] == "checkpoint"
+    assert shown.keys() <= inspect.signature(ModelManager.__init__).parameters.keys()
+    assert main(["settings", "set", "suspend", "auto"]) == 2
+    assert "suspend cannot be changed at run time" in capsys.readouterr().err
 
 
 def test_check_finds_a_broken_word(

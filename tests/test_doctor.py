@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import configparser
 import io
 import json
 import os
+import re
 import stat
 import tarfile
 import threading
@@ -12,10 +14,11 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from harness import NewManager, NewProcess, acquire, files_in
+from harness import CHECKOUT, NewManager, NewProcess, acquire, files_in
 from loaders import LoadsObject, MakesServed
 
 from mpmm.cli import main
+from mpmm.commands.settings_page import ENVIRONMENT
 from mpmm.multi_process_shared import MultiProcessShared
 from mpmm.observability import doctor
 from mpmm.observability.doctor import Check, Group, examine, report
@@ -116,6 +119,38 @@ def test_only_the_variables_that_mpmm_and_drivers_read_are_named(monkeypatch: py
     groups = examine()
     assert "CUDA_VISIBLE_DEVICES=0,1" in report(groups)
     assert "hunter2" not in report(groups)
+
+
+# What mpmm sets for programs and servers that it starts, and what it so tells itself.
+_SET_BY_MPMM = {"MPMM_LEASE_MB", "MPMM_DEVICES", "MPMM_MEMORY_FRACTION", "MPMM_SERVER_LIVES_BY"}
+
+
+def test_every_variable_that_the_package_reads_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    sources = [path.read_text() for path in (CHECKOUT / "mpmm").rglob("*") if path.suffix in (".py", ".c")]
+    read = {name for source in sources for name in re.findall(r"\bMPMM_[A-Z0-9_]+[A-Z0-9]\b", source)} - _SET_BY_MPMM
+    assert read == {name for name in doctor.VARIABLES if name.startswith("MPMM_")}
+    assert read == set(ENVIRONMENT)
+    monkeypatch.setenv("MPMM_LOAD_AHEAD", "0")
+    monkeypatch.setenv("MPMM_DASHBOARD_TOKEN", "a secret that nobody else knows")
+    said = [check.text for check in checks("settings in the environment")]
+    assert "MPMM_LOAD_AHEAD=0" in said
+    # Reports are passed on to others.
+    assert "MPMM_DASHBOARD_TOKEN is set" in said
+
+
+def test_every_library_that_users_may_install_is_named_with_its_extra() -> None:
+    options = configparser.ConfigParser()
+    options.read(CHECKOUT / "setup.cfg")
+
+    def libraries(text: str) -> set[str]:
+        found = (re.match(r"[\w-]+", line) for line in text.split())
+        return {name[0] for name in found if name} - {"mpmm"}
+
+    assert libraries(options["options"]["install_requires"]) == set(doctor.REQUIRED)
+    extras = options["options.extras_require"]
+    for_users = {*re.findall(r"[a-z]+", extras["all"].split("[")[1]), "amd"}
+    wanted = {(library, extra) for extra in for_users for library in libraries(extras[extra])}
+    assert wanted == {(library, extra) for library, extra in doctor.OPTIONAL.items() if extra}
 
 
 def test_the_report_fits_the_terminal() -> None:

@@ -17,7 +17,8 @@ from loaders import Loads, LoadsObject
 from patience import DEADLINE_S
 
 from mpmm import AcquireTimeoutError, sources
-from mpmm.model_manager.waits import WARN_AFTER_S
+from mpmm.model_manager.waits import WARN_AFTER_S, decision
+from mpmm.shared_state.events import EventKind
 from mpmm.sources.base import unavailable
 
 Log = pytest.LogCaptureFixture
@@ -46,6 +47,19 @@ def test_loads_and_evictions_are_said_with_figures_and_reasons(
         lines.index(line) for line in (evicted, f"{begin}unloaded a", f"{begin}loaded b in 0.0 s: 100 MB on device 0")
     ]
     assert order == sorted(order)
+
+
+def test_what_a_reset_unloads_is_said_with_the_reason(namespace: str, new_manager: NewManager, caplog: Log) -> None:
+    manager = new_manager()
+    manager.release_model("a", manager.acquire_model("a", LoadsObject()))
+    with caplog.at_level(logging.INFO, "mpmm"):
+        manager.force_reset()
+    expected = "unloads a, 100 MB: it is unloaded because `mpmm reset` or `force_reset` unloads everything"
+    assert [line for line in said(caplog) if " unloads " in line] == [f"mpmm {namespace}: pid {os.getpid()} {expected}"]
+    assert decision(manager._connected().namespace, EventKind.UNLOAD_BEGAN, 0).startswith("is unloaded because")
+    # The next copy in the row has been told nothing yet.
+    manager.acquire_model("b", LoadsObject())
+    assert decision(manager._connected().namespace, EventKind.UNLOAD_BEGAN, 0) == ""
 
 
 def test_a_load_that_fails_is_said(namespace: str, new_manager: NewManager, caplog: Log) -> None:

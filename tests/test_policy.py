@@ -235,7 +235,7 @@ CASES: Mapping[str, tuple[View, list[object]]] = {
     "too large for ever": (view([model(A, 901)], [ticket(1, A)]), [Refuse(1)]),
     "too large for another copy, but there is one": (
         view([held_for_long(model(A, 901, shared=1))], [ticket(1, A)], in_use=1),
-        [Wait(1, Reason.MEMORY)],
+        [Wait(1, Reason.ONLY_COPY)],
     ),
     "too large, and another's object does not help": (
         view([model(A, 901, owned={OTHER: 1})], [ticket(1, A)], in_use=1),

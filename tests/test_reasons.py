@@ -154,6 +154,12 @@ TABLE: dict[Reason, tuple[View, Callable[[View], Decision], str]] = {
         first,
         "waits for a copy that is in use: max_model_copies allows no more of them",
     ),
+    Reason.ONLY_COPY: (
+        view([held_for_long(model(A, 901, shared=1))], [ticket(1, A)], devices=[device(used=100)], in_use=1),
+        first,
+        # What the device takes is no figure of what is free.
+        "waits for a copy that is in use: another one would need 901 MB, but the largest device takes only 900",
+    ),
     Reason.LEASED: (
         view([model(A, 800)], [ticket(1, A)], devices=[device(used=0, reserved_mb=500, leased_mb=500)]),
         first,
@@ -231,6 +237,9 @@ ELSEWHERE = {
     Reason.NO_ROW: "is evicted for b, because the table of copies, or of models, is full",
     Reason.TABLE_FULL: "waits for a row in the table of copies, which is full",
     Reason.EXPIRED: "is unloaded: it has not been used for 0 s, as long as idle copies of its model are kept",
+    Reason.RESET: "is unloaded because `mpmm reset` or `force_reset` unloads everything",
+    Reason.OUT_OF_MEMORY: "is evicted because a load or a use ran out of memory there, so that all that is idle makes "
+    "room",
     Reason.HOST_SHORT: "is dropped from host memory: the host has only 0 MB left",
     Reason.BY_HAND: "is suspended because `suspend` asked for it",
     Reason.HOST_FULL: "is dropped from host memory so that b, which needs 0 MB there, can be suspended: 0 free",

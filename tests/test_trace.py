@@ -20,7 +20,7 @@ from loaders import Loads, LoadsObject
 from mpmm.cli import main
 from mpmm.model_manager import ModelManager
 from mpmm.observability.event_reader import EventReader
-from mpmm.observability.plot import histories, read_trace
+from mpmm.observability.plot import draw, histories, read_trace
 from mpmm.observability.trace import Tracer
 from mpmm.observability.trace_tracks import DEVICE_PID, NAMESPACE_PID
 from mpmm.observability.trace_writer import recent_trace
@@ -284,6 +284,24 @@ def test_plots_of_a_namespace_and_of_a_trace(
     assert "<svg" in drawn
     assert main(["plot", namespace, "-o", str(tmp_path / "plot.png")]) == 0
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_leases_are_drawn_also_those_that_are_held_still(
+    namespace: str, new_manager: NewManager, tmp_path: Path
+) -> None:
+    pytest.importorskip("matplotlib", reason="needs the extra plot")
+    manager = new_manager(fallback_memory_mb=2000)
+    with manager.reserve(300, name="training"):
+        pass
+    with manager.reserve(1200, name="training"):
+        events = recent_trace(namespace)
+        draw(events, tmp_path / "plot.png")
+    history = histories(events)[0]
+    assert [(name, mb) for _, _, name, mb in history.leased] == [("training", 300.0), ("training", 1200.0)]
+    assert [mb for _, mb in history.leased_mb()] == [300.0, 0.0, 1200.0, 0.0]
+    # No process's track has it as a copy that is loaded.
+    assert history.loaded == []
+    assert broken_rules(events) == []
 
 
 def test_what_cannot_be_drawn_is_said(tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 
 from mpmm.commands.models import HELP, HELP_IF_NEW, asked_model
 from mpmm.errors import InvalidArgumentError, UnloadTimeoutError
-from mpmm.shared_state.settings import CHANGEABLE, Settings
+from mpmm.shared_state.settings import CHANGEABLE, CHECKPOINTS, Settings
 from mpmm.shared_state.snapshot import read_snapshot
 from mpmm.text.arguments import checked_size_mb, checked_timeout, in_brief
 
@@ -26,6 +26,8 @@ EXIT_PROBLEM = 1
 # Idle copies are unloaded by then; callers that want to wait for copies in use pass a longer time.
 UNLOAD_WAIT_S = 10.0
 _UNLIMITED = ("none", "inf")
+# The parameter whose value is no number.
+_SUSPEND = "suspend"
 
 
 def add_commands(commands: Any) -> None:
@@ -193,15 +195,22 @@ def _value(setting: str, text: str) -> float | None:
     except ValueError:
         if setting.endswith("_mb"):
             return checked_size_mb(setting, text)
-        raise InvalidArgumentError(f"{setting}={in_brief(text)}: expected a number, or none") from None
+        if setting in CHANGEABLE:
+            raise InvalidArgumentError(f"{setting}={in_brief(text)}: expected a number, or none") from None
+        # It is refused whatever the value is, with the reason why it cannot be changed.
+        return None
 
 
 def _show(settings: Settings) -> None:
-    values = asdict(settings)
+    """Print the settings under the names of the parameters of `ModelManager`."""
+    values = {name: _shown(value) for name, value in asdict(settings).items()}
+    # A number in the segment, and a word for people.
+    values[_SUSPEND] = CHECKPOINTS[int(settings.suspend_checkpoints)]
+    del values["suspend_checkpoints"]
     width = max(map(len, values))
-    for setting, value in values.items():
-        note = "" if setting in CHANGEABLE else "  (chosen at creation)"
-        print(f"{setting:<{width}}  {_shown(value)}{note}")
+    for name, value in values.items():
+        note = "" if name in CHANGEABLE else "  (chosen at creation)"
+        print(f"{name:<{width}}  {value}{note}")
 
 
 def _shown(value: float) -> str:

@@ -17,7 +17,9 @@ from mpmm.memory.samples import SharedSamples
 from mpmm.model_manager.deferred import NOW_S
 from mpmm.model_manager.unload import Unloads
 from mpmm.policy.out_of_memory import bound_mb, raised_estimate_mb
+from mpmm.policy.view import Reason
 from mpmm.scheduling import Copies, Scheduler
+from mpmm.shared_state.events import Cause
 from mpmm.shared_state.layout import Instance, device_rows
 from mpmm.shared_state.namespace import Namespace
 from mpmm.shared_state.transaction import Transaction
@@ -204,5 +206,6 @@ class OutOfMemory:
                 pinned = tables.models[instance.model].pins
                 # A twin has gone with the one before it.
                 if instance.state == Instance.IDLE and instance.device_bits & devices and not pinned:
-                    namespace.transitions.unloads.begin(t, row, namespace.slot, evicted=True)
+                    cause = Cause(Reason.OUT_OF_MEMORY)
+                    namespace.transitions.unloads.begin(t, row, namespace.slot, evicted=True, cause=cause)
         self._unloads.unload_assigned()

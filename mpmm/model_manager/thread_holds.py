@@ -71,7 +71,7 @@ class ThreadHolds(threading.local):
             if tables.instances[row].state not in (Instance.SUSPENDING, Instance.SUSPENDED)
         ]
         reason = waiter.reason
-        if reason == Reason.COPIES:
+        if reason in (Reason.COPIES, Reason.ONLY_COPY):
             return ours.issuperset(rows)
         if reason == Reason.SHARING:
             return ours.issuperset(rows) and all(tables.instances[row].state == Instance.LOADING for row in rows)

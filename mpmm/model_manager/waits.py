@@ -42,7 +42,7 @@ _VERBS = {
     Instance.SUSPENDING: "suspends {tag}",
     Instance.RESUMING: "resumes {tag}",
 }
-_OF_THE_MODEL = frozenset({Reason.SHARING, Reason.COPIES})
+_OF_THE_MODEL = frozenset({Reason.SHARING, Reason.COPIES, Reason.ONLY_COPY})
 
 
 class Wanted(NamedTuple):
@@ -113,7 +113,12 @@ def decision(namespace: Namespace, kind: EventKind, row: int) -> str:
     newest = tables.header.events
     for sequence in range(newest, max(0, newest - min(EVENTS_LOOKED_AT, capacity)), -1):
         event = tables.events[(sequence - 1) % capacity]
-        if event.instance != row or event.kind != kind:
+        if event.instance != row:
+            continue
+        if event.kind != kind:
+            # Events before that are about another copy, which had the same row.
+            if event.kind == EventKind.LOAD_BEGAN:
+                return ""
             continue
         cause = event.cause
         if cause is None:

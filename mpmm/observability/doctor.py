@@ -44,13 +44,16 @@ OPTIONAL = {
     "rich": "cli",
     "matplotlib": "plot",
     "prometheus-client": "metrics",
+    "starlette": "web",
+    "uvicorn": "web",
     "amdsmi": "amd",
     "torch": None,
 }
+_TOKEN_VARIABLE = "MPMM_DASHBOARD_TOKEN"
 # All that mpmm and the drivers read; nothing else of the environment is looked at.
 VARIABLES = (
     *("MPMM_RUNTIME_DIR", "MPMM_MEMORY_SOURCE", "MPMM_ESTIMATES_PATH", "MPMM_ARENA_MB", "MPMM_PRELOAD", "MPMM_ZYGOTE"),
-    CORE_VARIABLE,
+    *(CORE_VARIABLE, "MPMM_LOAD_AHEAD", _TOKEN_VARIABLE, "NO_COLOR"),
     *("CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER", "ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES"),
 )
 GPU_SOURCES = ("nvml", "nvidia-smi", "amdsmi")
@@ -349,7 +352,8 @@ def _file_system(folder: Path) -> str:
 def _variables() -> Iterator[Check]:
     for name in VARIABLES:
         if name in os.environ:
-            yield Check("ok", f"{name}={os.environ[name]}")
+            # Reports are passed on, and a token is a password.
+            yield Check("ok", f"{name} is set" if name == _TOKEN_VARIABLE else f"{name}={os.environ[name]}")
     if not any(name in os.environ for name in VARIABLES):
         yield Check("ok", "none")
 

@@ -43,8 +43,11 @@ def findings(snapshot: Snapshot, decided: Mapping[int, float] | None = None) -> 
     """Return the findings about a namespace, the urgent ones first.
 
     decided: when waiters were told why they wait, see `formatting.decided_at`; None takes what the snapshot's events
-    tell.
+    tell. Of a namespace whose processes are all dead there is one thing to say, and what happened before.
     """
+    ended = _ended(snapshot)
+    if ended and snapshot.members:
+        return [Finding(True, ended), *_past(snapshot)]
     before = (_lock, _files, _leader, _samples, _dead)
     after = (_holds, _loads, _unloads, _suspensions, _past)
     found = [finding for check in before for finding in check(snapshot)]
@@ -56,15 +59,20 @@ def findings(snapshot: Snapshot, decided: Mapping[int, float] | None = None) -> 
 def attention_texts(snapshot: Snapshot) -> list[str]:
     """Return what a probe should fail for: urgent findings and broken invariants; empty for a healthy namespace."""
     found = [f"invariant broken: {problem}" for problem in check_invariants(snapshot)]
-    if not any(member.alive is not False for member in snapshot.members):
-        # The findings about dead processes would only repeat it.
-        return [
-            *found,
-            f"dead: none of its {len(snapshot.members)} processes is alive; the next process to attach starts afresh, "
-            "and `mpmm prune` removes what they left",
-        ]
-    said = findings(with_names(snapshot))
-    return found + [f"ATTENTION: {finding.text}" for finding in said if finding.urgent]
+    ended = _ended(snapshot)
+    if ended:
+        return [*found, ended]
+    return found + [f"ATTENTION: {finding.text}" for finding in findings(with_names(snapshot)) if finding.urgent]
+
+
+def _ended(snapshot: Snapshot) -> str:
+    """Return that a namespace has no living process, if that is so; else an empty text."""
+    if any(member.alive is not False for member in snapshot.members):
+        return ""
+    return (
+        f"dead: none of its {len(snapshot.members)} processes is alive; the next process to attach starts afresh, and "
+        "`mpmm prune` removes what they left"
+    )
 
 
 def oldest_waiter(snapshot: Snapshot) -> TicketInfo | None:

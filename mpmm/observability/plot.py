@@ -1,10 +1,11 @@
-"""Memory against the limit over time, with loads and evictions marked, from the events of a trace.
+"""Memory against the limit over time, with loads, evictions and leases marked, from the events of a trace.
 
 Needs matplotlib, the extra `plot`.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections import defaultdict
 from collections.abc import Iterable
@@ -19,17 +20,31 @@ __all__ = ["SUFFIXES", "DeviceHistory", "draw", "histories", "read_trace"]
 
 SUFFIXES = (".png", ".svg", ".pdf")
 _COLOURS = ("#66ccee", "#228833", "#ccbb44", "#ee6677", "#aa3377", "#999933", "#44aa99", "#882255", "#bbbbbb")
+_LEASED = "#555555"
 _MEMORY, _LIMIT, _BOOKS = "memory MB", "limit MB", "models MB"
 
 
 @dataclass
 class DeviceHistory:
-    """What a trace says of one device; times in µs. loaded: spans of copies, as (begin, end, tag, evicted)."""
+    """What a trace says of one device; times in µs.
+
+    loaded: spans of copies, as (begin, end, tag, evicted). leased: those of leases, as (begin, end, name, MB), of which
+    each device of a lease has the same share.
+    """
 
     name: str = ""
     used: list[tuple[float, float]] = field(default_factory=list)
     limit: list[tuple[float, float]] = field(default_factory=list)
     loaded: list[tuple[float, float, str, bool]] = field(default_factory=list)
+    leased: list[tuple[float, float, str, float]] = field(default_factory=list)
+
+    def leased_mb(self) -> list[tuple[float, float]]:
+        """Return how much is leased from when on, from before the first lease to the end of the last."""
+        changes = sorted(
+            [(begin, mb) for begin, _, _, mb in self.leased] + [(end, -mb) for _, end, _, mb in self.leased]
+        )
+        totals = itertools.accumulate(mb for _, mb in changes)
+        return [(at, max(0.0, mb)) for (at, _), mb in zip(changes, totals, strict=True)]
 
 
 def read_trace(path: Path) -> list[TraceEvent]:
@@ -71,10 +86,14 @@ def histories(events: Iterable[TraceEvent]) -> dict[int, DeviceHistory]:
         elif event["ph"] == "X" and event.get("cat") == "loaded":
             evicted = bool(event["args"].get("evicted"))
             history.loaded.append((event["ts"], event["ts"] + event["dur"], event["name"], evicted))
+        elif event["ph"] == "X" and event.get("cat") == "leased":
+            mb = float(event["args"].get("MB") or 0.0)
+            history.leased.append((event["ts"], event["ts"] + event["dur"], event["name"], mb))
     for device, history in found.items():
         # One point says how much there is now, not how it came to that: the accounts do.
         history.used = sorted(history.used if len(history.used) > 1 else accounted[device] + history.used)
         history.loaded.sort()
+        history.leased.sort()
     return dict(found)
 
 
@@ -86,16 +105,21 @@ def draw(events: Iterable[TraceEvent], path: Path) -> None:
     """
     if path.suffix not in SUFFIXES:
         raise InvalidArgumentError(f"{path}: expected a name that ends in one of {', '.join(SUFFIXES)}")
-    devices = {device: history for device, history in histories(events).items() if history.used or history.loaded}
+    found = histories(events).items()
+    devices = {device: history for device, history in found if history.used or history.loaded or history.leased}
     if not devices:
-        raise InvalidArgumentError("the trace has neither figures of memory nor loads: there is nothing to draw")
+        raise InvalidArgumentError(
+            "the trace has neither figures of memory nor loads nor leases: there is nothing to draw"
+        )
     # Imported here because it is big, and an extra. The figure is made without pyplot, which would look for a display.
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 1 + 4.5 * len(devices)), layout="constrained")
     tags = sorted({tag for history in devices.values() for _, _, tag, _ in history.loaded})
     colours = {tag: _COLOURS[number % len(_COLOURS)] for number, tag in enumerate(tags)}
-    start = min(float(entry[0]) for history in devices.values() for entry in (*history.used, *history.loaded))
+    start = min(
+        float(entry[0]) for history in devices.values() for entry in (*history.used, *history.loaded, *history.leased)
+    )
     first: Any = None
     for place, history in enumerate(devices.values()):
         # One time for all, so that what stands below each other happened at the same moment.
@@ -110,14 +134,21 @@ def _draw_device(axes: Any, history: DeviceHistory, start: float, colours: dict[
         return (ts - start) / 1e6
 
     axes.set_title(history.name, loc="left", fontsize=10)
-    top = max([mb for _, mb in (*history.used, *history.limit)], default=1.0) or 1.0
+    leased = history.leased_mb()
+    top = max([mb for _, mb in (*history.used, *history.limit, *leased)], default=1.0) or 1.0
     if history.used:
         times, figures = [seconds(ts) for ts, _ in history.used], [mb for _, mb in history.used]
         axes.fill_between(times, figures, step="post", color="#4477aa", alpha=0.25, label="memory in use")
         axes.step(times, figures, where="post", color="#4477aa")
+    if leased:
+        # Beside what is in use and not on top of it: what the program of a lease has taken is among that already.
+        times, figures = [seconds(ts) for ts, _ in leased], [mb for _, mb in leased]
+        axes.fill_between(times, figures, step="post", facecolor="none", edgecolor=_LEASED, hatch="//", linewidth=0.8)
+        axes.fill_between([], [], facecolor="none", edgecolor=_LEASED, hatch="//", label="leased")
     if history.limit:
         axes.axhline(history.limit[-1][1], color="#cc3311", linestyle="--", label="limit")
-    lanes = sorted({tag for _, _, tag, _ in history.loaded})
+    leases = {name: f"{name} (lease, {mb:.0f} MB)" for _, _, name, mb in history.leased}
+    lanes = sorted({tag for _, _, tag, _ in history.loaded}) + sorted(leases.values())
     # The copies lie below the curve, a row for each model, as a share of the axis.
     height = 0.05 * top
     for begin, end, tag, evicted in history.loaded:
@@ -126,6 +157,10 @@ def _draw_device(axes: Any, history: DeviceHistory, start: float, colours: dict[
         axes.plot(seconds(begin), y + height / 2, marker="^", color=colours[tag], markersize=5, markeredgecolor="black")
         if evicted:
             axes.plot(seconds(end), y + height / 2, marker="x", color="black", markersize=6)
+    for begin, end, name, _ in history.leased:
+        y = -height * (1.4 + 1.4 * lanes.index(leases[name]))
+        span = (seconds(begin), max((end - begin) / 1e6, 1e-3))
+        axes.broken_barh([span], (y, height), facecolor="none", edgecolor=_LEASED, hatch="//")
     for tag in lanes:
         y = -height * (1.4 + 1.4 * lanes.index(tag))
         axes.annotate(
@@ -138,7 +173,7 @@ def _draw_device(axes: Any, history: DeviceHistory, start: float, colours: dict[
             va="center",
             fontsize=7,
         )
-    if lanes:
+    if history.loaded:
         axes.plot([], [], marker="^", color="white", markeredgecolor="black", label="loaded")
         axes.plot([], [], marker="x", color="black", linestyle="none", label="evicted")
     axes.set_ylim(-height * (1.4 * len(lanes) + 1.0), 1.12 * top)

@@ -21,6 +21,7 @@ from typing import Any
 from mpmm.observability.event_reader import Step
 from mpmm.observability.formatting import devices_of, named, names_of, why, with_names
 from mpmm.observability.trace_tracks import DEVICE_PID, NAMESPACE_PID, Arrow, Span, TraceEvent, Tracks
+from mpmm.policy.view import Reason
 from mpmm.shared_state.snapshot import EventInfo, Snapshot
 
 __all__ = ["Tracer"]
@@ -53,6 +54,8 @@ _STATE_BEFORE = {
     "resume_given_up": "resuming",
     "lease_ended": "leased",
 }
+# Unloads that make room for nobody.
+_NOT_EVICTED = (Reason.ASKED, Reason.EXPIRED, Reason.RESET)
 # So many unloads for a model may have arrows to its next load.
 _ARROWS_KEPT = 8
 
@@ -66,6 +69,8 @@ class Tracer:
         self._waits: dict[int, Span] = {}
         self._uses: dict[int, Span] = {}
         self._lying: dict[int, Span] = {}
+        # As what lies on the devices, but no model: what leases reserve there, by row.
+        self._leases: dict[int, Span] = {}
         self._leading: Span | None = None
         # By copy: on devices of their own several may run alone.
         self._alone: dict[int | None, Span] = {}
@@ -93,7 +98,7 @@ class Tracer:
             "unload_began": partial(self._begin_unload, kind="unload"),
             "unload_ended": self._unload_ended,
             "leased": self._leased,
-            "lease_ended": self._use_ended,
+            "lease_ended": self._lease_ended,
             "leader": self._leader,
             "isolation_began": self._isolation_began,
             "isolation_ended": self._isolation_ended,
@@ -165,11 +170,16 @@ class Tracer:
                 assert copy is not None, "it is in one of the two"
                 pid = None if copy.holder is None else pids.get(copy.holder)
                 self._open_copy(row, copy.tag, copy.state, pid, devices, begin, copy.seat_of is None)
+                if copy.state == "leased":
+                    self._lease(row, copy.tag, copy.reserved_mb, devices, begin)
             elif earliest.kind not in begun:
                 state = _STATE_BEFORE.get(earliest.kind, "idle")
                 pid = None if state in ("idle", "suspended") else earliest.pid
                 lies = copy is None or copy.seat_of is None
                 self._open_copy(row, earliest.tag or "?", state, pid, devices, begin, lies)
+                if state == "leased":
+                    # Its size is known no more: the event of its end says only how long it was.
+                    self._lease(row, earliest.tag or "?", 0.0, devices, begin)
         for ticket in snapshot.tickets:
             if ticket.state == "waiting" and ticket.number not in queued:
                 self._waits[ticket.number] = Span(f"wait {ticket.tag}", "wait", begin, ticket.pid)
@@ -206,10 +216,11 @@ class Tracer:
             span.args["unfinished"] = True
             self._tracks.span(span, ts)
         # No counter falls: what is at the end of the trace goes on after it.
-        for span in self._lying.values():
+        for span in (*self._lying.values(), *self._leases.values()):
             span.args["unfinished"] = True
             self._write_lying(span, ts)
         self._lying.clear()
+        self._leases.clear()
         self._waits.clear()
         self._uses.clear()
         self._released.clear()
@@ -296,12 +307,13 @@ class Tracer:
             self._uses[event.instance] = Span(f"unload {event.tag}", "unload", ts)
 
     def _begin_unload(self, event: EventInfo, ts: float, kind: str) -> None:
+        evicted = event.reason is not None and event.reason not in _NOT_EVICTED
         if event.instance is not None and event.instance in self._lying:
-            self._lying[event.instance].args["evicted"] = event.reason is not None
+            self._lying[event.instance].args["evicted"] = evicted
         self._lies_no_more(event.instance, ts)
         if event.instance is not None:
             self._released.pop(event.instance, None)
-            args = {"why": why(event), "MB": event.value, "for": event.other, "evicted": event.reason is not None}
+            args = {"why": why(event), "MB": event.value, "for": event.other, "evicted": evicted}
             self._uses[event.instance] = Span(f"{kind} {event.tag}", kind, ts, args=args)
 
     def _unload_ended(self, event: EventInfo, ts: float) -> None:
@@ -318,6 +330,18 @@ class Tracer:
             args = {"why": why(event), "MB": event.value}
             span = Span(f"lease {event.tag}", "lease", ts, pid, args, event.devices, arrows)
             self._uses[event.instance] = span
+            self._lease(event.instance, event.tag or "?", event.value or 0.0, event.devices, ts)
+
+    def _lease(self, row: int, name: str, mb: float, devices: tuple[int, ...], ts: float) -> None:
+        # Of each of its devices it has the same share.
+        share_mb = mb / max(1, len(devices))
+        self._leases[row] = Span(name, "leased", ts, args={"MB": round(share_mb, 1)}, devices=devices)
+
+    def _lease_ended(self, event: EventInfo, ts: float) -> None:
+        self._use_ended(event, ts)
+        span = None if event.instance is None else self._leases.pop(event.instance, None)
+        if span is not None:
+            self._write_lying(span, ts)
 
     def _leader(self, event: EventInfo, ts: float) -> None:
         if self._leading is not None:

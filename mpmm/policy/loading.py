@@ -85,7 +85,7 @@ def _refuse(attempt: _Attempt) -> Decision | None:
     if need_mb > largest:
         if state.usable_part(ticket, model).usable_by(ticket.member) and not ticket.preload:
             # Too large for a second copy, but there is one to wait for.
-            return Wait(ticket.row, Reason.MEMORY, Why(Reason.MEMORY, need_mb, largest))
+            return Wait(ticket.row, Reason.ONLY_COPY, Why(Reason.ONLY_COPY, need_mb, largest))
         return Refuse(ticket.row, Why(Reason.TOO_LARGE, need_mb, largest))
     if ticket.preload and not _fit_together(state, ticket, model.copies, attempt.share_mb):
         return Refuse(ticket.row, Why(Reason.TOO_LARGE, need_mb, largest))

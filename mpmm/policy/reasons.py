@@ -28,6 +28,8 @@ SENTENCES: dict[Reason, str] = {
     Reason.PINNED: "waits: needs {need:.0f} MB{on}, {free:.0f} free, and unloading every idle copy that is not pinned "
     "would not free enough",
     Reason.COPIES: "waits for a copy that is in use: max_model_copies allows no more of them",
+    Reason.ONLY_COPY: "waits for a copy that is in use: another one would need {need:.0f} MB, but the largest device "
+    "takes only {free:.0f}",
     Reason.LEASED: "waits: needs {need:.0f} MB{on}, {free:.0f} free, and the leases that are held leave too little "
     "room",
     Reason.EXTERNAL: "waits: needs {need:.0f} MB{on}, {free:.0f} free; the driver and other programs take "
@@ -59,6 +61,9 @@ SENTENCES: dict[Reason, str] = {
     Reason.NO_ROW: "is evicted for {other}, because the table of copies, or of models, is full",
     Reason.EXCHANGED: "is evicted for another copy of its model: max_model_copies allows no more of them",
     Reason.ASKED: "is unloaded, now or when it is released, because `unload` or `update_settings` asked for it",
+    Reason.RESET: "is unloaded because `mpmm reset` or `force_reset` unloads everything",
+    Reason.OUT_OF_MEMORY: "is evicted because a load or a use ran out of memory there, so that all that is idle makes "
+    "room",
     Reason.HOST_FULL: "is dropped from host memory so that {other}, which needs {need:.0f} MB there, can be suspended: "
     "{free:.0f} free",
     Reason.HOST_SHORT: "is dropped from host memory: the host has only {free:.0f} MB left",

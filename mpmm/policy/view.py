@@ -77,15 +77,19 @@ class Reason(IntEnum):
     EXCHANGED = 36  # there are as many copies of the model as there may be, and none that the waiter could use
     ASKED = 37  # a call asks for it
     EXPIRED = 38  # it has not been used for as long as it is kept
+    RESET = 39  # a reset unloads everything
     # It is refused:
     TOO_LARGE = 40
     # A ticket waits:
     QUIET = 41  # something starts where it could load that sizes itself by what is free
     RESTLESS = 42  # it does so itself, and something is being loaded or unloaded there
+    ONLY_COPY = 43  # for a copy that is in use, as another one would fit on no device
     # It is suspended, or unloaded from host memory:
     BY_HAND = 44
     HOST_FULL = 45  # so that another copy can be suspended
     HOST_SHORT = 46  # the host has hardly any memory left
+    # Copies are unloaded:
+    OUT_OF_MEMORY = 47  # a load, or a use, ran out of memory where they lie
 
 
 @dataclass(frozen=True)

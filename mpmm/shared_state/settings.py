@@ -151,7 +151,8 @@ class Settings:
     def changed(self, changes: Mapping[str, object]) -> Settings:
         """Return these parameters with some changed at run time; None is no limit. Raises InvalidArgumentError."""
         for name, value in changes.items():
-            setting = SETTINGS.get(name)
+            # People know this one by the parameter.
+            setting = SETTINGS.get("suspend_checkpoints" if name == "suspend" else name)
             if setting is None:
                 raise InvalidArgumentError(f"setting {in_brief(name)}: expected one of {', '.join(CHANGEABLE)}")
             if setting.fixed:

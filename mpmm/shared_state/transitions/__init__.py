@@ -29,7 +29,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from mpmm.shared_state.events import EventKind
+from mpmm.policy.view import Reason
+from mpmm.shared_state.events import Cause, EventKind
 from mpmm.shared_state.layout import Header, Instance, Model, Ticket
 from mpmm.shared_state.tables import Tables
 from mpmm.shared_state.transaction import Transaction
@@ -151,11 +152,11 @@ class Transitions:
                 t.set_all(self._instances.pushed(at, row))
         state, slot = words[at + Instance.STATE], self._actor.slot
         if state == Instance.IDLE:
-            self.unloads.begin(t, row, slot, evicted=False)
+            self.unloads.begin(t, row, slot, evicted=False, cause=Cause(Reason.RESET))
         elif state == Instance.LOADING:
             self.loads.give_up(t, row)
         elif state == Instance.SUSPENDED:
-            self.suspensions.drop(t, row, slot)
+            self.suspensions.drop(t, row, slot, Cause(Reason.RESET))
         # An UNLOADING row stays as it is: whoever is at work on it goes on, and frees it.
         elif state in (Instance.SUSPENDING, Instance.RESUMING):
             self.suspensions.fail(t, row, None, slot + 1)
