@@ -7,7 +7,8 @@
     mpmm inspect --max-wait 60    exit status 1 if a request has waited for longer
     mpmm ps [NAMESPACE]           one line for each loaded copy; --format json or '{tag} {mb:.0f}' for scripts
     mpmm top [NAMESPACE]          the same as inspect, live, with the memory of each device over time; q ends, h helps
-    mpmm events [NAMESPACE]       past events and their reasons, one line each; --follow prints new ones as they come
+    mpmm events [NAMESPACE]       past events and their reasons, one line each (wrapped on a terminal); --follow prints
+                                  new ones as they come
     mpmm trace [NAMESPACE]        the last events as a trace for https://ui.perfetto.dev; --follow appends new ones
     mpmm plot [NAMESPACE]         memory against the limit as a picture, of a namespace or of a trace
     mpmm metrics [NAMESPACE]      metrics as Prometheus text, of all namespaces or one; --serve answers by HTTP
@@ -84,6 +85,7 @@ from mpmm.errors import InvalidArgumentError, MpmmError
 from mpmm.observability.colours import painter
 from mpmm.observability.findings import longest_wait_s
 from mpmm.observability.inspect_screen import EVENTS_OF_EACH, overview, render
+from mpmm.observability.tables import wrapped
 from mpmm.shared_state.runtime_dir import REGISTRY_FOLDER, SERVERS_LOG, RuntimeDirectory, default_root
 from mpmm.shared_state.segment import segment_lost, segment_name
 from mpmm.shared_state.snapshot import (
@@ -265,9 +267,8 @@ def _events(options: argparse.Namespace, root: Path | None) -> int:
     from mpmm.observability.event_lines import Choice, show_events
 
     last = None if options.last is None else checked_whole("--last", options.last, 0, sys.maxsize)
-    return show_events(
-        _namespace(options, root), root, Choice(options.model, last, as_json=options.json, follow=options.follow)
-    )
+    choice = Choice(options.model, last, as_json=options.json, follow=options.follow)
+    return show_events(_namespace(options, root), root, choice, width=_width)
 
 
 def _trace(options: argparse.Namespace, root: Path | None) -> int:
@@ -337,12 +338,12 @@ def _check(options: argparse.Namespace, root: Path | None) -> int:
         return _check_health(options, root)
     snapshot = read_snapshot(_namespace(options, root), root, events=False)
     problems = check_invariants(snapshot)
-    for problem in problems:
-        print(printable(problem))
     if problems:
-        print(f"{snapshot.namespace}: {len(problems)} invariants broken")
+        result = f"{len(problems)} invariants broken"
     else:
-        print(f"{snapshot.namespace}: all invariants hold; `mpmm check --health` also says what needs attention")
+        result = "all invariants hold; `mpmm check --health` also says what needs attention"
+    for text in (*problems, f"{snapshot.namespace}: {result}"):
+        print("\n".join(wrapped(printable(text), _width())))
     return EXIT_PROBLEM if problems else 0
 
 
@@ -356,7 +357,8 @@ def _check_health(options: argparse.Namespace, root: Path | None) -> int:
         problems += len(found)
         paint, style = painter(sys.stdout), "urgent" if found else "well"
         for problem in found or ["healthy"]:
-            print(paint(style, printable(f"{name}: {problem}")))
+            for line in wrapped(printable(f"{name}: {problem}"), _width()):
+                print(paint(style, line))
     return EXIT_PROBLEM if problems else 0
 
 

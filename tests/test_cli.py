@@ -182,6 +182,28 @@ def test_what_commands_show_in_a_terminal_fits_and_has_colours_unless_no_color_i
     assert max(map(len, plain.splitlines())) <= columns
 
 
+@pytest.mark.parametrize("columns", [60, 80, 200])
+def test_events_are_wrapped_in_a_terminal_and_whole_in_a_pipe(
+    busy: ModelManager, namespace: str, capsys: Capture, monkeypatch: pytest.MonkeyPatch, columns: int
+) -> None:
+    name = "a model/of a name/that is longer than its column"
+    busy.acquire_model("idle", Loads("handle"))
+    busy.pin(name)
+    assert main(["events"]) == 0
+    whole = capsys.readouterr().out
+    assert max(map(len, whole.splitlines())) > 100
+    for variable in ("COLUMNS", "LINES"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("PYTHONPATH", import_path())
+    with at_terminal(["events"], columns) as (_, terminal):
+        shown = read_all(terminal).splitlines()
+    assert max(map(len, shown)) <= columns
+    # Nothing is left out, and what goes on in another line is set apart. (Clocks are as exact as a look is.)
+    clock = r"\d\d:\d\d:\d\d\.\d{3} "
+    assert re.sub(clock, "", " ".join(shown)).split() == re.sub(clock, "", whole).split()
+    assert all(re.match(clock + "|" + " " * 25 + r"\S", line) for line in shown)
+
+
 def test_colours_change_nothing_else(busy: ModelManager, namespace: str) -> None:
     snapshot = read_snapshot(namespace)
     painted = render(snapshot, width=80, paint=lambda style, text: f"<{style}>{text}</>")

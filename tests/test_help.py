@@ -78,6 +78,12 @@ def test_every_topic_is_printed_as_text(topic: str, capsys: pytest.CaptureFixtur
     assert not re.search(r"^\||\*\*|```|\]\(", text, re.MULTILINE)
 
 
+@pytest.mark.parametrize("topic", TOPICS)
+def test_no_page_is_wider_than_a_terminal_of_80_columns(topic: str) -> None:
+    # Diagrams, programs and manifests among them, which are not wrapped.
+    assert [line for line in page(topic, 80).split("\n") if len(line) > 80] == []
+
+
 def test_without_a_topic_all_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["help"]) == 0
     listed = re.findall(r"^  mpmm help (\w+)", capsys.readouterr().out, re.MULTILINE)

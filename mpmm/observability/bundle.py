@@ -22,7 +22,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from mpmm.errors import InvalidArgumentError, MpmmError
-from mpmm.observability.event_lines import line
+from mpmm.observability.event_lines import lines
 from mpmm.observability.event_reader import EventReader
 from mpmm.observability.inspect_screen import render
 from mpmm.observability.json_text import snapshot_json
@@ -65,7 +65,7 @@ def _of_namespaces(root: Path | None) -> Iterator[tuple[str, str]]:
             continue
         yield f"{name}/inspect.json", snapshot_json(step.snapshot) + "\n"
         yield f"{name}/inspect.txt", render(step.snapshot, everything=True) + "\n"
-        yield f"{name}/events.txt", "".join(f"{line(step, event)}\n" for event in step.events)
+        yield f"{name}/events.txt", "".join(f"{line}\n" for event in step.events for line in lines(step, event))
 
 
 def _as_tar(files: Mapping[str, str]) -> bytes:

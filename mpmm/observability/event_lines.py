@@ -14,11 +14,15 @@ from pathlib import Path
 from mpmm.observability.colours import painter
 from mpmm.observability.event_reader import EventReader, Step, asked_to_end, steps
 from mpmm.observability.formatting import age, mb, named, names_of, why
+from mpmm.observability.tables import wrapped
 from mpmm.shared_state.snapshot import EventInfo, as_json
 from mpmm.text.model_names import meant_tag
 from mpmm.text.printable import printable
 
-__all__ = ["Choice", "line", "said", "show_events"]
+__all__ = ["Choice", "lines", "said", "show_events"]
+
+_TAG_WIDTH = 20
+_INDENT = "  "
 
 # What is said instead where another process than the one that has left writes the event.
 _SEEN_TO_HAVE_LEFT = "sees that pid {pid} has ended"
@@ -82,11 +86,18 @@ class Choice:
     follow: bool = False
 
 
-def show_events(namespace: str, root: Path | None, choice: Choice, say: Callable[[str], None] = print) -> int:
+def show_events(
+    namespace: str,
+    root: Path | None,
+    choice: Choice,
+    say: Callable[[str], None] = print,
+    width: Callable[[], int | None] = lambda: None,
+) -> int:
     """Print events until there are no more: until now, or with `follow` until the namespace ends, or an interrupt.
 
-    With `follow` a namespace that is not there yet is waited for. Returns 0. Raises what `read_snapshot` raises,
-    FileNotFoundError without `follow` only; InvalidArgumentError where several models fit.
+    With `follow` a namespace that is not there yet is waited for. width: tells how many characters a line may have by
+    then, None for any number, as in a pipe. Returns 0. Raises what `read_snapshot` raises, FileNotFoundError without
+    `follow` only; InvalidArgumentError where several models fit.
     """
     reader, paint = EventReader(namespace, root), painter(sys.stdout)
     with contextlib.ExitStack() as stack:
@@ -102,11 +113,14 @@ def show_events(namespace: str, root: Path | None, choice: Choice, say: Callable
             elif step.lost and not first:
                 # On a stream of its own, so that every line of the output is an event.
                 print(f"mpmm: {step.lost} events were overwritten before they could be read", file=sys.stderr)
-            names = names_of(step.snapshot)
+            names, columns = names_of(step.snapshot), width()
             for event in events:
                 for_people = named(event, names)
-                text = _json(step, event, why(for_people)) if choice.as_json else line(step, for_people)
-                say(paint("urgent", text) if event.kind in _TROUBLE and not choice.as_json else text)
+                if choice.as_json:
+                    say(_json(step, event, why(for_people)))
+                    continue
+                for text in lines(step, for_people, columns):
+                    say(paint("urgent", text) if event.kind in _TROUBLE else text)
             # A pipe is to have it now.
             sys.stdout.flush()
             first = False
@@ -122,13 +136,24 @@ def _tag_meant(model: str | None, step: Step) -> str | None:
     return meant_tag(model, names)
 
 
-def line(step: Step, event: EventInfo) -> str:
-    """Return an event as a line for people: local time, pid, model, what happened, and why."""
+def lines(step: Step, event: EventInfo, width: int | None = None) -> list[str]:
+    """Return an event for people: local time, pid, model, what happened, and why.
+
+    That is one line, or with a width as many as it takes: further ones begin below the model, and so does what happened
+    where the model's name is longer than its column.
+    """
     at = step.snapshot.taken_wall_s - event.age_s
     clock = f"{time.strftime('%H:%M:%S', time.localtime(at))}.{int(at * 1000) % 1000:03d}"
     reason = why(event)
-    tag = "-" if event.tag is None else event.tag
-    return printable(f"{clock}  {event.pid:>7}  {tag:<20}  {said(event)}{'; ' if reason else ''}{reason}")
+    tag = printable("-" if event.tag is None else event.tag)
+    begin, text = f"{clock}  {event.pid:>7}  ", printable(f"{said(event)}{'; ' if reason else ''}{reason}")
+    whole = f"{begin}{tag:<{_TAG_WIDTH}}  {text}"
+    if width is None or len(whole) <= width:
+        return [whole]
+    indent = " " * min(len(begin) + len(_INDENT), width // 2)
+    if len(tag) <= _TAG_WIDTH:
+        return wrapped(whole, width, indent)
+    return wrapped(f"{begin}{tag}", width, indent) + wrapped(f"{indent}{text}", width, indent)
 
 
 def said(event: EventInfo) -> str:
