@@ -60,8 +60,8 @@ the expected time until they are served, judging by the loads and holds so far. 
 of that screen, as objects with `urgent` and `text`. Fields may be added; if one is removed or changes its meaning, the
 version rises. Version 1 had other names for a few fields; `mpmm help changes` has the table.
 
-On a terminal, columns that do not fit are left out (`inspect --all` and a pipe show them all), and there are colours
-unless NO_COLOR is set.
+On a terminal, sentences that do not fit beside their rows stand below them, and columns that do not fit even then are
+left out (`inspect --all` and a pipe show them all); there are colours unless NO_COLOR is set.
 
 Commands import what only they need themselves, so that a prompt comes back fast.
 """

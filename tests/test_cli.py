@@ -6,6 +6,7 @@ import importlib.metadata
 import inspect
 import io
 import json
+import math
 import os
 import pydoc
 import re
@@ -133,6 +134,46 @@ def test_columns_that_do_not_fit_are_left_out_whole(width: int, busy: ModelManag
     # What a sentence has to say is all there.
     assert "waits: needs 250 MB, " in " ".join(narrow.split())
     assert "rolled back 0" in " ".join(narrow.split())
+
+
+@pytest.mark.parametrize("width", [70, 80, 120, 200])
+def test_the_columns_by_which_a_wait_is_understood_stay_in_a_narrow_terminal(
+    width: int, busy: ModelManager, namespace: str
+) -> None:
+    snapshot = read_snapshot(namespace)
+    [ticket], [device] = snapshot.tickets, snapshot.devices
+    tickets = (replace(ticket, tag="a model/of a name/that is longer than its column", time_left_s=math.inf),)
+    # As on a GPU, where all of them are known.
+    device = replace(device, name="NVIDIA H100 80GB HBM3", used_mb=45000.0, limit_mb=72000.0, total_mb=80000.0)
+    devices = (replace(device, external_mb=900.0, reserved_mb=12000.0),)
+    text = render(replace(snapshot, tickets=tickets, devices=devices), width=width)
+    assert max(map(len, text.splitlines())) <= width
+    head, row = text.split("\nwaiting:\n")[1].splitlines()[:2]
+    wanted = ["for", "pid", "waited", "expected", "needs MB", "reason"] + ["ticket"] * (width >= 80)
+    assert set(wanted) <= set(re.split(r" {2,}", head.strip()))
+    assert "in_use" in row
+    assert "waits: needs 250 MB, " in " ".join(text.split())
+    head, row = text.split("\ndevices:\n")[1].splitlines()[:2]
+    assert {"used MB", "reserved", "limit"} <= set(re.split(r" {2,}", head.strip()))
+    assert {"45000", "12000", "72000"} <= set(row.split())
+
+
+def test_prose_stands_below_its_row_where_not_everything_fits_beside_it() -> None:
+    head = ("for", "left", "reason", "why")
+    rows = [("m" * 30, "-", "in_use", "waits for a copy that others have"), ("n", "-", "behind", "")]
+    beside = table(head, rows, 100, least=("left",), prose=True, below=True)
+    assert beside == table(head, rows, 100, prose=True)
+    assert beside[1].endswith("in_use  waits for a copy that others have")
+    # What says nothing goes first, and then names become shorter before anything else goes.
+    assert table(head, rows, 36, least=("reason", "left"), prose=True, below=True) == [
+        "  for                         reason",
+        f"  {'m' * 25}…  in_use",
+        "    why: waits for a copy that",
+        "      others have",
+        "  n                           behind",
+    ]
+    short = table(head, rows, 36, least=("reason", "left"), prose=True, below=True, wrap=False)
+    assert [line.split()[-1] for line in short] == ["reason", "in_use", "behind"]
 
 
 def test_a_table_that_has_nothing_to_leave_out_shortens_its_longest_name() -> None:

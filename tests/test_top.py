@@ -32,7 +32,7 @@ from mpmm.observability.inspect_screen import Section
 from mpmm.shared_state.snapshot import Snapshot, read_snapshot
 
 rich_console = pytest.importorskip("rich.console", reason="needs the extra cli")
-from mpmm.observability.top import History, Looks, screen  # noqa: E402  # needs rich
+from mpmm.observability.top import History, Looks, _fitting, screen  # noqa: E402  # needs rich
 
 _ESCAPES = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]")
 # What a terminal is sent when a program gives up the screen that it had to itself.
@@ -126,10 +126,48 @@ def test_each_look_adds_to_the_history(busy: ModelManager, namespace: str) -> No
 
 def test_sentences_go_on_where_there_is_room(busy: ModelManager, namespace: str) -> None:
     snapshot = read_snapshot(namespace)
-    [low] = [line for line in drawn(snapshot, 80, 20) if "wanted" in line and "waits: " in line]
-    assert low.rstrip().endswith("…")
-    high = "\n".join(drawn(snapshot, 80, 50))
-    assert "waits: needs 100 MB, 0 free, 100 kept for it where held is in use" in re.sub(r"\n +", " ", high)
+    for height in (24, 50):
+        shown = "\n".join(drawn(snapshot, 80, height))
+        assert "waits: needs 100 MB, 0 free, 100 kept for it where held is in use" in re.sub(r"\n +", " ", shown)
+    # Where there is none, the row is worth more.
+    low = drawn(snapshot, 80, 15)
+    assert any("wanted" in line and "in_use" in line for line in low)
+    assert not any("why: " in line for line in low)
+
+
+def test_of_many_waiters_the_first_one_has_its_sentence_and_others_have_rows(
+    busy: ModelManager, namespace: str
+) -> None:
+    snapshot = read_snapshot(namespace)
+    lines = drawn(replace(snapshot, tickets=snapshot.tickets * 9), 80, 34)
+    rows = [number for number, line in enumerate(lines) if "wanted" in line and "in_use" in line]
+    assert len(rows) > 1
+    assert lines[rows[0] + 1].strip().startswith("why: waits: needs 100 MB")
+    assert max(map(len, lines)) <= 80
+
+
+@pytest.mark.parametrize(
+    ("sizes", "room", "found"),
+    [
+        ([3], 4, (1, 1)),
+        ([3], 2, (1, 0)),
+        ([3, 3, 3], 4, (2, 1)),
+        ([3, 3, 3], 7, (3, 2)),
+        ([3, 3, 3], 9, (3, 3)),
+        ([5, 1, 1], 3, (3, 0)),
+        ([1, 1, 1, 1], 2, (2, 2)),
+    ],
+)
+def test_rows_and_sentences_share_the_room(sizes: list[int], room: int, found: tuple[int, int]) -> None:
+    assert _fitting(sizes, room) == found
+
+
+def test_figures_of_memory_are_not_cropped_for_a_longer_bar(busy: ModelManager, namespace: str) -> None:
+    snapshot = read_snapshot(namespace)
+    [device] = snapshot.devices
+    full = replace(device, name="NVIDIA H100 80GB HBM3", used_mb=45000.0, limit_mb=72000.0, reserved_mb=12000.0)
+    text = "\n".join(drawn(replace(snapshot, devices=(full,)), 70, 24))
+    assert "45000 of 72000 MB, 12000 reserved" in text
 
 
 @contextlib.contextmanager
@@ -161,8 +199,8 @@ def test_it_runs_in_a_terminal_and_ends_with_q(busy: ModelManager, namespace: st
         read_until(ours, "wanted")
         fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 50, 160, 0, 0))
         # A column for which 100 are too few.
-        assert "priority" not in "".join(drawn(read_snapshot(namespace), 100, 24))
-        read_until(ours, "priority")
+        assert "reason  why" not in "".join(drawn(read_snapshot(namespace), 100, 24))
+        read_until(ours, "reason  why")
         os.write(ours, b"h")
         read_until(ours, "the last picture stays on the terminal")
         os.write(ours, b"h/nothing-like-it")

@@ -59,6 +59,7 @@ __all__ = [
 #: So many newest events of each kind are all that a screen needs.
 EVENTS_OF_EACH = 16
 BAR_WIDTH = 30
+NARROWEST_BAR = 10
 _DECISION_HEAD = ("ago", "event", "model", "ticket", "why")
 _STATES = ("loading", "resuming", "unloading", "suspending", "active", "idle", "suspended")
 
@@ -94,7 +95,7 @@ class Section(Generic[Item]):
             return [f"{self.title}: none"]
         rows = self.rows(everything)
         rest = len(self.items) - len(rows)
-        head, *lines = table(self.head, rows, width, least=self.least, prose=self.prose)
+        head, *lines = table(self.head, rows, width, least=self.least, prose=self.prose, below=True)
         more = [f"  … and {rest} more; --all shows them"] if rest else []
         return [paint("title", f"{self.title}:"), paint("head", head), *lines, *more]
 
@@ -103,7 +104,7 @@ def render(snapshot: Snapshot, *, everything: bool = False, width: int | None = 
     """Return a snapshot as text for people.
 
     everything: all rows, not only those that matter most. width: columns that do not fit into so many characters are
-    left out, and sentences go on in further lines. paint: gives parts of it a style.
+    left out, and sentences go on in further lines, or below their rows. paint: gives parts of it a style.
     """
     snapshot = for_people(snapshot)
     first, *others = (line for long in headline(snapshot) for line in wrapped(long, width))
@@ -112,7 +113,7 @@ def render(snapshot: Snapshot, *, everything: bool = False, width: int | None = 
     lines = [("urgent", f"ATTENTION: {finding.text}") for finding in said if finding.urgent] or [("well", "all well")]
     lines += [("note", f"note: {finding.text}") for finding in said if not finding.urgent]
     parts.append([paint(style, line) for style, long in lines for line in wrapped(long, width)])
-    parts += [section.lines(everything, width, paint) for section in sections(snapshot)]
+    parts += [section.lines(everything, width, paint) for section in sections(snapshot, width)]
     return "\n\n".join("\n".join(part) for part in parts)
 
 
@@ -191,10 +192,10 @@ def overview(snapshots: Sequence[Snapshot], width: int | None = None, paint: Pai
     return "\n".join([paint("title", "namespaces:"), paint("head", heading), *lines, "", hint])
 
 
-def sections(snapshot: Snapshot) -> list[Section[Any]]:
-    """Return everything there is in tables, what matters most first."""
+def sections(snapshot: Snapshot, width: int | None = None) -> list[Section[Any]]:
+    """Return everything there is in tables for lines of so many characters, what matters most first."""
     return [
-        devices(snapshot, BAR_WIDTH),
+        devices(snapshot, BAR_WIDTH if width is None else min(BAR_WIDTH, max(NARROWEST_BAR, width // 5))),
         waiting(snapshot),
         copies(snapshot),
         *leases(snapshot),
@@ -223,7 +224,8 @@ def devices(snapshot: Snapshot, bar_width: int) -> Section[DeviceInfo]:
         *("device", "", "used MB", "external", "reserved", "returning"),
         *("limit", "total", "highest", "sampled", "name"),
     )
-    least = ("highest", "returning", "total", "reserved", "external", "sampled", "name")
+    # Last of all those by which the bar is to be read.
+    least = ("highest", "total", "sampled", "name", "external", "returning", "reserved")
     return Section("devices", head, snapshot.devices, row, 16, least)
 
 
@@ -259,7 +261,7 @@ def waiting(snapshot: Snapshot) -> Section[TicketInfo]:
         )
 
     head = ("ticket", "for", "pid", "waited", "expected", "left", "priority", "needs MB", "reason", "why")
-    least = ("priority", "reason", "ticket", "left", "expected", "needs MB")
+    least = ("left", "ticket", "priority", "needs MB", "expected")
     return Section("waiting", head, waiters(snapshot), row, 8, least, prose=True)
 
 
@@ -366,7 +368,10 @@ def models(snapshot: Snapshot) -> Section[ModelInfo]:
         *("reuses", "evicted"),
         *("pins", "load s", "hold s", "per s", "unused", "kept"),
     )
-    least = ("kept", "per s", "pins", "unused", "hold s", "unloading", "reuses", "loads", "evicted", "load s", "loaded")
+    least = (
+        *("kept", "per s", "pins", "unused", "hold s", "unloading", "reuses", "loads", "evicted", "load s", "loaded"),
+        "suspended",
+    )
     return Section("models", head, items, row, 10, least)
 
 

@@ -1,8 +1,9 @@
 """Tables of text in a given width: columns that do not fit are left out whole, prose is wrapped, nothing is cut first.
 
-Every table says which of its columns matter least, in the order in which they may go. A name that has to be cut all the
-same loses its middle, because the end of a path says more than its beginning; and no two names of a column are cut so
-that they read the same.
+Every table says which of its columns matter least, in the order in which they may go. Where not everything fits beside
+the prose, that is put below its row instead; and columns in which nothing stands go before all others. A name that has
+to be cut all the same loses its middle, because the end of a path says more than its beginning; and no two names of a
+column are cut so that they read the same.
 """
 
 from __future__ import annotations
@@ -12,17 +13,23 @@ import textwrap
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Sequence
 
-__all__ = ["cut", "shortened", "shortened_apart", "table", "wrapped"]
+__all__ = ["blocks", "cut", "shortened", "shortened_apart", "table", "wrapped"]
 
 LONGEST_CELL = 40
 # A name that is cut keeps so many characters, whatever else has to be cut then.
 SHORTEST_NAME = 12
+# And so many before columns are left out where prose stands below its row.
+NARROW_NAME = 16
 # Prose is given so many characters before a column beside it is spared.
 PROSE_WIDTH = 36
 # The share of a cut name that is its beginning.
 HEAD_SHARE = 0.25
 ROUNDS = 4
 GAP = 2
+# Prose below its row begins and goes on so far to the right.
+_BELOW, _BELOW_GOES_ON = " " * 4, " " * 6
+# Cells that say nothing.
+_NOTHING = frozenset({"", "-", "?", "0"})
 
 
 def table(
@@ -33,16 +40,40 @@ def table(
     least: Sequence[str] = (),
     prose: bool = False,
     wrap: bool = True,
+    below: bool = False,
 ) -> list[str]:
     """Return rows below their heads, in columns; numbers to the right.
 
     width: in so many characters; None for as many as it takes. least: heads of columns that are left out where the
     width is too little, the first one first. prose: the last column is, and goes on in further lines, or with `wrap`
-    off ends in an ellipsis.
+    off ends in an ellipsis. below: where not all columns fit beside it, it stands below its row, or with `wrap` off is
+    left out.
     """
+    first, *others = blocks(head, rows, width, least=least, prose=prose, wrap=wrap, below=below)
+    return [*first, *(line for block in others for line in block)]
+
+
+def blocks(
+    head: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    width: int | None = None,
+    *,
+    least: Sequence[str] = (),
+    prose: bool = False,
+    wrap: bool = True,
+    below: bool = False,
+) -> list[list[str]]:
+    """Return a `table` as the lines of its head and of each of its rows."""
     columns = list(range(len(head)))
     if width is None:
         return _lines(head, rows, columns, _widths(head, rows), None)
+    least = sorted(least, key=lambda name: not _says_nothing(head, rows, name))
+    if prose and below and not _fits(head, rows, width):
+        *kept, told = head
+        first, *others = blocks(kept, _with_short_names(head, rows, width, least), width, least=least)
+        if not wrap:
+            return [first, *others]
+        return [first, *(block + _below(told, row[-1], width) for block, row in zip(others, rows, strict=True))]
     widths = _widths(head, rows)
     # Prose counts with what it needs to be read.
     last = min(widths[-1], PROSE_WIDTH) if prose else widths[-1]
@@ -61,6 +92,44 @@ def table(
         if longest is not None:
             widths[longest] = max(min(SHORTEST_NAME, widths[longest]), widths[longest] - excess)
     return _lines(head, rows, columns, widths, width, wrap=prose and wrap)
+
+
+def _says_nothing(head: Sequence[str], rows: Sequence[Sequence[str]], name: str) -> bool:
+    """Tell whether nothing stands in a column, as where no request has a priority."""
+    return all(row[at] in _NOTHING for at in (head.index(name),) for row in rows) if name in head else True
+
+
+def _fits(head: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> bool:
+    """Tell whether all columns fit beside prose that can be read."""
+    widths = _widths(head, rows)
+    return _total([*widths[:-1], min(widths[-1], PROSE_WIDTH)], range(len(head))) <= width
+
+
+def _with_short_names(
+    head: Sequence[str], rows: Sequence[Sequence[str]], width: int, least: Sequence[str]
+) -> list[list[str]]:
+    """Return rows without their prose, and with the longest names shortened rather than columns left out."""
+    empty = [name for name in least if _says_nothing(head, rows, name)]
+    columns = [column for column in range(len(head) - 1) if head[column] not in empty]
+    widths = _widths(head, rows)
+    longest = max((column for column in columns if not _is_numeric(rows, column)), key=lambda one: widths[one])
+    excess = _total(widths, columns) - width
+    size = max(NARROW_NAME, widths[longest] - max(0, excess))
+    short = shortened_apart((row[longest] for row in rows), size)
+    return [[*row[:longest], short[row[longest]], *row[longest + 1 : -1]] for row in rows]
+
+
+def _below(head: str, prose: str, width: int) -> list[str]:
+    """Return prose as lines that stand below a row."""
+    if not prose:
+        return []
+    return textwrap.wrap(
+        f"{head}: {prose}",
+        max(width, SHORTEST_NAME),
+        initial_indent=_BELOW,
+        subsequent_indent=_BELOW_GOES_ON,
+        break_on_hyphens=False,
+    )
 
 
 def wrapped(line: str, width: int | None, indent: str = "  ") -> list[str]:
@@ -134,7 +203,7 @@ def _lines(
     width: int | None,
     *,
     wrap: bool = False,
-) -> list[str]:
+) -> list[list[str]]:
     numeric = {column for column in columns if _is_numeric(rows, column)}
     *front, last = columns
     # A column without a head is a picture, not a name.
@@ -146,17 +215,17 @@ def _lines(
         text = cut(row[column], size) if row is head or column not in short else short[column][row[column]]
         return " " * GAP + (text.rjust(size) if column in numeric else text.ljust(size))
 
-    lines = []
+    found = []
     for row in (head, *rows):
         begin = "".join(cell(row, column) for column in front)
         if not wrap or width is None:
-            lines.append(cut((begin + cell(row, last)).rstrip(), width))
+            found.append([cut((begin + cell(row, last)).rstrip(), width)])
             continue
         room = max(SHORTEST_NAME, width - len(begin) - GAP)
         first, *rest = textwrap.wrap(row[last], room, break_on_hyphens=False) or [""]
-        lines.append(cut(f"{begin}{' ' * GAP}{first}".rstrip(), width))
-        lines += [cut(" " * (len(begin) + GAP) + more, width) for more in rest]
-    return lines
+        lines = [f"{begin}{' ' * GAP}{first}".rstrip(), *(" " * (len(begin) + GAP) + more for more in rest)]
+        found.append([cut(line, width) for line in lines])
+    return found
 
 
 def _is_numeric(rows: Sequence[Sequence[str]], column: int) -> bool:

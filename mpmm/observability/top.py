@@ -28,7 +28,7 @@ from mpmm.observability.inspect_screen import (
     models,
     waiting,
 )
-from mpmm.observability.tables import table, wrapped
+from mpmm.observability.tables import blocks, wrapped
 from mpmm.shared_state.runtime_dir import default_root
 from mpmm.shared_state.snapshot import DeviceInfo, EventChoice, Snapshot, find_namespaces, read_snapshot
 from mpmm.text.printable import printable
@@ -187,11 +187,11 @@ def screen(
     left = height - len(head) - len(device_lines) - 2
     shown: list[RenderableType] = []
     for place, section in enumerate(controls.arranged(one, tags) for one in tables):
-        # What one table leaves of its share the next ones have.
-        room = max(1, left // (len(tables) - place) - HEAD_LINES)
-        rows = min(room, max(1, len(section.items)))
-        if rows + HEAD_LINES <= left:
-            drawn = _table(section, rows, room, width)
+        # What one table leaves of its share the next ones have. Why others wait is what people look for first.
+        share = left // (2 if not place else len(tables) - place)
+        room = max(1, share - HEAD_LINES)
+        if min(room, max(1, len(section.items))) + HEAD_LINES <= left:
+            drawn = _table(section, room, width)
             shown += drawn
             left -= len(drawn)
     return Group(*head, Panel(Group(*device_lines), title="memory", title_align="left"), *shown)
@@ -205,27 +205,47 @@ def _devices(snapshot: Snapshot, history: History, width: int) -> list[Text]:
             figures += f", {mb(device.reserved_mb)} reserved"
         if device.returning_mb:
             figures += f", {mb(device.returning_mb)} returning"
-        size = max(NARROWEST_BAR, int(width * BAR_SHARE))
+        begin = f"{device.row} {device.name[:16]:16} "
+        # The figures by which the bar is to be read come before its length.
+        size = max(NARROWEST_BAR, min(int(width * BAR_SHARE), width - len(begin) - len(figures)))
         full = (device.used_mb or 0.0) + device.reserved_mb > device.limit_mb
-        line = Text(f"{device.row} {device.name[:16]:16} ", no_wrap=True, overflow="crop")
+        line = Text(begin, no_wrap=True, overflow="crop")
         line.append(bar(device, size), style="red" if full else "cyan")
         line.append(figures)
         lines += [line, Text(history.line(device, max(NARROWEST_BAR, width)), style="blue", no_wrap=True)]
     return lines
 
 
-def _table(section: Section[Any], rows: int, room: int, width: int) -> list[Text]:
-    """Return a table of so many rows; sentences go on in further lines where that takes no more than `room`."""
+def _table(section: Section[Any], room: int, width: int) -> list[Text]:
+    """Return a table of at most `room` lines and its head, with as many rows as that takes.
+
+    The sentence of the first row is whole, where `room` is enough for that; those of others as far as they fit.
+    """
+    if not section.items:
+        return [Text.assemble((f"{section.title}: ", "bold"), ("none", "dim"))]
+    shown = [section.row(item) for item in section.items[:room]]
+    draw = partial(blocks, section.head, shown, width, least=section.least, prose=section.prose, below=True)
+    whole, short = draw(), draw(wrap=False)
+    rows, told = _fitting([len(block) for block in whole[1:]], room)
+    [head], lines = short[0], [line for block in (*whole[1 : told + 1], *short[told + 1 : rows + 1]) for line in block]
     rest = len(section.items) - rows
     title = section.title + (f" (… and {rest} more)" if rest > 0 else "")
-    if not section.items:
-        return [Text(title, style="bold"), Text("  none", style="dim")]
-    shown = [section.row(item) for item in section.items[:rows]]
-    draw = partial(table, section.head, shown, width, least=section.least, prose=section.prose)
-    head, *lines = draw()
-    if len(lines) > room:
-        head, *lines = draw(wrap=False)
     styled = [Text(title, style="bold"), Text(head, style="dim"), *map(Text, lines)]
     for line in styled:
         line.no_wrap, line.overflow = True, "crop"
     return styled
+
+
+def _fitting(sizes: list[int], room: int) -> tuple[int, int]:
+    """Return how many rows fit into `room` lines, and how many of them with all of their lines, `sizes`, not with one.
+
+    One of them at least, where that is possible at all: it is the one that is worth most.
+    """
+    if sizes[0] > room:
+        return min(len(sizes), room), 0
+    rows = min(len(sizes), room - sizes[0] + 1)
+    left, told = room - rows, 0
+    while told < rows and sizes[told] - 1 <= left:
+        left -= sizes[told] - 1
+        told += 1
+    return rows, told
