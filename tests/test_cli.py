@@ -183,6 +183,7 @@ def test_a_table_that_has_nothing_to_leave_out_shortens_its_longest_name() -> No
         f"  {'m' * 5}…{'m' * 18}  idle      12",
         "  n                         active  4000",
     ]
+    assert [line[-2:] for line in table(("model", "priority"), [("a", "+3"), ("b", "0")])] == ["ty", "+3", " 0"]
     assert table(("model", "state", "MB"), rows, 110)[1] == f"  {'m' * 90}  idle      12"
 
 

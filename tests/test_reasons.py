@@ -286,6 +286,7 @@ def test_where_there_are_several_devices_a_decision_names_those_it_is_about() ->
 def test_a_reason_of_a_later_version_and_an_unknown_time_are_said_to_be_so() -> None:
     assert explain(99) == "reason 99"
     assert "for an unknown time" in explain(Reason.DRAINING, seconds=math.inf)
+    assert "for less than 0.01 s" in explain(Reason.DRAINING, seconds=0.004)
 
 
 def test_what_is_promised_beyond_what_there_is_is_not_shown_as_free() -> None:

@@ -233,4 +233,4 @@ def _is_numeric(rows: Sequence[Sequence[str]], column: int) -> bool:
 
 
 def _is_number(text: str) -> bool:
-    return not text.strip("0123456789.-?") or text[:1].isdigit()
+    return not text.strip("0123456789.+-?") or text[:1].isdigit()

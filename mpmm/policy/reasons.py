@@ -116,7 +116,7 @@ def explain(
         sentence = SENTENCES[known]
     except (KeyError, ValueError):
         return f"reason {reason}"
-    time = f"about {seconds:.2f} s"
+    time = f"about {seconds:.2f} s" if seconds >= 0.005 else "less than 0.01 s"
     if not math.isfinite(seconds):
         sentence, time = _OVERDUE.get(known, sentence), "an unknown time"
     return sentence.format(
