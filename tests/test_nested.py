@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from harness import NewDevice, NewManager, Seat, learn, model_of, problems
+from harness import NewDevice, NewManager, Seat, copies_of, learn, model_of, problems, wait_until
 from loaders import Loads, LoadsObject
 from policy_views import A, B, model, ticket, view
 
@@ -103,6 +103,20 @@ def test_nested_use_of_the_only_copy_there_may_be_is_told_at_once(namespace: str
     # It works again once it is idle.
     with manager.model("a", Loads("a")):
         assert problems(namespace) == []
+
+
+def test_nested_use_of_the_only_copy_that_fits_is_told_at_once(namespace: str, new_manager: NewManager) -> None:
+    manager = new_manager(fallback_memory_mb=1000.0)
+    learn(Seat(manager), a=100)
+    with manager.model("a", Loads("a")):
+        # It has turned out to need more than there is, so no other one can be loaded.
+        learn(Seat(manager), a=9000)
+        load_s = model_of(namespace, "a").load_s
+        wait_until(lambda: copies_of(namespace, "a")[0].for_s > 2 * load_s, "a wait for it is no sooner than a load")
+        only = "another one would need 9000 MB, but the largest device takes only 1000"
+        with pytest.raises(DeadlockError, match=only), manager.model("a", Loads("a")):
+            raise AssertionError("it cannot be had")
+    assert problems(namespace) == []
 
 
 def test_room_that_only_its_own_copy_takes_is_told_at_once(namespace: str, new_manager: NewManager) -> None:

@@ -36,6 +36,7 @@ from mpmm.errors import ModelTooLargeError, RemoteCallError, SegmentAllocationEr
 from mpmm.memory.placement import current_placement
 from mpmm.model_manager import ModelManager
 from mpmm.policy.out_of_memory import bound_mb, is_out_of_memory, raised_estimate_mb
+from mpmm.policy.view import Reason
 from mpmm.shared_state.snapshot import read_snapshot
 
 
@@ -201,6 +202,9 @@ def test_a_load_that_runs_out_of_memory_is_repeated_once_there_is_more_room(
     assert model_of(namespace, "greedy").estimate_mb == 800
     [event] = [event for event in snapshot.events if event.kind == "out_of_memory"]
     assert (event.tag, event.value) == ("greedy", 400)
+    # What made room says why it went.
+    [unload] = [event for event in snapshot.events if event.kind == "unload_began"]
+    assert (unload.tag, unload.reason) == ("idle", Reason.OUT_OF_MEMORY)
 
 
 def test_after_the_second_attempt_the_loaders_exception_arrives_unchanged(
