@@ -167,7 +167,7 @@ def test_prose_stands_below_its_row_where_not_everything_fits_beside_it() -> Non
     # What says nothing goes first, and then names become shorter before anything else goes.
     assert table(head, rows, 36, least=("reason", "left"), prose=True, below=True) == [
         "  for                         reason",
-        f"  {'m' * 25}…  in_use",
+        f"  {'m' * 6}…{'m' * 19}  in_use",
         "    why: waits for a copy that",
         "      others have",
         "  n                           behind",
