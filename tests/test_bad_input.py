@@ -124,7 +124,7 @@ METHODS: dict[str, dict[str, tuple[Any, ...]]] = {
     "pin": {"tag": NO_TAG},
     "unpin": {"tag": NO_TAG},
     "supersede": {"old": NO_TAG, "new": NO_TAG},
-    "expect_users": {"tag": NO_TAG, "users": (0, -1, 129, 1.5, math.inf, "5", True, None)},
+    "set_request_defaults": {name: REQUEST[name] for name in ("tag", "users", "expect_mb")},
     "all_models": {"tag": tuple(tag for tag in NO_TAG if tag is not None)},
     "try_enter_isolation_mode": {"tag": NO_TAG},
     "should_spawn_model": {"tag": NO_TAG},
@@ -139,7 +139,6 @@ GOOD: dict[str, Any] = {
     "instance": None,
     "old": "a",
     "new": "b",
-    "users": 2,
 }
 
 

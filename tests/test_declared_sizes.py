@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import math
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,8 +26,10 @@ from harness import (
 from loaders import Loads, LoadsObject, Weights
 from policy_views import RULES, A, B, D, device, model, ticket, view
 
+from mpmm.beam.run_inference import options_of_handler
 from mpmm.cli import main
 from mpmm.errors import InvalidArgumentError, ModelTooLargeError
+from mpmm.multi_process_shared import MultiProcessShared, registry
 from mpmm.policy.plan import make_plan
 from mpmm.policy.view import Load, PlacedInstance, Reason, Wait
 from mpmm.shared_state.snapshot import read_snapshot
@@ -166,3 +171,184 @@ def test_an_assumed_model_loads_beside_a_lease_that_is_held_for_ever(
     # The next one is not taken for less because of that.
     assert model_of(namespace, "a").estimate_mb == 900
     assert problems(namespace) == []
+
+
+# ---- what objects elsewhere say ------------------------------------------------------------------------------------
+
+
+class Served42:
+    """An object of a model server that says by its class what it takes, and has a method as well."""
+
+    expect_mb = 42
+
+    def one(self) -> int:
+        """Return 1."""
+        return 1
+
+
+class Fails:
+    """An object that cannot say what it takes."""
+
+    @property
+    def expect_mb(self) -> float:
+        """Raise."""
+        raise RuntimeError("not yet known")
+
+
+@dataclass(frozen=True)
+class Hosts:
+    """A loader that returns the handle of an object, or with `as_proxy` a proxy; in a process of its own if `spawn`."""
+
+    tag: str
+    makes: Callable[[], Any]
+    spawn: bool = True
+    as_proxy: bool = False
+
+    def __call__(self) -> Any:
+        """Host the object."""
+        shared: MultiProcessShared[Any] = MultiProcessShared(
+            self.makes, tag=self.tag, always_proxy=True, spawn_process=self.spawn
+        )
+        proxy = shared.acquire()
+        return proxy if self.as_proxy else self.tag
+
+
+@pytest.mark.parametrize("as_proxy", [False, True], ids=["handle", "proxy"])
+@pytest.mark.parametrize("spawn", [False, True], ids=["here", "spawned"])
+def test_an_object_in_a_server_says_itself_what_it_takes(
+    namespace: str, new_manager: NewManager, new_process: NewProcess, spawn: bool, as_proxy: bool
+) -> None:
+    manager = new_manager(default_estimate_mb=100)
+    with manager.model("a", Hosts("a-1", Served42, spawn, as_proxy)):
+        assert [copy.mb for copy in copies_of(namespace, "a")] == [42]
+    assert model_of(namespace, "a").estimate_mb == 42
+    assert new_process().call(known_mb, "a") == 42
+    if as_proxy and not spawn:
+        # A process serves its own objects to the end.
+        MultiProcessShared(Served42, tag="a-1").unsafe_hard_delete()
+    assert problems(namespace) == []
+
+
+def known_mb(seat: Seat, tag: str) -> float:
+    return float(seat.manager._estimator.get_estimate(tag))
+
+
+def test_a_forked_server_without_the_warm_process_says_it_too(
+    namespace: str, new_manager: NewManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MPMM_ZYGOTE", "0")
+    with new_manager(default_estimate_mb=100).model("a", Hosts("a-1", Served42)):
+        assert [copy.mb for copy in copies_of(namespace, "a")] == [42]
+
+
+@pytest.mark.parametrize("makes", [partial(Says, "lots"), partial(Says, -3), partial(Says, math.inf), Fails], ids=str)
+def test_what_an_object_says_that_is_no_size_is_ignored_wherever_it_is(
+    namespace: str, new_manager: NewManager, makes: Callable[[], Any]
+) -> None:
+    manager = new_manager(default_estimate_mb=100)
+    for tag, load in (("a", makes), ("b", Hosts("b-1", makes, spawn=False)), ("c", Hosts("c-1", makes))):
+        with manager.model(tag, load):
+            assert [copy.mb for copy in copies_of(namespace, tag)] == [100]
+    assert problems(namespace) == []
+
+
+def test_code_that_says_what_an_object_takes_does_not_run_under_the_lock(
+    namespace: str, new_manager: NewManager
+) -> None:
+    manager = new_manager(default_estimate_mb=100)
+    lock = manager._connected().namespace.lock
+    seen: list[bool] = []
+
+    class Looks:
+        @property
+        def expect_mb(self) -> float:
+            seen.append(lock.held_by_this_thread())
+            return 42
+
+    with manager.model("a", Looks):
+        assert [copy.mb for copy in copies_of(namespace, "a")] == [42]
+    assert seen == [False]
+
+
+def test_what_a_later_version_says_of_its_server_is_read_as_far_as_it_is_known(
+    namespace: str, new_manager: NewManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for says, mb in (
+        ({"expect_mb": 42, "colour": "red"}, 42),
+        ({"expect_mb": "42 MB"}, 100),
+        ({"expect_mb": None}, 100),
+    ):
+        manager, tag = new_manager(default_estimate_mb=100), f"model-{len(read_snapshot(namespace).models)}"
+        with monkeypatch.context() as patched:
+            patched.setattr(
+                "mpmm.multi_process_shared.registry.asdict", lambda record, says=says: {**asdict(record), **says}
+            )
+            with manager.model(tag, Hosts(f"{tag}-1", Weights, spawn=False)):
+                assert [copy.mb for copy in copies_of(namespace, tag)] == [mb]
+        lives, found = registry.registry_for(None).look(f"{tag}-1")
+        assert lives
+        assert found is not None
+
+
+def test_a_proxy_of_an_object_elsewhere_has_no_other_attribute(new_manager: NewManager) -> None:
+    shared: MultiProcessShared[Any] = MultiProcessShared(Served42, tag="a", always_proxy=True, spawn_process=True)
+    proxy = shared.acquire()
+    assert (proxy.expect_mb, proxy.one()) == (42, 1)
+    other: MultiProcessShared[Any] = MultiProcessShared(Weights, tag="b", always_proxy=True, spawn_process=True)
+    with pytest.raises(AttributeError, match="plain attributes are not shared"):
+        _ = other.acquire().expect_mb
+    for one in (shared, other):
+        one.unsafe_hard_delete()
+
+
+# ---- where others ask for the model --------------------------------------------------------------------------------
+
+
+class Handler:
+    """A model handler of Beam, as far as that matters here."""
+
+    mpmm_expect_mb = 42
+
+
+class Around:
+    """A handler around another one."""
+
+    def __init__(self, base: Any, **says: Any) -> None:
+        self._base = base
+        vars(self).update(says)
+
+
+def test_a_handler_says_what_its_model_takes(namespace: str, new_manager: NewManager) -> None:
+    assert options_of_handler(Around(Handler(), mpmm_users=3)) == {"expect_mb": 42, "users": 3}
+    assert options_of_handler(Around(Handler(), mpmm_expect_mb=7)) == {"expect_mb": 7}
+    manager = new_manager(default_estimate_mb=100)
+    manager.set_request_defaults("a", **options_of_handler(Around(Handler())))
+    # As Beam asks for it, and as it is loaded ahead.
+    manager.release_model("a", manager.acquire_model("a", Loads()))
+    assert [copy.mb for copy in copies_of(namespace, "a")] == [42]
+    manager.unload("a")
+    assert manager.preload("a", Loads(), if_free=True) == 1
+    assert [copy.mb for copy in copies_of(namespace, "a")] == [42]
+    # What a request says itself counts.
+    manager.unload("a")
+    with manager.model("a", Loads(), expect_mb=7):
+        assert [copy.mb for copy in copies_of(namespace, "a")] == [7]
+    manager.unload("a")
+    # Nothing is set any more; what was said last stands.
+    manager.set_request_defaults("a")
+    with manager.model("a", Loads()):
+        assert [copy.mb for copy in copies_of(namespace, "a")] == [7]
+    assert problems(namespace) == []
+
+
+@pytest.mark.parametrize(("size", "mb"), [("42", 42), ("0.5g", 512), ("64MiB", 64), ("64mb", 64)])
+def test_a_preload_at_a_prompt_says_what_the_model_takes(
+    namespace: str, new_manager: NewManager, monkeypatch: pytest.MonkeyPatch, size: str, mb: float
+) -> None:
+    new_manager(default_estimate_mb=100)
+    monkeypatch.chdir(Path(__file__).parent)
+    assert main(["preload", "a", "test_administration:load_in_server", "--expect-mb", size]) == 0
+    assert [copy.mb for copy in copies_of(namespace, "a")] == [mb]
+    for nonsense in ("lots", "-5", "0", "nan", ""):
+        assert main(["preload", "b", "test_administration:load_in_server", f"--expect-mb={nonsense}"]) == 2
+    assert not [model for model in read_snapshot(namespace).models if model.tag == "b"]

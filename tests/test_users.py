@@ -37,7 +37,7 @@ from sleepers import LoadsSleeper, MakesSleeper
 
 import mpmm.model_manager.unload as unload_module
 from mpmm import AcquireTimeoutError, InvalidArgumentError, NamespaceResetError, NotAcquiredError, TableFullError
-from mpmm.beam.run_inference import replacements, users_of_handler
+from mpmm.beam.run_inference import options_of_handler, replacements
 from mpmm.cli import main
 from mpmm.model_manager.unload import Unloads
 from mpmm.observability.dashboard.history import Recorder
@@ -584,8 +584,8 @@ class Wrapping:
 
 
 def test_a_handler_says_how_many_use_its_model_at_a_time(namespace: str, new_manager: NewManager) -> None:
-    assert users_of_handler(Wrapping(Wrapping(Handler()))) == 3
-    assert users_of_handler(Wrapping(object())) is None
+    assert options_of_handler(Wrapping(Wrapping(Handler()))) == {"users": 3}
+    assert options_of_handler(Wrapping(object())) == {}
     manager = new_manager()
     transform = SimpleNamespace(
         _model=None, _model_handler=Wrapping(Handler()), _load_model_at_runtime=True, use_model_manager=True
@@ -598,7 +598,7 @@ def test_a_handler_says_how_many_use_its_model_at_a_time(namespace: str, new_man
     assert manager.acquire_model("a", Loads()) == handle
     assert uses(namespace) == ("active", 2, 3)
     with pytest.raises(InvalidArgumentError, match="users="):
-        manager.expect_users("a", 0)
+        manager.set_request_defaults("a", users=0)
 
 
 @dataclass(frozen=True)

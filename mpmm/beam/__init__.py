@@ -22,8 +22,13 @@ Workers are other processes, and they learn of the installation in one of two wa
 
 Without either, importing this module changes nothing of Beam.
 
-A handler whose model may be called from several threads at a time says so by an attribute, `mpmm_users = 4`: so many
-workers then use one copy at a time, see `users=` of `ModelManager.acquire_model`.
+Beam asks for models by itself, so a handler says by attributes what other callers say by options of
+`ModelManager.acquire_model`:
+
+    mpmm_users = 4          Four workers use one copy at a time (`users=`), for a model that may be called from several
+                            threads at a time.
+    mpmm_expect_mb = 1500   What a copy takes (`expect_mb=`), until the model is measured. An attribute `expect_mb` of
+                            what `load_model` returns does the same, from the end of the first load on.
 
 From one host to many
     mpmm shares models between the processes of one host. Every host has its own namespace, with its own memory, queue

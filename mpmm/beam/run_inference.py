@@ -7,8 +7,8 @@
     _RunInferenceDoFn._load_model       An update of a keyed handler with several models reaches the handler, too, where
                                         no copy is loaded. Copies of the version before are the first to be evicted.
                                         A model whose tag is a uuid gets a name for people. Where memory is free for
-                                        it, a model is loaded before its first batch comes, see `load_ahead`. A handler
-                                        with an attribute `mpmm_users = 4` lets four workers use a copy at a time.
+                                        it, a model is loaded before its first batch comes, see `load_ahead`. Attributes
+                                        of the handler set how its model is asked for, see `OPTIONS`.
     _SharedModelWrapper.all_models      Handles become proxies, because such an update calls methods of every copy.
     _SharedModelWrapper.next_model      The demand for the model is reported, if `autoscaling_metric` says so.
     _SharedModelWrapper.release_model   The same. A copy of an updated model goes back under the tag of its acquire.
@@ -35,7 +35,7 @@ from mpmm.memory.beam_metrics import report_demand, reports_demand
 from mpmm.multi_process_shared import MultiProcessShared, SharedProxy
 from mpmm.text.display_names import set_display_name
 
-__all__ = ["name_of_handler", "replacements", "users_of_handler"]
+__all__ = ["OPTIONS", "name_of_handler", "options_of_handler", "replacements"]
 
 Method = Callable[..., Any]
 
@@ -46,6 +46,8 @@ _PATHS = (
     *("_model_uri", "_model_path", "_state_dict_path", "_torch_script_model_path", "_engine_path", "_model_name"),
     *("model_uri", "model_path", "model_name", "_model", "_path", "path"),
 )
+#: The attributes by which a handler says how its model is asked for, and the option of `acquire_model` that each sets.
+OPTIONS = {"mpmm_users": "users", "mpmm_expect_mb": "expect_mb"}
 # Its end says more than its beginning.
 PATH_SHOWN = 48
 
@@ -106,9 +108,8 @@ def _updating_keyed_models(plain: Method) -> Method:
         if getattr(self, "use_model_manager", False):
             if _UUID.fullmatch(wrapper.model_tag):
                 set_display_name(wrapper.model_tag, name_of_handler(self._model_handler))
-            users = users_of_handler(self._model_handler)
-            if users is not None:
-                wrapper.models.expect_users(wrapper.model_tag, users)
+            if options := options_of_handler(self._model_handler):
+                wrapper.models.set_request_defaults(wrapper.model_tag, **options)
             if before is None and side_input_model_path is None and not getattr(self, "_load_model_at_runtime", False):
                 _load_ahead(wrapper)
             if before is not None and before.model_tag != wrapper.model_tag:
@@ -151,18 +152,19 @@ def name_of_handler(handler: Any) -> str:
     return f"{type(handler).__name__} {path}".strip()
 
 
-def users_of_handler(handler: Any) -> Any:
-    """Return how many workers may use a copy of a handler's model at a time, as it says itself; None if it does not.
+def options_of_handler(handler: Any) -> dict[str, Any]:
+    """Return the options of requests for its model that a handler says itself, by the attributes of `OPTIONS`.
 
-    The attribute is `mpmm_users`, of the handler or of one that it wraps: its model has to be made for calls from
-    several threads at a time.
+    Each may be an attribute of the handler or of one that it wraps; what the outer one says counts.
     """
+    found: dict[str, Any] = {}
     while handler is not None:
-        users = getattr(handler, "mpmm_users", None)
-        if users is not None:
-            return users
+        for attribute, option in OPTIONS.items():
+            value = getattr(handler, attribute, None)
+            if value is not None:
+                found.setdefault(option, value)
         handler = getattr(handler, "_base", None) or getattr(handler, "_unkeyed", None)
-    return None
+    return found
 
 
 def _keyed(handler: Any) -> Any:

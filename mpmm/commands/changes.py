@@ -74,6 +74,11 @@ def add_commands(commands: Any) -> None:
         metavar="N",
         help="let so many use a copy at a time (default: what the last request said, else 1)",
     )
+    preload.add_argument(
+        "--expect-mb",
+        metavar="SIZE",
+        help="what a copy takes, until it is measured: MB, or 5g, 5GiB (default: default_estimate_mb)",
+    )
     settings = commands.add_parser("settings", help="show the settings, or change one for all processes")
     settings.add_argument(
         "change", nargs="*", metavar="set NAME VALUE", help="without it: show the settings; VALUE `none`: no limit"
@@ -126,6 +131,7 @@ def _preload(options: argparse.Namespace, name: str, root: Path | None) -> int:
     # No report that our defaults differ from the settings of the namespace.
     logging.getLogger("mpmm").setLevel(logging.ERROR)
     model = asked_model(options.tag, name, root, may_be_new=True)
+    expect_mb = None if options.expect_mb is None else checked_size_mb("--expect-mb", options.expect_mb)
     load = functools.partial(_load_handle, _function(options.loader), options.loader)
     with ModelManager(namespace=name, runtime_root=root) as manager:
         loaded = manager.preload(
@@ -136,6 +142,7 @@ def _preload(options: argparse.Namespace, name: str, root: Path | None) -> int:
             state="suspended" if options.suspend else "idle",
             keep_alive_seconds=options.keep_alive,
             users=options.users,
+            expect_mb=expect_mb,
         )
         if options.pin:
             manager.pin(model.tag, for_all=True)

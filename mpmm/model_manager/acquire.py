@@ -101,7 +101,7 @@ def _take_before_queueing(acquisition: Acquisition) -> LoadedInstance | None:
     session, tag = acquisition.session, acquisition.tag
     if session.scheduler.may_have_to_wait(tag) and not session.held.comes_back(tag):
         return None
-    if acquisition.request is ANYWHERE and not session.held.may_find_idle(tag):
+    if acquisition.request.is_plain and not session.held.may_find_idle(tag):
         return None
     kept = None if acquisition.request.usable_on else session.held.take_kept(tag, acquisition.operation)
     return kept or acquisition.take_idle(acquisition.left_s())

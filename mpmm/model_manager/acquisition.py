@@ -144,8 +144,6 @@ class Acquisition(QueuedRequest["LoadedInstance | Booking"]):
         # A copy that is kept for this process is for Python to take.
         if core is None or self.request is not ANYWHERE or session.tenures.kept(self.tag) is not None:
             return False
-        if self.tag in session.users_of_tags:
-            return False
         deadline_ns, visible = self.deadline_ns(), session.samples.visible_bits()
         asked = (namespace.tables.rows_of_tags, self.tag, self.operation)
         row = core.queue(namespace, namespace.reference, *asked, deadline_ns, visible, CALLED_UP_FOR_NS)
@@ -202,9 +200,8 @@ class Acquisition(QueuedRequest["LoadedInstance | Booking"]):
         session, namespace, request = self.session, self.session.namespace, self.request
         if request.keep_alive:
             namespace.transitions.models.keep_alive(t, model, request.keep_alive)
-        users = request.users or session.users_of_tags.get(self.tag, 0)
-        if users:
-            namespace.transitions.models.set_users(t, model, users)
+        if request.users:
+            namespace.transitions.models.set_users(t, model, request.users)
         known = session.scheduler.is_known(model) or namespace.tables.header.source_accounting_only
         priority = PRELOAD_PRIORITY if self.preload else 1 if known else 0
         row = namespace.transitions.tickets.enqueue(

@@ -194,6 +194,8 @@ class Attachment:
         """Return a request of this manager. began: `time.monotonic()` when the wait began, now by default."""
         began = time.monotonic() if began is None else began
         timeout_s = self.settings.wait_timeout_seconds if timeout_s is None else timeout_s
+        if (defaults := session.request_defaults.get(tag)) is not None:
+            request = request.with_defaults(defaults)
         return Acquisition(session, operation, tag, request, began, timeout_s, self.log_info, preload)
 
     def log_info(self, message: str, *args: Any) -> None:

@@ -15,9 +15,9 @@ from collections.abc import Callable, Iterator, MutableMapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
-from mpmm.shared_state.layout import MOST_USERS, Instance, Model
+from mpmm.model_manager.request import AcquireOptions, read_options
+from mpmm.shared_state.layout import Instance, Model
 from mpmm.shared_state.tables import encode_text
-from mpmm.text.arguments import checked_whole
 
 if TYPE_CHECKING:
     from mpmm.memory.shared_estimator import SharedResourceEstimator
@@ -100,13 +100,15 @@ class BeamNames:
                 if row is not None:
                     namespace.transitions.models.supersede(t, row, superseded)
 
-    def expect_users(self, tag: str, users: int) -> None:
-        """Let so many use a copy of a model at a time where this process's requests do not say it by `users=`.
+    def set_request_defaults(self, tag: str, *, users: int | None = None, expect_mb: float | None = None) -> None:
+        """Set what these options of `acquire_model` are for a model where a request of this process does not say them.
 
-        That is for callers whose requests are made by others: by Beam, say. Raises InvalidArgumentError, ClosedError.
+        That is for callers whose requests are made by others: by Beam, say. None sets nothing. Another call for the
+        model takes the place of this one. Raises InvalidArgumentError, ClosedError.
         """
         encode_text(tag, Model.TAG_BYTES, "model tag")
-        self._connected().users_of_tags[tag] = checked_whole("users", users, 1, MOST_USERS, "a count")
+        session = self._connected()
+        session.request_defaults[tag] = read_options(AcquireOptions(users=users, expect_mb=expect_mb), session.samples)
 
     def all_models(self, tag: str | None = None) -> Any:
         """See `ModelManager.all_models`."""

@@ -13,7 +13,6 @@ from contextlib import suppress
 from functools import partial
 from typing import Any, NamedTuple
 
-from mpmm import multi_process_shared
 from mpmm.errors import (
     ClosedError,
     InvalidArgumentError,
@@ -34,12 +33,13 @@ from mpmm.model_manager.session import Session
 from mpmm.model_manager.unload import collect_garbage, unload_made
 from mpmm.model_manager.waits import decision, says_more, where
 from mpmm.multi_process_shared.context import serving_for
+from mpmm.multi_process_shared.host import declared_mb
+from mpmm.multi_process_shared.sleeping import record_of
 from mpmm.policy.out_of_memory import is_out_of_memory
 from mpmm.shared_state.events import EventKind
 from mpmm.shared_state.layout import Instance
 from mpmm.shared_state.tables import encode_text
 from mpmm.shared_state.transaction import Transaction
-from mpmm.text.arguments import checked_number
 from mpmm.text.printable import printable_logger
 
 __all__ = ["LoadAttempt", "give_up_booking", "resume"]
@@ -163,7 +163,10 @@ class LoadAttempt:
         tables = namespace.tables
         handle = encode_text(value, Instance.HANDLE_BYTES, f"handle of {tag!r}") if isinstance(value, str) else b""
         # None for an object, too, or a handle without a server.
-        server_pid = multi_process_shared.server_pid(value) if isinstance(value, str) else None
+        record = record_of(value) if isinstance(value, str) else None
+        server_pid = record.pid if record is not None and record.is_running() else None
+        # Here, because an object's attribute may be code, which does not run under the lock.
+        own_mb = declared_mb(record if isinstance(value, str) else value)
         seen = session.figures.sample_after_load(row)
         grown_mb = growth.mb() if seen and not isinstance(value, str) else 0.0
         way = session.suspender.way_of(value, row)
@@ -174,7 +177,7 @@ class LoadAttempt:
             model, server = instance.model, 0 if instance.server is None else instance.server + 1
             if not server and server_pid == namespace.pid:
                 server = namespace.reference
-            size = self._size_of(t, value, server, grown_mb)
+            size = self._size_of(t, own_mb, server, grown_mb)
             has_server = server_pid is not None
             is_twin = namespace.transitions.loads.end(t, row, handle, size.mb, server, has_server, size.shares_mb)
             if way:
@@ -193,10 +196,10 @@ class LoadAttempt:
             report_estimate(tag, learnt_mb)
         return copy
 
-    def _size_of(self, t: Transaction, value: Any, server: int, grown_mb: float) -> _Size:
+    def _size_of(self, t: Transaction, own_mb: float | None, server: int, grown_mb: float) -> _Size:
         """Return what the instance takes: as its server was measured, or this process has grown, or by what is known.
 
-        server: a reference, 0 if it has none. Needs the lock.
+        own_mb: what its object says. server: a reference, 0 if it has none. Needs the lock.
         """
         session, namespace = self._session, self._session.namespace
         instance = namespace.tables.instances[self._booking.row]
@@ -205,7 +208,7 @@ class LoadAttempt:
             return _Size(math.fsum(shares_mb), shares_mb, Estimate(max(shares_mb) * len(shares_mb), 0.0))
         if grown_mb > 0:
             return _Size(grown_mb, (), Estimate(grown_mb, GROWTH_SD * grown_mb))
-        model, own_mb = instance.model, _own_word(value)
+        model = instance.model
         if own_mb is not None:
             namespace.transitions.estimates.expect(t, model, own_mb)
             return _Size(session.scheduler.expected_mb(model), shares_mb)
@@ -358,12 +361,3 @@ def _is_ours(session: Session, booking: Booking) -> bool:
         and instance.generation == booking.generation
         and instance.holder == session.namespace.slot
     )
-
-
-def _own_word(value: Any) -> float | None:
-    """Return what an object says that it takes, in its attribute `expect_mb`, None if it says nothing of use."""
-    mb = None if isinstance(value, str) else getattr(value, "expect_mb", None)
-    try:
-        return checked_number("expect_mb", mb, 0.0, math.inf, "MB", above=True, finite=True)
-    except InvalidArgumentError:
-        return None

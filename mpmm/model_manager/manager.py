@@ -239,7 +239,7 @@ class ModelManager(BeamNames):
         expect_mb: the memory that a copy takes, on all its devices together, as far as the caller knows. It replaces
             `default_estimate_mb` until the model is measured, and saves the model from being loaded alone for that.
             Where nothing can be measured it is used for good, and the latest value counts. An attribute of this name on
-            a loaded object means the same.
+            a loaded object, here or in a model server, means the same.
         max_waiting: how many requests may wait for the model, this one included; None allows any number, and with 0
             this request does not wait. The setting of this name applies as well, except to preloads.
         keep_alive_seconds: how long idle copies of the model are kept from now on, in all processes: -1 for ever, 0 to

@@ -69,6 +69,10 @@ class PlacementRequest(NamedTuple):
         """Tell whether any copy anywhere will do, loaded or waited for in the usual way."""
         return self is ANYWHERE or self._replace(users=0) == ANYWHERE
 
+    def with_defaults(self, defaults: PlacementRequest) -> PlacementRequest:
+        """Return the request with what it does not say itself of `users` and `expect_mb`."""
+        return self._replace(users=self.users or defaults.users, expect_mb=self.expect_mb or defaults.expect_mb)
+
 
 # The request of a call without options; compared by identity.
 ANYWHERE = PlacementRequest()

@@ -43,6 +43,7 @@ from mpmm.model_manager.operations import Operation, ended_calls
 from mpmm.model_manager.out_of_memory import OutOfMemory
 from mpmm.model_manager.owned import OwnedObjects
 from mpmm.model_manager.reconcile import Reconciler
+from mpmm.model_manager.request import PlacementRequest
 from mpmm.model_manager.tenure import Tenures
 from mpmm.model_manager.thread_holds import ThreadHolds
 from mpmm.model_manager.unload import UNLOAD_LOOK_S, Unloads, collect_garbage, unload_object
@@ -93,7 +94,7 @@ class Session:
     """One process in one namespace. Threads share it.
 
     unload_on_release: tags whose instances this process was last told to unload as soon as they are idle.
-    users_of_tags: how many may use a copy at a time where a request does not say it.
+    request_defaults: by tag, what a request asks for where it does not say it, see `PlacementRequest.with_defaults`.
     tags_with_twins: those whose loaders were seen to return handles of others.
     warn_after_s: when the log says that somebody waits.
     """
@@ -125,7 +126,7 @@ class Session:
         # The calls that have something in hand, see `mpmm.model_manager.operations`.
         self.operations: set[Operation] = set()
         self.unload_on_release: set[str] = set()
-        self.users_of_tags: dict[str, int] = {}
+        self.request_defaults: dict[str, PlacementRequest] = {}
         self.tags_with_twins: set[str] = set()
         self.scheduler = scheduler = Scheduler(namespace)
         self.samples = samples = SharedSamples(namespace, scheduler)

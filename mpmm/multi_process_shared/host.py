@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import math
 import os
 import socket
 import threading
@@ -32,9 +33,10 @@ from mpmm.multi_process_shared.registry import LEAVE_PRIORITY, ServerRecord, Ser
 from mpmm.multi_process_shared.rpc import pickling, protocol, sockets
 from mpmm.multi_process_shared.rpc.channel import Channel, Message
 from mpmm.shared_state.lock_file import LockFile
+from mpmm.text.arguments import checked_number
 from mpmm.text.printable import printable_logger
 
-__all__ = ["Host", "can_sleep", "host_object", "public_methods"]
+__all__ = ["Host", "can_sleep", "declared_mb", "host_object", "public_methods"]
 
 logger = printable_logger(__name__)
 # To start a thread while a client asks one thing after another would cost each of these some 50 µs.
@@ -392,6 +394,20 @@ def can_sleep(shared: object) -> bool:
     return callable(getattr(kind, "sleep", None)) and callable(getattr(kind, "wake_up", None))
 
 
+def declared_mb(shared: object) -> float | None:
+    """Return the MB that an object says it takes, in its attribute `expect_mb`; None if it says nothing of use.
+
+    The attribute may be a property, so this runs code of the object's class.
+    """
+    try:
+        # What is no size raises InvalidArgumentError; an attribute that cannot be read raises anything.
+        mb = getattr(shared, "expect_mb", None)
+        return None if mb is None else checked_number("expect_mb", mb, 0.0, math.inf, "MB", above=True, finite=True)
+    except Exception as error:
+        logger.info("mpmm: %s.expect_mb says nothing of use: %s", type(shared).__name__, error)
+        return None
+
+
 def new_record(registry: ServerRegistry, tag: str, *, spawned: bool, ready: bool) -> ServerRecord:
     """Return the record of a server that this process is about to be."""
     incarnation = os.urandom(16).hex()
@@ -419,7 +435,7 @@ def host_object(
     at_hard_delete: called when a client has asked for the end, files already removed; need not return.
     """
     registry.remove_sockets(record.tag)
-    record = replace(record, sleeps=can_sleep(shared))
+    record = replace(record, sleeps=can_sleep(shared), expect_mb=declared_mb(shared))
     host = Host(registry, record, constructor, shared, life, at_hard_delete)
     call_once_at_exit(end_all_hosts, END_HOSTS_PRIORITY)
     hosted.add(host)

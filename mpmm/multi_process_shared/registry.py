@@ -32,7 +32,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +102,8 @@ class ServerRecord:
     types: tuple[str, ...] = ()
     # Its object has `sleep()` and `wake_up()`.
     sleeps: bool = False
+    # What its object says that it takes, see `host.declared_mb`; None if it says nothing of use.
+    expect_mb: float | None = None
 
     def is_running(self) -> bool:
         """Tell whether the very process (not another one with its pid) runs and is not about to end."""
@@ -135,6 +137,9 @@ class ServerRecord:
         finally:
             os.close(fd)
         return ended or start_time_of(self.pid) != self.start_time
+
+
+_FIELDS = frozenset(field.name for field in fields(ServerRecord))
 
 
 def become_server_process(lives_by: tuple[str, ...]) -> None:
@@ -430,8 +435,9 @@ def _read_record(path: Path) -> ServerRecord | None:
             found = json.loads(file.readall().decode())
         for name in ("namespaces", "types"):
             found[name] = tuple(found.get(name, ()))
-        return ServerRecord(**found)
-    except (ValueError, TypeError):
+        # A later version may say more.
+        return ServerRecord(**{name: value for name, value in found.items() if name in _FIELDS})
+    except (ValueError, TypeError, AttributeError):
         return None
 
 

@@ -302,6 +302,9 @@ class _RemoteUse(_Use):
         self.check()
         if name in self.methods:
             return _RemoteMethod(self, name)
+        if name == "expect_mb" and self.record.expect_mb is not None:
+            # A manager that has loaded the proxy asks it how large the object is.
+            return self.record.expect_mb
         raise AttributeError(
             f"the shared object {self.record.tag!r} has no public method {name!r} (plain attributes are not shared)"
         )
@@ -377,7 +380,7 @@ class _RemoteMethod:
 
 
 class SharedProxy:
-    """Stands for a shared object: its public methods, and nothing else of it, run where the object is.
+    """Stands for a shared object: its public methods run where the object is. Of its attributes there is `expect_mb`.
 
     Exceptions arrive as they were raised, with the remote traceback as `__cause__`. Results that cannot be pickled,
     such as generators, stay where they are, and what arrives stands for them (see `references`). Can be pickled:
