@@ -124,7 +124,7 @@ METHODS: dict[str, dict[str, tuple[Any, ...]]] = {
     "pin": {"tag": NO_TAG},
     "unpin": {"tag": NO_TAG},
     "supersede": {"old": NO_TAG, "new": NO_TAG},
-    "set_request_defaults": {name: REQUEST[name] for name in ("tag", "users", "expect_mb")},
+    "set_request_defaults": {name: REQUEST[name] for name in ("tag", "users", "expect_mb", "priority")},
     "all_models": {"tag": tuple(tag for tag in NO_TAG if tag is not None)},
     "try_enter_isolation_mode": {"tag": NO_TAG},
     "should_spawn_model": {"tag": NO_TAG},

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
 
-from harness import NewManager, NewProcess, Seat, acquire, learn, problems, release, wait_until, waiting
-from hypothesis import given
+import pytest
+from harness import NewManager, NewProcess, Seat, acquire, in_thread, learn, problems, release, wait_until, waiting
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from loaders import Loads
 from policy_views import NOW, A, model, ticket, view
 
+from mpmm import AcquireTimeoutError, ModelManager
+from mpmm.beam.run_inference import replacements
 from mpmm.cli import main
+from mpmm.model_manager.request import AcquireOptions
 from mpmm.policy.fairness import HEAD_START_S, HIGHEST_URGENCY, queue_order, rank_ns, urgency_of
 from mpmm.policy.view import Reason, TicketView
 from mpmm.shared_state.snapshot import read_snapshot
@@ -23,6 +33,7 @@ def one(number: int, enqueued_s: float, urgency: int, of_class: int = 1) -> Tick
     return replace(waiter, rank=rank_ns(int(enqueued_s * 1e9), urgency))
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.floats(0.0, 400.0), steps, st.sampled_from([1, 1, 2])), max_size=12))
 def test_nobody_is_overtaken_by_one_who_comes_later_than_the_head_start_between_them(
     drawn: list[tuple[float, int, int]],
@@ -41,6 +52,7 @@ def test_nobody_is_overtaken_by_one_who_comes_later_than_the_head_start_between_
                 assert promoted or later.enqueued_s - earlier.enqueued_s <= HEAD_START_S * steps_between + 1e-6
 
 
+@settings(deadline=None)
 @given(st.floats(0.0, 1e6), steps)
 def test_a_rank_tells_how_urgent_its_request_is(enqueued_s: float, urgency: int) -> None:
     enqueued_ns = int(enqueued_s * 1e9)
@@ -126,3 +138,148 @@ def test_leases_and_programs_have_priorities_too(
     assert main(["run", "--mb", "10", "--priority", "-3", "--", "true"]) == 0
     assert read_snapshot(namespace).tickets == ()
     assert problems(namespace) == []
+
+
+# ---- on every way to a copy ----------------------------------------------------------------------------------------
+
+
+def by_model(seat: Seat, tag: str, priority: int) -> None:
+    with seat.manager.model(tag, Loads(), priority=priority):
+        pass
+
+
+def by_model_async(seat: Seat, tag: str, priority: int) -> None:
+    async def use() -> None:
+        async with seat.manager.model_async(tag, Loads(), priority=priority):
+            pass
+
+    asyncio.run(use())
+
+
+def by_decorator(seat: Seat, tag: str, priority: int) -> None:
+    seat.manager.uses(tag, Loads(), priority=priority)(lambda model: None)()
+
+
+def by_decorated_coroutine(seat: Seat, tag: str, priority: int) -> None:
+    async def use(model: str) -> None:
+        pass
+
+    asyncio.run(seat.manager.uses(tag, Loads(), priority=priority)(use)())
+
+
+def by_acquire(seat: Seat, tag: str, priority: int) -> None:
+    seat.manager.release_model(tag, seat.manager.acquire_model(tag, Loads(), priority=priority))
+
+
+def by_defaults(seat: Seat, tag: str, priority: int) -> None:
+    """As a worker of Beam does, whose handler says how urgent its model is."""
+    transform = SimpleNamespace(
+        _model=None,
+        _model_handler=SimpleNamespace(mpmm_priority=priority),
+        _load_model_at_runtime=True,
+        use_model_manager=True,
+    )
+
+    class WithRunInference:
+        class _RunInferenceDoFn:
+            def _load_model(self, side_input_model_path: object = None) -> object:
+                return SimpleNamespace(models=seat.manager, model_tag=tag)
+
+    replaced = {name: new for _, name, new in replacements(WithRunInference)}  # type: ignore[arg-type]  # as a module is
+    replaced["_load_model"](transform)
+    seat.manager.release_model(tag, seat.manager.acquire_model(tag, Loads()))
+
+
+def by_defaults_in_loop(seat: Seat, tag: str, priority: int) -> None:
+    seat.manager.set_request_defaults(tag, priority=priority)
+    by_model_async(seat, tag, 0)
+
+
+WAYS = (
+    *(by_acquire, by_model, by_model_async, by_decorator, by_decorated_coroutine),
+    *(by_defaults, by_defaults_in_loop),
+)
+
+
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
+def test_every_way_to_a_copy_takes_a_priority(
+    namespace: str, new_manager: NewManager, new_process: NewProcess, way: Callable[[Seat, str, int], None]
+) -> None:
+    manager, usual, urgent = new_manager(max_model_copies=1), new_process(), new_process()
+    with manager.model("a", Loads()):
+        usual.send(acquire, "a")
+        wait_until(lambda: len(waiting(namespace)) == 1, "the usual one waits")
+        urgent.send(way, "a", 2)
+        wait_until(lambda: len(waiting(namespace)) == 2, "the urgent one waits, too")
+        assert [(one.pid, one.urgency) for one in waiting(namespace)] == [(urgent.pid, 2), (usual.pid, 0)]
+    # The usual one keeps what it gets, so the urgent one would not come to its end behind it.
+    urgent.result()
+    usual.result()
+    assert problems(namespace) == []
+
+
+def preload_at(seat: Seat, tag: str, priority: int) -> None:
+    assert seat.manager.preload(tag, Loads(), priority=priority, expect_mb=600) == 1
+
+
+def preload_at_a_prompt(seat: Seat, tag: str, priority: int) -> None:
+    # From where it finds the loader.
+    os.chdir(Path(__file__).parent)
+    options = ("--expect-mb", "600", "--priority", str(priority), "--namespace", seat.manager.namespace)
+    assert main(["preload", tag, "test_priority:load_anywhere", *options]) == 0
+
+
+def load_anywhere() -> str:
+    return str(Loads().load())
+
+
+@pytest.mark.parametrize("way", [preload_at, preload_at_a_prompt], ids=lambda way: way.__name__)
+def test_the_more_urgent_preload_is_loaded_first_and_after_requests(
+    namespace: str, new_manager: NewManager, new_process: NewProcess, way: Callable[[Seat, str, int], None]
+) -> None:
+    manager = new_manager()
+    later, usual, urgent, user = new_process(), new_process(), new_process(), new_process()
+    with manager.reserve(1000):
+        for process, tag, priority in ((later, "later", -1), (usual, "usual", 0), (urgent, "urgent", 5)):
+            process.send(way, tag, priority)
+            wait_until(lambda tag=tag: waiting(namespace, tag), "there is no room")  # type: ignore[misc]  # mypy has no type for a lambda's default
+        user.send(by_model, "used", -10)
+        wait_until(lambda: waiting(namespace, "used"), "there is no room")
+        assert [one.tag for one in waiting(namespace)] == ["used", "urgent", "usual", "later"]
+    for process in (user, urgent, usual, later):
+        process.result()
+    loads = [event.tag for event in read_snapshot(namespace).events if event.kind == "load_began"]
+    # No two of 600 MB are loaded at a time.
+    assert [tag for tag in loads if tag != "used"] == ["urgent", "usual", "later"]
+    assert problems(namespace) == []
+
+
+def test_a_preload_at_a_prompt_refuses_what_is_no_priority(
+    namespace: str, new_manager: NewManager, capsys: pytest.CaptureFixture[str]
+) -> None:
+    new_manager()
+    assert main(["preload", "a", "test_priority:load_anywhere", "--priority", "11"]) == 2
+    assert "priority=11: expected a whole number from -10 to 10" in capsys.readouterr().err
+    assert read_snapshot(namespace).models == ()
+
+
+def test_a_requests_own_priority_takes_the_place_of_the_models(namespace: str, new_manager: NewManager) -> None:
+    manager = new_manager(max_model_copies=1)
+    manager.set_request_defaults("a", priority=-4)
+    seen: list[int] = []
+    with manager.model("a", Loads()):
+        for options in (AcquireOptions(), AcquireOptions(priority=3)):
+            thread, outcome = in_thread(partial(by_acquire_for, manager, options))
+            wait_until(lambda: waiting(namespace, "a"), "it waits")
+            seen += [one.urgency for one in waiting(namespace, "a")]
+            thread.join()
+            assert isinstance(outcome[0], AcquireTimeoutError)
+    assert seen == [-4, 3]
+
+
+def by_acquire_for(manager: ModelManager, options: AcquireOptions) -> None:
+    other = ModelManager(namespace=manager.namespace, wait_timeout_seconds=0.5)
+    try:
+        other.acquire_model("a", Loads(), **options)
+    finally:
+        other.shutdown()

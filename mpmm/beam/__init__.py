@@ -29,6 +29,7 @@ Beam asks for models by itself, so a handler says by attributes what other calle
                             threads at a time.
     mpmm_expect_mb = 1500   What a copy takes (`expect_mb=`), until the model is measured. An attribute `expect_mb` of
                             what `load_model` returns does the same, from the end of the first load on.
+    mpmm_priority = 3       How urgent the batches are that wait for the model (`priority=`), from -10 to 10.
 
 From one host to many
     mpmm shares models between the processes of one host. Every host has its own namespace, with its own memory, queue

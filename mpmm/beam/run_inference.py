@@ -47,7 +47,7 @@ _PATHS = (
     *("model_uri", "model_path", "model_name", "_model", "_path", "path"),
 )
 #: The attributes by which a handler says how its model is asked for, and the option of `acquire_model` that each sets.
-OPTIONS = {"mpmm_users": "users", "mpmm_expect_mb": "expect_mb"}
+OPTIONS = {"mpmm_users": "users", "mpmm_expect_mb": "expect_mb", "mpmm_priority": "priority"}
 # Its end says more than its beginning.
 PATH_SHOWN = 48
 

@@ -79,6 +79,13 @@ def add_commands(commands: Any) -> None:
         metavar="SIZE",
         help="what a copy takes, until it is measured: MB, or 5g, 5GiB (default: default_estimate_mb)",
     )
+    preload.add_argument(
+        "--priority",
+        type=int,
+        default=0,
+        metavar="NUMBER",
+        help="among preloads that wait, from -10 to 10; each step counts like 10 s of waiting",
+    )
     settings = commands.add_parser("settings", help="show the settings, or change one for all processes")
     settings.add_argument(
         "change", nargs="*", metavar="set NAME VALUE", help="without it: show the settings; VALUE `none`: no limit"
@@ -143,6 +150,7 @@ def _preload(options: argparse.Namespace, name: str, root: Path | None) -> int:
             keep_alive_seconds=options.keep_alive,
             users=options.users,
             expect_mb=expect_mb,
+            priority=options.priority,
         )
         if options.pin:
             manager.pin(model.tag, for_all=True)

@@ -100,15 +100,18 @@ class BeamNames:
                 if row is not None:
                     namespace.transitions.models.supersede(t, row, superseded)
 
-    def set_request_defaults(self, tag: str, *, users: int | None = None, expect_mb: float | None = None) -> None:
+    def set_request_defaults(
+        self, tag: str, *, users: int | None = None, expect_mb: float | None = None, priority: int = 0
+    ) -> None:
         """Set what these options of `acquire_model` are for a model where a request of this process does not say them.
 
-        That is for callers whose requests are made by others: by Beam, say. None sets nothing. Another call for the
-        model takes the place of this one. Raises InvalidArgumentError, ClosedError.
+        That is for callers whose requests are made by others: by Beam, say. None, and a priority of 0, set nothing.
+        Another call for the model takes the place of this one. Raises InvalidArgumentError, ClosedError.
         """
         encode_text(tag, Model.TAG_BYTES, "model tag")
         session = self._connected()
-        session.request_defaults[tag] = read_options(AcquireOptions(users=users, expect_mb=expect_mb), session.samples)
+        options = AcquireOptions(users=users, expect_mb=expect_mb, priority=priority)
+        session.request_defaults[tag] = read_options(options, session.samples)
 
     def all_models(self, tag: str | None = None) -> Any:
         """See `ModelManager.all_models`."""

@@ -247,7 +247,7 @@ class ModelManager(BeamNames):
             `idle_ttl_seconds`. A request that needs their memory has them evicted nevertheless; `pin` prevents that,
             too.
         priority: how urgent the request is, from -10 to 10, 0 by default. In the queue each step counts like 10 s of
-            waiting, so no request starves; see `mpmm.policy.fairness`.
+            waiting, so no request starves; of a preload, among preloads. See `mpmm.policy.fairness`.
         steady: while it loads, nothing else is loaded or unloaded on its devices, for engines that size themselves by
             the free memory. Copies there may be used meanwhile. The load waits for loads and unloads that have begun
             there, and further unloads wait for it.

@@ -70,8 +70,12 @@ class PlacementRequest(NamedTuple):
         return self is ANYWHERE or self._replace(users=0) == ANYWHERE
 
     def with_defaults(self, defaults: PlacementRequest) -> PlacementRequest:
-        """Return the request with what it does not say itself of `users` and `expect_mb`."""
-        return self._replace(users=self.users or defaults.users, expect_mb=self.expect_mb or defaults.expect_mb)
+        """Return the request with what it does not say itself of `users`, `expect_mb` and `priority`."""
+        return self._replace(
+            users=self.users or defaults.users,
+            expect_mb=self.expect_mb or defaults.expect_mb,
+            urgency=self.urgency or defaults.urgency,
+        )
 
 
 # The request of a call without options; compared by identity.
