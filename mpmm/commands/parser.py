@@ -12,7 +12,7 @@ from mpmm.commands import changes
 from mpmm.commands.help_pages import TOPICS
 from mpmm.commands.models import HELP
 from mpmm.errors import InvalidArgumentError
-from mpmm.text.arguments import checked_size_mb
+from mpmm.text.arguments import checked_size_mb, in_brief
 
 __all__ = ["DEFAULT_NAMESPACE", "make_parser"]
 
@@ -164,11 +164,13 @@ def _add_run(commands: Commands) -> None:
     )
     run.add_argument(
         "--steady",
-        type=float,
+        type=_seconds,
+        nargs="?",
+        const=math.inf,
         default=0.0,
         metavar="SECONDS",
         help="keep other loads and unloads off its devices for this long, for engines that size themselves by the free "
-        "memory (inf: as long as it runs)",
+        "memory (without a number: as long as it runs)",
     )
     run.add_argument(
         "--wait", type=float, default=math.inf, metavar="SECONDS", help="give up after this time (default: never)"
@@ -188,6 +190,17 @@ def _add_explaining(commands: Commands) -> None:
 
 def _add_namespace(command: argparse.ArgumentParser) -> None:
     command.add_argument("namespace", nargs="?", help="default: the only one there is")
+
+
+def _seconds(text: str) -> float:
+    """Return the number after an option whose number may be left out."""
+    try:
+        return float(text)
+    except ValueError:
+        # Here argparse takes the next word for the number, and that may be the program.
+        raise argparse.ArgumentTypeError(
+            f"{in_brief(text)}: expected seconds, or nothing; write the program and its arguments after `--`"
+        ) from None
 
 
 def _size(text: str) -> float:

@@ -77,10 +77,11 @@ ENVIRONMENT: dict[str, Variable] = {
     ),
     "MPMM_DASHBOARD_TOKEN": Variable("random", "text", "the token of `mpmm dashboard`, if `--token` is not given"),
 }
-#: What a program finds in its environment that `mpmm run` starts.
+#: What a program finds in its environment that `mpmm run` starts, or a model server that a steady load starts.
 _FOR_PROGRAMS = (
     "`mpmm run` sets `MPMM_LEASE_MB`, `MPMM_DEVICES` and `MPMM_MEMORY_FRACTION` for its program: the memory that it "
-    "leased, the devices, and the share of each device's memory."
+    "leased, the devices, and the share of each device's memory. Model servers that a loader starts find the same for "
+    "the memory that is reserved for the load, if that is `steady=True`; a loader asks `mpmm.current_placement()`."
 )
 
 

@@ -1,34 +1,80 @@
-"""On which devices a loader should load: `current_placement()`.
+"""On which devices a loader should load, and how much memory it has there: `current_placement()`.
 
 A model server that a loader starts finds `CUDA_VISIBLE_DEVICES` set to its placement before its constructor runs, so
 `cuda:0` is its first device there; on AMD GPUs it is `HIP_VISIBLE_DEVICES` (`mpmm.sources.visible_devices`). A loader
 that loads in its own process, where CUDA has read that variable already, asks `current_placement` and uses
 `cuda:<index>`.
+
+Engines that size themselves want to know their share of the memory:
+
+    placement = mpmm.current_placement()
+    engine = LLM(MODEL, gpu_memory_utilization=placement.memory_fraction)
+
+If the load is `steady=True`, a model server that its loader starts also finds the share in its environment, in the
+variables in which `mpmm run` tells it to programs (`Placement.environment`). The environment of the process in which a
+loader runs stays as it is, because its other threads share that; for a program that a loader starts itself there is
+`env={**os.environ, **placement.environment()}`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-__all__ = ["Placement", "current_placement", "place_for_good", "placed"]
+from mpmm.sources.visible_devices import visible_devices
+
+__all__ = ["Placement", "current_placement", "fraction_of", "place_for_good", "placed"]
 
 
 @dataclass(frozen=True)
 class Placement:
-    """The devices of a copy. indices: as `cuda:<index>` counts them in this process. uuids: in the same order."""
+    """The devices of a copy or a lease, and its share of them. Two placements are equal if their devices are.
+
+    indices: as `cuda:<index>` counts them in this process. uuids: in the same order. mb: the memory that is reserved
+    for it, on all devices together. memory_fraction: its share of the memory of each device, rounded down; None where
+    the total of a device is not known.
+    """
 
     indices: tuple[int, ...]
     uuids: tuple[str, ...]
+    mb: float | None = field(default=None, compare=False)
+    memory_fraction: float | None = field(default=None, compare=False)
+
+    def environment(self) -> dict[str, str]:
+        """Return what a program should know that uses the memory, as variables for its environment.
+
+        MPMM_LEASE_MB: how much it is, in MB. MPMM_DEVICES: its devices, as `CUDA_VISIBLE_DEVICES` takes them.
+        MPMM_MEMORY_FRACTION: its share of the memory of each, rounded down, as engines want it that size themselves
+        (`gpu_memory_utilization` of vLLM). What is not known is missing.
+        """
+        known = {"MPMM_DEVICES": visible_devices(self.uuids) or ",".join(self.uuids)}
+        if self.mb is not None:
+            known["MPMM_LEASE_MB"] = str(int(self.mb))
+        if self.memory_fraction is not None:
+            known["MPMM_MEMORY_FRACTION"] = f"{self.memory_fraction:.3f}"
+        return known
+
+
+def fraction_of(mb: float, totals_mb: Sequence[float]) -> float | None:
+    """Return which share of each device `mb` is that are spread over devices of these totals, see `Placement`.
+
+    None where a total is not known, or there is no device.
+    """
+    total_mb = min(totals_mb, default=0.0)
+    if not total_mb > 0:
+        return None
+    # Not above what there is: an engine may refuse to take that.
+    return math.floor(min(mb / len(totals_mb) / total_mb, 1.0) * 1000) / 1000
 
 
 _current: ContextVar[Placement | None] = ContextVar("mpmm_placement", default=None)
 
 
 def current_placement() -> Placement | None:
-    """Return on which devices the present loader should load its copy; None outside of a loader.
+    """Return on which devices the present loader should load its copy, and its share of them; else None.
 
     It works in the thread of a loader that `ModelManager.acquire_model` and the like have called, and in the
     constructor of a `MultiProcessShared` in the model server that such a loader has started.

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from mpmm.errors import InvalidArgumentError
 from mpmm.memory.listed_pids import ListedPids
-from mpmm.memory.placement import Placement
+from mpmm.memory.placement import Placement, fraction_of
 from mpmm.scheduling import Scheduler
 from mpmm.shared_state.layout import Device, Header, Member, device_bits, device_rows
 from mpmm.shared_state.namespace import Namespace
@@ -194,19 +194,28 @@ class SharedSamples:
             bits |= 1 << row
         return bits
 
-    def placement_of(self, bits: int) -> Placement:
-        """Return the devices with these bits as this process knows them. Without the lock."""
+    def placement_of(self, bits: int, mb: float) -> Placement:
+        """Return the devices with these bits as this process knows them, for `mb` that are spread over them.
+
+        Without the lock.
+        """
         uuids, indices = self._uuids(), {row: index for index, row in self._rows.items()}
         rows = device_rows(bits)
         return Placement(
             tuple(indices[row] for row in rows if row in indices),
             tuple(uuids[row].decode("utf-8", "replace") for row in rows if row in uuids),
+            mb,
+            self.memory_fraction(bits, mb),
         )
 
+    def memory_fraction(self, bits: int, mb: float) -> float | None:
+        """Return which share of each of these devices `mb` is, see `Placement`. Without the lock."""
+        return fraction_of(mb, [self._namespace.tables.devices[row].total_mb for row in device_rows(bits)])
+
     def placement_of_instance(self, row: int) -> Placement:
-        """Return where an instance (row) lies. Without the lock."""
-        tables = self._namespace.tables
-        return self.placement_of(tables.instances[row].device_bits)
+        """Return where an instance (row) lies, and what is reserved for it there. Without the lock."""
+        instance = self._namespace.tables.instances[row]
+        return self.placement_of(instance.device_bits, instance.reserved_mb)
 
     def publish(self, samples: Sequence[DeviceSample], timeout_s: float | None = None) -> None:
         """Record figures that could be read, and let waiters profit if they show more room than there was.

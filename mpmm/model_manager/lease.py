@@ -5,12 +5,12 @@
 
 from __future__ import annotations
 
-import math
 import os
 import sys
 import threading
 import time
 import weakref
+from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -20,7 +20,6 @@ from mpmm.model_manager.queued_request import QueuedRequest, making_room
 from mpmm.model_manager.refusals import expect_own_time_left, largest_limit
 from mpmm.shared_state.layout import Instance
 from mpmm.shared_state.transaction import Transaction
-from mpmm.sources.visible_devices import visible_devices
 from mpmm.text.arguments import LARGEST_PID, checked_whole
 
 if TYPE_CHECKING:
@@ -49,7 +48,7 @@ class Lease:
         instance = session.namespace.tables.instances[row]
         self.name = name
         self.mb = mb
-        self.placement = session.samples.placement_of(instance.device_bits)
+        self.placement = session.samples.placement_of(instance.device_bits, mb)
         self._session = session
         self._attachment = attachment
         self._row = row
@@ -155,21 +154,14 @@ class Lease:
     def environment(self) -> dict[str, str]:
         """Return what a program should know that uses the memory, as variables for its environment.
 
-        MPMM_LEASE_MB: how much it is, in MB. MPMM_DEVICES: its devices, as `CUDA_VISIBLE_DEVICES` takes them.
-        MPMM_MEMORY_FRACTION: its share of the memory of each, rounded down, as engines want it that size themselves
-        (`gpu_memory_utilization` of vLLM); missing where the total of a device is not known. Raises ClosedError.
+        See `Placement.environment`; the share of each device is missing once the lease is over. Raises ClosedError.
         """
-        namespace = self._session.namespace
-        tables = namespace.tables
-        uuids = self.placement.uuids
-        known = {"MPMM_LEASE_MB": str(int(self.mb)), "MPMM_DEVICES": visible_devices(uuids) or ",".join(uuids)}
-        with namespace.transaction():
-            devices = tables.instances[self._row].devices if self._is_ours() else []
-            total_mb = min((tables.devices[device].total_mb for device in devices), default=0.0)
-        if total_mb > 0:
-            fraction = min(self.mb / len(devices) / total_mb, 1.0)
-            known["MPMM_MEMORY_FRACTION"] = f"{math.floor(fraction * 1000) / 1000:.3f}"
-        return known
+        session = self._session
+        with session.namespace.transaction():
+            bits = session.namespace.tables.instances[self._row].device_bits if self._is_ours() else 0
+            # As of now: the totals may not have been known when the lease was given.
+            fraction = session.samples.memory_fraction(bits, self.mb)
+        return replace(self.placement, memory_fraction=fraction).environment()
 
     def _is_ours(self) -> bool:
         """Tell whether the row still is this lease; the lock must be held."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import os
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -32,7 +33,7 @@ from mpmm.model_manager.server_duty import server_context
 from mpmm.model_manager.session import Session
 from mpmm.model_manager.unload import collect_garbage, unload_made
 from mpmm.model_manager.waits import decision, says_more, where
-from mpmm.multi_process_shared.context import serving_for
+from mpmm.multi_process_shared.context import served_namespaces, serving_for
 from mpmm.multi_process_shared.host import declared_mb
 from mpmm.multi_process_shared.sleeping import record_of
 from mpmm.policy.out_of_memory import is_out_of_memory
@@ -79,6 +80,7 @@ class LoadAttempt:
         self._booking = booking
         self._loader = loader
         self._last = last
+        self._steady = acquisition.request.steady
         # What the devices had for it when it began.
         self._free: FreeMemory | None = None
 
@@ -95,7 +97,11 @@ class LoadAttempt:
             session.thread.loads.append((booking.row, booking.generation))
             try:
                 placement = session.samples.placement_of_instance(booking.row)
-                context = server_context(session.namespace, session.source, placement, booking.row)
+                # Otherwise servers might be told the share of this process's lease, or of a load around this one.
+                tells_share = self._steady or "MPMM_LEASE_MB" in os.environ or bool(served_namespaces())
+                context = server_context(
+                    session.namespace, session.source, placement, booking.row, tells_share=tells_share
+                )
                 with serving_for(context), placed(placement):
                     value = self._loader()
             finally:

@@ -229,8 +229,8 @@ class ModelManager(BeamNames):
         tag: names the model; the same tag means the same model in every process.
         loader_func: makes a copy; the calling thread runs it, with no lock held, if there is no copy to reuse. If it
             runs out of memory, mpmm makes room and calls it once more, see `mpmm.policy.out_of_memory`; the local
-            variables in the traceback of its first exception are gone then. `mpmm.current_placement()` tells it on
-            which devices to load; a model server that it starts sees only those.
+            variables in the traceback of its first exception are gone then. `mpmm.current_placement()` tells it
+            where to load and how much is reserved; a model server that it starts sees only those.
 
         Options:
 
@@ -250,7 +250,8 @@ class ModelManager(BeamNames):
             waiting, so no request starves; of a preload, among preloads. See `mpmm.policy.fairness`.
         steady: while it loads, nothing else is loaded or unloaded on its devices, for engines that size themselves by
             the free memory. Copies there may be used meanwhile. The load waits for loads and unloads that have begun
-            there, and further unloads wait for it.
+            there, and further unloads wait for it. A model server that it starts finds its share of the memory in its
+            environment, and a loader finds it in `current_placement()`.
         users: how many may use a copy at a time, from 1 to 128: for objects that take calls from several threads at a
             time, thread-safe servers and engines that batch. Their memory counts once, and a copy is evicted, or
             unloaded, only once none of its users is left. It counts for copies that are loaded, or resumed, from now

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mpmm.errors import LockTimeoutError, MpmmError, ServerStartError
@@ -81,19 +81,25 @@ class _Farewell:
         remove_deserted(Path(self.root), self.name)
 
 
-def server_context(namespace: Namespace, source: MemorySource, placement: Placement, row: int) -> ServerContext:
-    """Return what a model server should know that the loader of `row` starts."""
+def server_context(
+    namespace: Namespace, source: MemorySource, placement: Placement, row: int, *, tells_share: bool
+) -> ServerContext:
+    """Return what a model server should know that the loader of `row` starts.
+
+    tells_share: its environment also says which share of the memory it has.
+    """
     place = (str(namespace.runtime.root), namespace.name)
     generation = namespace.tables.instances[row].generation
     uuids = placement.uuids
     setting = server_setting(source, uuids)
     # In the server they are all that there is, so CUDA and HIP count them from 0.
     if setting:
-        placement = Placement(tuple(range(len(uuids))), uuids)
+        placement = replace(placement, indices=tuple(range(len(uuids))))
+    share = placement.environment() if tells_share else {}
     return ServerContext(
         alive_lock=str(namespace.runtime.file("alive.lock")),
         namespace=namespace.name,
-        environment=(setting,) if setting else (),
+        environment=(*((setting,) if setting else ()), *share.items()),
         on_start=ServerDuty(*place, row, generation, placement),
         # A manager inside a server is still there when no worker is left.
         on_last=None if namespace.kind == Member.GUEST else _Farewell(*place),

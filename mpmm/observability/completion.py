@@ -52,6 +52,11 @@ def _metavar(action: argparse.Action) -> str:
     return str(action.metavar or action.dest.upper())
 
 
+def _needs_value(action: argparse.Action) -> bool:
+    """Tell whether the word after an option is its value; where that may be left out, another option may follow."""
+    return action.nargs not in (0, "?")
+
+
 def _dests(parser: argparse.ArgumentParser) -> Iterator[str]:
     """Yield what of `_ASKED_FOR` the positional arguments of a subcommand are."""
     yield from (action.dest for action in _positionals(parser) if action.dest in _ASKED_FOR)
@@ -72,7 +77,7 @@ def _bash(parser: argparse.ArgumentParser) -> str:
         asked = "".join(f"; {_ASKED_FOR[dest]}" for dest in _dests(command))
         cases.append(f"    {name}) printf '%s\\n' {' '.join([*words, *choices])}{asked} ;;")
         for action in _options(command):
-            if action.nargs != 0:
+            if _needs_value(action):
                 dest = {"model": "tag"}.get(action.dest, action.dest)
                 kind = "files" if _metavar(action) in _FILES else dest if dest in _ASKED_FOR else "other"
                 valued[kind].update(action.option_strings)
@@ -132,7 +137,7 @@ def _fish(parser: argparse.ArgumentParser) -> str:
 
 def _fish_option(action: argparse.Action) -> str:
     words = [f"-l {word[2:]}" if word.startswith("--") else f"-s {word[1:]}" for word in action.option_strings]
-    if action.nargs != 0:
+    if _needs_value(action):
         words.append("-r" if _metavar(action) in _FILES else "-x")
     return " ".join([*words, f"-d {_quoted(_argument_help(action))}"])
 
@@ -196,6 +201,8 @@ def man_page(parser: argparse.ArgumentParser, version: str) -> str:
 def _entry(action: argparse.Action) -> list[str]:
     if action.option_strings:
         value = "" if action.nargs == 0 else rf" \fI{_troff(_metavar(action))}\fR"
+        if action.nargs == "?":
+            value = f" [{value.strip()}]"
         head = ", ".join(rf"\fB{_troff(word)}\fR" for word in action.option_strings) + value
     else:
         head = rf"\fI{_troff(_metavar(action))}\fR"

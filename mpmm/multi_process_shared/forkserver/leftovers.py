@@ -13,7 +13,7 @@ the module would share it with all others. So the template looks at itself befor
     descriptors, threads, child processes, memory that     a reason not to import the module before a fork: there is one
       is shared for writing, another working directory       of them, or none, for all
     what was read of a variable that differs from server   a reason to have a template for each value
-      to server (`CUDA_VISIBLE_DEVICES`)
+      to server (`CUDA_VISIBLE_DEVICES`, `MPMM_LEASE_MB`)
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ __all__ = ["PER_PROCESS_VARIABLES", "Watch"]
 # These differ from one worker or server to the next, and hardly any library looks at them while it is imported.
 PER_PROCESS_VARIABLES = re.compile(
     r"WORKER_ID|PIPELINE_OPTIONS(_FILE)?|\w+_API_SERVICE_DESCRIPTOR|PYTEST_\w+|(CUDA|HIP)_VISIBLE_DEVICES|PWD|OLDPWD|SHLVL|_|COLUMNS|LINES"
+    r"|MPMM_(LEASE_MB|DEVICES|MEMORY_FRACTION)"
 )
 # Devices without a state that readers or writers would share.
 STATELESS = frozenset({"/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom"})
