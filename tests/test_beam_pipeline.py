@@ -219,6 +219,8 @@ SHARED_COPY = """
 
     class Doubles(ModelHandler):
         mpmm_users = 2
+        mpmm_expect_mb = 850
+        mpmm_priority = 1
 
         def __init__(self, folder):
             super().__init__(max_batch_size=1)
@@ -230,7 +232,7 @@ SHARED_COPY = """
         def run_inference(self, batch, model, inference_args=None):
             self.meet("inside")
             from mpmm.shared_state.snapshot import read_snapshot
-            copies = [[copy.state, copy.held] for copy in read_snapshot("mps.model_manager").copies]
+            copies = [[copy.state, copy.held, copy.mb] for copy in read_snapshot("mps.model_manager").copies]
             self.meet("looked", json.dumps(copies))
             return [model(text) for text in batch]
 
@@ -245,7 +247,7 @@ SHARED_COPY = """
 
     def main(folder):
         options = PipelineOptions(direct_running_mode="multi_processing", direct_num_workers=2)
-        arguments = {"memory_source": "booked", "fallback_memory_mb": 1000.0, "default_estimate_mb": 900.0}
+        arguments = {"memory_source": "booked", "fallback_memory_mb": 1000.0, "default_estimate_mb": 100.0}
         with beam.Pipeline(runner=FnApiRunner(), options=options) as pipeline:
             _ = (
                 pipeline
@@ -275,8 +277,8 @@ def test_two_workers_of_a_pipeline_use_one_copy_at_a_time(surroundings: dict[str
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    # There is room for one copy, which both workers had while they looked.
-    assert [json.loads(path.read_text()) for path in tmp_path.glob("looked-*")] == [[["active", 2]]] * 2
+    # There is room for one copy of the size that the handler says, which both workers had while they looked.
+    assert [json.loads(path.read_text()) for path in tmp_path.glob("looked-*")] == [[["active", 2, 850.0]]] * 2
     found = {int(path.name.removeprefix("found-")): int(path.read_text()) for path in tmp_path.glob("found-*")}
     assert found == {number: number for number in range(40)}
 

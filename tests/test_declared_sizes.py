@@ -233,7 +233,7 @@ def known_mb(seat: Seat, tag: str) -> float:
     return float(seat.manager._estimator.get_estimate(tag))
 
 
-def test_a_forked_server_without_the_warm_process_says_it_too(
+def test_a_server_that_is_not_forked_from_the_warm_process_says_it_too(
     namespace: str, new_manager: NewManager, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MPMM_ZYGOTE", "0")
