@@ -94,6 +94,28 @@ def test_a_loader_that_uses_its_own_tag_is_told_so_at_once(
     assert problems(namespace) == []
 
 
+def test_a_loader_that_starts_quietly_is_told_at_once_that_nothing_else_loads_meanwhile(
+    namespace: str, new_manager: NewManager
+) -> None:
+    manager = new_manager()
+    refused: list[DeadlockError] = []
+
+    def load() -> str:
+        with pytest.raises(
+            DeadlockError, match=r"'inner' .*outer is starting.*holds, or is loading, 'outer'"
+        ) as caught:
+            manager.acquire_model("inner", Loads("never"))
+        refused.append(caught.value)
+        return "handle"
+
+    began = time.monotonic()
+    with manager.model("outer", load, steady=True), manager.model("inner", Loads("in time")) as inner:
+        assert inner.startswith("in time")
+    assert time.monotonic() - began < 10
+    assert [error.held for error in refused] == [("outer",)]
+    assert problems(namespace) == []
+
+
 def test_nested_use_of_the_only_copy_there_may_be_is_told_at_once(namespace: str, new_manager: NewManager) -> None:
     manager = new_manager(max_model_copies=1)
     with manager.model("a", Loads("a")):

@@ -198,9 +198,13 @@ def _try_all(
     with ExitStack() as stack:
         for _ in range(jobs):
             trees.put(stack.enter_context(TreeCopy()))
-        with ThreadPoolExecutor(jobs) as pool:
+        pool = stack.enter_context(ThreadPoolExecutor(jobs))
+        try:
             for done in [pool.submit(attempt, number, change) for number, change in numbered]:
                 done.result()
+        finally:
+            # An interrupt waits for the changes that are being tried, and not for all the others.
+            pool.shutdown(wait=False, cancel_futures=True)
     return sorted(survivors, key=lambda survivor: survivor[0]), tried
 
 

@@ -58,7 +58,8 @@ class ThreadHolds(threading.local):
         """Tell whether a waiter can be served only by rows that its own thread will not let go of. Needs the lock.
 
         It waits for a copy of its model and has all there are; or for one to be loaded, by a loader that asks for it;
-        or for copies in use to be idle, so that there is room, and all that are in use anywhere are its own.
+        or for what its loader starts quietly, with nothing else loaded meanwhile; or for copies in use to be idle, so
+        that there is room, and all that are in use anywhere are its own.
         """
         tables, layout = self._namespace.tables, self._namespace.segment.layout
         waiter = tables.tickets[ticket]
@@ -73,6 +74,10 @@ class ThreadHolds(threading.local):
         reason = waiter.reason
         if reason in (Reason.COPIES, Reason.ONLY_COPY):
             return ours.issuperset(rows)
+        if reason == Reason.QUIET:
+            # What starts quietly has started once its loader has returned, which is what waits.
+            starting = (row for row in firm if tables.instances[row].state == Instance.LOADING)
+            return any(tables.instances[row].model == waiter.other for row in starting)
         if reason == Reason.SHARING:
             return ours.issuperset(rows) and all(tables.instances[row].state == Instance.LOADING for row in rows)
         states = (
