@@ -29,13 +29,17 @@ from harness import (
     LEFT_OVER,
     OWN_LEFT_OVER,
     SMALL,
+    NewManager,
+    NewProcess,
     Process,
+    acquire,
     attach,
     files_in,
     segments_of,
     wait_until,
+    waiting,
 )
-from loaders import Gate
+from loaders import Gate, Loads, LoadsObject
 
 from mpmm.model_manager import ModelManager
 from mpmm.multi_process_shared.registry import leave_all_registries, registry_for
@@ -321,3 +325,16 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     terminalreporter.write_line(
         f"crash points: {len(counted)} operations at {stores} stores, {failed} failures, {seconds:.0f} s"
     )
+
+
+@pytest.fixture
+def busy(namespace: str, new_manager: NewManager, new_process: NewProcess) -> ModelManager:
+    """A namespace with a bit of everything."""
+    manager = new_manager(fallback_memory_mb=250)
+    manager._estimator.set_initial_estimate("big", 250)
+    manager.release_model("idle", manager.acquire_model("idle", Loads("handle")))
+    manager.acquire_model("object", LoadsObject())
+    waiter = new_process()
+    waiter.send(acquire, "big")
+    wait_until(lambda: waiting(namespace, "big"), "somebody waits")
+    return manager
