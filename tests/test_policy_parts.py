@@ -19,7 +19,7 @@ from mpmm.policy.placement import best_place
 from mpmm.policy.plan import make_plan
 from mpmm.policy.plan_state import PlanState
 from mpmm.policy.sharing import Seen, expected_wait_s
-from mpmm.policy.view import BusyInstance, PlacedInstance, Reason, Refuse, Wait
+from mpmm.policy.view import BusyInstance, Evict, Grant, PlacedInstance, Reason, Refuse, Wait
 
 # ---- devices -----------------------------------------------------------------------------------------------
 
@@ -112,6 +112,22 @@ def test_one_that_pinned_copies_leave_too_little_room_holds_up_nobody() -> None:
         wanted = model(A, need)
         state = PlanState(view([wanted, model(B, shared=2)], [ticket(1, A)], copies=copies, unloading=1))
         assert holds_up_others(state, ticket(1, A), wanted) is holds_up
+
+
+@pytest.mark.parametrize(
+    ("mb", "there"),
+    [(900.0, {}), (600.0, {"external_mb": 300.0, "external_least_mb": 300.0}), (100.0, {"external_mb": 800.0})],
+    ids=["all of it", "beside other programs", "if what it has grown by is its own"],
+)
+def test_nobody_passes_for_ever_one_that_only_an_unload_gives_room(mb: float, there: dict[str, Any]) -> None:
+    """Nothing is in use, so nothing comes free by itself; and all the time others want the copy that has to go."""
+    copy, there = idle(7, B, mb=mb), {"used": 900.0, **there}
+    for head_for, passes in ((1.0, True), (60.0, False)):
+        tickets = [ticket(1, A, waited=head_for, head_for=head_for), ticket(2, B)]
+        state = view([model(A, 600.0), model(B, shared=1)], tickets, copies=[copy], devices=[device(**there)])
+        decisions = make_plan(state).decisions
+        assert any(isinstance(one, Grant) for one in decisions) is passes
+        assert any(isinstance(one, Evict) and one.instances == (7,) for one in decisions) is not passes
 
 
 @pytest.mark.parametrize(

@@ -73,6 +73,17 @@ def test_where_worth_is_not_known_the_copy_that_was_suspended_first_makes_way() 
     assert HostRoom([replace(early, worth=None), late], 0.0, 1000.0).dropped_for(500.0, None) == [1]
 
 
+def test_a_copy_is_worth_the_time_of_the_loads_that_it_saves_its_users() -> None:
+    known = replace(COPY, resume_s=1.0, rate=0.5)
+    assert known.worth == pytest.approx(0.5 * 9.0)
+    assert replace(known, load_s=0.8).worth == 0.0, "a load is quicker"
+    # Not worthless: nobody knows. So neither it nor another one beside it makes way for being worth nothing.
+    for unknown in (replace(known, rate=0.0), replace(known, load_s=0.0)):
+        early, late = Kept(1, 500.0, 1.0, worth=9.0), Kept(2, 500.0, 2.0, worth=unknown.worth)
+        assert HostRoom([early, late], 0.0, 1000.0).dropped_for(500.0, 5.0) == [1]
+        assert HostRoom([early], 0.0, 1000.0).dropped_for(500.0, unknown.worth) == [1]
+
+
 RULES = Rules(0.0, 10.0, 1, 2.0, isolate_unknown=False)
 
 

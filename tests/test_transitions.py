@@ -1,0 +1,164 @@
+"""What every change of the rows owes to others, whichever change it is: looked at after each of many random ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+from unittest import mock
+
+import pytest
+from harness import scaled
+from random_operations import end_suspension, fail_suspension, resume, step, suspend
+from random_tables import SERVERS, WORKERS, RandomTables
+
+from mpmm.shared_state.layout import Instance, Member
+from mpmm.shared_state.transaction import Transaction
+
+STEPS = 300
+TO_DO = (Instance.UNLOADING, Instance.SUSPENDING)
+
+
+@dataclass(frozen=True)
+class Said:
+    """What the row of a copy says, or of a lease."""
+
+    state: int
+    holder: int | None
+    seats: int
+    mb: float
+    reserved_mb: float
+
+    @property
+    def doer(self) -> int | None:
+        """The member that is to unload or suspend it, and can begin with that; None if there is nothing to do."""
+        return self.holder if self.state in TO_DO and not self.seats else None
+
+
+def copies_of(made: RandomTables) -> dict[tuple[int, int], Said]:
+    """Return what all rows say, by row and generation."""
+    rows = {row: made.tables.instances[row] for row in made.tables.used_rows(made.layout.instances)}
+    return {
+        (row, one.generation): Said(one.state, one.holder, one.seats, one.mb, one.reserved_mb)
+        for row, one in rows.items()
+    }
+
+
+def bells_of(made: RandomTables) -> list[int]:
+    """Return how often each member has been woken to look for something to do."""
+    return [made.namespace.segment.words[made.tables.member(slot) + Member.BELL] for slot in WORKERS]
+
+
+# ---- what seldom happens ---------------------------------------------------------------------------------
+
+
+def drop(made: RandomTables, t: Transaction) -> None:
+    row = made.some(Instance.SUSPENDED)
+    if row is not None:
+        made.transitions.suspensions.drop(t, row, made.chance.choice(WORKERS))
+
+
+def cancel(made: RandomTables, t: Transaction) -> None:
+    row = made.some(Instance.RESUMING)
+    if row is not None:
+        made.transitions.suspensions.cancel(t, row)
+
+
+def turn_back(made: RandomTables, t: Transaction) -> None:
+    row = made.some(Instance.RESUMING)
+    if row is not None:
+        made.transitions.suspensions.turn_back(t, row, made.chance.choice(WORKERS) + 1)
+
+
+def hand_over(made: RandomTables, t: Transaction) -> None:
+    row = made.some(*TO_DO)
+    if row is None or made.tables.instances[row].owner is not None:
+        return
+    slot = made.chance.choice(WORKERS)
+    if made.tables.instances[row].state == Instance.SUSPENDING:
+        made.transitions.suspensions.hand_over(t, row, slot)
+    elif not made.tables.instances[row].seats:
+        made.transitions.unloads.hand_over(t, row, slot)
+
+
+def give_up(made: RandomTables, t: Transaction) -> None:
+    row = made.some(Instance.LOADING)
+    if row is not None:
+        made.transitions.loads.give_up(t, row)
+
+
+def die(made: RandomTables) -> None:
+    """Let a process end by itself, another than ours, and a new one come."""
+    slot = made.chance.choice((*WORKERS[1:], *SERVERS))
+    kind, done = made.tables.members[slot].state, False
+    while not done:
+        with made.namespace.transaction() as t:
+            done = made.transitions.members.reap(t, slot)
+    with made.namespace.transaction() as t:
+        made.transitions.members.join(t, slot, kind, 5000 + slot, slot, b"another")
+
+
+SELDOM: list[Callable[[RandomTables, Transaction], None]] = [drop, cancel, turn_back, hand_over, give_up]
+OF_SUSPENSION = [suspend, suspend, end_suspension, fail_suspension, resume, resume]
+
+
+def change(made: RandomTables) -> None:
+    """Make a random change: often one of those that `step` makes seldom or never."""
+    chosen = made.chance.random()
+    if chosen < 0.6:
+        step(made)
+    elif chosen < 0.97:
+        made.do(partial(made.chance.choice([*SELDOM, *OF_SUSPENSION]), made))
+    else:
+        die(made)
+
+
+# ---- what is owed ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Change:
+    """What the rows said before and after one change, and which members were woken by it."""
+
+    before: dict[tuple[int, int], Said]
+    after: dict[tuple[int, int], Said]
+    woken: list[int]
+
+
+# Of every other seed nothing is suspended.
+@pytest.fixture(scope="module", params=range(1, 2 * scaled(20), 2))
+def changes(request: Any) -> list[Change]:
+    """Many random changes, one after the other."""
+    made, found = RandomTables(request.param), []
+    with closing(made), mock.patch("time.monotonic_ns", side_effect=lambda: made.now):
+        for _ in range(STEPS):
+            before, bells = copies_of(made), bells_of(made)
+            change(made)
+            woken = [slot for slot, rung in zip(WORKERS, bells_of(made), strict=True) if rung != bells[slot]]
+            found.append(Change(before, copies_of(made), woken))
+    return found
+
+
+def test_whoever_gets_something_to_unload_or_to_suspend_is_woken(changes: list[Change]) -> None:
+    for one in changes:
+        for row, copy in one.after.items():
+            was = one.before.get(row)
+            if copy.doer is not None and (was is None or (was.doer, was.state) != (copy.doer, copy.state)):
+                assert copy.doer in one.woken, f"{was} has become {copy}"
+
+
+def test_a_resume_reserves_what_the_copy_took_before_it_was_suspended(changes: list[Change]) -> None:
+    had_mb: dict[tuple[int, int], float] = {}
+    for one in changes:
+        for row, copy in one.after.items():
+            state, was = copy.state, one.before.get(row)
+            if was is None or was.state == state:
+                continue
+            if was.state == Instance.IDLE and state == Instance.SUSPENDING:
+                had_mb[row] = was.mb
+            elif state == Instance.RESUMING:
+                assert (copy.mb, copy.reserved_mb) == (had_mb[row], had_mb[row])
+            elif state == Instance.SUSPENDED:
+                assert (copy.mb, copy.reserved_mb) == (0.0, 0.0), "nothing of it is left on the device"
