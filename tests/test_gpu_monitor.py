@@ -145,6 +145,8 @@ def test_stop_closes_a_source_of_its_own_and_start_resolves_it_again(source: Fak
         monitor.stop()
         assert source.closed == 1
         assert monitor.get_stats()[0] == 1200.0
+        assert 0 <= monitor.last_sample_age_seconds() < DEADLINE_S
+        assert choose.call_count == 1, "its figures can be had without a source"
         monitor.start()
         monitor.stop()
         assert choose.call_count == 2

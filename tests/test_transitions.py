@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
@@ -14,7 +15,8 @@ from harness import scaled
 from random_operations import end_suspension, fail_suspension, resume, step, suspend
 from random_tables import SERVERS, WORKERS, RandomTables
 
-from mpmm.shared_state.layout import Instance, Member
+from mpmm.shared_state.durations import LONGEST_NS
+from mpmm.shared_state.layout import Instance, Member, Observation
 from mpmm.shared_state.transaction import Transaction
 
 STEPS = 300
@@ -162,3 +164,58 @@ def test_a_resume_reserves_what_the_copy_took_before_it_was_suspended(changes: l
                 assert (copy.mb, copy.reserved_mb) == (had_mb[row], had_mb[row])
             elif state == Instance.SUSPENDED:
                 assert (copy.mb, copy.reserved_mb) == (0.0, 0.0), "nothing of it is left on the device"
+
+
+# ---- readings --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(scaled(4)))
+def test_each_configuration_keeps_its_newest_readings_until_others_need_its_row(seed: int) -> None:
+    """Some configurations, of as many models or on the same device as others, and too many for the table at times."""
+    made = RandomTables(seed)
+    chance, capacity = made.chance, made.layout.observations.capacity
+    configurations = [
+        (copies, device) for copies in ([(7, 1)], [(7, 2)], [(9, 1)], [(7, 1), (9, 1)]) for device in (None, 0)
+    ]
+    # Last comes the one that was seen last.
+    kept: dict[Any, deque[float]] = {}
+    with closing(made), mock.patch("time.monotonic_ns", side_effect=lambda: made.now):
+        for _ in range(STEPS):
+            made.now += 1
+            # Some come so often that their oldest readings make way.
+            copies, device = chance.choice(configurations[: chance.choice([1, 2, capacity, 8])])
+            mb = float(made.now % 1000)
+            with made.namespace.transaction() as t:
+                made.transitions.estimates.observe(t, chance.sample(copies, len(copies)), mb, device)
+            key = (tuple(copies), 0 if device is None else device + 1)
+            readings = kept.pop(key, deque(maxlen=Observation.READINGS_KEPT))
+            if len(kept) == capacity:
+                del kept[next(iter(kept))]
+            kept[key] = readings
+            readings.append(mb)
+            rows = [made.tables.observations[row] for row in made.tables.used_rows(made.layout.observations)]
+            found = {(tuple(row.pairs), row.device): sorted(row.readings) for row in rows}
+            assert len(rows) == len(found)
+            assert found == {key: sorted(values) for key, values in kept.items()}
+
+
+# ---- who is told -----------------------------------------------------------------------------------------
+
+
+def test_a_warning_says_once_which_process_waits(caplog: pytest.LogCaptureFixture) -> None:
+    made = RandomTables(0)
+    tickets = made.transitions.tickets
+    with closing(made):
+        pids = [made.tables.members[slot].pid for slot in WORKERS]
+        with made.namespace.transaction() as t:
+            model = made.claim_model(t)
+            rows = [tickets.enqueue(t, model, slot, 1, 100.0, LONGEST_NS) for slot in (2, 0, 1)]
+        with made.attempt() as t:
+            tickets.warn(t, rows[0], "waits")
+        assert caplog.messages == [], "the plan was undone"
+        for row in (*rows, *rows):
+            with made.namespace.transaction() as t:
+                tickets.warn(t, row, "waits")
+        assert [text.partition(" of ")[2] for text in caplog.messages] == [
+            f"pid {pids[slot]} waits" for slot in (2, 0, 1)
+        ]

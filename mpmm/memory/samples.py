@@ -86,7 +86,7 @@ class SharedSamples:
             of_another = led_by not in (b"", name)
             blind = not sees and self._others_measure()
             # A process that measures is better than a leader that does not, and is about to take its place.
-            outranks = sees and of_another and namespace.tables.header.source_accounting_only
+            outranks = sees and namespace.tables.header.source_accounting_only
             rows: dict[bytes, int] = {}
             if not blind and (next_in_line is not None or not of_another or outranks):
                 found_rows = transitions.devices.describe(t, found, replace=of_another, measured=sees)
