@@ -320,6 +320,7 @@ def test_a_killed_server_that_is_still_being_torn_down_keeps_no_registry(runtime
     server.kill()
     assert not record.is_running()
     server.communicate()
+    assert not record.is_running() and record.has_ended()
 
 
 def test_a_client_that_leaves_while_another_process_probes_leaves_no_registry_behind(

@@ -10,6 +10,7 @@ import pickle
 import resource
 import signal
 import subprocess
+import sys
 import threading
 import time
 from contextlib import suppress
@@ -354,3 +355,18 @@ def test_a_server_that_is_forked_after_its_order_was_given_up_reports_to_nobody(
     thread.join(DEADLINE_S)
     assert outcome == [server_pid("late")]
     assert find_host(registry_for(None), "late") is None
+
+
+def test_a_server_whose_log_cannot_be_had_says_the_rest_to_nobody_and_goes_on(tmp_path: Path) -> None:
+    code = """
+import os, pathlib, sys
+from mpmm.multi_process_shared.output import Output
+print("to the starter", flush=True)
+Output(pathlib.Path(sys.argv[1])).turn_to_log("the starter has ended")
+for number in (1, 2):
+    os.write(number, b"lost")
+print("lost", flush=True)
+sys.exit(os.readlink("/proc/self/fd/1") != os.devnull)
+"""
+    done = subprocess.run([sys.executable, "-c", code, tmp_path / "gone"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "to the starter\n", "")

@@ -200,6 +200,24 @@ def draw():
         assert len(set(kind)) == len(kind), draws
 
 
+def test_generators_of_numpy_that_a_preload_hook_brings_along_differ_between_servers(
+    path: str, modules: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = """
+def prepare():
+    global generator
+    import numpy.random
+    generator = numpy.random.default_rng()
+def draw():
+    return float(generator.random())
+"""
+    name = modules("mpmm_test_rng_of_hook", code)
+    monkeypatch.setattr(forkserver_client, "_preload_hooks", [f"{name}:prepare"])
+    servers = [shared(path, f"tag {number}", Imports(name)) for number in range(3)]
+    assert len(pids_that_imported(modules, name)) == 1, "a template has made it for all"
+    assert len({proxy.value("draw") for proxy in servers}) == 3
+
+
 def test_a_module_with_a_generator_that_cannot_be_seeded_anew_is_not_imported_before_a_fork(
     path: str, modules: Any
 ) -> None:

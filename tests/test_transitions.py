@@ -15,11 +15,15 @@ from harness import scaled
 from random_operations import end_suspension, fail_suspension, resume, step, suspend
 from random_tables import SERVERS, WORKERS, RandomTables
 
+from mpmm.policy.view import Reason
 from mpmm.shared_state.durations import LONGEST_NS
-from mpmm.shared_state.layout import Instance, Member, Observation
+from mpmm.shared_state.events import Cause
+from mpmm.shared_state.layout import Header, Instance, Member, Observation
 from mpmm.shared_state.transaction import Transaction
 
 STEPS = 300
+# Of a suspension and of a resume.
+ENDS = [(Instance.SUSPENDING, Instance.SUSPENDED), (Instance.RESUMING, Instance.ACTIVE)]
 TO_DO = (Instance.UNLOADING, Instance.SUSPENDING)
 
 
@@ -32,6 +36,8 @@ class Said:
     seats: int
     mb: float
     reserved_mb: float
+    model: int
+    handle: bytes
 
     @property
     def doer(self) -> int | None:
@@ -43,7 +49,10 @@ def copies_of(made: RandomTables) -> dict[tuple[int, int], Said]:
     """Return what all rows say, by row and generation."""
     rows = {row: made.tables.instances[row] for row in made.tables.used_rows(made.layout.instances)}
     return {
-        (row, one.generation): Said(one.state, one.holder, one.seats, one.mb, one.reserved_mb)
+        (row, one.generation): Said(
+            *(one.state, one.holder, one.seats, one.mb, one.reserved_mb, one.model),
+            made.tables.text(made.tables.instance(row) + Instance.HANDLE),
+        )
         for row, one in rows.items()
     }
 
@@ -53,7 +62,26 @@ def bells_of(made: RandomTables) -> list[int]:
     return [made.namespace.segment.words[made.tables.member(slot) + Member.BELL] for slot in WORKERS]
 
 
+def moves_of(made: RandomTables) -> dict[int | None, tuple[int, int]]:
+    """Return how often copies of each model (row) were suspended and resumed; None stands for all models."""
+    words = made.namespace.segment.words
+    found: dict[int | None, tuple[int, int]] = {None: (words[Header.SUSPENDS], words[Header.RESUMES])}
+    for row in range(made.layout.models.capacity):
+        found[row] = (made.tables.models[row].suspends, made.tables.models[row].resumes)
+    return found
+
+
 # ---- what seldom happens ---------------------------------------------------------------------------------
+
+
+def load_twin(made: RandomTables, t: Transaction) -> None:
+    """End a load with the handle of another copy."""
+    row, of = made.some(Instance.LOADING), made.some(Instance.ACTIVE, Instance.IDLE)
+    if row is None or of is None or made.tables.instances[row].server is not None:
+        return
+    handle = made.tables.text(made.tables.instance(of) + Instance.HANDLE)
+    if handle and made.tables.instances[of].unload_on_release != Instance.LOST:
+        made.transitions.loads.end(t, row, handle, 70.0, 0, False)
 
 
 def drop(made: RandomTables, t: Transaction) -> None:
@@ -102,12 +130,12 @@ def die(made: RandomTables) -> None:
         made.transitions.members.join(t, slot, kind, 5000 + slot, slot, b"another")
 
 
-SELDOM: list[Callable[[RandomTables, Transaction], None]] = [drop, cancel, turn_back, hand_over, give_up]
+SELDOM: list[Callable[[RandomTables, Transaction], None]] = [load_twin, drop, cancel, turn_back, hand_over, give_up]
 OF_SUSPENSION = [suspend, suspend, end_suspension, fail_suspension, resume, resume]
 
 
-def change(made: RandomTables) -> None:
-    """Make a random change: often one of those that `step` makes seldom or never."""
+def change(made: RandomTables) -> bool:
+    """Make a random change, often one of those that `step` makes seldom or never; return whether a process has died."""
     chosen = made.chance.random()
     if chosen < 0.6:
         step(made)
@@ -115,6 +143,8 @@ def change(made: RandomTables) -> None:
         made.do(partial(made.chance.choice([*SELDOM, *OF_SUSPENSION]), made))
     else:
         die(made)
+        return True
+    return False
 
 
 # ---- what is owed ----------------------------------------------------------------------------------------
@@ -127,6 +157,10 @@ class Change:
     before: dict[tuple[int, int], Said]
     after: dict[tuple[int, int], Said]
     woken: list[int]
+    isolated: int
+    has_died: bool
+    moves_before: dict[int | None, tuple[int, int]]
+    moves_after: dict[int | None, tuple[int, int]]
 
 
 # Of every other seed nothing is suspended.
@@ -136,10 +170,11 @@ def changes(request: Any) -> list[Change]:
     made, found = RandomTables(request.param), []
     with closing(made), mock.patch("time.monotonic_ns", side_effect=lambda: made.now):
         for _ in range(STEPS):
-            before, bells = copies_of(made), bells_of(made)
-            change(made)
+            before, bells, moves = copies_of(made), bells_of(made), moves_of(made)
+            isolated = made.namespace.segment.words[Header.ISOLATED]
+            has_died = change(made)
             woken = [slot for slot, rung in zip(WORKERS, bells_of(made), strict=True) if rung != bells[slot]]
-            found.append(Change(before, copies_of(made), woken))
+            found.append(Change(before, copies_of(made), woken, isolated, has_died, moves, moves_of(made)))
     return found
 
 
@@ -164,6 +199,35 @@ def test_a_resume_reserves_what_the_copy_took_before_it_was_suspended(changes: l
                 assert (copy.mb, copy.reserved_mb) == (had_mb[row], had_mb[row])
             elif state == Instance.SUSPENDED:
                 assert (copy.mb, copy.reserved_mb) == (0.0, 0.0), "nothing of it is left on the device"
+
+
+def test_every_suspension_and_every_resume_is_counted_once(changes: list[Change]) -> None:
+    for one in changes:
+        expected = {model: list(counts) for model, counts in one.moves_before.items()}
+        for row, copy in one.after.items():
+            was = one.before[row].state if row in one.before else Instance.FREE
+            for number, end in enumerate(ENDS):
+                for model in (None, copy.model):
+                    expected[model][number] += (was, copy.state) == end
+        assert one.moves_after == {model: tuple(counts) for model, counts in expected.items()}
+
+
+def test_twins_stand_for_one_memory_until_the_last_of_them_goes(changes: list[Change]) -> None:
+    def by_handle(copies: dict[tuple[int, int], Said]) -> dict[bytes, list[Said]]:
+        found: dict[bytes, list[Said]] = {}
+        for copy in copies.values():
+            # The servers of loads that were given up have one name here.
+            if copy.handle.startswith(b"h") and copy.state in (Instance.ACTIVE, Instance.IDLE, Instance.UNLOADING):
+                found.setdefault(copy.handle, []).append(copy)
+        return found
+
+    for one in changes:
+        before, after = by_handle(one.before), by_handle(one.after)
+        for handle, copies in after.items():
+            assert sum(copy.mb > 0 for copy in copies) <= 1, copies
+            # With a server its memory goes. Where one runs alone, the memory of others is not moved.
+            if handle in before and len(copies) < len(before[handle]) and not (one.has_died or one.isolated):
+                assert sum(copy.mb for copy in copies) == sum(copy.mb for copy in before[handle])
 
 
 # ---- readings --------------------------------------------------------------------------------------------
@@ -219,3 +283,18 @@ def test_a_warning_says_once_which_process_waits(caplog: pytest.LogCaptureFixtur
         assert [text.partition(" of ")[2] for text in caplog.messages] == [
             f"pid {pids[slot]} waits" for slot in (2, 0, 1)
         ]
+
+
+def test_each_waiter_finds_in_its_row_what_it_was_told() -> None:
+    made = RandomTables(1, devices=3)
+    tickets = made.transitions.tickets
+    with closing(made):
+        with made.namespace.transaction() as t:
+            rows = [tickets.enqueue(t, made.claim_model(t), slot, 1, 100.0, LONGEST_NS) for slot in (0, 1, 2, 0)]
+            causes = {row: Cause(Reason.UNLOADING, 0.0, row + 0.1, row + 0.2, row + 0.3, row + 1, 5) for row in rows}
+            for row in sorted(rows, key=lambda _: made.chance.random()):
+                tickets.set_reason(t, row, causes[row])
+        for row, cause in causes.items():
+            told = made.tables.tickets[row]
+            assert (told.reason, told.free_mb, told.coming_mb) == (cause.reason, cause.free_mb, cause.coming_mb)
+            assert (told.seconds, told.other, told.on) == (cause.seconds, cause.other - 1, [0, 2])
