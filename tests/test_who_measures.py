@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,11 @@ from harness import (
     waiting,
 )
 from loaders import Loads, LoadsObject
+from random_tables import RandomTables
 
 from mpmm import cli
+from mpmm.memory.samples import SharedSamples
+from mpmm.scheduling import Scheduler
 from mpmm.shared_state.poll_claims import claim_late_looks
 from mpmm.shared_state.snapshot import read_snapshot
 from mpmm.sources import Measures, MemorySource, what_it_measures
@@ -194,3 +198,22 @@ def test_one_process_at_a_time_looks_at_a_device(namespace: str, new_manager: Ne
     wait_until(lambda: claim_late_looks(tables, [row], 0, hour_ns), "the last look is too long ago")
     assert not claim_late_looks(tables, [row], 0, hour_ns), "somebody is about to look"
     wait_until(lambda: claim_late_looks(tables, [row], 0, moment_ns), "who was about to look may have died")
+
+
+def test_devices_that_were_only_stated_go_one_by_one_as_nothing_lies_there_any_more() -> None:
+    made = RandomTables(0, devices=3)
+    with closing(made):
+        transitions, samples = made.transitions, SharedSamples(made.namespace, Scheduler(made.namespace))
+        with made.namespace.transaction() as t:
+            transitions.devices.describe(t, [(b"stated-0", b"", 1.0), (b"stated-1", b"", 1.0)], True, measured=False)
+            leases = [
+                transitions.leases.begin(t, transitions.leases.claim(t, b"lease", 1.0), 0, bits, 1.0) for bits in (1, 2)
+            ]
+            transitions.devices.describe(t, [(b"measured", b"", 1.0)], replace=True)
+        for left, lease in ((1, leases[0]), (0, leases[1])):
+            samples.forget_stated_devices()
+            assert len(made.tables.used_rows(made.layout.devices)) == 2 + left, "something lies there"
+            with made.namespace.transaction() as t:
+                transitions.leases.end(t, lease)
+            samples.forget_stated_devices()
+            assert len(made.tables.used_rows(made.layout.devices)) == 1 + left
