@@ -10,6 +10,7 @@ from typing import Any, cast
 import pytest
 from devices.simulated_gpu import SimulatedGpus
 from harness import (
+    NewGate,
     NewGpus,
     NewManager,
     NewProcess,
@@ -40,6 +41,18 @@ class MakesSlowly(MakesServed):
         """Make it."""
         made = super().__call__()
         time.sleep(0.6)
+        return made
+
+
+@dataclass(frozen=True)
+class MakesWhenLet(MakesServed):
+    """A constructor that takes its memory at once, and ends only when its gate is opened."""
+
+    def __call__(self) -> Served:
+        """Make it."""
+        made = Served(self.device, self.mb)
+        assert self.go is not None
+        self.go.wait()
         return made
 
 
@@ -148,3 +161,21 @@ def test_objects_that_the_figures_of_a_budget_do_not_hold_stay_booked(namespace:
             assert committed <= 300
     assert evicted(namespace) == 3
     assert read_snapshot(namespace).devices[0].committed_mb == 300
+
+
+def test_an_unknown_model_runs_alone_only_until_the_source_has_shown_a_process(
+    namespace: str, new_process: NewProcess, new_gpus: NewGpus, new_gate: NewGate
+) -> None:
+    gpus, gate = new_gpus(1000), new_gate()
+    first, second = (new_process(memory_source="nvml", poll_interval=0.05) for _ in range(2))
+    second.call(learn, known=200)
+    first.send(acquire, "unknown", LoadsServer("unknown", MakesWhenLet(cast(Any, gpus), 300, go=gate)))
+    wait_until(lambda: copies_of(namespace, "unknown") != [], "it has begun to load")
+    second.send(acquire, "known", server(gpus, "known", 200))
+    wait_until(lambda: len(copies_of(namespace, "known")) == 1, "the other one loads beside it")
+    second.result()
+    assert model_of(namespace, "unknown").loads == 0
+    gate.open()
+    first.result()
+    assert model_of(namespace, "unknown").estimate_mb == 300
+    assert problems(namespace) == []
