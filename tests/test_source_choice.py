@@ -205,6 +205,29 @@ class TestSilence:
         # Somebody else's figure is no evidence; and after the evidence, who is not listed has nothing.
         assert states == [(None, False, False), (None, False, False), (True, True, True), (True, True, True)]
 
+    @pytest.mark.parametrize(
+        ("ours", "others", "known"),
+        [
+            ([], [], None),
+            ([], [50], None),
+            ([], [None], False),
+            ([], [None, 50], None),
+            ([None], [50], False),
+            ([100], [None], True),
+        ],
+    )
+    def test_one_sample_tells_what_the_driver_lets_us_know(
+        self, monkeypatch: pytest.MonkeyPatch, ours: list[int | None], others: list[int | None], known: bool | None
+    ) -> None:
+        """Of others it may tell less than of ours; but what it withholds of ours, or of all, is not to be had."""
+        gpu, _ = two_gpus()
+        gpu.compute = [process(os.getpid(), mb) for mb in ours]
+        gpu.compute += [process(pid, mb) for pid, mb in zip((1, os.getppid()), others, strict=False)]
+        install(monkeypatch, gpu)
+        source = NvmlSource()
+        source.sample(())
+        assert source.process_knowledge is known
+
     def test_figures_that_are_withheld_are_no_knowledge(self, monkeypatch: pytest.MonkeyPatch) -> None:
         gpu, _ = two_gpus()
         install(monkeypatch, gpu)
