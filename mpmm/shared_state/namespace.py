@@ -418,8 +418,11 @@ class Namespace:
         alive = self._files.alive
         if alive is None:
             return False
-        # A conversion that fails costs us the shared lock; but whoever goes by that has the lifecycle lock, as we do.
-        return alive.try_exclusive() and alive.is_current() and not self._others_work()
+        if alive.try_exclusive() and alive.is_current() and not self._others_work():
+            return True
+        # The failed conversion has cost us the shared lock. Others hold it, so nobody can have taken us for gone.
+        alive.shared(LIFECYCLE_TIMEOUT_S)
+        return False
 
     def _others_work(self) -> bool:
         """Tell whether another living worker has a row, whose lock on a removed file says nothing."""
