@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from harness import NOBODYS_PID
 
 from mpmm.policy.suspension import Way
 from mpmm.shared_state.invariants import check_invariants
@@ -120,8 +121,8 @@ class Lab:
     def _populate(self, t: Transaction, tr: Transitions) -> None:
         tr.devices.describe(t, [(b"uuid-0", b"gpu 0", 1000.0), (b"uuid-1", b"gpu 1", 1000.0)])
         tr.members.lead(t, 0, b"test", (True, False, False))
-        tr.members.join(t, self.victim, Member.WORKER, 4242, 1, b"victim")
-        tr.members.join(t, self.server, Member.SERVER, 4243, 2, b"server of a")
+        tr.members.join(t, self.victim, Member.WORKER, NOBODYS_PID, 1, b"victim")
+        tr.members.join(t, self.server, Member.SERVER, NOBODYS_PID + 1, 2, b"server of a")
 
     victim = 1
     server = 2

@@ -10,6 +10,7 @@ from typing import Any
 
 from crash_lab import Lab, Operation
 from crash_lab import lab as lab  # the fixture
+from harness import NOBODYS_PID
 
 from mpmm.policy.suspension import Unsuspendable, Way
 from mpmm.policy.view import Reason
@@ -352,7 +353,7 @@ def scenarios() -> dict[str, Callable[[Lab], Operation]]:
         return scenario
 
     return {
-        "members.join": lambda lab: lambda t, tr: tr.members.join(t, 4, Member.WORKER, 4444, 3, b"newcomer"),
+        "members.join": lambda lab: lambda t, tr: tr.members.join(t, 4, Member.WORKER, NOBODYS_PID + 2, 3, b"newcomer"),
         "members.leave": on(
             lambda lab: lab.active() and lab.ticket(), lambda t, tr, _: tr.members.leave(t, Lab.victim)
         ),

@@ -46,6 +46,8 @@ SMALL: dict[str, Any] = {
 }
 # With this file in it, mpmm does not remove a test's runtime root, whose identity is part of the names of segments.
 KEEP = ".keep"
+# Members that tests make up: the kernel gives no process such a pid, or one that has it would count as the member.
+NOBODYS_PID = 2**22
 # The property in which a test reports at how many stores it has killed or interrupted an operation.
 CRASH_POINTS = "crash_points"
 # MPMM_TEST_SCALE=5, say, makes what tests repeat, simulate and draw at random so many times as large.

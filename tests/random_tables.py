@@ -8,6 +8,8 @@ import random
 from collections.abc import Callable, Iterator
 from functools import partial
 
+from harness import NOBODYS_PID
+
 from mpmm.errors import TableFullError
 from mpmm.policy.view import Reason
 from mpmm.shared_state.layout import Capacities, Instance, Member, Ticket, device_rows
@@ -81,7 +83,7 @@ class RandomTables:
             self.do(partial(self._join, slot, kind))
 
     def _join(self, slot: int, kind: int, t: Transaction) -> None:
-        self.transitions.members.join(t, slot, kind, 4242 + slot, slot, b"made up")
+        self.transitions.members.join(t, slot, kind, NOBODYS_PID + slot, slot, b"made up")
 
     def do(self, operation: Callable[[Transaction], object]) -> None:
         """Make an operation; nothing if a table is full."""

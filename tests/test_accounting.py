@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 
 import pytest
+from harness import NOBODYS_PID
 
 from mpmm.memory.samples import SharedSamples
 from mpmm.scheduling import Scheduler
@@ -14,7 +15,7 @@ from mpmm.shared_state.layout import Device, Member
 from mpmm.shared_state.namespace import Namespace
 from mpmm.sources import DeviceInfo, DeviceSample
 
-SERVER, PID = 1, 4243
+SERVER, PID = 1, NOBODYS_PID
 
 
 class MeasuringSource:

@@ -15,6 +15,7 @@ from typing import ClassVar
 
 import pytest
 from crash_lab import Lab
+from harness import NOBODYS_PID
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
@@ -301,7 +302,7 @@ class DeviceAndBooks(RuleBasedStateMachine):
             copy = Loaded(transitions.loads.begin(t, model, self.namespace.slot, 1, mb, alone=False), mb)
             if self.has_servers:
                 copy.slot = next(iter(self.namespace.tables.free_members()))
-                transitions.members.join(t, copy.slot, Member.SERVER, 100_000 + copy.slot, 1, b"server")
+                transitions.members.join(t, copy.slot, Member.SERVER, NOBODYS_PID + copy.slot, 1, b"server")
                 transitions.loads.link_server(t, copy.row, copy.slot)
         self.loading.append(copy)
 
@@ -399,7 +400,7 @@ class DeviceAndBooks(RuleBasedStateMachine):
     @precondition(lambda self: self.begun is not None and self.read is None)
     def read_figures(self) -> None:
         copies = (*self.loading, *self.idle, *self.unloading)
-        listed = {100_000 + c.slot: c.has_mb for c in copies if c.slot is not None and c.has_mb}
+        listed = {NOBODYS_PID + c.slot: c.has_mb for c in copies if c.slot is not None and c.has_mb}
         self.read = (self.used_mb, listed, self.now)
 
     @rule()

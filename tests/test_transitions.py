@@ -11,7 +11,7 @@ from typing import Any
 from unittest import mock
 
 import pytest
-from harness import scaled
+from harness import NOBODYS_PID, scaled
 from random_operations import end_suspension, fail_suspension, resume, step, suspend
 from random_tables import SERVERS, WORKERS, RandomTables
 
@@ -127,7 +127,7 @@ def die(made: RandomTables) -> None:
         with made.namespace.transaction() as t:
             done = made.transitions.members.reap(t, slot)
     with made.namespace.transaction() as t:
-        made.transitions.members.join(t, slot, kind, 5000 + slot, slot, b"another")
+        made.transitions.members.join(t, slot, kind, NOBODYS_PID + slot, slot, b"another")
 
 
 SELDOM: list[Callable[[RandomTables, Transaction], None]] = [load_twin, drop, cancel, turn_back, hand_over, give_up]

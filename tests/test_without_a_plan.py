@@ -12,7 +12,7 @@ from typing import Any
 from unittest import mock
 
 import pytest
-from harness import NewManager, Seat, acquire, learn, problems, release, wait_until, waiting
+from harness import NOBODYS_PID, NewManager, Seat, acquire, learn, problems, release, wait_until, waiting
 from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 from loaders import Loads
@@ -55,7 +55,7 @@ class Host:
             transitions = self.namespace.transitions
             transitions.devices.describe(t, [(b"uuid", b"gpu", 1000.0)])
             transitions.members.lead(t, self.namespace.slot, b"made up", flags)
-            transitions.members.join(t, 1, Member.WORKER, 4242, 1, b"another")
+            transitions.members.join(t, 1, Member.WORKER, NOBODYS_PID, 1, b"another")
 
     def model(self, t: Transaction, number: int) -> int:
         """Return the row of a model; of every fourth nothing is known."""

@@ -53,6 +53,9 @@ class LockFile:
     fd = -1
     _pid = 0
 
+    # `put_back` has put it at its path, in this process.
+    put_here = False
+
     def __init__(self, path: Path, *, create: bool = True, folder: bool = False) -> None:
         """Open, and create if need be, `path` with mode 0600; symbolic links are refused (OSError ELOOP).
 
@@ -137,9 +140,9 @@ class LockFile:
     def put_back(self, *, shared: bool = False, replace: bool = False) -> LockFile | None:
         """Return a new file at the path, locked like this one, whose file was removed; this one stays as it is.
 
-        The file is never to be seen unlocked. If there is a file at the path by now, that one is locked and returned,
-        or None if another process keeps us from it. shared: lock it so. replace: put the new file into its place, which
-        only the sole owner of the path may.
+        The file is never to be seen unlocked. If there is a file at the path by now, which then is not `put_here`, that
+        one is locked and returned, or None if another process keeps us from it. shared: lock it so. replace: put the
+        new file into its place, which only the sole owner of the path may.
         Raises OSError, RuntimeDirectoryError.
         """
         draft = self.path.with_name(f".{self.path.name}.{os.urandom(8).hex()}")
@@ -148,9 +151,11 @@ class LockFile:
             taken = made.try_shared() if shared else made.try_exclusive()
             if taken and replace:
                 os.replace(draft, self.path)
+                made.put_here = True
             elif taken:
                 try:
                     _link(draft, self.path)
+                    made.put_here = True
                 except FileExistsError:
                     made.close()
                     made = LockFile(self.path)

@@ -122,7 +122,7 @@ class MemberFiles:
         except OSError as error:
             _LOG.warning("mpmm %s: cannot put %s back: %s", self._runtime.name, lead.path, error)
             return leading
-        if leading:
+        if made is not None and made.put_here:
             self._note_put_back(["leader.lock"])
         return leading and made is not None
 
@@ -147,7 +147,8 @@ class MemberFiles:
                 if alive is not None:
                     self._removed.append(self.alive)
                     self.alive = alive
-                    found.append("alive.lock")
+                    # Each member takes the new file; one of them has put it there.
+                    found += ["alive.lock"] if alive.put_here else []
             self._put_life_back(found)
             self._complained = False
         except (OSError, LockTimeoutError) as error:
