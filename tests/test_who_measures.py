@@ -112,7 +112,7 @@ def test_where_only_the_blind_are_left_one_leads_by_the_accounts_and_the_last_fi
     wait_until(lambda: leads(namespace, blind) or leads(namespace, other), "one of the blind leads", 6)
     assert device_names(namespace) == ["sim-0"]
     assert read_snapshot(namespace).devices[0].used_mb == 9000
-    assert sees.pid not in [member.pid for member in read_snapshot(namespace).members]
+    wait_until(lambda: sees.pid not in [member.pid for member in read_snapshot(namespace).members], "it is reaped", 6)
     blind.send(acquire, "y", LoadsObject("y", device=device, mb=9000))
     wait_until(lambda: waiting(namespace, "y"), "there is no room beside x")
     other.call(release)
