@@ -532,6 +532,21 @@ def test_what_a_load_has_taken_that_failed_is_given_away_once_it_is_free(
     assert free_mb(machine.view(), SLACK) == pytest.approx(LIMIT_MB - machine.external_mb)
 
 
+@pytest.mark.parametrize("machine", ["some", "all"], indirect=True)
+def test_a_figure_from_the_middle_of_a_load_does_not_say_what_the_copy_takes(machine: DeviceAndBooks) -> None:
+    machine.load(1500.0)
+    machine.time_passes(1)
+    machine.begin_sample()
+    machine.allocate(0, 0.05)
+    machine.read_figures()
+    machine.time_passes(1)
+    machine.end_load(0)
+    machine.publish()
+    assert free_mb(machine.view(), SLACK) == pytest.approx(LIMIT_MB - machine.external_mb - 1500.0)
+    machine.rest()
+    assert free_mb(machine.view(), SLACK) == pytest.approx(LIMIT_MB - machine.external_mb - 1500.0)
+
+
 def test_what_an_object_has_loaded_whose_load_failed_is_given_away_once_it_is_free() -> None:
     class Machine(DeviceAndBooks):
         has_servers, measures_processes, lists_all = False, False, False

@@ -26,8 +26,8 @@ class Measurements(Part):
     def measure(self, t: Transaction, slot: int, on_devices: Mapping[int, float], taken_ns: int | None = None) -> None:
         """Record the memory of one process, by device, and with it what the instance of a model server takes.
 
-        taken_ns: when the figure was asked for, None for now. One from before an instance was suspended or resumed says
-        nothing of it.
+        taken_ns: when the figure was asked for, None for now. One from before an instance was loaded, suspended or
+        resumed says nothing of it.
         """
         words, floats = self._segment.words, self._segment.floats
         at = self._tables.member(slot)
@@ -58,9 +58,9 @@ class Measurements(Part):
         if state == Instance.SUSPENDED and not _is_from_before(taken_ns, words[at + Instance.SINCE]):
             # What it keeps there, its context say.
             self._instances.set_mb(t, row, mb, shares_mb)
-        # A resume sets LOADED_AT anew. A figure from before it shows what the copy kept while it was suspended, and
-        # admission would take the rest for free.
-        if words[at + Instance.WAY] and _is_from_before(taken_ns, words[at + Instance.LOADED_AT]):
+        # A resume sets LOADED_AT anew. A figure from before that shows a part of the copy, what it had in the middle of
+        # its load or kept while it was suspended, and admission would take the rest for free.
+        if _is_from_before(taken_ns, words[at + Instance.LOADED_AT]):
             return
         # While it loads or unloads the figure shows half a model, and an estimate by that would let too much in.
         if state in (Instance.ACTIVE, Instance.IDLE):
@@ -81,4 +81,4 @@ class Measurements(Part):
 
 
 def _is_from_before(taken_ns: int | None, event_ns: int) -> bool:
-    return taken_ns is not None and taken_ns < event_ns
+    return taken_ns is not None and taken_ns <= event_ns
