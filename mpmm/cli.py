@@ -42,11 +42,11 @@ with 2 if there is no namespace to look at.
 
 Commands that only look take no lock, so they answer even while the holder of the lock is stopped, and report that.
 
-A TAG is the tag of a model, or else the beginning of one if no other begins so, its name, or what a screen shows of
+A TAG is the tag of a model, or else its name, the beginning of the tag if no other begins so, or what a screen shows of
 these: `01234567`, `01234567…` or `SklearnModelHandlerNumpy models/digits.joblib` for a model that `mpmm ps` shows as
 `SklearnModelHandlerNumpy models/digits.joblib [01234567…]`. Where several models fit, the command names them, changes
-nothing and ends with 2. `pin` and `preload` take the beginning of a tag only of models with a name, as the tag may be
-that of a model to come.
+nothing and ends with 2. Commands that change something take the beginning of a tag only of models with a name, or with
+the `…` behind it: `model-1` is not `model-10`.
 
 A SIZE is a number of MB, or one with a unit: `5g`, `5GiB`, `800m`; all of them are powers of 1024.
 

@@ -357,15 +357,20 @@ class Reference:
         one, model = self.tables.tickets[row], self.tables.models[self.tables.tickets[row].model]
         others = [self.tables.tickets[other] for other in self._used(self.layout.tickets)]
         wanting = [other for other in others if (other.state, other.model) == (Ticket.WAITING, one.model)]
-        before = [other for other in wanting if other.rank < one.rank and not other.preload]
+        place = (one.priority, one.rank)
+        before = [other for other in wanting if (other.priority, other.rank) < place and not other.preload]
         seconds = one.seconds
         if one.reason == Reason.BACKING_OFF:
             seconds = max(0.0, back_off_s(model.failures) - (self.now - model.failed_at) / 1e9)
         waited_s = (self.now - one.enqueued) / 1e9
-        in_front = [other for other in others if other.state == Ticket.WAITING and other.rank < one.rank]
+        waiting = [other for other in others if other.state == Ticket.WAITING]
+        in_front = [other for other in waiting if (other.priority, other.rank) < place]
         room_ahead_s = 0.0 if in_front else waited_s
         for other in in_front:
-            other_s = room_in_s(other.reason, other.seconds, (self.now - other.enqueued) / 1e9)
+            failed = self.tables.models[other.model]
+            left_s = max(0.0, back_off_s(failed.failures) - (self.now - failed.failed_at) / 1e9)
+            seconds_s = left_s if other.reason == Reason.BACKING_OFF else other.seconds
+            other_s = room_in_s(other.reason, seconds_s, (self.now - other.enqueued) / 1e9)
             room_ahead_s = max(room_ahead_s, other_s)
         return (one.member or 0) + 1, len(before), one.reason, seconds, waited_s, room_ahead_s
 

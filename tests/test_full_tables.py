@@ -23,7 +23,7 @@ from loaders import Loads, LoadsObject
 from patience import Stopwatch
 
 from mpmm import AcquireTimeoutError, ModelManager, TableFullError
-from mpmm.shared_state.layout import Capacities
+from mpmm.shared_state.layout import Capacities, Model
 from mpmm.shared_state.snapshot import read_snapshot
 
 
@@ -146,3 +146,26 @@ def acquire_both(seat: Seat) -> None:
     """Wait for one model, and load another one as soon as it is there."""
     acquire(seat, "a", Loads("a"))
     acquire(seat, "b", Loads("b"))
+
+
+def test_a_look_at_a_row_that_another_model_takes_meanwhile_leaves_no_hint_to_it(
+    namespace: str, new_manager: NewManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manager = new_manager()
+    use(manager, "ours")
+    tables = manager._attachment.session.namespace.tables  # type: ignore[union-attr]  # it is attached
+    tables.rows_of_tags.clear()
+    text = tables.text
+
+    def text_and_then_another_model(at: int) -> bytes:
+        found = text(at)
+        if found == b"ours":
+            monkeypatch.undo()
+            tables.segment.words[at - Model.TAG + Model.GENERATION] += 1
+        return found
+
+    monkeypatch.setattr(tables, "text", text_and_then_another_model)
+    row = tables.model_row("ours")
+    assert row is not None
+    assert tables.rows_of_tags["ours"] != (row, tables.models[row].generation)
+    assert tables.model_row("nobody's") is None

@@ -130,6 +130,12 @@ def test_what_fits_no_model_is_taken_for_a_tag(named: ModelManager, namespace: s
     assert main(["events", "--model", "ffff"]) == 0
     assert capsys.readouterr().out == ""
     # `plain-v2` is another model.
+    for command in ("unload", "suspend"):
+        assert main([command, "plain-v"]) == 1
+        assert capsys.readouterr().out in (
+            "plain-v: no copy is loaded\n",
+            f"{namespace}: 0 copies of plain-v suspended\n",
+        )
     assert main(["pin", "plain"]) == 0
     assert {model.tag: model.pins for model in read_snapshot(namespace).models}["plain"] == 1
 

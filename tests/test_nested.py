@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 import pickle
+import threading
 import time
 from dataclasses import replace
 from typing import Any
 
 import pytest
-from harness import NewDevice, NewManager, Seat, copies_of, learn, model_of, problems, wait_until
+from harness import (
+    NewDevice,
+    NewGate,
+    NewManager,
+    NewProcess,
+    Seat,
+    copies_of,
+    learn,
+    model_of,
+    problems,
+    wait_until,
+    waiting,
+)
 from loaders import Loads, LoadsObject
 from policy_views import A, B, model, ticket, view
 
@@ -114,6 +127,36 @@ def test_a_loader_that_starts_quietly_is_told_at_once_that_nothing_else_loads_me
     assert time.monotonic() - began < 10
     assert [error.held for error in refused] == [("outer",)]
     assert problems(namespace) == []
+
+
+def test_a_loader_that_starts_quietly_waits_for_another_device_to_open(
+    namespace: str, new_manager: NewManager, new_process: NewProcess, new_device: NewDevice, new_gate: NewGate
+) -> None:
+    device, began, go = new_device(1000, 1000), new_gate(), new_gate()
+    manager, elsewhere = new_manager(memory_source=device), new_process(memory_source=device)
+    learn(Seat(manager), outer=300, other=300, inner=300)
+
+    def open_the_other_one() -> None:
+        wait_until(lambda: waiting(namespace, "inner"), "it waits")
+        go.open()
+
+    def load() -> str:
+        elsewhere.send(start_quietly, "other", Loads(began=began, go=go))
+        began.wait()
+        opener = threading.Thread(target=open_the_other_one)
+        opener.start()
+        with manager.model("inner", Loads("beside")) as inner:
+            opener.join()
+            return str(inner)
+
+    with manager.model("outer", load, steady=True) as outer:
+        assert outer.startswith("beside")
+    elsewhere.result()
+    assert problems(namespace) == []
+
+
+def start_quietly(seat: Seat, tag: str, loader: Loads) -> None:
+    seat.held.append((tag, seat.manager.acquire_model(tag, loader, steady=True)))
 
 
 def test_nested_use_of_the_only_copy_there_may_be_is_told_at_once(namespace: str, new_manager: NewManager) -> None:

@@ -114,7 +114,7 @@ def _unload(options: argparse.Namespace, name: str, root: Path | None) -> int:
 def _pin(options: argparse.Namespace, name: str, root: Path | None) -> int:
     from mpmm.model_manager.administration import pin_for_all, visit
 
-    model = asked_model(options.tag, name, root, may_be_new=True)
+    model = asked_model(options.tag, name, root)
     with visit(name, root) as namespace:
         pin_for_all(namespace, model.tag)
     print(f"{model.shown}: pinned for all")
@@ -137,7 +137,7 @@ def _preload(options: argparse.Namespace, name: str, root: Path | None) -> int:
 
     # No report that our defaults differ from the settings of the namespace.
     logging.getLogger("mpmm").setLevel(logging.ERROR)
-    model = asked_model(options.tag, name, root, may_be_new=True)
+    model = asked_model(options.tag, name, root)
     expect_mb = None if options.expect_mb is None else checked_size_mb("--expect-mb", options.expect_mb)
     load = functools.partial(_load_handle, _function(options.loader), options.loader)
     with ModelManager(namespace=name, runtime_root=root) as manager:

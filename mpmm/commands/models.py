@@ -23,16 +23,17 @@ class Asked(NamedTuple):
     shown: str
 
 
-def asked_model(wanted: str, name: str, root: Path | None, *, may_be_new: bool = False) -> Asked:
+def asked_model(wanted: str, name: str, root: Path | None) -> Asked:
     """Return the model of a namespace that somebody means; if none fits, the text is its tag.
 
-    name: of the namespace. may_be_new: as in `meant_tag`. Raises InvalidArgumentError where several models fit, and
-    what `read_snapshot` raises.
+    The mere beginning of a tag counts only where the model has a name: nothing is to happen to `model-10` where
+    `model-1` is meant, which is not there. name: of the namespace. Raises InvalidArgumentError where several models
+    fit, and what `read_snapshot` raises.
     """
     snapshot = read_snapshot(name, root, events=False)
     names = {model.tag: model.name for model in snapshot.models if model.kind == "model"}
     # Rows outlive their copies: those of earlier runs of a pipeline have the same names, and nothing to be changed.
     loaded = {copy.tag for copy in snapshot.copies}
-    tag = meant_tag(wanted, names, first=loaded, may_be_new=may_be_new)
+    tag = meant_tag(wanted, names, first=loaded, may_be_new=True)
     tag = wanted if tag is None else tag
     return Asked(tag, printable(shown_tags(names).get(tag, tag)))

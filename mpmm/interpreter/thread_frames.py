@@ -40,7 +40,7 @@ if sys.version_info >= (3, 11) and sys.version_info < (3, 11, 9):
         """Call functions of C one after the other, with no other thread and no signal handler between them.
 
         Those get their turns between the steps of Python code, of which there are none in here. So no thread can switch
-        the collector on again, and no handler's exception can leave it off.
+        the collector on during the look; and where this switches it on again, no handler's exception leaves it off.
         """
         return tuple(map(operator.call, functions))
 else:

@@ -8,7 +8,7 @@ from collections.abc import Set
 from mpmm.model_manager.held import HeldInstances
 from mpmm.model_manager.operations import Operation
 from mpmm.policy.view import Reason
-from mpmm.shared_state.layout import Instance, Ticket
+from mpmm.shared_state.layout import Instance, Ticket, device_rows
 from mpmm.shared_state.namespace import Namespace
 
 __all__ = ["ThreadHolds"]
@@ -75,9 +75,12 @@ class ThreadHolds(threading.local):
         if reason in (Reason.COPIES, Reason.ONLY_COPY):
             return ours.issuperset(rows)
         if reason == Reason.QUIET:
-            # What starts quietly has started once its loader has returned, which is what waits.
-            starting = (row for row in firm if tables.instances[row].state == Instance.LOADING)
-            return any(tables.instances[row].model == waiter.other for row in starting)
+            # What starts quietly has started once its loader has returned, and that is what waits, unless another
+            # device opens.
+            loading = (tables.instances[row] for row in firm if tables.instances[row].state == Instance.LOADING)
+            closed = {device for copy in loading if copy.steady for device in copy.devices}
+            allowed = device_rows(waiter.loadable_on) or tables.used_rows(layout.devices)
+            return len(set(allowed) - closed) < max(1, waiter.span)
         if reason == Reason.SHARING:
             return ours.issuperset(rows) and all(tables.instances[row].state == Instance.LOADING for row in rows)
         states = (

@@ -50,7 +50,7 @@ OPTIONAL = {
     "torch": None,
 }
 _TOKEN_VARIABLE = "MPMM_DASHBOARD_TOKEN"
-# All that mpmm and the drivers read; nothing else of the environment is looked at.
+# What people set for mpmm and the drivers; the rest of the environment is not looked at.
 VARIABLES = (
     *("MPMM_RUNTIME_DIR", "MPMM_MEMORY_SOURCE", "MPMM_ESTIMATES_PATH", "MPMM_ARENA_MB", "MPMM_PRELOAD", "MPMM_ZYGOTE"),
     *(CORE_VARIABLE, "MPMM_LOAD_AHEAD", _TOKEN_VARIABLE, "NO_COLOR"),

@@ -192,17 +192,19 @@ def expected_waits(snapshot: Snapshot) -> Callable[[TicketInfo], float]:
     seen = seen_so_far(views.values())
     queue = waiters(snapshot)
 
+    def seconds_of(ticket: TicketInfo) -> float:
+        back_off_left_s = _back_off_left_s(ticket, models.get(ticket.model))
+        return ticket.seconds if back_off_left_s is None else back_off_left_s
+
     def expected_s(ticket: TicketInfo) -> float:
         if ticket.model not in views:
             return math.nan
         before = list(itertools.takewhile(lambda one: one is not ticket, queue))
         ahead = sum(one.model == ticket.model and not one.preload for one in before)
-        rooms_s = (room_in_s(one.reason, one.seconds, one.waited_s) for one in before)
+        rooms_s = (room_in_s(one.reason, seconds_of(one), one.waited_s) for one in before)
         room_ahead_s = max(rooms_s, default=ticket.waited_s)
         member = ticket.member + 1
-        back_off_left_s = _back_off_left_s(ticket, models[ticket.model])
-        seconds = ticket.seconds if back_off_left_s is None else back_off_left_s
-        waited_s = ticket.waited_s
+        seconds, waited_s = seconds_of(ticket), ticket.waited_s
         return expected_wait_s(views[ticket.model], member, ahead, ticket.reason, seconds, seen, waited_s, room_ahead_s)
 
     return expected_s

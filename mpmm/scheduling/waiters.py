@@ -17,6 +17,8 @@ from mpmm.scheduling.shortcuts import Shortcuts
 from mpmm.scheduling.views import Views
 from mpmm.shared_state.layout import device_rows
 from mpmm.shared_state.namespace import Namespace
+from mpmm.shared_state.reads.queue import Waiter
+from mpmm.shared_state.rows import TicketRow
 
 __all__ = ["Waiters"]
 
@@ -57,11 +59,7 @@ class Waiters:
     def _obstacle(self, ticket: int) -> Obstacle | None:
         """Return what keeps a ticket back that was told to wait behind others."""
         tables, found = self._tables, self._tables.tickets[ticket]
-        place = (found.priority, found.rank)
-        before = sorted(
-            (one for one in self._shortcuts.waiting() if (one.priority, one.rank) < place),
-            key=lambda one: (one.priority, one.rank),
-        )
+        before = sorted((one for one in self._shortcuts.waiting() if _place(one) < _place(found)), key=_place)
         devices = tables.used_rows(self._devices)
         alone = {row: copy for row in devices if (copy := tables.devices[row].isolated) is not None}
         return obstacle(
@@ -88,11 +86,11 @@ class Waiters:
         rows = {*(ticket.model for ticket in found.values()), *copies.shared, *copies.owned}
         models = {row: self._views.model_view(row, copies, now) for row in rows}
         seen = seen_so_far(models.values())
-        queue = sorted(self._shortcuts.waiting(), key=lambda waiter: waiter.rank)
+        queue = sorted(self._shortcuts.waiting(), key=_place)
         expected: dict[int, float] = {}
         before, ahead, room_ahead_s = 0, Counter[int](), 0.0
-        for row, ticket in sorted(found.items(), key=lambda one: one[1].rank):
-            while before < len(queue) and queue[before].rank < ticket.rank:
+        for row, ticket in sorted(found.items(), key=lambda one: _place(one[1])):
+            while before < len(queue) and _place(queue[before]) < _place(ticket):
                 waiter = queue[before]
                 before += 1
                 ahead[waiter.model] += not waiter.preload
@@ -108,7 +106,8 @@ class Waiters:
 
     def _room_in_s(self, ticket: int, now: int) -> float:
         found = self._tables.tickets[ticket]
-        return room_in_s(found.reason, found.seconds, (now - found.enqueued) / 1e9)
+        seconds = self.backs_off_for_s(ticket) if found.reason == Reason.BACKING_OFF else found.seconds
+        return room_in_s(found.reason, seconds, (now - found.enqueued) / 1e9)
 
     def backs_off_for_s(self, ticket: int) -> float:
         """Return in how many seconds a waiter's back-off ends, `inf` if it waits for something else; without the lock.
@@ -129,3 +128,8 @@ class Waiters:
     def is_model_idle(self, ticket: int) -> bool:
         """Tell whether a copy of the model that a ticket is for is idle; without the lock."""
         return self._tables.models[self._tables.tickets[ticket].model].idle > 0
+
+
+def _place(waiter: Waiter | TicketRow) -> tuple[int, int]:
+    """Return what compares as places in the queue do."""
+    return waiter.priority, waiter.rank

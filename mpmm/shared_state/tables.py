@@ -176,7 +176,7 @@ class Tables(TableRows):
             if words[at + Model.GENERATION] == generation and words[at + Model.STATE]:
                 return row
             # Its row was given up and is another tag's, or free; the tag may have a new one.
-            del self.rows_of_tags[tag]
+            self.rows_of_tags.pop(tag, None)
         try:
             wanted = tag.encode("utf-8", "surrogateescape")
         except UnicodeEncodeError:
@@ -187,12 +187,15 @@ class Tables(TableRows):
         # tags, whatever their names.
         candidates = np.flatnonzero((models[:, Model.STATE] == Model.MODEL) & (models[:, Model.TAG] == len(wanted)))
         for row in candidates.tolist():
+            # Before the text: where the lock is not held, another model may have the row right after that, and a hint
+            # with its generation would lead from this tag to it for good.
+            generation = words[self.model(row) + Model.GENERATION]
             if self.text(self.model(row) + Model.TAG) == wanted:
                 # Tags that are made anew for each run, as Beam's are, would fill the memory of a process that lives
                 # long.
                 if len(self.rows_of_tags) > 4 * self._models.capacity:
                     self.rows_of_tags.clear()
-                self.rows_of_tags[tag] = (row, words[self.model(row) + Model.GENERATION])
+                self.rows_of_tags[tag] = (row, generation)
                 return int(row)
         return None
 

@@ -57,11 +57,8 @@ def _fitting(wanted: str, names: Mapping[str, str], may_be_new: bool) -> Iterato
     if ELLIPSIS in wanted:
         pattern = re.compile(".*".join(map(re.escape, wanted.split(ELLIPSIS))), re.DOTALL)
         yield [tag for tag, shown in texts.items() if any(map(pattern.fullmatch, shown))]
-    yield [
-        tag
-        for tag, name in names.items()
-        if (tag.startswith(wanted) or printable(tag).startswith(wanted)) and (name or not may_be_new)
-    ]
+    begin = [tag for tag in names if tag.startswith(wanted) or printable(tag).startswith(wanted)]
+    yield begin if not may_be_new or any(names[tag] for tag in begin) else []
 
 
 def _several(wanted: str, found: list[str], names: Mapping[str, str]) -> InvalidArgumentError:
