@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import gc
 import logging
+import multiprocessing
 import os
 import pickle
 import resource
@@ -329,12 +330,27 @@ def test_a_stopped_listener_whose_queue_is_full_is_waited_for_no_longer_than_ask
         listener.close()
 
 
-def test_a_server_is_ended_where_no_thread_is_to_be_had(runtime_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    MultiProcessShared(Sevens, tag="ended", spawn_process=True).acquire()
+class HasChild:
+    """Starts a child process that ends with its own, if that ends as it wants to."""
+
+    def child(self) -> int:
+        child = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(600,), daemon=True)
+        child.start()
+        assert child.pid is not None
+        return child.pid
+
+
+def test_a_server_is_told_to_end_where_no_thread_is_to_be_had(
+    runtime_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    child = psutil.Process(MultiProcessShared(HasChild, tag="ended", spawn_process=True).acquire().child())
     with monkeypatch.context() as patched:
+        # As it is from Python 3.12 on at the end of the interpreter.
         refuse_threads(patched, "mpmm-end")
-        assert unload("ended", timeout_seconds=1)
+        assert unload("ended", timeout_seconds=DEADLINE_S)
     assert server_pid("ended") is None
+    # Killed, it would have left its child behind.
+    child.wait(DEADLINE_S)
 
 
 def test_a_server_that_is_forked_after_its_order_was_given_up_reports_to_nobody(

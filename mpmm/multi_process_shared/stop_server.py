@@ -51,11 +51,15 @@ def end_server(
     asked = False
     if record.ready:
         registry.join()
-        # In a thread, because a stopped server accepts the connection and never answers. Where there is none to be had,
-        # it is not asked.
-        with suppress(RuntimeError):
+        # In a thread, because a stopped server accepts the connection and never answers.
+        try:
             threading.Thread(target=_ask, args=(registry, record, registry.key()), name="mpmm-end", daemon=True).start()
             asked = True
+        except RuntimeError:
+            # Too many threads; or, from Python 3.12 on, the interpreter is about to end.
+            if record.spawned:
+                _signal(registry, record, signal.SIGTERM)
+                asked = True
     # One that is neither ready nor leaving is still making its object, and takes no requests.
     if not ((asked or record.leaving) and _wait_until_gone(registry, record, deadline)):
         if not record.spawned:
@@ -65,7 +69,7 @@ def end_server(
                 tag=tag,
                 server_pid=record.pid,
             )
-        _kill(registry, record)
+        _signal(registry, record, signal.SIGKILL)
         if not _wait_until_gone(registry, record, time.monotonic() + KILL_TIMEOUT_S):
             raise ModelServerError(
                 f"the server of the shared object {tag!r} (pid {record.pid}) is still there after SIGKILL",
@@ -105,12 +109,12 @@ def _ask(registry: ServerRegistry, record: ServerRecord, key: bytes) -> None:
         channel.receive()
 
 
-def _kill(registry: ServerRegistry, record: ServerRecord) -> None:
-    """Kill the process if it is still the one that the record means."""
+def _signal(registry: ServerRegistry, record: ServerRecord, number: int) -> None:
+    """Send a signal to the process if it is still the one that the record means."""
     lives, now = registry.look(record.tag)
     if lives and now is not None and now.incarnation == record.incarnation and record.is_running():
         with suppress(ProcessLookupError):
-            os.kill(record.pid, signal.SIGKILL)
+            os.kill(record.pid, number)
 
 
 def _wait_until_gone(registry: ServerRegistry, record: ServerRecord, deadline: float) -> bool:
