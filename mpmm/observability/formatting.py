@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -196,16 +195,22 @@ def expected_waits(snapshot: Snapshot) -> Callable[[TicketInfo], float]:
         back_off_left_s = _back_off_left_s(ticket, models.get(ticket.model))
         return ticket.seconds if back_off_left_s is None else back_off_left_s
 
+    # By ticket: how many wait for its model before it, and in how many seconds those before it have room.
+    before: dict[int, tuple[int, float]] = {}
+    ahead, room_ahead_s = Counter[int](), -math.inf
+    for one in queue:
+        before[one.number] = (ahead[one.model], room_ahead_s)
+        ahead[one.model] += not one.preload
+        room_ahead_s = max(room_ahead_s, room_in_s(one.reason, seconds_of(one), one.waited_s))
+
     def expected_s(ticket: TicketInfo) -> float:
         if ticket.model not in views:
             return math.nan
-        before = list(itertools.takewhile(lambda one: one is not ticket, queue))
-        ahead = sum(one.model == ticket.model and not one.preload for one in before)
-        rooms_s = (room_in_s(one.reason, seconds_of(one), one.waited_s) for one in before)
-        room_ahead_s = max(rooms_s, default=ticket.waited_s)
-        member = ticket.member + 1
-        seconds, waited_s = seconds_of(ticket), ticket.waited_s
-        return expected_wait_s(views[ticket.model], member, ahead, ticket.reason, seconds, seen, waited_s, room_ahead_s)
+        # One that waits no more stands behind all.
+        in_front, room_s = before.get(ticket.number, (ahead[ticket.model], room_ahead_s))
+        waited_s = ticket.waited_s
+        others = (seconds_of(ticket), seen, waited_s, waited_s if room_s == -math.inf else room_s)
+        return expected_wait_s(views[ticket.model], ticket.member + 1, in_front, ticket.reason, *others)
 
     return expected_s
 
