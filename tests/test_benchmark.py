@@ -10,8 +10,10 @@ import uuid
 from pathlib import Path
 from typing import Any
 
+import benchmark
 import psutil
 import pytest
+from harness import NewProcess, segments_of
 
 ROOT = Path(__file__).resolve().parent.parent
 BENCHMARK = ROOT / "tools" / "benchmark.py"
@@ -50,9 +52,7 @@ def test_rows_give_their_figures_and_leave_nothing_behind(monkeypatch: pytest.Mo
     assert set(result["rows"]) == set(UNITS)
     assert {"machine", "versions", "load", "seed", "repeats", "seconds"} <= set(result["about"])
     for name, row in result["rows"].items():
-        problems = [line for lines in row["problems"].values() for line in lines]
-        # Tests beside this one have segments of this name, and kill who has them mapped.
-        assert [line for line in problems if not line.endswith("-test")] == []
+        assert row["problems"] == {}
         for figure in row["figures"].values():
             assert figure["unit"] == UNITS[name]
             assert figure["beam"] is None
@@ -66,3 +66,14 @@ def test_a_row_that_there_is_not_is_named_and_so_are_those_there_are() -> None:
     assert done.returncode == 2
     assert "'warm-pear'" in done.stderr
     assert "warm-pair" in done.stderr
+
+
+def test_what_killed_processes_leave_of_a_measurement_is_reported_and_removed(
+    runtime_root: Path, namespace: str, new_process: NewProcess
+) -> None:
+    assert benchmark.remove_namespaces(runtime_root) == []
+    new_process().kill()
+    [segment] = segments_of(runtime_root)
+    assert benchmark.remove_namespaces(runtime_root) == [f"left behind: /dev/shm/{segment}"]
+    assert segments_of(runtime_root) == set()
+    assert not (runtime_root / namespace).exists()

@@ -167,12 +167,16 @@ def run_row(row: Row, options: argparse.Namespace) -> Result:
 def measure(row: Row, implementation: str, seed: int) -> tuple[Measured, list[str]]:
     """Measure a row once, in a process and a runtime directory of its own; return its values, and problems."""
     mark = uuid.uuid4().hex
-    segments = shared_memory_files()
     problems = []
     measured: Measured = {}
     # Short, because the paths of Unix sockets are.
     with tempfile.TemporaryDirectory(prefix="mpmm-b", ignore_cleanup_errors=True) as name:
         folder = Path(name)
+        roots = (folder / RUNTIME_FOLDER, root_below(folder))
+        for root in roots:
+            # mpmm removes no folder with a file of others in it; and the folder's identity is part of segments' names.
+            root.mkdir(mode=0o700)
+            (root / ".keep").touch()
         environment = {
             **os.environ,
             MARK: mark,
@@ -196,8 +200,8 @@ def measure(row: Row, implementation: str, seed: int) -> tuple[Measured, list[st
                 child.kill()
                 child.wait()
             problems += end_processes(mark)
-            problems += remove_namespaces(folder)
-    problems += left_in_shared_memory(segments)
+            for root in roots:
+                problems += remove_namespaces(root)
     return measured, problems
 
 
@@ -229,43 +233,13 @@ def marked_processes(mark: str) -> list[psutil.Process]:
     return found
 
 
-def remove_namespaces(folder: Path) -> list[str]:
-    """Remove the namespaces that killed processes have left in a measurement's folder; return what is to be said."""
-    said = []
-    for root in (folder / RUNTIME_FOLDER, root_below(folder)):
-        for place in root.iterdir() if root.is_dir() else ():
-            segment = SHARED_MEMORY / segment_name(root, place.name)
-            if segment.exists():
-                said.append(f"left behind: {segment}")
-            remove_deserted(root, place.name)
-    return said
-
-
-def shared_memory_files() -> set[Path]:
-    """Return the files of POSIX shared memory, where the system shows them."""
-    return set(SHARED_MEMORY.iterdir()) if SHARED_MEMORY.is_dir() else set()
-
-
-def left_in_shared_memory(before: set[Path]) -> list[str]:
-    """Return what is to be said about new shared memory that no process has open or mapped.
-
-    It is not removed: it may be what somebody else has left, while we ran.
-    """
-    left = shared_memory_files() - before
-    if left:
-        maps = " ".join(_maps_and_files())
-        left = {file for file in left if str(file) not in maps and file.exists()}
-    return [f"left behind: {file}" for file in sorted(left)]
-
-
-def _maps_and_files() -> Iterator[str]:
-    for process in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            yield (process / "maps").read_text(errors="replace")
-        with contextlib.suppress(OSError):
-            for descriptor in (process / "fd").iterdir():
-                with contextlib.suppress(OSError):
-                    yield os.readlink(descriptor)
+def remove_namespaces(root: Path) -> list[str]:
+    """Remove the namespaces that killed processes have left below a root; return what is to be said."""
+    prefix = segment_name(root, "")
+    left = sorted(file for file in SHARED_MEMORY.iterdir() if file.name.startswith(prefix))
+    for file in left:
+        remove_deserted(root, file.name.removeprefix(prefix))
+    return [f"left behind: {file}" for file in left]
 
 
 @contextlib.contextmanager
