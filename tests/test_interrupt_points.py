@@ -17,18 +17,23 @@ was just told the names of its arguments, which Python 3.11 would take for those
 
 from __future__ import annotations
 
+import ast
 import asyncio
+import dis
 import gc
+import itertools
 import os
 import random
+import re
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from types import CodeType
 from typing import Any
 
 import pytest
@@ -37,6 +42,7 @@ from interrupt_points import (
     ENOUGH_FAILURES,
     HEALS_WITHIN_S,
     OFFSET,
+    PACKAGE,
     SMALL_TABLES,
     STEP,
     Interrupted,
@@ -162,6 +168,8 @@ def test_wait_for_copy_in_loop(sweep: Callable[..., Sweep]) -> None:
     one = sweep(97, max_model_copies=1, wait_timeout_seconds=10.0)
     holder = OtherHolder(one)
     run = in_loop(one, "a", "handle")
+    # So that no import is part of it.
+    run()
 
     def block() -> None:
         try:
@@ -462,6 +470,42 @@ def test_join_of_others(runtime_root: Path, new_process: Any) -> None:
         return len(snapshot.members) == 1 and not check_invariants(snapshot)
 
     print(sweep_whole_life(1609, join, stays=is_alone), "points")
+
+
+def unguarded_jumps(code: CodeType) -> Iterator[int]:
+    """Return the lines of loops from whose jump back an exception leaves out the `with` block that they stand in."""
+    handlers = {
+        place.offset
+        for place, after in itertools.pairwise(dis.get_instructions(code))
+        if (place.opname, after.opname) == ("PUSH_EXC_INFO", "WITH_EXCEPT_START")
+    }
+    # There is no public way to read it.
+    blocks = [block for block in dis._parse_exception_table(code) if block.target in handlers]  # type: ignore[attr-defined]
+
+    def around(offset: int) -> set[int]:
+        return {block.target for block in blocks if block.start <= offset < block.end}
+
+    for jump in dis.get_instructions(code):
+        if jump.opname == "JUMP_BACKWARD" and around(jump.argval) - around(jump.offset):
+            yield jump.positions.lineno if jump.positions and jump.positions.lineno else 0
+    for inner in code.co_consts:
+        if isinstance(inner, CodeType):
+            yield from unguarded_jumps(inner)
+
+
+@pytest.mark.skipif(sys.version_info < (3, 13), reason="older compilers guard each jump back")
+def test_no_lock_between_threads_stays_taken_by_a_loop() -> None:
+    found = []
+    for file in Path(PACKAGE).rglob("*.py"):
+        text = file.read_text()
+        lines = set(unguarded_jumps(compile(text, str(file), "exec")))
+        for block in (node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.With)):
+            what = ast.unparse(block.items[-1].context_expr)
+            inside = range(block.lineno, block.end_lineno or 0)
+            # What a transaction leaves is ended by who comes next.
+            if re.search(r"(lock|mutex|guard)(\(\))?$", what) and lines.intersection(inside):
+                found.append(f"{file}:{block.lineno} with {what}")
+    assert found == []
 
 
 def test_nothing_is_taken_from_calls_in_progress(

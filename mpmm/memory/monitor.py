@@ -95,9 +95,14 @@ class LocalSamples:
             self.current_mb = sum(used_mb for _, used_mb in self._last.values())
             now_s = max(taken_ns for taken_ns, _ in fresh.values()) / 1e9
             self.history.append((now_s, self.current_mb))
-            while now_s - self.history[0][0] > self._peak_window_s:
-                self.history.popleft()
+            self._drop_before(now_s - self._peak_window_s)
             self.peak_mb = max(used_mb for _, used_mb in self.history)
+
+    def _drop_before(self, since_s: float) -> None:
+        # A function of its own: Python 3.13 compiles the jump back of such a loop as if it stood outside of the block
+        # that has the lock, so an exception from a signal handler would leave it taken.
+        while self.history[0][0] < since_s:
+            self.history.popleft()
 
     def stats(self) -> tuple[float, float, float]:
         """Return (current, peak, total) MB."""

@@ -78,25 +78,28 @@ async def hold_in_loop(
     acquire = _AsyncAcquire(attachment, session, threads, tag, read_options(options, session.samples))
     try:
         instance = await acquire.run(loader)
-    except Exception:
-        # Now, because the traceback may keep the object for as long as somebody keeps the exception. (A task that is
-        # cancelled gives back by itself what it has in hand.)
+        try:
+            yield instance
+        except BaseException as error:
+            if is_out_of_memory(error) and not session.namespace.is_inherited:
+                with contextlib.suppress(MpmmError):
+                    await asyncio.shield(
+                        asyncio.wrap_future(threads.loads.submit(session.out_of_memory.make_room_after_use, tag))
+                    )
+            raise
+        finally:
+            # A child that was forked inside the block comes by here, too, but the instance is held by its parent.
+            if not session.namespace.is_inherited:
+                await _release(attachment, session, threads, tag, instance)
+            acquire.end()
+    except asyncio.CancelledError:
+        # A task that is cancelled gives back by itself what it has in hand.
+        raise
+    except BaseException:
+        # Now, because the traceback may keep the object for as long as somebody keeps the exception; the task itself
+        # keeps a KeyboardInterrupt.
         acquire.abandon()
         raise
-    try:
-        yield instance
-    except BaseException as error:
-        if is_out_of_memory(error) and not session.namespace.is_inherited:
-            with contextlib.suppress(MpmmError):
-                await asyncio.shield(
-                    asyncio.wrap_future(threads.loads.submit(session.out_of_memory.make_room_after_use, tag))
-                )
-        raise
-    finally:
-        # A child that was forked inside the block comes by here, too, but the instance is held by its parent.
-        if not session.namespace.is_inherited:
-            await _release(attachment, session, threads, tag, instance)
-        acquire.end()
 
 
 async def _release(attachment: Attachment, session: Session, threads: _Threads, tag: str, instance: Any) -> None:
@@ -124,16 +127,19 @@ class _AsyncAcquire:
         self._attachment = attachment
         self._session = session
         self._threads = threads
+        self._has_ended = False
         self._operation = session.begin_for(self)
         self._acquisition = attachment.acquisition(session, self._operation, tag, request)
 
     def end(self) -> None:
         """Say that nothing is in hand any more."""
+        self._has_ended = True
         self._session.end(self._operation)
 
     def abandon(self) -> None:
-        """Leave to the background thread what is in hand, as nothing goes on."""
-        self._session.abandon(self._operation)
+        """Leave to the background thread what is in hand, as nothing goes on; nothing after the end."""
+        if not self._has_ended:
+            self._session.abandon(self._operation)
 
     async def run(self, loader: Callable[[], Any]) -> Any:
         """Return an instance that this process holds now. Raises what `acquire_model` raises."""

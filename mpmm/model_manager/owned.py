@@ -68,11 +68,8 @@ class OwnedObjects:
             if copy is None or copy.generation != generation:
                 return None
             self._strike_off(row)
-            # Those of its seats, which are free rows by now or somebody else's.
-            for other in [other for other in self.in_rows.values() if other.value is copy.value]:
-                instance = self._namespace.tables.instances[other.row]
-                if not instance.state or instance.generation != other.generation:
-                    self._strike_off(other.row)
+            # Not a loop here: see `LocalSamples._drop_before`.
+            self._strike_off_seats(copy)
             return copy
 
     def all(self) -> list[LoadedInstance]:
@@ -92,6 +89,13 @@ class OwnedObjects:
             self._strike_off(copy.row)
             self.in_rows[copy.row] = copy
             self.rows_of_model[model].append(copy.row)
+
+    def _strike_off_seats(self, copy: LoadedInstance) -> None:
+        """Strike off the seats of a copy, whose rows are free by now or somebody else's."""
+        for other in [other for other in self.in_rows.values() if other.value is copy.value]:
+            instance = self._namespace.tables.instances[other.row]
+            if not instance.state or instance.generation != other.generation:
+                self._strike_off(other.row)
 
     def _strike_off(self, row: int) -> None:
         for rows in self.rows_of_model.values():

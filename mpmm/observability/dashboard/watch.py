@@ -56,12 +56,7 @@ class Watcher:
     def look(self) -> float:
         """Look at all namespaces once; return the seconds until the next look."""
         with self._mutex:
-            there = [self._only] if self._only is not None else self._found()
-            for name in there:
-                if name not in self._recorders:
-                    self._recorders[name] = Recorder(name, self._root)
-            for name, recorder in list(self._recorders.items()):
-                self._look_at(recorder, name in there)
+            self._look_at_all()
             busy = any(recorder.busy for recorder in self._recorders.values())
         return BUSY_PAUSE_S if busy else PAUSE_S
 
@@ -86,6 +81,14 @@ class Watcher:
 
     def _found(self) -> list[str]:
         return [*find_namespaces(self._root), *find_lost_namespaces(self._root)]
+
+    def _look_at_all(self) -> None:
+        there = [self._only] if self._only is not None else self._found()
+        for name in there:
+            if name not in self._recorders:
+                self._recorders[name] = Recorder(name, self._root)
+        for name, recorder in list(self._recorders.items()):
+            self._look_at(recorder, name in there)
 
     def _look_at(self, recorder: Recorder, there: bool) -> None:
         """Look at a namespace; forget it if it ended, is not there any more, and was shown for long enough."""
