@@ -485,9 +485,11 @@ def unguarded_jumps(code: CodeType) -> Iterator[int]:
     def around(offset: int) -> set[int]:
         return {block.target for block in blocks if block.start <= offset < block.end}
 
+    # The types are those of Python 3.10, whose instructions have no positions.
+    jump: Any
     for jump in dis.get_instructions(code):
         if jump.opname == "JUMP_BACKWARD" and around(jump.argval) - around(jump.offset):
-            yield jump.positions.lineno if jump.positions and jump.positions.lineno else 0
+            yield jump.positions.lineno
     for inner in code.co_consts:
         if isinstance(inner, CodeType):
             yield from unguarded_jumps(inner)
