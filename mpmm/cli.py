@@ -120,6 +120,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {printable(' '.join(unknown))}{hint}")
     if bool(program) != (options.command == "run"):
         parser.error("`run` needs a program after `--`, and no other command takes one")
+    named = getattr(options, "named", None)
+    if named is not None:
+        if options.namespace is not None:
+            parser.error(f"two namespaces: {printable(options.namespace)} and --namespace {printable(named)}")
+        options.namespace = named
     try:
         root = None
         if options.runtime_root is not None:
@@ -233,11 +238,12 @@ def _top(options: argparse.Namespace, root: Path | None) -> int:
     interval_s = checked_number("--interval", options.interval, 0.05, 3600.0, "seconds")
     if options.sort not in SORTS:
         raise InvalidArgumentError(f"--sort {options.sort}: expected one of {', '.join(SORTS)}")
+    controls = Controls(options.sort, filter=options.filter)
     if not sys.stdout.isatty():
-        return print_once(_namespace(options, root), root)
+        return print_once(_namespace(options, root), root, controls)
     # On a terminal, wait for the first namespace to appear.
     namespace = _namespace(options, root) if options.namespace or find_namespaces(root) else None
-    return run(namespace, root, interval_s, Controls(options.sort, filter=options.filter))
+    return run(namespace, root, interval_s, controls)
 
 
 def _ps(options: argparse.Namespace, root: Path | None) -> int:
@@ -389,7 +395,7 @@ def _move(options: argparse.Namespace, root: Path | None) -> int:
 
     from mpmm.model_manager import ModelManager
 
-    namespace = options.named or _namespace(options, root)
+    namespace = _namespace(options, root)
     model = asked_model(options.tag, namespace, root)
     # No report that our defaults differ from the settings of the namespace.
     logging.getLogger("mpmm").setLevel(logging.ERROR)

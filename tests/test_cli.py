@@ -467,6 +467,19 @@ def test_the_runtime_root_can_be_named_behind_the_command(tmp_path: Path) -> Non
         assert main(["--runtime-root", str(tmp_path / "nowhere"), "check", "--runtime-root", str(root)]) == 0
 
 
+@pytest.mark.parametrize("command", ["inspect", "ps", "events", "trace", "metrics", "check", "top"])
+def test_the_namespace_can_be_named_by_an_option_as_with_commands_about_a_model(
+    command: str, busy: ModelManager, namespace: str, capsys: Capture
+) -> None:
+    assert main([command, "--namespace", namespace]) == 0
+    assert capsys.readouterr().out
+    assert main([command, "--namespace", "nowhere"]) == 2
+    assert "nowhere" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        main([command, namespace, "--namespace", "nowhere"])
+    assert f"two namespaces: {namespace} and --namespace nowhere" in capsys.readouterr().err
+
+
 def test_a_program_without_the_dashes_is_pointed_to_them(capsys: Capture) -> None:
     with pytest.raises(SystemExit, match="2"):
         main(["run", "--mb", "100", "sleep", "1"])

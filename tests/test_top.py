@@ -298,4 +298,6 @@ def test_without_a_terminal_one_picture_is_printed(
     busy: ModelManager, namespace: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["top", "--filter", "wanted"]) == 0
-    assert "wanted" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "wanted" in printed
+    assert "with 'wanted': 0 of 1" in printed

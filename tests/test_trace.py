@@ -252,6 +252,16 @@ def test_the_command_follows_a_job_from_its_begin_to_its_end(
     assert len(named(events, "hold a")) == 1
 
 
+def test_an_earlier_trace_is_kept_where_there_is_nothing_to_write(tmp_path: Path, capsys: Capture) -> None:
+    file = tmp_path / "trace.json"
+    assert main(["trace", "nowhere", "-o", str(file)]) == 2
+    assert not file.exists()
+    file.write_text("[\n]\n")
+    assert main(["trace", "nowhere", "-o", str(file)]) == 2
+    assert file.read_text() == "[\n]\n"
+    assert "there is no namespace 'nowhere'" in capsys.readouterr().err
+
+
 def test_an_interrupt_ends_a_trace_in_good_order(story: tuple[ModelManager, Process], namespace: str) -> None:
     recorder = subprocess.Popen(
         [sys.executable, "-m", "mpmm.cli", "trace", namespace, "--follow"],

@@ -66,7 +66,7 @@ def _add_looking(commands: Commands) -> None:
         "--interval", type=float, default=0.5, metavar="SECONDS", help="time between two updates (default: 0.5)"
     )
     ps = commands.add_parser("ps", help="one line for each loaded copy")
-    ps.add_argument("namespace", nargs="?", help="default: all")
+    _add_namespace(ps, "all")
     ps.add_argument("--format", metavar="FORMAT", help="json, or a format string of Python: '{tag} {pid} {mb:.0f}'")
     events = commands.add_parser("events", help="past events and their reasons, one line each")
     events.add_argument(
@@ -100,7 +100,7 @@ def _add_exporting(commands: Commands) -> None:
     )
     plot.add_argument("--trace", type=Path, metavar="FILE", help="draw a file that `mpmm trace` wrote")
     metrics = commands.add_parser("metrics", help="print metrics for Prometheus, or serve them by HTTP")
-    metrics.add_argument("namespace", nargs="?", help="default: all")
+    _add_namespace(metrics, "all")
     metrics.add_argument(
         "--openmetrics", action="store_true", help="print OpenMetrics text (HTTP clients choose by their Accept header)"
     )
@@ -129,8 +129,6 @@ def _add_changing(commands: Commands) -> None:
         command = commands.add_parser(name, help=what)
         command.add_argument("tag", metavar="TAG", help=HELP)
         _add_namespace(command)
-        # As with the other commands about a model.
-        command.add_argument("--namespace", dest="named", metavar="NAMESPACE", help="the same, by an option")
     prune = commands.add_parser("prune", help="remove segments and folders that crashed processes left behind")
     prune.add_argument("--dry-run", action="store_true", help="only list what would be removed")
     doctor = commands.add_parser(
@@ -188,8 +186,10 @@ def _add_explaining(commands: Commands) -> None:
     commands.add_parser("man", help="print the manual page; `mpmm man | man -l -` shows it")
 
 
-def _add_namespace(command: argparse.ArgumentParser) -> None:
-    command.add_argument("namespace", nargs="?", help="default: the only one there is")
+def _add_namespace(command: argparse.ArgumentParser, default: str = "the only one there is") -> None:
+    command.add_argument("namespace", nargs="?", help=f"default: {default}")
+    # As with the commands that have other arguments. Not of the same name: what is not given would undo what is.
+    command.add_argument("--namespace", dest="named", metavar="NAMESPACE", help="the same, by an option")
 
 
 def _seconds(text: str) -> float:

@@ -141,12 +141,12 @@ def run(namespace: str | None, root: Path | None, interval_s: float, controls: C
     return 0
 
 
-def print_once(namespace: str, root: Path | None) -> int:
+def print_once(namespace: str, root: Path | None, controls: Controls) -> int:
     """Print one picture, where there is no terminal to show more; return 0. Raises what `read_snapshot` raises."""
     console, history = Console(), History()
     snapshot = read_snapshot(namespace, root, choice=_CHOICE)
     history.add(snapshot)
-    console.print(screen(snapshot, history, console.width, console.height))
+    console.print(screen(snapshot, history, console.width, console.height, controls))
     return 0
 
 

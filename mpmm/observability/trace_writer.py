@@ -32,18 +32,12 @@ def record(namespace: str, root: Path | None, output: Path | None, *, follow: bo
 
     Raises what `read_snapshot` raises, without `follow`; OSError when the file cannot be written.
     """
-    with contextlib.ExitStack() as stack:
-        if output is None:
-            return _write(namespace, root, sys.stdout, follow)
-        return _write(namespace, root, stack.enter_context(open(output, "w", encoding="utf-8")), follow)
-
-
-def _write(namespace: str, root: Path | None, stream: TextIO, follow: bool) -> int:
     reader, tracer = EventReader(namespace, root), Tracer()
     last: Snapshot | None = None
-    with asked_to_end() as ending:
-        # Before the file is begun: without a namespace nothing is to be written.
+    with asked_to_end() as ending, contextlib.ExitStack() as stack:
+        # Before the file is begun: without a namespace nothing is to be written, and no earlier trace to be lost.
         first = None if follow else reader.step()
+        stream = sys.stdout if output is None else stack.enter_context(open(output, "w", encoding="utf-8"))
         trace = TraceFile(stream)
         try:
             for step in steps(reader, ending) if first is None else (first,):
