@@ -311,9 +311,9 @@ class HeldInstances:
 
     def handle_is_alive(self, copy: LoadedInstance) -> bool:
         """Tell whether what a handle stands for still lives; a handle that never named a server is taken on trust."""
-        has_server, server = self._instances.server(copy.row)
-        if not has_server:
+        if not self._instances.named_server(copy.row):
             return True
+        server = self._instances.server(copy.row)
         if server is not None:
             return self._namespace.member_is_alive(server)
         return multi_process_shared.server_pid(copy.value) is not None

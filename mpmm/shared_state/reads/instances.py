@@ -125,13 +125,15 @@ class InstanceReads:
             words[at + Instance.UNLOAD_ON_RELEASE],
         )
 
-    def server(self, row: int) -> tuple[bool, int | None]:
-        """Return whether a copy's handle named a server when it was loaded, and the slot of the member that still is
-        it, if that is known; for its holder without the lock."""
-        words, at = self._words, self._tables.instance(row)
+    def named_server(self, row: int) -> bool:
+        """Tell whether a copy's handle named a server when it was loaded; for its holder without the lock."""
+        return self._words[self._tables.instance(row) + Instance.HAS_SERVER] != 0
+
+    def server(self, row: int) -> int | None:
+        """Return the slot of the member that is a copy's server, if that is known; for its holder without the lock."""
         # Read once: the server's death sets it to 0 at any moment, also while a holder looks without the lock.
-        server = words[at + Instance.SERVER]
-        return words[at + Instance.HAS_SERVER] != 0, server - 1 if server else None
+        server = self._words[self._tables.instance(row) + Instance.SERVER]
+        return server - 1 if server else None
 
     def in_use(self) -> Iterator[UsedInstance]:
         """Yield the rows in use: copies of models, and leases."""
