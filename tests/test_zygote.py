@@ -12,7 +12,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,10 @@ from mpmm.multi_process_shared import MultiProcessShared, server_pid, unload
 from mpmm.multi_process_shared.context import ServerContext, serving_for
 from mpmm.multi_process_shared.forkserver import client as forkserver_client
 from mpmm.multi_process_shared.forkserver.client import zygote_pid
-from mpmm.multi_process_shared.forkserver.zygote import PROCESS_NAME
+from mpmm.multi_process_shared.forkserver.orders import Kind
+from mpmm.multi_process_shared.forkserver.zygote import PROCESS_NAME, _TemplateHandle, _Zygote
 from mpmm.multi_process_shared.registry import registry_for
+from mpmm.multi_process_shared.rpc import sockets
 
 pytestmark = pytest.mark.skipif(not forkserver_client._has_pidfd(), reason="needs descriptors of processes")
 path = shared_workers.path
@@ -288,6 +291,60 @@ def test_a_stopped_zygote_delays_a_start_but_does_not_prevent_it(path: str, monk
         assert parent_of(shared(path, "second").pid()) == os.getpid()
     finally:
         os.kill(pid, signal.SIGCONT)
+
+
+@pytest.fixture
+def new_template() -> Iterator[Callable[[Callable[[Connection], object]], tuple[_Zygote, _TemplateHandle]]]:
+    """Makes a zygote with a template that does one thing with its connection, and then stands still."""
+    made: list[_TemplateHandle] = []
+
+    def make(doing: Callable[[Connection], object]) -> tuple[_Zygote, _TemplateHandle]:
+        ours, theirs = multiprocessing.Pipe()
+        pid = os.fork()
+        if pid == 0:
+            try:
+                doing(theirs)
+                signal.pause()
+            finally:
+                os._exit(0)
+        theirs.close()
+        sockets.set_timeouts(ours, 0.5)
+        made.append(_TemplateHandle(Kind((), (), (), "/", ()), pid, ours))
+        # It takes no orders, so it needs no registry.
+        zygote = _Zygote.__new__(_Zygote)
+        zygote.templates, zygote.modules, zygote.unforkable, zygote.read = [made[-1]], {}, {}, {}
+        zygote.failures = {}
+        return zygote, made[-1]
+
+    yield make
+    for template in made:
+        # Those that were not given up, in a test that fails.
+        with contextlib.suppress(ChildProcessError):
+            if os.waitpid(template.pid, os.WNOHANG) == (0, 0):
+                os.kill(template.pid, signal.SIGKILL)
+                os.waitpid(template.pid, 0)
+        template.link.close()
+
+
+def test_a_template_that_is_stopped_in_the_middle_of_a_message_is_given_up(new_template: Callable[..., Any]) -> None:
+    zygote, template = new_template(lambda link: os.write(link.fileno(), (1000).to_bytes(4, "big") + b"half"))
+    assert template.link.poll(DEADLINE_S)
+    listening = threading.Thread(target=zygote.listen_to, args=(template,), daemon=True)
+    listening.start()
+    listening.join(DEADLINE_S)
+    assert not listening.is_alive()
+    assert (zygote.templates, zygote.failures, template.retired) == ([], {template.kind: 1}, True)
+    with pytest.raises(ChildProcessError):
+        os.waitpid(template.pid, os.WNOHANG)
+
+
+def test_a_template_that_hears_nothing_more_gets_no_more_orders(
+    new_template: Callable[..., Any],
+) -> None:
+    zygote, template = new_template(lambda link: None)
+    zygote.note_imports(template.kind, [f"module_{number}" for number in range(100_000)])
+    assert template.retired
+    assert os.waitstatus_to_exitcode(os.waitpid(template.pid, 0)[1]) == -signal.SIGKILL
 
 
 def fail_to_start(*arguments: Any) -> None:

@@ -184,10 +184,7 @@ class _Zygote(ForkParent):
                 hand_over(template.link, FORK, order)
                 return
             except OSError:
-                # Stuck, or gone. What comes of half a message is no order, so let it go altogether.
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(template.pid, signal.SIGKILL)
-                self.retire(template)
+                self.give_up(template)
         self.fork_server(order, kind)
 
     def kind_of(self, order: Order) -> Kind:
@@ -254,9 +251,11 @@ class _Zygote(ForkParent):
         if template is None:
             self.make_template(kind)
         else:
-            with contextlib.suppress(OSError):
+            try:
                 template.link.send((IMPORT, self.clean(kind, new)))
                 template.busy = True
+            except OSError:
+                self.give_up(template)
 
     def listen_to(self, template: _TemplateHandle) -> None:
         """Hear what a template has to say."""
@@ -265,6 +264,8 @@ class _Zygote(ForkParent):
             if what == BACK:
                 self.fork_server(take_over(template.link, value), template.kind)
         except (EOFError, OSError):
+            # It has ended, or it is stopped in the middle of what it says.
+            self.kill(template)
             template.link.close()
             self.templates.remove(template)
             os.waitpid(template.pid, 0)
@@ -295,6 +296,17 @@ class _Zygote(ForkParent):
             self.environments[kind] = environment
             self.make_template(kind)
 
+    def give_up(self, template: _TemplateHandle) -> None:
+        """End a template that does not take what it is told: after half a message it would understand none."""
+        self.kill(template)
+        self.retire(template)
+
+    @staticmethod
+    def kill(template: _TemplateHandle) -> None:
+        """Kill a template. Its servers live on, but their exit codes are lost."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(template.pid, signal.SIGKILL)
+
     def retire(self, template: _TemplateHandle) -> None:
         """Give a template no more orders. It stays for the exit codes of its servers."""
         template.retired = True
@@ -318,7 +330,7 @@ class _Zygote(ForkParent):
                 with contextlib.suppress(OSError):
                     send(order.requester, WAIT, 0)
             if template.waiting and time.monotonic() - template.waiting[0].since > PRELOAD_HOOK_TIMEOUT_S:
-                os.kill(template.pid, signal.SIGKILL)
+                self.kill(template)
 
     def leave(self) -> NoReturn:
         """Clean up and end; the alive lock is held exclusively, or its registry is gone."""
@@ -330,8 +342,7 @@ class _Zygote(ForkParent):
                 self.registry.remove_if_unused()
             for template in self.templates:
                 # One whose imports never end would not see that we are gone.
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(template.pid, signal.SIGKILL)
+                self.kill(template)
             # Workers that crashed without a model server leave no other process that cleans up after them. Imported
             # here, because numpy comes with it, and this process is to stay small.
             from mpmm.shared_state.removal import remove_all_deserted
