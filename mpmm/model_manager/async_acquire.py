@@ -90,7 +90,7 @@ async def hold_in_loop(
         finally:
             # A child that was forked inside the block comes by here, too, but the instance is held by its parent.
             if not session.namespace.is_inherited:
-                await _release(attachment, session, threads, tag, instance)
+                await acquire.release(instance)
             acquire.end()
     except asyncio.CancelledError:
         # A task that is cancelled gives back by itself what it has in hand.
@@ -100,21 +100,6 @@ async def hold_in_loop(
         # keeps a KeyboardInterrupt.
         acquire.abandon()
         raise
-
-
-async def _release(attachment: Attachment, session: Session, threads: _Threads, tag: str, instance: Any) -> None:
-    # An instance that runs alone is measured at the release, which may take the source of memory figures a while.
-    if session.namespace.is_usable and not session.namespace.reads.devices.anything_runs_alone():
-        with contextlib.suppress(LockTimeoutError):
-            release(attachment.connected(), tag, instance, LOOP_TIMEOUT_S)
-            return
-    # Shielded, because a task that is cancelled now must give it back nevertheless.
-    released = threads.transactions.submit(_release_patiently, attachment, tag, instance)
-    await asyncio.shield(asyncio.wrap_future(released))
-
-
-def _release_patiently(attachment: Attachment, tag: str, instance: Any) -> None:
-    release(attachment.connected(), tag, instance)
 
 
 class _AsyncAcquire:
@@ -127,7 +112,7 @@ class _AsyncAcquire:
         self._attachment = attachment
         self._session = session
         self._threads = threads
-        self._has_ended = False
+        self._has_ended = self._is_abandoned = self._works_in_thread = False
         self._operation = session.begin_for(self)
         self._acquisition = attachment.acquisition(session, self._operation, tag, request)
 
@@ -139,7 +124,10 @@ class _AsyncAcquire:
     def abandon(self) -> None:
         """Leave to the background thread what is in hand, as nothing goes on; nothing after the end."""
         if not self._has_ended:
-            self._session.abandon(self._operation)
+            # In this order: a thread that is still at work for this acquire looks the other way round.
+            self._is_abandoned = True
+            if not self._works_in_thread:
+                self._session.abandon(self._operation)
 
     async def run(self, loader: Callable[[], Any]) -> Any:
         """Return an instance that this process holds now. Raises what `acquire_model` raises."""
@@ -156,6 +144,22 @@ class _AsyncAcquire:
                 return found.value
             throw_away = functools.partial(discard, session, self._operation, found)
             await self._in_thread(self._threads.transactions, throw_away)
+
+    async def release(self, instance: Any) -> None:
+        """Give back what `run` has returned."""
+        session = self._session
+        # An instance that runs alone is measured at the release, which may take the source of memory figures a while.
+        if session.namespace.is_usable and not session.namespace.reads.devices.anything_runs_alone():
+            with contextlib.suppress(LockTimeoutError):
+                self._give_back(instance, LOOP_TIMEOUT_S)
+                return
+        # Shielded, because a task that is cancelled now must give it back nevertheless.
+        give_back = functools.partial(self._give_back, instance)
+        released = self._threads.transactions.submit(self._unless_abandoned, give_back)
+        await asyncio.shield(asyncio.wrap_future(released))
+
+    def _give_back(self, instance: Any, timeout_s: float | None = None) -> None:
+        release(self._attachment.connected(), self._acquisition.tag, instance, timeout_s)
 
     def _take_at_once(self) -> LoadedInstance | None:
         """Take an idle instance, in the loop's thread."""
@@ -248,7 +252,7 @@ class _AsyncAcquire:
 
     def _undo_load(self, value: Any) -> None:
         with contextlib.suppress(MpmmError):
-            release(self._attachment.connected(), self._acquisition.tag, value)
+            self._give_back(value)
 
     async def _in_thread(
         self,
@@ -261,7 +265,7 @@ class _AsyncAcquire:
 
         undo: called with its result if the task is cancelled before it comes. never: called if it was not even begun.
         """
-        future = pool.submit(function)
+        future = pool.submit(self._unless_abandoned, function)
         try:
             return await asyncio.wrap_future(future)
         except asyncio.CancelledError:
@@ -270,6 +274,18 @@ class _AsyncAcquire:
             else:
                 future.add_done_callback(functools.partial(_undo_result, undo))
             raise
+
+    def _unless_abandoned(self, function: Callable[[], T]) -> T:
+        """Return what a function returns; once this acquire is abandoned, what it has got meanwhile is, too."""
+        self._works_in_thread = True
+        try:
+            if self._is_abandoned:
+                raise asyncio.CancelledError
+            return function()
+        finally:
+            self._works_in_thread = False
+            if self._is_abandoned:
+                self._session.abandon(self._operation)
 
 
 def _undo_result(undo: Callable[[T], object], future: Future[T]) -> None:
