@@ -20,7 +20,7 @@ the dead had, and the accounts decide; it does not replace the devices while the
 and age.
 
 The leader looks around four times a second. Two deputies, the workers in the lowest slots of those that measure most,
-look every 0.4 s whether it leads and polls, and everybody else does so every four seconds, in case all of those die
+look as often whether it leads and polls, and everybody else does so every four seconds, in case all of those die
 together; a new leader wakes those that are its deputies now. What counts is how often a process that has slept runs
 Python: each time takes a third of a millisecond to a whole one, although the same code takes 11 us when it is run over
 and over. So the compiled core looks for those that do not lead (`Core.doze`), and Python where something is amiss, and
@@ -59,8 +59,8 @@ __all__ = ["FIRST_SAMPLE_WAIT_S", "LONGEST_TICK_S", "POLL_WAIT_S", "Leader"]
 _LOG = printable_logger("mpmm")
 # What the dead had is given back so soon at the latest, whatever the poll interval is.
 LONGEST_TICK_S = 0.25
-# With STALE_AFTER_S a second: so late a poll is at the latest if the leader is stuck. A dead one is replaced earlier.
-DEPUTY_TICK_S = 0.4
+# With STALE_AFTER_S, so late a poll is at the latest if the leader is stuck. A dead one is replaced earlier.
+DEPUTY_TICK_S = 0.25
 # So often those that do not lead do the rest, where the compiled core looks for the leader.
 DEPUTY_REST_S = 1.0
 RESERVE_REST_S = 12.0
