@@ -13,6 +13,7 @@ from mpmm.memory.samples import SharedSamples
 from mpmm.scheduling import Scheduler
 from mpmm.shared_state.layout import Device, Member
 from mpmm.shared_state.namespace import Namespace
+from mpmm.shared_state.snapshot import read_snapshot
 from mpmm.sources import DeviceInfo, DeviceSample
 
 SERVER, PID = 1, NOBODYS_PID
@@ -98,3 +99,11 @@ def test_a_sample_that_is_too_old_for_the_device_is_too_old_for_its_processes(sa
     samples.publish(sample(700.0, time.monotonic_ns(), 300.0))
     assert joined.segment.floats[measured] == 300.0
     assert not math.isnan(joined.segment.floats[joined.tables.device(0) + Device.USED_MB])
+
+
+def test_the_last_figures_of_a_device_are_kept_in_their_order(samples: SharedSamples) -> None:
+    count = Device.RING_LENGTH + 3
+    for number in range(count):
+        samples.publish(sample(float(number), time.monotonic_ns(), 0.0))
+    kept = read_snapshot(samples._namespace.name).devices[0].samples
+    assert [mb for _, mb in kept] == [float(number) for number in range(3, count)]

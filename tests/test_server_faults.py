@@ -35,7 +35,7 @@ from mpmm.multi_process_shared.forkserver.fork_parent import ForkParent
 from mpmm.multi_process_shared.forkserver.orders import Descriptor, ForkOrder, Kind, Order
 from mpmm.multi_process_shared.host import Host
 from mpmm.multi_process_shared.hosted import find_host
-from mpmm.multi_process_shared.registry import registry_for
+from mpmm.multi_process_shared.registry import ServerRecord, registry_for
 from mpmm.multi_process_shared.rpc import channel, sockets
 from mpmm.multi_process_shared.rpc.shared_buffer import cut_into_slots
 from mpmm.shared_state import transaction
@@ -386,3 +386,14 @@ sys.exit(os.readlink("/proc/self/fd/1") != os.devnull)
 """
     done = subprocess.run([sys.executable, "-c", code, tmp_path / "gone"], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "to the starter\n", "")
+
+
+def test_a_server_that_may_not_be_looked_at_counts_as_running(monkeypatch: pytest.MonkeyPatch) -> None:
+    record = ServerRecord("tag", os.getpid(), 0.0, "1", "socket", spawned=True, ready=True)
+    assert not record.is_running()
+
+    def refuse(pid: int) -> psutil.Process:
+        raise psutil.AccessDenied(pid)
+
+    monkeypatch.setattr(psutil, "Process", refuse)
+    assert record.is_running() is True

@@ -216,6 +216,19 @@ def test_members_put_back_what_was_removed_of_the_folder(
     assert problems(namespace) == []
 
 
+def test_a_lock_file_that_somebody_else_has_put_there_is_taken_and_not_counted(
+    namespace: str, runtime_root: Path, new_process: NewProcess
+) -> None:
+    one = new_process()
+    path = runtime_root / namespace / "leader.lock"
+    other = path.with_name("other")
+    other.touch(mode=0o600)
+    os.replace(other, path)
+    wait_until(lambda: is_locked(path), "the leader has the new one")
+    wait_until(lambda: one.call(leads), "it leads")
+    assert read_snapshot(namespace).files_put_back == 0
+
+
 def test_a_leader_whose_lock_was_removed_makes_way_for_the_one_who_has_the_new_one(
     namespace: str, runtime_root: Path, new_process: NewProcess
 ) -> None:

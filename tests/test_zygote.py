@@ -32,7 +32,7 @@ from mpmm.multi_process_shared import MultiProcessShared, server_pid, unload
 from mpmm.multi_process_shared.context import ServerContext, serving_for
 from mpmm.multi_process_shared.forkserver import client as forkserver_client
 from mpmm.multi_process_shared.forkserver.client import zygote_pid
-from mpmm.multi_process_shared.forkserver.orders import Kind
+from mpmm.multi_process_shared.forkserver.orders import Descriptor, Kind
 from mpmm.multi_process_shared.forkserver.zygote import PROCESS_NAME, _TemplateHandle, _Zygote
 from mpmm.multi_process_shared.registry import registry_for
 from mpmm.multi_process_shared.rpc import sockets
@@ -151,6 +151,34 @@ def test_a_constructor_of_a_script_works_without_cloudpickle(path: str, tmp_path
         env={**os.environ, "PYTHONPATH": import_path()},
     )
     assert (done.stdout, done.stderr) == ("(42, '__mp_main__') mpmm-server\n" * 2, "")
+
+
+@pytest.mark.parametrize("switch", ["0", "1"], ids=["spawn", "zygote"])
+def test_what_a_script_sets_for_itself_does_not_move_its_servers(path: str, tmp_path: Path, switch: str) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import os, sys\n"
+        "os.environ.update(CUDA_VISIBLE_DEVICES='7', MPMM_TEST_SET='by the script')\n"
+        "from mpmm.multi_process_shared import MultiProcessShared\n"
+        "from mpmm.multi_process_shared.context import ServerContext, serving_for\n"
+        "from mpmm.multi_process_shared.registry import registry_for\n"
+        "class Surroundings:\n"
+        "    def get(self): return [os.environ.get(name) for name in ('CUDA_VISIBLE_DEVICES', 'MPMM_TEST_SET')]\n"
+        "if __name__ == '__main__':\n"
+        "    alive = str(registry_for(sys.argv[1]).alive_path)\n"
+        "    with serving_for(ServerContext(alive_lock=alive, environment=(('CUDA_VISIBLE_DEVICES', '3'),))):\n"
+        "        handle = MultiProcessShared(Surroundings, 'it', path=sys.argv[1], spawn_process=True)\n"
+        "        print(handle.acquire().get())\n"
+        "        handle.unsafe_hard_delete()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, str(script), path],
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE_S,
+        env={**os.environ, "MPMM_ZYGOTE": switch, "PYTHONPATH": import_path()},
+    )
+    assert (done.stdout, done.stderr) == ("['3', 'by the script']\n", "")
 
 
 @pytest.mark.parametrize("switch", ["0", "1"], ids=["spawn", "zygote"])
@@ -345,6 +373,16 @@ def test_a_template_that_hears_nothing_more_gets_no_more_orders(
     zygote.note_imports(template.kind, [f"module_{number}" for number in range(100_000)])
     assert template.retired
     assert os.waitstatus_to_exitcode(os.waitpid(template.pid, 0)[1]) == -signal.SIGKILL
+
+
+def test_a_descriptor_of_an_order_is_closed_once() -> None:
+    descriptor = Descriptor(os.open(os.devnull, os.O_RDONLY))
+    descriptor.close()
+    # It may have the number that has just become free.
+    with open(os.devnull, "rb") as other:
+        descriptor.close()
+        assert os.fstat(other.fileno())
+    assert descriptor.fileno() == -1
 
 
 def fail_to_start(*arguments: Any) -> None:

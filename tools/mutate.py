@@ -56,6 +56,7 @@ PARTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
             *("test_invariants", "test_table_rows", "test_views"),
             *("test_durations", "test_namespace", "test_accounting", "test_full_tables", "test_bounded_work"),
             *("test_copies", "test_leases", "test_model_of_promises", "test_deaths", "test_stopped_processes"),
+            *("test_futex", "test_prune", "test_vanished_files", "test_bad_ground"),
             *("test_left_asleep", "test_crash_points", "test_call_crash_points"),
         ),
     ),
