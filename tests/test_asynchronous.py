@@ -15,6 +15,7 @@ from harness import (
     NewManager,
     NewProcess,
     acquire,
+    copies_of,
     force_reset,
     problems,
     release,
@@ -61,6 +62,37 @@ def settled(namespace: str) -> Snapshot:
     )
     assert problems(namespace) == []
     return read_snapshot(namespace)
+
+
+def test_an_idle_copy_is_taken_and_given_back_by_the_loops_own_thread(
+    namespace: str, new_manager: NewManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manager = new_manager()
+    manager.preload("a", Loads())
+
+    async def use() -> None:
+        monkeypatch.setattr(threading.Thread, "start", lambda thread: pytest.fail(f"{thread} was started"))
+        for block in (manager.model_async("a", Loads()), manager.model_async("a", Loads(), priority=1)):
+            async with block:
+                assert [copy.state for copy in copies_of(namespace, "a")] == ["active"]
+            assert [copy.state for copy in copies_of(namespace, "a")] == ["idle"]
+
+    run(use())
+
+
+def test_a_block_in_a_loop_begins_once(namespace: str, new_manager: NewManager) -> None:
+    manager = new_manager()
+
+    async def use() -> None:
+        block = manager.model_async("a", Loads())
+        async with block:
+            with pytest.raises(InvalidArgumentError, match="once for each block"):
+                await block.__aenter__()
+        with pytest.raises(InvalidArgumentError, match="once for each block"):
+            await block.__aenter__()
+
+    run(use())
+    assert [copy.state for copy in settled(namespace).instances] == ["idle"]
 
 
 def test_a_block_loads_holds_and_reuses(namespace: str, new_manager: NewManager) -> None:

@@ -83,7 +83,7 @@ def find(acquisition: Acquisition) -> LoadedInstance | Booking:
         if acquisition.request.keep_alive:
             acquisition.set_keep_alive(acquisition.left_s())
         while True:
-            found = _take_before_queueing(acquisition) or queue(acquisition)
+            found = take_before_queueing(acquisition, acquisition.left_s()) or queue(acquisition)
             if isinstance(found, Booking):
                 return found
             # None stands for enough instances, which only a preload is told.
@@ -96,15 +96,18 @@ def find(acquisition: Acquisition) -> LoadedInstance | Booking:
         raise
 
 
-def _take_before_queueing(acquisition: Acquisition) -> LoadedInstance | None:
-    """Take an idle instance if no request waits for one, or if it is kept for this process a moment longer."""
+def take_before_queueing(acquisition: Acquisition, timeout_s: float) -> LoadedInstance | None:
+    """Take an idle instance if no request waits for one, or if it is kept for this process a moment longer.
+
+    timeout_s: for the lock; LockTimeoutError after that.
+    """
     session, tag = acquisition.session, acquisition.tag
     if session.scheduler.may_have_to_wait(tag) and not session.held.comes_back(tag):
         return None
     if acquisition.request.is_plain and not session.held.may_find_idle(tag):
         return None
     kept = None if acquisition.request.usable_on else session.held.take_kept(tag, acquisition.operation)
-    return kept or acquisition.take_idle(acquisition.left_s())
+    return kept or acquisition.take_idle(timeout_s)
 
 
 def queue(acquisition: Acquisition) -> LoadedInstance | Booking | None:

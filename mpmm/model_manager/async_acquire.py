@@ -2,7 +2,7 @@
 
     in the loop's thread                     in threads of this module
     ─────────────────────────────────────────────────────────────────────────────────
-    an idle instance and no request waits: take it
+    an idle instance and no request waits: take it (`AsyncBlock`)
     otherwise                                queue (transactions)
     the task sleeps                          one thread sleeps on the tickets of 127 tasks (`Watcher`)
                                              act on the answer (transactions)
@@ -24,27 +24,25 @@ import functools
 import threading
 import time
 import weakref
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, asynccontextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from mpmm.errors import ClosedError, LockTimeoutError, MpmmError
 from mpmm.interpreter.fork_hooks import ChildStep, in_forked_child
 from mpmm.interpreter.thread_locks import new_lock, new_rlock
-from mpmm.model_manager.acquire import load_booked
+from mpmm.model_manager.acquire import load_booked, take_before_queueing
 from mpmm.model_manager.acquisition import Booking
 from mpmm.model_manager.load import give_up_booking
 from mpmm.model_manager.look_again import LookAgain
-from mpmm.model_manager.operations import LoadedInstance
+from mpmm.model_manager.operations import Held, LoadedInstance, Operation
 from mpmm.model_manager.queued_request import GrantRolledBack
 from mpmm.model_manager.refusals import expect_own_time_left
-from mpmm.model_manager.release import discard, release
-from mpmm.model_manager.request import AcquireOptions, PlacementRequest, encoded_tag, read_options
+from mpmm.model_manager.release import discard, give_back_hold, release
+from mpmm.model_manager.request import PlacementRequest, encoded_tag
 from mpmm.model_manager.session import Session
-from mpmm.multi_process_shared.main_import import refuse_while_importing_main
-from mpmm.policy.out_of_memory import is_out_of_memory
 from mpmm.shared_state.futex import WAITED_FOR_AT_MOST, wait_for_any, wake_all
 from mpmm.shared_state.layout import Ticket
 from mpmm.shared_state.signal_words import Signal
@@ -53,7 +51,7 @@ from mpmm.text.printable import printable_logger
 if TYPE_CHECKING:
     from mpmm.model_manager.attachment import Attachment
 
-__all__ = ["hold_in_loop"]
+__all__ = ["LOOP_TIMEOUT_S", "AsyncAcquire"]
 
 _LOG = printable_logger("mpmm")
 T = TypeVar("T")
@@ -66,76 +64,42 @@ TRANSACTIONS_AT_A_TIME = 2
 LINGER_S = 1.0
 
 
-@asynccontextmanager
-async def hold_in_loop(
-    attachment: Attachment, tag: str, loader: Callable[[], Any], options: AcquireOptions
-) -> AsyncIterator[Any]:
-    """Hold an instance for the length of an `async with` block; see `ModelManager.model_async`."""
-    refuse_while_importing_main("acquire the model", tag)
-    session = attachment.connected_in_time(tag)
-    threads = _threads_of(session)
-    # As long as this object is there, somebody answers for what it has in hand: see `mpmm.model_manager.operations`.
-    acquire = _AsyncAcquire(attachment, session, threads, tag, read_options(options, session.samples))
-    try:
-        instance = await acquire.run(loader)
-        try:
-            yield instance
-        except BaseException as error:
-            if is_out_of_memory(error) and not session.namespace.is_inherited:
-                with contextlib.suppress(MpmmError):
-                    await asyncio.shield(
-                        asyncio.wrap_future(threads.loads.submit(session.out_of_memory.make_room_after_use, tag))
-                    )
-            raise
-        finally:
-            # A child that was forked inside the block comes by here, too, but the instance is held by its parent.
-            if not session.namespace.is_inherited:
-                await acquire.release(instance)
-            acquire.end()
-    except asyncio.CancelledError:
-        # A task that is cancelled gives back by itself what it has in hand.
-        raise
-    except BaseException:
-        # Now, because the traceback may keep the object for as long as somebody keeps the exception; the task itself
-        # keeps a KeyboardInterrupt.
-        acquire.abandon()
-        raise
+class AsyncAcquire:
+    """One acquire of one task: the way of `acquire.py`, with the waiting done by a watcher.
 
-
-class _AsyncAcquire:
-    """One acquire of one task: the way of `acquire.py`, with the waiting done by a watcher."""
+    As long as this object is there, it answers for what its operation has in hand: see `mpmm.model_manager.operations`.
+    """
 
     def __init__(
-        self, attachment: Attachment, session: Session, threads: _Threads, tag: str, request: PlacementRequest
+        self, attachment: Attachment, session: Session, operation: Operation, tag: str, request: PlacementRequest
     ) -> None:
         encoded_tag(tag)
         self._attachment = attachment
         self._session = session
-        self._threads = threads
-        self._has_ended = self._is_abandoned = self._works_in_thread = False
-        self._operation = session.begin_for(self)
-        self._acquisition = attachment.acquisition(session, self._operation, tag, request)
-
-    def end(self) -> None:
-        """Say that nothing is in hand any more."""
-        self._has_ended = True
-        self._session.end(self._operation)
+        self._threads = _threads_of(session)
+        self._is_abandoned = self._works_in_thread = False
+        self._operation = operation
+        self._acquisition = attachment.acquisition(session, operation, tag, request)
+        operation.owner = weakref.ref(self)
 
     def abandon(self) -> None:
-        """Leave to the background thread what is in hand, as nothing goes on; nothing after the end."""
-        if not self._has_ended:
-            # In this order: a thread that is still at work for this acquire looks the other way round.
-            self._is_abandoned = True
-            if not self._works_in_thread:
-                self._session.abandon(self._operation)
+        """Leave to the background thread what is in hand, as nothing goes on."""
+        # In this order: a thread that is still at work for this acquire looks the other way round.
+        self._is_abandoned = True
+        if not self._works_in_thread:
+            self._session.abandon(self._operation)
 
-    async def run(self, loader: Callable[[], Any]) -> Any:
-        """Return an instance that this process holds now. Raises what `acquire_model` raises."""
+    async def run(self, loader: Callable[[], Any], taken: LoadedInstance | None) -> Any:
+        """Return an instance that this process holds now. Raises what `acquire_model` raises.
+
+        taken: the one that its operation holds already, if it does; it may stand for a server that is gone.
+        """
         acquisition, session = self._acquisition, self._session
         if acquisition.request.keep_alive:
             await self._in_thread(self._threads.transactions, acquisition.set_keep_alive)
+        found: LoadedInstance | Booking | None = taken
         while True:
-            found = self._take_at_once() or await self._queue()
+            found = found or self._take_before_queueing() or await self._queue()
             if not isinstance(found, LoadedInstance):
                 load = functools.partial(load_booked, acquisition, found, loader)
                 give_up = functools.partial(give_up_booking, session, found)
@@ -144,32 +108,25 @@ class _AsyncAcquire:
                 return found.value
             throw_away = functools.partial(discard, session, self._operation, found)
             await self._in_thread(self._threads.transactions, throw_away)
+            found = None
 
-    async def release(self, instance: Any) -> None:
-        """Give back what `run` has returned."""
-        session = self._session
-        # An instance that runs alone is measured at the release, which may take the source of memory figures a while.
-        if session.namespace.is_usable and not session.namespace.reads.devices.anything_runs_alone():
-            with contextlib.suppress(LockTimeoutError):
-                self._give_back(instance, LOOP_TIMEOUT_S)
-                return
+    async def give_back(self, held: Held) -> None:
+        """Give back what an operation holds, in a thread."""
         # Shielded, because a task that is cancelled now must give it back nevertheless.
-        give_back = functools.partial(self._give_back, instance)
-        released = self._threads.transactions.submit(self._unless_abandoned, give_back)
-        await asyncio.shield(asyncio.wrap_future(released))
+        patiently = functools.partial(give_back_hold, self._session, self._operation, held, self._acquisition.tag)
+        given_back = self._threads.transactions.submit(self._unless_abandoned, patiently)
+        await asyncio.shield(asyncio.wrap_future(given_back))
 
-    def _give_back(self, instance: Any, timeout_s: float | None = None) -> None:
-        release(self._attachment.connected(), self._acquisition.tag, instance, timeout_s)
+    async def make_room(self) -> None:
+        """Do what is done once a use of the model has run out of memory."""
+        make_room = functools.partial(self._session.out_of_memory.make_room_after_use, self._acquisition.tag)
+        with contextlib.suppress(MpmmError):
+            await asyncio.shield(asyncio.wrap_future(self._threads.loads.submit(make_room)))
 
-    def _take_at_once(self) -> LoadedInstance | None:
+    def _take_before_queueing(self) -> LoadedInstance | None:
         """Take an idle instance, in the loop's thread."""
-        acquisition, session, tag = self._acquisition, self._session, self._acquisition.tag
-        if session.scheduler.may_have_to_wait(tag):
-            # Also where no instance is kept for this process, so that it learns whether it comes back at once.
-            session.held.comes_back(tag)
-        quick = None if acquisition.request.usable_on else session.held.take_quickly(tag, self._operation)
         with contextlib.suppress(LockTimeoutError):
-            return quick or acquisition.take_idle(LOOP_TIMEOUT_S)
+            return take_before_queueing(self._acquisition, LOOP_TIMEOUT_S)
         return None
 
     async def _queue(self) -> LoadedInstance | Booking:
@@ -252,7 +209,7 @@ class _AsyncAcquire:
 
     def _undo_load(self, value: Any) -> None:
         with contextlib.suppress(MpmmError):
-            self._give_back(value)
+            release(self._attachment.connected(), self._acquisition.tag, value)
 
     async def _in_thread(
         self,

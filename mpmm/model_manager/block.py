@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from mpmm.errors import InvalidArgumentError, MpmmError
 from mpmm.model_manager.acquire import acquire
-from mpmm.model_manager.release import give_back_held, not_acquired
+from mpmm.model_manager.release import give_back_hold
 from mpmm.model_manager.request import AcquireOptions, check_request
 from mpmm.policy.out_of_memory import is_out_of_memory
 
@@ -77,7 +77,7 @@ class Block(AbstractContextManager[Any]):
         session.end(operation)
 
     def _leave(self, session: Session, operation: Operation, error: BaseException | None) -> None:
-        tag, held, here = self._tag, operation.held, session.held
+        tag, held = self._tag, operation.held
         # A block may be ended by another thread.
         with suppress(ValueError):
             session.thread.blocks.remove(operation)
@@ -92,7 +92,4 @@ class Block(AbstractContextManager[Any]):
         if error is not None and is_out_of_memory(error):
             with suppress(MpmmError):
                 session.out_of_memory.make_room_after_use(tag)
-        # If that fails, the block itself has given it back; perhaps it has also acquired it once more.
-        if not here.take_off_hold(held, operation) and here.take_off(held[0].value, tag, operation) is None:
-            raise not_acquired(session, tag, held[0].value)
-        give_back_held(session, operation, tag)
+        give_back_hold(session, operation, held, tag)

@@ -358,9 +358,9 @@ class ModelManager(BeamNames):
             )
         check_names(options)
         # Imported here, because asyncio takes longer to import than all of this package.
-        from mpmm.model_manager.async_acquire import hold_in_loop
+        from mpmm.model_manager.async_block import AsyncBlock
 
-        return hold_in_loop(self._attachment, tag, loader_func, options)
+        return AsyncBlock(self._attachment, tag, loader_func, options)
 
     def uses(
         self,

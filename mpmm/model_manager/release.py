@@ -15,11 +15,11 @@ from mpmm.model_manager.refusals import expect_mapped, taken_away
 from mpmm.text.printable import printable_logger
 
 if TYPE_CHECKING:
-    from mpmm.model_manager.operations import LoadedInstance, Operation
+    from mpmm.model_manager.operations import Held, LoadedInstance, Operation
     from mpmm.model_manager.session import Session
     from mpmm.shared_state.transaction import Transaction
 
-__all__ = ["discard", "give_back", "give_back_held", "not_acquired", "release"]
+__all__ = ["discard", "give_back", "give_back_held", "give_back_hold", "not_acquired", "release"]
 
 _LOG = printable_logger("mpmm")
 
@@ -89,6 +89,20 @@ def give_back_held(session: Session, operation: Operation, tag: str, timeout_s: 
         raise
     else:
         operation.held = None
+
+
+def give_back_hold(
+    session: Session, operation: Operation, held: Held, tag: str, timeout_s: float | None = None
+) -> None:
+    """Give back what a block holds, at its end. timeout_s: as in `give_back_held`.
+
+    Raises NotAcquiredError if the block itself has given it back.
+    """
+    here = session.held
+    # It may also have acquired it once more.
+    if not here.take_off_hold(held, operation) and here.take_off(held[0].value, tag, operation) is None:
+        raise not_acquired(session, tag, held[0].value)
+    give_back_held(session, operation, tag, timeout_s)
 
 
 def give_back(

@@ -1,0 +1,125 @@
+"""`async with manager.model_async(tag, loader) as model:` holds an instance from `__aenter__` to `__aexit__`."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager, suppress
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from mpmm.errors import InvalidArgumentError, LockTimeoutError
+from mpmm.model_manager.async_acquire import LOOP_TIMEOUT_S, AsyncAcquire
+from mpmm.model_manager.refusals import expect_mapped
+from mpmm.model_manager.release import give_back_hold
+from mpmm.model_manager.request import ANYWHERE, AcquireOptions, read_options
+from mpmm.multi_process_shared.main_import import refuse_while_importing_main
+from mpmm.policy.out_of_memory import is_out_of_memory
+
+if TYPE_CHECKING:
+    from mpmm.model_manager.attachment import Attachment
+    from mpmm.model_manager.operations import Held, LoadedInstance, Operation
+    from mpmm.model_manager.session import Session
+
+__all__ = ["AsyncBlock"]
+
+
+class AsyncBlock(AbstractAsyncContextManager[Any]):
+    """What `ModelManager.model_async` returns.
+
+    Mostly there is an idle instance, and no request waits: it is taken, and given back, in a few microseconds by the
+    loop's own thread. Whatever takes longer is for an `AsyncAcquire`.
+    """
+
+    def __init__(self, attachment: Attachment, tag: str, loader: Callable[[], Any], options: AcquireOptions) -> None:
+        self._attachment = attachment
+        self._tag = tag
+        self._loader = loader
+        self._options = options
+        self._session: Session | None = None
+        self._operation: Operation | None = None
+        self._acquire: AsyncAcquire | None = None
+
+    async def __aenter__(self) -> Any:
+        tag = self._tag
+        if self._operation is not None:
+            raise InvalidArgumentError(
+                f"the block of {tag!r} has begun already: call `model_async` once for each block"
+            )
+        refuse_while_importing_main("acquire the model", tag)
+        session = self._session = self._attachment.connected_in_time(tag)
+        # As long as this object is there, it answers for what the operation has in hand.
+        operation = self._operation = session.begin_for(self)
+        try:
+            taken = self._take_at_once(session, operation)
+            if taken is not None and session.held.handle_is_alive(taken):
+                return taken.value
+            return await self._long_way(session, operation).run(self._loader, taken)
+        except asyncio.CancelledError:
+            # A task that is cancelled gives back by itself what it has in hand.
+            raise
+        except BaseException as error:
+            # Now, because the traceback may keep this object for as long as somebody keeps the exception; the task
+            # itself keeps a KeyboardInterrupt.
+            self._abandon(session, operation)
+            if isinstance(error, ValueError):
+                expect_mapped(session, error)
+            raise
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        operation, session = self._operation, self._session
+        if operation is None or session is None:
+            return
+        try:
+            await self._leave(session, operation, error)
+        except asyncio.CancelledError:
+            # A thread gives it back nevertheless.
+            raise
+        except BaseException:
+            self._abandon(session, operation)
+            raise
+        session.end(operation)
+
+    def _take_at_once(self, session: Session, operation: Operation) -> LoadedInstance | None:
+        request = read_options(self._options, session.samples) if self._options else ANYWHERE
+        if request.usable_on or request.keep_alive:
+            return None
+        return session.held.take_at_once(self._tag, operation)
+
+    async def _leave(self, session: Session, operation: Operation, error: BaseException | None) -> None:
+        held = operation.held
+        # A child that was forked inside the block comes by here, too, but the instance is held by its parent.
+        if held is None or session.namespace.is_inherited:
+            return
+        if not session.namespace.is_usable:
+            # The session gave it back when it left. An exception on its way out is not to be hidden.
+            if error is None:
+                self._attachment.connected()
+            return
+        try:
+            if error is not None and is_out_of_memory(error):
+                await self._long_way(session, operation).make_room()
+        finally:
+            await self._give_back(session, operation, held)
+
+    async def _give_back(self, session: Session, operation: Operation, held: Held) -> None:
+        # An instance that runs alone is measured at its release, which may take the source of memory figures a while.
+        if not session.namespace.reads.devices.anything_runs_alone():
+            with suppress(LockTimeoutError):
+                give_back_hold(session, operation, held, self._tag, LOOP_TIMEOUT_S)
+                return
+        await self._long_way(session, operation).give_back(held)
+
+    def _long_way(self, session: Session, operation: Operation) -> AsyncAcquire:
+        if self._acquire is None:
+            request = read_options(self._options, session.samples)
+            self._acquire = AsyncAcquire(self._attachment, session, operation, self._tag, request)
+        return self._acquire
+
+    def _abandon(self, session: Session, operation: Operation) -> None:
+        if self._acquire is None:
+            session.abandon(operation)
+        else:
+            self._acquire.abandon()
