@@ -211,7 +211,11 @@ def test_a_name_that_comes_later_takes_the_place_of_another(
     set_display_name(TAG, "short")
     third = manager.acquire_model(TAG, Loads())
     assert name_in_row() == "short"
-    for copy in (first, second, third):
+    # Who knows no name takes none away.
+    set_display_name(TAG, TAG)
+    fourth = manager.acquire_model(TAG, Loads())
+    assert name_in_row() == "short"
+    for copy in (first, second, third, fourth):
         manager.release_model(TAG, copy)
 
 

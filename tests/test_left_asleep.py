@@ -281,6 +281,16 @@ def test_a_copy_that_is_kept_has_somebody_to_look_at_it_when_the_one_that_was_ca
     assert lab.problems() == []
 
 
+def test_a_copy_that_is_kept_has_somebody_to_look_at_it_when_the_one_that_was_called_up_leaves(lab: Lab) -> None:
+    lab.idle("another", b"another")
+    lab.idle("a", b"kept")
+    first, of_another, second = lab.ticket("a"), lab.ticket("another"), lab.ticket("a")
+    lab.do(lambda t, tr: tr.tickets.call_up(t, first))
+    lab.do(lambda t, tr: tr.hand_over.leave_queue(t, first))
+    called_up = [bool(lab.words[lab.tables.ticket(row) + Ticket.CALLED_UP]) for row in (of_another, second)]
+    assert called_up == [False, True]
+
+
 @pytest.mark.parametrize("served", [False, True])
 def test_a_copy_that_is_kept_again_calls_up_who_has_become_first(lab: Lab, served: bool) -> None:
     kept, other = lab.active("a", b"kept"), lab.active("a", b"other")

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import gc
 import multiprocessing
+import os
 import pickle
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,10 +15,10 @@ from harness import Process, Seat, wait_until
 from session_stand_in import Session
 
 from mpmm.errors import ModelServerError, SharedObjectReleasedError
-from mpmm.multi_process_shared import MultiProcessShared, unload
+from mpmm.multi_process_shared import MultiProcessShared, references, unload
 from mpmm.multi_process_shared.hosted import find_host
-from mpmm.multi_process_shared.references import RemoteObject
-from mpmm.multi_process_shared.registry import registry_for
+from mpmm.multi_process_shared.references import References, RemoteObject
+from mpmm.multi_process_shared.registry import ServerRecord, registry_for
 
 
 @pytest.fixture
@@ -143,3 +145,17 @@ def test_in_the_process_of_the_object_it_is_the_object_itself_and_nothing_is_kep
     assert host is not None
     assert len(host.references) == 0
     handle.unsafe_hard_delete()
+
+
+def test_what_a_process_had_that_is_just_dying_is_kept_no_longer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = ServerRecord("tag", os.getpid(), 0.0, "1", "socket", spawned=True, ready=True)
+    kept = References(tmp_path, record)
+    kept.portable((number for number in range(0)), os.getpid())
+    assert len(kept) == 1
+    # The kernel closes its connection before it counts it as dead.
+    looks = iter([False, False, True])
+    monkeypatch.setattr(references, "_is_gone", lambda pid, started: next(looks))
+    kept.client_hung_up(os.getpid())
+    assert len(kept) == 0

@@ -15,8 +15,10 @@ import sys
 import threading
 import time
 from contextlib import suppress
+from dataclasses import replace
 from multiprocessing import Pipe, util
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -38,6 +40,7 @@ from mpmm.multi_process_shared.hosted import find_host
 from mpmm.multi_process_shared.registry import ServerRecord, registry_for
 from mpmm.multi_process_shared.rpc import channel, sockets
 from mpmm.multi_process_shared.rpc.shared_buffer import cut_into_slots
+from mpmm.multi_process_shared.stop_server import _is_gone
 from mpmm.shared_state import transaction
 from mpmm.shared_state.layout import Header
 from mpmm.shared_state.namespace import Namespace
@@ -397,3 +400,16 @@ def test_a_server_that_may_not_be_looked_at_counts_as_running(monkeypatch: pytes
 
     monkeypatch.setattr(psutil, "Process", refuse)
     assert record.is_running() is True
+
+
+@pytest.mark.parametrize(
+    ("lives", "incarnation", "gone"),
+    [(False, None, True), (True, None, False), (True, "this one", False), (True, "another", True)],
+)
+def test_a_server_is_gone_once_its_lock_is_free_or_another_ones(
+    lives: bool, incarnation: str | None, gone: bool
+) -> None:
+    record = ServerRecord("tag", os.getpid(), 0.0, "this one", "socket", spawned=False, ready=True)
+    found = None if incarnation is None else replace(record, incarnation=incarnation)
+    registry: Any = SimpleNamespace(look=lambda tag: (lives, found))
+    assert _is_gone(registry, record) is gone

@@ -39,7 +39,7 @@ PARTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         (
             *("test_policy", "test_policy_costs", "test_policy_queue", "test_policy_sharing", "test_policy_properties"),
             *("test_backoff", "test_suspension_policy", "test_policy_parts"),
-            *("test_suspension", "test_ledger", "test_out_of_memory", "test_fairness"),
+            *("test_suspension", "test_ledger", "test_out_of_memory", "test_fairness", "test_steady"),
         ),
     ),
     "scheduler": (
@@ -56,7 +56,7 @@ PARTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
             *("test_invariants", "test_table_rows", "test_views"),
             *("test_durations", "test_namespace", "test_accounting", "test_full_tables", "test_bounded_work"),
             *("test_copies", "test_leases", "test_model_of_promises", "test_deaths", "test_stopped_processes"),
-            *("test_futex", "test_prune", "test_vanished_files", "test_bad_ground"),
+            *("test_futex", "test_prune", "test_vanished_files", "test_bad_ground", "test_who_measures"),
             *("test_left_asleep", "test_crash_points", "test_call_crash_points"),
         ),
     ),
@@ -75,7 +75,7 @@ PARTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ),
         (
             *("test_payloads", "test_shared_buffers", "test_shared_calls", "test_shared_unloads", "test_zygote"),
-            *("test_templates", "test_multi_process_shared", "test_servers", "test_server_faults"),
+            *("test_templates", "test_multi_process_shared", "test_servers", "test_server_faults", "test_references"),
         ),
     ),
     "estimator": (
