@@ -28,9 +28,9 @@ from harness import NewManager, NewProcess, Seat, acquire, copies_of, in_thread,
 from loaders import LoadsServer, served
 from patience import DEADLINE_S, Stopwatch
 
-from mpmm.errors import ServerStartError
+from mpmm.errors import ModelServerError, ServerStartError
 from mpmm.model_manager.load import LoadAttempt
-from mpmm.multi_process_shared import MultiProcessShared, host, server_pid, spawned_server, start_server, unload
+from mpmm.multi_process_shared import MultiProcessShared, host, server_pid, shared, spawned_server, start_server, unload
 from mpmm.multi_process_shared.context import server_context
 from mpmm.multi_process_shared.forkserver import fork_parent
 from mpmm.multi_process_shared.forkserver.fork_parent import ForkParent
@@ -413,3 +413,22 @@ def test_a_server_is_gone_once_its_lock_is_free_or_another_ones(
     found = None if incarnation is None else replace(record, incarnation=incarnation)
     registry: Any = SimpleNamespace(look=lambda tag: (lives, found))
     assert _is_gone(registry, record) is gone
+
+
+def test_a_server_that_cannot_be_reached_is_tried_for_so_often(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    path = str(tmp_path)
+    handle: MultiProcessShared[Any] = MultiProcessShared(dict, "it", path=path)
+    registry = registry_for(path)
+    record = ServerRecord("it", os.getpid(), 0.0, "1", "socket", spawned=True, ready=True)
+    monkeypatch.setattr(registry, "look", lambda tag: (True, record))
+    tried = []
+
+    def fail(*arguments: Any) -> Any:
+        tried.append(arguments)
+        raise ModelServerError("it died", tag="it", server_pid=None)
+
+    monkeypatch.setattr(handle, "_use", fail)
+    with pytest.raises(ModelServerError, match="it died"):
+        handle.acquire()
+    # Once without the tag's lock.
+    assert len(tried) == 1 + shared.START_ATTEMPTS

@@ -261,10 +261,13 @@ class TestNvidiaSmi:
         with pytest.raises(subprocess.CalledProcessError):
             source.sample(())
 
+    @pytest.mark.parametrize("is_named", [False, True])
     def test_a_gpu_that_is_lost_at_the_start_keeps_its_number(
-        self, smi: FakeSmi, monkeypatch: pytest.MonkeyPatch
+        self, smi: FakeSmi, monkeypatch: pytest.MonkeyPatch, is_named: bool
     ) -> None:
         lost = subprocess.CalledProcessError(15, "nvidia-smi", "Unable to determine the device handle: GPU is lost")
+        if is_named:
+            smi.answers["uuid_name of 0"] = "GPU-aaaa, Big GPU\n"
         smi.answers |= {
             **{"total": lost, "uuid_name": lost, "uuid_free": lost, "total of 1": "24000\n"},
             **{"uuid_name of 1": "GPU-bbbb, Big, Fast\n", "uuid_free of GPU-bbbb": "GPU-bbbb, 22000\n"},
