@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import inspect
 import pickle
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -17,6 +19,7 @@ from harness import (
     acquire,
     copies_of,
     force_reset,
+    in_thread,
     problems,
     release,
     wait_until,
@@ -29,10 +32,13 @@ from mpmm.errors import (
     AcquireTimeoutError,
     ClosedError,
     InvalidArgumentError,
+    LockTimeoutError,
     ModelTooLargeError,
     NamespaceResetError,
 )
 from mpmm.model_manager import ModelManager
+from mpmm.model_manager.async_acquire import TRANSACTIONS_AT_A_TIME, AsyncAcquire, Watcher, _threads_of
+from mpmm.model_manager.release import give_back_hold
 from mpmm.shared_state import futex
 from mpmm.shared_state.snapshot import Snapshot, read_snapshot
 
@@ -93,6 +99,235 @@ def test_a_block_in_a_loop_begins_once(namespace: str, new_manager: NewManager) 
 
     run(use())
     assert [copy.state for copy in settled(namespace).instances] == ["idle"]
+
+
+@contextmanager
+def lock_taken(manager: ModelManager) -> Iterator[None]:
+    """The lock is taken by another thread for the length of a `with` block."""
+    taken, enough = threading.Event(), threading.Event()
+
+    def take() -> None:
+        with manager._connected().namespace.transaction():
+            taken.set()
+            assert enough.wait(DEADLINE_S)
+
+    thread = threading.Thread(target=take)
+    thread.start()
+    assert taken.wait(DEADLINE_S)
+    try:
+        yield
+    finally:
+        enough.set()
+        thread.join()
+
+
+@pytest.fixture
+def uncollected() -> Iterator[None]:
+    """Without the collector of cycles, whose coming by is nothing to wait for."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_block_that_is_dropped_while_the_lock_is_taken_gives_its_copy_back(
+    namespace: str, new_manager: NewManager
+) -> None:
+    manager = new_manager()
+    loop = asyncio.new_event_loop()
+
+    async def hold() -> None:
+        async with manager.model_async("a", Loads()):
+            await asyncio.sleep(DEADLINE_S)
+
+    held = loop.create_task(hold())
+    loop.run_until_complete(until_held(namespace))
+    loop.close()
+    # So that there is one that takes the work at once.
+    _threads_of(manager._connected()).transactions.submit(int).result()
+    with lock_taken(manager):
+        # What asyncio says of a pending task that is collected.
+        held._log_destroy_pending = False  # type: ignore[attr-defined]
+        del held
+        gc.collect()
+    assert [copy.state for copy in settled(namespace).instances] == ["idle"]
+
+
+def test_a_copy_that_could_not_be_given_back_in_time_is_answered_for_still(
+    namespace: str, new_manager: NewManager
+) -> None:
+    manager = new_manager()
+    session = manager._connected()
+    block: Any = manager.model("a", Loads())
+    block.__enter__()
+    operation = block._operation
+    assert operation is not None
+    held = operation.held
+    assert held is not None
+    with lock_taken(manager), pytest.raises(LockTimeoutError):
+        give_back_hold(session, operation, held, "a", 0.01)
+    session.abandon(operation)
+    assert [copy.state for copy in settled(namespace).instances] == ["idle"]
+
+
+async def until_held(namespace: str) -> None:
+    await until(lambda: read_snapshot(namespace, events=False).active)
+
+
+@pytest.mark.parametrize("loader", [Loads, LoadsObject])
+def test_a_cancelled_task_gives_back_its_own_seat(
+    namespace: str, new_manager: NewManager, loader: Callable[..., Any]
+) -> None:
+    manager = new_manager(max_model_copies=1)
+    began, go, entered, leave = (threading.Event() for _ in range(4))
+
+    def load() -> Any:
+        began.set()
+        assert go.wait(DEADLINE_S)
+        return loader()()
+
+    async def wants() -> None:
+        async with manager.model_async("a", load, users=2):
+            pytest.fail("it was cancelled")
+
+    def hold() -> None:
+        with manager.model("a", load, users=2):
+            entered.set()
+            assert leave.wait(DEADLINE_S)
+
+    async def main() -> None:
+        task = asyncio.create_task(wants())
+        await until(began.is_set)
+        thread, outcome = in_thread(hold)
+        go.set()
+        # The loop does not hear of the end of the load meanwhile.
+        assert entered.wait(DEADLINE_S)
+        holds = manager._connected().held.holds
+        _, kept = holds
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        await until(lambda: len(holds) == 1)
+        assert list(holds) == [kept]
+        leave.set()
+        await asyncio.to_thread(thread.join)
+        assert outcome == [None]
+
+    run(main())
+    assert {copy.state for copy in settled(namespace).instances} == {"idle"}
+
+
+@pytest.mark.usefixtures("uncollected")
+@pytest.mark.parametrize("meanwhile", ["waits", "loads"])
+def test_what_a_task_gets_whose_loop_was_closed_goes_back(
+    namespace: str, new_manager: NewManager, meanwhile: str
+) -> None:
+    manager = new_manager(max_model_copies=1)
+    began, go = threading.Event(), threading.Event()
+
+    def load() -> str:
+        began.set()
+        assert go.wait(DEADLINE_S)
+        return "handle"
+
+    async def wants() -> None:
+        async with manager.model_async("a", load):
+            pytest.fail("its loop is closed")
+
+    held = manager.acquire_model("a", Loads()) if meanwhile == "waits" else None
+    loop = asyncio.new_event_loop()
+    task = loop.create_task(wants())
+    loop.run_until_complete(until(lambda: waiting(namespace, "a") or began.is_set()))
+    loop.close()
+    go.set()
+    if held is not None:
+        manager.release_model("a", held)
+    assert [copy.state for copy in settled(namespace).instances] == ["idle"]
+    task._log_destroy_pending = False  # type: ignore[attr-defined]
+
+
+def test_what_a_cancelled_task_had_is_given_back_by_another_thread_than_the_loops(
+    namespace: str, new_manager: NewManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manager = new_manager()
+    began, go = threading.Event(), threading.Event()
+    undone_by = []
+    undo = AsyncAcquire._undo_load
+
+    def undo_load(acquire: AsyncAcquire, value: Any = None) -> None:
+        undo(acquire, value)
+        undone_by.append(threading.current_thread())
+
+    monkeypatch.setattr(AsyncAcquire, "_undo_load", undo_load)
+
+    def load() -> str:
+        began.set()
+        assert go.wait(DEADLINE_S)
+        return "handle"
+
+    async def wants() -> None:
+        async with manager.model_async("a", load):
+            pytest.fail("it was cancelled")
+
+    async def main() -> None:
+        task = asyncio.create_task(wants())
+        await until(began.is_set)
+        go.set()
+        # In the loop's thread, which does not hear of the end of the load meanwhile.
+        wait_until(lambda: read_snapshot(namespace, events=False).active, "it is loaded")
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    run(main())
+    assert [copy.state for copy in settled(namespace).instances] == ["idle"]
+    assert threading.main_thread() not in undone_by
+    assert len(undone_by) == 1
+
+
+def test_a_task_that_is_cancelled_while_no_thread_is_free_to_leave_the_queue_leaves_it_later(
+    namespace: str, new_manager: NewManager
+) -> None:
+    holder = new_manager(max_model_copies=1)
+    holder.acquire_model("a", Loads())
+    manager = new_manager(max_model_copies=1, wait_timeout_seconds=0.2)
+    transactions = _threads_of(manager._connected()).transactions
+    enough = threading.Event()
+
+    async def wants() -> None:
+        async with manager.model_async("a", Loads()):
+            pytest.fail("it waits")
+
+    async def main() -> None:
+        task = asyncio.create_task(wants())
+        await until(lambda: waiting(namespace, "a"))
+        for _ in range(TRANSACTIONS_AT_A_TIME):
+            transactions.submit(enough.wait)
+        await until(lambda: transactions._work_queue.qsize() == 1)
+        task.cancel()
+        kept = await asyncio.gather(task, return_exceptions=True)
+        enough.set()
+        await until(lambda: not waiting(namespace))
+        assert [type(error) for error in kept] == [asyncio.CancelledError]
+
+    run(main())
+
+
+def test_a_row_that_is_watched_again_is_counted_once(
+    namespace: str, new_manager: NewManager, new_process: NewProcess
+) -> None:
+    manager = new_manager(max_model_copies=1)
+    manager.acquire_model("a", Loads("handle"))
+    new_process().send(acquire, "a")
+    wait_until(lambda: waiting(namespace, "a"), "another process waits")
+    session, row = manager._connected(), waiting(namespace, "a")[0].row
+    watcher = Watcher()
+    for _ in range(2):
+        assert watcher.watch(session, row, float("inf"), lambda outcome: None)
+    assert session._waiting
+    watcher.forget(row)
+    assert not session._waiting
 
 
 def test_a_block_loads_holds_and_reuses(namespace: str, new_manager: NewManager) -> None:

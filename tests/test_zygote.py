@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import forked_servers
@@ -370,9 +371,40 @@ def test_a_template_that_hears_nothing_more_gets_no_more_orders(
     new_template: Callable[..., Any],
 ) -> None:
     zygote, template = new_template(lambda link: None)
+    template.busy = False
     zygote.note_imports(template.kind, [f"module_{number}" for number in range(100_000)])
     assert template.retired
     assert os.waitstatus_to_exitcode(os.waitpid(template.pid, 0)[1]) == -signal.SIGKILL
+
+
+def test_a_template_that_is_busy_is_told_no_more_than_its_socket_takes(new_template: Callable[..., Any]) -> None:
+    zygote, template = new_template(lambda link: None)
+    order: Any = SimpleNamespace(message=bytes(16_000))
+    template.ready = template.built = True
+    told = 0
+    while template.accepts(order):
+        template.link.send(("fork", order.message))
+        template.note_told(len(order.message))
+        told += 1
+    assert told == 3
+    zygote.note_imports(template.kind, ["module" * 10_000])
+    assert not template.retired
+    # Once it has done all that it was told to, it has read that, too.
+    template.busy, template.unread_bytes = False, 0
+    assert template.accepts(order)
+
+
+def test_a_zygote_does_not_ignore_its_childrens_ends_as_its_starter_does(path: str) -> None:
+    before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    try:
+        shared(path, "first")
+        pid = zygote_of(path)
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+    shared(path, "second")
+    unload("second", path=path)
+    shared(path, "third")
+    assert zygote_of(path) == pid
 
 
 def test_a_descriptor_of_an_order_is_closed_once() -> None:

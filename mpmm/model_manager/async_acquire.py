@@ -40,7 +40,7 @@ from mpmm.model_manager.look_again import LookAgain
 from mpmm.model_manager.operations import Held, LoadedInstance, Operation
 from mpmm.model_manager.queued_request import GrantRolledBack
 from mpmm.model_manager.refusals import expect_own_time_left
-from mpmm.model_manager.release import discard, give_back_hold, release
+from mpmm.model_manager.release import discard, give_back_held, give_back_hold
 from mpmm.model_manager.request import PlacementRequest, encoded_tag
 from mpmm.model_manager.session import Session
 from mpmm.shared_state.futex import WAITED_FOR_AT_MOST, wait_for_any, wake_all
@@ -77,7 +77,7 @@ class AsyncAcquire:
         self._attachment = attachment
         self._session = session
         self._threads = _threads_of(session)
-        self._is_abandoned = self._works_in_thread = False
+        self._is_abandoned = self._is_cancelled = self._works_in_thread = False
         self._operation = operation
         self._acquisition = attachment.acquisition(session, operation, tag, request)
         operation.owner = weakref.ref(self)
@@ -107,7 +107,7 @@ class AsyncAcquire:
             if session.held.handle_is_alive(found):
                 return found.value
             throw_away = functools.partial(discard, session, self._operation, found)
-            await self._in_thread(self._threads.transactions, throw_away)
+            await self._in_thread(self._threads.transactions, throw_away, never=throw_away)
             found = None
 
     async def give_back(self, held: Held) -> None:
@@ -138,10 +138,13 @@ class AsyncAcquire:
 
         def answer(outcome: Outcome) -> None:
             outcomes.append(outcome)
-            # If the loop is closed, no task waits any more. No function of this module is called back, because a loop
-            # goes on after an exception in a callback, and the answer would be lost.
-            with contextlib.suppress(RuntimeError):
+            # No function of this module is called back, because a loop goes on after an exception in a callback, and
+            # the answer would be lost.
+            try:
                 loop.call_soon_threadsafe(answered.set)
+            except RuntimeError:
+                # The loop is closed, and no task waits any more.
+                self.abandon()
 
         copy = await self._in_thread(threads.transactions, functools.partial(self._enter, answer), self._leave)
         if copy is not None:
@@ -154,7 +157,7 @@ class AsyncAcquire:
                 raise
             outcome = outcomes.pop()
             if outcome is None:
-                raise await self._in_thread(threads.transactions, acquisition.time_out)
+                raise await self._in_thread(threads.transactions, acquisition.time_out, never=self._leave)
             if isinstance(outcome, BaseException):
                 raise outcome
             if outcome == Ticket.GRANTED and (copy := acquisition.take_grant()) is not None:
@@ -196,7 +199,7 @@ class AsyncAcquire:
     def _leave(self, copy: LoadedInstance | None = None) -> None:
         """Leave the queue; or give back what was taken instead of queueing."""
         if copy is not None:
-            self._undo_load(copy.value)
+            self._undo_load()
             return
         self._threads.forget(self._acquisition.row)
         self._acquisition.leave()
@@ -207,9 +210,12 @@ class AsyncAcquire:
         else:
             self._leave(found)
 
-    def _undo_load(self, value: Any) -> None:
+    def _undo_load(self, _: Any = None) -> None:
+        """Give back what this acquire holds, and nothing else of the same value, which may be another task's."""
+        held = self._operation.held
         with contextlib.suppress(MpmmError):
-            release(self._attachment.connected(), self._acquisition.tag, value)
+            if held is not None and self._session.held.take_off_hold(held, self._operation):
+                give_back_held(self._session, self._operation, self._acquisition.tag)
 
     async def _in_thread(
         self,
@@ -223,14 +229,25 @@ class AsyncAcquire:
         undo: called with its result if the task is cancelled before it comes. never: called if it was not even begun.
         """
         future = pool.submit(self._unless_abandoned, function)
+        future.add_done_callback(functools.partial(self._abandon_if_unheard, asyncio.get_running_loop()))
         try:
             return await asyncio.wrap_future(future)
         except asyncio.CancelledError:
+            self._is_cancelled = True
             if future.cancelled():
                 self._threads.transactions.submit(never)
             else:
-                future.add_done_callback(functools.partial(_undo_result, undo))
+                # Not as a callback itself: where the future is done, the loop's own thread would wait for the lock.
+                future.add_done_callback(functools.partial(self._undo_in_thread, undo))
             raise
+
+    def _undo_in_thread(self, undo: Callable[[T], object], future: Future[T]) -> None:
+        self._threads.transactions.submit(_undo_result, undo, future)
+
+    def _abandon_if_unheard(self, loop: asyncio.AbstractEventLoop, future: Future[Any]) -> None:
+        """Abandon what a thread has got for a task whose loop was closed meanwhile; what was cancelled is undone."""
+        if loop.is_closed() and not self._is_cancelled:
+            self.abandon()
 
     def _unless_abandoned(self, function: Callable[[], T]) -> T:
         """Return what a function returns; once this acquire is abandoned, what it has got meanwhile is, too."""
@@ -336,6 +353,10 @@ class Watcher:
                 thread = threading.Thread(target=self._run, name="mpmm-watcher", daemon=True)
                 thread.start()
                 self._thread = thread
+            stale = self._watched.pop(row, None)
+            if stale is not None:
+                # Of an acquire that was abandoned, whose ticket's row has become another one's.
+                stale.counted.__exit__(None, None, None)
             counted = session.waiting(in_block=False)
             counted.__enter__()
             signal = session.namespace.reads.queue.signal(row)

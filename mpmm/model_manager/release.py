@@ -24,16 +24,13 @@ __all__ = ["discard", "give_back", "give_back_held", "give_back_hold", "not_acqu
 _LOG = printable_logger("mpmm")
 
 
-def release(session: Session, tag: str, instance: Any, timeout_s: float | None = None) -> None:
-    """Give back what `acquire_model` returned; see `ModelManager.release_model`.
-
-    timeout_s: as in `give_back_held`.
-    """
+def release(session: Session, tag: str, instance: Any) -> None:
+    """Give back what `acquire_model` returned; see `ModelManager.release_model`."""
     operation = session.begin(sys._getframe())
     try:
         if session.held.take_off(instance, tag, operation) is None:
             raise not_acquired(session, tag, instance)
-        give_back_held(session, operation, tag, timeout_s)
+        give_back_held(session, operation, tag)
     except BaseException:
         session.abandon(operation)
         raise
@@ -74,7 +71,8 @@ def give_back_held(session: Session, operation: Operation, tag: str, timeout_s: 
     except LockTimeoutError as error:
         if timeout_s is not None:
             session.held.put_back(held)
-            operation.held = None
+            # The operation still answers for it.
+            operation.gives_back = False
             raise
         session.abandon(operation)
         text = "mpmm %s: pid %d gives %s back as soon as the lock is free: %s"

@@ -86,7 +86,9 @@ PRELOAD_HOOK_TIMEOUT_S = 60.0
 MOST_TEMPLATES = 8
 TEMPLATE_USED_S = 60.0
 # A socket takes that much even while the other side does not read: the zygote never waits for a template that imports.
-LONGEST_WAITING_BYTES = 65_536
+MOST_UNREAD_BYTES = 65_536
+# What a message takes of that beyond its length, at most.
+MESSAGE_BYTES = 1024
 MOST_FAILURES = 5
 
 
@@ -103,14 +105,25 @@ class _TemplateHandle:
         self.built = False
         self.retired = False
         self.busy = True
+        # Of what it was told while it was busy.
+        self.unread_bytes = 0
         self.used = time.monotonic()
 
     def accepts(self, order: Order) -> bool:
         """Tell whether an order is better off here than with the zygote, which can fork it at once."""
-        if self.retired or (self.ready and self.busy and len(order.message) > LONGEST_WAITING_BYTES):
+        if self.retired or (self.ready and not self.has_room_for(len(order.message))):
             return False
         # They take no longer here than in the server itself, and the other orders of a burst wait for the same ones.
         return self.built or bool(self.kind.preload_hooks)
+
+    def has_room_for(self, size: int) -> bool:
+        """Tell whether its socket takes a message of so many bytes at once."""
+        return not self.busy or self.unread_bytes + size + MESSAGE_BYTES <= MOST_UNREAD_BYTES
+
+    def note_told(self, size: int) -> None:
+        """Note that it was told so many bytes."""
+        if self.busy:
+            self.unread_bytes += size + MESSAGE_BYTES
 
 
 class _Zygote(ForkParent):
@@ -182,6 +195,7 @@ class _Zygote(ForkParent):
                 return
             try:
                 hand_over(template.link, FORK, order)
+                template.note_told(len(order.message))
                 return
             except OSError:
                 self.give_up(template)
@@ -251,9 +265,14 @@ class _Zygote(ForkParent):
         if template is None:
             self.make_template(kind)
         else:
+            size = sum(map(len, new))
+            if not template.has_room_for(size):
+                # The next template imports them.
+                return
             try:
                 template.link.send((IMPORT, self.clean(kind, new)))
                 template.busy = True
+                template.note_told(size)
             except OSError:
                 self.give_up(template)
 
@@ -278,7 +297,7 @@ class _Zygote(ForkParent):
             self.release_waiting(template)
         elif what == IDLE:
             template.built = True
-            template.busy = False
+            template.busy, template.unread_bytes = False, 0
         elif what == IMPORTED:
             self.note_imports(template.kind, value)
         elif what == UNFORKABLE:
@@ -392,6 +411,8 @@ def main(root: str, life_path: str) -> None:
     os.close(writer)
     os.chdir("/")
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    # Where the starter ignores it, so would this process, and its children would be gone before it asks for them.
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     # Pages that a collection does not touch stay shared.
     gc.collect()
     gc.freeze()
