@@ -125,6 +125,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.namespace is not None:
             parser.error(f"two namespaces: {printable(options.namespace)} and --namespace {printable(named)}")
         options.namespace = named
+    if options.command == "reset" and options.namespace is None:
+        # The only one there is would be a guess, and what it has is lost.
+        parser.error("reset: expected the name of the namespace")
     try:
         root = None
         if options.runtime_root is not None:

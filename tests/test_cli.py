@@ -480,6 +480,15 @@ def test_the_namespace_can_be_named_by_an_option_as_with_commands_about_a_model(
     assert f"two namespaces: {namespace} and --namespace nowhere" in capsys.readouterr().err
 
 
+def test_a_reset_is_of_a_namespace_that_was_named(busy: ModelManager, namespace: str, capsys: Capture) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["reset", "--yes"])
+    assert "expected the name of the namespace" in capsys.readouterr().err
+    assert read_snapshot(namespace).resets == 0
+    assert main(["reset", "--yes", "--namespace", namespace]) == 0
+    assert read_snapshot(namespace).resets == 1
+
+
 def test_a_program_without_the_dashes_is_pointed_to_them(capsys: Capture) -> None:
     with pytest.raises(SystemExit, match="2"):
         main(["run", "--mb", "100", "sleep", "1"])

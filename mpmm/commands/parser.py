@@ -83,7 +83,8 @@ def _add_looking(commands: Commands) -> None:
     top.add_argument(
         "--filter", default="", metavar="TEXT", help="only models whose tag contains this, or which this pid uses"
     )
-    for command in (inspect, top, events):
+    _add_namespace(inspect, "all, with a line each if there are several")
+    for command in (top, events):
         _add_namespace(command)
 
 
@@ -112,15 +113,16 @@ def _add_exporting(commands: Commands) -> None:
     dashboard.add_argument("--port", type=int, default=8717, help="port to listen on, 0 for any (default: 8717)")
     dashboard.add_argument("--token", help="default: $MPMM_DASHBOARD_TOKEN, or a random one")
     dashboard.add_argument("--namespace", help="show only this one, which need not exist yet (default: all)")
-    for command in (trace, plot, check):
+    for command in (trace, plot):
         _add_namespace(command)
+    _add_namespace(check, "the only one there is; with --health, all")
 
 
 def _add_changing(commands: Commands) -> None:
     """Add what changes a namespace, or looks after the host."""
     changes.add_commands(commands)
     reset = commands.add_parser("reset", help="unload everything and cancel all waiting requests")
-    reset.add_argument("namespace")
+    _add_namespace(reset, "none, it has to be named")
     reset.add_argument("-y", "--yes", action="store_true", help="do not ask at a terminal")
     for name, what in (
         ("suspend", "move a model's idle copies into host memory, if they can be suspended"),
@@ -189,7 +191,9 @@ def _add_explaining(commands: Commands) -> None:
 def _add_namespace(command: argparse.ArgumentParser, default: str = "the only one there is") -> None:
     command.add_argument("namespace", nargs="?", help=f"default: {default}")
     # As with the commands that have other arguments. Not of the same name: what is not given would undo what is.
-    command.add_argument("--namespace", dest="named", metavar="NAMESPACE", help="the same, by an option")
+    command.add_argument(
+        "--namespace", dest="named", metavar="NAMESPACE", help=f"the namespace, as an option (default: {default})"
+    )
 
 
 def _seconds(text: str) -> float:

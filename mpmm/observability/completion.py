@@ -78,7 +78,7 @@ def _bash(parser: argparse.ArgumentParser) -> str:
         cases.append(f"    {name}) printf '%s\\n' {' '.join([*words, *choices])}{asked} ;;")
         for action in _options(command):
             if _needs_value(action):
-                dest = {"model": "tag"}.get(action.dest, action.dest)
+                dest = {"model": "tag", "named": "namespace"}.get(action.dest, action.dest)
                 kind = "files" if _metavar(action) in _FILES else dest if dest in _ASKED_FOR else "other"
                 valued[kind].update(action.option_strings)
     # An option that is a file in one command and a name in another is taken for the first.
