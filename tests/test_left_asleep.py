@@ -252,6 +252,18 @@ def test_what_a_newcomer_takes_back_of_the_dead_is_given_to_a_waiter(
     waiter.call(release)
 
 
+def test_the_copies_that_were_suspended_are_dropped_one_by_one_and_that_is_said(lab: Lab) -> None:
+    first, second = lab.suspended("a"), lab.suspended("b")
+    scheduler = Scheduler(lab.namespace)
+    for left in ([second], []):
+        with lab.namespace.transaction() as t:
+            assert scheduler.suspension.drop_oldest(t, 0, Cause(Reason.BY_HAND))
+        states = {row: lab.tables.instances[row].state for row in (first, second)}
+        assert [row for row, state in states.items() if state == Instance.SUSPENDED] == left
+    with lab.namespace.transaction() as t:
+        assert not scheduler.suspension.drop_oldest(t, 0, Cause(Reason.BY_HAND))
+
+
 def test_a_newcomer_that_reaps_gives_what_is_to_be_unloaded_to_a_worker(lab: Lab) -> None:
     copy, ticket = lab.suspended("a"), lab.ticket("a")
     lab.do(lambda t, tr: tr.hand_over.allow_resume(t, ticket, copy))

@@ -16,7 +16,7 @@ import pytest
 from harness import OWN_LEFT_OVER, NewManager, NewProcess, Process, files_in, segments_of, wait_until
 
 from mpmm.cli import main
-from mpmm.shared_state import prune
+from mpmm.shared_state import leftovers, prune
 from mpmm.shared_state.layout import Header
 from mpmm.shared_state.prune import Orphan, find_orphans
 from mpmm.shared_state.runtime_dir import RuntimeDirectory
@@ -272,3 +272,13 @@ def test_what_a_process_died_over_while_it_removed_it_is_swept_later(
     assert [orphan.name for orphan in found(prune.sweep_orphans)] == [gone.name]
     RuntimeDirectory("other", elsewhere).sweep()
     assert not folder.exists()
+
+
+def test_it_says_how_much_memory_a_deserted_namespace_takes(
+    runtime_root: Path, namespace: str, new_process: NewProcess
+) -> None:
+    new_process().kill()
+    blocks = os.stat(f"/dev/shm/{segment_name(runtime_root, namespace)}").st_blocks
+    [found] = [one for one in leftovers.prune(runtime_root, dry_run=True) if one.what.startswith("namespace ")]
+    assert found.size_mb == blocks * 512 / 1024**2
+    assert leftovers.prune(runtime_root)[0] == found
