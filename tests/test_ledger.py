@@ -242,6 +242,7 @@ class DeviceAndBooks(RuleBasedStateMachine):
         self.idle: list[Loaded] = []
         self.unloading: list[Loaded] = []
         self.lingering: list[tuple[int, float]] = []  # (until when, MB)
+        self.servers = 0
         self.begun: int | None = None  # when the sample in progress was
         self.read: tuple[float, dict[int, float], int] | None = None  # its figures, and when they were read
         self.begin_sample()
@@ -302,7 +303,10 @@ class DeviceAndBooks(RuleBasedStateMachine):
             copy = Loaded(transitions.loads.begin(t, model, self.namespace.slot, 1, mb, alone=False), mb)
             if self.has_servers:
                 copy.slot = next(iter(self.namespace.tables.free_members()))
-                transitions.members.join(t, copy.slot, Member.SERVER, NOBODYS_PID + copy.slot, 1, b"server")
+                # A name of its own: a load that fails has it for its handle, and copies of one handle are one memory.
+                self.servers += 1
+                name = b"server %d" % self.servers
+                transitions.members.join(t, copy.slot, Member.SERVER, NOBODYS_PID + copy.slot, 1, name)
                 transitions.loads.link_server(t, copy.row, copy.slot)
         self.loading.append(copy)
 

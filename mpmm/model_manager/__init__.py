@@ -15,10 +15,11 @@ One acquire, `manager.acquire_model(tag, loader)` or `with manager.model(tag, lo
                            suspended instance. A model server that the loader starts joins by server_duty.py
     release.py           gives the instance back, when the caller or the end of the block (block.py) says so
 
-The same steps serve the other calls: `async_acquire.py` awaits where `acquire.py` sleeps, `lease.py` queues for memory
-without a model, `preload.py` for instances ahead of use, and for loads that are reserved by hand (bookings.py), and
-`uses.py` is the decorator. `nested.py` knows what the calling thread holds itself (thread_holds.py), `refusals.py`
-words the errors, `waits.py` says who has what a request waits for.
+The same steps serve the other calls: `async_block.py` takes an idle instance in an event loop, where `async_acquire.py`
+awaits what `acquire.py` sleeps for, `lease.py` queues for memory without a model, `preload.py` for instances ahead of
+use, and for loads that are reserved by hand (bookings.py), and `uses.py` is the decorator. `nested.py` knows what the
+calling thread holds itself (thread_holds.py), `refusals.py` words the errors, `waits.py` says who has what a request
+waits for.
 
 Beside the calls: `background.py` is the process's one thread, which sleeps on doorbell.py. It makes the changes that
 had to wait for the lock (deferred.py), takes back what interrupted calls had in hand (reconcile.py), unloads
