@@ -274,6 +274,14 @@ def test_on_a_terminal_it_says_what_it_waits_for(
     )
 
 
+def test_a_starter_that_ignores_the_ends_of_its_children_is_told_how_the_program_ended(
+    start: Start, new_manager: NewManager
+) -> None:
+    new_manager()
+    run = start(100, "sh", "-c", "exit 3", preexec_fn=lambda: signal.signal(signal.SIGCHLD, signal.SIG_IGN))
+    assert run.wait(DEADLINE_S) == 3
+
+
 @pytest.mark.usefixtures("start")
 def test_a_terminal_that_is_lost_ends_the_program(namespace: str, new_manager: NewManager) -> None:
     new_manager()
@@ -289,6 +297,8 @@ def at_terminal(command: list[str], columns: int = 80) -> Iterator[tuple[int, io
     """Start a command in a terminal of its own; give its pid, which is to be waited for, and the terminal's end."""
     pid, terminal = pty.fork()
     if pid == 0:
+        # `nohup`, under which the tests may run, has it ignored.
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
         fcntl.ioctl(0, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
         # Without the width that readline, which pytest imports, has put into the environment behind Python's back.
         os.execve(sys.executable, [sys.executable, "-m", "mpmm.cli", *command], dict(os.environ))

@@ -75,6 +75,8 @@ def run_on_lease(
     """
     # Blocked before there are other threads, which inherit that: so signals come to this one.
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, _WATCHED)
+    # Where the starter ignores it, so would this process, and the program's end would wake nobody, and be lost.
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     try:
         with ModelManager(namespace=namespace, runtime_root=root) as manager:
             if says is not None:
