@@ -148,7 +148,7 @@ def test_a_block_that_is_dropped_while_the_lock_is_taken_gives_its_copy_back(
     _threads_of(manager._connected()).transactions.submit(int).result()
     with lock_taken(manager):
         # What asyncio says of a pending task that is collected.
-        held._log_destroy_pending = False  # type: ignore[attr-defined]
+        held._log_destroy_pending = False  # type: ignore[attr-defined]  # private to asyncio
         del held
         gc.collect()
     assert [copy.state for copy in settled(namespace).instances] == ["idle"]
@@ -244,7 +244,8 @@ def test_what_a_task_gets_whose_loop_was_closed_goes_back(
     if held is not None:
         manager.release_model("a", held)
     assert [copy.state for copy in settled(namespace).instances] == ["idle"]
-    task._log_destroy_pending = False  # type: ignore[attr-defined]
+    # As above.
+    task._log_destroy_pending = False  # type: ignore[attr-defined]  # private to asyncio
 
 
 def test_what_a_cancelled_task_had_is_given_back_by_another_thread_than_the_loops(

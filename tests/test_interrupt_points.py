@@ -480,7 +480,8 @@ def unguarded_jumps(code: CodeType) -> Iterator[int]:
         if (place.opname, after.opname) == ("PUSH_EXC_INFO", "WITH_EXCEPT_START")
     }
     # There is no public way to read it.
-    blocks = [block for block in dis._parse_exception_table(code) if block.target in handlers]  # type: ignore[attr-defined]
+    table = dis._parse_exception_table(code)  # type: ignore[attr-defined]  # private to dis
+    blocks = [block for block in table if block.target in handlers]
 
     def around(offset: int) -> set[int]:
         return {block.target for block in blocks if block.start <= offset < block.end}

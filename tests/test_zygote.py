@@ -50,6 +50,17 @@ def parent_in(memory: dict[str, Any], tag: str, path: str) -> tuple[int, int]:
     return pid, parent_of(pid)
 
 
+def run_script(script: Path, path: str, switch: str = "1") -> subprocess.CompletedProcess[str]:
+    """Run a script with the path of a registry. switch: whether its servers are forked by a zygote."""
+    return subprocess.run(
+        [sys.executable, str(script), path],
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE_S,
+        env={**os.environ, "MPMM_ZYGOTE": switch, "PYTHONPATH": import_path()},
+    )
+
+
 # Forking.
 
 
@@ -144,13 +155,7 @@ def test_a_constructor_of_a_script_works_without_cloudpickle(path: str, tmp_path
         "        print(handle.acquire().answer(), handle.acquire().forked())\n"
         "        handle.unsafe_hard_delete()\n"
     )
-    done = subprocess.run(
-        [sys.executable, str(script), path],
-        capture_output=True,
-        text=True,
-        timeout=DEADLINE_S,
-        env={**os.environ, "PYTHONPATH": import_path()},
-    )
+    done = run_script(script, path)
     assert (done.stdout, done.stderr) == ("(42, '__mp_main__') mpmm-server\n" * 2, "")
 
 
@@ -172,13 +177,7 @@ def test_what_a_script_sets_for_itself_does_not_move_its_servers(path: str, tmp_
         "        print(handle.acquire().get())\n"
         "        handle.unsafe_hard_delete()\n"
     )
-    done = subprocess.run(
-        [sys.executable, str(script), path],
-        capture_output=True,
-        text=True,
-        timeout=DEADLINE_S,
-        env={**os.environ, "MPMM_ZYGOTE": switch, "PYTHONPATH": import_path()},
-    )
+    done = run_script(script, path, switch)
     assert (done.stdout, done.stderr) == ("['3', 'by the script']\n", "")
 
 
@@ -190,13 +189,7 @@ def test_a_script_without_a_main_guard_fails_as_with_spawn(path: str, tmp_path: 
         "from mpmm.multi_process_shared import MultiProcessShared\n"
         "MultiProcessShared(dict, str(os.getpid()), path=sys.argv[1], spawn_process=True).acquire()\n"
     )
-    done = subprocess.run(
-        [sys.executable, str(script), path],
-        capture_output=True,
-        text=True,
-        timeout=DEADLINE_S,
-        env={**os.environ, "MPMM_ZYGOTE": switch, "PYTHONPATH": import_path()},
-    )
+    done = run_script(script, path, switch)
     assert "bootstrapping phase" in done.stderr
     assert "mpmm.errors.ServerStartError" in done.stderr
     assert done.returncode == 1

@@ -76,7 +76,7 @@ def run_on_lease(
     # Blocked before there are other threads, which inherit that: so signals come to this one.
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, _WATCHED)
     # Where the starter ignores it, so would this process, and the program's end would wake nobody, and be lost.
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     try:
         with ModelManager(namespace=namespace, runtime_root=root) as manager:
             if says is not None:
@@ -88,6 +88,7 @@ def run_on_lease(
             with lease, _quiet_for(lease, steady_seconds):
                 return _run(command, lease, mask)
     finally:
+        signal.signal(signal.SIGCHLD, before)
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
