@@ -177,15 +177,11 @@ async def until_held(namespace: str) -> None:
 
 @pytest.mark.parametrize("loader", [Loads, LoadsObject])
 def test_a_cancelled_task_gives_back_its_own_seat(
-    namespace: str, new_manager: NewManager, loader: Callable[..., Any]
+    namespace: str, new_manager: NewManager, new_gate: NewGate, loader: type[Loads]
 ) -> None:
-    manager = new_manager(max_model_copies=1)
-    began, go, entered, leave = (threading.Event() for _ in range(4))
-
-    def load() -> Any:
-        began.set()
-        assert go.wait(DEADLINE_S)
-        return loader()()
+    manager, began, go = new_manager(max_model_copies=1), new_gate(), new_gate()
+    entered, leave = threading.Event(), threading.Event()
+    load = loader(began=began, go=go)
 
     async def wants() -> None:
         async with manager.model_async("a", load, users=2):
@@ -198,9 +194,9 @@ def test_a_cancelled_task_gives_back_its_own_seat(
 
     async def main() -> None:
         task = asyncio.create_task(wants())
-        await until(began.is_set)
+        await until(began.is_open)
         thread, outcome = in_thread(hold)
-        go.set()
+        go.open()
         # The loop does not hear of the end of the load meanwhile.
         assert entered.wait(DEADLINE_S)
         holds = manager._connected().held.holds
@@ -221,26 +217,20 @@ def test_a_cancelled_task_gives_back_its_own_seat(
 @pytest.mark.usefixtures("uncollected")
 @pytest.mark.parametrize("meanwhile", ["waits", "loads"])
 def test_what_a_task_gets_whose_loop_was_closed_goes_back(
-    namespace: str, new_manager: NewManager, meanwhile: str
+    namespace: str, new_manager: NewManager, new_gate: NewGate, meanwhile: str
 ) -> None:
-    manager = new_manager(max_model_copies=1)
-    began, go = threading.Event(), threading.Event()
-
-    def load() -> str:
-        began.set()
-        assert go.wait(DEADLINE_S)
-        return "handle"
+    manager, began, go = new_manager(max_model_copies=1), new_gate(), new_gate()
 
     async def wants() -> None:
-        async with manager.model_async("a", load):
+        async with manager.model_async("a", Loads(began=began, go=go)):
             pytest.fail("its loop is closed")
 
     held = manager.acquire_model("a", Loads()) if meanwhile == "waits" else None
     loop = asyncio.new_event_loop()
     task = loop.create_task(wants())
-    loop.run_until_complete(until(lambda: waiting(namespace, "a") or began.is_set()))
+    loop.run_until_complete(until(lambda: waiting(namespace, "a") or began.is_open()))
     loop.close()
-    go.set()
+    go.open()
     if held is not None:
         manager.release_model("a", held)
     assert [copy.state for copy in settled(namespace).instances] == ["idle"]
@@ -249,10 +239,9 @@ def test_what_a_task_gets_whose_loop_was_closed_goes_back(
 
 
 def test_what_a_cancelled_task_had_is_given_back_by_another_thread_than_the_loops(
-    namespace: str, new_manager: NewManager, monkeypatch: pytest.MonkeyPatch
+    namespace: str, new_manager: NewManager, new_gate: NewGate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    manager = new_manager()
-    began, go = threading.Event(), threading.Event()
+    manager, began, go = new_manager(), new_gate(), new_gate()
     undone_by = []
     undo = AsyncAcquire._undo_load
 
@@ -262,19 +251,14 @@ def test_what_a_cancelled_task_had_is_given_back_by_another_thread_than_the_loop
 
     monkeypatch.setattr(AsyncAcquire, "_undo_load", undo_load)
 
-    def load() -> str:
-        began.set()
-        assert go.wait(DEADLINE_S)
-        return "handle"
-
     async def wants() -> None:
-        async with manager.model_async("a", load):
+        async with manager.model_async("a", Loads(began=began, go=go)):
             pytest.fail("it was cancelled")
 
     async def main() -> None:
         task = asyncio.create_task(wants())
-        await until(began.is_set)
-        go.set()
+        await until(began.is_open)
+        go.open()
         # In the loop's thread, which does not hear of the end of the load meanwhile.
         wait_until(lambda: read_snapshot(namespace, events=False).active, "it is loaded")
         task.cancel()
