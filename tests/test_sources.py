@@ -306,3 +306,58 @@ def test_what_a_process_gives_back_or_takes_while_it_is_listed_is_in_the_whole(
     [sample] = source.sample(())
     assert sample.used_mb == max(1000, 1000 + change_mb)
     assert sample.process_mb == {os.getpid(): 1000}
+
+
+class TestWholeIsReadAgain:
+    """The whole of a device is read a second time, after its processes, unless all is as it was in the last sample."""
+
+    def source_and_wholes(self, monkeypatch: pytest.MonkeyPatch) -> tuple[NvmlSource, FakeDevice, list[int]]:
+        """Return a source whose last sample had 1 000 of 1 500 MB with this process, and a list that counts wholes."""
+        gpu = FakeDevice("GPU-aaaa", 16000, 1500)
+        fake = install(monkeypatch, gpu)
+        gpu.compute = [process(os.getpid(), 1000)]
+        source, wholes = NvmlSource(), []
+        measure = fake.nvmlDeviceGetMemoryInfo
+
+        def count(handle: Any) -> Any:
+            found = measure(handle)
+            wholes.append(found.used // MIB)
+            return found
+
+        monkeypatch.setattr(fake, "nvmlDeviceGetMemoryInfo", count, raising=False)
+        source.sample(())
+        wholes.clear()
+        return source, gpu, wholes
+
+    def test_not_where_nothing_changed(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        source, _, wholes = self.source_and_wholes(monkeypatch)
+        [sample] = source.sample(())
+        assert (sample.used_mb, sample.process_mb) == (1500, {os.getpid(): 1000})
+        assert wholes == [1500]
+
+    def test_after_a_process_has_taken_memory_while_it_was_listed(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        source, gpu, wholes = self.source_and_wholes(monkeypatch)
+
+        class TakesWhileListed(list[Any]):
+            def __iter__(self) -> Iterator[Any]:
+                gpu.used += 400 * MIB
+                return iter([process(os.getpid(), 1400)])
+
+        gpu.compute = TakesWhileListed()
+        [sample] = source.sample(())
+        assert (sample.used_mb, sample.process_mb) == (1900, {os.getpid(): 1400})
+        assert wholes == [1500, 1900]
+
+    def test_after_a_process_has_given_memory_back_and_takes_it_again(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        source, gpu, wholes = self.source_and_wholes(monkeypatch)
+        gpu.used -= 400 * MIB
+
+        class TakesAgain(list[Any]):
+            def __iter__(self) -> Iterator[Any]:
+                gpu.used += 400 * MIB
+                return super().__iter__()
+
+        gpu.compute = TakesAgain(gpu.compute)
+        [sample] = source.sample(())
+        assert sample.used_mb == 1500
+        assert wholes == [1100, 1500]

@@ -79,6 +79,7 @@ class _Session:
     """An initialised NVML: good in one process only. `handles` is keyed by uuid; `ended` is held from the end on.
 
     unified: the GPU, if there is only one and it shares the host's memory.
+    last: what each device, by its uuid, had in use the last time, MB, and the processes that were listed with that.
     """
 
     pid: int
@@ -87,6 +88,7 @@ class _Session:
     handles: Mapping[str, Any]
     unified: str | None = None
     ended: Any = field(default_factory=threading.Lock)
+    last: dict[str, tuple[float, _Listing]] = field(default_factory=dict)
 
 
 class NvmlSource:
@@ -295,11 +297,13 @@ class _Listing:
 
     is_told: the driver gives the list of those that compute, if it is empty perhaps. Only this list counts for that:
         slices, for one, have none of processes that draw.
+    sharing: those that share the context of an MPS daemon.
     """
 
     figures: Mapping[int, float]
-    withheld: Collection[int]
+    withheld: Set[int]
     is_told: bool
+    sharing: Set[int]
 
 
 def _read(
@@ -318,21 +322,23 @@ def _read(
         memory = door.ask("nvmlDeviceGetMemoryInfo", handle)
         return None if memory is None else memory.used / MIB
 
-    before_mb = whole_mb()
-    listing, sharing = _processes(door, handle)
-    used_mb = larger_whole(before_mb, whole_mb())
+    used_mb = whole_mb()
+    listing = _processes(door, handle)
+    # Where all is as it was the last time, nothing has changed between the whole and its parts either.
+    if used_mb is None or (used_mb, listing) != session.last.get(device.uuid):
+        used_mb = larger_whole(used_mb, whole_mb())
     done_ns = time.monotonic_ns()
     if used_mb is None:
         return DeviceSample(device.index, None, taken_ns, trouble=door.error, done_ns=done_ns), None
+    session.last[device.uuid] = used_mb, listing
     figures = dict(listing.figures)
-    if sharing:
-        _take_off_shared(figures, used_mb, {*sharing, *ours})
+    if listing.sharing:
+        _take_off_shared(figures, used_mb, {*listing.sharing, *ours})
     known = listing.is_told and not listing.withheld
     return DeviceSample(device.index, used_mb, taken_ns, figures, known, done_ns=done_ns), listing
 
 
-def _processes(door: _Door, handle: Any) -> tuple[_Listing, Collection[int]]:
-    """Return the processes of a device, and which of them share the context of an MPS daemon."""
+def _processes(door: _Door, handle: Any) -> _Listing:
     figures: dict[int, float] = {}
     withheld: set[int] = set()
     is_told = True
@@ -350,7 +356,7 @@ def _processes(door: _Door, handle: Any) -> tuple[_Listing, Collection[int]]:
             else:
                 # One that computes and draws is in both lists with the same memory: largest, not sum.
                 figures[process.pid] = max(figures.get(process.pid, 0.0), process.usedGpuMemory / MIB)
-    return _Listing(figures, withheld - figures.keys(), is_told), sharing
+    return _Listing(figures, withheld - figures.keys(), is_told, sharing)
 
 
 def _take_off_shared(figures: dict[int, float], used_mb: float, clients: Collection[int]) -> None:
