@@ -172,7 +172,7 @@ def measure(row: Row, implementation: str, seed: int) -> tuple[Measured, list[st
     # Short, because the paths of Unix sockets are.
     with tempfile.TemporaryDirectory(prefix="mpmm-b", ignore_cleanup_errors=True) as name:
         folder = Path(name)
-        roots = (folder / RUNTIME_FOLDER, root_below(folder))
+        roots = (folder / RUNTIME_FOLDER, Path(root_below(str(folder))))
         for root in roots:
             # mpmm removes no folder with a file of others in it; and the folder's identity is part of segments' names.
             root.mkdir(mode=0o700)

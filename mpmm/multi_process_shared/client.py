@@ -45,7 +45,7 @@ class ServerLink:
     def connect(self) -> Connection:
         """Open one more connection, in one attempt. Raises AuthenticationError, OSError or EOFError."""
         self.registry.join()
-        return sockets.dial(self.registry.path, self.record.socket_name, self.registry.key())
+        return sockets.dial(self.registry.folder, self.record.socket_name, self.registry.key())
 
     def acquire(self) -> tuple[int, frozenset[str]]:
         """Become a user of the object; return the token and the names of its methods.

@@ -38,7 +38,6 @@ from typing import Any
 
 import psutil
 
-from mpmm.errors import InvalidArgumentError
 from mpmm.interpreter.fork_hooks import call_once_at_exit, in_forked_child
 from mpmm.interpreter.thread_locks import new_lock
 from mpmm.shared_state.lock_file import LockFile, is_locked
@@ -46,10 +45,10 @@ from mpmm.shared_state.runtime_dir import (
     REGISTRY_FOLDER,
     RUNTIME_DIR_VARIABLE,
     RuntimeDirectory,
-    default_root,
+    default_root_text,
     root_below,
 )
-from mpmm.text.arguments import checked_path, in_brief
+from mpmm.text.arguments import checked_path_text
 
 __all__ = ["ServerRecord", "ServerRegistry", "registry_at", "registry_for", "start_time_of"]
 
@@ -189,24 +188,37 @@ def _is_dying(pid: int) -> bool:
 class ServerRegistry:
     """One registry as this process sees it. Thread-safe; made by `registry_at` and `registry_for` only."""
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
+    def __init__(self, root: str | Path) -> None:
         self.directory = RuntimeDirectory(REGISTRY_FOLDER, root)
-        self.path = self.directory.path
+        # As text, see there.
+        self.folder = self.directory.text
         self._mutex = new_lock()
         self._alive: LockFile | None = None
 
     def __repr__(self) -> str:
-        return f"ServerRegistry({str(self.path)!r})"
+        return f"ServerRegistry({self.folder!r})"
 
     @property
-    def alive_path(self) -> Path:
-        """Path of the lock that every client holds."""
-        return self.path / "alive.lock"
+    def root(self) -> Path:
+        """The folder in which the registry lies."""
+        return self.directory.root
 
-    def life_path(self, tag: str) -> Path:
+    @property
+    def path(self) -> Path:
+        """The registry's folder."""
+        return self.directory.path
+
+    def _file(self, name: str) -> str:
+        return os.path.join(self.folder, name)
+
+    @property
+    def alive_path(self) -> str:
+        """Path of the lock that every client holds."""
+        return self._file("alive.lock")
+
+    def life_path(self, tag: str) -> str:
         """Path of the lock that the tag's server holds."""
-        return self.path / f"{digest_of(tag)}.life"
+        return self._file(f"{digest_of(tag)}.life")
 
     def attach_marker(self, tag: str) -> Path:
         """Path of the file which says that the tag's object is attached in every process."""
@@ -324,7 +336,7 @@ class ServerRegistry:
 
     def key(self) -> bytes:
         """Return the registry's key, made by the first process that asks. Call after `join`."""
-        with contextlib.closing(open_lock(self.path / "key")) as lock:
+        with contextlib.closing(open_lock(self._file("key"))) as lock:
             lock.shared(SHORT_LOCK_TIMEOUT_S)
             key = os.pread(lock.fd, KEY_BYTES + 1, 0)
             if len(key) == KEY_BYTES:
@@ -350,7 +362,7 @@ class ServerRegistry:
             self.join()
             if _server_lives_by is not None:
                 # No client of the registry, so nothing else keeps the registry while the new server comes up.
-                folder_lock = self._lock(self.path / "lifecycle.lock", lambda lock: lock.shared(ALIVE_LOCK_TIMEOUT_S))
+                folder_lock = self._lock(self._file("lifecycle.lock"), lambda lock: lock.shared(ALIVE_LOCK_TIMEOUT_S))
             lock = self._lock(self._tag_lock_path(tag), lambda lock: lock.exclusive(timeout_seconds))
             yield
         finally:
@@ -390,7 +402,7 @@ class ServerRegistry:
         with contextlib.suppress(FileNotFoundError), contextlib.closing(open_lock(self._tag_lock_path(tag))) as lock:
             if lock.try_exclusive() and lock.is_current() and not is_locked(self.life_path(tag)):
                 self.remove_sockets(tag)
-                self.life_path(tag).unlink(missing_ok=True)
+                Path(self.life_path(tag)).unlink(missing_ok=True)
                 lock.path.unlink(missing_ok=True)
 
     def remove_sockets(self, tag: str) -> None:
@@ -398,10 +410,10 @@ class ServerRegistry:
         for leftover in list(self.path.glob(f"{digest_of(tag)}-*.sock")):
             leftover.unlink(missing_ok=True)
 
-    def _tag_lock_path(self, tag: str) -> Path:
-        return self.path / f"{digest_of(tag)}.lock"
+    def _tag_lock_path(self, tag: str) -> str:
+        return self._file(f"{digest_of(tag)}.lock")
 
-    def _lock(self, path: Path, take: Callable[[LockFile], Any]) -> LockFile:
+    def _lock(self, path: str, take: Callable[[LockFile], Any]) -> LockFile:
         """Open and `take` a lock of the registry, again if the registry or the file was removed meanwhile."""
         while True:
             self.directory.ensure()
@@ -427,7 +439,7 @@ def write_record(life: LockFile, record: ServerRecord) -> None:
     os.pwrite(life.fd, text, 0)
 
 
-def _read_record(path: Path) -> ServerRecord | None:
+def _read_record(path: str | Path) -> ServerRecord | None:
     """Return what a life file says, or None while it says nothing; true only if the lock is held."""
     try:
         # Not `Path.read_text`, which has a new process load another twenty pages of code.
@@ -453,7 +465,7 @@ def _will_stay_locked(life: Path) -> bool:
     return False
 
 
-def open_lock(path: Path) -> LockFile:
+def open_lock(path: str | Path) -> LockFile:
     """Open a lock file that forked children close. Raises FileNotFoundError when its folder is gone."""
     return LockFile(path)
 
@@ -463,14 +475,15 @@ def digest_of(tag: str) -> str:
     return hashlib.blake2b(tag.encode("utf-8", "surrogatepass"), digest_size=10).hexdigest()
 
 
-_registries: dict[Path, ServerRegistry] = {}
+_registries: dict[str, ServerRegistry] = {}
 _registries_mutex = new_lock()
 # What `registry_for` found, by its argument and the setting: taking paths apart would cost more than a call.
 _registries_by_argument: dict[tuple[str | None, str | None], ServerRegistry] = {}
 
 
-def registry_at(root: Path) -> ServerRegistry:
+def registry_at(root: str | Path) -> ServerRegistry:
     """Return this process's one object for the registry below `root`."""
+    root = os.path.abspath(root)
     with _registries_mutex:
         registry = _registries.get(root)
         if registry is None:
@@ -483,16 +496,16 @@ def registry_for(path: str | None) -> ServerRegistry:
 
     Raises InvalidArgumentError.
     """
-    if not isinstance(path, str | os.PathLike | None):
-        raise InvalidArgumentError(f"path={in_brief(path)}: expected a folder")
+    if path is not None and not isinstance(path, str):
+        path = checked_path_text("path", path, "a folder")
     argument = (path, os.environ.get(RUNTIME_DIR_VARIABLE))
     registry = _registries_by_argument.get(argument)
     if registry is None:
         if path is not None:
-            path = str(checked_path("path", path, "a folder"))
-        root = default_root() if path is None or path == tempfile.gettempdir() else root_below(Path(path))
-        registry = registry_at(root.absolute())
-        if root.is_absolute():
+            path = checked_path_text("path", path, "a folder")
+        root = default_root_text() if path is None or path == tempfile.gettempdir() else root_below(path)
+        registry = registry_at(root)
+        if os.path.isabs(root):
             _registries_by_argument[argument] = registry
     return registry
 

@@ -56,7 +56,7 @@ class LockFile:
     # `put_back` has put it at its path, in this process.
     put_here = False
 
-    def __init__(self, path: Path, *, create: bool = True, folder: bool = False) -> None:
+    def __init__(self, path: str | Path, *, create: bool = True, folder: bool = False) -> None:
         """Open, and create if need be, `path` with mode 0600; symbolic links are refused (OSError ELOOP).
 
         create: False raises FileNotFoundError instead. folder: `path` is a folder, which is not created.
@@ -64,7 +64,7 @@ class LockFile:
         # Imported here because who only asks `is_locked` does without, and starts faster.
         from filelock import lock_descriptor, unlock_descriptor
 
-        self.path = path
+        self._at = path
         self._lock, self._unlock = lock_descriptor, unlock_descriptor
         self._pid = os.getpid()
         with fork_guard:
@@ -84,7 +84,7 @@ class LockFile:
         try:
             return self._lock(self.fd, blocking=False)
         except OSError as error:
-            _raise_what_it_means(error, self.path)
+            _raise_what_it_means(error, self._at)
 
     def take_quickly(self) -> bool:
         """Do what `try_exclusive` does, but return False also where there is something to say against the lock.
@@ -108,7 +108,7 @@ class LockFile:
         except OSError as error:
             if error.errno in (errno.EWOULDBLOCK, errno.EAGAIN):
                 return False
-            _raise_what_it_means(error, self.path)
+            _raise_what_it_means(error, self._at)
         return True
 
     def exclusive(self, timeout_seconds: float) -> None:
@@ -124,6 +124,11 @@ class LockFile:
         self._unlock(self.fd)
 
     @property
+    def path(self) -> Path:
+        """Where the file was opened, or made."""
+        return Path(self._at)
+
+    @property
     def identity(self) -> tuple[int, int]:
         """Device and inode of the open file."""
         found = os.fstat(self.fd)
@@ -131,11 +136,11 @@ class LockFile:
 
     def is_current(self) -> bool:
         """Tell whether the path still leads to the open file, and not to nothing or to a newer one."""
-        return identity_of(self.path) == self.identity
+        return identity_of(self._at) == self.identity
 
     def is_replaced(self) -> bool:
         """Tell whether the path leads to another file; False also where nothing is there."""
-        return identity_of(self.path) not in (None, self.identity)
+        return identity_of(self._at) not in (None, self.identity)
 
     def put_back(self, *, shared: bool = False, replace: bool = False) -> LockFile | None:
         """Return a new file at the path, locked like this one, whose file was removed; this one stays as it is.
@@ -169,7 +174,7 @@ class LockFile:
         if not taken:
             made.close()
             return None
-        made.path = self.path
+        made._at = self._at
         return made
 
     def become(self, other: LockFile) -> None:

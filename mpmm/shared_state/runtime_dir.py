@@ -55,23 +55,28 @@ def default_root() -> Path:
     It depends neither on TMPDIR, which may differ among processes that share a GPU, nor on the working directory: a
     relative setting is made absolute at its first use, for child processes as well.
     """
+    return Path(default_root_text())
+
+
+def default_root_text() -> str:
+    """Return the same as text."""
     chosen = os.environ.get(RUNTIME_DIR_VARIABLE)
     if not chosen:
-        return root_below(Path("/tmp"))
+        return root_below("/tmp")
     if not os.path.isabs(chosen):
         chosen = os.environ[RUNTIME_DIR_VARIABLE] = os.path.abspath(chosen)
-    return Path(chosen)
+    return chosen
 
 
-def root_below(folder: Path) -> Path:
+def root_below(folder: str) -> str:
     """Return the folder of all namespaces of this user below `folder`, which others may write too."""
-    return folder / f"mpmm-{os.getuid()}"
+    return os.path.join(folder, f"mpmm-{os.getuid()}")
 
 
 class RuntimeDirectory:
     """One namespace's folder, made on demand and checked at every `ensure`."""
 
-    def __init__(self, name: str, root: Path | None = None) -> None:
+    def __init__(self, name: str, root: str | Path | None = None) -> None:
         """Describe the folder of namespace `name`; nothing is created yet.
 
         Raises InvalidArgumentError for a name that is not 1 to 64 of `A-Z a-z 0-9 _ . -`, or starts
@@ -82,11 +87,22 @@ class RuntimeDirectory:
                 f"namespace {name!r}: expected 1 to 64 characters of A-Z a-z 0-9 _ . - that do not start with a dot"
             )
         self.name = name
-        self.root = default_root() if root is None else Path(os.path.abspath(root))
-        self.path = self.root / name
+        # Text, because a process that has just been forked pays more for the first Path than for a system call.
+        self.root_text = os.path.abspath(default_root_text() if root is None else root)
+        self.text = os.path.join(self.root_text, name)
 
     def __repr__(self) -> str:
-        return f"RuntimeDirectory({str(self.path)!r})"
+        return f"RuntimeDirectory({self.text!r})"
+
+    @property
+    def root(self) -> Path:
+        """The folder of all namespaces."""
+        return Path(self.root_text)
+
+    @property
+    def path(self) -> Path:
+        """The folder itself."""
+        return Path(self.text)
 
     def ensure(self) -> None:
         """Create the folder and its parent, or check that they are ours.
@@ -96,8 +112,8 @@ class RuntimeDirectory:
         """
         try:
             # Mostly it is all there.
-            check_private_folder(self.root)
-            check_private_folder(self.path)
+            check_private_folder(self.root_text)
+            check_private_folder(self.text)
             return
         except RuntimeDirectoryError:
             raise
@@ -186,7 +202,7 @@ def _make_folder(folder: Path, mode: int) -> None:
         os.chmod(folder, mode)
 
 
-def check_private_folder(folder: Path) -> None:
+def check_private_folder(folder: str | Path) -> None:
     """Raise RuntimeDirectoryError unless `folder` is a real directory of this user with mode 0700."""
     found = os.lstat(folder)
     if stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not stat.S_IMODE(found.st_mode) & 0o777:

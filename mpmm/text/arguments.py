@@ -135,12 +135,18 @@ def encoded_text(what: str, text: object) -> bytes:
 
 def checked_path(name: str, value: object, what: str) -> Path:
     """Return a path. Raises InvalidArgumentError for what is none, or one that no system could have."""
+    return Path(checked_path_text(name, value, what))
+
+
+def checked_path_text(name: str, value: object, what: str) -> str:
+    """Return a path as text. Raises InvalidArgumentError as `checked_path` does."""
     path = value
-    if isinstance(value, os.PathLike):
-        path = os.fspath(value)
+    # First what is quick to ask: a process that has just been forked pays for the other.
+    if not isinstance(path, str) and isinstance(path, os.PathLike):
+        path = os.fspath(path)
     if not isinstance(path, str) or not path or "\0" in path or not _is_encodable(path):
         raise InvalidArgumentError(f"{name}={in_brief(value)}: expected {what}, as a str or a path object")
-    return Path(path)
+    return path
 
 
 def _is_encodable(path: str) -> bool:

@@ -69,7 +69,7 @@ class ForkSafeConnection(Connection):
             super().close()
 
 
-def listen(folder: Path, name: str) -> socket.socket:
+def listen(folder: str | Path, name: str) -> socket.socket:
     """Return a non-blocking listening socket at `folder/name`, closed in forked children."""
     with fork_guard:
         listener = close_in_children(ForkSafeSocket(socket.AF_UNIX, socket.SOCK_STREAM))
@@ -127,7 +127,7 @@ def authenticate_client(connection: Connection, key: bytes) -> None:
             raise AuthenticationError("the client does not know the key")
 
 
-def dial(folder: Path, name: str, key: bytes, timeout_seconds: float | None = None) -> Connection:
+def dial(folder: str | Path, name: str, key: bytes, timeout_seconds: float | None = None) -> Connection:
     """Return an authenticated connection to the socket `folder/name`, closed in forked children.
 
     timeout_seconds: how long to wait for each word of a server that may be stopped; None: for ever.
@@ -236,9 +236,9 @@ def _peer_credentials(fd: int) -> tuple[int, int, int] | None:
 
 
 @contextmanager
-def _short_address(folder: Path, name: str) -> Iterator[str]:
+def _short_address(folder: str | Path, name: str) -> Iterator[str]:
     """Yield an address that leads to `folder/name` and fits into a `sockaddr_un`; valid inside the block."""
-    plain = str(folder / name)
+    plain = os.path.join(folder, name)
     if len(os.fsencode(plain)) <= LONGEST_ADDRESS_BYTES:
         yield plain
     elif _HAS_PROC:
