@@ -141,29 +141,23 @@ def dial(folder: str | Path, name: str, key: bytes, timeout_seconds: float | Non
             set_timeouts(ours, timeout_seconds)
         with _short_address(folder, name) as address:
             ours.connect(address)
+        _prove_to_server(ours, key)
         with fork_guard:
-            connection = close_in_children(ForkSafeConnection(ours.detach()))
+            return close_in_children(ForkSafeConnection(ours.detach()))
     except BaseException:
         ours.close()
         raise
-    try:
-        _prove_to_server(connection, key)
-    except BaseException:
-        connection.close()
-        raise
-    return connection
 
 
-def _prove_to_server(connection: Connection, key: bytes) -> None:
-    with duplicate(connection.fileno()) as server:
-        client_nonce = _nonce()
-        server.sendall(client_nonce)
-        answer = _receive(server, NONCE_BYTES + PROOF_BYTES)
-        server_nonce, proof = answer[:NONCE_BYTES], answer[NONCE_BYTES:]
-        _expect_version("server", server_nonce)
-        if not hmac.compare_digest(proof, _proof(key, b"server", client_nonce, server_nonce)):
-            raise AuthenticationError("the server does not know the key")
-        server.sendall(_proof(key, b"client", client_nonce, server_nonce))
+def _prove_to_server(server: socket.socket, key: bytes) -> None:
+    client_nonce = _nonce()
+    server.sendall(client_nonce)
+    answer = _receive(server, NONCE_BYTES + PROOF_BYTES)
+    server_nonce, proof = answer[:NONCE_BYTES], answer[NONCE_BYTES:]
+    _expect_version("server", server_nonce)
+    if not hmac.compare_digest(proof, _proof(key, b"server", client_nonce, server_nonce)):
+        raise AuthenticationError("the server does not know the key")
+    server.sendall(_proof(key, b"client", client_nonce, server_nonce))
 
 
 def _nonce() -> bytes:
