@@ -9,6 +9,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ from harness import (
 )
 from loaders import Gate, LoadFails, Loads, LoadsObject, LoadsServer, MakesServed, served
 from patience import Stopwatch
+from random_tables import RandomTables
 
 from mpmm.errors import AcquireTimeoutError, LoadTimeoutError, ModelServerError
 from mpmm.shared_state.lock_file import LockFile
@@ -580,3 +582,18 @@ def test_an_interrupted_loader_gives_up_its_reservation(
         interrupted.result()
     soon(other, "the reservation is free", time.monotonic())
     assert problems(namespace) == []
+
+
+def test_who_looks_for_the_dead_together_with_another_counts_none_of_them_again(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    made = RandomTables(0)
+    namespace = made.namespace
+    with closing(made):
+        found = namespace.find_dead_members()
+        assert namespace.reap_dead_members() == len(found) > 0
+        reaps, said = read_snapshot(namespace.name).reaps, len(caplog.messages)
+        # It has found them before the first one took them back, and has the lock afterwards.
+        monkeypatch.setattr(namespace, "find_dead_members", lambda: found)
+        assert namespace.reap_dead_members() == 0
+        assert (read_snapshot(namespace.name).reaps, len(caplog.messages)) == (reaps, said)

@@ -320,6 +320,10 @@ def test_what_is_wrong_is_found(whole: Snapshot, invariant: str, what: str, brea
     assert invariant in {line.split()[0] for line in found}, found
 
 
+def test_the_deviation_of_an_estimate_that_there_is_not_may_be_anything(whole: Snapshot) -> None:
+    assert check_invariants(rows("models", tag("m0"), estimate_mb=None, sd_mb=math.inf)(whole)) == []
+
+
 def test_there_is_a_case_for_each_invariant() -> None:
     assert {name for name, _, _ in CASES} == {
         *(f"H{number}" for number in range(1, 6)),

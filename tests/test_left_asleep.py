@@ -9,6 +9,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -229,6 +230,21 @@ def test_wake_ups_behind_a_log_line_that_raises_are_made(lab: Lab) -> None:
     with pytest.raises(OSError, match="away"), lab.namespace.transaction() as t:
         t.after += [complain, lambda: made.append("wake-up")]
     assert made == ["wake-up"]
+
+
+def test_what_follows_a_transaction_is_done_once_though_somebody_looks_for_what_was_left(lab: Lab) -> None:
+    lock = lab.namespace.lock
+    made: list[int] = []
+    for number in range(100):
+        with lab.namespace.transaction() as t:
+            # It cannot tell these calls from ones that nobody makes any more, unless it has seen them before.
+            t.after += [partial(made.append, number), lock.finish_calls]
+        # By now there are none, so that it has to forget those that it has seen: others will be where they were.
+        lock.finish_calls()
+        for _ in range(number % 3):
+            with lab.namespace.transaction():
+                pass
+    assert made == list(range(100))
 
 
 def test_what_a_newcomer_takes_back_of_the_dead_is_given_to_a_waiter(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import gc
+import math
 import os
 import subprocess
 import sys
@@ -23,6 +25,7 @@ from harness import (
     acquire,
     attach,
     import_path,
+    in_thread,
     problems,
     release,
     scaled,
@@ -151,6 +154,20 @@ def test_a_namespace_with_a_worker_is_never_removed_as_deserted(
     assert segment_file(runtime_root).exists()
 
 
+def test_who_replaces_what_the_crashed_have_left_keeps_none_of_its_memory(
+    namespace: str, runtime_root: Path, new_process: NewProcess
+) -> None:
+    leave_deserted(new_process)
+    gc.disable()
+    try:
+        joined = Namespace.join(namespace)
+        mapped = Path("/proc/self/maps").read_text().count(str(segment_file(runtime_root)))
+    finally:
+        gc.enable()
+    joined.leave()
+    assert mapped == 1
+
+
 @pytest.mark.parametrize("size", [0, 8, 4096, -8], ids=["empty", "one word", "one page", "one word short"])
 def test_a_deserted_segment_that_was_truncated_is_replaced(
     namespace: str, runtime_root: Path, new_process: NewProcess, new_manager: NewManager, size: int
@@ -254,6 +271,14 @@ def test_a_full_shared_memory_is_a_clear_error_and_leaves_nothing(
     assert not segment_file(runtime_root).exists()
     # What there was room for is no obstacle to those who come later.
     ModelManager(namespace=namespace, **BOOKED).shutdown()
+
+
+def test_a_member_is_called_like_its_program(namespace: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["/opt/train.py", "--fast"])
+    joined = Namespace.join(namespace)
+    names = [member.name for member in read_snapshot(namespace).members]
+    joined.leave()
+    assert names == ["train.py"]
 
 
 def test_the_pages_are_allocated_at_creation(namespace: str, runtime_root: Path, new_manager: NewManager) -> None:
@@ -432,6 +457,28 @@ def test_newcomers_leave_the_lock_to_who_starves_while_the_claim_holds(namespace
     with joined.transaction():
         assert time.monotonic_ns() < until, "nobody can have meant that"
     joined.leave()
+
+
+def test_who_waits_for_the_lock_has_it_soon_after_it_is_free_without_a_claim(
+    namespace: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Nobody ever waits for so long that it claims the lock.
+    monkeypatch.setattr(transaction, "STARVES_AFTER_S", math.inf)
+    joined = Namespace.join(namespace)
+    elsewhere = joined.segment.lock_file()
+    assert elsewhere.try_exclusive()
+
+    def wait() -> float:
+        with joined.transaction(4.0):
+            return watch.calm_s()
+
+    waiter, waited = in_thread(wait)
+    wait_until(lambda: joined.segment.words[Header.CONTENDED], "it waits")
+    watch = Stopwatch()
+    elsewhere.close()
+    waiter.join(DEADLINE_S)
+    joined.leave()
+    assert waited[0] < 2.0
 
 
 def test_waiting_for_threads_of_the_same_process_counts_against_the_time_out(namespace: str) -> None:

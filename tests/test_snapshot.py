@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import time
+from contextlib import closing
 from dataclasses import fields
 from enum import IntEnum
 from typing import Any
+from unittest import mock
 
 import pytest
 from harness import NewManager
+from random_tables import SECOND_NS, RandomTables
 
-from mpmm.shared_state.layout import Device, Header, Instance, Member, Model, Pin, Ticket
+from mpmm.shared_state.durations import LONGEST_NS
+from mpmm.shared_state.layout import Device, Event, Header, Instance, Member, Model, Pin, Ticket
 from mpmm.shared_state.rows import DeviceRow, HeaderRow, InstanceRow, MemberRow, ModelRow, Row, TicketRow
-from mpmm.shared_state.snapshot import InstanceInfo, MemberInfo, ModelInfo, PinInfo, TicketInfo, read_snapshot
+from mpmm.shared_state.snapshot import InstanceInfo, MemberInfo, ModelInfo, PinInfo, TicketInfo, decode, read_snapshot
 from mpmm.shared_state.snapshot.decode import _Decoder
 from mpmm.shared_state.snapshot.kinds import PLACE
 from mpmm.shared_state.states import InstanceState, MemberState, ModelState, TicketState
@@ -51,6 +55,12 @@ def test_every_word_of_a_row_is_shown_or_known_to_be_left_out(row: type[Any], re
     shown = {name for name, place in words_of(row).items() if place in declared}
     assert not shown & NOT_SHOWN[row]
     assert shown | COMPUTED[row] | NOT_SHOWN[row] == set(words_of(row))
+
+
+@pytest.mark.parametrize("row", [Header, Member, Model, Instance, Ticket, Pin, Event], ids=lambda one: one.__name__)
+def test_no_two_fields_of_a_row_begin_at_one_word(row: type[Any]) -> None:
+    places = words_of(row)
+    assert len(set(places.values())) == len(places)
 
 
 @pytest.mark.parametrize(
@@ -95,3 +105,36 @@ def test_both_clocks_of_a_look_are_read_at_its_beginning(
     monkeypatch.setattr(_Decoder, "_devices", devices)
     snapshot = read_snapshot(namespace)
     assert snapshot.taken_wall_s - snapshot.taken_s == pytest.approx(offset_s, abs=late_s / 2)
+
+
+def test_a_copy_with_seats_is_idle_since_the_last_of_its_users_gave_it_back() -> None:
+    made = RandomTables(0)
+    transitions = made.transitions
+    with closing(made), mock.patch("time.monotonic_ns", side_effect=lambda: made.now):
+        with made.namespace.transaction() as t:
+            model = transitions.models.claim(t, "shared", b"shared")
+            transitions.models.set_users(t, model, 3)
+            row = transitions.loads.begin(t, model, 1, 1, 100.0, alone=False)
+            transitions.loads.end(t, row, b"handle", 100.0, 0, False)
+        # The seats are free from the load on, the copy itself has a user for ten seconds.
+        made.now += 10 * SECOND_NS
+        with made.namespace.transaction() as t:
+            transitions.holds.release(t, row)
+        made.now += 5 * SECOND_NS
+        (copy,) = read_snapshot(made.namespace.name).copies
+    assert (copy.state, copy.seats, copy.for_s) == ("idle", 2, 5)
+
+
+@pytest.mark.parametrize("junk", [0, 99, 2**63])
+def test_a_waiter_that_is_no_members_is_shown_without_a_process(junk: int) -> None:
+    made = RandomTables(0)
+    with closing(made):
+        with made.namespace.transaction() as t:
+            row = made.transitions.tickets.enqueue(t, made.claim_model(t), 1, 1, 100.0, LONGEST_NS)
+        segment, at = made.namespace.segment, made.tables.ticket(row) + Ticket.MEMBER
+        copied = bytearray(segment.copy())
+        (waiter,) = decode(copied, segment.layout, "n", segment.name).tickets
+        assert waiter.pid == made.tables.members[1].pid
+        copied[8 * at : 8 * at + 8] = junk.to_bytes(8, "little")
+        (waiter,) = decode(copied, segment.layout, "n", segment.name).tickets
+        assert waiter.pid == 0

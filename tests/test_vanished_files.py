@@ -42,6 +42,7 @@ from mpmm.observability.findings import findings
 from mpmm.shared_state.liveness import lives_by_pid
 from mpmm.shared_state.lock_file import LockFile, identity_of, is_locked
 from mpmm.shared_state.namespace import Namespace
+from mpmm.shared_state.removal import remove_deserted
 from mpmm.shared_state.runtime_dir import RUNTIME_DIR_VARIABLE, RuntimeDirectory, default_root
 from mpmm.shared_state.segment import Segment, segment_name
 from mpmm.shared_state.snapshot import find_lost_namespaces, read_snapshot
@@ -112,6 +113,15 @@ def test_a_missing_segment_under_living_members_is_an_error_that_says_what_remov
     member.call(shut_down)
     # With the last member the trouble has an end.
     newcomer.call(attach, namespace=namespace, memory_source="booked")
+
+
+def test_a_namespace_whose_segment_was_removed_under_its_worker_is_not_removed_as_deserted(
+    namespace: str, runtime_root: Path, new_manager: NewManager
+) -> None:
+    new_manager()
+    os.unlink(f"/dev/shm/{segment_name(runtime_root, namespace)}")
+    assert not remove_deserted(runtime_root, namespace)
+    assert is_locked(runtime_root / namespace / "m0.lock")
 
 
 def test_a_relative_runtime_directory_is_the_same_after_a_change_of_the_working_directory(
@@ -240,6 +250,18 @@ def test_a_leader_whose_lock_was_removed_makes_way_for_the_one_who_has_the_new_o
     wait_until(lambda: not one.call(leads), "the old one notices")
     usurper.close()
     wait_until(lambda: one.call(leads), "the lead is free")
+
+
+def test_a_lock_that_becomes_another_one_gives_up_what_it_was_and_has_what_that_had(tmp_path: Path) -> None:
+    before, after = tmp_path / "before.lock", tmp_path / "after.lock"
+    lock, other = LockFile(before), LockFile(after)
+    assert lock.try_exclusive() and other.try_exclusive()
+    lock.become(other)
+    assert not is_locked(before)
+    other.close()
+    assert is_locked(after), "the other one has nothing to give up any more"
+    lock.close()
+    assert not is_locked(after)
 
 
 def test_a_file_that_was_put_into_the_place_of_a_members_lock_says_nothing_about_it(
