@@ -273,12 +273,17 @@ def test_a_full_shared_memory_is_a_clear_error_and_leaves_nothing(
     ModelManager(namespace=namespace, **BOOKED).shutdown()
 
 
-def test_a_member_is_called_like_its_program(namespace: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["/opt/train.py", "--fast"])
+@pytest.mark.parametrize(
+    ("arguments", "name"), [(["/opt/train.py", "--fast"], "train.py"), ([""], "python"), ([], "python")]
+)
+def test_a_member_is_called_like_its_program(
+    namespace: str, monkeypatch: pytest.MonkeyPatch, arguments: list[str], name: str
+) -> None:
+    monkeypatch.setattr(sys, "argv", arguments)
     joined = Namespace.join(namespace)
     names = [member.name for member in read_snapshot(namespace).members]
     joined.leave()
-    assert names == ["train.py"]
+    assert names == [name]
 
 
 def test_the_pages_are_allocated_at_creation(namespace: str, runtime_root: Path, new_manager: NewManager) -> None:

@@ -218,7 +218,7 @@ class Namespace:
         try:
             # All waits together: the dead that are reaped first cost one each.
             with namespace.lock.give_up_at(deadline):
-                namespace._enter(kind, label or Path(sys.argv[0] or "python").name)
+                namespace._enter(kind, label or _program_name())
                 if not namespace._files.is_in_place():
                     namespace._leave_row()
                     raise StartAgain
@@ -438,7 +438,7 @@ class Namespace:
             if self.segment.is_closed:
                 raise StartAgain
             for slot in self.tables.free_members():
-                lock = LockFile(Path(self.member_lock_path(slot)))
+                lock = LockFile(self.member_lock_path(slot))
                 if lock.try_exclusive():
                     break
                 # Held by a process that has not yet been reaped, or for microseconds by one that asks `is_locked`.
@@ -492,6 +492,12 @@ class Namespace:
         self._usable = False
         self._files.forget_after_fork()
         self.lock.forget_after_fork()
+
+
+def _program_name() -> str:
+    """Return what this process is called; a program that embeds Python, or empties its arguments, has no name."""
+    arguments = getattr(sys, "argv", None)
+    return os.path.basename(arguments[0]) if arguments and arguments[0] else "python"
 
 
 def _take_estimates_over(namespace: Namespace, models: tuple[ModelInfo, ...]) -> None:

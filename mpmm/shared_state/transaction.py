@@ -147,7 +147,8 @@ class TransactionLock:
         self._next_look = 0.0
         # Calls to make after transactions, by the identity of their lists, until they were made; and those seen before.
         self._calls: dict[int, list[Callable[[], object]]] = {}
-        self._calls_seen: set[int] = set()
+        # The lists themselves, or a new one might come to lie where one was that is gone, and be taken for it.
+        self._calls_seen: dict[int, list[Callable[[], object]]] = {}
         # Threads that finish what would have to be done again: see `patient_here`.
         self._patient: set[int] = set()
         self._deadline = math.inf
@@ -294,8 +295,8 @@ class TransactionLock:
         lines, and what looks for itself.
         """
         if self._calls or self._calls_seen:
-            left = set(self._calls)
-            for key in left & self._calls_seen:
+            left = dict(self._calls)
+            for key in left.keys() & self._calls_seen.keys():
                 _call_all(self._calls.pop(key, ()))
             self._calls_seen = left
 
