@@ -7,10 +7,13 @@ import time
 from collections.abc import Iterator
 
 import pytest
+from crash_lab import Lab
+from crash_lab import lab as lab  # the fixture
 from harness import NOBODYS_PID
 
 from mpmm.memory.samples import SharedSamples
 from mpmm.scheduling import Scheduler
+from mpmm.shared_state.durations import to_ns
 from mpmm.shared_state.layout import Device, Member
 from mpmm.shared_state.namespace import Namespace
 from mpmm.shared_state.snapshot import read_snapshot
@@ -107,3 +110,56 @@ def test_the_last_figures_of_a_device_are_kept_in_their_order(samples: SharedSam
         samples.publish(sample(float(number), time.monotonic_ns(), 0.0))
     kept = read_snapshot(samples._namespace.name).devices[0].samples
     assert [mb for _, mb in kept] == [float(number) for number in range(3, count)]
+
+
+def test_a_peak_is_the_highest_figure_in_the_window(samples: SharedSamples) -> None:
+    joined, now = samples._namespace, time.monotonic_ns()
+    before_it = now - to_ns(joined.settings.peak_window_seconds) - 1
+    for used_mb, taken_ns in ((950.0, before_it), (800.0, now), (300.0, now + 1)):
+        samples.publish(sample(used_mb, taken_ns, 0.0))
+    device = read_snapshot(joined.name).devices[0]
+    assert (device.used_mb, device.peak_mb, device.peak_since_start_mb) == (300.0, 800.0, 950.0)
+
+
+def test_a_load_that_runs_alone_knows_nothing_of_the_figure_before_another_one(samples: SharedSamples) -> None:
+    joined = samples._namespace
+    transitions, device = joined.transitions, joined.tables.devices[0]
+
+    def begin() -> int:
+        with joined.transaction() as t:
+            return transitions.loads.begin(t, transitions.models.claim(t, "a", b"a"), joined.slot, 1, 100.0, alone=True)
+
+    row = begin()
+    samples.publish(sample(300.0, time.monotonic_ns(), 0.0))
+    with joined.transaction() as t:
+        transitions.isolation.set_baseline(t, row)
+    assert device.baseline_mb == 300.0
+    with joined.transaction() as t:
+        transitions.loads.fail(t, row)
+    begin()
+    assert math.isnan(device.baseline_mb)
+
+
+def note(lab: Lab, used_mb: float) -> None:
+    """Note a sample of the first device."""
+    lab.do(lambda t, tr: tr.devices.sample(t, 0, used_mb, time.monotonic_ns()))
+
+
+def test_a_figure_below_what_is_certain_contradicts_it_and_the_same_one_does_not(lab: Lab) -> None:
+    note(lab, 400.0)
+    lab.idle("a")
+    note(lab, 490.0)
+    now = time.monotonic_ns()
+    with lab.namespace.transaction():
+        is_contradicted = lab.namespace.transitions.ledgers.is_contradicted
+        assert [is_contradicted(0, used_mb, now, now) for used_mb in (489.0, 490.0, 491.0)] == [True, False, False]
+
+
+def test_what_a_lease_has_taken_of_its_memory_is_no_other_programs(lab: Lab) -> None:
+    note(lab, 400.0)
+    lab.leased()
+    external_mb = []
+    for used_mb in (400.0, 470.0, 500.0):
+        note(lab, used_mb)
+        external_mb.append(read_snapshot(lab.namespace.name).devices[0].external_mb)
+    assert external_mb == [400.0, 400.0, 430.0], "the lease is for 70 MB"

@@ -16,6 +16,8 @@ from typing import Any
 
 import psutil
 import pytest
+from crash_lab import Lab
+from crash_lab import lab as lab  # the fixture
 from device import SimulatedDevice
 from harness import (
     NewDevice,
@@ -597,3 +599,15 @@ def test_who_looks_for_the_dead_together_with_another_counts_none_of_them_again(
         monkeypatch.setattr(namespace, "find_dead_members", lambda: found)
         assert namespace.reap_dead_members() == 0
         assert (read_snapshot(namespace.name).reaps, len(caplog.messages)) == (reaps, said)
+
+
+@pytest.mark.parametrize(("make", "reaps"), [(Lab.idle, 1), (Lab.unloading, 0)], ids=["by itself", "by an unload"])
+def test_a_server_that_an_unload_has_ended_is_not_counted_as_one_that_died(
+    lab: Lab, make: Callable[..., int], reaps: int
+) -> None:
+    row = make(lab)
+    lab.do(lambda t, tr: tr.loads.link_server(t, row, lab.server))
+    assert lab.do(lambda t, tr: tr.members.reap(t, lab.server))
+    snapshot = read_snapshot(lab.namespace.name)
+    last = [event.kind for event in snapshot.events if event.kind in ("left", "reaped")]
+    assert (snapshot.reaps, last) == (reaps, ["reaped" if reaps else "left"])

@@ -134,6 +134,26 @@ def attach_as_in_server(seat: Seat, **arguments: Any) -> None:
     attach(seat, **arguments)
 
 
+def test_the_time_of_an_unload_that_a_quiet_start_has_held_back_begins_when_that_ends(lab: Lab) -> None:
+    engine = lab.loading("engine")
+    lab.do(lambda t, tr: tr.isolation.begin_steady(t, engine))
+    beside, elsewhere = (unloading_on(lab, devices) for devices in (1, 2))
+    before = {row: lab.tables.instances[row].since for row in (beside, elsewhere)}
+    lab.do(lambda t, tr: tr.isolation.end_steady(t, engine))
+    assert lab.tables.instances[beside].since > before[beside]
+    assert lab.tables.instances[elsewhere].since == before[elsewhere]
+
+
+def unloading_on(lab: Lab, devices: int) -> int:
+    """Make a copy on these devices (bits) that is being unloaded."""
+    model = lab.model("a")
+    row: int = lab.do(lambda t, tr: tr.loads.begin(t, model, lab.victim, devices, 100.0, alone=False))
+    lab.do(lambda t, tr: tr.loads.end(t, row, b"h%d" % devices, 90.0, 0, False))
+    lab.do(lambda t, tr: tr.holds.release(t, row))
+    lab.do(lambda t, tr: tr.unloads.begin(t, row, lab.victim, evicted=True))
+    return row
+
+
 def test_a_waiter_that_is_given_something_between_two_steps_of_a_reset_is_told_of_it(
     namespace: str, new_manager: NewManager, new_process: NewProcess, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -316,6 +336,17 @@ def test_a_copy_that_is_kept_has_somebody_to_look_at_it_when_the_one_that_was_ca
     lab.do(lambda t, tr: tr.hand_over.leave_queue(t, first))
     called_up = [bool(lab.words[lab.tables.ticket(row) + Ticket.CALLED_UP]) for row in (of_another, second)]
     assert called_up == [False, True]
+
+
+def test_where_the_one_that_was_called_up_leaves_the_next_one_is_called_up_and_no_newcomer(lab: Lab) -> None:
+    first, second, third = (lab.ticket() for _ in range(3))
+    lab.do(lambda t, tr: tr.hand_over.leave_queue(t, first))
+    # It has the row of the first one, before the others'.
+    assert lab.ticket() == first
+    lab.do(lambda t, tr: tr.tickets.call_up(t, second))
+    lab.do(lambda t, tr: tr.hand_over.leave_queue(t, second))
+    called = {ticket.row for ticket in waiting(lab.namespace.name) if ticket.called_up_ago_s is not None}
+    assert called == {third}
 
 
 @pytest.mark.parametrize("served", [False, True])

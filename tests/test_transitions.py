@@ -13,18 +13,20 @@ from unittest import mock
 import pytest
 from harness import NOBODYS_PID, scaled
 from random_operations import end_suspension, fail_suspension, resume, step, suspend
-from random_tables import SERVERS, WORKERS, RandomTables
+from random_tables import SECOND_NS, SERVERS, WORKERS, RandomTables
 
 from mpmm.policy.view import Reason
 from mpmm.shared_state.durations import LONGEST_NS
-from mpmm.shared_state.events import Cause
-from mpmm.shared_state.layout import Header, Instance, Member, Observation
+from mpmm.shared_state.events import Cause, EventKind
+from mpmm.shared_state.layout import Event, Header, Instance, Member, Observation
 from mpmm.shared_state.transaction import Transaction
 
 STEPS = 300
 # Of a suspension and of a resume.
 ENDS = [(Instance.SUSPENDING, Instance.SUSPENDED), (Instance.RESUMING, Instance.ACTIVE)]
 TO_DO = (Instance.UNLOADING, Instance.SUSPENDING)
+# Events that say what has become of a copy, by the beginning of their names.
+OF_STATES = ("LOAD_", "UNLOAD_BEGAN", "UNLOAD_ENDED", "SUSPEND_", "RESUME_", "LEASE")
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,16 @@ def copies_of(made: RandomTables) -> dict[tuple[int, int], Said]:
 def bells_of(made: RandomTables) -> list[int]:
     """Return how often each member has been woken to look for something to do."""
     return [made.namespace.segment.words[made.tables.member(slot) + Member.BELL] for slot in WORKERS]
+
+
+def events_after(made: RandomTables, count: int) -> list[tuple[EventKind, int, int]]:
+    """Return kind, model and instance (rows, -1 for none) of the events but for the first `count`."""
+    words, events = made.namespace.segment.words, made.layout.events
+    starts = (events.base + number % events.capacity * Event.WORDS for number in range(count, words[Header.EVENTS]))
+    return [
+        (EventKind(words[at + Event.KIND] & 0xFF), words[at + Event.MODEL] - 1, words[at + Event.INSTANCE] - 1)
+        for at in starts
+    ]
 
 
 def moves_of(made: RandomTables) -> dict[int | None, tuple[int, int]]:
@@ -161,6 +173,7 @@ class Change:
     has_died: bool
     moves_before: dict[int | None, tuple[int, int]]
     moves_after: dict[int | None, tuple[int, int]]
+    events: list[tuple[EventKind, int, int]]
 
 
 # Of every other seed nothing is suspended.
@@ -171,10 +184,11 @@ def changes(request: Any) -> list[Change]:
     with closing(made), mock.patch("time.monotonic_ns", side_effect=lambda: made.now):
         for _ in range(STEPS):
             before, bells, moves = copies_of(made), bells_of(made), moves_of(made)
-            isolated = made.namespace.segment.words[Header.ISOLATED]
+            isolated, told = (made.namespace.segment.words[word] for word in (Header.ISOLATED, Header.EVENTS))
             has_died = change(made)
             woken = [slot for slot, rung in zip(WORKERS, bells_of(made), strict=True) if rung != bells[slot]]
-            found.append(Change(before, copies_of(made), woken, isolated, has_died, moves, moves_of(made)))
+            events = events_after(made, told)
+            found.append(Change(before, copies_of(made), woken, isolated, has_died, moves, moves_of(made), events))
     return found
 
 
@@ -212,6 +226,16 @@ def test_every_suspension_and_every_resume_is_counted_once(changes: list[Change]
         assert one.moves_after == {model: tuple(counts) for model, counts in expected.items()}
 
 
+def test_an_event_names_the_copy_whose_state_has_changed_and_its_model(changes: list[Change]) -> None:
+    for one in changes:
+        before, after = ({row: copy for (row, _), copy in rows.items()} for rows in (one.before, one.after))
+        for kind, model, row in one.events:
+            if kind.name.startswith(OF_STATES):
+                was, became = before.get(row), after.get(row)
+                assert (was and was.state) != (became and became.state), f"{kind.name} of row {row}, which was {was}"
+                assert model in {copy.model for copy in (was, became) if copy is not None}, kind.name
+
+
 def test_twins_stand_for_one_memory_until_the_last_of_them_goes(changes: list[Change]) -> None:
     def by_handle(copies: dict[tuple[int, int], Said]) -> dict[bytes, list[Said]]:
         found: dict[bytes, list[Said]] = {}
@@ -228,6 +252,24 @@ def test_twins_stand_for_one_memory_until_the_last_of_them_goes(changes: list[Ch
             # With a server its memory goes. Where one runs alone, the memory of others is not moved.
             if handle in before and len(copies) < len(before[handle]) and not (one.has_died or one.isolated):
                 assert sum(copy.mb for copy in copies) == sum(copy.mb for copy in before[handle])
+
+
+# ---- means -----------------------------------------------------------------------------------------------
+
+
+def test_an_unusual_load_changes_little_of_how_long_the_loads_of_a_model_take() -> None:
+    made = RandomTables(0)
+    with closing(made), mock.patch("time.monotonic_ns", side_effect=lambda: made.now):
+        found = []
+        for handle, load_s in ((b"one", 10), (b"two", 20)):
+            with made.namespace.transaction() as t:
+                model = made.transitions.models.claim(t, "m0", b"m0")
+                row = made.transitions.loads.begin(t, model, 0, 1, 100.0, alone=False)
+            made.now += load_s * SECOND_NS
+            with made.namespace.transaction() as t:
+                made.transitions.loads.end(t, row, handle, 100.0, 0, False)
+            found.append(made.tables.models[model].load_s)
+        assert found == [10.0, 11.0]
 
 
 # ---- readings --------------------------------------------------------------------------------------------

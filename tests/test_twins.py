@@ -9,6 +9,8 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from crash_lab import Lab
+from crash_lab import lab as lab  # the fixture
 from harness import NewManager, NewProcess, Seat, acquire, copies_of, learn, problems, release, wait_until
 from loaders import LoadsServer, MakesServed, served
 
@@ -154,3 +156,23 @@ def acquire_for(seat: Seat, tag: str, loader: Callable[[], Any], users: int) -> 
 def unload(seat: Seat, tag: str) -> int:
     """Ask for an unload, and do not wait for it."""
     return int(seat.manager.unload(tag, timeout_seconds=0))
+
+
+def test_what_is_measured_of_a_server_counts_for_the_twin_that_stays(lab: Lab) -> None:
+    first, second = lab.idle(server=True), lab.active()
+    lab.do(lambda t, tr: tr.unloads.begin(t, first, lab.victim, evicted=True))
+    lab.do(lambda t, tr: tr.measurements.measure(t, lab.server, {0: 120.0}))
+    assert [lab.tables.instances[row].mb for row in (first, second)] == [0.0, 120.0]
+    assert lab.problems() == []
+
+
+@pytest.mark.parametrize("evicted", [False, True], ids=["asked for", "evicted"])
+def test_an_idle_twin_goes_with_another_one_only_where_that_is_evicted(lab: Lab, evicted: bool) -> None:
+    rows = [lab.idle("a"), lab.idle("b")]
+    lab.do(lambda t, tr: tr.unloads.begin(t, rows[0], lab.victim, evicted))
+    snapshot = read_snapshot(lab.namespace.name)
+    assert [snapshot.instances[row].state for row in rows] == ["unloading", "unloading" if evicted else "idle"]
+    assert [snapshot.instances[row].mb for row in rows] == [0.0, 90.0]
+    with lab.namespace.transaction():
+        unloads = [lab.namespace.transitions.twins.unloads_handle(row) for row in rows]
+    assert unloads == [False, True], "the handle is unloaded once, with the last of them"

@@ -5,10 +5,12 @@ from __future__ import annotations
 from contextlib import closing
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 from device import SimulatedDevice
 from harness import (
+    NOBODYS_PID,
     NewDevice,
     NewManager,
     NewProcess,
@@ -24,11 +26,12 @@ from harness import (
     waiting,
 )
 from loaders import Loads, LoadsObject
-from random_tables import RandomTables
+from random_tables import SECOND_NS, RandomTables
 
 from mpmm import cli
 from mpmm.memory.samples import SharedSamples
 from mpmm.scheduling import Scheduler
+from mpmm.shared_state.layout import Member
 from mpmm.shared_state.poll_claims import claim_late_looks
 from mpmm.shared_state.snapshot import read_snapshot
 from mpmm.sources import Measures, MemorySource, what_it_measures
@@ -217,3 +220,26 @@ def test_devices_that_were_only_stated_go_one_by_one_as_nothing_lies_there_any_m
                 transitions.leases.end(t, lease)
             samples.forget_stated_devices()
             assert len(made.tables.used_rows(made.layout.devices)) == 1 + left
+
+
+def test_a_newcomer_is_not_taken_to_measure_what_the_last_one_in_its_row_did() -> None:
+    made = RandomTables(0)
+    with closing(made):
+        members = made.transitions.members
+        with made.namespace.transaction() as t:
+            members.note_source(t, 1, Measures.PROCESSES)
+            assert members.reap(t, 1)
+            members.join(t, 1, Member.WORKER, NOBODYS_PID, 1, b"newcomer")
+        assert made.tables.members[1].measures == Measures.UNKNOWN
+
+
+def test_how_long_a_process_leads_is_counted_from_when_it_took_the_lead() -> None:
+    made = RandomTables(0)
+    with closing(made), mock.patch("time.monotonic_ns", side_effect=lambda: made.now):
+        found = []
+        for slot in (0, 1):
+            with made.namespace.transaction() as t:
+                made.transitions.members.lead(t, slot, b"made up", (False, False, True))
+            made.now += 5 * SECOND_NS
+            found.append(read_snapshot(made.namespace.name).leader_for_s)
+        assert found == [5.0, 5.0]
