@@ -162,6 +162,41 @@ def test_a_device_that_fails_has_no_figure_and_is_found_again(amd: AmdGpus) -> N
     source.close()
 
 
+def test_what_a_version_lacks_or_cannot_decode_is_unknown_and_the_rest_is_told(
+    amd: AmdGpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library = importlib.import_module("amdsmi")
+
+    def fail(*_: Any) -> None:
+        raise UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte")
+
+    monkeypatch.setattr(library, "amdsmi_get_gpu_asic_info", fail)
+    monkeypatch.delattr(library, "amdsmi_get_gpu_process_list")
+    source = AmdSource()
+    assert [device.name for device in source.devices()] == ["big", "small"]
+    assert [(one.used_mb, one.process_mb, one.processes_known) for one in source.sample((os.getpid(),))] == [
+        (512, {}, False),
+        (256, {}, False),
+    ]
+    source.close()
+
+
+def test_a_failure_is_told_by_its_text_or_its_kind(amd: AmdGpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    library = importlib.import_module("amdsmi")
+    source = AmdSource()
+
+    def fail(*_: Any) -> None:
+        raise library.AmdSmiLibraryException
+
+    with monkeypatch.context() as patched:
+        patched.setattr(library, "amdsmi_get_gpu_memory_usage", fail)
+        assert {sample.trouble for sample in source.sample(())} == {"AmdSmiLibraryException"}
+        patched.delattr(library, "amdsmi_get_gpu_memory_usage")
+        (trouble,) = {sample.trouble for sample in source.sample(())}
+    assert trouble == "this version of amdsmi has no amdsmi_get_gpu_memory_usage"
+    source.close()
+
+
 def test_a_library_that_stops_working_is_tried_again_now_and_then(amd: AmdGpus) -> None:
     source = AmdSource(retry_s=0.05)
     source.close()
@@ -288,6 +323,20 @@ def test_the_variables_show_what_the_runtimes_would(
     rocr: str | None, hip: str | None, cuda: str | None, seen: str
 ) -> None:
     assert "".join(gpu.name for gpu in visible_gpus(FOUR, rocr, hip, cuda)) == seen
+
+
+@pytest.mark.parametrize(
+    ("rocr", "seen"),
+    [("GPU-2", "b"), ("GPU-3,GPU-1", "ca"), ("GPU-4", ""), ("GPU-", ""), ("GPU-20000000000000000", "")],
+)
+def test_a_runtime_wants_a_digit_of_a_uuid_at_least_and_one_that_is_not_known_matches_none(
+    rocr: str, seen: str
+) -> None:
+    known = [AmdGpu(name, name, 1.0, f"GPU-{number}{0:015x}") for number, name in enumerate("abc", 1)]
+    unknown = AmdGpu("d", "d", 1.0)
+    assert "".join(gpu.name for gpu in visible_gpus([unknown, *known], rocr, None, None)) == seen
+    assert visible_gpus(known[:1], "GPU-", None, None) == [], "not even where there is but one"
+    assert visible_gpus([unknown, *known], None, "GPU-2", None) == known[1:2]
 
 
 def test_gpus_are_counted_in_the_order_of_the_kernels_nodes(amd: AmdGpus, monkeypatch: pytest.MonkeyPatch) -> None:

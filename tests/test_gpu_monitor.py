@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import math
 import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -12,11 +15,12 @@ from concurrent.futures import ThreadPoolExecutor
 from unittest.mock import patch
 
 import pytest
-from harness import wait_until
+from harness import import_path, wait_until
 from patience import DEADLINE_S, Stopwatch
 
 from mpmm.errors import InvalidArgumentError
 from mpmm.memory.monitor import GPUMonitor, LocalSamples
+from mpmm.shared_state.settings import Settings
 from mpmm.sources import DeviceInfo, DeviceSample
 from mpmm.sources.booked import BookedSource
 
@@ -292,6 +296,17 @@ def test_numbers_that_make_no_sense_are_refused_by_name(name: str, value: float)
         GPUMonitor(**{name: value})  # type: ignore[arg-type]  # any of its parameters
 
 
+def test_a_monitor_by_itself_has_the_numbers_of_a_manager() -> None:
+    defaults = {name: one.default for name, one in inspect.signature(GPUMonitor).parameters.items()}
+    shared = defaults.keys() & Settings.__dataclass_fields__.keys()
+    assert shared == {"fallback_memory_mb", "poll_interval", "peak_window_seconds"}
+    assert all(defaults[name] == getattr(Settings(), name) for name in shared)
+
+
+def test_a_budget_may_be_as_small_as_one_likes() -> None:
+    assert GPUMonitor(source="host", budget_mb=0.5).devices()[0].total_mb == 0.5
+
+
 # ---- a source that hangs -----------------------------------------------------------------------------------
 
 
@@ -473,6 +488,29 @@ def test_a_child_that_was_forked_while_the_source_hangs_samples_for_itself(
             hanging.answer.set()
             os._exit(0 if monitor.sampling_for_s == 0 and monitor.refresh() else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+
+def test_who_gives_the_sampling_thread_a_job_learns_whether_it_was_done_in_time(
+    hanging: HangingSource, bound: tuple[GPUMonitor, FakeStore]
+) -> None:
+    monitor, _ = bound
+    done: list[str] = []
+    assert monitor.call(lambda: done.append("at once"), DEADLINE_S) is True
+    assert done == ["at once"]
+    begin_a_sample_that_hangs(monitor, hanging)
+    assert monitor.call(lambda: done.append("late"), 0.01) is False
+    assert done == ["at once"]
+
+
+def test_a_program_ends_although_its_source_hangs() -> None:
+    program = """
+import test_gpu_monitor as these
+these.DEADLINE_S = None  # it hangs for ever
+source = these.HangingSource(1.0)
+these.begin_a_sample_that_hangs(these.GPUMonitor(source=source), source)
+"""
+    environment = {**os.environ, "PYTHONPATH": import_path()}
+    subprocess.run([sys.executable, "-c", program], env=environment, check=True, timeout=DEADLINE_S)
 
 
 def test_the_sampling_thread_ends_by_itself_and_starts_again(source: FakeSource) -> None:

@@ -18,7 +18,7 @@ from fake_drivers import plain_environment as plain_environment  # the fixture
 from mpmm.errors import InvalidArgumentError
 from mpmm.sources.base import MIB
 from mpmm.sources.host_memory import HostMemorySource, cgroup_limits, host_memory_mb
-from mpmm.sources.process_tree import process_tree, unrelated_to
+from mpmm.sources.process_tree import is_ending, process_tree, unrelated_to
 
 BALLAST_MB = 64
 
@@ -184,3 +184,13 @@ def test_the_tree_of_a_process_is_itself_and_what_it_has_started(
         assert unrelated_to([parent.pid], [child]) == {parent.pid}
         parent.stdin.close()
     assert process_tree(parent.pid) == [parent.pid]
+
+
+def test_a_process_is_ending_until_it_is_reaped_and_nobody_can_tell_of_one_that_is_not_there() -> None:
+    with subprocess.Popen(["cat"], stdin=subprocess.PIPE) as child:
+        assert child.stdin is not None
+        assert not is_ending(child.pid)
+        child.stdin.close()
+        os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+        assert is_ending(child.pid)
+    assert not is_ending(child.pid)

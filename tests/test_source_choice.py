@@ -118,8 +118,9 @@ class TestChoice:
     @pytest.mark.parametrize(("old", "asks"), [("settles_late", frees_late), ("books_only", is_accounting_only)])
     def test_an_attribute_of_before_counts_and_is_warned_of(self, old: str, asks: Callable[[Any], bool]) -> None:
         source: Any = SimpleNamespace(name="mine", **{old: True})
-        with pytest.warns(DeprecationWarning, match=f"'mine': its attribute {old} is called"):
+        with pytest.warns(DeprecationWarning, match=f"'mine': its attribute {old} is called") as warned:
             assert asks(source)
+        assert [warning.filename for warning in warned] == [__file__], "it is told where it was asked"
         assert not asks(SimpleNamespace(name="mine"))
 
     def test_accounts_need_a_size(self) -> None:
@@ -284,6 +285,16 @@ class TestSilence:
 
 
 class TestWhatSourcesTellOfThemselves:
+    def test_chosen_devices_measure_processes_where_their_source_does(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        gpu, other = two_gpus()
+        install(monkeypatch, gpu, other)
+        source = NvmlSource()
+        chosen = SelectedDevices(source, [0])
+        assert (chosen.measures_processes, chosen.process_knowledge) == (False, None)
+        gpu.compute = [process(7, 300)]
+        source.sample((7,))
+        assert (chosen.measures_processes, chosen.process_knowledge) == (True, True)
+
     def test_only_host_memory_with_a_budget_counts_nothing_but_named_processes(self) -> None:
         sources: dict[MemorySource, bool] = {
             HostMemorySource(BUDGET_MB): True,
