@@ -129,6 +129,15 @@ def test_two_unloads_need_the_figure_to_fall_by_both() -> None:
     assert [one.mb for one in found.returns] == [2000.0]
 
 
+@pytest.mark.parametrize("in_use_mb", [30.0, 100.0, 101.0, 150.0, 200.0])
+def test_all_that_can_still_be_in_use_is_awaited_of_what_went_last(in_use_mb: float) -> None:
+    waits = awaited(Return(2000 * MS, 100.0), Return(2001 * MS, 100.0))
+    found = after(waits, in_use_mb, at_ms=2002)
+    assert [one.mb for one in reversed(found.returns)] == [
+        mb for mb in (min(100.0, in_use_mb), in_use_mb - 100) if mb > 0
+    ]
+
+
 def test_memory_that_never_comes_back_is_written_off_and_counts_as_external() -> None:
     waits = awaited(Return(2000 * MS, 3000.0))
     assert after(waits, 3000.0, at_ms=6999).returning_mb == 3000.0

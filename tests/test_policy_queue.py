@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from policy_views import OTHER, A, B, C, device, held_for_long, idle, in_use, model, ticket, view, wanted
+from policy_views import OTHER, A, B, C, at_most, device, held_for_long, idle, in_use, model, ticket, view, wanted
 
 from mpmm.policy.admission import free_mb, limit_mb
 from mpmm.policy.fairness import overtaking_limited, overtaking_over, queue_order
@@ -152,6 +152,20 @@ def test_a_small_load_goes_on_if_it_leaves_the_room_of_the_blocked_one(need_mb: 
         busy=(in_use(5, B, 300, 1.0),),
     )
     expected = (Load(2, (0,), need_mb, alone=False),) if loads else ()
+    assert make_plan(state).decisions == (Wait(1, Reason.IN_USE), *expected)
+
+
+@pytest.mark.parametrize("most", [1, 2])
+def test_a_small_load_does_not_go_on_where_there_are_as_many_copies_as_there_may_be(most: int) -> None:
+    # Another process has loaded the copy of C as an object of its own.
+    state = view(
+        [model(A, 800), model(B, shared=1), model(C, 50, owned={OTHER: 1})],
+        [ticket(1, A), ticket(2, C)],
+        devices=[device(used=350)],
+        busy=(in_use(5, B, 300, 1.0), replace(in_use(6, C, 50, 1.0), owner=OTHER)),
+        rules=at_most(most),
+    )
+    expected = (Load(2, (0,), 50, alone=False),) if most == 2 else ()
     assert make_plan(state).decisions == (Wait(1, Reason.IN_USE), *expected)
 
 

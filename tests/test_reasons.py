@@ -351,6 +351,11 @@ def test_a_ticket_keeps_the_figures_of_its_reason(namespace: str, new_process: N
     waiter.result()
 
 
+def test_figures_that_are_not_told_are_shown_as_nothing() -> None:
+    for reason in Reason:
+        assert set(re.findall(r"[\d.]+(?= MB)", explain(reason))) <= {"0"}, reason
+
+
 def test_sentences_name_figures_that_exist() -> None:
     for sentence in SENTENCES.values():
         assert set(re.findall(r"{(\w+)", sentence)) <= {*("need", "free", "coming", "seconds", "time", "other", "on")}

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from unittest import mock
 
 import pytest
-from random_tables import RandomTables
+from random_tables import SECOND_NS, RandomTables
 
 from mpmm.policy.plan import Plan
 from mpmm.policy.view import Decision, Reason, Wait, Why
@@ -47,6 +47,19 @@ def test_memory_that_comes_back_is_still_that_of_the_model_that_was_unloaded(
     assert made.tables.tickets[ticket].other == 4
     carry_out(made, Wait(ticket, Reason.RETURNING, Why(Reason.RETURNING)))
     assert (made.tables.tickets[ticket].reason, made.tables.tickets[ticket].other) == (Reason.RETURNING, expected)
+
+
+def test_the_time_between_two_requests_is_exact_on_a_host_that_has_been_up_for_long(made: RandomTables) -> None:
+    scheduler = Scheduler(made.namespace)
+    with mock.patch("time.monotonic_ns", side_effect=lambda: made.now):
+        model = made.tables.tickets[enqueue(made, "a")].model
+        with made.namespace.transaction() as t:
+            scheduler.count_requests(t)
+        made.now += SECOND_NS // 100
+        enqueue(made, "a")
+        with made.namespace.transaction() as t:
+            scheduler.count_requests(t)
+    assert scheduler.demand.of(model).mean_interarrival_s == pytest.approx(0.01, rel=1e-4)
 
 
 @pytest.mark.parametrize(("tag", "wakes"), [("a", 1), ("b", 0)])

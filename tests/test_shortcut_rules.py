@@ -271,11 +271,18 @@ def drained_device_beside_a_load(made: RandomTables, t: Transaction, model: int)
     block(made, t, Reason.DRAINING, urgency=0)
 
 
-def hold(made: RandomTables, t: Transaction, model: int) -> None:
-    """Let a worker hold a copy of a model, which nobody else can use meanwhile."""
+def drained_device_beside_an_idle_copy(made: RandomTables, t: Transaction, model: int) -> None:
+    """The device is drained, and nobody uses the model's only copy."""
+    made.transitions.holds.release(t, hold(made, t, model))
+    block(made, t, Reason.DRAINING, urgency=0)
+
+
+def hold(made: RandomTables, t: Transaction, model: int) -> int:
+    """Let a worker hold a copy of a model, which nobody else can use meanwhile; return its row."""
     made.transitions.models.set_users(t, model, 1)
     row = made.transitions.loads.begin(t, model, 1, 1, 100.0, alone=False)
     made.transitions.loads.end(t, row, b"a handle", 100.0, 0, False)
+    return row
 
 
 def wait_for_leases(made: RandomTables, t: Transaction, *reasons: Reason) -> None:
@@ -299,7 +306,7 @@ def block(made: RandomTables, t: Transaction, reason: Reason, urgency: int) -> N
     "arrange",
     [
         *(lease_before_another, lease_behind_another, head_without_hurry, head_in_a_hurry),
-        *(drained_device, drained_device_beside_a_load),
+        *(drained_device, drained_device_beside_a_load, drained_device_beside_an_idle_copy),
     ],
 )
 def test_what_the_rules_name_is_known_in_cases_that_chance_hardly_finds(
