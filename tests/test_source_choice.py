@@ -117,10 +117,10 @@ class TestChoice:
 
     @pytest.mark.parametrize(("old", "asks"), [("settles_late", frees_late), ("books_only", is_accounting_only)])
     def test_an_attribute_of_before_counts_and_is_warned_of(self, old: str, asks: Callable[[Any], bool]) -> None:
-        source: Any = SimpleNamespace(name="mine", **{old: True})
+        source: Any = type("Mine", (SimpleNamespace,), {"__module__": __name__})(name="mine", **{old: True})
         with pytest.warns(DeprecationWarning, match=f"'mine': its attribute {old} is called") as warned:
             assert asks(source)
-        assert [warning.filename for warning in warned] == [__file__], "it is told where it was asked"
+        assert [warning.filename for warning in warned] == [__file__], "its author is told"
         assert not asks(SimpleNamespace(name="mine"))
 
     def test_accounts_need_a_size(self) -> None:

@@ -6,6 +6,8 @@ be read is None, never 0: 0 would say that the device is empty and let everythin
 
 from __future__ import annotations
 
+import inspect
+import sys
 import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -150,9 +152,21 @@ def _flag(source: MemorySource, name: str, old_name: str) -> bool:
     """Return an attribute of `source`, False if it is missing. The old name counts until the next minor version."""
     if hasattr(source, name) or not hasattr(source, old_name):
         return bool(getattr(source, name, False))
-    text = f"memory source {source.name!r}: its attribute {old_name} is called {name} now"
-    warnings.warn(text, DeprecationWarning, stacklevel=3)
+    _warn_author(source, f"memory source {source.name!r}: its attribute {old_name} is called {name} now")
     return bool(getattr(source, old_name))
+
+
+def _warn_author(source: MemorySource, text: str) -> None:
+    """Warn where the type of `source` is defined: it is asked by mpmm itself, whose warnings Python does not show."""
+    kind = type(source)
+    module = sys.modules.get(kind.__module__)
+    filename = getattr(module, "__file__", None) or f"<{kind.__module__}>"
+    try:
+        line = inspect.getsourcelines(kind)[1]
+    except (OSError, TypeError):
+        line = 1
+    seen = {} if module is None else vars(module).setdefault("__warningregistry__", {})
+    warnings.warn_explicit(text, DeprecationWarning, filename, line, kind.__module__, seen)
 
 
 def counts_named_only(source: MemorySource) -> bool:
