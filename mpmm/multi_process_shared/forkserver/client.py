@@ -120,18 +120,13 @@ class _ForkedPopen:
     method = "mpmm-zygote"
 
     def __init__(self, pid: int, connection: Connection) -> None:
+        """Stand for the process. Raises ProcessLookupError when the zygote has died, and so has the server."""
         self.pid = pid
         self.returncode: int | None = None
-        self.sentinel = -1
         self._connection = connection
         self._lock = new_lock()
-        try:
-            self.sentinel = os.pidfd_open(pid)
-            self.finalizer = util.Finalize(self, os.close, (self.sentinel,))
-        except ProcessLookupError:
-            # The zygote died, and so did the server.
-            connection.close()
-            raise
+        self.sentinel = os.pidfd_open(pid)
+        self.finalizer = util.Finalize(self, os.close, (self.sentinel,))
 
     def poll(self, flag: int = os.WNOHANG) -> int | None:
         """Return the exit code, or None while the server runs."""

@@ -79,8 +79,6 @@ __all__ = ["PROCESS_NAME", "main"]
 
 PRELOAD_VARIABLE = "MPMM_PRELOAD"
 PROCESS_NAME = "mpmm-zygote"
-# What these names stand for differs from process to process.
-NOT_TO_IMPORT = frozenset({"__main__", "__mp_main__"})
 PROBE_INTERVAL_S = 1.0
 PRELOAD_HOOK_TIMEOUT_S = 60.0
 MOST_TEMPLATES = 8
@@ -255,7 +253,7 @@ class _Zygote(ForkParent):
 
     def note_imports(self, kind: Kind, modules: list[str]) -> None:
         known = self.modules.setdefault(kind, [])
-        new = [name for name in modules if name not in NOT_TO_IMPORT and name not in set(known)]
+        new = [name for name in modules if name not in set(known)]
         known += new
         template = self.template_of(kind)
         names = self.read.get(replace(kind, pinned=()), set())
