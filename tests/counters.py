@@ -158,8 +158,8 @@ class Surroundings:
     def draw(self) -> float:
         return random.random()
 
-    def print(self, text: str) -> None:
-        print(text, flush=True)
+    def print(self, text: str, flush: bool = True) -> None:
+        print(text, flush=flush)
         print(text, file=sys.stderr, flush=True)
 
     def threads(self) -> int:

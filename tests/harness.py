@@ -106,6 +106,16 @@ def in_thread(call: Callable[[], Any]) -> tuple[threading.Thread, list[Any]]:
     return thread, outcome
 
 
+def open_descriptors() -> set[str]:
+    """Return the descriptors that this process has open, and what they are."""
+    gc.collect()
+    found = set()
+    for number in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(FileNotFoundError):
+            found.add(f"{number} {os.readlink(f'/proc/self/fd/{number}')}")
+    return found
+
+
 # ---- looking at a namespace --------------------------------------------------------------------------------
 
 

@@ -79,16 +79,16 @@ class TakesSigterm:
 
 
 class NotesSignals:
-    """Sends itself SIGTERM so that the main thread's sleep is not interrupted."""
+    """Sends itself a signal so that the main thread's sleep is not interrupted."""
 
     def pid(self) -> int:
         return os.getpid()
 
-    def send_to_a_thread(self) -> None:
+    def send_to_a_thread(self, number: int) -> None:
         import threading
 
         def send() -> None:
-            signal.pthread_kill(threading.get_ident(), signal.SIGTERM)
+            signal.pthread_kill(threading.get_ident(), number)
 
         threading.Thread(target=send).start()
 

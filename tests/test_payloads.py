@@ -13,7 +13,8 @@ import time
 from array import array as number_array
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, SupportsIndex
 
 import numpy as np
 import payloads
@@ -22,8 +23,9 @@ from patience import DEADLINE_S
 from payload_store import CallsWhenUnpickled, CarriesArray, HasBuffer, Registered, Subclass
 from payloads import LARGE, LARGER_THAN_A_BUFFER, NUMBERS, acquired, assert_same
 
-from mpmm.multi_process_shared.rpc import receive_buffers
+from mpmm.multi_process_shared.rpc import pickling, receive_buffers
 from mpmm.multi_process_shared.rpc.channel import LARGE_BYTES, Channel, Message
+from mpmm.multi_process_shared.rpc.pickling import dump, load
 from mpmm.multi_process_shared.rpc.receive_buffers import SLAB_BYTES, SPARE_BYTES, drop_spare_slabs, receive_memory
 from mpmm.multi_process_shared.rpc.shared_buffer import SHARED_BUFFER_BYTES, SLOT_BYTES
 
@@ -166,6 +168,21 @@ def test_tensors_on_the_cpu_arrive_equal(proxy: Any) -> None:
     for found, tensor in zip(proxy.echo(tensors), tensors, strict=True):
         assert (found.dtype, found.requires_grad) == (tensor.dtype, tensor.requires_grad)
         assert torch.equal(found, tensor)
+
+
+def test_a_tensor_on_an_accelerator_is_pickled_as_torch_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Tensor:
+        __module__ = "torch"
+        device = SimpleNamespace(type="cuda")
+
+        def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
+            return str, ("as torch does",)
+
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(Tensor=Tensor))
+    try:
+        assert load(dump(Tensor())) == "as torch does"
+    finally:
+        pickling._Pickler.dispatch_table.pop(Tensor)
 
 
 def test_reducers_that_others_have_registered_are_used(proxy: Any) -> None:

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import pickle
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +145,22 @@ def test_in_the_process_of_the_object_it_is_the_object_itself_and_nothing_is_kep
     host = find_host(registry_for(None), "here")
     assert host is not None
     assert len(host.references) == 0
+    handle.unsafe_hard_delete()
+
+
+def test_what_an_earlier_server_of_the_tag_had_is_not_taken_for_what_this_process_has() -> None:
+    handle = MultiProcessShared(Session, "here", always_proxy=True)
+    session: Any = handle.acquire()
+    host = find_host(registry_for(None), "here")
+    assert host is not None
+    lent = host.references.portable((number for number in range(3)), os.getpid())
+    arrive, (root, record, *parts) = lent.__reduce__()
+    earlier = arrive(root, replace(record, incarnation="earlier"), *parts)
+    assert isinstance(earlier, RemoteObject)
+    assert len(host.references) == 1
+    assert list(arrive(root, record, *parts)) == [0, 1, 2]
+    assert len(host.references) == 0
+    handle.release(session)
     handle.unsafe_hard_delete()
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import gc
 import logging
 import multiprocessing
 import os
@@ -14,32 +13,43 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import suppress
 from dataclasses import replace
 from multiprocessing import Pipe, util
+from multiprocessing.connection import Connection
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import psutil
 import pytest
-from harness import NewManager, NewProcess, Seat, acquire, copies_of, in_thread, release, wait_until
+from harness import NewManager, NewProcess, Seat, acquire, copies_of, in_thread, open_descriptors, release, wait_until
 from loaders import LoadsServer, served
 from patience import DEADLINE_S, Stopwatch
 
 from mpmm.errors import ModelServerError, ServerStartError
 from mpmm.model_manager.load import LoadAttempt
-from mpmm.multi_process_shared import MultiProcessShared, host, server_pid, shared, spawned_server, start_server, unload
+from mpmm.multi_process_shared import (
+    MultiProcessShared,
+    client,
+    host,
+    server_pid,
+    shared,
+    spawned_server,
+    start_server,
+    unload,
+)
 from mpmm.multi_process_shared.context import server_context
+from mpmm.multi_process_shared.forkserver import client as forkserver_client
 from mpmm.multi_process_shared.forkserver import fork_parent
 from mpmm.multi_process_shared.forkserver.fork_parent import ForkParent
-from mpmm.multi_process_shared.forkserver.orders import Descriptor, ForkOrder, Kind, Order
+from mpmm.multi_process_shared.forkserver.orders import BORN, Descriptor, ForkOrder, Kind, Order, send
 from mpmm.multi_process_shared.host import Host
 from mpmm.multi_process_shared.hosted import find_host
 from mpmm.multi_process_shared.registry import ServerRecord, registry_for
 from mpmm.multi_process_shared.rpc import channel, sockets
 from mpmm.multi_process_shared.rpc.shared_buffer import cut_into_slots
+from mpmm.multi_process_shared.server_process import ServerPlan
 from mpmm.multi_process_shared.stop_server import _is_gone
 from mpmm.shared_state import transaction
 from mpmm.shared_state.layout import Header
@@ -129,16 +139,6 @@ def no_more(*_: object) -> Any:
     raise OSError(errno.EMFILE, "Too many open files")
 
 
-def open_descriptors() -> set[str]:
-    """Return the descriptors that this process has open, and what they are."""
-    gc.collect()
-    found = set()
-    for number in os.listdir("/proc/self/fd"):
-        with suppress(FileNotFoundError):
-            found.add(f"{number} {os.readlink(f'/proc/self/fd/{number}')}")
-    return found
-
-
 @pytest.mark.parametrize("call", ["pipe", "dup", "fork", "pidfd_open"])
 def test_a_server_that_cannot_be_forked_leaves_no_descriptor_open(monkeypatch: pytest.MonkeyPatch, call: str) -> None:
     before, children = open_descriptors(), psutil.Process().children()
@@ -173,6 +173,36 @@ def test_a_server_that_cannot_be_spawned_leaves_no_descriptor_open(monkeypatch: 
     reported.close()
     del server
     assert open_descriptors() == before
+
+
+@pytest.mark.parametrize("zygote", ["has gone", "names a server that has"])
+def test_an_order_that_comes_to_nothing_is_given_up(monkeypatch: pytest.MonkeyPatch, zygote: str) -> None:
+    ours, theirs = Pipe()
+    if zygote == "names a server that has":
+        server = subprocess.Popen(["true"])
+        server.wait()
+        send(theirs, BORN, server.pid)
+    else:
+        theirs.close()
+    monkeypatch.setattr(forkserver_client, "_avoid_until", 0.0)
+    monkeypatch.setattr(forkserver_client, "_reach_zygote", lambda registry: ours)
+    plan = ServerPlan("/", "it", (), (os.getpid(), None), (), b"", b"")
+    with open(os.devnull, "wb") as report:
+        # A descriptor is all that is asked of it.
+        assert forkserver_client.order_server(registry_for(None), plan, {}, cast(Connection, report), "server") is None
+    assert ours.closed
+    theirs.close()
+
+
+def test_a_client_that_is_not_answered_leaves_no_descriptor_open(tmp_path: Path) -> None:
+    listener = sockets.listen(tmp_path, "socket")
+    before = open_descriptors()
+    # Whoever keeps the error keeps what its frames refer to.
+    with pytest.raises(BlockingIOError) as error:
+        sockets.dial(tmp_path, "socket", bytes(32), timeout_seconds=0.05)
+    assert open_descriptors() == before
+    assert error.tb is not None
+    listener.close()
 
 
 class Raises(logging.Handler):
@@ -432,3 +462,16 @@ def test_a_server_that_cannot_be_reached_is_tried_for_so_often(monkeypatch: pyte
         handle.acquire()
     # Once without the tag's lock.
     assert len(tried) == 1 + shared.START_ATTEMPTS
+
+
+@pytest.mark.parametrize("incarnation", [None, "another"], ids=["free", "another's"])
+def test_a_client_whose_server_hangs_up_waits_no_longer_than_it_is_seen_to_live(
+    monkeypatch: pytest.MonkeyPatch, incarnation: str | None
+) -> None:
+    record = ServerRecord("tag", os.getpid(), 0.0, "this one", "socket", spawned=True, ready=True)
+    found = (False, None) if incarnation is None else (True, replace(record, incarnation=incarnation))
+    looks = iter([(True, record), (True, None), found])
+    registry: Any = SimpleNamespace(look=lambda tag: next(looks))
+    monkeypatch.setattr(client, "DYING_S", DEADLINE_S)
+    client.ServerLink(registry, record)._await_end()
+    assert list(looks) == []

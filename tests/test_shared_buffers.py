@@ -71,7 +71,12 @@ def test_beyond_the_limit_payloads_go_through_the_socket(spawned: Any, monkeypat
     assert (shared_buffers(), spawned.shared_buffers()) == (0, 0)
     monkeypatch.setenv(LIMIT_VARIABLE, str(SHARED_BUFFER_BYTES / 2**20))
     assert_same(spawned.echo(NUMBERS), NUMBERS)
-    in_thread(lambda: assert_same(spawned.echo(NUMBERS), NUMBERS))
+
+    def echo_through_another_connection() -> None:
+        assert_same(spawned.echo(NUMBERS), NUMBERS)
+        assert shared_buffers() == 1
+
+    in_thread(echo_through_another_connection)
     assert (shared_buffers(), spawned.shared_buffers()) == (1, 1)
 
 

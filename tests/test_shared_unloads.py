@@ -57,6 +57,15 @@ def test_releasing_after_a_hard_delete_is_no_error(path: str, always_proxy: bool
     handle.release(proxy)
     with pytest.raises(SharedObjectReleasedError):
         proxy.increment()
+    with pytest.raises(SharedObjectReleasedError):
+        handle.release(proxy)
+
+
+def test_a_released_proxy_says_so_whatever_it_is_asked_for(proxy: Any, path: str) -> None:
+    shared(path).release(proxy)
+    for name in ("increment", "no_such_method"):
+        with pytest.raises(SharedObjectReleasedError):
+            getattr(proxy, name)
 
 
 def test_releasing_something_else_is_refused(path: str) -> None:

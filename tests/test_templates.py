@@ -99,6 +99,29 @@ def test_a_preload_hook_is_done_before_the_first_server_is_forked(
     assert pids_that_imported(modules, name) == templates_of(path)
 
 
+def test_preload_hooks_of_one_module_are_all_done(path: str, modules: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = "def add():\n    global answer\n    answer += 100\ndef double():\n    global answer\n    answer *= 2"
+    name = modules("mpmm_test_preload_hooks", code)
+    monkeypatch.setattr(forkserver_client, "_preload_hooks", [f"{name}:add", f"{name}:double"])
+    assert shared(path, "first", Imports(name)).value("answer") == 282
+    assert pids_that_imported(modules, name) == templates_of(path)
+
+
+def test_a_preload_hook_after_which_no_server_can_be_forked_is_done_before_no_other(
+    path: str, modules: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = """
+import threading, time
+def prepare():
+    threading.Thread(target=time.sleep, args=(600,), daemon=True).start()
+"""
+    name = modules("mpmm_test_threads", code)
+    monkeypatch.setattr(forkserver_client, "_preload_hooks", [f"{name}:prepare"])
+    for number in range(3):
+        assert shared(path, f"tag {number}").increment() == 1
+    assert len(pids_that_imported(modules, name)) == 1
+
+
 def test_what_a_preload_hooks_own_module_looks_at_costs_no_template(
     path: str, modules: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import multiprocessing
 import os
+import pickle
 import random
 import signal
 import subprocess
@@ -13,7 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,7 +25,7 @@ import pytest
 import shared_workers
 from counters import Importing, Surroundings, die_in_constructor, fail_to_construct
 from forked_servers import parent_of, server_from, shared, templates_of, wait_for_template_with, zygote_of
-from harness import import_path
+from harness import import_path, in_thread, open_descriptors
 from patience import DEADLINE_S
 from shared_workers import LAST_CLIENT_S, Client, acquire, is_running, wait_until
 
@@ -34,7 +35,13 @@ from mpmm.multi_process_shared.context import ServerContext, serving_for
 from mpmm.multi_process_shared.forkserver import client as forkserver_client
 from mpmm.multi_process_shared.forkserver.client import zygote_pid
 from mpmm.multi_process_shared.forkserver.orders import Descriptor, Kind
-from mpmm.multi_process_shared.forkserver.zygote import PROCESS_NAME, _TemplateHandle, _Zygote
+from mpmm.multi_process_shared.forkserver.zygote import (
+    MOST_TEMPLATES,
+    PROCESS_NAME,
+    TEMPLATE_USED_S,
+    _TemplateHandle,
+    _Zygote,
+)
 from mpmm.multi_process_shared.registry import registry_for
 from mpmm.multi_process_shared.rpc import sockets
 
@@ -48,6 +55,11 @@ def parent_in(memory: dict[str, Any], tag: str, path: str) -> tuple[int, int]:
     """Acquire in a worker; return the pid of the server and its parent."""
     pid = acquire(memory, tag, path)
     return pid, parent_of(pid)
+
+
+def unload_in(memory: dict[str, Any], tag: str, path: str) -> bool:
+    """Unload in a worker."""
+    return unload(tag, path=path)
 
 
 def run_script(script: Path, path: str, switch: str = "1") -> subprocess.CompletedProcess[str]:
@@ -75,6 +87,8 @@ def test_servers_are_forks_of_one_zygote_which_two_clients_share(path: str, new_
     assert zygote_of(path) in zygotes
     assert psutil.Process(mine).name() == "mpmm-server"
     assert psutil.Process(zygote_of(path)).name() == PROCESS_NAME
+    # Out of reach of Ctrl-C at a terminal of its starter's.
+    assert os.getsid(zygote_of(path)) != os.getsid(0)
 
 
 def test_a_forked_server_is_a_child_in_the_eyes_of_multiprocessing(path: str) -> None:
@@ -135,6 +149,30 @@ def test_a_forked_server_has_the_surroundings_of_its_starter(
     assert later.draw() != proxy.draw()
     # Nothing of the zygote's: neither its socket nor its lock, nor what other servers talk through.
     assert not [name for name in later.descriptors() if "/zygote/" in name]
+
+
+@pytest.mark.parametrize("switch", ["0", "1"], ids=["spawn", "zygote"])
+def test_a_server_whose_starter_writes_to_a_terminal_shows_each_line_at_once(
+    path: str, monkeypatch: pytest.MonkeyPatch, switch: str
+) -> None:
+    monkeypatch.setenv("MPMM_ZYGOTE", switch)
+    monkeypatch.setattr(forkserver_client, "_avoid_until", 0.0)
+    # It would show everything at once.
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
+    screen, terminal = os.openpty()
+    before = os.dup(1)
+    os.dup2(terminal, 1)
+    try:
+        proxy = shared(path, "it", Surroundings)
+    finally:
+        os.dup2(before, 1)
+        os.close(before)
+        os.close(terminal)
+    proxy.print("said by the server", flush=False)
+    assert wait([screen], DEADLINE_S), "the line waits for more"
+    assert os.read(screen, 100) == b"said by the server\r\n"
+    unload("it", path=path)
+    os.close(screen)
 
 
 def test_a_constructor_of_a_script_works_without_cloudpickle(path: str, tmp_path: Path) -> None:
@@ -237,6 +275,15 @@ def test_the_zygote_ends_when_its_last_client_leaves(path: str, new_worker: Call
     worker.do(acquire, "it", path)
     pid = zygote_of(path)
     assert worker.leave() == 0
+    wait_until(lambda: not is_running(pid), LAST_CLIENT_S, lambda: "the zygote still runs")
+
+
+def test_a_zygote_without_servers_ends_with_its_last_client_too(path: str, new_worker: Callable[[], Client]) -> None:
+    worker = new_worker()
+    worker.do(acquire, "it", path)
+    pid = zygote_of(path)
+    worker.do(unload_in, "it", path)
+    worker.kill()
     wait_until(lambda: not is_running(pid), LAST_CLIENT_S, lambda: "the zygote still runs")
 
 
@@ -385,6 +432,59 @@ def test_a_template_that_is_busy_is_told_no_more_than_its_socket_takes(new_templ
     # Once it has done all that it was told to, it has read that, too.
     template.busy, template.unread_bytes = False, 0
     assert template.accepts(order)
+
+
+def test_a_zygote_has_so_many_templates_and_ends_the_one_that_has_been_idle_for_longest(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    zygote = _Zygote.__new__(_Zygote)
+    zygote.unforkable, zygote.failures = {}, {}
+    kinds = [Kind((), (), (), "/", (str(number),)) for number in range(MOST_TEMPLATES)]
+    nothing: Any = SimpleNamespace(send=lambda message: None)
+    zygote.templates = [_TemplateHandle(kind, 0, nothing) for kind in kinds]
+    other = Kind((), (), (), "/", ("other",))
+
+    def refuse() -> int:
+        raise OSError("no more processes")
+
+    monkeypatch.setattr(os, "fork", refuse)
+    # All have been used just now.
+    assert zygote.make_template(other) is None
+    idle = zygote.templates[3]
+    idle.used -= TEMPLATE_USED_S
+    with pytest.raises(OSError, match="no more processes"):
+        zygote.make_template(other)
+    assert [template for template in zygote.templates if template.retired] == [idle]
+    # There is room now.
+    with pytest.raises(OSError, match="no more processes"):
+        zygote.make_template(other)
+    assert [template for template in zygote.templates if template.retired] == [idle]
+
+
+@pytest.mark.parametrize("order", [b"no pickle", pickle.dumps(None)[:-1]], ids=["junk", "half"])
+def test_a_zygote_that_does_not_understand_an_order_hangs_up_and_keeps_nothing_of_it(
+    tmp_path: Path, order: bytes
+) -> None:
+    key = os.urandom(32)
+    zygote = _Zygote.__new__(_Zygote)
+    registry: Any = SimpleNamespace(key=lambda: key)
+    zygote.registry, zygote.listener = registry, sockets.listen(tmp_path, "zygote.socket")
+    before = open_descriptors()
+
+    def order_something() -> bytes:
+        with contextlib.closing(sockets.dial(tmp_path, "zygote.socket", key)) as connection:
+            connection.send_bytes(order)
+            forkserver_client._send_streams(connection, connection)
+            return connection.recv_bytes()
+
+    thread, outcome = in_thread(order_something)
+    assert wait([zygote.listener], DEADLINE_S)
+    zygote.take_order()
+    thread.join(DEADLINE_S)
+    assert [type(error) for error in outcome] == [EOFError]
+    outcome.clear()
+    assert open_descriptors() == before
+    zygote.listener.close()
 
 
 def test_a_zygote_does_not_ignore_its_childrens_ends_as_its_starter_does(path: str) -> None:

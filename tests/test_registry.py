@@ -1,0 +1,99 @@
+"""The registry of shared objects as one process sees it: its key, its locks, and how long it stays."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from mpmm.multi_process_shared import registry as registry_module
+from mpmm.multi_process_shared.host import new_record
+from mpmm.multi_process_shared.registry import KEY_BYTES, ServerRecord, ServerRegistry, start_time_of, write_record
+from mpmm.multi_process_shared.server_process import AliveLock
+
+
+@pytest.fixture
+def registry(tmp_path: Path) -> Iterator[ServerRegistry]:
+    """A registry whose only client is this process."""
+    registry = ServerRegistry(tmp_path)
+    registry.join()
+    yield registry
+    registry.leave()
+    assert not registry.path.exists()
+
+
+def test_a_registry_says_where_it_lies(registry: ServerRegistry) -> None:
+    assert str(registry.path) in repr(registry)
+
+
+@pytest.mark.parametrize("junk", [b"", b"too short", bytes(KEY_BYTES + 1), bytes(100)], ids=len)
+def test_a_key_of_another_length_is_made_anew_and_stays_then(registry: ServerRegistry, junk: bytes) -> None:
+    registry.key()
+    file = registry.path / "key"
+    file.write_bytes(junk)
+    key = registry.key()
+    assert (len(key), file.read_bytes(), registry.key()) == (KEY_BYTES, key, key)
+
+
+def test_a_registry_stays_without_clients_while_a_server_lives(registry: ServerRegistry) -> None:
+    life = registry.take_life("it")
+    assert life is not None
+    write_record(life, new_record(registry, "it", spawned=True, ready=True))
+    registry.leave()
+    assert registry.path.exists()
+    registry.join()
+    life.close()
+
+
+@pytest.mark.parametrize("server", ["is leaving", "was killed", "has not said who it is"])
+def test_who_leaves_a_registry_last_waits_for_a_server_that_is_about_to_be_gone(
+    registry: ServerRegistry, monkeypatch: pytest.MonkeyPatch, server: str
+) -> None:
+    life = registry.take_life("it")
+    assert life is not None
+    record = new_record(registry, "it", spawned=True, ready=True)
+    if server == "is leaving":
+        write_record(life, replace(record, leaving=True))
+    elif server == "was killed":
+        write_record(life, replace(record, start_time=1.0))
+    # While the client waits, the kernel closes the server's descriptors.
+    clock = SimpleNamespace(monotonic=time.monotonic, sleep=lambda seconds: life.close())
+    monkeypatch.setattr(registry_module, "time", clock)
+    registry.leave()
+    assert life.fd < 0
+    assert not registry.path.exists()
+
+
+def test_a_lock_whose_file_is_gone_is_held_by_no_client(tmp_path: Path) -> None:
+    path = tmp_path / "alive.lock"
+    before = AliveLock(str(path))
+    path.touch(0o600)
+    after = AliveLock(str(path))
+    path.unlink()
+    # The server asks again, for as long as it has clients through another lock.
+    assert [lock.is_free() for lock in (before, before, after, after)] == [True] * 4
+    assert not before.held and not after.held
+
+
+def test_a_server_has_ended_once_its_process_has_or_another_has_its_pid() -> None:
+    process = subprocess.Popen(["sleep", "600"])
+    try:
+        started = start_time_of(process.pid)
+        assert started is not None
+        record = ServerRecord("it", process.pid, started, "1", "socket", spawned=True, ready=True)
+        assert not record.has_ended()
+        assert replace(record, start_time=started - 1).has_ended()
+    finally:
+        process.kill()
+        # Its starter has not asked for it yet.
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+    assert record.has_ended()
+    process.wait()
+    assert record.has_ended()
+    assert start_time_of(process.pid) is None
