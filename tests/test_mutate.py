@@ -7,9 +7,11 @@ from pathlib import Path
 
 import mutate
 import pytest
+from harness import wait_until
 from mutating import changes, covering
 from mutating.covering import Covering
 from mutating.tree_copy import TreeCopy
+from shared_workers import is_running
 
 FIRST, SECOND = "tests/test_a.py::test_first", "tests/test_a.py::test_second[x]"
 TWO_TESTS = """
@@ -28,6 +30,13 @@ class TestIn:
             durations.to_ns(seconds)
             os._exit(0)
         assert os.waitpid(child, 0) == (child, 0)
+"""
+
+STARTS = """
+import subprocess
+
+def test_starts():
+    subprocess.run("setsid sleep 600 > /dev/null 2>&1 & echo $! > pid", shell=True, check=True)
 """
 
 
@@ -141,6 +150,15 @@ def test_coverage_knows_which_tests_run_which_lines(tmp_path: Path) -> None:
         witnesses = {tuple(found.witnesses(change, 60.0)) for change in to_ns}
         assert witnesses == {("tests/test_two.py::TestIn::test_child[1]",)}
     assert not tree.path.exists()
+
+
+def test_what_tests_have_started_does_not_outlive_their_run() -> None:
+    with TreeCopy() as tree:
+        (tree.path / "tests" / "test_starts.py").write_text(STARTS)
+        code, _ = tree.run(["tests/test_starts.py"], 60.0)
+        assert code == 0
+        pid = int((tree.path / "pid").read_text())
+        wait_until(lambda: not is_running(pid), "what the test has started is ended")
 
 
 def _function_of(file: str, line: int) -> str:

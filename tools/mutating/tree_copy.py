@@ -13,6 +13,8 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+import psutil
+
 from mutating.changes import ROOT
 
 COPIED = ("mpmm", "tests", "tools", "setup.cfg", "README.md")
@@ -67,12 +69,19 @@ class TreeCopy:
         except subprocess.TimeoutExpired:
             return None, ""
         finally:
-            # Whatever the tests have started in their session; servers have their own, and end with their clients.
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+            self._end_servers()
             self._sweep()
         return process.returncode, output
+
+    def _end_servers(self) -> None:
+        """End what tests have started in sessions of its own: with the code changed, it may not end by itself."""
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                if process.environ().get("PYTHONPATH") == str(self.path):
+                    process.kill()
 
     def _sweep(self) -> None:
         """Remove what tests have left: runtime directories of those that were killed, and what runs tell each other."""
