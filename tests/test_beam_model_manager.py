@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from beam_wheel import load_beam_tests, names_of
 
-from mpmm.model_manager import ModelManager
+from mpmm.model_manager import GPUMonitor, ModelManager
 from mpmm.policy import eviction
 
 beam_tests = load_beam_tests(
@@ -25,12 +26,27 @@ globals().update(names_of(beam_tests))
 
 
 @pytest.fixture(autouse=True)
-def own_surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keep the tests out of the user's namespaces, and let a patched nvidia-smi be the only GPU there is."""
+def own_surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Keep the tests out of the user's namespaces, and let a patched nvidia-smi be the only GPU there is.
+
+    Beam's tests leave monitors that poll. They would run the programs of later tests.
+    """
     monkeypatch.setenv("MPMM_RUNTIME_DIR", str(tmp_path / "run"))
     monkeypatch.setitem(sys.modules, "pynvml", None)
     # Their loads take no time, so that Beam's order decides; on a busy machine one may take as long as if it did.
     monkeypatch.setattr(eviction, "RESOLUTION_S", 5.0)
+    monitors: list[GPUMonitor] = []
+    start = GPUMonitor.start
+
+    def start_and_note(monitor: GPUMonitor) -> None:
+        monitors.append(monitor)
+        start(monitor)
+
+    monkeypatch.setattr(GPUMonitor, "start", start_and_note)
+    yield
+    for monitor in monitors:
+        monitor.stop()
+    assert "mpmm-gpu-monitor" not in {thread.name for thread in threading.enumerate()}
 
 
 def test_names_that_other_projects_tests_use_show_the_shared_state() -> None:
