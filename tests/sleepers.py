@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -52,6 +53,8 @@ class Sleeper:
             self._hang.wait()
         if (self._folder / f"fail_{what}").exists():
             raise RuntimeError(f"cannot {what}")
+        if (self._folder / f"exit_{what}").exists():
+            sys.exit(f"leaves instead of {what}")
         with open(self._folder / what, "a") as steps:
             steps.write(f"{os.getpid()}\n")
 

@@ -379,3 +379,12 @@ def test_no_device_is_ever_above_its_limit_and_all_are_used_alike(
     assert report.problems == ()
     assert {"least_full", "tightest", "only_one"} & set(report.reasons)
     assert os.environ.get("CUDA_VISIBLE_DEVICES") is None
+
+
+def test_copies_on_other_devices_take_no_room_from_a_preload(new_manager: NewManager, new_device: NewDevice) -> None:
+    manager = new_manager(memory_source=new_device(1000, 1000))
+    assert manager.preload("a", Loads(), devices=[0], expect_mb=600) == 1
+    with pytest.raises(ModelTooLargeError):
+        manager.preload("a", Loads(), devices=[0], copies=2)
+    assert manager.preload("a", Loads(), devices=[1]) == 1
+    assert manager.preload("a", Loads(), copies=2) == 0

@@ -105,6 +105,8 @@ DAMAGED = {
     ).encode(),
     "not finite": b'{"format": "mpmm estimates", "version": 1, "devices": {"d": {"a": '
     b'{"mb": NaN, "measured": true, "updated": 1}}}}',
+    "too large": b'{"format": "mpmm estimates", "version": 1, "devices": {"d": {"a": '
+    b'{"mb": 1' + b"0" * 400 + b', "measured": true, "updated": 1}}}}',
     "too deep": b"[" * 100_000,
 }
 

@@ -210,8 +210,46 @@ def test_a_copy_that_has_no_way_or_is_in_use_is_not_suspended(manager: ModelMana
         assert manager.suspend("b") == 0
 
 
-def test_a_model_that_cannot_sleep_is_unloaded_and_not_asked_again(manager: ModelManager, tmp_path: Path) -> None:
-    (tmp_path / "fail_sleep").touch()
+class AsyncSleeper:
+    """Has the methods, but as coroutine functions."""
+
+    async def sleep(self) -> None:
+        """Give nothing up, unless it is awaited."""
+
+    async def wake_up(self) -> None:
+        """Take nothing, unless it is awaited."""
+
+
+def test_an_object_whose_methods_are_coroutine_functions_is_not_suspended(
+    manager: ModelManager, caplog: pytest.LogCaptureFixture
+) -> None:
+    use(manager, "a", AsyncSleeper)
+    assert "AsyncSleeper is not suspended cooperatively" in caplog.text
+    assert manager.suspend("a") == 0
+    assert states(manager.namespace, "a") == ["idle"]
+
+
+def test_a_suspension_that_waits_for_a_quiet_start_is_not_overdue(
+    manager: ModelManager, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mpmm.suspend.suspender.limit_s", lambda mb: 0.05)
+    use(manager, "a", MakesSleeper(tmp_path))
+    with manager.reserve(100, name="quiet", steady=True) as lease:
+        assert manager.suspend("a") == 0, "it is not told to sleep yet"
+        time.sleep(0.2)
+        manager._connected().suspender.end_overdue()
+        assert states(manager.namespace, "a") == ["suspending"]
+        monkeypatch.undo()
+        lease.settled()
+        await_states(manager.namespace, "a", "suspended")
+    assert not model_of(manager.namespace, "a").unsuspendable
+
+
+@pytest.mark.parametrize("way", ["fail", "exit"])
+def test_a_model_that_cannot_sleep_is_unloaded_and_not_asked_again(
+    manager: ModelManager, tmp_path: Path, way: str
+) -> None:
+    (tmp_path / f"{way}_sleep").touch()
     use(manager, "a", MakesSleeper(tmp_path))
     assert manager.suspend("a") == 0
     await_states(manager.namespace, "a")
@@ -220,15 +258,18 @@ def test_a_model_that_cannot_sleep_is_unloaded_and_not_asked_again(manager: Mode
     assert snapshot.suspend_failures == 1
     said = [finding.text for finding in findings(snapshot)]
     assert "a is unloaded instead of suspended, because an attempt to suspend it failed" in said
-    (tmp_path / "fail_sleep").unlink()
+    (tmp_path / f"{way}_sleep").unlink()
     use(manager, "a", MakesSleeper(tmp_path))
     assert manager.suspend("a") == 0 and states(manager.namespace, "a") == ["idle"]
 
 
-def test_a_copy_that_cannot_wake_up_is_unloaded_and_loaded_anew(manager: ModelManager, tmp_path: Path) -> None:
+@pytest.mark.parametrize("way", ["fail", "exit"])
+def test_a_copy_that_cannot_wake_up_is_unloaded_and_loaded_anew(
+    manager: ModelManager, tmp_path: Path, way: str
+) -> None:
     first = use(manager, "a", MakesSleeper(tmp_path))
     manager.suspend("a")
-    (tmp_path / "fail_wake").touch()
+    (tmp_path / f"{way}_wake").touch()
     with manager.model("a", MakesSleeper(tmp_path)) as second:
         assert second is not first
     assert model_of(manager.namespace, "a").unsuspendable == Unsuspendable.RESUME_FAILED

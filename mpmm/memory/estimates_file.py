@@ -104,7 +104,7 @@ class EstimatesFile:
             found = _parsed(content)
         except FileNotFoundError:
             return {}
-        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
             self._report(f"{type(error).__name__}: {error}")
             return {}
         self._reported = ""

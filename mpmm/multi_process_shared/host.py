@@ -389,9 +389,20 @@ def public_methods(shared: Any) -> frozenset[str]:
 
 
 def can_sleep(shared: object) -> bool:
-    """Tell whether an object can give its device memory up and take it again: it has `sleep()` and `wake_up()`."""
-    kind = type(shared)
-    return callable(getattr(kind, "sleep", None)) and callable(getattr(kind, "wake_up", None))
+    """Tell whether an object can give its device memory up and take it again: it has `sleep()` and `wake_up()`.
+
+    Coroutine functions are none of these: called without an event loop they would do nothing, and the memory that stays
+    in use would count as free.
+    """
+    methods = [getattr(type(shared), name, None) for name in ("sleep", "wake_up")]
+    if any(map(inspect.iscoroutinefunction, methods)):
+        logger.warning(
+            "mpmm: %s is not suspended cooperatively: its sleep() or wake_up() is a coroutine function, and mpmm calls "
+            "plain methods; wrap it in a class that has these",
+            type(shared).__name__,
+        )
+        return False
+    return all(map(callable, methods))
 
 
 def declared_mb(shared: object) -> float | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mpmm.policy.admission import free_mb, largest_limit_mb, limit_mb, widened
 from mpmm.policy.eviction import EvictionPlan
@@ -87,9 +87,16 @@ def _refuse(attempt: _Attempt) -> Decision | None:
             # Too large for a second copy, but there is one to wait for.
             return Wait(ticket.row, Reason.ONLY_COPY, Why(Reason.ONLY_COPY, need_mb, largest))
         return Refuse(ticket.row, Why(Reason.TOO_LARGE, need_mb, largest))
-    if ticket.preload and not _fit_together(state, ticket, model.copies, attempt.share_mb):
+    if ticket.preload and not _fit_together(state, ticket, _copies_where_it_loads(attempt), attempt.share_mb):
         return Refuse(ticket.row, Why(Reason.TOO_LARGE, need_mb, largest))
     return None
+
+
+def _copies_where_it_loads(attempt: _Attempt) -> int:
+    """Return how many copies there are on the devices where the waiter may load: others take no place there."""
+    ticket = attempt.ticket
+    there = replace(ticket, usable_on=ticket.loadable_on or ticket.usable_on)
+    return attempt.state.usable_part(there, attempt.model).copies
 
 
 def _fit_together(state: PlanState, ticket: TicketView, copies: int, share_mb: float) -> bool:

@@ -11,6 +11,9 @@ anybody holds the copy. An engine whose methods are called otherwise is wrapped 
                  def wake_up(self):                                       def wake_up(self):
                      self.llm.wake_up()                                       self.engine.resume_memory_occupation()
 
+Coroutine functions, as vLLM's `AsyncLLM` has them, are not called: such an engine is wrapped in a class whose methods
+run them in its event loop and wait for that.
+
 SGLang needs `enable_memory_saver=True`. For a module of torch there is `TorchModule`.
 """
 

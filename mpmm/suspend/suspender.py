@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -276,8 +277,11 @@ class Suspender:
         tables, now_ns, found = self._namespace.tables, time.monotonic_ns(), []
         for state in _MOVING:
             for row in tables.rows_where(self._namespace.segment.layout.instances, Instance.STATE, state):
-                limit_ns = GRACE * limit_s(tables.instances[row].device_mb) * 1e9
-                if now_ns - tables.instances[row].since > limit_ns:
+                instance = tables.instances[row]
+                if state == Instance.SUSPENDING and instance.device_bits & tables.header.steady:
+                    # It has to wait until a load has started quietly, and has its time from then on.
+                    continue
+                if now_ns - instance.since > GRACE * limit_s(instance.device_mb) * 1e9:
                     found.append(row)
         return found
 
@@ -304,8 +308,21 @@ class Suspender:
 
     def _attempt(self, task: _Task, request: str) -> tuple[bool, Unsuspendable | None]:
         """Do one step; return whether it is done, and why it failed if that is the model's fault."""
+        caller = threading.current_thread()
+
+        def ask() -> None:
+            try:
+                _ask(task, request, self._namespace.runtime.path)
+            except Exception:
+                raise
+            except BaseException as error:
+                # The model's own: where it runs in this thread, it may be one of a signal handler's.
+                if threading.current_thread() is caller:
+                    raise
+                raise RuntimeError(f"{type(error).__name__}: {error}") from error
+
         try:
-            answer_within(lambda: _ask(task, request, self._namespace.runtime.path), limit_s(task.mb), "mpmm-suspend")
+            answer_within(ask, limit_s(task.mb), "mpmm-suspend")
         except ModelServerError as error:
             self._say(logging.WARNING, task, request, error)
             return False, None
