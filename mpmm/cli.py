@@ -70,18 +70,22 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import math
 import os
 import shutil
+import signal
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from mpmm import __version__
 from mpmm.commands import changes
 from mpmm.commands.models import asked_model
 from mpmm.commands.parser import DEFAULT_NAMESPACE, make_parser
-from mpmm.errors import InvalidArgumentError, MpmmError
+from mpmm.errors import InvalidArgumentError, MpmmError, SegmentLostError
 from mpmm.observability.colours import painter
 from mpmm.observability.findings import longest_wait_s
 from mpmm.observability.inspect_screen import EVENTS_OF_EACH, overview, render
@@ -90,6 +94,7 @@ from mpmm.shared_state.runtime_dir import REGISTRY_FOLDER, SERVERS_LOG, RuntimeD
 from mpmm.shared_state.segment import segment_lost, segment_name
 from mpmm.shared_state.snapshot import (
     EventChoice,
+    Snapshot,
     find_lost_namespaces,
     find_namespaces,
     read_snapshot,
@@ -106,6 +111,7 @@ EXIT_NO_LEASE = 125
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status: 0, 1 for a problem, 2 if there is nothing to look at."""
+    _prepare_streams()
     given = list(sys.argv[1:] if arguments is None else arguments)
     # Everything after `--` belongs to the program to be run, whatever it looks like.
     ours, program = (given[: given.index("--")], given[given.index("--") + 1 :]) if "--" in given else (given, [])
@@ -149,6 +155,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return EXIT_USAGE
 
 
+def _prepare_streams() -> None:
+    """Have all that is printed arrive in some form, whatever the locale can write; nowhere, if a stream is closed."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def _readable(root: Path | None, choice: EventChoice) -> tuple[list[Snapshot], list[str]]:
+    """Return the namespaces that can be read, and what to say of the others; one that has just ended is left out."""
+    snapshots, troubles = [], []
+    for name in find_namespaces(root):
+        try:
+            snapshots.append(read_snapshot(name, root, choice=choice))
+        except FileNotFoundError:
+            continue
+        except (OSError, MpmmError) as error:
+            troubles.append(f"{name}: {error}")
+    lost = find_lost_namespaces(root)
+    return snapshots, troubles + [str(segment_lost(name, segment_name(root or default_root(), name))) for name in lost]
+
+
 def _only_namespace(root: Path | None) -> str:
     names = find_namespaces(root)
     if not names:
@@ -180,11 +209,15 @@ def _list(options: argparse.Namespace, root: Path | None) -> int:
 
 def _inspect(options: argparse.Namespace, root: Path | None) -> int:
     max_wait_s = checked_number("--max-wait", options.max_wait, 0.0, math.inf, "seconds")
-    names = find_namespaces(root) if options.namespace is None else [options.namespace]
-    if len(names) != 1 and (options.json or not names):
-        names = [_only_namespace(root)]
     choice = EventChoice() if options.json else EventChoice(newest_of_each=EVENTS_OF_EACH)
-    snapshots = [read_snapshot(name, root, choice=choice) for name in names]
+    snapshots, troubles = ([], []) if options.namespace or options.json else _readable(root, choice)
+    if not snapshots and not troubles:
+        snapshots = [read_snapshot(_namespace(options, root), root, choice=choice)]
+    if not options.json:
+        for trouble in troubles:
+            print("\n".join(wrapped(printable(f"ATTENTION: {trouble}"), _width())) + "\n")
+    if not snapshots:
+        return EXIT_PROBLEM
     if options.json:
         from mpmm.observability.json_text import snapshot_json
 
@@ -192,14 +225,12 @@ def _inspect(options: argparse.Namespace, root: Path | None) -> int:
     elif len(snapshots) > 1:
         print(overview(snapshots, None if options.all else _width(), painter(sys.stdout)))
     else:
-        for lost in [] if options.namespace else find_lost_namespaces(root):
-            print(f"ATTENTION: {segment_lost(lost, segment_name(root or default_root(), lost))}\n")
         width = None if options.all else _width()
         print(render(snapshots[0], everything=options.all, width=width, paint=painter(sys.stdout)))
         log = RuntimeDirectory(REGISTRY_FOLDER, root).file(SERVERS_LOG)
         if log.exists():
             print(f"\noutput of model servers whose starters have ended: {printable(str(log))}")
-    return EXIT_PROBLEM if max(map(longest_wait_s, snapshots)) > max_wait_s else 0
+    return EXIT_PROBLEM if troubles or max(map(longest_wait_s, snapshots)) > max_wait_s else 0
 
 
 def _run(options: argparse.Namespace, program: Sequence[str], root: Path | None) -> int:
@@ -246,7 +277,16 @@ def _top(options: argparse.Namespace, root: Path | None) -> int:
         return print_once(_namespace(options, root), root, controls)
     # On a terminal, wait for the first namespace to appear.
     namespace = _namespace(options, root) if options.namespace or find_namespaces(root) else None
-    return run(namespace, root, interval_s, controls)
+    # What changes the terminal is undone on the way out, which the default action of a signal does not take.
+    with contextlib.ExitStack() as stack:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGHUP):
+                stack.callback(signal.signal, number, signal.signal(number, _leave))
+        return run(namespace, root, interval_s, controls)
+
+
+def _leave(number: int, frame: object) -> NoReturn:
+    sys.exit(128 + number)
 
 
 def _ps(options: argparse.Namespace, root: Path | None) -> int:
@@ -316,7 +356,9 @@ def _metrics(options: argparse.Namespace, root: Path | None) -> int:
     with contextlib.closing(Exporter(options.namespace, root)) as exporter, contextlib.suppress(KeyboardInterrupt):
         exporter.families()
         with serve(exporter, host.strip("[]") or "127.0.0.1", int(port)) as server:
-            print(f"mpmm: metrics at http://{server.server_address[0]!s}:{server.server_port}/", file=sys.stderr)
+            address = str(server.server_address[0])
+            address = f"[{address}]" if ":" in address else address
+            print(f"mpmm: metrics at http://{address}:{server.server_port}/", file=sys.stderr)
             server.serve_forever()
     return 0
 
@@ -359,16 +401,24 @@ def _check(options: argparse.Namespace, root: Path | None) -> int:
 def _check_health(options: argparse.Namespace, root: Path | None) -> int:
     from mpmm.observability.findings import attention_texts
 
-    names = find_namespaces(root) if options.namespace is None else [options.namespace]
-    problems = 0
-    for name in names or [_only_namespace(root)]:
-        found = attention_texts(read_snapshot(name, root, choice=EventChoice(newest_of_each=0)))
-        problems += len(found)
-        paint, style = painter(sys.stdout), "urgent" if found else "well"
-        for problem in found or ["healthy"]:
-            for line in wrapped(printable(f"{name}: {problem}"), _width()):
-                print(paint(style, line))
-    return EXIT_PROBLEM if problems else 0
+    choice = EventChoice(newest_of_each=0)
+    snapshots, troubles = ([], []) if options.namespace else _readable(root, choice)
+    if not snapshots and not troubles:
+        try:
+            snapshots = [read_snapshot(_namespace(options, root), root, choice=choice)]
+        except SegmentLostError as error:
+            troubles = [str(error)]
+    said = [(trouble, "urgent") for trouble in troubles]
+    for snapshot in snapshots:
+        found = attention_texts(snapshot)
+        said += [(f"{snapshot.namespace}: {text}", "urgent") for text in found]
+        if not found:
+            said.append((f"{snapshot.namespace}: healthy", "well"))
+    paint = painter(sys.stdout)
+    for text, style in said:
+        for line in wrapped(printable(text), _width()):
+            print(paint(style, line))
+    return EXIT_PROBLEM if any(style == "urgent" for _, style in said) else 0
 
 
 def _reset(options: argparse.Namespace, root: Path | None) -> int:

@@ -11,7 +11,10 @@ the ring of events, beginning with what that holds when the exporter begins. `mp
 
 from __future__ import annotations
 
+import contextlib
 import os
+import socket
+import sys
 import threading
 from collections.abc import Awaitable, Callable, Iterable, Iterator, MutableMapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -35,6 +38,7 @@ _CONTENT_TYPES = {
     False: "text/plain; version=0.0.4; charset=utf-8",
     True: f"{OPENMETRICS}; version=1.0.0; charset=utf-8",
 }
+CLIENT_TIMEOUT_S = 10.0
 Environ = dict[str, Any]
 Message = MutableMapping[str, Any]
 
@@ -57,6 +61,8 @@ class Exporter:
         self._pid = os.getpid()
         self._mutex = new_lock()
         self._followed: dict[str, tuple[EventReader, Histograms]] = {}
+        # Until the next look of the thread.
+        self._pause_s = LONGEST_PAUSE_S
         self._thread: threading.Thread | None = None
         self._closing = threading.Event()
 
@@ -99,13 +105,17 @@ class Exporter:
     def _look(self) -> list[tuple[Snapshot, Histograms]]:
         names = find_namespaces(self._root) if self._namespace is None else [self._namespace]
         seen = []
+        self._pause_s = LONGEST_PAUSE_S
+        for ended in self._followed.keys() - set(names):
+            del self._followed[ended]
         for name in names:
             reader, counted = self._followed.setdefault(name, (EventReader(name, self._root), Histograms()))
             try:
                 step = reader.step()
-            except (FileNotFoundError, MpmmError):
-                # Gone, or of another version: there is nothing to say of it.
+            except (OSError, MpmmError):
+                # Gone, of another version, or there is no descriptor for it: there is nothing to say of it.
                 continue
+            self._pause_s = min(self._pause_s, reader.pause_s)
             counted.add(step)
             seen.append((step.snapshot, counted))
         return seen
@@ -113,9 +123,10 @@ class Exporter:
     def _run(self) -> None:
         pause_s = LONGEST_PAUSE_S
         while not self._closing.wait(pause_s):
-            with self._mutex:
+            # Whatever it meets, it goes on: nobody would see that events are missed.
+            with self._mutex, contextlib.suppress(Exception):
                 self._look()
-                pause_s = min((reader.pause_s for reader, _ in self._followed.values()), default=LONGEST_PAUSE_S)
+            pause_s = self._pause_s
 
 
 def wsgi_app(exporter: Exporter | None = None) -> Callable[[Environ, Callable[..., Any]], Iterable[bytes]]:
@@ -162,15 +173,33 @@ def serve(exporter: Exporter, host: str, port: int) -> ThreadingHTTPServer:
     """Return an HTTP server for the metrics, bound and listening; `serve_forever` runs it. Raises OSError."""
 
     class Handler(BaseHTTPRequestHandler):
+        # A client that says nothing has a thread and a descriptor for no longer.
+        timeout = CLIENT_TIMEOUT_S
+
+        def do_HEAD(self) -> None:
+            self._answer(with_body=False)
+
         def do_GET(self) -> None:
+            self._answer(with_body=True)
+
+        def _answer(self, *, with_body: bool) -> None:
             kind, body = _answer(exporter, self.headers.get("Accept", ""))
             self.send_response(200)
             self.send_header("Content-Type", kind)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
-            self.wfile.write(body)
+            if with_body:
+                self.wfile.write(body)
 
         def log_message(self, format: str, *args: Any) -> None:
             """Say nothing: a line for each scrape would be noise."""
 
-    return ThreadingHTTPServer((host, port), Handler)
+    class Server(ThreadingHTTPServer):
+        address_family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+
+        def handle_error(self, request: Any, client_address: Any) -> None:
+            # A client that hangs up is none of ours.
+            if not isinstance(sys.exc_info()[1], OSError):
+                super().handle_error(request, client_address)
+
+    return Server((host, port), Handler)

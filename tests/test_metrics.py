@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import http.client
 import os
 import re
+import socket
 import subprocess
 import sys
 import threading
@@ -17,9 +19,12 @@ import pytest
 from harness import NewManager, NewProcess, acquire, release, wait_until, waiting
 from loaders import Loads
 
+import mpmm.metrics
 from mpmm.cli import main
-from mpmm.metrics import Exporter, asgi_app, wsgi_app
+from mpmm.metrics import Exporter, asgi_app, serve, wsgi_app
 from mpmm.model_manager import ModelManager
+from mpmm.observability import event_reader
+from mpmm.observability.event_reader import LONGEST_PAUSE_S
 from mpmm.observability.histograms import BOUNDS_S
 from mpmm.shared_state.layout import Capacities
 from mpmm.shared_state.snapshot import read_snapshot
@@ -159,6 +164,52 @@ def test_all_namespaces_are_exported_while_they_are_there(new_manager: NewManage
     assert {value(both, "mpmm_loads_total", namespace=name) for name in ("test", "second")} == {0.0}
     assert {dict(labels)["namespace"] for _, labels in one} == {"test"}
     assert list(parse_openmetrics(Exporter("nowhere", follow=False).text(openmetrics=True))) == []
+
+
+def test_a_namespace_that_has_ended_is_forgotten_and_looked_for_no_more_often(
+    new_manager: NewManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # With so many events at a time the next look comes sooner.
+    monkeypatch.setattr(event_reader, "WANTED_AT_A_TIME", 4)
+    manager = new_manager()
+    with closing(Exporter(follow=False)) as exporter:
+        exporter.families()
+        for number in range(8):
+            with manager.model(f"tag-{number}", Loads()):
+                pass
+        exporter.families()
+        assert exporter._pause_s < LONGEST_PAUSE_S
+        assert list(exporter._followed) == [manager.namespace]
+        manager.shutdown()
+        exporter.families()
+        assert (exporter._followed, exporter._pause_s) == ({}, LONGEST_PAUSE_S)
+
+
+def test_a_server_answers_head_and_leaves_a_client_that_says_nothing(
+    exporter: Exporter, lively: ModelManager, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.setattr(mpmm.metrics, "CLIENT_TIMEOUT_S", 0.1)
+    with serve(exporter, "127.0.0.1", 0) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        try:
+            with socket.create_connection(("127.0.0.1", server.server_port), timeout=20) as silent:
+                assert silent.recv(1) == b"", "the server has hung up"
+            with closing(http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=20)) as client:
+                client.request("HEAD", "/")
+                answer = client.getresponse()
+                assert (answer.status, answer.read()) == (200, b"")
+                assert int(answer.headers["Content-Length"]) > 1000
+        finally:
+            server.shutdown()
+            thread.join()
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/net/if_inet6"), reason="needs IPv6")
+def test_a_server_can_listen_on_an_address_of_version_6(exporter: Exporter, lively: ModelManager) -> None:
+    with serve(exporter, "::1", 0) as server:
+        assert server.server_address[0] == "::1"
 
 
 def test_it_is_a_collector_of_the_client_library(lively: ModelManager, exporter: Exporter) -> None:

@@ -50,12 +50,12 @@ def busy(namespace: str, new_manager: NewManager, new_process: NewProcess) -> Mo
     return manager
 
 
-def drawn(snapshot: Snapshot, width: int, height: int) -> list[str]:
+def drawn(snapshot: Snapshot, width: int, height: int, controls: Controls | None = None) -> list[str]:
     """Return the lines of a screen of that size."""
     history = History()
     history.add(snapshot)
     console = rich_console.Console(file=io.StringIO(), width=width, height=height, force_terminal=False)
-    console.print(screen(snapshot, history, width, height))
+    console.print(screen(snapshot, history, width, height, controls or Controls()))
     return str(console.file.getvalue()).splitlines()
 
 
@@ -171,7 +171,7 @@ def test_figures_of_memory_are_not_cropped_for_a_longer_bar(busy: ModelManager, 
 
 
 @contextlib.contextmanager
-def top_in_a_terminal(*arguments: str) -> Iterator[tuple[int, int, subprocess.Popen[bytes]]]:
+def top_in_a_terminal(*arguments: str, status: int = 0) -> Iterator[tuple[int, int, subprocess.Popen[bytes]]]:
     """Start `mpmm top` in a terminal of 24 lines; give our end of that, its own, and the process. It is as it was."""
     ours, theirs = pty.openpty()
     try:
@@ -184,7 +184,7 @@ def top_in_a_terminal(*arguments: str) -> Iterator[tuple[int, int, subprocess.Po
         top = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=terminal)
         try:
             yield ours, theirs, top
-            assert top.wait(20) == 0
+            assert top.wait(20) == status
         finally:
             top.kill()
             top.wait()
@@ -231,6 +231,22 @@ def test_an_interrupt_ends_it_in_good_order(runtime_root: Path) -> None:
     with top_in_a_terminal("later") as (ours, _, top):
         read_until(ours, "waiting for namespace later")
         top.send_signal(signal.SIGINT)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_leaves_the_terminal_as_it_was(busy: ModelManager, namespace: str, number: int) -> None:
+    with top_in_a_terminal(namespace, status=128 + number) as (ours, _, top):
+        read_until(ours, "wanted")
+        top.send_signal(number)
+        read_until(ours, LEFT)
+
+
+def test_a_filter_may_be_the_pid_of_a_process(busy: ModelManager, namespace: str) -> None:
+    snapshot = read_snapshot(namespace)
+    others = {member.pid for member in snapshot.members} - {os.getpid()}
+    mine, theirs = ("".join(drawn(snapshot, 200, 60, Controls(filter=str(pid)))) for pid in (os.getpid(), others.pop()))
+    assert f"copies with '{os.getpid()}': 1 of 1" in mine
+    assert "copies with" in theirs and "0 of 1" in theirs
 
 
 def test_keys_sort_filter_hold_and_help() -> None:

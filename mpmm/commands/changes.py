@@ -229,7 +229,7 @@ def _show(settings: Settings) -> None:
 
 
 def _shown(value: float) -> str:
-    return "none" if math.isinf(value) else f"{value:g}"
+    return "none" if math.isinf(value) else f"{value:.12g}"
 
 
 #: What each command does, given the options, a namespace and the root; returns the exit status.

@@ -95,7 +95,7 @@ class Controls:
 
         tags: whole tags, by what the rows have instead.
         """
-        items = [item for item in section.items if self._wants(item, tags or {})]
+        items = [item for item in section.items if self._wants(section, item, tags or {})]
         keys = _KEYS.get(section.title, {})
         if self.sort in keys:
             items.sort(key=keys[self.sort])
@@ -106,10 +106,14 @@ class Controls:
             title += f" with {self.filter!r}: {len(items)} of {len(section.items)}"
         return replace(section, items=items, title=title)
 
-    def _wants(self, item: Any, tags: Mapping[str, str]) -> bool:
+    def _wants(self, section: Section[Any], item: Any, tags: Mapping[str, str]) -> bool:
         wanted, shown = self.filter.casefold(), item.tag or ""
         texts = (shown, tags.get(shown, ""))
-        return not wanted or any(wanted in text.casefold() for text in texts) or wanted == str(getattr(item, "pid", ""))
+        if not wanted or any(wanted in text.casefold() for text in texts):
+            return True
+        # A row has the pids of those that hold, keep or want what it is about.
+        pids = (cell for name, cell in zip(section.head, section.row(item), strict=False) if "pid" in name)
+        return wanted.isdigit() and wanted in pids
 
     def footer(self) -> str:
         """Return the line that says what the keys do and what is chosen."""

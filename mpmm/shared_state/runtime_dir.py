@@ -73,6 +73,11 @@ def root_below(folder: str) -> str:
     return os.path.join(folder, f"mpmm-{os.getuid()}")
 
 
+def is_namespace_name(name: str) -> bool:
+    """Tell whether a namespace may be called so."""
+    return _NAME.fullmatch(name) is not None and not name.startswith(".")
+
+
 class RuntimeDirectory:
     """One namespace's folder, made on demand and checked at every `ensure`."""
 
@@ -82,7 +87,7 @@ class RuntimeDirectory:
         Raises InvalidArgumentError for a name that is not 1 to 64 of `A-Z a-z 0-9 _ . -`, or starts
         with a dot.
         """
-        if not isinstance(name, str) or not _NAME.fullmatch(name) or name.startswith("."):
+        if not isinstance(name, str) or not is_namespace_name(name):
             raise InvalidArgumentError(
                 f"namespace {name!r}: expected 1 to 64 characters of A-Z a-z 0-9 _ . - that do not start with a dot"
             )

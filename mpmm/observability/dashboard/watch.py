@@ -38,6 +38,8 @@ class Watcher:
         self._mutex = new_lock()
         self._recorders: dict[str, Recorder] = {}
         self._ended: dict[str, float] = {}
+        # Why the thread's last look came to nothing, if it did.
+        self._trouble: str | None = None
         self._closing = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -75,7 +77,7 @@ class Watcher:
                 "only": self._only,
                 "namespaces": [self._recorders[other].summary() for other in sorted(self._recorders)],
                 "namespace": name,
-                "problem": None if recorder is None else recorder.problem,
+                "problem": self._trouble or (None if recorder is None else recorder.problem),
                 "state": recorder.state(epoch, look, window_s) if recorder is not None and known else None,
             }
 
@@ -112,4 +114,12 @@ class Watcher:
     def _run(self) -> None:
         pause_s = PAUSE_S
         while not self._closing.wait(pause_s):
-            pause_s = self.look()
+            try:
+                pause_s = self.look()
+            except Exception as error:
+                # The page says so until a look succeeds: what it shows would seem to be how things are.
+                if self._trouble is None:
+                    _logger.exception("mpmm dashboard: cannot look at the namespaces")
+                self._trouble, pause_s = f"cannot look at the namespaces: {error}", PAUSE_S
+            else:
+                self._trouble = None

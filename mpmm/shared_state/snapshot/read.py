@@ -17,7 +17,7 @@ from mpmm.errors import LayoutMismatchError, LockTimeoutError
 from mpmm.shared_state.layout import Header
 from mpmm.shared_state.liveness import member_lives
 from mpmm.shared_state.lock_file import identity_of, is_locked
-from mpmm.shared_state.runtime_dir import RuntimeDirectory
+from mpmm.shared_state.runtime_dir import RuntimeDirectory, is_namespace_name
 from mpmm.shared_state.segment import (
     SHARED_MEMORY,
     Segment,
@@ -59,8 +59,8 @@ def _folders_below(root: Path | None) -> list[tuple[str, str]]:
     try:
         prefix = segment_name(folder, "")
         with os.scandir(folder) as entries:
-            # A name with a dot in front is not a namespace's: `RuntimeDirectory` refuses it.
-            names = [entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
+            # What else lies there is nobody's: a `lost+found`, where the root is a file system of its own.
+            names = [entry.name for entry in entries if is_namespace_name(entry.name) and entry.is_dir()]
     except (FileNotFoundError, NotADirectoryError):
         return []
     return [(name, f"{prefix}{name}") for name in names]
