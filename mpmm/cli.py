@@ -210,7 +210,7 @@ def _list(options: argparse.Namespace, root: Path | None) -> int:
 def _inspect(options: argparse.Namespace, root: Path | None) -> int:
     max_wait_s = checked_number("--max-wait", options.max_wait, 0.0, math.inf, "seconds")
     choice = EventChoice() if options.json else EventChoice(newest_of_each=EVENTS_OF_EACH)
-    snapshots, troubles = ([], []) if options.namespace or options.json else _readable(root, choice)
+    snapshots, troubles = ([], []) if options.namespace is not None or options.json else _readable(root, choice)
     if not snapshots and not troubles:
         snapshots = [read_snapshot(_namespace(options, root), root, choice=choice)]
     if not options.json:
@@ -276,7 +276,7 @@ def _top(options: argparse.Namespace, root: Path | None) -> int:
     if not sys.stdout.isatty():
         return print_once(_namespace(options, root), root, controls)
     # On a terminal, wait for the first namespace to appear.
-    namespace = _namespace(options, root) if options.namespace or find_namespaces(root) else None
+    namespace = _namespace(options, root) if options.namespace is not None or find_namespaces(root) else None
     # What changes the terminal is undone on the way out, which the default action of a signal does not take.
     with contextlib.ExitStack() as stack:
         if threading.current_thread() is threading.main_thread():
@@ -402,7 +402,7 @@ def _check_health(options: argparse.Namespace, root: Path | None) -> int:
     from mpmm.observability.findings import attention_texts
 
     choice = EventChoice(newest_of_each=0)
-    snapshots, troubles = ([], []) if options.namespace else _readable(root, choice)
+    snapshots, troubles = ([], []) if options.namespace is not None else _readable(root, choice)
     if not snapshots and not troubles:
         try:
             snapshots = [read_snapshot(_namespace(options, root), root, choice=choice)]

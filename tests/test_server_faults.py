@@ -157,7 +157,7 @@ def test_a_server_that_cannot_be_forked_leaves_no_descriptor_open(monkeypatch: p
         ours.recv_bytes()
     ours.close()
     assert parent.children == set()
-    assert open_descriptors() == before
+    assert not open_descriptors() - before
     assert psutil.Process().children() == children
 
 
@@ -172,7 +172,7 @@ def test_a_server_that_cannot_be_spawned_leaves_no_descriptor_open(monkeypatch: 
     report.close()
     reported.close()
     del server
-    assert open_descriptors() == before
+    assert not open_descriptors() - before
 
 
 @pytest.mark.parametrize("zygote", ["has gone", "names a server that has"])
@@ -200,7 +200,7 @@ def test_a_client_that_is_not_answered_leaves_no_descriptor_open(tmp_path: Path)
     # Whoever keeps the error keeps what its frames refer to.
     with pytest.raises(BlockingIOError) as error:
         sockets.dial(tmp_path, "socket", bytes(32), timeout_seconds=0.05)
-    assert open_descriptors() == before
+    assert not open_descriptors() - before
     assert error.tb is not None
     listener.close()
 
