@@ -281,7 +281,9 @@ def _top(options: argparse.Namespace, root: Path | None) -> int:
     with contextlib.ExitStack() as stack:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGHUP):
-                stack.callback(signal.signal, number, signal.signal(number, _leave))
+                # Under nohup, say, it is to be ignored.
+                if signal.getsignal(number) == signal.SIG_DFL:
+                    stack.callback(signal.signal, number, signal.signal(number, _leave))
         return run(namespace, root, interval_s, controls)
 
 

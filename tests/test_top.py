@@ -241,6 +241,18 @@ def test_a_signal_leaves_the_terminal_as_it_was(busy: ModelManager, namespace: s
         read_until(ours, LEFT)
 
 
+def test_a_signal_that_is_to_be_ignored_ends_nothing(busy: ModelManager, namespace: str) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with top_in_a_terminal(namespace) as (ours, _, top):
+            read_until(ours, "wanted")
+            top.send_signal(signal.SIGHUP)
+            os.write(ours, b"q")
+            read_until(ours, LEFT)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_a_filter_may_be_the_pid_of_a_process(busy: ModelManager, namespace: str) -> None:
     snapshot = read_snapshot(namespace)
     others = {member.pid for member in snapshot.members} - {os.getpid()}
