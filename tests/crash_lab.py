@@ -232,10 +232,11 @@ class Lab:
         return row
 
     def without_pids(self, image: bytes) -> bytes:
-        """Return an image without what tells one child from the next: who held the lock, who made the events."""
+        """Return an image without what tells one child from the next: who held the locks, who made the events."""
         copied = bytearray(image)
         words, events = memoryview(copied).cast("Q"), self.layout.events
-        for word in (Header.LOCK_HOLDER, Header.LOCK_TAKEN, *range(events.base + Event.PID, events.end, Event.WORDS)):
+        locks = Header.LOCK_HOLDER, Header.LOCK_TAKEN, Header.SPIN_LOCK
+        for word in (*locks, *range(events.base + Event.PID, events.end, Event.WORDS)):
             words[word] = 0
         return bytes(copied)
 

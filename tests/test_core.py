@@ -456,6 +456,7 @@ def test_it_does_not_wait_for_long_nor_undo_what_others_left(lab: Lab) -> None:
         other = stack.enter_context(open(lab.segment.path, "rb"))
         fcntl.flock(other, fcntl.LOCK_EX)
         assert declines()
+        assert not lab.words[Header.SPIN_LOCK], "it has given back what it did not use"
         fcntl.flock(other, fcntl.LOCK_UN)
         lab.words[Header.STARVING] = 1
         assert declines()
@@ -481,6 +482,20 @@ def test_it_does_not_wait_for_long_nor_undo_what_others_left(lab: Lab) -> None:
     caller.held.clear()
     caller.operation = Operation(None)
     assert declines() and core.done == 2
+
+
+@built
+@pytest.mark.parametrize("since_ns", [-(10**12), -(10**9), 10**9, 10**12])
+def test_a_spin_lock_whose_owner_is_dead_or_stopped_keeps_nobody_out(lab: Lab, since_ns: int) -> None:
+    caller = Caller(lab, lab.idle("a", b"h"))
+    place, core = place_of(lab.segment)
+    for use in (caller.take, caller.release):
+        # A time that has not come yet is no owner's: something else has written there.
+        lab.words[Header.SPIN_LOCK] = time.monotonic_ns() + since_ns
+        assert use(place, core)
+        assert not lab.words[Header.SPIN_LOCK]
+    assert core.done == 2
+    place.lock.close()
 
 
 @built
@@ -568,7 +583,7 @@ def test_a_layout_that_leads_outside_is_refused(lab: Lab) -> None:
 
     def made(changed: dict[str, int], words: int = count, strange: tuple[int, ...] = ()) -> Any:
         values = tuple(changed.get(name, value) for name, value in zip(OFFSETS, offsets, strict=True))
-        return Core(memory, words, values, strange, (), 1, SMOOTHING, CORE_TURN, CROWDED_TURNS)
+        return Core(memory, words, values, strange, (), 1, SMOOTHING, CORE_TURN, CROWDED_TURNS, 0)
 
     made({}).close()
     for name in OFFSETS:
@@ -583,7 +598,7 @@ def test_a_layout_that_leads_outside_is_refused(lab: Lab) -> None:
     with pytest.raises(ValueError, match="outside of its row"):
         made({}, strange=(10**6,))
     with pytest.raises(ValueError):
-        Core(memory, count, offsets[1:], (), (), 1, SMOOTHING, CORE_TURN, CROWDED_TURNS)
+        Core(memory, count, offsets[1:], (), (), 1, SMOOTHING, CORE_TURN, CROWDED_TURNS, 0)
     for name in ("take_idle", "release", "queue", "await_answer", "take_granted"):
         with pytest.raises(TypeError):
             getattr(made({}), name)(1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import os
 import signal
 import sys
 import threading
@@ -25,11 +26,10 @@ from mpmm.scheduling import CALLED_UP_FOR_NS
 from mpmm.shared_state.core import HANDED_OVER
 from mpmm.shared_state.events import Cause
 from mpmm.shared_state.futex import _SYSCALL as FUTEX_CALL
-from mpmm.shared_state.futex import wake_one
+from mpmm.shared_state.futex import wait_for_change, wake_one
 from mpmm.shared_state.layout import MOST_DEVICES, Header, Instance, Model, Ticket
 from mpmm.shared_state.lock_file import LockFile
 from mpmm.shared_state.settings import SETTINGS
-from mpmm.shared_state.signal_words import Signal
 from mpmm.shared_state.transaction import CROWDED_TURNS, float_bits
 
 
@@ -90,6 +90,8 @@ def test_a_waiter_returns_for_python_to_look(lab: Lab, how: str) -> None:
     place, core = place_of(lab.segment)
     ticket = lab.ticket("a")
     sleeper = Sleeper(core, ticket)
+    # It has looked at the signal then: a wake-up that comes after that without another signal is for Python to look at.
+    wait_until(lambda: bool(core.sleeps), "it sleeps")
     signal = lab.namespace.reads.queue.signal(ticket)
     if how == "called up":
         lab.do(lambda t, tr: tr.tickets.call_up(t, ticket))
@@ -191,6 +193,67 @@ def test_it_sleeps_until_the_lock_is_free(lab: Lab) -> None:
     place.lock.close()
 
 
+@built
+def test_it_sleeps_while_another_process_has_the_spin_lock(lab: Lab) -> None:
+    caller = Caller(lab, lab.idle("a", b"h"))
+    place, core = place_of(lab.segment)
+    address, taken = lab.segment.address + 8 * Header.CONTENDED, list[object]()
+
+    def take() -> None:
+        while None in taken or not taken:
+            taken[:] = [caller.take(place, core)]
+
+    other = os.fork()
+    if not other:
+        while True:
+            lab.words[Header.SPIN_LOCK] = time.monotonic_ns()
+    try:
+        wait_until(lambda: bool(lab.words[Header.SPIN_LOCK]), "the other process has it")
+        while True:
+            thread = threading.Thread(target=take)
+            thread.start()
+            wait_until(lambda: sleeps_on(address, thread) or not thread.is_alive(), "it sleeps")  # noqa: B023
+            if thread.is_alive():
+                break
+            # On a busy machine the other process was without a processor for too long.
+            assert caller.release(place, core)
+            taken.clear()
+    finally:
+        os.kill(other, signal.SIGKILL)
+        os.waitpid(other, 0)
+    # What the dead process had lapses.
+    thread.join(DEADLINE_S)
+    assert not thread.is_alive()
+    place.lock.close()
+
+
+@built
+def test_who_was_woken_for_the_lock_has_the_next_one_woken(lab: Lab) -> None:
+    caller = Caller(lab, lab.idle("a", b"h"))
+    place, core = place_of(lab.segment)
+    address, taken = lab.segment.address + 8 * Header.CONTENDED, list[object]()
+    first = threading.Thread(target=lambda: taken.append(caller.take(place, core)))
+    second = threading.Thread(
+        target=lambda: wait_for_change(lambda: int(lab.words[Header.CONTENDED]), address, 1, DEADLINE_S)
+    )
+    with open(lab.segment.path, "rb") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        first.start()
+        wait_until(lambda: sleeps_on(address, first), "it sleeps")
+        second.start()
+        wait_until(lambda: sleeps_on(address, second), "it sleeps")
+        fcntl.flock(other, fcntl.LOCK_UN)
+        lab.words[Header.CONTENDED] = 0
+        wake_one(address)
+    first.join()
+    if taken == [None]:
+        # On a busy machine that took so long that it has left the lock to Python.
+        wake_one(address)
+    second.join(DEADLINE_S / 2)
+    assert not second.is_alive()
+    place.lock.close()
+
+
 class Dozer(threading.Thread):
     """Sleeps in the core on a word, and looks after the lock of a file and the words that are times."""
 
@@ -261,7 +324,7 @@ def test_whoever_leaves_its_sleep_wakes_the_thread_that_rests_meanwhile(
     assert not core.wake_after_sleep(bell.word, 2, core.sleeps), "another call is awake"
     assert core.wake_after_sleep(bell.word, 1, core.sleeps)
     dozer = Dozer(core, bell.word, bell.seen(), lead[1].fd)
-    wait_until(lambda: sleeps_on(bell, dozer), "it dozes")
+    wait_until(lambda: sleeps_on(bell.address, dozer), "it dozes")
     assert caller.release(place, core) == HANDED_OVER
     sleeper.join()
     dozer.join(DEADLINE_S)
@@ -279,7 +342,7 @@ def test_a_wake_up_that_came_too_early_is_made_good(lab: Lab, lead: tuple[LockFi
     bell, calls, lock = lab.namespace.tables.bell(lab.namespace.slot), set[Operation](), lab.namespace.lock
     deferred = deque[object]()
     dozer = Dozer(core, bell.word, bell.seen(), lead[1].fd, (), (calls, lock, deferred))
-    wait_until(lambda: sleeps_on(bell, dozer), "it dozes")
+    wait_until(lambda: sleeps_on(bell.address, dozer), "it dozes")
     if what == "a call begins":
         calls.add(Operation(None))
     elif what == "a transaction is left":
@@ -299,10 +362,13 @@ def test_a_wake_up_that_came_too_early_is_made_good(lab: Lab, lead: tuple[LockFi
     place.lock.close()
 
 
-def sleeps_on(bell: Signal, thread: threading.Thread) -> bool:
+def sleeps_on(address: int, thread: threading.Thread) -> bool:
     """Tell whether a thread sleeps on a word; and not, say, until it may run Python."""
-    call = Path(f"/proc/self/task/{thread.native_id}/syscall").read_text().split()
-    return call[:2] == [str(FUTEX_CALL), hex(bell.address)]
+    try:
+        call = Path(f"/proc/self/task/{thread.native_id}/syscall").read_text().split()
+    except FileNotFoundError:
+        return False
+    return call[:2] == [str(FUTEX_CALL), hex(address)]
 
 
 @built

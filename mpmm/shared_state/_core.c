@@ -51,6 +51,7 @@
     X(lock_taken, "Header.LOCK_TAKEN")                                                                                 \
     X(contended, "Header.CONTENDED")                                                                                   \
     X(starving, "Header.STARVING")                                                                                     \
+    X(spin_lock, "Header.SPIN_LOCK")                                                                                   \
     X(waiting, "Header.WAITING")                                                                                       \
     X(all_active, "Header.ACTIVE")                                                                                     \
     X(isolated, "Header.ISOLATED")                                                                                     \
@@ -192,11 +193,15 @@ static const char *const offset_names[] = {
 #define MOST_CHANGES 40
 /* So many tickets whose grants were acted upon are freed by the way. */
 #define MOST_GRANTS 4
-/* Who finds the lock taken tries so often, and then sleeps so often, before Python decides: see `transaction.py`. A
- * transaction here takes a microsecond, or a few tries; with 8 of them, as there, 16 processes with a copy each sleep
- * more often, and make a tenth less. */
-#define QUICK_TRIES 32
+/* Who finds the file lock taken tries again after so long, so often, and then sleeps so often, before Python decides. */
+#define TRY_AGAIN_NS 2000
+#define TRIES 4
 #define MOST_SLEEPS 10
+/* Who has had the spin lock for longer is stopped, dead, or without a processor, and others take it. A transaction here
+ * takes a microsecond or two. */
+#define SPIN_LOCK_LAPSES_NS 200000
+/* A process that spins rests so often between two looks, for a twentieth of a microsecond each time. */
+#define RESTS 4
 #define LONGEST_SLEEP_NS 10000000
 /* So often what is read without the lock is read again. */
 #define UNLOCKED_TRIES 16
@@ -220,6 +225,9 @@ typedef struct {
     double smoothing;
     int64_t turn;           /* transactions after which a process that meets others offers its processor */
     int64_t crowded;        /* for so many turns it expects others */
+    uint64_t spin_ns;       /* for so long it spins before it sleeps */
+    uint64_t spin_locked;   /* what it has stored in the spin lock; 0 if it does not have that */
+    bool has_slept;         /* for the lock, since it had it last */
     uint64_t logged;        /* entries in the undo log of the open transaction */
     unsigned long long done; /* transactions made here */
     uint64_t asleep, sleeps; /* threads that are in `await_answer` now; how often one has come there */
@@ -263,14 +271,14 @@ static inline uint64_t as_bits(double value) {
     return bits;
 }
 
-static uint64_t now_ns(void) {
+static uint64_t clock_ns(void) {
     struct timespec now;
-    if (frozen_ns) {
-        return frozen_ns;
-    }
     clock_gettime(CLOCK_MONOTONIC, &now);
     return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
 }
+
+/* The time that is noted in the segment. */
+static uint64_t now_ns(void) { return frozen_ns ? frozen_ns : clock_ns(); }
 
 /* Seconds from one moment to another, as Python's whole numbers give them, which know no overflow. */
 static double seconds_between(uint64_t began, uint64_t ended) {
@@ -345,17 +353,59 @@ static bool sleep_on(Core *core, uint64_t index, uint64_t seen, uint64_t ns, boo
     return error != EINTR && core->words != NULL;
 }
 
-/* Do what `TransactionLock.release` does. */
+/* Let the other thread of this core run, if there is one, and the caches rest. */
+static inline void rest(void) {
+    for (int i = 0; i < RESTS; i++) {
+#if defined(__x86_64__) || defined(__i386__)
+        __builtin_ia32_pause();
+#elif defined(__aarch64__)
+        __asm__ volatile("yield");
+#endif
+    }
+}
+
+/* Whether somebody had the spin lock, by what it held, a moment ago. */
+static bool is_spinning(uint64_t since, uint64_t now) {
+    return since && now - since + SPIN_LOCK_LAPSES_NS <= 2 * SPIN_LOCK_LAPSES_NS;
+}
+
+/* Take the spin lock, which others have for a microsecond or two; false if it is not had in time. See `core.py`. */
+static bool spin_lock(Core *core) {
+    _Atomic uint64_t *word = &core->words[core->at.spin_lock];
+    uint64_t began = clock_ns(), now = began;
+    while (true) {
+        uint64_t since = atomic_load_explicit(word, memory_order_acquire);
+        if (!is_spinning(since, now) && atomic_compare_exchange_strong(word, &since, now)) {
+            core->spin_locked = now;
+            return true;
+        }
+        if (now - began >= core->spin_ns) {
+            return false;
+        }
+        rest();
+        now = clock_ns();
+    }
+}
+
+/* Give the spin lock back, unless that took so long that another process has taken it. */
+static void spin_unlock(Core *core) {
+    uint64_t mine = core->spin_locked;
+    core->spin_locked = 0;
+    if (mine) {
+        atomic_compare_exchange_strong(&core->words[core->at.spin_lock], &mine, 0);
+    }
+}
+
+/* Do what `TransactionLock.release` does. CONTENDED is read last: who goes to sleep sets it before it looks at the locks. */
 static void leave(Core *core, int fd) {
     const Offsets *at = &core->at;
-    uint64_t starving = load(core, at->starving), contended = load(core, at->contended);
-    if (contended && !starving) {
-        atomic_store_explicit(&core->words[at->contended], 0, memory_order_release);
-    }
+    uint64_t starving = load(core, at->starving);
     flock(fd, LOCK_UN);
+    spin_unlock(core);
     if (starving) {
         wake(core, at->starving, 1);
-    } else if (contended) {
+    } else if (atomic_load(&core->words[at->contended])) {
+        atomic_store(&core->words[at->contended], 0);
         wake(core, at->contended, 1);
     }
 }
@@ -368,11 +418,24 @@ static uint64_t enter(Core *core, int fd, bool *busy) {
     if (load(core, at->starving)) {
         return 0;
     }
-    for (int tries = 0; flock(fd, LOCK_EX | LOCK_NB); tries++) {
-        if (tries == QUICK_TRIES || errno != EWOULDBLOCK) {
+    if (!spin_lock(core)) {
+        *busy = true;
+        return 0;
+    }
+    for (int tries = 1; flock(fd, LOCK_EX | LOCK_NB); tries++) {
+        if (errno != EWOULDBLOCK || tries == TRIES) {
             *busy = errno == EWOULDBLOCK;
+            spin_unlock(core);
             return 0;
         }
+        for (uint64_t failed = clock_ns(); clock_ns() - failed < TRY_AGAIN_NS;) {
+            rest();
+        }
+    }
+    if (core->has_slept) {
+        /* Others may sleep, too, and only one was woken. */
+        core->has_slept = false;
+        atomic_store(&core->words[at->contended], 1);
     }
     uint64_t now = now_ns();
     store(core, at->lock_holder, core->pid);
@@ -386,7 +449,8 @@ static uint64_t enter(Core *core, int fd, bool *busy) {
 
 /* Sleep until the lock may be free, which somebody else had at the last look; false if Python is to wait for it.
  * Nothing that was seen before is sure to hold afterwards. As in `TransactionLock`, CONTENDED is set before the last
- * attempt, so that whoever lets go of the lock after that wakes this process. */
+ * look, so that whoever lets go of the lock after that wakes this process. Who has the spin lock is about to have the
+ * other one, too. */
 static bool sleep_for_lock(Core *core, PyObject *lock, int fd) {
     const Offsets *at = &core->at;
     PyObject *turns = PyLong_FromLongLong(core->crowded);
@@ -395,13 +459,19 @@ static bool sleep_for_lock(Core *core, PyObject *lock, int fd) {
         Py_DECREF(turns);
     }
     PyErr_Clear();
-    atomic_store_explicit(&core->words[at->contended], 1, memory_order_seq_cst);
-    if (!flock(fd, LOCK_EX | LOCK_NB)) {
-        flock(fd, LOCK_UN);
-        return true;
+    atomic_store(&core->words[at->contended], 1);
+    if (!is_spinning(atomic_load(&core->words[at->spin_lock]), clock_ns())) {
+        if (!flock(fd, LOCK_EX | LOCK_NB)) {
+            flock(fd, LOCK_UN);
+            return true;
+        }
+        if (errno != EWOULDBLOCK) {
+            return false;
+        }
     }
+    core->has_slept = true;
     bool timed_out;
-    return errno == EWOULDBLOCK && sleep_on(core, at->contended, 1, LONGEST_SLEEP_NS, &timed_out);
+    return sleep_on(core, at->contended, 1, LONGEST_SLEEP_NS, &timed_out);
 }
 
 /* Offer the processor after every few transactions if others were met at the lock, as `TransactionLock.release` does. */
@@ -1680,7 +1750,7 @@ static bool fits(const Core *core, uint64_t base, uint64_t words, uint64_t rows)
 static bool is_sound(const Core *core) {
     const Offsets *at = &core->at;
     const uint64_t header[] = {at->header_version, at->change,   at->undo_count, at->lock_holder, at->lock_taken,
-                               at->contended,      at->starving, at->waiting,    at->all_active,  at->isolated,
+                               at->contended,      at->starving, at->spin_lock, at->waiting,    at->all_active,  at->isolated,
                                at->all_hits,       at->events,   at->next_ticket, at->newest_ticket,
                                at->measures_processes, at->accounting_only, at->most_copies, at->most_waiting,
                                at->default_mb, at->tickets_end, at->instances_end};
@@ -1718,13 +1788,13 @@ static PyObject *core_new(PyTypeObject *type, PyObject *args, PyObject *kwargs) 
     PyObject *memory, *offsets, *models, *instances;
     unsigned long long count, pid;
     double smoothing;
-    long long turn, crowded;
+    long long turn, crowded, spin_ns;
     if (kwargs != NULL && PyDict_GET_SIZE(kwargs)) {
         PyErr_SetString(PyExc_TypeError, "Core: expected no keywords");
         return NULL;
     }
-    if (!PyArg_ParseTuple(args, "OKO!O!O!KdLL", &memory, &count, &PyTuple_Type, &offsets, &PyTuple_Type, &models,
-                          &PyTuple_Type, &instances, &pid, &smoothing, &turn, &crowded)) {
+    if (!PyArg_ParseTuple(args, "OKO!O!O!KdLLL", &memory, &count, &PyTuple_Type, &offsets, &PyTuple_Type, &models,
+                          &PyTuple_Type, &instances, &pid, &smoothing, &turn, &crowded, &spin_ns)) {
         return NULL;
     }
     if (PyTuple_GET_SIZE(offsets) != (Py_ssize_t)OFFSETS_COUNT) {
@@ -1745,6 +1815,7 @@ static PyObject *core_new(PyTypeObject *type, PyObject *args, PyObject *kwargs) 
     core->smoothing = smoothing;
     core->turn = turn;
     core->crowded = crowded;
+    core->spin_ns = spin_ns < 0 ? 0 : (uint64_t)spin_ns;
     if (count > (uint64_t)core->view.len / 8 || (uintptr_t)core->view.buf % 8) {
         PyErr_SetString(PyExc_ValueError, "Core: the memory is too small, or does not begin at a word");
         goto failed;
@@ -1823,7 +1894,7 @@ static PyGetSetDef core_attributes[] = {
 };
 
 PyDoc_STRVAR(core_doc, "Core(memory, words, offsets, strange_models, strange_instances, pid, smoothing, turn,\n"
-                       "     crowded)\n\n"
+                       "     crowded, spin_ns)\n\n"
                        "The warm path of one segment, of so many words; see `mpmm.shared_state.core`.");
 
 static PyType_Slot core_slots[] = {

@@ -17,6 +17,7 @@ class Core:
         smoothing: float,
         turn: int,
         crowded_turns: int,
+        spin_ns: int,
         /,
     ) -> Core: ...
     @property

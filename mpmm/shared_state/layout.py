@@ -46,8 +46,9 @@ __all__ = [
 ]
 
 MAGIC = int.from_bytes(b"mpmm-seg", "little")
-LAYOUT_VERSION = 10
+LAYOUT_VERSION = 11
 WORD = 8
+WORDS_PER_CACHE_LINE = 8
 # So many of the tables, the first ones, say in `Header.ENDS` how far they have grown.
 GROWING = 5
 # A transaction that has overwritten so many words stops where it can, and another one goes on.
@@ -169,7 +170,10 @@ class Header:
     RESUMES = SUSPENDS + 1
     SUSPEND_FAILURES = RESUMES + 1  # suspensions and resumes that came to nothing, and cost the copy
     STEADY = SUSPEND_FAILURES + 1  # derived: a bit for each device on which an instance starts quietly
-    WORDS = STEADY + 1
+    # Raw, also without the lock: when a process of the compiled core set out for the file lock, 0 if none has. In a
+    # cache line of its own, as others look at it all the time while they wait.
+    SPIN_LOCK = -(-(STEADY + 1) // WORDS_PER_CACHE_LINE) * WORDS_PER_CACHE_LINE
+    WORDS = SPIN_LOCK + WORDS_PER_CACHE_LINE
 
 
 class Member:

@@ -4,8 +4,10 @@
 latter when its process dies, at whatever instruction. A blocking `flock` could not be given up after
 `lock_timeout_seconds`, and a hundred threads that try again every millisecond leave no processor to the holder. So
 who finds the lock taken tries a few times more, as it is held for microseconds; then sets `Header.CONTENDED` and sleeps
-on it. Who lets go of the lock and sees it set clears it and wakes one sleeper. The file lock alone decides who is in:
-a wake-up that is lost because its sender was killed costs its receiver `LONGEST_SLEEP_S`, no more.
+on it. Who lets go of the lock and then sees it set clears it and wakes one sleeper; who was woken sets it again, as
+more may sleep. The file lock alone decides who is in: a wake-up that is lost because its sender was killed costs its
+receiver `LONGEST_SLEEP_S`, no more. Of processes with a compiled core one at a time tries; the others spin (see
+`core.py`).
 
 So the lock goes to whoever comes by when it is free, which is quick, and mostly fair enough. But when all processes of
 a crowd want it at once, and there are few processors, one of them may come by at the wrong moment for seconds. So who
@@ -252,15 +254,12 @@ class TransactionLock:
         try:
             if self._file.fd >= 0:
                 words = self.segment.words
-                starving, contended = words[Header.STARVING], words[Header.CONTENDED]
-                try:
-                    if contended and not starving:
-                        words[Header.CONTENDED] = 0
-                finally:
-                    self._file.give_up_quickly()
-                if starving:
+                self._file.give_up_quickly()
+                # Read after that: who goes to sleep sets it, and then tries once more.
+                if words[Header.STARVING]:
                     wake_one(self.segment.address + 8 * Header.STARVING)
-                elif contended:
+                elif words[Header.CONTENDED]:
+                    words[Header.CONTENDED] = 0
                     wake_one(self.segment.address + 8 * Header.CONTENDED)
                 if self._crowded_turns:
                     self._turn += 1
