@@ -14,15 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from core_calls import DEADLINE_NS, Caller, built, place_of
+from core_calls import DEADLINE_NS, Caller, built, place_of, pretend
 from core_calls import lab as lab  # the fixture
-from crash_lab import Lab
+from crash_lab import FROZEN_NS, Lab
 from harness import wait_until
 from patience import DEADLINE_S
 
-from mpmm.model_manager.operations import Operation
+from mpmm.model_manager.operations import LoadedInstance, Operation
 from mpmm.policy.view import Reason
 from mpmm.scheduling import CALLED_UP_FOR_NS
+from mpmm.shared_state import core as core_module
 from mpmm.shared_state.core import HANDED_OVER
 from mpmm.shared_state.events import Cause
 from mpmm.shared_state.futex import _SYSCALL as FUTEX_CALL
@@ -194,36 +195,64 @@ def test_it_sleeps_until_the_lock_is_free(lab: Lab) -> None:
 
 
 @built
+def test_where_a_copy_was_taken_meanwhile_it_takes_the_next_one(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [lab.idle("a", handle) for handle in (b"first", b"second")]
+    idle = lab.save()
+    caller = Caller(lab, rows[0])
+    for row, handle in zip(rows, ("first", "second"), strict=True):
+        generation = lab.words[lab.tables.instance(row) + Instance.GENERATION]
+        caller.handles[row] = LoadedInstance(row, generation, "a", handle)
+    for name in ("_SPIN_NS", "_LONGEST_SPIN_NS"):
+        monkeypatch.setattr(core_module, name, 10**9 * int(DEADLINE_S))
+    place, core = place_of(lab.segment)
+    assert caller.take(place, core) is caller.handles[rows[1]], "who was used last is used first"
+    caller.held.clear()
+    caller.held_at.clear()
+    one_taken = lab.save()
+    lab.restore(idle)
+    # Time stands still, so that what another process has does not lapse if that loses its processor.
+    pretend(FROZEN_NS)
+    lab.words[Header.SPIN_LOCK] = FROZEN_NS
+    try:
+        other = os.fork()
+        if not other:
+            # Once this process has seen the second one idle, and spins, another one takes that.
+            time.sleep(0.05)
+            lab.restore(one_taken)
+            lab.words[Header.SPIN_LOCK] = 0
+            os._exit(0)
+        assert caller.take(place, core) is caller.handles[rows[0]]
+    finally:
+        pretend(0)
+    os.waitpid(other, 0)
+    at = (rows[0], caller.handles[rows[0]].generation)
+    assert caller.held == {at: (caller.handles[rows[0]], lab.words[lab.tables.instance(rows[0]) + Instance.USES])}
+    assert caller.held_at == {"first": at} and caller.operation.held is caller.held[at]
+    assert lab.problems() == []
+    place.lock.close()
+
+
+@built
 def test_it_sleeps_while_another_process_has_the_spin_lock(lab: Lab) -> None:
     caller = Caller(lab, lab.idle("a", b"h"))
     place, core = place_of(lab.segment)
     address, taken = lab.segment.address + 8 * Header.CONTENDED, list[object]()
+    pretend(FROZEN_NS)
+    lab.words[Header.SPIN_LOCK] = FROZEN_NS
 
     def take() -> None:
-        while None in taken or not taken:
+        while not any(taken):
             taken[:] = [caller.take(place, core)]
 
-    other = os.fork()
-    if not other:
-        while True:
-            lab.words[Header.SPIN_LOCK] = time.monotonic_ns()
+    thread = threading.Thread(target=take)
     try:
-        wait_until(lambda: bool(lab.words[Header.SPIN_LOCK]), "the other process has it")
-        while True:
-            thread = threading.Thread(target=take)
-            thread.start()
-            wait_until(lambda: sleeps_on(address, thread) or not thread.is_alive(), "it sleeps")  # noqa: B023
-            if thread.is_alive():
-                break
-            # On a busy machine the other process was without a processor for too long.
-            assert caller.release(place, core)
-            taken.clear()
+        thread.start()
+        wait_until(lambda: sleeps_on(address, thread), "it sleeps")
     finally:
-        os.kill(other, signal.SIGKILL)
-        os.waitpid(other, 0)
-    # What the dead process had lapses.
+        # What a process has that is stopped, or dead, lapses.
+        pretend(0)
     thread.join(DEADLINE_S)
-    assert not thread.is_alive()
+    assert taken == [caller.handles[caller.row]]
     place.lock.close()
 
 

@@ -277,7 +277,7 @@ static uint64_t clock_ns(void) {
     return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
 }
 
-/* The time that is noted in the segment. */
+/* The time that is noted in the segment, and compared with what is there. */
 static uint64_t now_ns(void) { return frozen_ns ? frozen_ns : clock_ns(); }
 
 /* Seconds from one moment to another, as Python's whole numbers give them, which know no overflow. */
@@ -372,18 +372,18 @@ static bool is_spinning(uint64_t since, uint64_t now) {
 /* Take the spin lock, which others have for a microsecond or two; false if it is not had in time. See `core.py`. */
 static bool spin_lock(Core *core) {
     _Atomic uint64_t *word = &core->words[core->at.spin_lock];
-    uint64_t began = clock_ns(), now = began;
+    uint64_t began = clock_ns(), clock = began;
     while (true) {
-        uint64_t since = atomic_load_explicit(word, memory_order_acquire);
+        uint64_t since = atomic_load_explicit(word, memory_order_acquire), now = frozen_ns ? frozen_ns : clock;
         if (!is_spinning(since, now) && atomic_compare_exchange_strong(word, &since, now)) {
             core->spin_locked = now;
             return true;
         }
-        if (now - began >= core->spin_ns) {
+        if (clock - began >= core->spin_ns) {
             return false;
         }
         rest();
-        now = clock_ns();
+        clock = clock_ns();
     }
 }
 
@@ -460,7 +460,7 @@ static bool sleep_for_lock(Core *core, PyObject *lock, int fd) {
     }
     PyErr_Clear();
     atomic_store(&core->words[at->contended], 1);
-    if (!is_spinning(atomic_load(&core->words[at->spin_lock]), clock_ns())) {
+    if (!is_spinning(atomic_load(&core->words[at->spin_lock]), now_ns())) {
         if (!flock(fd, LOCK_EX | LOCK_NB)) {
             flock(fd, LOCK_UN);
             return true;
@@ -1193,56 +1193,103 @@ static void restore(PyObject *dict, PyObject *key, PyObject *old) {
 /* The arguments of `take_idle`, in their order; and those that name the notes of what a process holds. */
 enum { NAMESPACE, REFERENCE, HINTS, HANDLES, OBJECTS, OWNED, HELD, HELD_AT, TAG, OPERATION, GENERATION_KEPT, TAKE_COUNT };
 
-/* One attempt of `take_idle`; sets `lock`, a new reference, and `fd` if the lock was busy. */
-static PyObject *try_to_take(Core *core, PyObject *const *args, uint64_t reference, uint64_t kept, PyObject **busy_lock,
-                             int *fd) {
-    PyObject *held_by_row = args[HELD], *held_at = args[HELD_AT], *operation = args[OPERATION];
-    uint64_t row = 0;
-    if (!is_calm(core, kept ? THOSE_FOR_ITS_MODEL : NOBODYS)) {
-        return NULL;
+/* What is noted of a copy that is taken: the copy and its use, its row and generation, and the key by which its value is
+ * found. The two pairs are made before the lock is taken, because that may collect garbage, and run Python with it; they
+ * are filled in under the lock, where it is sure which copy is taken. The last two stand where these are noted, and must
+ * not be freed before the lock is. */
+typedef struct {
+    PyObject *held, *place, *key, *old_held, *old_place;
+} Notes;
+
+static bool fill_in(Core *core, Notes *notes, PyObject *copy, uint64_t row, uint64_t generation, uint64_t uses) {
+    PyObject *value = PyObject_GetAttr(copy, core->value);
+    PyObject *number = PyLong_FromUnsignedLongLong(row), *stamp = PyLong_FromUnsignedLongLong(generation);
+    PyObject *use = PyLong_FromUnsignedLongLong(uses + 1);
+    notes->key = key_of(value);
+    Py_XDECREF(value);
+    if (notes->key == NULL || number == NULL || stamp == NULL || use == NULL) {
+        Py_XDECREF(number);
+        Py_XDECREF(stamp);
+        Py_XDECREF(use);
+        return false;
     }
-    PyObject *copy = find_idle(core, args[HINTS], args[HANDLES], args[OBJECTS], args[OWNED], args[TAG], &row);
-    uint64_t generation = copy == NULL ? 0 : generation_of(core, row);
+    Py_INCREF(copy);
+    PyTuple_SET_ITEM(notes->held, 0, copy);
+    PyTuple_SET_ITEM(notes->held, 1, use);
+    PyTuple_SET_ITEM(notes->place, 0, number);
+    PyTuple_SET_ITEM(notes->place, 1, stamp);
+    return true;
+}
+
+/* Whether a copy that was idle, and the first of those that any process may use, still is. */
+static bool is_still_idle(Core *core, uint64_t row, uint64_t generation) {
+    uint64_t copy = core->at.instances + row * core->at.instance_words;
+    return generation_of(core, row) == generation && load(core, copy + core->at.state) == core->at.is_idle &&
+           !load(core, copy + core->at.previous);
+}
+
+/* Take the idle copy that `find_idle` finds, and return it, a new reference; NULL, with nothing changed, if Python decides.
+ * seen: what it found before the lock was taken. Needs the lock. */
+static PyObject *take_first(Core *core, PyObject *const *args, uint64_t reference, uint64_t kept, PyObject *seen,
+                            uint64_t row, uint64_t generation, Notes *notes, uint64_t now) {
+    PyObject *held_by_row = args[HELD], *held_at = args[HELD_AT], *operation = args[OPERATION], *copy = seen;
+    if (!is_still_idle(core, row, generation)) {
+        copy = find_idle(core, args[HINTS], args[HANDLES], args[OBJECTS], args[OWNED], args[TAG], &row);
+        generation = copy == NULL ? 0 : generation_of(core, row);
+    }
     if (copy == NULL || (kept && kept != generation)) {
         return NULL;
     }
-    Py_INCREF(copy);
     uint64_t uses = load(core, core->at.instances + row * core->at.instance_words + core->at.uses);
-    bool taken = false, busy = false;
-    PyObject *lock = NULL, *held = NULL, *place = NULL;
-    PyObject *value = PyObject_GetAttr(copy, core->value), *key = key_of(value);
-    PyObject *number = PyLong_FromUnsignedLongLong(row), *stamp = PyLong_FromUnsignedLongLong(generation);
-    PyObject *use = PyLong_FromUnsignedLongLong(uses + 1);
-    if (key != NULL && number != NULL && stamp != NULL && use != NULL) {
-        held = PyTuple_Pack(2, copy, use);
-        place = PyTuple_Pack(2, number, stamp);
+    if (!fill_in(core, notes, copy, row, generation, uses)) {
+        return NULL;
     }
-    /* What the dicts have there so far must not be freed in the middle. */
-    PyObject *old_held = place == NULL ? NULL : PyDict_GetItemWithError(held_by_row, place);
-    PyObject *old_place = place == NULL ? NULL : PyDict_GetItemWithError(held_at, key);
-    Py_XINCREF(old_held);
-    Py_XINCREF(old_place);
-    if (held != NULL && place != NULL && !PyErr_Occurred() &&
-        PyObject_SetAttr(operation, core->gives_back, Py_False) == 0 &&
-        PyObject_SetAttr(operation, core->held, held) == 0 && is_free(core, args[NAMESPACE], &lock, fd)) {
+    notes->old_held = PyDict_GetItemWithError(held_by_row, notes->place);
+    notes->old_place = PyDict_GetItemWithError(held_at, notes->key);
+    Py_XINCREF(notes->old_held);
+    Py_XINCREF(notes->old_place);
+    /* Noted first, as Python does in its transaction: what is noted and was not taken is struck off again. */
+    bool taken = !PyErr_Occurred() && PyObject_SetAttr(operation, core->held, notes->held) == 0 &&
+                 PyDict_SetItem(held_by_row, notes->place, notes->held) == 0 &&
+                 PyDict_SetItem(held_at, notes->key, notes->place) == 0 &&
+                 take_row(core, row, generation, kept, uses, reference, now);
+    PyErr_Clear();
+    if (!taken) {
+        restore(held_by_row, notes->place, notes->old_held);
+        restore(held_at, notes->key, notes->old_place);
+        PyObject_SetAttr(operation, core->held, Py_None);
+        PyErr_Clear();
+        return NULL;
+    }
+    Py_INCREF(copy);
+    return copy;
+}
+
+/* One attempt of `take_idle`; sets `lock`, a new reference, and `fd` if the lock was busy. */
+static PyObject *try_to_take(Core *core, PyObject *const *args, uint64_t reference, uint64_t kept, PyObject **busy_lock,
+                             int *fd) {
+    PyObject *operation = args[OPERATION], *lock = NULL, *taken = NULL;
+    uint64_t row = 0;
+    bool busy = false;
+    if (!is_calm(core, kept ? THOSE_FOR_ITS_MODEL : NOBODYS)) {
+        return NULL;
+    }
+    PyObject *seen = find_idle(core, args[HINTS], args[HANDLES], args[OBJECTS], args[OWNED], args[TAG], &row);
+    uint64_t generation = seen == NULL ? 0 : generation_of(core, row);
+    if (seen == NULL || (kept && kept != generation)) {
+        return NULL;
+    }
+    Py_INCREF(seen);
+    Notes notes = {.held = PyTuple_New(2), .place = PyTuple_New(2)};
+    /* The attribute is there then, so that nothing has to be made for it under the lock. */
+    if (notes.held != NULL && notes.place != NULL && PyObject_SetAttr(operation, core->gives_back, Py_False) == 0 &&
+        PyObject_SetAttr(operation, core->held, Py_None) == 0 && is_free(core, args[NAMESPACE], &lock, fd)) {
         uint64_t now = enter(core, *fd, &busy);
         if (now) {
-            /* Noted first, as Python does in its transaction: what is noted and was not taken is struck off again. */
-            if (PyDict_SetItem(held_by_row, place, held) == 0 && PyDict_SetItem(held_at, key, place) == 0) {
-                taken = take_row(core, row, generation, kept, uses, reference, now);
-            }
-            PyErr_Clear();
+            taken = take_first(core, args, reference, kept, seen, row, generation, &notes, now);
             leave(core, *fd);
-            if (!taken) {
-                restore(held_by_row, place, old_held);
-                restore(held_at, key, old_place);
-            }
             end_turn(core, lock);
         }
-    }
-    if (!taken && held != NULL) {
-        PyErr_Clear();
-        PyObject_SetAttr(operation, core->held, Py_None);
     }
     PyErr_Clear();
     if (busy) {
@@ -1250,19 +1297,13 @@ static PyObject *try_to_take(Core *core, PyObject *const *args, uint64_t referen
     } else {
         Py_XDECREF(lock);
     }
-    Py_XDECREF(old_held);
-    Py_XDECREF(old_place);
-    Py_XDECREF(held);
-    Py_XDECREF(place);
-    Py_XDECREF(use);
-    Py_XDECREF(stamp);
-    Py_XDECREF(number);
-    Py_XDECREF(key);
-    Py_XDECREF(value);
-    if (!taken) {
-        Py_CLEAR(copy);
-    }
-    return copy;
+    Py_XDECREF(notes.old_held);
+    Py_XDECREF(notes.old_place);
+    Py_XDECREF(notes.held);
+    Py_XDECREF(notes.place);
+    Py_XDECREF(notes.key);
+    Py_DECREF(seen);
+    return taken;
 }
 
 PyDoc_STRVAR(take_idle_doc,
