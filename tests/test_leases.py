@@ -40,8 +40,10 @@ from mpmm.errors import (
     NamespaceResetError,
     TableFullError,
 )
+from mpmm.observability.trace_writer import recent_trace
 from mpmm.shared_state.layout import Capacities
-from mpmm.shared_state.snapshot import InstanceInfo, read_snapshot
+from mpmm.shared_state.snapshot import FORGOTTEN, InstanceInfo, read_snapshot
+from mpmm.shared_state.transitions.models import NAMES_KEPT
 from mpmm.sources import DeviceSample
 
 Capture = pytest.CaptureFixture[str]
@@ -441,3 +443,48 @@ def test_the_estimates_of_a_deserted_namespace_are_kept_but_not_its_leases(
     new_process()
     assert [(model.tag, model.estimate_mb) for model in read_snapshot(namespace).models] == [("a", 123)]
     assert problems(namespace) == []
+
+
+def test_events_of_ended_leases_never_have_the_names_of_those_that_have_their_rows_now(
+    namespace: str, new_manager: NewManager, capsys: Capture
+) -> None:
+    manager = new_manager(capacities=Capacities(models=2))
+    with manager.reserve(100, name="first"):
+        pass
+    with manager.reserve(200, name="second"):
+        pass
+    manager.release_model("third", manager.acquire_model("third", Loads()))
+    names = {event.value: event.tag for event in read_snapshot(namespace).events if event.kind == "leased"}
+    # The name of the second has been there for long enough; the row of the first has been taken again.
+    assert names == {100.0: FORGOTTEN, 200.0: "second"}
+    assert main(["events", namespace, "--model", "third"]) == 0
+    assert "leases 100" not in capsys.readouterr().out
+    spans = [event["name"] for event in recent_trace(namespace) if event.get("cat") == "lease"]
+    assert sorted(spans) == [f"lease {FORGOTTEN}", "lease second"]
+    assert problems(namespace) == []
+
+
+def test_events_of_ended_leases_keep_their_names_as_long_as_rows_suffice(
+    namespace: str, new_manager: NewManager
+) -> None:
+    manager = new_manager()
+    for round in range(3):
+        for number in range(NAMES_KEPT // 2):
+            with manager.reserve(100 + number, name=f"lease {number}"):
+                manager.release_model("model", manager.acquire_model("model", Loads()))
+        assert read_snapshot(namespace).table_ends["models"] <= NAMES_KEPT, round
+    events = [event for event in read_snapshot(namespace).events if event.kind == "leased"]
+    assert {(event.value, event.tag) for event in events} == {
+        (100.0 + number, f"lease {number}") for number in range(NAMES_KEPT // 2)
+    }
+
+
+def test_events_of_a_model_that_had_to_leave_a_full_table_have_no_other_models_name(
+    namespace: str, new_manager: NewManager
+) -> None:
+    manager = new_manager(capacities=Capacities(models=1))
+    for tag in ("before", "after"):
+        manager.release_model(tag, manager.acquire_model(tag, Loads()))
+        manager.unload(tag)
+    loaded = [event.tag for event in read_snapshot(namespace).events if event.kind == "load_began"]
+    assert loaded == [FORGOTTEN, "after"]

@@ -31,7 +31,7 @@ COMPUTED = {
 }
 NOT_SHOWN = {
     Member: {"BELL", "LOCK"},
-    Model: {"SUPERSEDED"},
+    Model: {"SUPERSEDED", "EVENTS_BEFORE"},
     Instance: {"LOADED_AT", "HAS_SERVER"},
     Ticket: {"SIGNAL", "NESTED", "OVERTAKEN", "WARNED", "STEADY"},
     Pin: {"STATE"},

@@ -22,7 +22,7 @@ from mpmm.observability.event_reader import Step
 from mpmm.observability.formatting import devices_of, named, names_of, why, with_names
 from mpmm.observability.trace_tracks import DEVICE_PID, NAMESPACE_PID, Arrow, Span, TraceEvent, Tracks
 from mpmm.policy.view import Reason
-from mpmm.shared_state.snapshot import EventInfo, Snapshot
+from mpmm.shared_state.snapshot import FORGOTTEN, EventInfo, Snapshot
 
 __all__ = ["Tracer"]
 
@@ -320,7 +320,8 @@ class Tracer:
         span = None if event.instance is None else self._uses.pop(event.instance, None)
         if span is not None:
             pid, lane = self._tracks.span(span, ts, event.pid)
-            if span.args.get("for"):
+            # An arrow from one forgotten model may lead to another's load.
+            if span.args.get("for") not in (None, FORGOTTEN):
                 arrows = self._made_room[span.args["for"]]
                 arrows[:] = [*arrows[-_ARROWS_KEPT + 1 :], ("made room", pid, lane, ts)]
 

@@ -67,7 +67,7 @@ _FAMILIAR: dict[type[Model | Instance], tuple[str, ...]] = {
         *("MEAN_INTERARRIVAL_S", "REQUESTS", "REQUESTED_AT"),
         *("SD_MB", "AT_LEAST_MB", "FAILURES", "FAILED_AT", "EXPECT_MB"),
         *("SUPERSEDED", "SUSPENDED", "SUSPENDS", "RESUMES", "SUSPEND_S", "RESUME_S", "UNSUSPENDABLE", "KEEP_ALIVE"),
-        *("USERS", "SEATS"),
+        *("USERS", "SEATS", "EVENTS_BEFORE"),
     ),
     Instance: (
         *("STATE", "MODEL", "GENERATION", "HOLDER", "OWNER", "SERVER", "DEVICES", "MB", "RESERVED_MB", "SINCE"),

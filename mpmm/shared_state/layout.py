@@ -237,7 +237,7 @@ class Model:
     UNLOADING = 8  # derived
     WAITING = 9  # derived
     IDLE_HEAD = 10  # reference to the shared instance that became idle last
-    USED_AT = 11  # when a copy of it began to load or was dropped last
+    USED_AT = 11  # when a copy of it began to load or was dropped last; of a lease's free row, when it became free
     LOADS = 12
     HITS = 13
     EVICTIONS = 14
@@ -266,7 +266,8 @@ class Model:
     KEEP_ALIVE = 35
     USERS = 36  # how many may use a copy at a time that is loaded from now on, as its users say; 0: one
     SEATS = 37  # derived: rows among LOADED that are seats, and no copies of their own
-    TAG = 38  # text
+    EVENTS_BEFORE = 38  # the last event's number when this tag or lease took the row: up to it, others are meant
+    TAG = 39  # text; stays after a lease's end, for the events that are about it, until the row is taken again
     TAG_BYTES = 511
     NAME = TAG + text_words(TAG_BYTES)  # text: what people call it, see `mpmm.text.display_names`; empty: nothing else
     NAME_BYTES = 127

@@ -21,7 +21,7 @@ from itertools import chain
 
 from mpmm.observability.event_reader import Step
 from mpmm.observability.formatting import named, names_of, why
-from mpmm.shared_state.snapshot import EventInfo, InstanceInfo
+from mpmm.shared_state.snapshot import FORGOTTEN, EventInfo, InstanceInfo
 from mpmm.text.printable import printable
 
 __all__ = ["Span", "Timeline"]
@@ -31,8 +31,6 @@ MERGED_GAP_S = 0.25
 LONGEST_MERGED_S = 10.0
 # 10 000 spans take about 5 MB; they are the last 40 minutes of 16 copies that are used all the time.
 SPANS_KEPT = 10_000
-# The row of a lease is used anew once it has ended, and then its older events have no name.
-FORGOTTEN = "(ended)"
 _KINDS = {
     "loading": "load",
     "active": "hold",
@@ -186,7 +184,7 @@ class Timeline:
         """Return the copy that an event is about; one that nothing was known of was there, idle."""
         assert event.instance is not None, "`add` has looked"
         copy = self._copies.get(event.instance)
-        if copy is None or (event.tag is not None and copy.tag != event.tag):
+        if copy is None or event.tag not in (None, FORGOTTEN, copy.tag):
             copy = self._new(event.instance, event.tag, (), at_s)
         return copy
 

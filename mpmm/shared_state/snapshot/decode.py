@@ -33,6 +33,7 @@ from mpmm.shared_state.layout import (
 from mpmm.shared_state.settings import Settings
 from mpmm.shared_state.snapshot.kinds import READ, Rows
 from mpmm.shared_state.snapshot.records import (
+    FORGOTTEN,
     DeviceInfo,
     EventInfo,
     InstanceInfo,
@@ -394,7 +395,7 @@ class _Decoder:
             device = words[at + Observation.DEVICE]
             yield ObservationInfo(
                 # A pair is a generation and a number of copies, in one word.
-                {by_generation.get(pair >> 16, "(recycled)"): pair & 0xFFFF for pair in pairs},
+                {by_generation.get(pair >> 16, FORGOTTEN): pair & 0xFFFF for pair in pairs},
                 tuple(floats[start : start + count].tolist()),
                 device - 1 if device else None,
             )
@@ -424,7 +425,9 @@ class _Decoder:
             found = zip(reasons, rows.floats_at(place), strict=True)
             return [None if reason is None or math.isnan(value) else value for reason, value in found]
 
-        others = zip(reasons, rows.words_at(Event.OTHER), strict=True)
+        others = [
+            word if reason is not None else 0 for reason, word in zip(reasons, rows.words_at(Event.OTHER), strict=True)
+        ]
         about = zip(reasons, rows.words_at(Event.ON), strict=True)
         return _records(
             EventInfo,
@@ -435,10 +438,26 @@ class _Decoder:
             free_mb=figures(Event.FREE_MB),
             coming_mb=figures(Event.COMING_MB),
             seconds=figures(Event.SECONDS),
-            other=[None if reason is None else self._tags.get(word - 1) for reason, word in others],
+            tag=self._tags_then(rows, rows.words_at(Event.MODEL)),
+            other=self._tags_then(rows, others),
             on=[() if reason is None else tuple(device_rows(word)) for reason, word in about],
             devices=placed,
         )
+
+    def _tags_then(self, events: Rows, references: list[int]) -> list[str | None]:
+        """Return the tags of the models or leases that events refer to, as of the time of the events."""
+        table, words = self._layout.models, self._words
+        last: dict[int, tuple[int, str]] = {}
+        # Junk may refer to a row that there is not: then no name is known.
+        for reference in {one for one in references if 0 < one <= table.capacity}:
+            at = table.base + (reference - 1) * table.words
+            # A free row has its last lease's name still, which is why `self._tags` is not enough.
+            last[reference] = words[at + Model.EVENTS_BEFORE], events.text_at(at + Model.TAG)
+        found: list[str | None] = []
+        for reference, sequence in zip(references, events.words_at(Event.SEQUENCE), strict=True):
+            before, tag = last.get(reference, (0, ""))
+            found.append(None if not reference else tag if tag and sequence > before else FORGOTTEN)
+        return found
 
     def _newest(self, first: int, last: int, count: int) -> list[int]:
         """Return the sequence numbers of the events that `EventChoice.newest_of_each` is about, in order."""

@@ -16,6 +16,7 @@ from mpmm.shared_state.snapshot import kinds
 from mpmm.shared_state.states import InstanceState, ModelState, TicketState
 
 __all__ = [
+    "FORGOTTEN",
     "DeviceInfo",
     "EventInfo",
     "InstanceInfo",
@@ -28,6 +29,9 @@ __all__ = [
     "TicketInfo",
     "as_json",
 ]
+
+# In place of the tag of a model or lease whose row another one has taken. Of ended leases many had that row in turn.
+FORGOTTEN = "(forgotten)"
 
 
 @dataclass(frozen=True, eq=False)
@@ -273,15 +277,15 @@ class EventInfo:
     """One entry of the event ring, oldest first; `value` as `EventKind` says.
 
     reason: a number of `policy.view.Reason` where the policy has decided it, and then its figures; else None.
-    on: rows of the devices that the reason is about. devices: rows of those on which a load or lease that begins is
-    placed, as far as they are among the first 32.
+    tag, other: FORGOTTEN if another model or lease has taken the row since. on: rows of the devices that the reason is
+    about. devices: rows of those on which a load or lease that begins is placed, as far as they are among the first 32.
     """
 
     sequence: int = field(metadata=kinds.word(Event.SEQUENCE))
     kind: str
     age_s: float = field(metadata=kinds.age(Event.TIME))
     pid: int = field(metadata=kinds.word(Event.PID))
-    tag: str | None = field(metadata=kinds.tag_of_reference(Event.MODEL))
+    tag: str | None
     instance: int | None = field(metadata=kinds.reference(Event.INSTANCE))
     ticket: int | None = field(metadata=kinds.reference(Event.TICKET))
     value: float | None = field(metadata=kinds.number_or_none(Event.VALUE))

@@ -1,5 +1,5 @@
 """Leases: claims on memory that is no model's. A lease is a model row while it is waited for, and an instance row too
-while it is held; both are forgotten with it.
+while it is held; both are free after it, the first with its name.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class Leases(Part):
         self._instances.set_mb(t, row, mb)
 
     def end(self, t: Transaction, row: int) -> None:
-        """The memory of a lease is free for others; its name is forgotten."""
+        """The memory of a lease is free for others, and so is the row of its name."""
         at = self._tables.instance(row)
         words = self._segment.words
         if words[at + Instance.STATE] != Instance.LEASED:
@@ -92,4 +92,7 @@ class Leases(Part):
         held = self._tables.rows_where(self._layout.instances, Instance.MODEL, model)
         # Sooner, and another tag could take the row while a ticket or an instance still names it. (T1, I2)
         if not waiting and not held:
-            t.set(self._tables.model(model) + Model.STATE, Model.FREE)
+            at = self._tables.model(model)
+            t.set(at + Model.STATE, Model.FREE)
+            # By this the row that has been free for longest is taken first.
+            t.set(at + Model.USED_AT, t.now)

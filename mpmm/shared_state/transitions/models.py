@@ -7,12 +7,16 @@ import math
 import numpy as np
 
 from mpmm.errors import TableFullError
-from mpmm.shared_state.layout import Model
+from mpmm.shared_state.layout import Header, Model
 from mpmm.shared_state.transaction import Transaction, float_bits
 from mpmm.shared_state.transitions.part import Part
 from mpmm.text.display_names import display_name
 
-__all__ = ["Models"]
+__all__ = ["NAMES_KEPT", "Models"]
+
+# So many ended leases keep their names for the events that are about them, before the first row is taken again: each
+# row of the table makes every search of it longer.
+NAMES_KEPT = 16
 
 
 class Models(Part):
@@ -37,13 +41,15 @@ class Models(Part):
     def take_row(self, t: Transaction, encoded: bytes) -> int:
         """Return a row that is empty but for its name, for the caller to set its state. Raises TableFullError."""
         try:
-            row = self._take_row(t, self._layout.models)
+            row = self._free_row(t, encoded)
         except TableFullError:
             # A tag whose copies are gone keeps its row for its estimate, which is what is lost here.
             row = self._oldest_unused()
             if row < 0:
                 raise
         at = self._tables.model(row)
+        named_alike = self._tables.text(at + Model.TAG) == encoded
+        before = int(self._segment.words[at + Model.EVENTS_BEFORE if named_alike else Header.EVENTS])
         # A row that is taken over still has the counters and means of its last tag, which are nobody's any more.
         for word in range(Model.STATE, Model.TAG):
             t.set(at + word, 0)
@@ -51,10 +57,26 @@ class Models(Part):
         t.set(at + Model.GENERATION, self._next_generation(t))
         t.set_float(at + Model.ESTIMATE_MB, math.nan)
         t.set(at + Model.USED_AT, t.now)
+        # Events name models by row: those until now are about what had the row before.
+        t.set(at + Model.EVENTS_BEFORE, before)
         t.set_text(at + Model.TAG, encoded)
         # The last tag's name would be shown for this one.
         t.set_text(at + Model.NAME, b"")
         return row
+
+    def _free_row(self, t: Transaction, encoded: bytes) -> int:
+        """Return a free row, so chosen that events keep the names of ended leases. Raises TableFullError."""
+        table = self._layout.models
+        rows = self._tables.view(table)
+        free = np.flatnonzero(rows[:, Model.STATE] == Model.FREE)
+        for row in free:
+            if self._tables.text(self._tables.model(int(row)) + Model.TAG) == encoded:
+                return int(row)
+        if len(free) < NAMES_KEPT and len(rows) < table.capacity:
+            self._grow(t, table, len(rows))
+            return len(rows)
+        # Without a free row this raises.
+        return int(free[np.argmin(rows[free, Model.USED_AT])]) if len(free) else self._take_row(t, table)
 
     def _oldest_unused(self) -> int:
         """Return the row of the model that nothing refers to for longest, -1 if there is none."""
