@@ -184,6 +184,8 @@ def test_a_bundle_has_everything_in_one_file_and_no_secrets(
     capsys: Capture,
 ) -> None:
     monkeypatch.setenv("SECRET_TOKEN", "hunter2")
+    monkeypatch.setenv("MPMM_DASHBOARD_TOKEN", "swordfish")
+    monkeypatch.setenv("MPMM_ARENA_MB", "77")
     manager = new_manager()
     manager.acquire_model("m", LoadsObject())
     shared = MultiProcessShared(MakesServed(), tag="served", spawn_process=True, always_proxy=True)
@@ -201,16 +203,25 @@ def test_a_bundle_has_everything_in_one_file_and_no_secrets(
     assert "load begins on device 0" in files[f"{namespace}/events.txt"]
     assert files["doctor.txt"].startswith("versions:\n")
     everything = "\n".join(files.values())
-    secrets = [b"hunter2"]
+    assert "MPMM_ARENA_MB=77" in files["doctor.txt"]
+    secrets = [b"hunter2", b"swordfish"]
     for file in map(Path, files_in(runtime_root)):
         with_path = file if file.is_absolute() else runtime_root / file
         if with_path.is_file() and with_path.stat().st_size >= 8:
             secrets.append(with_path.read_bytes())
-    assert len(secrets) > 2, "the namespace's and the server's keys are looked for"
+    assert len(secrets) > 3, "the namespace's and the server's keys are looked for"
     for secret in secrets:
         assert secret.decode("latin-1") not in everything
         assert secret.hex() not in everything
     shared.unsafe_hard_delete()
+
+
+def test_the_page_for_operators_names_every_variable_whose_value_a_bundle_contains() -> None:
+    page = " ".join((CHECKOUT / "mpmm" / "OPERATING.md").read_text().split())
+    [said] = re.findall(r"A support bundle (.*?) Of the dashboard's token it says only that it is set\.", page)
+    assert "the environment variables of `mpmm help settings`" in said
+    named = set(re.findall(r"`([A-Z_]+)`", said))
+    assert named | set(ENVIRONMENT) == set(doctor.VARIABLES)
 
 
 def test_a_bundle_of_another_kind_is_refused_and_one_that_cannot_be_written_leaves_nothing(

@@ -6,8 +6,10 @@
     NAMESPACE/events.txt        the last events, a line for each
     NAMESPACE/error.txt         instead of these, why the namespace cannot be read
 
-Keys of connections, the environment, payloads and the output of model servers are not in it. Tags, handles, names of
-programs and of GPUs are.
+`doctor.txt` has the values of `doctor.VARIABLES`, the environment variables that choose settings of mpmm and of GPU
+drivers, because what goes wrong often follows from them; of the dashboard's token it says only that it is set. Tags,
+handles, pids, paths, and names of programs and GPUs are in the bundle, too. No other environment variables are, nor
+keys of connections, payloads or the output of model servers.
 """
 
 from __future__ import annotations

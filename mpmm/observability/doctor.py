@@ -1,7 +1,7 @@
 """`mpmm doctor`: what this host offers, which limits it sets, and which problems there are, in one text.
 
 It changes nothing but for a folder of its own that it makes and removes, to see whether locks work, and takes no lock
-of a namespace. It names no environment variable but those that mpmm and the drivers read, and nothing that is secret.
+of a namespace. It shows no environment variables but `VARIABLES`, and of the one that is secret only that it is set.
 """
 
 from __future__ import annotations
