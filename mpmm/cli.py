@@ -93,6 +93,7 @@ from mpmm.observability.tables import wrapped
 from mpmm.shared_state.runtime_dir import REGISTRY_FOLDER, SERVERS_LOG, RuntimeDirectory, default_root
 from mpmm.shared_state.segment import segment_lost, segment_name
 from mpmm.shared_state.snapshot import (
+    DeadMakerError,
     EventChoice,
     Snapshot,
     find_lost_namespaces,
@@ -170,12 +171,17 @@ def _readable(root: Path | None, choice: EventChoice) -> tuple[list[Snapshot], l
     for name in find_namespaces(root):
         try:
             snapshots.append(read_snapshot(name, root, choice=choice))
-        except FileNotFoundError:
-            continue
         except (OSError, MpmmError) as error:
+            if _is_in_passing(error):
+                continue
             troubles.append(f"{name}: {error}")
     lost = find_lost_namespaces(root)
     return snapshots, troubles + [str(segment_lost(name, segment_name(root or default_root(), name))) for name in lost]
+
+
+def _is_in_passing(error: Exception) -> bool:
+    """Tell whether a namespace that was listed could not be read because it has just ended, or is being made."""
+    return isinstance(error, FileNotFoundError) and not isinstance(error, DeadMakerError)
 
 
 def _only_namespace(root: Path | None) -> str:
@@ -301,8 +307,8 @@ def _ps(options: argparse.Namespace, root: Path | None) -> int:
         except (OSError, MpmmError) as error:
             if options.namespace is not None:
                 raise
-            # A namespace that has just ended is left out, and one that is broken does not hide the others.
-            if not isinstance(error, FileNotFoundError):
+            # A namespace that has just ended, or is being made, is left out, and one that is broken hides no other.
+            if not _is_in_passing(error):
                 print(f"mpmm: {printable_lines(str(error))}", file=sys.stderr)
                 status = EXIT_PROBLEM
     if options.format is None:
@@ -408,7 +414,7 @@ def _check_health(options: argparse.Namespace, root: Path | None) -> int:
     if not snapshots and not troubles:
         try:
             snapshots = [read_snapshot(_namespace(options, root), root, choice=choice)]
-        except SegmentLostError as error:
+        except (SegmentLostError, DeadMakerError) as error:
             troubles = [str(error)]
     said = [(trouble, "urgent") for trouble in troubles]
     for snapshot in snapshots:

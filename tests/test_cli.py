@@ -426,22 +426,6 @@ def test_an_unknown_namespace_is_said_to_be_unknown(command: str, runtime_root: 
     assert not (runtime_root / "nowhere").exists()
 
 
-def test_a_namespace_that_is_just_being_made_is_not_there_yet(
-    new_manager: NewManager, namespace: str, runtime_root: Path, capsys: Capture
-) -> None:
-    new_manager()
-    fd = os.open(f"/dev/shm/{segment_name(runtime_root, namespace)}", os.O_RDWR)
-    try:
-        magic = os.pread(fd, 8, 8 * Header.MAGIC)
-        os.pwrite(fd, bytes(8), 8 * Header.MAGIC)
-        assert main(["check", namespace]) == 2
-        assert "is being made" in capsys.readouterr().err
-        os.pwrite(fd, magic, 8 * Header.MAGIC)
-    finally:
-        os.close(fd)
-    assert main(["check", namespace]) == 0
-
-
 def test_an_impossible_name_is_refused(capsys: Capture) -> None:
     assert main(["inspect", "../etc"]) == 2
     assert "expected 1 to 64 characters" in capsys.readouterr().err

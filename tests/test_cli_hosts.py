@@ -75,19 +75,53 @@ def test_a_namespace_that_cannot_be_read_hides_no_other(
     assert namespace in said
 
 
-def test_a_namespace_that_is_being_made_is_no_problem(
-    namespace: str, new_manager: NewManager, runtime_root: Path, capsys: Capture
+# Makes a namespace, but stops with its segment as yet of so many bytes, until its input ends.
+STOPS = """
+import os, sys
+from mpmm import ModelManager
+from mpmm.shared_state import segment
+
+def stops(name, create, size):
+    descriptor = segment._posixshmem.shm_open(f"/{name}", os.O_RDWR | os.O_CREAT | os.O_EXCL, mode=0o600)
+    os.ftruncate(descriptor, int(sys.argv[2]))
+    print("made", flush=True)
+    sys.stdin.read()
+
+segment._shared_memory = stops
+ModelManager(namespace=sys.argv[1], memory_source="booked")
+"""
+
+
+@pytest.mark.parametrize("size", [0, 100_000])
+def test_a_namespace_is_no_problem_while_it_is_made_but_one_once_its_maker_is_dead(
+    size: int, namespace: str, new_manager: NewManager, capsys: Capture
 ) -> None:
     use(new_manager(), "a")
-    (runtime_root / "coming").mkdir(mode=0o700)
-    segment = Path("/dev/shm", segment_name(runtime_root, "coming"))
-    segment.write_bytes(bytes(100_000))
-    try:
-        assert [main(command) for command in COMMANDS] == [0, 0]
-    finally:
-        segment.unlink()
-        (runtime_root / "coming").rmdir()
-    assert "coming" not in capsys.readouterr().out
+    arguments = [sys.executable, "-c", STOPS, "coming", str(size)]
+    with subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as maker:
+        assert maker.stdout is not None
+        assert maker.stdout.readline() == "made\n"
+        assert [main(command) for command in (*COMMANDS, ["ps"])] == [0, 0, 0]
+        main(["doctor"])
+        said = capsys.readouterr()
+        assert "coming" not in said.out + said.err
+        assert main(["check", "coming"]) == 2
+        assert "namespace 'coming' is being made" in capsys.readouterr().err
+        maker.kill()
+    for command in (*COMMANDS, ["check", "--health", "coming"], ["doctor"]):
+        assert main(command) == 1, command
+        assert "namespace 'coming' is unfinished: the process that made it has died" in one_line(capsys)
+    assert main(["check", "coming"]) == 2
+    assert "has died" in one_line(capsys)
+    # Whoever comes next makes it, as the message says.
+    with ModelManager(namespace="coming", memory_source="booked"):
+        assert main(["check", "--health"]) == 0
+
+
+def one_line(capsys: Capture) -> str:
+    """Return what was printed, without its line ends."""
+    said = capsys.readouterr()
+    return " ".join((said.out + said.err).split())
 
 
 def test_a_dashboard_says_that_it_cannot_look_and_goes_on(

@@ -30,7 +30,7 @@ from mpmm.shared_state.core import CORE_VARIABLE, which
 from mpmm.shared_state.layout import LAYOUT_VERSION, Capacities, Layout
 from mpmm.shared_state.runtime_dir import check_private_folder, default_root
 from mpmm.shared_state.segment import SHARED_MEMORY
-from mpmm.shared_state.snapshot import EventChoice, find_lost_namespaces, find_namespaces, read_snapshot
+from mpmm.shared_state.snapshot import DeadMakerError, EventChoice, find_lost_namespaces, find_namespaces, read_snapshot
 from mpmm.sources import Measures, MemorySource, SourceUnavailableError, choose_source, what_it_measures
 from mpmm.sources.timeouts import answer_within
 from mpmm.text.printable import printable
@@ -365,6 +365,12 @@ def _namespaces(root: Path | None) -> Iterator[Check]:
     for name in names:
         try:
             snapshot = read_snapshot(name, root, choice=EventChoice(newest_of_each=0))
+        except DeadMakerError as error:
+            yield Check("PROBLEM", str(error))
+            continue
+        except FileNotFoundError:
+            # It has just ended, or is being made.
+            continue
         except (OSError, MpmmError) as error:
             yield Check("PROBLEM", f"{name}: {error}")
             continue

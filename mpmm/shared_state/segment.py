@@ -199,8 +199,8 @@ class Segment:
             found = os.fstat(fd)
             size = found.st_size
             if not size:
-                # Its creator died between making and sizing it.
-                raise SegmentProblem("an empty segment", "an initialised one")
+                # Its creator is, or died, between making and sizing it.
+                raise UnfinishedSegment("an empty segment", "an initialised one")
             mapping = mmap.mmap(fd, size)
         finally:
             os.close(fd)

@@ -6,7 +6,7 @@ that is done here.
 """
 
 from mpmm.shared_state.snapshot.decode import ALL_EVENTS, EventChoice, decode
-from mpmm.shared_state.snapshot.read import find_lost_namespaces, find_namespaces, read_snapshot
+from mpmm.shared_state.snapshot.read import DeadMakerError, find_lost_namespaces, find_namespaces, read_snapshot
 from mpmm.shared_state.snapshot.records import (
     FORGOTTEN,
     DeviceInfo,
@@ -25,6 +25,7 @@ from mpmm.shared_state.snapshot.records import (
 __all__ = [
     "ALL_EVENTS",
     "FORGOTTEN",
+    "DeadMakerError",
     "DeviceInfo",
     "EventChoice",
     "EventInfo",

@@ -16,7 +16,7 @@ from pathlib import Path
 from mpmm.errors import LayoutMismatchError, LockTimeoutError
 from mpmm.shared_state.layout import Header
 from mpmm.shared_state.liveness import member_lives
-from mpmm.shared_state.lock_file import identity_of, is_locked
+from mpmm.shared_state.lock_file import identity_of, is_locked, is_locked_as
 from mpmm.shared_state.runtime_dir import RuntimeDirectory, is_namespace_name
 from mpmm.shared_state.segment import (
     SHARED_MEMORY,
@@ -29,7 +29,7 @@ from mpmm.shared_state.segment import (
 from mpmm.shared_state.snapshot.decode import ALL_EVENTS, EventChoice, decode, used_members
 from mpmm.shared_state.snapshot.records import Snapshot
 
-__all__ = ["find_lost_namespaces", "find_namespaces", "read_snapshot"]
+__all__ = ["DeadMakerError", "find_lost_namespaces", "find_namespaces", "read_snapshot"]
 
 _COPIES_TRIED = 12
 _LOCK_TIMEOUT_S = 0.5
@@ -37,6 +37,10 @@ _LOCK_TIMEOUT_S = 0.5
 # lost; and so long it sleeps meanwhile.
 LOST_AFTER_S = 0.5
 LIFECYCLE_LOOK_S = 0.005
+
+
+class DeadMakerError(FileNotFoundError):
+    """There is no namespace, because a process died while it made it; the next one to join makes it anew."""
 
 
 def find_namespaces(root: Path | None = None) -> list[str]:
@@ -94,7 +98,8 @@ def read_snapshot(
     """Read the state of a namespace.
 
     events: False leaves the event ring out; choice: what is wanted of it else.
-    Raises FileNotFoundError when there is no such namespace, LayoutMismatchError when it is another version's,
+    Raises FileNotFoundError when there is no such namespace, DeadMakerError when its maker died,
+    LayoutMismatchError when it is another version's,
     SegmentCorruptError when it holds junk, SegmentLostError when it is gone though members live, InvalidArgumentError
     for an impossible name.
     """
@@ -104,9 +109,7 @@ def read_snapshot(
         raise FileNotFoundError(f"there is no namespace {namespace!r} in {runtime.root}")
     name = segment_name(runtime.root, namespace)
     try:
-        segment = Segment.open(name)
-    except UnfinishedSegment:
-        raise FileNotFoundError(f"namespace {namespace!r} is being made, or its maker was killed") from None
+        segment = _open_finished(runtime, name)
     except SegmentProblem as problem:
         raise LayoutMismatchError(
             f"cannot read namespace {namespace!r}: found {problem.found}, expected {problem.expected}",
@@ -139,6 +142,28 @@ def read_snapshot(
         missing += [name for name in ("alive.lock", "token") if not os.path.lexists(f"{folder}/{name}")]
     decoded = decode(copied, layout, namespace, name, held=held, alive=alive, with_events=events, choice=choice)
     return replace(decoded, missing_files=tuple(missing)) if missing else decoded
+
+
+def _open_finished(runtime: RuntimeDirectory, name: str) -> Segment | None:
+    """Open a segment, None if there is none. Raises FileNotFoundError where it is unfinished; SegmentProblem."""
+    place, path = None, f"{SHARED_MEMORY}/{name}"
+    while True:
+        try:
+            return Segment.open(name)
+        except UnfinishedSegment:
+            # The same segment before and after a moment at which nobody held the lock: who made it can seal it no more.
+            before, place = place, identity_of(path)
+        if place is not None and place == before:
+            raise DeadMakerError(
+                f"namespace {runtime.name!r} is unfinished: the process that made it has died; the next process to "
+                "attach makes it anew, and `mpmm prune` removes it"
+            )
+        locked = is_locked_as(runtime.file("lifecycle.lock"), None)
+        if locked is None:
+            # Who holds a lock whose file was removed cannot be told.
+            raise FileNotFoundError(f"namespace {runtime.name!r} is being made, or its maker was killed")
+        if locked:
+            raise FileNotFoundError(f"namespace {runtime.name!r} is being made")
 
 
 def _consistent_copy(segment: Segment, events: bool) -> bytearray:
