@@ -124,6 +124,26 @@ def test_an_ambiguous_model_is_refused_and_nothing_changes(
     assert copies_of(namespace, THIRD) == []
 
 
+def test_of_two_models_of_one_name_none_is_taken_silently_while_something_can_be_done_with_either(
+    namespace: str, new_manager: NewManager, capsys: Capture
+) -> None:
+    manager = new_manager()
+    for tag in (ONE, OTHER):
+        set_display_name(tag, NAME)
+        manager.release_model(tag, manager.acquire_model(tag, Loads(tag)))
+    manager.pin(OTHER, for_all=True)
+    manager.unload(OTHER)
+    for command in ("unpin", "pin", "unload", "suspend", "resume", "preload"):
+        assert main([command, NAME, *(["test_model_names:never"] if command == "preload" else [])]) == 2, command
+        said = capsys.readouterr().err
+        assert f"2 models fit: {NAME} [01234567…], {NAME} [89abcdef…]; expected the tag of one" in said
+    assert main(["unpin", "89abcdef…"]) == 0
+    # It is only remembered now, like what an earlier run of a pipeline has left.
+    assert main(["pin", NAME]) == 0
+    assert capsys.readouterr().out.endswith(f"{NAME} [01234567…]: pinned for all\n")
+    assert {model.tag: model.pins for model in read_snapshot(namespace).models} == {ONE: 1, OTHER: 0}
+
+
 def test_what_fits_no_model_is_taken_for_a_tag(named: ModelManager, namespace: str, capsys: Capture) -> None:
     assert main(["unload", "ffff"]) == 1
     assert capsys.readouterr().out == "ffff: no copy is loaded\n"

@@ -32,8 +32,9 @@ def asked_model(wanted: str, name: str, root: Path | None) -> Asked:
     """
     snapshot = read_snapshot(name, root, events=False)
     names = {model.tag: model.name for model in snapshot.models if model.kind == "model"}
-    # Rows outlive their copies: those of earlier runs of a pipeline have the same names, and nothing to be changed.
-    loaded = {copy.tag for copy in snapshot.copies}
-    tag = meant_tag(wanted, names, first=loaded, may_be_new=True)
+    # Rows outlive all that can be changed: those of earlier runs of a pipeline have the same names.
+    present = {copy.tag for copy in snapshot.copies}
+    present |= {model.tag for model in snapshot.models if model.pins or model.waiting}
+    tag = meant_tag(wanted, names, first=present, may_be_new=True)
     tag = wanted if tag is None else tag
     return Asked(tag, printable(shown_tags(names).get(tag, tag)))

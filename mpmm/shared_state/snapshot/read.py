@@ -98,10 +98,9 @@ def read_snapshot(
     """Read the state of a namespace.
 
     events: False leaves the event ring out; choice: what is wanted of it else.
-    Raises FileNotFoundError when there is no such namespace, DeadMakerError when its maker died,
-    LayoutMismatchError when it is another version's,
-    SegmentCorruptError when it holds junk, SegmentLostError when it is gone though members live, InvalidArgumentError
-    for an impossible name.
+    Raises FileNotFoundError when there is no such namespace, DeadMakerError when its maker died, LayoutMismatchError
+    when it is another version's, SegmentCorruptError when it holds junk, SegmentLostError when it is gone though
+    members live, InvalidArgumentError for an impossible name.
     """
     runtime = RuntimeDirectory(namespace, root)
     # The folder first: where there is none, nobody has made a namespace of this name, and none is lost.
