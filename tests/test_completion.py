@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import pty
+import select
 import shutil
 import subprocess
 import sys
@@ -17,7 +19,8 @@ from mpmm.commands.parser import make_parser
 from mpmm.observability.completion import SHELLS, completion, man_page
 
 # What bash does when somebody presses Tab, with the words of the command line as arguments.
-PRESS_TAB = 'COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); _mpmm; printf "%s\\n" "${COMPREPLY[@]}"'
+PRESS_TAB = 'COMP_LINE=$*; COMP_POINT=${#COMP_LINE}; _mpmm mpmm "${!#}"; printf "%s\\n" "${COMPREPLY[@]}"'
+PROMPT = b"ready> "
 
 
 @pytest.fixture
@@ -61,6 +64,72 @@ def test_bash_completes_namespaces_and_tags_and_runs_nothing_of_them(
     assert tab("mpmm", "inspect", "te") == [namespace]
     [offered] = tab("mpmm", "unpin", "mod")
     assert offered == rf"model\ \$\(touch\ {marker}\)"
+    assert not marker.exists()
+
+
+class Terminal:
+    """An interactive bash that has read the script, at a terminal of its own."""
+
+    def __init__(self, script: Path) -> None:
+        pid, self._terminal = pty.fork()
+        if not pid:
+            os.execvpe(
+                "bash", ["bash", "--norc", "--noprofile", "-i"], {**os.environ, "PS1": PROMPT.decode(), "TERM": "dumb"}
+            )
+        self._pid = pid
+        self._read()
+        self.type(f"source {script}")
+
+    def type(self, line: str) -> str:
+        """Type a line, and press Enter; return what the terminal shows until the next prompt."""
+        os.write(self._terminal, line.encode() + b"\n")
+        return self._read()
+
+    def _read(self) -> str:
+        shown = b""
+        while not shown.endswith(PROMPT):
+            assert select.select([self._terminal], [], [], 60.0)[0], shown
+            shown += os.read(self._terminal, 4096)
+        return shown.decode()
+
+    def close(self) -> None:
+        """Hang up."""
+        os.close(self._terminal)
+        os.waitpid(self._pid, 0)
+
+
+def test_bash_completes_tags_with_colons_and_blanks_however_they_are_quoted(
+    command: Path, namespace: str, new_manager: NewManager, tmp_path: Path
+) -> None:
+    marker = tmp_path / "marker"
+    command.write_text(
+        "#!/bin/sh\ncase $1 in ps) cat " + str(tmp_path / "tags") + ";; *) printf '<%s>' \"$@\";; esac\n"
+    )
+    tags = ["group/model:v2", "two words", f"run $(touch {marker})", 'it\'s "mine"', "a=b:c d"]
+    (tmp_path / "tags").write_text("".join(f"{tag}\n" for tag in tags))
+    script = tmp_path / "script"
+    script.write_text(completion(make_parser(), "bash"))
+    terminal = Terminal(script)
+    try:
+        for begin, tag in (
+            *(("gro", 0), ("group/model:", 0), ("group/model:v", 0), ("two\\ w", 1), ("'two w", 1), ('"two w', 1)),
+            *(
+                ("r", 2),
+                ("run\\ \\$", 2),
+                ('"run \\$', 2),
+                ("'run $", 2),
+                ("it", 3),
+                ("'it", 3),
+                ('"it', 3),
+                ("a=b:", 4),
+            ),
+        ):
+            assert f"\n<pin><{tags[tag]}>" in terminal.type(f"mpmm pin {begin}\t").replace("\r", ""), begin
+        assert "<events><--model=group/model:v2>" in terminal.type("mpmm events --model=group/model:\t")
+        # What would be added behind this `$` would be run.
+        assert "<pin><run $>" in terminal.type('mpmm pin "run $\t"')
+    finally:
+        terminal.close()
     assert not marker.exists()
 
 

@@ -17,6 +17,70 @@ _TAGS = "mpmm ps --format '{tag}' 2>/dev/null"
 _ASKED_FOR = {"namespace": _NAMESPACES, "tag": _TAGS}
 # Arguments of options that are files, by their metavar.
 _FILES = ("FILE", "FOLDER")
+# What bash runs when somebody presses Tab; it calls `_mpmm_words`, which the parser is turned into.
+_COMPLETE = r"""
+# Sets `words` and `current` to what a command line means up to here, and `quote` to a quote that is open at its end.
+# Fails where the line has an expansion: with what would be added behind a `$` it might run a command.
+_mpmm_split() {
+    local line=$1 at=0 char word="" begun=""
+    words=() quote=""
+    for ((at = 0; at < ${#line}; at++)); do
+        char=${line:$at:1}
+        if [ -n "$quote" ] && [ "$char" = "$quote" ]; then quote=""
+        elif [ "$quote" = "'" ]; then word=$word$char
+        elif [[ $char == [\$\`] ]]; then return 1
+        elif [ "$char" = '\' ]; then
+            at=$((at + 1))
+            # Between double quotes it stands for itself before other characters.
+            if [ "$quote" = '"' ] && [[ ${line:$at:1} != [\\\"\$\`] ]]; then word=$word'\'; fi
+            word=$word${line:$at:1} begun=1
+        elif [ -n "$quote" ]; then word=$word$char
+        else
+            case $char in
+            "'" | '"') quote=$char begun=1 ;;
+            [[:space:]]) [ -z "$begun" ] || words+=("$word"); word="" begun="" ;;
+            *) word=$word$char begun=1 ;;
+            esac
+        fi
+    done
+    current=$word
+}
+# Prints the rest of a word so that the shell reads it as it is where the word stands, with or without an open quote.
+_mpmm_quoted() {
+    local rest=$1
+    # zsh does it itself between quotes.
+    if [ -n "$quote" ] && [ -n "${ZSH_VERSION-}" ]; then printf '%s' "$rest"; return; fi
+    case $quote in
+    "'") printf '%s' "$rest" | sed "s/'/'\\\\''/g" ;;
+    '"') printf '%s' "$rest" | sed 's/[\\"$`]/\\&/g' ;;
+    *) [ -z "$rest" ] || printf '%q' "$rest" ;;
+    esac
+    # The shell closes the quote itself, unless the word seems to do that.
+    if [ -n "$quote" ] && [[ $rest == *"$quote" ]]; then printf '%s' "$quote"; fi
+}
+_mpmm() {
+    # What is replaced is the second argument. bash has begun a new one after each `:` and `=`, so words are made of the
+    # line, and what is typed already is kept as it is.
+    local words quote current typed=$2 previous command="" word
+    COMPREPLY=()
+    _mpmm_split "${COMP_LINE:0:$COMP_POINT}" || return
+    # zsh has the quote in the argument, and does not replace it.
+    typed=${typed#"$quote"}
+    previous=""
+    for word in "${words[@]:1}"; do
+        previous=$word
+        case $word in
+        --) return ;;
+        @COMMANDS@) [ -n "$command" ] || command=$word ;;
+        esac
+    done
+    case $current in --*=*) previous=${current%%=*} current=${current#*=} ;; esac
+    while IFS= read -r word; do
+        if [[ $word == "$current"* ]]; then COMPREPLY+=("$typed$(_mpmm_quoted "${word#"$current"}")"); fi
+    done < <(_mpmm_words "$command" "$previous")
+}
+complete -o default -F _mpmm mpmm
+"""
 
 
 def completion(parser: argparse.ArgumentParser, shell: str) -> str:
@@ -57,6 +121,12 @@ def _needs_value(action: argparse.Action) -> bool:
     return action.nargs not in (0, "?")
 
 
+def _asked_for(option: argparse.Action) -> str:
+    """Return what of `_ASKED_FOR` the value of an option is, empty for anything else."""
+    dest = {"model": "tag", "named": "namespace"}.get(option.dest, option.dest)
+    return dest if dest in _ASKED_FOR else ""
+
+
 def _dests(parser: argparse.ArgumentParser) -> Iterator[str]:
     """Yield what of `_ASKED_FOR` the positional arguments of a subcommand are."""
     yield from (action.dest for action in _positionals(parser) if action.dest in _ASKED_FOR)
@@ -78,8 +148,7 @@ def _bash(parser: argparse.ArgumentParser) -> str:
         cases.append(f"    {name}) printf '%s\\n' {' '.join([*words, *choices])}{asked} ;;")
         for action in _options(command):
             if _needs_value(action):
-                dest = {"model": "tag", "named": "namespace"}.get(action.dest, action.dest)
-                kind = "files" if _metavar(action) in _FILES else dest if dest in _ASKED_FOR else "other"
+                kind = "files" if _metavar(action) in _FILES else _asked_for(action) or "other"
                 valued[kind].update(action.option_strings)
     # An option that is a file in one command and a name in another is taken for the first.
     valued["other"] -= valued["files"] | valued["namespace"] | valued["tag"]
@@ -95,21 +164,7 @@ _mpmm_words() {{
 {chr(10).join(cases)}
     esac
 }}
-_mpmm() {{
-    local current=${{COMP_WORDS[COMP_CWORD]}} previous=${{COMP_WORDS[COMP_CWORD-1]}} command="" word
-    for word in "${{COMP_WORDS[@]:1:$((COMP_CWORD-1))}}"; do
-        case $word in
-        --) return ;;
-        {"|".join(commands)}) [ -n "$command" ] || command=$word ;;
-        esac
-    done
-    COMPREPLY=()
-    while IFS= read -r word; do
-        if [[ $word == "$current"* ]]; then COMPREPLY+=("$(printf '%q' "$word")"); fi
-    done < <(_mpmm_words "$command" "$previous")
-}}
-complete -o default -F _mpmm mpmm
-"""
+{_COMPLETE.lstrip().replace("@COMMANDS@", "|".join(commands))}"""
 
 
 def _zsh(parser: argparse.ArgumentParser) -> str:
@@ -125,10 +180,7 @@ def _fish(parser: argparse.ArgumentParser) -> str:
         lines.append(f"complete -c mpmm -f -n __fish_use_subcommand -a {name} -d {_quoted(purposes.get(name, ''))}")
         seen = f"complete -c mpmm -n '__fish_seen_subcommand_from {name}'"
         lines += [f"{seen} {_fish_option(action)}" for action in _options(command)]
-        lines += [
-            f"{seen} -f -a '({_ASKED_FOR[dest]})'".replace("'{tag}'", '"{tag}"').replace("' '", '" "')
-            for dest in _dests(command)
-        ]
+        lines += [f"{seen} -f {_fish_names(dest)}" for dest in _dests(command)]
         choices = [str(choice) for action in _positionals(command) for choice in action.choices or ()]
         if choices:
             lines.append(f"{seen} -f -a {_quoted(' '.join(choices))}")
@@ -139,7 +191,13 @@ def _fish_option(action: argparse.Action) -> str:
     words = [f"-l {word[2:]}" if word.startswith("--") else f"-s {word[1:]}" for word in action.option_strings]
     if _needs_value(action):
         words.append("-r" if _metavar(action) in _FILES else "-x")
+        asked = _asked_for(action)
+        words += [_fish_names(asked)] if asked else []
     return " ".join([*words, f"-d {_quoted(_argument_help(action))}"])
+
+
+def _fish_names(dest: str) -> str:
+    return f"-a '({_ASKED_FOR[dest]})'".replace("'{tag}'", '"{tag}"').replace("' '", '" "')
 
 
 def _quoted(text: str) -> str:
