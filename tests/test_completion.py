@@ -98,9 +98,7 @@ class Terminal:
         os.waitpid(self._pid, 0)
 
 
-def test_bash_completes_tags_with_colons_and_blanks_however_they_are_quoted(
-    command: Path, namespace: str, new_manager: NewManager, tmp_path: Path
-) -> None:
+def test_bash_completes_tags_with_colons_and_blanks_however_they_are_quoted(command: Path, tmp_path: Path) -> None:
     marker = tmp_path / "marker"
     command.write_text(
         "#!/bin/sh\ncase $1 in ps) cat " + str(tmp_path / "tags") + ";; *) printf '<%s>' \"$@\";; esac\n"
@@ -111,20 +109,16 @@ def test_bash_completes_tags_with_colons_and_blanks_however_they_are_quoted(
     script.write_text(completion(make_parser(), "bash"))
     terminal = Terminal(script)
     try:
-        for begin, tag in (
-            *(("gro", 0), ("group/model:", 0), ("group/model:v", 0), ("two\\ w", 1), ("'two w", 1), ('"two w', 1)),
-            *(
-                ("r", 2),
-                ("run\\ \\$", 2),
-                ('"run \\$', 2),
-                ("'run $", 2),
-                ("it", 3),
-                ("'it", 3),
-                ('"it', 3),
-                ("a=b:", 4),
-            ),
-        ):
-            assert f"\n<pin><{tags[tag]}>" in terminal.type(f"mpmm pin {begin}\t").replace("\r", ""), begin
+        begun = [
+            ("gro", "group/model:", "group/model:v"),
+            ("tw", "two\\ w", "'two w", '"two w'),
+            ("r", "run\\ \\$", '"run \\$', "'run $"),
+            ("it", "'it", '"it'),
+            ("a", "a=b:", "a=b:c\\ "),
+        ]
+        for tag, typed in zip(tags, begun, strict=True):
+            for begin in typed:
+                assert f"\n<pin><{tag}>" in terminal.type(f"mpmm pin {begin}\t").replace("\r", ""), begin
         assert "<events><--model=group/model:v2>" in terminal.type("mpmm events --model=group/model:\t")
         # What would be added behind this `$` would be run.
         assert "<pin><run $>" in terminal.type('mpmm pin "run $\t"')

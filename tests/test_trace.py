@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 import signal
 import subprocess
@@ -314,6 +315,65 @@ def test_leases_are_drawn_also_those_that_are_held_still(
     assert broken_rules(events) == []
 
 
+SPAN = {"ph": "X", "cat": "loaded", "name": "a", "ts": 1, "dur": 5, "pid": DEVICE_PID, "tid": 0, "args": {}}
+BROKEN: list[dict[str, object]] = [{"ts": "now"}, {"dur": None}, {"args": []}, {"ts": math.inf}]
+MEMORY = {"ph": "C", "name": "memory MB", "ts": 1, "pid": DEVICE_PID, "tid": 0, "args": {"used": 1}}
+
+
+@pytest.mark.parametrize("tag", ["a$b^$", "$\\nothing$", "\x1b[31m", "\udcff", "x" * 511, "_a"])
+def test_a_tag_of_any_letters_is_drawn_as_it_is(tag: str, tmp_path: Path, capsys: Capture) -> None:
+    pytest.importorskip("matplotlib", reason="needs the extra plot")
+    file = tmp_path / "trace.json"
+    device = {"ph": "M", "pid": DEVICE_PID, "name": "process_name", "args": {"name": f"device {tag}"}}
+    lease = {**SPAN, "cat": "leased", "args": {"MB": 3}}
+    file.write_text(json.dumps([device, {**SPAN, "name": tag}, {**lease, "name": tag}]))
+    assert main(["plot", "--trace", str(file), "-o", str(tmp_path / "plot.svg")]) == 0
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"\x1f\x8b\x08\x00\xff\x90", "[]".encode("utf-16"), b"[" * 100_000, b"[" + b"1" * 10_000 + b"]"],
+    ids=("gzip", "utf-16", "deep", "long"),
+)
+def test_a_file_that_is_no_text_or_more_than_python_reads_is_no_trace(
+    content: bytes, tmp_path: Path, capsys: Capture
+) -> None:
+    file = tmp_path / "trace.json"
+    file.write_bytes(content)
+    assert main(["plot", "--trace", str(file), "-o", "plot.png"]) == 2
+    assert capsys.readouterr().err == f"mpmm: {file} is no trace: expected the JSON that `mpmm trace` writes\n"
+
+
+@pytest.mark.parametrize("pid", ["main", None, [1], 1.5, 7, DEVICE_PID + 64])
+def test_processes_of_another_programs_trace_are_no_devices(pid: object, tmp_path: Path, capsys: Capture) -> None:
+    file = tmp_path / "trace.json"
+    file.write_text(json.dumps([{**SPAN, "pid": pid}]))
+    assert main(["plot", "--trace", str(file), "-o", "plot.png"]) == 2
+    assert "nothing to draw" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        *(
+            {name: value for name, value in SPAN.items() if name != left_out}
+            for left_out in ("name", "ts", "dur", "args")
+        ),
+        *({**SPAN, **other} for other in BROKEN),
+        *({**MEMORY, "args": args} for args in ({}, {"used": math.nan}, {"used": "much"}, None)),
+    ],
+    ids=str,
+)
+def test_events_of_another_programs_trace_are_refused(
+    event: dict[str, object], tmp_path: Path, capsys: Capture
+) -> None:
+    file = tmp_path / "trace.json"
+    file.write_text(json.dumps([MEMORY, event]))
+    assert main(["plot", "--trace", str(file), "-o", "plot.png"]) == 2
+    assert "this is no trace of mpmm: `mpmm trace` writes no event" in capsys.readouterr().err
+
+
 def test_what_cannot_be_drawn_is_said(tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "trace.json"
     file.write_text("no trace")
@@ -326,8 +386,7 @@ def test_what_cannot_be_drawn_is_said(tmp_path: Path, capsys: Capture, monkeypat
     assert "expected a name that ends in one of .png" in capsys.readouterr().err
     assert main(["plot", "--trace", str(tmp_path / "missing"), "-o", "plot.png"]) == 2
     assert "No such file" in capsys.readouterr().err
-    counter = {"ph": "C", "name": "memory MB", "pid": DEVICE_PID, "tid": 0, "ts": 1, "args": {"used": 1}}
-    file.write_text(json.dumps([counter]))
+    file.write_text(json.dumps([MEMORY]))
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert main(["plot", "--trace", str(file), "-o", "plot.png"]) == 2
     assert "pip install 'mpmm[plot]'" in capsys.readouterr().err

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -15,10 +16,15 @@ from typing import Any
 
 from mpmm.errors import InvalidArgumentError
 from mpmm.observability.trace_tracks import DEVICE_PID, TraceEvent
+from mpmm.shared_state.layout import MOST_DEVICES
+from mpmm.text.arguments import in_brief
+from mpmm.text.printable import printable
 
 __all__ = ["SUFFIXES", "DeviceHistory", "draw", "histories", "read_trace"]
 
 SUFFIXES = (".png", ".svg", ".pdf")
+# Of a longer tag the picture has both ends.
+MOST_LETTERS = 60
 _COLOURS = ("#66ccee", "#228833", "#ccbb44", "#ee6677", "#aa3377", "#999933", "#44aa99", "#882255", "#bbbbbb")
 _LEASED = "#555555"
 _MEMORY, _LIMIT, _BOOKS = "memory MB", "limit MB", "models MB"
@@ -52,49 +58,87 @@ def read_trace(path: Path) -> list[TraceEvent]:
 
     Raises InvalidArgumentError when it is none, OSError.
     """
-    text = path.read_text(encoding="utf-8").strip()
+    try:
+        text = path.read_text(encoding="utf-8").strip()
+    except UnicodeDecodeError:
+        # An archive, say, or a picture.
+        raise _no_trace(path) from None
     for end in ("", "]", "}]"):
         # Written line by line: at most the last one is cut off.
         for body in (text.rstrip(","), text.rpartition(",\n")[0]):
             try:
                 found = json.loads(body + end)
-            except json.JSONDecodeError:
+            # Brackets without end, or a number of thousands of digits, are JSON, but more than Python reads.
+            except (ValueError, RecursionError):
                 continue
             events = found.get("traceEvents") if isinstance(found, dict) else found
             if isinstance(events, list) and all(isinstance(event, dict) and "ph" in event for event in events):
                 return events
-    raise InvalidArgumentError(f"{path} is no trace: expected the JSON that `mpmm trace` writes")
+    raise _no_trace(path)
+
+
+def _no_trace(path: Path) -> InvalidArgumentError:
+    return InvalidArgumentError(f"{path} is no trace: expected the JSON that `mpmm trace` writes")
 
 
 def histories(events: Iterable[TraceEvent]) -> dict[int, DeviceHistory]:
-    """Return what a trace says of its devices, by the devices' rows."""
+    """Return what a trace says of its devices, by the devices' rows.
+
+    Raises InvalidArgumentError for one of another program that has processes of the numbers of our devices.
+    """
     found: dict[int, DeviceHistory] = defaultdict(DeviceHistory)
     accounted: dict[int, list[tuple[float, float]]] = defaultdict(list)
     for event in events:
-        device = event.get("pid", 0) - DEVICE_PID
-        if device < 0:
+        pid = event.get("pid")
+        # Other programs name processes as they like.
+        if not isinstance(pid, int) or not DEVICE_PID <= pid < DEVICE_PID + MOST_DEVICES:
             continue
-        history = found[device]
-        if event["ph"] == "M" and event["name"] == "process_name":
-            history.name = event["args"]["name"]
-        elif event["ph"] == "C" and event["name"] == _MEMORY:
-            history.used.append((event["ts"], event["args"]["used"]))
-        elif event["ph"] == "C" and event["name"] == _LIMIT:
-            history.limit.append((event["ts"], event["args"]["limit"]))
-        elif event["ph"] == "C" and event["name"] == _BOOKS:
-            accounted[device].append((event["ts"], event["args"]["loaded"]))
-        elif event["ph"] == "X" and event.get("cat") == "loaded":
-            evicted = bool(event["args"].get("evicted"))
-            history.loaded.append((event["ts"], event["ts"] + event["dur"], event["name"], evicted))
-        elif event["ph"] == "X" and event.get("cat") == "leased":
-            mb = float(event["args"].get("MB") or 0.0)
-            history.leased.append((event["ts"], event["ts"] + event["dur"], event["name"], mb))
+        try:
+            _add(found[pid - DEVICE_PID], accounted[pid - DEVICE_PID], event)
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
+            raise InvalidArgumentError(
+                f"this is no trace of mpmm: `mpmm trace` writes no event {in_brief(event)}"
+            ) from None
     for device, history in found.items():
         # One point says how much there is now, not how it came to that: the accounts do.
         history.used = sorted(history.used if len(history.used) > 1 else accounted[device] + history.used)
         history.loaded.sort()
         history.leased.sort()
     return dict(found)
+
+
+def _add(history: DeviceHistory, accounted: list[tuple[float, float]], event: TraceEvent) -> None:
+    """Add what an event says of its device. Raises an error of Python where it is not of the form that we write."""
+    kind, name = event["ph"], event.get("name")
+    if kind == "M" and name == "process_name":
+        history.name = str(event["args"]["name"])
+    elif kind == "C" and name in (_MEMORY, _LIMIT, _BOOKS):
+        points, figure = {
+            _MEMORY: (history.used, "used"),
+            _LIMIT: (history.limit, "limit"),
+            _BOOKS: (accounted, "loaded"),
+        }[name]
+        points.append((_finite(event["ts"]), _finite(event["args"][figure])))
+    elif kind == "X" and event.get("cat") in ("loaded", "leased"):
+        begin = _finite(event["ts"])
+        end, tag = begin + _finite(event["dur"]), str(event["name"])
+        if event["cat"] == "loaded":
+            history.loaded.append((begin, end, tag, bool(event["args"].get("evicted"))))
+        else:
+            history.leased.append((begin, end, tag, _finite(event["args"].get("MB") or 0.0)))
+
+
+def _finite(value: float) -> float:
+    """Return a number of a trace. Raises ValueError for one that has no place in a picture, TypeError for no number."""
+    if not math.isfinite(value):
+        raise ValueError(value)
+    return float(value)
+
+
+def _shown(tag: str) -> str:
+    """Return a tag as there is room for it, and fonts have letters."""
+    tag = printable(tag)
+    return tag if len(tag) <= MOST_LETTERS else f"{tag[: MOST_LETTERS // 2 - 1]}…{tag[-MOST_LETTERS // 2 :]}"
 
 
 def draw(events: Iterable[TraceEvent], path: Path) -> None:
@@ -133,7 +177,8 @@ def _draw_device(axes: Any, history: DeviceHistory, start: float, colours: dict[
     def seconds(ts: float) -> float:
         return (ts - start) / 1e6
 
-    axes.set_title(history.name, loc="left", fontsize=10)
+    # Here and below: a tag with two `$` is no formula.
+    axes.set_title(_shown(history.name), loc="left", fontsize=10, parse_math=False)
     leased = history.leased_mb()
     top = max([mb for _, mb in (*history.used, *history.limit, *leased)], default=1.0) or 1.0
     if history.used:
@@ -164,7 +209,7 @@ def _draw_device(axes: Any, history: DeviceHistory, start: float, colours: dict[
     for tag in lanes:
         y = -height * (1.4 + 1.4 * lanes.index(tag))
         axes.annotate(
-            tag,
+            _shown(tag),
             (0, y + height / 2),
             xycoords=("axes fraction", "data"),
             xytext=(-4, 0),
@@ -172,6 +217,7 @@ def _draw_device(axes: Any, history: DeviceHistory, start: float, colours: dict[
             ha="right",
             va="center",
             fontsize=7,
+            parse_math=False,
         )
     if history.loaded:
         axes.plot([], [], marker="^", color="white", markeredgecolor="black", label="loaded")
