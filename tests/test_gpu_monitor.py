@@ -490,15 +490,15 @@ def test_a_child_that_was_forked_while_the_source_hangs_samples_for_itself(
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
 
 
-def test_who_gives_the_sampling_thread_a_job_learns_whether_it_was_done_in_time(
+def test_who_gives_the_sampling_thread_a_job_waits_for_it_but_not_for_a_source_that_hangs(
     hanging: HangingSource, bound: tuple[GPUMonitor, FakeStore]
 ) -> None:
     monitor, _ = bound
     done: list[str] = []
-    assert monitor.call(lambda: done.append("at once"), DEADLINE_S) is True
+    monitor.call(lambda: done.append("at once"), DEADLINE_S)
     assert done == ["at once"]
     begin_a_sample_that_hangs(monitor, hanging)
-    assert monitor.call(lambda: done.append("late"), 0.01) is False
+    monitor.call(lambda: done.append("late"), 0.01)
     assert done == ["at once"]
 
 

@@ -82,6 +82,21 @@ def lively(namespace: str, new_manager: NewManager, new_process: NewProcess) -> 
     return manager
 
 
+def test_a_copy_that_two_share_is_one_copy_and_two_uses(
+    namespace: str, new_manager: NewManager, exporter: Exporter
+) -> None:
+    manager = new_manager()
+    handles = [manager.acquire_model("shared", Loads(), users=2) for _ in range(2)]
+    families = list(parse_classic(exporter.text()))
+    found = samples(families)
+    assert value(found, "mpmm_model_copies", model="shared", state="active") == 1
+    assert value(found, "mpmm_active", namespace=namespace) == 2
+    [said] = [family.documentation for family in families if family.name == "mpmm_active"]
+    assert said == "Uses of copies: one that several share counts once for each of them."
+    for handle in handles:
+        manager.release_model("shared", handle)
+
+
 @pytest.mark.parametrize(("openmetrics", "parse"), [(True, parse_openmetrics), (False, parse_classic)])
 def test_parsers_accept_the_text(
     openmetrics: bool, parse: Callable[[str], Any], lively: ModelManager, exporter: Exporter, namespace: str

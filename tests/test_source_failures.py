@@ -25,6 +25,7 @@ from harness import (
     force_reset,
     leader_pid,
     learn,
+    model_of,
     problems,
     release,
     shut_down,
@@ -438,6 +439,32 @@ def test_a_monitor_of_the_callers_own_that_hangs_holds_up_nobody(
     finally:
         monitor.answers.set()
     wait_until(lambda: devices(namespace)[0].used_mb == 250, "its figures come again")
+
+
+class PeakThatStays(HangingMonitor):
+    """A monitor of the caller's own whose peak does not begin anew."""
+
+    def reset_peak(self) -> None:
+        """Fail."""
+        raise OSError("no device")
+
+    def get_stats(self) -> tuple[float, float, float]:
+        """Return the figures."""
+        return self.used_mb, 900.0, 1000.0
+
+
+def test_a_peak_that_could_not_begin_anew_is_not_taken_for_what_a_model_needs(
+    new_manager: NewManager, namespace: str
+) -> None:
+    monitor = PeakThatStays()
+    manager = new_manager(monitor=monitor, poll_interval=0.1)
+
+    def load() -> str:
+        monitor.used_mb = 200.0
+        return "handle"
+
+    manager.release_model("unknown", manager.acquire_model("unknown", load))
+    assert model_of(namespace, "unknown").estimate_mb == 200.0
 
 
 def test_a_process_that_ends_does_not_wait_for_a_driver_that_hangs(

@@ -337,9 +337,9 @@ class GPUMonitor(_BeamAttributes):
         self._resolve()
         self._sampler.request()
 
-    def call(self, job: Callable[[], object], timeout_s: float) -> bool:
-        """Have the thread that takes samples call `job`, beside none; return whether it did within `timeout_s`."""
-        return self._sampler.call(job, timeout_s)
+    def call(self, job: Callable[[], object], timeout_s: float) -> None:
+        """Have the thread that takes samples call `job`, beside none, and wait for that for `timeout_s` at most."""
+        self._sampler.call(job, timeout_s)
 
     @property
     def sampling_for_s(self) -> float:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Protocol
 
 from mpmm.sources import DeviceInfo, DeviceSample
@@ -56,16 +57,26 @@ class MonitorSource:
         self.monitor = monitor
         # What it said last; replaced as a whole.
         self._peak_mb = 0.0
+        # How often its peak was to begin anew, and which of these times it has last done so.
+        self._resets_asked = self._resets_done = 0
 
     @property
     def peak_mb(self) -> float:
-        """The peak at the last look at the monitor, which may have seen more than the samples have."""
-        return self._peak_mb
+        """The peak at the last look at the monitor, which may have seen more than the samples have.
 
-    def reset_peak(self) -> None:
-        """Let the monitor's peak begin anew."""
+        It is 0 from `ask_for_reset` on until `reset_peak` has been done: before, it is that of what was there earlier.
+        """
+        return self._peak_mb if self._resets_done == self._resets_asked else 0.0
+
+    def ask_for_reset(self) -> Callable[[], None]:
+        """Let no earlier peak count from now on; return what lets the monitor's begin anew, and may hang or fail."""
+        self._resets_asked += 1
+        return partial(self._reset_peak, self._resets_asked)
+
+    def _reset_peak(self, asked: int) -> None:
         self.monitor.reset_peak()
         self._peak_mb = self.monitor.get_stats()[1]
+        self._resets_done = asked
 
     def start(self) -> None:
         """Start the monitor. Raises SourceUnavailableError when that takes longer than `START_TIMEOUT_S`."""

@@ -76,11 +76,11 @@ class Sampler:
         with self._changed:
             return self._changed.wait_for(lambda: self._ended >= number, max(0.0, timeout_s))
 
-    def call(self, job: Callable[[], object], timeout_s: float) -> bool:
-        """Have the thread call `job` when it has taken the sample that is asked for, if one is; return whether it did.
+    def call(self, job: Callable[[], object], timeout_s: float) -> None:
+        """Have the thread call `job` when it has taken the sample that is asked for, if one is.
 
-        timeout_s: the longest wait for that. The job never runs while a sample is being taken. Where no thread can be
-        had, the caller runs it itself.
+        timeout_s: the longest wait for that, after which the job is done as soon as the thread can. It never runs while
+        a sample is being taken. Where no thread can be had, the caller runs it itself.
         """
         done: list[bool] = []
 
@@ -93,10 +93,10 @@ class Sampler:
         with self._changed:
             self._jobs.append(work)
             if self._wake():
-                return self._changed.wait_for(lambda: bool(done), max(0.0, timeout_s))
+                self._changed.wait_for(lambda: bool(done), max(0.0, timeout_s))
+                return
             self._jobs.remove(work)
         job()
-        return True
 
     def end(self) -> None:
         """Let the thread end when it has done what it was asked for; the next request starts another one."""

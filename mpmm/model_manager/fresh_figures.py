@@ -112,7 +112,7 @@ class FreshFigures:
         """Let the peak begin anew in a monitor of the caller's own; one that hangs is waited for only for a moment."""
         given = self.given_source
         if given is not None:
-            self._monitor.call(given.reset_peak, ENSURE_FRESH_TIMEOUT_S - self._monitor.sampling_for_s)
+            self._monitor.call(given.ask_for_reset(), ENSURE_FRESH_TIMEOUT_S - self._monitor.sampling_for_s)
 
     def added_mb(self, row: int) -> tuple[float, ...] | None:
         """Return what the copy that runs alone has added to the memory in use, at its peak, on each of its devices.

@@ -117,7 +117,7 @@ def _state(into: _Families, snapshot: Snapshot, labels: Mapping[str, str]) -> No
         ("dead_members", "Processes that are dead and not cleaned up yet.", dead),
         ("waiting", "Waiters in the queue.", snapshot.waiting),
         ("oldest_wait_seconds", "How long the oldest waiter has waited.", longest_wait_s(snapshot)),
-        ("active", "Copies in use.", snapshot.active),
+        ("active", "Uses of copies: one that several share counts once for each of them.", snapshot.active),
         ("loading", "Copies being loaded.", snapshot.loading),
         ("leader_age_seconds", "How long the present leader has been the leader.", snapshot.leader_for_s),
         ("poll_age_seconds", "Time since the leader, or a process in its place, last polled.", snapshot.polled_ago_s),
