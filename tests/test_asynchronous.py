@@ -216,6 +216,40 @@ def test_a_cancelled_task_gives_back_its_own_seat(
 
 @pytest.mark.usefixtures("uncollected")
 @pytest.mark.parametrize("meanwhile", ["waits", "loads"])
+def test_what_a_thread_has_got_for_a_task_goes_back_if_the_loop_is_closed_before_it_hears_of_it(
+    namespace: str, new_manager: NewManager, new_gate: NewGate, meanwhile: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manager, began, go = new_manager(max_model_copies=1), new_gate(), new_gate()
+
+    async def wants() -> None:
+        async with manager.model_async("a", Loads(began=began, go=go)):
+            pytest.fail("its loop is closed")
+
+    held = manager.acquire_model("a", Loads()) if meanwhile == "waits" else None
+    loop = asyncio.new_event_loop()
+    task = loop.create_task(wants())
+    loop.run_until_complete(until(lambda: waiting(namespace, "a") or began.is_open()))
+    heard, tells = threading.Event(), loop.call_soon_threadsafe
+
+    def hear(*arguments: Any, **options: Any) -> Any:
+        told = tells(*arguments, **options)
+        heard.set()
+        return told
+
+    # The loop has stopped, so what a thread tells it stays where it is.
+    monkeypatch.setattr(loop, "call_soon_threadsafe", hear)
+    go.open()
+    if held is not None:
+        manager.release_model("a", held)
+    assert heard.wait(DEADLINE_S)
+    loop.close()
+    assert [copy.state for copy in settled(namespace).instances] == ["idle"]
+    # As above.
+    task._log_destroy_pending = False  # type: ignore[attr-defined]  # private to asyncio
+
+
+@pytest.mark.usefixtures("uncollected")
+@pytest.mark.parametrize("meanwhile", ["waits", "loads"])
 def test_what_a_task_gets_whose_loop_was_closed_goes_back(
     namespace: str, new_manager: NewManager, new_gate: NewGate, meanwhile: str
 ) -> None:

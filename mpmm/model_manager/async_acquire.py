@@ -138,6 +138,7 @@ class AsyncAcquire:
 
         def answer(outcome: Outcome) -> None:
             outcomes.append(outcome)
+            self._operation.unheard_by = weakref.ref(loop)
             # No function of this module is called back, because a loop goes on after an exception in a callback, and
             # the answer would be lost.
             try:
@@ -149,12 +150,17 @@ class AsyncAcquire:
         copy = await self._in_thread(threads.transactions, functools.partial(self._enter, answer), self._leave)
         if copy is not None:
             return copy
+        if outcomes:
+            # It was answered before this task was resumed for having queued.
+            self._operation.unheard_by = weakref.ref(loop)
         while True:
             try:
                 await answered.wait()
             except asyncio.CancelledError:
                 threads.transactions.submit(self._leave)
                 raise
+            finally:
+                self._operation.unheard_by = None
             outcome = outcomes.pop()
             if outcome is None:
                 raise await self._in_thread(threads.transactions, acquisition.time_out, never=self._leave)
@@ -240,13 +246,22 @@ class AsyncAcquire:
                 # Not as a callback itself: where the future is done, the loop's own thread would wait for the lock.
                 future.add_done_callback(functools.partial(self._undo_in_thread, undo))
             raise
+        finally:
+            self._operation.unheard_by = None
 
     def _undo_in_thread(self, undo: Callable[[T], object], future: Future[T]) -> None:
         self._threads.transactions.submit(_undo_result, undo, future)
 
     def _abandon_if_unheard(self, loop: asyncio.AbstractEventLoop, future: Future[Any]) -> None:
-        """Abandon what a thread has got for a task whose loop was closed meanwhile; what was cancelled is undone."""
-        if loop.is_closed() and not self._is_cancelled:
+        """Abandon what a thread has got for a task whose loop was closed, or is before it hears of that.
+
+        What was cancelled is undone.
+        """
+        if self._is_cancelled:
+            return
+        # First, because the loop may be closed at any time until it has resumed the task.
+        self._operation.unheard_by = weakref.ref(loop)
+        if loop.is_closed():
             self.abandon()
 
     def _unless_abandoned(self, function: Callable[[], T]) -> T:

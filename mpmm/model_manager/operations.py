@@ -19,9 +19,12 @@ import weakref
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mpmm.interpreter.thread_frames import current_frames
+
+if TYPE_CHECKING:
+    import asyncio
 
 __all__ = ["Held", "LoadedInstance", "Operation", "ended_calls", "key_of"]
 
@@ -59,7 +62,8 @@ class Operation:
 
     ticket: row and number of its place in the queue. booking: row and generation of what it loads, or has leased.
     frame: where it runs; None if it does not, because an object, its `owner`, answers for it. warning: logged if that
-    is collected meanwhile. abandoned: it will not go on.
+    is collected meanwhile. abandoned: it will not go on. unheard_by: the event loop that has not resumed the task yet
+    for which a thread has something in hand; a loop that was closed never does.
     """
 
     held: Held | None = None
@@ -67,6 +71,7 @@ class Operation:
     ticket: tuple[int, int] | None = None
     booking: tuple[int, int] | None = None
     owner: weakref.ref[object] | None = None
+    unheard_by: weakref.ref[asyncio.AbstractEventLoop] | None = None
     warning = ""
     abandoned = False
 
@@ -81,8 +86,14 @@ class Operation:
 
     @property
     def is_orphaned(self) -> bool:
-        """Tell whether the object that answers for it has been collected."""
-        return self.frame is None and self.owner is not None and self.owner() is None
+        """Tell whether the object that answers for it has been collected, or never hears of it."""
+        if self.frame is not None or self.owner is None:
+            return False
+        if self.owner() is None:
+            return True
+        unheard_by = self.unheard_by
+        loop = None if unheard_by is None else unheard_by()
+        return loop is not None and loop.is_closed()
 
 
 def ended_calls(operations: set[Operation]) -> list[Operation]:
