@@ -341,6 +341,36 @@ def test_a_handler_says_what_its_model_takes(namespace: str, new_manager: NewMan
     assert problems(namespace) == []
 
 
+@pytest.mark.parametrize(
+    ("sizes", "options", "said"),
+    [
+        ((42, 7.5, None), {}, {"expect_mb": 49.5}),
+        ((42, 7.5, 50), {"max_models_per_worker_hint": 2}, {"expect_mb": 92.0}),
+        ((None, None, None), {}, {}),
+        # As if it were a handler of its own.
+        ((42, "much", None), {}, {"expect_mb": "much"}),
+        ((42, -1, None), {}, {"expect_mb": -1}),
+    ],
+)
+def test_the_handlers_in_a_keyed_one_say_what_a_copy_takes_that_holds_their_models(
+    sizes: tuple[Any, ...], options: dict[str, int], said: dict[str, Any]
+) -> None:
+    from apache_beam.ml.inference.base import KeyedModelHandler, KeyModelMapping, ModelHandler
+
+    def handler(mb: Any) -> Any:
+        made = ModelHandler()
+        if mb is not None:
+            made.mpmm_expect_mb = mb
+        return made
+
+    mappings = [KeyModelMapping([str(key)], handler(mb)) for key, mb in enumerate(sizes)]
+    keyed = KeyedModelHandler(mappings, **options)
+    assert options_of_handler(keyed) == said
+    assert options_of_handler(Around(keyed, mpmm_users=3)) == {"users": 3, **said}
+    keyed.mpmm_expect_mb = 9
+    assert options_of_handler(keyed) == {"expect_mb": 9}
+
+
 @pytest.mark.parametrize(("size", "mb"), [("42", 42), ("0.5g", 512), ("64MiB", 64), ("64mb", 64)])
 def test_a_preload_at_a_prompt_says_what_the_model_takes(
     namespace: str, new_manager: NewManager, monkeypatch: pytest.MonkeyPatch, size: str, mb: float

@@ -28,7 +28,9 @@ Beam asks for models by itself, so a handler says by attributes what other calle
     mpmm_users = 4          Four workers use one copy at a time (`users=`), for a model that may be called from several
                             threads at a time.
     mpmm_expect_mb = 1500   What a copy takes (`expect_mb=`), until the model is measured. An attribute `expect_mb` of
-                            what `load_model` returns does the same, from the end of the first load on.
+                            what `load_model` returns does the same, from the end of the first load on. The handlers
+                            in a `KeyedModelHandler` with several models may say it, too: a copy, which holds all of
+                            them, takes the sum, of the `max_models_per_worker_hint` largest if there is such a hint.
     mpmm_priority = 3       How urgent the batches are that wait for the model (`priority=`), from -10 to 10.
 
 From one host to many

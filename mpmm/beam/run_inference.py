@@ -19,11 +19,14 @@ Without `use_model_manager` they do what they did.
 from __future__ import annotations
 
 import functools
+import heapq
+import math
 import re
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
+from numbers import Real
 from types import ModuleType
 from typing import Any
 
@@ -155,7 +158,8 @@ def name_of_handler(handler: Any) -> str:
 def options_of_handler(handler: Any) -> dict[str, Any]:
     """Return the options of requests for its model that a handler says itself, by the attributes of `OPTIONS`.
 
-    Each may be an attribute of the handler or of one that it wraps; what the outer one says counts.
+    Each may be an attribute of the handler or of one that it wraps; what the outer one says counts. What a keyed
+    handler with several models does not say itself of its size, its models' handlers say.
     """
     found: dict[str, Any] = {}
     while handler is not None:
@@ -163,8 +167,24 @@ def options_of_handler(handler: Any) -> dict[str, Any]:
             value = getattr(handler, attribute, None)
             if value is not None:
                 found.setdefault(option, value)
+        models = getattr(handler, "_id_to_mh_map", None)
+        if models and "expect_mb" not in found:
+            found |= _size_of_several(models.values(), getattr(handler, "_max_models_per_worker_hint", None))
         handler = getattr(handler, "_base", None) or getattr(handler, "_unkeyed", None)
     return found
+
+
+def _size_of_several(handlers: Iterable[Any], most: int | None) -> dict[str, Any]:
+    """Return the option for the size of a copy that holds the models of several handlers, as far as these say theirs.
+
+    most: how many of the models a worker keeps in it, None for all; they may be the largest.
+    """
+    said = [options["expect_mb"] for options in map(options_of_handler, handlers) if "expect_mb" in options]
+    wrong = [size for size in said if not (isinstance(size, Real) and float(size) > 0)]
+    if wrong or not said:
+        # The manager refuses it, as it would if the handler were alone.
+        return {"expect_mb": wrong[0]} if wrong else {}
+    return {"expect_mb": math.fsum(heapq.nlargest(len(said) if most is None else most, said))}
 
 
 def _keyed(handler: Any) -> Any:
