@@ -147,12 +147,19 @@ def test_a_dashboard_says_that_it_cannot_look_and_goes_on(
         watcher.close()
 
 
-@pytest.mark.parametrize("encoding", ["latin-1", "ascii", "utf-8"])
+@pytest.mark.parametrize(
+    "streams",
+    [
+        *({"PYTHONIOENCODING": f"{encoding}:strict"} for encoding in ("latin-1", "ascii", "utf-8")),
+        {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"},
+    ],
+    ids=str,
+)
 def test_whatever_the_output_can_write_all_of_it_arrives_in_some_form(
-    encoding: str, namespace: str, new_manager: NewManager
+    streams: dict[str, str], namespace: str, new_manager: NewManager
 ) -> None:
     use(new_manager(), "Модель-\udcff")
-    environment = {**os.environ, "PYTHONIOENCODING": f"{encoding}:strict"}
+    environment = {**os.environ, **streams}
     for command in (["--help"], ["help", "costs"], ["inspect"], ["ps"], ["ps", "--format", "{tag}"], ["metrics"]):
         done = subprocess.run(
             [sys.executable, "-m", "mpmm", *command], env=environment, capture_output=True, timeout=60, check=False

@@ -320,7 +320,7 @@ BROKEN: list[dict[str, object]] = [{"ts": "now"}, {"dur": None}, {"args": []}, {
 MEMORY = {"ph": "C", "name": "memory MB", "ts": 1, "pid": DEVICE_PID, "tid": 0, "args": {"used": 1}}
 
 
-@pytest.mark.parametrize("tag", ["a$b^$", "$\\nothing$", "\x1b[31m", "\udcff", "x" * 511, "_a"])
+@pytest.mark.parametrize("tag", ["a$b^$", "$\\nothing$", "\x1b[31m", "模型", "\udcff", "x" * 511, "_a"])
 def test_a_tag_of_any_letters_is_drawn_as_it_is(tag: str, tmp_path: Path, capsys: Capture) -> None:
     pytest.importorskip("matplotlib", reason="needs the extra plot")
     file = tmp_path / "trace.json"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import warnings
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -170,7 +171,10 @@ def draw(events: Iterable[TraceEvent], path: Path) -> None:
         axes = figure.add_subplot(len(devices), 1, place + 1, sharex=first)
         first = first or axes
         _draw_device(axes, history, start, colours)
-    figure.savefig(path, dpi=100)
+    with warnings.catch_warnings():
+        # A box stands for a letter that the font lacks, which a line of our code on stderr would not explain.
+        warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from", UserWarning)
+        figure.savefig(path, dpi=100)
 
 
 def _draw_device(axes: Any, history: DeviceHistory, start: float, colours: dict[str, str]) -> None:
