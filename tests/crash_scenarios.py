@@ -409,6 +409,7 @@ def scenarios() -> dict[str, Callable[[Lab], Operation]]:
         "tickets.block": on(Lab.ticket, lambda t, tr, row: tr.tickets.block(t, row)),
         "tickets.call_up": on(Lab.ticket, lambda t, tr, row: tr.tickets.call_up(t, row)),
         "tickets.let_pass": on(Lab.ticket, lambda t, tr, row: tr.tickets.let_pass(t, row)),
+        "tickets.expire": on(Lab.ticket, lambda t, tr, row: tr.tickets.expire(t, row)),
         "hand_over.grant": granted,
         "hand_over.from_holder": passed_on,
         "hand_over.allow_load": on(

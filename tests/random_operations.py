@@ -255,13 +255,15 @@ def tell(made: RandomTables, t: Transaction) -> None:
     if made.plain and made.tables.tickets[newest].state == Ticket.WAITING:
         row = newest
     tickets = made.transitions.tickets
-    what = made.chance.choice([0, 0, 1, 2, 3, 3])
+    what = made.chance.choice([0, 0, 1, 2, 3, 3, 4])
     if what == 0:
         tickets.block(t, row)
     elif what == 1:
         tickets.let_pass(t, row)
     elif what == 2:
         tickets.call_up(t, row)
+    elif what == 4:
+        tickets.expire(t, row)
     else:
         tickets.set_reason(t, row, Cause(made.chance.choice(made.reasons), 1.0, 2.0, 3.0, 4.0))
 

@@ -243,6 +243,8 @@ ELSEWHERE = {
     Reason.HOST_SHORT: "is dropped from host memory: the host has only 0 MB left",
     Reason.BY_HAND: "is suspended because `suspend` asked for it",
     Reason.HOST_FULL: "is dropped from host memory so that b, which needs 0 MB there, can be suspended: 0 free",
+    Reason.NOT_FREE: "gets nothing: idle copies of b would have to be evicted for it, and nothing is evicted for a "
+    "request that does not wait",
     Reason.ASKED: "is unloaded, now or when it is released, because `unload` or `update_settings` asked for it",
 }
 

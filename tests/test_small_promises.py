@@ -13,12 +13,14 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import pytest
-from harness import NewManager, NewProcess, Seat, learn, problems, wait_until
+from harness import NewManager, NewProcess, Seat, acquire, copies_of, learn, problems, release, wait_until
+from loaders import LoadsObject
 from patience import DEADLINE_S, Stopwatch
 
 from mpmm.errors import AcquireTimeoutError, ClosedError, NotAcquiredError
 from mpmm.model_manager import ModelManager
 from mpmm.multi_process_shared import MultiProcessShared
+from mpmm.shared_state.layout import Capacities
 from mpmm.shared_state.snapshot import find_namespaces, read_snapshot
 
 
@@ -87,6 +89,86 @@ def test_no_wait_for_what_is_not_free(namespace: str, new_manager: NewManager) -
 async def _hold_b_in_loop(manager: ModelManager) -> None:
     async with manager.model_async("b", Thing):
         pass
+
+
+#: Each asks for 600 MB and waits for nothing.
+UNDISTURBING: dict[str, Callable[[ModelManager], object]] = {
+    "acquire_model": lambda manager: manager.acquire_model("b", Thing),
+    "model_async": lambda manager: asyncio.run(_hold_b_in_loop(manager)),
+    "preload": lambda manager: manager.preload("b", Thing, timeout_seconds=0),
+    "reserve": lambda manager: manager.reserve(600, timeout_seconds=0),
+}
+
+
+@pytest.mark.parametrize("request_b", UNDISTURBING.values(), ids=UNDISTURBING)
+def test_no_wait_evicts_nothing(
+    namespace: str, new_manager: NewManager, request_b: Callable[[ModelManager], object]
+) -> None:
+    manager = new_manager(wait_timeout_seconds=0)
+    learn(Seat(manager), a=500, b=600)
+    with manager.model("a", Thing) as first:
+        pass
+    with pytest.raises(AcquireTimeoutError, match="not_free: gets nothing: idle copies of a would have to be evicted"):
+        request_b(manager)
+    with manager.model("a", Thing) as again:
+        assert again is first
+    snapshot = read_snapshot(namespace)
+    assert (snapshot.waiting, snapshot.evictions, snapshot.timeouts, Thing.unloaded) == (0, 0, 1, 0)
+    assert problems(namespace) == []
+
+
+def test_no_wait_has_no_other_copy_of_the_model_exchanged(
+    namespace: str, new_manager: NewManager, new_process: NewProcess
+) -> None:
+    manager, other = new_manager(wait_timeout_seconds=0, max_model_copies=1), new_process()
+    other.call(acquire, "a", LoadsObject("a"))
+    other.call(release)
+    with pytest.raises(AcquireTimeoutError, match="not_free: gets nothing: idle copies of a would have to be evicted"):
+        manager.acquire_model("a", Thing)
+    assert [copy.state for copy in copies_of(namespace, "a")] == ["idle"]
+    assert problems(namespace) == []
+
+
+@pytest.mark.parametrize("capacities", [Capacities(models=1), Capacities(instances=1)], ids=["models", "copies"])
+@pytest.mark.parametrize("ask", ["acquire", "reserve", "preload", "preload if_free"])
+def test_no_wait_makes_no_room_in_a_table(
+    namespace: str, new_manager: NewManager, capacities: Capacities, ask: str
+) -> None:
+    manager = new_manager(wait_timeout_seconds=0, capacities=capacities)
+    with manager.model("a", Thing) as first:
+        pass
+    if ask == "preload if_free":
+        assert manager.preload("b", Thing, if_free=True) == 0
+    else:
+        with pytest.raises(AcquireTimeoutError, match="row in the table of"):
+            if ask == "acquire":
+                manager.acquire_model("b", Thing)
+            elif ask == "reserve":
+                manager.reserve(10, timeout_seconds=0)
+            else:
+                manager.preload("b", Thing, timeout_seconds=0)
+    with manager.model("a", Thing) as again:
+        assert again is first
+    assert (read_snapshot(namespace).evictions, problems(namespace)) == (0, [])
+
+
+def test_no_wait_makes_no_room_for_a_second_turn_of_a_loader(namespace: str, new_manager: NewManager) -> None:
+    manager = new_manager(wait_timeout_seconds=0)
+    with manager.model("a", Thing) as first:
+        pass
+
+    def fail_for_memory() -> Thing:
+        raise MemoryError("no room")
+
+    for call in (
+        lambda: manager.acquire_model("b", fail_for_memory),
+        lambda: manager.preload("b", fail_for_memory, if_free=True, timeout_seconds=60),
+    ):
+        with pytest.raises(MemoryError, match="no room"):
+            call()
+    with manager.model("a", Thing) as again:
+        assert again is first
+    assert (read_snapshot(namespace).evictions, problems(namespace)) == (0, [])
 
 
 def _note_outcome(call: Callable[[], object], outcomes: list[Any]) -> None:

@@ -196,7 +196,8 @@ def load_booked(acquisition: Acquisition, booking: Booking, loader: Callable[[],
     """Load, or resume, what `booking` stands for, and return it.
 
     If the loader runs out of memory, room is made, and the request queues for a second turn. There is none for a load
-    that had its devices to itself, with no larger ones to go to, because nothing can be unloaded for it.
+    that had its devices to itself, with no larger ones to go to, because nothing can be unloaded for it; nor for a
+    request that takes only what is free.
     """
     try:
         return _load_booked(acquisition, booking, loader)
@@ -207,12 +208,13 @@ def load_booked(acquisition: Acquisition, booking: Booking, loader: Callable[[],
 
 def _load_booked(acquisition: Acquisition, booking: Booking, loader: Callable[[], Any]) -> Any:
     found: LoadedInstance | Booking | None = booking
-    has_run_out = False
+    # A second turn takes room that is made for it.
+    is_last = acquisition.takes_only_free
     while isinstance(found, Booking):
         if found.resumes:
             found = resume(acquisition, found) or _queue_again(acquisition)
             continue
-        attempt = LoadAttempt(acquisition, found, loader, last=has_run_out)
+        attempt = LoadAttempt(acquisition, found, loader, last=is_last)
         try:
             return attempt.run().value
         except Exception as error:
@@ -222,7 +224,7 @@ def _load_booked(acquisition: Acquisition, booking: Booking, loader: Callable[[]
         # Its frames would keep what was loaded so far, and with it the memory.
         traceback.clear_frames(failure.__traceback__)
         collect_garbage()
-        has_run_out, found = True, None
+        is_last, found = True, None
         with suppress(MpmmError):
             acquisition.session.out_of_memory.make_room(attempt.devices)
             acquisition.session.unloads.wait_for_unloads(attempt.devices)

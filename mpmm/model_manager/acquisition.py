@@ -119,7 +119,7 @@ class Acquisition(QueuedRequest["LoadedInstance | Booking"]):
         Raises QueueFullError, TableFullError, NothingFree, LockTimeoutError.
         """
         session, self.row, self.planned = self.session, -1, True
-        may_know = self.request.is_plain and not (self.preload or self.nested)
+        may_know = self.request.is_plain and not (self.preload or self.nested or self.takes_only_free)
         if may_know and self._queue_quickly():
             return None
         if may_know and session.scheduler.may_know_the_wait(self.tag):
@@ -189,10 +189,10 @@ class Acquisition(QueuedRequest["LoadedInstance | Booking"]):
             if self.request.expect_mb:
                 namespace.transitions.estimates.expect(t, model, self.request.expect_mb)
             self._make_ticket(t, model)
-            if self.request.if_free and not session.scheduler.needs_nothing(self.row):
+            if self.request.if_free and session.scheduler.why_not_at_once(self.row, or_ever=True) is not None:
                 self.operation.ticket = None
                 raise NothingFree
-            session.scheduler.advance(t, newcomer=self.row)
+            self.plan(t)
             self._expect_place(model)
 
     def _make_ticket(self, t: Transaction, model: int, cause: Cause | None = None) -> None:

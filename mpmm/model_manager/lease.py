@@ -248,7 +248,7 @@ class _LeaseRequest(QueuedRequest[Lease]):
                 steady=request.steady,
             )
             self.note_ticket(row)
-            session.scheduler.advance(t, newcomer=row)
+            self.plan(t)
 
     def _take(self, state: int, instance: int) -> Lease:
         lease = Lease(self.session, instance, self.name, self._mb, self._attachment)

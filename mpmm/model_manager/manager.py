@@ -117,7 +117,7 @@ class ModelManager(BeamNames):
             after cold ones.
         min_model_copies (count, 0 to 1000000): copies of a model beyond this number are surplus, and are evicted first.
         wait_timeout_seconds (s, at least 0): `acquire_model` gives up after this time; 0 takes only what is free at
-            once.
+            once, and evicts nothing.
         lock_timeout_seconds (s, 0.001 to 86400): a transaction gives up waiting for the lock after this time; it takes
             microseconds.
         verbose_logging: logs the steps of the estimator.
@@ -411,7 +411,7 @@ class ModelManager(BeamNames):
 
         mb: the most memory that will be used. name: for people; several leases may have the same one.
         timeout_seconds: None stands for `wait_timeout_seconds`; `math.inf` waits for as long as it takes, and 0 takes
-            only memory that is free now.
+            only memory that is free now, and evicts nothing.
         devices, span, priority: as for `acquire_model`; of several devices each gives an equal share.
         steady: until its `settled` is called, nothing else is loaded or unloaded on its devices, see `acquire_model`.
 
@@ -446,7 +446,8 @@ class ModelManager(BeamNames):
         evicted like any other; `pin` keeps them. Copies that other processes load meanwhile count, and
         `max_model_copies` ends it early.
 
-        timeout_seconds: for each load; None stands for `wait_timeout_seconds`. Options are those of `acquire_model`.
+        timeout_seconds: for each load; None stands for `wait_timeout_seconds`, and 0 evicts nothing. Options are those
+            of `acquire_model`.
         if_free: load only what fits beside everything that is loaded now: nothing is evicted for it, and it does not
             wait. What does not fit is not loaded, which is no error.
         state: `idle`, or `suspended` to have the idle copies of the model suspended once all are loaded, as `suspend`
@@ -597,7 +598,7 @@ class ModelManager(BeamNames):
         """Resume the suspended copies of a model that this process can use; return how many are, and idle now.
 
         They wait their turn like a preload, and idle copies are evicted for them. timeout_seconds: for each of them;
-        None stands for `wait_timeout_seconds`.
+        None stands for `wait_timeout_seconds`, and 0 evicts nothing.
 
         Raises AcquireTimeoutError, NamespaceResetError, TableFullError, InvalidArgumentError, ClosedError,
         LockTimeoutError.

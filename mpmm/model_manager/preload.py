@@ -35,7 +35,11 @@ def preload(acquisition: Acquisition, loader: Callable[[], Any]) -> int:
             answer = _queue_in_time(acquisition)
         if not isinstance(answer, Booking):
             return loaded
-        load_booked(acquisition, answer, loader)
+        try:
+            load_booked(acquisition, answer, loader)
+        except NothingFree:
+            # What was to be resumed could not be, and there is no room to load another one.
+            return loaded
         if operation.held is not None and session.held.take_off_hold(operation.held, operation):
             give_back(session, tag, operation.held[0], used=False)
         operation.held = None

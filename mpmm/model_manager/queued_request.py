@@ -81,6 +81,23 @@ class QueuedRequest(Generic[T]):
         """
         return to_ns(max(self.deadline, time.monotonic() + NOW_S))
 
+    @property
+    def takes_only_free(self) -> bool:
+        """Tell whether it is served at once or not at all, so that nothing is evicted, nor otherwise disturbed, for it.
+
+        Its ticket never waits: what it could not use in time would be unloaded for nothing.
+        """
+        return self.timeout_s <= 0 or self.request.if_free
+
+    def plan(self, t: Transaction) -> None:
+        """Have the policy decide for all requests that wait, now that this one has its ticket."""
+        scheduler = self.session.scheduler
+        why = scheduler.why_not_at_once(self.row) if self.takes_only_free else None
+        if why is None:
+            scheduler.advance(t, newcomer=self.row)
+        else:
+            scheduler.turn_away(t, self.row, why)
+
     def note_ticket(self, row: int) -> None:
         """Note the ticket that was made in the transaction in progress."""
         self.operation.ticket = (row, self.session.namespace.reads.queue.number(row))
@@ -184,11 +201,14 @@ def making_room(session: Session, name: str, deadline: float, enter: Callable[[]
                 continue
             if error.table != "models":
                 raise
+            # Before room is made: a model would be unloaded for a request that gives up.
+            if time.monotonic() >= deadline:
+                shown = session.namespace.tables.shown_for(name)
+                reason = "no row in the table of models"
+                raise timed_out(name, time.monotonic() - began, reason, shown=shown) from None
             # Models whose instances are all idle make room for a new one.
             with session.namespace.transaction(left_s) as t:
                 if not session.scheduler.make_room_for_model(t, session.namespace.slot):
                     raise
-        if time.monotonic() >= deadline:
-            raise timed_out(name, time.monotonic() - began, "no row in the table of models")
         session.unloads.unload_in_thread()
         time.sleep(UNLOAD_LOOK_S)

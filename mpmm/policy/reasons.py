@@ -69,6 +69,8 @@ SENTENCES: dict[Reason, str] = {
     Reason.HOST_SHORT: "is dropped from host memory: the host has only {free:.0f} MB left",
     Reason.BY_HAND: "is suspended because `suspend` asked for it",
     Reason.EXPIRED: "is unloaded: it has not been used for {seconds:g} s, as long as idle copies of its model are kept",
+    Reason.NOT_FREE: "gets nothing: idle copies of {other} would have to be evicted for it, and nothing is evicted for "
+    "a request that does not wait",
     Reason.TOO_LARGE: "is refused: needs {need:.0f} MB, but the largest device takes only {free:.0f}",
 }
 #: Of waits that should have ended by now, where the sentence above would still promise them.

@@ -90,6 +90,8 @@ class Reason(IntEnum):
     HOST_SHORT = 46  # the host has hardly any memory left
     # Copies are unloaded:
     OUT_OF_MEMORY = 47  # a load, or a use, ran out of memory where they lie
+    # A ticket is turned away:
+    NOT_FREE = 48  # it does not wait, so nothing is evicted for it
 
 
 @dataclass(frozen=True)

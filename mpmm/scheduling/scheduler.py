@@ -121,10 +121,30 @@ class Scheduler:
                 return
             # Nobody in this part of the queue is left, so the rest moves up.
 
-    def needs_nothing(self, ticket: int) -> bool:
-        """Tell whether a waiter would be served now, with nothing evicted for it, and with nobody to wait for."""
-        decisions = make_plan(self.views.read_view()).decisions
-        return any(one.ticket == ticket and not isinstance(one, Wait | Evict | Refuse) for one in decisions)
+    def why_not_at_once(self, ticket: int, or_ever: bool = False) -> Why | None:
+        """Return what a waiter would wait for, or have done for it; None if it is served now and disturbs nobody.
+
+        What is refused has its answer at once, too, unless `or_ever`.
+        """
+        decisions = (one for one in make_plan(self.views.read_view()).decisions if one.ticket == ticket)
+        match next(decisions, None):
+            case None:
+                return Why(Reason.BEHIND)
+            case Wait(why=why):
+                return why
+            case Evict(instances=instances):
+                return Why(Reason.NOT_FREE, other=self._tables.instances[instances[0]].model)
+            case Load(why=why) if not self.table_rows.has_row_for_instance():
+                return replace(why, reason=Reason.TABLE_FULL)
+            case Refuse(why=why) if or_ever:
+                return why
+        return None
+
+    def turn_away(self, t: Transaction, ticket: int, why: Why) -> None:
+        """Let a newcomer that does not wait be served no more: it has been told why, and is about to leave."""
+        self.demand.count(t, self._tables.tickets[ticket].model)
+        self._note_wait(t, ticket, why, first=False)
+        self._namespace.transitions.tickets.expire(t, ticket)
 
     def keep(self, t: Transaction, instance: int, used: bool, call_up: bool) -> bool:
         """Take a copy from its holder, but leave it idle for that process, although others wait.

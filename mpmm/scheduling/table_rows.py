@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-import numpy as np
+from contextlib import suppress
 
+import numpy as np
+import numpy.typing as npt
+
+from mpmm.errors import TableFullError
 from mpmm.policy.view import Reason
 from mpmm.scheduling.suspension import SuspensionDecisions
 from mpmm.shared_state.events import Cause
@@ -25,15 +29,25 @@ class TableRows:
         self._tables = namespace.tables
         self._suspension = suspension
 
+    def has_row_for_instance(self) -> bool:
+        """Tell whether there is a row for another copy that none has to be unloaded for."""
+        with suppress(TableFullError):
+            return self._tables.free_row(self._namespace.segment.layout.instances) >= 0
+        return bool(len(self._unused_seats()))
+
     def free_seat(self, t: Transaction) -> bool:
         """Take a seat that nobody uses from its copy for want of a row; return False if there is none."""
-        rows = self._tables.instance_columns()
-        seats = np.flatnonzero((rows.state == Instance.IDLE) & (rows.seat_of != 0))
+        seats = self._unused_seats()
         if not len(seats):
             return False
         # The one that has been free longest: the next user of the copy takes another.
-        self._namespace.transitions.seats.free(t, int(seats[np.argmin(rows.since[seats])]))
+        since = self._tables.instance_columns().since[seats]
+        self._namespace.transitions.seats.free(t, int(seats[np.argmin(since)]))
         return True
+
+    def _unused_seats(self) -> npt.NDArray[np.intp]:
+        rows = self._tables.instance_columns()
+        return np.flatnonzero((rows.state == Instance.IDLE) & (rows.seat_of != 0))
 
     def make_room_for_instance(self, t: Transaction, ticket: int) -> bool:
         """Have the copy that has been idle longest unloaded for want of a row; return False if none may be."""

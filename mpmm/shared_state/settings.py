@@ -72,7 +72,7 @@ class Settings:
         _SECONDS,
         0.0,
         math.inf,
-        "`acquire_model` gives up after this time; 0 takes only what is free at once",
+        "`acquire_model` gives up after this time; 0 takes only what is free at once, and evicts nothing",
         "it is each manager's own; `timeout_seconds` of a call is for that call",
     )
     lock_timeout_seconds: float = _setting(

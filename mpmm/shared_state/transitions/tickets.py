@@ -165,6 +165,10 @@ class Tickets(Part):
         t.set(at + Ticket.STATE, state)
         self._wake(t, at + Ticket.SIGNAL)
 
+    def expire(self, t: Transaction, row: int) -> None:
+        """End the time for which a ticket waits: from now on it is given nothing, and nothing is done for it."""
+        t.set(self._tables.ticket(row) + Ticket.DEADLINE, t.now)
+
     def stop_waiting(self, t: Transaction, row: int) -> None:
         """Count a ticket among the waiters no longer; the caller sets its state."""
         model = self._segment.words[self._tables.ticket(row) + Ticket.MODEL]
