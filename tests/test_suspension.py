@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 from harness import (
+    NewDevice,
     NewGate,
     NewManager,
     NewProcess,
@@ -22,12 +23,14 @@ from harness import (
     Seat,
     acquire,
     copies_of,
+    in_thread,
     learn,
     model_of,
     problems,
     release,
     scaled,
     wait_until,
+    waiting,
 )
 from loaders import Loads
 from sleepers import LoadsSleeper, MakesSleeper, pretend_load_s, steps
@@ -468,6 +471,53 @@ def test_who_gives_up_waiting_for_a_resume_leaves_it_suspended(manager: ModelMan
         manager.resume("a", timeout_seconds=0.1)
     assert states(manager.namespace, "a") == ["suspended"]
     assert manager.resume("a") == 1
+
+
+def test_all_copies_are_resumed_each_where_it_lies_and_none_is_loaded(
+    new_manager: NewManager, new_device: NewDevice, tmp_path: Path
+) -> None:
+    device = new_device(1000.0, 1000.0)
+    manager = new_manager(memory_source=device, suspend_budget_mb=3000.0)
+    learn(Seat(manager), a=600)
+    for index in (0, 1):
+        assert manager.preload("a", MakesSleeper(tmp_path), devices=[index]) == 1
+    assert manager.suspend("a") == 2
+    with manager.reserve(900.0, devices=[1]), pytest.raises(AcquireTimeoutError, match="leased"):
+        manager.resume("a", timeout_seconds=0.1)
+    assert sorted(states(manager.namespace, "a")) == ["idle", "suspended"], "the one beside the lease stays"
+    assert manager.suspend("a") == 1
+    with manager.reserve(500.0, devices=[0]) as lease:
+        thread, outcome = in_thread(lambda: manager.resume("a"))
+        await_states(manager.namespace, "a", "suspended", "idle")
+        wait_until(lambda: waiting(manager.namespace, "a"), "the other one waits for the lease to end")
+        lease.release()
+    thread.join()
+    assert outcome == [2]
+    snapshot = read_snapshot(manager.namespace)
+    assert (snapshot.loads, states(manager.namespace, "a")) == (2, ["idle", "idle"])
+    assert problems(manager.namespace) == []
+
+
+def test_of_two_processes_that_resume_a_model_each_copy_is_resumed_once(
+    namespace: str, new_process: NewProcess, tmp_path: Path
+) -> None:
+    processes = [new_process(suspend_budget_mb=2000.0) for _ in range(2)]
+    processes[0].call(learn, a=100)
+    processes[0].call(preload_sleepers, tmp_path, 6)
+    for _ in range(scaled(5)):
+        assert processes[0].call(suspend, "a") == 6
+        for process in processes:
+            process.send(resume, "a")
+        assert sum(process.result() for process in processes) == 6
+        snapshot = read_snapshot(namespace)
+        assert (snapshot.loads, snapshot.tickets, problems(namespace)) == (6, (), [])
+        assert {copy.state for copy in snapshot.instances} == {"idle"}
+
+
+def preload_sleepers(seat: Seat, folder: Path, copies: int) -> None:
+    """Load copies of the model that any process can use."""
+    made = iter(range(copies))
+    assert seat.manager.preload("a", lambda: LoadsSleeper(f"a-{next(made)}", MakesSleeper(folder))(), copies=copies)
 
 
 def test_who_unloads_a_model_or_lets_it_expire_means_its_suspended_copies_too(

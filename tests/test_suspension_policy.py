@@ -11,6 +11,7 @@ import pytest
 from mpmm.policy.plan import make_plan
 from mpmm.policy.suspension import HostRoom, Kept, Movable, Way, limit_s, pays, resume_s, suspend_s
 from mpmm.policy.view import (
+    BusyInstance,
     DeviceView,
     Evict,
     IdleInstance,
@@ -19,6 +20,7 @@ from mpmm.policy.view import (
     Reason,
     Resume,
     Rules,
+    Satisfied,
     SuspendedInstance,
     TicketView,
     View,
@@ -101,6 +103,58 @@ def test_a_suspended_copy_comes_before_a_load() -> None:
     (decision,) = make_plan(view(1000.0)).decisions
     assert decision == Resume(3, 7)
     assert isinstance(decision, Resume) and decision.why.reason == Reason.RESUMES and decision.why.seconds == 0.5
+
+
+def resuming(*suspended: SuspendedInstance, free_mb: tuple[float, ...], **state: Any) -> View:
+    """Return a view of devices of 1000 MB and of a waiter that wants a copy of model 0 resumed; it has one already."""
+    model = ModelView(0, True, 400.0, 1, {}, 1, load_s=10.0, resume_s=0.5)
+    devices = tuple(DeviceView(row, 1000.0, 1000.0 - mb, 0.0, 0.0, 0.0) for row, mb in enumerate(free_mb))
+    ticket = TicketView(3, 1, 2, 0, 1, 99.0, preload=1, resumes=True)
+    state = {"devices": devices, "suspended": suspended, **state}
+    return View(100.0, RULES, {0: model}, (), (ticket,), **state)
+
+
+FIRST, SECOND = SuspendedInstance(7, 0, 0, 400.0, since_s=2.0), SuspendedInstance(8, 0, 1, 400.0, since_s=1.0)
+
+
+def test_what_is_to_be_resumed_is_the_copy_that_has_room() -> None:
+    assert make_plan(resuming(FIRST, SECOND, free_mb=(1000.0, 1000.0))).decisions == (Resume(3, 7),)
+    assert make_plan(resuming(FIRST, SECOND, free_mb=(0.0, 1000.0))).decisions == (Resume(3, 8),)
+    leased = DeviceView(0, 1000.0, 900.0, 0.0, 0.0, 0.0, leased_mb=900.0)
+    (decision,) = make_plan(resuming(FIRST, free_mb=(), devices=(leased, replace(leased, device=1)))).decisions
+    assert isinstance(decision, Wait) and decision.reason == Reason.LEASED
+    open_device = DeviceView(1, 1000.0, 0.0, 0.0, 0.0, 0.0)
+    (decision,) = make_plan(resuming(FIRST, free_mb=(), devices=(leased, open_device))).decisions
+    assert isinstance(decision, Wait), "no other copy is loaded where there is room"
+
+
+def test_where_nothing_is_left_to_be_resumed_the_waiter_has_enough() -> None:
+    assert make_plan(resuming(free_mb=(1000.0,))).decisions == (Satisfied(3),)
+    assert make_plan(resuming(replace(FIRST, owner=2), free_mb=(1000.0,))).decisions == (Satisfied(3),)
+    at_most_one = replace(RULES, max_model_copies=1)
+    assert make_plan(replace(resuming(FIRST, free_mb=(1000.0,)), rules=at_most_one)).decisions == (Satisfied(3),)
+    beside = replace(resuming(replace(FIRST, mb=700.0), free_mb=(300.0,)), idle=(IdleInstance(9, 0, 0, 700.0, 50.0),))
+    assert make_plan(beside).decisions == (Satisfied(3),), "it would not fit beside the one that the waiter has"
+
+
+def test_what_is_to_be_resumed_waits_for_a_device_that_something_has_to_itself() -> None:
+    alone = DeviceView(0, 1000.0, 0.0, 0.0, 0.0, 0.0, isolated=True)
+    plan = make_plan(resuming(FIRST, free_mb=(), devices=(alone, replace(alone, device=1, isolated=False))))
+    assert plan.decisions == ()
+
+
+def test_behind_the_head_of_the_line_a_copy_is_resumed_and_none_loaded() -> None:
+    """The head waits for 900 MB of the first device, so the second one is open to others."""
+    state = resuming(SECOND, free_mb=(0.0, 1000.0))
+    needs = ModelView(1, True, 900.0, 0, {}, 1)
+    head = TicketView(4, 0, 1, 1, 1, 98.0, loadable_on=(0,), usable_on=(0,))
+    used = BusyInstance(9, 2, 0, 1000.0, 5.0)
+    held = ModelView(2, True, 1000.0, 1, {}, 0, load_s=10.0, hold_s=10.0)
+    models = {**state.models, 1: needs, 2: held}
+    beside = replace(state, tickets=(head, *state.tickets), models=models, busy=(used,))
+    assert [one for one in make_plan(beside).decisions if one.ticket == 3] == [Resume(3, 8)]
+    nothing_left = replace(beside, suspended=())
+    assert [one for one in make_plan(nothing_left).decisions if one.ticket == 3] == [Satisfied(3)]
 
 
 def test_room_is_made_for_a_suspended_copy_as_for_a_load() -> None:

@@ -17,6 +17,7 @@ from mpmm.model_manager.load import give_up_booking
 from mpmm.model_manager.operations import LoadedInstance
 from mpmm.model_manager.refusals import expect_own_time_left
 from mpmm.model_manager.release import give_back, give_back_held
+from mpmm.shared_state.layout import Ticket
 
 if TYPE_CHECKING:
     from mpmm.model_manager.attachment import Attachment
@@ -50,15 +51,12 @@ def resume_all(acquisition: Acquisition) -> int:
     """Resume the suspended instances of a model that this process can use; return how many."""
     session, operation, tag = acquisition.session, acquisition.operation, acquisition.tag
     resumed = 0
-    while session.suspender.suspended_of(tag):
-        acquisition.preload = session.suspender.loaded_of(tag) + 1
+    acquisition.preload = Ticket.ONLY_RESUMES
+    # No more than there are now: others may suspend them again as quickly, to have theirs resumed.
+    for _ in range(session.suspender.suspended_of(tag)):
         answer = _queue_in_time(acquisition)
         if not isinstance(answer, Booking):
-            break
-        if not answer.resumes:
-            # Another process was quicker, and a load is not what was asked for.
-            give_up_booking(session, answer)
-            operation.booking = None
+            # Others have resumed what was left, or dropped it.
             break
         if not session.suspender.resume(answer.row, answer.generation):
             operation.booking = None

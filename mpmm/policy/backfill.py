@@ -17,14 +17,16 @@ __all__ = ["backfill"]
 def backfill(state: PlanState, ticket: TicketView, model: ModelView) -> Decision | None:
     """Let a waiter load, or resume, what fits beside the room made for the head of the line; None if nothing."""
     head, eviction_plan = state.head, state.eviction_plan
-    if ticket.steady:
+    if head is None or ticket.steady:
         return None
-    if head is None or state.must_run_alone(ticket, model) or model.shared or state.has_most_copies(model):
+    # What only resumes is not for an instance to use, which there may be.
+    if not ticket.resumes and (state.must_run_alone(ticket, model) or model.shared or state.has_most_copies(model)):
         state.no_backfill.add(model.model)
         return None
-    if model.usable_by(ticket.member) or presumed(model, state.seen).coming_for(ticket.member):
-        return None
+    usable = model.usable_by(ticket.member) or presumed(model, state.seen).coming_for(ticket.member)
     instance = state.suspended_for(ticket) if state.suspended else None
+    if instance is None if ticket.resumes else usable:
+        return None
     if instance is not None:
         mb = math.fsum(instance.mb_on(device) for device in instance.devices)
         ticket = replace(ticket, loadable_on=instance.devices, span=len(instance.devices))

@@ -193,6 +193,8 @@ class Planner:
         """Return what happens to a waiter that gets no idle instance; None if it waits behind others."""
         state = self._state
         model = state.models[ticket.model]
+        if ticket.resumes:
+            return self._only_resume(ticket, model)
         if ticket.preload and self._has_enough(ticket, model):
             return Satisfied(ticket.row)
         if state.head is not None:
@@ -236,17 +238,36 @@ class Planner:
 
     def _resume(self, ticket: TicketView, model: ModelView, suspended: SuspendedInstance | None) -> Decision | None:
         """Let a waiter resume an instance, or have room made for that where it lies; None if a load is to be tried."""
-        if suspended is None:
-            return None
+        decision = None if suspended is None else self._resume_there(ticket, model, suspended)
+        # Where it lies others leave no room for it. Elsewhere there may be some for another copy.
+        return None if _is_hopeless_there(decision) else decision
+
+    def _resume_there(self, ticket: TicketView, model: ModelView, suspended: SuspendedInstance) -> Decision | None:
+        """Let a waiter resume an instance, have room made for that, or wait."""
         devices = suspended.devices
         mb = math.fsum(suspended.mb_on(device) for device in devices)
         there = replace(ticket, loadable_on=devices, span=len(devices))
         decision = self._load(there, resized(model, mb))
-        if isinstance(decision, Load):
-            return self._state.resume_instead(decision, suspended)
-        # Where it lies others leave no room for it. Elsewhere there may be some for another copy.
-        hopeless = isinstance(decision, Wait) and decision.reason in _ELSEWHERE
-        return None if hopeless or isinstance(decision, Refuse) else decision
+        return self._state.resume_instead(decision, suspended) if isinstance(decision, Load) else decision
+
+    def _only_resume(self, ticket: TicketView, model: ModelView) -> Decision | None:
+        """Let a waiter resume whichever instance it can have first; it is satisfied once there is none for it.
+
+        Nor is there any where those that are left would not fit beside what its member has of them.
+        """
+        state = self._state
+        if state.has_most_copies(model) or not state.has_suspended_for(ticket):
+            return Satisfied(ticket.row)
+        if state.head is not None:
+            return backfill(state, ticket, model)
+        waits: Decision | None = None
+        tried = state.all_suspended_for(ticket)
+        for suspended in tried:
+            decision = self._resume_there(ticket, model, suspended)
+            if not _is_hopeless_there(decision):
+                return decision
+            waits = waits or (None if isinstance(decision, Refuse) else decision)
+        return waits or (Satisfied(ticket.row) if tried else None)
 
     def _back_off(self, ticket: TicketView, model: ModelView) -> Wait | None:
         """Let a waiter wait whose model's last loads have failed, if the next one would evict others; see `backoff`.
@@ -335,6 +356,11 @@ class Planner:
             if others:
                 return state.evict_for(ticket, others[-1:], Why(Reason.EXCHANGED, model.need_mb))
         return Wait(ticket.row, Reason.COPIES, Why(Reason.COPIES))
+
+
+def _is_hopeless_there(decision: Decision | None) -> bool:
+    """Tell whether what a waiter is told of some devices says that others leave no room for it there."""
+    return isinstance(decision, Refuse) or (isinstance(decision, Wait) and decision.reason in _ELSEWHERE)
 
 
 def _is_of_the_many(ticket: TicketView) -> bool:

@@ -194,11 +194,29 @@ class PlanState:
         return min(model.need_mb, reach) if reach > 0 else model.need_mb
 
     def suspended_for(self, ticket: TicketView) -> SuspendedInstance | None:
-        """Return the newest suspended instance that a waiter can use; None if there is none."""
+        """Return the suspended instance that a waiter can use and have first; None if there is none."""
+        return next(iter(self.all_suspended_for(ticket)), None)
+
+    def all_suspended_for(self, ticket: TicketView) -> list[SuspendedInstance]:
+        """Return the suspended instances that a waiter can use: those that have room first, the newest of them first.
+
+        Those on a device that something else has to itself are not among them.
+        """
         if ticket.steady:
-            return None
+            return []
         closed = {device.device for device in self.view.devices} - set(self.devices)
-        return next((one for one in self.suspended if _can_resume(ticket, one, closed)), None)
+        return sorted((one for one in self.suspended if _can_resume(ticket, one, closed)), key=self._lacks_room)
+
+    def _lacks_room(self, instance: SuspendedInstance) -> bool:
+        """Tell whether a suspended instance cannot be resumed at once."""
+        return any(
+            device in self.quiet or free_mb(self.devices[device], self.slack) < instance.mb_on(device)
+            for device in instance.devices
+        )
+
+    def has_suspended_for(self, ticket: TicketView) -> bool:
+        """Tell whether there is a suspended instance for a waiter, though on a device that is closed, perhaps."""
+        return any(_can_resume(ticket, one, frozenset()) for one in self.suspended)
 
     # ---- what a decision takes -----------------------------------------------------------------------------
 

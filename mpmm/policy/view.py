@@ -260,7 +260,8 @@ class TicketView:
     may load; usable_on: those where an instance is of use for it; empty for all. span: how many devices its load takes.
     nested: its thread holds or loads something else, so it would wait for itself if it waited to run alone. passed: a
     load was let past it. rank: its place among those of the same `priority`, see `fairness.rank_ns`. steady: nothing
-    else may be loaded or unloaded where it loads.
+    else may be loaded or unloaded where it loads. resumes: a preload that is for a suspended instance alone, and has
+    nothing loaded.
     """
 
     row: int
@@ -278,6 +279,7 @@ class TicketView:
     passed: bool = False
     rank: int = 0
     steady: bool = False
+    resumes: bool = False
 
 
 @dataclass(frozen=True)

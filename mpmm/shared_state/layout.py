@@ -383,7 +383,9 @@ class Ticket:
     SIGNAL = 8  # futex word, never rolled back
     REASON = 9  # why it waits, see policy.view.Reason
     NEED_MB = 10  # float
-    PRELOAD = 11  # copies that a preload wants MEMBER to have at its disposal; 0 for who wants one to use
+    # Copies that a preload wants MEMBER to have at its disposal; ONLY_RESUMES for who wants a suspended one resumed and
+    # none loaded; 0 for who wants one to use.
+    PRELOAD = 11
     HEAD_OF_LINE_AT = 12  # when it became the first one without room; 0: it never was, or not since OVERTAKEN
     FREE_MB = 13  # float } figures of REASON, as they were when
     COMING_MB = 14  # float } it became the reason
@@ -407,7 +409,9 @@ class Ticket:
     LOAD = 3
     REFUSED = 4  # can never fit: the waiter raises ModelTooLargeError or LeaseTooLargeError
     RESET = 5  # a force_reset ended the wait
-    ENOUGH = 6  # of a preload: there are as many copies as it wants, or as there may be
+    ENOUGH = 6  # of a preload: there are as many copies as it wants, or as there may be; or none is left to be resumed
+
+    ONLY_RESUMES = 2**32  # more than there are rows for copies
 
 
 class Pin:

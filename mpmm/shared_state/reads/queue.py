@@ -270,7 +270,7 @@ def _view(
         model,
         member,
         enqueued_ns / 1e9,
-        preload,
+        1 if preload == Ticket.ONLY_RESUMES else preload,
         head_since_ns / 1e9 if head_since_ns else None,
         tuple(device_rows(loadable_on)) if loadable_on else (),
         tuple(device_rows(usable_on)) if usable_on else (),
@@ -279,4 +279,5 @@ def _view(
         bool(overtaken),
         rank,
         bool(steady),
+        preload == Ticket.ONLY_RESUMES,
     )

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
 
-from mpmm.shared_state.layout import device_rows
+from mpmm.shared_state.layout import Ticket, device_rows
 
 __all__ = [
     "PLACE",
@@ -26,6 +26,7 @@ __all__ = [
     "flag",
     "number",
     "number_or_none",
+    "preload",
     "reference",
     "state",
     "tag",
@@ -96,6 +97,11 @@ def word(place: int) -> Metadata:
 def word_or_none(place: int) -> Metadata:
     """Declare a whole number of which 0 means that there is none."""
     return _kind(place, lambda rows: [found or None for found in rows.words_at(place)])
+
+
+def preload(place: int) -> Metadata:
+    """Declare how many copies a preload wants: one more, where it is to resume one."""
+    return _kind(place, lambda rows: [1 if found == Ticket.ONLY_RESUMES else found for found in rows.words_at(place)])
 
 
 def flag(place: int) -> Metadata:

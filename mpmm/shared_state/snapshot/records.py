@@ -181,7 +181,7 @@ class TicketInfo:
     """One waiter, for a model or a lease. `need_mb` is the estimate or default when it queued; `member` is a slot.
 
     priority: its class, see `policy.fairness`; urgency: the `priority` of the request.
-    preload: how many copies a preload wants, 0 for other waiters.
+    preload: how many copies a preload wants, one for a resume, 0 for other waiters.
     reason: a number of `policy.view.Reason`; free_mb, coming_mb, seconds, other (a tag) and on (rows of devices) are
     its figures. loadable_on, usable_on: rows of the devices where it may load, and on which a copy is of use; empty
     for all.
@@ -215,7 +215,7 @@ class TicketInfo:
     called_up_ago_s: float | None = field(metadata=kinds.age_or_none(Ticket.CALLED_UP))
     # Below 0 once its deadline has passed and it has not left yet.
     time_left_s: float
-    preload: int = field(metadata=kinds.word(Ticket.PRELOAD))
+    preload: int = field(metadata=kinds.preload(Ticket.PRELOAD))
     instance: int | None = field(metadata=kinds.reference(Ticket.INSTANCE))
 
 

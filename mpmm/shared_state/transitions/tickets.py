@@ -38,7 +38,8 @@ class Tickets(Part):
     ) -> int:
         """Let a member (slot) wait for a model; return the ticket's row. Raises TableFullError.
 
-        preload: above 0, it waits for a load that brings the copies it can use to that number, not for one to use.
+        preload: above 0, it waits for a load that brings the copies it can use to that number, not for one to use; as
+        `Ticket.ONLY_RESUMES`, for the resume of one.
         loadable_on, usable_on: bits of the devices where it may load, and on which a copy is of use; 0 for all.
         span: how many devices what it loads lies on. nested: it is not to run alone, as its thread holds another.
         cause: why it waits, where that is known without a plan. urgency: see `policy.fairness`.
