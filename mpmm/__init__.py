@@ -68,6 +68,7 @@ from mpmm.errors import (
     ServerStartError,
     SharedObjectReleasedError,
     SuspendError,
+    SuspendTimeoutError,
     TableFullError,
     UnloadTimeoutError,
 )
@@ -116,6 +117,7 @@ __all__ = [
     "ServerStartError",
     "SharedObjectReleasedError",
     "SuspendError",
+    "SuspendTimeoutError",
     "TableFullError",
     "UnloadTimeoutError",
     "__version__",

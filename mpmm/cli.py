@@ -20,7 +20,8 @@
     mpmm preload TAG MODULE:FUNCTION
                                   load a model in a server process, for all processes
     mpmm suspend TAG, mpmm resume TAG
-                                  move a model's idle copies into host memory, and back
+                                  move a model's idle copies into host memory, and back; exit status 1 if none was
+                                  moved, or one is left that was to be resumed
     mpmm settings                 show the settings; `settings set NAME VALUE` changes one for all processes
     mpmm help TOPIC               settings, errors, guarantees, limits, stall and other topics at length
     mpmm reset NAMESPACE          unload everything and cancel all waiting requests; asks first at a terminal, unless
@@ -82,8 +83,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from mpmm import __version__
-from mpmm.commands import changes
-from mpmm.commands.models import asked_model
+from mpmm.commands import changes, moves
 from mpmm.commands.parser import DEFAULT_NAMESPACE, make_parser
 from mpmm.errors import InvalidArgumentError, MpmmError, SegmentLostError
 from mpmm.observability.colours import painter
@@ -452,27 +452,9 @@ def _reset(options: argparse.Namespace, root: Path | None) -> int:
 
 
 def _move(options: argparse.Namespace, root: Path | None) -> int:
-    """Suspend or resume the copies of a model; the exit status is 1 if there were none."""
-    import logging
+    from mpmm.observability.terminal_log import terminal_handler
 
-    from mpmm.model_manager import ModelManager
-
-    namespace = _namespace(options, root)
-    model = asked_model(options.tag, namespace, root)
-    # No report that our defaults differ from the settings of the namespace.
-    logging.getLogger("mpmm").setLevel(logging.ERROR)
-    with ModelManager(namespace=namespace, runtime_root=root) as manager:
-        suspends = options.command == "suspend"
-        moved = manager.suspend(model.tag) if suspends else manager.resume(model.tag)
-    done = "suspended" if suspends else "resumed"
-    print(f"{namespace}: {moved} cop{'y' if moved == 1 else 'ies'} of {model.shown} {done}")
-    if suspends and not moved:
-        print(
-            "mpmm: a copy can be suspended if it is idle, and its object has sleep() and wake_up(), or the CUDA driver "
-            "can do it; `mpmm help behaviour` says more",
-            file=sys.stderr,
-        )
-    return 0 if moved else EXIT_PROBLEM
+    return moves.move(options, _namespace(options, root), root, terminal_handler(sys.stderr))
 
 
 def _prune(options: argparse.Namespace, root: Path | None) -> int:

@@ -39,6 +39,7 @@ __all__ = [
     "ServerStartError",
     "SharedObjectReleasedError",
     "SuspendError",
+    "SuspendTimeoutError",
     "TableFullError",
     "UnloadTimeoutError",
 ]
@@ -224,6 +225,18 @@ class UnloadTimeoutError(MpmmError, TimeoutError):
 
     What to do: nothing, if they may stay until they are released, for then they are unloaded; `mpmm inspect` shows who
     holds them.
+    Attributes: `tag`, `left` (copies), `waited_seconds`.
+    """
+
+    tag: str
+    left: int
+    waited_seconds: float
+
+
+class SuspendTimeoutError(MpmmError, TimeoutError):
+    """Copies that `suspend` waits for are still to be suspended, usually because something starts undisturbed there.
+
+    What to do: nothing, if they may be suspended later, for then they are; the text says what they wait for.
     Attributes: `tag`, `left` (copies), `waited_seconds`.
     """
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import pickle
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,7 +26,9 @@ from harness import (
 )
 from loaders import Loads, LoadsObject
 from policy_views import A, B, model, ticket, view
+from sleepers import MakesSleeper
 
+from mpmm import ModelManager
 from mpmm.errors import DeadlockError
 from mpmm.policy.plan import make_plan
 from mpmm.policy.view import BusyInstance, Load
@@ -127,6 +131,88 @@ def test_a_loader_that_starts_quietly_is_told_at_once_that_nothing_else_loads_me
     assert time.monotonic() - began < 10
     assert [error.held for error in refused] == [("outer",)]
     assert problems(namespace) == []
+
+
+#: What a loader that starts quietly would wait for itself with, beside an idle copy that can be suspended.
+WAITS_FOR_ITSELF: dict[str, Callable[[ModelManager], object]] = {
+    "reserve": lambda manager: manager.reserve(10, name="inner"),
+    "unload": lambda manager: manager.unload("idle"),
+    "suspend": lambda manager: manager.suspend("idle"),
+    "preload": lambda manager: manager.preload("inner", Loads("never")),
+    "resume": lambda manager: manager.resume("asleep"),
+}
+
+
+@pytest.mark.parametrize("ask", WAITS_FOR_ITSELF.values(), ids=WAITS_FOR_ITSELF)
+def test_a_loader_that_starts_quietly_and_would_have_something_come_or_go_there_is_told_at_once(
+    namespace: str, new_manager: NewManager, tmp_path: Path, ask: Callable[[ModelManager], object]
+) -> None:
+    manager, refused = new_manager(suspend_budget_mb=2000.0), []
+    for tag in ("idle", "asleep"):
+        with manager.model(tag, MakesSleeper(tmp_path)):
+            pass
+    assert manager.suspend("asleep") == 1
+
+    def load() -> str:
+        with pytest.raises(DeadlockError, match="outer") as caught:
+            ask(manager)
+        refused.append(caught.value)
+        return "handle"
+
+    began = time.monotonic()
+    with manager.model("outer", load, steady=True):
+        assert [copy.state for tag in ("idle", "asleep") for copy in copies_of(namespace, tag)] == ["idle", "suspended"]
+        assert read_snapshot(namespace).tickets == ()
+    assert time.monotonic() - began < 10
+    assert [error.held for error in refused] == [("outer",)]
+    assert problems(namespace) == []
+
+
+def test_a_loader_that_starts_quietly_may_ask_without_waiting_or_on_another_device(
+    namespace: str, new_manager: NewManager, new_device: NewDevice
+) -> None:
+    manager = new_manager(memory_source=new_device(1000, 1000))
+    learn(Seat(manager), outer=100, here=100, there=100)
+    for tag, index in (("here", 0), ("there", 1)):
+        manager.preload(tag, Loads(tag), devices=[index])
+
+    def load() -> str:
+        assert manager.unload("here", timeout_seconds=0) == manager.unload("there") == 1
+        manager.reserve(10).release()
+        return "handle"
+
+    with manager.model("outer", load, steady=True, devices=[0]):
+        wait_until(lambda: not copies_of(namespace, "here"), "it is unloaded now")
+    assert problems(namespace) == []
+
+
+def test_a_lease_for_which_only_its_own_copies_leave_no_room_is_told_at_once(
+    namespace: str, new_manager: NewManager
+) -> None:
+    manager = new_manager()
+    learn(Seat(manager), a=700)
+    with manager.model("a", Loads("a")):
+        with pytest.raises(DeadlockError, match=r"lease 'inner' of 600 MB waits: .* in use") as caught:
+            manager.reserve(600, name="inner")
+        assert (caught.value.held, read_snapshot(namespace).tickets) == (("a",), ())
+        manager.reserve(300).release()
+    assert problems(namespace) == []
+
+
+def test_a_loader_that_runs_alone_has_a_lease_beside_it(
+    namespace: str, new_manager: NewManager, new_device: NewDevice
+) -> None:
+    device = new_device(1000)
+    manager = new_manager(memory_source=device)
+
+    def load() -> str:
+        assert read_snapshot(namespace).isolated is not None
+        manager.reserve(100).release()
+        assert read_snapshot(namespace).isolated is None
+        return "handle"
+
+    with manager.model("outer", load):
+        assert problems(namespace) == []
 
 
 def test_a_loader_that_starts_quietly_waits_for_another_device_to_open(

@@ -32,11 +32,11 @@ from harness import (
     wait_until,
     waiting,
 )
-from loaders import Loads
+from loaders import Gate, Loads, LoadsObject
 from sleepers import LoadsSleeper, MakesSleeper, pretend_load_s, steps
 
 from mpmm import ModelManager, cli
-from mpmm.errors import AcquireTimeoutError, InvalidArgumentError, MpmmError
+from mpmm.errors import AcquireTimeoutError, ClosedError, InvalidArgumentError, MpmmError, SuspendTimeoutError
 from mpmm.observability.findings import findings
 from mpmm.policy.suspension import Unsuspendable
 from mpmm.policy.view import Reason
@@ -238,7 +238,7 @@ def test_a_suspension_that_waits_for_a_quiet_start_is_not_overdue(
     monkeypatch.setattr("mpmm.suspend.suspender.limit_s", lambda mb: 0.05)
     use(manager, "a", MakesSleeper(tmp_path))
     with manager.reserve(100, name="quiet", steady=True) as lease:
-        assert manager.suspend("a") == 0, "it is not told to sleep yet"
+        assert manager.suspend("a", timeout_seconds=0) == 1, "it is going to sleep"
         time.sleep(0.2)
         manager._connected().suspender.end_overdue()
         assert states(manager.namespace, "a") == ["suspending"]
@@ -578,6 +578,81 @@ class SteadySource:
     def close(self) -> None: ...
 
 
+# ---- beside something that starts undisturbed ------------------------------------------------------------------
+
+
+def start_quietly(seat: Seat, go: Gate) -> None:
+    """Load an engine that has its device undisturbed until the gate opens."""
+    seat.held.append(("engine", seat.manager.acquire_model("engine", LoadsObject("engine", go=go), steady=True)))
+
+
+@pytest.fixture
+def engine(namespace: str, manager: ModelManager, new_process: NewProcess, new_gate: NewGate, tmp_path: Path) -> Gate:
+    """What lets the load of an engine end, which began when a copy of `a` was idle."""
+    manager._estimator.set_initial_estimate("engine", 100.0)
+    use(manager, "a", MakesSleeper(tmp_path))
+    go = new_gate()
+    new_process().send(start_quietly, go)
+    wait_until(lambda: read_snapshot(namespace).steady_devices, "the engine starts")
+    return go
+
+
+def test_a_suspension_beside_something_that_starts_undisturbed_is_waited_for(
+    manager: ModelManager, engine: Gate
+) -> None:
+    assert manager.suspend("a", timeout_seconds=0) == 1
+    thread, outcome = in_thread(lambda: manager.suspend("a"))
+    thread.join()
+    assert outcome == [0], "it is no longer idle"
+    await_states(manager.namespace, "a", "suspending")
+    engine.open()
+    await_states(manager.namespace, "a", "suspended")
+    assert problems(manager.namespace) == []
+
+
+def test_who_waits_for_such_a_suspension_is_told_what_for(
+    manager: ModelManager, engine: Gate, caplog: pytest.LogCaptureFixture
+) -> None:
+    manager._connected().warn_after_s = (0.01,)
+    thread, outcome = in_thread(lambda: manager.suspend("a"))
+    wait_until(lambda: caplog.records, "the log says it")
+    assert "for a to be suspended, which waits: engine is starting" in caplog.records[-1].getMessage()
+    engine.open()
+    thread.join()
+    assert (outcome, states(manager.namespace, "a")) == ([1], ["suspended"])
+
+
+def test_who_gives_up_waiting_for_such_a_suspension_is_told_and_it_is_made_later(
+    manager: ModelManager, engine: Gate, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SuspendTimeoutError, match=r"1 of 1 copies .* which waits: engine is starting") as caught:
+        manager.suspend("a", timeout_seconds=0.05)
+    assert (caught.value.tag, caught.value.left) == ("a", 1)
+    assert caught.value.waited_seconds >= 0.05
+    engine.open()
+    await_states(manager.namespace, "a", "suspended")
+
+
+def test_a_command_that_gives_up_waiting_for_such_a_suspension_says_so(
+    manager: ModelManager, engine: Gate, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["suspend", "a", "--wait", "0.05"]) == 1
+    assert "to be suspended yet, which waits: engine is starting, and until it has," in capsys.readouterr().err
+    engine.open()
+    await_states(manager.namespace, "a", "suspended")
+
+
+def test_a_shutdown_ends_the_wait_for_such_a_suspension(
+    new_manager: NewManager, manager: ModelManager, engine: Gate, namespace: str
+) -> None:
+    thread, outcome = in_thread(lambda: manager.suspend("a"))
+    await_states(namespace, "a", "suspending")
+    manager.shutdown()
+    thread.join()
+    assert isinstance(outcome[0], ClosedError)
+    engine.open()
+
+
 # ---- what people see -------------------------------------------------------------------------------------------
 
 
@@ -600,6 +675,34 @@ def test_it_is_done_and_shown_at_the_command_line(
     assert "mpmm_model_resumes_total{" in shown and "mpmm_host_budget_bytes{" in shown
     assert manager.suspend("a") == 1
     assert cli.main(["resume", "a"]) == 0
+
+
+def test_what_cannot_be_moved_at_the_command_line_is_said(
+    manager: ModelManager, new_process: NewProcess, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["suspend", "a"]) == cli.main(["resume", "a"]) == 1
+    assert capsys.readouterr().err == "mpmm: no copy is loaded\nmpmm: no copy is suspended\n"
+    owner = new_process()
+    owner.call(acquire, "a", MakesSleeper(tmp_path))
+    assert cli.main(["suspend", "a"]) == 1
+    assert capsys.readouterr().err == "mpmm: no copy is idle: 1 active\n"
+    owner.call(release)
+    assert cli.main(["suspend", "a"]) == 0
+    assert cli.main(["resume", "a"]) == cli.main(["suspend", "a"]) == 1
+    assert capsys.readouterr().err.splitlines() == [
+        f"mpmm: 1 copy is still suspended as objects of pid {owner.pid}, which alone can resume them: at its next "
+        "request for the model, or by `resume` of its own manager",
+        "mpmm: 1 copy is suspended already",
+    ]
+    assert owner.call(resume, "a") == 1
+    with manager.model("b", LoadsSleeper("b-1", MakesSleeper(tmp_path))):
+        pass
+    assert cli.main(["suspend", "b"]) == 0
+    capsys.readouterr()
+    with manager.reserve(900.0):
+        assert cli.main(["resume", "b", "--wait", "0.05"]) == 1
+    assert "b after 0." in capsys.readouterr().err
+    assert cli.main(["resume", "b"]) == 0
 
 
 def test_a_trace_has_spans_for_both_directions(manager: ModelManager, tmp_path: Path) -> None:

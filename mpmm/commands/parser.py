@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from mpmm import __version__
-from mpmm.commands import changes
+from mpmm.commands import changes, moves
 from mpmm.commands.help_pages import TOPICS
-from mpmm.commands.models import HELP
 from mpmm.errors import InvalidArgumentError
 from mpmm.text.arguments import checked_size_mb, in_brief
 
@@ -124,12 +123,7 @@ def _add_changing(commands: Commands) -> None:
     reset = commands.add_parser("reset", help="unload everything and cancel all waiting requests")
     _add_namespace(reset, "none, it has to be named")
     reset.add_argument("-y", "--yes", action="store_true", help="do not ask at a terminal")
-    for name, what in (
-        ("suspend", "move a model's idle copies into host memory, if they can be suspended"),
-        ("resume", "move a model's suspended copies back to their devices"),
-    ):
-        command = commands.add_parser(name, help=what)
-        command.add_argument("tag", metavar="TAG", help=HELP)
+    for command in moves.add_commands(commands):
         _add_namespace(command)
     prune = commands.add_parser("prune", help="remove segments and folders that crashed processes left behind")
     prune.add_argument("--dry-run", action="store_true", help="only list what would be removed")

@@ -75,6 +75,10 @@ class Acquisition(QueuedRequest["LoadedInstance | Booking"]):
         self.preload = preload
         self.nested = False
 
+    @property
+    def called(self) -> str:
+        return f"model {self.session.namespace.tables.called(self.tag)}"
+
     # ---- without a ticket ----------------------------------------------------------------------------------
 
     def set_keep_alive(self, timeout_s: float | None = None) -> None:

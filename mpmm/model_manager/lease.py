@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from mpmm.errors import AcquireTimeoutError, LeaseTooLargeError, LockTimeoutError
 from mpmm.model_manager.acquire import sleep_until_answered
+from mpmm.model_manager.nested import end_isolation, expect_no_deadlock
 from mpmm.model_manager.queued_request import QueuedRequest, making_room
 from mpmm.model_manager.refusals import expect_own_time_left, largest_limit
 from mpmm.shared_state.layout import Instance
@@ -226,10 +227,19 @@ class _LeaseRequest(QueuedRequest[Lease]):
         self._encoded = encoded
         self._mb = mb
 
+    @property
+    def called(self) -> str:
+        return f"lease {self.name!r} of {self._mb:g} MB"
+
     def wait(self) -> Lease:
         """Queue, and sleep until the lease is granted."""
+        firm, alone = self.session.thread.rows()
+        # What this thread has to run alone does so until the thread asks for more.
+        end_isolation(self.session, (*firm, *alone))
         try:
             making_room(self.session, self.name, self.deadline, self._enqueue)
+            if firm:
+                expect_no_deadlock(self, firm)
             lease = sleep_until_answered(self)
         except LockTimeoutError as error:
             expect_own_time_left(self.session, self.name, error)
@@ -258,7 +268,7 @@ class _LeaseRequest(QueuedRequest[Lease]):
     def _refused(self, need_mb: float) -> LeaseTooLargeError:
         limit_mb, device = largest_limit(self.session, self.request)
         return LeaseTooLargeError(
-            f"lease {self.name!r} of {self._mb:g} MB: the limit of {device!r} is {limit_mb:.0f} MB, so it can never be "
+            f"{self.called}: the limit of {device!r} is {limit_mb:.0f} MB, so it can never be "
             "had; slack_percentage, and memory_budget_mb (host) or fallback_memory_mb (booked), set the limit",
             name=self.name,
             need_mb=self._mb,
@@ -270,7 +280,7 @@ class _LeaseRequest(QueuedRequest[Lease]):
         reason, _ = self.leave(timed_out=True)
         waited = time.monotonic() - self.began
         return AcquireTimeoutError(
-            f"lease {self.name!r} of {self._mb:g} MB: not available within {waited:.1f} s (last reason: {reason}); "
+            f"{self.called}: not available within {waited:.1f} s (last reason: {reason}); "
             "timeout_seconds sets the limit",
             tag=self.name,
             waited_seconds=waited,

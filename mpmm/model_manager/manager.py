@@ -28,12 +28,13 @@ from mpmm.model_manager.attachment import Attachment, JoinsWith, closed_by_shutd
 from mpmm.model_manager.beam_attributes import BeamNames, CopiesByTag
 from mpmm.model_manager.block import Block
 from mpmm.model_manager.lease import Lease, reserve
-from mpmm.model_manager.nested import expect_not_held
+from mpmm.model_manager.nested import expect_not_held, expect_not_kept_quiet
 from mpmm.model_manager.pins import pin, unpin
 from mpmm.model_manager.preload import book, preload, resume_all
 from mpmm.model_manager.queue_ticket import QueueTicket, waiting_tickets
 from mpmm.model_manager.release import release
 from mpmm.model_manager.request import AcquireOptions, check_names, check_request, encoded_tag, read_options
+from mpmm.model_manager.suspend_by_hand import suspend_all
 from mpmm.model_manager.uses import given_instance
 from mpmm.multi_process_shared.main_import import refuse_while_importing_main
 from mpmm.multi_process_shared.registry import is_server_process
@@ -416,7 +417,7 @@ class ModelManager(BeamNames):
         steady: until its `settled` is called, nothing else is loaded or unloaded on its devices, see `acquire_model`.
 
         Raises LeaseTooLargeError if no device is large enough, AcquireTimeoutError, NamespaceResetError,
-        TableFullError, InvalidArgumentError, ClosedError, LockTimeoutError.
+        DeadlockError (see `model`), TableFullError, InvalidArgumentError, ClosedError, LockTimeoutError.
         """
         encoded = encode_text(name, Model.TAG_BYTES, "name of a lease")
         mb = checked_number(f"lease {name!r}: mb", mb, 0.0, math.inf, "a number of MB", above=True, finite=True)
@@ -446,15 +447,16 @@ class ModelManager(BeamNames):
         evicted like any other; `pin` keeps them. Copies that other processes load meanwhile count, and
         `max_model_copies` ends it early.
 
-        timeout_seconds: for each load; None stands for `wait_timeout_seconds`, and 0 evicts nothing. Options are those
-            of `acquire_model`.
+        timeout_seconds: for each load, and for the suspension; None stands for `wait_timeout_seconds`, and 0 evicts
+            nothing. Options are those of `acquire_model`.
         if_free: load only what fits beside everything that is loaded now: nothing is evicted for it, and it does not
             wait. What does not fit is not loaded, which is no error.
         state: `idle`, or `suspended` to have the idle copies of the model suspended once all are loaded, as `suspend`
             does: they take memory of the host, and are resumed when somebody asks for the model. Suspended copies count
             then. What cannot be suspended stays idle.
 
-        Raises what `acquire_model` does; ModelTooLargeError also if so many copies can never be loaded at once.
+        Raises what `acquire_model` and `suspend` do; ModelTooLargeError also if so many copies can never be loaded at
+        once.
         """
         if not isinstance(tag, str) or not callable(loader_func):
             raise InvalidArgumentError(f"model {tag!r}, loader {loader_func!r}: expected a str and a callable")
@@ -467,7 +469,7 @@ class ModelManager(BeamNames):
         session = self._connected()
         suspender = session.suspender
         if state == "suspended" and suspender.suspended_of(tag) + suspender.loaded_of(tag) >= copies:
-            suspender.suspend_idle(tag)
+            suspend_all(session, tag, timeout_s)
             return 0
         request = read_options(options, session.samples)
         if if_free:
@@ -483,7 +485,7 @@ class ModelManager(BeamNames):
             raise
         session.end(operation)
         if state == "suspended":
-            suspender.suspend_idle(tag)
+            suspend_all(session, tag, timeout_s)
         return loaded
 
     @closed_by_shutdown
@@ -534,8 +536,8 @@ class ModelManager(BeamNames):
             wait.
 
         Raises UnloadTimeoutError if some are still there then; DeadlockError, with nothing changed, if the calling
-        thread would wait for a copy that it holds in a block or loads itself; InvalidArgumentError, ClosedError,
-        LockTimeoutError.
+        thread would wait for a copy that it holds in a block or loads itself, or for what it loads with `steady=True`
+        where a copy lies; InvalidArgumentError, ClosedError, LockTimeoutError.
         """
         encoded_tag(tag)
         timeout_s = self._timeout_s(timeout_seconds)
@@ -544,6 +546,7 @@ class ModelManager(BeamNames):
         try:
             if timeout_s > 0:
                 expect_not_held(session, tag)
+                expect_not_kept_quiet(session, tag, "unload")
             asked = unload_model(session.namespace, session.scheduler, tag)
             session.unloads.unload_in_thread()
             if timeout_s > 0:
@@ -582,16 +585,22 @@ class ModelManager(BeamNames):
             session.end(operation)
 
     @closed_by_shutdown
-    def suspend(self, tag: str) -> int:
+    def suspend(self, tag: str, *, timeout_seconds: float | None = None) -> int:
         """Suspend the idle copies of a model, if they can be suspended; return how many are. See `mpmm.suspend`.
 
         The next request for the model resumes one, and so does `resume`. Copies in use stay as they are; so do those
-        for which the host has no room, unless other suspended copies can be dropped for them.
+        for which the host has no room, unless other suspended copies can be dropped for them. Where something starts
+        undisturbed (`steady=True`), a copy is suspended once that has started.
 
-        Raises InvalidArgumentError, ClosedError, LockTimeoutError.
+        timeout_seconds: how long to wait until they are suspended; None stands for `wait_timeout_seconds`, and 0 does
+            not wait, and returns how many are going to be.
+
+        Raises SuspendTimeoutError if some are still to be suspended then; DeadlockError, with nothing changed, if the
+        calling thread would wait for what it loads itself; InvalidArgumentError, ClosedError, LockTimeoutError.
         """
         encoded_tag(tag)
-        return self._connected().suspender.suspend_idle(tag)
+        timeout_s = self._timeout_s(timeout_seconds)
+        return suspend_all(self._connected(), tag, timeout_s)
 
     @closed_by_shutdown
     def resume(self, tag: str, *, timeout_seconds: float | None = None) -> int:

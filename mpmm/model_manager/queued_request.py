@@ -82,6 +82,11 @@ class QueuedRequest(Generic[T]):
         return to_ns(max(self.deadline, time.monotonic() + NOW_S))
 
     @property
+    def called(self) -> str:
+        """What it asks for, as errors call it."""
+        raise NotImplementedError
+
+    @property
     def takes_only_free(self) -> bool:
         """Tell whether it is served at once or not at all, so that nothing is evicted, nor otherwise disturbed, for it.
 

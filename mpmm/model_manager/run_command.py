@@ -37,6 +37,7 @@ from types import FrameType
 
 from mpmm.model_manager.lease import Lease
 from mpmm.model_manager.manager import ModelManager
+from mpmm.model_manager.waits import say_at_terminal
 
 __all__ = ["EXIT_CANNOT_RUN", "EXIT_NOT_FOUND", "run_on_lease"]
 
@@ -44,7 +45,6 @@ __all__ = ["EXIT_CANNOT_RUN", "EXIT_NOT_FOUND", "run_on_lease"]
 EXIT_CANNOT_RUN = 126
 EXIT_NOT_FOUND = 127
 EXIT_BY_SIGNAL = 128
-SAY_AFTER_S = (1.0, 5.0, 30.0, 120.0, 600.0, 3600.0)
 # What ends this process while it waits, and what it passes on once the program runs.
 _ENDING = (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM)
 _PASSED_ON = frozenset((*_ENDING, signal.SIGUSR1, signal.SIGUSR2))
@@ -79,8 +79,7 @@ def run_on_lease(
     before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     try:
         with ModelManager(namespace=namespace, runtime_root=root) as manager:
-            if says is not None:
-                _say_what_is_waited_for(manager, says)
+            say_at_terminal(manager, says)
             with _ended_by_signals(mask):
                 lease = manager.reserve(
                     mb, name=name, timeout_seconds=wait_seconds, priority=priority, steady=steady_seconds > 0
@@ -90,15 +89,6 @@ def run_on_lease(
     finally:
         signal.signal(signal.SIGCHLD, before)
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-
-
-def _say_what_is_waited_for(manager: ModelManager, says: logging.Handler) -> None:
-    """Show this process's own warnings of long waits; they come sooner than in a log, as somebody sits there."""
-    manager._connected().warn_after_s = SAY_AFTER_S
-    logger = logging.getLogger("mpmm.waits")
-    logger.setLevel(logging.WARNING)
-    logger.propagate = False
-    logger.addHandler(says)
 
 
 @contextlib.contextmanager

@@ -79,7 +79,11 @@ class ThreadHolds(threading.local):
             # device opens.
             loading = (tables.instances[row] for row in firm if tables.instances[row].state == Instance.LOADING)
             closed = {device for copy in loading if copy.steady for device in copy.devices}
-            allowed = device_rows(waiter.loadable_on) or tables.used_rows(layout.devices)
+            everywhere = tables.used_rows(layout.devices)
+            allowed = device_rows(waiter.loadable_on) or everywhere
+            if waiter.preload == Ticket.ONLY_RESUMES:
+                # It is for what is suspended where the reason says.
+                allowed = waiter.on or everywhere
             return len(set(allowed) - closed) < max(1, waiter.span)
         if reason == Reason.SHARING:
             return ours.issuperset(rows) and all(tables.instances[row].state == Instance.LOADING for row in rows)

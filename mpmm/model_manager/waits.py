@@ -11,17 +11,30 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from mpmm.policy.reasons import explain
 from mpmm.policy.view import Reason
 from mpmm.scheduling import Scheduler
 from mpmm.shared_state.events import EventKind
-from mpmm.shared_state.layout import Instance, device_rows
+from mpmm.shared_state.layout import Instance, Ticket, device_rows
 from mpmm.shared_state.namespace import Namespace
 from mpmm.text.printable import printable_logger
 
-__all__ = ["WARN_AFTER_S", "WaitWarning", "Wanted", "decision", "held_by", "says_more", "wanted_by", "where"]
+if TYPE_CHECKING:
+    from mpmm.model_manager.manager import ModelManager
+
+__all__ = [
+    "WARN_AFTER_S",
+    "WaitWarning",
+    "Wanted",
+    "decision",
+    "held_by",
+    "say_at_terminal",
+    "says_more",
+    "wanted_by",
+    "where",
+]
 
 # A child of the logger of all others, so that `mpmm run` can have these messages alone.
 _LOG = printable_logger("mpmm.waits")
@@ -30,6 +43,8 @@ WARN_AFTER_S = (5.0, 30.0, 120.0)
 # More processes, and more copies of one, are only counted.
 PROCESSES_NAMED = 5
 COPIES_NAMED = 3
+# Where somebody sits at a terminal.
+SAY_AFTER_S = (1.0, 5.0, 30.0, 120.0, 600.0, 3600.0)
 # A decision is carried out at once, so it is among the last events, unless very much happens.
 EVENTS_LOOKED_AT = 512
 # These are not waited for: they make room as soon as a request wants it.
@@ -135,6 +150,20 @@ def where(namespace: Namespace, row: int) -> str:
     return f"device{'s' if len(devices) > 1 else ''} {' and '.join(map(str, devices))}"
 
 
+def say_at_terminal(manager: ModelManager, says: logging.Handler | None) -> None:
+    """Show a process's own warnings of long waits; they come sooner than in a log, as somebody sits there.
+
+    says: shows them; None where nobody sits there.
+    """
+    if says is None:
+        return
+    manager._connected().warn_after_s = SAY_AFTER_S
+    logger = logging.getLogger("mpmm.waits")
+    logger.setLevel(logging.WARNING)
+    logger.propagate = False
+    logger.addHandler(says)
+
+
 class WaitWarning:
     """Has the log say that a ticket has waited for long, a few times at growing intervals."""
 
@@ -145,8 +174,8 @@ class WaitWarning:
         found = namespace.tables.tickets[ticket]
         self._since_s = found.enqueued / 1e9
         waited_s = time.monotonic() - self._since_s
-        # A preload stands behind all requests for use, and its caller expects it to wait.
-        thresholds = () if found.preload else warn_after_s
+        # A preload stands behind all requests for use, and its caller expects it to wait. To resume takes a moment.
+        thresholds = () if found.preload not in (0, Ticket.ONLY_RESUMES) else warn_after_s
         self._left = [seconds for seconds in thresholds if seconds > waited_s]
 
     def in_s(self) -> float:

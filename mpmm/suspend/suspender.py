@@ -7,7 +7,7 @@ import functools
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,12 @@ from mpmm.errors import ModelServerError, SuspendError
 from mpmm.memory.samples import SharedSamples
 from mpmm.multi_process_shared.rpc import protocol
 from mpmm.multi_process_shared.sleeping import ask_to, can_sleep, record_of
+from mpmm.policy.reasons import explain
 from mpmm.policy.suspension import Unsuspendable, Way, limit_s
 from mpmm.policy.view import Reason
 from mpmm.scheduling import Scheduler
 from mpmm.shared_state.events import Cause
-from mpmm.shared_state.layout import Instance
+from mpmm.shared_state.layout import Instance, device_rows
 from mpmm.shared_state.namespace import Namespace
 from mpmm.shared_state.rows import InstanceRow
 from mpmm.shared_state.settings import ALWAYS, NEVER
@@ -134,8 +135,8 @@ class Suspender:
         if done:
             _LOG.info("mpmm %s: pid %d suspended %s", self._namespace.name, self._namespace.pid, task.shown)
 
-    def suspend_idle(self, tag: str) -> int:
-        """Have the idle copies of a model suspended, by hand, and return how many; waits until they are."""
+    def begin_with_idle(self, tag: str) -> list[tuple[int, int]]:
+        """Have the idle copies of a model suspended, by hand; return row and generation of each that is going to be."""
         namespace = self._namespace
         suspend, cause = self._scheduler.suspension.suspend, Cause(Reason.BY_HAND)
         chosen = []
@@ -144,8 +145,34 @@ class Suspender:
                 if instance.state == Instance.IDLE and suspend(t, row, namespace.slot, cause, evicted=False):
                     chosen.append((row, instance.generation))
         self._unload_in_thread()
-        self._await(lambda: not any(self._is(*one, Instance.SUSPENDING) for one in chosen), self._limit_of(chosen))
-        return sum(self._is(*one, Instance.SUSPENDED) for one in chosen)
+        return chosen
+
+    def moving_among(self, copies: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+        """Return those of some copies (row, generation) that are still to be suspended; without the lock.
+
+        None is for ever: the leader ends what takes too long.
+        """
+        return [one for one in copies if self._is(*one, Instance.SUSPENDING)]
+
+    def suspended_among(self, copies: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+        """Return those of some copies (row, generation) that are suspended; without the lock."""
+        return [one for one in copies if self._is(*one, Instance.SUSPENDED)]
+
+    def why_moving(self, copy: tuple[int, int]) -> str:
+        """Return what a copy waits for that is still to be suspended, as a sentence whose subject it is.
+
+        Without the lock.
+        """
+        tables, layout = self._namespace.tables, self._namespace.segment.layout
+        instance = tables.instances[copy[0]]
+        quiet, holder = instance.device_bits & tables.header.steady, instance.holder
+        if quiet:
+            steady = (tables.instances[row] for row in tables.used_rows(layout.instances))
+            starts = next((one for one in steady if one.steady and one.device_bits & quiet), None)
+            other = None if starts is None else tables.shown(starts.model)
+            devices = device_rows(quiet) if len(tables.used_rows(layout.devices)) > 1 else ()
+            return explain(Reason.QUIET, other=other, devices=devices)
+        return "has just been suspended" if holder is None else f"pid {tables.members[holder].pid} is suspending"
 
     def suspended_of(self, tag: str) -> int:
         """Return how many copies of a model are suspended that this process can use."""
@@ -385,10 +412,6 @@ class Suspender:
     def _is_ours(self, row: int, generation: int, state: int) -> bool:
         holder = self._namespace.tables.instances[row].holder
         return self._is(row, generation, state) and holder == self._namespace.slot
-
-    def _limit_of(self, copies: list[tuple[int, int]]) -> float:
-        instances = self._namespace.tables.instances
-        return sum(GRACE * limit_s(instances[row].device_mb) for row, _ in copies)
 
     @staticmethod
     def _await(ended: Callable[[], bool], timeout_s: float) -> None:
