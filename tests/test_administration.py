@@ -255,6 +255,24 @@ def test_fewer_copies_are_allowed_than_there_are(
     assert problems(namespace) == []
 
 
+def test_of_pinned_copies_none_is_too_many(namespace: str, new_manager: NewManager, new_process: NewProcess) -> None:
+    manager, other = new_manager(), new_process()
+    for tag in "ab":
+        assert manager.preload(tag, Weights, copies=3) == 3
+    held = manager.acquire_model("a", Weights)
+    other.call(pin, "a")
+    manager.update_settings(max_model_copies=1)
+    wait_until(lambda: len(copies_of(namespace, "b")) == 1, "those that are not pinned are unloaded")
+    manager.release_model("a", held)
+    assert [copy.state for copy in copies_of(namespace, "a")] == ["idle"] * 3
+    assert manager.preload("a", Weights, copies=4) == 0, "and there is no further one"
+    assert problems(namespace) == []
+
+
+def pin(seat: Seat, tag: str) -> None:
+    seat.manager.pin(tag)
+
+
 def test_settings_at_a_prompt(namespace: str, new_manager: NewManager, capsys: Capture) -> None:
     manager = new_manager(slack_percentage=0.2)
     assert main(["settings"]) == 0

@@ -142,7 +142,8 @@ def change_settings(namespace: Namespace, scheduler: Scheduler, changes: Mapping
     """Change parameters of the namespace for all its processes, and return all of them.
 
     With fewer `max_model_copies` the copies that are too many are unloaded, idle ones first, those in use when they are
-    given back. Raises InvalidArgumentError, and then nothing has changed; LockTimeoutError, ClosedError.
+    given back; those of pinned models stay. Raises InvalidArgumentError, and then nothing has changed;
+    LockTimeoutError, ClosedError.
     """
     while True:
         with namespace.transaction() as t:
@@ -156,8 +157,9 @@ def change_settings(namespace: Namespace, scheduler: Scheduler, changes: Mapping
 
 
 def _surplus(namespace: Namespace, most: float) -> list[int]:
-    """Return the copies of all models that are more than there may be of each."""
-    models = namespace.tables.model_rows()
+    """Return the copies of all models that are more than there may be of each, but of those that are not pinned."""
+    # A pin promises that only `unload` and a reset take its copies.
+    models = [model for model in namespace.tables.model_rows() if not namespace.tables.models[model].pins]
     before = namespace.tables.header.next_generation
     staying = (_staying(namespace, model, before, _LOADED) for model in models)
     return [row for rows in staying for row in rows[: max(0, len(rows) - int(min(most, len(rows))))]]

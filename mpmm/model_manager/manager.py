@@ -571,7 +571,7 @@ class ModelManager(BeamNames):
         They are checked as at creation, and either all of them change or none; None means no limit. Every process
         follows them from its next transaction on. The policy decides at once again for all waiting requests. Nothing
         loaded is unloaded for a change, except copies beyond a lower `max_model_copies`: idle ones at once, others when
-        they are released.
+        they are released. Those of pinned models stay, and there will be no more of them.
 
         Raises InvalidArgumentError, also for `wait_timeout_seconds`, which is each manager's own, and for settings that
         the memory source was made with; ClosedError, LockTimeoutError.

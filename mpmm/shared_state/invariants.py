@@ -85,7 +85,9 @@ def _models(snapshot: Snapshot) -> Iterator[str]:
             if copy.state in ("active", "loading", "resuming")
         )
         seats = sum(copy.seat_of is not None for copy in instances[model.row])
-        if model.loaded - seats + model.loading - going > snapshot.settings.max_model_copies:
+        too_many = model.loaded - seats + model.loading - going > snapshot.settings.max_model_copies
+        # Once they were changed, some may have stayed that were pinned then.
+        if too_many and snapshot.settings_changed_ago_s is None:
             yield f"M6 {model.tag}: {model.loaded} loaded and {model.loading} loading are more than max_model_copies"
         if model.seats != seats or model.users > MOST_USERS:
             yield f"M10 {model.tag}: seats is {model.seats}, the rows say {seats}; {model.users} users at a time"

@@ -218,7 +218,7 @@ class Model:
     M4  no two rows in state MODEL have the same TAG.
     M5  PINS equals the pin rows of this model.
     M6  no model has more ACTIVE, IDLE and LOADING copies together than `max_model_copies`; those with UNLOAD_ON_RELEASE
-        do not count, nor do seats.
+        do not count, nor do seats. Where SETTINGS_CHANGED, one that was pinned then may have more.
     M7  a row in state LEASE is KNOWN, and is that of one ticket, or of one LEASED instance, or of both.
     M8  LOAD_S, HOLD_S, MEAN_INTERARRIVAL_S, SUSPEND_S and RESUME_S are finite and not below 0; so are AT_LEAST_MB,
         EXPECT_MB and, where KNOWN, SD_MB.

@@ -364,6 +364,8 @@ class Snapshot:
     suspends: int = field(metadata=kinds.word(Header.SUSPENDS))
     resumes: int = field(metadata=kinds.word(Header.RESUMES))
     suspend_failures: int = field(metadata=kinds.word(Header.SUSPEND_FAILURES))
+    # None where they are those of the creator still.
+    settings_changed_ago_s: float | None = field(metadata=kinds.age_or_none(Header.SETTINGS_CHANGED))
     suspend_budget_mb: float
     written_off_mb: float = field(metadata=kinds.number(Header.WRITTEN_OFF))
     files_put_back: int = field(metadata=kinds.word(Header.PUT_BACK))

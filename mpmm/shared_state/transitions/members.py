@@ -252,7 +252,7 @@ class Members(Part):
     def set_settings(self, t: Transaction, settings: Settings) -> None:
         """Change the parameters of the namespace, and wake all members, which follow.
 
-        The caller sees to it that M6 holds with the new `max_model_copies`.
+        The caller sees to it that M6 holds with the new `max_model_copies`, but for pinned models, whose copies stay.
         """
         words = [(Header.SETTINGS + number, float_bits(value)) for number, value in enumerate(astuple(settings))]
         # The last store, so that nobody takes half of them for all.
