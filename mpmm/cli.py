@@ -84,6 +84,7 @@ from typing import NoReturn
 
 from mpmm import __version__
 from mpmm.commands import changes, moves
+from mpmm.commands.joining import join
 from mpmm.commands.parser import DEFAULT_NAMESPACE, make_parser
 from mpmm.errors import InvalidArgumentError, MpmmError, SegmentLostError
 from mpmm.observability.colours import painter
@@ -431,8 +432,6 @@ def _check_health(options: argparse.Namespace, root: Path | None) -> int:
 
 
 def _reset(options: argparse.Namespace, root: Path | None) -> int:
-    from mpmm.model_manager import ModelManager
-
     snapshot = read_snapshot(options.namespace, root, events=False)
     if not options.yes and sys.stdin.isatty():
         in_use = sum(copy.state == "active" for copy in snapshot.copies)
@@ -445,7 +444,7 @@ def _reset(options: argparse.Namespace, root: Path | None) -> int:
         if sys.stdin.readline().strip().lower() not in ("y", "yes"):
             print(f"{options.namespace}: nothing changed")
             return EXIT_PROBLEM
-    with ModelManager(namespace=options.namespace, runtime_root=root) as manager:
+    with join(options.namespace, root) as manager:
         manager.force_reset()
     print(f"{options.namespace}: reset")
     return 0

@@ -419,6 +419,11 @@ def test_reset_sends_everybody_away(new_process: NewProcess, namespace: str, cap
     assert (snapshot.instances, snapshot.resets, len(snapshot.members)) == ((), 1, 2)
 
 
+def test_a_reset_says_that_and_nothing_else(busy: ModelManager, namespace: str) -> None:
+    done = run_python("-m", "mpmm.cli", "reset", namespace)
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"{namespace}: reset\n", "")
+
+
 @pytest.mark.parametrize("command", ["inspect", "check", "reset"])
 def test_an_unknown_namespace_is_said_to_be_unknown(command: str, runtime_root: Path, capsys: Capture) -> None:
     assert main([command, "nowhere"]) == 2

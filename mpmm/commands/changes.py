@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import functools
 import importlib
-import logging
 import math
 import os
 import sys
@@ -14,6 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from mpmm.commands.joining import join
 from mpmm.commands.models import HELP, HELP_IF_NEW, asked_model
 from mpmm.errors import InvalidArgumentError, UnloadTimeoutError
 from mpmm.shared_state.settings import CHANGEABLE, CHECKPOINTS, Settings
@@ -133,14 +133,10 @@ def _unpin(options: argparse.Namespace, name: str, root: Path | None) -> int:
 
 
 def _preload(options: argparse.Namespace, name: str, root: Path | None) -> int:
-    from mpmm.model_manager import ModelManager
-
-    # No report that our defaults differ from the settings of the namespace.
-    logging.getLogger("mpmm").setLevel(logging.ERROR)
     model = asked_model(options.tag, name, root)
     expect_mb = None if options.expect_mb is None else checked_size_mb("--expect-mb", options.expect_mb)
     load = functools.partial(_load_handle, _function(options.loader), options.loader)
-    with ModelManager(namespace=name, runtime_root=root) as manager:
+    with join(name, root) as manager:
         loaded = manager.preload(
             model.tag,
             load,

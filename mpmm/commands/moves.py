@@ -9,6 +9,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from mpmm.commands.joining import join
 from mpmm.commands.models import HELP, asked_model
 from mpmm.errors import AcquireTimeoutError, SuspendTimeoutError
 from mpmm.shared_state.settings import Settings
@@ -47,15 +48,12 @@ def move(options: argparse.Namespace, name: str, root: Path | None, says: loggin
 
     says: is given what is waited for; None where nobody sits there who wants to know.
     """
-    from mpmm.model_manager import ModelManager
     from mpmm.model_manager.waits import say_at_terminal
 
     wait_s = checked_timeout("--wait", options.wait)
     model = asked_model(options.tag, name, root)
-    # No report that our defaults differ from the settings of the namespace.
-    logging.getLogger("mpmm").setLevel(logging.ERROR)
     suspends = options.command == "suspend"
-    with ModelManager(namespace=name, runtime_root=root) as manager:
+    with join(name, root) as manager:
         say_at_terminal(manager, says)
         call = manager.suspend if suspends else manager.resume
         try:

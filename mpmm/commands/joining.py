@@ -1,0 +1,23 @@
+"""How a command joins a namespace that others have made."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mpmm.model_manager.manager import ModelManager
+
+__all__ = ["join"]
+
+
+def join(name: str, root: Path | None) -> ModelManager:
+    """Return a manager of a namespace. The log has errors alone: a command says itself what it does.
+
+    Nobody needs a report, either, that the defaults of a manager without arguments differ from the settings.
+    """
+    from mpmm.model_manager import ModelManager
+
+    logging.getLogger("mpmm").setLevel(logging.ERROR)
+    return ModelManager(namespace=name, runtime_root=root)
