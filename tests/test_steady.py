@@ -34,7 +34,8 @@ from test_run import start as start  # the fixture
 
 from mpmm.cli import main
 from mpmm.commands.parser import make_parser
-from mpmm.memory.placement import Placement, current_placement, fraction_of
+from mpmm.memory.placement import Placement, current_placement, fraction_of, with_share
+from mpmm.memory.samples import SharedSamples
 from mpmm.multi_process_shared import MultiProcessShared
 from mpmm.observability.completion import completion, man_page
 from mpmm.policy.plan import make_plan
@@ -284,6 +285,24 @@ def test_servers_of_other_loads_are_told_nothing(new_manager: NewManager, monkey
     monkeypatch.setenv("MPMM_LEASE_MB", "999")
     with manager.model("b", LoadsEngine("b-1"), expect_mb=150) as handle:
         assert told(handle)[0] == ("150", "booked", "0.150")
+
+
+@pytest.mark.parametrize("zygote", ["1", "0"], ids=["forked", "spawned"])
+def test_what_is_not_known_of_a_share_is_not_told_of_the_one_around_it(
+    new_manager: NewManager, monkeypatch: pytest.MonkeyPatch, zygote: str
+) -> None:
+    """A server in `mpmm run` on a device of unknown size has no fraction, and not that of the program."""
+    monkeypatch.setenv("MPMM_ZYGOTE", zygote)
+    for name, value in zip(SHARE, ("999", "elsewhere", "0.900"), strict=True):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(SharedSamples, "memory_fraction", lambda *of: None)
+    manager = new_manager()
+    with manager.model("a", LoadsEngine("a-1"), expect_mb=150) as handle:
+        assert told(handle)[0] == ("150", "booked", None)
+    with manager.reserve(100) as lease:
+        program = with_share(os.environ, lease.environment())
+        assert [program.get(name) for name in SHARE] == ["100", "booked", None]
+        assert program["MPMM_ZYGOTE"] == zygote
 
 
 def test_a_load_inside_of_another_ones_loader_has_its_own_share(new_manager: NewManager, new_device: NewDevice) -> None:

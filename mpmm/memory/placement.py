@@ -19,14 +19,16 @@ loader runs stays as it is, because its other threads share that; for a program 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 
 from mpmm.sources.visible_devices import visible_devices
 
-__all__ = ["Placement", "current_placement", "fraction_of", "place_for_good", "placed"]
+__all__ = ["SHARE_VARIABLES", "Placement", "current_placement", "fraction_of", "place_for_good", "placed", "with_share"]
+
+_LEASE_MB, _DEVICES, _FRACTION = SHARE_VARIABLES = ("MPMM_LEASE_MB", "MPMM_DEVICES", "MPMM_MEMORY_FRACTION")
 
 
 @dataclass(frozen=True)
@@ -48,14 +50,20 @@ class Placement:
 
         MPMM_LEASE_MB: how much it is, in MB. MPMM_DEVICES: its devices, as `CUDA_VISIBLE_DEVICES` takes them.
         MPMM_MEMORY_FRACTION: its share of the memory of each, rounded down, as engines want it that size themselves
-        (`gpu_memory_utilization` of vLLM). What is not known is missing.
+        (`gpu_memory_utilization` of vLLM). What is not known is missing: in an environment that has another share's,
+        that one's is to be taken out, see `with_share`.
         """
-        known = {"MPMM_DEVICES": visible_devices(self.uuids) or ",".join(self.uuids)}
+        known = {_DEVICES: visible_devices(self.uuids) or ",".join(self.uuids)}
         if self.mb is not None:
-            known["MPMM_LEASE_MB"] = str(int(self.mb))
+            known[_LEASE_MB] = str(int(self.mb))
         if self.memory_fraction is not None:
-            known["MPMM_MEMORY_FRACTION"] = f"{self.memory_fraction:.3f}"
+            known[_FRACTION] = f"{self.memory_fraction:.3f}"
         return known
+
+
+def with_share(environment: Mapping[str, str], share: Mapping[str, str]) -> dict[str, str]:
+    """Return an environment with what `Placement.environment` says of a share, and nothing of another one."""
+    return {**{name: value for name, value in environment.items() if name not in SHARE_VARIABLES}, **share}
 
 
 def fraction_of(mb: float, totals_mb: Sequence[float]) -> float | None:

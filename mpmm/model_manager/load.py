@@ -23,7 +23,7 @@ from mpmm.errors import (
 )
 from mpmm.memory.beam_metrics import report_estimate, report_model_count
 from mpmm.memory.estimator import GROWTH_SD, Estimate
-from mpmm.memory.placement import placed
+from mpmm.memory.placement import SHARE_VARIABLES, placed
 from mpmm.model_manager.acquisition import Acquisition, Booking
 from mpmm.model_manager.fresh_figures import Growth
 from mpmm.model_manager.operations import LoadedInstance
@@ -98,7 +98,7 @@ class LoadAttempt:
             try:
                 placement = session.samples.placement_of_instance(booking.row)
                 # Otherwise servers might be told the share of this process's lease, or of a load around this one.
-                tells_share = self._steady or "MPMM_LEASE_MB" in os.environ or bool(served_namespaces())
+                tells_share = self._steady or bool(served_namespaces() or os.environ.keys() & {*SHARE_VARIABLES})
                 context = server_context(
                     session.namespace, session.source, placement, booking.row, tells_share=tells_share
                 )

@@ -35,6 +35,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 
+from mpmm.memory.placement import with_share
 from mpmm.model_manager.lease import Lease
 from mpmm.model_manager.manager import ModelManager
 from mpmm.model_manager.waits import say_at_terminal
@@ -112,7 +113,7 @@ def _run(command: Sequence[str], lease: Lease, mask: Collection[int]) -> int:
         # Safe beside the background thread: in the child, mpmm starts over and holds no lock.
         program = subprocess.Popen(
             command,
-            env={**os.environ, **lease.environment()},
+            env=with_share(os.environ, lease.environment()),
             pass_fds=(life,),
             preexec_fn=_prepare_child(os.getpid(), mask),
         )

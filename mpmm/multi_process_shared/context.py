@@ -24,7 +24,7 @@ class ServerContext:
     """What a new model server should know of the manager that has it started. Must be picklable.
 
     alive_lock: path of a lock file that each client holds shared; the server lives while anybody holds it.
-    environment: put into `os.environ` before anything of the constructor is imported or run.
+    environment: put into `os.environ`, or taken out (None), before anything of the constructor is imported or run.
     on_start: called in the server with the tag, before the constructor; the result is kept while it lives.
     namespace: the name of what the one is a member of, "" for nothing. A server that has one is a handle's: see
         `MultiProcessShared.acquire`.
@@ -33,7 +33,7 @@ class ServerContext:
     """
 
     alive_lock: str
-    environment: tuple[tuple[str, str], ...] = ()
+    environment: tuple[tuple[str, str | None], ...] = ()
     on_start: Callable[[str], object] | None = None
     on_last: Callable[[], None] | None = None
     namespace: str = ""

@@ -20,7 +20,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from multiprocessing import process as mp_process
@@ -71,12 +71,17 @@ class ServerPlan:
 
     root: str
     tag: str
-    environment: tuple[tuple[str, str], ...]
+    environment: tuple[tuple[str, str | None], ...]
     # Its pid, and when it started, see `start_time_of`.
     starter: tuple[int, float | None]
     alive_locks: tuple[str, ...]
     contexts: bytes
     constructor: bytes
+
+    def environment_in(self, starters: Mapping[str, str]) -> dict[str, str]:
+        """Return the whole environment of the server; that of its starter, with what the plan puts in or takes out."""
+        changed = {**starters, **dict(self.environment)}
+        return {name: value for name, value in changed.items() if value is not None}
 
 
 def wants_to_attach(shared: object) -> bool:

@@ -127,7 +127,11 @@ def main(order_fd: int, report_fd: int) -> None:
     call_this_process("mpmm-server")
     with open(order_fd, "rb") as file:
         plan, preparation = pickle.load(file)
-    os.environ.update(plan.environment)
+    for name, value in plan.environment:
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
     run_server(plan, Connection(report_fd), preparation)
 
 

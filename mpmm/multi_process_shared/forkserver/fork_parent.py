@@ -151,7 +151,7 @@ def _become_server(
             # Mypy takes both for `TextIO`, which has no such method.
             stream.reconfigure(line_buffering=stream is sys.stderr or stream.isatty())  # type: ignore[union-attr]  # typeshed's TextIO has no reconfigure
         _reset_signals()
-        renew({**order.environment, **dict(order.plan.environment)})
+        renew(order.plan.environment_in(order.environment))
         call_this_process("mpmm-server")
         importlib.invalidate_caches()
         util._finalizer_registry.clear()  # type: ignore[attr-defined]  # not in typeshed

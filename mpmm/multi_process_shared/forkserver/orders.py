@@ -94,7 +94,7 @@ class Order:
     @property
     def environment(self) -> dict[str, str]:
         """What the server's imports find."""
-        return {**self.order.environment, **dict(self.order.plan.environment)}
+        return self.order.plan.environment_in(self.order.environment)
 
     @property
     def kind(self) -> Kind:
