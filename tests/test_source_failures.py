@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
+import subprocess
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -156,6 +158,76 @@ def test_fields_that_are_not_available_are_unknown_and_not_zero(
     gpus.faults.lose(2)
     gpus.free(100, 0)
     wait_until(lambda: [device.used_mb for device in devices(namespace)] == [300, 400], "the others are read")
+
+
+@pytest.fixture
+def ignored_children(new_gpus: NewGpus) -> Iterator[None]:
+    """What a starter leaves that ignores SIGCHLD: the kernel keeps no exit status of this process's children."""
+    before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    yield
+    signal.signal(signal.SIGCHLD, before)
+
+
+@pytest.mark.usefixtures("ignored_children")
+def test_the_status_of_nvidia_smi_counts_where_children_are_ignored(new_gpus: NewGpus) -> None:
+    gpus = new_gpus(1000, 1000)
+    source = NvidiaSmiSource()
+    assert [device.total_mb for device in source.devices()] == [1000, 1000]
+    gpus.allocate(300, 0)
+    gpus.faults.lose(1)
+    # Asked for alone, as the program has failed.
+    assert [(one.used_mb, one.trouble is None) for one in source.sample(())] == [(300, True), (None, False)]
+    gpus.faults.lose(0)
+    with pytest.raises(subprocess.CalledProcessError) as failed:
+        source.sample(())
+    assert failed.value.returncode == 15
+    with pytest.raises(SourceUnavailableError, match="nvidia-smi"):
+        NvidiaSmiSource()
+
+
+@pytest.mark.usefixtures("ignored_children")
+def test_a_corrupted_inforom_hides_no_figure_where_children_are_ignored(
+    new_gpus: NewGpus, caplog: pytest.LogCaptureFixture
+) -> None:
+    gpus = new_gpus(1000)
+    gpus.allocate(300, 0)
+    gpus.faults.corrupt_inforom()
+    assert [one.used_mb for one in NvidiaSmiSource().sample(())] == [300]
+    assert "nvidia-smi ends with status 14" in caplog.text
+
+
+@pytest.mark.usefixtures("ignored_children")
+def test_an_nvidia_smi_that_hangs_is_killed_where_children_are_ignored(
+    new_gpus: NewGpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpus, started = new_gpus(1000), []
+
+    class Noted(subprocess.Popen[str]):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options)
+            started.append(self.pid)
+
+    gpus.faults.hang(nvidia_smi_s=600)
+    monkeypatch.setattr("subprocess.Popen", Noted)
+    with pytest.raises(SourceUnavailableError, match="timed out"):
+        NvidiaSmiSource(timeout_s=0.2)
+    wait_until(lambda: not any(map(group_lives, started)), "the program is dead, too, and not only the shell")
+    assert len(started) == 1
+
+
+def group_lives(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+@pytest.mark.usefixtures("ignored_children")
+def test_no_nvidia_smi_is_said_to_be_none_where_children_are_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(SourceUnavailableError, match="No such file"):
+        NvidiaSmiSource()
 
 
 def test_an_nvidia_smi_that_hangs_holds_up_nobody(new_gpus: NewGpus, new_process: NewProcess, namespace: str) -> None:

@@ -10,6 +10,7 @@ thread of their own, so that nobody else waits for it.
   a warning, once, and the figures count.
 - If the program fails otherwise, which one lost GPU is enough for, it is asked for each GPU alone: one that is lost
   has no figure, and at the start keeps its number; the others have theirs.
+- Where this process ignores SIGCHLD, a shell runs the program, and tells its status.
 - A GPU that shares the host's memory (GB10, Jetson) has no memory of its own to tell: `[N/A]`, or a figure that takes
   the page cache for used. See `mpmm.sources.unified_memory`.
 - Its CSV tells whether a GPU is cut into MIG slices, but not what they have: such a GPU is left out.
@@ -20,9 +21,12 @@ thread of their own, so that nobody else waits for it.
 from __future__ import annotations
 
 import contextlib
+import errno
 import math
 import os
 import re
+import shutil
+import signal
 import subprocess
 import time
 from collections.abc import Sequence
@@ -51,6 +55,8 @@ _NO_SUCH_GPU = 6
 # Wrong arguments, no GPU, no driver, no library, a library that is too old: asking for each GPU alone would not help.
 _HOPELESS = (2, _NO_SUCH_GPU, 9, 12, 13)
 _MOST_GPUS = 16
+# Stands before the status where a shell tells it.
+_STATUS = "mpmm-status:"
 _UUID = re.compile(r"GPU-\S+")
 # What stands where a figure was asked for: the figure, with a unit perhaps, or why there is none.
 _VALUE = re.compile(r"(?P<number>[-+]?\d+(\.\d*)?|nan)( *MiB)?|\[[^\]]*\]")
@@ -175,7 +181,7 @@ class NvidiaSmiSource:
             command += ["-i", gpu]
         failure = None
         try:
-            output = subprocess.check_output(command, text=True, timeout=self._timeout_s)
+            output = _output(command, self._timeout_s)
         except subprocess.CalledProcessError as error:
             output = error.output or ""
             if error.returncode == _INFOROM_CORRUPTED:
@@ -244,6 +250,30 @@ class NvidiaSmiSource:
             if len({uuid for uuid, name, _ in labels if name}) == len(labels) == count:
                 return labels
         return []
+
+
+def _output(command: list[str], timeout_s: float) -> str:
+    """Return what a program prints. Raises OSError, subprocess.CalledProcessError, subprocess.TimeoutExpired."""
+    if signal.getsignal(signal.SIGCHLD) != signal.SIG_IGN:
+        return subprocess.check_output(command, text=True, timeout=timeout_s)
+    # Then the kernel keeps no exit status of this process's children, and each would pass for 0. A shell does not
+    # ignore the signal, whatever it was started with, and can tell.
+    if shutil.which(command[0]) is None:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), command[0])
+    shell = ["/bin/sh", "-c", f'"$@"; echo "{_STATUS}$?"', "sh", *command]
+    with subprocess.Popen(shell, stdout=subprocess.PIPE, text=True, start_new_session=True) as running:
+        try:
+            told, _ = running.communicate(timeout=timeout_s)
+        except BaseException:
+            # The shell and the program, which would keep the pipe open.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(running.pid, signal.SIGKILL)
+            raise
+    output, _, status = told.rpartition(_STATUS)
+    if status.strip() != "0":
+        code = int(status) if status.strip().isdigit() else 1
+        raise subprocess.CalledProcessError(code, command, output)
+    return output
 
 
 def _values(lines: Sequence[str]) -> list[str]:
