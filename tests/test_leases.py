@@ -35,6 +35,7 @@ from patience import Stopwatch
 from mpmm.cli import main
 from mpmm.errors import (
     AcquireTimeoutError,
+    ClosedError,
     InvalidArgumentError,
     LeaseTooLargeError,
     NamespaceResetError,
@@ -347,6 +348,20 @@ def test_a_forked_child_has_no_part_in_the_lease_of_its_parent(namespace: str, n
     assert len(leases(namespace)) == 1
     tenant.call(give_back)
     assert leases(namespace) == []
+
+
+def test_a_lease_has_no_descriptor_and_no_environment_after_the_shutdown(new_manager: NewManager) -> None:
+    manager = new_manager()
+    lease = manager.reserve(100)
+    os.close(lease.descriptor())
+    manager.shutdown()
+    for call in (lease.descriptor, lease.environment):
+        with pytest.raises(ClosedError, match="has left the namespace"):
+            call()
+    lease.settled()
+    lease.used_by(os.getpid())
+    lease.release()
+    assert not lease.is_held
 
 
 def test_a_reset_leaves_leases_alone_but_sends_those_away_who_wait_for_one(

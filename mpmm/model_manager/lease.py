@@ -134,9 +134,13 @@ class Lease:
     def descriptor(self) -> int:
         """Return a new descriptor that keeps the lease from ending with this process, for a child to inherit.
 
-        A lease ends when no process has one open any more, or by `release`. The caller closes it.
+        A lease ends when no process has one open any more, or by `release`. The caller closes it. Raises ClosedError
+        after `shutdown`, and in a forked child, which has no part in the lease; LockTimeoutError.
         """
-        return os.dup(self._session.namespace.life_fd)
+        namespace = self._session.namespace
+        # Under the lock, without which this process does not leave: its descriptor might be another file's by then.
+        with namespace.transaction():
+            return os.dup(namespace.life_fd)
 
     def settled(self) -> None:
         """End the quiet of a lease that was asked for with `steady=True`: others load and unload there again.
