@@ -119,7 +119,7 @@ METHODS: dict[str, dict[str, tuple[Any, ...]]] = {
         "state": (None, 5, "", "active", ["idle"]),
     },
     "unload": {"tag": NO_TAG, "timeout_seconds": NO_TIME},
-    "suspend": {"tag": NO_TAG},
+    "suspend": {"tag": NO_TAG, "timeout_seconds": NO_TIME},
     "resume": {"tag": NO_TAG, "timeout_seconds": NO_TIME},
     "pin": {"tag": NO_TAG},
     "unpin": {"tag": NO_TAG},
