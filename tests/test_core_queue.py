@@ -90,10 +90,9 @@ def test_a_waiter_returns_for_python_to_look(lab: Lab, how: str) -> None:
     lab.active("a", b"h")
     place, core = place_of(lab.segment)
     ticket = lab.ticket("a")
-    sleeper = Sleeper(core, ticket)
-    # It has looked at the signal then: a wake-up that comes after that without another signal is for Python to look at.
-    wait_until(lambda: bool(core.sleeps), "it sleeps")
-    signal = lab.namespace.reads.queue.signal(ticket)
+    sleeper, signal = Sleeper(core, ticket), lab.namespace.reads.queue.signal(ticket)
+    # If it came to sleep between the call and its wake-up, that would be one without a signal, which Python looks at.
+    wait_until(lambda: sleeps_on(signal.address, sleeper), "it sleeps")
     if how == "called up":
         lab.do(lambda t, tr: tr.tickets.call_up(t, ticket))
         called_up = lab.words[lab.tables.ticket(ticket) + Ticket.CALLED_UP]
