@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +39,7 @@ from mpmm.multi_process_shared.rpc import sockets
 from mpmm.policy.suspension import Unsuspendable
 from mpmm.shared_state.snapshot import read_snapshot
 from mpmm.suspend.driver import CheckpointDriver, DriverError, State, driver_branch
-from mpmm.suspend.helper import LOCK, TRIES
+from mpmm.suspend.helper import LOCK, SOCKET, TRIES
 from mpmm.suspend.suspender import DYING_S
 
 NOT_SUPPORTED = 801
@@ -325,6 +328,28 @@ def test_a_server_that_was_half_resumed_when_helper_and_requester_died_is_suspen
     os.kill(helper, signal.SIGKILL)
     second.kill()
     expect_suspended_as_a_whole(namespace, gpus, first, pid)
+
+
+def test_nothing_is_restored_for_a_requester_that_is_gone(
+    namespace: str, gpus: SimulatedGpus, two: tuple[Process, Process], runtime_root: Path
+) -> None:
+    pid = load(two[0], gpus, "a")
+    assert two[0].call(suspend, "a") == 1
+    helper, folder = helper_pid(namespace, runtime_root), runtime_root / namespace
+    assert helper is not None
+    request = json.dumps({"what": "resume", "pid": pid, "limit_s": 10.0}).encode()
+    with closing(sockets.dial(folder, SOCKET, (folder / "token").read_bytes())) as connection:
+        # Stopped, so that the end of the connection is there before the helper looks.
+        os.kill(helper, signal.SIGSTOP)
+        connection.send_bytes(request)
+        # Half of an end, as a death is the whole of it: the answer can still be read.
+        with socket.socket(fileno=os.dup(connection.fileno())) as ours:
+            ours.shutdown(socket.SHUT_WR)
+        os.kill(helper, signal.SIGCONT)
+        assert "nobody waits" in str(json.loads(connection.recv_bytes())["error"])
+    assert (gpus.checkpoints.state_of(pid), gpus.checkpoints.host_mb()) == (CHECKPOINTED, 600.0)
+    assert two[1].call(acquire, "a", loads(gpus, "a")) == "a"
+    assert (gpus.checkpoints.state_of(pid), problems(namespace)) == (RUNNING, [])
 
 
 def test_a_helper_of_a_folder_that_is_gone_ends_without_a_word(

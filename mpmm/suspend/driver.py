@@ -120,9 +120,18 @@ class CheckpointDriver:
         """
         self._go(pid, State.CHECKPOINTED, {State.RUNNING: self._lock, State.LOCKED: self._checkpoint}, deadline)
 
-    def resume(self, pid: int, deadline: float) -> None:
-        """Bring a process to RUNNING, from wherever it is. Raises DriverError as `suspend` does."""
-        self._go(pid, State.RUNNING, {State.CHECKPOINTED: self._restore, State.LOCKED: self._unlock}, deadline)
+    def resume(self, pid: int, deadline: float, is_wanted: Callable[[], bool] = lambda: True) -> None:
+        """Bring a process to RUNNING, from wherever it is. Raises DriverError as `suspend` does.
+
+        is_wanted: asked before a restore begins; if it says no, the process stays CHECKPOINTED.
+        """
+
+        def restore(pid: int) -> None:
+            if not is_wanted():
+                raise DriverError("restore", 0, "nobody waits for it any more")
+            self._restore(pid)
+
+        self._go(pid, State.RUNNING, {State.CHECKPOINTED: restore, State.LOCKED: self._unlock}, deadline)
 
     def _go(self, pid: int, goal: State, steps: dict[State, Callable[[int], None]], deadline: float) -> None:
         while (state := self.state(pid)) != goal:

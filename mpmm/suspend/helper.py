@@ -11,7 +11,9 @@ about to be restored, part of whose memory is on the device again. So the helper
 it is resuming, and the next one resumes those before it suspends them.
 
 The process that asked may die, too, and another one ask for the same process to be suspended that is still being
-resumed. It has its turn after that: operations on one process never overlap.
+resumed. It has its turn after that: operations on one process never overlap. The death ends the connection, so the
+helper does not begin to restore a process for nobody: that would only keep the one that asks next waiting, and take the
+device's memory meanwhile.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ import sys
 import threading
 import time
 import weakref
+from collections.abc import Callable
 from contextlib import closing, suppress
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Connection, wait
@@ -193,14 +196,15 @@ class _Helper:
             self._last_asked = time.monotonic()
             self._hung_at[threading.get_ident()] = self._last_asked + HUNG * request["limit_s"]
             try:
-                error = self._do(request)
+                # It sends nothing after its request, so what can be read is the end of the connection.
+                error = self._do(request, lambda: not connection.poll())
             finally:
                 del self._hung_at[threading.get_ident()]
                 self._last_asked = time.monotonic()
             connection.send_bytes(json.dumps({"error": error}).encode())
 
-    def _do(self, request: dict[str, Any]) -> str | None:
-        """Do what is asked; return what went wrong."""
+    def _do(self, request: dict[str, Any], is_wanted: Callable[[], bool]) -> str | None:
+        """Do what is asked; return what went wrong. is_wanted: the process that has asked is still there."""
         pid, limit_s = request["pid"], request["limit_s"]
         with self._mutex:
             turn = self._turns.setdefault(pid, new_lock())
@@ -209,22 +213,26 @@ class _Helper:
         try:
             # Its own time begins now.
             self._hung_at[threading.get_ident()] = time.monotonic() + HUNG * limit_s
-            self._move(request["what"], pid, time.monotonic() + limit_s)
+            self._move(request["what"], pid, time.monotonic() + limit_s, is_wanted)
         except DriverError as error:
             return str(error)
         finally:
             turn.release()
         return None
 
-    def _move(self, what: str, pid: int, deadline: float) -> None:
+    def _move(self, what: str, pid: int, deadline: float, is_wanted: Callable[[], bool]) -> None:
         with self._mutex:
             driver = self._driver = self._driver or CheckpointDriver()
-            resumes = what == "resume" or pid in self._unfinished
+            unfinished = pid in self._unfinished
+            resumes = what == "resume" or unfinished
             if resumes:
                 self._unfinished.add(pid)
         try:
-            if resumes:
+            if unfinished:
+                # Whoever has asked: part of its memory may be on the device.
                 driver.resume(pid, deadline)
+            elif resumes:
+                driver.resume(pid, deadline, is_wanted)
         finally:
             # Where that has failed, the driver has left the process suspended as a whole.
             with self._mutex:
