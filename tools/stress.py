@@ -242,7 +242,7 @@ def print_suspensions(result: SuspensionResult) -> None:
         ("excused claims", _listed(result.excused)),
         *_verdict(result),
     ]
-    _say_rows(rows, result)
+    _say_rows(rows, result, [f"? {text}" for text in result.slow])
 
 
 def _verdict(result: Result | SuspensionResult) -> list[tuple[str, str]]:

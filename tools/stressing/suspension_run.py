@@ -61,6 +61,8 @@ LOOK_S = 0.002
 # How long calls may take to end once no new ones begin, and the accounts to become exact after that.
 CALLS_S = 40.0
 EXACT_S = 1.0
+# A rest that takes longer is told at length: what was wrong until when, and who was killed before.
+SLOW_S = 0.5
 # Where they do not, whether they ever are.
 PATIENCE_S = 10.0
 LEAVE_S = 30.0
@@ -68,7 +70,10 @@ LEAVE_S = 30.0
 
 @dataclass
 class SuspensionResult:
-    """What a run has come to. kills: by role and step. exact_s: after each batch, how long the accounts took."""
+    """What a run has come to. kills: by role and step. exact_s: after each batch, how long the accounts took.
+
+    slow: what happened where that was longer than `SLOW_S`.
+    """
 
     seed: int
     seconds: float = 0.0
@@ -76,6 +81,7 @@ class SuspensionResult:
     counts: collections.Counter[str] = field(default_factory=collections.Counter)
     excused: collections.Counter[str] = field(default_factory=collections.Counter)
     exact_s: list[float] = field(default_factory=list)
+    slow: list[str] = field(default_factory=list)
     violations: Violations = field(default_factory=Violations)
     left_behind: list[str] = field(default_factory=list)
 
@@ -89,6 +95,7 @@ class SuspensionResult:
             "counts": dict(self.counts),
             "excused": dict(self.excused),
             "exact_s": [round(seconds, 3) for seconds in self.exact_s],
+            "slow": self.slow,
             "violations": self.violations.total,
             "violations_by_kind": dict(self.violations.counts),
             "violation_texts": self.violations.texts,
@@ -101,6 +108,7 @@ class SuspensionResult:
         self.counts.update(part["counts"])
         self.excused.update(part["excused"])
         self.exact_s += part["exact_s"]
+        self.slow += part["slow"]
         self.violations.counts.update(part["violations_by_kind"])
         self.violations.texts += part["violation_texts"]
         self.left_behind += part["left_behind"]
@@ -286,11 +294,18 @@ class _Conductor:
                         self.result.violations.add("hung", f"a call of worker {pid} does not end")
                 return
         watch, began = _Watch(), time.monotonic()
+        # When each line was seen last.
+        until: dict[str, float] = {}
         while wrong := self._wrong():
+            until.update(dict.fromkeys(wrong, time.monotonic() - began))
             if watch.s() > EXACT_S:
                 break
             self._turn(0.01)
         self.result.exact_s.append(time.monotonic() - began)
+        if self.result.exact_s[-1] > SLOW_S:
+            lines = "".join(f"\n  until {seconds:.2f} s: {line}" for line, seconds in until.items())
+            text = f"accounts exact {self.result.exact_s[-1]:.2f} s after the last call, at {began:.3f}:{lines}"
+            self.result.slow.append(text + self._story())
         while wrong and (still := self._wrong()) and watch.s() < PATIENCE_S:
             self._turn(0.05)
         for line in wrong:
