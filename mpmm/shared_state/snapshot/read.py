@@ -149,10 +149,14 @@ def _open_finished(runtime: RuntimeDirectory, name: str) -> Segment | None:
     while True:
         try:
             return Segment.open(name)
-        except UnfinishedSegment:
+        except UnfinishedSegment as problem:
+            unfinished = problem
             # The same segment before and after a moment at which nobody held the lock: who made it can seal it no more.
             before, place = place, identity_of(path)
         if place is not None and place == before:
+            if _has_members(runtime.path):
+                # They have joined what was whole then, and something else has emptied it.
+                raise unfinished
             raise DeadMakerError(
                 f"namespace {runtime.name!r} is unfinished: the process that made it has died; the next process to "
                 "attach makes it anew, and `mpmm prune` removes it"
