@@ -207,6 +207,8 @@ def test_where_a_copy_was_taken_meanwhile_it_takes_the_next_one(lab: Lab, monkey
     assert caller.take(place, core) is caller.handles[rows[1]], "who was used last is used first"
     caller.held.clear()
     caller.held_at.clear()
+    # The other process has the spin lock in this state, too, while it writes all of it.
+    lab.words[Header.SPIN_LOCK] = FROZEN_NS
     one_taken = lab.save()
     lab.restore(idle)
     # Time stands still, so that what another process has does not lapse if that loses its processor.
