@@ -193,6 +193,10 @@ class Points:
         assert not self.failures, f"{len(self.failures)} of {self.points} points failed:\n{found}"
 
 
+# States in which a copy is only as long as a call, or a thread for it, goes on.
+NOT_AT_REST = ("active", "loading", "leased", "unloading", "suspending")
+
+
 class Sweep(Points):
     """The points of operations of a manager."""
 
@@ -209,7 +213,7 @@ class Sweep(Points):
     def left(self) -> list[str]:
         """Return what is in use, or waits, and should not, and what is accounted for wrongly."""
         snapshot = self.snapshot()
-        rows = [f"{i.tag} is {i.state}" for i in snapshot.instances if i.state in ("active", "loading", "leased")]
+        rows = [f"{i.tag} is {i.state}" for i in snapshot.instances if i.state in NOT_AT_REST]
         tickets = [f"a ticket for {ticket.tag} is {ticket.state}" for ticket in snapshot.tickets]
         lock = self._segment.lock_file()
         is_free = lock.try_exclusive()

@@ -237,13 +237,13 @@ def test_a_source_that_has_shown_no_process_yet_does_not_vouch_for_memory_that_g
     session, row, _ = load_idle(new_manager(memory_source=source, poll_interval=3600), source)
     state = session.namespace
     # The server has given its memory back, and this process has not noted that yet.
-    session.unloads.in_progress.add(row)
+    session.unloads.begin([row], sys._getframe())
     with state.transaction() as t:
         state.transitions.unloads.begin(t, row, state.slot, evicted=True)
     now = time.monotonic_ns()
     session.samples.publish([DeviceSample(0, 0.0, now, {}, processes_known=False, done_ns=now)])
     expect_nothing_given_away_twice(namespace)
-    session.unloads.in_progress.discard(row)
+    session.unloads.end(row)
     session.unloads.unload_assigned()
     assert problems(namespace) == []
 

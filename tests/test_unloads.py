@@ -13,6 +13,7 @@ import psutil
 import pytest
 from harness import (
     NewGate,
+    NewManager,
     NewProcess,
     Process,
     Seat,
@@ -28,6 +29,7 @@ from loaders import Gate, Loads, LoadsObject, LoadsServer, Weights, served
 from patience import DEADLINE_S, Stopwatch
 
 from mpmm import cli, multi_process_shared
+from mpmm.model_manager.unload import Unloads
 from mpmm.multi_process_shared import MultiProcessShared
 from mpmm.shared_state.snapshot import read_snapshot
 
@@ -192,7 +194,7 @@ def pid_of(_: Seat, handle: str) -> int:
 
 def unloads(seat: Seat) -> bool:
     """Tell whether a thread of the process is at an unload."""
-    return bool(seat.manager._connected().unloads.in_progress)
+    return bool(seat.manager._connected().unloads.is_busy)
 
 
 def test_a_server_that_is_stopped_is_killed_when_its_copy_is_unloaded(namespace: str, new_process: NewProcess) -> None:
@@ -266,3 +268,25 @@ def test_a_copy_to_be_unloaded_on_release_is_unloaded_by_its_holder_as_soon_as_t
     print(f"unloaded after {waited:.3f} s")
     assert problems(namespace) == []
     assert DEADLINE_S > SOON_S
+
+
+def test_what_an_exception_has_kept_from_being_unloaded_is_unloaded_all_the_same(
+    namespace: str, new_manager: NewManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manager = new_manager(fallback_memory_mb=1000)
+    for tag in ("a", "b", "c"):
+        with manager.model(tag, Weights if tag == "c" else Loads(tag)):
+            pass
+    unload_all = Unloads._unload_all
+
+    def interrupted(self: Unloads, copies: Any) -> None:
+        monkeypatch.setattr(Unloads, "_unload_all", unload_all)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Unloads, "_unload_all", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        manager.force_reset()
+    # The background thread does it; no thread of this process is at it any more.
+    wait_until(lambda: not read_snapshot(namespace).instances, "all are unloaded")
+    assert not manager._connected().unloads.is_busy
+    assert problems(namespace) == []

@@ -15,7 +15,7 @@ import sys
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-__all__ = ["current_frames"]
+__all__ = ["current_frames", "is_on_stack"]
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -45,3 +45,12 @@ if sys.version_info >= (3, 11) and sys.version_info < (3, 11, 9):
         return tuple(map(operator.call, functions))
 else:
     current_frames = sys._current_frames
+
+
+def is_on_stack(frame: FrameType, top: FrameType | None) -> bool:
+    """Tell whether `frame` is on the stack of a thread that was seen at `top`; None for a thread that has ended."""
+    while top is not None:
+        if top is frame:
+            return True
+        top = top.f_back
+    return False

@@ -79,11 +79,11 @@ class LateUnloads:
         Then the next in the table, so that each has its turn; None if there is none. Needs the lock.
         """
         namespace = self._namespace
-        at_it = row in self._unloads.in_progress
+        at_it = self._unloads.is_at(row)
         if holder != namespace.slot and not at_it:
             return namespace.slot
         workers = namespace.tables.rows_where(namespace.segment.layout.members, Member.STATE, Member.WORKER)
         others = [slot for slot in workers if slot not in (holder, namespace.slot)]
         # While this process is at other unloads, this one is merely in line.
-        last_resort = None if self._unloads.in_progress else namespace.slot
+        last_resort = None if self._unloads.is_busy else namespace.slot
         return next((slot for slot in others if slot > holder), others[0] if others else last_resort)

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from mpmm.interpreter.thread_frames import current_frames
+from mpmm.interpreter.thread_frames import current_frames, is_on_stack
 
 if TYPE_CHECKING:
     import asyncio
@@ -119,18 +119,9 @@ def _has_ended(operation: Operation, frame: FrameType | None, tops: dict[int, Fr
         return operation.is_orphaned
     top = tops.get(operation.thread)
     at = None if top is None else top.f_lasti
-    if _is_on_stack(frame, top):
+    if is_on_stack(frame, top):
         return False
     if operation.thread == threading.get_ident():
         return True
     # A frame that has returned leads nowhere, so the look counts only if the other thread has not gone on during it.
     return current_frames().get(operation.thread) is top and (top is None or top.f_lasti == at)
-
-
-def _is_on_stack(frame: FrameType, top: FrameType | None) -> bool:
-    """Tell whether `frame` is on the stack of a thread that was seen at `top`; None for a thread that has ended."""
-    while top is not None:
-        if top is frame:
-            return True
-        top = top.f_back
-    return False

@@ -13,11 +13,13 @@ import gc
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
 from mpmm import multi_process_shared
+from mpmm.interpreter.thread_frames import current_frames, is_on_stack
 from mpmm.memory.beam_metrics import report_model_count
 from mpmm.model_manager.fresh_figures import FreshFigures
 from mpmm.model_manager.operations import LoadedInstance
@@ -65,11 +67,23 @@ class _Task:
     server_pid: int | None
 
 
+@dataclass(frozen=True, eq=False)
+class _AtIt:
+    """Where a thread unloads a copy. An exception may take it out of there at any moment, and the thread lives on."""
+
+    thread: int
+    frame: FrameType
+
+    @property
+    def is_there(self) -> bool:
+        """Tell whether it still is."""
+        return is_on_stack(self.frame, current_frames().get(self.thread))
+
+
 class Unloads:
     """What one process has to unload. Its threads share it.
 
-    in_progress: rows of what its threads are unloading now. leaving: the process leaves the namespace, and unloads even
-    where something starts that should not be disturbed.
+    leaving: the process leaves the namespace, and unloads even where something starts that should not be disturbed.
     """
 
     def __init__(
@@ -88,13 +102,32 @@ class Unloads:
         self._waiting = waiting
         self._suspender = Suspender(namespace, scheduler, figures.samples, owned.value_of, self.unload_in_thread)
         self._returns = ReturnWatch(namespace, figures, waiting)
-        self.in_progress: set[int] = set()
+        self._in_progress: dict[int, _AtIt] = {}
         self.leaving = False
 
     @property
     def suspender(self) -> Suspender:
         """Suspends what is to be suspended instead."""
         return self._suspender
+
+    @property
+    def is_busy(self) -> bool:
+        """Tell whether a thread of this process unloads something now."""
+        return any(self.is_at(row) for row in list(self._in_progress))
+
+    def is_at(self, row: int) -> bool:
+        """Tell whether a thread of this process unloads the copy of a row now."""
+        at_it = self._in_progress.get(row)
+        return at_it is not None and at_it.is_there
+
+    def begin(self, rows: Iterable[int], frame: FrameType) -> None:
+        """Note that the calling thread unloads the copies of rows, as long as it runs `frame`, or calls `end`."""
+        at_it = _AtIt(threading.get_ident(), frame)
+        self._in_progress.update((row, at_it) for row in rows)
+
+    def end(self, row: int) -> None:
+        """Note that the calling thread does not unload the copy of a row any more."""
+        self._in_progress.pop(row, None)
 
     def unload_if_not_kept(self, t: Transaction, copy: LoadedInstance) -> None:
         """Have a copy that was just given back unloaded, if its model is kept for no time at all and has no waiter.
@@ -139,7 +172,7 @@ class Unloads:
 
     def _has_to_unload(self) -> bool:
         """Look, without the lock, for copies that this process has to unload and that none of its threads is at."""
-        return any(row not in self.in_progress for row, _ in self._assigned())
+        return any(not self.is_at(row) for row, _ in self._assigned())
 
     def _assigned(self) -> list[tuple[int, int]]:
         """Return row and generation of the copies that this process has to unload, or to suspend, now.
@@ -178,20 +211,20 @@ class Unloads:
         tables = self._namespace.tables
         while self._has_to_unload():
             with self._namespace.transaction():
-                found = [one for one in self._assigned() if one[0] not in self.in_progress]
+                found = [one for one in self._assigned() if not self.is_at(one[0])]
                 handles = [one for one in found if tables.instances[one[0]].owner is None]
                 objects = [one for one in found if one not in handles]
                 mine = [*handles[: UNLOADS_AT_A_TIME - 1], *objects[:1]] or handles[:1]
-                # The mutex of the lock guards the set, too: several threads unload at the same time.
-                self.in_progress.update(row for row, _ in mine)
+                # The mutex of the lock guards these notes, too: several threads unload at the same time.
+                self.begin((row for row, _ in mine), sys._getframe())
             if not mine:
                 return
             self._unload_all(mine)
 
     def _unload_all(self, copies: Sequence[tuple[int, int]]) -> None:
-        """Unload these copies (row, generation), which are in `in_progress`, each in a thread of its own but the last.
+        """Unload these copies (row, generation), each in a thread of its own but the last.
 
-        The last one is this thread's.
+        The last one is this thread's, which is noted for all of them.
         """
         *others, last = copies
         threads = []
@@ -207,16 +240,17 @@ class Unloads:
                     threads.append(thread)
             self._unload(*last)
         finally:
-            self.in_progress.discard(last[0])
+            self.end(last[0])
         for thread in threads:
             thread.join()
 
     def _unload_claimed(self, row: int, generation: int) -> None:
+        self.begin((row,), sys._getframe())
         try:
             with self._reporting_trouble(), self._waiting():
                 self._unload(row, generation)
         finally:
-            self.in_progress.discard(row)
+            self.end(row)
 
     def wait_for_unloads(self, devices: int) -> None:
         """Wait until nothing is being unloaded from devices (bits), others' objects included, and memory is back.
