@@ -44,7 +44,7 @@ from mpmm.errors import (
 )
 from mpmm.interpreter.thread_frames import current_frames
 from mpmm.model_manager import ModelManager
-from mpmm.shared_state import transaction
+from mpmm.shared_state import runtime_dir, transaction
 from mpmm.shared_state.layout import LAYOUT_VERSION, Capacities, Header
 from mpmm.shared_state.lock_file import LockFile
 from mpmm.shared_state.namespace import Namespace
@@ -109,8 +109,9 @@ def test_a_live_segment_of_another_version_is_refused_with_both_versions_named(
         (Header.MAGIC, 0),
         (Header.CAPACITIES, 0),
         (Header.SIZE_BYTES, 8),
+        (Header.UNDO_COUNT, 2**40),
     ],
-    ids=["version", "boot", "token", "magic", "capacities", "size"],
+    ids=["version", "boot", "token", "magic", "capacities", "size", "undo log"],
 )
 def test_a_deserted_segment_that_is_not_ours_is_replaced(
     namespace: str, runtime_root: Path, new_process: NewProcess, new_manager: NewManager, word: int, value: int
@@ -124,6 +125,18 @@ def test_a_deserted_segment_that_is_not_ours_is_replaced(
     with manager.model("a", Loads()):
         pass
     assert problems(namespace) == []
+
+
+def test_a_deserted_segment_whose_lock_nobody_can_take_is_removed(
+    namespace: str, runtime_root: Path, new_process: NewProcess
+) -> None:
+    leave_deserted(new_process)
+    with segment_file(runtime_root).open("r+b") as file:
+        file.seek(8 * Header.UNDO_COUNT)
+        file.write((2**40).to_bytes(8, "little"))
+    remove_deserted(runtime_root, namespace)
+    assert segments_of(runtime_root) == set()
+    assert not (runtime_root / namespace).exists()
 
 
 def test_removing_a_deserted_namespace_waits_for_those_who_come_and_go(
@@ -236,6 +249,36 @@ def test_a_runtime_directory_of_somebody_else_is_refused(tmp_path: Path) -> None
     os.chown(root, 12345, 12345)
     with pytest.raises(RuntimeDirectoryError, match="belongs to uid 12345, not to 0"):
         attach_and_leave(root)
+
+
+@pytest.mark.parametrize("level", ["root", "namespace"])
+def test_what_comes_in_the_place_of_a_runtime_directory_that_has_just_vanished_is_looked_at_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, level: str
+) -> None:
+    root, elsewhere = tmp_path / "root", tmp_path / "elsewhere"
+    elsewhere.mkdir(mode=0o700)
+    make = runtime_dir._make_folder
+
+    def vanish_first(folder: Path, mode: int) -> None:
+        if folder == root / "test":
+            # The last member of another namespace removes the root, and somebody else makes it.
+            monkeypatch.setattr(runtime_dir, "_make_folder", make)
+            root.rmdir()
+            try:
+                make(folder, mode)
+            finally:
+                if level == "root":
+                    root.symlink_to(elsewhere)
+                else:
+                    root.mkdir(mode=0o700)
+                    folder.symlink_to(elsewhere)
+        else:
+            make(folder, mode)
+
+    monkeypatch.setattr(runtime_dir, "_make_folder", vanish_first)
+    with pytest.raises(RuntimeDirectoryError, match="a symbolic link is not followed"):
+        runtime_dir.RuntimeDirectory("test", root).ensure()
+    assert list(elsewhere.iterdir()) == []
 
 
 def test_a_runtime_directory_that_is_a_file_or_cannot_be_made_is_refused(tmp_path: Path) -> None:

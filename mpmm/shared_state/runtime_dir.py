@@ -128,17 +128,10 @@ class RuntimeDirectory:
         try:
             self.root.parent.mkdir(parents=True, exist_ok=True)
             try:
-                for folder, mode in ((self.root, MADE_HERE), (self.path, 0o700)):
-                    with contextlib.suppress(FileExistsError):
-                        _make_folder(folder, mode)
-                    check_private_folder(folder)
+                self._make()
             except FileNotFoundError:
                 # The last member of another namespace removed the empty parent between our two calls.
-                with contextlib.suppress(FileExistsError):
-                    _make_folder(self.root, MADE_HERE)
-                with contextlib.suppress(FileExistsError):
-                    _make_folder(self.path, 0o700)
-                check_private_folder(self.path)
+                self._make()
         except RuntimeDirectoryError:
             raise
         except OSError as error:
@@ -147,6 +140,13 @@ class RuntimeDirectory:
                 f"set {RUNTIME_DIR_VARIABLE} to a folder that this user can write",
                 path=str(self.path),
             ) from error
+
+    def _make(self) -> None:
+        for folder, mode in ((self.root, MADE_HERE), (self.path, 0o700)):
+            with contextlib.suppress(FileExistsError):
+                _make_folder(folder, mode)
+            # Before anything is made in it: it may be somebody else's.
+            check_private_folder(folder)
 
     def file(self, *parts: str) -> Path:
         """Return the path of a file in the folder."""
