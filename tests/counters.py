@@ -59,6 +59,9 @@ class Counter:
     def raises_needs_two(self) -> None:
         raise NeedsTwo("left", right="right")
 
+    def raises_what_it_was_given(self) -> None:
+        raise KeepsWhatItWasGiven(threading.Lock())
+
     def raises_changed_text(self) -> None:
         raise ChangesItsText(5)
 
@@ -82,6 +85,14 @@ class NeedsTwo(Exception):
     def __init__(self, left: str, right: str) -> None:
         super().__init__(left + right)
         self.left = left
+
+
+class KeepsWhatItWasGiven(Exception):
+    def __init__(self, given: object) -> None:
+        super().__init__(given)
+
+    def __str__(self) -> str:
+        return "it cannot be sent"
 
 
 class ChangesItsText(Exception):

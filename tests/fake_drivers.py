@@ -28,6 +28,8 @@ class FakeDevice:
         self.slices = slices
         self.broken = False
         self.tells_memory = True
+        self.tells_uuid = True
+        self.most_slices = 7
         self.compute: list[SimpleNamespace] = []
         self.graphics: list[SimpleNamespace] = []
 
@@ -75,6 +77,8 @@ class FakeNvml(ModuleType):
 
     def nvmlDeviceGetUUID(self, device: FakeDevice) -> str:
         self._check(device)
+        if not device.tells_uuid:
+            raise NVMLError("Unknown Error")
         return device.uuid
 
     def nvmlDeviceGetName(self, device: FakeDevice) -> str:
@@ -94,7 +98,9 @@ class FakeNvml(ModuleType):
         return [1, 1]
 
     def nvmlDeviceGetMaxMigDeviceCount(self, device: FakeDevice) -> int:
-        return 7
+        if not device.most_slices:
+            raise NVMLError("Unknown Error")
+        return device.most_slices
 
     def nvmlDeviceGetMigDeviceHandleByIndex(self, device: FakeDevice, index: int) -> FakeDevice:
         if device.slices is None or index >= len(device.slices):

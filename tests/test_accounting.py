@@ -140,9 +140,36 @@ def test_a_load_that_runs_alone_knows_nothing_of_the_figure_before_another_one(s
     assert math.isnan(device.baseline_mb)
 
 
+def test_a_process_starts_without_the_figures_of_the_one_that_had_its_row(samples: SharedSamples) -> None:
+    joined = samples._namespace
+    for leaves in (joined.transitions.members.leave, joined.transitions.members.reap):
+        samples.publish(sample(500.0, time.monotonic_ns(), 100.0))
+        server = joined.tables.members[SERVER]
+        assert (server.measured_mb, server.peak_mb) == (100.0, 100.0)
+        with joined.transaction() as t:
+            assert leaves(t, SERVER)
+        with joined.transaction() as t:
+            joined.transitions.members.join(t, SERVER, Member.SERVER, PID, 2, b"another")
+        assert math.isnan(server.measured_mb)
+        assert server.peak_mb == 0.0
+
+
 def note(lab: Lab, used_mb: float) -> None:
     """Note a sample of the first device."""
     lab.do(lambda t, tr: tr.devices.sample(t, 0, used_mb, time.monotonic_ns()))
+
+
+def test_an_unload_notes_the_figure_that_stood_then_if_there_was_one(lab: Lab) -> None:
+    noted_mb = []
+    for figure_mb in (None, 490.0, 0.0):
+        if figure_mb is not None:
+            note(lab, figure_mb)
+        row = lab.unloading("a")
+        with lab.namespace.transaction() as t:
+            lab.namespace.transitions.unloads.end(t, row)
+        noted_mb.append(lab.namespace.transitions.ledgers.read(0).returns[-1].before_mb)
+    assert math.isnan(noted_mb.pop(0)), "nobody had read a figure"
+    assert noted_mb == [490.0, 0.0]
 
 
 def test_a_figure_below_what_is_certain_contradicts_it_and_the_same_one_does_not(lab: Lab) -> None:
@@ -155,9 +182,13 @@ def test_a_figure_below_what_is_certain_contradicts_it_and_the_same_one_does_not
         assert [is_contradicted(0, used_mb, now, now) for used_mb in (489.0, 490.0, 491.0)] == [True, False, False]
 
 
-def test_what_a_lease_has_taken_of_its_memory_is_no_other_programs(lab: Lab) -> None:
+@pytest.mark.parametrize("is_linked", [False, True], ids=["nobody knows its program", "its program is not measured"])
+def test_what_a_lease_has_taken_of_its_memory_is_no_other_programs(lab: Lab, is_linked: bool) -> None:
     note(lab, 400.0)
-    lab.leased()
+    row = lab.leased()
+    if is_linked:
+        lab.do(lambda t, tr: tr.leases.link_program(t, row, NOBODYS_PID))
+        lab.do(lambda t, tr: tr.members.lead(t, 0, b"another source", (False, False, False)))
     external_mb = []
     for used_mb in (400.0, 470.0, 500.0):
         note(lab, used_mb)

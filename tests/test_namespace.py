@@ -18,6 +18,7 @@ from typing import Any
 
 import psutil
 import pytest
+from crash_lab import run_in_child
 from harness import (
     NewManager,
     NewProcess,
@@ -51,7 +52,7 @@ from mpmm.shared_state.namespace import Namespace
 from mpmm.shared_state.removal import remove_all_deserted, remove_deserted
 from mpmm.shared_state.segment import segment_name
 from mpmm.shared_state.snapshot import find_namespaces, read_snapshot
-from mpmm.shared_state.transaction import CLAIM_NS
+from mpmm.shared_state.transaction import CLAIM_NS, TransactionLock
 
 BOOKED: dict[str, Any] = {"memory_source": "booked"}
 
@@ -293,6 +294,29 @@ def test_a_runtime_directory_that_is_a_file_or_cannot_be_made_is_refused(tmp_pat
 def test_an_impossible_name_is_refused(name: str, runtime_root: Path) -> None:
     with pytest.raises(InvalidArgumentError, match="expected 1 to 64 characters"):
         ModelManager(namespace=name, **BOOKED)
+
+
+def test_namespaces_of_one_root_have_segments_of_their_own(runtime_root: Path) -> None:
+    joined = [Namespace.join(name) for name in ("one", "two")]
+    assert segments_of(runtime_root) == {segment_name(runtime_root, name) for name in ("one", "two")}
+    for namespace in joined:
+        assert len(read_snapshot(namespace.name).members) == 1
+        namespace.leave()
+
+
+def test_a_lock_whose_file_stands_where_standard_input_was_is_given_up_too(namespace: str) -> None:
+    joined = Namespace.join(namespace)
+
+    def take_twice() -> None:
+        os.close(0)
+        lock = TransactionLock(joined.segment, 1.0)
+        assert lock._file.fd == 0
+        for another in (lock, TransactionLock(joined.segment, 1.0)):
+            with another():
+                pass
+
+    assert run_in_child(take_twice) == 0
+    joined.leave()
 
 
 # ---- shared memory ---------------------------------------------------------------------------------------------

@@ -49,6 +49,15 @@ def test_memory_that_comes_back_is_still_that_of_the_model_that_was_unloaded(
     assert (made.tables.tickets[ticket].reason, made.tables.tickets[ticket].other) == (Reason.RETURNING, expected)
 
 
+@pytest.mark.parametrize("reason", [Reason.EXTERNAL, Reason.PINNED, Reason.IN_USE])
+def test_people_are_told_of_a_wait_that_only_others_can_end(
+    made: RandomTables, caplog: pytest.LogCaptureFixture, reason: Reason
+) -> None:
+    ticket = enqueue(made, "a")
+    carry_out(made, Wait(ticket, reason, Why(reason, 100.0, 50.0)))
+    assert [made.namespace.name in text for text in caplog.messages] == [True] * (reason is not Reason.IN_USE)
+
+
 def test_the_time_between_two_requests_is_exact_on_a_host_that_has_been_up_for_long(made: RandomTables) -> None:
     scheduler = Scheduler(made.namespace)
     with mock.patch("time.monotonic_ns", side_effect=lambda: made.now):

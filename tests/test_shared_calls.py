@@ -18,10 +18,12 @@ from unittest.mock import patch
 import pytest
 from counters import (
     ChangesItsText,
+    KeepsWhatItWasGiven,
     NeedsTwo,
     NoSuchWeights,
     remember_tag,
 )
+from crash_lab import run_in_child
 from harness import import_path
 from patience import DEADLINE_S
 from shared_workers import (
@@ -40,6 +42,7 @@ from shared_workers import path as path  # the fixture
 from shared_workers import proxy as proxy  # the fixture
 
 from mpmm.errors import (
+    ModelServerError,
     RemoteCallError,
     ServerStartError,
     SharedObjectReleasedError,
@@ -123,6 +126,9 @@ def test_exceptions_with_an_init_of_their_own_arrive_as_themselves(proxy: Any) -
     with pytest.raises(ChangesItsText) as changed:
         proxy.raises_changed_text()
     assert str(changed.value) == "code 5"
+    with pytest.raises(KeepsWhatItWasGiven) as kept:
+        proxy.raises_what_it_was_given()
+    assert kept.value.args == ("it cannot be sent",)
     with pytest.raises(NoSuchWeights) as missing:
         proxy.raises_os_error()
     assert (missing.value.errno, missing.value.filename) == (2, "/models/resnet")
@@ -252,6 +258,33 @@ def test_a_host_leaves_no_thread_and_no_descriptor(path: str, new_worker: Callab
 def test_a_pickled_proxy_connects_from_another_process(proxy: Any, new_worker: Callable[[], Client]) -> None:
     assert new_worker().do(call_pickled, pickle.dumps(proxy)) == 1
     assert proxy.increment() == 2
+
+
+def test_a_pickled_proxy_goes_to_its_own_server_over_the_connection_that_there_is(path: str) -> None:
+    proxy = shared(path, spawn_process=True).acquire()
+    pickled = pickle.dumps(proxy)
+    with patch.object(ServerLink, "connect", side_effect=AssertionError("connected again")):
+        assert pickle.loads(pickled).increment() == 1
+    proxy.unsafe_hard_delete()
+    another = shared(path, spawn_process=True).acquire()
+    with pytest.raises(ModelServerError, match="is gone"):
+        pickle.loads(pickled).increment()
+    assert another.increment() == 1
+    another.unsafe_hard_delete()
+
+
+def test_a_child_becomes_no_user_of_the_object_that_its_parent_has(path: str) -> None:
+    """A handler of a signal may have forked between the look for the host and its use."""
+    proxy = shared(path).acquire()
+    host = find_host(registry_for(path), "it")
+    assert host is not None
+
+    def use() -> None:
+        with pytest.raises(ModelServerError):
+            host.acquire()
+
+    assert run_in_child(use) == 0
+    assert proxy.increment() == 1
 
 
 def test_the_process_that_has_the_object_uses_it_directly(path: str) -> None:

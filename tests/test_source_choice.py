@@ -121,6 +121,11 @@ class TestChoice:
         with pytest.warns(DeprecationWarning, match=f"'mine': its attribute {old} is called") as warned:
             assert asks(source)
         assert [warning.filename for warning in warned] == [__file__], "its author is told"
+        # In a notebook, say, there is no file.
+        typed: Any = type("Mine", (SimpleNamespace,), {"__module__": "typed_by_hand"})(name="mine", **{old: True})
+        with pytest.warns(DeprecationWarning, match=old) as warned:
+            assert asks(typed)
+        assert [warning.filename for warning in warned] == ["<typed_by_hand>"]
         assert not asks(SimpleNamespace(name="mine"))
 
     def test_accounts_need_a_size(self) -> None:

@@ -84,6 +84,26 @@ class TestNvml:
         assert [d.uuid for d in source.devices()] == ["MIG-1", "MIG-2", "GPU-bbbb"]
         assert used(source) == [100.0, 200.0, 1000.0]
 
+    def test_gpus_and_slices_whose_uuids_are_refused_are_told_apart_by_their_numbers(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        slices = [FakeDevice("MIG-1", 5000, 100), FakeDevice("MIG-2", 10000, 200)]
+        gpus = [*two_gpus(), FakeDevice("GPU-cccc", 40000, 300, slices)]
+        for device in (*gpus, *slices):
+            device.tells_uuid = False
+        install(monkeypatch, *gpus)
+        source = NvmlSource()
+        assert [d.uuid for d in source.devices()] == ["gpu0", "gpu1", "MIG-gpu2/0", "MIG-gpu2/1"]
+        assert used(source) == [1000.0, 2000.0, 100.0, 200.0]
+
+    def test_a_board_that_does_not_say_how_many_slices_it_has_hides_no_other(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        cut, whole = FakeDevice("GPU-aaaa", 40000, 300, [FakeDevice("MIG-1", 5000, 100)]), two_gpus()[1]
+        cut.most_slices = 0
+        install(monkeypatch, cut, whole)
+        assert [d.uuid for d in NvmlSource().devices()] == ["GPU-bbbb"]
+
     @pytest.mark.parametrize(
         ("setting", "uuids"),
         [
@@ -247,6 +267,13 @@ class TestNvidiaSmi:
         text = f"{corrupted}\n15000\n22000\n{corrupted}\n"
         smi.answers["free"] = subprocess.CalledProcessError(14, "nvidia-smi", text) if status else text
         assert used(NvidiaSmiSource()) == [1000.0, 2000.0]
+
+    @pytest.mark.parametrize("status", [2, 6, 9, 12, 13])
+    def test_a_program_that_can_read_no_gpu_at_all_is_not_asked_for_each(self, smi: FakeSmi, status: int) -> None:
+        smi.answers["total"] = subprocess.CalledProcessError(status, "nvidia-smi", "")
+        with pytest.raises(SourceUnavailableError):
+            NvidiaSmiSource()
+        assert len(smi.calls) == 1
 
     def test_one_lost_gpu_does_not_blind_the_others(self, smi: FakeSmi) -> None:
         source = NvidiaSmiSource()

@@ -44,6 +44,7 @@ from mpmm.multi_process_shared.forkserver.zygote import (
 )
 from mpmm.multi_process_shared.registry import registry_for
 from mpmm.multi_process_shared.rpc import sockets
+from mpmm.multi_process_shared.server_process import _Server
 
 pytestmark = pytest.mark.skipif(not forkserver_client._has_pidfd(), reason="needs descriptors of processes")
 path = shared_workers.path
@@ -217,6 +218,24 @@ def test_what_a_script_sets_for_itself_does_not_move_its_servers(path: str, tmp_
     )
     done = run_script(script, path, switch)
     assert (done.stdout, done.stderr) == ("['3', 'by the script']\n", "")
+
+
+@pytest.mark.parametrize("before", [None, "3"])
+def test_what_an_import_has_removed_is_for_the_main_module_to_set(
+    monkeypatch: pytest.MonkeyPatch, before: str | None
+) -> None:
+    name = "MPMM_TEST_SET"
+    server = _Server.__new__(_Server)
+    plan: Any = SimpleNamespace(environment=((name, "3"),))
+    server.plan = plan
+    monkeypatch.setenv(name, "")
+    if before is None:
+        del os.environ[name]
+    else:
+        os.environ[name] = before
+    monkeypatch.setattr("multiprocessing.spawn.prepare", lambda preparation: os.environ.update({name: "7"}))
+    server.prepare({})
+    assert os.environ[name] == (before or "7")
 
 
 @pytest.mark.parametrize("switch", ["0", "1"], ids=["spawn", "zygote"])
@@ -432,6 +451,17 @@ def test_a_template_that_is_busy_is_told_no_more_than_its_socket_takes(new_templ
     # Once it has done all that it was told to, it has read that, too.
     template.busy, template.unread_bytes = False, 0
     assert template.accepts(order)
+
+
+def test_a_template_that_is_retired_stands_for_its_kind_no_more() -> None:
+    zygote = _Zygote.__new__(_Zygote)
+    nothing: Any = None
+    kind = Kind((), (), (), "/", ())
+    retired, current = zygote.templates = [_TemplateHandle(kind, pid, nothing) for pid in (1, 2)]
+    retired.retired = True
+    assert zygote.template_of(kind) is current
+    current.retired = True
+    assert zygote.template_of(kind) is None
 
 
 def test_a_zygote_has_so_many_templates_and_ends_the_one_that_has_been_idle_for_longest(
