@@ -27,6 +27,7 @@ class MeasuringSource:
 
     name = "made up"
     measures_processes = True
+    process_knowledge: bool | None = True
     frees_late = False
     cheap = True
 
@@ -88,6 +89,29 @@ def committed_mb(samples: SharedSamples) -> float:
 def test_unloaded_memory_is_taken_off_once(samples: SharedSamples, before_the_sample: bool) -> None:
     unload(samples._namespace, before_the_sample, samples)
     assert committed_mb(samples) == 400.0
+
+
+@pytest.mark.parametrize(
+    ("knowledge", "name", "pid", "shows"),
+    [
+        (None, "made up", PID, True),
+        (True, "made up", PID, True),
+        (False, "made up", PID, False),
+        (None, "another", PID, False),
+        (None, "made up", PID + 100, False),
+    ],
+    ids=["it may show", "it knows", "it does not tell", "others lead with another source", "a stranger's"],
+)
+def test_a_figure_of_a_process_of_ours_shows_that_the_source_knows_them(
+    samples: SharedSamples, knowledge: bool | None, name: str, pid: int, shows: bool
+) -> None:
+    joined, source = samples._namespace, MeasuringSource()
+    source.process_knowledge = knowledge
+    samples.describe(source, source.devices(), ())
+    with joined.transaction() as t:
+        joined.transitions.members.lead(t, joined.slot, name.encode(), (False, False, False))
+    samples.publish([DeviceSample(0, 500.0, time.monotonic_ns(), {pid: 100.0})])
+    assert joined.tables.header.source_measures_processes is shows
 
 
 def test_a_sample_that_is_too_old_for_the_device_is_too_old_for_its_processes(samples: SharedSamples) -> None:
@@ -170,6 +194,40 @@ def test_an_unload_notes_the_figure_that_stood_then_if_there_was_one(lab: Lab) -
         noted_mb.append(lab.namespace.transitions.ledgers.read(0).returns[-1].before_mb)
     assert math.isnan(noted_mb.pop(0)), "nobody had read a figure"
     assert noted_mb == [490.0, 0.0]
+
+
+@pytest.mark.parametrize("state", ["loading", "resuming", "active"])
+@pytest.mark.parametrize("devices", [1, 3], ids=["one device", "two devices"])
+def test_people_see_as_taken_what_admission_counts(lab: Lab, state: str, devices: int) -> None:
+    """What a server has taken beyond its reservation, too, as long as the source tells it."""
+    first = lab.resuming("a", server=True) if state == "resuming" else None
+    model = lab.model("a")
+    with lab.namespace.transaction() as t:
+        tr = lab.namespace.transitions
+        row = first if first is not None else tr.loads.begin(t, model, lab.victim, devices, 100.0, alone=False)
+        if first is None:
+            tr.loads.link_server(t, row, lab.server)
+        if state == "active":
+            tr.loads.end(t, row, b"h", 100.0, lab.server + 1, True)
+    for knows in (True, False):
+        with lab.namespace.transaction() as t:
+            tr.members.lead(t, 0, b"test", (knows, False, False))
+            tr.measurements.measure(t, lab.server, {0: 300.0, 1: 150.0})
+            scheduler = Scheduler(lab.namespace)
+            views = scheduler.device_views(scheduler.read_copies())
+        shown = [device.committed_mb for device in read_snapshot(lab.namespace.name).devices]
+        assert shown == pytest.approx([view.used_mb + view.reserved_mb for view in views])
+        if knows and state != "active":
+            assert shown[0] == 300.0
+
+
+def test_what_a_source_that_tells_no_processes_has_told_before_says_nothing(lab: Lab) -> None:
+    row = lab.active("a", server=True)
+    lab.do(lambda t, tr: tr.measurements.measure(t, lab.server, {0: 300.0}))
+    ledgers = lab.namespace.transitions.ledgers
+    assert ledgers.measured_share(row, 0) == 300.0
+    lab.do(lambda t, tr: tr.members.lead(t, 0, b"another", (False, False, False)))
+    assert ledgers.measured_share(row, 0) is None
 
 
 def test_a_figure_below_what_is_certain_contradicts_it_and_the_same_one_does_not(lab: Lab) -> None:

@@ -9,9 +9,10 @@ import pytest
 from random_tables import SECOND_NS, RandomTables
 
 from mpmm.policy.plan import Plan
-from mpmm.policy.view import Decision, Reason, Wait, Why
+from mpmm.policy.view import Decision, Load, Reason, Wait, Why
 from mpmm.scheduling import Scheduler
 from mpmm.shared_state.durations import LONGEST_NS
+from mpmm.shared_state.layout import Ticket
 from mpmm.shared_state.signal_words import Signal
 
 
@@ -56,6 +57,20 @@ def test_people_are_told_of_a_wait_that_only_others_can_end(
     ticket = enqueue(made, "a")
     carry_out(made, Wait(ticket, reason, Why(reason, 100.0, 50.0)))
     assert [made.namespace.name in text for text in caplog.messages] == [True] * (reason is not Reason.IN_USE)
+
+
+def test_a_load_for_want_of_whose_row_a_seat_goes_begins_at_once(made: RandomTables) -> None:
+    loads, instances = made.transitions.loads, made.layout.instances
+    ticket = enqueue(made, "a")
+    with made.namespace.transaction() as t:
+        model = made.transitions.models.claim(t, "b", b"b")
+        made.transitions.models.set_users(t, model, instances.capacity + 1)
+        copy = loads.begin(t, model, 1, 1, 100.0, alone=False)
+        loads.end(t, copy, b"of many users", 100.0, 0, False)
+    assert len(made.tables.used_rows(instances)) == instances.capacity
+    carry_out(made, Load(ticket, (0,), 100.0, False, Why(Reason.FITS)))
+    assert made.tables.tickets[ticket].state == Ticket.LOAD
+    assert len(made.tables.seats_of(copy)) == instances.capacity - 2
 
 
 def test_the_time_between_two_requests_is_exact_on_a_host_that_has_been_up_for_long(made: RandomTables) -> None:

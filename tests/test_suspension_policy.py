@@ -246,6 +246,16 @@ def test_where_the_host_could_not_take_all_copies_one_waiter_is_served_after_the
     assert isinstance(decision, Evict) and decision.ticket == 20
 
 
+@pytest.mark.parametrize("is_suspended", [True, False])
+def test_where_one_of_the_copies_would_be_unloaded_one_waiter_is_served_after_the_other(is_suspended: bool) -> None:
+    there = full_view()
+    first, second = there.idle
+    parts = (replace(second, mb=250.0), replace(second, row=14, mb=250.0, suspendable=is_suspended))
+    models = {**there.models, 3: replace(there.models[3], shared=2)}
+    (_, *others) = make_plan(replace(there, idle=(first, *parts), models=models)).decisions
+    assert others == ([Evict(21, (13, 14))] if is_suspended else [])
+
+
 def test_a_suspended_copy_of_another_owner_or_device_is_of_no_use() -> None:
     there = view(1000.0)
     owned = replace(there, suspended=(replace(there.suspended[0], owner=2),))

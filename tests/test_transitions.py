@@ -18,7 +18,7 @@ from random_tables import SECOND_NS, SERVERS, WORKERS, RandomTables
 from mpmm.policy.view import Reason
 from mpmm.shared_state.durations import LONGEST_NS
 from mpmm.shared_state.events import Cause, EventKind
-from mpmm.shared_state.layout import Event, Header, Instance, Member, Observation
+from mpmm.shared_state.layout import Event, Header, Instance, Member, Observation, Pin, Ticket
 from mpmm.shared_state.transaction import Transaction
 
 STEPS = 300
@@ -64,14 +64,51 @@ def bells_of(made: RandomTables) -> list[int]:
     return [made.namespace.segment.words[made.tables.member(slot) + Member.BELL] for slot in WORKERS]
 
 
-def events_after(made: RandomTables, count: int) -> list[tuple[EventKind, int, int]]:
-    """Return kind, model and instance (rows, -1 for none) of the events but for the first `count`."""
-    words, events = made.namespace.segment.words, made.layout.events
+@dataclass(frozen=True)
+class Told:
+    """An event. model, row: -1 for none; ticket: its number, -1 for none."""
+
+    kind: EventKind
+    model: int
+    row: int
+    ticket: int
+    value: float
+
+
+def events_after(made: RandomTables, count: int) -> list[Told]:
+    """Return the events but for the first `count`."""
+    words, floats, events = made.namespace.segment.words, made.namespace.segment.floats, made.layout.events
     starts = (events.base + number % events.capacity * Event.WORDS for number in range(count, words[Header.EVENTS]))
     return [
-        (EventKind(words[at + Event.KIND] & 0xFF), words[at + Event.MODEL] - 1, words[at + Event.INSTANCE] - 1)
+        Told(
+            EventKind(words[at + Event.KIND] & 0xFF),
+            words[at + Event.MODEL] - 1,
+            words[at + Event.INSTANCE] - 1,
+            words[at + Event.TICKET] - 1,
+            floats[at + Event.VALUE],
+        )
         for at in starts
     ]
+
+
+def tickets_of(made: RandomTables) -> dict[int, int]:
+    """Return the model of each ticket, by number."""
+    rows = map(made.tables.ticket, made.tables.used_rows(made.layout.tickets))
+    words = made.namespace.segment.words
+    return {words[at + Ticket.NUMBER]: words[at + Ticket.MODEL] for at in rows}
+
+
+def pins_of(made: RandomTables) -> set[tuple[int, int]]:
+    """Return which models are pinned, and by which members: -1 for the namespace."""
+    rows = map(made.tables.pin, made.tables.used_rows(made.layout.pins))
+    words = made.namespace.segment.words
+    return {(words[at + Pin.MODEL], words[at + Pin.MEMBER] - 1) for at in rows}
+
+
+def estimates_of(made: RandomTables) -> dict[int, float]:
+    """Return the estimates of models that are known."""
+    rows = ((row, made.tables.models[row]) for row in made.tables.used_rows(made.layout.models))
+    return {row: one.estimate_mb for row, one in rows if one.known}
 
 
 def moves_of(made: RandomTables) -> dict[int | None, tuple[int, int]]:
@@ -173,7 +210,11 @@ class Change:
     has_died: bool
     moves_before: dict[int | None, tuple[int, int]]
     moves_after: dict[int | None, tuple[int, int]]
-    events: list[tuple[EventKind, int, int]]
+    tickets: dict[int, int]
+    pins_before: set[tuple[int, int]]
+    pins_after: set[tuple[int, int]]
+    estimates: dict[int, float]
+    events: list[Told]
 
 
 # Of every other seed nothing is suspended.
@@ -184,11 +225,18 @@ def changes(request: Any) -> list[Change]:
     with closing(made), mock.patch("time.monotonic_ns", side_effect=lambda: made.now):
         for _ in range(STEPS):
             before, bells, moves = copies_of(made), bells_of(made), moves_of(made)
+            tickets, pins = tickets_of(made), pins_of(made)
             isolated, told = (made.namespace.segment.words[word] for word in (Header.ISOLATED, Header.EVENTS))
             has_died = change(made)
             woken = [slot for slot, rung in zip(WORKERS, bells_of(made), strict=True) if rung != bells[slot]]
             events = events_after(made, told)
-            found.append(Change(before, copies_of(made), woken, isolated, has_died, moves, moves_of(made), events))
+            tickets |= tickets_of(made)
+            found.append(
+                Change(
+                    *(before, copies_of(made), woken, isolated, has_died, moves, moves_of(made)),
+                    *(tickets, pins, pins_of(made), estimates_of(made), events),
+                )
+            )
     return found
 
 
@@ -229,11 +277,37 @@ def test_every_suspension_and_every_resume_is_counted_once(changes: list[Change]
 def test_an_event_names_the_copy_whose_state_has_changed_and_its_model(changes: list[Change]) -> None:
     for one in changes:
         before, after = ({row: copy for (row, _), copy in rows.items()} for rows in (one.before, one.after))
-        for kind, model, row in one.events:
-            if kind.name.startswith(OF_STATES):
-                was, became = before.get(row), after.get(row)
-                assert (was and was.state) != (became and became.state), f"{kind.name} of row {row}, which was {was}"
-                assert model in {copy.model for copy in (was, became) if copy is not None}, kind.name
+        for told in one.events:
+            was, became = before.get(told.row), after.get(told.row)
+            if told.kind.name.startswith(OF_STATES):
+                assert (was and was.state) != (became and became.state), f"{told}, which was {was}"
+            if told.row >= 0:
+                assert told.model in {copy.model for copy in (was, became) if copy is not None}, told
+
+
+def test_an_event_names_the_waiter_that_it_is_about_and_its_model(changes: list[Change]) -> None:
+    told = [(one, event) for one in changes for event in one.events if event.ticket >= 0]
+    # Those that came and went in one change are no longer there to be asked.
+    models = [(event, one.tickets[event.ticket]) for one, event in told if event.ticket in one.tickets]
+    assert len(models) > len(told) / 2
+    for event, model in models:
+        assert event.model == model, event
+
+
+def test_an_event_names_what_is_pinned_and_by_whom(changes: list[Change]) -> None:
+    for one in changes:
+        for kind, expected in (
+            (EventKind.PINNED, one.pins_after - one.pins_before),
+            (EventKind.UNPINNED, one.pins_before - one.pins_after),
+        ):
+            assert {(event.model, event.value) for event in one.events if event.kind == kind} == expected
+
+
+def test_an_event_names_the_model_of_an_estimate(changes: list[Change]) -> None:
+    for one in changes:
+        for event in one.events:
+            if event.kind == EventKind.ESTIMATED:
+                assert one.estimates[event.model] == event.value
 
 
 def test_twins_stand_for_one_memory_until_the_last_of_them_goes(changes: list[Change]) -> None:

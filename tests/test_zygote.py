@@ -34,7 +34,8 @@ from mpmm.multi_process_shared import MultiProcessShared, server_pid, unload
 from mpmm.multi_process_shared.context import ServerContext, serving_for
 from mpmm.multi_process_shared.forkserver import client as forkserver_client
 from mpmm.multi_process_shared.forkserver.client import zygote_pid
-from mpmm.multi_process_shared.forkserver.orders import Descriptor, Kind
+from mpmm.multi_process_shared.forkserver.orders import IMPORT, RETIRE, Descriptor, Kind
+from mpmm.multi_process_shared.forkserver.template import Template
 from mpmm.multi_process_shared.forkserver.zygote import (
     MOST_TEMPLATES,
     PROCESS_NAME,
@@ -451,6 +452,18 @@ def test_a_template_that_is_busy_is_told_no_more_than_its_socket_takes(new_templ
     # Once it has done all that it was told to, it has read that, too.
     template.busy, template.unread_bytes = False, 0
     assert template.accepts(order)
+
+
+def test_a_template_that_is_retired_imports_no_more_and_goes_on_for_its_servers() -> None:
+    ours, theirs = multiprocessing.Pipe()
+    with ours, theirs:
+        template = Template(Kind((), (), (), "/", ()), {}, theirs, ["a"])
+        ours.send((IMPORT, ["b"]))
+        assert template.obey() is True
+        assert not template.retired
+        ours.send((RETIRE, None))
+        assert template.obey() is False
+        assert (template.retired, template.modules) == (True, [])
 
 
 def test_a_template_that_is_retired_stands_for_its_kind_no_more() -> None:

@@ -25,8 +25,8 @@ class EventKind(IntEnum):
     LOAD_FAILED = 11  # seconds taken
     UNLOAD_BEGAN = 12  # MB expected back
     UNLOAD_ENDED = 13  # MB expected back
-    ISOLATION_BEGAN = 14  # MB in use before
-    ISOLATION_ENDED = 15  # MB the copy took
+    ISOLATION_BEGAN = 14  # 0
+    ISOLATION_ENDED = 15  # 0
     ESTIMATED = 16  # MB
     LEFT_QUEUE = 17  # seconds waited
     REFUSED = 18  # MB needed
