@@ -178,9 +178,9 @@ def test_a_process_starts_without_the_figures_of_the_one_that_had_its_row(sample
         assert server.peak_mb == 0.0
 
 
-def note(lab: Lab, used_mb: float) -> None:
-    """Note a sample of the first device."""
-    lab.do(lambda t, tr: tr.devices.sample(t, 0, used_mb, time.monotonic_ns()))
+def note(lab: Lab, used_mb: float, taken_ns: int | None = None) -> None:
+    """Note a sample of the first device, by default one that was asked for just now."""
+    lab.do(lambda t, tr: tr.devices.sample(t, 0, used_mb, taken_ns or time.monotonic_ns()))
 
 
 def test_an_unload_notes_the_figure_that_stood_then_if_there_was_one(lab: Lab) -> None:
@@ -219,6 +219,17 @@ def test_people_see_as_taken_what_admission_counts(lab: Lab, state: str, devices
         assert shown == pytest.approx([view.used_mb + view.reserved_mb for view in views])
         if knows and state != "active":
             assert shown[0] == 300.0
+
+
+def test_what_a_suspended_copy_keeps_on_its_device_is_no_other_programs(lab: Lab) -> None:
+    """Its memory may be on its way while a sample is taken, and what is left of it is what its server has."""
+    row = lab.suspended("a", server=True)
+    lab.do(lambda t, tr: tr.measurements.measure(t, lab.server, {0: 50.0}))
+    external_mb = []
+    for taken_ns in (lab.tables.instances[row].since - 1, time.monotonic_ns()):
+        note(lab, 400.0, taken_ns)
+        external_mb.append(read_snapshot(lab.namespace.name).devices[0].external_mb)
+    assert external_mb == [400.0, 350.0]
 
 
 def test_what_a_source_that_tells_no_processes_has_told_before_says_nothing(lab: Lab) -> None:

@@ -159,6 +159,19 @@ def test_what_comes_free_by_itself_is_waited_for_rather_than_something_unloaded_
     assert make_plan(state).decisions == (Wait(1, Reason.UNLOADING),)
 
 
+def test_one_that_spans_devices_waits_until_the_last_of_them_has_room() -> None:
+    state = view(
+        [model(A, need=800), model(B, shared=2, load=1000.0, rate=1.0)],
+        [replace(ticket(1, A), span=2)],
+        busy=(BusyInstance(5, B, 0, 900, 9.0), BusyInstance(6, B, 1, 900, 3.0)),
+        devices=[device(0, used=900), device(1, used=900)],
+    )
+    (decision,) = make_plan(state).decisions
+    assert decision == Wait(1, Reason.IN_USE)
+    assert isinstance(decision, Wait)
+    assert (decision.why.seconds, decision.why.devices) == (9.0, (0, 1))
+
+
 def test_a_device_is_drained_for_one_that_runs_alone_where_the_last_copy_is_free_soonest() -> None:
     state = view(
         [model(A, known=False), model(B, shared=3)],

@@ -302,6 +302,30 @@ def block(made: RandomTables, t: Transaction, reason: Reason, urgency: int) -> N
     made.transitions.tickets.block(t, ticket)
 
 
+@pytest.mark.parametrize("called_up", [True, False])
+def test_a_newcomer_leaves_an_idle_copy_to_one_that_was_called_up_just_now(called_up: bool) -> None:
+    """A plan would take the copy from the process whose tenure it is."""
+    made = RandomTables(0, devices=1)
+    with closing(made), mock.patch("time.monotonic_ns", side_effect=lambda: made.now):
+        with made.namespace.transaction() as t:
+            model = made.transitions.models.claim(t, "m0", b"m0")
+            made.transitions.models.set_users(t, model, 1)
+            row = made.transitions.loads.begin(t, model, 1, 1, 100.0, alone=False)
+        made.now += 10 * SECOND_NS
+        with made.namespace.transaction() as t:
+            made.transitions.loads.end(t, row, b"a handle", 100.0, 0, False)
+        made.now += SECOND_NS
+        with made.namespace.transaction() as t:
+            made.transitions.holds.release(t, row)
+            ticket = made.transitions.tickets.enqueue(t, model, 2, 1, 100.0, LONGEST_NS, cause=Cause(Reason.SHARING))
+            if called_up:
+                made.transitions.tickets.call_up(t, ticket)
+        made.now += CALLED_UP_FOR_NS - 1
+        with made.namespace.transaction():
+            cause = Scheduler(made.namespace).known_wait(model)
+        assert (cause is not None and cause.reason == Reason.SHARING) == called_up
+
+
 @pytest.mark.parametrize(
     "arrange",
     [

@@ -246,6 +246,34 @@ def test_where_the_host_could_not_take_all_copies_one_waiter_is_served_after_the
     assert isinstance(decision, Evict) and decision.ticket == 20
 
 
+@pytest.mark.parametrize(
+    ("model", "ticket"),
+    [
+        ({}, {"steady": True}),
+        ({}, {"preload": 1}),
+        ({"lease": True}, {}),
+        ({"failures": 1, "failed_ago_s": 0.9}, {}),
+        ({"known": False}, {}),
+        ({"shared": 1}, {}),
+        ({"owned": {1: 1}}, {}),
+        ({"owned": {9: 1}}, {}),
+        ({"loading": {1: 1}}, {}),
+        ({"suspending": 1}, {}),
+        ({"leaving": 3}, {}),
+    ],
+    ids=str,
+)
+def test_room_ahead_is_made_only_for_one_that_loads_next(model: dict[str, Any], ticket: dict[str, Any]) -> None:
+    there = replace(full_view(), rules=replace(RULES, isolate_unknown=True, max_model_copies=3))
+    assert make_plan(there).decisions == (Evict(20, (12,)), Evict(21, (13,)))
+    models = {**there.models, 1: replace(there.models[1], **model)}
+    first, second = there.tickets
+    changed = make_plan(replace(there, models=models, tickets=(first, replace(second, **ticket)))).decisions
+    evicts = Evict(21, (13,)) in changed
+    # A copy that only another process can use keeps nobody from a load.
+    assert evicts == ("owned" in model and 9 in model["owned"])
+
+
 @pytest.mark.parametrize("is_suspended", [True, False])
 def test_where_one_of_the_copies_would_be_unloaded_one_waiter_is_served_after_the_other(is_suspended: bool) -> None:
     there = full_view()
