@@ -27,6 +27,7 @@ from harness import (
     attach,
     import_path,
     in_thread,
+    open_descriptors,
     problems,
     release,
     scaled,
@@ -302,6 +303,15 @@ def test_namespaces_of_one_root_have_segments_of_their_own(runtime_root: Path) -
     for namespace in joined:
         assert len(read_snapshot(namespace.name).members) == 1
         namespace.leave()
+
+
+def test_who_comes_looks_and_leaves_leaves_no_descriptor_behind(namespace: str) -> None:
+    before = open_descriptors()
+    for _ in range(2):
+        joined = Namespace.join(namespace)
+        read_snapshot(namespace)
+        joined.leave()
+    assert not open_descriptors() - before
 
 
 def test_a_lock_whose_file_stands_where_standard_input_was_is_given_up_too(namespace: str) -> None:

@@ -97,3 +97,14 @@ def test_a_server_has_ended_once_its_process_has_or_another_has_its_pid() -> Non
     process.wait()
     assert record.has_ended()
     assert start_time_of(process.pid) is None
+
+
+def test_a_lock_that_was_taken_and_replaced_is_not_there_to_be_given_up(tmp_path: Path) -> None:
+    path = tmp_path / "alive.lock"
+    path.touch(0o600)
+    lock = AliveLock(str(path))
+    assert lock.is_free()
+    assert lock.held
+    path.unlink()
+    assert lock.is_free()
+    lock.give_up()

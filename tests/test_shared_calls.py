@@ -287,6 +287,34 @@ def test_a_child_becomes_no_user_of_the_object_that_its_parent_has(path: str) ->
     assert proxy.increment() == 1
 
 
+class Sleeps:
+    """Notes what is asked of it."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+
+    def sleep(self) -> None:
+        self.asked.append("sleep")
+
+    def wake_up(self) -> None:
+        self.asked.append("wake up")
+
+
+def test_an_object_sleeps_once_until_it_is_woken_and_not_at_all_once_it_is_released(path: str) -> None:
+    handle = shared(path, "it", Sleeps)
+    proxy = handle.acquire()
+    host = find_host(registry_for(path), "it")
+    assert host is not None
+    for move in (host.wake_up, host.sleep, host.sleep, host.wake_up, host.wake_up, host.sleep):
+        move()
+    assert proxy.asked == ["sleep", "wake up", "sleep"]
+    handle.release(proxy)
+    host.sleep()
+    proxy = handle.acquire()
+    host.wake_up()
+    assert proxy.asked == [], "a new object is awake"
+
+
 def test_the_process_that_has_the_object_uses_it_directly(path: str) -> None:
     handle = shared(path)
     proxy = handle.acquire()

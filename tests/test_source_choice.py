@@ -290,6 +290,15 @@ class TestSilence:
 
 
 class TestWhatSourcesTellOfThemselves:
+    @pytest.mark.parametrize("chosen", [[1], ["GPU-bbbb"], [0, "GPU-bbbb"]], ids=str)
+    def test_chosen_devices_have_their_own_figures(
+        self, monkeypatch: pytest.MonkeyPatch, chosen: list[int | str]
+    ) -> None:
+        install(monkeypatch, *two_gpus())
+        source = SelectedDevices(NvmlSource(), chosen)
+        assert [device.uuid for device in source.devices()] == ["GPU-aaaa", "GPU-bbbb"][-len(chosen) :]
+        assert used(source) == [1000.0, 2000.0][-len(chosen) :]
+
     def test_chosen_devices_measure_processes_where_their_source_does(self, monkeypatch: pytest.MonkeyPatch) -> None:
         gpu, other = two_gpus()
         install(monkeypatch, gpu, other)

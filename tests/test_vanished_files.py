@@ -457,6 +457,15 @@ def test_only_the_folder_that_is_meant_is_removed(tmp_path: Path, monkeypatch: p
     assert runtime.file("of a newcomer").exists()
 
 
+def test_a_segment_takes_no_name_that_another_one_has(runtime_root: Path) -> None:
+    one, other = (Namespace.join(name) for name in ("one", "other"))
+    assert not one.segment.rename(other.segment.name)
+    assert {segment.name for segment in (one.segment, other.segment)} == segments_of(runtime_root)
+    assert one.segment.rename(one.segment.name)
+    for namespace in (one, other):
+        namespace.leave()
+
+
 def test_only_the_segment_that_is_meant_is_removed(namespace: str, monkeypatch: pytest.MonkeyPatch) -> None:
     joined = Namespace.join(namespace)
     path, real = joined.segment.path, os.rename
