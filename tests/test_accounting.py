@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
 
 import pytest
 from crash_lab import Lab
 from crash_lab import lab as lab  # the fixture
 from harness import NOBODYS_PID
 
+from mpmm.memory.listed_pids import ListedPids
 from mpmm.memory.samples import SharedSamples
 from mpmm.scheduling import Scheduler
 from mpmm.shared_state.durations import to_ns
@@ -219,6 +222,37 @@ def test_people_see_as_taken_what_admission_counts(lab: Lab, state: str, devices
         assert shown == pytest.approx([view.used_mb + view.reserved_mb for view in views])
         if knows and state != "active":
             assert shown[0] == 300.0
+
+
+def test_the_program_of_a_lease_is_known_where_its_holder_is(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    row, pids = lab.leased(), ListedPids(lab.namespace)
+    assert pids.leases() == {}, "nobody has said which it is"
+    lab.do(lambda t, tr: tr.leases.link_program(t, row, PID))
+    assert pids.leases() == {row: PID}
+    # In another container it may be anybody's pid.
+    monkeypatch.setattr("mpmm.memory.listed_pids.pid_namespace", lambda: 4711)
+    for is_here in (True, False):
+        monkeypatch.setattr("mpmm.memory.listed_pids.is_member_here", lambda tables, slot, found=is_here: found)
+        assert ListedPids(lab.namespace).leases() == ({row: PID} if is_here else {})
+
+
+def test_a_device_that_takes_the_row_of_another_begins_anew(lab: Lab) -> None:
+    def figures() -> list[dict[str, Any]]:
+        shown = [asdict(device) for device in read_snapshot(lab.namespace.name).devices]
+        return [{name: value for name, value in one.items() if name not in ("name", "uuid")} for one in shown]
+
+    new = figures()
+    lab.do(lambda t, tr: tr.pins.pin(t, lab.namespace.transitions.models.claim(t, "b", b"b"), -1))
+    for number in range(2):
+        with lab.namespace.transaction() as t:
+            lab.namespace.transitions.devices.sample(t, number, 400.0, time.monotonic_ns())
+    row = lab.unloading("a")
+    lab.do(lambda t, tr: tr.unloads.end(t, row))
+    assert all(one != other for one, other in zip(figures(), new, strict=True))
+    words = list(lab.words[lab.layout.pins.base : lab.layout.pins.end])
+    lab.do(lambda t, tr: tr.devices.describe(t, [(b"uuid-2", b"gpu 2", 1000.0), (b"uuid-3", b"gpu 3", 1000.0)], True))
+    assert figures() == new
+    assert list(lab.words[lab.layout.pins.base : lab.layout.pins.end]) == words
 
 
 def test_what_a_suspended_copy_keeps_on_its_device_is_no_other_programs(lab: Lab) -> None:

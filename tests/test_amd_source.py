@@ -26,6 +26,7 @@ from mpmm.multi_process_shared import MultiProcessShared
 from mpmm.multi_process_shared.forkserver.leftovers import PER_PROCESS_VARIABLES
 from mpmm.shared_state.snapshot import read_snapshot
 from mpmm.sources import MemorySource, SourceUnavailableError, choose_source
+from mpmm.sources import amd as amd_source
 from mpmm.sources.amd import AmdGpu, AmdSource, visible_gpus
 from mpmm.sources.booked import BookedSource
 from mpmm.sources.selected import SelectedDevices
@@ -102,6 +103,28 @@ def test_what_a_process_gives_back_or_takes_while_it_is_listed_is_in_the_whole(
     (sample, _) = source.sample((os.getpid(),))
     assert sample.used_mb == max(1000, 1000 + change_mb)
     assert sample.process_mb == {os.getpid(): 1000}
+
+
+def test_of_two_threads_that_start_the_library_one_has_the_session_and_both_have_figures(
+    amd: AmdGpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, make = AmdSource(), amd_source._open_session
+    source.close()
+    assert users() == 0
+
+    def let_another_be_faster() -> Any:
+        monkeypatch.setattr(amd_source, "_open_session", make)
+        # Both have looked whether it is time by now.
+        source._retry_at = 0.0
+        assert [sample.used_mb for sample in source.sample(())] == [512, 256]
+        return make()
+
+    monkeypatch.setattr(amd_source, "_open_session", let_another_be_faster)
+    source._retry_at = 0.0
+    assert [sample.used_mb for sample in source.sample(())] == [512, 256]
+    assert users() == 1
+    source.close()
+    assert users() == 0
 
 
 def test_it_measures_processes_once_it_has_shown_one_of_ours(amd: AmdGpus) -> None:

@@ -167,6 +167,15 @@ CASES: Mapping[str, tuple[View, list[object]]] = {
         ),
         [Wait(1, Reason.LEASED), Load(2, (0,), 100, False)],
     ),
+    "also before who waits for other programs, which no lease delays": (
+        view(
+            [model(A, 800), model(C, 900), replace(model(B, 100), lease=True)],
+            [ticket(1, A, waited=9.0), ticket(2, C), ticket(3, B)],
+            devices=[device(used=100, external_mb=100, external_least_mb=100, reserved_mb=100, leased_mb=100)],
+            leases=(PlacedInstance(7, D, 0, 100),),
+        ),
+        [Wait(1, Reason.EXTERNAL), Wait(2, Reason.LEASED), Load(3, (0,), 100, False)],
+    ),
     "no lease that delays who has waited for long": (
         view(
             [model(A, 850), replace(model(B, 100), lease=True)],

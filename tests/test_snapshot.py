@@ -13,7 +13,9 @@ import pytest
 from harness import NewManager
 from random_tables import SECOND_NS, RandomTables
 
+from mpmm.policy.view import Reason
 from mpmm.shared_state.durations import LONGEST_NS
+from mpmm.shared_state.events import Cause, EventKind
 from mpmm.shared_state.layout import Device, Event, Header, Instance, Member, Model, Pin, Ticket
 from mpmm.shared_state.rows import DeviceRow, HeaderRow, InstanceRow, MemberRow, ModelRow, Row, TicketRow
 from mpmm.shared_state.snapshot import InstanceInfo, MemberInfo, ModelInfo, PinInfo, TicketInfo, decode, read_snapshot
@@ -123,6 +125,22 @@ def test_a_copy_with_seats_is_idle_since_the_last_of_its_users_gave_it_back() ->
         made.now += 5 * SECOND_NS
         (copy,) = read_snapshot(made.namespace.name).copies
     assert (copy.state, copy.seats, copy.for_s) == ("idle", 2, 5)
+
+
+def test_an_event_without_a_reason_has_none_of_the_figures_of_the_event_that_was_there_before() -> None:
+    made = RandomTables(0)
+    cause = Cause(Reason.MEMORY, 1.0, 2.0, 3.0, 4.0, 1, 1)
+    with closing(made):
+        capacity = made.layout.events.capacity
+        with made.namespace.transaction() as t:
+            for _ in range(capacity):
+                t.event(EventKind.WAITS, 1, cause=cause)
+            for _ in range(capacity // 2):
+                t.event(EventKind.QUEUED, 1)
+        events = read_snapshot(made.namespace.name).events
+    figures = [(one.kind, one.need_mb, one.free_mb, one.coming_mb, one.seconds, one.on) for one in events]
+    assert figures[0] == ("waits", 1.0, 2.0, 3.0, 4.0, (0,))
+    assert figures[-1] == ("queued", None, None, None, None, ())
 
 
 @pytest.mark.parametrize("junk", [0, 99, 2**63])

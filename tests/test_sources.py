@@ -15,7 +15,7 @@ from fake_drivers import FakeDevice, FakeSmi, install, process, two_gpus, used
 from fake_drivers import plain_environment as plain_environment  # the fixture
 from fake_drivers import smi as smi  # the fixture
 
-from mpmm.sources import SourceUnavailableError
+from mpmm.sources import SourceUnavailableError, nvml
 from mpmm.sources.base import MIB
 from mpmm.sources.nvidia_smi import NvidiaSmiSource
 from mpmm.sources.nvml import NvmlSource
@@ -83,6 +83,26 @@ class TestNvml:
         source = NvmlSource()
         assert [d.uuid for d in source.devices()] == ["MIG-1", "MIG-2", "GPU-bbbb"]
         assert used(source) == [100.0, 200.0, 1000.0]
+
+    def test_of_two_threads_that_start_the_library_one_has_the_session_and_both_have_figures(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        fake = install(monkeypatch, *two_gpus())
+        source, make = NvmlSource(), nvml._open_session
+        source.close()
+        assert fake.users == 0
+
+        def let_another_be_faster() -> Any:
+            monkeypatch.setattr(nvml, "_open_session", make)
+            # Both have looked whether it is time by now.
+            source._retry_at = 0.0
+            assert used(source) == [1000.0, 2000.0]
+            return make()
+
+        monkeypatch.setattr(nvml, "_open_session", let_another_be_faster)
+        source._retry_at = 0.0
+        assert used(source) == [1000.0, 2000.0]
+        assert fake.users == 1
 
     def test_gpus_and_slices_whose_uuids_are_refused_are_told_apart_by_their_numbers(
         self, monkeypatch: pytest.MonkeyPatch

@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import psutil
 import pytest
 import shared_workers
 from counters import Importing, Imports, Surroundings
+from crash_lab import run_in_child
 from forked_servers import (
     LEARN_TIMEOUT_S,
     pids_that_imported,
@@ -31,6 +33,7 @@ from shared_workers import is_running, wait_until
 from mpmm.multi_process_shared import unload
 from mpmm.multi_process_shared.context import ServerContext, serving_for
 from mpmm.multi_process_shared.forkserver import client as forkserver_client
+from mpmm.multi_process_shared.forkserver import template
 from mpmm.multi_process_shared.registry import registry_for
 
 pytestmark = pytest.mark.skipif(not forkserver_client._has_pidfd(), reason="needs descriptors of processes")
@@ -50,6 +53,18 @@ def test_the_second_server_does_not_import_again_what_the_first_one_had_to(path:
     later = server_from(path, template, Importing(name))
     assert later.increment() == 42
     assert later.pid() not in pids_that_imported(modules, name)
+
+
+def test_a_process_with_one_thread_may_be_forked_unless_it_uses_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Judged in a child, which has no other thread."""
+    found = os.readlink
+
+    def judge(uses: bool) -> None:
+        if uses:
+            monkeypatch.setattr(os, "readlink", lambda path: "/dev/nvidia0" if path.endswith("/0") else found(path))
+        assert template._may_fork() is not uses
+
+    assert [run_in_child(partial(judge, uses)) for uses in (False, True)] == [0, 0]
 
 
 def test_a_module_that_leaves_a_thread_behind_is_not_imported_before_a_fork(path: str, modules: Any) -> None:

@@ -457,6 +457,18 @@ def test_only_the_folder_that_is_meant_is_removed(tmp_path: Path, monkeypatch: p
     assert runtime.file("of a newcomer").exists()
 
 
+def test_a_token_that_says_nothing_is_made_anew(
+    namespace: str, runtime_root: Path, new_process: NewProcess, new_manager: NewManager
+) -> None:
+    token = runtime_root / namespace / "token"
+    token.parent.mkdir(mode=0o700)
+    token.write_text("no number")
+    new_process().call(acquire, "a")
+    assert int(token.read_text(), 16) >= 0
+    new_manager()
+    assert len(read_snapshot(namespace).members) == 2
+
+
 def test_a_segment_takes_no_name_that_another_one_has(runtime_root: Path) -> None:
     one, other = (Namespace.join(name) for name in ("one", "other"))
     assert not one.segment.rename(other.segment.name)

@@ -557,7 +557,7 @@ class Capacities:
 
         An instance row costs 15 words where many copies of one handle are unloaded together, a member's 22 where a
         sample shows a figure for each, a ticket's 2 where its model becomes known, a model's 3 where all requests are
-        counted, a device's ledger and description 150.
+        counted, a device's ledger and description 240.
         """
         rows = 24 * (self.members + self.instances) + 8 * (self.tickets + self.models) + 4 * self.pins
         return 2 * STEP_WORDS + rows + 256 * self.devices

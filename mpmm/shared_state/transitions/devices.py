@@ -63,6 +63,9 @@ class Devices(Part):
             at = self._tables.device(there[uuid])
             if uuid in new:
                 t.set_all([(at + word, 0) for word in range(Device.STATE, Device.UUID)])
+                # Figures of the device that had the row before: they would count for the peak of this one.
+                times = range(at + Device.RING, at + Device.RING + 2 * Device.RING_LENGTH, 2)
+                t.set_all([(entry, 0) for entry in times if self._segment.words[entry]])
                 t.set_text(at + Device.UUID, uuid)
                 # Both texts, since only the words before them are cleared: the row may have been another device's.
                 t.set_text(at + Device.NAME, name)
