@@ -57,6 +57,24 @@ def test_a_word_that_does_not_change_is_slept_on_for_all_of_the_time(wait: Wait,
 
 
 @pytest.mark.parametrize("value", VALUES)
+def test_where_the_system_has_no_such_call_a_word_is_looked_at_until_it_changes(
+    monkeypatch: pytest.MonkeyPatch, value: int
+) -> None:
+    monkeypatch.setattr(futex, "HAVE_FUTEX", False)
+    began = time.monotonic()
+    wait_for_change(ctypes.c_uint64(value), value, SHORT_S)
+    assert time.monotonic() - began >= SHORT_S
+    wait_for_change(ctypes.c_uint64(value + 1), value, DEADLINE_S)
+    word = ctypes.c_uint64(value)
+    thread = threading.Thread(target=wait_for_change, args=(word, value, 2 * DEADLINE_S))
+    thread.start()
+    word.value = value + 1
+    futex.wake_all(ctypes.addressof(word))
+    thread.join(DEADLINE_S)
+    assert not thread.is_alive()
+
+
+@pytest.mark.parametrize("value", VALUES)
 def test_a_word_that_has_changed_is_not_slept_on(wait: Wait, value: int) -> None:
     began = time.monotonic()
     wait(ctypes.c_uint64(value), value ^ 1, DEADLINE_S)

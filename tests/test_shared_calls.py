@@ -47,7 +47,7 @@ from mpmm.errors import (
     ServerStartError,
     SharedObjectReleasedError,
 )
-from mpmm.multi_process_shared import SharedProxy
+from mpmm.multi_process_shared import SharedProxy, server_pid
 from mpmm.multi_process_shared.client import ServerLink
 from mpmm.multi_process_shared.context import ServerContext, serving_for
 from mpmm.multi_process_shared.hosted import find_host
@@ -273,7 +273,7 @@ def test_a_pickled_proxy_goes_to_its_own_server_over_the_connection_that_there_i
     another.unsafe_hard_delete()
 
 
-def test_a_child_becomes_no_user_of_the_object_that_its_parent_has(path: str) -> None:
+def test_a_child_neither_uses_nor_ends_the_object_that_its_parent_has(path: str) -> None:
     """A handler of a signal may have forked between the look for the host and its use."""
     proxy = shared(path).acquire()
     host = find_host(registry_for(path), "it")
@@ -282,9 +282,17 @@ def test_a_child_becomes_no_user_of_the_object_that_its_parent_has(path: str) ->
     def use() -> None:
         with pytest.raises(ModelServerError):
             host.acquire()
+        host.hard_delete()
+        host.end()
 
     assert run_in_child(use) == 0
     assert proxy.increment() == 1
+    assert server_pid("it", path=path) == os.getpid()
+    # Over a connection, as from other processes.
+    assert shared(path, always_proxy=True).acquire().increment() == 2
+    for _ in range(2):
+        host.hard_delete()
+    assert server_pid("it", path=path) is None
 
 
 class Sleeps:

@@ -260,6 +260,12 @@ def head_in_a_hurry(made: RandomTables, t: Transaction, model: int) -> None:
     block(made, t, Reason.IN_USE, urgency=0)
 
 
+def head_without_memory(made: RandomTables, t: Transaction, model: int) -> None:
+    """The head of the queue waits for whatever may come free, and wants another model than a newcomer."""
+    hold(made, t, model)
+    block(made, t, Reason.MEMORY, urgency=0)
+
+
 def drained_device(made: RandomTables, t: Transaction, model: int) -> None:
     """The device is drained, and the model has no copy."""
     block(made, t, Reason.DRAINING, urgency=0)
@@ -329,7 +335,7 @@ def test_a_newcomer_leaves_an_idle_copy_to_one_that_was_called_up_just_now(calle
 @pytest.mark.parametrize(
     "arrange",
     [
-        *(lease_before_another, lease_behind_another, head_without_hurry, head_in_a_hurry),
+        *(lease_before_another, lease_behind_another, head_without_hurry, head_in_a_hurry, head_without_memory),
         *(drained_device, drained_device_beside_a_load, drained_device_beside_an_idle_copy),
     ],
 )

@@ -43,7 +43,7 @@ from mpmm.multi_process_shared.forkserver.zygote import (
     _TemplateHandle,
     _Zygote,
 )
-from mpmm.multi_process_shared.registry import registry_for
+from mpmm.multi_process_shared.registry import LIVES_BY_VARIABLE, registry_for
 from mpmm.multi_process_shared.rpc import sockets
 from mpmm.multi_process_shared.server_process import _Server
 
@@ -91,6 +91,20 @@ def test_servers_are_forks_of_one_zygote_which_two_clients_share(path: str, new_
     assert psutil.Process(zygote_of(path)).name() == PROCESS_NAME
     # Out of reach of Ctrl-C at a terminal of its starter's.
     assert os.getsid(zygote_of(path)) != os.getsid(0)
+
+
+def test_a_zygote_has_the_environment_of_its_starter_but_for_whom_that_lives_by(
+    path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MPMM_TEST_SEEN", "by the zygote")
+    monkeypatch.setenv(LIVES_BY_VARIABLE, "")
+    shared(path, "mine")
+    seen = psutil.Process(zygote_of(path)).environ()
+    assert LIVES_BY_VARIABLE not in seen
+    assert {name: seen.get(name) for name in ("MPMM_TEST_SEEN", "PATH")} == {
+        "MPMM_TEST_SEEN": "by the zygote",
+        "PATH": os.environ["PATH"],
+    }
 
 
 def test_a_forked_server_is_a_child_in_the_eyes_of_multiprocessing(path: str) -> None:
