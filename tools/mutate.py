@@ -48,17 +48,19 @@ PARTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
             *("test_scheduler", "test_table_rows", "test_views", "test_shortcut_rules"),
             *("test_without_a_plan", "test_hand_overs", "test_copies", "test_fairness", "test_devices", "test_manager"),
             *("test_manager_errors", "test_left_asleep", "test_load_ahead", "test_users", "test_priority"),
+            *("test_out_of_memory", "test_tenure"),
         ),
     ),
     "shared_state": (
         ("mpmm/shared_state/*.py", "mpmm/shared_state/*/*.py"),
         (
-            *("test_invariants", "test_table_rows", "test_views"),
+            *("test_invariants", "test_snapshot", "test_table_rows", "test_views"),
             *("test_durations", "test_namespace", "test_accounting", "test_full_tables", "test_bounded_work"),
             *("test_copies", "test_leases", "test_model_of_promises", "test_deaths", "test_stopped_processes"),
             *("test_futex", "test_prune", "test_vanished_files", "test_bad_ground", "test_who_measures"),
             *("test_transitions", "test_twins", "test_core", "test_display_names", "test_suspension"),
-            *("test_left_asleep", "test_crash_points", "test_call_crash_points"),
+            *("test_left_asleep", "test_declared_sizes", "test_unloads", "test_cli"),
+            *("test_crash_points", "test_call_crash_points"),
         ),
     ),
     "sources": (
