@@ -222,15 +222,17 @@ class Change:
 def changes(request: Any) -> list[Change]:
     """Many random changes, one after the other."""
     made, found = RandomTables(request.param), []
+    # Of all tickets so far: their numbers are never given again.
+    tickets: dict[int, int] = {}
     with closing(made), mock.patch("time.monotonic_ns", side_effect=lambda: made.now):
         for _ in range(STEPS):
             before, bells, moves = copies_of(made), bells_of(made), moves_of(made)
-            tickets, pins = tickets_of(made), pins_of(made)
+            pins = pins_of(made)
             isolated, told = (made.namespace.segment.words[word] for word in (Header.ISOLATED, Header.EVENTS))
             has_died = change(made)
             woken = [slot for slot, rung in zip(WORKERS, bells_of(made), strict=True) if rung != bells[slot]]
             events = events_after(made, told)
-            tickets |= tickets_of(made)
+            tickets.update(tickets_of(made))
             found.append(
                 Change(
                     *(before, copies_of(made), woken, isolated, has_died, moves, moves_of(made)),
@@ -287,7 +289,7 @@ def test_an_event_names_the_copy_whose_state_has_changed_and_its_model(changes: 
 
 def test_an_event_names_the_waiter_that_it_is_about_and_its_model(changes: list[Change]) -> None:
     told = [(one, event) for one in changes for event in one.events if event.ticket >= 0]
-    # Those that came and went in one change are no longer there to be asked.
+    # Those that came and went in one change were not there to be asked.
     models = [(event, one.tickets[event.ticket]) for one, event in told if event.ticket in one.tickets]
     assert len(models) > len(told) / 2
     for event, model in models:

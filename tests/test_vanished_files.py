@@ -12,6 +12,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -455,6 +456,19 @@ def test_only_the_folder_that_is_meant_is_removed(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(os, "rename", rename)
     runtime.remove(meant)
     assert runtime.file("of a newcomer").exists()
+
+
+def test_a_cleaner_that_heeds_locks_of_folders_keeps_away_as_long_as_a_member_lives(
+    namespace: str, runtime_root: Path
+) -> None:
+    """As systemd-tmpfiles does."""
+    joined = Namespace.join(namespace)
+    for folder in (runtime_root, runtime_root / namespace):
+        with closing(LockFile(folder, folder=True)) as cleaner:
+            assert not cleaner.try_exclusive()
+    joined.leave()
+    with closing(LockFile(runtime_root, folder=True)) as cleaner:
+        assert cleaner.try_exclusive()
 
 
 def test_a_token_that_says_nothing_is_made_anew(

@@ -487,6 +487,7 @@ def test_a_template_that_is_retired_stands_for_its_kind_no_more() -> None:
     retired, current = zygote.templates = [_TemplateHandle(kind, pid, nothing) for pid in (1, 2)]
     retired.retired = True
     assert zygote.template_of(kind) is current
+    assert zygote.template_of(Kind((), (), (), "/", ("other",))) is None
     current.retired = True
     assert zygote.template_of(kind) is None
 
