@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import importlib.util
 import os
@@ -247,6 +248,22 @@ def test_a_threads_connection_ends_with_the_thread(path: str) -> None:
     thread.start()
     thread.join(DEADLINE_S)
     wait_until(lambda: len(host._connections) == before, DEADLINE_S, lambda: "a connection was left open")
+
+
+def test_a_host_that_was_short_of_descriptors_takes_clients_again(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    proxy, accept = shared(path, always_proxy=True).acquire(), sockets.accept
+
+    def be_short_first(listener: Any) -> Any:
+        monkeypatch.setattr(sockets, "accept", accept)
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(sockets, "accept", be_short_first)
+    outcome: list[int] = []
+    # Of another thread, which has no connection yet; a daemon, so that a call that nobody answers holds up no end.
+    thread = threading.Thread(target=lambda: outcome.append(proxy.increment()), daemon=True)
+    thread.start()
+    thread.join(DEADLINE_S)
+    assert outcome == [1]
 
 
 def test_a_host_leaves_no_thread_and_no_descriptor(path: str, new_worker: Callable[[], Client]) -> None:

@@ -296,6 +296,19 @@ def test_an_event_names_the_waiter_that_it_is_about_and_its_model(changes: list[
         assert event.model == model, event
 
 
+@pytest.mark.parametrize("kind", [EventKind.LEFT, EventKind.REAPED])
+def test_an_event_names_the_process_that_has_gone_and_the_row_of_a_newcomer(kind: EventKind) -> None:
+    made, slot = RandomTables(0), 2
+    with closing(made):
+        members, pid = made.transitions.members, made.tables.members[slot].pid
+        told = made.namespace.segment.words[Header.EVENTS]
+        with made.namespace.transaction() as t:
+            assert (members.leave if kind == EventKind.LEFT else members.reap)(t, slot)
+            members.join(t, slot, Member.WORKER, NOBODYS_PID + 100, slot, b"another")
+        events = [(event.kind, event.value) for event in events_after(made, told)]
+    assert events == [(kind, pid), (EventKind.JOINED, slot)]
+
+
 def test_an_event_names_what_is_pinned_and_by_whom(changes: list[Change]) -> None:
     for one in changes:
         for kind, expected in (
