@@ -250,6 +250,15 @@ def test_a_threads_connection_ends_with_the_thread(path: str) -> None:
     wait_until(lambda: len(host._connections) == before, DEADLINE_S, lambda: "a connection was left open")
 
 
+def test_a_server_that_lives_and_cannot_be_reached_is_an_error_after_some_attempts(proxy: Any) -> None:
+    proxy._mpmm_use.link.forget_after_fork()
+    with patch.object(ServerLink, "connect", side_effect=ConnectionRefusedError("full")) as connect:
+        with pytest.raises(ModelServerError, match=r"lives but could not be reached in 6 attempts"):
+            proxy.increment()
+        assert connect.call_count == 6
+    assert proxy.increment() == 1
+
+
 def test_a_host_that_was_short_of_descriptors_takes_clients_again(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     proxy, accept = shared(path, always_proxy=True).acquire(), sockets.accept
 
