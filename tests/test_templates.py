@@ -33,7 +33,7 @@ from shared_workers import is_running, wait_until
 from mpmm.multi_process_shared import unload
 from mpmm.multi_process_shared.context import ServerContext, serving_for
 from mpmm.multi_process_shared.forkserver import client as forkserver_client
-from mpmm.multi_process_shared.forkserver import template
+from mpmm.multi_process_shared.forkserver import fork_parent, template
 from mpmm.multi_process_shared.registry import registry_for
 
 pytestmark = pytest.mark.skipif(not forkserver_client._has_pidfd(), reason="needs descriptors of processes")
@@ -53,6 +53,19 @@ def test_the_second_server_does_not_import_again_what_the_first_one_had_to(path:
     later = server_from(path, template, Importing(name))
     assert later.increment() == 42
     assert later.pid() not in pids_that_imported(modules, name)
+
+
+def test_a_forked_server_can_be_ended_whatever_an_import_has_made_of_the_signals_for_that() -> None:
+    def reset() -> None:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
+        fork_parent._reset_signals()
+        found = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+        assert found == [signal.SIG_DFL, signal.default_int_handler]
+        assert not signal.pthread_sigmask(signal.SIG_BLOCK, ())
+
+    assert run_in_child(reset) == 0
 
 
 def test_a_process_with_one_thread_may_be_forked_unless_it_uses_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
