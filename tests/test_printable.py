@@ -13,7 +13,7 @@ import pytest
 from harness import NewManager
 
 from mpmm.cli import main
-from mpmm.errors import AcquireTimeoutError, MpmmError, NotAcquiredError
+from mpmm.errors import AcquireTimeoutError, DeadlockError, MpmmError, NotAcquiredError
 from mpmm.observability.inspect_screen import overview, render
 from mpmm.observability.top import History, screen
 from mpmm.shared_state.snapshot import read_snapshot
@@ -90,11 +90,15 @@ def test_errors_are_harmless_and_their_facts_exact(
     manager = new_manager(max_model_copies=1)
     with pytest.raises(NotAcquiredError) as caught:
         manager.release_model(EVIL, object())
-    with manager.model("b", object), pytest.raises(AcquireTimeoutError) as timed_out:
+    held = manager.acquire_model("b", object)
+    with pytest.raises(AcquireTimeoutError) as timed_out:
         manager.reserve(1000, name=EVIL, timeout_seconds=0.01)
+    manager.release_model("b", held)
+    with manager.model("b", object), pytest.raises(DeadlockError) as deadlock:
+        manager.reserve(1000, name=EVIL)
     # Lines are kept: the traceback of a model server has many.
     lines = MpmmError("made\nfrom " + EVIL.replace("\nforged", ""), tag=EVIL)
-    errors: list[MpmmError] = [caught.value, timed_out.value, lines]
+    errors: list[MpmmError] = [caught.value, timed_out.value, deadlock.value, lines]
     for error in errors:
         assert _is_harmless(str(error))
         again = pickle.loads(pickle.dumps(error))

@@ -40,6 +40,7 @@ class Said:
     reserved_mb: float
     model: int
     handle: bytes
+    is_lost: bool
 
     @property
     def doer(self) -> int | None:
@@ -54,6 +55,7 @@ def copies_of(made: RandomTables) -> dict[tuple[int, int], Said]:
         (row, one.generation): Said(
             *(one.state, one.holder, one.seats, one.mb, one.reserved_mb, one.model),
             made.tables.text(made.tables.instance(row) + Instance.HANDLE),
+            made.namespace.segment.words[made.tables.instance(row) + Instance.UNLOAD_ON_RELEASE] == Instance.LOST,
         )
         for row, one in rows.items()
     }
@@ -329,8 +331,10 @@ def test_twins_stand_for_one_memory_until_the_last_of_them_goes(changes: list[Ch
     def by_handle(copies: dict[tuple[int, int], Said]) -> dict[bytes, list[Said]]:
         found: dict[bytes, list[Said]] = {}
         for copy in copies.values():
-            # The servers of loads that were given up have one name here.
-            if copy.handle.startswith(b"h") and copy.state in (Instance.ACTIVE, Instance.IDLE, Instance.UNLOADING):
+            # The servers of loads that were given up have one name here. What has lost its server is no twin of what
+            # has a new server of the same name.
+            alike = copy.handle.startswith(b"h") and not copy.is_lost
+            if alike and copy.state in (Instance.ACTIVE, Instance.IDLE, Instance.UNLOADING):
                 found.setdefault(copy.handle, []).append(copy)
         return found
 
