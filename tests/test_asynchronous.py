@@ -25,7 +25,7 @@ from harness import (
     wait_until,
     waiting,
 )
-from loaders import LoadFails, Loads, LoadsObject, Weights
+from loaders import Gate, LoadFails, Loads, LoadsObject, Weights
 from patience import DEADLINE_S, Stopwatch
 
 from mpmm.errors import (
@@ -214,21 +214,29 @@ def test_a_cancelled_task_gives_back_its_own_seat(
     assert {copy.state for copy in settled(namespace).instances} == {"idle"}
 
 
+def loop_of_a_task_that_waits(
+    namespace: str, manager: ModelManager, loads: Loads, began: Gate
+) -> tuple[asyncio.AbstractEventLoop, asyncio.Task[None]]:
+    """Return a loop that has stopped while its task waits for model a, or loads it, and the task."""
+
+    async def wants() -> None:
+        async with manager.model_async("a", loads):
+            pytest.fail("its loop is closed")
+
+    loop = asyncio.new_event_loop()
+    task = loop.create_task(wants())
+    loop.run_until_complete(until(lambda: waiting(namespace, "a") or began.is_open()))
+    return loop, task
+
+
 @pytest.mark.usefixtures("uncollected")
 @pytest.mark.parametrize("meanwhile", ["waits", "loads"])
 def test_what_a_thread_has_got_for_a_task_goes_back_if_the_loop_is_closed_before_it_hears_of_it(
     namespace: str, new_manager: NewManager, new_gate: NewGate, meanwhile: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     manager, began, go = new_manager(max_model_copies=1), new_gate(), new_gate()
-
-    async def wants() -> None:
-        async with manager.model_async("a", Loads(began=began, go=go)):
-            pytest.fail("its loop is closed")
-
     held = manager.acquire_model("a", Loads()) if meanwhile == "waits" else None
-    loop = asyncio.new_event_loop()
-    task = loop.create_task(wants())
-    loop.run_until_complete(until(lambda: waiting(namespace, "a") or began.is_open()))
+    loop, task = loop_of_a_task_that_waits(namespace, manager, Loads(began=began, go=go), began)
     heard, tells = threading.Event(), loop.call_soon_threadsafe
 
     def hear(*arguments: Any, **options: Any) -> Any:
@@ -254,15 +262,8 @@ def test_what_a_task_gets_whose_loop_was_closed_goes_back(
     namespace: str, new_manager: NewManager, new_gate: NewGate, meanwhile: str
 ) -> None:
     manager, began, go = new_manager(max_model_copies=1), new_gate(), new_gate()
-
-    async def wants() -> None:
-        async with manager.model_async("a", Loads(began=began, go=go)):
-            pytest.fail("its loop is closed")
-
     held = manager.acquire_model("a", Loads()) if meanwhile == "waits" else None
-    loop = asyncio.new_event_loop()
-    task = loop.create_task(wants())
-    loop.run_until_complete(until(lambda: waiting(namespace, "a") or began.is_open()))
+    loop, task = loop_of_a_task_that_waits(namespace, manager, Loads(began=began, go=go), began)
     loop.close()
     go.open()
     if held is not None:

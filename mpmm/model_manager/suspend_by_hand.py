@@ -41,7 +41,14 @@ def suspend_all(session: Session, tag: str, timeout_s: float) -> int:
 def _wait(session: Session, tag: str, chosen: Sequence[tuple[int, int]], began: float, timeout_s: float) -> None:
     suspender, tables = session.suspender, session.namespace.tables
     to_say = list(session.warn_after_s)
-    while left := suspender.moving_among(chosen):
+    while True:
+        left = suspender.moving_among(chosen)
+        # Looked at after that: who shuts down has them suspended at once, and this is a call that it ends.
+        if session.closing:
+            called = tables.called(tag)
+            raise ClosedError(f"the model manager was shut down while a thread waited for {called} to be suspended")
+        if not left:
+            return
         waited_s = time.monotonic() - began
         if waited_s >= timeout_s:
             model, why = f"model {printable(tables.shown_for(tag))}", suspender.why_moving(left[0])
@@ -59,6 +66,3 @@ def _wait(session: Session, tag: str, chosen: Sequence[tuple[int, int]], began: 
             _LOG.warning(text, namespace.name, namespace.pid, waited_s, shown, why, *counts)
             to_say = [seconds for seconds in to_say if seconds > waited_s]
         time.sleep(LOOK_S)
-        if session.closing:
-            called = tables.called(tag)
-            raise ClosedError(f"the model manager was shut down while a thread waited for {called} to be suspended")

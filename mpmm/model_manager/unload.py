@@ -127,7 +127,10 @@ class Unloads:
 
     def end(self, row: int) -> None:
         """Note that the calling thread does not unload the copy of a row any more."""
-        self._in_progress.pop(row, None)
+        at_it = self._in_progress.get(row)
+        # Another thread may be at the next copy in that row by now.
+        if at_it is not None and at_it.thread == threading.get_ident():
+            self._in_progress.pop(row, None)
 
     def unload_if_not_kept(self, t: Transaction, copy: LoadedInstance) -> None:
         """Have a copy that was just given back unloaded, if its model is kept for no time at all and has no waiter.
