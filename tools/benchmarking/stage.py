@@ -74,6 +74,16 @@ class SteadyMonitor:
         return self._stats
 
 
+def _polling(monitor_class: Any, steady: SteadyMonitor) -> Any:
+    """Return Beam's monitor, which polls the GPU as ever, but says what the steady one does."""
+
+    class PollingMonitor(monitor_class):  # type: ignore[misc]  # The class is known only here.
+        def get_stats(self) -> tuple[float, float, float]:
+            return steady.get_stats()
+
+    return PollingMonitor()
+
+
 @dataclass(frozen=True)
 class Stage:
     """What a row wants to find when it begins.
@@ -84,6 +94,7 @@ class Stage:
     used_mb: what Beam's monitor says is in use, the copies of `idle` included.
     observed: so many models, `observed-0` and on, are known from observations, and more of them lead to solutions.
         A manager without a device makes none, so mpmm's gets the monitor then, too.
+    polls_gpu: the implementation's own monitor polls the machine's GPU, whatever comes of it.
     name: tells the stages of one row apart.
     """
 
@@ -93,6 +104,7 @@ class Stage:
     need_mb: float = 1.0
     used_mb: float = 0.0
     observed: int = 0
+    polls_gpu: bool = False
     name: str = "model_manager"
 
 
@@ -102,16 +114,19 @@ def attach(task: Task, stage: Stage, **settings: Any) -> Any:
     settings: further parameters of mpmm's manager.
     """
     model_manager, shared = modules(task.implementation)
-    monitor = SteadyMonitor(stage.used_mb, stage.total_mb)
+    steady = SteadyMonitor(stage.used_mb, stage.total_mb)
 
     def make() -> Any:
+        if task.is_mpmm and stage.polls_gpu:
+            return model_manager.ModelManager(default_estimate_mb=stage.need_mb, **settings)
         if task.is_mpmm:
             return model_manager.ModelManager(
-                monitor=monitor if stage.observed else None,
+                monitor=steady if stage.observed else None,
                 fallback_memory_mb=stage.total_mb,
                 default_estimate_mb=stage.need_mb,
                 **settings,
             )
+        monitor = _polling(model_manager.GPUMonitor, steady) if stage.polls_gpu else steady
         manager = model_manager.ModelManager(monitor=monitor)
         _observe(manager._estimator, stage)
         _fill_beams_books(manager, stage)
