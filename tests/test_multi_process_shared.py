@@ -8,11 +8,11 @@ import multiprocessing
 import os
 import pickle
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Callable
 from multiprocessing import AuthenticationError
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -329,7 +329,7 @@ def test_a_transient_connection_error_is_tried_again(path: str) -> None:
     connect = ServerLink.connect
     failures = iter([ConnectionRefusedError("not yet"), EOFError()])
 
-    def fail_twice(link: ServerLink) -> Connection:
+    def fail_twice(link: ServerLink) -> socket.socket:
         for failure in failures:
             raise failure
         return connect(link)

@@ -7,13 +7,13 @@ interrupted half-way, and would deliver the old answer to the next question, is 
 
 from __future__ import annotations
 
+import socket
 import threading
 import time
 import weakref
 from collections import deque
 from contextlib import suppress
 from multiprocessing import AuthenticationError
-from multiprocessing.connection import Connection
 from typing import Any
 
 from mpmm.errors import ModelServerError
@@ -42,10 +42,10 @@ class ServerLink:
         self.unwanted: deque[int] = deque()
         _links.add(self)
 
-    def connect(self) -> Connection:
+    def connect(self) -> socket.socket:
         """Open one more connection, in one attempt. Raises AuthenticationError, OSError or EOFError."""
         self.registry.join()
-        return sockets.dial(self.registry.folder, self.record.socket_name, self.registry.key())
+        return sockets.dial_socket(self.registry.folder, self.record.socket_name, self.registry.key())
 
     def acquire(self) -> tuple[int, frozenset[str]]:
         """Become a user of the object; return the token and the names of its methods.

@@ -38,7 +38,7 @@ def ask_to(request: str, tag: str, pid: int | None = None) -> Any:
         raise ModelServerError(f"there is no server of {tag!r} to ask to {request}", tag=tag, server_pid=pid)
     registry.join()
     try:
-        with closing(Channel(sockets.dial(registry.path, record.socket_name, registry.key()))) as channel:
+        with closing(Channel(sockets.dial_socket(registry.path, record.socket_name, registry.key()))) as channel:
             channel.send(protocol.encode_request(protocol.CONTROL, request, (), {}))
             return protocol.decode_answer(channel.receive(), tag, request)
     except (AuthenticationError, EOFError, OSError) as error:

@@ -103,7 +103,7 @@ def _ask(registry: ServerRegistry, record: ServerRecord, key: bytes) -> None:
     """Ask the server to end. Does not join the registry, which may have been left when this thread comes to it."""
     with (
         suppress(AuthenticationError, EOFError, OSError),
-        closing(Channel(sockets.dial(registry.path, record.socket_name, key))) as channel,
+        closing(Channel(sockets.dial_socket(registry.path, record.socket_name, key))) as channel,
     ):
         channel.send(protocol.encode_request(protocol.CONTROL, protocol.HARD_DELETE, (), {}))
         channel.receive()

@@ -74,11 +74,16 @@ class Message(NamedTuple):
 class Channel:
     """One side of a connection. Used by one thread at a time; closed in forked children."""
 
-    def __init__(self, connection: Connection) -> None:
-        """Take over an authenticated connection; it is closed."""
-        with fork_guard, connection:
-            self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, fileno=os.dup(connection.fileno()))
-            close_in_children(self)
+    def __init__(self, line: socket.socket | Connection) -> None:
+        """Take over an authenticated socket, or a connection, which is closed."""
+        if isinstance(line, socket.socket):
+            with fork_guard:
+                self._socket = line
+                close_in_children(self)
+        else:
+            with fork_guard, line:
+                self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, fileno=os.dup(line.fileno()))
+                close_in_children(self)
         self._shared_buffer: SharedBuffer | None = None
         self._refused = False
         # READ is to come: the other side may still copy what was sent to it by the shared buffer.

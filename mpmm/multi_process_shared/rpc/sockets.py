@@ -36,7 +36,7 @@ from pathlib import Path
 
 from mpmm.interpreter.fork_hooks import close_in_children, closing_guard, fork_guard
 
-__all__ = ["accept", "authenticate_client", "dial", "listen", "peer_pid", "set_timeouts"]
+__all__ = ["accept", "authenticate_client", "dial", "dial_socket", "listen", "peer_pid", "set_timeouts"]
 
 # sun_path holds 108 bytes on Linux and 104 on macOS, with a final zero.
 LONGEST_ADDRESS_BYTES = 100
@@ -133,6 +133,13 @@ def dial(folder: str | Path, name: str, key: bytes, timeout_seconds: float | Non
     timeout_seconds: how long to wait for each word of a server that may be stopped; None: for ever.
     Raises AuthenticationError when the server has another key, OSError or EOFError when it is not there.
     """
+    ours = dial_socket(folder, name, key, timeout_seconds)
+    with fork_guard:
+        return close_in_children(ForkSafeConnection(ours.detach()))
+
+
+def dial_socket(folder: str | Path, name: str, key: bytes, timeout_seconds: float | None = None) -> socket.socket:
+    """Do what `dial` does, and return the socket."""
     with fork_guard:
         ours = close_in_children(ForkSafeSocket(socket.AF_UNIX, socket.SOCK_STREAM))
     try:
@@ -142,11 +149,10 @@ def dial(folder: str | Path, name: str, key: bytes, timeout_seconds: float | Non
         with _short_address(folder, name) as address:
             ours.connect(address)
         _prove_to_server(ours, key)
-        with fork_guard:
-            return close_in_children(ForkSafeConnection(ours.detach()))
     except BaseException:
         ours.close()
         raise
+    return ours
 
 
 def _prove_to_server(server: socket.socket, key: bytes) -> None:
