@@ -136,8 +136,8 @@ class Jobs:
 class BackgroundThread:
     """The thread. One a session.
 
-    dozing: it sleeps for longer than `RECONCILE_S`, because no call was in progress, or all slept: a call that begins
-    wakes it.
+    dozing: it sleeps for longer than `RECONCILE_S`, because no call was in progress, or all slept: a call or a
+    transaction that begins wakes it.
     """
 
     def __init__(self, namespace: Namespace, doorbell: Doorbell, jobs: Jobs) -> None:
@@ -213,15 +213,19 @@ class BackgroundThread:
 
     def _sleep(self, rung: int, due: float) -> bool:
         """Sleep; return whether to look around at once."""
-        # Set first: a call that begins after the look at the calls in progress wakes us.
-        self.dozing = True
+        # Set first: a call or a transaction that begins after the look at those in progress wakes us.
+        self._set_dozing(True)
         until = due
         if self._jobs.has_calls_to_watch and not self._jobs.is_woken_by_calls(self._doorbell.word):
-            self.dozing = False
+            self._set_dozing(False)
             until = min(due, self._jobs.reconcile_due)
         look_around = self._leader.doze(rung, until, self._jobs.unrest if self.dozing else None)
-        self.dozing = False
+        self._set_dozing(False)
         return look_around
+
+    def _set_dozing(self, dozing: bool) -> None:
+        self.dozing = dozing
+        self._namespace.lock.wake_watcher = self.wake if dozing else None
 
     def _report_crowd(self, error: LockTimeoutError) -> None:
         """Say that the lock was not to be had, which is no fault of this thread: it tries again at once."""

@@ -37,7 +37,10 @@ class Reconciler:
         Raises LockTimeoutError.
         """
         self.has_abandoned = False
-        self._namespace.lock.end_abandoned()
+        if self._namespace.lock.end_abandoned():
+            # This process may have nothing else to do for a long time, and keeps everybody else out until then.
+            with self._namespace.transaction():
+                pass
         self._namespace.lock.finish_calls()
         for operation in ended_calls(self._operations):
             self._take_back(operation)

@@ -1613,9 +1613,10 @@ PyDoc_STRVAR(doze_doc,
 
 /* Of a poll, and of each device that there may be (`layout.MOST_DEVICES`). */
 #define MOST_TIMES 65
-/* Whoever begins a call, leaves `await_answer` or defers a change wakes the sleeper. That comes too early for one that
- * is just about to sleep, so they are looked for again after so long; and for a transaction without one. */
-#define LONGEST_REST_NS 500000000u
+/* Whoever begins a call or a transaction, leaves `await_answer` or defers a change wakes the sleeper. That comes too
+ * early for one that is just about to sleep, so they are looked for again after so long, and then after twice as long
+ * each time: what might be missed is what happened when this thread, too, was last awake. */
+#define FIRST_REST_NS 500000000u
 
 static bool is_amiss(Core *core, int fd, uint64_t now, uint64_t late, const uint64_t *times, Py_ssize_t count) {
     for (Py_ssize_t i = 0; i < count; i++) {
@@ -1662,14 +1663,15 @@ static PyObject *doze(PyObject *self, PyObject *const *args, Py_ssize_t count) {
             return NULL;
         }
     }
-    uint64_t now = now_ns(), next = tick < UINT64_MAX - now ? now + tick : UINT64_MAX;
+    uint64_t now = now_ns(), next = tick < UINT64_MAX - now ? now + tick : UINT64_MAX, rest = FIRST_REST_NS;
     while (core->words != NULL && load(core, bell) == seen && now < until) {
         uint64_t end = until < next ? until : next;
         if (args[7] != Py_None) {
             if ((uint64_t)PySet_GET_SIZE(args[7]) > core->asleep || !is_at_rest(core, args[8], args[9])) {
                 break;
             }
-            end = end - now > LONGEST_REST_NS ? now + LONGEST_REST_NS : end;
+            end = end - now > rest ? now + rest : end;
+            rest *= 2;
         }
         bool timed_out;
         if (!sleep_on(core, bell, seen, end - now, &timed_out) || !timed_out) {

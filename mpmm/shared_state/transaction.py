@@ -161,6 +161,8 @@ class TransactionLock:
         self.words: Any = segment.words
         #: Makes transactions of the warm path under this lock, where it can; see `core.py`.
         self.core: Core | None = None
+        #: Called when a transaction of Python begins: wakes who watches for those that an exception has left.
+        self.wake_watcher: Callable[[], object] | None = None
 
     def __call__(self, timeout_s: float | None = None) -> Transaction:
         """Return the transaction to be entered by `with`.
@@ -236,6 +238,10 @@ class TransactionLock:
             self._frame = frame
             if self._file.fd < 0:
                 raise ClosedError(f"this process has left the namespace of {self.segment.path}")
+            # The thread that is woken takes it back.
+            wake_watcher = self.wake_watcher
+            if wake_watcher is not None:
+                wake_watcher()
             if self.segment.words[Header.STARVING] or not self._file.take_quickly():
                 self._crowded_turns = CROWDED_TURNS
                 self._wait_for_file_lock(time.monotonic() if began is None else began, timeout_s)
@@ -273,19 +279,23 @@ class TransactionLock:
         if turn_is_over:
             os.sched_yield()
 
-    def end_abandoned(self) -> None:
-        """End a transaction that an exception has left in another thread, so that the next one undoes it.
+    def end_abandoned(self) -> bool:
+        """End a transaction that an exception has left in another thread; return whether there was one.
+
+        The next one of this process undoes it, and gives up the file lock, which this process has until then.
 
         That takes two calls: only if both find the same is it certain that it was no other transaction of the thread.
         """
         with self._healing:
             found = self._abandoned()
             suspected, self._suspected = self._suspected, found
-            if found is not None and found == suspected:
-                self._suspected = None
-                self._frame = None
-                # The old one can be given up by its owner alone, which does not know of it any more.
-                self._mutex = new_rlock()
+            if found is None or found != suspected:
+                return False
+            self._suspected = None
+            self._frame = None
+            # The old one can be given up by its owner alone, which does not know of it any more.
+            self._mutex = new_rlock()
+            return True
 
     def finish_calls(self) -> None:
         """Make the calls after transactions that an exception has kept from being made, if any since the last call.
@@ -375,6 +385,7 @@ class TransactionLock:
         self._mutex = new_rlock()
         self._healing = new_rlock()
         self._frame = None
+        self.wake_watcher = None
 
     def intercept_stores(self, wrap: Callable[[Any], Any]) -> None:
         """Send every store through `wrap(words)`; for crash tests, which kill the process at the n-th."""
