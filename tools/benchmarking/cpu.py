@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import sys
 import time
 from dataclasses import replace
@@ -14,7 +13,7 @@ import psutil
 from benchmarking.crew import Crew
 from benchmarking.rows import MPMM, Figure, Measured, Row, Task
 from benchmarking.shared import acquire_echo
-from benchmarking.stage import Stage, attach, make_handle, modules, set_up
+from benchmarking.stage import Stage, attach, make_handle, modules, set_up, simulate_gpus
 
 __all__ = ["ROWS"]
 
@@ -51,30 +50,27 @@ def share_of_a_core() -> float:
 def waiting(task: Task) -> Measured:
     """Measure processes that wait in the queue for a copy which this process holds. There is no memory for another.
 
-    Where there is a GPU, measure it once more with a manager that polls this, as each implementation does by itself.
+    Once with a manager that has nothing to poll, and once with one that polls a GPU.
     """
     stage = Stage(idle=(MODEL,), total_mb=1000.0, need_mb=800.0, used_mb=800.0)
-    measured = {"nothing to poll": [_share_of_waiting(task, stage)]}
-    if shutil.which("nvidia-smi"):
-        stage = replace(stage, name="polling", polls_gpu=True)
-        measured["polling a GPU"] = [_share_of_waiting(task, stage)]
-    return measured
+    nothing_to_poll = _share_of_waiting(task, stage)
+    simulate_gpus(task.folder, stage.total_mb).allocate(stage.used_mb)
+    polling = _share_of_waiting(task, replace(stage, name="polling", polls_gpu=True))
+    return {"nothing to poll": [nothing_to_poll], "polling a GPU": [polling]}
 
 
 def _share_of_waiting(task: Task, stage: Stage) -> float:
     modules(task.implementation)
-    # The GPU is empty: what has the others wait is that there is to be no second copy.
-    settings = {"max_model_copies": 1} if stage.polls_gpu else {}
 
     def work(number: int, connection: Connection) -> None:
         connection.recv()
-        manager = attach(task, stage, **settings)
+        manager = attach(task, stage)
         connection.send("about to wait")
         manager.release_model(MODEL, manager.acquire_model(MODEL, make_handle))
         connection.recv()
 
     with Crew(WAITERS, work) as crew:
-        manager = set_up(task, stage, **settings)
+        manager = set_up(task, stage)
         handle = manager.acquire_model(MODEL, make_handle)
         crew.tell("attach")
         crew.hear_all()

@@ -6,13 +6,11 @@ import os
 import signal
 import time
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
-
-from devices.simulated_gpu import DIRECTORY_VARIABLE, SimulatedGpus, build
 
 from benchmarking.crew import Crew
 from benchmarking.rows import MPMM, Figure, Measured, Row, Task
+from benchmarking.stage import simulate_gpus
 from mpmm import ModelManager
 from mpmm.shared_state.snapshot import read_snapshot
 from mpmm.sources.nvml import NvmlSource
@@ -28,17 +26,9 @@ POLL_INTERVAL_S = 0.5
 LOOK_S, DEADLINE_S = 0.002, 20.0
 
 
-def simulate(folder: Path, *totals_mb: float) -> SimulatedGpus:
-    """Make GPUs that this process, and those forked from it, find."""
-    build(folder / "driver").load()
-    os.environ.pop("CUDA_VISIBLE_DEVICES", None)
-    os.environ[DIRECTORY_VARIABLE] = str(folder / "gpus")
-    return SimulatedGpus.create(folder / "gpus", *totals_mb)
-
-
 def poll(task: Task) -> Measured:
     """Measure the processor time of a poll, the simulated driver's included, for each device."""
-    gpus = simulate(task.folder, *[16384.0] * GPUS)
+    gpus = simulate_gpus(task.folder, *[16384.0] * GPUS)
 
     def work(number: int, connection: Connection) -> None:
         for device in range(GPUS):
@@ -71,7 +61,7 @@ def cpu_seconds_per_device(action: Any) -> list[float]:
 
 def leaders_killed(task: Task) -> Measured:
     """Kill one leader after the other; measure the longest time without a sample each time."""
-    simulate(task.folder, 16384.0)
+    simulate_gpus(task.folder, 16384.0)
     moments = task.random()
 
     def work(number: int, connection: Connection) -> None:

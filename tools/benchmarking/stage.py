@@ -2,12 +2,13 @@
 
 Beam's manager is reached as its workers reach it, through a `MultiProcessShared` proxy; mpmm's attaches in place
 under the same call. Neither looks at a real device: mpmm goes by its accounts, Beam by a monitor whose figures stand
-still, as they do for Beam on a machine without a GPU.
+still, as they do for Beam on a machine without a GPU; or both poll a simulated one.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 import time
 import types
@@ -15,11 +16,24 @@ import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
+from pathlib import Path
 from typing import Any
+
+from devices.simulated_gpu import DIRECTORY_VARIABLE, SimulatedGpus, build
 
 from benchmarking.rows import MPMM, Task
 
-__all__ = ["Stage", "SteadyMonitor", "attach", "make_handle", "modules", "set_up", "timed", "warm_pair_seconds"]
+__all__ = [
+    "Stage",
+    "SteadyMonitor",
+    "attach",
+    "make_handle",
+    "modules",
+    "set_up",
+    "simulate_gpus",
+    "timed",
+    "warm_pair_seconds",
+]
 
 # Model n of those that are known from observations takes n + 1 times as much.
 OBSERVED_MB = 10.0
@@ -74,16 +88,6 @@ class SteadyMonitor:
         return self._stats
 
 
-def _polling(monitor_class: Any, steady: SteadyMonitor) -> Any:
-    """Return Beam's monitor, which polls the GPU as ever, but says what the steady one does."""
-
-    class PollingMonitor(monitor_class):  # type: ignore[misc]  # The class is known only here.
-        def get_stats(self) -> tuple[float, float, float]:
-            return steady.get_stats()
-
-    return PollingMonitor()
-
-
 @dataclass(frozen=True)
 class Stage:
     """What a row wants to find when it begins.
@@ -94,7 +98,7 @@ class Stage:
     used_mb: what Beam's monitor says is in use, the copies of `idle` included.
     observed: so many models, `observed-0` and on, are known from observations, and more of them lead to solutions.
         A manager without a device makes none, so mpmm's gets the monitor then, too.
-    polls_gpu: the implementation's own monitor polls the machine's GPU, whatever comes of it.
+    polls_gpu: the manager measures the GPU that `simulate_gpus` has made, as each implementation does by itself.
     name: tells the stages of one row apart.
     """
 
@@ -115,10 +119,10 @@ def attach(task: Task, stage: Stage, **settings: Any) -> Any:
     """
     model_manager, shared = modules(task.implementation)
     steady = SteadyMonitor(stage.used_mb, stage.total_mb)
+    if stage.polls_gpu:
+        settings = {"memory_source": "nvml", **settings}
 
     def make() -> Any:
-        if task.is_mpmm and stage.polls_gpu:
-            return model_manager.ModelManager(default_estimate_mb=stage.need_mb, **settings)
         if task.is_mpmm:
             return model_manager.ModelManager(
                 monitor=steady if stage.observed else None,
@@ -126,8 +130,7 @@ def attach(task: Task, stage: Stage, **settings: Any) -> Any:
                 default_estimate_mb=stage.need_mb,
                 **settings,
             )
-        monitor = _polling(model_manager.GPUMonitor, steady) if stage.polls_gpu else steady
-        manager = model_manager.ModelManager(monitor=monitor)
+        manager = model_manager.ModelManager(monitor=model_manager.GPUMonitor() if stage.polls_gpu else steady)
         _observe(manager._estimator, stage)
         _fill_beams_books(manager, stage)
         return manager
@@ -145,6 +148,16 @@ def set_up(task: Task, stage: Stage, **settings: Any) -> Any:
         for tag, handle in held:
             manager.release_model(tag, handle)
     return manager
+
+
+def simulate_gpus(folder: Path, *totals_mb: float) -> SimulatedGpus:
+    """Make GPUs that this process, and those forked from it, find by NVML and by nvidia-smi."""
+    built = build(folder / "driver")
+    built.load()
+    os.environ.pop("CUDA_VISIBLE_DEVICES", None)
+    os.environ[DIRECTORY_VARIABLE] = str(folder / "gpus")
+    os.environ["PATH"] = os.pathsep.join((str(built.program.parent), os.environ["PATH"]))
+    return SimulatedGpus.create(folder / "gpus", *totals_mb)
 
 
 def _observe(estimator: Any, stage: Stage) -> None:
