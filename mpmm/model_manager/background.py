@@ -99,8 +99,8 @@ class Jobs:
 
     @property
     def has_calls_to_watch(self) -> bool:
-        """Tell whether calls are in progress that an exception may end."""
-        return bool(self._operations) or self._namespace.lock.may_be_abandoned
+        """Tell whether calls or unloads are in progress that an exception may end."""
+        return bool(self._operations) or self._unloads.may_be_left or self._namespace.lock.may_be_abandoned
 
     def is_woken_by_calls(self, bell: int) -> bool:
         """Have the calls in progress ring the bell (word), if all have slept in the compiled core since the last look.
@@ -110,7 +110,7 @@ class Jobs:
         the looks took 3 % of a processor.
         """
         core = self._namespace.lock.core
-        if core is None or self._namespace.lock.may_be_abandoned:
+        if core is None or self._unloads.may_be_left or self._namespace.lock.may_be_abandoned:
             return False
         return core.wake_after_sleep(bell, len(self._operations), self._sleeps_seen)
 
@@ -119,6 +119,7 @@ class Jobs:
             core = self._namespace.lock.core
             self._sleeps_seen = 0 if core is None else core.sleeps
             self._reconciler.reconcile()
+            self._unloads.take_up_what_is_left()
             self.reconcile_due = time.monotonic() + RECONCILE_S
 
     def _unload(self, rung: int) -> None:

@@ -84,6 +84,7 @@ class Unloads:
     """What one process has to unload. Its threads share it.
 
     leaving: the process leaves the namespace, and unloads even where something starts that should not be disturbed.
+    may_be_left: a thread has begun to unload something since all was found to be done, and an exception may end that.
     """
 
     def __init__(
@@ -104,6 +105,7 @@ class Unloads:
         self._returns = ReturnWatch(namespace, figures, waiting)
         self._in_progress: dict[int, _AtIt] = {}
         self.leaving = False
+        self.may_be_left = False
 
     @property
     def suspender(self) -> Suspender:
@@ -123,6 +125,7 @@ class Unloads:
     def begin(self, rows: Iterable[int], frame: FrameType) -> None:
         """Note that the calling thread unloads the copies of rows, as long as it runs `frame`, or calls `end`."""
         at_it = _AtIt(threading.get_ident(), frame)
+        self.may_be_left = True
         self._in_progress.update((row, at_it) for row in rows)
 
     def end(self, row: int) -> None:
@@ -156,6 +159,13 @@ class Unloads:
             # Without a thread to be had, the background thread's next look at the rows finds what is left.
             with contextlib.suppress(RuntimeError):
                 threading.Thread(target=self._unload_here, name="mpmm-unload", daemon=True).start()
+
+    def take_up_what_is_left(self) -> None:
+        """Do in a thread what an exception from a signal handler has kept another one from, if anything is left."""
+        if self.may_be_left and not self.is_busy:
+            # Before the look: what is begun meanwhile says so again.
+            self.may_be_left = False
+            self.unload_in_thread()
 
     def _unload_here(self) -> None:
         with self._reporting_trouble(), self._waiting():

@@ -256,11 +256,12 @@ class TransactionLock:
 
     def release(self) -> None:
         """Let go of file lock and mutex."""
-        turn_is_over = False
+        turn_is_over, file_is_locked = False, True
         try:
             if self._file.fd >= 0:
                 words = self.segment.words
                 self._file.give_up_quickly()
+                file_is_locked = False
                 # Read after that: who goes to sleep sets it, and then tries once more.
                 if words[Header.STARVING]:
                     wake_one(self.segment.address + 8 * Header.STARVING)
@@ -274,6 +275,9 @@ class TransactionLock:
                         self._crowded_turns -= 1
                         turn_is_over = True
         finally:
+            if file_is_locked and self._file.fd >= 0:
+                # An exception has come first. Nobody would look for the lock of a file whose mutex is free.
+                self._file.give_up_quickly()
             self._frame = None
             self._mutex.release()
         if turn_is_over:
