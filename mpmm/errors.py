@@ -213,7 +213,7 @@ class DeadlockError(MpmmError, RuntimeError):
     It is raised only where that is certain; see `ModelManager.model`.
 
     What to do: release what the thread holds first, or hold one copy for both uses.
-    Attributes: `tag`, `held` (the tags that the thread holds).
+    Attributes: `tag`, `held` (the tags, or names of leases, that the thread holds).
     """
 
     tag: str

@@ -30,6 +30,7 @@ from sleepers import MakesSleeper
 
 from mpmm import ModelManager
 from mpmm.errors import DeadlockError
+from mpmm.model_manager.lease import Lease
 from mpmm.policy.plan import make_plan
 from mpmm.policy.view import BusyInstance, Load
 from mpmm.shared_state.snapshot import read_snapshot
@@ -165,6 +166,84 @@ def test_a_loader_that_starts_quietly_and_would_have_something_come_or_go_there_
         assert read_snapshot(namespace).tickets == ()
     assert time.monotonic() - began < 10
     assert [error.held for error in refused] == [("outer",)]
+    assert problems(namespace) == []
+
+
+def test_a_loader_that_starts_quietly_may_suspend_what_has_nothing_idle_there(
+    namespace: str, new_manager: NewManager, tmp_path: Path
+) -> None:
+    manager = new_manager(suspend_budget_mb=2000.0)
+    for tag in ("asleep", "cannot"):
+        with manager.model(tag, MakesSleeper(tmp_path) if tag == "asleep" else Loads()):
+            pass
+    assert manager.suspend("asleep") == 1
+
+    def load() -> str:
+        assert [manager.suspend(tag) for tag in ("asleep", "cannot", "unknown")] == [0, 0, 0], "nothing is waited for"
+        return "handle"
+
+    with manager.model("outer", load, steady=True):
+        assert problems(namespace) == []
+
+
+def prepare(seat: Seat, folder: Path) -> None:
+    """Have an idle copy, and a suspended one."""
+    for tag in ("idle", "asleep"):
+        with seat.manager.model(tag, MakesSleeper(folder)):
+            pass
+    assert seat.manager.suspend("asleep") == 1
+
+
+def ask_beside_own_lease(seat: Seat, how: str) -> float:
+    """Ask for what a lease of the only thread of this process keeps from happening; return after how many seconds."""
+    with seat.manager.reserve(100, name="quiet", steady=True):
+        began = time.monotonic()
+        with pytest.raises(DeadlockError, match=r"this thread itself .* lease 'quiet'") as caught:
+            WAITS_FOR_ITSELF[how](seat.manager)
+        assert caught.value.held == ("quiet",)
+        return time.monotonic() - began
+
+
+@pytest.mark.parametrize("how", WAITS_FOR_ITSELF)
+def test_the_only_thread_of_a_program_is_told_at_once_that_it_has_not_settled_its_lease(
+    namespace: str, new_process: NewProcess, tmp_path: Path, how: str
+) -> None:
+    process = new_process(suspend_budget_mb=2000.0)
+    process.call(prepare, tmp_path)
+    assert process.call(ask_beside_own_lease, how) < 10
+    snapshot = read_snapshot(namespace)
+    assert sorted(copy.state for copy in snapshot.instances) == ["idle", "suspended"] and snapshot.tickets == ()
+    assert problems(namespace) == []
+
+
+def ask_beside_a_lease_that_another_thread_settles(seat: Seat, how: str) -> None:
+    """Ask for the same, while another thread has the lease, and settles it once this one waits."""
+    namespace, lease = seat.manager.namespace, seat.manager.reserve(100, name="quiet", steady=True)
+
+    def settle() -> None:
+        leaving = ("suspending", "unloading")
+        wait_until(
+            lambda: waiting(namespace) or any(copy.state in leaving for copy in read_snapshot(namespace).instances),
+            "the first thread waits",
+        )
+        lease.settled()
+
+    settler = threading.Thread(target=settle)
+    settler.start()
+    made = WAITS_FOR_ITSELF[how](seat.manager)
+    settler.join()
+    for one in (made, lease):
+        if isinstance(one, Lease):
+            one.release()
+
+
+@pytest.mark.parametrize("how", WAITS_FOR_ITSELF)
+def test_a_lease_that_another_thread_may_settle_is_waited_for(
+    namespace: str, new_process: NewProcess, tmp_path: Path, how: str
+) -> None:
+    process = new_process(suspend_budget_mb=2000.0)
+    process.call(prepare, tmp_path)
+    process.call(ask_beside_a_lease_that_another_thread_settles, how)
     assert problems(namespace) == []
 
 

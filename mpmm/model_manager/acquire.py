@@ -123,8 +123,7 @@ def queue(acquisition: Acquisition) -> LoadedInstance | Booking | None:
         copy = acquisition.enqueue()
         if copy is not None:
             return copy
-        if firm:
-            expect_no_deadlock(acquisition, firm)
+        expect_no_deadlock(acquisition, firm)
         return sleep_until_answered(acquisition)
 
 

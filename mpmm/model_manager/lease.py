@@ -242,8 +242,7 @@ class _LeaseRequest(QueuedRequest[Lease]):
         end_isolation(self.session, (*firm, *alone))
         try:
             making_room(self.session, self.name, self.deadline, self._enqueue)
-            if firm:
-                expect_no_deadlock(self, firm)
+            expect_no_deadlock(self, firm)
             lease = sleep_until_answered(self)
         except LockTimeoutError as error:
             expect_own_time_left(self.session, self.name, error)

@@ -338,8 +338,9 @@ class ModelManager(BeamNames):
         Blocks may be nested, and loaders may use other models. A copy that runs alone to be measured does so until its
         thread asks for another copy, which is then not measured alone. Raises DeadlockError if the thread would wait
         for something that only it can release, because it holds it in blocks or loads it: another copy of its model
-        while all `max_model_copies` are its own, its own tag in a loader, or memory that its own copies take. Tasks
-        (`model_async`) are not checked for that.
+        while all `max_model_copies` are its own, its own tag in a loader, memory that its own copies take, or something
+        to load, or to be unloaded, where it keeps devices quiet itself (`steady=True`, in a loader, or by a lease if
+        the program has no other thread, which could settle it). Tasks (`model_async`) are not checked for that.
         """
         check_names(options)
         return Block(self._attachment, tag, loader_func, options)
@@ -535,9 +536,9 @@ class ModelManager(BeamNames):
         timeout_seconds: how long to wait until they are gone; None stands for `wait_timeout_seconds`, and 0 does not
             wait.
 
-        Raises UnloadTimeoutError if some are still there then; DeadlockError, with nothing changed, if the calling
-        thread would wait for a copy that it holds in a block or loads itself, or for what it loads with `steady=True`
-        where a copy lies; InvalidArgumentError, ClosedError, LockTimeoutError.
+        Raises UnloadTimeoutError if some are still there then; DeadlockError (see `model`), with nothing changed, if
+        the calling thread would wait for a copy that it holds in a block or loads itself, or keeps the device of one
+        quiet; InvalidArgumentError, ClosedError, LockTimeoutError.
         """
         encoded_tag(tag)
         timeout_s = self._timeout_s(timeout_seconds)
@@ -595,8 +596,9 @@ class ModelManager(BeamNames):
         timeout_seconds: how long to wait until they are suspended; None stands for `wait_timeout_seconds`, and 0 does
             not wait, and returns how many are going to be.
 
-        Raises SuspendTimeoutError if some are still to be suspended then; DeadlockError, with nothing changed, if the
-        calling thread would wait for what it loads itself; InvalidArgumentError, ClosedError, LockTimeoutError.
+        Raises SuspendTimeoutError if some are still to be suspended then; DeadlockError (see `model`), with nothing
+        changed, if the calling thread keeps the device of one quiet itself; InvalidArgumentError, ClosedError,
+        LockTimeoutError.
         """
         encoded_tag(tag)
         timeout_s = self._timeout_s(timeout_seconds)
@@ -609,8 +611,8 @@ class ModelManager(BeamNames):
         They wait their turn like a preload, and idle copies are evicted for them. timeout_seconds: for each of them;
         None stands for `wait_timeout_seconds`, and 0 evicts nothing.
 
-        Raises AcquireTimeoutError, NamespaceResetError, TableFullError, InvalidArgumentError, ClosedError,
-        LockTimeoutError.
+        Raises AcquireTimeoutError, NamespaceResetError, DeadlockError (see `model`), TableFullError,
+        InvalidArgumentError, ClosedError, LockTimeoutError.
         """
         encoded_tag(tag)
         timeout_s = self._timeout_s(timeout_seconds)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from mpmm.errors import DeadlockError
@@ -47,25 +47,39 @@ def learn_alone(session: Session, t: Transaction, row: int, cost_mb: float) -> N
     namespace.transitions.measurements.set_measured_mb(t, row, cost_mb)
 
 
-def expect_no_deadlock(request: QueuedRequest[Any], held_rows: Sequence[int]) -> None:
-    """Take a request out of the queue that waits for its own thread, which holds `held_rows`. Raises DeadlockError."""
+def expect_no_deadlock(request: QueuedRequest[Any], firm: Sequence[int]) -> None:
+    """Take a request out of the queue that waits for its own thread. Raises DeadlockError.
+
+    firm: the rows that the thread holds or loads, see `ThreadHolds.rows`.
+    """
     session, namespace = request.session, request.session.namespace
-    tables = namespace.tables
+    quiet = session.thread.quiet(firm)
+    if not (firm or quiet):
+        return
     with namespace.transaction() as t:
-        if not session.thread.waits_for_itself(request.row, list(held_rows)):
+        if not session.thread.waits_for_itself(request.row, list(firm)):
             return
-        held = tuple(tables.tag_of(tables.instances[one].model) for one in held_rows)
-        holds = map(tables.called, held)
+        held, holds = _named(session, dict.fromkeys((*firm, *quiet)))
         reason = session.scheduler.why(request.row)
         namespace.transitions.hand_over.leave_queue(t, request.row)
         session.scheduler.advance(t)
     raise DeadlockError(
-        f"{request.called} {reason.partition(': ')[2]}; but this thread itself holds, or is loading, "
-        f"{', '.join(holds)}: release that first, hold one copy for both uses, or make sure that both "
-        "fit (max_model_copies, memory)",
+        f"{request.called} {reason.partition(': ')[2]}; but this thread itself holds, or is loading, {holds}: release "
+        "that, or settle a lease, first, hold one copy for both uses, or make sure that both fit "
+        "(max_model_copies, memory)",
         tag=request.name,
         held=held,
     )
+
+
+def _named(session: Session, rows: Iterable[int]) -> tuple[tuple[str, ...], str]:
+    """Return the tags of rows, or the names of leases, and how an error names them all."""
+    tables, held, called = session.namespace.tables, [], []
+    for row in rows:
+        instance = tables.instances[row]
+        held.append(tables.tag_of(instance.model))
+        called.append(f"{'lease ' * (instance.state == Instance.LEASED)}{tables.called(held[-1])}")
+    return tuple(held), ", ".join(called)
 
 
 def expect_not_held(session: Session, tag: str) -> None:
@@ -81,26 +95,25 @@ def expect_not_held(session: Session, tag: str) -> None:
         )
 
 
-def expect_not_kept_quiet(session: Session, tag: str, what: str) -> None:
-    """Raise DeadlockError if what the calling thread loads keeps copies of a model from going, which it is to wait for.
+def expect_not_kept_quiet(session: Session, tag: str, what: str, rows: Iterable[int] | None = None) -> None:
+    """Raise DeadlockError if the calling thread is to wait until copies have gone, and keeps them from it itself.
 
-    what: the name of the call.
+    It does where it loads something that starts undisturbed, or has a lease that is not settled, see
+    `ThreadHolds.quiet`. what: the name of the call. rows: of the copies, None for all of the model.
     """
-    namespace = session.namespace
-    tables = namespace.tables
-    held_rows, _ = session.thread.rows()
-    steady = [copy for copy in (tables.instances[row] for row in held_rows) if copy.steady]
-    model = tables.model_row(tag)
-    if not steady or model is None:
+    tables, layout = session.namespace.tables, session.namespace.segment.layout
+    firm, _ = session.thread.rows()
+    quiet = session.thread.quiet(firm)
+    if rows is None:
+        model = tables.model_row(tag)
+        rows = () if model is None else tables.rows_where(layout.instances, Instance.MODEL, model)
+    bits = functools.reduce(operator.or_, (tables.instances[row].device_bits for row in quiet), 0)
+    if not any(tables.instances[row].device_bits & bits for row in rows):
         return
-    bits = functools.reduce(operator.or_, (copy.device_bits for copy in steady))
-    rows = tables.rows_where(namespace.segment.layout.instances, Instance.MODEL, model)
-    if any(tables.instances[row].device_bits & bits for row in rows):
-        held = tuple(tables.tag_of(copy.model) for copy in steady)
-        raise DeadlockError(
-            f"{what} of {tables.called(tag)}: this thread itself is loading {', '.join(map(tables.called, held))}, "
-            "until which has started nothing is unloaded, or suspended, there; pass timeout_seconds=0 not to wait for "
-            "that",
-            tag=tag,
-            held=held,
-        )
+    held, holds = _named(session, quiet)
+    raise DeadlockError(
+        f"{what} of {tables.called(tag)}: this thread itself is loading, or has not settled, {holds}, and until that "
+        "has started nothing is unloaded, or suspended, there; pass timeout_seconds=0 not to wait for that",
+        tag=tag,
+        held=held,
+    )

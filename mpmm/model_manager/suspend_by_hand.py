@@ -28,10 +28,13 @@ def suspend_all(session: Session, tag: str, timeout_s: float) -> int:
     SuspendTimeoutError; DeadlockError, with nothing changed, if the thread would wait for itself; ClosedError,
     LockTimeoutError.
     """
-    if timeout_s > 0:
-        expect_not_kept_quiet(session, tag, "suspend")
-    suspender = session.suspender
-    began, chosen = time.monotonic(), suspender.begin_with_idle(tag)
+    suspender, began = session.suspender, time.monotonic()
+
+    def expect_not_to_wait_for_itself(rows: Sequence[int]) -> None:
+        if timeout_s > 0:
+            expect_not_kept_quiet(session, tag, "suspend", rows)
+
+    chosen = suspender.begin_with_idle(tag, expect_not_to_wait_for_itself)
     if timeout_s <= 0:
         return len(chosen)
     _wait(session, tag, chosen, began, timeout_s)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Set
+from collections.abc import Sequence, Set
 
 from mpmm.model_manager.held import HeldInstances
 from mpmm.model_manager.operations import Operation
@@ -12,6 +12,13 @@ from mpmm.shared_state.layout import Instance, Ticket, device_rows
 from mpmm.shared_state.namespace import Namespace
 
 __all__ = ["ThreadHolds"]
+
+# Threads of mpmm that run no code of the program's, by the beginnings of their names. Those that load, unload or serve
+# do: a loader may settle a lease.
+_OWN_THREADS = (
+    *("mpmm-background", "mpmm-sampler", "mpmm-gpu-monitor"),
+    *("mpmm-returns", "mpmm-watcher", "mpmm-transaction"),
+)
 
 
 class ThreadHolds(threading.local):
@@ -54,12 +61,40 @@ class ThreadHolds(threading.local):
                 alone.append(row)
         return firm, alone
 
+    def quiet(self, firm: Sequence[int]) -> list[int]:
+        """Return the rows for which devices are quiet until the calling thread goes on: what it loads, and its leases.
+
+        firm: its rows, see `rows`. Any thread may settle or release a lease, a timer's say. So leases are among them
+        only while the program has no other thread. Without the lock, as `rows`.
+        """
+        tables = self._namespace.tables
+        if not tables.header.steady:
+            return []
+        found = [row for row in firm if tables.instances[row].steady]
+        if all(thread.name.startswith(_OWN_THREADS) for thread in _other_threads()):
+            found += self._steady_leases()
+        return found
+
+    def _steady_leases(self) -> list[int]:
+        """Return the rows of the leases that somebody in this process has yet to settle, or to release."""
+        instances, found = self._namespace.tables.instances, []
+        for operation in list(self._operations):
+            # A lease whose object has been collected is about to be ended by the background thread.
+            owner = None if operation.owner is None else operation.owner()
+            if owner is None or operation.booking is None:
+                continue
+            row, generation = operation.booking
+            instance = instances[row]
+            if instance.state == Instance.LEASED and instance.generation == generation and instance.steady:
+                found.append(row)
+        return found
+
     def waits_for_itself(self, ticket: int, firm: list[int]) -> bool:
         """Tell whether a waiter can be served only by rows that its own thread will not let go of. Needs the lock.
 
         It waits for a copy of its model and has all there are; or for one to be loaded, by a loader that asks for it;
-        or for what its loader starts quietly, with nothing else loaded meanwhile; or for copies in use to be idle, so
-        that there is room, and all that are in use anywhere are its own.
+        or for what its loader, or a lease of its own, keeps quiet, with nothing else loaded meanwhile; or for copies in
+        use to be idle, so that there is room, and all that are in use anywhere are its own.
         """
         tables, layout = self._namespace.tables, self._namespace.segment.layout
         waiter = tables.tickets[ticket]
@@ -75,10 +110,9 @@ class ThreadHolds(threading.local):
         if reason in (Reason.COPIES, Reason.ONLY_COPY):
             return ours.issuperset(rows)
         if reason == Reason.QUIET:
-            # What starts quietly has started once its loader has returned, and that is what waits, unless another
-            # device opens.
-            loading = (tables.instances[row] for row in firm if tables.instances[row].state == Instance.LOADING)
-            closed = {device for copy in loading if copy.steady for device in copy.devices}
+            # What starts quietly has started once its loader has returned, or its lease is settled, and that is what
+            # waits, unless another device opens.
+            closed = {device for row in self.quiet(firm) for device in tables.instances[row].devices}
             everywhere = tables.used_rows(layout.devices)
             allowed = device_rows(waiter.loadable_on) or everywhere
             if waiter.preload == Ticket.ONLY_RESUMES:
@@ -93,3 +127,9 @@ class ThreadHolds(threading.local):
         )
         in_use = [row for row in tables.used_rows(layout.instances) if tables.instances[row].state in states]
         return reason == Reason.IN_USE and ours.issuperset(in_use)
+
+
+def _other_threads() -> list[threading.Thread]:
+    """Return the threads of this process but for the calling one, as far as Python knows them."""
+    ours = threading.get_ident()
+    return [thread for thread in threading.enumerate() if thread.ident != ours]

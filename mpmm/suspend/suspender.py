@@ -7,7 +7,7 @@ import functools
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -135,8 +135,11 @@ class Suspender:
         if done:
             _LOG.info("mpmm %s: pid %d suspended %s", self._namespace.name, self._namespace.pid, task.shown)
 
-    def begin_with_idle(self, tag: str) -> list[tuple[int, int]]:
-        """Have the idle copies of a model suspended, by hand; return row and generation of each that is going to be."""
+    def begin_with_idle(self, tag: str, expect: Callable[[Sequence[int]], None]) -> list[tuple[int, int]]:
+        """Have the idle copies of a model suspended, by hand; return row and generation of each that is going to be.
+
+        expect: is told their rows, with the lock held; if it raises, nothing has changed.
+        """
         namespace = self._namespace
         suspend, cause = self._scheduler.suspension.suspend, Cause(Reason.BY_HAND)
         chosen = []
@@ -144,6 +147,7 @@ class Suspender:
             for row, instance in self._instances_of(tag):
                 if instance.state == Instance.IDLE and suspend(t, row, namespace.slot, cause, evicted=False):
                     chosen.append((row, instance.generation))
+            expect([row for row, _ in chosen])
         self._unload_in_thread()
         return chosen
 
