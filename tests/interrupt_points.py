@@ -200,7 +200,7 @@ class Points:
 
 
 # States in which a copy is only as long as a call, or a thread for it, goes on.
-NOT_AT_REST = ("active", "loading", "leased", "unloading", "suspending")
+NOT_AT_REST = ("active", "loading", "leased", "unloading", "suspending", "resuming")
 
 
 class Sweep(Points):
@@ -220,6 +220,7 @@ class Sweep(Points):
         """Return what is in use, or waits, and should not, and what is accounted for wrongly."""
         snapshot = self.snapshot()
         rows = [f"{i.tag} is {i.state}" for i in snapshot.instances if i.state in NOT_AT_REST]
+        rows += [f"{model.tag} is not suspended any more" for model in snapshot.models if model.unsuspendable]
         tickets = [f"a ticket for {ticket.tag} is {ticket.state}" for ticket in snapshot.tickets]
         lock = self._segment.lock_file()
         is_free = lock.try_exclusive()

@@ -50,6 +50,7 @@ class Sleeper:
 
     def _step(self, what: str) -> None:
         if (self._folder / f"hang_{what}").exists() and self._hang is not None:
+            (self._folder / f"hangs_{what}").touch()
             self._hang.wait()
         if (self._folder / f"fail_{what}").exists():
             raise RuntimeError(f"cannot {what}")
@@ -57,6 +58,24 @@ class Sleeper:
             sys.exit(f"leaves instead of {what}")
         with open(self._folder / what, "a") as steps:
             steps.write(f"{os.getpid()}\n")
+
+
+class CarefulSleeper(Sleeper):
+    """A model that does nothing when it is asked for what it has done already, as `mpmm.suspend.TorchModule`."""
+
+    _asleep = False
+
+    def sleep(self, level: int = 1) -> None:
+        """Give the memory up, unless it has."""
+        if not self._asleep:
+            super().sleep(level)
+            self._asleep = True
+
+    def wake_up(self) -> None:
+        """Take the memory again, unless it has it."""
+        if self._asleep:
+            super().wake_up()
+            self._asleep = False
 
 
 @dataclass(frozen=True)
@@ -67,10 +86,11 @@ class MakesSleeper:
     device: SimulatedDevice | None = None
     mb: float = 0.0
     hang: Gate | None = None
+    kind: type[Sleeper] = Sleeper
 
     def __call__(self) -> Sleeper:
         """Make it."""
-        return Sleeper(self.folder, self.device, self.mb, self.hang)
+        return self.kind(self.folder, self.device, self.mb, self.hang)
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ from mpmm.multi_process_shared.rpc import sockets
 from mpmm.policy.suspension import Unsuspendable
 from mpmm.shared_state.snapshot import read_snapshot
 from mpmm.suspend.driver import CheckpointDriver, DriverError, State, driver_branch
-from mpmm.suspend.helper import LOCK, SOCKET, TRIES
+from mpmm.suspend.helper import LOCK, SOCKET, TRIES, ask_helper
 from mpmm.suspend.suspender import DYING_S
 
 NOT_SUPPORTED = 801
@@ -270,16 +270,18 @@ def test_the_death_of_the_helper_costs_the_operation_and_the_next_one_goes_on(
 ) -> None:
     first, _ = two
     pid = load(first, gpus, "a")
-    gpus.checkpoints.set_rates(600.0, 600.0)
     if call == "restore":
         assert first.call(suspend, "a") == 1
+    # So slow that it has not ended by the time that a busy machine has found the helper.
+    gpus.checkpoints.set_rates(150.0, 150.0)
     first.send(suspend if call == "checkpoint" else acquire, "a")
     moving = "suspending" if call == "checkpoint" else "resuming"
     await_states(namespace, "a", moving)
-    wait_until(lambda: 0.0 < gpus.checkpoints.host_mb() < 600.0, "part of it has moved")
+    await_middle(gpus)
     helper = helper_pid(namespace, runtime_root)
     assert helper is not None
     os.kill(helper, signal.SIGKILL)
+    gpus.checkpoints.set_rates(0.0, 0.0)
     assert first.result() == (1 if call == "checkpoint" else "a")
     assert gpus.checkpoints.state_of(pid) == (CHECKPOINTED if call == "checkpoint" else RUNNING)
     assert helper_pid(namespace, runtime_root) not in (None, helper)
@@ -363,7 +365,8 @@ def test_a_helper_of_a_folder_that_is_gone_ends_without_a_word(
 def test_a_driver_call_that_hangs_ends_the_server_and_holds_up_nobody_else(
     namespace: str, gpus: SimulatedGpus, new_process: NewProcess, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mpmm.suspend.suspender.limit_s", lambda mb: 1.0)
+    # Long enough for the other load where the machine is busy.
+    monkeypatch.setattr("mpmm.suspend.suspender.limit_s", lambda mb: 4.0)
     chosen: dict[str, Any] = {"memory_source": "nvml", "suspend": "checkpoint", "suspend_budget_mb": 2000.0}
     first, second = new_process(**chosen), new_process(**chosen)
     first.call(learn, a=600.0, small=100.0)
@@ -376,6 +379,46 @@ def test_a_driver_call_that_hangs_ends_the_server_and_holds_up_nobody_else(
     assert first.result() == 0
     await_states(namespace, "a")
     assert model_of(namespace, "a").unsuspendable == Unsuspendable.TIMED_OUT
+
+
+def test_a_helper_that_is_stopped_costs_the_operation_and_another_one_takes_its_place(
+    namespace: str,
+    gpus: SimulatedGpus,
+    new_process: NewProcess,
+    runtime_root: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("mpmm.suspend.suspender.limit_s", lambda mb: 2.0)
+    chosen: dict[str, Any] = {"memory_source": "nvml", "suspend": "checkpoint", "suspend_budget_mb": 2000.0}
+    first, second = new_process(**chosen), new_process(**chosen)
+    first.call(learn, a=600.0)
+    load(first, gpus, "a")
+    assert first.call(suspend, "a") == 1
+    second.call(acquire, "a", loads(gpus, "a"))
+    second.call(release)
+    helper = helper_pid(namespace, runtime_root)
+    assert helper is not None
+    os.kill(helper, signal.SIGSTOP)
+    # The copy, as nobody knows what the helper has done to it; but not the model.
+    assert first.call(suspend, "a") == 0
+    await_states(namespace, "a")
+    assert model_of(namespace, "a").unsuspendable == 0
+    wait_until(lambda: helper_pid(namespace, runtime_root) != helper, "it is not in the way of another one")
+    load(second, gpus, "a")
+    assert second.call(suspend, "a") == 1
+    assert (gpus.used_mb(0), gpus.checkpoints.host_mb(), problems(namespace)) == (0.0, 600.0, [])
+
+
+def test_who_asks_a_helper_too_late_asks_for_nothing(
+    namespace: str, gpus: SimulatedGpus, two: tuple[Process, Process], runtime_root: Path
+) -> None:
+    pid, folder = load(two[0], gpus, "a"), runtime_root / namespace
+    assert two[0].call(suspend, "a") == 1
+    assert two[0].call(acquire, "a", Loads("never")) == "a"
+    # By now the server may have been ended, and its pid be another's.
+    with pytest.raises(TimeoutError, match="no helper could be asked within"):
+        ask_helper(folder, "suspend", pid, 0.0, "a")
+    assert gpus.checkpoints.state_of(pid) == RUNNING
 
 
 def test_a_suspended_server_that_is_killed_leaves_nothing(

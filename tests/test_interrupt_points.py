@@ -54,6 +54,7 @@ from patience import DEADLINE_S
 
 from mpmm import AcquireTimeoutError, NotAcquiredError
 from mpmm.model_manager import ModelManager
+from mpmm.multi_process_shared import MultiProcessShared
 from mpmm.shared_state.invariants import check_invariants
 from mpmm.shared_state.layout import Header
 from mpmm.shared_state.runtime_dir import RUNTIME_DIR_VARIABLE
@@ -362,6 +363,67 @@ def test_reset(sweep: Callable[..., Sweep]) -> None:
                 pass
 
     one(one.manager.force_reset, load)
+
+
+class Sleeps(Plain):
+    """A model that can sleep."""
+
+    def sleep(self) -> None:
+        """Sleep."""
+
+    def wake_up(self) -> None:
+        """Be awake."""
+
+
+def suspend(one: Sweep) -> None:
+    """Have a copy of `a` suspended, and nothing else of it."""
+    with one.manager.model("a", Sleeps):
+        pass
+    assert one.manager.suspend("a") == 1
+
+
+def test_resume_for_request(sweep: Callable[..., Sweep]) -> None:
+    one = sweep(997, suspend_budget_mb=1000.0)
+
+    def block() -> None:
+        with one.manager.model("a", Sleeps):
+            pass
+
+    one(block, lambda: suspend(one))
+
+
+def test_resume_and_suspend_by_hand(sweep: Callable[..., Sweep]) -> None:
+    one = sweep(997, suspend_budget_mb=1000.0)
+
+    def move() -> None:
+        one.manager.resume("a")
+        one.manager.suspend("a")
+
+    one(move, lambda: suspend(one))
+
+
+def test_load_that_returns_handle_of_suspended_copy(sweep: Callable[..., Sweep]) -> None:
+    one = sweep(1201, suspend_budget_mb=1000.0)
+    numbers = itertools.count()
+    handles = [""]
+
+    def twin() -> str:
+        MultiProcessShared(Sleeps, tag=handles[0], always_proxy=True).acquire()
+        return handles[0]
+
+    def prepare() -> None:
+        for tag in ("a", "twin"):
+            one.manager.unload(tag)
+        handles[0] = f"handle-{next(numbers)}"
+        with one.manager.model("a", twin):
+            pass
+        assert one.manager.suspend("a") == 1
+
+    def load() -> None:
+        with one.manager.model("twin", twin):
+            pass
+
+    one(load, prepare)
 
 
 def test_booking_by_hand(sweep: Callable[..., Sweep]) -> None:

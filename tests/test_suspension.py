@@ -33,13 +33,14 @@ from harness import (
     waiting,
 )
 from loaders import Gate, Loads, LoadsObject
-from sleepers import LoadsSleeper, MakesSleeper, pretend_load_s, steps
+from sleepers import CarefulSleeper, LoadsSleeper, MakesSleeper, pretend_load_s, steps
 
 from mpmm import ModelManager, cli
 from mpmm.errors import AcquireTimeoutError, ClosedError, InvalidArgumentError, MpmmError, SuspendTimeoutError
 from mpmm.observability.findings import findings
 from mpmm.policy.suspension import Unsuspendable
 from mpmm.policy.view import Reason
+from mpmm.shared_state.layout import Instance
 from mpmm.shared_state.snapshot import Snapshot, read_snapshot
 from mpmm.sources import DeviceInfo, DeviceSample
 
@@ -389,6 +390,86 @@ def test_who_dies_in_the_middle_leaves_a_copy_that_the_heir_suspends(
     assert successor.call(acquire, "a", Loads()) == "kept"
 
 
+def test_a_resume_whose_end_is_undone_is_given_up(
+    manager: ModelManager, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use(manager, "a", MakesSleeper(tmp_path))
+    assert manager.suspend("a") == 1
+    session = manager._connected()
+    advance, interrupts = session.scheduler.advance, iter([True])
+
+    def interrupted(*args: Any, **kwargs: Any) -> None:
+        advance(*args, **kwargs)
+        in_use = any(copy.state == Instance.ACTIVE for _, copy in session.suspender._instances_of("a"))
+        if in_use and next(interrupts, False):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(session.scheduler, "advance", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        manager.acquire_model("a", Loads("not to be called"))
+    await_states(manager.namespace, "a", "suspended")
+    assert model_of(manager.namespace, "a").unsuspendable == 0
+    assert (steps(tmp_path, "sleep"), problems(manager.namespace)) == (2, [])
+
+
+class TooLate(Exception):
+    """What the handler of a time limit of the program's own raises."""
+
+
+def resume_too_late(seat: Seat, tag: str) -> str:
+    """Resume a model, with a time limit that ends while it wakes up; return what that raises."""
+
+    def end(*_: object) -> None:
+        raise TooLate
+
+    signal.signal(signal.SIGUSR2, end)
+    try:
+        return str(seat.manager.resume(tag))
+    except TooLate:
+        return "too late"
+
+
+def test_what_a_signal_handler_raises_is_the_programs_and_no_failure_of_the_model(
+    namespace: str, new_process: NewProcess, tmp_path: Path, new_gate: NewGate
+) -> None:
+    hang, process = new_gate(), new_process(suspend_budget_mb=2000.0)
+    process.call(acquire, "a", MakesSleeper(tmp_path, hang=hang))
+    process.call(release)
+    assert process.call(suspend, "a") == 1
+    (tmp_path / "hang_wake").touch()
+    process.send(resume_too_late, "a")
+    await_states(namespace, "a", "resuming")
+    wait_until((tmp_path / "hangs_wake").exists, "it wakes up")
+    process.signal(signal.SIGUSR2)
+    assert process.result() == "too late"
+    hang.open()
+    await_states(namespace, "a", "suspended")
+    assert model_of(namespace, "a").unsuspendable == 0
+
+
+@pytest.mark.parametrize("spawn", [None, False, True], ids=["object", "served here", "server"])
+def test_an_object_whose_resume_is_interrupted_is_asleep_in_the_end(
+    namespace: str, new_process: NewProcess, tmp_path: Path, new_gate: NewGate, spawn: bool | None
+) -> None:
+    hang, process = new_gate(), new_process(suspend_budget_mb=2000.0)
+    makes = MakesSleeper(tmp_path, hang=hang, kind=CarefulSleeper)
+    process.call(acquire, "a", makes if spawn is None else LoadsSleeper("kept", makes, spawn))
+    process.call(release)
+    assert process.call(suspend, "a") == 1
+    (tmp_path / "hang_wake").touch()
+    process.send(resume, "a")
+    wait_until((tmp_path / "hangs_wake").exists, "it wakes up")
+    process.signal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        process.result()
+    await_states(namespace, "a", "suspending")
+    # It goes on with its waking up in a thread that nobody waits for any more.
+    hang.open()
+    await_states(namespace, "a", "suspended")
+    assert (steps(tmp_path, "wake"), steps(tmp_path, "sleep")) == (1, 2)
+    assert problems(namespace) == []
+
+
 def test_who_is_stopped_in_the_middle_is_waited_for_only_so_long(
     namespace: str, new_process: NewProcess, tmp_path: Path, new_gate: NewGate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -402,10 +483,25 @@ def test_who_is_stopped_in_the_middle_is_waited_for_only_so_long(
     wait_until(lambda: states(namespace, "a") == ["suspending"], "it is being suspended")
     victim.stop()
     await_states(namespace, "a")
-    assert model_of(namespace, "a").unsuspendable == Unsuspendable.TIMED_OUT
+    assert model_of(namespace, "a").unsuspendable == 0, "it is not the model's fault"
     hang.open()
     victim.resume()
     assert victim.result() == 0
+    assert problems(namespace) == []
+
+
+def test_a_server_that_is_stopped_is_waited_for_only_so_long_and_that_is_no_fault_of_its_model(
+    namespace: str, new_process: NewProcess, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mpmm.suspend.suspender.limit_s", lambda mb: 0.5)
+    process = new_process(suspend_budget_mb=2000.0)
+    process.call(acquire, "a", LoadsSleeper("stopped", MakesSleeper(tmp_path), spawn=True))
+    process.call(release)
+    server = next(member for member in read_snapshot(namespace).members if member.kind == "server")
+    os.kill(server.pid, signal.SIGSTOP)
+    assert process.call(suspend, "a") == 0
+    await_states(namespace, "a")
+    assert model_of(namespace, "a").unsuspendable == 0
     assert problems(namespace) == []
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import math
 import os
+import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -107,7 +108,7 @@ class LoadAttempt:
             finally:
                 session.thread.loads.remove((booking.row, booking.generation))
             if isinstance(value, str):
-                session.suspender.wake(value, self._tag)
+                self._wake(value)
             # The load has taken seconds, which would be lost if a crowded lock were given up after one.
             with session.namespace.lock.patient_here():
                 copy = self._book_in(value, growth)
@@ -128,6 +129,17 @@ class LoadAttempt:
             raise
         self._log_loaded(copy, time.monotonic() - began)
         return copy
+
+    def _wake(self, handle: str) -> None:
+        """Resume the suspended copy for which the handle stands that the loader has returned, if there is one."""
+        session = self._session
+        waking = session.begin(sys._getframe())
+        try:
+            session.suspender.wake(handle, self._tag, lambda copy: setattr(waking, "booking", copy))
+        except BaseException:
+            session.abandon(waking)
+            raise
+        session.end(waking)
 
     # ---- before the loader runs ----------------------------------------------------------------------------
 
@@ -322,15 +334,15 @@ def resume(acquisition: Acquisition, booking: Booking) -> LoadedInstance | None:
     """Resume a suspended instance, and return it; None if that fails, and it is unloaded."""
     session, operation = acquisition.session, acquisition.operation
     resumed = session.suspender.resume(booking.row, booking.generation)
+    copy: LoadedInstance | None = None
     with session.namespace.transaction() as t:
         if resumed and session.suspender.end_resume(t, booking.row, booking.generation):
             copy = session.held.add(booking.row, acquisition.tag, operation)
             session.owned.add_seats(booking.row)
-            operation.booking = None
             session.scheduler.advance(t)
-            return copy
+    # Not in the transaction: where that is undone, the booking is all that is known of the resume.
     operation.booking = None
-    return None
+    return copy
 
 
 def give_up_booking(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import psutil
 
-__all__ = ["is_ending", "process_tree", "unrelated_to"]
+__all__ = ["is_ending", "is_stopped", "process_tree", "unrelated_to"]
 
 # Of the flags in /proc/PID/stat: the process is on its way out, which takes a while where it has mapped much.
 _PF_EXITING = 0x4
@@ -55,11 +55,21 @@ def is_ending(pid: int) -> bool:
 
     Its memory is on its way back then, and its locks are given up after that.
     """
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
-    except OSError:
-        return False
+    fields = _stat_of(pid)
     return bool(fields) and (fields[0] in (b"Z", b"X") or bool(int(fields[6]) & _PF_EXITING))
+
+
+def is_stopped(pid: int) -> bool:
+    """Tell whether a signal, or a debugger, has stopped a process; False if nobody can tell."""
+    return _stat_of(pid)[:1] in ([b"T"], [b"t"])
+
+
+def _stat_of(pid: int) -> list[bytes]:
+    """Return what /proc/PID/stat says from the state on, [] if nothing."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
+    except OSError:
+        return []
 
 
 def _parent_of(pid: int) -> int | None:

@@ -6,9 +6,13 @@ import threading
 from collections.abc import Callable
 from typing import TypeVar
 
-__all__ = ["answer_within"]
+__all__ = ["NoAnswerError", "answer_within"]
 
 T = TypeVar("T")
+
+
+class NoAnswerError(TimeoutError):
+    """There was no answer in time. No other call, nor a signal's handler, raises it."""
 
 
 def answer_within(ask: Callable[[], T], timeout_s: float, name: str) -> T:
@@ -16,7 +20,7 @@ def answer_within(ask: Callable[[], T], timeout_s: float, name: str) -> T:
 
     name: of the thread.
 
-    Raises TimeoutError when there is no answer by then. One that comes later is dropped.
+    Raises NoAnswerError when there is no answer by then. One that comes later is dropped.
     """
     answers: list[T] = []
     failures: list[BaseException] = []
@@ -34,7 +38,7 @@ def answer_within(ask: Callable[[], T], timeout_s: float, name: str) -> T:
     except RuntimeError:  # no thread is to be had: then an answer late is better than none
         return ask()
     if not answered.wait(timeout_s):
-        raise TimeoutError(f"no answer within {timeout_s:g} s")
+        raise NoAnswerError(f"no answer within {timeout_s:g} s")
     if failures:
         raise failures[0]
     return answers[0]

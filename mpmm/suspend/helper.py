@@ -3,7 +3,8 @@
 `cuInit` must be called neither in workers, which fork, nor in a model server, whose own threads a lock stops. The
 helper holds the lock `suspend.lock`, by which the kernel elects it, and answers at a socket beside it. It moves each
 process in a thread of its own, and ends once no worker is left, nobody has asked for anything for `IDLE_S`, or a
-call of the driver hangs: the process that asked ends the one that hangs, and the next helper serves the others.
+call of the driver hangs: the process that asked ends the one that hangs, and the next helper serves the others. One
+that is stopped keeps the lock, so a process that has asked it in vain kills it.
 
 Its death costs the operation, not the process that is moved: the process that asked asks the next helper, which goes on
 from the state in which the driver has left it. The state does not tell a process that is suspended from one that was
@@ -20,6 +21,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -36,9 +38,10 @@ from mpmm.errors import SuspendError
 from mpmm.interpreter.thread_locks import new_lock
 from mpmm.multi_process_shared.rpc import sockets
 from mpmm.shared_state.lock_file import LockFile, is_locked
+from mpmm.sources.process_tree import is_stopped
 from mpmm.suspend.driver import CheckpointDriver, DriverError
 
-__all__ = ["ask_helper", "main"]
+__all__ = ["ask_helper", "kill_stopped_helper", "main"]
 
 LOCK, SOCKET, ALIVE = "suspend.lock", "suspend.sock", "alive.lock"
 IDLE_S = 60.0
@@ -46,6 +49,8 @@ LOOK_S = 0.5
 # Importing takes 0.1 s, and `cuInit` up to 3 s on a host with many GPUs, but on a busy host everything takes longer.
 START_S = 30.0
 START_LOOK_S = 0.02
+# A helper that is stopped takes connections all the same, until very many of them wait.
+CONNECT_S = 1.0
 # So often the next helper is asked, after the death of one.
 TRIES = 3
 # A call that has hung for so many times its limit is not going to come back.
@@ -61,15 +66,19 @@ _started: list[subprocess.Popen[bytes]] = []
 def ask_helper(folder: Path, what: str, pid: int, limit_s: float, tag: str, shown: str | None = None) -> None:
     """Have the helper of a namespace's folder `suspend` or `resume` a process, starting one if there is none.
 
-    shown: what people are shown for the tag. Raises SuspendError with what the driver says, and what `sockets.dial`
-    raises for a folder that is gone.
+    shown: what people are shown for the tag. Raises SuspendError with what the driver says; TimeoutError if no helper
+    could be asked within `limit_s`; what `sockets.dial` raises for a folder that is gone.
     """
+    deadline = time.monotonic() + limit_s
     subject = f"{what} {shown if shown and shown != tag else repr(tag)} (pid {pid})"
     key = (folder / "token").read_bytes()
     request = json.dumps({"what": what, "pid": pid, "limit_s": limit_s}).encode()
     for tried in range(1, TRIES + 1):
         try:
-            with closing(_connected(folder, key)) as connection:
+            with closing(_connected(folder, key, deadline)) as connection:
+                if time.monotonic() >= deadline:
+                    # Nobody waits for it any more: by now the process may have been ended, and its pid be another's.
+                    raise TimeoutError(f"{subject}: no helper could be asked within {limit_s:g} s")
                 connection.send_bytes(request)
                 answer = json.loads(connection.recv_bytes())
         except (EOFError, ConnectionError) as error:
@@ -81,9 +90,22 @@ def ask_helper(folder: Path, what: str, pid: int, limit_s: float, tag: str, show
         return
 
 
-def _connected(folder: Path, key: bytes) -> Connection:
-    """Return a connection to the helper, which is started if there is none. Raises OSError when none comes up."""
-    deadline = time.monotonic() + START_S
+def kill_stopped_helper(folder: Path) -> bool:
+    """Kill the helper of a namespace's folder if it is stopped, so that there can be another one; return whether."""
+    with suppress(OSError):
+        pid = sockets.pid_at(folder, SOCKET, CONNECT_S)
+        if pid is not None and is_stopped(pid):
+            os.kill(pid, signal.SIGKILL)
+            return True
+    return False
+
+
+def _connected(folder: Path, key: bytes, deadline: float) -> Connection:
+    """Return a connection to the helper, which is started if there is none.
+
+    Raises OSError when none has come up by `deadline` (monotonic), or within `START_S`.
+    """
+    deadline = min(deadline, time.monotonic() + START_S)
     started: subprocess.Popen[bytes] | None = None
     while True:
         try:

@@ -7,12 +7,13 @@ import functools
 import logging
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from mpmm.errors import ModelServerError, SuspendError
+from mpmm.interpreter.thread_locks import new_lock
 from mpmm.memory.samples import SharedSamples
 from mpmm.multi_process_shared.rpc import protocol
 from mpmm.multi_process_shared.sleeping import ask_to, can_sleep, record_of
@@ -27,10 +28,10 @@ from mpmm.shared_state.rows import InstanceRow
 from mpmm.shared_state.settings import ALWAYS, NEVER
 from mpmm.shared_state.transaction import Transaction
 from mpmm.sources.host_memory import host_memory_left_mb, host_memory_mb
-from mpmm.sources.process_tree import is_ending
-from mpmm.sources.timeouts import answer_within
+from mpmm.sources.process_tree import is_ending, is_stopped
+from mpmm.sources.timeouts import NoAnswerError, answer_within
 from mpmm.suspend.driver import GOOD_BRANCHES, HAZARDOUS_BRANCHES, driver_branch
-from mpmm.suspend.helper import ask_helper
+from mpmm.suspend.helper import ask_helper, kill_stopped_helper
 from mpmm.text.printable import printable_logger
 
 __all__ = ["Suspender"]
@@ -50,11 +51,12 @@ DYING_S = 0.5
 
 @dataclass(frozen=True)
 class _Task:
-    """What is to be suspended or resumed.
+    """What is to be suspended or resumed: the copy of a row, with its generation.
 
     shown: what people are shown for the tag. server: slot of the model server. value: the object, None for a handle.
     """
 
+    copy: tuple[int, int]
     tag: str
     shown: str
     way: Way
@@ -82,6 +84,9 @@ class Suspender:
         self._samples = samples
         self._value_of = value_of
         self._unload_in_thread = unload_in_thread
+        # By copy: held by the thread whose turn it is with an object of this process.
+        self._turns: weakref.WeakValueDictionary[tuple[int, int], Any] = weakref.WeakValueDictionary()
+        self._mutex = new_lock()
 
     def way_of(self, value: Any, row: int) -> Way:
         """Return how what a loader has made for a row can be suspended."""
@@ -228,15 +233,17 @@ class Suspender:
         self._namespace.transitions.suspensions.end_resume(t, row)
         return True
 
-    def wake(self, handle: str, tag: str) -> None:
+    def wake(self, handle: str, tag: str, note: Callable[[tuple[int, int]], None]) -> None:
         """See to it that what a handle stands for is not suspended, which a loader of `tag` has returned.
 
-        A loader may return a handle that it has returned before, and a suspended copy may stand for it. Raises
-        SuspendError when it cannot be resumed.
+        A loader may return a handle that it has returned before, and a suspended copy may stand for it. note: is told
+        of a copy (row, generation) before this process begins to resume it, for the case that an exception ends this
+        call. Raises SuspendError when it cannot be resumed.
         """
         began = time.monotonic()
         while (found := self._suspended_twin(handle)) is not None:
             row, generation, mb = found
+            note((row, generation))
             with self._namespace.transaction() as t:
                 begins = self._is(row, generation, Instance.SUSPENDED)
                 if begins:
@@ -301,7 +308,8 @@ class Suspender:
         namespace = self._namespace
         with namespace.transaction() as t:
             for row in self._overdue():
-                namespace.transitions.suspensions.fail(t, row, Unsuspendable.TIMED_OUT, namespace.reference)
+                why = None if self._is_held_up(row) else Unsuspendable.TIMED_OUT
+                namespace.transitions.suspensions.fail(t, row, why, namespace.reference)
             self._scheduler.advance(t)
 
     def _overdue(self) -> list[int]:
@@ -315,6 +323,12 @@ class Suspender:
                 if now_ns - instance.since > GRACE * limit_s(instance.device_mb) * 1e9:
                     found.append(row)
         return found
+
+    def _is_held_up(self, row: int) -> bool:
+        """Tell whether a process is stopped that a copy waits for, which says nothing of its model."""
+        members, instance = self._namespace.tables.members, self._namespace.tables.instances[row]
+        slots = [slot for slot in (instance.holder, instance.server) if slot is not None]
+        return any(is_stopped(members[slot].pid) for slot in slots)
 
     def heed_host_memory(self) -> None:
         """Drop the copy that was suspended longest ago if the host has hardly any memory left, whatever took it.
@@ -339,36 +353,41 @@ class Suspender:
 
     def _attempt(self, task: _Task, request: str) -> tuple[bool, Unsuspendable | None]:
         """Do one step; return whether it is done, and why it failed if that is the model's fault."""
-        caller = threading.current_thread()
+        caller, failures = threading.current_thread(), list[BaseException]()
 
         def ask() -> None:
             try:
-                _ask(task, request, self._namespace.runtime.path)
-            except Exception:
-                raise
+                self._ask(task, request)
             except BaseException as error:
-                # The model's own: where it runs in this thread, it may be one of a signal handler's.
-                if threading.current_thread() is caller:
+                # Where it runs in this thread, it may be one of a signal handler's.
+                if threading.current_thread() is caller and not isinstance(error, Exception):
                     raise
-                raise RuntimeError(f"{type(error).__name__}: {error}") from error
+                # Kept, not raised: what a handler raises while this thread waits is no failure of the model's.
+                failures.append(error)
 
         try:
             answer_within(ask, limit_s(task.mb), "mpmm-suspend")
-        except ModelServerError as error:
+        except NoAnswerError as error:
             self._say(logging.WARNING, task, request, error)
+            return False, None if self._was_held_up(task) else Unsuspendable.TIMED_OUT
+        if not failures:
+            return True, None
+        # It is the model's own code, which may raise anything.
+        failure = failures.pop()
+        self._say(logging.WARNING, task, request, failure)
+        # A server may have been killed meanwhile, whatever the driver says of that.
+        if isinstance(failure, ModelServerError) or self._is_dying(task):
             return False, None
-        except TimeoutError as error:
-            self._say(logging.WARNING, task, request, error)
-            return False, Unsuspendable.TIMED_OUT
-        except Exception as error:
-            # It is the model's own code, which may raise anything.
-            self._say(logging.WARNING, task, request, error)
-            if self._is_dying(task):
-                # It has been killed meanwhile, whatever the driver says of that.
-                return False, None
-            failed = Unsuspendable.SUSPEND_FAILED if request == protocol.SLEEP else Unsuspendable.RESUME_FAILED
-            return False, failed
-        return True, None
+        failed = Unsuspendable.SUSPEND_FAILED if request == protocol.SLEEP else Unsuspendable.RESUME_FAILED
+        return False, failed
+
+    def _was_held_up(self, task: _Task) -> bool:
+        """Tell whether a process was stopped that had to do a step, which says nothing of the model.
+
+        Another helper takes the place of one that is stopped.
+        """
+        by_helper = task.way == Way.CHECKPOINT and kill_stopped_helper(self._namespace.runtime.path)
+        return by_helper or (task.server_pid is not None and is_stopped(task.server_pid))
 
     def _is_dying(self, task: _Task) -> bool:
         """Tell whether the model server is dead, or is so within a moment.
@@ -385,10 +404,27 @@ class Suspender:
         self._await(goes, DYING_S)
         return goes()
 
-    def _say(self, level: int, task: _Task, request: str, error: Exception) -> None:
+    def _say(self, level: int, task: _Task, request: str, error: BaseException) -> None:
         text = "mpmm %s: pid %d could not have %s %s, so it is unloaded instead: %s: %s"
         kind = type(error).__name__
         _LOG.log(level, text, self._namespace.name, self._namespace.pid, task.shown, request, kind, error)
+
+    def _ask(self, task: _Task, request: str) -> None:
+        """Do a step, and return once it is done."""
+        if task.way == Way.CHECKPOINT:
+            if task.server_pid is None:
+                raise ModelServerError(f"the server of {task.handle!r} is gone", tag=task.handle, server_pid=None)
+            what, folder = "suspend" if request == protocol.SLEEP else "resume", self._namespace.runtime.path
+            ask_helper(folder, what, task.server_pid, limit_s(task.mb), task.tag, task.shown)
+        elif task.value is None:
+            ask_to(request, task.handle, task.server_pid)
+        else:
+            # A resume whose requester does not wait for it any more may be at it still. An object that looks whether it
+            # sleeps already, as it is told to sleep again, would do nothing, and then be awake.
+            with self._mutex:
+                turn = self._turns.setdefault(task.copy, new_lock())
+            with turn:
+                task.value.sleep() if request == protocol.SLEEP else task.value.wake_up()
 
     def _task(self, row: int, generation: int, state: int) -> _Task | None:
         """Return what a row says is to be done; None if this process has not to do it, or no longer."""
@@ -399,6 +435,7 @@ class Suspender:
                 return None
             server = instance.server
             return _Task(
+                (row, generation),
                 tables.tag_of(instance.model),
                 tables.shown(instance.model),
                 Way(instance.way),
@@ -422,17 +459,3 @@ class Suspender:
         deadline = time.monotonic() + timeout_s
         while not ended() and time.monotonic() < deadline:
             time.sleep(LOOK_S)
-
-
-def _ask(task: _Task, request: str, folder: Path) -> None:
-    if task.way == Way.CHECKPOINT:
-        if task.server_pid is None:
-            raise ModelServerError(f"the server of {task.handle!r} is gone", tag=task.handle, server_pid=None)
-        what = "suspend" if request == protocol.SLEEP else "resume"
-        ask_helper(folder, what, task.server_pid, limit_s(task.mb), task.tag, task.shown)
-    elif task.value is None:
-        ask_to(request, task.handle, task.server_pid)
-    elif request == protocol.SLEEP:
-        task.value.sleep()
-    else:
-        task.value.wake_up()

@@ -36,7 +36,7 @@ from pathlib import Path
 
 from mpmm.interpreter.fork_hooks import close_in_children, closing_guard, fork_guard
 
-__all__ = ["accept", "authenticate_client", "dial", "dial_socket", "listen", "peer_pid", "set_timeouts"]
+__all__ = ["accept", "authenticate_client", "dial", "dial_socket", "listen", "peer_pid", "pid_at", "set_timeouts"]
 
 # sun_path holds 108 bytes on Linux and 104 on macOS, with a final zero.
 LONGEST_ADDRESS_BYTES = 100
@@ -153,6 +153,20 @@ def dial_socket(folder: str | Path, name: str, key: bytes, timeout_seconds: floa
         ours.close()
         raise
     return ours
+
+
+def pid_at(folder: str | Path, name: str, timeout_seconds: float) -> int | None:
+    """Return which process listens at the socket `folder/name`, stopped or not; None if the kernel does not tell.
+
+    Raises OSError when there is none.
+    """
+    with fork_guard:
+        ours = close_in_children(ForkSafeSocket(socket.AF_UNIX, socket.SOCK_STREAM))
+    with ours:
+        set_timeouts(ours, timeout_seconds)
+        with _short_address(folder, name) as address:
+            ours.connect(address)
+        return peer_pid(ours.fileno())
 
 
 def _prove_to_server(server: socket.socket, key: bytes) -> None:
